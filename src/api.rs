@@ -1,0 +1,21 @@
+//! The custom resources of group `belay.dev`: data and validation rules, nothing else.
+//!
+//! Promises: every list and string has a bound, every refusal that the API server can make is in the schema, and
+//! a field that nothing acts on is not here. Refuses: behaviour. Meaning is given to these types by
+//! [`plan`](crate::plan), which turns them into validated plain data.
+
+pub mod agent_task;
+pub mod policy_pack;
+pub mod tool_contract;
+
+pub use agent_task::{AgentTask, AgentTaskSpec, AgentTaskStatus};
+pub use policy_pack::{PolicyPack, PolicyPackSpec};
+pub use tool_contract::{ToolContract, ToolContractSpec};
+
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
+use kube::CustomResourceExt;
+
+/// Every custom resource definition, in the order in which `crds/` lists them.
+pub fn all_crds() -> Vec<CustomResourceDefinition> {
+    vec![AgentTask::crd(), ToolContract::crd(), PolicyPack::crd()]
+}

@@ -1,0 +1,17 @@
+//! Evidence: records → log → checkpoint → segment → store.
+//!
+//! Promises: a record's bytes are hashed as they are stored; a log only grows; every segment carries a checkpoint over
+//! everything before it. Refuses: Kubernetes and, but for [`store`]'s S3 half, any particular storage.
+
+/// RFC 8785 canonical JSON and its SHA-256.
+pub mod canonical;
+/// RFC 6962 Merkle trees that only grow.
+pub mod merkle;
+/// C2SP signed notes, checkpoints and witness cosignatures.
+pub mod note;
+/// What happened: the log's entries.
+pub mod record;
+/// The unit of storage: records and the checkpoint that covers them.
+pub mod segment;
+/// Where segments lie.
+pub mod store;

@@ -1,0 +1,263 @@
+//! What happened: the entries of a task's log.
+//!
+//! A record is canonical JSON of one [`Record`]. Prompts, arguments and replies are never in it, only their digests and
+//! sizes. Every call that leaves has an [`Event::Intent`] before and an [`Event::Outcome`] after; every refusal has an
+//! [`Event::Denied`].
+
+use serde::{Deserialize, Serialize};
+
+use crate::policy::{
+    config::{PolicyConfig, SideEffect, Usage},
+    rule::Rule,
+};
+
+/// The record format that this crate writes and reads.
+pub const VERSION: u8 = 1;
+
+/// One entry of the log.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Record {
+    /// Format version, [`VERSION`].
+    pub v: u8,
+    /// Index in the log, from 0.
+    pub seq: u64,
+    /// When, by the writer's clock: RFC 3339, UTC, milliseconds.
+    pub time: String,
+    /// The attempt, from 1.
+    pub attempt: i64,
+    /// Who wrote it.
+    pub actor: Actor,
+    /// The counters after this record.
+    pub usage: Usage,
+    /// What happened.
+    #[serde(flatten)]
+    pub event: Event,
+}
+
+/// Who wrote a record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Actor {
+    /// The harness in the agent's pod. Its segments carry the attempt's signature.
+    Harness,
+    /// The gateway. Its segments carry the witness's signature alone.
+    Gateway,
+}
+
+/// What happened.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind")]
+pub enum Event {
+    /// An attempt's harness has started. The first record of each attempt; a harness that restarted writes it again.
+    #[serde(rename = "attempt.opened")]
+    AttemptOpened(Box<AttemptOpened>),
+    /// A call is allowed and about to leave.
+    #[serde(rename = "call.intent")]
+    Intent(Intent),
+    /// What became of a call that left.
+    #[serde(rename = "call.outcome")]
+    Outcome(Outcome),
+    /// A call was refused, and did not leave.
+    #[serde(rename = "call.denied")]
+    Denied(Denied),
+    /// The containment probe ran again during the attempt.
+    #[serde(rename = "containment.checked")]
+    ContainmentChecked(Containment),
+    /// The harness has ended in order.
+    #[serde(rename = "attempt.closed")]
+    AttemptClosed(AttemptClosed),
+    /// The task has ended. The last record of a complete log, written by the gateway when the operator says so.
+    #[serde(rename = "task.closed")]
+    TaskClosed(TaskClosed),
+}
+
+impl Event {
+    /// The record's `kind`.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::AttemptOpened(_) => "attempt.opened",
+            Self::Intent(_) => "call.intent",
+            Self::Outcome(_) => "call.outcome",
+            Self::Denied(_) => "call.denied",
+            Self::ContainmentChecked(_) => "containment.checked",
+            Self::AttemptClosed(_) => "attempt.closed",
+            Self::TaskClosed(_) => "task.closed",
+        }
+    }
+}
+
+/// Under what an attempt runs.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct AttemptOpened {
+    /// The Ed25519 key that signs the attempt's checkpoints: a C2SP verifier key.
+    pub key: String,
+    /// The policy, whole.
+    pub policy: PolicyConfig,
+    /// Its digest, as the gateway confirmed it.
+    pub policy_digest: String,
+    /// The pod.
+    pub pod: Pod,
+    /// What the probe saw before the agent started.
+    pub containment: Containment,
+}
+
+/// The attempt's pod, from the downward API and the gateway's TokenReview.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Pod {
+    /// Its name.
+    pub name: String,
+    /// Its UID.
+    pub uid: String,
+    /// Its node.
+    pub node: String,
+    /// Its runtime class, empty for the cluster's default.
+    pub runtime_class: String,
+    /// Name and digest of the NetworkPolicy, as the operator read it back.
+    pub network_policy: String,
+}
+
+/// What the containment probe saw.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Containment {
+    /// Whether both controls held.
+    pub contained: bool,
+    /// Consecutive rounds in which they did.
+    pub rounds: u32,
+    /// Milliseconds from the first round to the last.
+    pub millis: u64,
+    /// The address that answered.
+    pub reachable: String,
+    /// The addresses that did not.
+    pub unreachable: Vec<String>,
+    /// What was seen that should not have been; empty when contained.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub breaches: Vec<String>,
+}
+
+/// Which way a call goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Channel {
+    /// A tool call over MCP.
+    Tool,
+    /// A model call.
+    Model,
+    /// The agent's own traffic through the proxy.
+    Egress,
+}
+
+impl Channel {
+    /// The name in records, headers and metrics.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Tool => "tool",
+            Self::Model => "model",
+            Self::Egress => "egress",
+        }
+    }
+}
+
+/// A call that is about to leave.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Intent {
+    /// Identifies the call in its outcome: unique in the log.
+    pub call: String,
+    /// Which way it goes.
+    pub channel: Channel,
+    /// The tool's name, the model path, or `host:port`.
+    pub target: String,
+    /// What it may change; absent for models and direct traffic.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub effect: Option<SideEffect>,
+    /// SHA-256 of the request: a tool's arguments in canonical form, a model's body as sent. Absent for tunnels.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub request_digest: Option<String>,
+    /// Bytes of the request.
+    pub request_bytes: u64,
+    /// The rules that were asked and allowed it.
+    pub rules: Vec<Rule>,
+    /// Tokens set aside until the outcome.
+    pub reserved_tokens: i64,
+}
+
+/// Whether a call's effect took place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Effect {
+    /// The upstream answered that it did it.
+    Applied,
+    /// It certainly did not: the request did not leave, or the upstream refused it.
+    NotApplied,
+    /// Nobody knows: sent, and no answer.
+    Unknown,
+}
+
+/// What became of a call.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Outcome {
+    /// The intent's call.
+    pub call: String,
+    /// Whether its effect took place.
+    pub effect: Effect,
+    /// The rule by which the gateway refused it or the upstream failed, if so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rule: Option<Rule>,
+    /// The upstream's HTTP status; 0 without one.
+    pub status: u16,
+    /// SHA-256 of the reply's bytes as the agent got them; absent without a reply and for tunnels.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub response_digest: Option<String>,
+    /// Bytes of the reply.
+    pub response_bytes: u64,
+    /// Tokens by the reply's own account, or the reservation where it gave none.
+    pub tokens: i64,
+    /// The address that the gateway dialled.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub upstream: Option<String>,
+}
+
+/// A refusal.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Denied {
+    /// Which way the call would have gone.
+    pub channel: Channel,
+    /// What was asked for: at most 256 characters, control characters escaped.
+    pub target: String,
+    /// The rule that refused it.
+    pub rule: Rule,
+    /// What the agent was told.
+    pub reason: String,
+    /// SHA-256 of the request, where there was one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub request_digest: Option<String>,
+}
+
+/// How an attempt's harness ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct AttemptClosed {
+    /// `agentEnded`, `wallTime` or `containmentLost`.
+    pub reason: String,
+}
+
+/// How a task ended, by the operator's word.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct TaskClosed {
+    /// `Succeeded` or `Failed`.
+    pub phase: String,
+    /// The failure class, empty on success.
+    pub failure_class: String,
+    /// One word for why.
+    pub reason: String,
+    /// The agent's exit code in its last attempt, where it had one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exit_code: Option<i32>,
+}

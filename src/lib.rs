@@ -1,0 +1,16 @@
+//! Belay puts AI agents on a rope: a Kubernetes operator, a harness, a policy gateway and evidence that verifies.
+//!
+//! Data flows one way: [`api`] → [`policy`] → [`plan`] → [`operator`], and
+//! [`api`] → [`policy`] → [`harness`] → [`gateway`] → [`evidence`] → [`verify`]. Features are walls: the harness is built
+//! without a Kubernetes client, the verifier without Kubernetes or S3.
+#![doc(html_no_source)]
+
+/// The custom resources: data and validation rules.
+#[cfg(feature = "kube")]
+pub mod api;
+/// Records, Merkle log, checkpoints, segments, stores.
+pub mod evidence;
+/// Pure decisions.
+pub mod policy;
+/// What harness, operator and gateway say to each other.
+pub mod wire;

@@ -1,0 +1,19 @@
+//! Pure decisions: what a task may do, and whether one call may leave.
+//!
+//! Promises: the same input gives the same answer, on any machine and at any time; anything unknown, malformed or
+//! failing is denied. Refuses: input and output of any kind, clocks, Kubernetes.
+
+/// Counters against limits: reserve before, settle after.
+pub mod budget;
+/// The rendered configuration: everything that a harness and a gateway decide by.
+pub mod config;
+/// One tool call: allow or deny, and by which rule.
+pub mod decide;
+/// Hosts that may be reached, and addresses that may never be.
+pub mod egress;
+/// Host names, parsed once.
+pub mod hostname;
+/// Rule identifiers: the vocabulary of denials, evidence and metrics.
+pub mod rule;
+/// Prompt estimates and output limits of model requests.
+pub mod tokens;

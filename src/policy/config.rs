@@ -1,0 +1,228 @@
+//! The rendered configuration: all that a harness decides by, as plain data.
+//!
+//! The operator renders it from the custom resources into an immutable ConfigMap; the gateway renders it again from its
+//! own view of them and compares [`PolicyConfig::digest`]; the evidence log keeps its bytes. Unknown fields are refused:
+//! a harness never runs under a rule that it does not understand.
+
+use serde::{Deserialize, Serialize};
+
+use crate::evidence::canonical;
+
+/// What a tool call may change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "kube", derive(schemars::JsonSchema))]
+#[serde(rename_all = "lowercase")]
+pub enum SideEffect {
+    /// Nothing.
+    Read,
+    /// State that the organisation owns.
+    Write,
+    /// The world outside: mail, payments, people.
+    External,
+}
+
+impl SideEffect {
+    /// The name in manifests, records and metrics.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Read => "read",
+            Self::Write => "write",
+            Self::External => "external",
+        }
+    }
+}
+
+/// What a host may be used for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "kube", derive(schemars::JsonSchema))]
+pub enum EgressUse {
+    /// Tool calls that the harness makes.
+    Tools,
+    /// Model calls that the harness makes.
+    Models,
+    /// Connections that the agent makes itself through the proxy.
+    Direct,
+}
+
+/// What has been used of the limits, over all attempts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "kube", derive(schemars::JsonSchema))]
+#[serde(rename_all = "camelCase")]
+pub struct Usage {
+    /// Tool calls sent.
+    pub tool_calls: i64,
+    /// Model tokens, settled or reserved.
+    pub tokens: i64,
+    /// Calls and connections denied.
+    pub denials: i64,
+}
+
+/// Hard limits, already bounded by the class's ceiling.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Limits {
+    /// Seconds that one attempt may run.
+    pub wall_time_seconds: i64,
+    /// Tool calls over all attempts.
+    pub tool_calls: i64,
+    /// Model tokens over all attempts.
+    pub tokens: i64,
+}
+
+/// The file that the operator renders for one attempt.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct HarnessConfig {
+    /// What is decided by. Its digest is compared by the gateway and recorded.
+    pub policy: PolicyConfig,
+    /// Where things are. Wrong values here make calls fail; they cannot make one pass.
+    pub wiring: Wiring,
+}
+
+/// Everything that decides.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct PolicyConfig {
+    /// The task.
+    pub task: TaskIdentity,
+    /// The pack, as it was compiled.
+    pub pack: PackIdentity,
+    /// Hard limits.
+    pub limits: Limits,
+    /// Side effects that a call may have.
+    pub allowed_effects: Vec<SideEffect>,
+    /// The tools, sorted by name.
+    pub tools: Vec<Tool>,
+    /// Where model calls go.
+    pub models: ModelEndpoints,
+    /// The hosts that the gateway lets the task reach, for the record: the gateway decides by its own copy.
+    pub egress: Vec<EgressHost>,
+}
+
+impl PolicyConfig {
+    /// Lower-case hex SHA-256 of the RFC 8785 form.
+    ///
+    /// # Errors
+    /// Only if the value has no canonical form, which the types rule out but for non-finite numbers in a schema.
+    pub fn digest(&self) -> Result<String, canonical::CanonicalError> {
+        Ok(hex::encode(canonical::digest(self)?))
+    }
+}
+
+/// Which task this is.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct TaskIdentity {
+    /// Its namespace.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+    /// Its UID: a task made again under the same name is another task.
+    pub uid: String,
+    /// The generation that was rendered.
+    pub generation: i64,
+    /// What the agent was asked to do.
+    pub objective: String,
+    /// The workflow class.
+    pub workflow_class: String,
+    /// On whose behalf.
+    pub principal: String,
+    /// The agent's image as the task names it.
+    pub image: String,
+}
+
+/// Which pack was compiled.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct PackIdentity {
+    /// Its name.
+    pub name: String,
+    /// Its UID.
+    pub uid: String,
+    /// Its generation.
+    pub generation: i64,
+    /// The environment that it speaks for.
+    pub environment: String,
+}
+
+/// One tool, as its contract has it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Tool {
+    /// The contract's name.
+    pub contract: String,
+    /// The name that the agent calls.
+    pub name: String,
+    /// What the agent is told.
+    pub description: String,
+    /// Endpoint of the MCP server.
+    pub url: String,
+    /// The tool's name there.
+    pub upstream_tool: String,
+    /// JSON Schema of the arguments.
+    pub input: serde_json::Value,
+    /// What must hold.
+    pub preconditions: Vec<Precondition>,
+    /// What a call may change.
+    pub side_effect: SideEffect,
+}
+
+/// One named condition.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Precondition {
+    /// Its name.
+    pub name: String,
+    /// A CEL expression that must be `true`.
+    pub cel: String,
+    /// What the agent is told otherwise.
+    pub message: String,
+}
+
+/// Base URLs of the model APIs.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ModelEndpoints {
+    /// For `/v1/chat/completions` and `/v1/responses`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub openai: Option<String>,
+    /// For `/v1/messages`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub anthropic: Option<String>,
+}
+
+/// One entry of the class's allowlist.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct EgressHost {
+    /// A host name, or `*.` and a domain.
+    pub host: String,
+    /// Its ports.
+    pub ports: Vec<u16>,
+    /// What may go there.
+    pub uses: Vec<EgressUse>,
+}
+
+/// Where things are.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Wiring {
+    /// Number of the attempt, from 1.
+    pub attempt: i64,
+    /// `address:port` of the gateway.
+    pub gateway: String,
+    /// Its certificate authority, PEM.
+    pub gateway_ca: String,
+    /// What the containment probe dials.
+    pub probe: Probe,
+}
+
+/// Both controls of the containment probe.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Probe {
+    /// `address:port` that must answer: the gateway's.
+    pub reachable: String,
+    /// `address:port` that must not: the canary, the API server. The kubelet of the pod's own node is added by the pod.
+    pub unreachable: Vec<String>,
+}

@@ -1,0 +1,90 @@
+//! Rule identifiers: the vocabulary of denials, evidence and metrics. A closed set, so that labels stay bounded.
+
+use serde::{Deserialize, Serialize};
+
+macro_rules! rules {
+    ($($(#[$doc:meta])* $variant:ident = $id:literal),+ $(,)?) => {
+        /// A rule, by its stable identifier.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        pub enum Rule {
+            $($(#[$doc])* #[serde(rename = $id)] $variant),+
+        }
+
+        impl Rule {
+            /// Every rule.
+            pub const ALL: &[Rule] = &[$(Rule::$variant),+];
+
+            /// The stable identifier.
+            pub fn as_str(self) -> &'static str {
+                match self { $(Rule::$variant => $id),+ }
+            }
+        }
+    };
+}
+
+rules! {
+    /// The tool is in one of the task's contracts.
+    ToolKnown = "tool.unknown",
+    /// The arguments fit the contract's input schema.
+    ToolSchema = "tool.schema",
+    /// Every precondition of the contract holds.
+    ToolPrecondition = "tool.precondition",
+    /// The class allows the contract's side effect.
+    ToolEffect = "tool.effect",
+    /// The attempt has time left.
+    WallTime = "budget.wallTime",
+    /// The task has tool calls left.
+    ToolCalls = "budget.toolCalls",
+    /// The task has tokens left for the prompt and the longest reply.
+    Tokens = "budget.tokens",
+    /// The pack has an endpoint for this model API.
+    ModelEndpoint = "model.endpoint",
+    /// The model request is one whose cost and effects can be bounded.
+    ModelRequest = "model.request",
+    /// The host is well formed and on the class's list for this use.
+    EgressHost = "egress.host",
+    /// The port is listed with the host.
+    EgressPort = "egress.port",
+    /// Every address that the name has is public.
+    EgressAddress = "egress.address",
+    /// The host may be used for the agent's own traffic.
+    EgressDirect = "egress.direct",
+    /// The token is valid, for this audience and bound to a live pod.
+    IdentityToken = "identity.token",
+    /// The request comes from the address of the pod that the token is bound to.
+    IdentitySource = "identity.source",
+    /// The pod belongs to the newest attempt of a live task.
+    IdentityAttempt = "identity.attempt",
+    /// The call's intent is witnessed and stored.
+    IntentMissing = "intent.missing",
+    /// The harness runs by the policy that the gateway compiled.
+    ConfigDigest = "config.digest",
+    /// The segment extends the log's last head.
+    LogFork = "log.fork",
+    /// The segment is well formed, signed and its own.
+    LogSegment = "log.segment",
+    /// The task has not ended.
+    TaskClosed = "task.closed",
+    /// The pod still reaches the gateway and nothing else.
+    ContainmentLost = "containment.lost",
+    /// Evidence can be written.
+    Evidence = "evidence.unavailable",
+    /// The request is well formed.
+    Request = "request.malformed",
+    /// The upstream's name has an address.
+    UpstreamResolve = "upstream.resolve",
+    /// The upstream can be connected to.
+    UpstreamConnect = "upstream.connect",
+    /// The upstream's certificate is valid for its name.
+    UpstreamTls = "upstream.tls",
+    /// The upstream answers in time.
+    UpstreamReply = "upstream.reply",
+    /// The upstream's credential is there.
+    UpstreamCredential = "upstream.credential",
+}
+
+impl std::fmt::Display for Rule {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.as_str())
+    }
+}

@@ -1,0 +1,131 @@
+//! What harness, operator and gateway say to each other: paths, headers and bodies, and nothing else.
+//!
+//! Every request carries `authorization: Bearer <token>`: a projected, pod-bound ServiceAccount token of audience
+//! [`AUDIENCE`]. A tunnel carries it as `proxy-authorization`.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    evidence::record::TaskClosed,
+    policy::{config::Usage, rule::Rule},
+};
+
+/// The audience that tokens must be issued for.
+pub const AUDIENCE: &str = "belay-gateway";
+/// The name in the gateway's certificate. It is dialled by address, as pods have no DNS.
+pub const SERVER_NAME: &str = "belay-gateway";
+/// Opens a task's log for an attempt: [`OpenRequest`] → [`OpenReply`].
+pub const LOG_OPEN: &str = "/v1/log/open";
+/// Appends a segment: [`AppendRequest`] → [`AppendReply`].
+pub const LOG_APPEND: &str = "/v1/log/append";
+/// Ends a log: [`SealRequest`] → [`SealReply`]. The operator's alone.
+pub const LOG_SEAL: &str = "/v1/log/seal";
+/// Sends one HTTP request to an upstream.
+pub const FORWARD: &str = "/v1/forward";
+/// Absolute URL of the upstream, on [`FORWARD`].
+pub const TARGET: &str = "belay-target";
+/// [`Channel`](crate::evidence::record::Channel) of a call, on [`FORWARD`] and `CONNECT`.
+pub const CHANNEL: &str = "belay-channel";
+/// Sequence number of the call's intent record, on [`FORWARD`] and `CONNECT`.
+pub const INTENT: &str = "belay-intent";
+/// The address that was dialled, on replies.
+pub const UPSTREAM: &str = "belay-upstream-address";
+/// The rule that refused, on refusals. An upstream cannot set it: the gateway strips it.
+pub const RULE: &str = "belay-rule";
+
+/// Opens a task's log for an attempt.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct OpenRequest {
+    /// Number of the attempt.
+    pub attempt: i64,
+    /// Digest of the rendered policy that the harness runs by.
+    pub policy_digest: String,
+}
+
+/// Where the log stands.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct OpenReply {
+    /// The log's origin line.
+    pub origin: String,
+    /// Records in the log.
+    pub size: u64,
+    /// Roots of the perfect subtrees that make up the log, left to right, base64. See [`merkle`](crate::evidence::merkle).
+    pub frontier: Vec<String>,
+    /// The counters of the last record: what earlier attempts used.
+    pub usage: Usage,
+    /// Tokens and tool calls of intents that never got an outcome stay spent; this is their number, for the record.
+    pub open_calls: u64,
+}
+
+/// A segment to witness and store: the body's one field is the segment's text, see
+/// [`Segment`](crate::evidence::segment::Segment), with the attempt's signature on its checkpoint.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct AppendRequest {
+    /// Number of the attempt.
+    pub attempt: i64,
+    /// First sequence number in the segment.
+    pub first: u64,
+    /// The segment's text.
+    pub segment: String,
+}
+
+/// The segment is witnessed and lies locked in the bucket.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct AppendReply {
+    /// Records in the log now.
+    pub size: u64,
+    /// The checkpoint with the witness's cosignature.
+    pub checkpoint: String,
+}
+
+/// Ends a log with a `task.closed` record.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct SealRequest {
+    /// Namespace of the task.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+    /// Its UID.
+    pub uid: String,
+    /// The last attempt.
+    pub attempt: i64,
+    /// `bucket` and `prefix` of the task's pack, as the operator resolved them: the pack may be gone by now.
+    pub bucket: String,
+    /// See `bucket`.
+    pub prefix: String,
+    /// How the task ended.
+    pub closed: TaskClosed,
+}
+
+/// The sealed log. Sealing a sealed log answers the same again and writes nothing.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct SealReply {
+    /// The log's origin line.
+    pub origin: String,
+    /// `s3://bucket/prefix` of the log.
+    pub location: String,
+    /// Endpoint of the object store; absent for AWS.
+    pub endpoint: Option<String>,
+    /// Records in it.
+    pub size: u64,
+    /// Its root, base64.
+    pub root: String,
+    /// Final counters.
+    pub usage: Usage,
+}
+
+/// Why a request was refused or failed: the body of every reply from the gateway that is not a success.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Refusal {
+    /// The rule.
+    pub rule: Rule,
+    /// What was expected, what was found, what to do.
+    pub reason: String,
+}
