@@ -12,5 +12,7 @@ pub mod api;
 pub mod evidence;
 /// Pure decisions.
 pub mod policy;
+/// Recomputes a log from its leaves and reports what does not hold.
+pub mod verify;
 /// What harness, operator and gateway say to each other.
 pub mod wire;
