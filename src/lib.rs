@@ -10,6 +10,9 @@
 pub mod api;
 /// Records, Merkle log, checkpoints, segments, stores.
 pub mod evidence;
+/// The sidecar that enforces contracts and budgets.
+#[cfg(feature = "harness")]
+pub mod harness;
 /// Pure decisions.
 pub mod policy;
 /// What harness, operator and gateway say to each other.
