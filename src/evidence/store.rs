@@ -148,8 +148,9 @@ pub enum PutError {
 
 /// Objects that are written once. Keys are whole keys in the bucket or folder.
 pub trait Store: Send + Sync {
-    /// Writes a new object and gives its version. Writing the same bytes again succeeds, so that a lost reply is no harm.
-    fn put_new<'a>(
+    /// Writes a new object and gives its version. [`PutError::Exists`] if there is one under that key, even the same.
+    /// Callers want [`Store::put_new`].
+    fn create<'a>(
         &'a self,
         key: &'a str,
         body: Bytes,
@@ -164,4 +165,24 @@ pub trait Store: Send + Sync {
 
     /// The keys under the prefix, sorted.
     fn list<'a>(&'a self, prefix: &'a str) -> BoxFuture<'a, Result<Vec<String>, StoreError>>;
+
+    /// Writes a new object and gives its version. Writing the same bytes again succeeds: when a reply is lost, the next
+    /// try finds the object there, reads it back, and knows it for its own.
+    fn put_new<'a>(
+        &'a self,
+        key: &'a str,
+        body: Bytes,
+        retention: Option<&'a Retention>,
+    ) -> BoxFuture<'a, Result<String, PutError>> {
+        Box::pin(async move {
+            match self.create(key, body.clone(), retention).await {
+                Err(PutError::Exists) if self.get(key).await? == body => {
+                    let versions = self.list_versions(key).await?;
+                    let ours = versions.into_iter().find(|v| v.key == key && v.is_latest && !v.delete_marker);
+                    ours.map(|v| v.version_id).ok_or(PutError::Exists)
+                }
+                written => written,
+            }
+        })
+    }
 }

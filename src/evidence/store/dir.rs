@@ -1,6 +1,6 @@
 //! A folder as a store.
 //!
-//! Promises: an object is whole or absent, never replaced, and on disk when [`Store::put_new`] returns. Refuses to
+//! Promises: an object is whole or absent, never replaced, and on disk when [`Store::create`] returns. Refuses to
 //! pretend: a folder has no locks and keeps no versions, so whoever can write to it can rewrite it. Retention is ignored
 //! and [`Store::list_versions`] shows none.
 
@@ -49,13 +49,10 @@ impl Dir {
         }
     }
 
-    fn put(&self, key: &str, body: &[u8]) -> Result<String, PutError> {
+    fn write(&self, key: &str, body: &[u8]) -> Result<String, PutError> {
         let path = self.path(key)?;
         match write_new(&path, body) {
-            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => match self.read(key)? {
-                found if found == body => Ok(VERSION.to_owned()),
-                _ => Err(PutError::Exists),
-            },
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Err(PutError::Exists),
             Err(e) => Err(self.error("write", key, &e).into()),
             Ok(()) => Ok(VERSION.to_owned()),
         }
@@ -144,14 +141,14 @@ async fn blocking<T: Send + 'static, E: Send + From<StoreError> + 'static>(
 }
 
 impl Store for Dir {
-    fn put_new<'a>(
+    fn create<'a>(
         &'a self,
         key: &'a str,
         body: Bytes,
         _retention: Option<&'a Retention>,
     ) -> BoxFuture<'a, Result<String, PutError>> {
         let (store, key) = (self.clone(), key.to_owned());
-        Box::pin(blocking(move || store.put(&key, &body)))
+        Box::pin(blocking(move || store.write(&key, &body)))
     }
 
     fn get<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<Bytes, StoreError>> {
