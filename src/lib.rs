@@ -5,6 +5,9 @@
 //! without a Kubernetes client, the verifier without Kubernetes or S3.
 #![doc(html_no_source)]
 
+/// Health, readiness and metrics of our own processes.
+#[cfg(feature = "net")]
+pub mod admin;
 /// The custom resources: data and validation rules.
 #[cfg(feature = "kube")]
 pub mod api;
@@ -12,5 +15,7 @@ pub mod api;
 pub mod evidence;
 /// Pure decisions.
 pub mod policy;
+/// Logs and traces of our own processes.
+pub mod telemetry;
 /// What harness, operator and gateway say to each other.
 pub mod wire;

@@ -191,7 +191,9 @@ impl Blocked {
             None => Ok(()),
             Some((address, what)) => Err(denied(
                 Rule::EgressAddress,
-                format!("{host} resolves to {address}, which is {what}: only names whose addresses are all public are dialled"),
+                format!(
+                    "{host} resolves to {address}, which is {what}: only names whose addresses are all public are dialled"
+                ),
             )),
         }
     }

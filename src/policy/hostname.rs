@@ -55,12 +55,7 @@ impl Hostname {
             return Err(HostnameError::Character(c));
         }
         let ascii = Uts46::new()
-            .to_ascii(
-                text.as_bytes(),
-                AsciiDenyList::STD3,
-                Hyphens::CheckFirstLast,
-                DnsLength::VerifyAllowRootDot,
-            )
+            .to_ascii(text.as_bytes(), AsciiDenyList::STD3, Hyphens::CheckFirstLast, DnsLength::VerifyAllowRootDot)
             .map_err(|_| HostnameError::Idna)?;
         let name = ascii.strip_suffix('.').unwrap_or(&ascii);
         // A root dot alone, and an octet that only the trailing dot had made room for.
