@@ -13,6 +13,9 @@ pub mod admin;
 pub mod api;
 /// Records, Merkle log, checkpoints, segments, stores.
 pub mod evidence;
+/// The only way out of an agent's pod, and the witness of its evidence.
+#[cfg(feature = "gateway")]
+pub mod gateway;
 /// Pure decisions.
 pub mod policy;
 /// Logs and traces of our own processes.
