@@ -144,7 +144,8 @@ pub async fn serve(options: Options) -> Result<(), HarnessError> {
     let key = signer.verifier().to_string();
 
     let budget = Budget::resume(config.policy.limits, opened.usage);
-    let journal = journal::Journal::start(journal::Start { attempt, tree, signer, origin: expected, budget }, link.clone());
+    let journal =
+        journal::Journal::start(journal::Start { attempt, tree, signer, origin: expected, budget }, link.clone());
     let first = journal
         .record(|_, _| {
             Ok(Event::AttemptOpened(Box::new(AttemptOpened {
@@ -175,7 +176,9 @@ pub async fn serve(options: Options) -> Result<(), HarnessError> {
     if let Ok(last) = closed
         && tokio::time::timeout(FLUSH, journal.stored(last)).await.is_err()
     {
-        tracing::error!("the last records could not be stored in {FLUSH:?}; the operator will seal the log without them");
+        tracing::error!(
+            "the last records could not be stored in {FLUSH:?}; the operator will seal the log without them"
+        );
     }
     Ok(())
 }
@@ -192,7 +195,10 @@ async fn open(link: &link::Link, attempt: i64, digest: &str) -> Result<crate::wi
         };
         let transient = match &error {
             link::CallError::Refused(denial) => {
-                matches!(denial.rule, Rule::ConfigDigest | Rule::IdentityAttempt | Rule::IdentitySource | Rule::Evidence)
+                matches!(
+                    denial.rule,
+                    Rule::ConfigDigest | Rule::IdentityAttempt | Rule::IdentitySource | Rule::Evidence
+                )
             }
             link::CallError::Unreachable(_) => true,
         };

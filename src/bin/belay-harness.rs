@@ -74,13 +74,14 @@ fn kubelet(host_ip: Option<std::net::IpAddr>) -> Option<String> {
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> anyhow::Result<ExitCode> {
     rustls::crypto::ring::default_provider().install_default().ok().context("a TLS provider is installed already")?;
-    let _telemetry = belay::telemetry::start("belay-harness")?;
+    let _telemetry = belay::telemetry::init("belay-harness")?;
     match Args::parse().command {
         Command::Probe { config, out, host_ip } => {
             let config: HarnessConfig = harness::read_json(&config)?;
             let targets = probe::Targets::new(&config.wiring.probe, kubelet(host_ip));
             let seen = probe::run(&targets, probe::Timing::START).await;
-            std::fs::write(&out, serde_json::to_vec(&seen)?).with_context(|| format!("cannot write {}", out.display()))?;
+            std::fs::write(&out, serde_json::to_vec(&seen)?)
+                .with_context(|| format!("cannot write {}", out.display()))?;
             if seen.contained {
                 return Ok(ExitCode::SUCCESS);
             }

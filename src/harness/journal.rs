@@ -147,9 +147,8 @@ impl Journal {
     pub async fn room(&self) {
         let mut progress = self.progress.subscribe();
         let next = || self.lock().next;
-        let fits = |progress: &Progress| {
-            progress.failed.is_some() || next().saturating_sub(progress.stored) < BACKLOG as u64
-        };
+        let fits =
+            |progress: &Progress| progress.failed.is_some() || next().saturating_sub(progress.stored) < BACKLOG as u64;
         let _ = progress.wait_for(fits).await;
     }
 
@@ -196,10 +195,8 @@ impl Journal {
 
     /// The same bytes again and again until the gateway has them or refuses them: appending twice is appending once.
     async fn append(&self, segment: &Segment, link: &Link) -> Result<(), Denial> {
-        let text = String::from_utf8(segment.to_bytes()).map_err(|error| Denial {
-            rule: Rule::LogSegment,
-            reason: format!("a segment is not UTF-8: {error}"),
-        })?;
+        let text = String::from_utf8(segment.to_bytes())
+            .map_err(|error| Denial { rule: Rule::LogSegment, reason: format!("a segment is not UTF-8: {error}") })?;
         let request = AppendRequest { attempt: self.attempt, first: segment.first, segment: text };
         let mut pause = Duration::from_millis(50);
         loop {

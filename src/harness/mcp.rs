@@ -16,7 +16,7 @@ use http::{
     HeaderName, HeaderValue, Method, Request, Response, StatusCode,
     header::{ACCEPT, CONTENT_TYPE},
 };
-use http_body_util::{BodyExt, Limited};
+use http_body_util::{BodyDataStream, BodyExt, Limited};
 use hyper::body::Incoming;
 use rmcp::{
     ErrorData, RoleClient, RoleServer, ServerHandler, ServiceExt,
@@ -74,7 +74,11 @@ impl Tools {
         Self { gate, upstreams }
     }
 
-    async fn call(&self, name: &str, args: serde_json::Map<String, serde_json::Value>) -> Result<CallToolResult, Denial> {
+    async fn call(
+        &self,
+        name: &str,
+        args: serde_json::Map<String, serde_json::Value>,
+    ) -> Result<CallToolResult, Denial> {
         let digest = canonical::to_bytes(&args).map(|bytes| (hex::encode(canonical::sha256(&bytes)), bytes.len()));
         let (digest, bytes) = match digest {
             Ok(digest) => digest,
@@ -116,7 +120,9 @@ impl ServerHandler for Tools {
     fn get_info(&self) -> ServerConfig {
         ServerConfig::new(ServerCapabilities::builder().enable_tools().build())
             .with_server_info(Implementation::new("belay", env!("CARGO_PKG_VERSION")))
-            .with_instructions("Every call is checked against its contract. A refusal names the rule; asking again does not help.")
+            .with_instructions(
+                "Every call is checked against its contract. A refusal names the rule; asking again does not help.",
+            )
     }
 
     async fn list_tools(
@@ -400,8 +406,8 @@ async fn read_reply(
     }
     let is = |expected: &str| kind.as_deref().is_some_and(|kind| kind.starts_with(expected));
     if status.is_success() && is("text/event-stream") {
-        let body = Limited::new(reply.into_body(), LONGEST_REPLY);
-        return Ok(StreamableHttpPostResponse::Sse(SseStream::new(body).boxed(), session));
+        let events = SseStream::from_bytes_stream(bounded(reply.into_body()));
+        return Ok(StreamableHttpPostResponse::Sse(events.boxed(), session));
     }
     let body = Limited::new(reply.into_body(), LONGEST_REPLY)
         .collect()
@@ -423,7 +429,22 @@ async fn read_reply(
         && let ClientRequest::DiscoverRequest(_) = request.request
     {
         let error = ErrorData::invalid_request(format!("server/discover refused with {status}"), None);
-        return Ok(StreamableHttpPostResponse::Json(ServerJsonRpcMessage::error(error, Some(request.id.clone())), None));
+        return Ok(StreamableHttpPostResponse::Json(
+            ServerJsonRpcMessage::error(error, Some(request.id.clone())),
+            None,
+        ));
     }
     Err(StreamableHttpError::UnexpectedServerResponse(format!("HTTP {status}").into()))
+}
+
+/// A body that breaks off once it is longer than anything that is read.
+fn bounded(body: Incoming) -> impl futures::Stream<Item = Result<Bytes, std::io::Error>> + Send {
+    let mut left = LONGEST_REPLY;
+    BodyDataStream::new(body).map(move |chunk| {
+        let chunk = chunk.map_err(std::io::Error::other)?;
+        left = left
+            .checked_sub(chunk.len())
+            .ok_or_else(|| std::io::Error::other(format!("the reply is longer than {LONGEST_REPLY} bytes")))?;
+        Ok(chunk)
+    })
 }

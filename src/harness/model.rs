@@ -94,7 +94,8 @@ async fn call(
     })?;
     let bound = tokens::bound(api, &mut body, gate.journal().tokens_left())
         .map_err(|unbounded| Denial { rule: Rule::ModelRequest, reason: unbounded.to_string() })?;
-    let body = serde_json::to_vec(&body).map_err(|error| Denial { rule: Rule::ModelRequest, reason: error.to_string() })?;
+    let body =
+        serde_json::to_vec(&body).map_err(|error| Denial { rule: Rule::ModelRequest, reason: error.to_string() })?;
     let permit = gate
         .permit(Call {
             channel: Channel::Model,
@@ -173,7 +174,7 @@ fn meter(reply: Response<Incoming>, permit: Permit) -> Response<Body> {
             }
             Some(Err(error)) => Some((Err(Box::<dyn std::error::Error + Send + Sync>::from(error)), (body, meter))),
             None => {
-                meter.ended = true;
+                meter.end();
                 None
             }
         }
@@ -195,6 +196,11 @@ struct Meter {
 }
 
 impl Meter {
+    /// The provider has said all that it had to say.
+    fn end(mut self) {
+        self.ended = true;
+    }
+
     fn see(&mut self, chunk: &[u8]) {
         self.hasher.update(chunk);
         self.bytes = self.bytes.saturating_add(chunk.len() as u64);

@@ -80,10 +80,16 @@ pub async fn listen(gate: Arc<Gate>) -> std::io::Result<Serving> {
     tokio::spawn(accept(agent, stop.clone(), connections.clone(), slots.clone(), move |request| {
         route(gate.clone(), mcp.clone(), request)
     }));
-    tokio::spawn(accept(health, stop.clone(), TaskTracker::new(), Arc::new(Semaphore::new(16)), |request| async move {
-        let known = matches!(request.uri().path(), "/readyz" | "/healthz");
-        status(if known { StatusCode::OK } else { StatusCode::NOT_FOUND })
-    }));
+    tokio::spawn(accept(
+        health,
+        stop.clone(),
+        TaskTracker::new(),
+        Arc::new(Semaphore::new(16)),
+        |request| async move {
+            let known = matches!(request.uri().path(), "/readyz" | "/healthz");
+            status(if known { StatusCode::OK } else { StatusCode::NOT_FOUND })
+        },
+    ));
     Ok(Serving { stop, connections })
 }
 
