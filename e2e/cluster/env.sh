@@ -1,7 +1,7 @@
 # shellcheck shell=bash disable=SC2034 # sourced: every name here is used by a sibling script
 # What every script of the test cluster shares: pinned versions, paths, addresses, and how a message looks.
 
-# --- Versions. A tool is rebuilt when its version here changes, and only then.
+# --- Versions. A tool is rebuilt when its version here, or its recipe in `build`, changes, and only then.
 KUBERNETES=v1.36.3           # kube's `k8s-openapi` feature in Cargo.toml must be no newer
 KUBERNETES_STAGING=v0.36.3   # the same release of the k8s.io/* modules
 ETCD=v3.6.11
