@@ -163,7 +163,7 @@ pub async fn serve(options: Options) -> Result<(), HarnessError> {
     let gate = Arc::new(gate::Gate::new(contracts, journal.clone(), link, wall_time));
     let watch = probe::Targets::new(&config.wiring.probe, options.kubelet);
     let reprobing = tokio::spawn(probe::repeat(gate.clone(), watch));
-    let serving = server::listen(gate.clone()).await?;
+    let serving = server::listen(gate.clone(), server::AGENT, server::HEALTH).await?;
     tracing::info!(attempt, "serving");
 
     terminate.recv().await;

@@ -160,6 +160,8 @@ fn meter(reply: Response<Incoming>, permit: Permit) -> Response<Body> {
         bytes: 0,
         scan: Vec::new(),
         reported: Reported::default(),
+        // Whoever reads a reply of known length stops at its last byte, and never asks for its end.
+        length: hyper::body::Body::size_hint(&body).exact(),
         ended: false,
     };
     parts.headers.remove(crate::wire::UPSTREAM);
@@ -192,6 +194,7 @@ struct Meter {
     bytes: u64,
     scan: Vec<u8>,
     reported: Reported,
+    length: Option<u64>,
     ended: bool,
 }
 
@@ -204,6 +207,7 @@ impl Meter {
     fn see(&mut self, chunk: &[u8]) {
         self.hasher.update(chunk);
         self.bytes = self.bytes.saturating_add(chunk.len() as u64);
+        self.ended = self.length == Some(self.bytes);
         if self.scan.len().saturating_add(chunk.len()) <= LONGEST_SCAN {
             self.scan.extend_from_slice(chunk);
         }

@@ -62,9 +62,9 @@ impl Serving {
 ///
 /// # Errors
 /// If a port is taken.
-pub async fn listen(gate: Arc<Gate>) -> std::io::Result<Serving> {
-    let agent = TcpListener::bind(AGENT).await?;
-    let health = TcpListener::bind(HEALTH).await?;
+pub async fn listen(gate: Arc<Gate>, agent: SocketAddr, health: SocketAddr) -> std::io::Result<Serving> {
+    let agent = TcpListener::bind(agent).await?;
+    let health = TcpListener::bind(health).await?;
     let stop = CancellationToken::new();
     let connections = TaskTracker::new();
 
