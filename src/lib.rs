@@ -10,6 +10,9 @@
 pub mod api;
 /// Records, Merkle log, checkpoints, segments, stores.
 pub mod evidence;
+/// Pure: a task, its contracts and its pack become pod, NetworkPolicy and configuration.
+#[cfg(feature = "kube")]
+pub mod plan;
 /// Pure decisions.
 pub mod policy;
 /// What harness, operator and gateway say to each other.
