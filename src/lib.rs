@@ -16,6 +16,9 @@ pub mod evidence;
 /// The only way out of an agent's pod, and the witness of its evidence.
 #[cfg(feature = "gateway")]
 pub mod gateway;
+/// Pure: a task, its contracts and its pack become pod, NetworkPolicy and configuration.
+#[cfg(feature = "kube")]
+pub mod plan;
 /// Pure decisions.
 pub mod policy;
 /// Logs and traces of our own processes.
