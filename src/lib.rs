@@ -23,5 +23,7 @@ pub mod plan;
 pub mod policy;
 /// Logs and traces of our own processes.
 pub mod telemetry;
+/// Recomputes a log from its leaves and reports what does not hold.
+pub mod verify;
 /// What harness, operator and gateway say to each other.
 pub mod wire;
