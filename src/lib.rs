@@ -19,6 +19,9 @@ pub mod gateway;
 /// The sidecar that enforces contracts and budgets.
 #[cfg(feature = "harness")]
 pub mod harness;
+/// A validated task becomes the objects that run it.
+#[cfg(feature = "kube")]
+pub mod plan;
 /// Pure decisions.
 pub mod policy;
 /// Logs and traces of our own processes.
