@@ -341,7 +341,7 @@ impl View {
         } else {
             String::new()
         };
-        let detail = format!("{effect}  {}{reserved}", rules.join(" "));
+        let detail = format!("{effect}  passed {}{reserved}", rules.join(", "));
         let text =
             format!("{} {}{}", self.paint.good("✓"), call(intent.channel, &intent.target), self.paint.dim(detail));
         self.push(at, &text);
@@ -366,7 +366,7 @@ impl View {
         let tokens = if outcome.tokens > 0 { format!(", {} tokens", outcome.tokens) } else { String::new() };
         let rule = outcome.rule.map(|rule| format!(" {}", paint.bad(rule))).unwrap_or_default();
         let detail = paint.dim(format_args!("{status}{took}, {}{tokens}", bytes(outcome.response_bytes)));
-        self.push(at, &format!("  {name} {effect}{rule}{detail}"));
+        self.push(at, &format!("{} {name} {effect}{rule}{detail}", paint.dim("↳")));
     }
 
     fn denied(&mut self, at: Timestamp, denied: &Denied) {
