@@ -11,6 +11,9 @@ pub mod admin;
 /// The custom resources: data and validation rules.
 #[cfg(feature = "kube")]
 pub mod api;
+/// The `belay` command: verify and watch.
+#[cfg(feature = "cli")]
+pub mod cli;
 /// Records, Merkle log, checkpoints, segments, stores.
 pub mod evidence;
 /// The only way out of an agent's pod, and the witness of its evidence.
