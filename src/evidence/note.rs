@@ -1,1 +1,441 @@
-//! x
+//! C2SP signed notes, tlog checkpoints and witness cosignatures, Ed25519 by ring.
+//!
+//! Promises: [`Note::verify`] and [`Note::verify_cosignature`] succeed only if a signature by exactly that key is there
+//! and every signature under its name and ID is good. Refuses: other signature types, extension lines in checkpoints, and
+//! any text that is not byte for byte what [`Display`](fmt::Display) would write.
+//!
+//! Two kinds of keys, told apart by the type byte in key IDs: a *log* key (`0x01`) signs the note's text; a *witness* key
+//! (`0x04`) signs it together with a time, and vouches that the log grew and never changed. The name says which one a
+//! [`Signer`] is: [`WITNESS_NAME`] is the witness's, every other a log's.
+
+use std::{fmt, str::FromStr};
+
+use base64::{Engine, engine::general_purpose::STANDARD as BASE64};
+use ring::{
+    rand::SystemRandom,
+    signature::{ED25519, Ed25519KeyPair, KeyPair, UnparsedPublicKey},
+};
+use sha2::{Digest, Sha256};
+
+use super::merkle::Hash;
+
+/// Name of the witness's key.
+pub const WITNESS_NAME: &str = "belay.dev/witness";
+/// C2SP asks verifiers to accept this many signatures; ours never have more than two.
+const MAX_SIGNATURES: usize = 16;
+/// Starts a signature line: em dash and space.
+const SIGNATURE_START: &str = "\u{2014} ";
+
+/// The origin line of a task's log.
+pub fn origin(task_uid: &str) -> String {
+    format!("belay.dev/task/{task_uid}")
+}
+
+/// Name of the key that signs an attempt's checkpoints.
+pub fn attempt_key_name(task_uid: &str, attempt: i64) -> String {
+    format!("{}/{attempt}", origin(task_uid))
+}
+
+/// A note that cannot be read, or whose signatures do not hold.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NoteError {
+    /// Not of the signed-note form.
+    #[error("not a signed note: {0}")]
+    Syntax(&'static str),
+    /// The note's text is not a checkpoint.
+    #[error("not a checkpoint: {0}")]
+    Checkpoint(&'static str),
+    /// No signature by that key.
+    #[error("expected a signature by {name}+{id}, found {found}", id = hex::encode(.id), found = if .found.is_empty() { "none" } else { .found })]
+    Missing {
+        /// The key's name.
+        name: String,
+        /// Its ID.
+        id: [u8; 4],
+        /// The keys that did sign, for the message.
+        found: String,
+    },
+    /// A signature under that key's name and ID that does not verify.
+    #[error("the signature by {0} does not verify: the text or the signature was changed, or another key made it")]
+    Forged(String),
+    /// A log key where a witness key is needed, or the other way round.
+    #[error("expected {expected}, found {name}, which is another type of key")]
+    KeyType {
+        /// The type that is needed.
+        expected: &'static str,
+        /// The key.
+        name: String,
+    },
+}
+
+/// A key that cannot be made or read.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum KeyError {
+    /// A name that C2SP does not allow.
+    #[error("a key name must be non-empty, without spaces, control characters and `+`; found {0:?}")]
+    Name(String),
+    /// Not a PKCS#8 Ed25519 key.
+    #[error("expected an Ed25519 private key in PKCS#8 DER, found something else ({0})")]
+    Pkcs8(String),
+    /// The system has no randomness.
+    #[error("the operating system gave no randomness for a new key")]
+    Random,
+    /// Not a verifier key.
+    #[error("expected a C2SP verifier key `<name>+<8 hex digits>+<base64>`: {0}")]
+    Verifier(&'static str),
+}
+
+/// What a key's signatures mean: its C2SP type byte.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum KeyType {
+    /// Signs a note's text.
+    Log = 1,
+    /// Signs a checkpoint and a time.
+    Witness = 4,
+}
+
+/// Whether a key may have this name.
+fn valid_name(name: &str) -> bool {
+    !name.is_empty() && !name.chars().any(|c| c == '+' || c.is_whitespace() || c.is_control())
+}
+
+/// The first four bytes of SHA-256 over name, newline, type and public key.
+fn key_id(name: &str, kind: KeyType, public: &[u8]) -> [u8; 4] {
+    let digest: Hash =
+        Sha256::new().chain_update(name).chain_update([b'\n', kind as u8]).chain_update(public).finalize().into();
+    let [a, b, c, d, ..] = digest;
+    [a, b, c, d]
+}
+
+/// What a witness signs.
+fn cosigned_text(time: u64, text: &str) -> String {
+    format!("cosignature/v1\ntime {time}\n{text}")
+}
+
+/// A new Ed25519 private key, PKCS#8 DER, for [`Signer::from_pkcs8`].
+///
+/// # Errors
+/// If the system has no randomness.
+pub fn generate_pkcs8() -> Result<Vec<u8>, KeyError> {
+    let document = Ed25519KeyPair::generate_pkcs8(&SystemRandom::new()).map_err(|_| KeyError::Random)?;
+    Ok(document.as_ref().to_vec())
+}
+
+/// A private key with a name.
+pub struct Signer {
+    key: Ed25519KeyPair,
+    verifier: VerifierKey,
+}
+
+impl Signer {
+    /// A new key that is never written down.
+    ///
+    /// # Errors
+    /// If the name is not allowed or the system has no randomness.
+    pub fn generate(name: &str) -> Result<Self, KeyError> {
+        Self::from_pkcs8(name, &generate_pkcs8()?)
+    }
+
+    /// The key in this PKCS#8 document, as [`generate_pkcs8`] or `openssl genpkey` makes it.
+    ///
+    /// # Errors
+    /// If the name is not allowed or the document is not an Ed25519 key.
+    pub fn from_pkcs8(name: &str, document: &[u8]) -> Result<Self, KeyError> {
+        if !valid_name(name) {
+            return Err(KeyError::Name(name.to_owned()));
+        }
+        let key = Ed25519KeyPair::from_pkcs8_maybe_unchecked(document).map_err(|e| KeyError::Pkcs8(e.to_string()))?;
+        let kind = if name == WITNESS_NAME { KeyType::Witness } else { KeyType::Log };
+        let public = key.public_key().as_ref().try_into().map_err(|_| KeyError::Pkcs8("public key".to_owned()))?;
+        Ok(Self { key, verifier: VerifierKey { name: name.to_owned(), kind, public } })
+    }
+
+    /// The public half.
+    pub fn verifier(&self) -> VerifierKey {
+        self.verifier.clone()
+    }
+
+    /// A signature line over these bytes.
+    fn signature(&self, kind: KeyType, time: Option<u64>, message: &str) -> Signature {
+        let mut bytes = time.map(|t| t.to_be_bytes().to_vec()).unwrap_or_default();
+        bytes.extend_from_slice(self.key.sign(message.as_bytes()).as_ref());
+        let VerifierKey { name, public, .. } = &self.verifier;
+        Signature { name: name.clone(), id: key_id(name, kind, public), bytes }
+    }
+}
+
+impl fmt::Debug for Signer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Signer").field("verifier", &self.verifier.to_string()).finish_non_exhaustive()
+    }
+}
+
+/// A public key: C2SP's vkey text is its [`Display`](fmt::Display) and [`FromStr`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VerifierKey {
+    name: String,
+    kind: KeyType,
+    public: [u8; 32],
+}
+
+impl VerifierKey {
+    /// The name in signature lines.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The ID in signature lines.
+    pub fn id(&self) -> [u8; 4] {
+        key_id(&self.name, self.kind, &self.public)
+    }
+
+    /// Whether this is a witness's key.
+    pub fn is_witness(&self) -> bool {
+        self.kind == KeyType::Witness
+    }
+
+    /// Whether this key made that Ed25519 signature.
+    fn made(&self, message: &str, signature: &[u8]) -> bool {
+        UnparsedPublicKey::new(&ED25519, &self.public).verify(message.as_bytes(), signature).is_ok()
+    }
+}
+
+impl fmt::Display for VerifierKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut key = vec![self.kind as u8];
+        key.extend_from_slice(&self.public);
+        write!(f, "{}+{}+{}", self.name, hex::encode(self.id()), BASE64.encode(key))
+    }
+}
+
+impl FromStr for VerifierKey {
+    type Err = KeyError;
+
+    fn from_str(text: &str) -> Result<Self, KeyError> {
+        // Base64 may have a plus sign in it; names and IDs have none.
+        let mut parts = text.splitn(3, '+');
+        let (Some(name), Some(id), Some(key)) = (parts.next(), parts.next(), parts.next()) else {
+            return Err(KeyError::Verifier("it needs two plus signs"));
+        };
+        if !valid_name(name) {
+            return Err(KeyError::Name(name.to_owned()));
+        }
+        let bytes = BASE64.decode(key).map_err(|_| KeyError::Verifier("the key is not base64"))?;
+        let (kind, public) = match bytes.split_first() {
+            Some((1, public)) => (KeyType::Log, public),
+            Some((4, public)) => (KeyType::Witness, public),
+            _ => return Err(KeyError::Verifier("the key's type is neither 1 (Ed25519) nor 4 (Ed25519 cosignature)")),
+        };
+        let public = public.try_into().map_err(|_| KeyError::Verifier("the key is not 32 bytes long"))?;
+        let key = Self { name: name.to_owned(), kind, public };
+        if hex::encode(key.id()) != id {
+            return Err(KeyError::Verifier("the ID is not that of this name and key"));
+        }
+        Ok(key)
+    }
+}
+
+/// The head of a log: the text of its note.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Checkpoint {
+    /// The log.
+    pub origin: String,
+    /// Records in it.
+    pub size: u64,
+    /// Its root.
+    pub root: Hash,
+}
+
+impl Checkpoint {
+    /// Reads the text of a note.
+    ///
+    /// # Errors
+    /// If it is not exactly origin, size and root, each on a line of its own.
+    pub fn parse(text: &str) -> Result<Self, NoteError> {
+        let body = text.strip_suffix('\n').ok_or(NoteError::Checkpoint("it does not end with a newline"))?;
+        let mut lines = body.split('\n');
+        let (Some(origin), Some(size), Some(root), None) = (lines.next(), lines.next(), lines.next(), lines.next())
+        else {
+            return Err(NoteError::Checkpoint("expected three lines: origin, size and root"));
+        };
+        if origin.is_empty() || origin.chars().any(char::is_control) {
+            return Err(NoteError::Checkpoint("the origin is empty or has control characters"));
+        }
+        let size = size
+            .parse::<u64>()
+            .ok()
+            .filter(|n| n.to_string() == size)
+            .ok_or(NoteError::Checkpoint("the size is not a decimal number without leading zeros"))?;
+        let root = BASE64
+            .decode(root)
+            .ok()
+            .and_then(|bytes| bytes.try_into().ok())
+            .ok_or(NoteError::Checkpoint("the root is not the base64 of 32 bytes"))?;
+        Ok(Self { origin: origin.to_owned(), size, root })
+    }
+
+    /// The root, base64, as it is written in notes and status.
+    pub fn root_base64(&self) -> String {
+        BASE64.encode(self.root)
+    }
+}
+
+impl fmt::Display for Checkpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}\n{}\n{}\n", self.origin, self.size, self.root_base64())
+    }
+}
+
+/// One signature line.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Signature {
+    /// The key's name.
+    pub name: String,
+    /// Its ID.
+    pub id: [u8; 4],
+    /// What follows the ID: for a log key the signature, for a witness time and signature.
+    pub bytes: Vec<u8>,
+}
+
+impl Signature {
+    /// Whether it claims to be by that key.
+    pub fn claims(&self, key: &VerifierKey) -> bool {
+        self.name == key.name && self.id == key.id()
+    }
+}
+
+/// A text and the signatures on it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Note {
+    /// The text, with its final newline.
+    pub text: String,
+    /// The signatures, in the order of their lines.
+    pub signatures: Vec<Signature>,
+}
+
+impl Note {
+    /// Reads a note. It may have no signatures yet; C2SP's have at least one.
+    ///
+    /// # Errors
+    /// If it is not of the signed-note form, byte for byte.
+    pub fn parse(note: &str) -> Result<Self, NoteError> {
+        if note.chars().any(|c| c < ' ' && c != '\n') {
+            return Err(NoteError::Syntax("it has control characters"));
+        }
+        let split =
+            note.rfind("\n\n").ok_or(NoteError::Syntax("expected an empty line between text and signatures"))?;
+        let (text, lines) = note.split_at_checked(split + 1).ok_or(NoteError::Syntax("it is not text"))?;
+        let mut signatures = Vec::new();
+        for line in lines.strip_prefix('\n').unwrap_or_default().split_inclusive('\n') {
+            if signatures.len() == MAX_SIGNATURES {
+                return Err(NoteError::Syntax("it has more than 16 signatures"));
+            }
+            let line = line.strip_suffix('\n').ok_or(NoteError::Syntax("its last line has no newline"))?;
+            let (name, signature) = line
+                .strip_prefix(SIGNATURE_START)
+                .and_then(|l| l.split_once(' '))
+                .ok_or(NoteError::Syntax("a signature line is not `\u{2014} <name> <base64>`"))?;
+            if !valid_name(name) {
+                return Err(NoteError::Syntax("a signature's key name is empty or has spaces or plus signs"));
+            }
+            let bytes = BASE64.decode(signature).map_err(|_| NoteError::Syntax("a signature is not base64"))?;
+            match bytes.split_first_chunk::<4>() {
+                Some((id, rest)) if !rest.is_empty() => {
+                    signatures.push(Signature { name: name.to_owned(), id: *id, bytes: rest.to_vec() });
+                }
+                _ => return Err(NoteError::Syntax("a signature is shorter than five bytes")),
+            }
+        }
+        Ok(Self { text: text.to_owned(), signatures })
+    }
+
+    /// The checkpoint as a note that nobody has signed. The gateway's own segments start from it: they carry the
+    /// witness's cosignature alone.
+    pub fn unsigned(checkpoint: &Checkpoint) -> Self {
+        Self { text: checkpoint.to_string(), signatures: Vec::new() }
+    }
+
+    /// The checkpoint with a log's signature (type 1, whatever the signer's name).
+    pub fn sign(checkpoint: &Checkpoint, signer: &Signer) -> Self {
+        let mut note = Self::unsigned(checkpoint);
+        note.signatures.push(signer.signature(KeyType::Log, None, &note.text));
+        note
+    }
+
+    /// Adds the witness's cosignature as of `unix_time` (seconds), in place of an earlier one by the same key.
+    pub fn cosign(&mut self, witness: &Signer, unix_time: u64) {
+        let signature = witness.signature(KeyType::Witness, Some(unix_time), &cosigned_text(unix_time, &self.text));
+        self.signatures.retain(|s| s.name != signature.name || s.id != signature.id);
+        self.signatures.push(signature);
+    }
+
+    /// Checks the log key's signature on the text.
+    ///
+    /// # Errors
+    /// If there is none by that key, or one that does not verify.
+    pub fn verify(&self, key: &VerifierKey) -> Result<(), NoteError> {
+        if key.is_witness() {
+            return Err(NoteError::KeyType { expected: "a log's key (type 1)", name: key.to_string() });
+        }
+        for signature in self.by(key)? {
+            if !key.made(&self.text, &signature.bytes) {
+                return Err(NoteError::Forged(key.name.clone()));
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks the witness's cosignature and gives its time, in seconds since 1970. With several by the same key, the
+    /// earliest time.
+    ///
+    /// # Errors
+    /// If there is none by that key, or one that does not verify.
+    pub fn verify_cosignature(&self, key: &VerifierKey) -> Result<u64, NoteError> {
+        if !key.is_witness() {
+            return Err(NoteError::KeyType { expected: "a witness's key (type 4)", name: key.to_string() });
+        }
+        let mut earliest = u64::MAX;
+        for signature in self.by(key)? {
+            let forged = || NoteError::Forged(key.name.clone());
+            let (time, bytes) = signature.bytes.split_first_chunk::<8>().ok_or_else(forged)?;
+            let time = u64::from_be_bytes(*time);
+            if i64::try_from(time).is_err() || !key.made(&cosigned_text(time, &self.text), bytes) {
+                return Err(forged());
+            }
+            earliest = earliest.min(time);
+        }
+        Ok(earliest)
+    }
+
+    /// The checkpoint in the text. Says nothing about who signed it.
+    ///
+    /// # Errors
+    /// If the text is not a checkpoint.
+    pub fn checkpoint(&self) -> Result<Checkpoint, NoteError> {
+        Checkpoint::parse(&self.text)
+    }
+
+    /// The signatures that claim to be by that key: at least one.
+    fn by(&self, key: &VerifierKey) -> Result<Vec<&Signature>, NoteError> {
+        let found: Vec<_> = self.signatures.iter().filter(|s| s.claims(key)).collect();
+        if found.is_empty() {
+            let others: Vec<_> = self.signatures.iter().map(|s| format!("{}+{}", s.name, hex::encode(s.id))).collect();
+            return Err(NoteError::Missing { name: key.name.clone(), id: key.id(), found: others.join(", ") });
+        }
+        Ok(found)
+    }
+}
+
+impl fmt::Display for Note {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}\n", self.text)?;
+        for Signature { name, id, bytes } in &self.signatures {
+            let line = [id.as_slice(), bytes].concat();
+            writeln!(f, "{SIGNATURE_START}{name} {}", BASE64.encode(line))?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;

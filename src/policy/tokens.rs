@@ -1,1 +1,276 @@
-//! x
+//! Prompt estimates and output limits of model requests.
+//!
+//! A request is bounded before it leaves: at most one token a byte of its body for the prompt (byte-level tokenizers
+//! never make more), a flat sum for each image, and the output limit that the request names, or that is set for it.
+//! A request whose cost or effect cannot be bounded from its own bytes is refused: state kept at the provider, tools that
+//! run at the provider, files by reference.
+
+use serde_json::{Map, Value};
+
+/// The API that a request speaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Api {
+    /// `/v1/chat/completions`.
+    ChatCompletions,
+    /// `/v1/responses`.
+    Responses,
+    /// `/v1/messages`.
+    Messages,
+}
+
+/// Tokens that one image may cost: above what the large providers charge for their largest tiling.
+const TOKENS_PER_IMAGE: i64 = 4_096;
+/// Tokens that roles, separators and the reply's priming may add to a message beyond its bytes.
+const TOKENS_PER_REQUEST: i64 = 64;
+
+/// A request that cannot be bounded.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct Unbounded(pub String);
+
+/// What a request may cost at most.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bound {
+    /// For the prompt.
+    pub prompt: i64,
+    /// For all replies together.
+    pub output: i64,
+}
+
+impl Bound {
+    /// Tokens to reserve.
+    pub fn total(self) -> i64 {
+        self.prompt.saturating_add(self.output)
+    }
+}
+
+/// Bounds a request, and writes into it what makes the bound hold: the output limit where the agent gave none (all that
+/// is left of `tokens_left` after the prompt), and the wish for usage in a streamed reply.
+///
+/// # Errors
+/// If the request's cost or effect cannot be bounded; the message says which field and what to do.
+pub fn bound(api: Api, body: &mut Map<String, Value>, tokens_left: i64) -> Result<Bound, Unbounded> {
+    refuse_unbounded(api, body)?;
+    let replies = match body.get("n") {
+        None | Some(Value::Null) => 1,
+        Some(n) => n
+            .as_i64()
+            .filter(|n| (1..=128).contains(n))
+            .ok_or_else(|| Unbounded(format!("`n` must be a whole number from 1 to 128, found {n}")))?,
+    };
+    if api == Api::ChatCompletions && body.get("stream") == Some(&Value::Bool(true)) {
+        // Without it a streamed reply says nothing of its cost, and the whole reservation would have to stay spent.
+        let options = body.entry("stream_options").or_insert_with(|| Value::Object(Map::new()));
+        match options {
+            Value::Object(options) => {
+                options.insert("include_usage".into(), Value::Bool(true));
+            }
+            _ => *options = serde_json::json!({"include_usage": true}),
+        }
+    }
+    let prompt = prompt_bound(body);
+    let named = output_fields(api).iter().find_map(|field| body.get(*field).filter(|value| !value.is_null()));
+    let output = match named {
+        Some(value) => value
+            .as_i64()
+            .filter(|limit| *limit > 0)
+            .ok_or_else(|| Unbounded(format!("the output limit must be a whole number above 0, found {value}")))?
+            .saturating_mul(replies),
+        None => {
+            let each = tokens_left.saturating_sub(prompt).checked_div(replies).unwrap_or(0);
+            if each > 0 {
+                let field = match api {
+                    Api::ChatCompletions => "max_completion_tokens",
+                    Api::Responses => "max_output_tokens",
+                    Api::Messages => "max_tokens",
+                };
+                body.insert(field.into(), Value::from(each));
+            }
+            // With nothing left the sum is above what is left, and the reservation fails with its own message.
+            each.max(1).saturating_mul(replies)
+        }
+    };
+    Ok(Bound { prompt, output })
+}
+
+fn output_fields(api: Api) -> &'static [&'static str] {
+    match api {
+        Api::ChatCompletions => &["max_completion_tokens", "max_tokens"],
+        Api::Responses => &["max_output_tokens"],
+        Api::Messages => &["max_tokens"],
+    }
+}
+
+fn prompt_bound(body: &Map<String, Value>) -> i64 {
+    let bytes = serde_json::to_vec(body).map_or(i64::MAX, |bytes| i64::try_from(bytes.len()).unwrap_or(i64::MAX));
+    let images = body.values().map(count_images).fold(0i64, i64::saturating_add);
+    bytes.saturating_add(images.saturating_mul(TOKENS_PER_IMAGE)).saturating_add(TOKENS_PER_REQUEST)
+}
+
+fn count_images(value: &Value) -> i64 {
+    match value {
+        Value::Array(items) => items.iter().map(count_images).fold(0, i64::saturating_add),
+        Value::Object(fields) => {
+            let own = matches!(
+                fields.get("type").and_then(Value::as_str),
+                Some("image_url" | "input_image" | "image" | "input_audio" | "file" | "input_file" | "document")
+            );
+            fields.values().map(count_images).fold(i64::from(own), i64::saturating_add)
+        }
+        _ => 0,
+    }
+}
+
+fn refuse_unbounded(api: Api, body: &Map<String, Value>) -> Result<(), Unbounded> {
+    let set = |field: &str| body.get(field).is_some_and(|value| !value.is_null() && *value != Value::Bool(false));
+    for (field, why) in [
+        ("previous_response_id", "its prompt lies at the provider; send the whole conversation"),
+        ("conversation", "its prompt lies at the provider; send the whole conversation"),
+        ("prompt", "its prompt lies at the provider; send the whole conversation"),
+        ("background", "its reply would not pass here; wait for it instead"),
+        ("mcp_servers", "its tools would be called by the provider, past their contracts; use BELAY_MCP_URL"),
+        ("container", "its code would run at the provider, outside the sandbox"),
+        ("web_search_options", "the search would be made by the provider, past any contract"),
+        ("prediction", "rejected predictions are charged beyond the output limit"),
+    ] {
+        if set(field) {
+            return Err(Unbounded(format!("`{field}` is refused: {why}")));
+        }
+    }
+    let Some(tools) = body.get("tools").and_then(Value::as_array) else { return Ok(()) };
+    for tool in tools {
+        let kind = tool.get("type").and_then(Value::as_str);
+        let runs_here = match api {
+            Api::ChatCompletions | Api::Responses => matches!(kind, Some("function" | "custom")),
+            Api::Messages => matches!(kind, None | Some("custom")),
+        };
+        if !runs_here {
+            return Err(Unbounded(format!(
+                "`tools` has one of type {:?}, which the provider would run itself, past its contract; offer it as a function",
+                kind.unwrap_or("(none)")
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// The usage that a reply, or one event of a streamed reply, accounts for. Counts only grow within a reply, so the
+/// largest seen of each is the final one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Reported {
+    /// Prompt tokens, cached ones included.
+    pub prompt: Option<i64>,
+    /// Completion tokens.
+    pub output: Option<i64>,
+}
+
+impl Reported {
+    /// Takes in what a JSON reply or event says.
+    pub fn see(&mut self, event: &Value) {
+        let places = [
+            event.get("usage"),
+            event.get("response").and_then(|response| response.get("usage")),
+            event.get("message").and_then(|message| message.get("usage")),
+        ];
+        for usage in places.into_iter().flatten() {
+            let count = |name: &str| usage.get(name).and_then(Value::as_i64).filter(|count| *count >= 0);
+            let sum = |names: &[&str]| {
+                names
+                    .iter()
+                    .filter_map(|name| count(name))
+                    .fold(None, |sum: Option<i64>, count| Some(sum.unwrap_or(0).saturating_add(count)))
+            };
+            let prompt = count("prompt_tokens")
+                .or_else(|| sum(&["input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens"]));
+            let output = count("completion_tokens").or_else(|| count("output_tokens"));
+            self.prompt = self.prompt.max(prompt);
+            self.output = self.output.max(output);
+        }
+    }
+
+    /// Both together, once both are known.
+    pub fn total(self) -> Option<i64> {
+        Some(self.prompt?.saturating_add(self.output?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    use super::*;
+
+    fn object(value: Value) -> Map<String, Value> {
+        value.as_object().unwrap().clone()
+    }
+
+    #[test]
+    fn an_absent_output_limit_becomes_what_is_left() {
+        let mut body = object(json!({"model": "m", "messages": [{"role": "user", "content": "hello"}]}));
+        let bound = bound(Api::ChatCompletions, &mut body, 10_000).unwrap();
+        assert_eq!(bound.total(), 10_000);
+        assert_eq!(body["max_completion_tokens"], json!(bound.output));
+    }
+
+    #[test]
+    fn a_named_output_limit_stays_and_counts_for_each_reply() {
+        let mut body = object(json!({"model": "m", "messages": [], "max_tokens": 50, "n": 3}));
+        assert_eq!(bound(Api::ChatCompletions, &mut body, 10_000).unwrap().output, 150);
+        assert_eq!(body["max_tokens"], json!(50));
+    }
+
+    #[test]
+    fn a_stream_is_asked_for_its_usage() {
+        let mut body = object(json!({"model": "m", "messages": [], "stream": true, "stream_options": null}));
+        bound(Api::ChatCompletions, &mut body, 10_000).unwrap();
+        assert_eq!(body["stream_options"], json!({"include_usage": true}));
+    }
+
+    #[test]
+    fn what_cannot_be_bounded_is_refused_by_name() {
+        for (api, body, word) in [
+            (Api::Responses, json!({"previous_response_id": "r1"}), "previous_response_id"),
+            (Api::Responses, json!({"background": true}), "background"),
+            (Api::Responses, json!({"tools": [{"type": "web_search"}]}), "web_search"),
+            (Api::Messages, json!({"mcp_servers": [{}]}), "mcp_servers"),
+            (Api::Messages, json!({"tools": [{"type": "web_search_20250305"}]}), "web_search_20250305"),
+            (Api::ChatCompletions, json!({"n": 0}), "`n`"),
+            (Api::ChatCompletions, json!({"max_tokens": -1}), "output limit"),
+        ] {
+            let refused = bound(api, &mut object(body), 1_000).unwrap_err();
+            assert!(refused.to_string().contains(word), "{refused}");
+        }
+    }
+
+    #[test]
+    fn usage_is_read_from_all_three_apis() {
+        for (events, total) in [
+            (vec![json!({"usage": {"prompt_tokens": 7, "completion_tokens": 5}})], Some(12)),
+            (vec![json!({"response": {"usage": {"input_tokens": 7, "output_tokens": 5}}})], Some(12)),
+            (
+                vec![
+                    json!({"message": {"usage": {"input_tokens": 7, "cache_read_input_tokens": 3, "output_tokens": 1}}}),
+                    json!({"usage": {"output_tokens": 5}}),
+                ],
+                Some(15),
+            ),
+            (vec![json!({"choices": []})], None),
+        ] {
+            let mut reported = Reported::default();
+            events.iter().for_each(|event| reported.see(event));
+            assert_eq!(reported.total(), total);
+        }
+    }
+
+    proptest! {
+        /// A body is never said to cost less than a token for each byte of the text in it.
+        #[test]
+        fn the_prompt_bound_covers_the_text(text in ".{0,200}", left in 0i64..100_000) {
+            let mut body = object(json!({"messages": [{"role": "user", "content": text}]}));
+            let bound = bound(Api::ChatCompletions, &mut body, left).unwrap();
+            prop_assert!(bound.prompt >= i64::try_from(text.len()).unwrap());
+            prop_assert!(bound.total() <= left || bound.prompt.saturating_add(1) >= left);
+        }
+    }
+}

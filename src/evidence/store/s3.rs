@@ -1,0 +1,291 @@
+//! A bucket with Object Lock.
+//!
+//! Promises: every put is conditional (`If-None-Match: *`), carries its SHA-256 and its retention, and is whole or absent;
+//! every call ends in bounded time. Refuses: to make or change buckets, and to trust a bucket's default retention.
+//! A delete marker hides an object but removes nothing: [`Store::list_versions`] shows both, and an auditor asks for it.
+
+use std::{error::Error as _, time::Duration};
+
+use aws_config::{
+    BehaviorVersion, Region, environment::region::EnvironmentVariableRegionProvider, meta::region::RegionProviderChain,
+};
+use aws_sdk_s3::{
+    Client,
+    config::{RequestChecksumCalculation, http::HttpResponse, retry::RetryConfig, timeout::TimeoutConfig},
+    error::{DisplayErrorContext, ProvideErrorMetadata, SdkError},
+    primitives::{ByteStream, DateTime},
+    types::{ChecksumAlgorithm, ObjectLockMode},
+};
+use aws_smithy_http_client::tls::{Provider, TlsContext, TrustStore, rustls_provider::CryptoMode};
+use base64::{Engine, engine::general_purpose::STANDARD as BASE64};
+use bytes::Bytes;
+use futures::{StreamExt, TryStreamExt, future::BoxFuture};
+use jiff::{Timestamp, ToSpan};
+
+use super::{Mode, PutError, Retention, Store, StoreError, StoredObject};
+use crate::evidence::canonical;
+
+/// A store that does not accept a connection by then is down.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+/// One try of one call. A segment is small; a store that takes longer is worth another try.
+const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(10);
+/// One call with its retries. The agent waits for it before each effect.
+const OPERATION_TIMEOUT: Duration = Duration::from_secs(25);
+/// Tries of one call: the SDK waits with jitter between them.
+const ATTEMPTS: u32 = 3;
+/// Retention is asked for version by version: so many questions at a time.
+const PARALLEL: usize = 8;
+/// Region in signatures where nobody names one. Stores that are not AWS take any.
+const DEFAULT_REGION: &str = "us-east-1";
+
+/// How to reach a bucket.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// The bucket.
+    pub bucket: String,
+    /// URL of a store that is not AWS.
+    pub endpoint: Option<String>,
+    /// `https://endpoint/bucket/key` rather than `https://bucket.endpoint/key`.
+    pub path_style: bool,
+    /// Region; `AWS_REGION` or `us-east-1` otherwise.
+    pub region: Option<String>,
+    /// PEM certificates to trust beside the system's, for a store with a private authority.
+    pub ca: Option<Vec<u8>>,
+}
+
+/// The options make no client.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot use the certificates for the object store: {0}; expected PEM")]
+pub struct OptionsError(String);
+
+/// A bucket.
+#[derive(Clone, Debug)]
+pub struct S3 {
+    client: Client,
+    bucket: String,
+}
+
+impl S3 {
+    /// A client of the bucket. Credentials come from `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY`, or else from the
+    /// SDK's default chain (profiles, web identity, container and instance roles). Nothing is sent yet.
+    ///
+    /// # Errors
+    /// If the certificates cannot be read.
+    pub async fn connect(options: Options) -> Result<Self, OptionsError> {
+        let mut trust = TrustStore::default();
+        if let Some(pem) = options.ca {
+            trust = trust.with_pem_certificate(pem);
+        }
+        let tls = TlsContext::builder().with_trust_store(trust).build().map_err(|e| OptionsError(e.to_string()))?;
+        let http = aws_smithy_http_client::Builder::new()
+            .tls_provider(Provider::Rustls(CryptoMode::Ring))
+            .tls_context(tls)
+            .build_https();
+        let region = RegionProviderChain::first_try(options.region.map(Region::new))
+            .or_else(EnvironmentVariableRegionProvider::new())
+            .or_else(DEFAULT_REGION);
+        let shared = aws_config::defaults(BehaviorVersion::latest())
+            .http_client(http)
+            .region(region)
+            .retry_config(RetryConfig::standard().with_max_attempts(ATTEMPTS))
+            .timeout_config(
+                TimeoutConfig::builder()
+                    .connect_timeout(CONNECT_TIMEOUT)
+                    .operation_attempt_timeout(ATTEMPT_TIMEOUT)
+                    .operation_timeout(OPERATION_TIMEOUT)
+                    .build(),
+            )
+            .load()
+            .await;
+        let mut config = aws_sdk_s3::config::Builder::from(&shared)
+            .force_path_style(options.path_style)
+            // The SHA-256 is ours and explicit: no CRC32 beside it, which not every store takes.
+            .request_checksum_calculation(RequestChecksumCalculation::WhenRequired);
+        config.set_endpoint_url(options.endpoint.or_else(|| shared.endpoint_url().map(str::to_owned)));
+        Ok(Self { client: Client::from_conf(config.build()), bucket: options.bucket })
+    }
+
+    /// An SDK error in our words.
+    fn error<E>(&self, action: &'static str, key: &str, error: SdkError<E, HttpResponse>) -> StoreError
+    where
+        E: ProvideErrorMetadata + std::error::Error + 'static,
+    {
+        let status = error.raw_response().map(|r| r.status().as_u16());
+        let detail = match (error.code(), error.message(), status) {
+            (Some(code), Some(message), _) => format!("{code}: {message}"),
+            (Some(code), None, _) => code.to_owned(),
+            (None, _, Some(status)) => format!("HTTP {status}"),
+            // A bare `dispatch failure` helps nobody: the chain of causes names the address and what went wrong.
+            (None, ..) if error.source().is_some() => DisplayErrorContext(&error).to_string(),
+            (None, ..) => error.to_string(),
+        };
+        let (key, place) = (key.to_owned(), format!("s3://{}", self.bucket));
+        match (error.code(), status) {
+            (Some("NoSuchKey" | "NotFound"), _) => StoreError::NotFound { key, place },
+            (None, Some(404)) => StoreError::NotFound { key, place },
+            (_, Some(401 | 403)) => StoreError::Forbidden { action, key, place, detail },
+            _ => StoreError::Unavailable { action, key, place, detail },
+        }
+    }
+
+    async fn put(&self, key: &str, body: Bytes, retention: Option<&Retention>) -> Result<String, PutError> {
+        let digest = BASE64.encode(canonical::sha256(&body));
+        let mut put = self
+            .client
+            .put_object()
+            .bucket(&self.bucket)
+            .key(key)
+            .if_none_match("*")
+            .checksum_algorithm(ChecksumAlgorithm::Sha256)
+            .checksum_sha256(digest)
+            .content_type("application/jsonl")
+            .body(ByteStream::from(body));
+        if let Some(Retention { mode, days }) = retention {
+            let until = Timestamp::now().checked_add((*days).saturating_mul(24).hours()).map_err(|e| {
+                let detail = format!("a retention of {days} days leads out of the calendar: {e}");
+                StoreError::Unavailable { action: "lock", key: key.to_owned(), place: self.bucket.clone(), detail }
+            })?;
+            put = put
+                .object_lock_mode(match mode {
+                    Mode::Compliance => ObjectLockMode::Compliance,
+                    Mode::Governance => ObjectLockMode::Governance,
+                })
+                .object_lock_retain_until_date(DateTime::from_secs(until.as_second()));
+        }
+        match put.send().await {
+            Ok(done) => Ok(done.version_id.unwrap_or_else(|| NO_VERSION.to_owned())),
+            Err(e) => match e.raw_response().map(|r| r.status().as_u16()) {
+                // 409 is AWS's answer to two conditional puts at the same moment: one of them has won or will.
+                Some(412) => Err(PutError::Exists),
+                Some(409) if e.code() == Some("ConditionalRequestConflict") => Err(PutError::Exists),
+                _ => Err(self.error("write", key, e).into()),
+            },
+        }
+    }
+
+    async fn read(&self, key: &str) -> Result<Bytes, StoreError> {
+        let object = self.client.get_object().bucket(&self.bucket).key(key).send().await;
+        let object = object.map_err(|e| self.error("read", key, e))?;
+        match object.body.collect().await {
+            Ok(body) => Ok(body.into_bytes()),
+            Err(e) => Err(StoreError::Unavailable {
+                action: "read",
+                key: key.to_owned(),
+                place: format!("s3://{}", self.bucket),
+                detail: e.to_string(),
+            }),
+        }
+    }
+
+    async fn versions(&self, prefix: &str) -> Result<Vec<StoredObject>, StoreError> {
+        let mut found = Vec::new();
+        let (mut key_marker, mut version_marker) = (None, None);
+        loop {
+            let page = self
+                .client
+                .list_object_versions()
+                .bucket(&self.bucket)
+                .prefix(prefix)
+                .set_key_marker(key_marker)
+                .set_version_id_marker(version_marker)
+                .send()
+                .await
+                .map_err(|e| self.error("list", prefix, e))?;
+            found.extend(page.versions().iter().map(|v| StoredObject {
+                key: v.key().unwrap_or_default().to_owned(),
+                version_id: v.version_id().unwrap_or(NO_VERSION).to_owned(),
+                size: v.size().and_then(|n| u64::try_from(n).ok()).unwrap_or_default(),
+                written: v.last_modified().and_then(timestamp),
+                retain_until: None,
+                mode: None,
+                is_latest: v.is_latest().unwrap_or_default(),
+                delete_marker: false,
+            }));
+            found.extend(page.delete_markers().iter().map(|v| StoredObject {
+                key: v.key().unwrap_or_default().to_owned(),
+                version_id: v.version_id().unwrap_or(NO_VERSION).to_owned(),
+                size: 0,
+                written: v.last_modified().and_then(timestamp),
+                retain_until: None,
+                mode: None,
+                is_latest: v.is_latest().unwrap_or_default(),
+                delete_marker: true,
+            }));
+            // A page that is cut off without saying where would loop for ever: what it has is then all there is to know.
+            if page.is_truncated() != Some(true) || page.next_key_marker().is_none() {
+                break;
+            }
+            (key_marker, version_marker) = (page.next_key_marker, page.next_version_id_marker);
+        }
+        let mut found: Vec<StoredObject> =
+            futures::stream::iter(found).map(|object| self.with_lock(object)).buffered(PARALLEL).try_collect().await?;
+        found.sort_by(|a, b| (&a.key, a.written, &a.version_id).cmp(&(&b.key, b.written, &b.version_id)));
+        Ok(found)
+    }
+
+    /// The object with its lock, which listings do not have.
+    async fn with_lock(&self, object: StoredObject) -> Result<StoredObject, StoreError> {
+        if object.delete_marker {
+            return Ok(object);
+        }
+        let mut head = self.client.head_object().bucket(&self.bucket).key(&object.key);
+        if object.version_id != NO_VERSION {
+            head = head.version_id(&object.version_id);
+        }
+        let head = head.send().await.map_err(|e| self.error("read the lock of", &object.key, e))?;
+        Ok(StoredObject {
+            retain_until: head.object_lock_retain_until_date().and_then(timestamp),
+            mode: match head.object_lock_mode() {
+                Some(ObjectLockMode::Compliance) => Some(Mode::Compliance),
+                Some(ObjectLockMode::Governance) => Some(Mode::Governance),
+                _ => None,
+            },
+            ..object
+        })
+    }
+
+    async fn keys(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
+        let mut pages = self.client.list_objects_v2().bucket(&self.bucket).prefix(prefix).into_paginator().send();
+        let mut keys = Vec::new();
+        while let Some(page) = pages.next().await {
+            let page = page.map_err(|e| self.error("list", prefix, e))?;
+            keys.extend(page.contents().iter().filter_map(|o| o.key().map(str::to_owned)));
+        }
+        keys.sort();
+        Ok(keys)
+    }
+}
+
+/// What S3 calls the version of an object in a bucket that keeps none.
+const NO_VERSION: &str = "null";
+
+/// The SDK's time as ours.
+fn timestamp(time: &DateTime) -> Option<Timestamp> {
+    Timestamp::from_second(time.secs()).ok()
+}
+
+impl Store for S3 {
+    fn create<'a>(
+        &'a self,
+        key: &'a str,
+        body: Bytes,
+        retention: Option<&'a Retention>,
+    ) -> BoxFuture<'a, Result<String, PutError>> {
+        Box::pin(self.put(key, body, retention))
+    }
+
+    fn get<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<Bytes, StoreError>> {
+        Box::pin(self.read(key))
+    }
+
+    fn list_versions<'a>(&'a self, prefix: &'a str) -> BoxFuture<'a, Result<Vec<StoredObject>, StoreError>> {
+        Box::pin(self.versions(prefix))
+    }
+
+    fn list<'a>(&'a self, prefix: &'a str) -> BoxFuture<'a, Result<Vec<String>, StoreError>> {
+        Box::pin(self.keys(prefix))
+    }
+}
+
+#[cfg(test)]
+mod tests;
