@@ -5,6 +5,8 @@
 
 /// RFC 8785 canonical JSON and its SHA-256.
 pub mod canonical;
+/// A whole log, read from a store.
+pub mod log;
 /// RFC 6962 Merkle trees that only grow.
 pub mod merkle;
 /// C2SP signed notes, checkpoints and witness cosignatures.

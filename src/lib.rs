@@ -5,12 +5,25 @@
 //! without a Kubernetes client, the verifier without Kubernetes or S3.
 #![doc(html_no_source)]
 
+/// Health, readiness and metrics of our own processes.
+#[cfg(feature = "net")]
+pub mod admin;
 /// The custom resources: data and validation rules.
 #[cfg(feature = "kube")]
 pub mod api;
 /// Records, Merkle log, checkpoints, segments, stores.
 pub mod evidence;
+/// The only way out of an agent's pod, and the witness of its evidence.
+#[cfg(feature = "gateway")]
+pub mod gateway;
+/// The sidecar that enforces contracts and budgets.
+#[cfg(feature = "harness")]
+pub mod harness;
 /// Pure decisions.
 pub mod policy;
+/// Logs and traces of our own processes.
+pub mod telemetry;
+/// Recomputes a log from its leaves and reports what does not hold.
+pub mod verify;
 /// What harness, operator and gateway say to each other.
 pub mod wire;

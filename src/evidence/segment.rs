@@ -53,6 +53,17 @@ pub enum SegmentError {
     },
 }
 
+impl SegmentError {
+    /// The line that is wrong, where one line is to blame.
+    pub fn line(&self) -> Option<usize> {
+        match self {
+            Self::Line { line, .. } => Some(*line),
+            Self::Note(_) | Self::Checkpoint { .. } => Some(1),
+            Self::Position { .. } => None,
+        }
+    }
+}
+
 /// Some records and the checkpoint after the last of them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Segment {

@@ -186,3 +186,6 @@ pub trait Store: Send + Sync {
         })
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,1 +1,156 @@
-//! x
+//! Host names, parsed once into one form.
+//!
+//! Promises: a [`Hostname`] is a DNS name in lower-case ASCII (IDNA applied), of non-empty letter-digit-hyphen labels,
+//! without a trailing dot, at most 253 octets long. That one value is matched, resolved, put in SNI and written into
+//! `Host`, so that no two of them can differ. Refuses: addresses in any spelling (`127.1`, `2130706433`, `0x7f000001`,
+//! `[::1]`), userinfo, ports, zone IDs, percent-encoding, control characters, and names that IDNA does not take.
+
+use std::{fmt, str::FromStr};
+
+use idna::uts46::{AsciiDenyList, DnsLength, Hyphens, Uts46};
+
+/// Longest text that is looked at: a name of 253 octets, each written as the longest UTF-8 sequence.
+const LONGEST_INPUT: usize = 253 * 4;
+
+/// A text that names no host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum HostnameError {
+    /// Nothing at all.
+    #[error("expected a host name, found nothing")]
+    Empty,
+    /// Longer than any name.
+    #[error("expected a host name of at most 253 octets, found more")]
+    Long,
+    /// Something that only addresses, URLs and tricks have.
+    #[error("expected a host name of letters, digits, hyphens and dots, found {0:?}")]
+    Character(char),
+    /// An IPv4 address, in whatever spelling.
+    #[error("expected a host name, found an address: addresses are not names; use the name that is on the allowlist")]
+    Address,
+    /// A name that IDNA (UTS 46, STD3) does not take.
+    #[error(
+        "expected a host name of labels of 1 to 63 letters, digits and inner hyphens, found something else (IDNA, UTS 46)"
+    )]
+    Idna,
+}
+
+/// A DNS name in its one form.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Hostname(Box<str>);
+
+impl Hostname {
+    /// Reads a host name and nothing else: no port, no scheme.
+    ///
+    /// # Errors
+    /// Names what a host name cannot be or have.
+    pub fn parse(text: &str) -> Result<Self, HostnameError> {
+        if text.is_empty() {
+            return Err(HostnameError::Empty);
+        }
+        if text.len() > LONGEST_INPUT {
+            return Err(HostnameError::Long);
+        }
+        // IDNA would refuse most of these as well; named here, a refusal says what was wrong.
+        if let Some(c) = text.chars().find(|c| c.is_control() || c.is_whitespace() || "%@[]:/\\?#".contains(*c)) {
+            return Err(HostnameError::Character(c));
+        }
+        let ascii = Uts46::new()
+            .to_ascii(text.as_bytes(), AsciiDenyList::STD3, Hyphens::CheckFirstLast, DnsLength::VerifyAllowRootDot)
+            .map_err(|_| HostnameError::Idna)?;
+        let name = ascii.strip_suffix('.').unwrap_or(&ascii);
+        // A root dot alone, and an octet that only the trailing dot had made room for.
+        if name.is_empty() {
+            return Err(HostnameError::Empty);
+        }
+        if name.len() > 253 {
+            return Err(HostnameError::Long);
+        }
+        // After mapping, so that full-width digits and ideographic dots are seen for what they become. No top-level
+        // domain is a number, and every resolver library that reads `127.1` or `0x7f.1` as an address does so by
+        // a numeric last label.
+        if name.rsplit('.').next().is_some_and(is_numeric) {
+            return Err(HostnameError::Address);
+        }
+        Ok(Self(name.into()))
+    }
+
+    /// The name: lower-case ASCII without a trailing dot.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// Whether this is `domain` with exactly one more label before it.
+    pub fn is_one_below(&self, domain: &Hostname) -> bool {
+        self.0.split_once('.').is_some_and(|(_, rest)| rest == &*domain.0)
+    }
+}
+
+/// Decimal, octal or hexadecimal, as `inet_aton` reads it.
+fn is_numeric(label: &str) -> bool {
+    label.bytes().all(|b| b.is_ascii_digit())
+        || label.strip_prefix("0x").is_some_and(|hex| hex.bytes().all(|b| b.is_ascii_hexdigit()))
+}
+
+impl fmt::Display for Hostname {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl FromStr for Hostname {
+    type Err = HostnameError;
+
+    fn from_str(text: &str) -> Result<Self, HostnameError> {
+        Self::parse(text)
+    }
+}
+
+/// A text that is not `host:port`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum AuthorityError {
+    /// The host.
+    #[error(transparent)]
+    Host(#[from] HostnameError),
+    /// The port.
+    #[error("expected a port from 1 to 65535 in plain decimal digits, found something else")]
+    Port,
+}
+
+/// A host and a port: what a connection is asked for.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Authority {
+    /// The host.
+    pub host: Hostname,
+    /// The port, never 0.
+    pub port: u16,
+}
+
+impl Authority {
+    /// Reads `host:port`, or `host` where there is a default port.
+    ///
+    /// # Errors
+    /// If the host is not a host name or the port not a plain number from 1 to 65535.
+    pub fn parse(text: &str, default_port: Option<u16>) -> Result<Self, AuthorityError> {
+        let (host, port) = match (text.rsplit_once(':'), default_port) {
+            (Some((host, port)), _) => (host, port_number(port).ok_or(AuthorityError::Port)?),
+            (None, Some(port)) => (text, port),
+            (None, None) => return Err(AuthorityError::Port),
+        };
+        Ok(Self { host: Hostname::parse(host)?, port })
+    }
+}
+
+impl fmt::Display for Authority {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.host, self.port)
+    }
+}
+
+/// One spelling for each port: no sign, no leading zero, no spaces.
+fn port_number(text: &str) -> Option<u16> {
+    let plain = !text.starts_with('0') && text.bytes().all(|b| b.is_ascii_digit());
+    text.parse().ok().filter(|_| plain)
+}
+
+#[cfg(test)]
+mod tests;

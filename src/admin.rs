@@ -1,0 +1,153 @@
+//! The administrative port of our own processes: `/healthz`, `/readyz` and `/metrics` over plain HTTP.
+//!
+//! Promises: `/healthz` answers as long as the process schedules work; `/readyz` says why it is not ready; `/metrics` is
+//! Prometheus text. Refuses: everything else, and bodies. It tells nothing about tasks: NetworkPolicies keep agents off it.
+
+use std::{convert::Infallible, future::Future, net::SocketAddr, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use http::{Method, Response, StatusCode, header::CONTENT_TYPE};
+use http_body_util::Full;
+use hyper::{body::Incoming, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use prometheus::{Registry, TextEncoder};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::Semaphore,
+};
+
+/// Connections at a time: the kubelet, Prometheus, and a person or two.
+const CONNECTIONS: usize = 64;
+/// For a request's head, and between requests.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(15);
+/// After a failed accept, which means that the process has no file left to open.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// The port cannot be opened.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot listen on {address} for health and metrics: {cause}")]
+pub struct AdminError {
+    address: SocketAddr,
+    cause: std::io::Error,
+}
+
+/// Opens the port; the returned future serves it for ever.
+///
+/// # Errors
+/// If the address cannot be bound.
+pub async fn serve<R>(
+    address: SocketAddr,
+    registry: Registry,
+    ready: R,
+) -> Result<impl Future<Output = Infallible> + Send + 'static, AdminError>
+where
+    R: Fn() -> Result<(), String> + Send + Sync + 'static,
+{
+    let listener = TcpListener::bind(address).await.map_err(|cause| AdminError { address, cause })?;
+    Ok(accept(listener, registry, Arc::new(ready)))
+}
+
+async fn accept<R>(listener: TcpListener, registry: Registry, ready: Arc<R>) -> Infallible
+where
+    R: Fn() -> Result<(), String> + Send + Sync + 'static,
+{
+    let slots = Arc::new(Semaphore::new(CONNECTIONS));
+    loop {
+        let Ok((stream, _)) = listener.accept().await else {
+            tokio::time::sleep(ACCEPT_PAUSE).await;
+            continue;
+        };
+        // Without a slot the connection is dropped: health checks ask again.
+        let Ok(slot) = slots.clone().try_acquire_owned() else { continue };
+        let (registry, ready) = (registry.clone(), ready.clone());
+        tokio::spawn(async move {
+            connection(stream, &registry, &*ready).await;
+            drop(slot);
+        });
+    }
+}
+
+async fn connection<R: Fn() -> Result<(), String>>(stream: TcpStream, registry: &Registry, ready: &R) {
+    let service = service_fn(|request: http::Request<Incoming>| {
+        let reply = respond(request.method(), request.uri().path(), registry, ready);
+        async move { Ok::<_, Infallible>(reply) }
+    });
+    // A peer that breaks the protocol loses its connection; there is nothing to tell anybody.
+    let _ = hyper::server::conn::http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEADER_TIMEOUT)
+        .serve_connection(TokioIo::new(stream), service)
+        .await;
+}
+
+fn respond(
+    method: &Method,
+    path: &str,
+    registry: &Registry,
+    ready: impl Fn() -> Result<(), String>,
+) -> Response<Full<Bytes>> {
+    let text = |status, body: String| reply(status, "text/plain; charset=utf-8", body);
+    match path {
+        _ if method != Method::GET && method != Method::HEAD => {
+            text(StatusCode::METHOD_NOT_ALLOWED, "only GET\n".into())
+        }
+        "/healthz" => text(StatusCode::OK, "ok\n".into()),
+        "/readyz" => match ready() {
+            Ok(()) => text(StatusCode::OK, "ok\n".into()),
+            Err(reason) => text(StatusCode::SERVICE_UNAVAILABLE, format!("{reason}\n")),
+        },
+        "/metrics" => match TextEncoder::new().encode_to_string(&registry.gather()) {
+            Ok(metrics) => reply(StatusCode::OK, prometheus::TEXT_FORMAT, metrics),
+            Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
+        },
+        _ => text(StatusCode::NOT_FOUND, "expected /healthz, /readyz or /metrics\n".into()),
+    }
+}
+
+fn reply(status: StatusCode, content_type: &'static str, body: String) -> Response<Full<Bytes>> {
+    let mut reply = Response::new(Full::new(Bytes::from(body)));
+    *reply.status_mut() = status;
+    reply.headers_mut().insert(CONTENT_TYPE, http::HeaderValue::from_static(content_type));
+    reply
+}
+
+#[cfg(test)]
+mod tests {
+    use http_body_util::BodyExt;
+
+    use super::*;
+
+    async fn ask(method: Method, path: &str, ready: Result<(), String>) -> (StatusCode, String) {
+        let registry = Registry::new();
+        let counter = prometheus::IntCounter::new("belay_things_total", "Things.").unwrap();
+        registry.register(Box::new(counter.clone())).unwrap();
+        counter.inc();
+        let reply = respond(&method, path, &registry, || ready.clone());
+        let status = reply.status();
+        (status, String::from_utf8(reply.into_body().collect().await.unwrap().to_bytes().to_vec()).unwrap())
+    }
+
+    #[tokio::test]
+    async fn says_what_it_is_asked() {
+        assert_eq!(ask(Method::GET, "/healthz", Err("no".into())).await.0, StatusCode::OK);
+        assert_eq!(ask(Method::GET, "/readyz", Ok(())).await.0, StatusCode::OK);
+        let (status, why) = ask(Method::GET, "/readyz", Err("no pods yet".into())).await;
+        assert_eq!((status, why.as_str()), (StatusCode::SERVICE_UNAVAILABLE, "no pods yet\n"));
+        assert!(ask(Method::GET, "/metrics", Ok(())).await.1.contains("belay_things_total 1"));
+        assert_eq!(ask(Method::GET, "/", Ok(())).await.0, StatusCode::NOT_FOUND);
+        assert_eq!(ask(Method::POST, "/healthz", Ok(())).await.0, StatusCode::METHOD_NOT_ALLOWED);
+    }
+
+    #[tokio::test]
+    async fn serves_over_a_socket() {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        tokio::spawn(accept(listener, Registry::new(), Arc::new(|| Ok(()))));
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        stream.write_all(b"GET /readyz HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await.unwrap();
+        let mut reply = String::new();
+        stream.read_to_string(&mut reply).await.unwrap();
+        assert!(reply.starts_with("HTTP/1.1 200 OK"), "{reply}");
+    }
+}

@@ -1,0 +1,70 @@
+//! A whole log, as it lies in a store.
+//!
+//! Promises: [`Log::read`] asks for every version, so that nothing that was replaced or hidden is missed. Refuses: judging
+//! what it read, which is [`verify`](crate::verify)'s.
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use futures::{StreamExt, TryStreamExt};
+
+use super::{
+    segment,
+    store::{Store, StoreError, StoredObject},
+};
+
+/// Where incidents lie, under the log's prefix.
+pub const INCIDENTS: &str = "incidents/";
+/// Objects that are read at a time.
+const PARALLEL: usize = 8;
+
+/// A log's objects. Keys are relative to the log's prefix.
+#[derive(Clone, Debug, Default)]
+pub struct Log {
+    /// Bytes of each segment that a plain read gives.
+    pub segments: BTreeMap<String, Bytes>,
+    /// Bytes of each incident: what the gateway refused outside any log.
+    pub incidents: BTreeMap<String, Bytes>,
+    /// Every version of every object. `None` for a store that keeps no versions and has no locks.
+    pub versions: Option<Vec<StoredObject>>,
+}
+
+impl Log {
+    /// Reads everything under the prefix, which ends with a slash or is empty. `locks`: whether the store keeps versions
+    /// and locks at all.
+    ///
+    /// # Errors
+    /// If the store fails. An object that is hidden by a delete marker is no error; it is absent from the bytes.
+    pub async fn read(store: &dyn Store, prefix: &str, locks: bool) -> Result<Self, StoreError> {
+        let objects = store.list_versions(prefix).await?;
+        let mut versions: Vec<StoredObject> = Vec::new();
+        for object in objects {
+            if let Some(key) = object.key.strip_prefix(prefix) {
+                versions.push(StoredObject { key: key.to_owned(), ..object });
+            }
+        }
+        let visible = versions.iter().filter(|v| v.is_latest && !v.delete_marker).map(|v| v.key.clone());
+        let bytes: BTreeMap<String, Bytes> = futures::stream::iter(visible)
+            .map(|key| async move {
+                let bytes = store.get(&format!("{prefix}{key}")).await?;
+                Ok::<_, StoreError>((key, bytes))
+            })
+            .buffer_unordered(PARALLEL)
+            .try_collect()
+            .await?;
+        let mut log = Self { versions: locks.then_some(versions), ..Self::default() };
+        for (key, bytes) in bytes {
+            if key.starts_with(segment::FOLDER) {
+                log.segments.insert(key, bytes);
+            } else if key.starts_with(INCIDENTS) {
+                log.incidents.insert(key, bytes);
+            }
+        }
+        Ok(log)
+    }
+
+    /// Every object's key and bytes.
+    pub fn objects(&self) -> impl Iterator<Item = (&str, &Bytes)> {
+        self.segments.iter().chain(&self.incidents).map(|(key, bytes)| (key.as_str(), bytes))
+    }
+}

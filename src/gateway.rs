@@ -1,0 +1,13 @@
+//! The policy gateway: the only way out of an agent's pod, and the witness of its evidence.
+//!
+//! Promises: every request is from a harness whose pod is alive, is the newest attempt of its task and speaks from its own
+//! address; every call that leaves has an intent that lies witnessed in the bucket, goes to a host on its class's list,
+//! and is dialled at an address that was checked. Replicas share no state but the bucket and the API server: losing one
+//! loses nothing. Refuses: anything it is not sure of; to hand a credential to a pod; to follow redirects.
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, clippy::unreachable)]
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing))]
+
+/// Who is asking.
+pub mod identity;
+/// Why a request was not served.
+pub mod refusal;

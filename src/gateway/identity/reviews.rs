@@ -1,0 +1,221 @@
+//! Tokens to reviewed users: TokenReview, asked once for each token and replica.
+//!
+//! Promises: a token is believed no longer than its own expiry, and no longer than an hour; concurrent requests with
+//! a new token ask once between them; a peer that presents rubbish cannot make the gateway flood the API server.
+//! Refuses: keeping tokens. The cache's keys are their SHA-256. That a cached token's pod is still there is not
+//! asked here: [`decide`](super::decide) does so for every request.
+
+use std::{
+    collections::HashMap,
+    net::IpAddr,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
+use futures::future::BoxFuture;
+use k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewSpec, TokenReviewStatus};
+use tokio::sync::OnceCell;
+
+use super::{BoundPod, Reviewed};
+use crate::{evidence::canonical::sha256, gateway::refusal::Refused, policy::rule::Rule, wire::AUDIENCE};
+
+/// A good review is believed for so long at most, whatever the token says of itself.
+const GOOD_FOR: Duration = Duration::from_secs(3600);
+/// A bad one is remembered this long: short, as a token that is too new for the API server's clock becomes good.
+const BAD_FOR: Duration = Duration::from_secs(10);
+/// Tokens remembered. Beyond it the oldest half goes, and is reviewed again when it comes back.
+const REMEMBERED: usize = 8192;
+/// Longest token: a projected one has about 1,200 characters.
+const LONGEST: usize = 8192;
+/// New tokens that one peer may present at once. A harness has one, and another after each rotation.
+const BURST: f64 = 8.0;
+/// And after that, a second.
+const RATE: f64 = 0.5;
+/// Answer of the API server.
+const TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Where [`TokenReview`]s go.
+pub trait Review: Send + Sync {
+    /// Asks the API server.
+    fn review(&self, review: TokenReview) -> BoxFuture<'_, Result<TokenReviewStatus, String>>;
+}
+
+impl Review for kube::Client {
+    fn review(&self, review: TokenReview) -> BoxFuture<'_, Result<TokenReviewStatus, String>> {
+        let api = kube::Api::<TokenReview>::all(self.clone());
+        Box::pin(async move {
+            let reviewed = api.create(&kube::api::PostParams::default(), &review).await.map_err(|e| e.to_string())?;
+            reviewed.status.ok_or_else(|| "the API server sent no status".to_owned())
+        })
+    }
+}
+
+/// A review's result, and until when it is believed.
+#[derive(Clone)]
+struct Verdict {
+    user: Result<Reviewed, Refused>,
+    until: Instant,
+}
+
+struct Entry {
+    verdict: Arc<OnceCell<Verdict>>,
+    asked: Instant,
+}
+
+/// Tokens that one peer may still have reviewed.
+struct Allowance {
+    left: f64,
+    at: Instant,
+}
+
+/// The cache in front of [`Review`].
+pub struct Reviews {
+    api: Arc<dyn Review>,
+    asked: prometheus::IntCounterVec,
+    entries: Mutex<HashMap<[u8; 32], Entry>>,
+    peers: Mutex<HashMap<IpAddr, Allowance>>,
+}
+
+impl Reviews {
+    /// An empty cache. `asked` counts reviews by result.
+    pub fn new(api: Arc<dyn Review>, asked: prometheus::IntCounterVec) -> Self {
+        Self { api, asked, entries: Mutex::default(), peers: Mutex::default() }
+    }
+
+    /// The user of this token.
+    ///
+    /// # Errors
+    /// [`Rule::IdentityToken`]: for good if the API server does not know the token, to be tried again if it cannot be
+    /// asked or the peer has presented too many.
+    pub async fn user(&self, token: &str, peer: IpAddr) -> Result<Reviewed, Refused> {
+        if token.is_empty() || token.len() > LONGEST || !token.bytes().all(|b| b.is_ascii_graphic()) {
+            return Err(Refused::denied(Rule::IdentityToken, "expected a ServiceAccount token, found something else"));
+        }
+        let now = Instant::now();
+        let cell = self.cell(sha256(token.as_bytes()), now);
+        // The one that asks pays, and so does each that asks again after a failure.
+        let ask = || async {
+            self.spend(peer, now)?;
+            self.ask(token).await
+        };
+        cell.get_or_try_init(ask).await.cloned()?.user
+    }
+
+    /// The token's cell: filled, being filled, or new.
+    fn cell(&self, key: [u8; 32], now: Instant) -> Arc<OnceCell<Verdict>> {
+        let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(entry) = entries.get(&key)
+            && entry.verdict.get().is_none_or(|verdict| verdict.until > now)
+        {
+            return entry.verdict.clone();
+        }
+        if entries.len() >= REMEMBERED {
+            entries.retain(|_, e| e.verdict.get().is_some_and(|verdict| verdict.until > now));
+            if entries.len() >= REMEMBERED {
+                let mut ages: Vec<_> = entries.values().map(|e| e.asked).collect();
+                let middle = ages.len() / 2;
+                let (_, median, _) = ages.select_nth_unstable(middle);
+                let median = *median;
+                entries.retain(|_, e| e.asked > median);
+            }
+        }
+        let verdict = Arc::new(OnceCell::new());
+        entries.insert(key, Entry { verdict: verdict.clone(), asked: now });
+        verdict
+    }
+
+    /// Takes one review off the peer's allowance.
+    fn spend(&self, peer: IpAddr, now: Instant) -> Result<(), Refused> {
+        let mut peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
+        if peers.len() >= REMEMBERED {
+            let full = Duration::from_secs_f64(BURST / RATE);
+            peers.retain(|_, allowance| now.duration_since(allowance.at) < full);
+        }
+        let allowance = peers.entry(peer).or_insert(Allowance { left: BURST, at: now });
+        allowance.left = (allowance.left + now.duration_since(allowance.at).as_secs_f64() * RATE).min(BURST);
+        allowance.at = now;
+        if allowance.left < 1.0 {
+            self.asked.with_label_values(&["throttled"]).inc();
+            return Err(Refused::retry(
+                Rule::IdentityToken,
+                format!("{peer} presents new tokens faster than they can be checked; wait some seconds"),
+            ));
+        }
+        allowance.left -= 1.0;
+        Ok(())
+    }
+
+    async fn ask(&self, token: &str) -> Result<Verdict, Refused> {
+        let review = TokenReview {
+            spec: TokenReviewSpec { token: Some(token.to_owned()), audiences: Some(vec![AUDIENCE.to_owned()]) },
+            ..TokenReview::default()
+        };
+        let status = match tokio::time::timeout(TIMEOUT, self.api.review(review)).await {
+            Ok(Ok(status)) => status,
+            Ok(Err(cause)) => return Err(self.unavailable(&cause)),
+            Err(_) => return Err(self.unavailable("no answer in 5 s")),
+        };
+        let user = user_of(status);
+        let good = user.is_ok();
+        self.asked.with_label_values(&[if good { "valid" } else { "invalid" }]).inc();
+        let lifetime = if good { lifetime(token, SystemTime::now()) } else { BAD_FOR };
+        Ok(Verdict { user, until: Instant::now() + lifetime })
+    }
+
+    fn unavailable(&self, cause: &str) -> Refused {
+        self.asked.with_label_values(&["failed"]).inc();
+        tracing::warn!(cause, "a token cannot be reviewed");
+        Refused::retry(Rule::IdentityToken, "the API server cannot be asked about the token; try again")
+    }
+}
+
+/// The user in a review's status: authenticated, and for our audience.
+fn user_of(status: TokenReviewStatus) -> Result<Reviewed, Refused> {
+    let refused = |reason: &str| Err(Refused::denied(Rule::IdentityToken, reason));
+    if status.authenticated != Some(true) {
+        return refused("the token is not valid for audience belay-gateway, has expired, or its pod is gone");
+    }
+    // An API server that does not know audiences leaves the list empty: the token is then for somebody else.
+    if !status.audiences.unwrap_or_default().iter().any(|a| a == AUDIENCE) {
+        return refused("the token is valid, but not for audience belay-gateway");
+    }
+    let user = status.user.unwrap_or_default();
+    let Some(username) = user.username.filter(|name| !name.is_empty()) else {
+        return refused("the token's review names no user");
+    };
+    let extra = user.extra.unwrap_or_default();
+    let single = |key: &str| match extra.get(key).map(Vec::as_slice) {
+        Some([value]) => Some(value.clone()),
+        _ => None,
+    };
+    let namespace =
+        username.strip_prefix("system:serviceaccount:").and_then(|u| u.split_once(':')).map(|(ns, _)| ns.to_owned());
+    let (name, uid) = (single("authentication.kubernetes.io/pod-name"), single("authentication.kubernetes.io/pod-uid"));
+    let pod = match (namespace, name, uid) {
+        (Some(namespace), Some(name), Some(uid)) => Some(BoundPod { namespace, name, uid }),
+        _ => None,
+    };
+    Ok(Reviewed { username, pod })
+}
+
+/// How long a good token is believed: until the `exp` that it claims, and no longer than [`GOOD_FOR`]. Its claims are
+/// not verified here; the API server has just done so.
+fn lifetime(token: &str, now: SystemTime) -> Duration {
+    #[derive(serde::Deserialize)]
+    struct Claims {
+        exp: u64,
+    }
+    let exp = token
+        .split('.')
+        .nth(1)
+        .and_then(|claims| URL_SAFE_NO_PAD.decode(claims).ok())
+        .and_then(|claims| serde_json::from_slice::<Claims>(&claims).ok())
+        .map(|claims| claims.exp);
+    let now = now.duration_since(UNIX_EPOCH).unwrap_or_default();
+    // A token without a readable expiry is asked about again soon.
+    exp.map_or(BAD_FOR, |exp| Duration::from_secs(exp).saturating_sub(now)).min(GOOD_FOR)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,163 @@
+//! From bytes to records: segments, tree, checkpoints and signatures.
+//!
+//! A segment whose place or content does not hold ends the walk: what comes after it hangs in the air. A signature that
+//! does not hold does not, so that one wrong key shows as what it is.
+
+use super::{
+    Expected,
+    history::History,
+    report::{Check, Report},
+};
+use crate::evidence::{
+    log::Log,
+    merkle::Tree,
+    note::{Checkpoint, NoteError, VerifierKey},
+    record::Actor,
+    segment::{Segment, SegmentError},
+};
+
+/// Walks the log and adds what does not hold to the report.
+pub(super) fn check(log: &Log, witness: &VerifierKey, expected: &Expected, report: &mut Report) {
+    let mut walk = Walk { tree: Tree::new(), head: None, history: History::default() };
+    let mut whole = true;
+    for (key, bytes) in log.segments.iter().filter(|(key, _)| Segment::first_of(key).is_some()) {
+        if let Err(SegmentProblem { rule, record, message }) = walk.segment(key, bytes, witness, expected, report) {
+            report.add(rule, Some(key), record, message);
+            whole = false;
+            break;
+        }
+    }
+    walk.history.finish(whole, report);
+    report.summary.records = walk.tree.size();
+    match (&walk.head, expected) {
+        (None, _) if whole => report.add(Check::LogEmpty, None, None, "expected at least one segment, found none"),
+        (Some(found), Expected::Head(head)) if whole && found != head => {
+            let message = format!(
+                "expected the head of {} records and root {} that the task's status names, found {} records and root {}",
+                head.size,
+                head.root_base64(),
+                found.size,
+                found.root_base64()
+            );
+            report.add(Check::LogHead, None, None, message);
+        }
+        _ => {}
+    }
+    report.summary.root = walk.head.map(|head| head.root_base64());
+}
+
+/// Why the walk cannot go on.
+struct SegmentProblem {
+    rule: Check,
+    record: Option<u64>,
+    message: String,
+}
+
+/// The log so far.
+struct Walk {
+    tree: Tree,
+    head: Option<Checkpoint>,
+    history: History,
+}
+
+impl Walk {
+    fn segment(
+        &mut self,
+        key: &str,
+        bytes: &[u8],
+        witness: &VerifierKey,
+        expected: &Expected,
+        report: &mut Report,
+    ) -> Result<(), SegmentProblem> {
+        let next = self.tree.size();
+        let form = |rule, e: &SegmentError| {
+            // Line 1 is the checkpoint; records start on line 2.
+            let record = e.line().and_then(|line| line.checked_sub(2)).and_then(|n| u64::try_from(n).ok());
+            SegmentProblem { rule, record: record.map(|n| next.saturating_add(n)), message: e.to_string() }
+        };
+        let segment = Segment::parse(bytes).map_err(|e| form(Check::SegmentForm, &e))?;
+        if Segment::key(segment.first) != key {
+            let message = format!("expected {} for its first record, {}", Segment::key(segment.first), segment.first);
+            return Err(SegmentProblem { rule: Check::SegmentKey, record: Some(segment.first), message });
+        }
+        let tree = segment.extend(&self.tree).map_err(|e| SegmentProblem {
+            rule: match e {
+                SegmentError::Position { .. } => Check::SegmentOrder,
+                SegmentError::Checkpoint { .. } => Check::CheckpointRoot,
+                SegmentError::Note(_) | SegmentError::Line { .. } => Check::SegmentForm,
+            },
+            record: Some(segment.first),
+            message: e.to_string(),
+        })?;
+        let checkpoint = segment.note.checkpoint().map_err(|e| form(Check::SegmentForm, &e.into()))?;
+        self.origin(&checkpoint, key, expected, report);
+        let records = segment.decode().map_err(|e| form(Check::RecordForm, &e))?;
+
+        let writer = records.first().map(|r| (r.actor, r.attempt));
+        for record in &records {
+            if writer.is_some_and(|(actor, _)| actor != record.actor) {
+                report.add(
+                    Check::RecordActor,
+                    Some(key),
+                    Some(record.seq),
+                    "expected one writer in a segment, found two",
+                );
+            } else if writer.is_some_and(|(_, attempt)| attempt != record.attempt) {
+                report.add(
+                    Check::AttemptOrder,
+                    Some(key),
+                    Some(record.seq),
+                    "expected one attempt in a segment, found two",
+                );
+            }
+            self.history.record(record, &checkpoint.origin, key, report);
+        }
+        self.signatures(&segment, writer.map_or(Actor::Harness, |(actor, _)| actor), key, witness, report);
+
+        report.summary.segments += 1;
+        self.tree = tree;
+        self.head = Some(checkpoint);
+        Ok(())
+    }
+
+    /// One log, and the expected one.
+    fn origin(&self, checkpoint: &Checkpoint, key: &str, expected: &Expected, report: &mut Report) {
+        let expected = match (&self.head, expected) {
+            (Some(head), _) => Some(&head.origin),
+            (None, Expected::Origin(origin)) => Some(origin),
+            (None, Expected::Head(head)) => Some(&head.origin),
+            (None, Expected::Anything) => None,
+        };
+        if let Some(expected) = expected.filter(|origin| **origin != checkpoint.origin) {
+            let message = format!("expected a checkpoint of {expected}, found one of {}", checkpoint.origin);
+            report.add(Check::CheckpointOrigin, Some(key), None, message);
+        }
+        report.summary.origin.get_or_insert_with(|| checkpoint.origin.clone());
+    }
+
+    /// The witness signed every checkpoint, the attempt its own, and nobody else any.
+    fn signatures(&self, segment: &Segment, writer: Actor, key: &str, witness: &VerifierKey, report: &mut Report) {
+        match segment.note.verify_cosignature(witness) {
+            Ok(time) => report.summary.witnessed = Some(time),
+            Err(e) => report.add(Check::CheckpointWitness, Some(key), None, e.to_string()),
+        }
+        let expected = match writer {
+            Actor::Gateway => 1,
+            Actor::Harness => {
+                let signed = match self.history.key() {
+                    Some(attempt) => segment.note.verify(attempt).map_err(|e: NoteError| e.to_string()),
+                    None => Err("expected a key in an attempt.opened record before this, found none".to_owned()),
+                };
+                if let Err(message) = signed {
+                    report.add(Check::CheckpointAttempt, Some(key), None, message);
+                }
+                2
+            }
+        };
+        let found = segment.note.signatures.len();
+        if found != expected {
+            let message = format!("expected {expected} signature(s) on what the {writer:?} wrote, found {found}");
+            report.add(Check::CheckpointSignatures, Some(key), None, message);
+        }
+    }
+}

@@ -1,0 +1,340 @@
+//! What the records say, one after the other: attempts, calls, counters and limits.
+
+use std::collections::BTreeMap;
+
+use super::report::{AttemptSummary, Check, Report};
+use crate::{
+    evidence::{
+        note::{self, VerifierKey},
+        record::{Actor, AttemptOpened, Channel, Effect, Event, Intent, Outcome, Record, VERSION},
+    },
+    policy::config::{PolicyConfig, Usage},
+};
+
+/// What is known after some records.
+#[derive(Default)]
+pub(super) struct History {
+    attempt: i64,
+    /// Whether the attempt is between `attempt.opened` and `attempt.closed`.
+    open: bool,
+    /// Whether the attempt has seen its containment broken.
+    loose: bool,
+    /// Whether `task.closed` has been seen.
+    ended: bool,
+    key: Option<VerifierKey>,
+    policy: Option<PolicyConfig>,
+    usage: Usage,
+    calls: BTreeMap<String, Call>,
+}
+
+/// A call that has an intent.
+struct Call {
+    seq: u64,
+    attempt: i64,
+    target: String,
+    reserved: i64,
+    settled: bool,
+}
+
+/// The report, and the record to blame.
+struct Blame<'a> {
+    report: &'a mut Report,
+    object: &'a str,
+    seq: u64,
+}
+
+impl Blame<'_> {
+    fn add(&mut self, rule: Check, message: impl Into<String>) {
+        self.report.add(rule, Some(self.object), Some(self.seq), message);
+    }
+}
+
+impl History {
+    /// The key that signs the newest attempt's checkpoints.
+    pub(super) fn key(&self) -> Option<&VerifierKey> {
+        self.key.as_ref()
+    }
+
+    /// Takes one record in.
+    pub(super) fn record(&mut self, record: &Record, origin: &str, object: &str, report: &mut Report) {
+        let mut blame = Blame { report, object, seq: record.seq };
+        let summary = &mut blame.report.summary;
+        *summary.kinds.entry(record.event.kind()).or_default() += 1;
+        summary.started.get_or_insert_with(|| record.time.clone());
+        summary.ended = Some(record.time.clone());
+
+        if record.v != VERSION {
+            blame.add(Check::RecordForm, format!("expected version {VERSION}, found {}", record.v));
+        }
+        if record.time.parse::<jiff::Timestamp>().is_err() {
+            blame.add(Check::RecordTime, format!("expected an RFC 3339 time, found {:?}", record.time));
+        }
+        if self.ended {
+            blame
+                .add(Check::TaskAfterEnd, format!("expected nothing after task.closed, found {}", record.event.kind()));
+        }
+        self.writer(record, &mut blame);
+        self.attempt(record, &mut blame);
+
+        let mut usage = self.usage;
+        match &record.event {
+            Event::AttemptOpened(opened) => self.opened(record, opened, origin, &mut blame),
+            Event::Intent(intent) => self.intent(intent, record.attempt, &mut usage, &mut blame),
+            Event::Outcome(outcome) => self.outcome(outcome, record.attempt, &mut usage, &mut blame),
+            Event::Denied(denied) => {
+                usage.denials = usage.denials.saturating_add(1);
+                *blame.report.summary.denials.entry(denied.rule).or_default() += 1;
+            }
+            Event::ContainmentChecked(seen) if !seen.contained || !seen.breaches.is_empty() => {
+                self.loose = true;
+                blame.add(
+                    Check::ContainmentBroken,
+                    format!("the pod reached more than the gateway: {}", seen.breaches.join(", ")),
+                );
+            }
+            Event::ContainmentChecked(_) => {}
+            Event::AttemptClosed(closed) => {
+                self.open = false;
+                if let Some(attempt) = blame.report.summary.attempts.last_mut() {
+                    attempt.closed = Some(closed.reason.clone());
+                }
+            }
+            Event::TaskClosed(closed) => {
+                self.ended = true;
+                blame.report.summary.closed = Some(closed.clone());
+            }
+        }
+        if record.usage != usage {
+            blame.add(
+                Check::UsageCount,
+                format!("expected {} after this record, found {}", counters(&usage), counters(&record.usage)),
+            );
+        }
+        // What follows is judged by what follows from the events, so that one wrong counter is one finding.
+        self.usage = usage;
+    }
+
+    /// Ends the log. `whole`: whether its last segment was reached.
+    pub(super) fn finish(&self, whole: bool, report: &mut Report) {
+        let mut open: Vec<_> = self.calls.iter().filter(|(_, call)| !call.settled).collect();
+        open.sort_by_key(|(_, call)| call.seq);
+        for (id, call) in open {
+            report.summary.effects.open += 1;
+            let message = format!("call {id} to {} has no outcome: whether it took effect is not known", call.target);
+            report.add(Check::CallOpen, None, Some(call.seq), message);
+        }
+        report.summary.usage = self.usage;
+        if whole && !self.ended && !report.summary.kinds.is_empty() {
+            report.add(
+                Check::TaskClosed,
+                None,
+                None,
+                "expected task.closed as the last record; the task runs, or its end is missing",
+            );
+        }
+    }
+
+    /// Each writer writes its own kinds.
+    fn writer(&self, record: &Record, blame: &mut Blame<'_>) {
+        let kind = record.event.kind();
+        match (record.actor, &record.event) {
+            (Actor::Gateway, Event::TaskClosed(_)) => {}
+            (Actor::Gateway, _) => {
+                blame.add(Check::RecordActor, format!("expected the gateway to write task.closed only, found {kind}"))
+            }
+            (Actor::Harness, Event::TaskClosed(_)) => {
+                blame.add(Check::RecordActor, "expected the gateway to write task.closed, found the harness")
+            }
+            (Actor::Harness, _) => {}
+        }
+    }
+
+    /// Attempts go up, and do nothing before they open and after they close.
+    fn attempt(&mut self, record: &Record, blame: &mut Blame<'_>) {
+        let kind = record.event.kind();
+        // A task that ends without an attempt has none to name.
+        let least = if matches!(record.event, Event::TaskClosed(_)) { self.attempt } else { self.attempt.max(1) };
+        if record.attempt < least {
+            let message = format!("expected attempt {least} or a later one, found {}", record.attempt);
+            blame.add(Check::AttemptOrder, message);
+        }
+        match &record.event {
+            Event::AttemptOpened(_) => {}
+            // An attempt may fail before its harness opens it; the end of the task names it all the same.
+            Event::TaskClosed(_) => return,
+            _ if record.attempt != self.attempt => {
+                blame.add(
+                    Check::AttemptOpen,
+                    format!("expected attempt.opened first in attempt {}, found {kind}", record.attempt),
+                );
+            }
+            _ if !self.open => {
+                blame.add(Check::AttemptOpen, format!("expected nothing after attempt.closed, found {kind}"))
+            }
+            _ => {}
+        }
+        self.attempt = self.attempt.max(record.attempt);
+    }
+
+    fn opened(&mut self, record: &Record, opened: &AttemptOpened, origin: &str, blame: &mut Blame<'_>) {
+        self.open = true;
+        self.loose = false;
+        if !opened.containment.contained || !opened.containment.breaches.is_empty() {
+            blame
+                .add(Check::AttemptContained, "expected a contained pod, found one that reaches more than the gateway");
+        }
+        match opened.policy.digest() {
+            Ok(digest) if digest == opened.policy_digest => {}
+            Ok(digest) => blame
+                .add(Check::AttemptPolicy, format!("expected policyDigest {digest}, found {}", opened.policy_digest)),
+            Err(e) => blame.add(Check::AttemptPolicy, e.to_string()),
+        }
+        let task = &opened.policy.task;
+        if note::origin(&task.uid) != origin {
+            blame.add(
+                Check::AttemptTask,
+                format!("expected the policy of {origin}, found one of task UID {}", task.uid),
+            );
+        }
+        // Whatever does not hold about the key: an older one must not go on signing.
+        self.key = match opened.key.parse::<VerifierKey>() {
+            Ok(key) if key.name() == format!("{origin}/{}", record.attempt) => Some(key),
+            Ok(key) => {
+                blame.add(
+                    Check::AttemptKey,
+                    format!("expected a key named {origin}/{}, found {}", record.attempt, key.name()),
+                );
+                None
+            }
+            Err(e) => {
+                blame.add(Check::AttemptKey, e.to_string());
+                None
+            }
+        };
+        let summary = &mut blame.report.summary;
+        summary.limits = Some(opened.policy.limits);
+        summary.namespace = Some(task.namespace.clone());
+        summary.task = Some(task.name.clone());
+        summary.principal = Some(task.principal.clone());
+        match summary.attempts.last_mut().filter(|a| a.number == record.attempt) {
+            Some(again) => {
+                again.openings += 1;
+                again.closed = None;
+            }
+            None => summary.attempts.push(AttemptSummary {
+                number: record.attempt,
+                pod: opened.pod.name.clone(),
+                node: opened.pod.node.clone(),
+                runtime_class: opened.pod.runtime_class.clone(),
+                policy_digest: opened.policy_digest.clone(),
+                opened: record.time.clone(),
+                openings: 1,
+                closed: None,
+            }),
+        }
+        self.policy = Some(opened.policy.clone());
+    }
+
+    fn intent(&mut self, intent: &Intent, attempt: i64, usage: &mut Usage, blame: &mut Blame<'_>) {
+        let Intent { call, channel, target, reserved_tokens: reserved, .. } = intent;
+        if self.loose {
+            blame.add(Check::ContainmentLost, "expected no call after the containment was lost, found one");
+        }
+        if *reserved < 0 {
+            blame.add(Check::UsageCount, format!("expected a reservation of no less than 0 tokens, found {reserved}"));
+        }
+        usage.tokens = usage.tokens.saturating_add(*reserved);
+        if *channel == Channel::Tool {
+            usage.tool_calls = usage.tool_calls.saturating_add(1);
+        }
+        if let Some(policy) = &self.policy {
+            let limits = policy.limits;
+            if *channel == Channel::Tool && usage.tool_calls > limits.tool_calls {
+                blame.add(
+                    Check::UsageLimit,
+                    format!("expected at most {} tool calls, found {}", limits.tool_calls, usage.tool_calls),
+                );
+            }
+            // A reply may have cost more than was left; only what asks for more is to be refused then.
+            if *reserved > 0 && usage.tokens > limits.tokens {
+                blame.add(
+                    Check::UsageLimit,
+                    format!("expected at most {} tokens, found {} reserved", limits.tokens, usage.tokens),
+                );
+            }
+            if let Some(problem) = misfit(intent, policy) {
+                blame.add(Check::CallPolicy, problem);
+            }
+        }
+        if self.calls.contains_key(call) {
+            blame.add(Check::CallUnique, format!("expected one intent of call {call}, found a second"));
+        } else {
+            let (seq, target, reserved) = (blame.seq, target.clone(), *reserved);
+            self.calls.insert(call.clone(), Call { seq, attempt, target, reserved, settled: false });
+        }
+    }
+
+    fn outcome(&mut self, outcome: &Outcome, attempt: i64, usage: &mut Usage, blame: &mut Blame<'_>) {
+        let id = &outcome.call;
+        let Some(call) = self.calls.get_mut(id) else {
+            return blame
+                .add(Check::CallOutcome, format!("expected an intent of call {id} before its outcome, found none"));
+        };
+        if call.settled {
+            return blame.add(Check::CallOutcome, format!("expected one outcome of call {id}, found a second"));
+        }
+        if call.attempt != attempt {
+            let message =
+                format!("expected the outcome of call {id} in attempt {}, found it in {attempt}", call.attempt);
+            blame.add(Check::CallOutcome, message);
+        }
+        call.settled = true;
+        if outcome.tokens < 0 {
+            blame.add(Check::UsageCount, format!("expected no less than 0 tokens, found {}", outcome.tokens));
+        }
+        usage.tokens = usage.tokens.saturating_sub(call.reserved).saturating_add(outcome.tokens);
+        if let Some(limit) = self
+            .policy
+            .as_ref()
+            .map(|p| p.limits.tokens)
+            .filter(|n| usage.tokens > *n && outcome.tokens > call.reserved)
+        {
+            let message = format!(
+                "a reply cost {} tokens where {} were reserved: {} of {limit} are used",
+                outcome.tokens, call.reserved, usage.tokens
+            );
+            blame.add(Check::UsageOverrun, message);
+        }
+        let effects = &mut blame.report.summary.effects;
+        match outcome.effect {
+            Effect::Applied => effects.applied += 1,
+            Effect::NotApplied => effects.not_applied += 1,
+            Effect::Unknown => effects.unknown += 1,
+        }
+    }
+}
+
+/// Why the policy does not give this tool call, if so.
+fn misfit(intent: &Intent, policy: &PolicyConfig) -> Option<String> {
+    if intent.channel != Channel::Tool {
+        return None;
+    }
+    let Some(tool) = policy.tools.iter().find(|t| t.name == intent.target) else {
+        return Some(format!("expected a tool of the policy, found {}", intent.target));
+    };
+    if intent.effect != Some(tool.side_effect) {
+        let found = intent.effect.map_or("none", |e| e.as_str());
+        return Some(format!(
+            "expected the effect {} that the contract of {} names, found {found}",
+            tool.side_effect.as_str(),
+            tool.name
+        ));
+    }
+    (!policy.allowed_effects.contains(&tool.side_effect))
+        .then(|| format!("expected an effect that the class allows, found {}", tool.side_effect.as_str()))
+}
+
+/// The counters in words.
+fn counters(usage: &Usage) -> String {
+    format!("{} tool calls, {} tokens and {} denials", usage.tool_calls, usage.tokens, usage.denials)
+}

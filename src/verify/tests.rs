@@ -1,0 +1,356 @@
+use bytes::Bytes;
+use proptest::prelude::*;
+use rstest::rstest;
+
+use self::script::{Script, UID, attempt_closed, denied, intent, opened, outcome, put, record, task_closed};
+use super::*;
+use crate::{
+    evidence::{
+        canonical, note,
+        note::{Note, Signer, WITNESS_NAME},
+        record::{Actor, Channel, Event, Record},
+        segment::Segment,
+        store::Mode,
+    },
+    policy::config::SideEffect,
+};
+
+pub(crate) mod script;
+
+fn run(script: &Script, log: &Log) -> Report {
+    verify(log, &script.witness.verifier(), &Expected::Origin(note::origin(UID)))
+}
+
+fn broken(report: &Report) -> Vec<Check> {
+    report.findings.iter().filter(|f| f.weight == Weight::Broken).map(|f| f.rule).collect()
+}
+
+#[test]
+fn a_good_log_is_valid() {
+    let script = Script::good();
+    let report = run(&script, &script.write());
+    // The call that the first pod took with it is told, and no fault of the log.
+    assert_eq!(report.findings.iter().map(|f| (f.rule, f.record)).collect::<Vec<_>>(), [(Check::CallOpen, Some(6))]);
+    assert_eq!(report.verdict, Verdict::Valid);
+    let summary = &report.summary;
+    assert_eq!((summary.segments, summary.records), (7, 13));
+    assert_eq!(summary.origin.as_deref(), Some("belay.dev/task/6f9c3c1e-0000-4000-8000-000000000001"));
+    assert_eq!((summary.usage.tool_calls, summary.usage.tokens, summary.usage.denials), (3, 120, 1));
+    assert_eq!((summary.effects.applied, summary.effects.open), (3, 1));
+    assert_eq!(
+        summary.attempts.iter().map(|a| (a.number, a.closed.as_deref())).collect::<Vec<_>>(),
+        [(1, None), (2, Some("agentEnded"))]
+    );
+    assert_eq!(summary.kinds["call.intent"], 4);
+    assert_eq!(summary.locks.as_ref().and_then(|l| l.mode), Some(Mode::Compliance));
+    assert_eq!(summary.witnessed, Some(1_795_000_012));
+}
+
+#[test]
+fn a_task_that_never_ran_has_a_valid_log_of_one_record() {
+    let mut script = Script::good();
+    script.segments = vec![vec![record(0, task_closed())]];
+    script.count();
+    let report = run(&script, &script.write());
+    assert_eq!((report.verdict, report.findings.len()), (Verdict::Valid, 0), "{:?}", report.findings);
+}
+
+/// Lies that the writers could tell: everything is signed, and one thing does not follow.
+#[rstest]
+#[case::sequence(Check::SegmentForm, Some(2), |s: &mut Script| s.at(2).seq = 5)]
+#[case::version(Check::RecordForm, Some(3), |s: &mut Script| s.at(3).v = 2)]
+#[case::time(Check::RecordTime, Some(3), |s: &mut Script| s.at(3).time = "yesterday".into())]
+#[case::actor_gateway(Check::RecordActor, Some(5), |s: &mut Script| s.at(5).actor = Actor::Gateway)]
+#[case::actor_harness(Check::RecordActor, Some(12), |s: &mut Script| { s.at(12).actor = Actor::Harness; })]
+#[case::gateway_writes_calls(Check::RecordActor, Some(6), |s: &mut Script| s.at(6).actor = Actor::Gateway)]
+#[case::attempt_goes_back(Check::AttemptOrder, Some(9), |s: &mut Script| s.segments[5].iter_mut().for_each(|r| r.attempt = 1))]
+#[case::attempt_zero(Check::AttemptOrder, Some(0), |s: &mut Script| { let key = Signer::generate(&note::attempt_key_name(UID, 0)).unwrap(); s.at(0).attempt = 0; s.at(0).event = opened(&key, 0); s.keys.insert(0, key); })]
+#[case::two_attempts_in_a_segment(Check::AttemptOrder, Some(4), |s: &mut Script| s.at(4).attempt = 2)]
+#[case::not_opened(Check::AttemptOpen, Some(0), |s: &mut Script| { s.at(0).event = denied("x"); })]
+#[case::not_opened_again(Check::AttemptOpen, Some(7), |s: &mut Script| { s.at(7).event = denied("x"); })]
+#[case::call_after_closing(Check::AttemptOpen, Some(12), |s: &mut Script| s.segments[5].push(record(2, denied("x"))))]
+#[case::not_contained(Check::AttemptContained, Some(0), |s: &mut Script| change_opened(s, 0, |o| o.containment.contained = false))]
+#[case::breach_at_opening(Check::AttemptContained, Some(0), |s: &mut Script| change_opened(s, 0, |o| o.containment.breaches = vec!["10.0.0.1:443".into()]))]
+#[case::policy_changed(Check::AttemptPolicy, Some(7), |s: &mut Script| change_opened(s, 7, |o| o.policy.limits.tokens = 9_999))]
+#[case::policy_digest(Check::AttemptPolicy, Some(7), |s: &mut Script| change_opened(s, 7, |o| o.policy_digest = "00".repeat(32)))]
+#[case::policy_of_another_task(Check::AttemptTask, Some(0), |s: &mut Script| change_opened(s, 0, |o| { o.policy.task.uid = "other".into(); o.policy_digest = o.policy.digest().unwrap(); }))]
+#[case::key_of_another_attempt(Check::AttemptKey, Some(7), |s: &mut Script| { let key = s.keys[&1].verifier().to_string(); change_opened(s, 7, |o| o.key = key); })]
+#[case::key_unreadable(Check::AttemptKey, Some(0), |s: &mut Script| change_opened(s, 0, |o| o.key = "none".into()))]
+#[case::call_after_containment_was_lost(Check::ContainmentLost, Some(11), |s: &mut Script| {
+    s.at(10).event = lost();
+    s.segments[5].insert(2, record(2, intent("e", Channel::Tool, "search", 0)));
+    s.count();
+})]
+#[case::same_call_twice(Check::CallUnique, Some(8), |s: &mut Script| s.at(8).event = intent("a", Channel::Tool, "write", 0))]
+#[case::outcome_without_intent(Check::CallOutcome, Some(9), |s: &mut Script| s.at(9).event = outcome("z", 0))]
+#[case::outcome_before_intent(Check::CallOutcome, Some(1), |s: &mut Script| { s.at(1).event = outcome("a", 0); s.at(3).event = intent("a", Channel::Tool, "search", 0); s.count(); })]
+#[case::second_outcome(Check::CallOutcome, Some(4), |s: &mut Script| s.at(4).event = outcome("a", 0))]
+#[case::outcome_in_another_attempt(Check::CallOutcome, Some(9), |s: &mut Script| s.at(9).event = outcome("c", 0))]
+#[case::unknown_tool(Check::CallPolicy, Some(6), |s: &mut Script| change_intent(s, 6, |i| i.target = "shell".into()))]
+#[case::effect_that_the_contract_lacks(Check::CallPolicy, Some(6), |s: &mut Script| change_intent(s, 6, |i| i.effect = Some(SideEffect::Read)))]
+#[case::effect_that_the_class_forbids(Check::CallPolicy, Some(6), |s: &mut Script| change_intent(s, 6, |i| { i.target = "mail".into(); i.effect = Some(SideEffect::External); }))]
+#[case::tool_calls_not_counted(Check::UsageCount, Some(6), |s: &mut Script| s.segments.iter_mut().flatten().skip(6).for_each(|r| r.usage.tool_calls -= 1))]
+#[case::denials_not_counted(Check::UsageCount, Some(4), |s: &mut Script| s.at(4).usage.denials = 0)]
+#[case::tokens_shrink(Check::UsageCount, Some(9), |s: &mut Script| s.at(9).usage.tokens = 0)]
+#[case::reservation_not_counted(Check::UsageCount, Some(2), |s: &mut Script| s.at(2).usage.tokens = 0)]
+#[case::settlement_not_counted(Check::UsageCount, Some(5), |s: &mut Script| s.at(5).usage.tokens = 300)]
+#[case::negative_reservation(Check::UsageCount, Some(2), |s: &mut Script| { change_intent(s, 2, |i| i.reserved_tokens = -5); s.count(); })]
+#[case::negative_tokens(Check::UsageCount, Some(5), |s: &mut Script| { s.at(5).event = outcome("b", -1); s.count(); })]
+#[case::too_many_tokens(Check::UsageLimit, Some(2), |s: &mut Script| { change_intent(s, 2, |i| i.reserved_tokens = 1001); s.count(); })]
+#[case::too_many_calls(Check::UsageLimit, Some(9), |s: &mut Script| {
+    for call in ["e", "f"] { s.segments[4].push(record(2, intent(call, Channel::Tool, "search", 0))); }
+    s.at(7).event = opened_with(s, |o| o.policy.limits.tool_calls = 3);
+    s.count();
+})]
+#[case::after_the_end(Check::TaskAfterEnd, Some(13), |s: &mut Script| { s.segments.push(vec![record(2, task_closed())]); s.count(); })]
+#[case::a_second_end_in_one_segment(Check::TaskAfterEnd, Some(13), |s: &mut Script| { s.segments[6].push(record(2, task_closed())); s.count(); })]
+fn lies_of_the_writers_are_found(#[case] rule: Check, #[case] at: Option<u64>, #[case] lie: fn(&mut Script)) {
+    let mut script = Script::good();
+    lie(&mut script);
+    // A case that adds records leaves the numbering to the script, unless the numbering is the lie.
+    if rule != Check::SegmentForm && rule != Check::UsageCount {
+        script.count();
+    }
+    let report = run(&script, &script.write());
+    assert_eq!(report.verdict, Verdict::Invalid, "{:?}", report.findings);
+    let found: Vec<_> = report.findings.iter().filter(|f| f.rule == rule).map(|f| f.record).collect();
+    assert!(found.first() == Some(&at), "expected {rule} at {at:?}, found {:#?}", report.findings);
+}
+
+fn lost() -> Event {
+    let mut seen = script::contained();
+    seen.contained = false;
+    seen.breaches = vec!["10.96.0.1:443".to_owned()];
+    Event::ContainmentChecked(seen)
+}
+
+fn change_opened(script: &mut Script, seq: usize, change: impl FnOnce(&mut crate::evidence::record::AttemptOpened)) {
+    let Event::AttemptOpened(opened) = &mut script.at(seq).event else { panic!("record {seq} is no attempt.opened") };
+    change(opened);
+}
+
+fn opened_with(script: &Script, change: impl FnOnce(&mut crate::evidence::record::AttemptOpened)) -> Event {
+    let Event::AttemptOpened(mut opened) = opened(&script.keys[&2], 2) else { unreachable!() };
+    change(&mut opened);
+    opened.policy_digest = opened.policy.digest().unwrap();
+    Event::AttemptOpened(opened)
+}
+
+fn change_intent(script: &mut Script, seq: usize, change: impl FnOnce(&mut crate::evidence::record::Intent)) {
+    let Event::Intent(intent) = &mut script.at(seq).event else { panic!("record {seq} is no call.intent") };
+    change(intent);
+}
+
+/// What others could do to the stored objects: without the keys, or with some of them.
+#[rstest]
+#[case::foreign_object(Check::StoreKey, |_: &Script, log: &mut Log| { log.segments.insert("segments/notes.txt".into(), Bytes::new()); })]
+#[case::incident_renamed(Check::StoreIncident, |_: &Script, log: &mut Log| { log.incidents.insert("incidents/00.json".into(), Bytes::from_static(b"{}")); })]
+#[case::second_version(Check::StoreVersions, |_: &Script, log: &mut Log| { let mut v = versions(log)[2].clone(); v.version_id = "later".into(); versions(log).push(v); })]
+#[case::delete_marker(Check::StoreDeleted, |_: &Script, log: &mut Log| { let mut v = versions(log)[2].clone(); v.delete_marker = true; v.version_id = "marker".into(); versions(log).push(v); })]
+#[case::hidden(Check::StoreDeleted, |_: &Script, log: &mut Log| { let mut v = versions(log)[6].clone(); v.delete_marker = true; versions(log)[6].is_latest = false; versions(log).push(v); log.segments.remove(&Segment::key(12)); })]
+#[case::no_lock(Check::StoreRetention, |_: &Script, log: &mut Log| versions(log)[0].retain_until = None)]
+#[case::no_mode(Check::StoreRetention, |_: &Script, log: &mut Log| versions(log)[0].mode = None)]
+#[case::lock_ended_before_it_began(Check::StoreRetention, |_: &Script, log: &mut Log| versions(log)[0].retain_until = versions(log)[0].written)]
+#[case::cut_off(Check::SegmentForm, |_: &Script, log: &mut Log| { let b = log.segments[&Segment::key(3)].clone(); log.segments.insert(Segment::key(3), b.slice(..b.len() - 5)); })]
+#[case::renamed(Check::SegmentKey, |_: &Script, log: &mut Log| { let b = log.segments.remove(&Segment::key(12)).unwrap(); log.segments.insert(Segment::key(13), b); })]
+#[case::first_missing(Check::SegmentOrder, |_: &Script, log: &mut Log| { log.segments.remove(&Segment::key(0)); })]
+#[case::one_missing(Check::SegmentOrder, |_: &Script, log: &mut Log| { log.segments.remove(&Segment::key(3)); })]
+#[case::record_changed(Check::CheckpointRoot, |_: &Script, log: &mut Log| edit(log, 3, |s| {
+    let mut r: Record = serde_json::from_slice(&s.records[1]).unwrap();
+    r.event = denied("elsewhere.world.test:443");
+    s.records[1] = canonical::to_bytes(&r).unwrap();
+}))]
+#[case::record_dropped(Check::CheckpointRoot, |_: &Script, log: &mut Log| edit(log, 3, |s| { s.records.pop(); }))]
+#[case::checkpoint_of_another_size(Check::CheckpointRoot, |script: &Script, log: &mut Log| edit(log, 3, |s| {
+    let checkpoint = note::Checkpoint { size: 7, ..s.note.checkpoint().unwrap() };
+    resign(s, &checkpoint, script);
+}))]
+#[case::checkpoint_of_another_log(Check::CheckpointOrigin, |script: &Script, log: &mut Log| edit(log, 3, |s| {
+    let checkpoint = note::Checkpoint { origin: note::origin("other"), ..s.note.checkpoint().unwrap() };
+    resign(s, &checkpoint, script);
+}))]
+#[case::no_witness(Check::CheckpointWitness, |_: &Script, log: &mut Log| edit(log, 3, |s| { s.note.signatures.pop(); }))]
+#[case::another_witness(Check::CheckpointWitness, |_: &Script, log: &mut Log| edit(log, 3, |s| { s.note.signatures.pop(); s.note.cosign(&Signer::generate(WITNESS_NAME).unwrap(), 1); }))]
+#[case::witness_time_changed(Check::CheckpointWitness, |_: &Script, log: &mut Log| edit(log, 3, |s| s.note.signatures[1].bytes[0] = 1))]
+#[case::witness_signature_of_another_segment(Check::CheckpointWitness, |_: &Script, log: &mut Log| { let other = segment(log, 0).note.signatures[1].clone(); edit(log, 3, |s| s.note.signatures[1] = other); })]
+#[case::no_attempt_signature(Check::CheckpointAttempt, |_: &Script, log: &mut Log| edit(log, 3, |s| { s.note.signatures.remove(0); }))]
+#[case::attempt_signature_of_the_other_attempt(Check::CheckpointAttempt, |script: &Script, log: &mut Log| edit(log, 3, |s| {
+    let mut note = Note::sign(&s.note.checkpoint().unwrap(), &script.keys[&2]);
+    note.cosign(&script.witness, 1);
+    s.note = note;
+}))]
+#[case::harness_plays_gateway(Check::CheckpointSignatures, |script: &Script, log: &mut Log| edit(log, 12, |s| {
+    let mut note = Note::sign(&s.note.checkpoint().unwrap(), &script.keys[&2]);
+    note.cosign(&script.witness, 1);
+    s.note = note;
+}))]
+#[case::one_more_signature(Check::CheckpointSignatures, |_: &Script, log: &mut Log| edit(log, 3, |s| s.note.cosign(&Signer::generate("else.example").unwrap(), 1)))]
+fn tampering_with_the_store_is_found(#[case] rule: Check, #[case] tamper: fn(&Script, &mut Log)) {
+    let script = Script::good();
+    let mut log = script.write();
+    tamper(&script, &mut log);
+    let report = run(&script, &log);
+    assert_eq!(report.verdict, Verdict::Invalid, "{:?}", report.findings);
+    assert!(broken(&report).contains(&rule), "expected {rule}, found {:#?}", report.findings);
+}
+
+fn versions(log: &mut Log) -> &mut Vec<crate::evidence::store::StoredObject> {
+    log.versions.as_mut().unwrap()
+}
+
+fn segment(log: &Log, first: u64) -> Segment {
+    Segment::parse(&log.segments[&Segment::key(first)]).unwrap()
+}
+
+fn edit(log: &mut Log, first: u64, change: impl FnOnce(&mut Segment)) {
+    let mut segment = segment(log, first);
+    change(&mut segment);
+    put(log, &segment);
+}
+
+fn resign(segment: &mut Segment, checkpoint: &note::Checkpoint, script: &Script) {
+    segment.note = Note::sign(checkpoint, &script.keys[&1]);
+    segment.note.cosign(&script.witness, 1);
+}
+
+#[test]
+fn a_field_that_no_record_has_is_refused() {
+    let script = Script::good();
+    let mut log = script.write();
+    // A last segment with a smuggled field, its root and signatures right.
+    let mut last = segment(&log, 12);
+    let text = String::from_utf8(last.records[0].clone()).unwrap().replace("\"v\":1", "\"v\":1,\"w\":0");
+    last.records[0] = text.into_bytes();
+    let mut tree = crate::evidence::merkle::Tree::new();
+    for first in [0, 1, 3, 6, 7, 9] {
+        tree = segment(&log, first).extend(&tree).unwrap();
+    }
+    tree.push(crate::evidence::merkle::leaf_hash(&last.records[0]));
+    last.note = Note::unsigned(&note::Checkpoint { origin: note::origin(UID), size: 13, root: tree.root() });
+    last.note.cosign(&script.witness, 1);
+    put(&mut log, &last);
+    let report = run(&script, &log);
+    assert_eq!(broken(&report), [Check::RecordForm]);
+    assert_eq!(report.findings[0].record, Some(12));
+}
+
+#[test]
+fn a_log_that_is_not_at_its_end_is_incomplete() {
+    let script = Script::good();
+    let mut log = script.write();
+    log.segments.remove(&Segment::key(12));
+    let report = run(&script, &log);
+    assert_eq!(report.verdict, Verdict::Incomplete);
+    assert_eq!(report.findings.iter().map(|f| f.rule).collect::<Vec<_>>(), [Check::CallOpen, Check::TaskClosed]);
+    let nothing = run(&script, &Log::default());
+    assert_eq!((nothing.verdict, nothing.findings[0].rule), (Verdict::Incomplete, Check::LogEmpty));
+}
+
+#[test]
+fn the_head_in_the_status_is_compared() {
+    let script = Script::good();
+    let log = script.write();
+    let head = segment(&log, 12).note.checkpoint().unwrap();
+    let witness = script.witness.verifier();
+    assert_eq!(verify(&log, &witness, &Expected::Head(head.clone())).verdict, Verdict::Valid);
+    let mut shorter = log.clone();
+    shorter.segments.remove(&Segment::key(12));
+    assert_eq!(broken(&verify(&shorter, &witness, &Expected::Head(head.clone()))), [Check::LogHead]);
+    let other = note::Checkpoint { origin: note::origin("other"), ..head };
+    assert!(broken(&verify(&log, &witness, &Expected::Head(other))).contains(&Check::CheckpointOrigin));
+    assert!(broken(&verify(&log, &witness, &Expected::Origin("other".to_owned()))).contains(&Check::CheckpointOrigin));
+    assert_eq!(verify(&log, &witness, &Expected::Anything).verdict, Verdict::Valid);
+    assert_eq!(
+        verify(&log, &Signer::generate(WITNESS_NAME).unwrap().verifier(), &Expected::Anything).verdict,
+        Verdict::Invalid
+    );
+}
+
+#[test]
+fn a_restarted_harness_opens_its_attempt_again_with_another_key() {
+    let mut script = Script::good();
+    let again = Signer::generate(&note::attempt_key_name(UID, 2)).unwrap();
+    // From the last harness segment on: the script signs by attempt, so everything of attempt 2 is signed by one key.
+    script.segments[4][0].event = opened(&again, 2);
+    script.segments[5].insert(0, record(2, opened(&again, 2)));
+    script.segments[5].push(record(2, opened(&again, 2)));
+    script.segments[5].push(record(2, attempt_closed()));
+    script.keys.insert(2, again);
+    script.count();
+    let report = run(&script, &script.write());
+    assert_eq!(report.verdict, Verdict::Valid, "{:?}", report.findings);
+    assert_eq!(report.summary.attempts[1].openings, 3);
+}
+
+#[test]
+fn a_reply_that_costs_more_than_was_left_is_told_and_stops_the_next() {
+    let mut script = Script::good();
+    script.at(5).event = outcome("b", 1200);
+    script.count();
+    let report = run(&script, &script.write());
+    assert_eq!(report.verdict, Verdict::Valid, "{:?}", report.findings);
+    assert!(report.findings.iter().any(|f| f.rule == Check::UsageOverrun && f.record == Some(5)));
+    script.at(8).event = intent("d", Channel::Model, "/v1/chat/completions", 1);
+    script.count();
+    assert_eq!(broken(&run(&script, &script.write())), [Check::UsageLimit]);
+}
+
+#[test]
+fn a_lost_containment_is_told() {
+    let mut script = Script::good();
+    script.at(10).event = lost();
+    script.count();
+    let report = run(&script, &script.write());
+    assert_eq!(report.verdict, Verdict::Valid);
+    assert!(report.findings.iter().any(|f| f.rule == Check::ContainmentBroken && f.record == Some(10)));
+}
+
+#[test]
+fn a_flood_of_findings_is_counted_and_not_kept() {
+    let script = Script::good();
+    let mut log = script.write();
+    for i in 0..1500 {
+        log.segments.insert(format!("segments/junk-{i}"), Bytes::new());
+    }
+    let report = run(&script, &log);
+    assert_eq!((report.findings.len(), report.more_findings), (1000, 501));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(512))]
+
+    #[test]
+    fn any_flipped_bit_is_found(object in 0_usize..7, at in any::<prop::sample::Index>(), bit in 0..8_u8) {
+        let script = Script::good();
+        let mut log = script.write();
+        let key = log.segments.keys().nth(object).unwrap().clone();
+        let mut bytes = log.segments[&key].to_vec();
+        let at = at.index(bytes.len());
+        bytes[at] ^= 1_u8 << bit;
+        log.segments.insert(key, bytes.into());
+        prop_assert_eq!(run(&script, &log).verdict, Verdict::Invalid);
+    }
+
+    #[test]
+    fn any_missing_end_is_found(keep in 0_usize..7, at in any::<prop::sample::Index>()) {
+        let script = Script::good();
+        let mut log = script.write();
+        let keys: Vec<_> = log.segments.keys().skip(keep).cloned().collect();
+        for key in &keys {
+            log.segments.remove(key);
+        }
+        prop_assert_eq!(run(&script, &log).verdict, Verdict::Incomplete);
+        // And a part of the next one.
+        let bytes = script.write().segments[&keys[0]].clone();
+        log.segments.insert(keys[0].clone(), bytes.slice(..at.index(bytes.len())));
+        prop_assert_ne!(run(&script, &log).verdict, Verdict::Valid);
+    }
+
+    #[test]
+    fn nothing_makes_it_panic(object in 0_usize..8, bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+        let script = Script::good();
+        let mut log = script.write();
+        log.segments.insert(Segment::key(object as u64), bytes.into());
+        prop_assert_ne!(run(&script, &log).verdict, Verdict::Valid);
+    }
+}
