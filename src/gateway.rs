@@ -9,5 +9,12 @@
 
 /// Who is asking.
 pub mod identity;
+/// What is watched.
+pub mod metrics;
 /// Why a request was not served.
 pub mod refusal;
+/// Segments of evidence: checked, cosigned, locked in the bucket.
+pub mod witness;
+
+#[cfg(test)]
+mod testing;
