@@ -7,12 +7,22 @@
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, clippy::unreachable)]
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing))]
 
+/// Whether one call may leave.
+pub mod authorize;
+/// What the API server says.
+pub mod cluster;
+/// What upstreams want to see and pods never do.
+pub mod credentials;
+/// Connections to addresses that were checked.
+pub mod dial;
 /// Who is asking.
 pub mod identity;
 /// What is watched.
 pub mod metrics;
 /// Why a request was not served.
 pub mod refusal;
+/// Names to addresses.
+pub mod resolve;
 /// Segments of evidence: checked, cosigned, locked in the bucket.
 pub mod witness;
 
