@@ -9,12 +9,16 @@
 
 /// Whether one call may leave.
 pub mod authorize;
+/// Bodies that stream.
+pub mod body;
 /// What the API server says.
 pub mod cluster;
 /// What upstreams want to see and pods never do.
 pub mod credentials;
 /// Connections to addresses that were checked.
 pub mod dial;
+/// One HTTP request to an upstream.
+pub mod forward;
 /// Who is asking.
 pub mod identity;
 /// What is watched.
@@ -23,6 +27,8 @@ pub mod metrics;
 pub mod refusal;
 /// Names to addresses.
 pub mod resolve;
+/// The agent's own connections.
+pub mod tunnel;
 /// Segments of evidence: checked, cosigned, locked in the bucket.
 pub mod witness;
 
