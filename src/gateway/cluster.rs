@@ -261,6 +261,12 @@ impl Cluster {
         })
     }
 
+    /// The pod that a token is bound to, if it is a task's.
+    pub fn pod_of(&self, bound: &BoundPod) -> Option<PodFacts> {
+        let pod = get(&self.stores.pods, &bound.namespace, &bound.name)?;
+        pod_facts(&pod).filter(|facts| facts.uid == bound.uid)
+    }
+
     /// The pod that has this address, if it is a task's.
     pub fn pod_at(&self, address: IpAddr) -> Option<PodFacts> {
         let address = address.to_canonical();
