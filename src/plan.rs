@@ -21,8 +21,28 @@ use crate::api::PolicyPack;
 pub mod condition;
 /// The rendered policy.
 pub mod config;
+/// The ConfigMap of an attempt.
+pub mod config_map;
+/// Where a task's evidence goes.
+pub mod evidence;
+#[cfg(test)]
+pub(crate) mod fixtures;
+/// Labels, annotations and other names that are shared.
+pub mod names;
+/// The NetworkPolicy of an attempt, and the proof that it was read back.
+pub mod network_policy;
+/// Metadata of an attempt's objects.
+mod owner;
+/// The pod of an attempt.
+pub mod pod;
+/// Kubernetes quantities.
+pub mod quantity;
 /// Input schemas: valid, self-contained, closed.
 pub mod schema;
+#[cfg(test)]
+mod tests;
+/// A task in order, as types that hold nothing else.
+pub mod validated;
 
 /// One thing that is wrong, and what to do about it.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -7,6 +7,7 @@
 //!
 //! What it cannot see: calls that never reached the harness, a witness key in the wrong hands, and whether an upstream did
 //! what it answered.
+#![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing))]
 
 use crate::evidence::{log::Log, note::Checkpoint, note::VerifierKey};
 
@@ -39,4 +40,4 @@ pub fn verify(log: &Log, witness: &VerifierKey, expected: &Expected) -> Report {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -71,7 +71,7 @@ impl Tree {
             }
         }
         self.frontier.push(root);
-        self.size += 1;
+        self.size = self.size.saturating_add(1);
     }
 
     /// Leaves in the tree.

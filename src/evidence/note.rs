@@ -428,7 +428,7 @@ impl Note {
 
 impl fmt::Display for Note {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}\n", self.text)?;
+        writeln!(f, "{}", self.text)?;
         for Signature { name, id, bytes } in &self.signatures {
             let line = [id.as_slice(), bytes].concat();
             writeln!(f, "{SIGNATURE_START}{name} {}", BASE64.encode(line))?;

@@ -10,12 +10,13 @@ use kube::{Resource, ResourceExt};
 
 use super::{Finding, condition, schema};
 use crate::{
-    api::{
-        AgentTask, PolicyPack, ToolContract,
-        policy_pack::{EgressRule, WorkflowClass},
-    },
-    policy::config::{
-        EgressHost, EgressUse, Limits, ModelEndpoints, PackIdentity, PolicyConfig, Precondition, TaskIdentity, Tool,
+    api::{AgentTask, PolicyPack, ToolContract, policy_pack::WorkflowClass},
+    policy::{
+        config::{
+            EgressHost, EgressUse, Limits, ModelEndpoints, PackIdentity, PolicyConfig, Precondition, TaskIdentity, Tool,
+        },
+        egress::{self, HostPattern},
+        hostname::Authority,
     },
 };
 
@@ -31,9 +32,9 @@ pub fn render_policy<C: Borrow<ToolContract>>(
     let class = class_of(task, pack).map_err(|finding| vec![finding])?;
     let mut findings = Vec::new();
     let limits = limits(task, class, &mut findings);
-    let tools = tools(task, contracts, class, &mut findings);
-    let models = models(pack, class, &mut findings);
-    let egress = egress(pack, class, &mut findings);
+    let egress = egress_hosts(pack, class, &mut findings);
+    let tools = tools(task, contracts, class, &egress, &mut findings);
+    let models = models(pack, class, &egress, &mut findings);
     if !findings.is_empty() {
         return Err(findings);
     }
@@ -114,6 +115,7 @@ fn tools<C: Borrow<ToolContract>>(
     task: &AgentTask,
     contracts: &[C],
     class: &WorkflowClass,
+    egress: &[EgressHost],
     findings: &mut Vec<Finding>,
 ) -> Vec<Tool> {
     let namespace = task.namespace();
@@ -133,7 +135,7 @@ fn tools<C: Borrow<ToolContract>>(
             ));
             continue;
         };
-        let Some(tool) = tool(name, contract, class, findings) else { continue };
+        let Some(tool) = tool(name, contract, class, egress, findings) else { continue };
         let taken = by_tool.get(&tool.name).map(|(other, _)| other.clone());
         if let Some(other) = taken {
             findings.push(Finding::new(
@@ -150,7 +152,13 @@ fn tools<C: Borrow<ToolContract>>(
 }
 
 /// One tool, or what is wrong with its contract.
-fn tool(name: &str, contract: &ToolContract, class: &WorkflowClass, findings: &mut Vec<Finding>) -> Option<Tool> {
+fn tool(
+    name: &str,
+    contract: &ToolContract,
+    class: &WorkflowClass,
+    egress: &[EgressHost],
+    findings: &mut Vec<Finding>,
+) -> Option<Tool> {
     let spec = &contract.spec;
     let at = |field: &str| format!("ToolContract/{name} spec.{field}");
     let before = findings.len();
@@ -163,7 +171,7 @@ fn tool(name: &str, contract: &ToolContract, class: &WorkflowClass, findings: &m
             "drop the tool from the task, or choose a class that allows the effect",
         ));
     }
-    if let Err(found) = allows(class, &spec.upstream.mcp.url, EgressUse::Tools) {
+    if let Err(found) = allows(egress, &spec.upstream.mcp.url, EgressUse::Tools) {
         findings.push(Finding::new(
             at("upstream.mcp.url"),
             format!("a host and port that class `{}` lists in its egress for `Tools`", class.name),
@@ -220,9 +228,14 @@ fn tool(name: &str, contract: &ToolContract, class: &WorkflowClass, findings: &m
 
 /// The pack's model endpoints, as far as the class may reach them. A class that lists hosts for models and reaches no
 /// endpoint is a mistake; one that lists none has no models.
-fn models(pack: &PolicyPack, class: &WorkflowClass, findings: &mut Vec<Finding>) -> ModelEndpoints {
+fn models(
+    pack: &PolicyPack,
+    class: &WorkflowClass,
+    egress: &[EgressHost],
+    findings: &mut Vec<Finding>,
+) -> ModelEndpoints {
     let declared = &pack.spec.models;
-    let reachable = |url: &Option<String>| url.clone().filter(|url| allows(class, url, EgressUse::Models).is_ok());
+    let reachable = |url: &Option<String>| url.clone().filter(|url| allows(egress, url, EgressUse::Models).is_ok());
     let models = ModelEndpoints { openai: reachable(&declared.openai), anthropic: reachable(&declared.anthropic) };
     let lists_models = class.egress.iter().any(|rule| rule.uses.contains(&EgressUse::Models));
     if lists_models && models.openai.is_none() && models.anthropic.is_none() {
@@ -238,9 +251,17 @@ fn models(pack: &PolicyPack, class: &WorkflowClass, findings: &mut Vec<Finding>)
     models
 }
 
-fn egress(pack: &PolicyPack, class: &WorkflowClass, findings: &mut Vec<Finding>) -> Vec<EgressHost> {
+fn egress_hosts(pack: &PolicyPack, class: &WorkflowClass, findings: &mut Vec<Finding>) -> Vec<EgressHost> {
     let mut hosts = Vec::new();
     for (index, rule) in class.egress.iter().enumerate() {
+        if let Err(error) = HostPattern::parse(&rule.host) {
+            findings.push(Finding::new(
+                format!("PolicyPack/{} spec.workflowClasses[{}].egress[{index}].host", pack.name_any(), class.name),
+                "a host name, or `*.` and a domain",
+                format!("`{}`: {error}", rule.host),
+                "correct the pack",
+            ));
+        }
         let ports: Result<Vec<u16>, i32> =
             rule.ports.iter().map(|port| u16::try_from(*port).map_err(|_| *port)).collect();
         match ports {
@@ -258,38 +279,19 @@ fn egress(pack: &PolicyPack, class: &WorkflowClass, findings: &mut Vec<Finding>)
     hosts
 }
 
-/// Whether the class lists the URL's host and port for this use; what was found otherwise.
-fn allows(class: &WorkflowClass, url: &str, usage: EgressUse) -> Result<(), String> {
-    let (host, port) =
-        host_and_port(url).ok_or_else(|| format!("`{url}`, which is no http or https URL with a host"))?;
-    let listed = class.egress.iter().any(|rule| {
-        rule.uses.contains(&usage) && covers(rule, &host) && rule.ports.iter().any(|listed| *listed == i32::from(port))
-    });
-    if listed { Ok(()) } else { Err(format!("`{host}:{port}`, which is not listed for {usage:?}")) }
+/// Whether the class lists the URL's host and port for this use, as the gateway will decide it; what was found otherwise.
+fn allows(egress: &[EgressHost], url: &str, purpose: EgressUse) -> Result<(), String> {
+    let authority = authority(url).map_err(|reason| format!("`{url}`: {reason}"))?;
+    egress::allow(egress, &authority, purpose).map(|_| ()).map_err(|denied| format!("`{url}`: {}", denied.reason))
 }
 
-/// `*.` stands for exactly one more label.
-fn covers(rule: &EgressRule, host: &str) -> bool {
-    match rule.host.strip_prefix("*.") {
-        Some(domain) => host
-            .strip_suffix(&domain.to_ascii_lowercase())
-            .and_then(|rest| rest.strip_suffix('.'))
-            .is_some_and(|label| !label.is_empty() && !label.contains('.')),
-        None => rule.host.eq_ignore_ascii_case(host),
-    }
-}
-
-fn host_and_port(url: &str) -> Option<(String, u16)> {
-    let url: http::Uri = url.parse().ok()?;
-    let default = match url.scheme_str()? {
-        "https" => 443,
-        "http" => 80,
-        _ => return None,
+fn authority(url: &str) -> Result<Authority, String> {
+    let uri: http::Uri = url.parse().map_err(|error| format!("no URL ({error})"))?;
+    let default_port = match uri.scheme_str() {
+        Some("https") => 443,
+        Some("http") => 80,
+        _ => return Err("neither http nor https".to_owned()),
     };
-    let authority = url.authority()?;
-    // Credentials before the host would reach evidence and logs; an explicit but unreadable port is not the default one.
-    if authority.as_str().contains('@') || (authority.port().is_some() && authority.port_u16().is_none()) {
-        return None;
-    }
-    Some((authority.host().to_ascii_lowercase(), authority.port_u16().unwrap_or(default)))
+    let authority = uri.authority().ok_or("no host")?;
+    Authority::parse(authority.as_str(), Some(default_port)).map_err(|error| error.to_string())
 }
