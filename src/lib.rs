@@ -16,6 +16,9 @@ pub mod evidence;
 /// The only way out of an agent's pod, and the witness of its evidence.
 #[cfg(feature = "gateway")]
 pub mod gateway;
+/// Sandbox orchestration: tasks become attempts, ends become sealed evidence.
+#[cfg(feature = "operator")]
+pub mod operator;
 /// Pure: a task, its contracts and its pack become pod, NetworkPolicy and configuration.
 #[cfg(feature = "kube")]
 pub mod plan;
