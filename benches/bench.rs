@@ -41,9 +41,25 @@ impl Measure {
     }
 
     /// A value that should be at most `goal` times its baseline.
-    pub fn against(name: impl Into<String>, value: f64, unit: &'static str, n: usize, baseline: f64, goal: f64) -> Self {
+    pub fn against(
+        name: impl Into<String>,
+        value: f64,
+        unit: &'static str,
+        n: usize,
+        baseline: f64,
+        goal: f64,
+    ) -> Self {
         let ratio = value / baseline;
-        Self { name: name.into(), value, unit, n, baseline: Some(baseline), ratio: Some(ratio), goal, ok: ratio <= goal }
+        Self {
+            name: name.into(),
+            value,
+            unit,
+            n,
+            baseline: Some(baseline),
+            ratio: Some(ratio),
+            goal,
+            ok: ratio <= goal,
+        }
     }
 
     /// A value with a baseline beside it, whose own size is what counts.
@@ -74,7 +90,10 @@ async fn main() -> anyhow::Result<()> {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/target/bench.jsonl");
     std::fs::create_dir_all(concat!(env!("CARGO_MANIFEST_DIR"), "/target"))?;
     let mut file = File::create(path).with_context(|| format!("cannot write {path}"))?;
-    println!("{:<28} {:>10} {:<4} {:>4} {:>10} {:>7} {:>7}  ok", "measure", "value", "unit", "n", "baseline", "ratio", "goal");
+    println!(
+        "{:<28} {:>10} {:<4} {:>4} {:>10} {:>7} {:>7}  ok",
+        "measure", "value", "unit", "n", "baseline", "ratio", "goal"
+    );
     for measure in &measures {
         writeln!(file, "{}", serde_json::to_string(measure)?)?;
         let optional = |value: Option<f64>| value.map_or("-".into(), |value| format!("{value:.2}"));

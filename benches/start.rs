@@ -88,7 +88,8 @@ fn copy(mut pod: Value) -> Value {
         for container in init {
             container["image"] = json!(IMAGE);
             container["command"] = json!(["/bin/sh", "-c"]);
-            container["args"] = json!(["mkdir -p /tmp/www && touch /tmp/www/readyz && exec httpd -f -p 9901 -h /tmp/www"]);
+            container["args"] =
+                json!(["mkdir -p /tmp/www && touch /tmp/www/readyz && exec httpd -f -p 9901 -h /tmp/www"]);
             container["volumeMounts"] = json!([{"name": "www", "mountPath": "/tmp"}]);
         }
     }
