@@ -42,6 +42,16 @@ pub async fn api_servers(client: &Client, cluster_url: &http::Uri) -> Result<Vec
     Ok(addresses)
 }
 
+/// Where the gateway is now: `address:port` of its Service.
+///
+/// # Errors
+/// If Services cannot be listed.
+pub async fn gateway(client: &Client, namespace: &str) -> Result<Option<String>, kube::Error> {
+    let only = ListParams::default().fields(&format!("metadata.name={}", names::GATEWAY));
+    let services = Api::<Service>::namespaced(client.clone(), namespace).list(&only).await?;
+    Ok(services.items.first().and_then(address).map(|address| authority(&address, names::GATEWAY_PORT)))
+}
+
 /// Follows the gateway's Service. Each item says that the surroundings have changed; they are in the channel.
 pub fn follow(
     client: &Client,
