@@ -1,7 +1,7 @@
 //! The `belay` command: `verify` and `watch`, also as `kubectl belay`.
 //!
 //! Promises: one exit code a meaning, and nothing from a log, a task or a cluster reaches the terminal but through
-//! [`terminal::Safe`]. Refuses: to change anything, anywhere, but the folder that `--save` names.
+//! `terminal::Safe`. Refuses: to change anything, anywhere, but the folder that `--save` names.
 
 use std::{
     ffi::OsString,

@@ -11,7 +11,7 @@ pub mod admin;
 /// The custom resources: data and validation rules.
 #[cfg(feature = "kube")]
 pub mod api;
-/// The `belay` command: verify and watch.
+/// The command line: verify and watch.
 #[cfg(feature = "cli")]
 pub mod cli;
 /// Records, Merkle log, checkpoints, segments, stores.
@@ -22,6 +22,9 @@ pub mod gateway;
 /// The sidecar that enforces contracts and budgets.
 #[cfg(feature = "harness")]
 pub mod harness;
+/// The reconciler: resolve, validate, plan, apply, status.
+#[cfg(feature = "operator")]
+pub mod operator;
 /// A validated task becomes the objects that run it.
 #[cfg(feature = "kube")]
 pub mod plan;

@@ -31,8 +31,8 @@ pub(crate) mod fixtures;
 pub mod names;
 /// The NetworkPolicy of an attempt, and the proof that it was read back.
 pub mod network_policy;
-/// Metadata of an attempt's objects.
-mod owner;
+/// The task as the owner of its attempts' objects.
+pub mod owner;
 /// The pod of an attempt.
 pub mod pod;
 /// Kubernetes quantities.
@@ -87,9 +87,20 @@ pub fn pack_for<'a, P: Borrow<PolicyPack>>(
     namespace_labels: &BTreeMap<String, String>,
     packs: &'a [P],
 ) -> Result<&'a PolicyPack, Finding> {
+    pack_among(namespace_labels, packs.iter().map(Borrow::borrow))
+}
+
+/// [`pack_for`] over packs that lie elsewhere.
+///
+/// # Errors
+/// See [`pack_for`].
+pub fn pack_among<'a>(
+    namespace_labels: &BTreeMap<String, String>,
+    packs: impl IntoIterator<Item = &'a PolicyPack>,
+) -> Result<&'a PolicyPack, Finding> {
     let mut unreadable = Vec::new();
     let mut selecting = Vec::new();
-    for pack in packs.iter().map(Borrow::borrow) {
+    for pack in packs {
         match Selector::try_from(pack.spec.namespace_selector.clone()) {
             Ok(selector) if selector.matches(namespace_labels) => selecting.push(pack),
             Ok(_) => {}

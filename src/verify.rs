@@ -1,7 +1,7 @@
 //! Recomputes a log from its leaves and reports what does not hold.
 //!
 //! Promises: nothing in the log is believed because the log says so. The one thing taken on trust is the witness's public
-//! key. [`verify`] is pure: the same bytes give the same report, on any machine, offline. `VALID` means that every byte of
+//! key. `verify` is pure: the same bytes give the same report, on any machine, offline. `VALID` means that every byte of
 //! every segment is covered by a signature that holds, every record follows from the ones before it, and the last one ends
 //! the task. Refuses: storage, networks, clocks, and to call anything valid that it could not check to the end.
 //!

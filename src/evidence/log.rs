@@ -1,6 +1,6 @@
 //! A whole log, as it lies in a store.
 //!
-//! Promises: [`Log::read`] asks for every version, so that nothing that was replaced or hidden is missed. Refuses: judging
+//! Promises: `Log::read` asks for every version, so that nothing that was replaced or hidden is missed. Refuses: judging
 //! what it read, which is [`verify`](crate::verify)'s.
 
 use std::collections::BTreeMap;

@@ -13,7 +13,7 @@ use k8s_openapi::{
 };
 use kube::ResourceExt;
 
-use super::{names, owner, validated::Attempt};
+use super::{evidence::Location, names, owner::Owner, validated::Attempt};
 use crate::evidence::canonical;
 
 /// A NetworkPolicy that was read back and found to be as planned: its name and the digest of its spec.
@@ -36,12 +36,15 @@ pub struct Altered {
 
 /// The policy.
 pub fn build(attempt: &Attempt<'_>) -> NetworkPolicy {
-    let mut metadata = owner::metadata(attempt);
-    metadata.annotations = Some(BTreeMap::from([(names::EVIDENCE.to_owned(), attempt.task.evidence.to_string())]));
-    NetworkPolicy {
-        metadata,
-        spec: Some(spec(&attempt.task.uid, attempt.number, &attempt.surroundings.system_namespace)),
-    }
+    let Attempt { task, surroundings, number, .. } = attempt;
+    rebuild(&task.owner, *number, &surroundings.system_namespace, &task.evidence)
+}
+
+/// The policy, from what is known of an attempt when contracts and pack may have gone.
+pub fn rebuild(task: &Owner, attempt: i64, system_namespace: &str, evidence: &Location) -> NetworkPolicy {
+    let mut metadata = task.metadata(attempt);
+    metadata.annotations = Some(BTreeMap::from([(names::EVIDENCE.to_owned(), evidence.to_string())]));
+    NetworkPolicy { metadata, spec: Some(spec(&task.uid, attempt, system_namespace)) }
 }
 
 fn spec(uid: &str, attempt: i64, system_namespace: &str) -> NetworkPolicySpec {

@@ -22,7 +22,6 @@ use k8s_openapi::{
 use super::{
     config_map, names,
     network_policy::Proof,
-    owner,
     validated::{Attempt, Source},
 };
 use crate::wire;
@@ -54,7 +53,7 @@ const SPOOL_DIR: &str = "/var/spool/belay";
 /// The pod.
 pub fn build(attempt: &Attempt<'_>, network_policy: &Proof) -> Pod {
     let task = attempt.task;
-    let mut metadata = owner::metadata(attempt);
+    let mut metadata = task.owner.metadata(attempt.number);
     metadata.annotations = Some(BTreeMap::from([
         (names::POLICY_DIGEST.to_owned(), task.policy_digest().to_owned()),
         (names::NETWORK_POLICY.to_owned(), network_policy.as_str().to_owned()),
@@ -197,7 +196,7 @@ fn agent_env(attempt: &Attempt<'_>) -> Vec<EnvVar> {
     env.extend(["HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"].map(|name| plain(name, &base)));
     env.extend(["NO_PROXY", "no_proxy"].map(|name| plain(name, "127.0.0.1,localhost")));
     env.push(plain("BELAY_OBJECTIVE", &attempt.task.objective));
-    env.push(plain("BELAY_TASK", &attempt.task.name));
+    env.push(plain("BELAY_TASK", &attempt.task.owner.name));
     env.push(plain("BELAY_ATTEMPT", &attempt.number.to_string()));
     env.extend(attempt.task.env.iter().map(|(name, value)| plain(&name.0, value)));
     env

@@ -7,7 +7,7 @@ use std::borrow::Borrow;
 
 use kube::ResourceExt;
 
-use super::{Finding, config, evidence::Location, names, quantity::Quantity};
+use super::{Finding, config, evidence::Location, names, owner::Owner, quantity::Quantity};
 use crate::{
     api::{AgentTask, PolicyPack, ToolContract, policy_pack::WorkflowClass},
     evidence::canonical::{self, CanonicalError},
@@ -54,9 +54,7 @@ const RESERVED_ENV_SUFFIX: &str = "_PROXY";
 /// A task in order.
 #[derive(Clone, Debug)]
 pub struct Validated {
-    pub(super) namespace: String,
-    pub(super) name: String,
-    pub(super) uid: String,
+    pub(super) owner: Owner,
     pub(super) objective: String,
     pub(super) runtime_class: Option<String>,
     pub(super) wall_time_seconds: i64,
@@ -175,7 +173,7 @@ impl Validated {
 impl Attempt<'_> {
     /// Name of its pod, NetworkPolicy and ConfigMap.
     pub fn name(&self) -> String {
-        names::of_attempt(&self.task.name, self.number)
+        names::of_attempt(&self.task.owner.name, self.number)
     }
 
     /// From 1.
@@ -219,9 +217,7 @@ pub fn validate<C: Borrow<ToolContract>>(
     let write_scopes = write_scopes(task, resources.as_ref(), &mut paths, &mut findings);
     match (policy, digest, resources, config::class_of(task, pack)) {
         (Some(policy), Some(policy_digest), Some(resources), Ok(class)) if findings.is_empty() => Ok(Validated {
-            namespace,
-            name: task.name_any(),
-            uid: task.uid().unwrap_or_default(),
+            owner: Owner::of(task),
             objective: task.spec.objective.clone(),
             runtime_class: class.runtime_class_name.clone(),
             wall_time_seconds: policy.limits.wall_time_seconds,

@@ -1,6 +1,6 @@
 //! What a task's life looks like: lines for what happened, a panel for how things stand.
 //!
-//! Pure: takes the task and its records, gives text. Everything that comes from outside goes through [`Safe`].
+//! Pure: takes the task and its records, gives text. Everything that comes from outside goes through `Safe`.
 
 use std::collections::BTreeMap;
 

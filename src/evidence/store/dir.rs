@@ -1,8 +1,8 @@
 //! A folder as a store.
 //!
-//! Promises: an object is whole or absent, never replaced, and on disk when [`Store::create`] returns. Refuses to
+//! Promises: an object is whole or absent, never replaced, and on disk when `Store::create` returns. Refuses to
 //! pretend: a folder has no locks and keeps no versions, so whoever can write to it can rewrite it. Retention is ignored
-//! and [`Store::list_versions`] shows none.
+//! and `Store::list_versions` shows none.
 
 use std::{
     fs, io,

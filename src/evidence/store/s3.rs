@@ -2,7 +2,7 @@
 //!
 //! Promises: every put is conditional (`If-None-Match: *`), carries its SHA-256 and its retention, and is whole or absent;
 //! every call ends in bounded time. Refuses: to make or change buckets, and to trust a bucket's default retention.
-//! A delete marker hides an object but removes nothing: [`Store::list_versions`] shows both, and an auditor asks for it.
+//! A delete marker hides an object but removes nothing: `Store::list_versions` shows both, and an auditor asks for it.
 
 use std::{error::Error as _, time::Duration};
 
