@@ -394,7 +394,9 @@ impl Gateway {
                 format!("a tunnel is for the agent's own traffic: expected {}: egress", wire::CHANNEL),
             ));
         }
-        let to = request.uri().authority().ok_or_else(|| Refused::malformed("expected CONNECT host:port"))?;
+        let uri = request.uri();
+        let bare = uri.scheme().is_none() && uri.path_and_query().is_none();
+        let to = uri.authority().filter(|_| bare).ok_or_else(|| Refused::malformed("expected CONNECT host:port"))?;
         let to = authorize::authority(to.as_str(), None)?;
         Span::current().record("host", to.host.as_str());
         same_host(headers, &to)?;
@@ -527,3 +529,6 @@ fn refusal(refused: &Refused) -> Response<ReplyBody> {
     }
     reply
 }
+
+#[cfg(test)]
+mod tests;

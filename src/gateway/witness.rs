@@ -197,7 +197,7 @@ impl Witness {
         };
         let reply = |size, checkpoint| AppendReply { size, checkpoint };
         if segment.first < history.tree().size() {
-            let checkpoint = self.replayed(place, &segment).await?;
+            let checkpoint = self.replayed(place, &segment, &history).await?;
             let size = segment.note.checkpoint().map(|c| c.size).unwrap_or_default();
             return Ok((reply(size, checkpoint), history.usage(), true));
         }
@@ -215,7 +215,7 @@ impl Witness {
                 if history.tree().size() <= segment.first {
                     return Err(unavailable("another writer is at this place; try again"));
                 }
-                let checkpoint = self.replayed(place, &segment).await?;
+                let checkpoint = self.replayed(place, &segment, &history).await?;
                 Ok((reply(size, checkpoint), history.usage(), true))
             }
             Err(PutError::Store(error)) => Err(self.failed(&error)),
@@ -432,13 +432,15 @@ impl Witness {
     }
 
     /// The stored checkpoint of a segment that is there already.
-    async fn replayed(&self, place: &Place, segment: &Segment) -> Result<String, Refused> {
+    async fn replayed(&self, place: &Place, segment: &Segment, history: &History) -> Result<String, Refused> {
         match self.stored(place, segment.first).await? {
             Some(stored)
                 if stored.segment.note.text == segment.note.text && stored.segment.records == segment.records =>
             {
                 Ok(stored.note)
             }
+            // What stands in its place is the end, or is followed by it.
+            _ if history.closed() => Err(ended()),
             _ => Err(Refused {
                 status: http::StatusCode::CONFLICT,
                 rule: Rule::LogFork,

@@ -366,8 +366,8 @@ async fn nothing_follows_the_end() {
     let sealed = b.seal(&place(), &seal_request()).await.unwrap();
     assert_eq!(sealed.size, 3);
     let late = harness.next(vec![outcome("1", 0)]);
-    assert_eq!(append(&a, &late).await.unwrap_err(), Rule::LogFork);
-    assert_eq!(append(&b, &late).await.unwrap_err(), Rule::LogFork);
+    assert_eq!(append(&a, &late).await.unwrap_err(), Rule::TaskClosed);
+    assert_eq!(append(&b, &late).await.unwrap_err(), Rule::TaskClosed);
     assert_eq!(open(&a, 1).await.unwrap_err(), Rule::TaskClosed);
     assert_eq!(a.intent(&place(), 1).await.unwrap_err().rule, Rule::TaskClosed);
     let after = Harness { tree: harness.tree.clone(), key: harness.key, ..Harness::new(1) }.next(vec![denied()]);

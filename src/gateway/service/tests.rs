@@ -1,0 +1,832 @@
+//! The whole gateway over real sockets: TLS in front, a local upstream behind, the cluster and the bucket in memory.
+
+use std::{
+    collections::HashMap,
+    net::{Ipv4Addr, SocketAddr},
+    sync::atomic::AtomicUsize,
+};
+
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use http_body_util::{BodyExt, Full, StreamBody};
+use hyper::body::Frame;
+use k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewStatus, UserInfo};
+use kube::{
+    core::DeserializeGuard,
+    runtime::{reflector::store::Writer, watcher::Event},
+};
+use rustls::pki_types::{PrivateKeyDer, ServerName};
+use serde_json::{Value, json};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+};
+use tokio_rustls::{TlsAcceptor, TlsConnector, client::TlsStream};
+
+use super::*;
+use crate::{
+    api::AgentTask,
+    evidence::record::Event as RecordEvent,
+    gateway::{
+        cluster::{ATTEMPT_LABEL, Fetch, Stores, TASK_LABEL, TASK_UID_LABEL},
+        dial::{Connect, Dialer},
+        identity::reviews::Review,
+        listen,
+        resolve::Resolve,
+        testing::{self, Harness, Memory, UID},
+        usage::WriteUsage,
+    },
+    policy::{config::Usage, egress::Blocked, hostname::Hostname},
+};
+
+/// An API server that knows the tokens `harness-<attempt>` and `operator`, fetches nothing, and counts its questions.
+#[derive(Default)]
+struct Api {
+    reviews: AtomicUsize,
+    usage: Mutex<Vec<Usage>>,
+}
+
+impl Review for Api {
+    fn review(&self, review: TokenReview) -> BoxFuture<'_, Result<TokenReviewStatus, String>> {
+        self.reviews.fetch_add(1, Ordering::SeqCst);
+        let token = review.spec.token.unwrap_or_default();
+        let username = match token.as_str() {
+            "operator" => "system:serviceaccount:belay-system:belay-operator",
+            _ => "system:serviceaccount:team:default",
+        };
+        let extra = token.strip_prefix("harness-").map(|attempt| {
+            [("pod-name", format!("t-{attempt}")), ("pod-uid", format!("pod-{attempt}"))]
+                .map(|(key, value)| (format!("authentication.kubernetes.io/{key}"), vec![value]))
+                .into()
+        });
+        let status = TokenReviewStatus {
+            authenticated: Some(token == "operator" || extra.is_some()),
+            audiences: Some(vec![wire::AUDIENCE.into()]),
+            user: Some(UserInfo { username: Some(username.into()), extra, ..UserInfo::default() }),
+            error: None,
+        };
+        Box::pin(async move { Ok(status) })
+    }
+}
+
+impl Fetch for Api {
+    fn pod<'a>(
+        &'a self,
+        _: &'a str,
+        _: &'a str,
+    ) -> BoxFuture<'a, Result<Option<k8s_openapi::api::core::v1::Pod>, String>> {
+        Box::pin(async { Ok(None) })
+    }
+
+    fn task<'a>(&'a self, _: &'a str, _: &'a str) -> BoxFuture<'a, Result<Option<AgentTask>, String>> {
+        Box::pin(async { Ok(None) })
+    }
+}
+
+impl WriteUsage for Api {
+    fn write<'a>(&'a self, _: &'a str, _: &'a str, _: &'a str, usage: Usage) -> BoxFuture<'a, Result<(), String>> {
+        self.usage.lock().unwrap().push(usage);
+        Box::pin(async { Ok(()) })
+    }
+}
+
+/// What the stores are filled through.
+struct Writers {
+    pods: Writer<DeserializeGuard<k8s_openapi::api::core::v1::Pod>>,
+    tasks: Writer<DeserializeGuard<AgentTask>>,
+    contracts: Writer<DeserializeGuard<crate::api::ToolContract>>,
+    packs: Writer<DeserializeGuard<crate::api::PolicyPack>>,
+    namespaces: Writer<DeserializeGuard<k8s_openapi::api::core::v1::Namespace>>,
+    secrets: Writer<DeserializeGuard<k8s_openapi::api::core::v1::Secret>>,
+}
+
+fn put<K>(writer: &mut Writer<DeserializeGuard<K>>, object: Value)
+where
+    K: kube::Resource<DynamicType = ()> + Clone + serde::de::DeserializeOwned + 'static,
+{
+    writer.apply_watcher_event(&Event::Apply(serde_json::from_value(object).unwrap()));
+}
+
+fn pod(attempt: i64, address: &str) -> Value {
+    json!({
+        "metadata": {
+            "namespace": "team", "name": format!("t-{attempt}"), "uid": format!("pod-{attempt}"),
+            "labels": { TASK_LABEL: "t", TASK_UID_LABEL: UID, ATTEMPT_LABEL: attempt.to_string() },
+        },
+        "status": { "phase": "Running", "podIP": address, "podIPs": [{ "ip": address }] },
+    })
+}
+
+fn contract(name: &str, url: &str, effect: &str) -> Value {
+    json!({
+        "metadata": { "namespace": "team", "name": name, "uid": format!("contract-{name}"), "generation": 1 },
+        "spec": {
+            "tool": name, "description": "A tool.", "input": { "type": "object" }, "sideEffect": effect,
+            "upstream": { "mcp": { "url": url, "tool": name } },
+        },
+    })
+}
+
+fn pack(generation: i64, direct: &[&str]) -> Value {
+    let mut egress = vec![
+        json!({ "host": "tools.world.test", "uses": ["Tools"] }),
+        json!({ "host": "models.world.test", "uses": ["Models"], "credential": {
+            "secret": "models", "key": "token", "header": "authorization", "prefix": "Bearer " } }),
+    ];
+    egress.extend(direct.iter().map(|host| json!({ "host": host, "ports": [443, 80, 7000], "uses": ["Direct"] })));
+    json!({
+        "metadata": { "name": "dev", "uid": "pack", "generation": generation },
+        "spec": {
+            "environment": "dev",
+            "namespaceSelector": { "matchLabels": { "belay": "dev" } },
+            "workflowClasses": [{
+                "name": "support", "allowedEffects": ["read", "write"], "egress": egress, "resources": {},
+                "limits": { "wallTimeSeconds": 600, "toolCalls": 4, "tokens": 1000 },
+            }],
+            "models": { "openai": "https://models.world.test" },
+            "evidence": { "bucket": "evidence", "mode": "Compliance", "retentionDays": 30 },
+        },
+    })
+}
+
+const DIRECT: &[&str] = &["docs.world.test", "mixed.world.test", "loopback.world.test", "nowhere.world.test"];
+
+fn task() -> Value {
+    json!({
+        "metadata": { "namespace": "team", "name": "t", "uid": UID, "generation": 1 },
+        "spec": {
+            "objective": "Tidy up.", "workflowClass": "support", "principal": "jane@example.com",
+            "agent": { "image": "localhost/agent:dev" }, "tools": ["search", "write"],
+            "limits": { "wallTimeSeconds": 600, "toolCalls": 4, "tokens": 1000 },
+        },
+    })
+}
+
+/// The pretend internet's names.
+struct Names;
+
+impl Resolve for Names {
+    fn addresses<'a>(&'a self, host: &'a Hostname) -> BoxFuture<'a, Result<Vec<IpAddr>, String>> {
+        let front = IpAddr::V4(Ipv4Addr::new(198, 51, 100, 20));
+        let addresses = match host.as_str() {
+            "nowhere.world.test" => return Box::pin(async { Err("NXDOMAIN".to_owned()) }),
+            "mixed.world.test" => vec![front, "10.0.0.5".parse().unwrap()],
+            "loopback.world.test" => vec!["127.0.0.1".parse().unwrap()],
+            _ => vec![front],
+        };
+        Box::pin(async move { Ok(addresses) })
+    }
+}
+
+/// The pretend internet's wires: ports of 198.51.100.20 to local listeners.
+struct Wires(HashMap<u16, SocketAddr>);
+
+impl Connect for Wires {
+    fn connect(&self, address: SocketAddr) -> BoxFuture<'_, std::io::Result<TcpStream>> {
+        assert_eq!(address.ip(), IpAddr::V4(Ipv4Addr::new(198, 51, 100, 20)), "only checked addresses are dialled");
+        let local = self.0.get(&address.port()).copied();
+        Box::pin(async move { TcpStream::connect(local.ok_or(std::io::ErrorKind::ConnectionRefused)?).await })
+    }
+}
+
+struct World {
+    gateway: SocketAddr,
+    ca: rustls::RootCertStore,
+    api: Arc<Api>,
+    bucket: Arc<Memory>,
+    writers: Writers,
+    cluster: Arc<Cluster>,
+    metrics: Metrics,
+}
+
+/// A certificate authority, and certificates for the gateway and the world.
+struct Ca {
+    issuer: rcgen::Issuer<'static, rcgen::KeyPair>,
+    root: rustls::RootCertStore,
+}
+
+impl Ca {
+    fn new() -> Self {
+        let key = rcgen::KeyPair::generate().unwrap();
+        let mut params = rcgen::CertificateParams::new(Vec::<String>::new()).unwrap();
+        params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+        let certificate = params.self_signed(&key).unwrap();
+        let mut root = rustls::RootCertStore::empty();
+        root.add(certificate.der().clone()).unwrap();
+        Self { issuer: rcgen::Issuer::new(params, key), root }
+    }
+
+    fn server(&self, names: &[&str], alpn: &[&str]) -> Arc<rustls::ServerConfig> {
+        let key = rcgen::KeyPair::generate().unwrap();
+        let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
+        let certificate = rcgen::CertificateParams::new(names).unwrap().signed_by(&key, &self.issuer).unwrap();
+        let key = PrivateKeyDer::try_from(key.serialize_der()).unwrap();
+        let config = rustls::ServerConfig::builder().with_no_client_auth();
+        let mut config = config.with_single_cert(vec![certificate.der().clone()], key).unwrap();
+        config.alpn_protocols = alpn.iter().map(|name| name.as_bytes().to_vec()).collect();
+        Arc::new(config)
+    }
+}
+
+/// What the upstream saw.
+fn echo(request: &Request<Incoming>) -> Value {
+    let headers: Vec<_> = request
+        .headers()
+        .iter()
+        .map(|(name, value)| (name.to_string(), String::from_utf8_lossy(value.as_bytes()).into_owned()))
+        .collect();
+    json!({ "method": request.method().as_str(), "uri": request.uri().to_string(), "headers": headers })
+}
+
+/// The upstream: echoes, redirects, streams.
+async fn upstream(request: Request<Incoming>) -> Result<Response<ReplyBody>, Infallible> {
+    let path = request.uri().path().to_owned();
+    let seen = echo(&request);
+    let authorization = request.headers().get("authorization").cloned();
+    let body = request.into_body().collect().await.map(|body| body.to_bytes()).unwrap_or_default();
+    let reply = match path.as_str() {
+        "/redirect" => Response::builder().status(302).header("location", "http://169.254.169.254/").body(full("")),
+        "/stream" => {
+            let frames = futures::stream::unfold(0, |n| async move {
+                if n == 3 {
+                    return None;
+                }
+                tokio::time::sleep(Duration::from_millis(50 * n)).await;
+                Some((Ok::<_, Infallible>(Frame::data(Bytes::from(format!("piece {n}\n")))), n + 1))
+            });
+            Response::builder()
+                .header("content-type", "text/event-stream")
+                .body(StreamBody::new(frames).map_err(|never| match never {}).boxed_unsync())
+        }
+        _ => {
+            let mut seen = seen;
+            seen["body"] = json!(String::from_utf8_lossy(&body));
+            let mut reply = Response::builder()
+                .header("belay-rule", "egress.host")
+                .header("connection", "x-hop")
+                .header("x-hop", "1")
+                .header("x-end", "2");
+            if let Some(authorization) = authorization {
+                reply = reply.header("x-echo", authorization);
+            }
+            reply.body(full(serde_json::to_vec(&seen).unwrap()))
+        }
+    };
+    Ok(reply.unwrap())
+}
+
+/// Serves the upstream over TLS or not; gives its address.
+async fn serve_upstream(tls: Option<Arc<rustls::ServerConfig>>) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        loop {
+            let (stream, _) = listener.accept().await.unwrap();
+            let tls = tls.clone();
+            tokio::spawn(async move {
+                let http = hyper::server::conn::http1::Builder::new();
+                let service = hyper::service::service_fn(upstream);
+                match tls {
+                    Some(tls) => {
+                        let Ok(stream) = TlsAcceptor::from(tls).accept(stream).await else { return };
+                        let _ = http.serve_connection(TokioIo::new(stream), service).await;
+                    }
+                    None => {
+                        let _ = http.serve_connection(TokioIo::new(stream), service).await;
+                    }
+                }
+            });
+        }
+    });
+    address
+}
+
+/// A port that sends back what it gets.
+async fn serve_echo() -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        loop {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            tokio::spawn(async move {
+                let (mut reads, mut writes) = stream.split();
+                let _ = tokio::io::copy(&mut reads, &mut writes).await;
+            });
+        }
+    });
+    address
+}
+
+async fn world() -> World {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let ca = Ca::new();
+    let world_names = ["tools.world.test", "models.world.test", "docs.world.test"];
+    let https = serve_upstream(Some(ca.server(&world_names, &["http/1.1"]))).await;
+    let http = serve_upstream(None).await;
+    let wires = Wires(HashMap::from([(443, https), (80, http), (7000, serve_echo().await)]));
+
+    let mut writers = Writers {
+        pods: Writer::default(),
+        tasks: Writer::default(),
+        contracts: Writer::default(),
+        packs: Writer::default(),
+        namespaces: Writer::default(),
+        secrets: Writer::default(),
+    };
+    let stores = Stores {
+        pods: writers.pods.as_reader(),
+        tasks: writers.tasks.as_reader(),
+        contracts: writers.contracts.as_reader(),
+        packs: writers.packs.as_reader(),
+        namespaces: writers.namespaces.as_reader(),
+        secrets: writers.secrets.as_reader(),
+    };
+    put(&mut writers.pods, pod(1, "127.0.0.1"));
+    put(&mut writers.tasks, task());
+    put(&mut writers.contracts, contract("search", "https://tools.world.test/mcp", "read"));
+    put(&mut writers.contracts, contract("write", "https://tools.world.test/mcp", "write"));
+    put(&mut writers.packs, pack(1, DIRECT));
+    put(&mut writers.namespaces, json!({ "metadata": { "name": "team", "labels": { "belay": "dev" } } }));
+    put(
+        &mut writers.secrets,
+        // `upstream secret` with an editor's newline, base64.
+        json!({ "metadata": { "namespace": "belay-system", "name": "models" }, "data": { "token": "c2VjcmV0LWtleQo=" } }),
+    );
+
+    let api = Arc::new(Api::default());
+    let cluster = Arc::new(Cluster::new(stores, api.clone()));
+    let (bucket, metrics) = (Arc::new(Memory::default()), testing::metrics());
+    let witness = Arc::new(testing::replica(&testing::witness_key(), &bucket));
+    let (incidents, telling) = Incidents::new(witness.clone(), metrics.clone());
+    tokio::spawn(telling);
+    let gateway = Arc::new(Gateway::new(Parts {
+        cluster: cluster.clone(),
+        reviews: Reviews::new(api.clone(), metrics.token_reviews.clone()),
+        witness,
+        dialer: Dialer::new(Arc::new(Names), Blocked::default(), Arc::new(wires), ca.root.clone()),
+        incidents,
+        usage: Arc::new(UsageStatus::new(api.clone(), metrics.clone())),
+        metrics: metrics.clone(),
+        operator: "system:serviceaccount:belay-system:belay-operator".into(),
+        shutdown: CancellationToken::new(),
+    }));
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let tls = ca.server(&[wire::SERVER_NAME], &["h2", "http/1.1"]);
+    tokio::spawn(listen::serve(listener, tls, gateway, metrics.clone(), CancellationToken::new()));
+    World { gateway: address, ca: ca.root, api, bucket, writers, cluster, metrics }
+}
+
+impl World {
+    async fn connect(&self, alpn: &str) -> TlsStream<TcpStream> {
+        let config = rustls::ClientConfig::builder().with_root_certificates(self.ca.clone());
+        let mut config = config.with_no_client_auth();
+        config.alpn_protocols = vec![alpn.as_bytes().to_vec()];
+        let stream = TcpStream::connect(self.gateway).await.unwrap();
+        let name = ServerName::try_from(wire::SERVER_NAME).unwrap();
+        TlsConnector::from(Arc::new(config)).connect(name, stream).await.unwrap()
+    }
+
+    /// One request on a connection of its own.
+    async fn send(&self, request: Request<Full<Bytes>>) -> Response<Incoming> {
+        let io = TokioIo::new(self.connect("http/1.1").await);
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(io).await.unwrap();
+        tokio::spawn(connection.with_upgrades());
+        sender.send_request(request).await.unwrap()
+    }
+
+    async fn post<T: Serialize>(&self, token: &str, path: &str, body: &T) -> Result<Value, Rule> {
+        let request = Request::post(path)
+            .header("host", wire::SERVER_NAME)
+            .header("authorization", format!("Bearer {token}"))
+            .body(Full::from(serde_json::to_vec(body).unwrap()))
+            .unwrap();
+        let reply = self.send(request).await;
+        let (status, rule) = (reply.status(), rule(&reply));
+        let body = reply.into_body().collect().await.unwrap().to_bytes();
+        if status == StatusCode::OK { Ok(serde_json::from_slice(&body).unwrap()) } else { Err(rule.unwrap()) }
+    }
+
+    /// Opens the log as the harness of attempt 1 does, and records these intents.
+    async fn harness(&self, events: Vec<RecordEvent>) -> Harness {
+        let compiled = self.cluster.compiled(&testing::principal(1)).unwrap();
+        let open = OpenRequest { attempt: 1, policy_digest: compiled.digest.clone() };
+        self.post("harness-1", wire::LOG_OPEN, &open).await.unwrap();
+        let mut harness = Harness::new(1);
+        let RecordEvent::AttemptOpened(mut opened) = harness.opened() else { panic!() };
+        (opened.policy, opened.policy_digest) = (compiled.policy.clone(), compiled.digest.clone());
+        let mut all = vec![RecordEvent::AttemptOpened(opened)];
+        all.extend(events);
+        let request = harness.next(all);
+        self.post("harness-1", wire::LOG_APPEND, &request).await.unwrap();
+        harness
+    }
+
+    async fn forward(&self, channel: &str, url: &str, intent: u64) -> Response<Incoming> {
+        self.send(call(channel, url, intent).body(Full::from("hello")).unwrap()).await
+    }
+
+    /// A tunnel, or the rule that refused it.
+    async fn tunnel(&self, to: &str, intent: u64) -> Result<TokioIo<hyper::upgrade::Upgraded>, Rule> {
+        let request = Request::builder()
+            .method("CONNECT")
+            .uri(to)
+            .header("host", to)
+            .header("proxy-authorization", "Bearer harness-1")
+            .header(wire::CHANNEL, "egress")
+            .header(wire::INTENT, intent)
+            .body(Full::default())
+            .unwrap();
+        let reply = self.send(request).await;
+        match reply.status() {
+            StatusCode::OK => {
+                assert!(reply.headers()[wire::UPSTREAM].to_str().unwrap().starts_with("198.51.100.20:"));
+                Ok(TokioIo::new(hyper::upgrade::on(reply).await.unwrap()))
+            }
+            _ => Err(rule(&reply).unwrap()),
+        }
+    }
+
+    fn incidents(&self) -> Vec<Value> {
+        let objects = self.bucket.objects.lock().unwrap();
+        let incidents = objects.iter().filter(|(key, _)| key.contains("/incidents/"));
+        incidents.map(|(_, (body, _))| serde_json::from_slice(body).unwrap()).collect()
+    }
+}
+
+fn call(channel: &str, url: &str, intent: u64) -> http::request::Builder {
+    Request::post(wire::FORWARD)
+        .header("host", wire::SERVER_NAME)
+        .header("authorization", "Bearer harness-1")
+        .header(wire::CHANNEL, channel)
+        .header(wire::TARGET, url)
+        .header(wire::INTENT, intent)
+}
+
+fn rule<B>(reply: &Response<B>) -> Option<Rule> {
+    let rule = reply.headers().get(wire::RULE)?.to_str().ok()?;
+    Rule::ALL.iter().copied().find(|known| known.as_str() == rule)
+}
+
+async fn eventually(what: impl Fn() -> bool) {
+    for _ in 0..500 {
+        if what() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    panic!("it did not happen in 10 s");
+}
+
+async fn body(reply: Response<Incoming>) -> Value {
+    serde_json::from_slice(&reply.into_body().collect().await.unwrap().to_bytes()).unwrap()
+}
+
+fn header<'a>(seen: &'a Value, name: &str) -> Vec<&'a str> {
+    let headers = seen["headers"].as_array().unwrap();
+    headers.iter().filter(|pair| pair[0] == name).map(|pair| pair[1].as_str().unwrap()).collect()
+}
+
+#[tokio::test]
+async fn a_tool_call_goes_out_as_itself_and_without_our_headers() {
+    let world = world().await;
+    world.harness(vec![testing::intent("1", Channel::Tool, "write", 0)]).await;
+    let request = call("tool", "https://tools.world.test/mcp", 1)
+        .header("mcp-session-id", "7")
+        .header("connection", "x-drop")
+        .header("x-drop", "1")
+        .header("belay-secret", "1");
+    let reply = world.send(request.body(Full::from("hello")).unwrap()).await;
+    assert_eq!(reply.status(), 200);
+    assert_eq!(reply.headers()[wire::UPSTREAM], "198.51.100.20:443");
+    assert_eq!(reply.headers()["x-end"], "2");
+    assert!(!reply.headers().contains_key("x-hop") && !reply.headers().contains_key(wire::RULE));
+    let seen = body(reply).await;
+    assert_eq!((&seen["method"], &seen["uri"], &seen["body"]), (&json!("POST"), &json!("/mcp"), &json!("hello")));
+    assert_eq!(header(&seen, "host"), ["tools.world.test"]);
+    assert_eq!(header(&seen, "mcp-session-id"), ["7"]);
+    for name in ["authorization", "x-drop", "belay-secret", "belay-target", "belay-intent", "belay-channel"] {
+        assert!(header(&seen, name).is_empty(), "{name}: {seen}");
+    }
+}
+
+#[tokio::test]
+async fn a_model_call_gets_its_credential_and_the_caller_never_sees_it() {
+    let world = world().await;
+    world.harness(vec![testing::intent("1", Channel::Model, "/v1/chat/completions", 100)]).await;
+    let url = "https://models.world.test/v1/chat/completions";
+    let request = call("model", url, 1).header("x-api-key", "belay");
+    let reply = world.send(request.body(Full::from("{}")).unwrap()).await;
+    assert!(reply.headers().get("x-echo").is_none(), "a header that repeats the credential is dropped");
+    let seen = body(reply).await;
+    assert_eq!(header(&seen, "authorization"), ["Bearer secret-key"]);
+    assert!(header(&seen, "x-api-key").is_empty());
+    // Without its Secret the call does not leave.
+    let mut world = world;
+    let gone =
+        serde_json::from_value(json!({ "metadata": { "namespace": "belay-system", "name": "models" } })).unwrap();
+    world.writers.secrets.apply_watcher_event(&Event::Delete(gone));
+    let reply = world.forward("model", url, 1).await;
+    assert_eq!((reply.status(), rule(&reply)), (StatusCode::BAD_GATEWAY, Some(Rule::UpstreamCredential)));
+}
+
+#[tokio::test]
+async fn plain_http_of_the_agent_keeps_its_own_authorization() {
+    let world = world().await;
+    world.harness(vec![testing::intent("1", Channel::Egress, "docs.world.test:80", 0)]).await;
+    let mut request = call("egress", "http://docs.world.test/page?x=1", 1).body(Full::default()).unwrap();
+    *request.method_mut() = Method::GET;
+    request.headers_mut().insert("proxy-authorization", "Bearer harness-1".parse().unwrap());
+    request.headers_mut().insert("authorization", "Basic agent".parse().unwrap());
+    let seen = body(world.send(request).await).await;
+    assert_eq!((&seen["method"], &seen["uri"]), (&json!("GET"), &json!("/page?x=1")));
+    assert_eq!(header(&seen, "authorization"), ["Basic agent"]);
+    assert!(header(&seen, "proxy-authorization").is_empty());
+}
+
+#[tokio::test]
+async fn a27_redirects_are_the_callers_to_follow_and_streams_stream() {
+    let world = world().await;
+    world.harness(vec![testing::intent("1", Channel::Egress, "docs.world.test:443", 0)]).await;
+    let reply = world.forward("egress", "https://docs.world.test/redirect", 1).await;
+    assert_eq!(
+        (reply.status().as_u16(), &reply.headers()["location"]),
+        (302, &"http://169.254.169.254/".parse().unwrap())
+    );
+    let reply = world.forward("egress", "https://docs.world.test/stream", 1).await;
+    assert_eq!(reply.headers()["content-type"], "text/event-stream");
+    let mut pieces = reply.into_body();
+    let first = pieces.frame().await.unwrap().unwrap().into_data().unwrap();
+    assert_eq!(first, "piece 0\n", "the first piece does not wait for the others");
+    assert_eq!(pieces.collect().await.unwrap().to_bytes(), "piece 1\npiece 2\n");
+}
+
+#[tokio::test]
+async fn what_may_not_leave_does_not() {
+    let world = world().await;
+    let egress = |call: &str, to: &str| testing::intent(call, Channel::Egress, to, 0);
+    world
+        .harness(vec![
+            testing::intent("1", Channel::Tool, "write", 0),
+            egress("2", "evil.world.test:443"),
+            egress("3", "mixed.world.test:443"),
+            egress("4", "loopback.world.test:443"),
+            egress("5", "nowhere.world.test:443"),
+            egress("6", "docs.world.test:443"),
+        ])
+        .await;
+    let table = [
+        ("tool", "https://evil.world.test/mcp", 1, Rule::EgressHost),
+        ("tool", "https://tools.world.test/other", 1, Rule::IntentMissing),
+        ("tool", "https://tools.world.test/mcp", 0, Rule::IntentMissing),
+        ("tool", "https://tools.world.test/mcp", 7, Rule::IntentMissing),
+        ("tool", "https://tools.world.test/mcp", 6, Rule::IntentMissing),
+        ("model", "https://tools.world.test/mcp", 1, Rule::EgressHost),
+        ("egress", "https://tools.world.test/mcp", 1, Rule::EgressDirect),
+        ("egress", "https://evil.world.test/", 2, Rule::EgressHost),
+        ("egress", "https://mixed.world.test/", 3, Rule::EgressAddress),
+        ("egress", "https://loopback.world.test/", 4, Rule::EgressAddress),
+        ("egress", "https://nowhere.world.test/", 5, Rule::UpstreamResolve),
+        ("egress", "https://docs.world.test:8443/", 6, Rule::EgressPort),
+        ("egress", "https://docs.world.test:7000/", 6, Rule::IntentMissing),
+        ("egress", "https://169.254.169.254/", 6, Rule::EgressHost),
+        ("egress", "https://docs.world.test@evil.world.test/", 6, Rule::EgressHost),
+        ("egress", "docs.world.test", 6, Rule::Request),
+        ("other", "https://docs.world.test/", 6, Rule::Request),
+    ];
+    for (channel, url, intent, expected) in table {
+        let reply = world.forward(channel, url, intent).await;
+        assert_eq!(rule(&reply), Some(expected), "{channel} {url} {intent}");
+        let told = body(reply).await;
+        assert_eq!(told["rule"], expected.as_str());
+    }
+    let twice = call("egress", "https://docs.world.test/", 6).header(wire::TARGET, "https://evil.world.test/");
+    assert_eq!(rule(&world.send(twice.body(Full::default()).unwrap()).await), Some(Rule::Request));
+    assert!(world.forward("egress", "https://docs.world.test/", 6).await.status().is_success());
+    let denied = world.metrics.requests.with_label_values(&["egress", "denied", "egress.address"]).get();
+    assert_eq!(denied, 2);
+}
+
+#[tokio::test]
+async fn a_tightened_pack_tells_at_once() {
+    let mut world = world().await;
+    world.harness(vec![testing::intent("1", Channel::Egress, "docs.world.test:443", 0)]).await;
+    assert!(world.forward("egress", "https://docs.world.test/", 1).await.status().is_success());
+    put(&mut world.writers.packs, pack(2, &[]));
+    assert_eq!(rule(&world.forward("egress", "https://docs.world.test/", 1).await), Some(Rule::EgressHost));
+    // A pack that cannot be read is none.
+    let broken = json!({ "metadata": { "name": "dev", "uid": "pack", "generation": 3 }, "spec": { "environment": 7 } });
+    put(&mut world.writers.packs, broken);
+    let reply = world.forward("egress", "https://docs.world.test/", 1).await;
+    assert_eq!((reply.status(), rule(&reply)), (StatusCode::SERVICE_UNAVAILABLE, Some(Rule::ConfigDigest)));
+}
+
+#[tokio::test]
+async fn identity_follows_the_pods() {
+    let mut world = world().await;
+    world.harness(vec![testing::intent("1", Channel::Egress, "docs.world.test:443", 0)]).await;
+    let url = "https://docs.world.test/";
+    assert!(world.forward("egress", url, 1).await.status().is_success());
+    for token in ["", "Bearer", "Bearer nobody", "Basic harness-1"] {
+        let mut request = call("egress", url, 1).body(Full::default()).unwrap();
+        request.headers_mut().insert("authorization", token.parse().unwrap());
+        assert_eq!(rule(&world.send(request).await), Some(Rule::IdentityToken), "{token:?}");
+    }
+    let two = call("egress", url, 1).header("authorization", "Bearer harness-1");
+    assert_eq!(rule(&world.send(two.body(Full::default()).unwrap()).await), Some(Rule::IdentityToken));
+    // The operator's token opens one door, and a harness's all but that one.
+    let mut request = call("egress", url, 1).body(Full::default()).unwrap();
+    request.headers_mut().insert("authorization", "Bearer operator".parse().unwrap());
+    assert_eq!(rule(&world.send(request).await), Some(Rule::IdentityToken));
+    let seal = testing::seal_request();
+    assert_eq!(world.post("harness-1", wire::LOG_SEAL, &seal).await, Err(Rule::IdentityToken));
+
+    // A45: the token of a pod at another address.
+    put(&mut world.writers.pods, pod(1, "10.244.0.9"));
+    assert_eq!(rule(&world.forward("egress", url, 1).await), Some(Rule::IdentitySource));
+    assert_eq!(rule(&world.forward("egress", url, 1).await), Some(Rule::IdentitySource));
+    eventually(|| world.incidents().iter().any(|i| i["rule"] == "identity.source")).await;
+    let told: Vec<_> = world.incidents().into_iter().filter(|i| i["rule"] == "identity.source").collect();
+    assert_eq!(told.len(), 1, "told once");
+    assert_eq!((&told[0]["peer"], &told[0]["podUid"]), (&json!("127.0.0.1"), &json!("pod-1")));
+    assert!(world.bucket.keys().iter().any(|key| key.starts_with(&format!("team/t/{UID}/incidents/"))));
+
+    // The next attempt shuts the first out, and a deleted pod is nobody at once.
+    put(&mut world.writers.pods, pod(1, "127.0.0.1"));
+    assert!(world.forward("egress", url, 1).await.status().is_success());
+    put(&mut world.writers.pods, pod(2, "127.0.0.1"));
+    assert_eq!(rule(&world.forward("egress", url, 1).await), Some(Rule::IdentityAttempt));
+    let second = serde_json::from_value(pod(2, "127.0.0.1")).unwrap();
+    world.writers.pods.apply_watcher_event(&Event::Delete(second));
+    assert!(world.forward("egress", url, 1).await.status().is_success());
+    let mut ending = pod(1, "127.0.0.1");
+    ending["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z");
+    put(&mut world.writers.pods, ending);
+    assert_eq!(rule(&world.forward("egress", url, 1).await), Some(Rule::IdentityAttempt));
+    let first = serde_json::from_value(pod(1, "127.0.0.1")).unwrap();
+    world.writers.pods.apply_watcher_event(&Event::Delete(first));
+    assert_eq!(rule(&world.forward("egress", url, 1).await), Some(Rule::IdentityToken));
+    assert_eq!(world.api.reviews.load(Ordering::SeqCst), 3, "one review a token, however often it comes");
+}
+
+#[tokio::test]
+async fn a_run_is_sealed_and_its_usage_told_twice_at_most() {
+    let world = world().await;
+    let search = |call: &str| testing::intent(call, Channel::Tool, "search", 0);
+    let mut harness = world.harness(vec![search("1")]).await;
+    for call in ["2", "3"] {
+        let request = harness.next(vec![search(call)]);
+        world.post("harness-1", wire::LOG_APPEND, &request).await.unwrap();
+    }
+    eventually(|| !world.api.usage.lock().unwrap().is_empty()).await;
+    let sealed = world.post("operator", wire::LOG_SEAL, &testing::seal_request()).await.unwrap();
+    assert_eq!(sealed["usage"]["toolCalls"], 3);
+    assert_eq!(sealed["location"], format!("s3://evidence/team/t/{UID}/"));
+    let usage = world.api.usage.lock().unwrap().clone();
+    assert_eq!(usage.iter().map(|u| u.tool_calls).collect::<Vec<_>>(), [2, 3]);
+    let late = harness.next(vec![testing::denied()]);
+    assert_eq!(world.post("harness-1", wire::LOG_APPEND, &late).await, Err(Rule::TaskClosed));
+    assert_eq!(rule(&world.forward("tool", "https://tools.world.test/mcp", 3).await), Some(Rule::TaskClosed));
+    let open = OpenRequest { attempt: 1, policy_digest: "00".into() };
+    assert_eq!(world.post("harness-1", wire::LOG_OPEN, &open).await, Err(Rule::ConfigDigest));
+}
+
+#[tokio::test]
+async fn tunnels_carry_bytes_and_on_443_only_tls_for_their_host() {
+    let world = world().await;
+    let egress = |call: &str, to: &str| testing::intent(call, Channel::Egress, to, 0);
+    world
+        .harness(vec![
+            egress("1", "docs.world.test:7000"),
+            egress("2", "docs.world.test:443"),
+            egress("3", "mixed.world.test:443"),
+            testing::intent("4", Channel::Tool, "write", 0),
+        ])
+        .await;
+    let mut tunnel = world.tunnel("docs.world.test:7000", 1).await.unwrap();
+    tunnel.write_all(b"hello").await.unwrap();
+    let mut back = [0; 5];
+    tunnel.read_exact(&mut back).await.unwrap();
+    assert_eq!(&back, b"hello");
+    assert_eq!(world.metrics.tunnels.get(), 1);
+    drop(tunnel);
+    eventually(|| world.metrics.tunnels.get() == 0).await;
+
+    // TLS end to end: the gateway sees the ClientHello and no more.
+    let agent = |name: &'static str| {
+        let config = rustls::ClientConfig::builder().with_root_certificates(world.ca.clone()).with_no_client_auth();
+        (TlsConnector::from(Arc::new(config)), ServerName::try_from(name).unwrap())
+    };
+    let (tls, name) = agent("docs.world.test");
+    let tunnel = world.tunnel("docs.world.test:443", 2).await.unwrap();
+    let mut stream = tls.connect(name, tunnel).await.unwrap();
+    stream.write_all(b"GET /page HTTP/1.1\r\nhost: docs.world.test\r\nconnection: close\r\n\r\n").await.unwrap();
+    let mut page = String::new();
+    let _ = stream.read_to_string(&mut page).await;
+    assert!(page.starts_with("HTTP/1.1 200"), "{page}");
+
+    // A37: another name; A39, A40: no TLS at all; and nothing of it reaches the upstream.
+    let (tls, name) = agent("models.world.test");
+    let tunnel = world.tunnel("docs.world.test:443", 2).await.unwrap();
+    assert!(tls.connect(name, tunnel).await.is_err());
+    for bytes in ["GET / HTTP/1.1\r\nhost: docs.world.test\r\n\r\n", "CONNECT evil.world.test:443 HTTP/1.1\r\n\r\n"] {
+        let mut tunnel = world.tunnel("docs.world.test:443", 2).await.unwrap();
+        tunnel.write_all(bytes.as_bytes()).await.unwrap();
+        let mut back = Vec::new();
+        let _ = tunnel.read_to_end(&mut back).await;
+        assert!(back.is_empty(), "{back:?}");
+    }
+    eventually(|| world.incidents().iter().any(|i| i["rule"] == "egress.host")).await;
+
+    for (to, intent, expected) in [
+        ("mixed.world.test:443", 3, Rule::EgressAddress),
+        ("docs.world.test:443", 1, Rule::IntentMissing),
+        ("docs.world.test:22", 1, Rule::EgressPort),
+        ("tools.world.test:443", 4, Rule::EgressDirect),
+        ("evil.world.test:443", 2, Rule::EgressHost),
+        ("2130706433:443", 2, Rule::EgressHost),
+        ("[::1]:443", 2, Rule::EgressHost),
+        ("docs.world.test:0", 2, Rule::EgressPort),
+    ] {
+        assert_eq!(world.tunnel(to, intent).await.err(), Some(expected), "{to}");
+    }
+}
+
+#[tokio::test]
+async fn a_tunnel_ends_with_its_pod_and_with_its_permission() {
+    let mut world = world().await;
+    world.harness(vec![testing::intent("1", Channel::Egress, "docs.world.test:7000", 0)]).await;
+    for change in [(|world: &mut World| put(&mut world.writers.packs, pack(2, &[]))) as fn(&mut World), |world| {
+        let pod = serde_json::from_value(pod(1, "127.0.0.1")).unwrap();
+        world.writers.pods.apply_watcher_event(&Event::Delete(pod));
+    }] {
+        put(&mut world.writers.packs, pack(3, DIRECT));
+        let mut tunnel = world.tunnel("docs.world.test:7000", 1).await.unwrap();
+        tunnel.write_all(b"x").await.unwrap();
+        tunnel.read_exact(&mut [0]).await.unwrap();
+        change(&mut world);
+        let ended = tokio::time::timeout(Duration::from_secs(10), tunnel.read(&mut [0])).await;
+        assert!(matches!(ended, Ok(Ok(0) | Err(_))), "{ended:?}");
+    }
+}
+
+/// Raw bytes to the gateway, and what comes back.
+async fn raw(world: &World, bytes: &[u8]) -> String {
+    let mut stream = world.connect("http/1.1").await;
+    stream.write_all(bytes).await.unwrap();
+    let mut back = Vec::new();
+    let _ = tokio::time::timeout(Duration::from_secs(5), stream.read_to_end(&mut back)).await;
+    String::from_utf8_lossy(&back).into_owned()
+}
+
+#[tokio::test]
+async fn malformed_connects_are_refused() {
+    let world = world().await;
+    world.harness(vec![testing::intent("1", Channel::Egress, "docs.world.test:443", 0)]).await;
+    let head =
+        "proxy-authorization: Bearer harness-1\r\nbelay-channel: egress\r\nbelay-intent: 1\r\nconnection: close\r\n";
+    for (name, line, host) in [
+        ("A28 NUL", "docs.world.test\0.evil.test:443", ""),
+        ("A28 percent", "docs.world.test%00.evil.test:443", ""),
+        ("A31 userinfo", "docs.world.test@evil.test:443", ""),
+        ("A32 zone", "[fe80::1%25eth0]:443", ""),
+        ("A33 two ports", "docs.world.test:443:22", ""),
+        ("A33 no port", "docs.world.test", ""),
+        ("A33 large port", "docs.world.test:65979", ""),
+        ("A34 two Hosts", "docs.world.test:443", "host: docs.world.test:443\r\nhost: evil.test:443\r\n"),
+        ("A34 folded Host", "docs.world.test:443", "host: docs.world.test\r\n :443\r\n"),
+        ("A35 another Host", "docs.world.test:443", "host: evil.test:443\r\n"),
+        ("absolute form", "http://docs.world.test:443/", ""),
+    ] {
+        let reply = raw(&world, format!("CONNECT {line} HTTP/1.1\r\n{host}{head}\r\n").as_bytes()).await;
+        assert!(reply.starts_with("HTTP/1.1 40"), "{name}: {reply}");
+    }
+    // A58: a head without an end.
+    let long = format!("GET / HTTP/1.1\r\nx: {}\r\n\r\n", "y".repeat(200 << 10));
+    let reply = raw(&world, long.as_bytes()).await;
+    assert!(reply.is_empty() || reply.starts_with("HTTP/1.1 4"), "{reply}");
+}
+
+#[tokio::test]
+async fn http2_works_and_one_pod_has_its_share() {
+    let world = world().await;
+    world.harness(vec![testing::intent("1", Channel::Egress, "docs.world.test:7000", 0)]).await;
+    let mut tunnels = Vec::new();
+    for _ in 0..CALLS {
+        tunnels.push(world.tunnel("docs.world.test:7000", 1).await.unwrap());
+    }
+    assert_eq!(world.tunnel("docs.world.test:7000", 1).await.err(), Some(Rule::Busy));
+    drop(tunnels.pop());
+    eventually(|| world.metrics.tunnels.get() < i64::try_from(CALLS).unwrap()).await;
+
+    let io = TokioIo::new(world.connect("h2").await);
+    let builder = hyper::client::conn::http2::Builder::new(hyper_util::rt::TokioExecutor::new());
+    let (mut sender, connection) = builder.handshake(io).await.unwrap();
+    tokio::spawn(connection);
+    let request = Request::post(format!("https://{}{}", wire::SERVER_NAME, wire::LOG_OPEN))
+        .header("authorization", "Bearer harness-1")
+        .body(Full::<Bytes>::from(r#"{"attempt":1,"policyDigest":"","unknown":1}"#))
+        .unwrap();
+    let reply = sender.send_request(request).await.unwrap();
+    assert_eq!(rule(&reply), Some(Rule::Request), "unknown fields are refused");
+}
