@@ -11,15 +11,21 @@ pub mod admin;
 /// The custom resources: data and validation rules.
 #[cfg(feature = "kube")]
 pub mod api;
+/// The command line: verify and watch.
+#[cfg(feature = "cli")]
+pub mod cli;
 /// Records, Merkle log, checkpoints, segments, stores.
 pub mod evidence;
 /// The only way out of an agent's pod, and the witness of its evidence.
 #[cfg(feature = "gateway")]
 pub mod gateway;
-/// Sandbox orchestration: tasks become attempts, ends become sealed evidence.
+/// The sidecar that enforces contracts and budgets.
+#[cfg(feature = "harness")]
+pub mod harness;
+/// The reconciler: resolve, validate, plan, apply, status.
 #[cfg(feature = "operator")]
 pub mod operator;
-/// Pure: a task, its contracts and its pack become pod, NetworkPolicy and configuration.
+/// A validated task becomes the objects that run it.
 #[cfg(feature = "kube")]
 pub mod plan;
 /// Pure decisions.

@@ -1,12 +1,15 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034
 # Long-running components: start them once, know whether they live, end them. Each is recorded in $RUN/pids/NAME as
 # "PID STARTTIME"; the start time tells our process from a stranger that was given the same pid later.
 
-start_time() { sed 's/.*) //' "/proc/$1/stat" 2>/dev/null | cut -d' ' -f20; }
+COMPONENTS=(etcd apiserver controller-manager scheduler containerd kubelet proxy felix versitygw seaweedfs)
+
+# Nothing for a process that has ended, though nobody may have reaped it yet.
+start_time() { sed 's/.*) //' "/proc/$1/stat" 2>/dev/null | awk '$1 != "Z" {print $20}'; }
 
 pid_of() {
   local pid since
-  read -r pid since 2>/dev/null < "$RUN/pids/$1" && [ "$(start_time "$pid")" = "$since" ] && echo "$pid"
+  read -r pid since 2>/dev/null < "$RUN/pids/$1" && [ "$since" = "$(start_time "$pid")" ] && echo "$pid"
 }
 
 alive() { pid_of "$1" >/dev/null; }

@@ -1,7 +1,7 @@
 # shellcheck shell=bash disable=SC2034 # sourced: every name here is used by a sibling script
 # What every script of the test cluster shares: pinned versions, paths, addresses, and how a message looks.
 
-# --- Versions. A tool is rebuilt when its version here changes, and only then.
+# --- Versions. A tool is rebuilt when its version here, or its recipe in `build`, changes, and only then.
 KUBERNETES=v1.36.3           # kube's `k8s-openapi` feature in Cargo.toml must be no newer
 KUBERNETES_STAGING=v0.36.3   # the same release of the k8s.io/* modules
 ETCD=v3.6.11
@@ -19,6 +19,7 @@ HELM=v4.3.1
 KUBECONFORM=v0.8.0
 PROMETHEUS=v0.316.0
 OTELCOL=v0.165.0
+OTELCOL_CONFMAP=v1.71.0      # the same release of the collector's stable modules
 GO_AT_LEAST=1.26
 
 # Debian packages that `up` installs when they are absent.
@@ -26,10 +27,11 @@ DEBIAN_PACKAGES=(iproute2 iptables ipset conntrack busybox-static openssl libsec
 
 # --- Paths. Nothing is written outside the cache but what the kernel and the CNI library insist on (see README.md).
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-CACHE=${BELAY_CACHE:-$HOME/.cache/belay}
+CACHE=$(realpath -m "${BELAY_CACHE:-$HOME/.cache/belay}")
 BIN=$CACHE/bin               # links to the pinned version of every tool
 RUN=$CACHE/cluster           # the running cluster; removed by `down`
 LOGS=$CACHE/logs             # one file a component; kept by `down`
+OWNER=/run/lock/belay-cluster  # locks the machine's one cluster, and says whose it is: the namespaces' names are taken once
 ADMIN=$RUN/admin.kubeconfig
 CONTAINERD_SOCKET=$RUN/containerd/containerd.sock
 
@@ -50,13 +52,21 @@ die() { printf 'error: %s\n' "$*" >&2; exit 1; }
 # Runs a command in one of our network namespaces. Not `ip netns exec`: that remounts /sys and hides the cgroups from the kubelet.
 inside() { local netns=$1; shift; nsenter --net="/run/netns/$netns" -- "$@"; }
 
-# Takes one of our locks for the life of this script, so that two runs at once are safe. Whatever outlives the script must be
-# started with `8>&- 9>&-`.
+# lock FILE: holds FILE for the life of this script, so that two runs at once are safe. Whatever outlives the script is started with
+# `8>&- 9>&-`, or it would hold the lock as well.
 lock() {
-  mkdir -p "$CACHE"
-  local fd=8; [ "$1" = cluster ] && fd=9
-  eval "exec $fd>\"\$CACHE/$1.lock\""
+  local fd=8; [ "$1" != "$OWNER" ] || fd=9
+  mkdir -p "$(dirname "$1")"
+  eval "exec $fd>>\"\$1\""
   flock -n "$fd" && return
-  step "waiting for another run to release $CACHE/$1.lock"
-  flock -w 3600 "$fd" || die "another run still holds $CACHE/$1.lock after an hour; see \`fuser $CACHE/$1.lock\`"
+  step "waiting for another run to release $1"
+  flock -w 3600 "$fd" || die "another run still holds $1 after an hour; \`fuser $1\` tells which"
+}
+
+# The machine has one cluster: takes its lock, and refuses when it was started from another cache.
+lock_cluster() {
+  lock "$OWNER"
+  local other; other=$(cat "$OWNER")
+  [ -z "$other" ] || [ "$other" = "$RUN" ] || [ ! -d "$other" ] ||
+    die "a cluster of another cache is running, $other; end it first with BELAY_CACHE=$(dirname "$other") $HERE/down"
 }

@@ -3,6 +3,10 @@
 # the gateway that may write and read but neither delete nor shorten. Credentials end up in $RUN/s3.env.
 
 S3_BUCKET=belay-evidence S3_REGION=us-east-1
+# All that the gateway may do, on either store.
+S3_GATEWAY_RIGHTS='"Effect": "Allow",
+  "Action": ["s3:PutObject", "s3:PutObjectRetention", "s3:GetObject", "s3:GetObjectVersion", "s3:GetObjectRetention", "s3:ListBucket", "s3:ListBucketVersions"],
+  "Resource": ["arn:aws:s3:::'$S3_BUCKET'", "arn:aws:s3:::'$S3_BUCKET'/*"]'
 
 configure_s3() {
   cd "$RUN" || return
@@ -25,17 +29,15 @@ Y
   # shellcheck source=/dev/null
   source ./s3.env.tmp
   mkdir -p versitygw/{iam,data,versions} seaweedfs
+  # versitygw takes it as the bucket's policy; SeaweedFS as a policy document, in a string, that the identity names.
+  echo "{\"Statement\": [{\"Principal\": [\"$S3_ACCESS_KEY\"], $S3_GATEWAY_RIGHTS}]}" > versitygw/policy.json
+  local document="{\"Version\": \"2012-10-17\", \"Statement\": [{$S3_GATEWAY_RIGHTS}]}"
+  document=${document//$'\n'/}
   cat > seaweedfs/identities.json <<Y
 {"identities": [
   {"name": "root", "credentials": [{"accessKey": "$SEAWEED_ROOT_ACCESS_KEY", "secretKey": "$SEAWEED_ROOT_SECRET_KEY"}], "actions": ["Admin"]},
-  {"name": "gateway", "credentials": [{"accessKey": "$SEAWEED_ACCESS_KEY", "secretKey": "$SEAWEED_SECRET_KEY"}],
-   "actions": ["Read:$S3_BUCKET", "List:$S3_BUCKET", "Write:$S3_BUCKET"]}]}
-Y
-  cat > versitygw/policy.json <<Y
-{"Statement": [{"Effect": "Allow", "Principal": ["$S3_ACCESS_KEY"],
-  "Action": ["s3:PutObject", "s3:PutObjectRetention", "s3:GetObject", "s3:GetObjectVersion", "s3:GetObjectRetention",
-             "s3:ListBucket", "s3:ListBucketVersions"],
-  "Resource": ["arn:aws:s3:::$S3_BUCKET", "arn:aws:s3:::$S3_BUCKET/*"]}]}
+  {"name": "gateway", "credentials": [{"accessKey": "$SEAWEED_ACCESS_KEY", "secretKey": "$SEAWEED_SECRET_KEY"}], "policyNames": ["evidence"]}],
+ "policies": [{"name": "evidence", "content": "${document//\"/\\\"}"}]}
 Y
   mv s3.env.tmp s3.env
 }

@@ -1,2 +1,107 @@
-//! placeholder
-fn main() {}
+//! The harness's entry point: `serve` beside the agent, `probe` before it.
+
+use std::{path::PathBuf, process::ExitCode};
+
+use anyhow::Context;
+use belay::{
+    evidence::record::Pod,
+    harness::{self, Options, probe},
+    policy::config::HarnessConfig,
+};
+use clap::{Parser, Subcommand};
+
+/// Exit code of a probe that could not prove containment; the operator knows it.
+const UNPROVEN: u8 = 42;
+
+/// Enforces an agent's contracts and budgets and writes its evidence.
+#[derive(Parser)]
+#[command(version)]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Proves that this pod reaches the gateway and nothing else.
+    Probe {
+        /// The rendered configuration.
+        #[arg(long)]
+        config: PathBuf,
+        /// Where to write what was seen.
+        #[arg(long)]
+        out: PathBuf,
+        /// Address of this node, whose kubelet must not answer.
+        #[arg(long, env = "HOST_IP")]
+        host_ip: Option<std::net::IpAddr>,
+    },
+    /// Serves the agent.
+    Serve {
+        /// The rendered configuration.
+        #[arg(long)]
+        config: PathBuf,
+        /// What the probe wrote.
+        #[arg(long)]
+        containment: PathBuf,
+        /// The projected token.
+        #[arg(long)]
+        token: PathBuf,
+        /// Address of this node, whose kubelet must not answer.
+        #[arg(long, env = "HOST_IP")]
+        host_ip: Option<std::net::IpAddr>,
+        /// This pod's name.
+        #[arg(long, env = "POD_NAME")]
+        pod_name: String,
+        /// This pod's UID.
+        #[arg(long, env = "POD_UID")]
+        pod_uid: String,
+        /// This node.
+        #[arg(long, env = "NODE_NAME")]
+        node_name: String,
+        /// The pod's runtime class.
+        #[arg(long, env = "RUNTIME_CLASS", default_value = "")]
+        runtime_class: String,
+        /// Name and digest of the NetworkPolicy.
+        #[arg(long, env = "NETWORK_POLICY", default_value = "")]
+        network_policy: String,
+    },
+}
+
+fn kubelet(host_ip: Option<std::net::IpAddr>) -> Option<String> {
+    host_ip.map(|address| std::net::SocketAddr::new(address, 10250).to_string())
+}
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> anyhow::Result<ExitCode> {
+    rustls::crypto::ring::default_provider().install_default().ok().context("a TLS provider is installed already")?;
+    let _telemetry = belay::telemetry::init("belay-harness")?;
+    match Args::parse().command {
+        Command::Probe { config, out, host_ip } => {
+            let config: HarnessConfig = harness::read_json(&config)?;
+            let targets = probe::Targets::new(&config.wiring.probe, kubelet(host_ip));
+            let seen = probe::run(&targets, probe::Timing::START).await;
+            std::fs::write(&out, serde_json::to_vec(&seen)?)
+                .with_context(|| format!("cannot write {}", out.display()))?;
+            if seen.contained {
+                return Ok(ExitCode::SUCCESS);
+            }
+            tracing::error!(breaches = ?seen.breaches, "containment is not proven; the agent must not start");
+            Ok(ExitCode::from(UNPROVEN))
+        }
+        Command::Serve {
+            config,
+            containment,
+            token,
+            host_ip,
+            pod_name,
+            pod_uid,
+            node_name,
+            runtime_class,
+            network_policy,
+        } => {
+            let pod = Pod { name: pod_name, uid: pod_uid, node: node_name, runtime_class, network_policy };
+            harness::serve(Options { config, containment, token, pod, kubelet: kubelet(host_ip) }).await?;
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}

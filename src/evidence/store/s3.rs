@@ -2,7 +2,7 @@
 //!
 //! Promises: every put is conditional (`If-None-Match: *`), carries its SHA-256 and its retention, and is whole or absent;
 //! every call ends in bounded time. Refuses: to make or change buckets, and to trust a bucket's default retention.
-//! A delete marker hides an object but removes nothing: [`Store::list_versions`] shows both, and an auditor asks for it.
+//! A delete marker hides an object but removes nothing: `Store::list_versions` shows both, and an auditor asks for it.
 
 use std::{error::Error as _, time::Duration};
 
@@ -11,7 +11,10 @@ use aws_config::{
 };
 use aws_sdk_s3::{
     Client,
-    config::{RequestChecksumCalculation, http::HttpResponse, retry::RetryConfig, timeout::TimeoutConfig},
+    config::{
+        ProvideCredentials, RequestChecksumCalculation, SharedCredentialsProvider, http::HttpResponse,
+        retry::RetryConfig, timeout::TimeoutConfig,
+    },
     error::{DisplayErrorContext, ProvideErrorMetadata, SdkError},
     primitives::{ByteStream, DateTime},
     types::{ChecksumAlgorithm, ObjectLockMode},
@@ -20,7 +23,7 @@ use aws_smithy_http_client::tls::{Provider, TlsContext, TrustStore, rustls_provi
 use base64::{Engine, engine::general_purpose::STANDARD as BASE64};
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt, future::BoxFuture};
-use jiff::{Timestamp, ToSpan};
+use jiff::{SignedDuration, Timestamp};
 
 use super::{Mode, PutError, Retention, Store, StoreError, StoredObject};
 use crate::evidence::canonical;
@@ -37,6 +40,9 @@ const ATTEMPTS: u32 = 3;
 const PARALLEL: usize = 8;
 /// Region in signatures where nobody names one. Stores that are not AWS take any.
 const DEFAULT_REGION: &str = "us-east-1";
+
+/// Retention counts days of this length: no calendar, no time zone.
+const SECONDS_A_DAY: i64 = 86_400;
 
 /// How to reach a bucket.
 #[derive(Clone, Debug, Default)]
@@ -63,6 +69,7 @@ pub struct OptionsError(String);
 pub struct S3 {
     client: Client,
     bucket: String,
+    credentials: Option<SharedCredentialsProvider>,
 }
 
 impl S3 {
@@ -102,7 +109,16 @@ impl S3 {
             // The SHA-256 is ours and explicit: no CRC32 beside it, which not every store takes.
             .request_checksum_calculation(RequestChecksumCalculation::WhenRequired);
         config.set_endpoint_url(options.endpoint.or_else(|| shared.endpoint_url().map(str::to_owned)));
-        Ok(Self { client: Client::from_conf(config.build()), bucket: options.bucket })
+        let credentials = shared.credentials_provider();
+        Ok(Self { client: Client::from_conf(config.build()), bucket: options.bucket, credentials })
+    }
+
+    /// Whether there are credentials to sign with: without them every call fails, and not in a way that says so.
+    pub async fn has_credentials(&self) -> bool {
+        match &self.credentials {
+            Some(provider) => provider.provide_credentials().await.is_ok(),
+            None => false,
+        }
     }
 
     /// An SDK error in our words.
@@ -128,6 +144,10 @@ impl S3 {
         }
     }
 
+    fn unavailable(&self, action: &'static str, key: &str, detail: String) -> StoreError {
+        StoreError::Unavailable { action, key: key.to_owned(), place: format!("s3://{}", self.bucket), detail }
+    }
+
     async fn put(&self, key: &str, body: Bytes, retention: Option<&Retention>) -> Result<String, PutError> {
         let digest = BASE64.encode(canonical::sha256(&body));
         let mut put = self
@@ -141,10 +161,11 @@ impl S3 {
             .content_type("application/jsonl")
             .body(ByteStream::from(body));
         if let Some(Retention { mode, days }) = retention {
-            let until = Timestamp::now().checked_add((*days).saturating_mul(24).hours()).map_err(|e| {
-                let detail = format!("a retention of {days} days leads out of the calendar: {e}");
-                StoreError::Unavailable { action: "lock", key: key.to_owned(), place: self.bucket.clone(), detail }
-            })?;
+            let until = Timestamp::now()
+                .checked_add(SignedDuration::from_secs(days.saturating_mul(SECONDS_A_DAY)))
+                .map_err(|e| {
+                    self.unavailable("lock", key, format!("a retention of {days} days leads out of the calendar: {e}"))
+                })?;
             put = put
                 .object_lock_mode(match mode {
                     Mode::Compliance => ObjectLockMode::Compliance,
@@ -168,12 +189,7 @@ impl S3 {
         let object = object.map_err(|e| self.error("read", key, e))?;
         match object.body.collect().await {
             Ok(body) => Ok(body.into_bytes()),
-            Err(e) => Err(StoreError::Unavailable {
-                action: "read",
-                key: key.to_owned(),
-                place: format!("s3://{}", self.bucket),
-                detail: e.to_string(),
-            }),
+            Err(e) => Err(self.unavailable("read", key, e.to_string())),
         }
     }
 
@@ -186,8 +202,8 @@ impl S3 {
                 .list_object_versions()
                 .bucket(&self.bucket)
                 .prefix(prefix)
-                .set_key_marker(key_marker)
-                .set_version_id_marker(version_marker)
+                .set_key_marker(key_marker.clone())
+                .set_version_id_marker(version_marker.clone())
                 .send()
                 .await
                 .map_err(|e| self.error("list", prefix, e))?;
@@ -211,28 +227,32 @@ impl S3 {
                 is_latest: v.is_latest().unwrap_or_default(),
                 delete_marker: true,
             }));
-            // A page that is cut off without saying where would loop for ever: what it has is then all there is to know.
-            if page.is_truncated() != Some(true) || page.next_key_marker().is_none() {
+            if page.is_truncated() != Some(true) {
                 break;
             }
-            (key_marker, version_marker) = (page.next_key_marker, page.next_version_id_marker);
+            let next = (page.next_key_marker, page.next_version_id_marker);
+            if next.0.is_none() || next == (key_marker, version_marker) {
+                // To stop here would hide versions, to go on would never end.
+                let detail = "the listing is cut off and does not say where it goes on".to_owned();
+                return Err(self.unavailable("list", prefix, detail));
+            }
+            (key_marker, version_marker) = next;
         }
-        let mut found: Vec<StoredObject> =
-            futures::stream::iter(found).map(|object| self.with_lock(object)).buffered(PARALLEL).try_collect().await?;
         found.sort_by(|a, b| (&a.key, a.written, &a.version_id).cmp(&(&b.key, b.written, &b.version_id)));
-        Ok(found)
+        // versitygw starts each page with the last entry of the one before.
+        found.dedup_by(|a, b| (&a.key, &a.version_id) == (&b.key, &b.version_id));
+        futures::stream::iter(found).map(|object| self.with_lock(object)).buffered(PARALLEL).try_collect().await
     }
 
-    /// The object with its lock, which listings do not have.
+    /// The object with its lock, which listings do not have. By `HEAD`, as versitygw answers `GetObjectRetention` in a form
+    /// that the SDK cannot read; its `HEAD` knows the lock of the version on top only.
     async fn with_lock(&self, object: StoredObject) -> Result<StoredObject, StoreError> {
         if object.delete_marker {
             return Ok(object);
         }
-        let mut head = self.client.head_object().bucket(&self.bucket).key(&object.key);
-        if object.version_id != NO_VERSION {
-            head = head.version_id(&object.version_id);
-        }
-        let head = head.send().await.map_err(|e| self.error("read the lock of", &object.key, e))?;
+        let version = Some(object.version_id.clone()).filter(|v| v != NO_VERSION);
+        let head = self.client.head_object().bucket(&self.bucket).key(&object.key).set_version_id(version).send().await;
+        let head = head.map_err(|e| self.error("read the lock of", &object.key, e))?;
         Ok(StoredObject {
             retain_until: head.object_lock_retain_until_date().and_then(timestamp),
             mode: match head.object_lock_mode() {

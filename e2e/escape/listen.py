@@ -1,0 +1,45 @@
+"""What stands at the addresses that an escaping agent aims at, so that a control run finds somebody: `listen.py udp|tcp
+ADDRESS PORT …`, as many as wanted. TCP accepts and says hello, UDP echoes. Ends with its standard input."""
+
+import socket
+import socketserver
+import sys
+import threading
+
+
+class Tcp(socketserver.ThreadingTCPServer):
+    allow_reuse_address = True
+    daemon_threads = True
+
+
+class Udp(socketserver.ThreadingUDPServer):
+    allow_reuse_address = True
+    daemon_threads = True
+
+
+class Tcp6(Tcp):
+    address_family = socket.AF_INET6
+
+
+class Hello(socketserver.BaseRequestHandler):
+    def handle(self):
+        self.request.sendall(b"hello\n")
+
+
+class Echo(socketserver.BaseRequestHandler):
+    def handle(self):
+        data, sock = self.request
+        sock.sendto(data, self.client_address)
+
+
+words = sys.argv[1:]
+for kind, host, port in zip(words[::3], words[1::3], words[2::3]):
+    server = Udp if kind == "udp" else Tcp6 if ":" in host else Tcp
+    handler = Echo if kind == "udp" else Hello
+    try:
+        threading.Thread(target=server((host, int(port)), handler).serve_forever, daemon=True).start()
+    except OSError as error:
+        # Somebody real is there already, which serves as well.
+        print(f"{kind} {host}:{port}: {error}", file=sys.stderr)
+print("listening", flush=True)
+sys.stdin.read()

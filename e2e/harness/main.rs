@@ -1,0 +1,341 @@
+//! Real clients against the harness: an MCP client and server (rmcp), HTTP, a proxy client. The gateway here is a stand-in
+//! that witnesses the log as the real one does and forwards to servers on loopback.
+
+mod gateway;
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use belay::{
+    evidence::{
+        merkle::Tree,
+        note::{self, Signer},
+        record::{AttemptOpened, Containment, Event, Pod, Record},
+    },
+    harness::{gate::Gate, journal, link::Link, server},
+    policy::{
+        budget::Budget,
+        config::{
+            EgressHost, EgressUse, Limits, ModelEndpoints, PackIdentity, PolicyConfig, Precondition, Probe, SideEffect,
+            TaskIdentity, Tool, Usage, Wiring,
+        },
+        decide::Contracts,
+        rule::Rule,
+    },
+};
+use gateway::Gateway;
+use http::{Method, Request, StatusCode};
+use http_body_util::{BodyExt, Full};
+use hyper_util::{
+    client::legacy::{Client, connect::HttpConnector},
+    rt::{TokioExecutor, TokioIo},
+};
+use rmcp::{
+    ServiceExt,
+    model::CallToolRequestParams,
+    transport::{StreamableHttpClientTransport, streamable_http_client::StreamableHttpClientTransportConfig},
+};
+use serde_json::{Value, json};
+
+/// A harness under test.
+struct Harness {
+    address: SocketAddr,
+    gateway: Gateway,
+    gate: Arc<Gate>,
+    _folder: tempfile::TempDir,
+}
+
+fn policy(limits: Limits) -> PolicyConfig {
+    let tool = |name: &str, upstream: &str, effect, preconditions| Tool {
+        contract: name.into(),
+        name: name.into(),
+        description: format!("{name}, as its contract says"),
+        url: "http://tools.test/mcp".into(),
+        upstream_tool: upstream.into(),
+        input: json!({
+            "type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"],
+            "additionalProperties": false
+        }),
+        preconditions,
+        side_effect: effect,
+    };
+    let precondition =
+        Precondition { name: "polite".into(), cel: "args.text != 'rude'".into(), message: "be polite".into() };
+    PolicyConfig {
+        task: TaskIdentity {
+            namespace: "n".into(),
+            name: "t".into(),
+            uid: "uid".into(),
+            generation: 1,
+            objective: "o".into(),
+            workflow_class: "c".into(),
+            principal: "p".into(),
+            image: "i".into(),
+        },
+        pack: PackIdentity { name: "k".into(), uid: "k".into(), generation: 1, environment: "dev".into() },
+        limits,
+        allowed_effects: vec![SideEffect::Read, SideEffect::Write],
+        tools: vec![
+            tool("pay", "echo", SideEffect::External, vec![]),
+            tool("say", "echo", SideEffect::Write, vec![precondition]),
+        ],
+        models: ModelEndpoints {
+            openai: Some("http://models.test".into()),
+            anthropic: Some("http://models.test".into()),
+        },
+        egress: vec![EgressHost {
+            host: "docs.test.example".into(),
+            ports: vec![443, 80],
+            uses: vec![EgressUse::Direct],
+        }],
+    }
+}
+
+async fn harness_with(limits: Limits) -> Harness {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let folder = tempfile::tempdir().unwrap();
+    let token = folder.path().join("token");
+    std::fs::write(&token, "the-token\n").unwrap();
+    let gateway = Gateway::start().await;
+    let wiring = Wiring {
+        attempt: 1,
+        gateway: gateway.address.to_string(),
+        gateway_ca: gateway.ca.clone(),
+        probe: Probe { reachable: gateway.address.to_string(), unreachable: vec![] },
+    };
+    let link = Arc::new(Link::new(&wiring, token).unwrap());
+    let policy = policy(limits);
+    let opened = link.open(1, "digest").await.unwrap();
+    let signer = Signer::generate(&note::attempt_key_name("uid", 1)).unwrap();
+    let key = signer.verifier().to_string();
+    let budget = Budget::resume(limits, opened.usage);
+    let start = journal::Start { attempt: 1, tree: Tree::new(), signer, origin: note::origin("uid"), budget };
+    let journal = journal::Journal::start(start, link.clone());
+    let containment = Containment {
+        contained: true,
+        rounds: 3,
+        millis: 1,
+        reachable: "r".into(),
+        unreachable: vec!["u".into()],
+        breaches: vec![],
+    };
+    let pod = Pod {
+        name: "t-1".into(),
+        uid: "pod".into(),
+        node: "node".into(),
+        runtime_class: "gvisor".into(),
+        network_policy: "t-1".into(),
+    };
+    let digest = policy.digest().unwrap();
+    let opened = AttemptOpened { key, policy: policy.clone(), policy_digest: digest, pod, containment };
+    let first = journal.record(|_, _| Ok(Event::AttemptOpened(Box::new(opened)))).unwrap();
+    journal.stored(first).await.unwrap();
+    let contracts = Contracts::compile(&policy).unwrap();
+    let wall_time = Duration::from_secs(u64::try_from(limits.wall_time_seconds).unwrap());
+    let gate = Arc::new(Gate::new(contracts, journal, link, wall_time));
+    let free = || std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let address = free();
+    server::listen(gate.clone(), address, free()).await.unwrap();
+    Harness { address, gateway, gate, _folder: folder }
+}
+
+async fn harness() -> Harness {
+    harness_with(Limits { wall_time_seconds: 60, tool_calls: 3, tokens: 5_000 }).await
+}
+
+impl Harness {
+    /// Calls a tool as an agent's MCP client does: whether it is an error, and its text.
+    async fn tool(&self, name: &str, args: Value) -> (bool, String) {
+        let config = StreamableHttpClientTransportConfig::with_uri(format!("http://{}/mcp", self.address));
+        let transport = StreamableHttpClientTransport::with_client(gateway::Plain::default(), config);
+        let client = ().serve(transport).await.expect("no MCP session with the harness");
+        let mut params = CallToolRequestParams::new(name.to_owned());
+        params.arguments = args.as_object().cloned();
+        let result = client.call_tool(params).await.expect("a refusal must be a result");
+        let text = serde_json::to_value(&result.content).unwrap()[0]["text"].as_str().unwrap_or_default().to_owned();
+        (result.is_error == Some(true), text)
+    }
+
+    async fn post(&self, path: &str, body: Value) -> (StatusCode, Value) {
+        let client: Client<HttpConnector, Full<bytes::Bytes>> = Client::builder(TokioExecutor::new()).build_http();
+        let request = Request::post(format!("http://{}{path}", self.address))
+            .header("content-type", "application/json")
+            .header("authorization", "Bearer belay")
+            .body(Full::from(body.to_string()))
+            .unwrap();
+        let reply = client.request(request).await.unwrap();
+        let status = reply.status();
+        let body = reply.into_body().collect().await.unwrap().to_bytes();
+        (
+            status,
+            serde_json::from_slice(&body).unwrap_or_else(|_| Value::from(String::from_utf8_lossy(&body).into_owned())),
+        )
+    }
+
+    /// The stored records once there are at least `count`.
+    async fn stored(&self, count: usize) -> Vec<Record> {
+        for _ in 0..100 {
+            let records = self.gateway.records();
+            if records.len() >= count {
+                return records;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        panic!("expected {count} records, found {:#?}", self.gateway.records());
+    }
+}
+
+fn denied(records: &[Record]) -> Vec<Rule> {
+    let rule = |record: &Record| match &record.event {
+        Event::Denied(denied) => Some(denied.rule),
+        _ => None,
+    };
+    records.iter().filter_map(rule).collect()
+}
+
+fn kinds(records: &[Record]) -> Vec<&'static str> {
+    records.iter().map(|record| record.event.kind()).collect()
+}
+
+#[tokio::test]
+async fn an_allowed_call_reaches_the_upstream_between_its_intent_and_its_outcome() {
+    let harness = harness().await;
+    let (error, text) = harness.tool("say", json!({"text": "hello"})).await;
+    assert!(!error, "{text}");
+    assert_eq!(text, "echo: hello");
+    let records = harness.stored(3).await;
+    assert_eq!(kinds(&records), ["attempt.opened", "call.intent", "call.outcome"]);
+    let Event::Outcome(outcome) = &records[2].event else { panic!() };
+    assert_eq!(outcome.effect, belay::evidence::record::Effect::Applied);
+    assert_eq!(outcome.upstream.as_deref(), Some("127.0.0.1:1"));
+    assert_eq!(records[2].usage.tool_calls, 1);
+    assert!(
+        harness.gateway.saw().iter().all(|seen| !seen.contains("belay.dev/intent")),
+        "our own mark left the harness"
+    );
+    assert!(!serde_json::to_string(&records).unwrap().contains("hello"), "arguments are in the log");
+}
+
+#[tokio::test]
+async fn refusals_name_their_rule_to_the_agent_and_to_the_log() {
+    let harness = harness().await;
+    for (tool, args, rule) in [
+        ("nothing", json!({}), Rule::ToolKnown),
+        ("pay", json!({"text": "a"}), Rule::ToolEffect),
+        ("say", json!({}), Rule::ToolSchema),
+        ("say", json!({"text": "a", "admin": true}), Rule::ToolSchema),
+        ("say", json!({"text": "rude"}), Rule::ToolPrecondition),
+    ] {
+        let (error, text) = harness.tool(tool, args).await;
+        assert!(error && text.contains(rule.as_str()), "{text}");
+    }
+    let records = harness.stored(6).await;
+    let expected = [Rule::ToolKnown, Rule::ToolEffect, Rule::ToolSchema, Rule::ToolSchema, Rule::ToolPrecondition];
+    assert_eq!(denied(&records), expected);
+    assert_eq!(records[5].usage, Usage { tool_calls: 0, tokens: 0, denials: 5 });
+    assert!(harness.gateway.saw().is_empty(), "a refused call left the harness");
+}
+
+#[tokio::test]
+async fn parallel_calls_cannot_share_the_last_unit_of_a_budget() {
+    let harness = Arc::new(harness().await);
+    let calls = (0..12).map(|n| {
+        let harness = harness.clone();
+        tokio::spawn(async move { harness.tool("say", json!({"text": format!("{n}")})).await })
+    });
+    let results = futures::future::join_all(calls).await;
+    let allowed = results.iter().filter(|result| !result.as_ref().unwrap().0).count();
+    assert_eq!(allowed, 3);
+    let refused = results.iter().filter(|result| result.as_ref().unwrap().1.contains("budget.toolCalls")).count();
+    assert_eq!(refused, 9);
+    assert_eq!(harness.gateway.calls(), 3);
+}
+
+#[tokio::test]
+async fn a_model_call_is_reserved_for_and_settled_by_its_own_account() {
+    let harness = harness().await;
+    let body = json!({"model": "m", "messages": [{"role": "user", "content": "hi"}]});
+    let (status, reply) = harness.post("/v1/chat/completions", body).await;
+    assert_eq!(status, StatusCode::OK, "{reply}");
+    let records = harness.stored(3).await;
+    let Event::Intent(intent) = &records[1].event else { panic!("{records:#?}") };
+    assert_eq!(intent.reserved_tokens, 5_000, "an absent output limit takes all that is left");
+    assert_eq!(records[2].usage.tokens, 12, "settled by the reply's usage");
+    let sent = harness.gateway.saw().pop().unwrap();
+    assert!(sent.contains("max_completion_tokens"), "{sent}");
+    assert!(!sent.contains("Bearer belay"), "the agent's placeholder credential was sent on");
+}
+
+#[tokio::test]
+async fn a_streamed_reply_streams_and_is_metered() {
+    let harness = harness().await;
+    let body = json!({"model": "m", "stream": true, "messages": []});
+    let (status, reply) = harness.post("/v1/chat/completions", body).await;
+    assert_eq!(status, StatusCode::OK);
+    assert!(reply.as_str().unwrap().contains("data: [DONE]"), "{reply}");
+    let records = harness.stored(3).await;
+    assert_eq!(records[2].usage.tokens, 12);
+}
+
+#[tokio::test]
+async fn a_model_call_beyond_the_budget_does_not_leave() {
+    let harness = harness_with(Limits { wall_time_seconds: 60, tool_calls: 0, tokens: 100 }).await;
+    let body = json!({"model": "m", "messages": [{"role": "user", "content": "x".repeat(200)}]});
+    for path in ["/v1/chat/completions", "/v1/responses", "/v1/messages"] {
+        let (status, reply) = harness.post(path, body.clone()).await;
+        assert_eq!(status, StatusCode::FORBIDDEN);
+        assert!(reply.to_string().contains("budget.tokens"), "{reply}");
+    }
+    assert_eq!(denied(&harness.stored(4).await), [Rule::Tokens; 3]);
+    assert!(harness.gateway.saw().is_empty());
+}
+
+#[tokio::test]
+async fn the_proxy_tunnels_to_listed_hosts_only() {
+    let harness = harness().await;
+    for (target, rule) in [
+        ("evil.test.example:443", "egress.host"),
+        ("docs.test.example:22", "egress.port"),
+        ("127.0.0.1:443", "egress.host"),
+        ("[::1]:443", "egress.host"),
+    ] {
+        let (status, found) = connect(harness.address, target).await;
+        assert_eq!((status, found.as_deref()), (StatusCode::FORBIDDEN, Some(rule)), "{target}");
+    }
+    let (status, _) = connect(harness.address, "docs.test.example:443").await;
+    assert_eq!(status, StatusCode::OK);
+}
+
+async fn connect(address: SocketAddr, target: &str) -> (StatusCode, Option<String>) {
+    let stream = tokio::net::TcpStream::connect(address).await.unwrap();
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.unwrap();
+    tokio::spawn(connection.with_upgrades());
+    let request = Request::builder().method(Method::CONNECT).uri(target).body(Full::<bytes::Bytes>::default()).unwrap();
+    let reply = sender.send_request(request).await.unwrap();
+    let rule = reply.headers().get("belay-rule").map(|rule| rule.to_str().unwrap().to_owned());
+    (reply.status(), rule)
+}
+
+#[tokio::test]
+async fn nothing_leaves_while_the_store_is_away_and_everything_is_there_when_it_is_back() {
+    let harness = Arc::new(harness().await);
+    harness.gateway.store_fails(true);
+    let calling = {
+        let harness = harness.clone();
+        tokio::spawn(async move { harness.tool("say", json!({"text": "later"})).await })
+    };
+    tokio::time::sleep(Duration::from_millis(400)).await;
+    assert_eq!(harness.gateway.calls(), 0, "a call left before its intent was stored");
+    harness.gateway.store_fails(false);
+    let (error, text) = calling.await.unwrap();
+    assert!(!error, "{text}");
+    assert_eq!(kinds(&harness.stored(3).await), ["attempt.opened", "call.intent", "call.outcome"]);
+}
+
+#[tokio::test]
+async fn after_wall_time_everything_is_refused() {
+    let harness = harness_with(Limits { wall_time_seconds: 0, tool_calls: 3, tokens: 5_000 }).await;
+    let (error, text) = harness.tool("say", json!({"text": "a"})).await;
+    assert!(error && text.contains("budget.wallTime"), "{text}");
+    harness.gate.stop(Rule::ContainmentLost, "too late to matter");
+    assert_eq!(denied(&harness.stored(2).await), [Rule::WallTime]);
+}

@@ -1,0 +1,340 @@
+//! What an agent tries that wants out, from inside its container, under gVisor and under runc; and the control, in which
+//! the same tries succeed in a pod that nobody contains.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io::{BufRead, BufReader},
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use belay::api::agent_task::Phase;
+use k8s_openapi::{
+    api::{
+        authentication::v1::TokenRequest,
+        core::v1::{Pod, Service, ServiceAccount},
+    },
+    serde_json::{self, Value, json},
+};
+use kube::{
+    Api,
+    api::{Patch, PatchParams, PostParams},
+};
+
+use crate::support::{SYSTEM, World, agent_image, class, phase, setting};
+
+const PROBE: &str = include_str!("../escape/probe.py");
+const LISTEN: &str = include_str!("../escape/listen.py");
+
+/// Cases of the adversarial list that this test must have seen.
+const CASES: &[&str] = &[
+    "A1", "A7", "A8", "A9", "A10", "A11", "A12", "A13", "A14", "A15", "A16", "A17", "A18", "A19", "A23", "A24", "A43",
+    "A45", "A51",
+];
+/// Names that resolve to where nobody may go, all on the class's list.
+const BAD_HOSTS: &[&str] = &["loopback", "private", "cgnat", "metadata", "mixed", "node", "api", "v6-mapped"];
+
+/// One try, as the probe prints it.
+#[derive(Clone, Debug, serde::Deserialize)]
+struct Try {
+    case: String,
+    tried: String,
+    escaped: bool,
+    how: String,
+}
+
+fn tries(logs: &str) -> Vec<Try> {
+    assert!(logs.contains(r#"{"done": true}"#), "the probe did not come to its end:\n{logs}");
+    logs.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
+}
+
+/// Listeners where nobody real is, for as long as it lives.
+struct Listeners(Vec<Child>);
+
+impl Listeners {
+    fn start() -> Self {
+        let world = [
+            "udp 8.8.8.8 443",
+            "udp 8.8.8.8 53",
+            "tcp 8.8.8.8 53",
+            "tcp 8.8.8.8 853",
+            "tcp 8.8.8.8 443",
+            "tcp 1.1.1.1 443",
+            "tcp 169.254.169.254 80",
+            "tcp 2001:4860:4860::8888 443",
+        ];
+        // The test cluster's etcd listens on the node's loopback; somebody on its port stands in for one that does not.
+        let node = ["tcp 10.200.0.10 2379"];
+        Self([("belay-world", &world[..]), ("belay-node", &node[..])].map(|(netns, words)| listen(netns, words)).into())
+    }
+}
+
+fn listen(netns: &str, words: &[&str]) -> Child {
+    let mut child = Command::new("nsenter")
+        .arg(format!("--net=/run/netns/{netns}"))
+        .args(["python3", "-c", LISTEN])
+        .args(words.iter().flat_map(|word| word.split(' ')))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("nsenter and python3 are needed");
+    let mut line = String::new();
+    BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
+    assert_eq!(line.trim(), "listening");
+    child
+}
+
+impl Drop for Listeners {
+    fn drop(&mut self) {
+        for child in &mut self.0 {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+async fn service_address(world: &World, namespace: &str, name: &str) -> String {
+    let services: Api<Service> = Api::namespaced(world.client.clone(), namespace);
+    services.get(name).await.unwrap().spec.unwrap().cluster_ip.unwrap()
+}
+
+/// What the probe is told, contained or not.
+async fn environment(world: &World) -> BTreeMap<&'static str, String> {
+    let gateway = service_address(world, SYSTEM, "belay-gateway").await;
+    let api = service_address(world, "default", "kubernetes").await;
+    BTreeMap::from([
+        ("GATEWAY", format!("{gateway}:8443")),
+        ("CANARY", format!("{gateway}:8444")),
+        ("API_SERVER", format!("{api}:443")),
+        ("NODE_IP", setting("BELAY_NODE_IP")),
+    ])
+}
+
+/// The cluster's DNS address, with an echo behind it: this test cluster has no DNS of its own.
+async fn cluster_dns(world: &World) {
+    let files = [("listen.py", LISTEN)];
+    world.config_map("listen", &files).await;
+    let pods: Api<Pod> = world.api();
+    let pod = json!({
+        "apiVersion": "v1", "kind": "Pod", "metadata": {"name": "dns", "labels": {"app": "dns"}},
+        "spec": {
+            "runtimeClassName": "runc", "terminationGracePeriodSeconds": 0, "automountServiceAccountToken": false,
+            "securityContext": {"runAsNonRoot": true, "runAsUser": 1000, "seccompProfile": {"type": "RuntimeDefault"}},
+            "containers": [{
+                "name": "dns", "image": agent_image(), "stdin": true,
+                "command": ["python3", "/listen/listen.py", "udp", "0.0.0.0", "5353", "tcp", "0.0.0.0", "5353"],
+                "ports": [{"containerPort": 5353}],
+                "readinessProbe": {"tcpSocket": {"port": 5353}, "periodSeconds": 1},
+                "securityContext": {"allowPrivilegeEscalation": false, "capabilities": {"drop": ["ALL"]}},
+                "volumeMounts": [{"name": "listen", "mountPath": "/listen"}],
+            }],
+            "volumes": [{"name": "listen", "configMap": {"name": "listen"}}],
+        },
+    });
+    pods.patch("dns", &PatchParams::apply("e2e"), &Patch::Apply(pod)).await.unwrap();
+    let services: Api<Service> = world.api();
+    let service = json!({
+        "apiVersion": "v1", "kind": "Service", "metadata": {"name": "dns"},
+        "spec": {"clusterIP": "10.96.0.10", "selector": {"app": "dns"}, "ports": [
+            {"name": "udp", "protocol": "UDP", "port": 53, "targetPort": 5353},
+            {"name": "tcp", "protocol": "TCP", "port": 53, "targetPort": 5353},
+        ]},
+    });
+    services.patch("dns", &PatchParams::apply("e2e"), &Patch::Apply(service)).await.unwrap();
+    wait_for_pod(world, "dns", 60, |pod| {
+        let conditions = pod.status.as_ref().and_then(|status| status.conditions.as_ref());
+        conditions.is_some_and(|all| all.iter().any(|c| c.type_ == "Ready" && c.status == "True"))
+    })
+    .await;
+}
+
+async fn wait_for_pod(world: &World, name: &str, seconds: u64, wanted: impl Fn(&Pod) -> bool) -> Pod {
+    let pods: Api<Pod> = world.api();
+    let end = Instant::now() + Duration::from_secs(seconds);
+    loop {
+        let pod = pods.get_opt(name).await.unwrap();
+        if let Some(pod) = pod.filter(|pod| wanted(pod)) {
+            return pod;
+        }
+        assert!(Instant::now() < end, "pod {name} is not as wanted after {seconds} s");
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+}
+
+/// A token as the harness of `pod` has it: bound to that pod, for the gateway.
+async fn token_of(world: &World, pod: &Pod) -> String {
+    let accounts: Api<ServiceAccount> = world.api();
+    let request: TokenRequest = serde_json::from_value(json!({
+        "metadata": {}, "spec": {"audiences": ["belay-gateway"], "expirationSeconds": 3600, "boundObjectRef": {
+            "apiVersion": "v1", "kind": "Pod", "name": pod.metadata.name, "uid": pod.metadata.uid,
+        }},
+    }))
+    .unwrap();
+    let made = accounts.create_token_request("default", &PostParams::default(), &request).await.unwrap();
+    made.status.unwrap().token
+}
+
+fn env_list(environment: &BTreeMap<&'static str, String>) -> Value {
+    environment.iter().map(|(name, value)| json!({"name": name, "value": value})).collect()
+}
+
+/// The whole list, from inside a task's agent container on one runtime.
+async fn contained(runtime: &'static str) {
+    let hosts: Value = BAD_HOSTS
+        .iter()
+        .map(|host| json!({"host": format!("{host}.world.test"), "ports": [443, 80], "uses": ["Direct"]}))
+        .collect();
+    let world = World::new(&format!("escape-{runtime}"), json!([class("escape", runtime, hosts)])).await;
+    let _listeners = Listeners::start();
+    cluster_dns(&world).await;
+    world.config_map("probe", &[("probe.py", PROBE), ("x", "not to be changed")]).await;
+
+    // Another task, whose token is stolen and whose pod is aimed at.
+    let spec = |args: Value, environment: &BTreeMap<&'static str, String>| {
+        json!({
+            "workflowClass": "escape",
+            "agent": {"image": agent_image(), "command": ["python3"], "args": args, "env": env_list(environment)},
+            "workspace": {
+                "mounts": [{"path": "/etc/escape", "configMap": "probe"}],
+                "writeScopes": [{"path": "/workspace", "size": "16Mi"}],
+            },
+        })
+    };
+    let mut environment = environment(&world).await;
+    world.task("victim", spec(json!(["-c", "import time; time.sleep(200)"]), &environment)).await;
+    world.wait("victim", "running", 60, |task| phase(task) == Some(Phase::Running)).await;
+    let victim = wait_for_pod(&world, "victim-1", 60, |pod| {
+        pod.status.as_ref().is_some_and(|status| status.pod_ip.is_some() && status.phase.as_deref() == Some("Running"))
+    })
+    .await;
+    let address = victim.status.as_ref().unwrap().pod_ip.clone().unwrap();
+    environment.insert("PEER", format!("{address}:9901"));
+    environment.insert("TOKEN", token_of(&world, &victim).await);
+    environment.insert("PROXY", "127.0.0.1:9900".into());
+    environment.insert("SCOPE", "/workspace".into());
+
+    world.task("attacker", spec(json!(["/etc/escape/probe.py"]), &environment)).await;
+    let task = world.ended("attacker", 240).await;
+    let logs = world.logs("attacker-1", "agent").await;
+    let tries = tries(&logs);
+    let escapes: Vec<&Try> = tries.iter().filter(|one| one.escaped).collect();
+    assert!(escapes.is_empty(), "{runtime}: these got through: {escapes:#?}");
+    let seen: BTreeSet<&str> = tries.iter().map(|one| one.case.as_str()).collect();
+    let missing: Vec<&&str> = CASES.iter().filter(|case| !seen.contains(**case)).collect();
+    assert!(missing.is_empty(), "{runtime}: these cases were not tried: {missing:?}");
+    assert!(logs.contains(r#"{"scope": "written"}"#), "{runtime}: the declared scope cannot be written:\n{logs}");
+    assert_eq!(phase(&task), Some(Phase::Succeeded), "{runtime}: {:?}", task.status);
+
+    recorded(&world, runtime, &tries).await;
+    let (code, report) = world.verify("attacker");
+    assert_eq!(code, 0, "{runtime}: {report:#}");
+    world.clean().await;
+}
+
+/// Each try that came to the proxy has its refusal in the log, under the rule that is meant for it.
+async fn recorded(world: &World, runtime: &str, tries: &[Try]) {
+    let records = world.records("attacker-1").await;
+    let mut rules: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    let mut targets: BTreeMap<String, String> = BTreeMap::new();
+    let text = |record: &Value, field: &str| record[field].as_str().unwrap_or_default().to_owned();
+    for record in &records {
+        match record["kind"].as_str() {
+            Some("call.intent") => {
+                targets.insert(text(record, "call"), text(record, "target"));
+            }
+            Some("call.denied") => {
+                rules.entry(text(record, "target")).or_default().insert(text(record, "rule"));
+            }
+            Some("call.outcome") if !text(record, "rule").is_empty() => {
+                let target = targets.get(&text(record, "call")).cloned().unwrap_or_default();
+                rules.entry(target).or_default().insert(text(record, "rule"));
+            }
+            _ => {}
+        }
+    }
+    for one in tries.iter().filter(|one| one.tried.starts_with("CONNECT ")) {
+        let target = one.tried.trim_start_matches("CONNECT ");
+        let expected = if one.case == "A24" { "egress.address" } else { "egress.host" };
+        let found = rules.get(target);
+        assert!(
+            found.is_some_and(|found| found.contains(expected)),
+            "{runtime}: {} has no record under {expected}, but {found:?}; the agent saw {}",
+            one.tried,
+            one.how
+        );
+    }
+}
+
+#[tokio::test]
+async fn nothing_escapes_from_gvisor() {
+    contained("gvisor").await;
+}
+
+#[tokio::test]
+async fn nothing_escapes_from_runc() {
+    contained("runc").await;
+}
+
+/// Without policies, as root and with the raw capability: every network case gets through, so each can fail.
+#[tokio::test]
+async fn the_same_tries_escape_from_a_pod_that_nobody_contains() {
+    let world = World::new("control", json!([class("escape", "runc", json!([]))])).await;
+    let namespaces: Api<k8s_openapi::api::core::v1::Namespace> = Api::all(world.client.clone());
+    let open = json!({"metadata": {"labels": {"pod-security.kubernetes.io/enforce": "privileged"}}});
+    namespaces.patch(&world.namespace, &PatchParams::default(), &Patch::Merge(open)).await.unwrap();
+    let _listeners = Listeners::start();
+    cluster_dns(&world).await;
+    world.config_map("probe", &[("probe.py", PROBE)]).await;
+    let environment = environment(&world).await;
+    for runtime in ["gvisor", "runc"] {
+        let name = format!("control-{runtime}");
+        let pod = json!({
+            "apiVersion": "v1", "kind": "Pod", "metadata": {"name": name},
+            "spec": {
+                "runtimeClassName": runtime, "restartPolicy": "Never", "automountServiceAccountToken": false,
+                "dnsPolicy": "None", "dnsConfig": {"nameservers": ["198.51.100.53"]},
+                "containers": [{
+                    "name": "agent", "image": agent_image(), "command": ["python3", "/etc/escape/probe.py"],
+                    "env": env_list(&environment),
+                    "securityContext": {"runAsUser": 0, "capabilities": {"add": ["NET_RAW"]}},
+                    "volumeMounts": [{"name": "probe", "mountPath": "/etc/escape", "readOnly": false},
+                                     {"name": "scope", "mountPath": "/workspace"}],
+                }],
+                "volumes": [{"name": "probe", "emptyDir": {}}, {"name": "scope", "emptyDir": {}}],
+                "initContainers": [{
+                    "name": "copy", "image": agent_image(), "command": ["python3", "-c"],
+                    "args": ["import shutil; shutil.copy('/in/probe.py', '/etc/escape/probe.py')"],
+                    "securityContext": {"runAsUser": 0},
+                    "volumeMounts": [{"name": "in", "mountPath": "/in"}, {"name": "probe", "mountPath": "/etc/escape"}],
+                }],
+            },
+        });
+        let mut pod = pod;
+        pod["spec"]["volumes"].as_array_mut().unwrap().push(json!({"name": "in", "configMap": {"name": "probe"}}));
+        let pods: Api<Pod> = world.api();
+        pods.create(&PostParams::default(), &serde_json::from_value(pod).unwrap()).await.unwrap();
+        wait_for_pod(&world, &name, 180, |pod| {
+            matches!(pod.status.as_ref().and_then(|status| status.phase.as_deref()), Some("Succeeded" | "Failed"))
+        })
+        .await;
+        let tries = tries(&world.logs(&name, "agent").await);
+        let held: Vec<&Try> = tries.iter().filter(|one| !one.escaped && !excused(runtime, one)).collect();
+        assert!(
+            held.is_empty(),
+            "{runtime}: these did not get through without policies, so they show nothing: {held:#?}"
+        );
+    }
+    world.clean().await;
+}
+
+/// Tries that cannot get through on this test cluster whatever the policies, each with the reason.
+fn excused(runtime: &str, one: &Try) -> bool {
+    match one.tried.as_str() {
+        // The pod network is IPv4 only, and so is Felix here.
+        "tcp [2001:4860:4860::8888]:443" => true,
+        // gVisor has packet sockets only with its own flag.
+        "packet socket" | "raw icmp socket" => runtime == "gvisor",
+        _ => false,
+    }
+}

@@ -1,0 +1,11 @@
+//! Belay on a real cluster: what a user would notice, asserted from outside.
+//!
+//! Run by `make test` inside the test cluster's network, with the chart installed. Each test has a namespace of its own
+//! and leaves nothing behind. They run one after the other: two cores hold one sandboxed agent and its cluster.
+#![allow(clippy::print_stderr, reason = "progress of long tests")]
+
+mod bad_input;
+mod escape;
+mod lifecycle;
+mod locks;
+mod support;

@@ -1,0 +1,231 @@
+//! Talking to the cluster: apply, wait, read, clean up.
+
+use std::{
+    collections::BTreeMap,
+    process::{Command, Output},
+    time::{Duration, Instant},
+};
+
+use belay::api::{AgentTask, PolicyPack, ToolContract, agent_task::Phase};
+use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Pod};
+use kube::{
+    Api, Client, ResourceExt,
+    api::{DeleteParams, LogParams, Patch, PatchParams},
+};
+use serde_json::{Value, json};
+
+/// The system namespace of the chart under test.
+pub const SYSTEM: &str = "belay-system";
+
+/// A client, once a test. rustls needs its provider installed first.
+pub async fn client() -> Client {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    Client::try_default().await.expect("no cluster: run these tests with `make test`")
+}
+
+/// The image of the demo agent: any Python would do.
+pub fn agent_image() -> String {
+    std::env::var("BELAY_AGENT_IMAGE").unwrap_or_else(|_| "localhost/belay-demo-agent:dev".into())
+}
+
+/// A setting that the test runner exports.
+pub fn setting(name: &str) -> String {
+    std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set: run these tests with `make test`"))
+}
+
+/// A namespace and a pack of the test's own. Both go when it ends well; when it fails they stay to be looked at, until the
+/// next run of the same test.
+pub struct World {
+    pub client: Client,
+    pub namespace: String,
+}
+
+impl World {
+    pub async fn new(name: &str, classes: Value) -> Self {
+        let client = client().await;
+        let namespace = format!("belay-e2e-{name}");
+        let world = Self { client, namespace };
+        world.clean().await;
+        let namespaces: Api<Namespace> = Api::all(world.client.clone());
+        let manifest = json!({
+            "apiVersion": "v1", "kind": "Namespace",
+            "metadata": {"name": world.namespace, "labels": {
+                "belay-e2e": name,
+                "pod-security.kubernetes.io/enforce": "restricted",
+            }},
+        });
+        namespaces
+            .patch(&world.namespace, &PatchParams::apply("e2e"), &Patch::Apply(manifest))
+            .await
+            .expect("cannot make the namespace");
+        let packs: Api<PolicyPack> = Api::all(world.client.clone());
+        let pack = json!({
+            "apiVersion": "belay.dev/v1alpha1", "kind": "PolicyPack", "metadata": {"name": world.namespace},
+            "spec": {
+                "environment": "e2e",
+                "namespaceSelector": {"matchLabels": {"belay-e2e": name}},
+                "workflowClasses": classes,
+                "models": {"openai": "https://models.world.test"},
+                "evidence": {"bucket": setting("S3_BUCKET"), "prefix": "e2e", "mode": "Governance", "retentionDays": 1},
+            },
+        });
+        packs
+            .patch(&world.namespace, &PatchParams::apply("e2e"), &Patch::Apply(pack))
+            .await
+            .expect("cannot make the pack");
+        world
+    }
+
+    pub fn api<K>(&self) -> Api<K>
+    where
+        K: kube::Resource<Scope = kube::core::NamespaceResourceScope>,
+        K::DynamicType: Default,
+    {
+        Api::namespaced(self.client.clone(), &self.namespace)
+    }
+
+    /// Applies a task whose spec is `spec` over a small default.
+    pub async fn task(&self, name: &str, spec: Value) -> AgentTask {
+        let mut whole = json!({
+            "objective": "be watched", "workflowClass": "gvisor", "principal": "e2e",
+            "agent": {"image": agent_image()},
+            "limits": {"wallTimeSeconds": 300, "toolCalls": 5, "tokens": 1000},
+        });
+        merge(&mut whole, spec);
+        let manifest = json!({
+            "apiVersion": "belay.dev/v1alpha1", "kind": "AgentTask", "metadata": {"name": name}, "spec": whole,
+        });
+        self.api::<AgentTask>()
+            .patch(name, &PatchParams::apply("e2e"), &Patch::Apply(manifest))
+            .await
+            .unwrap_or_else(|error| panic!("cannot apply task {name}: {error}"))
+    }
+
+    #[allow(dead_code, reason = "for the tests of contracts that come next")]
+    pub async fn contract(&self, name: &str, spec: Value) {
+        let manifest = json!({
+            "apiVersion": "belay.dev/v1alpha1", "kind": "ToolContract", "metadata": {"name": name}, "spec": spec,
+        });
+        self.api::<ToolContract>()
+            .patch(name, &PatchParams::apply("e2e"), &Patch::Apply(manifest))
+            .await
+            .expect("cannot apply the contract");
+    }
+
+    pub async fn config_map(&self, name: &str, files: &[(&str, &str)]) {
+        let data: BTreeMap<&str, &str> = files.iter().copied().collect();
+        let manifest = json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}, "data": data});
+        self.api::<ConfigMap>()
+            .patch(name, &PatchParams::apply("e2e"), &Patch::Apply(manifest))
+            .await
+            .expect("cannot apply the ConfigMap");
+    }
+
+    /// Waits for a task to be as wanted, and says how it stands when it does not become so.
+    pub async fn wait(&self, name: &str, what: &str, seconds: u64, wanted: impl Fn(&AgentTask) -> bool) -> AgentTask {
+        let tasks: Api<AgentTask> = self.api();
+        let end = Instant::now() + Duration::from_secs(seconds);
+        loop {
+            let task = tasks.get(name).await.expect("the task is gone");
+            if wanted(&task) {
+                return task;
+            }
+            assert!(
+                Instant::now() < end,
+                "task {name} was not {what} within {seconds} s; its status is {}",
+                serde_json::to_string_pretty(&task.status).unwrap()
+            );
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+    }
+
+    pub async fn ended(&self, name: &str, seconds: u64) -> AgentTask {
+        self.wait(name, "ended", seconds, |task| matches!(phase(task), Some(Phase::Succeeded | Phase::Failed))).await
+    }
+
+    pub async fn logs(&self, pod: &str, container: &str) -> String {
+        let params = LogParams { container: Some(container.into()), ..LogParams::default() };
+        self.api::<Pod>()
+            .logs(pod, &params)
+            .await
+            .unwrap_or_else(|error| panic!("no logs of {pod}/{container}: {error}"))
+    }
+
+    /// The records of an attempt, as its harness showed them.
+    pub async fn records(&self, pod: &str) -> Vec<Value> {
+        let logs = self.logs(pod, "harness").await;
+        logs.lines()
+            .filter_map(|line| serde_json::from_str::<Value>(line).ok())
+            .filter(|r| r.get("kind").is_some())
+            .collect()
+    }
+
+    /// `belay verify` of a task: exit code and report.
+    pub fn verify(&self, task: &str) -> (i32, Value) {
+        let output = belay(&["verify", task, "-n", &self.namespace, "--output", "json"]);
+        let report = serde_json::from_slice(&output.stdout).unwrap_or_else(|error| {
+            panic!("belay verify said no JSON ({error}): {}", String::from_utf8_lossy(&output.stderr))
+        });
+        (output.status.code().unwrap_or(-1), report)
+    }
+
+    pub async fn clean(&self) {
+        let packs: Api<PolicyPack> = Api::all(self.client.clone());
+        let tasks: Api<AgentTask> = self.api();
+        // Tasks first: their finalizer wants the pack and the gateway.
+        for task in tasks.list(&Default::default()).await.map(|list| list.items).unwrap_or_default() {
+            let _ = tasks.delete(&task.name_any(), &DeleteParams::default()).await;
+        }
+        let namespaces: Api<Namespace> = Api::all(self.client.clone());
+        let _ = namespaces.delete(&self.namespace, &DeleteParams::default()).await;
+        let end = Instant::now() + Duration::from_secs(90);
+        while namespaces.get_opt(&self.namespace).await.ok().flatten().is_some() {
+            assert!(Instant::now() < end, "namespace {} does not go away", self.namespace);
+            tokio::time::sleep(Duration::from_millis(300)).await;
+        }
+        let _ = packs.delete(&self.namespace, &DeleteParams::default()).await;
+    }
+}
+
+pub fn phase(task: &AgentTask) -> Option<Phase> {
+    task.status.as_ref()?.phase
+}
+
+/// The message of a condition, if it has this status.
+pub fn condition(task: &AgentTask, kind: &str, status: &str) -> Option<String> {
+    let conditions = &task.status.as_ref()?.conditions;
+    conditions.iter().find(|c| c.type_ == kind && c.status == status).map(|c| format!("{}: {}", c.reason, c.message))
+}
+
+/// Runs our own command line with the store's credentials.
+pub fn belay(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_belay"))
+        .args(args)
+        .env("AWS_ACCESS_KEY_ID", setting("S3_ACCESS_KEY"))
+        .env("AWS_SECRET_ACCESS_KEY", setting("S3_SECRET_KEY"))
+        .env("AWS_REGION", setting("S3_REGION"))
+        .output()
+        .expect("belay does not run")
+}
+
+/// Lays `over` over `under`, object by object.
+pub fn merge(under: &mut Value, over: Value) {
+    match (under, over) {
+        (Value::Object(under), Value::Object(over)) => {
+            for (key, value) in over {
+                merge(under.entry(key).or_insert(Value::Null), value);
+            }
+        }
+        (under, over) => *under = over,
+    }
+}
+
+/// A class that allows what the tests need, on a runtime.
+pub fn class(name: &str, runtime: &str, egress: Value) -> Value {
+    json!({
+        "name": name, "runtimeClassName": runtime, "egress": egress,
+        "allowedEffects": ["read", "write"],
+        "limits": {"wallTimeSeconds": 600, "toolCalls": 100, "tokens": 1_000_000},
+        "resources": {"cpu": "1", "memory": "512Mi", "ephemeralStorage": "256Mi"},
+    })
+}

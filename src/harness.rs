@@ -1,0 +1,215 @@
+//! The harness: a sidecar beside the agent that enforces its contracts and budgets and writes its evidence.
+//!
+//! One pipeline for every call: *decide* ([`policy`](crate::policy)) → *reserve* and *record the intent*
+//! ([`journal`]) → *wait until it is stored* → *send* ([`link`]) → *record the outcome*. Wire protocols are at the edge:
+//! [`mcp`], [`model`], [`proxy`].
+//!
+//! Promises: the agent can reach it on the pod's loopback only; nothing leaves before its intent lies in the evidence
+//! store; whatever cannot be decided, recorded or sent is denied. Refuses: a Kubernetes client, credentials of upstreams,
+//! name resolution. It is trusted with one token, whose worth ends with the pod.
+#![cfg_attr(
+    not(test),
+    deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, clippy::string_slice)
+)]
+
+/// The pipeline that every call goes through.
+pub mod gate;
+/// Records, in order, batched into segments and sent to the witness.
+pub mod journal;
+/// The connection to the gateway.
+pub mod link;
+/// Tools, as an MCP server to the agent and an MCP client to upstreams.
+pub mod mcp;
+/// Model calls, passed through and metered.
+pub mod model;
+/// The containment probe.
+pub mod probe;
+/// The agent's own traffic, as an HTTP proxy.
+pub mod proxy;
+/// The two listeners.
+pub mod server;
+
+use std::{path::PathBuf, sync::Arc, time::Duration};
+
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::{
+    evidence::{
+        merkle::Tree,
+        note::{self, Signer},
+        record::{AttemptClosed, AttemptOpened, Containment, Event, Pod},
+    },
+    policy::{budget::Budget, config::HarnessConfig, decide::Contracts, rule::Rule},
+};
+
+/// Where the harness finds what it needs.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The rendered configuration.
+    pub config: PathBuf,
+    /// What the probe wrote.
+    pub containment: PathBuf,
+    /// The projected token.
+    pub token: PathBuf,
+    /// This pod, from the downward API.
+    pub pod: Pod,
+    /// The kubelet of this node, which must not answer: `address:port`.
+    pub kubelet: Option<String>,
+}
+
+/// Why the harness could not start or go on.
+#[derive(Debug, thiserror::Error)]
+pub enum HarnessError {
+    /// A file could not be read or is not what it should be.
+    #[error("{path}: {reason}")]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What was expected and found.
+        reason: String,
+    },
+    /// The policy cannot be enforced.
+    #[error(transparent)]
+    Policy(#[from] crate::policy::decide::CompileError),
+    /// The policy has no canonical form.
+    #[error(transparent)]
+    Canonical(#[from] crate::evidence::canonical::CanonicalError),
+    /// The link could not be made.
+    #[error(transparent)]
+    Link(#[from] link::LinkError),
+    /// The gateway refused to open the log.
+    #[error("the gateway refused to open this attempt's evidence log: {rule}: {reason}")]
+    Refused {
+        /// By which rule.
+        rule: Rule,
+        /// Why.
+        reason: String,
+    },
+    /// The log's head is not one.
+    #[error("the gateway's head of the log cannot be continued: {0}")]
+    Head(String),
+    /// No key could be made.
+    #[error(transparent)]
+    Key(#[from] note::KeyError),
+    /// Containment was not proven.
+    #[error("containment is not proven: {0:?}; the agent must not start")]
+    Uncontained(Vec<String>),
+    /// A listener or a signal handler could not be set up.
+    #[error(transparent)]
+    Io(#[from] std::io::Error),
+    /// The opening record could not be stored.
+    #[error("evidence cannot be written: {0}")]
+    Evidence(String),
+}
+
+/// How long the flush of the last records may take; shorter than the pod's grace period of 30 s.
+const FLUSH: Duration = Duration::from_secs(20);
+
+/// Reads a JSON file.
+///
+/// # Errors
+/// If it is not there or not of this type; the message names the place.
+pub fn read_json<T: serde::de::DeserializeOwned>(path: &std::path::Path) -> Result<T, HarnessError> {
+    let file = |reason: String| HarnessError::File { path: path.to_owned(), reason };
+    let text = std::fs::read(path).map_err(|error| file(error.to_string()))?;
+    serde_json::from_slice(&text).map_err(|error| file(format!("not the expected JSON: {error}")))
+}
+
+/// Runs the harness until the pod ends it.
+///
+/// # Errors
+/// If it could not start. Once it serves, failures deny calls instead.
+pub async fn serve(options: Options) -> Result<(), HarnessError> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let config: HarnessConfig = read_json(&options.config)?;
+    let containment: Containment = read_json(&options.containment)?;
+    if !containment.contained {
+        return Err(HarnessError::Uncontained(containment.breaches));
+    }
+    let contracts = Contracts::compile(&config.policy)?;
+    let policy_digest = config.policy.digest()?;
+    let attempt = config.wiring.attempt;
+    let uid = config.policy.task.uid.clone();
+
+    let link = Arc::new(link::Link::new(&config.wiring, options.token.clone())?);
+    let opened = open(&link, attempt, &policy_digest).await?;
+    let head = |error: &dyn std::fmt::Display| HarnessError::Head(error.to_string());
+    let frontier = opened.decoded_frontier().map_err(|error| head(&error))?;
+    let tree = Tree::from_frontier(opened.size, frontier).map_err(|error| head(&error))?;
+    let expected = note::origin(&uid);
+    if opened.origin != expected {
+        return Err(HarnessError::Head(format!("expected origin {expected}, found {}", opened.origin)));
+    }
+    let signer = Signer::generate(&note::attempt_key_name(&uid, attempt))?;
+    let key = signer.verifier().to_string();
+
+    let budget = Budget::resume(config.policy.limits, opened.usage);
+    let journal =
+        journal::Journal::start(journal::Start { attempt, tree, signer, origin: expected, budget }, link.clone());
+    let first = journal
+        .record(|_, _| {
+            Ok(Event::AttemptOpened(Box::new(AttemptOpened {
+                key,
+                policy: config.policy.clone(),
+                policy_digest,
+                pod: options.pod.clone(),
+                containment,
+            })))
+        })
+        .map_err(|denial| HarnessError::Evidence(denial.reason))?;
+    journal.stored(first).await.map_err(|denial| HarnessError::Evidence(denial.reason))?;
+
+    let wall_time = Duration::from_secs(u64::try_from(config.policy.limits.wall_time_seconds).unwrap_or(0));
+    let gate = Arc::new(gate::Gate::new(contracts, journal.clone(), link, wall_time));
+    let watch = probe::Targets::new(&config.wiring.probe, options.kubelet);
+    let reprobing = tokio::spawn(probe::repeat(gate.clone(), watch));
+    let serving = server::listen(gate.clone(), server::AGENT, server::HEALTH).await?;
+    tracing::info!(attempt, "serving");
+
+    terminate.recv().await;
+    tracing::info!("the agent has ended or the pod is ending; closing the log");
+    reprobing.abort();
+    gate.stop(Rule::TaskClosed, "the attempt has ended");
+    serving.drain().await;
+    let reason = if gate.out_of_time() { "wallTime" } else { "agentEnded" };
+    let closed = journal.record(|_, _| Ok(Event::AttemptClosed(AttemptClosed { reason: reason.into() })));
+    if let Ok(last) = closed
+        && tokio::time::timeout(FLUSH, journal.stored(last)).await.is_err()
+    {
+        tracing::error!(
+            "the last records could not be stored in {FLUSH:?}; the operator will seal the log without them"
+        );
+    }
+    Ok(())
+}
+
+/// Opens the log. The gateway may not have seen the task's objects yet, and may be starting: both pass.
+async fn open(link: &link::Link, attempt: i64, digest: &str) -> Result<crate::wire::OpenReply, HarnessError> {
+    const PATIENCE: Duration = Duration::from_secs(60);
+    let started = tokio::time::Instant::now();
+    let mut pause = Duration::from_millis(50);
+    loop {
+        let error = match link.open(attempt, digest).await {
+            Ok(reply) => return Ok(reply),
+            Err(error) => error,
+        };
+        let transient = match &error {
+            link::CallError::Refused(denial) => {
+                matches!(
+                    denial.rule,
+                    Rule::ConfigDigest | Rule::IdentityAttempt | Rule::IdentitySource | Rule::Evidence
+                )
+            }
+            link::CallError::Unreachable(_) => true,
+        };
+        if !transient || started.elapsed() > PATIENCE {
+            return Err(match error {
+                link::CallError::Refused(denial) => HarnessError::Refused { rule: denial.rule, reason: denial.reason },
+                link::CallError::Unreachable(reason) => HarnessError::Refused { rule: Rule::Evidence, reason },
+            });
+        }
+        tracing::info!(%error, "the log is not open yet");
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(Duration::from_secs(2));
+    }
+}

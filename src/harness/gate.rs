@@ -1,0 +1,269 @@
+//! The pipeline that every call goes through: decide, reserve, record, store, send, record.
+
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use tokio::time::Instant;
+
+use super::{journal::Journal, link::Link};
+use crate::{
+    evidence::record::{Channel, Containment, Denied, Effect, Event, Intent, Outcome},
+    policy::{
+        budget::Exhausted,
+        config::SideEffect,
+        decide::{Contracts, Denial, shorten},
+        rule::Rule,
+    },
+};
+
+impl From<Exhausted> for Denial {
+    fn from(exhausted: Exhausted) -> Self {
+        Self { rule: exhausted.rule, reason: format!("{exhausted}; the task's budget is spent") }
+    }
+}
+
+/// A call before it leaves.
+#[derive(Clone, Debug)]
+pub struct Call {
+    /// Which way it goes.
+    pub channel: Channel,
+    /// The tool's name, the model path, or `host:port`.
+    pub target: String,
+    /// What it may change.
+    pub effect: Option<SideEffect>,
+    /// SHA-256 of the request, hex.
+    pub request_digest: Option<String>,
+    /// Bytes of the request.
+    pub request_bytes: u64,
+    /// The rules that were asked and allowed it; the budgets are added.
+    pub rules: Vec<Rule>,
+    /// Tokens to set aside.
+    pub reserve_tokens: i64,
+}
+
+/// A call that may leave: its intent is stored. Dropped without an outcome, it records that nobody knows.
+pub struct Permit {
+    gate: Arc<Gate>,
+    /// The intent's sequence number.
+    pub intent: u64,
+    reserved: i64,
+    settled: bool,
+}
+
+/// What became of a call.
+#[derive(Clone, Debug)]
+pub struct Settlement {
+    /// Whether its effect took place.
+    pub effect: Effect,
+    /// The rule by which it failed, if so.
+    pub rule: Option<Rule>,
+    /// The upstream's HTTP status; 0 without one.
+    pub status: u16,
+    /// SHA-256 of the reply, hex.
+    pub response_digest: Option<String>,
+    /// Bytes of the reply.
+    pub response_bytes: u64,
+    /// Tokens by the reply's account; the reservation where that is absent.
+    pub tokens: Option<i64>,
+    /// The address that the gateway dialled.
+    pub upstream: Option<String>,
+}
+
+impl Settlement {
+    /// A call whose fate is unknown.
+    pub fn unknown(rule: Option<Rule>) -> Self {
+        Self {
+            effect: Effect::Unknown,
+            rule,
+            status: 0,
+            response_digest: None,
+            response_bytes: 0,
+            tokens: None,
+            upstream: None,
+        }
+    }
+
+    /// A call that certainly did nothing, and cost nothing.
+    pub fn not_applied(rule: Rule) -> Self {
+        Self { effect: Effect::NotApplied, tokens: Some(0), ..Self::unknown(Some(rule)) }
+    }
+}
+
+/// Decides over calls and keeps their records.
+pub struct Gate {
+    contracts: Contracts,
+    journal: Arc<Journal>,
+    link: Arc<Link>,
+    deadline: Instant,
+    stopped: Mutex<Option<Denial>>,
+}
+
+impl Gate {
+    /// A gate whose wall time runs from now.
+    pub fn new(contracts: Contracts, journal: Arc<Journal>, link: Arc<Link>, wall_time: Duration) -> Self {
+        Self { contracts, journal, link, deadline: Instant::now() + wall_time, stopped: Mutex::new(None) }
+    }
+
+    /// The compiled contracts.
+    pub fn contracts(&self) -> &Contracts {
+        &self.contracts
+    }
+
+    /// The log.
+    pub fn journal(&self) -> &Journal {
+        &self.journal
+    }
+
+    /// The connection to the gateway.
+    pub fn link(&self) -> &Arc<Link> {
+        &self.link
+    }
+
+    /// Denies everything from now on. The first reason stays.
+    pub fn stop(&self, rule: Rule, reason: &str) {
+        let mut stopped = self.stopped.lock().unwrap_or_else(PoisonError::into_inner);
+        stopped.get_or_insert_with(|| Denial { rule, reason: reason.to_owned() });
+    }
+
+    /// Whether the attempt's wall time is over.
+    pub fn out_of_time(&self) -> bool {
+        Instant::now() >= self.deadline
+    }
+
+    /// Whether calls are taken at all.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn open(&self) -> Result<(), Denial> {
+        if let Some(denial) = &*self.stopped.lock().unwrap_or_else(PoisonError::into_inner) {
+            return Err(denial.clone());
+        }
+        if self.out_of_time() {
+            let limit = self.contracts.policy().limits.wall_time_seconds;
+            return Err(Denial { rule: Rule::WallTime, reason: format!("the attempt's {limit} s are over") });
+        }
+        Ok(())
+    }
+
+    /// Reserves what a call needs, records its intent and waits until that is stored.
+    ///
+    /// # Errors
+    /// The rule that refuses it. The refusal is not recorded yet: see [`Gate::deny`].
+    pub async fn permit(self: &Arc<Self>, call: Call) -> Result<Permit, Denial> {
+        self.open()?;
+        self.journal.room().await;
+        let reserved = call.reserve_tokens;
+        let intent = self.journal.record(|seq, budget| {
+            let mut rules = call.rules;
+            rules.push(Rule::WallTime);
+            match call.channel {
+                Channel::Tool => {
+                    budget.reserve_tool_call()?;
+                    rules.push(Rule::ToolCalls);
+                }
+                Channel::Model => {
+                    budget.reserve_tokens(reserved)?;
+                    rules.push(Rule::Tokens);
+                }
+                Channel::Egress => {}
+            }
+            Ok(Event::Intent(Intent {
+                call: call_id(seq),
+                channel: call.channel,
+                target: shorten(&call.target),
+                effect: call.effect,
+                request_digest: call.request_digest,
+                request_bytes: call.request_bytes,
+                rules,
+                reserved_tokens: reserved,
+            }))
+        })?;
+        let permit = Permit { gate: self.clone(), intent, reserved, settled: false };
+        match self.journal.stored(intent).await {
+            Ok(()) => Ok(permit),
+            Err(denial) => {
+                permit.settle(Settlement::not_applied(denial.rule));
+                Err(denial)
+            }
+        }
+    }
+
+    /// Records a refusal, and gives it back for the agent to be told.
+    pub async fn deny(&self, channel: Channel, target: &str, digest: Option<String>, denial: Denial) -> Denial {
+        self.journal.room().await;
+        let record = self.journal.record(|_, budget| {
+            budget.count_denial();
+            Ok(Event::Denied(Denied {
+                channel,
+                target: shorten(target),
+                rule: denial.rule,
+                reason: denial.reason.clone(),
+                request_digest: digest,
+            }))
+        });
+        if let Err(failed) = record {
+            tracing::error!(reason = failed.reason, "a refusal could not be recorded; the log has ended");
+        }
+        denial
+    }
+
+    /// Records what the repeated probe saw, and stops everything if the pod is not contained any more.
+    pub fn contained(&self, containment: Containment) {
+        let lost = (!containment.contained).then(|| containment.breaches.join(", "));
+        if let Err(denial) = self.journal.record(|_, _| Ok(Event::ContainmentChecked(containment))) {
+            tracing::error!(reason = denial.reason, "the probe's result could not be recorded");
+        }
+        if let Some(breaches) = lost {
+            self.stop(Rule::ContainmentLost, &format!("the pod is not contained any more: {breaches}"));
+        }
+    }
+}
+
+impl Permit {
+    /// Tokens that were set aside.
+    pub fn reserved(&self) -> i64 {
+        self.reserved
+    }
+
+    /// Records what became of the call, and settles its reservation.
+    pub fn settle(mut self, settlement: Settlement) {
+        self.record(settlement);
+    }
+
+    fn record(&mut self, settlement: Settlement) {
+        self.settled = true;
+        let reserved = self.reserved;
+        let tokens = settlement.tokens.unwrap_or(reserved);
+        let result = self.gate.journal.record(|_, budget| {
+            budget.settle_tokens(reserved, tokens);
+            Ok(Event::Outcome(Outcome {
+                call: call_id(self.intent),
+                effect: settlement.effect,
+                rule: settlement.rule,
+                status: settlement.status,
+                response_digest: settlement.response_digest,
+                response_bytes: settlement.response_bytes,
+                tokens,
+                upstream: settlement.upstream,
+            }))
+        });
+        if let Err(denial) = result {
+            tracing::error!(intent = self.intent, reason = denial.reason, "an outcome could not be recorded");
+        }
+    }
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        if !self.settled {
+            self.record(Settlement::unknown(None));
+        }
+    }
+}
+
+/// The name of a call: unique in the log, as sequence numbers are.
+fn call_id(intent: u64) -> String {
+    format!("c{intent}")
+}

@@ -1,0 +1,395 @@
+//! The connection to the gateway: TLS to a fixed address under a fixed name, and the pod's token on every request.
+
+use std::{
+    path::PathBuf,
+    pin::Pin,
+    sync::{Arc, Mutex, PoisonError},
+    task::{Context, Poll},
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use http::{
+    HeaderMap, HeaderValue, Method, Request, Response, Uri,
+    header::{AUTHORIZATION, CONTENT_TYPE, PROXY_AUTHORIZATION},
+};
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::{body::Incoming, upgrade::Upgraded};
+use hyper_util::{
+    client::legacy::{
+        Client,
+        connect::{Connected, Connection},
+    },
+    rt::{TokioExecutor, TokioIo, TokioTimer},
+};
+use rustls::{ClientConfig, RootCertStore};
+use rustls_pki_types::{CertificateDer, ServerName, pem::PemObject};
+use tokio::net::TcpStream;
+use tokio_rustls::{TlsConnector, client::TlsStream};
+
+use crate::{
+    evidence::{merkle::Hash, record::Channel},
+    policy::{config::Wiring, decide::Denial, rule::Rule},
+    wire::{self, AppendReply, AppendRequest, OpenReply, OpenRequest, Refusal},
+};
+
+/// How long a connection to the gateway may take: it is in the same cluster.
+const CONNECT: Duration = Duration::from_secs(5);
+/// How long the gateway may take over a request about the log.
+const LOG_REPLY: Duration = Duration::from_secs(30);
+/// How long an upstream may take to begin its reply. Models think for minutes.
+const UPSTREAM_REPLY: Duration = Duration::from_secs(600);
+/// How long a failing gateway is tried again before a call is given up: longer than a replica's restart takes to notice.
+const PATIENCE: Duration = Duration::from_secs(15);
+/// How long a token read from its file is used: kubelet replaces it long before it expires.
+const TOKEN_AGE: Duration = Duration::from_secs(30);
+/// Longest reply to a request about the log, and longest refusal.
+const LONGEST_REPLY: usize = 1 << 20;
+
+/// The link could not be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum LinkError {
+    /// The address is not one.
+    #[error("wiring.gateway: expected address:port, found {0:?}")]
+    Address(String),
+    /// The certificate authority is not one.
+    #[error("wiring.gatewayCa: expected PEM certificates: {0}")]
+    Authority(String),
+    /// TLS could not be configured.
+    #[error("TLS: {0}")]
+    Tls(#[from] rustls::Error),
+}
+
+/// A request that brought no result.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum CallError {
+    /// The gateway answered no.
+    #[error("{}: {}", .0.rule, .0.reason)]
+    Refused(Denial),
+    /// No answer.
+    #[error("the gateway cannot be reached: {0}")]
+    Unreachable(String),
+}
+
+/// How a forwarded request ended without a reply from the upstream.
+#[derive(Clone, Debug)]
+pub struct Undelivered {
+    /// Why.
+    pub denial: Denial,
+    /// Whether it is certain that the upstream did not get it.
+    pub certain: bool,
+    /// The address that was dialled, if one was.
+    pub upstream: Option<String>,
+}
+
+/// A connection to the gateway.
+pub struct Link {
+    address: std::net::SocketAddr,
+    tls: TlsConnector,
+    client: Client<Dialer, Full<Bytes>>,
+    token: PathBuf,
+    cached: Mutex<Option<(Instant, HeaderValue)>>,
+}
+
+impl Link {
+    /// A link by this wiring. Nothing is dialled yet.
+    ///
+    /// # Errors
+    /// If the wiring is malformed.
+    pub fn new(wiring: &Wiring, token: PathBuf) -> Result<Self, LinkError> {
+        let address = wiring.gateway.parse().map_err(|_| LinkError::Address(wiring.gateway.clone()))?;
+        let mut roots = RootCertStore::empty();
+        for certificate in CertificateDer::pem_slice_iter(wiring.gateway_ca.as_bytes()) {
+            let certificate = certificate.map_err(|error| LinkError::Authority(error.to_string()))?;
+            roots.add(certificate).map_err(|error| LinkError::Authority(error.to_string()))?;
+        }
+        if roots.is_empty() {
+            return Err(LinkError::Authority("none found".into()));
+        }
+        let config = ClientConfig::builder().with_root_certificates(roots).with_no_client_auth();
+        let tls = TlsConnector::from(Arc::new(config));
+        let dialer = Dialer { address, tls: tls.clone() };
+        let client = Client::builder(TokioExecutor::new())
+            .pool_timer(TokioTimer::new())
+            .pool_idle_timeout(Duration::from_secs(20))
+            .build(dialer);
+        Ok(Self { address, tls, client, token, cached: Mutex::new(None) })
+    }
+
+    /// Opens the log for an attempt.
+    ///
+    /// # Errors
+    /// If the gateway refuses or cannot be reached.
+    pub async fn open(&self, attempt: i64, digest: &str) -> Result<OpenReply, CallError> {
+        self.post(wire::LOG_OPEN, &OpenRequest { attempt, policy_digest: digest.to_owned() }).await
+    }
+
+    /// Appends a segment.
+    ///
+    /// # Errors
+    /// If the gateway refuses or cannot be reached.
+    pub async fn append(&self, request: &AppendRequest) -> Result<AppendReply, CallError> {
+        self.post(wire::LOG_APPEND, request).await
+    }
+
+    async fn post<Q: serde::Serialize, R: serde::de::DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &Q,
+    ) -> Result<R, CallError> {
+        let unreachable = |error: &dyn std::fmt::Display| CallError::Unreachable(error.to_string());
+        let body = serde_json::to_vec(body).map_err(|error| unreachable(&error))?;
+        let request = Request::builder()
+            .method(Method::POST)
+            .uri(format!("https://{}{path}", wire::SERVER_NAME))
+            .header(CONTENT_TYPE, "application/json")
+            .header(AUTHORIZATION, self.bearer().map_err(|error| unreachable(&error))?)
+            .body(Full::from(body))
+            .map_err(|error| unreachable(&error))?;
+        let exchange = async {
+            let reply = self.client.request(request).await.map_err(|error| unreachable(&chain(&error)))?;
+            let success = reply.status().is_success();
+            let status = reply.status();
+            let body = Limited::new(reply.into_body(), LONGEST_REPLY);
+            let body = body.collect().await.map_err(|error| unreachable(&error))?.to_bytes();
+            if success {
+                return serde_json::from_slice(&body).map_err(|error| unreachable(&error));
+            }
+            match serde_json::from_slice::<Refusal>(&body) {
+                Ok(refusal) if is_transient(status) => {
+                    Err(unreachable(&format!("{}: {}", refusal.rule, refusal.reason)))
+                }
+                Ok(refusal) => Err(CallError::Refused(Denial { rule: refusal.rule, reason: refusal.reason })),
+                Err(_) => Err(unreachable(&format!("status {status} without a reason"))),
+            }
+        };
+        tokio::time::timeout(LOG_REPLY, exchange)
+            .await
+            .unwrap_or_else(|_| Err(unreachable(&format!("no answer within {LOG_REPLY:?}"))))
+    }
+
+    /// Sends one request to an upstream. Tried again only while it is certain that the gateway did not get it.
+    ///
+    /// # Errors
+    /// If the gateway refused it or the upstream did not answer.
+    pub async fn forward(
+        &self,
+        channel: Channel,
+        intent: u64,
+        target: &str,
+        request: Request<Bytes>,
+    ) -> Result<Response<Incoming>, Undelivered> {
+        let (mut parts, body) = request.into_parts();
+        let malformed = |what: &str| undelivered(Rule::Request, format!("{what} cannot be sent"), true);
+        parts.headers.insert(wire::TARGET, HeaderValue::from_str(target).map_err(|_| malformed("the target"))?);
+        parts.headers.insert(wire::CHANNEL, HeaderValue::from_static(channel.as_str()));
+        parts.headers.insert(wire::INTENT, HeaderValue::from(intent));
+        let started = Instant::now();
+        let mut pause = Duration::from_millis(50);
+        loop {
+            let bearer = self.bearer().map_err(|error| undelivered(Rule::IdentityToken, error.to_string(), true))?;
+            let mut again = Request::new(Full::from(body.clone()));
+            *again.method_mut() = parts.method.clone();
+            *again.uri_mut() = Uri::from_static("https://belay-gateway/v1/forward");
+            *again.headers_mut() = parts.headers.clone();
+            again.headers_mut().insert(AUTHORIZATION, bearer);
+            let exchange = tokio::time::timeout(UPSTREAM_REPLY, self.client.request(again));
+            match exchange.await {
+                // The gateway itself says that it did not send it, and to come again.
+                Ok(Ok(reply))
+                    if is_transient(reply.status())
+                        && reply.headers().contains_key(wire::RULE)
+                        && started.elapsed() < PATIENCE =>
+                {
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(Duration::from_secs(1));
+                }
+                Ok(Ok(reply)) => return self.judge(reply).await,
+                Ok(Err(error)) if error.is_connect() && started.elapsed() < PATIENCE => {
+                    tracing::warn!(error = chain(&error), "the gateway cannot be reached; trying again");
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(Duration::from_secs(1));
+                }
+                Ok(Err(error)) => {
+                    return Err(undelivered(Rule::UpstreamConnect, chain(&error), error.is_connect()));
+                }
+                Err(_) => {
+                    return Err(undelivered(Rule::UpstreamReply, format!("no reply within {UPSTREAM_REPLY:?}"), false));
+                }
+            }
+        }
+    }
+
+    /// A reply that carries a rule is the gateway's own; any other is the upstream's.
+    async fn judge(&self, reply: Response<Incoming>) -> Result<Response<Incoming>, Undelivered> {
+        if !reply.headers().contains_key(wire::RULE) {
+            return Ok(reply);
+        }
+        let upstream = upstream_of(reply.headers());
+        let body = Limited::new(reply.into_body(), LONGEST_REPLY).collect().await;
+        let refusal = body.ok().and_then(|body| serde_json::from_slice::<Refusal>(&body.to_bytes()).ok());
+        let refusal = refusal.unwrap_or(Refusal { rule: Rule::Request, reason: "refused without a reason".into() });
+        // Only a request whose reply never came may have done something.
+        let certain = refusal.rule != Rule::UpstreamReply;
+        Err(Undelivered { denial: Denial { rule: refusal.rule, reason: refusal.reason }, certain, upstream })
+    }
+
+    /// Opens a tunnel to `host:port`.
+    ///
+    /// # Errors
+    /// If the gateway refused it or the upstream cannot be reached.
+    pub async fn tunnel(&self, intent: u64, authority: &str) -> Result<(Upgraded, Option<String>), Undelivered> {
+        let lost = |error: &dyn std::fmt::Display| undelivered(Rule::UpstreamConnect, error.to_string(), true);
+        let uri: Uri = authority.parse().map_err(|error| undelivered(Rule::EgressHost, format!("{error}"), true))?;
+        let started = Instant::now();
+        let stream = loop {
+            match dial(self.address, &self.tls).await {
+                Ok(stream) => break stream,
+                Err(error) if started.elapsed() > PATIENCE => return Err(lost(&error)),
+                Err(_) => tokio::time::sleep(Duration::from_millis(200)).await,
+            }
+        };
+        let (mut sender, connection) =
+            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|error| lost(&error))?;
+        tokio::spawn(connection.with_upgrades());
+        let request = Request::builder()
+            .method(Method::CONNECT)
+            .uri(uri)
+            .header(http::header::HOST, authority)
+            .header(PROXY_AUTHORIZATION, self.bearer().map_err(|error| lost(&error))?)
+            .header(wire::CHANNEL, Channel::Egress.as_str())
+            .header(wire::INTENT, HeaderValue::from(intent))
+            .body(Full::<Bytes>::default())
+            .map_err(|error| lost(&error))?;
+        let reply = sender.send_request(request).await.map_err(|error| lost(&error))?;
+        if !reply.status().is_success() {
+            return match self.judge(reply).await {
+                Err(undelivered) => Err(undelivered),
+                Ok(reply) => Err(lost(&format!("status {}", reply.status()))),
+            };
+        }
+        let upstream = upstream_of(reply.headers());
+        let upgraded = hyper::upgrade::on(reply).await.map_err(|error| lost(&error))?;
+        Ok((upgraded, upstream))
+    }
+
+    fn bearer(&self) -> Result<HeaderValue, std::io::Error> {
+        let mut cached = self.cached.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((read, value)) = &*cached
+            && read.elapsed() < TOKEN_AGE
+        {
+            return Ok(value.clone());
+        }
+        let token = std::fs::read_to_string(&self.token)?;
+        let mut value = HeaderValue::from_str(&format!("Bearer {}", token.trim()))
+            .map_err(|error| std::io::Error::new(std::io::ErrorKind::InvalidData, error))?;
+        value.set_sensitive(true);
+        *cached = Some((Instant::now(), value.clone()));
+        Ok(value)
+    }
+}
+
+impl OpenReply {
+    /// The frontier as hashes.
+    ///
+    /// # Errors
+    /// If one is not 32 bytes in base64.
+    pub fn decoded_frontier(&self) -> Result<Vec<Hash>, String> {
+        use base64::{Engine, prelude::BASE64_STANDARD};
+        let decode = |text: &String| {
+            let bytes = BASE64_STANDARD.decode(text).map_err(|error| format!("frontier: {error}"))?;
+            Hash::try_from(bytes.as_slice()).map_err(|_| format!("frontier: expected 32 bytes, found {}", bytes.len()))
+        };
+        self.frontier.iter().map(decode).collect()
+    }
+}
+
+/// The address that the gateway dialled.
+pub fn upstream_of(headers: &HeaderMap) -> Option<String> {
+    Some(headers.get(wire::UPSTREAM)?.to_str().ok()?.to_owned())
+}
+
+fn undelivered(rule: Rule, reason: String, certain: bool) -> Undelivered {
+    Undelivered { denial: Denial { rule, reason }, certain, upstream: None }
+}
+
+/// Refusals that pass: the gateway is busy, or has not caught up.
+fn is_transient(status: http::StatusCode) -> bool {
+    matches!(status, http::StatusCode::SERVICE_UNAVAILABLE | http::StatusCode::TOO_MANY_REQUESTS)
+}
+
+/// An error with its causes: hyper's own text hides them.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    text
+}
+
+async fn dial(address: std::net::SocketAddr, tls: &TlsConnector) -> std::io::Result<TlsStream<TcpStream>> {
+    let name = ServerName::try_from(wire::SERVER_NAME).map_err(std::io::Error::other)?;
+    let connect = async {
+        let stream = TcpStream::connect(address).await?;
+        stream.set_nodelay(true)?;
+        tls.connect(name, stream).await
+    };
+    tokio::time::timeout(CONNECT, connect)
+        .await
+        .unwrap_or_else(|_| Err(std::io::Error::new(std::io::ErrorKind::TimedOut, "no connection in time")))
+}
+
+/// Dials the one address that there is, whatever the URI says.
+#[derive(Clone)]
+struct Dialer {
+    address: std::net::SocketAddr,
+    tls: TlsConnector,
+}
+
+impl tower::Service<Uri> for Dialer {
+    type Response = Secured;
+    type Error = std::io::Error;
+    type Future = Pin<Box<dyn Future<Output = Result<Secured, std::io::Error>> + Send>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, _: Uri) -> Self::Future {
+        let (address, tls) = (self.address, self.tls.clone());
+        Box::pin(async move { Ok(Secured(TokioIo::new(dial(address, &tls).await?))) })
+    }
+}
+
+/// A TLS stream that hyper's pool can keep.
+struct Secured(TokioIo<TlsStream<TcpStream>>);
+
+impl Connection for Secured {
+    fn connected(&self) -> Connected {
+        Connected::new()
+    }
+}
+
+impl hyper::rt::Read for Secured {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: hyper::rt::ReadBufCursor<'_>,
+    ) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.0).poll_read(cx, buf)
+    }
+}
+
+impl hyper::rt::Write for Secured {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<std::io::Result<usize>> {
+        Pin::new(&mut self.0).poll_write(cx, buf)
+    }
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.0).poll_flush(cx)
+    }
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.0).poll_shutdown(cx)
+    }
+}

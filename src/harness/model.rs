@@ -1,0 +1,277 @@
+//! Model calls, passed through and metered.
+//!
+//! The body is parsed once and what was parsed is what is sent; its cost is bounded and reserved before it leaves, and
+//! settled from the reply's own account. A reply that gives none, breaks off or fails at the provider stays charged in
+//! full. Streams pass chunk by chunk.
+
+use std::{convert::Infallible, sync::Arc};
+
+use bytes::Bytes;
+use futures::StreamExt;
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header};
+use http_body_util::{BodyDataStream, BodyExt, Full, Limited, StreamBody};
+use hyper::body::{Frame, Incoming};
+use serde_json::{Map, Value};
+use sha2::{Digest, Sha256};
+
+use super::{
+    gate::{Call, Gate, Permit, Settlement},
+    link::upstream_of,
+    server::{Body, boxed},
+};
+use crate::{
+    evidence::{
+        canonical::sha256,
+        record::{Channel, Effect},
+    },
+    policy::{
+        decide::Denial,
+        rule::Rule,
+        tokens::{self, Api, Reported},
+    },
+};
+
+/// Longest request that is taken.
+const LONGEST_REQUEST: usize = 16 << 20;
+/// Longest part of a reply that is kept to find its usage in: a whole JSON reply, or one line of a stream.
+const LONGEST_SCAN: usize = 16 << 20;
+
+/// Which API a path speaks.
+pub fn api_of(path: &str) -> Option<Api> {
+    match path {
+        "/v1/chat/completions" => Some(Api::ChatCompletions),
+        "/v1/responses" => Some(Api::Responses),
+        "/v1/messages" => Some(Api::Messages),
+        _ => None,
+    }
+}
+
+/// Handles one model call.
+pub async fn handle(gate: Arc<Gate>, api: Api, request: Request<Incoming>) -> Response<Body> {
+    let path = request.uri().path().to_owned();
+    let (parts, body) = request.into_parts();
+    if parts.method != Method::POST {
+        return refusal(api, &Denial { rule: Rule::ModelRequest, reason: format!("{path} takes POST only") });
+    }
+    let body = match Limited::new(body, LONGEST_REQUEST).collect().await {
+        Ok(body) => body.to_bytes(),
+        Err(error) => {
+            let denial = Denial { rule: Rule::ModelRequest, reason: format!("the request cannot be read: {error}") };
+            return refusal(api, &gate.deny(Channel::Model, &path, None, denial).await);
+        }
+    };
+    match call(&gate, api, &path, &parts.headers, &body).await {
+        Ok(reply) => reply,
+        Err(denial) => {
+            let digest = Some(hex::encode(sha256(&body)));
+            refusal(api, &gate.deny(Channel::Model, &path, digest, denial).await)
+        }
+    }
+}
+
+/// # Errors
+/// A refusal that is not recorded yet. One that follows an intent is recorded as its outcome and answered.
+async fn call(
+    gate: &Arc<Gate>,
+    api: Api,
+    path: &str,
+    headers: &HeaderMap,
+    body: &[u8],
+) -> Result<Response<Body>, Denial> {
+    gate.open()?;
+    let endpoints = &gate.contracts().policy().models;
+    let base = match api {
+        Api::ChatCompletions | Api::Responses => endpoints.openai.as_deref(),
+        Api::Messages => endpoints.anthropic.as_deref(),
+    };
+    let base = base.ok_or_else(|| Denial {
+        rule: Rule::ModelEndpoint,
+        reason: format!("the policy pack has no endpoint for {path}; it would be under spec.models"),
+    })?;
+    let mut body: Map<String, Value> = serde_json::from_slice(body).map_err(|error| Denial {
+        rule: Rule::ModelRequest,
+        reason: format!("expected a JSON object, found something else: {error}"),
+    })?;
+    let bound = tokens::bound(api, &mut body, gate.journal().tokens_left())
+        .map_err(|unbounded| Denial { rule: Rule::ModelRequest, reason: unbounded.to_string() })?;
+    let body =
+        serde_json::to_vec(&body).map_err(|error| Denial { rule: Rule::ModelRequest, reason: error.to_string() })?;
+    let permit = gate
+        .permit(Call {
+            channel: Channel::Model,
+            target: path.to_owned(),
+            effect: None,
+            request_digest: Some(hex::encode(sha256(&body))),
+            request_bytes: u64::try_from(body.len()).unwrap_or(u64::MAX),
+            rules: vec![Rule::ModelEndpoint, Rule::ModelRequest],
+            reserve_tokens: bound.total(),
+        })
+        .await?;
+
+    let mut outgoing = Request::new(Bytes::from(body));
+    *outgoing.method_mut() = Method::POST;
+    *outgoing.headers_mut() = passed_on(headers);
+    let target = format!("{}{path}", base.trim_end_matches('/'));
+    match gate.link().forward(Channel::Model, permit.intent, &target, outgoing).await {
+        Ok(reply) => Ok(meter(reply, permit)),
+        Err(undelivered) => {
+            let denial = undelivered.denial;
+            let settlement = if undelivered.certain {
+                Settlement::not_applied(denial.rule)
+            } else {
+                Settlement::unknown(Some(denial.rule))
+            };
+            permit.settle(Settlement { upstream: undelivered.upstream, ..settlement });
+            Ok(refusal(api, &denial))
+        }
+    }
+}
+
+/// What of the agent's headers goes to the provider. Credentials do not: the gateway has the real ones.
+fn passed_on(headers: &HeaderMap) -> HeaderMap {
+    let mut passed = HeaderMap::new();
+    for (name, value) in headers {
+        let passes = name == header::ACCEPT
+            || name == header::USER_AGENT
+            || ["openai-", "anthropic-", "x-stainless-"].iter().any(|prefix| name.as_str().starts_with(prefix));
+        if passes {
+            passed.append(name, value.clone());
+        }
+    }
+    passed.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    // A compressed reply could not be metered.
+    passed.insert(header::ACCEPT_ENCODING, HeaderValue::from_static("identity"));
+    passed
+}
+
+fn meter(reply: Response<Incoming>, permit: Permit) -> Response<Body> {
+    let (mut parts, body) = reply.into_parts();
+    let streamed = parts
+        .headers
+        .get(header::CONTENT_TYPE)
+        .and_then(|kind| kind.to_str().ok())
+        .is_some_and(|kind| kind.starts_with("text/event-stream"));
+    let meter = Meter {
+        permit: Some(permit),
+        status: parts.status,
+        upstream: upstream_of(&parts.headers),
+        streamed,
+        hasher: Sha256::new(),
+        bytes: 0,
+        scan: Vec::new(),
+        reported: Reported::default(),
+        // Whoever reads a reply of known length stops at its last byte, and never asks for its end.
+        length: hyper::body::Body::size_hint(&body).exact(),
+        ended: false,
+    };
+    parts.headers.remove(crate::wire::UPSTREAM);
+    for hop in [header::CONNECTION, header::TRANSFER_ENCODING] {
+        parts.headers.remove(hop);
+    }
+    let stream = futures::stream::unfold((BodyDataStream::new(body), meter), |(mut body, mut meter)| async move {
+        match body.next().await {
+            Some(Ok(chunk)) => {
+                meter.see(&chunk);
+                Some((Ok(Frame::data(chunk)), (body, meter)))
+            }
+            Some(Err(error)) => Some((Err(Box::<dyn std::error::Error + Send + Sync>::from(error)), (body, meter))),
+            None => {
+                meter.end();
+                None
+            }
+        }
+    });
+    Response::from_parts(parts, BodyExt::boxed_unsync(StreamBody::new(stream)))
+}
+
+/// Reads along. Dropped at the end of the reply, or when the agent or the provider hangs up.
+struct Meter {
+    permit: Option<Permit>,
+    status: StatusCode,
+    upstream: Option<String>,
+    streamed: bool,
+    hasher: Sha256,
+    bytes: u64,
+    scan: Vec<u8>,
+    reported: Reported,
+    length: Option<u64>,
+    ended: bool,
+}
+
+impl Meter {
+    /// The provider has said all that it had to say.
+    fn end(mut self) {
+        self.ended = true;
+    }
+
+    fn see(&mut self, chunk: &[u8]) {
+        self.hasher.update(chunk);
+        self.bytes = self.bytes.saturating_add(chunk.len() as u64);
+        self.ended = self.length == Some(self.bytes);
+        if self.scan.len().saturating_add(chunk.len()) <= LONGEST_SCAN {
+            self.scan.extend_from_slice(chunk);
+        }
+        if self.streamed {
+            while let Some(end) = self.scan.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = self.scan.drain(..=end).collect();
+                if let Some(data) = line.strip_prefix(b"data:")
+                    && let Ok(event) = serde_json::from_slice(data)
+                {
+                    self.reported.see(&event);
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Meter {
+    fn drop(&mut self) {
+        let Some(permit) = self.permit.take() else { return };
+        if !self.streamed
+            && let Ok(reply) = serde_json::from_slice(&self.scan)
+        {
+            self.reported.see(&reply);
+        }
+        let tokens = match self.reported.total() {
+            // An account of a reply that broke off may still have grown.
+            Some(total) if self.ended => Some(total),
+            // Providers do not charge for what they refuse.
+            None if self.ended && self.status.is_client_error() => Some(0),
+            _ => None,
+        };
+        let effect = match (self.ended, self.status) {
+            (true, status) if status.is_success() => Effect::Applied,
+            (true, status) if status.is_client_error() => Effect::NotApplied,
+            _ => Effect::Unknown,
+        };
+        permit.settle(Settlement {
+            effect,
+            rule: None,
+            status: self.status.as_u16(),
+            response_digest: Some(hex::encode(self.hasher.clone().finalize())),
+            response_bytes: self.bytes,
+            tokens,
+            upstream: self.upstream.take(),
+        });
+    }
+}
+
+/// A refusal in the shape that the API's client libraries show to people. Always 403: they do not try that again.
+fn refusal(api: Api, denial: &Denial) -> Response<Body> {
+    let message = format!("Belay refused this call. rule: {}. {}", denial.rule, denial.reason);
+    let body = match api {
+        Api::ChatCompletions | Api::Responses => serde_json::json!({
+            "error": {"message": message, "type": "belay_denied", "code": denial.rule, "param": null}
+        }),
+        Api::Messages => serde_json::json!({
+            "type": "error", "error": {"type": "permission_error", "message": message}
+        }),
+    };
+    let mut reply = Response::new(boxed(Full::from(body.to_string()).map_err(|error: Infallible| match error {})));
+    *reply.status_mut() = StatusCode::FORBIDDEN;
+    reply.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    if let Ok(rule) = HeaderValue::from_str(denial.rule.as_str()) {
+        reply.headers_mut().insert(crate::wire::RULE, rule);
+    }
+    reply
+}

@@ -1,0 +1,166 @@
+//! The containment probe: both controls, several times in a row.
+//!
+//! Silence proves nothing by itself, so each round has a positive control (the gateway's port must answer) and negative
+//! ones (the gateway's canary, the API server and the kubelet must not). How long a silence must be is learned from the
+//! positive control of the same round: what is allowed answers within [`Timing::floor`], or within ten times what the
+//! gateway just took.
+
+use std::{sync::Arc, time::Duration};
+
+use futures::future::join_all;
+use ring::rand::{SecureRandom, SystemRandom};
+use tokio::{net::TcpStream, time::Instant};
+
+use super::gate::Gate;
+use crate::{evidence::record::Containment, policy::config::Probe};
+
+/// When a round holds and when a probe gives up.
+#[derive(Clone, Copy, Debug)]
+pub struct Timing {
+    /// Consecutive rounds in which both controls must hold.
+    pub rounds: u32,
+    /// Shortest silence that counts.
+    pub floor: Duration,
+    /// How long the positive control may take.
+    pub answer: Duration,
+    /// When to give up: CNIs are known to take seconds.
+    pub patience: Duration,
+}
+
+impl Timing {
+    /// Before the agent starts.
+    pub const START: Self = Self {
+        rounds: 3,
+        floor: Duration::from_millis(40),
+        answer: Duration::from_secs(1),
+        patience: Duration::from_secs(30),
+    };
+    /// During the run: the gateway may be restarting, so the positive control gets longer.
+    pub const REPEAT: Self = Self {
+        rounds: 1,
+        floor: Duration::from_millis(200),
+        answer: Duration::from_secs(3),
+        patience: Duration::from_secs(1),
+    };
+}
+
+/// What the probe dials.
+#[derive(Clone, Debug)]
+pub struct Targets {
+    reachable: String,
+    unreachable: Vec<String>,
+}
+
+impl Targets {
+    /// The rendered targets, and the kubelet of this node where it is known.
+    pub fn new(probe: &Probe, kubelet: Option<String>) -> Self {
+        let mut unreachable = probe.unreachable.clone();
+        unreachable.extend(kubelet);
+        Self { reachable: probe.reachable.clone(), unreachable }
+    }
+}
+
+/// Probes until both controls have held for enough rounds, or patience ends.
+pub async fn run(targets: &Targets, timing: Timing) -> Containment {
+    let started = Instant::now();
+    let mut rounds = 0;
+    let mut breaches;
+    loop {
+        breaches = round(targets, timing).await;
+        rounds = if breaches.is_empty() { rounds + 1 } else { 0 };
+        if rounds >= timing.rounds || started.elapsed() >= timing.patience {
+            break;
+        }
+        if rounds == 0 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+    // Without anything that must stay silent a probe could not fail, so it does.
+    if targets.unreachable.is_empty() {
+        breaches.push("there is no negative control: nothing to try that must not answer".into());
+    }
+    Containment {
+        contained: breaches.is_empty() && rounds >= timing.rounds,
+        rounds,
+        millis: u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
+        reachable: targets.reachable.clone(),
+        unreachable: targets.unreachable.clone(),
+        breaches,
+    }
+}
+
+async fn round(targets: &Targets, timing: Timing) -> Vec<String> {
+    let asked = Instant::now();
+    let answered = connects(&targets.reachable, timing.answer).await;
+    if !answered {
+        return vec![format!("{} did not answer, and must", targets.reachable)];
+    }
+    let silence = timing.floor.max(asked.elapsed() * 10);
+    let tries = targets.unreachable.iter().map(|target| async move {
+        connects(target, silence).await.then(|| format!("{target} answered, and must not"))
+    });
+    join_all(tries).await.into_iter().flatten().collect()
+}
+
+/// Whether a TCP connection comes about. A reset also says that packets pass, but not to whom: a policy that rejects
+/// instead of dropping answers so, and both keep the agent out.
+async fn connects(target: &str, within: Duration) -> bool {
+    matches!(tokio::time::timeout(within, TcpStream::connect(target)).await, Ok(Ok(_)))
+}
+
+/// Probes at random moments for as long as the attempt runs, and stops everything when containment is lost.
+pub async fn repeat(gate: Arc<Gate>, targets: Targets) {
+    loop {
+        tokio::time::sleep(random_pause()).await;
+        let mut seen = run(&targets, Timing::REPEAT).await;
+        if !seen.contained {
+            // One failure of the positive control may be a gateway's restart. A breach in between is seen again.
+            seen = run(&targets, Timing { patience: Duration::from_secs(10), ..Timing::REPEAT }).await;
+        }
+        gate.contained(seen);
+    }
+}
+
+/// Between 20 s and 60 s, so that the agent cannot tell when.
+fn random_pause() -> Duration {
+    let mut byte = [0u8; 2];
+    // Without randomness the shortest pause is the safe one.
+    let _ = SystemRandom::new().fill(&mut byte);
+    Duration::from_millis(20_000 + u64::from(u16::from_le_bytes(byte)) * 40_000 / 65_536)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const QUICK: Timing = Timing {
+        rounds: 2,
+        floor: Duration::from_millis(20),
+        answer: Duration::from_millis(200),
+        patience: Duration::from_millis(200),
+    };
+
+    async fn listener() -> (tokio::net::TcpListener, String) {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        (listener, address)
+    }
+
+    #[tokio::test]
+    async fn both_controls_must_hold() {
+        let (_open, open) = listener().await;
+        let (closed_listener, closed) = listener().await;
+        drop(closed_listener);
+        for (reachable, unreachable, contained) in [
+            (&open, vec![closed.clone()], true),
+            (&open, vec![closed.clone(), open.clone()], false),
+            (&closed, vec![closed.clone()], false),
+            (&open, vec![], false),
+        ] {
+            let targets = Targets { reachable: reachable.clone(), unreachable };
+            let seen = run(&targets, QUICK).await;
+            assert_eq!(seen.contained, contained, "{seen:?}");
+            assert_eq!(seen.breaches.is_empty(), contained, "{seen:?}");
+        }
+    }
+}

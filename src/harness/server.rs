@@ -1,0 +1,177 @@
+//! The two listeners: the agent's, on the pod's loopback, and the kubelet's, which says only whether the first is there.
+
+use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use http::{Method, Request, Response, StatusCode};
+use http_body_util::{BodyExt, Empty, Full, combinators::UnsyncBoxBody};
+use hyper::{body::Incoming, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use rmcp::transport::streamable_http_server::{
+    StreamableHttpServerConfig, StreamableHttpService, session::local::LocalSessionManager,
+};
+use tokio::{net::TcpListener, sync::Semaphore};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use super::{gate::Gate, mcp::Tools, model, proxy};
+
+/// Any error of a body.
+pub type BodyError = Box<dyn std::error::Error + Send + Sync>;
+/// A reply's body.
+pub type Body = UnsyncBoxBody<Bytes, BodyError>;
+
+/// The agent's listener: the pod's loopback and nothing else.
+pub const AGENT: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 9900);
+/// The kubelet's listener. It serves no data.
+pub const HEALTH: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED), 9901);
+/// Connections at once; an agent that opens more waits.
+const CONNECTIONS: usize = 512;
+/// How long a request's head may take.
+const HEAD: Duration = Duration::from_secs(10);
+/// Longest request head.
+const LONGEST_HEAD: usize = 64 << 10;
+/// How long calls under way may go on once the agent has ended.
+const DRAIN: Duration = Duration::from_secs(5);
+
+/// Boxes a body.
+pub fn boxed<B>(body: B) -> Body
+where
+    B: hyper::body::Body<Data = Bytes, Error = BodyError> + Send + 'static,
+{
+    body.boxed_unsync()
+}
+
+/// What is being served.
+pub struct Serving {
+    stop: CancellationToken,
+    connections: TaskTracker,
+}
+
+impl Serving {
+    /// Takes no more connections, and waits a little for those that are open.
+    pub async fn drain(self) {
+        self.stop.cancel();
+        self.connections.close();
+        if tokio::time::timeout(DRAIN, self.connections.wait()).await.is_err() {
+            tracing::warn!("connections were still open after {DRAIN:?}");
+        }
+    }
+}
+
+/// Listens for the agent, then tells the kubelet so.
+///
+/// # Errors
+/// If a port is taken.
+pub async fn listen(gate: Arc<Gate>, agent: SocketAddr, health: SocketAddr) -> std::io::Result<Serving> {
+    let agent = TcpListener::bind(agent).await?;
+    let health = TcpListener::bind(health).await?;
+    let stop = CancellationToken::new();
+    let connections = TaskTracker::new();
+
+    let mut config = StreamableHttpServerConfig::default();
+    // Every call stands for itself: there is no session to lose when the agent or the harness starts again.
+    config.legacy_session_mode = false;
+    config.json_response = true;
+    config.cancellation_token = stop.child_token();
+    let tools = Tools::new(gate.clone());
+    let mcp = StreamableHttpService::new(move || Ok(tools.clone()), Arc::new(LocalSessionManager::default()), config);
+
+    let slots = Arc::new(Semaphore::new(CONNECTIONS));
+    tokio::spawn(accept(agent, stop.clone(), connections.clone(), slots.clone(), move |request| {
+        route(gate.clone(), mcp.clone(), request)
+    }));
+    tokio::spawn(accept(
+        health,
+        stop.clone(),
+        TaskTracker::new(),
+        Arc::new(Semaphore::new(16)),
+        |request| async move {
+            let known = matches!(request.uri().path(), "/readyz" | "/healthz");
+            status(if known { StatusCode::OK } else { StatusCode::NOT_FOUND })
+        },
+    ));
+    Ok(Serving { stop, connections })
+}
+
+async fn accept<F, R>(
+    listener: TcpListener,
+    stop: CancellationToken,
+    connections: TaskTracker,
+    slots: Arc<Semaphore>,
+    handle: F,
+) where
+    F: Fn(Request<Incoming>) -> R + Clone + Send + 'static,
+    R: Future<Output = Response<Body>> + Send + 'static,
+{
+    loop {
+        let Ok(slot) = slots.clone().acquire_owned().await else { return };
+        let stream = tokio::select! {
+            () = stop.cancelled() => return,
+            accepted = listener.accept() => match accepted {
+                Ok((stream, _)) => stream,
+                Err(error) => {
+                    tracing::warn!(%error, "a connection could not be taken");
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                    continue;
+                }
+            },
+        };
+        let _ = stream.set_nodelay(true);
+        let handle = handle.clone();
+        let stop = stop.clone();
+        connections.spawn(async move {
+            let service = service_fn(move |request| {
+                let reply = handle(request);
+                async move { Ok::<_, Infallible>(reply.await) }
+            });
+            let connection = hyper::server::conn::http1::Builder::new()
+                .timer(TokioTimer::new())
+                .header_read_timeout(HEAD)
+                .max_buf_size(LONGEST_HEAD)
+                .serve_connection(TokioIo::new(stream), service)
+                .with_upgrades();
+            let mut connection = std::pin::pin!(connection);
+            let ended = tokio::select! {
+                ended = connection.as_mut() => ended,
+                () = stop.cancelled() => {
+                    connection.as_mut().graceful_shutdown();
+                    connection.await
+                }
+            };
+            if let Err(error) = ended {
+                tracing::debug!(%error, "a connection of the agent's broke off");
+            }
+            drop(slot);
+        });
+    }
+}
+
+async fn route(
+    gate: Arc<Gate>,
+    mcp: StreamableHttpService<Tools, LocalSessionManager>,
+    request: Request<Incoming>,
+) -> Response<Body> {
+    if request.method() == Method::CONNECT {
+        return proxy::connect(gate, request).await;
+    }
+    if request.uri().scheme().is_some() {
+        return proxy::forward(gate, request).await;
+    }
+    let path = request.uri().path();
+    if let Some(api) = model::api_of(path) {
+        return model::handle(gate, api, request).await;
+    }
+    if path == "/mcp" {
+        return mcp.handle(request).await.map(|body| boxed(body.map_err(|error: Infallible| match error {})));
+    }
+    let text = "Belay serves /mcp, /v1/chat/completions, /v1/responses, /v1/messages, and an HTTP proxy.\n";
+    let mut reply = Response::new(boxed(Full::from(text).map_err(|error: Infallible| match error {})));
+    *reply.status_mut() = StatusCode::NOT_FOUND;
+    reply
+}
+
+fn status(status: StatusCode) -> Response<Body> {
+    let mut reply = Response::new(boxed(Empty::new().map_err(|error: Infallible| match error {})));
+    *reply.status_mut() = status;
+    reply
+}
