@@ -32,7 +32,7 @@ use crate::{
     wire,
 };
 
-mod cluster;
+pub(super) mod cluster;
 
 const TASK: &str = "/apis/belay.dev/v1alpha1/namespaces/team-a/agenttasks/triage";
 const STATUS: &str = "PATCH /apis/belay.dev/v1alpha1/namespaces/team-a/agenttasks/triage/status";

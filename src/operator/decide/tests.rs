@@ -114,9 +114,9 @@ fn a_new_task_starts() {
 fn a_running_pod_is_left_alone_until_its_time_is_up() {
     let case = Case { pods: vec![pod(1)], claims: vec![1], ..Case::default() };
     let decision = case.decide_at(at(0));
-    assert_eq!(decision.next, Next::Run { attempt: 1, until: Some(at(-10 + 60 + 15)) });
+    assert_eq!(decision.next, Next::Run { attempt: 1, until: Some(at(-10 + 60 + 5)) });
     assert_eq!(decision.attempts.len(), 1);
-    let over = case.decide_at(at(65));
+    let over = case.decide_at(at(55));
     assert_eq!(over.next, Next::EndPods(vec![("pod-1".into(), "t-1".into())]));
     assert_eq!(over.attempts[0].failure_class, Some(Budget));
 }

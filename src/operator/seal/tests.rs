@@ -15,14 +15,22 @@ use crate::{evidence::record::TaskClosed, policy::rule::Rule};
 pub(in crate::operator) async fn gateway(name: &str, status: u16, body: String) -> (String, String) {
     let key = KeyPair::generate().unwrap();
     let certificate = CertificateParams::new(vec![name.to_owned()]).unwrap().self_signed(&key).unwrap();
+    let private = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der()));
+    (serve(vec![certificate.der().clone()], private, status, body).await, certificate.pem())
+}
+
+/// A gateway with this certificate that answers this; its address.
+pub(in crate::operator) async fn serve(
+    chain: Vec<CertificateDer<'static>>,
+    key: PrivateKeyDer<'static>,
+    status: u16,
+    body: String,
+) -> String {
     let config = rustls::ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
         .with_safe_default_protocol_versions()
         .unwrap()
         .with_no_client_auth()
-        .with_single_cert(
-            vec![certificate.der().clone()],
-            PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der())),
-        )
+        .with_single_cert(chain, key)
         .unwrap();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap().to_string();
@@ -45,10 +53,10 @@ pub(in crate::operator) async fn gateway(name: &str, status: u16, body: String) 
             let _ = hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service).await;
         }
     });
-    (address, certificate.pem())
+    address
 }
 
-fn request() -> SealRequest {
+pub(in crate::operator) fn request() -> SealRequest {
     SealRequest {
         namespace: "ns".into(),
         name: "t".into(),

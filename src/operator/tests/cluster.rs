@@ -30,10 +30,10 @@ struct State {
 }
 
 #[derive(Clone, Default)]
-pub(super) struct Cluster(Arc<Mutex<State>>);
+pub(in crate::operator) struct Cluster(Arc<Mutex<State>>);
 
 impl Cluster {
-    pub(super) fn client(&self) -> Client {
+    pub(in crate::operator) fn client(&self) -> Client {
         let cluster = self.clone();
         let service = tower::service_fn(move |request: Request<kube::client::Body>| {
             let cluster = cluster.clone();
@@ -43,14 +43,14 @@ impl Cluster {
     }
 
     /// Puts an object there, as somebody else.
-    pub(super) fn put(&self, path: &str, mut object: Value) {
+    pub(in crate::operator) fn put(&self, path: &str, mut object: Value) {
         let mut state = self.0.lock().unwrap();
         state.stamp(path, &mut object);
         state.objects.insert(path.to_owned(), object);
     }
 
     /// Changes an object, as somebody else.
-    pub(super) fn edit(&self, path: &str, change: impl FnOnce(&mut Value)) {
+    pub(in crate::operator) fn edit(&self, path: &str, change: impl FnOnce(&mut Value)) {
         let mut state = self.0.lock().unwrap();
         let mut object = state.objects.remove(path).unwrap();
         change(&mut object);
@@ -58,39 +58,39 @@ impl Cluster {
         state.objects.insert(path.to_owned(), object);
     }
 
-    pub(super) fn remove(&self, path: &str) {
+    pub(in crate::operator) fn remove(&self, path: &str) {
         self.0.lock().unwrap().objects.remove(path).unwrap();
     }
 
-    pub(super) fn get(&self, path: &str) -> Option<Value> {
+    pub(in crate::operator) fn get(&self, path: &str) -> Option<Value> {
         self.0.lock().unwrap().objects.get(path).cloned()
     }
 
     /// Requests whose `METHOD path` begins so are answered with this status, until it is taken back.
-    pub(super) fn fail(&self, prefix: &str, status: u16) {
+    pub(in crate::operator) fn fail(&self, prefix: &str, status: u16) {
         self.0.lock().unwrap().faults.push((prefix.to_owned(), StatusCode::from_u16(status).unwrap()));
     }
 
-    pub(super) fn heal(&self) {
+    pub(in crate::operator) fn heal(&self) {
         self.0.lock().unwrap().faults.clear();
     }
 
-    pub(super) fn mutate(&self, mutate: fn(&str, &mut Value)) {
+    pub(in crate::operator) fn mutate(&self, mutate: fn(&str, &mut Value)) {
         self.0.lock().unwrap().mutate = Some(mutate);
     }
 
     /// The requests since the last call.
-    pub(super) fn requests(&self) -> Vec<String> {
+    pub(in crate::operator) fn requests(&self) -> Vec<String> {
         std::mem::take(&mut self.0.lock().unwrap().requests)
     }
 
     /// The requests since the last call that write.
-    pub(super) fn writes(&self) -> Vec<String> {
+    pub(in crate::operator) fn writes(&self) -> Vec<String> {
         self.requests().into_iter().filter(|request| !request.starts_with("GET")).collect()
     }
 
     /// Fills a store with every object under this part of a path.
-    pub(super) fn fill<K>(&self, writer: &mut Writer<K>, plural: &str)
+    pub(in crate::operator) fn fill<K>(&self, writer: &mut Writer<K>, plural: &str)
     where
         K: kube::Resource<DynamicType = ()> + DeserializeOwned + Clone,
     {
@@ -184,10 +184,12 @@ impl State {
             Method::PATCH => {
                 let mut object = self.objects.get(path).cloned().ok_or(missing)?;
                 let (live, asked) = (&object["metadata"], &body["metadata"]);
-                if live["uid"] != asked["uid"] || live["resourceVersion"] != asked["resourceVersion"] {
+                if !asked["uid"].is_null() && live["uid"] != asked["uid"]
+                    || live["resourceVersion"] != asked["resourceVersion"]
+                {
                     return Err(conflict);
                 }
-                object["metadata"]["finalizers"] = body["metadata"]["finalizers"].clone();
+                merge(&mut object, body);
                 self.store(path.to_owned(), object)
             }
             Method::DELETE => {
@@ -221,9 +223,28 @@ fn reply(status: StatusCode, body: &Value) -> Response<Full<Bytes>> {
 }
 
 /// A store and the one who fills it.
-pub(super) fn store<K>() -> (Store<K>, Writer<K>)
+pub(in crate::operator) fn store<K>() -> (Store<K>, Writer<K>)
 where
     K: kube::Resource<DynamicType = ()> + Clone + 'static,
 {
     reflector::store()
+}
+
+/// JSON merge patch, RFC 7396.
+fn merge(object: &mut Value, patch: Value) {
+    match patch {
+        Value::Object(fields) => {
+            if !object.is_object() {
+                *object = json!({});
+            }
+            for (key, value) in fields {
+                if value.is_null() {
+                    object.as_object_mut().unwrap().remove(&key);
+                } else {
+                    merge(&mut object[key], value);
+                }
+            }
+        }
+        other => *object = other,
+    }
 }
