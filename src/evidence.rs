@@ -1,7 +1,8 @@
 //! Evidence: records → log → checkpoint → segment → store.
 //!
 //! Promises: a record's bytes are hashed as they are stored; a log only grows; every segment carries a checkpoint over
-//! everything before it. Refuses: Kubernetes and, but for [`store`]'s S3 half, any particular storage.
+//! everything before it. Refuses: Kubernetes and, but for `store`'s S3 half, any particular storage.
+#![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing))]
 
 /// RFC 8785 canonical JSON and its SHA-256.
 pub mod canonical;

@@ -7,7 +7,46 @@
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, clippy::unreachable)]
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing))]
 
+/// Whether one call may leave.
+pub mod authorize;
+/// Bodies that stream.
+pub mod body;
+/// The port that only a NetworkPolicy keeps silent.
+pub mod canary;
+/// The serving certificate.
+pub mod certificate;
+/// What the API server says.
+pub mod cluster;
+/// What upstreams want to see and pods never do.
+pub mod credentials;
+/// Connections to addresses that were checked.
+pub mod dial;
+/// One HTTP request to an upstream.
+pub mod forward;
 /// Who is asking.
 pub mod identity;
+/// What was refused outside any log.
+pub mod incidents;
+/// Connections and their bounds.
+pub mod listen;
+/// What is watched.
+pub mod metrics;
+/// What the gateway is told when it starts.
+pub mod options;
 /// Why a request was not served.
 pub mod refusal;
+/// Names to addresses.
+pub mod resolve;
+/// Start, serve, stop.
+pub mod run;
+/// What is done with one request.
+pub mod service;
+/// The agent's own connections.
+pub mod tunnel;
+/// `status.usage`.
+pub mod usage;
+/// Segments of evidence: checked, cosigned, locked in the bucket.
+pub mod witness;
+
+#[cfg(test)]
+mod testing;

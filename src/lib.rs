@@ -11,6 +11,9 @@ pub mod admin;
 /// The custom resources: data and validation rules.
 #[cfg(feature = "kube")]
 pub mod api;
+/// The command line: verify and watch.
+#[cfg(feature = "cli")]
+pub mod cli;
 /// Records, Merkle log, checkpoints, segments, stores.
 pub mod evidence;
 /// The only way out of an agent's pod, and the witness of its evidence.
@@ -19,6 +22,12 @@ pub mod gateway;
 /// The sidecar that enforces contracts and budgets.
 #[cfg(feature = "harness")]
 pub mod harness;
+/// The reconciler: resolve, validate, plan, apply, status.
+#[cfg(feature = "operator")]
+pub mod operator;
+/// A validated task becomes the objects that run it.
+#[cfg(feature = "kube")]
+pub mod plan;
 /// Pure decisions.
 pub mod policy;
 /// Logs and traces of our own processes.

@@ -22,6 +22,8 @@ current-context: belay
 Y
 }
 
+service_account() { echo "/O=system:serviceaccounts/O=system:serviceaccounts:$1/CN=system:serviceaccount:$1:$2"; }
+
 configure_identities() {
   openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout ca.key -out ca.crt -days 365 -subj /CN=belay-test-cluster 2>/dev/null
   openssl genrsa -out service-accounts.key 2048 2>/dev/null
@@ -31,8 +33,9 @@ configure_identities() {
   kubeconfig controller-manager /CN=system:kube-controller-manager
   kubeconfig scheduler /CN=system:kube-scheduler
   kubeconfig proxy /CN=system:kube-proxy
-  kubeconfig felix /O=system:masters/CN=calico-felix
-  kubeconfig cni /O=system:masters/CN=calico-cni
+  # As on a cluster that Calico was installed on: by the names and groups of its service accounts (their rights are in objects.yaml).
+  kubeconfig felix "$(service_account kube-system calico-node)"
+  kubeconfig cni "$(service_account kube-system calico-cni-plugin)"
   kubeconfig kubelet "/O=system:nodes/CN=system:node:$NODE" "DNS:$NODE,IP:$NODE_IP"
 }
 

@@ -1,2 +1,73 @@
-//! placeholder
-fn main() {}
+//! The operator: parses its command line, starts, and ends with 0 when it was told to, 1 when it could not go on.
+
+use std::{net::SocketAddr, path::PathBuf, process::ExitCode};
+
+use belay::{operator, telemetry};
+use clap::Parser;
+use tokio::signal::unix::{SignalKind, signal};
+
+/// Runs AgentTasks in sandboxed pods and seals their evidence.
+#[derive(Parser)]
+#[command(name = "belay-operator", version)]
+struct Arguments {
+    /// Namespace of operator and gateway.
+    #[arg(long, env = "BELAY_SYSTEM_NAMESPACE", default_value = "belay-system")]
+    system_namespace: String,
+    /// host:port of the gateway, for sealing logs.
+    #[arg(long, env = "BELAY_GATEWAY", default_value = "belay-gateway.belay-system.svc:8443")]
+    gateway: String,
+    /// Image of the harness.
+    #[arg(long, env = "BELAY_IMAGE")]
+    image: String,
+    /// Address for health and metrics.
+    #[arg(long, env = "BELAY_ADMIN_LISTEN", default_value = "0.0.0.0:8080")]
+    admin_listen: SocketAddr,
+    /// File with the operator's ServiceAccount token for the gateway (audience belay-gateway).
+    #[arg(long, env = "BELAY_TOKEN", default_value = "/var/run/belay/token")]
+    token: PathBuf,
+    /// Processor request of each harness.
+    #[arg(long, env = "BELAY_HARNESS_CPU", default_value = "10m")]
+    harness_cpu: String,
+    /// Memory limit of each harness.
+    #[arg(long, env = "BELAY_HARNESS_MEMORY", default_value = "128Mi")]
+    harness_memory: String,
+    /// Who this replica is in the Lease: its pod's name.
+    #[arg(long, env = "POD_NAME")]
+    identity: String,
+}
+
+#[tokio::main]
+async fn main() -> ExitCode {
+    // rustls has no default of its own; a second one can only be this same.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let arguments = Arguments::parse();
+    match run(arguments).await {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!(error = format!("{error:#}"), "the operator ends");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(arguments: Arguments) -> anyhow::Result<()> {
+    let _telemetry = telemetry::init("belay-operator")?;
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let stop = async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    };
+    let settings = operator::Settings {
+        system_namespace: arguments.system_namespace,
+        gateway: arguments.gateway,
+        image: arguments.image,
+        admin_listen: arguments.admin_listen,
+        token: arguments.token,
+        harness_cpu: arguments.harness_cpu,
+        harness_memory: arguments.harness_memory,
+        identity: arguments.identity,
+    };
+    Ok(operator::run(settings, stop).await?)
+}

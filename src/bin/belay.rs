@@ -1,2 +1,10 @@
-//! placeholder
-fn main() {}
+//! Watch AI agents on their rope, and verify what they did.
+
+use std::process::ExitCode;
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> ExitCode {
+    // rustls takes no guesses between providers. Only fails if there is one already.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    belay::cli::run(std::env::args_os()).await
+}

@@ -1,6 +1,6 @@
 //! A whole log, as it lies in a store.
 //!
-//! Promises: [`Log::read`] asks for every version, so that nothing that was replaced or hidden is missed. Refuses: judging
+//! Promises: `Log::read` asks for every version, so that nothing that was replaced or hidden is missed. Refuses: judging
 //! what it read, which is [`verify`](crate::verify)'s.
 
 use std::collections::BTreeMap;
@@ -30,17 +30,18 @@ pub struct Log {
 }
 
 impl Log {
-    /// Reads everything under the prefix, which ends with a slash or is empty. `locks`: whether the store keeps versions
+    /// Reads the segments and incidents under the prefix, which ends with a slash or is empty. `locks`: whether the store keeps versions
     /// and locks at all.
     ///
     /// # Errors
     /// If the store fails. An object that is hidden by a delete marker is no error; it is absent from the bytes.
     pub async fn read(store: &dyn Store, prefix: &str, locks: bool) -> Result<Self, StoreError> {
-        let objects = store.list_versions(prefix).await?;
         let mut versions: Vec<StoredObject> = Vec::new();
-        for object in objects {
-            if let Some(key) = object.key.strip_prefix(prefix) {
-                versions.push(StoredObject { key: key.to_owned(), ..object });
+        for folder in [segment::FOLDER, INCIDENTS] {
+            for object in store.list_versions(&format!("{prefix}{folder}")).await? {
+                if let Some(key) = object.key.strip_prefix(prefix) {
+                    versions.push(StoredObject { key: key.to_owned(), ..object });
+                }
             }
         }
         let visible = versions.iter().filter(|v| v.is_latest && !v.delete_marker).map(|v| v.key.clone());

@@ -1,6 +1,6 @@
 //! RFC 6962 Merkle trees over SHA-256, that only grow.
 //!
-//! Promises: a [`Tree`] needs no more than its frontier to go on, so that a writer which has lost everything can extend a
+//! Promises: a `Tree` needs no more than its frontier to go on, so that a writer which has lost everything can extend a
 //! log from 64 hashes at most. Refuses: hashing anything but the bytes it is given; what a leaf means is the caller's.
 
 use sha2::{Digest, Sha256};
@@ -71,7 +71,7 @@ impl Tree {
             }
         }
         self.frontier.push(root);
-        self.size += 1;
+        self.size = self.size.saturating_add(1);
     }
 
     /// Leaves in the tree.

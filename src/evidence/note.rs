@@ -1,12 +1,12 @@
 //! C2SP signed notes, tlog checkpoints and witness cosignatures, Ed25519 by ring.
 //!
-//! Promises: [`Note::verify`] and [`Note::verify_cosignature`] succeed only if a signature by exactly that key is there
+//! Promises: `Note::verify` and `Note::verify_cosignature` succeed only if a signature by exactly that key is there
 //! and every signature under its name and ID is good. Refuses: other signature types, extension lines in checkpoints, and
-//! any text that is not byte for byte what [`Display`](fmt::Display) would write.
+//! any text that is not byte for byte what `Display` would write.
 //!
 //! Two kinds of keys, told apart by the type byte in key IDs: a *log* key (`0x01`) signs the note's text; a *witness* key
 //! (`0x04`) signs it together with a time, and vouches that the log grew and never changed. The name says which one a
-//! [`Signer`] is: [`WITNESS_NAME`] is the witness's, every other a log's.
+//! `Signer` is: `WITNESS_NAME` is the witness's, every other a log's.
 
 use std::{fmt, str::FromStr};
 
@@ -428,7 +428,7 @@ impl Note {
 
 impl fmt::Display for Note {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}\n", self.text)?;
+        writeln!(f, "{}", self.text)?;
         for Signature { name, id, bytes } in &self.signatures {
             let line = [id.as_slice(), bytes].concat();
             writeln!(f, "{SIGNATURE_START}{name} {}", BASE64.encode(line))?;

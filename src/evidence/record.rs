@@ -1,8 +1,8 @@
 //! What happened: the entries of a task's log.
 //!
-//! A record is canonical JSON of one [`Record`]. Prompts, arguments and replies are never in it, only their digests and
-//! sizes. Every call that leaves has an [`Event::Intent`] before and an [`Event::Outcome`] after; every refusal has an
-//! [`Event::Denied`].
+//! A record is canonical JSON of one `Record`. Prompts, arguments and replies are never in it, only their digests and
+//! sizes. Every call that leaves has an `Event::Intent` before and an `Event::Outcome` after; every refusal has an
+//! `Event::Denied`.
 
 use serde::{Deserialize, Serialize};
 

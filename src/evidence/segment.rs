@@ -3,7 +3,7 @@
 //! A segment is text: a line `{"checkpoint":"<signed note>"}`, then one record a line, each line canonical JSON (RFC 8785)
 //! that ends with a newline.
 //!
-//! Promises: [`Segment::parse`] accepts exactly the bytes that [`Segment::to_bytes`] writes, so that a segment has one
+//! Promises: `Segment::parse` accepts exactly the bytes that `Segment::to_bytes` writes, so that a segment has one
 //! form and no byte of it goes unchecked; a canonical form also has no duplicate keys. Refuses: judging signatures and
 //! meaning, which is the gateway's and the verifier's.
 

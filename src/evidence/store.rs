@@ -1,6 +1,6 @@
 //! Where segments lie: objects that are written once.
 //!
-//! Promises: [`Store::put_new`] never replaces an object, and when it succeeds the bytes are durable and, where the store
+//! Promises: `Store::put_new` never replaces an object, and when it succeeds the bytes are durable and, where the store
 //! has locks, locked. Refuses: deleting and replacing; no store here can.
 
 use std::{fmt, str::FromStr};

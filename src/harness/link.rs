@@ -156,6 +156,9 @@ impl Link {
                 return serde_json::from_slice(&body).map_err(|error| unreachable(&error));
             }
             match serde_json::from_slice::<Refusal>(&body) {
+                Ok(refusal) if is_transient(status) => {
+                    Err(unreachable(&format!("{}: {}", refusal.rule, refusal.reason)))
+                }
                 Ok(refusal) => Err(CallError::Refused(Denial { rule: refusal.rule, reason: refusal.reason })),
                 Err(_) => Err(unreachable(&format!("status {status} without a reason"))),
             }
@@ -192,6 +195,15 @@ impl Link {
             again.headers_mut().insert(AUTHORIZATION, bearer);
             let exchange = tokio::time::timeout(UPSTREAM_REPLY, self.client.request(again));
             match exchange.await {
+                // The gateway itself says that it did not send it, and to come again.
+                Ok(Ok(reply))
+                    if is_transient(reply.status())
+                        && reply.headers().contains_key(wire::RULE)
+                        && started.elapsed() < PATIENCE =>
+                {
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(Duration::from_secs(1));
+                }
                 Ok(Ok(reply)) => return self.judge(reply).await,
                 Ok(Err(error)) if error.is_connect() && started.elapsed() < PATIENCE => {
                     tracing::warn!(error = chain(&error), "the gateway cannot be reached; trying again");
@@ -299,6 +311,11 @@ pub fn upstream_of(headers: &HeaderMap) -> Option<String> {
 
 fn undelivered(rule: Rule, reason: String, certain: bool) -> Undelivered {
     Undelivered { denial: Denial { rule, reason }, certain, upstream: None }
+}
+
+/// Refusals that pass: the gateway is busy, or has not caught up.
+fn is_transient(status: http::StatusCode) -> bool {
+    matches!(status, http::StatusCode::SERVICE_UNAVAILABLE | http::StatusCode::TOO_MANY_REQUESTS)
 }
 
 /// An error with its causes: hyper's own text hides them.

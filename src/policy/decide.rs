@@ -200,7 +200,7 @@ fn usage_value(usage: Usage) -> CelValue {
 /// At most 256 characters, control characters escaped: agents choose this text, and people read it in terminals.
 pub fn shorten(text: &str) -> String {
     const LONGEST: usize = 256;
-    let mut short: String = text.chars().flat_map(|c| EscapeControl::new(c)).take(LONGEST).collect();
+    let mut short: String = text.chars().flat_map(EscapeControl::new).take(LONGEST).collect();
     if text.chars().count() > LONGEST {
         short.push('…');
     }

@@ -131,6 +131,10 @@ impl Authority {
     /// # Errors
     /// If the host is not a host name or the port not a plain number from 1 to 65535.
     pub fn parse(text: &str, default_port: Option<u16>) -> Result<Self, AuthorityError> {
+        // Before anything is taken for a port: with these in it, what follows a colon may be no port.
+        if let Some(c) = text.chars().find(|c| "@[]".contains(*c)) {
+            return Err(HostnameError::Character(c).into());
+        }
         let (host, port) = match (text.rsplit_once(':'), default_port) {
             (Some((host, port)), _) => (host, port_number(port).ok_or(AuthorityError::Port)?),
             (None, Some(port)) => (text, port),

@@ -71,6 +71,8 @@ rules! {
     Evidence = "evidence.unavailable",
     /// The request is well formed.
     Request = "request.malformed",
+    /// The pod has fewer requests under way than it may.
+    Busy = "request.busy",
     /// The upstream's name has an address.
     UpstreamResolve = "upstream.resolve",
     /// The upstream can be connected to.

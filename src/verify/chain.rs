@@ -29,19 +29,21 @@ pub(super) fn check(log: &Log, witness: &VerifierKey, expected: &Expected, repor
     }
     walk.history.finish(whole, report);
     report.summary.records = walk.tree.size();
-    match (&walk.head, expected) {
-        (None, _) if whole => report.add(Check::LogEmpty, None, None, "expected at least one segment, found none"),
-        (Some(found), Expected::Head(head)) if whole && found != head => {
-            let message = format!(
-                "expected the head of {} records and root {} that the task's status names, found {} records and root {}",
-                head.size,
-                head.root_base64(),
-                found.size,
-                found.root_base64()
-            );
-            report.add(Check::LogHead, None, None, message);
-        }
-        _ => {}
+    if whole && walk.head.is_none() {
+        report.add(Check::LogEmpty, None, None, "expected at least one segment, found none");
+    }
+    if let Expected::Head(head) = expected
+        && whole
+        && walk.head.as_ref() != Some(head)
+    {
+        let found = walk.head.as_ref().map_or_else(
+            || "none".to_owned(),
+            |found| format!("{} records and root {}", found.size, found.root_base64()),
+        );
+        let (size, root) = (head.size, head.root_base64());
+        let message =
+            format!("expected the head that the task's status names, {size} records and root {root}, found {found}");
+        report.add(Check::LogHead, None, None, message);
     }
     report.summary.root = walk.head.map(|head| head.root_base64());
 }

@@ -256,6 +256,7 @@ fn the_head_in_the_status_is_compared() {
     let mut shorter = log.clone();
     shorter.segments.remove(&Segment::key(12));
     assert_eq!(broken(&verify(&shorter, &witness, &Expected::Head(head.clone()))), [Check::LogHead]);
+    assert_eq!(broken(&verify(&Log::default(), &witness, &Expected::Head(head.clone()))), [Check::LogHead]);
     let other = note::Checkpoint { origin: note::origin("other"), ..head };
     assert!(broken(&verify(&log, &witness, &Expected::Head(other))).contains(&Check::CheckpointOrigin));
     assert!(broken(&verify(&log, &witness, &Expected::Origin("other".to_owned()))).contains(&Check::CheckpointOrigin));

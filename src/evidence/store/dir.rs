@@ -1,8 +1,8 @@
 //! A folder as a store.
 //!
-//! Promises: an object is whole or absent, never replaced, and on disk when [`Store::create`] returns. Refuses to
+//! Promises: an object is whole or absent, never replaced, and on disk when `Store::create` returns. Refuses to
 //! pretend: a folder has no locks and keeps no versions, so whoever can write to it can rewrite it. Retention is ignored
-//! and [`Store::list_versions`] shows none.
+//! and `Store::list_versions` shows none.
 
 use std::{
     fs, io,
@@ -64,7 +64,12 @@ impl Dir {
 
     fn objects(&self, prefix: &str) -> Result<Vec<StoredObject>, StoreError> {
         let mut found = Vec::new();
-        let mut folders = vec![self.root.clone()];
+        // Only below the prefix's last whole folder can its keys be.
+        let start = match prefix.rsplit_once('/') {
+            Some((folder, _)) => self.path(folder)?,
+            None => self.root.clone(),
+        };
+        let mut folders = vec![start];
         while let Some(folder) = folders.pop() {
             let entries = match fs::read_dir(&folder) {
                 Err(e) if e.kind() == io::ErrorKind::NotFound => continue,

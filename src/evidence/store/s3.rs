@@ -2,7 +2,7 @@
 //!
 //! Promises: every put is conditional (`If-None-Match: *`), carries its SHA-256 and its retention, and is whole or absent;
 //! every call ends in bounded time. Refuses: to make or change buckets, and to trust a bucket's default retention.
-//! A delete marker hides an object but removes nothing: [`Store::list_versions`] shows both, and an auditor asks for it.
+//! A delete marker hides an object but removes nothing: `Store::list_versions` shows both, and an auditor asks for it.
 
 use std::{error::Error as _, time::Duration};
 
@@ -11,7 +11,10 @@ use aws_config::{
 };
 use aws_sdk_s3::{
     Client,
-    config::{RequestChecksumCalculation, http::HttpResponse, retry::RetryConfig, timeout::TimeoutConfig},
+    config::{
+        ProvideCredentials, RequestChecksumCalculation, SharedCredentialsProvider, http::HttpResponse,
+        retry::RetryConfig, timeout::TimeoutConfig,
+    },
     error::{DisplayErrorContext, ProvideErrorMetadata, SdkError},
     primitives::{ByteStream, DateTime},
     types::{ChecksumAlgorithm, ObjectLockMode},
@@ -66,6 +69,7 @@ pub struct OptionsError(String);
 pub struct S3 {
     client: Client,
     bucket: String,
+    credentials: Option<SharedCredentialsProvider>,
 }
 
 impl S3 {
@@ -105,7 +109,16 @@ impl S3 {
             // The SHA-256 is ours and explicit: no CRC32 beside it, which not every store takes.
             .request_checksum_calculation(RequestChecksumCalculation::WhenRequired);
         config.set_endpoint_url(options.endpoint.or_else(|| shared.endpoint_url().map(str::to_owned)));
-        Ok(Self { client: Client::from_conf(config.build()), bucket: options.bucket })
+        let credentials = shared.credentials_provider();
+        Ok(Self { client: Client::from_conf(config.build()), bucket: options.bucket, credentials })
+    }
+
+    /// Whether there are credentials to sign with: without them every call fails, and not in a way that says so.
+    pub async fn has_credentials(&self) -> bool {
+        match &self.credentials {
+            Some(provider) => provider.provide_credentials().await.is_ok(),
+            None => false,
+        }
     }
 
     /// An SDK error in our words.

@@ -4,6 +4,10 @@
 use aws_sdk_s3::types::{BucketVersioningStatus, VersioningConfiguration};
 
 use super::*;
+use crate::{
+    evidence::log::Log,
+    verify::{self, Check, Expected, Verdict, tests::script::Script},
+};
 
 async fn bucket() -> S3 {
     let endpoint = std::env::var("BELAY_TEST_S3").expect("BELAY_TEST_S3 is the endpoint of a store to test against");
@@ -78,6 +82,29 @@ async fn pages_are_all_read() {
         .unwrap();
     assert_eq!(store.list("log/").await.unwrap(), keys);
     assert_eq!(store.list_versions("log/").await.unwrap().into_iter().map(|v| v.key).collect::<Vec<_>>(), keys);
+}
+
+#[tokio::test]
+#[ignore = "needs an S3 store, see above"]
+async fn a_log_in_a_bucket_is_verified_with_its_locks() {
+    let store = bucket().await;
+    let script = Script::good();
+    for (key, bytes) in script.write().objects() {
+        store.put_new(&format!("prod/{key}"), bytes.clone(), Some(&LOCK)).await.unwrap();
+    }
+    let verdict = async || {
+        let log = Log::read(&store, "prod/", true).await.unwrap();
+        verify::verify(&log, &script.witness.verifier(), &Expected::Anything)
+    };
+    let report = verdict().await;
+    assert_eq!(report.verdict, Verdict::Valid, "{:?}", report.findings);
+    let locks = report.summary.locks.unwrap();
+    assert!(locks.mode == Some(Mode::Compliance) && locks.until.is_some());
+    // Hidden, not removed: a plain listing would show a shorter log.
+    store.client.delete_object().bucket(&store.bucket).key("prod/segments/0000000012.jsonl").send().await.unwrap();
+    let report = verdict().await;
+    assert_eq!(report.verdict, Verdict::Invalid);
+    assert!(report.findings.iter().any(|f| f.rule == Check::StoreDeleted), "{:?}", report.findings);
 }
 
 #[tokio::test]

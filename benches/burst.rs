@@ -1,0 +1,105 @@
+//! 200 tasks posted at once by 8 clients: from apply to the pod created, beside plain pods posted the same way. The pods
+//! ask for more processors than there are, so nothing but the API server and the operator is measured.
+
+use std::{path::Path, sync::Arc, time::Instant};
+
+use anyhow::Context;
+use futures::future::try_join_all;
+use k8s_openapi::api::core::v1::Pod;
+use kube::{
+    Api, Client,
+    api::{DeleteParams, Patch, PatchParams, PostParams},
+};
+use serde_json::json;
+
+use crate::{
+    Measure,
+    cluster::{Cluster, Seen},
+    percentile,
+    start::millis,
+};
+
+const TASKS: usize = 200;
+const CLIENTS: usize = 8;
+const CPU: &str = "900";
+
+pub async fn burst() -> anyhow::Result<Vec<Measure>> {
+    let cluster = Arc::new(Cluster::new("burst").await?);
+    let mut plain = post(&cluster, "plain", "").await?;
+    cluster.api::<Pod>().delete_collection(&DeleteParams::default().grace_period(0), &Default::default()).await?;
+    let mut ours = post(&cluster, "task", "-1").await?;
+    let resident = operator_rss()?;
+    cluster.clean().await?;
+    let baseline = percentile(&mut plain, 50.0);
+    let tail = percentile(&mut plain, 99.0);
+    Ok(vec![
+        Measure::absolute("start.burst.p50", percentile(&mut ours, 50.0), "ms", TASKS, 400.0).beside(baseline),
+        Measure::absolute("start.burst.p99", percentile(&mut ours, 99.0), "ms", TASKS, 800.0).beside(tail),
+        Measure::absolute("start.burst.operator-rss", resident, "MB", 1, 60.0),
+    ])
+}
+
+/// Posts all of a kind and gives back, for each, how long its pod took to be seen.
+async fn post(cluster: &Arc<Cluster>, kind: &'static str, suffix: &'static str) -> anyhow::Result<Vec<f64>> {
+    let clients = (0..CLIENTS).map(|client| {
+        let cluster = cluster.clone();
+        tokio::spawn(async move {
+            // A connection of its own, as 8 people would have.
+            let api = Client::try_default().await?;
+            let mut posted = Vec::new();
+            for n in (client..TASKS).step_by(CLIENTS) {
+                let name = format!("{kind}-{n}");
+                let at = Instant::now();
+                if suffix.is_empty() {
+                    let pods: Api<Pod> = Api::namespaced(api.clone(), &cluster.namespace);
+                    pods.create(&PostParams::default(), &pod(&name)?).await?;
+                } else {
+                    let tasks: Api<belay::api::AgentTask> = Api::namespaced(api.clone(), &cluster.namespace);
+                    let manifest = cluster.task(&name, "localhost/box:1", CPU);
+                    tasks.patch(&name, &PatchParams::apply("bench"), &Patch::Apply(manifest)).await?;
+                }
+                posted.push((format!("{name}{suffix}"), at));
+            }
+            anyhow::Ok(posted)
+        })
+    });
+    let mut elapsed = Vec::new();
+    for posted in try_join_all(clients).await? {
+        for (pod, at) in posted? {
+            let seen = cluster.clock.wait(&pod, |seen: &Seen| Some(seen.created)).await?;
+            elapsed.push(millis(seen.saturating_duration_since(at)));
+        }
+    }
+    Ok(elapsed)
+}
+
+fn pod(name: &str) -> anyhow::Result<Pod> {
+    Ok(serde_json::from_value(json!({
+        "apiVersion": "v1", "kind": "Pod", "metadata": {"name": name},
+        "spec": {
+            "automountServiceAccountToken": false,
+            "securityContext": {"runAsNonRoot": true, "runAsUser": 1000, "seccompProfile": {"type": "RuntimeDefault"}},
+            "containers": [{
+                "name": "agent", "image": "localhost/box:1", "command": ["/bin/sleep", "300"],
+                "resources": {"requests": {"cpu": CPU}},
+                "securityContext": {"allowPrivilegeEscalation": false, "capabilities": {"drop": ["ALL"]}},
+            }],
+        },
+    }))?)
+}
+
+/// Resident memory of the leading operator: the largest of the processes of that name on this machine, as a standby has
+/// no stores.
+fn operator_rss() -> anyhow::Result<f64> {
+    let mut largest: Option<f64> = None;
+    for entry in std::fs::read_dir("/proc")?.flatten() {
+        let status = std::fs::read_to_string(entry.path().join(Path::new("status"))).unwrap_or_default();
+        let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
+        if field("Name:").is_some_and(|name| name.starts_with("belay-operator"))
+            && let Some(kib) = field("VmRSS:").and_then(|rss| rss.split(' ').next()?.parse::<f64>().ok())
+        {
+            largest = Some(largest.unwrap_or(0.0).max(kib * 1024.0 / 1e6));
+        }
+    }
+    largest.context("no belay-operator process on this machine: the test cluster runs its pods here")
+}

@@ -1,0 +1,93 @@
+//! The `belay` command: `verify` and `watch`, also as `kubectl belay`.
+//!
+//! Promises: one exit code a meaning, and nothing from a log, a task or a cluster reaches the terminal but through
+//! `terminal::Safe`. Refuses: to change anything, anywhere, but the folder that `--save` names.
+
+use std::{
+    ffi::OsString,
+    io::{self, Write},
+    path::Path,
+    process::ExitCode,
+};
+
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+
+/// Where the cluster is and which namespace is meant.
+mod cluster;
+/// Text that is safe to show, and colours.
+mod terminal;
+/// `belay verify`.
+mod verify;
+/// `belay watch`.
+mod watch;
+
+/// Usage, input or output is wrong: nothing is said about the evidence or the task.
+const EXIT_ERROR: u8 = 2;
+
+/// Something kept the command from its work.
+#[derive(Debug, thiserror::Error)]
+pub enum CliError {
+    /// What was expected, what was found, what to do.
+    #[error("{0}")]
+    Message(String),
+    /// The reader of our output has gone, as in `belay watch … | head`.
+    #[error("cannot write: {0}")]
+    Output(#[from] io::Error),
+}
+
+impl CliError {
+    fn new(message: impl Into<String>) -> Self {
+        Self::Message(message.into())
+    }
+}
+
+/// Watch AI agents on their rope, and verify what they did.
+#[derive(Debug, Parser)]
+#[command(name = "belay", version, about, long_about = None, propagate_version = true, subcommand_required = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Verify(verify::Args),
+    Watch(watch::Args),
+}
+
+/// Runs the command line and gives the exit code. Called as `kubectl-belay`, it speaks as `kubectl belay`.
+pub async fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let args: Vec<OsString> = args.into_iter().collect();
+    let plugin = args.first().and_then(|name| Path::new(name).file_stem()).is_some_and(|name| name == "kubectl-belay");
+    let command = if plugin { Cli::command().bin_name("kubectl belay") } else { Cli::command() };
+    let cli = match command.try_get_matches_from(args).and_then(|matches| Cli::from_arg_matches(&matches)) {
+        Ok(cli) => cli,
+        // Help and version too; if they cannot be printed, there is nobody to tell.
+        Err(e) => {
+            let _ = e.print();
+            return ExitCode::from(u8::try_from(e.exit_code()).unwrap_or(EXIT_ERROR));
+        }
+    };
+    let result = match cli.command {
+        Command::Verify(args) => verify::run(&args, &mut io::stdout().lock()).await,
+        Command::Watch(args) => watch::run(&args).await,
+    };
+    match result {
+        Ok(code) => ExitCode::from(code),
+        Err(CliError::Output(e)) if e.kind() == io::ErrorKind::BrokenPipe => ExitCode::from(EXIT_ERROR),
+        Err(e) => {
+            let _ = writeln!(io::stderr().lock(), "error: {}", terminal::Safe(&e.to_string()));
+            ExitCode::from(EXIT_ERROR)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,163 @@
+use clap::Parser;
+
+use super::*;
+use crate::{
+    cli::terminal::hidden,
+    evidence::{record::Event, segment::Segment},
+    verify::tests::script::Script,
+};
+
+#[derive(Debug, Parser)]
+struct Line {
+    #[command(flatten)]
+    args: Args,
+}
+
+/// Runs `belay verify` with these arguments.
+async fn verify(args: &[&str]) -> (Result<u8, CliError>, String) {
+    let line = Line::parse_from([&["verify"], args].concat());
+    let mut out = Vec::new();
+    let code = run(&line.args, &mut out).await;
+    (code, String::from_utf8(out).unwrap())
+}
+
+/// A log in a folder, and its witness's key.
+async fn saved(script: &Script) -> (tempfile::TempDir, String) {
+    let folder = tempfile::tempdir().unwrap();
+    let store = Dir::new(folder.path());
+    for (key, bytes) in script.write().objects() {
+        store.put_new(key, bytes.clone(), None).await.unwrap();
+    }
+    (folder, script.witness.verifier().to_string())
+}
+
+#[tokio::test]
+async fn a_good_log_is_valid_in_words_and_json() {
+    let script = Script::good();
+    let (folder, key) = saved(&script).await;
+    let path = folder.path().to_str().unwrap();
+    let (code, text) = verify(&[path, "--witness-key", &key]).await;
+    assert_eq!(code.unwrap(), 0);
+    let root = script.write().segments[&Segment::key(12)].clone();
+    let root = Segment::parse(&root).unwrap().note.checkpoint().unwrap().root_base64();
+    let text = text.replace(path, "FOLDER").replace(&key, "KEY").replace(&root, "ROOT");
+    insta::assert_snapshot!(text, @r#"
+    VALID  belay.dev/task/6f9c3c1e-0000-4000-8000-000000000001  13 records, 2 attempts, 3 tool calls, 120 tokens, 1 denial
+
+    task       team-a/tidy, on behalf of jane@example.com
+    ended      Succeeded (Completed), exit code 0
+    time       2026-11-23T10:00:00.000Z to 2026-11-23T10:00:00.000Z, by the writers' clocks
+    attempt    1  tidy-1 on node-1 in gvisor; never closed: the pod was lost or stopped
+    attempt    2  tidy-2 on node-1 in gvisor; agentEnded
+    usage      3 of 4 tool calls, 120 of 1000 tokens, 1 denial
+    effects    3 applied, 0 not applied, 0 unknown, 1 without an outcome
+    denied by  egress.host 1
+    locked     not checked: FOLDER is a folder and has no locks
+    witness    KEY, last at 2026-11-18T11:06:52Z
+    root       ROOT over 13 records in 7 segments
+
+    Findings
+      note        record 6  call.open
+                  call c to write has no outcome: whether it took effect is not known
+    "#);
+
+    let (code, json) = verify(&[path, "--witness-key", &key, "--output", "json"]).await;
+    assert_eq!(code.unwrap(), 0);
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(json["verdict"], "VALID");
+    assert_eq!(json["witnessKey"], key);
+    assert_eq!(json["summary"]["kinds"]["call.intent"], 4);
+    assert_eq!(json["summary"]["usage"]["toolCalls"], 3);
+    assert_eq!(json["findings"][0]["rule"], "call.open");
+}
+
+#[tokio::test]
+async fn the_exit_code_is_the_verdict() {
+    let mut script = Script::good();
+    script.segments.pop();
+    let (folder, key) = saved(&script).await;
+    let path = folder.path().to_str().unwrap();
+    let (code, text) = verify(&[path, "--witness-key", &key]).await;
+    assert_eq!(code.unwrap(), 3);
+    assert!(text.starts_with("INCOMPLETE  belay.dev/task/"), "{text}");
+
+    let mut script = Script::good();
+    script.at(4).usage.denials = 0;
+    let (folder, key) = saved(&script).await;
+    let (code, text) = verify(&[folder.path().to_str().unwrap(), "--witness-key", &key]).await;
+    assert_eq!(code.unwrap(), 1);
+    assert!(text.starts_with("INVALID  belay.dev/task/"), "{text}");
+    assert!(text.contains("record 4  usage.count  segments/0000000003.jsonl"), "{text}");
+}
+
+#[tokio::test]
+async fn a_copy_verifies_by_itself() {
+    let script = Script::good();
+    let (folder, key) = saved(&script).await;
+    let copy = tempfile::tempdir().unwrap();
+    let place = copy.path().join("copy");
+    let place = place.to_str().unwrap();
+    let (code, _) = verify(&[folder.path().to_str().unwrap(), "--witness-key", &key, "--save", place]).await;
+    assert_eq!(code.unwrap(), 0);
+    let (code, text) = verify(&[place]).await;
+    assert_eq!(code.unwrap(), 0);
+    assert!(text.contains("the folder's own word"), "{text}");
+    let key_file = copy.path().join("copy/witness.vkey");
+    let (code, _) = verify(&[place, "--witness-key", key_file.to_str().unwrap()]).await;
+    assert_eq!(code.unwrap(), 0);
+    // A second log does not go into the same folder.
+    let (code, _) = verify(&[folder.path().to_str().unwrap(), "--witness-key", &key, "--save", place]).await;
+    assert!(code.unwrap_err().to_string().contains("new or empty folder"));
+}
+
+#[tokio::test]
+async fn what_cannot_be_judged_is_an_error() {
+    let (folder, key) = saved(&Script::good()).await;
+    let path = folder.path().to_str().unwrap();
+    let (code, _) = verify(&[path]).await;
+    assert!(code.unwrap_err().to_string().contains("expected --witness-key"));
+    let (code, _) = verify(&[path, "--witness-key", "nonsense"]).await;
+    assert!(code.unwrap_err().to_string().contains("no file and no key"));
+    let empty = tempfile::tempdir().unwrap();
+    let (code, _) = verify(&[empty.path().to_str().unwrap(), "--witness-key", &key]).await;
+    assert!(code.unwrap_err().to_string().contains("found no segments"));
+    let (code, _) = verify(&["s3://evidence/prod"]).await;
+    assert!(code.unwrap_err().to_string().contains("expected --witness-key"));
+}
+
+#[tokio::test]
+async fn nothing_in_a_log_reaches_the_terminal_as_it_is() {
+    let hostile = "x\u{1b}]0;owned\u{7}\r\u{9b}2J\u{202e}\n";
+    let mut script = Script::good();
+    for record in script.segments.iter_mut().flatten() {
+        hostile.clone_into(&mut record.time);
+        match &mut record.event {
+            Event::AttemptOpened(opened) => {
+                let task = &mut opened.policy.task;
+                for text in
+                    [&mut task.name, &mut task.namespace, &mut task.principal, &mut task.uid, &mut opened.pod.node]
+                {
+                    hostile.clone_into(text);
+                }
+                hostile.clone_into(&mut opened.policy_digest);
+            }
+            Event::Intent(intent) => {
+                hostile.clone_into(&mut intent.target);
+                intent.call.push_str(hostile);
+            }
+            Event::TaskClosed(closed) => {
+                for text in [&mut closed.phase, &mut closed.reason, &mut closed.failure_class] {
+                    hostile.clone_into(text);
+                }
+            }
+            Event::AttemptClosed(closed) => hostile.clone_into(&mut closed.reason),
+            _ => {}
+        }
+    }
+    let (folder, key) = saved(&script).await;
+    for format in ["text", "json"] {
+        let (code, text) = verify(&[folder.path().to_str().unwrap(), "--witness-key", &key, "-o", format]).await;
+        assert_eq!(code.unwrap(), 1);
+        assert!(text.contains("owned") && !text.chars().any(|c| c != '\n' && hidden(c)), "{text:?}");
+    }
+}

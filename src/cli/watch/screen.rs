@@ -1,0 +1,77 @@
+//! Lines that scroll by, and on a terminal a panel below them that is drawn over and over.
+
+use std::io::{self, Write};
+
+/// Columns where the terminal does not say.
+const DEFAULT_WIDTH: usize = 80;
+
+/// Columns of the terminal.
+pub(super) fn width() -> usize {
+    terminal_size::terminal_size().map_or(DEFAULT_WIDTH, |(width, _)| usize::from(width.0))
+}
+
+/// Standard output.
+pub(super) struct Screen<W: Write> {
+    out: W,
+    terminal: bool,
+    /// Lines of the panel that are on the screen now.
+    drawn: usize,
+}
+
+impl<W: Write> Screen<W> {
+    /// Without a terminal there is no panel.
+    pub(super) fn new(out: W, terminal: bool) -> Self {
+        Self { out, terminal, drawn: 0 }
+    }
+
+    /// Adds lines above the panel. No line of the panel may be wider than the terminal.
+    pub(super) fn show(&mut self, lines: &[String], panel: &[String]) -> io::Result<()> {
+        if !self.terminal {
+            for line in lines {
+                writeln!(self.out, "{line}")?;
+            }
+            return if lines.is_empty() { Ok(()) } else { self.out.flush() };
+        }
+        // One write, so that the terminal never shows half of it.
+        let mut text = String::new();
+        if self.drawn > 0 {
+            // Up to the panel's first line, and clear from there.
+            text.push_str(&format!("\x1b[{}A\r\x1b[J", self.drawn));
+        }
+        for line in lines.iter().chain(panel) {
+            text.push_str(line);
+            text.push('\n');
+        }
+        self.drawn = panel.len();
+        self.out.write_all(text.as_bytes())?;
+        self.out.flush()
+    }
+
+    /// Whatever is not written yet.
+    pub(super) fn flush(&mut self) -> io::Result<()> {
+        self.out.flush()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_a_terminal_there_are_only_lines() {
+        let mut out = Vec::new();
+        let mut screen = Screen::new(&mut out, false);
+        screen.show(&["one".to_owned()], &["panel".to_owned()]).unwrap();
+        screen.show(&[], &["panel".to_owned()]).unwrap();
+        assert_eq!(out, b"one\n");
+    }
+
+    #[test]
+    fn the_panel_stays_below() {
+        let mut out = Vec::new();
+        let mut screen = Screen::new(&mut out, true);
+        screen.show(&["one".to_owned()], &["a".to_owned(), "b".to_owned()]).unwrap();
+        screen.show(&["two".to_owned()], &[]).unwrap();
+        assert_eq!(String::from_utf8(out).unwrap(), "one\na\nb\n\x1b[2A\r\x1b[Jtwo\n");
+    }
+}

@@ -1,0 +1,407 @@
+//! What a task's life looks like: lines for what happened, a panel for how things stand.
+//!
+//! Pure: takes the task and its records, gives text. Everything that comes from outside goes through `Safe`.
+
+use std::collections::BTreeMap;
+
+use jiff::{Timestamp, tz::TimeZone};
+
+use super::super::terminal::{Paint, Safe};
+use crate::{
+    api::{
+        AgentTask,
+        agent_task::{Attempt, Phase},
+    },
+    evidence::record::{AttemptOpened, Channel, Denied, Effect, Event, Intent, Outcome, Record},
+    policy::config::{Limits, Usage},
+};
+
+/// Cells of a budget's bar.
+const BAR: usize = 24;
+/// From this part of a limit on a bar is worth a look.
+const NEARLY: f64 = 0.8;
+/// Calls that wait for their outcome. A pod that dies leaves some; a hostile log must not fill the memory with them.
+const MAX_OPEN: usize = 10_000;
+
+/// A task as it is shown.
+pub(super) struct View {
+    name: String,
+    paint: Paint,
+    zone: TimeZone,
+    /// Lines that were not shown yet.
+    lines: Vec<String>,
+    introduced: bool,
+    last_notice: String,
+    phase: Option<Phase>,
+    reason: String,
+    attempt: i64,
+    /// The attempts whose end was told.
+    ended: BTreeMap<i64, String>,
+    conditions: BTreeMap<String, String>,
+    usage: Usage,
+    limits: Option<Limits>,
+    open: BTreeMap<String, Call>,
+    started: Option<Timestamp>,
+    /// When the newest attempt began, for its wall time.
+    attempt_started: Option<Timestamp>,
+    place: Option<String>,
+    deleted: bool,
+}
+
+/// A call that has left.
+struct Call {
+    channel: Channel,
+    target: String,
+    sent: Option<Timestamp>,
+}
+
+impl View {
+    /// A task that nothing is known of.
+    pub(super) fn new(namespace: &str, name: &str, paint: Paint) -> Self {
+        Self {
+            name: format!("{namespace}/{name}"),
+            paint,
+            zone: TimeZone::system(),
+            lines: Vec::new(),
+            introduced: false,
+            last_notice: String::new(),
+            phase: None,
+            reason: String::new(),
+            attempt: 0,
+            ended: BTreeMap::new(),
+            conditions: BTreeMap::new(),
+            usage: Usage::default(),
+            limits: None,
+            open: BTreeMap::new(),
+            started: None,
+            attempt_started: None,
+            place: None,
+            deleted: false,
+        }
+    }
+
+    /// The lines since the last time.
+    pub(super) fn take_lines(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.lines)
+    }
+
+    /// Takes the task in, and tells what changed.
+    pub(super) fn task(&mut self, task: &AgentTask) {
+        let now = Timestamp::now();
+        if !self.introduced {
+            self.introduce(task);
+        }
+        let spec = &task.spec.limits;
+        self.limits.get_or_insert(Limits {
+            wall_time_seconds: spec.wall_time_seconds,
+            tool_calls: spec.tool_calls,
+            tokens: spec.tokens,
+        });
+        let Some(status) = &task.status else { return };
+        for condition in &status.conditions {
+            self.condition(now, condition);
+        }
+        if let Some(newest) = status.attempt.filter(|n| *n > self.attempt) {
+            self.attempt = newest;
+            self.attempt_started = None;
+        }
+        for attempt in &status.attempts {
+            self.attempt_ended(now, attempt);
+        }
+        if let Some(usage) = status.usage {
+            // The gateway writes them a little later than the harness prints them.
+            self.usage.tool_calls = self.usage.tool_calls.max(usage.tool_calls);
+            self.usage.denials = self.usage.denials.max(usage.denials);
+        }
+        self.place = status.evidence.as_ref().map(|e| e.location.clone());
+        let reason = status.reason.clone().unwrap_or_default();
+        if status.phase != self.phase || reason != self.reason {
+            self.phase = status.phase;
+            self.reason = reason;
+            if !self.is_over() {
+                let words = self.standing();
+                self.push(now, &words);
+            }
+        }
+    }
+
+    /// The task is gone.
+    pub(super) fn deleted(&mut self) {
+        self.deleted = true;
+    }
+
+    /// Something about the watching itself. The same thing twice in a row is said once.
+    pub(super) fn notice(&mut self, notice: &str) {
+        if self.last_notice != notice {
+            notice.clone_into(&mut self.last_notice);
+            let text = self.paint.dim(format_args!("  … {}", Safe(notice)));
+            self.push(Timestamp::now(), &text);
+        }
+    }
+
+    /// Takes a record in.
+    pub(super) fn record(&mut self, attempt: i64, record: &Record) {
+        self.last_notice.clear();
+        let time = record.time.parse::<Timestamp>().ok();
+        let at = time.unwrap_or_else(Timestamp::now);
+        self.started = Some(self.started.map_or(at, |t| t.min(at)));
+        self.usage = record.usage;
+        let paint = self.paint;
+        match &record.event {
+            Event::AttemptOpened(opened) => self.opened(at, attempt, opened),
+            Event::Intent(intent) => self.intent(at, time, intent),
+            Event::Outcome(outcome) => self.outcome(at, time, outcome),
+            Event::Denied(denied) => self.denied(at, denied),
+            Event::ContainmentChecked(seen) if seen.contained => {
+                let text = format!("  contained still: {} silent", addresses(seen.unreachable.len()));
+                self.push(at, &paint.dim(text));
+            }
+            Event::ContainmentChecked(seen) => {
+                let text = format!("✗ CONTAINMENT LOST: {}", Safe(&seen.breaches.join(", ")));
+                self.push(at, &paint.bad(paint.strong(text)));
+            }
+            Event::AttemptClosed(closed) => {
+                let text = format!("■ attempt {attempt} closed: {}", Safe(&closed.reason));
+                self.push(at, &text);
+            }
+            // The gateway writes it, and no pod prints it.
+            Event::TaskClosed(_) => {}
+        }
+    }
+
+    /// The last line.
+    pub(super) fn finish(&mut self) {
+        let now = Timestamp::now();
+        let paint = self.paint;
+        let usage = self.usage;
+        let word = match (self.deleted, self.phase) {
+            (true, _) => paint.bad(paint.strong("● Deleted")),
+            (false, Some(Phase::Succeeded)) => paint.good(paint.strong("● Succeeded")),
+            (false, Some(Phase::Failed)) => paint.bad(paint.strong("● Failed")),
+            (false, _) => paint.warn(paint.strong("● Unknown")),
+        };
+        let reason = if self.reason.is_empty() { String::new() } else { format!(" ({})", Safe(&self.reason)) };
+        let limits = self.limits;
+        let of = |limit: Option<i64>| limit.map(|n| format!("/{n}")).unwrap_or_default();
+        self.push(
+            now,
+            &format!(
+                "{word}{reason}  attempts {}, tool calls {}{}, tokens {}{}, denied {}",
+                self.attempt,
+                usage.tool_calls,
+                of(limits.map(|l| l.tool_calls)),
+                usage.tokens,
+                of(limits.map(|l| l.tokens)),
+                usage.denials
+            ),
+        );
+        if let Some(place) = &self.place {
+            let (namespace, task) = self.name.split_once('/').unwrap_or_default();
+            let text = format!(
+                "           evidence in {}; check it: belay verify {} -n {}",
+                Safe(place),
+                Safe(task),
+                Safe(namespace)
+            );
+            self.lines.push(paint.dim(text));
+        }
+    }
+
+    /// How things stand, at most `width` columns wide. Empty once the task is over.
+    pub(super) fn panel(&self, width: usize) -> Vec<String> {
+        let Some(limits) = self.limits.filter(|_| !self.is_over()) else { return Vec::new() };
+        let paint = self.paint;
+        let seconds = self.attempt_started.map_or(0, |t| Timestamp::now().duration_since(t).as_secs().max(0));
+        let phase = self.phase.map_or("Unknown".to_owned(), |p| format!("{p:?}"));
+        let head =
+            format!("{phase}, attempt {}, {} denied, {} under way", self.attempt, self.usage.denials, self.open.len());
+        let rule = "─".repeat(width.min(64));
+        // A line that is too wide for its window would wrap, and the panel would not be where it was drawn.
+        let fit = |text: String| text.chars().take(width.saturating_sub(1)).collect::<String>();
+        let mut panel = vec![paint.dim(fit(rule)), paint.strong(fit(head))];
+        for (name, used, limit) in [
+            ("tool calls", self.usage.tool_calls, limits.tool_calls),
+            ("tokens", self.usage.tokens, limits.tokens),
+            ("wall time", seconds, limits.wall_time_seconds),
+        ] {
+            let numbers = format!("{used}/{limit}{}", if name == "wall time" { " s" } else { "" });
+            let plain = 12 + BAR + 1 + numbers.chars().count();
+            panel.push(if plain < width {
+                format!("{name:<12}{} {numbers}", self.bar(used, limit))
+            } else {
+                fit(format!("{name:<12}{numbers}"))
+            });
+        }
+        panel
+    }
+
+    fn bar(&self, used: i64, limit: i64) -> String {
+        let part = if limit > 0 { (used.max(0) as f64 / limit as f64).min(1.0) } else { 1.0 };
+        let full = (part * BAR as f64).round() as usize;
+        let bar = "█".repeat(full);
+        let rest = self.paint.dim("░".repeat(BAR.saturating_sub(full)));
+        let bar = match part {
+            p if p >= 1.0 => self.paint.bad(bar),
+            p if p >= NEARLY => self.paint.warn(bar),
+            _ => self.paint.good(bar),
+        };
+        format!("{bar}{rest}")
+    }
+
+    fn is_over(&self) -> bool {
+        self.deleted || matches!(self.phase, Some(Phase::Succeeded | Phase::Failed))
+    }
+
+    fn standing(&self) -> String {
+        let phase = self.phase.map_or("Unknown".to_owned(), |p| format!("{p:?}"));
+        let reason = if self.reason.is_empty() { String::new() } else { format!("  {}", Safe(&self.reason)) };
+        format!("● {}{}", self.paint.strong(phase), self.paint.dim(reason))
+    }
+
+    fn push(&mut self, at: Timestamp, text: &str) {
+        let clock = at.to_zoned(self.zone.clone()).strftime("%H:%M:%S").to_string();
+        self.lines.push(format!("{}  {text}", self.paint.dim(clock)));
+    }
+
+    fn introduce(&mut self, task: &AgentTask) {
+        self.introduced = true;
+        let paint = self.paint;
+        let spec = &task.spec;
+        self.lines.push(format!(
+            "{}  class {}, on behalf of {}",
+            paint.strong(Safe(&self.name)),
+            Safe(&spec.workflow_class),
+            Safe(&spec.principal)
+        ));
+        self.lines.push(paint.dim(format_args!("“{}”", Safe(spec.objective.trim()))));
+    }
+
+    fn condition(&mut self, now: Timestamp, condition: &k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition) {
+        let told = format!("{} {}", condition.status, condition.reason);
+        if self.conditions.insert(condition.type_.clone(), told.clone()) == Some(told) {
+            return;
+        }
+        let text = format!("  {} is {}: {}", Safe(&condition.type_), Safe(&condition.status), Safe(&condition.message));
+        let text = if condition.status == "False" { self.paint.warn(text) } else { self.paint.dim(text) };
+        self.push(now, &text);
+    }
+
+    fn attempt_ended(&mut self, now: Timestamp, attempt: &Attempt) {
+        let Some(finished) = &attempt.finished_at else { return };
+        let reason = attempt.reason.clone().unwrap_or_default();
+        if self.ended.insert(attempt.number, reason.clone()).is_some() {
+            return;
+        }
+        let at = finished.0.min(now);
+        let text = match attempt.failure_class {
+            Some(class) => {
+                self.paint.bad(format_args!("■ attempt {} failed: {} ({class:?})", attempt.number, Safe(&reason)))
+            }
+            None => format!("■ attempt {} ended {}", attempt.number, self.paint.dim(Safe(&reason))),
+        };
+        self.push(at, &text);
+    }
+
+    fn opened(&mut self, at: Timestamp, attempt: i64, opened: &AttemptOpened) {
+        self.limits = Some(opened.policy.limits);
+        self.attempt = self.attempt.max(attempt);
+        self.attempt_started = Some(at);
+        // What an earlier pod left open stays so.
+        self.open.clear();
+        let paint = self.paint;
+        let pod = &opened.pod;
+        let runtime = if pod.runtime_class.is_empty() { "the default runtime" } else { &pod.runtime_class };
+        let text = format!(
+            "{} {} on {} in {}",
+            paint.strong(format_args!("▶ attempt {attempt}")),
+            Safe(&pod.name),
+            Safe(&pod.node),
+            Safe(runtime)
+        );
+        self.push(at, &text);
+        let seen = &opened.containment;
+        let text = if seen.contained {
+            let (silent, rounds) = (addresses(seen.unreachable.len()), seen.rounds);
+            paint.dim(format_args!("  contained: {silent} silent, the gateway answers, {rounds} rounds"))
+        } else {
+            paint.bad(format_args!("  NOT CONTAINED: {}", Safe(&seen.breaches.join(", "))))
+        };
+        self.push(at, &text);
+    }
+
+    fn intent(&mut self, at: Timestamp, sent: Option<Timestamp>, intent: &Intent) {
+        if self.open.len() < MAX_OPEN {
+            let call = Call { channel: intent.channel, target: intent.target.clone(), sent };
+            self.open.insert(intent.call.clone(), call);
+        }
+        let rules: Vec<_> = intent.rules.iter().map(|r| r.as_str()).collect();
+        let effect = intent.effect.map(|e| format!(" {}", e.as_str())).unwrap_or_default();
+        let reserved = if intent.reserved_tokens > 0 {
+            format!(", {} tokens set aside", intent.reserved_tokens)
+        } else {
+            String::new()
+        };
+        let detail = format!("{effect}  passed {}{reserved}", rules.join(", "));
+        let text =
+            format!("{} {}{}", self.paint.good("✓"), call(intent.channel, &intent.target), self.paint.dim(detail));
+        self.push(at, &text);
+    }
+
+    fn outcome(&mut self, at: Timestamp, ended: Option<Timestamp>, outcome: &Outcome) {
+        let paint = self.paint;
+        let known = self.open.remove(&outcome.call);
+        let (name, took) = match &known {
+            Some(known) => {
+                let took = known.sent.zip(ended).map(|(from, to)| to.duration_since(from).as_millis());
+                (call(known.channel, &known.target), took.map(|ms| format!(" in {}", duration(ms))).unwrap_or_default())
+            }
+            None => (format!("call {}", Safe(&outcome.call)), String::new()),
+        };
+        let effect = match outcome.effect {
+            Effect::Applied => paint.good("applied"),
+            Effect::NotApplied => paint.warn("not applied"),
+            Effect::Unknown => paint.bad("unknown effect"),
+        };
+        let status = if outcome.status == 0 { String::new() } else { format!(" {}", outcome.status) };
+        let tokens = if outcome.tokens > 0 { format!(", {} tokens", outcome.tokens) } else { String::new() };
+        let rule = outcome.rule.map(|rule| format!(" {}", paint.bad(rule))).unwrap_or_default();
+        let detail = paint.dim(format_args!("{status}{took}, {}{tokens}", bytes(outcome.response_bytes)));
+        self.push(at, &format!("{} {name} {effect}{rule}{detail}", paint.dim("↳")));
+    }
+
+    fn denied(&mut self, at: Timestamp, denied: &Denied) {
+        let paint = self.paint;
+        let text = format!(
+            "{} {} {}  {}",
+            paint.bad("✗"),
+            call(denied.channel, &denied.target),
+            paint.bad(denied.rule),
+            Safe(&denied.reason)
+        );
+        self.push(at, &text);
+    }
+}
+
+/// A call's channel and target, in columns.
+fn call(channel: Channel, target: &str) -> String {
+    format!("{:<6} {:<28}", channel.as_str(), Safe(target).to_string())
+}
+
+fn addresses(n: usize) -> String {
+    if n == 1 { "1 address".to_owned() } else { format!("{n} addresses") }
+}
+
+fn duration(milliseconds: i128) -> String {
+    if milliseconds < 10_000 { format!("{milliseconds} ms") } else { format!("{} s", milliseconds / 1000) }
+}
+
+fn bytes(n: u64) -> String {
+    match n {
+        0..10_000 => format!("{n} B"),
+        10_000..10_000_000 => format!("{} kB", n / 1000),
+        _ => format!("{} MB", n / 1_000_000),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,215 @@
+use rstest::rstest;
+
+use super::*;
+use crate::{
+    api::policy_pack::{EvidencePolicy, RetentionMode},
+    gateway::testing,
+    policy::config::{EgressHost, EgressUse},
+};
+
+fn compiled() -> Compiled {
+    use EgressUse::{Direct, Models, Tools};
+    let entry = |host: &str, ports: &[u16], uses: &[EgressUse]| EgressHost {
+        host: host.into(),
+        ports: ports.to_vec(),
+        uses: uses.to_vec(),
+    };
+    let credential = || {
+        Some(Credential { secret: "s".into(), key: "k".into(), header: "authorization".into(), prefix: String::new() })
+    };
+    let policy = testing::policy();
+    Compiled {
+        digest: policy.digest().unwrap(),
+        policy,
+        egress: vec![
+            entry("tools.world.test", &[443], &[Tools]),
+            entry("models.world.test", &[443, 80], &[Models]),
+            entry("docs.world.test", &[443, 80], &[Direct]),
+            entry("*.docs.world.test", &[443], &[Direct]),
+        ],
+        credentials: vec![None, credential(), credential(), None],
+        evidence: EvidencePolicy {
+            bucket: "evidence".into(),
+            prefix: None,
+            mode: RetentionMode::Compliance,
+            retention_days: 1,
+        },
+    }
+}
+
+#[rstest]
+#[case("https://a.test", Ok(("a.test:443", "a.test", "/")))]
+#[case("http://a.test", Ok(("a.test:80", "a.test", "/")))]
+#[case("HTTPS://A.Test.:8443/x?y=1", Ok(("a.test:8443", "a.test:8443", "/x?y=1")))]
+#[case("http://a.test:443/", Ok(("a.test:443", "a.test:443", "/")))]
+#[case("https://a.test:443?q", Ok(("a.test:443", "a.test", "/?q")))]
+#[case::relative("/x", Err(Rule::Request))]
+#[case::authority_only("a.test:443", Err(Rule::Request))]
+#[case::scheme("ftp://a.test/", Err(Rule::Request))]
+#[case::no_host("https:///x", Err(Rule::Request))]
+#[case::fragment("https://a.test/#x", Err(Rule::Request))]
+#[case::space("https://a.test/ x", Err(Rule::Request))]
+#[case::newline("https://a.test/\nx", Err(Rule::Request))]
+#[case::a31_userinfo("https://a.test@evil.test/", Err(Rule::EgressHost))]
+#[case::a31_password("https://a.test:443@evil.test/", Err(Rule::EgressHost))]
+#[case::a32_v6("https://[::1]/", Err(Rule::EgressHost))]
+#[case::a15_decimal("https://2130706433/", Err(Rule::EgressHost))]
+#[case::a15_hex("https://0x7f000001/", Err(Rule::EgressHost))]
+#[case::a15_octal("https://0177.0.0.1/", Err(Rule::EgressHost))]
+#[case::a33_zero("https://a.test:0/", Err(Rule::EgressPort))]
+#[case::backslash("https://a.test\\@evil.test/", Err(Rule::Request))]
+fn targets(#[case] text: &str, #[case] expected: Result<(&str, &str, &str), Rule>) {
+    let found = Target::parse(text);
+    let found = found
+        .as_ref()
+        .map(|t| (t.authority.to_string(), t.host_header(), t.path.to_string()))
+        .map_err(|refused| refused.rule);
+    assert_eq!(found, expected.map(|(a, h, p)| (a.to_owned(), h.to_owned(), p.to_owned())));
+}
+
+#[rstest]
+#[case::tool(Channel::Tool, "https://tools.world.test/mcp", Ok(false))]
+#[case::model(Channel::Model, "https://models.world.test/v1/messages", Ok(true))]
+#[case::model_in_the_clear(Channel::Model, "http://models.world.test/v1/messages", Err(Rule::UpstreamCredential))]
+#[case::direct_never_gets_a_credential(Channel::Egress, "http://docs.world.test/", Ok(false))]
+#[case::direct_below(Channel::Egress, "https://a.docs.world.test/", Ok(false))]
+#[case::tool_to_model(Channel::Tool, "https://models.world.test/v1/messages", Err(Rule::EgressHost))]
+#[case::direct_to_tool(Channel::Egress, "https://tools.world.test/mcp", Err(Rule::EgressDirect))]
+#[case::port(Channel::Tool, "https://tools.world.test:8443/mcp", Err(Rule::EgressPort))]
+#[case::unlisted(Channel::Egress, "https://evil.world.test/", Err(Rule::EgressHost))]
+fn lists(#[case] channel: Channel, #[case] url: &str, #[case] expected: Result<bool, Rule>) {
+    let target = Target::parse(url).unwrap();
+    let found = listed(&compiled(), channel, Destination::Url(&target));
+    assert_eq!(found.map(|credential| credential.is_some()).map_err(|e| e.rule), expected);
+}
+
+fn facts(channel: Channel, target: &str, effect: Option<SideEffect>) -> IntentFacts {
+    IntentFacts { call: "1".into(), attempt: 1, channel, target: target.into(), effect, open: true }
+}
+
+#[rstest]
+#[case::tool(Channel::Tool, "https://tools.world.test/mcp", facts(Channel::Tool, "write", Some(SideEffect::Write)), Ok(()))]
+#[case::tool_over(
+    Channel::Tool,
+    "https://tools.world.test/mcp",
+    IntentFacts { open: false, ..facts(Channel::Tool, "write", Some(SideEffect::Write)) },
+    Err(Rule::IntentMissing)
+)]
+#[case::read_over(
+    Channel::Tool,
+    "https://tools.world.test/mcp",
+    IntentFacts { open: false, ..facts(Channel::Tool, "search", Some(SideEffect::Read)) },
+    Ok(())
+)]
+#[case::other_path(
+    Channel::Tool,
+    "https://tools.world.test/admin",
+    facts(Channel::Tool, "write", Some(SideEffect::Write)),
+    Err(Rule::IntentMissing)
+)]
+#[case::other_host(
+    Channel::Tool,
+    "https://docs.world.test/mcp",
+    facts(Channel::Tool, "write", Some(SideEffect::Write)),
+    Err(Rule::IntentMissing)
+)]
+#[case::plain(
+    Channel::Tool,
+    "http://tools.world.test:443/mcp",
+    facts(Channel::Tool, "write", Some(SideEffect::Write)),
+    Err(Rule::IntentMissing)
+)]
+#[case::unknown_tool(
+    Channel::Tool,
+    "https://tools.world.test/mcp",
+    facts(Channel::Tool, "drop", Some(SideEffect::Write)),
+    Err(Rule::ToolKnown)
+)]
+#[case::harmless_by_its_own_word(
+    Channel::Tool,
+    "https://tools.world.test/mcp",
+    facts(Channel::Tool, "write", Some(SideEffect::Read)),
+    Err(Rule::ToolEffect)
+)]
+#[case::no_effect(
+    Channel::Tool,
+    "https://tools.world.test/mcp",
+    facts(Channel::Tool, "write", None),
+    Err(Rule::ToolEffect)
+)]
+#[case::other_attempt(
+    Channel::Tool,
+    "https://tools.world.test/mcp",
+    IntentFacts { attempt: 2, ..facts(Channel::Tool, "write", Some(SideEffect::Write)) },
+    Err(Rule::IntentMissing)
+)]
+#[case::other_channel(
+    Channel::Tool,
+    "https://tools.world.test/mcp",
+    facts(Channel::Egress, "tools.world.test:443", None),
+    Err(Rule::IntentMissing)
+)]
+#[case::model(Channel::Model, "https://models.world.test/v1/messages?beta=true", facts(Channel::Model, "/v1/messages", None), Ok(()))]
+#[case::model_query_in_intent(Channel::Model, "https://models.world.test/v1/messages?beta=true", facts(Channel::Model, "/v1/messages?beta=true", None), Ok(()))]
+#[case::model_other_path(
+    Channel::Model,
+    "https://models.world.test/v1/files",
+    facts(Channel::Model, "/v1/messages", None),
+    Err(Rule::ModelEndpoint)
+)]
+#[case::model_dots(
+    Channel::Model,
+    "https://models.world.test/v1/messages/../files",
+    facts(Channel::Model, "/v1/messages", None),
+    Err(Rule::ModelEndpoint)
+)]
+#[case::model_other_host(
+    Channel::Model,
+    "https://tools.world.test/v1/messages",
+    facts(Channel::Model, "/v1/messages", None),
+    Err(Rule::ModelEndpoint)
+)]
+#[case::direct(Channel::Egress, "https://docs.world.test/any?thing", facts(Channel::Egress, "docs.world.test:443", None), Ok(()))]
+#[case::direct_other_port(
+    Channel::Egress,
+    "http://docs.world.test/",
+    facts(Channel::Egress, "docs.world.test:443", None),
+    Err(Rule::IntentMissing)
+)]
+#[case::direct_other_host(
+    Channel::Egress,
+    "https://a.docs.world.test/",
+    facts(Channel::Egress, "docs.world.test:443", None),
+    Err(Rule::IntentMissing)
+)]
+fn intents(
+    #[case] channel: Channel,
+    #[case] url: &str,
+    #[case] intent: IntentFacts,
+    #[case] expected: Result<(), Rule>,
+) {
+    let target = Target::parse(url).unwrap();
+    let found = intended(&compiled(), 1, channel, Destination::Url(&target), &intent).map_err(|e| e.rule);
+    assert_eq!(found, expected);
+}
+
+#[test]
+fn a_tunnel_is_for_the_agents_own_traffic() {
+    let to = Authority::parse("tools.world.test:443", None).unwrap();
+    let tool = facts(Channel::Tool, "write", Some(SideEffect::Write));
+    let found = intended(&compiled(), 1, Channel::Tool, Destination::Tunnel(&to), &tool);
+    assert_eq!(found.unwrap_err().rule, Rule::EgressDirect);
+    let to = Authority::parse("docs.world.test:443", None).unwrap();
+    let direct = facts(Channel::Egress, "docs.world.test:443", None);
+    assert_eq!(intended(&compiled(), 1, Channel::Egress, Destination::Tunnel(&to), &direct), Ok(()));
+}
+
+#[test]
+fn a_tool_that_the_class_forbids_now_is_refused() {
+    let mut compiled = compiled();
+    compiled.policy.allowed_effects = vec![SideEffect::Read];
+    let target = Target::parse("https://tools.world.test/mcp").unwrap();
+    let intent = facts(Channel::Tool, "write", Some(SideEffect::Write));
+    let found = intended(&compiled, 1, Channel::Tool, Destination::Url(&target), &intent);
+    assert_eq!(found.unwrap_err().rule, Rule::ToolEffect);
+}

@@ -1,0 +1,109 @@
+//! The serving certificate, from a folder that changes under us.
+//!
+//! Promises: a renewed certificate is served within seconds, without a restart; one that cannot be read, or does not fit
+//! its key, is not taken, and the last good one serves on. Refuses: starting without one.
+
+use std::{
+    path::PathBuf,
+    sync::{Arc, PoisonError, RwLock},
+    time::Duration,
+};
+
+use rustls::{
+    ServerConfig,
+    crypto::ring::sign::any_supported_type,
+    server::{ClientHello, ResolvesServerCert},
+    sign::CertifiedKey,
+};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
+
+use super::metrics::Metrics;
+
+/// Between two looks at the folder: the kubelet itself takes a minute to bring a new Secret.
+const LOOK: Duration = Duration::from_secs(10);
+
+/// No certificate to serve.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot use {file}: {problem}")]
+pub struct CertificateError {
+    file: String,
+    problem: String,
+}
+
+/// What is served now.
+#[derive(Debug)]
+struct Current(RwLock<Arc<CertifiedKey>>);
+
+impl ResolvesServerCert for Current {
+    fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        Some(self.0.read().unwrap_or_else(PoisonError::into_inner).clone())
+    }
+}
+
+/// Loads `tls.crt` and `tls.key`; gives the server's TLS configuration, and what keeps it current for ever.
+///
+/// # Errors
+/// If either file cannot be used, or they do not belong together.
+pub fn serve(
+    folder: PathBuf,
+    metrics: Metrics,
+) -> Result<(Arc<ServerConfig>, impl Future<Output = std::convert::Infallible> + Send + 'static), CertificateError> {
+    let mut last = read(&folder)?;
+    let current = Arc::new(Current(RwLock::new(Arc::new(key_of(&folder, &last)?))));
+    metrics.certificate_ok.set(1);
+    let mut config = ServerConfig::builder().with_no_client_auth().with_cert_resolver(current.clone());
+    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+    let follow = async move {
+        loop {
+            tokio::time::sleep(LOOK).await;
+            let looked = read(&folder).and_then(|files| {
+                if files == last {
+                    return Ok(None);
+                }
+                key_of(&folder, &files).map(|key| Some((files, key)))
+            });
+            match looked {
+                Ok(None) => metrics.certificate_ok.set(1),
+                Ok(Some((files, key))) => {
+                    *current.0.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(key);
+                    last = files;
+                    metrics.certificate_ok.set(1);
+                    tracing::info!("serving a renewed certificate");
+                }
+                Err(error) => {
+                    metrics.certificate_ok.set(0);
+                    tracing::warn!(%error, "the certificate cannot be renewed; the last one serves on");
+                }
+            }
+        }
+    };
+    Ok((Arc::new(config), follow))
+}
+
+/// Certificate chain and key, PEM.
+type Files = (Vec<u8>, Vec<u8>);
+
+fn read(folder: &std::path::Path) -> Result<Files, CertificateError> {
+    let file = |name: &str| {
+        let path = folder.join(name);
+        std::fs::read(&path).map_err(|e| CertificateError { file: path.display().to_string(), problem: e.to_string() })
+    };
+    Ok((file("tls.crt")?, file("tls.key")?))
+}
+
+fn key_of(folder: &std::path::Path, (chain, key): &Files) -> Result<CertifiedKey, CertificateError> {
+    let wrong =
+        |name: &str, problem: String| CertificateError { file: folder.join(name).display().to_string(), problem };
+    let chain = CertificateDer::pem_slice_iter(chain)
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(|e| wrong("tls.crt", format!("expected PEM certificates: {e}")))?;
+    if chain.is_empty() {
+        return Err(wrong("tls.crt", "expected PEM certificates, found none".to_owned()));
+    }
+    let key =
+        PrivateKeyDer::from_pem_slice(key).map_err(|e| wrong("tls.key", format!("expected a PEM private key: {e}")))?;
+    let key = any_supported_type(&key).map_err(|e| wrong("tls.key", e.to_string()))?;
+    let certified = CertifiedKey::new(chain, key);
+    certified.keys_match().map_err(|e| wrong("tls.key", format!("expected the key of tls.crt: {e}")))?;
+    Ok(certified)
+}

@@ -1,0 +1,511 @@
+//! The cluster as the gateway sees it: watched stores, and what follows from them for one task.
+//!
+//! Promises: decisions follow the newest objects that the API server has sent, so that a tightened pack or a deleted pod
+//! tells at once; an object that cannot be read counts as absent and stops no watch; before somebody is refused because
+//! the stores lag, the API server is asked once. Refuses: writing anything.
+
+use std::{
+    collections::HashMap,
+    net::IpAddr,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use futures::{StreamExt, future::BoxFuture};
+use k8s_openapi::{
+    api::core::v1::{Namespace, Pod, Secret},
+    apimachinery::pkg::apis::meta::v1::ObjectMeta,
+};
+use kube::{
+    Api, Client, Resource, ResourceExt,
+    core::DeserializeGuard,
+    runtime::{
+        WatchStreamExt,
+        reflector::{ObjectRef, Store, store::Writer},
+        watcher,
+    },
+};
+use serde::de::DeserializeOwned;
+
+use super::{
+    identity::{self, BoundPod, PodFacts, Principal, Reviewed, TaskFacts},
+    metrics::Metrics,
+    refusal::Refused,
+    witness::Place,
+};
+use crate::{
+    api::{
+        AgentTask, PolicyPack, ToolContract,
+        agent_task::Phase,
+        policy_pack::{Credential, EvidencePolicy, RetentionMode},
+    },
+    evidence::store::{Location, Mode, Retention, log_prefix},
+    plan,
+    policy::{
+        config::{EgressHost, PolicyConfig},
+        rule::Rule,
+    },
+};
+
+/// Label of everything that belongs to a task: its name.
+pub const TASK_LABEL: &str = "belay.dev/task";
+/// Label with the task's UID.
+pub const TASK_UID_LABEL: &str = "belay.dev/task-uid";
+/// Label with the attempt's number.
+pub const ATTEMPT_LABEL: &str = "belay.dev/attempt";
+/// Selects the Secrets that may be given to upstreams.
+pub const CREDENTIAL_SELECTOR: &str = "belay.dev/upstream-credential=true";
+
+/// What was fetched because the stores did not have it is good for so long: until the watch has caught up.
+const FETCHED_FOR: Duration = Duration::from_secs(1);
+/// Fetched pods that are remembered.
+const FETCHED: usize = 1024;
+/// An answer of the API server.
+const FETCH_TIMEOUT: Duration = Duration::from_secs(3);
+/// Compiled policies that are kept.
+const COMPILED: usize = 4096;
+
+/// A store whose unreadable objects are there, and count as absent.
+pub type Guarded<K> = Store<DeserializeGuard<K>>;
+
+/// What the gateway watches.
+#[derive(Clone)]
+pub struct Stores {
+    /// Pods of attempts.
+    pub pods: Guarded<Pod>,
+    /// Tasks.
+    pub tasks: Guarded<AgentTask>,
+    /// Contracts.
+    pub contracts: Guarded<ToolContract>,
+    /// Packs.
+    pub packs: Guarded<PolicyPack>,
+    /// Namespaces, for their labels.
+    pub namespaces: Guarded<Namespace>,
+    /// Secrets of the system namespace that may be given to upstreams.
+    pub secrets: Guarded<Secret>,
+}
+
+/// Where single objects are fetched from when the stores lag.
+pub trait Fetch: Send + Sync {
+    /// A pod, if there is one.
+    fn pod<'a>(&'a self, namespace: &'a str, name: &'a str) -> BoxFuture<'a, Result<Option<Pod>, String>>;
+    /// A task, if there is one.
+    fn task<'a>(&'a self, namespace: &'a str, name: &'a str) -> BoxFuture<'a, Result<Option<AgentTask>, String>>;
+}
+
+impl Fetch for Client {
+    fn pod<'a>(&'a self, namespace: &'a str, name: &'a str) -> BoxFuture<'a, Result<Option<Pod>, String>> {
+        let api = Api::<Pod>::namespaced(self.clone(), namespace);
+        Box::pin(async move { api.get_opt(name).await.map_err(|e| e.to_string()) })
+    }
+
+    fn task<'a>(&'a self, namespace: &'a str, name: &'a str) -> BoxFuture<'a, Result<Option<AgentTask>, String>> {
+        let api = Api::<AgentTask>::namespaced(self.clone(), namespace);
+        Box::pin(async move { api.get_opt(name).await.map_err(|e| e.to_string()) })
+    }
+}
+
+/// A pod and its task, fetched.
+#[derive(Clone, Default)]
+struct Fetched {
+    pod: Option<Arc<Pod>>,
+    task: Option<Arc<AgentTask>>,
+}
+
+/// What a task may do now.
+#[derive(Debug)]
+pub struct Compiled {
+    /// The policy, as the operator renders it.
+    pub policy: PolicyConfig,
+    /// Its digest.
+    pub digest: String,
+    /// The class's allowlist.
+    pub egress: Vec<EgressHost>,
+    /// The credential of each of its entries.
+    pub credentials: Vec<Option<Credential>>,
+    /// Where evidence goes.
+    pub evidence: EvidencePolicy,
+}
+
+/// The objects that a policy was compiled from: UID and generation of each.
+type Sources = Vec<(String, i64)>;
+
+/// The cluster.
+pub struct Cluster {
+    stores: Stores,
+    fetch: Arc<dyn Fetch>,
+    synced: AtomicBool,
+    fetched: Mutex<HashMap<String, (Instant, Fetched)>>,
+    compiled: Mutex<HashMap<String, (Sources, Arc<Compiled>)>>,
+}
+
+impl Cluster {
+    /// The cluster in these stores.
+    pub fn new(stores: Stores, fetch: Arc<dyn Fetch>) -> Self {
+        Self { stores, fetch, synced: AtomicBool::new(false), fetched: Mutex::default(), compiled: Mutex::default() }
+    }
+
+    /// Waits until every store has been filled once.
+    ///
+    /// # Errors
+    /// If a watch has ended, which it never should.
+    pub async fn wait_until_synced(&self) -> Result<(), String> {
+        let Stores { pods, tasks, contracts, packs, namespaces, secrets } = &self.stores;
+        let ended = |e| format!("a watch has ended: {e}");
+        pods.wait_until_ready().await.map_err(ended)?;
+        tasks.wait_until_ready().await.map_err(ended)?;
+        contracts.wait_until_ready().await.map_err(ended)?;
+        packs.wait_until_ready().await.map_err(ended)?;
+        namespaces.wait_until_ready().await.map_err(ended)?;
+        secrets.wait_until_ready().await.map_err(ended)?;
+        self.synced.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// Whether every store has been filled.
+    pub fn synced(&self) -> bool {
+        self.synced.load(Ordering::Acquire)
+    }
+
+    /// Who the bearer of a reviewed token is.
+    ///
+    /// # Errors
+    /// See [`identity::decide`].
+    pub async fn identify(&self, reviewed: &Reviewed, peer: IpAddr) -> Result<Principal, Refused> {
+        let known = self.decide(reviewed, peer, &Fetched::default());
+        let (Err(refused), Some(bound)) = (&known, &reviewed.pod) else { return known };
+        // What the stores say against it may be old news; that the task has ended is not.
+        if matches!(refused.rule, Rule::TaskClosed) {
+            return known;
+        }
+        self.decide(reviewed, peer, &self.fetched(bound).await)
+    }
+
+    fn decide(&self, reviewed: &Reviewed, peer: IpAddr, fetched: &Fetched) -> Result<Principal, Refused> {
+        let pod = fetched.pod.clone().or_else(|| {
+            let bound = reviewed.pod.as_ref()?;
+            get(&self.stores.pods, &bound.namespace, &bound.name)
+        });
+        let pod = pod.as_deref().and_then(pod_facts);
+        let task = fetched.task.clone().or_else(|| {
+            let pod = pod.as_ref()?;
+            get(&self.stores.tasks, &pod.namespace, &pod.task)
+        });
+        let task = task.map(|task| self.task_facts(&task));
+        identity::decide(reviewed, peer, pod.as_ref(), task.as_ref())
+    }
+
+    /// Pod and task as the API server has them, asked at most once a second for each pod.
+    async fn fetched(&self, bound: &BoundPod) -> Fetched {
+        let now = Instant::now();
+        {
+            let mut fetched = self.fetched.lock().unwrap_or_else(PoisonError::into_inner);
+            fetched.retain(|_, (at, _)| now.duration_since(*at) < FETCHED_FOR);
+            if let Some((_, known)) = fetched.get(&bound.uid) {
+                return known.clone();
+            }
+            if fetched.len() >= FETCHED {
+                return Fetched::default();
+            }
+            // Whoever comes while this one asks is decided by the stores.
+            fetched.insert(bound.uid.clone(), (now, Fetched::default()));
+        }
+        let asked = async {
+            let pod = self.fetch.pod(&bound.namespace, &bound.name).await?.map(Arc::new);
+            let name = pod.as_deref().and_then(pod_facts).map(|facts| facts.task);
+            let task = match name {
+                Some(name) => self.fetch.task(&bound.namespace, &name).await?.map(Arc::new),
+                None => None,
+            };
+            Ok::<_, String>(Fetched { pod, task })
+        };
+        let found = match tokio::time::timeout(FETCH_TIMEOUT, asked).await {
+            Ok(Ok(found)) => found,
+            Ok(Err(cause)) => {
+                tracing::warn!(cause, "a pod that is not in the store could not be fetched");
+                Fetched::default()
+            }
+            Err(_) => Fetched::default(),
+        };
+        let mut fetched = self.fetched.lock().unwrap_or_else(PoisonError::into_inner);
+        fetched.insert(bound.uid.clone(), (Instant::now(), found.clone()));
+        found
+    }
+
+    fn task_facts(&self, task: &AgentTask) -> TaskFacts {
+        let (namespace, uid) = (task.namespace().unwrap_or_default(), task.uid().unwrap_or_default());
+        let status = task.status.as_ref();
+        let of_pods = self.stores.pods.state().into_iter().filter_map(|pod| {
+            let pod = pod.0.as_ref().ok()?;
+            let of_task = pod.metadata.namespace.as_deref() == Some(&namespace)
+                && pod.labels().get(TASK_UID_LABEL).is_some_and(|label| *label == uid);
+            of_task.then(|| pod_facts(pod)).flatten().map(|facts| facts.attempt)
+        });
+        TaskFacts {
+            newest_attempt: of_pods.chain(status.and_then(|s| s.attempt)).max().unwrap_or_default(),
+            ending: task.metadata.deletion_timestamp.is_some(),
+            finished: status.and_then(|s| s.phase).is_some_and(|p| matches!(p, Phase::Succeeded | Phase::Failed)),
+            uid,
+        }
+    }
+
+    /// A task by name and UID.
+    pub fn task(&self, namespace: &str, name: &str, uid: &str) -> Option<Arc<AgentTask>> {
+        let is_it = |task: &Arc<AgentTask>| task.metadata.uid.as_deref() == Some(uid);
+        get(&self.stores.tasks, namespace, name).filter(is_it).or_else(|| {
+            let fetched = self.fetched.lock().unwrap_or_else(PoisonError::into_inner);
+            fetched.values().filter_map(|(_, f)| f.task.clone()).find(is_it)
+        })
+    }
+
+    /// The pod that a token is bound to, if it is a task's.
+    pub fn pod_of(&self, bound: &BoundPod) -> Option<PodFacts> {
+        let pod = get(&self.stores.pods, &bound.namespace, &bound.name)?;
+        pod_facts(&pod).filter(|facts| facts.uid == bound.uid)
+    }
+
+    /// The pod that has this address, if it is a task's.
+    pub fn pod_at(&self, address: IpAddr) -> Option<PodFacts> {
+        let address = address.to_canonical();
+        self.stores.pods.state().into_iter().find_map(|pod| {
+            let facts = pod_facts(pod.0.as_ref().ok()?)?;
+            (!facts.finished && facts.addresses.iter().any(|a| a.to_canonical() == address)).then_some(facts)
+        })
+    }
+
+    /// What `read` makes of the pack that governs a namespace.
+    fn pack<R>(&self, namespace: &str, read: impl FnOnce(&PolicyPack) -> R) -> Result<R, String> {
+        let unknown = || format!("the namespace {namespace} is not known yet");
+        let guarded = self.stores.namespaces.get(&ObjectRef::new(namespace)).ok_or_else(unknown)?;
+        let labels = guarded.0.as_ref().map_err(|_| unknown())?.metadata.labels.clone().unwrap_or_default();
+        let guarded = self.stores.packs.state();
+        let packs: Vec<&PolicyPack> = guarded.iter().filter_map(|pack| pack.0.as_ref().ok()).collect();
+        plan::pack_for(&labels, &packs).map(read).map_err(|finding| finding.to_string())
+    }
+
+    /// What a task may do now.
+    ///
+    /// # Errors
+    /// [`Rule::ConfigDigest`], to be tried again: the stores may lag, or somebody is about to mend contract or pack.
+    pub fn compiled(&self, principal: &Principal) -> Result<Arc<Compiled>, Refused> {
+        let Principal { namespace, task: name, task_uid, .. } = principal;
+        let unready = |reason: String| {
+            Refused::retry(Rule::ConfigDigest, format!("no policy can be compiled for {namespace}/{name}: {reason}"))
+        };
+        let task = self.task(namespace, name, task_uid).ok_or_else(|| unready("the task is not there".into()))?;
+        self.pack(namespace, |pack| self.compiled_by(&task, pack)).and_then(|compiled| compiled).map_err(unready)
+    }
+
+    fn compiled_by(&self, task: &AgentTask, pack: &PolicyPack) -> Result<Arc<Compiled>, String> {
+        let namespace = task.namespace().unwrap_or_default();
+        let guarded: Vec<_> = task
+            .spec
+            .tools
+            .iter()
+            .filter_map(|tool| self.stores.contracts.get(&ObjectRef::new(tool).within(&namespace)))
+            .collect();
+        let contracts: Vec<&ToolContract> = guarded.iter().filter_map(|contract| contract.0.as_ref().ok()).collect();
+        let source = |meta: &ObjectMeta| (meta.uid.clone().unwrap_or_default(), meta.generation.unwrap_or_default());
+        let mut sources = vec![source(&task.metadata), source(&pack.metadata)];
+        sources.extend(contracts.iter().map(|contract| source(&contract.metadata)));
+        let uid = task.uid().unwrap_or_default();
+        let mut cache = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((from, compiled)) = cache.get(&uid)
+            && *from == sources
+        {
+            return Ok(compiled.clone());
+        }
+        let compiled = Arc::new(compile(task, &contracts, pack)?);
+        if cache.len() >= COMPILED {
+            cache.clear();
+        }
+        cache.insert(uid, (sources, compiled.clone()));
+        Ok(compiled)
+    }
+
+    /// Where the evidence of a task lies, if its pack is known.
+    pub fn place(&self, namespace: &str, task: &str, uid: &str) -> Option<Place> {
+        self.pack(namespace, |pack| place(&pack.spec.evidence, namespace, task, uid)).ok()
+    }
+
+    /// Retention of a namespace's evidence, if its pack is known and puts it into that bucket.
+    pub fn retention(&self, namespace: &str, bucket: &str) -> Option<Retention> {
+        let given = |pack: &PolicyPack| {
+            let evidence = &pack.spec.evidence;
+            (evidence.bucket == bucket).then(|| retention(evidence))
+        };
+        self.pack(namespace, given).ok().flatten()
+    }
+
+    /// The buckets of all packs.
+    pub fn buckets(&self) -> Vec<String> {
+        let packs = self.stores.packs.state();
+        let readable = packs.iter().filter_map(|pack| pack.0.as_ref().ok());
+        let mut buckets: Vec<_> = readable.map(|pack| pack.spec.evidence.bucket.clone()).collect();
+        buckets.sort();
+        buckets.dedup();
+        buckets
+    }
+
+    /// Whether a caller that was identified before may still make calls, by the stores alone.
+    ///
+    /// # Errors
+    /// See [`identity::decide`] and [`Principal::may_call`].
+    pub fn still(&self, reviewed: &Reviewed, peer: IpAddr) -> Result<(), Refused> {
+        self.decide(reviewed, peer, &Fetched::default())?.may_call()
+    }
+
+    /// A credential's value, if its Secret is there and labelled for it.
+    pub fn secret(&self, name: &str, key: &str) -> Option<Vec<u8>> {
+        let secrets = self.stores.secrets.state();
+        let mut readable = secrets.iter().filter_map(|secret| secret.0.as_ref().ok());
+        let secret = readable.find(|secret| secret.metadata.name.as_deref() == Some(name))?;
+        secret.data.as_ref()?.get(key).map(|value| value.0.clone())
+    }
+}
+
+fn compile(task: &AgentTask, contracts: &[&ToolContract], pack: &PolicyPack) -> Result<Compiled, String> {
+    let policy = plan::config::render_policy(task, contracts, pack)
+        .map_err(|findings| findings.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))?;
+    let class = plan::config::class_of(task, pack).map_err(|e| e.to_string())?;
+    let entry = |rule: &crate::api::policy_pack::EgressRule| EgressHost {
+        host: rule.host.clone(),
+        // The schema bounds ports; one out of range is none.
+        ports: rule.ports.iter().filter_map(|port| u16::try_from(*port).ok()).collect(),
+        uses: rule.uses.clone(),
+    };
+    Ok(Compiled {
+        digest: policy.digest().map_err(|e| e.to_string())?,
+        egress: class.egress.iter().map(entry).collect(),
+        credentials: class.egress.iter().map(|rule| rule.credential.clone()).collect(),
+        evidence: pack.spec.evidence.clone(),
+        policy,
+    })
+}
+
+fn retention(evidence: &EvidencePolicy) -> Retention {
+    let mode = match evidence.mode {
+        RetentionMode::Compliance => Mode::Compliance,
+        RetentionMode::Governance => Mode::Governance,
+    };
+    Retention { mode, days: evidence.retention_days }
+}
+
+impl Compiled {
+    /// Where the task's log lies.
+    pub fn place(&self) -> Place {
+        let task = &self.policy.task;
+        place(&self.evidence, &task.namespace, &task.name, &task.uid)
+    }
+}
+
+fn place(evidence: &EvidencePolicy, namespace: &str, task: &str, uid: &str) -> Place {
+    Place {
+        location: Location {
+            bucket: evidence.bucket.clone(),
+            prefix: log_prefix(evidence.prefix.as_deref(), namespace, task, uid),
+        },
+        task_uid: uid.to_owned(),
+        retention: Some(retention(evidence)),
+    }
+}
+
+/// A pod of an attempt, as far as identity goes. `None` for a pod that lacks a label: it is none of ours.
+pub fn pod_facts(pod: &Pod) -> Option<PodFacts> {
+    let label = |key: &str| pod.metadata.labels.as_ref()?.get(key).cloned();
+    let status = pod.status.as_ref();
+    let addresses = status
+        .and_then(|s| s.pod_ips.as_ref())
+        .into_iter()
+        .flatten()
+        .map(|ip| ip.ip.as_str())
+        .chain(status.and_then(|s| s.pod_ip.as_deref()))
+        .filter_map(|ip| ip.parse().ok())
+        .collect();
+    Some(PodFacts {
+        namespace: pod.metadata.namespace.clone()?,
+        name: pod.metadata.name.clone()?,
+        uid: pod.metadata.uid.clone()?,
+        addresses,
+        task: label(TASK_LABEL)?,
+        task_uid: label(TASK_UID_LABEL)?,
+        attempt: label(ATTEMPT_LABEL)?.parse().ok().filter(|n| *n >= 1)?,
+        ending: pod.metadata.deletion_timestamp.is_some(),
+        finished: status.and_then(|s| s.phase.as_deref()).is_some_and(|p| matches!(p, "Succeeded" | "Failed")),
+    })
+}
+
+/// The object, if it is there and can be read.
+fn get<K>(store: &Guarded<K>, namespace: &str, name: &str) -> Option<Arc<K>>
+where
+    K: Resource<DynamicType = ()> + Clone + 'static,
+{
+    let guarded = store.get(&ObjectRef::new(name).within(namespace))?;
+    guarded.0.as_ref().ok().cloned().map(Arc::new)
+}
+
+/// Watches everything for ever. The returned future ends only if a watch does, which is a reason to end the process.
+pub fn watch(client: &Client, system_namespace: &str, metrics: &Metrics) -> (Stores, BoxFuture<'static, ()>) {
+    let any = watcher::Config::default;
+    let (pods, a) = follow::<Pod>(Api::all(client.clone()), any().labels(TASK_LABEL), metrics, |pod| pod.spec = None);
+    let (tasks, b) = follow::<AgentTask>(Api::all(client.clone()), any(), metrics, |_| ());
+    let (contracts, c) = follow::<ToolContract>(Api::all(client.clone()), any(), metrics, |_| ());
+    let (packs, d) = follow::<PolicyPack>(Api::all(client.clone()), any(), metrics, |_| ());
+    let (namespaces, e) = follow::<Namespace>(Api::all(client.clone()), any(), metrics, |_| ());
+    let (secrets, f) = follow::<Secret>(
+        Api::namespaced(client.clone(), system_namespace),
+        any().labels(CREDENTIAL_SELECTOR),
+        metrics,
+        |_| (),
+    );
+    let stores = Stores { pods, tasks, contracts, packs, namespaces, secrets };
+    let all = async move {
+        futures::future::select_all([a, b, c, d, e, f]).await;
+    };
+    (stores, Box::pin(all))
+}
+
+/// One watch. `trim` drops what nobody here reads.
+fn follow<K>(
+    api: Api<DeserializeGuard<K>>,
+    config: watcher::Config,
+    metrics: &Metrics,
+    trim: fn(&mut K),
+) -> (Guarded<K>, BoxFuture<'static, ()>)
+where
+    K: Resource<DynamicType = ()> + Clone + std::fmt::Debug + DeserializeOwned + Send + Sync + 'static,
+{
+    let writer = Writer::<DeserializeGuard<K>>::default();
+    let store = writer.as_reader();
+    let kind = K::kind(&());
+    let unreadable = metrics.unreadable.with_label_values(&[&*kind]);
+    let events = watcher(api, config)
+        .default_backoff()
+        .modify(move |guarded| match &mut guarded.0 {
+            Ok(object) => {
+                object.meta_mut().managed_fields = None;
+                trim(object);
+            }
+            Err(invalid) => {
+                unreadable.inc();
+                let (namespace, name) = (&invalid.metadata.namespace, &invalid.metadata.name);
+                tracing::warn!(kind = %K::kind(&()), ?namespace, ?name, error = %invalid.error, "an object cannot be read and counts as absent");
+            }
+        })
+        .reflect(writer);
+    let run = async move {
+        futures::pin_mut!(events);
+        while let Some(event) = events.next().await {
+            if let Err(error) = event {
+                tracing::warn!(kind = %K::kind(&()), %error, "a watch failed and is tried again");
+            }
+        }
+    };
+    (store, Box::pin(run))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,131 @@
+//! From a host name to a connection: resolve, check every address, connect to one of those, speak TLS.
+//!
+//! Promises: the address that is dialled is one that was checked, for the very name that goes into SNI and is checked
+//! against the certificate; all of it ends in bounded time. Refuses: a name of which any address is blocked.
+
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+
+use futures::future::BoxFuture;
+use rustls::{ClientConfig, RootCertStore, pki_types::ServerName};
+use rustls_pki_types::{CertificateDer, pem::PemObject};
+use tokio::net::TcpStream;
+use tokio_rustls::{TlsConnector, client::TlsStream};
+
+use super::{refusal::Refused, resolve::Resolve};
+use crate::policy::{
+    egress::Blocked,
+    hostname::{Authority, Hostname},
+    rule::Rule,
+};
+
+/// To resolve a name, tries and servers included.
+const RESOLVE: Duration = Duration::from_secs(8);
+/// To connect to one address.
+const CONNECT: Duration = Duration::from_secs(5);
+/// Addresses that are tried.
+const TRIED: usize = 3;
+/// To shake hands.
+const HANDSHAKE: Duration = Duration::from_secs(5);
+
+/// Opens TCP connections.
+pub trait Connect: Send + Sync {
+    /// Connects to exactly this address.
+    fn connect(&self, address: SocketAddr) -> BoxFuture<'_, io::Result<TcpStream>>;
+}
+
+/// The machine's own network.
+pub struct Network;
+
+impl Connect for Network {
+    fn connect(&self, address: SocketAddr) -> BoxFuture<'_, io::Result<TcpStream>> {
+        Box::pin(TcpStream::connect(address))
+    }
+}
+
+/// Dials upstreams.
+pub struct Dialer {
+    resolve: Arc<dyn Resolve>,
+    blocked: Blocked,
+    connect: Arc<dyn Connect>,
+    tls: TlsConnector,
+}
+
+impl Dialer {
+    /// A dialer that resolves, checks and connects by these, and trusts these authorities.
+    pub fn new(resolve: Arc<dyn Resolve>, blocked: Blocked, connect: Arc<dyn Connect>, roots: RootCertStore) -> Self {
+        let mut tls = ClientConfig::builder().with_root_certificates(roots).with_no_client_auth();
+        tls.alpn_protocols = vec![b"http/1.1".to_vec()];
+        Self { resolve, blocked, connect, tls: TlsConnector::from(Arc::new(tls)) }
+    }
+
+    /// Connects to a host by one of its addresses.
+    ///
+    /// # Errors
+    /// [`Rule::EgressAddress`] if any of its addresses is blocked; upstream rules if it cannot be reached.
+    pub async fn dial(&self, to: &Authority) -> Result<(TcpStream, SocketAddr), Refused> {
+        let Authority { host, port } = to;
+        let resolved = tokio::time::timeout(RESOLVE, self.resolve.addresses(host)).await;
+        let unresolved =
+            |cause: &str| Refused::upstream(Rule::UpstreamResolve, format!("cannot resolve {host}: {cause}"));
+        let addresses = match resolved {
+            Ok(Ok(addresses)) if !addresses.is_empty() => addresses,
+            Ok(Ok(_)) => return Err(unresolved("it has no addresses")),
+            Ok(Err(cause)) => return Err(unresolved(&cause)),
+            Err(_) => return Err(unresolved("no answer in time")),
+        };
+        self.blocked.check(host, &addresses)?;
+        let mut last = String::new();
+        for address in addresses.into_iter().take(TRIED).map(|ip| SocketAddr::new(ip, *port)) {
+            match tokio::time::timeout(CONNECT, self.connect.connect(address)).await {
+                Ok(Ok(stream)) => {
+                    // Small frames of a stream go out at once.
+                    let _ = stream.set_nodelay(true);
+                    return Ok((stream, address));
+                }
+                Ok(Err(error)) => last = format!("{address}: {error}"),
+                Err(_) => last = format!("{address}: no connection in {CONNECT:?}"),
+            }
+        }
+        Err(Refused::upstream(Rule::UpstreamConnect, format!("cannot connect to {host} at {last}")))
+    }
+
+    /// Shakes hands as a client of this host.
+    ///
+    /// # Errors
+    /// [`Rule::UpstreamTls`] if the certificate is not valid for the host, or there is no TLS.
+    pub async fn secure(&self, host: &Hostname, stream: TcpStream) -> Result<TlsStream<TcpStream>, Refused> {
+        let failed = |cause: String| Refused::upstream(Rule::UpstreamTls, format!("no TLS with {host}: {cause}"));
+        let name = ServerName::try_from(host.as_str().to_owned()).map_err(|e| failed(e.to_string()))?;
+        match tokio::time::timeout(HANDSHAKE, self.tls.connect(name, stream)).await {
+            Ok(shaken) => shaken.map_err(|e| failed(e.to_string())),
+            Err(_) => Err(failed(format!("no handshake in {HANDSHAKE:?}"))),
+        }
+    }
+}
+
+/// The certificate authorities cannot be read.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot read certificate authorities: {0}; expected PEM certificates")]
+pub struct RootsError(String);
+
+/// The web's authorities, and those in `pem`.
+///
+/// # Errors
+/// If `pem` holds anything else than at least one certificate.
+pub fn roots(pem: Option<&[u8]>) -> Result<RootCertStore, RootsError> {
+    let mut roots = RootCertStore { roots: webpki_roots::TLS_SERVER_ROOTS.to_vec() };
+    if let Some(pem) = pem {
+        let before = roots.len();
+        for certificate in CertificateDer::pem_slice_iter(pem) {
+            let certificate = certificate.map_err(|e| RootsError(e.to_string()))?;
+            roots.add(certificate).map_err(|e| RootsError(e.to_string()))?;
+        }
+        if roots.len() == before {
+            return Err(RootsError("found none".to_owned()));
+        }
+    }
+    Ok(roots)
+}
+
+#[cfg(test)]
+mod tests;

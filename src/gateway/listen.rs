@@ -1,0 +1,160 @@
+//! Connections: TCP, TLS, HTTP/1.1 or HTTP/2, and their bounds.
+//!
+//! Promises: whoever is slow, silent, too many or too long-winded loses its connection, and nobody else's suffers; a
+//! shutdown lets requests end. Refuses: HTTP without TLS.
+
+use std::{
+    collections::HashMap,
+    net::IpAddr,
+    pin::pin,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use rustls::ServerConfig;
+use tokio::net::{TcpListener, TcpStream};
+use tokio_rustls::TlsAcceptor;
+use tokio_util::sync::CancellationToken;
+
+use super::{metrics::Metrics, service::Gateway};
+
+/// Connections at a time.
+const CONNECTIONS: usize = 8192;
+/// Connections of one address at a time: agent and harness share theirs.
+const PER_PEER: usize = 256;
+/// For the TLS handshake.
+const HANDSHAKE: Duration = Duration::from_secs(5);
+/// For a request's head, and between requests on HTTP/1.1.
+const HEADER: Duration = Duration::from_secs(30);
+/// Bytes of a request's head.
+const LARGEST_HEADER: usize = 64 << 10;
+/// Headers of a request.
+const MOST_HEADERS: usize = 100;
+/// Requests at a time on one HTTP/2 connection.
+const STREAMS: u32 = 256;
+/// Between two pings on HTTP/2, and for their answer.
+const PING: Duration = Duration::from_secs(20);
+/// After a failed accept, which means that the process has no file left to open.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// Connections that are open, by peer.
+#[derive(Default)]
+struct Open(Mutex<HashMap<IpAddr, usize>>);
+
+/// One of them.
+struct Slot {
+    open: Arc<Open>,
+    peer: IpAddr,
+    metrics: Metrics,
+}
+
+impl Open {
+    fn slot(self: &Arc<Self>, peer: IpAddr, metrics: &Metrics) -> Option<Slot> {
+        let mut open = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let total: usize = usize::try_from(metrics.connections.get()).unwrap_or_default();
+        let of_peer = open.get(&peer).copied().unwrap_or_default();
+        if total >= CONNECTIONS || of_peer >= PER_PEER {
+            metrics.connections_refused.inc();
+            return None;
+        }
+        open.insert(peer, of_peer + 1);
+        metrics.connections.inc();
+        Some(Slot { open: self.clone(), peer, metrics: metrics.clone() })
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.metrics.connections.dec();
+        let mut open = self.open.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match open.get_mut(&self.peer) {
+            Some(count) if *count > 1 => *count -= 1,
+            _ => {
+                open.remove(&self.peer);
+            }
+        }
+    }
+}
+
+/// Serves until `stop`; then returns when the last connection has ended, which the caller bounds.
+pub async fn serve(
+    listener: TcpListener,
+    tls: Arc<ServerConfig>,
+    gateway: Arc<Gateway>,
+    metrics: Metrics,
+    stop: CancellationToken,
+) {
+    let acceptor = TlsAcceptor::from(tls);
+    let open = Arc::new(Open::default());
+    let mut connections = tokio::task::JoinSet::new();
+    loop {
+        let accepted = tokio::select! {
+            () = stop.cancelled() => break,
+            // Collects what has ended, so that the set does not grow.
+            Some(_) = connections.join_next(), if !connections.is_empty() => continue,
+            accepted = listener.accept() => accepted,
+        };
+        let Ok((stream, address)) = accepted else {
+            tokio::time::sleep(PAUSE).await;
+            continue;
+        };
+        let peer = address.ip().to_canonical();
+        let Some(slot) = open.slot(peer, &metrics) else { continue };
+        let (acceptor, gateway, stop) = (acceptor.clone(), gateway.clone(), stop.clone());
+        connections.spawn(async move {
+            connection(stream, peer, acceptor, gateway, stop).await;
+            drop(slot);
+        });
+    }
+    drop(listener);
+    while connections.join_next().await.is_some() {}
+}
+
+async fn connection(
+    stream: TcpStream,
+    peer: IpAddr,
+    acceptor: TlsAcceptor,
+    gateway: Arc<Gateway>,
+    stop: CancellationToken,
+) {
+    let _ = stream.set_nodelay(true);
+    let shaken = tokio::time::timeout(HANDSHAKE, acceptor.accept(stream)).await;
+    // A probe that only connects, or a peer that does not trust us: nothing to tell anybody.
+    let Ok(Ok(stream)) = shaken else { return };
+    let http2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
+    let service = service_fn(move |request| gateway.clone().serve(request, peer));
+    let io = TokioIo::new(stream);
+    // An error is the peer's: it broke the protocol, went away or was too slow.
+    if http2 {
+        let connection = hyper::server::conn::http2::Builder::new(TokioExecutor::new())
+            .timer(TokioTimer::new())
+            .max_concurrent_streams(STREAMS)
+            .max_header_list_size(u32::try_from(LARGEST_HEADER).unwrap_or(u32::MAX))
+            .keep_alive_interval(PING)
+            .keep_alive_timeout(PING)
+            .serve_connection(io, service);
+        let mut connection = pin!(connection);
+        tokio::select! {
+            _ = connection.as_mut() => return,
+            () = stop.cancelled() => connection.as_mut().graceful_shutdown(),
+        }
+        let _ = connection.await;
+    } else {
+        let connection = hyper::server::conn::http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(HEADER)
+            .max_header_size(LARGEST_HEADER)
+            .max_buf_size(LARGEST_HEADER * 2)
+            .max_headers(MOST_HEADERS)
+            .serve_connection(io, service)
+            .with_upgrades();
+        let mut connection = pin!(connection);
+        tokio::select! {
+            _ = connection.as_mut() => return,
+            () = stop.cancelled() => connection.as_mut().graceful_shutdown(),
+        }
+        let _ = connection.await;
+    }
+}

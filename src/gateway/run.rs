@@ -1,0 +1,281 @@
+//! The gateway's life: start, serve, stop.
+//!
+//! Promises: listens only once every store is filled; is ready exactly as long as it listens. Trouble with the object store
+//! does *not* end readiness: all replicas share the store, and without any of them the containment probes could not tell
+//! a contained pod from a broken network. It shows as `belay_gateway_store_up`, and as refusals that say so. Refuses:
+//! running on when a watch has ended, since stale stores would allow what has been forbidden.
+
+use std::{
+    collections::HashMap,
+    future::pending,
+    io,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use futures::future::BoxFuture;
+use prometheus::Registry;
+use tokio::{
+    net::TcpListener,
+    signal::unix::{SignalKind, signal},
+};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    canary, certificate,
+    cluster::{self, Cluster},
+    dial::{self, Dialer, Network},
+    identity::reviews::Reviews,
+    incidents::Incidents,
+    listen,
+    metrics::Metrics,
+    options::Options,
+    resolve::{Dns, ResolverError},
+    service::{Gateway, Parts},
+    usage::UsageStatus,
+    witness::{Buckets, Witness},
+};
+use crate::{
+    admin,
+    evidence::{
+        note::{KeyError, Signer, WITNESS_NAME},
+        store::{
+            Store, StoreError,
+            s3::{self, S3},
+        },
+    },
+    policy::egress::Blocked,
+};
+
+/// After SIGTERM, until Services have forgotten this pod: connections that still arrive are served.
+const LAME: Duration = Duration::from_secs(3);
+/// And then for requests and tunnels to end.
+const GRACE: Duration = Duration::from_secs(20);
+/// Between two looks at the buckets.
+const PROBE: Duration = Duration::from_secs(30);
+
+/// Why the gateway cannot start, or does not run on.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// A metric is registered twice.
+    #[error("cannot register metrics: {0}")]
+    Metrics(#[from] prometheus::Error),
+    /// No API server.
+    #[error("cannot make a client of the API server: {0}; run in a cluster or set KUBECONFIG")]
+    Client(#[from] kube::Error),
+    /// The administrative port.
+    #[error(transparent)]
+    Admin(#[from] admin::AdminError),
+    /// The serving certificate.
+    #[error(transparent)]
+    Certificate(#[from] certificate::CertificateError),
+    /// The upstreams' authorities.
+    #[error(transparent)]
+    Roots(#[from] dial::RootsError),
+    /// The resolver.
+    #[error(transparent)]
+    Resolver(#[from] ResolverError),
+    /// A file that a flag names.
+    #[error("cannot read {}: {cause}", file.display())]
+    File {
+        /// The file.
+        file: PathBuf,
+        /// Why.
+        cause: io::Error,
+    },
+    /// The witness's key.
+    #[error("cannot use the witness's key {}: {cause}", file.display())]
+    WitnessKey {
+        /// The file.
+        file: PathBuf,
+        /// Why.
+        cause: KeyError,
+    },
+    /// A port.
+    #[error("cannot listen on {address}: {cause}")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// Why.
+        cause: io::Error,
+    },
+    /// SIGTERM cannot be caught.
+    #[error("cannot wait for signals: {0}")]
+    Signal(io::Error),
+    /// A watch that should go on for ever.
+    #[error("a watch of the API server has ended; stale objects would allow what has been forbidden")]
+    Watch,
+}
+
+/// Runs a gateway until it is told to stop.
+///
+/// # Errors
+/// If it cannot start, or a watch has ended.
+pub async fn run(options: Options) -> Result<(), RunError> {
+    let registry = Registry::new();
+    let metrics = Metrics::new(&registry)?;
+    let client = kube::Client::try_default().await?;
+    let (stores, watches) = cluster::watch(&client, &options.system_namespace, &metrics);
+    let cluster = Arc::new(Cluster::new(stores, Arc::new(client.clone())));
+    let listening = Arc::new(AtomicBool::new(false));
+    let ready = {
+        let (cluster, listening) = (cluster.clone(), listening.clone());
+        move || match (cluster.synced(), listening.load(Ordering::Acquire)) {
+            (true, true) => Ok(()),
+            (true, false) => Err("not listening: starting or stopping".to_owned()),
+            (false, _) => Err("the API server's objects are not all there yet".to_owned()),
+        }
+    };
+    let admin = admin::serve(options.admin_listen, registry, ready).await?;
+    let canary = canary::sing(bind(options.canary_listen).await?);
+    let (tls, certificate) = certificate::serve(options.tls_dir.clone(), metrics.clone())?;
+
+    let stop = CancellationToken::new();
+    let end = CancellationToken::new();
+    let witness =
+        Arc::new(Witness::new(witness_key(&options.witness_key)?, Arc::new(buckets(&options)?), metrics.clone()));
+    let (incidents, telling) = Incidents::new(witness.clone(), metrics.clone());
+    let gateway = Arc::new(Gateway::new(Parts {
+        reviews: Reviews::new(Arc::new(client.clone()), metrics.token_reviews.clone()),
+        witness: witness.clone(),
+        dialer: dialer(&options)?,
+        incidents,
+        usage: Arc::new(UsageStatus::new(Arc::new(client), metrics.clone())),
+        metrics: metrics.clone(),
+        operator: format!("system:serviceaccount:{}:belay-operator", options.system_namespace),
+        shutdown: end.clone(),
+        cluster: cluster.clone(),
+    }));
+    let serving = async {
+        cluster.wait_until_synced().await.map_err(|_| RunError::Watch)?;
+        let listener = bind(options.listen).await?;
+        listening.store(true, Ordering::Release);
+        tracing::info!(address = %options.listen, "serving");
+        listen::serve(listener, tls, gateway, metrics.clone(), stop.clone()).await;
+        while metrics.tunnels.get() > 0 {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        Ok(())
+    };
+    let stopping = async {
+        terminated().await?;
+        tracing::info!("stopping");
+        listening.store(false, Ordering::Release);
+        tokio::time::sleep(LAME).await;
+        stop.cancel();
+        tokio::time::sleep(GRACE).await;
+        end.cancel();
+        Ok(())
+    };
+    let probing = async {
+        cluster.wait_until_synced().await.map_err(|_| RunError::Watch)?;
+        probe(&cluster, &witness, &metrics).await;
+        Ok(())
+    };
+    // Incidents are written until the gateway that tells them is gone; that is no reason to end.
+    let telling = async {
+        telling.await;
+        pending::<()>().await;
+    };
+    tokio::select! {
+        served = serving => served,
+        stopped = stopping => stopped,
+        () = watches => Err(RunError::Watch),
+        probed = probing => probed,
+        () = telling => Ok(()),
+        never = admin => match never {},
+        never = canary => match never {},
+        never = certificate => match never {},
+    }
+}
+
+async fn bind(address: SocketAddr) -> Result<TcpListener, RunError> {
+    TcpListener::bind(address).await.map_err(|cause| RunError::Listen { address, cause })
+}
+
+async fn terminated() -> Result<(), RunError> {
+    let mut term = signal(SignalKind::terminate()).map_err(RunError::Signal)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(RunError::Signal)?;
+    tokio::select! {
+        _ = term.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    Ok(())
+}
+
+async fn probe(cluster: &Cluster, witness: &Witness, metrics: &Metrics) {
+    loop {
+        let mut up = 1;
+        for bucket in cluster.buckets() {
+            if let Err(error) = witness.probe(&bucket).await {
+                tracing::warn!(bucket, %error, "an evidence bucket does not answer");
+                up = 0;
+            }
+        }
+        metrics.store_up.set(up);
+        tokio::time::sleep(PROBE).await;
+    }
+}
+
+fn witness_key(file: &Path) -> Result<Signer, RunError> {
+    Signer::from_pkcs8(WITNESS_NAME, &read(file)?)
+        .map_err(|cause| RunError::WitnessKey { file: file.to_owned(), cause })
+}
+
+fn dialer(options: &Options) -> Result<Dialer, RunError> {
+    let pem = options.upstream_ca.as_deref().map(read).transpose()?;
+    let servers: Vec<_> = options.nameserver.iter().map(|server| server.0).collect();
+    let blocked = Blocked::new(options.blocked_cidr.clone());
+    Ok(Dialer::new(Arc::new(Dns::new(&servers)?), blocked, Arc::new(Network), dial::roots(pem.as_deref())?))
+}
+
+fn read(file: &Path) -> Result<Vec<u8>, RunError> {
+    std::fs::read(file).map_err(|cause| RunError::File { file: file.to_owned(), cause })
+}
+
+/// S3 buckets of one store, each with a client of its own.
+struct S3Buckets {
+    options: s3::Options,
+    clients: Mutex<HashMap<String, Arc<dyn Store>>>,
+}
+
+fn buckets(options: &Options) -> Result<S3Buckets, RunError> {
+    Ok(S3Buckets {
+        options: s3::Options {
+            bucket: String::new(),
+            endpoint: options.s3_endpoint.clone(),
+            path_style: options.s3_path_style,
+            region: options.s3_region.clone(),
+            ca: options.s3_ca.as_deref().map(read).transpose()?,
+        },
+        clients: Mutex::default(),
+    })
+}
+
+impl Buckets for S3Buckets {
+    fn bucket<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Arc<dyn Store>, StoreError>> {
+        Box::pin(async move {
+            if let Some(known) = self.clients.lock().unwrap_or_else(PoisonError::into_inner).get(name) {
+                return Ok(known.clone());
+            }
+            let options = s3::Options { bucket: name.to_owned(), ..self.options.clone() };
+            let client: Arc<dyn Store> = Arc::new(S3::connect(options).await.map_err(|e| StoreError::Unavailable {
+                action: "reach",
+                key: String::new(),
+                place: name.to_owned(),
+                detail: e.to_string(),
+            })?);
+            self.clients.lock().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned(), client.clone());
+            Ok(client)
+        })
+    }
+
+    fn endpoint(&self) -> Option<String> {
+        self.options.endpoint.clone()
+    }
+}

@@ -1,0 +1,529 @@
+//! What the gateway does with one request: who, what, whether, and then.
+//!
+//! Promises: nothing is read of a request before its caller is known; every end is counted once, by channel, decision and
+//! rule, and has a span; every refusal carries its rule. Refuses: more at a time from one pod than its share, so
+//! that one agent cannot starve the others.
+
+use std::{
+    collections::HashMap,
+    convert::Infallible,
+    net::IpAddr,
+    sync::{Arc, Mutex, PoisonError, atomic::Ordering},
+    time::{Duration, Instant},
+};
+
+use http::{
+    HeaderMap, HeaderValue, Method, Request, Response, StatusCode,
+    header::{CONTENT_TYPE, HOST, RETRY_AFTER},
+};
+use hyper::body::Incoming;
+use hyper_util::rt::TokioIo;
+use serde::{Serialize, de::DeserializeOwned};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_util::sync::CancellationToken;
+use tracing::{Instrument, Span, field};
+
+use super::{
+    authorize::{self, Destination, Target},
+    body::{ReplyBody, full},
+    cluster::{Cluster, Compiled},
+    credentials::Injected,
+    dial::Dialer,
+    forward,
+    identity::{Caller, Principal, Reviewed, reviews::Reviews},
+    incidents::{Incident, Incidents},
+    metrics::Metrics,
+    refusal::Refused,
+    tunnel,
+    usage::UsageStatus,
+    witness::{Place, Witness},
+};
+use crate::{
+    evidence::{
+        record::Channel,
+        store::{Location, log_prefix},
+    },
+    policy::rule::Rule,
+    wire::{self, AppendRequest, OpenRequest, Refusal, SealRequest},
+};
+
+/// Calls and tunnels of one pod at a time.
+const CALLS: usize = 128;
+/// Requests of one pod about its log at a time: they stand in line for the log anyway.
+const LOG_REQUESTS: usize = 8;
+/// Pods whose shares are remembered.
+const PODS: usize = 8192;
+/// A request to open: two fields.
+const LARGEST_OPEN: usize = 16 << 10;
+/// A segment: records of many calls, or one with a whole policy in it.
+const LARGEST_APPEND: usize = 8 << 20;
+/// A request to seal.
+const LARGEST_SEAL: usize = 64 << 10;
+/// For such a body to arrive.
+const BODY_TIME: Duration = Duration::from_secs(20);
+/// What the stores may lag behind the operator, which creates an attempt right after rendering its policy.
+const LAG: Duration = Duration::from_secs(2);
+/// Between two looks.
+const LAG_STEP: Duration = Duration::from_millis(100);
+
+/// The parts of a gateway.
+pub struct Parts {
+    /// The watched cluster.
+    pub cluster: Arc<Cluster>,
+    /// Reviewed tokens.
+    pub reviews: Reviews,
+    /// The witness.
+    pub witness: Arc<Witness>,
+    /// The way out.
+    pub dialer: Dialer,
+    /// Teller of incidents.
+    pub incidents: Incidents,
+    /// Writer of usage.
+    pub usage: Arc<UsageStatus>,
+    /// Counters.
+    pub metrics: Metrics,
+    /// The operator's user name: `system:serviceaccount:<system namespace>:belay-operator`.
+    pub operator: String,
+    /// Ends tunnels.
+    pub shutdown: CancellationToken,
+}
+
+/// One pod's share.
+struct Share {
+    calls: Arc<Semaphore>,
+    log: Arc<Semaphore>,
+}
+
+/// The gateway.
+pub struct Gateway {
+    parts: Parts,
+    shares: Mutex<HashMap<String, Share>>,
+}
+
+/// A request that was served, and what it counts as.
+type Served = Result<Response<ReplyBody>, Refused>;
+
+/// What a request is about, for metrics.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum About {
+    Call(Channel),
+    Log,
+    Other,
+}
+
+impl About {
+    fn of(request: &Request<Incoming>) -> Self {
+        if request.method() == Method::CONNECT {
+            return Self::Call(Channel::Egress);
+        }
+        match request.uri().path() {
+            wire::FORWARD => channel(request.headers()).map_or(Self::Other, Self::Call),
+            wire::LOG_OPEN | wire::LOG_APPEND | wire::LOG_SEAL => Self::Log,
+            _ => Self::Other,
+        }
+    }
+
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Call(channel) => channel.as_str(),
+            Self::Log => "log",
+            Self::Other => "other",
+        }
+    }
+}
+
+/// A harness's request, once its caller is known.
+struct Asked {
+    reviewed: Reviewed,
+    principal: Principal,
+    peer: IpAddr,
+}
+
+impl Gateway {
+    /// A gateway of these parts.
+    pub fn new(parts: Parts) -> Self {
+        Self { parts, shares: Mutex::default() }
+    }
+
+    /// Serves one request from a TCP peer.
+    ///
+    /// # Errors
+    /// Never: what goes wrong is in the reply.
+    pub async fn serve(
+        self: Arc<Self>,
+        request: Request<Incoming>,
+        peer: IpAddr,
+    ) -> Result<Response<ReplyBody>, Infallible> {
+        let about = About::of(&request);
+        let span = tracing::info_span!(
+            "request",
+            channel = about.as_str(),
+            peer = %peer,
+            namespace = field::Empty,
+            task = field::Empty,
+            attempt = field::Empty,
+            host = field::Empty,
+            upstream = field::Empty,
+            rule = field::Empty,
+            bytes_sent = field::Empty,
+            bytes_received = field::Empty,
+        );
+        Ok(self.answer(request, peer, about).instrument(span).await)
+    }
+
+    async fn answer(self: Arc<Self>, request: Request<Incoming>, peer: IpAddr, about: About) -> Response<ReplyBody> {
+        let is_tunnel = request.method() == Method::CONNECT;
+        match self.clone().route(request, peer).await {
+            // A tunnel is counted when its first bytes have been seen.
+            Ok(reply) if is_tunnel => reply,
+            Ok(reply) => {
+                self.count(about, None);
+                reply
+            }
+            Err(refused) => {
+                self.count(about, Some(&refused));
+                refusal(&refused)
+            }
+        }
+    }
+
+    fn count(&self, about: About, refused: Option<&Refused>) {
+        let (decision, rule) = refused.map_or(("allowed", "none"), |r| (r.decision(), r.rule.as_str()));
+        self.parts.metrics.requests.with_label_values(&[about.as_str(), decision, rule]).inc();
+        if let Some(refused) = refused {
+            Span::current().record("rule", rule);
+            tracing::info!(rule, reason = refused.reason, "refused");
+        }
+    }
+
+    async fn route(self: Arc<Self>, mut request: Request<Incoming>, peer: IpAddr) -> Served {
+        let token = forward::take_token(request.headers_mut());
+        let (caller, reviewed) = self.identify(token, peer).await?;
+        let connect = request.method() == Method::CONNECT;
+        let post = request.method() == Method::POST;
+        let path = request.uri().path().to_owned();
+        let principal = match caller {
+            Caller::Operator if post && path == wire::LOG_SEAL => return self.seal(request).await,
+            Caller::Operator => {
+                return Err(Refused::denied(Rule::IdentityToken, "the operator may seal logs, and nothing else"));
+            }
+            Caller::Harness(principal) => principal,
+        };
+        let span = Span::current();
+        span.record("namespace", &principal.namespace)
+            .record("task", &principal.task)
+            .record("attempt", principal.attempt);
+        let asked = Asked { reviewed, principal, peer };
+        match path.as_str() {
+            _ if connect => self.tunnel(request, asked).await,
+            wire::FORWARD => self.forward(request, asked).await,
+            wire::LOG_OPEN if post => self.open(request, asked).await,
+            wire::LOG_APPEND if post => self.append(request, asked).await,
+            wire::LOG_SEAL => Err(Refused::denied(Rule::IdentityToken, "only the operator may seal a log")),
+            _ => Err(Refused {
+                status: StatusCode::NOT_FOUND,
+                ..Refused::malformed("expected CONNECT, /v1/forward or a POST to /v1/log/{open,append,seal}")
+            }),
+        }
+    }
+
+    /// Who is asking. Whoever is refused is told of, where it is known whose task that concerns.
+    async fn identify(&self, token: Result<String, Refused>, peer: IpAddr) -> Result<(Caller, Reviewed), Refused> {
+        let reviewed = match token {
+            Ok(token) => self.parts.reviews.user(&token, peer).await,
+            Err(refused) => Err(refused),
+        };
+        let identified = match &reviewed {
+            Ok(user) if user.username == self.parts.operator => return Ok((Caller::Operator, user.clone())),
+            Ok(user) => self.parts.cluster.identify(user, peer).await.map(|p| (Caller::Harness(p), user.clone())),
+            Err(refused) => Err(refused.clone()),
+        };
+        if let Err(refused) = &identified
+            && !refused.is_retryable()
+        {
+            let bound = reviewed.ok().and_then(|user| user.pod);
+            self.incident(bound.as_ref(), peer, refused);
+        }
+        identified
+    }
+
+    /// Tells of a refusal: of the pod whose token it was, else of the one at that address.
+    fn incident(&self, bound: Option<&super::identity::BoundPod>, peer: IpAddr, refused: &Refused) {
+        let cluster = &self.parts.cluster;
+        let pod = match bound {
+            Some(bound) => cluster.pod_of(bound),
+            None => cluster.pod_at(peer),
+        };
+        let Some(pod) = pod.filter(|pod| self.parts.incidents.is_new(&pod.uid, refused.rule)) else { return };
+        let Some(place) = cluster.place(&pod.namespace, &pod.task, &pod.task_uid) else { return };
+        let incident = Incident::now(&pod, peer, refused.rule, &refused.reason);
+        self.parts.incidents.tell(place, incident);
+    }
+
+    /// A place among the pod's requests.
+    fn share(&self, principal: &Principal, of: fn(&Share) -> &Arc<Semaphore>) -> Result<OwnedSemaphorePermit, Refused> {
+        let mut shares = self.shares.lock().unwrap_or_else(PoisonError::into_inner);
+        if shares.len() >= PODS {
+            // Whoever holds a permit holds its semaphore, too.
+            shares.retain(|_, s| Arc::strong_count(&s.calls) > 1 || Arc::strong_count(&s.log) > 1);
+        }
+        let share = shares.entry(principal.pod_uid.clone()).or_insert_with(|| Share {
+            calls: Arc::new(Semaphore::new(CALLS)),
+            log: Arc::new(Semaphore::new(LOG_REQUESTS)),
+        });
+        of(share).clone().try_acquire_owned().map_err(|_| Refused {
+            status: StatusCode::TOO_MANY_REQUESTS,
+            rule: Rule::Busy,
+            reason: "the pod has as many requests under way as it may; wait for one of them to end".to_owned(),
+        })
+    }
+
+    async fn open(&self, request: Request<Incoming>, asked: Asked) -> Served {
+        let Asked { principal, .. } = asked;
+        let _share = self.share(&principal, |share| &share.log)?;
+        let body: OpenRequest = json(request, LARGEST_OPEN).await?;
+        let compiled = self.compiled_as(&principal, &body.policy_digest).await?;
+        reply(&self.parts.witness.open(&compiled.place(), &principal, &body, &compiled.digest).await?)
+    }
+
+    /// The policy, once it is the harness's or the stores have had their time to catch up.
+    async fn compiled_as(&self, principal: &Principal, digest: &str) -> Result<Arc<Compiled>, Refused> {
+        let started = Instant::now();
+        loop {
+            let compiled = self.parts.cluster.compiled(principal);
+            match &compiled {
+                Ok(compiled) if compiled.digest == digest => {}
+                _ if started.elapsed() < LAG => {
+                    tokio::time::sleep(LAG_STEP).await;
+                    continue;
+                }
+                _ => {}
+            }
+            return compiled;
+        }
+    }
+
+    async fn append(&self, request: Request<Incoming>, asked: Asked) -> Served {
+        let Asked { principal, .. } = asked;
+        let _share = self.share(&principal, |share| &share.log)?;
+        let body: AppendRequest = json(request, LARGEST_APPEND).await?;
+        let compiled = self.parts.cluster.compiled(&principal)?;
+        let (appended, usage) =
+            self.parts.witness.append(&compiled.place(), &principal, &body, &compiled.digest).await?;
+        if let Some(task) = self.parts.cluster.task(&principal.namespace, &principal.task, &principal.task_uid) {
+            let status = self.parts.usage.clone();
+            tokio::spawn(async move { status.running(&task, usage).await });
+        }
+        reply(&appended)
+    }
+
+    async fn seal(&self, request: Request<Incoming>) -> Served {
+        let body: SealRequest = json(request, LARGEST_SEAL).await?;
+        let SealRequest { namespace, name, uid, bucket, prefix, .. } = &body;
+        let plain = |part: &str| !part.is_empty() && !part.contains('/') && !part.chars().any(char::is_control);
+        if ![namespace, name, uid, bucket].into_iter().all(|part| plain(part)) {
+            return Err(Refused::malformed("expected namespace, name, uid and bucket without slashes"));
+        }
+        let place = Place {
+            location: Location {
+                bucket: bucket.clone(),
+                prefix: log_prefix(Some(prefix.trim_matches('/')), namespace, name, uid),
+            },
+            task_uid: uid.clone(),
+            retention: self.parts.cluster.retention(namespace, bucket),
+        };
+        let sealed = self.parts.witness.seal(&place, &body).await?;
+        if let Some(task) = self.parts.cluster.task(namespace, name, uid) {
+            // Before the reply: the operator may let the task go after it.
+            self.parts.usage.ended(&task, sealed.usage).await;
+        }
+        reply(&sealed)
+    }
+
+    async fn forward(&self, request: Request<Incoming>, asked: Asked) -> Served {
+        let Asked { principal, .. } = &asked;
+        principal.may_call()?;
+        let share = self.share(principal, |share| &share.calls)?;
+        let headers = request.headers();
+        let channel = channel(headers).ok_or_else(|| {
+            Refused::malformed(format!("expected one header {} of model, tool or egress", wire::CHANNEL))
+        })?;
+        let target = Target::parse(single(headers, wire::TARGET)?)?;
+        Span::current().record("host", target.authority.host.as_str());
+        let credential = self.authorized(principal, channel, Destination::Url(&target), headers).await?;
+        let injected = credential.map(|credential| Injected::read(&self.parts.cluster, &credential)).transpose()?;
+        let started = Instant::now();
+        let replied = forward::forward(&self.parts.dialer, &target, injected, request, share).await;
+        self.parts.metrics.upstream_took(channel.as_str(), started.elapsed());
+        let replied = replied?;
+        if let Some(address) = replied.headers().get(wire::UPSTREAM).and_then(|a| a.to_str().ok()) {
+            Span::current().record("upstream", address);
+        }
+        Ok(replied)
+    }
+
+    /// Whether a call may leave, by list and log; gives the credential for it.
+    async fn authorized(
+        &self,
+        principal: &Principal,
+        channel: Channel,
+        to: Destination<'_>,
+        headers: &HeaderMap,
+    ) -> Result<Option<crate::api::policy_pack::Credential>, Refused> {
+        let compiled = self.parts.cluster.compiled(principal)?;
+        let credential = authorize::listed(&compiled, channel, to)?;
+        let seq = single(headers, wire::INTENT)?;
+        let seq = seq.parse().map_err(|_| {
+            Refused::denied(
+                Rule::IntentMissing,
+                format!("expected a record's number in {}, found {seq:?}", wire::INTENT),
+            )
+        })?;
+        let intent = self.parts.witness.intent(&compiled.place(), seq).await?;
+        authorize::intended(&compiled, principal.attempt, channel, to, &intent)?;
+        Ok(credential)
+    }
+
+    async fn tunnel(self: Arc<Self>, mut request: Request<Incoming>, asked: Asked) -> Served {
+        asked.principal.may_call()?;
+        let share = self.share(&asked.principal, |share| &share.calls)?;
+        let headers = request.headers();
+        if channel(headers) != Some(Channel::Egress) {
+            return Err(Refused::denied(
+                Rule::EgressDirect,
+                format!("a tunnel is for the agent's own traffic: expected {}: egress", wire::CHANNEL),
+            ));
+        }
+        let to = request.uri().authority().ok_or_else(|| Refused::malformed("expected CONNECT host:port"))?;
+        let to = authorize::authority(to.as_str(), None)?;
+        Span::current().record("host", to.host.as_str());
+        same_host(headers, &to)?;
+        self.authorized(&asked.principal, Channel::Egress, Destination::Tunnel(&to), headers).await?;
+        let started = Instant::now();
+        let dialled = self.parts.dialer.dial(&to).await;
+        self.parts.metrics.upstream_took(Channel::Egress.as_str(), started.elapsed());
+        let (upstream, address) = dialled?;
+        Span::current().record("upstream", field::display(address));
+
+        let upgrade = hyper::upgrade::on(&mut request);
+        let gateway = self.clone();
+        let run = async move {
+            let Ok(agent) = upgrade.await else { return };
+            gateway.relay(TokioIo::new(agent), upstream, &to, &asked).await;
+            drop(share);
+        };
+        tokio::spawn(run.instrument(Span::current()));
+        let mut reply = Response::new(full(""));
+        if let Ok(address) = HeaderValue::try_from(address.to_string()) {
+            reply.headers_mut().insert(wire::UPSTREAM, address);
+        }
+        Ok(reply)
+    }
+
+    /// A tunnel's life after `200`.
+    async fn relay(
+        &self,
+        mut agent: TokioIo<hyper::upgrade::Upgraded>,
+        mut upstream: tokio::net::TcpStream,
+        to: &crate::policy::hostname::Authority,
+        asked: &Asked,
+    ) {
+        use tokio::io::AsyncWriteExt;
+        let Parts { metrics, cluster, shutdown, .. } = &self.parts;
+        let about = About::Call(Channel::Egress);
+        let opening = match tunnel::opening(&mut agent, to).await {
+            Ok(opening) => opening,
+            Err(refused) => {
+                self.count(about, Some(&refused));
+                self.incident(asked.reviewed.pod.as_ref(), asked.peer, &refused);
+                return;
+            }
+        };
+        self.count(about, None);
+        if upstream.write_all(&opening).await.is_err() {
+            return;
+        }
+        let traffic = tunnel::Traffic::default();
+        traffic.sent.fetch_add(u64::try_from(opening.len()).unwrap_or_default(), Ordering::Relaxed);
+        let still = || {
+            cluster.still(&asked.reviewed, asked.peer)?;
+            let compiled = cluster.compiled(&asked.principal)?;
+            authorize::listed(&compiled, Channel::Egress, Destination::Tunnel(to)).map(|_| ())
+        };
+        metrics.tunnels.inc();
+        let started = Instant::now();
+        let end = tokio::select! {
+            end = tunnel::relay(agent, upstream, &traffic, still) => format!("{end:?}"),
+            () = shutdown.cancelled() => "the gateway stops".to_owned(),
+        };
+        metrics.tunnels.dec();
+        let (sent, received) = (traffic.sent.load(Ordering::Relaxed), traffic.received.load(Ordering::Relaxed));
+        Span::current().record("bytes_sent", sent).record("bytes_received", received);
+        tracing::info!(sent, received, seconds = started.elapsed().as_secs_f64(), end, "a tunnel has ended");
+    }
+}
+
+/// The channel that a request names, if it names exactly one.
+fn channel(headers: &HeaderMap) -> Option<Channel> {
+    match single(headers, wire::CHANNEL).ok()? {
+        "tool" => Some(Channel::Tool),
+        "model" => Some(Channel::Model),
+        "egress" => Some(Channel::Egress),
+        _ => None,
+    }
+}
+
+/// The one value of a header.
+fn single<'a>(headers: &'a HeaderMap, name: &str) -> Result<&'a str, Refused> {
+    let mut values = headers.get_all(name).iter();
+    match (values.next().map(HeaderValue::to_str), values.next()) {
+        (Some(Ok(value)), None) => Ok(value),
+        _ if name == wire::INTENT => {
+            Err(Refused::denied(Rule::IntentMissing, format!("expected exactly one header {name}")))
+        }
+        _ => Err(Refused::malformed(format!("expected exactly one header {name}"))),
+    }
+}
+
+/// A tunnel's `Host`, where there is one, must be what it asks for.
+fn same_host(headers: &HeaderMap, to: &crate::policy::hostname::Authority) -> Result<(), Refused> {
+    let mut hosts = headers.get_all(HOST).iter();
+    let differs = || Err(Refused::denied(Rule::EgressHost, format!("expected Host to be {to}, as CONNECT asks for")));
+    match (hosts.next(), hosts.next()) {
+        (None, _) => Ok(()),
+        (Some(host), None) => {
+            match host.to_str().ok().map(|host| crate::policy::hostname::Authority::parse(host, Some(to.port))) {
+                Some(Ok(host)) if host == *to => Ok(()),
+                _ => differs(),
+            }
+        }
+        _ => differs(),
+    }
+}
+
+async fn json<T: DeserializeOwned>(request: Request<Incoming>, most: usize) -> Result<T, Refused> {
+    let body = forward::whole(request.into_body(), most, BODY_TIME).await?;
+    serde_json::from_slice(&body).map_err(|e| Refused::malformed(format!("the body is not what was expected: {e}")))
+}
+
+fn reply<T: Serialize>(body: &T) -> Served {
+    let body = serde_json::to_vec(body).map_err(|e| Refused::malformed(e.to_string()))?;
+    let mut reply = Response::new(full(body));
+    reply.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    Ok(reply)
+}
+
+/// A refusal as the caller gets it.
+fn refusal(refused: &Refused) -> Response<ReplyBody> {
+    let Refused { status, rule, reason } = refused;
+    let body = serde_json::to_vec(&Refusal { rule: *rule, reason: reason.clone() }).unwrap_or_default();
+    let mut reply = Response::new(full(body));
+    *reply.status_mut() = *status;
+    let headers = reply.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    headers.insert(wire::RULE, HeaderValue::from_static(rule.as_str()));
+    if refused.is_retryable() {
+        headers.insert(RETRY_AFTER, HeaderValue::from_static("1"));
+    }
+    reply
+}

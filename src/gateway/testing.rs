@@ -1,0 +1,348 @@
+//! A harness, a bucket and a policy for tests.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex},
+};
+
+use bytes::Bytes;
+use futures::future::BoxFuture;
+
+use super::{
+    identity::{Principal, Standing},
+    metrics::Metrics,
+    witness::{Buckets, Place, Witness},
+};
+use crate::{
+    evidence::{
+        canonical,
+        merkle::{Tree, leaf_hash},
+        note::{self, Checkpoint, Note, Signer, VerifierKey, WITNESS_NAME},
+        record::{
+            Actor, AttemptOpened, Channel, Containment, Denied, Effect, Event, Intent, Outcome, Pod, Record,
+            TaskClosed, VERSION,
+        },
+        segment::Segment,
+        store::{Location, Mode, PutError, Retention, Store, StoreError, StoredObject},
+    },
+    policy::{
+        config::{Limits, ModelEndpoints, PackIdentity, PolicyConfig, SideEffect, TaskIdentity, Tool, Usage},
+        rule::Rule,
+    },
+    wire::{AppendRequest, SealRequest},
+};
+
+pub const UID: &str = "6f9c3c1e-0000-4000-8000-000000000001";
+
+/// A bucket in memory that can be told to fail.
+#[derive(Default)]
+pub struct Memory {
+    pub objects: Mutex<BTreeMap<String, (Bytes, Option<Retention>)>>,
+    pub down: std::sync::atomic::AtomicBool,
+    /// The next put is written, but its reply is lost.
+    pub lose_reply: std::sync::atomic::AtomicBool,
+}
+
+impl Memory {
+    fn check(&self, action: &'static str, key: &str) -> Result<(), StoreError> {
+        if self.down.load(std::sync::atomic::Ordering::SeqCst) {
+            return Err(StoreError::Unavailable {
+                action,
+                key: key.into(),
+                place: "memory".into(),
+                detail: "down".into(),
+            });
+        }
+        Ok(())
+    }
+
+    pub fn keys(&self) -> Vec<String> {
+        self.objects.lock().unwrap().keys().cloned().collect()
+    }
+}
+
+impl Store for Memory {
+    fn create<'a>(
+        &'a self,
+        key: &'a str,
+        body: Bytes,
+        retention: Option<&'a Retention>,
+    ) -> BoxFuture<'a, Result<String, PutError>> {
+        Box::pin(async move {
+            tokio::task::yield_now().await;
+            self.check("write", key)?;
+            let mut objects = self.objects.lock().unwrap();
+            if objects.contains_key(key) {
+                return Err(PutError::Exists);
+            }
+            objects.insert(key.into(), (body, retention.copied()));
+            if self.lose_reply.swap(false, std::sync::atomic::Ordering::SeqCst) {
+                let (key, place, detail) = (key.to_owned(), "memory".to_owned(), "reply lost".to_owned());
+                return Err(StoreError::Unavailable { action: "write", key, place, detail }.into());
+            }
+            Ok("v1".into())
+        })
+    }
+
+    fn get<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<Bytes, StoreError>> {
+        Box::pin(async move {
+            self.check("read", key)?;
+            let object = self.objects.lock().unwrap().get(key).map(|(body, _)| body.clone());
+            object.ok_or_else(|| StoreError::NotFound { key: key.into(), place: "memory".into() })
+        })
+    }
+
+    fn list_versions<'a>(&'a self, prefix: &'a str) -> BoxFuture<'a, Result<Vec<StoredObject>, StoreError>> {
+        Box::pin(async move {
+            self.check("list", prefix)?;
+            let written: jiff::Timestamp = "2026-01-01T00:00:00Z".parse().unwrap();
+            let objects = self.objects.lock().unwrap();
+            let versions = objects.iter().filter(|(key, _)| key.starts_with(prefix)).map(|(key, (body, retention))| {
+                let until = |r: Retention| written + jiff::SignedDuration::from_hours(24 * r.days);
+                StoredObject {
+                    key: key.clone(),
+                    version_id: "v1".into(),
+                    size: body.len() as u64,
+                    written: Some(written),
+                    retain_until: retention.map(until),
+                    mode: retention.map(|r| r.mode),
+                    is_latest: true,
+                    delete_marker: false,
+                }
+            });
+            Ok(versions.collect())
+        })
+    }
+
+    fn list<'a>(&'a self, prefix: &'a str) -> BoxFuture<'a, Result<Vec<String>, StoreError>> {
+        Box::pin(async move {
+            self.check("list", prefix)?;
+            Ok(self.keys().into_iter().filter(|key| key.starts_with(prefix)).collect())
+        })
+    }
+}
+
+/// One bucket under every name.
+pub struct OneBucket(pub Arc<Memory>);
+
+impl Buckets for OneBucket {
+    fn bucket<'a>(&'a self, _: &'a str) -> BoxFuture<'a, Result<Arc<dyn Store>, StoreError>> {
+        Box::pin(async move { Ok(self.0.clone() as Arc<dyn Store>) })
+    }
+
+    fn endpoint(&self) -> Option<String> {
+        Some("https://s3.test".into())
+    }
+}
+
+pub fn metrics() -> Metrics {
+    Metrics::new(&prometheus::Registry::new()).unwrap()
+}
+
+/// The key of every replica's witness.
+pub fn witness_key() -> Vec<u8> {
+    note::generate_pkcs8().unwrap()
+}
+
+pub fn replica(key: &[u8], bucket: &Arc<Memory>) -> Witness {
+    let signer = Signer::from_pkcs8(WITNESS_NAME, key).unwrap();
+    Witness::new(signer, Arc::new(OneBucket(bucket.clone())), metrics())
+}
+
+pub fn verifier(key: &[u8]) -> VerifierKey {
+    Signer::from_pkcs8(WITNESS_NAME, key).unwrap().verifier()
+}
+
+pub fn place() -> Place {
+    Place {
+        location: Location { bucket: "evidence".into(), prefix: format!("team/t/{UID}/") },
+        task_uid: UID.into(),
+        retention: Some(Retention { mode: Mode::Compliance, days: 30 }),
+    }
+}
+
+pub fn principal(attempt: i64) -> Principal {
+    Principal {
+        namespace: "team".into(),
+        task: "t".into(),
+        task_uid: UID.into(),
+        attempt,
+        pod: format!("t-{attempt}"),
+        pod_uid: format!("pod-{attempt}"),
+        standing: Standing::Live,
+    }
+}
+
+pub fn policy() -> PolicyConfig {
+    let tool = |name: &str, side_effect| Tool {
+        contract: name.into(),
+        name: name.into(),
+        description: "A tool.".into(),
+        url: "https://tools.world.test/mcp".into(),
+        upstream_tool: name.into(),
+        input: serde_json::json!({"type": "object"}),
+        preconditions: vec![],
+        side_effect,
+    };
+    PolicyConfig {
+        task: TaskIdentity {
+            namespace: "team".into(),
+            name: "t".into(),
+            uid: UID.into(),
+            generation: 1,
+            objective: "Tidy up.".into(),
+            workflow_class: "support".into(),
+            principal: "jane@example.com".into(),
+            image: "localhost/agent:dev".into(),
+        },
+        pack: PackIdentity { name: "dev".into(), uid: "pack".into(), generation: 1, environment: "dev".into() },
+        limits: Limits { wall_time_seconds: 600, tool_calls: 3, tokens: 1000 },
+        allowed_effects: vec![SideEffect::Read, SideEffect::Write],
+        tools: vec![tool("search", SideEffect::Read), tool("write", SideEffect::Write)],
+        models: ModelEndpoints { openai: Some("https://models.world.test".into()), anthropic: None },
+        egress: vec![],
+    }
+}
+
+pub fn digest() -> String {
+    policy().digest().unwrap()
+}
+
+pub fn intent(call: &str, channel: Channel, target: &str, reserved_tokens: i64) -> Event {
+    let effect = match target {
+        "search" => Some(SideEffect::Read),
+        "write" => Some(SideEffect::Write),
+        _ => None,
+    };
+    Event::Intent(Intent {
+        call: call.into(),
+        channel,
+        target: target.into(),
+        effect,
+        request_digest: None,
+        request_bytes: 1,
+        rules: vec![],
+        reserved_tokens,
+    })
+}
+
+pub fn outcome(call: &str, tokens: i64) -> Event {
+    Event::Outcome(Outcome {
+        call: call.into(),
+        effect: Effect::Applied,
+        rule: None,
+        status: 200,
+        response_digest: None,
+        response_bytes: 1,
+        tokens,
+        upstream: None,
+    })
+}
+
+pub fn denied() -> Event {
+    Event::Denied(Denied {
+        channel: Channel::Egress,
+        target: "evil.test:443".into(),
+        rule: Rule::EgressHost,
+        reason: "no".into(),
+        request_digest: None,
+    })
+}
+
+pub fn contained(contained: bool) -> Containment {
+    Containment {
+        contained,
+        rounds: 3,
+        millis: 100,
+        reachable: "10.96.0.7:8443".into(),
+        unreachable: vec!["10.96.0.1:443".into()],
+        breaches: if contained { vec![] } else { vec!["10.96.0.1:443 answered".into()] },
+    }
+}
+
+/// What a harness keeps between segments.
+pub struct Harness {
+    pub attempt: i64,
+    pub key: Signer,
+    pub tree: Tree,
+    pub usage: Usage,
+    pub reserved: BTreeMap<String, i64>,
+    /// Changes a record before it is hashed and signed.
+    pub tamper: fn(&mut Record),
+}
+
+impl Harness {
+    pub fn new(attempt: i64) -> Self {
+        let key = Signer::generate(&note::attempt_key_name(UID, attempt)).unwrap();
+        Self { attempt, key, tree: Tree::new(), usage: Usage::default(), reserved: BTreeMap::new(), tamper: |_| () }
+    }
+
+    pub fn opened(&self) -> Event {
+        Event::AttemptOpened(Box::new(AttemptOpened {
+            key: self.key.verifier().to_string(),
+            policy: policy(),
+            policy_digest: digest(),
+            pod: Pod {
+                name: format!("t-{}", self.attempt),
+                uid: format!("pod-{}", self.attempt),
+                node: "node".into(),
+                runtime_class: "gvisor".into(),
+                network_policy: "t-1".into(),
+            },
+            containment: contained(true),
+        }))
+    }
+
+    /// The next segment with these events, signed; the harness goes on from it.
+    pub fn next(&mut self, events: Vec<Event>) -> AppendRequest {
+        let first = self.tree.size();
+        let mut records = vec![];
+        for event in events {
+            match &event {
+                Event::Intent(i) => {
+                    self.usage.tool_calls += i64::from(i.channel == Channel::Tool);
+                    self.usage.tokens += i.reserved_tokens;
+                    self.reserved.insert(i.call.clone(), i.reserved_tokens);
+                }
+                Event::Outcome(o) => {
+                    self.usage.tokens += o.tokens - self.reserved.remove(&o.call).unwrap_or_default();
+                }
+                Event::Denied(_) => self.usage.denials += 1,
+                _ => {}
+            }
+            let mut record = Record {
+                v: VERSION,
+                seq: self.tree.size(),
+                time: "2026-11-23T10:00:00.000Z".into(),
+                attempt: self.attempt,
+                actor: Actor::Harness,
+                usage: self.usage,
+                event,
+            };
+            (self.tamper)(&mut record);
+            let bytes = canonical::to_bytes(&record).unwrap();
+            self.tree.push(leaf_hash(&bytes));
+            records.push(bytes);
+        }
+        let checkpoint = Checkpoint { origin: note::origin(UID), size: self.tree.size(), root: self.tree.root() };
+        let segment = Segment { note: Note::sign(&checkpoint, &self.key), first, records };
+        AppendRequest { attempt: self.attempt, first, segment: String::from_utf8(segment.to_bytes()).unwrap() }
+    }
+}
+
+pub fn seal_request() -> SealRequest {
+    SealRequest {
+        namespace: "team".into(),
+        name: "t".into(),
+        uid: UID.into(),
+        attempt: 1,
+        bucket: "evidence".into(),
+        prefix: String::new(),
+        closed: TaskClosed {
+            phase: "Succeeded".into(),
+            failure_class: String::new(),
+            reason: "Completed".into(),
+            exit_code: Some(0),
+        },
+    }
+}

@@ -1,0 +1,164 @@
+//! Opaque tunnels: the agent's own connections.
+//!
+//! Promises: a tunnel to port 443 starts with a TLS ClientHello for the very host that was asked for, or carries nothing; a
+//! tunnel ends when its pod or its permission does, within seconds. Refuses: looking further inside. What flows is
+//! counted, not read.
+
+use std::{
+    io,
+    sync::atomic::{AtomicU64, Ordering},
+    time::Duration,
+};
+
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
+    time::Instant,
+};
+
+use super::refusal::Refused;
+use crate::policy::{
+    hostname::{Authority, Hostname},
+    rule::Rule,
+};
+
+/// The port on which nothing but TLS is let through.
+const HTTPS: u16 = 443;
+/// For the ClientHello.
+const HELLO: Duration = Duration::from_secs(10);
+/// Largest start of a connection that is looked at: post-quantum key shares make a ClientHello of some KiB.
+const LARGEST_HELLO: usize = 32 << 10;
+/// Without a byte either way.
+const IDLE: Duration = Duration::from_secs(300);
+/// Between two looks at whether the tunnel is still allowed.
+const RECHECK: Duration = Duration::from_secs(2);
+/// A piece that is passed on.
+const PIECE: usize = 16 << 10;
+
+/// Bytes that went through.
+#[derive(Debug, Default)]
+pub struct Traffic {
+    /// From the agent.
+    pub sent: AtomicU64,
+    /// To the agent.
+    pub received: AtomicU64,
+}
+
+impl Traffic {
+    fn total(&self) -> u64 {
+        self.sent.load(Ordering::Relaxed).wrapping_add(self.received.load(Ordering::Relaxed))
+    }
+}
+
+/// Reads the start of what the agent sends, as far as it must be looked at before any of it goes on.
+///
+/// # Errors
+/// [`Rule::EgressHost`] if it is not a ClientHello for the host, on port 443.
+pub async fn opening<R: AsyncRead + Unpin>(agent: &mut R, to: &Authority) -> Result<Vec<u8>, Refused> {
+    if to.port != HTTPS {
+        return Ok(Vec::new());
+    }
+    match tokio::time::timeout(HELLO, client_hello(agent, &to.host)).await {
+        Ok(hello) => hello,
+        Err(_) => Err(denied(&to.host, "found none in time")),
+    }
+}
+
+async fn client_hello<R: AsyncRead + Unpin>(agent: &mut R, host: &Hostname) -> Result<Vec<u8>, Refused> {
+    let mut acceptor = rustls::server::Acceptor::default();
+    let mut seen = Vec::new();
+    let mut piece = [0; 4096];
+    while seen.len() < LARGEST_HELLO {
+        let read = agent.read(&mut piece).await.map_err(|e| denied(host, &format!("found an error: {e}")))?;
+        let Some(new @ [_, ..]) = piece.get(..read) else { break };
+        seen.extend_from_slice(new);
+        let mut rest = new;
+        while !rest.is_empty() {
+            let taken = acceptor.read_tls(&mut rest).map_err(|e| denied(host, &format!("found an error: {e}")))?;
+            match acceptor.accept() {
+                Ok(Some(accepted)) => {
+                    let name = accepted.client_hello().server_name().map(str::to_owned);
+                    return match name.as_deref().map(Hostname::parse) {
+                        Some(Ok(name)) if name == *host => Ok(seen),
+                        Some(_) => Err(denied(host, &format!("found one for {:?}", name.unwrap_or_default()))),
+                        None => Err(denied(host, "found one without a server name")),
+                    };
+                }
+                Ok(None) if taken == 0 => return Err(denied(host, "found one that is too long")),
+                Ok(None) => {}
+                Err((error, _)) => return Err(denied(host, &format!("found something else ({error})"))),
+            }
+        }
+    }
+    Err(denied(host, "found its start only"))
+}
+
+fn denied(host: &Hostname, found: &str) -> Refused {
+    Refused::denied(
+        Rule::EgressHost,
+        format!("expected a tunnel to port 443 to start with a TLS ClientHello for {host}, {found}"),
+    )
+}
+
+/// Why a tunnel ended.
+#[derive(Debug)]
+pub enum End {
+    /// Both sides were done, or one of them broke off.
+    Over(io::Result<()>),
+    /// Nothing moved for too long.
+    Idle,
+    /// It is not allowed any more.
+    Cut(Refused),
+}
+
+/// Passes bytes both ways until the end.
+pub async fn relay<A, U>(agent: A, upstream: U, traffic: &Traffic, still: impl Fn() -> Result<(), Refused>) -> End
+where
+    A: AsyncRead + AsyncWrite,
+    U: AsyncRead + AsyncWrite,
+{
+    let (agent_reads, agent_writes) = tokio::io::split(agent);
+    let (upstream_reads, upstream_writes) = tokio::io::split(upstream);
+    let both = async {
+        tokio::try_join!(
+            pump(agent_reads, upstream_writes, &traffic.sent),
+            pump(upstream_reads, agent_writes, &traffic.received)
+        )
+        .map(|_| ())
+    };
+    let watch = async {
+        let (mut last, mut moved) = (traffic.total(), Instant::now());
+        loop {
+            tokio::time::sleep(RECHECK).await;
+            if let Err(refused) = still() {
+                return End::Cut(refused);
+            }
+            let total = traffic.total();
+            if total != last {
+                (last, moved) = (total, Instant::now());
+            } else if moved.elapsed() >= IDLE {
+                return End::Idle;
+            }
+        }
+    };
+    tokio::select! {
+        over = both => End::Over(over),
+        end = watch => end,
+    }
+}
+
+async fn pump(reads: impl AsyncRead, writes: impl AsyncWrite, counter: &AtomicU64) -> io::Result<()> {
+    futures::pin_mut!(reads, writes);
+    let mut piece = vec![0; PIECE];
+    loop {
+        let read = reads.read(&mut piece).await?;
+        let Some(new @ [_, ..]) = piece.get(..read) else { break };
+        writes.write_all(new).await?;
+        writes.flush().await?;
+        counter.fetch_add(u64::try_from(read).unwrap_or_default(), Ordering::Relaxed);
+    }
+    // The other side may still have something to say.
+    writes.shutdown().await
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,123 @@
+//! `status.usage` of tasks: what witnessed evidence says has been used.
+//!
+//! Promises: at most one write while a task runs, when it has used half of a limit, and one at its end; only what changed
+//! is written, under the gateway's own field manager, and only into the task of that very UID. Refuses: being waited
+//! for. Evidence has the counters; the status is for people.
+
+use std::{
+    collections::HashSet,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use futures::future::BoxFuture;
+use kube::{
+    Api, Client,
+    api::{Patch, PatchParams},
+};
+use serde_json::json;
+
+use super::metrics::Metrics;
+use crate::{api::AgentTask, policy::config::Usage};
+
+/// The gateway's field manager.
+const MANAGER: &str = "belay-gateway";
+/// An answer of the API server.
+const TIMEOUT: Duration = Duration::from_secs(5);
+/// Tasks that are remembered as written. Beyond it all are forgotten; the status itself still tells.
+const REMEMBERED: usize = 16_384;
+
+/// Writes `status.usage`.
+pub trait WriteUsage: Send + Sync {
+    /// Writes it once.
+    fn write<'a>(
+        &'a self,
+        namespace: &'a str,
+        name: &'a str,
+        uid: &'a str,
+        usage: Usage,
+    ) -> BoxFuture<'a, Result<(), String>>;
+}
+
+impl WriteUsage for Client {
+    fn write<'a>(
+        &'a self,
+        namespace: &'a str,
+        name: &'a str,
+        uid: &'a str,
+        usage: Usage,
+    ) -> BoxFuture<'a, Result<(), String>> {
+        let api = Api::<AgentTask>::namespaced(self.clone(), namespace);
+        Box::pin(async move {
+            // With its UID a task that was made again under the same name is left alone.
+            let patch = json!({
+                "apiVersion": "belay.dev/v1alpha1",
+                "kind": "AgentTask",
+                "metadata": { "name": name, "uid": uid },
+                "status": { "usage": usage },
+            });
+            let params = PatchParams::apply(MANAGER).force();
+            let patch = Patch::Apply(&patch);
+            let written = tokio::time::timeout(TIMEOUT, api.patch_status(name, &params, &patch));
+            written.await.map_err(|_| "no answer in 5 s".to_owned())?.map(|_| ()).map_err(|e| e.to_string())
+        })
+    }
+}
+
+/// Decides when to write.
+pub struct UsageStatus {
+    api: Arc<dyn WriteUsage>,
+    metrics: Metrics,
+    /// Tasks whose usage has been written while they ran.
+    written: Mutex<HashSet<String>>,
+}
+
+impl UsageStatus {
+    /// A writer through this.
+    pub fn new(api: Arc<dyn WriteUsage>, metrics: Metrics) -> Self {
+        Self { api, metrics, written: Mutex::default() }
+    }
+
+    /// Notes what a running task has used; writes it once half of a limit is gone.
+    pub async fn running(&self, task: &AgentTask, usage: Usage) {
+        let limits = &task.spec.limits;
+        let half = |used: i64, limit: i64| used > 0 && used.saturating_mul(2) >= limit;
+        let due = half(usage.tool_calls, limits.tool_calls) || half(usage.tokens, limits.tokens);
+        let seen = task.status.as_ref().is_some_and(|status| status.usage.is_some());
+        let Some(uid) = task.metadata.uid.as_deref().filter(|_| due && !seen) else { return };
+        {
+            let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
+            if written.len() >= REMEMBERED {
+                written.clear();
+            }
+            if !written.insert(uid.to_owned()) {
+                return;
+            }
+        }
+        self.write(task, usage).await;
+    }
+
+    /// Writes what a task has used in the end, unless its status says so already. A task that used nothing says nothing.
+    pub async fn ended(&self, task: &AgentTask, usage: Usage) {
+        let before = task.status.as_ref().and_then(|status| status.usage).unwrap_or_default();
+        if before != usage {
+            self.write(task, usage).await;
+        }
+    }
+
+    async fn write(&self, task: &AgentTask, usage: Usage) {
+        let meta = &task.metadata;
+        let (Some(namespace), Some(name), Some(uid)) = (&meta.namespace, &meta.name, &meta.uid) else { return };
+        let result = match self.api.write(namespace, name, uid, usage).await {
+            Ok(()) => "written",
+            Err(cause) => {
+                tracing::warn!(namespace, name, cause, "status.usage could not be written");
+                "failed"
+            }
+        };
+        self.metrics.usage_writes.with_label_values(&[result]).inc();
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,573 @@
+//! The witness: checks each segment of evidence, cosigns it, and locks it in the bucket before it says so.
+//!
+//! Promises: a reply means that the segment lies in the bucket under its retention; of two segments for the same place one
+//! wins, whichever replicas they reach; the same segment again is answered the same again. What is in memory is a
+//! cache: a log is rebuilt from the bucket, signatures and all, by whichever replica is asked next. Refuses: anything
+//! [`history`] does not take, a pod that is not contained, a policy other than the one the gateway compiled, and going
+//! on after the end.
+//!
+//! ```text
+//! catch up ─▶ admit (who, what) ─▶ extended (history) ─▶ cosign ─▶ put if none ─▶ head advances ─▶ reply
+//!     ▲                                                              │ exists
+//!     └──────────────────────────────────────────────────────────────┘
+//! ```
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError, RwLock},
+    time::Instant,
+};
+
+use base64::{Engine, engine::general_purpose::STANDARD as BASE64};
+use bytes::Bytes;
+use futures::{StreamExt, TryStreamExt, future::BoxFuture};
+use jiff::Timestamp;
+
+use super::{identity::Principal, metrics::Metrics, refusal::Refused};
+use crate::{
+    evidence::{
+        canonical,
+        merkle::leaf_hash,
+        note::{self, Checkpoint, Note, Signer, VerifierKey},
+        record::{Actor, Event, Record, VERSION},
+        segment::{self, Segment},
+        store::{Location, PutError, Retention, Store, StoreError},
+    },
+    policy::{config::Usage, rule::Rule},
+    wire::{AppendReply, AppendRequest, OpenReply, OpenRequest, SealReply, SealRequest},
+};
+
+/// What a log says so far.
+pub mod history;
+
+pub use history::{History, IntentFacts};
+
+/// Logs kept in memory. Those that nobody uses go first, and come back from the bucket.
+const CACHED: usize = 4096;
+/// Segments that are read at a time when a log is rebuilt.
+const PARALLEL: usize = 8;
+/// Seals that lose the race for a place against a harness's last segments.
+const SEAL_TRIES: u32 = 8;
+
+/// Buckets by name.
+pub trait Buckets: Send + Sync {
+    /// The bucket. Nothing is asked of it yet.
+    fn bucket<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Arc<dyn Store>, StoreError>>;
+
+    /// URL of the object store, where it is not AWS.
+    fn endpoint(&self) -> Option<String>;
+}
+
+/// Where a log lies, and for how long its segments are locked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// Bucket and prefix, with a slash at its end.
+    pub location: Location,
+    /// The task's UID.
+    pub task_uid: String,
+    /// The pack's retention. Without one the bucket's own default holds.
+    pub retention: Option<Retention>,
+}
+
+impl Place {
+    fn key(&self, first: u64) -> String {
+        format!("{}{}", self.location.prefix, Segment::key(first))
+    }
+}
+
+/// One log: whoever holds `writer` may put the next segment and move `head`.
+#[derive(Default)]
+struct Log {
+    writer: tokio::sync::Mutex<()>,
+    head: RwLock<Option<Arc<History>>>,
+}
+
+impl Log {
+    fn head(&self) -> Option<Arc<History>> {
+        self.head.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn advance(&self, history: History) -> Arc<History> {
+        let history = Arc::new(history);
+        *self.head.write().unwrap_or_else(PoisonError::into_inner) = Some(history.clone());
+        history
+    }
+}
+
+struct Cached {
+    log: Arc<Log>,
+    used: Instant,
+}
+
+/// The witness.
+pub struct Witness {
+    signer: Signer,
+    verifier: VerifierKey,
+    buckets: Arc<dyn Buckets>,
+    metrics: Metrics,
+    logs: Mutex<HashMap<(String, String), Cached>>,
+}
+
+/// A segment as it lies in the bucket.
+struct Stored {
+    segment: Segment,
+    note: String,
+}
+
+impl Witness {
+    /// A witness that signs with this key.
+    pub fn new(signer: Signer, buckets: Arc<dyn Buckets>, metrics: Metrics) -> Self {
+        let verifier = signer.verifier();
+        Self { signer, verifier, buckets, metrics, logs: Mutex::default() }
+    }
+
+    /// Tells an attempt where its task's log stands. `digest` is that of the policy as the gateway compiles it.
+    ///
+    /// # Errors
+    /// By rule; [`Rule::Evidence`] if the bucket cannot be read.
+    pub async fn open(
+        &self,
+        place: &Place,
+        principal: &Principal,
+        request: &OpenRequest,
+        digest: &str,
+    ) -> Result<OpenReply, Refused> {
+        own_attempt(principal, request.attempt)?;
+        same_policy(&request.policy_digest, digest)?;
+        let log = self.log(place);
+        let _writer = log.writer.lock().await;
+        let history = self.current(place, &log).await?;
+        if history.closed() {
+            return Err(ended());
+        }
+        if history.attempt() > principal.attempt {
+            return Err(superseded(principal.attempt, history.attempt()));
+        }
+        Ok(OpenReply {
+            origin: note::origin(&place.task_uid),
+            size: history.tree().size(),
+            frontier: history.tree().frontier().iter().map(|hash| BASE64.encode(hash)).collect(),
+            usage: history.usage(),
+            open_calls: u64::try_from(history.open_calls()).unwrap_or(u64::MAX),
+        })
+    }
+
+    /// Witnesses and stores a segment; gives the counters after it as well.
+    ///
+    /// # Errors
+    /// By rule; [`Rule::LogFork`] if the place is taken; [`Rule::Evidence`] if the bucket fails: the same segment may
+    /// then be sent again.
+    pub async fn append(
+        &self,
+        place: &Place,
+        principal: &Principal,
+        request: &AppendRequest,
+        digest: &str,
+    ) -> Result<(AppendReply, Usage), Refused> {
+        let started = Instant::now();
+        let appended = self.try_append(place, principal, request, digest).await;
+        self.metrics.append_seconds.observe(started.elapsed().as_secs_f64());
+        let result = match &appended {
+            Ok((_, _, false)) => "written",
+            Ok((_, _, true)) => "replayed",
+            Err(refused) if refused.is_retryable() => "failed",
+            Err(_) => "refused",
+        };
+        self.metrics.appends.with_label_values(&[result]).inc();
+        appended.map(|(reply, usage, _)| (reply, usage))
+    }
+
+    async fn try_append(
+        &self,
+        place: &Place,
+        principal: &Principal,
+        request: &AppendRequest,
+        digest: &str,
+    ) -> Result<(AppendReply, Usage, bool), Refused> {
+        own_attempt(principal, request.attempt)?;
+        let mut segment = Segment::parse(request.segment.as_bytes())
+            .map_err(|e| Refused::denied(Rule::LogSegment, format!("the segment cannot be read: {e}")))?;
+        admit(&segment, request, principal, digest)?;
+        let origin = note::origin(&place.task_uid);
+        let log = self.log(place);
+        let _writer = log.writer.lock().await;
+        let mut history = match log.head() {
+            Some(head) if head.tree().size() == segment.first => head,
+            _ => self.current(place, &log).await?,
+        };
+        let reply = |size, checkpoint| AppendReply { size, checkpoint };
+        if segment.first < history.tree().size() {
+            let checkpoint = self.replayed(place, &segment).await?;
+            let size = segment.note.checkpoint().map(|c| c.size).unwrap_or_default();
+            return Ok((reply(size, checkpoint), history.usage(), true));
+        }
+        let next = history.extended(&segment, &origin)?;
+        segment.note.cosign(&self.signer, unix_time());
+        let (size, checkpoint) = (next.tree().size(), segment.note.to_string());
+        match self.put(place, &segment).await {
+            Ok(()) => {
+                let history = log.advance(next);
+                Ok((reply(size, checkpoint), history.usage(), false))
+            }
+            Err(PutError::Exists) => {
+                // Another replica was faster, or an earlier try of this very segment got through after all.
+                history = self.current(place, &log).await?;
+                if history.tree().size() <= segment.first {
+                    return Err(unavailable("another writer is at this place; try again"));
+                }
+                let checkpoint = self.replayed(place, &segment).await?;
+                Ok((reply(size, checkpoint), history.usage(), true))
+            }
+            Err(PutError::Store(error)) => Err(self.failed(&error)),
+        }
+    }
+
+    /// Ends a log by `task.closed`. A log that has ended is answered from what is there.
+    ///
+    /// # Errors
+    /// [`Rule::Evidence`] if the bucket fails.
+    pub async fn seal(&self, place: &Place, request: &SealRequest) -> Result<SealReply, Refused> {
+        let log = self.log(place);
+        let _writer = log.writer.lock().await;
+        let place = &Place { retention: self.retention(place).await?, ..place.clone() };
+        for _ in 0..SEAL_TRIES {
+            let history = self.current(place, &log).await?;
+            let sealed = if history.closed() {
+                history
+            } else {
+                let (segment, next) = self.last_segment(place, request, &history)?;
+                match self.put(place, &segment).await {
+                    Ok(()) => log.advance(next),
+                    Err(PutError::Exists) => continue,
+                    Err(PutError::Store(error)) => return Err(self.failed(&error)),
+                }
+            };
+            return Ok(SealReply {
+                origin: note::origin(&place.task_uid),
+                location: place.location.to_string(),
+                endpoint: self.buckets.endpoint(),
+                size: sealed.tree().size(),
+                root: BASE64.encode(sealed.tree().root()),
+                usage: sealed.usage(),
+            });
+        }
+        Err(unavailable("the log grows faster than it can be sealed; try again"))
+    }
+
+    /// The retention to seal by: the pack's, or, where the pack is gone, what the log's own segments were given.
+    async fn retention(&self, place: &Place) -> Result<Option<Retention>, Refused> {
+        if place.retention.is_some() {
+            return Ok(place.retention);
+        }
+        let versions = self.store(place).await?.list_versions(&place.location.prefix).await;
+        let locked = versions.map_err(|e| self.failed(&e))?.into_iter().filter_map(|version| {
+            let (mode, from, until) = (version.mode?, version.written?, version.retain_until?);
+            // Whole days, as they were asked for: the two clocks differ a little.
+            Some(Retention { mode, days: (until.duration_since(from).as_hours() + 12) / 24 })
+        });
+        Ok(locked.filter(|retention| retention.days > 0).max_by_key(|retention| retention.days))
+    }
+
+    /// The segment that ends this log: one record, signed by the witness alone.
+    fn last_segment(
+        &self,
+        place: &Place,
+        request: &SealRequest,
+        history: &History,
+    ) -> Result<(Segment, History), Refused> {
+        let record = Record {
+            v: VERSION,
+            seq: history.tree().size(),
+            time: format!("{:.3}", Timestamp::now()),
+            attempt: request.attempt.max(history.attempt()),
+            actor: Actor::Gateway,
+            usage: history.usage(),
+            event: Event::TaskClosed(request.closed.clone()),
+        };
+        let bytes = canonical::to_bytes(&record).map_err(|e| Refused::malformed(e.to_string()))?;
+        let mut tree = history.tree().clone();
+        tree.push(leaf_hash(&bytes));
+        let origin = note::origin(&place.task_uid);
+        let mut note = Note::unsigned(&Checkpoint { origin: origin.clone(), size: tree.size(), root: tree.root() });
+        note.cosign(&self.signer, unix_time());
+        let segment = Segment { note, first: record.seq, records: vec![bytes] };
+        let next = history.extended(&segment, &origin)?;
+        Ok((segment, next))
+    }
+
+    /// An intent that lies in the bucket, by its sequence number.
+    ///
+    /// # Errors
+    /// [`Rule::IntentMissing`] if there is none, [`Rule::TaskClosed`] after the end, [`Rule::Evidence`] if the bucket
+    /// cannot be asked.
+    pub async fn intent(&self, place: &Place, seq: u64) -> Result<IntentFacts, Refused> {
+        let log = self.log(place);
+        let known = log.head();
+        let history = match known {
+            Some(head) if seq < head.tree().size() => head,
+            // Witnessed by another replica, perhaps.
+            _ => {
+                let _writer = log.writer.lock().await;
+                self.current(place, &log).await?
+            }
+        };
+        if history.closed() {
+            return Err(ended());
+        }
+        history.intent(seq).cloned().ok_or_else(|| {
+            Refused::denied(
+                Rule::IntentMissing,
+                format!(
+                    "expected record {seq} to be a recent call.intent; the log has {} records: append the intent first",
+                    history.tree().size()
+                ),
+            )
+        })
+    }
+
+    /// Whether a bucket answers.
+    ///
+    /// # Errors
+    /// If it does not.
+    pub async fn probe(&self, bucket: &str) -> Result<(), StoreError> {
+        // A prefix under which nothing lies: no namespace has such a name.
+        self.buckets.bucket(bucket).await?.list("-belay-probe-/").await.map(|_| ())
+    }
+
+    /// Writes an object beside a log. There already is as good as written.
+    ///
+    /// # Errors
+    /// If the store fails.
+    pub async fn put_beside(&self, place: &Place, name: &str, body: Bytes) -> Result<(), StoreError> {
+        let store = self.buckets.bucket(&place.location.bucket).await?;
+        let key = format!("{}{name}", place.location.prefix);
+        match store.put_new(&key, body, place.retention.as_ref()).await {
+            Ok(_) | Err(PutError::Exists) => Ok(()),
+            Err(PutError::Store(error)) => Err(error),
+        }
+    }
+
+    /// The log of a place, cached or empty-handed.
+    fn log(&self, place: &Place) -> Arc<Log> {
+        let key = (place.location.bucket.clone(), place.location.prefix.clone());
+        let now = Instant::now();
+        let mut logs = self.logs.lock().unwrap_or_else(PoisonError::into_inner);
+        if logs.len() >= CACHED && !logs.contains_key(&key) {
+            // Only logs that nobody holds may go: two locks for one log would let two writers in. (They would only
+            // lose time: the bucket settles it.)
+            let mut idle: Vec<_> =
+                logs.iter().filter(|(_, c)| Arc::strong_count(&c.log) == 1).map(|(_, c)| c.used).collect();
+            let middle = idle.len() / 2;
+            if !idle.is_empty() {
+                let (_, median, _) = idle.select_nth_unstable(middle);
+                let median = *median;
+                logs.retain(|_, c| Arc::strong_count(&c.log) > 1 || c.used > median);
+            }
+        }
+        let cached = logs.entry(key).or_insert_with(|| Cached { log: Arc::default(), used: now });
+        cached.used = now;
+        cached.log.clone()
+    }
+
+    /// The log as the bucket has it now. Needs the writer's lock.
+    async fn current(&self, place: &Place, log: &Log) -> Result<Arc<History>, Refused> {
+        let mut history = match log.head() {
+            Some(head) => (*head).clone(),
+            None => self.rebuilt(place).await?,
+        };
+        // A segment's key is the log's size before it: what other replicas have added is found without a listing.
+        while !history.closed() {
+            match self.stored(place, history.tree().size()).await? {
+                Some(stored) => history = self.stored_after(&history, &stored.segment, place)?,
+                None => break,
+            }
+        }
+        Ok(log.advance(history))
+    }
+
+    /// The log from its first segment on.
+    async fn rebuilt(&self, place: &Place) -> Result<History, Refused> {
+        let store = self.store(place).await?;
+        let folder = format!("{}{}", place.location.prefix, segment::FOLDER);
+        let keys = store.list(&folder).await.map_err(|e| self.failed(&e))?;
+        let firsts: Vec<u64> = keys
+            .iter()
+            .filter_map(|key| key.strip_prefix(&place.location.prefix))
+            .filter_map(Segment::first_of)
+            .collect();
+        let history = futures::stream::iter(firsts)
+            .map(|first| self.stored(place, first))
+            .buffered(PARALLEL)
+            .try_fold(History::default(), |history, stored| async move {
+                match stored {
+                    // Listed but hidden by now: what follows will not fit, and says so.
+                    None => Ok(history),
+                    Some(stored) => self.stored_after(&history, &stored.segment, place),
+                }
+            })
+            .await?;
+        Ok(history)
+    }
+
+    /// A stored segment, with the witness's cosignature on it.
+    async fn stored(&self, place: &Place, first: u64) -> Result<Option<Stored>, Refused> {
+        let key = place.key(first);
+        let bytes = match self.store(place).await?.get(&key).await {
+            Ok(bytes) => bytes,
+            Err(StoreError::NotFound { .. }) => return Ok(None),
+            Err(error) => return Err(self.failed(&error)),
+        };
+        let segment = Segment::parse(&bytes).map_err(|e| broken(&key, e))?;
+        segment.note.verify_cosignature(&self.verifier).map_err(|e| broken(&key, e))?;
+        if segment.first != first {
+            return Err(broken(&key, format!("its first record is {}", segment.first)));
+        }
+        Ok(Some(Stored { note: segment.note.to_string(), segment }))
+    }
+
+    fn stored_after(&self, history: &History, segment: &Segment, place: &Place) -> Result<History, Refused> {
+        history
+            .extended(segment, &note::origin(&place.task_uid))
+            .map_err(|refused| broken(&place.key(segment.first), refused.reason))
+    }
+
+    /// The stored checkpoint of a segment that is there already.
+    async fn replayed(&self, place: &Place, segment: &Segment) -> Result<String, Refused> {
+        match self.stored(place, segment.first).await? {
+            Some(stored)
+                if stored.segment.note.text == segment.note.text && stored.segment.records == segment.records =>
+            {
+                Ok(stored.note)
+            }
+            _ => Err(Refused {
+                status: http::StatusCode::CONFLICT,
+                rule: Rule::LogFork,
+                reason: format!(
+                    "record {} is in the log already, and is another one: open the log again",
+                    segment.first
+                ),
+            }),
+        }
+    }
+
+    async fn put(&self, place: &Place, segment: &Segment) -> Result<(), PutError> {
+        let store = self.buckets.bucket(&place.location.bucket).await?;
+        let body = Bytes::from(segment.to_bytes());
+        store.put_new(&place.key(segment.first), body, place.retention.as_ref()).await.map(|_| ())
+    }
+
+    async fn store(&self, place: &Place) -> Result<Arc<dyn Store>, Refused> {
+        self.buckets.bucket(&place.location.bucket).await.map_err(|e| self.failed(&e))
+    }
+
+    fn failed(&self, error: &StoreError) -> Refused {
+        let action = match error {
+            StoreError::Forbidden { action, .. } | StoreError::Unavailable { action, .. } => action,
+            StoreError::NotFound { .. } => "read",
+            StoreError::Key(_) => "name",
+        };
+        self.metrics.store_errors.with_label_values(&[action]).inc();
+        tracing::warn!(%error, "the evidence store failed");
+        unavailable("the evidence store cannot be written or read; try again")
+    }
+}
+
+/// What needs no history: the segment is this pod's, of this attempt, and opens under the gateway's own policy.
+fn admit(segment: &Segment, request: &AppendRequest, principal: &Principal, digest: &str) -> Result<(), Refused> {
+    let refused = |rule, reason: String| Err(Refused::denied(rule, reason));
+    if segment.first != request.first {
+        return refused(
+            Rule::LogSegment,
+            format!("expected a segment from record {}, found one from {}", request.first, segment.first),
+        );
+    }
+    if segment.note.signatures.len() != 1 {
+        return refused(
+            Rule::LogSegment,
+            format!("expected the attempt's signature alone, found {} signatures", segment.note.signatures.len()),
+        );
+    }
+    let records =
+        segment.decode().map_err(|e| Refused::denied(Rule::LogSegment, format!("the segment cannot be read: {e}")))?;
+    for record in &records {
+        if record.actor != Actor::Harness || record.attempt != principal.attempt {
+            return refused(
+                Rule::LogSegment,
+                format!(
+                    "record {}: expected the harness of attempt {}, found {:?} of {}",
+                    record.seq, principal.attempt, record.actor, record.attempt
+                ),
+            );
+        }
+        if let Event::AttemptOpened(opened) = &record.event {
+            if opened.pod.uid != principal.pod_uid || opened.pod.name != principal.pod {
+                return refused(
+                    Rule::LogSegment,
+                    format!(
+                        "record {}: expected pod {} with UID {}, found {} with {}",
+                        record.seq, principal.pod, principal.pod_uid, opened.pod.name, opened.pod.uid
+                    ),
+                );
+            }
+            if !opened.containment.contained || !opened.containment.breaches.is_empty() {
+                return refused(
+                    Rule::ContainmentLost,
+                    format!("record {}: expected a contained pod, found one that is not", record.seq),
+                );
+            }
+            same_policy(&opened.policy_digest, digest)?;
+            let found = opened.policy.digest().map_err(|e| Refused::malformed(e.to_string()))?;
+            same_policy(&found, digest)?;
+        }
+    }
+    Ok(())
+}
+
+fn own_attempt(principal: &Principal, attempt: i64) -> Result<(), Refused> {
+    if principal.attempt == attempt {
+        return Ok(());
+    }
+    Err(Refused::denied(
+        Rule::IdentityAttempt,
+        format!("the pod is of attempt {}, the request of attempt {attempt}", principal.attempt),
+    ))
+}
+
+fn same_policy(found: &str, expected: &str) -> Result<(), Refused> {
+    if found == expected {
+        return Ok(());
+    }
+    Err(Refused::denied(
+        Rule::ConfigDigest,
+        format!(
+            "the gateway compiles a policy of digest {expected} for this task, the harness runs by {found}: contracts or \
+             pack have changed since the attempt was made; a new attempt takes the new policy"
+        ),
+    ))
+}
+
+fn ended() -> Refused {
+    Refused::denied(Rule::TaskClosed, "the task has ended: its log takes no more records and no call leaves")
+}
+
+fn superseded(attempt: i64, newest: i64) -> Refused {
+    Refused::denied(Rule::IdentityAttempt, format!("attempt {attempt} has been followed by attempt {newest}"))
+}
+
+fn unavailable(reason: &str) -> Refused {
+    Refused::retry(Rule::Evidence, reason)
+}
+
+/// The bucket holds something that this witness would not have written. Nobody goes on from there.
+fn broken(key: &str, reason: impl std::fmt::Display) -> Refused {
+    tracing::error!(key, %reason, "the log in the bucket does not verify");
+    unavailable(&format!("the log in the bucket does not verify at {key}: {reason}; ask its administrator"))
+}
+
+/// Seconds since 1970.
+fn unix_time() -> u64 {
+    u64::try_from(Timestamp::now().as_second()).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests;

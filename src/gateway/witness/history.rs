@@ -1,0 +1,283 @@
+//! What a log says so far, and what may come next.
+//!
+//! Promises: [`History::extended`] accepts exactly what the verifier would later accept, as far as one log's own records
+//! can tell: an unbroken tree, the attempt's own signature, attempts in order, every counter as its events make it,
+//! no call past a limit, nothing after the end. Refuses: repair; a segment holds whole or not at all.
+
+use std::collections::{BTreeMap, HashMap};
+
+use crate::{
+    evidence::{
+        merkle::Tree,
+        note::{self, VerifierKey},
+        record::{Actor, Channel, Event, Intent, Outcome, Record, VERSION},
+        segment::Segment,
+    },
+    gateway::refusal::Refused,
+    policy::{
+        config::{Limits, SideEffect, Usage},
+        rule::Rule,
+    },
+};
+
+/// Intents that are remembered for calls to refer to. A harness has a handful open at a time.
+const RECENT: usize = 512;
+/// Intents that may be open at once: each takes memory until its outcome.
+const OPEN: usize = 4096;
+/// Records in one segment: it is checked under the log's lock.
+const RECORDS: usize = 4096;
+
+/// An intent that lies witnessed in the bucket.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct IntentFacts {
+    /// The call.
+    pub call: String,
+    /// The attempt that means to make it.
+    pub attempt: i64,
+    /// Which way.
+    pub channel: Channel,
+    /// To what.
+    pub target: String,
+    /// What it may change.
+    pub effect: Option<SideEffect>,
+    /// Whether it still waits for its outcome.
+    pub open: bool,
+}
+
+/// A call without an outcome.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct OpenCall {
+    seq: u64,
+    attempt: i64,
+    reserved: i64,
+}
+
+/// A log, as far as its next segment is judged by it.
+#[derive(Clone, Debug, Default)]
+pub struct History {
+    tree: Tree,
+    usage: Usage,
+    attempt: i64,
+    /// Between `attempt.opened` and `attempt.closed`.
+    opened: bool,
+    /// The attempt has seen its containment broken.
+    loose: bool,
+    closed: bool,
+    key: Option<VerifierKey>,
+    limits: Option<Limits>,
+    calls: HashMap<String, OpenCall>,
+    intents: BTreeMap<u64, IntentFacts>,
+}
+
+impl History {
+    /// The tree.
+    pub fn tree(&self) -> &Tree {
+        &self.tree
+    }
+
+    /// The counters after the last record.
+    pub fn usage(&self) -> Usage {
+        self.usage
+    }
+
+    /// The last attempt that opened, 0 before the first.
+    pub fn attempt(&self) -> i64 {
+        self.attempt
+    }
+
+    /// Whether the task has ended.
+    pub fn closed(&self) -> bool {
+        self.closed
+    }
+
+    /// Calls that have no outcome.
+    pub fn open_calls(&self) -> usize {
+        self.calls.len()
+    }
+
+    /// The intent with this sequence number, if it is recent.
+    pub fn intent(&self, seq: u64) -> Option<&IntentFacts> {
+        self.intents.get(&seq)
+    }
+
+    /// The log with this segment at its end.
+    ///
+    /// # Errors
+    /// [`Rule::LogSegment`] and others, by the first thing that does not hold.
+    pub fn extended(&self, segment: &Segment, origin: &str) -> Result<Self, Refused> {
+        if self.closed {
+            return Err(Refused::denied(Rule::TaskClosed, "the task has ended: its log takes no more records"));
+        }
+        let checkpoint = segment.note.checkpoint().map_err(|e| broken(e.to_string()))?;
+        if checkpoint.origin != origin {
+            return Err(broken(format!("expected a checkpoint of {origin}, found one of {}", checkpoint.origin)));
+        }
+        if segment.records.len() > RECORDS {
+            return Err(broken(format!("expected at most {RECORDS} records, found {}", segment.records.len())));
+        }
+        let records = segment.decode().map_err(|e| broken(e.to_string()))?;
+        let mut next = Self { tree: segment.extend(&self.tree).map_err(|e| broken(e.to_string()))?, ..self.clone() };
+        let Some(first) = records.first() else { return Err(broken("expected at least one record")) };
+        for (index, record) in records.iter().enumerate() {
+            if (record.actor, record.attempt) != (first.actor, first.attempt) {
+                return Err(at(record, "expected one writer and one attempt in a segment, found two"));
+            }
+            next.record(record, index, origin)?;
+        }
+        next.signed(segment, first.actor)?;
+        Ok(next)
+    }
+
+    /// The attempt signed what the harness wrote, and nobody else anything; cosignatures are the witness's business.
+    fn signed(&self, segment: &Segment, writer: Actor) -> Result<(), Refused> {
+        if writer == Actor::Gateway {
+            return Ok(());
+        }
+        let key = self.key.as_ref().ok_or_else(|| broken("expected attempt.opened as the log's first record"))?;
+        segment.note.verify(key).map_err(|e| broken(e.to_string()))
+    }
+
+    fn record(&mut self, record: &Record, index: usize, origin: &str) -> Result<(), Refused> {
+        let kind = record.event.kind();
+        if record.v != VERSION {
+            return Err(at(record, format!("expected version {VERSION}, found {}", record.v)));
+        }
+        if record.time.parse::<jiff::Timestamp>().is_err() {
+            return Err(at(record, "expected an RFC 3339 time"));
+        }
+        if self.closed {
+            return Err(at(record, "expected nothing after task.closed"));
+        }
+        let ends = matches!(record.event, Event::TaskClosed(_));
+        if (record.actor == Actor::Gateway) != ends {
+            return Err(at(
+                record,
+                format!("expected task.closed from the gateway and all else from the harness, found {kind}"),
+            ));
+        }
+        if record.attempt < self.attempt {
+            return Err(Refused::denied(
+                Rule::IdentityAttempt,
+                format!(
+                    "record {}: attempt {} has been followed by attempt {}",
+                    record.seq, record.attempt, self.attempt
+                ),
+            ));
+        }
+        match &record.event {
+            // An attempt's key must be known before the first signature by it.
+            Event::AttemptOpened(_) if index != 0 => {
+                return Err(at(record, "expected attempt.opened at the start of a segment only"));
+            }
+            Event::AttemptOpened(_) | Event::TaskClosed(_) => {}
+            _ if record.attempt != self.attempt || !self.opened => {
+                return Err(at(record, format!("expected attempt.opened before {kind} in attempt {}", record.attempt)));
+            }
+            _ => {}
+        }
+        let mut usage = self.usage;
+        match &record.event {
+            Event::AttemptOpened(opened) => {
+                let key: VerifierKey = opened.key.parse().map_err(|e| at(record, format!("{e}")))?;
+                let name = format!("{origin}/{}", record.attempt);
+                if record.attempt < 1 || key.name() != name || key.is_witness() {
+                    return Err(at(record, format!("expected a log key named {name}, found {}", key.name())));
+                }
+                if note::origin(&opened.policy.task.uid) != origin {
+                    return Err(at(record, "expected the policy of this task, found another's"));
+                }
+                (self.attempt, self.opened, self.loose) = (record.attempt, true, false);
+                (self.key, self.limits) = (Some(key), Some(opened.policy.limits));
+            }
+            Event::Intent(intent) => self.intended(record, intent, &mut usage)?,
+            Event::Outcome(outcome) => self.settled(record, outcome, &mut usage)?,
+            Event::Denied(_) => usage.denials = usage.denials.saturating_add(1),
+            Event::ContainmentChecked(seen) => self.loose |= !seen.contained || !seen.breaches.is_empty(),
+            Event::AttemptClosed(_) => self.opened = false,
+            Event::TaskClosed(_) => self.closed = true,
+        }
+        if record.usage != usage {
+            return Err(at(record, format!("expected counters {usage:?}, found {:?}", record.usage)));
+        }
+        self.usage = usage;
+        Ok(())
+    }
+
+    fn intended(&mut self, record: &Record, intent: &Intent, usage: &mut Usage) -> Result<(), Refused> {
+        if self.loose {
+            let reason = format!("record {}: no call after the containment was lost", record.seq);
+            return Err(Refused::denied(Rule::ContainmentLost, reason));
+        }
+        if intent.reserved_tokens < 0 {
+            return Err(at(record, "expected a reservation of no less than 0 tokens"));
+        }
+        if self.calls.contains_key(&intent.call) {
+            return Err(at(record, format!("expected one intent of call {:?}, found a second", intent.call)));
+        }
+        if self.calls.len() >= OPEN {
+            return Err(at(record, format!("expected at most {OPEN} calls without an outcome")));
+        }
+        usage.tokens = usage.tokens.saturating_add(intent.reserved_tokens);
+        if intent.channel == Channel::Tool {
+            usage.tool_calls = usage.tool_calls.saturating_add(1);
+        }
+        let limits = self.limits.ok_or_else(|| at(record, "expected attempt.opened first"))?;
+        let over = |rule, used: i64, limit: i64| {
+            Refused::denied(rule, format!("record {}: this call would make {used} of {limit}", record.seq))
+        };
+        if intent.channel == Channel::Tool && usage.tool_calls > limits.tool_calls {
+            return Err(over(Rule::ToolCalls, usage.tool_calls, limits.tool_calls));
+        }
+        if intent.reserved_tokens > 0 && usage.tokens > limits.tokens {
+            return Err(over(Rule::Tokens, usage.tokens, limits.tokens));
+        }
+        self.calls.insert(
+            intent.call.clone(),
+            OpenCall { seq: record.seq, attempt: record.attempt, reserved: intent.reserved_tokens },
+        );
+        self.intents.insert(
+            record.seq,
+            IntentFacts {
+                call: intent.call.clone(),
+                attempt: record.attempt,
+                channel: intent.channel,
+                target: intent.target.clone(),
+                effect: intent.effect,
+                open: true,
+            },
+        );
+        // Settled ones go first: an open one is still to be referred to.
+        while self.intents.len() > RECENT {
+            let oldest = self.intents.iter().find(|(_, i)| !i.open).or(self.intents.iter().next()).map(|(seq, _)| *seq);
+            match oldest {
+                Some(seq) => self.intents.remove(&seq),
+                None => break,
+            };
+        }
+        Ok(())
+    }
+
+    fn settled(&mut self, record: &Record, outcome: &Outcome, usage: &mut Usage) -> Result<(), Refused> {
+        let call = self.calls.get(&outcome.call).filter(|call| call.attempt == record.attempt).copied();
+        let Some(OpenCall { seq, reserved, .. }) = call else {
+            return Err(at(record, format!("expected an open call of this attempt, found {:?}", outcome.call)));
+        };
+        if outcome.tokens < 0 {
+            return Err(at(record, "expected no less than 0 tokens"));
+        }
+        self.calls.remove(&outcome.call);
+        if let Some(intent) = self.intents.get_mut(&seq) {
+            intent.open = false;
+        }
+        usage.tokens = usage.tokens.saturating_sub(reserved).saturating_add(outcome.tokens);
+        Ok(())
+    }
+}
+
+fn broken(reason: impl std::fmt::Display) -> Refused {
+    Refused::denied(Rule::LogSegment, format!("the segment does not extend the log: {reason}"))
+}
+
+fn at(record: &Record, reason: impl std::fmt::Display) -> Refused {
+    broken(format!("record {}: {reason}", record.seq))
+}

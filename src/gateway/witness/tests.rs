@@ -1,0 +1,444 @@
+use std::sync::atomic::Ordering;
+
+use super::*;
+use crate::{
+    evidence::{log, record::Channel, store::Mode},
+    gateway::testing::{
+        self, Harness, Memory, contained, denied, digest, intent, outcome, place, principal, seal_request,
+    },
+    verify,
+};
+
+/// A bucket, and two replicas of the gateway in front of it.
+struct Setup {
+    bucket: Arc<Memory>,
+    key: Vec<u8>,
+    a: Witness,
+    b: Witness,
+}
+
+fn setup() -> Setup {
+    let (bucket, key) = (Arc::new(Memory::default()), testing::witness_key());
+    let (a, b) = (testing::replica(&key, &bucket), testing::replica(&key, &bucket));
+    Setup { bucket, key, a, b }
+}
+
+async fn append(witness: &Witness, request: &AppendRequest) -> Result<AppendReply, Rule> {
+    let principal = principal(request.attempt);
+    witness.append(&place(), &principal, request, &digest()).await.map(|(reply, _)| reply).map_err(|e| e.rule)
+}
+
+async fn open(witness: &Witness, attempt: i64) -> Result<OpenReply, Rule> {
+    let request = OpenRequest { attempt, policy_digest: digest() };
+    witness.open(&place(), &principal(attempt), &request, &digest()).await.map_err(|e| e.rule)
+}
+
+#[tokio::test]
+async fn a_run_over_two_replicas_verifies() {
+    let Setup { bucket, key, a, b } = setup();
+    let mut harness = Harness::new(1);
+    assert_eq!(open(&a, 1).await.unwrap().size, 0);
+    let segments = [
+        vec![harness.opened(), intent("1", Channel::Tool, "search", 0)],
+        vec![outcome("1", 0), denied(), intent("2", Channel::Model, "/v1/chat/completions", 300)],
+        vec![outcome("2", 120), Event::ContainmentChecked(contained(true))],
+    ];
+    for (segment, witness) in segments.into_iter().zip([&a, &b, &a]) {
+        let reply = append(witness, &harness.next(segment)).await.unwrap();
+        assert_eq!(reply.size, harness.tree.size());
+        Note::parse(&reply.checkpoint).unwrap().verify_cosignature(&testing::verifier(&key)).unwrap();
+    }
+    // The pod dies; the second attempt finds the counters where the first left them, at the replica that knows less.
+    let reply = open(&b, 2).await.unwrap();
+    assert_eq!((reply.size, reply.usage, reply.open_calls), (harness.tree.size(), harness.usage, 0));
+    let frontier = reply.frontier.iter().map(|h| BASE64.decode(h).unwrap().try_into().unwrap()).collect();
+    let mut second = Harness::new(2);
+    second.tree = crate::evidence::merkle::Tree::from_frontier(reply.size, frontier).unwrap();
+    second.usage = reply.usage;
+    let opened = second.opened();
+    append(&a, &second.next(vec![opened, intent("3", Channel::Tool, "write", 0)])).await.unwrap();
+    append(&a, &second.next(vec![outcome("3", 0)])).await.unwrap();
+
+    let sealed = b.seal(&place(), &seal_request()).await.unwrap();
+    assert_eq!(sealed.usage, second.usage);
+    assert_eq!(sealed.size, second.tree.size() + 1);
+    assert_eq!(sealed.location, format!("s3://evidence/team/t/{}/", testing::UID));
+    assert_eq!(a.seal(&place(), &seal_request()).await.unwrap(), sealed, "sealing again answers the same");
+    assert!(bucket.objects.lock().unwrap().values().all(|(_, r)| *r == place().retention));
+
+    let log = log::Log::read(&*bucket, &place().location.prefix, true).await.unwrap();
+    let report = verify::verify(&log, &testing::verifier(&key), &verify::Expected::Anything);
+    assert_eq!(report.verdict, verify::Verdict::Valid, "{report:?}");
+}
+
+#[tokio::test]
+async fn of_two_segments_for_one_place_one_wins() {
+    for _ in 0..20 {
+        let Setup { bucket, a, b, .. } = setup();
+        let mut harness = Harness::new(1);
+        let opened = harness.opened();
+        let first = harness.next(vec![opened]);
+        append(&a, &first).await.unwrap();
+        open(&b, 1).await.unwrap();
+        let mut other = Harness { key: harness.key, tree: harness.tree.clone(), ..Harness::new(1) };
+        let right = other.next(vec![intent("r", Channel::Tool, "search", 0)]);
+        let mut harness = Harness { tree: tree_of(&first), key: other.key, ..Harness::new(1) };
+        let left = harness.next(vec![intent("l", Channel::Tool, "write", 0)]);
+        let (l, r) = tokio::join!(append(&a, &left), append(&b, &right));
+        match (l, r) {
+            (Ok(_), Err(rule)) | (Err(rule), Ok(_)) => assert_eq!(rule, Rule::LogFork),
+            other => panic!("{other:?}"),
+        }
+        assert_eq!(bucket.keys().len(), 2);
+    }
+}
+
+fn tree_of(request: &AppendRequest) -> crate::evidence::merkle::Tree {
+    let segment = Segment::parse(request.segment.as_bytes()).unwrap();
+    segment.records.iter().map(|r| leaf_hash(r)).collect()
+}
+
+#[tokio::test]
+async fn the_same_segment_again_is_answered_the_same_by_any_replica() {
+    let Setup { bucket, a, b, .. } = setup();
+    let mut harness = Harness::new(1);
+    let opened = harness.opened();
+    let (first, second) = (harness.next(vec![opened]), harness.next(vec![denied()]));
+    let reply = append(&a, &first).await.unwrap();
+    append(&a, &second).await.unwrap();
+    for witness in [&a, &b] {
+        let again = append(witness, &first).await.unwrap();
+        assert_eq!((again.size, &again.checkpoint), (reply.size, &reply.checkpoint));
+    }
+    // Both at once, as a harness does whose first try has timed out.
+    let third = harness.next(vec![denied()]);
+    let (l, r) = tokio::join!(append(&a, &third), append(&b, &third));
+    assert_eq!(l.unwrap().checkpoint, r.unwrap().checkpoint);
+    assert_eq!(bucket.keys().len(), 3);
+}
+
+#[tokio::test]
+async fn a_lost_reply_of_the_bucket_does_not_fork_the_log() {
+    let Setup { bucket, a, b, .. } = setup();
+    let mut harness = Harness::new(1);
+    let opened = harness.opened();
+    let first = harness.next(vec![opened]);
+    bucket.lose_reply.store(true, Ordering::SeqCst);
+    assert_eq!(append(&a, &first).await.unwrap_err(), Rule::Evidence);
+    assert_eq!(append(&b, &first).await.unwrap().size, 1);
+    assert_eq!(append(&a, &harness.next(vec![denied()])).await.unwrap().size, 2);
+}
+
+#[tokio::test]
+async fn without_the_bucket_nothing_is_acknowledged() {
+    let Setup { bucket, a, .. } = setup();
+    let mut harness = Harness::new(1);
+    let opened = harness.opened();
+    let first = harness.next(vec![opened]);
+    bucket.down.store(true, Ordering::SeqCst);
+    assert_eq!(open(&a, 1).await.unwrap_err(), Rule::Evidence);
+    assert_eq!(append(&a, &first).await.unwrap_err(), Rule::Evidence);
+    assert_eq!(a.seal(&place(), &seal_request()).await.unwrap_err().rule, Rule::Evidence);
+    assert_eq!(a.intent(&place(), 0).await.unwrap_err().rule, Rule::Evidence);
+    bucket.down.store(false, Ordering::SeqCst);
+    append(&a, &first).await.unwrap();
+}
+
+/// Appends two segments, the second changed, and gives the rule that refused it.
+async fn refused(
+    events: Vec<Event>,
+    change: impl Fn(&mut Harness, &mut AppendRequest),
+    tamper: fn(&mut Record),
+) -> Rule {
+    let Setup { bucket, a, .. } = setup();
+    let mut harness = Harness::new(1);
+    let opened = harness.opened();
+    append(&a, &harness.next(vec![opened])).await.unwrap();
+    harness.tamper = tamper;
+    let mut request = harness.next(events);
+    change(&mut harness, &mut request);
+    let rule = append(&a, &request).await.unwrap_err();
+    assert_eq!(bucket.keys().len(), 1, "a refused segment is not stored");
+    rule
+}
+
+#[tokio::test]
+async fn broken_segments_are_refused() {
+    let same = |_: &mut Harness, _: &mut AppendRequest| ();
+    let keep: fn(&mut Record) = |_| ();
+    let search = |call: &str| intent(call, Channel::Tool, "search", 0);
+    let table: Vec<(&str, Rule, Rule)> = vec![
+        (
+            "another key",
+            Rule::LogSegment,
+            refused(
+                vec![denied()],
+                |h, r| {
+                    let other = Harness { tree: h.tree.clone(), ..Harness::new(1) };
+                    let mut segment = Segment::parse(r.segment.as_bytes()).unwrap();
+                    segment.note = Note::sign(&segment.note.checkpoint().unwrap(), &other.key);
+                    r.segment = String::from_utf8(segment.to_bytes()).unwrap();
+                },
+                keep,
+            )
+            .await,
+        ),
+        (
+            "another root",
+            Rule::LogSegment,
+            refused(
+                vec![denied()],
+                |h, r| {
+                    let mut segment = Segment::parse(r.segment.as_bytes()).unwrap();
+                    let checkpoint = Checkpoint { root: [7; 32], ..segment.note.checkpoint().unwrap() };
+                    segment.note = Note::sign(&checkpoint, &h.key);
+                    r.segment = String::from_utf8(segment.to_bytes()).unwrap();
+                },
+                keep,
+            )
+            .await,
+        ),
+        (
+            "another log",
+            Rule::LogSegment,
+            refused(
+                vec![denied()],
+                |h, r| {
+                    let mut segment = Segment::parse(r.segment.as_bytes()).unwrap();
+                    let checkpoint = Checkpoint { origin: note::origin("other"), ..segment.note.checkpoint().unwrap() };
+                    segment.note = Note::sign(&checkpoint, &h.key);
+                    r.segment = String::from_utf8(segment.to_bytes()).unwrap();
+                },
+                keep,
+            )
+            .await,
+        ),
+        (
+            "signed twice",
+            Rule::LogSegment,
+            refused(
+                vec![denied()],
+                |_, r| {
+                    let mut segment = Segment::parse(r.segment.as_bytes()).unwrap();
+                    let line = segment.note.signatures[0].clone();
+                    segment.note.signatures.push(line);
+                    r.segment = String::from_utf8(segment.to_bytes()).unwrap();
+                },
+                keep,
+            )
+            .await,
+        ),
+        ("a gap", Rule::LogSegment, refused(vec![denied()], same, |r| r.seq += 1).await),
+        ("first disagrees", Rule::LogSegment, refused(vec![denied()], |_, r| r.first = 2, keep).await),
+        ("not text", Rule::LogSegment, refused(vec![denied()], |_, r| r.segment.truncate(40), keep).await),
+        ("attempt of the request", Rule::IdentityAttempt, {
+            let Setup { a, .. } = setup();
+            let mut harness = Harness::new(1);
+            let opened = harness.opened();
+            let request = harness.next(vec![opened]);
+            a.append(&place(), &principal(2), &request, &digest()).await.unwrap_err().rule
+        }),
+        ("attempt of the record", Rule::LogSegment, refused(vec![denied()], same, |r| r.attempt = 2).await),
+        ("the gateway's name", Rule::LogSegment, refused(vec![denied()], same, |r| r.actor = Actor::Gateway).await),
+        (
+            "task.closed by the harness",
+            Rule::LogSegment,
+            refused(vec![Event::TaskClosed(seal_request().closed)], same, keep).await,
+        ),
+        ("version", Rule::LogSegment, refused(vec![denied()], same, |r| r.v = 2).await),
+        ("time", Rule::LogSegment, refused(vec![denied()], same, |r| r.time = "now".into()).await),
+        ("counter too low", Rule::LogSegment, refused(vec![denied()], same, |r| r.usage.denials = 0).await),
+        ("counter shrinks", Rule::LogSegment, refused(vec![denied()], same, |r| r.usage.tokens = -1).await),
+        ("call twice", Rule::LogSegment, refused(vec![search("1"), search("1")], same, keep).await),
+        ("outcome of nothing", Rule::LogSegment, refused(vec![outcome("1", 0)], same, keep).await),
+        (
+            "two outcomes",
+            Rule::LogSegment,
+            refused(vec![search("1"), outcome("1", 0), outcome("1", 0)], same, keep).await,
+        ),
+        (
+            "negative reservation",
+            Rule::LogSegment,
+            refused(vec![intent("1", Channel::Model, "/v1/messages", -1)], same, keep).await,
+        ),
+        (
+            "one tool call more than the limit",
+            Rule::ToolCalls,
+            refused((0..4).map(|i| search(&i.to_string())).collect(), same, keep).await,
+        ),
+        (
+            "one token more than the limit",
+            Rule::Tokens,
+            refused(vec![intent("1", Channel::Model, "/v1/messages", 1001)], same, keep).await,
+        ),
+        (
+            "a call after containment was lost",
+            Rule::ContainmentLost,
+            refused(vec![Event::ContainmentChecked(contained(false)), search("1")], same, keep).await,
+        ),
+        (
+            "a call after the attempt closed",
+            Rule::LogSegment,
+            refused(
+                vec![
+                    Event::AttemptClosed(crate::evidence::record::AttemptClosed { reason: "agentEnded".into() }),
+                    search("1"),
+                ],
+                same,
+                keep,
+            )
+            .await,
+        ),
+    ];
+    for (name, expected, found) in table {
+        assert_eq!(found, expected, "{name}");
+    }
+}
+
+#[tokio::test]
+async fn an_attempt_opens_as_itself_contained_and_under_our_policy() {
+    let table: Vec<(&str, Rule, fn(&mut Harness) -> Event)> = vec![
+        ("no opening", Rule::LogSegment, |_| denied()),
+        ("another attempt's key", Rule::LogSegment, |h| {
+            h.key = Signer::generate(&note::attempt_key_name(testing::UID, 2)).unwrap();
+            h.opened()
+        }),
+        ("another task's key", Rule::LogSegment, |h| {
+            h.key = Signer::generate(&note::attempt_key_name("other", 1)).unwrap();
+            h.opened()
+        }),
+        ("not contained", Rule::ContainmentLost, |h| edit(h, |o| o.containment = contained(false))),
+        ("another pod", Rule::LogSegment, |h| edit(h, |o| o.pod.uid = "pod-2".into())),
+        ("another digest", Rule::ConfigDigest, |h| edit(h, |o| o.policy_digest = "00".repeat(32))),
+        ("another policy", Rule::ConfigDigest, |h| edit(h, |o| o.policy.limits.tool_calls = 99)),
+    ];
+    for (name, expected, event) in table {
+        let Setup { a, .. } = setup();
+        let mut harness = Harness::new(1);
+        let event = event(&mut harness);
+        assert_eq!(append(&a, &harness.next(vec![event])).await.unwrap_err(), expected, "{name}");
+    }
+}
+
+fn edit(harness: &Harness, change: impl Fn(&mut crate::evidence::record::AttemptOpened)) -> Event {
+    let Event::AttemptOpened(mut opened) = harness.opened() else { panic!() };
+    change(&mut opened);
+    Event::AttemptOpened(opened)
+}
+
+#[tokio::test]
+async fn the_newest_incarnation_of_a_harness_signs() {
+    let Setup { a, b, .. } = setup();
+    let mut old = Harness::new(1);
+    let opened = old.opened();
+    append(&a, &old.next(vec![opened])).await.unwrap();
+    // The harness container restarts: a new key under the same name.
+    let mut new = Harness { tree: old.tree.clone(), ..Harness::new(1) };
+    let opened = new.opened();
+    append(&b, &new.next(vec![opened])).await.unwrap();
+    old.tree = new.tree.clone();
+    assert_eq!(append(&a, &old.next(vec![denied()])).await.unwrap_err(), Rule::LogSegment);
+    append(&a, &new.next(vec![denied()])).await.unwrap();
+}
+
+#[tokio::test]
+async fn an_older_attempt_is_shut_out() {
+    let Setup { a, b, .. } = setup();
+    let mut first = Harness::new(1);
+    let opened = first.opened();
+    append(&a, &first.next(vec![opened])).await.unwrap();
+    let mut second = Harness { tree: first.tree.clone(), ..Harness::new(2) };
+    let opened = second.opened();
+    append(&b, &second.next(vec![opened])).await.unwrap();
+    assert_eq!(open(&a, 1).await.unwrap_err(), Rule::IdentityAttempt);
+    assert_eq!(append(&a, &first.next(vec![denied()])).await.unwrap_err(), Rule::LogFork);
+    first.tree = second.tree.clone();
+    assert_eq!(append(&a, &first.next(vec![denied()])).await.unwrap_err(), Rule::IdentityAttempt);
+}
+
+#[tokio::test]
+async fn nothing_follows_the_end() {
+    let Setup { a, b, .. } = setup();
+    let mut harness = Harness::new(1);
+    let opened = harness.opened();
+    append(&a, &harness.next(vec![opened, intent("1", Channel::Tool, "search", 0)])).await.unwrap();
+    assert!(a.intent(&place(), 1).await.is_ok());
+    let sealed = b.seal(&place(), &seal_request()).await.unwrap();
+    assert_eq!(sealed.size, 3);
+    let late = harness.next(vec![outcome("1", 0)]);
+    assert_eq!(append(&a, &late).await.unwrap_err(), Rule::LogFork);
+    assert_eq!(append(&b, &late).await.unwrap_err(), Rule::LogFork);
+    assert_eq!(open(&a, 1).await.unwrap_err(), Rule::TaskClosed);
+    assert_eq!(a.intent(&place(), 1).await.unwrap_err().rule, Rule::TaskClosed);
+    let after = Harness { tree: harness.tree.clone(), key: harness.key, ..Harness::new(1) }.next(vec![denied()]);
+    assert_eq!(append(&a, &after).await.unwrap_err(), Rule::TaskClosed);
+}
+
+#[tokio::test]
+async fn a_task_that_never_ran_is_sealed_too_and_a_gone_pack_leaves_its_retention() {
+    let Setup { bucket, key, a, .. } = setup();
+    let sealed = a.seal(&place(), &seal_request()).await.unwrap();
+    assert_eq!((sealed.size, sealed.usage), (1, Usage::default()));
+    let stored = Segment::parse(&bucket.get(&place().key(0)).await.unwrap()).unwrap();
+    assert_eq!(stored.note.signatures.len(), 1);
+    stored.note.verify_cosignature(&testing::verifier(&key)).unwrap();
+
+    let Setup { bucket, a, .. } = setup();
+    let mut harness = Harness::new(1);
+    let opened = harness.opened();
+    append(&a, &harness.next(vec![opened])).await.unwrap();
+    a.seal(&Place { retention: None, ..place() }, &seal_request()).await.unwrap();
+    let expected = Some(Retention { mode: Mode::Compliance, days: 30 });
+    assert!(bucket.objects.lock().unwrap().values().all(|(_, r)| *r == expected));
+}
+
+#[tokio::test]
+async fn seal_and_append_race() {
+    for _ in 0..20 {
+        let Setup { a, b, bucket, key } = setup();
+        let mut harness = Harness::new(1);
+        let opened = harness.opened();
+        append(&a, &harness.next(vec![opened])).await.unwrap();
+        let next = harness.next(vec![denied()]);
+        let request = seal_request();
+        let place = place();
+        let (appended, sealed) = tokio::join!(append(&a, &next), b.seal(&place, &request));
+        let sealed = sealed.unwrap();
+        assert_eq!(sealed.size, if appended.is_ok() { 3 } else { 2 });
+        let log = log::Log::read(&*bucket, &place.location.prefix, true).await.unwrap();
+        let report = verify::verify(&log, &testing::verifier(&key), &verify::Expected::Anything);
+        assert_eq!(report.summary.records, sealed.size, "{report:?}");
+    }
+}
+
+#[tokio::test]
+async fn an_intent_is_found_by_any_replica_and_only_if_it_is_one() {
+    let Setup { a, b, .. } = setup();
+    let mut harness = Harness::new(1);
+    let opened = harness.opened();
+    append(&a, &harness.next(vec![opened, intent("1", Channel::Tool, "write", 0)])).await.unwrap();
+    for witness in [&a, &b] {
+        let found = witness.intent(&place(), 1).await.unwrap();
+        assert_eq!((found.target.as_str(), found.attempt, found.open), ("write", 1, true));
+        for seq in [0, 2, u64::MAX] {
+            assert_eq!(witness.intent(&place(), seq).await.unwrap_err().rule, Rule::IntentMissing);
+        }
+    }
+    append(&b, &harness.next(vec![outcome("1", 0)])).await.unwrap();
+    assert!(!b.intent(&place(), 1).await.unwrap().open);
+}
+
+#[tokio::test]
+async fn a_bucket_that_was_written_by_somebody_else_is_not_gone_on_from() {
+    let Setup { bucket, a, .. } = setup();
+    let mut harness = Harness::new(1);
+    let opened = harness.opened();
+    append(&a, &harness.next(vec![opened])).await.unwrap();
+    // Well formed, signed by the attempt, cosigned by another witness.
+    let other = testing::replica(&testing::witness_key(), &Arc::new(Memory::default()));
+    let mut segment = Segment::parse(harness.next(vec![denied()]).segment.as_bytes()).unwrap();
+    segment.note.cosign(&other.signer, 1);
+    bucket.create(&place().key(1), Bytes::from(segment.to_bytes()), None).await.unwrap();
+    assert_eq!(open(&a, 1).await.unwrap_err(), Rule::Evidence);
+    assert_eq!(a.seal(&place(), &seal_request()).await.unwrap_err().rule, Rule::Evidence);
+}

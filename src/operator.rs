@@ -1,0 +1,322 @@
+//! Sandbox orchestration: `AgentTask`s become attempts, and ends become sealed evidence.
+//!
+//! ```text
+//! watch ─▶ observe ─▶ decide ─┬─▶ resolve ─▶ validate ─▶ plan ─▶ apply      an attempt begins
+//!                             ├─▶ end pods, seal, release                  an attempt, a task ends
+//!                             └─▶ status
+//! ```
+//!
+//! Promises: killed at any point it converges, without a second pod for the same attempt; only the leader acts; a cluster without
+//! the operator goes on running what runs. Refuses: to decide before every cache is filled, and to write what has not changed.
+
+use std::{net::SocketAddr, path::PathBuf, pin::pin, sync::Arc, time::Duration};
+
+use futures::{Stream, StreamExt};
+use jiff::Timestamp;
+use kube::{
+    Client, Resource, ResourceExt,
+    core::DeserializeGuard,
+    runtime::{
+        Controller, Predicate, PredicateConfig, WatchStreamExt, controller,
+        predicates::{self},
+        watcher,
+    },
+};
+use kube_lease_manager::LeaseManagerBuilder;
+use prometheus::Registry;
+use tokio::sync::watch;
+
+use crate::admin;
+
+/// Writes, counted and guarded.
+pub mod api;
+/// Makes an attempt's objects.
+pub mod apply;
+/// Pauses after errors.
+pub mod backoff;
+/// The secrets of the system namespace.
+pub mod bootstrap;
+/// What the cluster says, kept by watches.
+pub mod cache;
+/// What to do next: a pure function.
+pub mod decide;
+/// What we remember between two looks.
+pub mod memory;
+/// Metrics.
+pub mod metrics;
+/// What a pod's status means.
+pub mod observe;
+/// One look at one task.
+pub mod reconcile;
+/// What a task refers to.
+pub mod resolve;
+/// Ends a task's log.
+pub mod seal;
+/// What a task's status says.
+pub mod status;
+/// What the cluster adds to every task.
+pub mod surroundings;
+
+#[cfg(test)]
+mod tests;
+
+/// Looks at a time. Each waits for the API server most of the time; more of them only queue there.
+const CONCURRENCY: u16 = 32;
+/// Name of the Lease.
+const LEASE: &str = "belay-operator";
+/// Seconds that a leader is believed after its last sign of life.
+const LEASE_SECONDS: u64 = 15;
+/// Seconds before that in which it renews.
+const LEASE_GRACE_SECONDS: u64 = 5;
+/// How often the gateway's certificate is looked at.
+const CERTIFICATE_CHECK: Duration = Duration::from_secs(12 * 3600);
+/// How often memories of tasks that are gone are dropped.
+const TIDY: Duration = Duration::from_secs(300);
+/// For what is under way when the process is told to end.
+const DRAIN: Duration = Duration::from_secs(10);
+
+/// What the operator is told by its command line.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Namespace of operator and gateway.
+    pub system_namespace: String,
+    /// `host:port` of the gateway.
+    pub gateway: String,
+    /// Image of the harness.
+    pub image: String,
+    /// Address for health and metrics.
+    pub admin_listen: SocketAddr,
+    /// File with the operator's token for the gateway.
+    pub token: PathBuf,
+    /// Processor request of the harness.
+    pub harness_cpu: String,
+    /// Memory limit of the harness.
+    pub harness_memory: String,
+    /// Who we are in the Lease.
+    pub identity: String,
+}
+
+/// Why the operator ended.
+#[derive(Debug, thiserror::Error)]
+pub enum OperatorError {
+    /// The way to the API server.
+    #[error("cannot use the API server: {0}")]
+    Client(#[from] kube::Error),
+    /// No kubeconfig and no ServiceAccount.
+    #[error("cannot find the API server: {0}")]
+    Config(#[from] kube::config::InferConfigError),
+    /// The admin port.
+    #[error(transparent)]
+    Admin(#[from] admin::AdminError),
+    /// Metrics.
+    #[error("cannot register metrics: {0}")]
+    Metrics(#[from] prometheus::Error),
+    /// The Lease.
+    #[error("cannot use Lease {LEASE}: {0}")]
+    Lease(#[from] kube_lease_manager::LeaseManagerError),
+    /// The Lease went to another.
+    #[error("Lease {LEASE} went to another replica: ending at once, because only the leader may act")]
+    LeaseLost,
+    /// The secrets.
+    #[error(transparent)]
+    Bootstrap(#[from] bootstrap::BootstrapError),
+    /// The gateway's authority.
+    #[error(transparent)]
+    Seal(#[from] seal::SealError),
+    /// A watch ended.
+    #[error("a watch ended before its cache was filled")]
+    Watch,
+    /// The controller ended by itself.
+    #[error("the controller ended though nobody asked it to")]
+    Ended,
+}
+
+/// Runs until `stop` resolves, the Lease is lost, or something fails that a restart may cure.
+///
+/// # Errors
+/// See [`OperatorError`].
+pub async fn run(settings: Settings, stop: impl Future<Output = ()> + Send) -> Result<(), OperatorError> {
+    let config = kube::Config::infer().await?;
+    let cluster_url = config.cluster_url.clone();
+    let client = Client::try_from(config)?;
+    let registry = Registry::new();
+    let metrics = metrics::Metrics::new(&registry)?;
+    let (role, ready) = watch::channel(Role::Standby);
+    let admin = admin::serve(settings.admin_listen, registry.clone(), move || match *ready.borrow() {
+        Role::Standby | Role::Leading => Ok(()),
+        Role::Filling => Err("the caches are not filled yet".to_owned()),
+    })
+    .await?;
+    tokio::spawn(admin);
+    let lease = LeaseManagerBuilder::new(client.clone(), LEASE)
+        .with_namespace(&settings.system_namespace)
+        .with_identity(&settings.identity)
+        .with_duration(LEASE_SECONDS)
+        .with_grace(LEASE_GRACE_SECONDS)
+        .build()
+        .await?;
+    let (mut leading, lease_task) = lease.watch().await;
+    let mut stop = pin!(stop);
+    let result = loop {
+        tracing::info!(identity = settings.identity, "waiting for the Lease");
+        tokio::select! {
+            () = &mut stop => break Ok(()),
+            led = leading.wait_for(|leading| *leading) => if led.is_err() { break Err(OperatorError::LeaseLost) },
+        }
+        metrics.leader.set(1);
+        role.send_replace(Role::Filling);
+        let mut lost = leading.clone();
+        break tokio::select! {
+            result = lead(&settings, &client, &cluster_url, &registry, &metrics, &role, &mut stop) => result,
+            _ = lost.wait_for(|leading| !*leading) => Err(OperatorError::LeaseLost),
+        };
+    };
+    // Without a receiver the Lease is given up, so that the next leader need not wait for it to end.
+    drop(leading);
+    if result.is_ok() {
+        let _ = tokio::time::timeout(DRAIN, lease_task).await;
+    }
+    result
+}
+
+/// What this replica does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Role {
+    /// Waits for the Lease.
+    Standby,
+    /// Leads, and fills its caches.
+    Filling,
+    /// Leads.
+    Leading,
+}
+
+async fn lead(
+    settings: &Settings,
+    client: &Client,
+    cluster_url: &http::Uri,
+    registry: &Registry,
+    metrics: &metrics::Metrics,
+    role: &watch::Sender<Role>,
+    stop: impl Future<Output = ()> + Send,
+) -> Result<(), OperatorError> {
+    tracing::info!("leading");
+    let authority = bootstrap::ensure(client, &settings.system_namespace, Timestamp::now()).await?;
+    let gateway = seal::Gateway::new(settings.gateway.clone(), settings.token.clone(), &authority)?;
+    let api_servers = surroundings::api_servers(client, cluster_url).await?;
+    let (surroundings, gateway_moved) = surroundings::follow(client, settings, authority, api_servers);
+    let memories = Arc::new(memory::Memories::default());
+    let (stores, streams) = cache::watch(client, memories.clone(), metrics);
+    registry.register(Box::new(metrics::TasksByPhase::new(stores.tasks.clone())?))?;
+    let context = Arc::new(reconcile::Context {
+        stores: stores.clone(),
+        memories: memories.clone(),
+        writer: api::Writer::new(client.clone(), metrics.clone()),
+        gateway,
+        surroundings,
+        metrics: metrics.clone(),
+        system_namespace: settings.system_namespace.clone(),
+    });
+    // The streams fill the stores while they are polled, so that the controller waits inside each look, not before it runs.
+    let (filled, is_filled) = watch::channel(false);
+    let (stopped, stopping) = tokio::sync::oneshot::channel::<()>();
+    let controller = control(streams, gateway_moved, context, is_filled, async {
+        let _ = stopping.await;
+    });
+    let mut controller = pin!(controller);
+    let fill = async {
+        stores.ready().await.map_err(|_| OperatorError::Watch)?;
+        filled.send_replace(true);
+        role.send_replace(Role::Leading);
+        tracing::info!(tasks = stores.tasks.len(), "caches are filled");
+        std::future::pending::<Result<(), OperatorError>>().await
+    };
+    tokio::select! {
+        () = &mut controller => return Err(OperatorError::Ended),
+        failed = fill => return failed,
+        failed = keep_certificate(client, &settings.system_namespace) => return failed,
+        () = tidy(&stores, &memories) => {}
+        () = stop => {}
+    }
+    tracing::info!("ending; finishing what is under way");
+    drop(stopped);
+    let _ = tokio::time::timeout(DRAIN, controller).await;
+    Ok(())
+}
+
+/// Runs the controller until it is told to stop.
+async fn control<T, C, P, N, O, W>(
+    streams: cache::Streams<T, C, P, N, O, W>,
+    gateway_moved: impl Stream<Item = ()> + Send + 'static,
+    context: Arc<reconcile::Context>,
+    filled: watch::Receiver<bool>,
+    stop: impl Future<Output = ()> + Send + Sync + 'static,
+) where
+    T: Stream<Item = watcher::Result<cache::GuardedTask>> + Send + 'static,
+    C: Stream<Item = watcher::Result<DeserializeGuard<crate::api::ToolContract>>> + Send + 'static,
+    P: Stream<Item = watcher::Result<DeserializeGuard<crate::api::PolicyPack>>> + Send + 'static,
+    N: Stream<Item = watcher::Result<kube::core::PartialObjectMeta<k8s_openapi::api::core::v1::Namespace>>>
+        + Send
+        + 'static,
+    O: Stream<Item = watcher::Result<DeserializeGuard<k8s_openapi::api::core::v1::Pod>>> + Send + 'static,
+    W: Stream<Item = watcher::Result<DeserializeGuard<k8s_openapi::api::networking::v1::NetworkPolicy>>>
+        + Send
+        + 'static,
+{
+    let (contracts, packs, namespaces) = (context.stores.clone(), context.stores.clone(), context.stores.clone());
+    let cache = || PredicateConfig::default();
+    let changes = task_changes.combine(predicates::finalizers);
+    Controller::for_stream(streams.tasks.predicate_filter(changes, cache()), context.stores.tasks.clone())
+        .with_config(controller::Config::default().concurrency(CONCURRENCY))
+        .owns_stream(streams.pods)
+        .owns_stream(streams.network_policies)
+        .watches_stream(streams.contracts, move |contract| contracts.tasks_of_contract(&contract))
+        .watches_stream(streams.packs, move |_| packs.tasks_of_packs())
+        .watches_stream(streams.namespaces.predicate_filter(predicates::labels, cache()), move |namespace| {
+            namespaces.tasks_of_namespace(&namespace.name_any())
+        })
+        .reconcile_all_on(gateway_moved)
+        .graceful_shutdown_on(stop)
+        .run(
+            move |task, context| {
+                let mut filled = filled.clone();
+                async move {
+                    // An empty cache is no statement about the cluster. The sender lives as long as the controller.
+                    let _ = filled.wait_for(|filled| *filled).await;
+                    reconcile::reconcile(task, context).await
+                }
+            },
+            |task, error, context| reconcile::after_error(&task, error, &context),
+            context,
+        )
+        .for_each(|outcome| {
+            match outcome {
+                // Both are told where they arise; a task that is gone when its turn comes is no error.
+                Ok(_) | Err(controller::Error::ReconcilerFailed(..) | controller::Error::ObjectNotFound(_)) => {}
+                Err(error) => tracing::warn!(%error, "a watch was interrupted and is started again"),
+            }
+            std::future::ready(())
+        })
+        .await;
+}
+
+/// Generation and deletion. Whether a deletion counts as a generation is for the API server to say; it is not needed here.
+fn task_changes(task: &cache::GuardedTask) -> Option<u64> {
+    let metadata = task.meta();
+    let generation = metadata.generation.unwrap_or_default().unsigned_abs();
+    Some(generation.wrapping_mul(2).wrapping_add(u64::from(metadata.deletion_timestamp.is_some())))
+}
+
+async fn keep_certificate(client: &Client, namespace: &str) -> Result<(), OperatorError> {
+    loop {
+        tokio::time::sleep(CERTIFICATE_CHECK).await;
+        bootstrap::ensure(client, namespace, Timestamp::now()).await?;
+    }
+}
+
+async fn tidy(stores: &cache::Stores, memories: &memory::Memories) {
+    loop {
+        tokio::time::sleep(TIDY).await;
+        let uids: std::collections::HashSet<_> = stores.tasks.state().iter().filter_map(|task| task.uid()).collect();
+        memories.retain(|uid| uids.contains(uid));
+    }
+}

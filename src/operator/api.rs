@@ -1,0 +1,263 @@
+//! The writes: each one counted, bounded in time, and guarded by UID.
+
+use std::{future::Future, time::Duration};
+
+use k8s_openapi::api::{
+    core::v1::{ConfigMap, Pod},
+    networking::v1::NetworkPolicy,
+};
+use kube::{
+    Api, Client, Resource, ResourceExt,
+    api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions},
+};
+use serde::{Serialize, de::DeserializeOwned};
+use serde_json::json;
+
+use super::metrics::Metrics;
+use crate::{
+    api::{AgentTask, AgentTaskStatus},
+    plan::names::{FIELD_MANAGER, FINALIZER},
+};
+
+/// For one request. The client has no timeout of its own for a server that takes a request and never answers.
+const TIMEOUT: Duration = Duration::from_secs(15);
+
+/// Why a request failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ApiError {
+    /// The API server, or the way to it.
+    #[error("cannot {verb} {kind} `{name}`: {cause}")]
+    Kube {
+        /// What was asked.
+        verb: &'static str,
+        /// Of which kind.
+        kind: String,
+        /// Of which object.
+        name: String,
+        /// What was answered.
+        cause: Box<kube::Error>,
+    },
+    /// No answer.
+    #[error("cannot {verb} {kind} `{name}`: no answer in {} s", TIMEOUT.as_secs())]
+    Timeout {
+        /// What was asked.
+        verb: &'static str,
+        /// Of which kind.
+        kind: String,
+        /// Of which object.
+        name: String,
+    },
+}
+
+impl ApiError {
+    /// The HTTP status, where there was an answer.
+    pub fn code(&self) -> Option<u16> {
+        match self {
+            Self::Kube { cause, .. } => match cause.as_ref() {
+                kube::Error::Api(status) => Some(status.code),
+                _ => None,
+            },
+            Self::Timeout { .. } => None,
+        }
+    }
+
+    /// Whether the API server said that it did not do it.
+    pub fn is_refusal(&self) -> bool {
+        self.code().is_some_and(|code| (400..500).contains(&code))
+    }
+
+    /// The API server's own words, without what a client adds.
+    pub fn message(&self) -> String {
+        match self {
+            Self::Kube { cause, .. } => match cause.as_ref() {
+                kube::Error::Api(status) => status.message.clone(),
+                other => other.to_string(),
+            },
+            Self::Timeout { .. } => self.to_string(),
+        }
+    }
+}
+
+/// A client that counts its writes.
+#[derive(Clone)]
+pub struct Writer {
+    client: Client,
+    metrics: Metrics,
+}
+
+impl Writer {
+    /// Over this client.
+    pub fn new(client: Client, metrics: Metrics) -> Self {
+        Self { client, metrics }
+    }
+
+    fn api<K>(&self, namespace: &str) -> Api<K>
+    where
+        K: Resource<Scope = k8s_openapi::NamespaceResourceScope, DynamicType = ()>,
+    {
+        Api::namespaced(self.client.clone(), namespace)
+    }
+
+    async fn write<K: Resource<DynamicType = ()>, T>(
+        &self,
+        verb: &'static str,
+        name: &str,
+        request: impl Future<Output = Result<T, kube::Error>>,
+    ) -> Result<T, ApiError> {
+        self.metrics.writes.with_label_values(&[verb, &*K::kind(&())]).inc();
+        bounded::<K, T>(verb, name, request).await
+    }
+
+    /// Server-side applies an object of an attempt.
+    async fn apply<K>(&self, namespace: &str, object: &K) -> Result<K, ApiError>
+    where
+        K: Resource<Scope = k8s_openapi::NamespaceResourceScope, DynamicType = ()>
+            + Serialize
+            + DeserializeOwned
+            + Clone
+            + std::fmt::Debug,
+    {
+        let name = object.name_any();
+        let parameters = PatchParams::apply(FIELD_MANAGER).force();
+        let api = self.api::<K>(namespace);
+        self.write::<K, K>("apply", &name, api.patch(&name, &parameters, &Patch::Apply(object))).await
+    }
+
+    /// Applies a ConfigMap. One of the same name that is immutable and differs is in the way: it is deleted, and the error returned.
+    ///
+    /// # Errors
+    /// If the API server refuses it or does not answer.
+    pub async fn apply_config_map(&self, namespace: &str, object: &ConfigMap) -> Result<ConfigMap, ApiError> {
+        let applied = self.apply(namespace, object).await;
+        if applied.as_ref().is_err_and(|error| error.code() == Some(422)) {
+            let name = object.name_any();
+            let api = self.api::<ConfigMap>(namespace);
+            let in_the_way = bounded::<ConfigMap, _>("get", &name, api.get_metadata(&name)).await;
+            // Only our own: another task's is let go by the garbage collector, a stranger's is not ours to delete.
+            let ours =
+                |live: &kube::core::PartialObjectMeta<ConfigMap>| live.owner_references() == object.owner_references();
+            if let Ok(live) = in_the_way.as_ref().map(|live| live.clone())
+                && ours(&live)
+            {
+                self.delete::<ConfigMap>(namespace, &name, live.uid()).await?;
+            }
+        }
+        applied
+    }
+
+    /// Applies a NetworkPolicy and reads it back.
+    ///
+    /// # Errors
+    /// If the API server refuses it or does not answer.
+    pub async fn apply_network_policy(
+        &self,
+        namespace: &str,
+        object: &NetworkPolicy,
+    ) -> Result<NetworkPolicy, ApiError> {
+        self.apply(namespace, object).await?;
+        let name = object.name_any();
+        bounded::<NetworkPolicy, _>("get", &name, self.api::<NetworkPolicy>(namespace).get(&name)).await
+    }
+
+    /// Creates a pod. One that is there already is not touched.
+    ///
+    /// # Errors
+    /// If the API server refuses it or does not answer.
+    pub async fn create_pod(&self, namespace: &str, pod: &Pod) -> Result<Pod, ApiError> {
+        let parameters = PostParams { field_manager: Some(FIELD_MANAGER.to_owned()), ..PostParams::default() };
+        let name = pod.name_any();
+        self.write::<Pod, _>("create", &name, self.api::<Pod>(namespace).create(&parameters, pod)).await
+    }
+
+    /// The pod as the API server has it.
+    ///
+    /// # Errors
+    /// If it does not answer.
+    pub async fn get_pod(&self, namespace: &str, name: &str) -> Result<Option<Pod>, ApiError> {
+        bounded::<Pod, _>("get", name, self.api::<Pod>(namespace).get_opt(name)).await
+    }
+
+    /// Asks for a pod's end. One that is gone, or another under the same name, is no error.
+    ///
+    /// # Errors
+    /// If the API server refuses or does not answer.
+    pub async fn delete_pod(&self, namespace: &str, name: &str, uid: &str) -> Result<(), ApiError> {
+        self.delete::<Pod>(namespace, name, Some(uid.to_owned())).await
+    }
+
+    async fn delete<K>(&self, namespace: &str, name: &str, uid: Option<String>) -> Result<(), ApiError>
+    where
+        K: Resource<Scope = k8s_openapi::NamespaceResourceScope, DynamicType = ()>
+            + DeserializeOwned
+            + Clone
+            + std::fmt::Debug,
+    {
+        let parameters = DeleteParams {
+            preconditions: Some(Preconditions { uid, resource_version: None }),
+            ..DeleteParams::default()
+        };
+        let api = self.api::<K>(namespace);
+        match self.write::<K, _>("delete", name, api.delete(name, &parameters)).await {
+            Err(error) if matches!(error.code(), Some(404 | 409)) => Ok(()),
+            other => other.map(|_| ()),
+        }
+    }
+
+    /// Adds our finalizer, or removes it. The task as it is then.
+    ///
+    /// The resource version guards the list against another writer's finalizers, the UID against a namesake.
+    ///
+    /// # Errors
+    /// If the task changed meanwhile, or the API server refuses or does not answer.
+    pub async fn set_finalizer(&self, task: &AgentTask, present: bool) -> Result<AgentTask, ApiError> {
+        let (namespace, name) = (task.namespace().unwrap_or_default(), task.name_any());
+        let mut finalizers: Vec<_> = task.finalizers().iter().filter(|one| *one != FINALIZER).cloned().collect();
+        if present {
+            finalizers.push(FINALIZER.to_owned());
+        }
+        let metadata = json!({
+            "uid": task.uid(),
+            "resourceVersion": task.resource_version(),
+            "finalizers": finalizers,
+        });
+        let patch = Patch::Merge(json!({ "metadata": metadata }));
+        let parameters = PatchParams { field_manager: Some(FIELD_MANAGER.to_owned()), ..PatchParams::default() };
+        let api = self.api::<AgentTask>(&namespace);
+        self.write::<AgentTask, _>("patch", &name, api.patch(&name, &parameters, &patch)).await
+    }
+
+    /// Applies our part of the status. The task as it is then.
+    ///
+    /// # Errors
+    /// If the task is gone, or the API server refuses or does not answer.
+    pub async fn apply_status(
+        &self,
+        namespace: &str,
+        name: &str,
+        uid: Option<&str>,
+        status: &AgentTaskStatus,
+    ) -> Result<AgentTask, ApiError> {
+        let patch = Patch::Apply(json!({
+            "apiVersion": AgentTask::api_version(&()),
+            "kind": AgentTask::kind(&()),
+            "metadata": { "name": name, "namespace": namespace, "uid": uid },
+            "status": AgentTaskStatus { usage: None, ..status.clone() },
+        }));
+        let parameters = PatchParams::apply(FIELD_MANAGER).force();
+        let api = self.api::<AgentTask>(namespace);
+        self.write::<AgentTask, _>("apply-status", name, api.patch_status(name, &parameters, &patch)).await
+    }
+}
+
+async fn bounded<K: Resource<DynamicType = ()>, T>(
+    verb: &'static str,
+    name: &str,
+    request: impl Future<Output = Result<T, kube::Error>>,
+) -> Result<T, ApiError> {
+    let (kind, name) = (K::kind(&()).into_owned(), name.to_owned());
+    match tokio::time::timeout(TIMEOUT, request).await {
+        Ok(Ok(value)) => Ok(value),
+        Ok(Err(cause)) => Err(ApiError::Kube { verb, kind, name, cause: Box::new(cause) }),
+        Err(_) => Err(ApiError::Timeout { verb, kind, name }),
+    }
+}

@@ -1,0 +1,110 @@
+//! Makes an attempt's objects, in the order that containment needs.
+//!
+//! Promises: finalizer, ConfigMap and NetworkPolicy are there, and the policy was read back, before the pod is asked for; a pod that
+//! is there already is adopted, never made twice. Refuses: a namesake's pod, and a policy that is not as planned.
+
+use k8s_openapi::api::core::v1::Pod;
+use kube::ResourceExt;
+
+use super::api::{ApiError, Writer};
+use crate::{
+    api::AgentTask,
+    evidence::canonical::CanonicalError,
+    plan::{
+        config_map, names,
+        network_policy::{self, Altered},
+        pod,
+        validated::{Surroundings, Validated},
+    },
+};
+
+/// Why an attempt was not made.
+#[derive(Debug, thiserror::Error)]
+pub enum ApplyError {
+    /// A request before the pod's failed: there is certainly no pod.
+    #[error(transparent)]
+    Before(ApiError),
+    /// The pod was refused: there is certainly none.
+    #[error(transparent)]
+    PodRefused(ApiError),
+    /// Nobody knows whether there is a pod.
+    #[error(transparent)]
+    PodUnknown(ApiError),
+    /// The policy is not as planned.
+    #[error(transparent)]
+    Altered(#[from] Altered),
+    /// The configuration has no canonical form.
+    #[error(transparent)]
+    Canonical(#[from] CanonicalError),
+    /// Somebody else's pod has the name.
+    #[error(
+        "expected no Pod `{name}` but this task's, found one of another owner; delete it, or give the task another name"
+    )]
+    Namesake {
+        /// The name.
+        name: String,
+    },
+}
+
+impl ApplyError {
+    /// Whether there is certainly no pod of this attempt.
+    pub fn leaves_no_pod(&self) -> bool {
+        !matches!(self, Self::PodUnknown(_))
+    }
+}
+
+/// What was made.
+pub struct Started {
+    /// The pod.
+    pub pod: Pod,
+    /// The task, where the finalizer had to be added.
+    pub task: Option<AgentTask>,
+}
+
+/// Makes one attempt.
+///
+/// # Errors
+/// See [`ApplyError`].
+pub async fn start(
+    writer: &Writer,
+    task: &AgentTask,
+    validated: &Validated,
+    surroundings: &Surroundings,
+    number: i64,
+) -> Result<Started, ApplyError> {
+    let namespace = task.namespace().unwrap_or_default();
+    let attempt = validated.attempt(surroundings, number)?;
+    let (config_map, planned) = (config_map::build(&attempt), network_policy::build(&attempt));
+    let finalizer = async {
+        let present = task.finalizers().iter().any(|one| one == names::FINALIZER);
+        if present { Ok(None) } else { writer.set_finalizer(task, true).await.map(Some) }
+    };
+    // The three do not depend on each other, and the pod depends on all. Each is seen to its end, whatever becomes of the others.
+    let (finalizer, config_map, read_back) = tokio::join!(
+        finalizer,
+        writer.apply_config_map(&namespace, &config_map),
+        writer.apply_network_policy(&namespace, &planned),
+    );
+    let task_now = finalizer.map_err(ApplyError::Before)?;
+    config_map.map_err(ApplyError::Before)?;
+    let proof = network_policy::prove(&planned, &read_back.map_err(ApplyError::Before)?)?;
+    let pod = create(writer, &namespace, &pod::build(&attempt, &proof), task).await?;
+    Ok(Started { pod, task: task_now })
+}
+
+async fn create(writer: &Writer, namespace: &str, pod: &Pod, task: &AgentTask) -> Result<Pod, ApplyError> {
+    let name = pod.name_any();
+    let error = match writer.create_pod(namespace, pod).await {
+        Ok(pod) => return Ok(pod),
+        // There is a pod of that name, or there may be one.
+        Err(error) if error.code() == Some(409) || !error.is_refusal() => error,
+        Err(error) => return Err(ApplyError::PodRefused(error)),
+    };
+    match writer.get_pod(namespace, &name).await {
+        Ok(Some(live)) if live.labels().get(names::TASK_UID) == task.uid().as_ref() => Ok(live),
+        Ok(Some(_)) => Err(ApplyError::Namesake { name }),
+        // Refused because of one that has gone since: this request made none.
+        Ok(None) if error.code() == Some(409) => Err(ApplyError::PodRefused(error)),
+        _ => Err(ApplyError::PodUnknown(error)),
+    }
+}

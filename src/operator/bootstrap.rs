@@ -1,0 +1,297 @@
+//! The secrets of the system namespace: made once, never overwritten.
+//!
+//! Promises: a key that exists is kept; only the gateway's serving certificate is renewed, under the same authority. Refuses: to
+//! start beside a witness key whose public half was published otherwise, since evidence was signed by the other.
+
+use std::collections::BTreeMap;
+
+use jiff::{SignedDuration, Timestamp};
+use k8s_openapi::{
+    ByteString,
+    api::core::v1::{ConfigMap, Secret},
+};
+use kube::{
+    Api, Client, ResourceExt,
+    api::{ObjectMeta, PostParams},
+};
+use rcgen::{
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
+    KeyUsagePurpose, date_time_ymd,
+};
+
+use crate::{
+    evidence::note::{self, Signer, WITNESS_NAME},
+    plan::names::{FIELD_MANAGER, MANAGED_BY, MANAGER},
+    wire::SERVER_NAME,
+};
+
+/// Secret with the gateway's certificate and key, and the authority's certificate.
+pub const GATEWAY_TLS: &str = "belay-gateway-tls";
+/// Secret with the authority's certificate and key. The operator's alone.
+pub const GATEWAY_CA: &str = "belay-gateway-ca";
+/// Secret with the witness's private key.
+pub const WITNESS: &str = "belay-witness";
+/// ConfigMap with the witness's public key.
+pub const WITNESS_KEY: &str = "belay-witness-key";
+
+const TLS_CERT: &str = "tls.crt";
+const TLS_KEY: &str = "tls.key";
+const CA_CERT: &str = "ca.crt";
+const CA_KEY: &str = "ca.key";
+const WITNESS_PK8: &str = "witness.pk8";
+const VKEY: &str = "vkey";
+/// Annotation: when the serving certificate ends.
+const NOT_AFTER: &str = "belay.dev/not-after";
+
+/// The authority lives as long as an installation may: every running harness trusts it by value.
+const CA_DAYS: i64 = 3650;
+/// The serving certificate.
+const SERVING_DAYS: i64 = 365;
+/// Renewed when less is left.
+const RENEW_DAYS: i64 = 30;
+
+/// Why the secrets are not there.
+#[derive(Debug, thiserror::Error)]
+pub enum BootstrapError {
+    /// The API server.
+    #[error("cannot {verb} {name}: {cause}")]
+    Kube {
+        /// What was asked.
+        verb: &'static str,
+        /// Of which object.
+        name: &'static str,
+        /// What was answered.
+        cause: Box<kube::Error>,
+    },
+    /// An object is there and is not what it should be.
+    #[error(
+        "expected {expected} in {name}, found {found}; restore it from a backup, or delete it to have a new one made"
+    )]
+    Content {
+        /// Which object.
+        name: &'static str,
+        /// What should be there.
+        expected: &'static str,
+        /// What is there.
+        found: String,
+    },
+    /// The published key is another.
+    #[error(
+        "expected the public half of Secret {WITNESS} in ConfigMap {WITNESS_KEY} (`{expected}`), found `{found}`; evidence was \
+         signed by the key that was published: restore that Secret, or, if it is lost, keep the published key with the old \
+         evidence and delete the ConfigMap"
+    )]
+    Witness {
+        /// The key that we have.
+        expected: String,
+        /// The key that was published.
+        found: String,
+    },
+    /// No certificate can be made.
+    #[error("cannot make the gateway's certificate: {0}")]
+    Certificate(#[from] rcgen::Error),
+    /// No key can be made.
+    #[error("cannot make the witness's key: {0}")]
+    Key(#[from] note::KeyError),
+}
+
+/// Makes what is absent and renews what ends soon. The authority's certificate, PEM.
+///
+/// # Errors
+/// See [`BootstrapError`].
+pub async fn ensure(client: &Client, namespace: &str, now: Timestamp) -> Result<String, BootstrapError> {
+    let secrets = Api::<Secret>::namespaced(client.clone(), namespace);
+    let config_maps = Api::<ConfigMap>::namespaced(client.clone(), namespace);
+    let authority = authority(&secrets, now).await?;
+    serving(&secrets, &authority, now).await?;
+    witness(&secrets, &config_maps).await?;
+    Ok(authority.certificate)
+}
+
+/// The gateway's certificate authority.
+struct Authority {
+    certificate: String,
+    key: String,
+}
+
+async fn authority(secrets: &Api<Secret>, now: Timestamp) -> Result<Authority, BootstrapError> {
+    let secret = match get(secrets, GATEWAY_CA).await? {
+        Some(secret) => secret,
+        None => {
+            let key = KeyPair::generate()?;
+            let certificate = authority_params(now)?.self_signed(&key)?.pem();
+            let data = [(CA_CERT, certificate.into_bytes()), (CA_KEY, key.serialize_pem().into_bytes())];
+            create(secrets, GATEWAY_CA, secret(GATEWAY_CA, "Opaque", data, None)).await?
+        }
+    };
+    Ok(Authority {
+        certificate: text(&secret, GATEWAY_CA, CA_CERT, "a certificate in PEM under ca.crt")?,
+        key: text(&secret, GATEWAY_CA, CA_KEY, "a private key in PEM under ca.key")?,
+    })
+}
+
+fn authority_params(now: Timestamp) -> Result<CertificateParams, rcgen::Error> {
+    let mut params = params(now, CA_DAYS, "Belay gateway authority", vec![])?;
+    params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+    Ok(params)
+}
+
+fn params(now: Timestamp, days: i64, name: &str, names: Vec<String>) -> Result<CertificateParams, rcgen::Error> {
+    let mut params = CertificateParams::new(names)?;
+    params.distinguished_name = DistinguishedName::new();
+    params.distinguished_name.push(DnType::CommonName, name);
+    // A day early, for clocks that are behind ours.
+    let (begins, ends) = (date(now, -1), date(now, days));
+    params.not_before = date_time_ymd(begins.0, begins.1, begins.2);
+    params.not_after = date_time_ymd(ends.0, ends.1, ends.2);
+    Ok(params)
+}
+
+/// The calendar date some days from now.
+fn date(now: Timestamp, days: i64) -> (i32, u8, u8) {
+    let at = now.checked_add(SignedDuration::from_hours(days.saturating_mul(24))).unwrap_or(now);
+    let date = at.to_zoned(jiff::tz::TimeZone::UTC).date();
+    // Months and days of calendar dates always fit.
+    (i32::from(date.year()), u8::try_from(date.month()).unwrap_or(1), u8::try_from(date.day()).unwrap_or(1))
+}
+
+async fn serving(secrets: &Api<Secret>, authority: &Authority, now: Timestamp) -> Result<(), BootstrapError> {
+    let existing = get(secrets, GATEWAY_TLS).await?;
+    if existing.as_ref().is_some_and(|secret| is_fresh(secret, authority, now)) {
+        return Ok(());
+    }
+    let issuer = Issuer::new(authority_params(now)?, KeyPair::from_pem(&authority.key)?);
+    let key = KeyPair::generate()?;
+    let mut leaf = params(now, SERVING_DAYS, SERVER_NAME, vec![SERVER_NAME.to_owned()])?;
+    leaf.use_authority_key_identifier_extension = true;
+    leaf.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+    leaf.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+    let certificate = leaf.signed_by(&key, &issuer)?.pem();
+    let not_after = now.checked_add(SignedDuration::from_hours((SERVING_DAYS - 1) * 24)).unwrap_or(now);
+    let data = [
+        (TLS_CERT, certificate.into_bytes()),
+        (TLS_KEY, key.serialize_pem().into_bytes()),
+        (CA_CERT, authority.certificate.clone().into_bytes()),
+    ];
+    let mut made = secret(GATEWAY_TLS, "kubernetes.io/tls", data, Some(not_after));
+    match existing {
+        None => create(secrets, GATEWAY_TLS, made).await.map(drop),
+        Some(existing) => {
+            // Only over what was read: two leaders at once must not give two certificates to two gateways.
+            made.metadata.resource_version = existing.resource_version();
+            made.type_ = existing.type_;
+            let replaced = secrets.replace(GATEWAY_TLS, &parameters(), &made).await;
+            tracing::info!(secret = GATEWAY_TLS, %not_after, "renewed the gateway's certificate");
+            replaced.map(drop).map_err(|cause| BootstrapError::Kube {
+                verb: "replace",
+                name: GATEWAY_TLS,
+                cause: Box::new(cause),
+            })
+        }
+    }
+}
+
+/// Whether the serving certificate is of this authority and lasts.
+fn is_fresh(secret: &Secret, authority: &Authority, now: Timestamp) -> bool {
+    let renew = now.checked_add(SignedDuration::from_hours(RENEW_DAYS * 24)).unwrap_or(now);
+    let lasts = match secret.annotations().get(NOT_AFTER) {
+        Some(not_after) => not_after.parse().is_ok_and(|not_after: Timestamp| not_after > renew),
+        // Not one of ours: the administrator's own, who renews it.
+        None => true,
+    };
+    let has = |key: &str| secret.data.as_ref().is_some_and(|data| data.contains_key(key));
+    let same = text(secret, GATEWAY_TLS, CA_CERT, "").is_ok_and(|certificate| certificate == authority.certificate);
+    lasts && same && has(TLS_CERT) && has(TLS_KEY)
+}
+
+async fn witness(secrets: &Api<Secret>, config_maps: &Api<ConfigMap>) -> Result<(), BootstrapError> {
+    let secret = match get(secrets, WITNESS).await? {
+        Some(secret) => secret,
+        None => {
+            let key = note::generate_pkcs8()?;
+            create(secrets, WITNESS, secret(WITNESS, "Opaque", [(WITNESS_PK8, key)], None)).await?
+        }
+    };
+    let content = |found: String| BootstrapError::Content {
+        name: WITNESS,
+        expected: "an Ed25519 key in PKCS#8 under witness.pk8",
+        found,
+    };
+    let document =
+        secret.data.as_ref().and_then(|data| data.get(WITNESS_PK8)).ok_or_else(|| content("no such key".to_owned()))?;
+    let signer = Signer::from_pkcs8(WITNESS_NAME, &document.0).map_err(|error| content(error.to_string()))?;
+    let vkey = signer.verifier().to_string();
+    let published = match get(config_maps, WITNESS_KEY).await? {
+        Some(config_map) => config_map,
+        None => {
+            let data = Some(BTreeMap::from([(VKEY.to_owned(), vkey.clone())]));
+            create(
+                config_maps,
+                WITNESS_KEY,
+                ConfigMap { metadata: metadata(WITNESS_KEY), data, ..ConfigMap::default() },
+            )
+            .await?
+        }
+    };
+    match published.data.as_ref().and_then(|data| data.get(VKEY)).map(|found| found.trim()) {
+        Some(found) if found == vkey => Ok(()),
+        found => Err(BootstrapError::Witness { expected: vkey, found: found.unwrap_or("nothing").to_owned() }),
+    }
+}
+
+async fn get<K>(api: &Api<K>, name: &'static str) -> Result<Option<K>, BootstrapError>
+where
+    K: Clone + serde::de::DeserializeOwned + std::fmt::Debug,
+{
+    api.get_opt(name).await.map_err(|cause| BootstrapError::Kube { verb: "get", name, cause: Box::new(cause) })
+}
+
+/// Creates it. If another replica was faster, its object is ours.
+async fn create<K>(api: &Api<K>, name: &'static str, object: K) -> Result<K, BootstrapError>
+where
+    K: Clone + serde::Serialize + serde::de::DeserializeOwned + std::fmt::Debug,
+{
+    match api.create(&parameters(), &object).await {
+        Ok(created) => {
+            tracing::info!(name, "made it, since it was absent");
+            Ok(created)
+        }
+        Err(kube::Error::Api(status)) if status.code == 409 => {
+            api.get(name).await.map_err(|cause| BootstrapError::Kube { verb: "get", name, cause: Box::new(cause) })
+        }
+        Err(cause) => Err(BootstrapError::Kube { verb: "create", name, cause: Box::new(cause) }),
+    }
+}
+
+fn parameters() -> PostParams {
+    PostParams { field_manager: Some(FIELD_MANAGER.to_owned()), ..PostParams::default() }
+}
+
+fn metadata(name: &str) -> ObjectMeta {
+    ObjectMeta {
+        name: Some(name.to_owned()),
+        labels: Some(BTreeMap::from([(MANAGED_BY.to_owned(), MANAGER.to_owned())])),
+        ..ObjectMeta::default()
+    }
+}
+
+fn secret<const N: usize>(name: &str, kind: &str, data: [(&str, Vec<u8>); N], not_after: Option<Timestamp>) -> Secret {
+    let mut metadata = metadata(name);
+    metadata.annotations = not_after.map(|at| BTreeMap::from([(NOT_AFTER.to_owned(), at.to_string())]));
+    Secret {
+        metadata,
+        type_: Some(kind.to_owned()),
+        data: Some(data.into_iter().map(|(key, bytes)| (key.to_owned(), ByteString(bytes))).collect()),
+        ..Secret::default()
+    }
+}
+
+fn text(secret: &Secret, name: &'static str, key: &str, expected: &'static str) -> Result<String, BootstrapError> {
+    let bytes = secret.data.as_ref().and_then(|data| data.get(key)).map(|bytes| bytes.0.clone());
+    let content = |found: &str| BootstrapError::Content { name, expected, found: found.to_owned() };
+    String::from_utf8(bytes.ok_or_else(|| content("no such key"))?).map_err(|_| content("bytes that are no text"))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,229 @@
+//! What the cluster says, kept by watches.
+//!
+//! Promises: one object that cannot be read never stops a watch; nothing is decided before every store is filled. Refuses: to keep
+//! what nobody asks for: managed fields, and pods' specs.
+
+use std::sync::Arc;
+
+use futures::{Stream, StreamExt};
+use k8s_openapi::api::{
+    core::v1::{Namespace, Pod},
+    networking::v1::NetworkPolicy,
+};
+use kube::{
+    Api, Client, Resource, ResourceExt,
+    core::{DeserializeGuard, PartialObjectMeta},
+    runtime::{
+        WatchStreamExt,
+        reflector::{self, ObjectRef, Store, store::WriterDropped},
+        watcher,
+    },
+};
+use serde::de::DeserializeOwned;
+
+use super::{memory::Memories, metrics::Metrics};
+use crate::{
+    api::{AgentTask, PolicyPack, ToolContract, agent_task::Phase},
+    plan::names,
+};
+
+/// A task, or why it cannot be read.
+pub type GuardedTask = DeserializeGuard<AgentTask>;
+
+/// All that is watched.
+#[derive(Clone)]
+pub struct Stores {
+    /// Tasks.
+    pub tasks: Store<GuardedTask>,
+    /// Contracts.
+    pub contracts: Store<DeserializeGuard<ToolContract>>,
+    /// Packs.
+    pub packs: Store<DeserializeGuard<PolicyPack>>,
+    /// Namespaces: their labels.
+    pub namespaces: Store<PartialObjectMeta<Namespace>>,
+    /// Our pods.
+    pub pods: Store<DeserializeGuard<Pod>>,
+    /// Our NetworkPolicies.
+    pub network_policies: Store<DeserializeGuard<NetworkPolicy>>,
+}
+
+impl Stores {
+    /// Waits until all are filled.
+    ///
+    /// # Errors
+    /// If a watch has ended.
+    pub async fn ready(&self) -> Result<(), WriterDropped> {
+        let (tasks, contracts, packs) = (&self.tasks, &self.contracts, &self.packs);
+        tokio::try_join!(tasks.wait_until_ready(), contracts.wait_until_ready(), packs.wait_until_ready())?;
+        let (namespaces, pods, policies) = (&self.namespaces, &self.pods, &self.network_policies);
+        tokio::try_join!(namespaces.wait_until_ready(), pods.wait_until_ready(), policies.wait_until_ready())?;
+        Ok(())
+    }
+
+    /// A pod of ours, by its name.
+    pub fn pod(&self, namespace: &str, name: &str) -> Option<Arc<DeserializeGuard<Pod>>> {
+        self.pods.get(&ObjectRef::new(name).within(namespace))
+    }
+
+    /// A NetworkPolicy of ours, by its name.
+    pub fn network_policy(&self, namespace: &str, name: &str) -> Option<Arc<DeserializeGuard<NetworkPolicy>>> {
+        self.network_policies.get(&ObjectRef::new(name).within(namespace))
+    }
+
+    /// Tasks that have not ended and to which this applies.
+    fn tasks_where(&self, applies: impl Fn(&AgentTask) -> bool) -> Vec<ObjectRef<GuardedTask>> {
+        let open = |task: &AgentTask| {
+            !matches!(task.status.as_ref().and_then(|status| status.phase), Some(Phase::Succeeded | Phase::Failed))
+        };
+        self.tasks
+            .state()
+            .iter()
+            .filter(|task| task.0.as_ref().is_ok_and(|task| open(task) && applies(task)))
+            .map(|task| ObjectRef::from_obj(task.as_ref()))
+            .collect()
+    }
+
+    /// Tasks that name a contract.
+    pub fn tasks_of_contract(&self, contract: &impl ResourceExt) -> Vec<ObjectRef<GuardedTask>> {
+        let (namespace, name) = (contract.namespace(), contract.name_any());
+        self.tasks_where(|task| task.namespace() == namespace && task.spec.tools.contains(&name))
+    }
+
+    /// Tasks that a pack may concern: its selector may have begun or ceased to select any namespace.
+    pub fn tasks_of_packs(&self) -> Vec<ObjectRef<GuardedTask>> {
+        self.tasks_where(|_| true)
+    }
+
+    /// Tasks of a namespace.
+    pub fn tasks_of_namespace(&self, namespace: &str) -> Vec<ObjectRef<GuardedTask>> {
+        self.tasks_where(|task| task.namespace().as_deref() == Some(namespace))
+    }
+}
+
+/// The watches' events, to be merged into one controller.
+pub struct Streams<T, C, P, N, O, W> {
+    /// Tasks that exist.
+    pub tasks: T,
+    /// Contracts that came, changed or went.
+    pub contracts: C,
+    /// Packs.
+    pub packs: P,
+    /// Namespaces.
+    pub namespaces: N,
+    /// Pods.
+    pub pods: O,
+    /// NetworkPolicies.
+    pub network_policies: W,
+}
+
+/// Starts the watches. They run while the streams are polled.
+#[expect(clippy::type_complexity, reason = "six streams without a name of their own")]
+pub fn watch(
+    client: &Client,
+    memories: Arc<Memories>,
+    metrics: &Metrics,
+) -> (
+    Stores,
+    Streams<
+        impl Stream<Item = watcher::Result<GuardedTask>> + Send + 'static + use<>,
+        impl Stream<Item = watcher::Result<DeserializeGuard<ToolContract>>> + Send + 'static + use<>,
+        impl Stream<Item = watcher::Result<DeserializeGuard<PolicyPack>>> + Send + 'static + use<>,
+        impl Stream<Item = watcher::Result<PartialObjectMeta<Namespace>>> + Send + 'static + use<>,
+        impl Stream<Item = watcher::Result<DeserializeGuard<Pod>>> + Send + 'static + use<>,
+        impl Stream<Item = watcher::Result<DeserializeGuard<NetworkPolicy>>> + Send + 'static + use<>,
+    >,
+) {
+    let all = watcher::Config::default;
+    let ours = || watcher::Config::default().labels(&format!("{}={}", names::MANAGED_BY, names::MANAGER));
+    let (task_store, writer) = reflector::store();
+    let tasks = watcher(Api::<GuardedTask>::all(client.clone()), all())
+        .default_backoff()
+        .modify(strip)
+        .reflect(writer)
+        .inspect(move |event| match event {
+            Ok(watcher::Event::Apply(task) | watcher::Event::InitApply(task)) => seen(&memories, task),
+            Ok(watcher::Event::Delete(task)) => memories.forget(task.meta().uid.as_deref().unwrap_or_default()),
+            _ => {}
+        })
+        .inspect(report::<AgentTask>(metrics))
+        .applied_objects();
+    let (contract_store, writer) = reflector::store();
+    let contracts = guarded::<ToolContract>(client, all(), metrics).modify(strip).reflect(writer).touched_objects();
+    let (pack_store, writer) = reflector::store();
+    let packs = guarded::<PolicyPack>(client, all(), metrics).modify(strip).reflect(writer).touched_objects();
+    let (pod_store, writer) = reflector::store();
+    let pods = guarded::<Pod>(client, ours(), metrics)
+        .modify(|pod| {
+            strip(pod);
+            if let Ok(pod) = &mut pod.0 {
+                pod.spec = None;
+            }
+        })
+        .reflect(writer)
+        .touched_objects();
+    let (policy_store, writer) = reflector::store();
+    let policies = guarded::<NetworkPolicy>(client, ours(), metrics).modify(strip).reflect(writer).touched_objects();
+    let (namespace_store, writer) = reflector::store();
+    let namespaces = watcher(Api::<PartialObjectMeta<Namespace>>::all(client.clone()), all())
+        .default_backoff()
+        .modify(strip)
+        .reflect(writer)
+        .touched_objects();
+    let stores = Stores {
+        tasks: task_store,
+        contracts: contract_store,
+        packs: pack_store,
+        namespaces: namespace_store,
+        pods: pod_store,
+        network_policies: policy_store,
+    };
+    (stores, Streams { tasks, contracts, packs, namespaces, pods, network_policies: policies })
+}
+
+type Events<K> = watcher::Result<watcher::Event<K>>;
+
+fn guarded<K>(
+    client: &Client,
+    config: watcher::Config,
+    metrics: &Metrics,
+) -> impl Stream<Item = Events<DeserializeGuard<K>>> + Send + 'static + use<K>
+where
+    K: Resource<DynamicType = ()> + Clone + std::fmt::Debug + DeserializeOwned + Send + 'static,
+{
+    watcher(Api::<DeserializeGuard<K>>::all(client.clone()), config).default_backoff().inspect(report::<K>(metrics))
+}
+
+/// Counts and logs objects that cannot be read: once each time that they change, since an unchanged one sends no event.
+fn report<K: Resource<DynamicType = ()>>(
+    metrics: &Metrics,
+) -> impl Fn(&Events<DeserializeGuard<K>>) + Send + 'static + use<K> {
+    let counter = metrics.undecodable.clone();
+    move |event| {
+        let object = match event {
+            Ok(watcher::Event::Apply(object) | watcher::Event::InitApply(object)) => object,
+            Err(error) => {
+                return tracing::warn!(kind = %K::kind(&()), %error, "a watch was interrupted and is started again");
+            }
+            _ => return,
+        };
+        if let Err(invalid) = &object.0 {
+            counter.with_label_values(&[&*K::kind(&())]).inc();
+            tracing::warn!(
+                kind = %K::kind(&()), namespace = invalid.metadata.namespace, name = invalid.metadata.name, error = invalid.error,
+                "an object cannot be read and is passed over"
+            );
+        }
+    }
+}
+
+fn seen(memories: &Memories, task: &GuardedTask) {
+    let Some(uid) = &task.meta().uid else { return };
+    if task.0.as_ref().is_ok_and(|task| task.status.is_none()) {
+        memories.see(uid);
+    }
+    memories.cached(uid, task.meta().resource_version.as_deref());
+}
+
+fn strip(object: &mut impl Resource) {
+    object.meta_mut().managed_fields = None;
+}

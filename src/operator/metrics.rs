@@ -1,0 +1,127 @@
+//! The operator's metrics. Labels are closed sets: no task, namespace or image is ever one.
+
+use std::{collections::HashMap, sync::Arc};
+
+use kube::{core::DeserializeGuard, runtime::reflector::Store};
+use prometheus::{
+    Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGaugeVec, Opts, Registry,
+    core::{Collector, Desc},
+    proto::MetricFamily,
+};
+
+use crate::api::{AgentTask, agent_task::Phase};
+
+/// From milliseconds to half a minute.
+const SECONDS: [f64; 13] = [0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 30.0];
+
+/// All of them.
+#[derive(Clone)]
+pub struct Metrics {
+    /// Reconciliations by result: `ok`, `error`.
+    pub reconciles: IntCounterVec,
+    /// How long they took, by result.
+    pub reconcile_seconds: HistogramVec,
+    /// Attempts that ended, by failure class; `None` is success.
+    pub attempts: IntCounterVec,
+    /// From the first sight of a task to its first pod.
+    pub apply_to_pod: Histogram,
+    /// Requests that write, by verb and kind.
+    pub writes: IntCounterVec,
+    /// NetworkPolicies that were deleted or changed under a living pod, and made again.
+    pub policies_restored: IntCounter,
+    /// Objects that could not be read, by kind.
+    pub undecodable: IntCounterVec,
+    /// Whether this replica leads.
+    pub leader: prometheus::IntGauge,
+}
+
+impl Metrics {
+    /// Makes and registers them.
+    ///
+    /// # Errors
+    /// If one is registered already.
+    pub fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
+        let counter = |name: &str, help: &str, labels: &[&str]| {
+            let metric = IntCounterVec::new(Opts::new(name, help), labels)?;
+            registry.register(Box::new(metric.clone()))?;
+            Ok::<_, prometheus::Error>(metric)
+        };
+        let options = |name: &str, help: &str| HistogramOpts::new(name, help).buckets(SECONDS.to_vec());
+        let metrics = Self {
+            reconciles: counter("belay_operator_reconciles_total", "Reconciliations by result.", &["result"])?,
+            reconcile_seconds: HistogramVec::new(
+                options("belay_operator_reconcile_seconds", "Seconds of a reconciliation, by result."),
+                &["result"],
+            )?,
+            attempts: counter(
+                "belay_operator_attempts_total",
+                "Attempts that ended, by failure class; class None is success.",
+                &["class"],
+            )?,
+            apply_to_pod: Histogram::with_opts(options(
+                "belay_operator_apply_to_pod_seconds",
+                "Seconds from the first sight of a task to the creation of its first pod.",
+            ))?,
+            writes: counter("belay_operator_api_writes_total", "Write requests to the API server.", &["verb", "kind"])?,
+            undecodable: counter(
+                "belay_operator_undecodable_objects_total",
+                "Objects that this version cannot read, by kind.",
+                &["kind"],
+            )?,
+            policies_restored: IntCounter::new(
+                "belay_operator_network_policies_restored_total",
+                "NetworkPolicies that were deleted or changed under a living pod, and made again.",
+            )?,
+            leader: prometheus::IntGauge::new("belay_operator_leader", "1 where this replica leads.")?,
+        };
+        registry.register(Box::new(metrics.reconcile_seconds.clone()))?;
+        registry.register(Box::new(metrics.apply_to_pod.clone()))?;
+        registry.register(Box::new(metrics.leader.clone()))?;
+        registry.register(Box::new(metrics.policies_restored.clone()))?;
+        Ok(metrics)
+    }
+}
+
+/// Tasks by phase, counted when they are asked for.
+pub struct TasksByPhase {
+    store: Store<DeserializeGuard<AgentTask>>,
+    gauge: IntGaugeVec,
+}
+
+impl TasksByPhase {
+    /// Over this store.
+    ///
+    /// # Errors
+    /// Never in practice: the name is valid.
+    pub fn new(store: Store<DeserializeGuard<AgentTask>>) -> Result<Self, prometheus::Error> {
+        let gauge = IntGaugeVec::new(Opts::new("belay_operator_tasks", "Tasks by phase."), &["phase"])?;
+        Ok(Self { store, gauge })
+    }
+}
+
+impl Collector for TasksByPhase {
+    fn desc(&self) -> Vec<&Desc> {
+        self.gauge.desc()
+    }
+
+    fn collect(&self) -> Vec<MetricFamily> {
+        let mut counts = HashMap::from([("Pending", 0), ("Running", 0), ("Succeeded", 0), ("Failed", 0)]);
+        for task in self.store.state() {
+            *counts.entry(phase_name(&task)).or_insert(0) += 1;
+        }
+        for (phase, count) in counts {
+            self.gauge.with_label_values(&[phase]).set(count);
+        }
+        self.gauge.collect()
+    }
+}
+
+fn phase_name(task: &Arc<DeserializeGuard<AgentTask>>) -> &'static str {
+    let phase = task.0.as_ref().ok().and_then(|task| task.status.as_ref()).and_then(|status| status.phase);
+    match phase {
+        None | Some(Phase::Pending) => "Pending",
+        Some(Phase::Running) => "Running",
+        Some(Phase::Succeeded) => "Succeeded",
+        Some(Phase::Failed) => "Failed",
+    }
+}

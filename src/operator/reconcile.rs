@@ -1,0 +1,536 @@
+//! One look at one task: observe, decide, act, tell.
+//!
+//! Promises: a task that rests costs no write; status is written when it changed and never to a namesake; the same error is logged
+//! once. Refuses: to act on what a cache alone says is gone.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use jiff::Timestamp;
+use k8s_openapi::api::networking::v1::NetworkPolicy;
+use kube::{ResourceExt, core::error_boundary::InvalidObject, runtime::controller::Action};
+use tokio::sync::watch;
+
+use super::{
+    api::{ApiError, Writer},
+    apply::{self, ApplyError},
+    backoff,
+    cache::{GuardedTask, Stores},
+    decide::{self, Decision, Next, Observed, later, wait},
+    memory::{BELIEVED, Memories, Memory},
+    metrics::Metrics,
+    observe::{self, PodView},
+    resolve::Resolved,
+    seal::{Gateway, SealError},
+    status::{self, Stage, Story},
+};
+use crate::{
+    api::{
+        AgentTask, AgentTaskStatus,
+        agent_task::{Attempt, EvidenceStatus},
+    },
+    evidence::{note, record::TaskClosed},
+    plan::{
+        Finding,
+        evidence::Location,
+        names,
+        network_policy::{self, Altered},
+        owner::Owner,
+        validated::{Surroundings, Validated, validate},
+    },
+    wire::SealRequest,
+};
+
+/// Looked at again after this long, though nothing seems to change: a missed event costs no more.
+const BACKSTOP: Duration = Duration::from_secs(600);
+/// How long a pod may take to start before the status says that it is pending. Most start sooner, and save a write.
+const PENDING_AFTER_SECONDS: i64 = 5;
+
+/// All that a look needs.
+pub struct Context {
+    /// What the cluster says.
+    pub stores: Stores,
+    /// What we remember.
+    pub memories: Arc<Memories>,
+    /// Writes.
+    pub writer: Writer,
+    /// The way to the gateway.
+    pub gateway: Gateway,
+    /// What the cluster adds to every task.
+    pub surroundings: watch::Receiver<Option<Surroundings>>,
+    /// Metrics.
+    pub metrics: Metrics,
+    /// Namespace of operator and gateway.
+    pub system_namespace: String,
+}
+
+/// Why a look did not come to its end. All are tried again.
+#[derive(Debug, thiserror::Error)]
+pub enum ReconcileError {
+    /// A request failed.
+    #[error(transparent)]
+    Api(#[from] ApiError),
+    /// An attempt was not made.
+    #[error(transparent)]
+    Apply(#[from] ApplyError),
+    /// A NetworkPolicy that was made again is not as planned.
+    #[error(transparent)]
+    Altered(#[from] Altered),
+    /// The log is not sealed.
+    #[error(transparent)]
+    Seal(#[from] SealError),
+    /// Nobody knows where the evidence is.
+    #[error(
+        "expected the place of the task's evidence in its status, on its NetworkPolicies or in the pack of its namespace, found \
+         none; restore the PolicyPack"
+    )]
+    NoEvidenceLocation,
+}
+
+/// Looks at a task.
+///
+/// # Errors
+/// See [`ReconcileError`].
+pub async fn reconcile(task: Arc<GuardedTask>, context: Arc<Context>) -> Result<Action, ReconcileError> {
+    let begun = Instant::now();
+    let uid =
+        task.0.as_ref().map_or_else(|invalid| invalid.metadata.uid.clone(), |task| task.uid()).unwrap_or_default();
+    let result = match &task.0 {
+        Ok(task) => {
+            let task = context.memories.newest(Arc::new(task.clone()));
+            Pass {
+                context: &context,
+                owner: Owner::of(&task),
+                memory: context.memories.get(&uid),
+                task,
+                now: Timestamp::now(),
+            }
+            .run()
+            .await
+        }
+        Err(invalid) => refuse_unreadable(&context, invalid, &uid).await,
+    };
+    let label = if result.is_ok() { "ok" } else { "error" };
+    context.metrics.reconciles.with_label_values(&[label]).inc();
+    context.metrics.reconcile_seconds.with_label_values(&[label]).observe(begun.elapsed().as_secs_f64());
+    if result.is_ok() && !uid.is_empty() && task.0.is_ok() {
+        context.memories.reset_errors(&uid);
+    }
+    result
+}
+
+/// When to look again after an error, which is logged if it is another than the last.
+pub fn after_error(task: &GuardedTask, error: &ReconcileError, context: &Context) -> Action {
+    let metadata = kube::Resource::meta(task);
+    let text = error.to_string();
+    let (errors, known) = context.memories.error(metadata.uid.as_deref().unwrap_or_default(), &text);
+    if !known {
+        tracing::warn!(namespace = metadata.namespace, task = metadata.name, error = text, "not done yet; tried again");
+    }
+    Action::requeue(backoff::pause(errors))
+}
+
+/// A task that this version cannot read: said once, in its status.
+async fn refuse_unreadable(context: &Context, invalid: &InvalidObject, uid: &str) -> Result<Action, ReconcileError> {
+    if context.memories.get(uid).last_error.as_deref() == Some(&invalid.error) {
+        return Ok(Action::await_change());
+    }
+    let finding = [Finding::new(
+        "spec",
+        "a task that this version of Belay can read",
+        invalid.error.clone(),
+        "apply it again as the installed CRD has it",
+    )];
+    let metadata = &invalid.metadata;
+    let story = Story {
+        generation: metadata.generation,
+        attempts: &[],
+        contained: None,
+        evidence: None,
+        stage: Stage::Refused(&finding),
+    };
+    let status = status::tell(&AgentTaskStatus::default(), &story, Timestamp::now());
+    let (namespace, name) =
+        (metadata.namespace.as_deref().unwrap_or_default(), metadata.name.as_deref().unwrap_or_default());
+    match context.writer.apply_status(namespace, name, Some(uid), &status).await {
+        // What it answers cannot be read either.
+        Err(error) if error.code().is_some() => return Err(error.into()),
+        _ => {}
+    }
+    context.memories.error(uid, &invalid.error);
+    Ok(Action::await_change())
+}
+
+/// One look.
+struct Pass<'a> {
+    context: &'a Context,
+    task: Arc<AgentTask>,
+    owner: Owner,
+    memory: Memory,
+    now: Timestamp,
+}
+
+impl Pass<'_> {
+    async fn run(&mut self) -> Result<Action, ReconcileError> {
+        let (mut pods, claims) = self.observe();
+        let mut confirmed_gone = false;
+        let Decision { attempts, next } = loop {
+            let decision = self.decide(&pods, &claims, confirmed_gone);
+            let Next::Confirm { pod } = &decision.next else { break decision };
+            let uid = decision.attempts.iter().find(|attempt| attempt.pod == *pod).map(|attempt| &attempt.pod_uid);
+            let live = self.context.writer.get_pod(&self.owner.namespace, pod).await?;
+            match live.filter(|live| live.metadata.uid.as_ref() == uid).as_ref().and_then(observe::pod) {
+                Some(view) => pods.push(view),
+                None => confirmed_gone = true,
+            }
+        };
+        self.act(&pods, attempts, next).await
+    }
+
+    /// The task's pods, and the attempts that have a NetworkPolicy.
+    fn observe(&self) -> (Vec<PodView>, Vec<i64>) {
+        let stores = &self.context.stores;
+        let recent = |made: Instant| made.elapsed() < BELIEVED;
+        let remembered = self.memory.pod.as_ref().filter(|(_, made)| recent(*made)).map(|(pod, _)| pod.clone());
+        let claimed = self.memory.claim.filter(|(_, made)| recent(*made)).map(|(attempt, _)| attempt);
+        let recorded = self.status().attempts.last().map(|attempt| attempt.number);
+        let known = recorded
+            .into_iter()
+            .chain(claimed)
+            .chain(remembered.as_ref().map(|pod| pod.attempt))
+            .max()
+            .unwrap_or_default();
+        let (mut pods, mut claims) = (Vec::new(), Vec::new());
+        for attempt in 1.. {
+            let name = names::of_attempt(&self.owner.name, attempt);
+            let pod = stores.pod(&self.owner.namespace, &name);
+            let pod = pod.iter().filter_map(|pod| pod.0.as_ref().ok()).find(|pod| self.owns(pod.labels()));
+            pods.extend(pod.and_then(observe::pod));
+            let claim = self.network_policy(attempt).is_some();
+            if claim || claimed == Some(attempt) {
+                claims.push(attempt);
+            }
+            if attempt > known && pod.is_none() && !claim {
+                break;
+            }
+        }
+        if let Some(pod) = remembered.filter(|made| pods.iter().all(|pod| pod.uid != made.uid)) {
+            pods.push(pod);
+        }
+        (pods, claims)
+    }
+
+    fn owns(&self, labels: &std::collections::BTreeMap<String, String>) -> bool {
+        labels.get(names::TASK_UID) == Some(&self.owner.uid)
+    }
+
+    /// An attempt's NetworkPolicy, as the cache has it.
+    fn network_policy(&self, attempt: i64) -> Option<NetworkPolicy> {
+        let name = names::of_attempt(&self.owner.name, attempt);
+        let live = self.context.stores.network_policy(&self.owner.namespace, &name)?;
+        live.0.as_ref().ok().filter(|live| self.owns(live.labels())).cloned()
+    }
+
+    fn decide(&self, pods: &[PodView], claims: &[i64], confirmed_gone: bool) -> Decision {
+        let status = self.status();
+        decide::decide(&Observed {
+            uid: &self.owner.uid,
+            deleting: self.task.metadata.deletion_timestamp.is_some(),
+            finalizer: self.task.finalizers().iter().any(|one| one == names::FINALIZER),
+            phase: status.phase,
+            sealed: status.conditions.iter().any(|one| one.type_ == status::EVIDENCE_SEALED && one.status == "True"),
+            retry: &self.task.spec.retry,
+            wall_time_seconds: self.task.spec.limits.wall_time_seconds,
+            history: &status.attempts,
+            pods,
+            claims,
+            reusable: self.memory.reusable,
+            confirmed_gone,
+            now: self.now,
+        })
+    }
+
+    async fn act(&mut self, pods: &[PodView], attempts: Vec<Attempt>, next: Next) -> Result<Action, ReconcileError> {
+        let contained = attempts
+            .last()
+            .and_then(|last| pods.iter().find(|pod| pod.uid == last.pod_uid))
+            .and_then(|pod| pod.contained);
+        match next {
+            Next::Nothing => Ok(Action::await_change()),
+            // Decided only until it is confirmed, see `run`.
+            Next::Confirm { .. } => Ok(Action::requeue(BELIEVED)),
+            Next::Run { attempt, until } => self.attend(pods, &attempts, attempt, until, contained).await,
+            Next::Pause(until) => {
+                let why = ended_message(&attempts);
+                self.tell(&attempts, contained, Stage::Waiting("Retrying", &why)).await?;
+                Ok(Action::requeue(wait(until, self.now)))
+            }
+            Next::Start(attempt) => self.start(&attempts, contained, attempt).await,
+            Next::EndPods(untold) => {
+                if self.task.metadata.deletion_timestamp.is_none() {
+                    let why = ended_message(&attempts);
+                    self.tell(&attempts, contained, Stage::Waiting("Stopping", &why)).await?;
+                }
+                for (uid, name) in untold {
+                    self.context.writer.delete_pod(&self.owner.namespace, &name, &uid).await?;
+                }
+                Ok(Action::requeue(BACKSTOP))
+            }
+            Next::Seal { attempt, closed } => self.seal(&attempts, contained, attempt, closed).await,
+            Next::Release => self.release().await,
+        }
+    }
+
+    /// An attempt is under way: its NetworkPolicy stays, its status is told.
+    async fn attend(
+        &mut self,
+        pods: &[PodView],
+        attempts: &[Attempt],
+        attempt: i64,
+        until: Option<Timestamp>,
+        contained: Option<bool>,
+    ) -> Result<Action, ReconcileError> {
+        self.guard(attempt).await?;
+        let pod = attempts.last().and_then(|last| pods.iter().find(|pod| pod.uid == last.pod_uid));
+        let running = pod.is_some_and(|pod| pod.agent_started.is_some());
+        let told = self.status().attempts.iter().any(|one| one.number == attempt);
+        let due = later(pod.and_then(|pod| pod.created), PENDING_AFTER_SECONDS).filter(|due| *due > self.now);
+        let stage = match pod.and_then(|pod| pod.stuck.as_ref()) {
+            _ if running => Stage::Running,
+            Some(stuck) => Stage::Waiting(stuck.reason, ""),
+            None => Stage::Waiting("PodStarting", ""),
+        };
+        let again = [until, due].into_iter().flatten().min().map_or(BACKSTOP, |at| wait(at, self.now).min(BACKSTOP));
+        if running || told || due.is_none() || attempts.len() > 1 {
+            self.tell(attempts, contained, stage).await?;
+        }
+        Ok(Action::requeue(again))
+    }
+
+    /// Makes the attempt's NetworkPolicy again if it was deleted or changed.
+    async fn guard(&self, attempt: i64) -> Result<(), ReconcileError> {
+        let system_namespace = &self.context.system_namespace;
+        let live = self.network_policy(attempt);
+        let intact = |live: &NetworkPolicy| network_policy::is_intact(live, &self.owner.uid, attempt, system_namespace);
+        let just_made = self.memory.claim.is_some_and(|(made, at)| made == attempt && at.elapsed() < BELIEVED);
+        if live.as_ref().is_some_and(intact) || live.is_none() && just_made {
+            return Ok(());
+        }
+        let location = self.location().ok_or(ReconcileError::NoEvidenceLocation)?;
+        let planned = network_policy::rebuild(&self.owner, attempt, system_namespace, &location);
+        tracing::warn!(
+            namespace = self.owner.namespace,
+            task = self.owner.name,
+            attempt,
+            "the NetworkPolicy was deleted or changed while its pod lives; it is made again"
+        );
+        let read_back = self.context.writer.apply_network_policy(&self.owner.namespace, &planned).await?;
+        network_policy::prove(&planned, &read_back)?;
+        self.context.metrics.policies_restored.inc();
+        Ok(())
+    }
+
+    async fn start(
+        &mut self,
+        attempts: &[Attempt],
+        contained: Option<bool>,
+        attempt: i64,
+    ) -> Result<Action, ReconcileError> {
+        let validated = match self.validate() {
+            Ok(validated) => validated,
+            Err(findings) => {
+                self.tell(attempts, contained, Stage::Refused(&findings)).await?;
+                return Ok(Action::requeue(BACKSTOP));
+            }
+        };
+        let surroundings = self.context.surroundings.borrow().clone();
+        let Some(surroundings) = surroundings else {
+            let why = format!(
+                "expected Service `{}` with a cluster address in namespace `{}`, found none; install the gateway",
+                names::GATEWAY,
+                self.context.system_namespace
+            );
+            self.tell(attempts, contained, Stage::Waiting("GatewayAbsent", &why)).await?;
+            return Ok(Action::requeue(BACKSTOP));
+        };
+        if !attempts.is_empty() {
+            // The end of the one before is on record before the next begins.
+            let why = ended_message(attempts);
+            self.tell(attempts, contained, Stage::Waiting("Retrying", &why)).await?;
+        }
+        let memories = &self.context.memories;
+        memories.update(&self.owner.uid, |memory| {
+            memory.claim = Some((attempt, Instant::now()));
+            memory.reusable = Some(attempt);
+        });
+        match apply::start(&self.context.writer, &self.task, &validated, &surroundings, attempt).await {
+            Ok(started) => {
+                let first_seen = memories.update(&self.owner.uid, |memory| {
+                    memory.reusable = None;
+                    memory.pod = observe::pod(&started.pod).map(|pod| (pod, Instant::now()));
+                    if let Some(task) = started.task {
+                        memory.latest = Some(Arc::new(task));
+                    }
+                    memory.first_seen.take()
+                });
+                if let Some(first_seen) = first_seen.filter(|_| attempt == 1) {
+                    self.context.metrics.apply_to_pod.observe(first_seen.elapsed().as_secs_f64());
+                }
+                Ok(Action::requeue(Duration::from_secs(PENDING_AFTER_SECONDS.unsigned_abs())))
+            }
+            Err(error) => {
+                if !error.leaves_no_pod() {
+                    memories.update(&self.owner.uid, |memory| memory.reusable = None);
+                }
+                if let ApplyError::PodRefused(refusal) = &error {
+                    let why = refusal.message();
+                    self.tell(attempts, contained, Stage::Waiting("PodRefused", &why)).await?;
+                }
+                Err(error.into())
+            }
+        }
+    }
+
+    fn validate(&self) -> Result<Validated, Vec<Finding>> {
+        let resolved = Resolved::of(&self.task, &self.context.stores);
+        let unreadable = resolved.unreadable();
+        if !unreadable.is_empty() {
+            return Err(unreadable);
+        }
+        let pack = resolved.pack().map_err(|finding| vec![finding])?;
+        validate(&self.task, &resolved.contracts(), pack, &self.context.system_namespace)
+    }
+
+    async fn seal(
+        &mut self,
+        attempts: &[Attempt],
+        contained: Option<bool>,
+        attempt: i64,
+        closed: TaskClosed,
+    ) -> Result<Action, ReconcileError> {
+        let sealed = match self.location() {
+            Some(Location { bucket, prefix }) => {
+                let Owner { namespace, name, uid } = self.owner.clone();
+                let request = SealRequest { namespace, name, uid, attempt, bucket, prefix, closed: closed.clone() };
+                self.context.gateway.seal(&request).await.map_err(ReconcileError::from)
+            }
+            None => Err(ReconcileError::NoEvidenceLocation),
+        };
+        let reply = match sealed {
+            Ok(reply) => reply,
+            Err(error) => {
+                let why = error.to_string();
+                self.tell(attempts, contained, Stage::Sealing(&closed, &why)).await?;
+                return Err(error);
+            }
+        };
+        if self.task.metadata.deletion_timestamp.is_some() {
+            return self.release().await;
+        }
+        let evidence = EvidenceStatus {
+            origin: reply.origin,
+            location: reply.location,
+            endpoint: reply.endpoint,
+            size: i64::try_from(reply.size).unwrap_or(i64::MAX),
+            root: reply.root,
+        };
+        self.tell_with(attempts, contained, Stage::Ended(&closed), Some(evidence)).await?;
+        Ok(Action::await_change())
+    }
+
+    async fn release(&self) -> Result<Action, ReconcileError> {
+        match self.context.writer.set_finalizer(&self.task, false).await {
+            Err(error) if error.code() == Some(404) => {}
+            other => drop(other?),
+        }
+        self.context.memories.forget(&self.owner.uid);
+        Ok(Action::await_change())
+    }
+
+    /// Where the evidence goes: fixed when the task started, by what was written down first.
+    fn location(&self) -> Option<Location> {
+        let Owner { namespace, name, uid } = &self.owner;
+        let told =
+            self.status().evidence.as_ref().and_then(|told| Location::from_log(&told.location, namespace, name, uid));
+        let claimed = || {
+            let mut attempts = 1..=self.status().attempts.last().map_or(1, |last| last.number.saturating_add(1));
+            attempts
+                .find_map(|attempt| Location::parse(self.network_policy(attempt)?.annotations().get(names::EVIDENCE)?))
+        };
+        let packed =
+            || Resolved::of(&self.task, &self.context.stores).pack().ok().map(|pack| Location::of(&pack.spec.evidence));
+        told.or_else(claimed).or_else(packed)
+    }
+
+    fn status(&self) -> std::borrow::Cow<'_, AgentTaskStatus> {
+        self.task
+            .status
+            .as_ref()
+            .map_or_else(|| std::borrow::Cow::Owned(AgentTaskStatus::default()), std::borrow::Cow::Borrowed)
+    }
+
+    async fn tell(
+        &mut self,
+        attempts: &[Attempt],
+        contained: Option<bool>,
+        stage: Stage<'_>,
+    ) -> Result<(), ReconcileError> {
+        // Before the first pod nothing is fixed.
+        let evidence = if attempts.is_empty() || self.status().evidence.is_some() {
+            None
+        } else {
+            let Owner { namespace, name, uid } = &self.owner;
+            self.location().map(|location| EvidenceStatus {
+                origin: note::origin(uid),
+                location: location.of_log(namespace, name, uid),
+                endpoint: None,
+                size: 0,
+                root: String::new(),
+            })
+        };
+        self.tell_with(attempts, contained, stage, evidence).await
+    }
+
+    /// Writes the status if it changed.
+    async fn tell_with(
+        &mut self,
+        attempts: &[Attempt],
+        contained: Option<bool>,
+        stage: Stage<'_>,
+        evidence: Option<EvidenceStatus>,
+    ) -> Result<(), ReconcileError> {
+        let story = Story { generation: self.task.metadata.generation, attempts, contained, evidence, stage };
+        let before = self.status().into_owned();
+        let after = status::tell(&before, &story, self.now);
+        if !status::changed(&before, &after) {
+            return Ok(());
+        }
+        let Owner { namespace, name, uid } = &self.owner;
+        let task = match self.context.writer.apply_status(namespace, name, Some(uid), &after).await {
+            Ok(task) => Arc::new(task),
+            // Gone: there is nobody to tell.
+            Err(error) if error.code() == Some(404) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        };
+        for class in status::newly_ended(&before, &after) {
+            let class = class.map_or("None", decide::class_name);
+            self.context.metrics.attempts.with_label_values(&[class]).inc();
+        }
+        if before.phase != after.phase || before.reason != after.reason {
+            tracing::info!(
+                namespace, task = name, phase = ?after.phase, reason = after.reason, attempt = after.attempt, "status changed"
+            );
+        }
+        self.context.memories.update(&self.owner.uid, |memory| memory.latest = Some(task.clone()));
+        self.task = task;
+        Ok(())
+    }
+}
+
+fn ended_message(attempts: &[Attempt]) -> String {
+    attempts.last().map_or_else(String::new, |last| {
+        format!("attempt {} ended: {}", last.number, last.reason.as_deref().unwrap_or("unknown"))
+    })
+}

@@ -1,0 +1,224 @@
+//! What a task's status says. A pure function of what it said before and what is known now.
+//!
+//! Promises: the same knowledge gives the same status, so that a second pass changes nothing; a condition's transition time moves
+//! only with its status. Refuses: `status.usage`, which is the gateway's.
+
+use jiff::Timestamp;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+
+use super::decide::class_of;
+use crate::{
+    api::agent_task::{AgentTaskStatus, Attempt, EvidenceStatus, FailureClass, Phase},
+    evidence::record::TaskClosed,
+    plan::Finding,
+};
+
+/// Condition: the task's spec, contracts and pack are in order.
+pub const ACCEPTED: &str = "Accepted";
+/// Condition: the newest attempt's pod reaches the gateway and nothing else.
+pub const CONTAINED: &str = "Contained";
+/// Condition: the task has ended.
+pub const COMPLETE: &str = "Complete";
+/// Condition: the evidence has its last record.
+pub const EVIDENCE_SEALED: &str = "EvidenceSealed";
+
+/// Reason of [`ACCEPTED`]: all is in order.
+pub const VALID: &str = "Valid";
+/// Reason of [`ACCEPTED`]: something is wrong, the message says what.
+pub const INVALID: &str = "Invalid";
+/// Reason of [`COMPLETE`] and of the status: an attempt is under way.
+pub const RUNNING: &str = "Running";
+/// Reason of [`EVIDENCE_SEALED`]: the log is sealed.
+pub const SEALED: &str = "Sealed";
+/// Reason of [`EVIDENCE_SEALED`]: the log is not ended yet.
+pub const OPEN: &str = "Open";
+/// Reason of [`EVIDENCE_SEALED`]: the gateway does not seal it; tried again.
+pub const SEAL_FAILED: &str = "SealFailed";
+/// Reason of [`CONTAINED`]: the probe has not spoken yet.
+pub const UNPROVEN_YET: &str = "ProbePending";
+/// Reason of [`CONTAINED`]: both controls held.
+pub const PROVEN: &str = "ProbePassed";
+/// Reason of [`CONTAINED`], and of the status: the cluster does not enforce the NetworkPolicy, or that it does cannot be shown.
+pub const CONTAINMENT_UNPROVEN: &str = "ContainmentUnproven";
+
+/// Most findings in a condition: a person corrects these first.
+const SHOWN_FINDINGS: usize = 5;
+/// Longest message, in characters. The API server takes 32 KiB.
+const LONGEST_MESSAGE: usize = 4096;
+
+/// What is known.
+#[derive(Clone, Debug)]
+pub struct Story<'a> {
+    /// Generation that it speaks of.
+    pub generation: Option<i64>,
+    /// The attempts.
+    pub attempts: &'a [Attempt],
+    /// What the newest pod's probe said.
+    pub contained: Option<bool>,
+    /// Where the evidence goes, once that is fixed.
+    pub evidence: Option<EvidenceStatus>,
+    /// How far it is.
+    pub stage: Stage<'a>,
+}
+
+/// How far a task is.
+#[derive(Clone, Debug)]
+pub enum Stage<'a> {
+    /// Something is wrong with it.
+    Refused(&'a [Finding]),
+    /// It is in order and waits: one word for what, and the whole story.
+    Waiting(&'static str, &'a str),
+    /// The agent runs.
+    Running,
+    /// It ended; the log is not sealed, because.
+    Sealing(&'a TaskClosed, &'a str),
+    /// It ended and the log is sealed.
+    Ended(&'a TaskClosed),
+}
+
+/// The status that tells the story, given what was told before.
+pub fn tell(before: &AgentTaskStatus, story: &Story<'_>, now: Timestamp) -> AgentTaskStatus {
+    let mut status = AgentTaskStatus {
+        phase: Some(phase(before, story)),
+        reason: Some(reason(before, story)),
+        observed_generation: story.generation,
+        attempt: story.attempts.last().map(|attempt| attempt.number),
+        attempts: story.attempts.to_vec(),
+        usage: None,
+        conditions: before.conditions.clone(),
+        evidence: story.evidence.clone().or_else(|| before.evidence.clone()),
+        failure_class: None,
+    };
+    let mut set = |kind: &str, value: &str, reason: &str, message: &str| {
+        set_condition(&mut status.conditions, story.generation, now, kind, value, reason, message);
+    };
+    match &story.stage {
+        Stage::Refused(findings) => set(ACCEPTED, "False", INVALID, &told(findings)),
+        _ => set(ACCEPTED, "True", VALID, ""),
+    }
+    if !story.attempts.is_empty() {
+        let lost = story.attempts.last().and_then(|last| last.reason.as_deref()) == Some(CONTAINMENT_UNPROVEN);
+        match story.contained {
+            _ if lost => set(
+                CONTAINED,
+                "False",
+                CONTAINMENT_UNPROVEN,
+                "the containment probe reached what it must not, or not the gateway; see the log of container containment-probe",
+            ),
+            Some(true) => set(CONTAINED, "True", PROVEN, ""),
+            _ if !before.conditions.iter().any(|one| one.type_ == CONTAINED) => {
+                set(CONTAINED, "Unknown", UNPROVEN_YET, "")
+            }
+            _ => {}
+        }
+    }
+    match &story.stage {
+        Stage::Sealing(closed, problem) => {
+            set(COMPLETE, "True", &closed.phase, &closed.reason);
+            set(EVIDENCE_SEALED, "False", SEAL_FAILED, problem);
+        }
+        Stage::Ended(closed) => {
+            set(COMPLETE, "True", &closed.phase, &closed.reason);
+            set(EVIDENCE_SEALED, "True", SEALED, "");
+        }
+        Stage::Waiting(reason, message) => set(COMPLETE, "False", reason, message),
+        _ if story.attempts.is_empty() => {}
+        _ => set(COMPLETE, "False", RUNNING, ""),
+    }
+    if !story.attempts.is_empty() && !matches!(story.stage, Stage::Sealing(..) | Stage::Ended(_)) {
+        set(EVIDENCE_SEALED, "False", OPEN, "");
+    }
+    if let Stage::Ended(closed) = &story.stage {
+        status.failure_class = class_of(&closed.failure_class);
+    }
+    status
+}
+
+fn phase(before: &AgentTaskStatus, story: &Story<'_>) -> Phase {
+    match &story.stage {
+        Stage::Refused(_) | Stage::Waiting(..) => Phase::Pending,
+        Stage::Running => Phase::Running,
+        Stage::Sealing(..) => before.phase.unwrap_or(Phase::Running),
+        Stage::Ended(closed) if closed.phase == "Succeeded" => Phase::Succeeded,
+        Stage::Ended(_) => Phase::Failed,
+    }
+}
+
+fn reason(before: &AgentTaskStatus, story: &Story<'_>) -> String {
+    match &story.stage {
+        Stage::Refused(_) => INVALID.to_owned(),
+        Stage::Waiting(reason, _) => (*reason).to_owned(),
+        Stage::Running => RUNNING.to_owned(),
+        Stage::Sealing(closed, _) => before.reason.clone().unwrap_or_else(|| closed.reason.clone()),
+        Stage::Ended(closed) => closed.reason.clone(),
+    }
+}
+
+/// The first findings, and how many more there are.
+fn told(findings: &[Finding]) -> String {
+    let mut lines: Vec<_> = findings.iter().take(SHOWN_FINDINGS).map(Finding::to_string).collect();
+    let more = findings.len().saturating_sub(SHOWN_FINDINGS);
+    if more > 0 {
+        lines.push(format!("and {more} more"));
+    }
+    lines.join("\n")
+}
+
+fn set_condition(
+    conditions: &mut Vec<Condition>,
+    generation: Option<i64>,
+    now: Timestamp,
+    kind: &str,
+    value: &str,
+    reason: &str,
+    message: &str,
+) {
+    let message: String = message.chars().take(LONGEST_MESSAGE).collect();
+    match conditions.iter_mut().find(|one| one.type_ == kind) {
+        Some(one) => {
+            if one.status != value {
+                one.last_transition_time = Time(now);
+            }
+            value.clone_into(&mut one.status);
+            reason.clone_into(&mut one.reason);
+            one.message = message;
+            one.observed_generation = generation;
+        }
+        None => conditions.push(Condition {
+            type_: kind.to_owned(),
+            status: value.to_owned(),
+            reason: reason.to_owned(),
+            message,
+            observed_generation: generation,
+            last_transition_time: Time(now),
+        }),
+    }
+}
+
+/// Whether `after` is worth a write. The gateway's part does not count, nor do fractions of seconds, which the API server drops.
+pub fn changed(before: &AgentTaskStatus, after: &AgentTaskStatus) -> bool {
+    let plain = |status: &AgentTaskStatus| {
+        let mut status = AgentTaskStatus { usage: None, ..status.clone() };
+        let whole = |time: &mut Time| time.0 = Timestamp::from_second(time.0.as_second()).unwrap_or(time.0);
+        status.conditions.iter_mut().for_each(|one| whole(&mut one.last_transition_time));
+        status.conditions.sort_by(|one, other| one.type_.cmp(&other.type_));
+        for attempt in &mut status.attempts {
+            attempt.started_at.iter_mut().chain(&mut attempt.finished_at).for_each(whole);
+        }
+        status
+    };
+    plain(before) != plain(after)
+}
+
+/// Attempts that `after` has ended and `before` had not: their classes, none for success.
+pub fn newly_ended<'a>(
+    before: &'a AgentTaskStatus,
+    after: &'a AgentTaskStatus,
+) -> impl Iterator<Item = Option<FailureClass>> + 'a {
+    let known = |number: i64| before.attempts.iter().any(|one| one.number == number && one.finished_at.is_some());
+    let ended = after.attempts.iter().filter(|attempt| attempt.finished_at.is_some());
+    ended.filter(move |attempt| !known(attempt.number)).map(|attempt| attempt.failure_class)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,98 @@
+//! What the cluster adds to every task: where the gateway is, and what an agent must not reach.
+
+use futures::{Stream, StreamExt};
+use k8s_openapi::api::{core::v1::Service, discovery::v1::EndpointSlice};
+use kube::{
+    Api, Client, ResourceExt,
+    api::ListParams,
+    runtime::{WatchStreamExt, watcher},
+};
+use tokio::sync::watch;
+
+use super::Settings;
+use crate::plan::{
+    names,
+    validated::{Surroundings, authority},
+};
+
+/// Addresses of the API server: the Service's, which every pod is told, and the first real one behind it, because a
+/// NetworkPolicy is judged after the Service's address was translated.
+///
+/// # Errors
+/// If the EndpointSlices of the `kubernetes` Service cannot be listed.
+pub async fn api_servers(client: &Client, cluster_url: &http::Uri) -> Result<Vec<String>, kube::Error> {
+    let env = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+    let port = env("KUBERNETES_SERVICE_PORT").and_then(|port| port.parse().ok()).unwrap_or(443);
+    let mut addresses: Vec<_> = env("KUBERNETES_SERVICE_HOST").map(|host| authority(&host, port)).into_iter().collect();
+    let slices = Api::<EndpointSlice>::namespaced(client.clone(), "default")
+        .list(&ListParams::default().labels("kubernetes.io/service-name=kubernetes"))
+        .await?;
+    let real = slices.items.iter().find_map(|slice| {
+        let port = slice.ports.iter().flatten().find_map(|port| port.port)?;
+        let address = slice.endpoints.iter().flat_map(|endpoint| &endpoint.addresses).next()?;
+        Some(authority(address, u16::try_from(port).ok()?))
+    });
+    addresses.extend(real);
+    if addresses.is_empty() {
+        // Outside a cluster: the address by which this very process reaches it.
+        let port = cluster_url.port_u16().unwrap_or(443);
+        addresses.extend(cluster_url.host().map(|host| authority(host.trim_matches(['[', ']']), port)));
+    }
+    addresses.dedup();
+    Ok(addresses)
+}
+
+/// Follows the gateway's Service. Each item says that the surroundings have changed; they are in the channel.
+pub fn follow(
+    client: &Client,
+    settings: &Settings,
+    gateway_ca: String,
+    api_servers: Vec<String>,
+) -> (watch::Receiver<Option<Surroundings>>, impl Stream<Item = ()> + Send + 'static + use<>) {
+    let (sender, receiver) = watch::channel(None);
+    let (namespace, image) = (settings.system_namespace.clone(), settings.image.clone());
+    let (cpu, memory) = (settings.harness_cpu.clone(), settings.harness_memory.clone());
+    let services = Api::<Service>::namespaced(client.clone(), &namespace);
+    let config = watcher::Config::default().fields(&format!("metadata.name={}", names::GATEWAY));
+    let changes = watcher(services, config).default_backoff().filter_map(move |event| {
+        let address = match event {
+            Ok(watcher::Event::Apply(service) | watcher::Event::InitApply(service)) => Some(address(&service)),
+            Ok(watcher::Event::Delete(_)) => Some(None),
+            Ok(watcher::Event::Init | watcher::Event::InitDone) => None,
+            Err(error) => {
+                tracing::warn!(%error, "the watch of the gateway's Service was interrupted and is started again");
+                None
+            }
+        };
+        let changed = address.is_some_and(|address| {
+            let next = address.map(|gateway| Surroundings {
+                system_namespace: namespace.clone(),
+                image: image.clone(),
+                gateway,
+                gateway_ca: gateway_ca.clone(),
+                api_servers: api_servers.clone(),
+                harness_cpu: cpu.clone(),
+                harness_memory: memory.clone(),
+            });
+            sender.send_if_modified(|current| {
+                let differs = *current != next;
+                *current = next;
+                differs
+            })
+        });
+        std::future::ready(changed.then_some(()))
+    });
+    (receiver, changes)
+}
+
+/// The Service's cluster address. A headless one has none, and pods have no DNS to find its pods by.
+fn address(service: &Service) -> Option<String> {
+    let address = service.spec.as_ref()?.cluster_ip.clone().filter(|address| !matches!(address.as_str(), "" | "None"));
+    if address.is_none() {
+        tracing::warn!(
+            service = service.name_any(),
+            "expected the gateway's Service to have a cluster address, found none"
+        );
+    }
+    address
+}

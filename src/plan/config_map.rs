@@ -1,0 +1,20 @@
+//! The ConfigMap that carries an attempt's configuration to its harness.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::api::core::v1::ConfigMap;
+
+use super::validated::Attempt;
+
+/// The key in it, and the file's name.
+pub const KEY: &str = "config.json";
+
+/// Immutable: a harness that starts again reads what it read before.
+pub fn build(attempt: &Attempt<'_>) -> ConfigMap {
+    ConfigMap {
+        metadata: attempt.task.owner.metadata(attempt.number),
+        data: Some(BTreeMap::from([(KEY.to_owned(), attempt.config.clone())])),
+        immutable: Some(true),
+        binary_data: None,
+    }
+}

@@ -1,0 +1,347 @@
+//! The pod of one attempt: probe, harness, agent.
+//!
+//! Promises: Pod Security `restricted`, no added capability, no token and no name server in reach of the agent, all limits set,
+//! and a NetworkPolicy that was read back first (the [`Proof`] in the signature).
+//!
+//! The token: the volume is mounted in the harness container alone, which is what keeps it from the agent. Its mode is 0444
+//! without `fsGroup`: kubelet writes projected tokens as root's, gives them to a UID only if all containers share one, and `fsGroup`
+//! would add its group to the agent's process as well, so that neither would separate what the mount does not.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::{
+    api::core::v1::{
+        Capabilities, ConfigMapVolumeSource, Container, EmptyDirVolumeSource, EnvVar, EnvVarSource, HTTPGetAction,
+        ObjectFieldSelector, Pod, PodDNSConfig, PodSecurityContext, PodSpec, Probe, ProjectedVolumeSource,
+        ResourceRequirements, SeccompProfile, SecretVolumeSource, SecurityContext, ServiceAccountTokenProjection,
+        Volume, VolumeMount, VolumeProjection,
+    },
+    apimachinery::pkg::{api::resource::Quantity as ApiQuantity, util::intstr::IntOrString},
+};
+
+use super::{
+    config_map, names,
+    network_policy::Proof,
+    validated::{Attempt, Source},
+};
+use crate::wire;
+
+/// Seconds beyond the wall time that the kubelet lets a pod live: for image pulls, the probe and the harness's last segment.
+/// The wall time itself is measured from the agent's start, by harness and operator.
+pub const START_ALLOWANCE_SECONDS: i64 = 300;
+/// Seconds between SIGTERM and SIGKILL: enough for the harness to get its last segment witnessed.
+const GRACE_SECONDS: i64 = 30;
+/// User of probe and harness, distroless' `nonroot`.
+const HARNESS_UID: i64 = 65532;
+/// User of the agent, whatever its image says: never the harness's.
+const AGENT_UID: i64 = 1000;
+/// Seconds that a token lives; the kubelet renews it at four fifths.
+const TOKEN_SECONDS: i64 = 3600;
+/// Port of the harness for agents, on localhost.
+const AGENT_PORT: u16 = 9900;
+/// Port of the harness for the kubelet.
+const KUBELET_PORT: u16 = 9901;
+/// Seconds that the harness has for its first answer: it opens the log at the gateway first.
+const START_PROBES: i32 = 60;
+
+const CONFIG_DIR: &str = "/etc/belay";
+const TOKEN_DIR: &str = "/var/run/belay";
+/// Not under `/run`: in many images `/var/run` is a link to it, and this mount would hide the token's.
+const RUN_DIR: &str = "/var/lib/belay";
+const SPOOL_DIR: &str = "/var/spool/belay";
+
+/// The pod.
+pub fn build(attempt: &Attempt<'_>, network_policy: &Proof) -> Pod {
+    let task = attempt.task;
+    let mut metadata = task.owner.metadata(attempt.number);
+    metadata.annotations = Some(BTreeMap::from([
+        (names::POLICY_DIGEST.to_owned(), task.policy_digest().to_owned()),
+        (names::NETWORK_POLICY.to_owned(), network_policy.as_str().to_owned()),
+    ]));
+    Pod {
+        metadata,
+        spec: Some(PodSpec {
+            restart_policy: Some("Never".to_owned()),
+            runtime_class_name: task.runtime_class.clone(),
+            service_account_name: Some("default".to_owned()),
+            automount_service_account_token: Some(false),
+            enable_service_links: Some(false),
+            share_process_namespace: Some(false),
+            dns_policy: Some("None".to_owned()),
+            dns_config: Some(PodDNSConfig {
+                nameservers: Some(vec!["127.0.0.1".to_owned()]),
+                ..PodDNSConfig::default()
+            }),
+            active_deadline_seconds: Some(task.wall_time_seconds.saturating_add(START_ALLOWANCE_SECONDS)),
+            termination_grace_period_seconds: Some(GRACE_SECONDS),
+            security_context: Some(PodSecurityContext {
+                run_as_non_root: Some(true),
+                seccomp_profile: Some(runtime_default()),
+                ..PodSecurityContext::default()
+            }),
+            init_containers: Some(vec![probe(attempt), harness(attempt)]),
+            containers: vec![agent(attempt)],
+            volumes: Some(volumes(attempt)),
+            ..PodSpec::default()
+        }),
+        status: None,
+    }
+}
+
+fn probe(attempt: &Attempt<'_>) -> Container {
+    Container {
+        name: names::PROBE.to_owned(),
+        image: Some(attempt.surroundings.image.clone()),
+        command: Some(vec!["/belay-harness".to_owned()]),
+        args: Some(strings(&[
+            "probe",
+            "--config",
+            "/etc/belay/config.json",
+            "--out",
+            "/var/lib/belay/containment.json",
+        ])),
+        env: Some(vec![downward("HOST_IP", "status.hostIP")]),
+        resources: Some(system_resources(attempt)),
+        security_context: Some(security(HARNESS_UID)),
+        volume_mounts: Some(vec![mount("config", CONFIG_DIR, true), mount("run", RUN_DIR, false)]),
+        ..Container::default()
+    }
+}
+
+fn harness(attempt: &Attempt<'_>) -> Container {
+    Container {
+        name: names::HARNESS.to_owned(),
+        image: Some(attempt.surroundings.image.clone()),
+        // A native sidecar: it is up before the agent starts, and it outlives it.
+        restart_policy: Some("Always".to_owned()),
+        command: Some(vec!["/belay-harness".to_owned()]),
+        args: Some(strings(&[
+            "serve",
+            "--config",
+            "/etc/belay/config.json",
+            "--containment",
+            "/var/lib/belay/containment.json",
+            "--token",
+            "/var/run/belay/token",
+        ])),
+        env: Some(vec![
+            downward("POD_NAME", "metadata.name"),
+            downward("POD_UID", "metadata.uid"),
+            downward("POD_NAMESPACE", "metadata.namespace"),
+            downward("NODE_NAME", "spec.nodeName"),
+            downward("HOST_IP", "status.hostIP"),
+            downward("NETWORK_POLICY", &format!("metadata.annotations['{}']", names::NETWORK_POLICY)),
+            plain("RUNTIME_CLASS", attempt.task.runtime_class.as_deref().unwrap_or_default()),
+        ]),
+        resources: Some(system_resources(attempt)),
+        security_context: Some(security(HARNESS_UID)),
+        startup_probe: Some(Probe {
+            http_get: Some(HTTPGetAction {
+                path: Some("/readyz".to_owned()),
+                port: IntOrString::Int(i32::from(KUBELET_PORT)),
+                ..HTTPGetAction::default()
+            }),
+            period_seconds: Some(1),
+            failure_threshold: Some(START_PROBES),
+            ..Probe::default()
+        }),
+        volume_mounts: Some(vec![
+            mount("config", CONFIG_DIR, true),
+            mount("token", TOKEN_DIR, true),
+            mount("run", RUN_DIR, true),
+            mount("spool", SPOOL_DIR, false),
+        ]),
+        ..Container::default()
+    }
+}
+
+fn agent(attempt: &Attempt<'_>) -> Container {
+    let task = attempt.task;
+    let resources = BTreeMap::from([
+        ("cpu".to_owned(), ApiQuantity(task.resources.cpu.as_str().to_owned())),
+        ("memory".to_owned(), ApiQuantity(task.resources.memory.as_str().to_owned())),
+        ("ephemeral-storage".to_owned(), ApiQuantity(task.resources.ephemeral_storage.as_str().to_owned())),
+    ]);
+    let mounts = task.mounts.iter().enumerate().map(|(index, one)| mount(&format!("mount-{index}"), &one.path.0, true));
+    let scopes =
+        task.write_scopes.iter().enumerate().map(|(index, one)| mount(&format!("scope-{index}"), &one.path.0, false));
+    Container {
+        name: names::AGENT.to_owned(),
+        image: Some(task.image.clone()),
+        command: some(task.command.clone()),
+        args: some(task.args.clone()),
+        env: Some(agent_env(attempt)),
+        resources: Some(ResourceRequirements {
+            requests: Some(resources.clone()),
+            limits: Some(resources),
+            ..ResourceRequirements::default()
+        }),
+        security_context: Some(security(AGENT_UID)),
+        volume_mounts: some(mounts.chain(scopes).collect()),
+        termination_message_policy: Some("File".to_owned()),
+        ..Container::default()
+    }
+}
+
+/// Belay's variables first, so that the user's could refer to them if Kubernetes expanded anything: all is escaped.
+fn agent_env(attempt: &Attempt<'_>) -> Vec<EnvVar> {
+    let base = format!("http://127.0.0.1:{AGENT_PORT}");
+    let mut env = vec![
+        plain("OPENAI_BASE_URL", &format!("{base}/v1")),
+        plain("OPENAI_API_KEY", "belay"),
+        plain("ANTHROPIC_BASE_URL", &base),
+        plain("ANTHROPIC_API_KEY", "belay"),
+        plain("BELAY_MCP_URL", &format!("{base}/mcp")),
+    ];
+    env.extend(["HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"].map(|name| plain(name, &base)));
+    env.extend(["NO_PROXY", "no_proxy"].map(|name| plain(name, "127.0.0.1,localhost")));
+    env.push(plain("BELAY_OBJECTIVE", &attempt.task.objective));
+    env.push(plain("BELAY_TASK", &attempt.task.owner.name));
+    env.push(plain("BELAY_ATTEMPT", &attempt.number.to_string()));
+    env.extend(attempt.task.env.iter().map(|(name, value)| plain(&name.0, value)));
+    env
+}
+
+fn volumes(attempt: &Attempt<'_>) -> Vec<Volume> {
+    let task = attempt.task;
+    let mut volumes = vec![
+        Volume {
+            name: "config".to_owned(),
+            config_map: Some(ConfigMapVolumeSource {
+                name: attempt.name(),
+                default_mode: Some(0o444),
+                items: Some(vec![k8s_openapi::api::core::v1::KeyToPath {
+                    key: config_map::KEY.to_owned(),
+                    path: config_map::KEY.to_owned(),
+                    mode: None,
+                }]),
+                optional: None,
+            }),
+            ..Volume::default()
+        },
+        Volume {
+            name: "token".to_owned(),
+            projected: Some(ProjectedVolumeSource {
+                default_mode: Some(0o444),
+                sources: Some(vec![VolumeProjection {
+                    service_account_token: Some(ServiceAccountTokenProjection {
+                        audience: Some(wire::AUDIENCE.to_owned()),
+                        expiration_seconds: Some(TOKEN_SECONDS),
+                        path: "token".to_owned(),
+                    }),
+                    ..VolumeProjection::default()
+                }]),
+            }),
+            ..Volume::default()
+        },
+        empty_dir("run", "1Mi", Some("Memory")),
+        empty_dir("spool", "64Mi", None),
+    ];
+    for (index, one) in task.mounts.iter().enumerate() {
+        let mut volume = Volume { name: format!("mount-{index}"), ..Volume::default() };
+        match &one.source {
+            Source::ConfigMap(name) => {
+                volume.config_map = Some(ConfigMapVolumeSource {
+                    name: name.clone(),
+                    default_mode: Some(0o444),
+                    ..ConfigMapVolumeSource::default()
+                });
+            }
+            Source::Secret(name) => {
+                volume.secret = Some(SecretVolumeSource {
+                    secret_name: Some(name.clone()),
+                    default_mode: Some(0o444),
+                    ..SecretVolumeSource::default()
+                });
+            }
+        }
+        volumes.push(volume);
+    }
+    volumes.extend(
+        task.write_scopes
+            .iter()
+            .enumerate()
+            .map(|(index, one)| empty_dir(&format!("scope-{index}"), one.size.as_str(), None)),
+    );
+    volumes
+}
+
+fn empty_dir(name: &str, size: &str, medium: Option<&str>) -> Volume {
+    Volume {
+        name: name.to_owned(),
+        empty_dir: Some(EmptyDirVolumeSource {
+            medium: medium.map(str::to_owned),
+            size_limit: Some(ApiQuantity(size.to_owned())),
+        }),
+        ..Volume::default()
+    }
+}
+
+/// Probe and harness: a small request, so that a task's room is the agent's; memory and disk bounded.
+fn system_resources(attempt: &Attempt<'_>) -> ResourceRequirements {
+    let quantity = |value: &str| ApiQuantity(value.to_owned());
+    let memory = quantity(&attempt.surroundings.harness_memory);
+    ResourceRequirements {
+        requests: Some(BTreeMap::from([
+            ("cpu".to_owned(), quantity(&attempt.surroundings.harness_cpu)),
+            ("memory".to_owned(), memory.clone()),
+            ("ephemeral-storage".to_owned(), quantity("64Mi")),
+        ])),
+        limits: Some(BTreeMap::from([
+            ("memory".to_owned(), memory),
+            ("ephemeral-storage".to_owned(), quantity("128Mi")),
+        ])),
+        ..ResourceRequirements::default()
+    }
+}
+
+fn security(uid: i64) -> SecurityContext {
+    SecurityContext {
+        run_as_user: Some(uid),
+        run_as_group: Some(uid),
+        run_as_non_root: Some(true),
+        read_only_root_filesystem: Some(true),
+        allow_privilege_escalation: Some(false),
+        privileged: Some(false),
+        capabilities: Some(Capabilities { drop: Some(vec!["ALL".to_owned()]), add: None }),
+        seccomp_profile: Some(runtime_default()),
+        ..SecurityContext::default()
+    }
+}
+
+fn runtime_default() -> SeccompProfile {
+    SeccompProfile { type_: "RuntimeDefault".to_owned(), localhost_profile: None }
+}
+
+fn mount(volume: &str, path: &str, read_only: bool) -> VolumeMount {
+    VolumeMount {
+        name: volume.to_owned(),
+        mount_path: path.to_owned(),
+        read_only: Some(read_only),
+        ..VolumeMount::default()
+    }
+}
+
+/// A variable whose value is taken as it is: Kubernetes reads `$$` as `$`, and `$(NAME)` as a reference.
+fn plain(name: &str, value: &str) -> EnvVar {
+    EnvVar { name: name.to_owned(), value: Some(value.replace('$', "$$")), value_from: None }
+}
+
+fn downward(name: &str, path: &str) -> EnvVar {
+    EnvVar {
+        name: name.to_owned(),
+        value: None,
+        value_from: Some(EnvVarSource {
+            field_ref: Some(ObjectFieldSelector { api_version: Some("v1".to_owned()), field_path: path.to_owned() }),
+            ..EnvVarSource::default()
+        }),
+    }
+}
+
+fn strings(values: &[&str]) -> Vec<String> {
+    values.iter().map(|value| (*value).to_owned()).collect()
+}
+
+fn some<T>(values: Vec<T>) -> Option<Vec<T>> {
+    if values.is_empty() { None } else { Some(values) }
+}

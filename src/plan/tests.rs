@@ -1,0 +1,228 @@
+use std::collections::BTreeMap;
+
+use serde_json::json;
+
+use super::{
+    Finding, config, config_map,
+    fixtures::{contracts, pack, surroundings, task},
+    network_policy, pack_for, pod,
+    validated::{Validated, validate},
+};
+use crate::{
+    api::{AgentTask, PolicyPack, ToolContract},
+    policy::config::{EgressUse, HarnessConfig, SideEffect},
+};
+
+fn labels(environment: &str) -> BTreeMap<String, String> {
+    BTreeMap::from([("belay.dev/environment".to_owned(), environment.to_owned())])
+}
+
+fn valid() -> Validated {
+    validate(&task(), &contracts(), &pack(), "belay-system").unwrap()
+}
+
+#[test]
+fn one_pack_governs_a_namespace() {
+    let mut prod = pack();
+    prod.metadata.name = Some("prod".into());
+    prod.spec.namespace_selector.match_labels = Some(labels("prod"));
+    let mut unreadable = pack();
+    unreadable.metadata.name = Some("unreadable".into());
+    unreadable.spec.namespace_selector =
+        super::fixtures::read("matchExpressions: [{ key: a, operator: Matches, values: [b] }]");
+    let packs = [pack(), prod, unreadable];
+    assert_eq!(pack_for(&labels("dev"), &packs).unwrap().metadata.name.as_deref(), Some("dev"));
+    assert_eq!(pack_for(&labels("prod"), &packs).unwrap().metadata.name.as_deref(), Some("prod"));
+    insta::assert_snapshot!("no-pack", pack_for(&labels("stage"), &packs).unwrap_err());
+    let twice = [pack(), pack()];
+    insta::assert_snapshot!("two-packs", pack_for(&labels("dev"), &twice).unwrap_err());
+}
+
+#[test]
+fn policy_is_rendered() {
+    let policy = config::render_policy(&task(), &contracts(), &pack()).unwrap();
+    insta::assert_json_snapshot!(policy);
+}
+
+#[test]
+fn rendering_does_not_depend_on_order() {
+    let policy = config::render_policy(&task(), &contracts(), &pack()).unwrap();
+    let mut other = task();
+    other.spec.tools.reverse();
+    let mut reversed = contracts();
+    reversed.reverse();
+    let again = config::render_policy(&other, &reversed, &pack()).unwrap();
+    assert_eq!(policy.digest().unwrap(), again.digest().unwrap());
+    assert_eq!(policy.digest().unwrap(), valid().policy_digest());
+}
+
+#[test]
+fn objects_are_built() {
+    let (task, surroundings) = (valid(), surroundings());
+    let attempt = task.attempt(&surroundings, 2).unwrap();
+    let config_map = config_map::build(&attempt);
+    let planned = network_policy::build(&attempt);
+    let proof = network_policy::prove(&planned, &planned).unwrap();
+    insta::assert_yaml_snapshot!("config-map-metadata", config_map.metadata);
+    assert_eq!(config_map.immutable, Some(true));
+    insta::assert_yaml_snapshot!("network-policy", planned);
+    insta::assert_yaml_snapshot!("pod", pod::build(&attempt, &proof));
+    let bytes = config_map.data.unwrap().remove(config_map::KEY).unwrap();
+    let config: HarnessConfig = serde_json::from_str(&bytes).unwrap();
+    insta::assert_json_snapshot!("wiring", config.wiring);
+    assert_eq!(bytes.as_bytes(), crate::evidence::canonical::to_bytes(&config).unwrap());
+    assert_eq!(config.policy.digest().unwrap(), task.policy_digest());
+}
+
+#[test]
+fn an_altered_network_policy_proves_nothing() {
+    let (task, surroundings) = (valid(), surroundings());
+    let planned = network_policy::build(&task.attempt(&surroundings, 1).unwrap());
+    let mut wider = planned.clone();
+    wider.spec.as_mut().unwrap().egress = Some(vec![Default::default()]);
+    assert!(network_policy::prove(&planned, &wider).is_err());
+    let mut one_way = planned.clone();
+    one_way.spec.as_mut().unwrap().policy_types = Some(vec!["Egress".into()]);
+    assert!(network_policy::prove(&planned, &one_way).is_err());
+    let mut other = planned.clone();
+    other.metadata.name = Some("triage-2".into());
+    assert!(network_policy::prove(&planned, &other).is_err());
+}
+
+type Break = fn(&mut AgentTask, &mut Vec<ToolContract>, &mut PolicyPack);
+
+/// What is broken, and the field that must be named.
+const BROKEN: &[(&str, &str, Break)] = &[
+    ("unknown class", "spec.workflowClass", |t, _, _| t.spec.workflow_class = "other".into()),
+    ("wall time", "spec.limits.wallTimeSeconds", |t, _, _| t.spec.limits.wall_time_seconds = 3601),
+    ("no wall time", "spec.limits.wallTimeSeconds", |t, _, _| t.spec.limits.wall_time_seconds = 0),
+    ("calls", "spec.limits.toolCalls", |t, _, _| t.spec.limits.tool_calls = 101),
+    ("negative calls", "spec.limits.toolCalls", |t, _, _| t.spec.limits.tool_calls = -1),
+    ("tokens", "spec.limits.tokens", |t, _, _| t.spec.limits.tokens = i64::MAX),
+    ("unknown tool", "spec.tools[2]", |t, _, _| t.spec.tools.push("missing".into())),
+    ("a contract elsewhere", "spec.tools[0]", |_, c, _| c[0].metadata.namespace = Some("team-b".into())),
+    ("same tool twice", "spec.tools[1]", |_, c, _| c[1].spec.tool = "open_ticket".into()),
+    ("effect", "ToolContract/tickets spec.sideEffect", |_, c, _| c[0].spec.side_effect = SideEffect::External),
+    ("cel", "ToolContract/tickets spec.preconditions[0].cel", |_, c, _| {
+        c[0].spec.preconditions[0].cel = "usage.".into()
+    }),
+    ("cel variable", "ToolContract/tickets spec.preconditions[0].cel", |_, c, _| {
+        c[0].spec.preconditions[0].cel = "arguments.x".into();
+    }),
+    ("schema", "ToolContract/tickets spec.input.properties.title.type", |_, c, _| {
+        c[0].spec.input = json!({"type":"object","properties":{"title":{"type":"text"}}});
+    }),
+    ("schema type", "ToolContract/tickets spec.input.type", |_, c, _| c[0].spec.input = json!({"type":"array"})),
+    ("upstream host", "ToolContract/tickets spec.upstream.mcp.url", |_, c, _| {
+        c[0].spec.upstream.mcp.url = "https://evil.test/mcp".into();
+    }),
+    ("upstream two levels", "ToolContract/tickets spec.upstream.mcp.url", |_, c, _| {
+        c[0].spec.upstream.mcp.url = "https://a.tickets.world.test/mcp".into();
+    }),
+    ("upstream port", "ToolContract/tickets spec.upstream.mcp.url", |_, c, _| {
+        c[0].spec.upstream.mcp.url = "http://tickets.world.test/mcp".into();
+    }),
+    ("upstream user", "ToolContract/tickets spec.upstream.mcp.url", |_, c, _| {
+        c[0].spec.upstream.mcp.url = "https://tickets.world.test@evil.test/mcp".into();
+    }),
+    ("upstream for another use", "ToolContract/tickets spec.upstream.mcp.url", |_, _, p| {
+        p.spec.workflow_classes[0].egress[0].uses = vec![EgressUse::Direct];
+    }),
+    ("models out of reach", "PolicyPack/dev spec.models", |_, _, p| {
+        p.spec.models.openai = Some("https://other.test".into())
+    }),
+    ("egress port", "PolicyPack/dev spec.workflowClasses[incident].egress[3].ports", |_, _, p| {
+        let mut rule = p.spec.workflow_classes[0].egress[0].clone();
+        rule.ports = vec![443, 65536];
+        p.spec.workflow_classes[0].egress.push(rule);
+    }),
+    ("system namespace", "metadata.namespace", |t, c, _| {
+        t.metadata.namespace = Some("belay-system".into());
+        c.iter_mut().for_each(|contract| contract.metadata.namespace = Some("belay-system".into()));
+    }),
+    ("memory", "spec.agent.resources.memory", |t, _, _| t.spec.agent.resources.memory = Some("513Mi".into())),
+    ("cpu spelling", "spec.agent.resources.cpu", |t, _, _| t.spec.agent.resources.cpu = Some("0.5m".into())),
+    ("class quantity", "PolicyPack spec.workflowClasses[incident].resources.cpu", |_, _, p| {
+        p.spec.workflow_classes[0].resources.cpu = Some("0".into());
+    }),
+    ("env openai", "spec.agent.env[0].name", |t, _, _| t.spec.agent.env[0].name = "OPENAI_BASE_URL".into()),
+    ("env proxy", "spec.agent.env[0].name", |t, _, _| t.spec.agent.env[0].name = "all_Proxy".into()),
+    ("env twice", "spec.agent.env[1].name", |t, _, _| {
+        let again = t.spec.agent.env[0].clone();
+        t.spec.agent.env.push(again);
+    }),
+    ("two sources", "spec.workspace.mounts[0]", |t, _, _| t.spec.workspace.mounts[0].secret = Some("x".into())),
+    ("no source", "spec.workspace.mounts[0]", |t, _, _| t.spec.workspace.mounts[0].config_map = None),
+    ("same path", "spec.workspace.mounts[1].path", |t, _, _| {
+        t.spec.workspace.mounts[1].path = "/workspace/input".into()
+    }),
+    ("nested path", "spec.workspace.mounts[1].path", |t, _, _| t.spec.workspace.mounts[1].path = "/workspace".into()),
+    ("token path", "spec.workspace.mounts[0].path", |t, _, _| {
+        t.spec.workspace.mounts[0].path = "/var/run/belay/x".into()
+    }),
+    ("parent of a reserved path", "spec.workspace.writeScopes[0].path", |t, _, _| {
+        t.spec.workspace.write_scopes[0].path = "/var".into();
+    }),
+    ("proc", "spec.workspace.writeScopes[0].path", |t, _, _| {
+        t.spec.workspace.write_scopes[0].path = "/proc/sys".into()
+    }),
+    ("dots", "spec.workspace.mounts[0].path", |t, _, _| t.spec.workspace.mounts[0].path = "/workspace/../x".into()),
+    ("scope in a mount", "spec.workspace.writeScopes[0].path", |t, _, _| {
+        t.spec.workspace.write_scopes[0].path = "/workspace/input/out".into();
+    }),
+    ("scope size", "spec.workspace.writeScopes[0].size", |t, _, _| {
+        t.spec.workspace.write_scopes[0].size = "0Mi".into()
+    }),
+    ("scopes together", "spec.workspace.writeScopes", |t, _, _| t.spec.workspace.write_scopes[0].size = "257Mi".into()),
+    ("too much policy", "spec.tools", |_, c, _| c[0].spec.description = "x".repeat(600 * 1024)),
+];
+
+#[test]
+fn every_wrong_field_is_named() {
+    let mut messages = Vec::new();
+    for (what, field, break_it) in BROKEN {
+        let (mut task, mut contracts, mut pack) = (task(), contracts(), pack());
+        break_it(&mut task, &mut contracts, &mut pack);
+        let findings = validate(&task, &contracts, &pack, "belay-system").err().unwrap_or_default();
+        assert_eq!(findings.iter().map(|f| f.field.as_str()).collect::<Vec<_>>(), [*field], "{what}: {findings:?}");
+        messages.extend(findings.iter().map(Finding::to_string));
+    }
+    insta::assert_snapshot!("findings", messages.join("\n"));
+}
+
+#[test]
+fn everything_wrong_is_found_at_once() {
+    let (mut task, mut contracts, pack) = (task(), contracts(), pack());
+    task.spec.limits.tokens = -1;
+    task.spec.agent.env[0].name = "BELAY_TASK".into();
+    contracts[0].spec.input = json!({});
+    contracts[0].spec.side_effect = SideEffect::External;
+    assert_eq!(validate(&task, &contracts, &pack, "belay-system").unwrap_err().len(), 4);
+}
+
+#[test]
+fn a_class_without_models_has_none() {
+    let mut pack = pack();
+    pack.spec.workflow_classes[0].egress.truncate(2);
+    let policy = config::render_policy(&task(), &contracts(), &pack).unwrap();
+    assert_eq!(policy.models, Default::default());
+}
+
+proptest::proptest! {
+    /// Whatever is accepted never mounts over a reserved path, and no two paths overlap.
+    #[test]
+    fn accepted_paths_never_overlap(paths in proptest::collection::vec("(/(a|b|etc|proc|run|belay|var|\\.\\.|))|(/(a|b|run)){1,3}", 1..5)) {
+        let mut task = task();
+        task.spec.workspace.mounts = paths.iter()
+            .map(|path| serde_json::from_value(json!({ "path": path, "configMap": "x" })).unwrap()).collect();
+        if let Ok(valid) = validate(&task, &contracts(), &pack(), "belay-system") {
+            for (i, one) in valid.mounts.iter().enumerate() {
+                proptest::prop_assert!(!one.path.0.contains("..") && !one.path.0.starts_with("/etc") && !one.path.0.starts_with("/proc"));
+                for other in valid.mounts.iter().skip(i + 1) {
+                    let (one, other) = (format!("{}/", one.path.0), format!("{}/", other.path.0));
+                    proptest::prop_assert!(!one.starts_with(&other) && !other.starts_with(&one));
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,419 @@
+//! A task that was found to be in order, as types that cannot hold anything else.
+//!
+//! Promises: who holds a [`Validated`] can build every object without a further question, and every wrong field was named at
+//! once. Refuses: paths that hide something of the system's, names that Belay gives itself, more room than the class has.
+
+use std::borrow::Borrow;
+
+use kube::ResourceExt;
+
+use super::{Finding, config, evidence::Location, names, owner::Owner, quantity::Quantity};
+use crate::{
+    api::{AgentTask, PolicyPack, ToolContract, policy_pack::WorkflowClass},
+    evidence::canonical::{self, CanonicalError},
+    policy::config::{HarnessConfig, PolicyConfig, Probe, Wiring},
+};
+
+/// What a class gives where it states no ceiling: enough for an interpreter and its libraries, and never everything.
+pub const DEFAULT_CPU: &str = "1";
+/// See [`DEFAULT_CPU`].
+pub const DEFAULT_MEMORY: &str = "1Gi";
+/// See [`DEFAULT_CPU`].
+pub const DEFAULT_EPHEMERAL_STORAGE: &str = "1Gi";
+
+/// Most bytes of a rendered policy. A ConfigMap holds 1 MiB, and the first record of each attempt holds the policy as well.
+pub const MAX_POLICY_BYTES: usize = 512 * 1024;
+
+/// Trees that are the system's, the image's or Belay's. Neither mounts nor write scopes may touch them.
+const RESERVED_PATHS: [&str; 18] = [
+    "/bin",
+    "/boot",
+    "/dev",
+    "/etc",
+    "/lib",
+    "/lib32",
+    "/lib64",
+    "/proc",
+    "/root",
+    "/run/belay",
+    "/run/secrets",
+    "/sbin",
+    "/sys",
+    "/usr",
+    "/var/lib",
+    "/var/run/belay",
+    "/var/run/secrets",
+    "/var/spool/belay",
+];
+
+/// Beginnings of names of environment variables that Belay sets, upper case.
+const RESERVED_ENV_PREFIXES: [&str; 4] = ["OPENAI_", "ANTHROPIC_", "BELAY_", "KUBERNETES_"];
+/// Endings of such names, upper case.
+const RESERVED_ENV_SUFFIX: &str = "_PROXY";
+
+/// A task in order.
+#[derive(Clone, Debug)]
+pub struct Validated {
+    pub(super) owner: Owner,
+    pub(super) objective: String,
+    pub(super) runtime_class: Option<String>,
+    pub(super) wall_time_seconds: i64,
+    pub(super) image: String,
+    pub(super) command: Vec<String>,
+    pub(super) args: Vec<String>,
+    pub(super) env: Vec<(EnvName, String)>,
+    pub(super) resources: AgentResources,
+    pub(super) mounts: Vec<ReadOnlyMount>,
+    pub(super) write_scopes: Vec<Scope>,
+    pub(super) evidence: Location,
+    policy: PolicyConfig,
+    policy_digest: String,
+}
+
+/// Name of an environment variable that Belay does not set itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EnvName(pub(super) String);
+
+/// Absolute path in the agent container that hides nothing and overlaps with no other.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AgentPath(pub(super) String);
+
+/// Room of the agent container, within the class's.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AgentResources {
+    pub(super) cpu: Quantity,
+    pub(super) memory: Quantity,
+    pub(super) ephemeral_storage: Quantity,
+}
+
+/// A mount and its one source.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ReadOnlyMount {
+    pub(super) path: AgentPath,
+    pub(super) source: Source,
+}
+
+/// What is mounted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// A ConfigMap, by name.
+    ConfigMap(String),
+    /// A Secret, by name.
+    Secret(String),
+}
+
+/// Where the agent may write, and how much.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Scope {
+    pub(super) path: AgentPath,
+    pub(super) size: Quantity,
+}
+
+/// What the cluster adds: the same for every task.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Surroundings {
+    /// Namespace of operator and gateway. No task runs there: its Secrets are the gateway's.
+    pub system_namespace: String,
+    /// Image of the harness.
+    pub image: String,
+    /// Cluster address of the gateway, without a port.
+    pub gateway: String,
+    /// Certificate authority of the gateway, PEM.
+    pub gateway_ca: String,
+    /// `address:port` of API servers, which an agent must not reach.
+    pub api_servers: Vec<String>,
+    /// Processor request of the harness.
+    pub harness_cpu: String,
+    /// Memory limit of the harness.
+    pub harness_memory: String,
+}
+
+/// One attempt of a task in order: all that its objects are built from.
+#[derive(Clone, Debug)]
+pub struct Attempt<'a> {
+    pub(super) task: &'a Validated,
+    pub(super) surroundings: &'a Surroundings,
+    pub(super) number: i64,
+    pub(super) config: String,
+}
+
+impl Validated {
+    /// Digest of the rendered policy, lower-case hex.
+    pub fn policy_digest(&self) -> &str {
+        &self.policy_digest
+    }
+
+    /// Where the evidence goes.
+    pub fn evidence(&self) -> &Location {
+        &self.evidence
+    }
+
+    /// One attempt.
+    ///
+    /// # Errors
+    /// Only if the surroundings have no canonical form, which strings always have.
+    pub fn attempt<'a>(&'a self, surroundings: &'a Surroundings, number: i64) -> Result<Attempt<'a>, CanonicalError> {
+        let at = |port: u16| authority(&surroundings.gateway, port);
+        let mut unreachable = vec![at(names::CANARY_PORT)];
+        unreachable.extend(surroundings.api_servers.iter().cloned());
+        let config = HarnessConfig {
+            policy: self.policy.clone(),
+            wiring: Wiring {
+                attempt: number,
+                gateway: at(names::GATEWAY_PORT),
+                gateway_ca: surroundings.gateway_ca.clone(),
+                probe: Probe { reachable: at(names::GATEWAY_PORT), unreachable },
+            },
+        };
+        let config = String::from_utf8_lossy(&canonical::to_bytes(&config)?).into_owned();
+        Ok(Attempt { task: self, surroundings, number, config })
+    }
+}
+
+impl Attempt<'_> {
+    /// Name of its pod, NetworkPolicy and ConfigMap.
+    pub fn name(&self) -> String {
+        names::of_attempt(&self.task.owner.name, self.number)
+    }
+
+    /// From 1.
+    pub fn number(&self) -> i64 {
+        self.number
+    }
+}
+
+/// `address:port`, with the brackets that an IPv6 address needs.
+pub fn authority(address: &str, port: u16) -> String {
+    if address.contains(':') { format!("[{address}]:{port}") } else { format!("{address}:{port}") }
+}
+
+/// Validates a task against its contracts and the pack that governs it.
+///
+/// # Errors
+/// Everything that is wrong, at once.
+pub fn validate<C: Borrow<ToolContract>>(
+    task: &AgentTask,
+    contracts: &[C],
+    pack: &PolicyPack,
+    system_namespace: &str,
+) -> Result<Validated, Vec<Finding>> {
+    let mut findings = Vec::new();
+    let namespace = task.namespace().unwrap_or_default();
+    if namespace == system_namespace {
+        findings.push(Finding::new(
+            "metadata.namespace",
+            "a namespace of the tasks' own",
+            format!("`{namespace}`, in which the gateway keeps its credentials"),
+            "apply the task in another namespace",
+        ));
+    }
+    let policy = config::render_policy(task, contracts, pack).map_err(|found| findings.extend(found)).ok();
+    let digest = policy.as_ref().and_then(|policy| digest(policy, &mut findings));
+    // Without a class there are no ceilings to compare with; that it is missing is found already.
+    let resources = config::class_of(task, pack).ok().and_then(|class| resources(task, class, &mut findings));
+    let env = env(task, &mut findings);
+    let mut paths = Vec::new();
+    let mounts = mounts(task, &mut paths, &mut findings);
+    let write_scopes = write_scopes(task, resources.as_ref(), &mut paths, &mut findings);
+    match (policy, digest, resources, config::class_of(task, pack)) {
+        (Some(policy), Some(policy_digest), Some(resources), Ok(class)) if findings.is_empty() => Ok(Validated {
+            owner: Owner::of(task),
+            objective: task.spec.objective.clone(),
+            runtime_class: class.runtime_class_name.clone(),
+            wall_time_seconds: policy.limits.wall_time_seconds,
+            image: task.spec.agent.image.clone(),
+            command: task.spec.agent.command.clone(),
+            args: task.spec.agent.args.clone(),
+            env,
+            resources,
+            mounts,
+            write_scopes,
+            evidence: Location::of(&pack.spec.evidence),
+            policy,
+            policy_digest,
+        }),
+        _ => Err(findings),
+    }
+}
+
+fn digest(policy: &PolicyConfig, findings: &mut Vec<Finding>) -> Option<String> {
+    let mut find = |found: String| {
+        findings.push(Finding::new(
+            "spec.tools",
+            format!("contracts that render to at most {MAX_POLICY_BYTES} bytes"),
+            found,
+            "name fewer tools, or shorten their descriptions and schemas",
+        ));
+    };
+    match canonical::to_bytes(policy) {
+        Ok(bytes) if bytes.len() > MAX_POLICY_BYTES => {
+            find(format!("{} bytes", bytes.len()));
+            None
+        }
+        Ok(bytes) => Some(hex::encode(canonical::sha256(&bytes))),
+        Err(error) => {
+            find(error.to_string());
+            None
+        }
+    }
+}
+
+fn resources(task: &AgentTask, class: &WorkflowClass, findings: &mut Vec<Finding>) -> Option<AgentResources> {
+    let (asked, most) = (&task.spec.agent.resources, &class.resources);
+    let mut one = |field: &str, asked: &Option<String>, most: &Option<String>, default: &str| {
+        let ceiling = most.as_deref().unwrap_or(default);
+        let ceiling = Quantity::parse(ceiling).map_err(|found| {
+            findings.push(Finding::new(
+                format!("PolicyPack spec.workflowClasses[{}].resources.{field}", class.name),
+                "a quantity above zero, such as `500m` or `512Mi`",
+                found.to_string(),
+                "correct the pack",
+            ));
+        });
+        let asked = asked.as_deref().map(Quantity::parse).transpose().map_err(|found| {
+            findings.push(Finding::new(
+                format!("spec.agent.resources.{field}"),
+                "a quantity above zero, such as `500m` or `512Mi`",
+                found.to_string(),
+                "correct it, or leave it out to get what the class gives",
+            ));
+        });
+        let (ceiling, asked) = (ceiling.ok()?, asked.ok()?);
+        if let Some(asked) = asked.as_ref().filter(|asked| **asked > ceiling) {
+            findings.push(Finding::new(
+                format!("spec.agent.resources.{field}"),
+                format!("at most `{}`, the ceiling of class `{}`", ceiling.as_str(), class.name),
+                format!("`{}`", asked.as_str()),
+                "ask for less, or have the class's ceiling raised in the pack",
+            ));
+        }
+        Some(asked.unwrap_or(ceiling))
+    };
+    let cpu = one("cpu", &asked.cpu, &most.cpu, DEFAULT_CPU);
+    let memory = one("memory", &asked.memory, &most.memory, DEFAULT_MEMORY);
+    let storage = one("ephemeralStorage", &asked.ephemeral_storage, &most.ephemeral_storage, DEFAULT_EPHEMERAL_STORAGE);
+    Some(AgentResources { cpu: cpu?, memory: memory?, ephemeral_storage: storage? })
+}
+
+fn env(task: &AgentTask, findings: &mut Vec<Finding>) -> Vec<(EnvName, String)> {
+    let mut env: Vec<(EnvName, String)> = Vec::new();
+    for (index, variable) in task.spec.agent.env.iter().enumerate() {
+        let upper = variable.name.to_ascii_uppercase();
+        let reserved = RESERVED_ENV_PREFIXES.iter().any(|prefix| upper.starts_with(prefix))
+            || upper.ends_with(RESERVED_ENV_SUFFIX);
+        let identifier = !upper.is_empty()
+            && !upper.starts_with(|c: char| c.is_ascii_digit())
+            && upper.chars().all(|c| c.is_ascii_alphanumeric() || c == '_');
+        let twice = env.iter().any(|(name, _)| name.0 == variable.name);
+        if reserved || twice || !identifier {
+            findings.push(Finding::new(
+                format!("spec.agent.env[{index}].name"),
+                "a C identifier, once, that Belay does not set itself (OPENAI_*, ANTHROPIC_*, BELAY_*, KUBERNETES_*, *_PROXY)",
+                format!("`{}`", variable.name),
+                "choose another name",
+            ));
+        }
+        env.push((EnvName(variable.name.clone()), variable.value.clone()));
+    }
+    env
+}
+
+fn mounts(task: &AgentTask, paths: &mut Vec<(String, String)>, findings: &mut Vec<Finding>) -> Vec<ReadOnlyMount> {
+    let mut mounts = Vec::new();
+    for (index, mount) in task.spec.workspace.mounts.iter().enumerate() {
+        let field = format!("spec.workspace.mounts[{index}]");
+        let source = match (&mount.config_map, &mount.secret) {
+            (Some(name), None) => Source::ConfigMap(name.clone()),
+            (None, Some(name)) => Source::Secret(name.clone()),
+            (config_map, _) => {
+                findings.push(Finding::new(
+                    field,
+                    "exactly one of configMap and secret",
+                    if config_map.is_some() { "both" } else { "neither" },
+                    "set one of them",
+                ));
+                continue;
+            }
+        };
+        let path = agent_path(&mount.path, format!("{field}.path"), paths, findings);
+        mounts.push(ReadOnlyMount { path, source });
+    }
+    mounts
+}
+
+fn write_scopes(
+    task: &AgentTask,
+    resources: Option<&AgentResources>,
+    paths: &mut Vec<(String, String)>,
+    findings: &mut Vec<Finding>,
+) -> Vec<Scope> {
+    let mut scopes = Vec::new();
+    let mut total: u128 = 0;
+    for (index, scope) in task.spec.workspace.write_scopes.iter().enumerate() {
+        let field = format!("spec.workspace.writeScopes[{index}]");
+        let path = agent_path(&scope.path, format!("{field}.path"), paths, findings);
+        match Quantity::parse(&scope.size) {
+            Ok(size) => {
+                total = total.saturating_add(size.milli());
+                scopes.push(Scope { path, size });
+            }
+            Err(found) => findings.push(Finding::new(
+                format!("{field}.size"),
+                "a quantity above zero, such as `64Mi`",
+                found.to_string(),
+                "correct it",
+            )),
+        }
+    }
+    if let Some(storage) = resources.map(|resources| &resources.ephemeral_storage).filter(|most| total > most.milli()) {
+        findings.push(Finding::new(
+            "spec.workspace.writeScopes",
+            format!("sizes that add up to at most the agent's ephemeral storage, `{}`", storage.as_str()),
+            format!("{} bytes", total / 1000),
+            "make them smaller, or ask for more spec.agent.resources.ephemeralStorage",
+        ));
+    }
+    scopes
+}
+
+/// Checks a path against the reserved ones and all before it.
+fn agent_path(path: &str, field: String, taken: &mut Vec<(String, String)>, findings: &mut Vec<Finding>) -> AgentPath {
+    let plain = path.starts_with('/')
+        && path.len() > 1
+        && path.split('/').skip(1).all(|part| !matches!(part, "" | "." | ".."))
+        && !path.contains(':');
+    if !plain {
+        findings.push(Finding::new(
+            field.clone(),
+            "an absolute path without `.`, `..`, `:` and empty parts",
+            format!("`{path}`"),
+            "write it out",
+        ));
+    }
+    if let Some(reserved) = RESERVED_PATHS.iter().find(|reserved| overlap(reserved, path)) {
+        findings.push(Finding::new(
+            field.clone(),
+            "a path apart from those of the system, the image and Belay",
+            format!("`{path}`, which overlaps `{reserved}`"),
+            "choose a place such as `/workspace`",
+        ));
+    }
+    if let Some((other, at)) = taken.iter().find(|(other, _)| overlap(other, path)) {
+        findings.push(Finding::new(
+            field.clone(),
+            "paths that do not overlap",
+            format!("`{path}`, which overlaps `{other}` of {at}"),
+            "choose another path",
+        ));
+    }
+    taken.push((path.to_owned(), field));
+    AgentPath(path.to_owned())
+}
+
+/// Whether one is the other, or lies in it.
+fn overlap(one: &str, other: &str) -> bool {
+    let inside = |inner: &str, outer: &str| {
+        inner.strip_prefix(outer).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+    };
+    inside(one, other) || inside(other, one)
+}
