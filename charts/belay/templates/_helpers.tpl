@@ -114,11 +114,3 @@ readinessProbe:
       - {key: belay.dev/task-uid, operator: DoesNotExist}
 {{- end }}
 {{- end }}
-
-{{- define "belay.gatewayHost" -}}
-{{- with .Values.gateway.clusterIP -}}
-{{- if contains ":" . }}[{{ . }}]{{ else }}{{ . }}{{ end }}
-{{- else -}}
-belay-gateway.{{ .Release.Namespace }}.svc
-{{- end }}
-{{- end }}
