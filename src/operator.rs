@@ -115,7 +115,9 @@ pub enum OperatorError {
     #[error("cannot use Lease {LEASE}: {0}")]
     Lease(#[from] kube_lease_manager::LeaseManagerError),
     /// The gateway has no address.
-    #[error("expected Service belay-gateway with a cluster address in the system namespace, found none: install the chart whole")]
+    #[error(
+        "expected Service belay-gateway with a cluster address in the system namespace, found none: install the chart whole"
+    )]
     NoGateway,
     /// The Lease went to another.
     #[error("Lease {LEASE} went to another replica: ending at once, because only the leader may act")]
