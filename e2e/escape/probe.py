@@ -245,7 +245,7 @@ def replayed_token():
 
 def files():
     """A51: writes outside the declared scopes, and into a read-only mount."""
-    for path in ("/etc/passwd", "/belay-was-here", "/opt/agent/x", "/usr/bin/x", "/tmp/x", "/dev/shm/x", "/etc/escape/x"):
+    for path in ("/etc/passwd", "/belay-was-here", "/opt/agent/x", "/usr/bin/x", "/tmp/x", "/dev/shm/x", "/escape/x"):
         try:
             with open(path, "a") as file:
                 file.write("x")

@@ -196,7 +196,7 @@ async fn contained(runtime: &'static str) {
             "workflowClass": "escape",
             "agent": {"image": agent_image(), "command": ["python3"], "args": args, "env": env_list(environment)},
             "workspace": {
-                "mounts": [{"path": "/etc/escape", "configMap": "probe"}],
+                "mounts": [{"path": "/escape", "configMap": "probe"}],
                 "writeScopes": [{"path": "/workspace", "size": "16Mi"}],
             },
         })
@@ -214,7 +214,7 @@ async fn contained(runtime: &'static str) {
     environment.insert("PROXY", "127.0.0.1:9900".into());
     environment.insert("SCOPE", "/workspace".into());
 
-    world.task("attacker", spec(json!(["/etc/escape/probe.py"]), &environment)).await;
+    world.task("attacker", spec(json!(["/escape/probe.py"]), &environment)).await;
     let task = world.ended("attacker", 240).await;
     let logs = world.logs("attacker-1", "agent").await;
     let tries = tries(&logs);
@@ -295,18 +295,18 @@ async fn the_same_tries_escape_from_a_pod_that_nobody_contains() {
                 "runtimeClassName": runtime, "restartPolicy": "Never", "automountServiceAccountToken": false,
                 "dnsPolicy": "None", "dnsConfig": {"nameservers": ["198.51.100.53"]},
                 "containers": [{
-                    "name": "agent", "image": agent_image(), "command": ["python3", "/etc/escape/probe.py"],
+                    "name": "agent", "image": agent_image(), "command": ["python3", "/escape/probe.py"],
                     "env": env_list(&environment),
                     "securityContext": {"runAsUser": 0, "capabilities": {"add": ["NET_RAW"]}},
-                    "volumeMounts": [{"name": "probe", "mountPath": "/etc/escape", "readOnly": false},
+                    "volumeMounts": [{"name": "probe", "mountPath": "/escape", "readOnly": false},
                                      {"name": "scope", "mountPath": "/workspace"}],
                 }],
                 "volumes": [{"name": "probe", "emptyDir": {}}, {"name": "scope", "emptyDir": {}}],
                 "initContainers": [{
                     "name": "copy", "image": agent_image(), "command": ["python3", "-c"],
-                    "args": ["import shutil; shutil.copy('/in/probe.py', '/etc/escape/probe.py')"],
+                    "args": ["import shutil; shutil.copy('/in/probe.py', '/escape/probe.py')"],
                     "securityContext": {"runAsUser": 0},
-                    "volumeMounts": [{"name": "in", "mountPath": "/in"}, {"name": "probe", "mountPath": "/etc/escape"}],
+                    "volumeMounts": [{"name": "in", "mountPath": "/in"}, {"name": "probe", "mountPath": "/escape"}],
                 }],
             },
         });
