@@ -4,6 +4,8 @@
 //! a field that nothing acts on is not here. Refuses: behaviour. Meaning is given to these types by
 //! [`plan`](crate::plan), which turns them into validated plain data.
 
+#![allow(clippy::duplicated_attributes, reason = "kube's derive takes one printcolumn a column, and they look alike")]
+
 pub mod agent_task;
 pub mod policy_pack;
 pub mod tool_contract;

@@ -22,7 +22,7 @@ use rmcp::{
     ErrorData, RoleClient, RoleServer, ServerHandler, ServiceExt,
     model::{
         CallToolRequestParams, CallToolResponse, CallToolResult, ClientJsonRpcMessage, ClientRequest, ContentBlock,
-        ErrorData as McpError, Implementation, ListToolsResult, PaginatedRequestParams, RequestMetaObject,
+        ErrorData as McpError, Implementation, ListToolsResult, PaginatedRequestParams, RequestMetaObject, ResultType,
         ServerCapabilities, ServerConfig, ServerJsonRpcMessage, Tool as McpTool, ToolAnnotations,
     },
     service::{RequestContext, RunningService},
@@ -198,7 +198,10 @@ impl Upstreams {
         let mut settlement = Settlement { status: facts.status, upstream: facts.upstream, ..Settlement::unknown(None) };
         settlement.tokens = Some(0);
         let reason = match answer {
-            Ok(Ok(result)) => {
+            Ok(Ok(mut result)) => {
+                // An upstream of an older protocol says nothing of it, and an agent of a newer one needs it. rmcp takes it
+                // out again for agents that do not know it.
+                result.result_type = Some(ResultType::COMPLETE);
                 let bytes = serde_json::to_vec(&result).unwrap_or_default();
                 settlement.effect = Effect::Applied;
                 settlement.response_digest = Some(hex::encode(canonical::sha256(&bytes)));
