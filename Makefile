@@ -10,7 +10,7 @@ help: ## This list
 
 demo: install ## An agent on a rope, from nothing: cluster, image, install, run, verify
 	@e2e/cluster/load "$$(e2e/demo/image)" >/dev/null
-	@BELAY=$(CACHE)/bin-host/belay e2e/demo/run
+	@set -a; . $(CACHE)/cluster/s3.env; AWS_ACCESS_KEY_ID=$$S3_ACCESS_KEY AWS_SECRET_ACCESS_KEY=$$S3_SECRET_KEY AWS_REGION=$$S3_REGION BELAY=$(CACHE)/bin-host/belay e2e/demo/run
 
 test: ## Every test there is; ends with `N passed, N failed` (ONLY="STAGE…" for some)
 	@e2e/test $(ONLY)
