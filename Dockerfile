@@ -12,10 +12,12 @@ FROM ${BUILD_BASE} AS build
 WORKDIR /src
 # .dockerignore is an allow-list: what is not named there is not part of the build.
 COPY . .
-# The caches outlive the step, the binaries must not: they are copied out of target/ before it is taken away.
+# The caches outlive the step, the binaries must not: they are copied out of target/ before it is taken away. Cargo tells stale from
+# fresh by time stamps, and a cache may have seen a newer tree than this one: touched, our own crate is always compiled.
 RUN --mount=type=cache,id=belay-registry,target=/usr/local/cargo/registry \
     --mount=type=cache,id=belay-target,target=/src/target \
-    cargo build --release --locked --bin belay --bin belay-operator --bin belay-gateway --bin belay-harness \
+    touch src/lib.rs src/bin/*.rs \
+    && cargo build --release --locked --bin belay --bin belay-operator --bin belay-gateway --bin belay-harness \
     && mkdir /out \
     && cp target/release/belay target/release/belay-operator target/release/belay-gateway target/release/belay-harness /out/
 
