@@ -162,19 +162,19 @@ pub async fn run(settings: Settings, stop: impl Future<Output = ()> + Send) -> R
         .await?;
     let (mut leading, lease_task) = lease.watch().await;
     let mut stop = pin!(stop);
-    let result = loop {
+    let result = 'led: {
         tracing::info!(identity = settings.identity, "waiting for the Lease");
         tokio::select! {
-            () = &mut stop => break Ok(()),
-            led = leading.wait_for(|leading| *leading) => if led.is_err() { break Err(OperatorError::LeaseLost) },
+            () = &mut stop => break 'led Ok(()),
+            led = leading.wait_for(|leading| *leading) => if led.is_err() { break 'led Err(OperatorError::LeaseLost) },
         }
         metrics.leader.set(1);
         role.send_replace(Role::Filling);
         let mut lost = leading.clone();
-        break tokio::select! {
+        tokio::select! {
             result = lead(&settings, &client, &cluster_url, &registry, &metrics, &role, &mut stop) => result,
             _ = lost.wait_for(|leading| !*leading) => Err(OperatorError::LeaseLost),
-        };
+        }
     };
     // Without a receiver the Lease is given up, so that the next leader need not wait for it to end.
     drop(leading);

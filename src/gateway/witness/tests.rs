@@ -296,6 +296,7 @@ async fn broken_segments_are_refused() {
 }
 
 #[tokio::test]
+#[allow(clippy::type_complexity, reason = "a table: each row changes the opening in its own way")]
 async fn an_attempt_opens_as_itself_contained_and_under_our_policy() {
     let table: Vec<(&str, Rule, fn(&mut Harness) -> Event)> = vec![
         ("no opening", Rule::LogSegment, |_| denied()),
