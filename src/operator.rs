@@ -80,8 +80,8 @@ const DRAIN: Duration = Duration::from_secs(10);
 pub struct Settings {
     /// Namespace of operator and gateway.
     pub system_namespace: String,
-    /// `host:port` of the gateway.
-    pub gateway: String,
+    /// `host:port` of the gateway, for sealing logs; its Service's address when absent, which needs no DNS.
+    pub gateway: Option<String>,
     /// Image of the harness.
     pub image: String,
     /// Address for health and metrics.
@@ -114,6 +114,11 @@ pub enum OperatorError {
     /// The Lease.
     #[error("cannot use Lease {LEASE}: {0}")]
     Lease(#[from] kube_lease_manager::LeaseManagerError),
+    /// The gateway has no address.
+    #[error(
+        "expected Service belay-gateway with a cluster address in the system namespace, found none: install the chart whole"
+    )]
+    NoGateway,
     /// The Lease went to another.
     #[error("Lease {LEASE} went to another replica: ending at once, because only the leader may act")]
     LeaseLost,
@@ -201,7 +206,11 @@ async fn lead(
 ) -> Result<(), OperatorError> {
     tracing::info!("leading");
     let authority = bootstrap::ensure(client, &settings.system_namespace, Timestamp::now()).await?;
-    let gateway = seal::Gateway::new(settings.gateway.clone(), settings.token.clone(), &authority)?;
+    let gateway = match &settings.gateway {
+        Some(gateway) => gateway.clone(),
+        None => surroundings::gateway(client, &settings.system_namespace).await?.ok_or(OperatorError::NoGateway)?,
+    };
+    let gateway = seal::Gateway::new(gateway, settings.token.clone(), &authority)?;
     let api_servers = surroundings::api_servers(client, cluster_url).await?;
     let (surroundings, gateway_moved) = surroundings::follow(client, settings, authority, api_servers);
     let memories = Arc::new(memory::Memories::default());

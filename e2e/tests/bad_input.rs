@@ -57,7 +57,7 @@ fn good_pack() -> Value {
     json!({
         "apiVersion": "belay.dev/v1alpha1", "kind": "PolicyPack", "metadata": {"name": "belay-e2e-bad-pack"},
         "spec": {
-            "environment": "e2e", "namespaceSelector": {"matchLabels": {"belay-e2e": "bad-pack"}},
+            "environment": "e2e", "namespaceSelector": {"matchLabels": {"belay.dev/environment": "bad-pack"}},
             "workflowClasses": [class("c", "gvisor", json!([{"host": "a.example.com", "ports": [443], "uses": ["Tools"]}]))],
             "models": {"openai": "https://models.world.test"},
             "evidence": {"bucket": "belay-evidence", "mode": "Governance", "retentionDays": 1},

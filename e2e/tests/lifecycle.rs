@@ -16,7 +16,7 @@ use kube::{
 };
 use serde_json::{Value, json};
 
-use crate::support::{SYSTEM, World, class, condition, phase, setting};
+use crate::support::{SYSTEM, World, as_operator, class, condition, phase, setting};
 
 fn python(program: &str) -> Value {
     json!({"agent": {"command": ["python3", "-S", "-c"], "args": [program]}})
@@ -197,7 +197,8 @@ async fn a_cluster_that_does_not_enforce_ends_in_containment_unproven() {
         "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": {"name": "open"},
         "spec": {"podSelector": {}, "policyTypes": ["Egress"], "egress": [{}]},
     });
-    world.api::<NetworkPolicy>().patch("open", &PatchParams::apply("e2e"), &Patch::Apply(open)).await.unwrap();
+    let policies: Api<NetworkPolicy> = Api::namespaced(as_operator().await, &world.namespace);
+    policies.patch("open", &PatchParams::apply("e2e"), &Patch::Apply(open)).await.unwrap();
     let mut spec = python("print('I ran')");
     spec["retry"] = json!({"infrastructure": 0});
     world.task("open", spec).await;
@@ -225,7 +226,7 @@ async fn a_deleted_network_policy_comes_back_while_the_agent_runs() {
     let world = world("policyback").await;
     world.task("held", python("import time; time.sleep(60)")).await;
     world.wait("held", "running", 60, |task| phase(task) == Some(Phase::Running)).await;
-    let policies: Api<NetworkPolicy> = world.api();
+    let policies: Api<NetworkPolicy> = Api::namespaced(as_operator().await, &world.namespace);
     let before = policies.get("held-1").await.unwrap();
     policies.delete("held-1", &DeleteParams::default()).await.unwrap();
     let end = Instant::now() + Duration::from_secs(10);

@@ -23,6 +23,16 @@ pub async fn client() -> Client {
     Client::try_default().await.expect("no cluster: run these tests with `make test`")
 }
 
+/// As the operator: admission policies keep everybody else, administrators too, off what holds an agent. Tests that break it
+/// break it like this.
+pub async fn as_operator() -> Client {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let mut config = kube::Config::infer().await.expect("no cluster: run these tests with `make test`");
+    config.auth_info.impersonate = Some(format!("system:serviceaccount:{SYSTEM}:belay-operator"));
+    config.auth_info.impersonate_groups = Some(vec!["system:masters".into()]);
+    Client::try_from(config).expect("the client that just worked")
+}
+
 /// The image of the demo agent: any Python would do.
 pub fn agent_image() -> String {
     std::env::var("BELAY_AGENT_IMAGE").unwrap_or_else(|_| "localhost/belay-demo-agent:dev".into())
@@ -50,7 +60,7 @@ impl World {
         let manifest = json!({
             "apiVersion": "v1", "kind": "Namespace",
             "metadata": {"name": world.namespace, "labels": {
-                "belay-e2e": name,
+                "belay.dev/environment": world.namespace,
                 "pod-security.kubernetes.io/enforce": "restricted",
             }},
         });
@@ -63,7 +73,7 @@ impl World {
             "apiVersion": "belay.dev/v1alpha1", "kind": "PolicyPack", "metadata": {"name": world.namespace},
             "spec": {
                 "environment": "e2e",
-                "namespaceSelector": {"matchLabels": {"belay-e2e": name}},
+                "namespaceSelector": {"matchLabels": {"belay.dev/environment": world.namespace}},
                 "workflowClasses": classes,
                 "models": {"openai": "https://models.world.test"},
                 "evidence": {"bucket": setting("S3_BUCKET"), "prefix": "e2e", "mode": "Governance", "retentionDays": 1},

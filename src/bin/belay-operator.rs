@@ -13,9 +13,9 @@ struct Arguments {
     /// Namespace of operator and gateway.
     #[arg(long, env = "BELAY_SYSTEM_NAMESPACE", default_value = "belay-system")]
     system_namespace: String,
-    /// host:port of the gateway, for sealing logs.
-    #[arg(long, env = "BELAY_GATEWAY", default_value = "belay-gateway.belay-system.svc:8443")]
-    gateway: String,
+    /// host:port of the gateway, for sealing logs; its Service's address when absent.
+    #[arg(long, env = "BELAY_GATEWAY")]
+    gateway: Option<String>,
     /// Image of the harness.
     #[arg(long, env = "BELAY_IMAGE")]
     image: String,

@@ -12,7 +12,7 @@ use k8s_openapi::{
 };
 use kube::{
     Api, Client, ResourceExt,
-    api::{ObjectMeta, PostParams},
+    api::{ObjectMeta, Patch, PatchParams, PostParams},
 };
 use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
@@ -181,13 +181,15 @@ async fn serving(secrets: &Api<Secret>, authority: &Authority, now: Timestamp) -
             // Only over what was read: two leaders at once must not give two certificates to two gateways.
             made.metadata.resource_version = existing.resource_version();
             made.type_ = existing.type_;
-            let replaced = secrets.replace(GATEWAY_TLS, &parameters(), &made).await;
-            tracing::info!(secret = GATEWAY_TLS, %not_after, "renewed the gateway's certificate");
-            replaced.map(drop).map_err(|cause| BootstrapError::Kube {
-                verb: "replace",
+            let parameters = PatchParams { field_manager: Some(FIELD_MANAGER.to_owned()), ..PatchParams::default() };
+            let patched = secrets.patch(GATEWAY_TLS, &parameters, &Patch::Merge(&made)).await;
+            patched.map_err(|cause| BootstrapError::Kube {
+                verb: "patch",
                 name: GATEWAY_TLS,
                 cause: Box::new(cause),
-            })
+            })?;
+            tracing::info!(secret = GATEWAY_TLS, %not_after, "renewed the gateway's certificate");
+            Ok(())
         }
     }
 }

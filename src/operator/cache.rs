@@ -135,6 +135,7 @@ pub fn watch(
 ) {
     let all = watcher::Config::default;
     let ours = || watcher::Config::default().labels(&format!("{}={}", names::MANAGED_BY, names::MANAGER));
+    let of_pods = memories.clone();
     let (task_store, writer) = reflector::store();
     let tasks = watcher(Api::<GuardedTask>::all(client.clone()), all())
         .default_backoff()
@@ -160,6 +161,13 @@ pub fn watch(
             }
         })
         .reflect(writer)
+        .inspect(move |event| {
+            if let Ok(watcher::Event::Apply(pod) | watcher::Event::InitApply(pod) | watcher::Event::Delete(pod)) = event
+                && let Some(task) = pod.labels().get(names::TASK_UID)
+            {
+                of_pods.pod_cached(task, pod.meta().uid.as_deref().unwrap_or_default());
+            }
+        })
         .touched_objects();
     let (policy_store, writer) = reflector::store();
     let policies = guarded::<NetworkPolicy>(client, ours(), metrics).modify(strip).reflect(writer).touched_objects();

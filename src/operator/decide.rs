@@ -18,8 +18,8 @@ use crate::{
 
 /// For how long a pod may fail to pull an image or to be configured: long enough for a registry's hiccup.
 const STUCK_SECONDS: i64 = 60;
-/// Beyond the wall time, by which the harness has stopped every call and closes its log.
-const CLOSING_SECONDS: i64 = 15;
+/// Beyond the wall time, at which the harness stops every call by itself and closes its log.
+const CLOSING_SECONDS: i64 = 5;
 /// Longest pause before another attempt.
 const MAX_PAUSE_SECONDS: i64 = 60;
 /// A task keeps this many attempts in its status.

@@ -63,6 +63,13 @@ impl Memories {
             .or_insert_with(|| Memory { first_seen: Some(Instant::now()), ..Memory::default() });
     }
 
+    /// The cache shows this pod, or showed it: from now on the cache is believed.
+    pub fn pod_cached(&self, task_uid: &str, pod_uid: &str) {
+        if let Some(memory) = self.lock().get_mut(task_uid) {
+            memory.pod.take_if(|(pod, _)| pod.uid == pod_uid);
+        }
+    }
+
     /// All went well.
     pub fn reset_errors(&self, uid: &str) {
         if let Some(memory) = self.lock().get_mut(uid) {

@@ -222,6 +222,12 @@ impl Pass<'_> {
         (pods, claims)
     }
 
+    /// When to look again though nothing changes: soon, where our memory stands in for the cache.
+    fn backstop(&self) -> Duration {
+        let believed = self.memory.pod.as_ref().is_some_and(|(_, made)| made.elapsed() < BELIEVED);
+        if believed { BELIEVED } else { BACKSTOP }
+    }
+
     fn owns(&self, labels: &std::collections::BTreeMap<String, String>) -> bool {
         labels.get(names::TASK_UID) == Some(&self.owner.uid)
     }
@@ -276,7 +282,7 @@ impl Pass<'_> {
                 for (uid, name) in untold {
                     self.context.writer.delete_pod(&self.owner.namespace, &name, &uid).await?;
                 }
-                Ok(Action::requeue(BACKSTOP))
+                Ok(Action::requeue(self.backstop()))
             }
             Next::Seal { attempt, closed } => self.seal(&attempts, contained, attempt, closed).await,
             Next::Release => self.release().await,
@@ -302,7 +308,8 @@ impl Pass<'_> {
             Some(stuck) => Stage::Waiting(stuck.reason, ""),
             None => Stage::Waiting("PodStarting", ""),
         };
-        let again = [until, due].into_iter().flatten().min().map_or(BACKSTOP, |at| wait(at, self.now).min(BACKSTOP));
+        let again =
+            [until, due].into_iter().flatten().min().map_or(BACKSTOP, |at| wait(at, self.now)).min(self.backstop());
         if running || told || due.is_none() || attempts.len() > 1 {
             self.tell(attempts, contained, stage).await?;
         }

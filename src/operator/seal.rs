@@ -133,4 +133,4 @@ impl Gateway {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

@@ -19,15 +19,14 @@ use crate::plan::{
 /// NetworkPolicy is judged after the Service's address was translated.
 ///
 /// # Errors
-/// If the EndpointSlices of the `kubernetes` Service cannot be listed.
+/// If the EndpointSlice `kubernetes` cannot be read.
 pub async fn api_servers(client: &Client, cluster_url: &http::Uri) -> Result<Vec<String>, kube::Error> {
     let env = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
     let port = env("KUBERNETES_SERVICE_PORT").and_then(|port| port.parse().ok()).unwrap_or(443);
     let mut addresses: Vec<_> = env("KUBERNETES_SERVICE_HOST").map(|host| authority(&host, port)).into_iter().collect();
-    let slices = Api::<EndpointSlice>::namespaced(client.clone(), "default")
-        .list(&ListParams::default().labels("kubernetes.io/service-name=kubernetes"))
-        .await?;
-    let real = slices.items.iter().find_map(|slice| {
+    // API servers keep it themselves, under this name.
+    let slice = Api::<EndpointSlice>::namespaced(client.clone(), "default").get_opt("kubernetes").await?;
+    let real = slice.and_then(|slice| {
         let port = slice.ports.iter().flatten().find_map(|port| port.port)?;
         let address = slice.endpoints.iter().flat_map(|endpoint| &endpoint.addresses).next()?;
         Some(authority(address, u16::try_from(port).ok()?))
@@ -40,6 +39,16 @@ pub async fn api_servers(client: &Client, cluster_url: &http::Uri) -> Result<Vec
     }
     addresses.dedup();
     Ok(addresses)
+}
+
+/// Where the gateway is now: `address:port` of its Service.
+///
+/// # Errors
+/// If Services cannot be listed.
+pub async fn gateway(client: &Client, namespace: &str) -> Result<Option<String>, kube::Error> {
+    let only = ListParams::default().fields(&format!("metadata.name={}", names::GATEWAY));
+    let services = Api::<Service>::namespaced(client.clone(), namespace).list(&only).await?;
+    Ok(services.items.first().and_then(address).map(|address| authority(&address, names::GATEWAY_PORT)))
 }
 
 /// Follows the gateway's Service. Each item says that the surroundings have changed; they are in the channel.

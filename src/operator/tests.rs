@@ -1,1 +1,485 @@
+//! The operator against an API server in memory: order of requests, number of writes, crashes in between.
 
+use std::sync::Arc;
+
+use k8s_openapi::api::{
+    core::v1::{Namespace, Pod},
+    networking::v1::NetworkPolicy,
+};
+use kube::{
+    core::{DeserializeGuard, PartialObjectMeta},
+    runtime::{
+        controller::Action,
+        reflector::{ObjectRef, store::Writer},
+    },
+};
+use prometheus::Registry;
+use serde_json::{Value, json};
+use tokio::sync::watch;
+
+use self::cluster::{Cluster, store};
+use super::{
+    api::Writer as ApiWriter,
+    cache::{GuardedTask, Stores},
+    memory::Memories,
+    metrics::Metrics,
+    reconcile::{Context, ReconcileError, after_error, reconcile},
+    seal::{self, Gateway},
+};
+use crate::{
+    api::{PolicyPack, ToolContract},
+    plan::{fixtures, names},
+    wire,
+};
+
+pub(super) mod cluster;
+
+const TASK: &str = "/apis/belay.dev/v1alpha1/namespaces/team-a/agenttasks/triage";
+const STATUS: &str = "PATCH /apis/belay.dev/v1alpha1/namespaces/team-a/agenttasks/triage/status";
+const POD: &str = "/api/v1/namespaces/team-a/pods/triage-1";
+const POD_2: &str = "/api/v1/namespaces/team-a/pods/triage-2";
+const CONFIG_MAP: &str = "/api/v1/namespaces/team-a/configmaps/triage-1";
+const POLICY: &str = "/apis/networking.k8s.io/v1/namespaces/team-a/networkpolicies/triage-1";
+const PACK: &str = "/apis/belay.dev/v1alpha1/policypacks/dev";
+const CONTRACT: &str = "/apis/belay.dev/v1alpha1/namespaces/team-a/toolcontracts/tickets";
+
+/// A cluster with one task, and an operator.
+struct Scene {
+    cluster: Cluster,
+    context: Arc<Context>,
+    stores: StoreWriters,
+    _token: tempfile::NamedTempFile,
+}
+
+struct StoreWriters {
+    tasks: Writer<GuardedTask>,
+    contracts: Writer<DeserializeGuard<ToolContract>>,
+    packs: Writer<DeserializeGuard<PolicyPack>>,
+    namespaces: Writer<PartialObjectMeta<Namespace>>,
+    pods: Writer<DeserializeGuard<Pod>>,
+    network_policies: Writer<DeserializeGuard<NetworkPolicy>>,
+}
+
+impl Scene {
+    async fn new() -> Self {
+        let cluster = Cluster::default();
+        let mut task = serde_json::to_value(fixtures::task()).unwrap();
+        task.as_object_mut().unwrap().remove("status");
+        cluster.put(TASK, task);
+        cluster.put(PACK, serde_json::to_value(fixtures::pack()).unwrap());
+        for contract in fixtures::contracts() {
+            let path = CONTRACT.replace("tickets", contract.metadata.name.as_deref().unwrap());
+            cluster.put(&path, serde_json::to_value(contract).unwrap());
+        }
+        cluster.put(
+            "/api/v1/namespaces/team-a",
+            json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": "team-a", "labels": { "belay.dev/environment": "dev" } } }),
+        );
+        Self::over(cluster, 200, &serde_json::to_string(&seal::tests::reply()).unwrap()).await
+    }
+
+    /// An operator that has just started, and whose gateway answers this.
+    async fn over(cluster: Cluster, status: u16, answer: &str) -> Self {
+        let (address, authority) = seal::tests::gateway(wire::SERVER_NAME, status, answer.to_owned()).await;
+        let token = seal::tests::token();
+        let (tasks, tasks_writer) = store();
+        let (contracts, contracts_writer) = store();
+        let (packs, packs_writer) = store();
+        let (namespaces, namespaces_writer) = store();
+        let (pods, pods_writer) = store();
+        let (network_policies, policies_writer) = store();
+        let metrics = Metrics::new(&Registry::new()).unwrap();
+        let context = Context {
+            stores: Stores { tasks, contracts, packs, namespaces, pods, network_policies },
+            memories: Arc::new(Memories::default()),
+            writer: ApiWriter::new(cluster.client(), metrics.clone()),
+            gateway: Gateway::new(address, token.path().into(), &authority).unwrap(),
+            surroundings: watch::channel(Some(fixtures::surroundings())).1,
+            metrics,
+            system_namespace: "belay-system".into(),
+        };
+        let mut scene = Self {
+            cluster,
+            context: Arc::new(context),
+            stores: StoreWriters {
+                tasks: tasks_writer,
+                contracts: contracts_writer,
+                packs: packs_writer,
+                namespaces: namespaces_writer,
+                pods: pods_writer,
+                network_policies: policies_writer,
+            },
+            _token: token,
+        };
+        scene.sync();
+        scene
+    }
+
+    /// Everything that the cluster holds reaches the caches.
+    fn sync(&mut self) {
+        self.cluster.fill(&mut self.stores.tasks, "agenttasks");
+        self.cluster.fill(&mut self.stores.contracts, "toolcontracts");
+        self.cluster.fill(&mut self.stores.packs, "policypacks");
+        self.stores.namespaces.apply_watcher_event(&kube::runtime::watcher::Event::Apply(
+            serde_json::from_value(self.cluster.get("/api/v1/namespaces/team-a").unwrap()).unwrap(),
+        ));
+        self.cluster.fill(&mut self.stores.pods, "pods");
+        self.cluster.fill(&mut self.stores.network_policies, "networkpolicies");
+        if let Some(task) = self.task() {
+            let metadata = kube::Resource::meta(task.as_ref()).clone();
+            let uid = metadata.uid.unwrap();
+            self.context.memories.cached(&uid, metadata.resource_version.as_deref());
+            for pod in self.context.stores.pods.state() {
+                self.context.memories.pod_cached(&uid, kube::Resource::meta(pod.as_ref()).uid.as_deref().unwrap());
+            }
+        }
+    }
+
+    fn task(&self) -> Option<Arc<GuardedTask>> {
+        self.context.stores.tasks.get(&ObjectRef::new("triage").within("team-a"))
+    }
+
+    async fn look(&self) -> Result<Action, ReconcileError> {
+        let task = self.task().unwrap();
+        let outcome = reconcile(task.clone(), self.context.clone()).await;
+        if let Err(error) = &outcome {
+            after_error(&task, error, &self.context);
+        }
+        outcome
+    }
+
+    /// The caches are up to date, and the operator looks.
+    async fn step(&mut self) -> Result<Action, ReconcileError> {
+        self.sync();
+        self.look().await
+    }
+
+    fn pod_status(&self, path: &str, status: Value) {
+        self.cluster.edit(path, |pod| pod["status"] = status);
+    }
+
+    fn run_agent(&self, path: &str) {
+        self.pod_status(path, json!({
+            "phase": "Running",
+            "startTime": "2026-01-01T00:00:00Z",
+            "initContainerStatuses": [ container(names::PROBE, json!({ "terminated": { "exitCode": 0 } })) ],
+            "containerStatuses": [ container(names::AGENT, json!({ "running": { "startedAt": jiff::Timestamp::now().to_string() } })) ],
+        }));
+    }
+
+    fn end_agent(&self, path: &str, code: i32) {
+        let (started, finished) = ("2026-01-01T00:00:05Z", "2026-01-01T00:00:09Z");
+        let ended =
+            json!({ "terminated": { "exitCode": code, "reason": "x", "startedAt": started, "finishedAt": finished } });
+        self.pod_status(
+            path,
+            json!({
+                "phase": if code == 0 { "Succeeded" } else { "Failed" },
+                "initContainerStatuses": [ container(names::PROBE, json!({ "terminated": { "exitCode": 0 } })) ],
+                "containerStatuses": [ container(names::AGENT, ended) ],
+            }),
+        );
+    }
+
+    fn status(&self) -> Value {
+        self.cluster.get(TASK).unwrap()["status"].clone()
+    }
+
+    fn condition(&self, kind: &str) -> Value {
+        let status = self.status();
+        let conditions = status["conditions"].as_array().cloned().unwrap_or_default();
+        conditions.into_iter().find(|one| one["type"] == kind).unwrap_or_default()
+    }
+}
+
+fn container(name: &str, state: Value) -> Value {
+    json!({ "name": name, "image": "i", "imageID": "i", "ready": false, "restartCount": 0, "state": state })
+}
+
+#[tokio::test]
+async fn a_whole_task_costs_six_writes_and_then_none() {
+    let mut scene = Scene::new().await;
+    scene.step().await.unwrap();
+    let requests = scene.cluster.requests();
+    let position = |request: &str| {
+        let found: Vec<_> = requests.iter().enumerate().filter(|(_, one)| *one == request).map(|(at, _)| at).collect();
+        assert_eq!(found.len(), 1, "{request} in {requests:?}");
+        found[0]
+    };
+    let pod = position("POST /api/v1/namespaces/team-a/pods");
+    let read_back = position(&format!("GET {POLICY}"));
+    for before in
+        [format!("PATCH {TASK}"), format!("PATCH {CONFIG_MAP}"), format!("PATCH {POLICY}"), format!("GET {POLICY}")]
+    {
+        assert!(position(&before) < pod, "{requests:?}");
+    }
+    assert!(position(&format!("PATCH {POLICY}")) < read_back);
+    assert_eq!(requests.len(), 5, "{requests:?}");
+
+    // While the pod starts, nothing is written: neither with caches that are behind, nor with caches that are not.
+    scene.look().await.unwrap();
+    scene.step().await.unwrap();
+    scene.pod_status(POD, json!({ "phase": "Pending" }));
+    scene.step().await.unwrap();
+    assert_eq!(scene.cluster.requests(), Vec::<String>::new());
+
+    scene.run_agent(POD);
+    scene.step().await.unwrap();
+    assert_eq!(scene.cluster.requests(), [STATUS]);
+    assert_eq!(scene.status()["phase"], "Running");
+    assert_eq!(scene.condition("Contained")["status"], "True");
+    scene.look().await.unwrap();
+    scene.step().await.unwrap();
+    assert_eq!(scene.cluster.requests(), Vec::<String>::new());
+
+    scene.end_agent(POD, 0);
+    scene.step().await.unwrap();
+    assert_eq!(scene.cluster.requests(), [STATUS]);
+    assert_eq!(scene.status()["phase"], "Succeeded");
+    assert_eq!(scene.status()["evidence"]["size"], 3);
+    for _ in 0..3 {
+        scene.look().await.unwrap();
+        scene.step().await.unwrap();
+    }
+    assert_eq!(scene.cluster.requests(), Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn a_task_whose_pod_waits_is_pending() {
+    let mut scene = Scene::new().await;
+    scene.step().await.unwrap();
+    scene.cluster.edit(POD, |pod| {
+        pod["metadata"]["creationTimestamp"] = json!("2026-01-01T00:00:00Z");
+        pod["status"] = json!({ "phase": "Pending", "conditions": [ { "type": "PodScheduled", "status": "False", "reason": "Unschedulable" } ] });
+    });
+    scene.cluster.requests();
+    scene.step().await.unwrap();
+    assert_eq!(scene.cluster.requests(), [STATUS]);
+    assert_eq!((&scene.status()["phase"], &scene.status()["reason"]), (&json!("Pending"), &json!("Unschedulable")));
+    scene.step().await.unwrap();
+    assert_eq!(scene.cluster.requests(), Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn a_restarted_operator_makes_no_second_pod() {
+    let mut scene = Scene::new().await;
+    scene.step().await.unwrap();
+    let pod = scene.cluster.get(POD);
+    // Killed before it wrote any status.
+    let mut scene = Scene::over(scene.cluster, 200, &serde_json::to_string(&seal::tests::reply()).unwrap()).await;
+    scene.cluster.requests();
+    scene.step().await.unwrap();
+    assert!(scene.cluster.writes().iter().all(|write| write == STATUS));
+    assert_eq!(scene.cluster.get(POD), pod);
+    assert_eq!(scene.cluster.get(POD_2), None);
+}
+
+#[tokio::test]
+async fn killed_between_policy_and_pod_the_number_is_not_used_again() {
+    let mut scene = Scene::new().await;
+    scene.cluster.fail("POST /api/v1/namespaces/team-a/pods", 503);
+    scene.step().await.unwrap_err();
+    scene.cluster.heal();
+    let mut scene = Scene::over(scene.cluster, 200, "").await;
+    scene.step().await.unwrap();
+    assert_eq!(scene.cluster.get(POD), None);
+    assert!(scene.cluster.get(POD_2).is_some());
+}
+
+#[tokio::test]
+async fn a_refused_pod_is_told_and_tried_again_under_its_number() {
+    let mut scene = Scene::new().await;
+    scene.cluster.fail("POST /api/v1/namespaces/team-a/pods", 403);
+    scene.step().await.unwrap_err();
+    scene.step().await.unwrap_err();
+    assert_eq!(scene.status()["reason"], "PodRefused");
+    assert_eq!(scene.condition("Complete")["message"], "on demand");
+    scene.cluster.heal();
+    scene.step().await.unwrap();
+    assert!(scene.cluster.get(POD).is_some());
+}
+
+#[tokio::test]
+async fn a_pod_that_is_there_already_is_adopted() {
+    let scene = Scene::new().await;
+    let labels = json!({ names::TASK_UID: fixtures::task().metadata.uid, names::ATTEMPT: "1" });
+    scene.cluster.put(POD, json!({ "apiVersion": "v1", "kind": "Pod", "metadata": { "name": "triage-1", "namespace": "team-a", "uid": "first", "labels": labels } }));
+    // The caches do not show it yet.
+    scene.look().await.unwrap();
+    assert_eq!(scene.cluster.get(POD).unwrap()["metadata"]["uid"], "first");
+    assert_eq!(scene.cluster.get(POD_2), None);
+}
+
+#[tokio::test]
+async fn a_namesakes_pod_is_not_touched() {
+    let mut scene = Scene::new().await;
+    scene.cluster.put(POD, json!({ "apiVersion": "v1", "kind": "Pod", "metadata": { "name": "triage-1", "namespace": "team-a", "labels": {} } }));
+    let before = scene.cluster.get(POD);
+    let error = scene.step().await.unwrap_err();
+    assert!(error.to_string().contains("another owner"), "{error}");
+    assert_eq!(scene.cluster.get(POD), before);
+}
+
+#[tokio::test]
+async fn a_policy_that_is_not_as_planned_has_no_pod() {
+    let mut scene = Scene::new().await;
+    scene.cluster.mutate(|path, object| {
+        if path.contains("networkpolicies") {
+            object["spec"]["egress"] = json!([{}]);
+        }
+    });
+    let error = scene.step().await.unwrap_err();
+    assert!(error.to_string().contains("something else writes it"), "{error}");
+    assert_eq!(scene.cluster.get(POD), None);
+}
+
+#[tokio::test]
+async fn a_policy_that_is_deleted_or_changed_is_made_again() {
+    let mut scene = Scene::new().await;
+    scene.step().await.unwrap();
+    scene.run_agent(POD);
+    scene.step().await.unwrap();
+    let planned = scene.cluster.get(POLICY).unwrap()["spec"].clone();
+    scene.context.memories.update(&fixtures::task().metadata.uid.unwrap(), |memory| memory.claim = None);
+    scene.cluster.requests();
+    scene.cluster.remove(POLICY);
+    // The pack is gone as well: what is needed was written down.
+    scene.cluster.remove(PACK);
+    scene.step().await.unwrap();
+    assert_eq!(scene.cluster.requests(), [format!("PATCH {POLICY}"), format!("GET {POLICY}")]);
+    assert_eq!(scene.cluster.get(POLICY).unwrap()["spec"], planned);
+    scene.cluster.edit(POLICY, |policy| policy["spec"]["policyTypes"] = json!(["Ingress"]));
+    scene.step().await.unwrap();
+    assert_eq!(scene.cluster.get(POLICY).unwrap()["spec"], planned);
+    scene.cluster.requests();
+    scene.step().await.unwrap();
+    assert_eq!(scene.cluster.requests(), Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn what_is_wrong_is_told_once_and_cured_by_what_was_missing() {
+    let mut scene = Scene::new().await;
+    let contract = scene.cluster.get(CONTRACT).unwrap();
+    scene.cluster.remove(CONTRACT);
+    scene.step().await.unwrap();
+    assert_eq!(scene.cluster.requests(), [STATUS]);
+    let accepted = scene.condition("Accepted");
+    assert_eq!(accepted["status"], "False");
+    assert!(accepted["message"].as_str().unwrap().starts_with("spec.tools[0]: expected the name of a ToolContract"));
+    scene.step().await.unwrap();
+    assert_eq!(scene.cluster.requests(), Vec::<String>::new());
+    scene.cluster.put(CONTRACT, contract);
+    scene.sync();
+    assert_eq!(scene.context.stores.tasks_of_contract(&fixtures::contracts()[0]).len(), 1);
+    assert_eq!(scene.context.stores.tasks_of_packs().len(), 1);
+    assert_eq!(scene.context.stores.tasks_of_namespace("team-b").len(), 0);
+    scene.step().await.unwrap();
+    assert!(scene.cluster.get(POD).is_some());
+}
+
+#[tokio::test]
+async fn a_contract_that_cannot_be_read_is_named() {
+    let mut scene = Scene::new().await;
+    scene.cluster.edit(CONTRACT, |contract| contract["spec"]["sideEffect"] = json!("none"));
+    scene.step().await.unwrap();
+    let message = scene.condition("Accepted")["message"].as_str().unwrap().to_owned();
+    assert!(message.starts_with("ToolContract/tickets: expected a contract that this version"), "{message}");
+}
+
+#[tokio::test]
+async fn a_task_that_cannot_be_read_is_told_once() {
+    let mut scene = Scene::new().await;
+    scene.cluster.edit(TASK, |task| task["spec"]["limits"] = json!("none"));
+    for _ in 0..3 {
+        scene.step().await.unwrap();
+    }
+    assert_eq!(scene.cluster.requests(), [STATUS]);
+    assert!(scene.condition("Accepted")["message"].as_str().unwrap().contains("this version of Belay can read"));
+}
+
+#[tokio::test]
+async fn a_lost_pod_is_followed_by_another_and_never_by_two() {
+    let mut scene = Scene::new().await;
+    scene.step().await.unwrap();
+    scene.run_agent(POD);
+    scene.step().await.unwrap();
+    // The cache lags behind: the pod is there, and nothing is done.
+    let pod = scene.cluster.get(POD).unwrap();
+    scene.cluster.remove(POD);
+    scene.sync();
+    scene.cluster.put(POD, pod);
+    scene.cluster.requests();
+    scene.look().await.unwrap();
+    assert_eq!(scene.cluster.requests(), [format!("GET {POD}")]);
+    // It is really gone.
+    scene.cluster.remove(POD);
+    scene.step().await.unwrap();
+    let requests = scene.cluster.requests();
+    assert_eq!((requests[0].as_str(), requests[1].as_str()), (format!("GET {POD}").as_str(), STATUS));
+    assert!(scene.cluster.get(POD_2).is_some());
+    assert_eq!(scene.status()["attempts"][0]["reason"], "PodLost");
+    assert_eq!(scene.status()["attempts"][0]["failureClass"], "Infrastructure");
+}
+
+#[tokio::test]
+async fn deletion_ends_the_pod_seals_and_lets_go() {
+    let mut scene = Scene::new().await;
+    scene.step().await.unwrap();
+    scene.run_agent(POD);
+    scene.step().await.unwrap();
+    scene.cluster.edit(TASK, |task| task["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z"));
+    scene.cluster.requests();
+    scene.step().await.unwrap();
+    assert_eq!(scene.cluster.requests(), [format!("DELETE {POD}")]);
+    scene.step().await.unwrap();
+    assert_eq!(scene.cluster.writes(), [format!("PATCH {TASK}")]);
+    assert_eq!(scene.cluster.get(TASK).unwrap()["metadata"]["finalizers"], json!([]));
+}
+
+#[tokio::test]
+async fn a_task_is_kept_while_its_evidence_cannot_be_sealed() {
+    let scene = Scene::new().await;
+    let refusal = r#"{"rule":"evidence.unavailable","reason":"the bucket is away"}"#;
+    let mut scene = Scene::over(scene.cluster, 503, refusal).await;
+    scene.step().await.unwrap();
+    scene.end_agent(POD, 0);
+    scene.step().await.unwrap_err();
+    assert_eq!(scene.condition("EvidenceSealed")["reason"], "SealFailed");
+    assert!(scene.condition("EvidenceSealed")["message"].as_str().unwrap().contains("the bucket is away"));
+    assert_eq!(scene.condition("Complete")["status"], "True");
+    scene.cluster.requests();
+    scene.cluster.edit(TASK, |task| task["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z"));
+    for _ in 0..3 {
+        scene.step().await.unwrap_err();
+    }
+    assert_eq!(scene.cluster.requests(), Vec::<String>::new());
+    assert_eq!(scene.cluster.get(TASK).unwrap()["metadata"]["finalizers"], json!([names::FINALIZER]));
+    // The gateway is back.
+    let mut scene = Scene::over(scene.cluster, 200, &serde_json::to_string(&seal::tests::reply()).unwrap()).await;
+    scene.step().await.unwrap();
+    assert_eq!(scene.cluster.writes(), [format!("PATCH {TASK}")]);
+}
+
+#[tokio::test]
+async fn an_agent_that_fails_is_final_without_retries() {
+    let mut scene = Scene::new().await;
+    scene.step().await.unwrap();
+    scene.end_agent(POD, 7);
+    scene.step().await.unwrap();
+    let status = scene.status();
+    assert_eq!(
+        (&status["phase"], &status["failureClass"], &status["reason"]),
+        (&json!("Failed"), &json!("Agent"), &json!("NonZeroExit"))
+    );
+    assert_eq!(scene.cluster.get(POD_2), None);
+}
+
+#[tokio::test]
+async fn usage_of_the_gateway_survives() {
+    let mut scene = Scene::new().await;
+    scene.step().await.unwrap();
+    scene.cluster.edit(TASK, |task| task["status"] = json!({ "usage": { "toolCalls": 1, "tokens": 2, "denials": 3 } }));
+    scene.run_agent(POD);
+    scene.step().await.unwrap();
+    assert_eq!(scene.status()["usage"]["tokens"], 2);
+}

@@ -4,10 +4,9 @@
 {{- end }}
 {{- end }}
 
-{{/* The labels that select: they must never change. Takes the component's name. */}}
+{{/* The labels that select. They must never change: agents' NetworkPolicies name the gateway's. Takes the component's name. */}}
 {{- define "belay.selector" -}}
-app.kubernetes.io/name: belay
-app.kubernetes.io/component: {{ . }}
+app.kubernetes.io/name: belay-{{ . }}
 {{- end }}
 
 {{/* Takes a list of the root context and the component's name. */}}

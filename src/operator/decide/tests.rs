@@ -1,1 +1,351 @@
+use proptest::prelude::*;
 
+use super::*;
+use crate::operator::observe::Stuck;
+
+const NOW: i64 = 1_700_000_000;
+
+fn at(seconds: i64) -> Timestamp {
+    Timestamp::from_second(NOW + seconds).unwrap()
+}
+
+/// A pod whose agent started ten seconds ago.
+fn pod(attempt: i64) -> PodView {
+    PodView {
+        attempt,
+        name: format!("t-{attempt}"),
+        uid: format!("pod-{attempt}"),
+        created: Some(at(-20)),
+        deleting: false,
+        terminal: false,
+        contained: Some(true),
+        accepted: Some(at(-19)),
+        agent_started: Some(at(-10)),
+        stuck: None,
+        end: None,
+    }
+}
+
+fn ended(attempt: i64, class: Option<FailureClass>, reason: &'static str) -> PodView {
+    PodView { terminal: true, end: Some(End { class, reason, exit_code: Some(0) }), ..pod(attempt) }
+}
+
+fn record(number: i64, end: Option<(Option<FailureClass>, &str)>) -> Attempt {
+    Attempt {
+        number,
+        pod: format!("t-{number}"),
+        pod_uid: format!("pod-{number}"),
+        started_at: Some(Time(at(-20))),
+        finished_at: end.map(|_| Time(at(-1))),
+        failure_class: end.and_then(|(class, _)| class),
+        reason: end.map(|(_, reason)| reason.to_owned()),
+    }
+}
+
+/// What is seen of a task, by default one that nothing has happened to.
+#[derive(Debug)]
+struct Case {
+    deleting: bool,
+    finalizer: bool,
+    phase: Option<Phase>,
+    sealed: bool,
+    retry: Retry,
+    history: Vec<Attempt>,
+    pods: Vec<PodView>,
+    claims: Vec<i64>,
+    reusable: Option<i64>,
+    confirmed_gone: bool,
+}
+
+impl Default for Case {
+    fn default() -> Self {
+        Self {
+            deleting: false,
+            finalizer: true,
+            phase: None,
+            sealed: false,
+            retry: Retry { agent: 1, infrastructure: 2 },
+            history: vec![],
+            pods: vec![],
+            claims: vec![],
+            reusable: None,
+            confirmed_gone: false,
+        }
+    }
+}
+
+impl Case {
+    fn decide_at(&self, now: Timestamp) -> Decision {
+        decide(&Observed {
+            uid: "u",
+            deleting: self.deleting,
+            finalizer: self.finalizer,
+            phase: self.phase,
+            sealed: self.sealed,
+            retry: &self.retry,
+            wall_time_seconds: 60,
+            history: &self.history,
+            pods: &self.pods,
+            claims: &self.claims,
+            reusable: self.reusable,
+            confirmed_gone: self.confirmed_gone,
+            now,
+        })
+    }
+
+    fn next(&self) -> Next {
+        self.decide_at(at(0)).next
+    }
+}
+
+fn seal_of(attempt: i64, phase: &str, class: &str, reason: &str, exit_code: Option<i32>) -> Next {
+    let closed = TaskClosed { phase: phase.into(), failure_class: class.into(), reason: reason.into(), exit_code };
+    Next::Seal { attempt, closed }
+}
+
+use FailureClass::{Agent, Budget, Infrastructure};
+
+#[test]
+fn a_new_task_starts() {
+    assert_eq!(Case::default().next(), Next::Start(1));
+}
+
+#[test]
+fn a_running_pod_is_left_alone_until_its_time_is_up() {
+    let case = Case { pods: vec![pod(1)], claims: vec![1], ..Case::default() };
+    let decision = case.decide_at(at(0));
+    assert_eq!(decision.next, Next::Run { attempt: 1, until: Some(at(-10 + 60 + 5)) });
+    assert_eq!(decision.attempts.len(), 1);
+    let over = case.decide_at(at(55));
+    assert_eq!(over.next, Next::EndPods(vec![("pod-1".into(), "t-1".into())]));
+    assert_eq!(over.attempts[0].failure_class, Some(Budget));
+}
+
+#[test]
+fn a_budget_is_never_tried_again() {
+    let history = vec![record(1, Some((Some(Budget), "DeadlineExceeded")))];
+    let still_there =
+        Case { history: history.clone(), pods: vec![PodView { deleting: true, ..pod(1) }], ..Case::default() };
+    assert_eq!(still_there.next(), Next::EndPods(vec![]));
+    let gone = Case { history, ..Case::default() };
+    assert_eq!(gone.next(), seal_of(1, "Failed", "Budget", "DeadlineExceeded", None));
+}
+
+#[test]
+fn success_is_sealed_and_then_settled() {
+    let mut case = Case { pods: vec![ended(1, None, "AgentSucceeded")], claims: vec![1], ..Case::default() };
+    assert_eq!(case.next(), seal_of(1, "Succeeded", "", "AgentSucceeded", Some(0)));
+    case.phase = Some(Phase::Succeeded);
+    case.sealed = true;
+    case.history = case.decide_at(at(0)).attempts;
+    assert_eq!(case.next(), Next::Nothing);
+    // Its pod may be deleted by anybody now.
+    case.pods.clear();
+    assert_eq!(case.next(), Next::Nothing);
+}
+
+#[test]
+fn the_first_retry_is_at_once_and_the_next_ones_wait() {
+    let first = Case { history: vec![record(1, Some((Some(Infrastructure), "NodeLost")))], ..Case::default() };
+    assert_eq!(first.next(), Next::Start(2));
+    let second = Case {
+        history: vec![
+            record(1, Some((Some(Infrastructure), "NodeLost"))),
+            record(2, Some((Some(Infrastructure), "NodeLost"))),
+        ],
+        ..Case::default()
+    };
+    let Next::Pause(until) = second.next() else { panic!("{:?}", second.next()) };
+    assert!(until > at(0) && until <= at(2));
+    assert_eq!(second.decide_at(until).next, Next::Start(3));
+    let mut third = second;
+    third.history.push(record(3, Some((Some(Infrastructure), "ContainmentUnproven"))));
+    assert_eq!(third.next(), seal_of(3, "Failed", "Infrastructure", "ContainmentUnproven", None));
+}
+
+#[test]
+fn classes_have_caps_of_their_own() {
+    let case = Case {
+        history: vec![
+            record(1, Some((Some(Infrastructure), "NodeLost"))),
+            record(2, Some((Some(Agent), "NonZeroExit"))),
+        ],
+        ..Case::default()
+    };
+    assert_eq!(case.next(), Next::Start(3));
+    let none = Case { retry: Retry { agent: 0, infrastructure: 3 }, ..case };
+    assert_eq!(none.next(), seal_of(2, "Failed", "Agent", "NonZeroExit", None));
+}
+
+#[test]
+fn no_attempt_starts_beside_a_pod_that_lives() {
+    let case = Case {
+        history: vec![record(1, Some((Some(Infrastructure), "ImagePull")))],
+        pods: vec![pod(1)],
+        ..Case::default()
+    };
+    assert_eq!(case.next(), Next::EndPods(vec![("pod-1".into(), "t-1".into())]));
+    let told = Case { pods: vec![PodView { deleting: true, ..pod(1) }], ..case };
+    assert_eq!(told.next(), Next::EndPods(vec![]));
+}
+
+#[test]
+fn an_older_pod_that_turns_up_is_ended() {
+    let case = Case { pods: vec![pod(1), pod(2)], ..Case::default() };
+    assert_eq!(case.next(), Next::EndPods(vec![("pod-1".into(), "t-1".into())]));
+}
+
+#[test]
+fn a_pod_that_is_not_cached_is_looked_up_before_it_is_lost() {
+    let mut case = Case { history: vec![record(1, None)], claims: vec![1], ..Case::default() };
+    assert_eq!(case.next(), Next::Confirm { pod: "t-1".into() });
+    case.confirmed_gone = true;
+    let decision = case.decide_at(at(0));
+    assert_eq!(decision.attempts[0].reason.as_deref(), Some("PodLost"));
+    assert_eq!(decision.next, Next::Start(2));
+}
+
+#[test]
+fn a_namesake_of_the_recorded_pod_is_not_that_pod() {
+    let other = PodView { uid: "another".into(), ..pod(1) };
+    let mut case = Case { history: vec![record(1, None)], pods: vec![other], ..Case::default() };
+    assert_eq!(case.next(), Next::Confirm { pod: "t-1".into() });
+    case.confirmed_gone = true;
+    assert_eq!(case.next(), Next::EndPods(vec![("another".into(), "t-1".into())]));
+}
+
+#[test]
+fn a_claim_without_a_pod_uses_up_its_number() {
+    let case = Case { claims: vec![1], ..Case::default() };
+    assert_eq!(case.next(), Next::Start(2));
+    let ours = Case { claims: vec![1], reusable: Some(1), ..Case::default() };
+    assert_eq!(ours.next(), Next::Start(1));
+}
+
+#[rstest::rstest]
+#[case::pull(PodView { agent_started: None, stuck: Some(Stuck { reason: "ImagePull", since: Some(at(-60)), fatal: true }), ..pod(1) }, Some("ImagePull"))]
+#[case::pull_for_a_moment(PodView { agent_started: None, stuck: Some(Stuck { reason: "ImagePull", since: Some(at(-59)), fatal: true }), ..pod(1) }, None)]
+#[case::unschedulable(PodView { agent_started: None, accepted: None, stuck: Some(Stuck { reason: "Unschedulable", since: Some(at(-9999)), fatal: false }), ..pod(1) }, None)]
+#[case::never_started(PodView { agent_started: None, accepted: Some(at(-300)), ..pod(1) }, Some("StartTimeout"))]
+fn a_pod_that_does_not_get_on(#[case] pod: PodView, #[case] reason: Option<&str>) {
+    let case = Case { pods: vec![pod], ..Case::default() };
+    let decision = case.decide_at(at(0));
+    assert_eq!(decision.attempts[0].reason.as_deref(), reason);
+    match (reason, decision.next) {
+        (Some(_), next) => assert_eq!(next, Next::EndPods(vec![("pod-1".into(), "t-1".into())])),
+        (None, Next::Run { until, .. }) => {
+            if let Some(until) = until {
+                assert!(until > at(0));
+            }
+        }
+        (None, next) => panic!("{next:?}"),
+    }
+}
+
+#[test]
+fn deletion_ends_the_pod_seals_and_lets_go() {
+    let mut case = Case { deleting: true, pods: vec![pod(1)], claims: vec![1], ..Case::default() };
+    assert_eq!(case.next(), Next::EndPods(vec![("pod-1".into(), "t-1".into())]));
+    case.pods[0].deleting = true;
+    assert_eq!(case.next(), Next::EndPods(vec![]));
+    case.history = vec![record(1, Some((Some(Infrastructure), "PodDeleted")))];
+    case.pods.clear();
+    assert_eq!(case.next(), seal_of(1, "Failed", "Cancelled", "Deleted", None));
+    case.phase = Some(Phase::Failed);
+    case.sealed = true;
+    assert_eq!(case.next(), Next::Release);
+    case.finalizer = false;
+    assert_eq!(case.next(), Next::Nothing);
+}
+
+#[test]
+fn deletion_of_a_success_that_is_not_sealed_seals_it_as_one() {
+    let case = Case { deleting: true, pods: vec![ended(1, None, "AgentSucceeded")], ..Case::default() };
+    assert_eq!(case.next(), seal_of(1, "Succeeded", "", "AgentSucceeded", Some(0)));
+}
+
+#[test]
+fn deletion_of_what_never_started_lets_go() {
+    assert_eq!(Case { deleting: true, ..Case::default() }.next(), Next::Release);
+    // Something was claimed and may have run: its log is ended.
+    let claimed = Case { deleting: true, claims: vec![1], ..Case::default() };
+    assert_eq!(claimed.next(), seal_of(1, "Failed", "Cancelled", "Deleted", None));
+}
+
+#[test]
+fn the_status_keeps_a_bounded_number_of_attempts() {
+    let history: Vec<_> = (1..=70).map(|n| record(n, Some((Some(Infrastructure), "NodeLost")))).collect();
+    let case = Case { history, retry: Retry { agent: 0, infrastructure: 1000 }, ..Case::default() };
+    let decision = case.decide_at(at(1000));
+    assert_eq!(decision.attempts.len(), MAX_ATTEMPTS);
+    assert_eq!(decision.next, Next::Start(71));
+}
+
+fn any_pod() -> impl Strategy<Value = PodView> {
+    (1..5_i64, any::<bool>(), 0..4_u8).prop_map(|(attempt, deleting, state)| match state {
+        0 => PodView { deleting, ..pod(attempt) },
+        1 => PodView { deleting, ..ended(attempt, None, "AgentSucceeded") },
+        2 => PodView { deleting, ..ended(attempt, Some(Agent), "NonZeroExit") },
+        _ => PodView { deleting, ..ended(attempt, Some(Infrastructure), "Evicted") },
+    })
+}
+
+fn any_case() -> impl Strategy<Value = Case> {
+    let history = proptest::collection::btree_map(1..5_i64, proptest::option::of(0..4_u8), 0..4);
+    let pods = proptest::collection::vec(any_pod(), 0..4);
+    let claims = proptest::collection::btree_set(1..6_i64, 0..4);
+    (any::<(bool, bool, bool)>(), history, pods, claims).prop_map(
+        |((deleting, finalizer, gone), history, mut pods, claims)| {
+            pods.sort_by_key(|pod| pod.attempt);
+            pods.dedup_by_key(|pod| pod.attempt);
+            let end = |end: u8| match end {
+                0 => (None, "AgentSucceeded"),
+                1 => (Some(Agent), "NonZeroExit"),
+                2 => (Some(Infrastructure), "PodLost"),
+                _ => (Some(Budget), "DeadlineExceeded"),
+            };
+            Case {
+                deleting,
+                finalizer,
+                history: history.into_iter().map(|(number, ended)| record(number, ended.map(end))).collect(),
+                pods,
+                claims: claims.into_iter().collect(),
+                confirmed_gone: gone,
+                ..Case::default()
+            }
+        },
+    )
+}
+
+proptest! {
+    /// Whatever is seen: an attempt begins only if nothing lives, and never under a number that may have been used.
+    #[test]
+    fn an_attempt_begins_alone_and_under_a_new_number(case in any_case()) {
+        if let Next::Start(number) = case.next() {
+            prop_assert!(case.pods.iter().all(|pod| pod.terminal), "{:?}", case.pods);
+            prop_assert!(!case.deleting);
+            for used in case.pods.iter().map(|p| p.attempt).chain(case.history.iter().map(|a| a.number)).chain(case.claims.iter().copied()) {
+                prop_assert!(number > used);
+            }
+        }
+    }
+
+    /// The log ends, and the task is let go, only when nothing lives.
+    #[test]
+    fn nothing_lives_when_the_log_ends(case in any_case()) {
+        if matches!(case.next(), Next::Seal { .. } | Next::Release) {
+            prop_assert!(case.pods.iter().all(|pod| pod.terminal));
+        }
+    }
+
+    /// Recording a decision's attempts does not change the decision.
+    #[test]
+    fn what_is_recorded_stays(case in any_case()) {
+        let first = case.decide_at(at(0));
+        if !matches!(first.next, Next::Confirm { .. } | Next::Nothing) {
+            let again = Case { history: first.attempts.clone(), ..case };
+            let second = again.decide_at(at(0));
+            prop_assert_eq!(first, second);
+        }
+    }
+}

@@ -1,1 +1,112 @@
+use proptest::prelude::*;
 
+use super::*;
+
+fn at(seconds: i64) -> Timestamp {
+    Timestamp::from_second(1_700_000_000 + seconds).unwrap()
+}
+
+fn attempt(number: i64) -> Attempt {
+    Attempt {
+        number,
+        pod: format!("t-{number}"),
+        pod_uid: format!("u-{number}"),
+        started_at: Some(Time(at(0))),
+        finished_at: None,
+        failure_class: None,
+        reason: None,
+    }
+}
+
+fn closed(phase: &str, class: &str, reason: &str) -> TaskClosed {
+    TaskClosed { phase: phase.into(), failure_class: class.into(), reason: reason.into(), exit_code: None }
+}
+
+fn story<'a>(attempts: &'a [Attempt], contained: Option<bool>, stage: Stage<'a>) -> Story<'a> {
+    Story { generation: Some(1), attempts, contained, evidence: None, stage }
+}
+
+#[test]
+fn a_life_is_told() {
+    let (one, findings) = ([attempt(1)], [Finding::new("spec.tools[0]", "a contract", "nothing", "apply it")]);
+    let (good, empty) = (closed("Succeeded", "", "AgentSucceeded"), AgentTaskStatus::default());
+    let refused = tell(&empty, &story(&[], None, Stage::Refused(&findings)), at(0));
+    let waiting = tell(&refused, &story(&one, None, Stage::Waiting("Unschedulable", "")), at(1));
+    let running = tell(&waiting, &story(&one, Some(true), Stage::Running), at(2));
+    let sealing = tell(&running, &story(&one, Some(true), Stage::Sealing(&good, "no gateway")), at(3));
+    let ended = tell(&sealing, &story(&one, Some(true), Stage::Ended(&good)), at(4));
+    insta::assert_yaml_snapshot!("life", [refused, waiting, running, sealing, ended]);
+}
+
+#[test]
+fn containment_that_was_not_proven_is_said() {
+    let mut lost = attempt(1);
+    lost.reason = Some(CONTAINMENT_UNPROVEN.into());
+    let failed = closed("Failed", "Infrastructure", CONTAINMENT_UNPROVEN);
+    let status = tell(&AgentTaskStatus::default(), &story(&[lost], Some(false), Stage::Ended(&failed)), at(0));
+    assert_eq!(status.phase, Some(Phase::Failed));
+    assert_eq!(status.failure_class, Some(FailureClass::Infrastructure));
+    assert_eq!(status.reason.as_deref(), Some(CONTAINMENT_UNPROVEN));
+    let contained = status.conditions.iter().find(|one| one.type_ == CONTAINED).unwrap();
+    assert_eq!((contained.status.as_str(), contained.reason.as_str()), ("False", CONTAINMENT_UNPROVEN));
+}
+
+#[test]
+fn five_findings_are_shown() {
+    let findings: Vec<_> = (0..8).map(|n| Finding::new(format!("spec.f{n}"), "x", "y", "z")).collect();
+    let status = tell(&AgentTaskStatus::default(), &story(&[], None, Stage::Refused(&findings)), at(0));
+    let message = &status.conditions[0].message;
+    assert!(
+        message.contains("spec.f4") && !message.contains("spec.f5") && message.ends_with("and 3 more"),
+        "{message}"
+    );
+}
+
+#[test]
+fn usage_is_never_ours() {
+    let before = AgentTaskStatus { usage: Some(Default::default()), ..AgentTaskStatus::default() };
+    let after = tell(&before, &story(&[], None, Stage::Running), at(0));
+    assert_eq!(after.usage, None);
+    assert!(!changed(&AgentTaskStatus { usage: before.usage, ..after.clone() }, &after));
+}
+
+#[test]
+fn ends_are_counted_once() {
+    let mut done = attempt(1);
+    done.finished_at = Some(Time(at(9)));
+    done.failure_class = Some(FailureClass::Agent);
+    let before = AgentTaskStatus { attempts: vec![attempt(1)], ..AgentTaskStatus::default() };
+    let after = AgentTaskStatus { attempts: vec![done, attempt(2)], ..AgentTaskStatus::default() };
+    assert_eq!(newly_ended(&before, &after).collect::<Vec<_>>(), [Some(FailureClass::Agent)]);
+    assert_eq!(newly_ended(&after, &after).count(), 0);
+}
+
+fn any_stage() -> impl Strategy<Value = u8> {
+    0..6_u8
+}
+
+proptest! {
+    /// Telling the same story again, at any later time, changes nothing: no status is written in a loop.
+    #[test]
+    fn a_story_told_twice_changes_nothing(
+        first in any_stage(), second in any_stage(), contained in proptest::option::of(any::<bool>()), attempts in 0..3_i64, later in 0..100_000_i64
+    ) {
+        let attempts: Vec<_> = (1..=attempts).map(attempt).collect();
+        let findings = [Finding::new("spec", "a", "b", "c")];
+        let good = closed("Succeeded", "", "AgentSucceeded");
+        let bad = closed("Failed", "Budget", "DeadlineExceeded");
+        let stage = |n: u8| match n {
+            0 => Stage::Refused(&findings),
+            1 => Stage::Waiting("Unschedulable", "why"),
+            2 => Stage::Running,
+            3 => Stage::Sealing(&bad, "no gateway"),
+            4 => Stage::Ended(&bad),
+            _ => Stage::Ended(&good),
+        };
+        let before = tell(&AgentTaskStatus::default(), &story(&attempts, None, stage(first)), at(0));
+        let once = tell(&before, &story(&attempts, contained, stage(second)), at(1));
+        let twice = tell(&once, &story(&attempts, contained, stage(second)), at(1 + later));
+        prop_assert!(!changed(&once, &twice));
+        prop_assert_eq!(once, twice);
+    }
+}

@@ -1,0 +1,42 @@
+# The one front door. Everything that a target needs it sets up itself: Debian packages, tools, cluster, image.
+# What it builds and downloads lies in ~/.cache/belay (BELAY_CACHE) and target/.
+.DEFAULT_GOAL := help
+.PHONY: help demo test bench lint generate image install cluster-up cluster-down clean
+
+CACHE := $(or $(BELAY_CACHE),$(HOME)/.cache/belay)
+
+help: ## This list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: install ## An agent on a rope, from nothing: cluster, image, install, run, verify
+	@e2e/cluster/load "$$(e2e/demo/image)" >/dev/null
+	@BELAY=$(CACHE)/bin-host/belay e2e/demo/run
+
+test: ## Every test there is; ends with `N passed, N failed` (ONLY="STAGE…" for some)
+	@e2e/test $(ONLY)
+
+bench: install ## Measures: a table, and target/bench.jsonl (ONLY=prefix for some)
+	@e2e/bench/run $(ONLY)
+
+lint: ## The checks that need no cluster
+	@e2e/test lint
+
+generate: ## CRDs, chart of CRDs and kustomize folders from their sources
+	@e2e/generate
+
+image: ## The container image, from the Dockerfile, without a registry
+	@e2e/image/build
+
+install: cluster-up image ## Charts, Secrets and the dev policy pack onto the test cluster
+	@e2e/install
+
+cluster-up: ## The test cluster and its pretend internet
+	@e2e/cluster/up
+	@e2e/world/up
+
+cluster-down: ## Ends both
+	@e2e/world/down
+	@e2e/cluster/down
+
+clean: cluster-down ## Ends both and removes what was built, here and in the cache
+	@rm -rf target $(CACHE)
