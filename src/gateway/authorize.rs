@@ -4,7 +4,7 @@
 //! nowhere else, whatever the harness in the pod has become. Refuses: a target that could be read in two ways, and
 //! a credential over a connection that is not encrypted.
 
-use http::uri::PathAndQuery;
+use http::{Method, uri::PathAndQuery};
 
 use super::{cluster::Compiled, refusal::Refused, witness::IntentFacts};
 use crate::{
@@ -76,8 +76,8 @@ pub fn authority(text: &str, default_port: Option<u16>) -> Result<Authority, Ref
 /// Where a call goes.
 #[derive(Clone, Copy, Debug)]
 pub enum Destination<'a> {
-    /// One HTTP request.
-    Url(&'a Target),
+    /// One HTTP request, and its method.
+    Url(&'a Target, &'a Method),
     /// An opaque tunnel.
     Tunnel(&'a Authority),
 }
@@ -86,7 +86,7 @@ impl Destination<'_> {
     /// Host and port.
     pub fn authority(&self) -> &Authority {
         match self {
-            Self::Url(target) => &target.authority,
+            Self::Url(target, _) => &target.authority,
             Self::Tunnel(authority) => authority,
         }
     }
@@ -110,7 +110,7 @@ pub fn listed(compiled: &Compiled, channel: Channel, to: Destination<'_>) -> Res
     };
     match (to, credential) {
         (_, None) => Ok(None),
-        (Destination::Url(Target { secure: true, .. }), credential) => Ok(credential),
+        (Destination::Url(Target { secure: true, .. }, _), credential) => Ok(credential),
         _ => Err(Refused::denied(
             Rule::UpstreamCredential,
             format!("{} has a credential in the pack, which is sent over https only", to.authority()),
@@ -144,7 +144,7 @@ pub fn intended(
             Ok(target) if target == *to.authority() => Ok(()),
             _ => elsewhere(),
         },
-        (Channel::Tool, Destination::Url(target)) => {
+        (Channel::Tool, Destination::Url(target, method)) => {
             let Some(tool) = compiled.policy.tools.iter().find(|tool| tool.name == intent.target) else {
                 return Err(Refused::denied(
                     Rule::ToolKnown,
@@ -165,13 +165,15 @@ pub fn intended(
                     ),
                 ));
             }
-            // Once its outcome is in the log the call is over. A read may still be followed by the session's end.
-            if !intent.open && effect != SideEffect::Read {
+            // Once its outcome is in the log the call is over. What goes on is the MCP session that it opened: GET listens to
+            // it, DELETE ends it. A POST could be the call again, which for a read is no harm.
+            let session = method == Method::GET || method == Method::DELETE;
+            if !intent.open && effect != SideEffect::Read && !session {
                 return missing(format!("the call {:?} has its outcome already", intent.call));
             }
             Ok(())
         }
-        (Channel::Model, Destination::Url(target)) => {
+        (Channel::Model, Destination::Url(target, _)) => {
             let models = &compiled.policy.models;
             let path = intent.target.split('?').next().unwrap_or_default();
             let is_endpoint = |base: &String| {

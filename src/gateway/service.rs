@@ -350,7 +350,8 @@ impl Gateway {
         })?;
         let target = Target::parse(single(headers, wire::TARGET)?)?;
         Span::current().record("host", target.authority.host.as_str());
-        let credential = self.authorized(principal, channel, Destination::Url(&target), headers).await?;
+        let credential =
+            self.authorized(principal, channel, Destination::Url(&target, request.method()), headers).await?;
         let injected = credential.map(|credential| Injected::read(&self.parts.cluster, &credential)).transpose()?;
         let started = Instant::now();
         let replied = forward::forward(&self.parts.dialer, &target, injected, request, share).await;

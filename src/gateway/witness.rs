@@ -33,7 +33,10 @@ use crate::{
         segment::{self, Segment},
         store::{Location, PutError, Retention, Store, StoreError},
     },
-    policy::{config::Usage, rule::Rule},
+    policy::{
+        config::{SideEffect, Usage},
+        rule::Rule,
+    },
     wire::{AppendReply, AppendRequest, OpenReply, OpenRequest, SealReply, SealRequest},
 };
 
@@ -302,17 +305,25 @@ impl Witness {
     /// cannot be asked.
     pub async fn intent(&self, place: &Place, seq: u64) -> Result<IntentFacts, Refused> {
         let log = self.log(place);
-        let known = log.head();
+        // What is in memory will do for an intent to read. Before something is changed, the bucket is asked: another
+        // replica may have seen the call's outcome, the loss of containment or the task's end.
+        let reads = |intent: &IntentFacts| !matches!(intent.effect, Some(SideEffect::Write | SideEffect::External));
+        let known = log.head().filter(|head| head.intent(seq).is_some_and(reads));
         let history = match known {
-            Some(head) if seq < head.tree().size() => head,
-            // Witnessed by another replica, perhaps.
-            _ => {
+            Some(head) => head,
+            None => {
                 let _writer = log.writer.lock().await;
                 self.current(place, &log).await?
             }
         };
         if history.closed() {
             return Err(ended());
+        }
+        if history.loose() {
+            return Err(Refused::denied(
+                Rule::ContainmentLost,
+                "the attempt has lost its containment: no call leaves any more",
+            ));
         }
         history.intent(seq).cloned().ok_or_else(|| {
             Refused::denied(

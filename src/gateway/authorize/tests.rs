@@ -79,7 +79,7 @@ fn targets(#[case] text: &str, #[case] expected: Result<(&str, &str, &str), Rule
 #[case::unlisted(Channel::Egress, "https://evil.world.test/", Err(Rule::EgressHost))]
 fn lists(#[case] channel: Channel, #[case] url: &str, #[case] expected: Result<bool, Rule>) {
     let target = Target::parse(url).unwrap();
-    let found = listed(&compiled(), channel, Destination::Url(&target));
+    let found = listed(&compiled(), channel, Destination::Url(&target, &Method::POST));
     assert_eq!(found.map(|credential| credential.is_some()).map_err(|e| e.rule), expected);
 }
 
@@ -189,7 +189,8 @@ fn intents(
     #[case] expected: Result<(), Rule>,
 ) {
     let target = Target::parse(url).unwrap();
-    let found = intended(&compiled(), 1, channel, Destination::Url(&target), &intent).map_err(|e| e.rule);
+    let found =
+        intended(&compiled(), 1, channel, Destination::Url(&target, &Method::POST), &intent).map_err(|e| e.rule);
     assert_eq!(found, expected);
 }
 
@@ -210,6 +211,18 @@ fn a_tool_that_the_class_forbids_now_is_refused() {
     compiled.policy.allowed_effects = vec![SideEffect::Read];
     let target = Target::parse("https://tools.world.test/mcp").unwrap();
     let intent = facts(Channel::Tool, "write", Some(SideEffect::Write));
-    let found = intended(&compiled, 1, Channel::Tool, Destination::Url(&target), &intent);
+    let found = intended(&compiled, 1, Channel::Tool, Destination::Url(&target, &Method::POST), &intent);
     assert_eq!(found.unwrap_err().rule, Rule::ToolEffect);
+}
+
+#[test]
+fn a_session_outlives_the_write_that_opened_it_but_the_write_is_not_made_again() {
+    let target = Target::parse("https://tools.world.test/mcp").unwrap();
+    let over = IntentFacts { open: false, ..facts(Channel::Tool, "write", Some(SideEffect::Write)) };
+    let by = |method| intended(&compiled(), 1, Channel::Tool, Destination::Url(&target, &method), &over);
+    assert_eq!(by(Method::GET), Ok(()));
+    assert_eq!(by(Method::DELETE), Ok(()));
+    for method in [Method::POST, Method::PUT, Method::PATCH] {
+        assert_eq!(by(method).unwrap_err().rule, Rule::IntentMissing);
+    }
 }

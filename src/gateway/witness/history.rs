@@ -1,10 +1,14 @@
 //! What a log says so far, and what may come next.
 //!
-//! Promises: [`History::extended`] accepts exactly what the verifier would later accept, as far as one log's own records
-//! can tell: an unbroken tree, the attempt's own signature, attempts in order, every counter as its events make it,
-//! no call past a limit, nothing after the end. Refuses: repair; a segment holds whole or not at all.
+//! Promises: [`History::extended`] takes an unbroken tree, the attempt's own signature, attempts in order, every counter
+//! as its events make it, no call past a limit, and nothing after the end. It also takes what the verifier will not like to
+//! read but must: that containment was lost, and what was meant to follow. Refuses: repair; a segment holds whole or not
+//! at all.
 
-use std::collections::{BTreeMap, HashMap};
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+};
 
 use crate::{
     evidence::{
@@ -20,8 +24,9 @@ use crate::{
     },
 };
 
-/// Intents that are remembered for calls to refer to. A harness has a handful open at a time.
-const RECENT: usize = 512;
+/// Intents that are remembered for calls to refer to. A harness has a handful open at a time, and keeps MCP sessions under
+/// the intents that opened them.
+const RECENT: usize = 4096;
 /// Intents that may be open at once: each takes memory until its outcome.
 const OPEN: usize = 4096;
 /// Records in one segment: it is checked under the log's lock.
@@ -66,7 +71,7 @@ pub struct History {
     key: Option<VerifierKey>,
     limits: Option<Limits>,
     calls: HashMap<String, OpenCall>,
-    intents: BTreeMap<u64, IntentFacts>,
+    intents: BTreeMap<u64, Arc<IntentFacts>>,
 }
 
 impl History {
@@ -90,6 +95,11 @@ impl History {
         self.closed
     }
 
+    /// Whether the attempt has seen its containment broken: no call of it leaves any more.
+    pub fn loose(&self) -> bool {
+        self.loose
+    }
+
     /// Calls that have no outcome.
     pub fn open_calls(&self) -> usize {
         self.calls.len()
@@ -97,7 +107,7 @@ impl History {
 
     /// The intent with this sequence number, if it is recent.
     pub fn intent(&self, seq: u64) -> Option<&IntentFacts> {
-        self.intents.get(&seq)
+        self.intents.get(&seq).map(Arc::as_ref)
     }
 
     /// The log with this segment at its end.
@@ -204,10 +214,6 @@ impl History {
     }
 
     fn intended(&mut self, record: &Record, intent: &Intent, usage: &mut Usage) -> Result<(), Refused> {
-        if self.loose {
-            let reason = format!("record {}: no call after the containment was lost", record.seq);
-            return Err(Refused::denied(Rule::ContainmentLost, reason));
-        }
         if intent.reserved_tokens < 0 {
             return Err(at(record, "expected a reservation of no less than 0 tokens"));
         }
@@ -237,14 +243,14 @@ impl History {
         );
         self.intents.insert(
             record.seq,
-            IntentFacts {
+            Arc::new(IntentFacts {
                 call: intent.call.clone(),
                 attempt: record.attempt,
                 channel: intent.channel,
                 target: intent.target.clone(),
                 effect: intent.effect,
                 open: true,
-            },
+            }),
         );
         // Settled ones go first: an open one is still to be referred to.
         while self.intents.len() > RECENT {
@@ -267,7 +273,7 @@ impl History {
         }
         self.calls.remove(&outcome.call);
         if let Some(intent) = self.intents.get_mut(&seq) {
-            intent.open = false;
+            Arc::make_mut(intent).open = false;
         }
         usage.tokens = usage.tokens.saturating_sub(reserved).saturating_add(outcome.tokens);
         Ok(())

@@ -272,11 +272,6 @@ async fn broken_segments_are_refused() {
             refused(vec![intent("1", Channel::Model, "/v1/messages", 1001)], same, keep).await,
         ),
         (
-            "a call after containment was lost",
-            Rule::ContainmentLost,
-            refused(vec![Event::ContainmentChecked(contained(false)), search("1")], same, keep).await,
-        ),
-        (
             "a call after the attempt closed",
             Rule::LogSegment,
             refused(
@@ -298,7 +293,8 @@ async fn broken_segments_are_refused() {
 #[tokio::test]
 #[allow(clippy::type_complexity, reason = "a table: each row changes the opening in its own way")]
 async fn an_attempt_opens_as_itself_contained_and_under_our_policy() {
-    let table: Vec<(&str, Rule, fn(&mut Harness) -> Event)> = vec![
+    type Opening = fn(&mut Harness) -> Event;
+    let table: Vec<(&str, Rule, Opening)> = vec![
         ("no opening", Rule::LogSegment, |_| denied()),
         ("another attempt's key", Rule::LogSegment, |h| {
             h.key = Signer::generate(&note::attempt_key_name(testing::UID, 2)).unwrap();
@@ -442,4 +438,31 @@ async fn a_bucket_that_was_written_by_somebody_else_is_not_gone_on_from() {
     bucket.create(&place().key(1), Bytes::from(segment.to_bytes()), None).await.unwrap();
     assert_eq!(open(&a, 1).await.unwrap_err(), Rule::Evidence);
     assert_eq!(a.seal(&place(), &seal_request()).await.unwrap_err().rule, Rule::Evidence);
+}
+
+#[tokio::test]
+async fn lost_containment_is_recorded_and_no_call_follows_it() {
+    let Setup { a, b, .. } = setup();
+    let mut harness = Harness::new(1);
+    let opened = harness.opened();
+    append(&a, &harness.next(vec![opened, intent("1", Channel::Tool, "write", 0)])).await.unwrap();
+    assert!(a.intent(&place(), 1).await.is_ok());
+    assert!(b.intent(&place(), 1).await.is_ok());
+    let lost = Event::ContainmentChecked(contained(false));
+    append(&a, &harness.next(vec![lost, intent("2", Channel::Tool, "search", 0)])).await.unwrap();
+    for (witness, seq) in [(&a, 1), (&a, 3), (&b, 1), (&b, 3)] {
+        assert_eq!(witness.intent(&place(), seq).await.unwrap_err().rule, Rule::ContainmentLost);
+    }
+    append(&b, &harness.next(vec![outcome("1", 0), outcome("2", 0)])).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_write_is_over_for_a_replica_that_did_not_see_its_outcome() {
+    let Setup { a, b, .. } = setup();
+    let mut harness = Harness::new(1);
+    let opened = harness.opened();
+    append(&a, &harness.next(vec![opened, intent("1", Channel::Tool, "write", 0)])).await.unwrap();
+    assert!(b.intent(&place(), 1).await.unwrap().open);
+    append(&a, &harness.next(vec![outcome("1", 0)])).await.unwrap();
+    assert!(!b.intent(&place(), 1).await.unwrap().open);
 }
