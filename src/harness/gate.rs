@@ -152,10 +152,11 @@ impl Gate {
     /// # Errors
     /// The rule that refuses it. The refusal is not recorded yet: see [`Gate::deny`].
     pub async fn permit(self: &Arc<Self>, call: Call) -> Result<Permit, Denial> {
-        self.open()?;
         self.journal.room().await;
         let reserved = call.reserve_tokens;
         let intent = self.journal.record(|seq, budget| {
+            // Asked where records are put in order: no intent can follow what stopped the attempt.
+            self.open()?;
             let mut rules = call.rules;
             rules.push(Rule::WallTime);
             match call.channel {
@@ -209,14 +210,14 @@ impl Gate {
         denial
     }
 
-    /// Records what the repeated probe saw, and stops everything if the pod is not contained any more.
+    /// Stops everything if the repeated probe saw that the pod is not contained any more, and records what it saw.
     pub fn contained(&self, containment: Containment) {
-        let lost = (!containment.contained).then(|| containment.breaches.join(", "));
+        if !containment.contained {
+            let breaches = containment.breaches.join(", ");
+            self.stop(Rule::ContainmentLost, &format!("the pod is not contained any more: {breaches}"));
+        }
         if let Err(denial) = self.journal.record(|_, _| Ok(Event::ContainmentChecked(containment))) {
             tracing::error!(reason = denial.reason, "the probe's result could not be recorded");
-        }
-        if let Some(breaches) = lost {
-            self.stop(Rule::ContainmentLost, &format!("the pod is not contained any more: {breaches}"));
         }
     }
 }
