@@ -111,10 +111,11 @@ async fn environment(world: &World) -> BTreeMap<&'static str, String> {
     ])
 }
 
-/// The cluster's DNS address, with an echo behind it: this test cluster has no DNS of its own.
-async fn cluster_dns(world: &World) {
-    let files = [("listen.py", LISTEN)];
-    world.config_map("listen", &files).await;
+/// The cluster's DNS address, with an echo behind it: this test cluster has no DNS of its own. In a namespace that these tests
+/// share, since they share the address.
+async fn cluster_dns() -> World {
+    let world = World::new("dns", json!([class("none", "runc", json!([]))])).await;
+    world.config_map("listen", &[("listen.py", LISTEN)]).await;
     let pods: Api<Pod> = world.api();
     let pod = json!({
         "apiVersion": "v1", "kind": "Pod", "metadata": {"name": "dns", "labels": {"app": "dns"}},
@@ -142,11 +143,12 @@ async fn cluster_dns(world: &World) {
         ]},
     });
     services.patch("dns", &PatchParams::apply("e2e"), &Patch::Apply(service)).await.unwrap();
-    wait_for_pod(world, "dns", 60, |pod| {
+    wait_for_pod(&world, "dns", 60, |pod| {
         let conditions = pod.status.as_ref().and_then(|status| status.conditions.as_ref());
         conditions.is_some_and(|all| all.iter().any(|c| c.type_ == "Ready" && c.status == "True"))
     })
     .await;
+    world
 }
 
 async fn wait_for_pod(world: &World, name: &str, seconds: u64, wanted: impl Fn(&Pod) -> bool) -> Pod {
@@ -187,14 +189,14 @@ async fn contained(runtime: &'static str) {
         .collect();
     let world = World::new(&format!("escape-{runtime}"), json!([class("escape", runtime, hosts)])).await;
     let _listeners = Listeners::start();
-    cluster_dns(&world).await;
+    let dns = cluster_dns().await;
     world.config_map("probe", &[("probe.py", PROBE), ("x", "not to be changed")]).await;
 
     // Another task, whose token is stolen and whose pod is aimed at.
     let spec = |args: Value, environment: &BTreeMap<&'static str, String>| {
         json!({
             "workflowClass": "escape",
-            "agent": {"image": agent_image(), "command": ["python3"], "args": args, "env": env_list(environment)},
+            "agent": {"command": ["python3"], "args": args, "env": env_list(environment)},
             "workspace": {
                 "mounts": [{"path": "/escape", "configMap": "probe"}],
                 "writeScopes": [{"path": "/workspace", "size": "16Mi"}],
@@ -202,7 +204,7 @@ async fn contained(runtime: &'static str) {
         })
     };
     let mut environment = environment(&world).await;
-    world.task("victim", spec(json!(["-c", "import time; time.sleep(200)"]), &environment)).await;
+    world.task("victim", spec(json!(["-c", "import time; time.sleep(300)"]), &environment)).await;
     world.wait("victim", "running", 60, |task| phase(task) == Some(Phase::Running)).await;
     let victim = wait_for_pod(&world, "victim-1", 60, |pod| {
         pod.status.as_ref().is_some_and(|status| status.pod_ip.is_some() && status.phase.as_deref() == Some("Running"))
@@ -230,6 +232,7 @@ async fn contained(runtime: &'static str) {
     let (code, report) = world.verify("attacker");
     assert_eq!(code, 0, "{runtime}: {report:#}");
     world.clean().await;
+    dns.clean().await;
 }
 
 /// Each try that came to the proxy has its refusal in the log, under the rule that is meant for it.
@@ -284,7 +287,7 @@ async fn the_same_tries_escape_from_a_pod_that_nobody_contains() {
     let open = json!({"metadata": {"labels": {"pod-security.kubernetes.io/enforce": "privileged"}}});
     namespaces.patch(&world.namespace, &PatchParams::default(), &Patch::Merge(open)).await.unwrap();
     let _listeners = Listeners::start();
-    cluster_dns(&world).await;
+    let dns = cluster_dns().await;
     world.config_map("probe", &[("probe.py", PROBE)]).await;
     let environment = environment(&world).await;
     for runtime in ["gvisor", "runc"] {
@@ -326,6 +329,7 @@ async fn the_same_tries_escape_from_a_pod_that_nobody_contains() {
         );
     }
     world.clean().await;
+    dns.clean().await;
 }
 
 /// Tries that cannot get through on this test cluster whatever the policies, each with the reason.

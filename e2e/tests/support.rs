@@ -98,7 +98,8 @@ impl World {
     pub async fn task(&self, name: &str, spec: Value) -> AgentTask {
         let mut whole = json!({
             "objective": "be watched", "workflowClass": "gvisor", "principal": "e2e",
-            "agent": {"image": agent_image()},
+            // Two of these have to fit on a node of two cores, beside Belay and whatever else runs there.
+            "agent": {"image": agent_image(), "resources": {"cpu": "200m", "memory": "128Mi"}},
             "limits": {"wallTimeSeconds": 300, "toolCalls": 5, "tokens": 1000},
         });
         merge(&mut whole, spec);

@@ -129,7 +129,7 @@ pub struct Workspace {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16))]
     pub mounts: Vec<Mount>,
-    /// Where the agent may write: empty directories that end with the pod.
+    /// Where the agent may write: empty directories that end with the pod. Nowhere else, `/tmp` and `/dev/shm` included.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 8))]
     pub write_scopes: Vec<WriteScope>,

@@ -1,7 +1,8 @@
 //! The pod of one attempt: probe, harness, agent.
 //!
 //! Promises: Pod Security `restricted`, no added capability, no token and no name server in reach of the agent, all limits set,
-//! and a NetworkPolicy that was read back first (the [`Proof`] in the signature).
+//! and a NetworkPolicy that was read back first (the [`Proof`] in the signature). The agent writes where its task says and nowhere
+//! else: what runtimes leave open, `/tmp` and `/dev/shm`, is covered by an empty read-only volume.
 //!
 //! The token: the volume is mounted in the harness container alone, which is what keeps it from the agent. Its mode is 0444
 //! without `fsGroup`: kubelet writes projected tokens as root's, gives them to a UID only if all containers share one, and `fsGroup`
@@ -22,7 +23,7 @@ use k8s_openapi::{
 use super::{
     config_map, names,
     network_policy::Proof,
-    validated::{Attempt, Source},
+    validated::{Attempt, OPEN_PATHS, Source},
 };
 use crate::wire;
 
@@ -49,6 +50,8 @@ const TOKEN_DIR: &str = "/var/run/belay";
 /// Not under `/run`: in many images `/var/run` is a link to it, and this mount would hide the token's.
 const RUN_DIR: &str = "/var/lib/belay";
 const SPOOL_DIR: &str = "/var/spool/belay";
+/// The volume over what is open and not declared.
+const COVER: &str = "cover";
 
 /// The pod.
 pub fn build(attempt: &Attempt<'_>, network_policy: &Proof) -> Pod {
@@ -177,10 +180,21 @@ fn agent(attempt: &Attempt<'_>) -> Container {
             ..ResourceRequirements::default()
         }),
         security_context: Some(security(AGENT_UID)),
-        volume_mounts: some(mounts.chain(scopes).collect()),
+        volume_mounts: some(
+            mounts.chain(scopes).chain(covered(attempt).map(|path| mount(COVER, path, true))).collect(),
+        ),
         termination_message_policy: Some("File".to_owned()),
         ..Container::default()
     }
+}
+
+/// The open paths that the task declares nothing for.
+fn covered<'a>(attempt: &'a Attempt<'_>) -> impl Iterator<Item = &'static str> + 'a {
+    let task = attempt.task;
+    OPEN_PATHS.into_iter().filter(|open| {
+        let declared = task.mounts.iter().map(|one| &one.path).chain(task.write_scopes.iter().map(|one| &one.path));
+        declared.into_iter().all(|path| path.0 != *open)
+    })
 }
 
 /// Belay's variables first, so that the user's could refer to them if Kubernetes expanded anything: all is escaped.
@@ -237,6 +251,9 @@ fn volumes(attempt: &Attempt<'_>) -> Vec<Volume> {
         empty_dir("run", "1Mi", Some("Memory")),
         empty_dir("spool", "64Mi", None),
     ];
+    if covered(attempt).next().is_some() {
+        volumes.push(empty_dir(COVER, "1Mi", None));
+    }
     for (index, one) in task.mounts.iter().enumerate() {
         let mut volume = Volume { name: format!("mount-{index}"), ..Volume::default() };
         match &one.source {

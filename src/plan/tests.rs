@@ -89,6 +89,25 @@ fn an_altered_network_policy_proves_nothing() {
     assert!(network_policy::prove(&planned, &other).is_err());
 }
 
+#[test]
+fn what_runtimes_leave_open_is_covered_unless_declared() {
+    let covers = |scopes: &[&str]| {
+        let mut task = task();
+        let size = |path| serde_json::from_value(json!({"path": path, "size": "1Mi"})).unwrap();
+        task.spec.workspace.write_scopes = scopes.iter().map(size).collect();
+        let (valid, surroundings) = (validate(&task, &contracts(), &pack(), "belay-system").unwrap(), surroundings());
+        let attempt = valid.attempt(&surroundings, 1).unwrap();
+        let planned = network_policy::build(&attempt);
+        let spec = pod::build(&attempt, &network_policy::prove(&planned, &planned).unwrap()).spec.unwrap();
+        let mounts = spec.containers[0].volume_mounts.clone().unwrap();
+        let covers = mounts.into_iter().filter(|one| one.name == "cover");
+        covers.inspect(|one| assert_eq!(one.read_only, Some(true))).map(|one| one.mount_path).collect::<Vec<_>>()
+    };
+    assert_eq!(covers(&["/workspace"]), ["/dev/shm", "/tmp"]);
+    assert_eq!(covers(&["/tmp"]), ["/dev/shm"]);
+    assert_eq!(covers(&["/tmp", "/dev/shm"]), [""; 0]);
+}
+
 type Break = fn(&mut AgentTask, &mut Vec<ToolContract>, &mut PolicyPack);
 
 /// What is broken, and the field that must be named.
@@ -152,6 +171,8 @@ const BROKEN: &[(&str, &str, Break)] = &[
         t.spec.agent.env.push(again);
     }),
     ("two sources", "spec.workspace.mounts[0]", |t, _, _| t.spec.workspace.mounts[0].secret = Some("x".into())),
+    ("within /tmp", "spec.workspace.mounts[0].path", |t, _, _| t.spec.workspace.mounts[0].path = "/tmp/x".into()),
+    ("around /dev/shm", "spec.workspace.mounts[0].path", |t, _, _| t.spec.workspace.mounts[0].path = "/dev".into()),
     ("no source", "spec.workspace.mounts[0]", |t, _, _| t.spec.workspace.mounts[0].config_map = None),
     ("same path", "spec.workspace.mounts[1].path", |t, _, _| {
         t.spec.workspace.mounts[1].path = "/workspace/input".into()

@@ -46,6 +46,10 @@ const RESERVED_PATHS: [&str; 18] = [
     "/var/spool/belay",
 ];
 
+/// Directories that a runtime makes writable for everybody even where the root is read-only. They are covered unless they are
+/// declared, which they can be as a whole only: nothing can be mounted within a read-only cover.
+pub const OPEN_PATHS: [&str; 2] = ["/dev/shm", "/tmp"];
+
 /// Beginnings of names of environment variables that Belay sets, upper case.
 const RESERVED_ENV_PREFIXES: [&str; 4] = ["OPENAI_", "ANTHROPIC_", "BELAY_", "KUBERNETES_"];
 /// Endings of such names, upper case.
@@ -390,7 +394,17 @@ fn agent_path(path: &str, field: String, taken: &mut Vec<(String, String)>, find
             "write it out",
         ));
     }
-    if let Some(reserved) = RESERVED_PATHS.iter().find(|reserved| overlap(reserved, path)) {
+    let open = OPEN_PATHS.iter().find(|open| overlap(open, path));
+    if let Some(open) = open.filter(|open| **open != path) {
+        findings.push(Finding::new(
+            field.clone(),
+            format!("`{open}` itself, or a path apart from it"),
+            format!("`{path}`"),
+            "choose a place such as `/workspace`",
+        ));
+    } else if open.is_none()
+        && let Some(reserved) = RESERVED_PATHS.iter().find(|reserved| overlap(reserved, path))
+    {
         findings.push(Finding::new(
             field.clone(),
             "a path apart from those of the system, the image and Belay",
