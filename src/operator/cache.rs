@@ -12,6 +12,7 @@ use k8s_openapi::api::{
 };
 use kube::{
     Api, Client, Resource, ResourceExt,
+    api::ObjectMeta,
     core::{DeserializeGuard, PartialObjectMeta},
     runtime::{
         WatchStreamExt,
@@ -135,7 +136,7 @@ pub fn watch(
 ) {
     let all = watcher::Config::default;
     let ours = || watcher::Config::default().labels(&format!("{}={}", names::MANAGED_BY, names::MANAGER));
-    let of_pods = memories.clone();
+    let (of_pods, of_policies) = (memories.clone(), memories.clone());
     let (task_store, writer) = reflector::store();
     let tasks = watcher(Api::<GuardedTask>::all(client.clone()), all())
         .default_backoff()
@@ -162,15 +163,23 @@ pub fn watch(
         })
         .reflect(writer)
         .inspect(move |event| {
-            if let Ok(watcher::Event::Apply(pod) | watcher::Event::InitApply(pod) | watcher::Event::Delete(pod)) = event
-                && let Some(task) = pod.labels().get(names::TASK_UID)
-            {
-                of_pods.pod_cached(task, pod.meta().uid.as_deref().unwrap_or_default());
+            if let Some((task, pod)) = touched(event) {
+                of_pods.pod_cached(task, pod.uid.as_deref().unwrap_or_default());
             }
         })
         .touched_objects();
     let (policy_store, writer) = reflector::store();
-    let policies = guarded::<NetworkPolicy>(client, ours(), metrics).modify(strip).reflect(writer).touched_objects();
+    let policies = guarded::<NetworkPolicy>(client, ours(), metrics)
+        .modify(strip)
+        .reflect(writer)
+        .inspect(move |event| {
+            if let Some((task, policy)) = touched(event)
+                && let Some(attempt) = policy.labels.as_ref().and_then(|labels| labels.get(names::ATTEMPT))
+            {
+                of_policies.policy_cached(task, attempt);
+            }
+        })
+        .touched_objects();
     let (namespace_store, writer) = reflector::store();
     let namespaces = watcher(Api::<PartialObjectMeta<Namespace>>::all(client.clone()), all())
         .default_backoff()
@@ -222,6 +231,16 @@ fn report<K: Resource<DynamicType = ()>>(
             );
         }
     }
+}
+
+/// An object of an attempt that is, or was, and its task's UID.
+fn touched<K: Resource>(event: &Events<K>) -> Option<(&str, &ObjectMeta)> {
+    let Ok(watcher::Event::Apply(object) | watcher::Event::InitApply(object) | watcher::Event::Delete(object)) = event
+    else {
+        return None;
+    };
+    let task = object.meta().labels.as_ref()?.get(names::TASK_UID)?;
+    Some((task, object.meta()))
 }
 
 fn seen(memories: &Memories, task: &GuardedTask) {

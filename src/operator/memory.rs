@@ -30,7 +30,7 @@ pub struct Memory {
     pub latest: Option<Arc<AgentTask>>,
     /// The pod that we made and the cache does not show yet.
     pub pod: Option<(PodView, Instant)>,
-    /// The attempt whose NetworkPolicy we made, and when.
+    /// The attempt whose NetworkPolicy we made and the cache does not show yet.
     pub claim: Option<(i64, Instant)>,
     /// The attempt that we began and whose pod was certainly not made.
     pub reusable: Option<i64>,
@@ -67,6 +67,13 @@ impl Memories {
     pub fn pod_cached(&self, task_uid: &str, pod_uid: &str) {
         if let Some(memory) = self.lock().get_mut(task_uid) {
             memory.pod.take_if(|(pod, _)| pod.uid == pod_uid);
+        }
+    }
+
+    /// The cache shows an attempt's NetworkPolicy, or showed it: if it is not there any more, it was deleted.
+    pub fn policy_cached(&self, task_uid: &str, attempt: &str) {
+        if let Some(memory) = self.lock().get_mut(task_uid) {
+            memory.claim.take_if(|(claimed, _)| claimed.to_string() == attempt);
         }
     }
 
