@@ -5,6 +5,7 @@
 #![allow(clippy::print_stderr, reason = "progress of long tests")]
 
 mod bad_input;
+mod disruption;
 mod escape;
 mod lifecycle;
 mod locks;

@@ -2,11 +2,12 @@
 
 use std::{
     collections::BTreeMap,
-    process::{Command, Output},
+    io::Write,
+    process::{Command, Output, Stdio},
     time::{Duration, Instant},
 };
 
-use belay::api::{AgentTask, PolicyPack, ToolContract, agent_task::Phase};
+use belay::api::{AgentTask, PolicyPack, agent_task::Phase};
 use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Pod};
 use kube::{
     Api, Client, ResourceExt,
@@ -51,39 +52,54 @@ pub struct World {
 }
 
 impl World {
+    /// With classes of the test's own.
     pub async fn new(name: &str, classes: Value) -> Self {
-        let client = client().await;
         let namespace = format!("belay-e2e-{name}");
-        let world = Self { client, namespace };
-        world.clean().await;
-        let namespaces: Api<Namespace> = Api::all(world.client.clone());
-        let manifest = json!({
-            "apiVersion": "v1", "kind": "Namespace",
-            "metadata": {"name": world.namespace, "labels": {
-                "belay.dev/environment": world.namespace,
-                "pod-security.kubernetes.io/enforce": "restricted",
-            }},
-        });
-        namespaces
-            .patch(&world.namespace, &PatchParams::apply("e2e"), &Patch::Apply(manifest))
-            .await
-            .expect("cannot make the namespace");
-        let packs: Api<PolicyPack> = Api::all(world.client.clone());
+        let world = Self::governed(name, &namespace).await;
         let pack = json!({
-            "apiVersion": "belay.dev/v1alpha1", "kind": "PolicyPack", "metadata": {"name": world.namespace},
+            "apiVersion": "belay.dev/v1alpha1", "kind": "PolicyPack", "metadata": {"name": namespace},
             "spec": {
                 "environment": "e2e",
-                "namespaceSelector": {"matchLabels": {"belay.dev/environment": world.namespace}},
+                "namespaceSelector": {"matchLabels": {"belay.dev/environment": namespace}},
                 "workflowClasses": classes,
                 "models": {"openai": "https://models.world.test"},
                 "evidence": {"bucket": setting("S3_BUCKET"), "prefix": "e2e", "mode": "Governance", "retentionDays": 1},
             },
         });
-        packs
-            .patch(&world.namespace, &PatchParams::apply("e2e"), &Patch::Apply(pack))
+        Api::<PolicyPack>::all(world.client.clone())
+            .patch(&namespace, &PatchParams::apply("e2e"), &Patch::Apply(pack))
             .await
             .expect("cannot make the pack");
         world
+    }
+
+    /// Under the packs of an environment.
+    pub async fn governed(name: &str, environment: &str) -> Self {
+        let world = Self { client: client().await, namespace: format!("belay-e2e-{name}") };
+        world.clean().await;
+        let manifest = json!({
+            "apiVersion": "v1", "kind": "Namespace",
+            "metadata": {"name": world.namespace, "labels": {
+                "belay.dev/environment": environment,
+                "pod-security.kubernetes.io/enforce": "restricted",
+            }},
+        });
+        Api::<Namespace>::all(world.client.clone())
+            .patch(&world.namespace, &PatchParams::apply("e2e"), &Patch::Apply(manifest))
+            .await
+            .expect("cannot make the namespace");
+        world
+    }
+
+    /// Applies manifests as a person would.
+    pub fn kubectl_apply(&self, manifests: &str) {
+        let mut kubectl = Command::new("kubectl")
+            .args(["apply", "-n", &self.namespace, "-f", "-"])
+            .stdin(Stdio::piped())
+            .spawn()
+            .expect("no kubectl: run these tests with `make test`");
+        kubectl.stdin.take().unwrap().write_all(manifests.as_bytes()).unwrap();
+        assert!(kubectl.wait().unwrap().success(), "kubectl apply refused the manifests");
     }
 
     pub fn api<K>(&self) -> Api<K>
@@ -110,17 +126,6 @@ impl World {
             .patch(name, &PatchParams::apply("e2e"), &Patch::Apply(manifest))
             .await
             .unwrap_or_else(|error| panic!("cannot apply task {name}: {error}"))
-    }
-
-    #[allow(dead_code, reason = "for the tests of contracts that come next")]
-    pub async fn contract(&self, name: &str, spec: Value) {
-        let manifest = json!({
-            "apiVersion": "belay.dev/v1alpha1", "kind": "ToolContract", "metadata": {"name": name}, "spec": spec,
-        });
-        self.api::<ToolContract>()
-            .patch(name, &PatchParams::apply("e2e"), &Patch::Apply(manifest))
-            .await
-            .expect("cannot apply the contract");
     }
 
     pub async fn config_map(&self, name: &str, files: &[(&str, &str)]) {

@@ -9,6 +9,7 @@ use http::{HeaderName, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt, Empty, Full, Limited};
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
+use tokio_util::io::{InspectReader, InspectWriter};
 
 use super::{
     gate::{Call, Gate, Settlement},
@@ -46,15 +47,21 @@ pub async fn connect(gate: Arc<Gate>, request: Request<Incoming>) -> Response<Bo
         }
     };
     tokio::spawn(async move {
-        let copied = match hyper::upgrade::on(request).await {
+        let (mut sent, mut received) = (0_u64, 0_u64);
+        let over = match hyper::upgrade::on(request).await {
             Ok(agent) => {
-                let mut upstream = TokioIo::new(&mut upstream);
-                tokio::io::copy_bidirectional(&mut TokioIo::new(agent), &mut upstream).await
+                let counted = InspectReader::new(TokioIo::new(&mut upstream), |bytes| received += length(bytes));
+                let mut upstream = InspectWriter::new(counted, |bytes| sent += length(bytes));
+                tokio::io::copy_bidirectional(&mut TokioIo::new(agent), &mut upstream).await.map(drop)
             }
             Err(error) => Err(std::io::Error::other(error)),
         };
-        let effect = if copied.is_ok() { Effect::Applied } else { Effect::Unknown };
-        let received = copied.map_or(0, |(_, received)| received);
+        // Agents that reset what they are done with are common. What they sent was answered, or is in doubt.
+        let effect = match (over, sent, received) {
+            (Ok(()), ..) | (Err(_), _, 1..) => Effect::Applied,
+            (Err(_), 0, 0) => Effect::NotApplied,
+            (Err(_), 1.., 0) => Effect::Unknown,
+        };
         permit.settle(Settlement {
             effect,
             rule: None,
@@ -66,6 +73,10 @@ pub async fn connect(gate: Arc<Gate>, request: Request<Incoming>) -> Response<Bo
         });
     });
     Response::new(boxed(Empty::new().map_err(|error: Infallible| match error {})))
+}
+
+fn length(bytes: &[u8]) -> u64 {
+    u64::try_from(bytes.len()).unwrap_or(u64::MAX)
 }
 
 /// Sends one absolute-form request, which is plain HTTP by definition.
