@@ -39,8 +39,8 @@ async fn disturbed(name: &str, victim: Victim) {
     std::fs::write(tickets(), "").expect("the world is not up");
     let ca = std::fs::read_to_string(PathBuf::from(setting("CACHE")).join("world/ca.crt")).unwrap();
     world.config_map("world-ca", &[("ca.crt", &ca)]).await;
-    world.kubectl_apply(&CONTRACTS.replace("belay-demo", &world.namespace));
-    world.kubectl_apply(&TASK.replace("belay-demo", &world.namespace));
+    world.kubectl_apply(&CONTRACTS.replace("namespace: belay-demo", &format!("namespace: {}", world.namespace)));
+    world.kubectl_apply(&TASK.replace("namespace: belay-demo", &format!("namespace: {}", world.namespace)));
 
     first_tool_call(&world).await;
     assert_eq!(std::fs::read_to_string(tickets()).unwrap(), "", "the ticket was open before the disruption: too late");

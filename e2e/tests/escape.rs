@@ -229,6 +229,9 @@ async fn contained(runtime: &'static str) {
     assert_eq!(phase(&task), Some(Phase::Succeeded), "{runtime}: {:?}", task.status);
 
     recorded(&world, runtime, &tries).await;
+    // The stolen token is told beside the log of whom it was stolen from.
+    let (_, report) = world.verify("victim");
+    assert!(report["summary"]["incidents"].as_u64() >= Some(1), "{runtime}: no incident of A45: {report:#}");
     let (code, report) = world.verify("attacker");
     assert_eq!(code, 0, "{runtime}: {report:#}");
     world.clean().await;
