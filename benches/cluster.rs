@@ -29,14 +29,14 @@ impl Cluster {
         let namespace = format!("belay-bench-{name}");
         let namespaces: Api<Namespace> = Api::all(client.clone());
         let manifest = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {
-            "name": namespace, "labels": {"belay-bench": name, "pod-security.kubernetes.io/enforce": "restricted"},
+            "name": namespace, "labels": {"belay.dev/environment": namespace, "pod-security.kubernetes.io/enforce": "restricted"},
         }});
         namespaces.patch(&namespace, &PatchParams::apply("bench"), &Patch::Apply(manifest)).await?;
         let packs: Api<PolicyPack> = Api::all(client.clone());
         let bucket = std::env::var("S3_BUCKET").unwrap_or_else(|_| "belay-evidence".into());
         let pack = json!({"apiVersion": "belay.dev/v1alpha1", "kind": "PolicyPack", "metadata": {"name": namespace}, "spec": {
             "environment": "bench",
-            "namespaceSelector": {"matchLabels": {"belay-bench": name}},
+            "namespaceSelector": {"matchLabels": {"belay.dev/environment": namespace}},
             "workflowClasses": [{
                 "name": "bench", "runtimeClassName": "gvisor", "egress": [], "allowedEffects": ["read"],
                 "limits": {"wallTimeSeconds": 600, "toolCalls": 1, "tokens": 1},
