@@ -82,11 +82,14 @@ async fn main() -> anyhow::Result<()> {
     rustls::crypto::ring::default_provider().install_default().ok().context("a TLS provider is installed already")?;
     let only = std::env::var("ONLY").unwrap_or_default();
     let mut measures = Vec::new();
-    if "start.ready".starts_with(&only) || only.starts_with("start") {
+    let wanted = |group: &str| group.starts_with(&only) || only.starts_with(group);
+    if wanted("start.ready") {
         measures.extend(start::ready().await?);
+    }
+    if wanted("start.burst") {
         measures.extend(burst::burst().await?);
     }
-    anyhow::ensure!(!measures.is_empty(), "no measure begins with {only:?}; there is: start");
+    anyhow::ensure!(!measures.is_empty(), "no measure begins with {only:?}; there are: start.ready, start.burst");
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/target/bench.jsonl");
     std::fs::create_dir_all(concat!(env!("CARGO_MANIFEST_DIR"), "/target"))?;
     let mut file = File::create(path).with_context(|| format!("cannot write {path}"))?;
