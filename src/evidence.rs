@@ -4,8 +4,6 @@
 //! everything before it. Refuses: Kubernetes and, but for `store`'s S3 half, any particular storage.
 #![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing))]
 
-/// RFC 8785 canonical JSON and its SHA-256.
-pub mod canonical;
 /// A whole log, read from a store.
 pub mod log;
 /// RFC 6962 Merkle trees that only grow.

@@ -12,6 +12,8 @@
     deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, clippy::string_slice)
 )]
 
+/// What every reply of ours is made of.
+pub mod body;
 /// The pipeline that every call goes through.
 pub mod gate;
 /// Records, in order, batched into segments and sent to the witness.
@@ -73,7 +75,7 @@ pub enum HarnessError {
     Policy(#[from] crate::policy::decide::CompileError),
     /// The policy has no canonical form.
     #[error(transparent)]
-    Canonical(#[from] crate::evidence::canonical::CanonicalError),
+    Canonical(#[from] crate::canonical::CanonicalError),
     /// The link could not be made.
     #[error(transparent)]
     Link(#[from] link::LinkError),

@@ -11,6 +11,8 @@ pub mod admin;
 /// The custom resources: data and validation rules.
 #[cfg(feature = "kube")]
 pub mod api;
+/// RFC 8785 canonical JSON and its SHA-256.
+pub mod canonical;
 /// The command line: verify and watch.
 #[cfg(feature = "cli")]
 pub mod cli;

@@ -10,11 +10,11 @@
 use serde_json::Value;
 
 use super::{
-    canonical,
     merkle::{self, Tree},
     note::{Checkpoint, Note, NoteError},
     record::Record,
 };
+use crate::canonical;
 
 /// Where a log's segments lie, under the log's prefix.
 pub const FOLDER: &str = "segments/";

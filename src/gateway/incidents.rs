@@ -20,10 +20,7 @@ use super::{
     metrics::Metrics,
     witness::{Place, Witness},
 };
-use crate::{
-    evidence::{canonical, log::INCIDENTS},
-    policy::rule::Rule,
-};
+use crate::{canonical, evidence::log::INCIDENTS, policy::rule::Rule};
 
 /// Incidents that wait to be written. Beyond it they are counted only.
 const QUEUE: usize = 256;

@@ -14,8 +14,8 @@ use super::{
     witness::{Buckets, Place, Witness},
 };
 use crate::{
+    canonical,
     evidence::{
-        canonical,
         merkle::{Tree, leaf_hash},
         note::{self, Checkpoint, Note, Signer, VerifierKey, WITNESS_NAME},
         record::{

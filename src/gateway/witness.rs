@@ -25,8 +25,8 @@ use jiff::Timestamp;
 
 use super::{identity::Principal, metrics::Metrics, refusal::Refused};
 use crate::{
+    canonical,
     evidence::{
-        canonical,
         merkle::leaf_hash,
         note::{self, Checkpoint, Note, Signer, VerifierKey},
         record::{Actor, Event, Record, VERSION},

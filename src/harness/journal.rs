@@ -14,8 +14,8 @@ use tokio::sync::{Notify, watch};
 
 use super::link::{CallError, Link};
 use crate::{
+    canonical,
     evidence::{
-        canonical,
         merkle::{Tree, leaf_hash},
         note::{Checkpoint, Note, Signer},
         record::{Actor, Event, Record, VERSION},

@@ -42,10 +42,8 @@ use super::{
     link::{Link, Undelivered, upstream_of},
 };
 use crate::{
-    evidence::{
-        canonical,
-        record::{Channel, Effect},
-    },
+    canonical,
+    evidence::record::{Channel, Effect},
     policy::{
         config::{SideEffect, Tool},
         decide::{Denial, TOOL_RULES},

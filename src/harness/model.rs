@@ -15,15 +15,13 @@ use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
 use super::{
+    body::{Body, boxed},
     gate::{Call, Gate, Permit, Settlement},
     link::upstream_of,
-    server::{Body, boxed},
 };
 use crate::{
-    evidence::{
-        canonical::sha256,
-        record::{Channel, Effect},
-    },
+    canonical::sha256,
+    evidence::record::{Channel, Effect},
     policy::{
         decide::Denial,
         rule::Rule,

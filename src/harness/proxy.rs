@@ -12,9 +12,9 @@ use hyper_util::rt::TokioIo;
 use tokio_util::io::{InspectReader, InspectWriter};
 
 use super::{
+    body::{Body, boxed},
     gate::{Call, Gate, Settlement},
     link::upstream_of,
-    server::{Body, boxed},
 };
 use crate::{
     evidence::record::{Channel, Effect},
@@ -99,7 +99,7 @@ pub async fn forward(gate: Arc<Gate>, request: Request<Incoming>) -> Response<Bo
             return refuse(&gate, &target, denial).await;
         }
     };
-    let digest = hex::encode(crate::evidence::canonical::sha256(&body));
+    let digest = hex::encode(crate::canonical::sha256(&body));
     let (_, permit) = match permit(&gate, &target, Some(digest), body.len()).await {
         Ok(permit) => permit,
         Err(denial) => return refuse(&gate, &target, denial).await,

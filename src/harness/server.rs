@@ -2,9 +2,8 @@
 
 use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
 
-use bytes::Bytes;
 use http::{Method, Request, Response, StatusCode};
-use http_body_util::{BodyExt, Empty, Full, combinators::UnsyncBoxBody};
+use http_body_util::{BodyExt, Empty, Full};
 use hyper::{body::Incoming, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use rmcp::transport::streamable_http_server::{
@@ -13,12 +12,12 @@ use rmcp::transport::streamable_http_server::{
 use tokio::{net::TcpListener, sync::Semaphore};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use super::{gate::Gate, mcp::Tools, model, proxy};
-
-/// Any error of a body.
-pub type BodyError = Box<dyn std::error::Error + Send + Sync>;
-/// A reply's body.
-pub type Body = UnsyncBoxBody<Bytes, BodyError>;
+use super::{
+    body::{Body, boxed},
+    gate::Gate,
+    mcp::Tools,
+    model, proxy,
+};
 
 /// The agent's listener: the pod's loopback and nothing else.
 pub const AGENT: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 9900);
@@ -32,14 +31,6 @@ const HEAD: Duration = Duration::from_secs(10);
 const LONGEST_HEAD: usize = 64 << 10;
 /// How long calls under way may go on once the agent has ended.
 const DRAIN: Duration = Duration::from_secs(5);
-
-/// Boxes a body.
-pub fn boxed<B>(body: B) -> Body
-where
-    B: hyper::body::Body<Data = Bytes, Error = BodyError> + Send + 'static,
-{
-    body.boxed_unsync()
-}
 
 /// What is being served.
 pub struct Serving {

@@ -10,7 +10,7 @@ use kube::{
     Api, Client, Resource, ResourceExt,
     api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions},
 };
-use serde::{Serialize, de::DeserializeOwned};
+use serde::de::DeserializeOwned;
 use serde_json::json;
 
 use super::metrics::Metrics;
@@ -108,41 +108,30 @@ impl Writer {
         bounded::<K, T>(verb, name, request).await
     }
 
-    /// Server-side applies an object of an attempt.
-    async fn apply<K>(&self, namespace: &str, object: &K) -> Result<K, ApiError>
-    where
-        K: Resource<Scope = k8s_openapi::NamespaceResourceScope, DynamicType = ()>
-            + Serialize
-            + DeserializeOwned
-            + Clone
-            + std::fmt::Debug,
-    {
-        let name = object.name_any();
-        let parameters = PatchParams::apply(FIELD_MANAGER).force();
-        let api = self.api::<K>(namespace);
-        self.write::<K, K>("apply", &name, api.patch(&name, &parameters, &Patch::Apply(object))).await
-    }
-
-    /// Applies a ConfigMap. One of the same name that is immutable and differs is in the way: it is deleted, and the error returned.
+    /// Creates a ConfigMap, which is immutable. One that is there already is kept if it is the same. One of the task's that is not
+    /// the same is deleted, and the error returned, for the next try to find its place free.
     ///
     /// # Errors
-    /// If the API server refuses it or does not answer.
-    pub async fn apply_config_map(&self, namespace: &str, object: &ConfigMap) -> Result<ConfigMap, ApiError> {
-        let applied = self.apply(namespace, object).await;
-        if applied.as_ref().is_err_and(|error| error.code() == Some(422)) {
-            let name = object.name_any();
-            let api = self.api::<ConfigMap>(namespace);
-            let in_the_way = bounded::<ConfigMap, _>("get", &name, api.get_metadata(&name)).await;
-            // Only our own: another task's is let go by the garbage collector, a stranger's is not ours to delete.
-            let ours =
-                |live: &kube::core::PartialObjectMeta<ConfigMap>| live.owner_references() == object.owner_references();
-            if let Ok(live) = in_the_way.as_ref().map(|live| live.clone())
-                && ours(&live)
-            {
-                self.delete::<ConfigMap>(namespace, &name, live.uid()).await?;
-            }
+    /// If it was in the way, or is a stranger's; if the API server refuses it or does not answer.
+    pub async fn create_config_map(&self, namespace: &str, object: &ConfigMap) -> Result<(), ApiError> {
+        let (name, api) = (object.name_any(), self.api::<ConfigMap>(namespace));
+        let error = match self.write::<ConfigMap, _>("create", &name, api.create(&created_by_us(), object)).await {
+            Ok(_) => return Ok(()),
+            Err(error) => error,
+        };
+        if error.code() != Some(409) {
+            return Err(error);
         }
-        applied
+        let live = bounded::<ConfigMap, _>("get", &name, api.get(&name)).await?;
+        // Another task's is let go by the garbage collector, a stranger's is not ours to delete.
+        if live.owner_references() != object.owner_references() {
+            return Err(error);
+        }
+        if live.data == object.data && live.immutable == object.immutable {
+            return Ok(());
+        }
+        self.delete::<ConfigMap>(namespace, &name, live.uid()).await?;
+        Err(error)
     }
 
     /// Applies a NetworkPolicy and reads it back.
@@ -154,9 +143,10 @@ impl Writer {
         namespace: &str,
         object: &NetworkPolicy,
     ) -> Result<NetworkPolicy, ApiError> {
-        self.apply(namespace, object).await?;
-        let name = object.name_any();
-        bounded::<NetworkPolicy, _>("get", &name, self.api::<NetworkPolicy>(namespace).get(&name)).await
+        let (name, api) = (object.name_any(), self.api::<NetworkPolicy>(namespace));
+        let parameters = PatchParams::apply(FIELD_MANAGER).force();
+        self.write::<NetworkPolicy, _>("apply", &name, api.patch(&name, &parameters, &Patch::Apply(object))).await?;
+        bounded::<NetworkPolicy, _>("get", &name, api.get(&name)).await
     }
 
     /// Creates a pod. One that is there already is not touched.
@@ -164,9 +154,8 @@ impl Writer {
     /// # Errors
     /// If the API server refuses it or does not answer.
     pub async fn create_pod(&self, namespace: &str, pod: &Pod) -> Result<Pod, ApiError> {
-        let parameters = PostParams { field_manager: Some(FIELD_MANAGER.to_owned()), ..PostParams::default() };
         let name = pod.name_any();
-        self.write::<Pod, _>("create", &name, self.api::<Pod>(namespace).create(&parameters, pod)).await
+        self.write::<Pod, _>("create", &name, self.api::<Pod>(namespace).create(&created_by_us(), pod)).await
     }
 
     /// The pod as the API server has it.
@@ -247,6 +236,10 @@ impl Writer {
         let api = self.api::<AgentTask>(namespace);
         self.write::<AgentTask, _>("apply-status", name, api.patch_status(name, &parameters, &patch)).await
     }
+}
+
+fn created_by_us() -> PostParams {
+    PostParams { field_manager: Some(FIELD_MANAGER.to_owned()), ..PostParams::default() }
 }
 
 async fn bounded<K: Resource<DynamicType = ()>, T>(

@@ -9,7 +9,7 @@ use kube::ResourceExt;
 use super::api::{ApiError, Writer};
 use crate::{
     api::AgentTask,
-    evidence::canonical::CanonicalError,
+    canonical::CanonicalError,
     plan::{
         config_map, names,
         network_policy::{self, Altered},
@@ -82,7 +82,7 @@ pub async fn start(
     // The three do not depend on each other, and the pod depends on all. Each is seen to its end, whatever becomes of the others.
     let (finalizer, config_map, read_back) = tokio::join!(
         finalizer,
-        writer.apply_config_map(&namespace, &config_map),
+        writer.create_config_map(&namespace, &config_map),
         writer.apply_network_policy(&namespace, &planned),
     );
     let task_now = finalizer.map_err(ApplyError::Before)?;

@@ -132,6 +132,10 @@ impl Scene {
             for pod in self.context.stores.pods.state() {
                 self.context.memories.pod_cached(&uid, kube::Resource::meta(pod.as_ref()).uid.as_deref().unwrap());
             }
+            for policy in self.context.stores.network_policies.state() {
+                let labels = kube::Resource::meta(policy.as_ref()).labels.clone().unwrap();
+                self.context.memories.policy_cached(&uid, &labels[names::ATTEMPT]);
+            }
         }
     }
 
@@ -208,9 +212,12 @@ async fn a_whole_task_costs_six_writes_and_then_none() {
     };
     let pod = position("POST /api/v1/namespaces/team-a/pods");
     let read_back = position(&format!("GET {POLICY}"));
-    for before in
-        [format!("PATCH {TASK}"), format!("PATCH {CONFIG_MAP}"), format!("PATCH {POLICY}"), format!("GET {POLICY}")]
-    {
+    for before in [
+        format!("PATCH {TASK}"),
+        "POST /api/v1/namespaces/team-a/configmaps".to_owned(),
+        format!("PATCH {POLICY}"),
+        format!("GET {POLICY}"),
+    ] {
         assert!(position(&before) < pod, "{requests:?}");
     }
     assert!(position(&format!("PATCH {POLICY}")) < read_back);
@@ -318,6 +325,31 @@ async fn a_namesakes_pod_is_not_touched() {
     let error = scene.step().await.unwrap_err();
     assert!(error.to_string().contains("another owner"), "{error}");
     assert_eq!(scene.cluster.get(POD), before);
+}
+
+#[tokio::test]
+async fn a_configuration_in_the_way_is_kept_if_it_is_the_same_replaced_if_it_is_ours_and_left_if_it_is_not() {
+    let mut scene = Scene::new().await;
+    scene.cluster.fail("POST /api/v1/namespaces/team-a/pods", 403);
+    scene.step().await.unwrap_err();
+    scene.cluster.heal();
+    let same = scene.cluster.get(CONFIG_MAP).unwrap();
+
+    let edit = |scene: &Scene, change: fn(&mut Value)| {
+        scene.cluster.put(CONFIG_MAP, same.clone());
+        scene.cluster.edit(CONFIG_MAP, change);
+    };
+    edit(&scene, |config| config["metadata"]["ownerReferences"] = json!([]));
+    scene.step().await.unwrap_err();
+    assert!(scene.cluster.get(CONFIG_MAP).is_some(), "a stranger's was deleted");
+    assert!(scene.cluster.get(POD).is_none());
+
+    edit(&scene, |config| config["data"] = json!({"config.json": "{}"}));
+    scene.step().await.unwrap_err();
+    assert!(scene.cluster.get(CONFIG_MAP).is_none(), "one of ours that differs stays in the way");
+    scene.step().await.unwrap();
+    assert_eq!(scene.cluster.get(CONFIG_MAP).unwrap()["data"], same["data"]);
+    assert!(scene.cluster.get(POD).is_some());
 }
 
 #[tokio::test]

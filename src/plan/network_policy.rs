@@ -14,7 +14,7 @@ use k8s_openapi::{
 use kube::ResourceExt;
 
 use super::{evidence::Location, names, owner::Owner, validated::Attempt};
-use crate::evidence::canonical;
+use crate::canonical;
 
 /// A NetworkPolicy that was read back and found to be as planned: its name and the digest of its spec.
 #[derive(Clone, Debug, PartialEq, Eq)]

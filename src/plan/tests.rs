@@ -70,7 +70,7 @@ fn objects_are_built() {
     let bytes = config_map.data.unwrap().remove(config_map::KEY).unwrap();
     let config: HarnessConfig = serde_json::from_str(&bytes).unwrap();
     insta::assert_json_snapshot!("wiring", config.wiring);
-    assert_eq!(bytes.as_bytes(), crate::evidence::canonical::to_bytes(&config).unwrap());
+    assert_eq!(bytes.as_bytes(), crate::canonical::to_bytes(&config).unwrap());
     assert_eq!(config.policy.digest().unwrap(), task.policy_digest());
 }
 

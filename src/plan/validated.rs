@@ -10,7 +10,7 @@ use kube::ResourceExt;
 use super::{Finding, config, evidence::Location, names, owner::Owner, quantity::Quantity};
 use crate::{
     api::{AgentTask, PolicyPack, ToolContract, policy_pack::WorkflowClass},
-    evidence::canonical::{self, CanonicalError},
+    canonical::{self, CanonicalError},
     policy::config::{HarnessConfig, PolicyConfig, Probe, Wiring},
 };
 

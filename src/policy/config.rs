@@ -6,7 +6,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::evidence::canonical;
+use crate::canonical;
 
 /// What a tool call may change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use super::report::{Check, Locks, Report};
+use crate::canonical;
 use crate::evidence::{
-    canonical,
     log::{INCIDENTS, Log},
     segment::{self, Segment},
     store::{Mode, StoredObject},

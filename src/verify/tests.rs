@@ -5,8 +5,9 @@ use rstest::rstest;
 use self::script::{Script, UID, attempt_closed, denied, intent, opened, outcome, put, record, task_closed};
 use super::*;
 use crate::{
+    canonical,
     evidence::{
-        canonical, note,
+        note,
         note::{Note, Signer, WITNESS_NAME},
         record::{Actor, Channel, Event, Record},
         segment::Segment,

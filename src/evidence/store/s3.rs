@@ -26,7 +26,7 @@ use futures::{StreamExt, TryStreamExt, future::BoxFuture};
 use jiff::{SignedDuration, Timestamp};
 
 use super::{Mode, PutError, Retention, Store, StoreError, StoredObject};
-use crate::evidence::canonical;
+use crate::canonical;
 
 /// A store that does not accept a connection by then is down.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);

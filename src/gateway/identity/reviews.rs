@@ -18,7 +18,7 @@ use k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewSpec, TokenRe
 use tokio::sync::OnceCell;
 
 use super::{BoundPod, Reviewed};
-use crate::{evidence::canonical::sha256, gateway::refusal::Refused, policy::rule::Rule, wire::AUDIENCE};
+use crate::{canonical::sha256, gateway::refusal::Refused, policy::rule::Rule, wire::AUDIENCE};
 
 /// A good review is believed for so long at most, whatever the token says of itself.
 const GOOD_FOR: Duration = Duration::from_secs(3600);

@@ -174,9 +174,6 @@ impl State {
             Method::PATCH if kind.contains("apply-patch") => {
                 let mut object = body;
                 if let Some(live) = self.objects.get(path) {
-                    if live["immutable"] == json!(true) && live["data"] != object["data"] {
-                        return Err((StatusCode::UNPROCESSABLE_ENTITY, "immutable"));
-                    }
                     object["metadata"]["uid"] = live["metadata"]["uid"].clone();
                 }
                 self.store(path.to_owned(), object)

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 
 use crate::{
+    canonical,
     evidence::{
-        canonical,
         log::Log,
         merkle::{self, Tree},
         note::{self, Checkpoint, Note, Signer, WITNESS_NAME},

@@ -1,0 +1,17 @@
+//! What every reply of ours is made of.
+
+use bytes::Bytes;
+use http_body_util::{BodyExt, combinators::UnsyncBoxBody};
+
+/// Any error of a body.
+pub type BodyError = Box<dyn std::error::Error + Send + Sync>;
+/// A reply's body.
+pub type Body = UnsyncBoxBody<Bytes, BodyError>;
+
+/// Boxes a body.
+pub fn boxed<B>(body: B) -> Body
+where
+    B: hyper::body::Body<Data = Bytes, Error = BodyError> + Send + 'static,
+{
+    body.boxed_unsync()
+}
