@@ -1,7 +1,7 @@
 # The one front door. Everything that a target needs it sets up itself: Debian packages, tools, cluster, image.
 # What it builds and downloads lies in ~/.cache/belay (BELAY_CACHE) and target/.
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint generate image install cluster-up cluster-down clean
+.PHONY: help demo test bench escape lint generate image install cluster-up cluster-down clean
 
 CACHE := $(or $(BELAY_CACHE),$(HOME)/.cache/belay)
 
@@ -17,6 +17,10 @@ test: ## Every test there is; ends with `N passed, N failed` (ONLY="STAGE…" fo
 
 bench: install ## Measures: a table, and target/bench.jsonl (ONLY=prefix for some)
 	@e2e/bench/run $(ONLY)
+
+escape: install ## What an agent tries that wants out, and the control in which it gets out
+	@e2e/cluster/load "$$(e2e/demo/image)" >/dev/null
+	@e2e/test escape
 
 lint: ## The checks that need no cluster
 	@e2e/test lint

@@ -1,6 +1,9 @@
 //! Twenty malformed manifests of each kind: refused by the API server, or turned into a condition that names the field.
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
 
 use belay::api::{AgentTask, PolicyPack, ToolContract};
 use kube::{
@@ -11,7 +14,7 @@ use kube::{
 };
 use serde_json::{Value, json};
 
-use crate::support::{World, agent_image, class, condition, phase};
+use crate::support::{World, agent_image, class, condition, phase, system_logs};
 
 /// One manifest: what is set where, and the word that the answer must have. `null` removes.
 type Case = (&'static str, Value, &'static str);
@@ -206,6 +209,7 @@ where
 
 #[tokio::test]
 async fn malformed_manifests_are_refused_with_the_field_named() {
+    let since = jiff::Timestamp::now();
     let files = json!([{"host": "files.world.test", "uses": ["Tools"]}]);
     let world = World::new("badinput", json!([class("gvisor", "gvisor", files)])).await;
     let mut read = good_contract();
@@ -223,4 +227,16 @@ async fn malformed_manifests_are_refused_with_the_field_named() {
     let task = world.ended("good", 90).await;
     assert_eq!(phase(&task), Some(belay::api::agent_task::Phase::Succeeded), "{:?}", task.status);
     world.clean().await;
+
+    // Whatever it had to say about any of them, it said once.
+    let mut said: BTreeMap<String, usize> = BTreeMap::new();
+    for line in system_logs("belay-operator", since).await {
+        let Ok(mut line) = serde_json::from_str::<Value>(&line) else { continue };
+        if matches!(line["level"].as_str(), Some("WARN" | "ERROR")) && line["namespace"] == world.namespace.as_str() {
+            line["timestamp"] = Value::Null;
+            *said.entry(line.to_string()).or_default() += 1;
+        }
+    }
+    let twice: Vec<_> = said.iter().filter(|(_, times)| **times > 1).collect();
+    assert!(twice.is_empty(), "the operator logged these more than once: {twice:#?}");
 }

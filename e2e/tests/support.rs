@@ -11,7 +11,7 @@ use belay::api::{AgentTask, PolicyPack, agent_task::Phase};
 use k8s_openapi::api::core::v1::{ConfigMap, Namespace, Pod};
 use kube::{
     Api, Client, ResourceExt,
-    api::{DeleteParams, LogParams, Patch, PatchParams},
+    api::{DeleteParams, ListParams, LogParams, Patch, PatchParams},
 };
 use serde_json::{Value, json};
 
@@ -32,6 +32,19 @@ pub async fn as_operator() -> Client {
     config.auth_info.impersonate = Some(format!("system:serviceaccount:{SYSTEM}:belay-operator"));
     config.auth_info.impersonate_groups = Some(vec!["system:masters".into()]);
     Client::try_from(config).expect("the client that just worked")
+}
+
+/// Lines that one of our components has logged since then, all replicas together.
+pub async fn system_logs(component: &str, since: jiff::Timestamp) -> Vec<String> {
+    let pods: Api<Pod> = Api::namespaced(client().await, SYSTEM);
+    let select = ListParams::default().labels(&format!("app.kubernetes.io/name={component}"));
+    let mut lines = Vec::new();
+    for pod in pods.list(&select).await.expect("no pods of ours") {
+        let params = LogParams { since_time: Some(since), ..LogParams::default() };
+        let logs = pods.logs(&pod.name_any(), &params).await.expect("no logs of ours");
+        lines.extend(logs.lines().map(str::to_owned));
+    }
+    lines
 }
 
 /// The image of the demo agent: any Python would do.

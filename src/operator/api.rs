@@ -134,7 +134,8 @@ impl Writer {
         Err(error)
     }
 
-    /// Applies a NetworkPolicy and reads it back.
+    /// Creates a NetworkPolicy, or applies it over what is there, and reads it back. Most often there is none, and then creating asks
+    /// less of the API server.
     ///
     /// # Errors
     /// If the API server refuses it or does not answer.
@@ -144,8 +145,13 @@ impl Writer {
         object: &NetworkPolicy,
     ) -> Result<NetworkPolicy, ApiError> {
         let (name, api) = (object.name_any(), self.api::<NetworkPolicy>(namespace));
-        let parameters = PatchParams::apply(FIELD_MANAGER).force();
-        self.write::<NetworkPolicy, _>("apply", &name, api.patch(&name, &parameters, &Patch::Apply(object))).await?;
+        match self.write::<NetworkPolicy, _>("create", &name, api.create(&created_by_us(), object)).await {
+            Err(error) if error.code() == Some(409) => {
+                let (parameters, patch) = (PatchParams::apply(FIELD_MANAGER).force(), Patch::Apply(object));
+                self.write::<NetworkPolicy, _>("apply", &name, api.patch(&name, &parameters, &patch)).await?;
+            }
+            created => drop(created?),
+        }
         bounded::<NetworkPolicy, _>("get", &name, api.get(&name)).await
     }
 

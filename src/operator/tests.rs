@@ -40,6 +40,7 @@ const POD: &str = "/api/v1/namespaces/team-a/pods/triage-1";
 const POD_2: &str = "/api/v1/namespaces/team-a/pods/triage-2";
 const CONFIG_MAP: &str = "/api/v1/namespaces/team-a/configmaps/triage-1";
 const POLICY: &str = "/apis/networking.k8s.io/v1/namespaces/team-a/networkpolicies/triage-1";
+const POLICIES: &str = "/apis/networking.k8s.io/v1/namespaces/team-a/networkpolicies";
 const PACK: &str = "/apis/belay.dev/v1alpha1/policypacks/dev";
 const CONTRACT: &str = "/apis/belay.dev/v1alpha1/namespaces/team-a/toolcontracts/tickets";
 
@@ -215,12 +216,12 @@ async fn a_whole_task_costs_six_writes_and_then_none() {
     for before in [
         format!("PATCH {TASK}"),
         "POST /api/v1/namespaces/team-a/configmaps".to_owned(),
-        format!("PATCH {POLICY}"),
+        format!("POST {POLICIES}"),
         format!("GET {POLICY}"),
     ] {
         assert!(position(&before) < pod, "{requests:?}");
     }
-    assert!(position(&format!("PATCH {POLICY}")) < read_back);
+    assert!(position(&format!("POST {POLICIES}")) < read_back);
     assert_eq!(requests.len(), 5, "{requests:?}");
 
     // While the pod starts, nothing is written: neither with caches that are behind, nor with caches that are not.
@@ -378,7 +379,7 @@ async fn a_policy_that_is_deleted_or_changed_is_made_again() {
     // The pack is gone as well: what is needed was written down.
     scene.cluster.remove(PACK);
     scene.step().await.unwrap();
-    assert_eq!(scene.cluster.requests(), [format!("PATCH {POLICY}"), format!("GET {POLICY}")]);
+    assert_eq!(scene.cluster.requests(), [format!("POST {POLICIES}"), format!("GET {POLICY}")]);
     assert_eq!(scene.cluster.get(POLICY).unwrap()["spec"], planned);
     scene.cluster.edit(POLICY, |policy| policy["spec"]["policyTypes"] = json!(["Ingress"]));
     scene.step().await.unwrap();
