@@ -8,7 +8,7 @@ use futures::future::try_join_all;
 use k8s_openapi::api::core::v1::Pod;
 use kube::{
     Api, Client,
-    api::{DeleteParams, Patch, PatchParams, PostParams},
+    api::{DeleteParams, PostParams},
 };
 use serde_json::json;
 
@@ -55,8 +55,8 @@ async fn post(cluster: &Arc<Cluster>, kind: &'static str, suffix: &'static str) 
                     pods.create(&PostParams::default(), &pod(&name)?).await?;
                 } else {
                     let tasks: Api<belay::api::AgentTask> = Api::namespaced(api.clone(), &cluster.namespace);
-                    let manifest = cluster.task(&name, "localhost/box:1", CPU);
-                    tasks.patch(&name, &PatchParams::apply("bench"), &Patch::Apply(manifest)).await?;
+                    let task = serde_json::from_value(cluster.task(&name, "localhost/box:1", CPU))?;
+                    tasks.create(&PostParams::default(), &task).await?;
                 }
                 posted.push((format!("{name}{suffix}"), at));
             }
