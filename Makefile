@@ -1,7 +1,7 @@
 # The one front door. Everything that a target needs it sets up itself: Debian packages, tools, cluster, image.
 # What it builds and downloads lies in ~/.cache/belay (BELAY_CACHE) and target/.
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench escape lint generate image install cluster-up cluster-down clean
+.PHONY: help demo demo-image test bench escape lint generate image install cluster-up cluster-down clean
 
 CACHE := $(or $(BELAY_CACHE),$(HOME)/.cache/belay)
 
@@ -28,10 +28,14 @@ lint: ## The checks that need no cluster
 generate: ## CRDs, chart of CRDs and kustomize folders from their sources
 	@e2e/generate
 
+demo-image:
+	@e2e/demo/image >/dev/null
+
 image: ## The container image, from the Dockerfile, without a registry
 	@e2e/image/build
 
-install: cluster-up image ## Charts, Secrets and the dev policy pack onto the test cluster
+install: ## Charts, Secrets and the dev policy pack onto the test cluster
+	@$(MAKE) --no-print-directory -j3 cluster-up image demo-image
 	@e2e/install
 
 cluster-up: ## The test cluster and its pretend internet

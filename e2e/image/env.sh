@@ -28,14 +28,3 @@ logged() {
 
 # vfs and chroot: they need neither overlayfs, nor user namespaces, nor a container runtime.
 buildah() { command buildah --storage-driver vfs --root "$IMAGES/storage" --runroot "$IMAGES/run" "$@"; }
-
-install_packages() {
-  local package missing=()
-  for package in "${DEBIAN_PACKAGES[@]}"; do
-    [ "$(dpkg-query -W -f='${db:Status-Status}' "$package" 2>/dev/null)" = installed ] || missing+=("$package")
-  done
-  [ ${#missing[@]} -gt 0 ] || return 0
-  step "installing Debian packages: ${missing[*]}"
-  logged apt-update apt-get update -q
-  DEBIAN_FRONTEND=noninteractive logged apt-install apt-get install -q -y --no-install-recommends "${missing[@]}"
-}
