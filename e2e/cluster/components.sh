@@ -13,6 +13,7 @@ pid_of() {
 }
 
 alive() { pid_of "$1" >/dev/null; }
+any_alive() { local name; for name in "${COMPONENTS[@]}"; do ! alive "$name" || return 0; done; return 1; }
 
 # start NAME NETNS CMD…: does nothing when NAME lives already.
 start() {

@@ -63,10 +63,16 @@ lock() {
   flock -w 3600 "$fd" || die "another run still holds $1 after an hour; \`fuser $1\` tells which"
 }
 
-# The machine has one cluster: takes its lock, and refuses when it was started from another cache.
+# The machine has one cluster: takes its lock, and refuses when one that was started from another cache is running. Of one that has
+# died, with its session or its machine, the remains are cleared.
 lock_cluster() {
   lock "$OWNER"
   local other; other=$(cat "$OWNER")
-  [ -z "$other" ] || [ "$other" = "$RUN" ] || [ ! -d "$other" ] ||
-    die "a cluster of another cache is running, $other; end it first with BELAY_CACHE=$(dirname "$other") $HERE/down"
+  [ -n "$other" ] && [ "$other" != "$RUN" ] && [ -d "$other" ] || return 0
+  local cache; cache=$(dirname "$other")
+  if (RUN=$other && any_alive); then
+    die "a cluster of another cache is running, $other; end it first with BELAY_CACHE=$cache $HERE/down"
+  fi
+  step "clearing the remains of a cluster of another cache, $other"
+  BELAY_CACHE=$cache BELAY_LOCKED=1 "$HERE/down"
 }

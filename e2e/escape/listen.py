@@ -1,5 +1,5 @@
 """What stands at the addresses that an escaping agent aims at, so that a control run finds somebody: `listen.py udp|tcp
-ADDRESS PORT …`, as many as wanted. TCP accepts and says hello, UDP echoes. Ends with its standard input."""
+ADDRESS PORT …`, as many as wanted. TCP says hello in HTTP, UDP echoes. Ends with its standard input."""
 
 import socket
 import socketserver
@@ -23,7 +23,12 @@ class Tcp6(Tcp):
 
 class Hello(socketserver.BaseRequestHandler):
     def handle(self):
-        self.request.sendall(b"hello\n")
+        self.request.settimeout(0.2)
+        try:
+            self.request.recv(4096)
+        except OSError:
+            pass
+        self.request.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nhello\n")
 
 
 class Echo(socketserver.BaseRequestHandler):

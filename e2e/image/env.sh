@@ -10,6 +10,8 @@ RUST_MOUNT=/usr/local/rust
 DEBIAN_PACKAGES=(buildah mmdebstrap)
 
 mkdir -p "$IMAGES/storage" "$IMAGES/run" "$IMAGES/tmp" "$LOGS"
+# The jobserver of a `make` that calls us is not passed down; cargo would warn that it is not there.
+unset MAKEFLAGS MFLAGS
 # buildah keeps its `--mount=type=cache` folders below TMPDIR; /var/tmp may be emptied, and a cold build takes minutes.
 export TMPDIR=$IMAGES/tmp
 

@@ -90,6 +90,22 @@ pub enum Next {
     Release,
 }
 
+impl Next {
+    /// One word for it, in traces.
+    pub fn as_str(&self) -> &'static str {
+        match self {
+            Self::Nothing => "nothing",
+            Self::Pause(_) => "pause",
+            Self::Start(_) => "start",
+            Self::Run { .. } => "run",
+            Self::EndPods(_) => "end-pods",
+            Self::Confirm { .. } => "confirm",
+            Self::Seal { .. } => "seal",
+            Self::Release => "release",
+        }
+    }
+}
+
 /// The attempts as they are now known, and what to do.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Decision {

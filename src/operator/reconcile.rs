@@ -12,6 +12,7 @@ use jiff::Timestamp;
 use k8s_openapi::api::networking::v1::NetworkPolicy;
 use kube::{ResourceExt, core::error_boundary::InvalidObject, runtime::controller::Action};
 use tokio::sync::watch;
+use tracing::Span;
 
 use super::{
     api::{ApiError, Writer},
@@ -93,6 +94,9 @@ pub enum ReconcileError {
 ///
 /// # Errors
 /// See [`ReconcileError`].
+#[tracing::instrument(name = "reconcile", skip_all, fields(
+    namespace = kube::Resource::meta(&*task).namespace, task = kube::Resource::meta(&*task).name, next, error,
+))]
 pub async fn reconcile(task: Arc<GuardedTask>, context: Arc<Context>) -> Result<Action, ReconcileError> {
     let begun = Instant::now();
     let uid =
@@ -112,6 +116,9 @@ pub async fn reconcile(task: Arc<GuardedTask>, context: Arc<Context>) -> Result<
         }
         Err(invalid) => refuse_unreadable(&context, invalid, &uid).await,
     };
+    if let Err(error) = &result {
+        Span::current().record("error", tracing::field::display(error));
+    }
     let label = if result.is_ok() { "ok" } else { "error" };
     context.metrics.reconciles.with_label_values(&[label]).inc();
     context.metrics.reconcile_seconds.with_label_values(&[label]).observe(begun.elapsed().as_secs_f64());
@@ -186,6 +193,7 @@ impl Pass<'_> {
                 None => confirmed_gone = true,
             }
         };
+        Span::current().record("next", next.as_str());
         self.act(&pods, attempts, next).await
     }
 
