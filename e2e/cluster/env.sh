@@ -70,7 +70,7 @@ lock_cluster() {
   local other; other=$(cat "$OWNER")
   [ -n "$other" ] && [ "$other" != "$RUN" ] && [ -d "$other" ] || return 0
   local cache; cache=$(dirname "$other")
-  if (RUN=$other && any_alive); then
+  if RUN=$other any_alive; then
     die "a cluster of another cache is running, $other; end it first with BELAY_CACHE=$cache $HERE/down"
   fi
   step "clearing the remains of a cluster of another cache, $other"
