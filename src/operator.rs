@@ -94,6 +94,8 @@ pub struct Settings {
     pub harness_memory: String,
     /// Who we are in the Lease.
     pub identity: String,
+    /// Endpoint of the evidence store as the gateway has it; absent for AWS.
+    pub s3_endpoint: Option<String>,
 }
 
 /// Why the operator ended.
@@ -224,6 +226,7 @@ async fn lead(
         surroundings,
         metrics: metrics.clone(),
         system_namespace: settings.system_namespace.clone(),
+        s3_endpoint: settings.s3_endpoint.clone(),
     });
     // The streams fill the stores while they are polled, so that the controller waits inside each look, not before it runs.
     let (filled, is_filled) = watch::channel(false);

@@ -233,7 +233,8 @@ async fn contained(runtime: &'static str) {
         replayed_where_it_belongs(&victim, &environment);
     }
     // The stolen token is told beside the log of whom it was stolen from.
-    let (_, report) = world.verify("victim");
+    let (code, report) = world.verify("victim");
+    assert_eq!((code, report["verdict"].as_str()), (3, Some("INCOMPLETE")), "{runtime}: it still runs: {report:#}");
     assert!(report["summary"]["incidents"].as_u64() >= Some(1), "{runtime}: no incident of A45: {report:#}");
     let (code, report) = world.verify("attacker");
     assert_eq!(code, 0, "{runtime}: {report:#}");

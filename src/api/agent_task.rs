@@ -312,9 +312,9 @@ pub struct EvidenceStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 512))]
     pub endpoint: Option<String>,
-    /// Records in the sealed log.
+    /// Records in the sealed log; 0 until it is sealed.
     pub size: i64,
-    /// Root hash of the sealed log, base64.
+    /// Root hash of the sealed log, base64; empty until it is sealed.
     #[schemars(length(max = 64))]
     pub root: String,
 }

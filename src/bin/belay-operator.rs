@@ -34,6 +34,9 @@ struct Arguments {
     /// Who this replica is in the Lease: its pod's name.
     #[arg(long, env = "POD_NAME")]
     identity: String,
+    /// Endpoint of the evidence store as the gateway has it, for the status of tasks; AWS when absent.
+    #[arg(long, env = "BELAY_S3_ENDPOINT")]
+    s3_endpoint: Option<String>,
 }
 
 #[tokio::main]
@@ -68,6 +71,7 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
         harness_cpu: arguments.harness_cpu,
         harness_memory: arguments.harness_memory,
         identity: arguments.identity,
+        s3_endpoint: arguments.s3_endpoint,
     };
     Ok(operator::run(settings, stop).await?)
 }

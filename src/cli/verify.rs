@@ -51,7 +51,7 @@ const KEY_ENTRY: &str = "vkey";
 #[command(after_long_help = "\
 Examples:
   belay verify tidy -n team-a
-      The sealed log of a task, where its status says it is, against the key that the cluster publishes.
+      The log of a task, where its status says it is, against the key that the cluster publishes.
       S3 credentials come from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or from an AWS profile.
   belay verify tidy -n team-a --save evidence/
       The same, and a copy to keep: its segments and the witness's key.
@@ -208,11 +208,13 @@ async fn task(args: &Args) -> Result<Evidence, CliError> {
     };
     let Some(status) = task.status.and_then(|s| s.evidence) else {
         return Err(CliError::new(format!(
-            "the evidence of AgentTask {namespace}/{name} is not sealed yet (status.evidence is empty): wait for its end, `belay watch {name} -n {namespace}`"
+            "AgentTask {namespace}/{name} has no evidence yet (status.evidence is empty): wait for its first attempt, `belay watch {name} -n {namespace}`"
         )));
     };
     let uid = task.metadata.uid.unwrap_or_default();
-    let expected = Expected::Head(head(&status, &uid)?);
+    // A log that is not sealed yet has no head to compare with, and is incomplete.
+    let expected =
+        if status.root.is_empty() { Expected::Origin(origin(&uid)) } else { Expected::Head(head(&status, &uid)?) };
     let (key, source) = match &args.witness_key {
         Some(given) => (given_key(given)?, KeySource::Given),
         None => (published_key(client).await?, KeySource::Cluster),

@@ -65,6 +65,8 @@ pub struct Context {
     pub metrics: Metrics,
     /// Namespace of operator and gateway.
     pub system_namespace: String,
+    /// Endpoint of the evidence store, for those who verify a log before it is sealed; absent for AWS.
+    pub s3_endpoint: Option<String>,
 }
 
 /// Why a look did not come to its end. All are tried again.
@@ -500,7 +502,7 @@ impl Pass<'_> {
             self.location().map(|location| EvidenceStatus {
                 origin: note::origin(uid),
                 location: location.of_log(namespace, name, uid),
-                endpoint: None,
+                endpoint: self.context.s3_endpoint.clone(),
                 size: 0,
                 root: String::new(),
             })

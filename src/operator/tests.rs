@@ -98,6 +98,7 @@ impl Scene {
             surroundings: watch::channel(Some(fixtures::surroundings())).1,
             metrics,
             system_namespace: "belay-system".into(),
+            s3_endpoint: None,
         };
         let mut scene = Self {
             cluster,
