@@ -43,9 +43,7 @@ use crate::{
         note::{self, Signer},
         record::{AttemptClosed, AttemptOpened, Containment, Event, Pod},
     },
-    policy::{
-        budget::Budget, config::HarnessConfig, decide::Contracts, output::Outputs, quota::Quotas, rule::Rule,
-    },
+    policy::{budget::Budget, config::HarnessConfig, decide::Contracts, output::Outputs, quota::Quotas, rule::Rule},
 };
 
 /// Where the harness finds what it needs.

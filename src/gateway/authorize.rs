@@ -170,7 +170,8 @@ pub fn intended(
                     if Target::parse(&mcp.url).as_ref() != Ok(target) || *method != Method::POST {
                         return elsewhere();
                     }
-                    if intent.definition.is_none() || mcp.digest.as_ref().is_some_and(|pin| intent.definition.as_ref() != Some(pin))
+                    if intent.definition.is_none()
+                        || mcp.digest.as_ref().is_some_and(|pin| intent.definition.as_ref() != Some(pin))
                     {
                         return Err(Refused::denied(
                             Rule::ToolChanged,

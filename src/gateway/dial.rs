@@ -90,11 +90,7 @@ impl Dialer {
     ///
     /// # Errors
     /// [`Rule::UpstreamConnect`] if none of the first few can be connected to.
-    pub async fn connect(
-        &self,
-        host: &Hostname,
-        addresses: &[SocketAddr],
-    ) -> Result<(TcpStream, SocketAddr), Refused> {
+    pub async fn connect(&self, host: &Hostname, addresses: &[SocketAddr]) -> Result<(TcpStream, SocketAddr), Refused> {
         let mut last = String::new();
         for address in addresses.iter().copied().take(TRIED) {
             match tokio::time::timeout(CONNECT, self.connect.connect(address)).await {

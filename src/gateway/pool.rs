@@ -130,13 +130,7 @@ pub struct Returned {
 
 impl Returned {
     /// Takes care of a connection whose reply has begun.
-    pub fn new<B>(
-        pool: Arc<Pool>,
-        connection: Connection,
-        host: &Hostname,
-        secure: bool,
-        reply: &Response<B>,
-    ) -> Self {
+    pub fn new<B>(pool: Arc<Pool>, connection: Connection, host: &Hostname, secure: bool, reply: &Response<B>) -> Self {
         let key = Key { address: connection.address, host: host.clone(), secure };
         let wait = promised(reply.headers()).map_or(WAIT, |promised| promised.saturating_sub(MARGIN).min(WAIT));
         Self { pool, connection, key, wait }

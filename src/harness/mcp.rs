@@ -73,7 +73,8 @@ impl Bounds {
 
     /// A reply that is longer than it may be.
     pub fn too_long(&self, tool: &Tool) -> Denial {
-        let reason = format!("the reply of {} is longer than the {} bytes that are taken; ask for less", tool.name, self.reply);
+        let reason =
+            format!("the reply of {} is longer than the {} bytes that are taken; ask for less", tool.name, self.reply);
         Denial { rule: Rule::ToolResponseBytes, reason }
     }
 }
@@ -130,7 +131,13 @@ impl Tools {
     ///
     /// # Errors
     /// The first rule that does not hold. The refusal is not recorded yet.
-    async fn allow(&self, name: &str, args: &Map<String, Value>, digest: &str, bytes: usize) -> Result<Allowed, Denial> {
+    async fn allow(
+        &self,
+        name: &str,
+        args: &Map<String, Value>,
+        digest: &str,
+        bytes: usize,
+    ) -> Result<Allowed, Denial> {
         self.gate.open()?;
         let tool = self.gate.contracts().decide(name, args, self.gate.journal().usage())?.clone();
         let mut rules = TOOL_RULES.to_vec();
@@ -143,7 +150,8 @@ impl Tools {
         }
         let (route, effect, definition) = match &tool.upstream {
             Upstream::Http(http) => {
-                let malformed = |error: &dyn std::fmt::Display| Denial { rule: Rule::ToolUrl, reason: error.to_string() };
+                let malformed =
+                    |error: &dyn std::fmt::Display| Denial { rule: Rule::ToolUrl, reason: error.to_string() };
                 let request = Request::parse(http).map_err(|error| malformed(&error))?;
                 rules.push(Rule::ToolUrl);
                 (Route::Http(request.render(args)?), tool.side_effect, None)
@@ -240,7 +248,7 @@ impl ServerHandler for Tools {
         &self,
         _: Option<PaginatedRequestParams>,
         _: RequestContext<RoleServer>,
-    ) -> Result<ListToolsResult, ErrorData> {
+    ) -> Result<ListToolsResult, McpError> {
         Ok(ListToolsResult::with_all_items(self.gate.contracts().tools().map(advertise).collect()))
     }
 

@@ -52,7 +52,8 @@ pub async fn call(
     bounds: Bounds,
 ) -> (Result<CallToolResult, Denial>, Settlement) {
     let mut settlement = Settlement { tokens: Some(0), ..Settlement::unknown(None) };
-    let exchanged = tokio::time::timeout(bounds.time, exchange(link, tool, request, intent, bounds, &mut settlement)).await;
+    let exchanged =
+        tokio::time::timeout(bounds.time, exchange(link, tool, request, intent, bounds, &mut settlement)).await;
     let result = match exchanged {
         Ok(Ok(reply)) => result(tool, &reply).inspect_err(|denial| {
             // A body that is not what it says may be of a call that did not end well.
@@ -121,10 +122,9 @@ async fn exchange(
             settlement.effect = by_status;
             Err(bounds.too_long(tool))
         }
-        Err(error) => Err(Denial {
-            rule: Rule::UpstreamReply,
-            reason: format!("the reply of {} broke off: {error}", tool.name),
-        }),
+        Err(error) => {
+            Err(Denial { rule: Rule::UpstreamReply, reason: format!("the reply of {} broke off: {error}", tool.name) })
+        }
     }
 }
 
@@ -208,7 +208,11 @@ mod tests {
             contract: "c".into(),
             name: "t".into(),
             description: "d".into(),
-            upstream: Upstream::Http(HttpUpstream { method: HttpMethod::Get, url: "http://a.test/".into(), query: vec![] }),
+            upstream: Upstream::Http(HttpUpstream {
+                method: HttpMethod::Get,
+                url: "http://a.test/".into(),
+                query: vec![],
+            }),
             input: json!({"type": "object"}),
             output: None,
             limits: ToolLimits::default(),

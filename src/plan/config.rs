@@ -209,7 +209,8 @@ fn tool(
         judged.map_err(|errors| findings.extend(errors.into_iter().map(wrong))).ok()
     };
     let input = judged("input", schema::close(&spec.input));
-    let output = spec.output.as_ref().and_then(|output| judged("output", schema::check(output).map(|()| output.clone())));
+    let output =
+        spec.output.as_ref().and_then(|output| judged("output", schema::check(output).map(|()| output.clone())));
     if let (Some(Upstream::Http(http)), Some(input)) = (&upstream, &input) {
         places(http, input, &at, findings);
     }
@@ -239,11 +240,7 @@ fn tool(
 }
 
 /// The contract's one upstream, well formed.
-fn upstream(
-    spec: &ToolContractSpec,
-    at: &impl Fn(&str) -> String,
-    findings: &mut Vec<Finding>,
-) -> Option<Upstream> {
+fn upstream(spec: &ToolContractSpec, at: &impl Fn(&str) -> String, findings: &mut Vec<Finding>) -> Option<Upstream> {
     match (&spec.upstream.mcp, &spec.upstream.http) {
         (Some(mcp), None) => {
             let hex = |digest: &String| digest.len() == 64 && digest.bytes().all(|b| b"0123456789abcdef".contains(&b));
@@ -287,19 +284,20 @@ fn upstream(
 }
 
 /// Whether every argument that the schema lets pass has its place in the request, and every place its argument.
-fn places(
-    http: &HttpUpstream,
-    input: &serde_json::Value,
-    at: &impl Fn(&str) -> String,
-    findings: &mut Vec<Finding>,
-) {
+fn places(http: &HttpUpstream, input: &serde_json::Value, at: &impl Fn(&str) -> String, findings: &mut Vec<Finding>) {
     let Ok(request) = Request::parse(http) else { return };
     let properties = input.get("properties").and_then(|properties| properties.as_object());
-    let required: Vec<_> =
-        input.get("required").and_then(|names| names.as_array()).into_iter().flatten().filter_map(|n| n.as_str()).collect();
+    let required: Vec<_> = input
+        .get("required")
+        .and_then(|names| names.as_array())
+        .into_iter()
+        .flatten()
+        .filter_map(|n| n.as_str())
+        .collect();
     let in_path: Vec<_> = request.path_arguments().collect();
     for name in in_path.iter().copied().chain(request.query_arguments()) {
-        let kind = properties.and_then(|all| all.get(name)).and_then(|one| one.get("type")).and_then(|kind| kind.as_str());
+        let kind =
+            properties.and_then(|all| all.get(name)).and_then(|one| one.get("type")).and_then(|kind| kind.as_str());
         if !matches!(kind, Some("string" | "integer" | "boolean")) {
             findings.push(Finding::new(
                 at(&format!("input.properties.{name}.type")),
@@ -329,7 +327,9 @@ fn places(
             "list it in upstream.http.query, put it into the path, or drop it",
         ));
     }
-    if input.get("additionalProperties") != Some(&serde_json::Value::Bool(false)) || input.get("patternProperties").is_some() {
+    if input.get("additionalProperties") != Some(&serde_json::Value::Bool(false))
+        || input.get("patternProperties").is_some()
+    {
         findings.push(Finding::new(
             at("input.additionalProperties"),
             format!("false and no patternProperties, because {} has no body for more arguments", http.method.as_str()),

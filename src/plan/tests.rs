@@ -128,7 +128,10 @@ fn an_http_tool_is_rendered() {
     contracts[0].spec.limits.calls = Some(3);
     let policy = config::render_policy(&task(), &contracts, &pack()).unwrap();
     let tool = serde_json::to_value(&policy.tools[1]).unwrap();
-    assert_eq!(tool["upstream"], json!({"http": {"method": "GET", "url": "https://tickets.world.test/tickets/{title}"}}));
+    assert_eq!(
+        tool["upstream"],
+        json!({"http": {"method": "GET", "url": "https://tickets.world.test/tickets/{title}"}})
+    );
     assert_eq!((&tool["output"], &tool["limits"]), (&json!({"type": "object"}), &json!({"calls": 3})));
 }
 
@@ -215,7 +218,9 @@ const BROKEN: &[(&str, &str, Break)] = &[
     ("limit time", "ToolContract/tickets spec.limits.timeoutSeconds", |_, c, _| {
         c[0].spec.limits.timeout_seconds = Some(301);
     }),
-    ("limit request", "ToolContract/tickets spec.limits.requestBytes", |_, c, _| c[0].spec.limits.request_bytes = Some(1)),
+    ("limit request", "ToolContract/tickets spec.limits.requestBytes", |_, c, _| {
+        c[0].spec.limits.request_bytes = Some(1)
+    }),
     ("limit reply", "ToolContract/tickets spec.limits.responseBytes", |_, c, _| {
         c[0].spec.limits.response_bytes = Some(1 << 30);
     }),

@@ -68,7 +68,8 @@ mod tests {
 
     #[test]
     fn the_digest_is_what_the_documentation_says() {
-        let form = r#"{"annotations":{"readOnlyHint":true},"description":"d","inputSchema":{"type":"object"},"name":"t"}"#;
+        let form =
+            r#"{"annotations":{"readOnlyHint":true},"description":"d","inputSchema":{"type":"object"},"name":"t"}"#;
         assert_eq!(Definition::of(&tool()).unwrap().digest, hex::encode(canonical::sha256(form.as_bytes())));
     }
 

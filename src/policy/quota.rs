@@ -137,7 +137,10 @@ mod tests {
         let mut quotas = quotas(None, Some(2), 0);
         assert_eq!([0, 0, 0].map(|now| call(&mut quotas, now)), [None, None, Some(Rule::ToolRate)]);
         assert!(quotas.check("t", 1_000).unwrap_err().reason.ends_with("in 29 s"));
-        assert_eq!([29_999, 30_000, 30_000].map(|now| call(&mut quotas, now)), [Some(Rule::ToolRate), None, Some(Rule::ToolRate)]);
+        assert_eq!(
+            [29_999, 30_000, 30_000].map(|now| call(&mut quotas, now)),
+            [Some(Rule::ToolRate), None, Some(Rule::ToolRate)]
+        );
         // A clock that goes backwards gives nothing, and takes nothing.
         assert_eq!([0, 60_000].map(|now| call(&mut quotas, now)), [Some(Rule::ToolRate), None]);
     }

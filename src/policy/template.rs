@@ -102,10 +102,18 @@ impl Request {
         if let Some(query) = literal_query.as_ref().filter(|q| !q.chars().all(|c| is_literal(c) || "/?".contains(c))) {
             return Err(TemplateError::Query(query.clone()));
         }
-        let request =
-            Self { method: http.method, secure, host: host.to_owned(), authority, segments, literal_query, query: http.query.clone() };
+        let request = Self {
+            method: http.method,
+            secure,
+            host: host.to_owned(),
+            authority,
+            segments,
+            literal_query,
+            query: http.query.clone(),
+        };
         let mut seen = std::collections::BTreeSet::new();
-        if let Some(twice) = request.path_arguments().chain(request.query_arguments()).find(|name| !seen.insert(*name)) {
+        if let Some(twice) = request.path_arguments().chain(request.query_arguments()).find(|name| !seen.insert(*name))
+        {
             return Err(TemplateError::Twice(twice.to_owned()));
         }
         Ok(request)
@@ -365,7 +373,8 @@ mod tests {
     fn is_instance(request: &Request, method: &str, url: &str) -> bool {
         let uri: http::Uri = url.parse().unwrap();
         let secure = uri.scheme_str() == Some("https");
-        let authority = Authority::parse(uri.authority().unwrap().as_str(), Some(if secure { 443 } else { 80 })).unwrap();
+        let authority =
+            Authority::parse(uri.authority().unwrap().as_str(), Some(if secure { 443 } else { 80 })).unwrap();
         request.is_instance(method, secure, &authority, uri.path(), uri.query())
     }
 
@@ -420,7 +429,8 @@ mod tests {
     #[test]
     fn what_is_missing_or_left_over_is_refused() {
         let request = request(HttpMethod::Delete, URL, &["force"]);
-        for args in [json!({"n": 1}), json!({"id": "a", "n": 1, "body": 1}), json!({"id": "a", "n": 1, "force": null})] {
+        for args in [json!({"n": 1}), json!({"id": "a", "n": 1, "body": 1}), json!({"id": "a", "n": 1, "force": null})]
+        {
             assert_eq!(request.render(args.as_object().unwrap()).unwrap_err().rule, Rule::ToolUrl, "{args}");
         }
     }
@@ -437,7 +447,10 @@ mod tests {
     fn queries_and_bodies_take_the_rest() {
         let get = request(HttpMethod::Get, "http://a.test:8080/search?v=2", &["q", "deep"]);
         let url = |args: Value| get.render(args.as_object().unwrap()).unwrap().url;
-        assert_eq!(url(json!({"q": "a&b=c/../d\n", "deep": true})), "http://a.test:8080/search?v=2&q=a%26b%3Dc%2F..%2Fd%0A&deep=true");
+        assert_eq!(
+            url(json!({"q": "a&b=c/../d\n", "deep": true})),
+            "http://a.test:8080/search?v=2&q=a%26b%3Dc%2F..%2Fd%0A&deep=true"
+        );
         assert_eq!(url(json!({})), "http://a.test:8080/search?v=2");
         let post = request(HttpMethod::Post, "https://a.test/{kind}", &["dry"]);
         let args = json!({"kind": "t", "dry": false, "title": "x", "tags": ["a"]});

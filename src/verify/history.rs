@@ -363,8 +363,13 @@ fn misfit(intent: &Intent, policy: &PolicyConfig) -> Option<String> {
             return Some(format!("expected an effect that the class allows, found {}", effect.as_str()));
         }
     }
-    if let Some(most) = tool.limits.request_bytes.and_then(|most| u64::try_from(most).ok()).filter(|n| intent.request_bytes > *n) {
-        return Some(format!("expected at most {most} bytes of arguments of {}, found {}", tool.name, intent.request_bytes));
+    if let Some(most) =
+        tool.limits.request_bytes.and_then(|most| u64::try_from(most).ok()).filter(|n| intent.request_bytes > *n)
+    {
+        return Some(format!(
+            "expected at most {most} bytes of arguments of {}, found {}",
+            tool.name, intent.request_bytes
+        ));
     }
     let found = intent.definition.as_deref();
     let expected = match &tool.upstream {

@@ -292,10 +292,18 @@ fn a_pin_is_asked_for_again() {
 
 #[rstest]
 #[case::call(Channel::Tool, r#"{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"write"}}"#, Ok(()))]
-#[case::other_tool(Channel::Tool, r#"{"id":1,"method":"tools/call","params":{"name":"drop"}}"#, Err(Rule::IntentMissing))]
+#[case::other_tool(
+    Channel::Tool,
+    r#"{"id":1,"method":"tools/call","params":{"name":"drop"}}"#,
+    Err(Rule::IntentMissing)
+)]
 #[case::no_tool(Channel::Tool, r#"{"id":1,"method":"tools/call"}"#, Err(Rule::IntentMissing))]
 #[case::no_call(Channel::Tool, r#"{"id":1,"method":"tools/list"}"#, Err(Rule::IntentMissing))]
-#[case::named_twice(Channel::Tool, r#"{"method":"tools/call","params":{"name":"write","name":"drop"}}"#, Err(Rule::Request))]
+#[case::named_twice(
+    Channel::Tool,
+    r#"{"method":"tools/call","params":{"name":"write","name":"drop"}}"#,
+    Err(Rule::Request)
+)]
 #[case::method_twice(Channel::Listing, r#"{"method":"ping","method":"tools/call"}"#, Err(Rule::Request))]
 #[case::batch(Channel::Tool, r#"[{"method":"tools/call","params":{"name":"write"}}]"#, Err(Rule::Request))]
 #[case::no_json(Channel::Tool, "", Err(Rule::Request))]
@@ -304,7 +312,11 @@ fn a_pin_is_asked_for_again() {
 #[case::discover(Channel::Listing, r#"{"id":1,"method":"server/discover"}"#, Ok(()))]
 #[case::notification(Channel::Listing, r#"{"method":"notifications/cancelled","params":{}}"#, Ok(()))]
 #[case::answer(Channel::Listing, r#"{"id":1,"result":{}}"#, Ok(()))]
-#[case::call_in_a_listing(Channel::Listing, r#"{"id":1,"method":"tools/call","params":{"name":"write"}}"#, Err(Rule::IntentMissing))]
+#[case::call_in_a_listing(
+    Channel::Listing,
+    r#"{"id":1,"method":"tools/call","params":{"name":"write"}}"#,
+    Err(Rule::IntentMissing)
+)]
 #[case::resource_in_a_listing(Channel::Listing, r#"{"id":1,"method":"resources/read"}"#, Err(Rule::IntentMissing))]
 fn messages(#[case] channel: Channel, #[case] body: &str, #[case] expected: Result<(), Rule>) {
     let found = says(&compiled(), channel, &facts(channel, "write", None), body.as_bytes());

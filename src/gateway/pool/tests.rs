@@ -173,7 +173,9 @@ async fn what_is_sent_at_once_goes_over_connections_of_its_own_which_all_wait() 
 
 #[tokio::test]
 async fn after_an_error_a_challenge_or_an_end_another_is_opened() {
-    for (reply, fails) in [(Reply::Leave, false), (Reply::Challenge, false), (Reply::Briefly, false), (Reply::BreakOff, true)] {
+    for (reply, fails) in
+        [(Reply::Leave, false), (Reply::Challenge, false), (Reply::Briefly, false), (Reply::BreakOff, true)]
+    {
         let way = Way::to(&[reply]).await;
         assert_eq!(way.post().await.is_err(), fails);
         assert_eq!(way.post().await.unwrap(), "ok");
@@ -242,7 +244,10 @@ async fn connections_wait_for_seconds() {
     let way = Way::to(&[]).await;
     way.post().await.unwrap();
     assert!(way.pool.take(&[SocketAddr::new(A, 80)], &Hostname::parse("a.test").unwrap(), false).is_some());
-    assert!(way.pool.take(&[SocketAddr::new(A, 80)], &Hostname::parse("a.test").unwrap(), false).is_none(), "given out once");
+    assert!(
+        way.pool.take(&[SocketAddr::new(A, 80)], &Hostname::parse("a.test").unwrap(), false).is_none(),
+        "given out once"
+    );
     way.post().await.unwrap();
     {
         let mut waiting = way.pool.0.lock().unwrap();

@@ -238,7 +238,8 @@ impl Upstreams {
         };
         let listed = tokio::time::timeout(time, listed).await;
         let facts = self.taken(intent);
-        let seen = Settlement { status: facts.status, upstream: facts.upstream, tokens: Some(0), ..Settlement::unknown(None) };
+        let seen =
+            Settlement { status: facts.status, upstream: facts.upstream, tokens: Some(0), ..Settlement::unknown(None) };
         let denial = match listed {
             Ok(Ok((session, tools))) => {
                 permit.settle(Settlement { effect: Effect::Applied, ..seen });
@@ -359,7 +360,10 @@ async fn list_over(session: &Session, intent: u64) -> Result<HashMap<String, Def
             let value = serde_json::to_value(tool).map_err(|error| error.to_string())?;
             let definition = Definition::of(&value).map_err(|error| error.to_string())?;
             if tools.insert(tool.name.to_string(), definition).is_some() {
-                return Err(format!("expected each tool once in the upstream's list, found {:?} twice", shorten(&tool.name)));
+                return Err(format!(
+                    "expected each tool once in the upstream's list, found {:?} twice",
+                    shorten(&tool.name)
+                ));
             }
         }
         cursor = page.next_cursor;

@@ -19,8 +19,8 @@ use crate::{
     },
     policy::{
         config::{
-            Limits, McpUpstream, ModelEndpoints, PackIdentity, PolicyConfig, SideEffect, TaskIdentity, Tool, ToolLimits,
-            Upstream, Usage,
+            Limits, McpUpstream, ModelEndpoints, PackIdentity, PolicyConfig, SideEffect, TaskIdentity, Tool,
+            ToolLimits, Upstream, Usage,
         },
         rule::Rule,
     },
