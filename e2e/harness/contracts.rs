@@ -84,9 +84,8 @@ fn contracts() -> PolicyConfig {
     use HttpMethod::{Delete, Get, Head, Post, Put};
     use SideEffect::{Read, Write};
     let none = ToolLimits::default();
-    let output = || {
-        Some(json!({"type": "object", "properties": {"degrees": {"type": "integer"}}, "required": ["degrees"]}))
-    };
+    let output =
+        || Some(json!({"type": "object", "properties": {"degrees": {"type": "integer"}}, "required": ["degrees"]}));
     let tools = vec![
         tool("mcp.echo", over_mcp("echo"), Write),
         tool("mcp.pinned", pinned("echo", "http://tools.test/mcp", Some(digest_of("echo"))), Write),
@@ -113,9 +112,18 @@ fn contracts() -> PolicyConfig {
         tool("http.liar", over_http(Get, "/liar", &[]), Read),
         tool("http.torn", over_http(Post, "/torn", &[]), Write),
         Tool { output: output(), ..tool("http.weather", over_http(Post, "/weather", &[]), Read) },
-        limited(ToolLimits { timeout_seconds: Some(1), ..none }, tool("http.slow", over_http(Post, "/slow/{ms}", &[]), Write)),
-        limited(ToolLimits { request_bytes: Some(20), ..none }, tool("http.short", over_http(Post, "/items", &[]), Write)),
-        limited(ToolLimits { response_bytes: Some(2_000), ..none }, tool("http.big", over_http(Get, "/big/{n}", &[]), Read)),
+        limited(
+            ToolLimits { timeout_seconds: Some(1), ..none },
+            tool("http.slow", over_http(Post, "/slow/{ms}", &[]), Write),
+        ),
+        limited(
+            ToolLimits { request_bytes: Some(20), ..none },
+            tool("http.short", over_http(Post, "/items", &[]), Write),
+        ),
+        limited(
+            ToolLimits { response_bytes: Some(2_000), ..none },
+            tool("http.big", over_http(Get, "/big/{n}", &[]), Read),
+        ),
     ];
     PolicyConfig { tools, ..policy(MANY) }
 }
@@ -156,12 +164,7 @@ async fn upstreams() {
         ("http.status", json!({"code": 302}), Ok("HTTP 302"), Told::Made(Write, false, Unknown, None, 302)),
         ("http.status", json!({"code": 409}), Ok("HTTP 409"), Told::Made(Write, false, NotApplied, None, 409)),
         ("http.status", json!({"code": 503}), Ok("HTTP 503"), Told::Made(Write, false, Unknown, None, 503)),
-        (
-            "http.zip",
-            json!({}),
-            Err(Rule::ToolOutput),
-            Told::Made(Read, false, Applied, Some(Rule::ToolOutput), 200),
-        ),
+        ("http.zip", json!({}), Err(Rule::ToolOutput), Told::Made(Read, false, Applied, Some(Rule::ToolOutput), 200)),
         (
             "http.liar",
             json!({}),
@@ -232,7 +235,9 @@ async fn sizes_and_times() {
         harness.expect(&name("slow"), json!({"ms": 10}), Ok("slept"), made(Write)).await;
         let late = |status| Told::Made(Write, defined, Unknown, Some(Rule::ToolTimeout), status);
         // An MCP server begins its stream at once; an API's head comes with its body.
-        harness.expect(&name("slow"), json!({"ms": 3_000}), Err(Rule::ToolTimeout), late(if defined { 200 } else { 0 })).await;
+        harness
+            .expect(&name("slow"), json!({"ms": 3_000}), Err(Rule::ToolTimeout), late(if defined { 200 } else { 0 }))
+            .await;
         harness.expect(&name("big"), json!({"n": 1_000}), Ok("xxx"), made(Read)).await;
     }
     let large = |defined, effect| Told::Made(Read, defined, effect, Some(Rule::ToolResponseBytes), 200);
@@ -254,7 +259,9 @@ async fn counts_and_rates() {
     policy.tools = [("mcp", over_mcp("echo")), ("http", get())]
         .into_iter()
         .flat_map(|(name, upstream)| {
-            let one = |what: &str, limits| limited(limits, tool(&format!("{name}.{what}"), upstream.clone(), SideEffect::Read));
+            let one = |what: &str, limits| {
+                limited(limits, tool(&format!("{name}.{what}"), upstream.clone(), SideEffect::Read))
+            };
             [one("calls", calls(2)), one("never", calls(0)), one("rate", rate(2))]
         })
         .collect();
@@ -267,10 +274,11 @@ async fn counts_and_rates() {
         let (calls, rate) = (Rule::ToolLimitCalls, Rule::ToolRate);
         harness.expect(&name("never"), none.clone(), Err(calls), Told::Denied(calls)).await;
         // More at once than the bucket holds: exactly what it holds.
-        let burst = (0..6).map(|_| harness.tool(&name("rate"), json!({})));
+        let rated = name("rate");
+        let burst = (0..6).map(|_| harness.tool(&rated, json!({})));
         let burst = futures::future::join_all(burst).await;
         assert_eq!(burst.iter().filter(|(error, _)| !error).count(), 2, "{burst:?}");
-        harness.expect(&name("rate"), none, Err(rate), Told::Denied(rate)).await;
+        harness.expect(&rated, none, Err(rate), Told::Denied(rate)).await;
     }
     // A second attempt goes on from the log.
     let second = start(harness.gateway.clone(), &policy, 2, harness.mcp.clone(), harness.api.clone()).await;

@@ -239,7 +239,10 @@ async fn forwarded(log: &Log, request: Request<Body>) -> Result<Response, Refuse
     let intent = {
         let history = log.history.lock().unwrap();
         let seq = header(wire::INTENT).parse().unwrap();
-        history.intent(seq).cloned().ok_or_else(|| Refused::denied(Rule::IntentMissing, "a call came before its intent"))?
+        history
+            .intent(seq)
+            .cloned()
+            .ok_or_else(|| Refused::denied(Rule::IntentMissing, "a call came before its intent"))?
     };
     let body = body.collect().await.unwrap().to_bytes();
     {

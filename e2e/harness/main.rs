@@ -87,8 +87,10 @@ fn policy(limits: Limits) -> PolicyConfig {
     let precondition =
         Precondition { name: "polite".into(), cel: "args.text != 'rude'".into(), message: "be polite".into() };
     let pay = Tool { input: text.clone(), ..tool("pay", over_mcp("echo"), SideEffect::External) };
-    let say = Tool { input: text, preconditions: vec![precondition], ..tool("say", over_mcp("echo"), SideEffect::Write) };
-    let host = |host: &str, ports: &[u16], uses| EgressHost { host: host.into(), ports: ports.to_vec(), uses: vec![uses] };
+    let say =
+        Tool { input: text, preconditions: vec![precondition], ..tool("say", over_mcp("echo"), SideEffect::Write) };
+    let host =
+        |host: &str, ports: &[u16], uses| EgressHost { host: host.into(), ports: ports.to_vec(), uses: vec![uses] };
     PolicyConfig {
         task: TaskIdentity {
             namespace: "n".into(),

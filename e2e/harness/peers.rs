@@ -60,7 +60,8 @@ impl Everything {
         let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let mut node = peers().node();
         node.arg(peers().modules.join("@modelcontextprotocol/server-everything/dist/index.js")).arg("streamableHttp");
-        let child = node.env("PORT", address.port().to_string()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let child =
+            node.env("PORT", address.port().to_string()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
         let everything = Self(child, address);
         for _ in 0..300 {
             if tokio::net::TcpStream::connect(address).await.is_ok() {
@@ -130,9 +131,13 @@ async fn official_sdks_call_the_reference_server(#[case] sdk: &str) {
     };
     let seen = client(command, &format!("http://{}/mcp", harness.address), &calls).await;
     assert_eq!(seen["protocol"], "2025-11-25", "the newest that these SDKs speak");
-    let tools: Vec<_> = seen["tools"].as_array().unwrap().iter().map(|tool| (&tool["name"], !tool["outputSchema"].is_null())).collect();
+    let tools: Vec<_> =
+        seen["tools"].as_array().unwrap().iter().map(|tool| (&tool["name"], !tool["outputSchema"].is_null())).collect();
     let expected = [("item", true), ("once", false), ("strict", true), ("sum", false), ("weather", true)];
-    assert!(tools.iter().zip(expected).all(|((name, output), expected)| (name.as_str().unwrap(), *output) == expected), "{tools:?}");
+    assert!(
+        tools.iter().zip(expected).all(|((name, output), expected)| (name.as_str().unwrap(), *output) == expected),
+        "{tools:?}"
+    );
     let expected = [
         (false, "5"),
         (true, "tool.schema"),
@@ -144,7 +149,9 @@ async fn official_sdks_call_the_reference_server(#[case] sdk: &str) {
         (true, "tool.url"),
         (true, "tool.unknown"),
     ];
-    for ((call, result), (error, part)) in calls.as_array().unwrap().iter().zip(seen["results"].as_array().unwrap()).zip(expected) {
+    for ((call, result), (error, part)) in
+        calls.as_array().unwrap().iter().zip(seen["results"].as_array().unwrap()).zip(expected)
+    {
         assert!(result["isError"] == error && result["text"].as_str().unwrap().contains(part), "{call}: {result}");
     }
     assert!(seen["results"][2]["structured"]["temperature"].is_number(), "{seen}");
@@ -175,8 +182,16 @@ const SCENARIOS: [&str; 10] = [
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_conformance_suite_passes_as_far_as_it_is_about_tools() {
-    let names = ["simple_text", "image_content", "audio_content", "embedded_resource", "multiple_content_types", "error_handling"];
-    let tools = names.map(|name| tool(&format!("test_{name}"), over_mcp(&format!("test_{name}")), SideEffect::Read)).to_vec();
+    let names = [
+        "simple_text",
+        "image_content",
+        "audio_content",
+        "embedded_resource",
+        "multiple_content_types",
+        "error_handling",
+    ];
+    let tools =
+        names.map(|name| tool(&format!("test_{name}"), over_mcp(&format!("test_{name}")), SideEffect::Read)).to_vec();
     let limits = Limits { wall_time_seconds: 120, tool_calls: 100, tokens: 0 };
     let harness = harness_of(PolicyConfig { tools, ..policy(limits) }, vec![]).await;
     let url = format!("http://localhost:{}/mcp", harness.address.port());

@@ -54,8 +54,15 @@ pub fn listed() -> Vec<Tool> {
     let mut all = vec![destroy, harmless];
     all.extend(["echo", "weather", "slow", "big"].map(tool));
     all.extend(
-        ["simple_text", "image_content", "audio_content", "embedded_resource", "multiple_content_types", "error_handling"]
-            .map(|name| tool(Box::leak(format!("test_{name}").into_boxed_str()))),
+        [
+            "simple_text",
+            "image_content",
+            "audio_content",
+            "embedded_resource",
+            "multiple_content_types",
+            "error_handling",
+        ]
+        .map(|name| tool(Box::leak(format!("test_{name}").into_boxed_str()))),
     );
     all
 }
@@ -91,7 +98,8 @@ impl ServerHandler for Tools {
         self.calls.fetch_add(1, Ordering::SeqCst);
         let args = Value::from(request.arguments.unwrap_or_default());
         let text = |text: &str| CallToolResult::success(vec![ContentBlock::text(text)]);
-        const PIXEL: &str = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==";
+        const PIXEL: &str =
+            "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==";
         let picture = || ContentBlock::image(PIXEL, "image/png");
         let resource = || {
             ContentBlock::resource(ResourceContents::TextResourceContents {
@@ -189,8 +197,16 @@ pub async fn api() -> (SocketAddr, Asked) {
         .route(
             "/torn",
             any(|| async {
-                let pieces = [Ok(Bytes::from_static(b"{\"half\":")), Err(std::io::Error::other("torn"))];
-                ([(header::CONTENT_TYPE, "application/json")], Body::from_stream(futures::stream::iter(pieces)))
+                let pieces = futures::stream::unfold(0, |piece| async move {
+                    match piece {
+                        0 => Some((Ok(Bytes::from_static(b"{\"half\":")), 1)),
+                        _ => {
+                            tokio::time::sleep(Duration::from_millis(50)).await;
+                            Some((Err(std::io::Error::other("torn")), 2))
+                        }
+                    }
+                });
+                ([(header::CONTENT_TYPE, "application/json")], Body::from_stream(pieces))
             }),
         )
         .with_state(asked.clone());

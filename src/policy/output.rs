@@ -75,7 +75,7 @@ mod tests {
             preconditions: vec![],
             side_effect: SideEffect::Read,
         };
-        let outputs = Outputs::compile(&[tool.clone()]).unwrap();
+        let outputs = Outputs::compile(std::slice::from_ref(&tool)).unwrap();
         assert_eq!(outputs.check("t", &json!({"n": 1, "more": true})), Ok(()));
         let error = outputs.check("t", &json!({"n": "secret"})).unwrap_err();
         assert_eq!(error, "it does not fit /properties/n/type of the contract's output schema");
