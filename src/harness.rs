@@ -172,6 +172,7 @@ pub async fn serve(options: Options) -> Result<(), HarnessError> {
     let tools = mcp::Tools::new(
         Arc::new(gate::Gate::new(contracts, outputs, quotas, journal.clone(), link, wall_time)),
         &opened.tools,
+        mcp::LISTING_AGE,
     );
     let gate = tools.gate().clone();
     let watch = probe::Targets::new(&config.wiring.probe, options.kubelet);

@@ -182,8 +182,34 @@ async fn upstreams() {
     }
     let asked = harness.api.lock().unwrap().clone();
     assert!(asked.iter().all(|(_, at, _)| at.starts_with("/items")), "{asked:?}");
-    let listings = |record: &&Record| matches!(&record.event, Event::Intent(Intent { channel: Channel::Listing, .. }));
-    assert_eq!(harness.gateway.records().iter().filter(listings).count(), 1, "listed once, and fresh since");
+}
+
+fn listings(records: &[Record]) -> usize {
+    let is_listing =
+        |record: &&Record| matches!(&record.event, Event::Intent(Intent { channel: Channel::Listing, .. }));
+    records.iter().filter(is_listing).count()
+}
+
+#[tokio::test]
+async fn what_was_listed_is_gone_by_for_a_while_and_then_listed_again() {
+    let harness = harness_of(contracts(), vec![]).await;
+    let made = || Told::Made(SideEffect::Write, true, Effect::Applied, None, 200);
+    let changed = || Told::Denied(Rule::ToolChanged);
+    for _ in 0..3 {
+        harness.expect("mcp.echo", json!({}), Ok("echo"), made()).await;
+    }
+    assert_eq!(listings(&harness.gateway.records()), 1);
+    harness.mcp.listed.lock().unwrap().retain(|tool| tool.name != "echo");
+    tokio::time::sleep(LISTING_AGE).await;
+    harness.expect("mcp.echo", json!({}), Err(Rule::ToolChanged), changed()).await;
+    harness.expect("mcp.harmless", json!({}), Ok("echo"), made()).await;
+    assert_eq!(listings(&harness.gateway.records()), 2);
+    *harness.mcp.listed.lock().unwrap() = upstreams::listed();
+    harness.expect("mcp.echo", json!({}), Err(Rule::ToolChanged), changed()).await;
+    tokio::time::sleep(LISTING_AGE).await;
+    harness.expect("mcp.echo", json!({}), Ok("echo"), made()).await;
+    let initialised = harness.gateway.saw().iter().filter(|seen| seen.contains(r#""method":"initialize""#)).count();
+    assert!(initialised <= 1, "one session all the while");
 }
 
 #[tokio::test]

@@ -55,6 +55,8 @@ struct Harness {
     _folder: tempfile::TempDir,
 }
 
+/// How long what an upstream listed is gone by, in these tests.
+const LISTING_AGE: Duration = Duration::from_secs(2);
 const LIMITS: Limits = Limits { wall_time_seconds: 60, tool_calls: 3, tokens: 5_000 };
 
 fn tool(name: &str, upstream: Upstream, side_effect: SideEffect) -> Tool {
@@ -189,7 +191,7 @@ async fn start(
     let gate = Arc::new(Gate::new(contracts, outputs, quotas, journal, link, wall_time));
     let free = || std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let address = free();
-    server::listen(Tools::new(gate.clone(), &used), address, free()).await.unwrap();
+    server::listen(Tools::new(gate.clone(), &used, LISTING_AGE), address, free()).await.unwrap();
     Harness { address, gateway, gate, mcp, api, _folder: folder }
 }
 

@@ -90,8 +90,7 @@ pub struct McpUpstream {
 
 /// One HTTP request, made of the call's arguments. A JSON reply becomes the result's structured content and its text, other text
 /// its text, pictures and sounds MCP content; other replies are refused. A status of 400 and more is an error result.
-#[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[x_kube(validation = Rule::new("self.url.startsWith('https://') || self.url.startsWith('http://')").message("url must begin with https:// or http://"))]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct HttpUpstream {
     /// The method. With GET, HEAD and DELETE every argument must have its place in the URL; with the others the arguments
@@ -116,12 +115,13 @@ pub struct ToolLimits {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0, max = 1_000_000))]
     pub calls: Option<i64>,
-    /// Calls a minute (rule `tool.rate`): a bucket that holds so many, begins full with each attempt and fills evenly.
+    /// Calls a minute (rule `tool.rate`): a bucket that holds so many and fills evenly. It begins full when the harness of an
+    /// attempt starts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 60_000))]
     pub per_minute: Option<i64>,
-    /// Seconds from the call to the end of its result (rule `tool.timeout`); 120 without. Whether a call took effect that did not
-    /// answer in time is unknown.
+    /// Seconds that the upstream may take, to list its tools where that is due and for the call itself (rule `tool.timeout`); 120
+    /// without. Whether a call took effect that was not answered in time is unknown.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 300))]
     pub timeout_seconds: Option<i64>,

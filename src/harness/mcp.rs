@@ -42,6 +42,8 @@ use upstream::{Ready, Upstreams};
 
 /// How long a tool may take whose contract does not say.
 const TOOL_REPLY: Duration = Duration::from_secs(120);
+/// How long what an upstream listed is gone by.
+pub const LISTING_AGE: Duration = Duration::from_secs(60);
 /// Longest reply that is read.
 pub const LONGEST_REPLY: usize = 16 << 20;
 
@@ -94,8 +96,9 @@ struct Allowed {
 
 impl Tools {
     /// A server for the gate's contracts. `used` is what the log says of the attempt so far.
-    pub fn new(gate: Arc<Gate>, used: &BTreeMap<String, ToolUsage>) -> Self {
-        let upstreams = Arc::new(Upstreams::new(gate.clone(), used));
+    /// What an upstream listed is good for `fresh`.
+    pub fn new(gate: Arc<Gate>, used: &BTreeMap<String, ToolUsage>, fresh: Duration) -> Self {
+        let upstreams = Arc::new(Upstreams::new(gate.clone(), used, fresh));
         Self { gate, upstreams }
     }
 

@@ -342,7 +342,7 @@ fn places(http: &HttpUpstream, input: &serde_json::Value, at: &impl Fn(&str) -> 
 fn tool_limits(spec: &ToolContractSpec, at: &impl Fn(&str) -> String, findings: &mut Vec<Finding>) -> ToolLimits {
     let asked = &spec.limits;
     let bounds = [
-        ("calls", asked.calls, 0, i64::MAX),
+        ("calls", asked.calls, 0, 1_000_000),
         ("perMinute", asked.per_minute, 1, 60_000),
         ("timeoutSeconds", asked.timeout_seconds, 1, 300),
         ("requestBytes", asked.request_bytes, 2, 4 << 20),

@@ -53,8 +53,6 @@ use crate::{
 
 /// Under which key of `_meta` a message's intent travels from the pipeline to the transport. Removed before it leaves.
 const INTENT_META: &str = "belay.dev/intent";
-/// How long what an upstream listed is gone by.
-const LISTING_AGE: Duration = Duration::from_secs(60);
 /// Pages of a list that are read.
 const PAGES: usize = 64;
 
@@ -63,6 +61,8 @@ type Session = RunningService<RoleClient, ()>;
 /// MCP servers, by endpoint.
 pub struct Upstreams {
     gate: Arc<Gate>,
+    /// How long what a server listed is gone by.
+    fresh: Duration,
     servers: Mutex<HashMap<String, Arc<Server>>>,
     /// The first definition that this attempt saw of each tool.
     first: Mutex<BTreeMap<String, String>>,
@@ -99,10 +99,10 @@ impl Server {
     }
 
     /// The session and what it lists of a tool, if that is fresh.
-    fn fresh(&self, tool: &str) -> Option<(Arc<Session>, Option<Definition>)> {
+    fn fresh(&self, tool: &str, age: Duration) -> Option<(Arc<Session>, Option<Definition>)> {
         let session = self.session()?;
         let state = self.state();
-        let listing = state.listing.as_ref().filter(|listing| listing.at.elapsed() < LISTING_AGE)?;
+        let listing = state.listing.as_ref().filter(|listing| listing.at.elapsed() < age)?;
         Some((session, listing.tools.get(tool).cloned()))
     }
 
@@ -143,9 +143,9 @@ impl Facts {
 
 impl Upstreams {
     /// Upstreams behind this gate. `used` is what the log says of the attempt so far.
-    pub fn new(gate: Arc<Gate>, used: &BTreeMap<String, ToolUsage>) -> Self {
+    pub fn new(gate: Arc<Gate>, used: &BTreeMap<String, ToolUsage>, fresh: Duration) -> Self {
         let first = used.iter().filter_map(|(tool, used)| Some((tool.clone(), used.definition.clone()?))).collect();
-        Self { gate, servers: Mutex::default(), first: Mutex::new(first), facts: Arc::default() }
+        Self { gate, fresh, servers: Mutex::default(), first: Mutex::new(first), facts: Arc::default() }
     }
 
     /// Makes a call ready: a session, and a definition of the tool that is fresh and the one that was approved.
@@ -157,12 +157,12 @@ impl Upstreams {
             let mut servers = self.servers.lock().unwrap_or_else(PoisonError::into_inner);
             servers.entry(mcp.url.clone()).or_default().clone()
         };
-        let found = match server.fresh(&mcp.tool) {
+        let found = match server.fresh(&mcp.tool, self.fresh) {
             Some(found) => found,
             None => {
                 let late = |_| late(tool, time, false);
                 let _opening = tokio::time::timeout(time, server.opening.lock()).await.map_err(late)?;
-                match server.fresh(&mcp.tool) {
+                match server.fresh(&mcp.tool, self.fresh) {
                     Some(found) => found,
                     None => self.list(&server, tool, mcp, time).await?,
                 }
