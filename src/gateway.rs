@@ -33,6 +33,8 @@ pub mod listen;
 pub mod metrics;
 /// What the gateway is told when it starts.
 pub mod options;
+/// Connections to upstreams that wait to be used again.
+pub mod pool;
 /// Why a request was not served.
 pub mod refusal;
 /// Names to addresses.

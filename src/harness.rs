@@ -2,7 +2,7 @@
 //!
 //! One pipeline for every call: *decide* ([`policy`](crate::policy)) → *reserve* and *record the intent*
 //! ([`journal`]) → *wait until it is stored* → *send* ([`link`]) → *record the outcome*. Wire protocols are at the edge:
-//! [`mcp`], [`model`], [`proxy`].
+//! [`mcp`], [`rest`], [`model`], [`proxy`].
 //!
 //! Promises: the agent can reach it on the pod's loopback only; nothing leaves before its intent lies in the evidence
 //! store; whatever cannot be decided, recorded or sent is denied. Refuses: a Kubernetes client, credentials of upstreams,
@@ -28,6 +28,8 @@ pub mod model;
 pub mod probe;
 /// The agent's own traffic, as an HTTP proxy.
 pub mod proxy;
+/// HTTP tools, as requests of a template.
+pub mod rest;
 /// The two listeners.
 pub mod server;
 
@@ -41,7 +43,7 @@ use crate::{
         note::{self, Signer},
         record::{AttemptClosed, AttemptOpened, Containment, Event, Pod},
     },
-    policy::{budget::Budget, config::HarnessConfig, decide::Contracts, rule::Rule},
+    policy::{budget::Budget, config::HarnessConfig, decide::Contracts, output::Outputs, quota::Quotas, rule::Rule},
 };
 
 /// Where the harness finds what it needs.
@@ -73,6 +75,9 @@ pub enum HarnessError {
     /// The policy cannot be enforced.
     #[error(transparent)]
     Policy(#[from] crate::policy::decide::CompileError),
+    /// An output schema cannot be enforced.
+    #[error(transparent)]
+    Output(#[from] crate::policy::output::OutputError),
     /// The policy has no canonical form.
     #[error(transparent)]
     Canonical(#[from] crate::canonical::CanonicalError),
@@ -129,6 +134,7 @@ pub async fn serve(options: Options) -> Result<(), HarnessError> {
         return Err(HarnessError::Uncontained(containment.breaches));
     }
     let contracts = Contracts::compile(&config.policy)?;
+    let outputs = Outputs::compile(&config.policy.tools)?;
     let policy_digest = config.policy.digest()?;
     let attempt = config.wiring.attempt;
     let uid = config.policy.task.uid.clone();
@@ -162,10 +168,16 @@ pub async fn serve(options: Options) -> Result<(), HarnessError> {
     journal.stored(first).await.map_err(|denial| HarnessError::Evidence(denial.reason))?;
 
     let wall_time = Duration::from_secs(u64::try_from(config.policy.limits.wall_time_seconds).unwrap_or(0));
-    let gate = Arc::new(gate::Gate::new(contracts, journal.clone(), link, wall_time));
+    let quotas = Quotas::resume(&config.policy.tools, &opened.tools);
+    let tools = mcp::Tools::new(
+        Arc::new(gate::Gate::new(contracts, outputs, quotas, journal.clone(), link, wall_time)),
+        &opened.tools,
+        mcp::LISTING_AGE,
+    );
+    let gate = tools.gate().clone();
     let watch = probe::Targets::new(&config.wiring.probe, options.kubelet);
     let reprobing = tokio::spawn(probe::repeat(gate.clone(), watch));
-    let serving = server::listen(gate.clone(), server::AGENT, server::HEALTH).await?;
+    let serving = server::listen(tools, server::AGENT, server::HEALTH).await?;
     tracing::info!(attempt, "serving");
 
     terminate.recv().await;

@@ -9,11 +9,19 @@ pub mod budget;
 pub mod config;
 /// One tool call: allow or deny, and by which rule.
 pub mod decide;
+/// What an upstream says of its own tool: its digest, and how it tightens a contract.
+pub mod definition;
 /// Hosts that may be reached, and addresses that may never be.
 pub mod egress;
 /// Host names, parsed once.
 pub mod hostname;
+/// Results of tools, against their contracts' output schemas.
+pub mod output;
+/// Calls of each tool: how many, and how often.
+pub mod quota;
 /// Rule identifiers: the vocabulary of denials, evidence and metrics.
 pub mod rule;
+/// HTTP requests that are made of a tool call's arguments.
+pub mod template;
 /// Prompt estimates and output limits of model requests.
 pub mod tokens;

@@ -3,11 +3,16 @@
 //! Every request carries `authorization: Bearer <token>`: a projected, pod-bound ServiceAccount token of audience
 //! [`AUDIENCE`]. A tunnel carries it as `proxy-authorization`.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use crate::{
     evidence::record::TaskClosed,
-    policy::{config::Usage, rule::Rule},
+    policy::{
+        config::{ToolUsage, Usage},
+        rule::Rule,
+    },
 };
 
 /// The audience that tokens must be issued for.
@@ -55,6 +60,9 @@ pub struct OpenReply {
     pub frontier: Vec<String>,
     /// The counters of the last record: what earlier attempts used.
     pub usage: Usage,
+    /// What the log says of each tool, by its name.
+    #[serde(default)]
+    pub tools: BTreeMap<String, ToolUsage>,
     /// Tokens and tool calls of intents that never got an outcome stay spent; this is their number, for the record.
     pub open_calls: u64,
 }

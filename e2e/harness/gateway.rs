@@ -1,12 +1,13 @@
-//! A gateway that witnesses and forwards, and asks nobody who is calling.
+//! The gateway's own log, authorisation, dialling and forwarding, over TLS, and nobody asked who is calling. Names are fixed, and
+//! lead to servers on loopback.
 
 use std::{
     collections::HashMap,
     convert::Infallible,
-    net::SocketAddr,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     sync::{
         Arc, Mutex,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        atomic::{AtomicBool, Ordering},
     },
 };
 
@@ -18,38 +19,42 @@ use axum::{
     response::{IntoResponse, Response},
     routing::{any, post},
 };
+use base64::{Engine, prelude::BASE64_STANDARD};
 use belay::{
+    api::policy_pack::{EvidencePolicy, RetentionMode},
     evidence::{
-        merkle::Tree,
-        note::{self, VerifierKey},
-        record::{Event, Record},
+        note,
+        record::{Channel, Record},
         segment::Segment,
     },
-    policy::{config::Usage, rule::Rule},
-    wire::{self, AppendReply, AppendRequest, OpenReply, Refusal},
+    gateway::{
+        authorize::{self, Destination, Target},
+        body::full,
+        cluster::Compiled,
+        dial::{Connect, Dialer, roots},
+        forward,
+        pool::Pool,
+        refusal::Refused,
+        resolve::Resolve,
+        witness::History,
+    },
+    policy::{config::PolicyConfig, egress::Blocked, hostname::Hostname, rule::Rule},
+    wire::{self, AppendReply, AppendRequest, OpenReply, OpenRequest, Refusal},
 };
-use futures::stream::BoxStream;
+use futures::{future::BoxFuture, stream::BoxStream};
 use http_body_util::{BodyExt, Full};
 use hyper_util::{
     client::legacy::{Client, connect::HttpConnector},
     rt::{TokioExecutor, TokioIo},
 };
 use rmcp::{
-    ErrorData, RoleServer, ServerHandler,
-    model::{
-        CallToolRequestParams, CallToolResponse, CallToolResult, ClientJsonRpcMessage, ContentBlock,
-        ServerCapabilities, ServerConfig,
-    },
-    service::RequestContext,
-    transport::{
-        streamable_http_client::{SseError, StreamableHttpClient, StreamableHttpError, StreamableHttpPostResponse},
-        streamable_http_server::{
-            StreamableHttpServerConfig, StreamableHttpService, session::local::LocalSessionManager,
-        },
+    model::ClientJsonRpcMessage,
+    transport::streamable_http_client::{
+        SseError, StreamableHttpClient, StreamableHttpError, StreamableHttpPostResponse,
     },
 };
-use serde_json::json;
 use sse_stream::Sse;
+use tokio::net::TcpStream;
 use tower::Service;
 
 /// The stand-in.
@@ -61,16 +66,40 @@ pub struct Gateway {
 
 struct Log {
     records: Mutex<Vec<Vec<u8>>>,
-    tree: Mutex<Tree>,
-    key: Mutex<Option<VerifierKey>>,
+    history: Mutex<History>,
     fails: AtomicBool,
     saw: Mutex<Vec<String>>,
-    calls: Arc<AtomicUsize>,
-    mcp: StreamableHttpService<Echo, LocalSessionManager>,
+    compiled: Mutex<Compiled>,
+    dialer: Dialer,
+    pool: Arc<Pool>,
+}
+
+/// Names, their pretended public addresses, and the loopback servers behind those.
+struct Names(Vec<(String, SocketAddr)>);
+
+impl Names {
+    fn public(index: usize) -> IpAddr {
+        IpAddr::V4(Ipv4Addr::new(198, 51, 100, u8::try_from(index + 1).unwrap()))
+    }
+}
+
+impl Resolve for Names {
+    fn addresses<'a>(&'a self, host: &'a Hostname) -> BoxFuture<'a, Result<Vec<IpAddr>, String>> {
+        let index = self.0.iter().position(|(name, _)| name == host.as_str());
+        Box::pin(async move { index.map(|index| vec![Self::public(index)]).ok_or_else(|| "NXDOMAIN".to_owned()) })
+    }
+}
+
+impl Connect for Names {
+    fn connect(&self, address: SocketAddr) -> BoxFuture<'_, std::io::Result<TcpStream>> {
+        let index = (0..self.0.len()).find(|index| Self::public(*index) == address.ip()).unwrap();
+        Box::pin(TcpStream::connect(self.0[index].1))
+    }
 }
 
 impl Gateway {
-    pub async fn start() -> Self {
+    /// One for a task with this policy, whose upstreams have these names.
+    pub async fn start(policy: &PolicyConfig, names: Vec<(String, SocketAddr)>) -> Self {
         let certified = rcgen::generate_simple_self_signed([wire::SERVER_NAME.to_owned()]).unwrap();
         let key = rustls_pki_types::PrivateKeyDer::try_from(certified.signing_key.serialize_der()).unwrap();
         let config = rustls::ServerConfig::builder()
@@ -80,18 +109,15 @@ impl Gateway {
         let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let calls = Arc::new(AtomicUsize::new(0));
-        let echo = Echo(calls.clone());
-        let mut mcp = StreamableHttpServerConfig::default();
-        mcp.allowed_hosts = vec!["tools.test".into()];
+        let names = Arc::new(Names(names));
         let state = Arc::new(Log {
             records: Mutex::default(),
-            tree: Mutex::new(Tree::new()),
-            key: Mutex::default(),
+            history: Mutex::default(),
             fails: AtomicBool::new(false),
             saw: Mutex::default(),
-            calls,
-            mcp: StreamableHttpService::new(move || Ok(echo.clone()), Arc::default(), mcp),
+            compiled: Mutex::new(compiled(policy)),
+            dialer: Dialer::new(names.clone(), Blocked::default(), names, roots(None).unwrap()),
+            pool: Arc::default(),
         });
         let router = Router::new()
             .route(wire::LOG_OPEN, post(open))
@@ -134,97 +160,114 @@ impl Gateway {
         self.state.saw.lock().unwrap().clone()
     }
 
-    /// Calls that reached the tool.
-    pub fn calls(&self) -> usize {
-        self.state.calls.load(Ordering::SeqCst)
-    }
-
     pub fn store_fails(&self, fails: bool) {
         self.state.fails.store(fails, Ordering::SeqCst);
     }
+
+    /// Has the gateway go by another policy than the harness from now on.
+    pub fn goes_by(&self, policy: &PolicyConfig) {
+        *self.state.compiled.lock().unwrap() = compiled(policy);
+    }
 }
 
-async fn open() -> impl IntoResponse {
+fn compiled(policy: &PolicyConfig) -> Compiled {
+    Compiled {
+        policy: policy.clone(),
+        digest: policy.digest().unwrap(),
+        egress: policy.egress.clone(),
+        credentials: policy.egress.iter().map(|_| None).collect(),
+        evidence: EvidencePolicy {
+            bucket: "evidence".into(),
+            prefix: None,
+            mode: RetentionMode::Compliance,
+            retention_days: 1,
+        },
+    }
+}
+
+async fn open(State(log): State<Arc<Log>>, axum::Json(request): axum::Json<OpenRequest>) -> impl IntoResponse {
+    let history = log.history.lock().unwrap();
     axum::Json(OpenReply {
         origin: note::origin("uid"),
-        size: 0,
-        frontier: vec![],
-        usage: Usage::default(),
-        open_calls: 0,
+        size: history.tree().size(),
+        frontier: history.tree().frontier().iter().map(|hash| BASE64_STANDARD.encode(hash)).collect(),
+        usage: history.usage(),
+        tools: history.tools(request.attempt),
+        open_calls: u64::try_from(history.open_calls()).unwrap(),
     })
 }
 
 async fn append(State(log): State<Arc<Log>>, axum::Json(request): axum::Json<AppendRequest>) -> Response {
     if log.fails.load(Ordering::SeqCst) {
-        let refusal = Refusal { rule: Rule::Evidence, reason: "the bucket is away".into() };
-        return (StatusCode::SERVICE_UNAVAILABLE, [(wire::RULE, refusal.rule.as_str())], axum::Json(refusal))
-            .into_response();
+        return refusal(&Refused {
+            status: StatusCode::SERVICE_UNAVAILABLE,
+            rule: Rule::Evidence,
+            reason: "the bucket is away".into(),
+        });
     }
     let segment = Segment::parse(request.segment.as_bytes()).unwrap();
-    let mut tree = log.tree.lock().unwrap();
-    let extended = segment.extend(&tree).expect("the checkpoint is not that of the records");
-    let mut key = log.key.lock().unwrap();
-    if let Event::AttemptOpened(opened) = &segment.decode().unwrap()[0].event {
-        *key = Some(opened.key.parse().unwrap());
+    let mut history = log.history.lock().unwrap();
+    match history.extended(&segment, &note::origin("uid")) {
+        Ok(extended) => *history = extended,
+        Err(refused) => return refusal(&refused),
     }
-    segment.note.verify(key.as_ref().expect("the log does not begin with attempt.opened")).unwrap();
     log.records.lock().unwrap().extend(segment.records.clone());
-    *tree = extended;
-    axum::Json(AppendReply { size: tree.size(), checkpoint: segment.note.to_string() }).into_response()
+    axum::Json(AppendReply { size: history.tree().size(), checkpoint: segment.note.to_string() }).into_response()
 }
 
 async fn forward(State(log): State<Arc<Log>>, request: Request<Body>) -> Response {
+    match forwarded(&log, request).await {
+        Ok(reply) => reply,
+        Err(refused) => refusal(&refused),
+    }
+}
+
+/// As the gateway's service does it, once it knows who asks.
+async fn forwarded(log: &Log, request: Request<Body>) -> Result<Response, Refused> {
     let (mut parts, body) = request.into_parts();
     assert_eq!(parts.headers[header::AUTHORIZATION], "Bearer the-token");
-    let intent: u64 = parts.headers[wire::INTENT].to_str().unwrap().parse().unwrap();
-    assert!(intent < log.tree.lock().unwrap().size(), "a call came before its intent");
-    let target: http::Uri = parts.headers[wire::TARGET].to_str().unwrap().parse().unwrap();
     parts.headers.remove(header::AUTHORIZATION);
-    let body = body.collect().await.unwrap().to_bytes();
-    log.saw.lock().unwrap().push(format!("{target} {:?} {}", parts.headers, String::from_utf8_lossy(&body)));
-    let mut reply = if target.host() == Some("tools.test") {
-        parts.headers.insert(header::HOST, HeaderValue::from_static("tools.test"));
-        parts.uri = target;
-        log.mcp.handle(Request::from_parts(parts, Full::new(body))).await.map(Body::new)
-    } else {
-        model(&body)
+    let header = |name: &str| parts.headers[name].to_str().unwrap().to_owned();
+    let channel = match header(wire::CHANNEL).as_str() {
+        "tool" => Channel::Tool,
+        "listing" => Channel::Listing,
+        "model" => Channel::Model,
+        _ => Channel::Egress,
     };
-    reply.headers_mut().insert(wire::UPSTREAM, HeaderValue::from_static("127.0.0.1:1"));
-    reply
+    let url = header(wire::TARGET);
+    let target = Target::parse(&url)?;
+    let intent = {
+        let history = log.history.lock().unwrap();
+        let seq = header(wire::INTENT).parse().unwrap();
+        history
+            .intent(seq)
+            .cloned()
+            .ok_or_else(|| Refused::denied(Rule::IntentMissing, "a call came before its intent"))?
+    };
+    let body = body.collect().await.unwrap().to_bytes();
+    {
+        let compiled = log.compiled.lock().unwrap();
+        let to = Destination::Url(&target, &parts.method);
+        authorize::listed(&compiled, channel, to)?;
+        authorize::intended(&compiled, intent.attempt, channel, to, &intent)?;
+        if authorize::is_message(&compiled, channel, &parts.method, &intent) {
+            authorize::says(&compiled, channel, &intent, &body)?;
+        }
+    }
+    log.saw.lock().unwrap().push(format!(
+        "{} {url} {:?} {}",
+        parts.method,
+        parts.headers,
+        String::from_utf8_lossy(&body)
+    ));
+    let request = Request::from_parts(parts, full(body));
+    let reply = forward::forward(&log.dialer, Some(&log.pool), &target, None, request, ()).await?;
+    Ok(reply.map(Body::new))
 }
 
-fn model(body: &Bytes) -> Response {
-    let usage = json!({"prompt_tokens": 7, "completion_tokens": 5});
-    if !String::from_utf8_lossy(body).contains(r#""stream":true"#) {
-        return axum::Json(json!({"choices": [], "usage": usage})).into_response();
-    }
-    let chunks = [
-        format!("data: {}\n\n", json!({"choices": [{"delta": {"content": "a"}}]})),
-        format!("data: {}\n\n", json!({"choices": [], "usage": usage})),
-        "data: [DONE]\n\n".into(),
-    ];
-    let body = Body::from_stream(futures::stream::iter(chunks.map(Ok::<_, Infallible>)));
-    ([(header::CONTENT_TYPE, "text/event-stream")], body).into_response()
-}
-
-/// A tool that counts.
-#[derive(Clone)]
-struct Echo(Arc<AtomicUsize>);
-
-impl ServerHandler for Echo {
-    fn get_info(&self) -> ServerConfig {
-        ServerConfig::new(ServerCapabilities::builder().enable_tools().build())
-    }
-
-    async fn call_tool(
-        &self,
-        request: CallToolRequestParams,
-        _: RequestContext<RoleServer>,
-    ) -> Result<CallToolResponse, ErrorData> {
-        self.0.fetch_add(1, Ordering::SeqCst);
-        let text = request.arguments.unwrap_or_default()["text"].as_str().unwrap_or_default().to_owned();
-        Ok(CallToolResponse::Complete(CallToolResult::success(vec![ContentBlock::text(format!("echo: {text}"))])))
-    }
+fn refusal(refused: &Refused) -> Response {
+    let body = Refusal { rule: refused.rule, reason: refused.reason.clone() };
+    (refused.status, [(wire::RULE, refused.rule.as_str())], axum::Json(body)).into_response()
 }
 
 /// rmcp's client over plain HTTP: what an agent in the pod has.

@@ -1,9 +1,16 @@
-//! Real clients against the harness: an MCP client and server (rmcp), HTTP, a proxy client. The gateway here is a stand-in
-//! that witnesses the log as the real one does and forwards to servers on loopback.
+//! Real clients against the harness: MCP clients (rmcp's, the official Python and TypeScript SDKs, the conformance suite), HTTP, a
+//! proxy client. Behind it are the gateway's own witnessing, authorisation and forwarding, and servers on loopback.
 
+mod contracts;
 mod gateway;
+mod peers;
+mod upstreams;
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use belay::{
     evidence::{
@@ -11,14 +18,16 @@ use belay::{
         note::{self, Signer},
         record::{AttemptOpened, Containment, Event, Pod, Record},
     },
-    harness::{gate::Gate, journal, link::Link, server},
+    harness::{gate::Gate, journal, link::Link, mcp::Tools, server},
     policy::{
         budget::Budget,
         config::{
-            EgressHost, EgressUse, Limits, ModelEndpoints, PackIdentity, PolicyConfig, Precondition, Probe, SideEffect,
-            TaskIdentity, Tool, Usage, Wiring,
+            EgressHost, EgressUse, HttpMethod, HttpUpstream, Limits, McpUpstream, ModelEndpoints, PackIdentity,
+            PolicyConfig, Precondition, Probe, SideEffect, TaskIdentity, Tool, ToolLimits, Upstream, Usage, Wiring,
         },
         decide::Contracts,
+        output::Outputs,
+        quota::Quotas,
         rule::Rule,
     },
 };
@@ -31,7 +40,7 @@ use hyper_util::{
 };
 use rmcp::{
     ServiceExt,
-    model::CallToolRequestParams,
+    model::{CallToolRequestParams, CallToolResult},
     transport::{StreamableHttpClientTransport, streamable_http_client::StreamableHttpClientTransportConfig},
 };
 use serde_json::{Value, json};
@@ -39,27 +48,51 @@ use serde_json::{Value, json};
 /// A harness under test.
 struct Harness {
     address: SocketAddr,
-    gateway: Gateway,
+    gateway: Arc<Gateway>,
     gate: Arc<Gate>,
+    mcp: upstreams::Tools,
+    api: upstreams::Asked,
     _folder: tempfile::TempDir,
 }
 
-fn policy(limits: Limits) -> PolicyConfig {
-    let tool = |name: &str, upstream: &str, effect, preconditions| Tool {
+/// How long what an upstream listed is gone by, in these tests.
+const LISTING_AGE: Duration = Duration::from_secs(2);
+const LIMITS: Limits = Limits { wall_time_seconds: 60, tool_calls: 3, tokens: 5_000 };
+
+fn tool(name: &str, upstream: Upstream, side_effect: SideEffect) -> Tool {
+    Tool {
         contract: name.into(),
         name: name.into(),
         description: format!("{name}, as its contract says"),
-        url: "http://tools.test/mcp".into(),
-        upstream_tool: upstream.into(),
-        input: json!({
-            "type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"],
-            "additionalProperties": false
-        }),
-        preconditions,
-        side_effect: effect,
-    };
+        upstream,
+        input: json!({"type": "object"}),
+        output: None,
+        limits: ToolLimits::default(),
+        preconditions: vec![],
+        side_effect,
+    }
+}
+
+fn over_mcp(tool: &str) -> Upstream {
+    Upstream::Mcp(McpUpstream { url: "http://tools.test/mcp".into(), tool: tool.into(), digest: None })
+}
+
+fn over_http(method: HttpMethod, path: &str, query: &[&str]) -> Upstream {
+    let query = query.iter().map(|name| (*name).to_owned()).collect();
+    Upstream::Http(HttpUpstream { method, url: format!("http://api.test{path}"), query })
+}
+
+fn policy(limits: Limits) -> PolicyConfig {
+    let text = json!({
+        "type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"], "additionalProperties": false
+    });
     let precondition =
         Precondition { name: "polite".into(), cel: "args.text != 'rude'".into(), message: "be polite".into() };
+    let pay = Tool { input: text.clone(), ..tool("pay", over_mcp("echo"), SideEffect::External) };
+    let say =
+        Tool { input: text, preconditions: vec![precondition], ..tool("say", over_mcp("echo"), SideEffect::Write) };
+    let host =
+        |host: &str, ports: &[u16], uses| EgressHost { host: host.into(), ports: ports.to_vec(), uses: vec![uses] };
     PolicyConfig {
         task: TaskIdentity {
             namespace: "n".into(),
@@ -74,41 +107,63 @@ fn policy(limits: Limits) -> PolicyConfig {
         pack: PackIdentity { name: "k".into(), uid: "k".into(), generation: 1, environment: "dev".into() },
         limits,
         allowed_effects: vec![SideEffect::Read, SideEffect::Write],
-        tools: vec![
-            tool("pay", "echo", SideEffect::External, vec![]),
-            tool("say", "echo", SideEffect::Write, vec![precondition]),
-        ],
+        tools: vec![pay, say],
         models: ModelEndpoints {
             openai: Some("http://models.test".into()),
             anthropic: Some("http://models.test".into()),
         },
-        egress: vec![EgressHost {
-            host: "docs.test.example".into(),
-            ports: vec![443, 80],
-            uses: vec![EgressUse::Direct],
-        }],
+        egress: vec![
+            host("docs.test.example", &[443, 80], EgressUse::Direct),
+            host("tools.test", &[80], EgressUse::Tools),
+            host("api.test", &[80], EgressUse::Tools),
+            host("silent.test", &[80], EgressUse::Tools),
+            host("everything.test", &[80], EgressUse::Tools),
+            host("models.test", &[80], EgressUse::Models),
+        ],
     }
 }
 
-async fn harness_with(limits: Limits) -> Harness {
+/// A harness, its gateway and its upstreams; `more` are upstreams besides.
+async fn harness_of(policy: PolicyConfig, more: Vec<(String, SocketAddr)>) -> Harness {
     let _ = rustls::crypto::ring::default_provider().install_default();
+    let (tools, mcp) = upstreams::mcp().await;
+    let (items, api) = upstreams::api().await;
+    let mut names = vec![
+        ("tools.test".to_owned(), tools),
+        ("api.test".to_owned(), items),
+        ("silent.test".to_owned(), upstreams::silent().await),
+        ("models.test".to_owned(), upstreams::model().await),
+    ];
+    names.extend(more);
+    let gateway = Arc::new(Gateway::start(&policy, names).await);
+    start(gateway, &policy, 1, mcp, api).await
+}
+
+/// A harness of an attempt, as its main function starts one.
+async fn start(
+    gateway: Arc<Gateway>,
+    policy: &PolicyConfig,
+    attempt: i64,
+    mcp: upstreams::Tools,
+    api: upstreams::Asked,
+) -> Harness {
     let folder = tempfile::tempdir().unwrap();
     let token = folder.path().join("token");
     std::fs::write(&token, "the-token\n").unwrap();
-    let gateway = Gateway::start().await;
     let wiring = Wiring {
-        attempt: 1,
+        attempt,
         gateway: gateway.address.to_string(),
         gateway_ca: gateway.ca.clone(),
         probe: Probe { reachable: gateway.address.to_string(), unreachable: vec![] },
     };
     let link = Arc::new(Link::new(&wiring, token).unwrap());
-    let policy = policy(limits);
-    let opened = link.open(1, "digest").await.unwrap();
-    let signer = Signer::generate(&note::attempt_key_name("uid", 1)).unwrap();
+    let limits = policy.limits;
+    let opened = link.open(attempt, "digest").await.unwrap();
+    let signer = Signer::generate(&note::attempt_key_name("uid", attempt)).unwrap();
     let key = signer.verifier().to_string();
-    let budget = Budget::resume(limits, opened.usage);
-    let start = journal::Start { attempt: 1, tree: Tree::new(), signer, origin: note::origin("uid"), budget };
+    let (budget, used) = (Budget::resume(limits, opened.usage), opened.tools.clone());
+    let tree = Tree::from_frontier(opened.size, opened.decoded_frontier().unwrap()).unwrap();
+    let start = journal::Start { attempt, tree, signer, origin: note::origin("uid"), budget };
     let journal = journal::Journal::start(start, link.clone());
     let containment = Containment {
         contained: true,
@@ -129,30 +184,41 @@ async fn harness_with(limits: Limits) -> Harness {
     let opened = AttemptOpened { key, policy: policy.clone(), policy_digest: digest, pod, containment };
     let first = journal.record(|_, _| Ok(Event::AttemptOpened(Box::new(opened)))).unwrap();
     journal.stored(first).await.unwrap();
-    let contracts = Contracts::compile(&policy).unwrap();
+    let contracts = Contracts::compile(policy).unwrap();
+    let outputs = Outputs::compile(&policy.tools).unwrap();
+    let quotas = Quotas::resume(&policy.tools, &used);
     let wall_time = Duration::from_secs(u64::try_from(limits.wall_time_seconds).unwrap());
-    let gate = Arc::new(Gate::new(contracts, journal, link, wall_time));
+    let gate = Arc::new(Gate::new(contracts, outputs, quotas, journal, link, wall_time));
     let free = || std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let address = free();
-    server::listen(gate.clone(), address, free()).await.unwrap();
-    Harness { address, gateway, gate, _folder: folder }
+    server::listen(Tools::new(gate.clone(), &used, LISTING_AGE), address, free()).await.unwrap();
+    Harness { address, gateway, gate, mcp, api, _folder: folder }
+}
+
+async fn harness_with(limits: Limits) -> Harness {
+    harness_of(policy(limits), vec![]).await
 }
 
 async fn harness() -> Harness {
-    harness_with(Limits { wall_time_seconds: 60, tool_calls: 3, tokens: 5_000 }).await
+    harness_with(LIMITS).await
 }
 
 impl Harness {
     /// Calls a tool as an agent's MCP client does: whether it is an error, and its text.
     async fn tool(&self, name: &str, args: Value) -> (bool, String) {
+        let result = self.result(name, args).await;
+        let text = serde_json::to_value(&result.content).unwrap()[0]["text"].as_str().unwrap_or_default().to_owned();
+        (result.is_error == Some(true), text)
+    }
+
+    /// Calls a tool as an agent's MCP client does.
+    async fn result(&self, name: &str, args: Value) -> CallToolResult {
         let config = StreamableHttpClientTransportConfig::with_uri(format!("http://{}/mcp", self.address));
         let transport = StreamableHttpClientTransport::with_client(gateway::Plain::default(), config);
         let client = ().serve(transport).await.expect("no MCP session with the harness");
         let mut params = CallToolRequestParams::new(name.to_owned());
         params.arguments = args.as_object().cloned();
-        let result = client.call_tool(params).await.expect("a refusal must be a result");
-        let text = serde_json::to_value(&result.content).unwrap()[0]["text"].as_str().unwrap_or_default().to_owned();
-        (result.is_error == Some(true), text)
+        client.call_tool(params).await.expect("a refusal must be a result")
     }
 
     async fn post(&self, path: &str, body: Value) -> (StatusCode, Value) {
@@ -202,12 +268,14 @@ async fn an_allowed_call_reaches_the_upstream_between_its_intent_and_its_outcome
     let (error, text) = harness.tool("say", json!({"text": "hello"})).await;
     assert!(!error, "{text}");
     assert_eq!(text, "echo: hello");
-    let records = harness.stored(3).await;
-    assert_eq!(kinds(&records), ["attempt.opened", "call.intent", "call.outcome"]);
-    let Event::Outcome(outcome) = &records[2].event else { panic!() };
+    let records = harness.stored(5).await;
+    // The upstream's tools are listed first, which is no tool call.
+    assert_eq!(kinds(&records), ["attempt.opened", "call.intent", "call.outcome", "call.intent", "call.outcome"]);
+    assert_eq!(records[2].usage.tool_calls, 0);
+    let Event::Outcome(outcome) = &records[4].event else { panic!() };
     assert_eq!(outcome.effect, belay::evidence::record::Effect::Applied);
-    assert_eq!(outcome.upstream.as_deref(), Some("127.0.0.1:1"));
-    assert_eq!(records[2].usage.tool_calls, 1);
+    assert_eq!(outcome.upstream.as_deref(), Some("198.51.100.1:80"));
+    assert_eq!(records[4].usage.tool_calls, 1);
     assert!(
         harness.gateway.saw().iter().all(|seen| !seen.contains("belay.dev/intent")),
         "our own mark left the harness"
@@ -247,7 +315,7 @@ async fn parallel_calls_cannot_share_the_last_unit_of_a_budget() {
     assert_eq!(allowed, 3);
     let refused = results.iter().filter(|result| result.as_ref().unwrap().1.contains("budget.toolCalls")).count();
     assert_eq!(refused, 9);
-    assert_eq!(harness.gateway.calls(), 3);
+    assert_eq!(harness.mcp.calls.load(Ordering::SeqCst), 3);
 }
 
 #[tokio::test]
@@ -324,11 +392,12 @@ async fn nothing_leaves_while_the_store_is_away_and_everything_is_there_when_it_
         tokio::spawn(async move { harness.tool("say", json!({"text": "later"})).await })
     };
     tokio::time::sleep(Duration::from_millis(400)).await;
-    assert_eq!(harness.gateway.calls(), 0, "a call left before its intent was stored");
+    assert_eq!(harness.mcp.calls.load(Ordering::SeqCst), 0, "a call left before its intent was stored");
     harness.gateway.store_fails(false);
     let (error, text) = calling.await.unwrap();
     assert!(!error, "{text}");
-    assert_eq!(kinds(&harness.stored(3).await), ["attempt.opened", "call.intent", "call.outcome"]);
+    let records = harness.stored(5).await;
+    assert_eq!(kinds(&records), ["attempt.opened", "call.intent", "call.outcome", "call.intent", "call.outcome"]);
 }
 
 #[tokio::test]

@@ -4,7 +4,7 @@ use kube::{CustomResource, KubeSchema};
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
 
-use crate::policy::config::SideEffect;
+use crate::policy::config::{HttpMethod, SideEffect};
 
 /// One tool, as the agent sees it, where it really is, and what must hold before a call leaves.
 #[derive(CustomResource, KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -19,7 +19,8 @@ use crate::policy::config::SideEffect;
     doc = "One tool that an agent may call, and under which terms.",
     printcolumn(name = "Tool", type_ = "string", json_path = ".spec.tool"),
     printcolumn(name = "Effect", type_ = "string", json_path = ".spec.sideEffect"),
-    printcolumn(name = "Upstream", type_ = "string", json_path = ".spec.upstream.mcp.url"),
+    printcolumn(name = "MCP", type_ = "string", json_path = ".spec.upstream.mcp.url"),
+    printcolumn(name = "HTTP", type_ = "string", json_path = ".spec.upstream.http.url"),
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
 )]
 #[serde(rename_all = "camelCase")]
@@ -35,6 +36,16 @@ pub struct ToolContractSpec {
     /// JSON Schema (draft 2020-12) of the arguments. Unknown properties are refused unless it says otherwise.
     #[schemars(schema_with = "json_schema_object")]
     pub input: serde_json::Value,
+    /// JSON Schema (draft 2020-12) of the result, an object: an MCP result's `structuredContent`, or the JSON in its only text; an
+    /// HTTP reply's JSON. A result that does not fit is not given to the agent, who is told so by rule `tool.output`; what the call
+    /// did stays done. Properties that the schema does not name pass, unless it says otherwise. Results that the upstream
+    /// itself calls errors are not compared.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "json_schema_object")]
+    pub output: Option<serde_json::Value>,
+    /// Bounds of the tool's calls. Each that is passed denies by a rule of its own.
+    #[serde(default)]
+    pub limits: ToolLimits,
     /// Conditions that must all be true before a call leaves.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 32), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
@@ -43,12 +54,17 @@ pub struct ToolContractSpec {
     pub side_effect: SideEffect,
 }
 
-/// Where a tool is.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+/// Where a tool is: one of these.
+#[derive(KubeSchema, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[x_kube(validation = Rule::new("has(self.mcp) != has(self.http)").message("set exactly one of mcp and http"))]
 #[serde(rename_all = "camelCase")]
 pub struct Upstream {
     /// A tool of an MCP server.
-    pub mcp: McpUpstream,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mcp: Option<McpUpstream>,
+    /// An HTTP request by a template.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub http: Option<HttpUpstream>,
 }
 
 /// A tool of an MCP server that speaks streamable HTTP.
@@ -61,6 +77,62 @@ pub struct McpUpstream {
     /// The tool's name there.
     #[schemars(length(min = 1, max = 128))]
     pub tool: String,
+    /// Pins the server's own definition of the tool: calls are denied by rule `tool.changed` while the server lists another, or none.
+    /// Lower-case hex SHA-256 over the RFC 8785 form of the object of those of the members `name`, `title`, `description`,
+    /// `inputSchema`, `outputSchema` and `annotations` that the server's `tools/list` gives for the tool (of `annotations` those of
+    /// `title`, `readOnlyHint`, `destructiveHint`, `idempotentHint` and `openWorldHint`; `null` counts as absent). Every intent in
+    /// the evidence names the digest in force, as does the denial. Without a pin the first definition that an attempt
+    /// sees holds for that attempt.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(regex(pattern = r"^[0-9a-f]{64}$"))]
+    pub digest: Option<String>,
+}
+
+/// One HTTP request, made of the call's arguments. A JSON reply becomes the result's structured content and its text, other text
+/// its text, pictures and sounds MCP content; other replies are refused. A status of 400 and more is an error result.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct HttpUpstream {
+    /// The method. With GET, HEAD and DELETE every argument must have its place in the URL; with the others the arguments
+    /// that have none are the body, a JSON object.
+    pub method: HttpMethod,
+    /// The URL. `{name}` in a segment of its path, at most one in each, stands for the argument of that name: a string, an integer
+    /// or a boolean that `input` requires, percent-encoded as one segment. What would change the path (`..`, an empty text,
+    /// control characters) is denied by rule `tool.url`. Scheme, host, port and a query written here are literal.
+    #[schemars(length(min = 8, max = 2048), regex(pattern = r"^https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?([/?][^\s#]*)?$"))]
+    pub url: String,
+    /// Arguments that go into the query as `name=value`, in this order, where the call has them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 32), inner(length(min = 1, max = 128)), extend("x-kubernetes-list-type" = "set"))]
+    pub query: Vec<String>,
+}
+
+/// Bounds of one tool's calls.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ToolLimits {
+    /// Calls over the whole task, all attempts together (rule `tool.calls`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0, max = 1_000_000))]
+    pub calls: Option<i64>,
+    /// Calls a minute (rule `tool.rate`): a bucket that holds so many and fills evenly. It begins full when the harness of an
+    /// attempt starts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 60_000))]
+    pub per_minute: Option<i64>,
+    /// Seconds that the upstream may take, to list its tools where that is due and for the call itself (rule `tool.timeout`); 120
+    /// without. Whether a call took effect that was not answered in time is unknown.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 300))]
+    pub timeout_seconds: Option<i64>,
+    /// Bytes of the arguments, as JSON in canonical form (rule `tool.requestBytes`).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 2, max = 4_194_304))]
+    pub request_bytes: Option<i64>,
+    /// Bytes of the upstream's reply to the call (rule `tool.responseBytes`); 16 MiB without. A longer one is not given to the agent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 16_777_216))]
+    pub response_bytes: Option<i64>,
 }
 
 /// A CEL expression over `args`, `task`, `principal` and `usage` that must be `true`.

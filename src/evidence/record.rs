@@ -142,8 +142,10 @@ pub struct Containment {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Channel {
-    /// A tool call over MCP.
+    /// A tool call, over MCP or plain HTTP.
     Tool,
+    /// The list of an MCP upstream's tools, which their definitions are taken from. It counts as no tool call.
+    Listing,
     /// A model call.
     Model,
     /// The agent's own traffic through the proxy.
@@ -155,6 +157,7 @@ impl Channel {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Tool => "tool",
+            Self::Listing => "listing",
             Self::Model => "model",
             Self::Egress => "egress",
         }
@@ -169,11 +172,16 @@ pub struct Intent {
     pub call: String,
     /// Which way it goes.
     pub channel: Channel,
-    /// The tool's name, the model path, or `host:port`.
+    /// The tool's name, the model path, `host:port`, or for a listing the name of the tool that it was made for.
     pub target: String,
-    /// What it may change; absent for models and direct traffic.
+    /// What it may change; absent for models, listings and direct traffic. A tool's is its contract's, or a tighter one where the
+    /// upstream itself says that the tool changes something.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub effect: Option<SideEffect>,
+    /// Digest of the upstream's definition of an MCP tool that is in force, see
+    /// [`definition`](crate::policy::definition).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub definition: Option<String>,
     /// SHA-256 of the request: a tool's arguments in canonical form, a model's body as sent. Absent for tunnels.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub request_digest: Option<String>,
@@ -210,7 +218,7 @@ pub struct Outcome {
     pub rule: Option<Rule>,
     /// The upstream's HTTP status; 0 without one.
     pub status: u16,
-    /// SHA-256 of the reply's bytes as the agent got them; absent without a reply and for tunnels.
+    /// SHA-256 of the reply's bytes as the agent got them, or would have but for `rule`; absent without a reply and for tunnels.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub response_digest: Option<String>,
     /// Bytes of the reply.

@@ -11,10 +11,11 @@ use crate::{
     api::policy_pack::Credential,
     evidence::record::Channel,
     policy::{
-        config::{EgressUse, SideEffect},
+        config::{EgressUse, SideEffect, Tool, Upstream},
         egress,
         hostname::{Authority, AuthorityError},
         rule::Rule,
+        template::Request,
     },
 };
 
@@ -98,7 +99,7 @@ impl Destination<'_> {
 /// See [`egress::allow`]; [`Rule::UpstreamCredential`] if the entry's credential would travel in the clear.
 pub fn listed(compiled: &Compiled, channel: Channel, to: Destination<'_>) -> Result<Option<Credential>, Refused> {
     let purpose = match channel {
-        Channel::Tool => EgressUse::Tools,
+        Channel::Tool | Channel::Listing => EgressUse::Tools,
         Channel::Model => EgressUse::Models,
         Channel::Egress => EgressUse::Direct,
     };
@@ -151,27 +152,67 @@ pub fn intended(
                     format!("no contract of the task is for the tool {:?} any more", intent.target),
                 ));
             };
-            if Target::parse(&tool.url).as_ref() != Ok(target) {
-                return elsewhere();
-            }
             let effect = tool.side_effect;
-            if intent.effect != Some(effect) || !compiled.policy.allowed_effects.contains(&effect) {
+            let tighter = intent.effect.filter(|found| *found >= effect);
+            let allowed = |effect| compiled.policy.allowed_effects.contains(effect);
+            if !tighter.as_ref().is_some_and(allowed) || !allowed(&effect) {
                 return Err(Refused::denied(
                     Rule::ToolEffect,
                     format!(
-                        "the tool {} has effect {}, which the intent does not name or the class does not allow",
+                        "the tool {} has effect {}; the intent names none that is as tight, or the class does not allow it",
                         tool.name,
                         effect.as_str()
                     ),
                 ));
             }
-            // Once its outcome is in the log the call is over. What goes on is the MCP session that it opened: GET listens to
-            // it, DELETE ends it. A POST could be the call again, which for a read is no harm.
-            let session = method == Method::GET || method == Method::DELETE;
-            if !intent.open && effect != SideEffect::Read && !session {
+            match &tool.upstream {
+                Upstream::Mcp(mcp) => {
+                    if Target::parse(&mcp.url).as_ref() != Ok(target) || *method != Method::POST {
+                        return elsewhere();
+                    }
+                    if intent.definition.is_none()
+                        || mcp.digest.as_ref().is_some_and(|pin| intent.definition.as_ref() != Some(pin))
+                    {
+                        return Err(Refused::denied(
+                            Rule::ToolChanged,
+                            format!(
+                                "expected an intent by the definition {} of {}, found {}",
+                                mcp.digest.as_deref().unwrap_or("that was listed"),
+                                tool.name,
+                                intent.definition.as_deref().unwrap_or("none")
+                            ),
+                        ));
+                    }
+                }
+                Upstream::Http(http) => {
+                    let request = Request::parse(http).map_err(|e| Refused::malformed(e.to_string()))?;
+                    let (path, query) = (target.path.path(), target.path.query());
+                    if !request.is_instance(method.as_str(), target.secure, &target.authority, path, query) {
+                        return missing(format!(
+                            "the intent is for {}, whose request is {} {}; this is none by that template",
+                            intent.target,
+                            http.method.as_str(),
+                            http.url
+                        ));
+                    }
+                }
+            }
+            // Once its outcome is in the log the call is over. What comes could be the call again, which for a read is no harm.
+            if !intent.open && intent.effect != Some(SideEffect::Read) {
                 return missing(format!("the call {:?} has its outcome already", intent.call));
             }
             Ok(())
+        }
+        (Channel::Listing, Destination::Url(target, method)) => {
+            if ![Method::POST, Method::GET, Method::DELETE].contains(method) {
+                return missing(format!("expected POST, GET or DELETE to an MCP server, found {method}"));
+            }
+            let is_endpoint = |tool: &&Tool| {
+                tool.name == intent.target
+                    && matches!(&tool.upstream, Upstream::Mcp(mcp) if Target::parse(&mcp.url).as_ref() == Ok(target))
+            };
+            // The session that a listing opened outlives it: see `says`, by which it carries no calls.
+            if compiled.policy.tools.iter().any(|tool| is_endpoint(&tool)) { Ok(()) } else { elsewhere() }
         }
         (Channel::Model, Destination::Url(target, _)) => {
             let models = &compiled.policy.models;
@@ -195,6 +236,61 @@ pub fn intended(
             "a tunnel is for the agent's own traffic (channel egress) only".to_owned(),
         )),
     }
+}
+
+/// Whether a request is a message to an MCP server, which [`says`] judges.
+pub fn is_message(compiled: &Compiled, channel: Channel, method: &Method, intent: &IntentFacts) -> bool {
+    let is_mcp = |tool: &Tool| tool.name == intent.target && matches!(tool.upstream, Upstream::Mcp(_));
+    let talks = channel == Channel::Listing || (channel == Channel::Tool && compiled.policy.tools.iter().any(is_mcp));
+    talks && method == Method::POST
+}
+
+/// Whether a message to an MCP server is what its channel is for: a call of the intent's tool, or the session's own talk.
+///
+/// # Errors
+/// [`Rule::IntentMissing`] if it is something else, [`Rule::Request`] if it is no message.
+pub fn says(compiled: &Compiled, channel: Channel, intent: &IntentFacts, body: &[u8]) -> Result<(), Refused> {
+    let message: Said = serde_json::from_slice(body)
+        .map_err(|e| Refused::malformed(format!("expected one JSON-RPC message to an MCP server: {e}")))?;
+    let tool = compiled.policy.tools.iter().find(|tool| tool.name == intent.target);
+    let named = message.params.and_then(|params| params.name);
+    let fits = match (channel, message.method.as_deref()) {
+        (Channel::Tool, Some("tools/call")) => {
+            matches!(tool.map(|tool| &tool.upstream), Some(Upstream::Mcp(mcp)) if named.as_ref() == Some(&mcp.tool))
+        }
+        // A message without a method answers the server.
+        (Channel::Listing, Some("initialize" | "server/discover" | "tools/list" | "ping") | None) => true,
+        (Channel::Listing, Some(method)) => method.starts_with("notifications/"),
+        _ => false,
+    };
+    if fits {
+        return Ok(());
+    }
+    Err(Refused::denied(
+        Rule::IntentMissing,
+        format!(
+            "expected a message that the {} intent for {} is for, found {:?} of {:?}",
+            channel.as_str(),
+            intent.target,
+            message.method.unwrap_or_default(),
+            named.unwrap_or_default()
+        ),
+    ))
+}
+
+/// What of a JSON-RPC message says what it does. A member that is there twice is an error to serde.
+#[derive(serde::Deserialize)]
+struct Said {
+    #[serde(default)]
+    method: Option<String>,
+    #[serde(default)]
+    params: Option<SaidOf>,
+}
+
+#[derive(serde::Deserialize)]
+struct SaidOf {
+    #[serde(default)]
+    name: Option<String>,
 }
 
 #[cfg(test)]

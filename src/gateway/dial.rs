@@ -63,6 +63,15 @@ impl Dialer {
     /// # Errors
     /// [`Rule::EgressAddress`] if any of its addresses is blocked; upstream rules if it cannot be reached.
     pub async fn dial(&self, to: &Authority) -> Result<(TcpStream, SocketAddr), Refused> {
+        let addresses = self.addresses(to).await?;
+        self.connect(&to.host, &addresses).await
+    }
+
+    /// The addresses that a host has now, all of them checked.
+    ///
+    /// # Errors
+    /// [`Rule::EgressAddress`] if any of them is blocked; [`Rule::UpstreamResolve`] if there are none.
+    pub async fn addresses(&self, to: &Authority) -> Result<Vec<SocketAddr>, Refused> {
         let Authority { host, port } = to;
         let resolved = tokio::time::timeout(RESOLVE, self.resolve.addresses(host)).await;
         let unresolved =
@@ -74,8 +83,16 @@ impl Dialer {
             Err(_) => return Err(unresolved("no answer in time")),
         };
         self.blocked.check(host, &addresses)?;
+        Ok(addresses.into_iter().map(|ip| SocketAddr::new(ip, *port)).collect())
+    }
+
+    /// Connects to one of a host's checked addresses.
+    ///
+    /// # Errors
+    /// [`Rule::UpstreamConnect`] if none of the first few can be connected to.
+    pub async fn connect(&self, host: &Hostname, addresses: &[SocketAddr]) -> Result<(TcpStream, SocketAddr), Refused> {
         let mut last = String::new();
-        for address in addresses.into_iter().take(TRIED).map(|ip| SocketAddr::new(ip, *port)) {
+        for address in addresses.iter().copied().take(TRIED) {
             match tokio::time::timeout(CONNECT, self.connect.connect(address)).await {
                 Ok(Ok(stream)) => {
                     // Small frames of a stream go out at once.

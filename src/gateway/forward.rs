@@ -2,12 +2,18 @@
 //!
 //! Promises: the upstream sees the method, path, body and end-to-end headers of the caller, the host that was matched, and the
 //! credential that the pack gives; the caller sees the reply as it streams, redirects among it. Refuses: hop-by-hop
-//! headers and ours in either direction, upgrades, and following redirects: the harness asks anew, and is judged anew.
+//! headers and ours in either direction, upgrades, following redirects (the harness asks anew, and is judged anew), and sending
+//! anything twice: a connection that was used before and turns out to have ended is given up for a new one only if nothing of
+//! the request was written.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use http::{
-    HeaderMap, HeaderName, HeaderValue, Request, Response, Uri, Version,
+    HeaderMap, HeaderName, HeaderValue, Method, Request, Response, Uri, Version,
     header::{
         AUTHORIZATION, CONNECTION, CONTENT_LENGTH, EXPECT, HOST, PROXY_AUTHORIZATION, TE, TRAILER, TRANSFER_ENCODING,
         UPGRADE,
@@ -23,6 +29,7 @@ use super::{
     body::{BoxError, Guarded, ReplyBody},
     credentials::{self, Injected},
     dial::Dialer,
+    pool::{Connection, Pool, Returned, Whole},
     refusal::Refused,
 };
 use crate::{policy::rule::Rule, wire};
@@ -39,66 +46,117 @@ const LARGEST_HEAD: usize = 64 << 10;
 /// Headers of one hop, RFC 9110 7.6.1, and those by which proxies talk.
 const HOP_BY_HOP: &[HeaderName] = &[CONNECTION, TE, TRAILER, TRANSFER_ENCODING, UPGRADE, EXPECT];
 
-/// Sends a request to its target. `keep` lives as long as the reply does.
+/// Sends a request to its target, over a connection that waits in `pool` for it if there is one, or else a new one. `keep` lives
+/// as long as the reply does.
 ///
 /// # Errors
 /// [`Rule::EgressAddress`], and upstream rules.
 pub async fn forward<K: Send + Unpin + 'static>(
     dialer: &Dialer,
+    pool: Option<&Arc<Pool>>,
     target: &Target,
     credential: Option<Injected>,
-    request: Request<Incoming>,
+    request: Request<ReplyBody>,
     keep: K,
 ) -> Result<Response<ReplyBody>, Refused> {
     if request.body().size_hint().lower() > LARGEST_REQUEST as u64 {
         return Err(Refused::malformed(format!("expected a body of at most {LARGEST_REQUEST} bytes")));
     }
-    let (stream, address) = dialer.dial(&target.authority).await?;
-    if target.secure {
-        let stream = dialer.secure(&target.authority.host, stream).await?;
-        exchange(stream, address, target, credential, request, keep).await
+    // Asked and checked for every request: a connection is used again only to an address that the name still has.
+    let addresses = dialer.addresses(&target.authority).await?;
+    let pool = pool.filter(|_| framed(&request));
+    let (mut request, secret) = outgoing(target, credential, request)?;
+    let started = Instant::now();
+    while let Some(waiting) = pool.and_then(|pool| pool.take(&addresses, &target.authority.host, target.secure)) {
+        match exchange(waiting, pool, target, request, started).await {
+            Ok(Exchanged::Reply(reply, address, returned)) => {
+                return Ok(incoming(reply, address, secret.as_deref(), returned, keep));
+            }
+            // It had ended meanwhile, and nothing of the request was sent.
+            Ok(Exchanged::Unsent(unsent)) => request = unsent,
+            Err(refused) => return Err(refused),
+        }
+    }
+    let (stream, address) = dialer.connect(&target.authority.host, &addresses).await?;
+    let connection = if target.secure {
+        handshake(dialer.secure(&target.authority.host, stream).await?, address, target).await?
     } else {
-        exchange(stream, address, target, credential, request, keep).await
+        handshake(stream, address, target).await?
+    };
+    match exchange(connection, pool, target, request, started).await? {
+        Exchanged::Reply(reply, address, returned) => Ok(incoming(reply, address, secret.as_deref(), returned, keep)),
+        Exchanged::Unsent(_) => Err(Refused::upstream(
+            Rule::UpstreamConnect,
+            format!("{} at {address} closed the connection before the request", target.authority),
+        )),
     }
 }
 
-async fn exchange<S, K>(
-    stream: S,
-    address: SocketAddr,
-    target: &Target,
-    credential: Option<Injected>,
-    request: Request<Incoming>,
-    keep: K,
-) -> Result<Response<ReplyBody>, Refused>
+/// Whether servers agree on where the request ends. A body where many expect none could be taken for the next request of whoever
+/// uses the connection then.
+fn framed(request: &Request<ReplyBody>) -> bool {
+    let usual = [Method::POST, Method::PUT, Method::PATCH].contains(request.method());
+    let bodyless = [Method::GET, Method::HEAD, Method::DELETE].contains(request.method());
+    usual || (bodyless && request.body().is_end_stream())
+}
+
+/// How a request over a connection ended.
+enum Exchanged {
+    Reply(Response<Incoming>, SocketAddr, Option<Returned>),
+    /// The connection had ended before anything of the request was sent.
+    Unsent(Request<ReplyBody>),
+}
+
+async fn handshake<S>(stream: S, address: SocketAddr, target: &Target) -> Result<Connection, Refused>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-    K: Send + Unpin + 'static,
 {
-    let failed =
-        |cause: &str| Refused::upstream(Rule::UpstreamReply, format!("{} at {address} {cause}", target.authority));
     let handshake =
         hyper::client::conn::http1::Builder::new().max_buf_size(LARGEST_HEAD).handshake(TokioIo::new(stream)).await;
-    let (mut sender, connection) = handshake.map_err(|e| failed(&format!("broke off: {e}")))?;
-    // It ends with the exchange: when the reply is over, or nobody wants it any more.
+    let (sender, connection) = handshake.map_err(|error| {
+        Refused::upstream(Rule::UpstreamConnect, format!("{} at {address} broke off: {error}", target.authority))
+    })?;
+    // It ends with its last exchange: when its sender is dropped, or the upstream has had enough.
     tokio::spawn(async move {
         if let Err(error) = connection.await {
             tracing::debug!(%error, "an upstream connection ended with an error");
         }
     });
-    let (request, secret) = outgoing(target, credential, request)?;
-    let reply = match tokio::time::timeout(HEAD, sender.send_request(request)).await {
-        Ok(Ok(reply)) => reply,
-        Ok(Err(error)) => return Err(failed(&format!("gave no reply: {}", chain(&error)))),
-        Err(_) => return Err(failed(&format!("gave no reply in {HEAD:?}"))),
-    };
-    Ok(incoming(reply, address, secret.as_deref(), keep))
+    Ok(Connection::new(sender, address))
+}
+
+async fn exchange(
+    mut connection: Connection,
+    pool: Option<&Arc<Pool>>,
+    target: &Target,
+    request: Request<ReplyBody>,
+    started: Instant,
+) -> Result<Exchanged, Refused> {
+    let address = connection.address;
+    let failed =
+        |cause: &str| Refused::upstream(Rule::UpstreamReply, format!("{} at {address} {cause}", target.authority));
+    let left = HEAD.saturating_sub(started.elapsed());
+    match tokio::time::timeout(left, connection.sender.try_send_request(request)).await {
+        Ok(Ok(reply)) => {
+            let returned = pool
+                .filter(|_| Connection::is_shareable(reply.headers()))
+                .map(|pool| Returned::new(pool.clone(), connection, &target.authority.host, target.secure, &reply));
+            Ok(Exchanged::Reply(reply, address, returned))
+        }
+        // hyper gives the request back only if it had not begun to write it.
+        Ok(Err(mut error)) => match error.take_message() {
+            Some(unsent) => Ok(Exchanged::Unsent(unsent)),
+            None => Err(failed(&format!("gave no reply: {}", chain(error.error())))),
+        },
+        Err(_) => Err(failed(&format!("gave no reply in {HEAD:?}"))),
+    }
 }
 
 /// The request as the upstream gets it, and the secret in it.
 fn outgoing(
     target: &Target,
     credential: Option<Injected>,
-    request: Request<Incoming>,
+    request: Request<ReplyBody>,
 ) -> Result<(Request<ReplyBody>, Option<Vec<u8>>), Refused> {
     let (mut parts, body) = request.into_parts();
     parts.version = Version::HTTP_11;
@@ -117,6 +175,7 @@ fn incoming<K: Send + Unpin + 'static>(
     reply: Response<Incoming>,
     address: SocketAddr,
     secret: Option<&[u8]>,
+    returned: Option<Returned>,
     keep: K,
 ) -> Response<ReplyBody> {
     let (mut parts, body) = reply.into_parts();
@@ -130,7 +189,7 @@ fn incoming<K: Send + Unpin + 'static>(
     if let Ok(address) = HeaderValue::try_from(address.to_string()) {
         parts.headers.insert(wire::UPSTREAM, address);
     }
-    let body = Guarded::new(body, IDLE, keep);
+    let body = Guarded::new(Whole::new(body, returned), IDLE, keep);
     Response::from_parts(parts, body.boxed_unsync())
 }
 

@@ -144,6 +144,7 @@ pub async fn run(options: Options) -> Result<(), RunError> {
         reviews: Reviews::new(Arc::new(client.clone()), metrics.token_reviews.clone()),
         witness: witness.clone(),
         dialer: dialer(&options)?,
+        pool: Arc::default(),
         incidents,
         usage: Arc::new(UsageStatus::new(Arc::new(client), metrics.clone())),
         metrics: metrics.clone(),

@@ -16,6 +16,7 @@ use http::{
     HeaderMap, HeaderValue, Method, Request, Response, StatusCode,
     header::{CONTENT_TYPE, HOST, RETRY_AFTER},
 };
+use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use serde::{Serialize, de::DeserializeOwned};
@@ -25,7 +26,7 @@ use tracing::{Instrument, Span, field};
 
 use super::{
     authorize::{self, Destination, Target},
-    body::{ReplyBody, full},
+    body::{BoxError, ReplyBody, full},
     cluster::{Cluster, Compiled},
     credentials::Injected,
     dial::Dialer,
@@ -33,12 +34,14 @@ use super::{
     identity::{Caller, Principal, Reviewed, reviews::Reviews},
     incidents::{Incident, Incidents},
     metrics::Metrics,
+    pool::Pool,
     refusal::Refused,
     tunnel,
     usage::UsageStatus,
-    witness::{Place, Witness},
+    witness::{IntentFacts, Place, Witness},
 };
 use crate::{
+    api::policy_pack::Credential,
     evidence::{
         record::Channel,
         store::{Location, log_prefix},
@@ -59,6 +62,8 @@ const LARGEST_OPEN: usize = 16 << 10;
 const LARGEST_APPEND: usize = 8 << 20;
 /// A request to seal.
 const LARGEST_SEAL: usize = 64 << 10;
+/// A message to an MCP server: a call with all its arguments.
+const LARGEST_MESSAGE: usize = 17 << 20;
 /// For such a body to arrive.
 const BODY_TIME: Duration = Duration::from_secs(20);
 /// What the stores may lag behind the operator, which creates an attempt right after rendering its policy.
@@ -76,6 +81,8 @@ pub struct Parts {
     pub witness: Arc<Witness>,
     /// The way out.
     pub dialer: Dialer,
+    /// Connections to upstreams that wait to be used again.
+    pub pool: Arc<Pool>,
     /// Teller of incidents.
     pub incidents: Incidents,
     /// Writer of usage.
@@ -346,15 +353,25 @@ impl Gateway {
         let share = self.share(principal, |share| &share.calls)?;
         let headers = request.headers();
         let channel = channel(headers).ok_or_else(|| {
-            Refused::malformed(format!("expected one header {} of model, tool or egress", wire::CHANNEL))
+            Refused::malformed(format!("expected one header {} of model, tool, listing or egress", wire::CHANNEL))
         })?;
         let target = Target::parse(single(headers, wire::TARGET)?)?;
         Span::current().record("host", target.authority.host.as_str());
-        let credential =
+        let (credential, compiled, intent) =
             self.authorized(principal, channel, Destination::Url(&target, request.method()), headers).await?;
+        let request = if authorize::is_message(&compiled, channel, request.method(), &intent) {
+            let (parts, body) = request.into_parts();
+            let body = forward::whole(body, LARGEST_MESSAGE, BODY_TIME).await?;
+            authorize::says(&compiled, channel, &intent, &body)?;
+            Request::from_parts(parts, full(body))
+        } else {
+            request.map(|body| body.map_err(BoxError::from).boxed_unsync())
+        };
         let injected = credential.map(|credential| Injected::read(&self.parts.cluster, &credential)).transpose()?;
         let started = Instant::now();
-        let replied = forward::forward(&self.parts.dialer, &target, injected, request, share).await;
+        // What an agent sends by itself may bind a connection to whoever sent it, as some logins do.
+        let pool = (channel != Channel::Egress).then_some(&self.parts.pool);
+        let replied = forward::forward(&self.parts.dialer, pool, &target, injected, request, share).await;
         self.parts.metrics.upstream_took(channel.as_str(), started.elapsed());
         let replied = replied?;
         if let Some(address) = replied.headers().get(wire::UPSTREAM).and_then(|a| a.to_str().ok()) {
@@ -370,7 +387,7 @@ impl Gateway {
         channel: Channel,
         to: Destination<'_>,
         headers: &HeaderMap,
-    ) -> Result<Option<crate::api::policy_pack::Credential>, Refused> {
+    ) -> Result<(Option<Credential>, Arc<Compiled>, IntentFacts), Refused> {
         let compiled = self.parts.cluster.compiled(principal)?;
         let credential = authorize::listed(&compiled, channel, to)?;
         let seq = single(headers, wire::INTENT)?;
@@ -382,7 +399,7 @@ impl Gateway {
         })?;
         let intent = self.parts.witness.intent(&compiled.place(), seq).await?;
         authorize::intended(&compiled, principal.attempt, channel, to, &intent)?;
-        Ok(credential)
+        Ok((credential, compiled, intent))
     }
 
     async fn tunnel(self: Arc<Self>, mut request: Request<Incoming>, asked: Asked) -> Served {
@@ -470,6 +487,7 @@ impl Gateway {
 fn channel(headers: &HeaderMap) -> Option<Channel> {
     match single(headers, wire::CHANNEL).ok()? {
         "tool" => Some(Channel::Tool),
+        "listing" => Some(Channel::Listing),
         "model" => Some(Channel::Model),
         "egress" => Some(Channel::Egress),
         _ => None,

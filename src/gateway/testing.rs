@@ -26,12 +26,17 @@ use crate::{
         store::{Location, Mode, PutError, Retention, Store, StoreError, StoredObject},
     },
     policy::{
-        config::{Limits, ModelEndpoints, PackIdentity, PolicyConfig, SideEffect, TaskIdentity, Tool, Usage},
+        config::{
+            Limits, McpUpstream, ModelEndpoints, PackIdentity, PolicyConfig, SideEffect, TaskIdentity, Tool,
+            ToolLimits, Upstream, Usage,
+        },
         rule::Rule,
     },
     wire::{AppendRequest, SealRequest},
 };
 
+/// What the upstream is said to have listed.
+pub const DEFINITION: &str = "0000000000000000000000000000000000000000000000000000000000000000";
 pub const UID: &str = "6f9c3c1e-0000-4000-8000-000000000001";
 
 /// A bucket in memory that can be told to fail.
@@ -178,9 +183,14 @@ pub fn policy() -> PolicyConfig {
         contract: name.into(),
         name: name.into(),
         description: "A tool.".into(),
-        url: "https://tools.world.test/mcp".into(),
-        upstream_tool: name.into(),
+        upstream: Upstream::Mcp(McpUpstream {
+            url: "https://tools.world.test/mcp".into(),
+            tool: name.into(),
+            digest: None,
+        }),
         input: serde_json::json!({"type": "object"}),
+        output: None,
+        limits: ToolLimits::default(),
         preconditions: vec![],
         side_effect,
     };
@@ -219,6 +229,7 @@ pub fn intent(call: &str, channel: Channel, target: &str, reserved_tokens: i64) 
         channel,
         target: target.into(),
         effect,
+        definition: effect.map(|_| DEFINITION.into()),
         request_digest: None,
         request_bytes: 1,
         rules: vec![],

@@ -151,6 +151,7 @@ impl Witness {
             size: history.tree().size(),
             frontier: history.tree().frontier().iter().map(|hash| BASE64.encode(hash)).collect(),
             usage: history.usage(),
+            tools: history.tools(principal.attempt),
             open_calls: u64::try_from(history.open_calls()).unwrap_or(u64::MAX),
         })
     }

@@ -14,6 +14,8 @@ use crate::{
         budget::Exhausted,
         config::SideEffect,
         decide::{Contracts, Denial, shorten},
+        output::Outputs,
+        quota::Quotas,
         rule::Rule,
     },
 };
@@ -33,6 +35,8 @@ pub struct Call {
     pub target: String,
     /// What it may change.
     pub effect: Option<SideEffect>,
+    /// Digest of the upstream's definition of an MCP tool.
+    pub definition: Option<String>,
     /// SHA-256 of the request, hex.
     pub request_digest: Option<String>,
     /// Bytes of the request.
@@ -94,6 +98,10 @@ impl Settlement {
 /// Decides over calls and keeps their records.
 pub struct Gate {
     contracts: Contracts,
+    outputs: Outputs,
+    /// Changed only while the journal puts a record in order, as budgets are.
+    quotas: Mutex<Quotas>,
+    started: Instant,
     journal: Arc<Journal>,
     link: Arc<Link>,
     deadline: Instant,
@@ -102,8 +110,22 @@ pub struct Gate {
 
 impl Gate {
     /// A gate whose wall time runs from now.
-    pub fn new(contracts: Contracts, journal: Arc<Journal>, link: Arc<Link>, wall_time: Duration) -> Self {
-        Self { contracts, journal, link, deadline: Instant::now() + wall_time, stopped: Mutex::new(None) }
+    pub fn new(
+        contracts: Contracts,
+        outputs: Outputs,
+        quotas: Quotas,
+        journal: Arc<Journal>,
+        link: Arc<Link>,
+        wall_time: Duration,
+    ) -> Self {
+        let started = Instant::now();
+        let (quotas, stopped) = (Mutex::new(quotas), Mutex::new(None));
+        Self { contracts, outputs, quotas, started, journal, link, deadline: started + wall_time, stopped }
+    }
+
+    /// The compiled output schemas.
+    pub fn outputs(&self) -> &Outputs {
+        &self.outputs
     }
 
     /// The compiled contracts.
@@ -161,20 +183,25 @@ impl Gate {
             rules.push(Rule::WallTime);
             match call.channel {
                 Channel::Tool => {
+                    let mut quotas = self.quotas.lock().unwrap_or_else(PoisonError::into_inner);
+                    let now = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
+                    quotas.check(&call.target, now)?;
                     budget.reserve_tool_call()?;
+                    quotas.take(&call.target, now);
                     rules.push(Rule::ToolCalls);
                 }
                 Channel::Model => {
                     budget.reserve_tokens(reserved)?;
                     rules.push(Rule::Tokens);
                 }
-                Channel::Egress => {}
+                Channel::Listing | Channel::Egress => {}
             }
             Ok(Event::Intent(Intent {
                 call: call_id(seq),
                 channel: call.channel,
                 target: shorten(&call.target),
                 effect: call.effect,
+                definition: call.definition,
                 request_digest: call.request_digest,
                 request_bytes: call.request_bytes,
                 rules,

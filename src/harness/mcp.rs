@@ -1,62 +1,51 @@
-//! Tools, as an MCP server to the agent and an MCP client to upstreams.
+//! Tools, as an MCP server to the agent: one pipeline for each call, whatever the upstream speaks.
 //!
-//! What the agent sees of a tool, its name, description and schema, is the contract's. Nothing that an upstream lists is
-//! passed on. Spoken with the agent: streamable HTTP, stateless, every protocol version that rmcp negotiates (2024-11-05
-//! to 2026-07-28). Spoken with upstreams: the same, one session an upstream, opened by the first call that needs it.
+//! What the agent sees of a tool, its name, description and schemas, is the contract's. Nothing that an upstream lists is
+//! passed on.
+//!
+//! MCP versions spoken, with the agent and with upstreams alike, over streamable HTTP: 2024-11-05, 2025-03-26, 2025-06-18 and
+//! 2025-11-25, which begin with `initialize`, and 2026-07-28, in which each request stands for itself after
+//! `server/discover`. The agent's side is stateless in all of them: no session that could be lost, no stream of the server's
+//! own. With upstreams the newest version that both know is taken, one session an upstream ([`upstream`]).
 
-use std::{
-    collections::HashMap,
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
-use bytes::Bytes;
-use futures::{StreamExt, stream::BoxStream};
-use http::{
-    HeaderName, HeaderValue, Method, Request, Response, StatusCode,
-    header::{ACCEPT, CONTENT_TYPE},
-};
-use http_body_util::{BodyDataStream, BodyExt, Limited};
-use hyper::body::Incoming;
 use rmcp::{
-    ErrorData, RoleClient, RoleServer, ServerHandler, ServiceExt,
+    RoleServer, ServerHandler,
     model::{
-        CallToolRequestParams, CallToolResponse, CallToolResult, ClientJsonRpcMessage, ClientRequest, ContentBlock,
-        ErrorData as McpError, Implementation, ListToolsResult, PaginatedRequestParams, RequestMetaObject, ResultType,
-        ServerCapabilities, ServerConfig, ServerJsonRpcMessage, Tool as McpTool, ToolAnnotations,
+        CallToolRequestParams, CallToolResponse, CallToolResult, ContentBlock, ErrorData as McpError, Implementation,
+        ListToolsResult, PaginatedRequestParams, ServerCapabilities, ServerConfig, Tool as McpTool, ToolAnnotations,
     },
-    service::{RequestContext, RunningService},
-    transport::{
-        StreamableHttpClientTransport,
-        streamable_http_client::{
-            SseError, StreamableHttpClient, StreamableHttpClientTransportConfig, StreamableHttpError,
-            StreamableHttpPostResponse,
-        },
-    },
+    service::RequestContext,
 };
-use sse_stream::{Sse, SseStream};
-use tokio::sync::Mutex as AsyncMutex;
+use serde_json::{Map, Value};
 
 use super::{
-    gate::{Call, Gate, Settlement},
-    link::{Link, Undelivered, upstream_of},
+    gate::{Call, Gate, Permit, Settlement},
+    rest,
 };
 use crate::{
     canonical,
-    evidence::record::{Channel, Effect},
+    evidence::record::Channel,
     policy::{
-        config::{SideEffect, Tool},
+        config::{McpUpstream, SideEffect, Tool, ToolUsage, Upstream},
         decide::{Denial, TOOL_RULES},
         rule::Rule,
+        template::{Rendered, Request},
     },
 };
 
-/// How long a tool may take.
+/// Sessions with upstreams.
+pub mod upstream;
+
+use upstream::{Ready, Upstreams};
+
+/// How long a tool may take whose contract does not say.
 const TOOL_REPLY: Duration = Duration::from_secs(120);
+/// How long what an upstream listed is gone by.
+pub const LISTING_AGE: Duration = Duration::from_secs(60);
 /// Longest reply that is read.
-const LONGEST_REPLY: usize = 16 << 20;
-/// Under which key of `_meta` a call's intent travels from the pipeline to the transport. Removed before it leaves.
-const INTENT_META: &str = "belay.dev/intent";
+pub const LONGEST_REPLY: usize = 16 << 20;
 
 /// The MCP server that the agent sees.
 #[derive(Clone)]
@@ -65,18 +54,60 @@ pub struct Tools {
     upstreams: Arc<Upstreams>,
 }
 
+/// What a call may take.
+#[derive(Clone, Copy, Debug)]
+pub struct Bounds {
+    /// How long the upstream may take.
+    pub time: Duration,
+    /// Longest reply that is read.
+    pub reply: usize,
+}
+
+impl Bounds {
+    fn of(tool: &Tool) -> Self {
+        let time = tool.limits.timeout_seconds.and_then(|seconds| u64::try_from(seconds).ok());
+        let reply = tool.limits.response_bytes.and_then(|bytes| usize::try_from(bytes).ok());
+        Self {
+            time: time.map_or(TOOL_REPLY, Duration::from_secs),
+            reply: reply.unwrap_or(LONGEST_REPLY).min(LONGEST_REPLY),
+        }
+    }
+
+    /// A reply that is longer than it may be.
+    pub fn too_long(&self, tool: &Tool) -> Denial {
+        let reason =
+            format!("the reply of {} is longer than the {} bytes that are taken; ask for less", tool.name, self.reply);
+        Denial { rule: Rule::ToolResponseBytes, reason }
+    }
+}
+
+/// How a call will go out.
+enum Route {
+    Mcp(McpUpstream, Ready),
+    Http(Rendered),
+}
+
+/// A call whose intent is stored.
+struct Allowed {
+    tool: Tool,
+    route: Route,
+    permit: Permit,
+}
+
 impl Tools {
-    /// A server for the gate's contracts.
-    pub fn new(gate: Arc<Gate>) -> Self {
-        let upstreams = Arc::new(Upstreams::new(gate.link().clone()));
+    /// A server for the gate's contracts. `used` is what the log says of the attempt so far.
+    /// What an upstream listed is good for `fresh`.
+    pub fn new(gate: Arc<Gate>, used: &BTreeMap<String, ToolUsage>, fresh: Duration) -> Self {
+        let upstreams = Arc::new(Upstreams::new(gate.clone(), used, fresh));
         Self { gate, upstreams }
     }
 
-    async fn call(
-        &self,
-        name: &str,
-        args: serde_json::Map<String, serde_json::Value>,
-    ) -> Result<CallToolResult, Denial> {
+    /// The gate that calls go through.
+    pub fn gate(&self) -> &Arc<Gate> {
+        &self.gate
+    }
+
+    async fn call(&self, name: &str, args: Map<String, Value>) -> Result<CallToolResult, Denial> {
         let digest = canonical::to_bytes(&args).map(|bytes| (hex::encode(canonical::sha256(&bytes)), bytes.len()));
         let (digest, bytes) = match digest {
             Ok(digest) => digest,
@@ -85,32 +116,125 @@ impl Tools {
                 return Err(self.gate.deny(Channel::Tool, name, None, denial).await);
             }
         };
-        let decision = match self.gate.open() {
-            Ok(()) => self.gate.contracts().decide(name, &args, self.gate.journal().usage()).cloned(),
-            Err(denial) => Err(denial),
-        };
-        let permit = match decision {
-            Ok(tool) => {
-                let call = Call {
-                    channel: Channel::Tool,
-                    target: name.to_owned(),
-                    effect: Some(tool.side_effect),
-                    request_digest: Some(digest.clone()),
-                    request_bytes: u64::try_from(bytes).unwrap_or(u64::MAX),
-                    rules: TOOL_RULES.to_vec(),
-                    reserve_tokens: 0,
-                };
-                self.gate.permit(call).await.map(|permit| (tool, permit))
-            }
-            Err(denial) => Err(denial),
-        };
-        let (tool, permit) = match permit {
-            Ok(permit) => permit,
+        let Allowed { tool, route, permit } = match self.allow(name, &args, &digest, bytes).await {
+            Ok(allowed) => allowed,
             Err(denial) => return Err(self.gate.deny(Channel::Tool, name, Some(digest), denial).await),
         };
-        let (result, settlement) = self.upstreams.call(&tool, args, permit.intent).await;
+        let bounds = Bounds::of(&tool);
+        let (result, settlement) = match route {
+            Route::Mcp(mcp, ready) => self.upstreams.call(&tool, &mcp, ready, args, permit.intent, bounds).await,
+            Route::Http(request) => rest::call(self.gate.link(), &tool, request, permit.intent, bounds).await,
+        };
+        let (result, settlement) = self.fits(&tool, result, settlement);
         permit.settle(settlement);
         result
+    }
+
+    /// Everything that is asked before a call leaves.
+    ///
+    /// # Errors
+    /// The first rule that does not hold. The refusal is not recorded yet.
+    async fn allow(
+        &self,
+        name: &str,
+        args: &Map<String, Value>,
+        digest: &str,
+        bytes: usize,
+    ) -> Result<Allowed, Denial> {
+        self.gate.open()?;
+        let tool = self.gate.contracts().decide(name, args, self.gate.journal().usage())?.clone();
+        let mut rules = TOOL_RULES.to_vec();
+        if let Some(most) = tool.limits.request_bytes {
+            if i64::try_from(bytes).unwrap_or(i64::MAX) > most {
+                let reason = format!("the arguments are {bytes} bytes of JSON; the contract takes {most}; send less");
+                return Err(Denial { rule: Rule::ToolRequestBytes, reason });
+            }
+            rules.push(Rule::ToolRequestBytes);
+        }
+        let (route, effect, definition) = match &tool.upstream {
+            Upstream::Http(http) => {
+                let malformed =
+                    |error: &dyn std::fmt::Display| Denial { rule: Rule::ToolUrl, reason: error.to_string() };
+                let request = Request::parse(http).map_err(|error| malformed(&error))?;
+                rules.push(Rule::ToolUrl);
+                (Route::Http(request.render(args)?), tool.side_effect, None)
+            }
+            Upstream::Mcp(mcp) => {
+                let ready = self.upstreams.ready(&tool, mcp, Bounds::of(&tool).time).await?;
+                rules.push(Rule::ToolChanged);
+                let effect = ready.definition.tightens(tool.side_effect);
+                if !self.gate.contracts().policy().allowed_effects.contains(&effect) {
+                    return Err(Denial {
+                        rule: Rule::ToolEffect,
+                        reason: format!(
+                            "the contract of {name} says {}, but the upstream itself says that the tool changes something, and the \
+                             workflow class does not allow {}",
+                            tool.side_effect.as_str(),
+                            effect.as_str()
+                        ),
+                    });
+                }
+                let digest = ready.definition.digest.clone();
+                (Route::Mcp(mcp.clone(), ready), effect, Some(digest))
+            }
+        };
+        rules.extend(tool.limits.calls.map(|_| Rule::ToolLimitCalls));
+        rules.extend(tool.limits.per_minute.map(|_| Rule::ToolRate));
+        let call = Call {
+            channel: Channel::Tool,
+            target: name.to_owned(),
+            effect: Some(effect),
+            definition,
+            request_digest: Some(digest.to_owned()),
+            request_bytes: u64::try_from(bytes).unwrap_or(u64::MAX),
+            rules,
+            reserve_tokens: 0,
+        };
+        let permit = self.gate.permit(call).await?;
+        Ok(Allowed { tool, route, permit })
+    }
+
+    /// The result as the agent gets it, if it fits the contract's output schema, and its digest.
+    fn fits(
+        &self,
+        tool: &Tool,
+        result: Result<CallToolResult, Denial>,
+        mut settlement: Settlement,
+    ) -> (Result<CallToolResult, Denial>, Settlement) {
+        let Ok(mut result) = result else { return (result, settlement) };
+        let outputs = self.gate.outputs();
+        // What the upstream itself calls an error has the shape of an error.
+        let misfit = if result.is_error == Some(true) || !outputs.has(&tool.name) {
+            None
+        } else {
+            match result.structured_content.clone().or_else(|| only_json(&result)) {
+                Some(value) => {
+                    let misfit = outputs.check(&tool.name, &value).err();
+                    // Clients that were promised a schema look for it here.
+                    result.structured_content = Some(value);
+                    misfit
+                }
+                None => Some("it is no JSON, and the contract has an output schema".to_owned()),
+            }
+        };
+        let bytes = serde_json::to_vec(&result).unwrap_or_default();
+        settlement.response_digest = Some(hex::encode(canonical::sha256(&bytes)));
+        settlement.response_bytes = u64::try_from(bytes.len()).unwrap_or(u64::MAX);
+        let Some(misfit) = misfit else { return (Ok(result), settlement) };
+        settlement.rule = Some(Rule::ToolOutput);
+        let reason = format!(
+            "{} was called and answered, but its result is withheld: {misfit}. What the call did stays done: do not repeat it",
+            tool.name
+        );
+        (Err(Denial { rule: Rule::ToolOutput, reason }), settlement)
+    }
+}
+
+/// The JSON that is a result's only content.
+fn only_json(result: &CallToolResult) -> Option<Value> {
+    match result.content.as_slice() {
+        [ContentBlock::Text(text)] => serde_json::from_str(&text.text).ok(),
+        _ => None,
     }
 }
 
@@ -127,7 +251,7 @@ impl ServerHandler for Tools {
         &self,
         _: Option<PaginatedRequestParams>,
         _: RequestContext<RoleServer>,
-    ) -> Result<ListToolsResult, ErrorData> {
+    ) -> Result<ListToolsResult, McpError> {
         Ok(ListToolsResult::with_all_items(self.gate.contracts().tools().map(advertise).collect()))
     }
 
@@ -151,6 +275,7 @@ impl ServerHandler for Tools {
 fn advertise(tool: &Tool) -> McpTool {
     let input = tool.input.as_object().cloned().unwrap_or_default();
     let mut advertised = McpTool::new(tool.name.clone(), tool.description.clone(), Arc::new(input));
+    advertised.output_schema = tool.output.as_ref().and_then(|output| output.as_object().cloned()).map(Arc::new);
     advertised.annotations = Some(ToolAnnotations::from_raw(
         None,
         Some(tool.side_effect == SideEffect::Read),
@@ -159,293 +284,4 @@ fn advertise(tool: &Tool) -> McpTool {
         Some(tool.side_effect == SideEffect::External),
     ));
     advertised
-}
-
-type Session = RunningService<RoleClient, ()>;
-
-/// MCP sessions with upstreams, by endpoint.
-struct Upstreams {
-    link: Arc<Link>,
-    sessions: AsyncMutex<HashMap<String, Arc<Session>>>,
-    facts: Arc<Mutex<HashMap<u64, Facts>>>,
-}
-
-/// What the transport saw of a call.
-#[derive(Clone, Debug, Default)]
-struct Facts {
-    status: u16,
-    upstream: Option<String>,
-    undelivered: Option<(Denial, bool)>,
-    sent: bool,
-}
-
-impl Upstreams {
-    fn new(link: Arc<Link>) -> Self {
-        Self { link, sessions: AsyncMutex::default(), facts: Arc::default() }
-    }
-
-    async fn call(
-        &self,
-        tool: &Tool,
-        args: serde_json::Map<String, serde_json::Value>,
-        intent: u64,
-    ) -> (Result<CallToolResult, Denial>, Settlement) {
-        self.note(intent, Facts::default());
-        let answer = tokio::time::timeout(TOOL_REPLY, self.send(tool, args, intent)).await;
-        let facts = self.facts.lock().unwrap_or_else(PoisonError::into_inner).remove(&intent).unwrap_or_default();
-        let mut settlement = Settlement { status: facts.status, upstream: facts.upstream, ..Settlement::unknown(None) };
-        settlement.tokens = Some(0);
-        let reason = match answer {
-            Ok(Ok(mut result)) => {
-                // An upstream of an older protocol says nothing of it, and an agent of a newer one needs it. rmcp takes it
-                // out again for agents that do not know it.
-                result.result_type = Some(ResultType::COMPLETE);
-                let bytes = serde_json::to_vec(&result).unwrap_or_default();
-                settlement.effect = Effect::Applied;
-                settlement.response_digest = Some(hex::encode(canonical::sha256(&bytes)));
-                settlement.response_bytes = u64::try_from(bytes.len()).unwrap_or(u64::MAX);
-                return (Ok(result), settlement);
-            }
-            Ok(Err(reason)) => reason,
-            Err(_) => format!("{} did not answer within {TOOL_REPLY:?}", tool.name),
-        };
-        // A session that failed is not used again: the next call opens another.
-        self.sessions.lock().await.remove(&tool.url);
-        let denial = match facts.undelivered {
-            Some((denial, certain)) => {
-                if certain {
-                    settlement.effect = Effect::NotApplied;
-                }
-                denial
-            }
-            None => {
-                if !facts.sent {
-                    settlement.effect = Effect::NotApplied;
-                }
-                Denial { rule: Rule::UpstreamReply, reason }
-            }
-        };
-        settlement.rule = Some(denial.rule);
-        (Err(denial), settlement)
-    }
-
-    async fn send(
-        &self,
-        tool: &Tool,
-        args: serde_json::Map<String, serde_json::Value>,
-        intent: u64,
-    ) -> Result<CallToolResult, String> {
-        let session = self.session(&tool.url, intent).await?;
-        let mut params = CallToolRequestParams::new(tool.upstream_tool.clone());
-        params.arguments = Some(args);
-        let mut meta = RequestMetaObject::new();
-        meta.0.0.insert(INTENT_META.into(), intent.into());
-        params.meta = Some(meta);
-        session.call_tool(params).await.map_err(|error| error.to_string())
-    }
-
-    async fn session(&self, url: &str, intent: u64) -> Result<Arc<Session>, String> {
-        let mut sessions = self.sessions.lock().await;
-        if let Some(session) = sessions.get(url)
-            && !session.is_transport_closed()
-        {
-            return Ok(session.clone());
-        }
-        let wire = Wire { link: self.link.clone(), opened_by: intent, facts: self.facts.clone() };
-        let config = StreamableHttpClientTransportConfig::with_uri(url.to_owned());
-        let transport = StreamableHttpClientTransport::with_client(wire, config);
-        let session = ().serve(transport).await.map_err(|error| format!("no MCP session with {url}: {error}"))?;
-        let session = Arc::new(session);
-        sessions.insert(url.to_owned(), session.clone());
-        Ok(session)
-    }
-
-    fn note(&self, intent: u64, facts: Facts) {
-        self.facts.lock().unwrap_or_else(PoisonError::into_inner).insert(intent, facts);
-    }
-}
-
-/// rmcp's transport, over the link.
-#[derive(Clone)]
-struct Wire {
-    link: Arc<Link>,
-    /// The intent under which messages of the session itself travel.
-    opened_by: u64,
-    facts: Arc<Mutex<HashMap<u64, Facts>>>,
-}
-
-/// A message that could not be delivered.
-#[derive(Debug, thiserror::Error)]
-#[error("{}: {}", .0.rule, .0.reason)]
-struct WireError(Denial);
-
-impl Wire {
-    async fn exchange(
-        &self,
-        method: Method,
-        uri: &str,
-        intent: u64,
-        session: Option<&str>,
-        headers: HashMap<HeaderName, HeaderValue>,
-        body: Bytes,
-    ) -> Result<Response<Incoming>, Undelivered> {
-        let malformed = |reason: String| Undelivered {
-            denial: Denial { rule: Rule::Request, reason },
-            certain: true,
-            upstream: None,
-        };
-        let mut request = Request::builder()
-            .method(method)
-            .header(CONTENT_TYPE, "application/json")
-            .header(ACCEPT, "application/json, text/event-stream");
-        if let Some(session) = session {
-            request = request.header("mcp-session-id", session);
-        }
-        for (name, value) in headers {
-            request = request.header(name, value);
-        }
-        let request = request.body(body).map_err(|error| malformed(error.to_string()))?;
-        self.link.forward(Channel::Tool, intent, uri, request).await
-    }
-}
-
-impl StreamableHttpClient for Wire {
-    type Error = WireError;
-
-    async fn post_message(
-        &self,
-        uri: Arc<str>,
-        mut message: ClientJsonRpcMessage,
-        session_id: Option<Arc<str>>,
-        _: Option<String>,
-        custom_headers: HashMap<HeaderName, HeaderValue>,
-    ) -> Result<StreamableHttpPostResponse, StreamableHttpError<Self::Error>> {
-        let call = take_intent(&mut message);
-        let intent = call.unwrap_or(self.opened_by);
-        let body = serde_json::to_vec(&message)?.into();
-        let update = |change: &dyn Fn(&mut Facts)| {
-            let mut facts = self.facts.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Some(facts) = facts.get_mut(&intent) {
-                change(facts);
-            }
-        };
-        if call.is_some() {
-            update(&|facts| facts.sent = true);
-        }
-        let reply = self.exchange(Method::POST, &uri, intent, session_id.as_deref(), custom_headers, body).await;
-        let reply = match reply {
-            Ok(reply) => reply,
-            Err(undelivered) => {
-                // A session that could not be opened is a call that did not leave.
-                let certain = undelivered.certain || call.is_none();
-                update(&|facts| {
-                    facts.undelivered = Some((undelivered.denial.clone(), certain));
-                    facts.upstream.clone_from(&undelivered.upstream);
-                });
-                return Err(StreamableHttpError::Client(WireError(undelivered.denial)));
-            }
-        };
-        let status = reply.status();
-        let upstream = upstream_of(reply.headers());
-        update(&|facts| {
-            facts.status = status.as_u16();
-            facts.upstream.clone_from(&upstream);
-        });
-        read_reply(reply, &message, session_id.is_some()).await
-    }
-
-    async fn delete_session(
-        &self,
-        uri: Arc<str>,
-        session_id: Arc<str>,
-        _: Option<String>,
-        custom_headers: HashMap<HeaderName, HeaderValue>,
-    ) -> Result<(), StreamableHttpError<Self::Error>> {
-        self.exchange(Method::DELETE, &uri, self.opened_by, Some(&session_id), custom_headers, Bytes::new())
-            .await
-            .map(drop)
-            .map_err(|undelivered| StreamableHttpError::Client(WireError(undelivered.denial)))
-    }
-
-    /// Upstreams have nothing to say that no call asked for.
-    async fn get_stream(
-        &self,
-        _: Arc<str>,
-        _: Option<Arc<str>>,
-        _: Option<String>,
-        _: Option<String>,
-        _: HashMap<HeaderName, HeaderValue>,
-    ) -> Result<BoxStream<'static, Result<Sse, SseError>>, StreamableHttpError<Self::Error>> {
-        Err(StreamableHttpError::ServerDoesNotSupportSse)
-    }
-}
-
-/// The call's intent, taken out of the message: it is between the pipeline and the transport.
-fn take_intent(message: &mut ClientJsonRpcMessage) -> Option<u64> {
-    let ClientJsonRpcMessage::Request(request) = message else { return None };
-    let ClientRequest::CallToolRequest(call) = &mut request.request else { return None };
-    let from_params = call.params.meta.as_mut().and_then(|meta| meta.0.0.remove(INTENT_META));
-    let extension = call.extensions.get_mut::<RequestMetaObject>();
-    let from_extension = extension.and_then(|meta| meta.0.0.remove(INTENT_META));
-    from_params.or(from_extension)?.as_u64()
-}
-
-async fn read_reply(
-    reply: Response<Incoming>,
-    message: &ClientJsonRpcMessage,
-    in_session: bool,
-) -> Result<StreamableHttpPostResponse, StreamableHttpError<WireError>> {
-    let status = reply.status();
-    let text = |name: &str| reply.headers().get(name).and_then(|value| value.to_str().ok()).map(str::to_owned);
-    let session = text("mcp-session-id");
-    let kind = text("content-type");
-    if status == StatusCode::NOT_FOUND && in_session {
-        return Err(StreamableHttpError::SessionExpired);
-    }
-    if matches!(status, StatusCode::ACCEPTED | StatusCode::NO_CONTENT) {
-        return Ok(StreamableHttpPostResponse::Accepted);
-    }
-    let is = |expected: &str| kind.as_deref().is_some_and(|kind| kind.starts_with(expected));
-    if status.is_success() && is("text/event-stream") {
-        let events = SseStream::from_bytes_stream(bounded(reply.into_body()));
-        return Ok(StreamableHttpPostResponse::Sse(events.boxed(), session));
-    }
-    let body = Limited::new(reply.into_body(), LONGEST_REPLY)
-        .collect()
-        .await
-        .map_err(|_| StreamableHttpError::ResponseBodyTooLarge { max_size: LONGEST_REPLY })?
-        .to_bytes();
-    if is("application/json")
-        && let Ok(message) = serde_json::from_slice::<ServerJsonRpcMessage>(&body)
-    {
-        return Ok(StreamableHttpPostResponse::Json(message, session));
-    }
-    if status.is_success() {
-        return Err(StreamableHttpError::UnexpectedContentType(kind));
-    }
-    // A server of the `initialize` era answers the newer discovery with a plain refusal; rmcp goes on from an error reply.
-    if !in_session
-        && status.is_client_error()
-        && let ClientJsonRpcMessage::Request(request) = message
-        && let ClientRequest::DiscoverRequest(_) = request.request
-    {
-        let error = ErrorData::invalid_request(format!("server/discover refused with {status}"), None);
-        return Ok(StreamableHttpPostResponse::Json(
-            ServerJsonRpcMessage::error(error, Some(request.id.clone())),
-            None,
-        ));
-    }
-    Err(StreamableHttpError::UnexpectedServerResponse(format!("HTTP {status}").into()))
-}
-
-/// A body that breaks off once it is longer than anything that is read.
-fn bounded(body: Incoming) -> impl futures::Stream<Item = Result<Bytes, std::io::Error>> + Send {
-    let mut left = LONGEST_REPLY;
-    BodyDataStream::new(body).map(move |chunk| {
-        let chunk = chunk.map_err(std::io::Error::other)?;
-        left = left
-            .checked_sub(chunk.len())
-            .ok_or_else(|| std::io::Error::other(format!("the reply is longer than {LONGEST_REPLY} bytes")))?;
-        Ok(chunk)
-    })
 }

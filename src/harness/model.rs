@@ -99,6 +99,7 @@ async fn call(
             channel: Channel::Model,
             target: path.to_owned(),
             effect: None,
+            definition: None,
             request_digest: Some(hex::encode(sha256(&body))),
             request_bytes: u64::try_from(body.len()).unwrap_or(u64::MAX),
             rules: vec![Rule::ModelEndpoint, Rule::ModelRequest],

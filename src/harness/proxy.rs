@@ -173,6 +173,7 @@ async fn permit(
             channel: Channel::Egress,
             target: target.clone(),
             effect: None,
+            definition: None,
             request_digest: digest,
             request_bytes: u64::try_from(bytes).unwrap_or(u64::MAX),
             rules: vec![Rule::EgressHost, Rule::EgressPort, Rule::EgressDirect],

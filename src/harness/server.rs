@@ -53,7 +53,7 @@ impl Serving {
 ///
 /// # Errors
 /// If a port is taken.
-pub async fn listen(gate: Arc<Gate>, agent: SocketAddr, health: SocketAddr) -> std::io::Result<Serving> {
+pub async fn listen(tools: Tools, agent: SocketAddr, health: SocketAddr) -> std::io::Result<Serving> {
     let agent = TcpListener::bind(agent).await?;
     let health = TcpListener::bind(health).await?;
     let stop = CancellationToken::new();
@@ -64,7 +64,7 @@ pub async fn listen(gate: Arc<Gate>, agent: SocketAddr, health: SocketAddr) -> s
     config.legacy_session_mode = false;
     config.json_response = true;
     config.cancellation_token = stop.child_token();
-    let tools = Tools::new(gate.clone());
+    let gate = tools.gate().clone();
     let mcp = StreamableHttpService::new(move || Ok(tools.clone()), Arc::new(LocalSessionManager::default()), config);
 
     let slots = Arc::new(Semaphore::new(CONNECTIONS));

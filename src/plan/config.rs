@@ -10,13 +10,15 @@ use kube::{Resource, ResourceExt};
 
 use super::{Finding, condition, schema};
 use crate::{
-    api::{AgentTask, PolicyPack, ToolContract, policy_pack::WorkflowClass},
+    api::{AgentTask, PolicyPack, ToolContract, policy_pack::WorkflowClass, tool_contract::ToolContractSpec},
     policy::{
         config::{
-            EgressHost, EgressUse, Limits, ModelEndpoints, PackIdentity, PolicyConfig, Precondition, TaskIdentity, Tool,
+            EgressHost, EgressUse, HttpUpstream, Limits, McpUpstream, ModelEndpoints, PackIdentity, PolicyConfig,
+            Precondition, TaskIdentity, Tool, ToolLimits, Upstream,
         },
         egress::{self, HostPattern},
         hostname::Authority,
+        template::Request,
     },
 };
 
@@ -171,9 +173,19 @@ fn tool(
             "drop the tool from the task, or choose a class that allows the effect",
         ));
     }
-    if let Err(found) = allows(egress, &spec.upstream.mcp.url, EgressUse::Tools) {
+    let upstream = upstream(spec, &at, findings);
+    let target = match &upstream {
+        Some(Upstream::Mcp(mcp)) => Some(("upstream.mcp.url", allows(egress, &mcp.url, EgressUse::Tools))),
+        // The template's host is literal; its path is no URL yet.
+        Some(Upstream::Http(http)) => Request::parse(http).ok().map(|request| {
+            let allowed = egress::allow(egress, request.authority(), EgressUse::Tools).map(|_| ());
+            ("upstream.http.url", allowed.map_err(|denied| format!("`{}`: {}", http.url, denied.reason)))
+        }),
+        None => None,
+    };
+    if let Some((field, Err(found))) = target {
         findings.push(Finding::new(
-            at("upstream.mcp.url"),
+            at(field),
             format!("a host and port that class `{}` lists in its egress for `Tools`", class.name),
             found,
             "use a listed upstream, or have the host added to the class",
@@ -189,20 +201,20 @@ fn tool(
             ));
         }
     }
-    let input = match schema::close(&spec.input) {
-        Ok(input) => Some(input),
-        Err(errors) => {
-            findings.extend(errors.into_iter().map(|error| {
-                Finding::new(
-                    at(&format!("input{}", error.pointer.replace('/', "."))),
-                    error.expected,
-                    error.found,
-                    "correct the schema",
-                )
-            }));
-            None
-        }
+    let mut judged = |field: &str, judged: Result<serde_json::Value, Vec<schema::SchemaError>>| {
+        let wrong = |error: schema::SchemaError| {
+            let field = at(&format!("{field}{}", error.pointer.replace('/', ".")));
+            Finding::new(field, error.expected, error.found, "correct the schema")
+        };
+        judged.map_err(|errors| findings.extend(errors.into_iter().map(wrong))).ok()
     };
+    let input = judged("input", schema::close(&spec.input));
+    let output =
+        spec.output.as_ref().and_then(|output| judged("output", schema::check(output).map(|()| output.clone())));
+    if let (Some(Upstream::Http(http)), Some(input)) = (&upstream, &input) {
+        places(http, input, &at, findings);
+    }
+    let limits = tool_limits(spec, &at, findings);
     if findings.len() > before {
         return None;
     }
@@ -210,9 +222,10 @@ fn tool(
         contract: name.to_owned(),
         name: spec.tool.clone(),
         description: spec.description.clone(),
-        url: spec.upstream.mcp.url.clone(),
-        upstream_tool: spec.upstream.mcp.tool.clone(),
+        upstream: upstream?,
         input: input?,
+        output,
+        limits,
         preconditions: spec
             .preconditions
             .iter()
@@ -224,6 +237,134 @@ fn tool(
             .collect(),
         side_effect: spec.side_effect,
     })
+}
+
+/// The contract's one upstream, well formed.
+fn upstream(spec: &ToolContractSpec, at: &impl Fn(&str) -> String, findings: &mut Vec<Finding>) -> Option<Upstream> {
+    match (&spec.upstream.mcp, &spec.upstream.http) {
+        (Some(mcp), None) => {
+            let hex = |digest: &String| digest.len() == 64 && digest.bytes().all(|b| b"0123456789abcdef".contains(&b));
+            if let Some(digest) = mcp.digest.as_ref().filter(|digest| !hex(digest)) {
+                findings.push(Finding::new(
+                    at("upstream.mcp.digest"),
+                    "64 lower-case hexadecimal digits",
+                    format!("`{digest}`"),
+                    "take the digest from a denial by tool.changed or from an intent in the evidence",
+                ));
+            }
+            Some(Upstream::Mcp(McpUpstream {
+                url: mcp.url.clone(),
+                tool: mcp.tool.clone(),
+                digest: mcp.digest.clone(),
+            }))
+        }
+        (None, Some(http)) => {
+            let http = HttpUpstream { method: http.method, url: http.url.clone(), query: http.query.clone() };
+            if let Err(error) = Request::parse(&http) {
+                findings.push(Finding::new(
+                    at("upstream.http.url"),
+                    "a URL with `{name}` in segments of its path only",
+                    format!("`{}`: {error}", http.url),
+                    "correct the template",
+                ));
+                return None;
+            }
+            Some(Upstream::Http(http))
+        }
+        (mcp, _) => {
+            findings.push(Finding::new(
+                at("upstream"),
+                "exactly one of mcp and http",
+                if mcp.is_some() { "both" } else { "neither" },
+                "set one of them",
+            ));
+            None
+        }
+    }
+}
+
+/// Whether every argument that the schema lets pass has its place in the request, and every place its argument.
+fn places(http: &HttpUpstream, input: &serde_json::Value, at: &impl Fn(&str) -> String, findings: &mut Vec<Finding>) {
+    let Ok(request) = Request::parse(http) else { return };
+    let properties = input.get("properties").and_then(|properties| properties.as_object());
+    let required: Vec<_> = input
+        .get("required")
+        .and_then(|names| names.as_array())
+        .into_iter()
+        .flatten()
+        .filter_map(|n| n.as_str())
+        .collect();
+    let in_path: Vec<_> = request.path_arguments().collect();
+    for name in in_path.iter().copied().chain(request.query_arguments()) {
+        let kind =
+            properties.and_then(|all| all.get(name)).and_then(|one| one.get("type")).and_then(|kind| kind.as_str());
+        if !matches!(kind, Some("string" | "integer" | "boolean")) {
+            findings.push(Finding::new(
+                at(&format!("input.properties.{name}.type")),
+                "\"string\", \"integer\" or \"boolean\", because the argument goes into the URL",
+                kind.map_or_else(|| "nothing".to_owned(), |kind| format!("\"{kind}\"")),
+                "describe the argument, or take it out of the URL",
+            ));
+        }
+        if in_path.contains(&name) && !required.contains(&name) {
+            findings.push(Finding::new(
+                at("input.required"),
+                format!("`{name}`, because the path needs it"),
+                "a list without it",
+                "require the argument",
+            ));
+        }
+    }
+    if http.method.has_body() {
+        return;
+    }
+    let placed = |name: &str| in_path.contains(&name) || request.query_arguments().any(|other| other == name);
+    for name in properties.into_iter().flat_map(|all| all.keys()).filter(|name| !placed(name)) {
+        findings.push(Finding::new(
+            at(&format!("input.properties.{name}")),
+            format!("an argument that has a place in the URL, because {} has no body", http.method.as_str()),
+            "one that has none",
+            "list it in upstream.http.query, put it into the path, or drop it",
+        ));
+    }
+    if input.get("additionalProperties") != Some(&serde_json::Value::Bool(false))
+        || input.get("patternProperties").is_some()
+    {
+        findings.push(Finding::new(
+            at("input.additionalProperties"),
+            format!("false and no patternProperties, because {} has no body for more arguments", http.method.as_str()),
+            "a schema that allows more",
+            "set it to false; with allOf, anyOf, oneOf or $ref it has to be written out",
+        ));
+    }
+}
+
+fn tool_limits(spec: &ToolContractSpec, at: &impl Fn(&str) -> String, findings: &mut Vec<Finding>) -> ToolLimits {
+    let asked = &spec.limits;
+    let bounds = [
+        ("calls", asked.calls, 0, 1_000_000),
+        ("perMinute", asked.per_minute, 1, 60_000),
+        ("timeoutSeconds", asked.timeout_seconds, 1, 300),
+        ("requestBytes", asked.request_bytes, 2, 4 << 20),
+        ("responseBytes", asked.response_bytes, 1, 16 << 20),
+    ];
+    for (field, asked, least, most) in bounds {
+        if let Some(asked) = asked.filter(|asked| !(least..=most).contains(asked)) {
+            findings.push(Finding::new(
+                at(&format!("limits.{field}")),
+                format!("{least} to {most}"),
+                asked.to_string(),
+                "correct the contract",
+            ));
+        }
+    }
+    ToolLimits {
+        calls: asked.calls,
+        per_minute: asked.per_minute,
+        timeout_seconds: asked.timeout_seconds,
+        request_bytes: asked.request_bytes,
+        response_bytes: asked.response_bytes,
+    }
 }
 
 /// The pack's model endpoints, as far as the class may reach them. A class that lists hosts for models and reaches no

@@ -1,4 +1,4 @@
-//! Input schemas of contracts: JSON Schema draft 2020-12, self-contained, closed.
+//! Input and output schemas of contracts: JSON Schema draft 2020-12, self-contained, closed.
 //!
 //! Promises: a schema that passes compiles, refers to nothing outside itself, and refuses properties that it does not name
 //! unless it says otherwise. Refuses: other drafts, remote references, `$id` (it would move what a reference means).
@@ -54,13 +54,25 @@ impl SchemaError {
 /// # Errors
 /// Everything that is wrong with it.
 pub fn close(schema: &Value) -> Result<Value, Vec<SchemaError>> {
+    check(schema)?;
+    let mut closed = schema.clone();
+    close_at(&mut closed, schema, true);
+    compiles(&closed)?;
+    Ok(closed)
+}
+
+/// Whether a schema may be enforced as it is written: an object's, self-contained, of the one dialect.
+///
+/// # Errors
+/// Everything that is wrong with it.
+pub fn check(schema: &Value) -> Result<(), Vec<SchemaError>> {
     let mut errors = Vec::new();
     let Some(root) = schema.as_object() else {
         return Err(vec![SchemaError::new("", "an object", "another JSON value")]);
     };
     if root.get("type").and_then(Value::as_str) != Some("object") {
         let found = root.get("type").map_or_else(|| "nothing".to_owned(), brief);
-        errors.push(SchemaError::new("/type", "\"object\", because a tool's arguments are one", found));
+        errors.push(SchemaError::new("/type", "\"object\", because a tool's arguments and results are one", found));
     }
     match root.get("$schema") {
         Some(Value::String(dialect)) if dialect.trim_end_matches('#') == DIALECT => {}
@@ -78,10 +90,12 @@ pub fn close(schema: &Value) -> Result<Value, Vec<SchemaError>> {
             shorten(&error.to_string()),
         )]);
     }
-    let mut closed = schema.clone();
-    close_at(&mut closed, schema, true);
-    match jsonschema::options().with_draft(Draft::Draft202012).build(&closed) {
-        Ok(_) => Ok(closed),
+    compiles(schema)
+}
+
+fn compiles(schema: &Value) -> Result<(), Vec<SchemaError>> {
+    match jsonschema::options().with_draft(Draft::Draft202012).build(schema) {
+        Ok(_) => Ok(()),
         Err(error) => Err(vec![SchemaError::new(
             &error.instance_path().to_string(),
             "a schema that compiles",

@@ -9,7 +9,10 @@ use super::{
     validated::{Validated, validate},
 };
 use crate::{
-    api::{AgentTask, PolicyPack, ToolContract},
+    api::{
+        AgentTask, PolicyPack, ToolContract,
+        tool_contract::{HttpUpstream, Upstream},
+    },
     policy::config::{EgressUse, HarnessConfig, SideEffect},
 };
 
@@ -109,6 +112,29 @@ fn what_runtimes_leave_open_is_covered_unless_declared() {
     assert_eq!(covers(&["/tmp", "/dev/shm"]), [""; 0]);
 }
 
+fn http(method: &str, url: &str, query: &[&str]) -> Option<HttpUpstream> {
+    serde_json::from_value(json!({"method": method, "url": url, "query": query})).unwrap()
+}
+
+fn over_http(contracts: &mut [ToolContract], method: &str, url: &str, query: &[&str]) {
+    contracts[0].spec.upstream = Upstream { mcp: None, http: http(method, url, query) };
+}
+
+#[test]
+fn an_http_tool_is_rendered() {
+    let mut contracts = contracts();
+    over_http(&mut contracts, "GET", "https://tickets.world.test/tickets/{title}", &[]);
+    contracts[0].spec.output = Some(json!({"type": "object"}));
+    contracts[0].spec.limits.calls = Some(3);
+    let policy = config::render_policy(&task(), &contracts, &pack()).unwrap();
+    let tool = serde_json::to_value(&policy.tools[1]).unwrap();
+    assert_eq!(
+        tool["upstream"],
+        json!({"http": {"method": "GET", "url": "https://tickets.world.test/tickets/{title}"}})
+    );
+    assert_eq!((&tool["output"], &tool["limits"]), (&json!({"type": "object"}), &json!({"calls": 3})));
+}
+
 type Break = fn(&mut AgentTask, &mut Vec<ToolContract>, &mut PolicyPack);
 
 /// What is broken, and the field that must be named.
@@ -134,16 +160,69 @@ const BROKEN: &[(&str, &str, Break)] = &[
     }),
     ("schema type", "ToolContract/tickets spec.input.type", |_, c, _| c[0].spec.input = json!({"type":"array"})),
     ("upstream host", "ToolContract/tickets spec.upstream.mcp.url", |_, c, _| {
-        c[0].spec.upstream.mcp.url = "https://evil.test/mcp".into();
+        c[0].spec.upstream.mcp.as_mut().unwrap().url = "https://evil.test/mcp".into();
     }),
     ("upstream two levels", "ToolContract/tickets spec.upstream.mcp.url", |_, c, _| {
-        c[0].spec.upstream.mcp.url = "https://a.tickets.world.test/mcp".into();
+        c[0].spec.upstream.mcp.as_mut().unwrap().url = "https://a.tickets.world.test/mcp".into();
     }),
     ("upstream port", "ToolContract/tickets spec.upstream.mcp.url", |_, c, _| {
-        c[0].spec.upstream.mcp.url = "http://tickets.world.test/mcp".into();
+        c[0].spec.upstream.mcp.as_mut().unwrap().url = "http://tickets.world.test/mcp".into();
     }),
     ("upstream user", "ToolContract/tickets spec.upstream.mcp.url", |_, c, _| {
-        c[0].spec.upstream.mcp.url = "https://tickets.world.test@evil.test/mcp".into();
+        c[0].spec.upstream.mcp.as_mut().unwrap().url = "https://tickets.world.test@evil.test/mcp".into();
+    }),
+    ("upstream neither", "ToolContract/tickets spec.upstream", |_, c, _| c[0].spec.upstream.mcp = None),
+    ("upstream both", "ToolContract/tickets spec.upstream", |_, c, _| {
+        c[0].spec.upstream.http = http("GET", "https://tickets.world.test/", &[]);
+    }),
+    ("pin", "ToolContract/tickets spec.upstream.mcp.digest", |_, c, _| {
+        c[0].spec.upstream.mcp.as_mut().unwrap().digest = Some("AB".repeat(32));
+    }),
+    ("http template", "ToolContract/tickets spec.upstream.http.url", |_, c, _| {
+        over_http(c, "POST", "https://tickets.world.test/{title}{title}", &[]);
+    }),
+    ("http host as an argument", "ToolContract/tickets spec.upstream.http.url", |_, c, _| {
+        over_http(c, "POST", "https://{title}.world.test/", &[]);
+    }),
+    ("http host", "ToolContract/tickets spec.upstream.http.url", |_, c, _| {
+        over_http(c, "POST", "https://evil.test/{title}", &[]);
+    }),
+    ("http argument that is not there", "ToolContract/tickets spec.input.properties.other.type", |_, c, _| {
+        over_http(c, "POST", "https://tickets.world.test/{title}", &["other"]);
+    }),
+    ("http argument that is an object", "ToolContract/tickets spec.input.properties.title.type", |_, c, _| {
+        over_http(c, "POST", "https://tickets.world.test/{title}", &[]);
+        c[0].spec.input["properties"]["title"] = json!({"type": "object"});
+    }),
+    ("http path argument that may be missing", "ToolContract/tickets spec.input.required", |_, c, _| {
+        over_http(c, "POST", "https://tickets.world.test/{title}", &[]);
+        c[0].spec.input["required"] = json!([]);
+    }),
+    ("http argument without a place", "ToolContract/tickets spec.input.properties.title", |_, c, _| {
+        over_http(c, "GET", "https://tickets.world.test/", &[]);
+    }),
+    ("http schema that allows more", "ToolContract/tickets spec.input.additionalProperties", |_, c, _| {
+        over_http(c, "DELETE", "https://tickets.world.test/{title}", &[]);
+        c[0].spec.input["additionalProperties"] = json!(true);
+    }),
+    ("http schema that allows patterns", "ToolContract/tickets spec.input.additionalProperties", |_, c, _| {
+        over_http(c, "GET", "https://tickets.world.test/{title}", &[]);
+        c[0].spec.input["patternProperties"] = json!({"^x": {"type": "string"}});
+    }),
+    ("output", "ToolContract/tickets spec.output.type", |_, c, _| c[0].spec.output = Some(json!({"type": "array"}))),
+    ("output elsewhere", "ToolContract/tickets spec.output.properties.a.$ref", |_, c, _| {
+        c[0].spec.output = Some(json!({"type": "object", "properties": {"a": {"$ref": "https://evil.test/x"}}}));
+    }),
+    ("limit calls", "ToolContract/tickets spec.limits.calls", |_, c, _| c[0].spec.limits.calls = Some(-1)),
+    ("limit rate", "ToolContract/tickets spec.limits.perMinute", |_, c, _| c[0].spec.limits.per_minute = Some(0)),
+    ("limit time", "ToolContract/tickets spec.limits.timeoutSeconds", |_, c, _| {
+        c[0].spec.limits.timeout_seconds = Some(301);
+    }),
+    ("limit request", "ToolContract/tickets spec.limits.requestBytes", |_, c, _| {
+        c[0].spec.limits.request_bytes = Some(1)
+    }),
+    ("limit reply", "ToolContract/tickets spec.limits.responseBytes", |_, c, _| {
+        c[0].spec.limits.response_bytes = Some(1 << 30);
     }),
     ("upstream for another use", "ToolContract/tickets spec.upstream.mcp.url", |_, _, p| {
         p.spec.workflow_classes[0].egress[0].uses = vec![EgressUse::Direct];

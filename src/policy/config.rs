@@ -155,16 +155,126 @@ pub struct Tool {
     pub name: String,
     /// What the agent is told.
     pub description: String,
-    /// Endpoint of the MCP server.
-    pub url: String,
-    /// The tool's name there.
-    pub upstream_tool: String,
+    /// Where it really is.
+    pub upstream: Upstream,
     /// JSON Schema of the arguments.
     pub input: serde_json::Value,
+    /// JSON Schema of the result.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub output: Option<serde_json::Value>,
+    /// What one tool may take and use.
+    #[serde(default)]
+    pub limits: ToolLimits,
     /// What must hold.
     pub preconditions: Vec<Precondition>,
     /// What a call may change.
     pub side_effect: SideEffect,
+}
+
+/// Where a tool really is.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub enum Upstream {
+    /// A tool of an MCP server.
+    Mcp(McpUpstream),
+    /// An HTTP request by a template.
+    Http(HttpUpstream),
+}
+
+/// A tool of an MCP server that speaks streamable HTTP.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct McpUpstream {
+    /// Endpoint of the server.
+    pub url: String,
+    /// The tool's name there.
+    pub tool: String,
+    /// The digest that the server's definition of the tool must have, see [`definition`](super::definition).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub digest: Option<String>,
+}
+
+/// An HTTP request that is made of a call's arguments, see [`template`](super::template).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct HttpUpstream {
+    /// Its method.
+    pub method: HttpMethod,
+    /// Its URL, with `{name}` where arguments go.
+    pub url: String,
+    /// The arguments that go into the query.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub query: Vec<String>,
+}
+
+/// Method of an HTTP tool.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "kube", derive(schemars::JsonSchema))]
+#[serde(rename_all = "UPPERCASE")]
+pub enum HttpMethod {
+    /// Without a body.
+    Get,
+    /// Without a body, and without one in the reply.
+    Head,
+    /// Without a body.
+    Delete,
+    /// What is not in path and query is a JSON body.
+    Post,
+    /// What is not in path and query is a JSON body.
+    Put,
+    /// What is not in path and query is a JSON body.
+    Patch,
+}
+
+impl HttpMethod {
+    /// The name in manifests and on the wire.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Get => "GET",
+            Self::Head => "HEAD",
+            Self::Delete => "DELETE",
+            Self::Post => "POST",
+            Self::Put => "PUT",
+            Self::Patch => "PATCH",
+        }
+    }
+
+    /// Whether a request of this method has a body.
+    pub fn has_body(self) -> bool {
+        matches!(self, Self::Post | Self::Put | Self::Patch)
+    }
+}
+
+/// Bounds of one tool's calls.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ToolLimits {
+    /// Calls over all attempts of the task.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub calls: Option<i64>,
+    /// Calls a minute, and at once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub per_minute: Option<i64>,
+    /// Seconds that one call may take.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timeout_seconds: Option<i64>,
+    /// Bytes of a call's arguments in canonical form.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub request_bytes: Option<i64>,
+    /// Bytes of the upstream's reply.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub response_bytes: Option<i64>,
+}
+
+/// What a log says of one tool so far.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ToolUsage {
+    /// Calls sent, over all attempts.
+    pub calls: i64,
+    /// The digest of the upstream's definition by which the newest attempt called it first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub definition: Option<String>,
 }
 
 /// One named condition.

@@ -260,8 +260,13 @@ mod tests {
                 contract: "open-ticket".into(),
                 name: "open_ticket".into(),
                 description: "d".into(),
-                url: "https://tickets.test/mcp".into(),
-                upstream_tool: "open".into(),
+                upstream: Upstream::Mcp(McpUpstream {
+                    url: "https://tickets.test/mcp".into(),
+                    tool: "open".into(),
+                    digest: None,
+                }),
+                output: None,
+                limits: ToolLimits::default(),
                 input: json!({
                     "type": "object",
                     "properties": {"title": {"type": "string", "maxLength": 20}, "severity": {"type": "string"}},

@@ -31,6 +31,22 @@ rules! {
     ToolPrecondition = "tool.precondition",
     /// The class allows the contract's side effect.
     ToolEffect = "tool.effect",
+    /// The arguments make a request of the contract's URL template.
+    ToolUrl = "tool.url",
+    /// The upstream's definition of the tool is the one that was approved.
+    ToolChanged = "tool.changed",
+    /// The result fits the contract's output schema.
+    ToolOutput = "tool.output",
+    /// The contract has calls left.
+    ToolLimitCalls = "tool.calls",
+    /// The contract's calls a minute are not used up.
+    ToolRate = "tool.rate",
+    /// The tool answers within the contract's time.
+    ToolTimeout = "tool.timeout",
+    /// The arguments are no longer than the contract lets them be.
+    ToolRequestBytes = "tool.requestBytes",
+    /// The reply is no longer than the contract lets it be.
+    ToolResponseBytes = "tool.responseBytes",
     /// The attempt has time left.
     WallTime = "budget.wallTime",
     /// The task has tool calls left.

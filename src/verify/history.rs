@@ -8,13 +8,15 @@ use crate::{
         note::{self, VerifierKey},
         record::{Actor, AttemptOpened, Channel, Effect, Event, Intent, Outcome, Record, VERSION},
     },
-    policy::config::{PolicyConfig, Usage},
+    policy::config::{McpUpstream, PolicyConfig, Upstream, Usage},
 };
 
 /// What is known after some records.
 #[derive(Default)]
 pub(super) struct History {
     attempt: i64,
+    /// The attempt that opened last.
+    opened_attempt: i64,
     /// Whether the attempt is between `attempt.opened` and `attempt.closed`.
     open: bool,
     /// Whether the attempt has seen its containment broken.
@@ -24,6 +26,10 @@ pub(super) struct History {
     key: Option<VerifierKey>,
     policy: Option<PolicyConfig>,
     usage: Usage,
+    /// Calls of each tool, over all attempts.
+    tool_calls: BTreeMap<String, i64>,
+    /// The definition by which the newest attempt called each tool first.
+    definitions: BTreeMap<String, String>,
     calls: BTreeMap<String, Call>,
 }
 
@@ -179,6 +185,10 @@ impl History {
     fn opened(&mut self, record: &Record, opened: &AttemptOpened, origin: &str, blame: &mut Blame<'_>) {
         self.open = true;
         self.loose = false;
+        if self.opened_attempt != record.attempt {
+            self.opened_attempt = record.attempt;
+            self.definitions.clear();
+        }
         if !opened.containment.contained || !opened.containment.breaches.is_empty() {
             blame
                 .add(Check::AttemptContained, "expected a contained pod, found one that reaches more than the gateway");
@@ -265,6 +275,24 @@ impl History {
             if let Some(problem) = misfit(intent, policy) {
                 blame.add(Check::CallPolicy, problem);
             }
+            if *channel == Channel::Tool {
+                let made = self.tool_calls.entry(target.clone()).or_default();
+                *made = made.saturating_add(1);
+                let tool = policy.tools.iter().find(|tool| tool.name == *target);
+                if let Some(most) = tool.and_then(|tool| tool.limits.calls).filter(|most| *made > *most) {
+                    let message = format!("expected at most {most} calls of {target}, found {made}");
+                    blame.add(Check::UsageLimit, message);
+                }
+                if let Some(definition) = &intent.definition {
+                    let first = self.definitions.entry(target.clone()).or_insert_with(|| definition.clone());
+                    if first != definition {
+                        let message = format!(
+                            "expected the definition {first} of {target}, by which the attempt called it first, found {definition}"
+                        );
+                        blame.add(Check::CallPolicy, message);
+                    }
+                }
+            }
         }
         if self.calls.contains_key(call) {
             blame.add(Check::CallUnique, format!("expected one intent of call {call}, found a second"));
@@ -322,16 +350,37 @@ fn misfit(intent: &Intent, policy: &PolicyConfig) -> Option<String> {
     let Some(tool) = policy.tools.iter().find(|t| t.name == intent.target) else {
         return Some(format!("expected a tool of the policy, found {}", intent.target));
     };
-    if intent.effect != Some(tool.side_effect) {
+    let Some(effect) = intent.effect.filter(|effect| *effect >= tool.side_effect) else {
         let found = intent.effect.map_or("none", |e| e.as_str());
         return Some(format!(
-            "expected the effect {} that the contract of {} names, found {found}",
+            "expected the effect {} that the contract of {} names or a tighter one, found {found}",
             tool.side_effect.as_str(),
             tool.name
         ));
+    };
+    for effect in [tool.side_effect, effect] {
+        if !policy.allowed_effects.contains(&effect) {
+            return Some(format!("expected an effect that the class allows, found {}", effect.as_str()));
+        }
     }
-    (!policy.allowed_effects.contains(&tool.side_effect))
-        .then(|| format!("expected an effect that the class allows, found {}", tool.side_effect.as_str()))
+    if let Some(most) =
+        tool.limits.request_bytes.and_then(|most| u64::try_from(most).ok()).filter(|n| intent.request_bytes > *n)
+    {
+        return Some(format!(
+            "expected at most {most} bytes of arguments of {}, found {}",
+            tool.name, intent.request_bytes
+        ));
+    }
+    let found = intent.definition.as_deref();
+    let expected = match &tool.upstream {
+        Upstream::Mcp(McpUpstream { digest: Some(pin), .. }) if found == Some(pin) => return None,
+        Upstream::Mcp(McpUpstream { digest: None, .. }) if found.is_some() => return None,
+        Upstream::Http(_) if found.is_none() => return None,
+        Upstream::Mcp(McpUpstream { digest: Some(pin), .. }) => pin.as_str(),
+        Upstream::Mcp(_) => "the upstream listed",
+        Upstream::Http(_) => "none, as an HTTP tool has",
+    };
+    Some(format!("expected the definition of {} to be {expected}, found {}", tool.name, found.unwrap_or("none")))
 }
 
 /// The counters in words.

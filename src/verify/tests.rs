@@ -13,7 +13,7 @@ use crate::{
         segment::Segment,
         store::Mode,
     },
-    policy::config::SideEffect,
+    policy::config::{HttpMethod, HttpUpstream, SideEffect, Upstream},
 };
 
 pub(crate) mod script;
@@ -45,6 +45,25 @@ fn a_good_log_is_valid() {
     assert_eq!(summary.kinds["call.intent"], 4);
     assert_eq!(summary.locks.as_ref().and_then(|l| l.mode), Some(Mode::Compliance));
     assert_eq!(summary.witnessed, Some(1_795_000_012));
+}
+
+#[test]
+fn a_log_with_listings_tighter_effects_and_limits_that_hold_is_valid() {
+    let mut script = Script::good();
+    change_opened(&mut script, 7, |o| {
+        o.policy.tools[1].limits.calls = Some(2);
+        let Upstream::Mcp(mcp) = &mut o.policy.tools[1].upstream else { panic!() };
+        mcp.digest = Some("0d".repeat(32));
+        o.policy_digest = o.policy.digest().unwrap();
+    });
+    let listing = record(2, intent("e", Channel::Listing, "other", 0));
+    script.segments[4].extend([listing, record(2, intent("f", Channel::Tool, "search", 0))]);
+    script.count();
+    // The upstream itself says that it changes something.
+    change_intent(&mut script, 10, |i| i.effect = Some(SideEffect::Write));
+    let report = run(&script, &script.write());
+    assert_eq!((report.verdict, broken(&report)), (Verdict::Valid, vec![]), "{:?}", report.findings);
+    assert_eq!(report.summary.usage.tool_calls, 4);
 }
 
 #[test]
@@ -89,6 +108,27 @@ fn a_task_that_never_ran_has_a_valid_log_of_one_record() {
 #[case::outcome_in_another_attempt(Check::CallOutcome, Some(9), |s: &mut Script| s.at(9).event = outcome("c", 0))]
 #[case::unknown_tool(Check::CallPolicy, Some(6), |s: &mut Script| change_intent(s, 6, |i| i.target = "shell".into()))]
 #[case::effect_that_the_contract_lacks(Check::CallPolicy, Some(6), |s: &mut Script| change_intent(s, 6, |i| i.effect = Some(SideEffect::Read)))]
+#[case::no_definition(Check::CallPolicy, Some(6), |s: &mut Script| change_intent(s, 6, |i| i.definition = None))]
+#[case::another_definition_in_the_attempt(Check::CallPolicy, Some(9), |s: &mut Script| {
+    s.segments[4].push(record(2, intent("e", Channel::Tool, "write", 0)));
+    s.count();
+    change_intent(s, 9, |i| i.definition = Some("ff".repeat(32)));
+})]
+#[case::another_definition_than_the_pin(Check::CallPolicy, Some(8), |s: &mut Script| change_opened(s, 7, |o| {
+    let Upstream::Mcp(mcp) = &mut o.policy.tools[2].upstream else { panic!() };
+    mcp.digest = Some("ff".repeat(32));
+    o.policy_digest = o.policy.digest().unwrap();
+}))]
+#[case::definition_of_an_http_tool(Check::CallPolicy, Some(8), |s: &mut Script| change_opened(s, 7, |o| {
+    let url = "https://tools.world.test/".into();
+    o.policy.tools[2].upstream = Upstream::Http(HttpUpstream { method: HttpMethod::Post, url, query: vec![] });
+    o.policy_digest = o.policy.digest().unwrap();
+}))]
+#[case::too_many_calls_of_a_tool(Check::UsageLimit, Some(8), |s: &mut Script| change_opened(s, 7, |o| {
+    o.policy.tools[2].limits.calls = Some(1);
+    o.policy_digest = o.policy.digest().unwrap();
+}))]
+#[case::too_many_bytes(Check::CallPolicy, Some(6), |s: &mut Script| change_intent(s, 6, |i| i.request_bytes = 4097))]
 #[case::effect_that_the_class_forbids(Check::CallPolicy, Some(6), |s: &mut Script| change_intent(s, 6, |i| { i.target = "mail".into(); i.effect = Some(SideEffect::External); }))]
 #[case::tool_calls_not_counted(Check::UsageCount, Some(6), |s: &mut Script| s.segments.iter_mut().flatten().skip(6).for_each(|r| r.usage.tool_calls -= 1))]
 #[case::denials_not_counted(Check::UsageCount, Some(4), |s: &mut Script| s.at(4).usage.denials = 0)]

@@ -384,7 +384,7 @@ impl View {
 
 /// A call's channel and target, in columns.
 fn call(channel: Channel, target: &str) -> String {
-    format!("{:<6} {:<28}", channel.as_str(), Safe(target).to_string())
+    format!("{:<7} {:<28}", channel.as_str(), Safe(target).to_string())
 }
 
 fn addresses(n: usize) -> String {

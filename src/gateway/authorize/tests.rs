@@ -4,7 +4,7 @@ use super::*;
 use crate::{
     api::policy_pack::{EvidencePolicy, RetentionMode},
     gateway::testing,
-    policy::config::{EgressHost, EgressUse},
+    policy::config::{EgressHost, EgressUse, HttpMethod, HttpUpstream},
 };
 
 fn compiled() -> Compiled {
@@ -84,7 +84,8 @@ fn lists(#[case] channel: Channel, #[case] url: &str, #[case] expected: Result<b
 }
 
 fn facts(channel: Channel, target: &str, effect: Option<SideEffect>) -> IntentFacts {
-    IntentFacts { call: "1".into(), attempt: 1, channel, target: target.into(), effect, open: true }
+    let definition = effect.map(|_| testing::DEFINITION.to_owned());
+    IntentFacts { call: "1".into(), attempt: 1, channel, target: target.into(), effect, definition, open: true }
 }
 
 #[rstest]
@@ -130,6 +131,49 @@ fn facts(channel: Channel, target: &str, effect: Option<SideEffect>) -> IntentFa
     "https://tools.world.test/mcp",
     facts(Channel::Tool, "write", Some(SideEffect::Read)),
     Err(Rule::ToolEffect)
+)]
+#[case::tighter(
+    Channel::Tool,
+    "https://tools.world.test/mcp",
+    facts(Channel::Tool, "search", Some(SideEffect::Write)),
+    Ok(())
+)]
+#[case::tighter_than_the_class_allows(
+    Channel::Tool,
+    "https://tools.world.test/mcp",
+    facts(Channel::Tool, "search", Some(SideEffect::External)),
+    Err(Rule::ToolEffect)
+)]
+#[case::tighter_over(
+    Channel::Tool,
+    "https://tools.world.test/mcp",
+    IntentFacts { open: false, ..facts(Channel::Tool, "search", Some(SideEffect::Write)) },
+    Err(Rule::IntentMissing)
+)]
+#[case::no_definition(
+    Channel::Tool,
+    "https://tools.world.test/mcp",
+    IntentFacts { definition: None, ..facts(Channel::Tool, "write", Some(SideEffect::Write)) },
+    Err(Rule::ToolChanged)
+)]
+#[case::listing(Channel::Listing, "https://tools.world.test/mcp", facts(Channel::Listing, "write", None), Ok(()))]
+#[case::listing_over(
+    Channel::Listing,
+    "https://tools.world.test/mcp",
+    IntentFacts { open: false, ..facts(Channel::Listing, "write", None) },
+    Ok(())
+)]
+#[case::listing_elsewhere(
+    Channel::Listing,
+    "https://tools.world.test/admin",
+    facts(Channel::Listing, "write", None),
+    Err(Rule::IntentMissing)
+)]
+#[case::listing_for_a_call(
+    Channel::Tool,
+    "https://tools.world.test/mcp",
+    facts(Channel::Listing, "write", None),
+    Err(Rule::IntentMissing)
 )]
 #[case::no_effect(
     Channel::Tool,
@@ -215,14 +259,91 @@ fn a_tool_that_the_class_forbids_now_is_refused() {
     assert_eq!(found.unwrap_err().rule, Rule::ToolEffect);
 }
 
-#[test]
-fn a_session_outlives_the_write_that_opened_it_but_the_write_is_not_made_again() {
+#[rstest]
+#[case::listing_post(Channel::Listing, Method::POST, true)]
+#[case::listing_get(Channel::Listing, Method::GET, true)]
+#[case::listing_delete(Channel::Listing, Method::DELETE, true)]
+#[case::listing_put(Channel::Listing, Method::PUT, false)]
+#[case::call(Channel::Tool, Method::POST, true)]
+#[case::call_get(Channel::Tool, Method::GET, false)]
+#[case::call_delete(Channel::Tool, Method::DELETE, false)]
+fn methods_of_mcp(#[case] channel: Channel, #[case] method: Method, #[case] allowed: bool) {
     let target = Target::parse("https://tools.world.test/mcp").unwrap();
-    let over = IntentFacts { open: false, ..facts(Channel::Tool, "write", Some(SideEffect::Write)) };
-    let by = |method| intended(&compiled(), 1, Channel::Tool, Destination::Url(&target, &method), &over);
-    assert_eq!(by(Method::GET), Ok(()));
-    assert_eq!(by(Method::DELETE), Ok(()));
-    for method in [Method::POST, Method::PUT, Method::PATCH] {
-        assert_eq!(by(method).unwrap_err().rule, Rule::IntentMissing);
-    }
+    let effect = (channel == Channel::Tool).then_some(SideEffect::Write);
+    let found = intended(&compiled(), 1, channel, Destination::Url(&target, &method), &facts(channel, "write", effect));
+    assert_eq!(found.map_err(|e| e.rule), if allowed { Ok(()) } else { Err(Rule::IntentMissing) });
+}
+
+#[test]
+fn a_pin_is_asked_for_again() {
+    let mut compiled = compiled();
+    let Upstream::Mcp(mcp) = &mut compiled.policy.tools[1].upstream else { panic!() };
+    mcp.digest = Some("ab".repeat(32));
+    let target = Target::parse("https://tools.world.test/mcp").unwrap();
+    let by = |definition: Option<String>| {
+        let intent = IntentFacts { definition, ..facts(Channel::Tool, "write", Some(SideEffect::Write)) };
+        let to = Destination::Url(&target, &Method::POST);
+        intended(&compiled, 1, Channel::Tool, to, &intent).map_err(|e| e.rule)
+    };
+    assert_eq!(by(Some("ab".repeat(32))), Ok(()));
+    assert_eq!(by(Some("cd".repeat(32))), Err(Rule::ToolChanged));
+    assert_eq!(by(None), Err(Rule::ToolChanged));
+}
+
+#[rstest]
+#[case::call(Channel::Tool, r#"{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"write"}}"#, Ok(()))]
+#[case::other_tool(
+    Channel::Tool,
+    r#"{"id":1,"method":"tools/call","params":{"name":"drop"}}"#,
+    Err(Rule::IntentMissing)
+)]
+#[case::no_tool(Channel::Tool, r#"{"id":1,"method":"tools/call"}"#, Err(Rule::IntentMissing))]
+#[case::no_call(Channel::Tool, r#"{"id":1,"method":"tools/list"}"#, Err(Rule::IntentMissing))]
+#[case::named_twice(
+    Channel::Tool,
+    r#"{"method":"tools/call","params":{"name":"write","name":"drop"}}"#,
+    Err(Rule::Request)
+)]
+#[case::method_twice(Channel::Listing, r#"{"method":"ping","method":"tools/call"}"#, Err(Rule::Request))]
+#[case::batch(Channel::Tool, r#"[{"method":"tools/call","params":{"name":"write"}}]"#, Err(Rule::Request))]
+#[case::no_json(Channel::Tool, "", Err(Rule::Request))]
+#[case::list(Channel::Listing, r#"{"id":1,"method":"tools/list","params":{"cursor":"x"}}"#, Ok(()))]
+#[case::begin(Channel::Listing, r#"{"id":1,"method":"initialize","params":{}}"#, Ok(()))]
+#[case::discover(Channel::Listing, r#"{"id":1,"method":"server/discover"}"#, Ok(()))]
+#[case::notification(Channel::Listing, r#"{"method":"notifications/cancelled","params":{}}"#, Ok(()))]
+#[case::answer(Channel::Listing, r#"{"id":1,"result":{}}"#, Ok(()))]
+#[case::call_in_a_listing(
+    Channel::Listing,
+    r#"{"id":1,"method":"tools/call","params":{"name":"write"}}"#,
+    Err(Rule::IntentMissing)
+)]
+#[case::resource_in_a_listing(Channel::Listing, r#"{"id":1,"method":"resources/read"}"#, Err(Rule::IntentMissing))]
+fn messages(#[case] channel: Channel, #[case] body: &str, #[case] expected: Result<(), Rule>) {
+    let found = says(&compiled(), channel, &facts(channel, "write", None), body.as_bytes());
+    assert_eq!(found.map_err(|e| e.rule), expected);
+}
+
+#[rstest]
+#[case::it(Method::POST, "https://tools.world.test/t/7?q=1", true, Ok(()))]
+#[case::other_argument(Method::POST, "https://tools.world.test/t/8", true, Ok(()))]
+#[case::method(Method::PUT, "https://tools.world.test/t/7", true, Err(Rule::IntentMissing))]
+#[case::path(Method::POST, "https://tools.world.test/admin", true, Err(Rule::IntentMissing))]
+#[case::deeper(Method::POST, "https://tools.world.test/t/7/8", true, Err(Rule::IntentMissing))]
+#[case::dots(Method::POST, "https://tools.world.test/t/..", true, Err(Rule::IntentMissing))]
+#[case::query(Method::POST, "https://tools.world.test/t/7?admin=1", true, Err(Rule::IntentMissing))]
+#[case::host(Method::POST, "https://docs.world.test/t/7", true, Err(Rule::IntentMissing))]
+#[case::plain(Method::POST, "http://tools.world.test:443/t/7", true, Err(Rule::IntentMissing))]
+#[case::over(Method::POST, "https://tools.world.test/t/7", false, Err(Rule::IntentMissing))]
+fn http_tools(#[case] method: Method, #[case] url: &str, #[case] open: bool, #[case] expected: Result<(), Rule>) {
+    let mut compiled = compiled();
+    compiled.policy.tools[1].upstream = Upstream::Http(HttpUpstream {
+        method: HttpMethod::Post,
+        url: "https://tools.world.test/t/{id}".into(),
+        query: vec!["q".into()],
+    });
+    let target = Target::parse(url).unwrap();
+    let intent = IntentFacts { open, definition: None, ..facts(Channel::Tool, "write", Some(SideEffect::Write)) };
+    let found = intended(&compiled, 1, Channel::Tool, Destination::Url(&target, &method), &intent);
+    assert_eq!(found.map_err(|e| e.rule), expected);
+    assert!(!is_message(&compiled, Channel::Tool, &method, &intent), "its body is no JSON-RPC");
 }

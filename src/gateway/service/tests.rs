@@ -364,6 +364,7 @@ async fn world() -> World {
         reviews: Reviews::new(api.clone(), metrics.token_reviews.clone()),
         witness,
         dialer: Dialer::new(Arc::new(Names), Blocked::default(), Arc::new(wires), ca.root.clone()),
+        pool: Arc::default(),
         incidents,
         usage: Arc::new(UsageStatus::new(api.clone(), metrics.clone())),
         metrics: metrics.clone(),
@@ -496,17 +497,40 @@ async fn a_tool_call_goes_out_as_itself_and_without_our_headers() {
         .header("connection", "x-drop")
         .header("x-drop", "1")
         .header("belay-secret", "1");
-    let reply = world.send(request.body(Full::from("hello")).unwrap()).await;
+    let message = r#"{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"write"}}"#;
+    let reply = world.send(request.body(Full::from(message)).unwrap()).await;
     assert_eq!(reply.status(), 200);
     assert_eq!(reply.headers()[wire::UPSTREAM], "198.51.100.20:443");
     assert_eq!(reply.headers()["x-end"], "2");
     assert!(!reply.headers().contains_key("x-hop") && !reply.headers().contains_key(wire::RULE));
     let seen = body(reply).await;
-    assert_eq!((&seen["method"], &seen["uri"], &seen["body"]), (&json!("POST"), &json!("/mcp"), &json!("hello")));
+    assert_eq!((&seen["method"], &seen["uri"], &seen["body"]), (&json!("POST"), &json!("/mcp"), &json!(message)));
     assert_eq!(header(&seen, "host"), ["tools.world.test"]);
     assert_eq!(header(&seen, "mcp-session-id"), ["7"]);
     for name in ["authorization", "x-drop", "belay-secret", "belay-target", "belay-intent", "belay-channel"] {
         assert!(header(&seen, name).is_empty(), "{name}: {seen}");
+    }
+}
+
+#[tokio::test]
+async fn an_intent_carries_its_own_message_to_an_mcp_server_and_no_other() {
+    let world = world().await;
+    let read = testing::intent("1", Channel::Tool, "search", 0);
+    world.harness(vec![read, testing::intent("2", Channel::Listing, "search", 0)]).await;
+    let message = |method: &str, name: &str| {
+        json!({"jsonrpc": "2.0", "id": 1, "method": method, "params": {"name": name}}).to_string()
+    };
+    for (channel, intent, body, expected) in [
+        ("tool", 1, message("tools/call", "search"), None),
+        ("tool", 1, message("tools/call", "write"), Some(Rule::IntentMissing)),
+        ("tool", 1, message("tools/list", ""), Some(Rule::IntentMissing)),
+        ("listing", 2, message("tools/list", ""), None),
+        ("listing", 2, message("tools/call", "search"), Some(Rule::IntentMissing)),
+        ("listing", 1, message("tools/list", ""), Some(Rule::IntentMissing)),
+        ("listing", 2, "hello".into(), Some(Rule::Request)),
+    ] {
+        let request = call(channel, "https://tools.world.test/mcp", intent).body(Full::from(body.clone())).unwrap();
+        assert_eq!(rule(&world.send(request).await), expected, "{channel} {intent} {body}");
     }
 }
 

@@ -19,7 +19,7 @@ use crate::{
     },
     gateway::refusal::Refused,
     policy::{
-        config::{Limits, SideEffect, Usage},
+        config::{Limits, SideEffect, ToolUsage, Usage},
         rule::Rule,
     },
 };
@@ -29,6 +29,8 @@ use crate::{
 const RECENT: usize = 4096;
 /// Intents that may be open at once: each takes memory until its outcome.
 const OPEN: usize = 4096;
+/// Tools that are counted: more than a task may name.
+const TOOLS: usize = 4096;
 /// Records in one segment: it is checked under the log's lock.
 const RECORDS: usize = 4096;
 
@@ -45,6 +47,8 @@ pub struct IntentFacts {
     pub target: String,
     /// What it may change.
     pub effect: Option<SideEffect>,
+    /// The digest of the upstream's definition of an MCP tool.
+    pub definition: Option<String>,
     /// Whether it still waits for its outcome.
     pub open: bool,
 }
@@ -70,6 +74,10 @@ pub struct History {
     closed: bool,
     key: Option<VerifierKey>,
     limits: Option<Limits>,
+    /// The calls that the attempt's contracts allow, where they say.
+    allowances: Arc<BTreeMap<String, i64>>,
+    /// What has been called: all attempts' calls, and the newest one's definitions.
+    tools: BTreeMap<String, ToolUsage>,
     calls: HashMap<String, OpenCall>,
     intents: BTreeMap<u64, Arc<IntentFacts>>,
 }
@@ -83,6 +91,15 @@ impl History {
     /// The counters after the last record.
     pub fn usage(&self) -> Usage {
         self.usage
+    }
+
+    /// What the log says of each tool, to an attempt: definitions are each attempt's own.
+    pub fn tools(&self, attempt: i64) -> BTreeMap<String, ToolUsage> {
+        let mut tools = self.tools.clone();
+        if attempt != self.attempt {
+            tools.values_mut().for_each(|used| used.definition = None);
+        }
+        tools
     }
 
     /// The last attempt that opened, 0 before the first.
@@ -196,6 +213,10 @@ impl History {
                 if note::origin(&opened.policy.task.uid) != origin {
                     return Err(at(record, "expected the policy of this task, found another's"));
                 }
+                self.tools = self.tools(record.attempt);
+                let allowances = opened.policy.tools.iter();
+                self.allowances =
+                    Arc::new(allowances.filter_map(|tool| Some((tool.name.clone(), tool.limits.calls?))).collect());
                 (self.attempt, self.opened, self.loose) = (record.attempt, true, false);
                 (self.key, self.limits) = (Some(key), Some(opened.policy.limits));
             }
@@ -237,6 +258,28 @@ impl History {
         if intent.reserved_tokens > 0 && usage.tokens > limits.tokens {
             return Err(over(Rule::Tokens, usage.tokens, limits.tokens));
         }
+        if intent.channel == Channel::Tool {
+            if !self.tools.contains_key(&intent.target) && self.tools.len() >= TOOLS {
+                return Err(at(record, format!("expected at most {TOOLS} tools")));
+            }
+            let used = self.tools.entry(intent.target.clone()).or_default();
+            used.calls = used.calls.saturating_add(1);
+            if let Some(most) = self.allowances.get(&intent.target).filter(|most| used.calls > **most) {
+                return Err(over(Rule::ToolLimitCalls, used.calls, *most));
+            }
+            if let Some(definition) = &intent.definition {
+                let first = used.definition.get_or_insert_with(|| definition.clone());
+                if first != definition {
+                    return Err(Refused::denied(
+                        Rule::ToolChanged,
+                        format!(
+                            "record {}: expected the definition {first} of {}, by which the attempt called it first, found {definition}",
+                            record.seq, intent.target
+                        ),
+                    ));
+                }
+            }
+        }
         self.calls.insert(
             intent.call.clone(),
             OpenCall { seq: record.seq, attempt: record.attempt, reserved: intent.reserved_tokens },
@@ -249,6 +292,7 @@ impl History {
                 channel: intent.channel,
                 target: intent.target.clone(),
                 effect: intent.effect,
+                definition: intent.definition.clone(),
                 open: true,
             }),
         );

@@ -18,7 +18,10 @@ use crate::{
         store::{Mode, StoredObject},
     },
     policy::{
-        config::{Limits, ModelEndpoints, PackIdentity, PolicyConfig, SideEffect, TaskIdentity, Tool, Usage},
+        config::{
+            Limits, McpUpstream, ModelEndpoints, PackIdentity, PolicyConfig, SideEffect, TaskIdentity, Tool,
+            ToolLimits, Upstream, Usage,
+        },
         rule::Rule,
     },
 };
@@ -39,9 +42,14 @@ pub(crate) fn policy() -> PolicyConfig {
         contract: name.to_owned(),
         name: name.to_owned(),
         description: "A tool.".to_owned(),
-        url: "https://tools.world.test/mcp".to_owned(),
-        upstream_tool: name.to_owned(),
+        upstream: Upstream::Mcp(McpUpstream {
+            url: "https://tools.world.test/mcp".to_owned(),
+            tool: name.to_owned(),
+            digest: None,
+        }),
         input: serde_json::json!({"type": "object"}),
+        output: None,
+        limits: ToolLimits { request_bytes: Some(4096), ..ToolLimits::default() },
         preconditions: Vec::new(),
         side_effect,
     };
@@ -112,6 +120,7 @@ pub(crate) fn intent(call: &str, channel: Channel, target: &str, reserved_tokens
             "write" => Some(SideEffect::Write),
             _ => None,
         },
+        definition: (channel == Channel::Tool).then(|| "0d".repeat(32)),
         request_digest: Some("ab".repeat(32)),
         request_bytes: 120,
         rules: vec![Rule::ToolKnown, Rule::ToolSchema],

