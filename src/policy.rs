@@ -13,6 +13,10 @@ pub mod decide;
 pub mod egress;
 /// Host names, parsed once.
 pub mod hostname;
+/// JSON that can be read in one way only.
+pub mod json;
+/// What model calls cost.
+pub mod price;
 /// Rule identifiers: the vocabulary of denials, evidence and metrics.
 pub mod rule;
 /// Prompt estimates and output limits of model requests.

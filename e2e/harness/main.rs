@@ -15,8 +15,8 @@ use belay::{
     policy::{
         budget::Budget,
         config::{
-            EgressHost, EgressUse, Limits, ModelEndpoints, PackIdentity, PolicyConfig, Precondition, Probe, SideEffect,
-            TaskIdentity, Tool, Usage, Wiring,
+            EgressHost, EgressUse, Limits, ModelEndpoints, ModelPrice, PackIdentity, PolicyConfig, Precondition, Probe,
+            SideEffect, TaskIdentity, Tool, Usage, Wiring,
         },
         decide::Contracts,
         rule::Rule,
@@ -81,6 +81,7 @@ fn policy(limits: Limits) -> PolicyConfig {
         models: ModelEndpoints {
             openai: Some("http://models.test".into()),
             anthropic: Some("http://models.test".into()),
+            prices: vec![ModelPrice { model: "m*".into(), input_micros: 1_000_000, output_micros: 10_000_000 }],
         },
         egress: vec![EgressHost {
             host: "docs.test.example".into(),
@@ -139,7 +140,7 @@ async fn harness_with(limits: Limits) -> Harness {
 }
 
 async fn harness() -> Harness {
-    harness_with(Limits { wall_time_seconds: 60, tool_calls: 3, tokens: 5_000 }).await
+    harness_with(Limits { wall_time_seconds: 60, tool_calls: 3, tokens: 5_000, denials: None, cost_micros: None }).await
 }
 
 impl Harness {
@@ -231,7 +232,7 @@ async fn refusals_name_their_rule_to_the_agent_and_to_the_log() {
     let records = harness.stored(6).await;
     let expected = [Rule::ToolKnown, Rule::ToolEffect, Rule::ToolSchema, Rule::ToolSchema, Rule::ToolPrecondition];
     assert_eq!(denied(&records), expected);
-    assert_eq!(records[5].usage, Usage { tool_calls: 0, tokens: 0, denials: 5 });
+    assert_eq!(records[5].usage, Usage { denials: 5, ..Usage::default() });
     assert!(harness.gateway.saw().is_empty(), "a refused call left the harness");
 }
 
@@ -278,7 +279,9 @@ async fn a_streamed_reply_streams_and_is_metered() {
 
 #[tokio::test]
 async fn a_model_call_beyond_the_budget_does_not_leave() {
-    let harness = harness_with(Limits { wall_time_seconds: 60, tool_calls: 0, tokens: 100 }).await;
+    let harness =
+        harness_with(Limits { wall_time_seconds: 60, tool_calls: 0, tokens: 100, denials: None, cost_micros: None })
+            .await;
     let body = json!({"model": "m", "messages": [{"role": "user", "content": "x".repeat(200)}]});
     for path in ["/v1/chat/completions", "/v1/responses", "/v1/messages"] {
         let (status, reply) = harness.post(path, body.clone()).await;
@@ -333,7 +336,9 @@ async fn nothing_leaves_while_the_store_is_away_and_everything_is_there_when_it_
 
 #[tokio::test]
 async fn after_wall_time_everything_is_refused() {
-    let harness = harness_with(Limits { wall_time_seconds: 0, tool_calls: 3, tokens: 5_000 }).await;
+    let harness =
+        harness_with(Limits { wall_time_seconds: 0, tool_calls: 3, tokens: 5_000, denials: None, cost_micros: None })
+            .await;
     let (error, text) = harness.tool("say", json!({"text": "a"})).await;
     assert!(error && text.contains("budget.wallTime"), "{text}");
     harness.gate.stop(Rule::ContainmentLost, "too late to matter");

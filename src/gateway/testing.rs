@@ -196,10 +196,10 @@ pub fn policy() -> PolicyConfig {
             image: "localhost/agent:dev".into(),
         },
         pack: PackIdentity { name: "dev".into(), uid: "pack".into(), generation: 1, environment: "dev".into() },
-        limits: Limits { wall_time_seconds: 600, tool_calls: 3, tokens: 1000 },
+        limits: Limits { wall_time_seconds: 600, tool_calls: 3, tokens: 1000, denials: None, cost_micros: None },
         allowed_effects: vec![SideEffect::Read, SideEffect::Write],
         tools: vec![tool("search", SideEffect::Read), tool("write", SideEffect::Write)],
-        models: ModelEndpoints { openai: Some("https://models.world.test".into()), anthropic: None },
+        models: ModelEndpoints { openai: Some("https://models.world.test".into()), anthropic: None, prices: vec![] },
         egress: vec![],
     }
 }
@@ -222,7 +222,9 @@ pub fn intent(call: &str, channel: Channel, target: &str, reserved_tokens: i64) 
         request_digest: None,
         request_bytes: 1,
         rules: vec![],
+        model: None,
         reserved_tokens,
+        reserved_cost_micros: 0,
     })
 }
 
@@ -235,6 +237,7 @@ pub fn outcome(call: &str, tokens: i64) -> Event {
         response_digest: None,
         response_bytes: 1,
         tokens,
+        cost_micros: 0,
         upstream: None,
     })
 }

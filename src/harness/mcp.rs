@@ -34,6 +34,7 @@ use rmcp::{
         },
     },
 };
+use serde_json::Value;
 use sse_stream::{Sse, SseStream};
 use tokio::sync::Mutex as AsyncMutex;
 
@@ -45,8 +46,10 @@ use crate::{
     canonical,
     evidence::record::{Channel, Effect},
     policy::{
+        budget::Spent,
         config::{SideEffect, Tool},
-        decide::{Denial, TOOL_RULES},
+        decide::{Arguments, Decision, Denial, TOOL_RULES},
+        json,
         rule::Rule,
     },
 };
@@ -77,28 +80,25 @@ impl Tools {
         name: &str,
         args: serde_json::Map<String, serde_json::Value>,
     ) -> Result<CallToolResult, Denial> {
-        let digest = canonical::to_bytes(&args).map(|bytes| (hex::encode(canonical::sha256(&bytes)), bytes.len()));
-        let (digest, bytes) = match digest {
-            Ok(digest) => digest,
-            Err(error) => {
-                let denial = Denial { rule: Rule::ToolSchema, reason: error.to_string() };
-                return Err(self.gate.deny(Channel::Tool, name, None, denial).await);
-            }
+        let Decision { verdict, arguments, digest, bytes } =
+            self.gate.decide(name, Arguments::Parsed(Value::Object(args)));
+        // What was decided on is what is sent.
+        let Value::Object(args) = arguments else {
+            let reason = "the arguments are no JSON object".to_owned();
+            let denial = verdict.err().unwrap_or(Denial { rule: Rule::RequestJson, reason });
+            return Err(self.gate.deny(Channel::Tool, name, Some(digest), denial).await);
         };
-        let decision = match self.gate.open() {
-            Ok(()) => self.gate.contracts().decide(name, &args, self.gate.journal().usage()).cloned(),
-            Err(denial) => Err(denial),
-        };
-        let permit = match decision {
+        let permit = match verdict.cloned() {
             Ok(tool) => {
                 let call = Call {
                     channel: Channel::Tool,
                     target: name.to_owned(),
                     effect: Some(tool.side_effect),
                     request_digest: Some(digest.clone()),
-                    request_bytes: u64::try_from(bytes).unwrap_or(u64::MAX),
+                    request_bytes: bytes,
                     rules: TOOL_RULES.to_vec(),
-                    reserve_tokens: 0,
+                    model: None,
+                    reserve: Spent::default(),
                 };
                 self.gate.permit(call).await.map(|permit| (tool, permit))
             }
@@ -109,9 +109,25 @@ impl Tools {
             Err(denial) => return Err(self.gate.deny(Channel::Tool, name, Some(digest), denial).await),
         };
         let (result, settlement) = self.upstreams.call(&tool, args, permit.intent).await;
+        if let Some(said) = result.as_ref().ok().and_then(said) {
+            self.gate.keep(&tool.name, &said);
+        }
         permit.settle(settlement);
         result
     }
+}
+
+/// What a successful result says to preconditions: its structured content, or else its only block of text, as JSON where
+/// that can be read in one way.
+fn said(result: &CallToolResult) -> Option<Value> {
+    if result.is_error == Some(true) {
+        return None;
+    }
+    if let Some(structured) = &result.structured_content {
+        return Some(structured.clone());
+    }
+    let [ContentBlock::Text(block)] = result.content.as_slice() else { return None };
+    Some(json::parse(block.text.as_bytes()).unwrap_or_else(|_| Value::from(block.text.as_str())))
 }
 
 impl ServerHandler for Tools {
@@ -194,7 +210,6 @@ impl Upstreams {
         let answer = tokio::time::timeout(TOOL_REPLY, self.send(tool, args, intent)).await;
         let facts = self.facts.lock().unwrap_or_else(PoisonError::into_inner).remove(&intent).unwrap_or_default();
         let mut settlement = Settlement { status: facts.status, upstream: facts.upstream, ..Settlement::unknown(None) };
-        settlement.tokens = Some(0);
         let reason = match answer {
             Ok(Ok(mut result)) => {
                 // An upstream of an older protocol says nothing of it, and an agent of a newer one needs it. rmcp takes it
