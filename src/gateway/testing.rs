@@ -269,7 +269,7 @@ pub struct Harness {
     pub key: Signer,
     pub tree: Tree,
     pub usage: Usage,
-    pub reserved: BTreeMap<String, i64>,
+    pub reserved: BTreeMap<String, (i64, i64)>,
     /// Changes a record before it is hashed and signed.
     pub tamper: fn(&mut Record),
 }
@@ -305,10 +305,13 @@ impl Harness {
                 Event::Intent(i) => {
                     self.usage.tool_calls += i64::from(i.channel == Channel::Tool);
                     self.usage.tokens += i.reserved_tokens;
-                    self.reserved.insert(i.call.clone(), i.reserved_tokens);
+                    self.usage.cost_micros += i.reserved_cost_micros;
+                    self.reserved.insert(i.call.clone(), (i.reserved_tokens, i.reserved_cost_micros));
                 }
                 Event::Outcome(o) => {
-                    self.usage.tokens += o.tokens - self.reserved.remove(&o.call).unwrap_or_default();
+                    let (tokens, cost) = self.reserved.remove(&o.call).unwrap_or_default();
+                    self.usage.tokens += o.tokens - tokens;
+                    self.usage.cost_micros += o.cost_micros - cost;
                 }
                 Event::Denied(_) => self.usage.denials += 1,
                 _ => {}

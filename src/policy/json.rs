@@ -179,7 +179,7 @@ mod tests {
     #[case::rounded_fraction("9007199254740993.0", "rounded")]
     #[case::trailing("{} {}", "trailing")]
     #[case::comma("[1,]", "trailing comma")]
-    #[case::half_a_pair(r#""\ud800""#, "surrogate")]
+    #[case::half_a_pair(r#""\ud800""#, "hex escape")]
     #[case::bom("\u{feff}{}", "expected value")]
     #[case::reserved(r#"{"$serde_json::private::RawValue":"{\"a\":1}"}"#, "reserved")]
     #[case::empty("", "EOF")]

@@ -210,10 +210,13 @@ impl Script {
                 Event::Intent(intent) => {
                     usage.tool_calls += i64::from(intent.channel == Channel::Tool);
                     usage.tokens += intent.reserved_tokens;
-                    reserved.insert(intent.call.clone(), intent.reserved_tokens);
+                    usage.cost_micros += intent.reserved_cost_micros;
+                    reserved.insert(intent.call.clone(), (intent.reserved_tokens, intent.reserved_cost_micros));
                 }
                 Event::Outcome(outcome) => {
-                    usage.tokens += outcome.tokens - reserved.get(&outcome.call).copied().unwrap_or_default();
+                    let (tokens, cost) = reserved.get(&outcome.call).copied().unwrap_or_default();
+                    usage.tokens += outcome.tokens - tokens;
+                    usage.cost_micros += outcome.cost_micros - cost;
                 }
                 Event::Denied(_) => usage.denials += 1,
                 _ => {}
