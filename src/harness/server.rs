@@ -180,7 +180,11 @@ async fn readable(gate: &Gate, request: Request<Incoming>) -> Result<Request<Ful
     let (parts, body) = request.into_parts();
     let body = match Limited::new(body, LONGEST_BODY).collect().await {
         Ok(body) => body.to_bytes(),
-        Err(error) => return Err(json_rpc_error(StatusCode::PAYLOAD_TOO_LARGE, &Value::Null, &error.to_string())),
+        Err(error) => {
+            let denial = Denial { rule: Rule::Request, reason: format!("the request cannot be read: {error}") };
+            let denial = gate.deny(Channel::Tool, "/mcp", None, denial).await;
+            return Err(refusal(&Value::Null, &denial));
+        }
     };
     // What is not posted has no body, and is not rmcp's to act on.
     if parts.method != Method::POST {
@@ -195,16 +199,16 @@ async fn readable(gate: &Gate, request: Request<Incoming>) -> Result<Request<Ful
         let digest = Some(hex::encode(sha256(&body)));
         denial = gate.deny(Channel::Tool, tool, digest, denial).await;
     }
-    let message = format!("Belay refused this request. rule: {}. {}", denial.rule, denial.reason);
     let id = loose.get("id").filter(|id| id.is_string() || id.is_i64());
-    Err(json_rpc_error(StatusCode::BAD_REQUEST, id.unwrap_or(&Value::Null), &message))
+    Err(refusal(id.unwrap_or(&Value::Null), &denial))
 }
 
 /// -32700: what was sent cannot be read.
-fn json_rpc_error(status: StatusCode, id: &Value, message: &str) -> Response<Body> {
+fn refusal(id: &Value, denial: &Denial) -> Response<Body> {
+    let message = format!("Belay refused this request. rule: {}. {}", denial.rule, denial.reason);
     let error = serde_json::json!({"jsonrpc": "2.0", "id": id, "error": {"code": -32700, "message": message}});
     let mut reply = Response::new(boxed(Full::from(error.to_string()).map_err(|error: Infallible| match error {})));
-    *reply.status_mut() = status;
+    *reply.status_mut() = StatusCode::BAD_REQUEST;
     reply.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     reply
 }

@@ -13,7 +13,7 @@ use std::{
     sync::Arc,
 };
 
-use cel::{Context, Program, Value as CelValue, objects::Key};
+use cel::{Context, ExecutionError, Program, Value as CelValue, objects::Key};
 use serde_json::Value;
 
 use super::{
@@ -267,7 +267,8 @@ impl Contracts {
         if let Err(error) = compiled.schema.validate(arguments) {
             let place = error.instance_path().to_string();
             let place = if place.is_empty() { "the arguments".to_owned() } else { shorten(&place) };
-            return deny(Rule::ToolSchema, format!("{place}: {}", shorten(&error.to_string())));
+            // The reason is recorded, and arguments are in no record.
+            return deny(Rule::ToolSchema, format!("{place}: {}", shorten(&error.masked().to_string())));
         }
         compiled.conditions(arguments, known)?;
         Ok(&compiled.tool)
@@ -298,7 +299,9 @@ impl Compiled {
                 Ok(CelValue::Bool(true)) => continue,
                 Ok(CelValue::Bool(false)) => message.clone(),
                 Ok(_) => format!("it is not a yes or no ({message})"),
-                Err(error) => format!("{} ({message})", shorten(&error.to_string())),
+                // The other errors quote values, and arguments are in no record.
+                Err(ExecutionError::NoSuchKey(key)) => format!("there is no {} ({message})", shorten(&key)),
+                Err(_) => format!("it cannot be evaluated over these values ({message})"),
             };
             return Err(Denial {
                 rule: Rule::ToolPrecondition,
@@ -508,6 +511,24 @@ mod tests {
         for (tool, args) in [("open_ticket", json!({"title": "a"})), ("nothing", json!({})), ("open_ticket", json!({}))]
         {
             assert_eq!(denied(&contracts, tool, args, usage), Some(Rule::Denials));
+        }
+    }
+
+    #[test]
+    fn no_reason_quotes_an_argument() {
+        let mut policy = policy(vec![SideEffect::Write]);
+        let conditions =
+            ["args.title + 1 > 2", "args.title[0] == 'x'", "int(args.title) == 1", "args.title.nothing == 1"];
+        for condition in conditions {
+            policy.tools[0].preconditions[0].cel = condition.into();
+            let contracts = Contracts::compile(&policy).unwrap();
+            for args in
+                [json!({"title": "s3cret"}), json!({"title": "s3cret s3cret s3cret"}), json!({"title": ["s3cret"]})]
+            {
+                let known = Known { usage: Usage::default(), results: &contracts.no_results() };
+                let denial = contracts.decide("open_ticket", Arguments::Parsed(args), known).verdict.unwrap_err();
+                assert!(!denial.reason.contains("s3cret"), "{denial:?}");
+            }
         }
     }
 

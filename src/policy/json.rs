@@ -21,7 +21,7 @@ pub const LARGEST: i64 = (1 << 53) - 1;
 /// From here on doubles have gaps larger than one, so that a number read into one may have been another.
 const GAPS: f64 = 9_007_199_254_740_992.0;
 
-/// Why a text or a value is refused.
+/// Why a text or a value is refused. Names are quoted, values are not: reasons are recorded, and arguments never are.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("expected JSON that can be read in one way only, found {0}")]
 pub struct Ambiguous(pub String);
@@ -60,9 +60,7 @@ fn exact_number(number: &Number) -> Result<(), Ambiguous> {
     if holds {
         return Ok(());
     }
-    Err(Ambiguous(format!(
-        "the number {number}: send whole numbers from -{LARGEST} to {LARGEST}, and larger ones as text"
-    )))
+    Err(Ambiguous(format!("-0 or a number beyond {LARGEST}: send 0, and larger numbers as text")))
 }
 
 fn found(error: serde_json::Error) -> Ambiguous {
@@ -116,9 +114,7 @@ impl<'de> Visitor<'de> for Level {
     fn visit_f64<E: Error>(self, value: f64) -> Result<Value, E> {
         match Number::from_f64(value) {
             Some(number) if value.abs() < GAPS => Ok(Value::Number(number)),
-            _ => {
-                Err(E::custom(format_args!("a number as large as {value:e}, which would be rounded: send it as text")))
-            }
+            _ => Err(E::custom("a number so large that it would be rounded: send it as text")),
         }
     }
 
