@@ -1,4 +1,4 @@
-//! `make bench [ONLY=prefix]`: prints a table and writes `target/bench.jsonl`, one object a measure.
+//! `make bench [ONLY=prefix]`, as far as it needs a cluster; `decision` is a package of its own beside this.
 //!
 //! Figures are compared with something measured in the same run, the two sides in turn. It fails on an error, never on a
 //! figure. It measures the release that the cluster runs; the client beside it shares the two cores, so bursts are
@@ -8,74 +8,13 @@
 
 mod burst;
 mod cluster;
+mod measure;
 mod start;
 
-use std::{fs::File, io::Write};
+use std::path::Path;
 
 use anyhow::Context;
-use serde::Serialize;
-
-/// One measure, as `target/bench.jsonl` has it.
-#[derive(Debug, Serialize)]
-pub struct Measure {
-    /// `group.what.percentile`.
-    pub name: String,
-    pub value: f64,
-    pub unit: &'static str,
-    /// How many samples.
-    pub n: usize,
-    /// What it was compared with in the same run.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub baseline: Option<f64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub ratio: Option<f64>,
-    /// What is aimed at, of the ratio where there is one, else of the value.
-    pub goal: f64,
-    pub ok: bool,
-}
-
-impl Measure {
-    /// A value that should be at most `goal`.
-    pub fn absolute(name: impl Into<String>, value: f64, unit: &'static str, n: usize, goal: f64) -> Self {
-        Self { name: name.into(), value, unit, n, baseline: None, ratio: None, goal, ok: value <= goal }
-    }
-
-    /// A value that should be at most `goal` times its baseline.
-    pub fn against(
-        name: impl Into<String>,
-        value: f64,
-        unit: &'static str,
-        n: usize,
-        baseline: f64,
-        goal: f64,
-    ) -> Self {
-        let ratio = value / baseline;
-        Self {
-            name: name.into(),
-            value,
-            unit,
-            n,
-            baseline: Some(baseline),
-            ratio: Some(ratio),
-            goal,
-            ok: ratio <= goal,
-        }
-    }
-
-    /// A value with a baseline beside it, whose own size is what counts.
-    pub fn beside(mut self, baseline: f64) -> Self {
-        self.baseline = Some(baseline);
-        self.ratio = Some(self.value / baseline);
-        self
-    }
-}
-
-/// The sample at a percentile from 0 to 100, by nearest rank. Sorts in place.
-pub fn percentile(samples: &mut [f64], percent: f64) -> f64 {
-    samples.sort_by(f64::total_cmp);
-    let rank = (percent / 100.0 * samples.len() as f64).ceil() as usize;
-    samples.get(rank.saturating_sub(1)).copied().unwrap_or(f64::NAN)
-}
+pub use measure::{Measure, percentile};
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
@@ -90,27 +29,5 @@ async fn main() -> anyhow::Result<()> {
         measures.extend(burst::burst().await?);
     }
     anyhow::ensure!(!measures.is_empty(), "no measure begins with {only:?}; there are: start.ready, start.burst");
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/target/bench.jsonl");
-    std::fs::create_dir_all(concat!(env!("CARGO_MANIFEST_DIR"), "/target"))?;
-    let mut file = File::create(path).with_context(|| format!("cannot write {path}"))?;
-    println!(
-        "{:<28} {:>10} {:<4} {:>4} {:>10} {:>7} {:>7}  ok",
-        "measure", "value", "unit", "n", "baseline", "ratio", "goal"
-    );
-    for measure in &measures {
-        writeln!(file, "{}", serde_json::to_string(measure)?)?;
-        let optional = |value: Option<f64>| value.map_or("-".into(), |value| format!("{value:.2}"));
-        println!(
-            "{:<28} {:>10.2} {:<4} {:>4} {:>10} {:>7} {:>7.2}  {}",
-            measure.name,
-            measure.value,
-            measure.unit,
-            measure.n,
-            optional(measure.baseline),
-            optional(measure.ratio),
-            measure.goal,
-            if measure.ok { "yes" } else { "no" }
-        );
-    }
-    Ok(())
+    measure::report(&measures, Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/target/bench.jsonl")))
 }

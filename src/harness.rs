@@ -122,11 +122,22 @@ pub fn read_json<T: serde::de::DeserializeOwned>(path: &std::path::Path) -> Resu
     serde_json::from_slice(&text).map_err(|error| file(format!("not the expected JSON: {error}")))
 }
 
-/// Runs the harness until the pod ends it.
+/// How the harness ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// The pod ended it.
+    WithThePod,
+    /// So many calls were refused that the task is over. The pod has to be told: nothing in it may stop the agent.
+    RefusedEnough,
+}
+
+/// Runs the harness until the pod ends it, or so many calls were refused that the task is over.
+///
+/// A harness that starts when they were already, because its container was started again, goes on refusing: it ends with the pod.
 ///
 /// # Errors
 /// If it could not start. Once it serves, failures deny calls instead.
-pub async fn serve(options: Options) -> Result<(), HarnessError> {
+pub async fn serve(options: Options) -> Result<Ended, HarnessError> {
     let mut terminate = signal(SignalKind::terminate())?;
     let config: HarnessConfig = read_json(&options.config)?;
     let containment: Containment = read_json(&options.containment)?;
@@ -180,12 +191,20 @@ pub async fn serve(options: Options) -> Result<(), HarnessError> {
     let serving = server::listen(tools, server::AGENT, server::HEALTH).await?;
     tracing::info!(attempt, "serving");
 
-    terminate.recv().await;
-    tracing::info!("the agent has ended or the pod is ending; closing the log");
+    let over_before = journal.open().is_err();
+    tokio::select! {
+        _ = terminate.recv() => tracing::info!("the agent has ended or the pod is ending; closing the log"),
+        () = gate.refused_enough(), if !over_before => tracing::warn!("too many calls were refused; closing the log"),
+    }
     reprobing.abort();
+    let refused_enough = journal.open().is_err();
     gate.stop(Rule::TaskClosed, "the attempt has ended");
     serving.drain().await;
-    let reason = if gate.out_of_time() { "wallTime" } else { "agentEnded" };
+    let reason = match (refused_enough, gate.out_of_time()) {
+        (true, _) => "denials",
+        (false, true) => "wallTime",
+        (false, false) => "agentEnded",
+    };
     let closed = journal.record(|_, _| Ok(Event::AttemptClosed(AttemptClosed { reason: reason.into() })));
     if let Ok(last) = closed
         && tokio::time::timeout(FLUSH, journal.stored(last)).await.is_err()
@@ -194,7 +213,7 @@ pub async fn serve(options: Options) -> Result<(), HarnessError> {
             "the last records could not be stored in {FLUSH:?}; the operator will seal the log without them"
         );
     }
-    Ok(())
+    Ok(if refused_enough { Ended::RefusedEnough } else { Ended::WithThePod })
 }
 
 /// Opens the log. The gateway may not have seen the task's objects yet, and may be starting: both pass.

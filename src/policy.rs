@@ -15,8 +15,12 @@ pub mod definition;
 pub mod egress;
 /// Host names, parsed once.
 pub mod hostname;
+/// JSON that can be read in one way only.
+pub mod json;
 /// Results of tools, against their contracts' output schemas.
 pub mod output;
+/// What model calls cost.
+pub mod price;
 /// Calls of each tool: how many, and how often.
 pub mod quota;
 /// Rule identifiers: the vocabulary of denials, evidence and metrics.

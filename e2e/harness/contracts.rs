@@ -10,7 +10,7 @@ use belay::{
 
 use super::*;
 
-const MANY: Limits = Limits { wall_time_seconds: 60, tool_calls: 1_000, tokens: 0 };
+const MANY: Limits = Limits { wall_time_seconds: 60, tool_calls: 1_000, tokens: 0, denials: None, cost_micros: None };
 
 /// What a call must come to: the text that the agent sees, or the rule by which it was refused.
 type Seen = Result<&'static str, Rule>;

@@ -22,8 +22,9 @@ use belay::{
     policy::{
         budget::Budget,
         config::{
-            EgressHost, EgressUse, HttpMethod, HttpUpstream, Limits, McpUpstream, ModelEndpoints, PackIdentity,
-            PolicyConfig, Precondition, Probe, SideEffect, TaskIdentity, Tool, ToolLimits, Upstream, Usage, Wiring,
+            EgressHost, EgressUse, HttpMethod, HttpUpstream, Limits, McpUpstream, ModelEndpoints, ModelPrice,
+            PackIdentity, PolicyConfig, Precondition, Probe, SideEffect, TaskIdentity, Tool, ToolLimits, Upstream,
+            Usage, Wiring,
         },
         decide::Contracts,
         output::Outputs,
@@ -57,7 +58,7 @@ struct Harness {
 
 /// How long what an upstream listed is gone by, in these tests.
 const LISTING_AGE: Duration = Duration::from_secs(2);
-const LIMITS: Limits = Limits { wall_time_seconds: 60, tool_calls: 3, tokens: 5_000 };
+const LIMITS: Limits = Limits { wall_time_seconds: 60, tool_calls: 3, tokens: 5_000, denials: None, cost_micros: None };
 
 fn tool(name: &str, upstream: Upstream, side_effect: SideEffect) -> Tool {
     Tool {
@@ -88,6 +89,16 @@ fn policy(limits: Limits) -> PolicyConfig {
     });
     let precondition =
         Precondition { name: "polite".into(), cel: "args.text != 'rude'".into(), message: "be polite".into() };
+    let said_before = Precondition {
+        name: "said".into(),
+        cel: "results.say == 'echo: ' + args.text".into(),
+        message: "say it first".into(),
+    };
+    let again = Tool {
+        input: text.clone(),
+        preconditions: vec![said_before],
+        ..tool("again", over_mcp("echo"), SideEffect::Write)
+    };
     let pay = Tool { input: text.clone(), ..tool("pay", over_mcp("echo"), SideEffect::External) };
     let say =
         Tool { input: text, preconditions: vec![precondition], ..tool("say", over_mcp("echo"), SideEffect::Write) };
@@ -107,10 +118,11 @@ fn policy(limits: Limits) -> PolicyConfig {
         pack: PackIdentity { name: "k".into(), uid: "k".into(), generation: 1, environment: "dev".into() },
         limits,
         allowed_effects: vec![SideEffect::Read, SideEffect::Write],
-        tools: vec![pay, say],
+        tools: vec![again, pay, say],
         models: ModelEndpoints {
             openai: Some("http://models.test".into()),
             anthropic: Some("http://models.test".into()),
+            prices: vec![ModelPrice { model: "m*".into(), input_micros: 1_000_000, output_micros: 10_000_000 }],
         },
         egress: vec![
             host("docs.test.example", &[443, 80], EgressUse::Direct),
@@ -222,11 +234,16 @@ impl Harness {
     }
 
     async fn post(&self, path: &str, body: Value) -> (StatusCode, Value) {
+        self.post_text(path, body.to_string()).await
+    }
+
+    async fn post_text(&self, path: &str, body: String) -> (StatusCode, Value) {
         let client: Client<HttpConnector, Full<bytes::Bytes>> = Client::builder(TokioExecutor::new()).build_http();
         let request = Request::post(format!("http://{}{path}", self.address))
             .header("content-type", "application/json")
+            .header("accept", "application/json, text/event-stream")
             .header("authorization", "Bearer belay")
-            .body(Full::from(body.to_string()))
+            .body(Full::from(body))
             .unwrap();
         let reply = client.request(request).await.unwrap();
         let status = reply.status();
@@ -299,8 +316,100 @@ async fn refusals_name_their_rule_to_the_agent_and_to_the_log() {
     let records = harness.stored(6).await;
     let expected = [Rule::ToolKnown, Rule::ToolEffect, Rule::ToolSchema, Rule::ToolSchema, Rule::ToolPrecondition];
     assert_eq!(denied(&records), expected);
-    assert_eq!(records[5].usage, Usage { tool_calls: 0, tokens: 0, denials: 5 });
+    assert_eq!(records[5].usage, Usage { denials: 5, ..Usage::default() });
     assert!(harness.gateway.saw().is_empty(), "a refused call left the harness");
+}
+
+#[tokio::test]
+async fn a_call_that_could_be_read_in_two_ways_is_refused_and_recorded() {
+    let harness = harness().await;
+    let call = |params: &str| format!(r#"{{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{params}}}"#);
+    for params in [
+        r#"{"name":"say","arguments":{"text":"rude","text":"hello"}}"#,
+        r#"{"name":"say","arguments":{"text":"hello","\u0074ext":"rude"}}"#,
+        r#"{"name":"pay","name":"say","arguments":{"text":"hello"}}"#,
+        r#"{"name":"say","arguments":{"text":"hello"},"arguments":{"text":"rude"}}"#,
+        r#"{"name":"say","arguments":{"text":1e999}}"#,
+        r#"{"name":"say","arguments":{"text":NaN}}"#,
+    ] {
+        let (status, reply) = harness.post_text("/mcp", call(params)).await;
+        assert_eq!(status, StatusCode::BAD_REQUEST, "{params}: {reply}");
+        assert!(reply["error"]["message"].as_str().unwrap().contains("request.json"), "{reply}");
+    }
+    // Read in one way, by JavaScript in another.
+    let (_, reply) = harness.post_text("/mcp", call(r#"{"name":"say","arguments":{"text":-0}}"#)).await;
+    assert!(reply.to_string().contains("request.json"), "{reply}");
+    // No call, so nothing to record.
+    let list = r#"{"jsonrpc":"2.0","id":1,"id":1,"method":"tools/list"}"#;
+    assert_eq!(harness.post_text("/mcp", list.into()).await.0, StatusCode::BAD_REQUEST);
+    let model = r#"{"model":"m","messages":[],"max_tokens":1,"max_tokens":100000}"#;
+    let (status, reply) = harness.post_text("/v1/chat/completions", model.into()).await;
+    assert_eq!(status, StatusCode::FORBIDDEN);
+    assert!(reply.to_string().contains("request.json"), "{reply}");
+    assert_eq!(denied(&harness.stored(9).await), [Rule::RequestJson; 8]);
+    assert!(harness.gateway.saw().is_empty(), "a refused call left the harness");
+    let (error, text) = harness.tool("say", json!({"text": "hello"})).await;
+    assert!(!error, "{text}");
+}
+
+#[tokio::test]
+async fn a_precondition_sees_what_an_earlier_call_answered() {
+    let harness = harness().await;
+    let (error, text) = harness.tool("again", json!({"text": "hello"})).await;
+    assert!(error && text.contains("tool.precondition"), "{text}");
+    for text in ["other", "hello"] {
+        assert!(!harness.tool("say", json!({"text": text})).await.0);
+    }
+    let (error, text) = harness.tool("again", json!({"text": "other"})).await;
+    assert!(error && text.contains("say it first"), "the last answer counts: {text}");
+    let (error, text) = harness.tool("again", json!({"text": "hello"})).await;
+    assert!(!error, "{text}");
+}
+
+#[tokio::test]
+async fn so_many_refusals_end_everything() {
+    let limits = Limits { wall_time_seconds: 60, tool_calls: 3, tokens: 5_000, denials: Some(4), cost_micros: None };
+    let harness = Arc::new(harness_with(limits).await);
+    let calls = (0..12).map(|_| {
+        let harness = harness.clone();
+        tokio::spawn(async move { harness.tool("nothing", json!({})).await.1 })
+    });
+    let texts: Vec<_> = futures::future::join_all(calls).await.into_iter().map(Result::unwrap).collect();
+    let by = |rule: &str| texts.iter().filter(|text| text.contains(rule)).count();
+    assert_eq!((by("tool.unknown"), by("budget.denials")), (4, 8));
+    tokio::time::timeout(Duration::from_secs(5), harness.gate.refused_enough()).await.expect("nobody was told");
+    let (error, text) = harness.tool("say", json!({"text": "a"})).await;
+    assert!(error && text.contains("budget.denials"), "{text}");
+    let (status, reply) = harness.post("/v1/messages", json!({"model": "m", "messages": []})).await;
+    assert_eq!(status, StatusCode::FORBIDDEN);
+    assert!(reply.to_string().contains("budget.denials"), "{reply}");
+    let (_, rule) = connect(harness.address, "docs.test.example:443").await;
+    assert_eq!(rule.as_deref(), Some("budget.denials"));
+    assert!(harness.gateway.saw().is_empty());
+}
+
+#[tokio::test]
+async fn money_is_reserved_for_the_longest_reply_and_settled_by_the_account() {
+    let limits =
+        Limits { wall_time_seconds: 60, tool_calls: 0, tokens: 1_000_000, denials: None, cost_micros: Some(5_000) };
+    let harness = harness_with(limits).await;
+    let hello = json!([{"role": "user", "content": "hi"}]);
+    let (status, reply) = harness.post("/v1/chat/completions", json!({"model": "x", "messages": hello})).await;
+    assert_eq!(status, StatusCode::FORBIDDEN);
+    assert!(reply.to_string().contains("model.price"), "{reply}");
+    let long = json!({"model": "m", "messages": hello, "max_tokens": 500});
+    let (_, reply) = harness.post("/v1/chat/completions", long).await;
+    assert!(reply.to_string().contains("budget.cost"), "{reply}");
+    let (status, reply) = harness.post("/v1/chat/completions", json!({"model": "m", "messages": hello})).await;
+    assert_eq!(status, StatusCode::OK, "{reply}");
+    let records = harness.stored(5).await;
+    assert_eq!(denied(&records), [Rule::ModelPrice, Rule::Cost]);
+    let Event::Intent(intent) = &records[3].event else { panic!("{records:#?}") };
+    assert!((4_990..=5_000).contains(&intent.reserved_cost_micros), "{intent:?}");
+    assert!(intent.rules.ends_with(&[Rule::Tokens, Rule::Cost]), "{intent:?}");
+    assert_eq!(intent.model.as_deref(), Some("m"));
+    // 7 tokens of prompt at 1 and 5 of reply at 10.
+    assert_eq!(records[4].usage.cost_micros, 57);
 }
 
 #[tokio::test]
@@ -346,7 +455,9 @@ async fn a_streamed_reply_streams_and_is_metered() {
 
 #[tokio::test]
 async fn a_model_call_beyond_the_budget_does_not_leave() {
-    let harness = harness_with(Limits { wall_time_seconds: 60, tool_calls: 0, tokens: 100 }).await;
+    let harness =
+        harness_with(Limits { wall_time_seconds: 60, tool_calls: 0, tokens: 100, denials: None, cost_micros: None })
+            .await;
     let body = json!({"model": "m", "messages": [{"role": "user", "content": "x".repeat(200)}]});
     for path in ["/v1/chat/completions", "/v1/responses", "/v1/messages"] {
         let (status, reply) = harness.post(path, body.clone()).await;
@@ -402,7 +513,9 @@ async fn nothing_leaves_while_the_store_is_away_and_everything_is_there_when_it_
 
 #[tokio::test]
 async fn after_wall_time_everything_is_refused() {
-    let harness = harness_with(Limits { wall_time_seconds: 0, tool_calls: 3, tokens: 5_000 }).await;
+    let harness =
+        harness_with(Limits { wall_time_seconds: 0, tool_calls: 3, tokens: 5_000, denials: None, cost_micros: None })
+            .await;
     let (error, text) = harness.tool("say", json!({"text": "a"})).await;
     assert!(error && text.contains("budget.wallTime"), "{text}");
     harness.gate.stop(Rule::ContainmentLost, "too late to matter");

@@ -96,7 +96,7 @@ fn contracts() -> PolicyConfig {
     let limits = ToolLimits { calls: Some(1), ..ToolLimits::default() };
     let once = Tool { limits, ..tool("once", everything("echo"), SideEffect::Read) };
     let tools = vec![item, once, strict, sum, weather];
-    PolicyConfig { tools, ..policy(Limits { wall_time_seconds: 60, tool_calls: 100, tokens: 0 }) }
+    PolicyConfig { tools, ..policy(Limits { tool_calls: 100, tokens: 0, ..LIMITS }) }
 }
 
 #[rstest::rstest]
@@ -186,7 +186,7 @@ async fn the_conformance_suite_passes_but_for_what_is_no_harness_s_to_do() {
         "additionalProperties": false
     });
     tools.push(schema);
-    let limits = Limits { wall_time_seconds: 120, tool_calls: 100, tokens: 0 };
+    let limits = Limits { wall_time_seconds: 120, tool_calls: 100, tokens: 0, ..LIMITS };
     let harness = harness_of(PolicyConfig { tools, ..policy(limits) }, vec![]).await;
     let (url, results) = (format!("http://localhost:{}/mcp", harness.address.port()), tempfile::tempdir().unwrap());
     let mut node = peers().node();

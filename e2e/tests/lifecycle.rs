@@ -154,6 +154,23 @@ async fn wall_time_ends_a_task_for_good() {
 }
 
 #[tokio::test]
+async fn too_many_refused_calls_end_a_task_for_good() {
+    let world = world("refused").await;
+    let program = "import time, urllib.request\nwhile True:\n  try: urllib.request.urlopen('http://evil.world.test/')\n  except Exception as e: print(e)\n  time.sleep(0.2)";
+    let mut spec = python(program);
+    spec["limits"] = json!({"denials": 3});
+    spec["retry"] = json!({"agent": 2});
+    world.task("curious", spec).await;
+    let task = world.ended("curious", 120).await;
+    assert_eq!(failure(&task), (Some(FailureClass::Policy), Some("TooManyDenials".into())));
+    assert_eq!(task.status.as_ref().unwrap().attempts.len(), 1);
+    let (code, report) = world.verify("curious");
+    assert_eq!((code, report["verdict"].as_str()), (0, Some("VALID")), "{report:#}");
+    assert_eq!(report["summary"]["denials"]["egress.host"], 3, "{report:#}");
+    world.clean().await;
+}
+
+#[tokio::test]
 async fn deleting_a_running_task_ends_its_pod_seals_its_evidence_and_lets_go() {
     let world = world("deleted").await;
     world.task("gone", python("import time; time.sleep(300)")).await;

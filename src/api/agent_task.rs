@@ -178,6 +178,16 @@ pub struct Limits {
     /// Model tokens, prompt and completion together.
     #[schemars(range(min = 0, max = 1_000_000_000_000_i64))]
     pub tokens: i64,
+    /// Refused calls and connections that end the task, with failure class `Policy`. No limit when neither task nor class
+    /// names one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 1_000_000))]
+    pub denials: Option<i64>,
+    /// What model calls may cost by the prices of the pack, in its currency unit: a decimal such as `12.50`. A model without
+    /// a price is refused then. No limit when neither task nor class names one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 16), regex(pattern = r"^[0-9]{1,9}(\.[0-9]{1,6})?$"))]
+    pub cost: Option<String>,
 }
 
 /// Retries by failure class. `Budget` and `Policy` failures are never tried again.
@@ -259,7 +269,7 @@ pub enum Phase {
 /// Every end has one class, and each class one rule for trying again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 pub enum FailureClass {
-    /// The task asks for what its pack does not give.
+    /// The task asks for what its pack does not give, or its agent did so too often.
     Policy,
     /// Eviction, preemption, node lost, image pull, containment unproven.
     Infrastructure,

@@ -134,6 +134,26 @@ pub struct Models {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 8, max = 2048), regex(pattern = r"^https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?(/[^\s#?]*)?$"))]
     pub anthropic: Option<String>,
+    /// What models cost, for tasks whose cost is limited. The first entry that fits a model's name counts.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 256), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["model"]))]
+    pub prices: Vec<ModelPrice>,
+}
+
+/// What a million tokens of a model cost, in the pack's currency unit. Name the highest price that a token can have there:
+/// that of writing a cache, of the fastest service tier, of audio. What a provider takes off is not counted.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ModelPrice {
+    /// A model's name as requests have it, or its beginning and `*`.
+    #[schemars(length(min = 1, max = 253), regex(pattern = r"^[^\s\x00-\x1f*]*\*?$"))]
+    pub model: String,
+    /// Of a million tokens of prompt: a decimal such as `1.25`.
+    #[schemars(length(min = 1, max = 16), regex(pattern = r"^[0-9]{1,9}(\.[0-9]{1,6})?$"))]
+    pub input: String,
+    /// Of a million tokens of reply.
+    #[schemars(length(min = 1, max = 16), regex(pattern = r"^[0-9]{1,9}(\.[0-9]{1,6})?$"))]
+    pub output: String,
 }
 
 /// Where evidence goes and how long it stays.

@@ -135,7 +135,11 @@ pub struct ToolLimits {
     pub response_bytes: Option<i64>,
 }
 
-/// A CEL expression over `args`, `task`, `principal` and `usage` that must be `true`.
+/// A CEL expression over `args`, `task`, `principal`, `usage` and `results` that must be `true`.
+///
+/// `results` maps the name of a tool to what its last successful call in this attempt answered: its structured content, or
+/// else its only block of text, as JSON where it is JSON. Results longer than 16 KiB are absent, and so are all once the
+/// harness has restarted: a condition that needs one then denies, until the tool is called again.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Precondition {

@@ -5,13 +5,16 @@ use std::{path::PathBuf, process::ExitCode};
 use anyhow::Context;
 use belay::{
     evidence::record::Pod,
-    harness::{self, Options, probe},
+    harness::{self, Ended, Options, probe},
     policy::config::HarnessConfig,
 };
 use clap::{Parser, Subcommand};
 
 /// Exit code of a probe that could not prove containment; the operator knows it.
 const UNPROVEN: u8 = 42;
+
+/// Exit code of a harness that has refused so many calls that the task is over; the operator knows it.
+const REFUSED_ENOUGH: u8 = 43;
 
 /// Enforces an agent's contracts and budgets and writes its evidence.
 #[derive(Parser)]
@@ -100,8 +103,11 @@ async fn main() -> anyhow::Result<ExitCode> {
             network_policy,
         } => {
             let pod = Pod { name: pod_name, uid: pod_uid, node: node_name, runtime_class, network_policy };
-            harness::serve(Options { config, containment, token, pod, kubelet: kubelet(host_ip) }).await?;
-            Ok(ExitCode::SUCCESS)
+            let options = Options { config, containment, token, pod, kubelet: kubelet(host_ip) };
+            Ok(match harness::serve(options).await? {
+                Ended::WithThePod => ExitCode::SUCCESS,
+                Ended::RefusedEnough => ExitCode::from(REFUSED_ENOUGH),
+            })
         }
     }
 }

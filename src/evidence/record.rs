@@ -7,7 +7,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::policy::{
-    config::{PolicyConfig, SideEffect, Usage},
+    config::{PolicyConfig, SideEffect, Usage, is_zero},
     rule::Rule,
 };
 
@@ -189,8 +189,14 @@ pub struct Intent {
     pub request_bytes: u64,
     /// The rules that were asked and allowed it.
     pub rules: Vec<Rule>,
+    /// The model that is asked, by which its price is found.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model: Option<String>,
     /// Tokens set aside until the outcome.
     pub reserved_tokens: i64,
+    /// Cost set aside until the outcome, in millionths of the pack's currency unit.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub reserved_cost_micros: i64,
 }
 
 /// Whether a call's effect took place.
@@ -225,6 +231,9 @@ pub struct Outcome {
     pub response_bytes: u64,
     /// Tokens by the reply's own account, or the reservation where it gave none.
     pub tokens: i64,
+    /// What they cost, in millionths of the pack's currency unit.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub cost_micros: i64,
     /// The address that the gateway dialled.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub upstream: Option<String>,
@@ -251,7 +260,7 @@ pub struct Denied {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct AttemptClosed {
-    /// `agentEnded`, `wallTime` or `containmentLost`.
+    /// `agentEnded`, `wallTime` or `denials`.
     pub reason: String,
 }
 

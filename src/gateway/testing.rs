@@ -206,10 +206,10 @@ pub fn policy() -> PolicyConfig {
             image: "localhost/agent:dev".into(),
         },
         pack: PackIdentity { name: "dev".into(), uid: "pack".into(), generation: 1, environment: "dev".into() },
-        limits: Limits { wall_time_seconds: 600, tool_calls: 3, tokens: 1000 },
+        limits: Limits { wall_time_seconds: 600, tool_calls: 3, tokens: 1000, denials: None, cost_micros: None },
         allowed_effects: vec![SideEffect::Read, SideEffect::Write],
         tools: vec![tool("search", SideEffect::Read), tool("write", SideEffect::Write)],
-        models: ModelEndpoints { openai: Some("https://models.world.test".into()), anthropic: None },
+        models: ModelEndpoints { openai: Some("https://models.world.test".into()), anthropic: None, prices: vec![] },
         egress: vec![],
     }
 }
@@ -233,7 +233,9 @@ pub fn intent(call: &str, channel: Channel, target: &str, reserved_tokens: i64) 
         request_digest: None,
         request_bytes: 1,
         rules: vec![],
+        model: None,
         reserved_tokens,
+        reserved_cost_micros: 0,
     })
 }
 
@@ -246,6 +248,7 @@ pub fn outcome(call: &str, tokens: i64) -> Event {
         response_digest: None,
         response_bytes: 1,
         tokens,
+        cost_micros: 0,
         upstream: None,
     })
 }
@@ -277,7 +280,7 @@ pub struct Harness {
     pub key: Signer,
     pub tree: Tree,
     pub usage: Usage,
-    pub reserved: BTreeMap<String, i64>,
+    pub reserved: BTreeMap<String, (i64, i64)>,
     /// Changes a record before it is hashed and signed.
     pub tamper: fn(&mut Record),
 }
@@ -313,10 +316,13 @@ impl Harness {
                 Event::Intent(i) => {
                     self.usage.tool_calls += i64::from(i.channel == Channel::Tool);
                     self.usage.tokens += i.reserved_tokens;
-                    self.reserved.insert(i.call.clone(), i.reserved_tokens);
+                    self.usage.cost_micros += i.reserved_cost_micros;
+                    self.reserved.insert(i.call.clone(), (i.reserved_tokens, i.reserved_cost_micros));
                 }
                 Event::Outcome(o) => {
-                    self.usage.tokens += o.tokens - self.reserved.remove(&o.call).unwrap_or_default();
+                    let (tokens, cost) = self.reserved.remove(&o.call).unwrap_or_default();
+                    self.usage.tokens += o.tokens - tokens;
+                    self.usage.cost_micros += o.cost_micros - cost;
                 }
                 Event::Denied(_) => self.usage.denials += 1,
                 _ => {}

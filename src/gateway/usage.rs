@@ -18,7 +18,10 @@ use kube::{
 use serde_json::json;
 
 use super::metrics::Metrics;
-use crate::{api::AgentTask, policy::config::Usage};
+use crate::{
+    api::AgentTask,
+    policy::{config::Usage, price},
+};
 
 /// The gateway's field manager.
 const MANAGER: &str = "belay-gateway";
@@ -82,7 +85,11 @@ impl UsageStatus {
     pub async fn running(&self, task: &AgentTask, usage: Usage) {
         let limits = &task.spec.limits;
         let half = |used: i64, limit: i64| used > 0 && used.saturating_mul(2) >= limit;
-        let due = half(usage.tool_calls, limits.tool_calls) || half(usage.tokens, limits.tokens);
+        let cost = limits.cost.as_deref().and_then(price::parse);
+        let due = half(usage.tool_calls, limits.tool_calls)
+            || half(usage.tokens, limits.tokens)
+            || limits.denials.is_some_and(|limit| half(usage.denials, limit))
+            || cost.is_some_and(|limit| half(usage.cost_micros, limit));
         let seen = task.status.as_ref().is_some_and(|status| status.usage.is_some());
         let Some(uid) = task.metadata.uid.as_deref().filter(|_| due && !seen) else { return };
         {

@@ -5,26 +5,20 @@ use std::{
     time::Duration,
 };
 
-use tokio::time::Instant;
+use tokio::{sync::Notify, time::Instant};
 
 use super::{journal::Journal, link::Link};
 use crate::{
     evidence::record::{Channel, Containment, Denied, Effect, Event, Intent, Outcome},
     policy::{
-        budget::Exhausted,
+        budget::Spent,
         config::SideEffect,
-        decide::{Contracts, Denial, shorten},
+        decide::{Arguments, Contracts, Decision, Denial, Known, Results, shorten},
         output::Outputs,
         quota::Quotas,
         rule::Rule,
     },
 };
-
-impl From<Exhausted> for Denial {
-    fn from(exhausted: Exhausted) -> Self {
-        Self { rule: exhausted.rule, reason: format!("{exhausted}; the task's budget is spent") }
-    }
-}
 
 /// A call before it leaves.
 #[derive(Clone, Debug)]
@@ -43,8 +37,10 @@ pub struct Call {
     pub request_bytes: u64,
     /// The rules that were asked and allowed it; the budgets are added.
     pub rules: Vec<Rule>,
-    /// Tokens to set aside.
-    pub reserve_tokens: i64,
+    /// The model that is asked, as the request names it.
+    pub model: Option<String>,
+    /// What to set aside.
+    pub reserve: Spent,
 }
 
 /// A call that may leave: its intent is stored. Dropped without an outcome, it records that nobody knows.
@@ -52,7 +48,7 @@ pub struct Permit {
     gate: Arc<Gate>,
     /// The intent's sequence number.
     pub intent: u64,
-    reserved: i64,
+    reserved: Spent,
     settled: bool,
 }
 
@@ -69,8 +65,8 @@ pub struct Settlement {
     pub response_digest: Option<String>,
     /// Bytes of the reply.
     pub response_bytes: u64,
-    /// Tokens by the reply's account; the reservation where that is absent.
-    pub tokens: Option<i64>,
+    /// What it took by the reply's account; the reservation where that is absent.
+    pub spent: Option<Spent>,
     /// The address that the gateway dialled.
     pub upstream: Option<String>,
 }
@@ -84,14 +80,14 @@ impl Settlement {
             status: 0,
             response_digest: None,
             response_bytes: 0,
-            tokens: None,
+            spent: None,
             upstream: None,
         }
     }
 
     /// A call that certainly did nothing, and cost nothing.
     pub fn not_applied(rule: Rule) -> Self {
-        Self { effect: Effect::NotApplied, tokens: Some(0), ..Self::unknown(Some(rule)) }
+        Self { effect: Effect::NotApplied, spent: Some(Spent::default()), ..Self::unknown(Some(rule)) }
     }
 }
 
@@ -106,6 +102,8 @@ pub struct Gate {
     link: Arc<Link>,
     deadline: Instant,
     stopped: Mutex<Option<Denial>>,
+    results: Mutex<Arc<Results>>,
+    refused_enough: Notify,
 }
 
 impl Gate {
@@ -119,8 +117,19 @@ impl Gate {
         wall_time: Duration,
     ) -> Self {
         let started = Instant::now();
-        let (quotas, stopped) = (Mutex::new(quotas), Mutex::new(None));
-        Self { contracts, outputs, quotas, started, journal, link, deadline: started + wall_time, stopped }
+        let results = Mutex::new(Arc::new(contracts.no_results()));
+        Self {
+            contracts,
+            outputs,
+            quotas: Mutex::new(quotas),
+            started,
+            journal,
+            link,
+            deadline: started + wall_time,
+            stopped: Mutex::default(),
+            results,
+            refused_enough: Notify::new(),
+        }
     }
 
     /// The compiled output schemas.
@@ -154,11 +163,41 @@ impl Gate {
         Instant::now() >= self.deadline
     }
 
+    /// Decides over a tool call by what is known now.
+    pub fn decide(&self, tool: &str, arguments: Arguments<'_>) -> Decision<'_> {
+        let results = self.results.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let known = Known { usage: self.journal.usage(), results: &results };
+        let decision = self.contracts.decide(tool, arguments, known);
+        match self.running() {
+            Ok(()) => decision,
+            Err(denial) => Decision { verdict: Err(denial), ..decision },
+        }
+    }
+
+    /// Keeps what a tool answered, for preconditions of later calls to look at.
+    pub fn keep(&self, tool: &str, result: &serde_json::Value) {
+        let mut results = self.results.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(with) = self.contracts.with_result(&results, tool, result) {
+            *results = Arc::new(with);
+        }
+    }
+
+    /// Returns once so many calls were refused that the task is over.
+    pub async fn refused_enough(&self) {
+        self.refused_enough.notified().await;
+    }
+
     /// Whether calls are taken at all.
     ///
     /// # Errors
     /// Why not.
     pub fn open(&self) -> Result<(), Denial> {
+        self.running()?;
+        Ok(self.journal.open()?)
+    }
+
+    /// Whether the attempt goes on; refusals aside, which the journal counts under its lock.
+    fn running(&self) -> Result<(), Denial> {
         if let Some(denial) = &*self.stopped.lock().unwrap_or_else(PoisonError::into_inner) {
             return Err(denial.clone());
         }
@@ -175,12 +214,15 @@ impl Gate {
     /// The rule that refuses it. The refusal is not recorded yet: see [`Gate::deny`].
     pub async fn permit(self: &Arc<Self>, call: Call) -> Result<Permit, Denial> {
         self.journal.room().await;
-        let reserved = call.reserve_tokens;
+        let reserved = call.reserve;
         let intent = self.journal.record(|seq, budget| {
             // Asked where records are put in order: no intent can follow what stopped the attempt.
-            self.open()?;
+            self.running()?;
+            budget.open()?;
+            let limits = budget.limits();
             let mut rules = call.rules;
             rules.push(Rule::WallTime);
+            rules.extend(limits.denials.map(|_| Rule::Denials));
             match call.channel {
                 Channel::Tool => {
                     let mut quotas = self.quotas.lock().unwrap_or_else(PoisonError::into_inner);
@@ -191,8 +233,9 @@ impl Gate {
                     rules.push(Rule::ToolCalls);
                 }
                 Channel::Model => {
-                    budget.reserve_tokens(reserved)?;
+                    budget.reserve_model(reserved.tokens, reserved.cost_micros)?;
                     rules.push(Rule::Tokens);
+                    rules.extend(limits.cost_micros.map(|_| Rule::Cost));
                 }
                 Channel::Listing | Channel::Egress => {}
             }
@@ -205,7 +248,9 @@ impl Gate {
                 request_digest: call.request_digest,
                 request_bytes: call.request_bytes,
                 rules,
-                reserved_tokens: reserved,
+                model: call.model.as_deref().map(shorten),
+                reserved_tokens: reserved.tokens,
+                reserved_cost_micros: reserved.cost_micros,
             }))
         })?;
         let permit = Permit { gate: self.clone(), intent, reserved, settled: false };
@@ -218,11 +263,16 @@ impl Gate {
         }
     }
 
-    /// Records a refusal, and gives it back for the agent to be told.
-    pub async fn deny(&self, channel: Channel, target: &str, digest: Option<String>, denial: Denial) -> Denial {
+    /// Records a refusal, and gives it back for the agent to be told. Once too many were refused, that is the reason.
+    pub async fn deny(&self, channel: Channel, target: &str, digest: Option<String>, mut denial: Denial) -> Denial {
         self.journal.room().await;
+        let mut over = false;
         let record = self.journal.record(|_, budget| {
+            if let Err(spent) = budget.open() {
+                denial = spent.into();
+            }
             budget.count_denial();
+            over = budget.open().is_err();
             Ok(Event::Denied(Denied {
                 channel,
                 target: shorten(target),
@@ -233,6 +283,9 @@ impl Gate {
         });
         if let Err(failed) = record {
             tracing::error!(reason = failed.reason, "a refusal could not be recorded; the log has ended");
+        }
+        if over {
+            self.refused_enough.notify_one();
         }
         denial
     }
@@ -250,11 +303,6 @@ impl Gate {
 }
 
 impl Permit {
-    /// Tokens that were set aside.
-    pub fn reserved(&self) -> i64 {
-        self.reserved
-    }
-
     /// Records what became of the call, and settles its reservation.
     pub fn settle(mut self, settlement: Settlement) {
         self.record(settlement);
@@ -263,9 +311,9 @@ impl Permit {
     fn record(&mut self, settlement: Settlement) {
         self.settled = true;
         let reserved = self.reserved;
-        let tokens = settlement.tokens.unwrap_or(reserved);
+        let spent = settlement.spent.unwrap_or(reserved);
         let result = self.gate.journal.record(|_, budget| {
-            budget.settle_tokens(reserved, tokens);
+            budget.settle_model(reserved, spent);
             Ok(Event::Outcome(Outcome {
                 call: call_id(self.intent),
                 effect: settlement.effect,
@@ -273,7 +321,8 @@ impl Permit {
                 status: settlement.status,
                 response_digest: settlement.response_digest,
                 response_bytes: settlement.response_bytes,
-                tokens,
+                tokens: spent.tokens,
+                cost_micros: spent.cost_micros,
                 upstream: settlement.upstream,
             }))
         });

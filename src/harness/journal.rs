@@ -21,7 +21,13 @@ use crate::{
         record::{Actor, Event, Record, VERSION},
         segment::Segment,
     },
-    policy::{budget::Budget, config::Usage, decide::Denial, rule::Rule},
+    policy::{
+        budget::{Budget, Exhausted},
+        config::{ModelPrice, Usage},
+        decide::Denial,
+        rule::Rule,
+        tokens::Left,
+    },
     wire::AppendRequest,
 };
 
@@ -157,9 +163,18 @@ impl Journal {
         self.lock().budget.usage()
     }
 
-    /// Tokens that can still be reserved.
-    pub fn tokens_left(&self) -> i64 {
-        self.lock().budget.tokens_left()
+    /// Whether the budget takes calls at all.
+    ///
+    /// # Errors
+    /// See [`Budget::open`].
+    pub fn open(&self) -> Result<(), Exhausted> {
+        self.lock().budget.open()
+    }
+
+    /// What can still be reserved for a model of this price.
+    pub fn left<'p>(&self, price: Option<&'p ModelPrice>) -> Left<'p> {
+        let state = self.lock();
+        Left { tokens: state.budget.tokens_left(), cost: state.budget.cost_left().zip(price) }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

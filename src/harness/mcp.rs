@@ -28,8 +28,10 @@ use crate::{
     canonical,
     evidence::record::Channel,
     policy::{
+        budget::Spent,
         config::{McpUpstream, SideEffect, Tool, ToolUsage, Upstream},
-        decide::{Denial, TOOL_RULES},
+        decide::{Arguments, Decision, Denial, TOOL_RULES},
+        json,
         rule::Rule,
         template::{Rendered, Request},
     },
@@ -108,15 +110,19 @@ impl Tools {
     }
 
     async fn call(&self, name: &str, args: Map<String, Value>) -> Result<CallToolResult, Denial> {
-        let digest = canonical::to_bytes(&args).map(|bytes| (hex::encode(canonical::sha256(&bytes)), bytes.len()));
-        let (digest, bytes) = match digest {
-            Ok(digest) => digest,
-            Err(error) => {
-                let denial = Denial { rule: Rule::ToolSchema, reason: error.to_string() };
-                return Err(self.gate.deny(Channel::Tool, name, None, denial).await);
-            }
+        let Decision { verdict, arguments, digest, bytes } =
+            self.gate.decide(name, Arguments::Parsed(Value::Object(args)));
+        // What was decided on is what is sent.
+        let Value::Object(args) = arguments else {
+            let reason = "the arguments are no JSON object".to_owned();
+            let denial = verdict.err().unwrap_or(Denial { rule: Rule::RequestJson, reason });
+            return Err(self.gate.deny(Channel::Tool, name, Some(digest), denial).await);
         };
-        let Allowed { tool, route, permit } = match self.allow(name, &args, &digest, bytes).await {
+        let allowed = match verdict.cloned() {
+            Ok(tool) => self.allow(tool, &args, &digest, bytes).await,
+            Err(denial) => Err(denial),
+        };
+        let Allowed { tool, route, permit } = match allowed {
             Ok(allowed) => allowed,
             Err(denial) => return Err(self.gate.deny(Channel::Tool, name, Some(digest), denial).await),
         };
@@ -126,23 +132,19 @@ impl Tools {
             Route::Http(request) => rest::call(self.gate.link(), &tool, request, permit.intent, bounds).await,
         };
         let (result, settlement) = self.fits(&tool, result, settlement);
+        if let Some(said) = result.as_ref().ok().and_then(said) {
+            self.gate.keep(&tool.name, &said);
+        }
         permit.settle(settlement);
         result
     }
 
-    /// Everything that is asked before a call leaves.
+    /// Everything else that is asked before a call leaves, once its contract allows it.
     ///
     /// # Errors
     /// The first rule that does not hold. The refusal is not recorded yet.
-    async fn allow(
-        &self,
-        name: &str,
-        args: &Map<String, Value>,
-        digest: &str,
-        bytes: usize,
-    ) -> Result<Allowed, Denial> {
-        self.gate.open()?;
-        let tool = self.gate.contracts().decide(name, args, self.gate.journal().usage())?.clone();
+    async fn allow(&self, tool: Tool, args: &Map<String, Value>, digest: &str, bytes: u64) -> Result<Allowed, Denial> {
+        let name = tool.name.as_str();
         let mut rules = TOOL_RULES.to_vec();
         if let Some(most) = tool.limits.request_bytes {
             if i64::try_from(bytes).unwrap_or(i64::MAX) > most {
@@ -186,9 +188,10 @@ impl Tools {
             effect: Some(effect),
             definition,
             request_digest: Some(digest.to_owned()),
-            request_bytes: u64::try_from(bytes).unwrap_or(u64::MAX),
+            request_bytes: bytes,
             rules,
-            reserve_tokens: 0,
+            model: None,
+            reserve: Spent::default(),
         };
         let permit = self.gate.permit(call).await?;
         Ok(Allowed { tool, route, permit })
@@ -230,12 +233,25 @@ impl Tools {
     }
 }
 
-/// The JSON that is a result's only content.
+/// The JSON that is a result's only content, where it can be read in one way.
 fn only_json(result: &CallToolResult) -> Option<Value> {
     match result.content.as_slice() {
-        [ContentBlock::Text(text)] => serde_json::from_str(&text.text).ok(),
+        [ContentBlock::Text(text)] => json::parse(text.text.as_bytes()).ok(),
         _ => None,
     }
+}
+
+/// What a successful result says to preconditions: its structured content, or else its only block of text, as JSON where
+/// it is.
+fn said(result: &CallToolResult) -> Option<Value> {
+    if result.is_error == Some(true) {
+        return None;
+    }
+    let text = || match result.content.as_slice() {
+        [ContentBlock::Text(text)] => Some(Value::from(text.text.as_str())),
+        _ => None,
+    };
+    result.structured_content.clone().or_else(|| only_json(result)).or_else(text)
 }
 
 impl ServerHandler for Tools {

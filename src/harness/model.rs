@@ -1,6 +1,6 @@
 //! Model calls, passed through and metered.
 //!
-//! The body is parsed once and what was parsed is what is sent; its cost is bounded and reserved before it leaves, and
+//! The body is parsed once, strictly, and what was parsed is what is sent; its cost is bounded and reserved before it leaves, and
 //! settled from the reply's own account. A reply that gives none, breaks off or fails at the provider stays charged in
 //! full. Streams pass chunk by chunk.
 
@@ -11,7 +11,7 @@ use futures::StreamExt;
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body_util::{BodyDataStream, BodyExt, Full, Limited, StreamBody};
 use hyper::body::{Frame, Incoming};
-use serde_json::{Map, Value};
+use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use super::{
@@ -23,9 +23,12 @@ use crate::{
     canonical::sha256,
     evidence::record::{Channel, Effect},
     policy::{
-        decide::Denial,
+        budget::Spent,
+        config::ModelPrice,
+        decide::{Denial, shorten},
+        json, price,
         rule::Rule,
-        tokens::{self, Api, Reported},
+        tokens::{self, Api, Bound, Reported},
     },
 };
 
@@ -86,12 +89,29 @@ async fn call(
         rule: Rule::ModelEndpoint,
         reason: format!("the policy pack has no endpoint for {path}; it would be under spec.models"),
     })?;
-    let mut body: Map<String, Value> = serde_json::from_slice(body).map_err(|error| Denial {
-        rule: Rule::ModelRequest,
-        reason: format!("expected a JSON object, found something else: {error}"),
-    })?;
-    let bound = tokens::bound(api, &mut body, gate.journal().tokens_left())
+    let body =
+        json::parse(body).map_err(|ambiguous| Denial { rule: Rule::RequestJson, reason: ambiguous.to_string() })?;
+    let Value::Object(mut body) = body else {
+        let reason = "expected a JSON object, found another JSON value".to_owned();
+        return Err(Denial { rule: Rule::ModelRequest, reason });
+    };
+    let model = body.get("model").and_then(Value::as_str).map(str::to_owned);
+    let policy = gate.contracts().policy();
+    let price = model.as_deref().and_then(|model| price::of(&policy.models.prices, model));
+    if price.is_none() && policy.limits.cost_micros.is_some() {
+        return Err(Denial {
+            rule: Rule::ModelPrice,
+            reason: format!(
+                "the task's cost is limited, and the policy pack has no price for the model {:?}; it would be under \
+                 spec.models.prices",
+                model.as_deref().map_or_else(|| "(none)".into(), shorten)
+            ),
+        });
+    }
+    let bound = tokens::bound(api, &mut body, gate.journal().left(price))
         .map_err(|unbounded| Denial { rule: Rule::ModelRequest, reason: unbounded.to_string() })?;
+    let mut rules = vec![Rule::RequestJson, Rule::ModelEndpoint, Rule::ModelRequest];
+    rules.extend(policy.limits.cost_micros.map(|_| Rule::ModelPrice));
     let body =
         serde_json::to_vec(&body).map_err(|error| Denial { rule: Rule::ModelRequest, reason: error.to_string() })?;
     let permit = gate
@@ -102,8 +122,9 @@ async fn call(
             definition: None,
             request_digest: Some(hex::encode(sha256(&body))),
             request_bytes: u64::try_from(body.len()).unwrap_or(u64::MAX),
-            rules: vec![Rule::ModelEndpoint, Rule::ModelRequest],
-            reserve_tokens: bound.total(),
+            rules,
+            model,
+            reserve: spent(bound, price),
         })
         .await?;
 
@@ -112,7 +133,7 @@ async fn call(
     *outgoing.headers_mut() = passed_on(headers);
     let target = format!("{}{path}", base.trim_end_matches('/'));
     match gate.link().forward(Channel::Model, permit.intent, &target, outgoing).await {
-        Ok(reply) => Ok(meter(reply, permit)),
+        Ok(reply) => Ok(meter(reply, permit, price.cloned())),
         Err(undelivered) => {
             let denial = undelivered.denial;
             let settlement = if undelivered.certain {
@@ -124,6 +145,12 @@ async fn call(
             Ok(refusal(api, &denial))
         }
     }
+}
+
+/// What so many tokens take of the budget.
+fn spent(tokens: Bound, price: Option<&ModelPrice>) -> Spent {
+    let cost_micros = price.map_or(0, |price| price.cost(tokens.prompt, tokens.output));
+    Spent { tokens: tokens.total(), cost_micros }
 }
 
 /// What of the agent's headers goes to the provider. Credentials do not: the gateway has the real ones.
@@ -143,7 +170,7 @@ fn passed_on(headers: &HeaderMap) -> HeaderMap {
     passed
 }
 
-fn meter(reply: Response<Incoming>, permit: Permit) -> Response<Body> {
+fn meter(reply: Response<Incoming>, permit: Permit, price: Option<ModelPrice>) -> Response<Body> {
     let (mut parts, body) = reply.into_parts();
     let streamed = parts
         .headers
@@ -152,6 +179,7 @@ fn meter(reply: Response<Incoming>, permit: Permit) -> Response<Body> {
         .is_some_and(|kind| kind.starts_with("text/event-stream"));
     let meter = Meter {
         permit: Some(permit),
+        price,
         status: parts.status,
         upstream: upstream_of(&parts.headers),
         streamed,
@@ -186,6 +214,7 @@ fn meter(reply: Response<Incoming>, permit: Permit) -> Response<Body> {
 /// Reads along. Dropped at the end of the reply, or when the agent or the provider hangs up.
 struct Meter {
     permit: Option<Permit>,
+    price: Option<ModelPrice>,
     status: StatusCode,
     upstream: Option<String>,
     streamed: bool,
@@ -231,11 +260,11 @@ impl Drop for Meter {
         {
             self.reported.see(&reply);
         }
-        let tokens = match self.reported.total() {
+        let spent = match self.reported.both() {
             // An account of a reply that broke off may still have grown.
-            Some(total) if self.ended => Some(total),
+            Some(tokens) if self.ended => Some(spent(tokens, self.price.as_ref())),
             // Providers do not charge for what they refuse.
-            None if self.ended && self.status.is_client_error() => Some(0),
+            None if self.ended && self.status.is_client_error() => Some(Spent::default()),
             _ => None,
         };
         let effect = match (self.ended, self.status) {
@@ -249,7 +278,7 @@ impl Drop for Meter {
             status: self.status.as_u16(),
             response_digest: Some(hex::encode(self.hasher.clone().finalize())),
             response_bytes: self.bytes,
-            tokens,
+            spent,
             upstream: self.upstream.take(),
         });
     }

@@ -19,6 +19,7 @@ use super::{
 use crate::{
     evidence::record::{Channel, Effect},
     policy::{
+        budget::Spent,
         config::EgressUse,
         decide::{Denial, shorten},
         egress,
@@ -68,7 +69,7 @@ pub async fn connect(gate: Arc<Gate>, request: Request<Incoming>) -> Response<Bo
             status: 200,
             response_digest: None,
             response_bytes: received,
-            tokens: Some(0),
+            spent: None,
             upstream: address,
         });
     });
@@ -136,7 +137,7 @@ pub async fn forward(gate: Arc<Gate>, request: Request<Incoming>) -> Response<Bo
                 status: status.as_u16(),
                 response_digest: None,
                 response_bytes: hyper::body::Body::size_hint(&body).exact().unwrap_or(0),
-                tokens: Some(0),
+                spent: None,
                 upstream,
             });
             Response::from_parts(parts, boxed(body.map_err(Into::into)))
@@ -146,7 +147,7 @@ pub async fn forward(gate: Arc<Gate>, request: Request<Incoming>) -> Response<Bo
             let settlement = if undelivered.certain {
                 Settlement::not_applied(denial.rule)
             } else {
-                Settlement { tokens: Some(0), ..Settlement::unknown(Some(denial.rule)) }
+                Settlement::unknown(Some(denial.rule))
             };
             permit.settle(Settlement { upstream: undelivered.upstream, ..settlement });
             refusal(&denial)
@@ -177,7 +178,8 @@ async fn permit(
             request_digest: digest,
             request_bytes: u64::try_from(bytes).unwrap_or(u64::MAX),
             rules: vec![Rule::EgressHost, Rule::EgressPort, Rule::EgressDirect],
-            reserve_tokens: 0,
+            model: None,
+            reserve: Spent::default(),
         })
         .await?;
     Ok((target, permit))

@@ -51,7 +51,7 @@ pub async fn call(
     intent: u64,
     bounds: Bounds,
 ) -> (Result<CallToolResult, Denial>, Settlement) {
-    let mut settlement = Settlement { tokens: Some(0), ..Settlement::unknown(None) };
+    let mut settlement = Settlement::unknown(None);
     let exchanged =
         tokio::time::timeout(bounds.time, exchange(link, tool, request, intent, bounds, &mut settlement)).await;
     let result = match exchanged {

@@ -2,13 +2,15 @@
 
 use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
 
-use http::{Method, Request, Response, StatusCode};
-use http_body_util::{BodyExt, Empty, Full};
+use bytes::Bytes;
+use http::{HeaderValue, Method, Request, Response, StatusCode, header};
+use http_body_util::{BodyExt, Empty, Full, Limited};
 use hyper::{body::Incoming, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use rmcp::transport::streamable_http_server::{
     StreamableHttpServerConfig, StreamableHttpService, session::local::LocalSessionManager,
 };
+use serde_json::Value;
 use tokio::{net::TcpListener, sync::Semaphore};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -17,6 +19,11 @@ use super::{
     gate::Gate,
     mcp::Tools,
     model, proxy,
+};
+use crate::{
+    canonical::sha256,
+    evidence::record::Channel,
+    policy::{decide::Denial, json, rule::Rule},
 };
 
 /// The agent's listener: the pod's loopback and nothing else.
@@ -29,6 +36,8 @@ const CONNECTIONS: usize = 512;
 const HEAD: Duration = Duration::from_secs(10);
 /// Longest request head.
 const LONGEST_HEAD: usize = 64 << 10;
+/// Longest body of an MCP request.
+const LONGEST_BODY: usize = 16 << 20;
 /// How long calls under way may go on once the agent has ended.
 const DRAIN: Duration = Duration::from_secs(5);
 
@@ -153,11 +162,54 @@ async fn route(
         return model::handle(gate, api, request).await;
     }
     if path == "/mcp" {
+        let request = match readable(&gate, request).await {
+            Ok(request) => request,
+            Err(refusal) => return refusal,
+        };
         return mcp.handle(request).await.map(|body| boxed(body.map_err(|error: Infallible| match error {})));
     }
     let text = "Belay serves /mcp, /v1/chat/completions, /v1/responses, /v1/messages, and an HTTP proxy.\n";
     let mut reply = Response::new(boxed(Full::from(text).map_err(|error: Infallible| match error {})));
     *reply.status_mut() = StatusCode::NOT_FOUND;
+    reply
+}
+
+/// The request with its body read, if that is JSON that can be read in one way only: rmcp keeps the last of two members of
+/// one name, and what it would take for a call must be what anybody else would.
+async fn readable(gate: &Gate, request: Request<Incoming>) -> Result<Request<Full<Bytes>>, Response<Body>> {
+    let (parts, body) = request.into_parts();
+    let body = match Limited::new(body, LONGEST_BODY).collect().await {
+        Ok(body) => body.to_bytes(),
+        Err(error) => {
+            let denial = Denial { rule: Rule::Request, reason: format!("the request cannot be read: {error}") };
+            let denial = gate.deny(Channel::Tool, "/mcp", None, denial).await;
+            return Err(refusal(&Value::Null, &denial));
+        }
+    };
+    // What is not posted has no body, and is not rmcp's to act on.
+    if parts.method != Method::POST {
+        return Ok(Request::from_parts(parts, Full::from(body)));
+    }
+    let Err(ambiguous) = json::parse(&body) else { return Ok(Request::from_parts(parts, Full::from(body))) };
+    // Only what certainly is no call goes unrecorded.
+    let loose: Value = serde_json::from_slice(&body).unwrap_or_default();
+    let mut denial = Denial { rule: Rule::RequestJson, reason: ambiguous.to_string() };
+    if loose.get("method").is_none_or(|method| method == "tools/call") {
+        let tool = loose.pointer("/params/name").and_then(Value::as_str).unwrap_or("/mcp");
+        let digest = Some(hex::encode(sha256(&body)));
+        denial = gate.deny(Channel::Tool, tool, digest, denial).await;
+    }
+    let id = loose.get("id").filter(|id| id.is_string() || id.is_i64());
+    Err(refusal(id.unwrap_or(&Value::Null), &denial))
+}
+
+/// -32700: what was sent cannot be read.
+fn refusal(id: &Value, denial: &Denial) -> Response<Body> {
+    let message = format!("Belay refused this request. rule: {}. {}", denial.rule, denial.reason);
+    let error = serde_json::json!({"jsonrpc": "2.0", "id": id, "error": {"code": -32700, "message": message}});
+    let mut reply = Response::new(boxed(Full::from(error.to_string()).map_err(|error: Infallible| match error {})));
+    *reply.status_mut() = StatusCode::BAD_REQUEST;
+    reply.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     reply
 }
 

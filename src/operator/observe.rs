@@ -110,7 +110,7 @@ fn state(status: &ContainerStatus) -> Option<&ContainerState> {
 
 /// The pod's end, if it has come to one that counts.
 fn end(pod: &Pod, status: &PodStatus, agent_ran: bool) -> Option<End> {
-    use FailureClass::{Agent, Budget, Infrastructure};
+    use FailureClass::{Agent, Budget, Infrastructure, Policy};
     let phase = status.phase.as_deref().unwrap_or_default();
     let over = matches!(phase, "Succeeded" | "Failed") || pod.metadata.deletion_timestamp.is_some();
     let agent = find(&status.container_statuses, names::AGENT)
@@ -119,6 +119,10 @@ fn end(pod: &Pod, status: &PodStatus, agent_ran: bool) -> Option<End> {
         // A pod that is stopped before its agent ran reports an end all the same; there was no agent to end.
         .filter(|_| agent_ran);
     let exit_code = agent.map(|ended| ended.exit_code);
+    // The harness has closed its log and said so; kubelet starts it again, and nothing in the pod stops the agent.
+    if refused_enough(status) {
+        return Some(End::new(Policy, "TooManyDenials", exit_code));
+    }
     // While the harness finishes its log the attempt is still under way.
     if !over {
         return None;
@@ -187,6 +191,15 @@ fn end(pod: &Pod, status: &PodStatus, agent_ran: bool) -> Option<End> {
         ) => End::new(Infrastructure, "NodeRefused", None),
         (Some(code), _) if code != 0 => End::new(Infrastructure, "ProbeFailed", None),
         _ => End::new(Infrastructure, "PodFailed", None),
+    })
+}
+
+/// Whether the harness ended, or ended before it was started again, because too many calls were refused.
+fn refused_enough(status: &PodStatus) -> bool {
+    find(&status.init_container_statuses, names::HARNESS).is_some_and(|harness| {
+        [&harness.state, &harness.last_state].into_iter().flatten().any(|state| {
+            state.terminated.as_ref().is_some_and(|ended| ended.exit_code == names::HARNESS_REFUSED_ENOUGH)
+        })
     })
 }
 

@@ -11,7 +11,7 @@ use cel::{
 };
 
 /// What a harness binds, see [`Precondition`](crate::api::tool_contract::Precondition).
-pub const VARIABLES: [&str; 4] = ["args", "task", "principal", "usage"];
+pub const VARIABLES: [&str; 5] = ["args", "task", "principal", "usage", "results"];
 
 /// Deepest nesting or longest chain of operators. Evaluation recurses; this many fit the 2 MiB stack of tokio's workers.
 pub const MAX_DEPTH: usize = 64;
@@ -139,6 +139,7 @@ mod tests {
     #[rstest::rstest]
     #[case::plain("args.path.startsWith('/logs/')")]
     #[case::all_variables("usage.toolCalls < 10 && task.namespace == 'x' && principal == 'a' && has(args.x)")]
+    #[case::results("results.lookup.severity == 'high' || results['read-log'].size() > 0")]
     #[case::loop_variable("args.items.all(item, item.size() < 3)")]
     #[case::nested_loops("args.a.exists(x, args.b.all(y, x == y))")]
     fn accepts(#[case] source: &str) {

@@ -13,11 +13,12 @@ use crate::{
     api::{AgentTask, PolicyPack, ToolContract, policy_pack::WorkflowClass, tool_contract::ToolContractSpec},
     policy::{
         config::{
-            EgressHost, EgressUse, HttpUpstream, Limits, McpUpstream, ModelEndpoints, PackIdentity, PolicyConfig,
-            Precondition, TaskIdentity, Tool, ToolLimits, Upstream,
+            EgressHost, EgressUse, HttpUpstream, Limits, McpUpstream, ModelEndpoints, ModelPrice, PackIdentity,
+            PolicyConfig, Precondition, TaskIdentity, Tool, ToolLimits, Upstream,
         },
         egress::{self, HostPattern},
         hostname::Authority,
+        price,
         template::Request,
     },
 };
@@ -110,7 +111,56 @@ fn limits(task: &AgentTask, class: &WorkflowClass, findings: &mut Vec<Finding>) 
             ));
         }
     }
-    Limits { wall_time_seconds: asked.wall_time_seconds, tool_calls: asked.tool_calls, tokens: asked.tokens }
+    let costs = (
+        sum(asked.cost.as_deref(), || "spec.limits.cost".to_owned(), findings),
+        sum(most.cost.as_deref(), || format!("PolicyPack spec.workflowClasses[{}].limits.cost", class.name), findings),
+    );
+    Limits {
+        wall_time_seconds: asked.wall_time_seconds,
+        tool_calls: asked.tool_calls,
+        tokens: asked.tokens,
+        denials: lesser("denials", (asked.denials, most.denials), 1, class, |count| count.to_string(), findings),
+        cost_micros: lesser("cost", costs, 0, class, price::show, findings),
+    }
+}
+
+/// A limit that may be absent: the class's holds then.
+fn lesser(
+    field: &str,
+    (asked, most): (Option<i64>, Option<i64>),
+    least: i64,
+    class: &WorkflowClass,
+    show: fn(i64) -> String,
+    findings: &mut Vec<Finding>,
+) -> Option<i64> {
+    if let Some(asked) = asked.filter(|asked| !(least..=most.unwrap_or(i64::MAX)).contains(asked)) {
+        let ceiling = most.map_or_else(
+            || " or more".to_owned(),
+            |most| format!(" to {}, the ceiling of class `{}`", show(most), class.name),
+        );
+        findings.push(Finding::new(
+            format!("spec.limits.{field}"),
+            format!("{}{ceiling}", show(least)),
+            show(asked),
+            "ask for less, or have the class's ceiling raised in the pack",
+        ));
+    }
+    asked.or(most)
+}
+
+/// A sum in millionths. One that cannot be read is a finding, and as good as nothing.
+fn sum(text: Option<&str>, field: impl Fn() -> String, findings: &mut Vec<Finding>) -> Option<i64> {
+    text.map(|text| {
+        price::parse(text).unwrap_or_else(|| {
+            findings.push(Finding::new(
+                field(),
+                "digits, and at most six more after a point, such as `12.50`",
+                format!("`{text}`"),
+                "correct it",
+            ));
+            0
+        })
+    })
 }
 
 fn tools<C: Borrow<ToolContract>>(
@@ -377,7 +427,11 @@ fn models(
 ) -> ModelEndpoints {
     let declared = &pack.spec.models;
     let reachable = |url: &Option<String>| url.clone().filter(|url| allows(egress, url, EgressUse::Models).is_ok());
-    let models = ModelEndpoints { openai: reachable(&declared.openai), anthropic: reachable(&declared.anthropic) };
+    let models = ModelEndpoints {
+        openai: reachable(&declared.openai),
+        anthropic: reachable(&declared.anthropic),
+        prices: prices(pack, findings),
+    };
     let lists_models = class.egress.iter().any(|rule| rule.uses.contains(&EgressUse::Models));
     if lists_models && models.openai.is_none() && models.anthropic.is_none() {
         let endpoints: Vec<_> =
@@ -390,6 +444,19 @@ fn models(
         ));
     }
     models
+}
+
+fn prices(pack: &PolicyPack, findings: &mut Vec<Finding>) -> Vec<ModelPrice> {
+    let mut prices = Vec::new();
+    for (index, declared) in pack.spec.models.prices.iter().enumerate() {
+        let at = |field: &str| format!("PolicyPack/{} spec.models.prices[{index}].{field}", pack.name_any());
+        let input = sum(Some(&declared.input), || at("input"), findings);
+        let output = sum(Some(&declared.output), || at("output"), findings);
+        if let (Some(input_micros), Some(output_micros)) = (input, output) {
+            prices.push(ModelPrice { model: declared.model.clone(), input_micros, output_micros });
+        }
+    }
+    prices
 }
 
 fn egress_hosts(pack: &PolicyPack, class: &WorkflowClass, findings: &mut Vec<Finding>) -> Vec<EgressHost> {

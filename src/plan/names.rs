@@ -37,6 +37,9 @@ pub const PROBE: &str = "containment-probe";
 /// Exit code of the containment probe when containment is unproven.
 pub const PROBE_UNPROVEN: i32 = 42;
 
+/// Exit code of the harness once so many calls were refused that the task is over.
+pub const HARNESS_REFUSED_ENOUGH: i32 = 43;
+
 /// Name of everything that belongs to one attempt: pod, NetworkPolicy, ConfigMap.
 pub fn of_attempt(task: &str, attempt: i64) -> String {
     format!("{task}-{attempt}")

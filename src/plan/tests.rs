@@ -48,6 +48,32 @@ fn policy_is_rendered() {
 }
 
 #[test]
+fn limits_that_a_task_leaves_out_are_those_of_its_class() {
+    let limits = |asked: Option<(i64, &str)>, most: Option<(i64, &str)>| {
+        let (mut task, mut pack) = (task(), pack());
+        (task.spec.limits.denials, task.spec.limits.cost) = asked.map(|(n, sum)| (n, sum.to_owned())).unzip();
+        let class = &mut pack.spec.workflow_classes[0].limits;
+        (class.denials, class.cost) = most.map(|(n, sum)| (n, sum.to_owned())).unzip();
+        let limits = config::render_policy(&task, &contracts(), &pack).unwrap().limits;
+        limits.denials.zip(limits.cost_micros)
+    };
+    assert_eq!(limits(None, None), None);
+    assert_eq!(limits(None, Some((9, "1.5"))), Some((9, 1_500_000)));
+    assert_eq!(limits(Some((3, "0.5")), None), Some((3, 500_000)));
+    assert_eq!(limits(Some((3, "0.5")), Some((9, "1.5"))), Some((3, 500_000)));
+}
+
+#[test]
+fn prices_are_rendered_in_their_order() {
+    let mut pack = pack();
+    let price = |model| serde_json::from_value(json!({"model": model, "input": "1.25", "output": "10"})).unwrap();
+    pack.spec.models.prices = vec![price("b*"), price("a")];
+    let prices = config::render_policy(&task(), &contracts(), &pack).unwrap().models.prices;
+    assert_eq!(prices.iter().map(|price| price.model.as_str()).collect::<Vec<_>>(), ["b*", "a"]);
+    assert_eq!((prices[0].input_micros, prices[0].output_micros), (1_250_000, 10_000_000));
+}
+
+#[test]
 fn rendering_does_not_depend_on_order() {
     let policy = config::render_policy(&task(), &contracts(), &pack()).unwrap();
     let mut other = task();
@@ -145,6 +171,23 @@ const BROKEN: &[(&str, &str, Break)] = &[
     ("calls", "spec.limits.toolCalls", |t, _, _| t.spec.limits.tool_calls = 101),
     ("negative calls", "spec.limits.toolCalls", |t, _, _| t.spec.limits.tool_calls = -1),
     ("tokens", "spec.limits.tokens", |t, _, _| t.spec.limits.tokens = i64::MAX),
+    ("denials", "spec.limits.denials", |t, _, p| {
+        t.spec.limits.denials = Some(51);
+        p.spec.workflow_classes[0].limits.denials = Some(50);
+    }),
+    ("no denials", "spec.limits.denials", |t, _, _| t.spec.limits.denials = Some(0)),
+    ("cost", "spec.limits.cost", |t, _, p| {
+        t.spec.limits.cost = Some("2.000001".into());
+        p.spec.workflow_classes[0].limits.cost = Some("2".into());
+    }),
+    ("no sum", "spec.limits.cost", |t, _, _| t.spec.limits.cost = Some("1e3".into())),
+    ("no sum of the class", "PolicyPack spec.workflowClasses[incident].limits.cost", |_, _, p| {
+        p.spec.workflow_classes[0].limits.cost = Some("-1".into());
+    }),
+    ("no price", "PolicyPack/dev spec.models.prices[0].output", |_, _, p| {
+        p.spec.models.prices =
+            vec![serde_json::from_value(json!({"model": "m", "input": "1.25", "output": "ten"})).unwrap()];
+    }),
     ("unknown tool", "spec.tools[2]", |t, _, _| t.spec.tools.push("missing".into())),
     ("a contract elsewhere", "spec.tools[0]", |_, c, _| c[0].metadata.namespace = Some("team-b".into())),
     ("same tool twice", "spec.tools[1]", |_, c, _| c[1].spec.tool = "open_ticket".into()),

@@ -3,12 +3,15 @@
 //! Promises: what is reserved is spent until it is settled, so that calls that run at the same time cannot pass a limit
 //! together; a reservation that does not fit changes nothing. Refuses: time, locks. Wall time is a deadline, not a counter.
 
-use super::config::{Limits, Usage};
-use super::rule::Rule;
+use super::{
+    config::{Limits, Usage},
+    price,
+    rule::Rule,
+};
 
 /// A limit would be passed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{what} limit is {limit}, {used} are spent or reserved, and this call needs {needed}")]
+#[error("{what} limit is {}, {} are spent or reserved, and this call needs {}", shown(.rule, .limit), shown(.rule, .used), shown(.rule, .needed))]
 pub struct Exhausted {
     /// The rule of the limit.
     pub rule: Rule,
@@ -20,6 +23,10 @@ pub struct Exhausted {
     pub used: i64,
     /// What the call needs.
     pub needed: i64,
+}
+
+fn shown(rule: &Rule, count: &i64) -> String {
+    if *rule == Rule::Cost { price::show(*count) } else { count.to_string() }
 }
 
 /// A task's counters and limits.
@@ -50,6 +57,25 @@ impl Budget {
         self.limits.tokens.saturating_sub(self.usage.tokens).max(0)
     }
 
+    /// Money that can still be reserved, where it is limited; never negative.
+    pub fn cost_left(&self) -> Option<i64> {
+        self.limits.cost_micros.map(|limit| limit.saturating_sub(self.usage.cost_micros).max(0))
+    }
+
+    /// Whether calls are taken at all.
+    ///
+    /// # Errors
+    /// [`Rule::Denials`] once so many were refused that the task is over.
+    pub fn open(&self) -> Result<(), Exhausted> {
+        let used = self.usage.denials;
+        match self.limits.denials {
+            Some(limit) if used >= limit => {
+                Err(Exhausted { rule: Rule::Denials, what: "denied call", limit, used, needed: 0 })
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Counts one tool call.
     ///
     /// # Errors
@@ -69,29 +95,54 @@ impl Budget {
         Ok(())
     }
 
-    /// Sets tokens aside for one model call.
+    /// Sets tokens and money aside for one model call.
     ///
     /// # Errors
-    /// [`Rule::Tokens`] if so many are not left; nothing is set aside then.
-    pub fn reserve_tokens(&mut self, needed: i64) -> Result<(), Exhausted> {
-        let used = self.usage.tokens;
-        let needed = needed.max(0);
-        if needed > self.tokens_left() {
-            return Err(Exhausted { rule: Rule::Tokens, what: "token", limit: self.limits.tokens, used, needed });
+    /// [`Rule::Tokens`] or [`Rule::Cost`] if so much is not left; nothing of either is set aside then.
+    pub fn reserve_model(&mut self, tokens: i64, cost: i64) -> Result<(), Exhausted> {
+        let (tokens, cost) = (tokens.max(0), cost.max(0));
+        let Usage { tokens: used, cost_micros: spent, .. } = self.usage;
+        if tokens > self.tokens_left() {
+            return Err(Exhausted {
+                rule: Rule::Tokens,
+                what: "token",
+                limit: self.limits.tokens,
+                used,
+                needed: tokens,
+            });
         }
-        self.usage.tokens = used.saturating_add(needed);
+        if let Some(limit) = self.limits.cost_micros
+            && cost > limit.saturating_sub(spent).max(0)
+        {
+            return Err(Exhausted { rule: Rule::Cost, what: "cost", limit, used: spent, needed: cost });
+        }
+        self.usage.tokens = used.saturating_add(tokens);
+        self.usage.cost_micros = spent.saturating_add(cost);
         Ok(())
     }
 
-    /// Replaces a reservation by what was really used. A model that used more than was reserved is counted in full.
-    pub fn settle_tokens(&mut self, reserved: i64, used: i64) {
-        self.usage.tokens = self.usage.tokens.saturating_sub(reserved.max(0)).saturating_add(used.max(0)).max(0);
+    /// Replaces what was set aside by what was really used. A model that used more is counted in full.
+    pub fn settle_model(&mut self, reserved: Spent, used: Spent) {
+        let settle = |count: i64, reserved: i64, used: i64| {
+            count.saturating_sub(reserved.max(0)).saturating_add(used.max(0)).max(0)
+        };
+        self.usage.tokens = settle(self.usage.tokens, reserved.tokens, used.tokens);
+        self.usage.cost_micros = settle(self.usage.cost_micros, reserved.cost_micros, used.cost_micros);
     }
 
     /// Counts a refusal.
     pub fn count_denial(&mut self) {
         self.usage.denials = self.usage.denials.saturating_add(1);
     }
+}
+
+/// What one model call takes of the budget.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Spent {
+    /// Prompt and reply.
+    pub tokens: i64,
+    /// In millionths of the pack's currency unit.
+    pub cost_micros: i64,
 }
 
 #[cfg(test)]
@@ -101,7 +152,7 @@ mod tests {
     use super::*;
 
     fn limits() -> Limits {
-        Limits { wall_time_seconds: 60, tool_calls: 3, tokens: 1_000 }
+        Limits { wall_time_seconds: 60, tool_calls: 3, tokens: 1_000, denials: Some(2), cost_micros: Some(5_000_000) }
     }
 
     #[test]
@@ -116,26 +167,87 @@ mod tests {
     #[test]
     fn usage_beyond_the_limit_leaves_nothing_rather_than_less_than_nothing() {
         let mut budget = Budget::resume(limits(), Usage::default());
-        budget.reserve_tokens(1_000).unwrap();
-        budget.settle_tokens(1_000, 5_000);
-        assert_eq!(budget.tokens_left(), 0);
-        assert_eq!(budget.reserve_tokens(1).unwrap_err().rule, Rule::Tokens);
+        budget.reserve_model(1_000, 5_000_000).unwrap();
+        let reserved = Spent { tokens: 1_000, cost_micros: 5_000_000 };
+        budget.settle_model(reserved, Spent { tokens: 5_000, cost_micros: 9_000_000 });
+        assert_eq!((budget.tokens_left(), budget.cost_left()), (0, Some(0)));
+        assert_eq!(budget.reserve_model(1, 0).unwrap_err().rule, Rule::Tokens);
+    }
+
+    #[test]
+    fn a_call_that_one_limit_refuses_takes_nothing_of_the_other() {
+        let mut budget = Budget::resume(limits(), Usage::default());
+        let refused = budget.reserve_model(10, 5_000_001).unwrap_err();
+        assert_eq!(refused.to_string(), "cost limit is 5, 0 are spent or reserved, and this call needs 5.000001");
+        assert_eq!(budget.usage(), Usage::default());
+    }
+
+    #[test]
+    fn so_many_refusals_end_it() {
+        let mut budget = Budget::resume(limits(), Usage::default());
+        budget.count_denial();
+        assert_eq!(budget.open(), Ok(()));
+        budget.count_denial();
+        assert_eq!(budget.open().unwrap_err().rule, Rule::Denials);
+        let unlimited = Limits { denials: None, ..limits() };
+        assert_eq!(Budget::resume(unlimited, budget.usage()).open(), Ok(()));
+    }
+
+    /// A million calls at once for what is left of each counter: exactly so many are allowed, or denied for their own reason.
+    #[test]
+    fn exactly_what_is_left_is_given_however_many_race_for_it() {
+        const CALLS: usize = 1_000_000;
+        const THREADS: usize = 8;
+        const LEFT: usize = 1_234;
+        let left = LEFT as i64;
+        let limits =
+            Limits { tool_calls: left, tokens: left * 7, denials: Some(left), cost_micros: Some(left * 3), ..limits() };
+        type Take = fn(&mut Budget) -> Result<(), Exhausted>;
+        let takes: [(Rule, Take); 4] = [
+            (Rule::ToolCalls, Budget::reserve_tool_call),
+            (Rule::Tokens, |budget| budget.reserve_model(7, 0)),
+            (Rule::Cost, |budget| budget.reserve_model(0, 3)),
+            (Rule::Denials, |budget| budget.open().map(|()| budget.count_denial())),
+        ];
+        for (rule, take) in takes {
+            let budget = std::sync::Mutex::new(Budget::resume(limits, Usage::default()));
+            let race = || {
+                let tries = (0..CALLS / THREADS).map(|_| take(&mut budget.lock().unwrap()));
+                tries.fold((0, 0), |(given, refused), taken| match taken {
+                    Ok(()) => (given + 1, refused),
+                    Err(exhausted) => {
+                        assert_eq!(exhausted.rule, rule);
+                        (given, refused + 1)
+                    }
+                })
+            };
+            let (given, refused) = std::thread::scope(|scope| {
+                let racers: Vec<_> = (0..THREADS).map(|_| scope.spawn(race)).collect();
+                racers
+                    .into_iter()
+                    .map(|racer| racer.join().unwrap())
+                    .fold((0, 0), |sum, one| (sum.0 + one.0, sum.1 + one.1))
+            });
+            assert_eq!((given, given + refused), (LEFT, CALLS), "{rule}");
+        }
     }
 
     proptest! {
         /// Whatever is asked for in whatever order, reservations never add up to more than the limit.
         #[test]
-        fn reservations_never_pass_the_limit(steps in prop::collection::vec((0i64..400, 0i64..400), 0..64)) {
+        fn reservations_never_pass_the_limit(steps in prop::collection::vec((0i64..400, 0i64..2_000_000, 0i64..400), 0..64)) {
             let mut budget = Budget::resume(limits(), Usage::default());
             let mut held = Vec::new();
-            for (ask, used) in steps {
-                if budget.reserve_tokens(ask).is_ok() {
-                    held.push((ask, used.min(ask)));
+            for (tokens, cost_micros, used) in steps {
+                if budget.reserve_model(tokens, cost_micros).is_ok() {
+                    let used = Spent { tokens: used.min(tokens), cost_micros: (used * 5_000).min(cost_micros) };
+                    held.push((Spent { tokens, cost_micros }, used));
                 }
                 prop_assert!(budget.usage().tokens <= limits().tokens);
+                prop_assert!(budget.usage().cost_micros <= limits().cost_micros.unwrap());
                 if held.len() > 2 {
-                    let (ask, used) = held.remove(0);
-                    budget.settle_tokens(ask, used);
+                    let (reserved, used) = held.remove(0);
+                    budget.settle_model(reserved, used);
                 }
             }
         }

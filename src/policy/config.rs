@@ -55,6 +55,14 @@ pub struct Usage {
     pub tokens: i64,
     /// Calls and connections denied.
     pub denials: i64,
+    /// Cost of model calls, settled or reserved, in millionths of the pack's currency unit.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub cost_micros: i64,
+}
+
+/// Whether a counter says nothing.
+pub fn is_zero(count: &i64) -> bool {
+    *count == 0
 }
 
 /// Hard limits, already bounded by the class's ceiling.
@@ -67,6 +75,12 @@ pub struct Limits {
     pub tool_calls: i64,
     /// Model tokens over all attempts.
     pub tokens: i64,
+    /// Refused calls over all attempts that end the task; absent for no limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub denials: Option<i64>,
+    /// Cost of model calls over all attempts, in millionths of the pack's currency unit; absent for no limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cost_micros: Option<i64>,
 }
 
 /// The file that the operator renders for one attempt.
@@ -299,6 +313,21 @@ pub struct ModelEndpoints {
     /// For `/v1/messages`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub anthropic: Option<String>,
+    /// What models cost. The first entry that fits a model's name counts.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub prices: Vec<ModelPrice>,
+}
+
+/// What a million tokens cost at most, in millionths of the pack's currency unit.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ModelPrice {
+    /// A model's name as requests have it, or its beginning and `*`.
+    pub model: String,
+    /// Of the prompt.
+    pub input_micros: i64,
+    /// Of the reply.
+    pub output_micros: i64,
 }
 
 /// One entry of the class's allowlist.

@@ -53,10 +53,16 @@ rules! {
     ToolCalls = "budget.toolCalls",
     /// The task has tokens left for the prompt and the longest reply.
     Tokens = "budget.tokens",
+    /// The task has money left for the prompt and the longest reply.
+    Cost = "budget.cost",
+    /// The task has had fewer calls refused than end it.
+    Denials = "budget.denials",
     /// The pack has an endpoint for this model API.
     ModelEndpoint = "model.endpoint",
     /// The model request is one whose cost and effects can be bounded.
     ModelRequest = "model.request",
+    /// The pack has a price for the model, where the task's cost is limited.
+    ModelPrice = "model.price",
     /// The host is well formed and on the class's list for this use.
     EgressHost = "egress.host",
     /// The port is listed with the host.
@@ -87,6 +93,8 @@ rules! {
     Evidence = "evidence.unavailable",
     /// The request is well formed.
     Request = "request.malformed",
+    /// The request is JSON that can be read in one way only.
+    RequestJson = "request.json",
     /// The pod has fewer requests under way than it may.
     Busy = "request.busy",
     /// The upstream's name has an address.

@@ -7,6 +7,8 @@
 
 use serde_json::{Map, Value};
 
+use super::config::ModelPrice;
+
 /// The API that a request speaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Api {
@@ -28,28 +30,45 @@ const TOKENS_PER_REQUEST: i64 = 64;
 #[error("{0}")]
 pub struct Unbounded(pub String);
 
-/// What a request may cost at most.
+/// What is left for a request.
+#[derive(Clone, Copy, Debug)]
+pub struct Left<'p> {
+    /// Tokens.
+    pub tokens: i64,
+    /// Money in millionths, and the model's price; absent where money is not limited.
+    pub cost: Option<(i64, &'p ModelPrice)>,
+}
+
+impl Left<'_> {
+    /// The longest reply to a prompt that this pays for.
+    fn output(&self, prompt: i64) -> i64 {
+        let affordable = self.cost.map_or(i64::MAX, |(micros, price)| price.output_for(micros, prompt));
+        self.tokens.saturating_sub(prompt).min(affordable)
+    }
+}
+
+/// Tokens: what a request may cost at most, or what it did cost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Bound {
-    /// For the prompt.
+    /// Of the prompt.
     pub prompt: i64,
-    /// For all replies together.
+    /// Of all replies together.
     pub output: i64,
 }
 
 impl Bound {
-    /// Tokens to reserve.
+    /// All of them.
     pub fn total(self) -> i64 {
         self.prompt.saturating_add(self.output)
     }
 }
 
 /// Bounds a request, and writes into it what makes the bound hold: the output limit where the agent gave none (all that
-/// is left of `tokens_left` after the prompt), and the wish for usage in a streamed reply.
+/// is left after the prompt), and the wish for usage in a streamed reply.
 ///
 /// # Errors
 /// If the request's cost or effect cannot be bounded; the message says which field and what to do.
-pub fn bound(api: Api, body: &mut Map<String, Value>, tokens_left: i64) -> Result<Bound, Unbounded> {
+pub fn bound(api: Api, body: &mut Map<String, Value>, left: Left<'_>) -> Result<Bound, Unbounded> {
     refuse_unbounded(api, body)?;
     let replies = match body.get("n") {
         None | Some(Value::Null) => 1,
@@ -77,7 +96,7 @@ pub fn bound(api: Api, body: &mut Map<String, Value>, tokens_left: i64) -> Resul
             .ok_or_else(|| Unbounded(format!("the output limit must be a whole number above 0, found {value}")))?
             .saturating_mul(replies),
         None => {
-            let each = tokens_left.saturating_sub(prompt).checked_div(replies).unwrap_or(0);
+            let each = left.output(prompt).checked_div(replies).unwrap_or(0);
             if each > 0 {
                 let field = match api {
                     Api::ChatCompletions => "max_completion_tokens",
@@ -188,9 +207,9 @@ impl Reported {
         }
     }
 
-    /// Both together, once both are known.
-    pub fn total(self) -> Option<i64> {
-        Some(self.prompt?.saturating_add(self.output?))
+    /// Both, once both are known.
+    pub fn both(self) -> Option<Bound> {
+        Some(Bound { prompt: self.prompt?, output: self.output? })
     }
 }
 
@@ -205,10 +224,25 @@ mod tests {
         value.as_object().unwrap().clone()
     }
 
+    fn tokens(tokens: i64) -> Left<'static> {
+        Left { tokens, cost: None }
+    }
+
+    #[test]
+    fn an_absent_output_limit_is_what_money_is_left_for() {
+        let price = ModelPrice { model: "m".into(), input_micros: 1_000_000, output_micros: 10_000_000 };
+        let mut body = object(json!({"model": "m", "messages": []}));
+        let left = Left { tokens: 1_000_000, cost: Some((5_000, &price)) };
+        let bound = bound(Api::Messages, &mut body, left).unwrap();
+        assert!((400..500).contains(&bound.output), "{bound:?}");
+        assert!(price.cost(bound.prompt, bound.output) <= 5_000);
+        assert_eq!(body["max_tokens"], json!(bound.output));
+    }
+
     #[test]
     fn an_absent_output_limit_becomes_what_is_left() {
         let mut body = object(json!({"model": "m", "messages": [{"role": "user", "content": "hello"}]}));
-        let bound = bound(Api::ChatCompletions, &mut body, 10_000).unwrap();
+        let bound = bound(Api::ChatCompletions, &mut body, tokens(10_000)).unwrap();
         assert_eq!(bound.total(), 10_000);
         assert_eq!(body["max_completion_tokens"], json!(bound.output));
     }
@@ -216,14 +250,14 @@ mod tests {
     #[test]
     fn a_named_output_limit_stays_and_counts_for_each_reply() {
         let mut body = object(json!({"model": "m", "messages": [], "max_tokens": 50, "n": 3}));
-        assert_eq!(bound(Api::ChatCompletions, &mut body, 10_000).unwrap().output, 150);
+        assert_eq!(bound(Api::ChatCompletions, &mut body, tokens(10_000)).unwrap().output, 150);
         assert_eq!(body["max_tokens"], json!(50));
     }
 
     #[test]
     fn a_stream_is_asked_for_its_usage() {
         let mut body = object(json!({"model": "m", "messages": [], "stream": true, "stream_options": null}));
-        bound(Api::ChatCompletions, &mut body, 10_000).unwrap();
+        bound(Api::ChatCompletions, &mut body, tokens(10_000)).unwrap();
         assert_eq!(body["stream_options"], json!({"include_usage": true}));
     }
 
@@ -238,7 +272,7 @@ mod tests {
             (Api::ChatCompletions, json!({"n": 0}), "`n`"),
             (Api::ChatCompletions, json!({"max_tokens": -1}), "output limit"),
         ] {
-            let refused = bound(api, &mut object(body), 1_000).unwrap_err();
+            let refused = bound(api, &mut object(body), tokens(1_000)).unwrap_err();
             assert!(refused.to_string().contains(word), "{refused}");
         }
     }
@@ -259,7 +293,7 @@ mod tests {
         ] {
             let mut reported = Reported::default();
             events.iter().for_each(|event| reported.see(event));
-            assert_eq!(reported.total(), total);
+            assert_eq!(reported.both().map(Bound::total), total);
         }
     }
 
@@ -268,7 +302,7 @@ mod tests {
         #[test]
         fn the_prompt_bound_covers_the_text(text in ".{0,200}", left in 0i64..100_000) {
             let mut body = object(json!({"messages": [{"role": "user", "content": text}]}));
-            let bound = bound(Api::ChatCompletions, &mut body, left).unwrap();
+            let bound = bound(Api::ChatCompletions, &mut body, tokens(left)).unwrap();
             prop_assert!(bound.prompt >= i64::try_from(text.len()).unwrap());
             prop_assert!(bound.total() <= left || bound.prompt.saturating_add(1) >= left);
         }

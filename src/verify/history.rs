@@ -8,7 +8,11 @@ use crate::{
         note::{self, VerifierKey},
         record::{Actor, AttemptOpened, Channel, Effect, Event, Intent, Outcome, Record, VERSION},
     },
-    policy::config::{McpUpstream, PolicyConfig, Upstream, Usage},
+    policy::{
+        budget::Spent,
+        config::{McpUpstream, PolicyConfig, Upstream, Usage},
+        price,
+    },
 };
 
 /// What is known after some records.
@@ -38,7 +42,7 @@ struct Call {
     seq: u64,
     attempt: i64,
     target: String,
-    reserved: i64,
+    reserved: Spent,
     settled: bool,
 }
 
@@ -246,14 +250,16 @@ impl History {
     }
 
     fn intent(&mut self, intent: &Intent, attempt: i64, usage: &mut Usage, blame: &mut Blame<'_>) {
-        let Intent { call, channel, target, reserved_tokens: reserved, .. } = intent;
+        let Intent { call, channel, target, .. } = intent;
+        let reserved = Spent { tokens: intent.reserved_tokens, cost_micros: intent.reserved_cost_micros };
         if self.loose {
             blame.add(Check::ContainmentLost, "expected no call after the containment was lost, found one");
         }
-        if *reserved < 0 {
-            blame.add(Check::UsageCount, format!("expected a reservation of no less than 0 tokens, found {reserved}"));
+        if reserved.tokens < 0 || reserved.cost_micros < 0 {
+            blame.add(Check::UsageCount, format!("expected a reservation of no less than 0, found {reserved:?}"));
         }
-        usage.tokens = usage.tokens.saturating_add(*reserved);
+        usage.tokens = usage.tokens.saturating_add(reserved.tokens);
+        usage.cost_micros = usage.cost_micros.saturating_add(reserved.cost_micros);
         if *channel == Channel::Tool {
             usage.tool_calls = usage.tool_calls.saturating_add(1);
         }
@@ -266,13 +272,22 @@ impl History {
                 );
             }
             // A reply may have cost more than was left; only what asks for more is to be refused then.
-            if *reserved > 0 && usage.tokens > limits.tokens {
+            if reserved.tokens > 0 && usage.tokens > limits.tokens {
                 blame.add(
                     Check::UsageLimit,
                     format!("expected at most {} tokens, found {} reserved", limits.tokens, usage.tokens),
                 );
             }
-            if let Some(problem) = misfit(intent, policy) {
+            if let Some(limit) = limits.cost_micros.filter(|limit| usage.cost_micros > *limit)
+                && reserved.cost_micros > 0
+            {
+                let (limit, found) = (price::show(limit), price::show(usage.cost_micros));
+                blame.add(Check::UsageLimit, format!("expected a cost of at most {limit}, found {found} reserved"));
+            }
+            if let Some(limit) = limits.denials.filter(|limit| usage.denials >= *limit) {
+                blame.add(Check::UsageLimit, format!("expected no call after {limit} denials, found one"));
+            }
+            if let Some(problem) = misfit(intent, policy).or_else(|| mispriced(intent, policy)) {
                 blame.add(Check::CallPolicy, problem);
             }
             if *channel == Channel::Tool {
@@ -297,7 +312,7 @@ impl History {
         if self.calls.contains_key(call) {
             blame.add(Check::CallUnique, format!("expected one intent of call {call}, found a second"));
         } else {
-            let (seq, target, reserved) = (blame.seq, target.clone(), *reserved);
+            let (seq, target) = (blame.seq, target.clone());
             self.calls.insert(call.clone(), Call { seq, attempt, target, reserved, settled: false });
         }
     }
@@ -317,20 +332,35 @@ impl History {
             blame.add(Check::CallOutcome, message);
         }
         call.settled = true;
-        if outcome.tokens < 0 {
-            blame.add(Check::UsageCount, format!("expected no less than 0 tokens, found {}", outcome.tokens));
+        if outcome.tokens < 0 || outcome.cost_micros < 0 {
+            let (tokens, cost) = (outcome.tokens, outcome.cost_micros);
+            blame
+                .add(Check::UsageCount, format!("expected no less than 0, found {tokens} tokens and a cost of {cost}"));
         }
-        usage.tokens = usage.tokens.saturating_sub(call.reserved).saturating_add(outcome.tokens);
+        let reserved = call.reserved;
+        usage.tokens = usage.tokens.saturating_sub(reserved.tokens).saturating_add(outcome.tokens);
+        usage.cost_micros = usage.cost_micros.saturating_sub(reserved.cost_micros).saturating_add(outcome.cost_micros);
         if let Some(limit) = self
             .policy
             .as_ref()
             .map(|p| p.limits.tokens)
-            .filter(|n| usage.tokens > *n && outcome.tokens > call.reserved)
+            .filter(|n| usage.tokens > *n && outcome.tokens > reserved.tokens)
         {
             let message = format!(
                 "a reply cost {} tokens where {} were reserved: {} of {limit} are used",
-                outcome.tokens, call.reserved, usage.tokens
+                outcome.tokens, reserved.tokens, usage.tokens
             );
+            blame.add(Check::UsageOverrun, message);
+        }
+        if let Some(limit) = self
+            .policy
+            .as_ref()
+            .and_then(|p| p.limits.cost_micros)
+            .filter(|n| usage.cost_micros > *n && outcome.cost_micros > reserved.cost_micros)
+        {
+            let [cost, set_aside, used, limit] =
+                [outcome.cost_micros, reserved.cost_micros, usage.cost_micros, limit].map(price::show);
+            let message = format!("a reply cost {cost} where {set_aside} were reserved: {used} of {limit} are used");
             blame.add(Check::UsageOverrun, message);
         }
         let effects = &mut blame.report.summary.effects;
@@ -383,7 +413,29 @@ fn misfit(intent: &Intent, policy: &PolicyConfig) -> Option<String> {
     Some(format!("expected the definition of {} to be {expected}, found {}", tool.name, found.unwrap_or("none")))
 }
 
+/// Why the cost that a model call set aside does not follow from the policy's prices, if so. How its tokens divide between
+/// prompt and reply is not in the log: the cost lies between that of all the one and all the other.
+fn mispriced(intent: &Intent, policy: &PolicyConfig) -> Option<String> {
+    if intent.channel != Channel::Model {
+        return (intent.reserved_cost_micros != 0).then(|| "expected no cost but of models, found some".to_owned());
+    }
+    let model = intent.model.as_deref().unwrap_or_default();
+    let Some(price) = price::of(&policy.models.prices, model) else {
+        let priced = policy.limits.cost_micros.is_none() && intent.reserved_cost_micros == 0;
+        return (!priced).then(|| format!("expected a model that has a price, found {model:?}"));
+    };
+    let (tokens, found) = (intent.reserved_tokens, intent.reserved_cost_micros);
+    let ends = [price.cost(tokens, 0), price.cost(0, tokens)];
+    let (least, most) = (ends.into_iter().min()?, ends.into_iter().max()?);
+    (!(least..=most).contains(&found)).then(|| {
+        let [least, most, found] = [least, most, found].map(price::show);
+        format!("expected {tokens} tokens of {model:?} to cost {least} to {most}, found {found}")
+    })
+}
+
 /// The counters in words.
 fn counters(usage: &Usage) -> String {
-    format!("{} tool calls, {} tokens and {} denials", usage.tool_calls, usage.tokens, usage.denials)
+    let cost =
+        if usage.cost_micros == 0 { String::new() } else { format!(", a cost of {}", price::show(usage.cost_micros)) };
+    format!("{} tool calls, {} tokens{cost} and {} denials", usage.tool_calls, usage.tokens, usage.denials)
 }

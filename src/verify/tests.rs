@@ -13,7 +13,7 @@ use crate::{
         segment::Segment,
         store::Mode,
     },
-    policy::config::{HttpMethod, HttpUpstream, SideEffect, Upstream},
+    policy::config::{HttpMethod, HttpUpstream, ModelPrice, SideEffect, Upstream},
 };
 
 pub(crate) mod script;
@@ -143,6 +143,13 @@ fn a_task_that_never_ran_has_a_valid_log_of_one_record() {
     s.at(7).event = opened_with(s, |o| o.policy.limits.tool_calls = 3);
     s.count();
 })]
+#[case::a_call_after_the_last_denial(Check::UsageLimit, Some(8), |s: &mut Script| s.at(7).event = opened_with(s, |o| o.policy.limits.denials = Some(1)))]
+#[case::a_model_without_a_price(Check::CallPolicy, Some(8), |s: &mut Script| { priced(s, "x", 300, 100); })]
+#[case::a_cost_below_its_price(Check::CallPolicy, Some(8), |s: &mut Script| { priced(s, "m", 300, 299); })]
+#[case::a_cost_above_its_price(Check::CallPolicy, Some(8), |s: &mut Script| { priced(s, "m", 300, 601); })]
+#[case::too_dear(Check::UsageLimit, Some(8), |s: &mut Script| { priced(s, "m", 300, 501); })]
+#[case::a_tool_that_costs(Check::CallPolicy, Some(3), |s: &mut Script| { s.at(3).event = intent("x", Channel::Tool, "write", 0); change_intent(s, 3, |i| i.reserved_cost_micros = 1); s.count(); })]
+#[case::negative_cost(Check::UsageCount, Some(2), |s: &mut Script| { change_intent(s, 2, |i| i.reserved_cost_micros = -5); s.count(); })]
 #[case::after_the_end(Check::TaskAfterEnd, Some(13), |s: &mut Script| { s.segments.push(vec![record(2, task_closed())]); s.count(); })]
 #[case::a_second_end_in_one_segment(Check::TaskAfterEnd, Some(13), |s: &mut Script| { s.segments[6].push(record(2, task_closed())); s.count(); })]
 fn lies_of_the_writers_are_found(#[case] rule: Check, #[case] at: Option<u64>, #[case] lie: fn(&mut Script)) {
@@ -175,6 +182,34 @@ fn opened_with(script: &Script, change: impl FnOnce(&mut crate::evidence::record
     change(&mut opened);
     opened.policy_digest = opened.policy.digest().unwrap();
     Event::AttemptOpened(opened)
+}
+
+/// The second attempt may spend 500, a model costs 1 for a token of prompt and 2 for one of reply, and it is asked.
+fn priced(script: &mut Script, model: &str, tokens: i64, cost: i64) {
+    script.at(7).event = opened_with(script, |o| {
+        o.policy.limits.cost_micros = Some(500);
+        let (input_micros, output_micros) = (1_000_000, 2_000_000);
+        o.policy.models.prices = vec![ModelPrice { model: "m*".into(), input_micros, output_micros }];
+    });
+    script.at(8).event = intent("d", Channel::Model, "/v1/chat/completions", tokens);
+    change_intent(script, 8, |i| {
+        i.model = Some(model.to_owned());
+        i.reserved_cost_micros = cost;
+    });
+    script.count();
+}
+
+#[test]
+fn a_priced_call_is_valid_and_an_overrun_is_a_note() {
+    let mut script = Script::good();
+    priced(&mut script, "m", 300, 450);
+    let Event::Outcome(outcome) = &mut script.at(9).event else { panic!("record 9 is no call.outcome") };
+    (outcome.tokens, outcome.cost_micros) = (300, 520);
+    script.count();
+    let report = run(&script, &script.write());
+    assert_eq!(report.verdict, Verdict::Valid, "{:?}", report.findings);
+    assert!(report.findings.iter().any(|f| f.rule == Check::UsageOverrun && f.record == Some(9)));
+    assert_eq!(report.summary.usage.cost_micros, 520);
 }
 
 fn change_intent(script: &mut Script, seq: usize, change: impl FnOnce(&mut crate::evidence::record::Intent)) {

@@ -8,6 +8,7 @@ use std::{
 use super::super::terminal::{Paint, Safe};
 use crate::{
     evidence::note::VerifierKey,
+    policy::price,
     verify::{Finding, Report, Summary, Verdict, Weight},
 };
 
@@ -119,12 +120,20 @@ fn write_summary(out: &mut dyn Write, shown: &Shown<'_>, paint: Paint) -> io::Re
         Some(limits) => row(
             "usage",
             format!(
-                "{} of {} tool calls, {} of {} tokens, {}",
+                "{} of {} tool calls, {} of {} tokens, {}{}",
                 usage.tool_calls,
                 limits.tool_calls,
                 usage.tokens,
                 limits.tokens,
-                count(usage.denials, "denial")
+                match (usage.cost_micros, limits.cost_micros) {
+                    (used, Some(limit)) => format!("a cost of {} of {}, ", price::show(used), price::show(limit)),
+                    (0, None) => String::new(),
+                    (used, None) => format!("a cost of {}, ", price::show(used)),
+                },
+                match limits.denials {
+                    Some(limit) => format!("{} of {}", usage.denials, count(limit, "denial")),
+                    None => count(usage.denials, "denial"),
+                }
             ),
         )?,
         None => row("usage", "no attempt was opened".to_owned())?,

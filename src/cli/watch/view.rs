@@ -13,7 +13,10 @@ use crate::{
         agent_task::{Attempt, Phase},
     },
     evidence::record::{AttemptOpened, Channel, Denied, Effect, Event, Intent, Outcome, Record},
-    policy::config::{Limits, Usage},
+    policy::{
+        config::{Limits, Usage},
+        price,
+    },
 };
 
 /// Cells of a budget's bar.
@@ -96,6 +99,8 @@ impl View {
             wall_time_seconds: spec.wall_time_seconds,
             tool_calls: spec.tool_calls,
             tokens: spec.tokens,
+            denials: spec.denials,
+            cost_micros: spec.cost.as_deref().and_then(price::parse),
         });
         let Some(status) = &task.status else { return };
         for condition in &status.conditions {
@@ -186,13 +191,15 @@ impl View {
         self.push(
             now,
             &format!(
-                "{word}{reason}  attempts {}, tool calls {}{}, tokens {}{}, denied {}",
+                "{word}{reason}  attempts {}, tool calls {}{}, tokens {}{}{}, denied {}{}",
                 self.attempt,
                 usage.tool_calls,
                 of(limits.map(|l| l.tool_calls)),
                 usage.tokens,
                 of(limits.map(|l| l.tokens)),
-                usage.denials
+                self.cost().map(|cost| format!(", cost {cost}")).unwrap_or_default(),
+                usage.denials,
+                of(limits.and_then(|l| l.denials))
             ),
         );
         if let Some(place) = &self.place {
@@ -215,6 +222,7 @@ impl View {
         let phase = self.phase.map_or("Unknown".to_owned(), |p| format!("{p:?}"));
         let head =
             format!("{phase}, attempt {}, {} denied, {} under way", self.attempt, self.usage.denials, self.open.len());
+        let head = self.cost().map_or(head.clone(), |cost| format!("{head}, cost {cost}"));
         let rule = "─".repeat(width.min(64));
         // A line that is too wide for its window would wrap, and the panel would not be where it was drawn.
         let fit = |text: String| text.chars().take(width.saturating_sub(1)).collect::<String>();
@@ -246,6 +254,15 @@ impl View {
             _ => self.paint.good(bar),
         };
         format!("{bar}{rest}")
+    }
+
+    /// What models cost so far, of how much, where it is counted.
+    fn cost(&self) -> Option<String> {
+        let used = self.usage.cost_micros;
+        match self.limits.and_then(|limits| limits.cost_micros) {
+            Some(limit) => Some(format!("{}/{}", price::show(used), price::show(limit))),
+            None => (used > 0).then(|| price::show(used)),
+        }
     }
 
     fn is_over(&self) -> bool {

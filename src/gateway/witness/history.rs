@@ -58,7 +58,8 @@ pub struct IntentFacts {
 struct OpenCall {
     seq: u64,
     attempt: i64,
-    reserved: i64,
+    tokens: i64,
+    cost: i64,
 }
 
 /// A log, as far as its next segment is judged by it.
@@ -235,8 +236,8 @@ impl History {
     }
 
     fn intended(&mut self, record: &Record, intent: &Intent, usage: &mut Usage) -> Result<(), Refused> {
-        if intent.reserved_tokens < 0 {
-            return Err(at(record, "expected a reservation of no less than 0 tokens"));
+        if intent.reserved_tokens < 0 || intent.reserved_cost_micros < 0 {
+            return Err(at(record, "expected a reservation of no less than 0"));
         }
         if self.calls.contains_key(&intent.call) {
             return Err(at(record, format!("expected one intent of call {:?}, found a second", intent.call)));
@@ -245,6 +246,7 @@ impl History {
             return Err(at(record, format!("expected at most {OPEN} calls without an outcome")));
         }
         usage.tokens = usage.tokens.saturating_add(intent.reserved_tokens);
+        usage.cost_micros = usage.cost_micros.saturating_add(intent.reserved_cost_micros);
         if intent.channel == Channel::Tool {
             usage.tool_calls = usage.tool_calls.saturating_add(1);
         }
@@ -280,9 +282,28 @@ impl History {
                 }
             }
         }
+        if let Some(limit) = limits.cost_micros.filter(|limit| usage.cost_micros > *limit)
+            && intent.reserved_cost_micros > 0
+        {
+            return Err(over(Rule::Cost, usage.cost_micros, limit));
+        }
+        if let Some(limit) = limits.denials.filter(|limit| usage.denials >= *limit) {
+            return Err(Refused::denied(
+                Rule::Denials,
+                format!(
+                    "record {}: {} of {limit} denials are used: no call leaves any more",
+                    record.seq, usage.denials
+                ),
+            ));
+        }
         self.calls.insert(
             intent.call.clone(),
-            OpenCall { seq: record.seq, attempt: record.attempt, reserved: intent.reserved_tokens },
+            OpenCall {
+                seq: record.seq,
+                attempt: record.attempt,
+                tokens: intent.reserved_tokens,
+                cost: intent.reserved_cost_micros,
+            },
         );
         self.intents.insert(
             record.seq,
@@ -309,17 +330,18 @@ impl History {
 
     fn settled(&mut self, record: &Record, outcome: &Outcome, usage: &mut Usage) -> Result<(), Refused> {
         let call = self.calls.get(&outcome.call).filter(|call| call.attempt == record.attempt).copied();
-        let Some(OpenCall { seq, reserved, .. }) = call else {
+        let Some(OpenCall { seq, tokens, cost, .. }) = call else {
             return Err(at(record, format!("expected an open call of this attempt, found {:?}", outcome.call)));
         };
-        if outcome.tokens < 0 {
-            return Err(at(record, "expected no less than 0 tokens"));
+        if outcome.tokens < 0 || outcome.cost_micros < 0 {
+            return Err(at(record, "expected no less than 0 tokens, and no less than no cost"));
         }
         self.calls.remove(&outcome.call);
         if let Some(intent) = self.intents.get_mut(&seq) {
             Arc::make_mut(intent).open = false;
         }
-        usage.tokens = usage.tokens.saturating_sub(reserved).saturating_add(outcome.tokens);
+        usage.tokens = usage.tokens.saturating_sub(tokens).saturating_add(outcome.tokens);
+        usage.cost_micros = usage.cost_micros.saturating_sub(cost).saturating_add(outcome.cost_micros);
         Ok(())
     }
 }

@@ -317,6 +317,36 @@ async fn an_attempt_opens_as_itself_contained_and_under_our_policy() {
     }
 }
 
+#[test]
+fn no_call_passes_a_limit_of_denials_or_cost() {
+    let priced = |call: &str, cost: i64| {
+        let Event::Intent(mut priced) = intent(call, Channel::Model, "/v1/messages", 10) else { panic!() };
+        priced.reserved_cost_micros = cost;
+        Event::Intent(priced)
+    };
+    let table: Vec<(Vec<Event>, Option<Rule>)> = vec![
+        (vec![denied(), intent("1", Channel::Tool, "search", 0)], None),
+        (vec![denied(), denied(), denied()], None),
+        (vec![denied(), denied(), intent("1", Channel::Egress, "a.test:443", 0)], Some(Rule::Denials)),
+        (vec![priced("1", 60), priced("2", 40)], None),
+        (vec![priced("1", 60), priced("2", 41)], Some(Rule::Cost)),
+        (vec![priced("1", 60), outcome("1", 10), priced("2", 100)], None),
+        (vec![priced("1", -1)], Some(Rule::LogSegment)),
+    ];
+    for (events, expected) in table {
+        let mut harness = Harness::new(1);
+        let opened = edit(&harness, |opened| {
+            opened.policy.limits.denials = Some(2);
+            opened.policy.limits.cost_micros = Some(100);
+        });
+        let what = format!("{events:?}");
+        let request = harness.next(std::iter::once(opened).chain(events).collect());
+        let segment = Segment::parse(request.segment.as_bytes()).unwrap();
+        let refused = History::default().extended(&segment, &note::origin(testing::UID)).err();
+        assert_eq!(refused.map(|refused| refused.rule), expected, "{what}");
+    }
+}
+
 fn edit(harness: &Harness, change: impl Fn(&mut crate::evidence::record::AttemptOpened)) -> Event {
     let Event::AttemptOpened(mut opened) = harness.opened() else { panic!() };
     change(&mut opened);

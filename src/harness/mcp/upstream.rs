@@ -44,6 +44,7 @@ use crate::{
         mcp::{Bounds, LONGEST_REPLY},
     },
     policy::{
+        budget::Spent,
         config::{McpUpstream, Tool, ToolUsage},
         decide::{Denial, shorten},
         definition::Definition,
@@ -220,7 +221,8 @@ impl Upstreams {
             request_digest: None,
             request_bytes: 0,
             rules: vec![Rule::ToolKnown],
-            reserve_tokens: 0,
+            model: None,
+            reserve: Spent::default(),
         };
         let permit = self.gate.permit(call).await?;
         let intent = permit.intent;
@@ -238,8 +240,7 @@ impl Upstreams {
         };
         let listed = tokio::time::timeout(time, listed).await;
         let facts = self.taken(intent);
-        let seen =
-            Settlement { status: facts.status, upstream: facts.upstream, tokens: Some(0), ..Settlement::unknown(None) };
+        let seen = Settlement { status: facts.status, upstream: facts.upstream, ..Settlement::unknown(None) };
         let denial = match listed {
             Ok(Ok((session, tools))) => {
                 permit.settle(Settlement { effect: Effect::Applied, ..seen });
@@ -285,7 +286,6 @@ impl Upstreams {
         };
         let facts = self.taken(intent);
         let mut settlement = Settlement { status: facts.status, upstream: facts.upstream, ..Settlement::unknown(None) };
-        settlement.tokens = Some(0);
         let denial = match answer {
             Ok(mut result) => {
                 // An upstream of an older protocol says nothing of it, and an agent of a newer one needs it. rmcp takes it

@@ -111,6 +111,16 @@ fn a_new_task_starts() {
 }
 
 #[test]
+fn a_pod_whose_agent_was_refused_too_much_goes_and_none_follows() {
+    let end = End { class: Some(FailureClass::Policy), reason: "TooManyDenials", exit_code: None };
+    let running = PodView { end: Some(end.clone()), ..pod(1) };
+    let case = Case { pods: vec![running.clone()], claims: vec![1], ..Case::default() };
+    assert_eq!(case.next(), Next::EndPods(vec![("pod-1".into(), "t-1".into())]));
+    let over = Case { pods: vec![PodView { terminal: true, ..running }], claims: vec![1], ..Case::default() };
+    assert_eq!(over.next(), seal_of(1, "Failed", "Policy", "TooManyDenials", None));
+}
+
+#[test]
 fn a_running_pod_is_left_alone_until_its_time_is_up() {
     let case = Case { pods: vec![pod(1)], claims: vec![1], ..Case::default() };
     let decision = case.decide_at(at(0));

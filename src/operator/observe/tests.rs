@@ -95,6 +95,33 @@ fn a_deleted_pod(#[case] containers: &str, #[case] class: Option<FailureClass>, 
     assert_eq!((end.class, end.reason), (class, reason));
 }
 
+#[rstest::rstest]
+#[case::ended("state: { terminated: { exitCode: 43 } }", true)]
+#[case::started_again(
+    "state: { running: { startedAt: \"2026-01-01T00:00:09Z\" } }, lastState: { terminated: { exitCode: 43 } }",
+    true
+)]
+#[case::crashed(
+    "state: { running: { startedAt: \"2026-01-01T00:00:09Z\" } }, lastState: { terminated: { exitCode: 1 } }",
+    false
+)]
+#[case::runs("state: { running: { startedAt: \"2026-01-01T00:00:09Z\" } }", false)]
+fn a_harness_that_refused_enough_ends_the_attempt_while_the_agent_runs(#[case] state: &str, #[case] ends: bool) {
+    let running = agent(r#"{ running: { startedAt: "2026-01-01T00:00:05Z" } }"#);
+    let harness = format!("{{ name: harness, image: i, imageID: i, ready: true, restartCount: 1, {state} }}");
+    let view = view(&format!("{{ phase: Running, initContainerStatuses: [ {harness} ], {running} }}"), "");
+    let end = End { class: Some(FailureClass::Policy), reason: "TooManyDenials", exit_code: None };
+    assert_eq!(view.end, ends.then_some(end));
+    assert!(!view.terminal);
+}
+
+#[test]
+fn an_agent_that_ended_well_has_failed_if_too_much_was_refused_it() {
+    let harness = r#"initContainerStatuses: [ { name: harness, image: i, imageID: i, ready: false, restartCount: 0, state: { terminated: { exitCode: 43 } } } ]"#;
+    let view = view(&format!("{{ phase: Succeeded, {harness}, {} }}", terminated(0, "Completed", 30)), "");
+    assert_eq!(view.end.unwrap().class, Some(FailureClass::Policy));
+}
+
 #[test]
 fn an_agent_that_ended_is_under_way_while_its_harness_closes_the_log() {
     let view = view(&format!("{{ phase: Running, {} }}", terminated(0, "Completed", 30)), "");

@@ -70,14 +70,18 @@ pub(crate) fn policy() -> PolicyConfig {
             generation: 3,
             environment: "dev".to_owned(),
         },
-        limits: Limits { wall_time_seconds: 600, tool_calls: 4, tokens: 1000 },
+        limits: Limits { wall_time_seconds: 600, tool_calls: 4, tokens: 1000, denials: None, cost_micros: None },
         allowed_effects: vec![SideEffect::Read, SideEffect::Write],
         tools: vec![
             tool("mail", SideEffect::External),
             tool("search", SideEffect::Read),
             tool("write", SideEffect::Write),
         ],
-        models: ModelEndpoints { openai: Some("https://models.world.test".to_owned()), anthropic: None },
+        models: ModelEndpoints {
+            openai: Some("https://models.world.test".to_owned()),
+            anthropic: None,
+            prices: vec![],
+        },
         egress: Vec::new(),
     }
 }
@@ -124,7 +128,9 @@ pub(crate) fn intent(call: &str, channel: Channel, target: &str, reserved_tokens
         request_digest: Some("ab".repeat(32)),
         request_bytes: 120,
         rules: vec![Rule::ToolKnown, Rule::ToolSchema],
+        model: None,
         reserved_tokens,
+        reserved_cost_micros: 0,
     })
 }
 
@@ -137,6 +143,7 @@ pub(crate) fn outcome(call: &str, tokens: i64) -> Event {
         response_digest: Some("cd".repeat(32)),
         response_bytes: 640,
         tokens,
+        cost_micros: 0,
         upstream: Some("198.51.100.20:443".to_owned()),
     })
 }
@@ -212,10 +219,13 @@ impl Script {
                 Event::Intent(intent) => {
                     usage.tool_calls += i64::from(intent.channel == Channel::Tool);
                     usage.tokens += intent.reserved_tokens;
-                    reserved.insert(intent.call.clone(), intent.reserved_tokens);
+                    usage.cost_micros += intent.reserved_cost_micros;
+                    reserved.insert(intent.call.clone(), (intent.reserved_tokens, intent.reserved_cost_micros));
                 }
                 Event::Outcome(outcome) => {
-                    usage.tokens += outcome.tokens - reserved.get(&outcome.call).copied().unwrap_or_default();
+                    let (tokens, cost) = reserved.get(&outcome.call).copied().unwrap_or_default();
+                    usage.tokens += outcome.tokens - tokens;
+                    usage.cost_micros += outcome.cost_micros - cost;
                 }
                 Event::Denied(_) => usage.denials += 1,
                 _ => {}

@@ -1,0 +1,297 @@
+//! `make bench ONLY=decision`: the whole decision over one tool call, at 10, 100 and 1,000 contracts, beside Cedar and
+//! Regorus deciding the same rules on the same bytes. It needs no cluster.
+//!
+//! Belay's side is what the harness does before it records an intent: strict JSON, schema, preconditions, budget and the
+//! digest of the arguments. The others do less: they read JSON as their libraries do, know no budget and hash nothing. Each
+//! contract's rules are a policy of their own, found by the tool's name in a map, so that none of the peers has to ask a
+//! thousand policies for one call. All sides must agree on every input before anything is measured; then they take turns,
+//! call by call.
+#![allow(clippy::print_stdout, reason = "a program that prints a table")]
+
+#[path = "../../measure.rs"]
+mod measure;
+
+use std::{
+    collections::HashMap,
+    hint::black_box,
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, ensure};
+use belay::policy::{
+    budget::Budget,
+    config::{PolicyConfig, Usage},
+    decide::{Arguments, Contracts, Known, Results},
+};
+use measure::{Measure, percentile};
+use serde_json::{Value, json};
+
+const SIZES: [usize; 3] = [10, 100, 1_000];
+/// Calls a side and size.
+const CALLS: usize = 40_000;
+/// Calls before those, which are not counted.
+const WARM_UP: usize = 2_000;
+/// The 99th percentile of a decision, in microseconds.
+const GOAL: f64 = 50.0;
+/// How much more a decision may take at 1,000 contracts than at 10.
+const FLAT: f64 = 1.25;
+
+/// One side: whether it allows the call.
+trait Side {
+    fn allows(&self, tool: &str, args: &str) -> bool;
+}
+
+/// The most that a contract's `count` may be: each has its own.
+fn most(n: usize) -> usize {
+    10 + n % 7
+}
+
+struct Belay {
+    contracts: Contracts,
+    results: Results,
+}
+
+impl Belay {
+    fn new(size: usize) -> anyhow::Result<Self> {
+        let tool = |n: usize| {
+            json!({
+                "contract": format!("tool-{n}"), "name": format!("tool_{n}"), "description": "d",
+                "url": "https://tools.test/mcp", "upstreamTool": "t",
+                "input": {
+                    "type": "object", "required": ["title", "count"], "additionalProperties": false,
+                    "properties": {
+                        "title": {"type": "string"}, "severity": {"type": "string"},
+                        "count": {"type": "integer"}, "note": {"type": "string"}
+                    }
+                },
+                "preconditions": [
+                    {"name": "few", "cel": format!("args.count >= 0 && args.count <= {}", most(n)), "message": "m"},
+                    {"name": "calm", "cel": "!has(args.severity) || args.severity in ['low', 'high']", "message": "m"},
+                    {"name": "own", "cel": "principal == 'ana' && task.namespace == 'demo' && usage.toolCalls < 50", "message": "m"}
+                ],
+                "sideEffect": "write"
+            })
+        };
+        let policy: PolicyConfig = serde_json::from_value(json!({
+            "task": {
+                "namespace": "demo", "name": "t", "uid": "u", "generation": 1, "objective": "o", "workflowClass": "c",
+                "principal": "ana", "image": "i"
+            },
+            "pack": {"name": "p", "uid": "p", "generation": 1, "environment": "dev"},
+            "limits": {"wallTimeSeconds": 60, "toolCalls": 100, "tokens": 0, "denials": 100, "costMicros": 0},
+            "allowedEffects": ["read", "write"], "tools": (0..size).map(tool).collect::<Vec<_>>(),
+            "models": {}, "egress": []
+        }))?;
+        let contracts = Contracts::compile(&policy)?;
+        let results = contracts.no_results();
+        Ok(Self { contracts, results })
+    }
+}
+
+impl Side for Belay {
+    fn allows(&self, tool: &str, args: &str) -> bool {
+        let usage = Usage { tool_calls: 7, ..Usage::default() };
+        let known = Known { usage, results: &self.results };
+        let decision = black_box(self.contracts.decide(tool, Arguments::Text(args.as_bytes()), known));
+        let mut budget = Budget::resume(self.contracts.policy().limits, usage);
+        decision.verdict.is_ok() && budget.reserve_tool_call().is_ok()
+    }
+}
+
+struct Cedar {
+    authorizer: cedar_policy::Authorizer,
+    schema: cedar_policy::Schema,
+    policies: HashMap<String, cedar_policy::PolicySet>,
+    principal: cedar_policy::EntityUid,
+    action: cedar_policy::EntityUid,
+    entities: cedar_policy::Entities,
+}
+
+impl Cedar {
+    fn new(size: usize) -> anyhow::Result<Self> {
+        let (schema, _) = cedar_policy::Schema::from_cedarschema_str(
+            r#"
+            entity User; entity Tool;
+            action call appliesTo {
+                principal: User, resource: Tool,
+                context: {
+                    args: {title: String, count: Long, severity?: String, note?: String},
+                    usage: {toolCalls: Long}, task: {namespace: String}
+                }
+            };
+            "#,
+        )?;
+        let policies = (0..size)
+            .map(|n| {
+                let source = format!(
+                    r#"
+                    permit(principal == User::"ana", action == Action::"call", resource == Tool::"tool_{n}") when {{
+                        context.args.count >= 0 && context.args.count <= {} &&
+                        (!(context.args has severity) || ["low", "high"].contains(context.args.severity)) &&
+                        context.task.namespace == "demo" && context.usage.toolCalls < 50
+                    }};
+                    "#,
+                    most(n)
+                );
+                Ok((format!("tool_{n}"), source.parse()?))
+            })
+            .collect::<anyhow::Result<_>>()?;
+        Ok(Self {
+            authorizer: cedar_policy::Authorizer::new(),
+            schema,
+            policies,
+            principal: r#"User::"ana""#.parse()?,
+            action: r#"Action::"call""#.parse()?,
+            entities: cedar_policy::Entities::empty(),
+        })
+    }
+
+    fn decide(&self, tool: &str, args: &str) -> anyhow::Result<bool> {
+        let policies = self.policies.get(tool).context("no such tool")?;
+        let args: Value = serde_json::from_str(args)?;
+        let context = json!({"args": args, "usage": {"toolCalls": 7}, "task": {"namespace": "demo"}});
+        let context = cedar_policy::Context::from_json_value(context, Some((&self.schema, &self.action)))?;
+        let kind = "Tool".parse()?;
+        let resource = cedar_policy::EntityUid::from_type_name_and_id(kind, cedar_policy::EntityId::new(tool));
+        let (principal, action) = (self.principal.clone(), self.action.clone());
+        let request = cedar_policy::Request::new(principal, action, resource, context, Some(&self.schema))?;
+        let answer = self.authorizer.is_authorized(&request, policies, &self.entities);
+        Ok(answer.decision() == cedar_policy::Decision::Allow)
+    }
+}
+
+impl Side for Cedar {
+    fn allows(&self, tool: &str, args: &str) -> bool {
+        self.decide(tool, args).unwrap_or(false)
+    }
+}
+
+struct Regorus {
+    policies: HashMap<String, regorus::CompiledPolicy>,
+    rest: regorus::Value,
+}
+
+impl Regorus {
+    fn new(size: usize) -> anyhow::Result<Self> {
+        let policies = (0..size)
+            .map(|n| {
+                let source = format!(
+                    r#"
+                    package belay
+                    import rego.v1
+                    default allow := false
+                    allow if {{
+                        is_object(input.args)
+                        every name, value in input.args {{ name in {{"title", "severity", "count", "note"}} }}
+                        is_string(input.args.title)
+                        is_number(input.args.count)
+                        floor(input.args.count) == input.args.count
+                        is_string(object.get(input.args, "severity", ""))
+                        is_string(object.get(input.args, "note", ""))
+                        input.args.count >= 0
+                        input.args.count <= {}
+                        object.get(input.args, "severity", "low") in {{"low", "high"}}
+                        input.principal == "ana"
+                        input.task.namespace == "demo"
+                        input.usage.toolCalls < 50
+                    }}
+                    "#,
+                    most(n)
+                );
+                let mut engine = regorus::Engine::new();
+                engine.add_policy("belay.rego".into(), source)?;
+                Ok((format!("tool_{n}"), engine.compile_with_entrypoint(&"data.belay.allow".into())?))
+            })
+            .collect::<anyhow::Result<_>>()?;
+        let rest = r#"{"principal": "ana", "task": {"namespace": "demo"}, "usage": {"toolCalls": 7}}"#;
+        Ok(Self { policies, rest: regorus::Value::from_json_str(rest)? })
+    }
+
+    fn decide(&self, tool: &str, args: &str) -> anyhow::Result<bool> {
+        let policy = self.policies.get(tool).context("no such tool")?;
+        let mut input = self.rest.clone();
+        input.as_object_mut()?.insert("args".into(), regorus::Value::from_json_str(args)?);
+        Ok(policy.eval_with_input(input)? == regorus::Value::from(true))
+    }
+}
+
+impl Side for Regorus {
+    fn allows(&self, tool: &str, args: &str) -> bool {
+        self.decide(tool, args).unwrap_or(false)
+    }
+}
+
+/// The calls, as bytes, and whether they are to be allowed: three of four are.
+fn inputs(size: usize) -> Vec<(String, String, bool)> {
+    let note = "The checkout service answers 503 since 09:40; the last deploy was at 09:38. ".repeat(4);
+    let mut inputs = Vec::new();
+    for n in 0..64 {
+        let at = n * size / 64;
+        let tool = |at: usize| format!("tool_{at}");
+        let (count, beyond) = (most(at), most(at) + 1);
+        inputs.extend([
+            (tool(at), format!(r#"{{"title": "disk full", "count": {count}}}"#), true),
+            (tool(at), format!(r#"{{"title": "disk full", "count": 3, "severity": "high", "note": "{note}"}}"#), true),
+            (tool(at), r#"{"severity": "low", "title": "\u0064isk full", "count": 0}"#.to_owned(), true),
+        ]);
+        inputs.push(match n % 6 {
+            0 => (tool(at), format!(r#"{{"title": "disk full", "count": {beyond}}}"#), false),
+            1 => (tool(at), r#"{"title": "disk full", "count": 1, "severity": "critical"}"#.to_owned(), false),
+            2 => (tool(at), r#"{"title": "disk full", "count": 1, "admin": "yes"}"#.to_owned(), false),
+            3 => (tool(at), r#"{"title": 7, "count": 1}"#.to_owned(), false),
+            4 => (tool(at), r#"{"title": "disk full"}"#.to_owned(), false),
+            _ => (tool(size), r#"{"title": "disk full", "count": 1}"#.to_owned(), false),
+        });
+    }
+    inputs
+}
+
+fn main() -> anyhow::Result<()> {
+    let only = std::env::var("ONLY").unwrap_or_default();
+    let mut measures = Vec::new();
+    let mut ends = Vec::new();
+    for size in SIZES {
+        let name = format!("decision.{size}");
+        if !(name.starts_with(&only) || only.starts_with(&name)) {
+            continue;
+        }
+        let (belay, cedar, regorus) = (Belay::new(size)?, Cedar::new(size)?, Regorus::new(size)?);
+        let sides: [(&str, &dyn Side); 3] = [("belay", &belay), ("cedar", &cedar), ("regorus", &regorus)];
+        let inputs = inputs(size);
+        for (tool, args, expected) in &inputs {
+            for (name, side) in sides {
+                let found = side.allows(tool, args);
+                ensure!(found == *expected, "{name}, {size} contracts: {tool} {args}: expected {expected}, found {found}");
+            }
+        }
+        let mut took = [const { Vec::<f64>::new() }; 3];
+        for call in 0..CALLS + WARM_UP {
+            let (tool, args, _) = &inputs[call % inputs.len()];
+            // Whoever comes first finds colder caches: each in turn.
+            for turn in 0..sides.len() {
+                let at = (call + turn) % sides.len();
+                let begun = Instant::now();
+                black_box(sides[at].1.allows(black_box(tool), black_box(args)));
+                let one: Duration = begun.elapsed();
+                if call >= WARM_UP {
+                    took[at].push(one.as_secs_f64() * 1e6);
+                }
+            }
+        }
+        for percent in [50.0, 99.0] {
+            let [belay, cedar, regorus] = took.each_mut().map(|took| percentile(took, percent));
+            for (peer, baseline) in [("cedar", cedar), ("regorus", regorus)] {
+                let name = format!("{name}.p{percent}.{peer}");
+                measures.push(Measure::absolute(name, belay, "µs", CALLS, GOAL).beside(baseline));
+            }
+            ends.push((size, percent, belay));
+        }
+    }
+    let at = |wanted: usize| ends.iter().find(|(size, percent, _)| (*size, *percent) == (wanted, 99.0)).map(|end| end.2);
+    if let (Some(few), Some(many)) = (at(SIZES[0]), at(SIZES[2])) {
+        measures.push(Measure::against("decision.flat.p99", many, "µs", CALLS, few, FLAT));
+    }
+    ensure!(!measures.is_empty(), "no measure begins with {only:?}; there are: decision.10, decision.100, decision.1000");
+    measure::report(&measures, Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../target/bench.jsonl")))
+}

@@ -1,0 +1,249 @@
+//! JSON that can be read in one way only.
+//!
+//! Two readers of one text must see one value: what is decided on here is acted on by somebody else's parser. Promises: of
+//! a text that passes, every parser that follows RFC 8259 makes the value that [`parse`] makes. Refuses, beyond what is no
+//! JSON at all (`NaN`, `Infinity`, `1e999`, halves of surrogate pairs, text after the value): names that an object has
+//! twice, more than [`DEEPEST`] levels, and numbers that would be rounded. [`exact`] refuses what still has two readings
+//! between languages: numbers beyond 2^53 − 1 either way, which JavaScript rounds, and `-0`, which it writes as `0`.
+//!
+//! Names are compared by their characters, after escapes: `a` and `\u0061` are one. Nothing is normalised: a name that only
+//! looks like another is another.
+
+use std::fmt;
+
+use serde::de::{DeserializeSeed, Deserializer, Error, MapAccess, SeqAccess, Visitor};
+use serde_json::{Map, Number, Value};
+
+/// Deepest nesting. What walks a value afterwards recurses, on stacks of 2 MiB.
+pub const DEEPEST: usize = 100;
+/// The largest whole number that every JSON parser keeps: 2^53 − 1.
+pub const LARGEST: i64 = (1 << 53) - 1;
+/// From here on doubles have gaps larger than one, so that a number read into one may have been another.
+const GAPS: f64 = 9_007_199_254_740_992.0;
+
+/// Why a text or a value is refused. Names are quoted, values are not: reasons are recorded, and arguments never are.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("expected JSON that can be read in one way only, found {0}")]
+pub struct Ambiguous(pub String);
+
+/// Reads one JSON value.
+///
+/// # Errors
+/// If the text is not JSON, or could be read in two ways.
+pub fn parse(text: &[u8]) -> Result<Value, Ambiguous> {
+    let mut reader = serde_json::Deserializer::from_slice(text);
+    let value = Level(0).deserialize(&mut reader).map_err(found)?;
+    reader.end().map_err(found)?;
+    Ok(value)
+}
+
+/// Refuses numbers that JSON parsers of some languages change.
+///
+/// # Errors
+/// The first such number.
+pub fn exact(value: &Value) -> Result<(), Ambiguous> {
+    match value {
+        Value::Number(number) => exact_number(number),
+        Value::Array(items) => items.iter().try_for_each(exact),
+        Value::Object(fields) => fields.values().try_for_each(exact),
+        Value::Null | Value::Bool(_) | Value::String(_) => Ok(()),
+    }
+}
+
+fn exact_number(number: &Number) -> Result<(), Ambiguous> {
+    let holds = match (number.as_i64(), number.as_f64()) {
+        (Some(whole), _) => (-LARGEST..=LARGEST).contains(&whole),
+        // Whole numbers beyond 64 bits with sign, and fractions.
+        (None, Some(double)) => double.abs() < GAPS && !(double == 0.0 && double.is_sign_negative()),
+        (None, None) => false,
+    };
+    if holds {
+        return Ok(());
+    }
+    Err(Ambiguous(format!("-0 or a number beyond {LARGEST}: send 0, and larger numbers as text")))
+}
+
+fn found(error: serde_json::Error) -> Ambiguous {
+    Ambiguous(error.to_string())
+}
+
+/// Reads a value at this depth.
+#[derive(Clone, Copy)]
+struct Level(usize);
+
+impl Level {
+    fn below<E: Error>(self) -> Result<Self, E> {
+        if self.0 >= DEEPEST {
+            return Err(E::custom(format_args!("more than {DEEPEST} levels")));
+        }
+        Ok(Self(self.0 + 1))
+    }
+}
+
+impl<'de> DeserializeSeed<'de> for Level {
+    type Value = Value;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Value, D::Error> {
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Level {
+    type Value = Value;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a JSON value")
+    }
+
+    fn visit_unit<E>(self) -> Result<Value, E> {
+        Ok(Value::Null)
+    }
+
+    fn visit_bool<E>(self, value: bool) -> Result<Value, E> {
+        Ok(Value::Bool(value))
+    }
+
+    fn visit_i64<E>(self, value: i64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_u64<E>(self, value: u64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_f64<E: Error>(self, value: f64) -> Result<Value, E> {
+        match Number::from_f64(value) {
+            Some(number) if value.abs() < GAPS => Ok(Value::Number(number)),
+            _ => Err(E::custom("a number so large that it would be rounded: send it as text")),
+        }
+    }
+
+    fn visit_str<E>(self, value: &str) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_string<E>(self, value: String) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Value, A::Error> {
+        let below = self.below()?;
+        let mut read = Vec::new();
+        while let Some(item) = items.next_element_seed(below)? {
+            read.push(item);
+        }
+        Ok(Value::Array(read))
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut fields: A) -> Result<Value, A::Error> {
+        let below = self.below()?;
+        let mut read = Map::new();
+        while let Some(name) = fields.next_key::<String>()? {
+            // Objects with such a name are something else to serde_json itself, which may read this text after us.
+            if name.starts_with("$serde_json::") {
+                return Err(A::Error::custom(format_args!("the name {name:?}, which is reserved")));
+            }
+            let value = fields.next_value_seed(below)?;
+            match read.entry(name) {
+                serde_json::map::Entry::Vacant(vacant) => vacant.insert(value),
+                serde_json::map::Entry::Occupied(taken) => {
+                    return Err(A::Error::custom(format_args!("the name {:?} twice in one object", taken.key())));
+                }
+            };
+        }
+        Ok(Value::Object(read))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use rstest::rstest;
+    use serde_json::json;
+
+    use super::*;
+
+    #[rstest]
+    #[case::twice(r#"{"a":1,"a":2}"#, "twice")]
+    #[case::twice_alike(r#"{"a":1,"a":1}"#, "twice")]
+    #[case::twice_escaped(r#"{"a":1,"\u0061":2}"#, "twice")]
+    #[case::twice_deep(r#"[{"x":{"a":1,"b":2,"a":3}}]"#, "twice")]
+    #[case::nan("NaN", "expected value")]
+    #[case::infinity("-Infinity", "invalid number")]
+    #[case::overflow("1e999", "out of range")]
+    #[case::rounded("18446744073709551617", "rounded")]
+    #[case::rounded_fraction("9007199254740993.0", "rounded")]
+    #[case::trailing("{} {}", "trailing")]
+    #[case::comma("[1,]", "trailing comma")]
+    #[case::half_a_pair(r#""\ud800""#, "hex escape")]
+    #[case::bom("\u{feff}{}", "expected value")]
+    #[case::reserved(r#"{"$serde_json::private::RawValue":"{\"a\":1}"}"#, "reserved")]
+    #[case::empty("", "EOF")]
+    fn refuses(#[case] text: &str, #[case] word: &str) {
+        let refused = parse(text.as_bytes()).unwrap_err();
+        assert!(refused.to_string().contains(word), "{refused}");
+    }
+
+    #[test]
+    fn refuses_what_is_not_utf_8_and_what_is_too_deep() {
+        assert!(parse(b"\"\xff\"").is_err());
+        let nested = |n: usize| format!("{}{}", "[".repeat(n), "]".repeat(n));
+        assert!(parse(nested(DEEPEST).as_bytes()).is_ok());
+        assert!(parse(nested(DEEPEST + 1).as_bytes()).is_err());
+        assert!(parse("[".repeat(1 << 20).as_bytes()).is_err());
+    }
+
+    #[rstest]
+    #[case(json!(9_007_199_254_740_991_i64), true)]
+    #[case(json!(9_007_199_254_740_992_i64), false)]
+    #[case(json!(-9_007_199_254_740_991_i64), true)]
+    #[case(json!(-9_007_199_254_740_992_i64), false)]
+    #[case(json!(u64::MAX), false)]
+    #[case(json!(-0.0), false)]
+    #[case(json!(0.0), true)]
+    #[case(json!(0.1), true)]
+    #[case(json!(1e300), false)]
+    #[case(json!({"a": [{"b": -0.0}]}), false)]
+    fn only_numbers_that_every_parser_keeps_are_exact(#[case] value: Value, #[case] holds: bool) {
+        assert_eq!(exact(&value).is_ok(), holds, "{value}");
+    }
+
+    #[test]
+    fn minus_zero_is_seen_however_it_is_written() {
+        for text in ["-0", "-0.0", "-0e5", "-1e-999"] {
+            assert!(exact(&parse(text.as_bytes()).unwrap()).is_err(), "{text}");
+        }
+    }
+
+    fn any_json() -> impl Strategy<Value = Value> {
+        let leaf = prop_oneof![
+            Just(Value::Null),
+            any::<bool>().prop_map(Value::from),
+            any::<i64>().prop_map(Value::from),
+            (-1e15..1e15).prop_map(Value::from),
+            ".{0,12}".prop_map(Value::from),
+        ];
+        leaf.prop_recursive(4, 32, 4, |inner| {
+            prop_oneof![
+                prop::collection::vec(inner.clone(), 0..4).prop_map(Value::from),
+                prop::collection::btree_map(".{0,6}", inner, 0..4)
+                    .prop_map(|map| Value::Object(map.into_iter().collect())),
+            ]
+        })
+    }
+
+    proptest! {
+        /// What passes is read as serde_json reads it, and nothing panics.
+        #[test]
+        fn what_passes_is_what_was_written(value in any_json()) {
+            prop_assert_eq!(parse(value.to_string().as_bytes()), Ok(value));
+        }
+
+        #[test]
+        fn no_bytes_panic(text in prop::collection::vec(prop_oneof![Just(b'{'), Just(b'}'), Just(b'"'), Just(b':'), Just(b','), any::<u8>()], 0..64)) {
+            if let Ok(value) = parse(&text) {
+                prop_assert_eq!(serde_json::from_slice::<Value>(&text).unwrap(), value);
+            }
+        }
+    }
+}
