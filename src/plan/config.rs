@@ -171,7 +171,10 @@ fn tool(
             "drop the tool from the task, or choose a class that allows the effect",
         ));
     }
-    if let Err(found) = allows(egress, &spec.upstream.mcp.url, EgressUse::Tools) {
+    // A URL that is none is found with the contract itself.
+    if authority(&spec.upstream.mcp.url).is_ok()
+        && let Err(found) = allows(egress, &spec.upstream.mcp.url, EgressUse::Tools)
+    {
         findings.push(Finding::new(
             at("upstream.mcp.url"),
             format!("a host and port that class `{}` lists in its egress for `Tools`", class.name),
@@ -179,30 +182,7 @@ fn tool(
             "use a listed upstream, or have the host added to the class",
         ));
     }
-    for (index, condition) in spec.preconditions.iter().enumerate() {
-        if let Err(error) = condition::check(&condition.cel) {
-            findings.push(Finding::new(
-                at(&format!("preconditions[{index}].cel")),
-                format!("a CEL expression over {}", condition::VARIABLES.join(", ")),
-                format!("{error} (precondition `{}`)", condition.name),
-                "correct the expression",
-            ));
-        }
-    }
-    let input = match schema::close(&spec.input) {
-        Ok(input) => Some(input),
-        Err(errors) => {
-            findings.extend(errors.into_iter().map(|error| {
-                Finding::new(
-                    at(&format!("input{}", error.pointer.replace('/', "."))),
-                    error.expected,
-                    error.found,
-                    "correct the schema",
-                )
-            }));
-            None
-        }
-    };
+    let input = check_contract(contract).map_err(|found| findings.extend(found)).ok();
     if findings.len() > before {
         return None;
     }
@@ -224,6 +204,59 @@ fn tool(
             .collect(),
         side_effect: spec.side_effect,
     })
+}
+
+/// Checks a contract by itself, whatever names it, and gives its input schema as it is enforced.
+///
+/// # Errors
+/// Everything that is wrong, at once.
+pub fn check_contract(contract: &ToolContract) -> Result<serde_json::Value, Vec<Finding>> {
+    let (name, spec) = (contract.name_any(), &contract.spec);
+    let at = |field: &str| format!("ToolContract/{name} spec.{field}");
+    let mut findings = Vec::new();
+    if let Err(reason) = authority(&spec.upstream.mcp.url) {
+        findings.push(Finding::new(
+            at("upstream.mcp.url"),
+            "the URL of an MCP server",
+            format!("`{}`: {reason}", spec.upstream.mcp.url),
+            "correct it",
+        ));
+    }
+    for (index, condition) in spec.preconditions.iter().enumerate() {
+        if let Err(error) = condition::check(&condition.cel) {
+            findings.push(Finding::new(
+                at(&format!("preconditions[{index}].cel")),
+                format!("a CEL expression over {}", condition::VARIABLES.join(", ")),
+                format!("{error} (precondition `{}`)", condition.name),
+                "correct the expression",
+            ));
+        }
+    }
+    match schema::close(&spec.input) {
+        Ok(input) if findings.is_empty() => Ok(input),
+        Ok(_) => Err(findings),
+        Err(errors) => {
+            findings.extend(errors.into_iter().map(|error| {
+                Finding::new(
+                    at(&format!("input{}", error.pointer.replace('/', "."))),
+                    error.expected,
+                    error.found,
+                    "correct the schema",
+                )
+            }));
+            Err(findings)
+        }
+    }
+}
+
+/// What is wrong with the classes of a pack by themselves, whatever task names them.
+pub fn check_pack(pack: &PolicyPack) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    for class in &pack.spec.workflow_classes {
+        let egress = egress_hosts(pack, class, &mut findings);
+        models(pack, class, &egress, &mut findings);
+    }
+    findings
 }
 
 /// The pack's model endpoints, as far as the class may reach them. A class that lists hosts for models and reaches no
