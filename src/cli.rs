@@ -15,6 +15,8 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 /// Where the cluster is and which namespace is meant.
 mod cluster;
+/// `belay contract`.
+mod contract;
 /// `belay lint`.
 mod lint;
 /// Text that is safe to show, and colours.
@@ -54,6 +56,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Contract(contract::Args),
     Lint(lint::Args),
     Verify(verify::Args),
     Watch(watch::Args),
@@ -73,6 +76,7 @@ pub async fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         }
     };
     let result = match cli.command {
+        Command::Contract(args) => contract::run(&args, &mut io::stdout().lock(), &mut io::stderr().lock()).await,
         Command::Lint(args) => lint::run(&args, &mut io::stdout().lock(), &mut io::stderr().lock()),
         Command::Verify(args) => verify::run(&args, &mut io::stdout().lock()).await,
         Command::Watch(args) => watch::run(&args).await,

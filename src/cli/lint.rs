@@ -12,7 +12,8 @@ use std::{
 
 use clap::ValueEnum;
 
-use self::check::{Diagnostic, Outcome, Severity, Source, lint};
+use self::check::{Diagnostic, Outcome, Severity};
+pub(super) use self::check::{Source, lint};
 use super::{
     CliError,
     terminal::{Safe, safe_json},
@@ -102,12 +103,7 @@ pub(super) fn run(args: &Args, out: &mut dyn Write, notes: &mut dyn Write) -> Re
     }
     let errors = outcome.diagnostics.iter().filter(|found| found.severity == Severity::Error).count();
     let warnings = outcome.diagnostics.len() - errors;
-    writeln!(
-        notes,
-        "{} objects in {} files: {errors} errors, {warnings} warnings",
-        outcome.objects,
-        sources.len()
-    )?;
+    writeln!(notes, "{} objects in {} files: {errors} errors, {warnings} warnings", outcome.objects, sources.len())?;
     Ok(u8::from(errors > 0 || args.strict && warnings > 0))
 }
 
@@ -117,7 +113,9 @@ fn on_a_large_stack(sources: &[Source], namespace: &str) -> Result<Outcome, CliE
             .stack_size(STACK)
             .spawn_scoped(scope, || lint(sources, namespace))
             .map_err(|error| CliError::new(format!("cannot start a thread: {error}")))?;
-        let outcome = worker.join().map_err(|_| CliError::new("the check broke off; please report the files that it was given"))?;
+        let outcome = worker
+            .join()
+            .map_err(|_| CliError::new("the check broke off; please report the files that it was given"))?;
         outcome.map_err(CliError::new)
     })
 }
@@ -183,7 +181,10 @@ fn gather(path: &Path, sources: &mut Vec<Source>) -> Result<(), CliError> {
         // A link to a folder may lead in a circle; what it leads to can be named.
         if kind.is_dir() {
             gather(&path, sources)?;
-        } else if manifest && let Ok(metadata) = fs::metadata(&path) && metadata.is_file() {
+        } else if manifest
+            && let Ok(metadata) = fs::metadata(&path)
+            && metadata.is_file()
+        {
             read(&path, metadata.len(), sources)?;
         }
     }

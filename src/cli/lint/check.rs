@@ -26,8 +26,9 @@ use super::{
 };
 use crate::{
     api::{
-        AgentTask, PolicyPack, PolicyPackSpec, ToolContract, all_crds,
+        AgentTask, PolicyPack, PolicyPackSpec, ToolContract,
         agent_task::{Limits, Resources},
+        all_crds,
         policy_pack::{EgressRule, EvidencePolicy, Models, RetentionMode, WorkflowClass},
     },
     plan::{Finding, config, pack_among, validated},
@@ -199,7 +200,12 @@ struct Found<'s> {
 impl<'s> Found<'s> {
     fn read(&mut self, file: usize, source: &Source) -> Vec<Node> {
         document::read(&source.bytes).unwrap_or_else(|broken| {
-            let finding = Finding::new("YAML", "a YAML or JSON file", broken.reason, "correct it; the file is not checked any further");
+            let finding = Finding::new(
+                "YAML",
+                "a YAML or JSON file",
+                broken.reason,
+                "correct it; the file is not checked any further",
+            );
             self.list.push((file, broken.at, Severity::Error, finding));
             Vec::new()
         })
@@ -218,13 +224,7 @@ impl<'s> Found<'s> {
     }
 
     /// One of ours, checked by itself; nothing if it is another's.
-    fn object<'n>(
-        &mut self,
-        kinds: &[Kind],
-        entry: Entry<'n>,
-        set: Option<&str>,
-        default: &str,
-    ) -> Option<Object<'n>> {
+    fn object<'n>(&mut self, kinds: &[Kind], entry: Entry<'n>, set: Option<&str>, default: &str) -> Option<Object<'n>> {
         let node = entry.node;
         let version = node.text("apiVersion").unwrap_or_default();
         let name = node.text("kind").unwrap_or_default();
@@ -239,7 +239,8 @@ impl<'s> Found<'s> {
                 let mend = "write it so; this document is not checked any further";
                 Finding::new("apiVersion", format!("`{ours}` for a {name}"), quoted(version), mend)
             } else if group == our_group {
-                let mend = nearest(name, &names).map_or_else(|| "choose one of them".to_owned(), |near| format!("write `{near}`"));
+                let mend = nearest(name, &names)
+                    .map_or_else(|| "choose one of them".to_owned(), |near| format!("write `{near}`"));
                 Finding::new("kind", format!("one of {}", names.join(", ")), quoted(name), mend)
             } else {
                 return None;
@@ -250,6 +251,15 @@ impl<'s> Found<'s> {
             self.add_at_field(&entry, severity, finding);
             return None;
         };
+        for (place, field) in node.boolean_keys() {
+            let finding = Finding::new(
+                field,
+                "a name",
+                "a word that YAML takes for a boolean, such as `y` or `on`",
+                "put it in quotes",
+            );
+            self.add(&entry, place, Severity::Error, finding);
+        }
         let mut value = node.value();
         for (place, finding) in kind.check(node, &value) {
             self.add(&entry, place, Severity::Error, finding);
@@ -277,7 +287,8 @@ impl<'s> Found<'s> {
             Err(error) => error,
         };
         if !self.taken.iter().any(|(file, at, _)| (*file, *at) == (entry.file, entry.node.at)) {
-            let finding = Finding::new("the object", "what this version of Belay can read", error.to_string(), "correct it");
+            let finding =
+                Finding::new("the object", "what this version of Belay can read", error.to_string(), "correct it");
             self.add_at_field(entry, Severity::Error, finding);
         }
         None
@@ -307,7 +318,9 @@ impl<'s> Found<'s> {
         let input = match config::check_contract(contract) {
             Ok(input) => input,
             Err(findings) => {
-                findings.into_iter().for_each(|finding| self.add_at_field(&object.entry, Severity::Error, own(finding)));
+                findings
+                    .into_iter()
+                    .for_each(|finding| self.add_at_field(&object.entry, Severity::Error, own(finding)));
                 return;
             }
         };
@@ -329,7 +342,12 @@ impl<'s> Found<'s> {
         findings.extend(pack.spec.workflow_classes.iter().flat_map(validated::check_class));
         if let Err(error) = Selector::try_from(pack.spec.namespace_selector.clone()) {
             let expected = "a label selector that can be read";
-            findings.push(Finding::new("spec.namespaceSelector", expected, error.to_string(), "correct it: as it is, the pack governs nothing"));
+            findings.push(Finding::new(
+                "spec.namespaceSelector",
+                expected,
+                error.to_string(),
+                "correct it: as it is, the pack governs nothing",
+            ));
         }
         findings.into_iter().for_each(|finding| self.add_at_field(&object.entry, Severity::Error, own(finding)));
     }
@@ -352,7 +370,9 @@ impl<'s> Found<'s> {
             let candidates = match namespaces.get(&object.namespace) {
                 _ if all.is_empty() => {
                     if !broken_pack {
-                        notes.insert(format!("{name}: no PolicyPack is among the files, so nothing is said about what a pack would allow"));
+                        notes.insert(format!(
+                            "{name}: no PolicyPack is among the files, so nothing is said about what a pack would allow"
+                        ));
                     }
                     vec![&generous]
                 }
@@ -448,7 +468,10 @@ impl<'s> Found<'s> {
             // A task that cannot be read may name it.
             let unused = around.peek().is_some()
                 && around.all(|task| {
-                    task.typed.as_ref().and_then(AgentTask::of).is_some_and(|task| !task.spec.tools.contains(&object.name))
+                    task.typed
+                        .as_ref()
+                        .and_then(AgentTask::of)
+                        .is_some_and(|task| !task.spec.tools.contains(&object.name))
                 });
             if unused {
                 let finding = Finding::new(
@@ -554,7 +577,8 @@ impl Kustomizations {
                 let listed = |field: &str| node.get(field).map(Node::items).unwrap_or_default();
                 let by_path = listed("patches").iter().chain(listed("patchesJson6902"));
                 let paths = by_path.filter_map(|patch| patch.text("path").map(str::to_owned));
-                let merged = listed("patchesStrategicMerge").iter().filter_map(|path| path.value().as_str().map(str::to_owned));
+                let merged =
+                    listed("patchesStrategicMerge").iter().filter_map(|path| path.value().as_str().map(str::to_owned));
                 all.patches.extend(paths.chain(merged).map(|path| plain(&folder.join(path))));
             }
         }
@@ -585,4 +609,3 @@ fn plain(path: &Path) -> PathBuf {
     }
     plain
 }
-

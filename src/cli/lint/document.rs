@@ -1,7 +1,7 @@
 //! YAML and JSON with the place of everything in it.
 //!
-//! Promises: what is read is what `kubectl` would send (duplicate keys refused, `yes` and `on` booleans, aliases and merges
-//! expanded), and every field knows its line and column. Refuses: more nesting, nodes or expansion than a manifest needs
+//! Promises: what is read is what `kubectl` would send (duplicate keys refused, `yes`, `on` and `y` booleans, even as keys,
+//! aliases and merges expanded), and every field knows its line and column. Refuses: more nesting, nodes or expansion than a manifest needs
 //! (serde-saphyr's budget), so that no input exhausts stack or memory.
 
 use std::fmt;
@@ -40,7 +40,23 @@ pub(super) struct Node {
 enum Content {
     Scalar(Value),
     Sequence(Vec<Node>),
-    Mapping(Vec<(Spanned<String>, Node)>),
+    Mapping(Vec<(Key, Node)>),
+}
+
+#[derive(Clone, Debug)]
+struct Key {
+    at: Place,
+    name: String,
+    kind: KeyKind,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum KeyKind {
+    Text,
+    /// Text only because JSON has no other keys: `y:` becomes `"true"`.
+    Boolean,
+    /// A list, an object or nothing.
+    None,
 }
 
 /// Text that is no YAML: where and why.
@@ -63,13 +79,30 @@ pub(super) fn read(bytes: &[u8]) -> Result<Vec<Node>, Broken> {
     })?;
     let nodes: Vec<Node> = serde_saphyr::from_multiple(text).map_err(|error| {
         let plain = error.without_snippet();
-        let text = plain.to_string();
-        Broken {
-            at: plain.location().map_or(Place::START, Place::of),
-            reason: text.lines().next().unwrap_or("no YAML").trim().to_owned(),
-        }
+        let reason = plain.to_string();
+        let at = plain.location().map_or(Place::START, Place::of);
+        let reason = reason
+            .lines()
+            .next()
+            .unwrap_or("no YAML")
+            .replace(&format!(" at line {}, column {}", at.line, at.column), "");
+        Broken { at: tab_from(text, at, &reason).unwrap_or(at), reason: reason.trim().to_owned() }
     })?;
+    let mut nameless = Vec::new();
+    nodes.iter().for_each(|node| node.collect_keys(KeyKind::None, "", &mut nameless));
+    if let Some((at, _)) = nameless.first() {
+        return Err(Broken { at: *at, reason: "a key that is no text, as a template's braces are".into() });
+    }
     Ok(nodes.into_iter().filter(|node| !matches!(node.content, Content::Scalar(Value::Null))).collect())
+}
+
+/// A tab that indents ends what stands before it, and is blamed on that.
+fn tab_from(text: &str, from: Place, reason: &str) -> Option<Place> {
+    let mut lines = (1..).zip(text.lines()).filter(|(line, _)| reason.contains("tab") && *line >= from.line);
+    let indented = |text: &str| {
+        text.find(|c: char| c != ' ').filter(|end| text.get(*end..).is_some_and(|rest| rest.starts_with('\t')))
+    };
+    lines.find_map(|(line, text)| Some(Place { line, column: indented(text)? as u64 + 1 }))
 }
 
 impl Node {
@@ -78,9 +111,9 @@ impl Node {
         match &self.content {
             Content::Scalar(value) => value.clone(),
             Content::Sequence(items) => Value::Array(items.iter().map(Self::value).collect()),
-            Content::Mapping(entries) => Value::Object(
-                entries.iter().map(|(key, node)| (key.value.clone(), node.value())).collect::<Map<_, _>>(),
-            ),
+            Content::Mapping(entries) => {
+                Value::Object(entries.iter().map(|(key, node)| (key.name.clone(), node.value())).collect::<Map<_, _>>())
+            }
         }
     }
 
@@ -95,8 +128,8 @@ impl Node {
     /// A field and where its key stands.
     fn entry(&self, key: &str) -> Option<(Place, &Self)> {
         let Content::Mapping(entries) = &self.content else { return None };
-        let (key, node) = entries.iter().find(|(name, _)| name.value == key)?;
-        Some((Place::of(key.defined), node))
+        let (key, node) = entries.iter().find(|(other, _)| other.name == key)?;
+        Some((key.at, node))
     }
 
     /// A field.
@@ -109,6 +142,33 @@ impl Node {
         match &self.get(key)?.content {
             Content::Scalar(Value::String(text)) => Some(text),
             _ => None,
+        }
+    }
+
+    /// Keys that are booleans to YAML 1.1, which is what `kubectl` reads, and hardly to who wrote them: their paths.
+    pub(super) fn boolean_keys(&self) -> Vec<(Place, String)> {
+        let mut found = Vec::new();
+        self.collect_keys(KeyKind::Boolean, "", &mut found);
+        found
+    }
+
+    fn collect_keys(&self, kind: KeyKind, path: &str, found: &mut Vec<(Place, String)>) {
+        match &self.content {
+            Content::Scalar(_) => {}
+            Content::Sequence(items) => {
+                for (index, item) in items.iter().enumerate() {
+                    item.collect_keys(kind, &format!("{path}[{index}]"), found);
+                }
+            }
+            Content::Mapping(entries) => {
+                for (key, node) in entries {
+                    let path = format!("{path}{}{}", if path.is_empty() { "" } else { "." }, key.name);
+                    if key.kind == kind {
+                        found.push((key.at, path.clone()));
+                    }
+                    node.collect_keys(kind, &path, found);
+                }
+            }
         }
     }
 
@@ -157,9 +217,9 @@ impl Node {
                 Content::Mapping(entries) => entries
                     .iter()
                     .filter_map(|(key, inner)| {
-                        let after = rest.strip_prefix(escaped(&key.value).as_str())?;
+                        let after = rest.strip_prefix(escaped(&key.name).as_str())?;
                         let whole = after.is_empty() || after.starts_with(['.', '[']);
-                        whole.then_some((Place::of(key.defined), inner, after))
+                        whole.then_some((key.at, inner, after))
                     })
                     // A key may have dots of its own.
                     .min_by_key(|(_, _, after)| after.len()),
@@ -235,8 +295,14 @@ impl<'de> Deserialize<'de> for Content {
             }
             fn visit_map<A: MapAccess<'de>>(self, mut access: A) -> Result<Content, A::Error> {
                 let mut entries = Vec::new();
-                while let Some(entry) = access.next_entry()? {
-                    entries.push(entry);
+                while let Some((key, node)) = access.next_entry::<Node, Node>()? {
+                    let (name, kind) = match key.content {
+                        Content::Scalar(Value::String(name)) => (name, KeyKind::Text),
+                        Content::Scalar(Value::Bool(name)) => (name.to_string(), KeyKind::Boolean),
+                        Content::Scalar(Value::Number(name)) => (name.to_string(), KeyKind::Text),
+                        _ => (String::new(), KeyKind::None),
+                    };
+                    entries.push((Key { at: key.at, name, kind }, node));
                 }
                 Ok(Content::Mapping(entries))
             }
@@ -263,7 +329,15 @@ mod tests {
         assert_eq!(first.at_path("a.0.c~1d.e.f.1"), at(5, 20));
         assert_eq!(first.at_path("a[0].none"), at(4, 5));
         assert_eq!(first.at_pointer("/a/0/c~1d.e/f/0"), (at(5, 17), "a[0].c/d.e.f[0]".into()));
-        assert_eq!(second.at_path("h"), at(7, 13));
+        assert_eq!(second.at_path("h"), at(7, 12));
+    }
+
+    #[test]
+    fn reads_keys_as_kubectl_does() {
+        let documents = read(b"a: [{x: 1, y: 2, 'n': 3, 4: 5}]\n").unwrap();
+        let document = documents.first().unwrap();
+        assert_eq!(document.value(), serde_json::json!({"a": [{"x": 1, "true": 2, "n": 3, "4": 5}]}));
+        assert_eq!(document.boolean_keys(), [(Place { line: 1, column: 12 }, "a[0].true".to_owned())]);
     }
 
     #[test]
@@ -276,7 +350,10 @@ mod tests {
 
     #[rstest::rstest]
     #[case::duplicate_key(b"a: 1\nb: 2\na: 3\n", 3)]
-    #[case::unclosed(b"a: [1,\nb: 2\n", 2)]
+    #[case::unclosed(b"a: [1,\nb: 2\n", 1)]
+    #[case::tab(b"a:\n  b: c\n\td: e\n", 3)]
+    #[case::key_without_a_name(b"a: 1\n~: 2\n", 2)]
+    #[case::template(b"a: 1\nb: {{ .Values.b }}\n", 2)]
     #[case::no_utf8(b"a: 1\nb: \xff\n", 2)]
     #[case::unknown_alias(b"a: 1\nb: *c\n", 2)]
     fn says_where_it_breaks(#[case] text: &[u8], #[case] line: u64) {

@@ -3,17 +3,18 @@
 //! Promises: types, bounds, patterns, required and unknown fields, list keys and `x-kubernetes-validations` are those of
 //! [`api`](crate::api), the very definitions that are installed. Refuses: rules about updates, which need the old object.
 
+use std::collections::HashSet;
+
+use jsonschema::{
+    Draft, Validator,
+    error::{TypeKind, ValidationErrorKind},
+};
 use k8s_openapi::{
     apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition,
     apimachinery::pkg::apis::meta::v1::ObjectMeta,
 };
 use kube::core::cel;
 use serde_json::{Map, Value, json};
-
-use jsonschema::{
-    Draft, Validator,
-    error::{TypeKind, ValidationErrorKind},
-};
 
 use super::document::{Node, Place};
 use crate::plan::Finding;
@@ -86,12 +87,7 @@ impl Kind {
         found
     }
 
-    fn explain(
-        &self,
-        error: &jsonschema::ValidationError<'_>,
-        node: &Node,
-        found: &mut Vec<(Place, Finding)>,
-    ) {
+    fn explain(&self, error: &jsonschema::ValidationError<'_>, node: &Node, found: &mut Vec<(Place, Finding)>) {
         use ValidationErrorKind as Error;
         let pointer = error.instance_path().to_string();
         let (place, field) = node.at_pointer(&pointer);
@@ -139,7 +135,9 @@ impl Kind {
                 let article = if expected.starts_with(['a', 'i', 'o']) { "an" } else { "a" };
                 let mend = match (expected.as_str(), instance) {
                     ("string", Value::Number(_) | Value::Bool(_)) => "put it in quotes".to_owned(),
-                    ("integer", Value::String(_) | Value::Number(_)) => "write a whole number without quotes".to_owned(),
+                    ("integer", Value::String(_) | Value::Number(_)) => {
+                        "write a whole number without quotes".to_owned()
+                    }
                     ("array", _) => format!("write a list, `- …`{means}"),
                     ("object", _) => format!("write its fields{means}"),
                     _ => format!("correct it{means}"),
@@ -147,8 +145,7 @@ impl Kind {
                 found.push(found_one(format!("{article} {expected}"), mend));
             }
             Error::Enum { options } => {
-                let options: Vec<&str> =
-                    options.as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+                let options: Vec<&str> = options.as_array().into_iter().flatten().filter_map(Value::as_str).collect();
                 let near = instance.as_str().and_then(|text| nearest(text, &options));
                 let mend = near.map_or_else(|| format!("choose one{means}"), |near| format!("write `{near}`"));
                 found.push(found_one(format!("one of {}", options.join(", ")), mend));
@@ -165,6 +162,9 @@ impl Kind {
             Error::MinLength { limit } => {
                 found.push(found_one(format!("at least {limit} characters"), format!("fill it in{means}")));
             }
+            Error::MaxLength { limit: 0 } => {
+                found.push(found_one("nothing".to_owned(), format!("leave it out{means}")))
+            }
             Error::MaxLength { limit } => {
                 let mut one = found_one(format!("at most {limit} characters"), "shorten it".to_owned());
                 one.1.found = format!("{} characters", length(instance));
@@ -179,9 +179,6 @@ impl Kind {
                 one.1.found = count.unwrap_or_default().to_string();
                 found.push(one);
             }
-            Error::UniqueItems => {
-                found.push(found_one("each item once".to_owned(), "remove what is there twice".to_owned()));
-            }
             _ => found.push(found_one(shorten(&error.to_string()), format!("correct it{means}"))),
         }
     }
@@ -193,10 +190,16 @@ fn explain_rule(error: &cel::ValidationError, node: &Node) -> (Place, Finding) {
     // A rule of the whole object names what it is about: `self.metadata.name.size() <= 52`.
     if field.is_empty() {
         let path = error.rule.split("self.").nth(1).unwrap_or_default();
-        let path: Vec<_> = path.split(|c: char| !c.is_ascii_alphanumeric() && c != '.').next().unwrap_or_default().split('.').collect();
-        let known = (0..=path.len()).rev().filter_map(|end| path.get(..end)).find(|path| {
-            !path.is_empty() && path.iter().try_fold(node, |node, part| node.get(part)).is_some()
-        });
+        let path: Vec<_> = path
+            .split(|c: char| !c.is_ascii_alphanumeric() && c != '.')
+            .next()
+            .unwrap_or_default()
+            .split('.')
+            .collect();
+        let known = (0..=path.len())
+            .rev()
+            .filter_map(|end| path.get(..end))
+            .find(|path| !path.is_empty() && path.iter().try_fold(node, |node, part| node.get(part)).is_some());
         if let Some(known) = known {
             field = known.join(".");
             place = node.at_path(&field);
@@ -205,7 +208,15 @@ fn explain_rule(error: &cel::ValidationError, node: &Node) -> (Place, Finding) {
     let object = node.value();
     let pointer = format!("/{}", field.replace(['.', '['], "/").replace(']', ""));
     let shown = object.pointer(&pointer).map_or_else(|| "an object that breaks it".to_owned(), brief);
-    (place, Finding::new(field, shorten_to(&error.message, 300), shown, format!("make `{}` hold", shorten_to(&error.rule, 200))))
+    (
+        place,
+        Finding::new(
+            field,
+            shorten_to(&error.message, 300),
+            shown,
+            format!("make `{}` hold", shorten_to(&error.rule, 200)),
+        ),
+    )
 }
 
 /// The API server's own part of an object.
@@ -227,7 +238,7 @@ fn metadata(namespaced: bool) -> Value {
     let namespace = if namespaced {
         json!({"type": "string", "maxLength": 63, "pattern": NAMESPACE, "description": "The name of a namespace."})
     } else {
-        json!({"type": "string", "maxLength": 0, "description": "This kind belongs to the whole cluster: leave it out."})
+        json!({"type": "string", "maxLength": 0, "description": "This kind belongs to the whole cluster."})
     };
     replace(&mut schema, "namespace", namespace);
     let labels = json!({"type": "string", "maxLength": 63, "pattern": LABEL, "description": "A label's value."});
@@ -260,9 +271,6 @@ fn make_strict(schema: &mut Value) {
     if closed {
         map.insert("additionalProperties".into(), Value::Bool(false));
     }
-    if map.get("x-kubernetes-list-type").and_then(Value::as_str) == Some("set") {
-        map.insert("uniqueItems".into(), Value::Bool(true));
-    }
     // A null where there is a default is replaced by it.
     if is(map, "nullable") || map.contains_key("default") {
         if let Some(kind) = map.get("type").and_then(Value::as_str).map(str::to_owned) {
@@ -274,14 +282,19 @@ fn make_strict(schema: &mut Value) {
     }
 }
 
-/// Items of a list that is a map by some of their fields: each key once.
+/// Items of a list that is a set, or a map by some of their fields: each once.
 fn list_keys(schema: &Value, value: &Value, pointer: &str, find: &mut dyn FnMut(&str, Finding)) {
     match value {
         Value::Object(fields) => {
             for (name, inner) in fields {
                 let property = schema.get("properties").and_then(|fields| fields.get(name));
                 if let Some(schema) = property.or_else(|| schema_of_values(schema)) {
-                    list_keys(schema, inner, &format!("{pointer}/{}", name.replace('~', "~0").replace('/', "~1")), find);
+                    list_keys(
+                        schema,
+                        inner,
+                        &format!("{pointer}/{}", name.replace('~', "~0").replace('/', "~1")),
+                        find,
+                    );
                 }
             }
         }
@@ -293,24 +306,26 @@ fn list_keys(schema: &Value, value: &Value, pointer: &str, find: &mut dyn FnMut(
                 .flatten()
                 .filter_map(Value::as_str)
                 .collect();
+            let set = schema.get("x-kubernetes-list-type").and_then(Value::as_str) == Some("set");
             let key_of = |item: &Value| -> Vec<Value> {
+                if set {
+                    return vec![item.clone()];
+                }
                 keys.iter().map(|key| item.get(key).cloned().unwrap_or_default()).collect()
             };
-            let mut seen = std::collections::HashSet::new();
+            let mut seen = HashSet::new();
             for (index, item) in items.iter().enumerate() {
                 let here = format!("{pointer}/{index}");
                 let key = key_of(item);
-                if !keys.is_empty() && !seen.insert(key.clone()) {
-                    let key: Vec<_> = key.iter().map(brief).collect();
-                    find(
-                        &here,
-                        Finding::new(
-                            "",
-                            format!("each {} once", keys.join(" and ")),
-                            format!("{} again", key.join(", ")),
-                            "rename or remove one of them",
-                        ),
-                    );
+                if !key.is_empty() && !seen.insert(key.clone()) {
+                    let expected = if set { "item".to_owned() } else { keys.join(" and ") };
+                    let shown: Vec<_> = key.iter().map(brief).collect();
+                    let found = format!("{} again", shown.join(", "));
+                    let at = match keys.first() {
+                        Some(first) if !set => format!("{here}/{first}"),
+                        _ => here.clone(),
+                    };
+                    find(&at, Finding::new("", format!("each {expected} once"), found, "rename or remove one of them"));
                 }
                 if let Some(schema) = schema.get("items") {
                     list_keys(schema, item, &here, find);

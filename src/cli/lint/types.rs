@@ -17,11 +17,32 @@ const TASK: [&str; 6] = ["namespace", "name", "uid", "objective", "workflowClass
 const USAGE: [&str; 3] = ["toolCalls", "tokens", "denials"];
 /// Functions that need text.
 const ON_TEXT: [&str; 3] = ["startsWith", "endsWith", "matches"];
-/// All functions of a harness: those of the `cel` crate, and operators, which have other names.
-const FUNCTIONS: [&str; 30] = [
-    "contains", "size", "max", "min", "startsWith", "endsWith", "matches", "string", "bytes", "double", "int", "uint",
-    "optional.none", "optional.of", "optional.ofNonZeroValue", "value", "hasValue", "or", "orValue", "duration", "timestamp",
-    "getFullYear", "getMonth", "getDayOfYear", "getDayOfMonth", "getDate", "getDayOfWeek", "getHours", "getMinutes", "getSeconds",
+/// All functions of a harness: those of the `cel` crate but for `optional.…`, whose name is no variable of ours.
+const FUNCTIONS: [&str; 24] = [
+    "contains",
+    "size",
+    "max",
+    "min",
+    "startsWith",
+    "endsWith",
+    "matches",
+    "string",
+    "bytes",
+    "double",
+    "int",
+    "uint",
+    "duration",
+    "timestamp",
+    "getFullYear",
+    "getMonth",
+    "getDayOfYear",
+    "getDayOfMonth",
+    "getDate",
+    "getDayOfWeek",
+    "getHours",
+    "getMinutes",
+    "getSeconds",
+    "getMilliseconds",
 ];
 
 /// A type, as far as it is known.
@@ -34,7 +55,10 @@ enum Type {
     Text,
     List(Box<Type>),
     /// Named fields; others are there only if it is open.
-    Object { fields: BTreeMap<String, Type>, open: bool },
+    Object {
+        fields: BTreeMap<String, Type>,
+        open: bool,
+    },
 }
 
 impl Type {
@@ -61,8 +85,10 @@ impl Type {
     /// What a schema says of its instances.
     fn of_schema(schema: &Value, depth: usize) -> Self {
         const DEEPEST: usize = 32;
-        let composed = ["$ref", "$dynamicRef", "allOf", "anyOf", "oneOf", "if", "dependentSchemas", "patternProperties"];
-        let Some(map) = schema.as_object().filter(|map| depth < DEEPEST && !composed.iter().any(|key| map.contains_key(*key)))
+        let composed =
+            ["$ref", "$dynamicRef", "allOf", "anyOf", "oneOf", "if", "dependentSchemas", "patternProperties"];
+        let Some(map) =
+            schema.as_object().filter(|map| depth < DEEPEST && !composed.iter().any(|key| map.contains_key(*key)))
         else {
             return Self::Any;
         };
@@ -149,7 +175,8 @@ fn infer(expression: &IdedExpr, scope: &mut BTreeMap<String, Type>) -> Result<Ty
             inner.insert(loop_.iter_var.clone(), item);
             inner.extend(loop_.iter_var2.clone().map(|name| (name, second)));
             // `map` and `filter` fill a list that is empty at first.
-            let accumulator = if matches!(accumulator, Type::List(_)) { Type::List(Box::new(Type::Any)) } else { accumulator };
+            let accumulator =
+                if matches!(accumulator, Type::List(_)) { Type::List(Box::new(Type::Any)) } else { accumulator };
             inner.insert(loop_.accu_var.clone(), accumulator);
             infer(&loop_.loop_cond, &mut inner)?;
             infer(&loop_.loop_step, &mut inner)?;
@@ -177,8 +204,6 @@ fn field(of: &Type, name: &str) -> Result<Type, String> {
 fn call_type(call: &CallExpr, scope: &mut BTreeMap<String, Type>) -> Result<Type, String> {
     use operators as op;
     let target = match &call.target {
-        // `optional.of(…)`: the name of a function, not a variable.
-        Some(target) if matches!(&target.expr, Expr::Ident(name) if !scope.contains_key(name)) => None,
         Some(target) => Some(infer(target, scope)?),
         None => None,
     };
@@ -199,7 +224,8 @@ fn call_type(call: &CallExpr, scope: &mut BTreeMap<String, Type>) -> Result<Type
         }
         (op::NOT_STRICTLY_FALSE, _) => Type::Bool,
         (op::EQUALS | op::NOT_EQUALS, [left, right]) => {
-            let comparable = left.is_or_any(right) || matches!((left, right), (_, Type::Any | Type::Null) | (Type::Null, _));
+            let comparable =
+                left.is_or_any(right) || matches!((left, right), (_, Type::Any | Type::Null) | (Type::Null, _));
             if !comparable {
                 return Err(format!("{} compared with {}, which never are the same", left.name(), right.name()));
             }
@@ -255,10 +281,7 @@ fn call_type(call: &CallExpr, scope: &mut BTreeMap<String, Type>) -> Result<Type
             all(&Type::Text, args, name)?;
             Type::Bool
         }
-        (name, _) if target.is_none() && call.target.is_none() && !known(name) => {
-            return Err(format!("a function `{name}`, which is not there"));
-        }
-        (name, _) if target.is_some() && !known(name) => {
+        (name, _) if !known(name) => {
             return Err(format!("a function `{name}`, which is not there"));
         }
         _ => Type::Any,
@@ -266,7 +289,8 @@ fn call_type(call: &CallExpr, scope: &mut BTreeMap<String, Type>) -> Result<Type
 }
 
 fn known(function: &str) -> bool {
-    FUNCTIONS.contains(&function) || function == "getMilliseconds" || function.contains(['_', '@', '?'])
+    // Operators have names such as `_[?_]`.
+    FUNCTIONS.contains(&function) || function.contains(['_', '@', '?'])
 }
 
 #[cfg(test)]
@@ -298,7 +322,7 @@ mod tests {
     #[case("task.namespace == 'x' && principal.endsWith('.test') && args.inner.a == 'y' && args['path'] == 'z'")]
     #[case("args.path.contains('a') && args.path.matches('^a') && size(args.tags) > 0 && int(args.path) == 1")]
     #[case("args.any == null && (args.force ? 1 : 2) == 2 && -args.count < 0 && args.tags[0] == 'x'")]
-    #[case("args.tags.exists_one(t, t == 'x') && optional.of(1).hasValue() && {'a': 1}['a'] == 1")]
+    #[case("args.tags.exists_one(t, t == 'x') && {'a': 1}['a'] == 1")]
     #[case("timestamp('2026-01-01T00:00:00Z') < timestamp('2027-01-01T00:00:00Z')")]
     fn accepts(#[case] source: &str) {
         assert_eq!(crate::plan::condition::check(source), Ok(()), "{source}");
