@@ -19,7 +19,11 @@ use rmcp::{
 };
 
 use self::draft::{Draft, drafts};
-use super::{CliError, terminal::Safe};
+use super::{
+    CliError,
+    lint::{Source, lint},
+    terminal::Safe,
+};
 
 mod draft;
 #[cfg(test)]
@@ -105,6 +109,15 @@ pub(super) async fn run(args: &Args, out: &mut dyn Write, notes: &mut dyn Write)
             for (index, draft) in drafts.iter().enumerate() {
                 write!(out, "{}{}", if index == 0 { "" } else { "---\n" }, draft.text)?;
             }
+        }
+    }
+    // What is not the server's to mend, such as an address where the gateway wants a name.
+    for draft in &drafts {
+        let path = format!("{}.yaml", draft.name).into();
+        let outcome =
+            lint(&[Source { path, bytes: draft.text.clone().into_bytes() }], "default").map_err(CliError::new)?;
+        for found in &outcome.diagnostics {
+            writeln!(notes, "belay lint will say: {}", Safe(&found.to_string()))?;
         }
     }
     let place = args.out.as_ref().map_or_else(String::new, |folder| format!(" in {}", folder.display()));

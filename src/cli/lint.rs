@@ -128,23 +128,18 @@ fn print(diagnostics: &[Diagnostic], output: Output, out: &mut dyn Write) -> Res
         }
         Output::Text => {
             for found in diagnostics {
-                let place = format!("{}:{}:{}", found.file, found.line, found.column);
-                writeln!(out, "{}: {}: {}", Safe(&place), found.severity.as_str(), Safe(&message(found)))?;
+                writeln!(out, "{}", Safe(&found.to_string()))?;
             }
         }
         Output::Github => {
             for found in diagnostics {
                 let file = escape(&found.file).replace(':', "%3A").replace(',', "%2C");
                 let (kind, line, column) = (found.severity.as_str(), found.line, found.column);
-                writeln!(out, "::{kind} file={file},line={line},col={column}::{}", escape(&message(found)))?;
+                writeln!(out, "::{kind} file={file},line={line},col={column}::{}", escape(&found.message()))?;
             }
         }
     }
     Ok(())
-}
-
-fn message(found: &Diagnostic) -> String {
-    format!("{}: expected {}, found {}; {}", found.field, found.expected, found.found, found.mend)
 }
 
 /// Text of a workflow command of GitHub Actions: `%` is its escape, and a newline would end it.

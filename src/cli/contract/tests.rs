@@ -129,6 +129,7 @@ async fn drafts_what_is_listed_and_lints() {
     assert!(out.contains("# input: $schema was dropped"), "{out}");
     assert!(!out.chars().any(|c| c != '\n' && (c.is_control() || c == '\u{202e}')), "{out:?}");
     assert_eq!(notes.matches("left out:").count(), 2, "{notes}");
+    assert!(!notes.contains("belay lint will say"), "{notes}");
     let outcome =
         lint::lint(&[Source { path: "out.yaml".into(), bytes: out.clone().into_bytes() }], "default").unwrap();
     assert!(outcome.diagnostics.is_empty(), "{:#?}\n{out}", outcome.diagnostics);
@@ -158,6 +159,8 @@ async fn writes_a_file_a_tool_and_overwrites_none() {
     let (code, text, notes) = init(&args).await;
     assert_eq!((code.unwrap(), text.as_str()), (0, ""), "{notes}");
     assert_eq!(fs::read_dir(&out).unwrap().count(), 3, "all pages");
+    let address = "a.yaml:15:7: error: spec.upstream.mcp.url: expected the URL of an MCP server";
+    assert!(notes.contains(address) && notes.contains("addresses are not names"), "{notes}");
     fs::remove_file(out.join("a.yaml")).unwrap();
     fs::write(out.join("b.yaml"), "mine").unwrap();
     let error = init(&args).await.0.unwrap_err().to_string();

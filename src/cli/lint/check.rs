@@ -9,6 +9,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
+    fmt,
     path::{Component, Path, PathBuf},
 };
 
@@ -87,6 +88,20 @@ pub(in crate::cli) struct Diagnostic {
     pub(in crate::cli) found: String,
     /// What to do.
     pub(in crate::cli) mend: String,
+}
+
+impl Diagnostic {
+    /// All but the place and how bad it is.
+    pub(super) fn message(&self) -> String {
+        format!("{}: expected {}, found {}; {}", self.field, self.expected, self.found, self.mend)
+    }
+}
+
+impl fmt::Display for Diagnostic {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (file, line, column) = (&self.file, self.line, self.column);
+        write!(f, "{file}:{line}:{column}: {}: {}", self.severity.as_str(), self.message())
+    }
 }
 
 /// What came of it.
@@ -237,7 +252,7 @@ impl<'s> Found<'s> {
             let quoted = |text: &str| if text.is_empty() { "nothing".to_owned() } else { format!("`{text}`") };
             let finding = if kind.is_some() {
                 let mend = "write it so; this document is not checked any further";
-                Finding::new("apiVersion", format!("`{ours}` for a {name}"), quoted(version), mend)
+                Finding::new("apiVersion", format!("`{ours}`, the version of {name}"), quoted(version), mend)
             } else if group == our_group {
                 let mend = nearest(name, &names)
                     .map_or_else(|| "choose one of them".to_owned(), |near| format!("write `{near}`"));

@@ -154,10 +154,10 @@ impl Kind {
                 found.push(found_one(format!("text that matches {pattern}"), format!("correct it{means}")));
             }
             Error::Minimum { limit } => {
-                found.push(found_one(format!("at least {limit}"), format!("raise it{means}")));
+                found.push(found_one(format!("at least {}", whole(limit)), format!("raise it{means}")));
             }
             Error::Maximum { limit } => {
-                found.push(found_one(format!("at most {limit}"), format!("lower it{means}")));
+                found.push(found_one(format!("at most {}", whole(limit)), format!("lower it{means}")));
             }
             Error::MinLength { limit } => {
                 found.push(found_one(format!("at least {limit} characters"), format!("fill it in{means}")));
@@ -212,7 +212,7 @@ fn explain_rule(error: &cel::ValidationError, node: &Node) -> (Place, Finding) {
         place,
         Finding::new(
             field,
-            shorten_to(&error.message, 300),
+            format!("what the rule asks for ({})", shorten_to(&error.message, 300)),
             shown,
             format!("make `{}` hold", shorten_to(&error.rule, 200)),
         ),
@@ -379,6 +379,11 @@ fn distance(one: &str, other: &str) -> usize {
         row = next;
     }
     row.last().copied().unwrap_or_default()
+}
+
+/// A bound as people write it: `604800`, and not `604800.0`, which it is in a CRD.
+fn whole(limit: &Value) -> String {
+    limit.as_f64().map_or_else(|| limit.to_string(), |limit| limit.to_string())
 }
 
 /// A value as a message shows it.

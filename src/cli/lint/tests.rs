@@ -41,7 +41,7 @@ fn lint_texts(texts: &[(&str, &str)]) -> Outcome {
 #[case("task-type.yaml", 13, "spec.limits.toolCalls", "\"5\"; without quotes")]
 #[case("task-boolean-text.yaml", 14, "spec.agent.env[0].value", "true; quotes")]
 #[case("task-pattern.yaml", 13, "spec.agent.resources.memory", "512MiB; such as `512Mi`")]
-#[case("task-maximum.yaml", 13, "spec.limits.wallTimeSeconds", "604801; lower it")]
+#[case("task-maximum.yaml", 13, "spec.limits.wallTimeSeconds", "604801; lower it: Seconds that one attempt may run")]
 #[case("task-env-twice.yaml", 14, "spec.agent.env[1].name", "\"A\" again; rename or remove")]
 #[case("task-tool-twice.yaml", 12, "spec.tools[1]", "\"read-log\" again; rename or remove")]
 #[case("task-mount-rule.yaml", 15, "spec.workspace.mounts[0]", "an object; has(self.configMap)")]
@@ -84,7 +84,7 @@ fn one_error(#[case] file: &str, #[case] line: u64, #[case] field: &str, #[case]
     let (found, mend) = words.split_once("; ").unwrap_or(("", words.trim_start_matches("; ")));
     let outcome = lint_paths(&["e2e/lint/good.yaml", &format!("e2e/lint/{file}")]);
     let [one] = outcome.diagnostics.as_slice() else { panic!("{:#?}", outcome.diagnostics) };
-    let all = message(one);
+    let all = one.message();
     assert_eq!((one.line, one.field.as_str(), one.severity), (line, field, Severity::Error), "{all}");
     assert!(one.file.ends_with(file), "{one:?}");
     assert!(one.found.contains(found) && one.mend.contains(mend), "{all}");
