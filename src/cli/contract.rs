@@ -127,7 +127,12 @@ pub(super) async fn run(args: &Args, out: &mut dyn Write, notes: &mut dyn Write)
 
 /// All tools of a server, page by page.
 async fn list(url: &str, token: Option<&str>) -> Result<Vec<Tool>, CliError> {
-    let failed = |what: &str, error: &dyn std::fmt::Display| CliError::new(format!("{url}: {what}: {error}"));
+    let failed = |what: &str, error: &dyn std::fmt::Display| {
+        // rmcp puts the Rust type of its transport before the reason.
+        let text = error.to_string();
+        let reason = text.rsplit("] error: ").next().unwrap_or(&text);
+        CliError::new(format!("{url}: expected {what}, found none: {reason}"))
+    };
     if !url.starts_with("http://") && !url.starts_with("https://") {
         return Err(CliError::new(format!("--mcp: expected an http:// or https:// URL, found {url}")));
     }
@@ -137,15 +142,12 @@ async fn list(url: &str, token: Option<&str>) -> Result<Vec<Tool>, CliError> {
     }
     let transport = StreamableHttpClientTransport::from_config(config);
     let session =
-        ().serve(transport)
-            .await
-            .map_err(|error| failed("expected an MCP server that speaks streamable HTTP", &error))?;
+        ().serve(transport).await.map_err(|error| failed("an MCP server that speaks streamable HTTP", &error))?;
     let mut tools = Vec::new();
     let mut cursor = None;
     loop {
         let page = PaginatedRequestParams::default().with_cursor(cursor);
-        let page =
-            session.list_tools(Some(page)).await.map_err(|error| failed("expected its list of tools", &error))?;
+        let page = session.list_tools(Some(page)).await.map_err(|error| failed("its list of tools", &error))?;
         tools.extend(page.tools);
         if tools.len() > MOST_TOOLS {
             return Err(CliError::new(format!(
