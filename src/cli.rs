@@ -1,7 +1,8 @@
-//! The `belay` command: `verify` and `watch`, also as `kubectl belay`.
+//! The `belay` command: `contract`, `lint`, `verify` and `watch`, also as `kubectl belay`.
 //!
 //! Promises: one exit code a meaning, and nothing from a log, a task or a cluster reaches the terminal but through
-//! `terminal::Safe`. Refuses: to change anything, anywhere, but the folder that `--save` names.
+//! `terminal::Safe`. Refuses: to change anything, anywhere, but the folders that `--save` and
+//! `--out` name.
 
 use std::{
     ffi::OsString,
@@ -14,6 +15,10 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 /// Where the cluster is and which namespace is meant.
 mod cluster;
+/// `belay contract`.
+mod contract;
+/// `belay lint`.
+mod lint;
 /// Text that is safe to show, and colours.
 mod terminal;
 /// `belay verify`.
@@ -51,6 +56,8 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Contract(contract::Args),
+    Lint(lint::Args),
     Verify(verify::Args),
     Watch(watch::Args),
 }
@@ -69,6 +76,8 @@ pub async fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         }
     };
     let result = match cli.command {
+        Command::Contract(args) => contract::run(&args, &mut io::stdout().lock(), &mut io::stderr().lock()).await,
+        Command::Lint(args) => lint::run(&args, &mut io::stdout().lock(), &mut io::stderr().lock()),
         Command::Verify(args) => verify::run(&args, &mut io::stdout().lock()).await,
         Command::Watch(args) => watch::run(&args).await,
     };

@@ -10,7 +10,11 @@ use kube::{Resource, ResourceExt};
 
 use super::{Finding, condition, schema};
 use crate::{
-    api::{AgentTask, PolicyPack, ToolContract, policy_pack::WorkflowClass, tool_contract::ToolContractSpec},
+    api::{
+        AgentTask, PolicyPack, ToolContract,
+        policy_pack::WorkflowClass,
+        tool_contract::{self, ToolContractSpec},
+    },
     policy::{
         config::{
             EgressHost, EgressUse, HttpUpstream, Limits, McpUpstream, ModelEndpoints, ModelPrice, PackIdentity,
@@ -223,24 +227,32 @@ fn tool(
             "drop the tool from the task, or choose a class that allows the effect",
         ));
     }
-    let upstream = upstream(spec, &at, findings);
-    let target = match &upstream {
-        Some(Upstream::Mcp(mcp)) => Some(("upstream.mcp.url", allows(egress, &mcp.url, EgressUse::Tools))),
-        // The template's host is literal; its path is no URL yet.
-        Some(Upstream::Http(http)) => Request::parse(http).ok().map(|request| {
-            let allowed = egress::allow(egress, request.authority(), EgressUse::Tools).map(|_| ());
-            ("upstream.http.url", allowed.map_err(|denied| format!("`{}`: {}", http.url, denied.reason)))
-        }),
-        None => None,
-    };
-    if let Some((field, Err(found))) = target {
+    // A URL that is none is found with the contract itself.
+    if let Some(authority) = authority_of(&spec.upstream)
+        && let Err(denied) = egress::allow(egress, &authority, EgressUse::Tools)
+    {
+        let (mcp, http) = (spec.upstream.mcp.as_ref(), spec.upstream.http.as_ref());
+        let url = mcp.map(|mcp| &mcp.url).or_else(|| http.map(|http| &http.url)).map_or("", String::as_str);
         findings.push(Finding::new(
-            at(field),
+            at(if mcp.is_some() { "upstream.mcp.url" } else { "upstream.http.url" }),
             format!("a host and port that class `{}` lists in its egress for `Tools`", class.name),
-            found,
+            format!("`{url}`: {}", denied.reason),
             "use a listed upstream, or have the host added to the class",
         ));
     }
+    let tool = check_contract(contract).map_err(|found| findings.extend(found)).ok();
+    tool.filter(|_| findings.len() == before)
+}
+
+/// Checks a contract by itself, whatever names it, and gives the tool as it is enforced.
+///
+/// # Errors
+/// Everything that is wrong, at once.
+pub fn check_contract(contract: &ToolContract) -> Result<Tool, Vec<Finding>> {
+    let (name, spec) = (contract.name_any(), &contract.spec);
+    let at = |field: &str| format!("ToolContract/{name} spec.{field}");
+    let mut findings = Vec::new();
+    let upstream = upstream(spec, &at, &mut findings);
     for (index, condition) in spec.preconditions.iter().enumerate() {
         if let Err(error) = condition::check(&condition.cel) {
             findings.push(Finding::new(
@@ -262,18 +274,16 @@ fn tool(
     let output =
         spec.output.as_ref().and_then(|output| judged("output", schema::check(output).map(|()| output.clone())));
     if let (Some(Upstream::Http(http)), Some(input)) = (&upstream, &input) {
-        places(http, input, &at, findings);
+        places(http, input, &at, &mut findings);
     }
-    let limits = tool_limits(spec, &at, findings);
-    if findings.len() > before {
-        return None;
-    }
-    Some(Tool {
-        contract: name.to_owned(),
+    let limits = tool_limits(spec, &at, &mut findings);
+    let (Some(upstream), Some(input), true) = (upstream, input, findings.is_empty()) else { return Err(findings) };
+    Ok(Tool {
+        contract: name,
         name: spec.tool.clone(),
         description: spec.description.clone(),
-        upstream: upstream?,
-        input: input?,
+        upstream,
+        input,
         output,
         limits,
         preconditions: spec
@@ -289,6 +299,20 @@ fn tool(
     })
 }
 
+/// Host and port of a contract's upstream, where it is well formed.
+pub fn authority_of(upstream: &tool_contract::Upstream) -> Option<Authority> {
+    match (&upstream.mcp, &upstream.http) {
+        (Some(mcp), None) => authority(&mcp.url).ok(),
+        // The template's host is literal; its path is no URL yet.
+        (None, Some(http)) => Request::parse(&of_http(http)).ok().map(|request| request.authority().clone()),
+        _ => None,
+    }
+}
+
+fn of_http(http: &tool_contract::HttpUpstream) -> HttpUpstream {
+    HttpUpstream { method: http.method, url: http.url.clone(), query: http.query.clone() }
+}
+
 /// The contract's one upstream, well formed.
 fn upstream(spec: &ToolContractSpec, at: &impl Fn(&str) -> String, findings: &mut Vec<Finding>) -> Option<Upstream> {
     match (&spec.upstream.mcp, &spec.upstream.http) {
@@ -302,6 +326,14 @@ fn upstream(spec: &ToolContractSpec, at: &impl Fn(&str) -> String, findings: &mu
                     "take the digest from a denial by tool.changed or from an intent in the evidence",
                 ));
             }
+            if let Err(reason) = authority(&mcp.url) {
+                findings.push(Finding::new(
+                    at("upstream.mcp.url"),
+                    "the URL of an MCP server",
+                    format!("`{}`: {reason}", mcp.url),
+                    "correct it",
+                ));
+            }
             Some(Upstream::Mcp(McpUpstream {
                 url: mcp.url.clone(),
                 tool: mcp.tool.clone(),
@@ -309,7 +341,7 @@ fn upstream(spec: &ToolContractSpec, at: &impl Fn(&str) -> String, findings: &mu
             }))
         }
         (None, Some(http)) => {
-            let http = HttpUpstream { method: http.method, url: http.url.clone(), query: http.query.clone() };
+            let http = of_http(http);
             if let Err(error) = Request::parse(&http) {
                 findings.push(Finding::new(
                     at("upstream.http.url"),
@@ -415,6 +447,16 @@ fn tool_limits(spec: &ToolContractSpec, at: &impl Fn(&str) -> String, findings: 
         request_bytes: asked.request_bytes,
         response_bytes: asked.response_bytes,
     }
+}
+
+/// What is wrong with the classes of a pack by themselves, whatever task names them.
+pub fn check_pack(pack: &PolicyPack) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    for class in &pack.spec.workflow_classes {
+        let egress = egress_hosts(pack, class, &mut findings);
+        models(pack, class, &egress, &mut findings);
+    }
+    findings
 }
 
 /// The pack's model endpoints, as far as the class may reach them. A class that lists hosts for models and reaches no

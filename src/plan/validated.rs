@@ -265,15 +265,7 @@ fn digest(policy: &PolicyConfig, findings: &mut Vec<Finding>) -> Option<String> 
 fn resources(task: &AgentTask, class: &WorkflowClass, findings: &mut Vec<Finding>) -> Option<AgentResources> {
     let (asked, most) = (&task.spec.agent.resources, &class.resources);
     let mut one = |field: &str, asked: &Option<String>, most: &Option<String>, default: &str| {
-        let ceiling = most.as_deref().unwrap_or(default);
-        let ceiling = Quantity::parse(ceiling).map_err(|found| {
-            findings.push(Finding::new(
-                format!("PolicyPack spec.workflowClasses[{}].resources.{field}", class.name),
-                "a quantity above zero, such as `500m` or `512Mi`",
-                found.to_string(),
-                "correct the pack",
-            ));
-        });
+        let ceiling = ceiling(class, field, most, default, findings);
         let asked = asked.as_deref().map(Quantity::parse).transpose().map_err(|found| {
             findings.push(Finding::new(
                 format!("spec.agent.resources.{field}"),
@@ -282,7 +274,7 @@ fn resources(task: &AgentTask, class: &WorkflowClass, findings: &mut Vec<Finding
                 "correct it, or leave it out to get what the class gives",
             ));
         });
-        let (ceiling, asked) = (ceiling.ok()?, asked.ok()?);
+        let (ceiling, asked) = (ceiling?, asked.ok()?);
         if let Some(asked) = asked.as_ref().filter(|asked| **asked > ceiling) {
             findings.push(Finding::new(
                 format!("spec.agent.resources.{field}"),
@@ -297,6 +289,35 @@ fn resources(task: &AgentTask, class: &WorkflowClass, findings: &mut Vec<Finding
     let memory = one("memory", &asked.memory, &most.memory, DEFAULT_MEMORY);
     let storage = one("ephemeralStorage", &asked.ephemeral_storage, &most.ephemeral_storage, DEFAULT_EPHEMERAL_STORAGE);
     Some(AgentResources { cpu: cpu?, memory: memory?, ephemeral_storage: storage? })
+}
+
+/// What is wrong with the room that a class gives, whatever task names it.
+pub fn check_class(class: &WorkflowClass) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    let most = &class.resources;
+    ceiling(class, "cpu", &most.cpu, DEFAULT_CPU, &mut findings);
+    ceiling(class, "memory", &most.memory, DEFAULT_MEMORY, &mut findings);
+    ceiling(class, "ephemeralStorage", &most.ephemeral_storage, DEFAULT_EPHEMERAL_STORAGE, &mut findings);
+    findings
+}
+
+fn ceiling(
+    class: &WorkflowClass,
+    field: &str,
+    most: &Option<String>,
+    default: &str,
+    findings: &mut Vec<Finding>,
+) -> Option<Quantity> {
+    let ceiling = Quantity::parse(most.as_deref().unwrap_or(default));
+    let ceiling = ceiling.map_err(|found| {
+        findings.push(Finding::new(
+            format!("PolicyPack spec.workflowClasses[{}].resources.{field}", class.name),
+            "a quantity above zero, such as `500m` or `512Mi`",
+            found.to_string(),
+            "correct the pack",
+        ));
+    });
+    ceiling.ok()
 }
 
 fn env(task: &AgentTask, findings: &mut Vec<Finding>) -> Vec<(EnvName, String)> {

@@ -1,0 +1,185 @@
+//! `belay contract init`: what an MCP server lists becomes drafts of contracts, for a person to read.
+//!
+//! Promises: a draft is never wider than what was listed, says what of the list could not be kept, and passes `belay lint`.
+//! Refuses: to call a tool, to overwrite a file, to believe a server that calls its own tool harmless without saying that it
+//! was the server who said so.
+
+use std::{
+    fs::{self, File},
+    io::Write,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use clap::Subcommand;
+use rmcp::{
+    ServiceExt,
+    model::{PaginatedRequestParams, Tool},
+    transport::{StreamableHttpClientTransport, streamable_http_client::StreamableHttpClientTransportConfig},
+};
+
+use self::draft::{Draft, drafts};
+use super::{
+    CliError,
+    lint::{Source, lint},
+    terminal::Safe,
+};
+
+mod draft;
+#[cfg(test)]
+mod tests;
+
+/// How long a server may take over all of it.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Most tools that are drafted: nobody reviews more, and a server may list pages without end.
+const MOST_TOOLS: usize = 1000;
+
+/// Work on ToolContracts.
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Init(Init),
+}
+
+/// Draft a ToolContract for each tool that an MCP server lists.
+///
+/// Lists the tools and calls none. Each draft says what a call may look like and what it may change, as narrowly as the list
+/// allows it: arguments that the schema does not name are refused, and a tool that does not say otherwise writes.
+#[derive(Debug, clap::Args)]
+#[command(after_long_help = "\
+Examples:
+  belay contract init --mcp https://tickets.example.com/mcp --namespace incidents --out contracts/
+      A file a tool. Read each, delete what agents do not need, tighten the rest, then lint and apply.
+  kubectl -n tools port-forward svc/tickets 8000:80 &
+  belay contract init --mcp http://localhost:8000/mcp --url http://tickets.tools.example.com/mcp > contracts.yaml
+      The server through a tunnel; the contracts say how the gateway will reach it.
+
+What to look at in a draft:
+  description  the agent reads it, and the server wrote it: it must describe, not instruct
+  sideEffect   read only where the server says readOnlyHint, external where it says openWorldHint, write otherwise
+  input        bounds: maxLength, pattern, enum. What the server left open, an agent may fill as it likes
+  preconditions  there are none in a draft
+
+Exit codes:
+  0  drafts were written
+  2  they were not: no such server, no tools, or a file is there already")]
+struct Init {
+    /// The MCP server to ask (streamable HTTP)
+    #[arg(long, value_name = "URL")]
+    mcp: String,
+    /// The server's URL as the gateway will reach it [default: that of --mcp]
+    #[arg(long, value_name = "URL")]
+    url: Option<String>,
+    /// Namespace of the contracts [default: none, so that a kustomization or kubectl decides]
+    #[arg(short, long)]
+    namespace: Option<String>,
+    /// Folder for a file a tool; without it they go to standard output
+    #[arg(short, long, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// Bearer token for the server; it is not written anywhere
+    #[arg(long, env = "BELAY_MCP_TOKEN", hide_env_values = true)]
+    token: Option<String>,
+}
+
+/// Runs the command and gives the exit code.
+pub(super) async fn run(args: &Args, out: &mut dyn Write, notes: &mut dyn Write) -> Result<u8, CliError> {
+    let Command::Init(args) = &args.command;
+    let tools = tokio::time::timeout(PATIENCE, list(&args.mcp, args.token.as_deref())).await.map_err(|_| {
+        CliError::new(format!(
+            "{}: expected its tools within {} s, found no end; try again",
+            args.mcp,
+            PATIENCE.as_secs()
+        ))
+    })??;
+    let (drafts, left_out) = drafts(&tools, args.url.as_deref().unwrap_or(&args.mcp), args.namespace.as_deref());
+    for reason in &left_out {
+        writeln!(notes, "left out: {}", Safe(reason))?;
+    }
+    if drafts.is_empty() {
+        return Err(CliError::new(format!("{}: expected tools, found none that a contract can name", args.mcp)));
+    }
+    match &args.out {
+        Some(folder) => write_files(folder, &drafts)?,
+        None => {
+            for (index, draft) in drafts.iter().enumerate() {
+                write!(out, "{}{}", if index == 0 { "" } else { "---\n" }, draft.text)?;
+            }
+        }
+    }
+    // What is not the server's to mend, such as an address where the gateway wants a name.
+    for draft in &drafts {
+        let path = format!("{}.yaml", draft.name).into();
+        let outcome =
+            lint(&[Source { path, bytes: draft.text.clone().into_bytes() }], "default").map_err(CliError::new)?;
+        for found in &outcome.diagnostics {
+            writeln!(notes, "belay lint will say: {}", Safe(&found.to_string()))?;
+        }
+    }
+    let place = args.out.as_ref().map_or_else(String::new, |folder| format!(" in {}", folder.display()));
+    writeln!(notes, "{} drafts{}: review each before you apply it", drafts.len(), Safe(&place))?;
+    Ok(0)
+}
+
+/// All tools of a server, page by page.
+async fn list(url: &str, token: Option<&str>) -> Result<Vec<Tool>, CliError> {
+    let failed = |what: &str, error: &dyn std::fmt::Display| {
+        // rmcp puts the Rust type of its transport before the reason.
+        let text = error.to_string();
+        let reason = text.rsplit("] error: ").next().unwrap_or(&text);
+        CliError::new(format!("{url}: expected {what}, found none: {reason}"))
+    };
+    if !url.starts_with("http://") && !url.starts_with("https://") {
+        return Err(CliError::new(format!("--mcp: expected an http:// or https:// URL, found {url}")));
+    }
+    let mut config = StreamableHttpClientTransportConfig::with_uri(url);
+    if let Some(token) = token {
+        config = config.auth_header(token);
+    }
+    let transport = StreamableHttpClientTransport::from_config(config);
+    let session =
+        ().serve(transport).await.map_err(|error| failed("an MCP server that speaks streamable HTTP", &error))?;
+    let mut tools = Vec::new();
+    let mut cursor = None;
+    loop {
+        let page = PaginatedRequestParams::default().with_cursor(cursor);
+        let page = session.list_tools(Some(page)).await.map_err(|error| failed("its list of tools", &error))?;
+        tools.extend(page.tools);
+        if tools.len() > MOST_TOOLS {
+            return Err(CliError::new(format!(
+                "{url}: expected at most {MOST_TOOLS} tools, found more; a contract a tool is for people to read"
+            )));
+        }
+        cursor = page.next_cursor;
+        if cursor.is_none() {
+            break;
+        }
+    }
+    // The list is here; a session that does not close is the server's affair.
+    let _ = session.cancel().await;
+    Ok(tools)
+}
+
+/// Writes a file a draft, or none: what is there stays as it is.
+fn write_files(folder: &Path, drafts: &[Draft]) -> Result<(), CliError> {
+    let path = |draft: &Draft| folder.join(format!("{}.yaml", draft.name));
+    let failed =
+        |path: &Path, error: &std::io::Error| CliError::new(format!("{}: cannot be written: {error}", path.display()));
+    if let Some(there) = drafts.iter().map(path).find(|path| path.symlink_metadata().is_ok()) {
+        return Err(CliError::new(format!(
+            "{}: expected no such file, found one; remove it, or name another folder (nothing was written)",
+            there.display()
+        )));
+    }
+    fs::create_dir_all(folder).map_err(|error| failed(folder, &error))?;
+    for draft in drafts {
+        let path = path(draft);
+        let mut file = File::create_new(&path).map_err(|error| failed(&path, &error))?;
+        file.write_all(draft.text.as_bytes()).map_err(|error| failed(&path, &error))?;
+    }
+    Ok(())
+}

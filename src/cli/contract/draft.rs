@@ -1,0 +1,271 @@
+//! A listed tool becomes the text of a contract. No network here.
+
+use std::collections::BTreeSet;
+
+use rmcp::model::Tool;
+use serde_json::{Map, Value, json};
+
+use crate::{
+    cli::terminal::Safe,
+    plan::schema,
+    policy::{config::SideEffect, definition::Definition},
+};
+
+/// Longest description that a contract may have, as in the CRD.
+const LONGEST_DESCRIPTION: usize = 4096;
+/// Longest name of a tool, as in the CRD.
+const LONGEST_TOOL: usize = 128;
+/// Longest name that a draft gives its contract.
+const LONGEST_NAME: usize = 63;
+/// Most fields at the top of an input schema, as in the CRD.
+const MOST_FIELDS: usize = 64;
+
+/// Words of ours and of JSON Schema that need no quotes.
+const BARE: [&str; 11] = [
+    "belay.dev/v1alpha1",
+    "ToolContract",
+    "read",
+    "write",
+    "external",
+    "object",
+    "array",
+    "string",
+    "integer",
+    "number",
+    "boolean",
+];
+
+/// The text of a contract.
+pub(super) struct Draft {
+    /// `metadata.name`, also that of its file.
+    pub(super) name: String,
+    /// YAML with comments.
+    pub(super) text: String,
+}
+
+/// A draft a tool, and why a tool has none.
+pub(super) fn drafts(tools: &[Tool], url: &str, namespace: Option<&str>) -> (Vec<Draft>, Vec<String>) {
+    let (mut names, mut tool_names) = (BTreeSet::new(), BTreeSet::new());
+    let (mut drafts, mut left_out) = (Vec::new(), Vec::new());
+    for tool in tools {
+        let listed = tool.name.as_ref();
+        if listed.is_empty() || listed.chars().count() > LONGEST_TOOL {
+            left_out.push(format!("expected a name of 1 to {LONGEST_TOOL} characters, found `{listed}`"));
+            continue;
+        }
+        let name = unique(&kubernetes_name(listed), "-", LONGEST_NAME, &mut names);
+        let tool_name = unique(&agent_name(listed), "_", LONGEST_TOOL, &mut tool_names);
+        drafts.push(draft(tool, name, tool_name, url, namespace));
+    }
+    (drafts, left_out)
+}
+
+fn draft(tool: &Tool, name: String, tool_name: String, url: &str, namespace: Option<&str>) -> Draft {
+    let mut comments = vec![
+        format!(
+            "DRAFT, made by `belay contract init` from what {url} lists. A person must review each line before it is applied:"
+        ),
+        "the server wrote the description, which the agent will read, and the schema, and nobody has checked either."
+            .to_owned(),
+    ];
+    if tool_name != tool.name {
+        comments
+            .push(format!("tool: the server's name `{}` has characters that an agent's tool may not have.", tool.name));
+    }
+    let (side_effect, reason) = side_effect(tool);
+    comments.push(format!("sideEffect: {reason}"));
+    let (description, cut) = description(tool);
+    comments.extend(cut.map(|cut| format!("description: {cut}")));
+    let (input, dropped) = input(&tool.input_schema);
+    comments.extend(dropped.into_iter().map(|dropped| format!("input: {dropped}")));
+    let mut metadata = json!({"name": name});
+    if let (Some(namespace), Some(metadata)) = (namespace, metadata.as_object_mut()) {
+        metadata.insert("namespace".into(), namespace.into());
+    }
+    let head = [("apiVersion", json!("belay.dev/v1alpha1")), ("kind", json!("ToolContract")), ("metadata", metadata)];
+    let mut upstream = json!({"url": url, "tool": tool.name});
+    // What a person reviews is what is pinned.
+    if let (Ok(definition), Some(upstream)) = (
+        serde_json::to_value(tool).map_err(drop).and_then(|tool| Definition::of(&tool).map_err(drop)),
+        upstream.as_object_mut(),
+    ) {
+        upstream.insert("digest".into(), definition.digest.into());
+    }
+    let spec = [
+        ("tool", json!(tool_name)),
+        ("description", json!(description)),
+        ("sideEffect", json!(side_effect.as_str())),
+        ("upstream", json!({"mcp": upstream})),
+        ("input", input),
+    ];
+    let mut text = String::new();
+    for comment in comments {
+        text.push_str(&format!("# {}\n", Safe(&comment)));
+    }
+    head.iter().for_each(|(key, value)| yaml(key, value, 0, &mut text));
+    text.push_str("spec:\n");
+    spec.iter().for_each(|(key, value)| yaml(key, value, 1, &mut text));
+    Draft { name, text }
+}
+
+/// Block YAML with every string in JSON's quotes: what a server wrote can neither end its line nor become something else than
+/// text, whichever version of YAML reads it.
+fn yaml(key: &str, value: &Value, depth: usize, text: &mut String) {
+    let indent = "  ".repeat(depth);
+    match value {
+        Value::Object(map) if !map.is_empty() => {
+            text.push_str(&format!("{indent}{}:\n", name(key)));
+            map.iter().for_each(|(key, value)| yaml(key, value, depth + 1, text));
+        }
+        other => text.push_str(&format!("{indent}{}: {}\n", name(key), scalar(other))),
+    }
+}
+
+/// A key, bare where every YAML reads it as the same text.
+fn name(key: &str) -> String {
+    const WORDS: [&str; 9] = ["y", "n", "yes", "no", "on", "off", "true", "false", "null"];
+    let plain = key.chars().all(|c| c.is_ascii_alphanumeric())
+        && key.starts_with(|c: char| c.is_ascii_alphabetic())
+        && !WORDS.contains(&key.to_ascii_lowercase().as_str());
+    if plain { key.to_owned() } else { scalar(&key.into()) }
+}
+
+fn scalar(value: &Value) -> String {
+    match value {
+        Value::String(word) if BARE.contains(&word.as_str()) => word.clone(),
+        other => crate::cli::terminal::safe_json(&other.to_string()),
+    }
+}
+
+/// What a call may change, and why that is thought.
+fn side_effect(tool: &Tool) -> (SideEffect, String) {
+    let hints = tool.annotations.as_ref();
+    let hint = |hint: Option<bool>| hint == Some(true);
+    let destructive = hints.and_then(|hints| hints.destructive_hint);
+    if hint(hints.and_then(|hints| hints.read_only_hint)) {
+        // A tool that says both contradicts itself, and the worse is believed.
+        if hint(destructive) {
+            let reason = "write, because the server says both readOnlyHint and destructiveHint.";
+            return (SideEffect::Write, reason.to_owned());
+        }
+        return (
+            SideEffect::Read,
+            "read, because the server says readOnlyHint. Check that it is true: a read is not held back.".to_owned(),
+        );
+    }
+    if hint(hints.and_then(|hints| hints.open_world_hint)) {
+        let reason = "external, because the server says openWorldHint: it reaches beyond what the organisation owns.";
+        return (SideEffect::External, reason.to_owned());
+    }
+    let reason =
+        "write, because the server does not say readOnlyHint. If it sends mail, pays or posts, make it external.";
+    (SideEffect::Write, reason.to_owned())
+}
+
+fn description(tool: &Tool) -> (String, Option<String>) {
+    let listed = tool.description.as_deref().or(tool.title.as_deref()).map(str::trim).unwrap_or_default();
+    if listed.is_empty() {
+        let none = "the server lists none. Say what the tool does.";
+        return (format!("The tool {} of an MCP server.", tool.name), Some(none.to_owned()));
+    }
+    match listed.char_indices().nth(LONGEST_DESCRIPTION) {
+        Some((end, _)) => (
+            listed.get(..end).unwrap_or_default().to_owned(),
+            Some(format!("cut after {LONGEST_DESCRIPTION} characters. Shorten it.")),
+        ),
+        None => (listed.to_owned(), None),
+    }
+}
+
+/// The schema as it will be enforced, and what of the listed one is not in it.
+fn input(listed: &Map<String, Value>) -> (Value, Vec<String>) {
+    /// More that is wrong than a person would mend.
+    const MOST: usize = 64;
+    let mut schema = Value::Object(listed.clone());
+    let mut dropped = Vec::new();
+    let without_arguments = |mut dropped: Vec<String>, why: String| {
+        dropped.push(format!("{why}; the draft takes no arguments at all. Write the schema yourself."));
+        (json!({"type": "object", "additionalProperties": false}), dropped)
+    };
+    if listed.len() >= MOST_FIELDS {
+        return without_arguments(
+            dropped,
+            format!("the listed schema has more than {MOST_FIELDS} keywords at its top"),
+        );
+    }
+    for _ in 0..MOST {
+        let errors = match schema::close(&schema) {
+            Ok(closed) => return (closed, dropped),
+            Err(errors) => errors,
+        };
+        let mut mended = false;
+        for error in errors {
+            let what = format!("{} was dropped: expected {}, found {}", error.pointer, error.expected, error.found);
+            if error.pointer == "/type" {
+                if let Some(root) = schema.as_object_mut() {
+                    root.insert("type".into(), "object".into());
+                    dropped.push(format!("type is `object`, because arguments are one; found {}.", error.found));
+                    mended = true;
+                }
+            } else if remove(&mut schema, &error.pointer) {
+                dropped.push(if error.pointer == "/$schema" {
+                    format!(
+                        "$schema was dropped: found {}, and it is read as draft 2020-12. Check what differs.",
+                        error.found
+                    )
+                } else {
+                    format!("{what}. What it forbade is allowed now: write it anew.")
+                });
+                mended = true;
+            }
+        }
+        if !mended {
+            break;
+        }
+    }
+    let why = schema::close(&schema).err().and_then(|errors| errors.into_iter().next());
+    let why = why.map_or_else(String::new, |error| format!(" (expected {}, found {})", error.expected, error.found));
+    without_arguments(dropped, format!("the listed schema cannot be used{why}"))
+}
+
+/// Takes out what a JSON Pointer leads to. An item of a list takes its list with it: the others have their places.
+fn remove(schema: &mut Value, pointer: &str) -> bool {
+    let mut pointer = pointer;
+    while let Some((parent, key)) = pointer.rsplit_once('/') {
+        if let Some(map) = schema.pointer_mut(parent).and_then(Value::as_object_mut) {
+            return map.remove(&key.replace("~1", "/").replace("~0", "~")).is_some();
+        }
+        pointer = parent;
+    }
+    false
+}
+
+fn kubernetes_name(listed: &str) -> String {
+    let mut name = String::new();
+    for c in listed.chars() {
+        match c.to_ascii_lowercase() {
+            c if c.is_ascii_alphanumeric() => name.push(c),
+            _ if name.is_empty() || name.ends_with('-') => {}
+            _ => name.push('-'),
+        }
+    }
+    let name = name.get(..LONGEST_NAME).unwrap_or(&name).trim_matches('-');
+    if name.is_empty() { "tool".to_owned() } else { name.to_owned() }
+}
+
+fn agent_name(listed: &str) -> String {
+    listed.chars().map(|c| if c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '-') { c } else { '_' }).collect()
+}
+
+/// The name, with a number behind it if it is taken.
+fn unique(name: &str, separator: &str, longest: usize, taken: &mut BTreeSet<String>) -> String {
+    let mut candidate = name.to_owned();
+    let mut number = 1_u32;
+    while !taken.insert(candidate.clone()) {
+        number += 1;
+        let end = format!("{separator}{number}");
+        let room = longest.saturating_sub(end.len());
+        candidate = format!("{}{end}", name.get(..room).unwrap_or(name));
+    }
+    candidate
+}

@@ -1,0 +1,203 @@
+//! `belay lint`: manifests, offline, before anybody applies them.
+//!
+//! Promises: reads what it is given and nothing else; the same findings as operator, gateway and API server, with file and line.
+//! Refuses: to pass over a folder in which there is nothing to check, and to change anything.
+
+use std::{
+    fs,
+    io::{Read, Write},
+    path::{Path, PathBuf},
+    thread,
+};
+
+use clap::ValueEnum;
+
+use self::check::{Diagnostic, Outcome, Severity};
+pub(super) use self::check::{Source, lint};
+use super::{
+    CliError,
+    terminal::{Safe, safe_json},
+};
+
+mod check;
+mod document;
+mod schema;
+#[cfg(test)]
+mod tests;
+mod types;
+
+/// CEL is compiled and documents are walked by recursion, within limits; this is far beyond them even in a debug build.
+const STACK: usize = 256 << 20;
+/// Largest file that is read: an API server takes 1.5 MiB an object.
+const LARGEST: u64 = 64 << 20;
+
+/// Check AgentTasks, ToolContracts and PolicyPacks together, offline, with file and line.
+///
+/// Reads every .yaml, .yml and .json file below the folders, and passes over what is of other kinds. Each object is judged as
+/// the API server would (types, bounds, unknown fields, rules of the CRD), each contract and pack by itself as operator and
+/// gateway would (JSON Schema, CEL and its types), and each task with the contracts it names and the pack whose
+/// namespaceSelector selects its Namespace.
+#[derive(Debug, clap::Args)]
+#[command(after_long_help = "\
+Examples:
+  belay lint policy-packs/prod teams/incidents
+      What one environment will hold: its pack, and a team's namespace, contracts and tasks.
+  kubectl kustomize overlays/prod | belay lint -
+      What kustomize makes of it: patches and generators included, lines those of its output.
+  belay lint . --output github
+      As annotations of a pull request.
+
+Where the Namespace is among the files, its labels choose the pack. Where it is not, a task is in order if any of the packs
+admits it, and a note says so. kustomization.yaml counts for the namespace that it sets and for the patches that it lists,
+which are passed over.
+
+Each finding is one line:
+  FILE:LINE:COLUMN: error|warning: FIELD: expected …, found …; what to do
+
+Exit codes:
+  0  nothing is wrong
+  1  something is: an error, or with --strict a warning
+  2  nothing was checked: no such file, none of our objects in it, or the command line is wrong")]
+pub(super) struct Args {
+    /// Folders and files; - is standard input
+    #[arg(required = true, value_name = "DIR|FILE")]
+    paths: Vec<PathBuf>,
+    /// Namespace of objects that name none, where no kustomization.yaml sets one
+    #[arg(short, long, default_value = "default")]
+    namespace: String,
+    /// Warnings count as errors
+    #[arg(long)]
+    strict: bool,
+    /// How findings are shown
+    #[arg(short, long, value_enum, default_value_t = Output::Text)]
+    output: Output,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Output {
+    /// A line each
+    Text,
+    /// One JSON array of objects
+    Json,
+    /// Annotations of GitHub Actions
+    Github,
+}
+
+/// Lints, prints, and gives the exit code.
+pub(super) fn run(args: &Args, out: &mut dyn Write, notes: &mut dyn Write) -> Result<u8, CliError> {
+    let mut sources = Vec::new();
+    for path in &args.paths {
+        gather(path, &mut sources)?;
+    }
+    let outcome = on_a_large_stack(&sources, &args.namespace)?;
+    if outcome.objects == 0 && outcome.diagnostics.is_empty() {
+        return Err(CliError::new(format!(
+            "expected an AgentTask, ToolContract or PolicyPack in {}, found none in {} files; name the folder that holds them",
+            args.paths.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", "),
+            sources.len()
+        )));
+    }
+    print(&outcome.diagnostics, args.output, out)?;
+    for note in &outcome.notes {
+        writeln!(notes, "note: {}", Safe(note))?;
+    }
+    let errors = outcome.diagnostics.iter().filter(|found| found.severity == Severity::Error).count();
+    let warnings = outcome.diagnostics.len() - errors;
+    writeln!(notes, "{} objects in {} files: {errors} errors, {warnings} warnings", outcome.objects, sources.len())?;
+    Ok(u8::from(errors > 0 || args.strict && warnings > 0))
+}
+
+fn on_a_large_stack(sources: &[Source], namespace: &str) -> Result<Outcome, CliError> {
+    thread::scope(|scope| {
+        let worker = thread::Builder::new()
+            .stack_size(STACK)
+            .spawn_scoped(scope, || lint(sources, namespace))
+            .map_err(|error| CliError::new(format!("cannot start a thread: {error}")))?;
+        let outcome = worker
+            .join()
+            .map_err(|_| CliError::new("the check broke off; please report the files that it was given"))?;
+        outcome.map_err(CliError::new)
+    })
+}
+
+fn print(diagnostics: &[Diagnostic], output: Output, out: &mut dyn Write) -> Result<(), CliError> {
+    match output {
+        Output::Json => {
+            let json = serde_json::to_string_pretty(diagnostics).map_err(|error| CliError::new(error.to_string()))?;
+            writeln!(out, "{}", safe_json(&json))?;
+        }
+        Output::Text => {
+            for found in diagnostics {
+                writeln!(out, "{}", Safe(&found.to_string()))?;
+            }
+        }
+        Output::Github => {
+            for found in diagnostics {
+                let file = escape(&found.file).replace(':', "%3A").replace(',', "%2C");
+                let (kind, line, column) = (found.severity.as_str(), found.line, found.column);
+                writeln!(out, "::{kind} file={file},line={line},col={column}::{}", escape(&found.message()))?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Text of a workflow command of GitHub Actions: `%` is its escape, and a newline would end it.
+fn escape(text: &str) -> String {
+    Safe(&text.replace('%', "%25").replace('\r', "%0D").replace('\n', "%0A")).to_string()
+}
+
+/// Reads a file, or all manifests below a folder in the order of their names.
+fn gather(path: &Path, sources: &mut Vec<Source>) -> Result<(), CliError> {
+    if path == Path::new("-") {
+        let mut bytes = Vec::new();
+        std::io::stdin().take(LARGEST).read_to_end(&mut bytes).map_err(|error| unreadable(path, &error))?;
+        sources.push(Source { path: "<stdin>".into(), bytes });
+        return Ok(());
+    }
+    let metadata = fs::metadata(path).map_err(|error| unreadable(path, &error))?;
+    if !metadata.is_dir() {
+        return read(path, metadata.len(), sources);
+    }
+    let mut entries = fs::read_dir(path)
+        .and_then(Iterator::collect::<Result<Vec<_>, _>>)
+        .map_err(|error| unreadable(path, &error))?;
+    entries.sort_by_key(fs::DirEntry::file_name);
+    for entry in entries {
+        let (path, name) = (entry.path(), entry.file_name());
+        if name.to_string_lossy().starts_with('.') {
+            continue;
+        }
+        let kind = entry.file_type().map_err(|error| unreadable(&path, &error))?;
+        let manifest = name == "Kustomization"
+            || path.extension().and_then(|extension| extension.to_str()).is_some_and(|extension| {
+                ["yaml", "yml", "json"].iter().any(|known| extension.eq_ignore_ascii_case(known))
+            });
+        // A link to a folder may lead in a circle; what it leads to can be named.
+        if kind.is_dir() {
+            gather(&path, sources)?;
+        } else if manifest
+            && let Ok(metadata) = fs::metadata(&path)
+            && metadata.is_file()
+        {
+            read(&path, metadata.len(), sources)?;
+        }
+    }
+    Ok(())
+}
+
+fn read(path: &Path, size: u64, sources: &mut Vec<Source>) -> Result<(), CliError> {
+    if size > LARGEST {
+        return Err(CliError::new(format!(
+            "{}: expected a file of at most {LARGEST} bytes, found {size}; leave it out",
+            path.display()
+        )));
+    }
+    let bytes = fs::read(path).map_err(|error| unreadable(path, &error))?;
+    sources.push(Source { path: path.to_owned(), bytes });
+    Ok(())
+}
+
+fn unreadable(path: &Path, error: &std::io::Error) -> CliError {
+    CliError::new(format!("{}: cannot be read: {error}", path.display()))
+}

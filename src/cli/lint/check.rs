@@ -1,0 +1,633 @@
+//! Files in, findings out: no file, clock or network is touched here.
+//!
+//! ```text
+//! sources ─▶ document ─▶ schema ─▶ plan, contract and pack by themselves ─▶ plan, each task with what it names ─▶ diagnostics
+//! ```
+//!
+//! Promises: what operator, gateway and API server would refuse is found with its line, once, and everything in one pass.
+//! Refuses: to take what is not among the files for wrong. A namespace, pack or field that lies elsewhere is said in a note.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashSet},
+    fmt,
+    path::{Component, Path, PathBuf},
+};
+
+use kube::{
+    ResourceExt,
+    core::{ObjectMeta, Selector},
+};
+use serde::{Serialize, de::DeserializeOwned};
+use serde_json::Value;
+
+use super::{
+    document::{self, Node, Place},
+    schema::{Kind, nearest},
+    types,
+};
+use crate::{
+    api::{
+        AgentTask, PolicyPack, PolicyPackSpec, ToolContract,
+        agent_task::{Limits, Resources},
+        all_crds,
+        policy_pack::{EgressRule, EvidencePolicy, Models, RetentionMode, WorkflowClass},
+    },
+    plan::{Finding, config, pack_among, validated},
+    policy::config::{EgressUse, SideEffect},
+};
+
+/// Where operator and gateway are, unless somebody installed them elsewhere: no task may run there.
+const SYSTEM_NAMESPACE: &str = "belay-system";
+/// Names under which `kustomize` looks for its own file.
+const KUSTOMIZATIONS: [&str; 3] = ["kustomization.yaml", "kustomization.yml", "Kustomization"];
+
+/// A file that was read.
+pub(in crate::cli) struct Source {
+    /// As it was given or found.
+    pub(in crate::cli) path: PathBuf,
+    /// Its bytes.
+    pub(in crate::cli) bytes: Vec<u8>,
+}
+
+/// How bad it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(in crate::cli) enum Severity {
+    /// It will be refused, or deny what it was meant to allow.
+    Error,
+    /// It works, and is probably not what was meant.
+    Warning,
+}
+
+impl Severity {
+    /// The word in a message.
+    pub(super) fn as_str(self) -> &'static str {
+        match self {
+            Self::Error => "error",
+            Self::Warning => "warning",
+        }
+    }
+}
+
+/// One thing that is wrong, where, and what to do about it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(in crate::cli) struct Diagnostic {
+    /// The file.
+    pub(in crate::cli) file: String,
+    /// From 1.
+    pub(in crate::cli) line: u64,
+    /// From 1.
+    pub(in crate::cli) column: u64,
+    /// How bad it is.
+    pub(in crate::cli) severity: Severity,
+    /// Path of the field in its document.
+    pub(in crate::cli) field: String,
+    /// What was expected there.
+    pub(in crate::cli) expected: String,
+    /// What was found.
+    pub(in crate::cli) found: String,
+    /// What to do.
+    pub(in crate::cli) mend: String,
+}
+
+impl Diagnostic {
+    /// All but the place and how bad it is.
+    pub(super) fn message(&self) -> String {
+        format!("{}: expected {}, found {}; {}", self.field, self.expected, self.found, self.mend)
+    }
+}
+
+impl fmt::Display for Diagnostic {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (file, line, column) = (&self.file, self.line, self.column);
+        write!(f, "{file}:{line}:{column}: {}: {}", self.severity.as_str(), self.message())
+    }
+}
+
+/// What came of it.
+#[derive(Debug, Default)]
+pub(in crate::cli) struct Outcome {
+    /// In the order of files and lines.
+    pub(in crate::cli) diagnostics: Vec<Diagnostic>,
+    /// What could not be checked, and against what was checked instead.
+    pub(in crate::cli) notes: Vec<String>,
+    /// AgentTasks, ToolContracts and PolicyPacks that were looked at.
+    pub(in crate::cli) objects: usize,
+}
+
+/// Checks everything together. `namespace` is that of objects that name none.
+///
+/// # Errors
+/// Only if our own CRDs have no usable schema.
+pub(in crate::cli) fn lint(sources: &[Source], namespace: &str) -> Result<Outcome, String> {
+    let kinds: Vec<Kind> = all_crds().iter().map(Kind::of).collect::<Result<_, _>>()?;
+    let mut found = Found { sources, list: Vec::new(), taken: HashSet::new() };
+    let documents: Vec<Vec<Node>> = sources.iter().enumerate().map(|(file, source)| found.read(file, source)).collect();
+    let kustomizations = Kustomizations::of(sources, &documents);
+    let mut objects = Vec::new();
+    let mut namespaces = BTreeMap::new();
+    for (file, (source, nodes)) in sources.iter().zip(&documents).enumerate() {
+        if is_kustomization(&source.path) || kustomizations.patches.contains(&plain(&source.path)) {
+            continue;
+        }
+        let set = kustomizations.namespace_of(&source.path);
+        for node in nodes {
+            let mut add = |node, prefix: String| {
+                namespaces.extend(labels_of_namespace(node));
+                objects.extend(found.object(&kinds, Entry { file, node, prefix }, set, namespace));
+            };
+            if node.text("kind") == Some("List") && node.text("apiVersion") == Some("v1") {
+                let items = node.get("items").map(Node::items).unwrap_or_default();
+                items.iter().enumerate().for_each(|(index, item)| add(item, format!("items[{index}].")));
+            } else {
+                add(node, String::new());
+            }
+        }
+    }
+    found.twice(&objects);
+    let (contracts, packs) = (typed::<ToolContract>(&objects), typed::<PolicyPack>(&objects));
+    for (object, contract) in &contracts {
+        found.contract(object, contract);
+    }
+    for (object, pack) in &packs {
+        found.pack(object, pack);
+    }
+    let notes = found.tasks(&objects, &contracts, &packs, &namespaces);
+    found.unused(&objects, &contracts);
+    let count = objects.len();
+    Ok(Outcome { diagnostics: found.sorted(), notes, objects: count })
+}
+
+/// A document, or an item of a list.
+struct Entry<'n> {
+    file: usize,
+    node: &'n Node,
+    prefix: String,
+}
+
+/// One of our objects.
+struct Object<'n> {
+    entry: Entry<'n>,
+    kind: String,
+    namespace: String,
+    name: String,
+    typed: Option<Typed>,
+}
+
+enum Typed {
+    Task(Box<AgentTask>),
+    Contract(Box<ToolContract>),
+    Pack(Box<PolicyPack>),
+}
+
+/// Kinds of objects, to take them apart.
+trait Kinded: Sized {
+    fn of(typed: &Typed) -> Option<&Self>;
+}
+impl Kinded for AgentTask {
+    fn of(typed: &Typed) -> Option<&Self> {
+        if let Typed::Task(task) = typed { Some(task) } else { None }
+    }
+}
+impl Kinded for ToolContract {
+    fn of(typed: &Typed) -> Option<&Self> {
+        if let Typed::Contract(contract) = typed { Some(contract) } else { None }
+    }
+}
+impl Kinded for PolicyPack {
+    fn of(typed: &Typed) -> Option<&Self> {
+        if let Typed::Pack(pack) = typed { Some(pack) } else { None }
+    }
+}
+
+fn typed<'o, 'n, T: Kinded>(objects: &'o [Object<'n>]) -> Vec<(&'o Object<'n>, &'o T)> {
+    objects.iter().filter_map(|object| Some((object, T::of(object.typed.as_ref()?)?))).collect()
+}
+
+/// Findings so far.
+struct Found<'s> {
+    sources: &'s [Source],
+    list: Vec<(usize, Place, Severity, Finding)>,
+    /// Fields about which something was said already. What follows from it is not said as well.
+    taken: HashSet<(usize, Place, String)>,
+}
+
+impl<'s> Found<'s> {
+    fn read(&mut self, file: usize, source: &Source) -> Vec<Node> {
+        document::read(&source.bytes).unwrap_or_else(|broken| {
+            let finding = Finding::new(
+                "YAML",
+                "a YAML or JSON file",
+                broken.reason,
+                "correct it; the file is not checked any further",
+            );
+            self.list.push((file, broken.at, Severity::Error, finding));
+            Vec::new()
+        })
+    }
+
+    fn add(&mut self, entry: &Entry<'_>, place: Place, severity: Severity, mut finding: Finding) {
+        finding.field = format!("{}{}", entry.prefix, finding.field);
+        if self.taken.insert((entry.file, entry.node.at, finding.field.clone())) {
+            self.list.push((entry.file, place, severity, finding));
+        }
+    }
+
+    /// Adds a finding of `plan`, whose field says where it is.
+    fn add_at_field(&mut self, entry: &Entry<'_>, severity: Severity, finding: Finding) {
+        self.add(entry, entry.node.at_path(&finding.field), severity, finding);
+    }
+
+    /// One of ours, checked by itself; nothing if it is another's.
+    fn object<'n>(&mut self, kinds: &[Kind], entry: Entry<'n>, set: Option<&str>, default: &str) -> Option<Object<'n>> {
+        let node = entry.node;
+        let version = node.text("apiVersion").unwrap_or_default();
+        let name = node.text("kind").unwrap_or_default();
+        let names: Vec<&str> = kinds.iter().map(|kind| kind.name.as_str()).collect();
+        let kind = kinds.iter().find(|kind| kind.name == name);
+        let group = version.split('/').next().unwrap_or_default();
+        let Some(kind) = kind.filter(|kind| kind.api_version == version) else {
+            let ours = kinds.first().map(|kind| kind.api_version.as_str()).unwrap_or_default();
+            let our_group = ours.split('/').next().unwrap_or_default();
+            let quoted = |text: &str| if text.is_empty() { "nothing".to_owned() } else { format!("`{text}`") };
+            let finding = if kind.is_some() {
+                let mend = "write it so; this document is not checked any further";
+                Finding::new("apiVersion", format!("`{ours}`, the version of {name}"), quoted(version), mend)
+            } else if group == our_group {
+                let mend = nearest(name, &names)
+                    .map_or_else(|| "choose one of them".to_owned(), |near| format!("write `{near}`"));
+                Finding::new("kind", format!("one of {}", names.join(", ")), quoted(name), mend)
+            } else {
+                return None;
+            };
+            // Somebody else may have a kind of that name in a group that is not like ours.
+            let stranger = kind.is_some() && !group.is_empty() && nearest(group, &[our_group]).is_none();
+            let severity = if stranger { Severity::Warning } else { Severity::Error };
+            self.add_at_field(&entry, severity, finding);
+            return None;
+        };
+        for (place, field) in node.boolean_keys() {
+            let finding = Finding::new(
+                field,
+                "a name",
+                "a word that YAML takes for a boolean, such as `y` or `on`",
+                "put it in quotes",
+            );
+            self.add(&entry, place, Severity::Error, finding);
+        }
+        let mut value = node.value();
+        for (place, finding) in kind.check(node, &value) {
+            self.add(&entry, place, Severity::Error, finding);
+        }
+        let metadata = node.get("metadata");
+        let own = metadata.and_then(|metadata| metadata.text("namespace"));
+        let clustered = name == "PolicyPack";
+        let namespace = if clustered { "" } else { set.or(own).unwrap_or(default) }.to_owned();
+        if !clustered && let Some(metadata) = value.get_mut("metadata").and_then(Value::as_object_mut) {
+            metadata.insert("namespace".into(), namespace.as_str().into());
+        }
+        let object_name = metadata.and_then(|metadata| metadata.text("name")).unwrap_or_default().to_owned();
+        let typed = match name {
+            "AgentTask" => self.typed(&entry, value).map(|task| Typed::Task(Box::new(task))),
+            "ToolContract" => self.typed(&entry, value).map(|contract| Typed::Contract(Box::new(contract))),
+            _ => self.typed(&entry, value).map(|pack| Typed::Pack(Box::new(pack))),
+        };
+        Some(Object { entry, kind: name.to_owned(), namespace, name: object_name, typed })
+    }
+
+    /// Reads an object as its type. That it cannot be is said only where the schema has not said why.
+    fn typed<T: DeserializeOwned>(&mut self, entry: &Entry<'_>, value: Value) -> Option<T> {
+        let error = match serde_json::from_value(value) {
+            Ok(typed) => return Some(typed),
+            Err(error) => error,
+        };
+        if !self.taken.iter().any(|(file, at, _)| (*file, *at) == (entry.file, entry.node.at)) {
+            let finding =
+                Finding::new("the object", "what this version of Belay can read", error.to_string(), "correct it");
+            self.add_at_field(entry, Severity::Error, finding);
+        }
+        None
+    }
+
+    fn twice(&mut self, objects: &[Object<'_>]) {
+        let mut first: BTreeMap<(&str, &str, &str), &Entry<'_>> = BTreeMap::new();
+        for object in objects.iter().filter(|object| !object.name.is_empty()) {
+            let key = (object.kind.as_str(), object.namespace.as_str(), object.name.as_str());
+            let Some(other) = first.get(&key).copied() else {
+                first.insert(key, &object.entry);
+                continue;
+            };
+            let at = other.node.at_path("metadata.name");
+            let file = self.sources.get(other.file).map(|source| source.path.display().to_string()).unwrap_or_default();
+            let finding = Finding::new(
+                "metadata.name",
+                format!("one {} of that name{}", object.kind, within(&object.namespace)),
+                format!("`{}` again, as in {file}:{}", object.name, at.line),
+                "keep one of them, or lint each environment's folder by itself",
+            );
+            self.add_at_field(&object.entry, Severity::Error, finding);
+        }
+    }
+
+    fn contract(&mut self, object: &Object<'_>, contract: &ToolContract) {
+        let input = match config::check_contract(contract) {
+            Ok(tool) => tool.input,
+            Err(findings) => {
+                findings
+                    .into_iter()
+                    .for_each(|finding| self.add_at_field(&object.entry, Severity::Error, own(finding)));
+                return;
+            }
+        };
+        for (index, condition) in contract.spec.preconditions.iter().enumerate() {
+            if let Err(found) = types::check(&condition.cel, &input) {
+                let finding = Finding::new(
+                    format!("spec.preconditions[{index}].cel"),
+                    "an expression that can be `true`",
+                    format!("{found} (precondition `{}`)", condition.name),
+                    "correct the expression: as it is, it denies every call",
+                );
+                self.add_at_field(&object.entry, Severity::Error, finding);
+            }
+        }
+    }
+
+    fn pack(&mut self, object: &Object<'_>, pack: &PolicyPack) {
+        let mut findings = config::check_pack(pack);
+        findings.extend(pack.spec.workflow_classes.iter().flat_map(validated::check_class));
+        if let Err(error) = Selector::try_from(pack.spec.namespace_selector.clone()) {
+            let expected = "a label selector that can be read";
+            findings.push(Finding::new(
+                "spec.namespaceSelector",
+                expected,
+                error.to_string(),
+                "correct it: as it is, the pack governs nothing",
+            ));
+        }
+        findings.into_iter().for_each(|finding| self.add_at_field(&object.entry, Severity::Error, own(finding)));
+    }
+
+    /// Each task with the contracts that it names and the pack that will govern it.
+    fn tasks(
+        &mut self,
+        objects: &[Object<'_>],
+        contracts: &[(&Object<'_>, &ToolContract)],
+        packs: &[(&Object<'_>, &PolicyPack)],
+        namespaces: &BTreeMap<String, BTreeMap<String, String>>,
+    ) -> Vec<String> {
+        let mut notes = BTreeSet::new();
+        let all: Vec<&PolicyPack> = packs.iter().map(|(_, pack)| *pack).collect();
+        let broken_pack = objects.iter().any(|object| object.kind == "PolicyPack" && object.typed.is_none());
+        let plain_contracts: Vec<&ToolContract> = contracts.iter().map(|(_, contract)| *contract).collect();
+        for (object, task) in typed::<AgentTask>(objects) {
+            let name = format!("AgentTask {}/{}", object.namespace, object.name);
+            let generous = generous(task, &plain_contracts);
+            let candidates = match namespaces.get(&object.namespace) {
+                _ if all.is_empty() => {
+                    if !broken_pack {
+                        notes.insert(format!(
+                            "{name}: no PolicyPack is among the files, so nothing is said about what a pack would allow"
+                        ));
+                    }
+                    vec![&generous]
+                }
+                Some(labels) => match pack_among(labels, all.iter().copied()) {
+                    Ok(pack) => vec![pack],
+                    // The one that cannot be read may be the one.
+                    Err(_) if broken_pack => vec![&generous],
+                    Err(finding) => {
+                        self.add_at_field(&object.entry, Severity::Error, finding);
+                        vec![&generous]
+                    }
+                },
+                None => {
+                    let names: Vec<_> = all.iter().map(|pack| format!("`{}`", pack.name_any())).collect();
+                    notes.insert(format!(
+                        "{name}: Namespace `{}` is not among the files, so one of all packs has to admit the task: {}",
+                        object.namespace,
+                        names.join(", ")
+                    ));
+                    all.clone()
+                }
+            };
+            let judged: Vec<_> = candidates
+                .iter()
+                .map(|pack| (*pack, validated::validate(task, &plain_contracts, pack, SYSTEM_NAMESPACE).err()))
+                .collect();
+            if judged.iter().any(|(_, findings)| findings.is_none()) {
+                continue;
+            }
+            let several = judged.len() > 1;
+            for (pack, findings) in judged {
+                for finding in findings.into_iter().flatten() {
+                    let (entry, mut finding) = self.attribute(object, objects, packs, pack, finding);
+                    if self.of_unreadable(object, objects, task, &finding) {
+                        continue;
+                    }
+                    if several {
+                        finding.fix = format!("{} (checked against PolicyPack `{}`)", finding.fix, pack.name_any());
+                    } else if !std::ptr::eq(entry, &object.entry) {
+                        finding.fix = format!("{} (for {name})", finding.fix);
+                    }
+                    self.add_at_field(entry, Severity::Error, finding);
+                }
+            }
+        }
+        notes.into_iter().collect()
+    }
+
+    /// Which object a finding about a task is about.
+    fn attribute<'o, 'n>(
+        &self,
+        task: &'o Object<'n>,
+        objects: &'o [Object<'n>],
+        packs: &[(&'o Object<'n>, &PolicyPack)],
+        pack: &PolicyPack,
+        finding: Finding,
+    ) -> (&'o Entry<'n>, Finding) {
+        let of_contract = finding.field.strip_prefix("ToolContract/").and_then(|rest| rest.split_once(' '));
+        let object = if let Some((name, _)) = of_contract {
+            objects.iter().find(|object| {
+                object.kind == "ToolContract" && object.name == name && object.namespace == task.namespace
+            })
+        } else if finding.field.starts_with("PolicyPack") {
+            packs.iter().find(|(_, other)| std::ptr::eq(*other, pack)).map(|(object, _)| *object)
+        } else {
+            None
+        };
+        match object {
+            Some(object) => (&object.entry, own(finding)),
+            None => (&task.entry, finding),
+        }
+    }
+
+    /// Whether it is said to be missing only because it cannot be read, which has been said.
+    fn of_unreadable(&self, object: &Object<'_>, objects: &[Object<'_>], task: &AgentTask, finding: &Finding) -> bool {
+        let index = finding.field.strip_prefix("spec.tools[").and_then(|rest| rest.strip_suffix(']'));
+        let name = index.and_then(|index| task.spec.tools.get(index.parse::<usize>().ok()?));
+        name.is_some_and(|name| {
+            objects.iter().any(|other| {
+                other.kind == "ToolContract"
+                    && other.typed.is_none()
+                    && &other.name == name
+                    && other.namespace == object.namespace
+            })
+        })
+    }
+
+    /// Contracts that no task names. Where there are no tasks at all they are created by people, and nothing is unused.
+    fn unused(&mut self, objects: &[Object<'_>], contracts: &[(&Object<'_>, &ToolContract)]) {
+        let tasks: Vec<_> = objects.iter().filter(|object| object.kind == "AgentTask").collect();
+        for (object, _) in contracts {
+            let mut around = tasks.iter().filter(|task| task.namespace == object.namespace).peekable();
+            // A task that cannot be read may name it.
+            let unused = around.peek().is_some()
+                && around.all(|task| {
+                    task.typed
+                        .as_ref()
+                        .and_then(AgentTask::of)
+                        .is_some_and(|task| !task.spec.tools.contains(&object.name))
+                });
+            if unused {
+                let finding = Finding::new(
+                    "metadata.name",
+                    format!("a ToolContract that a task{} names", within(&object.namespace)),
+                    format!("`{}`, which none does", object.name),
+                    "add it to a task's spec.tools, or remove it",
+                );
+                self.add_at_field(&object.entry, Severity::Warning, finding);
+            }
+        }
+    }
+
+    fn sorted(mut self) -> Vec<Diagnostic> {
+        self.list.sort_by(|(file, place, severity, finding), (other_file, other_place, other_severity, other)| {
+            (file, place, severity, &finding.field).cmp(&(other_file, other_place, other_severity, &other.field))
+        });
+        let diagnostic = |(file, place, severity, finding): (usize, Place, Severity, Finding)| Diagnostic {
+            file: self.sources.get(file).map(|source| source.path.display().to_string()).unwrap_or_default(),
+            line: place.line,
+            column: place.column,
+            severity,
+            field: finding.field,
+            expected: finding.expected,
+            found: finding.found,
+            mend: finding.fix,
+        };
+        self.list.into_iter().map(diagnostic).collect()
+    }
+}
+
+/// The finding, with the field as the object itself has it: `ToolContract/read-log spec.input` is `spec.input`.
+fn own(mut finding: Finding) -> Finding {
+    if let Some((_, field)) = finding.field.split_once(" spec") {
+        finding.field = format!("spec{field}");
+    }
+    finding
+}
+
+fn within(namespace: &str) -> String {
+    if namespace.is_empty() { String::new() } else { format!(" in namespace `{namespace}`") }
+}
+
+/// A Namespace's name and labels.
+fn labels_of_namespace(node: &Node) -> Option<(String, BTreeMap<String, String>)> {
+    if node.text("kind") != Some("Namespace") || node.text("apiVersion") != Some("v1") {
+        return None;
+    }
+    let metadata: ObjectMeta = serde_json::from_value(node.get("metadata")?.value()).ok()?;
+    Some((metadata.name?, metadata.labels.unwrap_or_default()))
+}
+
+/// A pack that allows whatever the task and its contracts ask for: what is wrong under it is wrong under any.
+fn generous(task: &AgentTask, contracts: &[&ToolContract]) -> PolicyPack {
+    let hosts = contracts.iter().filter_map(|contract| config::authority_of(&contract.spec.upstream));
+    let egress = hosts.map(|at| EgressRule {
+        host: at.host.to_string(),
+        ports: vec![at.port.into()],
+        uses: vec![EgressUse::Tools],
+        credential: None,
+    });
+    let most = || Some("999999T".to_owned());
+    PolicyPack::new(
+        "any",
+        PolicyPackSpec {
+            environment: "any".into(),
+            namespace_selector: Default::default(),
+            workflow_classes: vec![WorkflowClass {
+                name: task.spec.workflow_class.clone(),
+                runtime_class_name: None,
+                egress: egress.collect(),
+                allowed_effects: vec![SideEffect::Read, SideEffect::Write, SideEffect::External],
+                limits: Limits {
+                    wall_time_seconds: i64::MAX,
+                    tool_calls: i64::MAX,
+                    tokens: i64::MAX,
+                    denials: None,
+                    cost: None,
+                },
+                resources: Resources { cpu: most(), memory: most(), ephemeral_storage: most() },
+            }],
+            models: Models::default(),
+            evidence: EvidencePolicy {
+                bucket: "any".into(),
+                prefix: None,
+                mode: RetentionMode::Compliance,
+                retention_days: 1,
+            },
+        },
+    )
+}
+
+/// What kustomizations among the files say about others.
+struct Kustomizations {
+    /// The namespace that a folder's kustomization sets.
+    namespaces: BTreeMap<PathBuf, String>,
+    /// Files that are patches, not whole objects.
+    patches: BTreeSet<PathBuf>,
+}
+
+impl Kustomizations {
+    fn of(sources: &[Source], documents: &[Vec<Node>]) -> Self {
+        let mut all = Self { namespaces: BTreeMap::new(), patches: BTreeSet::new() };
+        for (source, nodes) in sources.iter().zip(documents).filter(|(source, _)| is_kustomization(&source.path)) {
+            let folder = plain(source.path.parent().unwrap_or(Path::new("")));
+            for node in nodes {
+                if let Some(namespace) = node.text("namespace") {
+                    all.namespaces.insert(folder.clone(), namespace.to_owned());
+                }
+                let listed = |field: &str| node.get(field).map(Node::items).unwrap_or_default();
+                let by_path = listed("patches").iter().chain(listed("patchesJson6902"));
+                let paths = by_path.filter_map(|patch| patch.text("path").map(str::to_owned));
+                let merged =
+                    listed("patchesStrategicMerge").iter().filter_map(|path| path.value().as_str().map(str::to_owned));
+                all.patches.extend(paths.chain(merged).map(|path| plain(&folder.join(path))));
+            }
+        }
+        all
+    }
+
+    /// The namespace that the nearest kustomization around a file sets. It replaces the file's own, as kustomize does it.
+    fn namespace_of(&self, path: &Path) -> Option<&str> {
+        plain(path).ancestors().skip(1).find_map(|folder| self.namespaces.get(folder)).map(String::as_str)
+    }
+}
+
+fn is_kustomization(path: &Path) -> bool {
+    path.file_name().and_then(|name| name.to_str()).is_some_and(|name| KUSTOMIZATIONS.contains(&name))
+}
+
+/// A path without `.` and `..`.
+fn plain(path: &Path) -> PathBuf {
+    let mut plain = PathBuf::new();
+    for component in path.components() {
+        match component {
+            Component::CurDir => {}
+            Component::ParentDir if plain.file_name().is_some() => {
+                plain.pop();
+            }
+            other => plain.push(other),
+        }
+    }
+    plain
+}

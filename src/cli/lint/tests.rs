@@ -1,0 +1,301 @@
+//! Broken files, each with the one thing that is said about it, and good ones about which nothing is.
+
+use std::path::Path;
+
+use proptest::prelude::*;
+
+use super::*;
+
+const ROOT: &str = env!("CARGO_MANIFEST_DIR");
+
+fn lint_paths(paths: &[&str]) -> Outcome {
+    let mut sources = Vec::new();
+    for path in paths {
+        gather(&Path::new(ROOT).join(path), &mut sources).unwrap();
+    }
+    on_a_large_stack(&sources, "default").unwrap()
+}
+
+fn lint_texts(texts: &[(&str, &str)]) -> Outcome {
+    let sources: Vec<_> =
+        texts.iter().map(|(path, text)| Source { path: path.into(), bytes: text.as_bytes().to_vec() }).collect();
+    on_a_large_stack(&sources, "default").unwrap()
+}
+
+/// `file`, linted together with `good.yaml`, has this one finding. The text is a part of what was found, `;` and a part of the mend.
+#[rstest::rstest]
+#[case("yaml-unclosed.yaml", 13, "YAML", "; correct it")]
+#[case("yaml-tab.yaml", 8, "YAML", "tab; correct it")]
+#[case("yaml-duplicate-key.yaml", 9, "YAML", "objective; correct it")]
+#[case("yaml-alias.yaml", 12, "YAML", "anchor; correct it")]
+#[case("json-unclosed.json", 4, "YAML", "; correct it")]
+#[case("task-version.yaml", 1, "apiVersion", "v1beta1; write it so")]
+#[case("task-no-version.yaml", 1, "apiVersion", "nothing; write it so")]
+#[case("task-kind.yaml", 2, "kind", "AgentTsk; write `AgentTask`")]
+#[case("task-no-name.yaml", 3, "metadata.name", "nothing; Lower-case letters")]
+#[case("task-name.yaml", 4, "metadata.name", "Other_Task; Lower-case letters")]
+#[case("task-long-name.yaml", 4, "metadata.name", "aaa; size() <= 52")]
+#[case("task-unknown-field.yaml", 12, "spec.tool", "`tool`; write `tools`")]
+#[case("task-unknown-metadata.yaml", 5, "metadata.label", "`label`; write `labels`")]
+#[case("task-required.yaml", 6, "spec.principal", "nothing; On whose behalf")]
+#[case("task-type.yaml", 13, "spec.limits.toolCalls", "\"5\"; without quotes")]
+#[case("task-boolean-text.yaml", 14, "spec.agent.env[0].value", "true; quotes")]
+#[case("task-pattern.yaml", 13, "spec.agent.resources.memory", "512MiB; such as `512Mi`")]
+#[case("task-maximum.yaml", 13, "spec.limits.wallTimeSeconds", "604801; lower it: Seconds that one attempt may run")]
+#[case("task-env-twice.yaml", 14, "spec.agent.env[1].name", "\"A\" again; rename or remove")]
+#[case("task-tool-twice.yaml", 12, "spec.tools[1]", "\"read-log\" again; rename or remove")]
+#[case("task-mount-rule.yaml", 15, "spec.workspace.mounts[0]", "an object; has(self.configMap)")]
+#[case("task-contract-missing.yaml", 14, "spec.tools[1]", "`read-logs`, which is not there; apply that ToolContract")]
+#[case("task-class.yaml", 8, "spec.workflowClass", "`triag`; name one of them")]
+#[case("task-ceiling.yaml", 13, "spec.limits.tokens", "20000; ask for less")]
+#[case("task-room.yaml", 13, "spec.agent.resources.cpu", "`1`; ask for less")]
+#[case("task-reserved-env.yaml", 13, "spec.agent.env[0].name", "HTTP_PROXY; another name")]
+#[case("task-reserved-path.yaml", 15, "spec.workspace.writeScopes[0].path", "/etc; /workspace")]
+#[case("task-scopes-too-large.yaml", 14, "spec.workspace.writeScopes", "209715200 bytes; smaller")]
+#[case("task-no-pack.yaml", 5, "metadata.namespace", "none that does; label the namespace")]
+#[case("contract-enum.yaml", 8, "spec.sideEffect", "raed; write `read`")]
+#[case("contract-empty.yaml", 7, "spec.description", "\"\"; fill it in: What the agent is told")]
+#[case("contract-not-object.yaml", 11, "spec.input", "\"object\"; write its fields: JSON Schema")]
+#[case("contract-effect.yaml", 9, "spec.sideEffect", "external; choose a class")]
+#[case("contract-egress.yaml", 11, "spec.upstream.mcp.url", "logs.example.org; have the host added")]
+#[case("contract-port.yaml", 11, "spec.upstream.mcp.url", "8443; have the host added")]
+#[case("contract-broken-and-used.yaml", 6, "spec.tool", "nothing; The name under which the agent calls")]
+#[case("contract-same-tool.yaml", 35, "spec.tools[1]", "as is `read-log`; keep one")]
+#[case("contract-url.yaml", 10, "spec.upstream.mcp.url", "99999; correct it")]
+#[case("contract-schema-keyword.yaml", 14, "spec.input.properties.folder.type", "strin; correct the schema")]
+#[case("contract-schema-reference.yaml", 14, "spec.input.properties.folder.$ref", "https; correct the schema")]
+#[case("contract-schema-type.yaml", 12, "spec.input.type", "array; correct the schema")]
+#[case("contract-schema-boolean-key.yaml", 14, "spec.input.properties.true", "boolean; put it in quotes")]
+#[case("contract-cel-syntax.yaml", 18, "spec.preconditions[0].cel", "no CEL; correct the expression")]
+#[case("contract-cel-variable.yaml", 18, "spec.preconditions[0].cel", "`use`; correct the expression")]
+#[case("contract-cel-field.yaml", 18, "spec.preconditions[0].cel", "`foldr`; denies every call")]
+#[case("contract-cel-types.yaml", 18, "spec.preconditions[0].cel", "text and a number; denies every call")]
+#[case("contract-cel-no-boolean.yaml", 18, "spec.preconditions[0].cel", "text; denies every call")]
+#[case("contract-cel-function.yaml", 18, "spec.preconditions[0].cel", "`lower`; denies every call")]
+#[case("contract-twice.yaml", 4, "metadata.name", "good.yaml:31; keep one")]
+#[case("pack-namespaced.yaml", 5, "metadata.namespace", "team-a; leave it out")]
+#[case("pack-credential-rule.yaml", 15, "spec.workflowClasses[0].egress[0]", "an object; self.credential")]
+#[case("pack-class-twice.yaml", 19, "spec.workflowClasses[1].name", "\"triage\" again; rename or remove")]
+#[case("pack-selector.yaml", 7, "spec.namespaceSelector", "Invalid expression operator; governs nothing")]
+#[case("pack-models.yaml", 9, "spec.models", "models.example.com; drop `Models`")]
+#[case("pack-quantity.yaml", 18, "spec.workflowClasses[triage].resources.cpu", "`0`; correct the pack")]
+#[case("list.yaml", 11, "items[0].spec.sideEffect", "none; choose one")]
+fn one_error(#[case] file: &str, #[case] line: u64, #[case] field: &str, #[case] words: &str) {
+    let (found, mend) = words.split_once("; ").unwrap_or(("", words.trim_start_matches("; ")));
+    let outcome = lint_paths(&["e2e/lint/good.yaml", &format!("e2e/lint/{file}")]);
+    let [one] = outcome.diagnostics.as_slice() else { panic!("{:#?}", outcome.diagnostics) };
+    let all = one.message();
+    assert_eq!((one.line, one.field.as_str(), one.severity), (line, field, Severity::Error), "{all}");
+    assert!(one.file.ends_with(file), "{one:?}");
+    assert!(one.found.contains(found) && one.mend.contains(mend), "{all}");
+}
+
+#[test]
+fn a_contract_that_no_task_names_is_a_warning() {
+    let outcome = lint_paths(&["e2e/lint/good.yaml", "e2e/lint/contract-unused.yaml"]);
+    let [one] = outcome.diagnostics.as_slice() else { panic!("{:#?}", outcome.diagnostics) };
+    assert_eq!((one.line, one.field.as_str(), one.severity), (4, "metadata.name", Severity::Warning));
+    assert!(lint_paths(&["e2e/lint/contract-unused.yaml"]).diagnostics.is_empty(), "without tasks nothing is unused");
+}
+
+/// A pack that selects what another selects leaves tasks of both without one: said where the tasks are.
+#[test]
+fn two_packs_for_one_namespace() {
+    let outcome = lint_paths(&["e2e/lint/good.yaml", "e2e/lint/pack-overlap.yaml"]);
+    let [one] = outcome.diagnostics.as_slice() else { panic!("{:#?}", outcome.diagnostics) };
+    assert_eq!((one.line, one.field.as_str()), (52, "metadata.namespace"));
+    assert!(one.found.contains("`dev`, `prod`"), "{one:?}");
+}
+
+#[test]
+fn no_task_runs_beside_the_gateway() {
+    let outcome = lint_paths(&["e2e/lint/good.yaml", "e2e/lint/task-system-namespace.yaml"]);
+    let fields: Vec<_> = outcome.diagnostics.iter().map(|found| (found.line, found.field.as_str())).collect();
+    assert_eq!(fields, [(5, "metadata.namespace"), (12, "spec.tools[0]")]);
+}
+
+#[test]
+fn what_we_ship_is_in_order() {
+    let together =
+        ["config/samples", "policy-packs/dev", "policy-packs/stage", "policy-packs/prod", "e2e/demo/manifests"];
+    for paths in [&together[..], &["e2e/lint/good.yaml"]] {
+        let outcome = lint_paths(paths);
+        assert!(outcome.diagnostics.is_empty() && outcome.notes.is_empty(), "{outcome:#?}");
+        assert!(outcome.objects > 2, "{outcome:?}");
+    }
+}
+
+#[test]
+fn every_broken_file_is_in_a_test() {
+    let tests = include_str!("tests.rs");
+    let entries = fs::read_dir(Path::new(ROOT).join("e2e/lint")).unwrap();
+    let names: Vec<_> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    assert!(names.len() > 30, "{names:?}");
+    names.iter().for_each(|name| assert!(tests.contains(name.as_str()), "{name} is in no test"));
+}
+
+const CONTRACT: &str = "\
+apiVersion: belay.dev/v1alpha1
+kind: ToolContract
+metadata: {name: read-log}
+spec:
+  tool: read_log
+  description: Reads a log.
+  sideEffect: read
+  upstream: {mcp: {url: 'https://logs.example.com/mcp', tool: read}}
+  input: {type: object}
+";
+const TASK: &str = "\
+apiVersion: belay.dev/v1alpha1
+kind: AgentTask
+metadata: {name: triage}
+spec:
+  objective: Find out.
+  workflowClass: triage
+  principal: ana
+  agent: {image: x}
+  tools: [read-log]
+  limits: {wallTimeSeconds: 1, toolCalls: 1, tokens: 1}
+";
+
+#[rstest::rstest]
+#[case::both_default(&[("a.yaml", TASK), ("b.yaml", CONTRACT)], true)]
+#[case::set_for_both(&[("k/kustomization.yaml", "namespace: x"), ("k/a.yaml", TASK), ("k/b.yaml", CONTRACT)], true)]
+#[case::set_around(&[("k/kustomization.yaml", "namespace: x"), ("k/c/a.yaml", TASK), ("./k/b.yaml", CONTRACT)], true)]
+#[case::set_for_one(&[("k/kustomization.yaml", "namespace: x"), ("k/a.yaml", TASK), ("b.yaml", CONTRACT)], false)]
+#[case::set_over_its_own(&[("k/kustomization.yaml", "namespace: default"), ("k/a.yaml", concat!("# own\n", "---\n")), ("b.yaml", CONTRACT), ("c.yaml", TASK)], true)]
+fn a_kustomization_sets_the_namespace(#[case] files: &[(&str, &str)], #[case] found: bool) {
+    let outcome = lint_texts(files);
+    assert_eq!(outcome.diagnostics.is_empty(), found, "{outcome:#?}");
+}
+
+#[test]
+fn patches_are_passed_over() {
+    let kustomization = "patches: [{path: ../base/patch.yaml}]\npatchesStrategicMerge: [other.yaml]";
+    let patch = "apiVersion: belay.dev/v1alpha1\nkind: AgentTask\nmetadata: {name: triage}\n";
+    let files = [
+        ("k/kustomization.yaml", kustomization),
+        ("base/patch.yaml", patch),
+        ("k/other.yaml", patch),
+        ("b.yaml", CONTRACT),
+    ];
+    let outcome = lint_texts(&files);
+    assert!(outcome.diagnostics.is_empty() && outcome.objects == 1, "{outcome:#?}");
+    let files = [("k/kustomization.yaml", ""), ("base/patch.yaml", patch)];
+    assert!(!lint_texts(&files).diagnostics.is_empty());
+}
+
+/// Without its Namespace a task is in order if any pack admits it, and what none admits is said for each.
+#[test]
+fn an_unknown_namespace_is_tried_with_every_pack() {
+    let pack = |name: &str, calls: u32| {
+        format!(
+            "apiVersion: belay.dev/v1alpha1\nkind: PolicyPack\nmetadata: {{name: {name}}}\nspec:\n  environment: {name}\n  \
+             namespaceSelector: {{matchLabels: {{e: {name}}}}}\n  workflowClasses:\n  - name: triage\n    allowedEffects: [read]\n    \
+             egress: [{{host: logs.example.com, uses: [Tools]}}]\n    limits: {{wallTimeSeconds: 9, toolCalls: {calls}, tokens: 9}}\n    \
+             resources: {{}}\n  evidence: {{bucket: abc, mode: Governance, retentionDays: 1}}\n"
+        )
+    };
+    let (tight, wide) = (pack("tight", 0), pack("wide", 5));
+    let outcome = lint_texts(&[("t.yaml", TASK), ("c.yaml", CONTRACT), ("p.yaml", &format!("{tight}---\n{wide}"))]);
+    assert!(outcome.diagnostics.is_empty(), "{outcome:#?}");
+    assert!(outcome.notes.iter().any(|note| note.contains("`tight`, `wide`")), "{:?}", outcome.notes);
+    let outcome = lint_texts(&[("t.yaml", TASK), ("c.yaml", CONTRACT), ("p.yaml", &tight)]);
+    let [one] = outcome.diagnostics.as_slice() else { panic!("{outcome:#?}") };
+    assert_eq!((one.field.as_str(), one.line), ("spec.limits.toolCalls", 10));
+    // And without any pack what no pack could allow is still found.
+    let outcome = lint_texts(&[("t.yaml", TASK)]);
+    assert_eq!(outcome.diagnostics.first().map(|one| one.field.as_str()), Some("spec.tools[0]"));
+    assert!(outcome.notes.iter().any(|note| note.contains("no PolicyPack")), "{:?}", outcome.notes);
+}
+
+#[test]
+fn others_are_passed_over_and_namesakes_are_pointed_at() {
+    let other = "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: UPPER}\n---\n[1, 2]\n---\ntext\n";
+    assert!(lint_texts(&[("a.yaml", other)]).diagnostics.is_empty());
+    let namesake = TASK.replace("belay.dev/v1alpha1", "agents.example.com/v1");
+    let outcome = lint_texts(&[("a.yaml", &namesake)]);
+    assert_eq!(outcome.diagnostics.iter().map(|one| one.severity).collect::<Vec<_>>(), [Severity::Warning]);
+    let typo = TASK.replace("belay.dev/v1alpha1", "belay.dve/v1alpha1");
+    let outcome = lint_texts(&[("a.yaml", &typo)]);
+    assert_eq!(outcome.diagnostics.iter().map(|one| one.severity).collect::<Vec<_>>(), [Severity::Error]);
+}
+
+/// The command, as a pipeline runs it.
+fn command(args: &[&str]) -> (Result<u8, CliError>, String, String) {
+    #[derive(clap::Parser)]
+    struct Cli {
+        #[command(flatten)]
+        args: Args,
+    }
+    let cli: Cli = clap::Parser::parse_from([&["lint"], args].concat());
+    let (mut out, mut notes) = (Vec::new(), Vec::new());
+    let code = run(&cli.args, &mut out, &mut notes);
+    (code, String::from_utf8(out).unwrap(), String::from_utf8(notes).unwrap())
+}
+
+#[test]
+fn speaks_three_ways_and_gives_exit_codes() {
+    let at = |path: &str| format!("{ROOT}/{path}");
+    let (good, bad, unused) =
+        (at("e2e/lint/good.yaml"), at("e2e/lint/task-ceiling.yaml"), at("e2e/lint/contract-unused.yaml"));
+    let (code, out, notes) = command(&[&good]);
+    assert_eq!((code.unwrap(), out.as_str()), (0, ""));
+    assert!(notes.ends_with("3 objects in 1 files: 0 errors, 0 warnings\n"), "{notes}");
+    let (code, out, _) = command(&[&good, &bad]);
+    assert_eq!(code.unwrap(), 1);
+    let line = "13:47: error: spec.limits.tokens: expected 0 to 10000, the ceiling of class `triage`, found 20000; ask for less, or have";
+    assert!(out.starts_with(&format!("{bad}:{line}")), "{out}");
+    let (_, out, _) = command(&[&good, &bad, "--output", "json"]);
+    let json: serde_json::Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(
+        (&json[0]["line"], &json[0]["severity"], &json[0]["file"]),
+        (&13.into(), &"error".into(), &bad.as_str().into())
+    );
+    let (_, out, _) = command(&[&good, &bad, "--output", "github"]);
+    assert!(out.starts_with(&format!("::error file={bad},line=13,col=47::spec.limits.tokens: expected")), "{out}");
+    assert_eq!(command(&[&good, &unused]).0.unwrap(), 0);
+    assert_eq!(command(&[&good, &unused, "--strict"]).0.unwrap(), 1);
+    for nothing in [at("src/bin"), at("no/such/folder")] {
+        assert!(command(&[&nothing]).0.is_err());
+    }
+}
+
+/// Text of manifests with a few bytes changed: most of it is still read.
+fn mutated() -> impl Strategy<Value = Vec<u8>> {
+    let good = fs::read(Path::new(ROOT).join("e2e/lint/good.yaml")).unwrap();
+    let change = (
+        0..good.len(),
+        prop_oneof![
+            Just(None),
+            any::<u8>().prop_map(Some),
+            "[\\[\\]{}:&*!|>'\"#%@`,?-]".prop_map(|s| s.bytes().next())
+        ],
+    );
+    prop::collection::vec(change, 1..6).prop_map(move |changes| {
+        let mut bytes = good.clone();
+        for (at, change) in changes {
+            match change {
+                Some(byte) => bytes[at] = byte,
+                None => drop(bytes.splice(at..(at + 3).min(good.len()), *b"   ")),
+            }
+        }
+        bytes
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
+
+    #[test]
+    fn no_bytes_panic(bytes in prop_oneof![
+        prop::collection::vec(any::<u8>(), 0..200),
+        "[a-z:\\-\\[\\]{}&*!|> \n\t'\"#0-9.]{0,200}".prop_map(String::into_bytes),
+        mutated(),
+        mutated(),
+    ]) {
+        for path in ["a.yaml", "kustomization.yaml"] {
+            lint(&[Source { path: path.into(), bytes: bytes.clone() }], "default").unwrap();
+        }
+    }
+}
