@@ -289,7 +289,7 @@ fn main() -> anyhow::Result<()> {
     let only = std::env::var("ONLY").unwrap_or_default();
     let wanted = |size: &usize| {
         let name = format!("decision.{size}");
-        name.starts_with(&only) || only.starts_with(&name)
+        name.starts_with(&only) || only.strip_prefix(&name).is_some_and(|rest| rest.starts_with('.'))
     };
     let mut bouts = SIZES.into_iter().filter(wanted).map(Bout::new).collect::<anyhow::Result<Vec<_>>>()?;
     ensure!(!bouts.is_empty(), "no measure begins with {only:?}; there are: decision.10, decision.100, decision.1000");
