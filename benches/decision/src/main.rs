@@ -52,7 +52,7 @@ impl Belay {
         let tool = |n: usize| {
             json!({
                 "contract": format!("tool-{n}"), "name": format!("tool_{n}"), "description": "d",
-                "url": "https://tools.test/mcp", "upstreamTool": "t",
+                "upstream": {"mcp": {"url": "https://tools.test/mcp", "tool": "t"}}, "limits": {},
                 "input": {
                     "type": "object", "required": ["title", "count"], "additionalProperties": false,
                     "properties": {
