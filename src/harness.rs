@@ -14,6 +14,8 @@
 
 /// What every reply of ours is made of.
 pub mod body;
+/// What a tool call may take.
+pub mod bounds;
 /// The pipeline that every call goes through.
 pub mod gate;
 /// Records, in order, batched into segments and sent to the witness.

@@ -21,6 +21,7 @@ use rmcp::{
 use serde_json::{Map, Value};
 
 use super::{
+    bounds::Bounds,
     gate::{Call, Gate, Permit, Settlement},
     rest,
 };
@@ -42,45 +43,14 @@ pub mod upstream;
 
 use upstream::{Ready, Upstreams};
 
-/// How long a tool may take whose contract does not say.
-const TOOL_REPLY: Duration = Duration::from_secs(120);
 /// How long what an upstream listed is gone by.
 pub const LISTING_AGE: Duration = Duration::from_secs(60);
-/// Longest reply that is read.
-pub const LONGEST_REPLY: usize = 16 << 20;
 
 /// The MCP server that the agent sees.
 #[derive(Clone)]
 pub struct Tools {
     gate: Arc<Gate>,
     upstreams: Arc<Upstreams>,
-}
-
-/// What a call may take.
-#[derive(Clone, Copy, Debug)]
-pub struct Bounds {
-    /// How long the upstream may take.
-    pub time: Duration,
-    /// Longest reply that is read.
-    pub reply: usize,
-}
-
-impl Bounds {
-    fn of(tool: &Tool) -> Self {
-        let time = tool.limits.timeout_seconds.and_then(|seconds| u64::try_from(seconds).ok());
-        let reply = tool.limits.response_bytes.and_then(|bytes| usize::try_from(bytes).ok());
-        Self {
-            time: time.map_or(TOOL_REPLY, Duration::from_secs),
-            reply: reply.unwrap_or(LONGEST_REPLY).min(LONGEST_REPLY),
-        }
-    }
-
-    /// A reply that is longer than it may be.
-    pub fn too_long(&self, tool: &Tool) -> Denial {
-        let reason =
-            format!("the reply of {} is longer than the {} bytes that are taken; ask for less", tool.name, self.reply);
-        Denial { rule: Rule::ToolResponseBytes, reason }
-    }
 }
 
 /// How a call will go out.

@@ -19,9 +19,9 @@ use rmcp::model::{CallToolResult, ContentBlock};
 use serde_json::Value;
 
 use super::{
+    bounds::{Bounds, late},
     gate::Settlement,
     link::{Link, upstream_of},
-    mcp::{Bounds, upstream::late},
 };
 use crate::{
     evidence::record::{Channel, Effect},

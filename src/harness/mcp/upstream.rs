@@ -39,9 +39,9 @@ use tokio::sync::{Mutex as AsyncMutex, Notify};
 use crate::{
     evidence::record::{Channel, Effect},
     harness::{
+        bounds::{Bounds, LONGEST_REPLY, late},
         gate::{Call, Gate, Settlement},
         link::{Link, Undelivered, upstream_of},
-        mcp::{Bounds, LONGEST_REPLY},
     },
     policy::{
         budget::Spent,
@@ -331,15 +331,6 @@ impl Upstreams {
         let facts = self.facts.lock().unwrap_or_else(PoisonError::into_inner).remove(&intent);
         facts.unwrap_or_else(|| Facts::new(LONGEST_REPLY))
     }
-}
-
-/// An upstream that did not answer in the contract's time. `made`: whether the call itself had gone out.
-pub fn late(tool: &Tool, time: Duration, made: bool) -> Denial {
-    let reason = match made {
-        true => "whether the call took effect is not known: look before it is made again",
-        false => "the call was not made",
-    };
-    Denial { rule: Rule::ToolTimeout, reason: format!("{} did not answer within {time:?}; {reason}", tool.name) }
 }
 
 /// The definitions of a server's tools, all pages.
