@@ -78,7 +78,13 @@ impl Cluster {
             anyhow::ensure!(Instant::now() < end, "tasks of {} do not go away", self.namespace);
             tokio::time::sleep(Duration::from_millis(500)).await;
         }
-        Api::<Namespace>::all(self.client.clone()).delete(&self.namespace, &DeleteParams::default()).await?;
+        let namespaces: Api<Namespace> = Api::all(self.client.clone());
+        namespaces.delete(&self.namespace, &DeleteParams::default()).await?;
+        // The next run wants the name.
+        while namespaces.get_opt(&self.namespace).await?.is_some() {
+            anyhow::ensure!(Instant::now() < end, "namespace {} does not go away", self.namespace);
+            tokio::time::sleep(Duration::from_millis(500)).await;
+        }
         Api::<PolicyPack>::all(self.client.clone()).delete(&self.namespace, &DeleteParams::default()).await?;
         Ok(())
     }
