@@ -69,8 +69,8 @@ impl Cluster {
         }})
     }
 
-    /// Takes everything away, tasks first.
-    pub async fn clean(&self) -> anyhow::Result<()> {
+    /// Deletes every task, and waits until they are gone.
+    pub async fn end_tasks(&self) -> anyhow::Result<()> {
         let tasks: Api<AgentTask> = self.api();
         tasks.delete_collection(&DeleteParams::default(), &Default::default()).await?;
         let end = Instant::now() + Duration::from_secs(300);
@@ -78,6 +78,13 @@ impl Cluster {
             anyhow::ensure!(Instant::now() < end, "tasks of {} do not go away", self.namespace);
             tokio::time::sleep(Duration::from_millis(500)).await;
         }
+        Ok(())
+    }
+
+    /// Takes everything away, tasks first.
+    pub async fn clean(&self) -> anyhow::Result<()> {
+        self.end_tasks().await?;
+        let end = Instant::now() + Duration::from_secs(120);
         let namespaces: Api<Namespace> = Api::all(self.client.clone());
         namespaces.delete(&self.namespace, &DeleteParams::default()).await?;
         // The next run wants the name.
