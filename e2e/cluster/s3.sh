@@ -49,7 +49,7 @@ start_s3() {
     "$BIN/versitygw" --port "$VERSITYGW_IP:7070" --region "$S3_REGION" --iam-dir "$RUN/versitygw/iam" --quiet \
     posix --versioning-dir "$RUN/versitygw/versions" "$RUN/versitygw/data"
   start seaweedfs "$WORLD" "$BIN/weed" -logtostderr=true server -dir="$RUN/seaweedfs" -ip="$SEAWEED_IP" -ip.bind="$SEAWEED_IP" \
-    -master.volumeSizeLimitMB=256 -volume.max=20 -filer -s3 -s3.port=8333 -s3.config="$RUN/seaweedfs/identities.json"
+    -master.volumeSizeLimitMB=256 -volume.max=500 -filer -s3 -s3.port=8333 -s3.config="$RUN/seaweedfs/identities.json"
 }
 
 # s3 ENDPOINT ACCESS SECRET METHOD PATH BODY [CURL OPTION…]: one signed request. Debian 12's curl signs, but leaves the hash of the

@@ -160,7 +160,7 @@ async fn writes_a_file_a_tool_and_overwrites_none() {
     let (code, text, notes) = init(&args).await;
     assert_eq!((code.unwrap(), text.as_str()), (0, ""), "{notes}");
     assert_eq!(fs::read_dir(&out).unwrap().count(), 3, "all pages");
-    let address = "a.yaml:15:7: error: spec.upstream.mcp.url: expected the URL of an MCP server";
+    let address = "a.yaml:16:7: error: spec.upstream.mcp.url: expected the URL of an MCP server";
     assert!(notes.contains(address) && notes.contains("addresses are not names"), "{notes}");
     fs::remove_file(out.join("a.yaml")).unwrap();
     fs::write(out.join("b.yaml"), "mine").unwrap();
