@@ -21,7 +21,8 @@ use crate::{
 
 const TASKS: usize = 200;
 const CLIENTS: usize = 8;
-/// How often: the two sides take turns, and a burst begins when the last one's tasks are gone.
+/// How often it counts: the two sides take turns, and a burst begins when all of the last one is gone. One more comes before and
+/// does not count: after an installation the API server has its caches and types to fill, for plain pods as for tasks.
 const ROUNDS: usize = 3;
 const CPU: &str = "900";
 
@@ -29,12 +30,17 @@ pub async fn burst() -> anyhow::Result<Vec<Measure>> {
     let cluster = Arc::new(Cluster::new("burst").await?);
     let (mut plain, mut ours) = (Vec::new(), Vec::new());
     let mut resident = 0.0_f64;
-    for round in 0..ROUNDS {
+    for round in 0..=ROUNDS {
+        if round == 1 {
+            (plain, ours) = (Vec::new(), Vec::new());
+        }
         plain.extend(post(&cluster, &format!("plain-{round}"), "").await?);
         cluster.api::<Pod>().delete_collection(&DeleteParams::default().grace_period(0), &Default::default()).await?;
+        cluster.settle().await?;
         ours.extend(post(&cluster, &format!("task-{round}"), "-1").await?);
         resident = resident.max(operator_rss()?);
         cluster.end_tasks().await?;
+        cluster.settle().await?;
     }
     cluster.clean().await?;
     let baseline = percentile(&mut plain, 50.0);

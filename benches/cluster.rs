@@ -7,12 +7,18 @@ use std::{
 };
 
 use anyhow::Context;
-use belay::api::{AgentTask, PolicyPack};
+use belay::{
+    api::{AgentTask, PolicyPack},
+    plan::names::TASK_UID,
+};
 use futures::TryStreamExt;
-use k8s_openapi::api::core::v1::{Namespace, Pod};
+use k8s_openapi::api::{
+    core::v1::{ConfigMap, Namespace, Pod},
+    networking::v1::NetworkPolicy,
+};
 use kube::{
     Api, Client, ResourceExt,
-    api::{DeleteParams, Patch, PatchParams},
+    api::{DeleteParams, ListParams, Patch, PatchParams},
     runtime::{WatchStreamExt, watcher},
 };
 use serde_json::{Value, json};
@@ -79,6 +85,23 @@ impl Cluster {
             tokio::time::sleep(Duration::from_millis(500)).await;
         }
         Ok(())
+    }
+
+    /// Waits until the namespace is empty, garbage collected too, and the controllers have had a moment to come to rest.
+    pub async fn settle(&self) -> anyhow::Result<()> {
+        let end = Instant::now() + Duration::from_secs(120);
+        loop {
+            let mine = ListParams::default().labels(TASK_UID);
+            let left = self.api::<Pod>().list_metadata(&ListParams::default()).await?.items.len()
+                + self.api::<ConfigMap>().list_metadata(&mine).await?.items.len()
+                + self.api::<NetworkPolicy>().list_metadata(&mine).await?.items.len();
+            if left == 0 {
+                tokio::time::sleep(Duration::from_secs(3)).await;
+                return Ok(());
+            }
+            anyhow::ensure!(Instant::now() < end, "{left} objects of {} do not go away", self.namespace);
+            tokio::time::sleep(Duration::from_millis(500)).await;
+        }
     }
 
     /// Takes everything away, tasks first.
