@@ -7,10 +7,12 @@
 #![allow(clippy::duplicated_attributes, reason = "kube's derive takes one printcolumn a column, and they look alike")]
 
 pub mod agent_task;
+pub mod approval_request;
 pub mod policy_pack;
 pub mod tool_contract;
 
 pub use agent_task::{AgentTask, AgentTaskSpec, AgentTaskStatus};
+pub use approval_request::{ApprovalRequest, ApprovalRequestSpec};
 pub use policy_pack::{PolicyPack, PolicyPackSpec};
 pub use tool_contract::{ToolContract, ToolContractSpec};
 
@@ -19,5 +21,5 @@ use kube::CustomResourceExt;
 
 /// Every custom resource definition, in the order in which `crds/` lists them.
 pub fn all_crds() -> Vec<CustomResourceDefinition> {
-    vec![AgentTask::crd(), ToolContract::crd(), PolicyPack::crd()]
+    vec![AgentTask::crd(), ToolContract::crd(), PolicyPack::crd(), ApprovalRequest::crd()]
 }

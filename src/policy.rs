@@ -3,6 +3,8 @@
 //! Promises: the same input gives the same answer, on any machine and at any time; anything unknown, malformed or
 //! failing is denied. Refuses: input and output of any kind, clocks, Kubernetes.
 
+/// Whether people said yes to one exact call.
+pub mod approval;
 /// Counters against limits: reserve before, settle after.
 pub mod budget;
 /// The rendered configuration: everything that a harness and a gateway decide by.

@@ -58,7 +58,7 @@ struct Harness {
 
 /// How long what an upstream listed is gone by, in these tests.
 const LISTING_AGE: Duration = Duration::from_secs(2);
-const LIMITS: Limits = Limits { wall_time_seconds: 60, tool_calls: 3, tokens: 5_000, denials: None, cost_micros: None };
+const LIMITS: Limits = Limits { wall_time_seconds: 60, tool_calls: 3, tokens: 5_000, denials: None, cost_micros: None, approval_wait_seconds: 0 };
 
 fn tool(name: &str, upstream: Upstream, side_effect: SideEffect) -> Tool {
     Tool {
@@ -368,7 +368,7 @@ async fn a_precondition_sees_what_an_earlier_call_answered() {
 
 #[tokio::test]
 async fn so_many_refusals_end_everything() {
-    let limits = Limits { wall_time_seconds: 60, tool_calls: 3, tokens: 5_000, denials: Some(4), cost_micros: None };
+    let limits = Limits { wall_time_seconds: 60, tool_calls: 3, tokens: 5_000, denials: Some(4), cost_micros: None, approval_wait_seconds: 0 };
     let harness = Arc::new(harness_with(limits).await);
     let calls = (0..12).map(|_| {
         let harness = harness.clone();
@@ -391,7 +391,7 @@ async fn so_many_refusals_end_everything() {
 #[tokio::test]
 async fn money_is_reserved_for_the_longest_reply_and_settled_by_the_account() {
     let limits =
-        Limits { wall_time_seconds: 60, tool_calls: 0, tokens: 1_000_000, denials: None, cost_micros: Some(5_000) };
+        Limits { wall_time_seconds: 60, tool_calls: 0, tokens: 1_000_000, denials: None, cost_micros: Some(5_000), approval_wait_seconds: 0 };
     let harness = harness_with(limits).await;
     let hello = json!([{"role": "user", "content": "hi"}]);
     let (status, reply) = harness.post("/v1/chat/completions", json!({"model": "x", "messages": hello})).await;
@@ -456,7 +456,7 @@ async fn a_streamed_reply_streams_and_is_metered() {
 #[tokio::test]
 async fn a_model_call_beyond_the_budget_does_not_leave() {
     let harness =
-        harness_with(Limits { wall_time_seconds: 60, tool_calls: 0, tokens: 100, denials: None, cost_micros: None })
+        harness_with(Limits { wall_time_seconds: 60, tool_calls: 0, tokens: 100, denials: None, cost_micros: None, approval_wait_seconds: 0 })
             .await;
     let body = json!({"model": "m", "messages": [{"role": "user", "content": "x".repeat(200)}]});
     for path in ["/v1/chat/completions", "/v1/responses", "/v1/messages"] {
@@ -514,7 +514,7 @@ async fn nothing_leaves_while_the_store_is_away_and_everything_is_there_when_it_
 #[tokio::test]
 async fn after_wall_time_everything_is_refused() {
     let harness =
-        harness_with(Limits { wall_time_seconds: 0, tool_calls: 3, tokens: 5_000, denials: None, cost_micros: None })
+        harness_with(Limits { wall_time_seconds: 0, tool_calls: 3, tokens: 5_000, denials: None, cost_micros: None, approval_wait_seconds: 0 })
             .await;
     let (error, text) = harness.tool("say", json!({"text": "a"})).await;
     assert!(error && text.contains("budget.wallTime"), "{text}");

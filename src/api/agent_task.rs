@@ -188,6 +188,11 @@ pub struct Limits {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 16), regex(pattern = r"^[0-9]{1,9}(\.[0-9]{1,6})?$"))]
     pub cost: Option<String>,
+    /// Seconds of each attempt that do not count as wall time because a call waited for people's approval; what is more counts. A day
+    /// when neither task nor class says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0, max = 604_800))]
+    pub approval_wait_seconds: Option<i64>,
 }
 
 /// Retries by failure class. `Budget` and `Policy` failures are never tried again.

@@ -4,7 +4,10 @@ use kube::{CustomResource, KubeSchema};
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
 
-use crate::policy::config::{HttpMethod, SideEffect};
+use crate::policy::{
+    approval::Approvers,
+    config::{HttpMethod, OnTimeout, SideEffect},
+};
 
 /// One tool, as the agent sees it, where it really is, and what must hold before a call leaves.
 #[derive(CustomResource, KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -50,8 +53,57 @@ pub struct ToolContractSpec {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 32), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
     pub preconditions: Vec<Precondition>,
+    /// Who must say yes before a call leaves. Nobody is asked without.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub approval: Option<Approval>,
     /// What a call may change.
     pub side_effect: SideEffect,
+}
+
+/// People's yes to one exact call, as an `ApprovalRequest` for each. An approved call is made once and before the request expires;
+/// for the same call again people are asked again. A denied or expired one is denied for the rest of the task (rule `tool.approval`).
+///
+/// Neither the task's principal nor whoever created the task may approve. While a request is undecided the attempt's wall time
+/// stands still, for as long as the limit `approvalWaitSeconds` gives.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[x_kube(validation = Rule::new("size(self.approvers.users) + size(self.approvers.groups) > 0").message("approvers: name at least one user or group that may decide"))]
+#[serde(rename_all = "camelCase")]
+pub struct Approval {
+    /// A CEL expression over what preconditions see. Where it is `false` nobody is asked; where it cannot be evaluated people are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 4096))]
+    pub when: Option<String>,
+    /// Who may decide.
+    pub approvers: Approvers,
+    /// How many of them must approve. One denial is enough to deny.
+    #[serde(default = "Approval::default_required")]
+    #[schemars(range(min = 1, max = 16))]
+    pub required: i64,
+    /// Seconds until a request expires.
+    #[serde(default = "Approval::default_timeout")]
+    #[schemars(range(min = 5, max = 604_800))]
+    pub timeout_seconds: i64,
+    /// What an expired request means: `Deny` denies the call, `EndTask` ends the task as well, with failure class `Policy`.
+    #[serde(default)]
+    pub on_timeout: OnTimeout,
+    /// Seconds that a call is held open while it waits. Then the agent is told that it is pending, and asks again by making
+    /// the same call again, which is neither counted nor a denial. Keep it below the time that the agent's client gives a call.
+    #[serde(default = "Approval::default_hold")]
+    #[schemars(range(min = 0, max = 3600))]
+    pub hold_seconds: i64,
+}
+
+impl Approval {
+    fn default_required() -> i64 {
+        1
+    }
+    fn default_timeout() -> i64 {
+        3600
+    }
+    /// Below the minute that MCP's TypeScript SDK gives a call.
+    fn default_hold() -> i64 {
+        45
+    }
 }
 
 /// Where a tool is: one of these.

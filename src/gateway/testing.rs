@@ -206,7 +206,7 @@ pub fn policy() -> PolicyConfig {
             image: "localhost/agent:dev".into(),
         },
         pack: PackIdentity { name: "dev".into(), uid: "pack".into(), generation: 1, environment: "dev".into() },
-        limits: Limits { wall_time_seconds: 600, tool_calls: 3, tokens: 1000, denials: None, cost_micros: None },
+        limits: Limits { wall_time_seconds: 600, tool_calls: 3, tokens: 1000, denials: None, cost_micros: None, approval_wait_seconds: 0 },
         allowed_effects: vec![SideEffect::Read, SideEffect::Write],
         tools: vec![tool("search", SideEffect::Read), tool("write", SideEffect::Write)],
         models: ModelEndpoints { openai: Some("https://models.world.test".into()), anthropic: None, prices: vec![] },

@@ -16,6 +16,8 @@ pub const MANAGER: &str = "belay";
 pub const POLICY_DIGEST: &str = "belay.dev/policy-digest";
 /// Annotation of pods: name and digest of the NetworkPolicy, as it was read back.
 pub const NETWORK_POLICY: &str = "belay.dev/network-policy";
+/// Annotation of tasks: the user who created it. Admission puts it on and keeps it.
+pub const REQUESTED_BY: &str = "belay.dev/requested-by";
 /// Annotation of NetworkPolicies: where the task's evidence goes, so that it is known even if pack and status are gone.
 pub const EVIDENCE: &str = "belay.dev/evidence";
 /// Keeps a task until its pod has ended and its evidence is sealed.
@@ -39,6 +41,10 @@ pub const PROBE_UNPROVEN: i32 = 42;
 
 /// Exit code of the harness once so many calls were refused that the task is over.
 pub const HARNESS_REFUSED_ENOUGH: i32 = 43;
+/// Exit code of the harness once the attempt's wall time is over.
+pub const HARNESS_OUT_OF_TIME: i32 = 44;
+/// Exit code of the harness once a call that nobody approved in time has ended the task.
+pub const HARNESS_UNAPPROVED: i32 = 45;
 
 /// Name of everything that belongs to one attempt: pod, NetworkPolicy, ConfigMap.
 pub fn of_attempt(task: &str, attempt: i64) -> String {

@@ -6,6 +6,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::approval::Approvers;
 use crate::canonical;
 
 /// What a tool call may change.
@@ -81,6 +82,9 @@ pub struct Limits {
     /// Cost of model calls over all attempts, in millionths of the pack's currency unit; absent for no limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cost_micros: Option<i64>,
+    /// Seconds of an attempt that do not count, because a call waited for people; what is more counts.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub approval_wait_seconds: i64,
 }
 
 /// The file that the operator renders for one attempt.
@@ -141,6 +145,9 @@ pub struct TaskIdentity {
     pub workflow_class: String,
     /// On whose behalf.
     pub principal: String,
+    /// Who asked for the task, where admission recorded it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub requester: Option<String>,
     /// The agent's image as the task names it.
     pub image: String,
 }
@@ -181,6 +188,9 @@ pub struct Tool {
     pub limits: ToolLimits,
     /// What must hold.
     pub preconditions: Vec<Precondition>,
+    /// Who must say yes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub approval: Option<Approval>,
     /// What a call may change.
     pub side_effect: SideEffect,
 }
@@ -301,6 +311,36 @@ pub struct Precondition {
     pub cel: String,
     /// What the agent is told otherwise.
     pub message: String,
+}
+
+/// Who must say yes to a call, and what that takes.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Approval {
+    /// A CEL expression: where it is `false`, nobody needs to be asked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub when: Option<String>,
+    /// Who may decide.
+    pub approvers: Approvers,
+    /// How many must approve.
+    pub required: i64,
+    /// Seconds until a request expires.
+    pub timeout_seconds: i64,
+    /// What becomes of the task then.
+    pub on_timeout: OnTimeout,
+    /// Seconds that a call is held open before the agent is told that it is pending.
+    pub hold_seconds: i64,
+}
+
+/// What a request that nobody decided in time means.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "kube", derive(schemars::JsonSchema))]
+pub enum OnTimeout {
+    /// The call is denied, and the agent goes on without it.
+    #[default]
+    Deny,
+    /// The call is denied, and the task ends.
+    EndTask,
 }
 
 /// Base URLs of the model APIs.

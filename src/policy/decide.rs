@@ -430,7 +430,7 @@ mod tests {
                 image: "i".into(),
             },
             pack: PackIdentity { name: "dev".into(), uid: "p".into(), generation: 1, environment: "dev".into() },
-            limits: Limits { wall_time_seconds: 60, tool_calls: 4, tokens: 100, denials: Some(2), cost_micros: None },
+            limits: Limits { wall_time_seconds: 60, tool_calls: 4, tokens: 100, denials: Some(2), cost_micros: None, approval_wait_seconds: 0 },
             allowed_effects: effects,
             tools: vec![Tool {
                 contract: "open-ticket".into(),

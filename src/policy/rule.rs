@@ -47,6 +47,8 @@ rules! {
     ToolRequestBytes = "tool.requestBytes",
     /// The reply is no longer than the contract lets it be.
     ToolResponseBytes = "tool.responseBytes",
+    /// People have approved this exact call.
+    ToolApproval = "tool.approval",
     /// The attempt has time left.
     WallTime = "budget.wallTime",
     /// The task has tool calls left.

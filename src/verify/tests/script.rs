@@ -70,7 +70,7 @@ pub(crate) fn policy() -> PolicyConfig {
             generation: 3,
             environment: "dev".to_owned(),
         },
-        limits: Limits { wall_time_seconds: 600, tool_calls: 4, tokens: 1000, denials: None, cost_micros: None },
+        limits: Limits { wall_time_seconds: 600, tool_calls: 4, tokens: 1000, denials: None, cost_micros: None, approval_wait_seconds: 0 },
         allowed_effects: vec![SideEffect::Read, SideEffect::Write],
         tools: vec![
             tool("mail", SideEffect::External),

@@ -1,0 +1,284 @@
+//! Approvals: whether people said yes to one exact call.
+//!
+//! Promises: [`standing`] follows from what was asked, who decided and the time, and from nothing else; one no is a no; a yes counts
+//! once a person, and not of those on whose behalf the agent acts. [`Approvals`] is what a log says of them: each is good for
+//! one call of the same tool with the same arguments. Refuses: knowing who somebody is; admission has pinned each decision
+//! to its user.
+
+use std::collections::BTreeMap;
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use crate::canonical;
+
+/// Longest arguments that people are asked about, in bytes of canonical JSON.
+pub const LONGEST_ARGUMENTS: usize = 65_536;
+/// Requests that may be undecided at once in one attempt.
+pub const PENDING: usize = 32;
+/// Requests that a log may have: each takes memory.
+const REQUESTS: usize = 65_536;
+
+/// Who may decide: any of the users, and any member of any of the groups.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "kube", derive(schemars::JsonSchema))]
+#[serde(rename_all = "camelCase")]
+pub struct Approvers {
+    /// Users, by the names that the API server authenticates.
+    #[serde(default)]
+    #[cfg_attr(feature = "kube", schemars(length(max = 32), inner(length(min = 1, max = 253)), extend("x-kubernetes-list-type" = "set")))]
+    pub users: Vec<String>,
+    /// Groups, by the names that the API server authenticates.
+    #[serde(default)]
+    #[cfg_attr(feature = "kube", schemars(length(max = 32), inner(length(min = 1, max = 253)), extend("x-kubernetes-list-type" = "set")))]
+    pub groups: Vec<String>,
+}
+
+/// Yes or no.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "kube", derive(schemars::JsonSchema))]
+pub enum Answer {
+    /// The call may be made.
+    Approve,
+    /// It may not.
+    Deny,
+}
+
+/// One person's decision.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "kube", derive(schemars::JsonSchema))]
+#[serde(rename_all = "camelCase")]
+pub struct Vote {
+    /// The authenticated user.
+    #[cfg_attr(feature = "kube", schemars(length(min = 1, max = 1024)))]
+    pub by: String,
+    /// Yes or no.
+    pub decision: Answer,
+    /// Why, for the agent and the evidence.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "kube", schemars(length(max = 1024)))]
+    pub reason: Option<String>,
+}
+
+/// Where a request stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Standing {
+    /// Not decided.
+    Pending,
+    /// Enough people said yes.
+    Approved,
+    /// Somebody said no.
+    Denied,
+    /// Its time is over.
+    Expired,
+}
+
+/// What was asked, as far as its standing goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Asked<'a> {
+    /// How many must say yes.
+    pub required: i64,
+    /// Who may not: the principal, and who asked for the task.
+    pub barred: [Option<&'a str>; 2],
+    /// By when.
+    pub expires: Timestamp,
+}
+
+/// Where a request stands at a time. A no stays a no; a yes must be used before the request expires.
+pub fn standing(asked: &Asked<'_>, votes: &[Vote], now: Timestamp) -> Standing {
+    if votes.iter().any(|vote| vote.decision == Answer::Deny) {
+        return Standing::Denied;
+    }
+    if now >= asked.expires {
+        return Standing::Expired;
+    }
+    let mut yes: Vec<&str> = votes.iter().map(|vote| vote.by.as_str()).collect();
+    yes.retain(|by| !asked.barred.contains(&Some(by)));
+    yes.sort_unstable();
+    yes.dedup();
+    let yes = i64::try_from(yes.len()).unwrap_or(i64::MAX);
+    if yes >= asked.required.max(1) { Standing::Approved } else { Standing::Pending }
+}
+
+/// The name of the request for one exact call: the same for whoever asks, and another once that call was made.
+pub fn name(task: &str, uid: &str, tool: &str, digest: &str, repeats: i64) -> String {
+    let of = format!("{uid}\n{tool}\n{digest}\n{repeats}");
+    let hash = hex::encode(canonical::sha256(of.as_bytes()));
+    format!("{task}-{}", hash.get(..12).unwrap_or(&hash))
+}
+
+/// What a log says of approvals so far.
+#[derive(Clone, Debug, Default)]
+pub struct Approvals {
+    requests: BTreeMap<String, Request>,
+    /// Calls that were made by an approval, by tool and digest.
+    made: BTreeMap<(String, String), i64>,
+}
+
+#[derive(Clone, Debug)]
+struct Request {
+    tool: String,
+    digest: String,
+    standing: Standing,
+    used: bool,
+}
+
+impl Approvals {
+    /// How many calls like this one were made by an approval.
+    pub fn made(&self, tool: &str, digest: &str) -> i64 {
+        self.made.get(&(tool.to_owned(), digest.to_owned())).copied().unwrap_or_default()
+    }
+
+    /// A request was seen to be pending or decided.
+    ///
+    /// # Errors
+    /// What does not fit what the log says so far.
+    pub fn seen(&mut self, name: &str, tool: &str, digest: &str, standing: Standing) -> Result<(), String> {
+        match self.requests.get_mut(name) {
+            None if self.requests.len() >= REQUESTS => Err(format!("expected at most {REQUESTS} approval requests")),
+            None => {
+                let (tool, digest) = (tool.to_owned(), digest.to_owned());
+                self.requests.insert(name.to_owned(), Request { tool, digest, standing, used: false });
+                Ok(())
+            }
+            Some(known) if known.tool != tool || known.digest != digest => {
+                Err(format!("expected approval {name} to be for the call that it was asked for, found another"))
+            }
+            // It may lapse between the yes and the call; nothing else is taken back.
+            Some(known) if known.standing == standing || known.standing == Standing::Pending => {
+                known.standing = standing;
+                Ok(())
+            }
+            Some(known) if known.standing == Standing::Approved && standing == Standing::Expired => {
+                known.standing = standing;
+                Ok(())
+            }
+            Some(known) => {
+                Err(format!("expected approval {name} to stay {:?}, found it {standing:?}", known.standing))
+            }
+        }
+    }
+
+    /// A call is made by an approval.
+    ///
+    /// # Errors
+    /// Why it may not be.
+    pub fn used(&mut self, name: &str, tool: &str, digest: Option<&str>) -> Result<(), String> {
+        let Some(request) = self.requests.get_mut(name) else {
+            return Err(format!("expected approval {name} to be in the log before the call, found none"));
+        };
+        if request.standing != Standing::Approved {
+            return Err(format!("expected approval {name} to be given, found it {:?}", request.standing));
+        }
+        if request.used {
+            return Err(format!("expected one call by approval {name}, found a second"));
+        }
+        if request.tool != tool || Some(request.digest.as_str()) != digest {
+            return Err(format!("expected the call that approval {name} was given for, found another"));
+        }
+        request.used = true;
+        let made = self.made.entry((request.tool.clone(), request.digest.clone())).or_default();
+        *made = made.saturating_add(1);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use rstest::rstest;
+
+    use super::*;
+
+    fn vote(text: &str) -> Vote {
+        let (by, decision) = match text.strip_prefix('!') {
+            Some(by) => (by, Answer::Deny),
+            None => (text, Answer::Approve),
+        };
+        Vote { by: by.into(), decision, reason: None }
+    }
+
+    #[rstest]
+    #[case::nobody(1, &[], 0, Standing::Pending)]
+    #[case::one(1, &["ana"], 0, Standing::Approved)]
+    #[case::one_of_two(2, &["ana"], 0, Standing::Pending)]
+    #[case::two(2, &["ana", "bob"], 0, Standing::Approved)]
+    #[case::one_twice(2, &["ana", "ana"], 0, Standing::Pending)]
+    #[case::principal(1, &["agent-owner"], 0, Standing::Pending)]
+    #[case::requester(1, &["ci"], 0, Standing::Pending)]
+    #[case::one_no(1, &["ana", "bob", "!eve"], 0, Standing::Denied)]
+    #[case::the_principal_may_say_no(1, &["!agent-owner"], 0, Standing::Denied)]
+    #[case::late(1, &[], 100, Standing::Expired)]
+    #[case::yes_but_late(1, &["ana"], 100, Standing::Expired)]
+    #[case::no_and_late(1, &["!ana"], 100, Standing::Denied)]
+    #[case::none_required_is_one(0, &[], 0, Standing::Pending)]
+    fn votes(#[case] required: i64, #[case] votes: &[&str], #[case] now: i64, #[case] expected: Standing) {
+        let expires = Timestamp::from_second(100).unwrap();
+        let asked = Asked { required, barred: [Some("agent-owner"), Some("ci")], expires };
+        let votes: Vec<Vote> = votes.iter().map(|text| vote(text)).collect();
+        assert_eq!(standing(&asked, &votes, Timestamp::from_second(now).unwrap()), expected);
+    }
+
+    #[test]
+    fn a_name_is_the_calls_own() {
+        let base = name("t", "uid", "pay", "d", 0);
+        assert!(base.starts_with("t-") && base.len() == 14, "{base}");
+        for other in [
+            name("t", "uid2", "pay", "d", 0),
+            name("t", "uid", "pay2", "d", 0),
+            name("t", "uid", "pay", "d2", 0),
+            name("t", "uid", "pay", "d", 1),
+        ] {
+            assert_ne!(base, other);
+        }
+    }
+
+    #[test]
+    fn an_approval_is_good_for_one_call_of_what_was_asked() {
+        let mut log = Approvals::default();
+        assert!(log.used("a", "pay", Some("d")).is_err(), "never asked for");
+        log.seen("a", "pay", "d", Standing::Pending).unwrap();
+        assert!(log.used("a", "pay", Some("d")).is_err(), "pending");
+        assert!(log.seen("a", "pay", "e", Standing::Approved).is_err(), "another call");
+        log.seen("a", "pay", "d", Standing::Approved).unwrap();
+        assert!(log.used("a", "pay", Some("e")).is_err(), "other arguments");
+        assert!(log.used("a", "mail", Some("d")).is_err(), "another tool");
+        assert!(log.used("a", "pay", None).is_err(), "no digest");
+        assert_eq!(log.made("pay", "d"), 0);
+        log.used("a", "pay", Some("d")).unwrap();
+        assert!(log.used("a", "pay", Some("d")).is_err(), "twice");
+        assert_eq!(log.made("pay", "d"), 1);
+    }
+
+    #[test]
+    fn a_no_is_not_taken_back() {
+        let mut log = Approvals::default();
+        log.seen("a", "pay", "d", Standing::Denied).unwrap();
+        assert!(log.seen("a", "pay", "d", Standing::Approved).is_err());
+        let mut log = Approvals::default();
+        log.seen("a", "pay", "d", Standing::Approved).unwrap();
+        log.seen("a", "pay", "d", Standing::Expired).unwrap();
+        assert!(log.used("a", "pay", Some("d")).is_err());
+    }
+
+    proptest! {
+        /// However the votes come, a yes needs as many different people as were asked for, none of them barred, and no no.
+        #[test]
+        fn a_yes_is_enough_peoples(
+            votes in proptest::collection::vec((0..6_u8, any::<bool>()), 0..8), required in 0..5_i64, now in 0..200_i64,
+        ) {
+            let votes: Vec<Vote> = votes
+                .iter()
+                .map(|(by, yes)| Vote { by: by.to_string(), decision: if *yes { Answer::Approve } else { Answer::Deny }, reason: None })
+                .collect();
+            let asked = Asked { required, barred: [Some("0"), None], expires: Timestamp::from_second(100).unwrap() };
+            let people: std::collections::BTreeSet<_> = votes.iter().map(|v| &v.by).filter(|by| *by != "0").collect();
+            let expected = now < 100
+                && votes.iter().all(|vote| vote.decision == Answer::Approve)
+                && people.len() as i64 >= required.max(1);
+            let found = standing(&asked, &votes, Timestamp::from_second(now).unwrap());
+            prop_assert_eq!(found == Standing::Approved, expected);
+        }
+    }
+}
