@@ -12,10 +12,14 @@
     deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, clippy::string_slice)
 )]
 
+/// Asking people before a call leaves.
+pub mod approvals;
 /// What every reply of ours is made of.
 pub mod body;
 /// What a tool call may take.
 pub mod bounds;
+/// The attempt's wall time.
+pub mod clock;
 /// The pipeline that every call goes through.
 pub mod gate;
 /// Records, in order, batched into segments and sent to the witness.
@@ -131,6 +135,10 @@ pub enum Ended {
     WithThePod,
     /// So many calls were refused that the task is over. The pod has to be told: nothing in it may stop the agent.
     RefusedEnough,
+    /// The attempt's wall time is over; the same holds.
+    OutOfTime,
+    /// A call that nobody approved in time has ended the task; the same holds.
+    Unapproved,
 }
 
 /// Runs the harness until the pod ends it, or so many calls were refused that the task is over.
@@ -180,10 +188,13 @@ pub async fn serve(options: Options) -> Result<Ended, HarnessError> {
         .map_err(|denial| HarnessError::Evidence(denial.reason))?;
     journal.stored(first).await.map_err(|denial| HarnessError::Evidence(denial.reason))?;
 
-    let wall_time = Duration::from_secs(u64::try_from(config.policy.limits.wall_time_seconds).unwrap_or(0));
+    let seconds = |count: i64| Duration::from_secs(u64::try_from(count).unwrap_or(0));
+    let limits = config.policy.limits;
+    let clock = clock::Clock::start(seconds(limits.wall_time_seconds), seconds(limits.approval_wait_seconds));
+    let approvals = approvals::Approvals::new(attempt, link.clone(), journal.clone(), clock.clone());
     let quotas = Quotas::resume(&config.policy.tools, &opened.tools);
     let tools = mcp::Tools::new(
-        Arc::new(gate::Gate::new(contracts, outputs, quotas, journal.clone(), link, wall_time)),
+        Arc::new(gate::Gate::new(contracts, outputs, quotas, journal.clone(), link, clock.clone(), approvals.clone())),
         &opened.tools,
         mcp::LISTING_AGE,
     );
@@ -194,19 +205,26 @@ pub async fn serve(options: Options) -> Result<Ended, HarnessError> {
     tracing::info!(attempt, "serving");
 
     let over_before = journal.open().is_err();
+    let mut ended = Ended::WithThePod;
     tokio::select! {
         _ = terminate.recv() => tracing::info!("the agent has ended or the pod is ending; closing the log"),
         () = gate.refused_enough(), if !over_before => tracing::warn!("too many calls were refused; closing the log"),
+        () = clock.over() => ended = Ended::OutOfTime,
+        () = approvals.ended() => ended = Ended::Unapproved,
     }
     reprobing.abort();
-    let refused_enough = journal.open().is_err();
+    if journal.open().is_err() {
+        ended = Ended::RefusedEnough;
+    }
     gate.stop(Rule::TaskClosed, "the attempt has ended");
     serving.drain().await;
-    let reason = match (refused_enough, gate.out_of_time()) {
-        (true, _) => "denials",
-        (false, true) => "wallTime",
-        (false, false) => "agentEnded",
+    let reason = match ended {
+        Ended::WithThePod => AttemptClosed::AGENT_ENDED,
+        Ended::RefusedEnough => AttemptClosed::DENIALS,
+        Ended::OutOfTime => AttemptClosed::WALL_TIME,
+        Ended::Unapproved => AttemptClosed::UNAPPROVED,
     };
+    tracing::info!(reason, "closing the log");
     let closed = journal.record(|_, _| Ok(Event::AttemptClosed(AttemptClosed { reason: reason.into() })));
     if let Ok(last) = closed
         && tokio::time::timeout(FLUSH, journal.stored(last)).await.is_err()
@@ -215,7 +233,7 @@ pub async fn serve(options: Options) -> Result<Ended, HarnessError> {
             "the last records could not be stored in {FLUSH:?}; the operator will seal the log without them"
         );
     }
-    Ok(if refused_enough { Ended::RefusedEnough } else { Ended::WithThePod })
+    Ok(ended)
 }
 
 /// Opens the log. The gateway may not have seen the task's objects yet, and may be starting: both pass.

@@ -3,13 +3,14 @@
 //! Every request carries `authorization: Bearer <token>`: a projected, pod-bound ServiceAccount token of audience
 //! [`AUDIENCE`]. A tunnel carries it as `proxy-authorization`.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, ops::Not};
 
 use serde::{Deserialize, Serialize};
 
 use crate::{
     evidence::record::TaskClosed,
     policy::{
+        approval::{Standing, Vote},
         config::{ToolUsage, Usage},
         rule::Rule,
     },
@@ -25,6 +26,8 @@ pub const LOG_OPEN: &str = "/v1/log/open";
 pub const LOG_APPEND: &str = "/v1/log/append";
 /// Ends a log: [`SealRequest`] → [`SealReply`]. The operator's alone.
 pub const LOG_SEAL: &str = "/v1/log/seal";
+/// Asks people about one exact call: [`ApprovalAsk`] → [`ApprovalReply`].
+pub const APPROVAL: &str = "/v1/approval";
 /// Sends one HTTP request to an upstream.
 pub const FORWARD: &str = "/v1/forward";
 /// Absolute URL of the upstream, on [`FORWARD`].
@@ -88,6 +91,47 @@ pub struct AppendReply {
     pub size: u64,
     /// The checkpoint with the witness's cosignature.
     pub checkpoint: String,
+}
+
+/// Asks people about one exact call. Asking again for the same call asks nobody again, and tells where it stands.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ApprovalAsk {
+    /// Number of the attempt.
+    pub attempt: i64,
+    /// The tool.
+    pub tool: String,
+    /// The arguments, RFC 8785 JSON.
+    pub arguments: String,
+    /// Their SHA-256, hex.
+    pub request_digest: String,
+    /// Seconds for which the reply may wait for a decision.
+    pub wait: i64,
+}
+
+/// Where the request stands.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ApprovalReply {
+    /// Name of the ApprovalRequest.
+    pub name: String,
+    /// Its UID.
+    pub uid: String,
+    /// How many must approve.
+    pub required: i64,
+    /// By when, RFC 3339.
+    pub expires: String,
+    /// Where it stands.
+    pub standing: Standing,
+    /// Who has decided what.
+    pub decisions: Vec<Vote>,
+}
+
+impl ApprovalReply {
+    /// Whether its time is over by this clock. A time that cannot be read is.
+    pub fn expired(&self) -> bool {
+        self.expires.parse::<jiff::Timestamp>().is_ok_and(|expires| jiff::Timestamp::now() < expires).not()
+    }
 }
 
 /// Ends a log with a `task.closed` record.

@@ -10,7 +10,14 @@ use belay::{
 
 use super::*;
 
-const MANY: Limits = Limits { wall_time_seconds: 60, tool_calls: 1_000, tokens: 0, denials: None, cost_micros: None, approval_wait_seconds: 0 };
+const MANY: Limits = Limits {
+    wall_time_seconds: 60,
+    tool_calls: 1_000,
+    tokens: 0,
+    denials: None,
+    cost_micros: None,
+    approval_wait_seconds: 0,
+};
 
 /// What a call must come to: the text that the agent sees, or the rule by which it was refused.
 type Seen = Result<&'static str, Rule>;

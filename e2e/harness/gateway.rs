@@ -21,31 +21,48 @@ use axum::{
 };
 use base64::{Engine, prelude::BASE64_STANDARD};
 use belay::{
-    api::policy_pack::{EvidencePolicy, RetentionMode},
+    api::{
+        AgentTask, ApprovalRequest,
+        policy_pack::{EvidencePolicy, RetentionMode},
+    },
     evidence::{
         note,
         record::{Channel, Record},
         segment::Segment,
     },
     gateway::{
+        approvals::{self, Create},
         authorize::{self, Destination, Target},
         body::full,
-        cluster::Compiled,
+        cluster::{Cluster, Compiled, Fetch, Stores},
         dial::{Connect, Dialer, roots},
         forward,
+        identity::{Principal, Standing},
         pool::Pool,
         refusal::Refused,
         resolve::Resolve,
         witness::History,
     },
-    policy::{config::PolicyConfig, egress::Blocked, hostname::Hostname, rule::Rule},
-    wire::{self, AppendReply, AppendRequest, OpenReply, OpenRequest, Refusal},
+    policy::{
+        approval::{Answer, Vote},
+        config::{PolicyConfig, TaskIdentity},
+        egress::Blocked,
+        hostname::Hostname,
+        rule::Rule,
+    },
+    wire::{self, AppendReply, AppendRequest, ApprovalAsk, OpenReply, OpenRequest, Refusal},
 };
 use futures::{future::BoxFuture, stream::BoxStream};
 use http_body_util::{BodyExt, Full};
 use hyper_util::{
     client::legacy::{Client, connect::HttpConnector},
     rt::{TokioExecutor, TokioIo},
+};
+use k8s_openapi::api::core::v1::Pod;
+use kube::{
+    ResourceExt,
+    core::DeserializeGuard,
+    runtime::{reflector::store::Writer, watcher},
 };
 use rmcp::{
     model::ClientJsonRpcMessage,
@@ -70,8 +87,38 @@ struct Log {
     fails: AtomicBool,
     saw: Mutex<Vec<String>>,
     compiled: Mutex<Compiled>,
+    cluster: Cluster,
+    people: Arc<People>,
     dialer: Dialer,
     pool: Arc<Pool>,
+}
+
+/// The API server's ApprovalRequests, and the people who decide on them.
+struct People(Mutex<Writer<DeserializeGuard<ApprovalRequest>>>);
+
+impl People {
+    fn apply(&self, request: ApprovalRequest) {
+        let event = watcher::Event::Apply(DeserializeGuard(Ok(request)));
+        self.0.lock().unwrap().apply_watcher_event(&event);
+    }
+
+    fn requests(&self) -> Vec<ApprovalRequest> {
+        let store = self.0.lock().unwrap().as_reader();
+        store.state().iter().filter_map(|guarded| guarded.0.as_ref().ok().cloned()).collect()
+    }
+}
+
+impl Create for People {
+    fn create(
+        &self,
+        namespace: String,
+        mut request: ApprovalRequest,
+    ) -> BoxFuture<'_, Result<ApprovalRequest, String>> {
+        request.metadata.namespace = Some(namespace);
+        request.metadata.uid = Some(format!("uid-of-{}", request.name_any()));
+        self.apply(request.clone());
+        Box::pin(async move { Ok(request) })
+    }
 }
 
 /// Names, their pretended public addresses, and the loopback servers behind those.
@@ -110,18 +157,22 @@ impl Gateway {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let names = Arc::new(Names(names));
+        let (cluster, people) = cluster(policy);
         let state = Arc::new(Log {
             records: Mutex::default(),
             history: Mutex::default(),
             fails: AtomicBool::new(false),
             saw: Mutex::default(),
             compiled: Mutex::new(compiled(policy)),
+            cluster,
+            people,
             dialer: Dialer::new(names.clone(), Blocked::default(), names, roots(None).unwrap()),
             pool: Arc::default(),
         });
         let router = Router::new()
             .route(wire::LOG_OPEN, post(open))
             .route(wire::LOG_APPEND, post(append))
+            .route(wire::APPROVAL, post(approval))
             .route(wire::FORWARD, any(forward))
             .with_state(state.clone());
         tokio::spawn(async move {
@@ -164,9 +215,69 @@ impl Gateway {
         self.state.fails.store(fails, Ordering::SeqCst);
     }
 
+    /// What people are asked, oldest first.
+    pub fn requests(&self) -> Vec<ApprovalRequest> {
+        let mut requests = self.state.people.requests();
+        requests.sort_by_key(|request| (request.spec.repeats, request.name_any()));
+        requests
+    }
+
+    /// Somebody decides, as the API server's admission lets them.
+    pub fn decide(&self, name: &str, by: &str, decision: Answer) {
+        let mut request = self.requests().into_iter().find(|request| request.name_any() == name).unwrap();
+        let vote = Vote { by: by.into(), decision, reason: Some("because".into()) };
+        request.status.get_or_insert_default().decisions.push(vote);
+        self.state.people.apply(request);
+    }
+
+    /// Something else than what was asked for is written into a request, which the API server would refuse.
+    pub fn forge(&self, change: impl Fn(&mut ApprovalRequest)) {
+        for mut request in self.requests() {
+            change(&mut request);
+            self.state.people.apply(request);
+        }
+    }
+
     /// Has the gateway go by another policy than the harness from now on.
     pub fn goes_by(&self, policy: &PolicyConfig) {
         *self.state.compiled.lock().unwrap() = compiled(policy);
+    }
+}
+
+/// A cluster in which there is the task, and no object but what people are asked.
+fn cluster(policy: &PolicyConfig) -> (Cluster, Arc<People>) {
+    let task: AgentTask = serde_json::from_value(serde_json::json!({
+        "apiVersion": "belay.dev/v1alpha1", "kind": "AgentTask",
+        "metadata": {"namespace": policy.task.namespace, "name": policy.task.name, "uid": policy.task.uid},
+        "spec": {
+            "objective": "o", "workflowClass": "c", "principal": "p", "agent": {"image": "i"},
+            "limits": {"wallTimeSeconds": 60, "toolCalls": 1, "tokens": 1},
+        },
+    }))
+    .unwrap();
+    let (people, mut tasks) = (Writer::default(), Writer::default());
+    tasks.apply_watcher_event(&watcher::Event::Apply(DeserializeGuard(Ok(task))));
+    let stores = Stores {
+        pods: Writer::default().as_reader(),
+        tasks: tasks.as_reader(),
+        contracts: Writer::default().as_reader(),
+        packs: Writer::default().as_reader(),
+        namespaces: Writer::default().as_reader(),
+        approvals: people.as_reader(),
+        secrets: Writer::default().as_reader(),
+    };
+    (Cluster::new(stores, Arc::new(Nothing)), Arc::new(People(Mutex::new(people))))
+}
+
+/// Nothing is fetched.
+struct Nothing;
+
+impl Fetch for Nothing {
+    fn pod<'a>(&'a self, _: &'a str, _: &'a str) -> BoxFuture<'a, Result<Option<Pod>, String>> {
+        Box::pin(async { Ok(None) })
+    }
+    fn task<'a>(&'a self, _: &'a str, _: &'a str) -> BoxFuture<'a, Result<Option<AgentTask>, String>> {
+        Box::pin(async { Ok(None) })
     }
 }
 
@@ -215,6 +326,25 @@ async fn append(State(log): State<Arc<Log>>, axum::Json(request): axum::Json<App
     axum::Json(AppendReply { size: history.tree().size(), checkpoint: segment.note.to_string() }).into_response()
 }
 
+async fn approval(State(log): State<Arc<Log>>, axum::Json(ask): axum::Json<ApprovalAsk>) -> Response {
+    let compiled = compiled(&log.compiled.lock().unwrap().policy);
+    let made = log.history.lock().unwrap().approved_calls(&ask.tool, &ask.request_digest);
+    let TaskIdentity { namespace, name, uid, .. } = &compiled.policy.task;
+    let principal = Principal {
+        namespace: namespace.clone(),
+        pod: "t-1".into(),
+        pod_uid: "pod".into(),
+        task: name.clone(),
+        task_uid: uid.clone(),
+        attempt: ask.attempt,
+        standing: Standing::Live,
+    };
+    match approvals::ask(&log.cluster, log.people.as_ref(), &compiled, &principal, &ask, made).await {
+        Ok(reply) => axum::Json(reply).into_response(),
+        Err(refused) => refusal(&refused),
+    }
+}
+
 async fn forward(State(log): State<Arc<Log>>, request: Request<Body>) -> Response {
     match forwarded(&log, request).await {
         Ok(reply) => reply,
@@ -250,6 +380,14 @@ async fn forwarded(log: &Log, request: Request<Body>) -> Result<Response, Refuse
         let to = Destination::Url(&target, &parts.method);
         authorize::listed(&compiled, channel, to)?;
         authorize::intended(&compiled, intent.attempt, channel, to, &intent)?;
+        let request =
+            intent.approval.as_ref().and_then(|name| log.cluster.approval(&compiled.policy.task.namespace, name));
+        if channel == Channel::Tool
+            && let Some(args) = approvals::approved(&compiled, &intent, request.as_deref())?
+            && let Some(http) = compiled.http(&intent.target)
+        {
+            authorize::as_approved(http, &target, &args, &body)?;
+        }
         if authorize::is_message(&compiled, channel, &parts.method, &intent) {
             authorize::says(&compiled, channel, &intent, &body)?;
         }

@@ -1,6 +1,7 @@
 //! Real clients against the harness: MCP clients (rmcp's, the official Python and TypeScript SDKs, the conformance suite), HTTP, a
 //! proxy client. Behind it are the gateway's own witnessing, authorisation and forwarding, and servers on loopback.
 
+mod approvals;
 mod contracts;
 mod gateway;
 mod peers;
@@ -18,7 +19,7 @@ use belay::{
         note::{self, Signer},
         record::{AttemptOpened, Containment, Event, Pod, Record},
     },
-    harness::{gate::Gate, journal, link::Link, mcp::Tools, server},
+    harness::{approvals::Approvals, clock::Clock, gate::Gate, journal, link::Link, mcp::Tools, server},
     policy::{
         budget::Budget,
         config::{
@@ -58,7 +59,14 @@ struct Harness {
 
 /// How long what an upstream listed is gone by, in these tests.
 const LISTING_AGE: Duration = Duration::from_secs(2);
-const LIMITS: Limits = Limits { wall_time_seconds: 60, tool_calls: 3, tokens: 5_000, denials: None, cost_micros: None, approval_wait_seconds: 0 };
+const LIMITS: Limits = Limits {
+    wall_time_seconds: 60,
+    tool_calls: 3,
+    tokens: 5_000,
+    denials: None,
+    cost_micros: None,
+    approval_wait_seconds: 0,
+};
 
 fn tool(name: &str, upstream: Upstream, side_effect: SideEffect) -> Tool {
     Tool {
@@ -70,6 +78,7 @@ fn tool(name: &str, upstream: Upstream, side_effect: SideEffect) -> Tool {
         output: None,
         limits: ToolLimits::default(),
         preconditions: vec![],
+        approval: None,
         side_effect,
     }
 }
@@ -113,6 +122,7 @@ fn policy(limits: Limits) -> PolicyConfig {
             objective: "o".into(),
             workflow_class: "c".into(),
             principal: "p".into(),
+            requester: None,
             image: "i".into(),
         },
         pack: PackIdentity { name: "k".into(), uid: "k".into(), generation: 1, environment: "dev".into() },
@@ -199,8 +209,10 @@ async fn start(
     let contracts = Contracts::compile(policy).unwrap();
     let outputs = Outputs::compile(&policy.tools).unwrap();
     let quotas = Quotas::resume(&policy.tools, &used);
-    let wall_time = Duration::from_secs(u64::try_from(limits.wall_time_seconds).unwrap());
-    let gate = Arc::new(Gate::new(contracts, outputs, quotas, journal, link, wall_time));
+    let seconds = |count: i64| Duration::from_secs(u64::try_from(count).unwrap());
+    let clock = Clock::start(seconds(limits.wall_time_seconds), seconds(limits.approval_wait_seconds));
+    let approvals = Approvals::new(attempt, link.clone(), journal.clone(), clock.clone());
+    let gate = Arc::new(Gate::new(contracts, outputs, quotas, journal, link, clock, approvals));
     let free = || std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let address = free();
     server::listen(Tools::new(gate.clone(), &used, LISTING_AGE), address, free()).await.unwrap();
@@ -368,7 +380,14 @@ async fn a_precondition_sees_what_an_earlier_call_answered() {
 
 #[tokio::test]
 async fn so_many_refusals_end_everything() {
-    let limits = Limits { wall_time_seconds: 60, tool_calls: 3, tokens: 5_000, denials: Some(4), cost_micros: None, approval_wait_seconds: 0 };
+    let limits = Limits {
+        wall_time_seconds: 60,
+        tool_calls: 3,
+        tokens: 5_000,
+        denials: Some(4),
+        cost_micros: None,
+        approval_wait_seconds: 0,
+    };
     let harness = Arc::new(harness_with(limits).await);
     let calls = (0..12).map(|_| {
         let harness = harness.clone();
@@ -390,8 +409,14 @@ async fn so_many_refusals_end_everything() {
 
 #[tokio::test]
 async fn money_is_reserved_for_the_longest_reply_and_settled_by_the_account() {
-    let limits =
-        Limits { wall_time_seconds: 60, tool_calls: 0, tokens: 1_000_000, denials: None, cost_micros: Some(5_000), approval_wait_seconds: 0 };
+    let limits = Limits {
+        wall_time_seconds: 60,
+        tool_calls: 0,
+        tokens: 1_000_000,
+        denials: None,
+        cost_micros: Some(5_000),
+        approval_wait_seconds: 0,
+    };
     let harness = harness_with(limits).await;
     let hello = json!([{"role": "user", "content": "hi"}]);
     let (status, reply) = harness.post("/v1/chat/completions", json!({"model": "x", "messages": hello})).await;
@@ -455,9 +480,15 @@ async fn a_streamed_reply_streams_and_is_metered() {
 
 #[tokio::test]
 async fn a_model_call_beyond_the_budget_does_not_leave() {
-    let harness =
-        harness_with(Limits { wall_time_seconds: 60, tool_calls: 0, tokens: 100, denials: None, cost_micros: None, approval_wait_seconds: 0 })
-            .await;
+    let harness = harness_with(Limits {
+        wall_time_seconds: 60,
+        tool_calls: 0,
+        tokens: 100,
+        denials: None,
+        cost_micros: None,
+        approval_wait_seconds: 0,
+    })
+    .await;
     let body = json!({"model": "m", "messages": [{"role": "user", "content": "x".repeat(200)}]});
     for path in ["/v1/chat/completions", "/v1/responses", "/v1/messages"] {
         let (status, reply) = harness.post(path, body.clone()).await;
@@ -513,9 +544,15 @@ async fn nothing_leaves_while_the_store_is_away_and_everything_is_there_when_it_
 
 #[tokio::test]
 async fn after_wall_time_everything_is_refused() {
-    let harness =
-        harness_with(Limits { wall_time_seconds: 0, tool_calls: 3, tokens: 5_000, denials: None, cost_micros: None, approval_wait_seconds: 0 })
-            .await;
+    let harness = harness_with(Limits {
+        wall_time_seconds: 0,
+        tool_calls: 3,
+        tokens: 5_000,
+        denials: None,
+        cost_micros: None,
+        approval_wait_seconds: 0,
+    })
+    .await;
     let (error, text) = harness.tool("say", json!({"text": "a"})).await;
     assert!(error && text.contains("budget.wallTime"), "{text}");
     harness.gate.stop(Rule::ContainmentLost, "too late to matter");

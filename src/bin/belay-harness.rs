@@ -16,6 +16,12 @@ const UNPROVEN: u8 = 42;
 /// Exit code of a harness that has refused so many calls that the task is over; the operator knows it.
 const REFUSED_ENOUGH: u8 = 43;
 
+/// Exit code of a harness whose attempt has used its wall time; the operator knows it.
+const OUT_OF_TIME: u8 = 44;
+
+/// Exit code of a harness whose task has ended because nobody approved a call in time; the operator knows it.
+const UNAPPROVED: u8 = 45;
+
 /// Enforces an agent's contracts and budgets and writes its evidence.
 #[derive(Parser)]
 #[command(version)]
@@ -107,6 +113,8 @@ async fn main() -> anyhow::Result<ExitCode> {
             Ok(match harness::serve(options).await? {
                 Ended::WithThePod => ExitCode::SUCCESS,
                 Ended::RefusedEnough => ExitCode::from(REFUSED_ENOUGH),
+                Ended::OutOfTime => ExitCode::from(OUT_OF_TIME),
+                Ended::Unapproved => ExitCode::from(UNAPPROVED),
             })
         }
     }

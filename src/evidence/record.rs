@@ -7,6 +7,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::policy::{
+    approval::{Standing, Vote},
     config::{PolicyConfig, SideEffect, Usage, is_zero},
     rule::Rule,
 };
@@ -61,6 +62,12 @@ pub enum Event {
     /// A call was refused, and did not leave.
     #[serde(rename = "call.denied")]
     Denied(Denied),
+    /// People are asked whether a call may be made.
+    #[serde(rename = "approval.requested")]
+    ApprovalRequested(Approval),
+    /// They have decided, or their time is over.
+    #[serde(rename = "approval.decided")]
+    ApprovalDecided(Approval),
     /// The containment probe ran again during the attempt.
     #[serde(rename = "containment.checked")]
     ContainmentChecked(Containment),
@@ -80,6 +87,8 @@ impl Event {
             Self::Intent(_) => "call.intent",
             Self::Outcome(_) => "call.outcome",
             Self::Denied(_) => "call.denied",
+            Self::ApprovalRequested(_) => "approval.requested",
+            Self::ApprovalDecided(_) => "approval.decided",
             Self::ContainmentChecked(_) => "containment.checked",
             Self::AttemptClosed(_) => "attempt.closed",
             Self::TaskClosed(_) => "task.closed",
@@ -189,6 +198,9 @@ pub struct Intent {
     pub request_bytes: u64,
     /// The rules that were asked and allowed it.
     pub rules: Vec<Rule>,
+    /// The approval by which it is made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub approval: Option<String>,
     /// The model that is asked, by which its price is found.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub model: Option<String>,
@@ -256,12 +268,46 @@ pub struct Denied {
     pub request_digest: Option<String>,
 }
 
+/// Where people's approval of one exact call stands.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Approval {
+    /// Name of the ApprovalRequest, which follows from the call.
+    pub name: String,
+    /// Its UID.
+    pub uid: String,
+    /// The tool.
+    pub tool: String,
+    /// SHA-256 of the arguments in canonical form, hex.
+    pub request_digest: String,
+    /// How many people must approve.
+    pub required: i64,
+    /// By when, RFC 3339.
+    pub expires: String,
+    /// Where it stands.
+    pub standing: Standing,
+    /// Who has decided what.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub decisions: Vec<Vote>,
+}
+
 /// How an attempt's harness ended.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct AttemptClosed {
-    /// `agentEnded`, `wallTime` or `denials`.
+    /// `agentEnded`, `wallTime`, `denials` or `unapproved`. Only after the first may the same attempt open again.
     pub reason: String,
+}
+
+impl AttemptClosed {
+    /// The agent has ended, or its pod was ended.
+    pub const AGENT_ENDED: &str = "agentEnded";
+    /// The attempt's wall time was over.
+    pub const WALL_TIME: &str = "wallTime";
+    /// So many calls were refused that the task is over.
+    pub const DENIALS: &str = "denials";
+    /// A call that nobody approved in time has ended the task.
+    pub const UNAPPROVED: &str = "unapproved";
 }
 
 /// How a task ended, by the operator's word.

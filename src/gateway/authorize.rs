@@ -5,15 +5,18 @@
 //! a credential over a connection that is not encrypted.
 
 use http::{Method, uri::PathAndQuery};
+use serde_json::{Map, Value};
 
 use super::{cluster::Compiled, refusal::Refused, witness::IntentFacts};
 use crate::{
     api::policy_pack::Credential,
+    canonical,
     evidence::record::Channel,
     policy::{
-        config::{EgressUse, SideEffect, Tool, Upstream},
+        config::{EgressUse, HttpUpstream, SideEffect, Tool, Upstream},
         egress,
         hostname::{Authority, AuthorityError},
+        json,
         rule::Rule,
         template::Request,
     },
@@ -238,6 +241,22 @@ pub fn intended(
     }
 }
 
+/// Whether a request is the one that the contract's template makes of the arguments that people approved.
+///
+/// # Errors
+/// [`Rule::ToolApproval`] if it is another.
+pub fn as_approved(http: &HttpUpstream, target: &Target, args: &Value, body: &[u8]) -> Result<(), Refused> {
+    let denied = |reason: String| Refused::denied(Rule::ToolApproval, reason);
+    let args = args.as_object().ok_or_else(|| denied("expected approved arguments to be an object".into()))?;
+    let request = Request::parse(http).map_err(|e| denied(e.to_string()))?;
+    let made = request.render(args).map_err(|e| denied(e.reason))?;
+    let found = (!body.is_empty()).then(|| json::parse(body)).transpose().map_err(|e| denied(e.to_string()))?;
+    if Target::parse(&made.url).as_ref() != Ok(target) || found != made.body.map(Value::Object) {
+        return Err(denied(format!("expected the request that was approved, found another to {}", target.authority)));
+    }
+    Ok(())
+}
+
 /// Whether a request is a message to an MCP server, which [`says`] judges.
 pub fn is_message(compiled: &Compiled, channel: Channel, method: &Method, intent: &IntentFacts) -> bool {
     let is_mcp = |tool: &Tool| tool.name == intent.target && matches!(tool.upstream, Upstream::Mcp(_));
@@ -250,10 +269,26 @@ pub fn is_message(compiled: &Compiled, channel: Channel, method: &Method, intent
 /// # Errors
 /// [`Rule::IntentMissing`] if it is something else, [`Rule::Request`] if it is no message.
 pub fn says(compiled: &Compiled, channel: Channel, intent: &IntentFacts, body: &[u8]) -> Result<(), Refused> {
-    let message: Said = serde_json::from_slice(body)
-        .map_err(|e| Refused::malformed(format!("expected one JSON-RPC message to an MCP server: {e}")))?;
+    let malformed =
+        |e: &dyn std::fmt::Display| Refused::malformed(format!("expected one JSON-RPC message to an MCP server: {e}"));
+    // Read as strictly as the harness reads what the agent writes: two readers of it cannot disagree.
+    let message = json::parse(body).map_err(|e| malformed(&e))?;
+    let message: Said = serde_json::from_value(message).map_err(|e| malformed(&e))?;
     let tool = compiled.policy.tools.iter().find(|tool| tool.name == intent.target);
-    let named = message.params.and_then(|params| params.name);
+    let (named, arguments) = message.params.map(|params| (params.name, params.arguments)).unwrap_or_default();
+    if channel == Channel::Tool {
+        let arguments = arguments.unwrap_or_else(|| Value::Object(Map::new()));
+        let digest = canonical::digest(&arguments).map(hex::encode).map_err(|e| malformed(&e))?;
+        if intent.request_digest.as_ref() != Some(&digest) {
+            return Err(Refused::denied(
+                Rule::IntentMissing,
+                format!(
+                    "expected the arguments of digest {} that the intent names, found others of {digest}",
+                    intent.request_digest.as_deref().unwrap_or("none")
+                ),
+            ));
+        }
+    }
     let fits = match (channel, message.method.as_deref()) {
         (Channel::Tool, Some("tools/call")) => {
             matches!(tool.map(|tool| &tool.upstream), Some(Upstream::Mcp(mcp)) if named.as_ref() == Some(&mcp.tool))
@@ -278,7 +313,7 @@ pub fn says(compiled: &Compiled, channel: Channel, intent: &IntentFacts, body: &
     ))
 }
 
-/// What of a JSON-RPC message says what it does. A member that is there twice is an error to serde.
+/// What of a JSON-RPC message says what it does.
 #[derive(serde::Deserialize)]
 struct Said {
     #[serde(default)]
@@ -291,6 +326,8 @@ struct Said {
 struct SaidOf {
     #[serde(default)]
     name: Option<String>,
+    #[serde(default)]
+    arguments: Option<Value>,
 }
 
 #[cfg(test)]

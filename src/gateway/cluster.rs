@@ -38,14 +38,14 @@ use super::{
 };
 use crate::{
     api::{
-        AgentTask, PolicyPack, ToolContract,
+        AgentTask, ApprovalRequest, PolicyPack, ToolContract,
         agent_task::Phase,
         policy_pack::{Credential, EvidencePolicy, RetentionMode},
     },
     evidence::store::{Location, Mode, Retention, log_prefix},
     plan,
     policy::{
-        config::{EgressHost, PolicyConfig},
+        config::{EgressHost, HttpUpstream, PolicyConfig, Upstream},
         rule::Rule,
     },
 };
@@ -84,6 +84,8 @@ pub struct Stores {
     pub packs: Guarded<PolicyPack>,
     /// Namespaces, for their labels.
     pub namespaces: Guarded<Namespace>,
+    /// Calls that wait for people.
+    pub approvals: Guarded<ApprovalRequest>,
     /// Secrets of the system namespace that may be given to upstreams.
     pub secrets: Guarded<Secret>,
 }
@@ -153,13 +155,14 @@ impl Cluster {
     /// # Errors
     /// If a watch has ended, which it never should.
     pub async fn wait_until_synced(&self) -> Result<(), String> {
-        let Stores { pods, tasks, contracts, packs, namespaces, secrets } = &self.stores;
+        let Stores { pods, tasks, contracts, packs, namespaces, approvals, secrets } = &self.stores;
         let ended = |e| format!("a watch has ended: {e}");
         pods.wait_until_ready().await.map_err(ended)?;
         tasks.wait_until_ready().await.map_err(ended)?;
         contracts.wait_until_ready().await.map_err(ended)?;
         packs.wait_until_ready().await.map_err(ended)?;
         namespaces.wait_until_ready().await.map_err(ended)?;
+        approvals.wait_until_ready().await.map_err(ended)?;
         secrets.wait_until_ready().await.map_err(ended)?;
         self.synced.store(true, Ordering::Release);
         Ok(())
@@ -350,6 +353,11 @@ impl Cluster {
         buckets
     }
 
+    /// A request for people's approval.
+    pub fn approval(&self, namespace: &str, name: &str) -> Option<Arc<ApprovalRequest>> {
+        get(&self.stores.approvals, namespace, name)
+    }
+
     /// Whether a caller that was identified before may still make calls, by the stores alone.
     ///
     /// # Errors
@@ -395,6 +403,15 @@ fn retention(evidence: &EvidencePolicy) -> Retention {
 }
 
 impl Compiled {
+    /// The template of a tool, if it is one over HTTP.
+    pub fn http(&self, tool: &str) -> Option<&HttpUpstream> {
+        let tool = self.policy.tools.iter().find(|known| known.name == tool)?;
+        match &tool.upstream {
+            Upstream::Http(http) => Some(http),
+            Upstream::Mcp(_) => None,
+        }
+    }
+
     /// Where the task's log lies.
     pub fn place(&self) -> Place {
         let task = &self.policy.task;
@@ -461,9 +478,10 @@ pub fn watch(client: &Client, system_namespace: &str, metrics: &Metrics) -> (Sto
         metrics,
         |_| (),
     );
-    let stores = Stores { pods, tasks, contracts, packs, namespaces, secrets };
+    let (approvals, g) = follow::<ApprovalRequest>(Api::all(client.clone()), any(), metrics, |_| ());
+    let stores = Stores { pods, tasks, contracts, packs, namespaces, approvals, secrets };
     let all = async move {
-        futures::future::select_all([a, b, c, d, e, f]).await;
+        futures::future::select_all([a, b, c, d, e, f, g]).await;
     };
     (stores, Box::pin(all))
 }

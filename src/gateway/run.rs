@@ -145,6 +145,7 @@ pub async fn run(options: Options) -> Result<(), RunError> {
         witness: witness.clone(),
         dialer: dialer(&options)?,
         pool: Arc::default(),
+        requests: Arc::new(client.clone()),
         incidents,
         usage: Arc::new(UsageStatus::new(Arc::new(client), metrics.clone())),
         metrics: metrics.clone(),

@@ -25,6 +25,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, Span, field};
 
 use super::{
+    approvals::{self, Create},
     authorize::{self, Destination, Target},
     body::{BoxError, ReplyBody, full},
     cluster::{Cluster, Compiled},
@@ -47,7 +48,7 @@ use crate::{
         store::{Location, log_prefix},
     },
     policy::rule::Rule,
-    wire::{self, AppendRequest, OpenRequest, Refusal, SealRequest},
+    wire::{self, AppendRequest, ApprovalAsk, OpenRequest, Refusal, SealRequest},
 };
 
 /// Calls and tunnels of one pod at a time.
@@ -60,6 +61,10 @@ const PODS: usize = 8192;
 const LARGEST_OPEN: usize = 16 << 10;
 /// A segment: records of many calls, or one with a whole policy in it.
 const LARGEST_APPEND: usize = 8 << 20;
+/// A question to people: their arguments, escaped as JSON.
+const LARGEST_QUESTION: usize = 512 << 10;
+/// Questions of one pod at a time: what a harness has undecided, and as much again that its agent has hung up on.
+const QUESTIONS: usize = 2 * crate::policy::approval::PENDING;
 /// A request to seal.
 const LARGEST_SEAL: usize = 64 << 10;
 /// A message to an MCP server: a call with all its arguments.
@@ -83,6 +88,8 @@ pub struct Parts {
     pub dialer: Dialer,
     /// Connections to upstreams that wait to be used again.
     pub pool: Arc<Pool>,
+    /// Where people are asked.
+    pub requests: Arc<dyn Create>,
     /// Teller of incidents.
     pub incidents: Incidents,
     /// Writer of usage.
@@ -99,6 +106,7 @@ pub struct Parts {
 struct Share {
     calls: Arc<Semaphore>,
     log: Arc<Semaphore>,
+    questions: Arc<Semaphore>,
 }
 
 /// The gateway.
@@ -125,7 +133,7 @@ impl About {
         }
         match request.uri().path() {
             wire::FORWARD => channel(request.headers()).map_or(Self::Other, Self::Call),
-            wire::LOG_OPEN | wire::LOG_APPEND | wire::LOG_SEAL => Self::Log,
+            wire::LOG_OPEN | wire::LOG_APPEND | wire::LOG_SEAL | wire::APPROVAL => Self::Log,
             _ => Self::Other,
         }
     }
@@ -225,11 +233,14 @@ impl Gateway {
             _ if connect => self.tunnel(request, asked).await,
             wire::FORWARD => self.forward(request, asked).await,
             wire::LOG_OPEN if post => self.open(request, asked).await,
+            wire::APPROVAL if post => self.approval(request, asked).await,
             wire::LOG_APPEND if post => self.append(request, asked).await,
             wire::LOG_SEAL => Err(Refused::denied(Rule::IdentityToken, "only the operator may seal a log")),
             _ => Err(Refused {
                 status: StatusCode::NOT_FOUND,
-                ..Refused::malformed("expected CONNECT, /v1/forward or a POST to /v1/log/{open,append,seal}")
+                ..Refused::malformed(
+                    "expected CONNECT, /v1/forward or a POST to /v1/approval or /v1/log/{open,append,seal}",
+                )
             }),
         }
     }
@@ -272,11 +283,12 @@ impl Gateway {
         let mut shares = self.shares.lock().unwrap_or_else(PoisonError::into_inner);
         if shares.len() >= PODS {
             // Whoever holds a permit holds its semaphore, too.
-            shares.retain(|_, s| Arc::strong_count(&s.calls) > 1 || Arc::strong_count(&s.log) > 1);
+            shares.retain(|_, s| [&s.calls, &s.log, &s.questions].into_iter().any(|of| Arc::strong_count(of) > 1));
         }
         let share = shares.entry(principal.pod_uid.clone()).or_insert_with(|| Share {
             calls: Arc::new(Semaphore::new(CALLS)),
             log: Arc::new(Semaphore::new(LOG_REQUESTS)),
+            questions: Arc::new(Semaphore::new(QUESTIONS)),
         });
         of(share).clone().try_acquire_owned().map_err(|_| Refused {
             status: StatusCode::TOO_MANY_REQUESTS,
@@ -324,6 +336,17 @@ impl Gateway {
         reply(&appended)
     }
 
+    async fn approval(&self, request: Request<Incoming>, asked: Asked) -> Served {
+        let Asked { principal, .. } = asked;
+        principal.may_call()?;
+        let _share = self.share(&principal, |share| &share.questions)?;
+        let body: ApprovalAsk = json(request, LARGEST_QUESTION).await?;
+        let Parts { cluster, requests, witness, .. } = &self.parts;
+        let compiled = cluster.compiled(&principal)?;
+        let made = witness.approved_calls(&compiled.place(), &body.tool, &body.request_digest).await?;
+        reply(&approvals::ask(cluster, requests.as_ref(), &compiled, &principal, &body, made).await?)
+    }
+
     async fn seal(&self, request: Request<Incoming>) -> Served {
         let body: SealRequest = json(request, LARGEST_SEAL).await?;
         let SealRequest { namespace, name, uid, bucket, prefix, .. } = &body;
@@ -359,10 +382,25 @@ impl Gateway {
         Span::current().record("host", target.authority.host.as_str());
         let (credential, compiled, intent) =
             self.authorized(principal, channel, Destination::Url(&target, request.method()), headers).await?;
-        let request = if authorize::is_message(&compiled, channel, request.method(), &intent) {
+        let asked_people = match channel {
+            Channel::Tool => {
+                let request =
+                    intent.approval.as_ref().and_then(|name| self.parts.cluster.approval(&principal.namespace, name));
+                approvals::approved(&compiled, &intent, request.as_deref())?
+            }
+            _ => None,
+        };
+        let is_message = authorize::is_message(&compiled, channel, request.method(), &intent);
+        let request = if is_message || asked_people.is_some() {
             let (parts, body) = request.into_parts();
             let body = forward::whole(body, LARGEST_MESSAGE, BODY_TIME).await?;
-            authorize::says(&compiled, channel, &intent, &body)?;
+            if is_message {
+                authorize::says(&compiled, channel, &intent, &body)?;
+            } else if let Some(args) = &asked_people
+                && let Some(http) = compiled.http(&intent.target)
+            {
+                authorize::as_approved(http, &target, args, &body)?;
+            }
             Request::from_parts(parts, full(body))
         } else {
             request.map(|body| body.map_err(BoxError::from).boxed_unsync())

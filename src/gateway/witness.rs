@@ -143,6 +143,9 @@ impl Witness {
         if history.closed() {
             return Err(ended());
         }
+        if history.over(principal.attempt) {
+            return Err(Refused::denied(Rule::TaskClosed, "the attempt has come to its end: it does not open again"));
+        }
         if history.attempt() > principal.attempt {
             return Err(superseded(principal.attempt, history.attempt()));
         }
@@ -297,6 +300,20 @@ impl Witness {
         let segment = Segment { note, first: record.seq, records: vec![bytes] };
         let next = history.extended(&segment, &origin)?;
         Ok((segment, next))
+    }
+
+    /// How many calls of this tool with these arguments were made by an approval, by what the bucket has now.
+    ///
+    /// # Errors
+    /// [`Rule::TaskClosed`] after the end, [`Rule::Evidence`] if the bucket cannot be asked.
+    pub async fn approved_calls(&self, place: &Place, tool: &str, digest: &str) -> Result<i64, Refused> {
+        let log = self.log(place);
+        let _writer = log.writer.lock().await;
+        let history = self.current(place, &log).await?;
+        if history.closed() {
+            return Err(ended());
+        }
+        Ok(history.approved_calls(tool, digest))
     }
 
     /// An intent that lies in the bucket, by its sequence number.

@@ -1,13 +1,10 @@
 //! The pipeline that every call goes through: decide, reserve, record, store, send, record.
 
-use std::{
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::sync::{Arc, Mutex, PoisonError};
 
-use tokio::{sync::Notify, time::Instant};
+use tokio::sync::Notify;
 
-use super::{journal::Journal, link::Link};
+use super::{approvals::Approvals, clock::Clock, journal::Journal, link::Link};
 use crate::{
     evidence::record::{Channel, Containment, Denied, Effect, Event, Intent, Outcome},
     policy::{
@@ -35,6 +32,8 @@ pub struct Call {
     pub request_digest: Option<String>,
     /// Bytes of the request.
     pub request_bytes: u64,
+    /// The approval by which it is made.
+    pub approval: Option<String>,
     /// The rules that were asked and allowed it; the budgets are added.
     pub rules: Vec<Rule>,
     /// The model that is asked, as the request names it.
@@ -97,35 +96,35 @@ pub struct Gate {
     outputs: Outputs,
     /// Changed only while the journal puts a record in order, as budgets are.
     quotas: Mutex<Quotas>,
-    started: Instant,
     journal: Arc<Journal>,
     link: Arc<Link>,
-    deadline: Instant,
+    clock: Arc<Clock>,
+    approvals: Arc<Approvals>,
     stopped: Mutex<Option<Denial>>,
     results: Mutex<Arc<Results>>,
     refused_enough: Notify,
 }
 
 impl Gate {
-    /// A gate whose wall time runs from now.
+    /// A gate whose wall time runs by this clock.
     pub fn new(
         contracts: Contracts,
         outputs: Outputs,
         quotas: Quotas,
         journal: Arc<Journal>,
         link: Arc<Link>,
-        wall_time: Duration,
+        clock: Arc<Clock>,
+        approvals: Arc<Approvals>,
     ) -> Self {
-        let started = Instant::now();
         let results = Mutex::new(Arc::new(contracts.no_results()));
         Self {
             contracts,
             outputs,
             quotas: Mutex::new(quotas),
-            started,
             journal,
             link,
-            deadline: started + wall_time,
+            clock,
+            approvals,
             stopped: Mutex::default(),
             results,
             refused_enough: Notify::new(),
@@ -160,7 +159,17 @@ impl Gate {
 
     /// Whether the attempt's wall time is over.
     pub fn out_of_time(&self) -> bool {
-        Instant::now() >= self.deadline
+        self.clock.is_over()
+    }
+
+    /// Where people are asked.
+    pub fn approvals(&self) -> &Arc<Approvals> {
+        &self.approvals
+    }
+
+    /// The attempt's wall time.
+    pub fn clock(&self) -> &Arc<Clock> {
+        &self.clock
     }
 
     /// Decides over a tool call by what is known now.
@@ -226,9 +235,15 @@ impl Gate {
             match call.channel {
                 Channel::Tool => {
                     let mut quotas = self.quotas.lock().unwrap_or_else(PoisonError::into_inner);
-                    let now = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
+                    let now = u64::try_from(self.clock.elapsed().as_millis()).unwrap_or(u64::MAX);
                     quotas.check(&call.target, now)?;
+                    let mut approvals = self.approvals.log();
+                    let by = call.approval.as_deref().map(|name| (name, call.request_digest.as_deref()));
+                    let unusable = |reason| Denial { rule: Rule::ToolApproval, reason };
+                    by.map_or(Ok(()), |(name, digest)| approvals.usable(name, &call.target, digest))
+                        .map_err(unusable)?;
                     budget.reserve_tool_call()?;
+                    by.map_or(Ok(()), |(name, digest)| approvals.used(name, &call.target, digest)).map_err(unusable)?;
                     quotas.take(&call.target, now);
                     rules.push(Rule::ToolCalls);
                 }
@@ -247,6 +262,7 @@ impl Gate {
                 definition: call.definition,
                 request_digest: call.request_digest,
                 request_bytes: call.request_bytes,
+                approval: call.approval,
                 rules,
                 model: call.model.as_deref().map(shorten),
                 reserved_tokens: reserved.tokens,

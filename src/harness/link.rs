@@ -30,7 +30,7 @@ use tokio_rustls::{TlsConnector, client::TlsStream};
 use crate::{
     evidence::{merkle::Hash, record::Channel},
     policy::{config::Wiring, decide::Denial, rule::Rule},
-    wire::{self, AppendReply, AppendRequest, OpenReply, OpenRequest, Refusal},
+    wire::{self, AppendReply, AppendRequest, ApprovalAsk, ApprovalReply, OpenReply, OpenRequest, Refusal},
 };
 
 /// How long a connection to the gateway may take: it is in the same cluster.
@@ -130,6 +130,14 @@ impl Link {
     /// If the gateway refuses or cannot be reached.
     pub async fn append(&self, request: &AppendRequest) -> Result<AppendReply, CallError> {
         self.post(wire::LOG_APPEND, request).await
+    }
+
+    /// Asks people about one exact call.
+    ///
+    /// # Errors
+    /// If the gateway refuses or cannot be reached.
+    pub async fn approval(&self, ask: &ApprovalAsk) -> Result<ApprovalReply, CallError> {
+        self.post(wire::APPROVAL, ask).await
     }
 
     async fn post<Q: serde::Serialize, R: serde::de::DeserializeOwned>(

@@ -21,6 +21,7 @@ use rmcp::{
 use serde_json::{Map, Value};
 
 use super::{
+    approvals::Answered,
     bounds::Bounds,
     gate::{Call, Gate, Permit, Settlement},
     rest,
@@ -66,6 +67,20 @@ struct Allowed {
     permit: Permit,
 }
 
+/// Why a call does not leave.
+enum Halt {
+    /// It is refused.
+    Denied(Denial),
+    /// People have not decided yet. What the agent is told.
+    Pending(String),
+}
+
+impl From<Denial> for Halt {
+    fn from(denial: Denial) -> Self {
+        Self::Denied(denial)
+    }
+}
+
 impl Tools {
     /// A server for the gate's contracts. `used` is what the log says of the attempt so far.
     /// What an upstream listed is good for `fresh`.
@@ -80,7 +95,7 @@ impl Tools {
     }
 
     async fn call(&self, name: &str, args: Map<String, Value>) -> Result<CallToolResult, Denial> {
-        let Decision { verdict, arguments, digest, bytes } =
+        let Decision { verdict, arguments, digest, bytes, needs_approval } =
             self.gate.decide(name, Arguments::Parsed(Value::Object(args)));
         // What was decided on is what is sent.
         let Value::Object(args) = arguments else {
@@ -89,12 +104,14 @@ impl Tools {
             return Err(self.gate.deny(Channel::Tool, name, Some(digest), denial).await);
         };
         let allowed = match verdict.cloned() {
-            Ok(tool) => self.allow(tool, &args, &digest, bytes).await,
-            Err(denial) => Err(denial),
+            Ok(tool) => self.allow(tool, &args, &digest, bytes, needs_approval).await,
+            Err(denial) => Err(denial.into()),
         };
         let Allowed { tool, route, permit } = match allowed {
             Ok(allowed) => allowed,
-            Err(denial) => return Err(self.gate.deny(Channel::Tool, name, Some(digest), denial).await),
+            // An error, so that no client looks for the structure that the tool promises; and no refusal: nothing is counted.
+            Err(Halt::Pending(told)) => return Ok(CallToolResult::error(vec![ContentBlock::text(told)])),
+            Err(Halt::Denied(denial)) => return Err(self.gate.deny(Channel::Tool, name, Some(digest), denial).await),
         };
         let bounds = Bounds::of(&tool);
         let (result, settlement) = match route {
@@ -112,14 +129,21 @@ impl Tools {
     /// Everything else that is asked before a call leaves, once its contract allows it.
     ///
     /// # Errors
-    /// The first rule that does not hold. The refusal is not recorded yet.
-    async fn allow(&self, tool: Tool, args: &Map<String, Value>, digest: &str, bytes: u64) -> Result<Allowed, Denial> {
+    /// The first rule that does not hold, not recorded yet, or that people have not decided.
+    async fn allow(
+        &self,
+        tool: Tool,
+        args: &Map<String, Value>,
+        digest: &str,
+        bytes: u64,
+        needs_approval: bool,
+    ) -> Result<Allowed, Halt> {
         let name = tool.name.as_str();
         let mut rules = TOOL_RULES.to_vec();
         if let Some(most) = tool.limits.request_bytes {
             if i64::try_from(bytes).unwrap_or(i64::MAX) > most {
                 let reason = format!("the arguments are {bytes} bytes of JSON; the contract takes {most}; send less");
-                return Err(Denial { rule: Rule::ToolRequestBytes, reason });
+                return Err(Denial { rule: Rule::ToolRequestBytes, reason }.into());
             }
             rules.push(Rule::ToolRequestBytes);
         }
@@ -144,10 +168,27 @@ impl Tools {
                             tool.side_effect.as_str(),
                             effect.as_str()
                         ),
-                    });
+                    }
+                    .into());
                 }
                 let digest = ready.definition.digest.clone();
                 (Route::Mcp(mcp.clone(), ready), effect, Some(digest))
+            }
+        };
+        rules.extend(tool.approval.as_ref().map(|_| Rule::ToolApproval));
+        // Last of what is asked: people are not bothered with what something else refuses.
+        let approval = match tool.approval.as_ref().filter(|_| needs_approval) {
+            None => None,
+            Some(approval) => {
+                self.gate.open()?;
+                let unreadable = |error: String| Denial { rule: Rule::RequestJson, reason: error };
+                let text = canonical::to_bytes(args).map_err(|error| unreadable(error.to_string()))?;
+                let text = String::from_utf8(text).map_err(|error| unreadable(error.to_string()))?;
+                match self.gate.approvals().ask(name, approval, text, digest).await {
+                    Answered::Approved(name) => Some(name),
+                    Answered::Pending(told) => return Err(Halt::Pending(told)),
+                    Answered::Refused(denial) => return Err(denial.into()),
+                }
             }
         };
         rules.extend(tool.limits.calls.map(|_| Rule::ToolLimitCalls));
@@ -159,6 +200,7 @@ impl Tools {
             definition,
             request_digest: Some(digest.to_owned()),
             request_bytes: bytes,
+            approval,
             rules,
             model: None,
             reserve: Spent::default(),

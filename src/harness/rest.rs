@@ -217,6 +217,7 @@ mod tests {
             output: None,
             limits: ToolLimits::default(),
             preconditions: vec![],
+            approval: None,
             side_effect: SideEffect::Read,
         }
     }

@@ -1,13 +1,13 @@
 //! What the cluster says, kept by watches.
 //!
 //! Promises: one object that cannot be read never stops a watch; nothing is decided before every store is filled. Refuses: to keep
-//! what nobody asks for: managed fields, and pods' specs.
+//! what nobody asks for: managed fields, and nearly all of pods' specs.
 
 use std::sync::Arc;
 
 use futures::{Stream, StreamExt};
 use k8s_openapi::api::{
-    core::v1::{Namespace, Pod},
+    core::v1::{Namespace, Pod, PodSpec},
     networking::v1::NetworkPolicy,
 };
 use kube::{
@@ -158,7 +158,11 @@ pub fn watch(
         .modify(|pod| {
             strip(pod);
             if let Ok(pod) = &mut pod.0 {
-                pod.spec = None;
+                // Of the spec, only how long it may live is looked at.
+                pod.spec = pod.spec.as_ref().map(|spec| PodSpec {
+                    active_deadline_seconds: spec.active_deadline_seconds,
+                    ..PodSpec::default()
+                });
             }
         })
         .reflect(writer)

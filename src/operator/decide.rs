@@ -18,7 +18,7 @@ use crate::{
 
 /// For how long a pod may fail to pull an image or to be configured: long enough for a registry's hiccup.
 const STUCK_SECONDS: i64 = 60;
-/// Beyond the wall time, at which the harness stops every call by itself and closes its log.
+/// Beyond the wall time, at which the harness stops every call by itself, closes its log and ends.
 const CLOSING_SECONDS: i64 = 5;
 /// Longest pause before another attempt.
 const MAX_PAUSE_SECONDS: i64 = 60;
@@ -173,7 +173,7 @@ fn pod_end(pod: &PodView, observed: &Observed<'_>) -> Option<End> {
     if pod.end.is_some() {
         return pod.end.clone();
     }
-    if over(pod.agent_started, observed.wall_time_seconds.saturating_add(CLOSING_SECONDS)) {
+    if over(pod.agent_started, wall(pod, observed)) {
         return Some(End { class: Some(FailureClass::Budget), reason: "DeadlineExceeded", exit_code: None });
     }
     if let Some(stuck) = pod.stuck.as_ref().filter(|stuck| stuck.fatal && over(stuck.since, STUCK_SECONDS)) {
@@ -185,9 +185,16 @@ fn pod_end(pod: &PodView, observed: &Observed<'_>) -> Option<End> {
     None
 }
 
+/// Seconds after its agent's start at which a pod's time is up, whatever its harness says: its wall time, and what its calls may wait for
+/// people.
+fn wall(pod: &PodView, observed: &Observed<'_>) -> i64 {
+    let lifetime = pod.lifetime.map(|seconds| seconds.saturating_sub(START_ALLOWANCE_SECONDS));
+    lifetime.unwrap_or(observed.wall_time_seconds).saturating_add(CLOSING_SECONDS)
+}
+
 /// When a pod's end is due though nothing about it changes.
 fn due(pod: &PodView, observed: &Observed<'_>) -> Option<Timestamp> {
-    let wall = later(pod.agent_started, observed.wall_time_seconds.saturating_add(CLOSING_SECONDS));
+    let wall = later(pod.agent_started, wall(pod, observed));
     let stuck = pod.stuck.as_ref().filter(|stuck| stuck.fatal).and_then(|stuck| later(stuck.since, STUCK_SECONDS));
     let start = later(pod.accepted, START_ALLOWANCE_SECONDS).filter(|_| pod.agent_started.is_none());
     [wall, stuck, start].into_iter().flatten().min()

@@ -33,6 +33,8 @@ pub struct PodView {
     pub accepted: Option<Timestamp>,
     /// When the agent started.
     pub agent_started: Option<Timestamp>,
+    /// Seconds from its acceptance for which the kubelet lets it live.
+    pub lifetime: Option<i64>,
     /// Why it does not get on, and since when.
     pub stuck: Option<Stuck>,
     /// How it ended, once it did.
@@ -95,6 +97,7 @@ pub fn pod(pod: &Pod) -> Option<PodView> {
         contained,
         accepted: time(&status.start_time),
         agent_started,
+        lifetime: pod.spec.as_ref().and_then(|spec| spec.active_deadline_seconds),
         stuck: stuck(status),
         end: end(pod, status, agent_started.is_some()),
     })
@@ -120,8 +123,11 @@ fn end(pod: &Pod, status: &PodStatus, agent_ran: bool) -> Option<End> {
         .filter(|_| agent_ran);
     let exit_code = agent.map(|ended| ended.exit_code);
     // The harness has closed its log and said so; kubelet starts it again, and nothing in the pod stops the agent.
-    if refused_enough(status) {
-        return Some(End::new(Policy, "TooManyDenials", exit_code));
+    match harness_ended(status) {
+        Some(names::HARNESS_REFUSED_ENOUGH) => return Some(End::new(Policy, "TooManyDenials", exit_code)),
+        Some(names::HARNESS_OUT_OF_TIME) => return Some(End::new(Budget, "DeadlineExceeded", exit_code)),
+        Some(names::HARNESS_UNAPPROVED) => return Some(End::new(Policy, "ApprovalExpired", exit_code)),
+        _ => {}
     }
     // While the harness finishes its log the attempt is still under way.
     if !over {
@@ -194,13 +200,14 @@ fn end(pod: &Pod, status: &PodStatus, agent_ran: bool) -> Option<End> {
     })
 }
 
-/// Whether the harness ended, or ended before it was started again, because too many calls were refused.
-fn refused_enough(status: &PodStatus) -> bool {
-    find(&status.init_container_statuses, names::HARNESS).is_some_and(|harness| {
-        [&harness.state, &harness.last_state].into_iter().flatten().any(|state| {
-            state.terminated.as_ref().is_some_and(|ended| ended.exit_code == names::HARNESS_REFUSED_ENOUGH)
-        })
-    })
+/// The exit code by which the harness says that the attempt is over, of now or of before it was started again.
+fn harness_ended(status: &PodStatus) -> Option<i32> {
+    use names::{HARNESS_OUT_OF_TIME, HARNESS_REFUSED_ENOUGH, HARNESS_UNAPPROVED};
+    let harness = find(&status.init_container_statuses, names::HARNESS)?;
+    let ends =
+        [&harness.state, &harness.last_state].into_iter().flatten().filter_map(|state| state.terminated.as_ref());
+    ends.map(|ended| ended.exit_code)
+        .find(|code| [HARNESS_REFUSED_ENOUGH, HARNESS_OUT_OF_TIME, HARNESS_UNAPPROVED].contains(code))
 }
 
 /// When deletion was asked for: the timestamp on a pod is when its grace ends.

@@ -8,7 +8,7 @@ use std::{borrow::Borrow, collections::BTreeMap};
 
 use kube::{Resource, ResourceExt};
 
-use super::{Finding, condition, schema};
+use super::{Finding, condition, names, schema};
 use crate::{
     api::{
         AgentTask, PolicyPack, ToolContract,
@@ -17,8 +17,8 @@ use crate::{
     },
     policy::{
         config::{
-            EgressHost, EgressUse, HttpUpstream, Limits, McpUpstream, ModelEndpoints, ModelPrice, PackIdentity,
-            PolicyConfig, Precondition, TaskIdentity, Tool, ToolLimits, Upstream,
+            Approval, EgressHost, EgressUse, HttpUpstream, Limits, McpUpstream, ModelEndpoints, ModelPrice,
+            PackIdentity, PolicyConfig, Precondition, TaskIdentity, Tool, ToolLimits, Upstream,
         },
         egress::{self, HostPattern},
         hostname::Authority,
@@ -38,10 +38,21 @@ pub fn render_policy<C: Borrow<ToolContract>>(
 ) -> Result<PolicyConfig, Vec<Finding>> {
     let class = class_of(task, pack).map_err(|finding| vec![finding])?;
     let mut findings = Vec::new();
-    let limits = limits(task, class, &mut findings);
+    let mut limits = limits(task, class, &mut findings);
     let egress = egress_hosts(pack, class, &mut findings);
     let tools = tools(task, contracts, class, &egress, &mut findings);
     let models = models(pack, class, &egress, &mut findings);
+    if tools.iter().any(|tool| tool.approval.is_some()) {
+        limits.approval_wait_seconds = approval_wait(task, class, &mut findings);
+        if requester(task).is_none() {
+            findings.push(Finding::new(
+                format!("metadata.annotations[{}]", names::REQUESTED_BY),
+                "the user who created the task, who may not approve its calls",
+                "nothing",
+                "create the task anew: admission adds it, on clusters without MutatingAdmissionPolicy put your user name there yourself",
+            ));
+        }
+    }
     if !findings.is_empty() {
         return Err(findings);
     }
@@ -85,8 +96,13 @@ fn task_identity(task: &AgentTask) -> TaskIdentity {
         objective: task.spec.objective.clone(),
         workflow_class: task.spec.workflow_class.clone(),
         principal: task.spec.principal.clone(),
+        requester: requester(task).cloned(),
         image: task.spec.agent.image.clone(),
     }
+}
+
+fn requester(task: &AgentTask) -> Option<&String> {
+    task.annotations().get(names::REQUESTED_BY)
 }
 
 fn pack_identity(pack: &PolicyPack) -> PackIdentity {
@@ -125,7 +141,15 @@ fn limits(task: &AgentTask, class: &WorkflowClass, findings: &mut Vec<Finding>) 
         tokens: asked.tokens,
         denials: lesser("denials", (asked.denials, most.denials), 1, class, |count| count.to_string(), findings),
         cost_micros: lesser("cost", costs, 0, class, price::show, findings),
+        approval_wait_seconds: 0,
     }
+}
+
+/// Seconds that calls of an attempt may wait for people without using its wall time: a day where nobody says.
+fn approval_wait(task: &AgentTask, class: &WorkflowClass, findings: &mut Vec<Finding>) -> i64 {
+    const DAY: i64 = 86_400;
+    let both = (task.spec.limits.approval_wait_seconds, class.limits.approval_wait_seconds);
+    lesser("approvalWaitSeconds", both, 0, class, |count| count.to_string(), findings).unwrap_or(DAY)
 }
 
 /// A limit that may be absent: the class's holds then.
@@ -277,6 +301,7 @@ pub fn check_contract(contract: &ToolContract) -> Result<Tool, Vec<Finding>> {
         places(http, input, &at, &mut findings);
     }
     let limits = tool_limits(spec, &at, &mut findings);
+    let approval = spec.approval.as_ref().map(|approval| self::approval(approval, &at, &mut findings));
     let (Some(upstream), Some(input), true) = (upstream, input, findings.is_empty()) else { return Err(findings) };
     Ok(Tool {
         contract: name,
@@ -295,8 +320,48 @@ pub fn check_contract(contract: &ToolContract) -> Result<Tool, Vec<Finding>> {
                 message: condition.message.clone(),
             })
             .collect(),
+        approval,
         side_effect: spec.side_effect,
     })
+}
+
+/// Who must say yes. Bounds are asked again: rendered contracts may come from elsewhere than an API server.
+fn approval(approval: &tool_contract::Approval, at: &impl Fn(&str) -> String, findings: &mut Vec<Finding>) -> Approval {
+    if let Some(Err(error)) = approval.when.as_deref().map(condition::check) {
+        findings.push(Finding::new(
+            at("approval.when"),
+            format!("a CEL expression over {}", condition::VARIABLES.join(", ")),
+            error.to_string(),
+            "correct the expression",
+        ));
+    }
+    if approval.approvers.users.is_empty() && approval.approvers.groups.is_empty() {
+        findings.push(Finding::new(
+            at("approval.approvers"),
+            "at least one user or group that may decide",
+            "none",
+            "name those who may approve",
+        ));
+    }
+    let bounds = [
+        ("required", approval.required, 1, 16),
+        ("timeoutSeconds", approval.timeout_seconds, 5, 604_800),
+        ("holdSeconds", approval.hold_seconds, 0, 3_600),
+    ];
+    for (field, found, least, most) in bounds {
+        if !(least..=most).contains(&found) {
+            let (expected, found) = (format!("{least} to {most}"), found.to_string());
+            findings.push(Finding::new(at(&format!("approval.{field}")), expected, found, "correct it"));
+        }
+    }
+    Approval {
+        when: approval.when.clone(),
+        approvers: approval.approvers.clone(),
+        required: approval.required,
+        timeout_seconds: approval.timeout_seconds,
+        on_timeout: approval.on_timeout,
+        hold_seconds: approval.hold_seconds,
+    }
 }
 
 /// Host and port of a contract's upstream, where it is well formed.

@@ -75,7 +75,7 @@ pub fn build(attempt: &Attempt<'_>, network_policy: &Proof) -> Pod {
                 nameservers: Some(vec!["127.0.0.1".to_owned()]),
                 ..PodDNSConfig::default()
             }),
-            active_deadline_seconds: Some(task.wall_time_seconds.saturating_add(START_ALLOWANCE_SECONDS)),
+            active_deadline_seconds: Some(task.lifetime_seconds.saturating_add(START_ALLOWANCE_SECONDS)),
             termination_grace_period_seconds: Some(GRACE_SECONDS),
             security_context: Some(PodSecurityContext {
                 run_as_non_root: Some(true),

@@ -135,8 +135,9 @@ impl Approvals {
     /// # Errors
     /// What does not fit what the log says so far.
     pub fn seen(&mut self, name: &str, tool: &str, digest: &str, standing: Standing) -> Result<(), String> {
+        let full = self.requests.len() >= REQUESTS;
         match self.requests.get_mut(name) {
-            None if self.requests.len() >= REQUESTS => Err(format!("expected at most {REQUESTS} approval requests")),
+            None if full => Err(format!("expected at most {REQUESTS} approval requests")),
             None => {
                 let (tool, digest) = (tool.to_owned(), digest.to_owned());
                 self.requests.insert(name.to_owned(), Request { tool, digest, standing, used: false });
@@ -145,27 +146,39 @@ impl Approvals {
             Some(known) if known.tool != tool || known.digest != digest => {
                 Err(format!("expected approval {name} to be for the call that it was asked for, found another"))
             }
-            // It may lapse between the yes and the call; nothing else is taken back.
-            Some(known) if known.standing == standing || known.standing == Standing::Pending => {
-                known.standing = standing;
-                Ok(())
-            }
-            Some(known) if known.standing == Standing::Approved && standing == Standing::Expired => {
-                known.standing = standing;
-                Ok(())
+            // A no is not taken back. Whether a yes has lapsed depends on whose clock is asked.
+            Some(known) if known.standing == Standing::Denied && standing != Standing::Denied => {
+                if standing == Standing::Pending {
+                    return Ok(());
+                }
+                Err(format!("expected approval {name} to stay denied, found it {standing:?}"))
             }
             Some(known) => {
-                Err(format!("expected approval {name} to stay {:?}, found it {standing:?}", known.standing))
+                // A harness that was started again asks again.
+                if standing != Standing::Pending {
+                    known.standing = standing;
+                }
+                Ok(())
             }
         }
     }
 
-    /// A call is made by an approval.
+    /// Whether the log says anything of a request.
+    pub fn knows(&self, name: &str) -> bool {
+        self.requests.contains_key(name)
+    }
+
+    /// Whether a call was made by an approval.
+    pub fn is_used(&self, name: &str) -> bool {
+        self.requests.get(name).is_some_and(|request| request.used)
+    }
+
+    /// Whether a call may be made by an approval.
     ///
     /// # Errors
     /// Why it may not be.
-    pub fn used(&mut self, name: &str, tool: &str, digest: Option<&str>) -> Result<(), String> {
-        let Some(request) = self.requests.get_mut(name) else {
+    pub fn usable(&self, name: &str, tool: &str, digest: Option<&str>) -> Result<(), String> {
+        let Some(request) = self.requests.get(name) else {
             return Err(format!("expected approval {name} to be in the log before the call, found none"));
         };
         if request.standing != Standing::Approved {
@@ -177,9 +190,20 @@ impl Approvals {
         if request.tool != tool || Some(request.digest.as_str()) != digest {
             return Err(format!("expected the call that approval {name} was given for, found another"));
         }
-        request.used = true;
-        let made = self.made.entry((request.tool.clone(), request.digest.clone())).or_default();
-        *made = made.saturating_add(1);
+        Ok(())
+    }
+
+    /// A call is made by an approval.
+    ///
+    /// # Errors
+    /// Why it may not be.
+    pub fn used(&mut self, name: &str, tool: &str, digest: Option<&str>) -> Result<(), String> {
+        self.usable(name, tool, digest)?;
+        if let Some(request) = self.requests.get_mut(name) {
+            request.used = true;
+            let made = self.made.entry((request.tool.clone(), request.digest.clone())).or_default();
+            *made = made.saturating_add(1);
+        }
         Ok(())
     }
 }
@@ -213,7 +237,7 @@ mod tests {
     #[case::yes_but_late(1, &["ana"], 100, Standing::Expired)]
     #[case::no_and_late(1, &["!ana"], 100, Standing::Denied)]
     #[case::none_required_is_one(0, &[], 0, Standing::Pending)]
-    fn votes(#[case] required: i64, #[case] votes: &[&str], #[case] now: i64, #[case] expected: Standing) {
+    fn where_it_stands(#[case] required: i64, #[case] votes: &[&str], #[case] now: i64, #[case] expected: Standing) {
         let expires = Timestamp::from_second(100).unwrap();
         let asked = Asked { required, barred: [Some("agent-owner"), Some("ci")], expires };
         let votes: Vec<Vote> = votes.iter().map(|text| vote(text)).collect();
@@ -256,10 +280,16 @@ mod tests {
         let mut log = Approvals::default();
         log.seen("a", "pay", "d", Standing::Denied).unwrap();
         assert!(log.seen("a", "pay", "d", Standing::Approved).is_err());
+        assert!(log.seen("a", "pay", "d", Standing::Expired).is_err());
+        log.seen("a", "pay", "d", Standing::Pending).unwrap();
+        assert!(log.used("a", "pay", Some("d")).is_err(), "asking again is no yes");
         let mut log = Approvals::default();
         log.seen("a", "pay", "d", Standing::Approved).unwrap();
         log.seen("a", "pay", "d", Standing::Expired).unwrap();
         assert!(log.used("a", "pay", Some("d")).is_err());
+        log.seen("a", "pay", "d", Standing::Pending).unwrap();
+        log.seen("a", "pay", "d", Standing::Approved).unwrap();
+        log.used("a", "pay", Some("d")).unwrap();
     }
 
     proptest! {

@@ -152,7 +152,14 @@ mod tests {
     use super::*;
 
     fn limits() -> Limits {
-        Limits { wall_time_seconds: 60, tool_calls: 3, tokens: 1_000, denials: Some(2), cost_micros: Some(5_000_000), approval_wait_seconds: 0 }
+        Limits {
+            wall_time_seconds: 60,
+            tool_calls: 3,
+            tokens: 1_000,
+            denials: Some(2),
+            cost_micros: Some(5_000_000),
+            approval_wait_seconds: 0,
+        }
     }
 
     #[test]

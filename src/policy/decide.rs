@@ -6,7 +6,8 @@
 //!
 //! Everything is compiled once an attempt ([`Contracts::compile`]); a call adds what is its own to a CEL context that stands
 //! ready ([`Results`]). The order of the rules is fixed, cheapest first, and the first that does not hold is the answer:
-//! denials left, readable, known, effect, schema, preconditions, calls left.
+//! denials left, readable, known, effect, schema, preconditions, calls left. Whether people have to say yes as well is part of the
+//! answer ([`Decision::needs_approval`]); asking them is the harness's.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -103,6 +104,8 @@ pub struct Decision<'c> {
     pub digest: String,
     /// Bytes of what was hashed.
     pub bytes: u64,
+    /// Whether people must say yes to the call first, though it is allowed otherwise.
+    pub needs_approval: bool,
 }
 
 /// A task's contracts, compiled.
@@ -118,7 +121,9 @@ struct Compiled {
     tool: Tool,
     schema: jsonschema::Validator,
     preconditions: Vec<Condition>,
-    /// Whether any precondition looks at the arguments, at the counters.
+    /// Where this is `false`, nobody needs to be asked for approval.
+    approval_when: Option<Program>,
+    /// Whether any expression looks at the arguments, at the counters.
     uses_args: bool,
     uses_usage: bool,
 }
@@ -141,21 +146,33 @@ impl Contracts {
             let schema = jsonschema::draft202012::options()
                 .build(&tool.input)
                 .map_err(|error| CompileError::Schema { tool: tool.name.clone(), reason: error.to_string() })?;
-            let mut compiled =
-                Compiled { tool: tool.clone(), schema, preconditions: vec![], uses_args: false, uses_usage: false };
-            for condition in &tool.preconditions {
-                let program = Program::compile(&condition.cel).map_err(|error| CompileError::Precondition {
+            let mut compiled = Compiled {
+                tool: tool.clone(),
+                schema,
+                preconditions: vec![],
+                approval_when: None,
+                uses_args: false,
+                uses_usage: false,
+            };
+            let mut expression = |name: &str, cel: &str| {
+                let program = Program::compile(cel).map_err(|error| CompileError::Precondition {
                     tool: tool.name.clone(),
-                    name: condition.name.clone(),
+                    name: name.to_owned(),
                     reason: error.to_string(),
                 })?;
                 let named = program.references();
                 compiled.uses_args |= named.has_variable("args");
                 compiled.uses_usage |= named.has_variable("usage");
                 uses_results |= named.has_variable("results");
+                Ok::<_, CompileError>(program)
+            };
+            for condition in &tool.preconditions {
+                let program = expression(&condition.name, &condition.cel)?;
                 let (name, message) = (condition.name.clone(), condition.message.clone());
                 compiled.preconditions.push(Condition { name, program, message });
             }
+            let when = tool.approval.as_ref().and_then(|approval| approval.when.as_deref());
+            compiled.approval_when = when.map(|when| expression("approval.when", when)).transpose()?;
             if tools.insert(tool.name.clone(), compiled).is_some() {
                 return Err(CompileError::Duplicate(tool.name.clone()));
             }
@@ -212,6 +229,7 @@ impl Contracts {
             arguments: Value::Null,
             digest: hex::encode(canonical::sha256(text)),
             bytes: u64::try_from(text.len()).unwrap_or(u64::MAX),
+            needs_approval: false,
         };
         let mut budget = Budget::resume(self.policy.limits, known.usage);
         let open = budget.open().map_err(Denial::from);
@@ -236,20 +254,21 @@ impl Contracts {
                     .map_err(|ambiguous| Denial { rule: Rule::RequestJson, reason: ambiguous.to_string() })
             })
             .and_then(|()| self.judge(name, &arguments, known))
-            .and_then(|tool| {
+            .and_then(|judged| {
                 budget.reserve_tool_call()?;
-                Ok(tool)
+                Ok(judged)
             });
         Decision {
-            verdict,
+            needs_approval: verdict.as_ref().is_ok_and(|(_, needs_approval)| *needs_approval),
+            verdict: verdict.map(|(tool, _)| tool),
             arguments,
             digest: hex::encode(canonical::sha256(&canonical)),
             bytes: u64::try_from(canonical.len()).unwrap_or(u64::MAX),
         }
     }
 
-    /// The contract's own rules.
-    fn judge(&self, name: &str, arguments: &Value, known: Known<'_>) -> Result<&Tool, Denial> {
+    /// The contract's own rules, and whether people have to be asked.
+    fn judge(&self, name: &str, arguments: &Value, known: Known<'_>) -> Result<(&Tool, bool), Denial> {
         let deny = |rule, reason| Err(Denial { rule, reason });
         let Some(compiled) = self.tools.get(name) else {
             return deny(
@@ -270,8 +289,7 @@ impl Contracts {
             // The reason is recorded, and arguments are in no record.
             return deny(Rule::ToolSchema, format!("{place}: {}", shorten(&error.masked().to_string())));
         }
-        compiled.conditions(arguments, known)?;
-        Ok(&compiled.tool)
+        Ok((&compiled.tool, compiled.conditions(arguments, known)?))
     }
 
     fn names(&self) -> String {
@@ -283,9 +301,10 @@ impl Contracts {
 }
 
 impl Compiled {
-    fn conditions(&self, arguments: &Value, known: Known<'_>) -> Result<(), Denial> {
-        if self.preconditions.is_empty() {
-            return Ok(());
+    /// Whether the preconditions hold, and then, whether people must be asked: always, where the contract says no more.
+    fn conditions(&self, arguments: &Value, known: Known<'_>) -> Result<bool, Denial> {
+        if self.preconditions.is_empty() && self.approval_when.is_none() {
+            return Ok(self.tool.approval.is_some());
         }
         let mut context = known.results.context.new_inner_scope();
         if self.uses_args {
@@ -308,7 +327,11 @@ impl Compiled {
                 reason: format!("precondition {name} does not hold: {why}"),
             });
         }
-        Ok(())
+        Ok(match &self.approval_when {
+            // Only a clear no lets a call pass unasked.
+            Some(when) => !matches!(when.execute(&context), Ok(CelValue::Bool(false))),
+            None => self.tool.approval.is_some(),
+        })
     }
 }
 
@@ -427,10 +450,18 @@ mod tests {
                 objective: "find out".into(),
                 workflow_class: "incident".into(),
                 principal: "ana".into(),
+                requester: None,
                 image: "i".into(),
             },
             pack: PackIdentity { name: "dev".into(), uid: "p".into(), generation: 1, environment: "dev".into() },
-            limits: Limits { wall_time_seconds: 60, tool_calls: 4, tokens: 100, denials: Some(2), cost_micros: None, approval_wait_seconds: 0 },
+            limits: Limits {
+                wall_time_seconds: 60,
+                tool_calls: 4,
+                tokens: 100,
+                denials: Some(2),
+                cost_micros: None,
+                approval_wait_seconds: 0,
+            },
             allowed_effects: effects,
             tools: vec![Tool {
                 contract: "open-ticket".into(),
@@ -461,6 +492,7 @@ mod tests {
                         message: "not yours".into(),
                     },
                 ],
+                approval: None,
                 side_effect: SideEffect::Write,
             }],
             models: ModelEndpoints::default(),
@@ -588,6 +620,35 @@ mod tests {
     fn results_that_nobody_looks_at_are_not_kept() {
         let contracts = Contracts::compile(&policy(vec![])).unwrap();
         assert!(contracts.with_result(&contracts.no_results(), "t", &json!(1)).is_none());
+    }
+
+    #[rstest]
+    #[case::always(None, json!({"title": "a"}), true)]
+    #[case::condition(Some("args.title == 'a'"), json!({"title": "a"}), true)]
+    #[case::no_condition(Some("args.title == 'a'"), json!({"title": "b"}), false)]
+    #[case::error(Some("args.nothing == 1"), json!({"title": "a"}), true)]
+    #[case::no_answer(Some("'no'"), json!({"title": "a"}), true)]
+    #[case::counters(Some("usage.toolCalls > 0"), json!({"title": "a"}), false)]
+    #[case::denied(None, json!({}), false)]
+    fn people_are_asked_unless_a_condition_is_false(
+        #[case] when: Option<&str>,
+        #[case] arguments: Value,
+        #[case] expected: bool,
+    ) {
+        let mut policy = policy(vec![SideEffect::Write]);
+        policy.tools[0].preconditions.clear();
+        policy.tools[0].approval = Some(Approval {
+            when: when.map(Into::into),
+            approvers: Default::default(),
+            required: 1,
+            timeout_seconds: 60,
+            on_timeout: OnTimeout::Deny,
+            hold_seconds: 0,
+        });
+        let contracts = Contracts::compile(&policy).unwrap();
+        let known = Known { usage: Usage::default(), results: &contracts.no_results() };
+        let decision = contracts.decide("open_ticket", Arguments::Parsed(arguments), known);
+        assert_eq!(decision.needs_approval, expected, "{decision:?}");
     }
 
     #[test]

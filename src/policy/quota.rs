@@ -111,6 +111,7 @@ mod tests {
             output: None,
             limits: ToolLimits { calls, per_minute, ..ToolLimits::default() },
             preconditions: vec![],
+            approval: None,
             side_effect: SideEffect::Read,
         };
         Quotas::resume(&[tool], &BTreeMap::from([("t".into(), ToolUsage { calls: used, definition: None })]))

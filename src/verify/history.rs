@@ -2,13 +2,16 @@
 
 use std::collections::BTreeMap;
 
+use jiff::Timestamp;
+
 use super::report::{AttemptSummary, Check, Report};
 use crate::{
     evidence::{
         note::{self, VerifierKey},
-        record::{Actor, AttemptOpened, Channel, Effect, Event, Intent, Outcome, Record, VERSION},
+        record::{Actor, Approval, AttemptOpened, Channel, Effect, Event, Intent, Outcome, Record, VERSION},
     },
     policy::{
+        approval::{self, Approvals, Asked, Standing},
         budget::Spent,
         config::{McpUpstream, PolicyConfig, Upstream, Usage},
         price,
@@ -34,6 +37,7 @@ pub(super) struct History {
     tool_calls: BTreeMap<String, i64>,
     /// The definition by which the newest attempt called each tool first.
     definitions: BTreeMap<String, String>,
+    approvals: Approvals,
     calls: BTreeMap<String, Call>,
 }
 
@@ -94,6 +98,9 @@ impl History {
             Event::Denied(denied) => {
                 usage.denials = usage.denials.saturating_add(1);
                 *blame.report.summary.denials.entry(denied.rule).or_default() += 1;
+            }
+            Event::ApprovalRequested(approval) | Event::ApprovalDecided(approval) => {
+                self.approval(approval, &mut blame)
             }
             Event::ContainmentChecked(seen) if !seen.contained || !seen.breaches.is_empty() => {
                 self.loose = true;
@@ -249,6 +256,35 @@ impl History {
         self.policy = Some(opened.policy.clone());
     }
 
+    /// What is said of an approval fits what was said before, what the contract asks for, and who has decided.
+    fn approval(&mut self, approval: &Approval, blame: &mut Blame<'_>) {
+        let Approval { name, tool, request_digest, standing, decisions, .. } = approval;
+        if let Err(reason) = self.approvals.seen(name, tool, request_digest, *standing) {
+            blame.add(Check::CallApproval, reason);
+        }
+        let Some(policy) = &self.policy else { return };
+        let contract = policy.tools.iter().find(|t| t.name == *tool).and_then(|tool| tool.approval.as_ref());
+        let Some(contract) = contract else {
+            return blame.add(Check::CallApproval, format!("expected a tool that needs approval, found {tool}"));
+        };
+        if approval.required != contract.required {
+            let (expected, found) = (contract.required, approval.required);
+            blame.add(Check::CallApproval, format!("expected {expected} to have to approve, found {found}"));
+        }
+        let Ok(expires) = approval.expires.parse() else {
+            return blame
+                .add(Check::RecordTime, format!("expected an RFC 3339 time of expiry, found {:?}", approval.expires));
+        };
+        let barred = [Some(policy.task.principal.as_str()), policy.task.requester.as_deref()];
+        let asked = Asked { required: contract.required, barred, expires };
+        // What has expired is the gateway's clock's to say. By the votes alone:
+        let voted = approval::standing(&asked, decisions, Timestamp::MIN);
+        if *standing != voted && !(*standing == Standing::Expired && voted != Standing::Denied) {
+            let message = format!("expected approval {name} to be {voted:?} by its decisions, found it {standing:?}");
+            blame.add(Check::CallApproval, message);
+        }
+    }
+
     fn intent(&mut self, intent: &Intent, attempt: i64, usage: &mut Usage, blame: &mut Blame<'_>) {
         let Intent { call, channel, target, .. } = intent;
         let reserved = Spent { tokens: intent.reserved_tokens, cost_micros: intent.reserved_cost_micros };
@@ -297,6 +333,17 @@ impl History {
                 if let Some(most) = tool.and_then(|tool| tool.limits.calls).filter(|most| *made > *most) {
                     let message = format!("expected at most {most} calls of {target}, found {made}");
                     blame.add(Check::UsageLimit, message);
+                }
+                let needs = tool.and_then(|tool| tool.approval.as_ref()).is_some_and(|needs| needs.when.is_none());
+                match &intent.approval {
+                    Some(name) => {
+                        if let Err(reason) = self.approvals.used(name, target, intent.request_digest.as_deref()) {
+                            blame.add(Check::CallApproval, reason);
+                        }
+                    }
+                    None if needs => blame
+                        .add(Check::CallApproval, format!("expected a call of {target} to be approved, found none")),
+                    None => {}
                 }
                 if let Some(definition) = &intent.definition {
                     let first = self.definitions.entry(target.clone()).or_insert_with(|| definition.clone());

@@ -32,7 +32,7 @@ use crate::{
         all_crds,
         policy_pack::{EgressRule, EvidencePolicy, Models, RetentionMode, WorkflowClass},
     },
-    plan::{Finding, config, pack_among, validated},
+    plan::{Finding, config, names, pack_among, validated},
     policy::config::{EgressUse, SideEffect},
 };
 
@@ -412,7 +412,9 @@ impl<'s> Found<'s> {
             };
             let judged: Vec<_> = candidates
                 .iter()
-                .map(|pack| (*pack, validated::validate(task, &plain_contracts, pack, SYSTEM_NAMESPACE).err()))
+                .map(|pack| {
+                    (*pack, validated::validate(&as_admitted(task), &plain_contracts, pack, SYSTEM_NAMESPACE).err())
+                })
                 .collect();
             if judged.iter().any(|(_, findings)| findings.is_none()) {
                 continue;
@@ -565,6 +567,7 @@ fn generous(task: &AgentTask, contracts: &[&ToolContract]) -> PolicyPack {
                     tokens: i64::MAX,
                     denials: None,
                     cost: None,
+                    approval_wait_seconds: None,
                 },
                 resources: Resources { cpu: most(), memory: most(), ephemeral_storage: most() },
             }],
@@ -615,6 +618,14 @@ impl Kustomizations {
 
 fn is_kustomization(path: &Path) -> bool {
     path.file_name().and_then(|name| name.to_str()).is_some_and(|name| KUSTOMIZATIONS.contains(&name))
+}
+
+/// The task as admission makes it, which records who created it.
+fn as_admitted(task: &AgentTask) -> AgentTask {
+    let mut task = task.clone();
+    let principal = task.spec.principal.clone();
+    task.annotations_mut().entry(names::REQUESTED_BY.to_owned()).or_insert(principal);
+    task
 }
 
 /// A path without `.` and `..`.

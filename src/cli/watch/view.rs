@@ -14,6 +14,7 @@ use crate::{
     },
     evidence::record::{AttemptOpened, Channel, Denied, Effect, Event, Intent, Outcome, Record},
     policy::{
+        approval::Standing,
         config::{Limits, Usage},
         price,
     },
@@ -101,6 +102,7 @@ impl View {
             tokens: spec.tokens,
             denials: spec.denials,
             cost_micros: spec.cost.as_deref().and_then(price::parse),
+            approval_wait_seconds: spec.approval_wait_seconds.unwrap_or_default(),
         });
         let Some(status) = &task.status else { return };
         for condition in &status.conditions {
@@ -157,6 +159,23 @@ impl View {
             Event::Intent(intent) => self.intent(at, time, intent),
             Event::Outcome(outcome) => self.outcome(at, time, outcome),
             Event::Denied(denied) => self.denied(at, denied),
+            Event::ApprovalRequested(asked) => {
+                let text = format!(
+                    "? {} waits for {} approval(s): belay approve {} or deny it, before {}",
+                    Safe(&asked.tool),
+                    asked.required,
+                    Safe(&asked.name),
+                    Safe(&asked.expires)
+                );
+                self.push(at, &paint.warn(text));
+            }
+            Event::ApprovalDecided(asked) => {
+                let by: Vec<&str> = asked.decisions.iter().map(|vote| vote.by.as_str()).collect();
+                let by = if by.is_empty() { String::new() } else { format!(" by {}", Safe(&by.join(", "))) };
+                let text = format!("  {} {:?}{by}", Safe(&asked.tool), asked.standing);
+                let good = asked.standing == Standing::Approved;
+                self.push(at, &if good { paint.good(text) } else { paint.bad(text) });
+            }
             Event::ContainmentChecked(seen) if seen.contained => {
                 let text = format!("  contained still: {} silent", addresses(seen.unreachable.len()));
                 self.push(at, &paint.dim(text));

@@ -7,6 +7,9 @@ use crate::{
     policy::config::{EgressHost, EgressUse, HttpMethod, HttpUpstream},
 };
 
+/// SHA-256 of `{}`.
+const NO_ARGUMENTS: &str = "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a";
+
 fn compiled() -> Compiled {
     use EgressUse::{Direct, Models, Tools};
     let entry = |host: &str, ports: &[u16], uses: &[EgressUse]| EgressHost {
@@ -85,7 +88,17 @@ fn lists(#[case] channel: Channel, #[case] url: &str, #[case] expected: Result<b
 
 fn facts(channel: Channel, target: &str, effect: Option<SideEffect>) -> IntentFacts {
     let definition = effect.map(|_| testing::DEFINITION.to_owned());
-    IntentFacts { call: "1".into(), attempt: 1, channel, target: target.into(), effect, definition, open: true }
+    IntentFacts {
+        call: "1".into(),
+        attempt: 1,
+        channel,
+        target: target.into(),
+        effect,
+        definition,
+        request_digest: Some(NO_ARGUMENTS.into()),
+        approval: None,
+        open: true,
+    }
 }
 
 #[rstest]
@@ -307,6 +320,12 @@ fn a_pin_is_asked_for_again() {
 #[case::method_twice(Channel::Listing, r#"{"method":"ping","method":"tools/call"}"#, Err(Rule::Request))]
 #[case::batch(Channel::Tool, r#"[{"method":"tools/call","params":{"name":"write"}}]"#, Err(Rule::Request))]
 #[case::no_json(Channel::Tool, "", Err(Rule::Request))]
+#[case::no_arguments(Channel::Tool, r#"{"id":1,"method":"tools/call","params":{"name":"write","arguments":{}}}"#, Ok(()))]
+#[case::other_arguments(
+    Channel::Tool,
+    r#"{"id":1,"method":"tools/call","params":{"name":"write","arguments":{"a":1}}}"#,
+    Err(Rule::IntentMissing)
+)]
 #[case::list(Channel::Listing, r#"{"id":1,"method":"tools/list","params":{"cursor":"x"}}"#, Ok(()))]
 #[case::begin(Channel::Listing, r#"{"id":1,"method":"initialize","params":{}}"#, Ok(()))]
 #[case::discover(Channel::Listing, r#"{"id":1,"method":"server/discover"}"#, Ok(()))]
@@ -346,4 +365,22 @@ fn http_tools(#[case] method: Method, #[case] url: &str, #[case] open: bool, #[c
     let found = intended(&compiled, 1, Channel::Tool, Destination::Url(&target, &method), &intent);
     assert_eq!(found.map_err(|e| e.rule), expected);
     assert!(!is_message(&compiled, Channel::Tool, &method, &intent), "its body is no JSON-RPC");
+}
+
+#[rstest]
+#[case::it("https://api.test/t/7?q=x", r#"{"text":"a"}"#, Ok(()))]
+#[case::spaced("https://api.test/t/7?q=x", r#"{ "text": "a" }"#, Ok(()))]
+#[case::other_path("https://api.test/t/8?q=x", r#"{"text":"a"}"#, Err(Rule::ToolApproval))]
+#[case::other_query("https://api.test/t/7?q=y", r#"{"text":"a"}"#, Err(Rule::ToolApproval))]
+#[case::other_body("https://api.test/t/7?q=x", r#"{"text":"b"}"#, Err(Rule::ToolApproval))]
+#[case::more_body("https://api.test/t/7?q=x", r#"{"text":"a","to":"b"}"#, Err(Rule::ToolApproval))]
+#[case::no_body("https://api.test/t/7?q=x", "", Err(Rule::ToolApproval))]
+#[case::no_json("https://api.test/t/7?q=x", "text=a", Err(Rule::ToolApproval))]
+#[case::twice("https://api.test/t/7?q=x", r#"{"text":"b","text":"a"}"#, Err(Rule::ToolApproval))]
+fn what_people_approved_is_the_request(#[case] url: &str, #[case] body: &str, #[case] expected: Result<(), Rule>) {
+    let http =
+        HttpUpstream { method: HttpMethod::Post, url: "https://api.test/t/{id}".into(), query: vec!["q".into()] };
+    let args = serde_json::json!({"id": 7, "q": "x", "text": "a"});
+    let found = as_approved(&http, &Target::parse(url).unwrap(), &args, body.as_bytes());
+    assert_eq!(found.map_err(|e| e.rule), expected);
 }

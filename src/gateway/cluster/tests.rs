@@ -51,6 +51,7 @@ fn cluster(api: Api) -> (Cluster, Writer<DeserializeGuard<Pod>>, Arc<Api>) {
         contracts: Writer::default().as_reader(),
         packs: Writer::default().as_reader(),
         namespaces: Writer::default().as_reader(),
+        approvals: Writer::default().as_reader(),
         secrets: Writer::default().as_reader(),
     };
     let api = Arc::new(api);

@@ -91,12 +91,26 @@ impl WriteUsage for Api {
 }
 
 /// What the stores are filled through.
+/// Nobody can be asked.
+struct Nobody;
+
+impl Create for Nobody {
+    fn create(
+        &self,
+        _: String,
+        _: crate::api::ApprovalRequest,
+    ) -> BoxFuture<'_, Result<crate::api::ApprovalRequest, String>> {
+        Box::pin(async { Err("nobody is there".into()) })
+    }
+}
+
 struct Writers {
     pods: Writer<DeserializeGuard<k8s_openapi::api::core::v1::Pod>>,
     tasks: Writer<DeserializeGuard<AgentTask>>,
     contracts: Writer<DeserializeGuard<crate::api::ToolContract>>,
     packs: Writer<DeserializeGuard<crate::api::PolicyPack>>,
     namespaces: Writer<DeserializeGuard<k8s_openapi::api::core::v1::Namespace>>,
+    approvals: Writer<DeserializeGuard<crate::api::ApprovalRequest>>,
     secrets: Writer<DeserializeGuard<k8s_openapi::api::core::v1::Secret>>,
 }
 
@@ -331,6 +345,7 @@ async fn world() -> World {
         contracts: Writer::default(),
         packs: Writer::default(),
         namespaces: Writer::default(),
+        approvals: Writer::default(),
         secrets: Writer::default(),
     };
     let stores = Stores {
@@ -339,6 +354,7 @@ async fn world() -> World {
         contracts: writers.contracts.as_reader(),
         packs: writers.packs.as_reader(),
         namespaces: writers.namespaces.as_reader(),
+        approvals: writers.approvals.as_reader(),
         secrets: writers.secrets.as_reader(),
     };
     put(&mut writers.pods, pod(1, "127.0.0.1"));
@@ -365,6 +381,7 @@ async fn world() -> World {
         witness,
         dialer: Dialer::new(Arc::new(Names), Blocked::default(), Arc::new(wires), ca.root.clone()),
         pool: Arc::default(),
+        requests: Arc::new(Nobody),
         incidents,
         usage: Arc::new(UsageStatus::new(api.clone(), metrics.clone())),
         metrics: metrics.clone(),

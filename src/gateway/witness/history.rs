@@ -14,11 +14,12 @@ use crate::{
     evidence::{
         merkle::Tree,
         note::{self, VerifierKey},
-        record::{Actor, Channel, Event, Intent, Outcome, Record, VERSION},
+        record::{Actor, Approval, AttemptClosed, Channel, Event, Intent, Outcome, Record, VERSION},
         segment::Segment,
     },
     gateway::refusal::Refused,
     policy::{
+        approval::Approvals,
         config::{Limits, SideEffect, ToolUsage, Usage},
         rule::Rule,
     },
@@ -49,6 +50,10 @@ pub struct IntentFacts {
     pub effect: Option<SideEffect>,
     /// The digest of the upstream's definition of an MCP tool.
     pub definition: Option<String>,
+    /// The digest of the request.
+    pub request_digest: Option<String>,
+    /// The approval by which it is made.
+    pub approval: Option<String>,
     /// Whether it still waits for its outcome.
     pub open: bool,
 }
@@ -72,6 +77,8 @@ pub struct History {
     opened: bool,
     /// The attempt has seen its containment broken.
     loose: bool,
+    /// The attempt has come to an end from which it does not open again.
+    over: bool,
     closed: bool,
     key: Option<VerifierKey>,
     limits: Option<Limits>,
@@ -79,6 +86,7 @@ pub struct History {
     allowances: Arc<BTreeMap<String, i64>>,
     /// What has been called: all attempts' calls, and the newest one's definitions.
     tools: BTreeMap<String, ToolUsage>,
+    approvals: Arc<Approvals>,
     calls: HashMap<String, OpenCall>,
     intents: BTreeMap<u64, Arc<IntentFacts>>,
 }
@@ -116,6 +124,16 @@ impl History {
     /// Whether the attempt has seen its containment broken: no call of it leaves any more.
     pub fn loose(&self) -> bool {
         self.loose
+    }
+
+    /// Whether this attempt has come to an end from which it does not open again.
+    pub fn over(&self, attempt: i64) -> bool {
+        self.over && attempt == self.attempt
+    }
+
+    /// How many calls of this tool with these arguments were made by an approval.
+    pub fn approved_calls(&self, tool: &str, digest: &str) -> i64 {
+        self.approvals.made(tool, digest)
     }
 
     /// Calls that have no outcome.
@@ -205,6 +223,9 @@ impl History {
         }
         let mut usage = self.usage;
         match &record.event {
+            Event::AttemptOpened(_) if self.over(record.attempt) => {
+                return Err(at(record, "expected an attempt that is over to stay closed"));
+            }
             Event::AttemptOpened(opened) => {
                 let key: VerifierKey = opened.key.parse().map_err(|e| at(record, format!("{e}")))?;
                 let name = format!("{origin}/{}", record.attempt);
@@ -218,14 +239,21 @@ impl History {
                 let allowances = opened.policy.tools.iter();
                 self.allowances =
                     Arc::new(allowances.filter_map(|tool| Some((tool.name.clone(), tool.limits.calls?))).collect());
-                (self.attempt, self.opened, self.loose) = (record.attempt, true, false);
+                (self.attempt, self.opened, self.loose, self.over) = (record.attempt, true, false, false);
                 (self.key, self.limits) = (Some(key), Some(opened.policy.limits));
             }
             Event::Intent(intent) => self.intended(record, intent, &mut usage)?,
             Event::Outcome(outcome) => self.settled(record, outcome, &mut usage)?,
             Event::Denied(_) => usage.denials = usage.denials.saturating_add(1),
+            Event::ApprovalRequested(approval) | Event::ApprovalDecided(approval) => {
+                let Approval { name, tool, request_digest, standing, .. } = approval;
+                let approvals = Arc::make_mut(&mut self.approvals);
+                approvals.seen(name, tool, request_digest, *standing).map_err(|reason| at(record, reason))?;
+            }
             Event::ContainmentChecked(seen) => self.loose |= !seen.contained || !seen.breaches.is_empty(),
-            Event::AttemptClosed(_) => self.opened = false,
+            Event::AttemptClosed(closed) => {
+                (self.opened, self.over) = (false, closed.reason != AttemptClosed::AGENT_ENDED);
+            }
             Event::TaskClosed(_) => self.closed = true,
         }
         if record.usage != usage {
@@ -296,6 +324,11 @@ impl History {
                 ),
             ));
         }
+        if let Some(name) = &intent.approval {
+            Arc::make_mut(&mut self.approvals)
+                .used(name, &intent.target, intent.request_digest.as_deref())
+                .map_err(|reason| Refused::denied(Rule::ToolApproval, format!("record {}: {reason}", record.seq)))?;
+        }
         self.calls.insert(
             intent.call.clone(),
             OpenCall {
@@ -314,6 +347,8 @@ impl History {
                 target: intent.target.clone(),
                 effect: intent.effect,
                 definition: intent.definition.clone(),
+                request_digest: intent.request_digest.clone(),
+                approval: intent.approval.clone(),
                 open: true,
             }),
         );

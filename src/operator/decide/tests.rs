@@ -21,6 +21,7 @@ fn pod(attempt: i64) -> PodView {
         contained: Some(true),
         accepted: Some(at(-19)),
         agent_started: Some(at(-10)),
+        lifetime: None,
         stuck: None,
         end: None,
     }

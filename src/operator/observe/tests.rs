@@ -115,6 +115,23 @@ fn a_harness_that_refused_enough_ends_the_attempt_while_the_agent_runs(#[case] s
     assert!(!view.terminal);
 }
 
+#[rstest::rstest]
+#[case(43, FailureClass::Policy, "TooManyDenials")]
+#[case(44, FailureClass::Budget, "DeadlineExceeded")]
+#[case(45, FailureClass::Policy, "ApprovalExpired")]
+fn a_harness_says_why_the_attempt_is_over(
+    #[case] code: i32,
+    #[case] class: FailureClass,
+    #[case] reason: &'static str,
+) {
+    let running = agent(r#"{ running: { startedAt: "2026-01-01T00:00:05Z" } }"#);
+    let harness = format!(
+        "{{ name: harness, image: i, imageID: i, ready: true, restartCount: 1, state: {{ terminated: {{ exitCode: {code} }} }} }}"
+    );
+    let view = view(&format!("{{ phase: Running, initContainerStatuses: [ {harness} ], {running} }}"), "");
+    assert_eq!(view.end, Some(End { class: Some(class), reason, exit_code: None }));
+}
+
 #[test]
 fn an_agent_that_ended_well_has_failed_if_too_much_was_refused_it() {
     let harness = r#"initContainerStatuses: [ { name: harness, image: i, imageID: i, ready: false, restartCount: 0, state: { terminated: { exitCode: 43 } } } ]"#;

@@ -387,6 +387,7 @@ fn contracts(limits: Limits, allowed_effects: Vec<SideEffect>) -> PolicyConfig {
             limits: ToolLimits::default(),
             input,
             preconditions,
+            approval: None,
             side_effect: plain.effect,
         }
     };
@@ -618,7 +619,14 @@ fn call(dice: &mut Dice) -> (String, Vec<u8>) {
 #[test]
 fn generated_calls_are_decided_as_the_reference_decides() {
     let calls: u64 = std::env::var("BELAY_CALLS").map_or(40_000, |calls| calls.parse().expect("BELAY_CALLS: a number"));
-    let limits = Limits { wall_time_seconds: 60, tool_calls: 7, tokens: 0, denials: Some(3), cost_micros: None, approval_wait_seconds: 0 };
+    let limits = Limits {
+        wall_time_seconds: 60,
+        tool_calls: 7,
+        tokens: 0,
+        denials: Some(3),
+        cost_micros: None,
+        approval_wait_seconds: 0,
+    };
     let policies = [
         contracts(limits, vec![SideEffect::Read, SideEffect::Write, SideEffect::External]),
         contracts(Limits { denials: None, ..limits }, vec![SideEffect::Read]),

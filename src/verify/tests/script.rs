@@ -51,6 +51,7 @@ pub(crate) fn policy() -> PolicyConfig {
         output: None,
         limits: ToolLimits { request_bytes: Some(4096), ..ToolLimits::default() },
         preconditions: Vec::new(),
+        approval: None,
         side_effect,
     };
     PolicyConfig {
@@ -62,6 +63,7 @@ pub(crate) fn policy() -> PolicyConfig {
             objective: "Tidy up.".to_owned(),
             workflow_class: "support".to_owned(),
             principal: "jane@example.com".to_owned(),
+            requester: None,
             image: "localhost/agent:dev".to_owned(),
         },
         pack: PackIdentity {
@@ -70,7 +72,14 @@ pub(crate) fn policy() -> PolicyConfig {
             generation: 3,
             environment: "dev".to_owned(),
         },
-        limits: Limits { wall_time_seconds: 600, tool_calls: 4, tokens: 1000, denials: None, cost_micros: None, approval_wait_seconds: 0 },
+        limits: Limits {
+            wall_time_seconds: 600,
+            tool_calls: 4,
+            tokens: 1000,
+            denials: None,
+            cost_micros: None,
+            approval_wait_seconds: 0,
+        },
         allowed_effects: vec![SideEffect::Read, SideEffect::Write],
         tools: vec![
             tool("mail", SideEffect::External),
@@ -127,6 +136,7 @@ pub(crate) fn intent(call: &str, channel: Channel, target: &str, reserved_tokens
         definition: (channel == Channel::Tool).then(|| "0d".repeat(32)),
         request_digest: Some("ab".repeat(32)),
         request_bytes: 120,
+        approval: None,
         rules: vec![Rule::ToolKnown, Rule::ToolSchema],
         model: None,
         reserved_tokens,

@@ -1,0 +1,255 @@
+//! Asking people before a call leaves.
+//!
+//! Promises: one request for one exact call, however often and by how many calls at once it is made; what people say is in the log before
+//! the call's intent; a yes is taken once; a no, a lapsed request and a gateway that refuses to ask are refusals. While a request is
+//! undecided the [`Clock`] stands still. Refuses: knowing who decides what: the gateway asks, counts the votes, and asks again
+//! before the call leaves.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use tokio::sync::{Notify, watch};
+
+use super::{
+    clock::Clock,
+    journal::Journal,
+    link::{CallError, Link},
+};
+use crate::{
+    evidence::record::{Approval as Said, Event},
+    policy::{
+        approval::{self, LONGEST_ARGUMENTS, PENDING, Standing},
+        config::{Approval, OnTimeout},
+        decide::Denial,
+        rule::Rule,
+    },
+    wire::{ApprovalAsk, ApprovalReply},
+};
+
+/// How long the gateway may hold a question: it answers at once when something is decided.
+const HOLD: i64 = 20;
+/// Calls that were refused and are remembered; more are refused without asking.
+const REMEMBERED: usize = 4_096;
+/// Pause before the gateway is asked again that failed or lags.
+const PAUSE: Duration = Duration::from_millis(250);
+
+/// What is known of one exact call.
+type Known = Option<Result<ApprovalReply, Denial>>;
+
+/// An exact call: the tool and the digest of its arguments.
+type Key = (String, String);
+
+/// Where people are asked.
+pub struct Approvals {
+    attempt: i64,
+    link: Arc<Link>,
+    journal: Arc<Journal>,
+    clock: Arc<Clock>,
+    asked: Mutex<HashMap<Key, watch::Receiver<Known>>>,
+    /// What this harness has written of approvals. Changed only while the journal puts a record in order.
+    log: Mutex<approval::Approvals>,
+    ended: Notify,
+}
+
+/// An answer to a call that needs approval.
+pub enum Answered {
+    /// It may be made, by the approval of this name.
+    Approved(String),
+    /// Nobody knows yet. What the agent is told.
+    Pending(String),
+    /// It may not.
+    Refused(Denial),
+}
+
+impl Approvals {
+    /// Nothing asked yet.
+    pub fn new(attempt: i64, link: Arc<Link>, journal: Arc<Journal>, clock: Arc<Clock>) -> Arc<Self> {
+        let (asked, log) = (Mutex::default(), Mutex::default());
+        Arc::new(Self { attempt, link, journal, clock, asked, log, ended: Notify::new() })
+    }
+
+    /// Returns once a request has expired that was to end the task.
+    pub async fn ended(&self) {
+        self.ended.notified().await;
+    }
+
+    /// Asks for one exact call, or joins those who have, and waits as long as the contract holds calls.
+    pub async fn ask(self: &Arc<Self>, tool: &str, approval: &Approval, arguments: String, digest: &str) -> Answered {
+        let key: Key = (tool.to_owned(), digest.to_owned());
+        let hold = Duration::from_secs(u64::try_from(approval.hold_seconds).unwrap_or_default());
+        let until = tokio::time::Instant::now() + hold;
+        loop {
+            let mut known = match self.join(&key, approval, &arguments) {
+                Ok(known) => known,
+                Err(denial) => return Answered::Refused(denial),
+            };
+            let decided = match tokio::time::timeout_at(until, known.wait_for(Option::is_some)).await {
+                Ok(Ok(decided)) => decided.clone(),
+                // Whoever asked is gone, which only happens at the end.
+                Ok(Err(_)) => return Answered::Refused(denial("nobody can be asked any more")),
+                Err(_) => return Answered::Pending(pending(tool, approval)),
+            };
+            match decided {
+                Some(Ok(reply)) if reply.standing == Standing::Approved => {
+                    if !self.take(&key, &known) {
+                        // Another call like this one was faster: this one is asked for anew.
+                        continue;
+                    }
+                    if reply.expired() {
+                        continue;
+                    }
+                    return Answered::Approved(reply.name);
+                }
+                Some(Ok(reply)) => return Answered::Refused(denial(&refusal(&reply))),
+                Some(Err(refused)) => {
+                    self.take(&key, &known);
+                    return Answered::Refused(refused);
+                }
+                None => continue,
+            }
+        }
+    }
+
+    /// What this harness has written of approvals. Locked while the journal is, and never the other way round.
+    pub fn log(&self) -> MutexGuard<'_, approval::Approvals> {
+        self.log.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What is known of a call; asked for if nobody has.
+    fn join(
+        self: &Arc<Self>,
+        key: &Key,
+        approval: &Approval,
+        arguments: &str,
+    ) -> Result<watch::Receiver<Known>, Denial> {
+        if arguments.len() > LONGEST_ARGUMENTS {
+            return Err(denial(&format!(
+                "people are shown arguments of at most {LONGEST_ARGUMENTS} bytes, these are {}; send less",
+                arguments.len()
+            )));
+        }
+        let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = asked.get(key) {
+            return Ok(known.clone());
+        }
+        let undecided = asked.values().filter(|known| known.borrow().is_none()).count();
+        if undecided >= PENDING || asked.len() >= REMEMBERED {
+            return Err(denial(&format!("{undecided} calls wait for people already; wait for one of them")));
+        }
+        let (sender, known) = watch::channel(None);
+        asked.insert(key.clone(), known.clone());
+        let (tool, request_digest) = key.clone();
+        let ask = ApprovalAsk { attempt: self.attempt, tool, arguments: arguments.to_owned(), request_digest, wait: 0 };
+        tokio::spawn(self.clone().watch(ask, approval.on_timeout, sender));
+        Ok(known)
+    }
+
+    /// Whether what was known of a call is still what is kept; it is not kept any more.
+    fn take(&self, key: &Key, known: &watch::Receiver<Known>) -> bool {
+        let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+        let same = asked.get(key).is_some_and(|kept| kept.same_channel(known));
+        if same {
+            asked.remove(key);
+        }
+        same
+    }
+
+    /// Asks until something is decided, and puts that into the log.
+    async fn watch(self: Arc<Self>, mut ask: ApprovalAsk, on_timeout: OnTimeout, sender: watch::Sender<Known>) {
+        let _wait = self.clock.wait();
+        let decided = loop {
+            match self.link.approval(&ask).await {
+                Ok(reply) => {
+                    let said = said(&ask, &reply);
+                    if !self.log().knows(&reply.name)
+                        && let Err(denial) = self.record(pend(&said), Event::ApprovalRequested)
+                    {
+                        break Err(denial);
+                    }
+                    if reply.standing == Standing::Pending {
+                        ask.wait = HOLD;
+                        continue;
+                    }
+                    // The gateway has not seen the call yet that was made by it; the next one has another request.
+                    if self.log().is_used(&reply.name) {
+                        tokio::time::sleep(PAUSE).await;
+                        continue;
+                    }
+                    break self.record(said, Event::ApprovalDecided).map(|()| reply);
+                }
+                Err(CallError::Refused(denial)) => break Err(denial),
+                Err(CallError::Unreachable(reason)) => {
+                    tracing::warn!(reason, "people cannot be asked yet");
+                    tokio::time::sleep(PAUSE).await;
+                }
+            }
+        };
+        let expired = decided.as_ref().is_ok_and(|reply| reply.standing == Standing::Expired);
+        sender.send_replace(Some(decided));
+        if expired && on_timeout == OnTimeout::EndTask {
+            self.ended.notify_one();
+        }
+        // Whoever comes later still sees what was decided.
+        sender.closed().await;
+    }
+
+    /// Writes what the witness will take.
+    fn record(&self, said: Said, event: fn(Said) -> Event) -> Result<(), Denial> {
+        let record = self.journal.record(|_, _| {
+            let Said { name, tool, request_digest, standing, .. } = &said;
+            self.log().seen(name, tool, request_digest, *standing).map_err(|reason| denial(&reason))?;
+            Ok(event(said))
+        });
+        record.map(|_| ())
+    }
+}
+
+/// As it was asked, before anybody decided.
+fn pend(said: &Said) -> Said {
+    Said { standing: Standing::Pending, decisions: vec![], ..said.clone() }
+}
+
+fn said(ask: &ApprovalAsk, reply: &ApprovalReply) -> Said {
+    Said {
+        name: reply.name.clone(),
+        uid: reply.uid.clone(),
+        tool: ask.tool.clone(),
+        request_digest: ask.request_digest.clone(),
+        required: reply.required,
+        expires: reply.expires.clone(),
+        standing: reply.standing,
+        decisions: reply.decisions.clone(),
+    }
+}
+
+fn denial(reason: &str) -> Denial {
+    Denial { rule: Rule::ToolApproval, reason: reason.to_owned() }
+}
+
+/// Why a decided request is no yes.
+fn refusal(reply: &ApprovalReply) -> String {
+    use crate::policy::{approval::Answer, decide::shorten};
+    let no = reply.decisions.iter().find(|vote| vote.decision == Answer::Deny);
+    match no {
+        Some(no) => {
+            let why = no.reason.as_deref().map(|why| format!(": {}", shorten(why))).unwrap_or_default();
+            format!("{} said no to this call{why}; it stays denied for this task", shorten(&no.by))
+        }
+        None => format!(
+            "nobody approved this call before {}; it stays denied for this task (ApprovalRequest {})",
+            reply.expires, reply.name
+        ),
+    }
+}
+
+fn pending(tool: &str, approval: &Approval) -> String {
+    format!(
+        "Belay holds this call of {tool}: it needs the approval of {} person(s), and is pending. It was not made. Make the same call \
+         again, with the same arguments, to wait for the decision; that is not counted. rule: {}.",
+        approval.required,
+        Rule::ToolApproval
+    )
+}

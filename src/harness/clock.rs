@@ -1,0 +1,133 @@
+//! The attempt's wall time, which stands still while people are asked.
+//!
+//! Promises: what people take is not the agent's, up to the allowance; overlapping waits count once. Refuses: to go back, and to
+//! survive the harness: one that is started again begins anew, and the operator's own deadline holds.
+
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use tokio::time::Instant;
+
+/// Between two looks at a clock that may stand still.
+const TICK: Duration = Duration::from_millis(500);
+
+/// The attempt's wall time.
+pub struct Clock {
+    wall: Duration,
+    allowance: Duration,
+    state: Mutex<State>,
+}
+
+struct State {
+    started: Instant,
+    /// Waits under way, and since when there is one.
+    waits: usize,
+    since: Instant,
+    /// Waits that are over.
+    waited: Duration,
+}
+
+/// One wait. The clock goes on when the last of them is dropped.
+pub struct Wait(Arc<Clock>);
+
+impl Clock {
+    /// A clock that starts now. Of all waiting, `allowance` does not count.
+    pub fn start(wall: Duration, allowance: Duration) -> Arc<Self> {
+        let started = Instant::now();
+        let state = Mutex::new(State { started, waits: 0, since: started, waited: Duration::ZERO });
+        Arc::new(Self { wall, allowance, state })
+    }
+
+    /// Time since the start, waits and all.
+    pub fn elapsed(&self) -> Duration {
+        self.lock().started.elapsed()
+    }
+
+    /// What is left of the wall time.
+    pub fn left(&self) -> Duration {
+        let state = self.lock();
+        let waiting = if state.waits > 0 { state.since.elapsed() } else { Duration::ZERO };
+        let excused = state.waited.saturating_add(waiting).min(self.allowance);
+        self.wall.saturating_add(excused).saturating_sub(state.started.elapsed())
+    }
+
+    /// Whether the wall time is over.
+    pub fn is_over(&self) -> bool {
+        self.left().is_zero()
+    }
+
+    /// Returns once the wall time is over.
+    pub async fn over(&self) {
+        loop {
+            let left = self.left();
+            if left.is_zero() {
+                return;
+            }
+            tokio::time::sleep(left.min(TICK)).await;
+        }
+    }
+
+    /// Stops the clock until the wait is dropped.
+    pub fn wait(self: &Arc<Self>) -> Wait {
+        let mut state = self.lock();
+        if state.waits == 0 {
+            state.since = Instant::now();
+        }
+        state.waits = state.waits.saturating_add(1);
+        drop(state);
+        Wait(self.clone())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Wait {
+    fn drop(&mut self) {
+        let mut state = self.0.lock();
+        state.waits = state.waits.saturating_sub(1);
+        if state.waits == 0 {
+            state.waited = state.waited.saturating_add(state.since.elapsed());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const fn seconds(n: u64) -> Duration {
+        Duration::from_secs(n)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn waits_do_not_count_and_overlapping_ones_do_so_once() {
+        let clock = Clock::start(seconds(10), seconds(100));
+        tokio::time::advance(seconds(4)).await;
+        let one = clock.wait();
+        tokio::time::advance(seconds(20)).await;
+        assert_eq!(clock.left(), seconds(6));
+        let two = clock.wait();
+        tokio::time::advance(seconds(20)).await;
+        drop(one);
+        tokio::time::advance(seconds(20)).await;
+        drop(two);
+        assert_eq!(clock.left(), seconds(6));
+        tokio::time::advance(seconds(6)).await;
+        assert!(clock.is_over());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_waited_beyond_the_allowance_counts() {
+        let clock = Clock::start(seconds(10), seconds(5));
+        let wait = clock.wait();
+        tokio::time::advance(seconds(12)).await;
+        assert_eq!(clock.left(), seconds(3));
+        drop(wait);
+        clock.over().await;
+        assert_eq!(clock.elapsed(), seconds(15));
+    }
+}
