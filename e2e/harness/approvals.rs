@@ -17,6 +17,13 @@ const MANY: Limits = Limits {
     approval_wait_seconds: 600,
 };
 
+pub const YES: Answer = Answer::Approve;
+
+/// One person's yes, for a call that is held so long.
+pub fn approval_held(hold_seconds: i64) -> Approval {
+    Approval { hold_seconds, ..approval() }
+}
+
 fn approval() -> Approval {
     Approval {
         when: None,
@@ -90,7 +97,12 @@ impl Harness {
 
     /// The names of undecided requests, once there are so many.
     async fn undecided(&self, count: usize) -> Vec<String> {
-        for _ in 0..200 {
+        self.undecided_within(count, Duration::from_secs(4)).await
+    }
+
+    pub async fn undecided_within(&self, count: usize, time: Duration) -> Vec<String> {
+        let until = std::time::Instant::now() + time;
+        while std::time::Instant::now() < until {
             let open = self.gateway.requests().into_iter().filter(|request| request.status.is_none());
             let open: Vec<String> = open.map(|request| request.name_any()).collect();
             if open.len() == count {

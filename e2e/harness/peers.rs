@@ -1,4 +1,4 @@
-//! Peers that others wrote: the official Python and TypeScript SDKs as agents, the conformance suite, and MCP's reference server
+//! Peers that others wrote: the official Python and TypeScript SDKs, LangGraph and curl as agents, the conformance suite, and MCP's reference server
 //! `server-everything` as an upstream. `peers/install` puts them into the cache, pinned.
 
 use std::{
@@ -13,6 +13,7 @@ use super::*;
 struct Peers {
     python: PathBuf,
     modules: PathBuf,
+    langgraph: PathBuf,
 }
 
 fn peers() -> &'static Peers {
@@ -22,7 +23,8 @@ fn peers() -> &'static Peers {
         assert!(output.status.success(), "e2e/harness/peers/install failed");
         let text = String::from_utf8(output.stdout).unwrap();
         let mut lines = text.lines().map(PathBuf::from);
-        Peers { python: lines.next().unwrap(), modules: lines.next().unwrap() }
+        let mut line = || lines.next().unwrap();
+        Peers { python: line(), modules: line(), langgraph: line() }
     })
 }
 
@@ -196,4 +198,55 @@ async fn the_conformance_suite_passes_but_for_what_is_no_harness_s_to_do() {
     let out = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{out}{}", String::from_utf8_lossy(&output.stderr));
     assert!(out.contains("tools-call-simple-text: 1 passed"), "{out}");
+}
+
+/// A tool that somebody must approve.
+fn guarded(hold_seconds: i64) -> PolicyConfig {
+    let mut pay = tool("pay", over_mcp("echo"), SideEffect::Write);
+    pay.input = json!({"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]});
+    pay.approval = Some(approvals::approval_held(hold_seconds));
+    let limits = Limits { tool_calls: 1, tokens: 100_000, approval_wait_seconds: 600, ..LIMITS };
+    PolicyConfig { tools: vec![pay], ..policy(limits) }
+}
+
+/// The agent is told that its call is pending, and its model calls again: budgets are used once.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_langgraph_agent_gets_its_call_approved() {
+    let harness = harness_of(guarded(1), vec![]).await;
+    let mut python = Command::new(&peers().langgraph);
+    python.arg(here("langgraph_agent.py")).arg("Pay, please.");
+    python.env("BELAY_MCP_URL", format!("http://{}/mcp", harness.address));
+    python.env("OPENAI_BASE_URL", format!("http://{}/v1", harness.address)).env("OPENAI_API_KEY", "belay");
+    let approve = async {
+        // Long enough for the model to hear "pending" more than once.
+        let asked = harness.undecided_within(1, Duration::from_secs(60)).await;
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        harness.gateway.decide(&asked[0], "ana", approvals::YES);
+    };
+    let (output, ()) = tokio::join!(run(python), approve);
+    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success() && out.contains("the tool said: echo: hello"), "{out}{err}");
+    assert_eq!(harness.gate.journal().usage().tool_calls, 1);
+    assert!(denied(&harness.gateway.records()).is_empty());
+}
+
+/// A shell agent: it holds the line for as long as the contract does.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_plain_curl_gets_its_call_approved() {
+    let harness = harness_of(guarded(30), vec![]).await;
+    let message = json!({
+        "jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": "pay", "arguments": {"text": "hello"}},
+    });
+    let mut curl = Command::new("curl");
+    curl.args(["-sS", "--fail-with-body", "-H", "content-type: application/json"]);
+    curl.args(["-H", "accept: application/json, text/event-stream", "-d", &message.to_string()]);
+    curl.arg(format!("http://{}/mcp", harness.address));
+    let approve = async {
+        let asked = harness.undecided_within(1, Duration::from_secs(20)).await;
+        harness.gateway.decide(&asked[0], "ana", approvals::YES);
+    };
+    let (output, ()) = tokio::join!(run(curl), approve);
+    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    let reply: Value = serde_json::from_str(&out).unwrap_or_else(|error| panic!("{error}: {out}{err}"));
+    assert_eq!(reply["result"]["content"][0]["text"], "echo: hello", "{reply}");
 }

@@ -218,7 +218,29 @@ pub async fn model() -> SocketAddr {
     serve(Router::new().fallback(completion)).await
 }
 
+/// A model that calls the tool `pay` until it has an answer.
+fn scripted(messages: &[Value]) -> Value {
+    let last = messages.last().and_then(|message| message["content"].as_str()).unwrap_or_default();
+    let answered = messages.last().is_some_and(|message| message["role"] == "tool") && !last.contains("pending");
+    let (message, reason) = if answered {
+        (json!({"role": "assistant", "content": format!("the tool said: {last}")}), "stop")
+    } else {
+        let function = json!({"name": "pay", "arguments": r#"{"text":"hello"}"#});
+        let call = json!({"id": format!("call_{}", messages.len()), "type": "function", "function": function});
+        (json!({"role": "assistant", "content": null, "tool_calls": [call]}), "tool_calls")
+    };
+    json!({
+        "id": "c", "object": "chat.completion", "created": 0, "model": "scripted",
+        "choices": [{"index": 0, "message": message, "finish_reason": reason}],
+        "usage": {"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12},
+    })
+}
+
 async fn completion(body: Bytes) -> Response {
+    let asked: Value = serde_json::from_slice(&body).unwrap_or_default();
+    if let ("scripted", Some(messages)) = (asked["model"].as_str().unwrap_or_default(), asked["messages"].as_array()) {
+        return Json(scripted(messages)).into_response();
+    }
     let usage = json!({"prompt_tokens": 7, "completion_tokens": 5});
     if !String::from_utf8_lossy(&body).contains(r#""stream":true"#) {
         return Json(json!({"choices": [], "usage": usage})).into_response();

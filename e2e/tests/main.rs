@@ -4,6 +4,7 @@
 //! and leaves nothing behind. They run one after the other: two cores hold one sandboxed agent and its cluster.
 #![allow(clippy::print_stderr, reason = "progress of long tests")]
 
+mod approval;
 mod bad_input;
 mod disruption;
 mod escape;

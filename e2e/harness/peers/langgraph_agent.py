@@ -1,0 +1,22 @@
+"""An agent written with LangGraph. Where its model and its tools are is in its environment, and what to do is its argument.
+
+Prints the last message. It knows nothing of approvals: a tool that says "pending" is a tool that says something to the model.
+"""
+
+import asyncio
+import os
+import sys
+
+from langchain_mcp_adapters.client import MultiServerMCPClient
+from langchain_openai import ChatOpenAI
+from langgraph.prebuilt import create_react_agent
+
+
+async def main(objective):
+    client = MultiServerMCPClient({"tools": {"transport": "streamable_http", "url": os.environ["BELAY_MCP_URL"]}})
+    agent = create_react_agent(ChatOpenAI(model="scripted"), await client.get_tools())
+    state = await agent.ainvoke({"messages": [("user", objective)]}, {"recursion_limit": 200})
+    print(state["messages"][-1].content)
+
+
+asyncio.run(main(sys.argv[1]))

@@ -1,0 +1,140 @@
+//! People say yes: an unmodified agent on the OpenAI Agents SDK opens its ticket once somebody who may has approved that very ticket.
+
+use belay::api::{AgentTask, ApprovalRequest, agent_task::Phase};
+use k8s_openapi::api::rbac::v1::RoleBinding;
+use kube::{
+    Api, ResourceExt,
+    api::{Patch, PatchParams},
+};
+use serde_json::{Value, json};
+
+use crate::support::{World, belay, condition, phase, setting};
+
+const CONTRACTS: &str = include_str!("../demo/manifests/contracts.yaml");
+const TASK: &str = include_str!("../demo/manifests/task.yaml");
+
+/// A file of the pretend internet.
+fn in_world(file: &str) -> std::path::PathBuf {
+    std::path::Path::new(&setting("BELAY_WORLD")).join(file)
+}
+
+fn tickets() -> usize {
+    std::fs::read_to_string(in_world("tickets.jsonl")).unwrap().lines().count()
+}
+
+/// A kubeconfig that speaks as somebody else, for our own command line.
+struct As {
+    folder: tempfile::TempDir,
+}
+
+impl As {
+    fn new(user: &str) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let own = std::fs::read_to_string(setting("KUBECONFIG")).unwrap();
+        let mut config: Value = serde_saphyr::from_str(&own).unwrap();
+        for one in config["users"].as_array_mut().unwrap() {
+            one["user"]["as"] = user.into();
+            one["user"]["as-groups"] = json!(["oncall"]);
+        }
+        std::fs::write(folder.path().join("config"), config.to_string()).unwrap();
+        Self { folder }
+    }
+
+    fn belay(&self, args: &[&str]) -> (i32, String) {
+        let path = self.folder.path().join("config");
+        let args: Vec<&str> = args.iter().copied().chain(["--kubeconfig", path.to_str().unwrap()]).collect();
+        let output = belay(&args);
+        let text = [output.stdout, output.stderr].concat();
+        (output.status.code().unwrap_or(-1), String::from_utf8_lossy(&text).into_owned())
+    }
+}
+
+/// The demo's task in a namespace of its own, whose tickets somebody has to approve.
+async fn triage(world: &World, approval: Value) {
+    let own = |manifests: &str| manifests.replace("namespace: belay-demo", &format!("namespace: {}", world.namespace));
+    let marker = "  tool: open_ticket\n  description";
+    let asking = format!("  approval: {approval}\n{marker}");
+    let contracts = own(CONTRACTS);
+    assert!(contracts.contains(marker));
+    world.kubectl_apply(&contracts.replace(marker, &asking));
+    let authority = std::fs::read_to_string(in_world("ca.crt")).unwrap();
+    world.config_map("world-ca", &[("ca.crt", &authority)]).await;
+    // The ticket service opens a ticket once.
+    std::fs::write(in_world("tickets.jsonl"), "").unwrap();
+    let approvers = json!({
+        "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "RoleBinding", "metadata": {"name": "approvers"},
+        "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "belay-approver"},
+        "subjects": [
+            {"apiGroup": "rbac.authorization.k8s.io", "kind": "Group", "name": "oncall"},
+        ],
+    });
+    world
+        .api::<RoleBinding>()
+        .patch("approvers", &PatchParams::apply("e2e"), &Patch::Apply(approvers))
+        .await
+        .expect("cannot bind the approvers");
+    world.kubectl_apply(&own(TASK));
+}
+
+async fn asked(world: &World) -> ApprovalRequest {
+    let requests: Api<ApprovalRequest> = world.api();
+    for _ in 0..600 {
+        if let Some(request) = requests.list(&Default::default()).await.unwrap().items.pop() {
+            return request;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+    }
+    let task = world.api::<AgentTask>().get("triage").await.unwrap();
+    panic!("nobody was asked; the task: {:#?}, {:?}", task.status, condition(&task, "Accepted", "False"));
+}
+
+#[tokio::test]
+async fn an_agents_ticket_waits_for_the_right_person() {
+    let world = World::governed("approval", "dev").await;
+    triage(&world, json!({"approvers": {"groups": ["oncall"]}, "holdSeconds": 90})).await;
+    let request = asked(&world).await;
+    let name = request.name_any();
+    let arguments: Value = serde_json::from_str(&request.spec.arguments).unwrap();
+    assert_eq!(arguments["severity"], "high");
+    assert_eq!((request.spec.principal.as_str(), request.spec.tool.as_str()), ("oncall@example.com", "open_ticket"));
+    let requester = request.spec.requester.clone().expect("who asked for the task is not known");
+
+    // On whose behalf the agent acts, who asked for the task, and who is not asked may not.
+    for (user, word) in [("oncall@example.com", "principal"), (requester.as_str(), "created")] {
+        let (code, text) = As::new(user).belay(&["approve", &name, "-n", &world.namespace]);
+        assert!(code != 0 && text.contains(word), "{user}: {text}");
+    }
+    assert_eq!(tickets(), 0, "a ticket was opened before anybody approved it");
+    let (code, text) = As::new("ana").belay(&["approvals", "-n", &world.namespace]);
+    assert!(code == 0 && text.contains(&name), "{text}");
+    let (code, text) = As::new("ana").belay(&["approve", &name, "--reason", "seen", "-n", &world.namespace]);
+    assert_eq!(code, 0, "{text}");
+    let (code, text) = As::new("ana").belay(&["deny", &name, "-n", &world.namespace]);
+    assert!(code != 0, "a decision was changed: {text}");
+
+    let task = world.ended("triage", 180).await;
+    assert_eq!(phase(&task), Some(Phase::Succeeded), "{:?}", task.status);
+    assert_eq!(tickets(), 1);
+    let pod = task.status.as_ref().unwrap().attempts.last().unwrap().pod.clone();
+    let records = world.records(&pod).await;
+    let kinds: Vec<&str> = records.iter().filter_map(|record| record["kind"].as_str()).collect();
+    let at = |kind: &str| kinds.iter().position(|found| *found == kind).unwrap_or_else(|| panic!("no {kind}"));
+    assert!(at("approval.requested") < at("approval.decided"));
+    let made = records.iter().filter(|record| record["approval"] == name.as_str()).count();
+    assert_eq!(made, 1, "expected one call by the approval");
+    let (code, report) = world.verify("triage");
+    assert_eq!((code, report["verdict"].as_str()), (0, Some("VALID")), "{report:#}");
+    world.clean().await;
+}
+
+#[tokio::test]
+async fn a_task_may_end_when_nobody_approves_in_time() {
+    let world = World::governed("unapproved", "dev").await;
+    triage(&world, json!({"approvers": {"groups": ["oncall"]}, "timeoutSeconds": 5, "onTimeout": "EndTask"})).await;
+    let task = world.ended("triage", 120).await;
+    let status = task.status.clone().unwrap();
+    assert_eq!(status.reason.as_deref(), Some("ApprovalExpired"), "{status:?}");
+    let (code, report) = world.verify("triage");
+    assert_eq!((code, report["verdict"].as_str()), (0, Some("VALID")), "{report:#}");
+    world.clean().await;
+}
