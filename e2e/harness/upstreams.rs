@@ -220,7 +220,9 @@ pub async fn model() -> SocketAddr {
 
 /// A model that calls the tool `pay` until it has an answer.
 fn scripted(messages: &[Value]) -> Value {
-    let last = messages.last().and_then(|message| message["content"].as_str()).unwrap_or_default();
+    let content = messages.last().map_or(&Value::Null, |message| &message["content"]);
+    let parts = content.as_array().into_iter().flatten().filter_map(|part| part["text"].as_str());
+    let last = content.as_str().map_or_else(|| parts.collect::<String>(), str::to_owned);
     let answered = messages.last().is_some_and(|message| message["role"] == "tool") && !last.contains("pending");
     let (message, reason) = if answered {
         (json!({"role": "assistant", "content": format!("the tool said: {last}")}), "stop")

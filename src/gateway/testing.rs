@@ -239,7 +239,8 @@ pub fn intent(call: &str, channel: Channel, target: &str, reserved_tokens: i64) 
         target: target.into(),
         effect,
         definition: effect.map(|_| DEFINITION.into()),
-        request_digest: None,
+        // Of no arguments.
+        request_digest: (channel == Channel::Tool).then(|| hex::encode(canonical::sha256(b"{}"))),
         request_bytes: 1,
         approval: None,
         rules: vec![],

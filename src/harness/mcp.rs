@@ -71,8 +71,13 @@ struct Allowed {
 enum Halt {
     /// It is refused.
     Denied(Denial),
-    /// People have not decided yet. What the agent is told.
-    Pending(String),
+    /// People have not decided yet.
+    Pending {
+        /// What the agent is told.
+        told: String,
+        /// Whether the tool promises structured content.
+        structured: bool,
+    },
 }
 
 impl From<Denial> for Halt {
@@ -109,8 +114,12 @@ impl Tools {
         };
         let Allowed { tool, route, permit } = match allowed {
             Ok(allowed) => allowed,
-            // An error, so that no client looks for the structure that the tool promises; and no refusal: nothing is counted.
-            Err(Halt::Pending(told)) => return Ok(CallToolResult::error(vec![ContentBlock::text(told)])),
+            // No refusal: nothing is counted. No error either, at which some agents give up; but where the tool promises a structure,
+            // clients look for that in all else.
+            Err(Halt::Pending { told, structured }) => {
+                let told = vec![ContentBlock::text(told)];
+                return Ok(if structured { CallToolResult::error(told) } else { CallToolResult::success(told) });
+            }
             Err(Halt::Denied(denial)) => return Err(self.gate.deny(Channel::Tool, name, Some(digest), denial).await),
         };
         let bounds = Bounds::of(&tool);
@@ -186,7 +195,9 @@ impl Tools {
                 let text = String::from_utf8(text).map_err(|error| unreadable(error.to_string()))?;
                 match self.gate.approvals().ask(name, approval, text, digest).await {
                     Answered::Approved(name) => Some(name),
-                    Answered::Pending(told) => return Err(Halt::Pending(told)),
+                    Answered::Pending(told) => {
+                        return Err(Halt::Pending { told, structured: tool.output.is_some() });
+                    }
                     Answered::Refused(denial) => return Err(denial.into()),
                 }
             }
