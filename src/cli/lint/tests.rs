@@ -108,7 +108,7 @@ fn a_contract_that_no_task_names_is_a_warning() {
 fn two_packs_for_one_namespace() {
     let outcome = lint_paths(&["e2e/lint/good.yaml", "e2e/lint/pack-overlap.yaml"]);
     let [one] = outcome.diagnostics.as_slice() else { panic!("{:#?}", outcome.diagnostics) };
-    assert_eq!((one.line, one.field.as_str()), (52, "metadata.namespace"));
+    assert_eq!((one.line, one.field.as_str()), (55, "metadata.namespace"));
     assert!(one.found.contains("`dev`, `prod`"), "{one:?}");
 }
 
