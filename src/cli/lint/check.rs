@@ -578,6 +578,7 @@ fn generous(task: &AgentTask, contracts: &[&ToolContract]) -> PolicyPack {
                     tokens: i64::MAX,
                     denials: None,
                     cost: None,
+                    approval_wait_seconds: Some(i64::MAX),
                 },
                 resources: Resources { cpu: most(), memory: most(), ephemeral_storage: most() },
             }],
