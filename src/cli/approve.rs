@@ -146,12 +146,7 @@ pub(super) async fn deny(args: &Deny, out: &mut dyn Write, notes: &mut dyn Write
     decide(&args.decision, Answer::Deny, out, notes).await
 }
 
-async fn decide(
-    args: &Decision,
-    answer: Answer,
-    out: &mut dyn Write,
-    notes: &mut dyn Write,
-) -> Result<u8, CliError> {
+async fn decide(args: &Decision, answer: Answer, out: &mut dyn Write, notes: &mut dyn Write) -> Result<u8, CliError> {
     let (client, namespace) = args.cluster.connect().await?;
     let paint = Paint::new(std::io::stdout().is_terminal());
     let ballot = Ballot { namespace: &namespace, name: &args.name, answer, reason: args.reason.as_deref() };
@@ -276,10 +271,8 @@ impl Ballot<'_> {
 
     async fn read(&self, requests: &Requests) -> Result<ApprovalRequest, CliError> {
         let (namespace, name) = (self.namespace, self.name);
-        let found = requests.get_opt(name).await;
-        match found.map_err(|e| {
-            CliError::new(format!("cannot read ApprovalRequest {namespace}/{name}: {}", explain(&e)))
-        })? {
+        let unreadable = |e| CliError::new(format!("cannot read ApprovalRequest {namespace}/{name}: {}", explain(&e)));
+        match requests.get_opt(name).await.map_err(unreadable)? {
             Some(DeserializeGuard(Ok(request))) => Ok(request),
             Some(DeserializeGuard(Err(e))) => Err(CliError::new(not_understood(namespace, name, &e.error))),
             None => Err(CliError::new(format!(
@@ -415,8 +408,7 @@ fn refusal(request: &ApprovalRequest, person: &Person, answer: Answer, now: Time
 fn who_may(request: &ApprovalRequest) -> String {
     let named = |one: &str, names: &[String]| (!names.is_empty()).then(|| format!("{one} {}", names.join(", ")));
     let approvers = &request.spec.approvers;
-    let all: Vec<_> =
-        named("user", &approvers.users).into_iter().chain(named("group", &approvers.groups)).collect();
+    let all: Vec<_> = named("user", &approvers.users).into_iter().chain(named("group", &approvers.groups)).collect();
     if all.is_empty() { "nobody".to_owned() } else { all.join(" or ") }
 }
 
@@ -464,10 +456,8 @@ fn describe(request: &ApprovalRequest, now: Timestamp, paint: Paint) -> String {
     }
     let expires = spec.expires_at.0;
     let left = SignedDuration::from_secs(expires.duration_since(now).as_secs());
-    line("expires", match left.is_positive() {
-        true => format!("in {left:#}, at {expires}"),
-        false => format!("{:#} ago, at {expires}", left.abs()),
-    });
+    let when = if left.is_positive() { format!("in {left:#}") } else { format!("{:#} ago", left.abs()) };
+    line("expires", format!("{when}, at {expires}"));
     text
 }
 

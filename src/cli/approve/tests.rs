@@ -207,7 +207,8 @@ impl Server {
         const REQUESTS: &str = "/apis/belay.dev/v1alpha1/namespaces/payments/approvalrequests";
         let mut state = self.0.lock().unwrap();
         let status = |code: u16, reason: &str, message: &str| {
-            let status = json!({"kind": "Status", "status": "Failure", "code": code, "reason": reason, "message": message});
+            let status =
+                json!({"kind": "Status", "status": "Failure", "code": code, "reason": reason, "message": message});
             (code, status)
         };
         match (method, path) {
@@ -354,5 +355,8 @@ async fn lists_what_waits_the_most_urgent_first() {
 async fn nothing_to_list_is_said() {
     let server = Server::with(vec![request(1, &["!bob"])]);
     let (code, out, notes) = server.list(false).await;
-    assert_eq!((code.unwrap(), out.as_str(), notes.as_str()), (0, "", "nothing waits for people in namespace payments\n"));
+    assert_eq!(
+        (code.unwrap(), out.as_str(), notes.as_str()),
+        (0, "", "nothing waits for people in namespace payments\n")
+    );
 }
