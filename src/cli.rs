@@ -1,8 +1,8 @@
-//! The `belay` command: `contract`, `lint`, `verify` and `watch`, also as `kubectl belay`.
+//! The `belay` command: `approvals`, `approve`, `contract`, `deny`, `lint`, `verify` and `watch`, also as `kubectl belay`.
 //!
 //! Promises: one exit code a meaning, and nothing from a log, a task or a cluster reaches the terminal but through
-//! `terminal::Safe`. Refuses: to change anything, anywhere, but the folders that `--save` and
-//! `--out` name.
+//! `terminal::Safe`. Refuses: to change anything, anywhere, but the folders that `--save` and `--out` name, and one person's
+//! decision that `approve` or `deny` adds to one request.
 
 use std::{
     ffi::OsString,
@@ -13,6 +13,8 @@ use std::{
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
+/// `belay approvals`, `belay approve` and `belay deny`.
+mod approve;
 /// Where the cluster is and which namespace is meant.
 mod cluster;
 /// `belay contract`.
@@ -46,7 +48,7 @@ impl CliError {
     }
 }
 
-/// Watch AI agents on their rope, and verify what they did.
+/// Watch AI agents on their rope, decide what waits for people, and verify what was done.
 #[derive(Debug, Parser)]
 #[command(name = "belay", version, about, long_about = None, propagate_version = true, subcommand_required = true)]
 struct Cli {
@@ -56,7 +58,10 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Approvals(approve::List),
+    Approve(approve::Approve),
     Contract(contract::Args),
+    Deny(approve::Deny),
     Lint(lint::Args),
     Verify(verify::Args),
     Watch(watch::Args),
@@ -76,6 +81,9 @@ pub async fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         }
     };
     let result = match cli.command {
+        Command::Approvals(args) => approve::list(&args, &mut io::stdout().lock(), &mut io::stderr().lock()).await,
+        Command::Approve(args) => approve::approve(&args, &mut io::stdout().lock(), &mut io::stderr().lock()).await,
+        Command::Deny(args) => approve::deny(&args, &mut io::stdout().lock(), &mut io::stderr().lock()).await,
         Command::Contract(args) => contract::run(&args, &mut io::stdout().lock(), &mut io::stderr().lock()).await,
         Command::Lint(args) => lint::run(&args, &mut io::stdout().lock(), &mut io::stderr().lock()),
         Command::Verify(args) => verify::run(&args, &mut io::stdout().lock()).await,

@@ -1,4 +1,4 @@
-//! Watch AI agents on their rope, and verify what they did.
+//! Watch AI agents on their rope, decide what waits for people, and verify what was done.
 
 use std::process::ExitCode;
 

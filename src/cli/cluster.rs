@@ -12,7 +12,7 @@ use super::CliError;
 /// How to reach the cluster.
 #[derive(Clone, Debug, Default, clap::Args)]
 pub(super) struct Cluster {
-    /// Namespace of the task; otherwise the one of the kubeconfig's context
+    /// Namespace of the task or request; otherwise the one of the kubeconfig's context
     #[arg(short, long)]
     pub(super) namespace: Option<String>,
     /// Context of the kubeconfig

@@ -13,8 +13,9 @@ use std::{
     path::{Component, Path, PathBuf},
 };
 
+use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::{
-    ResourceExt,
+    Resource, ResourceExt,
     core::{ObjectMeta, Selector},
 };
 use serde::{Serialize, de::DeserializeOwned};
@@ -27,7 +28,7 @@ use super::{
 };
 use crate::{
     api::{
-        AgentTask, PolicyPack, PolicyPackSpec, ToolContract,
+        AgentTask, ApprovalRequest, PolicyPack, PolicyPackSpec, ToolContract,
         agent_task::{Limits, Resources},
         all_crds,
         policy_pack::{EgressRule, EvidencePolicy, Models, RetentionMode, WorkflowClass},
@@ -120,7 +121,9 @@ pub(in crate::cli) struct Outcome {
 /// # Errors
 /// Only if our own CRDs have no usable schema.
 pub(in crate::cli) fn lint(sources: &[Source], namespace: &str) -> Result<Outcome, String> {
-    let kinds: Vec<Kind> = all_crds().iter().map(Kind::of).collect::<Result<_, _>>()?;
+    // ApprovalRequests are the gateway's to make: nobody applies one.
+    let applied = |crd: &&CustomResourceDefinition| crd.spec.names.kind != ApprovalRequest::kind(&());
+    let kinds: Vec<Kind> = all_crds().iter().filter(applied).map(Kind::of).collect::<Result<_, _>>()?;
     let mut found = Found { sources, list: Vec::new(), taken: HashSet::new() };
     let documents: Vec<Vec<Node>> = sources.iter().enumerate().map(|(file, source)| found.read(file, source)).collect();
     let kustomizations = Kustomizations::of(sources, &documents);
@@ -350,6 +353,16 @@ impl<'s> Found<'s> {
                 self.add_at_field(&object.entry, Severity::Error, finding);
             }
         }
+        let when = contract.spec.approval.as_ref().and_then(|approval| approval.when.as_deref());
+        if let Some(Err(found)) = when.map(|when| types::check(when, &input)) {
+            let finding = Finding::new(
+                "spec.approval.when",
+                "an expression that can be `true` or `false`",
+                found,
+                "correct the expression: as it is, people are asked about every call",
+            );
+            self.add_at_field(&object.entry, Severity::Error, finding);
+        }
     }
 
     fn pack(&mut self, object: &Object<'_>, pack: &PolicyPack) {
@@ -567,7 +580,7 @@ fn generous(task: &AgentTask, contracts: &[&ToolContract]) -> PolicyPack {
                     tokens: i64::MAX,
                     denials: None,
                     cost: None,
-                    approval_wait_seconds: None,
+                    approval_wait_seconds: Some(i64::MAX),
                 },
                 resources: Resources { cpu: most(), memory: most(), ephemeral_storage: most() },
             }],

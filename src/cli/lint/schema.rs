@@ -186,28 +186,25 @@ impl Kind {
 
 /// A broken rule of a CRD: what was expected is the rule's own message.
 fn explain_rule(error: &cel::ValidationError, node: &Node) -> (Place, Finding) {
-    let (mut place, mut field) = (node.at_path(&error.field_path), error.field_path.clone());
-    // A rule of the whole object names what it is about: `self.metadata.name.size() <= 52`.
-    if field.is_empty() {
-        let path = error.rule.split("self.").nth(1).unwrap_or_default();
-        let path: Vec<_> = path
-            .split(|c: char| !c.is_ascii_alphanumeric() && c != '.')
-            .next()
-            .unwrap_or_default()
-            .split('.')
-            .collect();
-        let known = (0..=path.len())
-            .rev()
-            .filter_map(|end| path.get(..end))
-            .find(|path| !path.is_empty() && path.iter().try_fold(node, |node, part| node.get(part)).is_some());
-        if let Some(known) = known {
-            field = known.join(".");
-            place = node.at_path(&field);
-        }
-    }
     let object = node.value();
-    let pointer = format!("/{}", field.replace(['.', '['], "/").replace(']', ""));
-    let shown = object.pointer(&pointer).map_or_else(|| "an object that breaks it".to_owned(), brief);
+    let value = |field: &str| object.pointer(&format!("/{}", field.replace(['.', '['], "/").replace(']', "")));
+    // What a rule is about: that which all it looks at has in common, as `self.metadata.name.size() <= 52` looks at the name.
+    let words = |text: &'_ str| {
+        let path = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '.').next().unwrap_or_default();
+        path.split('.').map(str::to_owned).collect::<Vec<_>>()
+    };
+    let common = error.rule.split("self.").skip(1).map(words).reduce(|common, other| {
+        common.into_iter().zip(other).take_while(|(one, other)| one == other).map(|(one, _)| one).collect()
+    });
+    let common = common.unwrap_or_default();
+    let within = |end: usize| {
+        let inner = common.get(..end)?.join(".");
+        Some(if error.field_path.is_empty() { inner } else { format!("{}.{inner}", error.field_path) })
+    };
+    let about = (1..=common.len()).rev().filter_map(within).find(|field| value(field).is_some());
+    let field = about.unwrap_or_else(|| error.field_path.clone());
+    let place = node.at_path(&field);
+    let shown = value(&field).map_or_else(|| "an object that breaks it".to_owned(), brief);
     (
         place,
         Finding::new(

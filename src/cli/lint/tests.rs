@@ -72,6 +72,11 @@ fn lint_texts(texts: &[(&str, &str)]) -> Outcome {
 #[case("contract-cel-types.yaml", 18, "spec.preconditions[0].cel", "text and a number; denies every call")]
 #[case("contract-cel-no-boolean.yaml", 18, "spec.preconditions[0].cel", "text; denies every call")]
 #[case("contract-cel-function.yaml", 18, "spec.preconditions[0].cel", "`lower`; denies every call")]
+#[case("contract-approval-when-syntax.yaml", 17, "spec.approval.when", "no CEL; correct the expression")]
+#[case("contract-approval-when-types.yaml", 17, "spec.approval.when", "text and a number; asked about every call")]
+#[case("contract-approval-nobody.yaml", 18, "spec.approval.approvers", "an object; self.approvers.users")]
+#[case("contract-approval-required.yaml", 18, "spec.approval.required", "17; lower it: How many of them must approve")]
+#[case("approval-request.yaml", 2, "kind", "ApprovalRequest; choose one of them")]
 #[case("contract-twice.yaml", 4, "metadata.name", "good.yaml:31; keep one")]
 #[case("pack-namespaced.yaml", 5, "metadata.namespace", "team-a; leave it out")]
 #[case("pack-credential-rule.yaml", 15, "spec.workflowClasses[0].egress[0]", "an object; self.credential")]
@@ -103,7 +108,7 @@ fn a_contract_that_no_task_names_is_a_warning() {
 fn two_packs_for_one_namespace() {
     let outcome = lint_paths(&["e2e/lint/good.yaml", "e2e/lint/pack-overlap.yaml"]);
     let [one] = outcome.diagnostics.as_slice() else { panic!("{:#?}", outcome.diagnostics) };
-    assert_eq!((one.line, one.field.as_str()), (52, "metadata.namespace"));
+    assert_eq!((one.line, one.field.as_str()), (55, "metadata.namespace"));
     assert!(one.found.contains("`dev`, `prod`"), "{one:?}");
 }
 

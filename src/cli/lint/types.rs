@@ -1,6 +1,6 @@
-//! Types of CEL preconditions, as far as they can be known before a call.
+//! Types of CEL conditions, as far as they can be known before a call.
 //!
-//! Promises: what is found would deny every call that gets there, because it has no value or is no yes or no. Refuses: to
+//! Promises: what is found would decide nothing of any call that gets there, because it has no value or is no yes or no. Refuses: to
 //! guess. What the input schema leaves open has any type, and `has()` may ask for whatever it likes.
 
 use std::collections::BTreeMap;
@@ -116,7 +116,7 @@ impl Type {
     }
 }
 
-/// Why a precondition can never hold.
+/// Why a condition can never hold.
 ///
 /// `input` is the closed schema of the arguments, and the expression has passed
 /// [`condition::check`](crate::plan::condition::check).

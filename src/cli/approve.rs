@@ -1,0 +1,472 @@
+//! `belay approvals`, `belay approve` and `belay deny`: calls that wait for people, and what a person says of one.
+//!
+//! Promises: all of what is decided on is shown before the decision is written, and it is written on nothing else; what admission
+//! would refuse is refused here, with the reason. Refuses: to change or take back a decision, to decide in another's name, and to
+//! judge by rules of its own: [`standing`] says where a request stands.
+
+use std::{
+    fmt::Write as _,
+    io::{IsTerminal, Write},
+};
+
+use jiff::{SignedDuration, Timestamp};
+use k8s_openapi::api::authentication::v1::SelfSubjectReview;
+use kube::{
+    Api, Client, ResourceExt,
+    api::{ListParams, Patch, PatchParams, PostParams},
+    core::DeserializeGuard,
+};
+use serde_json::{Value, json};
+
+use super::{
+    CliError,
+    cluster::{Cluster, explain},
+    terminal::{Paint, Safe, safe_json},
+};
+use crate::{
+    api::{ApprovalRequest, ApprovalRequestSpec},
+    canonical,
+    policy::approval::{Answer, Asked, Standing, Vote, standing},
+};
+
+#[cfg(test)]
+mod tests;
+
+/// Longest reason, in characters, as in the CRD.
+const LONGEST_REASON: usize = 1024;
+/// Others may decide at the same time; so often it is tried again.
+const TRIES: usize = 5;
+/// Requests that are asked for at once.
+const PAGE: u32 = 100;
+
+/// A request as it is read: one that this version does not understand stops nothing but itself.
+type Requests = Api<DeserializeGuard<ApprovalRequest>>;
+
+/// List the calls that wait for people.
+///
+/// Those that are neither decided nor expired, the most urgent first: what would be called, with which arguments, for whom,
+/// and what others have said.
+#[derive(Debug, clap::Args)]
+#[command(after_long_help = "\
+Examples:
+  belay approvals -n payments
+  kubectl belay approvals -n payments --all
+
+Reads ApprovalRequests (list).
+
+Exit codes:
+  0  they were listed, also if there are none
+  2  they could not be, or the command line is wrong")]
+pub(super) struct List {
+    #[command(flatten)]
+    cluster: Cluster,
+    /// Those that are decided or expired, too
+    #[arg(long)]
+    all: bool,
+}
+
+/// Approve one call that waits for people.
+///
+/// Shows the call and adds your decision: this call may be made, once, before the request expires. It cannot be taken back; while
+/// the call has not been made, a denial by anybody else still stops it.
+#[derive(Debug, clap::Args)]
+#[command(after_long_help = "\
+Examples:
+  belay approvals -n payments
+  belay approve refund-5b1c6a0d9e2f -n payments --reason 'the order was cancelled'
+
+Needs the ClusterRole belay-approver in the namespace, and your name or a group of yours among the contract's approvers. Whoever the
+agent acts for, and whoever asked for the task, cannot approve.
+
+Exit codes:
+  0  your decision is written
+  1  it is not: you may not decide, you have decided already, or there is nothing left to decide
+  2  the request could not be read or written, or the command line is wrong")]
+pub(super) struct Approve {
+    #[command(flatten)]
+    decision: Decision,
+}
+
+/// Deny one call that waits for people.
+///
+/// Shows the call and adds your decision: this call may not be made, whatever others say. It cannot be taken back.
+#[derive(Debug, clap::Args)]
+#[command(after_long_help = "\
+Examples:
+  belay deny refund-5b1c6a0d9e2f -n payments --reason 'this is the wrong order'
+      The agent is told the reason, and may do better.
+
+Needs the ClusterRole belay-approver in the namespace, and your name or a group of yours among the contract's approvers.
+
+Exit codes:
+  0  your decision is written
+  1  it is not: you may not decide, you have decided already, or there is nothing left to decide
+  2  the request could not be read or written, or the command line is wrong")]
+pub(super) struct Deny {
+    #[command(flatten)]
+    decision: Decision,
+}
+
+#[derive(Debug, clap::Args)]
+struct Decision {
+    /// The request's name, as `belay approvals` lists it
+    name: String,
+    /// Why: the agent is told, and the evidence has it
+    #[arg(long, value_name = "TEXT", value_parser = reason)]
+    reason: Option<String>,
+    #[command(flatten)]
+    cluster: Cluster,
+}
+
+/// A reason that the API server will take.
+fn reason(text: &str) -> Result<String, String> {
+    let text = text.trim();
+    match text.chars().count() {
+        0 => Err("expected a reason, found none; leave --reason out, or write one".into()),
+        1..=LONGEST_REASON => Ok(text.to_owned()),
+        found => Err(format!("expected at most {LONGEST_REASON} characters, found {found}; shorten it")),
+    }
+}
+
+/// Lists and gives the exit code.
+pub(super) async fn list(args: &List, out: &mut dyn Write, notes: &mut dyn Write) -> Result<u8, CliError> {
+    let (client, namespace) = args.cluster.connect().await?;
+    let paint = Paint::new(std::io::stdout().is_terminal());
+    let requests = Api::namespaced(client, &namespace);
+    listed(&requests, &namespace, args.all, paint, out, notes).await
+}
+
+/// Approves and gives the exit code.
+pub(super) async fn approve(args: &Approve, out: &mut dyn Write, notes: &mut dyn Write) -> Result<u8, CliError> {
+    decide(&args.decision, Answer::Approve, out, notes).await
+}
+
+/// Denies and gives the exit code.
+pub(super) async fn deny(args: &Deny, out: &mut dyn Write, notes: &mut dyn Write) -> Result<u8, CliError> {
+    decide(&args.decision, Answer::Deny, out, notes).await
+}
+
+async fn decide(args: &Decision, answer: Answer, out: &mut dyn Write, notes: &mut dyn Write) -> Result<u8, CliError> {
+    let (client, namespace) = args.cluster.connect().await?;
+    let paint = Paint::new(std::io::stdout().is_terminal());
+    let ballot = Ballot { namespace: &namespace, name: &args.name, answer, reason: args.reason.as_deref() };
+    ballot.cast(client, paint, out, notes).await
+}
+
+async fn listed(
+    requests: &Requests,
+    namespace: &str,
+    all: bool,
+    paint: Paint,
+    out: &mut dyn Write,
+    notes: &mut dyn Write,
+) -> Result<u8, CliError> {
+    let mut found = Vec::new();
+    let mut page = ListParams::default().limit(PAGE);
+    loop {
+        let some = requests.list(&page).await.map_err(|e| {
+            CliError::new(format!("cannot list ApprovalRequests of namespace {namespace}: {}", explain(&e)))
+        })?;
+        for DeserializeGuard(request) in some.items {
+            match request {
+                Ok(request) => found.push(request),
+                Err(e) => {
+                    let name = e.metadata.name.unwrap_or_default();
+                    writeln!(notes, "left out: {}", Safe(&not_understood(namespace, &name, &e.error)))?;
+                }
+            }
+        }
+        match some.metadata.continue_.filter(|token| !token.is_empty()) {
+            Some(token) => page = page.continue_token(&token),
+            None => break,
+        }
+    }
+    let now = Timestamp::now();
+    found.retain(|request| all || stands(request, now) == Standing::Pending);
+    found.sort_by_key(|request| request.spec.expires_at.0);
+    for request in &found {
+        writeln!(out, "{}", describe(request, now, paint))?;
+    }
+    let what = if all { "asked for" } else { "waits for people" };
+    match found.len() {
+        0 => writeln!(notes, "nothing {what} in namespace {}", Safe(namespace))?,
+        count => writeln!(notes, "{count} in namespace {}", Safe(namespace))?,
+    }
+    Ok(0)
+}
+
+/// What somebody says of one request.
+struct Ballot<'a> {
+    namespace: &'a str,
+    name: &'a str,
+    answer: Answer,
+    reason: Option<&'a str>,
+}
+
+/// Who somebody is, as the API server authenticates them.
+#[derive(Debug, PartialEq, Eq)]
+struct Person {
+    name: String,
+    groups: Vec<String>,
+}
+
+impl Ballot<'_> {
+    /// Shows what is decided, writes the decision and says what came of it.
+    async fn cast(
+        &self,
+        client: Client,
+        paint: Paint,
+        out: &mut dyn Write,
+        notes: &mut dyn Write,
+    ) -> Result<u8, CliError> {
+        let requests: Requests = Api::namespaced(client.clone(), self.namespace);
+        let mut request = self.read(&requests).await?;
+        let shown = request.clone();
+        write!(out, "{}", describe(&request, Timestamp::now(), paint))?;
+        out.flush()?;
+        let person = whoami(client).await?;
+        for _ in 0..TRIES {
+            if (request.uid(), &request.spec) != (shown.uid(), &shown.spec) {
+                return Err(CliError::new(format!(
+                    "expected ApprovalRequest {}/{} as it is shown above, found another of that name; look at it, and decide again",
+                    self.namespace, self.name
+                )));
+            }
+            if let Some(why) = refusal(&request, &person, self.answer, Timestamp::now()) {
+                writeln!(notes, "refused: {}", Safe(&why))?;
+                return Ok(1);
+            }
+            match self.write(&requests, &request, &person).await {
+                Ok(DeserializeGuard(Ok(after))) => {
+                    let standing = words(&after, Timestamp::now());
+                    let (verb, by) = (verb(self.answer), Safe(&person.name));
+                    writeln!(out, "{verb} by {by}; it is now {}", paint.strong(Safe(&standing)))?;
+                    return Ok(0);
+                }
+                Ok(DeserializeGuard(Err(e))) => {
+                    return Err(CliError::new(not_understood(self.namespace, self.name, &e.error)));
+                }
+                // Somebody else decided meanwhile, which may leave nothing to decide.
+                Err(kube::Error::Api(status)) if status.is_conflict() => request = self.read(&requests).await?,
+                // Admission or RBAC, which know better.
+                Err(kube::Error::Api(status)) if status.is_forbidden() => {
+                    writeln!(notes, "refused: {}", Safe(&status.message))?;
+                    return Ok(1);
+                }
+                Err(e) => {
+                    return Err(CliError::new(format!(
+                        "cannot write to ApprovalRequest {}/{}: {}; see belay approvals whether it was written",
+                        self.namespace,
+                        self.name,
+                        explain(&e)
+                    )));
+                }
+            }
+        }
+        Err(CliError::new(format!(
+            "expected ApprovalRequest {}/{} to hold still for a moment, found it changed {TRIES} times; try again",
+            self.namespace, self.name
+        )))
+    }
+
+    async fn read(&self, requests: &Requests) -> Result<ApprovalRequest, CliError> {
+        let (namespace, name) = (self.namespace, self.name);
+        let unreadable = |e| CliError::new(format!("cannot read ApprovalRequest {namespace}/{name}: {}", explain(&e)));
+        match requests.get_opt(name).await.map_err(unreadable)? {
+            Some(DeserializeGuard(Ok(request))) => Ok(request),
+            Some(DeserializeGuard(Err(e))) => Err(CliError::new(not_understood(namespace, name, &e.error))),
+            None => Err(CliError::new(format!(
+                "there is no ApprovalRequest {name} in namespace {namespace}; see belay approvals, or give another -n"
+            ))),
+        }
+    }
+
+    /// Adds the decision to those that were read, if they still are all.
+    async fn write(
+        &self,
+        requests: &Requests,
+        request: &ApprovalRequest,
+        person: &Person,
+    ) -> kube::Result<DeserializeGuard<ApprovalRequest>> {
+        let mut decisions = votes(request).to_vec();
+        let reason = self.reason.map(str::to_owned);
+        decisions.push(Vote { by: person.name.clone(), decision: self.answer, reason });
+        let patch = json!({
+            "metadata": {"uid": request.uid(), "resourceVersion": request.resource_version()},
+            "status": {"decisions": decisions},
+        });
+        requests.patch_status(self.name, &PatchParams::default(), &Patch::Merge(&patch)).await
+    }
+}
+
+/// Who we are.
+async fn whoami(client: Client) -> Result<Person, CliError> {
+    let reviews: Api<SelfSubjectReview> = Api::all(client);
+    let review = reviews.create(&PostParams::default(), &SelfSubjectReview::default()).await.map_err(|e| {
+        CliError::new(format!("cannot ask the API server who you are (SelfSubjectReview): {}", explain(&e)))
+    })?;
+    let user = review.status.and_then(|status| status.user_info).unwrap_or_default();
+    match user.username.filter(|name| !name.is_empty()) {
+        Some(name) => Ok(Person { name, groups: user.groups.unwrap_or_default() }),
+        None => Err(CliError::new(
+            "expected the API server to say who you are, found no name; log in with credentials that have one",
+        )),
+    }
+}
+
+fn not_understood(namespace: &str, name: &str, error: &dyn std::fmt::Display) -> String {
+    format!("ApprovalRequest {namespace}/{name} is not one that this belay understands: {error}")
+}
+
+fn votes(request: &ApprovalRequest) -> &[Vote] {
+    request.status.as_ref().map_or(&[], |status| &status.decisions)
+}
+
+fn asked(spec: &ApprovalRequestSpec) -> Asked<'_> {
+    let barred = [Some(spec.principal.as_str()), spec.requester.as_deref()];
+    Asked { required: spec.required, barred, expires: spec.expires_at.0 }
+}
+
+fn stands(request: &ApprovalRequest, now: Timestamp) -> Standing {
+    standing(&asked(&request.spec), votes(request), now)
+}
+
+/// How many approvals count: as many as would be enough.
+fn approvals(request: &ApprovalRequest) -> i64 {
+    let yes: Vec<_> = votes(request).iter().filter(|vote| vote.decision == Answer::Approve).cloned().collect();
+    let enough = |required: &i64| {
+        let asked = Asked { required: *required, expires: Timestamp::MAX, ..asked(&request.spec) };
+        standing(&asked, &yes, Timestamp::MIN) == Standing::Approved
+    };
+    (1..).take_while(enough).last().unwrap_or_default()
+}
+
+/// Where a request stands, in words. Not safe to show yet.
+fn words(request: &ApprovalRequest, now: Timestamp) -> String {
+    let (has, needs) = (approvals(request), request.spec.required);
+    let count = format!("{has} of {needs} approval{}", if needs == 1 { "" } else { "s" });
+    match stands(request, now) {
+        Standing::Pending => format!("pending, {count}"),
+        Standing::Approved => format!("approved, {count}"),
+        Standing::Denied => {
+            let by: Vec<_> = votes(request).iter().filter(|vote| vote.decision == Answer::Deny).collect();
+            format!("denied by {}", by.iter().map(|vote| vote.by.as_str()).collect::<Vec<_>>().join(", "))
+        }
+        Standing::Expired => format!("expired, {count}"),
+    }
+}
+
+/// Why a decision would not be taken, or would change nothing.
+fn refusal(request: &ApprovalRequest, person: &Person, answer: Answer, now: Timestamp) -> Option<String> {
+    let spec = &request.spec;
+    if hex::encode(canonical::sha256(spec.arguments.as_bytes())) != spec.digest {
+        return Some(format!(
+            "spec.digest: expected the SHA-256 of spec.arguments, found {}; do not decide on it, and tell whoever runs the gateway",
+            spec.digest
+        ));
+    }
+    if let Some(own) = votes(request).iter().find(|vote| vote.by == person.name) {
+        return Some(format!(
+            "expected no decision of {} yet, found {:?}; a decision is neither changed nor taken back",
+            person.name, own.decision
+        ));
+    }
+    match (stands(request, now), answer) {
+        (Standing::Pending, _) | (Standing::Approved, Answer::Deny) => {}
+        (Standing::Approved, Answer::Approve) | (Standing::Denied | Standing::Expired, _) => {
+            return Some(format!(
+                "expected a request that is not decided, found it {}; there is nothing left to decide",
+                words(request, now)
+            ));
+        }
+    }
+    let barred = if spec.principal == person.name {
+        Some("on whose behalf the agent acts")
+    } else if spec.requester.as_ref() == Some(&person.name) {
+        Some("who asked for the task")
+    } else {
+        None
+    };
+    if let (Some(who), Answer::Approve) = (barred, answer) {
+        return Some(format!(
+            "expected an approval by somebody else than {}, {who}; have another approver decide, or deny it",
+            person.name
+        ));
+    }
+    let approvers = &spec.approvers;
+    let member = person.groups.iter().any(|group| approvers.groups.contains(group));
+    if !approvers.users.contains(&person.name) && !member {
+        return Some(format!(
+            "expected {}, found {}; have one of them decide, or have the ToolContract name you in approval.approvers",
+            who_may(request),
+            person.name
+        ));
+    }
+    None
+}
+
+fn who_may(request: &ApprovalRequest) -> String {
+    let named = |one: &str, names: &[String]| (!names.is_empty()).then(|| format!("{one} {}", names.join(", ")));
+    let approvers = &request.spec.approvers;
+    let all: Vec<_> = named("user", &approvers.users).into_iter().chain(named("group", &approvers.groups)).collect();
+    if all.is_empty() { "nobody".to_owned() } else { all.join(" or ") }
+}
+
+fn verb(answer: Answer) -> &'static str {
+    match answer {
+        Answer::Approve => "approved",
+        Answer::Deny => "denied",
+    }
+}
+
+/// Everything that a person needs to decide. Nothing is cut: what is not shown may be what matters.
+fn describe(request: &ApprovalRequest, now: Timestamp, paint: Paint) -> String {
+    let spec = &request.spec;
+    let (name, words) = (request.name_any(), words(request, now));
+    let standing = match stands(request, now) {
+        Standing::Pending => paint.warn(Safe(&words)),
+        Standing::Approved => paint.good(Safe(&words)),
+        Standing::Denied | Standing::Expired => paint.bad(Safe(&words)),
+    };
+    let mut text = format!("{}  {standing}\n", paint.strong(Safe(&name)));
+    let mut line = |name: &str, value: String| {
+        let mut name = name;
+        for part in value.split('\n') {
+            // Writing to a String does not fail.
+            let _ = writeln!(text, "  {}{part}", paint.dim(format_args!("{name:<11}")));
+            name = "";
+        }
+    };
+    let task = &spec.task;
+    line("task", format!("{}, attempt {}, on behalf of {}", Safe(&task.name), task.attempt, Safe(&spec.principal)));
+    if let Some(requester) = &spec.requester {
+        line("asked by", Safe(requester).to_string());
+    }
+    let again = match spec.repeats {
+        0 => String::new(),
+        1 => "; it was approved and made once before".to_owned(),
+        times => format!("; it was approved and made {times} times before"),
+    };
+    line("tool", format!("{}{again}", Safe(&spec.tool)));
+    line("arguments", arguments(&spec.arguments));
+    line("may decide", Safe(&who_may(request)).to_string());
+    for vote in votes(request) {
+        let reason = vote.reason.as_ref().map(|reason| format!(": {}", Safe(reason))).unwrap_or_default();
+        line("decided", format!("{} by {}{reason}", verb(vote.decision), Safe(&vote.by)));
+    }
+    let expires = spec.expires_at.0;
+    let left = SignedDuration::from_secs(expires.duration_since(now).as_secs());
+    let when = if left.is_positive() { format!("in {left:#}") } else { format!("{:#} ago", left.abs()) };
+    line("expires", format!("{when}, at {expires}"));
+    text
+}
+
+/// Arguments as people read them, if that says the same; otherwise as they are.
+fn arguments(text: &str) -> String {
+    let same = |value: &Value| canonical::to_bytes(value).is_ok_and(|bytes| bytes == text.as_bytes());
+    let value: Option<Value> = serde_json::from_str(text).ok().filter(same);
+    match value.and_then(|value| serde_json::to_string_pretty(&value).ok()) {
+        Some(pretty) => safe_json(&pretty),
+        None => Safe(text).to_string(),
+    }
+}
