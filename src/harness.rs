@@ -30,6 +30,8 @@ pub mod link;
 pub mod mcp;
 /// Model calls, passed through and metered.
 pub mod model;
+/// One effect for calls that are one.
+pub mod once;
 /// The containment probe.
 pub mod probe;
 /// The agent's own traffic, as an HTTP proxy.
@@ -193,8 +195,9 @@ pub async fn serve(options: Options) -> Result<Ended, HarnessError> {
     let clock = clock::Clock::start(seconds(limits.wall_time_seconds), seconds(limits.approval_wait_seconds));
     let approvals = approvals::Approvals::new(attempt, link.clone(), journal.clone(), clock.clone());
     let quotas = Quotas::resume(&config.policy.tools, &opened.tools);
+    let kept = gate::Kept { quotas, once: once::Once::resume(opened.ledger) };
     let tools = mcp::Tools::new(
-        Arc::new(gate::Gate::new(contracts, outputs, quotas, journal.clone(), link, clock.clone(), approvals.clone())),
+        Arc::new(gate::Gate::new(contracts, outputs, kept, journal.clone(), link, clock.clone(), approvals.clone())),
         &opened.tools,
         mcp::LISTING_AGE,
     );

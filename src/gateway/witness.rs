@@ -155,6 +155,7 @@ impl Witness {
             frontier: history.tree().frontier().iter().map(|hash| BASE64.encode(hash)).collect(),
             usage: history.usage(),
             tools: history.tools(principal.attempt),
+            ledger: history.ledger(),
             open_calls: u64::try_from(history.open_calls()).unwrap_or(u64::MAX),
         })
     }
