@@ -143,9 +143,23 @@ pub enum Ended {
     Unapproved,
 }
 
-/// Runs the harness until the pod ends it, or so many calls were refused that the task is over.
+impl Ended {
+    /// The end that an attempt has come to before, by the rule with which the gateway refuses to open it again.
+    fn by(rule: Rule) -> Option<Self> {
+        match rule {
+            Rule::Denials => Some(Self::RefusedEnough),
+            Rule::WallTime => Some(Self::OutOfTime),
+            Rule::ToolApproval => Some(Self::Unapproved),
+            _ => None,
+        }
+    }
+}
+
+/// Runs the harness until the pod ends it, or the attempt is over: too many calls were refused, its wall time is up, or the task was to
+/// end with a call that nobody approved.
 ///
-/// A harness that starts when they were already, because its container was started again, goes on refusing: it ends with the pod.
+/// One that is started again after that says the same again. Where its log was not closed and too many calls were refused before, it
+/// goes on refusing and ends with the pod.
 ///
 /// # Errors
 /// If it could not start. Once it serves, failures deny calls instead.
@@ -163,7 +177,13 @@ pub async fn serve(options: Options) -> Result<Ended, HarnessError> {
     let uid = config.policy.task.uid.clone();
 
     let link = Arc::new(link::Link::new(&config.wiring, options.token.clone())?);
-    let opened = open(&link, attempt, &policy_digest).await?;
+    let opened = match open(&link, attempt, &policy_digest).await {
+        Err(HarnessError::Refused { rule, reason }) if let Some(ended) = Ended::by(rule) => {
+            tracing::warn!(%rule, reason, "this attempt is over already");
+            return Ok(ended);
+        }
+        opened => opened?,
+    };
     let head = |error: &dyn std::fmt::Display| HarnessError::Head(error.to_string());
     let frontier = opened.decoded_frontier().map_err(|error| head(&error))?;
     let tree = Tree::from_frontier(opened.size, frontier).map_err(|error| head(&error))?;

@@ -343,6 +343,17 @@ impl AttemptClosed {
     pub const DENIALS: &str = "denials";
     /// A call that nobody approved in time has ended the task.
     pub const UNAPPROVED: &str = "unapproved";
+
+    /// The rule by which the attempt is over for good. An attempt whose agent has ended may open again: its harness was started again.
+    pub fn rule(&self) -> Option<Rule> {
+        match self.reason.as_str() {
+            Self::AGENT_ENDED => None,
+            Self::WALL_TIME => Some(Rule::WallTime),
+            Self::DENIALS => Some(Rule::Denials),
+            Self::UNAPPROVED => Some(Rule::ToolApproval),
+            _ => Some(Rule::TaskClosed),
+        }
+    }
 }
 
 /// How a task ended, by the operator's word.

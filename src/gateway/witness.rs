@@ -143,8 +143,8 @@ impl Witness {
         if history.closed() {
             return Err(ended());
         }
-        if history.over(principal.attempt) {
-            return Err(Refused::denied(Rule::TaskClosed, "the attempt has come to its end: it does not open again"));
+        if let Some(rule) = history.over(principal.attempt) {
+            return Err(Refused::denied(rule, "the attempt has come to its end by this rule: it does not open again"));
         }
         if history.attempt() > principal.attempt {
             return Err(superseded(principal.attempt, history.attempt()));

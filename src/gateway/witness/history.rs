@@ -14,7 +14,7 @@ use crate::{
     evidence::{
         merkle::Tree,
         note::{self, VerifierKey},
-        record::{Actor, Approval, AttemptClosed, Channel, Event, Intent, Outcome, Record, Replayed, VERSION},
+        record::{Actor, Approval, Channel, Event, Intent, Outcome, Record, Replayed, VERSION},
         segment::Segment,
     },
     gateway::refusal::Refused,
@@ -81,8 +81,8 @@ pub struct History {
     opened: bool,
     /// The attempt has seen its containment broken.
     loose: bool,
-    /// The attempt has come to an end from which it does not open again.
-    over: bool,
+    /// The rule by which the attempt has come to an end from which it does not open again.
+    over: Option<Rule>,
     closed: bool,
     key: Option<VerifierKey>,
     limits: Option<Limits>,
@@ -140,9 +140,9 @@ impl History {
         self.loose
     }
 
-    /// Whether this attempt has come to an end from which it does not open again.
-    pub fn over(&self, attempt: i64) -> bool {
-        self.over && attempt == self.attempt
+    /// The rule by which this attempt has come to an end from which it does not open again.
+    pub fn over(&self, attempt: i64) -> Option<Rule> {
+        self.over.filter(|_| attempt == self.attempt)
     }
 
     /// How many calls of this tool with these arguments were made by an approval.
@@ -237,7 +237,7 @@ impl History {
         }
         let mut usage = self.usage;
         match &record.event {
-            Event::AttemptOpened(_) if self.over(record.attempt) => {
+            Event::AttemptOpened(_) if self.over(record.attempt).is_some() => {
                 return Err(at(record, "expected an attempt that is over to stay closed"));
             }
             Event::AttemptOpened(opened) => {
@@ -258,7 +258,7 @@ impl History {
                 self.idempotent = Arc::new(idempotent.collect());
                 self.allowances =
                     Arc::new(allowances.filter_map(|tool| Some((tool.name.clone(), tool.limits.calls?))).collect());
-                (self.attempt, self.opened, self.loose, self.over) = (record.attempt, true, false, false);
+                (self.attempt, self.opened, self.loose, self.over) = (record.attempt, true, false, None);
                 (self.key, self.limits) = (Some(key), Some(opened.policy.limits));
             }
             Event::Intent(intent) => self.intended(record, time, intent, &mut usage)?,
@@ -284,7 +284,7 @@ impl History {
             }
             Event::ContainmentChecked(seen) => self.loose |= !seen.contained || !seen.breaches.is_empty(),
             Event::AttemptClosed(closed) => {
-                (self.opened, self.over) = (false, closed.reason != AttemptClosed::AGENT_ENDED);
+                (self.opened, self.over) = (false, closed.rule());
             }
             Event::TaskClosed(_) => self.closed = true,
         }
