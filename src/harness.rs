@@ -30,6 +30,8 @@ pub mod link;
 pub mod mcp;
 /// Model calls, passed through and metered.
 pub mod model;
+/// One effect for calls that are one.
+pub mod once;
 /// The containment probe.
 pub mod probe;
 /// The agent's own traffic, as an HTTP proxy.
@@ -141,9 +143,23 @@ pub enum Ended {
     Unapproved,
 }
 
-/// Runs the harness until the pod ends it, or so many calls were refused that the task is over.
+impl Ended {
+    /// The end that an attempt has come to before, by the rule with which the gateway refuses to open it again.
+    fn by(rule: Rule) -> Option<Self> {
+        match rule {
+            Rule::Denials => Some(Self::RefusedEnough),
+            Rule::WallTime => Some(Self::OutOfTime),
+            Rule::ToolApproval => Some(Self::Unapproved),
+            _ => None,
+        }
+    }
+}
+
+/// Runs the harness until the pod ends it, or the attempt is over: too many calls were refused, its wall time is up, or the task was to
+/// end with a call that nobody approved.
 ///
-/// A harness that starts when they were already, because its container was started again, goes on refusing: it ends with the pod.
+/// One that is started again after that says the same again. Where its log was not closed and too many calls were refused before, it
+/// goes on refusing and ends with the pod.
 ///
 /// # Errors
 /// If it could not start. Once it serves, failures deny calls instead.
@@ -161,7 +177,13 @@ pub async fn serve(options: Options) -> Result<Ended, HarnessError> {
     let uid = config.policy.task.uid.clone();
 
     let link = Arc::new(link::Link::new(&config.wiring, options.token.clone())?);
-    let opened = open(&link, attempt, &policy_digest).await?;
+    let opened = match open(&link, attempt, &policy_digest).await {
+        Err(HarnessError::Refused { rule, reason }) if let Some(ended) = Ended::by(rule) => {
+            tracing::warn!(%rule, reason, "this attempt is over already");
+            return Ok(ended);
+        }
+        opened => opened?,
+    };
     let head = |error: &dyn std::fmt::Display| HarnessError::Head(error.to_string());
     let frontier = opened.decoded_frontier().map_err(|error| head(&error))?;
     let tree = Tree::from_frontier(opened.size, frontier).map_err(|error| head(&error))?;
@@ -193,8 +215,9 @@ pub async fn serve(options: Options) -> Result<Ended, HarnessError> {
     let clock = clock::Clock::start(seconds(limits.wall_time_seconds), seconds(limits.approval_wait_seconds));
     let approvals = approvals::Approvals::new(attempt, link.clone(), journal.clone(), clock.clone());
     let quotas = Quotas::resume(&config.policy.tools, &opened.tools);
+    let kept = gate::Kept { quotas, once: once::Once::resume(opened.ledger) };
     let tools = mcp::Tools::new(
-        Arc::new(gate::Gate::new(contracts, outputs, quotas, journal.clone(), link, clock.clone(), approvals.clone())),
+        Arc::new(gate::Gate::new(contracts, outputs, kept, journal.clone(), link, clock.clone(), approvals.clone())),
         &opened.tools,
         mcp::LISTING_AGE,
     );

@@ -19,6 +19,8 @@ pub mod egress;
 pub mod hostname;
 /// JSON that can be read in one way only.
 pub mod json;
+/// Which calls were made under which idempotency key.
+pub mod ledger;
 /// Results of tools, against their contracts' output schemas.
 pub mod output;
 /// What model calls cost.

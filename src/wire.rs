@@ -12,6 +12,7 @@ use crate::{
     policy::{
         approval::{Standing, Vote},
         config::{ToolUsage, Usage},
+        ledger::Ledger,
         rule::Rule,
     },
 };
@@ -66,6 +67,9 @@ pub struct OpenReply {
     /// What the log says of each tool, by its name.
     #[serde(default)]
     pub tools: BTreeMap<String, ToolUsage>,
+    /// Calls by their idempotency keys.
+    #[serde(default)]
+    pub ledger: Ledger,
     /// Tokens and tool calls of intents that never got an outcome stay spent; this is their number, for the record.
     pub open_calls: u64,
 }

@@ -304,6 +304,7 @@ async fn open(State(log): State<Arc<Log>>, axum::Json(request): axum::Json<OpenR
         frontier: history.tree().frontier().iter().map(|hash| BASE64_STANDARD.encode(hash)).collect(),
         usage: history.usage(),
         tools: history.tools(request.attempt),
+        ledger: history.ledger(),
         open_calls: u64::try_from(history.open_calls()).unwrap(),
     })
 }

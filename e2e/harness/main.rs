@@ -4,6 +4,7 @@
 mod approvals;
 mod contracts;
 mod gateway;
+mod once;
 mod peers;
 mod upstreams;
 
@@ -19,7 +20,16 @@ use belay::{
         note::{self, Signer},
         record::{AttemptOpened, Containment, Event, Pod, Record},
     },
-    harness::{approvals::Approvals, clock::Clock, gate::Gate, journal, link::Link, mcp::Tools, server},
+    harness::{
+        approvals::Approvals,
+        clock::Clock,
+        gate::{Gate, Kept},
+        journal,
+        link::Link,
+        mcp::Tools,
+        once::Once,
+        server,
+    },
     policy::{
         budget::Budget,
         config::{
@@ -78,6 +88,7 @@ fn tool(name: &str, upstream: Upstream, side_effect: SideEffect) -> Tool {
         output: None,
         limits: ToolLimits::default(),
         preconditions: vec![],
+        idempotency: None,
         approval: None,
         side_effect,
     }
@@ -183,7 +194,7 @@ async fn start(
     let opened = link.open(attempt, "digest").await.unwrap();
     let signer = Signer::generate(&note::attempt_key_name("uid", attempt)).unwrap();
     let key = signer.verifier().to_string();
-    let (budget, used) = (Budget::resume(limits, opened.usage), opened.tools.clone());
+    let (budget, used, ledger) = (Budget::resume(limits, opened.usage), opened.tools.clone(), opened.ledger.clone());
     let tree = Tree::from_frontier(opened.size, opened.decoded_frontier().unwrap()).unwrap();
     let start = journal::Start { attempt, tree, signer, origin: note::origin("uid"), budget };
     let journal = journal::Journal::start(start, link.clone());
@@ -208,11 +219,11 @@ async fn start(
     journal.stored(first).await.unwrap();
     let contracts = Contracts::compile(policy).unwrap();
     let outputs = Outputs::compile(&policy.tools).unwrap();
-    let quotas = Quotas::resume(&policy.tools, &used);
+    let kept = Kept { quotas: Quotas::resume(&policy.tools, &used), once: Once::resume(ledger) };
     let seconds = |count: i64| Duration::from_secs(u64::try_from(count).unwrap());
     let clock = Clock::start(seconds(limits.wall_time_seconds), seconds(limits.approval_wait_seconds));
     let approvals = Approvals::new(attempt, link.clone(), journal.clone(), clock.clone());
-    let gate = Arc::new(Gate::new(contracts, outputs, quotas, journal, link, clock, approvals));
+    let gate = Arc::new(Gate::new(contracts, outputs, kept, journal, link, clock, approvals));
     let free = || std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let address = free();
     server::listen(Tools::new(gate.clone(), &used, LISTING_AGE), address, free()).await.unwrap();

@@ -53,11 +53,42 @@ pub struct ToolContractSpec {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 32), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
     pub preconditions: Vec<Precondition>,
+    /// What makes two calls one. Without, every call is made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub idempotency: Option<Idempotency>,
     /// Who must say yes before a call leaves. Nobody is asked without.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub approval: Option<Approval>,
     /// What a call may change.
     pub side_effect: SideEffect,
+}
+
+/// One effect for calls that are one, within a task, all attempts together. The same call again is answered with the result that
+/// there is, and is not counted; several at once are made once. A call with the same key and other arguments is denied by rule
+/// `tool.idempotency`, and so is one of which nobody knows whether it took effect, or whose result is not kept any more: results
+/// live in the attempt's harness, up to 256 KiB each and 8 MiB in all. A call that certainly did nothing may be made again.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Idempotency {
+    /// The argument that tells calls apart, such as an order's number; `input` requires it. All arguments without.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 128))]
+    pub argument: Option<String>,
+    /// For HTTP tools whose upstream tells repeats by a key: the header that carries it, such as `idempotency-key`. The key is a SHA-256
+    /// over the task, the tool and the arguments that make it. A call whose fate is unknown is then made again, under its key.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 64), regex(pattern = r"^[a-z][a-z0-9-]*$"))]
+    pub header: Option<String>,
+    /// Seconds from a call's start for which its key is remembered.
+    #[serde(default = "Idempotency::default_window")]
+    #[schemars(range(min = 1, max = 604_800))]
+    pub window_seconds: i64,
+}
+
+impl Idempotency {
+    fn default_window() -> i64 {
+        86_400
+    }
 }
 
 /// People's yes to one exact call, as an `ApprovalRequest` for each. An approved call is made once and before the request expires;

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::policy::{
     approval::{Standing, Vote},
     config::{PolicyConfig, SideEffect, Usage, is_zero},
+    ledger::Fate,
     rule::Rule,
 };
 
@@ -56,6 +57,9 @@ pub enum Event {
     /// A call is allowed and about to leave.
     #[serde(rename = "call.intent")]
     Intent(Intent),
+    /// A call was answered with the result of one that was made before, and did not leave.
+    #[serde(rename = "call.replayed")]
+    Replayed(Replayed),
     /// What became of a call that left.
     #[serde(rename = "call.outcome")]
     Outcome(Outcome),
@@ -85,6 +89,7 @@ impl Event {
         match self {
             Self::AttemptOpened(_) => "attempt.opened",
             Self::Intent(_) => "call.intent",
+            Self::Replayed(_) => "call.replayed",
             Self::Outcome(_) => "call.outcome",
             Self::Denied(_) => "call.denied",
             Self::ApprovalRequested(_) => "approval.requested",
@@ -198,6 +203,9 @@ pub struct Intent {
     pub request_bytes: u64,
     /// The rules that were asked and allowed it.
     pub rules: Vec<Rule>,
+    /// The idempotency key under which it is made, see [`ledger`](crate::policy::ledger).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key: Option<String>,
     /// The approval by which it is made.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub approval: Option<String>,
@@ -249,6 +257,33 @@ pub struct Outcome {
     /// The address that the gateway dialled.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub upstream: Option<String>,
+}
+
+impl Effect {
+    /// What the ledger keeps of a call that ended so; nothing where it certainly did nothing.
+    pub fn fate(self) -> Option<Fate> {
+        match self {
+            Self::Applied => Some(Fate::Applied),
+            Self::NotApplied => None,
+            Self::Unknown => Some(Fate::Unknown),
+        }
+    }
+}
+
+/// A call that was made before, and its result given again.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Replayed {
+    /// The call whose result it is.
+    pub call: String,
+    /// The tool.
+    pub target: String,
+    /// The idempotency key of both.
+    pub key: String,
+    /// SHA-256 of the arguments of both, hex.
+    pub request_digest: String,
+    /// SHA-256 of the result, hex, as the call's outcome has it.
+    pub response_digest: String,
 }
 
 /// A refusal.
@@ -308,6 +343,17 @@ impl AttemptClosed {
     pub const DENIALS: &str = "denials";
     /// A call that nobody approved in time has ended the task.
     pub const UNAPPROVED: &str = "unapproved";
+
+    /// The rule by which the attempt is over for good. An attempt whose agent has ended may open again: its harness was started again.
+    pub fn rule(&self) -> Option<Rule> {
+        match self.reason.as_str() {
+            Self::AGENT_ENDED => None,
+            Self::WALL_TIME => Some(Rule::WallTime),
+            Self::DENIALS => Some(Rule::Denials),
+            Self::UNAPPROVED => Some(Rule::ToolApproval),
+            _ => Some(Rule::TaskClosed),
+        }
+    }
 }
 
 /// How a task ended, by the operator's word.

@@ -4,7 +4,7 @@
 //! nowhere else, whatever the harness in the pod has become. Refuses: a target that could be read in two ways, and
 //! a credential over a connection that is not encrypted.
 
-use http::{Method, uri::PathAndQuery};
+use http::{HeaderMap, Method, uri::PathAndQuery};
 use serde_json::{Map, Value};
 
 use super::{cluster::Compiled, refusal::Refused, witness::IntentFacts};
@@ -200,6 +200,12 @@ pub fn intended(
                     }
                 }
             }
+            if tool.idempotency.is_some() != intent.key.is_some() {
+                return Err(Refused::denied(
+                    Rule::ToolIdempotency,
+                    format!("expected an intent of {} by its contract's idempotency, found another", tool.name),
+                ));
+            }
             // Once its outcome is in the log the call is over. What comes could be the call again, which for a read is no harm.
             if !intent.open && intent.effect != Some(SideEffect::Read) {
                 return missing(format!("the call {:?} has its outcome already", intent.call));
@@ -255,6 +261,23 @@ pub fn as_approved(http: &HttpUpstream, target: &Target, args: &Value, body: &[u
         return Err(denied(format!("expected the request that was approved, found another to {}", target.authority)));
     }
     Ok(())
+}
+
+/// Whether a request carries the idempotency key of its intent, where its contract sends one.
+///
+/// # Errors
+/// [`Rule::ToolIdempotency`] if it does not.
+pub fn carries_key(compiled: &Compiled, intent: &IntentFacts, headers: &HeaderMap) -> Result<(), Refused> {
+    let tool = compiled.policy.tools.iter().find(|tool| tool.name == intent.target);
+    let Some(header) = tool.and_then(|tool| tool.idempotency.as_ref()?.header.as_ref()) else { return Ok(()) };
+    let mut found = headers.get_all(header).into_iter();
+    match (found.next(), found.next(), &intent.key) {
+        (Some(one), None, Some(key)) if one.as_bytes() == key.as_bytes() => Ok(()),
+        _ => Err(Refused::denied(
+            Rule::ToolIdempotency,
+            format!("expected the header {header} with the key of the intent, once; found another or none"),
+        )),
+    }
 }
 
 /// Whether a request is a message to an MCP server, which [`says`] judges.

@@ -384,6 +384,7 @@ impl Gateway {
             self.authorized(principal, channel, Destination::Url(&target, request.method()), headers).await?;
         let asked_people = match channel {
             Channel::Tool => {
+                authorize::carries_key(&compiled, &intent, request.headers())?;
                 let request =
                     intent.approval.as_ref().and_then(|name| self.parts.cluster.approval(&principal.namespace, name));
                 approvals::approved(&compiled, &intent, request.as_deref())?

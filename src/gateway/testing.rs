@@ -192,6 +192,7 @@ pub fn policy() -> PolicyConfig {
         output: None,
         limits: ToolLimits::default(),
         preconditions: vec![],
+        idempotency: None,
         approval: None,
         side_effect,
     };
@@ -242,6 +243,7 @@ pub fn intent(call: &str, channel: Channel, target: &str, reserved_tokens: i64) 
         // Of no arguments.
         request_digest: (channel == Channel::Tool).then(|| hex::encode(canonical::sha256(b"{}"))),
         request_bytes: 1,
+        key: None,
         approval: None,
         rules: vec![],
         model: None,

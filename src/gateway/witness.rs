@@ -143,8 +143,8 @@ impl Witness {
         if history.closed() {
             return Err(ended());
         }
-        if history.over(principal.attempt) {
-            return Err(Refused::denied(Rule::TaskClosed, "the attempt has come to its end: it does not open again"));
+        if let Some(rule) = history.over(principal.attempt) {
+            return Err(Refused::denied(rule, "the attempt has come to its end by this rule: it does not open again"));
         }
         if history.attempt() > principal.attempt {
             return Err(superseded(principal.attempt, history.attempt()));
@@ -155,6 +155,7 @@ impl Witness {
             frontier: history.tree().frontier().iter().map(|hash| BASE64.encode(hash)).collect(),
             usage: history.usage(),
             tools: history.tools(principal.attempt),
+            ledger: history.ledger(),
             open_calls: u64::try_from(history.open_calls()).unwrap_or(u64::MAX),
         })
     }

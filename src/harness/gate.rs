@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::Notify;
 
-use super::{approvals::Approvals, clock::Clock, journal::Journal, link::Link};
+use super::{approvals::Approvals, clock::Clock, journal::Journal, link::Link, once::Once};
 use crate::{
     evidence::record::{Channel, Containment, Denied, Effect, Event, Intent, Outcome},
     policy::{
@@ -32,6 +32,8 @@ pub struct Call {
     pub request_digest: Option<String>,
     /// Bytes of the request.
     pub request_bytes: u64,
+    /// The idempotency key under which it is made.
+    pub key: Option<String>,
     /// The approval by which it is made.
     pub approval: Option<String>,
     /// The rules that were asked and allowed it; the budgets are added.
@@ -47,6 +49,7 @@ pub struct Permit {
     gate: Arc<Gate>,
     /// The intent's sequence number.
     pub intent: u64,
+    key: Option<String>,
     reserved: Spent,
     settled: bool,
 }
@@ -90,12 +93,21 @@ impl Settlement {
     }
 }
 
+/// What a gate goes on from: what the log says of the task so far.
+pub struct Kept {
+    /// Calls of each tool.
+    pub quotas: Quotas,
+    /// Calls by their idempotency keys.
+    pub once: Once,
+}
+
 /// Decides over calls and keeps their records.
 pub struct Gate {
     contracts: Contracts,
     outputs: Outputs,
     /// Changed only while the journal puts a record in order, as budgets are.
     quotas: Mutex<Quotas>,
+    once: Once,
     journal: Arc<Journal>,
     link: Arc<Link>,
     clock: Arc<Clock>,
@@ -110,7 +122,7 @@ impl Gate {
     pub fn new(
         contracts: Contracts,
         outputs: Outputs,
-        quotas: Quotas,
+        kept: Kept,
         journal: Arc<Journal>,
         link: Arc<Link>,
         clock: Arc<Clock>,
@@ -120,7 +132,8 @@ impl Gate {
         Self {
             contracts,
             outputs,
-            quotas: Mutex::new(quotas),
+            quotas: Mutex::new(kept.quotas),
+            once: kept.once,
             journal,
             link,
             clock,
@@ -160,6 +173,11 @@ impl Gate {
     /// Whether the attempt's wall time is over.
     pub fn out_of_time(&self) -> bool {
         self.clock.is_over()
+    }
+
+    /// Calls by their idempotency keys.
+    pub fn once(&self) -> &Once {
+        &self.once
     }
 
     /// Where people are asked.
@@ -223,7 +241,7 @@ impl Gate {
     /// The rule that refuses it. The refusal is not recorded yet: see [`Gate::deny`].
     pub async fn permit(self: &Arc<Self>, call: Call) -> Result<Permit, Denial> {
         self.journal.room().await;
-        let reserved = call.reserve;
+        let (reserved, key) = (call.reserve, call.key.clone());
         let intent = self.journal.record(|seq, budget| {
             // Asked where records are put in order: no intent can follow what stopped the attempt.
             self.running()?;
@@ -242,7 +260,17 @@ impl Gate {
                     let unusable = |reason| Denial { rule: Rule::ToolApproval, reason };
                     by.map_or(Ok(()), |(name, digest)| approvals.usable(name, &call.target, digest))
                         .map_err(unusable)?;
+                    let mut ledger = self.once.ledger();
+                    let under = call.key.as_deref().zip(self.contracts.idempotency(&call.target));
+                    let digest = call.request_digest.as_deref().unwrap_or_default();
+                    if let Some((key, of)) = under {
+                        Once::free(&ledger, &call.target, of, key, digest)?;
+                        rules.push(Rule::ToolIdempotency);
+                    }
                     budget.reserve_tool_call()?;
+                    if let Some((key, _)) = under {
+                        ledger.intend(key, &call_id(seq), digest, &format!("{:.3}", jiff::Timestamp::now()));
+                    }
                     by.map_or(Ok(()), |(name, digest)| approvals.used(name, &call.target, digest)).map_err(unusable)?;
                     quotas.take(&call.target, now);
                     rules.push(Rule::ToolCalls);
@@ -262,6 +290,7 @@ impl Gate {
                 definition: call.definition,
                 request_digest: call.request_digest,
                 request_bytes: call.request_bytes,
+                key: call.key.clone(),
                 approval: call.approval,
                 rules,
                 model: call.model.as_deref().map(shorten),
@@ -269,7 +298,7 @@ impl Gate {
                 reserved_cost_micros: reserved.cost_micros,
             }))
         })?;
-        let permit = Permit { gate: self.clone(), intent, reserved, settled: false };
+        let permit = Permit { gate: self.clone(), intent, key, reserved, settled: false };
         match self.journal.stored(intent).await {
             Ok(()) => Ok(permit),
             Err(denial) => {
@@ -330,6 +359,9 @@ impl Permit {
         let spent = settlement.spent.unwrap_or(reserved);
         let result = self.gate.journal.record(|_, budget| {
             budget.settle_model(reserved, spent);
+            if let Some(key) = &self.key {
+                self.gate.once.ledger().settle(key, &call_id(self.intent), settlement.effect.fate());
+            }
             Ok(Event::Outcome(Outcome {
                 call: call_id(self.intent),
                 effect: settlement.effect,
@@ -357,6 +389,6 @@ impl Drop for Permit {
 }
 
 /// The name of a call: unique in the log, as sequence numbers are.
-fn call_id(intent: u64) -> String {
+pub fn call_id(intent: u64) -> String {
     format!("c{intent}")
 }

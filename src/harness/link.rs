@@ -43,8 +43,8 @@ const UPSTREAM_REPLY: Duration = Duration::from_secs(600);
 const PATIENCE: Duration = Duration::from_secs(15);
 /// How long a token read from its file is used: kubelet replaces it long before it expires.
 const TOKEN_AGE: Duration = Duration::from_secs(30);
-/// Longest reply to a request about the log, and longest refusal.
-const LONGEST_REPLY: usize = 1 << 20;
+/// Longest reply to a request about the log, in which a task's idempotency keys are, and longest refusal.
+const LONGEST_REPLY: usize = 2 << 20;
 
 /// The link could not be set up.
 #[derive(Debug, thiserror::Error)]

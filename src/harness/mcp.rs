@@ -23,7 +23,8 @@ use serde_json::{Map, Value};
 use super::{
     approvals::Answered,
     bounds::Bounds,
-    gate::{Call, Gate, Permit, Settlement},
+    gate::{Call, Gate, Permit, Settlement, call_id},
+    once::Turn,
     rest,
 };
 use crate::{
@@ -33,7 +34,7 @@ use crate::{
         budget::Spent,
         config::{McpUpstream, SideEffect, Tool, ToolUsage, Upstream},
         decide::{Arguments, Decision, Denial, TOOL_RULES},
-        json,
+        json, ledger,
         rule::Rule,
         template::{Rendered, Request},
     },
@@ -65,6 +66,16 @@ struct Allowed {
     tool: Tool,
     route: Route,
     permit: Permit,
+}
+
+/// Whether a call is to be made.
+enum Turned {
+    /// Each call is one of its own.
+    Each,
+    /// It is, and no other like it at the same time.
+    Mine(Turn),
+    /// It was, and this came of it.
+    Made(CallToolResult),
 }
 
 /// Why a call does not leave.
@@ -108,10 +119,19 @@ impl Tools {
             let denial = verdict.err().unwrap_or(Denial { rule: Rule::RequestJson, reason });
             return Err(self.gate.deny(Channel::Tool, name, Some(digest), denial).await);
         };
-        let allowed = match verdict.cloned() {
-            Ok(tool) => self.allow(tool, &args, &digest, bytes, needs_approval).await,
-            Err(denial) => Err(denial.into()),
+        let tool = match verdict.cloned() {
+            Ok(tool) => tool,
+            Err(denial) => return Err(self.gate.deny(Channel::Tool, name, Some(digest), denial).await),
         };
+        // Held until the call is settled: of calls that are one, one is made.
+        let turn = match self.once(&tool, &args, &digest).await {
+            Ok(Turned::Made(result)) => return Ok(result),
+            Ok(Turned::Mine(turn)) => Some(turn),
+            Ok(Turned::Each) => None,
+            Err(denial) => return Err(self.gate.deny(Channel::Tool, name, Some(digest), denial).await),
+        };
+        let key = turn.as_ref().map(|turn| turn.key.clone());
+        let allowed = self.allow(tool, &args, (&digest, bytes), key.clone(), needs_approval).await;
         let Allowed { tool, route, permit } = match allowed {
             Ok(allowed) => allowed,
             // No refusal: nothing is counted. No error either, at which some agents give up; but where the tool promises a structure,
@@ -125,14 +145,36 @@ impl Tools {
         let bounds = Bounds::of(&tool);
         let (result, settlement) = match route {
             Route::Mcp(mcp, ready) => self.upstreams.call(&tool, &mcp, ready, args, permit.intent, bounds).await,
-            Route::Http(request) => rest::call(self.gate.link(), &tool, request, permit.intent, bounds).await,
+            Route::Http(request) => {
+                rest::call(self.gate.link(), &tool, request, permit.intent, key.as_deref(), bounds).await
+            }
         };
         let (result, settlement) = self.fits(&tool, result, settlement);
         if let Some(said) = result.as_ref().ok().and_then(said) {
             self.gate.keep(&tool.name, &said);
         }
+        if let (Some(_), Ok(result)) = (&key, &result) {
+            self.gate.once().keep(call_id(permit.intent), result, settlement.response_digest.as_ref());
+        }
         permit.settle(settlement);
         result
+    }
+
+    /// Whose turn it is, where the contract says what makes two calls one.
+    async fn once(&self, tool: &Tool, args: &Map<String, Value>, digest: &str) -> Result<Turned, Denial> {
+        let Some(of) = &tool.idempotency else { return Ok(Turned::Each) };
+        let uid = &self.gate.contracts().policy().task.uid;
+        let key = ledger::key(uid, &tool.name, of, args, digest).ok_or_else(|| Denial {
+            rule: Rule::ToolIdempotency,
+            reason: format!(
+                "expected the argument {:?}, which tells calls of {} apart, found none",
+                of.argument.as_deref().unwrap_or_default(),
+                tool.name
+            ),
+        })?;
+        let turn = self.gate.once().turn(key).await;
+        let made = self.gate.once().answer(self.gate.journal(), tool, of, &turn, digest).await?;
+        Ok(made.map_or(Turned::Mine(turn), Turned::Made))
     }
 
     /// Everything else that is asked before a call leaves, once its contract allows it.
@@ -143,8 +185,8 @@ impl Tools {
         &self,
         tool: Tool,
         args: &Map<String, Value>,
-        digest: &str,
-        bytes: u64,
+        (digest, bytes): (&str, u64),
+        key: Option<String>,
         needs_approval: bool,
     ) -> Result<Allowed, Halt> {
         let name = tool.name.as_str();
@@ -211,6 +253,7 @@ impl Tools {
             definition,
             request_digest: Some(digest.to_owned()),
             request_bytes: bytes,
+            key,
             approval,
             rules,
             model: None,

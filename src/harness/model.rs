@@ -122,6 +122,7 @@ async fn call(
             definition: None,
             request_digest: Some(hex::encode(sha256(&body))),
             request_bytes: u64::try_from(body.len()).unwrap_or(u64::MAX),
+            key: None,
             approval: None,
             rules,
             model,

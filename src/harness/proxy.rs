@@ -177,6 +177,7 @@ async fn permit(
             definition: None,
             request_digest: digest,
             request_bytes: u64::try_from(bytes).unwrap_or(u64::MAX),
+            key: None,
             approval: None,
             rules: vec![Rule::EgressHost, Rule::EgressPort, Rule::EgressDirect],
             model: None,

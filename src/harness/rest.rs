@@ -49,11 +49,12 @@ pub async fn call(
     tool: &Tool,
     request: Rendered,
     intent: u64,
+    key: Option<&str>,
     bounds: Bounds,
 ) -> (Result<CallToolResult, Denial>, Settlement) {
     let mut settlement = Settlement::unknown(None);
     let exchanged =
-        tokio::time::timeout(bounds.time, exchange(link, tool, request, intent, bounds, &mut settlement)).await;
+        tokio::time::timeout(bounds.time, exchange(link, tool, (request, key), intent, bounds, &mut settlement)).await;
     let result = match exchanged {
         Ok(Ok(reply)) => result(tool, &reply).inspect_err(|denial| {
             // A body that is not what it says may be of a call that did not end well.
@@ -74,7 +75,7 @@ pub async fn call(
 async fn exchange(
     link: &Link,
     tool: &Tool,
-    rendered: Rendered,
+    (rendered, key): (Rendered, Option<&str>),
     intent: u64,
     bounds: Bounds,
     settlement: &mut Settlement,
@@ -86,6 +87,9 @@ async fn exchange(
         // The gateway passes bytes on as they are, and nobody here unpacks them.
         .header(ACCEPT_ENCODING, HeaderValue::from_static("identity"))
         .header(USER_AGENT, concat!("belay/", env!("CARGO_PKG_VERSION")));
+    if let Some((header, key)) = tool.idempotency.as_ref().and_then(|of| of.header.as_deref()).zip(key) {
+        request = request.header(header, key);
+    }
     let body = match &rendered.body {
         Some(body) => {
             request = request.header(CONTENT_TYPE, "application/json");
@@ -217,6 +221,7 @@ mod tests {
             output: None,
             limits: ToolLimits::default(),
             preconditions: vec![],
+            idempotency: None,
             approval: None,
             side_effect: SideEffect::Read,
         }

@@ -17,8 +17,8 @@ use crate::{
     },
     policy::{
         config::{
-            Approval, EgressHost, EgressUse, HttpUpstream, Limits, McpUpstream, ModelEndpoints, ModelPrice,
-            PackIdentity, PolicyConfig, Precondition, TaskIdentity, Tool, ToolLimits, Upstream,
+            Approval, EgressHost, EgressUse, HttpUpstream, Idempotency, Limits, McpUpstream, ModelEndpoints,
+            ModelPrice, PackIdentity, PolicyConfig, Precondition, TaskIdentity, Tool, ToolLimits, Upstream,
         },
         egress::{self, HostPattern},
         hostname::Authority,
@@ -301,6 +301,7 @@ pub fn check_contract(contract: &ToolContract) -> Result<Tool, Vec<Finding>> {
         places(http, input, &at, &mut findings);
     }
     let limits = tool_limits(spec, &at, &mut findings);
+    let idempotency = spec.idempotency.as_ref().map(|of| idempotency(of, spec, &at, &mut findings));
     let approval = spec.approval.as_ref().map(|approval| self::approval(approval, &at, &mut findings));
     let (Some(upstream), Some(input), true) = (upstream, input, findings.is_empty()) else { return Err(findings) };
     Ok(Tool {
@@ -320,9 +321,67 @@ pub fn check_contract(contract: &ToolContract) -> Result<Tool, Vec<Finding>> {
                 message: condition.message.clone(),
             })
             .collect(),
+        idempotency,
         approval,
         side_effect: spec.side_effect,
     })
+}
+
+/// What makes two calls one.
+fn idempotency(
+    of: &tool_contract::Idempotency,
+    spec: &ToolContractSpec,
+    at: &impl Fn(&str) -> String,
+    findings: &mut Vec<Finding>,
+) -> Idempotency {
+    /// What the request's own headers and the gateway's are for.
+    const TAKEN: [&str; 12] = [
+        "accept",
+        "accept-encoding",
+        "authorization",
+        "connection",
+        "content-length",
+        "content-type",
+        "cookie",
+        "host",
+        "te",
+        "transfer-encoding",
+        "upgrade",
+        "user-agent",
+    ];
+    let required = spec.input.get("required").and_then(serde_json::Value::as_array);
+    let requires = |name: &String| required.is_some_and(|all| all.iter().any(|one| one == name));
+    if let Some(name) = of.argument.as_ref().filter(|name| !requires(name)) {
+        findings.push(Finding::new(
+            at("idempotency.argument"),
+            "an argument that `input` requires",
+            format!("`{name}`"),
+            "add it to input.required, or name another",
+        ));
+    }
+    if let Some(header) = &of.header {
+        if spec.upstream.http.is_none() {
+            findings.push(Finding::new(
+                at("idempotency.header"),
+                "none, as MCP has no headers for calls",
+                format!("`{header}`"),
+                "drop it; an MCP tool that tells repeats has an argument for that",
+            ));
+        }
+        if TAKEN.contains(&header.as_str()) || header.starts_with("belay-") || header.starts_with("proxy-") {
+            findings.push(Finding::new(
+                at("idempotency.header"),
+                "a header that is free, such as `idempotency-key`",
+                format!("`{header}`"),
+                "use the one that the upstream documents",
+            ));
+        }
+    }
+    if !(1..=604_800).contains(&of.window_seconds) {
+        let found = of.window_seconds.to_string();
+        findings.push(Finding::new(at("idempotency.windowSeconds"), "1 to 604800", found, "correct it"));
+    }
+    Idempotency { argument: of.argument.clone(), header: of.header.clone(), window_seconds: of.window_seconds }
 }
 
 /// Who must say yes. Bounds are asked again: rendered contracts may come from elsewhere than an API server.

@@ -1,17 +1,18 @@
 use std::collections::BTreeMap;
 
+use kube::ResourceExt;
 use serde_json::json;
 
 use super::{
     Finding, config, config_map,
     fixtures::{contracts, pack, surroundings, task},
-    network_policy, pack_for, pod,
+    names, network_policy, pack_for, pod,
     validated::{Validated, validate},
 };
 use crate::{
     api::{
         AgentTask, PolicyPack, ToolContract,
-        tool_contract::{HttpUpstream, Upstream},
+        tool_contract::{HttpUpstream, Idempotency, Upstream},
     },
     policy::config::{EgressUse, HarnessConfig, SideEffect},
 };
@@ -161,6 +162,34 @@ fn an_http_tool_is_rendered() {
     assert_eq!((&tool["output"], &tool["limits"]), (&json!({"type": "object"}), &json!({"calls": 3})));
 }
 
+fn asked_by(task: &mut AgentTask) {
+    task.annotations_mut().insert(names::REQUESTED_BY.into(), "ci".into());
+}
+
+fn idempotency(argument: Option<&str>, header: Option<&str>) -> Option<Idempotency> {
+    Some(Idempotency { argument: argument.map(Into::into), header: header.map(Into::into), window_seconds: 60 })
+}
+
+/// Waiting for people is given time where people are asked, and nowhere else.
+#[test]
+fn people_are_given_a_day_unless_somebody_says() {
+    let wait = |approval: bool, asked: Option<i64>, most: Option<i64>| {
+        let (mut task, mut contracts, mut pack) = (task(), contracts(), pack());
+        asked_by(&mut task);
+        contracts[0].spec.approval =
+            approval.then(|| serde_json::from_value(json!({"approvers": {"groups": ["g"]}})).unwrap());
+        task.spec.limits.approval_wait_seconds = asked;
+        pack.spec.workflow_classes[0].limits.approval_wait_seconds = most;
+        let policy = config::render_policy(&task, &contracts, &pack).unwrap();
+        assert_eq!(policy.task.requester.as_deref(), Some("ci"));
+        policy.limits.approval_wait_seconds
+    };
+    assert_eq!(wait(false, Some(60), Some(60)), 0);
+    assert_eq!(wait(true, None, None), 86_400);
+    assert_eq!(wait(true, None, Some(60)), 60);
+    assert_eq!(wait(true, Some(30), Some(60)), 30);
+}
+
 type Break = fn(&mut AgentTask, &mut Vec<ToolContract>, &mut PolicyPack);
 
 /// What is broken, and the field that must be named.
@@ -217,6 +246,37 @@ const BROKEN: &[(&str, &str, Break)] = &[
     ("upstream neither", "ToolContract/tickets spec.upstream", |_, c, _| c[0].spec.upstream.mcp = None),
     ("upstream both", "ToolContract/tickets spec.upstream", |_, c, _| {
         c[0].spec.upstream.http = http("GET", "https://tickets.world.test/", &[]);
+    }),
+    ("idempotency by what may be missing", "ToolContract/tickets spec.idempotency.argument", |_, c, _| {
+        c[0].spec.idempotency = idempotency(Some("severity"), None);
+    }),
+    ("idempotency in a header over mcp", "ToolContract/tickets spec.idempotency.header", |_, c, _| {
+        c[0].spec.idempotency = idempotency(None, Some("idempotency-key"));
+    }),
+    ("idempotency in a header that is taken", "ToolContract/tickets spec.idempotency.header", |_, c, _| {
+        over_http(c, "POST", "https://tickets.world.test/", &[]);
+        c[0].spec.idempotency = idempotency(None, Some("authorization"));
+    }),
+    ("approval by nobody", "ToolContract/tickets spec.approval.approvers", |t, c, _| {
+        asked_by(t);
+        c[0].spec.approval = serde_json::from_value(json!({"approvers": {}})).unwrap();
+    }),
+    ("approval by no cel", "ToolContract/tickets spec.approval.when", |t, c, _| {
+        asked_by(t);
+        c[0].spec.approval = serde_json::from_value(json!({"approvers": {"users": ["a"]}, "when": "args."})).unwrap();
+    }),
+    ("approval by more than there may be", "ToolContract/tickets spec.approval.required", |t, c, _| {
+        asked_by(t);
+        c[0].spec.approval = serde_json::from_value(json!({"approvers": {"users": ["a"]}, "required": 17})).unwrap();
+    }),
+    ("approval and nobody who asked", "metadata.annotations[belay.dev/requested-by]", |_, c, _| {
+        c[0].spec.approval = serde_json::from_value(json!({"approvers": {"users": ["a"]}})).unwrap();
+    }),
+    ("more waiting than the class gives", "spec.limits.approvalWaitSeconds", |t, c, p| {
+        asked_by(t);
+        c[0].spec.approval = serde_json::from_value(json!({"approvers": {"users": ["a"]}})).unwrap();
+        t.spec.limits.approval_wait_seconds = Some(61);
+        p.spec.workflow_classes[0].limits.approval_wait_seconds = Some(60);
     }),
     ("pin", "ToolContract/tickets spec.upstream.mcp.digest", |_, c, _| {
         c[0].spec.upstream.mcp.as_mut().unwrap().digest = Some("AB".repeat(32));

@@ -188,6 +188,9 @@ pub struct Tool {
     pub limits: ToolLimits,
     /// What must hold.
     pub preconditions: Vec<Precondition>,
+    /// What makes two calls one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub idempotency: Option<Idempotency>,
     /// Who must say yes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub approval: Option<Approval>,
@@ -311,6 +314,20 @@ pub struct Precondition {
     pub cel: String,
     /// What the agent is told otherwise.
     pub message: String,
+}
+
+/// What makes two calls of a tool one, see [`ledger`](super::ledger).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Idempotency {
+    /// The argument that tells calls apart; all arguments without.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub argument: Option<String>,
+    /// The header in which the key goes to an HTTP upstream that tells repeats by it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub header: Option<String>,
+    /// Seconds for which a key is remembered.
+    pub window_seconds: i64,
 }
 
 /// Who must say yes to a call, and what that takes.

@@ -19,7 +19,7 @@ use serde_json::Value;
 
 use super::{
     budget::{Budget, Exhausted},
-    config::{PolicyConfig, TaskIdentity, Tool, Usage},
+    config::{Idempotency, PolicyConfig, TaskIdentity, Tool, Usage},
     json,
     rule::Rule,
 };
@@ -183,6 +183,11 @@ impl Contracts {
     /// The policy that was compiled.
     pub fn policy(&self) -> &PolicyConfig {
         &self.policy
+    }
+
+    /// What makes two calls of a tool one.
+    pub fn idempotency(&self, tool: &str) -> Option<&Idempotency> {
+        self.tools.get(tool)?.tool.idempotency.as_ref()
     }
 
     /// The tools, sorted by name.
@@ -492,6 +497,7 @@ mod tests {
                         message: "not yours".into(),
                     },
                 ],
+                idempotency: None,
                 approval: None,
                 side_effect: SideEffect::Write,
             }],

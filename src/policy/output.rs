@@ -73,6 +73,7 @@ mod tests {
             output: Some(json!({"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]})),
             limits: ToolLimits::default(),
             preconditions: vec![],
+            idempotency: None,
             approval: None,
             side_effect: SideEffect::Read,
         };

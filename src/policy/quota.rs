@@ -111,6 +111,7 @@ mod tests {
             output: None,
             limits: ToolLimits { calls, per_minute, ..ToolLimits::default() },
             preconditions: vec![],
+            idempotency: None,
             approval: None,
             side_effect: SideEffect::Read,
         };

@@ -47,6 +47,8 @@ rules! {
     ToolRequestBytes = "tool.requestBytes",
     /// The reply is no longer than the contract lets it be.
     ToolResponseBytes = "tool.responseBytes",
+    /// No call was made under the same idempotency key.
+    ToolIdempotency = "tool.idempotency",
     /// People have approved this exact call.
     ToolApproval = "tool.approval",
     /// The attempt has time left.

@@ -8,12 +8,13 @@ use super::report::{AttemptSummary, Check, Report};
 use crate::{
     evidence::{
         note::{self, VerifierKey},
-        record::{Actor, Approval, AttemptOpened, Channel, Effect, Event, Intent, Outcome, Record, VERSION},
+        record::{Actor, Approval, AttemptOpened, Channel, Effect, Event, Intent, Outcome, Record, Replayed, VERSION},
     },
     policy::{
         approval::{self, Approvals, Asked, Standing},
         budget::Spent,
-        config::{McpUpstream, PolicyConfig, Upstream, Usage},
+        config::{Idempotency, McpUpstream, PolicyConfig, Upstream, Usage},
+        ledger::{self, Found, Ledger},
         price,
     },
 };
@@ -38,11 +39,15 @@ pub(super) struct History {
     /// The definition by which the newest attempt called each tool first.
     definitions: BTreeMap<String, String>,
     approvals: Approvals,
+    ledger: Ledger,
     calls: BTreeMap<String, Call>,
 }
 
 /// A call that has an intent.
 struct Call {
+    key: Option<String>,
+    /// Digest of the reply, once there is one.
+    response: Option<String>,
     seq: u64,
     attempt: i64,
     target: String,
@@ -93,7 +98,11 @@ impl History {
         let mut usage = self.usage;
         match &record.event {
             Event::AttemptOpened(opened) => self.opened(record, opened, origin, &mut blame),
-            Event::Intent(intent) => self.intent(intent, record.attempt, &mut usage, &mut blame),
+            Event::Intent(intent) => {
+                self.key_of(record, intent, &mut blame);
+                self.intent(intent, record.attempt, &mut usage, &mut blame);
+            }
+            Event::Replayed(replayed) => self.replayed(record, replayed, &mut blame),
             Event::Outcome(outcome) => self.outcome(outcome, record.attempt, &mut usage, &mut blame),
             Event::Denied(denied) => {
                 usage.denials = usage.denials.saturating_add(1);
@@ -196,6 +205,7 @@ impl History {
     fn opened(&mut self, record: &Record, opened: &AttemptOpened, origin: &str, blame: &mut Blame<'_>) {
         self.open = true;
         self.loose = false;
+        self.ledger.abandon();
         if self.opened_attempt != record.attempt {
             self.opened_attempt = record.attempt;
             self.definitions.clear();
@@ -254,6 +264,54 @@ impl History {
             }),
         }
         self.policy = Some(opened.policy.clone());
+    }
+
+    /// What makes calls of a tool one, by the newest policy.
+    fn idempotency(&self, tool: &str) -> Option<&Idempotency> {
+        self.policy.as_ref()?.tools.iter().find(|known| known.name == tool)?.idempotency.as_ref()
+    }
+
+    /// A call has the key that its contract makes, and no other call was made under it.
+    fn key_of(&mut self, record: &Record, intent: &Intent, blame: &mut Blame<'_>) {
+        let of = self.idempotency(&intent.target).filter(|_| intent.channel == Channel::Tool);
+        let (of, key) = match (of, &intent.key) {
+            (None, None) => return,
+            (Some(of), Some(key)) => (of, key),
+            (of, _) => {
+                let (expected, found) = if of.is_some() { ("a", "none") } else { ("no", "one") };
+                return blame.add(Check::CallIdempotency, format!("expected {expected} key, found {found}"));
+            }
+        };
+        let digest = intent.request_digest.as_deref().unwrap_or_default();
+        let uid = self.policy.as_ref().map_or("", |policy| policy.task.uid.as_str());
+        // A key of one argument cannot be made again from the log, which has no arguments.
+        let expected = ledger::made_of(uid, &intent.target, digest);
+        if of.argument.is_none() && *key != expected {
+            blame.add(Check::CallIdempotency, format!("expected the key {expected} of these arguments, found {key}"));
+        }
+        // A time that cannot be read is a finding of its own.
+        let now = record.time.parse().unwrap_or(Timestamp::UNIX_EPOCH);
+        let found = self.ledger.find(key, digest, of, now);
+        if found != Found::Free {
+            blame.add(Check::CallIdempotency, format!("expected no call under this key, found {found:?}"));
+        }
+        self.ledger.intend(key, &intent.call, digest, &record.time);
+    }
+
+    /// A result that was given again is that of the call which was made under the key.
+    fn replayed(&self, record: &Record, replayed: &Replayed, blame: &mut Blame<'_>) {
+        let Replayed { call, target, key, request_digest, response_digest } = replayed;
+        let now = record.time.parse().unwrap_or(Timestamp::UNIX_EPOCH);
+        let found = self.idempotency(target).map(|of| self.ledger.find(key, request_digest, of, now));
+        if !matches!(&found, Some(Found::Made(made)) if made.call == *call) {
+            let message = format!("expected call {call} of {target} to have been made under its key, found {found:?}");
+            blame.add(Check::CallIdempotency, message);
+        }
+        let response = self.calls.get(call).and_then(|made| made.response.as_ref());
+        if response != Some(response_digest) {
+            let message = format!("expected the result {response:?} of call {call}, found {response_digest}");
+            blame.add(Check::CallIdempotency, message);
+        }
     }
 
     /// What is said of an approval fits what was said before, what the contract asks for, and who has decided.
@@ -360,7 +418,9 @@ impl History {
             blame.add(Check::CallUnique, format!("expected one intent of call {call}, found a second"));
         } else {
             let (seq, target) = (blame.seq, target.clone());
-            self.calls.insert(call.clone(), Call { seq, attempt, target, reserved, settled: false });
+            let key = intent.key.clone();
+            self.calls
+                .insert(call.clone(), Call { key, response: None, seq, attempt, target, reserved, settled: false });
         }
     }
 
@@ -379,6 +439,10 @@ impl History {
             blame.add(Check::CallOutcome, message);
         }
         call.settled = true;
+        call.response.clone_from(&outcome.response_digest);
+        if let Some(key) = &call.key {
+            self.ledger.settle(key, id, outcome.effect.fate());
+        }
         if outcome.tokens < 0 || outcome.cost_micros < 0 {
             let (tokens, cost) = (outcome.tokens, outcome.cost_micros);
             blame

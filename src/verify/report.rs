@@ -111,6 +111,8 @@ checks! {
     CallOutcome = "call.outcome" Broken,
     /// Each tool call is of a tool in the policy, with that tool's effect, which is allowed.
     CallPolicy = "call.policy" Broken,
+    /// Under one idempotency key one effect, as far as anybody knows, and no result but that call's.
+    CallIdempotency = "call.idempotency" Broken,
     /// Calls that people must approve were approved, each by enough of them, before it, for that very call, and once.
     CallApproval = "call.approval" Broken,
     /// Every call has an outcome; one without may or may not have had its effect.

@@ -9,11 +9,15 @@ use crate::{
     evidence::{
         note,
         note::{Note, Signer, WITNESS_NAME},
-        record::{Actor, Channel, Event, Record},
+        record::{self, Actor, Channel, Event, Record},
         segment::Segment,
         store::Mode,
     },
-    policy::config::{HttpMethod, HttpUpstream, ModelPrice, SideEffect, Upstream},
+    policy::{
+        approval::{Answer, Approvers, Standing, Vote},
+        config::{Approval, HttpMethod, HttpUpstream, Idempotency, ModelPrice, OnTimeout, SideEffect, Upstream},
+        ledger,
+    },
 };
 
 pub(crate) mod script;
@@ -430,4 +434,125 @@ proptest! {
         log.segments.insert(Segment::key(object as u64), bytes.into());
         prop_assert_ne!(run(&script, &log).verdict, Verdict::Valid);
     }
+}
+
+/// Attempt 2 calls `write` by an approval: asked for, given, and used.
+fn approved() -> Script {
+    let mut script = Script::good();
+    change_opened(&mut script, 7, |o| {
+        o.policy.tools[2].approval = Some(Approval {
+            when: None,
+            approvers: Approvers { users: vec!["ana".into(), "bob".into()], groups: vec![] },
+            required: 2,
+            timeout_seconds: 60,
+            on_timeout: OnTimeout::Deny,
+            hold_seconds: 30,
+        });
+        o.policy.task.requester = Some("ci".into());
+        o.policy_digest = o.policy.digest().unwrap();
+    });
+    let vote = |by: &str| Vote { by: by.into(), decision: Answer::Approve, reason: None };
+    let said = |standing, decisions| record::Approval {
+        name: "t-1".into(),
+        uid: "u".into(),
+        tool: "write".into(),
+        request_digest: "ab".repeat(32),
+        required: 2,
+        expires: "2026-11-23T10:01:00Z".into(),
+        standing,
+        decisions,
+    };
+    let asked = Event::ApprovalRequested(said(Standing::Pending, vec![]));
+    let decided = Event::ApprovalDecided(said(Standing::Approved, vec![vote("ana"), vote("bob")]));
+    script.segments[4].splice(1..1, [record(2, asked), record(2, decided)]);
+    change_intent(&mut script, 10, |i| i.approval = Some("t-1".into()));
+    script.count();
+    script
+}
+
+fn change_decided(script: &mut Script, change: impl Fn(&mut record::Approval)) {
+    let Event::ApprovalDecided(approval) = &mut script.at(9).event else { panic!() };
+    change(approval);
+}
+
+/// Approvals that the writers could lie about.
+#[rstest]
+#[case::none_needed(10, |s: &mut Script| change_intent(s, 10, |i| i.approval = None))]
+#[case::another(10, |s: &mut Script| change_intent(s, 10, |i| i.approval = Some("t-2".into())))]
+#[case::other_arguments(10, |s: &mut Script| change_intent(s, 10, |i| i.request_digest = Some("cd".repeat(32))))]
+#[case::never_given(10, |s: &mut Script| { s.segments[4].remove(2); s.count(); })]
+#[case::too_few(9, |s: &mut Script| change_decided(s, |a| drop(a.decisions.pop())))]
+#[case::one_twice(9, |s: &mut Script| change_decided(s, |a| a.decisions[1].by = "ana".into()))]
+#[case::by_the_principal(9, |s: &mut Script| change_decided(s, |a| a.decisions[1].by = "jane@example.com".into()))]
+#[case::by_who_asked(9, |s: &mut Script| change_decided(s, |a| a.decisions[1].by = "ci".into()))]
+#[case::a_no_among_them(9, |s: &mut Script| change_decided(s, |a| a.decisions[1].decision = Answer::Deny))]
+#[case::fewer_than_the_contract(9, |s: &mut Script| change_decided(s, |a| a.required = 1))]
+#[case::for_another_call(9, |s: &mut Script| change_decided(s, |a| a.request_digest = "cd".repeat(32)))]
+#[case::of_another_tool(9, |s: &mut Script| change_decided(s, |a| a.tool = "search".into()))]
+#[case::twice(11, |s: &mut Script| {
+    s.segments[4].push(record(2, intent("e", Channel::Tool, "write", 0)));
+    s.count();
+    change_intent(s, 11, |i| i.approval = Some("t-1".into()));
+})]
+fn an_approval_that_was_not_given_shows(#[case] at: u64, #[case] lie: fn(&mut Script)) {
+    let mut script = approved();
+    let report = run(&script, &script.write());
+    assert_eq!(report.verdict, Verdict::Valid, "{:?}", report.findings);
+    lie(&mut script);
+    let report = run(&script, &script.write());
+    let found = report.findings.iter().find(|finding| finding.rule == Check::CallApproval);
+    // Without its decision the log is one record shorter.
+    let at = if script.segments[4].len() == 3 { at - 1 } else { at };
+    assert_eq!(found.map(|finding| finding.record), Some(Some(at)), "{:?}", report.findings);
+    assert_eq!(report.verdict, Verdict::Invalid);
+}
+
+/// Attempt 2 calls `write`, which is idempotent, and gives its result again.
+fn replayed() -> Script {
+    let mut script = Script::good();
+    change_opened(&mut script, 7, |o| {
+        o.policy.tools[2].idempotency = Some(Idempotency { argument: None, header: None, window_seconds: 3600 });
+        o.policy_digest = o.policy.digest().unwrap();
+    });
+    let key = ledger::made_of(UID, "write", &"ab".repeat(32));
+    change_intent(&mut script, 8, |i| i.key = Some(ledger::made_of(UID, "write", &"ab".repeat(32))));
+    let again = Event::Replayed(record::Replayed {
+        call: "d".into(),
+        target: "write".into(),
+        key,
+        request_digest: "ab".repeat(32),
+        response_digest: "cd".repeat(32),
+    });
+    script.segments[5].insert(1, record(2, again));
+    script.count();
+    script
+}
+
+fn change_replayed(script: &mut Script, change: impl Fn(&mut record::Replayed)) {
+    let Event::Replayed(replayed) = &mut script.at(10).event else { panic!() };
+    change(replayed);
+}
+
+/// Repeats that the writers could lie about.
+#[rstest]
+#[case::no_key(8, |s: &mut Script| change_intent(s, 8, |i| i.key = None))]
+#[case::another_key(8, |s: &mut Script| change_intent(s, 8, |i| i.key = Some("ee".repeat(32))))]
+#[case::another_result(10, |s: &mut Script| change_replayed(s, |r| r.response_digest = "ee".repeat(32)))]
+#[case::another_call(10, |s: &mut Script| change_replayed(s, |r| r.call = "a".into()))]
+#[case::other_arguments(10, |s: &mut Script| change_replayed(s, |r| r.request_digest = "ee".repeat(32)))]
+#[case::before_it_was_made(9, |s: &mut Script| { s.segments[5].swap(0, 1); s.count(); })]
+#[case::a_second_effect(10, |s: &mut Script| {
+    s.at(10).event = intent("e", Channel::Tool, "write", 0);
+    s.count();
+    change_intent(s, 10, |i| i.key = Some(ledger::made_of(UID, "write", &"ab".repeat(32))));
+})]
+fn a_second_effect_under_one_key_shows(#[case] at: u64, #[case] lie: fn(&mut Script)) {
+    let mut script = replayed();
+    let report = run(&script, &script.write());
+    assert_eq!(report.verdict, Verdict::Valid, "{:?}", report.findings);
+    lie(&mut script);
+    let report = run(&script, &script.write());
+    let found = report.findings.iter().find(|finding| finding.rule == Check::CallIdempotency);
+    assert_eq!(found.map(|finding| finding.record), Some(Some(at)), "{:?}", report.findings);
+    assert_eq!(report.verdict, Verdict::Invalid);
 }

@@ -74,6 +74,7 @@ fn lint_texts(texts: &[(&str, &str)]) -> Outcome {
 #[case("contract-cel-function.yaml", 18, "spec.preconditions[0].cel", "`lower`; denies every call")]
 #[case("contract-approval-when-syntax.yaml", 17, "spec.approval.when", "no CEL; correct the expression")]
 #[case("contract-approval-when-types.yaml", 17, "spec.approval.when", "text and a number; asked about every call")]
+#[case("contract-idempotency-argument.yaml", 16, "spec.idempotency.argument", "`case`; add it to input.required")]
 #[case("contract-approval-nobody.yaml", 18, "spec.approval.approvers", "an object; self.approvers.users")]
 #[case("contract-approval-required.yaml", 18, "spec.approval.required", "17; lower it: How many of them must approve")]
 #[case("approval-request.yaml", 2, "kind", "ApprovalRequest; choose one of them")]

@@ -157,6 +157,10 @@ impl View {
         match &record.event {
             Event::AttemptOpened(opened) => self.opened(at, attempt, opened),
             Event::Intent(intent) => self.intent(at, time, intent),
+            Event::Replayed(replayed) => {
+                let text = format!("  {} again: the result of {}", Safe(&replayed.target), Safe(&replayed.call));
+                self.push(at, &paint.dim(text));
+            }
             Event::Outcome(outcome) => self.outcome(at, time, outcome),
             Event::Denied(denied) => self.denied(at, denied),
             Event::ApprovalRequested(asked) => {

@@ -96,6 +96,7 @@ fn facts(channel: Channel, target: &str, effect: Option<SideEffect>) -> IntentFa
         effect,
         definition,
         request_digest: Some(NO_ARGUMENTS.into()),
+        key: None,
         approval: None,
         open: true,
     }

@@ -14,13 +14,14 @@ use crate::{
     evidence::{
         merkle::Tree,
         note::{self, VerifierKey},
-        record::{Actor, Approval, AttemptClosed, Channel, Event, Intent, Outcome, Record, VERSION},
+        record::{Actor, Approval, Channel, Event, Intent, Outcome, Record, Replayed, VERSION},
         segment::Segment,
     },
     gateway::refusal::Refused,
     policy::{
         approval::Approvals,
-        config::{Limits, SideEffect, ToolUsage, Usage},
+        config::{Idempotency, Limits, SideEffect, ToolUsage, Usage},
+        ledger::{Found, Ledger},
         rule::Rule,
     },
 };
@@ -52,6 +53,8 @@ pub struct IntentFacts {
     pub definition: Option<String>,
     /// The digest of the request.
     pub request_digest: Option<String>,
+    /// The idempotency key under which it is made.
+    pub key: Option<String>,
     /// The approval by which it is made.
     pub approval: Option<String>,
     /// Whether it still waits for its outcome.
@@ -59,8 +62,9 @@ pub struct IntentFacts {
 }
 
 /// A call without an outcome.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 struct OpenCall {
+    key: Option<Arc<str>>,
     seq: u64,
     attempt: i64,
     tokens: i64,
@@ -77,8 +81,8 @@ pub struct History {
     opened: bool,
     /// The attempt has seen its containment broken.
     loose: bool,
-    /// The attempt has come to an end from which it does not open again.
-    over: bool,
+    /// The rule by which the attempt has come to an end from which it does not open again.
+    over: Option<Rule>,
     closed: bool,
     key: Option<VerifierKey>,
     limits: Option<Limits>,
@@ -87,6 +91,9 @@ pub struct History {
     /// What has been called: all attempts' calls, and the newest one's definitions.
     tools: BTreeMap<String, ToolUsage>,
     approvals: Arc<Approvals>,
+    /// What makes calls of the attempt's tools one.
+    idempotent: Arc<BTreeMap<String, Idempotency>>,
+    ledger: Arc<Ledger>,
     calls: HashMap<String, OpenCall>,
     intents: BTreeMap<u64, Arc<IntentFacts>>,
 }
@@ -111,6 +118,13 @@ impl History {
         tools
     }
 
+    /// Calls by their idempotency keys, as an attempt that opens now finds them: what is open stays so for ever.
+    pub fn ledger(&self) -> Ledger {
+        let mut ledger = (*self.ledger).clone();
+        ledger.abandon();
+        ledger
+    }
+
     /// The last attempt that opened, 0 before the first.
     pub fn attempt(&self) -> i64 {
         self.attempt
@@ -126,9 +140,9 @@ impl History {
         self.loose
     }
 
-    /// Whether this attempt has come to an end from which it does not open again.
-    pub fn over(&self, attempt: i64) -> bool {
-        self.over && attempt == self.attempt
+    /// The rule by which this attempt has come to an end from which it does not open again.
+    pub fn over(&self, attempt: i64) -> Option<Rule> {
+        self.over.filter(|_| attempt == self.attempt)
     }
 
     /// How many calls of this tool with these arguments were made by an approval.
@@ -188,9 +202,9 @@ impl History {
         if record.v != VERSION {
             return Err(at(record, format!("expected version {VERSION}, found {}", record.v)));
         }
-        if record.time.parse::<jiff::Timestamp>().is_err() {
+        let Ok(time) = record.time.parse::<jiff::Timestamp>() else {
             return Err(at(record, "expected an RFC 3339 time"));
-        }
+        };
         if self.closed {
             return Err(at(record, "expected nothing after task.closed"));
         }
@@ -223,7 +237,7 @@ impl History {
         }
         let mut usage = self.usage;
         match &record.event {
-            Event::AttemptOpened(_) if self.over(record.attempt) => {
+            Event::AttemptOpened(_) if self.over(record.attempt).is_some() => {
                 return Err(at(record, "expected an attempt that is over to stay closed"));
             }
             Event::AttemptOpened(opened) => {
@@ -237,13 +251,31 @@ impl History {
                 }
                 self.tools = self.tools(record.attempt);
                 let allowances = opened.policy.tools.iter();
+                // Those who were to say what became of open calls are gone.
+                Arc::make_mut(&mut self.ledger).abandon();
+                let idempotent = opened.policy.tools.iter();
+                let idempotent = idempotent.filter_map(|tool| Some((tool.name.clone(), tool.idempotency.clone()?)));
+                self.idempotent = Arc::new(idempotent.collect());
                 self.allowances =
                     Arc::new(allowances.filter_map(|tool| Some((tool.name.clone(), tool.limits.calls?))).collect());
-                (self.attempt, self.opened, self.loose, self.over) = (record.attempt, true, false, false);
+                (self.attempt, self.opened, self.loose, self.over) = (record.attempt, true, false, None);
                 (self.key, self.limits) = (Some(key), Some(opened.policy.limits));
             }
-            Event::Intent(intent) => self.intended(record, intent, &mut usage)?,
+            Event::Intent(intent) => self.intended(record, time, intent, &mut usage)?,
             Event::Outcome(outcome) => self.settled(record, outcome, &mut usage)?,
+            Event::Replayed(replayed) => {
+                let Replayed { call, target, key, request_digest, .. } = replayed;
+                let found = match self.idempotent.get(target) {
+                    Some(of) => self.ledger.find(key, request_digest, of, time),
+                    None => return Err(at(record, format!("expected a tool that is idempotent, found {target:?}"))),
+                };
+                if !matches!(found, Found::Made(made) if made.call == *call) {
+                    return Err(at(
+                        record,
+                        format!("expected call {call} to have been made under its key, found {found:?}"),
+                    ));
+                }
+            }
             Event::Denied(_) => usage.denials = usage.denials.saturating_add(1),
             Event::ApprovalRequested(approval) | Event::ApprovalDecided(approval) => {
                 let Approval { name, tool, request_digest, standing, .. } = approval;
@@ -252,7 +284,7 @@ impl History {
             }
             Event::ContainmentChecked(seen) => self.loose |= !seen.contained || !seen.breaches.is_empty(),
             Event::AttemptClosed(closed) => {
-                (self.opened, self.over) = (false, closed.reason != AttemptClosed::AGENT_ENDED);
+                (self.opened, self.over) = (false, closed.rule());
             }
             Event::TaskClosed(_) => self.closed = true,
         }
@@ -263,7 +295,13 @@ impl History {
         Ok(())
     }
 
-    fn intended(&mut self, record: &Record, intent: &Intent, usage: &mut Usage) -> Result<(), Refused> {
+    fn intended(
+        &mut self,
+        record: &Record,
+        time: jiff::Timestamp,
+        intent: &Intent,
+        usage: &mut Usage,
+    ) -> Result<(), Refused> {
         if intent.reserved_tokens < 0 || intent.reserved_cost_micros < 0 {
             return Err(at(record, "expected a reservation of no less than 0"));
         }
@@ -324,6 +362,22 @@ impl History {
                 ),
             ));
         }
+        match (self.idempotent.get(&intent.target).filter(|_| intent.channel == Channel::Tool), &intent.key) {
+            (None, None) => {}
+            (Some(of), Some(key)) => {
+                let digest = intent.request_digest.as_deref().unwrap_or_default();
+                let found = self.ledger.find(key, digest, of, time);
+                if found != Found::Free {
+                    return Err(Refused::denied(
+                        Rule::ToolIdempotency,
+                        format!("record {}: expected no call under this key, found {found:?}", record.seq),
+                    ));
+                }
+                Arc::make_mut(&mut self.ledger).intend(key, &intent.call, digest, &record.time);
+            }
+            (Some(_), None) => return Err(at(record, "expected an idempotency key, found none")),
+            (None, Some(_)) => return Err(at(record, "expected no idempotency key, found one")),
+        }
         if let Some(name) = &intent.approval {
             Arc::make_mut(&mut self.approvals)
                 .used(name, &intent.target, intent.request_digest.as_deref())
@@ -332,6 +386,7 @@ impl History {
         self.calls.insert(
             intent.call.clone(),
             OpenCall {
+                key: intent.key.as_deref().map(Into::into),
                 seq: record.seq,
                 attempt: record.attempt,
                 tokens: intent.reserved_tokens,
@@ -348,6 +403,7 @@ impl History {
                 effect: intent.effect,
                 definition: intent.definition.clone(),
                 request_digest: intent.request_digest.clone(),
+                key: intent.key.clone(),
                 approval: intent.approval.clone(),
                 open: true,
             }),
@@ -364,14 +420,17 @@ impl History {
     }
 
     fn settled(&mut self, record: &Record, outcome: &Outcome, usage: &mut Usage) -> Result<(), Refused> {
-        let call = self.calls.get(&outcome.call).filter(|call| call.attempt == record.attempt).copied();
-        let Some(OpenCall { seq, tokens, cost, .. }) = call else {
+        let call = self.calls.get(&outcome.call).filter(|call| call.attempt == record.attempt).cloned();
+        let Some(OpenCall { key, seq, tokens, cost, .. }) = call else {
             return Err(at(record, format!("expected an open call of this attempt, found {:?}", outcome.call)));
         };
         if outcome.tokens < 0 || outcome.cost_micros < 0 {
             return Err(at(record, "expected no less than 0 tokens, and no less than no cost"));
         }
         self.calls.remove(&outcome.call);
+        if let Some(key) = key {
+            Arc::make_mut(&mut self.ledger).settle(&key, &outcome.call, outcome.effect.fate());
+        }
         if let Some(intent) = self.intents.get_mut(&seq) {
             Arc::make_mut(intent).open = false;
         }

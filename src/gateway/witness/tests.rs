@@ -496,3 +496,99 @@ async fn a_write_is_over_for_a_replica_that_did_not_see_its_outcome() {
     append(&a, &harness.next(vec![outcome("1", 0)])).await.unwrap();
     assert!(!b.intent(&place(), 1).await.unwrap().open);
 }
+
+#[rstest::rstest]
+#[case("agentEnded", None)]
+#[case("wallTime", Some(Rule::WallTime))]
+#[case("denials", Some(Rule::Denials))]
+#[case("unapproved", Some(Rule::ToolApproval))]
+#[case("whatever", Some(Rule::TaskClosed))]
+#[tokio::test]
+async fn an_attempt_that_is_over_does_not_open_again(#[case] reason: &str, #[case] expected: Option<Rule>) {
+    let Setup { a, b, .. } = setup();
+    let mut harness = Harness::new(1);
+    let opened = harness.opened();
+    let closed = Event::AttemptClosed(crate::evidence::record::AttemptClosed { reason: reason.into() });
+    append(&a, &harness.next(vec![opened])).await.unwrap();
+    append(&a, &harness.next(vec![closed])).await.unwrap();
+    // The other replica reads it from the bucket.
+    assert_eq!(open(&b, 1).await.err(), expected);
+    let opened = harness.opened();
+    let again = append(&a, &harness.next(vec![opened])).await.err();
+    assert_eq!(again, expected.map(|_| Rule::LogSegment), "whatever the harness has become");
+    assert_eq!(open(&b, 2).await.err(), None, "another attempt");
+}
+
+/// What a harness may write of approvals and idempotency keys, whatever it has become.
+#[test]
+fn one_call_by_an_approval_and_one_effect_under_a_key() {
+    use crate::{
+        evidence::record::{self, Effect},
+        policy::{approval::Standing, config::Idempotency},
+    };
+    let said = |standing| record::Approval {
+        name: "a".into(),
+        uid: "u".into(),
+        tool: "write".into(),
+        request_digest: "d".into(),
+        required: 1,
+        expires: "2026-11-24T00:00:00Z".into(),
+        standing,
+        decisions: vec![],
+    };
+    let decided = |standing| Event::ApprovalDecided(said(standing));
+    let call = |id: &str, tool: &str, approval: Option<&str>, key: Option<&str>, digest: &str| {
+        let Event::Intent(mut call) = intent(id, Channel::Tool, tool, 0) else { panic!() };
+        (call.approval, call.key) = (approval.map(Into::into), key.map(Into::into));
+        call.request_digest = Some(digest.into());
+        Event::Intent(call)
+    };
+    let by = |id: &str, approval| call(id, "write", approval, None, "d");
+    let under = |id: &str, digest: &str| call(id, "search", None, Some("k"), digest);
+    let ended = |id: &str, effect| {
+        let Event::Outcome(mut ended) = outcome(id, 0) else { panic!() };
+        ended.effect = effect;
+        Event::Outcome(ended)
+    };
+    let again = |id: &str| {
+        Event::Replayed(record::Replayed {
+            call: id.into(),
+            target: "search".into(),
+            key: "k".into(),
+            request_digest: "d".into(),
+            response_digest: "r".into(),
+        })
+    };
+    let (yes, no, asked) = (Standing::Approved, Standing::Denied, Event::ApprovalRequested(said(Standing::Pending)));
+    let table: Vec<(Vec<Event>, Option<Rule>)> = vec![
+        (vec![asked.clone(), decided(yes), by("1", Some("a"))], None),
+        (vec![asked.clone(), by("1", Some("a"))], Some(Rule::ToolApproval)),
+        (vec![by("1", Some("a"))], Some(Rule::ToolApproval)),
+        (vec![decided(no), by("1", Some("a"))], Some(Rule::ToolApproval)),
+        (vec![decided(no), decided(yes)], Some(Rule::LogSegment)),
+        (vec![decided(yes), by("1", Some("a")), by("2", Some("a"))], Some(Rule::ToolApproval)),
+        (vec![decided(yes), call("1", "search", Some("a"), Some("k"), "d")], Some(Rule::ToolApproval)),
+        (vec![under("1", "d"), ended("1", Effect::Applied), again("1")], None),
+        (vec![under("1", "d"), again("1")], Some(Rule::LogSegment)),
+        (vec![again("1")], Some(Rule::LogSegment)),
+        (vec![under("1", "d"), under("2", "d")], Some(Rule::ToolIdempotency)),
+        (vec![under("1", "d"), ended("1", Effect::Applied), under("2", "d")], Some(Rule::ToolIdempotency)),
+        (vec![under("1", "d"), ended("1", Effect::Unknown), under("2", "d")], Some(Rule::ToolIdempotency)),
+        (vec![under("1", "d"), ended("1", Effect::Applied), under("2", "e")], Some(Rule::ToolIdempotency)),
+        (vec![under("1", "d"), ended("1", Effect::NotApplied), under("2", "e")], None),
+        (vec![call("1", "search", None, None, "d")], Some(Rule::LogSegment)),
+        (vec![call("1", "write", None, Some("k"), "d")], Some(Rule::LogSegment)),
+    ];
+    for (events, expected) in table {
+        let mut harness = Harness::new(1);
+        let opened = edit(&harness, |opened| {
+            let search = opened.policy.tools.iter_mut().find(|tool| tool.name == "search").unwrap();
+            search.idempotency = Some(Idempotency { argument: None, header: None, window_seconds: 3600 });
+        });
+        let what = format!("{events:?}");
+        let request = harness.next(std::iter::once(opened).chain(events).collect());
+        let segment = Segment::parse(request.segment.as_bytes()).unwrap();
+        let refused = History::default().extended(&segment, &note::origin(testing::UID)).err();
+        assert_eq!(refused.map(|refused| refused.rule), expected, "{what}");
+    }
+}

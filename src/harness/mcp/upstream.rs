@@ -220,6 +220,7 @@ impl Upstreams {
             definition: None,
             request_digest: None,
             request_bytes: 0,
+            key: None,
             approval: None,
             rules: vec![Rule::ToolKnown],
             model: None,

@@ -387,6 +387,7 @@ fn contracts(limits: Limits, allowed_effects: Vec<SideEffect>) -> PolicyConfig {
             limits: ToolLimits::default(),
             input,
             preconditions,
+            idempotency: None,
             approval: None,
             side_effect: plain.effect,
         }

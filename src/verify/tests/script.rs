@@ -51,6 +51,7 @@ pub(crate) fn policy() -> PolicyConfig {
         output: None,
         limits: ToolLimits { request_bytes: Some(4096), ..ToolLimits::default() },
         preconditions: Vec::new(),
+        idempotency: None,
         approval: None,
         side_effect,
     };
@@ -136,6 +137,7 @@ pub(crate) fn intent(call: &str, channel: Channel, target: &str, reserved_tokens
         definition: (channel == Channel::Tool).then(|| "0d".repeat(32)),
         request_digest: Some("ab".repeat(32)),
         request_bytes: 120,
+        key: None,
         approval: None,
         rules: vec![Rule::ToolKnown, Rule::ToolSchema],
         model: None,

@@ -1,0 +1,184 @@
+//! One effect for calls that are one: the idempotency ledger as the harness keeps it, with results to give again.
+//!
+//! Promises: of calls with one key one is under way at a time, and the others wait for it; what was made is answered from its result,
+//! recorded before the agent gets it; what the witness would refuse is never written. Refuses: results of another harness, which are
+//! not kept: such a call is a denial, not a second effect.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+};
+
+use jiff::{SignedDuration, Timestamp};
+use rmcp::model::CallToolResult;
+use tokio::sync::OwnedMutexGuard;
+
+use super::journal::Journal;
+use crate::{
+    evidence::record::{Event, Replayed},
+    policy::{
+        config::{Idempotency, Tool},
+        decide::{Denial, shorten},
+        ledger::{Found, KEYS, Ledger},
+        rule::Rule,
+    },
+};
+
+/// Longest result that is kept, in bytes of JSON.
+const LONGEST_RESULT: usize = 256 << 10;
+/// Longest results together.
+const LONGEST_RESULTS: usize = 8 << 20;
+/// The witness reads the time of the record, which is written a little later: a key lapses here later than there.
+const SLACK: SignedDuration = SignedDuration::from_secs(1);
+
+/// A result, as the agent got it.
+#[derive(Clone)]
+struct Kept {
+    result: CallToolResult,
+    digest: String,
+}
+
+#[derive(Default)]
+struct Results {
+    of: HashMap<String, Kept>,
+    size: usize,
+}
+
+/// The ledger.
+#[derive(Default)]
+pub struct Once {
+    ledger: Mutex<Ledger>,
+    turns: Mutex<HashMap<String, Weak<tokio::sync::Mutex<()>>>>,
+    results: Mutex<Results>,
+}
+
+/// A key that a call has to itself.
+pub struct Turn {
+    /// The key.
+    pub key: String,
+    _guard: OwnedMutexGuard<()>,
+}
+
+impl Once {
+    /// A ledger that goes on from what the log says.
+    pub fn resume(ledger: Ledger) -> Self {
+        Self { ledger: Mutex::new(ledger), ..Self::default() }
+    }
+
+    /// The ledger. Locked while the journal is, and never the other way round.
+    pub fn ledger(&self) -> MutexGuard<'_, Ledger> {
+        self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until no other call with this key is under way.
+    pub async fn turn(&self, key: String) -> Turn {
+        let turn = {
+            let mut turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
+            if turns.len() >= KEYS {
+                turns.retain(|_, turn| turn.strong_count() > 0);
+            }
+            let known = turns.get(&key).and_then(Weak::upgrade);
+            let turn = known.unwrap_or_default();
+            turns.insert(key.clone(), Arc::downgrade(&turn));
+            turn
+        };
+        Turn { key, _guard: turn.lock_owned().await }
+    }
+
+    /// Whether a call may be made under a key, by what the ledger says now.
+    ///
+    /// # Errors
+    /// [`Rule::ToolIdempotency`] if it may not.
+    pub fn free(ledger: &Ledger, tool: &str, of: &Idempotency, key: &str, digest: &str) -> Result<(), Denial> {
+        match ledger.find(key, digest, of, now()) {
+            Found::Free => Ok(()),
+            found => Err(refusal(tool, &found)),
+        }
+    }
+
+    /// The result that there is of the call that was made under a key; `None` if the call is to be made.
+    ///
+    /// # Errors
+    /// [`Rule::ToolIdempotency`] if it may not be made, and [`Rule::Evidence`] if the answer cannot be recorded.
+    pub async fn answer(
+        &self,
+        journal: &Journal,
+        tool: &Tool,
+        of: &Idempotency,
+        turn: &Turn,
+        digest: &str,
+    ) -> Result<Option<CallToolResult>, Denial> {
+        let made = match self.ledger().find(&turn.key, digest, of, now()) {
+            Found::Free => return Ok(None),
+            Found::Made(made) => made.clone(),
+            found => return Err(refusal(&tool.name, &found)),
+        };
+        let kept = self.results.lock().unwrap_or_else(PoisonError::into_inner).of.get(&made.call).cloned();
+        let Some(kept) = kept else {
+            return Err(denial(format!(
+                "{} was called with this already, as call {} at {}, and that took effect; its result is not kept any more. Do not repeat it: \
+                 read what it changed",
+                shorten(&tool.name),
+                made.call,
+                made.time
+            )));
+        };
+        let replayed = Replayed {
+            call: made.call,
+            target: shorten(&tool.name),
+            key: turn.key.clone(),
+            request_digest: digest.to_owned(),
+            response_digest: kept.digest,
+        };
+        journal.room().await;
+        let record = journal.record(|_, budget| {
+            budget.open()?;
+            // Its window may have closed since.
+            match self.ledger().find(&turn.key, digest, of, Timestamp::now()) {
+                Found::Made(_) => Ok(Event::Replayed(replayed)),
+                found => Err(refusal(&tool.name, &found)),
+            }
+        })?;
+        journal.stored(record).await?;
+        Ok(Some(kept.result))
+    }
+
+    /// Keeps a result to be given again, if it is not too long.
+    pub fn keep(&self, call: String, result: &CallToolResult, digest: Option<&String>) {
+        let size = serde_json::to_vec(result).map_or(usize::MAX, |text| text.len());
+        let mut results = self.results.lock().unwrap_or_else(PoisonError::into_inner);
+        let sum = results.size.saturating_add(size);
+        if let Some(digest) = digest.filter(|_| size <= LONGEST_RESULT && sum <= LONGEST_RESULTS) {
+            results.size = sum;
+            results.of.insert(call, Kept { result: result.clone(), digest: digest.clone() });
+        }
+    }
+}
+
+fn now() -> Timestamp {
+    let now = Timestamp::now();
+    now.checked_sub(SLACK).unwrap_or(now)
+}
+
+fn denial(reason: String) -> Denial {
+    Denial { rule: Rule::ToolIdempotency, reason }
+}
+
+fn refusal(tool: &str, found: &Found<'_>) -> Denial {
+    let tool = shorten(tool);
+    denial(match found {
+        Found::Conflict(made) => format!(
+            "{tool} was called with the same key and other arguments, as call {} at {}: expected the same arguments, or another key",
+            made.call, made.time
+        ),
+        Found::Unknown(made) | Found::Open(made) => format!(
+            "{tool} was called with this already, as call {} at {}, and whether that took effect is not known. Look before it is made again",
+            made.call, made.time
+        ),
+        Found::Full => format!("the task has used its {KEYS} keys; no more calls of {tool}"),
+        Found::Made(made) => format!("{tool} was called with this already, as call {} at {}", made.call, made.time),
+        Found::Free => {
+            format!("the time in which the result of {tool} is given again has just ended; make the call again")
+        }
+    })
+}
