@@ -239,8 +239,7 @@ impl Ballot<'_> {
             match self.write(&requests, &request, &person).await {
                 Ok(DeserializeGuard(Ok(after))) => {
                     let standing = words(&after, Timestamp::now());
-                    let (verb, by) = (verb(self.answer), Safe(&person.name));
-                    writeln!(out, "{verb} by {by}; it is now {}", paint.strong(Safe(&standing)))?;
+                    writeln!(out, "your decision is written; it is now {}", paint.strong(Safe(&standing)))?;
                     return Ok(0);
                 }
                 Ok(DeserializeGuard(Err(e))) => {

@@ -282,7 +282,7 @@ async fn a_decision_is_added_to_those_of_others() {
     let (code, out, _) = server.cast("refund-1", Answer::Approve, Some("fine")).await;
     assert_eq!(code.unwrap(), 0);
     assert!(out.contains("\"amount\": 100"), "{out}");
-    assert!(out.ends_with("approved by ana; it is now approved, 2 of 2 approvals\n"), "{out}");
+    assert!(out.ends_with("your decision is written; it is now approved, 2 of 2 approvals\n"), "{out}");
     assert_eq!(server.writes(), [json!([vote("bob"), vote("ana:fine")])]);
 }
 
