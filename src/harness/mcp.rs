@@ -61,6 +61,13 @@ enum Route {
     Http(Rendered),
 }
 
+/// A way out for a call, and what its intent says of it.
+struct Way {
+    route: Route,
+    effect: SideEffect,
+    definition: Option<String>,
+}
+
 /// A call whose intent is stored.
 struct Allowed {
     tool: Tool,
@@ -198,34 +205,7 @@ impl Tools {
             }
             rules.push(Rule::ToolRequestBytes);
         }
-        let (route, effect, definition) = match &tool.upstream {
-            Upstream::Http(http) => {
-                let malformed =
-                    |error: &dyn std::fmt::Display| Denial { rule: Rule::ToolUrl, reason: error.to_string() };
-                let request = Request::parse(http).map_err(|error| malformed(&error))?;
-                rules.push(Rule::ToolUrl);
-                (Route::Http(request.render(args)?), tool.side_effect, None)
-            }
-            Upstream::Mcp(mcp) => {
-                let ready = self.upstreams.ready(&tool, mcp, Bounds::of(&tool).time).await?;
-                rules.push(Rule::ToolChanged);
-                let effect = ready.definition.tightens(tool.side_effect);
-                if !self.gate.contracts().policy().allowed_effects.contains(&effect) {
-                    return Err(Denial {
-                        rule: Rule::ToolEffect,
-                        reason: format!(
-                            "the contract of {name} says {}, but the upstream itself says that the tool changes something, and the \
-                             workflow class does not allow {}",
-                            tool.side_effect.as_str(),
-                            effect.as_str()
-                        ),
-                    }
-                    .into());
-                }
-                let digest = ready.definition.digest.clone();
-                (Route::Mcp(mcp.clone(), ready), effect, Some(digest))
-            }
-        };
+        let mut way = self.route(&tool, args, &mut rules).await?;
         rules.extend(tool.approval.as_ref().map(|_| Rule::ToolApproval));
         // Last of what is asked: people are not bothered with what something else refuses.
         let approval = match tool.approval.as_ref().filter(|_| needs_approval) {
@@ -236,7 +216,11 @@ impl Tools {
                 let text = canonical::to_bytes(args).map_err(|error| unreadable(error.to_string()))?;
                 let text = String::from_utf8(text).map_err(|error| unreadable(error.to_string()))?;
                 match self.gate.approvals().ask(name, approval, text, digest).await {
-                    Answered::Approved(name) => Some(name),
+                    Answered::Approved(name) => {
+                        // People take their time, in which an upstream may change its mind about the tool.
+                        way = self.route(&tool, args, &mut Vec::new()).await?;
+                        Some(name)
+                    }
                     Answered::Pending(told) => {
                         return Err(Halt::Pending { told, structured: tool.output.is_some() });
                     }
@@ -249,8 +233,8 @@ impl Tools {
         let call = Call {
             channel: Channel::Tool,
             target: name.to_owned(),
-            effect: Some(effect),
-            definition,
+            effect: Some(way.effect),
+            definition: way.definition,
             request_digest: Some(digest.to_owned()),
             request_bytes: bytes,
             key,
@@ -260,7 +244,43 @@ impl Tools {
             reserve: Spent::default(),
         };
         let permit = self.gate.permit(call).await?;
-        Ok(Allowed { tool, route, permit })
+        Ok(Allowed { tool, route: way.route, permit })
+    }
+
+    /// How a call would go out now, with the rules that were asked for that.
+    ///
+    /// # Errors
+    /// The first rule that does not hold.
+    async fn route(&self, tool: &Tool, args: &Map<String, Value>, rules: &mut Vec<Rule>) -> Result<Way, Denial> {
+        let name = tool.name.as_str();
+        let (route, effect, definition) = match &tool.upstream {
+            Upstream::Http(http) => {
+                let malformed =
+                    |error: &dyn std::fmt::Display| Denial { rule: Rule::ToolUrl, reason: error.to_string() };
+                let request = Request::parse(http).map_err(|error| malformed(&error))?;
+                rules.push(Rule::ToolUrl);
+                (Route::Http(request.render(args)?), tool.side_effect, None)
+            }
+            Upstream::Mcp(mcp) => {
+                let ready = self.upstreams.ready(tool, mcp, Bounds::of(tool).time).await?;
+                rules.push(Rule::ToolChanged);
+                let effect = ready.definition.tightens(tool.side_effect);
+                if !self.gate.contracts().policy().allowed_effects.contains(&effect) {
+                    return Err(Denial {
+                        rule: Rule::ToolEffect,
+                        reason: format!(
+                            "the contract of {name} says {}, but the upstream itself says that the tool changes something, and the \
+                             workflow class does not allow {}",
+                            tool.side_effect.as_str(),
+                            effect.as_str()
+                        ),
+                    });
+                }
+                let digest = ready.definition.digest.clone();
+                (Route::Mcp(mcp.clone(), ready), effect, Some(digest))
+            }
+        };
+        Ok(Way { route, effect, definition })
     }
 
     /// The result as the agent gets it, if it fits the contract's output schema, and its digest.
