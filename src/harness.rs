@@ -213,7 +213,7 @@ pub async fn serve(options: Options) -> Result<Ended, HarnessError> {
     let seconds = |count: i64| Duration::from_secs(u64::try_from(count).unwrap_or(0));
     let limits = config.policy.limits;
     let clock = clock::Clock::start(seconds(limits.wall_time_seconds), seconds(limits.approval_wait_seconds));
-    let approvals = approvals::Approvals::new(attempt, link.clone(), journal.clone(), clock.clone());
+    let approvals = approvals::Approvals::new(link.clone(), journal.clone(), clock.clone());
     let quotas = Quotas::resume(&config.policy.tools, &opened.tools);
     let kept = gate::Kept { quotas, once: once::Once::resume(opened.ledger) };
     let tools = mcp::Tools::new(

@@ -17,6 +17,8 @@ use kube::{
 
 use crate::api::PolicyPack;
 
+/// ApprovalRequests as plain data.
+pub mod approval;
 /// CEL preconditions: that they compile, name only what exists and stay shallow.
 pub mod condition;
 /// The rendered policy.

@@ -1,9 +1,9 @@
-//! What harness, operator and gateway say to each other: paths, headers and bodies, and nothing else.
+//! What harness, operator and gateway say to each other: paths, headers and bodies, exit codes, and nothing else.
 //!
 //! Every request carries `authorization: Bearer <token>`: a projected, pod-bound ServiceAccount token of audience
 //! [`AUDIENCE`]. A tunnel carries it as `proxy-authorization`.
 
-use std::{collections::BTreeMap, ops::Not};
+use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
@@ -41,6 +41,15 @@ pub const INTENT: &str = "belay-intent";
 pub const UPSTREAM: &str = "belay-upstream-address";
 /// The rule that refused, on refusals. An upstream cannot set it: the gateway strips it.
 pub const RULE: &str = "belay-rule";
+
+/// Exit code of the containment probe when containment is unproven.
+pub const EXIT_UNPROVEN: u8 = 42;
+/// Exit code of the harness once so many calls were refused that the task is over.
+pub const EXIT_REFUSED_ENOUGH: u8 = 43;
+/// Exit code of the harness once the attempt's wall time is over.
+pub const EXIT_OUT_OF_TIME: u8 = 44;
+/// Exit code of the harness once a call that nobody approved in time has ended the task.
+pub const EXIT_UNAPPROVED: u8 = 45;
 
 /// Opens a task's log for an attempt.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -101,8 +110,6 @@ pub struct AppendReply {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct ApprovalAsk {
-    /// Number of the attempt.
-    pub attempt: i64,
     /// The tool.
     pub tool: String,
     /// The arguments, RFC 8785 JSON.
@@ -134,7 +141,7 @@ pub struct ApprovalReply {
 impl ApprovalReply {
     /// Whether its time is over by this clock. A time that cannot be read is.
     pub fn expired(&self) -> bool {
-        self.expires.parse::<jiff::Timestamp>().is_ok_and(|expires| jiff::Timestamp::now() < expires).not()
+        !self.expires.parse::<jiff::Timestamp>().is_ok_and(|expires| jiff::Timestamp::now() < expires)
     }
 }
 

@@ -337,7 +337,7 @@ async fn approval(State(log): State<Arc<Log>>, axum::Json(ask): axum::Json<Appro
         pod_uid: "pod".into(),
         task: name.clone(),
         task_uid: uid.clone(),
-        attempt: ask.attempt,
+        attempt: 1,
         standing: Standing::Live,
     };
     match approvals::ask(&log.cluster, log.people.as_ref(), &compiled, &principal, &ask, made).await {
@@ -381,17 +381,16 @@ async fn forwarded(log: &Log, request: Request<Body>) -> Result<Response, Refuse
         let to = Destination::Url(&target, &parts.method);
         authorize::listed(&compiled, channel, to)?;
         authorize::intended(&compiled, intent.attempt, channel, to, &intent)?;
-        let request =
-            intent.approval.as_ref().and_then(|name| log.cluster.approval(&compiled.policy.task.namespace, name));
-        if channel == Channel::Tool
-            && let Some(args) = approvals::approved(&compiled, &intent, request.as_deref())?
-            && let Some(http) = compiled.http(&intent.target)
-        {
-            authorize::as_approved(http, &target, &args, &body)?;
-        }
-        if authorize::is_message(&compiled, channel, &parts.method, &intent) {
-            authorize::says(&compiled, channel, &intent, &body)?;
-        }
+        let approved = match channel {
+            Channel::Tool => {
+                authorize::carries_key(&compiled, &intent, &parts.headers)?;
+                let namespace = &compiled.policy.task.namespace;
+                let request = intent.approval.as_ref().and_then(|name| log.cluster.approval(namespace, name));
+                approvals::approved(&compiled, &intent, request.as_deref())?
+            }
+            _ => None,
+        };
+        authorize::content(&compiled, channel, (&target, &parts.method), &intent, approved.as_ref(), &body)?;
     }
     log.saw.lock().unwrap().push(format!(
         "{} {url} {:?} {}",

@@ -222,7 +222,7 @@ async fn start(
     let kept = Kept { quotas: Quotas::resume(&policy.tools, &used), once: Once::resume(ledger) };
     let seconds = |count: i64| Duration::from_secs(u64::try_from(count).unwrap());
     let clock = Clock::start(seconds(limits.wall_time_seconds), seconds(limits.approval_wait_seconds));
-    let approvals = Approvals::new(attempt, link.clone(), journal.clone(), clock.clone());
+    let approvals = Approvals::new(link.clone(), journal.clone(), clock.clone());
     let gate = Arc::new(Gate::new(contracts, outputs, kept, journal, link, clock, approvals));
     let free = || std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let address = free();

@@ -7,20 +7,9 @@ use belay::{
     evidence::record::Pod,
     harness::{self, Ended, Options, probe},
     policy::config::HarnessConfig,
+    wire,
 };
 use clap::{Parser, Subcommand};
-
-/// Exit code of a probe that could not prove containment; the operator knows it.
-const UNPROVEN: u8 = 42;
-
-/// Exit code of a harness that has refused so many calls that the task is over; the operator knows it.
-const REFUSED_ENOUGH: u8 = 43;
-
-/// Exit code of a harness whose attempt has used its wall time; the operator knows it.
-const OUT_OF_TIME: u8 = 44;
-
-/// Exit code of a harness whose task has ended because nobody approved a call in time; the operator knows it.
-const UNAPPROVED: u8 = 45;
 
 /// Enforces an agent's contracts and budgets and writes its evidence.
 #[derive(Parser)]
@@ -95,7 +84,7 @@ async fn main() -> anyhow::Result<ExitCode> {
                 return Ok(ExitCode::SUCCESS);
             }
             tracing::error!(breaches = ?seen.breaches, "containment is not proven; the agent must not start");
-            Ok(ExitCode::from(UNPROVEN))
+            Ok(ExitCode::from(wire::EXIT_UNPROVEN))
         }
         Command::Serve {
             config,
@@ -112,9 +101,9 @@ async fn main() -> anyhow::Result<ExitCode> {
             let options = Options { config, containment, token, pod, kubelet: kubelet(host_ip) };
             Ok(match harness::serve(options).await? {
                 Ended::WithThePod => ExitCode::SUCCESS,
-                Ended::RefusedEnough => ExitCode::from(REFUSED_ENOUGH),
-                Ended::OutOfTime => ExitCode::from(OUT_OF_TIME),
-                Ended::Unapproved => ExitCode::from(UNAPPROVED),
+                Ended::RefusedEnough => ExitCode::from(wire::EXIT_REFUSED_ENOUGH),
+                Ended::OutOfTime => ExitCode::from(wire::EXIT_OUT_OF_TIME),
+                Ended::Unapproved => ExitCode::from(wire::EXIT_UNAPPROVED),
             })
         }
     }

@@ -24,8 +24,9 @@ use super::{
     terminal::{Paint, Safe, safe_json},
 };
 use crate::{
-    api::{ApprovalRequest, ApprovalRequestSpec},
+    api::ApprovalRequest,
     canonical,
+    plan::approval::{asked, votes},
     policy::approval::{Answer, Asked, Standing, Vote, standing},
 };
 
@@ -315,15 +316,6 @@ async fn whoami(client: Client) -> Result<Person, CliError> {
 
 fn not_understood(namespace: &str, name: &str, error: &dyn std::fmt::Display) -> String {
     format!("ApprovalRequest {namespace}/{name} is not one that this belay understands: {error}")
-}
-
-fn votes(request: &ApprovalRequest) -> &[Vote] {
-    request.status.as_ref().map_or(&[], |status| &status.decisions)
-}
-
-fn asked(spec: &ApprovalRequestSpec) -> Asked<'_> {
-    let barred = [Some(spec.principal.as_str()), spec.requester.as_deref()];
-    Asked { required: spec.required, barred, expires: spec.expires_at.0 }
 }
 
 fn stands(request: &ApprovalRequest, now: Timestamp) -> Standing {

@@ -4,7 +4,7 @@
 //! under a name that follows from the call, whichever replicas are asked; it is good until it expires. That it is used once is the
 //! log's to say (the witness). Refuses: counting a vote of the principal or the requester, and a request that somebody else made up.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use futures::future::BoxFuture;
 use jiff::{SignedDuration, Timestamp};
@@ -19,13 +19,10 @@ use super::{
     witness::IntentFacts,
 };
 use crate::{
-    api::{
-        AgentTask, ApprovalRequest, ApprovalRequestSpec,
-        approval_request::{ApprovalRequestStatus, ApprovalTask},
-    },
-    canonical,
+    api::{AgentTask, ApprovalRequest, ApprovalRequestSpec, approval_request::ApprovalTask},
+    canonical, plan,
     policy::{
-        approval::{self, Asked, LONGEST_ARGUMENTS, Standing, Vote},
+        approval::{self, Asked, LONGEST_ARGUMENTS, Standing},
         config::{Approval, PolicyConfig, Tool},
         json,
         rule::Rule,
@@ -80,17 +77,17 @@ pub async fn ask(
     })?;
     let wait = Duration::from_secs(u64::try_from(ask.wait).unwrap_or_default()).min(LONGEST_WAIT);
     let until = tokio::time::Instant::now() + wait;
-    let mut own: Option<ApprovalRequest> = None;
+    // What was made here is known before the watch brings it.
+    let mut own: Option<Arc<ApprovalRequest>> = None;
     loop {
-        let known = cluster.approval(namespace, &name).map(|known| (*known).clone());
-        let known = match known.or_else(|| own.clone()) {
+        let known = match cluster.approval(namespace, &name).or_else(|| own.clone()) {
             Some(known) => known,
             None => {
                 let request = request(&compiled.policy, &owner, principal, &name, contract, ask, made);
                 let created = tokio::time::timeout(TIMEOUT, create.create(namespace.clone(), request)).await;
                 let failed = |e: String| Refused::retry(Rule::ToolApproval, format!("people cannot be asked: {e}"));
                 let created = created.map_err(|_| failed("the API server does not answer".into()))?.map_err(failed)?;
-                own.insert(created).clone()
+                own.insert(Arc::new(created)).clone()
             }
         };
         if !is_for(&known, &compiled.policy, &tool.name, &ask.request_digest) || known.spec.arguments != ask.arguments {
@@ -99,7 +96,7 @@ pub async fn ask(
                 format!("expected ApprovalRequest {name} to be for this call, found one for another; delete it"),
             ));
         }
-        let standing = standing(&known, &compiled.policy, contract);
+        let standing = standing(&known, contract);
         if standing != Standing::Pending || tokio::time::Instant::now() >= until {
             return Ok(ApprovalReply {
                 name,
@@ -107,7 +104,7 @@ pub async fn ask(
                 required: contract.required,
                 expires: known.spec.expires_at.0.to_string(),
                 standing,
-                decisions: decisions(&known).to_vec(),
+                decisions: plan::approval::votes(&known).to_vec(),
             });
         }
         tokio::time::sleep(STEP).await;
@@ -124,8 +121,7 @@ pub fn approved(
     request: Option<&ApprovalRequest>,
 ) -> Result<Option<Value>, Refused> {
     let denied = |reason: String| Err(Refused::denied(Rule::ToolApproval, reason));
-    let tool = compiled.policy.tools.iter().find(|tool| tool.name == intent.target);
-    let contract = tool.and_then(|tool| tool.approval.as_ref());
+    let contract = compiled.policy.tool(&intent.target).and_then(|tool| tool.approval.as_ref());
     let (contract, name) = match (contract, &intent.approval) {
         (None, None) => return Ok(None),
         // With a condition, whether people had to be asked was the harness's to decide: it has what the condition looks at.
@@ -145,7 +141,7 @@ pub fn approved(
     if !is_for(request, &compiled.policy, &intent.target, digest) {
         return denied(format!("expected ApprovalRequest {name} to be for this call, found one for another"));
     }
-    match standing(request, &compiled.policy, contract) {
+    match standing(request, contract) {
         Standing::Approved => json::parse(request.spec.arguments.as_bytes())
             .map(Some)
             .map_err(|e| Refused::denied(Rule::ToolApproval, e.to_string())),
@@ -156,8 +152,8 @@ pub fn approved(
 /// The tool that is asked for, if people approve it and the arguments are what they are said to be.
 fn asked_for<'p>(policy: &'p PolicyConfig, ask: &ApprovalAsk) -> Result<(&'p Tool, &'p Approval), Refused> {
     let denied = |reason: String| Refused::denied(Rule::ToolApproval, reason);
-    let tool = policy.tools.iter().find(|tool| tool.name == ask.tool);
-    let (tool, contract) = tool
+    let (tool, contract) = policy
+        .tool(&ask.tool)
         .and_then(|tool| Some((tool, tool.approval.as_ref()?)))
         .ok_or_else(|| denied(format!("no contract of the task asks people about the tool {:?}", ask.tool)))?;
     if ask.arguments.len() > LONGEST_ARGUMENTS {
@@ -231,15 +227,8 @@ fn is_for(request: &ApprovalRequest, policy: &PolicyConfig, tool: &str, digest: 
 }
 
 /// Where it stands now, by the contract as it is now.
-fn standing(request: &ApprovalRequest, policy: &PolicyConfig, contract: &Approval) -> Standing {
-    let asked = Asked {
-        required: contract.required.max(request.spec.required),
-        barred: [Some(policy.task.principal.as_str()), policy.task.requester.as_deref()],
-        expires: request.spec.expires_at.0,
-    };
-    approval::standing(&asked, decisions(request), Timestamp::now())
-}
-
-fn decisions(request: &ApprovalRequest) -> &[Vote] {
-    request.status.as_ref().map(|ApprovalRequestStatus { decisions }| decisions.as_slice()).unwrap_or_default()
+fn standing(request: &ApprovalRequest, contract: &Approval) -> Standing {
+    let asked = plan::approval::asked(&request.spec);
+    let asked = Asked { required: contract.required.max(asked.required), ..asked };
+    approval::standing(&asked, plan::approval::votes(request), Timestamp::now())
 }

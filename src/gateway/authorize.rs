@@ -13,7 +13,7 @@ use crate::{
     canonical,
     evidence::record::Channel,
     policy::{
-        config::{EgressUse, HttpUpstream, SideEffect, Tool, Upstream},
+        config::{EgressUse, HttpUpstream, SideEffect, Upstream},
         egress,
         hostname::{Authority, AuthorityError},
         json,
@@ -149,7 +149,7 @@ pub fn intended(
             _ => elsewhere(),
         },
         (Channel::Tool, Destination::Url(target, method)) => {
-            let Some(tool) = compiled.policy.tools.iter().find(|tool| tool.name == intent.target) else {
+            let Some(tool) = compiled.policy.tool(&intent.target) else {
                 return Err(Refused::denied(
                     Rule::ToolKnown,
                     format!("no contract of the task is for the tool {:?} any more", intent.target),
@@ -216,12 +216,12 @@ pub fn intended(
             if ![Method::POST, Method::GET, Method::DELETE].contains(method) {
                 return missing(format!("expected POST, GET or DELETE to an MCP server, found {method}"));
             }
-            let is_endpoint = |tool: &&Tool| {
-                tool.name == intent.target
-                    && matches!(&tool.upstream, Upstream::Mcp(mcp) if Target::parse(&mcp.url).as_ref() == Ok(target))
-            };
+            let upstream = compiled.policy.tool(&intent.target).map(|tool| &tool.upstream);
             // The session that a listing opened outlives it: see `says`, by which it carries no calls.
-            if compiled.policy.tools.iter().any(|tool| is_endpoint(&tool)) { Ok(()) } else { elsewhere() }
+            match upstream {
+                Some(Upstream::Mcp(mcp)) if Target::parse(&mcp.url).as_ref() == Ok(target) => Ok(()),
+                _ => elsewhere(),
+            }
         }
         (Channel::Model, Destination::Url(target, _)) => {
             let models = &compiled.policy.models;
@@ -247,11 +247,39 @@ pub fn intended(
     }
 }
 
+/// Whether a request's body says what it is: a message to an MCP server, or a call that people saw. [`content`] judges it then.
+pub fn is_judged(compiled: &Compiled, channel: Channel, method: &Method, intent: &IntentFacts) -> bool {
+    is_message(compiled, channel, method, intent) || intent.approval.is_some()
+}
+
+/// Whether what is sent is what the intent is for, and `approved`, the arguments that people saw, where they did.
+///
+/// # Errors
+/// [`Rule::IntentMissing`] for a message to an MCP server that is something else, [`Rule::Request`] for none, [`Rule::ToolApproval`] for
+/// a request that is not the approved one.
+pub fn content(
+    compiled: &Compiled,
+    channel: Channel,
+    to: (&Target, &Method),
+    intent: &IntentFacts,
+    approved: Option<&Value>,
+    body: &[u8],
+) -> Result<(), Refused> {
+    let (target, method) = to;
+    if is_message(compiled, channel, method, intent) {
+        return says(compiled, channel, intent, body);
+    }
+    match (compiled.policy.tool(&intent.target).map(|tool| &tool.upstream), approved) {
+        (Some(Upstream::Http(http)), Some(args)) => as_approved(http, target, args, body),
+        _ => Ok(()),
+    }
+}
+
 /// Whether a request is the one that the contract's template makes of the arguments that people approved.
 ///
 /// # Errors
 /// [`Rule::ToolApproval`] if it is another.
-pub fn as_approved(http: &HttpUpstream, target: &Target, args: &Value, body: &[u8]) -> Result<(), Refused> {
+fn as_approved(http: &HttpUpstream, target: &Target, args: &Value, body: &[u8]) -> Result<(), Refused> {
     let denied = |reason: String| Refused::denied(Rule::ToolApproval, reason);
     let args = args.as_object().ok_or_else(|| denied("expected approved arguments to be an object".into()))?;
     let request = Request::parse(http).map_err(|e| denied(e.to_string()))?;
@@ -268,7 +296,7 @@ pub fn as_approved(http: &HttpUpstream, target: &Target, args: &Value, body: &[u
 /// # Errors
 /// [`Rule::ToolIdempotency`] if it does not.
 pub fn carries_key(compiled: &Compiled, intent: &IntentFacts, headers: &HeaderMap) -> Result<(), Refused> {
-    let tool = compiled.policy.tools.iter().find(|tool| tool.name == intent.target);
+    let tool = compiled.policy.tool(&intent.target);
     let Some(header) = tool.and_then(|tool| tool.idempotency.as_ref()?.header.as_ref()) else { return Ok(()) };
     let mut found = headers.get_all(header).into_iter();
     match (found.next(), found.next(), &intent.key) {
@@ -281,9 +309,10 @@ pub fn carries_key(compiled: &Compiled, intent: &IntentFacts, headers: &HeaderMa
 }
 
 /// Whether a request is a message to an MCP server, which [`says`] judges.
-pub fn is_message(compiled: &Compiled, channel: Channel, method: &Method, intent: &IntentFacts) -> bool {
-    let is_mcp = |tool: &Tool| tool.name == intent.target && matches!(tool.upstream, Upstream::Mcp(_));
-    let talks = channel == Channel::Listing || (channel == Channel::Tool && compiled.policy.tools.iter().any(is_mcp));
+fn is_message(compiled: &Compiled, channel: Channel, method: &Method, intent: &IntentFacts) -> bool {
+    let tool = compiled.policy.tool(&intent.target);
+    let is_mcp = tool.is_some_and(|tool| matches!(tool.upstream, Upstream::Mcp(_)));
+    let talks = channel == Channel::Listing || (channel == Channel::Tool && is_mcp);
     talks && method == Method::POST
 }
 
@@ -291,13 +320,13 @@ pub fn is_message(compiled: &Compiled, channel: Channel, method: &Method, intent
 ///
 /// # Errors
 /// [`Rule::IntentMissing`] if it is something else, [`Rule::Request`] if it is no message.
-pub fn says(compiled: &Compiled, channel: Channel, intent: &IntentFacts, body: &[u8]) -> Result<(), Refused> {
+fn says(compiled: &Compiled, channel: Channel, intent: &IntentFacts, body: &[u8]) -> Result<(), Refused> {
     let malformed =
         |e: &dyn std::fmt::Display| Refused::malformed(format!("expected one JSON-RPC message to an MCP server: {e}"));
     // Read as strictly as the harness reads what the agent writes: two readers of it cannot disagree.
     let message = json::parse(body).map_err(|e| malformed(&e))?;
     let message: Said = serde_json::from_value(message).map_err(|e| malformed(&e))?;
-    let tool = compiled.policy.tools.iter().find(|tool| tool.name == intent.target);
+    let tool = compiled.policy.tool(&intent.target);
     let (named, arguments) = message.params.map(|params| (params.name, params.arguments)).unwrap_or_default();
     if channel == Channel::Tool {
         let arguments = arguments.unwrap_or_else(|| Value::Object(Map::new()));

@@ -45,7 +45,7 @@ use crate::{
     evidence::store::{Location, Mode, Retention, log_prefix},
     plan,
     policy::{
-        config::{EgressHost, HttpUpstream, PolicyConfig, Upstream},
+        config::{EgressHost, PolicyConfig},
         rule::Rule,
     },
 };
@@ -403,15 +403,6 @@ fn retention(evidence: &EvidencePolicy) -> Retention {
 }
 
 impl Compiled {
-    /// The template of a tool, if it is one over HTTP.
-    pub fn http(&self, tool: &str) -> Option<&HttpUpstream> {
-        let tool = self.policy.tools.iter().find(|known| known.name == tool)?;
-        match &tool.upstream {
-            Upstream::Http(http) => Some(http),
-            Upstream::Mcp(_) => None,
-        }
-    }
-
     /// Where the task's log lies.
     pub fn place(&self) -> Place {
         let task = &self.policy.task;

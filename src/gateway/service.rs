@@ -382,7 +382,7 @@ impl Gateway {
         Span::current().record("host", target.authority.host.as_str());
         let (credential, compiled, intent) =
             self.authorized(principal, channel, Destination::Url(&target, request.method()), headers).await?;
-        let asked_people = match channel {
+        let approved = match channel {
             Channel::Tool => {
                 authorize::carries_key(&compiled, &intent, request.headers())?;
                 let request =
@@ -391,17 +391,10 @@ impl Gateway {
             }
             _ => None,
         };
-        let is_message = authorize::is_message(&compiled, channel, request.method(), &intent);
-        let request = if is_message || asked_people.is_some() {
+        let request = if authorize::is_judged(&compiled, channel, request.method(), &intent) {
             let (parts, body) = request.into_parts();
             let body = forward::whole(body, LARGEST_MESSAGE, BODY_TIME).await?;
-            if is_message {
-                authorize::says(&compiled, channel, &intent, &body)?;
-            } else if let Some(args) = &asked_people
-                && let Some(http) = compiled.http(&intent.target)
-            {
-                authorize::as_approved(http, &target, args, &body)?;
-            }
+            authorize::content(&compiled, channel, (&target, &parts.method), &intent, approved.as_ref(), &body)?;
             Request::from_parts(parts, full(body))
         } else {
             request.map(|body| body.map_err(BoxError::from).boxed_unsync())

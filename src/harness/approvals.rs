@@ -44,7 +44,6 @@ type Key = (String, String);
 
 /// Where people are asked.
 pub struct Approvals {
-    attempt: i64,
     link: Arc<Link>,
     journal: Arc<Journal>,
     clock: Arc<Clock>,
@@ -66,9 +65,9 @@ pub enum Answered {
 
 impl Approvals {
     /// Nothing asked yet.
-    pub fn new(attempt: i64, link: Arc<Link>, journal: Arc<Journal>, clock: Arc<Clock>) -> Arc<Self> {
+    pub fn new(link: Arc<Link>, journal: Arc<Journal>, clock: Arc<Clock>) -> Arc<Self> {
         let (asked, log) = (Mutex::default(), Mutex::default());
-        Arc::new(Self { attempt, link, journal, clock, asked, log, ended: Notify::new() })
+        Arc::new(Self { link, journal, clock, asked, log, ended: Notify::new() })
     }
 
     /// Returns once a request has expired that was to end the task.
@@ -142,7 +141,7 @@ impl Approvals {
         let (sender, known) = watch::channel(None);
         asked.insert(key.clone(), known.clone());
         let (tool, request_digest) = key.clone();
-        let ask = ApprovalAsk { attempt: self.attempt, tool, arguments: arguments.to_owned(), request_digest, wait: 0 };
+        let ask = ApprovalAsk { tool, arguments: arguments.to_owned(), request_digest, wait: 0 };
         tokio::spawn(self.clone().watch(ask, approval.on_timeout, sender));
         Ok(known)
     }

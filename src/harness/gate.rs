@@ -8,7 +8,7 @@ use super::{approvals::Approvals, clock::Clock, journal::Journal, link::Link, on
 use crate::{
     evidence::record::{Channel, Containment, Denied, Effect, Event, Intent, Outcome},
     policy::{
-        budget::Spent,
+        budget::{Budget, Spent},
         config::SideEffect,
         decide::{Arguments, Contracts, Decision, Denial, Known, Results, shorten},
         output::Outputs,
@@ -170,11 +170,6 @@ impl Gate {
         stopped.get_or_insert_with(|| Denial { rule, reason: reason.to_owned() });
     }
 
-    /// Whether the attempt's wall time is over.
-    pub fn out_of_time(&self) -> bool {
-        self.clock.is_over()
-    }
-
     /// Calls by their idempotency keys.
     pub fn once(&self) -> &Once {
         &self.once
@@ -183,11 +178,6 @@ impl Gate {
     /// Where people are asked.
     pub fn approvals(&self) -> &Arc<Approvals> {
         &self.approvals
-    }
-
-    /// The attempt's wall time.
-    pub fn clock(&self) -> &Arc<Clock> {
-        &self.clock
     }
 
     /// Decides over a tool call by what is known now.
@@ -228,7 +218,7 @@ impl Gate {
         if let Some(denial) = &*self.stopped.lock().unwrap_or_else(PoisonError::into_inner) {
             return Err(denial.clone());
         }
-        if self.out_of_time() {
+        if self.clock.is_over() {
             let limit = self.contracts.policy().limits.wall_time_seconds;
             return Err(Denial { rule: Rule::WallTime, reason: format!("the attempt's {limit} s are over") });
         }
@@ -239,7 +229,7 @@ impl Gate {
     ///
     /// # Errors
     /// The rule that refuses it. The refusal is not recorded yet: see [`Gate::deny`].
-    pub async fn permit(self: &Arc<Self>, call: Call) -> Result<Permit, Denial> {
+    pub async fn permit(self: &Arc<Self>, mut call: Call) -> Result<Permit, Denial> {
         self.journal.room().await;
         let (reserved, key) = (call.reserve, call.key.clone());
         let intent = self.journal.record(|seq, budget| {
@@ -247,34 +237,11 @@ impl Gate {
             self.running()?;
             budget.open()?;
             let limits = budget.limits();
-            let mut rules = call.rules;
+            let mut rules = std::mem::take(&mut call.rules);
             rules.push(Rule::WallTime);
             rules.extend(limits.denials.map(|_| Rule::Denials));
             match call.channel {
-                Channel::Tool => {
-                    let mut quotas = self.quotas.lock().unwrap_or_else(PoisonError::into_inner);
-                    let now = u64::try_from(self.clock.elapsed().as_millis()).unwrap_or(u64::MAX);
-                    quotas.check(&call.target, now)?;
-                    let mut approvals = self.approvals.log();
-                    let by = call.approval.as_deref().map(|name| (name, call.request_digest.as_deref()));
-                    let unusable = |reason| Denial { rule: Rule::ToolApproval, reason };
-                    by.map_or(Ok(()), |(name, digest)| approvals.usable(name, &call.target, digest))
-                        .map_err(unusable)?;
-                    let mut ledger = self.once.ledger();
-                    let under = call.key.as_deref().zip(self.contracts.idempotency(&call.target));
-                    let digest = call.request_digest.as_deref().unwrap_or_default();
-                    if let Some((key, of)) = under {
-                        Once::free(&ledger, &call.target, of, key, digest)?;
-                        rules.push(Rule::ToolIdempotency);
-                    }
-                    budget.reserve_tool_call()?;
-                    if let Some((key, _)) = under {
-                        ledger.intend(key, &call_id(seq), digest, &format!("{:.3}", jiff::Timestamp::now()));
-                    }
-                    by.map_or(Ok(()), |(name, digest)| approvals.used(name, &call.target, digest)).map_err(unusable)?;
-                    quotas.take(&call.target, now);
-                    rules.push(Rule::ToolCalls);
-                }
+                Channel::Tool => rules.extend(self.reserve_tool_call(&call, seq, budget)?),
                 Channel::Model => {
                     budget.reserve_model(reserved.tokens, reserved.cost_micros)?;
                     rules.push(Rule::Tokens);
@@ -306,6 +273,36 @@ impl Gate {
                 Err(denial)
             }
         }
+    }
+
+    /// Takes a tool call's place in the budget, its quota, its idempotency key and its approval: all of them, or none. Gives the rules
+    /// that this asked. Called while the journal puts a record in order.
+    fn reserve_tool_call(&self, call: &Call, seq: u64, budget: &mut Budget) -> Result<Vec<Rule>, Denial> {
+        let digest = call.request_digest.as_deref();
+        let mut quotas = self.quotas.lock().unwrap_or_else(PoisonError::into_inner);
+        let (mut approvals, mut ledger) = (self.approvals.log(), self.once.ledger());
+        let under = call.key.as_deref().zip(self.contracts.idempotency(&call.target));
+        let unusable = |reason| Denial { rule: Rule::ToolApproval, reason };
+
+        let now = u64::try_from(self.clock.elapsed().as_millis()).unwrap_or(u64::MAX);
+        quotas.check(&call.target, now)?;
+        if let Some(name) = &call.approval {
+            approvals.usable(name, &call.target, digest).map_err(unusable)?;
+        }
+        if let Some((key, of)) = under {
+            Once::free(&ledger, &call.target, of, key, digest.unwrap_or_default())?;
+        }
+        budget.reserve_tool_call()?;
+
+        quotas.take(&call.target, now);
+        if let Some(name) = &call.approval {
+            approvals.used(name, &call.target, digest).map_err(unusable)?;
+        }
+        if let Some((key, _)) = under {
+            let time = format!("{:.3}", jiff::Timestamp::now());
+            ledger.intend(key, &call_id(seq), digest.unwrap_or_default(), &time);
+        }
+        Ok(under.map(|_| Rule::ToolIdempotency).into_iter().chain([Rule::ToolCalls]).collect())
     }
 
     /// Records a refusal, and gives it back for the agent to be told. Once too many were refused, that is the reason.

@@ -68,13 +68,6 @@ struct Way {
     definition: Option<String>,
 }
 
-/// A call whose intent is stored.
-struct Allowed {
-    tool: Tool,
-    route: Route,
-    permit: Permit,
-}
-
 /// Whether a call is to be made.
 enum Turned {
     /// Each call is one of its own.
@@ -89,13 +82,8 @@ enum Turned {
 enum Halt {
     /// It is refused.
     Denied(Denial),
-    /// People have not decided yet.
-    Pending {
-        /// What the agent is told.
-        told: String,
-        /// Whether the tool promises structured content.
-        structured: bool,
-    },
+    /// People have not decided yet. What the agent is told.
+    Pending(String),
 }
 
 impl From<Denial> for Halt {
@@ -138,14 +126,18 @@ impl Tools {
             Err(denial) => return Err(self.gate.deny(Channel::Tool, name, Some(digest), denial).await),
         };
         let key = turn.as_ref().map(|turn| turn.key.clone());
-        let allowed = self.allow(tool, &args, (&digest, bytes), key.clone(), needs_approval).await;
-        let Allowed { tool, route, permit } = match allowed {
+        let allowed = self.allow(&tool, &args, (&digest, bytes), key.clone(), needs_approval).await;
+        let (route, permit) = match allowed {
             Ok(allowed) => allowed,
             // No refusal: nothing is counted. No error either, at which some agents give up; but where the tool promises a structure,
             // clients look for that in all else.
-            Err(Halt::Pending { told, structured }) => {
+            Err(Halt::Pending(told)) => {
                 let told = vec![ContentBlock::text(told)];
-                return Ok(if structured { CallToolResult::error(told) } else { CallToolResult::success(told) });
+                return Ok(if tool.output.is_some() {
+                    CallToolResult::error(told)
+                } else {
+                    CallToolResult::success(told)
+                });
             }
             Err(Halt::Denied(denial)) => return Err(self.gate.deny(Channel::Tool, name, Some(digest), denial).await),
         };
@@ -184,18 +176,18 @@ impl Tools {
         Ok(made.map_or(Turned::Mine(turn), Turned::Made))
     }
 
-    /// Everything else that is asked before a call leaves, once its contract allows it.
+    /// Everything else that is asked before a call leaves, once its contract allows it. Gives its way, once its intent is stored.
     ///
     /// # Errors
     /// The first rule that does not hold, not recorded yet, or that people have not decided.
     async fn allow(
         &self,
-        tool: Tool,
+        tool: &Tool,
         args: &Map<String, Value>,
         (digest, bytes): (&str, u64),
         key: Option<String>,
         needs_approval: bool,
-    ) -> Result<Allowed, Halt> {
+    ) -> Result<(Route, Permit), Halt> {
         let name = tool.name.as_str();
         let mut rules = TOOL_RULES.to_vec();
         if let Some(most) = tool.limits.request_bytes {
@@ -205,7 +197,7 @@ impl Tools {
             }
             rules.push(Rule::ToolRequestBytes);
         }
-        let mut way = self.route(&tool, args, &mut rules).await?;
+        let mut way = self.route(tool, args, &mut rules).await?;
         rules.extend(tool.approval.as_ref().map(|_| Rule::ToolApproval));
         // Last of what is asked: people are not bothered with what something else refuses.
         let approval = match tool.approval.as_ref().filter(|_| needs_approval) {
@@ -218,12 +210,10 @@ impl Tools {
                 match self.gate.approvals().ask(name, approval, text, digest).await {
                     Answered::Approved(name) => {
                         // People take their time, in which an upstream may change its mind about the tool.
-                        way = self.route(&tool, args, &mut Vec::new()).await?;
+                        way = self.route(tool, args, &mut Vec::new()).await?;
                         Some(name)
                     }
-                    Answered::Pending(told) => {
-                        return Err(Halt::Pending { told, structured: tool.output.is_some() });
-                    }
+                    Answered::Pending(told) => return Err(Halt::Pending(told)),
                     Answered::Refused(denial) => return Err(denial.into()),
                 }
             }
@@ -244,7 +234,7 @@ impl Tools {
             reserve: Spent::default(),
         };
         let permit = self.gate.permit(call).await?;
-        Ok(Allowed { tool, route: way.route, permit })
+        Ok((way.route, permit))
     }
 
     /// How a call would go out now, with the rules that were asked for that.

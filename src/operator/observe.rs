@@ -10,7 +10,7 @@ use k8s_openapi::{
 };
 use kube::ResourceExt;
 
-use crate::{api::agent_task::FailureClass, plan::names};
+use crate::{api::agent_task::FailureClass, plan::names, wire};
 
 /// A pod, as far as decisions go.
 #[derive(Clone, Debug, PartialEq)]
@@ -113,7 +113,7 @@ fn state(status: &ContainerStatus) -> Option<&ContainerState> {
 
 /// The pod's end, if it has come to one that counts.
 fn end(pod: &Pod, status: &PodStatus, agent_ran: bool) -> Option<End> {
-    use FailureClass::{Agent, Budget, Infrastructure, Policy};
+    use FailureClass::{Agent, Budget, Infrastructure};
     let phase = status.phase.as_deref().unwrap_or_default();
     let over = matches!(phase, "Succeeded" | "Failed") || pod.metadata.deletion_timestamp.is_some();
     let agent = find(&status.container_statuses, names::AGENT)
@@ -123,11 +123,8 @@ fn end(pod: &Pod, status: &PodStatus, agent_ran: bool) -> Option<End> {
         .filter(|_| agent_ran);
     let exit_code = agent.map(|ended| ended.exit_code);
     // The harness has closed its log and said so; kubelet starts it again, and nothing in the pod stops the agent.
-    match harness_ended(status) {
-        Some(names::HARNESS_REFUSED_ENOUGH) => return Some(End::new(Policy, "TooManyDenials", exit_code)),
-        Some(names::HARNESS_OUT_OF_TIME) => return Some(End::new(Budget, "DeadlineExceeded", exit_code)),
-        Some(names::HARNESS_UNAPPROVED) => return Some(End::new(Policy, "ApprovalExpired", exit_code)),
-        _ => {}
+    if let Some((class, reason)) = harness_ended(status) {
+        return Some(End::new(class, reason, exit_code));
     }
     // While the harness finishes its log the attempt is still under way.
     if !over {
@@ -183,7 +180,9 @@ fn end(pod: &Pod, status: &PodStatus, agent_ran: bool) -> Option<End> {
         .and_then(|state| state.terminated.as_ref())
         .map(|ended| ended.exit_code);
     Some(match (probe, told) {
-        (Some(names::PROBE_UNPROVEN), _) => End::new(Infrastructure, "ContainmentUnproven", None),
+        (Some(code), _) if code == i32::from(wire::EXIT_UNPROVEN) => {
+            End::new(Infrastructure, "ContainmentUnproven", None)
+        }
         (_, "Evicted" | "Preempting" | "Terminated" | "NodeShutdown") => End::new(Infrastructure, "Evicted", None),
         (_, "NodeLost") => End::new(Infrastructure, "NodeLost", None),
         (
@@ -200,14 +199,17 @@ fn end(pod: &Pod, status: &PodStatus, agent_ran: bool) -> Option<End> {
     })
 }
 
-/// The exit code by which the harness says that the attempt is over, of now or of before it was started again.
-fn harness_ended(status: &PodStatus) -> Option<i32> {
-    use names::{HARNESS_OUT_OF_TIME, HARNESS_REFUSED_ENOUGH, HARNESS_UNAPPROVED};
+/// Why the harness says that the attempt is over, by its exit code of now or of before it was started again.
+fn harness_ended(status: &PodStatus) -> Option<(FailureClass, &'static str)> {
     let harness = find(&status.init_container_statuses, names::HARNESS)?;
     let ends =
         [&harness.state, &harness.last_state].into_iter().flatten().filter_map(|state| state.terminated.as_ref());
-    ends.map(|ended| ended.exit_code)
-        .find(|code| [HARNESS_REFUSED_ENOUGH, HARNESS_OUT_OF_TIME, HARNESS_UNAPPROVED].contains(code))
+    ends.filter_map(|ended| u8::try_from(ended.exit_code).ok()).find_map(|code| match code {
+        wire::EXIT_REFUSED_ENOUGH => Some((FailureClass::Policy, "TooManyDenials")),
+        wire::EXIT_OUT_OF_TIME => Some((FailureClass::Budget, "DeadlineExceeded")),
+        wire::EXIT_UNAPPROVED => Some((FailureClass::Policy, "ApprovalExpired")),
+        _ => None,
+    })
 }
 
 /// When deletion was asked for: the timestamp on a pod is when its grace ends.

@@ -36,16 +36,6 @@ pub const AGENT: &str = "agent";
 pub const HARNESS: &str = "harness";
 /// Init container that proves containment.
 pub const PROBE: &str = "containment-probe";
-/// Exit code of the containment probe when containment is unproven.
-pub const PROBE_UNPROVEN: i32 = 42;
-
-/// Exit code of the harness once so many calls were refused that the task is over.
-pub const HARNESS_REFUSED_ENOUGH: i32 = 43;
-/// Exit code of the harness once the attempt's wall time is over.
-pub const HARNESS_OUT_OF_TIME: i32 = 44;
-/// Exit code of the harness once a call that nobody approved in time has ended the task.
-pub const HARNESS_UNAPPROVED: i32 = 45;
-
 /// Name of everything that belongs to one attempt: pod, NetworkPolicy, ConfigMap.
 pub fn of_attempt(task: &str, attempt: i64) -> String {
     format!("{task}-{attempt}")

@@ -118,6 +118,11 @@ pub struct PolicyConfig {
 }
 
 impl PolicyConfig {
+    /// The tool of that name.
+    pub fn tool(&self, name: &str) -> Option<&Tool> {
+        self.tools.iter().find(|tool| tool.name == name)
+    }
+
     /// Lower-case hex SHA-256 of the RFC 8785 form.
     ///
     /// # Errors

@@ -268,7 +268,7 @@ impl History {
 
     /// What makes calls of a tool one, by the newest policy.
     fn idempotency(&self, tool: &str) -> Option<&Idempotency> {
-        self.policy.as_ref()?.tools.iter().find(|known| known.name == tool)?.idempotency.as_ref()
+        self.policy.as_ref()?.tool(tool)?.idempotency.as_ref()
     }
 
     /// A call has the key that its contract makes, and no other call was made under it.
@@ -321,7 +321,7 @@ impl History {
             blame.add(Check::CallApproval, reason);
         }
         let Some(policy) = &self.policy else { return };
-        let contract = policy.tools.iter().find(|t| t.name == *tool).and_then(|tool| tool.approval.as_ref());
+        let contract = policy.tool(tool).and_then(|tool| tool.approval.as_ref());
         let Some(contract) = contract else {
             return blame.add(Check::CallApproval, format!("expected a tool that needs approval, found {tool}"));
         };
@@ -387,7 +387,7 @@ impl History {
             if *channel == Channel::Tool {
                 let made = self.tool_calls.entry(target.clone()).or_default();
                 *made = made.saturating_add(1);
-                let tool = policy.tools.iter().find(|tool| tool.name == *target);
+                let tool = policy.tool(target);
                 if let Some(most) = tool.and_then(|tool| tool.limits.calls).filter(|most| *made > *most) {
                     let message = format!("expected at most {most} calls of {target}, found {made}");
                     blame.add(Check::UsageLimit, message);
@@ -488,7 +488,7 @@ fn misfit(intent: &Intent, policy: &PolicyConfig) -> Option<String> {
     if intent.channel != Channel::Tool {
         return None;
     }
-    let Some(tool) = policy.tools.iter().find(|t| t.name == intent.target) else {
+    let Some(tool) = policy.tool(&intent.target) else {
         return Some(format!("expected a tool of the policy, found {}", intent.target));
     };
     let Some(effect) = intent.effect.filter(|effect| *effect >= tool.side_effect) else {

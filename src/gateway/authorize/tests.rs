@@ -4,7 +4,7 @@ use super::*;
 use crate::{
     api::policy_pack::{EvidencePolicy, RetentionMode},
     gateway::testing,
-    policy::config::{EgressHost, EgressUse, HttpMethod, HttpUpstream},
+    policy::config::{EgressHost, EgressUse, HttpMethod, HttpUpstream, Idempotency},
 };
 
 /// SHA-256 of `{}`.
@@ -383,5 +383,42 @@ fn what_people_approved_is_the_request(#[case] url: &str, #[case] body: &str, #[
         HttpUpstream { method: HttpMethod::Post, url: "https://api.test/t/{id}".into(), query: vec!["q".into()] };
     let args = serde_json::json!({"id": 7, "q": "x", "text": "a"});
     let found = as_approved(&http, &Target::parse(url).unwrap(), &args, body.as_bytes());
+    assert_eq!(found.map_err(|e| e.rule), expected);
+}
+
+#[rstest]
+#[case::it(&["k"], Ok(()))]
+#[case::none(&[], Err(Rule::ToolIdempotency))]
+#[case::another(&["l"], Err(Rule::ToolIdempotency))]
+#[case::twice(&["k", "k"], Err(Rule::ToolIdempotency))]
+fn an_upstream_gets_the_key_of_the_intent(#[case] sent: &[&'static str], #[case] expected: Result<(), Rule>) {
+    let mut compiled = compiled();
+    compiled.policy.tools[1].idempotency =
+        Some(Idempotency { argument: None, header: Some("idempotency-key".into()), window_seconds: 60 });
+    let intent = IntentFacts { key: Some("k".into()), ..facts(Channel::Tool, "write", Some(SideEffect::Write)) };
+    let mut headers = HeaderMap::new();
+    for key in sent {
+        headers.append("idempotency-key", http::HeaderValue::from_static(key));
+    }
+    assert_eq!(carries_key(&compiled, &intent, &headers).map_err(|e| e.rule), expected);
+}
+
+/// Intents and contracts agree on whether calls are idempotent.
+#[rstest]
+#[case(false, None, Ok(()))]
+#[case(false, Some("k"), Err(Rule::ToolIdempotency))]
+#[case(true, None, Err(Rule::ToolIdempotency))]
+#[case(true, Some("k"), Ok(()))]
+fn an_intent_has_a_key_where_its_contract_says(
+    #[case] idempotent: bool,
+    #[case] key: Option<&str>,
+    #[case] expected: Result<(), Rule>,
+) {
+    let mut compiled = compiled();
+    compiled.policy.tools[1].idempotency =
+        idempotent.then_some(Idempotency { argument: None, header: None, window_seconds: 60 });
+    let intent = IntentFacts { key: key.map(Into::into), ..facts(Channel::Tool, "write", Some(SideEffect::Write)) };
+    let target = Target::parse("https://tools.world.test/mcp").unwrap();
+    let found = intended(&compiled, 1, Channel::Tool, Destination::Url(&target, &Method::POST), &intent);
     assert_eq!(found.map_err(|e| e.rule), expected);
 }
