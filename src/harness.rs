@@ -51,7 +51,10 @@ use crate::{
         note::{self, Signer},
         record::{AttemptClosed, AttemptOpened, Containment, Event, Pod},
     },
-    policy::{budget::Budget, config::HarnessConfig, decide::Contracts, output::Outputs, quota::Quotas, rule::Rule},
+    policy::{
+        access::Guard, budget::Budget, config::HarnessConfig, decide::Contracts, output::Outputs, quota::Quotas,
+        rule::Rule,
+    },
 };
 
 /// Where the harness finds what it needs.
@@ -83,6 +86,9 @@ pub enum HarnessError {
     /// The policy cannot be enforced.
     #[error(transparent)]
     Policy(#[from] crate::policy::decide::CompileError),
+    /// What the pack says to calls cannot be enforced.
+    #[error(transparent)]
+    Pack(#[from] crate::policy::access::CompileError),
     /// An output schema cannot be enforced.
     #[error(transparent)]
     Output(#[from] crate::policy::output::OutputError),
@@ -171,7 +177,8 @@ pub async fn serve(options: Options) -> Result<Ended, HarnessError> {
         return Err(HarnessError::Uncontained(containment.breaches));
     }
     let contracts = Contracts::compile(&config.policy)?;
-    let outputs = Outputs::compile(&config.policy.tools)?;
+    let (guard, outputs) = (Guard::compile(&config.policy)?, Outputs::compile(&config.policy.tools)?);
+    let policy = gate::Compiled { contracts, guard, outputs };
     let policy_digest = config.policy.digest()?;
     let attempt = config.wiring.attempt;
     let uid = config.policy.task.uid.clone();
@@ -215,9 +222,9 @@ pub async fn serve(options: Options) -> Result<Ended, HarnessError> {
     let clock = clock::Clock::start(seconds(limits.wall_time_seconds), seconds(limits.approval_wait_seconds));
     let approvals = approvals::Approvals::new(link.clone(), journal.clone(), clock.clone());
     let quotas = Quotas::resume(&config.policy.tools, &opened.tools);
-    let kept = gate::Kept { quotas, once: once::Once::resume(opened.ledger) };
+    let kept = gate::Kept { quotas, once: once::Once::resume(opened.ledger), seen: opened.seen };
     let tools = mcp::Tools::new(
-        Arc::new(gate::Gate::new(contracts, outputs, kept, journal.clone(), link, clock.clone(), approvals.clone())),
+        Arc::new(gate::Gate::new(policy, kept, journal.clone(), link, clock.clone(), approvals.clone())),
         &opened.tools,
         mcp::LISTING_AGE,
     );

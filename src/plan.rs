@@ -17,6 +17,8 @@ use kube::{
 
 use crate::api::PolicyPack;
 
+/// What a pack says to tool calls.
+pub mod access;
 /// ApprovalRequests as plain data.
 pub mod approval;
 /// CEL preconditions: that they compile, name only what exists and stay shallow.

@@ -3,6 +3,8 @@
 //! Promises: the same input gives the same answer, on any machine and at any time; anything unknown, malformed or
 //! failing is denied. Refuses: input and output of any kind, clocks, Kubernetes.
 
+/// What a pack says to one tool call: data, principal, risk.
+pub mod access;
 /// Whether people said yes to one exact call.
 pub mod approval;
 /// Counters against limits: reserve before, settle after.
@@ -15,6 +17,8 @@ pub mod decide;
 pub mod definition;
 /// Hosts that may be reached, and addresses that may never be.
 pub mod egress;
+/// CEL expressions of contracts and packs, and what they see.
+pub mod expression;
 /// Host names, parsed once.
 pub mod hostname;
 /// JSON that can be read in one way only.
@@ -29,6 +33,8 @@ pub mod price;
 pub mod quota;
 /// Rule identifiers: the vocabulary of denials, evidence and metrics.
 pub mod rule;
+/// How sensitive data is, by the patterns of a pack.
+pub mod sensitivity;
 /// HTTP requests that are made of a tool call's arguments.
 pub mod template;
 /// Prompt estimates and output limits of model requests.

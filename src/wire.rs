@@ -11,7 +11,7 @@ use crate::{
     evidence::record::TaskClosed,
     policy::{
         approval::{Standing, Vote},
-        config::{ToolUsage, Usage},
+        config::{AskedBy, Sensitivity, SideEffect, ToolUsage, Usage},
         ledger::Ledger,
         rule::Rule,
     },
@@ -31,11 +31,13 @@ pub const LOG_SEAL: &str = "/v1/log/seal";
 pub const APPROVAL: &str = "/v1/approval";
 /// Sends one HTTP request to an upstream.
 pub const FORWARD: &str = "/v1/forward";
+/// Calls an HTTP tool: the body is the arguments, as JSON, of which the gateway makes the request by the contract.
+pub const CALL: &str = "/v1/call";
 /// Absolute URL of the upstream, on [`FORWARD`].
 pub const TARGET: &str = "belay-target";
 /// [`Channel`](crate::evidence::record::Channel) of a call, on [`FORWARD`] and `CONNECT`.
 pub const CHANNEL: &str = "belay-channel";
-/// Sequence number of the call's intent record, on [`FORWARD`] and `CONNECT`.
+/// Sequence number of the call's intent record, on [`FORWARD`], [`CALL`] and `CONNECT`.
 pub const INTENT: &str = "belay-intent";
 /// The address that was dialled, on replies.
 pub const UPSTREAM: &str = "belay-upstream-address";
@@ -79,6 +81,9 @@ pub struct OpenReply {
     /// Calls by their idempotency keys.
     #[serde(default)]
     pub ledger: Ledger,
+    /// The most sensitive data that the task has handled.
+    #[serde(default)]
+    pub seen: Sensitivity,
     /// Tokens and tool calls of intents that never got an outcome stay spent; this is their number, for the record.
     pub open_calls: u64,
 }
@@ -110,8 +115,12 @@ pub struct AppendReply {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct ApprovalAsk {
+    /// On whose account.
+    pub by: AskedBy,
     /// The tool.
     pub tool: String,
+    /// What the call may change.
+    pub effect: SideEffect,
     /// The arguments, RFC 8785 JSON.
     pub arguments: String,
     /// Their SHA-256, hex.
@@ -132,6 +141,9 @@ pub struct ApprovalReply {
     pub required: i64,
     /// By when, RFC 3339.
     pub expires: String,
+    /// Why the pack asks.
+    #[serde(default)]
+    pub because: Vec<String>,
     /// Where it stands.
     pub standing: Standing,
     /// Who has decided what.

@@ -80,7 +80,8 @@ fn said(records: &[Record]) -> Vec<String> {
                 Some(format!("{:?} {}", asked.standing, number(&asked.name)).to_lowercase())
             }
             Event::Intent(intent) if intent.channel == belay::evidence::record::Channel::Tool => {
-                Some(intent.approval.as_deref().map_or("made".into(), |name| format!("made by {}", number(name))))
+                let by: Vec<String> = intent.approvals.iter().map(|name| number(name).to_string()).collect();
+                Some(if by.is_empty() { "made".into() } else { format!("made by {}", by.join(" and ")) })
             }
             Event::Denied(denied) => Some(denied.rule.as_str().to_owned()),
             _ => None,

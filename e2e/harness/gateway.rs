@@ -15,7 +15,7 @@ use axum::{
     Router,
     body::{Body, Bytes},
     extract::State,
-    http::{HeaderMap, HeaderName, HeaderValue, Request, StatusCode, header},
+    http::{HeaderMap, HeaderName, HeaderValue, Request, StatusCode, header, request::Parts},
     response::{IntoResponse, Response},
     routing::{any, post},
 };
@@ -41,10 +41,10 @@ use belay::{
         pool::Pool,
         refusal::Refused,
         resolve::Resolve,
-        witness::History,
+        witness::{History, IntentFacts},
     },
     policy::{
-        approval::{Answer, Vote},
+        approval::{Answer, Exact, Vote},
         config::{PolicyConfig, TaskIdentity},
         egress::Blocked,
         hostname::Hostname,
@@ -70,6 +70,7 @@ use rmcp::{
         SseError, StreamableHttpClient, StreamableHttpError, StreamableHttpPostResponse,
     },
 };
+use serde_json::Value;
 use sse_stream::Sse;
 use tokio::net::TcpStream;
 use tower::Service;
@@ -174,6 +175,7 @@ impl Gateway {
             .route(wire::LOG_APPEND, post(append))
             .route(wire::APPROVAL, post(approval))
             .route(wire::FORWARD, any(forward))
+            .route(wire::CALL, post(call))
             .with_state(state.clone());
         tokio::spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
@@ -282,18 +284,9 @@ impl Fetch for Nothing {
 }
 
 fn compiled(policy: &PolicyConfig) -> Compiled {
-    Compiled {
-        policy: policy.clone(),
-        digest: policy.digest().unwrap(),
-        egress: policy.egress.clone(),
-        credentials: policy.egress.iter().map(|_| None).collect(),
-        evidence: EvidencePolicy {
-            bucket: "evidence".into(),
-            prefix: None,
-            mode: RetentionMode::Compliance,
-            retention_days: 1,
-        },
-    }
+    let evidence =
+        EvidencePolicy { bucket: "evidence".into(), prefix: None, mode: RetentionMode::Compliance, retention_days: 1 };
+    Compiled::new(policy.clone(), policy.egress.iter().map(|_| None).collect(), evidence).unwrap()
 }
 
 async fn open(State(log): State<Arc<Log>>, axum::Json(request): axum::Json<OpenRequest>) -> impl IntoResponse {
@@ -305,6 +298,7 @@ async fn open(State(log): State<Arc<Log>>, axum::Json(request): axum::Json<OpenR
         usage: history.usage(),
         tools: history.tools(request.attempt),
         ledger: history.ledger(),
+        seen: history.seen(),
         open_calls: u64::try_from(history.open_calls()).unwrap(),
     })
 }
@@ -329,7 +323,8 @@ async fn append(State(log): State<Arc<Log>>, axum::Json(request): axum::Json<App
 
 async fn approval(State(log): State<Arc<Log>>, axum::Json(ask): axum::Json<ApprovalAsk>) -> Response {
     let compiled = compiled(&log.compiled.lock().unwrap().policy);
-    let made = log.history.lock().unwrap().approved_calls(&ask.tool, &ask.request_digest);
+    let call = Exact { by: ask.by, tool: ask.tool.clone(), digest: ask.request_digest.clone() };
+    let before = log.history.lock().unwrap().before(&call);
     let TaskIdentity { namespace, name, uid, .. } = &compiled.policy.task;
     let principal = Principal {
         namespace: namespace.clone(),
@@ -340,24 +335,34 @@ async fn approval(State(log): State<Arc<Log>>, axum::Json(ask): axum::Json<Appro
         attempt: 1,
         standing: Standing::Live,
     };
-    match approvals::ask(&log.cluster, log.people.as_ref(), &compiled, &principal, &ask, made).await {
+    match approvals::ask(&log.cluster, log.people.as_ref(), &compiled, &principal, &ask, before).await {
         Ok(reply) => axum::Json(reply).into_response(),
         Err(refused) => refusal(&refused),
     }
 }
 
 async fn forward(State(log): State<Arc<Log>>, request: Request<Body>) -> Response {
-    match forwarded(&log, request).await {
-        Ok(reply) => reply,
-        Err(refused) => refusal(&refused),
-    }
+    forwarded(&log, request).await.unwrap_or_else(|refused| refusal(&refused))
 }
 
-/// As the gateway's service does it, once it knows who asks.
-async fn forwarded(log: &Log, request: Request<Body>) -> Result<Response, Refused> {
+async fn call(State(log): State<Arc<Log>>, request: Request<Body>) -> Response {
+    called(&log, request).await.unwrap_or_else(|refused| refusal(&refused))
+}
+
+/// What the gateway's service does once it knows who asks: the intent, and the request without what is between the two.
+async fn intended(log: &Log, request: Request<Body>) -> Result<(IntentFacts, Parts, Bytes), Refused> {
     let (mut parts, body) = request.into_parts();
     assert_eq!(parts.headers[header::AUTHORIZATION], "Bearer the-token");
     parts.headers.remove(header::AUTHORIZATION);
+    let seq = parts.headers[wire::INTENT].to_str().unwrap().parse().unwrap();
+    let body = body.collect().await.unwrap().to_bytes();
+    let intent = log.history.lock().unwrap().intent(seq).cloned();
+    let intent = intent.ok_or_else(|| Refused::denied(Rule::IntentMissing, "a call came before its intent"))?;
+    Ok((intent, parts, body))
+}
+
+async fn forwarded(log: &Log, request: Request<Body>) -> Result<Response, Refused> {
+    let (intent, parts, body) = intended(log, request).await?;
     let header = |name: &str| parts.headers[name].to_str().unwrap().to_owned();
     let channel = match header(wire::CHANNEL).as_str() {
         "tool" => Channel::Tool,
@@ -365,41 +370,51 @@ async fn forwarded(log: &Log, request: Request<Body>) -> Result<Response, Refuse
         "model" => Channel::Model,
         _ => Channel::Egress,
     };
-    let url = header(wire::TARGET);
-    let target = Target::parse(&url)?;
-    let intent = {
-        let history = log.history.lock().unwrap();
-        let seq = header(wire::INTENT).parse().unwrap();
-        history
-            .intent(seq)
-            .cloned()
-            .ok_or_else(|| Refused::denied(Rule::IntentMissing, "a call came before its intent"))?
-    };
-    let body = body.collect().await.unwrap().to_bytes();
+    let target = Target::parse(&header(wire::TARGET))?;
     {
         let compiled = log.compiled.lock().unwrap();
         let to = Destination::Url(&target, &parts.method);
         authorize::listed(&compiled, channel, to)?;
         authorize::intended(&compiled, intent.attempt, channel, to, &intent)?;
-        let approved = match channel {
-            Channel::Tool => {
-                authorize::carries_key(&compiled, &intent, &parts.headers)?;
-                let namespace = &compiled.policy.task.namespace;
-                let request = intent.approval.as_ref().and_then(|name| log.cluster.approval(namespace, name));
-                approvals::approved(&compiled, &intent, request.as_deref())?
-            }
-            _ => None,
-        };
-        authorize::content(&compiled, channel, (&target, &parts.method), &intent, approved.as_ref(), &body)?;
+        if authorize::is_message(&compiled, channel, &parts.method, &intent)
+            && let Some(arguments) = authorize::says(&compiled, channel, &intent, &body)?
+        {
+            judged(log, &compiled, &intent, &arguments)?;
+        }
     }
+    send(log, &target, Request::from_parts(parts, body)).await
+}
+
+async fn called(log: &Log, request: Request<Body>) -> Result<Response, Refused> {
+    let (intent, _, body) = intended(log, request).await?;
+    let (target, request) = {
+        let compiled = log.compiled.lock().unwrap();
+        let arguments = authorize::arguments(&intent, &body)?;
+        let (target, request) = authorize::request(&compiled, intent.attempt, &intent, &arguments)?;
+        authorize::listed(&compiled, Channel::Tool, Destination::Url(&target, request.method()))?;
+        judged(log, &compiled, &intent, &arguments)?;
+        (target, request)
+    };
+    send(log, &target, request).await
+}
+
+fn judged(log: &Log, compiled: &Compiled, intent: &IntentFacts, arguments: &Value) -> Result<(), Refused> {
+    let needed = authorize::judge(compiled, intent, arguments)?;
+    let find = |name: &str| log.cluster.approval(&compiled.policy.task.namespace, name);
+    approvals::approved(compiled, intent, arguments, &needed, find)
+}
+
+async fn send(log: &Log, target: &Target, request: Request<Bytes>) -> Result<Response, Refused> {
     log.saw.lock().unwrap().push(format!(
-        "{} {url} {:?} {}",
-        parts.method,
-        parts.headers,
-        String::from_utf8_lossy(&body)
+        "{} {}://{}{} {:?} {}",
+        request.method(),
+        if target.secure { "https" } else { "http" },
+        target.host_header(),
+        target.path,
+        request.headers(),
+        String::from_utf8_lossy(request.body())
     ));
-    let request = Request::from_parts(parts, full(body));
-    let reply = forward::forward(&log.dialer, Some(&log.pool), &target, None, request, ()).await?;
+    let reply = forward::forward(&log.dialer, Some(&log.pool), target, None, request.map(full), ()).await?;
     Ok(reply.map(Body::new))
 }
 

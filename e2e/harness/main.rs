@@ -1,12 +1,14 @@
 //! Real clients against the harness: MCP clients (rmcp's, the official Python and TypeScript SDKs, the conformance suite), HTTP, a
 //! proxy client. Behind it are the gateway's own witnessing, authorisation and forwarding, and servers on loopback.
 
+mod access;
 mod approvals;
 mod contracts;
 mod gateway;
 mod once;
 mod peers;
 mod upstreams;
+mod verify;
 
 use std::{
     net::SocketAddr,
@@ -23,7 +25,7 @@ use belay::{
     harness::{
         approvals::Approvals,
         clock::Clock,
-        gate::{Gate, Kept},
+        gate::{Compiled, Gate, Kept},
         journal,
         link::Link,
         mcp::Tools,
@@ -31,11 +33,12 @@ use belay::{
         server,
     },
     policy::{
+        access::Guard,
         budget::Budget,
         config::{
-            EgressHost, EgressUse, HttpMethod, HttpUpstream, Limits, McpUpstream, ModelEndpoints, ModelPrice,
-            PackIdentity, PolicyConfig, Precondition, Probe, SideEffect, TaskIdentity, Tool, ToolLimits, Upstream,
-            Usage, Wiring,
+            Access, DataClass, EgressHost, EgressUse, HttpMethod, HttpUpstream, Limits, McpUpstream, ModelEndpoints,
+            ModelPrice, PackIdentity, PolicyConfig, Precondition, Probe, SideEffect, TaskIdentity, Tool, ToolLimits,
+            Upstream, Usage, Wiring,
         },
         decide::Contracts,
         output::Outputs,
@@ -89,8 +92,11 @@ fn tool(name: &str, upstream: Upstream, side_effect: SideEffect) -> Tool {
         limits: ToolLimits::default(),
         preconditions: vec![],
         idempotency: None,
+        verify: None,
         approval: None,
         side_effect,
+        data: DataClass::default(),
+        redact: vec![],
     }
 }
 
@@ -122,8 +128,13 @@ fn policy(limits: Limits) -> PolicyConfig {
     let pay = Tool { input: text.clone(), ..tool("pay", over_mcp("echo"), SideEffect::External) };
     let say =
         Tool { input: text, preconditions: vec![precondition], ..tool("say", over_mcp("echo"), SideEffect::Write) };
-    let host =
-        |host: &str, ports: &[u16], uses| EgressHost { host: host.into(), ports: ports.to_vec(), uses: vec![uses] };
+    let host = |host: &str, ports: &[u16], uses| EgressHost {
+        host: host.into(),
+        ports: ports.to_vec(),
+        uses: vec![uses],
+        credential: None,
+        barred: false,
+    };
     PolicyConfig {
         task: TaskIdentity {
             namespace: "n".into(),
@@ -153,6 +164,7 @@ fn policy(limits: Limits) -> PolicyConfig {
             host("everything.test", &[80], EgressUse::Tools),
             host("models.test", &[80], EgressUse::Models),
         ],
+        access: Access::default(),
     }
 }
 
@@ -195,6 +207,7 @@ async fn start(
     let signer = Signer::generate(&note::attempt_key_name("uid", attempt)).unwrap();
     let key = signer.verifier().to_string();
     let (budget, used, ledger) = (Budget::resume(limits, opened.usage), opened.tools.clone(), opened.ledger.clone());
+    let seen = opened.seen;
     let tree = Tree::from_frontier(opened.size, opened.decoded_frontier().unwrap()).unwrap();
     let start = journal::Start { attempt, tree, signer, origin: note::origin("uid"), budget };
     let journal = journal::Journal::start(start, link.clone());
@@ -218,12 +231,13 @@ async fn start(
     let first = journal.record(|_, _| Ok(Event::AttemptOpened(Box::new(opened)))).unwrap();
     journal.stored(first).await.unwrap();
     let contracts = Contracts::compile(policy).unwrap();
-    let outputs = Outputs::compile(&policy.tools).unwrap();
-    let kept = Kept { quotas: Quotas::resume(&policy.tools, &used), once: Once::resume(ledger) };
+    let (guard, outputs) = (Guard::compile(policy).unwrap(), Outputs::compile(&policy.tools).unwrap());
+    let compiled = Compiled { contracts, guard, outputs };
+    let kept = Kept { quotas: Quotas::resume(&policy.tools, &used), once: Once::resume(ledger), seen };
     let seconds = |count: i64| Duration::from_secs(u64::try_from(count).unwrap());
     let clock = Clock::start(seconds(limits.wall_time_seconds), seconds(limits.approval_wait_seconds));
     let approvals = Approvals::new(link.clone(), journal.clone(), clock.clone());
-    let gate = Arc::new(Gate::new(contracts, outputs, kept, journal, link, clock, approvals));
+    let gate = Arc::new(Gate::new(compiled, kept, journal, link, clock, approvals));
     let free = || std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let address = free();
     server::listen(Tools::new(gate.clone(), &used, LISTING_AGE), address, free()).await.unwrap();

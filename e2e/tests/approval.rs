@@ -1,6 +1,6 @@
 //! People say yes: an unmodified agent on the OpenAI Agents SDK opens its ticket once somebody who may has approved that very ticket.
 
-use belay::api::{AgentTask, ApprovalRequest, agent_task::Phase};
+use belay::api::{AgentTask, ApprovalRequest, PolicyPack, agent_task::Phase};
 use k8s_openapi::api::rbac::v1::RoleBinding;
 use kube::{
     Api, ResourceExt,
@@ -8,7 +8,7 @@ use kube::{
 };
 use serde_json::{Value, json};
 
-use crate::support::{World, belay, condition, phase, setting};
+use crate::support::{World, belay, class, condition, phase, setting};
 
 const CONTRACTS: &str = include_str!("../demo/manifests/contracts.yaml");
 const TASK: &str = include_str!("../demo/manifests/task.yaml");
@@ -49,11 +49,11 @@ impl As {
     }
 }
 
-/// The demo's task in a namespace of its own, whose tickets somebody has to approve.
-async fn triage(world: &World, approval: Value) {
+/// The demo's task in a namespace of its own, with more in the contract of its tickets.
+async fn triage(world: &World, more: &str) {
     let own = |manifests: &str| manifests.replace("namespace: belay-demo", &format!("namespace: {}", world.namespace));
     let marker = "  tool: open_ticket\n  description";
-    let asking = format!("  approval: {approval}\n{marker}");
+    let asking = format!("  {more}\n{marker}");
     let contracts = own(CONTRACTS);
     assert!(contracts.contains(marker));
     world.kubectl_apply(&contracts.replace(marker, &asking));
@@ -91,7 +91,7 @@ async fn asked(world: &World) -> ApprovalRequest {
 #[tokio::test]
 async fn an_agents_ticket_waits_for_the_right_person() {
     let world = World::governed("approval", "dev").await;
-    triage(&world, json!({"approvers": {"groups": ["oncall"]}, "holdSeconds": 90})).await;
+    triage(&world, "approval: {approvers: {groups: [oncall]}, holdSeconds: 90}").await;
     let request = asked(&world).await;
     let name = request.name_any();
     let arguments: Value = serde_json::from_str(&request.spec.arguments).unwrap();
@@ -120,7 +120,7 @@ async fn an_agents_ticket_waits_for_the_right_person() {
     let kinds: Vec<&str> = records.iter().filter_map(|record| record["kind"].as_str()).collect();
     let at = |kind: &str| kinds.iter().position(|found| *found == kind).unwrap_or_else(|| panic!("no {kind}"));
     assert!(at("approval.requested") < at("approval.decided"));
-    let made = records.iter().filter(|record| record["approval"] == name.as_str()).count();
+    let made = records.iter().filter(|record| record["approvals"] == json!([name])).count();
     assert_eq!(made, 1, "expected one call by the approval");
     let (code, report) = world.verify("triage");
     assert_eq!((code, report["verdict"].as_str()), (0, Some("VALID")), "{report:#}");
@@ -130,10 +130,68 @@ async fn an_agents_ticket_waits_for_the_right_person() {
 #[tokio::test]
 async fn a_task_may_end_when_nobody_approves_in_time() {
     let world = World::governed("unapproved", "dev").await;
-    triage(&world, json!({"approvers": {"groups": ["oncall"]}, "timeoutSeconds": 5, "onTimeout": "EndTask"})).await;
+    triage(&world, "approval: {approvers: {groups: [oncall]}, timeoutSeconds: 5, onTimeout: EndTask}").await;
     let task = world.ended("triage", 120).await;
     let status = task.status.clone().unwrap();
     assert_eq!(status.reason.as_deref(), Some("ApprovalExpired"), "{status:?}");
+    let (code, report) = world.verify("triage");
+    assert_eq!((code, report["verdict"].as_str()), (0, Some("VALID")), "{report:#}");
+    world.clean().await;
+}
+
+/// The pack asks, not the contract; its approvers see why, and not what the contract redacts. The ticket service takes the one credential
+/// that the pack has for this principal.
+#[tokio::test]
+async fn a_pack_has_people_asked_and_a_credential_for_the_principal() {
+    let mut class = class(
+        "triage",
+        "gvisor",
+        json!([
+            {"host": "models.world.test", "uses": ["Models"], "credentials": [{"secret": "world-model-key", "key": "token"}]},
+            {"host": "files.world.test", "uses": ["Tools"]},
+            {"host": "tickets.world.test", "uses": ["Tools"], "credentials": [
+                {"secret": "nobodys-key", "key": "token", "principals": ["somebody-else@example.com"]},
+                {"secret": "world-ticket-key", "key": "token", "principals": ["oncall@*"]},
+            ]},
+            {"host": "docs.world.test", "uses": ["Direct"]},
+        ]),
+    );
+    class["limits"]["wallTimeSeconds"] = 3600.into();
+    let world = World::new("pack-asks", json!([class])).await;
+    let pack = json!({
+        "spec": {
+            "rules": [
+                {"name": "by-contract", "decision": "Allow"},
+                {"name": "tickets-are-seen", "tools": ["open_*"], "effects": ["write"], "decision": "RequireApproval"},
+            ],
+            "risk": {
+                "terms": [{"name": "change", "when": "effect != 'read'", "points": 40}],
+                "approveAt": 40,
+            },
+            "approval": {"approvers": {"groups": ["oncall"]}, "holdSeconds": 90},
+        },
+    });
+    let packs: Api<PolicyPack> = Api::all(world.client.clone());
+    packs.patch(&world.namespace, &PatchParams::default(), &Patch::Merge(&pack)).await.expect("cannot change the pack");
+    triage(&world, "redact: [/title]").await;
+    let request = asked(&world).await;
+    let name = request.name_any();
+    assert_eq!(request.spec.because, ["rule tickets-are-seen", "risk 40 (change 40)"]);
+    let shown: Value = serde_json::from_str(&request.spec.arguments).unwrap();
+    assert_eq!((&shown["title"], &shown["severity"]), (&json!("[redacted]"), &json!("high")));
+    let (code, text) = As::new("ana").belay(&["approvals", "-n", &world.namespace]);
+    assert!(code == 0 && text.contains("by the pack") && text.contains("rule tickets-are-seen"), "{text}");
+    let (code, text) = As::new("ana").belay(&["approve", &name, "-n", &world.namespace]);
+    assert_eq!(code, 0, "{text}");
+
+    let task = world.ended("triage", 180).await;
+    assert_eq!(phase(&task), Some(Phase::Succeeded), "{:?}", task.status);
+    assert_eq!(tickets(), 1);
+    let pod = task.status.as_ref().unwrap().attempts.last().unwrap().pod.clone();
+    let records = world.records(&pod).await;
+    let made: Vec<&Value> = records.iter().filter(|record| record["approvals"] == json!([name])).collect();
+    let [made] = made.as_slice() else { panic!("expected one call by the approval, found {made:#?}") };
+    assert_eq!(made["assessment"]["risk"], json!({"score": 40, "terms": ["change"]}));
     let (code, report) = world.verify("triage");
     assert_eq!((code, report["verdict"].as_str()), (0, Some("VALID")), "{report:#}");
     world.clean().await;

@@ -5,7 +5,10 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::policy::approval::{Approvers, Vote};
+use crate::policy::{
+    approval::{Approvers, Vote},
+    config::AskedBy,
+};
 
 /// One exact call that waits for people. The gateway makes it, and nobody changes it; people put their decisions into its status, by
 /// `kubectl belay approve` and `deny` or by editing it. It is good for one call, before it expires.
@@ -44,13 +47,20 @@ pub struct ApprovalRequestSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 1024))]
     pub requester: Option<String>,
+    /// On whose account people are asked: the tool's contract's, or the pack's. A call may need both.
+    pub requested_by: AskedBy,
+    /// Why the pack asks: the rules that require it, the risk and what made it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 129), inner(length(max = 8_192)))]
+    pub because: Vec<String>,
     /// The tool, as the agent calls it.
     #[schemars(length(min = 1, max = 128))]
     pub tool: String,
-    /// The arguments of the call: RFC 8785 JSON. The gateway sends this call and no other.
+    /// The arguments of the call: RFC 8785 JSON, with `"[redacted]"` where the contract's `redact` points. The gateway sends this call
+    /// and no other.
     #[schemars(length(min = 1, max = 65_536))]
     pub arguments: String,
-    /// SHA-256 of `arguments`, hex: the intent in the evidence has the same.
+    /// SHA-256 of the arguments as they are sent, hex: the intent in the evidence has the same.
     #[schemars(regex(pattern = r"^[0-9a-f]{64}$"))]
     pub digest: String,
     /// How many calls that were the same have been approved and made before this one.

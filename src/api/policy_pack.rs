@@ -5,8 +5,11 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::agent_task::{Limits, Resources};
-use crate::policy::config::{EgressUse, SideEffect};
+use super::{
+    agent_task::{Limits, Resources},
+    tool_contract::Approval,
+};
+use crate::policy::config::{EgressUse, RuleDecision, Sensitivity, SideEffect};
 
 /// What the tasks of the selected namespaces may do. A namespace that no pack selects, or more than one, runs nothing.
 #[derive(CustomResource, KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -17,6 +20,8 @@ use crate::policy::config::{EgressUse, SideEffect};
     shortname = "pp",
     category = "belay",
     derive = "PartialEq",
+    validation = Rule::new("has(self.spec.approval) || !(has(self.spec.rules) && self.spec.rules.exists(rule, rule.decision == 'RequireApproval') || has(self.spec.risk) && has(self.spec.risk.approveAt))").message("approval: say who decides, because a rule or risk.approveAt requires approval"),
+    validation = Rule::new("!has(self.spec.approval) || !has(self.spec.approval.when)").message("approval.when: leave it out, because rules and risk say when people are asked"),
     doc = "What the tasks of an environment may do, and where their evidence goes.",
     printcolumn(name = "Environment", type_ = "string", json_path = ".spec.environment"),
     printcolumn(name = "Bucket", type_ = "string", json_path = ".spec.evidence.bucket"),
@@ -36,8 +41,105 @@ pub struct PolicyPackSpec {
     /// The model endpoints that `/v1/...` calls are passed to.
     #[serde(default)]
     pub models: Models,
+    /// What tells sensitive data in the arguments and results of tools. What a contract's `data` says is the least that it is.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 64), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
+    pub classification: Vec<DataPattern>,
+    /// Who may call which tools. Without rules every principal may call what the task's contracts and the class allow. With
+    /// rules a call needs one that allows it or requires approval, and none that denies it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 128), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
+    pub rules: Vec<AccessRule>,
+    /// How risky a tool call is, and what follows from that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub risk: Option<Risk>,
+    /// Who must say yes to a call where a rule or its risk requires that, besides those whom its contract names. Without `when`: rules
+    /// and risk say when.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub approval: Option<Approval>,
     /// Where evidence goes and how long it stays.
     pub evidence: EvidencePolicy,
+}
+
+/// A pattern that tells sensitive data. It is looked for in each text, number and name of arguments and results, each by itself.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct DataPattern {
+    /// Its name.
+    #[schemars(length(min = 1, max = 63), regex(pattern = r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$"))]
+    pub name: String,
+    /// A regular expression in the syntax of Rust's `regex` crate (as RE2's: neither look-around nor back-references), such as
+    /// `\b\d{4}-\d{4}\b`.
+    #[schemars(length(min = 1, max = 512))]
+    pub pattern: String,
+    /// What data is that it is found in.
+    pub sensitivity: Sensitivity,
+}
+
+/// Who may call what. A rule is for the calls that fit all that it names.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct AccessRule {
+    /// Its name, by which the evidence names it.
+    #[schemars(length(min = 1, max = 63), regex(pattern = r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$"))]
+    pub name: String,
+    /// Principals, or their beginnings and `*`, such as `system:serviceaccount:team-a:*`. All without.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 64), inner(length(min = 1, max = 253), regex(pattern = r"^[^*]*\*?$")), extend("x-kubernetes-list-type" = "set"))]
+    pub principals: Vec<String>,
+    /// Tools by the names that agents call, or their beginnings and `*`. All without.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 64), inner(length(min = 1, max = 128), regex(pattern = r"^[A-Za-z0-9_.-]*\*?$")), extend("x-kubernetes-list-type" = "set"))]
+    pub tools: Vec<String>,
+    /// Side effects. All without.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 3), extend("x-kubernetes-list-type" = "set"))]
+    pub effects: Vec<SideEffect>,
+    /// A CEL expression over `args`, `task`, `principal`, `usage`, `tool` (its name), `effect`, and `data`: `data.arguments` is how
+    /// sensitive the arguments are, `data.seen` the most sensitive data that the task has handled so far, each `'Unclassified'`,
+    /// `'Internal'`, `'Confidential'` or `'Restricted'`. Where it cannot be evaluated the rule is taken against the call.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 4096))]
+    pub when: Option<String>,
+    /// What that means. One `Deny` outweighs all else.
+    pub decision: RuleDecision,
+    /// What the agent is told when the rule denies.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 253))]
+    pub message: Option<String>,
+}
+
+/// How risky a tool call is: the sum of the points of all terms that hold. The score, its terms and what followed are recorded.
+#[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[x_kube(validation = Rule::new("has(self.approveAt) || has(self.denyAt)").message("name a score from which calls need approval (approveAt), are denied (denyAt), or both"))]
+#[serde(rename_all = "camelCase")]
+pub struct Risk {
+    /// What counts.
+    #[schemars(length(min = 1, max = 64), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
+    pub terms: Vec<RiskTerm>,
+    /// From this score on people are asked, as `approval` says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 1_000_000))]
+    pub approve_at: Option<i64>,
+    /// From this score on calls are denied.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 1_000_000))]
+    pub deny_at: Option<i64>,
+}
+
+/// One reason for risk.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct RiskTerm {
+    /// Its name, by which the evidence names it.
+    #[schemars(length(min = 1, max = 63), regex(pattern = r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$"))]
+    pub name: String,
+    /// A CEL expression over what rules see. The term counts unless it is `false`.
+    #[schemars(length(min = 1, max = 4096))]
+    pub when: String,
+    /// What it adds.
+    #[schemars(range(min = 1, max = 10_000))]
+    pub points: i64,
 }
 
 /// One kind of work.
@@ -66,7 +168,7 @@ pub struct WorkflowClass {
 
 /// One host, or one level of hosts below a domain, and what it may be used for.
 #[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[x_kube(validation = Rule::new("!(has(self.credential) && 'Direct' in self.uses)").message("a credential is never given to traffic of the agent's own making: drop credential, or Direct from uses"))]
+#[x_kube(validation = Rule::new("!(has(self.credentials) && 'Direct' in self.uses)").message("a credential is never given to traffic of the agent's own making: drop credentials, or Direct from uses"))]
 #[serde(rename_all = "camelCase")]
 pub struct EgressRule {
     /// A host name, or `*.` and a domain: exactly one more label.
@@ -82,9 +184,11 @@ pub struct EgressRule {
     /// What may go there: `Tools` and `Models` are calls that the harness makes; `Direct` is the agent's own traffic.
     #[schemars(length(min = 1, max = 3), extend("x-kubernetes-list-type" = "set"))]
     pub uses: Vec<EgressUse>,
-    /// A header that the gateway adds, from a Secret that no pod of the task ever sees.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub credential: Option<Credential>,
+    /// A header that the gateway adds, from a Secret that no pod of the task ever sees: the first that is for the task's principal.
+    /// Where none is, nothing of that principal's tasks goes there.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 64))]
+    pub credentials: Vec<Credential>,
 }
 
 impl EgressRule {
@@ -97,6 +201,10 @@ impl EgressRule {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Credential {
+    /// Principals whose tasks' calls are made with it, or their beginnings and `*`. All without.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 64), inner(length(min = 1, max = 253), regex(pattern = r"^[^*]*\*?$")), extend("x-kubernetes-list-type" = "set"))]
+    pub principals: Vec<String>,
     /// The Secret's name.
     #[schemars(length(min = 1, max = 253))]
     pub secret: String,

@@ -1,12 +1,14 @@
 //! `ToolContract`: one tool that an agent may call, and under which terms.
 
+use std::collections::BTreeMap;
+
 use kube::{CustomResource, KubeSchema};
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
 
 use crate::policy::{
     approval::Approvers,
-    config::{HttpMethod, OnTimeout, SideEffect},
+    config::{DataClass, HttpMethod, OnTimeout, SideEffect},
 };
 
 /// One tool, as the agent sees it, where it really is, and what must hold before a call leaves.
@@ -56,11 +58,23 @@ pub struct ToolContractSpec {
     /// What makes two calls one. Without, every call is made.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub idempotency: Option<Idempotency>,
+    /// A read that tells whether a call took effect whose reply never came. Without, that stays unknown.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub verify: Option<VerifyRead>,
     /// Who must say yes before a call leaves. Nobody is asked without.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub approval: Option<Approval>,
     /// What a call may change.
     pub side_effect: SideEffect,
+    /// How sensitive the tool's data is at least, for the pack's rules and risk. Its patterns may find more.
+    #[serde(default, skip_serializing_if = "DataClass::is_unclassified")]
+    pub data: DataClass,
+    /// JSON Pointers (RFC 6901) to the arguments that people who decide on a call are not shown, such as `/card/number`. They see
+    /// `"[redacted]"` in their place; what they approve is the whole call by its digest. The digest is a plain SHA-256 over all arguments:
+    /// whoever sees the rest can try values for what is short and guessable.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 64), inner(length(min = 1, max = 256), regex(pattern = r"^(/([^~/]|~[01])*)+$")), extend("x-kubernetes-list-type" = "set"))]
+    pub redact: Vec<String>,
 }
 
 /// One effect for calls that are one, within a task, all attempts together. The same call again is answered with the result that
@@ -88,6 +102,34 @@ pub struct Idempotency {
 impl Idempotency {
     fn default_window() -> i64 {
         86_400
+    }
+}
+
+/// A read that tells whether a call took effect whose reply never came: one that timed out, or broke off. It is a call of its own, by its
+/// own contract, counted and recorded. A `true` counts at once; a `false` counts if it is still one `settleSeconds` after the call, as
+/// the upstream may be at it. While that is found out the agent's call waits; then it is told. A read that fails leaves it unknown.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct VerifyRead {
+    /// The tool to read with, by the name that agents call it: one of the task's, with `sideEffect: read` and without `approval`.
+    #[schemars(length(min = 1, max = 128), regex(pattern = r"^[A-Za-z0-9_.-]+$"))]
+    pub tool: String,
+    /// Its arguments, each by a JSON Pointer (RFC 6901) into the call's own. A pointer to nothing leaves its argument out.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schemars(extend("maxProperties" = 32, "additionalProperties" = {"type": "string", "maxLength": 256, "pattern": r"^(/([^~/]|~[01])*)*$"}))]
+    pub arguments: BTreeMap<String, String>,
+    /// A CEL expression over `args`, the call's arguments, and `result`, what was read: whether the call took effect.
+    #[schemars(length(min = 1, max = 4096))]
+    pub applied: String,
+    /// Seconds after the call from which on a `false` counts.
+    #[serde(default = "VerifyRead::default_settle")]
+    #[schemars(range(min = 1, max = 300))]
+    pub settle_seconds: i64,
+}
+
+impl VerifyRead {
+    fn default_settle() -> i64 {
+        10
     }
 }
 

@@ -27,7 +27,7 @@ use crate::{
     api::ApprovalRequest,
     canonical,
     plan::approval::{asked, votes},
-    policy::approval::{Answer, Asked, Standing, Vote, standing},
+    policy::approval::{Answer, Asked, REDACTED, Standing, Vote, standing},
 };
 
 #[cfg(test)]
@@ -350,7 +350,9 @@ fn words(request: &ApprovalRequest, now: Timestamp) -> String {
 /// Why a decision would not be taken, or would change nothing.
 fn refusal(request: &ApprovalRequest, person: &Person, answer: Answer, now: Timestamp) -> Option<String> {
     let spec = &request.spec;
-    if hex::encode(canonical::sha256(spec.arguments.as_bytes())) != spec.digest {
+    // What is redacted is in the digest, and not here.
+    let whole = !spec.arguments.contains(REDACTED);
+    if whole && hex::encode(canonical::sha256(spec.arguments.as_bytes())) != spec.digest {
         return Some(format!(
             "spec.digest: expected the SHA-256 of spec.arguments, found {}; do not decide on it, and tell whoever runs the gateway",
             spec.digest
@@ -439,6 +441,10 @@ fn describe(request: &ApprovalRequest, now: Timestamp, paint: Paint) -> String {
         times => format!("; it was approved and made {times} times before"),
     };
     line("tool", format!("{}{again}", Safe(&spec.tool)));
+    line("asked for", format!("by the {}", spec.requested_by.as_str().to_lowercase()));
+    for because in &spec.because {
+        line("because", Safe(because).to_string());
+    }
     line("arguments", arguments(&spec.arguments));
     line("may decide", Safe(&who_may(request)).to_string());
     for vote in votes(request) {

@@ -7,8 +7,9 @@
 use serde::{Deserialize, Serialize};
 
 use crate::policy::{
-    approval::{Standing, Vote},
-    config::{PolicyConfig, SideEffect, Usage, is_zero},
+    access::Assessment,
+    approval::{Exact, Standing, Vote},
+    config::{AskedBy, PolicyConfig, Sensitivity, SideEffect, Usage, is_zero},
     ledger::Fate,
     rule::Rule,
 };
@@ -63,6 +64,9 @@ pub enum Event {
     /// What became of a call that left.
     #[serde(rename = "call.outcome")]
     Outcome(Outcome),
+    /// Whether a call took effect was not known, and a read has told.
+    #[serde(rename = "call.resolved")]
+    Resolved(Resolved),
     /// A call was refused, and did not leave.
     #[serde(rename = "call.denied")]
     Denied(Denied),
@@ -91,6 +95,7 @@ impl Event {
             Self::Intent(_) => "call.intent",
             Self::Replayed(_) => "call.replayed",
             Self::Outcome(_) => "call.outcome",
+            Self::Resolved(_) => "call.resolved",
             Self::Denied(_) => "call.denied",
             Self::ApprovalRequested(_) => "approval.requested",
             Self::ApprovalDecided(_) => "approval.decided",
@@ -206,9 +211,12 @@ pub struct Intent {
     /// The idempotency key under which it is made, see [`ledger`](crate::policy::ledger).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub key: Option<String>,
-    /// The approval by which it is made.
+    /// The approvals by which it is made: at most one on account of the contract, and one of the pack.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub approvals: Vec<String>,
+    /// What the pack found of a tool call.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub approval: Option<String>,
+    pub assessment: Option<Assessment>,
     /// The model that is asked, by which its price is found.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub model: Option<String>,
@@ -257,6 +265,9 @@ pub struct Outcome {
     /// The address that the gateway dialled.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub upstream: Option<String>,
+    /// How sensitive the result is that the agent got.
+    #[serde(default, skip_serializing_if = "Sensitivity::is_unclassified")]
+    pub sensitivity: Sensitivity,
 }
 
 impl Effect {
@@ -286,6 +297,18 @@ pub struct Replayed {
     pub response_digest: String,
 }
 
+/// What a read has told of a call whose fate was unknown.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Resolved {
+    /// The call.
+    pub call: String,
+    /// Whether its effect took place: `applied` or `not_applied`.
+    pub effect: Effect,
+    /// The call that has read it, after the other and of the tool that the contract's `verify` names.
+    pub by: String,
+}
+
 /// A refusal.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -311,6 +334,8 @@ pub struct Approval {
     pub name: String,
     /// Its UID.
     pub uid: String,
+    /// On whose account people are asked.
+    pub by: AskedBy,
     /// The tool.
     pub tool: String,
     /// SHA-256 of the arguments in canonical form, hex.
@@ -319,11 +344,21 @@ pub struct Approval {
     pub required: i64,
     /// By when, RFC 3339.
     pub expires: String,
+    /// Why the pack asks, as people saw it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub because: Vec<String>,
     /// Where it stands.
     pub standing: Standing,
     /// Who has decided what.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub decisions: Vec<Vote>,
+}
+
+impl Approval {
+    /// The call that it is for.
+    pub fn call(&self) -> Exact {
+        Exact { by: self.by, tool: self.tool.clone(), digest: self.request_digest.clone() }
+    }
 }
 
 /// How an attempt's harness ended.

@@ -1,8 +1,8 @@
 //! People's approval of one exact call: asked for, and looked at again before the call leaves.
 //!
-//! Promises: what people see is what is sent ([`approved`] compares the call with the request's own arguments); a request is made once,
-//! under a name that follows from the call, whichever replicas are asked; it is good until it expires. That it is used once is the
-//! log's to say (the witness). Refuses: counting a vote of the principal or the requester, and a request that somebody else made up.
+//! Promises: what people see is what is sent, but for what the contract redacts ([`approved`] compares the call with the request's own
+//! arguments and digest); a request is made once, under a name that follows from the call, whichever replicas are asked; it is good
+//! until it expires. That it is used once is the log's to say (the witness). Refuses: counting a vote of the principal or the requester, and a request that somebody else made up.
 
 use std::{sync::Arc, time::Duration};
 
@@ -13,6 +13,7 @@ use kube::{Api, Client, Resource, ResourceExt, api::PostParams};
 use serde_json::Value;
 
 use super::{
+    authorize::Needed,
     cluster::{Cluster, Compiled, TASK_LABEL, TASK_UID_LABEL},
     identity::Principal,
     refusal::Refused,
@@ -22,8 +23,9 @@ use crate::{
     api::{AgentTask, ApprovalRequest, ApprovalRequestSpec, approval_request::ApprovalTask},
     canonical, plan,
     policy::{
-        approval::{self, Asked, LONGEST_ARGUMENTS, Standing},
-        config::{Approval, PolicyConfig, Tool},
+        access,
+        approval::{self, Asked, Exact, LONGEST_ARGUMENTS, Standing},
+        config::{Approval, AskedBy, PolicyConfig, Sensitivity, Usage},
         json,
         rule::Rule,
     },
@@ -57,7 +59,18 @@ impl Create for Client {
     }
 }
 
-/// Where the approval of a call stands, once it was asked for. `made`: how many calls like it were made by an approval before.
+/// What the log says of a call that people are asked about.
+#[derive(Clone, Copy, Debug)]
+pub struct Before {
+    /// How many calls like it were made by an approval.
+    pub made: i64,
+    /// The counters.
+    pub usage: Usage,
+    /// The most sensitive data that the task has handled.
+    pub seen: Sensitivity,
+}
+
+/// Where the approval of a call stands, once it was asked for.
 ///
 /// # Errors
 /// If the call is none that people approve, or nobody can be asked.
@@ -67,11 +80,12 @@ pub async fn ask(
     compiled: &Compiled,
     principal: &Principal,
     ask: &ApprovalAsk,
-    made: i64,
+    before: Before,
 ) -> Result<ApprovalReply, Refused> {
-    let (tool, contract) = asked_for(&compiled.policy, ask)?;
+    let (call, approval, arguments) = asked_for(&compiled.policy, ask)?;
+    let because = because(compiled, ask, before, &arguments)?;
     let Principal { namespace, task, task_uid, .. } = principal;
-    let name = approval::name(task, task_uid, &tool.name, &ask.request_digest, made);
+    let name = approval::name(task, task_uid, &call, &because, before.made);
     let owner = cluster.task(namespace, task, task_uid).ok_or_else(|| {
         Refused::retry(Rule::ToolApproval, format!("the task {namespace}/{task} is not known yet; ask again"))
     })?;
@@ -83,26 +97,28 @@ pub async fn ask(
         let known = match cluster.approval(namespace, &name).or_else(|| own.clone()) {
             Some(known) => known,
             None => {
-                let request = request(&compiled.policy, &owner, principal, &name, contract, ask, made);
+                let spec = spec(&compiled.policy, principal, &call, approval, &arguments, before.made, because.clone());
+                let request = request(&owner, principal, &name, spec?);
                 let created = tokio::time::timeout(TIMEOUT, create.create(namespace.clone(), request)).await;
                 let failed = |e: String| Refused::retry(Rule::ToolApproval, format!("people cannot be asked: {e}"));
                 let created = created.map_err(|_| failed("the API server does not answer".into()))?.map_err(failed)?;
                 own.insert(Arc::new(created)).clone()
             }
         };
-        if !is_for(&known, &compiled.policy, &tool.name, &ask.request_digest) || known.spec.arguments != ask.arguments {
+        if !is_for(&known, &compiled.policy, &call, &arguments) {
             return Err(Refused::denied(
                 Rule::ToolApproval,
                 format!("expected ApprovalRequest {name} to be for this call, found one for another; delete it"),
             ));
         }
-        let standing = standing(&known, contract);
+        let standing = standing(&known, approval);
         if standing != Standing::Pending || tokio::time::Instant::now() >= until {
             return Ok(ApprovalReply {
                 name,
                 uid: known.uid().unwrap_or_default(),
-                required: contract.required,
+                required: approval.required,
                 expires: known.spec.expires_at.0.to_string(),
+                because,
                 standing,
                 decisions: plan::approval::votes(&known).to_vec(),
             });
@@ -111,51 +127,66 @@ pub async fn ask(
     }
 }
 
-/// Whether an intent's call was approved, where its contract asks for that. Gives the arguments that people saw.
+/// Whether a call was approved on every account on which people had to be asked: those that the gateway knows of, and those that the
+/// intent names. What the pack asks for now must have been among the reasons that people saw. `find` gives a request by its name.
 ///
 /// # Errors
-/// [`Rule::ToolApproval`] if it was not.
+/// [`Rule::ToolApproval`] if it was not; to be tried again where a request is not known here yet.
 pub fn approved(
     compiled: &Compiled,
     intent: &IntentFacts,
-    request: Option<&ApprovalRequest>,
-) -> Result<Option<Value>, Refused> {
+    arguments: &Value,
+    needed: &Needed,
+    find: impl Fn(&str) -> Option<Arc<ApprovalRequest>>,
+) -> Result<(), Refused> {
     let denied = |reason: String| Err(Refused::denied(Rule::ToolApproval, reason));
-    let contract = compiled.policy.tool(&intent.target).and_then(|tool| tool.approval.as_ref());
-    let (contract, name) = match (contract, &intent.approval) {
-        (None, None) => return Ok(None),
-        // With a condition, whether people had to be asked was the harness's to decide: it has what the condition looks at.
-        (Some(Approval { when: Some(_), .. }), None) => return Ok(None),
-        (Some(Approval { when: None, .. }), None) => {
-            return denied(format!("expected an intent of {} by an approval, found one without", intent.target));
+    let mut given = Vec::new();
+    for name in &intent.approvals {
+        let Some(request) = find(name) else {
+            return Err(Refused::retry(
+                Rule::ToolApproval,
+                format!("expected ApprovalRequest {name}, found none: it was deleted, or is not known here yet"),
+            ));
+        };
+        let by = request.spec.requested_by;
+        let Some(approval) = compiled.policy.approval(&intent.target, by) else {
+            return denied(format!("{} needs no approval by the {}, and was given {name}", intent.target, by.as_str()));
+        };
+        let call = Exact { by, tool: intent.target.clone(), digest: intent.request_digest.clone().unwrap_or_default() };
+        if !is_for(&request, &compiled.policy, &call, arguments) {
+            return denied(format!("expected ApprovalRequest {name} to be for this call, found one for another"));
         }
-        (None, Some(name)) => return denied(format!("{} needs no approval, and was given {name}", intent.target)),
-        (Some(contract), Some(name)) => (contract, name),
-    };
-    let Some(request) = request else {
-        return denied(format!(
-            "expected ApprovalRequest {name}, found none: it was deleted, or is not known here yet"
-        ));
-    };
-    let digest = intent.request_digest.as_deref().unwrap_or_default();
-    if !is_for(request, &compiled.policy, &intent.target, digest) {
-        return denied(format!("expected ApprovalRequest {name} to be for this call, found one for another"));
+        match standing(&request, approval) {
+            Standing::Approved => {
+                let unseen = |because: &&String| by == AskedBy::Pack && !request.spec.because.contains(because);
+                if let Some(because) = needed.because.iter().find(unseen) {
+                    return denied(format!(
+                        "expected an approval that says why it was asked for, {because}; found {name}, which was asked for before that"
+                    ));
+                }
+                given.push(by);
+            }
+            other => return denied(format!("expected ApprovalRequest {name} to be approved, found it {other:?}")),
+        }
     }
-    match standing(request, contract) {
-        Standing::Approved => json::parse(request.spec.arguments.as_bytes())
-            .map(Some)
-            .map_err(|e| Refused::denied(Rule::ToolApproval, e.to_string())),
-        other => denied(format!("expected ApprovalRequest {name} to be approved, found it {other:?}")),
+    let by_contract = needed.by_contract.then_some(AskedBy::Contract);
+    let by_pack = (!needed.because.is_empty()).then_some(AskedBy::Pack);
+    match by_contract.into_iter().chain(by_pack).find(|by| !given.contains(by)) {
+        None => Ok(()),
+        Some(by) => denied(format!(
+            "expected an intent of {} by an approval on account of the {}, found one without",
+            intent.target,
+            by.as_str()
+        )),
     }
 }
 
-/// The tool that is asked for, if people approve it and the arguments are what they are said to be.
-fn asked_for<'p>(policy: &'p PolicyConfig, ask: &ApprovalAsk) -> Result<(&'p Tool, &'p Approval), Refused> {
+/// The call that is asked about, who decides on it and its arguments, if these are what they are said to be.
+fn asked_for<'p>(policy: &'p PolicyConfig, ask: &ApprovalAsk) -> Result<(Exact, &'p Approval, Value), Refused> {
     let denied = |reason: String| Refused::denied(Rule::ToolApproval, reason);
-    let (tool, contract) = policy
-        .tool(&ask.tool)
-        .and_then(|tool| Some((tool, tool.approval.as_ref()?)))
-        .ok_or_else(|| denied(format!("no contract of the task asks people about the tool {:?}", ask.tool)))?;
+    let approval = policy.tool(&ask.tool).and_then(|_| policy.approval(&ask.tool, ask.by)).ok_or_else(|| {
+        denied(format!("the {} asks people about no call of the tool {:?}", ask.by.as_str(), ask.tool))
+    })?;
     if ask.arguments.len() > LONGEST_ARGUMENTS {
         return Err(denied(format!(
             "expected at most {LONGEST_ARGUMENTS} bytes of arguments, found {}",
@@ -163,42 +194,57 @@ fn asked_for<'p>(policy: &'p PolicyConfig, ask: &ApprovalAsk) -> Result<(&'p Too
         )));
     }
     let value = json::parse(ask.arguments.as_bytes()).map_err(|e| denied(format!("the arguments: {e}")))?;
+    let value = json::whole(value);
     let canonical = canonical::to_bytes(&value).map_err(|e| denied(format!("the arguments: {e}")))?;
     if canonical != ask.arguments.as_bytes() || hex::encode(canonical::sha256(&canonical)) != ask.request_digest {
         return Err(denied("expected arguments in canonical form, of the digest that is named".into()));
     }
-    Ok((tool, contract))
+    Ok((Exact { by: ask.by, tool: ask.tool.clone(), digest: ask.request_digest.clone() }, approval, value))
 }
 
-fn request(
+/// Why the pack asks, for people to see.
+fn because(compiled: &Compiled, ask: &ApprovalAsk, before: Before, arguments: &Value) -> Result<Vec<String>, Refused> {
+    let Some(tool) = compiled.policy.tool(&ask.tool).filter(|_| ask.by == AskedBy::Pack) else { return Ok(vec![]) };
+    let effect = ask.effect.max(tool.side_effect);
+    let asked = access::Asked { tool, effect, usage: before.usage, seen: before.seen };
+    let passed = compiled.guard.judge(asked, arguments);
+    let because = passed.map_err(|denial| Refused::denied(denial.rule, denial.reason))?.because;
+    if because.is_empty() {
+        let reason = format!("the pack asks nobody about this call of {} by what the log says now", ask.tool);
+        return Err(Refused::denied(Rule::ToolApproval, reason));
+    }
+    Ok(because)
+}
+
+fn spec(
     policy: &PolicyConfig,
-    owner: &AgentTask,
     principal: &Principal,
-    name: &str,
-    contract: &Approval,
-    ask: &ApprovalAsk,
-    made: i64,
-) -> ApprovalRequest {
-    let expires = Timestamp::now().checked_add(SignedDuration::from_secs(contract.timeout_seconds));
-    let mut request = ApprovalRequest::new(
-        name,
-        ApprovalRequestSpec {
-            task: ApprovalTask {
-                name: principal.task.clone(),
-                uid: principal.task_uid.clone(),
-                attempt: principal.attempt,
-            },
-            principal: policy.task.principal.clone(),
-            requester: policy.task.requester.clone(),
-            tool: ask.tool.clone(),
-            arguments: ask.arguments.clone(),
-            digest: ask.request_digest.clone(),
-            repeats: made,
-            approvers: contract.approvers.clone(),
-            required: contract.required,
-            expires_at: Time(expires.unwrap_or(Timestamp::MIN)),
-        },
-    );
+    call: &Exact,
+    approval: &Approval,
+    arguments: &Value,
+    repeats: i64,
+    because: Vec<String>,
+) -> Result<ApprovalRequestSpec, Refused> {
+    let expires = Timestamp::now().checked_add(SignedDuration::from_secs(approval.timeout_seconds));
+    let Principal { task, task_uid, attempt, .. } = principal;
+    Ok(ApprovalRequestSpec {
+        task: ApprovalTask { name: task.clone(), uid: task_uid.clone(), attempt: *attempt },
+        principal: policy.task.principal.clone(),
+        requester: policy.task.requester.clone(),
+        requested_by: call.by,
+        because,
+        tool: call.tool.clone(),
+        arguments: shown(policy, &call.tool, arguments).map_err(|e| Refused::denied(Rule::ToolApproval, e))?,
+        digest: call.digest.clone(),
+        repeats,
+        approvers: approval.approvers.clone(),
+        required: approval.required,
+        expires_at: Time(expires.unwrap_or(Timestamp::MIN)),
+    })
+}
+
+fn request(owner: &AgentTask, principal: &Principal, name: &str, spec: ApprovalRequestSpec) -> ApprovalRequest {
+    let mut request = ApprovalRequest::new(name, spec);
     request.metadata.labels = Some(
         [(TASK_LABEL, &principal.task), (TASK_UID_LABEL, &principal.task_uid)]
             .map(|(key, value)| (key.to_owned(), value.clone()))
@@ -215,20 +261,31 @@ fn request(
     request
 }
 
-/// Whether a request is this task's for such a call.
-fn is_for(request: &ApprovalRequest, policy: &PolicyConfig, tool: &str, digest: &str) -> bool {
+/// A call's arguments as people see them: RFC 8785 JSON without what the contract redacts.
+fn shown(policy: &PolicyConfig, tool: &str, arguments: &Value) -> Result<String, String> {
+    let redact = policy.tool(tool).map_or(&[][..], |tool| &tool.redact);
+    let text = canonical::to_bytes(&approval::redacted(arguments, redact)).map_err(|e| e.to_string())?;
+    if text.len() > LONGEST_ARGUMENTS {
+        return Err(format!("expected at most {LONGEST_ARGUMENTS} bytes of arguments, found {}", text.len()));
+    }
+    String::from_utf8(text).map_err(|e| e.to_string())
+}
+
+/// Whether a request is this task's for such a call, and shows its arguments.
+fn is_for(request: &ApprovalRequest, policy: &PolicyConfig, call: &Exact, arguments: &Value) -> bool {
     let spec = &request.spec;
     spec.task.uid == policy.task.uid
         && spec.principal == policy.task.principal
         && spec.requester == policy.task.requester
-        && spec.tool == tool
-        && spec.digest == digest
-        && hex::encode(canonical::sha256(spec.arguments.as_bytes())) == digest
+        && spec.requested_by == call.by
+        && spec.tool == call.tool
+        && spec.digest == call.digest
+        && shown(policy, &call.tool, arguments).as_ref() == Ok(&spec.arguments)
 }
 
-/// Where it stands now, by the contract as it is now.
-fn standing(request: &ApprovalRequest, contract: &Approval) -> Standing {
+/// Where it stands now, by what contract or pack say now.
+fn standing(request: &ApprovalRequest, approval: &Approval) -> Standing {
     let asked = plan::approval::asked(&request.spec);
-    let asked = Asked { required: contract.required.max(asked.required), ..asked };
+    let asked = Asked { required: approval.required.max(asked.required), ..asked };
     approval::standing(&asked, plan::approval::votes(request), Timestamp::now())
 }

@@ -1,10 +1,16 @@
 //! Whether one call may leave: its target against the class's list, and its intent against the log.
 //!
 //! Promises: pure, and by what pack, contracts and log say now: a call goes where its witnessed intent says that it goes, and
-//! nowhere else, whatever the harness in the pod has become. Refuses: a target that could be read in two ways, and
-//! a credential over a connection that is not encrypted.
+//! nowhere else, whatever the harness in the pod has become. A tool call's contract and pack are asked again with the very
+//! arguments that are sent; an HTTP tool's request is made here, of these. Refuses: a target that could be read in two
+//! ways, and a credential over a connection that is not encrypted.
 
-use http::{HeaderMap, Method, uri::PathAndQuery};
+use bytes::Bytes;
+use http::{
+    HeaderValue, Method, Request as HttpRequest,
+    header::{ACCEPT, ACCEPT_ENCODING, CONTENT_TYPE, USER_AGENT},
+    uri::PathAndQuery,
+};
 use serde_json::{Map, Value};
 
 use super::{cluster::Compiled, refusal::Refused, witness::IntentFacts};
@@ -13,7 +19,9 @@ use crate::{
     canonical,
     evidence::record::Channel,
     policy::{
-        config::{EgressUse, HttpUpstream, SideEffect, Upstream},
+        access::{Asked, Passed},
+        config::{EgressUse, SideEffect, Tool, Upstream},
+        decide::Denial,
         egress,
         hostname::{Authority, AuthorityError},
         json,
@@ -21,6 +29,11 @@ use crate::{
         template::Request,
     },
 };
+
+/// What HTTP tools are asked for; whatever comes is judged by what it says it is.
+const ACCEPTED: HeaderValue = HeaderValue::from_static("application/json, text/*;q=0.9, image/*;q=0.5, audio/*;q=0.5");
+/// Who asks them.
+const AGENT: HeaderValue = HeaderValue::from_static(concat!("belay/", env!("CARGO_PKG_VERSION")));
 
 /// An absolute `http` or `https` URL, parsed once.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -106,7 +119,7 @@ pub fn listed(compiled: &Compiled, channel: Channel, to: Destination<'_>) -> Res
         Channel::Model => EgressUse::Models,
         Channel::Egress => EgressUse::Direct,
     };
-    let index = egress::allow(&compiled.egress, to.authority(), purpose)?;
+    let index = egress::allow(&compiled.policy.egress, to.authority(), purpose)?;
     // The agent's own traffic never carries a credential: the schema refuses such an entry, and so does this.
     let credential = match channel {
         Channel::Egress => None,
@@ -149,66 +162,29 @@ pub fn intended(
             _ => elsewhere(),
         },
         (Channel::Tool, Destination::Url(target, method)) => {
-            let Some(tool) = compiled.policy.tool(&intent.target) else {
-                return Err(Refused::denied(
-                    Rule::ToolKnown,
-                    format!("no contract of the task is for the tool {:?} any more", intent.target),
+            let tool = called(compiled, attempt, intent)?;
+            let Upstream::Mcp(mcp) = &tool.upstream else {
+                return missing(format!(
+                    "expected a call of {} at {}, where its request is made, found a request",
+                    tool.name,
+                    crate::wire::CALL
                 ));
             };
-            let effect = tool.side_effect;
-            let tighter = intent.effect.filter(|found| *found >= effect);
-            let allowed = |effect| compiled.policy.allowed_effects.contains(effect);
-            if !tighter.as_ref().is_some_and(allowed) || !allowed(&effect) {
+            if Target::parse(&mcp.url).as_ref() != Ok(target) || *method != Method::POST {
+                return elsewhere();
+            }
+            if intent.definition.is_none()
+                || mcp.digest.as_ref().is_some_and(|pin| intent.definition.as_ref() != Some(pin))
+            {
                 return Err(Refused::denied(
-                    Rule::ToolEffect,
+                    Rule::ToolChanged,
                     format!(
-                        "the tool {} has effect {}; the intent names none that is as tight, or the class does not allow it",
+                        "expected an intent by the definition {} of {}, found {}",
+                        mcp.digest.as_deref().unwrap_or("that was listed"),
                         tool.name,
-                        effect.as_str()
+                        intent.definition.as_deref().unwrap_or("none")
                     ),
                 ));
-            }
-            match &tool.upstream {
-                Upstream::Mcp(mcp) => {
-                    if Target::parse(&mcp.url).as_ref() != Ok(target) || *method != Method::POST {
-                        return elsewhere();
-                    }
-                    if intent.definition.is_none()
-                        || mcp.digest.as_ref().is_some_and(|pin| intent.definition.as_ref() != Some(pin))
-                    {
-                        return Err(Refused::denied(
-                            Rule::ToolChanged,
-                            format!(
-                                "expected an intent by the definition {} of {}, found {}",
-                                mcp.digest.as_deref().unwrap_or("that was listed"),
-                                tool.name,
-                                intent.definition.as_deref().unwrap_or("none")
-                            ),
-                        ));
-                    }
-                }
-                Upstream::Http(http) => {
-                    let request = Request::parse(http).map_err(|e| Refused::malformed(e.to_string()))?;
-                    let (path, query) = (target.path.path(), target.path.query());
-                    if !request.is_instance(method.as_str(), target.secure, &target.authority, path, query) {
-                        return missing(format!(
-                            "the intent is for {}, whose request is {} {}; this is none by that template",
-                            intent.target,
-                            http.method.as_str(),
-                            http.url
-                        ));
-                    }
-                }
-            }
-            if tool.idempotency.is_some() != intent.key.is_some() {
-                return Err(Refused::denied(
-                    Rule::ToolIdempotency,
-                    format!("expected an intent of {} by its contract's idempotency, found another", tool.name),
-                ));
-            }
-            // Once its outcome is in the log the call is over. What comes could be the call again, which for a read is no harm.
-            if !intent.open && intent.effect != Some(SideEffect::Read) {
-                return missing(format!("the call {:?} has its outcome already", intent.call));
             }
             Ok(())
         }
@@ -247,100 +223,204 @@ pub fn intended(
     }
 }
 
-/// Whether a request's body says what it is: a message to an MCP server, or a call that people saw. [`content`] judges it then.
-pub fn is_judged(compiled: &Compiled, channel: Channel, method: &Method, intent: &IntentFacts) -> bool {
-    is_message(compiled, channel, method, intent) || intent.approval.is_some()
-}
-
-/// Whether what is sent is what the intent is for, and `approved`, the arguments that people saw, where they did.
+/// The tool that a witnessed intent is to call, if contract and class as they are now still let it, whatever the arguments.
 ///
 /// # Errors
-/// [`Rule::IntentMissing`] for a message to an MCP server that is something else, [`Rule::Request`] for none, [`Rule::ToolApproval`] for
-/// a request that is not the approved one.
-pub fn content(
-    compiled: &Compiled,
-    channel: Channel,
-    to: (&Target, &Method),
-    intent: &IntentFacts,
-    approved: Option<&Value>,
-    body: &[u8],
-) -> Result<(), Refused> {
-    let (target, method) = to;
-    if is_message(compiled, channel, method, intent) {
-        return says(compiled, channel, intent, body);
+/// [`Rule::IntentMissing`] if the intent is for something else or over; tool rules if the policy has changed.
+pub fn called<'c>(compiled: &'c Compiled, attempt: i64, intent: &IntentFacts) -> Result<&'c Tool, Refused> {
+    let missing = |reason: String| Err(Refused::denied(Rule::IntentMissing, reason));
+    if intent.attempt != attempt || intent.channel != Channel::Tool {
+        return missing(format!(
+            "expected an intent of attempt {attempt} for a tool, found one of attempt {} for {}",
+            intent.attempt,
+            intent.channel.as_str()
+        ));
     }
-    match (compiled.policy.tool(&intent.target).map(|tool| &tool.upstream), approved) {
-        (Some(Upstream::Http(http)), Some(args)) => as_approved(http, target, args, body),
-        _ => Ok(()),
+    let Some(tool) = compiled.policy.tool(&intent.target) else {
+        return Err(Refused::denied(
+            Rule::ToolKnown,
+            format!("no contract of the task is for the tool {:?} any more", intent.target),
+        ));
+    };
+    let effect = tool.side_effect;
+    // What a server says of itself makes a read a write, and nothing else.
+    let is_tightened = matches!(tool.upstream, Upstream::Mcp(_))
+        && (effect, intent.effect) == (SideEffect::Read, Some(SideEffect::Write));
+    let allowed = |effect| compiled.policy.allowed_effects.contains(effect);
+    let tight = intent.effect.filter(|found| *found == effect || is_tightened);
+    if !tight.as_ref().is_some_and(allowed) || !allowed(&effect) {
+        return Err(Refused::denied(
+            Rule::ToolEffect,
+            format!(
+                "the tool {} has effect {}; the intent names another than that and what its server may make of it, or the class does not allow it",
+                tool.name,
+                effect.as_str()
+            ),
+        ));
     }
-}
-
-/// Whether a request is the one that the contract's template makes of the arguments that people approved.
-///
-/// # Errors
-/// [`Rule::ToolApproval`] if it is another.
-fn as_approved(http: &HttpUpstream, target: &Target, args: &Value, body: &[u8]) -> Result<(), Refused> {
-    let denied = |reason: String| Refused::denied(Rule::ToolApproval, reason);
-    let args = args.as_object().ok_or_else(|| denied("expected approved arguments to be an object".into()))?;
-    let request = Request::parse(http).map_err(|e| denied(e.to_string()))?;
-    let made = request.render(args).map_err(|e| denied(e.reason))?;
-    let found = (!body.is_empty()).then(|| json::parse(body)).transpose().map_err(|e| denied(e.to_string()))?;
-    if Target::parse(&made.url).as_ref() != Ok(target) || found != made.body.map(Value::Object) {
-        return Err(denied(format!("expected the request that was approved, found another to {}", target.authority)));
-    }
-    Ok(())
-}
-
-/// Whether a request carries the idempotency key of its intent, where its contract sends one.
-///
-/// # Errors
-/// [`Rule::ToolIdempotency`] if it does not.
-pub fn carries_key(compiled: &Compiled, intent: &IntentFacts, headers: &HeaderMap) -> Result<(), Refused> {
-    let tool = compiled.policy.tool(&intent.target);
-    let Some(header) = tool.and_then(|tool| tool.idempotency.as_ref()?.header.as_ref()) else { return Ok(()) };
-    let mut found = headers.get_all(header).into_iter();
-    match (found.next(), found.next(), &intent.key) {
-        (Some(one), None, Some(key)) if one.as_bytes() == key.as_bytes() => Ok(()),
-        _ => Err(Refused::denied(
+    if tool.idempotency.is_some() != intent.key.is_some() {
+        return Err(Refused::denied(
             Rule::ToolIdempotency,
-            format!("expected the header {header} with the key of the intent, once; found another or none"),
-        )),
+            format!("expected an intent of {} by its contract's idempotency, found another", tool.name),
+        ));
     }
+    // Once its outcome is in the log the call is over. What comes could be the call again, which for a read is no harm.
+    if !intent.open && intent.effect != Some(SideEffect::Read) {
+        return missing(format!("the call {:?} has its outcome already", intent.call));
+    }
+    Ok(tool)
+}
+
+/// The request that an HTTP tool's call is: made of its arguments by the contract as it is now, without a credential.
+///
+/// # Errors
+/// [`Rule::IntentMissing`] if the intent is for something else, [`Rule::ToolUrl`] if the arguments make no request, other rules of
+/// the tool's.
+pub fn request(
+    compiled: &Compiled,
+    attempt: i64,
+    intent: &IntentFacts,
+    arguments: &Value,
+) -> Result<(Target, HttpRequest<Bytes>), Refused> {
+    let tool = called(compiled, attempt, intent)?;
+    let Upstream::Http(http) = &tool.upstream else {
+        let reason = format!("expected an HTTP tool, found {}, whose calls go to an MCP server", tool.name);
+        return Err(Refused::denied(Rule::IntentMissing, reason));
+    };
+    // Where calls go is in the evidence of the attempt, by the contract as it was then.
+    if intent.http.as_deref() != Some(http) {
+        let reason = format!("the contract of {} leads elsewhere than when the attempt began", tool.name);
+        return Err(Refused::denied(Rule::IntentMissing, reason));
+    }
+    if intent.definition.is_some() {
+        let reason = format!("expected an intent of {} without a definition, as HTTP tools have none", tool.name);
+        return Err(Refused::denied(Rule::ToolChanged, reason));
+    }
+    let arguments = arguments.as_object().ok_or_else(|| Refused::malformed("expected arguments as a JSON object"))?;
+    let malformed = |e: &dyn std::fmt::Display| Refused::malformed(e.to_string());
+    let rendered = Request::parse(http).map_err(|e| malformed(&e))?.render(arguments);
+    let rendered = rendered.map_err(|denial| Refused::denied(denial.rule, denial.reason))?;
+    let body = match &rendered.body {
+        Some(body) => serde_json::to_vec(body).map_err(|e| malformed(&e))?,
+        None => Vec::new(),
+    };
+    let mut request = HttpRequest::new(Bytes::from(body));
+    *request.method_mut() = rendered.method.as_str().parse().map_err(|e| malformed(&e))?;
+    let headers = request.headers_mut();
+    headers.insert(ACCEPT, ACCEPTED);
+    // Bytes are passed on as they are, and the harness unpacks none.
+    headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
+    headers.insert(USER_AGENT, AGENT);
+    if rendered.body.is_some() {
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    }
+    let header = tool.idempotency.as_ref().and_then(|of| of.header.as_deref());
+    if let Some((header, key)) = header.zip(intent.key.as_deref()) {
+        let name = http::HeaderName::try_from(header).map_err(|e| malformed(&e))?;
+        headers.insert(name, HeaderValue::from_str(key).map_err(|e| malformed(&e))?);
+    }
+    Ok((Target::parse(&rendered.url)?, request))
+}
+
+/// The arguments of a call, if they are those of its intent.
+///
+/// # Errors
+/// [`Rule::Request`] for what cannot be read in one way only, [`Rule::IntentMissing`] for other arguments.
+pub fn arguments(intent: &IntentFacts, body: &[u8]) -> Result<Value, Refused> {
+    // Read as strictly as the harness reads what the agent writes: two readers of it cannot disagree.
+    let arguments = json::parse(body).map_err(|e| Refused::malformed(format!("expected arguments as JSON: {e}")))?;
+    let arguments = json::whole(arguments);
+    are_intended(intent, &arguments)?;
+    Ok(arguments)
+}
+
+fn are_intended(intent: &IntentFacts, arguments: &Value) -> Result<(), Refused> {
+    let digest = canonical::digest(arguments).map(hex::encode).map_err(|e| Refused::malformed(e.to_string()))?;
+    if intent.request_digest.as_ref() == Some(&digest) {
+        return Ok(());
+    }
+    Err(Refused::denied(
+        Rule::IntentMissing,
+        format!(
+            "expected the arguments of digest {} that the intent names, found others of {digest}",
+            intent.request_digest.as_deref().unwrap_or("none")
+        ),
+    ))
+}
+
+/// Why people must have said yes to a call.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Needed {
+    /// The contract asks for it.
+    pub by_contract: bool,
+    /// Why the pack does; empty where it does not.
+    pub because: Vec<String>,
+}
+
+/// Whether contract and pack let a call with these arguments leave, asked again where the harness asked before.
+///
+/// # Errors
+/// The first rule that does not hold.
+pub fn judge(compiled: &Compiled, intent: &IntentFacts, arguments: &Value) -> Result<Needed, Refused> {
+    let denied = |denial: Denial| Refused::denied(denial.rule, denial.reason);
+    let (Some(tool), Some(effect)) = (compiled.policy.tool(&intent.target), intent.effect) else {
+        return Err(Refused::denied(Rule::ToolKnown, format!("no contract is for {:?} any more", intent.target)));
+    };
+    let length = canonical::to_bytes(arguments).map_err(|e| Refused::malformed(e.to_string()))?.len();
+    let most = tool.limits.request_bytes.and_then(|most| usize::try_from(most).ok());
+    if let Some(most) = most.filter(|most| length > *most) {
+        let reason = format!("the arguments are {length} bytes of JSON; the contract takes {most}");
+        return Err(Refused::denied(Rule::ToolRequestBytes, reason));
+    }
+    let by_contract = compiled.contracts.recheck(&intent.target, arguments).map_err(denied)?;
+    let asked = Asked { tool, effect, usage: intent.usage, seen: intent.seen };
+    let Passed { assessment, because } = compiled.guard.judge(asked, arguments).map_err(denied)?;
+    // By a pack that has changed since the attempt began, this is another; what it says now is what counts.
+    if intent.policy == compiled.digest && assessment != intent.assessment {
+        return Err(Refused::denied(
+            Rule::AccessRule,
+            format!("expected an intent with the assessment {assessment:?}, found {:?}", intent.assessment),
+        ));
+    }
+    Ok(Needed { by_contract, because })
 }
 
 /// Whether a request is a message to an MCP server, which [`says`] judges.
-fn is_message(compiled: &Compiled, channel: Channel, method: &Method, intent: &IntentFacts) -> bool {
+pub fn is_message(compiled: &Compiled, channel: Channel, method: &Method, intent: &IntentFacts) -> bool {
     let tool = compiled.policy.tool(&intent.target);
     let is_mcp = tool.is_some_and(|tool| matches!(tool.upstream, Upstream::Mcp(_)));
     let talks = channel == Channel::Listing || (channel == Channel::Tool && is_mcp);
     talks && method == Method::POST
 }
 
-/// Whether a message to an MCP server is what its channel is for: a call of the intent's tool, or the session's own talk.
+/// What a message to an MCP server is, if that is what its channel is for: the arguments of a call of the intent's tool, or nothing
+/// for the session's own talk.
 ///
 /// # Errors
 /// [`Rule::IntentMissing`] if it is something else, [`Rule::Request`] if it is no message.
-fn says(compiled: &Compiled, channel: Channel, intent: &IntentFacts, body: &[u8]) -> Result<(), Refused> {
+pub fn says(
+    compiled: &Compiled,
+    channel: Channel,
+    intent: &IntentFacts,
+    body: &[u8],
+) -> Result<Option<Value>, Refused> {
     let malformed =
         |e: &dyn std::fmt::Display| Refused::malformed(format!("expected one JSON-RPC message to an MCP server: {e}"));
-    // Read as strictly as the harness reads what the agent writes: two readers of it cannot disagree.
     let message = json::parse(body).map_err(|e| malformed(&e))?;
+    if channel == Channel::Tool && has_more(&message) {
+        return Err(malformed(&"a call has name, arguments and _meta, and nothing else"));
+    }
     let message: Said = serde_json::from_value(message).map_err(|e| malformed(&e))?;
     let tool = compiled.policy.tool(&intent.target);
     let (named, arguments) = message.params.map(|params| (params.name, params.arguments)).unwrap_or_default();
-    if channel == Channel::Tool {
-        let arguments = arguments.unwrap_or_else(|| Value::Object(Map::new()));
-        let digest = canonical::digest(&arguments).map(hex::encode).map_err(|e| malformed(&e))?;
-        if intent.request_digest.as_ref() != Some(&digest) {
-            return Err(Refused::denied(
-                Rule::IntentMissing,
-                format!(
-                    "expected the arguments of digest {} that the intent names, found others of {digest}",
-                    intent.request_digest.as_deref().unwrap_or("none")
-                ),
-            ));
+    let arguments = match channel {
+        Channel::Tool => {
+            let arguments = json::whole(arguments.unwrap_or_else(|| Value::Object(Map::new())));
+            are_intended(intent, &arguments)?;
+            Some(arguments)
         }
-    }
+        _ => None,
+    };
     let fits = match (channel, message.method.as_deref()) {
         (Channel::Tool, Some("tools/call")) => {
             matches!(tool.map(|tool| &tool.upstream), Some(Upstream::Mcp(mcp)) if named.as_ref() == Some(&mcp.tool))
@@ -351,7 +431,7 @@ fn says(compiled: &Compiled, channel: Channel, intent: &IntentFacts, body: &[u8]
         _ => false,
     };
     if fits {
-        return Ok(());
+        return Ok(arguments);
     }
     Err(Refused::denied(
         Rule::IntentMissing,
@@ -363,6 +443,18 @@ fn says(compiled: &Compiled, channel: Channel, intent: &IntentFacts, body: &[u8]
             named.unwrap_or_default()
         ),
     ))
+}
+
+/// The members that a call may have. Servers that read names carelessly must find nothing else: not `Arguments` beside `arguments`.
+const CALL_MEMBERS: [&str; 4] = ["jsonrpc", "id", "method", "params"];
+const CALL_PARAMS: [&str; 3] = ["name", "arguments", "_meta"];
+
+/// Whether a message has members that a call does not have.
+fn has_more(message: &Value) -> bool {
+    let only = |value: Option<&Value>, names: &[&str]| {
+        value.and_then(Value::as_object).is_none_or(|members| members.keys().all(|name| names.contains(&name.as_str())))
+    };
+    !only(Some(message), &CALL_MEMBERS) || !only(message.get("params"), &CALL_PARAMS)
 }
 
 /// What of a JSON-RPC message says what it does.

@@ -44,10 +44,7 @@ use crate::{
     },
     evidence::store::{Location, Mode, Retention, log_prefix},
     plan,
-    policy::{
-        config::{EgressHost, PolicyConfig},
-        rule::Rule,
-    },
+    policy::{access::Guard, config::PolicyConfig, decide::Contracts, rule::Rule},
 };
 
 /// Label of everything that belongs to a task: its name.
@@ -118,15 +115,16 @@ struct Fetched {
 }
 
 /// What a task may do now.
-#[derive(Debug)]
 pub struct Compiled {
     /// The policy, as the operator renders it.
     pub policy: PolicyConfig,
     /// Its digest.
     pub digest: String,
-    /// The class's allowlist.
-    pub egress: Vec<EgressHost>,
-    /// The credential of each of its entries.
+    /// Its contracts, compiled.
+    pub contracts: Contracts,
+    /// What its pack says to calls, compiled.
+    pub guard: Guard,
+    /// The credential of each entry of its egress.
     pub credentials: Vec<Option<Credential>>,
     /// Where evidence goes.
     pub evidence: EvidencePolicy,
@@ -379,19 +377,10 @@ fn compile(task: &AgentTask, contracts: &[&ToolContract], pack: &PolicyPack) -> 
     let policy = plan::config::render_policy(task, contracts, pack)
         .map_err(|findings| findings.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))?;
     let class = plan::config::class_of(task, pack).map_err(|e| e.to_string())?;
-    let entry = |rule: &crate::api::policy_pack::EgressRule| EgressHost {
-        host: rule.host.clone(),
-        // The schema bounds ports; one out of range is none.
-        ports: rule.ports.iter().filter_map(|port| u16::try_from(*port).ok()).collect(),
-        uses: rule.uses.clone(),
-    };
-    Ok(Compiled {
-        digest: policy.digest().map_err(|e| e.to_string())?,
-        egress: class.egress.iter().map(entry).collect(),
-        credentials: class.egress.iter().map(|rule| rule.credential.clone()).collect(),
-        evidence: pack.spec.evidence.clone(),
-        policy,
-    })
+    // One for each entry of the policy's egress, which is made of the same.
+    let credential = |rule| plan::config::credential_for(rule, &task.spec.principal).cloned();
+    let credentials = class.egress.iter().map(credential).collect();
+    Compiled::new(policy, credentials, pack.spec.evidence.clone())
 }
 
 fn retention(evidence: &EvidencePolicy) -> Retention {
@@ -403,6 +392,25 @@ fn retention(evidence: &EvidencePolicy) -> Retention {
 }
 
 impl Compiled {
+    /// A policy, compiled.
+    ///
+    /// # Errors
+    /// Why it cannot be enforced.
+    pub fn new(
+        policy: PolicyConfig,
+        credentials: Vec<Option<Credential>>,
+        evidence: EvidencePolicy,
+    ) -> Result<Self, String> {
+        Ok(Self {
+            digest: policy.digest().map_err(|e| e.to_string())?,
+            contracts: Contracts::compile(&policy).map_err(|e| e.to_string())?,
+            guard: Guard::compile(&policy).map_err(|e| e.to_string())?,
+            credentials,
+            evidence,
+            policy,
+        })
+    }
+
     /// Where the task's log lies.
     pub fn place(&self) -> Place {
         let task = &self.policy.task;

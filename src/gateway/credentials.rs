@@ -22,7 +22,7 @@ impl Injected {
     /// # Errors
     /// [`Rule::UpstreamCredential`] if the Secret is not there or is no header value.
     pub fn read(cluster: &Cluster, credential: &Credential) -> Result<Self, Refused> {
-        let Credential { secret, key, header, prefix } = credential;
+        let Credential { secret, key, header, prefix, principals: _ } = credential;
         let failed = |reason: &str| {
             Err(Refused::upstream(
                 Rule::UpstreamCredential,

@@ -47,7 +47,7 @@ use crate::{
         record::Channel,
         store::{Location, log_prefix},
     },
-    policy::rule::Rule,
+    policy::{approval::Exact, rule::Rule},
     wire::{self, AppendRequest, ApprovalAsk, OpenRequest, Refusal, SealRequest},
 };
 
@@ -67,8 +67,12 @@ const LARGEST_QUESTION: usize = 512 << 10;
 const QUESTIONS: usize = 2 * crate::policy::approval::PENDING;
 /// A request to seal.
 const LARGEST_SEAL: usize = 64 << 10;
-/// A message to an MCP server: a call with all its arguments.
+/// A message to an MCP server, or the arguments of an HTTP tool's call.
 const LARGEST_MESSAGE: usize = 17 << 20;
+/// Calls of one pod that are judged at a time.
+const JUDGED: usize = 2;
+/// A body that takes longer to arrive has its intent looked up again.
+const PROMPT: Duration = Duration::from_secs(1);
 /// For such a body to arrive.
 const BODY_TIME: Duration = Duration::from_secs(20);
 /// What the stores may lag behind the operator, which creates an attempt right after rendering its policy.
@@ -107,6 +111,7 @@ struct Share {
     calls: Arc<Semaphore>,
     log: Arc<Semaphore>,
     questions: Arc<Semaphore>,
+    judged: Arc<Semaphore>,
 }
 
 /// The gateway.
@@ -133,6 +138,7 @@ impl About {
         }
         match request.uri().path() {
             wire::FORWARD => channel(request.headers()).map_or(Self::Other, Self::Call),
+            wire::CALL => Self::Call(Channel::Tool),
             wire::LOG_OPEN | wire::LOG_APPEND | wire::LOG_SEAL | wire::APPROVAL => Self::Log,
             _ => Self::Other,
         }
@@ -179,6 +185,8 @@ impl Gateway {
             attempt = field::Empty,
             host = field::Empty,
             upstream = field::Empty,
+            data = field::Empty,
+            risk = field::Empty,
             rule = field::Empty,
             bytes_sent = field::Empty,
             bytes_received = field::Empty,
@@ -232,6 +240,7 @@ impl Gateway {
         match path.as_str() {
             _ if connect => self.tunnel(request, asked).await,
             wire::FORWARD => self.forward(request, asked).await,
+            wire::CALL if post => self.call(request, asked).await,
             wire::LOG_OPEN if post => self.open(request, asked).await,
             wire::APPROVAL if post => self.approval(request, asked).await,
             wire::LOG_APPEND if post => self.append(request, asked).await,
@@ -239,7 +248,7 @@ impl Gateway {
             _ => Err(Refused {
                 status: StatusCode::NOT_FOUND,
                 ..Refused::malformed(
-                    "expected CONNECT, /v1/forward or a POST to /v1/approval or /v1/log/{open,append,seal}",
+                    "expected CONNECT, /v1/forward or a POST to /v1/call, /v1/approval or /v1/log/{open,append,seal}",
                 )
             }),
         }
@@ -278,23 +287,35 @@ impl Gateway {
         self.parts.incidents.tell(place, incident);
     }
 
+    /// Where the pod's calls stand in line to be judged.
+    fn turn(&self, principal: &Principal) -> Arc<Semaphore> {
+        self.shared(principal, |share| &share.judged)
+    }
+
     /// A place among the pod's requests.
     fn share(&self, principal: &Principal, of: fn(&Share) -> &Arc<Semaphore>) -> Result<OwnedSemaphorePermit, Refused> {
+        self.shared(principal, of).try_acquire_owned().map_err(|_| Refused {
+            status: StatusCode::TOO_MANY_REQUESTS,
+            rule: Rule::Busy,
+            reason: "the pod has as many requests under way as it may; wait for one of them to end".to_owned(),
+        })
+    }
+
+    fn shared(&self, principal: &Principal, of: fn(&Share) -> &Arc<Semaphore>) -> Arc<Semaphore> {
         let mut shares = self.shares.lock().unwrap_or_else(PoisonError::into_inner);
         if shares.len() >= PODS {
             // Whoever holds a permit holds its semaphore, too.
-            shares.retain(|_, s| [&s.calls, &s.log, &s.questions].into_iter().any(|of| Arc::strong_count(of) > 1));
+            shares.retain(|_, s| {
+                [&s.calls, &s.log, &s.questions, &s.judged].into_iter().any(|of| Arc::strong_count(of) > 1)
+            });
         }
         let share = shares.entry(principal.pod_uid.clone()).or_insert_with(|| Share {
             calls: Arc::new(Semaphore::new(CALLS)),
             log: Arc::new(Semaphore::new(LOG_REQUESTS)),
             questions: Arc::new(Semaphore::new(QUESTIONS)),
+            judged: Arc::new(Semaphore::new(JUDGED)),
         });
-        of(share).clone().try_acquire_owned().map_err(|_| Refused {
-            status: StatusCode::TOO_MANY_REQUESTS,
-            rule: Rule::Busy,
-            reason: "the pod has as many requests under way as it may; wait for one of them to end".to_owned(),
-        })
+        of(share).clone()
     }
 
     async fn open(&self, request: Request<Incoming>, asked: Asked) -> Served {
@@ -326,9 +347,15 @@ impl Gateway {
         let Asked { principal, .. } = asked;
         let _share = self.share(&principal, |share| &share.log)?;
         let body: AppendRequest = json(request, LARGEST_APPEND).await?;
-        let compiled = self.parts.cluster.compiled(&principal)?;
-        let (appended, usage) =
-            self.parts.witness.append(&compiled.place(), &principal, &body, &compiled.digest).await?;
+        let Principal { namespace, task, task_uid, .. } = &principal;
+        // What happened is taken down even while no policy can be compiled; only a new attempt needs one.
+        let compiled = self.parts.cluster.compiled(&principal);
+        let place = match &compiled {
+            Ok(compiled) => compiled.place(),
+            Err(unready) => self.parts.cluster.place(namespace, task, task_uid).ok_or_else(|| unready.clone())?,
+        };
+        let digest = compiled.as_ref().map(|compiled| compiled.digest.as_str()).map_err(Clone::clone);
+        let (appended, usage) = self.parts.witness.append(&place, &principal, &body, digest).await?;
         if let Some(task) = self.parts.cluster.task(&principal.namespace, &principal.task, &principal.task_uid) {
             let status = self.parts.usage.clone();
             tokio::spawn(async move { status.running(&task, usage).await });
@@ -343,8 +370,9 @@ impl Gateway {
         let body: ApprovalAsk = json(request, LARGEST_QUESTION).await?;
         let Parts { cluster, requests, witness, .. } = &self.parts;
         let compiled = cluster.compiled(&principal)?;
-        let made = witness.approved_calls(&compiled.place(), &body.tool, &body.request_digest).await?;
-        reply(&approvals::ask(cluster, requests.as_ref(), &compiled, &principal, &body, made).await?)
+        let call = Exact { by: body.by, tool: body.tool.clone(), digest: body.request_digest.clone() };
+        let before = witness.before(&compiled.place(), &call).await?;
+        reply(&approvals::ask(cluster, requests.as_ref(), &compiled, &principal, &body, before).await?)
     }
 
     async fn seal(&self, request: Request<Incoming>) -> Served {
@@ -382,34 +410,109 @@ impl Gateway {
         Span::current().record("host", target.authority.host.as_str());
         let (credential, compiled, intent) =
             self.authorized(principal, channel, Destination::Url(&target, request.method()), headers).await?;
-        let approved = match channel {
-            Channel::Tool => {
-                authorize::carries_key(&compiled, &intent, request.headers())?;
-                let request =
-                    intent.approval.as_ref().and_then(|name| self.parts.cluster.approval(&principal.namespace, name));
-                approvals::approved(&compiled, &intent, request.as_deref())?
-            }
-            _ => None,
-        };
-        let request = if authorize::is_judged(&compiled, channel, request.method(), &intent) {
+        let mut call = None;
+        let request = if authorize::is_message(&compiled, channel, request.method(), &intent) {
             let (parts, body) = request.into_parts();
             let body = forward::whole(body, LARGEST_MESSAGE, BODY_TIME).await?;
-            authorize::content(&compiled, channel, (&target, &parts.method), &intent, approved.as_ref(), &body)?;
+            if let Some(arguments) = authorize::says(&compiled, channel, &intent, &body)? {
+                self.judged(principal, &compiled, &intent, arguments).await?;
+                call = Some(intent);
+            }
             Request::from_parts(parts, full(body))
         } else {
             request.map(|body| body.map_err(BoxError::from).boxed_unsync())
         };
-        let injected = credential.map(|credential| Injected::read(&self.parts.cluster, &credential)).transpose()?;
+        self.send(channel, &target, credential.as_ref(), request, share, call.map(|intent| (compiled, intent))).await
+    }
+
+    /// Makes the call of an HTTP tool: its request is made here, of the arguments.
+    async fn call(&self, request: Request<Incoming>, asked: Asked) -> Served {
+        let Asked { principal, .. } = &asked;
+        principal.may_call()?;
+        let share = self.share(principal, |share| &share.calls)?;
+        let (parts, body) = request.into_parts();
+        let compiled = self.parts.cluster.compiled(principal)?;
+        let mut intent = self.intent(&compiled, &parts.headers).await?;
+        authorize::called(&compiled, principal.attempt, &intent)?;
+        let started = Instant::now();
+        let body = forward::whole(body, LARGEST_MESSAGE, BODY_TIME).await?;
+        if started.elapsed() > PROMPT {
+            // Much may have happened since.
+            intent = self.intent(&compiled, &parts.headers).await?;
+        }
+        let arguments = authorize::arguments(&intent, &body)?;
+        let (target, request) = authorize::request(&compiled, principal.attempt, &intent, &arguments)?;
+        Span::current().record("host", target.authority.host.as_str());
+        let to = Destination::Url(&target, request.method());
+        let credential = authorize::listed(&compiled, Channel::Tool, to)?;
+        self.judged(principal, &compiled, &intent, arguments).await?;
+        let request = request.map(full);
+        self.send(Channel::Tool, &target, credential.as_ref(), request, share, Some((compiled, intent))).await
+    }
+
+    /// Whether contract, pack and people let a call with these arguments leave.
+    async fn judged(
+        &self,
+        principal: &Principal,
+        compiled: &Arc<Compiled>,
+        intent: &IntentFacts,
+        arguments: serde_json::Value,
+    ) -> Result<(), Refused> {
+        if let Some(assessment) = &intent.assessment {
+            let span = Span::current();
+            span.record("data", assessment.arguments.as_str());
+            span.record("risk", assessment.risk.as_ref().map(|risk| risk.score));
+        }
+        // Contracts are of the tenants' own making, and their expressions may take long: not where everybody's requests are served.
+        let turn = self.turn(principal).acquire_owned().await;
+        let (judge, facts) = (compiled.clone(), intent.clone());
+        let judged = tokio::task::spawn_blocking(move || {
+            let _turn = turn;
+            authorize::judge(&judge, &facts, &arguments).map(|needed| (needed, arguments))
+        });
+        let failed =
+            |e: tokio::task::JoinError| Refused::retry(Rule::Busy, format!("the call could not be judged: {e}"));
+        let (needed, arguments) = judged.await.map_err(failed)??;
+        let find = |name: &str| self.parts.cluster.approval(&principal.namespace, name);
+        approvals::approved(compiled, intent, &arguments, &needed, find)
+    }
+
+    /// Sends a request that may leave.
+    async fn send(
+        &self,
+        channel: Channel,
+        target: &Target,
+        credential: Option<&Credential>,
+        request: Request<ReplyBody>,
+        share: OwnedSemaphorePermit,
+        call: Option<(Arc<Compiled>, IntentFacts)>,
+    ) -> Served {
+        let injected = credential.map(|credential| Injected::read(&self.parts.cluster, credential)).transpose()?;
+        if let Some((compiled, intent)) = call {
+            self.parts.witness.claim(&compiled.place(), &intent)?;
+        }
         let started = Instant::now();
         // What an agent sends by itself may bind a connection to whoever sent it, as some logins do.
         let pool = (channel != Channel::Egress).then_some(&self.parts.pool);
-        let replied = forward::forward(&self.parts.dialer, pool, &target, injected, request, share).await;
+        let replied = forward::forward(&self.parts.dialer, pool, target, injected, request, share).await;
         self.parts.metrics.upstream_took(channel.as_str(), started.elapsed());
         let replied = replied?;
         if let Some(address) = replied.headers().get(wire::UPSTREAM).and_then(|a| a.to_str().ok()) {
             Span::current().record("upstream", address);
         }
         Ok(replied)
+    }
+
+    /// The witnessed intent that a request names.
+    async fn intent(&self, compiled: &Compiled, headers: &HeaderMap) -> Result<IntentFacts, Refused> {
+        let seq = single(headers, wire::INTENT)?;
+        let seq = seq.parse().map_err(|_| {
+            Refused::denied(
+                Rule::IntentMissing,
+                format!("expected a record's number in {}, found {seq:?}", wire::INTENT),
+            )
+        })?;
+        self.parts.witness.intent(&compiled.place(), seq).await
     }
 
     /// Whether a call may leave, by list and log; gives the credential for it.
@@ -422,14 +525,7 @@ impl Gateway {
     ) -> Result<(Option<Credential>, Arc<Compiled>, IntentFacts), Refused> {
         let compiled = self.parts.cluster.compiled(principal)?;
         let credential = authorize::listed(&compiled, channel, to)?;
-        let seq = single(headers, wire::INTENT)?;
-        let seq = seq.parse().map_err(|_| {
-            Refused::denied(
-                Rule::IntentMissing,
-                format!("expected a record's number in {}, found {seq:?}", wire::INTENT),
-            )
-        })?;
-        let intent = self.parts.witness.intent(&compiled.place(), seq).await?;
+        let intent = self.intent(&compiled, headers).await?;
         authorize::intended(&compiled, principal.attempt, channel, to, &intent)?;
         Ok((credential, compiled, intent))
     }

@@ -27,8 +27,8 @@ use crate::{
     },
     policy::{
         config::{
-            Limits, McpUpstream, ModelEndpoints, PackIdentity, PolicyConfig, SideEffect, TaskIdentity, Tool,
-            ToolLimits, Upstream, Usage,
+            Access, DataClass, Limits, McpUpstream, ModelEndpoints, PackIdentity, PolicyConfig, Sensitivity,
+            SideEffect, TaskIdentity, Tool, ToolLimits, Upstream, Usage,
         },
         rule::Rule,
     },
@@ -193,8 +193,11 @@ pub fn policy() -> PolicyConfig {
         limits: ToolLimits::default(),
         preconditions: vec![],
         idempotency: None,
+        verify: None,
         approval: None,
         side_effect,
+        data: DataClass::default(),
+        redact: vec![],
     };
     PolicyConfig {
         task: TaskIdentity {
@@ -221,6 +224,7 @@ pub fn policy() -> PolicyConfig {
         tools: vec![tool("search", SideEffect::Read), tool("write", SideEffect::Write)],
         models: ModelEndpoints { openai: Some("https://models.world.test".into()), anthropic: None, prices: vec![] },
         egress: vec![],
+        access: Access::default(),
     }
 }
 
@@ -244,7 +248,8 @@ pub fn intent(call: &str, channel: Channel, target: &str, reserved_tokens: i64) 
         request_digest: (channel == Channel::Tool).then(|| hex::encode(canonical::sha256(b"{}"))),
         request_bytes: 1,
         key: None,
-        approval: None,
+        approvals: vec![],
+        assessment: None,
         rules: vec![],
         model: None,
         reserved_tokens,
@@ -263,6 +268,7 @@ pub fn outcome(call: &str, tokens: i64) -> Event {
         tokens,
         cost_micros: 0,
         upstream: None,
+        sensitivity: Sensitivity::default(),
     })
 }
 

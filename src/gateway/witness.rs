@@ -13,7 +13,7 @@
 //! ```
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     sync::{Arc, Mutex, PoisonError, RwLock},
     time::Instant,
 };
@@ -23,7 +23,7 @@ use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt, future::BoxFuture};
 use jiff::Timestamp;
 
-use super::{identity::Principal, metrics::Metrics, refusal::Refused};
+use super::{approvals::Before, identity::Principal, metrics::Metrics, refusal::Refused};
 use crate::{
     canonical,
     evidence::{
@@ -34,6 +34,7 @@ use crate::{
         store::{Location, PutError, Retention, Store, StoreError},
     },
     policy::{
+        approval::Exact,
         config::{SideEffect, Usage},
         rule::Rule,
     },
@@ -81,6 +82,8 @@ impl Place {
 /// One log: whoever holds `writer` may put the next segment and move `head`.
 #[derive(Default)]
 struct Log {
+    /// Calls that were sent, by their intents.
+    sent: Mutex<BTreeSet<u64>>,
     writer: tokio::sync::Mutex<()>,
     head: RwLock<Option<Arc<History>>>,
 }
@@ -156,11 +159,13 @@ impl Witness {
             usage: history.usage(),
             tools: history.tools(principal.attempt),
             ledger: history.ledger(),
+            seen: history.seen(),
             open_calls: u64::try_from(history.open_calls()).unwrap_or(u64::MAX),
         })
     }
 
-    /// Witnesses and stores a segment; gives the counters after it as well.
+    /// Witnesses and stores a segment; gives the counters after it as well. `digest` is that of the policy as the gateway compiles it,
+    /// which only a new attempt needs.
     ///
     /// # Errors
     /// By rule; [`Rule::LogFork`] if the place is taken; [`Rule::Evidence`] if the bucket fails: the same segment may
@@ -170,7 +175,7 @@ impl Witness {
         place: &Place,
         principal: &Principal,
         request: &AppendRequest,
-        digest: &str,
+        digest: Result<&str, Refused>,
     ) -> Result<(AppendReply, Usage), Refused> {
         let started = Instant::now();
         let appended = self.try_append(place, principal, request, digest).await;
@@ -190,7 +195,7 @@ impl Witness {
         place: &Place,
         principal: &Principal,
         request: &AppendRequest,
-        digest: &str,
+        digest: Result<&str, Refused>,
     ) -> Result<(AppendReply, Usage, bool), Refused> {
         own_attempt(principal, request.attempt)?;
         let mut segment = Segment::parse(request.segment.as_bytes())
@@ -303,18 +308,40 @@ impl Witness {
         Ok((segment, next))
     }
 
-    /// How many calls of this tool with these arguments were made by an approval, by what the bucket has now.
+    /// What there was before a call that people are asked about, by what the bucket has now.
     ///
     /// # Errors
     /// [`Rule::TaskClosed`] after the end, [`Rule::Evidence`] if the bucket cannot be asked.
-    pub async fn approved_calls(&self, place: &Place, tool: &str, digest: &str) -> Result<i64, Refused> {
+    pub async fn before(&self, place: &Place, call: &Exact) -> Result<Before, Refused> {
         let log = self.log(place);
         let _writer = log.writer.lock().await;
         let history = self.current(place, &log).await?;
         if history.closed() {
             return Err(ended());
         }
-        Ok(history.approved_calls(tool, digest))
+        Ok(history.before(call))
+    }
+
+    /// Takes an intent for the one call that it is for. One that changes nothing and that nobody was asked about may be sent again.
+    ///
+    /// Replicas do not know of each other's: an intent that is open is good for one call at each.
+    ///
+    /// # Errors
+    /// [`Rule::IntentMissing`] if the call was sent before.
+    pub fn claim(&self, place: &Place, intent: &IntentFacts) -> Result<(), Refused> {
+        if intent.effect == Some(SideEffect::Read) && intent.approvals.is_empty() {
+            return Ok(());
+        }
+        let log = self.log(place);
+        let head = log.head();
+        let mut sent = log.sent.lock().unwrap_or_else(PoisonError::into_inner);
+        // One that is over is refused for that; approved reads stay.
+        sent.retain(|seq| head.as_ref().is_none_or(|head| head.intent(*seq).is_some()));
+        if sent.insert(intent.seq) {
+            return Ok(());
+        }
+        let reason = format!("the call {:?} was sent before: each call has an intent of its own", intent.call);
+        Err(Refused::denied(Rule::IntentMissing, reason))
     }
 
     /// An intent that lies in the bucket, by its sequence number.
@@ -505,7 +532,12 @@ impl Witness {
 }
 
 /// What needs no history: the segment is this pod's, of this attempt, and opens under the gateway's own policy.
-fn admit(segment: &Segment, request: &AppendRequest, principal: &Principal, digest: &str) -> Result<(), Refused> {
+fn admit(
+    segment: &Segment,
+    request: &AppendRequest,
+    principal: &Principal,
+    digest: Result<&str, Refused>,
+) -> Result<(), Refused> {
     let refused = |rule, reason: String| Err(Refused::denied(rule, reason));
     if segment.first != request.first {
         return refused(
@@ -547,6 +579,7 @@ fn admit(segment: &Segment, request: &AppendRequest, principal: &Principal, dige
                     format!("record {}: expected a contained pod, found one that is not", record.seq),
                 );
             }
+            let digest = digest.clone()?;
             same_policy(&opened.policy_digest, digest)?;
             let found = opened.policy.digest().map_err(|e| Refused::malformed(e.to_string()))?;
             same_policy(&found, digest)?;

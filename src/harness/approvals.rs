@@ -1,7 +1,7 @@
 //! Asking people before a call leaves.
 //!
 //! Promises: one request for one exact call, however often and by how many calls at once it is made; what people say is in the log before
-//! the call's intent; a yes is taken once; a no, a lapsed request and a gateway that refuses to ask are refusals. While a request is
+//! the call's intent; contract and pack are asked about it at the same time, each for itself; a yes is taken once; a no, a lapsed request and a gateway that refuses to ask are refusals. While a request is
 //! undecided the [`Clock`] stands still. Refuses: knowing who decides what: the gateway asks, counts the votes, and asks again
 //! before the call leaves.
 
@@ -21,8 +21,8 @@ use super::{
 use crate::{
     evidence::record::{Approval as Said, Event},
     policy::{
-        approval::{self, LONGEST_ARGUMENTS, PENDING, Standing},
-        config::{Approval, OnTimeout},
+        approval::{self, Exact, LONGEST_ARGUMENTS, PENDING, Standing},
+        config::{Approval, AskedBy, OnTimeout, SideEffect},
         decide::Denial,
         rule::Rule,
     },
@@ -39,15 +39,25 @@ const PAUSE: Duration = Duration::from_millis(250);
 /// What is known of one exact call.
 type Known = Option<Result<ApprovalReply, Denial>>;
 
-/// An exact call: the tool and the digest of its arguments.
-type Key = (String, String);
+/// A call that people are asked about.
+#[derive(Clone, Debug)]
+pub struct Question {
+    /// The tool.
+    pub tool: String,
+    /// What the call may change.
+    pub effect: SideEffect,
+    /// The arguments, RFC 8785 JSON.
+    pub arguments: String,
+    /// Their SHA-256, hex.
+    pub digest: String,
+}
 
 /// Where people are asked.
 pub struct Approvals {
     link: Arc<Link>,
     journal: Arc<Journal>,
     clock: Arc<Clock>,
-    asked: Mutex<HashMap<Key, watch::Receiver<Known>>>,
+    asked: Mutex<HashMap<Exact, watch::Receiver<Known>>>,
     /// What this harness has written of approvals. Changed only while the journal puts a record in order.
     log: Mutex<approval::Approvals>,
     ended: Notify,
@@ -55,8 +65,13 @@ pub struct Approvals {
 
 /// An answer to a call that needs approval.
 pub enum Answered {
-    /// It may be made, by the approval of this name.
-    Approved(String),
+    /// It may be made.
+    Approved {
+        /// By the approvals of these names.
+        names: Vec<String>,
+        /// For these reasons of the pack's.
+        because: Vec<String>,
+    },
     /// Nobody knows yet. What the agent is told.
     Pending(String),
     /// It may not.
@@ -75,40 +90,49 @@ impl Approvals {
         self.ended.notified().await;
     }
 
-    /// Asks for one exact call, or joins those who have, and waits as long as the contract holds calls.
-    pub async fn ask(self: &Arc<Self>, tool: &str, approval: &Approval, arguments: String, digest: &str) -> Answered {
-        let key: Key = (tool.to_owned(), digest.to_owned());
-        let hold = Duration::from_secs(u64::try_from(approval.hold_seconds).unwrap_or_default());
-        let until = tokio::time::Instant::now() + hold;
+    /// Asks about one exact call on each of these accounts, or joins those who have, and waits as long as all of them hold calls.
+    pub async fn ask(self: &Arc<Self>, call: &Question, needs: &[(AskedBy, &Approval)]) -> Answered {
+        let hold = needs.iter().map(|(_, approval)| approval.hold_seconds).min().unwrap_or_default();
+        let until = tokio::time::Instant::now() + Duration::from_secs(u64::try_from(hold).unwrap_or_default());
         loop {
-            let mut known = match self.join(&key, approval, &arguments) {
-                Ok(known) => known,
-                Err(denial) => return Answered::Refused(denial),
-            };
-            let decided = match tokio::time::timeout_at(until, known.wait_for(Option::is_some)).await {
-                Ok(Ok(decided)) => decided.clone(),
-                // Whoever asked is gone, which only happens at the end.
-                Ok(Err(_)) => return Answered::Refused(denial("nobody can be asked any more")),
-                Err(_) => return Answered::Pending(pending(tool, approval)),
-            };
-            match decided {
-                Some(Ok(reply)) if reply.standing == Standing::Approved => {
-                    if !self.take(&key, &known) {
-                        // Another call like this one was faster: this one is asked for anew.
-                        continue;
-                    }
-                    if reply.expired() {
-                        continue;
-                    }
-                    return Answered::Approved(reply.name);
+            let mut all = Vec::new();
+            for (by, approval) in needs {
+                let exact = Exact { by: *by, tool: call.tool.clone(), digest: call.digest.clone() };
+                match self.join(&exact, approval, call) {
+                    Ok(known) => all.push((exact, known)),
+                    Err(denial) => return Answered::Refused(denial),
                 }
-                Some(Ok(reply)) => return Answered::Refused(denial(&refusal(&reply))),
-                Some(Err(refused)) => {
-                    self.take(&key, &known);
-                    return Answered::Refused(refused);
-                }
-                None => continue,
             }
+            let mut replies = Vec::new();
+            for ((exact, known), (_, approval)) in all.iter_mut().zip(needs) {
+                let decided = match tokio::time::timeout_at(until, known.wait_for(Option::is_some)).await {
+                    Ok(Ok(decided)) => decided.clone(),
+                    // Whoever asked is gone, which only happens at the end.
+                    Ok(Err(_)) => return Answered::Refused(denial("nobody can be asked any more")),
+                    Err(_) => return Answered::Pending(pending(&call.tool, approval)),
+                };
+                match decided {
+                    Some(Ok(reply)) if reply.standing == Standing::Approved => replies.push(reply),
+                    Some(Ok(reply)) => return Answered::Refused(denial(&refusal(&reply))),
+                    Some(Err(refused)) => {
+                        self.take(&[(exact.clone(), known.clone())]);
+                        return Answered::Refused(refused);
+                    }
+                    None => {}
+                }
+            }
+            // Another call like this one was faster: then people are asked anew.
+            if replies.len() < needs.len() || !self.take(&all) {
+                continue;
+            }
+            if let Some(lapsed) = replies.iter().find(|reply| reply.expired()) {
+                return Answered::Refused(denial(&format!(
+                    "approval {} lapsed before the call could be made; it stays denied for this task",
+                    lapsed.name
+                )));
+            }
+            let because = replies.iter().flat_map(|reply| reply.because.clone()).collect();
+            return Answered::Approved { names: replies.into_iter().map(|reply| reply.name).collect(), because };
         }
     }
 
@@ -120,18 +144,18 @@ impl Approvals {
     /// What is known of a call; asked for if nobody has.
     fn join(
         self: &Arc<Self>,
-        key: &Key,
+        exact: &Exact,
         approval: &Approval,
-        arguments: &str,
+        call: &Question,
     ) -> Result<watch::Receiver<Known>, Denial> {
-        if arguments.len() > LONGEST_ARGUMENTS {
+        if call.arguments.len() > LONGEST_ARGUMENTS {
             return Err(denial(&format!(
                 "people are shown arguments of at most {LONGEST_ARGUMENTS} bytes, these are {}; send less",
-                arguments.len()
+                call.arguments.len()
             )));
         }
         let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(known) = asked.get(key) {
+        if let Some(known) = asked.get(exact) {
             return Ok(known.clone());
         }
         let undecided = asked.values().filter(|known| known.borrow().is_none()).count();
@@ -139,19 +163,25 @@ impl Approvals {
             return Err(denial(&format!("{undecided} calls wait for people already; wait for one of them")));
         }
         let (sender, known) = watch::channel(None);
-        asked.insert(key.clone(), known.clone());
-        let (tool, request_digest) = key.clone();
-        let ask = ApprovalAsk { tool, arguments: arguments.to_owned(), request_digest, wait: 0 };
+        asked.insert(exact.clone(), known.clone());
+        let ask = ApprovalAsk {
+            by: exact.by,
+            tool: call.tool.clone(),
+            effect: call.effect,
+            arguments: call.arguments.clone(),
+            request_digest: call.digest.clone(),
+            wait: 0,
+        };
         tokio::spawn(self.clone().watch(ask, approval.on_timeout, sender));
         Ok(known)
     }
 
-    /// Whether what was known of a call is still what is kept; it is not kept any more.
-    fn take(&self, key: &Key, known: &watch::Receiver<Known>) -> bool {
+    /// Whether what was known is still what is kept, all of it; it is not kept any more then.
+    fn take(&self, all: &[(Exact, watch::Receiver<Known>)]) -> bool {
         let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
-        let same = asked.get(key).is_some_and(|kept| kept.same_channel(known));
+        let same = all.iter().all(|(exact, known)| asked.get(exact).is_some_and(|kept| kept.same_channel(known)));
         if same {
-            asked.remove(key);
+            all.iter().for_each(|(exact, _)| drop(asked.remove(exact)));
         }
         same
     }
@@ -198,8 +228,7 @@ impl Approvals {
     /// Writes what the witness will take.
     fn record(&self, said: Said, event: fn(Said) -> Event) -> Result<(), Denial> {
         let record = self.journal.record(|_, _| {
-            let Said { name, tool, request_digest, standing, .. } = &said;
-            self.log().seen(name, tool, request_digest, *standing).map_err(|reason| denial(&reason))?;
+            self.log().seen(&said.name, &said.call(), said.standing).map_err(|reason| denial(&reason))?;
             Ok(event(said))
         });
         record.map(|_| ())
@@ -215,10 +244,12 @@ fn said(ask: &ApprovalAsk, reply: &ApprovalReply) -> Said {
     Said {
         name: reply.name.clone(),
         uid: reply.uid.clone(),
+        by: ask.by,
         tool: ask.tool.clone(),
         request_digest: ask.request_digest.clone(),
         required: reply.required,
         expires: reply.expires.clone(),
+        because: reply.because.clone(),
         standing: reply.standing,
         decisions: reply.decisions.clone(),
     }

@@ -1,15 +1,17 @@
 //! The pipeline that every call goes through: decide, reserve, record, store, send, record.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use serde_json::Value;
 use tokio::sync::Notify;
 
 use super::{approvals::Approvals, clock::Clock, journal::Journal, link::Link, once::Once};
 use crate::{
-    evidence::record::{Channel, Containment, Denied, Effect, Event, Intent, Outcome},
+    evidence::record::{Channel, Containment, Denied, Effect, Event, Intent, Outcome, Resolved},
     policy::{
+        access::{Asked, Assessment, Guard, Passed},
         budget::{Budget, Spent},
-        config::SideEffect,
+        config::{AskedBy, Sensitivity, SideEffect, Tool},
         decide::{Arguments, Contracts, Decision, Denial, Known, Results, shorten},
         output::Outputs,
         quota::Quotas,
@@ -34,8 +36,12 @@ pub struct Call {
     pub request_bytes: u64,
     /// The idempotency key under which it is made.
     pub key: Option<String>,
-    /// The approval by which it is made.
-    pub approval: Option<String>,
+    /// The approvals by which it is made.
+    pub approvals: Vec<String>,
+    /// The pack's reasons for which people have approved it.
+    pub because: Vec<String>,
+    /// The arguments of a tool's call, for its pack to judge.
+    pub arguments: Option<Value>,
     /// The rules that were asked and allowed it; the budgets are added.
     pub rules: Vec<Rule>,
     /// The model that is asked, as the request names it.
@@ -71,6 +77,8 @@ pub struct Settlement {
     pub spent: Option<Spent>,
     /// The address that the gateway dialled.
     pub upstream: Option<String>,
+    /// How sensitive the result is that the agent gets.
+    pub sensitivity: Sensitivity,
 }
 
 impl Settlement {
@@ -84,6 +92,7 @@ impl Settlement {
             response_bytes: 0,
             spent: None,
             upstream: None,
+            sensitivity: Sensitivity::default(),
         }
     }
 
@@ -93,20 +102,32 @@ impl Settlement {
     }
 }
 
+/// A policy, compiled.
+pub struct Compiled {
+    /// What contracts say to calls.
+    pub contracts: Contracts,
+    /// What the pack says to them.
+    pub guard: Guard,
+    /// What contracts say of results.
+    pub outputs: Outputs,
+}
+
 /// What a gate goes on from: what the log says of the task so far.
 pub struct Kept {
     /// Calls of each tool.
     pub quotas: Quotas,
     /// Calls by their idempotency keys.
     pub once: Once,
+    /// The most sensitive data that the task has handled.
+    pub seen: Sensitivity,
 }
 
 /// Decides over calls and keeps their records.
 pub struct Gate {
-    contracts: Contracts,
-    outputs: Outputs,
-    /// Changed only while the journal puts a record in order, as budgets are.
+    policy: Compiled,
+    /// These two are changed only while the journal puts a record in order, as budgets are.
     quotas: Mutex<Quotas>,
+    seen: Mutex<Sensitivity>,
     once: Once,
     journal: Arc<Journal>,
     link: Arc<Link>,
@@ -120,19 +141,18 @@ pub struct Gate {
 impl Gate {
     /// A gate whose wall time runs by this clock.
     pub fn new(
-        contracts: Contracts,
-        outputs: Outputs,
+        policy: Compiled,
         kept: Kept,
         journal: Arc<Journal>,
         link: Arc<Link>,
         clock: Arc<Clock>,
         approvals: Arc<Approvals>,
     ) -> Self {
-        let results = Mutex::new(Arc::new(contracts.no_results()));
+        let results = Mutex::new(Arc::new(policy.contracts.no_results()));
         Self {
-            contracts,
-            outputs,
+            policy,
             quotas: Mutex::new(kept.quotas),
+            seen: Mutex::new(kept.seen),
             once: kept.once,
             journal,
             link,
@@ -146,12 +166,31 @@ impl Gate {
 
     /// The compiled output schemas.
     pub fn outputs(&self) -> &Outputs {
-        &self.outputs
+        &self.policy.outputs
     }
 
     /// The compiled contracts.
     pub fn contracts(&self) -> &Contracts {
-        &self.contracts
+        &self.policy.contracts
+    }
+
+    /// What the pack says to calls.
+    pub fn guard(&self) -> &Guard {
+        &self.policy.guard
+    }
+
+    /// What the pack says to a call now. It is asked again where the call's intent is put in order.
+    ///
+    /// # Errors
+    /// The rule that refuses it.
+    pub fn judge(&self, tool: &Tool, effect: SideEffect, arguments: &Value) -> Result<Passed, Denial> {
+        let (usage, seen) = (self.journal.usage(), *self.seen());
+        let asked = Asked { tool, effect, usage, seen };
+        self.policy.guard.judge(asked, arguments)
+    }
+
+    fn seen(&self) -> MutexGuard<'_, Sensitivity> {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The log.
@@ -184,7 +223,7 @@ impl Gate {
     pub fn decide(&self, tool: &str, arguments: Arguments<'_>) -> Decision<'_> {
         let results = self.results.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let known = Known { usage: self.journal.usage(), results: &results };
-        let decision = self.contracts.decide(tool, arguments, known);
+        let decision = self.policy.contracts.decide(tool, arguments, known);
         match self.running() {
             Ok(()) => decision,
             Err(denial) => Decision { verdict: Err(denial), ..decision },
@@ -194,7 +233,7 @@ impl Gate {
     /// Keeps what a tool answered, for preconditions of later calls to look at.
     pub fn keep(&self, tool: &str, result: &serde_json::Value) {
         let mut results = self.results.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(with) = self.contracts.with_result(&results, tool, result) {
+        if let Some(with) = self.policy.contracts.with_result(&results, tool, result) {
             *results = Arc::new(with);
         }
     }
@@ -219,7 +258,7 @@ impl Gate {
             return Err(denial.clone());
         }
         if self.clock.is_over() {
-            let limit = self.contracts.policy().limits.wall_time_seconds;
+            let limit = self.policy.contracts.policy().limits.wall_time_seconds;
             return Err(Denial { rule: Rule::WallTime, reason: format!("the attempt's {limit} s are over") });
         }
         Ok(())
@@ -240,8 +279,13 @@ impl Gate {
             let mut rules = std::mem::take(&mut call.rules);
             rules.push(Rule::WallTime);
             rules.extend(limits.denials.map(|_| Rule::Denials));
+            let mut assessment = None;
             match call.channel {
-                Channel::Tool => rules.extend(self.reserve_tool_call(&call, seq, budget)?),
+                Channel::Tool => {
+                    assessment = self.reserve_tool_call(&call, seq, budget)?;
+                    rules.extend(call.key.as_ref().map(|_| Rule::ToolIdempotency));
+                    rules.push(Rule::ToolCalls);
+                }
                 Channel::Model => {
                     budget.reserve_model(reserved.tokens, reserved.cost_micros)?;
                     rules.push(Rule::Tokens);
@@ -258,7 +302,8 @@ impl Gate {
                 request_digest: call.request_digest,
                 request_bytes: call.request_bytes,
                 key: call.key.clone(),
-                approval: call.approval,
+                approvals: call.approvals,
+                assessment,
                 rules,
                 model: call.model.as_deref().map(shorten),
                 reserved_tokens: reserved.tokens,
@@ -275,19 +320,33 @@ impl Gate {
         }
     }
 
-    /// Takes a tool call's place in the budget, its quota, its idempotency key and its approval: all of them, or none. Gives the rules
-    /// that this asked. Called while the journal puts a record in order.
-    fn reserve_tool_call(&self, call: &Call, seq: u64, budget: &mut Budget) -> Result<Vec<Rule>, Denial> {
+    /// Takes a tool call's place in the budget, its quota, its idempotency key and its approvals: all of them, or none. Gives what the
+    /// pack finds of it. Called while the journal puts a record in order.
+    fn reserve_tool_call(&self, call: &Call, seq: u64, budget: &mut Budget) -> Result<Option<Assessment>, Denial> {
         let digest = call.request_digest.as_deref();
         let mut quotas = self.quotas.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut seen = self.seen();
         let (mut approvals, mut ledger) = (self.approvals.log(), self.once.ledger());
-        let under = call.key.as_deref().zip(self.contracts.idempotency(&call.target));
+        let under = call.key.as_deref().zip(self.policy.contracts.idempotency(&call.target));
         let unusable = |reason| Denial { rule: Rule::ToolApproval, reason };
 
         let now = u64::try_from(self.clock.elapsed().as_millis()).unwrap_or(u64::MAX);
         quotas.check(&call.target, now)?;
-        if let Some(name) = &call.approval {
-            approvals.usable(name, &call.target, digest).map_err(unusable)?;
+        let by = approvals.usable(&call.approvals, &call.target, digest).map_err(unusable)?;
+        let tool = self.policy.contracts.policy().tool(&call.target);
+        let judged = tool.zip(call.effect).zip(call.arguments.as_ref());
+        let Some(((tool, effect), arguments)) = judged else {
+            let reason = format!("no contract of this task has a tool {:?}", shorten(&call.target));
+            return Err(Denial { rule: Rule::ToolKnown, reason });
+        };
+        let asked = Asked { tool, effect, usage: budget.usage(), seen: *seen };
+        let passed = self.policy.guard.judge(asked, arguments)?;
+        // What has happened since people were asked may be a reason that they have not seen.
+        let asked_for = |because: &&String| by.contains(&AskedBy::Pack) && call.because.contains(because);
+        if let Some(because) = passed.because.iter().find(|because| !asked_for(because)) {
+            return Err(unusable(format!(
+                "the pack requires approval by now, for {because}; make the call again to ask for it"
+            )));
         }
         if let Some((key, of)) = under {
             Once::free(&ledger, &call.target, of, key, digest.unwrap_or_default())?;
@@ -295,14 +354,28 @@ impl Gate {
         budget.reserve_tool_call()?;
 
         quotas.take(&call.target, now);
-        if let Some(name) = &call.approval {
-            approvals.used(name, &call.target, digest).map_err(unusable)?;
-        }
+        approvals.used(&call.approvals, &call.target, digest).map_err(unusable)?;
         if let Some((key, _)) = under {
             let time = format!("{:.3}", jiff::Timestamp::now());
             ledger.intend(key, &call_id(seq), digest.unwrap_or_default(), &time);
         }
-        Ok(under.map(|_| Rule::ToolIdempotency).into_iter().chain([Rule::ToolCalls]).collect())
+        *seen = passed.assessment.as_ref().map_or(*seen, |found| seen.max(found.arguments));
+        Ok(passed.assessment)
+    }
+
+    /// Records what a read has told of a call whose fate was unknown.
+    ///
+    /// # Errors
+    /// If the log has ended.
+    pub fn resolve(&self, call: u64, key: Option<&str>, effect: Effect, by: u64) -> Result<(), Denial> {
+        let resolved = Resolved { call: call_id(call), effect, by: call_id(by) };
+        let record = self.journal.record(|_, _| {
+            if let Some(key) = key {
+                self.once.ledger().settle(key, &resolved.call, effect.fate());
+            }
+            Ok(Event::Resolved(resolved))
+        });
+        record.map(|_| ())
     }
 
     /// Records a refusal, and gives it back for the agent to be told. Once too many were refused, that is the reason.
@@ -359,6 +432,8 @@ impl Permit {
             if let Some(key) = &self.key {
                 self.gate.once.ledger().settle(key, &call_id(self.intent), settlement.effect.fate());
             }
+            let mut seen = self.gate.seen();
+            *seen = seen.max(settlement.sensitivity);
             Ok(Event::Outcome(Outcome {
                 call: call_id(self.intent),
                 effect: settlement.effect,
@@ -369,6 +444,7 @@ impl Permit {
                 tokens: spent.tokens,
                 cost_micros: spent.cost_micros,
                 upstream: settlement.upstream,
+                sensitivity: settlement.sensitivity,
             }))
         });
         if let Err(denial) = result {

@@ -149,6 +149,18 @@ impl Journal {
         }
     }
 
+    /// Waits until everything that has been recorded so far lies in the evidence store.
+    ///
+    /// # Errors
+    /// See [`Journal::stored`].
+    pub async fn caught_up(&self) -> Result<(), Denial> {
+        let last = self.lock().next.checked_sub(1);
+        match last {
+            Some(last) => self.stored(last).await,
+            None => Ok(()),
+        }
+    }
+
     /// Waits until few enough records wait for the store.
     pub async fn room(&self) {
         let mut progress = self.progress.subscribe();

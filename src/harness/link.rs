@@ -12,6 +12,7 @@ use bytes::Bytes;
 use http::{
     HeaderMap, HeaderValue, Method, Request, Response, Uri,
     header::{AUTHORIZATION, CONTENT_TYPE, PROXY_AUTHORIZATION},
+    request::Parts,
 };
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::{body::Incoming, upgrade::Upgraded};
@@ -188,18 +189,40 @@ impl Link {
         request: Request<Bytes>,
     ) -> Result<Response<Incoming>, Undelivered> {
         let (mut parts, body) = request.into_parts();
-        let malformed = |what: &str| undelivered(Rule::Request, format!("{what} cannot be sent"), true);
-        parts.headers.insert(wire::TARGET, HeaderValue::from_str(target).map_err(|_| malformed("the target"))?);
+        let malformed = |_| undelivered(Rule::Request, "the target cannot be sent".into(), true);
+        parts.headers.insert(wire::TARGET, HeaderValue::from_str(target).map_err(malformed)?);
         parts.headers.insert(wire::CHANNEL, HeaderValue::from_static(channel.as_str()));
-        parts.headers.insert(wire::INTENT, HeaderValue::from(intent));
+        self.deliver(Uri::from_static("https://belay-gateway/v1/forward"), intent, &parts, body).await
+    }
+
+    /// Calls an HTTP tool with these arguments, JSON. Tried again only while it is certain that the gateway did not get it.
+    ///
+    /// # Errors
+    /// If the gateway refused it or the upstream did not answer.
+    pub async fn call(&self, intent: u64, arguments: Bytes) -> Result<Response<Incoming>, Undelivered> {
+        let mut request = Request::new(());
+        *request.method_mut() = Method::POST;
+        request.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        let (parts, ()) = request.into_parts();
+        self.deliver(Uri::from_static("https://belay-gateway/v1/call"), intent, &parts, arguments).await
+    }
+
+    async fn deliver(
+        &self,
+        to: Uri,
+        intent: u64,
+        parts: &Parts,
+        body: Bytes,
+    ) -> Result<Response<Incoming>, Undelivered> {
         let started = Instant::now();
         let mut pause = Duration::from_millis(50);
         loop {
             let bearer = self.bearer().map_err(|error| undelivered(Rule::IdentityToken, error.to_string(), true))?;
             let mut again = Request::new(Full::from(body.clone()));
             *again.method_mut() = parts.method.clone();
-            *again.uri_mut() = Uri::from_static("https://belay-gateway/v1/forward");
+            *again.uri_mut() = to.clone();
             *again.headers_mut() = parts.headers.clone();
+            again.headers_mut().insert(wire::INTENT, HeaderValue::from(intent));
             again.headers_mut().insert(AUTHORIZATION, bearer);
             let exchange = tokio::time::timeout(UPSTREAM_REPLY, self.client.request(again));
             match exchange.await {

@@ -8,8 +8,13 @@
 //! `server/discover`. The agent's side is stateless in all of them: no session that could be lost, no stream of the server's
 //! own. With upstreams the newest version that both know is taken, one session an upstream ([`upstream`]).
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
+use bytes::Bytes;
 use rmcp::{
     RoleServer, ServerHandler,
     model::{
@@ -21,7 +26,7 @@ use rmcp::{
 use serde_json::{Map, Value};
 
 use super::{
-    approvals::Answered,
+    approvals::{Answered, Question},
     bounds::Bounds,
     gate::{Call, Gate, Permit, Settlement, call_id},
     once::Turn,
@@ -29,14 +34,14 @@ use super::{
 };
 use crate::{
     canonical,
-    evidence::record::Channel,
+    evidence::record::{Channel, Effect},
     policy::{
         budget::Spent,
-        config::{McpUpstream, SideEffect, Tool, ToolUsage, Upstream},
+        config::{AskedBy, McpUpstream, Sensitivity, SideEffect, Tool, ToolUsage, Upstream, VerifyRead},
         decide::{Arguments, Decision, Denial, TOOL_RULES},
         json, ledger,
         rule::Rule,
-        template::{Rendered, Request},
+        template::Request,
     },
 };
 
@@ -58,7 +63,7 @@ pub struct Tools {
 /// How a call will go out.
 enum Route {
     Mcp(McpUpstream, Ready),
-    Http(Rendered),
+    Http(Bytes),
 }
 
 /// A way out for a call, and what its intent says of it.
@@ -76,6 +81,20 @@ enum Turned {
     Mine(Turn),
     /// It was, and this came of it.
     Made(CallToolResult),
+}
+
+/// What a call came to.
+struct Came {
+    result: CallToolResult,
+    /// Its intent, if it was made.
+    intent: Option<u64>,
+}
+
+impl Came {
+    /// An answer to a call that was not made now.
+    fn unmade(result: CallToolResult) -> Self {
+        Self { result, intent: None }
+    }
 }
 
 /// Why a call does not leave.
@@ -105,7 +124,7 @@ impl Tools {
         &self.gate
     }
 
-    async fn call(&self, name: &str, args: Map<String, Value>) -> Result<CallToolResult, Denial> {
+    async fn call(&self, name: &str, args: Map<String, Value>) -> Result<Came, Denial> {
         let Decision { verdict, arguments, digest, bytes, needs_approval } =
             self.gate.decide(name, Arguments::Parsed(Value::Object(args)));
         // What was decided on is what is sent.
@@ -120,7 +139,7 @@ impl Tools {
         };
         // Held until the call is settled: of calls that are one, one is made.
         let turn = match self.once(&tool, &args, &digest).await {
-            Ok(Turned::Made(result)) => return Ok(result),
+            Ok(Turned::Made(result)) => return Ok(Came::unmade(result)),
             Ok(Turned::Mine(turn)) => Some(turn),
             Ok(Turned::Each) => None,
             Err(denial) => return Err(self.gate.deny(Channel::Tool, name, Some(digest), denial).await),
@@ -133,30 +152,76 @@ impl Tools {
             // clients look for that in all else.
             Err(Halt::Pending(told)) => {
                 let told = vec![ContentBlock::text(told)];
-                return Ok(if tool.output.is_some() {
-                    CallToolResult::error(told)
-                } else {
-                    CallToolResult::success(told)
-                });
+                let error = tool.output.is_some();
+                let told = if error { CallToolResult::error(told) } else { CallToolResult::success(told) };
+                return Ok(Came::unmade(told));
             }
             Err(Halt::Denied(denial)) => return Err(self.gate.deny(Channel::Tool, name, Some(digest), denial).await),
         };
-        let bounds = Bounds::of(&tool);
+        let (bounds, sent, intent) = (Bounds::of(&tool), Instant::now(), permit.intent);
+        let arguments = tool.verify.as_ref().map(|_| Value::Object(args.clone()));
         let (result, settlement) = match route {
             Route::Mcp(mcp, ready) => self.upstreams.call(&tool, &mcp, ready, args, permit.intent, bounds).await,
-            Route::Http(request) => {
-                rest::call(self.gate.link(), &tool, request, permit.intent, key.as_deref(), bounds).await
-            }
+            Route::Http(arguments) => rest::call(self.gate.link(), &tool, arguments, permit.intent, bounds).await,
         };
-        let (result, settlement) = self.fits(&tool, result, settlement);
+        let (result, mut settlement) = self.fits(&tool, result, settlement);
+        settlement.sensitivity = match &result {
+            Ok(result) => self.gate.guard().result(&tool, result),
+            // What an upstream says of an error is in the reason.
+            Err(denial) if settlement.effect != Effect::NotApplied => self.gate.guard().result(&tool, &denial.reason),
+            Err(_) => Sensitivity::default(),
+        };
         if let Some(said) = result.as_ref().ok().and_then(said) {
             self.gate.keep(&tool.name, &said);
         }
         if let (Some(_), Ok(result)) = (&key, &result) {
             self.gate.once().keep(call_id(permit.intent), result, settlement.response_digest.as_ref());
         }
+        let unknown = settlement.effect == Effect::Unknown;
         permit.settle(settlement);
-        result
+        match (result, tool.verify.as_ref().zip(arguments)) {
+            (Err(denial), Some((read, arguments))) if unknown => {
+                Err(self.resolve(&tool, read, &arguments, (intent, key.as_deref()), sent, denial).await)
+            }
+            (result, _) => result.map(|result| Came { result, intent: Some(intent) }),
+        }
+    }
+
+    /// What the agent is told of a call whose reply never came, once the read that its contract names has told what became of it.
+    async fn resolve(
+        &self,
+        tool: &Tool,
+        read: &VerifyRead,
+        arguments: &Value,
+        (call, key): (u64, Option<&str>),
+        sent: Instant,
+        lost: Denial,
+    ) -> Denial {
+        let settled = sent + Duration::from_secs(u64::try_from(read.settle_seconds).unwrap_or_default());
+        let told = |words: String| Denial { rule: lost.rule, reason: format!("{}. {words}", lost.reason) };
+        loop {
+            let last = Instant::now() >= settled;
+            let came = Box::pin(self.call(&read.tool, read.arguments(arguments))).await;
+            let (found, by) = match came.map(|came| (said(&came.result), came.intent)) {
+                Ok((Some(found), Some(by))) => (found, by),
+                Ok(_) => return told(format!("{} did not tell what became of it", read.tool)),
+                Err(denial) => return told(format!("{} could not be asked: {}", read.tool, denial.reason)),
+            };
+            let (effect, words) = match self.gate.contracts().applied(&tool.name, arguments, &found) {
+                Ok(true) => (Effect::Applied, "it took effect: do not repeat it"),
+                Ok(false) if last => (Effect::NotApplied, "it did not take effect: it may be made again"),
+                // The upstream may be at it still.
+                Ok(false) => {
+                    tokio::time::sleep_until(settled.into()).await;
+                    continue;
+                }
+                Err(neither) => return told(format!("{} does not tell what became of it: {neither}", read.tool)),
+            };
+            return match self.gate.resolve(call, key, effect, by) {
+                Ok(()) => told(format!("{} tells that {words}", read.tool)),
+                Err(denial) => denial,
+            };
+        }
     }
 
     /// Whose turn it is, where the contract says what makes two calls one.
@@ -198,26 +263,37 @@ impl Tools {
             rules.push(Rule::ToolRequestBytes);
         }
         let mut way = self.route(tool, args, &mut rules).await?;
-        rules.extend(tool.approval.as_ref().map(|_| Rule::ToolApproval));
+        let access = &self.gate.contracts().policy().access;
+        rules.extend((!access.rules.is_empty()).then_some(Rule::AccessRule));
+        rules.extend(access.risk.as_ref().map(|_| Rule::RiskScore));
+        rules.extend(tool.approval.as_ref().or(access.approval.as_ref()).map(|_| Rule::ToolApproval));
+        let arguments = Value::Object(args.clone());
+        let passed = self.gate.judge(tool, way.effect, &arguments)?;
+        let by_contract = tool.approval.as_ref().filter(|_| needs_approval).map(|of| (AskedBy::Contract, of));
+        let by_pack = access.approval.as_ref().filter(|_| !passed.because.is_empty()).map(|of| (AskedBy::Pack, of));
+        let needs: Vec<_> = by_contract.into_iter().chain(by_pack).collect();
         // Last of what is asked: people are not bothered with what something else refuses.
-        let approval = match tool.approval.as_ref().filter(|_| needs_approval) {
-            None => None,
-            Some(approval) => {
-                self.gate.open()?;
-                let unreadable = |error: String| Denial { rule: Rule::RequestJson, reason: error };
-                let text = canonical::to_bytes(args).map_err(|error| unreadable(error.to_string()))?;
-                let text = String::from_utf8(text).map_err(|error| unreadable(error.to_string()))?;
-                match self.gate.approvals().ask(name, approval, text, digest).await {
-                    Answered::Approved(name) => {
-                        // People take their time, in which an upstream may change its mind about the tool.
-                        way = self.route(tool, args, &mut Vec::new()).await?;
-                        Some(name)
-                    }
-                    Answered::Pending(told) => return Err(Halt::Pending(told)),
-                    Answered::Refused(denial) => return Err(denial.into()),
+        let (mut approvals, mut because) = (Vec::new(), Vec::new());
+        if !needs.is_empty() {
+            self.gate.open()?;
+            // The gateway judges by what is stored.
+            self.gate.journal().caught_up().await?;
+            let call = Question {
+                tool: name.to_owned(),
+                effect: way.effect,
+                arguments: text(args)?,
+                digest: digest.to_owned(),
+            };
+            match self.gate.approvals().ask(&call, &needs).await {
+                Answered::Approved { names, because: reasons } => {
+                    // People take their time, in which an upstream may change its mind about the tool.
+                    way = self.route(tool, args, &mut Vec::new()).await?;
+                    (approvals, because) = (names, reasons);
                 }
+                Answered::Pending(told) => return Err(Halt::Pending(told)),
+                Answered::Refused(denial) => return Err(denial.into()),
             }
-        };
+        }
         rules.extend(tool.limits.calls.map(|_| Rule::ToolLimitCalls));
         rules.extend(tool.limits.per_minute.map(|_| Rule::ToolRate));
         let call = Call {
@@ -228,7 +304,9 @@ impl Tools {
             request_digest: Some(digest.to_owned()),
             request_bytes: bytes,
             key,
-            approval,
+            approvals,
+            because,
+            arguments: Some(arguments),
             rules,
             model: None,
             reserve: Spent::default(),
@@ -249,7 +327,9 @@ impl Tools {
                     |error: &dyn std::fmt::Display| Denial { rule: Rule::ToolUrl, reason: error.to_string() };
                 let request = Request::parse(http).map_err(|error| malformed(&error))?;
                 rules.push(Rule::ToolUrl);
-                (Route::Http(request.render(args)?), tool.side_effect, None)
+                // The gateway makes the request, of the same arguments; what makes none is refused here.
+                request.render(args)?;
+                (Route::Http(text(args)?.into()), tool.side_effect, None)
             }
             Upstream::Mcp(mcp) => {
                 let ready = self.upstreams.ready(tool, mcp, Bounds::of(tool).time).await?;
@@ -309,6 +389,13 @@ impl Tools {
     }
 }
 
+/// Arguments as RFC 8785 JSON.
+fn text(args: &Map<String, Value>) -> Result<String, Denial> {
+    let unreadable = |reason: String| Denial { rule: Rule::RequestJson, reason };
+    let text = canonical::to_bytes(args).map_err(|error| unreadable(error.to_string()))?;
+    String::from_utf8(text).map_err(|error| unreadable(error.to_string()))
+}
+
 /// The JSON that is a result's only content, where it can be read in one way.
 fn only_json(result: &CallToolResult) -> Option<Value> {
     match result.content.as_slice() {
@@ -354,7 +441,8 @@ impl ServerHandler for Tools {
     ) -> Result<CallToolResponse, McpError> {
         let args = request.arguments.unwrap_or_default();
         // A refusal is a result and not a protocol error: the model has to see it, not the client library.
-        let result = self.call(&request.name, args).await.unwrap_or_else(|denial| {
+        let came = self.call(&request.name, args).await.map(|came| came.result);
+        let result = came.unwrap_or_else(|denial| {
             CallToolResult::error(vec![ContentBlock::text(format!(
                 "Belay refused this call. rule: {}. {}",
                 denial.rule, denial.reason

@@ -24,7 +24,7 @@ use crate::{
     evidence::record::{Channel, Effect},
     policy::{
         budget::Spent,
-        config::ModelPrice,
+        config::{ModelPrice, Sensitivity},
         decide::{Denial, shorten},
         json, price,
         rule::Rule,
@@ -123,7 +123,9 @@ async fn call(
             request_digest: Some(hex::encode(sha256(&body))),
             request_bytes: u64::try_from(body.len()).unwrap_or(u64::MAX),
             key: None,
-            approval: None,
+            approvals: vec![],
+            because: vec![],
+            arguments: None,
             rules,
             model,
             reserve: spent(bound, price),
@@ -282,6 +284,7 @@ impl Drop for Meter {
             response_bytes: self.bytes,
             spent,
             upstream: self.upstream.take(),
+            sensitivity: Sensitivity::default(),
         });
     }
 }

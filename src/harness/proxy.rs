@@ -20,7 +20,7 @@ use crate::{
     evidence::record::{Channel, Effect},
     policy::{
         budget::Spent,
-        config::EgressUse,
+        config::{EgressUse, Sensitivity},
         decide::{Denial, shorten},
         egress,
         hostname::Authority,
@@ -71,6 +71,7 @@ pub async fn connect(gate: Arc<Gate>, request: Request<Incoming>) -> Response<Bo
             response_bytes: received,
             spent: None,
             upstream: address,
+            sensitivity: Sensitivity::default(),
         });
     });
     Response::new(boxed(Empty::new().map_err(|error: Infallible| match error {})))
@@ -139,6 +140,7 @@ pub async fn forward(gate: Arc<Gate>, request: Request<Incoming>) -> Response<Bo
                 response_bytes: hyper::body::Body::size_hint(&body).exact().unwrap_or(0),
                 spent: None,
                 upstream,
+                sensitivity: Sensitivity::default(),
             });
             Response::from_parts(parts, boxed(body.map_err(Into::into)))
         }
@@ -178,7 +180,9 @@ async fn permit(
             request_digest: digest,
             request_bytes: u64::try_from(bytes).unwrap_or(u64::MAX),
             key: None,
-            approval: None,
+            approvals: vec![],
+            because: vec![],
+            arguments: None,
             rules: vec![Rule::EgressHost, Rule::EgressPort, Rule::EgressDirect],
             model: None,
             reserve: Spent::default(),

@@ -1,6 +1,6 @@
-//! HTTP tools: one request, and its reply as an MCP result.
+//! HTTP tools: one call, and its reply as an MCP result.
 //!
-//! Promises: the request is the one that the template gave, without a credential (the gateway has it); a reply becomes what a
+//! Promises: what is sent is the arguments that were decided on, of which the gateway makes the request; a reply becomes what a
 //! model can read: JSON as structured content and as its text, other text as text, pictures and sounds as MCP content;
 //! a status of 400 and more is an error result that names it. What became of the call follows from the status: 2xx applied,
 //! 4xx not applied, all else unknown, as is a reply that breaks off or is not what it says. Refuses: following redirects, and
@@ -10,10 +10,7 @@ use std::sync::Arc;
 
 use base64::{Engine, prelude::BASE64_STANDARD};
 use bytes::Bytes;
-use http::{
-    HeaderValue, Method, Request, StatusCode,
-    header::{ACCEPT, ACCEPT_ENCODING, CONTENT_TYPE, USER_AGENT},
-};
+use http::{StatusCode, header::CONTENT_TYPE};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use rmcp::model::{CallToolResult, ContentBlock};
 use serde_json::Value;
@@ -24,17 +21,13 @@ use super::{
     link::{Link, upstream_of},
 };
 use crate::{
-    evidence::record::{Channel, Effect},
+    evidence::record::Effect,
     policy::{
-        config::{HttpMethod, Tool},
+        config::Tool,
         decide::{Denial, shorten},
         rule::Rule,
-        template::Rendered,
     },
 };
-
-/// What is asked for; whatever comes is judged by what it says it is.
-const ACCEPTED: &str = "application/json, text/*;q=0.9, image/*;q=0.5, audio/*;q=0.5";
 
 /// A reply, whole.
 struct Reply {
@@ -43,18 +36,17 @@ struct Reply {
     body: Bytes,
 }
 
-/// Makes a call; gives the result and what became of it.
+/// Makes a call of these arguments, JSON; gives the result and what became of it.
 pub async fn call(
     link: &Arc<Link>,
     tool: &Tool,
-    request: Rendered,
+    arguments: Bytes,
     intent: u64,
-    key: Option<&str>,
     bounds: Bounds,
 ) -> (Result<CallToolResult, Denial>, Settlement) {
     let mut settlement = Settlement::unknown(None);
-    let exchanged =
-        tokio::time::timeout(bounds.time, exchange(link, tool, (request, key), intent, bounds, &mut settlement)).await;
+    let exchange = exchange(link, tool, arguments, intent, bounds, &mut settlement);
+    let exchanged = tokio::time::timeout(bounds.time, exchange).await;
     let result = match exchanged {
         Ok(Ok(reply)) => result(tool, &reply).inspect_err(|denial| {
             // A body that is not what it says may be of a call that did not end well.
@@ -75,30 +67,12 @@ pub async fn call(
 async fn exchange(
     link: &Link,
     tool: &Tool,
-    (rendered, key): (Rendered, Option<&str>),
+    arguments: Bytes,
     intent: u64,
     bounds: Bounds,
     settlement: &mut Settlement,
 ) -> Result<Reply, Denial> {
-    let malformed = |error: &dyn std::fmt::Display| Denial { rule: Rule::Request, reason: error.to_string() };
-    let mut request = Request::builder()
-        .method(method(rendered.method))
-        .header(ACCEPT, ACCEPTED)
-        // The gateway passes bytes on as they are, and nobody here unpacks them.
-        .header(ACCEPT_ENCODING, HeaderValue::from_static("identity"))
-        .header(USER_AGENT, concat!("belay/", env!("CARGO_PKG_VERSION")));
-    if let Some((header, key)) = tool.idempotency.as_ref().and_then(|of| of.header.as_deref()).zip(key) {
-        request = request.header(header, key);
-    }
-    let body = match &rendered.body {
-        Some(body) => {
-            request = request.header(CONTENT_TYPE, "application/json");
-            Bytes::from(serde_json::to_vec(body).map_err(|error| malformed(&error))?)
-        }
-        None => Bytes::new(),
-    };
-    let request = request.body(body).map_err(|error| malformed(&error))?;
-    let reply = match link.forward(Channel::Tool, intent, &rendered.url, request).await {
+    let reply = match link.call(intent, arguments).await {
         Ok(reply) => reply,
         Err(undelivered) => {
             if undelivered.certain {
@@ -129,17 +103,6 @@ async fn exchange(
         Err(error) => {
             Err(Denial { rule: Rule::UpstreamReply, reason: format!("the reply of {} broke off: {error}", tool.name) })
         }
-    }
-}
-
-fn method(method: HttpMethod) -> Method {
-    match method {
-        HttpMethod::Get => Method::GET,
-        HttpMethod::Head => Method::HEAD,
-        HttpMethod::Delete => Method::DELETE,
-        HttpMethod::Post => Method::POST,
-        HttpMethod::Put => Method::PUT,
-        HttpMethod::Patch => Method::PATCH,
     }
 }
 
@@ -205,7 +168,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::policy::config::{HttpUpstream, SideEffect, ToolLimits, Upstream};
+    use crate::policy::config::{DataClass, HttpMethod, HttpUpstream, SideEffect, ToolLimits, Upstream};
 
     fn tool() -> Tool {
         Tool {
@@ -222,8 +185,11 @@ mod tests {
             limits: ToolLimits::default(),
             preconditions: vec![],
             idempotency: None,
+            verify: None,
             approval: None,
             side_effect: SideEffect::Read,
+            data: DataClass::default(),
+            redact: vec![],
         }
     }
 

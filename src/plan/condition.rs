@@ -47,6 +47,14 @@ pub enum ConditionError {
 /// # Errors
 /// See [`ConditionError`].
 pub fn check(source: &str) -> Result<(), ConditionError> {
+    check_among(source, &VARIABLES)
+}
+
+/// Like [`check`], where other variables are bound.
+///
+/// # Errors
+/// See [`ConditionError`].
+pub fn check_among(source: &str, variables: &[&str]) -> Result<(), ConditionError> {
     if source.len() > MAX_LENGTH {
         return Err(ConditionError::Length { found: source.len() });
     }
@@ -55,7 +63,7 @@ pub fn check(source: &str) -> Result<(), ConditionError> {
     })?;
     let mut free = BTreeSet::new();
     walk(program.expression(), &mut Vec::new(), &mut free, 0, 0)?;
-    match free.iter().find(|name| !VARIABLES.contains(&name.as_str())) {
+    match free.iter().find(|name| !variables.contains(&name.as_str())) {
         Some(name) => Err(ConditionError::Variable(name.clone())),
         None => Ok(()),
     }

@@ -8,21 +8,24 @@ use std::{borrow::Borrow, collections::BTreeMap};
 
 use kube::{Resource, ResourceExt};
 
-use super::{Finding, condition, names, schema};
+use super::{Finding, access, condition, names, schema};
 use crate::{
     api::{
         AgentTask, PolicyPack, ToolContract,
-        policy_pack::WorkflowClass,
+        policy_pack::{Credential, EgressRule, WorkflowClass},
         tool_contract::{self, ToolContractSpec},
     },
     policy::{
+        self,
         config::{
             Approval, EgressHost, EgressUse, HttpUpstream, Idempotency, Limits, McpUpstream, ModelEndpoints,
-            ModelPrice, PackIdentity, PolicyConfig, Precondition, TaskIdentity, Tool, ToolLimits, Upstream,
+            ModelPrice, PackIdentity, PolicyConfig, Precondition, SideEffect, TaskIdentity, Tool, ToolLimits, Upstream,
+            VerifyRead,
         },
         egress::{self, HostPattern},
         hostname::Authority,
         price,
+        rule::Rule,
         template::Request,
     },
 };
@@ -39,10 +42,13 @@ pub fn render_policy<C: Borrow<ToolContract>>(
     let class = class_of(task, pack).map_err(|finding| vec![finding])?;
     let mut findings = Vec::new();
     let mut limits = limits(task, class, &mut findings);
-    let egress = egress_hosts(pack, class, &mut findings);
+    let principal = Some(task.spec.principal.as_str());
+    let egress = egress_hosts(pack, class, principal, &mut findings);
     let tools = tools(task, contracts, class, &egress, &mut findings);
     let models = models(pack, class, &egress, &mut findings);
-    if tools.iter().any(|tool| tool.approval.is_some()) {
+    let access = access::render(pack, &mut findings);
+    verifiable(&tools, &mut findings);
+    if access.approval.is_some() || tools.iter().any(|tool| tool.approval.is_some()) {
         limits.approval_wait_seconds = approval_wait(task, class, &mut findings);
         if requester(task).is_none() {
             findings.push(Finding::new(
@@ -67,6 +73,7 @@ pub fn render_policy<C: Borrow<ToolContract>>(
         tools,
         models,
         egress,
+        access,
     })
 }
 
@@ -215,7 +222,7 @@ fn tools<C: Borrow<ToolContract>>(
             ));
             continue;
         };
-        let Some(tool) = tool(name, contract, class, egress, findings) else { continue };
+        let Some(tool) = tool(task, contract, class, egress, findings) else { continue };
         let taken = by_tool.get(&tool.name).map(|(other, _)| other.clone());
         if let Some(other) = taken {
             findings.push(Finding::new(
@@ -233,13 +240,13 @@ fn tools<C: Borrow<ToolContract>>(
 
 /// One tool, or what is wrong with its contract.
 fn tool(
-    name: &str,
+    task: &AgentTask,
     contract: &ToolContract,
     class: &WorkflowClass,
     egress: &[EgressHost],
     findings: &mut Vec<Finding>,
 ) -> Option<Tool> {
-    let spec = &contract.spec;
+    let (name, spec) = (contract.name_any(), &contract.spec);
     let at = |field: &str| format!("ToolContract/{name} spec.{field}");
     let before = findings.len();
     if !class.allowed_effects.contains(&spec.side_effect) {
@@ -257,12 +264,22 @@ fn tool(
     {
         let (mcp, http) = (spec.upstream.mcp.as_ref(), spec.upstream.http.as_ref());
         let url = mcp.map(|mcp| &mcp.url).or_else(|| http.map(|http| &http.url)).map_or("", String::as_str);
-        findings.push(Finding::new(
-            at(if mcp.is_some() { "upstream.mcp.url" } else { "upstream.http.url" }),
-            format!("a host and port that class `{}` lists in its egress for `Tools`", class.name),
-            format!("`{url}`: {}", denied.reason),
-            "use a listed upstream, or have the host added to the class",
-        ));
+        let field = at(if mcp.is_some() { "upstream.mcp.url" } else { "upstream.http.url" });
+        findings.push(if denied.rule == Rule::UpstreamCredential {
+            Finding::new(
+                field,
+                format!("a host for which class `{}` has a credential for `{}`", class.name, task.spec.principal),
+                format!("`{url}`, whose credentials are for others"),
+                "have the principal added to one of the host's credentials in the pack, or drop the tool",
+            )
+        } else {
+            Finding::new(
+                field,
+                format!("a host and port that class `{}` lists in its egress for `Tools`", class.name),
+                format!("`{url}`: {}", denied.reason),
+                "use a listed upstream, or have the host added to the class",
+            )
+        });
     }
     let tool = check_contract(contract).map_err(|found| findings.extend(found)).ok();
     tool.filter(|_| findings.len() == before)
@@ -302,6 +319,7 @@ pub fn check_contract(contract: &ToolContract) -> Result<Tool, Vec<Finding>> {
     }
     let limits = tool_limits(spec, &at, &mut findings);
     let idempotency = spec.idempotency.as_ref().map(|of| idempotency(of, spec, &at, &mut findings));
+    let verify = spec.verify.as_ref().map(|read| verify_read(read, spec, &at, &mut findings));
     let approval = spec.approval.as_ref().map(|approval| self::approval(approval, &at, &mut findings));
     let (Some(upstream), Some(input), true) = (upstream, input, findings.is_empty()) else { return Err(findings) };
     Ok(Tool {
@@ -322,8 +340,11 @@ pub fn check_contract(contract: &ToolContract) -> Result<Tool, Vec<Finding>> {
             })
             .collect(),
         idempotency,
+        verify,
         approval,
         side_effect: spec.side_effect,
+        data: spec.data,
+        redact: spec.redact.clone(),
     })
 }
 
@@ -384,8 +405,65 @@ fn idempotency(
     Idempotency { argument: of.argument.clone(), header: of.header.clone(), window_seconds: of.window_seconds }
 }
 
+/// What tells whether a call took effect.
+fn verify_read(
+    read: &tool_contract::VerifyRead,
+    spec: &ToolContractSpec,
+    at: &impl Fn(&str) -> String,
+    findings: &mut Vec<Finding>,
+) -> VerifyRead {
+    let mut wrong = |field: &str, expected: String, found: String, fix: &str| {
+        findings.push(Finding::new(at(&format!("verify.{field}")), expected, found, fix));
+    };
+    if spec.side_effect == SideEffect::Read || read.tool == spec.tool {
+        let expected = "the verification of a tool that changes something, by another tool".to_owned();
+        wrong("tool", expected, format!("`{}` for `{}`", read.tool, spec.tool), "drop verify, or name another tool");
+    }
+    if let Err(error) = condition::check_among(&read.applied, &["args", "result"]) {
+        wrong("applied", "a CEL expression over args, result".into(), error.to_string(), "correct the expression");
+    }
+    for (name, pointer) in &read.arguments {
+        if !pointer.is_empty() && !pointer.starts_with('/') {
+            let field = format!("arguments.{name}");
+            wrong(&field, "a JSON Pointer such as `/order`".into(), format!("`{pointer}`"), "begin it with a slash");
+        }
+    }
+    if !(1..=300).contains(&read.settle_seconds) {
+        wrong("settleSeconds", "1 to 300".into(), read.settle_seconds.to_string(), "correct it");
+    }
+    VerifyRead {
+        tool: read.tool.clone(),
+        arguments: read.arguments.clone(),
+        applied: read.applied.clone(),
+        settle_seconds: read.settle_seconds,
+    }
+}
+
+/// Tools that verify others by one that the task does not have, or that is no plain read.
+fn verifiable(tools: &[Tool], findings: &mut Vec<Finding>) {
+    for tool in tools {
+        let Some(read) = &tool.verify else { continue };
+        let by = tools.iter().find(|other| other.name == read.tool);
+        if !by.is_some_and(|by| by.side_effect == SideEffect::Read && by.approval.is_none()) {
+            findings.push(Finding::new(
+                format!("ToolContract/{} spec.verify.tool", tool.contract),
+                "a tool of the same task with sideEffect `read` and without approval",
+                match by {
+                    Some(_) => format!("`{}`, which is another", read.tool),
+                    None => format!("`{}`, which the task does not have", read.tool),
+                },
+                "add such a tool to the task, or drop verify",
+            ));
+        }
+    }
+}
+
 /// Who must say yes. Bounds are asked again: rendered contracts may come from elsewhere than an API server.
-fn approval(approval: &tool_contract::Approval, at: &impl Fn(&str) -> String, findings: &mut Vec<Finding>) -> Approval {
+pub(super) fn approval(
+    approval: &tool_contract::Approval,
+    at: &impl Fn(&str) -> String,
+    findings: &mut Vec<Finding>,
+) -> Approval {
     if let Some(Err(error)) = approval.when.as_deref().map(condition::check) {
         findings.push(Finding::new(
             at("approval.when"),
@@ -577,9 +655,10 @@ fn tool_limits(spec: &ToolContractSpec, at: &impl Fn(&str) -> String, findings: 
 pub fn check_pack(pack: &PolicyPack) -> Vec<Finding> {
     let mut findings = Vec::new();
     for class in &pack.spec.workflow_classes {
-        let egress = egress_hosts(pack, class, &mut findings);
+        let egress = egress_hosts(pack, class, None, &mut findings);
         models(pack, class, &egress, &mut findings);
     }
+    access::render(pack, &mut findings);
     findings
 }
 
@@ -625,7 +704,18 @@ fn prices(pack: &PolicyPack, findings: &mut Vec<Finding>) -> Vec<ModelPrice> {
     prices
 }
 
-fn egress_hosts(pack: &PolicyPack, class: &WorkflowClass, findings: &mut Vec<Finding>) -> Vec<EgressHost> {
+/// The credential of a host with which calls of a principal's tasks are made.
+pub fn credential_for<'p>(rule: &'p EgressRule, principal: &str) -> Option<&'p Credential> {
+    rule.credentials.iter().find(|one| policy::access::is_one_of(&one.principals, principal))
+}
+
+/// The hosts that a class lists, for a principal's tasks, or by themselves.
+fn egress_hosts(
+    pack: &PolicyPack,
+    class: &WorkflowClass,
+    principal: Option<&str>,
+    findings: &mut Vec<Finding>,
+) -> Vec<EgressHost> {
     let mut hosts = Vec::new();
     for (index, rule) in class.egress.iter().enumerate() {
         if let Err(error) = HostPattern::parse(&rule.host) {
@@ -640,7 +730,14 @@ fn egress_hosts(pack: &PolicyPack, class: &WorkflowClass, findings: &mut Vec<Fin
             rule.ports.iter().map(|port| u16::try_from(*port).map_err(|_| *port)).collect();
         match ports {
             Ok(ports) if !ports.contains(&0) => {
-                hosts.push(EgressHost { host: rule.host.to_ascii_lowercase(), ports, uses: rule.uses.clone() });
+                let credential = principal.and_then(|principal| credential_for(rule, principal));
+                hosts.push(EgressHost {
+                    host: rule.host.to_ascii_lowercase(),
+                    ports,
+                    uses: rule.uses.clone(),
+                    credential: credential.map(|one| format!("{}/{}", one.secret, one.key)),
+                    barred: principal.is_some() && !rule.credentials.is_empty() && credential.is_none(),
+                });
             }
             other => findings.push(Finding::new(
                 format!("PolicyPack/{} spec.workflowClasses[{}].egress[{index}].ports", pack.name_any(), class.name),

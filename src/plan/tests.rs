@@ -74,6 +74,45 @@ fn prices_are_rendered_in_their_order() {
     assert_eq!((prices[0].input_micros, prices[0].output_micros), (1_250_000, 10_000_000));
 }
 
+/// Calls are made with the first credential that is for the principal; without one nothing goes there.
+#[rstest::rstest]
+#[case::nobody_in_particular(json!([{"secret": "any", "key": "k"}]), Some("any/k"), false)]
+#[case::by_name(json!([{"secret": "a", "key": "k", "principals": ["alice@example.test"]}]), Some("a/k"), false)]
+#[case::by_beginning(json!([{"secret": "a", "key": "k", "principals": ["alice@*"]}]), Some("a/k"), false)]
+#[case::the_first(json!([{"secret": "a", "key": "k"}, {"secret": "b", "key": "k"}]), Some("a/k"), false)]
+#[case::not_the_others(
+    json!([{"secret": "b", "key": "k", "principals": ["bob*"]}, {"secret": "a", "key": "k"}]), Some("a/k"), false
+)]
+#[case::for_others(json!([{"secret": "b", "key": "k", "principals": ["bob*"]}]), None, true)]
+#[case::none(json!([]), None, false)]
+fn credentials_are_principals(
+    #[case] credentials: serde_json::Value,
+    #[case] expected: Option<&str>,
+    #[case] barred: bool,
+) {
+    let mut pack = pack();
+    let mut extra = pack.spec.workflow_classes[0].egress[0].clone();
+    (extra.host, extra.credentials) = ("api.test".into(), serde_json::from_value(credentials).unwrap());
+    pack.spec.workflow_classes[0].egress.push(extra);
+    let policy = config::render_policy(&task(), &contracts(), &pack).unwrap();
+    let host = policy.egress.last().unwrap();
+    assert_eq!((host.credential.as_deref(), host.barred), (expected, barred));
+}
+
+/// A pack that forbids what a task is for stops its calls, not its evidence: the gateway still has a policy to go by.
+#[test]
+fn a_pack_that_forbids_everything_is_still_rendered() {
+    let mut pack = pack();
+    pack.spec.rules = serde_json::from_value(json!([
+        {"name": "all", "decision": "Allow"}, {"name": "freeze", "decision": "Deny"},
+    ]))
+    .unwrap();
+    let policy = config::render_policy(&task(), &contracts(), &pack).unwrap();
+    assert_eq!(policy.access.rules.len(), 2);
+    let found = validate(&task(), &contracts(), &pack, "belay-system").unwrap_err();
+    assert!(found.iter().all(|finding| finding.found.contains("rule freeze denies")), "{found:?}");
+}
+
 #[test]
 fn rendering_does_not_depend_on_order() {
     let policy = config::render_policy(&task(), &contracts(), &pack()).unwrap();
@@ -277,6 +316,47 @@ const BROKEN: &[(&str, &str, Break)] = &[
         c[0].spec.approval = serde_json::from_value(json!({"approvers": {"users": ["a"]}})).unwrap();
         t.spec.limits.approval_wait_seconds = Some(61);
         p.spec.workflow_classes[0].limits.approval_wait_seconds = Some(60);
+    }),
+    ("verification by a tool that the task does not have", "ToolContract/tickets spec.verify.tool", |_, c, _| {
+        c[0].spec.verify = serde_json::from_value(json!({"tool": "find", "applied": "result.found"})).unwrap();
+    }),
+    ("verification by a tool that changes things", "ToolContract/tickets spec.verify.tool", |_, c, _| {
+        c[1].spec.side_effect = SideEffect::Write;
+        c[0].spec.verify = serde_json::from_value(json!({"tool": "a_read_log", "applied": "result.found"})).unwrap();
+    }),
+    ("verification by no cel", "ToolContract/tickets spec.verify.applied", |_, c, _| {
+        c[0].spec.verify = serde_json::from_value(json!({"tool": "a_read_log", "applied": "result."})).unwrap();
+    }),
+    ("credentials for others", "ToolContract/tickets spec.upstream.mcp.url", |_, _, p| {
+        p.spec.workflow_classes[0].egress[0].credentials =
+            serde_json::from_value(json!([{"secret": "s", "key": "k", "principals": ["bob*"]}])).unwrap();
+    }),
+    ("a tool that no rule allows", "ToolContract/tickets spec.tool", |_, _, p| {
+        p.spec.rules =
+            serde_json::from_value(json!([{"name": "logs", "tools": ["a_read_log"], "decision": "Allow"}])).unwrap();
+    }),
+    ("a tool that a rule forbids", "ToolContract/tickets spec.tool", |_, _, p| {
+        p.spec.rules = serde_json::from_value(json!([
+            {"name": "all", "decision": "Allow"},
+            {"name": "alice", "principals": ["alice@*"], "effects": ["write"], "decision": "Deny"},
+        ]))
+        .unwrap();
+    }),
+    ("a rule that asks, and nobody who asked", "metadata.annotations[belay.dev/requested-by]", |_, _, p| {
+        p.spec.rules = serde_json::from_value(json!([{"name": "all", "decision": "RequireApproval"}])).unwrap();
+        p.spec.approval = serde_json::from_value(json!({"approvers": {"users": ["a"]}})).unwrap();
+    }),
+    ("a rule over results", "PolicyPack/dev spec.rules[0].when", |_, _, p| {
+        p.spec.rules =
+            serde_json::from_value(json!([{"name": "all", "decision": "Allow", "when": "results.x == 1"}])).unwrap();
+    }),
+    ("a pattern that is none", "PolicyPack/dev spec.classification[0].pattern", |_, _, p| {
+        p.spec.classification =
+            serde_json::from_value(json!([{"name": "a", "pattern": "(", "sensitivity": "Internal"}])).unwrap();
+    }),
+    ("two rules of one name", "PolicyPack/dev spec.rules", |_, _, p| {
+        let rule = json!({"name": "all", "decision": "Allow"});
+        p.spec.rules = serde_json::from_value(json!([rule, rule])).unwrap();
     }),
     ("pin", "ToolContract/tickets spec.upstream.mcp.digest", |_, c, _| {
         c[0].spec.upstream.mcp.as_mut().unwrap().digest = Some("AB".repeat(32));

@@ -7,7 +7,7 @@ use std::borrow::Borrow;
 
 use kube::ResourceExt;
 
-use super::{Finding, config, evidence::Location, names, owner::Owner, quantity::Quantity};
+use super::{Finding, access, config, evidence::Location, names, owner::Owner, quantity::Quantity};
 use crate::{
     api::{AgentTask, PolicyPack, ToolContract, policy_pack::WorkflowClass},
     canonical::{self, CanonicalError},
@@ -212,6 +212,9 @@ pub fn validate<C: Borrow<ToolContract>>(
         ));
     }
     let policy = config::render_policy(task, contracts, pack).map_err(|found| findings.extend(found)).ok();
+    if let Some(policy) = &policy {
+        access::unreachable(policy, &mut findings);
+    }
     let digest = policy.as_ref().and_then(|policy| digest(policy, &mut findings));
     // Without a class there are no ceilings to compare with; that it is missing is found already.
     let resources = config::class_of(task, pack).ok().and_then(|class| resources(task, class, &mut findings));

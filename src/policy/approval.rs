@@ -9,11 +9,15 @@ use std::collections::BTreeMap;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
+use super::config::AskedBy;
 use crate::canonical;
 
 /// Longest arguments that people are asked about, in bytes of canonical JSON.
 pub const LONGEST_ARGUMENTS: usize = 65_536;
+/// What stands in the place of arguments that people are not shown.
+pub const REDACTED: &str = "[redacted]";
 /// Requests that may be undecided at once in one attempt.
 pub const PENDING: usize = 32;
 /// Requests that a log may have: each takes memory.
@@ -101,49 +105,71 @@ pub fn standing(asked: &Asked<'_>, votes: &[Vote], now: Timestamp) -> Standing {
     if yes >= asked.required.max(1) { Standing::Approved } else { Standing::Pending }
 }
 
-/// The name of the request for one exact call: the same for whoever asks, and another once that call was made.
-pub fn name(task: &str, uid: &str, tool: &str, digest: &str, repeats: i64) -> String {
-    let of = format!("{uid}\n{tool}\n{digest}\n{repeats}");
+/// One exact call, and on whose account people are asked about it.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Exact {
+    /// Contract or pack.
+    pub by: AskedBy,
+    /// The tool.
+    pub tool: String,
+    /// SHA-256 of the arguments in canonical form, hex.
+    pub digest: String,
+}
+
+/// The name of the request for one exact call: the same for whoever asks, another once that call was made, and another where there are
+/// other reasons to ask.
+pub fn name(task: &str, uid: &str, call: &Exact, because: &[String], repeats: i64) -> String {
+    let Exact { by, tool, digest } = call;
+    let of = format!("{uid}\n{}\n{tool}\n{digest}\n{repeats}\n{}", by.as_str(), because.join("\n"));
     let hash = hex::encode(canonical::sha256(of.as_bytes()));
     format!("{task}-{}", hash.get(..12).unwrap_or(&hash))
+}
+
+/// Arguments without what these JSON Pointers (RFC 6901) point to. One that points to nothing redacts nothing.
+pub fn redacted(arguments: &Value, pointers: &[String]) -> Value {
+    let mut shown = arguments.clone();
+    for pointer in pointers {
+        if let Some(part) = shown.pointer_mut(pointer) {
+            *part = Value::from(REDACTED);
+        }
+    }
+    shown
 }
 
 /// What a log says of approvals so far.
 #[derive(Clone, Debug, Default)]
 pub struct Approvals {
     requests: BTreeMap<String, Request>,
-    /// Calls that were made by an approval, by tool and digest.
-    made: BTreeMap<(String, String), i64>,
+    /// How often each call was made by an approval.
+    made: BTreeMap<Exact, i64>,
 }
 
 #[derive(Clone, Debug)]
 struct Request {
-    tool: String,
-    digest: String,
+    call: Exact,
     standing: Standing,
     used: bool,
 }
 
 impl Approvals {
     /// How many calls like this one were made by an approval.
-    pub fn made(&self, tool: &str, digest: &str) -> i64 {
-        self.made.get(&(tool.to_owned(), digest.to_owned())).copied().unwrap_or_default()
+    pub fn made(&self, call: &Exact) -> i64 {
+        self.made.get(call).copied().unwrap_or_default()
     }
 
     /// A request was seen to be pending or decided.
     ///
     /// # Errors
     /// What does not fit what the log says so far.
-    pub fn seen(&mut self, name: &str, tool: &str, digest: &str, standing: Standing) -> Result<(), String> {
+    pub fn seen(&mut self, name: &str, call: &Exact, standing: Standing) -> Result<(), String> {
         let full = self.requests.len() >= REQUESTS;
         match self.requests.get_mut(name) {
             None if full => Err(format!("expected at most {REQUESTS} approval requests")),
             None => {
-                let (tool, digest) = (tool.to_owned(), digest.to_owned());
-                self.requests.insert(name.to_owned(), Request { tool, digest, standing, used: false });
+                self.requests.insert(name.to_owned(), Request { call: call.clone(), standing, used: false });
                 Ok(())
             }
-            Some(known) if known.tool != tool || known.digest != digest => {
+            Some(known) if known.call != *call => {
                 Err(format!("expected approval {name} to be for the call that it was asked for, found another"))
             }
             // A no is not taken back. Whether a yes has lapsed depends on whose clock is asked.
@@ -173,38 +199,47 @@ impl Approvals {
         self.requests.get(name).is_some_and(|request| request.used)
     }
 
-    /// Whether a call may be made by an approval.
+    /// Whether a call may be made by these approvals. Gives on whose account people were asked.
     ///
     /// # Errors
     /// Why it may not be.
-    pub fn usable(&self, name: &str, tool: &str, digest: Option<&str>) -> Result<(), String> {
-        let Some(request) = self.requests.get(name) else {
-            return Err(format!("expected approval {name} to be in the log before the call, found none"));
-        };
-        if request.standing != Standing::Approved {
-            return Err(format!("expected approval {name} to be given, found it {:?}", request.standing));
+    pub fn usable(&self, names: &[String], tool: &str, digest: Option<&str>) -> Result<Vec<AskedBy>, String> {
+        let mut by = Vec::new();
+        for name in names {
+            let Some(request) = self.requests.get(name) else {
+                return Err(format!("expected approval {name} to be in the log before the call, found none"));
+            };
+            if request.standing != Standing::Approved {
+                return Err(format!("expected approval {name} to be given, found it {:?}", request.standing));
+            }
+            if request.used {
+                return Err(format!("expected one call by approval {name}, found a second"));
+            }
+            if request.call.tool != tool || Some(request.call.digest.as_str()) != digest {
+                return Err(format!("expected the call that approval {name} was given for, found another"));
+            }
+            if by.contains(&request.call.by) {
+                return Err(format!("expected one approval on account of the {}, found two", request.call.by.as_str()));
+            }
+            by.push(request.call.by);
         }
-        if request.used {
-            return Err(format!("expected one call by approval {name}, found a second"));
-        }
-        if request.tool != tool || Some(request.digest.as_str()) != digest {
-            return Err(format!("expected the call that approval {name} was given for, found another"));
-        }
-        Ok(())
+        Ok(by)
     }
 
-    /// A call is made by an approval.
+    /// A call is made by these approvals. Gives on whose account people were asked.
     ///
     /// # Errors
     /// Why it may not be.
-    pub fn used(&mut self, name: &str, tool: &str, digest: Option<&str>) -> Result<(), String> {
-        self.usable(name, tool, digest)?;
-        if let Some(request) = self.requests.get_mut(name) {
-            request.used = true;
-            let made = self.made.entry((request.tool.clone(), request.digest.clone())).or_default();
-            *made = made.saturating_add(1);
+    pub fn used(&mut self, names: &[String], tool: &str, digest: Option<&str>) -> Result<Vec<AskedBy>, String> {
+        let by = self.usable(names, tool, digest)?;
+        for name in names {
+            if let Some(request) = self.requests.get_mut(name) {
+                request.used = true;
+                let made = self.made.entry(request.call.clone()).or_default();
+                *made = made.saturating_add(1);
+            }
         }
-        Ok(())
+        Ok(by)
     }
 }
 
@@ -244,15 +279,37 @@ mod tests {
         assert_eq!(standing(&asked, &votes, Timestamp::from_second(now).unwrap()), expected);
     }
 
+    fn call(by: AskedBy, tool: &str, digest: &str) -> Exact {
+        Exact { by, tool: tool.into(), digest: digest.into() }
+    }
+
+    fn pay(digest: &str) -> Exact {
+        call(AskedBy::Contract, "pay", digest)
+    }
+
+    #[rstest]
+    #[case::nothing(&[], r#"{"a":{"b":[1,2]},"c/d":"x"}"#)]
+    #[case::one(&["/a/b/1"], r#"{"a":{"b":[1,"[redacted]"]},"c/d":"x"}"#)]
+    #[case::whole(&["/a", "/a/b"], r#"{"a":"[redacted]","c/d":"x"}"#)]
+    #[case::escaped(&["/c~1d"], r#"{"a":{"b":[1,2]},"c/d":"[redacted]"}"#)]
+    #[case::not_there(&["/x/y", "/a/b/7"], r#"{"a":{"b":[1,2]},"c/d":"x"}"#)]
+    fn what_people_are_not_shown(#[case] pointers: &[&str], #[case] expected: &str) {
+        let arguments = serde_json::json!({"a": {"b": [1, 2]}, "c/d": "x"});
+        let pointers: Vec<_> = pointers.iter().map(|pointer| (*pointer).to_owned()).collect();
+        assert_eq!(redacted(&arguments, &pointers).to_string(), expected);
+    }
+
     #[test]
     fn a_name_is_the_calls_own() {
-        let base = name("t", "uid", "pay", "d", 0);
+        let base = name("t", "uid", &pay("d"), &[], 0);
         assert!(base.starts_with("t-") && base.len() == 14, "{base}");
         for other in [
-            name("t", "uid2", "pay", "d", 0),
-            name("t", "uid", "pay2", "d", 0),
-            name("t", "uid", "pay", "d2", 0),
-            name("t", "uid", "pay", "d", 1),
+            name("t", "uid2", &pay("d"), &[], 0),
+            name("t", "uid", &call(AskedBy::Pack, "pay", "d"), &[], 0),
+            name("t", "uid", &call(AskedBy::Contract, "pay2", "d"), &[], 0),
+            name("t", "uid", &pay("d2"), &[], 0),
+            name("t", "uid", &pay("d"), &["risk 30".into()], 0),
+            name("t", "uid", &pay("d"), &[], 1),
         ] {
             assert_ne!(base, other);
         }
@@ -261,35 +318,54 @@ mod tests {
     #[test]
     fn an_approval_is_good_for_one_call_of_what_was_asked() {
         let mut log = Approvals::default();
-        assert!(log.used("a", "pay", Some("d")).is_err(), "never asked for");
-        log.seen("a", "pay", "d", Standing::Pending).unwrap();
-        assert!(log.used("a", "pay", Some("d")).is_err(), "pending");
-        assert!(log.seen("a", "pay", "e", Standing::Approved).is_err(), "another call");
-        log.seen("a", "pay", "d", Standing::Approved).unwrap();
-        assert!(log.used("a", "pay", Some("e")).is_err(), "other arguments");
-        assert!(log.used("a", "mail", Some("d")).is_err(), "another tool");
-        assert!(log.used("a", "pay", None).is_err(), "no digest");
-        assert_eq!(log.made("pay", "d"), 0);
-        log.used("a", "pay", Some("d")).unwrap();
-        assert!(log.used("a", "pay", Some("d")).is_err(), "twice");
-        assert_eq!(log.made("pay", "d"), 1);
+        let a = ["a".to_owned()];
+        assert!(log.used(&a, "pay", Some("d")).is_err(), "never asked for");
+        log.seen("a", &pay("d"), Standing::Pending).unwrap();
+        assert!(log.used(&a, "pay", Some("d")).is_err(), "pending");
+        assert!(log.seen("a", &pay("e"), Standing::Approved).is_err(), "another call");
+        assert!(log.seen("a", &call(AskedBy::Pack, "pay", "d"), Standing::Approved).is_err(), "on another account");
+        log.seen("a", &pay("d"), Standing::Approved).unwrap();
+        assert!(log.used(&a, "pay", Some("e")).is_err(), "other arguments");
+        assert!(log.used(&a, "mail", Some("d")).is_err(), "another tool");
+        assert!(log.used(&a, "pay", None).is_err(), "no digest");
+        assert_eq!(log.made(&pay("d")), 0);
+        assert_eq!(log.used(&a, "pay", Some("d")), Ok(vec![AskedBy::Contract]));
+        assert!(log.used(&a, "pay", Some("d")).is_err(), "twice");
+        assert_eq!(log.made(&pay("d")), 1);
+    }
+
+    #[test]
+    fn contract_and_pack_are_asked_each_for_itself() {
+        let mut log = Approvals::default();
+        let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
+        log.seen("a", &pay("d"), Standing::Approved).unwrap();
+        log.seen("b", &pay("d"), Standing::Approved).unwrap();
+        log.seen("p", &call(AskedBy::Pack, "pay", "d"), Standing::Pending).unwrap();
+        assert!(log.used(&names(&["a", "p"]), "pay", Some("d")).is_err(), "one of the two is pending");
+        assert!(!log.is_used("a"), "all or none");
+        log.seen("p", &call(AskedBy::Pack, "pay", "d"), Standing::Approved).unwrap();
+        assert!(log.usable(&names(&["a", "b"]), "pay", Some("d")).is_err(), "both of one");
+        assert_eq!(log.used(&names(&["a", "p"]), "pay", Some("d")), Ok(vec![AskedBy::Contract, AskedBy::Pack]));
+        assert!(log.is_used("a") && log.is_used("p"));
+        assert_eq!(log.usable(&[], "pay", Some("d")), Ok(vec![]));
     }
 
     #[test]
     fn a_no_is_not_taken_back() {
         let mut log = Approvals::default();
-        log.seen("a", "pay", "d", Standing::Denied).unwrap();
-        assert!(log.seen("a", "pay", "d", Standing::Approved).is_err());
-        assert!(log.seen("a", "pay", "d", Standing::Expired).is_err());
-        log.seen("a", "pay", "d", Standing::Pending).unwrap();
-        assert!(log.used("a", "pay", Some("d")).is_err(), "asking again is no yes");
+        let a = ["a".to_owned()];
+        log.seen("a", &pay("d"), Standing::Denied).unwrap();
+        assert!(log.seen("a", &pay("d"), Standing::Approved).is_err());
+        assert!(log.seen("a", &pay("d"), Standing::Expired).is_err());
+        log.seen("a", &pay("d"), Standing::Pending).unwrap();
+        assert!(log.used(&a, "pay", Some("d")).is_err(), "asking again is no yes");
         let mut log = Approvals::default();
-        log.seen("a", "pay", "d", Standing::Approved).unwrap();
-        log.seen("a", "pay", "d", Standing::Expired).unwrap();
-        assert!(log.used("a", "pay", Some("d")).is_err());
-        log.seen("a", "pay", "d", Standing::Pending).unwrap();
-        log.seen("a", "pay", "d", Standing::Approved).unwrap();
-        log.used("a", "pay", Some("d")).unwrap();
+        log.seen("a", &pay("d"), Standing::Approved).unwrap();
+        log.seen("a", &pay("d"), Standing::Expired).unwrap();
+        assert!(log.used(&a, "pay", Some("d")).is_err());
+        log.seen("a", &pay("d"), Standing::Pending).unwrap();
+        log.seen("a", &pay("d"), Standing::Approved).unwrap();
+        log.used(&a, "pay", Some("d")).unwrap();
     }
 
     proptest! {

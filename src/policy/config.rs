@@ -4,6 +4,8 @@
 //! own view of them and compares [`PolicyConfig::digest`]; the evidence log keeps its bytes. Unknown fields are refused:
 //! a harness never runs under a rule that it does not understand.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use super::approval::Approvers;
@@ -43,6 +45,50 @@ pub enum EgressUse {
     Models,
     /// Connections that the agent makes itself through the proxy.
     Direct,
+}
+
+/// How sensitive data is. The greater one counts where several are known.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "kube", derive(schemars::JsonSchema))]
+pub enum Sensitivity {
+    /// Nothing says that it is.
+    #[default]
+    Unclassified,
+    /// For the organisation.
+    Internal,
+    /// For some in the organisation: customers' data, contracts.
+    Confidential,
+    /// For very few: secrets, health, payment cards.
+    Restricted,
+}
+
+impl Sensitivity {
+    /// The name in manifests, records and CEL.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Unclassified => "Unclassified",
+            Self::Internal => "Internal",
+            Self::Confidential => "Confidential",
+            Self::Restricted => "Restricted",
+        }
+    }
+
+    /// Whether nothing says that the data is sensitive.
+    pub fn is_unclassified(&self) -> bool {
+        *self == Self::Unclassified
+    }
+}
+
+/// What a pack's rule means for the calls that it is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "kube", derive(schemars::JsonSchema))]
+pub enum RuleDecision {
+    /// They may be made, if no other rule says otherwise.
+    Allow,
+    /// They may be made once people have said yes to them.
+    RequireApproval,
+    /// They may not be made.
+    Deny,
 }
 
 /// What has been used of the limits, over all attempts.
@@ -115,12 +161,23 @@ pub struct PolicyConfig {
     pub models: ModelEndpoints,
     /// The hosts that the gateway lets the task reach, for the record: the gateway decides by its own copy.
     pub egress: Vec<EgressHost>,
+    /// What the pack says to each tool call.
+    #[serde(default, skip_serializing_if = "Access::is_empty")]
+    pub access: Access,
 }
 
 impl PolicyConfig {
     /// The tool of that name.
     pub fn tool(&self, name: &str) -> Option<&Tool> {
         self.tools.iter().find(|tool| tool.name == name)
+    }
+
+    /// Who must say yes where a tool's contract asks for that, or the pack.
+    pub fn approval(&self, tool: &str, by: AskedBy) -> Option<&Approval> {
+        match by {
+            AskedBy::Contract => self.tool(tool)?.approval.as_ref(),
+            AskedBy::Pack => self.access.approval.as_ref(),
+        }
     }
 
     /// Lower-case hex SHA-256 of the RFC 8785 form.
@@ -196,11 +253,40 @@ pub struct Tool {
     /// What makes two calls one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub idempotency: Option<Idempotency>,
+    /// What tells whether a call took effect whose reply never came.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub verify: Option<VerifyRead>,
     /// Who must say yes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub approval: Option<Approval>,
     /// What a call may change.
     pub side_effect: SideEffect,
+    /// How sensitive its data is at least.
+    #[serde(default, skip_serializing_if = "DataClass::is_unclassified")]
+    pub data: DataClass,
+    /// JSON Pointers to the arguments that people who approve a call are not shown.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub redact: Vec<String>,
+}
+
+/// How sensitive a tool's data is at least; a pack's classification may find more.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "kube", derive(schemars::JsonSchema))]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct DataClass {
+    /// Of what it is given.
+    #[serde(default, skip_serializing_if = "Sensitivity::is_unclassified")]
+    pub arguments: Sensitivity,
+    /// Of what it answers.
+    #[serde(default, skip_serializing_if = "Sensitivity::is_unclassified")]
+    pub result: Sensitivity,
+}
+
+impl DataClass {
+    /// Whether nothing is said of either.
+    pub fn is_unclassified(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// Where a tool really is.
@@ -227,7 +313,7 @@ pub struct McpUpstream {
 }
 
 /// An HTTP request that is made of a call's arguments, see [`template`](super::template).
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct HttpUpstream {
     /// Its method.
@@ -335,6 +421,29 @@ pub struct Idempotency {
     pub window_seconds: i64,
 }
 
+/// A read that tells whether a call took effect.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct VerifyRead {
+    /// The tool to read with.
+    pub tool: String,
+    /// Its arguments, by JSON Pointers into the call's own.
+    pub arguments: BTreeMap<String, String>,
+    /// A CEL expression over `args` and `result`.
+    pub applied: String,
+    /// Seconds after the call from which on a `false` counts.
+    pub settle_seconds: i64,
+}
+
+impl VerifyRead {
+    /// The arguments to read with.
+    pub fn arguments(&self, of: &serde_json::Value) -> serde_json::Map<String, serde_json::Value> {
+        let found =
+            self.arguments.iter().filter_map(|(name, pointer)| Some((name.clone(), of.pointer(pointer)?.clone())));
+        found.collect()
+    }
+}
+
 /// Who must say yes to a call, and what that takes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -352,6 +461,120 @@ pub struct Approval {
     pub on_timeout: OnTimeout,
     /// Seconds that a call is held open before the agent is told that it is pending.
     pub hold_seconds: i64,
+}
+
+/// What a pack says to tool calls, see [`access`](super::access).
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Access {
+    /// By what sensitive data is told.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub classification: Vec<DataPattern>,
+    /// Who may call what.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub rules: Vec<AccessRule>,
+    /// How risky a call is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub risk: Option<Risk>,
+    /// Who must say yes where a rule or the risk asks for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub approval: Option<Approval>,
+}
+
+impl Access {
+    /// Whether the pack says nothing of calls.
+    pub fn is_empty(&self) -> bool {
+        self.classification.is_empty() && self.rules.is_empty() && self.risk.is_none()
+    }
+
+    /// Whether it can come to asking people.
+    pub fn may_ask(&self) -> bool {
+        self.rules.iter().any(|rule| rule.decision == RuleDecision::RequireApproval)
+            || self.risk.as_ref().is_some_and(|risk| risk.approve_at.is_some())
+    }
+}
+
+/// A pattern that tells sensitive data.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct DataPattern {
+    /// Its name.
+    pub name: String,
+    /// A regular expression of the `regex` crate.
+    pub pattern: String,
+    /// What data that it is found in is.
+    pub sensitivity: Sensitivity,
+}
+
+/// Who may call what. A rule is for the calls that fit all that it names.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct AccessRule {
+    /// Its name.
+    pub name: String,
+    /// Principals, or their beginnings and `*`; all when empty.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub principals: Vec<String>,
+    /// Tools, or their beginnings and `*`; all when empty.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tools: Vec<String>,
+    /// Effects; all when empty.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub effects: Vec<SideEffect>,
+    /// A CEL expression.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub when: Option<String>,
+    /// What that means.
+    pub decision: RuleDecision,
+    /// What the agent is told when it is refused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub message: Option<String>,
+}
+
+/// How risky a call is: the sum of the points of all terms that hold.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Risk {
+    /// What counts.
+    pub terms: Vec<RiskTerm>,
+    /// From this score on people are asked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub approve_at: Option<i64>,
+    /// From this score on calls are denied.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deny_at: Option<i64>,
+}
+
+/// One reason for risk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct RiskTerm {
+    /// Its name.
+    pub name: String,
+    /// A CEL expression. It counts unless it is `false`.
+    pub when: String,
+    /// What it adds.
+    pub points: i64,
+}
+
+/// On whose account people are asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "kube", derive(schemars::JsonSchema))]
+pub enum AskedBy {
+    /// The tool's contract.
+    Contract,
+    /// The pack, by a rule or by the call's risk.
+    Pack,
+}
+
+impl AskedBy {
+    /// The name in manifests and records.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Contract => "Contract",
+            Self::Pack => "Pack",
+        }
+    }
 }
 
 /// What a request that nobody decided in time means.
@@ -402,6 +625,12 @@ pub struct EgressHost {
     pub ports: Vec<u16>,
     /// What may go there.
     pub uses: Vec<EgressUse>,
+    /// What the gateway adds to calls that go there, by its name: `secret/key`. It is the one that the pack maps to the task's principal.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub credential: Option<String>,
+    /// Its credentials are for other principals: nothing of this task's goes there.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub barred: bool,
 }
 
 /// Where things are.

@@ -9,17 +9,15 @@
 //! denials left, readable, known, effect, schema, preconditions, calls left. Whether people have to say yes as well is part of the
 //! answer ([`Decision::needs_approval`]); asking them is the harness's.
 
-use std::{
-    collections::{BTreeMap, HashMap},
-    sync::Arc,
-};
+use std::collections::BTreeMap;
 
-use cel::{Context, ExecutionError, Program, Value as CelValue, objects::Key};
+use cel::{Context, Value as CelValue};
 use serde_json::Value;
 
 use super::{
     budget::{Budget, Exhausted},
-    config::{Idempotency, PolicyConfig, TaskIdentity, Tool, Usage},
+    config::{Idempotency, PolicyConfig, Tool, Usage},
+    expression::{self, Expression, json_value, usage_value},
     json,
     rule::Rule,
 };
@@ -111,9 +109,10 @@ pub struct Decision<'c> {
 /// A task's contracts, compiled.
 pub struct Contracts {
     tools: BTreeMap<String, Compiled>,
-    task: CelValue,
     /// Whether any precondition looks at results.
     uses_results: bool,
+    /// What a task knows that has called nothing yet.
+    nothing: Results,
     policy: PolicyConfig,
 }
 
@@ -122,7 +121,9 @@ struct Compiled {
     schema: jsonschema::Validator,
     preconditions: Vec<Condition>,
     /// Where this is `false`, nobody needs to be asked for approval.
-    approval_when: Option<Program>,
+    approval_when: Option<Expression>,
+    /// Whether what was read says that a call took effect.
+    applied: Option<Expression>,
     /// Whether any expression looks at the arguments, at the counters.
     uses_args: bool,
     uses_usage: bool,
@@ -130,8 +131,13 @@ struct Compiled {
 
 struct Condition {
     name: String,
-    program: Program,
+    expression: Expression,
     message: String,
+}
+
+/// Whether an expression looks at nothing but the call itself and its task.
+fn is_of_the_call(expression: &Expression) -> bool {
+    !expression.sees("usage") && !expression.sees("results")
 }
 
 impl Contracts {
@@ -151,33 +157,35 @@ impl Contracts {
                 schema,
                 preconditions: vec![],
                 approval_when: None,
+                applied: None,
                 uses_args: false,
                 uses_usage: false,
             };
             let mut expression = |name: &str, cel: &str| {
-                let program = Program::compile(cel).map_err(|error| CompileError::Precondition {
+                let expression = Expression::compile(cel).map_err(|reason| CompileError::Precondition {
                     tool: tool.name.clone(),
                     name: name.to_owned(),
-                    reason: error.to_string(),
+                    reason,
                 })?;
-                let named = program.references();
-                compiled.uses_args |= named.has_variable("args");
-                compiled.uses_usage |= named.has_variable("usage");
-                uses_results |= named.has_variable("results");
-                Ok::<_, CompileError>(program)
+                compiled.uses_args |= expression.sees("args");
+                compiled.uses_usage |= expression.sees("usage");
+                uses_results |= expression.sees("results");
+                Ok::<_, CompileError>(expression)
             };
             for condition in &tool.preconditions {
-                let program = expression(&condition.name, &condition.cel)?;
+                let expression = expression(&condition.name, &condition.cel)?;
                 let (name, message) = (condition.name.clone(), condition.message.clone());
-                compiled.preconditions.push(Condition { name, program, message });
+                compiled.preconditions.push(Condition { name, expression, message });
             }
             let when = tool.approval.as_ref().and_then(|approval| approval.when.as_deref());
             compiled.approval_when = when.map(|when| expression("approval.when", when)).transpose()?;
+            let applied = tool.verify.as_ref().map(|read| expression("verify.applied", &read.applied));
+            compiled.applied = applied.transpose()?;
             if tools.insert(tool.name.clone(), compiled).is_some() {
                 return Err(CompileError::Duplicate(tool.name.clone()));
             }
         }
-        Ok(Self { tools, task: task_value(&policy.task), uses_results, policy: policy.clone() })
+        Ok(Self { tools, uses_results, nothing: shown(policy, BTreeMap::new()), policy: policy.clone() })
     }
 
     /// The policy that was compiled.
@@ -197,7 +205,7 @@ impl Contracts {
 
     /// The results of a task that has called nothing yet.
     pub fn no_results(&self) -> Results {
-        self.results(BTreeMap::new())
+        shown(&self.policy, BTreeMap::new())
     }
 
     /// Earlier results, and this one of that tool in place of its last. One that is too long, or does not fit beside the
@@ -212,19 +220,22 @@ impl Contracts {
         let size = serde_json::to_vec(result).map_or(usize::MAX, |text| text.len());
         let sum = kept.values().map(|(_, size)| size).fold(size, |sum, size| sum.saturating_add(*size));
         if size <= LONGEST_RESULT && sum <= LONGEST_RESULTS {
-            kept.insert(tool.to_owned(), (cel_value(result), size));
+            kept.insert(tool.to_owned(), (json_value(result), size));
         }
-        Some(self.results(kept))
+        Some(shown(&self.policy, kept))
     }
 
-    fn results(&self, kept: BTreeMap<String, (CelValue, usize)>) -> Results {
-        let mut context = Context::default();
-        context.add_variable_from_value("task", self.task.clone());
-        context.add_variable_from_value("principal", self.policy.task.principal.as_str());
-        let values: HashMap<Key, CelValue> =
-            kept.iter().map(|(tool, (value, _))| (Key::from(tool.as_str()), value.clone())).collect();
-        context.add_variable_from_value("results", values);
-        Results { kept, context }
+    /// Whether what was read says that a call of a tool took effect.
+    ///
+    /// # Errors
+    /// Why it says neither.
+    pub fn applied(&self, tool: &str, arguments: &Value, read: &Value) -> Result<bool, String> {
+        let applied = self.tools.get(tool).and_then(|compiled| compiled.applied.as_ref());
+        let applied = applied.ok_or_else(|| format!("the contract of {} has no verify", shorten(tool)))?;
+        let mut context = self.nothing.context.new_inner_scope();
+        context.add_variable_from_value("args", json_value(arguments));
+        context.add_variable_from_value("result", json_value(read));
+        applied.holds(&context)
     }
 
     /// Whether a call may leave.
@@ -249,16 +260,15 @@ impl Contracts {
             },
             Arguments::Parsed(value) => (value, [].as_slice()),
         };
+        let exact = json::exact(&arguments);
+        let arguments = json::whole(arguments);
         let canonical = match canonical::to_bytes(&arguments) {
             Ok(canonical) => canonical,
             Err(error) => return unreadable(text, error.to_string()),
         };
         let verdict = open
-            .and_then(|()| {
-                json::exact(&arguments)
-                    .map_err(|ambiguous| Denial { rule: Rule::RequestJson, reason: ambiguous.to_string() })
-            })
-            .and_then(|()| self.judge(name, &arguments, known))
+            .and_then(|()| exact.map_err(|ambiguous| Denial { rule: Rule::RequestJson, reason: ambiguous.to_string() }))
+            .and_then(|()| self.judge(name, &arguments, known, |_| true))
             .and_then(|judged| {
                 budget.reserve_tool_call()?;
                 Ok(judged)
@@ -272,8 +282,24 @@ impl Contracts {
         }
     }
 
+    /// Whether a call may leave as far as that follows from the call alone, and whether people must have been asked for certain: what
+    /// contract and class say of tool, effect and arguments, without the counters and results that only a harness has.
+    ///
+    /// # Errors
+    /// The first rule that does not hold.
+    pub fn recheck(&self, name: &str, arguments: &Value) -> Result<bool, Denial> {
+        let known = Known { usage: Usage::default(), results: &self.nothing };
+        self.judge(name, arguments, known, is_of_the_call).map(|(_, needs_approval)| needs_approval)
+    }
+
     /// The contract's own rules, and whether people have to be asked.
-    fn judge(&self, name: &str, arguments: &Value, known: Known<'_>) -> Result<(&Tool, bool), Denial> {
+    fn judge(
+        &self,
+        name: &str,
+        arguments: &Value,
+        known: Known<'_>,
+        asked: impl Fn(&Expression) -> bool,
+    ) -> Result<(&Tool, bool), Denial> {
         let deny = |rule, reason| Err(Denial { rule, reason });
         let Some(compiled) = self.tools.get(name) else {
             return deny(
@@ -294,7 +320,7 @@ impl Contracts {
             // The reason is recorded, and arguments are in no record.
             return deny(Rule::ToolSchema, format!("{place}: {}", shorten(&error.masked().to_string())));
         }
-        Ok((&compiled.tool, compiled.conditions(arguments, known)?))
+        Ok((&compiled.tool, compiled.conditions(arguments, known, asked)?))
     }
 
     fn names(&self) -> String {
@@ -305,27 +331,38 @@ impl Contracts {
     }
 }
 
+/// Results, as conditions see them.
+fn shown(policy: &PolicyConfig, kept: BTreeMap<String, (CelValue, usize)>) -> Results {
+    let mut context = expression::context(&policy.task);
+    let values = kept.iter().map(|(tool, (value, _))| (tool.as_str(), value.clone()));
+    context.add_variable_from_value("results", expression::map(values));
+    Results { kept, context }
+}
+
 impl Compiled {
-    /// Whether the preconditions hold, and then, whether people must be asked: always, where the contract says no more.
-    fn conditions(&self, arguments: &Value, known: Known<'_>) -> Result<bool, Denial> {
+    /// Whether the preconditions hold that `asked` takes, and then, whether people must be asked: always, where the contract says
+    /// no more; not for certain, where the condition is none that `asked` takes.
+    fn conditions(
+        &self,
+        arguments: &Value,
+        known: Known<'_>,
+        asked: impl Fn(&Expression) -> bool,
+    ) -> Result<bool, Denial> {
         if self.preconditions.is_empty() && self.approval_when.is_none() {
             return Ok(self.tool.approval.is_some());
         }
         let mut context = known.results.context.new_inner_scope();
         if self.uses_args {
-            context.add_variable_from_value("args", cel_value(arguments));
+            context.add_variable_from_value("args", json_value(arguments));
         }
         if self.uses_usage {
             context.add_variable_from_value("usage", usage_value(known.usage));
         }
-        for Condition { name, program, message } in &self.preconditions {
-            let why = match program.execute(&context) {
-                Ok(CelValue::Bool(true)) => continue,
-                Ok(CelValue::Bool(false)) => message.clone(),
-                Ok(_) => format!("it is not a yes or no ({message})"),
-                // The other errors quote values, and arguments are in no record.
-                Err(ExecutionError::NoSuchKey(key)) => format!("there is no {} ({message})", shorten(&key)),
-                Err(_) => format!("it cannot be evaluated over these values ({message})"),
+        for Condition { name, expression, message } in self.preconditions.iter().filter(|c| asked(&c.expression)) {
+            let why = match expression.holds(&context) {
+                Ok(true) => continue,
+                Ok(false) => message.clone(),
+                Err(neither) => format!("{neither} ({message})"),
             };
             return Err(Denial {
                 rule: Rule::ToolPrecondition,
@@ -334,7 +371,7 @@ impl Compiled {
         }
         Ok(match &self.approval_when {
             // Only a clear no lets a call pass unasked.
-            Some(when) => !matches!(when.execute(&context), Ok(CelValue::Bool(false))),
+            Some(when) => asked(when) && when.holds(&context) != Ok(false),
             None => self.tool.approval.is_some(),
         })
     }
@@ -348,55 +385,6 @@ pub struct Results {
     kept: BTreeMap<String, (CelValue, usize)>,
     /// `task`, `principal` and `results`, with all functions.
     context: Context<'static>,
-}
-
-/// JSON as CEL has it. Whole numbers are `int` where they fit, so that they can be added to literals.
-fn cel_value(value: &Value) -> CelValue {
-    match value {
-        Value::Null => CelValue::Null,
-        Value::Bool(value) => CelValue::Bool(*value),
-        Value::Number(number) => match (number.as_i64(), number.as_u64()) {
-            (Some(whole), _) => CelValue::Int(whole),
-            (None, Some(whole)) => CelValue::UInt(whole),
-            (None, None) => number.as_f64().map_or(CelValue::Null, CelValue::Float),
-        },
-        Value::String(text) => CelValue::String(Arc::new(text.clone())),
-        Value::Array(items) => CelValue::List(Arc::new(items.iter().map(cel_value).collect())),
-        Value::Object(fields) => fields
-            .iter()
-            .map(|(name, value)| (Key::from(name.as_str()), cel_value(value)))
-            .collect::<HashMap<Key, CelValue>>()
-            .into(),
-    }
-}
-
-fn task_value(task: &TaskIdentity) -> CelValue {
-    let fields = [
-        ("namespace", &task.namespace),
-        ("name", &task.name),
-        ("uid", &task.uid),
-        ("objective", &task.objective),
-        ("workflowClass", &task.workflow_class),
-        ("principal", &task.principal),
-    ];
-    fields
-        .into_iter()
-        .map(|(key, value)| (Key::from(key), CelValue::from(value.as_str())))
-        .collect::<HashMap<Key, CelValue>>()
-        .into()
-}
-
-fn usage_value(usage: Usage) -> CelValue {
-    [
-        ("toolCalls", usage.tool_calls),
-        ("tokens", usage.tokens),
-        ("denials", usage.denials),
-        ("costMicros", usage.cost_micros),
-    ]
-    .into_iter()
-    .map(|(key, value)| (Key::from(key), CelValue::Int(value)))
-    .collect::<HashMap<Key, CelValue>>()
-    .into()
 }
 
 /// At most 256 characters, control characters escaped: agents choose this text, and people read it in terminals.
@@ -498,11 +486,15 @@ mod tests {
                     },
                 ],
                 idempotency: None,
+                verify: None,
                 approval: None,
                 side_effect: SideEffect::Write,
+                data: DataClass::default(),
+                redact: vec![],
             }],
             models: ModelEndpoints::default(),
             egress: vec![],
+            access: Access::default(),
         }
     }
 

@@ -60,7 +60,8 @@ impl HostPattern {
 ///
 /// # Errors
 /// [`Rule::EgressHost`] if no entry has the host, or none has it for the harness's use; [`Rule::EgressDirect`] if the
-/// agent's own traffic may not go there; [`Rule::EgressPort`] if only the port is not listed.
+/// agent's own traffic may not go there; [`Rule::EgressPort`] if only the port is not listed; [`Rule::UpstreamCredential`] if its
+/// credentials are for other principals.
 pub fn allow(entries: &[EgressHost], to: &Authority, purpose: EgressUse) -> Result<usize, EgressDenied> {
     let Authority { host, port } = to;
     // An entry that is no pattern matches nothing: the API server's schema refuses it before it gets here.
@@ -87,6 +88,13 @@ pub fn allow(entries: &[EgressHost], to: &Authority, purpose: EgressUse) -> Resu
         return Err(denied(rule, format!("{host} is on the workflow class's egress list, but not for {what}")));
     }
     match for_purpose.iter().find(|(_, entry, _)| entry.ports.contains(port)) {
+        // A host further from it does not stand in.
+        Some((_, entry, _)) if entry.barred => Err(denied(
+            Rule::UpstreamCredential,
+            format!(
+                "{host} has credentials for other principals only; have this one added to one of them in the PolicyPack"
+            ),
+        )),
         Some((index, _, _)) => Ok(*index),
         None => {
             let mut ports: Vec<_> = for_purpose.iter().flat_map(|(_, entry, _)| &entry.ports).copied().collect();

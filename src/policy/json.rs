@@ -50,6 +50,25 @@ pub fn exact(value: &Value) -> Result<(), Ambiguous> {
     }
 }
 
+/// A value in which whole numbers are written as such, as RFC 8785 writes them: `1.0` is `1`. Whoever decides on a value that went
+/// through that text must see the same as who decided before.
+pub fn whole(value: Value) -> Value {
+    match value {
+        Value::Number(number) => Value::Number(whole_number(number)),
+        Value::Array(items) => items.into_iter().map(whole).collect(),
+        Value::Object(fields) => fields.into_iter().map(|(name, value)| (name, whole(value))).collect(),
+        other => other,
+    }
+}
+
+fn whole_number(number: Number) -> Number {
+    match number.as_f64().filter(|double| number.is_f64() && double.fract() == 0.0 && double.abs() < GAPS) {
+        // It fits: doubles below 2^53 are whole numbers of 64 bits.
+        Some(double) => format!("{double:.0}").parse::<i64>().map_or(number, Number::from),
+        None => number,
+    }
+}
+
 fn exact_number(number: &Number) -> Result<(), Ambiguous> {
     let holds = match (number.as_i64(), number.as_f64()) {
         (Some(whole), _) => (-LARGEST..=LARGEST).contains(&whole),

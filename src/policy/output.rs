@@ -60,7 +60,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::policy::config::{McpUpstream, SideEffect, ToolLimits, Upstream};
+    use crate::policy::config::{DataClass, McpUpstream, SideEffect, ToolLimits, Upstream};
 
     #[test]
     fn what_does_not_fit_is_named_and_not_repeated() {
@@ -74,8 +74,11 @@ mod tests {
             limits: ToolLimits::default(),
             preconditions: vec![],
             idempotency: None,
+            verify: None,
             approval: None,
             side_effect: SideEffect::Read,
+            data: DataClass::default(),
+            redact: vec![],
         };
         let outputs = Outputs::compile(std::slice::from_ref(&tool)).unwrap();
         assert_eq!(outputs.check("t", &json!({"n": 1, "more": true})), Ok(()));

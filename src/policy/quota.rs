@@ -99,7 +99,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::policy::config::{McpUpstream, SideEffect, ToolLimits, Upstream};
+    use crate::policy::config::{DataClass, McpUpstream, SideEffect, ToolLimits, Upstream};
 
     fn quotas(calls: Option<i64>, per_minute: Option<i64>, used: i64) -> Quotas {
         let tool = Tool {
@@ -112,8 +112,11 @@ mod tests {
             limits: ToolLimits { calls, per_minute, ..ToolLimits::default() },
             preconditions: vec![],
             idempotency: None,
+            verify: None,
             approval: None,
             side_effect: SideEffect::Read,
+            data: DataClass::default(),
+            redact: vec![],
         };
         Quotas::resume(&[tool], &BTreeMap::from([("t".into(), ToolUsage { calls: used, definition: None })]))
     }

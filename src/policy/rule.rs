@@ -51,6 +51,10 @@ rules! {
     ToolIdempotency = "tool.idempotency",
     /// People have approved this exact call.
     ToolApproval = "tool.approval",
+    /// A rule of the pack lets the principal make the call, and none forbids it.
+    AccessRule = "access.rule",
+    /// The call's risk is lower than the pack's limit.
+    RiskScore = "access.risk",
     /// The attempt has time left.
     WallTime = "budget.wallTime",
     /// The task has tool calls left.

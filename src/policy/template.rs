@@ -6,9 +6,8 @@
 //! are the JSON body, where the method has one.
 //!
 //! Promises: no argument changes how many segments the path has or what they mean to a server that decodes once too often
-//! (`..`, `%2e%2e%2f`, `..;`, empty ones and control characters are refused, at every depth of decoding);
-//! [`Request::is_instance`] takes exactly the URLs that [`Request::render`] gives. Refuses: bodies of GET, HEAD and DELETE,
-//! lists and objects in a URL, and to correct what it is given.
+//! (`..`, `%2e%2e%2f`, `..;`, empty ones and control characters are refused, at every depth of decoding). Refuses: bodies of
+//! GET, HEAD and DELETE, lists and objects in a URL, and to correct what it is given.
 
 use serde_json::{Map, Value};
 
@@ -192,55 +191,6 @@ impl Request {
             None => Ok(Rendered { method: self.method, url, body: None }),
         }
     }
-
-    /// Whether a request is one that [`Request::render`] could have given.
-    pub fn is_instance(
-        &self,
-        method: &str,
-        secure: bool,
-        authority: &Authority,
-        path: &str,
-        query: Option<&str>,
-    ) -> bool {
-        if (method, secure, authority) != (self.method.as_str(), self.secure, &self.authority) {
-            return false;
-        }
-        let Some(path) = path.strip_prefix('/') else { return false };
-        let parts: Vec<&str> = path.split('/').collect();
-        let fits = |(segment, part): (&Segment, &&str)| match segment {
-            Segment::Literal(text) => text == part,
-            Segment::Argument { before, after, .. } => part
-                .strip_prefix(before.as_str())
-                .and_then(|rest| rest.strip_suffix(after.as_str()))
-                .and_then(decode_exactly)
-                .is_some_and(|value| keeps_its_place(before, &value, after)),
-        };
-        if parts.len() != self.segments.len() || !self.segments.iter().zip(&parts).all(fits) {
-            return false;
-        }
-        let arguments = match (&self.literal_query, query) {
-            (None, None) => return true,
-            (None, Some(query)) => Some(query),
-            (Some(_), None) => return false,
-            (Some(literal), Some(query)) => match query.strip_prefix(literal.as_str()) {
-                Some("") => None,
-                Some(rest) => match rest.strip_prefix('&') {
-                    Some(rest) => Some(rest),
-                    None => return false,
-                },
-                None => return false,
-            },
-        };
-        let mut names = self.query.iter();
-        arguments.is_none_or(|arguments| {
-            arguments.split('&').all(|argument| {
-                argument.split_once('=').is_some_and(|(name, value)| {
-                    // In the contract's order, each at most once.
-                    names.any(|expected| encode(expected) == name) && decode_exactly(value).is_some()
-                })
-            })
-        })
-    }
 }
 
 fn segment(part: &str, is_last: bool) -> Result<Segment, TemplateError> {
@@ -311,12 +261,6 @@ fn encode(text: &str) -> String {
     encoded
 }
 
-/// The text of which this is the one encoding, if there is one.
-fn decode_exactly(encoded: &str) -> Option<String> {
-    let text = decode(encoded)?;
-    (encode(&text) == encoded).then_some(text)
-}
-
 /// Percent-decodes; nothing if an escape is none or the result is no text.
 fn decode(encoded: &str) -> Option<String> {
     let mut bytes = Vec::with_capacity(encoded.len());
@@ -369,15 +313,6 @@ mod tests {
         Request::parse(&upstream(method, url, query)).unwrap()
     }
 
-    /// Splits as the gateway's parser does.
-    fn is_instance(request: &Request, method: &str, url: &str) -> bool {
-        let uri: http::Uri = url.parse().unwrap();
-        let secure = uri.scheme_str() == Some("https");
-        let authority =
-            Authority::parse(uri.authority().unwrap().as_str(), Some(if secure { 443 } else { 80 })).unwrap();
-        request.is_instance(method, secure, &authority, uri.path(), uri.query())
-    }
-
     const URL: &str = "https://api.test/v1/users/{id}/notes-{n}.json";
 
     #[rstest]
@@ -395,7 +330,6 @@ mod tests {
         let request = request(HttpMethod::Get, URL, &[]);
         let rendered = request.render(args.as_object().unwrap()).unwrap();
         assert_eq!(rendered.url, format!("https://api.test/v1/users/{id}/notes-{n}.json"));
-        assert!(is_instance(&request, "GET", &rendered.url));
     }
 
     #[rstest]
@@ -460,36 +394,6 @@ mod tests {
     }
 
     #[rstest]
-    #[case::it("POST", "https://a.test/x/1/y?v=1&p=2&q=3", true)]
-    #[case::no_arguments("POST", "https://a.test/x/1/y?v=1", true)]
-    #[case::one_argument("POST", "https://a.test/x/1/y?v=1&q=", true)]
-    #[case::port_written("POST", "https://a.test:443/x/1/y?v=1", true)]
-    #[case::method("PUT", "https://a.test/x/1/y?v=1", false)]
-    #[case::scheme("POST", "http://a.test:443/x/1/y?v=1", false)]
-    #[case::host("POST", "https://b.test/x/1/y?v=1", false)]
-    #[case::port("POST", "https://a.test:444/x/1/y?v=1", false)]
-    #[case::literal("POST", "https://a.test/z/1/y?v=1", false)]
-    #[case::fewer("POST", "https://a.test/x/y?v=1", false)]
-    #[case::more("POST", "https://a.test/x/1/2/y?v=1", false)]
-    #[case::empty("POST", "https://a.test/x//y?v=1", false)]
-    #[case::dots("POST", "https://a.test/x/../y?v=1", false)]
-    #[case::encoded_dots("POST", "https://a.test/x/%2e%2e/y?v=1", false)]
-    #[case::other_spelling("POST", "https://a.test/x/%41/y?v=1", false)]
-    #[case::lower_case("POST", "https://a.test/x/%2f/y?v=1", false)]
-    #[case::unencoded("POST", "https://a.test/x/a:b/y?v=1", false)]
-    #[case::no_literal_query("POST", "https://a.test/x/1/y?q=3", false)]
-    #[case::no_query("POST", "https://a.test/x/1/y", false)]
-    #[case::literal_query_longer("POST", "https://a.test/x/1/y?v=12", false)]
-    #[case::unlisted("POST", "https://a.test/x/1/y?v=1&admin=1", false)]
-    #[case::twice("POST", "https://a.test/x/1/y?v=1&q=1&q=2", false)]
-    #[case::order("POST", "https://a.test/x/1/y?v=1&q=3&p=2", false)]
-    #[case::empty_argument("POST", "https://a.test/x/1/y?v=1&", false)]
-    fn instances(#[case] method: &str, #[case] url: &str, #[case] expected: bool) {
-        let request = request(HttpMethod::Post, "https://a.test/x/{id}/y?v=1", &["p", "q"]);
-        assert_eq!(is_instance(&request, method, url), expected);
-    }
-
-    #[rstest]
     #[case::root("https://a.test", Ok(()))]
     #[case::slash("https://a.test/", Ok(()))]
     #[case::ending_in_a_slash("https://a.test/x/", Ok(()))]
@@ -520,9 +424,9 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever an argument is, the URL parses to the template's host and shape, and the gateway takes it.
+        /// Whatever an argument is, the URL parses to the template's host and shape.
         #[test]
-        fn whatever_renders_is_an_instance_of_the_same_shape(id in ".{0,30}", q in ".{0,30}", odd in "[./%2eEfF;\\\\a]{0,12}") {
+        fn whatever_renders_has_the_same_shape(id in ".{0,30}", q in ".{0,30}", odd in "[./%2eEfF;\\\\a]{0,12}") {
             let request = request(HttpMethod::Get, "https://a.test/x/{id}/{odd}?v=1", &["q"]);
             if let Ok(rendered) = request.render(json!({"id": id, "q": q, "odd": odd}).as_object().unwrap()) {
                 let uri: http::Uri = rendered.url.parse().unwrap();
@@ -533,18 +437,6 @@ mod tests {
                     let part = part.to_ascii_lowercase().replace("%2e", ".");
                     prop_assert!(!part.is_empty() && part != "." && part != "..");
                 }
-                prop_assert!(is_instance(&request, "GET", &rendered.url));
-            }
-        }
-
-        /// Whatever is taken for an instance decodes to an argument that renders it.
-        #[test]
-        fn whatever_is_an_instance_could_have_been_rendered(part in "[a-zA-Z0-9./%2eEfF;]{0,12}") {
-            let request = request(HttpMethod::Get, "https://a.test/x/{id}", &[]);
-            let url = format!("https://a.test/x/{part}");
-            if is_instance(&request, "GET", &url) {
-                let id = decode(&part).unwrap();
-                prop_assert_eq!(request.render(json!({"id": id}).as_object().unwrap()).unwrap().url, url);
             }
         }
     }

@@ -8,12 +8,16 @@ use super::report::{AttemptSummary, Check, Report};
 use crate::{
     evidence::{
         note::{self, VerifierKey},
-        record::{Actor, Approval, AttemptOpened, Channel, Effect, Event, Intent, Outcome, Record, Replayed, VERSION},
+        record::{
+            Actor, Approval, AttemptOpened, Channel, Effect, Event, Intent, Outcome, Record, Replayed, Resolved,
+            VERSION,
+        },
     },
     policy::{
-        approval::{self, Approvals, Asked, Standing},
+        access::{Asked, Guard},
+        approval::{self, Approvals, Standing},
         budget::Spent,
-        config::{Idempotency, McpUpstream, PolicyConfig, Upstream, Usage},
+        config::{AskedBy, Idempotency, McpUpstream, PolicyConfig, Sensitivity, Upstream, Usage},
         ledger::{self, Found, Ledger},
         price,
     },
@@ -33,6 +37,10 @@ pub(super) struct History {
     ended: bool,
     key: Option<VerifierKey>,
     policy: Option<PolicyConfig>,
+    /// What its pack says to calls.
+    guard: Option<Guard>,
+    /// The most sensitive data that the task has handled.
+    seen: Sensitivity,
     usage: Usage,
     /// Calls of each tool, over all attempts.
     tool_calls: BTreeMap<String, i64>,
@@ -48,6 +56,8 @@ struct Call {
     key: Option<String>,
     /// Digest of the reply, once there is one.
     response: Option<String>,
+    /// What its outcome says, and where.
+    effect: Option<(Effect, u64)>,
     seq: u64,
     attempt: i64,
     target: String,
@@ -104,6 +114,7 @@ impl History {
             }
             Event::Replayed(replayed) => self.replayed(record, replayed, &mut blame),
             Event::Outcome(outcome) => self.outcome(outcome, record.attempt, &mut usage, &mut blame),
+            Event::Resolved(resolved) => self.resolved(resolved, record.attempt, &mut blame),
             Event::Denied(denied) => {
                 usage.denials = usage.denials.saturating_add(1);
                 *blame.report.summary.denials.entry(denied.rule).or_default() += 1;
@@ -220,6 +231,13 @@ impl History {
                 .add(Check::AttemptPolicy, format!("expected policyDigest {digest}, found {}", opened.policy_digest)),
             Err(e) => blame.add(Check::AttemptPolicy, e.to_string()),
         }
+        self.guard = match Guard::compile(&opened.policy) {
+            Ok(guard) => Some(guard),
+            Err(e) => {
+                blame.add(Check::AttemptPolicy, e.to_string());
+                None
+            }
+        };
         let task = &opened.policy.task;
         if note::origin(&task.uid) != origin {
             blame.add(
@@ -314,16 +332,49 @@ impl History {
         }
     }
 
+    /// A read tells what became of a call whose fate was unknown: one of the same attempt, made after that was known, that succeeded, by
+    /// the tool that the contract names.
+    fn resolved(&mut self, resolved: &Resolved, attempt: i64, blame: &mut Blame<'_>) {
+        let Resolved { call, effect, by } = resolved;
+        let wrong =
+            |found: &str| format!("expected a read to tell what became of a call of unknown fate, found {found}");
+        let lost = self.calls.get(call).filter(|lost| lost.attempt == attempt);
+        let since = lost.and_then(|lost| lost.effect).filter(|(effect, _)| *effect == Effect::Unknown);
+        let Some((lost, (_, since))) = lost.zip(since) else {
+            return blame.add(Check::CallOutcome, wrong(&format!("call {call}, whose fate was not unknown")));
+        };
+        let tool = self.policy.as_ref().and_then(|policy| policy.tool(&lost.target));
+        let reader = tool.and_then(|tool| tool.verify.as_ref()).map(|read| &read.tool);
+        let key = lost.key.clone();
+        let read = self.calls.get(by).filter(|read| Some(&read.target) == reader && read.seq > since);
+        if !read.is_some_and(|read| matches!(read.effect, Some((Effect::Applied, _)))) || *effect == Effect::Unknown {
+            return blame.add(Check::CallOutcome, wrong(&format!("{by}, which is none by {reader:?} after it")));
+        }
+        if let Some(key) = key {
+            self.ledger.settle(&key, call, effect.fate());
+        }
+        if let Some(lost) = self.calls.get_mut(call) {
+            lost.effect = Some((*effect, since));
+        }
+        let effects = &mut blame.report.summary.effects;
+        effects.unknown = effects.unknown.saturating_sub(1);
+        match effect {
+            Effect::Applied => effects.applied += 1,
+            Effect::NotApplied => effects.not_applied += 1,
+            Effect::Unknown => {}
+        }
+    }
+
     /// What is said of an approval fits what was said before, what the contract asks for, and who has decided.
     fn approval(&mut self, approval: &Approval, blame: &mut Blame<'_>) {
-        let Approval { name, tool, request_digest, standing, decisions, .. } = approval;
-        if let Err(reason) = self.approvals.seen(name, tool, request_digest, *standing) {
+        let Approval { name, by, tool, standing, decisions, .. } = approval;
+        if let Err(reason) = self.approvals.seen(name, &approval.call(), *standing) {
             blame.add(Check::CallApproval, reason);
         }
         let Some(policy) = &self.policy else { return };
-        let contract = policy.tool(tool).and_then(|tool| tool.approval.as_ref());
-        let Some(contract) = contract else {
-            return blame.add(Check::CallApproval, format!("expected a tool that needs approval, found {tool}"));
+        let Some(contract) = policy.tool(tool).and_then(|_| policy.approval(tool, *by)) else {
+            let message = format!("expected a tool that needs approval by the {}, found {tool}", by.as_str());
+            return blame.add(Check::CallApproval, message);
         };
         if approval.required != contract.required {
             let (expected, found) = (contract.required, approval.required);
@@ -334,7 +385,7 @@ impl History {
                 .add(Check::RecordTime, format!("expected an RFC 3339 time of expiry, found {:?}", approval.expires));
         };
         let barred = [Some(policy.task.principal.as_str()), policy.task.requester.as_deref()];
-        let asked = Asked { required: contract.required, barred, expires };
+        let asked = approval::Asked { required: contract.required, barred, expires };
         // What has expired is the gateway's clock's to say. By the votes alone:
         let voted = approval::standing(&asked, decisions, Timestamp::MIN);
         if *standing != voted && !(*standing == Standing::Expired && voted != Standing::Denied) {
@@ -345,6 +396,7 @@ impl History {
 
     fn intent(&mut self, intent: &Intent, attempt: i64, usage: &mut Usage, blame: &mut Blame<'_>) {
         let Intent { call, channel, target, .. } = intent;
+        let before = *usage;
         let reserved = Spent { tokens: intent.reserved_tokens, cost_micros: intent.reserved_cost_micros };
         if self.loose {
             blame.add(Check::ContainmentLost, "expected no call after the containment was lost, found one");
@@ -356,6 +408,12 @@ impl History {
         usage.cost_micros = usage.cost_micros.saturating_add(reserved.cost_micros);
         if *channel == Channel::Tool {
             usage.tool_calls = usage.tool_calls.saturating_add(1);
+        }
+        if *channel != Channel::Tool && (intent.assessment.is_some() || !intent.approvals.is_empty()) {
+            blame.add(
+                Check::CallAccess,
+                "expected an assessment and approvals of tool calls only, found one of another",
+            );
         }
         if let Some(policy) = &self.policy {
             let limits = policy.limits;
@@ -392,17 +450,38 @@ impl History {
                     let message = format!("expected at most {most} calls of {target}, found {made}");
                     blame.add(Check::UsageLimit, message);
                 }
-                let needs = tool.and_then(|tool| tool.approval.as_ref()).is_some_and(|needs| needs.when.is_none());
-                match &intent.approval {
-                    Some(name) => {
-                        if let Err(reason) = self.approvals.used(name, target, intent.request_digest.as_deref()) {
-                            blame.add(Check::CallApproval, reason);
-                        }
+                let given = self.approvals.used(&intent.approvals, target, intent.request_digest.as_deref());
+                let given = given.unwrap_or_else(|reason| {
+                    blame.add(Check::CallApproval, reason);
+                    vec![]
+                });
+                let always = tool.and_then(|tool| tool.approval.as_ref()).is_some_and(|needs| needs.when.is_none());
+                let asked = tool.zip(intent.effect).map(|(tool, effect)| Asked {
+                    tool,
+                    effect,
+                    usage: before,
+                    seen: self.seen,
+                });
+                let judged = asked.zip(self.guard.as_ref());
+                let by_pack = match judged.map(|(asked, guard)| guard.replay(asked, intent.assessment.as_ref())) {
+                    Some(Ok(passed)) => !passed.because.is_empty(),
+                    Some(Err(reason)) => {
+                        blame.add(Check::CallAccess, reason);
+                        false
                     }
-                    None if needs => blame
-                        .add(Check::CallApproval, format!("expected a call of {target} to be approved, found none")),
-                    None => {}
+                    // That there is no such tool is a finding of its own.
+                    None => false,
+                };
+                for (needed, by) in [(always, AskedBy::Contract), (by_pack, AskedBy::Pack)] {
+                    if needed && !given.contains(&by) {
+                        let by = by.as_str();
+                        blame.add(
+                            Check::CallApproval,
+                            format!("expected a call of {target} to be approved on account of the {by}, found none"),
+                        );
+                    }
                 }
+                self.seen = self.seen.max(intent.assessment.as_ref().map_or(self.seen, |found| found.arguments));
                 if let Some(definition) = &intent.definition {
                     let first = self.definitions.entry(target.clone()).or_insert_with(|| definition.clone());
                     if first != definition {
@@ -419,8 +498,10 @@ impl History {
         } else {
             let (seq, target) = (blame.seq, target.clone());
             let key = intent.key.clone();
-            self.calls
-                .insert(call.clone(), Call { key, response: None, seq, attempt, target, reserved, settled: false });
+            self.calls.insert(
+                call.clone(),
+                Call { key, response: None, effect: None, seq, attempt, target, reserved, settled: false },
+            );
         }
     }
 
@@ -440,6 +521,16 @@ impl History {
         }
         call.settled = true;
         call.response.clone_from(&outcome.response_digest);
+        call.effect = Some((outcome.effect, blame.seq));
+        let given = outcome.rule.is_none() && outcome.response_digest.is_some();
+        let tool = self.policy.as_ref().and_then(|policy| policy.tool(&call.target));
+        let floor = tool.filter(|_| given).map(|tool| tool.data.result).unwrap_or_default();
+        if outcome.sensitivity < floor {
+            let (target, expected, found) = (&call.target, floor.as_str(), outcome.sensitivity.as_str());
+            let message = format!("expected a result of {target} to be {expected} data at least, found {found}");
+            blame.add(Check::CallAccess, message);
+        }
+        self.seen = self.seen.max(outcome.sensitivity);
         if let Some(key) = &call.key {
             self.ledger.settle(key, id, outcome.effect.fate());
         }

@@ -107,7 +107,7 @@ checks! {
     ContainmentLost = "containment.lost" Broken,
     /// Each call has one intent.
     CallUnique = "call.unique" Broken,
-    /// Each outcome has its intent, in the same attempt, and each intent at most one.
+    /// Each outcome has its intent, in the same attempt, and each intent at most one; what was unknown is resolved by the contract's read.
     CallOutcome = "call.outcome" Broken,
     /// Each tool call is of a tool in the policy, with that tool's effect, which is allowed.
     CallPolicy = "call.policy" Broken,
@@ -115,6 +115,8 @@ checks! {
     CallIdempotency = "call.idempotency" Broken,
     /// Calls that people must approve were approved, each by enough of them, before it, for that very call, and once.
     CallApproval = "call.approval" Broken,
+    /// The pack lets each tool call pass, for what was recorded of its data, rules and risk.
+    CallAccess = "call.access" Broken,
     /// Every call has an outcome; one without may or may not have had its effect.
     CallOpen = "call.open" Note,
     /// The counters follow from the events.

@@ -1,3 +1,5 @@
+use std::collections::BTreeMap;
+
 use bytes::Bytes;
 use proptest::prelude::*;
 use rstest::rstest;
@@ -9,13 +11,17 @@ use crate::{
     evidence::{
         note,
         note::{Note, Signer, WITNESS_NAME},
-        record::{self, Actor, Channel, Event, Record},
+        record::{self, Actor, Channel, Effect, Event, Record},
         segment::Segment,
         store::Mode,
     },
     policy::{
+        access::{Assessment, Score},
         approval::{Answer, Approvers, Standing, Vote},
-        config::{Approval, HttpMethod, HttpUpstream, Idempotency, ModelPrice, OnTimeout, SideEffect, Upstream},
+        config::{
+            AccessRule, Approval, AskedBy, HttpMethod, HttpUpstream, Idempotency, ModelPrice, OnTimeout, Risk,
+            RiskTerm, RuleDecision, Sensitivity, SideEffect, Upstream, VerifyRead,
+        },
         ledger,
     },
 };
@@ -455,17 +461,19 @@ fn approved() -> Script {
     let said = |standing, decisions| record::Approval {
         name: "t-1".into(),
         uid: "u".into(),
+        by: AskedBy::Contract,
         tool: "write".into(),
         request_digest: "ab".repeat(32),
         required: 2,
         expires: "2026-11-23T10:01:00Z".into(),
+        because: vec![],
         standing,
         decisions,
     };
     let asked = Event::ApprovalRequested(said(Standing::Pending, vec![]));
     let decided = Event::ApprovalDecided(said(Standing::Approved, vec![vote("ana"), vote("bob")]));
     script.segments[4].splice(1..1, [record(2, asked), record(2, decided)]);
-    change_intent(&mut script, 10, |i| i.approval = Some("t-1".into()));
+    change_intent(&mut script, 10, |i| i.approvals = vec!["t-1".into()]);
     script.count();
     script
 }
@@ -477,8 +485,8 @@ fn change_decided(script: &mut Script, change: impl Fn(&mut record::Approval)) {
 
 /// Approvals that the writers could lie about.
 #[rstest]
-#[case::none_needed(10, |s: &mut Script| change_intent(s, 10, |i| i.approval = None))]
-#[case::another(10, |s: &mut Script| change_intent(s, 10, |i| i.approval = Some("t-2".into())))]
+#[case::none_needed(10, |s: &mut Script| change_intent(s, 10, |i| i.approvals.clear()))]
+#[case::another(10, |s: &mut Script| change_intent(s, 10, |i| i.approvals = vec!["t-2".into()]))]
 #[case::other_arguments(10, |s: &mut Script| change_intent(s, 10, |i| i.request_digest = Some("cd".repeat(32))))]
 #[case::never_given(10, |s: &mut Script| { s.segments[4].remove(2); s.count(); })]
 #[case::too_few(9, |s: &mut Script| change_decided(s, |a| drop(a.decisions.pop())))]
@@ -488,11 +496,12 @@ fn change_decided(script: &mut Script, change: impl Fn(&mut record::Approval)) {
 #[case::a_no_among_them(9, |s: &mut Script| change_decided(s, |a| a.decisions[1].decision = Answer::Deny))]
 #[case::fewer_than_the_contract(9, |s: &mut Script| change_decided(s, |a| a.required = 1))]
 #[case::for_another_call(9, |s: &mut Script| change_decided(s, |a| a.request_digest = "cd".repeat(32)))]
+#[case::on_another_account(9, |s: &mut Script| change_decided(s, |a| a.by = AskedBy::Pack))]
 #[case::of_another_tool(9, |s: &mut Script| change_decided(s, |a| a.tool = "search".into()))]
 #[case::twice(11, |s: &mut Script| {
     s.segments[4].push(record(2, intent("e", Channel::Tool, "write", 0)));
     s.count();
-    change_intent(s, 11, |i| i.approval = Some("t-1".into()));
+    change_intent(s, 11, |i| i.approvals = vec!["t-1".into()]);
 })]
 fn an_approval_that_was_not_given_shows(#[case] at: u64, #[case] lie: fn(&mut Script)) {
     let mut script = approved();
@@ -555,4 +564,152 @@ fn a_second_effect_under_one_key_shows(#[case] at: u64, #[case] lie: fn(&mut Scr
     let found = report.findings.iter().find(|finding| finding.rule == Check::CallIdempotency);
     assert_eq!(found.map(|finding| finding.record), Some(Some(at)), "{:?}", report.findings);
     assert_eq!(report.verdict, Verdict::Invalid);
+}
+
+/// Nobody knows what became of attempt 2's call of `write`, until a call of `search` tells.
+fn resolved() -> Script {
+    let mut script = Script::good();
+    change_opened(&mut script, 7, |o| {
+        let write = o.policy.tools.iter_mut().find(|tool| tool.name == "write").unwrap();
+        write.verify = Some(VerifyRead {
+            tool: "search".into(),
+            arguments: BTreeMap::new(),
+            applied: "result".into(),
+            settle_seconds: 1,
+        });
+        o.policy_digest = o.policy.digest().unwrap();
+    });
+    let told = Event::Resolved(record::Resolved { call: "d".into(), effect: Effect::Applied, by: "e".into() });
+    let read = [intent("e", Channel::Tool, "search", 0), outcome("e", 0), told];
+    script.segments[5].splice(1..1, read.map(|event| record(2, event)));
+    lose(&mut script, 9);
+    script.count();
+    script
+}
+
+fn lose(script: &mut Script, at: usize) {
+    let Event::Outcome(outcome) = &mut script.at(at).event else { panic!() };
+    outcome.effect = Effect::Unknown;
+}
+
+fn change_resolved(script: &mut Script, change: impl Fn(&mut record::Resolved)) {
+    let Event::Resolved(resolved) = &mut script.at(12).event else { panic!() };
+    change(resolved);
+}
+
+#[test]
+fn what_was_resolved_counts_as_what_it_was() {
+    let script = resolved();
+    let report = run(&script, &script.write());
+    assert_eq!(report.verdict, Verdict::Valid, "{:?}", report.findings);
+    let effects = report.summary.effects;
+    assert_eq!((effects.applied, effects.not_applied, effects.unknown), (4, 0, 0));
+}
+
+/// Resolutions that the writers could lie about.
+#[rstest]
+#[case::of_a_call_that_was_answered(|s: &mut Script| change_resolved(s, |r| r.call = "e".into()))]
+#[case::of_no_call(|s: &mut Script| change_resolved(s, |r| r.call = "x".into()))]
+#[case::of_another_attempts(|s: &mut Script| { lose(s, 3); change_resolved(s, |r| r.call = "a".into()); })]
+#[case::by_no_call(|s: &mut Script| change_resolved(s, |r| r.by = "x".into()))]
+#[case::by_itself(|s: &mut Script| change_resolved(s, |r| r.by = "d".into()))]
+#[case::by_a_read_before(|s: &mut Script| change_resolved(s, |r| r.by = "a".into()))]
+#[case::by_a_read_that_failed(|s: &mut Script| lose(s, 11))]
+#[case::by_a_read_of_another_tool(|s: &mut Script| change_intent(s, 10, |i| (i.target, i.effect) = ("write".into(), Some(SideEffect::Write))))]
+#[case::to_nothing(|s: &mut Script| change_resolved(s, |r| r.effect = Effect::Unknown))]
+fn a_resolution_that_follows_from_nothing_shows(#[case] lie: fn(&mut Script)) {
+    let mut script = resolved();
+    lie(&mut script);
+    let report = run(&script, &script.write());
+    let found = report.findings.iter().find(|finding| finding.rule == Check::CallOutcome);
+    assert_eq!(found.map(|finding| finding.record), Some(Some(12)), "{:?}", report.findings);
+    assert_eq!(report.verdict, Verdict::Invalid);
+}
+
+/// Attempt 2's `write` passes a pack that lets `write` change things and finds more risk where data was seen.
+fn assessed() -> Script {
+    let mut script = Script::good();
+    change_opened(&mut script, 7, |o| {
+        let rule = |name: &str, decision, when: Option<&str>| AccessRule {
+            name: name.into(),
+            principals: vec![],
+            tools: vec![],
+            effects: vec![],
+            when: when.map(Into::into),
+            decision,
+            message: None,
+        };
+        o.policy.access.rules = vec![
+            rule("all", RuleDecision::Allow, None),
+            rule("late", RuleDecision::RequireApproval, Some("usage.toolCalls > 5")),
+            rule("never", RuleDecision::Deny, Some("args.text == 'never'")),
+        ];
+        let term = |name: &str, when: &str| RiskTerm { name: name.into(), when: when.into(), points: 10 };
+        let terms = vec![term("change", "effect == 'write'"), term("seen", "data.seen == 'Internal'")];
+        o.policy.access.risk = Some(Risk { terms, approve_at: None, deny_at: Some(30) });
+        o.policy_digest = o.policy.digest().unwrap();
+    });
+    change_intent(&mut script, 8, |i| {
+        i.assessment = Some(Assessment {
+            arguments: Sensitivity::Unclassified,
+            seen: Sensitivity::Internal,
+            rules: vec!["all".into()],
+            risk: Some(Score { score: 20, terms: vec!["change".into(), "seen".into()] }),
+        });
+    });
+    // What attempt 1 read is what attempt 2 has seen.
+    let Event::Outcome(outcome) = &mut script.at(3).event else { panic!() };
+    outcome.sensitivity = Sensitivity::Internal;
+    script
+}
+
+fn change_assessment(script: &mut Script, change: impl Fn(&mut Assessment)) {
+    change_intent(script, 8, |i| change(i.assessment.as_mut().unwrap()));
+}
+
+/// What the pack is said to have found, and has not.
+#[rstest]
+#[case::nothing(|s: &mut Script| change_intent(s, 8, |i| i.assessment = None))]
+#[case::no_rule(|s: &mut Script| change_assessment(s, |a| a.rules.clear()))]
+#[case::a_rule_that_does_not_hold(|s: &mut Script| change_assessment(s, |a| a.rules.push("late".into())))]
+#[case::a_deny(|s: &mut Script| change_assessment(s, |a| a.rules.push("never".into())))]
+#[case::less_risk(|s: &mut Script| change_assessment(s, |a| a.risk = Some(Score { score: 10, terms: vec!["change".into()] })))]
+#[case::another_sum(|s: &mut Script| change_assessment(s, |a| a.risk.as_mut().unwrap().score = 10))]
+#[case::of_a_model(|s: &mut Script| {
+    let Event::Intent(intent) = &mut s.at(2).event else { panic!() };
+    intent.approvals.push("x".into());
+})]
+#[case::nothing_seen(|s: &mut Script| change_assessment(s, |a| a.seen = Sensitivity::Unclassified))]
+fn an_assessment_that_the_pack_does_not_make_shows(#[case] lie: fn(&mut Script)) {
+    let mut script = assessed();
+    let report = run(&script, &script.write());
+    assert_eq!(report.verdict, Verdict::Valid, "{:?}", report.findings);
+    lie(&mut script);
+    let report = run(&script, &script.write());
+    let found = report.findings.iter().find(|finding| finding.rule == Check::CallAccess);
+    assert!(found.is_some_and(|finding| [Some(2), Some(8)].contains(&finding.record)), "{:?}", report.findings);
+    assert_eq!(report.verdict, Verdict::Invalid);
+}
+
+/// A result is as sensitive as its contract says, at least.
+#[test]
+fn a_result_that_is_less_than_its_contract_says_shows() {
+    let mut script = Script::good();
+    change_opened(&mut script, 7, |o| {
+        let write = o.policy.tools.iter_mut().find(|tool| tool.name == "write").unwrap();
+        write.data.result = Sensitivity::Confidential;
+        o.policy_digest = o.policy.digest().unwrap();
+    });
+    let none =
+        Assessment { arguments: Sensitivity::Unclassified, seen: Sensitivity::Unclassified, rules: vec![], risk: None };
+    change_intent(&mut script, 8, |i| i.assessment = Some(none));
+    let of = |script: &mut Script, sensitivity| {
+        let Event::Outcome(outcome) = &mut script.at(9).event else { panic!() };
+        outcome.sensitivity = sensitivity;
+    };
+    of(&mut script, Sensitivity::Restricted);
+    let report = run(&script, &script.write());
+    assert_eq!(report.verdict, Verdict::Valid, "{:?}", report.findings);
+    of(&mut script, Sensitivity::Internal);
+    assert_eq!(broken(&run(&script, &script.write())), [Check::CallAccess]);
 }

@@ -26,7 +26,7 @@ fn request(required: i64, decisions: &[&str]) -> Value {
         "metadata": {"name": "refund-1", "namespace": "payments", "uid": "u", "resourceVersion": "7"},
         "spec": {
             "task": {"name": "refund", "uid": "t", "attempt": 2},
-            "principal": "alice", "requester": "ci", "tool": "pay", "arguments": arguments,
+            "principal": "alice", "requester": "ci", "requestedBy": "Contract", "tool": "pay", "arguments": arguments,
             "digest": hex::encode(canonical::sha256(arguments.as_bytes())),
             "repeats": 0, "approvers": {"users": ["ana", "alice", "ci"], "groups": ["finance"]},
             "required": required, "expiresAt": EXPIRES,
@@ -112,12 +112,17 @@ fn refuses_what_is_too_late_or_was_tampered_with() {
 fn shows_all_that_is_decided_on() {
     let mut value = request(2, &["ana:the order was cancelled", "!bob"]);
     value["spec"]["repeats"] = 2.into();
+    value["spec"]["requestedBy"] = "Pack".into();
+    value["spec"]["because"] = json!(["rule payments", "risk 40 (change 40)"]);
     let shown = describe(&typed(value), before(), Paint::none());
     let expected = "\
 refund-1  denied by bob
   task       refund, attempt 2, on behalf of alice
   asked by   ci
   tool       pay; it was approved and made 2 times before
+  asked for  by the pack
+  because    rule payments
+  because    risk 40 (change 40)
   arguments  {
                \"amount\": 100,
                \"to\": \"x\"
@@ -140,11 +145,12 @@ fn nothing_hidden_gets_to_the_terminal() {
         value["spec"][field] = nasty.into();
     }
     value["spec"]["approvers"]["users"] = json!([nasty]);
+    value["spec"]["because"] = json!([nasty]);
     value["metadata"]["name"] = nasty.into();
     let shown = describe(&typed(value), before(), Paint::none());
     assert!(!shown.chars().any(|c| c != '\n' && hidden(c)), "{shown}");
     // Not a line more than there would be otherwise: nothing looks like another line of ours.
-    assert_eq!(shown.lines().count(), 10, "{shown}");
+    assert_eq!(shown.lines().count(), 12, "{shown}");
 }
 
 #[rstest::rstest]

@@ -353,6 +353,16 @@ impl<'s> Found<'s> {
                 self.add_at_field(&object.entry, Severity::Error, finding);
             }
         }
+        let applied = contract.spec.verify.as_ref().map(|read| types::check_read(&read.applied, &input));
+        if let Some(Err(found)) = applied {
+            let finding = Finding::new(
+                "spec.verify.applied",
+                "an expression that can be `true` or `false`",
+                found,
+                "correct the expression: as it is, it never tells what became of a call",
+            );
+            self.add_at_field(&object.entry, Severity::Error, finding);
+        }
         let when = contract.spec.approval.as_ref().and_then(|approval| approval.when.as_deref());
         if let Some(Err(found)) = when.map(|when| types::check(when, &input)) {
             let finding = Finding::new(
@@ -376,6 +386,9 @@ impl<'s> Found<'s> {
                 error.to_string(),
                 "correct it: as it is, the pack governs nothing",
             ));
+        }
+        if findings.is_empty() {
+            findings = never_true(pack);
         }
         findings.into_iter().for_each(|finding| self.add_at_field(&object.entry, Severity::Error, own(finding)));
     }
@@ -541,6 +554,19 @@ fn own(mut finding: Finding) -> Finding {
     finding
 }
 
+/// Expressions of a pack that hold for no call.
+fn never_true(pack: &PolicyPack) -> Vec<Finding> {
+    let rules = pack.spec.rules.iter().enumerate();
+    let rules = rules.filter_map(|(index, rule)| Some((format!("spec.rules[{index}].when"), rule.when.as_deref()?)));
+    let terms = pack.spec.risk.iter().flat_map(|risk| risk.terms.iter().enumerate());
+    let terms = terms.map(|(index, term)| (format!("spec.risk.terms[{index}].when"), term.when.as_str()));
+    let wrong = rules.chain(terms).filter_map(|(field, source)| Some((field, types::check_pack(source).err()?)));
+    let mend = "correct the expression: as it is, it counts against every call, or lets none pass";
+    wrong
+        .map(|(field, found)| Finding::new(field, "an expression that can be `true` or `false`", found, mend))
+        .collect()
+}
+
 fn within(namespace: &str) -> String {
     if namespace.is_empty() { String::new() } else { format!(" in namespace `{namespace}`") }
 }
@@ -561,7 +587,7 @@ fn generous(task: &AgentTask, contracts: &[&ToolContract]) -> PolicyPack {
         host: at.host.to_string(),
         ports: vec![at.port.into()],
         uses: vec![EgressUse::Tools],
-        credential: None,
+        credentials: vec![],
     });
     let most = || Some("999999T".to_owned());
     PolicyPack::new(
@@ -585,6 +611,10 @@ fn generous(task: &AgentTask, contracts: &[&ToolContract]) -> PolicyPack {
                 resources: Resources { cpu: most(), memory: most(), ephemeral_storage: most() },
             }],
             models: Models::default(),
+            classification: vec![],
+            rules: vec![],
+            risk: None,
+            approval: None,
             evidence: EvidencePolicy {
                 bucket: "any".into(),
                 prefix: None,

@@ -15,6 +15,8 @@ use serde_json::Value;
 const TASK: [&str; 6] = ["namespace", "name", "uid", "objective", "workflowClass", "principal"];
 /// Fields of `usage`, all integers.
 const USAGE: [&str; 4] = ["toolCalls", "tokens", "denials", "costMicros"];
+/// Fields of `data`, all text.
+const DATA: [&str; 2] = ["arguments", "seen"];
 /// Functions that need text.
 const ON_TEXT: [&str; 3] = ["startsWith", "endsWith", "matches"];
 /// All functions of a harness: those of the `cel` crate but for `optional.…`, whose name is no variable of ours.
@@ -121,15 +123,40 @@ impl Type {
 /// `input` is the closed schema of the arguments, and the expression has passed
 /// [`condition::check`](crate::plan::condition::check).
 pub(super) fn check(source: &str, input: &Value) -> Result<(), String> {
-    let Ok(program) = Program::compile(source) else { return Ok(()) };
-    let mut scope = BTreeMap::from([
-        ("args".to_owned(), Type::of_schema(input, 0)),
+    let mut scope = common();
+    // By tool; what tools answer is theirs to say.
+    scope.extend([("args".to_owned(), Type::of_schema(input, 0)), ("results".to_owned(), Type::Any)]);
+    check_in(source, scope)
+}
+
+/// Why an expression over a call and what was read after it can never hold.
+pub(super) fn check_read(source: &str, input: &Value) -> Result<(), String> {
+    let scope = [("args".to_owned(), Type::of_schema(input, 0)), ("result".to_owned(), Type::Any)];
+    check_in(source, scope.into())
+}
+
+/// Why an expression of a pack, which is for many tools, can never hold.
+pub(super) fn check_pack(source: &str) -> Result<(), String> {
+    let mut scope = common();
+    scope.extend([
+        ("args".to_owned(), Type::Any),
+        ("tool".to_owned(), Type::Text),
+        ("effect".to_owned(), Type::Text),
+        ("data".to_owned(), Type::record(DATA, &Type::Text)),
+    ]);
+    check_in(source, scope)
+}
+
+fn common() -> BTreeMap<String, Type> {
+    BTreeMap::from([
         ("task".to_owned(), Type::record(TASK, &Type::Text)),
         ("principal".to_owned(), Type::Text),
         ("usage".to_owned(), Type::record(USAGE, &Type::Number)),
-        // By tool; what tools answer is theirs to say.
-        ("results".to_owned(), Type::Any),
-    ]);
+    ])
+}
+
+fn check_in(source: &str, mut scope: BTreeMap<String, Type>) -> Result<(), String> {
+    let Ok(program) = Program::compile(source) else { return Ok(()) };
     match infer(program.expression(), &mut scope)? {
         Type::Any | Type::Bool => Ok(()),
         other => Err(format!("{}, which is never `true`", other.name())),

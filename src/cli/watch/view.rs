@@ -162,6 +162,14 @@ impl View {
                 self.push(at, &paint.dim(text));
             }
             Event::Outcome(outcome) => self.outcome(at, time, outcome),
+            Event::Resolved(resolved) => {
+                let told = match resolved.effect {
+                    Effect::Applied => paint.good("applied"),
+                    Effect::NotApplied => paint.warn("not applied"),
+                    Effect::Unknown => paint.bad("unknown effect"),
+                };
+                self.push(at, &format!("  {} was {told}, as {} tells", Safe(&resolved.call), Safe(&resolved.by)));
+            }
             Event::Denied(denied) => self.denied(at, denied),
             Event::ApprovalRequested(asked) => {
                 let text = format!(

@@ -1,10 +1,18 @@
 use rstest::rstest;
+use serde_json::json;
 
 use super::*;
 use crate::{
     api::policy_pack::{EvidencePolicy, RetentionMode},
     gateway::testing,
-    policy::config::{EgressHost, EgressUse, HttpMethod, HttpUpstream, Idempotency},
+    policy::{
+        access::Assessment,
+        approval::Approvers,
+        config::{
+            AccessRule, Approval, EgressHost, EgressUse, HttpMethod, HttpUpstream, Idempotency, OnTimeout,
+            PolicyConfig, Precondition, RuleDecision, Sensitivity, Usage,
+        },
+    },
 };
 
 /// SHA-256 of `{}`.
@@ -16,28 +24,32 @@ fn compiled() -> Compiled {
         host: host.into(),
         ports: ports.to_vec(),
         uses: uses.to_vec(),
+        credential: None,
+        barred: false,
     };
     let credential = || {
-        Some(Credential { secret: "s".into(), key: "k".into(), header: "authorization".into(), prefix: String::new() })
+        Some(Credential {
+            principals: vec![],
+            secret: "s".into(),
+            key: "k".into(),
+            header: "authorization".into(),
+            prefix: String::new(),
+        })
     };
-    let policy = testing::policy();
-    Compiled {
-        digest: policy.digest().unwrap(),
-        policy,
-        egress: vec![
-            entry("tools.world.test", &[443], &[Tools]),
-            entry("models.world.test", &[443, 80], &[Models]),
-            entry("docs.world.test", &[443, 80], &[Direct]),
-            entry("*.docs.world.test", &[443], &[Direct]),
-        ],
-        credentials: vec![None, credential(), credential(), None],
-        evidence: EvidencePolicy {
-            bucket: "evidence".into(),
-            prefix: None,
-            mode: RetentionMode::Compliance,
-            retention_days: 1,
-        },
-    }
+    let mut policy = testing::policy();
+    policy.egress = vec![
+        entry("tools.world.test", &[443], &[Tools]),
+        entry("models.world.test", &[443, 80], &[Models]),
+        entry("docs.world.test", &[443, 80], &[Direct]),
+        entry("*.docs.world.test", &[443], &[Direct]),
+    ];
+    by(policy, vec![None, credential(), credential(), None])
+}
+
+fn by(policy: PolicyConfig, credentials: Vec<Option<Credential>>) -> Compiled {
+    let evidence =
+        EvidencePolicy { bucket: "evidence".into(), prefix: None, mode: RetentionMode::Compliance, retention_days: 1 };
+    Compiled::new(policy, credentials, evidence).unwrap()
 }
 
 #[rstest]
@@ -89,6 +101,7 @@ fn lists(#[case] channel: Channel, #[case] url: &str, #[case] expected: Result<b
 fn facts(channel: Channel, target: &str, effect: Option<SideEffect>) -> IntentFacts {
     let definition = effect.map(|_| testing::DEFINITION.to_owned());
     IntentFacts {
+        seq: 1,
         call: "1".into(),
         attempt: 1,
         channel,
@@ -97,7 +110,12 @@ fn facts(channel: Channel, target: &str, effect: Option<SideEffect>) -> IntentFa
         definition,
         request_digest: Some(NO_ARGUMENTS.into()),
         key: None,
-        approval: None,
+        approvals: vec![],
+        assessment: None,
+        policy: "of another pack".into(),
+        http: None,
+        usage: Usage::default(),
+        seen: Sensitivity::default(),
         open: true,
     }
 }
@@ -327,6 +345,17 @@ fn a_pin_is_asked_for_again() {
     r#"{"id":1,"method":"tools/call","params":{"name":"write","arguments":{"a":1}}}"#,
     Err(Rule::IntentMissing)
 )]
+#[case::other_case(
+    Channel::Tool,
+    r#"{"id":1,"method":"tools/call","params":{"name":"write","arguments":{},"Arguments":{"a":1}}}"#,
+    Err(Rule::Request)
+)]
+#[case::more_beside(
+    Channel::Tool,
+    r#"{"id":1,"method":"tools/call","params":{"name":"write"},"Params":{"name":"drop"}}"#,
+    Err(Rule::Request)
+)]
+#[case::marked(Channel::Tool, r#"{"id":1,"method":"tools/call","params":{"name":"write","_meta":{"x":1}}}"#, Ok(()))]
 #[case::list(Channel::Listing, r#"{"id":1,"method":"tools/list","params":{"cursor":"x"}}"#, Ok(()))]
 #[case::begin(Channel::Listing, r#"{"id":1,"method":"initialize","params":{}}"#, Ok(()))]
 #[case::discover(Channel::Listing, r#"{"id":1,"method":"server/discover"}"#, Ok(()))]
@@ -340,67 +369,218 @@ fn a_pin_is_asked_for_again() {
 #[case::resource_in_a_listing(Channel::Listing, r#"{"id":1,"method":"resources/read"}"#, Err(Rule::IntentMissing))]
 fn messages(#[case] channel: Channel, #[case] body: &str, #[case] expected: Result<(), Rule>) {
     let found = says(&compiled(), channel, &facts(channel, "write", None), body.as_bytes());
-    assert_eq!(found.map_err(|e| e.rule), expected);
+    assert_eq!(found.as_ref().map(|_| ()).map_err(|e| e.rule), expected);
+    let arguments = found.ok().flatten();
+    assert_eq!(arguments, (expected.is_ok() && channel == Channel::Tool).then(|| json!({})));
+}
+
+/// Tools of the policy, changed.
+fn with(change: impl FnOnce(&mut PolicyConfig)) -> Compiled {
+    let mut policy = testing::policy();
+    change(&mut policy);
+    by(policy, vec![])
+}
+
+fn http() -> HttpUpstream {
+    HttpUpstream { method: HttpMethod::Post, url: "https://tools.world.test/t/{id}".into(), query: vec!["q".into()] }
+}
+
+fn over_http(tool: &mut Tool) {
+    tool.upstream = Upstream::Http(http());
+}
+
+/// An intent to call `write` with these arguments.
+fn to_write(arguments: &Value) -> IntentFacts {
+    let digest = hex::encode(canonical::digest(arguments).unwrap());
+    let facts = facts(Channel::Tool, "write", Some(SideEffect::Write));
+    IntentFacts { definition: None, request_digest: Some(digest), http: Some(http().into()), ..facts }
 }
 
 #[rstest]
-#[case::it(Method::POST, "https://tools.world.test/t/7?q=1", true, Ok(()))]
-#[case::other_argument(Method::POST, "https://tools.world.test/t/8", true, Ok(()))]
-#[case::method(Method::PUT, "https://tools.world.test/t/7", true, Err(Rule::IntentMissing))]
-#[case::path(Method::POST, "https://tools.world.test/admin", true, Err(Rule::IntentMissing))]
-#[case::deeper(Method::POST, "https://tools.world.test/t/7/8", true, Err(Rule::IntentMissing))]
-#[case::dots(Method::POST, "https://tools.world.test/t/..", true, Err(Rule::IntentMissing))]
-#[case::query(Method::POST, "https://tools.world.test/t/7?admin=1", true, Err(Rule::IntentMissing))]
-#[case::host(Method::POST, "https://docs.world.test/t/7", true, Err(Rule::IntentMissing))]
-#[case::plain(Method::POST, "http://tools.world.test:443/t/7", true, Err(Rule::IntentMissing))]
-#[case::over(Method::POST, "https://tools.world.test/t/7", false, Err(Rule::IntentMissing))]
-fn http_tools(#[case] method: Method, #[case] url: &str, #[case] open: bool, #[case] expected: Result<(), Rule>) {
-    let mut compiled = compiled();
-    compiled.policy.tools[1].upstream = Upstream::Http(HttpUpstream {
-        method: HttpMethod::Post,
-        url: "https://tools.world.test/t/{id}".into(),
-        query: vec!["q".into()],
+#[case::it(json!({"id": 7, "q": "x y", "text": "a"}), 1, true, Ok(("/t/7?q=x%20y", r#"{"text":"a"}"#)))]
+#[case::no_query(json!({"id": "a/b"}), 1, true, Ok(("/t/a%2Fb", "{}")))]
+#[case::dots(json!({"id": ".."}), 1, true, Err(Rule::ToolUrl))]
+#[case::missing(json!({"q": "x"}), 1, true, Err(Rule::ToolUrl))]
+#[case::no_object(json!([7]), 1, true, Err(Rule::Request))]
+#[case::over(json!({"id": 7}), 1, false, Err(Rule::IntentMissing))]
+#[case::other_attempt(json!({"id": 7}), 2, true, Err(Rule::IntentMissing))]
+fn an_http_tools_request_is_made_of_its_arguments(
+    #[case] arguments: Value,
+    #[case] attempt: i64,
+    #[case] open: bool,
+    #[case] expected: Result<(&str, &str), Rule>,
+) {
+    let compiled = with(|policy| over_http(&mut policy.tools[1]));
+    let intent = IntentFacts { open, ..to_write(&arguments) };
+    let found = request(&compiled, attempt, &intent, &arguments);
+    let found = found.map(|(target, request)| {
+        assert_eq!((target.secure, target.authority.to_string()), (true, "tools.world.test:443".to_owned()));
+        assert_eq!(
+            (request.method(), request.headers()[ACCEPT_ENCODING].as_bytes()),
+            (&Method::POST, &b"identity"[..])
+        );
+        assert!(!request.headers().contains_key("authorization"));
+        (target.path.to_string(), String::from_utf8(request.into_body().to_vec()).unwrap())
     });
-    let target = Target::parse(url).unwrap();
-    let intent = IntentFacts { open, definition: None, ..facts(Channel::Tool, "write", Some(SideEffect::Write)) };
-    let found = intended(&compiled, 1, Channel::Tool, Destination::Url(&target, &method), &intent);
-    assert_eq!(found.map_err(|e| e.rule), expected);
-    assert!(!is_message(&compiled, Channel::Tool, &method, &intent), "its body is no JSON-RPC");
+    assert_eq!(found.map_err(|e| e.rule), expected.map(|(path, body)| (path.to_owned(), body.to_owned())));
+}
+
+#[test]
+fn an_http_tool_is_called_in_no_other_way_and_nothing_else_in_this() {
+    let compiled = with(|policy| over_http(&mut policy.tools[1]));
+    let intent = to_write(&json!({"id": 7}));
+    let target = Target::parse("https://tools.world.test/t/7").unwrap();
+    let found = intended(&compiled, 1, Channel::Tool, Destination::Url(&target, &Method::POST), &intent);
+    assert_eq!(found.unwrap_err().rule, Rule::IntentMissing, "a request that the harness made");
+    assert!(!is_message(&compiled, Channel::Tool, &Method::POST, &intent), "its body is no JSON-RPC");
+    let listed = IntentFacts { definition: Some("0d".repeat(32)), ..intent.clone() };
+    assert_eq!(request(&compiled, 1, &listed, &json!({"id": 7})).unwrap_err().rule, Rule::ToolChanged);
+    let elsewhere = IntentFacts { http: Some(HttpUpstream { query: vec![], ..http() }.into()), ..intent.clone() };
+    assert_eq!(request(&compiled, 1, &elsewhere, &json!({"id": 7})).unwrap_err().rule, Rule::IntentMissing);
+    let over_mcp = with(|_| ());
+    assert_eq!(request(&over_mcp, 1, &intent, &json!({"id": 7})).unwrap_err().rule, Rule::IntentMissing);
+    let model = facts(Channel::Model, "write", None);
+    assert_eq!(request(&compiled, 1, &model, &json!({"id": 7})).unwrap_err().rule, Rule::IntentMissing);
 }
 
 #[rstest]
-#[case::it("https://api.test/t/7?q=x", r#"{"text":"a"}"#, Ok(()))]
-#[case::spaced("https://api.test/t/7?q=x", r#"{ "text": "a" }"#, Ok(()))]
-#[case::other_path("https://api.test/t/8?q=x", r#"{"text":"a"}"#, Err(Rule::ToolApproval))]
-#[case::other_query("https://api.test/t/7?q=y", r#"{"text":"a"}"#, Err(Rule::ToolApproval))]
-#[case::other_body("https://api.test/t/7?q=x", r#"{"text":"b"}"#, Err(Rule::ToolApproval))]
-#[case::more_body("https://api.test/t/7?q=x", r#"{"text":"a","to":"b"}"#, Err(Rule::ToolApproval))]
-#[case::no_body("https://api.test/t/7?q=x", "", Err(Rule::ToolApproval))]
-#[case::no_json("https://api.test/t/7?q=x", "text=a", Err(Rule::ToolApproval))]
-#[case::twice("https://api.test/t/7?q=x", r#"{"text":"b","text":"a"}"#, Err(Rule::ToolApproval))]
-fn what_people_approved_is_the_request(#[case] url: &str, #[case] body: &str, #[case] expected: Result<(), Rule>) {
-    let http =
-        HttpUpstream { method: HttpMethod::Post, url: "https://api.test/t/{id}".into(), query: vec!["q".into()] };
-    let args = serde_json::json!({"id": 7, "q": "x", "text": "a"});
-    let found = as_approved(&http, &Target::parse(url).unwrap(), &args, body.as_bytes());
-    assert_eq!(found.map_err(|e| e.rule), expected);
+#[case::it(r#"{"a":1}"#, Ok(()))]
+#[case::spaced(r#"{ "a" : 1.0 }"#, Ok(()))]
+#[case::others(r#"{"a":2}"#, Err(Rule::IntentMissing))]
+#[case::more(r#"{"a":1,"b":1}"#, Err(Rule::IntentMissing))]
+#[case::twice(r#"{"a":2,"a":1}"#, Err(Rule::Request))]
+#[case::none("", Err(Rule::Request))]
+fn arguments_are_those_of_the_intent(#[case] body: &str, #[case] expected: Result<(), Rule>) {
+    let found = arguments(&to_write(&json!({"a": 1})), body.as_bytes());
+    assert_eq!(found.map(|_| ()).map_err(|e| e.rule), expected);
 }
 
-#[rstest]
-#[case::it(&["k"], Ok(()))]
-#[case::none(&[], Err(Rule::ToolIdempotency))]
-#[case::another(&["l"], Err(Rule::ToolIdempotency))]
-#[case::twice(&["k", "k"], Err(Rule::ToolIdempotency))]
-fn an_upstream_gets_the_key_of_the_intent(#[case] sent: &[&'static str], #[case] expected: Result<(), Rule>) {
-    let mut compiled = compiled();
-    compiled.policy.tools[1].idempotency =
-        Some(Idempotency { argument: None, header: Some("idempotency-key".into()), window_seconds: 60 });
-    let intent = IntentFacts { key: Some("k".into()), ..facts(Channel::Tool, "write", Some(SideEffect::Write)) };
-    let mut headers = HeaderMap::new();
-    for key in sent {
-        headers.append("idempotency-key", http::HeaderValue::from_static(key));
+#[test]
+fn an_upstream_gets_the_key_of_the_intent() {
+    let compiled = with(|policy| {
+        over_http(&mut policy.tools[1]);
+        policy.tools[1].idempotency =
+            Some(Idempotency { argument: None, header: Some("idempotency-key".into()), window_seconds: 60 });
+    });
+    let intent = IntentFacts { key: Some("k".into()), ..to_write(&json!({"id": 7})) };
+    let (_, sent) = request(&compiled, 1, &intent, &json!({"id": 7})).unwrap();
+    assert_eq!(sent.headers().get_all("idempotency-key").iter().collect::<Vec<_>>(), ["k"]);
+    let without = IntentFacts { key: None, ..intent };
+    assert_eq!(request(&compiled, 1, &without, &json!({"id": 7})).unwrap_err().rule, Rule::ToolIdempotency);
+}
+
+fn rule(name: &str, decision: RuleDecision, when: Option<&str>) -> AccessRule {
+    AccessRule {
+        name: name.into(),
+        principals: vec![],
+        tools: vec![],
+        effects: vec![],
+        when: when.map(Into::into),
+        decision,
+        message: None,
     }
-    assert_eq!(carries_key(&compiled, &intent, &headers).map_err(|e| e.rule), expected);
+}
+
+fn assessment(rules: &[&str]) -> Option<Assessment> {
+    Some(Assessment {
+        arguments: Sensitivity::default(),
+        seen: Sensitivity::default(),
+        rules: rules.iter().map(|rule| (*rule).into()).collect(),
+        risk: None,
+    })
+}
+
+fn approval(when: Option<&str>) -> Approval {
+    Approval {
+        when: when.map(Into::into),
+        approvers: Approvers::default(),
+        required: 1,
+        timeout_seconds: 60,
+        on_timeout: OnTimeout::Deny,
+        hold_seconds: 0,
+    }
+}
+
+/// Contract and pack are asked again, whatever the harness found.
+#[rstest]
+#[case::nothing_said(json!({"n": 1}), |_: &mut PolicyConfig| (), None, Ok((false, false)))]
+#[case::schema(json!({"n": "x"}), |p: &mut PolicyConfig| p.tools[1].input = json!({"properties": {"n": {"type": "number"}}}), None, Err(Rule::ToolSchema))]
+#[case::precondition(json!({"n": 9}), |p: &mut PolicyConfig| p.tools[1].preconditions = vec![condition("args.n < 5")], None, Err(Rule::ToolPrecondition))]
+#[case::precondition_over_results(json!({"n": 9}), |p: &mut PolicyConfig| p.tools[1].preconditions = vec![condition("results.x == 5")], None, Ok((false, false)))]
+#[case::asked_always(json!({"n": 1}), |p: &mut PolicyConfig| p.tools[1].approval = Some(approval(None)), None, Ok((true, false)))]
+#[case::asked_when(json!({"n": 9}), |p: &mut PolicyConfig| p.tools[1].approval = Some(approval(Some("args.n > 5"))), None, Ok((true, false)))]
+#[case::not_asked_when(json!({"n": 1}), |p: &mut PolicyConfig| p.tools[1].approval = Some(approval(Some("args.n > 5"))), None, Ok((false, false)))]
+#[case::asked_by_what_only_the_harness_knows(json!({}), |p: &mut PolicyConfig| p.tools[1].approval = Some(approval(Some("usage.tokens > 5"))), None, Ok((false, false)))]
+#[case::allowed(json!({}), |p: &mut PolicyConfig| p.access.rules = vec![rule("all", RuleDecision::Allow, None)], assessment(&["all"]), Ok((false, false)))]
+#[case::denied(json!({"n": 9}), |p: &mut PolicyConfig| p.access.rules = vec![rule("all", RuleDecision::Allow, None), rule("no", RuleDecision::Deny, Some("args.n > 5"))], assessment(&["all"]), Err(Rule::AccessRule))]
+#[case::asked_by_pack(json!({}), |p: &mut PolicyConfig| p.access.rules = vec![rule("ask", RuleDecision::RequireApproval, None)], assessment(&["ask"]), Ok((false, true)))]
+#[case::not_assessed(json!({}), |p: &mut PolicyConfig| p.access.rules = vec![rule("all", RuleDecision::Allow, None)], None, Err(Rule::AccessRule))]
+#[case::assessed_otherwise(json!({"n": 9}), |p: &mut PolicyConfig| p.access.rules = vec![rule("all", RuleDecision::Allow, None), rule("ask", RuleDecision::RequireApproval, Some("args.n > 5"))], assessment(&["all"]), Err(Rule::AccessRule))]
+fn contract_and_pack_are_asked_again(
+    #[case] arguments: Value,
+    #[case] change: fn(&mut PolicyConfig),
+    #[case] assessment: Option<Assessment>,
+    #[case] expected: Result<(bool, bool), Rule>,
+) {
+    let compiled = with(change);
+    let intent = IntentFacts { assessment, policy: compiled.digest.clone(), ..to_write(&arguments) };
+    let found = judge(&compiled, &intent, &arguments).map(|needed| (needed.by_contract, !needed.because.is_empty()));
+    assert_eq!(found.map_err(|e| e.rule), expected);
+}
+
+/// The counters and the data that the log had before the call are what is judged by.
+#[test]
+fn what_the_log_says_counts() {
+    let compiled = with(|policy| {
+        let few = rule("few", RuleDecision::Allow, Some("usage.toolCalls < 2 && data.seen == 'Internal'"));
+        policy.access.rules = vec![few];
+    });
+    let found = |tool_calls, seen| {
+        let usage = Usage { tool_calls, ..Usage::default() };
+        let intent = IntentFacts { usage, seen, ..to_write(&json!({})) };
+        judge(&compiled, &intent, &json!({})).map_err(|e| e.rule)
+    };
+    assert_eq!(found(1, Sensitivity::Internal), Ok(Needed::default()));
+    assert_eq!(found(2, Sensitivity::Internal), Err(Rule::AccessRule));
+    assert_eq!(found(1, Sensitivity::Restricted), Err(Rule::AccessRule));
+}
+
+/// A pack that changed while the attempt runs is what counts, whatever the harness found by the one before.
+#[test]
+fn the_newest_pack_is_judged_by() {
+    let compiled = with(|policy| policy.access.rules = vec![rule("renamed", RuleDecision::Allow, None)]);
+    let intent = IntentFacts { assessment: assessment(&["all"]), ..to_write(&json!({})) };
+    assert_eq!(judge(&compiled, &intent, &json!({})), Ok(Needed::default()));
+    let by_this_one = IntentFacts { policy: compiled.digest.clone(), ..intent };
+    assert_eq!(judge(&compiled, &by_this_one, &json!({})).unwrap_err().rule, Rule::AccessRule);
+}
+
+#[rstest]
+#[case(SideEffect::Read, SideEffect::Read, true, true)]
+#[case(SideEffect::Read, SideEffect::Write, true, true)]
+#[case(SideEffect::Read, SideEffect::Write, false, false)]
+#[case(SideEffect::Read, SideEffect::External, true, false)]
+#[case(SideEffect::Write, SideEffect::External, true, false)]
+#[case(SideEffect::Write, SideEffect::Read, true, false)]
+fn an_effect_is_the_contracts_or_what_a_server_makes_of_it(
+    #[case] of: SideEffect,
+    #[case] named: SideEffect,
+    #[case] over_mcp: bool,
+    #[case] expected: bool,
+) {
+    let compiled = with(|policy| {
+        policy.allowed_effects = vec![SideEffect::Read, SideEffect::Write, SideEffect::External];
+        policy.tools[1].side_effect = of;
+        if !over_mcp {
+            over_http(&mut policy.tools[1]);
+        }
+    });
+    let found = called(&compiled, 1, &IntentFacts { effect: Some(named), ..to_write(&json!({})) });
+    assert_eq!(found.map(|_| ()).map_err(|e| e.rule), if expected { Ok(()) } else { Err(Rule::ToolEffect) });
+}
+
+fn condition(cel: &str) -> Precondition {
+    Precondition { name: "c".into(), cel: cel.into(), message: "no".into() }
 }
 
 /// Intents and contracts agree on whether calls are idempotent.

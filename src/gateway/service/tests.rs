@@ -144,8 +144,8 @@ fn contract(name: &str, url: &str, effect: &str) -> Value {
 fn pack(generation: i64, direct: &[&str]) -> Value {
     let mut egress = vec![
         json!({ "host": "tools.world.test", "uses": ["Tools"] }),
-        json!({ "host": "models.world.test", "uses": ["Models"], "credential": {
-            "secret": "models", "key": "token", "header": "authorization", "prefix": "Bearer " } }),
+        json!({ "host": "models.world.test", "uses": ["Models"], "credentials": [{
+            "secret": "models", "key": "token", "header": "authorization", "prefix": "Bearer " }] }),
     ];
     egress.extend(direct.iter().map(|host| json!({ "host": host, "ports": [443, 80, 7000], "uses": ["Direct"] })));
     json!({

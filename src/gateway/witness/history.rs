@@ -14,13 +14,14 @@ use crate::{
     evidence::{
         merkle::Tree,
         note::{self, VerifierKey},
-        record::{Actor, Approval, Channel, Event, Intent, Outcome, Record, Replayed, VERSION},
+        record::{Actor, Channel, Effect, Event, Intent, Outcome, Record, Replayed, Resolved, VERSION},
         segment::Segment,
     },
-    gateway::refusal::Refused,
+    gateway::{approvals::Before, refusal::Refused},
     policy::{
-        approval::Approvals,
-        config::{Idempotency, Limits, SideEffect, ToolUsage, Usage},
+        access::Assessment,
+        approval::{Approvals, Exact},
+        config::{HttpUpstream, Idempotency, Limits, Sensitivity, SideEffect, ToolUsage, Upstream, Usage},
         ledger::{Found, Ledger},
         rule::Rule,
     },
@@ -33,12 +34,16 @@ const RECENT: usize = 4096;
 const OPEN: usize = 4096;
 /// Tools that are counted: more than a task may name.
 const TOOLS: usize = 4096;
+/// Calls of unknown fate that are remembered for reads to resolve.
+const UNKNOWN: usize = 65_536;
 /// Records in one segment: it is checked under the log's lock.
 const RECORDS: usize = 4096;
 
 /// An intent that lies witnessed in the bucket.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct IntentFacts {
+    /// Its place in the log.
+    pub seq: u64,
     /// The call.
     pub call: String,
     /// The attempt that means to make it.
@@ -55,8 +60,18 @@ pub struct IntentFacts {
     pub request_digest: Option<String>,
     /// The idempotency key under which it is made.
     pub key: Option<String>,
-    /// The approval by which it is made.
-    pub approval: Option<String>,
+    /// The approvals by which it is made.
+    pub approvals: Vec<String>,
+    /// What the pack found of it.
+    pub assessment: Option<Assessment>,
+    /// The digest of the policy by which its attempt runs.
+    pub policy: String,
+    /// Where an HTTP tool is, by that policy.
+    pub http: Option<Arc<HttpUpstream>>,
+    /// The counters before it.
+    pub usage: Usage,
+    /// The most sensitive data that the task had handled before it.
+    pub seen: Sensitivity,
     /// Whether it still waits for its outcome.
     pub open: bool,
 }
@@ -64,11 +79,22 @@ pub struct IntentFacts {
 /// A call without an outcome.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct OpenCall {
+    target: Arc<str>,
     key: Option<Arc<str>>,
     seq: u64,
     attempt: i64,
     tokens: i64,
     cost: i64,
+}
+
+/// A call of unknown fate.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Lost {
+    target: Arc<str>,
+    key: Option<Arc<str>>,
+    attempt: i64,
+    /// The outcome's place in the log.
+    since: u64,
 }
 
 /// A log, as far as its next segment is judged by it.
@@ -86,6 +112,12 @@ pub struct History {
     closed: bool,
     key: Option<VerifierKey>,
     limits: Option<Limits>,
+    /// The digest of the attempt's policy.
+    policy_digest: Arc<str>,
+    /// Where its HTTP tools are.
+    http: Arc<BTreeMap<String, Arc<HttpUpstream>>>,
+    /// How sensitive the results of its tools are at least, where their contracts say.
+    floors: Arc<BTreeMap<String, Sensitivity>>,
     /// The calls that the attempt's contracts allow, where they say.
     allowances: Arc<BTreeMap<String, i64>>,
     /// What has been called: all attempts' calls, and the newest one's definitions.
@@ -94,6 +126,11 @@ pub struct History {
     /// What makes calls of the attempt's tools one.
     idempotent: Arc<BTreeMap<String, Idempotency>>,
     ledger: Arc<Ledger>,
+    /// The most sensitive data that the task has handled.
+    seen: Sensitivity,
+    /// The tool that tells what became of a tool's calls, where its contract names one.
+    verifies: Arc<BTreeMap<String, String>>,
+    lost: Arc<BTreeMap<String, Lost>>,
     calls: HashMap<String, OpenCall>,
     intents: BTreeMap<u64, Arc<IntentFacts>>,
 }
@@ -145,9 +182,14 @@ impl History {
         self.over.filter(|_| attempt == self.attempt)
     }
 
-    /// How many calls of this tool with these arguments were made by an approval.
-    pub fn approved_calls(&self, tool: &str, digest: &str) -> i64 {
-        self.approvals.made(tool, digest)
+    /// The most sensitive data that the task has handled.
+    pub fn seen(&self) -> Sensitivity {
+        self.seen
+    }
+
+    /// What there was before a call that people are asked about.
+    pub fn before(&self, call: &Exact) -> Before {
+        Before { made: self.approvals.made(call), usage: self.usage, seen: self.seen }
     }
 
     /// Calls that have no outcome.
@@ -256,6 +298,17 @@ impl History {
                 let idempotent = opened.policy.tools.iter();
                 let idempotent = idempotent.filter_map(|tool| Some((tool.name.clone(), tool.idempotency.clone()?)));
                 self.idempotent = Arc::new(idempotent.collect());
+                self.policy_digest = opened.policy_digest.as_str().into();
+                let http = opened.policy.tools.iter().filter_map(|tool| match &tool.upstream {
+                    Upstream::Http(http) => Some((tool.name.clone(), Arc::new(http.clone()))),
+                    Upstream::Mcp(_) => None,
+                });
+                self.http = Arc::new(http.collect());
+                let floors = opened.policy.tools.iter().map(|tool| (tool.name.clone(), tool.data.result));
+                self.floors = Arc::new(floors.filter(|(_, floor)| !floor.is_unclassified()).collect());
+                let verifies = opened.policy.tools.iter();
+                let verifies = verifies.filter_map(|tool| Some((tool.name.clone(), tool.verify.clone()?.tool)));
+                self.verifies = Arc::new(verifies.collect());
                 self.allowances =
                     Arc::new(allowances.filter_map(|tool| Some((tool.name.clone(), tool.limits.calls?))).collect());
                 (self.attempt, self.opened, self.loose, self.over) = (record.attempt, true, false, None);
@@ -276,11 +329,12 @@ impl History {
                     ));
                 }
             }
+            Event::Resolved(resolved) => self.resolved(record, resolved)?,
             Event::Denied(_) => usage.denials = usage.denials.saturating_add(1),
             Event::ApprovalRequested(approval) | Event::ApprovalDecided(approval) => {
-                let Approval { name, tool, request_digest, standing, .. } = approval;
                 let approvals = Arc::make_mut(&mut self.approvals);
-                approvals.seen(name, tool, request_digest, *standing).map_err(|reason| at(record, reason))?;
+                let seen = approvals.seen(&approval.name, &approval.call(), approval.standing);
+                seen.map_err(|reason| at(record, reason))?;
             }
             Event::ContainmentChecked(seen) => self.loose |= !seen.contained || !seen.breaches.is_empty(),
             Event::AttemptClosed(closed) => {
@@ -378,14 +432,26 @@ impl History {
             (Some(_), None) => return Err(at(record, "expected an idempotency key, found none")),
             (None, Some(_)) => return Err(at(record, "expected no idempotency key, found one")),
         }
-        if let Some(name) = &intent.approval {
+        if !intent.approvals.is_empty() {
             Arc::make_mut(&mut self.approvals)
-                .used(name, &intent.target, intent.request_digest.as_deref())
+                .used(&intent.approvals, &intent.target, intent.request_digest.as_deref())
                 .map_err(|reason| Refused::denied(Rule::ToolApproval, format!("record {}: {reason}", record.seq)))?;
+        }
+        if intent.channel != Channel::Tool && (intent.assessment.is_some() || !intent.approvals.is_empty()) {
+            return Err(at(record, "expected an assessment and approvals of tool calls only"));
+        }
+        let (before, seen) = (self.usage, self.seen);
+        if let Some(assessment) = &intent.assessment {
+            if assessment.seen != seen {
+                let (expected, found) = (seen.as_str(), assessment.seen.as_str());
+                return Err(at(record, format!("expected {expected} data to have been seen, found {found}")));
+            }
+            self.seen = seen.max(assessment.arguments);
         }
         self.calls.insert(
             intent.call.clone(),
             OpenCall {
+                target: intent.target.as_str().into(),
                 key: intent.key.as_deref().map(Into::into),
                 seq: record.seq,
                 attempt: record.attempt,
@@ -396,6 +462,7 @@ impl History {
         self.intents.insert(
             record.seq,
             Arc::new(IntentFacts {
+                seq: record.seq,
                 call: intent.call.clone(),
                 attempt: record.attempt,
                 channel: intent.channel,
@@ -404,7 +471,12 @@ impl History {
                 definition: intent.definition.clone(),
                 request_digest: intent.request_digest.clone(),
                 key: intent.key.clone(),
-                approval: intent.approval.clone(),
+                approvals: intent.approvals.clone(),
+                assessment: intent.assessment.clone(),
+                policy: self.policy_digest.to_string(),
+                http: self.http.get(&intent.target).filter(|_| intent.channel == Channel::Tool).cloned(),
+                usage: before,
+                seen,
                 open: true,
             }),
         );
@@ -421,15 +493,28 @@ impl History {
 
     fn settled(&mut self, record: &Record, outcome: &Outcome, usage: &mut Usage) -> Result<(), Refused> {
         let call = self.calls.get(&outcome.call).filter(|call| call.attempt == record.attempt).cloned();
-        let Some(OpenCall { key, seq, tokens, cost, .. }) = call else {
+        let Some(OpenCall { target, key, seq, attempt, tokens, cost }) = call else {
             return Err(at(record, format!("expected an open call of this attempt, found {:?}", outcome.call)));
         };
         if outcome.tokens < 0 || outcome.cost_micros < 0 {
             return Err(at(record, "expected no less than 0 tokens, and no less than no cost"));
         }
         self.calls.remove(&outcome.call);
-        if let Some(key) = key {
-            Arc::make_mut(&mut self.ledger).settle(&key, &outcome.call, outcome.effect.fate());
+        let floor = self.floors.get(&*target).copied().filter(|_| is_given(outcome)).unwrap_or_default();
+        if outcome.sensitivity < floor {
+            let (expected, found) = (floor.as_str(), outcome.sensitivity.as_str());
+            return Err(at(
+                record,
+                format!("expected a result of {target} to be {expected} data at least, found {found}"),
+            ));
+        }
+        self.seen = self.seen.max(outcome.sensitivity);
+        if let Some(key) = &key {
+            Arc::make_mut(&mut self.ledger).settle(key, &outcome.call, outcome.effect.fate());
+        }
+        if outcome.effect == Effect::Unknown && self.verifies.contains_key(&*target) && self.lost.len() < UNKNOWN {
+            let lost = Lost { target, key, attempt, since: record.seq };
+            Arc::make_mut(&mut self.lost).insert(outcome.call.clone(), lost);
         }
         if let Some(intent) = self.intents.get_mut(&seq) {
             Arc::make_mut(intent).open = false;
@@ -438,6 +523,35 @@ impl History {
         usage.cost_micros = usage.cost_micros.saturating_sub(cost).saturating_add(outcome.cost_micros);
         Ok(())
     }
+
+    /// A read tells what became of a call whose fate was unknown: one of the same attempt, made after that was known, by the tool that the
+    /// contract names.
+    fn resolved(&mut self, record: &Record, resolved: &Resolved) -> Result<(), Refused> {
+        let Resolved { call, effect, by } = resolved;
+        let lost = self.lost.get(call).filter(|lost| lost.attempt == record.attempt).cloned();
+        let Some(Lost { target, key, since, .. }) = lost else {
+            return Err(at(record, format!("expected a call of unknown fate in this attempt, found {call:?}")));
+        };
+        let reader = self.verifies.get(&*target);
+        let told =
+            self.intents.range(since..).any(|(_, read)| read.call == *by && !read.open && Some(&read.target) == reader);
+        if !told || *effect == Effect::Unknown {
+            return Err(at(
+                record,
+                format!("expected a read by {reader:?} to tell what became of {call}, found {by:?}"),
+            ));
+        }
+        Arc::make_mut(&mut self.lost).remove(call);
+        if let Some(key) = key {
+            Arc::make_mut(&mut self.ledger).settle(&key, call, effect.fate());
+        }
+        Ok(())
+    }
+}
+
+/// Whether the agent got a result.
+fn is_given(outcome: &Outcome) -> bool {
+    outcome.rule.is_none() && outcome.response_digest.is_some()
 }
 
 fn broken(reason: impl std::fmt::Display) -> Refused {

@@ -1,4 +1,4 @@
-use std::sync::atomic::Ordering;
+use std::{collections::BTreeMap, sync::atomic::Ordering};
 
 use super::*;
 use crate::{
@@ -25,7 +25,7 @@ fn setup() -> Setup {
 
 async fn append(witness: &Witness, request: &AppendRequest) -> Result<AppendReply, Rule> {
     let principal = principal(request.attempt);
-    witness.append(&place(), &principal, request, &digest()).await.map(|(reply, _)| reply).map_err(|e| e.rule)
+    witness.append(&place(), &principal, request, Ok(&digest())).await.map(|(reply, _)| reply).map_err(|e| e.rule)
 }
 
 async fn open(witness: &Witness, attempt: i64) -> Result<OpenReply, Rule> {
@@ -236,7 +236,7 @@ async fn broken_segments_are_refused() {
             let mut harness = Harness::new(1);
             let opened = harness.opened();
             let request = harness.next(vec![opened]);
-            a.append(&place(), &principal(2), &request, &digest()).await.unwrap_err().rule
+            a.append(&place(), &principal(2), &request, Ok(&digest())).await.unwrap_err().rule
         }),
         ("attempt of the record", Rule::LogSegment, refused(vec![denied()], same, |r| r.attempt = 2).await),
         ("the gateway's name", Rule::LogSegment, refused(vec![denied()], same, |r| r.actor = Actor::Gateway).await),
@@ -519,27 +519,33 @@ async fn an_attempt_that_is_over_does_not_open_again(#[case] reason: &str, #[cas
     assert_eq!(open(&b, 2).await.err(), None, "another attempt");
 }
 
-/// What a harness may write of approvals and idempotency keys, whatever it has become.
+/// What a harness may write of approvals, idempotency keys and data that was seen, whatever it has become.
 #[test]
 fn one_call_by_an_approval_and_one_effect_under_a_key() {
     use crate::{
         evidence::record::{self, Effect},
-        policy::{approval::Standing, config::Idempotency},
+        policy::{
+            access::Assessment,
+            approval::Standing,
+            config::{AskedBy, Idempotency, Sensitivity, VerifyRead},
+        },
     };
     let said = |standing| record::Approval {
         name: "a".into(),
         uid: "u".into(),
+        by: AskedBy::Contract,
         tool: "write".into(),
         request_digest: "d".into(),
         required: 1,
         expires: "2026-11-24T00:00:00Z".into(),
+        because: vec![],
         standing,
         decisions: vec![],
     };
     let decided = |standing| Event::ApprovalDecided(said(standing));
     let call = |id: &str, tool: &str, approval: Option<&str>, key: Option<&str>, digest: &str| {
         let Event::Intent(mut call) = intent(id, Channel::Tool, tool, 0) else { panic!() };
-        (call.approval, call.key) = (approval.map(Into::into), key.map(Into::into));
+        (call.approvals, call.key) = (approval.map(Into::into).into_iter().collect(), key.map(Into::into));
         call.request_digest = Some(digest.into());
         Event::Intent(call)
     };
@@ -559,6 +565,17 @@ fn one_call_by_an_approval_and_one_effect_under_a_key() {
             response_digest: "r".into(),
         })
     };
+    let assessed = |id: &str, arguments, seen| {
+        let Event::Intent(mut call) = by(id, None) else { panic!() };
+        call.assessment = Some(Assessment { arguments, seen, rules: vec![], risk: None });
+        Event::Intent(call)
+    };
+    let answered = |id: &str, sensitivity| {
+        let Event::Outcome(mut ended) = outcome(id, 0) else { panic!() };
+        ended.sensitivity = sensitivity;
+        Event::Outcome(ended)
+    };
+    let [plain, internal, secret] = [Sensitivity::Unclassified, Sensitivity::Internal, Sensitivity::Restricted];
     let (yes, no, asked) = (Standing::Approved, Standing::Denied, Event::ApprovalRequested(said(Standing::Pending)));
     let table: Vec<(Vec<Event>, Option<Rule>)> = vec![
         (vec![asked.clone(), decided(yes), by("1", Some("a"))], None),
@@ -578,10 +595,48 @@ fn one_call_by_an_approval_and_one_effect_under_a_key() {
         (vec![under("1", "d"), ended("1", Effect::NotApplied), under("2", "e")], None),
         (vec![call("1", "search", None, None, "d")], Some(Rule::LogSegment)),
         (vec![call("1", "write", None, Some("k"), "d")], Some(Rule::LogSegment)),
+        (vec![assessed("1", internal, plain), assessed("2", plain, internal)], None),
+        (vec![assessed("1", internal, plain), assessed("2", plain, plain)], Some(Rule::LogSegment)),
+        (vec![assessed("1", plain, internal)], Some(Rule::LogSegment)),
+        (
+            vec![by("1", None), answered("1", secret), assessed("2", internal, secret), assessed("3", plain, secret)],
+            None,
+        ),
+        (vec![by("1", None), answered("1", secret), assessed("2", plain, plain)], Some(Rule::LogSegment)),
     ];
-    for (events, expected) in table {
+    let resolved =
+        |id: &str, effect, by: &str| Event::Resolved(record::Resolved { call: id.into(), effect, by: by.into() });
+    let lost = |id: &str| vec![by(id, None), ended(id, Effect::Unknown)];
+    let read = |id: &str| vec![call(id, "look", None, None, "d"), ended(id, Effect::Applied)];
+    let told = |id: &str, effect, by| vec![resolved(id, effect, by)];
+    let resolutions: Vec<(Vec<Vec<Event>>, Option<Rule>)> = vec![
+        (vec![lost("1"), read("2"), told("1", Effect::Applied, "2")], None),
+        (vec![lost("1"), read("2"), told("1", Effect::NotApplied, "2")], None),
+        (vec![lost("1"), read("2"), told("1", Effect::Unknown, "2")], Some(Rule::LogSegment)),
+        (vec![lost("1"), told("1", Effect::Applied, "2")], Some(Rule::LogSegment)),
+        (vec![read("2"), lost("1"), told("1", Effect::Applied, "2")], Some(Rule::LogSegment)),
+        (vec![lost("1"), lost("2"), told("1", Effect::Applied, "2")], Some(Rule::LogSegment)),
+        (vec![read("1"), read("2"), told("1", Effect::Applied, "2")], Some(Rule::LogSegment)),
+        (
+            vec![lost("1"), read("2"), told("1", Effect::Applied, "2"), told("1", Effect::NotApplied, "2")],
+            Some(Rule::LogSegment),
+        ),
+    ];
+    let resolutions = resolutions.into_iter().map(|(parts, expected)| (parts.concat(), expected));
+    for (events, expected) in table.into_iter().chain(resolutions) {
         let mut harness = Harness::new(1);
         let opened = edit(&harness, |opened| {
+            opened.policy.limits.tool_calls = 10;
+            let mut look = opened.policy.tools[0].clone();
+            (look.name, look.idempotency) = ("look".into(), None);
+            let write = opened.policy.tools.iter_mut().find(|tool| tool.name == "write").unwrap();
+            write.verify = Some(VerifyRead {
+                tool: "look".into(),
+                arguments: BTreeMap::new(),
+                applied: "result".into(),
+                settle_seconds: 1,
+            });
+            opened.policy.tools.push(look);
             let search = opened.policy.tools.iter_mut().find(|tool| tool.name == "search").unwrap();
             search.idempotency = Some(Idempotency { argument: None, header: None, window_seconds: 3600 });
         });

@@ -388,8 +388,11 @@ fn contracts(limits: Limits, allowed_effects: Vec<SideEffect>) -> PolicyConfig {
             input,
             preconditions,
             idempotency: None,
+            verify: None,
             approval: None,
             side_effect: plain.effect,
+            data: DataClass::default(),
+            redact: vec![],
         }
     };
     let tools = CONTRACTS.iter().map(tool).collect();

@@ -4,7 +4,7 @@ use rstest::rstest;
 use super::*;
 
 fn entry(host: &str, ports: &[u16], uses: &[EgressUse]) -> EgressHost {
-    EgressHost { host: host.into(), ports: ports.to_vec(), uses: uses.to_vec() }
+    EgressHost { host: host.into(), ports: ports.to_vec(), uses: uses.to_vec(), credential: None, barred: false }
 }
 
 fn list() -> Vec<EgressHost> {
@@ -150,4 +150,18 @@ proptest! {
             prop_assert!(Blocked::default().reason(IpAddr::V6(v6)).is_some(), "{}", v6);
         }
     }
+}
+
+/// Where a host's credentials are for others, no wider entry and no second one of the host stands in.
+#[test]
+fn a_host_of_other_principals_is_closed() {
+    let barred = EgressHost { barred: true, ..entry("api.world.test", &[443], &[EgressUse::Tools]) };
+    let wider = entry("*.world.test", &[443], &[EgressUse::Tools]);
+    let again = entry("api.world.test", &[443], &[EgressUse::Tools]);
+    let to = |host: &str| Authority::parse(host, None).unwrap();
+    for entries in [vec![barred.clone()], vec![wider.clone(), barred.clone()], vec![barred.clone(), again]] {
+        let found = allow(&entries, &to("api.world.test:443"), EgressUse::Tools);
+        assert_eq!(found.unwrap_err().rule, Rule::UpstreamCredential);
+    }
+    assert_eq!(allow(&[barred, wider], &to("docs.world.test:443"), EgressUse::Tools), Ok(1));
 }

@@ -19,8 +19,8 @@ use crate::{
     },
     policy::{
         config::{
-            Limits, McpUpstream, ModelEndpoints, PackIdentity, PolicyConfig, SideEffect, TaskIdentity, Tool,
-            ToolLimits, Upstream, Usage,
+            Access, DataClass, Limits, McpUpstream, ModelEndpoints, PackIdentity, PolicyConfig, Sensitivity,
+            SideEffect, TaskIdentity, Tool, ToolLimits, Upstream, Usage,
         },
         rule::Rule,
     },
@@ -52,8 +52,11 @@ pub(crate) fn policy() -> PolicyConfig {
         limits: ToolLimits { request_bytes: Some(4096), ..ToolLimits::default() },
         preconditions: Vec::new(),
         idempotency: None,
+        verify: None,
         approval: None,
         side_effect,
+        data: DataClass::default(),
+        redact: vec![],
     };
     PolicyConfig {
         task: TaskIdentity {
@@ -93,6 +96,7 @@ pub(crate) fn policy() -> PolicyConfig {
             prices: vec![],
         },
         egress: Vec::new(),
+        access: Access::default(),
     }
 }
 
@@ -138,7 +142,8 @@ pub(crate) fn intent(call: &str, channel: Channel, target: &str, reserved_tokens
         request_digest: Some("ab".repeat(32)),
         request_bytes: 120,
         key: None,
-        approval: None,
+        approvals: vec![],
+        assessment: None,
         rules: vec![Rule::ToolKnown, Rule::ToolSchema],
         model: None,
         reserved_tokens,
@@ -157,6 +162,7 @@ pub(crate) fn outcome(call: &str, tokens: i64) -> Event {
         tokens,
         cost_micros: 0,
         upstream: Some("198.51.100.20:443".to_owned()),
+        sensitivity: Sensitivity::default(),
     })
 }
 

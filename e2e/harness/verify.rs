@@ -1,0 +1,108 @@
+//! Calls whose reply never comes, and the read that tells what became of them: over MCP and over HTTP, through a real client.
+
+use std::collections::BTreeMap;
+
+use belay::{
+    evidence::record::Effect,
+    policy::config::{Idempotency, VerifyRead},
+};
+
+use super::*;
+
+/// `change` takes as long as its argument says and its contract gives it a second; `look` answers with what its argument says.
+fn verified(limits: Limits) -> PolicyConfig {
+    let read = |of: &str| VerifyRead {
+        tool: format!("{of}.look"),
+        arguments: BTreeMap::from([("is".to_owned(), "/truth".to_owned())]),
+        applied: "result.there".into(),
+        settle_seconds: 3,
+    };
+    let pairs = [
+        ("mcp", over_mcp("slow"), over_mcp("weather")),
+        ("http", over_http(HttpMethod::Post, "/slow/{ms}", &[]), over_http(HttpMethod::Post, "/weather", &[])),
+    ];
+    let mut policy = policy(limits);
+    policy.tools = pairs
+        .into_iter()
+        .flat_map(|(of, change, look)| {
+            let change = Tool {
+                limits: ToolLimits { timeout_seconds: Some(1), ..ToolLimits::default() },
+                idempotency: Some(Idempotency { argument: None, header: None, window_seconds: 600 }),
+                verify: Some(read(of)),
+                ..tool(&format!("{of}.change"), change, SideEffect::Write)
+            };
+            [change, tool(&format!("{of}.look"), look, SideEffect::Read)]
+        })
+        .collect();
+    policy
+}
+
+const MANY: Limits = Limits {
+    wall_time_seconds: 60,
+    tool_calls: 20,
+    tokens: 0,
+    denials: None,
+    cost_micros: None,
+    approval_wait_seconds: 0,
+};
+
+fn resolved(records: &[Record]) -> Vec<Effect> {
+    let effect = |record: &Record| match &record.event {
+        Event::Resolved(resolved) => Some(resolved.effect),
+        _ => None,
+    };
+    records.iter().filter_map(effect).collect()
+}
+
+/// The truth is what `look` says: seen at once, only after a while, or not to be told.
+#[rstest::rstest]
+#[case::mcp_applied("mcp", json!({"there": true}), Some(Effect::Applied), "it took effect: do not repeat it")]
+#[case::http_applied("http", json!({"there": true}), Some(Effect::Applied), "it took effect: do not repeat it")]
+#[case::mcp_not_applied("mcp", json!({"there": false}), Some(Effect::NotApplied), "it may be made again")]
+#[case::http_not_applied("http", json!({"there": false}), Some(Effect::NotApplied), "it may be made again")]
+#[case::mcp_no_answer("mcp", json!({"there": "perhaps"}), None, "does not tell what became of it")]
+#[case::http_no_answer("http", json!({"elsewhere": true}), None, "does not tell what became of it")]
+#[tokio::test]
+async fn a_read_tells_what_became_of_a_call(
+    #[case] of: &str,
+    #[case] truth: Value,
+    #[case] expected: Option<Effect>,
+    #[case] words: &str,
+) {
+    let harness = harness_of(verified(MANY), vec![]).await;
+    let args = json!({"ms": 20_000, "truth": truth});
+    let started = std::time::Instant::now();
+    let (error, text) = harness.tool(&format!("{of}.change"), args.clone()).await;
+    assert!(error && text.contains("tool.timeout") && text.contains(words), "{text}");
+    let waited = started.elapsed();
+    assert_eq!(
+        expected == Some(Effect::NotApplied),
+        waited >= Duration::from_secs(3),
+        "a `false` counts later: {waited:?}"
+    );
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert_eq!(resolved(&harness.gateway.records()), Vec::from_iter(expected));
+
+    // The key is free again only where nothing was done.
+    let (_, again) = harness.tool(&format!("{of}.change"), args).await;
+    assert_eq!(again.contains("tool.idempotency"), expected != Some(Effect::NotApplied), "{again}");
+}
+
+/// Reads are calls like others: without budget for one, nobody knows.
+#[tokio::test]
+async fn a_read_that_is_refused_leaves_it_unknown() {
+    let harness = harness_of(verified(Limits { tool_calls: 1, ..MANY }), vec![]).await;
+    let (error, text) = harness.tool("http.change", json!({"ms": 20_000, "truth": {"there": true}})).await;
+    assert!(error && text.contains("http.look could not be asked") && text.contains("budget"), "{text}");
+    let records = harness.stored(4).await;
+    assert_eq!(denied(&records), [Rule::ToolCalls]);
+    assert!(resolved(&records).is_empty());
+}
+
+#[tokio::test]
+async fn a_call_that_is_answered_needs_no_read() {
+    let harness = harness_of(verified(MANY), vec![]).await;
+    let (error, text) = harness.tool("mcp.change", json!({"ms": 0, "truth": {"there": true}})).await;
+    assert!(!error, "{text}");
+    assert_eq!(harness.gate.journal().usage().tool_calls, 1);
+}

@@ -1,0 +1,151 @@
+//! What a pack says to tool calls, checked and rendered.
+//!
+//! Promises: what is rendered compiles, and can come to asking people only where the pack says whom; a tool that the pack never
+//! lets the task's principal call is found before the task runs. Refuses: deciding over calls, see [`access`].
+
+use std::collections::BTreeSet;
+
+use kube::ResourceExt;
+
+use super::{Finding, condition, config};
+use crate::{
+    api::PolicyPack,
+    policy::{
+        access,
+        config::{Access, AccessRule, DataPattern, PolicyConfig, Risk, RiskTerm, RuleDecision},
+        sensitivity::Detectors,
+    },
+};
+
+/// What expressions of a pack see.
+pub const VARIABLES: [&str; 7] = ["args", "task", "principal", "usage", "tool", "effect", "data"];
+
+/// A pack's word on tool calls, with everything that is wrong with it.
+pub fn render(pack: &PolicyPack, findings: &mut Vec<Finding>) -> Access {
+    let spec = &pack.spec;
+    let at = |field: &str| format!("PolicyPack/{} spec.{field}", pack.name_any());
+    let patterns = spec.classification.iter().map(|declared| DataPattern {
+        name: declared.name.clone(),
+        pattern: declared.pattern.clone(),
+        sensitivity: declared.sensitivity,
+    });
+    let rules = spec.rules.iter().map(|declared| AccessRule {
+        name: declared.name.clone(),
+        principals: declared.principals.clone(),
+        tools: declared.tools.clone(),
+        effects: declared.effects.clone(),
+        when: declared.when.clone(),
+        decision: declared.decision,
+        message: declared.message.clone(),
+    });
+    let risk = spec.risk.as_ref().map(|risk| Risk {
+        terms: risk
+            .terms
+            .iter()
+            .map(|term| RiskTerm { name: term.name.clone(), when: term.when.clone(), points: term.points })
+            .collect(),
+        approve_at: risk.approve_at,
+        deny_at: risk.deny_at,
+    });
+    let mut rendered = Access { classification: patterns.collect(), rules: rules.collect(), risk, approval: None };
+    compiles(&rendered, &at, findings);
+    thresholds(&rendered, &at, findings);
+    if !rendered.rules.is_empty() && rendered.rules.iter().all(|rule| rule.decision == RuleDecision::Deny) {
+        findings.push(Finding::new(
+            at("rules"),
+            "at least one rule that allows calls or requires approval, because with rules all else is denied",
+            "rules that deny only",
+            "add a rule with decision Allow for what is to stay possible",
+        ));
+    }
+    // Nobody is asked where nothing requires it: then it says nothing. That it is there where something does is the CRD's rule; without
+    // it such calls are denied.
+    let approval = spec.approval.as_ref().map(|approval| config::approval(approval, &at, findings));
+    rendered.approval = approval.filter(|_| rendered.may_ask());
+    rendered
+}
+
+/// Whether patterns and expressions are what they should be, and names are given once.
+fn compiles(rendered: &Access, at: &impl Fn(&str) -> String, findings: &mut Vec<Finding>) {
+    for (index, pattern) in rendered.classification.iter().enumerate() {
+        if let Err(error) = Detectors::compile(std::slice::from_ref(pattern)) {
+            findings.push(Finding::new(
+                at(&format!("classification[{index}].pattern")),
+                "a regular expression of the regex crate, not too large",
+                error.lines().last().unwrap_or_default().trim().to_owned(),
+                "correct the pattern",
+            ));
+        }
+    }
+    // Each may be small enough, and all together not.
+    if findings.is_empty()
+        && let Err(error) = Detectors::compile(&rendered.classification)
+    {
+        let expected = "patterns that are small enough together";
+        findings.push(Finding::new(at("classification"), expected, error, "drop some, or make them simpler"));
+    }
+    let whens = rendered
+        .rules
+        .iter()
+        .enumerate()
+        .filter_map(|(index, rule)| Some((format!("rules[{index}].when"), rule.when.as_deref()?)));
+    let terms = rendered.risk.iter().flat_map(|risk| risk.terms.iter().enumerate());
+    let terms = terms.map(|(index, term)| (format!("risk.terms[{index}].when"), term.when.as_str()));
+    for (field, source) in whens.chain(terms) {
+        if let Err(error) = condition::check_among(source, &VARIABLES) {
+            findings.push(Finding::new(
+                at(&field),
+                format!("a CEL expression over {}", VARIABLES.join(", ")),
+                error.to_string(),
+                "correct the expression",
+            ));
+        }
+    }
+    let patterns = rendered.classification.iter().map(|pattern| ("classification", &pattern.name));
+    let rules = rendered.rules.iter().map(|rule| ("rules", &rule.name));
+    let terms = rendered.risk.iter().flat_map(|risk| &risk.terms).map(|term| ("risk.terms", &term.name));
+    let mut seen = BTreeSet::new();
+    for (field, name) in patterns.chain(rules).chain(terms) {
+        if !seen.insert((field, name)) {
+            findings.push(Finding::new(
+                at(field),
+                "names that are given once",
+                format!("`{name}` twice"),
+                "rename one",
+            ));
+        }
+    }
+}
+
+fn thresholds(rendered: &Access, at: &impl Fn(&str) -> String, findings: &mut Vec<Finding>) {
+    let Some(risk) = &rendered.risk else { return };
+    let most = risk.terms.iter().fold(0_i64, |sum, term| sum.saturating_add(term.points));
+    let mut wrong = |field: &str, expected: String, found: i64, fix: &str| {
+        let found = found.to_string();
+        findings.push(Finding::new(at(&format!("risk.{field}")), expected, found, fix));
+    };
+    if let Some((approve, deny)) = risk.approve_at.zip(risk.deny_at).filter(|(approve, deny)| approve >= deny) {
+        let fix = "lower it, or drop it: as it is, nobody is ever asked";
+        wrong("approveAt", format!("less than denyAt, which is {deny}"), approve, fix);
+    }
+    for (field, limit) in [("approveAt", risk.approve_at), ("denyAt", risk.deny_at)] {
+        if let Some(limit) = limit.filter(|limit| *limit > most) {
+            let fix = "lower it: as it is, no call reaches it";
+            wrong(field, format!("at most {most}, what all terms add up to"), limit, fix);
+        }
+    }
+}
+
+/// Tools of a task that its principal can never call under its pack. A task that runs already is not ended by that: its calls are denied.
+pub fn unreachable(policy: &PolicyConfig, findings: &mut Vec<Finding>) {
+    let (principal, class) = (&policy.task.principal, &policy.task.workflow_class);
+    for tool in &policy.tools {
+        let Some(why) = access::never(&policy.access, principal, tool) else { continue };
+        findings.push(Finding::new(
+            format!("ToolContract/{} spec.tool", tool.contract),
+            format!("a tool that the pack lets `{principal}` call in class `{class}`"),
+            format!("`{}`: {why}", tool.name),
+            "drop the tool from the task, or have the pack's rules changed",
+        ));
+    }
+}
