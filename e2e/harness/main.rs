@@ -3,6 +3,7 @@
 
 mod access;
 mod approvals;
+mod conformance;
 mod contracts;
 mod gateway;
 mod once;

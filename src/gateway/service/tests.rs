@@ -529,6 +529,22 @@ async fn a_tool_call_goes_out_as_itself_and_without_our_headers() {
     }
 }
 
+/// While its outcome is not in the log yet, too.
+#[tokio::test]
+async fn a_call_that_changes_something_is_sent_once() {
+    let world = world().await;
+    let both = vec![testing::intent("1", Channel::Tool, "write", 0), testing::intent("2", Channel::Tool, "search", 0)];
+    world.harness(both).await;
+    let message =
+        |name: &str| format!(r#"{{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{{"name":"{name}"}}}}"#);
+    for (intent, name, expected) in
+        [(1, "write", None), (1, "write", Some(Rule::IntentMissing)), (2, "search", None), (2, "search", None)]
+    {
+        let request = call("tool", "https://tools.world.test/mcp", intent).body(Full::from(message(name))).unwrap();
+        assert_eq!(rule(&world.send(request).await), expected, "{name}");
+    }
+}
+
 #[tokio::test]
 async fn an_intent_carries_its_own_message_to_an_mcp_server_and_no_other() {
     let world = world().await;

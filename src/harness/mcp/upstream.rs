@@ -281,12 +281,14 @@ impl Upstreams {
         params.arguments = Some(args);
         params.meta = Some(marked(intent));
         let answer = tokio::select! {
+            // The session ends by it: asked first, as that is the reason.
+            biased;
+            () = too_long.notified() => Err(bounds.too_long(tool)),
             answer = tokio::time::timeout(bounds.time, ready.session.call_tool(params)) => match answer {
                 Ok(Ok(result)) => Ok(result),
                 Ok(Err(error)) => Err(Denial { rule: Rule::UpstreamReply, reason: error.to_string() }),
                 Err(_) => Err(late(tool, bounds.time, true)),
             },
-            () = too_long.notified() => Err(bounds.too_long(tool)),
         };
         let facts = self.taken(intent);
         let mut settlement = Settlement { status: facts.status, upstream: facts.upstream, ..Settlement::unknown(None) };

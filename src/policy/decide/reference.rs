@@ -9,7 +9,10 @@
 use serde_json::json;
 
 use super::*;
-use crate::policy::config::*;
+use crate::policy::{
+    access::{Asked, Guard},
+    config::*,
+};
 
 /// A JSON value as it was written.
 #[derive(Clone, Debug)]
@@ -251,6 +254,18 @@ enum Looked {
 struct State {
     usage: Usage,
     looked: Looked,
+    seen: Sensitivity,
+}
+
+/// What comes of a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Comes {
+    Denied(Rule),
+    /// It may leave, once those have said yes whom contract and pack ask.
+    Passes {
+        by_contract: bool,
+        by_pack: bool,
+    },
 }
 
 /// One contract, as people would explain it.
@@ -259,6 +274,8 @@ struct Plain {
     effect: SideEffect,
     schema: fn(&Node) -> bool,
     conditions: fn(&Node, State) -> bool,
+    /// Whether its contract asks people.
+    asks: fn(&Node) -> bool,
 }
 
 const CONTRACTS: [Plain; 6] = [
@@ -279,12 +296,15 @@ const CONTRACTS: [Plain; 6] = [
         conditions: |args, state| {
             optional(args, "severity", |node| matches!(node.text(), Some("low" | "high"))) && state.usage.tool_calls < 5
         },
+        // More than five, or nobody knows how many.
+        asks: |args| !required(args, "count", number_of(0.0, 5.0)),
     },
     Plain {
         name: "lookup",
         effect: SideEffect::Read,
         schema: |args| args.only(&["id"]) && required(args, "id", integer_of(1.0, 9_007_199_254_740_991.0)),
         conditions: |_, _| true,
+        asks: |_| false,
     },
     Plain {
         name: "pay",
@@ -308,20 +328,29 @@ const CONTRACTS: [Plain; 6] = [
                 && name.is_some()
                 && name == owner
         },
+        asks: |_| true,
     },
-    Plain { name: "ping", effect: SideEffect::Read, schema: |args| args.only(&[]), conditions: |_, _| true },
+    Plain {
+        name: "ping",
+        effect: SideEffect::Read,
+        schema: |args| args.only(&[]),
+        conditions: |_, _| true,
+        asks: |_| false,
+    },
     Plain {
         name: "odd",
         effect: SideEffect::Read,
         // Whatever it is: what a condition cannot look at, it denies.
         schema: |args| args.only(&["x", "y"]),
         conditions: |args, state| required(args, "x", number_of(1.5, 1e300)) || state.usage.denials == 1,
+        asks: |_| false,
     },
     Plain {
         name: "yes",
         effect: SideEffect::Read,
         schema: |args| matches!(args, Node::Object(_)),
         conditions: |_, _| false,
+        asks: |_| false,
     },
 ];
 
@@ -389,36 +418,131 @@ fn contracts(limits: Limits, allowed_effects: Vec<SideEffect>) -> PolicyConfig {
             preconditions,
             idempotency: None,
             verify: None,
-            approval: None,
+            approval: match plain.name {
+                "open_ticket" => Some(approval(Some("args.count > 5"))),
+                "pay" => Some(approval(None)),
+                _ => None,
+            },
             side_effect: plain.effect,
             data: DataClass::default(),
             redact: vec![],
         }
     };
     let tools = CONTRACTS.iter().map(tool).collect();
-    PolicyConfig { limits, allowed_effects, tools, ..super::tests::policy(vec![]) }
+    PolicyConfig { limits, allowed_effects, tools, access: access(), ..super::tests::policy(vec![]) }
+}
+
+fn approval(when: Option<&str>) -> Approval {
+    Approval {
+        when: when.map(Into::into),
+        approvers: Default::default(),
+        required: 1,
+        timeout_seconds: 60,
+        on_timeout: OnTimeout::Deny,
+        hold_seconds: 0,
+    }
+}
+
+/// A pack that [`pack`] explains.
+fn access() -> Access {
+    let rule = |name: &str, decision, tools: &[&str], effects: &[SideEffect], when: Option<&str>| AccessRule {
+        name: name.into(),
+        principals: vec![],
+        tools: tools.iter().map(|tool| (*tool).into()).collect(),
+        effects: effects.to_vec(),
+        when: when.map(Into::into),
+        decision,
+        message: None,
+    };
+    let term = |name: &str, when: &str| RiskTerm { name: name.into(), when: when.into(), points: 10 };
+    Access {
+        classification: vec![DataPattern {
+            name: "high".into(),
+            pattern: "^high$".into(),
+            sensitivity: Sensitivity::Restricted,
+        }],
+        rules: vec![
+            rule("known", RuleDecision::Allow, &["open_*", "lookup", "pay", "odd"], &[], None),
+            rule("ping-early", RuleDecision::Allow, &["ping"], &[], Some("usage.toolCalls < 5")),
+            rule("not-two", RuleDecision::Deny, &["odd"], &[], Some("args.x == 2")),
+            rule("payments", RuleDecision::RequireApproval, &[], &[SideEffect::External], Some("args.amount > 50")),
+        ],
+        risk: Some(Risk {
+            terms: vec![
+                term("write", "effect == 'write'"),
+                term("restricted", "data.arguments == 'Restricted'"),
+                term("seen", "data.seen != 'Unclassified'"),
+            ],
+            approve_at: Some(20),
+            deny_at: Some(30),
+        }),
+        approval: Some(approval(None)),
+    }
+}
+
+impl Node {
+    /// Whether some text or name in it is this.
+    fn says(&self, word: &str) -> bool {
+        match self {
+            Node::Text(text) => text == word,
+            Node::List(items) => items.iter().any(|item| item.says(word)),
+            Node::Object(members) => members.iter().any(|(name, value)| name == word || value.says(word)),
+            Node::Null | Node::Bool | Node::Number(_) => false,
+        }
+    }
+}
+
+/// The pack's rules and risk, one after the other: why it denies, or whether it asks.
+fn pack(plain: &Plain, args: &Node, state: State) -> Result<bool, Rule> {
+    // Two, whatever it is written as; and what cannot be compared with it counts against the call.
+    let two = args.get("x").is_none_or(|x| x.number() == Some(2.0));
+    if plain.name == "odd" && two || plain.name == "ping" && state.usage.tool_calls >= 5 {
+        return Err(Rule::AccessRule);
+    }
+    let large =
+        plain.effect == SideEffect::External && args.get("amount").and_then(Node::number).is_none_or(|n| n > 50.0);
+    let reasons = [plain.effect == SideEffect::Write, args.says("high"), state.seen != Sensitivity::Unclassified];
+    match reasons.into_iter().filter(|reason| *reason).count() {
+        3 => Err(Rule::RiskScore),
+        2 => Ok(true),
+        _ => Ok(large),
+    }
 }
 
 /// The rules in their order, one after the other.
-fn reference(policy: &PolicyConfig, tool: &str, text: &[u8], state: State) -> Option<Rule> {
+fn reference(policy: &PolicyConfig, tool: &str, text: &[u8], state: State) -> Comes {
+    match denied(policy, tool, text, state) {
+        Err(rule) => Comes::Denied(rule),
+        Ok((plain, args)) => match pack(plain, &args, state) {
+            Err(rule) => Comes::Denied(rule),
+            Ok(by_pack) => Comes::Passes { by_contract: (plain.asks)(&args), by_pack },
+        },
+    }
+}
+
+/// The contract's part of it.
+fn denied<'p>(policy: &PolicyConfig, tool: &str, text: &[u8], state: State) -> Result<(&'p Plain, Node), Rule> {
     if policy.limits.denials.is_some_and(|limit| state.usage.denials >= limit) {
-        return Some(Rule::Denials);
+        return Err(Rule::Denials);
     }
     let args = match Reader::read(text) {
         Some(args) if args.one_way(0) => args,
-        _ => return Some(Rule::RequestJson),
+        _ => return Err(Rule::RequestJson),
     };
-    let Some(plain) = CONTRACTS.iter().find(|plain| plain.name == tool) else { return Some(Rule::ToolKnown) };
+    let Some(plain) = CONTRACTS.iter().find(|plain| plain.name == tool) else { return Err(Rule::ToolKnown) };
     if !policy.allowed_effects.contains(&plain.effect) {
-        return Some(Rule::ToolEffect);
+        return Err(Rule::ToolEffect);
     }
     if !(plain.schema)(&args) {
-        return Some(Rule::ToolSchema);
+        return Err(Rule::ToolSchema);
     }
     if !(plain.conditions)(&args, state) {
-        return Some(Rule::ToolPrecondition);
+        return Err(Rule::ToolPrecondition);
     }
-    (state.usage.tool_calls >= policy.limits.tool_calls).then_some(Rule::ToolCalls)
+    if state.usage.tool_calls >= policy.limits.tool_calls {
+        return Err(Rule::ToolCalls);
+    }
+    Ok((plain, args))
 }
 
 /// SplitMix64: the same calls from the same seed, anywhere.
@@ -636,6 +760,7 @@ fn generated_calls_are_decided_as_the_reference_decides() {
         contracts(Limits { denials: None, ..limits }, vec![SideEffect::Read]),
     ];
     let compiled = policies.each_ref().map(|policy| Contracts::compile(policy).unwrap());
+    let guards = policies.each_ref().map(|policy| Guard::compile(policy).unwrap());
     let answers = [
         (Looked::Never, None),
         (Looked::Up { owner: "ana", open: true }, Some(json!({"owner": "ana", "open": true, "n": 1}))),
@@ -658,7 +783,7 @@ fn generated_calls_are_decided_as_the_reference_decides() {
         })
         .collect();
     let mut dice = Dice(20_261_124);
-    let mut seen: BTreeMap<Option<Rule>, u64> = BTreeMap::new();
+    let mut seen: BTreeMap<Comes, u64> = BTreeMap::new();
     for n in 0..calls {
         let (which, answer) = (usize::from(dice.one_in(8)), dice.below(answers.len()));
         let usage = Usage {
@@ -666,33 +791,54 @@ fn generated_calls_are_decided_as_the_reference_decides() {
             denials: dice.of(&[0, 0, 0, 0, 0, 0, 1, 2, 3]),
             ..Usage::default()
         };
-        let state = State { usage, looked: answers[answer].0 };
+        let data = dice.of(&[Sensitivity::Unclassified, Sensitivity::Unclassified, Sensitivity::Internal]);
+        let state = State { usage, looked: answers[answer].0, seen: data };
         let (tool, text) = call(&mut dice);
         let expected = reference(&policies[which], &tool, &text, state);
         let known = Known { usage, results: &results[which][answer] };
         let decision = compiled[which].decide(&tool, Arguments::Text(&text), known);
-        let found = decision.verdict.as_ref().err().map(|denial| denial.rule);
-        assert_eq!(
-            found,
-            expected,
-            "call {n}: {tool:?} with {:?} in {state:?}: found {:?}",
-            String::from_utf8_lossy(&text),
-            decision.verdict
-        );
-        *seen.entry(expected).or_default() += 1;
+        let found = match &decision.verdict {
+            Err(denial) => Comes::Denied(denial.rule),
+            Ok(tool) => {
+                let asked = Asked { tool, effect: tool.side_effect, usage, seen: data };
+                match guards[which].judge(asked, &decision.arguments) {
+                    Err(denial) => Comes::Denied(denial.rule),
+                    Ok(passed) => {
+                        let again = guards[which].replay(asked, passed.assessment.as_ref());
+                        assert_eq!(again.as_ref(), Ok(&passed), "call {n}: its record is judged otherwise");
+                        let by_pack = !passed.because.is_empty();
+                        Comes::Passes { by_contract: decision.needs_approval, by_pack }
+                    }
+                }
+            }
+        };
+        let written = String::from_utf8_lossy(&text);
+        assert_eq!(found, expected, "call {n}: {tool:?} with {written:?} in {state:?}: {:?}", decision.verdict);
+        // The gateway has the call alone: it refuses nothing that may leave, and asks where that follows from the call.
+        if let Comes::Passes { by_contract, .. } = found {
+            let again = canonical::to_bytes(&decision.arguments).map(|text| json::parse(&text).map(json::whole));
+            let again = compiled[which].recheck(&tool, &again.unwrap().unwrap());
+            assert_eq!(again, Ok(by_contract), "call {n}: {tool:?} with {written:?}");
+        }
+        *seen.entry(found).or_default() += 1;
     }
     // A generator that never comes to a rule proves nothing of it.
     for rule in [
-        None,
-        Some(Rule::Denials),
-        Some(Rule::RequestJson),
-        Some(Rule::ToolKnown),
-        Some(Rule::ToolEffect),
-        Some(Rule::ToolSchema),
-        Some(Rule::ToolPrecondition),
-        Some(Rule::ToolCalls),
+        Rule::Denials,
+        Rule::RequestJson,
+        Rule::ToolKnown,
+        Rule::ToolEffect,
+        Rule::ToolSchema,
+        Rule::ToolPrecondition,
+        Rule::ToolCalls,
+        Rule::AccessRule,
+        Rule::RiskScore,
     ] {
-        let count = seen.get(&rule).copied().unwrap_or_default();
-        assert!(count * 500 >= calls, "{rule:?} came up {count} times in {calls} calls: {seen:?}");
+        let count = seen.get(&Comes::Denied(rule)).copied().unwrap_or_default();
+        assert!(count * 1_000 >= calls, "{rule:?} came up {count} times in {calls} calls: {seen:?}");
+    }
+    for (by_contract, by_pack) in [(false, false), (true, false), (false, true), (true, true)] {
+        let count = seen.get(&Comes::Passes { by_contract, by_pack }).copied().unwrap_or_default();
+        assert!(count * 10_000 >= calls, "({by_contract}, {by_pack}) came up {count} times in {calls} calls: {seen:?}");
     }
 }
