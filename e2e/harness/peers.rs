@@ -260,7 +260,10 @@ async fn a_langgraph_agent_gets_its_call_approved() {
     let mut python = Command::new(&peers().langgraph);
     python.arg(here("langgraph_agent.py")).arg("Pay, please.");
     python.env("BELAY_MCP_URL", format!("http://{}/mcp", harness.address));
-    python.env("OPENAI_BASE_URL", format!("http://{}/v1", harness.address)).env("OPENAI_API_KEY", "belay");
+    python
+        .env("OPENAI_BASE_URL", format!("http://{}/v1", harness.address))
+        .env("OPENAI_API_KEY", "belay")
+        .env("MODEL", "scripted");
     let approve = async {
         // Long enough for the model to hear "pending" more than once.
         let asked = harness.undecided_within(1, Duration::from_secs(60)).await;

@@ -51,6 +51,10 @@ impl As {
 
 /// The demo's task in a namespace of its own, with more in the contract of its tickets.
 async fn triage(world: &World, more: &str) {
+    triage_by(world, more, TASK).await;
+}
+
+async fn triage_by(world: &World, more: &str, task: &str) {
     let own = |manifests: &str| manifests.replace("namespace: belay-demo", &format!("namespace: {}", world.namespace));
     let marker = "  tool: open_ticket\n  description";
     let asking = format!("  {more}\n{marker}");
@@ -61,6 +65,12 @@ async fn triage(world: &World, more: &str) {
     world.config_map("world-ca", &[("ca.crt", &authority)]).await;
     // The ticket service opens a ticket once.
     std::fs::write(in_world("tickets.jsonl"), "").unwrap();
+    approvers(world).await;
+    world.kubectl_apply(&own(task));
+}
+
+/// Whoever is in the group may decide.
+async fn approvers(world: &World) {
     let approvers = json!({
         "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "RoleBinding", "metadata": {"name": "approvers"},
         "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "belay-approver"},
@@ -73,7 +83,13 @@ async fn triage(world: &World, more: &str) {
         .patch("approvers", &PatchParams::apply("e2e"), &Patch::Apply(approvers))
         .await
         .expect("cannot bind the approvers");
-    world.kubectl_apply(&own(TASK));
+}
+
+async fn approved_by_ana(world: &World) -> String {
+    let name = asked(world).await.name_any();
+    let (code, text) = As::new("ana").belay(&["approve", &name, "-n", &world.namespace]);
+    assert_eq!(code, 0, "{text}");
+    name
 }
 
 async fn asked(world: &World) -> ApprovalRequest {
@@ -193,6 +209,78 @@ async fn a_pack_has_people_asked_and_a_credential_for_the_principal() {
     let [made] = made.as_slice() else { panic!("expected one call by the approval, found {made:#?}") };
     assert_eq!(made["assessment"]["risk"], json!({"score": 40, "terms": ["change"]}));
     let (code, report) = world.verify("triage");
+    assert_eq!((code, report["verdict"].as_str()), (0, Some("VALID")), "{report:#}");
+    world.clean().await;
+}
+
+/// LangGraph's agent, unmodified but for its environment: it is told "pending", and calls again until somebody has approved.
+#[tokio::test]
+async fn a_langgraph_agents_ticket_is_approved() {
+    let world = World::governed("langgraph", "dev").await;
+    let agent = "image: localhost/belay-peers:dev\n    command: [python3, -S, /opt/agent/langgraph_agent.py]\n    \
+                 args: [Checkout is failing. Find out why.]\n    env:\n      - {name: MODEL, value: triage}";
+    let task = TASK.replace("image: localhost/belay-demo-agent:dev\n    env:", agent);
+    assert_ne!(task, TASK);
+    triage_by(&world, "approval: {approvers: {groups: [oncall]}, holdSeconds: 2}", &task).await;
+    let request = asked(&world).await;
+    // Long enough to be told "pending" more than once.
+    tokio::time::sleep(std::time::Duration::from_secs(6)).await;
+    assert_eq!(tickets(), 0);
+    assert_eq!(approved_by_ana(&world).await, request.name_any());
+    let ended = world.ended("triage", 180).await;
+    assert_eq!(phase(&ended), Some(Phase::Succeeded), "{:?}", ended.status);
+    assert_eq!(tickets(), 1);
+    let (code, report) = world.verify("triage");
+    assert_eq!((code, report["verdict"].as_str()), (0, Some("VALID")), "{report:#}");
+    world.clean().await;
+}
+
+/// An agent that is one `curl`: it holds the line while a person is asked about a tool that is an HTTP request.
+#[tokio::test]
+async fn a_plain_curl_waits_for_its_approval() {
+    let egress = json!([{"host": "docs.world.test", "uses": ["Tools"]}]);
+    let world = World::new("curl", json!([class("read", "gvisor", egress)])).await;
+    approvers(&world).await;
+    world.kubectl_apply(
+        &json!({
+            "apiVersion": "belay.dev/v1alpha1", "kind": "ToolContract", "metadata": {"name": "read-page"},
+            "spec": {
+                "tool": "read_page", "description": "Reads a page.", "sideEffect": "read",
+                "upstream": {"http": {"method": "GET", "url": "https://docs.world.test/{page}"}},
+                "input": {"type": "object", "required": ["page"], "properties": {"page": {"type": "string"}}},
+                "approval": {"approvers": {"groups": ["oncall"]}, "holdSeconds": 90},
+            },
+        })
+        .to_string(),
+    );
+    let message = json!({
+        "jsonrpc": "2.0", "id": 1, "method": "tools/call",
+        "params": {"name": "read_page", "arguments": {"page": "runbook"}},
+    });
+    let curl = format!(
+        "curl -sS --fail-with-body -H 'content-type: application/json' -H 'accept: application/json, text/event-stream' \
+         -d '{message}' \"$BELAY_MCP_URL\""
+    );
+    world
+        .task(
+            "curl",
+            json!({
+                "objective": "Read the runbook.", "workflowClass": "read", "principal": "oncall@example.com",
+                "agent": {"image": "localhost/belay-peers:dev", "command": ["/bin/dash", "-c", curl]},
+                "tools": ["read-page"],
+                "limits": {"wallTimeSeconds": 300, "toolCalls": 1, "tokens": 0},
+            }),
+        )
+        .await;
+    let name = approved_by_ana(&world).await;
+    let ended = world.ended("curl", 120).await;
+    assert_eq!(phase(&ended), Some(Phase::Succeeded), "{:?}", ended.status);
+    let pod = ended.status.as_ref().unwrap().attempts.last().unwrap().pod.clone();
+    let seen = world.logs(&pod, "agent").await;
+    assert!(seen.contains("restart checkout"), "{seen}");
+    let records = world.records(&pod).await;
+    assert_eq!(records.iter().filter(|record| record["approvals"] == json!([name])).count(), 1);
+    let (code, report) = world.verify("curl");
     assert_eq!((code, report["verdict"].as_str()), (0, Some("VALID")), "{report:#}");
     world.clean().await;
 }

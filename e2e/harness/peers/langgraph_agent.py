@@ -1,4 +1,4 @@
-"""An agent written with LangGraph. Where its model and its tools are is in its environment, and what to do is its argument.
+"""An agent written with LangGraph. Which model it has, where that and its tools are is in its environment; what to do is its argument.
 
 Prints the last message. It knows nothing of approvals: a tool that says "pending" is a tool that says something to the model.
 """
@@ -14,7 +14,7 @@ from langgraph.prebuilt import create_react_agent
 
 async def main(objective):
     client = MultiServerMCPClient({"tools": {"transport": "streamable_http", "url": os.environ["BELAY_MCP_URL"]}})
-    agent = create_react_agent(ChatOpenAI(model="scripted"), await client.get_tools())
+    agent = create_react_agent(ChatOpenAI(model=os.environ["MODEL"]), await client.get_tools())
     state = await agent.ainvoke({"messages": [("user", objective)]}, {"recursion_limit": 200})
     print(state["messages"][-1].content)
 
