@@ -82,7 +82,10 @@ finish_s3() {
   local admin=(inside "$WORLD" env ADMIN_ACCESS_KEY="$S3_ROOT_ACCESS_KEY" ADMIN_SECRET_KEY="$S3_ROOT_SECRET_KEY"
     ADMIN_ENDPOINT_URL="$S3_ENDPOINT" ADMIN_REGION="$S3_REGION" "$BIN/versitygw" admin)
   make_bucket versitygw
-  if ! "${admin[@]}" list-users 2>/dev/null | grep -qw "$S3_ACCESS_KEY"; then
+  # The whole list, and then a look: a pipe that is left early looks like a failure.
+  local users
+  users=$("${admin[@]}" list-users 2>/dev/null) || users=
+  if ! grep -qw "$S3_ACCESS_KEY" <<< "$users"; then
     "${admin[@]}" create-user --access "$S3_ACCESS_KEY" --secret "$S3_SECRET_KEY" --role user >> "$LOGS/versitygw.log" 2>&1 ||
       fail versitygw "refused to make the user $S3_ACCESS_KEY"
   fi
