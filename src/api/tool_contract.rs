@@ -106,8 +106,8 @@ impl Idempotency {
 }
 
 /// A read that tells whether a call took effect whose reply never came: one that timed out, or broke off. It is a call of its own, by its
-/// own contract, counted and recorded. A `true` counts at once; a `false` counts if it is still one `settleSeconds` after the call, as
-/// the upstream may be at it. While that is found out the agent's call waits; then it is told. A read that fails leaves it unknown.
+/// own contract, counted and recorded. A `true` counts at once; a `false` counts if it is still one `settleSeconds` after the reply
+/// was given up, as the upstream may be at it. While that is found out the agent's call waits; then it is told. A read that fails leaves it unknown.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct VerifyRead {
@@ -121,7 +121,7 @@ pub struct VerifyRead {
     /// A CEL expression over `args`, the call's arguments, and `result`, what was read: whether the call took effect.
     #[schemars(length(min = 1, max = 4096))]
     pub applied: String,
-    /// Seconds after the call from which on a `false` counts.
+    /// Seconds from when the reply was given up after which a `false` counts.
     #[serde(default = "VerifyRead::default_settle")]
     #[schemars(range(min = 1, max = 300))]
     pub settle_seconds: i64,

@@ -105,6 +105,13 @@ pub async fn ask(
                 own.insert(Arc::new(created)).clone()
             }
         };
+        // A no is for the call, whatever else there was to ask about it since.
+        let denied = cluster.approvals(namespace, task_uid).into_iter().find(|other| {
+            let same = other.spec.requested_by == call.by && other.spec.tool == call.tool;
+            let same = same && other.spec.digest == call.digest && other.spec.repeats == before.made;
+            same && standing(other, approval) == Standing::Denied
+        });
+        let known = denied.unwrap_or(known);
         if !is_for(&known, &compiled.policy, &call, &arguments) {
             return Err(Refused::denied(
                 Rule::ToolApproval,
@@ -114,11 +121,11 @@ pub async fn ask(
         let standing = standing(&known, approval);
         if standing != Standing::Pending || tokio::time::Instant::now() >= until {
             return Ok(ApprovalReply {
-                name,
+                name: known.name_any(),
                 uid: known.uid().unwrap_or_default(),
                 required: approval.required,
                 expires: known.spec.expires_at.0.to_string(),
-                because,
+                because: known.spec.because.clone(),
                 standing,
                 decisions: plan::approval::votes(&known).to_vec(),
             });

@@ -356,6 +356,16 @@ impl Cluster {
         get(&self.stores.approvals, namespace, name)
     }
 
+    /// All requests for people's approval of a task's calls.
+    pub fn approvals(&self, namespace: &str, task_uid: &str) -> Vec<Arc<ApprovalRequest>> {
+        let of_task = |request: &&ApprovalRequest| {
+            request.metadata.namespace.as_deref() == Some(namespace) && request.spec.task.uid == task_uid
+        };
+        let all = self.stores.approvals.state();
+        let readable = all.iter().filter_map(|guarded| guarded.0.as_ref().ok());
+        readable.filter(of_task).cloned().map(Arc::new).collect()
+    }
+
     /// Whether a caller that was identified before may still make calls, by the stores alone.
     ///
     /// # Errors

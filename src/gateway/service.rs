@@ -488,8 +488,8 @@ impl Gateway {
         call: Option<(Arc<Compiled>, IntentFacts)>,
     ) -> Served {
         let injected = credential.map(|credential| Injected::read(&self.parts.cluster, credential)).transpose()?;
-        if let Some((compiled, intent)) = call {
-            self.parts.witness.claim(&compiled.place(), &intent)?;
+        if let Some((compiled, intent)) = &call {
+            self.parts.witness.claim(&compiled.place(), intent)?;
         }
         let started = Instant::now();
         // What an agent sends by itself may bind a connection to whoever sent it, as some logins do.
@@ -497,6 +497,10 @@ impl Gateway {
         let replied = forward::forward(&self.parts.dialer, pool, target, injected, request, share).await;
         self.parts.metrics.upstream_took(channel.as_str(), started.elapsed());
         let replied = replied?;
+        if let Some((compiled, intent)) = call.filter(|_| replied.status() == StatusCode::NOT_FOUND) {
+            // An MCP server that has forgotten the session says so, and has done nothing: the call comes again over a new one.
+            self.parts.witness.release(&compiled.place(), &intent);
+        }
         if let Some(address) = replied.headers().get(wire::UPSTREAM).and_then(|a| a.to_str().ok()) {
             Span::current().record("upstream", address);
         }

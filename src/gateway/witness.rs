@@ -344,6 +344,11 @@ impl Witness {
         Err(Refused::denied(Rule::IntentMissing, reason))
     }
 
+    /// The upstream has refused a call: its intent is as it was.
+    pub fn release(&self, place: &Place, intent: &IntentFacts) {
+        self.log(place).sent.lock().unwrap_or_else(PoisonError::into_inner).remove(&intent.seq);
+    }
+
     /// An intent that lies in the bucket, by its sequence number.
     ///
     /// # Errors

@@ -188,7 +188,7 @@ impl Approvals {
 
     /// Asks until something is decided, and puts that into the log.
     async fn watch(self: Arc<Self>, mut ask: ApprovalAsk, on_timeout: OnTimeout, sender: watch::Sender<Known>) {
-        let _wait = self.clock.wait();
+        let wait = self.clock.wait();
         let decided = loop {
             match self.link.approval(&ask).await {
                 Ok(reply) => {
@@ -216,6 +216,7 @@ impl Approvals {
                 }
             }
         };
+        drop(wait);
         let expired = decided.as_ref().is_ok_and(|reply| reply.standing == Standing::Expired);
         sender.send_replace(Some(decided));
         if expired && on_timeout == OnTimeout::EndTask {

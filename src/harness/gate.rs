@@ -339,6 +339,12 @@ impl Gate {
             let reason = format!("no contract of this task has a tool {:?}", shorten(&call.target));
             return Err(Denial { rule: Rule::ToolKnown, reason });
         };
+        // Much may have been called since it was decided over: in the time that a listing, a twin or people took.
+        let results = self.results.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let known = Known { usage: budget.usage(), results: &results };
+        if self.policy.contracts.again(&call.target, arguments, known)? && !by.contains(&AskedBy::Contract) {
+            return Err(unusable("the contract requires approval by now; make the call again to ask for it".into()));
+        }
         let asked = Asked { tool, effect, usage: budget.usage(), seen: *seen };
         let passed = self.policy.guard.judge(asked, arguments)?;
         // What has happened since people were asked may be a reason that they have not seen.

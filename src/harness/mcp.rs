@@ -158,7 +158,7 @@ impl Tools {
             }
             Err(Halt::Denied(denial)) => return Err(self.gate.deny(Channel::Tool, name, Some(digest), denial).await),
         };
-        let (bounds, sent, intent) = (Bounds::of(&tool), Instant::now(), permit.intent);
+        let (bounds, intent) = (Bounds::of(&tool), permit.intent);
         let arguments = tool.verify.as_ref().map(|_| Value::Object(args.clone()));
         let (result, settlement) = match route {
             Route::Mcp(mcp, ready) => self.upstreams.call(&tool, &mcp, ready, args, permit.intent, bounds).await,
@@ -181,7 +181,7 @@ impl Tools {
         permit.settle(settlement);
         match (result, tool.verify.as_ref().zip(arguments)) {
             (Err(denial), Some((read, arguments))) if unknown => {
-                Err(self.resolve(&tool, read, &arguments, (intent, key.as_deref()), sent, denial).await)
+                Err(self.resolve(&tool, read, &arguments, (intent, key.as_deref()), denial).await)
             }
             (result, _) => result.map(|result| Came { result, intent: Some(intent) }),
         }
@@ -194,10 +194,10 @@ impl Tools {
         read: &VerifyRead,
         arguments: &Value,
         (call, key): (u64, Option<&str>),
-        sent: Instant,
         lost: Denial,
     ) -> Denial {
-        let settled = sent + Duration::from_secs(u64::try_from(read.settle_seconds).unwrap_or_default());
+        // From now on, not from when it was sent: the upstream had all that time, and may be at it still.
+        let settled = Instant::now() + Duration::from_secs(u64::try_from(read.settle_seconds).unwrap_or_default());
         let told = |words: String| Denial { rule: lost.rule, reason: format!("{}. {words}", lost.reason) };
         loop {
             let last = Instant::now() >= settled;

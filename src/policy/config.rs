@@ -431,7 +431,7 @@ pub struct VerifyRead {
     pub arguments: BTreeMap<String, String>,
     /// A CEL expression over `args` and `result`.
     pub applied: String,
-    /// Seconds after the call from which on a `false` counts.
+    /// Seconds from when the reply was given up after which a `false` counts.
     pub settle_seconds: i64,
 }
 

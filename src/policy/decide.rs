@@ -292,6 +292,14 @@ impl Contracts {
         self.judge(name, arguments, known, is_of_the_call).map(|(_, needs_approval)| needs_approval)
     }
 
+    /// Whether a call may still leave by its contract, and whether people must have been asked, by what is known by now.
+    ///
+    /// # Errors
+    /// The first rule that does not hold.
+    pub fn again(&self, name: &str, arguments: &Value, known: Known<'_>) -> Result<bool, Denial> {
+        self.judge(name, arguments, known, |_| true).map(|(_, needs_approval)| needs_approval)
+    }
+
     /// The contract's own rules, and whether people have to be asked.
     fn judge(
         &self,
