@@ -270,6 +270,13 @@ pub struct Outcome {
     pub sensitivity: Sensitivity,
 }
 
+impl Outcome {
+    /// Whether the agent got a result: there was a reply, and no rule withheld it.
+    pub fn is_given(&self) -> bool {
+        self.rule.is_none() && self.response_digest.is_some()
+    }
+}
+
 impl Effect {
     /// What the ledger keeps of a call that ended so; nothing where it certainly did nothing.
     pub fn fate(self) -> Option<Fate> {

@@ -2,7 +2,8 @@
 //!
 //! Promises: what people see is what is sent, but for what the contract redacts ([`approved`] compares the call with the request's own
 //! arguments and digest); a request is made once, under a name that follows from the call, whichever replicas are asked; it is good
-//! until it expires. That it is used once is the log's to say (the witness). Refuses: counting a vote of the principal or the requester, and a request that somebody else made up.
+//! until it expires. That it is used once is the log's to say (the witness). Refuses: counting a vote of the principal or the requester,
+//! and a request that somebody else made up.
 
 use std::{sync::Arc, time::Duration};
 
@@ -91,6 +92,16 @@ pub async fn ask(
     })?;
     let wait = Duration::from_secs(u64::try_from(ask.wait).unwrap_or_default()).min(LONGEST_WAIT);
     let until = tokio::time::Instant::now() + wait;
+    // A no is for the call, whatever other reasons there were to ask about it before.
+    let same = |other: &ApprovalRequest| {
+        let spec = &other.spec;
+        spec.requested_by == call.by
+            && spec.tool == call.tool
+            && spec.digest == call.digest
+            && spec.repeats == before.made
+    };
+    let mut others = cluster.approvals(namespace, task_uid);
+    others.retain(|other| other.name_any() != name && same(other));
     // What was made here is known before the watch brings it.
     let mut own: Option<Arc<ApprovalRequest>> = None;
     loop {
@@ -105,13 +116,8 @@ pub async fn ask(
                 own.insert(Arc::new(created)).clone()
             }
         };
-        // A no is for the call, whatever else there was to ask about it since.
-        let denied = cluster.approvals(namespace, task_uid).into_iter().find(|other| {
-            let same = other.spec.requested_by == call.by && other.spec.tool == call.tool;
-            let same = same && other.spec.digest == call.digest && other.spec.repeats == before.made;
-            same && standing(other, approval) == Standing::Denied
-        });
-        let known = denied.unwrap_or(known);
+        let mut newest = others.iter().filter_map(|other| cluster.approval(namespace, &other.name_any()));
+        let known = newest.find(|other| standing(other, approval) == Standing::Denied).unwrap_or(known);
         if !is_for(&known, &compiled.policy, &call, &arguments) {
             return Err(Refused::denied(
                 Rule::ToolApproval,

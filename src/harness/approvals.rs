@@ -1,9 +1,9 @@
 //! Asking people before a call leaves.
 //!
 //! Promises: one request for one exact call, however often and by how many calls at once it is made; what people say is in the log before
-//! the call's intent; contract and pack are asked about it at the same time, each for itself; a yes is taken once; a no, a lapsed request and a gateway that refuses to ask are refusals. While a request is
-//! undecided the [`Clock`] stands still. Refuses: knowing who decides what: the gateway asks, counts the votes, and asks again
-//! before the call leaves.
+//! the call's intent; contract and pack are asked about it at the same time, each for itself; a yes is taken once; a no, a lapsed request
+//! and a gateway that refuses to ask are refusals. While a request is undecided the [`Clock`] stands still. Refuses: knowing who decides
+//! what: the gateway asks, counts the votes, and asks again before the call leaves.
 
 use std::{
     collections::HashMap,

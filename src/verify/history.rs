@@ -481,7 +481,9 @@ impl History {
                         );
                     }
                 }
-                self.seen = self.seen.max(intent.assessment.as_ref().map_or(self.seen, |found| found.arguments));
+                if let Some(found) = &intent.assessment {
+                    self.seen = self.seen.max(found.arguments);
+                }
                 if let Some(definition) = &intent.definition {
                     let first = self.definitions.entry(target.clone()).or_insert_with(|| definition.clone());
                     if first != definition {
@@ -522,9 +524,8 @@ impl History {
         call.settled = true;
         call.response.clone_from(&outcome.response_digest);
         call.effect = Some((outcome.effect, blame.seq));
-        let given = outcome.rule.is_none() && outcome.response_digest.is_some();
         let tool = self.policy.as_ref().and_then(|policy| policy.tool(&call.target));
-        let floor = tool.filter(|_| given).map(|tool| tool.data.result).unwrap_or_default();
+        let floor = tool.filter(|_| outcome.is_given()).map(|tool| tool.data.result).unwrap_or_default();
         if outcome.sensitivity < floor {
             let (target, expected, found) = (&call.target, floor.as_str(), outcome.sensitivity.as_str());
             let message = format!("expected a result of {target} to be {expected} data at least, found {found}");

@@ -500,7 +500,7 @@ impl History {
             return Err(at(record, "expected no less than 0 tokens, and no less than no cost"));
         }
         self.calls.remove(&outcome.call);
-        let floor = self.floors.get(&*target).copied().filter(|_| is_given(outcome)).unwrap_or_default();
+        let floor = self.floors.get(&*target).copied().filter(|_| outcome.is_given()).unwrap_or_default();
         if outcome.sensitivity < floor {
             let (expected, found) = (floor.as_str(), outcome.sensitivity.as_str());
             return Err(at(
@@ -547,11 +547,6 @@ impl History {
         }
         Ok(())
     }
-}
-
-/// Whether the agent got a result.
-fn is_given(outcome: &Outcome) -> bool {
-    outcome.rule.is_none() && outcome.response_digest.is_some()
 }
 
 fn broken(reason: impl std::fmt::Display) -> Refused {
