@@ -1,8 +1,8 @@
-//! The `belay` command: `approvals`, `approve`, `contract`, `deny`, `lint`, `verify` and `watch`, also as `kubectl belay`.
+//! The `belay` command: `approvals`, `approve`, `contract`, `deny`, `lint`, `rollback`, `verify` and `watch`, also as `kubectl belay`.
 //!
 //! Promises: one exit code a meaning, and nothing from a log, a task or a cluster reaches the terminal but through
-//! `terminal::Safe`. Refuses: to change anything, anywhere, but the folders that `--save` and `--out` name, and one person's
-//! decision that `approve` or `deny` adds to one request.
+//! `terminal::Safe`. Refuses: to change anything, anywhere, but the folders that `--save` and `--out` name, one person's decision
+//! that `approve` or `deny` adds to one request, and the one task that `rollback` makes.
 
 use std::{
     ffi::OsString,
@@ -21,6 +21,8 @@ mod cluster;
 mod contract;
 /// `belay lint`.
 mod lint;
+/// `belay rollback`.
+mod rollback;
 /// Text that is safe to show, and colours.
 mod terminal;
 /// `belay verify`.
@@ -63,6 +65,7 @@ enum Command {
     Contract(contract::Args),
     Deny(approve::Deny),
     Lint(lint::Args),
+    Rollback(rollback::Args),
     Verify(verify::Args),
     Watch(watch::Args),
 }
@@ -86,6 +89,7 @@ pub async fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Deny(args) => approve::deny(&args, &mut io::stdout().lock(), &mut io::stderr().lock()).await,
         Command::Contract(args) => contract::run(&args, &mut io::stdout().lock(), &mut io::stderr().lock()).await,
         Command::Lint(args) => lint::run(&args, &mut io::stdout().lock(), &mut io::stderr().lock()),
+        Command::Rollback(args) => rollback::run(&args, &mut io::stdout().lock(), &mut io::stderr().lock()).await,
         Command::Verify(args) => verify::run(&args, &mut io::stdout().lock()).await,
         Command::Watch(args) => watch::run(&args).await,
     };

@@ -12,6 +12,8 @@ pub mod merkle;
 pub mod note;
 /// What happened: the log's entries.
 pub mod record;
+/// What undoing a task takes.
+pub mod rollback;
 /// The unit of storage: records and the checkpoint that covers them.
 pub mod segment;
 /// Where segments lie.

@@ -40,6 +40,8 @@ pub mod proxy;
 pub mod rest;
 /// The two listeners.
 pub mod server;
+/// Rolling back a task.
+pub mod undo;
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
@@ -212,6 +214,7 @@ pub async fn serve(options: Options) -> Result<Ended, HarnessError> {
                 policy_digest,
                 pod: options.pod.clone(),
                 containment,
+                rollback: opened.undoing.as_ref().map(|undoing| undoing.plan.clone()),
             })))
         })
         .map_err(|denial| HarnessError::Evidence(denial.reason))?;
@@ -222,7 +225,12 @@ pub async fn serve(options: Options) -> Result<Ended, HarnessError> {
     let clock = clock::Clock::start(seconds(limits.wall_time_seconds), seconds(limits.approval_wait_seconds));
     let approvals = approvals::Approvals::new(link.clone(), journal.clone(), clock.clone());
     let quotas = Quotas::resume(&config.policy.tools, &opened.tools);
-    let kept = gate::Kept { quotas, once: once::Once::resume(opened.ledger), seen: opened.seen };
+    let kept = gate::Kept {
+        quotas,
+        once: once::Once::resume(opened.ledger),
+        seen: opened.seen,
+        undoing: opened.undoing.clone(),
+    };
     let tools = mcp::Tools::new(
         Arc::new(gate::Gate::new(policy, kept, journal.clone(), link, clock.clone(), approvals.clone())),
         &opened.tools,

@@ -13,7 +13,7 @@ pub mod admin;
 pub mod api;
 /// RFC 8785 canonical JSON and its SHA-256.
 pub mod canonical;
-/// The command line: approvals, approve, contract, deny, lint, verify and watch.
+/// The command line: approvals, approve, contract, deny, lint, rollback, verify and watch.
 #[cfg(feature = "cli")]
 pub mod cli;
 /// Records, Merkle log, checkpoints, segments, stores.

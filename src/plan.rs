@@ -41,6 +41,8 @@ pub mod owner;
 pub mod pod;
 /// Kubernetes quantities.
 pub mod quantity;
+/// The task that undoes another.
+pub mod rollback;
 /// Input schemas: valid, self-contained, closed.
 pub mod schema;
 #[cfg(test)]

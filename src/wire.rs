@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    evidence::record::TaskClosed,
+    evidence::{record::TaskClosed, rollback::Undoing},
     policy::{
         approval::{Standing, Vote},
         config::{AskedBy, Sensitivity, SideEffect, ToolUsage, Usage},
@@ -29,6 +29,10 @@ pub const LOG_APPEND: &str = "/v1/log/append";
 pub const LOG_SEAL: &str = "/v1/log/seal";
 /// Asks people about one exact call: [`ApprovalAsk`] → [`ApprovalReply`].
 pub const APPROVAL: &str = "/v1/approval";
+/// Keeps arguments that undo a call: [`Keep`] → [`Kept`].
+pub const STATE_KEEP: &str = "/v1/state/keep";
+/// Gives a rollback the arguments that the other task has kept: [`Kept`] → [`Keep`].
+pub const STATE_GET: &str = "/v1/state/get";
 /// Sends one HTTP request to an upstream.
 pub const FORWARD: &str = "/v1/forward";
 /// Calls an HTTP tool: the body is the arguments, as JSON, of which the gateway makes the request by the contract.
@@ -84,6 +88,9 @@ pub struct OpenReply {
     /// The most sensitive data that the task has handled.
     #[serde(default)]
     pub seen: Sensitivity,
+    /// What a rollback undoes, and how far that has come.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub undoing: Option<Undoing>,
     /// Tokens and tool calls of intents that never got an outcome stay spent; this is their number, for the record.
     pub open_calls: u64,
 }
@@ -193,6 +200,27 @@ pub struct SealReply {
     pub root: String,
     /// Final counters.
     pub usage: Usage,
+    /// Whether a rollback of the task would have calls to make.
+    #[serde(default)]
+    pub undoable: bool,
+}
+
+/// Keeps the arguments of a call that may be made later, when others are undone.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Keep {
+    /// SHA-256 of the arguments, hex.
+    pub digest: String,
+    /// The arguments, RFC 8785 JSON.
+    pub arguments: String,
+}
+
+/// Arguments that are kept.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Kept {
+    /// Their SHA-256, hex.
+    pub digest: String,
 }
 
 /// Why a request was refused or failed: the body of every reply from the gateway that is not a success.

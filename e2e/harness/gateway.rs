@@ -292,6 +292,7 @@ fn compiled(policy: &PolicyConfig) -> Compiled {
 async fn open(State(log): State<Arc<Log>>, axum::Json(request): axum::Json<OpenRequest>) -> impl IntoResponse {
     let history = log.history.lock().unwrap();
     axum::Json(OpenReply {
+        undoing: None,
         origin: note::origin("uid"),
         size: history.tree().size(),
         frontier: history.tree().frontier().iter().map(|hash| BASE64_STANDARD.encode(hash)).collect(),

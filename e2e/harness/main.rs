@@ -94,6 +94,7 @@ fn tool(name: &str, upstream: Upstream, side_effect: SideEffect) -> Tool {
         preconditions: vec![],
         idempotency: None,
         verify: None,
+        rollback: None,
         approval: None,
         side_effect,
         data: DataClass::default(),
@@ -147,6 +148,7 @@ fn policy(limits: Limits) -> PolicyConfig {
             principal: "p".into(),
             requester: None,
             image: "i".into(),
+            rollback_of: None,
         },
         pack: PackIdentity { name: "k".into(), uid: "k".into(), generation: 1, environment: "dev".into() },
         limits,
@@ -228,13 +230,13 @@ async fn start(
         network_policy: "t-1".into(),
     };
     let digest = policy.digest().unwrap();
-    let opened = AttemptOpened { key, policy: policy.clone(), policy_digest: digest, pod, containment };
+    let opened = AttemptOpened { key, policy: policy.clone(), policy_digest: digest, pod, containment, rollback: None };
     let first = journal.record(|_, _| Ok(Event::AttemptOpened(Box::new(opened)))).unwrap();
     journal.stored(first).await.unwrap();
     let contracts = Contracts::compile(policy).unwrap();
     let (guard, outputs) = (Guard::compile(policy).unwrap(), Outputs::compile(&policy.tools).unwrap());
     let compiled = Compiled { contracts, guard, outputs };
-    let kept = Kept { quotas: Quotas::resume(&policy.tools, &used), once: Once::resume(ledger), seen };
+    let kept = Kept { quotas: Quotas::resume(&policy.tools, &used), once: Once::resume(ledger), seen, undoing: None };
     let seconds = |count: i64| Duration::from_secs(u64::try_from(count).unwrap());
     let clock = Clock::start(seconds(limits.wall_time_seconds), seconds(limits.approval_wait_seconds));
     let approvals = Approvals::new(link.clone(), journal.clone(), clock.clone());

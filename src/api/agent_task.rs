@@ -5,7 +5,7 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::policy::config::Usage;
+use crate::policy::config::{RollbackOf, Usage};
 
 /// What an agent is to do, with what, and within which limits.
 ///
@@ -30,6 +30,7 @@ use crate::policy::config::Usage;
     printcolumn(name = "Reason", type_ = "string", json_path = ".status.reason", priority = "1"),
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
     validation = Rule::new("self.spec == oldSelf.spec").message("spec is immutable: evidence refers to it by digest; delete this task or apply one with another name"),
+    validation = Rule::new("has(self.spec.agent) != has(self.spec.rollbackOf)").message("set exactly one of spec.agent and spec.rollbackOf"),
     validation = Rule::new("self.metadata.name.size() <= 52 && self.metadata.name.matches('^[a-z0-9]([a-z0-9-]*[a-z0-9])?$')").message("metadata.name must be at most 52 lower-case letters, digits and dashes, because pods are named after it"),
 )]
 #[serde(rename_all = "camelCase")]
@@ -48,7 +49,17 @@ pub struct AgentTaskSpec {
     pub principal: String,
 
     /// The agent's container.
-    pub agent: Agent,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub agent: Option<Agent>,
+
+    /// In place of an agent: the ended task that this one undoes, by the `rollback` of its contracts. `tools` names the contracts of the
+    /// calls that undo. `belay rollback` makes such a task, and so does the operator when a task has failed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rollback_of: Option<RollbackOf>,
+
+    /// Whether what the task did is undone when it fails.
+    #[serde(default)]
+    pub rollback: RollbackWhen,
 
     /// Names of the ToolContracts in this namespace that the agent may call. Nothing else is callable.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -65,6 +76,16 @@ pub struct AgentTaskSpec {
     /// How often a failed attempt is tried again.
     #[serde(default)]
     pub retry: Retry,
+}
+
+/// When a task is rolled back.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum RollbackWhen {
+    /// When it has failed and made calls whose contracts have a `rollback.call`: the operator makes a task for that.
+    #[default]
+    OnFailure,
+    /// When somebody asks for it, by `belay rollback`.
+    OnRequest,
 }
 
 /// The agent's container: any image that speaks MCP, an OpenAI- or Anthropic-style API, or HTTP through a proxy.

@@ -59,6 +59,23 @@ pub struct PolicyPackSpec {
     pub approval: Option<Approval>,
     /// Where evidence goes and how long it stays.
     pub evidence: EvidencePolicy,
+    /// Where the arguments of calls that undo others are kept. Contracts with a `rollback.call` need it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub state: Option<StatePolicy>,
+}
+
+/// A bucket for what must outlive a pod and is no evidence. It holds arguments as they are: encrypt it, let none but the gateway read it,
+/// and let a lifecycle rule expire it once nobody would roll back any more. It needs no Object Lock, and no default retention.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct StatePolicy {
+    /// The bucket, at the same S3 endpoint as the evidence.
+    #[schemars(length(min = 3, max = 63), regex(pattern = r"^[a-z0-9][a-z0-9.-]+[a-z0-9]$"))]
+    pub bucket: String,
+    /// A prefix in it, without slashes at its ends.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 256), regex(pattern = r"^[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*$"))]
+    pub prefix: Option<String>,
 }
 
 /// A pattern that tells sensitive data. It is looked for in each text, number and name of arguments and results, each by itself.

@@ -61,6 +61,9 @@ pub struct ToolContractSpec {
     /// A read that tells whether a call took effect whose reply never came. Without, that stays unknown.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub verify: Option<VerifyRead>,
+    /// How a call is undone when its task is rolled back. Without, people are told that nothing says how.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rollback: Option<Rollback>,
     /// Who must say yes before a call leaves. Nobody is asked without.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub approval: Option<Approval>,
@@ -131,6 +134,39 @@ impl VerifyRead {
     fn default_settle() -> i64 {
         10
     }
+}
+
+/// How a call is undone: one of these.
+#[derive(KubeSchema, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[x_kube(validation = Rule::new("has(self.call) != has(self.byHand)").message("set exactly one of call and byHand"))]
+#[serde(rename_all = "camelCase")]
+pub struct Rollback {
+    /// By a call of another tool.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub call: Option<Compensation>,
+    /// By people: what they are told, such as whom to write to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 1024))]
+    pub by_hand: Option<String>,
+}
+
+/// The call that undoes a call. Its arguments are made right after the call, of what was sent and answered, and kept in the pack's
+/// `state` bucket: they are in no evidence. A rollback makes the calls in reverse order, each through its own contract, budget and approvals.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Compensation {
+    /// Name of the ToolContract of the call, in the same namespace. The agent need not have that tool.
+    #[schemars(length(min = 1, max = 253))]
+    pub contract: String,
+    /// Its arguments, each a CEL expression over `args`, the call's arguments, and `result`, what it answered: its structured
+    /// content, or else its only block of text, as JSON where it is JSON. A call for which one cannot be evaluated is left to people.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schemars(extend("maxProperties" = 32, "additionalProperties" = {"type": "string", "minLength": 1, "maxLength": 4096}))]
+    pub arguments: BTreeMap<String, String>,
+    /// Seconds from the call's outcome in which it may be undone. Later it is left to people. No limit without.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 31_536_000))]
+    pub within_seconds: Option<i64>,
 }
 
 /// People's yes to one exact call, as an `ApprovalRequest` for each. An approved call is made once and before the request expires;

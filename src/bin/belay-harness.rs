@@ -5,7 +5,7 @@ use std::{path::PathBuf, process::ExitCode};
 use anyhow::Context;
 use belay::{
     evidence::record::Pod,
-    harness::{self, Ended, Options, probe},
+    harness::{self, Ended, Options, probe, undo},
     policy::config::HarnessConfig,
     wire,
 };
@@ -32,6 +32,12 @@ enum Command {
         /// Address of this node, whose kubelet must not answer.
         #[arg(long, env = "HOST_IP")]
         host_ip: Option<std::net::IpAddr>,
+    },
+    /// Has the harness of this pod roll back another task, and waits for that. In the agent's place.
+    Undo {
+        /// Where the kubelet looks for what the pod's status is to say.
+        #[arg(long, default_value = "/dev/termination-log")]
+        message: PathBuf,
     },
     /// Serves the agent.
     Serve {
@@ -85,6 +91,11 @@ async fn main() -> anyhow::Result<ExitCode> {
             }
             tracing::error!(breaches = ?seen.breaches, "containment is not proven; the agent must not start");
             Ok(ExitCode::from(wire::EXIT_UNPROVEN))
+        }
+        Command::Undo { message } => {
+            let report = undo::ask(&message).await.context("cannot have the harness roll back")?;
+            println!("{report}");
+            Ok(if report.left.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }
         Command::Serve {
             config,

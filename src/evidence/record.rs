@@ -6,6 +6,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::rollback::Plan;
 use crate::policy::{
     access::Assessment,
     approval::{Exact, Standing, Vote},
@@ -120,6 +121,9 @@ pub struct AttemptOpened {
     pub pod: Pod,
     /// What the probe saw before the agent started.
     pub containment: Containment,
+    /// What a rollback is to undo, as the log of the other task has it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rollback: Option<Plan>,
 }
 
 /// The attempt's pod, from the downward API and the gateway's TokenReview.
@@ -214,6 +218,9 @@ pub struct Intent {
     /// The approvals by which it is made: at most one on account of the contract, and one of the pack.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub approvals: Vec<String>,
+    /// In a rollback: the call that it undoes, by its name in the other task's log.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub undoes: Option<String>,
     /// What the pack found of a tool call.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub assessment: Option<Assessment>,
@@ -268,6 +275,9 @@ pub struct Outcome {
     /// How sensitive the result is that the agent got.
     #[serde(default, skip_serializing_if = "Sensitivity::is_unclassified")]
     pub sensitivity: Sensitivity,
+    /// SHA-256 of the arguments, in canonical form, of the call that undoes this one by its contract, hex. They are kept outside the log.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub undone_by: Option<String>,
 }
 
 impl Outcome {

@@ -40,7 +40,7 @@ use crate::{
     api::{
         AgentTask, ApprovalRequest, PolicyPack, ToolContract,
         agent_task::Phase,
-        policy_pack::{Credential, EvidencePolicy, RetentionMode},
+        policy_pack::{Credential, EvidencePolicy, RetentionMode, StatePolicy},
     },
     evidence::store::{Location, Mode, Retention, log_prefix},
     plan,
@@ -128,6 +128,8 @@ pub struct Compiled {
     pub credentials: Vec<Option<Credential>>,
     /// Where evidence goes.
     pub evidence: EvidencePolicy,
+    /// Where arguments are kept.
+    pub state: Option<StatePolicy>,
 }
 
 /// The objects that a policy was compiled from: UID and generation of each.
@@ -390,7 +392,7 @@ fn compile(task: &AgentTask, contracts: &[&ToolContract], pack: &PolicyPack) -> 
     // One for each entry of the policy's egress, which is made of the same.
     let credential = |rule| plan::config::credential_for(rule, &task.spec.principal).cloned();
     let credentials = class.egress.iter().map(credential).collect();
-    Compiled::new(policy, credentials, pack.spec.evidence.clone())
+    Ok(Compiled { state: pack.spec.state.clone(), ..Compiled::new(policy, credentials, pack.spec.evidence.clone())? })
 }
 
 fn retention(evidence: &EvidencePolicy) -> Retention {
@@ -417,6 +419,7 @@ impl Compiled {
             guard: Guard::compile(&policy).map_err(|e| e.to_string())?,
             credentials,
             evidence,
+            state: None,
             policy,
         })
     }
@@ -425,6 +428,21 @@ impl Compiled {
     pub fn place(&self) -> Place {
         let task = &self.policy.task;
         place(&self.evidence, &task.namespace, &task.name, &task.uid)
+    }
+
+    /// Where the log of the task lies that this one undoes.
+    pub fn undone(&self) -> Option<Place> {
+        let (task, of) = (&self.policy.task, self.policy.task.rollback_of.as_ref()?);
+        Some(place(&self.evidence, &task.namespace, &of.name, &of.uid))
+    }
+
+    /// Where the arguments are that undo the calls of this task, or of the one that it undoes.
+    pub fn state(&self) -> Option<Location> {
+        let (state, task) = (self.state.as_ref()?, &self.policy.task);
+        let of = task.rollback_of.as_ref();
+        let (name, uid) = of.map_or((&task.name, &task.uid), |of| (&of.name, &of.uid));
+        let prefix = log_prefix(state.prefix.as_deref(), &task.namespace, name, uid);
+        Some(Location { bucket: state.bucket.clone(), prefix: format!("{prefix}rollback/") })
     }
 }
 

@@ -43,6 +43,7 @@ use super::{
 };
 use crate::{
     api::policy_pack::Credential,
+    canonical,
     evidence::{
         record::Channel,
         store::{Location, log_prefix},
@@ -140,6 +141,7 @@ impl About {
             wire::FORWARD => channel(request.headers()).map_or(Self::Other, Self::Call),
             wire::CALL => Self::Call(Channel::Tool),
             wire::LOG_OPEN | wire::LOG_APPEND | wire::LOG_SEAL | wire::APPROVAL => Self::Log,
+            wire::STATE_KEEP | wire::STATE_GET => Self::Log,
             _ => Self::Other,
         }
     }
@@ -243,12 +245,14 @@ impl Gateway {
             wire::CALL if post => self.call(request, asked).await,
             wire::LOG_OPEN if post => self.open(request, asked).await,
             wire::APPROVAL if post => self.approval(request, asked).await,
+            wire::STATE_KEEP if post => self.keep(request, asked).await,
+            wire::STATE_GET if post => self.kept(request, asked).await,
             wire::LOG_APPEND if post => self.append(request, asked).await,
             wire::LOG_SEAL => Err(Refused::denied(Rule::IdentityToken, "only the operator may seal a log")),
             _ => Err(Refused {
                 status: StatusCode::NOT_FOUND,
                 ..Refused::malformed(
-                    "expected CONNECT, /v1/forward or a POST to /v1/call, /v1/approval or /v1/log/{open,append,seal}",
+                    "expected CONNECT, /v1/forward or a POST to /v1/call, /v1/approval, /v1/state/{keep,get} or /v1/log/{open,append,seal}",
                 )
             }),
         }
@@ -323,7 +327,8 @@ impl Gateway {
         let _share = self.share(&principal, |share| &share.log)?;
         let body: OpenRequest = json(request, LARGEST_OPEN).await?;
         let compiled = self.compiled_as(&principal, &body.policy_digest).await?;
-        reply(&self.parts.witness.open(&compiled.place(), &principal, &body, &compiled.digest).await?)
+        let (place, of) = (compiled.place(), compiled.undone());
+        reply(&self.parts.witness.open(&place, &principal, &body, &compiled.digest, of.as_ref()).await?)
     }
 
     /// The policy, once it is the harness's or the stores have had their time to catch up.
@@ -355,7 +360,8 @@ impl Gateway {
             Err(unready) => self.parts.cluster.place(namespace, task, task_uid).ok_or_else(|| unready.clone())?,
         };
         let digest = compiled.as_ref().map(|compiled| compiled.digest.as_str()).map_err(Clone::clone);
-        let (appended, usage) = self.parts.witness.append(&place, &principal, &body, digest).await?;
+        let of = compiled.as_ref().ok().and_then(|compiled| compiled.undone());
+        let (appended, usage) = self.parts.witness.append(&place, &principal, &body, digest, of.as_ref()).await?;
         if let Some(task) = self.parts.cluster.task(&principal.namespace, &principal.task, &principal.task_uid) {
             let status = self.parts.usage.clone();
             tokio::spawn(async move { status.running(&task, usage).await });
@@ -373,6 +379,47 @@ impl Gateway {
         let call = Exact { by: body.by, tool: body.tool.clone(), digest: body.request_digest.clone() };
         let before = witness.before(&compiled.place(), &call).await?;
         reply(&approvals::ask(cluster, requests.as_ref(), &compiled, &principal, &body, before).await?)
+    }
+
+    /// Where a pod's arguments are kept.
+    fn state(&self, principal: &Principal) -> Result<(Arc<Compiled>, Location), Refused> {
+        principal.may_call()?;
+        let compiled = self.parts.cluster.compiled(principal)?;
+        let state = compiled.state().ok_or_else(|| {
+            Refused::denied(Rule::ToolRollback, "expected a state bucket in the pack, found none: nothing is kept")
+        })?;
+        Ok((compiled, state))
+    }
+
+    async fn keep(&self, request: Request<Incoming>, asked: Asked) -> Served {
+        let (compiled, at) = self.state(&asked.principal)?;
+        let _share = self.share(&asked.principal, |share| &share.calls)?;
+        let wire::Keep { digest, arguments } = json(request, LARGEST_MESSAGE).await?;
+        if compiled.undone().is_some() || !compiled.policy.tools.iter().any(|tool| tool.compensation().is_some()) {
+            let reason = "expected a task with calls that are undone by calls, found another";
+            return Err(Refused::denied(Rule::ToolRollback, reason));
+        }
+        let found = hex::encode(canonical::sha256(arguments.as_bytes()));
+        if found != digest {
+            return Err(Refused::malformed(format!("expected arguments of digest {digest}, found {found}")));
+        }
+        self.parts.witness.keep(&at, &digest, arguments).await?;
+        reply(&wire::Kept { digest })
+    }
+
+    async fn kept(&self, request: Request<Incoming>, asked: Asked) -> Served {
+        let (compiled, at) = self.state(&asked.principal)?;
+        let _share = self.share(&asked.principal, |share| &share.calls)?;
+        let wire::Kept { digest } = json(request, LARGEST_OPEN).await?;
+        if compiled.undone().is_none() {
+            return Err(Refused::denied(Rule::ToolRollback, "expected a rollback, found another task"));
+        }
+        if digest.len() != 64 || !digest.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+            return Err(Refused::malformed(format!("expected a SHA-256, hex, found {digest:?}")));
+        }
+        let arguments = self.parts.witness.kept(&at, &digest).await?;
+        let arguments = String::from_utf8(arguments).map_err(|e| Refused::malformed(e.to_string()))?;
+        reply(&wire::Keep { digest, arguments })
     }
 
     async fn seal(&self, request: Request<Incoming>) -> Served {
@@ -489,6 +536,9 @@ impl Gateway {
     ) -> Served {
         let injected = credential.map(|credential| Injected::read(&self.parts.cluster, credential)).transpose()?;
         if let Some((compiled, intent)) = &call {
+            if let Some((of, undoes)) = compiled.undone().zip(intent.undoes.as_ref()) {
+                self.parts.witness.undo(&of, undoes, &compiled.policy.task.uid).await?;
+            }
             self.parts.witness.claim(&compiled.place(), intent)?;
         }
         let started = Instant::now();

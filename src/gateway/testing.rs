@@ -194,6 +194,7 @@ pub fn policy() -> PolicyConfig {
         preconditions: vec![],
         idempotency: None,
         verify: None,
+        rollback: None,
         approval: None,
         side_effect,
         data: DataClass::default(),
@@ -210,6 +211,7 @@ pub fn policy() -> PolicyConfig {
             principal: "jane@example.com".into(),
             requester: None,
             image: "localhost/agent:dev".into(),
+            rollback_of: None,
         },
         pack: PackIdentity { name: "dev".into(), uid: "pack".into(), generation: 1, environment: "dev".into() },
         limits: Limits {
@@ -249,6 +251,7 @@ pub fn intent(call: &str, channel: Channel, target: &str, reserved_tokens: i64) 
         request_bytes: 1,
         key: None,
         approvals: vec![],
+        undoes: None,
         assessment: None,
         rules: vec![],
         model: None,
@@ -269,6 +272,7 @@ pub fn outcome(call: &str, tokens: i64) -> Event {
         cost_micros: 0,
         upstream: None,
         sensitivity: Sensitivity::default(),
+        undone_by: None,
     })
 }
 
@@ -323,6 +327,7 @@ impl Harness {
                 network_policy: "t-1".into(),
             },
             containment: contained(true),
+            rollback: None,
         }))
     }
 

@@ -20,7 +20,7 @@ use std::{
 
 use base64::{Engine, engine::general_purpose::STANDARD as BASE64};
 use bytes::Bytes;
-use futures::{StreamExt, TryStreamExt, future::BoxFuture};
+use futures::{StreamExt, future::BoxFuture};
 use jiff::Timestamp;
 
 use super::{approvals::Before, identity::Principal, metrics::Metrics, refusal::Refused};
@@ -30,12 +30,14 @@ use crate::{
         merkle::leaf_hash,
         note::{self, Checkpoint, Note, Signer, VerifierKey},
         record::{Actor, Event, Record, VERSION},
+        rollback::{Plan, Planner, Undoing},
         segment::{self, Segment},
         store::{Location, PutError, Retention, Store, StoreError},
     },
     policy::{
         approval::Exact,
         config::{SideEffect, Usage},
+        decide::shorten,
         rule::Rule,
     },
     wire::{AppendReply, AppendRequest, OpenReply, OpenRequest, SealReply, SealRequest},
@@ -127,7 +129,8 @@ impl Witness {
         Self { signer, verifier, buckets, metrics, logs: Mutex::default() }
     }
 
-    /// Tells an attempt where its task's log stands. `digest` is that of the policy as the gateway compiles it.
+    /// Tells an attempt where its task's log stands. `digest` is that of the policy as the gateway compiles it, `of` where the log of the
+    /// task is that this one undoes.
     ///
     /// # Errors
     /// By rule; [`Rule::Evidence`] if the bucket cannot be read.
@@ -137,6 +140,7 @@ impl Witness {
         principal: &Principal,
         request: &OpenRequest,
         digest: &str,
+        of: Option<&Place>,
     ) -> Result<OpenReply, Refused> {
         own_attempt(principal, request.attempt)?;
         same_policy(&request.policy_digest, digest)?;
@@ -161,11 +165,94 @@ impl Witness {
             ledger: history.ledger(),
             seen: history.seen(),
             open_calls: u64::try_from(history.open_calls()).unwrap_or(u64::MAX),
+            undoing: match (of, history.undoing()) {
+                (None, _) => None,
+                (Some(_), Some(undoing)) => Some(undoing.clone()),
+                (Some(of), None) => Some(Undoing::new(self.plan(of).await?)),
+            },
         })
     }
 
+    /// What undoing a task takes. Its log has to have ended.
+    ///
+    /// # Errors
+    /// [`Rule::ToolRollback`] if it has not, or if its calls are too many; [`Rule::Evidence`] if the bucket cannot be read.
+    pub async fn plan(&self, of: &Place) -> Result<Plan, Refused> {
+        let refused = |reason: String| Refused::denied(Rule::ToolRollback, reason);
+        let mut planner = Planner::default();
+        let history = self.read(of, |record| planner.take(record)).await?;
+        let origin = note::origin(&of.task_uid);
+        if !history.closed() {
+            let size = history.tree().size();
+            return Err(refused(format!(
+                "expected the log of a task that has ended at {}, found {size} records of {origin}",
+                of.location
+            )));
+        }
+        Ok(Plan {
+            origin,
+            size: history.tree().size(),
+            root: BASE64.encode(history.tree().root()),
+            steps: planner.steps().map_err(refused)?,
+        })
+    }
+
+    /// Takes a call of another task for a rollback to undo: each is undone by one rollback, whichever tasks roll back.
+    ///
+    /// # Errors
+    /// [`Rule::ToolRollback`] if another rollback has taken it, [`Rule::Evidence`] if the bucket fails.
+    pub async fn undo(&self, of: &Place, call: &str, rollback: &str) -> Result<(), Refused> {
+        let store = self.store(of).await?;
+        let key = format!("{}rollback/{call}", of.location.prefix);
+        match store.put_new(&key, Bytes::copy_from_slice(rollback.as_bytes()), of.retention.as_ref()).await {
+            Ok(_) => return Ok(()),
+            Err(PutError::Exists) => {}
+            Err(PutError::Store(error)) => return Err(self.failed(&error)),
+        }
+        let by = store.get(&key).await.map_err(|error| self.failed(&error))?;
+        if by == rollback.as_bytes() {
+            return Ok(());
+        }
+        let by = String::from_utf8_lossy(&by);
+        Err(Refused::denied(
+            Rule::ToolRollback,
+            format!(
+                "expected {call} to be undone by nobody else, found that the rollback with UID {} has taken it",
+                shorten(&by)
+            ),
+        ))
+    }
+
+    /// Keeps arguments by their digest. Those that are there already are as good.
+    ///
+    /// # Errors
+    /// [`Rule::Evidence`] if the bucket fails.
+    pub async fn keep(&self, at: &Location, digest: &str, arguments: String) -> Result<(), Refused> {
+        let store = self.buckets.bucket(&at.bucket).await.map_err(|e| self.failed(&e))?;
+        match store.put_new(&format!("{}{digest}.json", at.prefix), arguments.into(), None).await {
+            Ok(_) | Err(PutError::Exists) => Ok(()),
+            Err(PutError::Store(error)) => Err(self.failed(&error)),
+        }
+    }
+
+    /// Arguments that were kept.
+    ///
+    /// # Errors
+    /// [`Rule::ToolRollback`] if they are not there, [`Rule::Evidence`] if the bucket fails.
+    pub async fn kept(&self, at: &Location, digest: &str) -> Result<Vec<u8>, Refused> {
+        let store = self.buckets.bucket(&at.bucket).await.map_err(|e| self.failed(&e))?;
+        match store.get(&format!("{}{digest}.json", at.prefix)).await {
+            Ok(arguments) => Ok(arguments.into()),
+            Err(StoreError::NotFound { .. }) => {
+                let reason = format!("expected the arguments of digest {digest} in {at}, found none: undo it by hand");
+                Err(Refused::denied(Rule::ToolRollback, reason))
+            }
+            Err(error) => Err(self.failed(&error)),
+        }
+    }
+
     /// Witnesses and stores a segment; gives the counters after it as well. `digest` is that of the policy as the gateway compiles it,
-    /// which only a new attempt needs.
+    /// which only a new attempt needs, `of` where the log of the task is that this one undoes.
     ///
     /// # Errors
     /// By rule; [`Rule::LogFork`] if the place is taken; [`Rule::Evidence`] if the bucket fails: the same segment may
@@ -176,9 +263,10 @@ impl Witness {
         principal: &Principal,
         request: &AppendRequest,
         digest: Result<&str, Refused>,
+        of: Option<&Place>,
     ) -> Result<(AppendReply, Usage), Refused> {
         let started = Instant::now();
-        let appended = self.try_append(place, principal, request, digest).await;
+        let appended = self.try_append(place, principal, request, digest, of).await;
         self.metrics.append_seconds.observe(started.elapsed().as_secs_f64());
         let result = match &appended {
             Ok((_, _, false)) => "written",
@@ -196,6 +284,7 @@ impl Witness {
         principal: &Principal,
         request: &AppendRequest,
         digest: Result<&str, Refused>,
+        of: Option<&Place>,
     ) -> Result<(AppendReply, Usage, bool), Refused> {
         own_attempt(principal, request.attempt)?;
         let mut segment = Segment::parse(request.segment.as_bytes())
@@ -215,6 +304,16 @@ impl Witness {
             return Ok((reply(size, checkpoint), history.usage(), true));
         }
         let next = history.extended(&segment, &origin)?;
+        if let Some((of, undoing)) = of.zip(next.undoing()).filter(|_| history.undoing().is_none()) {
+            let plan = self.plan(of).await?;
+            if undoing.plan != plan {
+                let reason = format!(
+                    "expected the plan that the log at {} makes, found another: open the log again",
+                    of.location
+                );
+                return Err(Refused::denied(Rule::ToolRollback, reason));
+            }
+        }
         segment.note.cosign(&self.signer, unix_time());
         let (size, checkpoint) = (next.tree().size(), segment.note.to_string());
         match self.put(place, &segment).await {
@@ -255,7 +354,12 @@ impl Witness {
                     Err(PutError::Store(error)) => return Err(self.failed(&error)),
                 }
             };
+            let mut planner = Planner::default();
+            if sealed.undoable() && sealed.undoing().is_none() {
+                self.read(place, |record| planner.take(record)).await?;
+            }
             return Ok(SealReply {
+                undoable: planner.undoable(),
                 origin: note::origin(&place.task_uid),
                 location: place.location.to_string(),
                 endpoint: self.buckets.endpoint(),
@@ -449,6 +553,11 @@ impl Witness {
 
     /// The log from its first segment on.
     async fn rebuilt(&self, place: &Place) -> Result<History, Refused> {
+        self.read(place, |_| ()).await
+    }
+
+    /// The log from its first segment on, record by record.
+    async fn read(&self, place: &Place, mut each: impl FnMut(&Record) + Send) -> Result<History, Refused> {
         let store = self.store(place).await?;
         let folder = format!("{}{}", place.location.prefix, segment::FOLDER);
         let keys = store.list(&folder).await.map_err(|e| self.failed(&e))?;
@@ -457,17 +566,14 @@ impl Witness {
             .filter_map(|key| key.strip_prefix(&place.location.prefix))
             .filter_map(Segment::first_of)
             .collect();
-        let history = futures::stream::iter(firsts)
-            .map(|first| self.stored(place, first))
-            .buffered(PARALLEL)
-            .try_fold(History::default(), |history, stored| async move {
-                match stored {
-                    // Listed but hidden by now: what follows will not fit, and says so.
-                    None => Ok(history),
-                    Some(stored) => self.stored_after(&history, &stored.segment, place),
-                }
-            })
-            .await?;
+        let mut segments = futures::stream::iter(firsts).map(|first| self.stored(place, first)).buffered(PARALLEL);
+        let mut history = History::default();
+        // One that is listed but hidden by now is passed over: what follows will not fit, and says so.
+        while let Some(stored) = segments.next().await {
+            let Some(Stored { segment, .. }) = stored? else { continue };
+            history = self.stored_after(&history, &segment, place)?;
+            segment.decode().map_err(|e| broken(&place.key(segment.first), e))?.iter().for_each(&mut each);
+        }
         Ok(history)
     }
 

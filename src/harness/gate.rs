@@ -7,7 +7,10 @@ use tokio::sync::Notify;
 
 use super::{approvals::Approvals, clock::Clock, journal::Journal, link::Link, once::Once};
 use crate::{
-    evidence::record::{Channel, Containment, Denied, Effect, Event, Intent, Outcome, Resolved},
+    evidence::{
+        record::{Channel, Containment, Denied, Effect, Event, Intent, Outcome, Resolved},
+        rollback::{self, Leaving, Undoing},
+    },
     policy::{
         access::{Asked, Assessment, Guard, Passed},
         budget::{Budget, Spent},
@@ -40,6 +43,8 @@ pub struct Call {
     pub approvals: Vec<String>,
     /// The pack's reasons for which people have approved it.
     pub because: Vec<String>,
+    /// In a rollback: the call that it undoes.
+    pub undoes: Option<String>,
     /// The arguments of a tool's call, for its pack to judge.
     pub arguments: Option<Value>,
     /// The rules that were asked and allowed it; the budgets are added.
@@ -79,6 +84,8 @@ pub struct Settlement {
     pub upstream: Option<String>,
     /// How sensitive the result is that the agent gets.
     pub sensitivity: Sensitivity,
+    /// The digest of the arguments that undo it, once they are kept.
+    pub undone_by: Option<String>,
 }
 
 impl Settlement {
@@ -93,6 +100,7 @@ impl Settlement {
             spent: None,
             upstream: None,
             sensitivity: Sensitivity::default(),
+            undone_by: None,
         }
     }
 
@@ -120,14 +128,17 @@ pub struct Kept {
     pub once: Once,
     /// The most sensitive data that the task has handled.
     pub seen: Sensitivity,
+    /// What a rollback undoes, and how far that has come.
+    pub undoing: Option<Undoing>,
 }
 
 /// Decides over calls and keeps their records.
 pub struct Gate {
     policy: Compiled,
-    /// These two are changed only while the journal puts a record in order, as budgets are.
+    /// These three are changed only while the journal puts a record in order, as budgets are.
     quotas: Mutex<Quotas>,
     seen: Mutex<Sensitivity>,
+    undoing: Mutex<Option<Undoing>>,
     once: Once,
     journal: Arc<Journal>,
     link: Arc<Link>,
@@ -153,6 +164,7 @@ impl Gate {
             policy,
             quotas: Mutex::new(kept.quotas),
             seen: Mutex::new(kept.seen),
+            undoing: Mutex::new(kept.undoing),
             once: kept.once,
             journal,
             link,
@@ -191,6 +203,11 @@ impl Gate {
 
     fn seen(&self) -> MutexGuard<'_, Sensitivity> {
         self.seen.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What a rollback undoes, and how far that has come.
+    pub fn undoing(&self) -> MutexGuard<'_, Option<Undoing>> {
+        self.undoing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The log.
@@ -280,6 +297,15 @@ impl Gate {
             rules.push(Rule::WallTime);
             rules.extend(limits.denials.map(|_| Rule::Denials));
             let mut assessment = None;
+            let leaving = Leaving {
+                channel: call.channel,
+                effect: call.effect,
+                undoes: call.undoes.as_deref(),
+                contract: self.policy.contracts.policy().tool(&call.target).map_or("", |tool| &tool.contract),
+                digest: call.request_digest.as_deref().unwrap_or_default(),
+            };
+            rollback::lets(self.undoing().as_ref(), leaving, jiff::Timestamp::now())
+                .map_err(|reason| Denial { rule: Rule::ToolRollback, reason })?;
             match call.channel {
                 Channel::Tool => {
                     assessment = self.reserve_tool_call(&call, seq, budget)?;
@@ -303,6 +329,7 @@ impl Gate {
                 request_bytes: call.request_bytes,
                 key: call.key.clone(),
                 approvals: call.approvals,
+                undoes: call.undoes,
                 assessment,
                 rules,
                 model: call.model.as_deref().map(shorten),
@@ -365,6 +392,9 @@ impl Gate {
             let time = format!("{:.3}", jiff::Timestamp::now());
             ledger.intend(key, &call_id(seq), digest.unwrap_or_default(), &time);
         }
+        if let Some((undoing, undoes)) = self.undoing().as_mut().zip(call.undoes.as_ref()) {
+            undoing.intend(undoes, &call_id(seq));
+        }
         *seen = passed.assessment.as_ref().map_or(*seen, |found| seen.max(found.arguments));
         Ok(passed.assessment)
     }
@@ -378,6 +408,9 @@ impl Gate {
         let record = self.journal.record(|_, _| {
             if let Some(key) = key {
                 self.once.ledger().settle(key, &resolved.call, effect.fate());
+            }
+            if let Some(undoing) = self.undoing().as_mut() {
+                undoing.settle(&resolved.call, effect);
             }
             Ok(Event::Resolved(resolved))
         });
@@ -438,6 +471,9 @@ impl Permit {
             if let Some(key) = &self.key {
                 self.gate.once.ledger().settle(key, &call_id(self.intent), settlement.effect.fate());
             }
+            if let Some(undoing) = self.gate.undoing().as_mut() {
+                undoing.settle(&call_id(self.intent), settlement.effect);
+            }
             let mut seen = self.gate.seen();
             *seen = seen.max(settlement.sensitivity);
             Ok(Event::Outcome(Outcome {
@@ -451,6 +487,7 @@ impl Permit {
                 cost_micros: spent.cost_micros,
                 upstream: settlement.upstream,
                 sensitivity: settlement.sensitivity,
+                undone_by: settlement.undone_by,
             }))
         });
         if let Err(denial) = result {

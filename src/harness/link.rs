@@ -31,7 +31,7 @@ use tokio_rustls::{TlsConnector, client::TlsStream};
 use crate::{
     evidence::{merkle::Hash, record::Channel},
     policy::{config::Wiring, decide::Denial, rule::Rule},
-    wire::{self, AppendReply, AppendRequest, ApprovalAsk, ApprovalReply, OpenReply, OpenRequest, Refusal},
+    wire::{self, AppendReply, AppendRequest, ApprovalAsk, ApprovalReply, Keep, Kept, OpenReply, OpenRequest, Refusal},
 };
 
 /// How long a connection to the gateway may take: it is in the same cluster.
@@ -139,6 +139,22 @@ impl Link {
     /// If the gateway refuses or cannot be reached.
     pub async fn approval(&self, ask: &ApprovalAsk) -> Result<ApprovalReply, CallError> {
         self.post(wire::APPROVAL, ask).await
+    }
+
+    /// Keeps the arguments of a call that undoes another, by their digest.
+    ///
+    /// # Errors
+    /// If the gateway refuses or cannot be reached.
+    pub async fn keep(&self, keep: &Keep) -> Result<(), CallError> {
+        self.post::<_, Kept>(wire::STATE_KEEP, keep).await.map(drop)
+    }
+
+    /// The arguments that were kept under a digest.
+    ///
+    /// # Errors
+    /// If the gateway refuses or cannot be reached.
+    pub async fn kept(&self, digest: &str) -> Result<Keep, CallError> {
+        self.post(wire::STATE_GET, &Kept { digest: digest.to_owned() }).await
     }
 
     async fn post<Q: serde::Serialize, R: serde::de::DeserializeOwned>(

@@ -29,12 +29,16 @@ use super::{
     approvals::{Answered, Question},
     bounds::Bounds,
     gate::{Call, Gate, Permit, Settlement, call_id},
+    link::CallError,
     once::Turn,
     rest,
 };
 use crate::{
     canonical,
-    evidence::record::{Channel, Effect},
+    evidence::{
+        record::{Channel, Effect},
+        rollback::{Standing, Undo},
+    },
     policy::{
         budget::Spent,
         config::{AskedBy, McpUpstream, Sensitivity, SideEffect, Tool, ToolUsage, Upstream, VerifyRead},
@@ -43,6 +47,7 @@ use crate::{
         rule::Rule,
         template::Request,
     },
+    wire::Keep,
 };
 
 /// Sessions with upstreams.
@@ -52,6 +57,13 @@ use upstream::{Ready, Upstreams};
 
 /// How long what an upstream listed is gone by.
 pub const LISTING_AGE: Duration = Duration::from_secs(60);
+
+/// Longest arguments that are kept to undo a call, in bytes of JSON.
+const LONGEST_UNDO: usize = 1 << 20;
+/// How long it is tried to keep them.
+const KEEP_PATIENCE: Duration = Duration::from_secs(30);
+/// Between two questions whether people have decided on a call that undoes another.
+const ASK_AGAIN: Duration = Duration::from_secs(1);
 
 /// The MCP server that the agent sees.
 #[derive(Clone)]
@@ -88,12 +100,14 @@ struct Came {
     result: CallToolResult,
     /// Its intent, if it was made.
     intent: Option<u64>,
+    /// Whether people have still to decide on it.
+    pending: bool,
 }
 
 impl Came {
     /// An answer to a call that was not made now.
     fn unmade(result: CallToolResult) -> Self {
-        Self { result, intent: None }
+        Self { result, intent: None, pending: false }
     }
 }
 
@@ -124,7 +138,30 @@ impl Tools {
         &self.gate
     }
 
-    async fn call(&self, name: &str, args: Map<String, Value>) -> Result<Came, Denial> {
+    /// Undoes a call of another task by a call of this contract with these arguments, as planned.
+    ///
+    /// # Errors
+    /// Why it is not undone, or not for certain.
+    pub async fn undo(&self, undoes: &str, undo: &Undo, args: Map<String, Value>) -> Result<(), String> {
+        let tool = self.gate.contracts().tools().find(|tool| tool.contract == undo.contract);
+        let tool = tool.ok_or_else(|| format!("the rollback does not have the contract {}", undo.contract))?;
+        let came = loop {
+            let came = self.call(&tool.name, args.clone(), Some(undoes)).await;
+            let came = came.map_err(|denial| format!("{}: {}", denial.rule, denial.reason))?;
+            if !came.pending {
+                break came;
+            }
+            tokio::time::sleep(ASK_AGAIN).await;
+        };
+        let standing = self.gate.undoing().as_ref().map(|undoing| undoing.standing(undoes));
+        match (came.result.is_error, standing) {
+            (Some(true), _) => Err(format!("{} answered with an error", tool.name)),
+            (_, Some(Standing::Undone)) => Ok(()),
+            _ => Err(format!("{} was called with the same arguments before, and was not called again", tool.name)),
+        }
+    }
+
+    async fn call(&self, name: &str, args: Map<String, Value>, undoes: Option<&str>) -> Result<Came, Denial> {
         let Decision { verdict, arguments, digest, bytes, needs_approval } =
             self.gate.decide(name, Arguments::Parsed(Value::Object(args)));
         // What was decided on is what is sent.
@@ -145,7 +182,8 @@ impl Tools {
             Err(denial) => return Err(self.gate.deny(Channel::Tool, name, Some(digest), denial).await),
         };
         let key = turn.as_ref().map(|turn| turn.key.clone());
-        let allowed = self.allow(&tool, &args, (&digest, bytes), key.clone(), needs_approval).await;
+        let undoes = undoes.map(str::to_owned);
+        let allowed = self.allow(&tool, &args, (&digest, bytes), (key.clone(), undoes), needs_approval).await;
         let (route, permit) = match allowed {
             Ok(allowed) => allowed,
             // No refusal: nothing is counted. No error either, at which some agents give up; but where the tool promises a structure,
@@ -154,12 +192,13 @@ impl Tools {
                 let told = vec![ContentBlock::text(told)];
                 let error = tool.output.is_some();
                 let told = if error { CallToolResult::error(told) } else { CallToolResult::success(told) };
-                return Ok(Came::unmade(told));
+                return Ok(Came { pending: true, ..Came::unmade(told) });
             }
             Err(Halt::Denied(denial)) => return Err(self.gate.deny(Channel::Tool, name, Some(digest), denial).await),
         };
         let (bounds, intent) = (Bounds::of(&tool), permit.intent);
-        let arguments = tool.verify.as_ref().map(|_| Value::Object(args.clone()));
+        let undone = self.gate.undoing().is_none() && tool.compensation().is_some();
+        let arguments = (tool.verify.is_some() || undone).then(|| Value::Object(args.clone()));
         let (result, settlement) = match route {
             Route::Mcp(mcp, ready) => self.upstreams.call(&tool, &mcp, ready, args, permit.intent, bounds).await,
             Route::Http(arguments) => rest::call(self.gate.link(), &tool, arguments, permit.intent, bounds).await,
@@ -171,8 +210,12 @@ impl Tools {
             Err(denial) if settlement.effect != Effect::NotApplied => self.gate.guard().result(&tool, &denial.reason),
             Err(_) => Sensitivity::default(),
         };
-        if let Some(said) = result.as_ref().ok().and_then(said) {
-            self.gate.keep(&tool.name, &said);
+        let answered = result.as_ref().ok().and_then(said);
+        if let Some(said) = &answered {
+            self.gate.keep(&tool.name, said);
+        }
+        if let Some(arguments) = arguments.as_ref().filter(|_| undone && settlement.effect == Effect::Applied) {
+            settlement.undone_by = self.keep_undo(&tool, arguments, &answered.unwrap_or_default()).await;
         }
         if let (Some(_), Ok(result)) = (&key, &result) {
             self.gate.once().keep(call_id(permit.intent), result, settlement.response_digest.as_ref());
@@ -183,8 +226,41 @@ impl Tools {
             (Err(denial), Some((read, arguments))) if unknown => {
                 Err(self.resolve(&tool, read, &arguments, (intent, key.as_deref()), denial).await)
             }
-            (result, _) => result.map(|result| Came { result, intent: Some(intent) }),
+            (result, _) => result.map(|result| Came { result, intent: Some(intent), pending: false }),
         }
+    }
+
+    /// Keeps the arguments of the call that undoes this one, outside the pod, before anybody learns that it was made; gives their digest. What
+    /// cannot be made or kept is left to people: the call has taken effect, and nothing would come of stopping here.
+    async fn keep_undo(&self, tool: &Tool, arguments: &Value, result: &Value) -> Option<String> {
+        let keep = async {
+            let undo = self.gate.contracts().undo(&tool.name, arguments, result)?;
+            let arguments = text(&undo).map_err(|denial| denial.reason)?;
+            if arguments.len() > LONGEST_UNDO {
+                return Err(format!("they are {} bytes long, more than {LONGEST_UNDO}", arguments.len()));
+            }
+            let digest = hex::encode(canonical::sha256(arguments.as_bytes()));
+            let keep = Keep { digest: digest.clone(), arguments };
+            let began = Instant::now();
+            loop {
+                match self.gate.link().keep(&keep).await {
+                    Ok(()) => return Ok(digest),
+                    Err(CallError::Unreachable(_)) if began.elapsed() < KEEP_PATIENCE => {
+                        tokio::time::sleep(Duration::from_millis(200)).await;
+                    }
+                    Err(error) => return Err(error.to_string()),
+                }
+            }
+        };
+        keep.await
+            .inspect_err(|reason: &String| {
+                tracing::error!(
+                    tool = tool.name,
+                    reason,
+                    "the arguments that undo a call are not kept: it is left to people"
+                );
+            })
+            .ok()
     }
 
     /// What the agent is told of a call whose reply never came, once the read that its contract names has told what became of it.
@@ -201,7 +277,7 @@ impl Tools {
         let told = |words: String| Denial { rule: lost.rule, reason: format!("{}. {words}", lost.reason) };
         loop {
             let last = Instant::now() >= settled;
-            let came = Box::pin(self.call(&read.tool, read.arguments(arguments))).await;
+            let came = Box::pin(self.call(&read.tool, read.arguments(arguments), None)).await;
             let (found, by) = match came.map(|came| (said(&came.result), came.intent)) {
                 Ok((Some(found), Some(by))) => (found, by),
                 Ok(_) => return told(format!("{} did not tell what became of it", read.tool)),
@@ -250,7 +326,7 @@ impl Tools {
         tool: &Tool,
         args: &Map<String, Value>,
         (digest, bytes): (&str, u64),
-        key: Option<String>,
+        (key, undoes): (Option<String>, Option<String>),
         needs_approval: bool,
     ) -> Result<(Route, Permit), Halt> {
         let name = tool.name.as_str();
@@ -306,6 +382,7 @@ impl Tools {
             key,
             approvals,
             because,
+            undoes,
             arguments: Some(arguments),
             rules,
             model: None,
@@ -441,7 +518,7 @@ impl ServerHandler for Tools {
     ) -> Result<CallToolResponse, McpError> {
         let args = request.arguments.unwrap_or_default();
         // A refusal is a result and not a protocol error: the model has to see it, not the client library.
-        let came = self.call(&request.name, args).await.map(|came| came.result);
+        let came = self.call(&request.name, args, None).await.map(|came| came.result);
         let result = came.unwrap_or_else(|denial| {
             CallToolResult::error(vec![ContentBlock::text(format!(
                 "Belay refused this call. rule: {}. {}",

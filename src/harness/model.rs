@@ -125,6 +125,7 @@ async fn call(
             key: None,
             approvals: vec![],
             because: vec![],
+            undoes: None,
             arguments: None,
             rules,
             model,
@@ -285,6 +286,7 @@ impl Drop for Meter {
             spent,
             upstream: self.upstream.take(),
             sensitivity: Sensitivity::default(),
+            undone_by: None,
         });
     }
 }

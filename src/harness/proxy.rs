@@ -72,6 +72,7 @@ pub async fn connect(gate: Arc<Gate>, request: Request<Incoming>) -> Response<Bo
             spent: None,
             upstream: address,
             sensitivity: Sensitivity::default(),
+            undone_by: None,
         });
     });
     Response::new(boxed(Empty::new().map_err(|error: Infallible| match error {})))
@@ -141,6 +142,7 @@ pub async fn forward(gate: Arc<Gate>, request: Request<Incoming>) -> Response<Bo
                 spent: None,
                 upstream,
                 sensitivity: Sensitivity::default(),
+                undone_by: None,
             });
             Response::from_parts(parts, boxed(body.map_err(Into::into)))
         }
@@ -182,6 +184,7 @@ async fn permit(
             key: None,
             approvals: vec![],
             because: vec![],
+            undoes: None,
             arguments: None,
             rules: vec![Rule::EgressHost, Rule::EgressPort, Rule::EgressDirect],
             model: None,

@@ -186,6 +186,7 @@ mod tests {
             preconditions: vec![],
             idempotency: None,
             verify: None,
+            rollback: None,
             approval: None,
             side_effect: SideEffect::Read,
             data: DataClass::default(),

@@ -18,7 +18,7 @@ use super::{
     body::{Body, boxed},
     gate::Gate,
     mcp::Tools,
-    model, proxy,
+    model, proxy, undo,
 };
 use crate::{
     canonical::sha256,
@@ -73,12 +73,12 @@ pub async fn listen(tools: Tools, agent: SocketAddr, health: SocketAddr) -> std:
     config.legacy_session_mode = false;
     config.json_response = true;
     config.cancellation_token = stop.child_token();
-    let gate = tools.gate().clone();
-    let mcp = StreamableHttpService::new(move || Ok(tools.clone()), Arc::new(LocalSessionManager::default()), config);
+    let (agents, undoing) = (tools.clone(), tools);
+    let mcp = StreamableHttpService::new(move || Ok(agents.clone()), Arc::new(LocalSessionManager::default()), config);
 
     let slots = Arc::new(Semaphore::new(CONNECTIONS));
     tokio::spawn(accept(agent, stop.clone(), connections.clone(), slots.clone(), move |request| {
-        route(gate.clone(), mcp.clone(), request)
+        route(undoing.clone(), mcp.clone(), request)
     }));
     tokio::spawn(accept(
         health,
@@ -147,10 +147,11 @@ async fn accept<F, R>(
 }
 
 async fn route(
-    gate: Arc<Gate>,
+    tools: Tools,
     mcp: StreamableHttpService<Tools, LocalSessionManager>,
     request: Request<Incoming>,
 ) -> Response<Body> {
+    let gate = tools.gate().clone();
     if request.method() == Method::CONNECT {
         return proxy::connect(gate, request).await;
     }
@@ -167,6 +168,9 @@ async fn route(
             Err(refusal) => return refusal,
         };
         return mcp.handle(request).await.map(|body| boxed(body.map_err(|error: Infallible| match error {})));
+    }
+    if path == undo::PATH && request.method() == Method::POST {
+        return undo::handle(&tools).await;
     }
     let text = "Belay serves /mcp, /v1/chat/completions, /v1/responses, /v1/messages, and an HTTP proxy.\n";
     let mut reply = Response::new(boxed(Full::from(text).map_err(|error: Infallible| match error {})));

@@ -164,6 +164,21 @@ impl Writer {
         self.write::<Pod, _>("create", &name, self.api::<Pod>(namespace).create(&created_by_us(), pod)).await
     }
 
+    /// Creates a task. One that is there already, for the same, is as good.
+    ///
+    /// # Errors
+    /// If another has its name; if the API server refuses it or does not answer.
+    pub async fn create_task(&self, task: &AgentTask) -> Result<(), ApiError> {
+        let (name, api) = (task.name_any(), self.api::<AgentTask>(&task.namespace().unwrap_or_default()));
+        match self.write::<AgentTask, _>("create", &name, api.create(&created_by_us(), task)).await {
+            Err(error) if error.code() == Some(409) => {
+                let live = bounded::<AgentTask, _>("get", &name, api.get(&name)).await?;
+                if live.spec.rollback_of == task.spec.rollback_of { Ok(()) } else { Err(error) }
+            }
+            created => created.map(drop),
+        }
+    }
+
     /// The pod as the API server has it.
     ///
     /// # Errors

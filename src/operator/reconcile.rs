@@ -10,7 +10,11 @@ use std::{
 
 use jiff::Timestamp;
 use k8s_openapi::api::networking::v1::NetworkPolicy;
-use kube::{ResourceExt, core::error_boundary::InvalidObject, runtime::controller::Action};
+use kube::{
+    ResourceExt,
+    core::error_boundary::InvalidObject,
+    runtime::{controller::Action, reflector::ObjectRef},
+};
 use tokio::sync::watch;
 use tracing::Span;
 
@@ -29,8 +33,8 @@ use super::{
 };
 use crate::{
     api::{
-        AgentTask, AgentTaskStatus,
-        agent_task::{Attempt, EvidenceStatus},
+        AgentTask, AgentTaskStatus, ToolContract,
+        agent_task::{Attempt, EvidenceStatus, Phase, RollbackWhen},
     },
     evidence::{note, record::TaskClosed},
     plan::{
@@ -39,6 +43,7 @@ use crate::{
         names,
         network_policy::{self, Altered},
         owner::Owner,
+        rollback,
         validated::{Surroundings, Validated, validate},
     },
     wire::SealRequest,
@@ -417,7 +422,44 @@ impl Pass<'_> {
             return Err(unreadable);
         }
         let pack = resolved.pack().map_err(|finding| vec![finding])?;
+        self.undone().map_err(|finding| vec![finding])?;
         validate(&self.task, &resolved.contracts(), pack, &self.context.system_namespace)
+    }
+
+    /// Whether the task that this one undoes has ended. One that is gone has; its log tells.
+    fn undone(&self) -> Result<(), Finding> {
+        let Some(of) = &self.task.spec.rollback_of else { return Ok(()) };
+        let live = self.context.stores.tasks.get(&ObjectRef::new(&of.name).within(&self.owner.namespace));
+        let live = live.as_ref().and_then(|live| live.0.as_ref().ok());
+        let phase = live.filter(|live| live.uid().as_ref() == Some(&of.uid)).map(|live| live.status.as_ref()?.phase);
+        match phase {
+            None | Some(Some(Phase::Succeeded | Phase::Failed)) => Ok(()),
+            Some(phase) => Err(Finding::new(
+                "spec.rollbackOf",
+                "a task that has ended",
+                format!("`{}`, which is {}", of.name, phase.map_or("new".to_owned(), |phase| format!("{phase:?}"))),
+                "wait for its end, then apply this task again",
+            )),
+        }
+    }
+
+    /// Makes the task that undoes this one, if it has failed and there is something to undo.
+    async fn roll_back(&self, closed: &TaskClosed, undoable: bool) -> Result<(), ReconcileError> {
+        if !undoable || closed.phase != "Failed" || self.task.spec.rollback != RollbackWhen::OnFailure {
+            return Ok(());
+        }
+        let contracts = self.context.stores.contracts.state();
+        let contracts: Vec<&ToolContract> = contracts.iter().filter_map(|one| one.0.as_ref().ok()).collect();
+        if let Some(task) = rollback::task(&self.task, &contracts, &self.task.spec.principal) {
+            self.context.writer.create_task(&task).await?;
+            tracing::info!(
+                namespace = self.owner.namespace,
+                task = self.owner.name,
+                by = task.name_any(),
+                "rolled back"
+            );
+        }
+        Ok(())
     }
 
     async fn seal(
@@ -446,6 +488,7 @@ impl Pass<'_> {
         if self.task.metadata.deletion_timestamp.is_some() {
             return self.release().await;
         }
+        self.roll_back(&closed, reply.undoable).await?;
         let evidence = EvidenceStatus {
             origin: reply.origin,
             location: reply.location,

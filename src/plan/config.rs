@@ -18,9 +18,9 @@ use crate::{
     policy::{
         self,
         config::{
-            Approval, EgressHost, EgressUse, HttpUpstream, Idempotency, Limits, McpUpstream, ModelEndpoints,
-            ModelPrice, PackIdentity, PolicyConfig, Precondition, SideEffect, TaskIdentity, Tool, ToolLimits, Upstream,
-            VerifyRead,
+            Approval, Compensation, EgressHost, EgressUse, HttpUpstream, Idempotency, Limits, McpUpstream,
+            ModelEndpoints, ModelPrice, PackIdentity, PolicyConfig, Precondition, Rollback, SideEffect, TaskIdentity,
+            Tool, ToolLimits, Upstream, VerifyRead,
         },
         egress::{self, HostPattern},
         hostname::Authority,
@@ -48,6 +48,7 @@ pub fn render_policy<C: Borrow<ToolContract>>(
     let models = models(pack, class, &egress, &mut findings);
     let access = access::render(pack, &mut findings);
     verifiable(&tools, &mut findings);
+    undoable(&tools, pack, &mut findings);
     if access.approval.is_some() || tools.iter().any(|tool| tool.approval.is_some()) {
         limits.approval_wait_seconds = approval_wait(task, class, &mut findings);
         if requester(task).is_none() {
@@ -104,7 +105,8 @@ fn task_identity(task: &AgentTask) -> TaskIdentity {
         workflow_class: task.spec.workflow_class.clone(),
         principal: task.spec.principal.clone(),
         requester: requester(task).cloned(),
-        image: task.spec.agent.image.clone(),
+        image: task.spec.agent.as_ref().map(|agent| agent.image.clone()).unwrap_or_default(),
+        rollback_of: task.spec.rollback_of.clone(),
     }
 }
 
@@ -320,6 +322,7 @@ pub fn check_contract(contract: &ToolContract) -> Result<Tool, Vec<Finding>> {
     let limits = tool_limits(spec, &at, &mut findings);
     let idempotency = spec.idempotency.as_ref().map(|of| idempotency(of, spec, &at, &mut findings));
     let verify = spec.verify.as_ref().map(|read| verify_read(read, spec, &at, &mut findings));
+    let rollback = spec.rollback.as_ref().and_then(|rollback| self::rollback(rollback, spec, &at, &mut findings));
     let approval = spec.approval.as_ref().map(|approval| self::approval(approval, &at, &mut findings));
     let (Some(upstream), Some(input), true) = (upstream, input, findings.is_empty()) else { return Err(findings) };
     Ok(Tool {
@@ -341,6 +344,7 @@ pub fn check_contract(contract: &ToolContract) -> Result<Tool, Vec<Finding>> {
             .collect(),
         idempotency,
         verify,
+        rollback,
         approval,
         side_effect: spec.side_effect,
         data: spec.data,
@@ -455,6 +459,63 @@ fn verifiable(tools: &[Tool], findings: &mut Vec<Finding>) {
                 "add such a tool to the task, or drop verify",
             ));
         }
+    }
+}
+
+/// How a call is undone.
+fn rollback(
+    rollback: &tool_contract::Rollback,
+    spec: &ToolContractSpec,
+    at: &impl Fn(&str) -> String,
+    findings: &mut Vec<Finding>,
+) -> Option<Rollback> {
+    let mut wrong = |field: String, expected: &str, found: String, fix: &str| {
+        findings.push(Finding::new(at(&field), expected, found, fix));
+    };
+    if spec.side_effect == SideEffect::Read {
+        let expected = "the rollback of a tool that changes something";
+        wrong("rollback".into(), expected, format!("one of `{}`, which reads", spec.tool), "drop rollback");
+    }
+    let call = match (&rollback.call, &rollback.by_hand) {
+        (Some(call), None) => call,
+        (None, Some(how)) => return Some(Rollback::ByHand(how.clone())),
+        (call, _) => {
+            let found = if call.is_some() { "both" } else { "neither" };
+            wrong("rollback".into(), "exactly one of call and byHand", found.into(), "set one of them");
+            return None;
+        }
+    };
+    for (name, cel) in &call.arguments {
+        if let Err(error) = condition::check_among(cel, &["args", "result"]) {
+            let field = format!("rollback.call.arguments.{name}");
+            wrong(field, "a CEL expression over args, result", error.to_string(), "correct the expression");
+        }
+    }
+    if let Some(seconds) = call.within_seconds.filter(|seconds| !(1..=31_536_000).contains(seconds)) {
+        wrong("rollback.call.withinSeconds".into(), "1 to 31536000", seconds.to_string(), "correct it");
+    }
+    Some(Rollback::Call(Compensation {
+        contract: call.contract.clone(),
+        arguments: call.arguments.clone(),
+        within_seconds: call.within_seconds,
+    }))
+}
+
+/// Tools that are undone by calls, where there is no place to keep the arguments of these.
+fn undoable(tools: &[Tool], pack: &PolicyPack, findings: &mut Vec<Finding>) {
+    if pack.spec.state.is_some() {
+        return;
+    }
+    for tool in tools.iter().filter(|tool| tool.compensation().is_some()) {
+        findings.push(Finding::new(
+            format!("ToolContract/{} spec.rollback.call", tool.contract),
+            format!(
+                "a `state` bucket in PolicyPack `{}`, in which the arguments of such calls are kept",
+                pack.name_any()
+            ),
+            "none",
+            "have spec.state added to the pack, or say byHand how the call is undone",
+        ));
     }
 }
 

@@ -23,7 +23,7 @@ use k8s_openapi::{
 use super::{
     config_map, names,
     network_policy::Proof,
-    validated::{Attempt, OPEN_PATHS, Source},
+    validated::{Attempt, OPEN_PATHS, Source, Workload},
 };
 use crate::wire;
 
@@ -168,11 +168,15 @@ fn agent(attempt: &Attempt<'_>) -> Container {
     let mounts = task.mounts.iter().enumerate().map(|(index, one)| mount(&format!("mount-{index}"), &one.path.0, true));
     let scopes =
         task.write_scopes.iter().enumerate().map(|(index, one)| mount(&format!("scope-{index}"), &one.path.0, false));
+    let (image, command, args) = match &task.workload {
+        Workload::Agent { image, command, args } => (image, command.clone(), args.clone()),
+        Workload::Rollback => (&attempt.surroundings.image, strings(&["/belay-harness"]), strings(&["undo"])),
+    };
     Container {
         name: names::AGENT.to_owned(),
-        image: Some(task.image.clone()),
-        command: some(task.command.clone()),
-        args: some(task.args.clone()),
+        image: Some(image.clone()),
+        command: some(command),
+        args: some(args),
         env: Some(agent_env(attempt)),
         resources: Some(ResourceRequirements {
             requests: Some(resources.clone()),

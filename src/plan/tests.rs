@@ -12,6 +12,7 @@ use super::{
 use crate::{
     api::{
         AgentTask, PolicyPack, ToolContract,
+        agent_task::Agent,
         tool_contract::{HttpUpstream, Idempotency, Upstream},
     },
     policy::config::{EgressUse, HarnessConfig, SideEffect},
@@ -19,6 +20,10 @@ use crate::{
 
 fn labels(environment: &str) -> BTreeMap<String, String> {
     BTreeMap::from([("belay.dev/environment".to_owned(), environment.to_owned())])
+}
+
+fn agent(task: &mut AgentTask) -> &mut Agent {
+    task.spec.agent.as_mut().unwrap()
 }
 
 fn valid() -> Validated {
@@ -422,16 +427,16 @@ const BROKEN: &[(&str, &str, Break)] = &[
         t.metadata.namespace = Some("belay-system".into());
         c.iter_mut().for_each(|contract| contract.metadata.namespace = Some("belay-system".into()));
     }),
-    ("memory", "spec.agent.resources.memory", |t, _, _| t.spec.agent.resources.memory = Some("513Mi".into())),
-    ("cpu spelling", "spec.agent.resources.cpu", |t, _, _| t.spec.agent.resources.cpu = Some("0.5m".into())),
+    ("memory", "spec.agent.resources.memory", |t, _, _| agent(t).resources.memory = Some("513Mi".into())),
+    ("cpu spelling", "spec.agent.resources.cpu", |t, _, _| agent(t).resources.cpu = Some("0.5m".into())),
     ("class quantity", "PolicyPack spec.workflowClasses[incident].resources.cpu", |_, _, p| {
         p.spec.workflow_classes[0].resources.cpu = Some("0".into());
     }),
-    ("env openai", "spec.agent.env[0].name", |t, _, _| t.spec.agent.env[0].name = "OPENAI_BASE_URL".into()),
-    ("env proxy", "spec.agent.env[0].name", |t, _, _| t.spec.agent.env[0].name = "all_Proxy".into()),
+    ("env openai", "spec.agent.env[0].name", |t, _, _| agent(t).env[0].name = "OPENAI_BASE_URL".into()),
+    ("env proxy", "spec.agent.env[0].name", |t, _, _| agent(t).env[0].name = "all_Proxy".into()),
     ("env twice", "spec.agent.env[1].name", |t, _, _| {
-        let again = t.spec.agent.env[0].clone();
-        t.spec.agent.env.push(again);
+        let again = agent(t).env[0].clone();
+        agent(t).env.push(again);
     }),
     ("two sources", "spec.workspace.mounts[0]", |t, _, _| t.spec.workspace.mounts[0].secret = Some("x".into())),
     ("within /dev/shm", "spec.workspace.mounts[0].path", |t, _, _| {
@@ -480,7 +485,7 @@ fn every_wrong_field_is_named() {
 fn everything_wrong_is_found_at_once() {
     let (mut task, mut contracts, pack) = (task(), contracts(), pack());
     task.spec.limits.tokens = -1;
-    task.spec.agent.env[0].name = "BELAY_TASK".into();
+    agent(&mut task).env[0].name = "BELAY_TASK".into();
     contracts[0].spec.input = json!({});
     contracts[0].spec.side_effect = SideEffect::External;
     assert_eq!(validate(&task, &contracts, &pack, "belay-system").unwrap_err().len(), 4);

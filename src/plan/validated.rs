@@ -62,9 +62,7 @@ pub struct Validated {
     pub(super) objective: String,
     pub(super) runtime_class: Option<String>,
     pub(super) lifetime_seconds: i64,
-    pub(super) image: String,
-    pub(super) command: Vec<String>,
-    pub(super) args: Vec<String>,
+    pub(super) workload: Workload,
     pub(super) env: Vec<(EnvName, String)>,
     pub(super) resources: AgentResources,
     pub(super) mounts: Vec<ReadOnlyMount>,
@@ -72,6 +70,22 @@ pub struct Validated {
     pub(super) evidence: Location,
     policy: PolicyConfig,
     policy_digest: String,
+}
+
+/// What runs in the agent's place.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Workload {
+    /// An agent.
+    Agent {
+        /// Its image.
+        image: String,
+        /// Its entrypoint; the image's own when empty.
+        command: Vec<String>,
+        /// Its arguments.
+        args: Vec<String>,
+    },
+    /// Belay's own image, which has the harness undo another task and waits for that.
+    Rollback,
 }
 
 /// Name of an environment variable that Belay does not set itself.
@@ -211,6 +225,14 @@ pub fn validate<C: Borrow<ToolContract>>(
             "apply the task in another namespace",
         ));
     }
+    if task.spec.agent.is_some() == task.spec.rollback_of.is_some() {
+        findings.push(Finding::new(
+            "spec.agent",
+            "exactly one of agent and rollbackOf",
+            if task.spec.agent.is_some() { "both" } else { "neither" },
+            "set one of them",
+        ));
+    }
     let policy = config::render_policy(task, contracts, pack).map_err(|found| findings.extend(found)).ok();
     if let Some(policy) = &policy {
         access::unreachable(policy, &mut findings);
@@ -228,9 +250,11 @@ pub fn validate<C: Borrow<ToolContract>>(
             objective: task.spec.objective.clone(),
             runtime_class: class.runtime_class_name.clone(),
             lifetime_seconds: policy.limits.wall_time_seconds.saturating_add(policy.limits.approval_wait_seconds),
-            image: task.spec.agent.image.clone(),
-            command: task.spec.agent.command.clone(),
-            args: task.spec.agent.args.clone(),
+            workload: task.spec.agent.as_ref().map_or(Workload::Rollback, |agent| Workload::Agent {
+                image: agent.image.clone(),
+                command: agent.command.clone(),
+                args: agent.args.clone(),
+            }),
             env,
             resources,
             mounts,
@@ -266,8 +290,9 @@ fn digest(policy: &PolicyConfig, findings: &mut Vec<Finding>) -> Option<String> 
 }
 
 fn resources(task: &AgentTask, class: &WorkflowClass, findings: &mut Vec<Finding>) -> Option<AgentResources> {
-    let (asked, most) = (&task.spec.agent.resources, &class.resources);
-    let mut one = |field: &str, asked: &Option<String>, most: &Option<String>, default: &str| {
+    let agent = task.spec.agent.as_ref().map(|agent| agent.resources.clone());
+    let (asked, most) = (agent.unwrap_or_default(), &class.resources);
+    let mut one = |field: &str, asked: Option<String>, most: &Option<String>, default: &str| {
         let ceiling = ceiling(class, field, most, default, findings);
         let asked = asked.as_deref().map(Quantity::parse).transpose().map_err(|found| {
             findings.push(Finding::new(
@@ -286,11 +311,14 @@ fn resources(task: &AgentTask, class: &WorkflowClass, findings: &mut Vec<Finding
                 "ask for less, or have the class's ceiling raised in the pack",
             ));
         }
-        Some(asked.unwrap_or(ceiling))
+        // What waits for a rollback needs next to nothing, whatever the class gives.
+        let idle = if field == "cpu" { "50m" } else { "32Mi" };
+        let idle = Quantity::parse(idle).ok().filter(|idle| task.spec.agent.is_none() && *idle < ceiling);
+        Some(asked.or(idle).unwrap_or(ceiling))
     };
-    let cpu = one("cpu", &asked.cpu, &most.cpu, DEFAULT_CPU);
-    let memory = one("memory", &asked.memory, &most.memory, DEFAULT_MEMORY);
-    let storage = one("ephemeralStorage", &asked.ephemeral_storage, &most.ephemeral_storage, DEFAULT_EPHEMERAL_STORAGE);
+    let cpu = one("cpu", asked.cpu, &most.cpu, DEFAULT_CPU);
+    let memory = one("memory", asked.memory, &most.memory, DEFAULT_MEMORY);
+    let storage = one("ephemeralStorage", asked.ephemeral_storage, &most.ephemeral_storage, DEFAULT_EPHEMERAL_STORAGE);
     Some(AgentResources { cpu: cpu?, memory: memory?, ephemeral_storage: storage? })
 }
 
@@ -325,7 +353,7 @@ fn ceiling(
 
 fn env(task: &AgentTask, findings: &mut Vec<Finding>) -> Vec<(EnvName, String)> {
     let mut env: Vec<(EnvName, String)> = Vec::new();
-    for (index, variable) in task.spec.agent.env.iter().enumerate() {
+    for (index, variable) in task.spec.agent.iter().flat_map(|agent| &agent.env).enumerate() {
         let upper = variable.name.to_ascii_uppercase();
         let reserved = RESERVED_ENV_PREFIXES.iter().any(|prefix| upper.starts_with(prefix))
             || upper.ends_with(RESERVED_ENV_SUFFIX);

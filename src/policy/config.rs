@@ -210,8 +210,24 @@ pub struct TaskIdentity {
     /// Who asked for the task, where admission recorded it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub requester: Option<String>,
-    /// The agent's image as the task names it.
+    /// The agent's image as the task names it; empty for a rollback, which has no agent.
     pub image: String,
+    /// The task that this one undoes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rollback_of: Option<RollbackOf>,
+}
+
+/// Which task is undone.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "kube", derive(schemars::JsonSchema))]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct RollbackOf {
+    /// Its name, in the same namespace.
+    #[cfg_attr(feature = "kube", schemars(length(min = 1, max = 63)))]
+    pub name: String,
+    /// Its UID.
+    #[cfg_attr(feature = "kube", schemars(length(min = 1, max = 64), regex(pattern = r"^[A-Za-z0-9-]+$")))]
+    pub uid: String,
 }
 
 /// Which pack was compiled.
@@ -256,6 +272,9 @@ pub struct Tool {
     /// What tells whether a call took effect whose reply never came.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub verify: Option<VerifyRead>,
+    /// How a call is undone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rollback: Option<Rollback>,
     /// Who must say yes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub approval: Option<Approval>,
@@ -441,6 +460,39 @@ impl VerifyRead {
         let found =
             self.arguments.iter().filter_map(|(name, pointer)| Some((name.clone(), of.pointer(pointer)?.clone())));
         found.collect()
+    }
+}
+
+/// How a call is undone.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub enum Rollback {
+    /// By a call of another tool.
+    Call(Compensation),
+    /// By people, as this text tells them.
+    ByHand(String),
+}
+
+/// The call that undoes a call.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Compensation {
+    /// Name of its ToolContract, of the same namespace.
+    pub contract: String,
+    /// Its arguments, each a CEL expression over `args` and `result`.
+    pub arguments: BTreeMap<String, String>,
+    /// Seconds from the call's outcome in which it may be undone; for ever without.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub within_seconds: Option<i64>,
+}
+
+impl Tool {
+    /// The call that undoes a call of it, where its contract names one.
+    pub fn compensation(&self) -> Option<&Compensation> {
+        match &self.rollback {
+            Some(Rollback::Call(compensation)) => Some(compensation),
+            _ => None,
+        }
     }
 }
 

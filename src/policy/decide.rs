@@ -12,7 +12,7 @@
 use std::collections::BTreeMap;
 
 use cel::{Context, Value as CelValue};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::{
     budget::{Budget, Exhausted},
@@ -124,6 +124,8 @@ struct Compiled {
     approval_when: Option<Expression>,
     /// Whether what was read says that a call took effect.
     applied: Option<Expression>,
+    /// The arguments of the call that undoes one, by their names.
+    undo: Option<Vec<(String, Expression)>>,
     /// Whether any expression looks at the arguments, at the counters.
     uses_args: bool,
     uses_usage: bool,
@@ -158,6 +160,7 @@ impl Contracts {
                 preconditions: vec![],
                 approval_when: None,
                 applied: None,
+                undo: None,
                 uses_args: false,
                 uses_usage: false,
             };
@@ -181,6 +184,11 @@ impl Contracts {
             compiled.approval_when = when.map(|when| expression("approval.when", when)).transpose()?;
             let applied = tool.verify.as_ref().map(|read| expression("verify.applied", &read.applied));
             compiled.applied = applied.transpose()?;
+            let undo = tool.compensation().map(|undo| {
+                let arguments = undo.arguments.iter();
+                arguments.map(|(name, cel)| Ok((name.clone(), expression("rollback.call.arguments", cel)?))).collect()
+            });
+            compiled.undo = undo.transpose()?;
             if tools.insert(tool.name.clone(), compiled).is_some() {
                 return Err(CompileError::Duplicate(tool.name.clone()));
             }
@@ -236,6 +244,23 @@ impl Contracts {
         context.add_variable_from_value("args", json_value(arguments));
         context.add_variable_from_value("result", json_value(read));
         applied.holds(&context)
+    }
+
+    /// The arguments of the call that undoes a call of a tool.
+    ///
+    /// # Errors
+    /// Which of them cannot be made, and why.
+    pub fn undo(&self, tool: &str, arguments: &Value, result: &Value) -> Result<Map<String, Value>, String> {
+        let undo = self.tools.get(tool).and_then(|compiled| compiled.undo.as_ref());
+        let undo = undo.ok_or_else(|| format!("the contract of {} has no rollback by a call", shorten(tool)))?;
+        let mut context = self.nothing.context.new_inner_scope();
+        context.add_variable_from_value("args", json_value(arguments));
+        context.add_variable_from_value("result", json_value(result));
+        let argument = |(name, expression): &(String, Expression)| match expression.value(&context) {
+            Ok(value) => Ok((name.clone(), json::whole(value))),
+            Err(reason) => Err(format!("{name}: {reason}")),
+        };
+        undo.iter().map(argument).collect()
     }
 
     /// Whether a call may leave.
@@ -453,6 +478,7 @@ mod tests {
                 principal: "ana".into(),
                 requester: None,
                 image: "i".into(),
+                rollback_of: None,
             },
             pack: PackIdentity { name: "dev".into(), uid: "p".into(), generation: 1, environment: "dev".into() },
             limits: Limits {
@@ -495,6 +521,7 @@ mod tests {
                 ],
                 idempotency: None,
                 verify: None,
+                rollback: None,
                 approval: None,
                 side_effect: SideEffect::Write,
                 data: DataClass::default(),

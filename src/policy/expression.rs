@@ -44,12 +44,25 @@ impl Expression {
     /// # Errors
     /// Why it is neither, without any value of the call.
     pub fn holds(&self, context: &Context<'_>) -> Result<bool, String> {
-        match self.program.execute(context) {
-            Ok(CelValue::Bool(truth)) => Ok(truth),
-            Ok(_) => Err("it is not a yes or no".into()),
-            Err(ExecutionError::NoSuchKey(key)) => Err(format!("there is no {}", shorten(&key))),
-            Err(_) => Err("it cannot be evaluated over these values".into()),
+        match self.execute(context)? {
+            CelValue::Bool(truth) => Ok(truth),
+            _ => Err("it is not a yes or no".into()),
         }
+    }
+
+    /// What it comes to, as JSON.
+    ///
+    /// # Errors
+    /// Why it comes to nothing that JSON has, without any value of the call.
+    pub fn value(&self, context: &Context<'_>) -> Result<Value, String> {
+        self.execute(context)?.json().map_err(|_| "it does not come to JSON".to_owned())
+    }
+
+    fn execute(&self, context: &Context<'_>) -> Result<CelValue, String> {
+        self.program.execute(context).map_err(|error| match error {
+            ExecutionError::NoSuchKey(key) => format!("there is no {}", shorten(&key)),
+            _ => "it cannot be evaluated over these values".into(),
+        })
     }
 }
 

@@ -113,6 +113,7 @@ mod tests {
             preconditions: vec![],
             idempotency: None,
             verify: None,
+            rollback: None,
             approval: None,
             side_effect: SideEffect::Read,
             data: DataClass::default(),

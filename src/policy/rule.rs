@@ -51,6 +51,8 @@ rules! {
     ToolIdempotency = "tool.idempotency",
     /// People have approved this exact call.
     ToolApproval = "tool.approval",
+    /// The call is what undoes another by that one's contract, and nobody has made it before.
+    ToolRollback = "tool.rollback",
     /// A rule of the pack lets the principal make the call, and none forbids it.
     AccessRule = "access.rule",
     /// The call's risk is lower than the pack's limit.

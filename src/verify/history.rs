@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use jiff::Timestamp;
 
-use super::report::{AttemptSummary, Check, Report};
+use super::report::{AttemptSummary, Check, Report, RollbackSummary};
 use crate::{
     evidence::{
         note::{self, VerifierKey},
@@ -12,6 +12,7 @@ use crate::{
             Actor, Approval, AttemptOpened, Channel, Effect, Event, Intent, Outcome, Record, Replayed, Resolved,
             VERSION,
         },
+        rollback::{self, Leaving, Undoing},
     },
     policy::{
         access::{Asked, Guard},
@@ -48,6 +49,8 @@ pub(super) struct History {
     definitions: BTreeMap<String, String>,
     approvals: Approvals,
     ledger: Ledger,
+    /// What a rollback undoes, and how far that has come.
+    undoing: Option<Undoing>,
     calls: BTreeMap<String, Call>,
 }
 
@@ -110,6 +113,7 @@ impl History {
             Event::AttemptOpened(opened) => self.opened(record, opened, origin, &mut blame),
             Event::Intent(intent) => {
                 self.key_of(record, intent, &mut blame);
+                self.undoes(record, intent, &mut blame);
                 self.intent(intent, record.attempt, &mut usage, &mut blame);
             }
             Event::Replayed(replayed) => self.replayed(record, replayed, &mut blame),
@@ -161,6 +165,11 @@ impl History {
             report.add(Check::CallOpen, None, Some(call.seq), message);
         }
         report.summary.usage = self.usage;
+        report.summary.rollback = self.undoing.as_ref().map(|undoing| {
+            let (undone, left) = undoing.summary();
+            let left = left.into_iter().map(|(step, why)| format!("{} {}: {why}", step.call, step.tool)).collect();
+            RollbackSummary { of: undoing.plan.origin.clone(), undone, left }
+        });
         if whole && !self.ended && !report.summary.kinds.is_empty() {
             report.add(
                 Check::TaskClosed,
@@ -238,6 +247,7 @@ impl History {
                 None
             }
         };
+        self.plan(opened, blame);
         let task = &opened.policy.task;
         if note::origin(&task.uid) != origin {
             blame.add(
@@ -282,6 +292,44 @@ impl History {
             }),
         }
         self.policy = Some(opened.policy.clone());
+    }
+
+    /// A rollback has the plan that it began with, for the task that it undoes, and nothing else has one. Whether it is what that task's log
+    /// makes is for who has both.
+    fn plan(&mut self, opened: &AttemptOpened, blame: &mut Blame<'_>) {
+        let of = opened.policy.task.rollback_of.as_ref();
+        let origin = opened.rollback.as_ref().map(|plan| plan.origin.as_str());
+        let expected = of.map(|of| note::origin(&of.uid));
+        if origin != expected.as_deref() {
+            blame.add(Check::CallRollback, format!("expected a plan to undo {expected:?}, found one for {origin:?}"));
+        }
+        match (&self.undoing, &opened.rollback) {
+            (Some(undoing), Some(plan)) if undoing.plan == *plan => {}
+            (Some(_), _) => {
+                blame.add(Check::CallRollback, "expected the plan that the rollback began with, found another")
+            }
+            (None, plan) => self.undoing = plan.clone().map(Undoing::new),
+        }
+    }
+
+    /// A rollback makes the calls of its plan and reads, and nothing else undoes anything.
+    fn undoes(&mut self, record: &Record, intent: &Intent, blame: &mut Blame<'_>) {
+        let tool = self.policy.as_ref().and_then(|policy| policy.tool(&intent.target));
+        let leaving = Leaving {
+            channel: intent.channel,
+            effect: intent.effect,
+            undoes: intent.undoes.as_deref(),
+            contract: tool.map_or("", |tool| &tool.contract),
+            digest: intent.request_digest.as_deref().unwrap_or_default(),
+        };
+        // A time that cannot be read is a finding of its own.
+        let now = record.time.parse().unwrap_or(Timestamp::UNIX_EPOCH);
+        if let Err(reason) = rollback::lets(self.undoing.as_ref(), leaving, now) {
+            blame.add(Check::CallRollback, reason);
+        }
+        if let Some((undoing, undoes)) = self.undoing.as_mut().zip(intent.undoes.as_ref()) {
+            undoing.intend(undoes, &intent.call);
+        }
     }
 
     /// What makes calls of a tool one, by the newest policy.
@@ -352,6 +400,9 @@ impl History {
         }
         if let Some(key) = key {
             self.ledger.settle(&key, call, effect.fate());
+        }
+        if let Some(undoing) = &mut self.undoing {
+            undoing.settle(call, *effect);
         }
         if let Some(lost) = self.calls.get_mut(call) {
             lost.effect = Some((*effect, since));
@@ -530,6 +581,14 @@ impl History {
             let (target, expected, found) = (&call.target, floor.as_str(), outcome.sensitivity.as_str());
             let message = format!("expected a result of {target} to be {expected} data at least, found {found}");
             blame.add(Check::CallAccess, message);
+        }
+        let undoable = self.undoing.is_none() && tool.is_some_and(|tool| tool.compensation().is_some());
+        if outcome.undone_by.is_some() && !(undoable && outcome.effect == Effect::Applied) {
+            let message = format!("expected no call that undoes {}, found one", call.target);
+            blame.add(Check::CallRollback, message);
+        }
+        if let Some(undoing) = &mut self.undoing {
+            undoing.settle(id, outcome.effect);
         }
         self.seen = self.seen.max(outcome.sensitivity);
         if let Some(key) = &call.key {

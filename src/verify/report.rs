@@ -117,6 +117,8 @@ checks! {
     CallApproval = "call.approval" Broken,
     /// The pack lets each tool call pass, for what was recorded of its data, rules and risk.
     CallAccess = "call.access" Broken,
+    /// A rollback makes the calls of its plan, each in time, as planned and once, and nothing else undoes anything.
+    CallRollback = "call.rollback" Broken,
     /// Every call has an outcome; one without may or may not have had its effect.
     CallOpen = "call.open" Note,
     /// The counters follow from the events.
@@ -249,6 +251,21 @@ pub struct Summary {
     pub locks: Option<Locks>,
     /// Incidents that the gateway recorded beside the log.
     pub incidents: u64,
+    /// How far a rollback has come.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rollback: Option<RollbackSummary>,
+}
+
+/// How far a rollback has come.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct RollbackSummary {
+    /// The log of the task that is undone.
+    pub of: String,
+    /// Calls that are undone.
+    pub undone: usize,
+    /// Calls that are left to people, each with its tool and the reason.
+    pub left: Vec<String>,
 }
 
 /// One attempt.

@@ -593,6 +593,7 @@ fn generous(task: &AgentTask, contracts: &[&ToolContract]) -> PolicyPack {
     PolicyPack::new(
         "any",
         PolicyPackSpec {
+            state: None,
             environment: "any".into(),
             namespace_selector: Default::default(),
             workflow_classes: vec![WorkflowClass {

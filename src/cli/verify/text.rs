@@ -146,6 +146,13 @@ fn write_summary(out: &mut dyn Write, shown: &Shown<'_>, paint: Paint) -> io::Re
             effects.applied, effects.not_applied, effects.unknown, effects.open
         ),
     )?;
+    if let Some(rollback) = &summary.rollback {
+        let calls = count(rollback.undone.saturating_add(rollback.left.len()), "call");
+        row("undone", format!("{} of {calls} of {}", rollback.undone, Safe(&rollback.of)))?;
+        for left in &rollback.left {
+            row("by hand", Safe(left).to_string())?;
+        }
+    }
     if !summary.denials.is_empty() {
         let rules: Vec<_> = summary.denials.iter().map(|(rule, n)| format!("{rule} {n}")).collect();
         row("denied by", rules.join(", "))?;

@@ -114,6 +114,7 @@ fn facts(channel: Channel, target: &str, effect: Option<SideEffect>) -> IntentFa
         assessment: None,
         policy: "of another pack".into(),
         http: None,
+        undoes: None,
         usage: Usage::default(),
         seen: Sensitivity::default(),
         open: true,

@@ -14,14 +14,15 @@ use crate::{
     evidence::{
         merkle::Tree,
         note::{self, VerifierKey},
-        record::{Actor, Channel, Effect, Event, Intent, Outcome, Record, Replayed, Resolved, VERSION},
+        record::{Actor, AttemptOpened, Channel, Effect, Event, Intent, Outcome, Record, Replayed, Resolved, VERSION},
+        rollback::{self, Leaving, Undoing},
         segment::Segment,
     },
     gateway::{approvals::Before, refusal::Refused},
     policy::{
         access::Assessment,
         approval::{Approvals, Exact},
-        config::{HttpUpstream, Idempotency, Limits, Sensitivity, SideEffect, ToolUsage, Upstream, Usage},
+        config::{HttpUpstream, Idempotency, Limits, Sensitivity, SideEffect, Tool, ToolUsage, Upstream, Usage},
         ledger::{Found, Ledger},
         rule::Rule,
     },
@@ -68,6 +69,8 @@ pub struct IntentFacts {
     pub policy: String,
     /// Where an HTTP tool is, by that policy.
     pub http: Option<Arc<HttpUpstream>>,
+    /// The call that it undoes.
+    pub undoes: Option<String>,
     /// The counters before it.
     pub usage: Usage,
     /// The most sensitive data that the task had handled before it.
@@ -97,6 +100,41 @@ struct Lost {
     since: u64,
 }
 
+/// What a contract says of a tool, as far as records are judged by it.
+#[derive(Clone, Debug)]
+struct Terms {
+    contract: String,
+    /// Calls that it allows.
+    calls: Option<i64>,
+    /// What makes two calls one.
+    idempotency: Option<Idempotency>,
+    /// Where it is, if over HTTP.
+    http: Option<Arc<HttpUpstream>>,
+    /// How sensitive its results are at least.
+    floor: Sensitivity,
+    /// The tool that tells what became of its calls.
+    verify: Option<String>,
+    /// Whether its calls are undone by calls.
+    undoable: bool,
+}
+
+impl Terms {
+    fn of(tool: &Tool) -> Self {
+        Self {
+            contract: tool.contract.clone(),
+            calls: tool.limits.calls,
+            idempotency: tool.idempotency.clone(),
+            http: match &tool.upstream {
+                Upstream::Http(http) => Some(Arc::new(http.clone())),
+                Upstream::Mcp(_) => None,
+            },
+            floor: tool.data.result,
+            verify: tool.verify.as_ref().map(|read| read.tool.clone()),
+            undoable: tool.compensation().is_some(),
+        }
+    }
+}
+
 /// A log, as far as its next segment is judged by it.
 #[derive(Clone, Debug, Default)]
 pub struct History {
@@ -114,22 +152,16 @@ pub struct History {
     limits: Option<Limits>,
     /// The digest of the attempt's policy.
     policy_digest: Arc<str>,
-    /// Where its HTTP tools are.
-    http: Arc<BTreeMap<String, Arc<HttpUpstream>>>,
-    /// How sensitive the results of its tools are at least, where their contracts say.
-    floors: Arc<BTreeMap<String, Sensitivity>>,
-    /// The calls that the attempt's contracts allow, where they say.
-    allowances: Arc<BTreeMap<String, i64>>,
+    /// What its contracts say of its tools.
+    terms: Arc<BTreeMap<String, Terms>>,
+    /// What a rollback undoes, and how far that has come.
+    undoing: Option<Arc<Undoing>>,
     /// What has been called: all attempts' calls, and the newest one's definitions.
     tools: BTreeMap<String, ToolUsage>,
     approvals: Arc<Approvals>,
-    /// What makes calls of the attempt's tools one.
-    idempotent: Arc<BTreeMap<String, Idempotency>>,
     ledger: Arc<Ledger>,
     /// The most sensitive data that the task has handled.
     seen: Sensitivity,
-    /// The tool that tells what became of a tool's calls, where its contract names one.
-    verifies: Arc<BTreeMap<String, String>>,
     lost: Arc<BTreeMap<String, Lost>>,
     calls: HashMap<String, OpenCall>,
     intents: BTreeMap<u64, Arc<IntentFacts>>,
@@ -292,25 +324,12 @@ impl History {
                     return Err(at(record, "expected the policy of this task, found another's"));
                 }
                 self.tools = self.tools(record.attempt);
-                let allowances = opened.policy.tools.iter();
+                self.terms =
+                    Arc::new(opened.policy.tools.iter().map(|tool| (tool.name.clone(), Terms::of(tool))).collect());
                 // Those who were to say what became of open calls are gone.
                 Arc::make_mut(&mut self.ledger).abandon();
-                let idempotent = opened.policy.tools.iter();
-                let idempotent = idempotent.filter_map(|tool| Some((tool.name.clone(), tool.idempotency.clone()?)));
-                self.idempotent = Arc::new(idempotent.collect());
                 self.policy_digest = opened.policy_digest.as_str().into();
-                let http = opened.policy.tools.iter().filter_map(|tool| match &tool.upstream {
-                    Upstream::Http(http) => Some((tool.name.clone(), Arc::new(http.clone()))),
-                    Upstream::Mcp(_) => None,
-                });
-                self.http = Arc::new(http.collect());
-                let floors = opened.policy.tools.iter().map(|tool| (tool.name.clone(), tool.data.result));
-                self.floors = Arc::new(floors.filter(|(_, floor)| !floor.is_unclassified()).collect());
-                let verifies = opened.policy.tools.iter();
-                let verifies = verifies.filter_map(|tool| Some((tool.name.clone(), tool.verify.clone()?.tool)));
-                self.verifies = Arc::new(verifies.collect());
-                self.allowances =
-                    Arc::new(allowances.filter_map(|tool| Some((tool.name.clone(), tool.limits.calls?))).collect());
+                self.plan(record, opened)?;
                 (self.attempt, self.opened, self.loose, self.over) = (record.attempt, true, false, None);
                 (self.key, self.limits) = (Some(key), Some(opened.policy.limits));
             }
@@ -318,7 +337,7 @@ impl History {
             Event::Outcome(outcome) => self.settled(record, outcome, &mut usage)?,
             Event::Replayed(replayed) => {
                 let Replayed { call, target, key, request_digest, .. } = replayed;
-                let found = match self.idempotent.get(target) {
+                let found = match self.terms.get(target).and_then(|terms| terms.idempotency.as_ref()) {
                     Some(of) => self.ledger.find(key, request_digest, of, time),
                     None => return Err(at(record, format!("expected a tool that is idempotent, found {target:?}"))),
                 };
@@ -386,8 +405,9 @@ impl History {
             }
             let used = self.tools.entry(intent.target.clone()).or_default();
             used.calls = used.calls.saturating_add(1);
-            if let Some(most) = self.allowances.get(&intent.target).filter(|most| used.calls > **most) {
-                return Err(over(Rule::ToolLimitCalls, used.calls, *most));
+            let most = self.terms.get(&intent.target).and_then(|terms| terms.calls);
+            if let Some(most) = most.filter(|most| used.calls > *most) {
+                return Err(over(Rule::ToolLimitCalls, used.calls, most));
             }
             if let Some(definition) = &intent.definition {
                 let first = used.definition.get_or_insert_with(|| definition.clone());
@@ -416,7 +436,9 @@ impl History {
                 ),
             ));
         }
-        match (self.idempotent.get(&intent.target).filter(|_| intent.channel == Channel::Tool), &intent.key) {
+        let terms = self.terms.clone();
+        let terms = terms.get(&intent.target).filter(|_| intent.channel == Channel::Tool);
+        match (terms.and_then(|terms| terms.idempotency.as_ref()), &intent.key) {
             (None, None) => {}
             (Some(of), Some(key)) => {
                 let digest = intent.request_digest.as_deref().unwrap_or_default();
@@ -432,6 +454,7 @@ impl History {
             (Some(_), None) => return Err(at(record, "expected an idempotency key, found none")),
             (None, Some(_)) => return Err(at(record, "expected no idempotency key, found one")),
         }
+        self.undoes(record, time, intent)?;
         if !intent.approvals.is_empty() {
             Arc::make_mut(&mut self.approvals)
                 .used(&intent.approvals, &intent.target, intent.request_digest.as_deref())
@@ -474,7 +497,8 @@ impl History {
                 approvals: intent.approvals.clone(),
                 assessment: intent.assessment.clone(),
                 policy: self.policy_digest.to_string(),
-                http: self.http.get(&intent.target).filter(|_| intent.channel == Channel::Tool).cloned(),
+                http: terms.and_then(|terms| terms.http.clone()),
+                undoes: intent.undoes.clone(),
                 usage: before,
                 seen,
                 open: true,
@@ -500,7 +524,8 @@ impl History {
             return Err(at(record, "expected no less than 0 tokens, and no less than no cost"));
         }
         self.calls.remove(&outcome.call);
-        let floor = self.floors.get(&*target).copied().filter(|_| outcome.is_given()).unwrap_or_default();
+        let terms = self.terms.get(&*target);
+        let floor = terms.map(|terms| terms.floor).filter(|_| outcome.is_given()).unwrap_or_default();
         if outcome.sensitivity < floor {
             let (expected, found) = (floor.as_str(), outcome.sensitivity.as_str());
             return Err(at(
@@ -512,7 +537,18 @@ impl History {
         if let Some(key) = &key {
             Arc::make_mut(&mut self.ledger).settle(key, &outcome.call, outcome.effect.fate());
         }
-        if outcome.effect == Effect::Unknown && self.verifies.contains_key(&*target) && self.lost.len() < UNKNOWN {
+        if outcome.undone_by.is_some()
+            && (outcome.effect != Effect::Applied
+                || self.undoing.is_some()
+                || !terms.is_some_and(|terms| terms.undoable))
+        {
+            return Err(at(record, format!("expected no call that undoes {target}, found one")));
+        }
+        if let Some(undoing) = &mut self.undoing {
+            Arc::make_mut(undoing).settle(&outcome.call, outcome.effect);
+        }
+        let verify = terms.is_some_and(|terms| terms.verify.is_some());
+        if outcome.effect == Effect::Unknown && verify && self.lost.len() < UNKNOWN {
             let lost = Lost { target, key, attempt, since: record.seq };
             Arc::make_mut(&mut self.lost).insert(outcome.call.clone(), lost);
         }
@@ -524,6 +560,50 @@ impl History {
         Ok(())
     }
 
+    /// A rollback has the plan that its first attempt began with, and nothing else has one. Whether that is the true one was asked when it
+    /// came, see the witness.
+    fn plan(&mut self, record: &Record, opened: &AttemptOpened) -> Result<(), Refused> {
+        let wrong = |found: &str| Err(at(record, format!("expected the plan of what the task undoes, found {found}")));
+        match (&opened.policy.task.rollback_of, &opened.rollback, &self.undoing) {
+            (None, None, _) => self.undoing = None,
+            (Some(of), Some(plan), undoing) if plan.origin == note::origin(&of.uid) => match undoing {
+                Some(undoing) if undoing.plan != *plan => return wrong("another than before"),
+                Some(_) => {}
+                None => self.undoing = Some(Arc::new(Undoing::new(plan.clone()))),
+            },
+            (_, Some(_), _) => return wrong("another's"),
+            (Some(_), None, _) => return wrong("none"),
+        }
+        Ok(())
+    }
+
+    /// In a rollback what changes something undoes something, as planned; elsewhere nothing does.
+    fn undoes(&mut self, record: &Record, time: jiff::Timestamp, intent: &Intent) -> Result<(), Refused> {
+        let leaving = Leaving {
+            channel: intent.channel,
+            effect: intent.effect,
+            undoes: intent.undoes.as_deref(),
+            contract: self.terms.get(&intent.target).map_or("", |terms| &terms.contract),
+            digest: intent.request_digest.as_deref().unwrap_or_default(),
+        };
+        rollback::lets(self.undoing(), leaving, time)
+            .map_err(|reason| Refused::denied(Rule::ToolRollback, format!("record {}: {reason}", record.seq)))?;
+        if let Some((undoing, undoes)) = self.undoing.as_mut().zip(intent.undoes.as_ref()) {
+            Arc::make_mut(undoing).intend(undoes, &intent.call);
+        }
+        Ok(())
+    }
+
+    /// How far a rollback has come.
+    pub fn undoing(&self) -> Option<&Undoing> {
+        self.undoing.as_deref()
+    }
+
+    /// Whether the newest attempt has tools whose calls are undone by calls.
+    pub fn undoable(&self) -> bool {
+        self.terms.values().any(|terms| terms.undoable)
+    }
+
     /// A read tells what became of a call whose fate was unknown: one of the same attempt, made after that was known, by the tool that the
     /// contract names.
     fn resolved(&mut self, record: &Record, resolved: &Resolved) -> Result<(), Refused> {
@@ -532,7 +612,7 @@ impl History {
         let Some(Lost { target, key, since, .. }) = lost else {
             return Err(at(record, format!("expected a call of unknown fate in this attempt, found {call:?}")));
         };
-        let reader = self.verifies.get(&*target);
+        let reader = self.terms.get(&*target).and_then(|terms| terms.verify.as_ref());
         let told =
             self.intents.range(since..).any(|(_, read)| read.call == *by && !read.open && Some(&read.target) == reader);
         if !told || *effect == Effect::Unknown {
@@ -542,6 +622,9 @@ impl History {
             ));
         }
         Arc::make_mut(&mut self.lost).remove(call);
+        if let Some(undoing) = &mut self.undoing {
+            Arc::make_mut(undoing).settle(call, *effect);
+        }
         if let Some(key) = key {
             Arc::make_mut(&mut self.ledger).settle(&key, call, effect.fate());
         }

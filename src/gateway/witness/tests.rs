@@ -25,12 +25,12 @@ fn setup() -> Setup {
 
 async fn append(witness: &Witness, request: &AppendRequest) -> Result<AppendReply, Rule> {
     let principal = principal(request.attempt);
-    witness.append(&place(), &principal, request, Ok(&digest())).await.map(|(reply, _)| reply).map_err(|e| e.rule)
+    witness.append(&place(), &principal, request, Ok(&digest()), None).await.map(|(reply, _)| reply).map_err(|e| e.rule)
 }
 
 async fn open(witness: &Witness, attempt: i64) -> Result<OpenReply, Rule> {
     let request = OpenRequest { attempt, policy_digest: digest() };
-    witness.open(&place(), &principal(attempt), &request, &digest()).await.map_err(|e| e.rule)
+    witness.open(&place(), &principal(attempt), &request, &digest(), None).await.map_err(|e| e.rule)
 }
 
 #[tokio::test]
@@ -236,7 +236,7 @@ async fn broken_segments_are_refused() {
             let mut harness = Harness::new(1);
             let opened = harness.opened();
             let request = harness.next(vec![opened]);
-            a.append(&place(), &principal(2), &request, Ok(&digest())).await.unwrap_err().rule
+            a.append(&place(), &principal(2), &request, Ok(&digest()), None).await.unwrap_err().rule
         }),
         ("attempt of the record", Rule::LogSegment, refused(vec![denied()], same, |r| r.attempt = 2).await),
         ("the gateway's name", Rule::LogSegment, refused(vec![denied()], same, |r| r.actor = Actor::Gateway).await),

@@ -223,6 +223,7 @@ impl Upstreams {
             key: None,
             approvals: vec![],
             because: vec![],
+            undoes: None,
             arguments: None,
             rules: vec![Rule::ToolKnown],
             model: None,

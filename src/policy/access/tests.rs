@@ -19,6 +19,7 @@ fn tool(name: &str, data: DataClass) -> Tool {
         preconditions: vec![],
         idempotency: None,
         verify: None,
+        rollback: None,
         approval: None,
         side_effect: SideEffect::Write,
         data,
@@ -40,6 +41,7 @@ fn policy(access: Access) -> PolicyConfig {
             principal: "ana@example.test".into(),
             requester: None,
             image: "i".into(),
+            rollback_of: None,
         },
         pack: PackIdentity { name: "prod".into(), uid: "p".into(), generation: 1, environment: "prod".into() },
         limits: Limits {

@@ -418,6 +418,7 @@ fn contracts(limits: Limits, allowed_effects: Vec<SideEffect>) -> PolicyConfig {
             preconditions,
             idempotency: None,
             verify: None,
+            rollback: None,
             approval: match plain.name {
                 "open_ticket" => Some(approval(Some("args.count > 5"))),
                 "pay" => Some(approval(None)),

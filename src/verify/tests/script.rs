@@ -53,6 +53,7 @@ pub(crate) fn policy() -> PolicyConfig {
         preconditions: Vec::new(),
         idempotency: None,
         verify: None,
+        rollback: None,
         approval: None,
         side_effect,
         data: DataClass::default(),
@@ -69,6 +70,7 @@ pub(crate) fn policy() -> PolicyConfig {
             principal: "jane@example.com".to_owned(),
             requester: None,
             image: "localhost/agent:dev".to_owned(),
+            rollback_of: None,
         },
         pack: PackIdentity {
             name: "dev".to_owned(),
@@ -125,6 +127,7 @@ pub(crate) fn opened(key: &Signer, attempt: i64) -> Event {
             network_policy: "tidy-1 sha256:00".to_owned(),
         },
         containment: contained(),
+        rollback: None,
     }))
 }
 
@@ -143,6 +146,7 @@ pub(crate) fn intent(call: &str, channel: Channel, target: &str, reserved_tokens
         request_bytes: 120,
         key: None,
         approvals: vec![],
+        undoes: None,
         assessment: None,
         rules: vec![Rule::ToolKnown, Rule::ToolSchema],
         model: None,
@@ -163,6 +167,7 @@ pub(crate) fn outcome(call: &str, tokens: i64) -> Event {
         cost_micros: 0,
         upstream: Some("198.51.100.20:443".to_owned()),
         sensitivity: Sensitivity::default(),
+        undone_by: None,
     })
 }
 

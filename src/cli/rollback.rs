@@ -1,0 +1,123 @@
+//! `belay rollback`: the task that undoes an ended one, made once, and what came of it.
+//!
+//! Promises: a task is rolled back by one task of a name that follows from its own; asking again makes no other, and tells what came of
+//! it. Refuses: to undo anything itself.
+
+use std::io::Write;
+
+use k8s_openapi::api::{authentication::v1::SelfSubjectReview, core::v1::Pod};
+use kube::{
+    Api, ResourceExt,
+    api::{ListParams, PostParams},
+};
+
+use super::{
+    CliError,
+    cluster::{Cluster, explain},
+    terminal::Safe,
+};
+use crate::{
+    api::{AgentTask, ToolContract, agent_task::Phase},
+    plan::{names, rollback},
+};
+
+/// Undo what an ended task did, as far as its contracts say how.
+///
+/// Makes a task for that: each call of the ended one that changed something is undone by the call that its contract's rollback names,
+/// the newest first, through contracts, budgets, policy and approvals like any other. What cannot be undone so is listed for
+/// people. Asked again it tells what came of it.
+#[derive(Debug, clap::Args)]
+#[command(after_long_help = "\
+Examples:
+  belay rollback refunds-7 -n payments
+  belay rollback refunds-7 -n payments
+      Again: where it stands, and what is left to people.
+
+Reads AgentTasks, ToolContracts and pods; creates one AgentTask, TASK-rollback, in your name or, with the verb act-for on agenttasks,
+on behalf of --principal. A task that has failed is rolled back by the operator, unless its spec.rollback says OnRequest.
+
+Exit codes:
+  0  the task is made or under way, or everything is undone
+  1  something is left to people, or there is nothing to undo
+  2  the cluster could not be asked, or the command line is wrong")]
+pub(super) struct Args {
+    /// The task that is undone; it has ended
+    task: String,
+    /// On whose behalf, if not your own
+    #[arg(long, value_name = "NAME")]
+    principal: Option<String>,
+    #[command(flatten)]
+    cluster: Cluster,
+}
+
+/// Makes the task, or tells of it, and gives the exit code.
+pub(super) async fn run(args: &Args, out: &mut dyn Write, notes: &mut dyn Write) -> Result<u8, CliError> {
+    let (client, namespace) = args.cluster.connect().await?;
+    let tasks: Api<AgentTask> = Api::namespaced(client.clone(), &namespace);
+    let failed =
+        |what: &str, e: &kube::Error| CliError::new(format!("cannot {what} in namespace {namespace}: {}", explain(e)));
+    let of = tasks.get(&args.task).await.map_err(|e| failed(&format!("read AgentTask {}", args.task), &e))?;
+    let name = rollback::name(&args.task);
+    let known = tasks.get_opt(&name).await.map_err(|e| failed(&format!("read AgentTask {name}"), &e))?;
+    if let Some(known) = known {
+        let uid = known.spec.rollback_of.as_ref().map(|of| &of.uid);
+        if uid != of.metadata.uid.as_ref() {
+            return Err(CliError::new(format!(
+                "expected AgentTask {name} to undo {}, found that it is of another task; delete it, once its evidence is sealed",
+                args.task
+            )));
+        }
+        return tell(&known, &Api::namespaced(client, &namespace), out).await;
+    }
+    let phase = of.status.as_ref().and_then(|status| status.phase);
+    if !matches!(phase, Some(Phase::Succeeded | Phase::Failed)) {
+        let phase = phase.map_or("new".to_owned(), |phase| format!("{phase:?}"));
+        return Err(CliError::new(format!(
+            "expected a task that has ended, found {} {phase}; wait for its end: belay watch {} -n {namespace}",
+            args.task, args.task
+        )));
+    }
+    let contracts: Api<ToolContract> = Api::namespaced(client.clone(), &namespace);
+    let contracts = contracts.list(&ListParams::default()).await.map_err(|e| failed("list ToolContracts", &e))?;
+    let principal = match &args.principal {
+        Some(principal) => principal.clone(),
+        None => {
+            let reviews: Api<SelfSubjectReview> = Api::all(client.clone());
+            let review = reviews.create(&PostParams::default(), &SelfSubjectReview::default()).await;
+            let status = review.map_err(|e| failed("ask who you are", &e))?.status.unwrap_or_default();
+            status.user_info.and_then(|user| user.username).unwrap_or_default()
+        }
+    };
+    let Some(task) = rollback::task(&of, &contracts.items, &principal) else {
+        writeln!(notes, "nothing to undo: no contract of {} says by which call (rollback.call)", Safe(&args.task))?;
+        return Ok(1);
+    };
+    tasks.create(&PostParams::default(), &task).await.map_err(|e| failed(&format!("create AgentTask {name}"), &e))?;
+    writeln!(out, "AgentTask {name} undoes {}; follow it: belay watch {name} -n {namespace}", Safe(&args.task))?;
+    Ok(0)
+}
+
+/// Where a rollback stands, by its status and what its pod has said at its end.
+async fn tell(task: &AgentTask, pods: &Api<Pod>, out: &mut dyn Write) -> Result<u8, CliError> {
+    let status = task.status.clone().unwrap_or_default();
+    let phase = status.phase.unwrap_or(Phase::Pending);
+    let reason = status.reason.unwrap_or_default();
+    writeln!(out, "AgentTask {}: {phase:?} {}", task.name_any(), Safe(&reason))?;
+    if let Some(attempt) = status.attempts.last() {
+        let pod = pods.get_opt(&attempt.pod).await;
+        let pod = pod.map_err(|e| CliError::new(format!("cannot read pod {}: {}", attempt.pod, explain(&e))))?;
+        if let Some(said) = pod.as_ref().and_then(said) {
+            for line in said.lines() {
+                writeln!(out, "{}", Safe(line))?;
+            }
+        }
+    }
+    Ok(u8::from(phase == Phase::Failed))
+}
+
+/// What the container in the agent's place has said at its end.
+fn said(pod: &Pod) -> Option<String> {
+    let statuses = pod.status.as_ref()?.container_statuses.as_ref()?;
+    let agent = statuses.iter().find(|status| status.name == names::AGENT)?;
+    agent.state.as_ref()?.terminated.as_ref()?.message.clone()
+}
