@@ -28,6 +28,7 @@ use belay::{
     evidence::{
         note,
         record::{Channel, Record},
+        rollback::{Plan, Planner, Undoing},
         segment::Segment,
     },
     gateway::{
@@ -92,6 +93,8 @@ struct Log {
     people: Arc<People>,
     dialer: Dialer,
     pool: Arc<Pool>,
+    kept: Mutex<HashMap<String, String>>,
+    undoing: Mutex<Option<Undoing>>,
 }
 
 /// The API server's ApprovalRequests, and the people who decide on them.
@@ -169,11 +172,15 @@ impl Gateway {
             people,
             dialer: Dialer::new(names.clone(), Blocked::default(), names, roots(None).unwrap()),
             pool: Arc::default(),
+            kept: Mutex::default(),
+            undoing: Mutex::default(),
         });
         let router = Router::new()
             .route(wire::LOG_OPEN, post(open))
             .route(wire::LOG_APPEND, post(append))
             .route(wire::APPROVAL, post(approval))
+            .route(wire::STATE_KEEP, post(keep))
+            .route(wire::STATE_GET, post(kept))
             .route(wire::FORWARD, any(forward))
             .route(wire::CALL, post(call))
             .with_state(state.clone());
@@ -240,6 +247,24 @@ impl Gateway {
         }
     }
 
+    /// What is kept, by its digest.
+    pub fn kept(&self) -> std::sync::MutexGuard<'_, HashMap<String, String>> {
+        self.state.kept.lock().unwrap()
+    }
+
+    /// Has the next log begin with what undoing the one so far takes, and this be its policy.
+    pub fn rolls_back(&self, policy: &PolicyConfig) {
+        let mut planner = Planner::default();
+        self.records().iter().for_each(|record| planner.take(record));
+        let of = policy.task.rollback_of.as_ref().unwrap();
+        let origin = note::origin(&of.uid);
+        let plan = Plan { origin, size: 0, root: String::new(), steps: planner.steps().unwrap() };
+        *self.state.undoing.lock().unwrap() = Some(Undoing::new(plan));
+        *self.state.history.lock().unwrap() = History::default();
+        self.state.records.lock().unwrap().clear();
+        self.goes_by(policy);
+    }
+
     /// Has the gateway go by another policy than the harness from now on.
     pub fn goes_by(&self, policy: &PolicyConfig) {
         *self.state.compiled.lock().unwrap() = compiled(policy);
@@ -292,7 +317,7 @@ fn compiled(policy: &PolicyConfig) -> Compiled {
 async fn open(State(log): State<Arc<Log>>, axum::Json(request): axum::Json<OpenRequest>) -> impl IntoResponse {
     let history = log.history.lock().unwrap();
     axum::Json(OpenReply {
-        undoing: None,
+        undoing: history.undoing().cloned().or_else(|| log.undoing.lock().unwrap().clone()),
         origin: note::origin("uid"),
         size: history.tree().size(),
         frontier: history.tree().frontier().iter().map(|hash| BASE64_STANDARD.encode(hash)).collect(),
@@ -320,6 +345,18 @@ async fn append(State(log): State<Arc<Log>>, axum::Json(request): axum::Json<App
     }
     log.records.lock().unwrap().extend(segment.records.clone());
     axum::Json(AppendReply { size: history.tree().size(), checkpoint: segment.note.to_string() }).into_response()
+}
+
+async fn keep(State(log): State<Arc<Log>>, axum::Json(keep): axum::Json<wire::Keep>) -> axum::Json<wire::Kept> {
+    log.kept.lock().unwrap().insert(keep.digest.clone(), keep.arguments);
+    axum::Json(wire::Kept { digest: keep.digest })
+}
+
+async fn kept(State(log): State<Arc<Log>>, axum::Json(kept): axum::Json<wire::Kept>) -> Response {
+    match log.kept.lock().unwrap().get(&kept.digest).cloned() {
+        Some(arguments) => axum::Json(wire::Keep { digest: kept.digest, arguments }).into_response(),
+        None => refusal(&Refused::denied(Rule::ToolRollback, "not kept")),
+    }
 }
 
 async fn approval(State(log): State<Arc<Log>>, axum::Json(ask): axum::Json<ApprovalAsk>) -> Response {

@@ -8,6 +8,7 @@ mod contracts;
 mod gateway;
 mod once;
 mod peers;
+mod rollback;
 mod upstreams;
 mod verify;
 
@@ -211,6 +212,8 @@ async fn start(
     let key = signer.verifier().to_string();
     let (budget, used, ledger) = (Budget::resume(limits, opened.usage), opened.tools.clone(), opened.ledger.clone());
     let seen = opened.seen;
+    let undoing = opened.undoing.clone();
+    let rollback = undoing.as_ref().map(|undoing| undoing.plan.clone());
     let tree = Tree::from_frontier(opened.size, opened.decoded_frontier().unwrap()).unwrap();
     let start = journal::Start { attempt, tree, signer, origin: note::origin("uid"), budget };
     let journal = journal::Journal::start(start, link.clone());
@@ -230,13 +233,13 @@ async fn start(
         network_policy: "t-1".into(),
     };
     let digest = policy.digest().unwrap();
-    let opened = AttemptOpened { key, policy: policy.clone(), policy_digest: digest, pod, containment, rollback: None };
+    let opened = AttemptOpened { key, policy: policy.clone(), policy_digest: digest, pod, containment, rollback };
     let first = journal.record(|_, _| Ok(Event::AttemptOpened(Box::new(opened)))).unwrap();
     journal.stored(first).await.unwrap();
     let contracts = Contracts::compile(policy).unwrap();
     let (guard, outputs) = (Guard::compile(policy).unwrap(), Outputs::compile(&policy.tools).unwrap());
     let compiled = Compiled { contracts, guard, outputs };
-    let kept = Kept { quotas: Quotas::resume(&policy.tools, &used), once: Once::resume(ledger), seen, undoing: None };
+    let kept = Kept { quotas: Quotas::resume(&policy.tools, &used), once: Once::resume(ledger), seen, undoing };
     let seconds = |count: i64| Duration::from_secs(u64::try_from(count).unwrap());
     let clock = Clock::start(seconds(limits.wall_time_seconds), seconds(limits.approval_wait_seconds));
     let approvals = Approvals::new(link.clone(), journal.clone(), clock.clone());

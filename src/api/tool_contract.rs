@@ -159,7 +159,7 @@ pub struct Compensation {
     #[schemars(length(min = 1, max = 253))]
     pub contract: String,
     /// Its arguments, each a CEL expression over `args`, the call's arguments, and `result`, what it answered: its structured
-    /// content, or else its only block of text, as JSON where it is JSON. A call for which one cannot be evaluated is left to people.
+    /// content, or else its only block of text, as JSON where it is JSON. A call for which one cannot be evaluated, or comes to `null`, is left to people.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     #[schemars(extend("maxProperties" = 32, "additionalProperties" = {"type": "string", "minLength": 1, "maxLength": 4096}))]
     pub arguments: BTreeMap<String, String>,

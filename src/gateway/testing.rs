@@ -299,6 +299,7 @@ pub fn contained(contained: bool) -> Containment {
 
 /// What a harness keeps between segments.
 pub struct Harness {
+    pub uid: &'static str,
     pub attempt: i64,
     pub key: Signer,
     pub tree: Tree,
@@ -310,8 +311,21 @@ pub struct Harness {
 
 impl Harness {
     pub fn new(attempt: i64) -> Self {
-        let key = Signer::generate(&note::attempt_key_name(UID, attempt)).unwrap();
-        Self { attempt, key, tree: Tree::new(), usage: Usage::default(), reserved: BTreeMap::new(), tamper: |_| () }
+        Self::of(UID, attempt)
+    }
+
+    /// Of the task with this UID.
+    pub fn of(uid: &'static str, attempt: i64) -> Self {
+        let key = Signer::generate(&note::attempt_key_name(uid, attempt)).unwrap();
+        Self {
+            uid,
+            attempt,
+            key,
+            tree: Tree::new(),
+            usage: Usage::default(),
+            reserved: BTreeMap::new(),
+            tamper: |_| (),
+        }
     }
 
     pub fn opened(&self) -> Event {
@@ -365,7 +379,7 @@ impl Harness {
             self.tree.push(leaf_hash(&bytes));
             records.push(bytes);
         }
-        let checkpoint = Checkpoint { origin: note::origin(UID), size: self.tree.size(), root: self.tree.root() };
+        let checkpoint = Checkpoint { origin: note::origin(self.uid), size: self.tree.size(), root: self.tree.root() };
         let segment = Segment { note: Note::sign(&checkpoint, &self.key), first, records };
         AppendRequest { attempt: self.attempt, first, segment: String::from_utf8(segment.to_bytes()).unwrap() }
     }

@@ -50,12 +50,17 @@ impl Expression {
         }
     }
 
-    /// What it comes to, as JSON.
+    /// What it comes to, as JSON other than `null`.
     ///
     /// # Errors
     /// Why it comes to nothing that JSON has, without any value of the call.
     pub fn value(&self, context: &Context<'_>) -> Result<Value, String> {
-        self.execute(context)?.json().map_err(|_| "it does not come to JSON".to_owned())
+        match self.execute(context)?.json() {
+            // A member of what has none comes to that as well.
+            Ok(Value::Null) => Err("it comes to nothing".to_owned()),
+            Ok(value) => Ok(value),
+            Err(_) => Err("it does not come to JSON".to_owned()),
+        }
     }
 
     fn execute(&self, context: &Context<'_>) -> Result<CelValue, String> {

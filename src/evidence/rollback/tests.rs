@@ -1,1 +1,151 @@
+use proptest::prelude::*;
+use rstest::rstest;
 
+use super::*;
+use crate::{
+    evidence::record::{Outcome, Resolved},
+    policy::config::{Compensation, PolicyConfig},
+    verify::tests::script::{intent, opened, outcome, policy, record as scripted, signer},
+};
+
+const DIGEST: &str = "5a5a";
+
+/// A policy in which `write` is undone so.
+fn undone_by(rollback: Option<Rollback>) -> PolicyConfig {
+    let mut policy = policy();
+    policy.tools.iter_mut().filter(|tool| tool.name == "write").for_each(|tool| tool.rollback.clone_from(&rollback));
+    policy
+}
+
+fn call(within_seconds: Option<i64>) -> Option<Rollback> {
+    let arguments = BTreeMap::from([("id".to_owned(), "result.id".to_owned())]);
+    Some(Rollback::Call(Compensation { contract: "close".into(), arguments, within_seconds }))
+}
+
+/// The steps of a log with these events, under this policy.
+fn steps(policy: PolicyConfig, events: Vec<Event>) -> Vec<Step> {
+    let Event::AttemptOpened(mut first) = opened(&signer(), 1) else { unreachable!() };
+    first.policy = policy;
+    let events = [vec![Event::AttemptOpened(first)], events].concat();
+    let mut planner = Planner::default();
+    for (seq, event) in events.into_iter().enumerate() {
+        let seq = u64::try_from(seq).unwrap();
+        planner.take(&Record { seq, ..scripted(1, event) });
+    }
+    planner.steps().unwrap()
+}
+
+fn write(call: &str) -> Event {
+    intent(call, Channel::Tool, "write", 0)
+}
+
+fn ended(call: &str, effect: Effect, undone_by: Option<&str>) -> Event {
+    let Event::Outcome(of) = outcome(call, 0) else { unreachable!() };
+    Event::Outcome(Outcome { effect, undone_by: undone_by.map(Into::into), ..of })
+}
+
+fn resolved(call: &str, effect: Effect) -> Event {
+    Event::Resolved(Resolved { call: call.into(), effect, by: "c9".into() })
+}
+
+#[rstest]
+#[case::by_a_call(call(None), vec![write("1"), ended("1", Effect::Applied, Some(DIGEST))], Some(By::Call(Undo { contract: "close".into(), request_digest: DIGEST.into(), until: None })))]
+#[case::in_time(call(Some(60)), vec![write("1"), ended("1", Effect::Applied, Some(DIGEST))], Some(By::Call(Undo { contract: "close".into(), request_digest: DIGEST.into(), until: Some("2026-11-23T10:01:00.000Z".into()) })))]
+#[case::not_kept(call(None), vec![write("1"), ended("1", Effect::Applied, None)], Some(By::People("the arguments that undo it could not be made or kept".into())))]
+#[case::by_hand(Some(Rollback::ByHand("ask the bank".into())), vec![write("1"), ended("1", Effect::Applied, None)], Some(By::People("ask the bank".into())))]
+#[case::nobody_says(None, vec![write("1"), ended("1", Effect::Applied, None)], Some(By::People("its contract does not say how".into())))]
+#[case::unknown(call(None), vec![write("1"), ended("1", Effect::Unknown, None)], Some(By::People("whether it took effect is not known".into())))]
+#[case::open(call(None), vec![write("1")], Some(By::People("whether it took effect is not known".into())))]
+#[case::not_applied(call(None), vec![write("1"), ended("1", Effect::NotApplied, None)], None)]
+#[case::read_says_no(call(None), vec![write("1"), ended("1", Effect::Unknown, None), resolved("1", Effect::NotApplied)], None)]
+#[case::read_says_yes(call(None), vec![write("1"), ended("1", Effect::Unknown, None), resolved("1", Effect::Applied)], Some(By::People("the arguments that undo it could not be made or kept".into())))]
+#[case::a_read(call(None), vec![intent("1", Channel::Tool, "search", 0), ended("1", Effect::Applied, None)], None)]
+#[case::a_model(call(None), vec![intent("1", Channel::Model, "/v1/x", 5), ended("1", Effect::Applied, None)], None)]
+fn a_step(#[case] rollback: Option<Rollback>, #[case] events: Vec<Event>, #[case] expected: Option<By>) {
+    let found = steps(undone_by(rollback), events);
+    assert_eq!(found.into_iter().map(|step| step.by).next(), expected);
+}
+
+#[test]
+fn the_newest_is_first_and_too_many_are_refused() {
+    let applied = |call: &str| vec![write(call), ended(call, Effect::Applied, Some(DIGEST))];
+    let found = steps(undone_by(call(None)), [applied("1"), applied("2")].concat());
+    assert_eq!(found.iter().map(|step| step.call.as_str()).collect::<Vec<_>>(), ["2", "1"]);
+    let mut planner = Planner::default();
+    for seq in 0..=u64::try_from(STEPS).unwrap() {
+        planner.take(&Record { seq, ..scripted(1, write(&seq.to_string())) });
+    }
+    assert!(planner.steps().unwrap_err().contains("at most 4096"));
+}
+
+fn plan(calls: &[&str]) -> Plan {
+    let by = || By::Call(Undo { contract: "close".into(), request_digest: DIGEST.into(), until: None });
+    let step = |call: &&str| Step { call: (*call).into(), tool: "write".into(), by: by() };
+    Plan { origin: "o".into(), size: 9, root: String::new(), steps: calls.iter().map(step).collect() }
+}
+
+fn leaving<'a>(undoes: Option<&'a str>) -> Leaving<'a> {
+    let effect = Some(SideEffect::Write);
+    Leaving { channel: Channel::Tool, effect, undoes, contract: "close", digest: DIGEST }
+}
+
+#[rstest]
+#[case::planned(leaving(Some("1")), None)]
+#[case::not_planned(leaving(Some("7")), Some("expected a call that the plan undoes"))]
+#[case::other_contract(Leaving { contract: "open", ..leaving(Some("1")) }, Some("found open"))]
+#[case::other_arguments(Leaving { digest: "00", ..leaving(Some("1")) }, Some("found close and 00"))]
+#[case::nothing(leaving(None), Some("and nothing else"))]
+#[case::a_read(Leaving { effect: Some(SideEffect::Read), ..leaving(None) }, None)]
+#[case::a_listing(Leaving { channel: Channel::Listing, effect: None, ..leaving(None) }, None)]
+#[case::a_model(Leaving { channel: Channel::Model, effect: None, ..leaving(None) }, Some("and nothing else"))]
+#[case::a_host(Leaving { channel: Channel::Egress, effect: None, ..leaving(None) }, Some("and nothing else"))]
+#[case::over_another_way(Leaving { channel: Channel::Model, ..leaving(Some("1")) }, Some("and nothing else"))]
+fn what_a_rollback_lets_pass(#[case] call: Leaving<'_>, #[case] expected: Option<&str>) {
+    let undoing = Undoing::new(plan(&["2", "1"]));
+    let found = lets(Some(&undoing), call, Timestamp::now()).err();
+    match (&found, expected) {
+        (None, None) => {}
+        (Some(found), Some(expected)) => assert!(found.contains(expected), "{found}"),
+        other => panic!("{other:?}"),
+    }
+    // Elsewhere all that undoes nothing passes, and nothing that undoes.
+    assert_eq!(lets(None, call, Timestamp::now()).is_err(), call.undoes.is_some());
+}
+
+#[test]
+fn too_late_is_too_late() {
+    let mut plan = plan(&["1"]);
+    let By::Call(undo) = &mut plan.steps[0].by else { unreachable!() };
+    undo.until = Some("2026-11-23T10:01:00.000Z".into());
+    let undoing = Undoing::new(plan);
+    let at = |time: &str| lets(Some(&undoing), leaving(Some("1")), time.parse().unwrap());
+    assert_eq!(at("2026-11-23T10:01:00Z"), Ok(()));
+    assert!(at("2026-11-23T10:01:00.001Z").unwrap_err().contains("undo it by hand"));
+}
+
+proptest! {
+    /// Whatever is tried in whatever order: a step whose call took effect, or may have, has no other.
+    #[test]
+    fn each_step_takes_effect_once(tries in proptest::collection::vec((0usize..4, 0usize..4), 0..64)) {
+        let names = ["1", "2", "3", "4"];
+        let mut undoing = Undoing::new(plan(&names));
+        let mut may_have: BTreeMap<&str, usize> = BTreeMap::new();
+        for (number, (step, end)) in tries.into_iter().enumerate() {
+            let (name, by) = (names[step], format!("c{number}"));
+            if lets(Some(&undoing), leaving(Some(name)), Timestamp::now()).is_err() {
+                continue;
+            }
+            undoing.intend(name, &by);
+            let effect = [Some(Effect::Applied), Some(Effect::NotApplied), Some(Effect::Unknown), None][end];
+            if let Some(effect) = effect {
+                undoing.settle(&by, effect);
+            }
+            *may_have.entry(name).or_default() += usize::from(effect != Some(Effect::NotApplied));
+        }
+        prop_assert!(may_have.values().all(|times| *times <= 1), "{may_have:?}");
+        let (undone, left) = undoing.summary();
+        prop_assert_eq!(undone + left.len(), names.len());
+        let text = serde_json::to_string(&undoing).unwrap();
+        prop_assert_eq!(serde_json::from_str::<Undoing>(&text).unwrap(), undoing);
+    }
+}

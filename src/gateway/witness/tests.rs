@@ -2,10 +2,16 @@ use std::{collections::BTreeMap, sync::atomic::Ordering};
 
 use super::*;
 use crate::{
-    evidence::{log, record::Channel, store::Mode},
+    evidence::{
+        log,
+        record::{Channel, Intent, Outcome},
+        rollback::Standing,
+        store::Mode,
+    },
     gateway::testing::{
         self, Harness, Memory, contained, denied, digest, intent, outcome, place, principal, seal_request,
     },
+    policy::config::{Compensation, PolicyConfig, Rollback, RollbackOf},
     verify,
 };
 
@@ -69,6 +75,130 @@ async fn a_run_over_two_replicas_verifies() {
     let log = log::Log::read(&*bucket, &place().location.prefix, true).await.unwrap();
     let report = verify::verify(&log, &testing::verifier(&key), &verify::Expected::Anything);
     assert_eq!(report.verdict, verify::Verdict::Valid, "{report:?}");
+}
+
+/// The UID of a task that undoes the other.
+const ROLLBACK: &str = "6f9c3c1e-0000-4000-8000-00000000000b";
+
+/// What `write` is undone by, and the digest of its arguments.
+fn undone() -> (PolicyConfig, String) {
+    let mut policy = testing::policy();
+    let call = Compensation { contract: "search".into(), arguments: BTreeMap::new(), within_seconds: None };
+    policy.tools[1].rollback = Some(Rollback::Call(call));
+    (policy, "5a".repeat(32))
+}
+
+/// An opening record by this policy, with this plan.
+fn opened_by(harness: &Harness, policy: &PolicyConfig, plan: Option<Plan>) -> Event {
+    let Event::AttemptOpened(mut opened) = harness.opened() else { unreachable!() };
+    (opened.policy, opened.policy_digest, opened.rollback) = (policy.clone(), policy.digest().unwrap(), plan);
+    Event::AttemptOpened(opened)
+}
+
+/// The log of a task that has written twice and is sealed, at `a`; where it lies.
+async fn ended(a: &Witness) -> Place {
+    let (policy, digest) = undone();
+    let mut harness = Harness::new(1);
+    let applied = |call| {
+        let Event::Outcome(of) = outcome(call, 0) else { unreachable!() };
+        Event::Outcome(Outcome { undone_by: Some(digest.clone()), ..of })
+    };
+    let write = |call| intent(call, Channel::Tool, "write", 0);
+    let events = vec![opened_by(&harness, &policy, None), write("1"), applied("1"), write("2"), applied("2")];
+    let by = policy.digest().unwrap();
+    a.append(&place(), &principal(1), &harness.next(events), Ok(&by), None).await.unwrap();
+    place()
+}
+
+#[tokio::test]
+async fn a_rollback_goes_by_the_plan_that_the_other_log_makes() {
+    let Setup { a, b, .. } = setup();
+    let of = ended(&a).await;
+    let at = Place {
+        location: Location { prefix: format!("team/t/{ROLLBACK}/"), ..of.location.clone() },
+        task_uid: ROLLBACK.into(),
+        ..of.clone()
+    };
+    let mut policy = testing::policy();
+    (policy.task.uid, policy.allowed_effects) = (ROLLBACK.into(), vec![SideEffect::Read, SideEffect::Write]);
+    policy.task.rollback_of = Some(RollbackOf { name: "t".into(), uid: testing::UID.into() });
+    // What undoes is a call of the contract `search`, which changes something here.
+    policy.tools[0].side_effect = SideEffect::Write;
+    let digest = policy.digest().unwrap();
+    let request = OpenRequest { attempt: 1, policy_digest: digest.clone() };
+    let early = b.open(&at, &principal(1), &request, &digest, Some(&of)).await.unwrap_err();
+    assert_eq!(early.rule, Rule::ToolRollback, "the other task has not ended");
+    assert!(a.seal(&of, &seal_request()).await.unwrap().undoable);
+
+    let reply = b.open(&at, &principal(1), &request, &digest, Some(&of)).await.unwrap();
+    let plan = reply.undoing.unwrap().plan;
+    assert_eq!(plan.steps.iter().map(|step| step.call.as_str()).collect::<Vec<_>>(), ["2", "1"], "newest first");
+    let append = async |request: &AppendRequest| {
+        b.append(&at, &principal(1), request, Ok(&digest), Some(&of)).await.map(drop).map_err(|refused| refused.rule)
+    };
+    let mut shorter = plan.clone();
+    shorter.steps.pop();
+    for (other, rule) in [(Some(shorter), Rule::ToolRollback), (None, Rule::LogSegment)] {
+        let mut liar = Harness::of(ROLLBACK, 1);
+        let opened = opened_by(&liar, &policy, other);
+        assert_eq!(append(&liar.next(vec![opened])).await, Err(rule));
+    }
+    let mut harness = Harness::of(ROLLBACK, 1);
+    let opened = opened_by(&harness, &policy, Some(plan));
+    append(&harness.next(vec![opened])).await.unwrap();
+
+    let undo = |call: &str, undoes: Option<&str>, digest: &str, effect| {
+        let Event::Intent(of) = intent(call, Channel::Tool, "search", 0) else { unreachable!() };
+        let (undoes, request_digest) = (undoes.map(Into::into), Some(digest.to_owned()));
+        Event::Intent(Intent { undoes, request_digest, effect: Some(effect), ..of })
+    };
+    let (write, right, wrong) = (SideEffect::Write, "5a".repeat(32), "5b".repeat(32));
+    let (tree, usage, reserved) = (harness.tree.clone(), harness.usage, harness.reserved.clone());
+    for refused in [
+        undo("9", None, &right, write),
+        undo("9", Some("2"), &wrong, write),
+        undo("9", Some("3"), &right, write),
+        intent("9", Channel::Model, "/v1/chat/completions", 1),
+    ] {
+        assert_eq!(append(&harness.next(vec![refused])).await, Err(Rule::ToolRollback));
+        (harness.tree, harness.usage, harness.reserved) = (tree.clone(), usage, reserved.clone());
+    }
+    append(&harness.next(vec![undo("9", Some("2"), &right, write), outcome("9", 0)])).await.unwrap();
+    let (tree, usage) = (harness.tree.clone(), harness.usage);
+    assert_eq!(
+        append(&harness.next(vec![undo("10", Some("2"), &right, write)])).await,
+        Err(Rule::ToolRollback),
+        "twice"
+    );
+    (harness.tree, harness.usage) = (tree, usage);
+    append(&harness.next(vec![undo("10", None, &right, SideEffect::Read), outcome("10", 0)])).await.unwrap();
+
+    // Whoever opens it next goes on from there, at any replica.
+    let request = OpenRequest { attempt: 2, policy_digest: digest.clone() };
+    let undoing = a.open(&at, &principal(2), &request, &digest, Some(&of)).await.unwrap().undoing.unwrap();
+    assert_eq!((undoing.standing("2"), undoing.standing("1")), (Standing::Undone, Standing::Due));
+}
+
+#[tokio::test]
+async fn a_call_is_undone_by_one_rollback() {
+    let Setup { a, b, .. } = setup();
+    a.undo(&place(), "c7", "one").await.unwrap();
+    b.undo(&place(), "c7", "one").await.unwrap();
+    b.undo(&place(), "c8", "two").await.unwrap();
+    let refused = b.undo(&place(), "c7", "two").await.unwrap_err();
+    assert_eq!(refused.rule, Rule::ToolRollback);
+    assert!(refused.reason.contains("the rollback with UID one has taken it"), "{}", refused.reason);
+}
+
+#[tokio::test]
+async fn what_is_kept_is_there_unlocked() {
+    let Setup { bucket, a, b, .. } = setup();
+    let at = Location { bucket: "state".into(), prefix: "team/t/u/rollback/".into() };
+    a.keep(&at, "d1", "{}".into()).await.unwrap();
+    b.keep(&at, "d1", "{}".into()).await.unwrap();
+    assert_eq!(b.kept(&at, "d1").await.unwrap(), b"{}");
+    assert_eq!(b.kept(&at, "d2").await.unwrap_err().rule, Rule::ToolRollback);
+    assert!(bucket.objects.lock().unwrap().values().all(|(_, retention)| retention.is_none()));
 }
 
 #[tokio::test]

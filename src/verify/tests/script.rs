@@ -113,6 +113,11 @@ pub(crate) fn contained() -> Containment {
     }
 }
 
+/// A key that signs the first attempt.
+pub(crate) fn signer() -> Signer {
+    Signer::generate(&note::attempt_key_name(UID, 1)).unwrap()
+}
+
 pub(crate) fn opened(key: &Signer, attempt: i64) -> Event {
     let policy = policy();
     Event::AttemptOpened(Box::new(AttemptOpened {

@@ -1,0 +1,232 @@
+//! Rolling back: what a run has done is undone by another, over MCP and over HTTP.
+
+use std::collections::BTreeMap;
+
+use belay::{
+    evidence::record::Intent,
+    policy::{
+        approval::Answer,
+        config::{Compensation, Rollback, RollbackOf},
+    },
+};
+
+use super::*;
+
+const MANY: Limits = Limits {
+    wall_time_seconds: 60,
+    tool_calls: 20,
+    tokens: 0,
+    denials: None,
+    cost_micros: None,
+    approval_wait_seconds: 60,
+};
+
+/// Undone by `echo` of what was said and answered.
+fn by_echo(of: &str) -> Option<Rollback> {
+    let said = format!("'undo {of} ' + args.text");
+    let arguments = BTreeMap::from([("text".to_owned(), said)]);
+    Some(Rollback::Call(Compensation { contract: "unsay".into(), arguments, within_seconds: None }))
+}
+
+/// `say` and `tell` are undone by `unsay`, which the agent does not have; `shout` by people, and of `hum` nothing is said.
+fn agents() -> PolicyConfig {
+    let change = |name: &str, rollback| Tool { rollback, ..tool(name, over_mcp("echo"), SideEffect::Write) };
+    let mut tell = tool("tell", over_http(HttpMethod::Post, "/items", &[]), SideEffect::Write);
+    tell.rollback = by_echo("tell");
+    let mut policy = policy(MANY);
+    policy.tools = vec![
+        change("hum", None),
+        change("say", by_echo("say")),
+        change("shout", Some(Rollback::ByHand("apologise to the neighbours".into()))),
+        tell,
+        tool("weather", over_mcp("weather"), SideEffect::Read),
+    ];
+    policy
+}
+
+/// The task that undoes it.
+fn undoing(upstream: Upstream) -> PolicyConfig {
+    let mut policy = policy(MANY);
+    policy.task.rollback_of = Some(RollbackOf { name: "t".into(), uid: "the-other".into() });
+    policy.tools = vec![tool("unsay", upstream, SideEffect::Write)];
+    policy
+}
+
+/// The run of an agent that has called each of its tools, some twice.
+async fn ran() -> Harness {
+    let harness = harness_of(agents(), vec![]).await;
+    for (name, args) in [
+        ("say", json!({"text": "one"})),
+        ("weather", json!({})),
+        ("shout", json!({"text": "two"})),
+        ("tell", json!({"text": "three"})),
+        ("hum", json!({"text": "four"})),
+        ("say", json!({"text": "five"})),
+    ] {
+        let (error, text) = harness.tool(name, args).await;
+        assert!(!error, "{name}: {text}");
+    }
+    harness.gate.journal().caught_up().await.unwrap();
+    harness
+}
+
+/// A harness that rolls back what another did.
+async fn rolling_back(of: Harness, policy: &PolicyConfig, attempt: i64) -> Harness {
+    start(of.gateway.clone(), policy, attempt, of.mcp.clone(), of.api.clone()).await
+}
+
+fn names(of: &Value) -> Vec<(&str, &str)> {
+    let left = of["left"].as_array().unwrap();
+    left.iter().map(|left| (left["tool"].as_str().unwrap(), left["why"].as_str().unwrap())).collect()
+}
+
+fn undone(records: &[Record]) -> Vec<String> {
+    let undoes = |record: &Record| match &record.event {
+        Event::Intent(Intent { undoes, .. }) => undoes.clone(),
+        _ => None,
+    };
+    records.iter().filter_map(undoes).collect()
+}
+
+#[rstest::rstest]
+#[case::mcp(over_mcp("echo"))]
+#[case::http(over_http(HttpMethod::Post, "/items", &[]))]
+#[tokio::test]
+async fn calls_are_undone_newest_first_and_the_rest_is_left_to_people(#[case] upstream: Upstream) {
+    let ran = ran().await;
+    let policy = undoing(upstream);
+    ran.gateway.rolls_back(&policy);
+    let before = ran.gateway.saw().len();
+    let harness = rolling_back(ran, &policy, 1).await;
+    let (status, report) = harness.post("/rollback", Value::Null).await;
+    assert_eq!(status, StatusCode::OK, "{report}");
+    assert_eq!(report["undone"].as_array().unwrap().len(), 3, "{report}");
+    assert_eq!(
+        names(&report),
+        [("hum", "its contract does not say how"), ("shout", "apologise to the neighbours")],
+        "{report}"
+    );
+    let saw: Vec<_> = harness.gateway.saw().into_iter().skip(before).filter(|sent| sent.contains("undo ")).collect();
+    for (sent, text) in saw.iter().zip(["undo say five", "undo tell three", "undo say one"]) {
+        assert!(sent.contains(text), "expected {text} in {sent}");
+    }
+    assert_eq!(saw.len(), 3);
+
+    // Asked again it makes no call again, and neither does the next attempt.
+    let (_, again) = harness.post("/rollback", Value::Null).await;
+    assert_eq!(again, report);
+    let next = rolling_back(harness, &policy, 2).await;
+    let (_, again) = next.post("/rollback", Value::Null).await;
+    assert_eq!(again, report);
+    assert_eq!(undone(&next.gateway.records()).len(), 3);
+}
+
+/// What an agent in a rollback's place would try.
+#[tokio::test]
+async fn nothing_else_leaves() {
+    let ran = ran().await;
+    let policy = undoing(over_mcp("echo"));
+    ran.gateway.rolls_back(&policy);
+    let harness = rolling_back(ran, &policy, 1).await;
+    let (error, text) = harness.tool("unsay", json!({"text": "undo say one"})).await;
+    assert!(error && text.contains("tool.rollback"), "{text}");
+    let (_, model) = harness.post("/v1/chat/completions", json!({"model": "m", "messages": [], "max_tokens": 1})).await;
+    assert!(model.to_string().contains("tool.rollback") || model.to_string().contains("budget"), "{model}");
+    let records = harness.stored(3).await;
+    assert_eq!(denied(&records).first(), Some(&Rule::ToolRollback));
+    assert!(undone(&records).is_empty());
+}
+
+#[tokio::test]
+async fn an_agents_attempt_rolls_nothing_back() {
+    let ran = ran().await;
+    let (status, text) = ran.post("/rollback", Value::Null).await;
+    assert_eq!((status, text.as_str()), (StatusCode::NOT_FOUND, Some("this task is no rollback\n")));
+}
+
+/// One fails, the others are undone all the same; a failed one is tried again by the next attempt.
+#[tokio::test]
+async fn what_fails_is_left_and_tried_again() {
+    let ran = ran().await;
+    let policy = undoing(over_mcp("echo"));
+    ran.gateway.rolls_back(&policy);
+    let lost: Vec<_> = ran
+        .gateway
+        .kept()
+        .iter()
+        .filter(|(_, text)| text.contains("three"))
+        .map(|(d, t)| (d.clone(), t.clone()))
+        .collect();
+    ran.gateway.kept().retain(|digest, _| lost.iter().all(|(lost, _)| lost != digest));
+    let harness = rolling_back(ran, &policy, 1).await;
+    let (_, report) = harness.post("/rollback", Value::Null).await;
+    assert_eq!(report["undone"].as_array().unwrap().len(), 2, "{report}");
+    let reasons = names(&report);
+    assert!(reasons.iter().any(|(tool, why)| *tool == "tell" && why.contains("not kept")), "{reasons:?}");
+    harness.gateway.kept().extend(lost);
+    let next = rolling_back(harness, &policy, 2).await;
+    let (_, report) = next.post("/rollback", Value::Null).await;
+    assert_eq!(report["undone"].as_array().unwrap().len(), 3, "{report}");
+}
+
+#[tokio::test]
+async fn kept_arguments_that_were_changed_are_not_sent() {
+    let ran = ran().await;
+    let policy = undoing(over_mcp("echo"));
+    ran.gateway.rolls_back(&policy);
+    ran.gateway.kept().values_mut().for_each(|text| *text = text.replace("undo", "burn"));
+    let harness = rolling_back(ran, &policy, 1).await;
+    let (_, report) = harness.post("/rollback", Value::Null).await;
+    assert_eq!(report["undone"].as_array().unwrap().len(), 0, "{report}");
+    assert!(harness.gateway.saw().iter().all(|sent| !sent.contains("burn")));
+}
+
+/// An expression that cannot be evaluated leaves the call to people, and the agent's call is none the worse.
+#[tokio::test]
+async fn what_cannot_be_made_is_left_to_people() {
+    let mut policy = agents();
+    let arguments = BTreeMap::from([("text".to_owned(), "result.nowhere".to_owned())]);
+    let call = Compensation { contract: "unsay".into(), arguments, within_seconds: None };
+    policy
+        .tools
+        .iter_mut()
+        .filter(|tool| tool.name == "say")
+        .for_each(|tool| tool.rollback = Some(Rollback::Call(call.clone())));
+    let harness = harness_of(policy, vec![]).await;
+    let (error, text) = harness.tool("say", json!({"text": "one"})).await;
+    assert!(!error, "{text}");
+    harness.gate.journal().caught_up().await.unwrap();
+    assert!(harness.gateway.kept().is_empty());
+    let policy = undoing(over_mcp("echo"));
+    harness.gateway.rolls_back(&policy);
+    let harness = rolling_back(harness, &policy, 1).await;
+    let (_, report) = harness.post("/rollback", Value::Null).await;
+    assert_eq!(names(&report), [("say", "the arguments that undo it could not be made or kept")]);
+}
+
+/// People are asked for what undoes like for anything else.
+#[tokio::test]
+async fn what_undoes_may_need_approval() {
+    let ran = ran().await;
+    let mut policy = undoing(over_mcp("echo"));
+    policy.tools[0].approval = Some(super::approvals::approval_held(0));
+    ran.gateway.rolls_back(&policy);
+    let harness = rolling_back(ran, &policy, 1).await;
+    let gateway = harness.gateway.clone();
+    let people = tokio::spawn(async move {
+        let mut decided = std::collections::BTreeSet::new();
+        while decided.len() < 3 {
+            for request in gateway.requests() {
+                let name = kube::ResourceExt::name_any(&request);
+                if decided.insert(name.clone()) {
+                    gateway.decide(&name, "bob", if decided.len() == 2 { Answer::Deny } else { Answer::Approve });
+                }
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    });
+    let (_, report) = harness.post("/rollback", Value::Null).await;
+    people.await.unwrap();
+    assert_eq!(report["undone"].as_array().unwrap().len(), 2, "{report}");
+    assert!(names(&report).iter().any(|(tool, why)| *tool == "tell" && why.contains("tool.approval")), "{report}");
+}
