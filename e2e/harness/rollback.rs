@@ -196,7 +196,8 @@ async fn what_cannot_be_made_is_left_to_people() {
     let (error, text) = harness.tool("say", json!({"text": "one"})).await;
     assert!(!error, "{text}");
     harness.gate.journal().caught_up().await.unwrap();
-    assert!(harness.gateway.kept().is_empty());
+    let kept = harness.gateway.kept().clone();
+    assert!(kept.is_empty(), "{kept:?}");
     let policy = undoing(over_mcp("echo"));
     harness.gateway.rolls_back(&policy);
     let harness = rolling_back(harness, &policy, 1).await;

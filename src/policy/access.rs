@@ -82,7 +82,7 @@ pub struct Passed {
 pub struct Guard {
     pack: String,
     principal: String,
-    base: Context<'static>,
+    base: Context<'static, 'static>,
     detectors: Detectors,
     /// Whether the pack has rules, for whomever.
     has_rules: bool,
@@ -200,7 +200,7 @@ impl Guard {
         Err(format!("expected the assessment {:?} by the pack, found {recorded:?}", again.assessment))
     }
 
-    fn context(&self, asked: Asked<'_>, class: Sensitivity) -> Context<'_> {
+    fn context(&self, asked: Asked<'_>, class: Sensitivity) -> Context<'_, 'static> {
         let mut context = self.base.new_inner_scope();
         context.add_variable_from_value("tool", asked.tool.name.as_str());
         context.add_variable_from_value("effect", asked.effect.as_str());

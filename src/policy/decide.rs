@@ -417,7 +417,7 @@ pub struct Results {
     /// Each with its bytes as JSON.
     kept: BTreeMap<String, (CelValue, usize)>,
     /// `task`, `principal` and `results`, with all functions.
-    context: Context<'static>,
+    context: Context<'static, 'static>,
 }
 
 /// At most 256 characters, control characters escaped: agents choose this text, and people read it in terminals.

@@ -43,7 +43,7 @@ impl Expression {
     ///
     /// # Errors
     /// Why it is neither, without any value of the call.
-    pub fn holds(&self, context: &Context<'_>) -> Result<bool, String> {
+    pub fn holds(&self, context: &Context<'_, '_>) -> Result<bool, String> {
         match self.execute(context)? {
             CelValue::Bool(truth) => Ok(truth),
             _ => Err("it is not a yes or no".into()),
@@ -54,7 +54,7 @@ impl Expression {
     ///
     /// # Errors
     /// Why it comes to nothing that JSON has, without any value of the call.
-    pub fn value(&self, context: &Context<'_>) -> Result<Value, String> {
+    pub fn value(&self, context: &Context<'_, '_>) -> Result<Value, String> {
         match self.execute(context)?.json() {
             // A member of what has none comes to that as well.
             Ok(Value::Null) => Err("it comes to nothing".to_owned()),
@@ -63,7 +63,7 @@ impl Expression {
         }
     }
 
-    fn execute(&self, context: &Context<'_>) -> Result<CelValue, String> {
+    fn execute(&self, context: &Context<'_, '_>) -> Result<CelValue, String> {
         self.program.execute(context).map_err(|error| match error {
             ExecutionError::NoSuchKey(key) => format!("there is no {}", shorten(&key)),
             _ => "it cannot be evaluated over these values".into(),
@@ -72,7 +72,7 @@ impl Expression {
 }
 
 /// What every expression of a task sees: `task` and `principal`, and all functions.
-pub fn context(task: &TaskIdentity) -> Context<'static> {
+pub fn context(task: &TaskIdentity) -> Context<'static, 'static> {
     let mut context = Context::default();
     context.add_variable_from_value("task", task_value(task));
     context.add_variable_from_value("principal", task.principal.as_str());
@@ -120,4 +120,41 @@ fn task_value(task: &TaskIdentity) -> CelValue {
         ("principal", &task.principal),
     ];
     map(fields.map(|(name, value)| (name, CelValue::from(value.as_str()))))
+}
+
+#[cfg(test)]
+mod tests {
+    use rstest::rstest;
+    use serde_json::json;
+
+    use super::*;
+
+    /// What is asked of a value that has no members is an error, whatever the rest of the expression makes of it: cel 0.13 took it for
+    /// `false`, by which a condition could pass.
+    #[rstest]
+    #[case("args.card.blocked == false")]
+    #[case("!args.card.blocked")]
+    #[case("!has(args.card.blocked)")]
+    #[case("args.list.all(one, !one.blocked)")]
+    #[case("!args.nothing.blocked")]
+    #[case("!args.missing")]
+    fn a_member_of_what_has_none_is_an_error(#[case] source: &str) {
+        let mut context = Context::default();
+        let args = json!({"card": "4111", "list": ["a"], "nothing": null});
+        context.add_variable_from_value("args", json_value(&args));
+        assert!(Expression::compile(source).unwrap().holds(&context).is_err(), "{source}");
+    }
+
+    #[rstest]
+    #[case("{'id': args.id, 'all': [args.id, 2]}", Ok(json!({"id": 7, "all": [7, 2]})))]
+    #[case("'no. ' + string(args.id)", Ok(json!("no. 7")))]
+    #[case("args.nothing", Err("it comes to nothing"))]
+    #[case("args.missing", Err("there is no missing"))]
+    #[case("args.id.deeper", Err("it cannot be evaluated over these values"))]
+    fn a_value(#[case] source: &str, #[case] expected: Result<Value, &str>) {
+        let mut context = Context::default();
+        context.add_variable_from_value("args", json_value(&json!({"id": 7, "nothing": null})));
+        let found = Expression::compile(source).unwrap().value(&context);
+        assert_eq!(found, expected.map_err(str::to_owned));
+    }
 }
