@@ -14,7 +14,9 @@ use belay::{
     evidence::record::{Effect, Intent, Outcome},
     policy::{
         approval::Answer,
-        config::{AccessRule, Approval, DataClass, Idempotency, RuleDecision, Sensitivity, VerifyRead},
+        config::{
+            AccessRule, Approval, Compensation, DataClass, Idempotency, Rollback, RuleDecision, Sensitivity, VerifyRead,
+        },
     },
 };
 use kube::{CustomResourceExt, ResourceExt};
@@ -317,6 +319,22 @@ fn table(echo: &str) -> Vec<Row> {
         add(Row { told: Told::Resolved(Effect::NotApplied), ..lost(row("verify", Denied), "not") });
         let unknown = Told::Made(Effect::Unknown, Some(Rule::ToolTimeout));
         add(Row { told: unknown, ..lost(row("verify", Edge), "perhaps") });
+
+        // The call itself is made in any case; what is refused is to undo it by arguments that cannot be made.
+        let undone = |row: Row, how| Row { tool: Tool { rollback: Some(how), ..row.tool }, ..row };
+        let by_call = |text: &str| {
+            let arguments = BTreeMap::from([("text".to_owned(), text.to_owned())]);
+            Rollback::Call(Compensation { contract: "unsay".into(), arguments, within_seconds: None })
+        };
+        let of_hi = |evidence: &Evidence| {
+            let digest = evidence.outcome.as_ref().and_then(|outcome| outcome.undone_by.clone());
+            digest == Some(hex::encode(belay::canonical::sha256(br#"{"text":"undo hi"}"#)))
+        };
+        let of_nothing =
+            |evidence: &Evidence| evidence.outcome.as_ref().is_some_and(|outcome| outcome.undone_by.is_none());
+        add(Row { also: of_hi, ..undone(row("rollback", Allowed), by_call("'undo ' + args.message")) });
+        add(Row { also: of_nothing, ..undone(row("rollback", Denied), by_call("result.nowhere.at")) });
+        add(Row { also: of_nothing, ..undone(row("rollback", Edge), Rollback::ByHand("say sorry".into())) });
 
         let asking =
             |row: Row, hold, people| Row { tool: Tool { approval: approval(hold), ..row.tool }, people, ..row };

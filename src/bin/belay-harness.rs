@@ -1,6 +1,6 @@
 //! The harness's entry point: `serve` beside the agent, `probe` before it.
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{io::Write, path::PathBuf, process::ExitCode};
 
 use anyhow::Context;
 use belay::{
@@ -94,7 +94,7 @@ async fn main() -> anyhow::Result<ExitCode> {
         }
         Command::Undo { message } => {
             let report = undo::ask(&message).await.context("cannot have the harness roll back")?;
-            println!("{report}");
+            writeln!(std::io::stdout(), "{report}")?;
             Ok(if report.left.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }
         Command::Serve {

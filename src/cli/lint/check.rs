@@ -31,7 +31,7 @@ use crate::{
         AgentTask, ApprovalRequest, PolicyPack, PolicyPackSpec, ToolContract,
         agent_task::{Limits, Resources},
         all_crds,
-        policy_pack::{EgressRule, EvidencePolicy, Models, RetentionMode, WorkflowClass},
+        policy_pack::{EgressRule, EvidencePolicy, Models, RetentionMode, StatePolicy, WorkflowClass},
     },
     plan::{Finding, config, names, pack_among, validated},
     policy::config::{EgressUse, SideEffect},
@@ -593,7 +593,7 @@ fn generous(task: &AgentTask, contracts: &[&ToolContract]) -> PolicyPack {
     PolicyPack::new(
         "any",
         PolicyPackSpec {
-            state: None,
+            state: Some(StatePolicy { bucket: "any".into(), prefix: None }),
             environment: "any".into(),
             namespace_selector: Default::default(),
             workflow_classes: vec![WorkflowClass {

@@ -24,7 +24,7 @@ fn call(within_seconds: Option<i64>) -> Option<Rollback> {
 
 /// The steps of a log with these events, under this policy.
 fn steps(policy: PolicyConfig, events: Vec<Event>) -> Vec<Step> {
-    let Event::AttemptOpened(mut first) = opened(&signer(), 1) else { unreachable!() };
+    let Event::AttemptOpened(mut first) = opened(&signer(), 1) else { panic!("another event") };
     first.policy = policy;
     let events = [vec![Event::AttemptOpened(first)], events].concat();
     let mut planner = Planner::default();
@@ -40,7 +40,7 @@ fn write(call: &str) -> Event {
 }
 
 fn ended(call: &str, effect: Effect, undone_by: Option<&str>) -> Event {
-    let Event::Outcome(of) = outcome(call, 0) else { unreachable!() };
+    let Event::Outcome(of) = outcome(call, 0) else { panic!("another event") };
     Event::Outcome(Outcome { effect, undone_by: undone_by.map(Into::into), ..of })
 }
 
@@ -115,7 +115,7 @@ fn what_a_rollback_lets_pass(#[case] call: Leaving<'_>, #[case] expected: Option
 #[test]
 fn too_late_is_too_late() {
     let mut plan = plan(&["1"]);
-    let By::Call(undo) = &mut plan.steps[0].by else { unreachable!() };
+    let By::Call(undo) = &mut plan.steps[0].by else { panic!("another event") };
     undo.until = Some("2026-11-23T10:01:00.000Z".into());
     let undoing = Undoing::new(plan);
     let at = |time: &str| lets(Some(&undoing), leaving(Some("1")), time.parse().unwrap());

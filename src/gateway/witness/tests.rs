@@ -90,7 +90,7 @@ fn undone() -> (PolicyConfig, String) {
 
 /// An opening record by this policy, with this plan.
 fn opened_by(harness: &Harness, policy: &PolicyConfig, plan: Option<Plan>) -> Event {
-    let Event::AttemptOpened(mut opened) = harness.opened() else { unreachable!() };
+    let Event::AttemptOpened(mut opened) = harness.opened() else { panic!("another event") };
     (opened.policy, opened.policy_digest, opened.rollback) = (policy.clone(), policy.digest().unwrap(), plan);
     Event::AttemptOpened(opened)
 }
@@ -100,7 +100,7 @@ async fn ended(a: &Witness) -> Place {
     let (policy, digest) = undone();
     let mut harness = Harness::new(1);
     let applied = |call| {
-        let Event::Outcome(of) = outcome(call, 0) else { unreachable!() };
+        let Event::Outcome(of) = outcome(call, 0) else { panic!("another event") };
         Event::Outcome(Outcome { undone_by: Some(digest.clone()), ..of })
     };
     let write = |call| intent(call, Channel::Tool, "write", 0);
@@ -148,7 +148,7 @@ async fn a_rollback_goes_by_the_plan_that_the_other_log_makes() {
     append(&harness.next(vec![opened])).await.unwrap();
 
     let undo = |call: &str, undoes: Option<&str>, digest: &str, effect| {
-        let Event::Intent(of) = intent(call, Channel::Tool, "search", 0) else { unreachable!() };
+        let Event::Intent(of) = intent(call, Channel::Tool, "search", 0) else { panic!("another event") };
         let (undoes, request_digest) = (undoes.map(Into::into), Some(digest.to_owned()));
         Event::Intent(Intent { undoes, request_digest, effect: Some(effect), ..of })
     };
