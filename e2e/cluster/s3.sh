@@ -1,12 +1,15 @@
 # shellcheck shell=bash
 # Two S3 stores with Object Lock in the world's namespace: versitygw and SeaweedFS. Each has a root identity, and a lesser one for
-# the gateway that may write and read but neither delete nor shorten. Credentials end up in $RUN/s3.env.
+# the gateway that may write and read but neither delete nor shorten. Credentials end up in $RUN/s3.env. versitygw has a second
+# bucket, without locks, for the arguments that undo calls.
 
-S3_BUCKET=belay-evidence S3_REGION=us-east-1
-# All that the gateway may do, on either store.
-S3_GATEWAY_RIGHTS='"Effect": "Allow",
+S3_BUCKET=belay-evidence S3_STATE_BUCKET=belay-state S3_REGION=us-east-1
+# All that the gateway may do with a bucket, on either store.
+gateway_rights() {
+  echo '"Effect": "Allow",
   "Action": ["s3:PutObject", "s3:PutObjectRetention", "s3:GetObject", "s3:GetObjectVersion", "s3:GetObjectRetention", "s3:ListBucket", "s3:ListBucketVersions"],
-  "Resource": ["arn:aws:s3:::'$S3_BUCKET'", "arn:aws:s3:::'$S3_BUCKET'/*"]'
+  "Resource": ["arn:aws:s3:::'"$1"'", "arn:aws:s3:::'"$1"'/*"]'
+}
 
 configure_s3() {
   cd "$RUN" || return
@@ -14,6 +17,7 @@ configure_s3() {
   secret() { openssl rand -hex 20; }
   cat > s3.env.tmp <<Y
 S3_BUCKET=$S3_BUCKET
+S3_STATE_BUCKET=$S3_STATE_BUCKET
 S3_REGION=$S3_REGION
 S3_ENDPOINT=http://$VERSITYGW_IP:7070
 S3_ACCESS_KEY=belay-gateway
@@ -30,8 +34,12 @@ Y
   source ./s3.env.tmp
   mkdir -p versitygw/{iam,data,versions} seaweedfs
   # versitygw takes it as the bucket's policy; SeaweedFS as a policy document, in a string, that the identity names.
-  echo "{\"Statement\": [{\"Principal\": [\"$S3_ACCESS_KEY\"], $S3_GATEWAY_RIGHTS}]}" > versitygw/policy.json
-  local document="{\"Version\": \"2012-10-17\", \"Statement\": [{$S3_GATEWAY_RIGHTS}]}"
+  local bucket
+  for bucket in "$S3_BUCKET" "$S3_STATE_BUCKET"; do
+    echo "{\"Statement\": [{\"Principal\": [\"$S3_ACCESS_KEY\"], $(gateway_rights "$bucket")}]}" > "versitygw/policy-$bucket.json"
+  done
+  local document
+  document="{\"Version\": \"2012-10-17\", \"Statement\": [{$(gateway_rights "$S3_BUCKET")}]}"
   document=${document//$'\n'/}
   cat > seaweedfs/identities.json <<Y
 {"identities": [
@@ -69,19 +77,20 @@ s3_root() {
   esac
 }
 
-# Waits for the store NAME and makes its bucket.
+# make_bucket NAME BUCKET [CURL OPTION…]: waits for the store NAME and makes a bucket there.
 make_bucket() {
-  local name=$1
+  local name=$1 bucket=$2; shift 2
   await "$name" 40 s3_root "$name" GET '' ''
-  s3_root "$name" GET "$S3_BUCKET" '' >/dev/null 2>&1 && return
-  s3_root "$name" PUT "$S3_BUCKET" '' -H 'x-amz-bucket-object-lock-enabled: true' >> "$LOGS/$name.log" 2>&1 ||
-    fail "$name" "refused to make the bucket $S3_BUCKET"
+  s3_root "$name" GET "$bucket" '' >/dev/null 2>&1 && return
+  s3_root "$name" PUT "$bucket" '' "$@" >> "$LOGS/$name.log" 2>&1 || fail "$name" "refused to make the bucket $bucket"
 }
 
 finish_s3() {
   local admin=(inside "$WORLD" env ADMIN_ACCESS_KEY="$S3_ROOT_ACCESS_KEY" ADMIN_SECRET_KEY="$S3_ROOT_SECRET_KEY"
     ADMIN_ENDPOINT_URL="$S3_ENDPOINT" ADMIN_REGION="$S3_REGION" "$BIN/versitygw" admin)
-  make_bucket versitygw
+  local bucket lock=(-H 'x-amz-bucket-object-lock-enabled: true')
+  make_bucket versitygw "$S3_BUCKET" "${lock[@]}"
+  make_bucket versitygw "$S3_STATE_BUCKET"
   # The whole list, and then a look: a pipe that is left early looks like a failure.
   local users
   users=$("${admin[@]}" list-users 2>/dev/null) || users=
@@ -89,7 +98,9 @@ finish_s3() {
     "${admin[@]}" create-user --access "$S3_ACCESS_KEY" --secret "$S3_SECRET_KEY" --role user >> "$LOGS/versitygw.log" 2>&1 ||
       fail versitygw "refused to make the user $S3_ACCESS_KEY"
   fi
-  s3_root versitygw PUT "$S3_BUCKET?policy=" "$(cat "$RUN/versitygw/policy.json")" >> "$LOGS/versitygw.log" 2>&1 ||
-    fail versitygw "refused the bucket policy"
-  make_bucket seaweedfs
+  for bucket in "$S3_BUCKET" "$S3_STATE_BUCKET"; do
+    s3_root versitygw PUT "$bucket?policy=" "$(cat "$RUN/versitygw/policy-$bucket.json")" >> "$LOGS/versitygw.log" 2>&1 ||
+      fail versitygw "refused the policy of the bucket $bucket"
+  done
+  make_bucket seaweedfs "$S3_BUCKET" "${lock[@]}"
 }

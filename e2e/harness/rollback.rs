@@ -205,6 +205,22 @@ async fn what_cannot_be_made_is_left_to_people() {
     assert_eq!(names(&report), [("say", "the arguments that undo it could not be made or kept")]);
 }
 
+/// Arguments are made of what was answered as well.
+#[tokio::test]
+async fn what_was_answered_is_undone() {
+    let mut policy = agents();
+    let arguments = BTreeMap::from([("text".to_owned(), "'undo ' + result.id".to_owned())]);
+    let call = Compensation { contract: "unsay".into(), arguments, within_seconds: None };
+    let change = tool("change", over_mcp("weather"), SideEffect::Write);
+    policy.tools.push(Tool { rollback: Some(Rollback::Call(call)), ..change });
+    policy.tools.sort_by(|one, other| one.name.cmp(&other.name));
+    let harness = harness_of(policy, vec![]).await;
+    let (error, text) = harness.tool("change", json!({"is": {"id": "INC-7"}})).await;
+    assert!(!error, "{text}");
+    let kept: Vec<_> = harness.gateway.kept().values().cloned().collect();
+    assert_eq!(kept, [r#"{"text":"undo INC-7"}"#]);
+}
+
 /// People are asked for what undoes like for anything else.
 #[tokio::test]
 async fn what_undoes_may_need_approval() {

@@ -8,15 +8,10 @@ use kube::{
 };
 use serde_json::{Value, json};
 
-use crate::support::{World, belay, class, condition, phase, setting};
+use crate::support::{World, belay, class, condition, in_world, phase, setting};
 
 const CONTRACTS: &str = include_str!("../demo/manifests/contracts.yaml");
 const TASK: &str = include_str!("../demo/manifests/task.yaml");
-
-/// A file of the pretend internet.
-fn in_world(file: &str) -> std::path::PathBuf {
-    std::path::Path::new(&setting("BELAY_WORLD")).join(file)
-}
 
 fn tickets() -> usize {
     std::fs::read_to_string(in_world("tickets.jsonl")).unwrap().lines().count()

@@ -10,4 +10,5 @@ mod disruption;
 mod escape;
 mod lifecycle;
 mod locks;
+mod rollback;
 mod support;

@@ -57,6 +57,11 @@ pub fn setting(name: &str) -> String {
     std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set: run these tests with `make test`"))
 }
 
+/// A file of the pretend internet.
+pub fn in_world(file: &str) -> std::path::PathBuf {
+    std::path::Path::new(&setting("BELAY_WORLD")).join(file)
+}
+
 /// A namespace and a pack of the test's own. Both go when it ends well; when it fails they stay to be looked at, until the
 /// next run of the same test.
 pub struct World {
@@ -77,6 +82,7 @@ impl World {
                 "workflowClasses": classes,
                 "models": {"openai": "https://models.world.test"},
                 "evidence": {"bucket": setting("S3_BUCKET"), "prefix": "e2e", "mode": "Governance", "retentionDays": 1},
+                "state": {"bucket": setting("S3_STATE_BUCKET"), "prefix": "e2e"},
             },
         });
         Api::<PolicyPack>::all(world.client.clone())

@@ -37,4 +37,17 @@ def open_ticket(title: str, severity: str, body: str, idempotency_key: str | Non
     return json.dumps(ticket)
 
 
+@server.tool()
+def close_ticket(title: str, why: str) -> str:
+    """Closes the ticket of this title."""
+    known = tickets()
+    closed = [t for t in known if t["title"] == title]
+    if not closed:
+        raise ValueError(f"there is no ticket {title!r}")
+    for t in closed:
+        t["closed"] = why
+    FILE.write_text("".join(json.dumps(t) + "\n" for t in known))
+    return json.dumps(closed[0])
+
+
 app = server.streamable_http_app()
