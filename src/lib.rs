@@ -32,6 +32,9 @@ pub mod operator;
 pub mod plan;
 /// Pure decisions.
 pub mod policy;
+/// Room for recursion.
+#[cfg(feature = "kube")]
+pub mod stack;
 /// Logs and traces of our own processes.
 pub mod telemetry;
 /// Recomputes a log from its leaves and reports what does not hold.

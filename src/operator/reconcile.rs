@@ -146,12 +146,7 @@ async fn refuse_unreadable(context: &Context, invalid: &InvalidObject, uid: &str
     if context.memories.get(uid).last_error.as_deref() == Some(&invalid.error) {
         return Ok(Action::await_change());
     }
-    let finding = [Finding::new(
-        "spec",
-        "a task that this version of Belay can read",
-        invalid.error.clone(),
-        "apply it again as the installed CRD has it",
-    )];
+    let finding = [Finding::unreadable("spec", "a task", invalid.error.clone())];
     let metadata = &invalid.metadata;
     let story = Story {
         generation: metadata.generation,

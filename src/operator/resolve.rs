@@ -49,12 +49,8 @@ impl Resolved {
         let unreadable = self.contracts.iter().filter_map(|contract| contract.0.as_ref().err());
         unreadable
             .map(|invalid| {
-                Finding::new(
-                    format!("ToolContract/{}", invalid.metadata.name.as_deref().unwrap_or_default()),
-                    "a contract that this version of Belay can read",
-                    invalid.error.clone(),
-                    "apply it again as the installed CRD has it",
-                )
+                let name = invalid.metadata.name.as_deref().unwrap_or_default();
+                Finding::unreadable(format!("ToolContract/{name}"), "a contract", invalid.error.clone())
             })
             .collect()
     }
