@@ -13,6 +13,9 @@ pub mod admin;
 pub mod api;
 /// RFC 8785 canonical JSON and its SHA-256.
 pub mod canonical;
+/// The serving certificates of gateway and webhook.
+#[cfg(any(feature = "gateway", feature = "operator"))]
+pub mod certificate;
 /// The command line: approvals, approve, contract, deny, lint, verify and watch.
 #[cfg(feature = "cli")]
 pub mod cli;
