@@ -39,7 +39,7 @@ use crate::{
         names,
         network_policy::{self, Altered},
         owner::Owner,
-        validated::{Surroundings, Validated, validate},
+        validated::Surroundings,
     },
     wire::SealRequest,
 };
@@ -350,7 +350,8 @@ impl Pass<'_> {
         contained: Option<bool>,
         attempt: i64,
     ) -> Result<Action, ReconcileError> {
-        let validated = match self.validate() {
+        let resolved = Resolved::of(&self.task, &self.context.stores);
+        let validated = match resolved.validate(&self.task, &self.context.system_namespace) {
             Ok(validated) => validated,
             Err(findings) => {
                 self.tell(attempts, contained, Stage::Refused(&findings)).await?;
@@ -403,16 +404,6 @@ impl Pass<'_> {
                 Err(error.into())
             }
         }
-    }
-
-    fn validate(&self) -> Result<Validated, Vec<Finding>> {
-        let resolved = Resolved::of(&self.task, &self.context.stores);
-        let unreadable = resolved.unreadable();
-        if !unreadable.is_empty() {
-            return Err(unreadable);
-        }
-        let pack = resolved.pack().map_err(|finding| vec![finding])?;
-        validate(&self.task, &resolved.contracts(), pack, &self.context.system_namespace)
     }
 
     async fn seal(
