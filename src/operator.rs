@@ -7,7 +7,8 @@
 //! ```
 //!
 //! Promises: killed at any point it converges, without a second pod for the same attempt; only the leader acts, and every replica
-//! answers the webhook; a cluster without the operator goes on running what runs. Refuses: to decide before every cache is filled, and to write what has not changed.
+//! answers the webhook; a cluster without the operator goes on running what runs. Refuses: to decide before every cache is
+//! filled, and to write what has not changed.
 
 use std::{net::SocketAddr, path::PathBuf, pin::pin, sync::Arc, time::Duration};
 
