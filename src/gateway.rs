@@ -15,8 +15,6 @@ pub mod authorize;
 pub mod body;
 /// The port that only a NetworkPolicy keeps silent.
 pub mod canary;
-/// The serving certificate.
-pub mod certificate;
 /// What the API server says.
 pub mod cluster;
 /// What upstreams want to see and pods never do.

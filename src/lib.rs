@@ -13,6 +13,9 @@ pub mod admin;
 pub mod api;
 /// RFC 8785 canonical JSON and its SHA-256.
 pub mod canonical;
+/// The serving certificates of gateway and webhook.
+#[cfg(any(feature = "gateway", feature = "operator"))]
+pub mod certificate;
 /// The command line: approvals, approve, contract, deny, lint, rollback, verify and watch.
 #[cfg(feature = "cli")]
 pub mod cli;
@@ -32,6 +35,9 @@ pub mod operator;
 pub mod plan;
 /// Pure decisions.
 pub mod policy;
+/// Room for recursion.
+#[cfg(feature = "kube")]
+pub mod stack;
 /// Logs and traces of our own processes.
 pub mod telemetry;
 /// Recomputes a log from its leaves and reports what does not hold.

@@ -6,8 +6,9 @@
 //!                             └─▶ status
 //! ```
 //!
-//! Promises: killed at any point it converges, without a second pod for the same attempt; only the leader acts; a cluster without
-//! the operator goes on running what runs. Refuses: to decide before every cache is filled, and to write what has not changed.
+//! Promises: killed at any point it converges, without a second pod for the same attempt; only the leader acts, and every replica
+//! answers the webhook; a cluster without the operator goes on running what runs. Refuses: to decide before every cache is
+//! filled, and to write what has not changed.
 
 use std::{net::SocketAddr, path::PathBuf, pin::pin, sync::Arc, time::Duration};
 
@@ -15,11 +16,9 @@ use futures::{Stream, StreamExt};
 use jiff::Timestamp;
 use kube::{
     Client, Resource, ResourceExt,
-    core::DeserializeGuard,
     runtime::{
         Controller, Predicate, PredicateConfig, WatchStreamExt, controller,
         predicates::{self},
-        watcher,
     },
 };
 use kube_lease_manager::LeaseManagerBuilder;
@@ -56,6 +55,8 @@ pub mod seal;
 pub mod status;
 /// What the cluster adds to every task.
 pub mod surroundings;
+/// What is wrong, said when it is applied.
+pub mod webhook;
 
 #[cfg(test)]
 mod tests;
@@ -68,7 +69,7 @@ const LEASE: &str = "belay-operator";
 const LEASE_SECONDS: u64 = 15;
 /// Seconds before that in which it renews.
 const LEASE_GRACE_SECONDS: u64 = 5;
-/// How often the gateway's certificate is looked at.
+/// How often the serving certificates are looked at.
 const CERTIFICATE_CHECK: Duration = Duration::from_secs(12 * 3600);
 /// How often memories of tasks that are gone are dropped.
 const TIDY: Duration = Duration::from_secs(300);
@@ -96,6 +97,8 @@ pub struct Settings {
     pub identity: String,
     /// Endpoint of the evidence store as the gateway has it; absent for AWS.
     pub s3_endpoint: Option<String>,
+    /// The webhook, where there is one.
+    pub webhook: Option<webhook::Options>,
 }
 
 /// Why the operator ended.
@@ -124,6 +127,9 @@ pub enum OperatorError {
     /// The Lease went to another.
     #[error("Lease {LEASE} went to another replica: ending at once, because only the leader may act")]
     LeaseLost,
+    /// The webhook's port.
+    #[error(transparent)]
+    Webhook(#[from] webhook::WebhookError),
     /// The secrets.
     #[error(transparent)]
     Bootstrap(#[from] bootstrap::BootstrapError),
@@ -155,6 +161,12 @@ pub async fn run(settings: Settings, stop: impl Future<Output = ()> + Send) -> R
     })
     .await?;
     tokio::spawn(admin);
+    let memories = Arc::new(memory::Memories::default());
+    let (stores, mut streams) = cache::watch(&client, memories.clone(), &metrics);
+    if let Some(options) = &settings.webhook {
+        let judge = webhook::Judge::new(stores.clone(), settings.system_namespace.clone(), metrics.clone());
+        tokio::spawn(webhook::serve(options, judge).await?);
+    }
     let lease = LeaseManagerBuilder::new(client.clone(), LEASE)
         .with_namespace(&settings.system_namespace)
         .with_identity(&settings.identity)
@@ -163,18 +175,21 @@ pub async fn run(settings: Settings, stop: impl Future<Output = ()> + Send) -> R
         .build()
         .await?;
     let (mut leading, lease_task) = lease.watch().await;
+    let replica = Replica { settings, client, cluster_url, registry, metrics, memories, stores, role };
     let mut stop = pin!(stop);
     let result = 'led: {
-        tracing::info!(identity = settings.identity, "waiting for the Lease");
+        tracing::info!(identity = replica.settings.identity, "waiting for the Lease");
         tokio::select! {
             () = &mut stop => break 'led Ok(()),
             led = leading.wait_for(|leading| *leading) => if led.is_err() { break 'led Err(OperatorError::LeaseLost) },
+            // What the webhook judges by. The controller goes on with the same streams.
+            never = streams.follow_references(), if replica.settings.webhook.is_some() => match never {},
         }
-        metrics.leader.set(1);
-        role.send_replace(Role::Filling);
+        replica.metrics.leader.set(1);
+        replica.role.send_replace(Role::Filling);
         let mut lost = leading.clone();
         tokio::select! {
-            result = lead(&settings, &client, &cluster_url, &registry, &metrics, &role, &mut stop) => result,
+            result = lead(&replica, streams, &mut stop) => result,
             _ = lost.wait_for(|leading| !*leading) => Err(OperatorError::LeaseLost),
         }
     };
@@ -184,6 +199,18 @@ pub async fn run(settings: Settings, stop: impl Future<Output = ()> + Send) -> R
         let _ = tokio::time::timeout(DRAIN, lease_task).await;
     }
     result
+}
+
+/// What every replica has, whether it leads or not.
+struct Replica {
+    settings: Settings,
+    client: Client,
+    cluster_url: http::Uri,
+    registry: Registry,
+    metrics: metrics::Metrics,
+    memories: Arc<memory::Memories>,
+    stores: cache::Stores,
+    role: watch::Sender<Role>,
 }
 
 /// What this replica does.
@@ -198,25 +225,22 @@ enum Role {
 }
 
 async fn lead(
-    settings: &Settings,
-    client: &Client,
-    cluster_url: &http::Uri,
-    registry: &Registry,
-    metrics: &metrics::Metrics,
-    role: &watch::Sender<Role>,
+    replica: &Replica,
+    streams: cache::Streams,
     stop: impl Future<Output = ()> + Send,
 ) -> Result<(), OperatorError> {
     tracing::info!("leading");
-    let authority = bootstrap::ensure(client, &settings.system_namespace, Timestamp::now()).await?;
+    let Replica { settings, client, cluster_url, registry, metrics, memories, stores, role } = replica;
+    let (namespace, webhook) = (&settings.system_namespace, settings.webhook.is_some());
+    let authority = bootstrap::ensure(client, namespace, webhook, Timestamp::now()).await?;
     let gateway = match &settings.gateway {
         Some(gateway) => gateway.clone(),
-        None => surroundings::gateway(client, &settings.system_namespace).await?.ok_or(OperatorError::NoGateway)?,
+        None => surroundings::gateway(client, namespace).await?.ok_or(OperatorError::NoGateway)?,
     };
     let gateway = seal::Gateway::new(gateway, settings.token.clone(), &authority)?;
     let api_servers = surroundings::api_servers(client, cluster_url).await?;
+    let trust = webhook::keep_trust(client.clone(), authority.clone());
     let (surroundings, gateway_moved) = surroundings::follow(client, settings, authority, api_servers);
-    let memories = Arc::new(memory::Memories::default());
-    let (stores, streams) = cache::watch(client, memories.clone(), metrics);
     registry.register(Box::new(metrics::TasksByPhase::new(stores.tasks.clone())?))?;
     let context = Arc::new(reconcile::Context {
         stores: stores.clone(),
@@ -225,7 +249,7 @@ async fn lead(
         gateway,
         surroundings,
         metrics: metrics.clone(),
-        system_namespace: settings.system_namespace.clone(),
+        system_namespace: namespace.clone(),
         s3_endpoint: settings.s3_endpoint.clone(),
     });
     // The streams fill the stores while they are polled, so that the controller waits inside each look, not before it runs.
@@ -245,8 +269,9 @@ async fn lead(
     tokio::select! {
         () = &mut controller => return Err(OperatorError::Ended),
         failed = fill => return failed,
-        failed = keep_certificate(client, &settings.system_namespace) => return failed,
-        () = tidy(&stores, &memories) => {}
+        failed = keep_certificates(client, namespace, webhook) => return failed,
+        never = trust, if webhook => match never {},
+        () = tidy(stores, memories) => {}
         () = stop => {}
     }
     tracing::info!("ending; finishing what is under way");
@@ -256,24 +281,13 @@ async fn lead(
 }
 
 /// Runs the controller until it is told to stop.
-async fn control<T, C, P, N, O, W>(
-    streams: cache::Streams<T, C, P, N, O, W>,
+async fn control(
+    streams: cache::Streams,
     gateway_moved: impl Stream<Item = ()> + Send + 'static,
     context: Arc<reconcile::Context>,
     filled: watch::Receiver<bool>,
     stop: impl Future<Output = ()> + Send + Sync + 'static,
-) where
-    T: Stream<Item = watcher::Result<cache::GuardedTask>> + Send + 'static,
-    C: Stream<Item = watcher::Result<DeserializeGuard<crate::api::ToolContract>>> + Send + 'static,
-    P: Stream<Item = watcher::Result<DeserializeGuard<crate::api::PolicyPack>>> + Send + 'static,
-    N: Stream<Item = watcher::Result<kube::core::PartialObjectMeta<k8s_openapi::api::core::v1::Namespace>>>
-        + Send
-        + 'static,
-    O: Stream<Item = watcher::Result<DeserializeGuard<k8s_openapi::api::core::v1::Pod>>> + Send + 'static,
-    W: Stream<Item = watcher::Result<DeserializeGuard<k8s_openapi::api::networking::v1::NetworkPolicy>>>
-        + Send
-        + 'static,
-{
+) {
     let (contracts, packs, namespaces) = (context.stores.clone(), context.stores.clone(), context.stores.clone());
     let cache = || PredicateConfig::default();
     let changes = task_changes.combine(predicates::finalizers);
@@ -318,10 +332,10 @@ fn task_changes(task: &cache::GuardedTask) -> Option<u64> {
     Some(generation.wrapping_mul(2).wrapping_add(u64::from(metadata.deletion_timestamp.is_some())))
 }
 
-async fn keep_certificate(client: &Client, namespace: &str) -> Result<(), OperatorError> {
+async fn keep_certificates(client: &Client, namespace: &str, webhook: bool) -> Result<(), OperatorError> {
     loop {
         tokio::time::sleep(CERTIFICATE_CHECK).await;
-        bootstrap::ensure(client, namespace, Timestamp::now()).await?;
+        bootstrap::ensure(client, namespace, webhook, Timestamp::now()).await?;
     }
 }
 

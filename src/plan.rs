@@ -19,6 +19,8 @@ use crate::api::PolicyPack;
 
 /// What a pack says to tool calls.
 pub mod access;
+/// Contracts and packs by themselves.
+pub mod alone;
 /// ApprovalRequests as plain data.
 pub mod approval;
 /// CEL preconditions: that they compile, name only what exists and stay shallow.
@@ -47,6 +49,8 @@ pub mod rollback;
 pub mod schema;
 #[cfg(test)]
 mod tests;
+/// Types of CEL expressions.
+pub mod types;
 /// A task in order, as types that hold nothing else.
 pub mod validated;
 
@@ -72,6 +76,25 @@ impl Finding {
         fix: impl Into<String>,
     ) -> Self {
         Self { field: field.into(), expected: expected.into(), found: found.into(), fix: fix.into() }
+    }
+
+    /// An object that is there, and is not what its type says: newer than this version, or older.
+    pub fn unreadable(field: impl Into<String>, what: &str, error: impl Into<String>) -> Self {
+        Self::new(
+            field,
+            format!("{what} that this version of Belay can read"),
+            error,
+            "apply it again as the installed CRD has it",
+        )
+    }
+
+    /// The finding, with the field as the object itself has it: `ToolContract/read-log spec.input` is `spec.input`.
+    #[must_use]
+    pub fn own(mut self) -> Self {
+        if let Some((_, field)) = self.field.split_once(" spec") {
+            self.field = format!("spec{field}");
+        }
+        self
     }
 }
 

@@ -37,6 +37,12 @@ struct Arguments {
     /// Endpoint of the evidence store as the gateway has it, for the status of tasks; AWS when absent.
     #[arg(long, env = "BELAY_S3_ENDPOINT")]
     s3_endpoint: Option<String>,
+    /// Address of the admission webhook; none is served when absent.
+    #[arg(long, env = "BELAY_WEBHOOK_LISTEN")]
+    webhook_listen: Option<SocketAddr>,
+    /// Folder with the webhook's tls.crt and tls.key, which the leader makes.
+    #[arg(long, env = "BELAY_WEBHOOK_TLS_DIR", default_value = "/etc/belay/webhook-tls")]
+    webhook_tls_dir: PathBuf,
 }
 
 #[tokio::main]
@@ -72,6 +78,9 @@ async fn run(arguments: Arguments) -> anyhow::Result<()> {
         harness_memory: arguments.harness_memory,
         identity: arguments.identity,
         s3_endpoint: arguments.s3_endpoint,
+        webhook: arguments
+            .webhook_listen
+            .map(|listen| operator::webhook::Options { listen, tls_dir: arguments.webhook_tls_dir }),
     };
     Ok(operator::run(settings, stop).await?)
 }

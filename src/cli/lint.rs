@@ -7,7 +7,6 @@ use std::{
     fs,
     io::{Read, Write},
     path::{Path, PathBuf},
-    thread,
 };
 
 use clap::ValueEnum;
@@ -18,16 +17,14 @@ use super::{
     CliError,
     terminal::{Safe, safe_json},
 };
+use crate::stack::{self, StackError};
 
 mod check;
 mod document;
 mod schema;
 #[cfg(test)]
 mod tests;
-mod types;
 
-/// CEL is compiled and documents are walked by recursion, within limits; this is far beyond them even in a debug build.
-const STACK: usize = 256 << 20;
 /// Largest file that is read: an API server takes 1.5 MiB an object.
 const LARGEST: u64 = 64 << 20;
 
@@ -108,16 +105,11 @@ pub(super) fn run(args: &Args, out: &mut dyn Write, notes: &mut dyn Write) -> Re
 }
 
 fn on_a_large_stack(sources: &[Source], namespace: &str) -> Result<Outcome, CliError> {
-    thread::scope(|scope| {
-        let worker = thread::Builder::new()
-            .stack_size(STACK)
-            .spawn_scoped(scope, || lint(sources, namespace))
-            .map_err(|error| CliError::new(format!("cannot start a thread: {error}")))?;
-        let outcome = worker
-            .join()
-            .map_err(|_| CliError::new("the check broke off; please report the files that it was given"))?;
-        outcome.map_err(CliError::new)
-    })
+    let outcome = stack::with_room(|| lint(sources, namespace)).map_err(|error| match error {
+        StackError::Thread(_) => CliError::new(error.to_string()),
+        StackError::BrokeOff => CliError::new(format!("{error}; please report the files that it was given")),
+    })?;
+    outcome.map_err(CliError::new)
 }
 
 fn print(diagnostics: &[Diagnostic], output: Output, out: &mut dyn Write) -> Result<(), CliError> {

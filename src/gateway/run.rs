@@ -27,7 +27,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    canary, certificate,
+    canary,
     cluster::{self, Cluster},
     dial::{self, Dialer, Network},
     identity::reviews::Reviews,
@@ -41,7 +41,7 @@ use super::{
     witness::{Buckets, Witness},
 };
 use crate::{
-    admin,
+    admin, certificate,
     evidence::{
         note::{KeyError, Signer, WITNESS_NAME},
         store::{
@@ -133,7 +133,9 @@ pub async fn run(options: Options) -> Result<(), RunError> {
     };
     let admin = admin::serve(options.admin_listen, registry, ready).await?;
     let canary = canary::sing(bind(options.canary_listen).await?);
-    let (tls, certificate) = certificate::serve(options.tls_dir.clone(), metrics.clone())?;
+    let loaded = metrics.certificate_ok.clone();
+    let (mut tls, certificate) = certificate::serve(options.tls_dir.clone(), move |good| loaded.set(i64::from(good)))?;
+    tls.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
 
     let stop = CancellationToken::new();
     let end = CancellationToken::new();
@@ -158,7 +160,7 @@ pub async fn run(options: Options) -> Result<(), RunError> {
         let listener = bind(options.listen).await?;
         listening.store(true, Ordering::Release);
         tracing::info!(address = %options.listen, "serving");
-        listen::serve(listener, tls, gateway, metrics.clone(), stop.clone()).await;
+        listen::serve(listener, Arc::new(tls), gateway, metrics.clone(), stop.clone()).await;
         while metrics.tunnels.get() > 0 {
             tokio::time::sleep(Duration::from_millis(100)).await;
         }

@@ -1,7 +1,7 @@
 //! The secrets of the system namespace: made once, never overwritten.
 //!
-//! Promises: a key that exists is kept; only the gateway's serving certificate is renewed, under the same authority. Refuses: to
-//! start beside a witness key whose public half was published otherwise, since evidence was signed by the other.
+//! Promises: a key that exists is kept; only serving certificates are renewed, under the same authority. Refuses: to start beside
+//! a witness key whose public half was published otherwise, since evidence was signed by the other.
 
 use std::collections::BTreeMap;
 
@@ -21,12 +21,14 @@ use rcgen::{
 
 use crate::{
     evidence::note::{self, Signer, WITNESS_NAME},
-    plan::names::{FIELD_MANAGER, MANAGED_BY, MANAGER},
+    plan::names::{FIELD_MANAGER, MANAGED_BY, MANAGER, WEBHOOK},
     wire::SERVER_NAME,
 };
 
 /// Secret with the gateway's certificate and key, and the authority's certificate.
 pub const GATEWAY_TLS: &str = "belay-gateway-tls";
+/// Secret with the webhook's certificate and key, and the authority's certificate.
+pub const WEBHOOK_TLS: &str = "belay-webhook-tls";
 /// Secret with the authority's certificate and key. The operator's alone.
 pub const GATEWAY_CA: &str = "belay-gateway-ca";
 /// Secret with the witness's private key.
@@ -88,24 +90,33 @@ pub enum BootstrapError {
         found: String,
     },
     /// No certificate can be made.
-    #[error("cannot make the gateway's certificate: {0}")]
+    #[error("cannot make a certificate: {0}")]
     Certificate(#[from] rcgen::Error),
     /// No key can be made.
     #[error("cannot make the witness's key: {0}")]
     Key(#[from] note::KeyError),
 }
 
-/// Makes what is absent and renews what ends soon. The authority's certificate, PEM.
+/// Makes what is absent and renews what ends soon; the webhook's certificate only if there is a webhook. The authority's
+/// certificate, PEM.
 ///
 /// # Errors
 /// See [`BootstrapError`].
-pub async fn ensure(client: &Client, namespace: &str, now: Timestamp) -> Result<String, BootstrapError> {
+pub async fn ensure(client: &Client, namespace: &str, webhook: bool, now: Timestamp) -> Result<String, BootstrapError> {
     let secrets = Api::<Secret>::namespaced(client.clone(), namespace);
     let config_maps = Api::<ConfigMap>::namespaced(client.clone(), namespace);
     let authority = authority(&secrets, now).await?;
-    serving(&secrets, &authority, now).await?;
+    serving(&secrets, &authority, GATEWAY_TLS, SERVER_NAME, now).await?;
+    if webhook {
+        serving(&secrets, &authority, WEBHOOK_TLS, &webhook_name(namespace), now).await?;
+    }
     witness(&secrets, &config_maps).await?;
     Ok(authority.certificate)
+}
+
+/// The name by which the API server calls the webhook.
+pub fn webhook_name(namespace: &str) -> String {
+    format!("{WEBHOOK}.{namespace}.svc")
 }
 
 /// The gateway's certificate authority.
@@ -156,14 +167,21 @@ fn date(now: Timestamp, days: i64) -> (i32, u8, u8) {
     (i32::from(date.year()), u8::try_from(date.month()).unwrap_or(1), u8::try_from(date.day()).unwrap_or(1))
 }
 
-async fn serving(secrets: &Api<Secret>, authority: &Authority, now: Timestamp) -> Result<(), BootstrapError> {
-    let existing = get(secrets, GATEWAY_TLS).await?;
-    if existing.as_ref().is_some_and(|secret| is_fresh(secret, authority, now)) {
+/// The Secret `name` with a certificate for `host`.
+async fn serving(
+    secrets: &Api<Secret>,
+    authority: &Authority,
+    name: &'static str,
+    host: &str,
+    now: Timestamp,
+) -> Result<(), BootstrapError> {
+    let existing = get(secrets, name).await?;
+    if existing.as_ref().is_some_and(|secret| is_fresh(secret, name, authority, now)) {
         return Ok(());
     }
     let issuer = Issuer::new(authority_params(now)?, KeyPair::from_pem(&authority.key)?);
     let key = KeyPair::generate()?;
-    let mut leaf = params(now, SERVING_DAYS, SERVER_NAME, vec![SERVER_NAME.to_owned()])?;
+    let mut leaf = params(now, SERVING_DAYS, host, vec![host.to_owned()])?;
     leaf.use_authority_key_identifier_extension = true;
     leaf.key_usages = vec![KeyUsagePurpose::DigitalSignature];
     leaf.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
@@ -174,28 +192,24 @@ async fn serving(secrets: &Api<Secret>, authority: &Authority, now: Timestamp) -
         (TLS_KEY, key.serialize_pem().into_bytes()),
         (CA_CERT, authority.certificate.clone().into_bytes()),
     ];
-    let mut made = secret(GATEWAY_TLS, "kubernetes.io/tls", data, Some(not_after));
+    let mut made = secret(name, "kubernetes.io/tls", data, Some(not_after));
     match existing {
-        None => create(secrets, GATEWAY_TLS, made).await.map(drop),
+        None => create(secrets, name, made).await.map(drop),
         Some(existing) => {
-            // Only over what was read: two leaders at once must not give two certificates to two gateways.
+            // Only over what was read: two leaders at once must not give two certificates to two replicas.
             made.metadata.resource_version = existing.resource_version();
             made.type_ = existing.type_;
             let parameters = PatchParams { field_manager: Some(FIELD_MANAGER.to_owned()), ..PatchParams::default() };
-            let patched = secrets.patch(GATEWAY_TLS, &parameters, &Patch::Merge(&made)).await;
-            patched.map_err(|cause| BootstrapError::Kube {
-                verb: "patch",
-                name: GATEWAY_TLS,
-                cause: Box::new(cause),
-            })?;
-            tracing::info!(secret = GATEWAY_TLS, %not_after, "renewed the gateway's certificate");
+            let patched = secrets.patch(name, &parameters, &Patch::Merge(&made)).await;
+            patched.map_err(|cause| BootstrapError::Kube { verb: "patch", name, cause: Box::new(cause) })?;
+            tracing::info!(secret = name, %not_after, "renewed a serving certificate");
             Ok(())
         }
     }
 }
 
 /// Whether the serving certificate is of this authority and lasts.
-fn is_fresh(secret: &Secret, authority: &Authority, now: Timestamp) -> bool {
+fn is_fresh(secret: &Secret, name: &'static str, authority: &Authority, now: Timestamp) -> bool {
     let renew = now.checked_add(SignedDuration::from_hours(RENEW_DAYS * 24)).unwrap_or(now);
     let lasts = match secret.annotations().get(NOT_AFTER) {
         Some(not_after) => not_after.parse().is_ok_and(|not_after: Timestamp| not_after > renew),
@@ -203,7 +217,7 @@ fn is_fresh(secret: &Secret, authority: &Authority, now: Timestamp) -> bool {
         None => true,
     };
     let has = |key: &str| secret.data.as_ref().is_some_and(|data| data.contains_key(key));
-    let same = text(secret, GATEWAY_TLS, CA_CERT, "").is_ok_and(|certificate| certificate == authority.certificate);
+    let same = text(secret, name, CA_CERT, "").is_ok_and(|certificate| certificate == authority.certificate);
     lasts && same && has(TLS_CERT) && has(TLS_KEY)
 }
 

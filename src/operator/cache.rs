@@ -3,9 +3,9 @@
 //! Promises: one object that cannot be read never stops a watch; nothing is decided before every store is filled. Refuses: to keep
 //! what nobody asks for: managed fields, and nearly all of pods' specs.
 
-use std::sync::Arc;
+use std::{convert::Infallible, sync::Arc};
 
-use futures::{Stream, StreamExt};
+use futures::{Stream, StreamExt, stream::BoxStream};
 use k8s_openapi::api::{
     core::v1::{Namespace, Pod, PodSpec},
     networking::v1::NetworkPolicy,
@@ -54,10 +54,18 @@ impl Stores {
     /// # Errors
     /// If a watch has ended.
     pub async fn ready(&self) -> Result<(), WriterDropped> {
-        let (tasks, contracts, packs) = (&self.tasks, &self.contracts, &self.packs);
-        tokio::try_join!(tasks.wait_until_ready(), contracts.wait_until_ready(), packs.wait_until_ready())?;
-        let (namespaces, pods, policies) = (&self.namespaces, &self.pods, &self.network_policies);
-        tokio::try_join!(namespaces.wait_until_ready(), pods.wait_until_ready(), policies.wait_until_ready())?;
+        let (tasks, pods, policies) = (&self.tasks, &self.pods, &self.network_policies);
+        tokio::try_join!(tasks.wait_until_ready(), pods.wait_until_ready(), policies.wait_until_ready())?;
+        self.references_ready().await
+    }
+
+    /// Waits until what tasks refer to is there: contracts, packs, namespaces.
+    ///
+    /// # Errors
+    /// If a watch has ended.
+    pub async fn references_ready(&self) -> Result<(), WriterDropped> {
+        let (contracts, packs, namespaces) = (&self.contracts, &self.packs, &self.namespaces);
+        tokio::try_join!(contracts.wait_until_ready(), packs.wait_until_ready(), namespaces.wait_until_ready())?;
         Ok(())
     }
 
@@ -102,38 +110,42 @@ impl Stores {
 }
 
 /// The watches' events, to be merged into one controller.
-pub struct Streams<T, C, P, N, O, W> {
+pub struct Streams {
     /// Tasks that exist.
-    pub tasks: T,
+    pub tasks: Changes<GuardedTask>,
     /// Contracts that came, changed or went.
-    pub contracts: C,
+    pub contracts: Changes<DeserializeGuard<ToolContract>>,
     /// Packs.
-    pub packs: P,
+    pub packs: Changes<DeserializeGuard<PolicyPack>>,
     /// Namespaces.
-    pub namespaces: N,
+    pub namespaces: Changes<PartialObjectMeta<Namespace>>,
     /// Pods.
-    pub pods: O,
+    pub pods: Changes<DeserializeGuard<Pod>>,
     /// NetworkPolicies.
-    pub network_policies: W,
+    pub network_policies: Changes<DeserializeGuard<NetworkPolicy>>,
 }
 
-/// Starts the watches. They run while the streams are polled.
-#[expect(clippy::type_complexity, reason = "six streams without a name of their own")]
-pub fn watch(
-    client: &Client,
-    memories: Arc<Memories>,
-    metrics: &Metrics,
-) -> (
-    Stores,
-    Streams<
-        impl Stream<Item = watcher::Result<GuardedTask>> + Send + 'static + use<>,
-        impl Stream<Item = watcher::Result<DeserializeGuard<ToolContract>>> + Send + 'static + use<>,
-        impl Stream<Item = watcher::Result<DeserializeGuard<PolicyPack>>> + Send + 'static + use<>,
-        impl Stream<Item = watcher::Result<PartialObjectMeta<Namespace>>> + Send + 'static + use<>,
-        impl Stream<Item = watcher::Result<DeserializeGuard<Pod>>> + Send + 'static + use<>,
-        impl Stream<Item = watcher::Result<DeserializeGuard<NetworkPolicy>>> + Send + 'static + use<>,
-    >,
-) {
+/// Objects of one kind, each time that they change.
+pub type Changes<K> = BoxStream<'static, watcher::Result<K>>;
+
+impl Streams {
+    /// Keeps contracts, packs and namespaces current for ever, for who looks them up and does not act.
+    pub async fn follow_references(&mut self) -> Infallible {
+        tokio::join!(drain(&mut self.contracts), drain(&mut self.packs), drain(&mut self.namespaces)).0
+    }
+}
+
+async fn drain<K>(changes: &mut Changes<K>) -> Infallible {
+    while let Some(change) = changes.next().await {
+        if let Err(error) = change {
+            tracing::warn!(%error, "a watch was interrupted and is started again");
+        }
+    }
+    std::future::pending().await
+}
+
+/// Prepares the watches. They run while the streams are polled.
+pub fn watch(client: &Client, memories: Arc<Memories>, metrics: &Metrics) -> (Stores, Streams) {
     let all = watcher::Config::default;
     let ours = || watcher::Config::default().labels(&format!("{}={}", names::MANAGED_BY, names::MANAGER));
     let (of_pods, of_policies) = (memories.clone(), memories.clone());
@@ -198,7 +210,15 @@ pub fn watch(
         pods: pod_store,
         network_policies: policy_store,
     };
-    (stores, Streams { tasks, contracts, packs, namespaces, pods, network_policies: policies })
+    let streams = Streams {
+        tasks: tasks.boxed(),
+        contracts: contracts.boxed(),
+        packs: packs.boxed(),
+        namespaces: namespaces.boxed(),
+        pods: pods.boxed(),
+        network_policies: policies.boxed(),
+    };
+    (stores, streams)
 }
 
 type Events<K> = watcher::Result<watcher::Event<K>>;

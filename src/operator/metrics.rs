@@ -31,6 +31,8 @@ pub struct Metrics {
     pub policies_restored: IntCounter,
     /// Objects that could not be read, by kind.
     pub undecodable: IntCounterVec,
+    /// Objects that the webhook judged, by kind and result: `allowed`, `warned`, `denied`.
+    pub reviews: IntCounterVec,
     /// Whether this replica leads.
     pub leader: prometheus::IntGauge,
 }
@@ -71,6 +73,11 @@ impl Metrics {
             policies_restored: IntCounter::new(
                 "belay_operator_network_policies_restored_total",
                 "NetworkPolicies that were deleted or changed under a living pod, and made again.",
+            )?,
+            reviews: counter(
+                "belay_operator_admission_reviews_total",
+                "Objects that the webhook judged, by kind and result.",
+                &["kind", "result"],
             )?,
             leader: prometheus::IntGauge::new("belay_operator_leader", "1 where this replica leads.")?,
         };

@@ -44,7 +44,7 @@ use crate::{
         network_policy::{self, Altered},
         owner::Owner,
         rollback,
-        validated::{Surroundings, Validated, validate},
+        validated::Surroundings,
     },
     wire::SealRequest,
 };
@@ -151,12 +151,7 @@ async fn refuse_unreadable(context: &Context, invalid: &InvalidObject, uid: &str
     if context.memories.get(uid).last_error.as_deref() == Some(&invalid.error) {
         return Ok(Action::await_change());
     }
-    let finding = [Finding::new(
-        "spec",
-        "a task that this version of Belay can read",
-        invalid.error.clone(),
-        "apply it again as the installed CRD has it",
-    )];
+    let finding = [Finding::unreadable("spec", "a task", invalid.error.clone())];
     let metadata = &invalid.metadata;
     let story = Story {
         generation: metadata.generation,
@@ -360,7 +355,9 @@ impl Pass<'_> {
         contained: Option<bool>,
         attempt: i64,
     ) -> Result<Action, ReconcileError> {
-        let validated = match self.validate() {
+        let resolved = Resolved::of(&self.task, &self.context.stores);
+        let validated = resolved.validate(&self.task, &self.context.system_namespace);
+        let validated = match self.undone().map_err(|finding| vec![finding]).and(validated) {
             Ok(validated) => validated,
             Err(findings) => {
                 self.tell(attempts, contained, Stage::Refused(&findings)).await?;
@@ -415,17 +412,6 @@ impl Pass<'_> {
         }
     }
 
-    fn validate(&self) -> Result<Validated, Vec<Finding>> {
-        let resolved = Resolved::of(&self.task, &self.context.stores);
-        let unreadable = resolved.unreadable();
-        if !unreadable.is_empty() {
-            return Err(unreadable);
-        }
-        let pack = resolved.pack().map_err(|finding| vec![finding])?;
-        self.undone().map_err(|finding| vec![finding])?;
-        validate(&self.task, &resolved.contracts(), pack, &self.context.system_namespace)
-    }
-
     /// Whether the task that this one undoes has ended. One that is gone has; its log tells.
     fn undone(&self) -> Result<(), Finding> {
         let Some(of) = &self.task.spec.rollback_of else { return Ok(()) };
@@ -438,7 +424,7 @@ impl Pass<'_> {
                 "spec.rollbackOf",
                 "a task that has ended",
                 format!("`{}`, which is {}", of.name, phase.map_or("new".to_owned(), |phase| format!("{phase:?}"))),
-                "wait for its end, then apply this task again",
+                "wait for its end",
             )),
         }
     }

@@ -2,12 +2,17 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use kube::{ResourceExt, core::DeserializeGuard, runtime::reflector::ObjectRef};
+use kube::{Resource, ResourceExt, core::DeserializeGuard, runtime::reflector::ObjectRef};
 
 use super::cache::Stores;
 use crate::{
     api::{AgentTask, PolicyPack, ToolContract},
-    plan::{Finding, pack_among},
+    plan::{
+        Finding,
+        config::contract_missing,
+        pack_among,
+        validated::{Validated, validate},
+    },
 };
 
 /// The pack that governs a task and the contracts that it names.
@@ -40,21 +45,39 @@ impl Resolved {
     }
 
     /// The contracts that can be read.
-    pub fn contracts(&self) -> Vec<&ToolContract> {
+    fn contracts(&self) -> Vec<&ToolContract> {
         self.contracts.iter().filter_map(|contract| contract.0.as_ref().ok()).collect()
     }
 
+    /// What is not there, and may come: contracts, and one pack for the namespace.
+    pub fn missing(&self, task: &AgentTask) -> Vec<Finding> {
+        let there = |name: &String| self.contracts.iter().any(|contract| contract.meta().name.as_ref() == Some(name));
+        let namespace = task.namespace().unwrap_or_default();
+        let absent = task.spec.tools.iter().enumerate().filter(|(_, name)| !there(name));
+        let absent = absent.map(|(index, name)| contract_missing(index, name, &namespace));
+        absent.chain(self.pack().err()).collect()
+    }
+
+    /// Judges the task: what the operator, who acts on it, and the webhook say alike.
+    ///
+    /// # Errors
+    /// Everything that is wrong, at once.
+    pub fn validate(&self, task: &AgentTask, system_namespace: &str) -> Result<Validated, Vec<Finding>> {
+        let unreadable = self.unreadable();
+        if !unreadable.is_empty() {
+            return Err(unreadable);
+        }
+        let pack = self.pack().map_err(|finding| vec![finding])?;
+        validate(task, &self.contracts(), pack, system_namespace)
+    }
+
     /// What cannot be read.
-    pub fn unreadable(&self) -> Vec<Finding> {
+    fn unreadable(&self) -> Vec<Finding> {
         let unreadable = self.contracts.iter().filter_map(|contract| contract.0.as_ref().err());
         unreadable
             .map(|invalid| {
-                Finding::new(
-                    format!("ToolContract/{}", invalid.metadata.name.as_deref().unwrap_or_default()),
-                    "a contract that this version of Belay can read",
-                    invalid.error.clone(),
-                    "apply it again as the installed CRD has it",
-                )
+                let name = invalid.metadata.name.as_deref().unwrap_or_default();
+                Finding::unreadable(format!("ToolContract/{name}"), "a contract", invalid.error.clone())
             })
             .collect()
     }

@@ -93,7 +93,7 @@ pub fn tell(before: &AgentTaskStatus, story: &Story<'_>, now: Timestamp) -> Agen
         set_condition(&mut status.conditions, story.generation, now, kind, value, reason, message);
     };
     match &story.stage {
-        Stage::Refused(findings) => set(ACCEPTED, "False", INVALID, &told(findings)),
+        Stage::Refused(findings) => set(ACCEPTED, "False", INVALID, &told(findings, SHOWN_FINDINGS)),
         _ => set(ACCEPTED, "True", VALID, ""),
     }
     if !story.attempts.is_empty() {
@@ -155,9 +155,9 @@ fn reason(before: &AgentTaskStatus, story: &Story<'_>) -> String {
 }
 
 /// The first findings, and how many more there are.
-fn told(findings: &[Finding]) -> String {
-    let mut lines: Vec<_> = findings.iter().take(SHOWN_FINDINGS).map(Finding::to_string).collect();
-    let more = findings.len().saturating_sub(SHOWN_FINDINGS);
+pub fn told(findings: &[Finding], most: usize) -> String {
+    let mut lines: Vec<_> = findings.iter().take(most).map(Finding::to_string).collect();
+    let more = findings.len().saturating_sub(most);
     if more > 0 {
         lines.push(format!("and {more} more"));
     }

@@ -216,12 +216,7 @@ fn tools<C: Borrow<ToolContract>>(
             .map(Borrow::borrow)
             .find(|contract| contract.metadata.name.as_ref() == Some(name) && contract.namespace() == namespace);
         let Some(contract) = contract else {
-            findings.push(Finding::new(
-                field,
-                format!("the name of a ToolContract in namespace `{}`", namespace.as_deref().unwrap_or_default()),
-                format!("`{name}`, which is not there"),
-                "apply that ToolContract, or drop the tool",
-            ));
+            findings.push(contract_missing(index, name, namespace.as_deref().unwrap_or_default()));
             continue;
         };
         let Some(tool) = tool(task, contract, class, egress, findings) else { continue };
@@ -238,6 +233,16 @@ fn tools<C: Borrow<ToolContract>>(
         by_tool.insert(tool.name.clone(), (name.clone(), tool));
     }
     by_tool.into_values().map(|(_, tool)| tool).collect()
+}
+
+/// A contract that a task names, and that is not there.
+pub fn contract_missing(index: usize, name: &str, namespace: &str) -> Finding {
+    Finding::new(
+        format!("spec.tools[{index}]"),
+        format!("the name of a ToolContract in namespace `{namespace}`"),
+        format!("`{name}`, which is not there"),
+        "apply that ToolContract, or drop the tool",
+    )
 }
 
 /// One tool, or what is wrong with its contract.

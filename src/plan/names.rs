@@ -30,6 +30,8 @@ pub const GATEWAY: &str = "belay-gateway";
 pub const GATEWAY_PORT: u16 = 8443;
 /// The gateway's canary port: open to the world, but for the pod's NetworkPolicy.
 pub const CANARY_PORT: u16 = 8444;
+/// The webhook's Service, and its ValidatingWebhookConfiguration.
+pub const WEBHOOK: &str = "belay-webhook";
 /// Container that runs the agent.
 pub const AGENT: &str = "agent";
 /// Sidecar that runs the harness.

@@ -14,17 +14,13 @@ use std::{
 };
 
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
-use kube::{
-    Resource, ResourceExt,
-    core::{ObjectMeta, Selector},
-};
+use kube::{Resource, ResourceExt, core::ObjectMeta};
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
 use super::{
     document::{self, Node, Place},
     schema::{Kind, nearest},
-    types,
 };
 use crate::{
     api::{
@@ -33,7 +29,7 @@ use crate::{
         all_crds,
         policy_pack::{EgressRule, EvidencePolicy, Models, RetentionMode, StatePolicy, WorkflowClass},
     },
-    plan::{Finding, config, names, pack_among, validated},
+    plan::{Finding, alone, config, names, pack_among, validated},
     policy::config::{EgressUse, SideEffect},
 };
 
@@ -150,10 +146,10 @@ pub(in crate::cli) fn lint(sources: &[Source], namespace: &str) -> Result<Outcom
     found.twice(&objects);
     let (contracts, packs) = (typed::<ToolContract>(&objects), typed::<PolicyPack>(&objects));
     for (object, contract) in &contracts {
-        found.contract(object, contract);
+        found.alone(object, alone::contract(contract));
     }
     for (object, pack) in &packs {
-        found.pack(object, pack);
+        found.alone(object, alone::pack(pack));
     }
     let notes = found.tasks(&objects, &contracts, &packs, &namespaces);
     found.unused(&objects, &contracts);
@@ -332,65 +328,9 @@ impl<'s> Found<'s> {
         }
     }
 
-    fn contract(&mut self, object: &Object<'_>, contract: &ToolContract) {
-        let input = match config::check_contract(contract) {
-            Ok(tool) => tool.input,
-            Err(findings) => {
-                findings
-                    .into_iter()
-                    .for_each(|finding| self.add_at_field(&object.entry, Severity::Error, own(finding)));
-                return;
-            }
-        };
-        for (index, condition) in contract.spec.preconditions.iter().enumerate() {
-            if let Err(found) = types::check(&condition.cel, &input) {
-                let finding = Finding::new(
-                    format!("spec.preconditions[{index}].cel"),
-                    "an expression that can be `true`",
-                    format!("{found} (precondition `{}`)", condition.name),
-                    "correct the expression: as it is, it denies every call",
-                );
-                self.add_at_field(&object.entry, Severity::Error, finding);
-            }
-        }
-        let applied = contract.spec.verify.as_ref().map(|read| types::check_read(&read.applied, &input));
-        if let Some(Err(found)) = applied {
-            let finding = Finding::new(
-                "spec.verify.applied",
-                "an expression that can be `true` or `false`",
-                found,
-                "correct the expression: as it is, it never tells what became of a call",
-            );
-            self.add_at_field(&object.entry, Severity::Error, finding);
-        }
-        let when = contract.spec.approval.as_ref().and_then(|approval| approval.when.as_deref());
-        if let Some(Err(found)) = when.map(|when| types::check(when, &input)) {
-            let finding = Finding::new(
-                "spec.approval.when",
-                "an expression that can be `true` or `false`",
-                found,
-                "correct the expression: as it is, people are asked about every call",
-            );
-            self.add_at_field(&object.entry, Severity::Error, finding);
-        }
-    }
-
-    fn pack(&mut self, object: &Object<'_>, pack: &PolicyPack) {
-        let mut findings = config::check_pack(pack);
-        findings.extend(pack.spec.workflow_classes.iter().flat_map(validated::check_class));
-        if let Err(error) = Selector::try_from(pack.spec.namespace_selector.clone()) {
-            let expected = "a label selector that can be read";
-            findings.push(Finding::new(
-                "spec.namespaceSelector",
-                expected,
-                error.to_string(),
-                "correct it: as it is, the pack governs nothing",
-            ));
-        }
-        if findings.is_empty() {
-            findings = never_true(pack);
-        }
-        findings.into_iter().for_each(|finding| self.add_at_field(&object.entry, Severity::Error, own(finding)));
+    /// Adds what an object by itself is found to be.
+    fn alone(&mut self, object: &Object<'_>, findings: Vec<Finding>) {
+        findings.into_iter().for_each(|finding| self.add_at_field(&object.entry, Severity::Error, finding));
     }
 
     /// Each task with the contracts that it names and the pack that will govern it.
@@ -484,7 +424,7 @@ impl<'s> Found<'s> {
             None
         };
         match object {
-            Some(object) => (&object.entry, own(finding)),
+            Some(object) => (&object.entry, finding.own()),
             None => (&task.entry, finding),
         }
     }
@@ -544,27 +484,6 @@ impl<'s> Found<'s> {
         };
         self.list.into_iter().map(diagnostic).collect()
     }
-}
-
-/// The finding, with the field as the object itself has it: `ToolContract/read-log spec.input` is `spec.input`.
-fn own(mut finding: Finding) -> Finding {
-    if let Some((_, field)) = finding.field.split_once(" spec") {
-        finding.field = format!("spec{field}");
-    }
-    finding
-}
-
-/// Expressions of a pack that hold for no call.
-fn never_true(pack: &PolicyPack) -> Vec<Finding> {
-    let rules = pack.spec.rules.iter().enumerate();
-    let rules = rules.filter_map(|(index, rule)| Some((format!("spec.rules[{index}].when"), rule.when.as_deref()?)));
-    let terms = pack.spec.risk.iter().flat_map(|risk| risk.terms.iter().enumerate());
-    let terms = terms.map(|(index, term)| (format!("spec.risk.terms[{index}].when"), term.when.as_str()));
-    let wrong = rules.chain(terms).filter_map(|(field, source)| Some((field, types::check_pack(source).err()?)));
-    let mend = "correct the expression: as it is, it counts against every call, or lets none pass";
-    wrong
-        .map(|(field, found)| Finding::new(field, "an expression that can be `true` or `false`", found, mend))
-        .collect()
 }
 
 fn within(namespace: &str) -> String {

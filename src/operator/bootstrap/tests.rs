@@ -28,38 +28,54 @@ async fn serves(cluster: &Cluster, authority: &str) -> bool {
 #[tokio::test]
 async fn what_is_absent_is_made_once() {
     let cluster = Cluster::default();
-    let authority = ensure(&cluster.client(), "belay-system", at(0)).await.unwrap();
+    let authority = ensure(&cluster.client(), "belay-system", false, at(0)).await.unwrap();
     assert_eq!(cluster.writes().len(), 4);
     assert!(serves(&cluster, &authority).await);
     let signer = Signer::from_pkcs8(WITNESS_NAME, &data(&cluster, WITNESS, WITNESS_PK8)).unwrap();
     assert_eq!(cluster.get(KEY).unwrap()["data"][VKEY], signer.verifier().to_string());
     assert!(signer.verifier().is_witness());
-    assert_eq!(ensure(&cluster.client(), "belay-system", at(1)).await.unwrap(), authority);
+    assert_eq!(ensure(&cluster.client(), "belay-system", false, at(1)).await.unwrap(), authority);
     assert_eq!(cluster.writes(), Vec::<String>::new());
 }
 
+#[rstest::rstest]
+#[case::gateway(false, &[GATEWAY_TLS])]
+#[case::and_webhook(true, &[GATEWAY_TLS, WEBHOOK_TLS])]
 #[tokio::test]
-async fn only_the_certificate_is_renewed_and_its_authority_stays() {
+async fn only_certificates_are_renewed_and_their_authority_stays(#[case] webhook: bool, #[case] renewed: &[&str]) {
     let cluster = Cluster::default();
-    let authority = ensure(&cluster.client(), "belay-system", at(-340)).await.unwrap();
+    let authority = ensure(&cluster.client(), "belay-system", webhook, at(-340)).await.unwrap();
     let (witness, before) = (data(&cluster, WITNESS, WITNESS_PK8), data(&cluster, GATEWAY_TLS, TLS_CERT));
     cluster.requests();
-    assert_eq!(ensure(&cluster.client(), "belay-system", at(0)).await.unwrap(), authority);
-    assert_eq!(cluster.writes(), [format!("PATCH {SECRETS}/{GATEWAY_TLS}")]);
+    assert_eq!(ensure(&cluster.client(), "belay-system", webhook, at(0)).await.unwrap(), authority);
+    let patches: Vec<_> = renewed.iter().map(|name| format!("PATCH {SECRETS}/{name}")).collect();
+    assert_eq!(cluster.writes(), patches);
     assert_ne!(data(&cluster, GATEWAY_TLS, TLS_CERT), before);
     assert_eq!(data(&cluster, WITNESS, WITNESS_PK8), witness);
     assert!(serves(&cluster, &authority).await);
     cluster.requests();
-    ensure(&cluster.client(), "belay-system", at(0)).await.unwrap();
+    ensure(&cluster.client(), "belay-system", webhook, at(0)).await.unwrap();
     assert_eq!(cluster.writes(), Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn a_webhook_that_is_switched_on_later_gets_a_certificate_of_the_same_authority() {
+    let cluster = Cluster::default();
+    let authority = ensure(&cluster.client(), "belay-system", false, at(0)).await.unwrap();
+    assert!(cluster.get(&format!("{SECRETS}/{WEBHOOK_TLS}")).is_none());
+    cluster.requests();
+    assert_eq!(ensure(&cluster.client(), "belay-system", true, at(1)).await.unwrap(), authority);
+    assert_eq!(cluster.writes(), [format!("POST {SECRETS}")]);
+    assert_eq!(data(&cluster, WEBHOOK_TLS, CA_CERT), authority.as_bytes());
+    assert_ne!(data(&cluster, WEBHOOK_TLS, TLS_CERT), data(&cluster, GATEWAY_TLS, TLS_CERT));
 }
 
 #[tokio::test]
 async fn another_witness_than_the_published_one_is_refused() {
     let cluster = Cluster::default();
-    ensure(&cluster.client(), "belay-system", at(0)).await.unwrap();
+    ensure(&cluster.client(), "belay-system", false, at(0)).await.unwrap();
     cluster.remove(&format!("{SECRETS}/{WITNESS}"));
-    let error = ensure(&cluster.client(), "belay-system", at(0)).await.unwrap_err();
+    let error = ensure(&cluster.client(), "belay-system", false, at(0)).await.unwrap_err();
     assert!(matches!(error, BootstrapError::Witness { .. }), "{error}");
 }
 
@@ -71,7 +87,7 @@ async fn a_secret_that_is_something_else_is_refused_and_kept() {
     let secret = serde_json::json!({ "apiVersion": "v1", "kind": "Secret", "metadata": metadata, "data": { "witness.pk8": "AAAA" } });
     cluster.put(&path, secret);
     let before = cluster.get(&path);
-    let error = ensure(&cluster.client(), "belay-system", at(0)).await.unwrap_err();
+    let error = ensure(&cluster.client(), "belay-system", false, at(0)).await.unwrap_err();
     assert!(matches!(error, BootstrapError::Content { name: WITNESS, .. }), "{error}");
     assert_eq!(cluster.get(&path), before);
 }

@@ -122,7 +122,10 @@ impl Type {
 ///
 /// `input` is the closed schema of the arguments, and the expression has passed
 /// [`condition::check`](crate::plan::condition::check).
-pub(super) fn check(source: &str, input: &Value) -> Result<(), String> {
+///
+/// # Errors
+/// What is wrong with it, as words to follow "found".
+pub fn check(source: &str, input: &Value) -> Result<(), String> {
     let mut scope = common();
     // By tool; what tools answer is theirs to say.
     scope.extend([("args".to_owned(), Type::of_schema(input, 0)), ("results".to_owned(), Type::Any)]);
@@ -130,13 +133,19 @@ pub(super) fn check(source: &str, input: &Value) -> Result<(), String> {
 }
 
 /// Why an expression over a call and what was read after it can never hold.
-pub(super) fn check_read(source: &str, input: &Value) -> Result<(), String> {
+///
+/// # Errors
+/// See [`check`].
+pub fn check_read(source: &str, input: &Value) -> Result<(), String> {
     let scope = [("args".to_owned(), Type::of_schema(input, 0)), ("result".to_owned(), Type::Any)];
     check_in(source, scope.into())
 }
 
 /// Why an expression of a pack, which is for many tools, can never hold.
-pub(super) fn check_pack(source: &str) -> Result<(), String> {
+///
+/// # Errors
+/// See [`check`].
+pub fn check_pack(source: &str) -> Result<(), String> {
     let mut scope = common();
     scope.extend([
         ("args".to_owned(), Type::Any),

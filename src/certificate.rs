@@ -1,4 +1,4 @@
-//! The serving certificate, from a folder that changes under us.
+//! A serving certificate, from a folder that changes under us.
 //!
 //! Promises: a renewed certificate is served within seconds, without a restart; one that cannot be read, or does not fit
 //! its key, is not taken, and the last good one serves on. Refuses: starting without one.
@@ -17,10 +17,8 @@ use rustls::{
 };
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 
-use super::metrics::Metrics;
-
 /// Between two looks at the folder: the kubelet itself takes a minute to bring a new Secret.
-const LOOK: Duration = Duration::from_secs(10);
+pub const LOOK: Duration = Duration::from_secs(10);
 
 /// No certificate to serve.
 #[derive(Debug, thiserror::Error)]
@@ -40,19 +38,19 @@ impl ResolvesServerCert for Current {
     }
 }
 
-/// Loads `tls.crt` and `tls.key`; gives the server's TLS configuration, and what keeps it current for ever.
+/// Loads `tls.crt` and `tls.key`; gives the server's TLS configuration, and what keeps it current for ever and reports whether
+/// the last look was good.
 ///
 /// # Errors
 /// If either file cannot be used, or they do not belong together.
 pub fn serve(
     folder: PathBuf,
-    metrics: Metrics,
-) -> Result<(Arc<ServerConfig>, impl Future<Output = std::convert::Infallible> + Send + 'static), CertificateError> {
+    report: impl Fn(bool) + Send + 'static,
+) -> Result<(ServerConfig, impl Future<Output = std::convert::Infallible> + Send + 'static), CertificateError> {
     let mut last = read(&folder)?;
     let current = Arc::new(Current(RwLock::new(Arc::new(key_of(&folder, &last)?))));
-    metrics.certificate_ok.set(1);
-    let mut config = ServerConfig::builder().with_no_client_auth().with_cert_resolver(current.clone());
-    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+    report(true);
+    let config = ServerConfig::builder().with_no_client_auth().with_cert_resolver(current.clone());
     let follow = async move {
         loop {
             tokio::time::sleep(LOOK).await;
@@ -63,21 +61,21 @@ pub fn serve(
                 key_of(&folder, &files).map(|key| Some((files, key)))
             });
             match looked {
-                Ok(None) => metrics.certificate_ok.set(1),
+                Ok(None) => report(true),
                 Ok(Some((files, key))) => {
                     *current.0.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(key);
                     last = files;
-                    metrics.certificate_ok.set(1);
+                    report(true);
                     tracing::info!("serving a renewed certificate");
                 }
                 Err(error) => {
-                    metrics.certificate_ok.set(0);
+                    report(false);
                     tracing::warn!(%error, "the certificate cannot be renewed; the last one serves on");
                 }
             }
         }
     };
-    Ok((Arc::new(config), follow))
+    Ok((config, follow))
 }
 
 /// Certificate chain and key, PEM.

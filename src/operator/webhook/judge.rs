@@ -1,0 +1,157 @@
+//! What is said about an object that is applied.
+//!
+//! Promises: contracts and packs are judged by themselves, as lint does it, and tasks with what they refer to, as the operator does
+//! it. Refuses: to hold up a deletion, a finalizer or a label, and to deny a task for what may still come.
+
+use futures::FutureExt;
+use http::StatusCode;
+use kube::{
+    Resource,
+    core::{
+        DynamicObject,
+        admission::{AdmissionRequest, AdmissionResponse, AdmissionReview, META_API_VERSION_V1, META_KIND, Operation},
+    },
+};
+use serde::de::DeserializeOwned;
+
+use crate::{
+    api::{AgentTask, PolicyPack, ToolContract},
+    operator::{cache::Stores, metrics::Metrics, resolve::Resolved, status},
+    plan::{Finding, alone},
+};
+
+/// Most findings in a message: more than anybody corrects at a time.
+const MOST_FINDINGS: usize = 20;
+
+/// What is said about one object.
+#[derive(Debug, PartialEq)]
+pub(super) enum Verdict {
+    /// Nothing.
+    Allowed,
+    /// What is not known yet.
+    Warned(Vec<String>),
+    /// What is wrong.
+    Denied(Vec<Finding>),
+}
+
+/// What a replica judges by.
+#[derive(Clone)]
+pub struct Judge {
+    stores: Stores,
+    system_namespace: String,
+    metrics: Metrics,
+}
+
+impl Judge {
+    /// By these caches.
+    pub fn new(stores: Stores, system_namespace: String, metrics: Metrics) -> Self {
+        Self { stores, system_namespace, metrics }
+    }
+
+    /// Answers a review, JSON for JSON.
+    ///
+    /// # Errors
+    /// If it is no review.
+    pub(super) fn answer(&self, body: &[u8]) -> Result<Vec<u8>, String> {
+        let refuse = |found: String| {
+            format!(
+                "expected an {META_KIND} of {META_API_VERSION_V1} with a request, as API servers send it, found {found}"
+            )
+        };
+        let review: AdmissionReview<DynamicObject> =
+            serde_json::from_slice(body).map_err(|error| refuse(format!("something else: {error}")))?;
+        if review.types.kind != META_KIND || review.types.api_version != META_API_VERSION_V1 {
+            return Err(refuse(format!("{} of {}", review.types.kind, review.types.api_version)));
+        }
+        let request: AdmissionRequest<DynamicObject> =
+            review.try_into().map_err(|_| refuse("one without a request".to_owned()))?;
+        let verdict = self.judge(&request);
+        self.count(&request, &verdict);
+        serde_json::to_vec(&response(&request, verdict).into_review()).map_err(|error| error.to_string())
+    }
+
+    /// Judges what is asked about.
+    pub(super) fn judge(&self, request: &AdmissionRequest<DynamicObject>) -> Verdict {
+        let Some(object) = news(request) else { return Verdict::Allowed };
+        match request.kind.kind.as_str() {
+            "ToolContract" => by_itself(object, "a contract", alone::contract),
+            "PolicyPack" => by_itself(object, "a pack", alone::pack),
+            "AgentTask" => match read::<AgentTask>(object, "a task") {
+                Ok(task) => self.task(&task),
+                Err(finding) => Verdict::Denied(vec![finding]),
+            },
+            other => Verdict::Warned(vec![format!(
+                "expected an AgentTask, ToolContract or PolicyPack, found {other}, of which Belay's webhook knows nothing; leave it \
+                 out of the webhook's rules"
+            )]),
+        }
+    }
+
+    fn task(&self, task: &AgentTask) -> Verdict {
+        // An empty cache is no statement about the cluster.
+        if !matches!(self.stores.references_ready().now_or_never(), Some(Ok(()))) {
+            let why = "the webhook does not know all contracts and packs yet, so that the task was not judged: see its status";
+            return Verdict::Warned(vec![why.to_owned()]);
+        }
+        let resolved = Resolved::of(task, &self.stores);
+        let missing = resolved.missing(task);
+        if !missing.is_empty() {
+            return Verdict::Warned(missing.iter().map(Finding::to_string).collect());
+        }
+        match resolved.validate(task, &self.system_namespace) {
+            Ok(_) => Verdict::Allowed,
+            Err(findings) => Verdict::Denied(findings),
+        }
+    }
+
+    fn count(&self, request: &AdmissionRequest<DynamicObject>, verdict: &Verdict) {
+        let kinds = [AgentTask::kind(&()), PolicyPack::kind(&()), ToolContract::kind(&())];
+        let kind = kinds.iter().find(|kind| ***kind == request.kind.kind).map_or("other", AsRef::as_ref);
+        let result = match verdict {
+            Verdict::Allowed => "allowed",
+            Verdict::Warned(_) => "warned",
+            Verdict::Denied(_) => "denied",
+        };
+        self.metrics.reviews.with_label_values(&[kind, result]).inc();
+    }
+}
+
+/// The object, if it is new or has another spec. A finalizer must come off whatever is wrong with the rest.
+fn news(request: &AdmissionRequest<DynamicObject>) -> Option<&DynamicObject> {
+    let object = request.object.as_ref().filter(|object| object.metadata.deletion_timestamp.is_none())?;
+    let changed = match request.operation {
+        Operation::Create => true,
+        Operation::Update => {
+            request.old_object.as_ref().is_none_or(|old| old.data.get("spec") != object.data.get("spec"))
+        }
+        Operation::Delete | Operation::Connect => false,
+    };
+    changed.then_some(object)
+}
+
+fn by_itself<K: DeserializeOwned>(object: &DynamicObject, what: &str, judge: fn(&K) -> Vec<Finding>) -> Verdict {
+    match read(object, what).map(|typed| judge(&typed)) {
+        Ok(findings) if findings.is_empty() => Verdict::Allowed,
+        Ok(findings) => Verdict::Denied(findings),
+        Err(finding) => Verdict::Denied(vec![finding]),
+    }
+}
+
+fn read<K: DeserializeOwned>(object: &DynamicObject, what: &str) -> Result<K, Finding> {
+    let typed = serde_json::to_value(object).and_then(serde_json::from_value);
+    typed.map_err(|error| Finding::unreadable("spec", what, error.to_string()))
+}
+
+fn response(request: &AdmissionRequest<DynamicObject>, verdict: Verdict) -> AdmissionResponse {
+    let mut response = AdmissionResponse::from(request);
+    match verdict {
+        Verdict::Allowed => {}
+        Verdict::Warned(warnings) => response.warnings = Some(warnings),
+        Verdict::Denied(findings) => {
+            response = response.deny(status::told(&findings, MOST_FINDINGS));
+            response.result.code = StatusCode::FORBIDDEN.as_u16();
+            "Forbidden".clone_into(&mut response.result.reason);
+        }
+    }
+    response
+}

@@ -1,0 +1,72 @@
+//! Contracts and packs by themselves, whatever names them.
+//!
+//! Promises: what makes a contract or a pack useless under every task is found, everything in one pass, by the field as the object
+//! itself has it; `belay lint` and the admission webhook say the same. Refuses: other objects; what follows from two is for
+//! [`validated`] to say.
+
+use kube::core::Selector;
+
+use super::{Finding, config, types, validated};
+use crate::api::{PolicyPack, ToolContract};
+
+/// What is wrong with a contract.
+pub fn contract(contract: &ToolContract) -> Vec<Finding> {
+    let input = match config::check_contract(contract) {
+        Ok(tool) => tool.input,
+        Err(findings) => return findings.into_iter().map(Finding::own).collect(),
+    };
+    let spec = &contract.spec;
+    let preconditions = spec.preconditions.iter().enumerate().map(|(index, condition)| {
+        let wrong = types::check(&condition.cel, &input)
+            .map_err(|found| format!("{found} (precondition `{}`)", condition.name));
+        (format!("spec.preconditions[{index}].cel"), "an expression that can be `true`", wrong, "it denies every call")
+    });
+    let either = "an expression that can be `true` or `false`";
+    let verify = spec.verify.iter().map(|read| {
+        let wrong = types::check_read(&read.applied, &input);
+        ("spec.verify.applied".to_owned(), either, wrong, "it never tells what became of a call")
+    });
+    let when = spec.approval.iter().filter_map(|approval| approval.when.as_deref()).map(|when| {
+        let wrong = types::check(when, &input);
+        ("spec.approval.when".to_owned(), either, wrong, "people are asked about every call")
+    });
+    preconditions
+        .chain(verify)
+        .chain(when)
+        .filter_map(|(field, expected, wrong, so)| {
+            let mend = format!("correct the expression: as it is, {so}");
+            Some(Finding::new(field, expected, wrong.err()?, mend))
+        })
+        .collect()
+}
+
+/// What is wrong with a pack.
+pub fn pack(pack: &PolicyPack) -> Vec<Finding> {
+    let mut findings = config::check_pack(pack);
+    findings.extend(pack.spec.workflow_classes.iter().flat_map(validated::check_class));
+    if let Err(error) = Selector::try_from(pack.spec.namespace_selector.clone()) {
+        findings.push(Finding::new(
+            "spec.namespaceSelector",
+            "a label selector that can be read",
+            error.to_string(),
+            "correct it: as it is, the pack governs nothing",
+        ));
+    }
+    if findings.is_empty() {
+        findings = never_true(pack);
+    }
+    findings.into_iter().map(Finding::own).collect()
+}
+
+/// Expressions of a pack that hold for no call.
+fn never_true(pack: &PolicyPack) -> Vec<Finding> {
+    let rules = pack.spec.rules.iter().enumerate();
+    let rules = rules.filter_map(|(index, rule)| Some((format!("spec.rules[{index}].when"), rule.when.as_deref()?)));
+    let terms = pack.spec.risk.iter().flat_map(|risk| risk.terms.iter().enumerate());
+    let terms = terms.map(|(index, term)| (format!("spec.risk.terms[{index}].when"), term.when.as_str()));
+    let wrong = rules.chain(terms).filter_map(|(field, source)| Some((field, types::check_pack(source).err()?)));
+    let mend = "correct the expression: as it is, it counts against every call, or lets none pass";
+    wrong
+        .map(|(field, found)| Finding::new(field, "an expression that can be `true` or `false`", found, mend))
+        .collect()
+}
