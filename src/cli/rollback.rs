@@ -79,16 +79,12 @@ pub(super) async fn run(args: &Args, out: &mut dyn Write, notes: &mut dyn Write)
     }
     let contracts: Api<ToolContract> = Api::namespaced(client.clone(), &namespace);
     let contracts = contracts.list(&ListParams::default()).await.map_err(|e| failed("list ToolContracts", &e))?;
-    let principal = match &args.principal {
-        Some(principal) => principal.clone(),
-        None => {
-            let reviews: Api<SelfSubjectReview> = Api::all(client.clone());
-            let review = reviews.create(&PostParams::default(), &SelfSubjectReview::default()).await;
-            let status = review.map_err(|e| failed("ask who you are", &e))?.status.unwrap_or_default();
-            status.user_info.and_then(|user| user.username).unwrap_or_default()
-        }
-    };
-    let Some(task) = rollback::task(&of, &contracts.items, &principal) else {
+    let reviews: Api<SelfSubjectReview> = Api::all(client.clone());
+    let review = reviews.create(&PostParams::default(), &SelfSubjectReview::default()).await;
+    let status = review.map_err(|e| failed("ask who you are", &e))?.status.unwrap_or_default();
+    let you = status.user_info.and_then(|user| user.username).unwrap_or_default();
+    let principal = args.principal.as_deref().unwrap_or(&you);
+    let Some(task) = rollback::task(&of, &contracts.items, principal, &you) else {
         writeln!(notes, "nothing to undo: no contract of {} says by which call (rollback.call)", Safe(&args.task))?;
         return Ok(1);
     };

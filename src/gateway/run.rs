@@ -49,6 +49,7 @@ use crate::{
             s3::{self, S3},
         },
     },
+    plan::names,
     policy::egress::Blocked,
 };
 
@@ -151,7 +152,7 @@ pub async fn run(options: Options) -> Result<(), RunError> {
         incidents,
         usage: Arc::new(UsageStatus::new(Arc::new(client), metrics.clone())),
         metrics: metrics.clone(),
-        operator: format!("system:serviceaccount:{}:belay-operator", options.system_namespace),
+        operator: format!("system:serviceaccount:{}:{}", options.system_namespace, names::OPERATOR),
         shutdown: end.clone(),
         cluster: cluster.clone(),
     }));

@@ -46,7 +46,7 @@ use crate::{
 /// What a log says so far.
 pub mod history;
 
-pub use history::{History, IntentFacts};
+pub use history::{History, IntentFacts, Undoes};
 
 /// Logs kept in memory. Those that nobody uses go first, and come back from the bucket.
 const CACHED: usize = 4096;
@@ -197,11 +197,18 @@ impl Witness {
         })
     }
 
-    /// Takes a call of another task for a rollback to undo: each is undone by one rollback, whichever tasks roll back.
+    /// Takes a call of another task for a rollback to undo: each is undone by one rollback, whichever tasks roll back, and in time by
+    /// our own clock.
     ///
     /// # Errors
-    /// [`Rule::ToolRollback`] if another rollback has taken it, [`Rule::Evidence`] if the bucket fails.
-    pub async fn undo(&self, of: &Place, call: &str, rollback: &str) -> Result<(), Refused> {
+    /// [`Rule::ToolRollback`] if it is too late, or another rollback has taken it, [`Rule::Evidence`] if the bucket fails.
+    pub async fn undo(&self, of: &Place, undoes: &Undoes, rollback: &str) -> Result<(), Refused> {
+        let Undoes { call, until } = undoes;
+        let in_time = |until: &String| until.parse::<Timestamp>().is_ok_and(|until| Timestamp::now() <= until);
+        if let Some(until) = until.as_ref().filter(|until| !in_time(until)) {
+            let reason = format!("expected {call} to be undone until {until}; it is later: undo it by hand");
+            return Err(Refused::denied(Rule::ToolRollback, reason));
+        }
         let store = self.store(of).await?;
         let key = format!("{}rollback/{call}", of.location.prefix);
         match store.put_new(&key, Bytes::copy_from_slice(rollback.as_bytes()), of.retention.as_ref()).await {

@@ -436,14 +436,17 @@ impl Pass<'_> {
         }
         let contracts = self.context.stores.contracts.state();
         let contracts: Vec<&ToolContract> = contracts.iter().filter_map(|one| one.0.as_ref().ok()).collect();
-        if let Some(task) = rollback::task(&self.task, &contracts, &self.task.spec.principal) {
-            self.context.writer.create_task(&task).await?;
-            tracing::info!(
-                namespace = self.owner.namespace,
-                task = self.owner.name,
-                by = task.name_any(),
-                "rolled back"
-            );
+        let operator = format!("system:serviceaccount:{}:{}", self.context.system_namespace, names::OPERATOR);
+        let task = rollback::task(&self.task, &contracts, &self.task.spec.principal, &operator);
+        let Some(task) = task else { return Ok(()) };
+        let (namespace, name, by) = (&self.owner.namespace, &self.owner.name, task.name_any());
+        match self.context.writer.create_task(&task).await {
+            Ok(()) => tracing::info!(namespace, task = name, by, "a task that undoes this one is made"),
+            // The task has ended all the same; who has the name, or why it is refused, is for people to see to.
+            Err(error) if error.is_refusal() && error.code() != Some(429) => {
+                tracing::error!(namespace, task = name, by, %error, "no task could be made that undoes this one");
+            }
+            Err(error) => return Err(error.into()),
         }
         Ok(())
     }

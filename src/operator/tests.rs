@@ -508,6 +508,62 @@ async fn an_agent_that_fails_is_final_without_retries() {
     assert_eq!(scene.cluster.get(POD_2), None);
 }
 
+/// A task of which a call can be undone, and whose agent has ended so.
+async fn undoable(exit: i32, rollback: &str) -> Scene {
+    let scene = Scene::new().await;
+    scene.cluster.edit(PACK, |pack| pack["spec"]["state"] = json!({ "bucket": "state" }));
+    scene.cluster.edit(CONTRACT, |contract| {
+        contract["spec"]["rollback"] = json!({ "call": { "contract": "close", "arguments": { "id": "result.id" } } });
+    });
+    scene.cluster.edit(TASK, |task| task["spec"]["rollback"] = rollback.into());
+    let reply = wire::SealReply { undoable: true, ..seal::tests::reply() };
+    let mut scene = Scene::over(scene.cluster, 200, &serde_json::to_string(&reply).unwrap()).await;
+    scene.step().await.unwrap();
+    scene.end_agent(POD, exit);
+    scene
+}
+
+const ROLLBACK: &str = "/apis/belay.dev/v1alpha1/namespaces/team-a/agenttasks/triage-rollback";
+
+#[tokio::test]
+async fn a_task_that_fails_is_undone_by_another() {
+    let mut scene = undoable(7, "OnFailure").await;
+    scene.step().await.unwrap();
+    assert_eq!(scene.status()["phase"], "Failed");
+    let made = scene.cluster.get(ROLLBACK).unwrap();
+    assert_eq!(made["spec"]["rollbackOf"], json!({ "name": "triage", "uid": "5d0e9c1a-0000-4000-8000-000000000001" }));
+    assert_eq!((&made["spec"]["tools"], &made["spec"]["principal"]), (&json!(["close"]), &json!("alice@example.test")));
+    assert_eq!(
+        made["metadata"]["annotations"][names::REQUESTED_BY],
+        "system:serviceaccount:belay-system:belay-operator",
+        "who asked for it may not approve its calls"
+    );
+    assert_eq!(made["spec"].get("agent"), None);
+}
+
+#[rstest::rstest]
+#[case::it_succeeded(0, "OnFailure")]
+#[case::on_request_only(7, "OnRequest")]
+#[tokio::test]
+async fn others_are_left_as_they_are(#[case] exit: i32, #[case] rollback: &str) {
+    let mut scene = undoable(exit, rollback).await;
+    scene.step().await.unwrap();
+    assert!(["Succeeded", "Failed"].contains(&scene.status()["phase"].as_str().unwrap()));
+    assert_eq!(scene.cluster.get(ROLLBACK), None);
+}
+
+/// Somebody has the name: the task ends all the same.
+#[tokio::test]
+async fn a_name_that_is_taken_does_not_keep_a_task_from_its_end() {
+    let mut scene = undoable(7, "OnFailure").await;
+    let mut other = scene.cluster.get(TASK).unwrap();
+    other["metadata"]["name"] = "triage-rollback".into();
+    scene.cluster.put(ROLLBACK, other.clone());
+    scene.step().await.unwrap();
+    assert_eq!(scene.status()["phase"], "Failed");
+    assert_eq!(scene.cluster.get(ROLLBACK).unwrap()["spec"], other["spec"]);
+}
+
 #[tokio::test]
 async fn usage_of_the_gateway_survives() {
     let mut scene = Scene::new().await;

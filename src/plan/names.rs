@@ -24,6 +24,8 @@ pub const EVIDENCE: &str = "belay.dev/evidence";
 pub const FINALIZER: &str = "belay.dev/seal-evidence";
 /// Field manager of everything that the operator writes.
 pub const FIELD_MANAGER: &str = "belay-operator";
+/// The operator's ServiceAccount, and the value of `app.kubernetes.io/name` on its pods.
+pub const OPERATOR: &str = "belay-operator";
 /// The gateway's Service, and the value of `app.kubernetes.io/name` on its pods.
 pub const GATEWAY: &str = "belay-gateway";
 /// The gateway's TLS port.

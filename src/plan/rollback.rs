@@ -4,6 +4,7 @@ use std::{borrow::Borrow, collections::BTreeSet};
 
 use kube::ResourceExt;
 
+use super::names;
 use crate::{
     api::{
         AgentTask, ToolContract,
@@ -24,10 +25,15 @@ pub fn name(of: &str) -> String {
     format!("{cut}{ENDING}")
 }
 
-/// The task that undoes another: in the same class, on behalf of the same principal or another, within the same limits, with the contracts of
-/// the calls that undo. `None` if none of its contracts names such a call, or it is a rollback itself. `contracts` may hold more than
+/// The task that undoes another: in the same class, on behalf of this principal, asked for by this user, within the same limits, with the
+/// contracts of the calls that undo. `None` if none of its contracts names such a call, or it is a rollback itself. `contracts` may hold more than
 /// the task names, and of other namespaces.
-pub fn task<C: Borrow<ToolContract>>(of: &AgentTask, contracts: &[C], principal: &str) -> Option<AgentTask> {
+pub fn task<C: Borrow<ToolContract>>(
+    of: &AgentTask,
+    contracts: &[C],
+    principal: &str,
+    requester: &str,
+) -> Option<AgentTask> {
     if of.spec.rollback_of.is_some() {
         return None;
     }
@@ -66,5 +72,6 @@ pub fn task<C: Borrow<ToolContract>>(of: &AgentTask, contracts: &[C], principal:
         },
     );
     task.metadata.namespace = of.namespace();
+    task.annotations_mut().insert(names::REQUESTED_BY.to_owned(), requester.to_owned());
     Some(task)
 }

@@ -6,16 +6,17 @@ use serde_json::json;
 use super::{
     Finding, config, config_map,
     fixtures::{contracts, pack, surroundings, task},
-    names, network_policy, pack_for, pod,
+    names, network_policy, pack_for, pod, rollback,
     validated::{Validated, validate},
 };
 use crate::{
     api::{
         AgentTask, PolicyPack, ToolContract,
         agent_task::Agent,
-        tool_contract::{HttpUpstream, Idempotency, Upstream},
+        policy_pack::StatePolicy,
+        tool_contract::{Compensation, HttpUpstream, Idempotency, Rollback, Upstream, VerifyRead},
     },
-    policy::config::{EgressUse, HarnessConfig, SideEffect},
+    policy::config::{EgressUse, HarnessConfig, RollbackOf, SideEffect},
 };
 
 fn labels(environment: &str) -> BTreeMap<String, String> {
@@ -516,4 +517,68 @@ proptest::proptest! {
             }
         }
     }
+}
+
+/// The contract `tickets` with a call that undoes it, and that call's contract, which verifies by another.
+fn undone() -> Vec<ToolContract> {
+    let mut all = contracts();
+    let (mut close, mut look) = (all[0].clone(), all[1].clone());
+    let call = Compensation { contract: "close".into(), arguments: BTreeMap::new(), within_seconds: None };
+    all[0].spec.rollback = Some(Rollback { call: Some(call), by_hand: None });
+    (close.metadata.name, close.spec.tool) = (Some("close".into()), "close_ticket".into());
+    close.spec.verify = Some(VerifyRead {
+        tool: "look_at_ticket".into(),
+        arguments: BTreeMap::new(),
+        applied: "result.closed".into(),
+        settle_seconds: 10,
+    });
+    (look.metadata.name, look.spec.tool) = (Some("look".into()), "look_at_ticket".into());
+    let mut elsewhere = close.clone();
+    (elsewhere.metadata.name, elsewhere.metadata.namespace) = (Some("other".into()), Some("team-b".into()));
+    all.extend([close, look, elsewhere]);
+    all
+}
+
+#[test]
+fn a_task_is_undone_by_a_task_with_what_undoes() {
+    let of = task();
+    assert_eq!(rollback::task(&of, &contracts(), "alice", "ci"), None, "no contract says how");
+    let made = rollback::task(&of, &undone(), "bob", "ci").unwrap();
+    assert_eq!(made.spec.tools, ["close", "look"]);
+    assert_eq!((made.name_any().as_str(), made.namespace().as_deref()), ("triage-rollback", Some("team-a")));
+    assert_eq!((made.spec.principal.as_str(), made.spec.limits.tokens), ("bob", 0));
+    assert_eq!(rollback::task(&made, &undone(), "bob", "ci"), None, "a rollback is not rolled back");
+    assert_eq!(rollback::name(&"a".repeat(52)), format!("{}-rollback", "a".repeat(43)));
+
+    // It is in order, and what runs is Belay's own image.
+    let mut pack = pack();
+    pack.spec.state = Some(StatePolicy { bucket: "state".into(), prefix: None });
+    let validated = validate(&made, &undone(), &pack, "belay-system").unwrap();
+    let surroundings = surroundings();
+    let attempt = validated.attempt(&surroundings, 1).unwrap();
+    let policy = network_policy::build(&attempt);
+    let proof = network_policy::prove(&policy, &policy).unwrap();
+    let pod = pod::build(&attempt, &proof);
+    let agent = &pod.spec.unwrap().containers[0];
+    assert_eq!(
+        (agent.image.as_deref(), agent.args.as_deref()),
+        (Some(surroundings.image.as_str()), Some(["undo".to_owned()].as_slice()))
+    );
+}
+
+#[test]
+fn what_undoes_needs_a_place_for_its_arguments() {
+    let findings = config::render_policy(&task(), &undone(), &pack()).unwrap_err();
+    assert_eq!(findings[0].field, "ToolContract/tickets spec.rollback.call");
+    assert!(findings[0].to_string().contains("a `state` bucket in PolicyPack `dev`"), "{}", findings[0]);
+}
+
+#[rstest::rstest]
+#[case::both(|task: &mut AgentTask| task.spec.rollback_of = Some(RollbackOf { name: "x".into(), uid: "u".into() }), "both")]
+#[case::neither(|task: &mut AgentTask| task.spec.agent = None, "neither")]
+fn a_task_has_an_agent_or_undoes_another(#[case] change: fn(&mut AgentTask), #[case] found: &str) {
+    let mut task = task();
+    change(&mut task);
+    let findings = validate(&task, &contracts(), &pack(), "belay-system").unwrap_err();
+    assert!(findings.iter().any(|one| one.field == "spec.agent" && one.found == found), "{findings:?}");
 }

@@ -12,6 +12,7 @@ use crate::{
         note,
         note::{Note, Signer, WITNESS_NAME},
         record::{self, Actor, Channel, Effect, Event, Record},
+        rollback::{By, Plan, Step, Undo},
         segment::Segment,
         store::Mode,
     },
@@ -20,7 +21,7 @@ use crate::{
         approval::{Answer, Approvers, Standing, Vote},
         config::{
             AccessRule, Approval, AskedBy, HttpMethod, HttpUpstream, Idempotency, ModelPrice, OnTimeout, Risk,
-            RiskTerm, RuleDecision, Sensitivity, SideEffect, Upstream, VerifyRead,
+            RiskTerm, RollbackOf, RuleDecision, Sensitivity, SideEffect, Upstream, VerifyRead,
         },
         ledger,
     },
@@ -712,4 +713,77 @@ fn a_result_that_is_less_than_its_contract_says_shows() {
     assert_eq!(report.verdict, Verdict::Valid, "{:?}", report.findings);
     of(&mut script, Sensitivity::Internal);
     assert_eq!(broken(&run(&script, &script.write())), [Check::CallAccess]);
+}
+
+/// A rollback: the second attempt undoes one of two calls of another task, the first did not come to it.
+fn rollback() -> Script {
+    let mut script = Script::good();
+    let other = "6f9c3c1e-0000-4000-8000-0000000000ff";
+    let step = |call: &str| Step {
+        call: call.into(),
+        tool: "write".into(),
+        by: By::Call(Undo { contract: "write".into(), request_digest: "ab".repeat(32), until: None }),
+    };
+    let steps = vec![step("c9"), step("c4")];
+    let plan = Plan { origin: note::origin(other), size: 20, root: "r".into(), steps };
+    for at in [0, 7] {
+        change_opened(&mut script, at, |o| {
+            o.policy.task.rollback_of = Some(RollbackOf { name: "other".into(), uid: other.into() });
+            o.policy_digest = o.policy.digest().unwrap();
+            o.rollback = Some(plan.clone());
+        });
+    }
+    // A rollback asks no model, and the first attempt's write goes with its pod.
+    script.at(2).event = intent("b", Channel::Listing, "search", 0);
+    script.at(5).event = outcome("b", 0);
+    change_intent(&mut script, 6, |i| i.undoes = Some("c9".into()));
+    change_intent(&mut script, 8, |i| i.undoes = Some("c4".into()));
+    script.count();
+    script
+}
+
+#[test]
+fn a_rollback_by_its_plan_is_valid_and_says_what_is_left() {
+    let script = rollback();
+    let report = run(&script, &script.write());
+    assert_eq!((report.verdict, broken(&report)), (Verdict::Valid, vec![]), "{:?}", report.findings);
+    let summary = report.summary.rollback.unwrap();
+    assert_eq!(
+        (summary.undone, summary.left.as_slice()),
+        (1, ["c9 write: whether it was undone is not known".to_owned()].as_slice())
+    );
+}
+
+#[rstest]
+#[case::of_no_step(8, |s: &mut Script| change_intent(s, 8, |i| i.undoes = Some("c5".into())))]
+#[case::other_arguments(8, |s: &mut Script| change_intent(s, 8, |i| i.request_digest = Some("ac".repeat(32))))]
+#[case::what_may_be_undone_already(8, |s: &mut Script| change_intent(s, 8, |i| i.undoes = Some("c9".into())))]
+#[case::a_change_that_undoes_nothing(8, |s: &mut Script| change_intent(s, 8, |i| i.undoes = None))]
+#[case::a_model(2, |s: &mut Script| s.at(2).event = intent("b", Channel::Model, "/v1/x", 0))]
+#[case::another_plan(7, |s: &mut Script| change_opened(s, 7, |o| o.rollback.as_mut().unwrap().steps.clear()))]
+#[case::a_plan_of_another(0, |s: &mut Script| change_opened(s, 0, |o| o.rollback.as_mut().unwrap().origin = note::origin("x")))]
+#[case::no_plan(0, |s: &mut Script| change_opened(s, 0, |o| o.rollback = None))]
+#[case::a_call_that_is_undone_itself(9, |s: &mut Script| {
+    let Event::Outcome(outcome) = &mut s.at(9).event else { panic!() };
+    outcome.undone_by = Some("ad".repeat(32));
+})]
+fn a_rollback_that_is_none(#[case] at: u64, #[case] lie: fn(&mut Script)) {
+    let mut script = rollback();
+    lie(&mut script);
+    let report = run(&script, &script.write());
+    let found = report.findings.iter().find(|finding| finding.rule == Check::CallRollback);
+    assert_eq!(
+        (report.verdict, found.and_then(|found| found.record)),
+        (Verdict::Invalid, Some(at)),
+        "{:?}",
+        report.findings
+    );
+}
+
+#[test]
+fn nothing_is_undone_by_what_is_no_rollback() {
+    let mut script = Script::good();
+    change_intent(&mut script, 8, |i| i.undoes = Some("c4".into()));
+    let report = run(&script, &script.write());
+    assert!(broken(&report).contains(&Check::CallRollback), "{:?}", report.findings);
 }

@@ -69,14 +69,23 @@ pub struct IntentFacts {
     pub policy: String,
     /// Where an HTTP tool is, by that policy.
     pub http: Option<Arc<HttpUpstream>>,
-    /// The call that it undoes.
-    pub undoes: Option<String>,
+    /// What it undoes.
+    pub undoes: Option<Undoes>,
     /// The counters before it.
     pub usage: Usage,
     /// The most sensitive data that the task had handled before it.
     pub seen: Sensitivity,
     /// Whether it still waits for its outcome.
     pub open: bool,
+}
+
+/// A call of another task that a call undoes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Undoes {
+    /// The call.
+    pub call: String,
+    /// Until when, RFC 3339.
+    pub until: Option<String>,
 }
 
 /// A call without an outcome.
@@ -498,7 +507,10 @@ impl History {
                 assessment: intent.assessment.clone(),
                 policy: self.policy_digest.to_string(),
                 http: terms.and_then(|terms| terms.http.clone()),
-                undoes: intent.undoes.clone(),
+                undoes: intent.undoes.clone().map(|call| Undoes {
+                    until: self.undoing().and_then(|undoing| undoing.undo(&call)).and_then(|undo| undo.until.clone()),
+                    call,
+                }),
                 usage: before,
                 seen,
                 open: true,

@@ -182,10 +182,15 @@ async fn a_rollback_goes_by_the_plan_that_the_other_log_makes() {
 #[tokio::test]
 async fn a_call_is_undone_by_one_rollback() {
     let Setup { a, b, .. } = setup();
-    a.undo(&place(), "c7", "one").await.unwrap();
-    b.undo(&place(), "c7", "one").await.unwrap();
-    b.undo(&place(), "c8", "two").await.unwrap();
-    let refused = b.undo(&place(), "c7", "two").await.unwrap_err();
+    let undoes = |call: &str, until: Option<&str>| Undoes { call: call.into(), until: until.map(Into::into) };
+    a.undo(&place(), &undoes("c7", Some("2126-01-01T00:00:00Z")), "one").await.unwrap();
+    b.undo(&place(), &undoes("c7", None), "one").await.unwrap();
+    b.undo(&place(), &undoes("c8", None), "two").await.unwrap();
+    for late in ["2026-01-01T00:00:00Z", "soon"] {
+        let refused = b.undo(&place(), &undoes("c9", Some(late)), "one").await.unwrap_err();
+        assert_eq!(refused.rule, Rule::ToolRollback);
+    }
+    let refused = b.undo(&place(), &undoes("c7", None), "two").await.unwrap_err();
     assert_eq!(refused.rule, Rule::ToolRollback);
     assert!(refused.reason.contains("the rollback with UID one has taken it"), "{}", refused.reason);
 }
