@@ -3,7 +3,7 @@
 //! Every request carries `authorization: Bearer <token>`: a projected, pod-bound ServiceAccount token of audience
 //! [`AUDIENCE`]. A tunnel carries it as `proxy-authorization`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
@@ -29,9 +29,9 @@ pub const LOG_APPEND: &str = "/v1/log/append";
 pub const LOG_SEAL: &str = "/v1/log/seal";
 /// Asks people about one exact call: [`ApprovalAsk`] → [`ApprovalReply`].
 pub const APPROVAL: &str = "/v1/approval";
-/// Keeps arguments that undo a call: [`Keep`] → [`Kept`].
+/// Makes and keeps the arguments that undo a call: [`Keep`] → [`Kept`].
 pub const STATE_KEEP: &str = "/v1/state/keep";
-/// Gives a rollback the arguments that the other task has kept: [`Kept`] → [`Keep`].
+/// Gives a rollback the arguments that undo a call of the other task: [`KeptOf`] → [`Undo`].
 pub const STATE_GET: &str = "/v1/state/get";
 /// Sends one HTTP request to an upstream.
 pub const FORWARD: &str = "/v1/forward";
@@ -200,27 +200,47 @@ pub struct SealReply {
     pub root: String,
     /// Final counters.
     pub usage: Usage,
-    /// Whether a rollback of the task would have calls to make.
+    /// The contracts of the calls that would undo the task, where it has failed. Absent if that could not be told in time.
     #[serde(default)]
-    pub undoable: bool,
+    pub undone_by: Option<BTreeSet<String>>,
 }
 
-/// Keeps the arguments of a call that may be made later, when others are undone.
+/// A call has taken effect: the gateway makes the arguments of the call that undoes it, by its contract, and keeps them.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Keep {
-    /// SHA-256 of the arguments, hex.
-    pub digest: String,
-    /// The arguments, RFC 8785 JSON.
-    pub arguments: String,
+    /// Sequence number of the call's intent.
+    pub intent: u64,
+    /// The call's arguments.
+    pub arguments: serde_json::Value,
+    /// What it answered, `null` without.
+    pub result: serde_json::Value,
 }
 
-/// Arguments that are kept.
+/// Arguments that undo a call are kept.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Kept {
+    /// Their SHA-256 in canonical form, hex.
+    pub digest: String,
+}
+
+/// Asks for the arguments that undo a call of the task that is undone.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct KeptOf {
+    /// The call, by its name in that task's log.
+    pub call: String,
     /// Their SHA-256, hex.
     pub digest: String,
+}
+
+/// The arguments that undo a call.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Undo {
+    /// RFC 8785 JSON.
+    pub arguments: String,
 }
 
 /// Why a request was refused or failed: the body of every reply from the gateway that is not a success.

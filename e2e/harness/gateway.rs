@@ -258,7 +258,7 @@ impl Gateway {
         self.records().iter().for_each(|record| planner.take(record));
         let of = policy.task.rollback_of.as_ref().unwrap();
         let origin = note::origin(&of.uid);
-        let plan = Plan { origin, size: 0, root: String::new(), steps: planner.steps().unwrap() };
+        let plan = Plan { origin, size: 0, root: String::new(), steps: planner.steps() };
         *self.state.undoing.lock().unwrap() = Some(Undoing::new(plan));
         *self.state.history.lock().unwrap() = History::default();
         self.state.records.lock().unwrap().clear();
@@ -347,14 +347,28 @@ async fn append(State(log): State<Arc<Log>>, axum::Json(request): axum::Json<App
     axum::Json(AppendReply { size: history.tree().size(), checkpoint: segment.note.to_string() }).into_response()
 }
 
-async fn keep(State(log): State<Arc<Log>>, axum::Json(keep): axum::Json<wire::Keep>) -> axum::Json<wire::Kept> {
-    log.kept.lock().unwrap().insert(keep.digest.clone(), keep.arguments);
-    axum::Json(wire::Kept { digest: keep.digest })
+async fn keep(State(log): State<Arc<Log>>, axum::Json(keep): axum::Json<wire::Keep>) -> Response {
+    let intent = log.history.lock().unwrap().intent(keep.intent).cloned().unwrap();
+    let compiled = log.compiled.lock().unwrap();
+    if let Err(refused) = authorize::called(&compiled, intent.attempt, &intent)
+        .and_then(|_| authorize::are_intended(&intent, &keep.arguments))
+    {
+        return refusal(&refused);
+    }
+    match compiled.contracts.undo(&intent.target, &keep.arguments, &keep.result) {
+        Ok(undo) => {
+            let arguments = belay::canonical::to_bytes(&undo).unwrap();
+            let digest = hex::encode(belay::canonical::sha256(&arguments));
+            log.kept.lock().unwrap().insert(digest.clone(), String::from_utf8(arguments).unwrap());
+            axum::Json(wire::Kept { digest }).into_response()
+        }
+        Err(reason) => refusal(&Refused::denied(Rule::ToolRollback, reason)),
+    }
 }
 
-async fn kept(State(log): State<Arc<Log>>, axum::Json(kept): axum::Json<wire::Kept>) -> Response {
-    match log.kept.lock().unwrap().get(&kept.digest).cloned() {
-        Some(arguments) => axum::Json(wire::Keep { digest: kept.digest, arguments }).into_response(),
+async fn kept(State(log): State<Arc<Log>>, axum::Json(of): axum::Json<wire::KeptOf>) -> Response {
+    match log.kept.lock().unwrap().get(&of.digest).cloned() {
+        Some(arguments) => axum::Json(wire::Undo { arguments }).into_response(),
         None => refusal(&Refused::denied(Rule::ToolRollback, "not kept")),
     }
 }

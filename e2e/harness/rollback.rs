@@ -205,6 +205,33 @@ async fn what_cannot_be_made_is_left_to_people() {
     assert_eq!(names(&report), [("say", "the arguments that undo it could not be made or kept")]);
 }
 
+/// What an upstream calls an error may or may not have been done. Nothing undoes it, and it undoes nothing.
+#[tokio::test]
+async fn an_error_is_neither_undone_nor_does_it_undo() {
+    let mut policy = agents();
+    let fails = tool("fails", over_mcp("test_error_handling"), SideEffect::Write);
+    let arguments = BTreeMap::from([("text".to_owned(), "'undo'".to_owned())]);
+    let call = Compensation { contract: "unsay".into(), arguments, within_seconds: None };
+    policy.tools.insert(0, Tool { rollback: Some(Rollback::Call(call)), ..fails });
+    let harness = harness_of(policy, vec![]).await;
+    let (error, text) = harness.tool("fails", json!({})).await;
+    assert!(error && !text.contains("Belay refused"), "{text}");
+    assert!(harness.gateway.kept().is_empty());
+
+    let ran = ran().await;
+    let policy = undoing(over_mcp("test_error_handling"));
+    ran.gateway.rolls_back(&policy);
+    let harness = rolling_back(ran, &policy, 1).await;
+    let (_, report) = harness.post("/rollback", Value::Null).await;
+    assert_eq!(report["undone"], json!([]), "{report}");
+    let reasons = names(&report);
+    assert!(reasons.iter().any(|(tool, why)| *tool == "say" && why.contains("answered with an error")), "{reasons:?}");
+    let next = rolling_back(harness, &policy, 2).await;
+    let (_, report) = next.post("/rollback", Value::Null).await;
+    assert!(names(&report).iter().any(|(_, why)| why.contains("whether it was undone is not known")), "{report}");
+    assert_eq!(undone(&next.gateway.records()).len(), 3, "nothing is called again");
+}
+
 /// Arguments are made of what was answered as well.
 #[tokio::test]
 async fn what_was_answered_is_undone() {

@@ -57,7 +57,7 @@ pub(super) async fn run(args: &Args, out: &mut dyn Write, notes: &mut dyn Write)
     let failed =
         |what: &str, e: &kube::Error| CliError::new(format!("cannot {what} in namespace {namespace}: {}", explain(e)));
     let of = tasks.get(&args.task).await.map_err(|e| failed(&format!("read AgentTask {}", args.task), &e))?;
-    let name = rollback::name(&args.task);
+    let name = rollback::name(&args.task, &of.uid().unwrap_or_default());
     let known = tasks.get_opt(&name).await.map_err(|e| failed(&format!("read AgentTask {name}"), &e))?;
     if let Some(known) = known {
         let uid = known.spec.rollback_of.as_ref().map(|of| &of.uid);
@@ -84,8 +84,14 @@ pub(super) async fn run(args: &Args, out: &mut dyn Write, notes: &mut dyn Write)
     let status = review.map_err(|e| failed("ask who you are", &e))?.status.unwrap_or_default();
     let you = status.user_info.and_then(|user| user.username).unwrap_or_default();
     let principal = args.principal.as_deref().unwrap_or(&you);
-    let Some(task) = rollback::task(&of, &contracts.items, principal, &you) else {
-        writeln!(notes, "nothing to undo: no contract of {} says by which call (rollback.call)", Safe(&args.task))?;
+    let by = rollback::contracts(&of, &contracts.items);
+    let Some(task) = rollback::task(&of, by, &contracts.items, principal, &you) else {
+        writeln!(notes, "nothing is undone by a call: no contract of {} has a rollback.call", Safe(&args.task))?;
+        for contract in contracts.items.iter().filter(|contract| of.spec.tools.contains(&contract.name_any())) {
+            if let Some(how) = contract.spec.rollback.as_ref().and_then(|rollback| rollback.by_hand.as_ref()) {
+                writeln!(notes, "by hand, {}: {}", Safe(&contract.spec.tool), Safe(how))?;
+            }
+        }
         return Ok(1);
     };
     tasks.create(&PostParams::default(), &task).await.map_err(|e| failed(&format!("create AgentTask {name}"), &e))?;

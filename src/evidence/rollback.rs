@@ -4,13 +4,16 @@
 //! left to people with the reason. A step's call is made as it is planned, and not again once it took effect or nobody knows whether it
 //! did. Refuses: to guess, whether a call took effect or how it could be undone.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 
 use super::record::{Channel, Effect, Event, Record};
-use crate::policy::config::{Rollback, SideEffect};
+use crate::policy::{
+    config::{Rollback, SideEffect},
+    decide::shorten,
+};
 
 /// Steps of a plan at most: it is one record, and has to fit into a segment.
 pub const STEPS: usize = 4096;
@@ -133,27 +136,31 @@ impl Planner {
         Some(made)
     }
 
-    /// Whether any call could be undone by another.
-    pub fn undoable(&self) -> bool {
-        self.calls.values().any(|made| matches!(made.by(), By::Call(_)))
+    /// The contracts of the calls that undo others.
+    pub fn contracts(&self) -> BTreeSet<String> {
+        let contract = |made: &Made| match made.by() {
+            By::Call(undo) => Some(undo.contract),
+            By::People(_) => None,
+        };
+        self.calls.values().filter_map(contract).collect()
     }
 
-    /// The steps, newest first.
-    ///
-    /// # Errors
-    /// If they are more than [`STEPS`].
-    pub fn steps(self) -> Result<Vec<Step>, String> {
-        if self.calls.len() > STEPS {
-            return Err(format!("expected at most {STEPS} calls to undo, found {}", self.calls.len()));
-        }
+    /// The steps, newest first. Beyond [`STEPS`] the oldest are one, for people.
+    pub fn steps(self) -> Vec<Step> {
+        let older = self.calls.len().saturating_sub(STEPS);
         let step = |made: Made| Step { by: made.by(), call: made.call, tool: made.tool };
-        Ok(self.calls.into_values().rev().map(step).collect())
+        let mut steps: Vec<Step> = self.calls.into_values().rev().take(STEPS).map(step).collect();
+        if older > 0 {
+            let why = format!("{older} older calls are more than a rollback undoes: see the log");
+            steps.push(Step { call: String::new(), tool: String::new(), by: By::People(why) });
+        }
+        steps
     }
 }
 
 impl Made {
     fn by(&self) -> By {
-        let people = |why: &str| By::People(why.to_owned());
+        let people = |why: &str| By::People(shorten(why));
         if !self.applied {
             return people("whether it took effect is not known");
         }

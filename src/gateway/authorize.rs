@@ -334,7 +334,11 @@ pub fn arguments(intent: &IntentFacts, body: &[u8]) -> Result<Value, Refused> {
     Ok(arguments)
 }
 
-fn are_intended(intent: &IntentFacts, arguments: &Value) -> Result<(), Refused> {
+/// Whether arguments are those of an intent.
+///
+/// # Errors
+/// [`Rule::IntentMissing`] if they are others.
+pub fn are_intended(intent: &IntentFacts, arguments: &Value) -> Result<(), Refused> {
     let digest = canonical::digest(arguments).map(hex::encode).map_err(|e| Refused::malformed(e.to_string()))?;
     if intent.request_digest.as_ref() == Some(&digest) {
         return Ok(());

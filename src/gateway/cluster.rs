@@ -44,7 +44,12 @@ use crate::{
     },
     evidence::store::{Location, Mode, Retention, log_prefix},
     plan,
-    policy::{access::Guard, config::PolicyConfig, decide::Contracts, rule::Rule},
+    policy::{
+        access::Guard,
+        config::{PolicyConfig, RollbackOf},
+        decide::Contracts,
+        rule::Rule,
+    },
 };
 
 /// Label of everything that belongs to a task: its name.
@@ -432,14 +437,23 @@ impl Compiled {
 
     /// Where the log of the task lies that this one undoes.
     pub fn undone(&self) -> Option<Place> {
-        let (task, of) = (&self.policy.task, self.policy.task.rollback_of.as_ref()?);
-        Some(place(&self.evidence, &task.namespace, &of.name, &of.uid))
+        self.policy.task.rollback_of.as_ref().filter(|of| !of.name.contains('/')).map(|of| self.place_of(of))
+    }
+
+    /// Where the log of another task of the namespace lies.
+    pub fn place_of(&self, task: &RollbackOf) -> Place {
+        place(&self.evidence, &self.policy.task.namespace, &task.name, &task.uid)
+    }
+
+    /// The task itself, as one that undoes another.
+    pub fn as_rollback(&self) -> RollbackOf {
+        RollbackOf { name: self.policy.task.name.clone(), uid: self.policy.task.uid.clone() }
     }
 
     /// Where the arguments are that undo the calls of this task, or of the one that it undoes.
     pub fn state(&self) -> Option<Location> {
         let (state, task) = (self.state.as_ref()?, &self.policy.task);
-        let of = task.rollback_of.as_ref();
+        let of = task.rollback_of.as_ref().filter(|of| !of.name.contains('/'));
         let (name, uid) = of.map_or((&task.name, &task.uid), |of| (&of.name, &of.uid));
         let prefix = log_prefix(state.prefix.as_deref(), &task.namespace, name, uid);
         Some(Location { bucket: state.bucket.clone(), prefix: format!("{prefix}rollback/") })

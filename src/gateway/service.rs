@@ -68,6 +68,8 @@ const LARGEST_QUESTION: usize = 512 << 10;
 const QUESTIONS: usize = 2 * crate::policy::approval::PENDING;
 /// A request to seal.
 const LARGEST_SEAL: usize = 64 << 10;
+/// A call and its answer, of which the arguments are made that undo it.
+const LARGEST_KEEP: usize = 2 << 20;
 /// A message to an MCP server, or the arguments of an HTTP tool's call.
 const LARGEST_MESSAGE: usize = 17 << 20;
 /// Calls of one pod that are judged at a time.
@@ -391,35 +393,43 @@ impl Gateway {
         Ok((compiled, state))
     }
 
+    /// Makes the arguments that undo a call, by its contract, of the very arguments that it was made with; what it answered is the
+    /// harness's word.
     async fn keep(&self, request: Request<Incoming>, asked: Asked) -> Served {
-        let (compiled, at) = self.state(&asked.principal)?;
-        let _share = self.share(&asked.principal, |share| &share.calls)?;
-        let wire::Keep { digest, arguments } = json(request, LARGEST_MESSAGE).await?;
-        if compiled.undone().is_some() || !compiled.policy.tools.iter().any(|tool| tool.compensation().is_some()) {
-            let reason = "expected a task with calls that are undone by calls, found another";
-            return Err(Refused::denied(Rule::ToolRollback, reason));
+        let Asked { principal, .. } = &asked;
+        let (compiled, at) = self.state(principal)?;
+        let _share = self.share(principal, |share| &share.log)?;
+        let wire::Keep { intent, arguments, result } = json(request, LARGEST_KEEP).await?;
+        let intent = self.parts.witness.intent(&compiled.place(), intent).await?;
+        authorize::called(&compiled, principal.attempt, &intent)?;
+        if compiled.policy.task.rollback_of.is_some() {
+            return Err(Refused::denied(Rule::ToolRollback, "expected an agent's task: a rollback is not undone"));
         }
-        let found = hex::encode(canonical::sha256(arguments.as_bytes()));
-        if found != digest {
-            return Err(Refused::malformed(format!("expected arguments of digest {digest}, found {found}")));
-        }
-        self.parts.witness.keep(&at, &digest, arguments).await?;
-        reply(&wire::Kept { digest })
+        authorize::are_intended(&intent, &arguments)?;
+        // Expressions are the tenants' own: apart from everybody's requests, as calls are judged.
+        let turn = self.turn(principal).acquire_owned().await;
+        let target = intent.target.clone();
+        let made = tokio::task::spawn_blocking(move || {
+            let _turn = turn;
+            let undo = compiled.contracts.undo(&target, &arguments, &result)?;
+            canonical::to_bytes(&undo).map_err(|error| error.to_string())
+        });
+        let failed = |e: tokio::task::JoinError| Refused::retry(Rule::Busy, format!("nothing could be made: {e}"));
+        let made = made.await.map_err(failed)?;
+        let made = made.map_err(|reason| Refused::denied(Rule::ToolRollback, reason))?;
+        reply(&wire::Kept { digest: self.parts.witness.keep(&at, &intent.call, made).await? })
     }
 
     async fn kept(&self, request: Request<Incoming>, asked: Asked) -> Served {
         let (compiled, at) = self.state(&asked.principal)?;
-        let _share = self.share(&asked.principal, |share| &share.calls)?;
-        let wire::Kept { digest } = json(request, LARGEST_OPEN).await?;
+        let _share = self.share(&asked.principal, |share| &share.log)?;
+        let wire::KeptOf { call, digest } = json(request, LARGEST_OPEN).await?;
         if compiled.undone().is_none() {
             return Err(Refused::denied(Rule::ToolRollback, "expected a rollback, found another task"));
         }
-        if digest.len() != 64 || !digest.bytes().all(|byte| byte.is_ascii_hexdigit()) {
-            return Err(Refused::malformed(format!("expected a SHA-256, hex, found {digest:?}")));
-        }
-        let arguments = self.parts.witness.kept(&at, &digest).await?;
+        let arguments = self.parts.witness.kept(&at, &call, &digest).await?;
         let arguments = String::from_utf8(arguments).map_err(|e| Refused::malformed(e.to_string()))?;
-        reply(&wire::Keep { digest, arguments })
+        reply(&wire::Undo { arguments })
     }
 
     async fn seal(&self, request: Request<Incoming>) -> Served {
@@ -537,7 +547,8 @@ impl Gateway {
         let injected = credential.map(|credential| Injected::read(&self.parts.cluster, credential)).transpose()?;
         if let Some((compiled, intent)) = &call {
             if let Some((of, undoes)) = compiled.undone().zip(intent.undoes.as_ref()) {
-                self.parts.witness.undo(&of, undoes, &compiled.policy.task.uid).await?;
+                let log = |task: &_| compiled.place_of(task);
+                self.parts.witness.undo(&of, undoes, &compiled.as_rollback(), log).await?;
             }
             self.parts.witness.claim(&compiled.place(), intent)?;
         }

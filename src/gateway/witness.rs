@@ -15,7 +15,7 @@
 use std::{
     collections::{BTreeSet, HashMap},
     sync::{Arc, Mutex, PoisonError, RwLock},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use base64::{Engine, engine::general_purpose::STANDARD as BASE64};
@@ -30,13 +30,13 @@ use crate::{
         merkle::leaf_hash,
         note::{self, Checkpoint, Note, Signer, VerifierKey},
         record::{Actor, Event, Record, VERSION},
-        rollback::{Plan, Planner, Undoing},
+        rollback::{Plan, Planner, Standing, Undoing},
         segment::{self, Segment},
         store::{Location, PutError, Retention, Store, StoreError},
     },
     policy::{
         approval::Exact,
-        config::{SideEffect, Usage},
+        config::{RollbackOf, SideEffect, Usage},
         decide::shorten,
         rule::Rule,
     },
@@ -52,6 +52,12 @@ pub use history::{History, IntentFacts, Undoes};
 const CACHED: usize = 4096;
 /// Segments that are read at a time when a log is rebuilt.
 const PARALLEL: usize = 8;
+/// Rollbacks that may take the same call, one after the other.
+const ROLLBACKS: u32 = 16;
+/// For reading a log for what would undo its task, while it is sealed: whoever has it sealed does not wait for ever.
+const PLAN_TIME: Duration = Duration::from_secs(15);
+/// Longest name of a call in a key.
+const LONGEST_CALL: usize = 64;
 /// Seals that lose the race for a place against a harness's last segments.
 const SEAL_TRIES: u32 = 8;
 
@@ -193,65 +199,84 @@ impl Witness {
             origin,
             size: history.tree().size(),
             root: BASE64.encode(history.tree().root()),
-            steps: planner.steps().map_err(refused)?,
+            steps: planner.steps(),
         })
     }
 
-    /// Takes a call of another task for a rollback to undo: each is undone by one rollback, whichever tasks roll back, and in time by
-    /// our own clock.
+    /// Takes a call of another task for a rollback to undo, in time by our own clock: each is undone by one rollback, whichever tasks roll
+    /// back. Another that has taken it before keeps it, unless it has ended and certainly did nothing about it. `log` says where a
+    /// task's log lies, by name and UID.
     ///
     /// # Errors
-    /// [`Rule::ToolRollback`] if it is too late, or another rollback has taken it, [`Rule::Evidence`] if the bucket fails.
-    pub async fn undo(&self, of: &Place, undoes: &Undoes, rollback: &str) -> Result<(), Refused> {
+    /// [`Rule::ToolRollback`] if it is too late, or another rollback has it, [`Rule::Evidence`] if the bucket fails.
+    pub async fn undo(
+        &self,
+        of: &Place,
+        undoes: &Undoes,
+        rollback: &RollbackOf,
+        log: impl Fn(&RollbackOf) -> Place,
+    ) -> Result<(), Refused> {
         let Undoes { call, until } = undoes;
+        let refused = |reason: String| Err(Refused::denied(Rule::ToolRollback, reason));
         let in_time = |until: &String| until.parse::<Timestamp>().is_ok_and(|until| Timestamp::now() <= until);
         if let Some(until) = until.as_ref().filter(|until| !in_time(until)) {
-            let reason = format!("expected {call} to be undone until {until}; it is later: undo it by hand");
-            return Err(Refused::denied(Rule::ToolRollback, reason));
+            return refused(format!("expected {call} to be undone until {until}; it is later: undo it by hand"));
         }
+        plain(call)?;
         let store = self.store(of).await?;
-        let key = format!("{}rollback/{call}", of.location.prefix);
-        match store.put_new(&key, Bytes::copy_from_slice(rollback.as_bytes()), of.retention.as_ref()).await {
-            Ok(_) => return Ok(()),
-            Err(PutError::Exists) => {}
-            Err(PutError::Store(error)) => return Err(self.failed(&error)),
+        let claim = serde_json::to_vec(rollback).map_err(|e| Refused::malformed(e.to_string()))?;
+        for turn in 0..ROLLBACKS {
+            let key = format!("{}rollback/{call}.{turn}", of.location.prefix);
+            match store.put_new(&key, claim.clone().into(), of.retention.as_ref()).await {
+                Ok(_) => return Ok(()),
+                Err(PutError::Exists) => {}
+                Err(PutError::Store(error)) => return Err(self.failed(&error)),
+            }
+            let by = store.get(&key).await.map_err(|error| self.failed(&error))?;
+            let by: RollbackOf = serde_json::from_slice(&by).map_err(|error| broken(&key, error))?;
+            if by == *rollback {
+                return Ok(());
+            }
+            let other = self.rebuilt(&log(&by)).await?;
+            let standing = other.undoing().map(|undoing| undoing.standing(call));
+            if !other.closed() || standing != Some(Standing::Due) {
+                return refused(format!(
+                    "expected {call} to be undone by nobody else, found that {} (UID {}) has taken it and {}",
+                    by.name,
+                    by.uid,
+                    if other.closed() { "may have undone it" } else { "has not ended" }
+                ));
+            }
         }
-        let by = store.get(&key).await.map_err(|error| self.failed(&error))?;
-        if by == rollback.as_bytes() {
-            return Ok(());
-        }
-        let by = String::from_utf8_lossy(&by);
-        Err(Refused::denied(
-            Rule::ToolRollback,
-            format!(
-                "expected {call} to be undone by nobody else, found that the rollback with UID {} has taken it",
-                shorten(&by)
-            ),
-        ))
+        refused(format!("expected {call} to be tried by fewer than {ROLLBACKS} rollbacks; undo it by hand"))
     }
 
-    /// Keeps arguments by their digest. Those that are there already are as good.
+    /// Keeps the arguments that undo a call. Those that are there already are as good.
     ///
     /// # Errors
     /// [`Rule::Evidence`] if the bucket fails.
-    pub async fn keep(&self, at: &Location, digest: &str, arguments: String) -> Result<(), Refused> {
+    pub async fn keep(&self, at: &Location, call: &str, arguments: Vec<u8>) -> Result<String, Refused> {
+        plain(call)?;
+        let digest = hex::encode(canonical::sha256(&arguments));
         let store = self.buckets.bucket(&at.bucket).await.map_err(|e| self.failed(&e))?;
-        match store.put_new(&format!("{}{digest}.json", at.prefix), arguments.into(), None).await {
-            Ok(_) | Err(PutError::Exists) => Ok(()),
+        match store.put_new(&format!("{}{call}/{digest}.json", at.prefix), arguments.into(), None).await {
+            Ok(_) | Err(PutError::Exists) => Ok(digest),
             Err(PutError::Store(error)) => Err(self.failed(&error)),
         }
     }
 
-    /// Arguments that were kept.
+    /// The arguments that were kept to undo a call.
     ///
     /// # Errors
     /// [`Rule::ToolRollback`] if they are not there, [`Rule::Evidence`] if the bucket fails.
-    pub async fn kept(&self, at: &Location, digest: &str) -> Result<Vec<u8>, Refused> {
+    pub async fn kept(&self, at: &Location, call: &str, digest: &str) -> Result<Vec<u8>, Refused> {
+        plain(call)?;
+        plain(digest)?;
         let store = self.buckets.bucket(&at.bucket).await.map_err(|e| self.failed(&e))?;
-        match store.get(&format!("{}{digest}.json", at.prefix)).await {
+        match store.get(&format!("{}{call}/{digest}.json", at.prefix)).await {
             Ok(arguments) => Ok(arguments.into()),
             Err(StoreError::NotFound { .. }) => {
-                let reason = format!("expected the arguments of digest {digest} in {at}, found none: undo it by hand");
+                let reason = format!("expected the arguments that undo {call} in {at}, found none: undo it by hand");
                 Err(Refused::denied(Rule::ToolRollback, reason))
             }
             Err(error) => Err(self.failed(&error)),
@@ -361,12 +386,13 @@ impl Witness {
                     Err(PutError::Store(error)) => return Err(self.failed(&error)),
                 }
             };
-            let mut planner = Planner::default();
-            if sealed.undoable() && sealed.undoing().is_none() {
-                self.read(place, |record| planner.take(record)).await?;
-            }
+            let failed = request.closed.phase == "Failed" && request.closed.failure_class != "Cancelled";
+            let undone_by = match sealed.undoable() && sealed.undoing().is_none() && failed {
+                true => self.undone_by(place).await?,
+                false => Some(BTreeSet::new()),
+            };
             return Ok(SealReply {
-                undoable: planner.undoable(),
+                undone_by,
                 origin: note::origin(&place.task_uid),
                 location: place.location.to_string(),
                 endpoint: self.buckets.endpoint(),
@@ -376,6 +402,13 @@ impl Witness {
             });
         }
         Err(unavailable("the log grows faster than it can be sealed; try again"))
+    }
+
+    /// The contracts of the calls that would undo a task; nothing if its log is too long to tell in time.
+    async fn undone_by(&self, place: &Place) -> Result<Option<BTreeSet<String>>, Refused> {
+        let mut planner = Planner::default();
+        let read = tokio::time::timeout(PLAN_TIME, self.read(place, |record| planner.take(record))).await;
+        read.ok().transpose().map(|read| read.map(|_| planner.contracts()))
     }
 
     /// The retention to seal by: the pack's, or, where the pack is gone, what the log's own segments were given.
@@ -704,6 +737,15 @@ fn admit(
         }
     }
     Ok(())
+}
+
+/// A name of a harness's making that becomes part of a key.
+fn plain(name: &str) -> Result<(), Refused> {
+    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_".contains(&byte);
+    if (1..=LONGEST_CALL).contains(&name.len()) && name.bytes().all(is_plain) {
+        return Ok(());
+    }
+    Err(Refused::malformed(format!("expected a name of letters and digits, found {:?}", shorten(name))))
 }
 
 fn own_attempt(principal: &Principal, attempt: i64) -> Result<(), Refused> {

@@ -5,7 +5,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use serde_json::Value;
 use tokio::sync::Notify;
 
-use super::{approvals::Approvals, clock::Clock, journal::Journal, link::Link, once::Once};
+use super::{
+    approvals::Approvals,
+    clock::Clock,
+    journal::Journal,
+    link::Link,
+    once::{Once, SLACK},
+};
 use crate::{
     evidence::{
         record::{Channel, Containment, Denied, Effect, Event, Intent, Outcome, Resolved},
@@ -304,7 +310,9 @@ impl Gate {
                 contract: self.policy.contracts.policy().tool(&call.target).map_or("", |tool| &tool.contract),
                 digest: call.request_digest.as_deref().unwrap_or_default(),
             };
-            rollback::lets(self.undoing().as_ref(), leaving, jiff::Timestamp::now())
+            // The witness reads the time of the record, which is written a little later.
+            let now = jiff::Timestamp::now();
+            rollback::lets(self.undoing().as_ref(), leaving, now.checked_add(SLACK).unwrap_or(now))
                 .map_err(|reason| Denial { rule: Rule::ToolRollback, reason })?;
             match call.channel {
                 Channel::Tool => {

@@ -31,9 +31,14 @@ use tokio_rustls::{TlsConnector, client::TlsStream};
 use crate::{
     evidence::{merkle::Hash, record::Channel},
     policy::{config::Wiring, decide::Denial, rule::Rule},
-    wire::{self, AppendReply, AppendRequest, ApprovalAsk, ApprovalReply, Keep, Kept, OpenReply, OpenRequest, Refusal},
+    wire::{
+        self, AppendReply, AppendRequest, ApprovalAsk, ApprovalReply, Keep, Kept, KeptOf, OpenReply, OpenRequest,
+        Refusal, Undo,
+    },
 };
 
+/// How long it is tried to keep, or to get, arguments that undo a call.
+const STATE_PATIENCE: Duration = Duration::from_secs(30);
 /// How long a connection to the gateway may take: it is in the same cluster.
 const CONNECT: Duration = Duration::from_secs(5);
 /// How long the gateway may take over a request about the log.
@@ -141,20 +146,38 @@ impl Link {
         self.post(wire::APPROVAL, ask).await
     }
 
-    /// Keeps the arguments of a call that undoes another, by their digest.
+    /// Has the arguments of the call that undoes another made and kept; gives their digest. Tried again for a while where nobody answers.
     ///
     /// # Errors
     /// If the gateway refuses or cannot be reached.
-    pub async fn keep(&self, keep: &Keep) -> Result<(), CallError> {
-        self.post::<_, Kept>(wire::STATE_KEEP, keep).await.map(drop)
+    pub async fn keep(&self, keep: &Keep) -> Result<String, CallError> {
+        let kept: Kept = self.post_patiently(wire::STATE_KEEP, keep).await?;
+        Ok(kept.digest)
     }
 
-    /// The arguments that were kept under a digest.
+    /// The arguments that were kept to undo a call. Tried again for a while where nobody answers.
     ///
     /// # Errors
     /// If the gateway refuses or cannot be reached.
-    pub async fn kept(&self, digest: &str) -> Result<Keep, CallError> {
-        self.post(wire::STATE_GET, &Kept { digest: digest.to_owned() }).await
+    pub async fn kept(&self, of: &KeptOf) -> Result<String, CallError> {
+        let undo: Undo = self.post_patiently(wire::STATE_GET, of).await?;
+        Ok(undo.arguments)
+    }
+
+    async fn post_patiently<Q: serde::Serialize, R: serde::de::DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &Q,
+    ) -> Result<R, CallError> {
+        let started = Instant::now();
+        loop {
+            match self.post(path, body).await {
+                Err(CallError::Unreachable(_)) if started.elapsed() < STATE_PATIENCE => {
+                    tokio::time::sleep(Duration::from_millis(200)).await;
+                }
+                done => return done,
+            }
+        }
     }
 
     async fn post<Q: serde::Serialize, R: serde::de::DeserializeOwned>(

@@ -29,7 +29,6 @@ use super::{
     approvals::{Answered, Question},
     bounds::Bounds,
     gate::{Call, Gate, Permit, Settlement, call_id},
-    link::CallError,
     once::Turn,
     rest,
 };
@@ -58,10 +57,8 @@ use upstream::{Ready, Upstreams};
 /// How long what an upstream listed is gone by.
 pub const LISTING_AGE: Duration = Duration::from_secs(60);
 
-/// Longest arguments that are kept to undo a call, in bytes of JSON.
+/// Longest call and answer of which the arguments are made that undo it, in bytes of JSON.
 const LONGEST_UNDO: usize = 1 << 20;
-/// How long it is tried to keep them.
-const KEEP_PATIENCE: Duration = Duration::from_secs(30);
 /// Between two questions whether people have decided on a call that undoes another.
 const ASK_AGAIN: Duration = Duration::from_secs(1);
 
@@ -146,18 +143,20 @@ impl Tools {
         let tool = self.gate.contracts().tools().find(|tool| tool.contract == undo.contract);
         let tool = tool.ok_or_else(|| format!("the rollback does not have the contract {}", undo.contract))?;
         let came = loop {
-            let came = self.call(&tool.name, args.clone(), Some(undoes)).await;
-            let came = came.map_err(|denial| format!("{}: {}", denial.rule, denial.reason))?;
-            if !came.pending {
-                break came;
+            match self.call(&tool.name, args.clone(), Some(undoes)).await {
+                Ok(came) if came.pending => tokio::time::sleep(ASK_AGAIN).await,
+                came => break came,
             }
-            tokio::time::sleep(ASK_AGAIN).await;
         };
         let standing = self.gate.undoing().as_ref().map(|undoing| undoing.standing(undoes));
-        match (came.result.is_error, standing) {
-            (Some(true), _) => Err(format!("{} answered with an error", tool.name)),
+        match (came, standing) {
+            // Though the answer was lost, or is withheld, it is known.
             (_, Some(Standing::Undone)) => Ok(()),
-            _ => Err(format!("{} was called with the same arguments before, and was not called again", tool.name)),
+            (Err(denial), _) => Err(format!("{}: {}", denial.rule, denial.reason)),
+            (Ok(came), _) if came.result.is_error == Some(true) => Err(format!("{} answered with an error", tool.name)),
+            (Ok(_), _) => {
+                Err(format!("{} was called with the same arguments before, and was not called again", tool.name))
+            }
         }
     }
 
@@ -182,6 +181,7 @@ impl Tools {
             Err(denial) => return Err(self.gate.deny(Channel::Tool, name, Some(digest), denial).await),
         };
         let key = turn.as_ref().map(|turn| turn.key.clone());
+        let undoing = undoes.is_some();
         let undoes = undoes.map(str::to_owned);
         let allowed = self.allow(&tool, &args, (&digest, bytes), (key.clone(), undoes), needs_approval).await;
         let (route, permit) = match allowed {
@@ -214,8 +214,14 @@ impl Tools {
         if let Some(said) = &answered {
             self.gate.keep(&tool.name, said);
         }
-        if let Some(arguments) = arguments.as_ref().filter(|_| undone && settlement.effect == Effect::Applied) {
-            settlement.undone_by = self.keep_undo(&tool, arguments, &answered.unwrap_or_default()).await;
+        // What the upstream itself calls an error may or may not have been done: it is neither undone by a call, nor does it undo one.
+        let error = result.as_ref().is_ok_and(|result| result.is_error == Some(true));
+        if error && undoing && settlement.effect == Effect::Applied {
+            settlement.effect = Effect::Unknown;
+        }
+        if let Some(arguments) = arguments.as_ref().filter(|_| undone && !error && settlement.effect == Effect::Applied)
+        {
+            settlement.undone_by = self.keep_undo(&tool, intent, arguments, answered).await;
         }
         if let (Some(_), Ok(result)) = (&key, &result) {
             self.gate.once().keep(call_id(permit.intent), result, settlement.response_digest.as_ref());
@@ -230,37 +236,23 @@ impl Tools {
         }
     }
 
-    /// Keeps the arguments of the call that undoes this one, outside the pod, before anybody learns that it was made; gives their digest. What
-    /// cannot be made or kept is left to people: the call has taken effect, and nothing would come of stopping here.
-    async fn keep_undo(&self, tool: &Tool, arguments: &Value, result: &Value) -> Option<String> {
-        let keep = async {
-            let undo = self.gate.contracts().undo(&tool.name, arguments, result)?;
-            let arguments = text(&undo).map_err(|denial| denial.reason)?;
-            if arguments.len() > LONGEST_UNDO {
-                return Err(format!("they are {} bytes long, more than {LONGEST_UNDO}", arguments.len()));
-            }
-            let digest = hex::encode(canonical::sha256(arguments.as_bytes()));
-            let keep = Keep { digest: digest.clone(), arguments };
-            let began = Instant::now();
-            loop {
-                match self.gate.link().keep(&keep).await {
-                    Ok(()) => return Ok(digest),
-                    Err(CallError::Unreachable(_)) if began.elapsed() < KEEP_PATIENCE => {
-                        tokio::time::sleep(Duration::from_millis(200)).await;
-                    }
-                    Err(error) => return Err(error.to_string()),
-                }
-            }
+    /// Has the arguments of the call that undoes this one kept outside the pod, before anybody learns that it was made; gives their digest.
+    /// What cannot be made or kept is left to people: the call has taken effect, and nothing would come of stopping here.
+    async fn keep_undo(&self, tool: &Tool, intent: u64, arguments: &Value, result: Option<Value>) -> Option<String> {
+        let keep = Keep { intent, arguments: arguments.clone(), result: result.unwrap_or_default() };
+        let size = serde_json::to_vec(&keep).map_or(usize::MAX, |text| text.len());
+        let kept = match size {
+            ..=LONGEST_UNDO => self.gate.link().keep(&keep).await.map_err(|error| error.to_string()),
+            _ => Err(format!("call and answer are {size} bytes long, more than {LONGEST_UNDO}")),
         };
-        keep.await
-            .inspect_err(|reason: &String| {
-                tracing::error!(
-                    tool = tool.name,
-                    reason,
-                    "the arguments that undo a call are not kept: it is left to people"
-                );
-            })
-            .ok()
+        kept.inspect_err(|reason| {
+            tracing::error!(
+                tool = tool.name,
+                reason,
+                "the arguments that undo a call are not kept: it is left to people"
+            );
+        })
+        .ok()
     }
 
     /// What the agent is told of a call whose reply never came, once the read that its contract names has told what became of it.

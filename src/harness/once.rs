@@ -29,7 +29,7 @@ const LONGEST_RESULT: usize = 256 << 10;
 /// Longest results together.
 const LONGEST_RESULTS: usize = 8 << 20;
 /// The witness reads the time of the record, which is written a little later: a key lapses here later than there.
-const SLACK: SignedDuration = SignedDuration::from_secs(1);
+pub(super) const SLACK: SignedDuration = SignedDuration::from_secs(1);
 
 /// A result, as the agent got it.
 #[derive(Clone)]

@@ -21,12 +21,21 @@ use super::{
 use crate::{
     canonical,
     evidence::rollback::{By, Standing, Undo},
+    wire::KeptOf,
 };
 
 /// Where the harness is asked to roll back. It answers when it is done, which may take as long as people do to approve.
 pub const PATH: &str = "/rollback";
 /// Longest answer: a line for each step.
 const LONGEST: usize = 8 << 20;
+/// So often calls are tried that fail and certainly did nothing.
+const ROUNDS: u32 = 3;
+/// Between two tries.
+const BETWEEN_ROUNDS: Duration = Duration::from_secs(5);
+/// Between two questions to a harness that is being started again.
+const ASK_AGAIN: Duration = Duration::from_secs(1);
+/// So often it is asked.
+const QUESTIONS: u32 = 60;
 /// Longest text for the kubelet to keep, which cuts what is longer than 4 KiB.
 const LONGEST_MESSAGE: usize = 4000;
 
@@ -48,6 +57,8 @@ pub struct Left {
     pub tool: String,
     /// Why, or how to undo it.
     pub why: String,
+    /// Whether that was so from the start.
+    pub by_people: bool,
 }
 
 impl std::fmt::Display for Report {
@@ -75,17 +86,33 @@ fn reply(status: StatusCode, text: Bytes) -> Response<Body> {
     reply
 }
 
-/// Makes the calls that are due. `None` if there is nothing to roll back.
+/// Makes the calls that are due, and those that fail and are still due some more times. `None` if there is nothing to roll back.
 async fn run(tools: &Tools) -> Option<Report> {
+    let mut report = round(tools).await?;
+    for _ in 1..ROUNDS {
+        let due = |left: &Left| standing(tools, &left.call) == Some(Standing::Due) && !left.by_people;
+        if !report.left.iter().any(due) {
+            break;
+        }
+        tokio::time::sleep(BETWEEN_ROUNDS).await;
+        report = round(tools).await?;
+    }
+    Some(report)
+}
+
+fn standing(tools: &Tools, call: &str) -> Option<Standing> {
+    tools.gate().undoing().as_ref().map(|undoing| undoing.standing(call))
+}
+
+async fn round(tools: &Tools) -> Option<Report> {
     let plan = tools.gate().undoing().as_ref()?.plan.clone();
     let mut report = Report::default();
     for step in plan.steps {
-        let standing = tools.gate().undoing().as_ref().map(|undoing| undoing.standing(&step.call));
-        let undone = match (&step.by, standing) {
+        let undone = match (&step.by, standing(tools, &step.call)) {
             (By::People(why), _) => Err(why.clone()),
             (By::Call(_), Some(Standing::Undone)) => Ok(()),
             (By::Call(_), Some(Standing::Unknown)) => Err("whether it was undone is not known".into()),
-            (By::Call(undo), _) => match arguments(tools, undo).await {
+            (By::Call(undo), _) => match arguments(tools, &step.call, undo).await {
                 Ok(arguments) => tools.undo(&step.call, undo, arguments).await,
                 Err(reason) => Err(reason),
             },
@@ -94,7 +121,8 @@ async fn run(tools: &Tools) -> Option<Report> {
             Ok(()) => report.undone.push(step.call),
             Err(why) => {
                 tracing::warn!(call = step.call, tool = step.tool, why, "left to people");
-                report.left.push(Left { call: step.call, tool: step.tool, why });
+                let by_people = matches!(step.by, By::People(_));
+                report.left.push(Left { call: step.call, tool: step.tool, why, by_people });
             }
         }
     }
@@ -102,22 +130,43 @@ async fn run(tools: &Tools) -> Option<Report> {
 }
 
 /// The arguments that were kept, if they are those of the plan.
-async fn arguments(tools: &Tools, undo: &Undo) -> Result<Map<String, Value>, String> {
-    let kept = tools.gate().link().kept(&undo.request_digest).await.map_err(|error| error.to_string())?;
-    let found = hex::encode(canonical::sha256(kept.arguments.as_bytes()));
+async fn arguments(tools: &Tools, call: &str, undo: &Undo) -> Result<Map<String, Value>, String> {
+    let of = KeptOf { call: call.to_owned(), digest: undo.request_digest.clone() };
+    let kept = tools.gate().link().kept(&of).await.map_err(|error| error.to_string())?;
+    let found = hex::encode(canonical::sha256(kept.as_bytes()));
     if found != undo.request_digest {
         return Err(format!("expected arguments of digest {}, found {found}", undo.request_digest));
     }
-    serde_json::from_str(&kept.arguments)
-        .map_err(|error| format!("the arguments that were kept are no JSON object: {error}"))
+    serde_json::from_str(&kept).map_err(|error| format!("the arguments that were kept are no JSON object: {error}"))
 }
 
-/// Has the harness of this pod roll back, and says what came of it: to whoever reads the log, and for the pod's status.
+/// Has the harness of this pod roll back, and says what came of it: to whoever reads the log, and for the pod's status. It is asked again
+/// where it does not answer: it may have been started again, and goes on then.
 ///
 /// # Errors
 /// If the harness cannot be asked.
 pub async fn ask(message: &std::path::Path) -> std::io::Result<Report> {
-    let stream = connect().await?;
+    let mut questions: u32 = 0;
+    let report = loop {
+        match question().await {
+            Err(error) if questions < QUESTIONS => {
+                tracing::warn!(%error, "the harness is asked again");
+                questions = questions.saturating_add(1);
+                tokio::time::sleep(ASK_AGAIN).await;
+            }
+            done => break done?,
+        }
+    };
+    let mut told = report.to_string();
+    told.truncate(told.floor_char_boundary(LONGEST_MESSAGE));
+    if let Err(error) = std::fs::write(message, told) {
+        tracing::warn!(%error, "the pod's status will not say what is left to people");
+    }
+    Ok(report)
+}
+
+async fn question() -> std::io::Result<Report> {
+    let stream = tokio::net::TcpStream::connect(server::AGENT).await?;
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(other)?;
     tokio::spawn(connection);
     let request = Request::builder()
@@ -132,25 +181,7 @@ pub async fn ask(message: &std::path::Path) -> std::io::Result<Report> {
     if !status.is_success() {
         return Err(other(format!("the harness answered {status}: {}", String::from_utf8_lossy(&text).trim())));
     }
-    let report: Report = serde_json::from_slice(&text).map_err(other)?;
-    let mut told = report.to_string();
-    told.truncate(told.floor_char_boundary(LONGEST_MESSAGE));
-    if let Err(error) = std::fs::write(message, told) {
-        tracing::warn!(%error, "the pod's status will not say what is left to people");
-    }
-    Ok(report)
-}
-
-/// The harness is up before anything else in the pod; it may have just been started again.
-async fn connect() -> std::io::Result<tokio::net::TcpStream> {
-    let mut tries: u32 = 0;
-    loop {
-        match tokio::net::TcpStream::connect(server::AGENT).await {
-            Err(_) if tries < 50 => tries = tries.saturating_add(1),
-            done => return done,
-        }
-        tokio::time::sleep(Duration::from_millis(200)).await;
-    }
+    serde_json::from_slice(&text).map_err(other)
 }
 
 fn other(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> std::io::Error {

@@ -173,7 +173,8 @@ impl Writer {
         match self.write::<AgentTask, _>("create", &name, api.create(&created_by_us(), task)).await {
             Err(error) if error.code() == Some(409) => {
                 let live = bounded::<AgentTask, _>("get", &name, api.get(&name)).await?;
-                if live.spec.rollback_of == task.spec.rollback_of { Ok(()) } else { Err(error) }
+                let same = live.spec == task.spec && live.metadata.deletion_timestamp.is_none();
+                if same { Ok(()) } else { Err(error) }
             }
             created => created.map(drop),
         }

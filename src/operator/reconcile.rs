@@ -4,6 +4,7 @@
 //! once. Refuses: to act on what a cache alone says is gone.
 
 use std::{
+    collections::BTreeSet,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -51,6 +52,8 @@ use crate::{
 
 /// Looked at again after this long, though nothing seems to change: a missed event costs no more.
 const BACKSTOP: Duration = Duration::from_secs(600);
+/// Looked at again after this long, where another task is waited for.
+const SOON: Duration = Duration::from_secs(2);
 /// How long a pod may take to start before the status says that it is pending. Most start sooner, and save a write.
 const PENDING_AFTER_SECONDS: i64 = 5;
 
@@ -355,9 +358,12 @@ impl Pass<'_> {
         contained: Option<bool>,
         attempt: i64,
     ) -> Result<Action, ReconcileError> {
+        if let Some(why) = self.undone_runs() {
+            self.tell(attempts, contained, Stage::Waiting("UndoneTaskRuns", &why)).await?;
+            return Ok(Action::requeue(SOON));
+        }
         let resolved = Resolved::of(&self.task, &self.context.stores);
-        let validated = resolved.validate(&self.task, &self.context.system_namespace);
-        let validated = match self.undone().map_err(|finding| vec![finding]).and(validated) {
+        let validated = match resolved.validate(&self.task, &self.context.system_namespace) {
             Ok(validated) => validated,
             Err(findings) => {
                 self.tell(attempts, contained, Stage::Refused(&findings)).await?;
@@ -412,32 +418,29 @@ impl Pass<'_> {
         }
     }
 
-    /// Whether the task that this one undoes has ended. One that is gone has; its log tells.
-    fn undone(&self) -> Result<(), Finding> {
-        let Some(of) = &self.task.spec.rollback_of else { return Ok(()) };
-        let live = self.context.stores.tasks.get(&ObjectRef::new(&of.name).within(&self.owner.namespace));
-        let live = live.as_ref().and_then(|live| live.0.as_ref().ok());
-        let phase = live.filter(|live| live.uid().as_ref() == Some(&of.uid)).map(|live| live.status.as_ref()?.phase);
-        match phase {
-            None | Some(Some(Phase::Succeeded | Phase::Failed)) => Ok(()),
-            Some(phase) => Err(Finding::new(
-                "spec.rollbackOf",
-                "a task that has ended",
-                format!("`{}`, which is {}", of.name, phase.map_or("new".to_owned(), |phase| format!("{phase:?}"))),
-                "wait for its end",
-            )),
-        }
+    /// That the task runs which this one undoes. One that is gone has ended; its log tells.
+    fn undone_runs(&self) -> Option<String> {
+        let of = self.task.spec.rollback_of.as_ref()?;
+        let live = self.context.stores.tasks.get(&ObjectRef::new(&of.name).within(&self.owner.namespace))?;
+        let live = live.0.as_ref().ok().filter(|live| live.uid().as_ref() == Some(&of.uid))?;
+        let phase = live.status.as_ref().and_then(|status| status.phase);
+        let over = matches!(phase, Some(Phase::Succeeded | Phase::Failed));
+        (!over).then(|| {
+            format!("expected task `{}` to have ended, found that it has not; this one begins after it", of.name)
+        })
     }
 
     /// Makes the task that undoes this one, if it has failed and there is something to undo.
-    async fn roll_back(&self, closed: &TaskClosed, undoable: bool) -> Result<(), ReconcileError> {
-        if !undoable || closed.phase != "Failed" || self.task.spec.rollback != RollbackWhen::OnFailure {
+    async fn roll_back(&self, closed: &TaskClosed, by: Option<BTreeSet<String>>) -> Result<(), ReconcileError> {
+        if closed.phase != "Failed" || self.task.spec.rollback != RollbackWhen::OnFailure {
             return Ok(());
         }
         let contracts = self.context.stores.contracts.state();
         let contracts: Vec<&ToolContract> = contracts.iter().filter_map(|one| one.0.as_ref().ok()).collect();
         let operator = format!("system:serviceaccount:{}:{}", self.context.system_namespace, names::OPERATOR);
-        let task = rollback::task(&self.task, &contracts, &self.task.spec.principal, &operator);
+        // What could not be told in time is taken from the contracts as they are now.
+        let by = by.unwrap_or_else(|| rollback::contracts(&self.task, &contracts));
+        let task = rollback::task(&self.task, by, &contracts, &self.task.spec.principal, &operator);
         let Some(task) = task else { return Ok(()) };
         let (namespace, name, by) = (&self.owner.namespace, &self.owner.name, task.name_any());
         match self.context.writer.create_task(&task).await {
@@ -477,7 +480,7 @@ impl Pass<'_> {
         if self.task.metadata.deletion_timestamp.is_some() {
             return self.release().await;
         }
-        self.roll_back(&closed, reply.undoable).await?;
+        self.roll_back(&closed, reply.undone_by).await?;
         let evidence = EvidenceStatus {
             origin: reply.origin,
             location: reply.location,

@@ -516,7 +516,7 @@ async fn undoable(exit: i32, rollback: &str) -> Scene {
         contract["spec"]["rollback"] = json!({ "call": { "contract": "close", "arguments": { "id": "result.id" } } });
     });
     scene.cluster.edit(TASK, |task| task["spec"]["rollback"] = rollback.into());
-    let reply = wire::SealReply { undoable: true, ..seal::tests::reply() };
+    let reply = wire::SealReply { undone_by: Some(["close".to_owned()].into()), ..seal::tests::reply() };
     let mut scene = Scene::over(scene.cluster, 200, &serde_json::to_string(&reply).unwrap()).await;
     scene.step().await.unwrap();
     scene.end_agent(POD, exit);
@@ -562,6 +562,31 @@ async fn a_name_that_is_taken_does_not_keep_a_task_from_its_end() {
     scene.step().await.unwrap();
     assert_eq!(scene.status()["phase"], "Failed");
     assert_eq!(scene.cluster.get(ROLLBACK).unwrap()["spec"], other["spec"]);
+}
+
+#[tokio::test]
+async fn a_rollback_begins_once_the_other_task_has_ended() {
+    let scene = Scene::new().await;
+    let mut other = scene.cluster.get(TASK).unwrap();
+    other["metadata"]["name"] = "other".into();
+    other["metadata"]["uid"] = "of-the-other".into();
+    let path = TASK.replace("triage", "other");
+    scene.cluster.put(&path, other);
+    scene.cluster.edit(TASK, |task| {
+        task["spec"].as_object_mut().unwrap().remove("agent");
+        task["spec"]["rollbackOf"] = json!({ "name": "other", "uid": "of-the-other" });
+    });
+    let mut scene = Scene::over(scene.cluster, 200, &serde_json::to_string(&seal::tests::reply()).unwrap()).await;
+    let action = scene.step().await.unwrap();
+    assert_eq!(
+        (scene.status()["reason"].as_str(), action),
+        (Some("UndoneTaskRuns"), Action::requeue(std::time::Duration::from_secs(2)))
+    );
+    assert_eq!(scene.cluster.get(POD), None);
+    scene.cluster.edit(&path, |task| task["status"] = json!({ "phase": "Failed" }));
+    scene.sync();
+    scene.step().await.unwrap();
+    assert!(scene.cluster.get(POD).is_some());
 }
 
 #[tokio::test]

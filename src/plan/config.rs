@@ -725,6 +725,14 @@ pub fn check_pack(pack: &PolicyPack) -> Vec<Finding> {
         models(pack, class, &egress, &mut findings);
     }
     access::render(pack, &mut findings);
+    if pack.spec.state.as_ref().is_some_and(|state| state.bucket == pack.spec.evidence.bucket) {
+        findings.push(Finding::new(
+            "spec.state.bucket",
+            "another bucket than that of the evidence, which locks what is in it",
+            format!("`{}`", pack.spec.evidence.bucket),
+            "name a bucket without Object Lock",
+        ));
+    }
     findings
 }
 

@@ -533,22 +533,29 @@ fn undone() -> Vec<ToolContract> {
         settle_seconds: 10,
     });
     (look.metadata.name, look.spec.tool) = (Some("look".into()), "look_at_ticket".into());
-    let mut elsewhere = close.clone();
-    (elsewhere.metadata.name, elsewhere.metadata.namespace) = (Some("other".into()), Some("team-b".into()));
-    all.extend([close, look, elsewhere]);
+    // Another namespace's contract of the same name verifies by another tool; a second one here is for the same.
+    let (mut elsewhere, mut again) = (close.clone(), look.clone());
+    (elsewhere.metadata.namespace, again.metadata.name) = (Some("team-b".into()), Some("look-2".into()));
+    elsewhere.spec.verify.as_mut().unwrap().tool = "a_read_log".into();
+    all.extend([elsewhere, close, again, look]);
     all
 }
 
 #[test]
 fn a_task_is_undone_by_a_task_with_what_undoes() {
     let of = task();
-    assert_eq!(rollback::task(&of, &contracts(), "alice", "ci"), None, "no contract says how");
-    let made = rollback::task(&of, &undone(), "bob", "ci").unwrap();
-    assert_eq!(made.spec.tools, ["close", "look"]);
+    let undone_by =
+        |of: &AgentTask, all: &[ToolContract]| rollback::task(of, rollback::contracts(of, all), all, "bob", "ci");
+    assert_eq!(undone_by(&of, &contracts()), None, "no contract says how");
+    let made = undone_by(&of, &undone()).unwrap();
+    assert_eq!(made.spec.tools, ["close", "look"], "what undoes, and one contract for what that verifies by");
     assert_eq!((made.name_any().as_str(), made.namespace().as_deref()), ("triage-rollback", Some("team-a")));
     assert_eq!((made.spec.principal.as_str(), made.spec.limits.tokens), ("bob", 0));
-    assert_eq!(rollback::task(&made, &undone(), "bob", "ci"), None, "a rollback is not rolled back");
-    assert_eq!(rollback::name(&"a".repeat(52)), format!("{}-rollback", "a".repeat(43)));
+    assert_eq!(made.annotations()[names::REQUESTED_BY], "ci");
+    assert_eq!(undone_by(&made, &undone()), None, "a rollback is not rolled back");
+    let long = |uid: &str| rollback::name(&"a".repeat(52), uid);
+    assert_eq!(long("5d0e9c1a-0000"), format!("{}-5d0e9c1a-rollback", "a".repeat(34)));
+    assert_ne!(long("5d0e9c1a-0000"), long("5d0e9c1b-0000"));
 
     // It is in order, and what runs is Belay's own image.
     let mut pack = pack();
@@ -581,4 +588,11 @@ fn a_task_has_an_agent_or_undoes_another(#[case] change: fn(&mut AgentTask), #[c
     change(&mut task);
     let findings = validate(&task, &contracts(), &pack(), "belay-system").unwrap_err();
     assert!(findings.iter().any(|one| one.field == "spec.agent" && one.found == found), "{findings:?}");
+}
+
+#[test]
+fn state_is_not_locked_away_with_the_evidence() {
+    let mut pack = pack();
+    pack.spec.state = Some(StatePolicy { bucket: pack.spec.evidence.bucket.clone(), prefix: None });
+    assert_eq!(config::check_pack(&pack)[0].field, "spec.state.bucket");
 }

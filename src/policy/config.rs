@@ -223,7 +223,10 @@ pub struct TaskIdentity {
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct RollbackOf {
     /// Its name, in the same namespace.
-    #[cfg_attr(feature = "kube", schemars(length(min = 1, max = 63)))]
+    #[cfg_attr(
+        feature = "kube",
+        schemars(length(min = 1, max = 52), regex(pattern = r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$"))
+    )]
     pub name: String,
     /// Its UID.
     #[cfg_attr(feature = "kube", schemars(length(min = 1, max = 64), regex(pattern = r"^[A-Za-z0-9-]+$")))]

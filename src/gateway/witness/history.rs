@@ -163,6 +163,8 @@ pub struct History {
     policy_digest: Arc<str>,
     /// What its contracts say of its tools.
     terms: Arc<BTreeMap<String, Terms>>,
+    /// Whether any attempt had tools whose calls are undone by calls.
+    undoable: bool,
     /// What a rollback undoes, and how far that has come.
     undoing: Option<Arc<Undoing>>,
     /// What has been called: all attempts' calls, and the newest one's definitions.
@@ -337,6 +339,7 @@ impl History {
                     Arc::new(opened.policy.tools.iter().map(|tool| (tool.name.clone(), Terms::of(tool))).collect());
                 // Those who were to say what became of open calls are gone.
                 Arc::make_mut(&mut self.ledger).abandon();
+                self.undoable |= self.terms.values().any(|terms| terms.undoable);
                 self.policy_digest = opened.policy_digest.as_str().into();
                 self.plan(record, opened)?;
                 (self.attempt, self.opened, self.loose, self.over) = (record.attempt, true, false, None);
@@ -611,9 +614,9 @@ impl History {
         self.undoing.as_deref()
     }
 
-    /// Whether the newest attempt has tools whose calls are undone by calls.
+    /// Whether any attempt had tools whose calls are undone by calls.
     pub fn undoable(&self) -> bool {
-        self.terms.values().any(|terms| terms.undoable)
+        self.undoable
     }
 
     /// A read tells what became of a call whose fate was unknown: one of the same attempt, made after that was known, by the tool that the

@@ -4,7 +4,7 @@ use super::*;
 use crate::{
     evidence::{
         log,
-        record::{Channel, Intent, Outcome},
+        record::{Channel, Effect, Intent, Outcome},
         rollback::Standing,
         store::Mode,
     },
@@ -128,7 +128,10 @@ async fn a_rollback_goes_by_the_plan_that_the_other_log_makes() {
     let request = OpenRequest { attempt: 1, policy_digest: digest.clone() };
     let early = b.open(&at, &principal(1), &request, &digest, Some(&of)).await.unwrap_err();
     assert_eq!(early.rule, Rule::ToolRollback, "the other task has not ended");
-    assert!(a.seal(&of, &seal_request()).await.unwrap().undoable);
+    let mut failed = seal_request();
+    (failed.closed.phase, failed.closed.failure_class) = ("Failed".into(), "Agent".into());
+    let sealed = a.seal(&of, &failed).await.unwrap();
+    assert_eq!(sealed.undone_by, Some(["search".to_owned()].into()));
 
     let reply = b.open(&at, &principal(1), &request, &digest, Some(&of)).await.unwrap();
     let plan = reply.undoing.unwrap().plan;
@@ -180,29 +183,88 @@ async fn a_rollback_goes_by_the_plan_that_the_other_log_makes() {
 }
 
 #[tokio::test]
-async fn a_call_is_undone_by_one_rollback() {
+async fn a_call_is_undone_by_one_rollback_and_in_time() {
     let Setup { a, b, .. } = setup();
     let undoes = |call: &str, until: Option<&str>| Undoes { call: call.into(), until: until.map(Into::into) };
-    a.undo(&place(), &undoes("c7", Some("2126-01-01T00:00:00Z")), "one").await.unwrap();
-    b.undo(&place(), &undoes("c7", None), "one").await.unwrap();
-    b.undo(&place(), &undoes("c8", None), "two").await.unwrap();
-    for late in ["2026-01-01T00:00:00Z", "soon"] {
-        let refused = b.undo(&place(), &undoes("c9", Some(late)), "one").await.unwrap_err();
-        assert_eq!(refused.rule, Rule::ToolRollback);
+    let rollback = |uid: &str| RollbackOf { name: format!("r-{uid}"), uid: uid.into() };
+    let nowhere = |of: &RollbackOf| Place { task_uid: of.uid.clone(), ..log_at(&of.uid) };
+    a.undo(&place(), &undoes("c7", Some("2126-01-01T00:00:00Z")), &rollback("one"), nowhere).await.unwrap();
+    b.undo(&place(), &undoes("c7", None), &rollback("one"), nowhere).await.unwrap();
+    b.undo(&place(), &undoes("c8", None), &rollback("two"), nowhere).await.unwrap();
+    for (call, until) in [("c9", Some("2026-01-01T00:00:00Z")), ("c9", Some("soon")), ("../c9", None), ("", None)] {
+        assert!(b.undo(&place(), &undoes(call, until), &rollback("one"), nowhere).await.is_err(), "{call} {until:?}");
     }
-    let refused = b.undo(&place(), &undoes("c7", None), "two").await.unwrap_err();
+    let refused = b.undo(&place(), &undoes("c7", None), &rollback("two"), nowhere).await.unwrap_err();
     assert_eq!(refused.rule, Rule::ToolRollback);
-    assert!(refused.reason.contains("the rollback with UID one has taken it"), "{}", refused.reason);
+    assert!(refused.reason.contains("r-one (UID one) has taken it and has not ended"), "{}", refused.reason);
+}
+
+/// Where the log of the task with this UID lies.
+fn log_at(uid: &str) -> Place {
+    let location = Location { prefix: format!("team/t/{uid}/"), ..place().location };
+    Place { location, task_uid: uid.into(), ..place() }
+}
+
+/// A rollback that has ended and certainly did nothing about a call leaves it to another; one that may have undone it does not.
+#[tokio::test]
+async fn what_a_rollback_left_another_may_take() {
+    let Setup { a, b, .. } = setup();
+    let of = ended(&a).await;
+    a.seal(&of, &seal_request()).await.unwrap();
+    let mut policy = testing::policy();
+    policy.task.uid = ROLLBACK.into();
+    policy.task.rollback_of = Some(RollbackOf { name: "t".into(), uid: testing::UID.into() });
+    policy.tools[0].side_effect = SideEffect::Write;
+    let digest = policy.digest().unwrap();
+    let at = log_at(ROLLBACK);
+    let request = OpenRequest { attempt: 1, policy_digest: digest.clone() };
+    let plan = a.open(&at, &principal(1), &request, &digest, Some(&of)).await.unwrap().undoing.unwrap().plan;
+    let mut harness = Harness::of(ROLLBACK, 1);
+    let undo = |call: &str, undoes: &str| {
+        let Event::Intent(of) = intent(call, Channel::Tool, "search", 0) else { panic!("another event") };
+        let request_digest = Some("5a".repeat(32));
+        let (undoes, effect) = (Some(undoes.to_owned()), Some(SideEffect::Write));
+        Event::Intent(Intent { undoes, request_digest, effect, ..of })
+    };
+    let ended = |call: &str, effect| {
+        let Event::Outcome(of) = outcome(call, 0) else { panic!("another event") };
+        Event::Outcome(Outcome { effect, ..of })
+    };
+    let events = vec![
+        opened_by(&harness, &policy, Some(plan)),
+        undo("8", "2"),
+        ended("8", Effect::NotApplied),
+        undo("9", "1"),
+        ended("9", Effect::Unknown),
+    ];
+    a.append(&at, &principal(1), &harness.next(events), Ok(&digest), Some(&of)).await.unwrap();
+    let first = RollbackOf { name: "r".into(), uid: ROLLBACK.into() };
+    let second = RollbackOf { name: "s".into(), uid: "second".into() };
+    let log = |task: &RollbackOf| log_at(&task.uid);
+    let undoes = |call: &str| Undoes { call: call.into(), until: None };
+    for call in ["1", "2"] {
+        a.undo(&of, &undoes(call), &first, log).await.unwrap();
+        assert!(b.undo(&of, &undoes(call), &second, log).await.is_err(), "the first has not ended");
+    }
+    a.seal(&at, &SealRequest { uid: ROLLBACK.into(), ..seal_request() }).await.unwrap();
+    b.undo(&of, &undoes("2"), &second, log).await.unwrap();
+    a.undo(&of, &undoes("2"), &second, log).await.unwrap();
+    let refused = b.undo(&of, &undoes("1"), &second, log).await.unwrap_err();
+    assert!(refused.reason.contains("may have undone it"), "{}", refused.reason);
 }
 
 #[tokio::test]
 async fn what_is_kept_is_there_unlocked() {
     let Setup { bucket, a, b, .. } = setup();
     let at = Location { bucket: "state".into(), prefix: "team/t/u/rollback/".into() };
-    a.keep(&at, "d1", "{}".into()).await.unwrap();
-    b.keep(&at, "d1", "{}".into()).await.unwrap();
-    assert_eq!(b.kept(&at, "d1").await.unwrap(), b"{}");
-    assert_eq!(b.kept(&at, "d2").await.unwrap_err().rule, Rule::ToolRollback);
+    let digest = a.keep(&at, "c7", b"{}".to_vec()).await.unwrap();
+    assert_eq!(digest, hex::encode(canonical::sha256(b"{}")));
+    assert_eq!(b.keep(&at, "c7", b"{}".to_vec()).await.unwrap(), digest);
+    assert_eq!(b.kept(&at, "c7", &digest).await.unwrap(), b"{}");
+    for (call, digest) in [("c8", digest.as_str()), ("c7", "00"), ("../c7", digest.as_str()), ("c7", "../x")] {
+        assert!(b.kept(&at, call, digest).await.is_err(), "{call} {digest}");
+    }
+    assert!(a.keep(&at, "a/b", b"{}".to_vec()).await.is_err());
     assert!(bucket.objects.lock().unwrap().values().all(|(_, retention)| retention.is_none()));
 }
 

@@ -81,7 +81,7 @@ pub(in crate::operator) fn token() -> tempfile::NamedTempFile {
 
 pub(in crate::operator) fn reply() -> SealReply {
     SealReply {
-        undoable: false,
+        undone_by: Some(Default::default()),
         origin: "belay.dev/task/u".into(),
         location: "s3://b/ns/t/u".into(),
         endpoint: None,
