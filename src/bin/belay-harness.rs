@@ -5,7 +5,7 @@ use std::{io::Write, path::PathBuf, process::ExitCode};
 use anyhow::Context;
 use belay::{
     evidence::record::Pod,
-    harness::{self, Ended, Options, probe, undo},
+    harness::{self, Ended, Options, probe, server, undo},
     policy::config::HarnessConfig,
     wire,
 };
@@ -93,7 +93,7 @@ async fn main() -> anyhow::Result<ExitCode> {
             Ok(ExitCode::from(wire::EXIT_UNPROVEN))
         }
         Command::Undo { message } => {
-            let report = undo::ask(&message).await.context("cannot have the harness roll back")?;
+            let report = undo::ask(server::AGENT, &message).await.context("cannot have the harness roll back")?;
             writeln!(std::io::stdout(), "{report}")?;
             Ok(if report.left.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }

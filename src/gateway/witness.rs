@@ -336,13 +336,14 @@ impl Witness {
             return Ok((reply(size, checkpoint), history.usage(), true));
         }
         let next = history.extended(&segment, &origin)?;
-        if let Some((of, undoing)) = of.zip(next.undoing()).filter(|_| history.undoing().is_none()) {
-            let plan = self.plan(of).await?;
-            if undoing.plan != plan {
-                let reason = format!(
-                    "expected the plan that the log at {} makes, found another: open the log again",
-                    of.location
-                );
+        if let Some(undoing) = next.undoing().filter(|_| history.undoing().is_none()) {
+            // Whose log cannot be asked has no plan.
+            let plan = match of {
+                Some(of) => Some(self.plan(of).await?),
+                None => None,
+            };
+            if plan.as_ref() != Some(&undoing.plan) {
+                let reason = "expected the plan that the other task's log makes, found another: open the log again";
                 return Err(Refused::denied(Rule::ToolRollback, reason));
             }
         }

@@ -4,7 +4,7 @@
 //! not keep the others from being made; what is left to people is named with its reason. Refuses: to run in an attempt that is no
 //! rollback. Asked twice, it makes no call twice.
 
-use std::time::Duration;
+use std::{net::SocketAddr, path::Path, time::Duration};
 
 use bytes::Bytes;
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
@@ -16,7 +16,6 @@ use serde_json::{Map, Value};
 use super::{
     body::{Body, boxed},
     mcp::Tools,
-    server,
 };
 use crate::{
     canonical,
@@ -145,10 +144,10 @@ async fn arguments(tools: &Tools, call: &str, undo: &Undo) -> Result<Map<String,
 ///
 /// # Errors
 /// If the harness cannot be asked.
-pub async fn ask(message: &std::path::Path) -> std::io::Result<Report> {
+pub async fn ask(harness: SocketAddr, message: &Path) -> std::io::Result<Report> {
     let mut questions: u32 = 0;
     let report = loop {
-        match question().await {
+        match question(harness).await {
             Err(error) if questions < QUESTIONS => {
                 tracing::warn!(%error, "the harness is asked again");
                 questions = questions.saturating_add(1);
@@ -165,14 +164,14 @@ pub async fn ask(message: &std::path::Path) -> std::io::Result<Report> {
     Ok(report)
 }
 
-async fn question() -> std::io::Result<Report> {
-    let stream = tokio::net::TcpStream::connect(server::AGENT).await?;
+async fn question(harness: SocketAddr) -> std::io::Result<Report> {
+    let stream = tokio::net::TcpStream::connect(harness).await?;
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(other)?;
     tokio::spawn(connection);
     let request = Request::builder()
         .method(Method::POST)
         .uri(PATH)
-        .header(header::HOST, server::AGENT.to_string())
+        .header(header::HOST, harness.to_string())
         .body(Empty::<Bytes>::new())
         .map_err(other)?;
     let answer = sender.send_request(request).await.map_err(other)?;

@@ -146,6 +146,10 @@ async fn a_rollback_goes_by_the_plan_that_the_other_log_makes() {
         let opened = opened_by(&liar, &policy, other);
         assert_eq!(append(&liar.next(vec![opened])).await, Err(rule));
     }
+    let mut liar = Harness::of(ROLLBACK, 1);
+    let opened = opened_by(&liar, &policy, Some(plan.clone()));
+    let unasked = b.append(&at, &principal(1), &liar.next(vec![opened]), Ok(&digest), None).await.unwrap_err();
+    assert_eq!(unasked.rule, Rule::ToolRollback, "the other log could not be asked");
     let mut harness = Harness::of(ROLLBACK, 1);
     let opened = opened_by(&harness, &policy, Some(plan));
     append(&harness.next(vec![opened])).await.unwrap();
