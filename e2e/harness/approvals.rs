@@ -8,7 +8,7 @@ use kube::ResourceExt;
 
 use super::*;
 
-const MANY: Limits = Limits {
+pub const MANY: Limits = Limits {
     wall_time_seconds: 60,
     tool_calls: 20,
     tokens: 0,

@@ -10,16 +10,7 @@ use belay::{
     },
 };
 
-use super::*;
-
-const MANY: Limits = Limits {
-    wall_time_seconds: 60,
-    tool_calls: 20,
-    tokens: 0,
-    denials: None,
-    cost_micros: None,
-    approval_wait_seconds: 60,
-};
+use super::{approvals::MANY, *};
 
 /// Undone by `echo` of what was said and answered.
 fn by_echo(of: &str) -> Option<Rollback> {

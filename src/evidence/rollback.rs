@@ -249,6 +249,19 @@ pub fn lets(undoing: Option<&Undoing>, call: Leaving<'_>, now: Timestamp) -> Res
     }
 }
 
+/// Whether a call may still be undone. A time that cannot be read is over.
+///
+/// # Errors
+/// Until when it could be.
+pub fn in_time(undoes: &str, until: Option<&str>, now: Timestamp) -> Result<(), String> {
+    match until {
+        Some(until) if !until.parse::<Timestamp>().is_ok_and(|until| now <= until) => {
+            Err(format!("expected {undoes} to be undone until {until}; it is later: undo it by hand"))
+        }
+        _ => Ok(()),
+    }
+}
+
 impl Undoing {
     /// A plan of which nothing has been done.
     pub fn new(plan: Plan) -> Self {
@@ -283,10 +296,7 @@ impl Undoing {
                 undo.contract, undo.request_digest
             ));
         }
-        let in_time = |until: &String| until.parse::<Timestamp>().is_ok_and(|until| now <= until);
-        if let Some(until) = undo.until.as_ref().filter(|until| !in_time(until)) {
-            return Err(format!("expected {undoes} to be undone until {until}; it is later: undo it by hand"));
-        }
+        in_time(undoes, undo.until.as_deref(), now)?;
         match self.standing(undoes) {
             Standing::Due => Ok(()),
             Standing::Undone => Err(format!("{undoes} is undone already")),

@@ -30,7 +30,7 @@ use crate::{
         merkle::leaf_hash,
         note::{self, Checkpoint, Note, Signer, VerifierKey},
         record::{Actor, Event, Record, VERSION},
-        rollback::{Plan, Planner, Standing, Undoing},
+        rollback::{self, Plan, Planner, Standing, Undoing},
         segment::{self, Segment},
         store::{Location, PutError, Retention, Store, StoreError},
     },
@@ -182,7 +182,7 @@ impl Witness {
     /// What undoing a task takes. Its log has to have ended.
     ///
     /// # Errors
-    /// [`Rule::ToolRollback`] if it has not, or if its calls are too many; [`Rule::Evidence`] if the bucket cannot be read.
+    /// [`Rule::ToolRollback`] if it has not; [`Rule::Evidence`] if the bucket cannot be read.
     pub async fn plan(&self, of: &Place) -> Result<Plan, Refused> {
         let refused = |reason: String| Refused::denied(Rule::ToolRollback, reason);
         let mut planner = Planner::default();
@@ -213,18 +213,17 @@ impl Witness {
         &self,
         of: &Place,
         undoes: &Undoes,
-        rollback: &RollbackOf,
+        by: &RollbackOf,
         log: impl Fn(&RollbackOf) -> Place,
     ) -> Result<(), Refused> {
         let Undoes { call, until } = undoes;
         let refused = |reason: String| Err(Refused::denied(Rule::ToolRollback, reason));
-        let in_time = |until: &String| until.parse::<Timestamp>().is_ok_and(|until| Timestamp::now() <= until);
-        if let Some(until) = until.as_ref().filter(|until| !in_time(until)) {
-            return refused(format!("expected {call} to be undone until {until}; it is later: undo it by hand"));
+        if let Err(late) = rollback::in_time(call, until.as_deref(), Timestamp::now()) {
+            return refused(late);
         }
         plain(call)?;
         let store = self.store(of).await?;
-        let claim = serde_json::to_vec(rollback).map_err(|e| Refused::malformed(e.to_string()))?;
+        let claim = serde_json::to_vec(by).map_err(|e| Refused::malformed(e.to_string()))?;
         for turn in 0..ROLLBACKS {
             let key = format!("{}rollback/{call}.{turn}", of.location.prefix);
             match store.put_new(&key, claim.clone().into(), of.retention.as_ref()).await {
@@ -232,18 +231,18 @@ impl Witness {
                 Err(PutError::Exists) => {}
                 Err(PutError::Store(error)) => return Err(self.failed(&error)),
             }
-            let by = store.get(&key).await.map_err(|error| self.failed(&error))?;
-            let by: RollbackOf = serde_json::from_slice(&by).map_err(|error| broken(&key, error))?;
-            if by == *rollback {
+            let held = store.get(&key).await.map_err(|error| self.failed(&error))?;
+            let holder: RollbackOf = serde_json::from_slice(&held).map_err(|error| broken(&key, error))?;
+            if holder == *by {
                 return Ok(());
             }
-            let other = self.rebuilt(&log(&by)).await?;
+            let other = self.rebuilt(&log(&holder)).await?;
             let standing = other.undoing().map(|undoing| undoing.standing(call));
             if !other.closed() || standing != Some(Standing::Due) {
                 return refused(format!(
                     "expected {call} to be undone by nobody else, found that {} (UID {}) has taken it and {}",
-                    by.name,
-                    by.uid,
+                    holder.name,
+                    holder.uid,
                     if other.closed() { "may have undone it" } else { "has not ended" }
                 ));
             }
