@@ -30,6 +30,11 @@ impl Measure {
         Self { name: name.into(), value, unit, n, baseline: None, ratio: None, goal, ok: value <= goal }
     }
 
+    /// A value that should be at least `goal`.
+    pub fn at_least(name: impl Into<String>, value: f64, unit: &'static str, n: usize, goal: f64) -> Self {
+        Self { ok: value >= goal, ..Self::absolute(name, value, unit, n, goal) }
+    }
+
     /// A value that should be at most `goal` times its baseline.
     pub fn against(
         name: impl Into<String>,

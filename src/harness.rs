@@ -1,11 +1,11 @@
 //! The harness: a sidecar beside the agent that enforces its contracts and budgets and writes its evidence.
 //!
 //! One pipeline for every call: *decide* ([`policy`](crate::policy)) → *reserve* and *record the intent*
-//! ([`journal`]) → *wait until it is stored* → *send* ([`link`]) → *record the outcome*. Wire protocols are at the edge:
+//! ([`journal`]) → *wait until it is stored, or for a read spooled* → *send* ([`link`]) → *record the outcome*. Wire protocols are at the edge:
 //! [`mcp`], [`rest`], [`model`], [`proxy`].
 //!
 //! Promises: the agent can reach it on the pod's loopback only; nothing leaves before its intent lies in the evidence
-//! store; whatever cannot be decided, recorded or sent is denied. Refuses: a Kubernetes client, credentials of upstreams,
+//! store, or where a tool only reads, in the pod's [`spool`] and in the witness's hands; whatever cannot be decided, recorded or sent is denied. Refuses: a Kubernetes client, credentials of upstreams,
 //! name resolution. It is trusted with one token, whose worth ends with the pod.
 #![cfg_attr(
     not(test),
@@ -40,6 +40,8 @@ pub mod proxy;
 pub mod rest;
 /// The two listeners.
 pub mod server;
+/// Segments that are not stored yet.
+pub mod spool;
 /// Rolling back a task.
 pub mod undo;
 
@@ -68,6 +70,8 @@ pub struct Options {
     pub containment: PathBuf,
     /// The projected token.
     pub token: PathBuf,
+    /// The folder of segments that are not stored yet.
+    pub spool: PathBuf,
     /// This pod, from the downward API.
     pub pod: Pod,
     /// The kubelet of this node, which must not answer: `address:port`.
@@ -186,13 +190,26 @@ pub async fn serve(options: Options) -> Result<Ended, HarnessError> {
     let uid = config.policy.task.uid.clone();
 
     let link = Arc::new(link::Link::new(&config.wiring, options.token.clone())?);
-    let opened = match open(&link, attempt, &policy_digest).await {
+    let file = |error: std::io::Error| HarnessError::File { path: options.spool.clone(), reason: error.to_string() };
+    let (mut spool, left) = spool::Spool::open(&options.spool).map_err(file)?;
+    let opened = async {
+        let opened = open(&link, attempt, &policy_digest).await?;
+        // What a harness before this one has recorded, and perhaps acted on.
+        let left = left.into_iter().filter(|segment| segment.end() > opened.size);
+        if journal::send_left(&link, attempt, left).await? {
+            open(&link, attempt, &policy_digest).await
+        } else {
+            Ok(opened)
+        }
+    };
+    let opened = match opened.await {
         Err(HarnessError::Refused { rule, reason }) if let Some(ended) = Ended::by(rule) => {
             tracing::warn!(%rule, reason, "this attempt is over already");
             return Ok(ended);
         }
         opened => opened?,
     };
+    spool.clear().map_err(file)?;
     let head = |error: &dyn std::fmt::Display| HarnessError::Head(error.to_string());
     let frontier = opened.decoded_frontier().map_err(|error| head(&error))?;
     let tree = Tree::from_frontier(opened.size, frontier).map_err(|error| head(&error))?;
@@ -204,8 +221,10 @@ pub async fn serve(options: Options) -> Result<Ended, HarnessError> {
     let key = signer.verifier().to_string();
 
     let budget = Budget::resume(config.policy.limits, opened.usage);
-    let journal =
-        journal::Journal::start(journal::Start { attempt, tree, signer, origin: expected, budget }, link.clone());
+    let journal = journal::Journal::start(
+        journal::Start { attempt, tree, signer, origin: expected, budget, spool },
+        link.clone(),
+    );
     let first = journal
         .record(|_, _| {
             Ok(Event::AttemptOpened(Box::new(AttemptOpened {

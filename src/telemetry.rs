@@ -14,6 +14,8 @@ use tracing_subscriber::{EnvFilter, Layer, layer::SubscriberExt, util::Subscribe
 
 /// Names the collector: OpenTelemetry's own variable.
 const ENDPOINT: &str = "OTEL_EXPORTER_OTLP_ENDPOINT";
+/// What is logged where `RUST_LOG` does not say. rmcp tells of each request what the evidence has already.
+const FILTER: &str = "info,rmcp=warn";
 /// A collector that does not take the last spans by then does not get them: a process must end in time.
 const FLUSH: Duration = Duration::from_secs(3);
 
@@ -52,7 +54,7 @@ impl Drop for Guard {
 /// # Errors
 /// If the collector's URL cannot be used, or there is a subscriber already.
 pub fn init(service: &'static str) -> Result<Guard, TelemetryError> {
-    let filter = || EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let filter = || EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(FILTER));
     let logs = tracing_subscriber::fmt::layer()
         .json()
         .flatten_event(true)

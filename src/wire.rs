@@ -48,6 +48,14 @@ pub const UPSTREAM: &str = "belay-upstream-address";
 /// The rule that refused, on refusals. An upstream cannot set it: the gateway strips it.
 pub const RULE: &str = "belay-rule";
 
+/// Bytes of one request or reply that may be under way unread. So many bodies as a connection has at a time do not fill
+/// [`CONNECTION_WINDOW`]: whoever leaves some of them unread holds up nothing else.
+pub const STREAM_WINDOW: u32 = 64 << 10;
+/// Bytes of one connection that may be under way unread.
+pub const CONNECTION_WINDOW: u32 = STREAMS * STREAM_WINDOW;
+/// Requests at a time on one connection.
+pub const STREAMS: u32 = 256;
+
 /// Exit code of the containment probe when containment is unproven.
 pub const EXIT_UNPROVEN: u8 = 42;
 /// Exit code of the harness once so many calls were refused that the task is over.
@@ -106,16 +114,31 @@ pub struct AppendRequest {
     pub first: u64,
     /// The segment's text.
     pub segment: String,
+    /// How far the reply waits.
+    #[serde(default)]
+    pub until: Until,
 }
 
-/// The segment is witnessed and lies locked in the bucket.
+/// How far a segment is to be before there is a reply.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Until {
+    /// Checked, in its place, and on its way to the bucket: enough for a tool to read.
+    Witnessed,
+    /// It lies locked in the bucket.
+    #[default]
+    Stored,
+}
+
+/// The segment is as far as was asked for.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct AppendReply {
-    /// Records in the log now.
+    /// Records in the log up to its end.
     pub size: u64,
-    /// The checkpoint with the witness's cosignature.
-    pub checkpoint: String,
+    /// Once it lies in the bucket: a checkpoint there that covers it, with the witness's cosignature.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub checkpoint: Option<String>,
 }
 
 /// Asks people about one exact call. Asking again for the same call asks nobody again, and tells where it stands.

@@ -113,7 +113,7 @@ async fn a_call_that_passes_leaves_with_what_was_found_of_it(#[case] name: &str)
     let harness = guarded_harness().await;
     let (error, text) = harness.tool(name, json!({"text": "hello"})).await;
     assert!(!error, "{text}");
-    let intent = made(&harness.gateway.records()).remove(0);
+    let intent = made(&harness.records().await).remove(0);
     let expected = Assessment {
         arguments: Sensitivity::Unclassified,
         seen: Sensitivity::Unclassified,
@@ -134,8 +134,8 @@ async fn a_rule_that_denies_is_named(#[case] name: &str, #[case] args: Value, #[
     let harness = guarded_harness().await;
     let (error, text) = harness.tool(name, args).await;
     assert!(error && text.contains(rule.as_str()) && text.contains(words), "{text}");
-    assert_eq!(denied(&harness.gateway.records()), [rule]);
-    assert!(made(&harness.gateway.records()).is_empty());
+    assert_eq!(denied(&harness.records().await), [rule]);
+    assert!(made(&harness.records().await).is_empty());
 }
 
 #[tokio::test]
@@ -169,7 +169,7 @@ async fn data_that_was_seen_makes_a_change_need_a_person(#[case] reads: &str, #[
     let request = harness.gateway.requests().remove(0);
     assert_eq!(request.spec.requested_by, AskedBy::Pack);
     assert_eq!(request.spec.because, ["risk 30 (change 10 + secrets-seen 20)"]);
-    let records = harness.gateway.records();
+    let records = harness.records().await;
     let intents = made(&records);
     assert_eq!(intents[2].approvals, [request.name_any()]);
     assert_eq!(intents[2].assessment.as_ref().unwrap().seen, Sensitivity::Confidential);
@@ -196,7 +196,7 @@ async fn contract_and_pack_are_asked_each_for_itself(#[case] name: &str) {
     let approve = async {
         let asked = harness.undecided_within(2, Duration::from_secs(4)).await;
         for name in &asked {
-            assert!(made(&harness.gateway.records()).is_empty());
+            assert!(made(&harness.records().await).is_empty());
             harness.gateway.decide(name, "ana", Answer::Approve);
         }
     };
@@ -206,7 +206,7 @@ async fn contract_and_pack_are_asked_each_for_itself(#[case] name: &str) {
     let mut by: Vec<_> = requests.iter().map(|request| request.spec.requested_by).collect();
     by.sort();
     assert_eq!(by, [AskedBy::Contract, AskedBy::Pack]);
-    assert_eq!(made(&harness.gateway.records())[0].approvals.len(), 2);
+    assert_eq!(made(&harness.records().await)[0].approvals.len(), 2);
 }
 
 #[rstest::rstest]
@@ -224,7 +224,7 @@ async fn one_no_of_two_is_enough(#[case] name: &str) {
     };
     let ((error, text), ()) = tokio::join!(harness.tool(name, json!({"text": "asked"})), decide);
     assert!(error && text.contains("tool.approval") && text.contains("ana said no"), "{text}");
-    assert!(made(&harness.gateway.records()).is_empty());
+    assert!(made(&harness.records().await).is_empty());
 }
 
 /// People see all but what the contract redacts, and what is sent is the whole.
@@ -244,7 +244,7 @@ async fn what_is_redacted_is_not_shown_and_is_sent(#[case] name: &str) {
     let request = harness.gateway.requests().remove(0);
     assert_eq!(request.spec.arguments, r#"{"card":"[redacted]","text":"pay"}"#);
     assert!(harness.gateway.saw().last().unwrap().contains("4111111111111111"));
-    assert!(!serde_json::to_string(&harness.gateway.records()).unwrap().contains("4111111111111111"));
+    assert!(!serde_json::to_string(&harness.records().await).unwrap().contains("4111111111111111"));
 }
 
 /// The pack was tightened, and the harness has not heard of it: the gateway has.
@@ -269,6 +269,7 @@ async fn what_was_seen_outlives_the_harness() {
     let harness = guarded_harness().await;
     assert!(!harness.tool("mcp.records", json!({"text": "x"})).await.0);
     harness.stored(5).await;
+    harness.records().await;
     let again = start(harness.gateway.clone(), &guarded(), 2, harness.mcp.clone(), harness.api.clone()).await;
     let ask = again.tool("http.write", json!({"text": "after"}));
     let approve = async {

@@ -437,7 +437,7 @@ async fn digest_of_echo(everything: SocketAddr) -> String {
     let harness = harness_of(policy_of(&[one]), vec![("everything.test".into(), everything)]).await;
     let (error, text) = harness.tool(&name, json!({"message": "hi"})).await;
     assert!(!error, "{text}");
-    let (_, found) = evidence(&harness.gateway.records(), &[], &name);
+    let (_, found) = evidence(&harness.records().await, &[], &name);
     found.intent.unwrap().definition.unwrap()
 }
 
@@ -522,7 +522,7 @@ async fn the_table_holds(#[case] kind: &str) {
     assert_eq!(results.len(), calls.len());
     // The last outcomes are on their way.
     harness.gate.journal().caught_up().await.unwrap();
-    let (records, requests) = (harness.gateway.records(), harness.gateway.requests());
+    let (records, requests) = (harness.records().await, harness.gateway.requests());
     let mut wrong = Vec::new();
     let mut results = results.into_iter();
     for row in &rows {

@@ -51,7 +51,7 @@ use belay::{
         hostname::Hostname,
         rule::Rule,
     },
-    wire::{self, AppendReply, AppendRequest, ApprovalAsk, OpenReply, OpenRequest, Refusal},
+    wire::{self, AppendReply, AppendRequest, ApprovalAsk, OpenReply, OpenRequest, Refusal, Until},
 };
 use futures::{future::BoxFuture, stream::BoxStream};
 use http_body_util::{BodyExt, Full};
@@ -87,6 +87,8 @@ struct Log {
     records: Mutex<Vec<Vec<u8>>>,
     history: Mutex<History>,
     fails: AtomicBool,
+    /// Segments are taken, and not stored.
+    away: AtomicBool,
     saw: Mutex<Vec<String>>,
     compiled: Mutex<Compiled>,
     cluster: Cluster,
@@ -153,10 +155,11 @@ impl Gateway {
     pub async fn start(policy: &PolicyConfig, names: Vec<(String, SocketAddr)>) -> Self {
         let certified = rcgen::generate_simple_self_signed([wire::SERVER_NAME.to_owned()]).unwrap();
         let key = rustls_pki_types::PrivateKeyDer::try_from(certified.signing_key.serialize_der()).unwrap();
-        let config = rustls::ServerConfig::builder()
+        let mut config = rustls::ServerConfig::builder()
             .with_no_client_auth()
             .with_single_cert(vec![certified.cert.der().clone()], key)
             .unwrap();
+        config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
         let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -166,6 +169,7 @@ impl Gateway {
             records: Mutex::default(),
             history: Mutex::default(),
             fails: AtomicBool::new(false),
+            away: AtomicBool::new(false),
             saw: Mutex::default(),
             compiled: Mutex::new(compiled(policy)),
             cluster,
@@ -200,9 +204,8 @@ impl Gateway {
                             router.call(request.map(Body::new)).await
                         }
                     });
-                    let _ = hyper::server::conn::http1::Builder::new()
-                        .serve_connection(TokioIo::new(stream), service)
-                        .with_upgrades()
+                    let _ = hyper_util::server::conn::auto::Builder::new(TokioExecutor::new())
+                        .serve_connection_with_upgrades(TokioIo::new(stream), service)
                         .await;
                 });
             }
@@ -222,6 +225,10 @@ impl Gateway {
 
     pub fn store_fails(&self, fails: bool) {
         self.state.fails.store(fails, Ordering::SeqCst);
+    }
+
+    pub fn bucket_is_away(&self, away: bool) {
+        self.state.away.store(away, Ordering::SeqCst);
     }
 
     /// What people are asked, oldest first.
@@ -330,7 +337,8 @@ async fn open(State(log): State<Arc<Log>>, axum::Json(request): axum::Json<OpenR
 }
 
 async fn append(State(log): State<Arc<Log>>, axum::Json(request): axum::Json<AppendRequest>) -> Response {
-    if log.fails.load(Ordering::SeqCst) {
+    let away = log.away.load(Ordering::SeqCst) && request.until == Until::Stored;
+    if away || log.fails.load(Ordering::SeqCst) {
         return refusal(&Refused {
             status: StatusCode::SERVICE_UNAVAILABLE,
             rule: Rule::Evidence,
@@ -339,12 +347,16 @@ async fn append(State(log): State<Arc<Log>>, axum::Json(request): axum::Json<App
     }
     let segment = Segment::parse(request.segment.as_bytes()).unwrap();
     let mut history = log.history.lock().unwrap();
+    if segment.end() <= history.tree().size() {
+        return axum::Json(AppendReply { size: segment.end(), checkpoint: Some(segment.note.to_string()) })
+            .into_response();
+    }
     match history.extended(&segment, &note::origin("uid")) {
         Ok(extended) => *history = extended,
         Err(refused) => return refusal(&refused),
     }
     log.records.lock().unwrap().extend(segment.records.clone());
-    axum::Json(AppendReply { size: history.tree().size(), checkpoint: segment.note.to_string() }).into_response()
+    axum::Json(AppendReply { size: history.tree().size(), checkpoint: Some(segment.note.to_string()) }).into_response()
 }
 
 async fn keep(State(log): State<Arc<Log>>, axum::Json(keep): axum::Json<wire::Keep>) -> Response {
@@ -408,7 +420,15 @@ async fn intended(log: &Log, request: Request<Body>) -> Result<(IntentFacts, Par
     parts.headers.remove(header::AUTHORIZATION);
     let seq = parts.headers[wire::INTENT].to_str().unwrap().parse().unwrap();
     let body = body.collect().await.unwrap().to_bytes();
-    let intent = log.history.lock().unwrap().intent(seq).cloned();
+    let mut intent = None;
+    for _ in 0..100 {
+        intent = log.history.lock().unwrap().intent(seq).cloned();
+        if intent.is_some() {
+            break;
+        }
+        // A read is as fast as its intent.
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+    }
     let intent = intent.ok_or_else(|| Refused::denied(Rule::IntentMissing, "a call came before its intent"))?;
     Ok((intent, parts, body))
 }
@@ -447,7 +467,7 @@ async fn called(log: &Log, request: Request<Body>) -> Result<Response, Refused> 
         judged(log, &compiled, &intent, &arguments)?;
         (target, request)
     };
-    send(log, &target, request).await
+    send(log, &target, request).await.map(forward::as_reply_to_post)
 }
 
 fn judged(log: &Log, compiled: &Compiled, intent: &IntentFacts, arguments: &Value) -> Result<(), Refused> {

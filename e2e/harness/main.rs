@@ -33,6 +33,7 @@ use belay::{
         mcp::Tools,
         once::Once,
         server,
+        spool::Spool,
     },
     policy::{
         access::Guard,
@@ -69,7 +70,7 @@ struct Harness {
     gate: Arc<Gate>,
     mcp: upstreams::Tools,
     api: upstreams::Asked,
-    _folder: tempfile::TempDir,
+    folder: tempfile::TempDir,
 }
 
 /// How long what an upstream listed is gone by, in these tests.
@@ -215,7 +216,8 @@ async fn start(
     let undoing = opened.undoing.clone();
     let rollback = undoing.as_ref().map(|undoing| undoing.plan.clone());
     let tree = Tree::from_frontier(opened.size, opened.decoded_frontier().unwrap()).unwrap();
-    let start = journal::Start { attempt, tree, signer, origin: note::origin("uid"), budget };
+    let (spool, _) = Spool::open(folder.path()).unwrap();
+    let start = journal::Start { attempt, tree, signer, origin: note::origin("uid"), budget, spool };
     let journal = journal::Journal::start(start, link.clone());
     let containment = Containment {
         contained: true,
@@ -247,7 +249,7 @@ async fn start(
     let free = || std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let address = free();
     server::listen(Tools::new(gate.clone(), &used, LISTING_AGE), address, free()).await.unwrap();
-    Harness { address, gateway, gate, mcp, api, _folder: folder }
+    Harness { address, gateway, gate, mcp, api, folder }
 }
 
 async fn harness_with(limits: Limits) -> Harness {
@@ -297,12 +299,19 @@ impl Harness {
         )
     }
 
+    /// All records that there are, stored.
+    async fn records(&self) -> Vec<Record> {
+        // A log that has ended has all that it will have.
+        let _ = self.gate.journal().caught_up().await;
+        self.gateway.records()
+    }
+
     /// The stored records once there are at least `count`.
     async fn stored(&self, count: usize) -> Vec<Record> {
         for _ in 0..100 {
             let records = self.gateway.records();
             if records.len() >= count {
-                return records;
+                return self.records().await;
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
@@ -571,6 +580,57 @@ async fn nothing_leaves_while_the_store_is_away_and_everything_is_there_when_it_
     assert!(!error, "{text}");
     let records = harness.stored(5).await;
     assert_eq!(kinds(&records), ["attempt.opened", "call.intent", "call.outcome", "call.intent", "call.outcome"]);
+}
+
+/// A policy under which `look` reads as well.
+fn reading() -> PolicyConfig {
+    let mut policy = policy(LIMITS);
+    policy.tools.push(tool("look", over_http(HttpMethod::Get, "/items/{id}", &[]), SideEffect::Read));
+    policy
+}
+
+#[tokio::test]
+async fn reads_leave_while_the_bucket_is_away_and_nothing_else_does() {
+    let harness = Arc::new(harness_of(reading(), vec![]).await);
+    harness.gateway.bucket_is_away(true);
+    let (error, text) = harness.tool("look", json!({"id": 7})).await;
+    assert!(!error, "{text}");
+    let calling = {
+        let harness = harness.clone();
+        tokio::spawn(async move { harness.tool("say", json!({"text": "later"})).await })
+    };
+    tokio::time::sleep(Duration::from_millis(400)).await;
+    assert_eq!(harness.mcp.calls.load(Ordering::SeqCst), 0, "a write left before its intent was stored");
+    harness.gateway.bucket_is_away(false);
+    let (error, text) = calling.await.unwrap();
+    assert!(!error, "{text}");
+}
+
+#[tokio::test]
+async fn what_a_harness_leaves_in_its_spool_the_next_one_has_stored() {
+    let harness = Arc::new(harness_of(reading(), vec![]).await);
+    let before = harness.gateway.records().len();
+    harness.gateway.store_fails(true);
+    let calling = {
+        let harness = harness.clone();
+        tokio::spawn(async move { harness.tool("look", json!({"id": 7})).await })
+    };
+    tokio::time::sleep(Duration::from_millis(400)).await;
+    calling.abort();
+    // It is killed here, as far as its spool is concerned, and started again.
+    let killed = tempfile::tempdir().unwrap();
+    std::fs::copy(harness.folder.path().join("segments.jsonl"), killed.path().join("segments.jsonl")).unwrap();
+    let (_, left) = Spool::open(killed.path()).unwrap();
+    let left: Vec<_> = left.into_iter().filter(|segment| segment.end() > 1).collect();
+    harness.gateway.store_fails(false);
+    let link = harness.gate.link();
+    for again in [left.clone(), left] {
+        assert!(journal::send_left(link, 1, again.into_iter()).await.unwrap());
+        let kinds = kinds(&harness.gateway.records()[before..]);
+        assert_eq!(kinds.first(), Some(&"call.intent"), "{kinds:?}");
+        assert_eq!(kinds.iter().filter(|kind| **kind == "call.intent").count(), 1, "appending twice is appending once");
+    }
+    assert!(!journal::send_left(link, 1, std::iter::empty()).await.unwrap());
 }
 
 #[tokio::test]

@@ -101,7 +101,7 @@ async fn the_key_goes_to_the_upstream_where_the_contract_says() {
     let harness = idempotent_harness().await;
     harness.tool("http.header", json!({"text": "hello"})).await;
     let made = harness.made().remove(0);
-    let key = harness.gateway.records().iter().find_map(|record| match &record.event {
+    let key = harness.records().await.iter().find_map(|record| match &record.event {
         Event::Intent(intent) => intent.key.clone(),
         _ => None,
     });

@@ -274,7 +274,7 @@ async fn a_langgraph_agent_gets_its_call_approved() {
     let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success() && out.contains("the tool said: echo: hello"), "{out}{err}");
     assert_eq!(harness.gate.journal().usage().tool_calls, 1);
-    assert!(denied(&harness.gateway.records()).is_empty());
+    assert!(denied(&harness.records().await).is_empty());
 }
 
 /// A shell agent: it holds the line for as long as the contract does.

@@ -86,6 +86,7 @@ fn undone(records: &[Record]) -> Vec<String> {
 async fn calls_are_undone_newest_first_and_the_rest_is_left_to_people(#[case] upstream: Upstream) {
     let ran = ran().await;
     let policy = undoing(upstream);
+    ran.records().await;
     ran.gateway.rolls_back(&policy);
     let before = ran.gateway.saw().len();
     let harness = rolling_back(ran, &policy, 1).await;
@@ -106,10 +107,11 @@ async fn calls_are_undone_newest_first_and_the_rest_is_left_to_people(#[case] up
     // Asked again it makes no call again, and neither does the next attempt.
     let (_, again) = harness.post("/rollback", Value::Null).await;
     assert_eq!(again, report);
+    harness.records().await;
     let next = rolling_back(harness, &policy, 2).await;
     let (_, again) = next.post("/rollback", Value::Null).await;
     assert_eq!(again, report);
-    assert_eq!(undone(&next.gateway.records()).len(), 3);
+    assert_eq!(undone(&next.records().await).len(), 3);
 }
 
 /// What an agent in a rollback's place would try.
@@ -117,6 +119,7 @@ async fn calls_are_undone_newest_first_and_the_rest_is_left_to_people(#[case] up
 async fn nothing_else_leaves() {
     let ran = ran().await;
     let policy = undoing(over_mcp("echo"));
+    ran.records().await;
     ran.gateway.rolls_back(&policy);
     let harness = rolling_back(ran, &policy, 1).await;
     let (error, text) = harness.tool("unsay", json!({"text": "undo say one"})).await;
@@ -140,6 +143,7 @@ async fn an_agents_attempt_rolls_nothing_back() {
 async fn what_fails_is_left_and_tried_again() {
     let ran = ran().await;
     let policy = undoing(over_mcp("echo"));
+    ran.records().await;
     ran.gateway.rolls_back(&policy);
     let lost: Vec<_> = ran
         .gateway
@@ -164,6 +168,7 @@ async fn what_fails_is_left_and_tried_again() {
 async fn kept_arguments_that_were_changed_are_not_sent() {
     let ran = ran().await;
     let policy = undoing(over_mcp("echo"));
+    ran.records().await;
     ran.gateway.rolls_back(&policy);
     ran.gateway.kept().values_mut().for_each(|text| *text = text.replace("undo", "burn"));
     let harness = rolling_back(ran, &policy, 1).await;
@@ -190,6 +195,7 @@ async fn what_cannot_be_made_is_left_to_people() {
     let kept = harness.gateway.kept().clone();
     assert!(kept.is_empty(), "{kept:?}");
     let policy = undoing(over_mcp("echo"));
+    harness.records().await;
     harness.gateway.rolls_back(&policy);
     let harness = rolling_back(harness, &policy, 1).await;
     let (_, report) = harness.post("/rollback", Value::Null).await;
@@ -211,6 +217,7 @@ async fn an_error_is_neither_undone_nor_does_it_undo() {
 
     let ran = ran().await;
     let policy = undoing(over_mcp("test_error_handling"));
+    ran.records().await;
     ran.gateway.rolls_back(&policy);
     let harness = rolling_back(ran, &policy, 1).await;
     let (_, report) = harness.post("/rollback", Value::Null).await;
@@ -220,7 +227,7 @@ async fn an_error_is_neither_undone_nor_does_it_undo() {
     let next = rolling_back(harness, &policy, 2).await;
     let (_, report) = next.post("/rollback", Value::Null).await;
     assert!(names(&report).iter().any(|(_, why)| why.contains("whether it was undone is not known")), "{report}");
-    assert_eq!(undone(&next.gateway.records()).len(), 3, "nothing is called again");
+    assert_eq!(undone(&next.records().await).len(), 3, "nothing is called again");
 }
 
 /// Arguments are made of what was answered as well.
@@ -245,6 +252,7 @@ async fn what_undoes_may_need_approval() {
     let ran = ran().await;
     let mut policy = undoing(over_mcp("echo"));
     policy.tools[0].approval = Some(super::approvals::approval_held(0));
+    ran.records().await;
     ran.gateway.rolls_back(&policy);
     let harness = rolling_back(ran, &policy, 1).await;
     let gateway = harness.gateway.clone();

@@ -81,7 +81,7 @@ async fn a_read_tells_what_became_of_a_call(
         "a `false` counts later: {waited:?}"
     );
     tokio::time::sleep(Duration::from_millis(200)).await;
-    assert_eq!(resolved(&harness.gateway.records()), Vec::from_iter(expected));
+    assert_eq!(resolved(&harness.records().await), Vec::from_iter(expected));
 
     // The key is free again only where nothing was done.
     let (_, again) = harness.tool(&format!("{of}.change"), args).await;

@@ -50,6 +50,9 @@ enum Command {
         /// The projected token.
         #[arg(long)]
         token: PathBuf,
+        /// The folder of evidence that is not stored yet.
+        #[arg(long)]
+        spool: PathBuf,
         /// Address of this node, whose kubelet must not answer.
         #[arg(long, env = "HOST_IP")]
         host_ip: Option<std::net::IpAddr>,
@@ -101,6 +104,7 @@ async fn main() -> anyhow::Result<ExitCode> {
             config,
             containment,
             token,
+            spool,
             host_ip,
             pod_name,
             pod_uid,
@@ -109,7 +113,7 @@ async fn main() -> anyhow::Result<ExitCode> {
             network_policy,
         } => {
             let pod = Pod { name: pod_name, uid: pod_uid, node: node_name, runtime_class, network_policy };
-            let options = Options { config, containment, token, pod, kubelet: kubelet(host_ip) };
+            let options = Options { config, containment, token, spool, pod, kubelet: kubelet(host_ip) };
             Ok(match harness::serve(options).await? {
                 Ended::WithThePod => ExitCode::SUCCESS,
                 Ended::RefusedEnough => ExitCode::from(wire::EXIT_REFUSED_ENOUGH),

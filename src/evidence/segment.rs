@@ -81,6 +81,33 @@ impl Segment {
     /// # Errors
     /// Names the first line that is wrong.
     pub fn parse(text: &[u8]) -> Result<Self, SegmentError> {
+        let each = |number, line| {
+            let (bytes, value) = canonical_line(number, line)?;
+            let seq = value.get("seq").and_then(Value::as_u64);
+            Ok((bytes, seq.ok_or_else(|| broken(number, "expected a number `seq`"))?, ()))
+        };
+        Self::lines(text, each).map(|(segment, _)| segment)
+    }
+
+    /// Reads a segment with its records, typed, in one go.
+    ///
+    /// # Errors
+    /// As [`Segment::parse`] and [`Segment::decode`].
+    pub fn read(text: &[u8]) -> Result<(Self, Vec<Record>), SegmentError> {
+        let each = |number, line| {
+            let bytes = whole_line(number, line)?;
+            // What a record's own canonical form is equal to is canonical.
+            let record = decode(bytes).map_err(|problem| broken(number, problem))?;
+            Ok((bytes, record.seq, record))
+        };
+        Self::lines(text, each)
+    }
+
+    /// Reads a segment; `each` reads a line: its bytes without newline, its sequence number, and what else it is.
+    fn lines<'t, T>(
+        text: &'t [u8],
+        each: impl Fn(usize, &'t [u8]) -> Result<(&'t [u8], u64, T), SegmentError>,
+    ) -> Result<(Self, Vec<T>), SegmentError> {
         let mut lines = text.split_inclusive(|b| *b == b'\n').enumerate().map(|(i, line)| (i + 1, line));
         let (number, header) = lines.next().ok_or_else(|| broken(1, "expected a checkpoint, found nothing"))?;
         let note = match canonical_line(number, header)?.1 {
@@ -91,21 +118,25 @@ impl Segment {
             _ => return Err(broken(number, "expected an object with the one key `checkpoint`")),
         };
         let mut first = None;
-        let mut records = Vec::new();
+        let (mut records, mut typed) = (Vec::new(), Vec::new());
         let mut expected = None::<u64>;
         for (number, line) in lines {
-            let (bytes, value) = canonical_line(number, line)?;
-            let seq =
-                value.get("seq").and_then(Value::as_u64).ok_or_else(|| broken(number, "expected a number `seq`"))?;
+            let (bytes, seq, one) = each(number, line)?;
             if let Some(expected) = expected.filter(|n| *n != seq) {
                 return Err(broken(number, format!("expected seq {expected}, found {seq}")));
             }
             first.get_or_insert(seq);
             expected = Some(seq.checked_add(1).ok_or_else(|| broken(number, "seq is too large"))?);
             records.push(bytes.to_vec());
+            typed.push(one);
         }
         let first = first.ok_or_else(|| broken(2, "expected at least one record, found none"))?;
-        Ok(Self { note, first, records })
+        Ok((Self { note, first, records }, typed))
+    }
+
+    /// Records in the log after it.
+    pub fn end(&self) -> u64 {
+        self.first.saturating_add(u64::try_from(self.records.len()).unwrap_or(u64::MAX))
     }
 
     /// The segment's text: what [`Segment::parse`] reads.
@@ -173,11 +204,14 @@ fn decode(bytes: &[u8]) -> Result<Record, String> {
     }
 }
 
+/// A line's bytes without newline.
+fn whole_line(number: usize, line: &[u8]) -> Result<&[u8], SegmentError> {
+    line.strip_suffix(b"\n").ok_or_else(|| broken(number, "expected a newline at its end; the segment is cut off"))
+}
+
 /// A line's bytes without newline, and its value.
 fn canonical_line(number: usize, line: &[u8]) -> Result<(&[u8], Value), SegmentError> {
-    let bytes = line
-        .strip_suffix(b"\n")
-        .ok_or_else(|| broken(number, "expected a newline at its end; the segment is cut off"))?;
+    let bytes = whole_line(number, line)?;
     let value: Value = serde_json::from_slice(bytes).map_err(|e| broken(number, format!("not JSON: {e}")))?;
     match canonical::to_bytes(&value) {
         Ok(again) if again == bytes => Ok((bytes, value)),

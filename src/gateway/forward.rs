@@ -248,6 +248,12 @@ fn chain(error: &dyn std::error::Error) -> String {
     causes.collect::<Vec<_>>().join(": ")
 }
 
+/// A reply for who posted the call that made a request of another method: that to a HEAD has the length of a body that it does not have.
+pub fn as_reply_to_post<B>(mut reply: Response<B>) -> Response<B> {
+    reply.headers_mut().remove(CONTENT_LENGTH);
+    reply
+}
+
 /// Reads a whole body of ours.
 ///
 /// # Errors

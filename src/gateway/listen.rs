@@ -19,6 +19,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 
 use super::{metrics::Metrics, service::Gateway};
+use crate::wire;
 
 /// Connections at a time.
 const CONNECTIONS: usize = 8192;
@@ -32,8 +33,6 @@ const HEADER: Duration = Duration::from_secs(30);
 const LARGEST_HEADER: usize = 64 << 10;
 /// Headers of a request.
 const MOST_HEADERS: usize = 100;
-/// Requests at a time on one HTTP/2 connection.
-const STREAMS: u32 = 256;
 /// Between two pings on HTTP/2, and for their answer.
 const PING: Duration = Duration::from_secs(20);
 /// After a failed accept, which means that the process has no file left to open.
@@ -130,7 +129,9 @@ async fn connection(
     if http2 {
         let connection = hyper::server::conn::http2::Builder::new(TokioExecutor::new())
             .timer(TokioTimer::new())
-            .max_concurrent_streams(STREAMS)
+            .max_concurrent_streams(wire::STREAMS)
+            .initial_stream_window_size(wire::STREAM_WINDOW)
+            .initial_connection_window_size(wire::CONNECTION_WINDOW)
             .max_header_list_size(u32::try_from(LARGEST_HEADER).unwrap_or(u32::MAX))
             .keep_alive_interval(PING)
             .keep_alive_timeout(PING)

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use prometheus::{Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts, Registry};
+use prometheus::{HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts, Registry};
 
 /// From a local cache hit to a slow model: seconds.
 const LATENCIES: &[f64] = &[0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0];
@@ -17,7 +17,7 @@ pub struct Metrics {
     /// Appends to logs, by result (`written`, `replayed`, `refused`, `failed`).
     pub appends: IntCounterVec,
     /// Seconds of an append, bucket included.
-    pub append_seconds: Histogram,
+    pub append_seconds: HistogramVec,
     /// Tunnels that are open now.
     pub tunnels: IntGauge,
     /// Connections that are open now.
@@ -70,12 +70,13 @@ impl Metrics {
             &["channel"],
         )?;
         registry.register(Box::new(upstream.clone()))?;
-        let append_seconds = Histogram::with_opts(
+        let append_seconds = HistogramVec::new(
             HistogramOpts::new(
                 "belay_gateway_append_seconds",
-                "Time to check, witness and store a segment of evidence.",
+                "Time until a segment of evidence is witnessed, or stored.",
             )
             .buckets(LATENCIES.to_vec()),
+            &["until"],
         )?;
         registry.register(Box::new(append_seconds.clone()))?;
         Ok(Self {

@@ -165,6 +165,7 @@ pub async fn run(options: Options) -> Result<(), RunError> {
         while metrics.tunnels.get() > 0 {
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
+        witness.settle().await;
         Ok(())
     };
     let stopping = async {

@@ -504,7 +504,9 @@ impl Gateway {
         let credential = authorize::listed(&compiled, Channel::Tool, to)?;
         self.judged(principal, &compiled, &intent, arguments).await?;
         let request = request.map(full);
-        self.send(Channel::Tool, &target, credential.as_ref(), request, share, Some((compiled, intent))).await
+        let call = Some((compiled, intent));
+        let replied = self.send(Channel::Tool, &target, credential.as_ref(), request, share, call).await;
+        replied.map(forward::as_reply_to_post)
     }
 
     /// Whether contract, pack and people let a call with these arguments leave.

@@ -32,7 +32,7 @@ use crate::{
         },
         rule::Rule,
     },
-    wire::{AppendRequest, SealRequest},
+    wire::{AppendRequest, SealRequest, Until},
 };
 
 /// What the upstream is said to have listed.
@@ -149,9 +149,9 @@ pub fn witness_key() -> Vec<u8> {
     note::generate_pkcs8().unwrap()
 }
 
-pub fn replica(key: &[u8], bucket: &Arc<Memory>) -> Witness {
+pub fn replica(key: &[u8], bucket: &Arc<Memory>) -> Arc<Witness> {
     let signer = Signer::from_pkcs8(WITNESS_NAME, key).unwrap();
-    Witness::new(signer, Arc::new(OneBucket(bucket.clone())), metrics())
+    Arc::new(Witness::new(signer, Arc::new(OneBucket(bucket.clone())), metrics()))
 }
 
 pub fn verifier(key: &[u8]) -> VerifierKey {
@@ -381,7 +381,8 @@ impl Harness {
         }
         let checkpoint = Checkpoint { origin: note::origin(self.uid), size: self.tree.size(), root: self.tree.root() };
         let segment = Segment { note: Note::sign(&checkpoint, &self.key), first, records };
-        AppendRequest { attempt: self.attempt, first, segment: String::from_utf8(segment.to_bytes()).unwrap() }
+        let segment = String::from_utf8(segment.to_bytes()).unwrap();
+        AppendRequest { attempt: self.attempt, first, segment, until: Until::Stored }
     }
 }
 

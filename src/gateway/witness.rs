@@ -1,20 +1,22 @@
-//! The witness: checks each segment of evidence, cosigns it, and locks it in the bucket before it says so.
+//! The witness: checks each segment of evidence, cosigns it, and locks it in the bucket.
 //!
-//! Promises: a reply means that the segment lies in the bucket under its retention; of two segments for the same place one
-//! wins, whichever replicas they reach; the same segment again is answered the same again. What is in memory is a
-//! cache: a log is rebuilt from the bucket, signatures and all, by whichever replica is asked next. Refuses: anything
-//! [`history`] does not take, a pod that is not contained, a policy other than the one the gateway compiled, and going
-//! on after the end.
+//! Promises: [`Until::Stored`] is answered once the segment lies in the bucket under its retention, [`Until::Witnessed`] once it is
+//! checked, in its place, and on its way there, with what comes after it behind it; of two segments for the same place one wins,
+//! whichever replicas they reach; the same segment again is answered the same again. What else is in memory is a cache: a log is
+//! rebuilt from the bucket, signatures and all, by whichever replica is asked next. Refuses: anything [`history`] does not take, a
+//! pod that is not contained, a policy other than the one the gateway compiled, and going on after the end. Only a tool's read may
+//! leave before the bucket has its intent: it is then held here and in the pod's spool.
 //!
 //! ```text
-//! catch up ─▶ admit (who, what) ─▶ extended (history) ─▶ cosign ─▶ put if none ─▶ head advances ─▶ reply
-//!     ▲                                                              │ exists
-//!     └──────────────────────────────────────────────────────────────┘
+//! admit (who, what) ─▶ catch up ─▶ extended (history) ─▶ hold ─▶ reply: witnessed
+//!                         ▲                                │
+//!                         │ exists          several at once▼
+//!                         └──────────────── cosign ─▶ put if none ─▶ advance ─▶ reply: stored
 //! ```
 
 use std::{
     collections::{BTreeSet, HashMap},
-    sync::{Arc, Mutex, PoisonError, RwLock},
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -40,11 +42,15 @@ use crate::{
         decide::shorten,
         rule::Rule,
     },
-    wire::{AppendReply, AppendRequest, OpenReply, OpenRequest, SealReply, SealRequest},
+    wire::{AppendReply, AppendRequest, OpenReply, OpenRequest, SealReply, SealRequest, Until},
 };
 
 /// What a log says so far.
 pub mod history;
+/// One log in memory.
+mod log;
+
+use log::{Among, Batch, Log};
 
 pub use history::{History, IntentFacts, Undoes};
 
@@ -58,6 +64,12 @@ const ROLLBACKS: u32 = 16;
 const PLAN_TIME: Duration = Duration::from_secs(15);
 /// Longest name of a call in a key.
 const LONGEST_CALL: usize = 64;
+/// Pauses after a put that has failed, until it is tried again: the first, and the longest.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
+/// For what is on its way to lie in the bucket, before a log is read or ended.
+const SETTLE: Duration = Duration::from_secs(10);
+/// Tries of a segment whose place the bucket gave away meanwhile.
+const TRIES: u32 = 4;
 /// Seals that lose the race for a place against a harness's last segments.
 const SEAL_TRIES: u32 = 8;
 
@@ -87,27 +99,6 @@ impl Place {
     }
 }
 
-/// One log: whoever holds `writer` may put the next segment and move `head`.
-#[derive(Default)]
-struct Log {
-    /// Calls that were sent, by their intents.
-    sent: Mutex<BTreeSet<u64>>,
-    writer: tokio::sync::Mutex<()>,
-    head: RwLock<Option<Arc<History>>>,
-}
-
-impl Log {
-    fn head(&self) -> Option<Arc<History>> {
-        self.head.read().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    fn advance(&self, history: History) -> Arc<History> {
-        let history = Arc::new(history);
-        *self.head.write().unwrap_or_else(PoisonError::into_inner) = Some(history.clone());
-        history
-    }
-}
-
 struct Cached {
     log: Arc<Log>,
     used: Instant,
@@ -120,6 +111,23 @@ pub struct Witness {
     buckets: Arc<dyn Buckets>,
     metrics: Metrics,
     logs: Mutex<HashMap<(String, String), Cached>>,
+}
+
+/// Whoever may take a segment.
+type Writer<'l> = tokio::sync::MutexGuard<'l, ()>;
+
+/// What became of a segment that was asked to be taken.
+enum Took {
+    /// It is on its way, and the counters are these.
+    Held(Taken, Usage),
+    /// It lies in the bucket under this checkpoint.
+    Stored(String, Usage),
+}
+
+/// When a segment was taken.
+enum Taken {
+    Anew,
+    Before,
 }
 
 /// A segment as it lies in the bucket.
@@ -151,8 +159,7 @@ impl Witness {
         own_attempt(principal, request.attempt)?;
         same_policy(&request.policy_digest, digest)?;
         let log = self.log(place);
-        let _writer = log.writer.lock().await;
-        let history = self.current(place, &log).await?;
+        let (_writer, history) = self.settled(place, &log).await?;
         if history.closed() {
             return Err(ended());
         }
@@ -282,14 +289,14 @@ impl Witness {
         }
     }
 
-    /// Witnesses and stores a segment; gives the counters after it as well. `digest` is that of the policy as the gateway compiles it,
-    /// which only a new attempt needs, `of` where the log of the task is that this one undoes.
+    /// Witnesses a segment, and stores it now or soon, as it was asked for; gives the counters after it as well. `digest` is that of the
+    /// policy as the gateway compiles it, which only a new attempt needs, `of` where the log of the task is that this one undoes.
     ///
     /// # Errors
     /// By rule; [`Rule::LogFork`] if the place is taken; [`Rule::Evidence`] if the bucket fails: the same segment may
     /// then be sent again.
     pub async fn append(
-        &self,
+        self: &Arc<Self>,
         place: &Place,
         principal: &Principal,
         request: &AppendRequest,
@@ -298,10 +305,14 @@ impl Witness {
     ) -> Result<(AppendReply, Usage), Refused> {
         let started = Instant::now();
         let appended = self.try_append(place, principal, request, digest, of).await;
-        self.metrics.append_seconds.observe(started.elapsed().as_secs_f64());
+        let until = match request.until {
+            Until::Witnessed => "witnessed",
+            Until::Stored => "stored",
+        };
+        self.metrics.append_seconds.with_label_values(&[until]).observe(started.elapsed().as_secs_f64());
         let result = match &appended {
-            Ok((_, _, false)) => "written",
-            Ok((_, _, true)) => "replayed",
+            Ok((_, _, Taken::Anew)) => "written",
+            Ok((_, _, Taken::Before)) => "replayed",
             Err(refused) if refused.is_retryable() => "failed",
             Err(_) => "refused",
         };
@@ -310,31 +321,72 @@ impl Witness {
     }
 
     async fn try_append(
-        &self,
+        self: &Arc<Self>,
         place: &Place,
         principal: &Principal,
         request: &AppendRequest,
         digest: Result<&str, Refused>,
         of: Option<&Place>,
-    ) -> Result<(AppendReply, Usage, bool), Refused> {
+    ) -> Result<(AppendReply, Usage, Taken), Refused> {
         own_attempt(principal, request.attempt)?;
-        let mut segment = Segment::parse(request.segment.as_bytes())
+        let (segment, records) = Segment::read(request.segment.as_bytes())
             .map_err(|e| Refused::denied(Rule::LogSegment, format!("the segment cannot be read: {e}")))?;
-        admit(&segment, request, principal, digest)?;
-        let origin = note::origin(&place.task_uid);
+        admit(&segment, &records, request, principal, digest)?;
+        let end = segment.end();
         let log = self.log(place);
-        let _writer = log.writer.lock().await;
-        let mut history = match log.head() {
-            Some(head) if head.tree().size() == segment.first => head,
-            _ => self.current(place, &log).await?,
-        };
-        let reply = |size, checkpoint| AppendReply { size, checkpoint };
-        if segment.first < history.tree().size() {
-            let checkpoint = self.replayed(place, &segment, &history).await?;
-            let size = segment.note.checkpoint().map(|c| c.size).unwrap_or_default();
-            return Ok((reply(size, checkpoint), history.usage(), true));
+        for _ in 0..TRIES {
+            // From before it is looked at: nothing that becomes of it is missed.
+            let follow = log.follow();
+            let (taken, usage) = match self.take(place, &log, (&segment, &records), of).await? {
+                Took::Held(taken, usage) => (taken, usage),
+                Took::Stored(checkpoint, usage) => {
+                    return Ok((AppendReply { size: end, checkpoint: Some(checkpoint) }, usage, Taken::Before));
+                }
+            };
+            if request.until == Until::Witnessed {
+                return Ok((AppendReply { size: end, checkpoint: None }, usage, taken));
+            }
+            if let Ok(()) = follow.stored(end).await? {
+                return Ok((AppendReply { size: end, checkpoint: Some(log.checkpoint()) }, usage, taken));
+            }
+            // Another replica was faster: what the bucket has now says whether it has this one.
         }
-        let next = history.extended(&segment, &origin)?;
+        Err(unavailable("other writers are at this place; try again"))
+    }
+
+    /// Takes a segment for the bucket, or finds it there or on its way.
+    async fn take(
+        self: &Arc<Self>,
+        place: &Place,
+        log: &Arc<Log>,
+        (segment, records): (&Segment, &[Record]),
+        of: Option<&Place>,
+    ) -> Result<Took, Refused> {
+        let _writer = log.writer.lock().await;
+        let history = match log.newest() {
+            Some(head) if head.tree().size() == segment.first => head,
+            newest => {
+                match (log.among(segment), newest) {
+                    (Among::Same, Some(newest)) => return Ok(Took::Held(Taken::Before, newest.usage())),
+                    (Among::Other, _) => return Err(forked(segment)),
+                    _ => {}
+                }
+                let stored = self.catch_up(place, log).await?;
+                if segment.first < stored.tree().size() {
+                    let checkpoint = self.replayed(place, segment, &stored).await?;
+                    return Ok(Took::Stored(checkpoint, stored.usage()));
+                }
+                log.newest().unwrap_or(stored)
+            }
+        };
+        let size = history.tree().size();
+        if segment.first > size && !history.closed() {
+            // Another replica has taken those before it, and is about to store them.
+            let reason =
+                format!("expected records from {size} on, found some from {}: send those before", segment.first);
+            return Err(unavailable(&reason));
+        }
+        let next = history.extended_by(segment, records, &note::origin(&place.task_uid))?;
         if let Some(undoing) = next.undoing().filter(|_| history.undoing().is_none()) {
             // Whose log cannot be asked has no plan.
             let plan = match of {
@@ -346,23 +398,78 @@ impl Witness {
                 return Err(Refused::denied(Rule::ToolRollback, reason));
             }
         }
-        segment.note.cosign(&self.signer, unix_time());
-        let (size, checkpoint) = (next.tree().size(), segment.note.to_string());
-        match self.put(place, &segment).await {
-            Ok(()) => {
-                let history = log.advance(next);
-                Ok((reply(size, checkpoint), history.usage(), false))
-            }
-            Err(PutError::Exists) => {
-                // Another replica was faster, or an earlier try of this very segment got through after all.
-                history = self.current(place, &log).await?;
-                if history.tree().size() <= segment.first {
-                    return Err(unavailable("another writer is at this place; try again"));
+        let usage = next.usage();
+        if log.hold(segment.clone(), next)? {
+            // Whoever asked for it may go away; what was taken is stored all the same.
+            tokio::spawn(self.clone().store_held(place.clone(), log.clone()));
+        }
+        Ok(Took::Held(Taken::Anew, usage))
+    }
+
+    /// Puts what a log holds into the bucket until it holds nothing.
+    async fn store_held(self: Arc<Self>, place: Place, log: Arc<Log>) {
+        let (first, longest) = PAUSES;
+        let mut pause = first;
+        loop {
+            log.due().await;
+            let Some(Batch { mut segment, after }) = log.batch() else { return };
+            segment.note.cosign(&self.signer, unix_time());
+            let refused = match self.put(&place, &segment).await {
+                Ok(()) => {
+                    log.advance(after, Some(segment.note.to_string()));
+                    pause = first;
+                    continue;
                 }
-                let checkpoint = self.replayed(place, &segment, &history).await?;
-                Ok((reply(size, checkpoint), history.usage(), true))
+                // Another replica was faster, or an earlier try of this very segment got through after all.
+                Err(PutError::Exists) => {
+                    let _writer = log.writer.lock().await;
+                    match self.catch_up(&place, &log).await {
+                        Ok(stored) if stored.tree().size() > segment.first => continue,
+                        Ok(_) => unavailable("another writer is at this place; try again"),
+                        Err(refused) => refused,
+                    }
+                }
+                Err(PutError::Store(error)) => self.failed(&error),
+            };
+            log.failed(refused);
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(longest);
+        }
+    }
+
+    /// The log as the bucket has it, with nothing on its way there, and the writer's lock.
+    async fn settled<'l>(&self, place: &Place, log: &'l Log) -> Result<(Writer<'l>, Arc<History>), Refused> {
+        let size = |head: Option<Arc<History>>| head.map_or(0, |head| head.tree().size());
+        let settling = async {
+            loop {
+                // Without the lock: whoever stores may need it.
+                let follow = log.follow();
+                if size(log.newest()) > size(log.stored()) {
+                    let _ = follow.stored(size(log.newest())).await?;
+                }
+                let writer = log.writer.lock().await;
+                let stored = self.catch_up(place, log).await?;
+                if size(log.newest()) == stored.tree().size() {
+                    return Ok((writer, stored));
+                }
             }
-            Err(PutError::Store(error)) => Err(self.failed(&error)),
+        };
+        tokio::time::timeout(SETTLE, settling).await.map_err(|_| unavailable("the bucket is slow; try again"))?
+    }
+
+    /// Waits until nothing is on its way to any bucket.
+    pub async fn settle(&self) {
+        let logs: Vec<_> = {
+            let logs = self.logs.lock().unwrap_or_else(PoisonError::into_inner);
+            logs.values().map(|cached| cached.log.clone()).collect()
+        };
+        for log in logs {
+            while let Some(newest) = log
+                .newest()
+                .filter(|newest| log.stored().is_none_or(|stored| stored.tree().size() < newest.tree().size()))
+            {
+                let _ = log.follow().stored(newest.tree().size()).await;
+            }
         }
     }
 
@@ -372,16 +479,15 @@ impl Witness {
     /// [`Rule::Evidence`] if the bucket fails.
     pub async fn seal(&self, place: &Place, request: &SealRequest) -> Result<SealReply, Refused> {
         let log = self.log(place);
-        let _writer = log.writer.lock().await;
         let place = &Place { retention: self.retention(place).await?, ..place.clone() };
         for _ in 0..SEAL_TRIES {
-            let history = self.current(place, &log).await?;
+            let (_writer, history) = self.settled(place, &log).await?;
             let sealed = if history.closed() {
                 history
             } else {
                 let (segment, next) = self.last_segment(place, request, &history)?;
                 match self.put(place, &segment).await {
-                    Ok(()) => log.advance(next),
+                    Ok(()) => log.advance(Arc::new(next), Some(segment.note.to_string())),
                     Err(PutError::Exists) => continue,
                     Err(PutError::Store(error)) => return Err(self.failed(&error)),
                 }
@@ -459,7 +565,8 @@ impl Witness {
     pub async fn before(&self, place: &Place, call: &Exact) -> Result<Before, Refused> {
         let log = self.log(place);
         let _writer = log.writer.lock().await;
-        let history = self.current(place, &log).await?;
+        let stored = self.catch_up(place, &log).await?;
+        let history = log.newest().unwrap_or(stored);
         if history.closed() {
             return Err(ended());
         }
@@ -477,7 +584,7 @@ impl Witness {
             return Ok(());
         }
         let log = self.log(place);
-        let head = log.head();
+        let head = log.newest();
         let mut sent = log.sent.lock().unwrap_or_else(PoisonError::into_inner);
         // One that is over is refused for that; approved reads stay.
         sent.retain(|seq| head.as_ref().is_none_or(|head| head.intent(*seq).is_some()));
@@ -493,41 +600,47 @@ impl Witness {
         self.log(place).sent.lock().unwrap_or_else(PoisonError::into_inner).remove(&intent.seq);
     }
 
-    /// An intent that lies in the bucket, by its sequence number.
+    /// An intent by which a call may leave, by its sequence number: it lies in the bucket, or, where a tool only reads, is on its way there.
     ///
     /// # Errors
     /// [`Rule::IntentMissing`] if there is none, [`Rule::TaskClosed`] after the end, [`Rule::Evidence`] if the bucket
     /// cannot be asked.
     pub async fn intent(&self, place: &Place, seq: u64) -> Result<IntentFacts, Refused> {
         let log = self.log(place);
+        let has = |head: Option<Arc<History>>, fits: fn(&IntentFacts) -> bool| {
+            head.filter(|head| head.intent(seq).is_some_and(fits))
+        };
+        if log.newest().is_some_and(|newest| newest.tree().size() <= seq) {
+            log.arrival(seq).await;
+        }
         // What is in memory will do for an intent to read. Before something is changed, the bucket is asked: another
         // replica may have seen the call's outcome, the loss of containment or the task's end.
-        let reads = |intent: &IntentFacts| !matches!(intent.effect, Some(SideEffect::Write | SideEffect::External));
-        let known = log.head().filter(|head| head.intent(seq).is_some_and(reads));
+        let known = has(log.newest(), IntentFacts::is_read).or_else(|| has(log.stored(), IntentFacts::changes_nothing));
         let history = match known {
             Some(head) => head,
             None => {
                 let _writer = log.writer.lock().await;
-                self.current(place, &log).await?
+                self.catch_up(place, &log).await?
             }
         };
-        if history.closed() {
+        let newest = log.newest().unwrap_or_else(|| history.clone());
+        if history.closed() || newest.closed() {
             return Err(ended());
         }
-        if history.loose() {
+        if history.loose() || newest.loose() {
             return Err(Refused::denied(
                 Rule::ContainmentLost,
                 "the attempt has lost its containment: no call leaves any more",
             ));
         }
+        let size = history.tree().size();
         history.intent(seq).cloned().ok_or_else(|| {
-            Refused::denied(
-                Rule::IntentMissing,
-                format!(
-                    "expected record {seq} to be a recent call.intent; the log has {} records: append the intent first",
-                    history.tree().size()
-                ),
-            )
+            let reason = format!(
+                "expected record {seq} to be a recent call.intent; the log has {size} records: append the intent first"
+            );
+            // Another replica may have taken it.
+            let refused = if seq < size { Refused::denied } else { Refused::retry };
+            refused(Rule::IntentMissing, reason)
         })
     }
 
@@ -576,19 +689,19 @@ impl Witness {
     }
 
     /// The log as the bucket has it now. Needs the writer's lock.
-    async fn current(&self, place: &Place, log: &Log) -> Result<Arc<History>, Refused> {
-        let mut history = match log.head() {
-            Some(head) => (*head).clone(),
-            None => self.rebuilt(place).await?,
+    async fn catch_up(&self, place: &Place, log: &Log) -> Result<Arc<History>, Refused> {
+        let mut history = match log.stored() {
+            Some(stored) => stored,
+            None => Arc::new(self.rebuilt(place).await?),
         };
+        let mut checkpoint = None;
         // A segment's key is the log's size before it: what other replicas have added is found without a listing.
         while !history.closed() {
-            match self.stored(place, history.tree().size()).await? {
-                Some(stored) => history = self.stored_after(&history, &stored.segment, place)?,
-                None => break,
-            }
+            let Some(stored) = self.stored(place, history.tree().size()).await? else { break };
+            history = Arc::new(self.stored_after(&history, &stored.segment, place)?);
+            checkpoint = Some(stored.note);
         }
-        Ok(log.advance(history))
+        Ok(log.advance(history, checkpoint))
     }
 
     /// The log from its first segment on.
@@ -598,14 +711,7 @@ impl Witness {
 
     /// The log from its first segment on, record by record.
     async fn read(&self, place: &Place, mut each: impl FnMut(&Record) + Send) -> Result<History, Refused> {
-        let store = self.store(place).await?;
-        let folder = format!("{}{}", place.location.prefix, segment::FOLDER);
-        let keys = store.list(&folder).await.map_err(|e| self.failed(&e))?;
-        let firsts: Vec<u64> = keys
-            .iter()
-            .filter_map(|key| key.strip_prefix(&place.location.prefix))
-            .filter_map(Segment::first_of)
-            .collect();
+        let firsts = self.firsts(place).await?;
         let mut segments = futures::stream::iter(firsts).map(|first| self.stored(place, first)).buffered(PARALLEL);
         let mut history = History::default();
         // One that is listed but hidden by now is passed over: what follows will not fit, and says so.
@@ -615,6 +721,14 @@ impl Witness {
             segment.decode().map_err(|e| broken(&place.key(segment.first), e))?.iter().for_each(&mut each);
         }
         Ok(history)
+    }
+
+    /// First records of the segments in the bucket, in order.
+    async fn firsts(&self, place: &Place) -> Result<Vec<u64>, Refused> {
+        let folder = format!("{}{}", place.location.prefix, segment::FOLDER);
+        let keys = self.store(place).await?.list(&folder).await.map_err(|e| self.failed(&e))?;
+        let names = keys.iter().filter_map(|key| key.strip_prefix(&place.location.prefix));
+        Ok(names.filter_map(Segment::first_of).collect())
     }
 
     /// A stored segment, with the witness's cosignature on it.
@@ -639,24 +753,26 @@ impl Witness {
             .map_err(|refused| broken(&place.key(segment.first), refused.reason))
     }
 
-    /// The stored checkpoint of a segment that is there already.
+    /// The checkpoint over a segment that is in the bucket already, alone or among others in one object.
     async fn replayed(&self, place: &Place, segment: &Segment, history: &History) -> Result<String, Refused> {
-        match self.stored(place, segment.first).await? {
-            Some(stored)
-                if stored.segment.note.text == segment.note.text && stored.segment.records == segment.records =>
-            {
-                Ok(stored.note)
-            }
+        let mut stored = self.stored(place, segment.first).await?;
+        if stored.is_none() {
+            let before = self.firsts(place).await?.into_iter().filter(|first| *first < segment.first).max();
+            stored = match before {
+                Some(first) => self.stored(place, first).await?,
+                None => None,
+            };
+        }
+        let same = |stored: &Stored| {
+            let from = usize::try_from(segment.first - stored.segment.first).ok()?;
+            let there = stored.segment.records.get(from..)?.get(..segment.records.len())?;
+            (there == segment.records).then(|| stored.note.clone())
+        };
+        match stored.as_ref().and_then(same) {
+            Some(checkpoint) => Ok(checkpoint),
             // What stands in its place is the end, or is followed by it.
-            _ if history.closed() => Err(ended()),
-            _ => Err(Refused {
-                status: http::StatusCode::CONFLICT,
-                rule: Rule::LogFork,
-                reason: format!(
-                    "record {} is in the log already, and is another one: open the log again",
-                    segment.first
-                ),
-            }),
+            None if history.closed() => Err(ended()),
+            None => Err(forked(segment)),
         }
     }
 
@@ -685,6 +801,7 @@ impl Witness {
 /// What needs no history: the segment is this pod's, of this attempt, and opens under the gateway's own policy.
 fn admit(
     segment: &Segment,
+    records: &[Record],
     request: &AppendRequest,
     principal: &Principal,
     digest: Result<&str, Refused>,
@@ -702,9 +819,7 @@ fn admit(
             format!("expected the attempt's signature alone, found {} signatures", segment.note.signatures.len()),
         );
     }
-    let records =
-        segment.decode().map_err(|e| Refused::denied(Rule::LogSegment, format!("the segment cannot be read: {e}")))?;
-    for record in &records {
+    for record in records {
         if record.actor != Actor::Harness || record.attempt != principal.attempt {
             return refused(
                 Rule::LogSegment,
@@ -773,6 +888,14 @@ fn same_policy(found: &str, expected: &str) -> Result<(), Refused> {
 
 fn ended() -> Refused {
     Refused::denied(Rule::TaskClosed, "the task has ended: its log takes no more records and no call leaves")
+}
+
+fn forked(segment: &Segment) -> Refused {
+    Refused {
+        status: http::StatusCode::CONFLICT,
+        rule: Rule::LogFork,
+        reason: format!("record {} is in the log already, and is another one: open the log again", segment.first),
+    }
 }
 
 fn superseded(attempt: i64, newest: i64) -> Refused {

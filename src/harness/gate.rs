@@ -61,13 +61,15 @@ pub struct Call {
     pub reserve: Spent,
 }
 
-/// A call that may leave: its intent is stored. Dropped without an outcome, it records that nobody knows.
+/// A call that may leave: its intent is stored, or spooled where a tool reads. Dropped without an outcome, it records that nobody knows.
 pub struct Permit {
     gate: Arc<Gate>,
     /// The intent's sequence number.
     pub intent: u64,
     key: Option<String>,
     reserved: Spent,
+    /// Whether a tool only reads by it.
+    reads: bool,
     settled: bool,
 }
 
@@ -287,13 +289,14 @@ impl Gate {
         Ok(())
     }
 
-    /// Reserves what a call needs, records its intent and waits until that is stored.
+    /// Reserves what a call needs, records its intent and waits until that is stored; for a tool that reads, until it is spooled.
     ///
     /// # Errors
     /// The rule that refuses it. The refusal is not recorded yet: see [`Gate::deny`].
     pub async fn permit(self: &Arc<Self>, mut call: Call) -> Result<Permit, Denial> {
         self.journal.room().await;
         let (reserved, key) = (call.reserve, call.key.clone());
+        let reads = call.channel == Channel::Tool && call.effect == Some(SideEffect::Read);
         let intent = self.journal.record(|seq, budget| {
             // Asked where records are put in order: no intent can follow what stopped the attempt.
             self.running()?;
@@ -345,8 +348,9 @@ impl Gate {
                 reserved_cost_micros: reserved.cost_micros,
             }))
         })?;
-        let permit = Permit { gate: self.clone(), intent, key, reserved, settled: false };
-        match self.journal.stored(intent).await {
+        let permit = Permit { gate: self.clone(), intent, key, reserved, reads, settled: false };
+        let kept = if reads { self.journal.spooled(intent).await } else { self.journal.stored(intent).await };
+        match kept {
             Ok(()) => Ok(permit),
             Err(denial) => {
                 permit.settle(Settlement::not_applied(denial.rule));
@@ -498,8 +502,13 @@ impl Permit {
                 undone_by: settlement.undone_by,
             }))
         });
-        if let Err(denial) = result {
-            tracing::error!(intent = self.intent, reason = denial.reason, "an outcome could not be recorded");
+        match result {
+            Ok(_) if self.reads => {}
+            // The less time, the less often it is not known what a call has changed.
+            Ok(outcome) => self.gate.journal.soon(outcome),
+            Err(denial) => {
+                tracing::error!(intent = self.intent, reason = denial.reason, "an outcome could not be recorded");
+            }
         }
     }
 }

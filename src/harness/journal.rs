@@ -1,18 +1,40 @@
 //! Records, in order, batched into segments and sent to the witness.
 //!
 //! Promises: budgets and records change under one lock, so that a record's counters are those of its place in the log;
-//! [`Journal::stored`] returns only when the record lies in the evidence store; no record is dropped. When the store is
-//! slow the callers wait; when it refuses for good, every later call is denied.
+//! [`Journal::stored`] returns only when the record lies in the evidence store, [`Journal::spooled`] when it is in the spool and on
+//! its way to the witness, without whom no call passes the gateway: for a tool's read that is enough as long as the store is not far
+//! behind; no record is dropped. When the store is slow the callers wait; when it refuses for good, every later call is denied.
+//!
+//! ```text
+//! record ─▶ queue ─▶ cut, sign, spool ─▶ witnessed ─▶ stored ─▶ let go
+//!                            ▲              │ fails     │ fails
+//!                            └── again ◀────┴───────────┘
+//! ```
 
 use std::{
+    collections::VecDeque,
     io::Write,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
-use tokio::sync::{Notify, watch};
+use futures::{
+    FutureExt,
+    future::{BoxFuture, Fuse, FusedFuture},
+};
+use tokio::{
+    sync::{Notify, watch},
+    time::Instant,
+};
 
-use super::link::{CallError, Link};
+use super::{
+    HarnessError,
+    link::{CallError, Link},
+    spool::Spool,
+};
 use crate::{
     canonical,
     evidence::{
@@ -28,17 +50,23 @@ use crate::{
         rule::Rule,
         tokens::Left,
     },
-    wire::AppendRequest,
+    wire::{AppendReply, AppendRequest, Until},
 };
 
 /// Records in one segment at most: what a witness checks in a few milliseconds.
 const BATCH: usize = 256;
+/// How long the store may take over a record before reads wait for it as well.
+const BEHIND: Duration = Duration::from_secs(5);
+/// How long a record that nobody waits for waits for others: a read's outcome goes with the next intent.
+const CUT_LINGER: Duration = Duration::from_millis(20);
+/// How long it takes until records that nobody waits for are asked to be stored.
+const LINGER: Duration = Duration::from_millis(100);
 /// Records that may wait for the store. Beyond it callers wait with them.
-const BACKLOG: usize = 1_024;
+const BACKLOG: u64 = 2_048;
 /// How long a call waits for its intent to be stored before it is denied.
 const STORE_PATIENCE: Duration = Duration::from_secs(60);
-/// Longest pause between two tries to store a segment.
-const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+/// Pauses between two tries to send segments: the first, and the longest.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 
 /// What a journal starts from.
 pub struct Start {
@@ -52,6 +80,8 @@ pub struct Start {
     pub origin: String,
     /// The counters so far.
     pub budget: Budget,
+    /// Where segments are until they are stored.
+    pub spool: Spool,
 }
 
 /// The log of this attempt.
@@ -59,17 +89,27 @@ pub struct Journal {
     attempt: i64,
     state: Mutex<State>,
     work: Notify,
+    /// Records that somebody waits for to be spooled.
+    wanted: AtomicU64,
+    /// Records that somebody waits for to be stored.
+    wanted_stored: AtomicU64,
     progress: watch::Sender<Progress>,
 }
 
 struct State {
     next: u64,
     queue: Vec<Vec<u8>>,
+    /// When the first in the queue was put there.
+    since: Instant,
     budget: Budget,
 }
 
 #[derive(Clone, Debug, Default)]
 struct Progress {
+    /// Records that are in the spool or stored.
+    spooled: u64,
+    /// Since when the oldest of those that are not stored waits.
+    behind: Option<Instant>,
     /// Records that lie in the store.
     stored: u64,
     /// Why no more will.
@@ -82,11 +122,15 @@ impl Journal {
         let size = start.tree.size();
         let journal = Arc::new(Self {
             attempt: start.attempt,
-            state: Mutex::new(State { next: size, queue: Vec::new(), budget: start.budget }),
+            state: Mutex::new(State { next: size, queue: Vec::new(), since: Instant::now(), budget: start.budget }),
             work: Notify::new(),
-            progress: watch::Sender::new(Progress { stored: size, failed: None }),
+            wanted: AtomicU64::new(0),
+            wanted_stored: AtomicU64::new(0),
+            progress: watch::Sender::new(Progress { spooled: size, behind: None, stored: size, failed: None }),
         });
-        tokio::spawn(journal.clone().store(start.tree, start.signer, start.origin, link));
+        let Start { attempt, tree, signer, origin, spool, .. } = start;
+        let outbox = Outbox { attempt, tree, signer, origin, spool, units: VecDeque::new(), sent: 0 };
+        tokio::spawn(journal.clone().send(outbox, link));
         journal
     }
 
@@ -124,10 +168,17 @@ impl Journal {
         if let Err(error) = std::io::stdout().lock().write_all(&line) {
             tracing::debug!(%error, "the record could not be shown on stdout");
         }
+        if state.queue.is_empty() {
+            state.since = Instant::now();
+        }
         state.queue.push(bytes);
         state.next = seq.saturating_add(1);
+        // Whoever waits for a record says so, and needs no other call; the first has a time by which it goes.
+        let tell = state.queue.len() == 1 || state.queue.len() >= BATCH;
         drop(state);
-        self.work.notify_one();
+        if tell {
+            self.work.notify_one();
+        }
         Ok(seq)
     }
 
@@ -136,6 +187,7 @@ impl Journal {
     /// # Errors
     /// [`Rule::Evidence`] if that takes too long or cannot be any more.
     pub async fn stored(&self, seq: u64) -> Result<(), Denial> {
+        self.want(seq.saturating_add(1));
         let mut progress = self.progress.subscribe();
         let waiting = progress.wait_for(|progress| progress.stored > seq || progress.failed.is_some());
         match tokio::time::timeout(STORE_PATIENCE, waiting).await {
@@ -146,6 +198,31 @@ impl Journal {
                 rule: Rule::Evidence,
                 reason: format!("the record was not stored within {STORE_PATIENCE:?}; nothing leaves unrecorded"),
             }),
+        }
+    }
+
+    /// Waits until a record is in the spool and on its way to the witness: enough for a call that reads, which the gateway lets pass once
+    /// the witness holds its intent. Where the store is [`BEHIND`], until it lies there.
+    ///
+    /// # Errors
+    /// See [`Journal::stored`].
+    pub async fn spooled(&self, seq: u64) -> Result<(), Denial> {
+        self.soon(seq);
+        let mut progress = self.progress.subscribe();
+        let now = Instant::now();
+        let behind = |since: Instant| now.duration_since(since) > BEHIND;
+        let waiting = progress.wait_for(|progress| progress.spooled > seq || progress.failed.is_some());
+        match tokio::time::timeout(STORE_PATIENCE, waiting).await {
+            Ok(Ok(progress)) if progress.spooled > seq && !progress.behind.is_some_and(behind) => return Ok(()),
+            _ => {}
+        }
+        self.stored(seq).await
+    }
+
+    /// Has a record spooled at once: it does not wait for others.
+    pub fn soon(&self, seq: u64) {
+        if self.wanted.fetch_max(seq.saturating_add(1), Ordering::Relaxed) <= seq {
+            self.work.notify_one();
         }
     }
 
@@ -161,12 +238,22 @@ impl Journal {
         }
     }
 
+    /// Has so many records stored as soon as that can be.
+    fn want(&self, size: u64) {
+        self.wanted.fetch_max(size, Ordering::Relaxed);
+        if self.wanted_stored.fetch_max(size, Ordering::Relaxed) < size {
+            self.work.notify_one();
+        }
+    }
+
     /// Waits until few enough records wait for the store.
     pub async fn room(&self) {
         let mut progress = self.progress.subscribe();
-        let next = || self.lock().next;
-        let fits =
-            |progress: &Progress| progress.failed.is_some() || next().saturating_sub(progress.stored) < BACKLOG as u64;
+        let waiting = |progress: &Progress| self.lock().next.saturating_sub(progress.stored);
+        if waiting(&progress.borrow()) > BACKLOG / 2 {
+            self.want(self.lock().next);
+        }
+        let fits = |progress: &Progress| progress.failed.is_some() || waiting(progress) < BACKLOG;
         let _ = progress.wait_for(fits).await;
     }
 
@@ -194,55 +281,195 @@ impl Journal {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn store(self: Arc<Self>, mut tree: Tree, signer: Signer, origin: String, link: Arc<Link>) {
-        loop {
-            let records: Vec<Vec<u8>> = {
-                let mut state = self.lock();
-                let count = state.queue.len().min(BATCH);
-                state.queue.drain(..count).collect()
-            };
-            if records.is_empty() {
-                self.work.notified().await;
-                continue;
-            }
-            let first = tree.size();
-            for record in &records {
-                tree.push(leaf_hash(record));
-            }
-            let checkpoint = Checkpoint { origin: origin.clone(), size: tree.size(), root: tree.root() };
-            let segment = Segment { note: Note::sign(&checkpoint, &signer), first, records };
-            if let Err(denial) = self.append(&segment, &link).await {
-                tracing::error!(rule = %denial.rule, reason = denial.reason, "the log cannot go on");
-                self.progress.send_modify(|progress| progress.failed = Some(denial));
-                return;
-            }
-            self.progress.send_modify(|progress| progress.stored = tree.size());
+    /// The next records, at most [`BATCH`], if somebody waits for one of them or they have waited long enough; else by when they have.
+    fn take(&self) -> Result<Vec<Vec<u8>>, Option<Instant>> {
+        let wanted = self.wanted.load(Ordering::Relaxed);
+        let mut state = self.lock();
+        let queued = u64::try_from(state.queue.len()).unwrap_or(u64::MAX);
+        if queued == 0 {
+            return Err(None);
         }
+        let due = state.since + CUT_LINGER;
+        if wanted <= state.next.saturating_sub(queued) && state.queue.len() < BATCH && Instant::now() < due {
+            return Err(Some(due));
+        }
+        let count = state.queue.len().min(BATCH);
+        Ok(state.queue.drain(..count).collect())
     }
 
-    /// The same bytes again and again until the gateway has them or refuses them: appending twice is appending once.
-    async fn append(&self, segment: &Segment, link: &Link) -> Result<(), Denial> {
-        let text = String::from_utf8(segment.to_bytes())
-            .map_err(|error| Denial { rule: Rule::LogSegment, reason: format!("a segment is not UTF-8: {error}") })?;
-        let request = AppendRequest { attempt: self.attempt, first: segment.first, segment: text };
-        let mut pause = Duration::from_millis(50);
+    /// Has the witness hold segment after segment, and asks beside that for what is held to be stored. The same bytes are sent again and
+    /// again until it has them or refuses them: appending twice is appending once.
+    async fn send(self: Arc<Self>, mut outbox: Outbox, link: Arc<Link>) {
+        let (first, longest) = PAUSES;
+        let mut pause = first;
+        let (mut holding, mut storing): (Sending, Sending) = (Fuse::terminated(), Fuse::terminated());
         loop {
-            match link.append(&request).await {
-                Ok(_) => return Ok(()),
+            // By when there is something to do at the latest.
+            let mut due: Option<Instant> = None;
+            if outbox.sent == outbox.units.len() {
+                match self.take() {
+                    Ok(records) => {
+                        if let Err(denial) = outbox.cut(records) {
+                            return self.fail(denial);
+                        }
+                        self.progress.send_modify(|progress| outbox.tell(progress));
+                    }
+                    Err(linger) => due = linger,
+                }
+            }
+            if holding.is_terminated()
+                && let Some(unit) = outbox.units.get(outbox.sent)
+            {
+                holding = unit.send(Until::Witnessed, &link);
+            }
+            if storing.is_terminated()
+                && let Some((oldest, newest)) = outbox.held()
+            {
+                let wanted = self.wanted_stored.load(Ordering::Relaxed) > oldest.request.first;
+                if wanted || oldest.cut.elapsed() >= LINGER {
+                    storing = newest.send(Until::Stored, &link);
+                } else {
+                    let linger = oldest.cut + LINGER;
+                    due = Some(due.map_or(linger, |due| due.min(linger)));
+                }
+            }
+            let lingered = async {
+                match due {
+                    Some(until) => tokio::time::sleep_until(until).await,
+                    None => std::future::pending().await,
+                }
+            };
+            let sent = tokio::select! {
+                sent = &mut holding => sent.map(|_| outbox.sent += 1),
+                sent = &mut storing => sent.map(|reply| outbox.stored(reply.size)),
+                () = self.work.notified() => continue,
+                () = lingered => continue,
+            };
+            match sent {
+                Ok(()) => {
+                    pause = first;
+                    self.progress.send_modify(|progress| outbox.tell(progress));
+                }
                 Err(CallError::Refused(denial)) if denial.rule != Rule::Evidence => {
-                    return Err(Denial {
+                    return self.fail(Denial {
                         rule: Rule::Evidence,
                         reason: format!("the witness refused the log: {}: {}", denial.rule, denial.reason),
                     });
                 }
                 Err(error) => {
-                    tracing::warn!(%error, first = segment.first, "the segment is not stored yet");
+                    tracing::warn!(%error, "the log is not stored yet");
+                    // Whoever answers next may not have what was held.
+                    (holding, storing) = (Fuse::terminated(), Fuse::terminated());
+                    outbox.sent = 0;
                     tokio::time::sleep(pause).await;
-                    pause = (pause * 2).min(LONGEST_PAUSE);
+                    pause = (pause * 2).min(longest);
                 }
             }
         }
     }
+
+    fn fail(&self, denial: Denial) {
+        tracing::error!(rule = %denial.rule, reason = denial.reason, "the log cannot go on");
+        self.progress.send_modify(|progress| progress.failed = Some(denial));
+    }
+}
+
+/// A segment on its way to the witness.
+type Sending = Fuse<BoxFuture<'static, Result<AppendReply, CallError>>>;
+
+/// Segments that are not stored yet.
+struct Outbox {
+    attempt: i64,
+    tree: Tree,
+    signer: Signer,
+    origin: String,
+    spool: Spool,
+    /// In order.
+    units: VecDeque<Unit>,
+    /// How many of them the witness holds.
+    sent: usize,
+}
+
+/// One of them.
+struct Unit {
+    request: AppendRequest,
+    end: u64,
+    cut: Instant,
+}
+
+impl Unit {
+    fn send(&self, until: Until, link: &Arc<Link>) -> Sending {
+        let (request, link) = (AppendRequest { until, ..self.request.clone() }, link.clone());
+        async move { link.append(&request).await }.boxed().fuse()
+    }
+}
+
+impl Outbox {
+    /// Makes a segment of these records, signed, and keeps it.
+    fn cut(&mut self, records: Vec<Vec<u8>>) -> Result<(), Denial> {
+        let lost = |reason: String| Denial { rule: Rule::Evidence, reason };
+        let first = self.tree.size();
+        records.iter().for_each(|record| self.tree.push(leaf_hash(record)));
+        let checkpoint = Checkpoint { origin: self.origin.clone(), size: self.tree.size(), root: self.tree.root() };
+        let segment = Segment { note: Note::sign(&checkpoint, &self.signer), first, records };
+        let segment =
+            String::from_utf8(segment.to_bytes()).map_err(|e| lost(format!("a segment is not UTF-8: {e}")))?;
+        self.spool.keep(segment.as_bytes()).map_err(|e| lost(format!("the spool cannot be written: {e}")))?;
+        let request = AppendRequest { attempt: self.attempt, first, segment, until: Until::default() };
+        self.units.push_back(Unit { request, end: self.tree.size(), cut: Instant::now() });
+        Ok(())
+    }
+
+    /// The oldest and the newest of those that the witness holds.
+    fn held(&self) -> Option<(&Unit, &Unit)> {
+        self.units.front().zip(self.sent.checked_sub(1).and_then(|last| self.units.get(last)))
+    }
+
+    /// The store has the log up to this size.
+    fn stored(&mut self, size: u64) {
+        while self.units.front().is_some_and(|unit| unit.end <= size) {
+            self.units.pop_front();
+            self.sent = self.sent.saturating_sub(1);
+        }
+        if let Err(error) = self.spool.forget(self.units.iter().map(|unit| unit.request.segment.as_bytes())) {
+            tracing::warn!(%error, "the spool cannot be cleared");
+        }
+    }
+
+    fn tell(&self, progress: &mut Progress) {
+        let oldest = self.units.front();
+        progress.behind = oldest.map(|unit| unit.cut);
+        progress.stored = oldest.map_or(self.tree.size(), |unit| unit.request.first);
+        progress.spooled = self.tree.size();
+    }
+}
+
+/// Has segments stored that a harness before this one has left; says whether there were any.
+///
+/// # Errors
+/// If the witness refuses them, or cannot be had for [`STORE_PATIENCE`].
+pub async fn send_left(link: &Link, attempt: i64, left: impl Iterator<Item = Segment>) -> Result<bool, HarnessError> {
+    let started = Instant::now();
+    let mut any = false;
+    for segment in left {
+        let text = String::from_utf8(segment.to_bytes()).map_err(|e| HarnessError::Evidence(e.to_string()))?;
+        let request = AppendRequest { attempt, first: segment.first, segment: text, until: Until::Stored };
+        let (mut pause, longest) = PAUSES;
+        any = true;
+        tracing::info!(first = segment.first, end = segment.end(), "storing what was left");
+        while let Err(error) = link.append(&request).await {
+            match error {
+                CallError::Refused(denial) if denial.rule != Rule::Evidence => {
+                    return Err(HarnessError::Refused { rule: denial.rule, reason: denial.reason });
+                }
+                error if started.elapsed() > STORE_PATIENCE => return Err(HarnessError::Evidence(error.to_string())),
+                error => tracing::warn!(%error, "what was left is not stored yet"),
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(longest);
+        }
+    }
+    Ok(any)
 }
 
 fn gone() -> Denial {

@@ -1,4 +1,7 @@
 //! The connection to the gateway: TLS to a fixed address under a fixed name, and the pod's token on every request.
+//!
+//! One HTTP/2 connection for all but tunnels, so that a call goes to the replica that has just witnessed its intent. Any other will
+//! do as well, once the bucket has it.
 
 use std::{
     path::PathBuf,
@@ -41,6 +44,8 @@ use crate::{
 const STATE_PATIENCE: Duration = Duration::from_secs(30);
 /// How long a connection to the gateway may take: it is in the same cluster.
 const CONNECT: Duration = Duration::from_secs(5);
+/// Between two pings of the gateway, and for its answer: a replica whose node is gone says nothing.
+const PING: Duration = Duration::from_secs(5);
 /// How long the gateway may take over a request about the log.
 const LOG_REPLY: Duration = Duration::from_secs(30);
 /// How long an upstream may take to begin its reply. Models think for minutes.
@@ -113,11 +118,22 @@ impl Link {
             return Err(LinkError::Authority("none found".into()));
         }
         let config = ClientConfig::builder().with_root_certificates(roots).with_no_client_auth();
-        let tls = TlsConnector::from(Arc::new(config));
-        let dialer = Dialer { address, tls: tls.clone() };
+        let tls = TlsConnector::from(Arc::new(config.clone()));
+        let dialer = {
+            let mut http2 = config;
+            http2.alpn_protocols = vec![b"h2".to_vec()];
+            Dialer { address, tls: TlsConnector::from(Arc::new(http2)) }
+        };
         let client = Client::builder(TokioExecutor::new())
+            .timer(TokioTimer::new())
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(Duration::from_secs(20))
+            .http2_only(true)
+            .http2_initial_stream_window_size(wire::STREAM_WINDOW)
+            .http2_initial_connection_window_size(wire::CONNECTION_WINDOW)
+            .http2_keep_alive_interval(PING)
+            .http2_keep_alive_timeout(PING)
+            .http2_keep_alive_while_idle(true)
             .build(dialer);
         Ok(Self { address, tls, client, token, cached: Mutex::new(None) })
     }

@@ -118,6 +118,21 @@ proptest! {
         let _ = Segment::parse(lines.as_bytes());
     }
 
+    /// Reading with records accepts what parsing and decoding accept, and nothing else.
+    #[test]
+    fn reading_in_one_go_is_parsing_and_decoding(at in any::<prop::sample::Index>(), byte in any::<u8>(), to in any::<prop::sample::Index>()) {
+        let mut text = segment(3, 4).1.to_bytes();
+        let changed = at.index(text.len());
+        text[changed] = byte;
+        // Or a line somewhere else, or twice.
+        let mut lines: Vec<_> = text.split_inclusive(|b| *b == b'\n').collect();
+        let moved = lines[at.index(lines.len())];
+        for text in [text.clone(), { lines.insert(to.index(lines.len()), moved); lines.concat() }] {
+            let two = Segment::parse(&text).and_then(|segment| segment.decode().map(|records| (segment, records)));
+            prop_assert_eq!(Segment::read(&text).ok(), two.ok());
+        }
+    }
+
     #[test]
     fn what_is_accepted_has_one_form(at in any::<prop::sample::Index>(), byte in any::<u8>()) {
         let (_, segment) = segment(2, 3);

@@ -372,7 +372,7 @@ async fn world() -> World {
     let api = Arc::new(Api::default());
     let cluster = Arc::new(Cluster::new(stores, api.clone()));
     let (bucket, metrics) = (Arc::new(Memory::default()), testing::metrics());
-    let witness = Arc::new(testing::replica(&testing::witness_key(), &bucket));
+    let witness = testing::replica(&testing::witness_key(), &bucket);
     let (incidents, telling) = Incidents::new(witness.clone(), metrics.clone());
     tokio::spawn(telling);
     let gateway = Arc::new(Gateway::new(Parts {

@@ -5,10 +5,9 @@
 //! read but must: that containment was lost, and what was meant to follow. Refuses: repair; a segment holds whole or not
 //! at all.
 
-use std::{
-    collections::{BTreeMap, HashMap},
-    sync::Arc,
-};
+use std::{collections::BTreeMap, sync::Arc};
+
+use imbl::{HashMap, OrdMap};
 
 use crate::{
     evidence::{
@@ -77,6 +76,18 @@ pub struct IntentFacts {
     pub seen: Sensitivity,
     /// Whether it still waits for its outcome.
     pub open: bool,
+}
+
+impl IntentFacts {
+    /// Whether a tool only reads by it.
+    pub fn is_read(&self) -> bool {
+        self.channel == Channel::Tool && self.effect == Some(SideEffect::Read)
+    }
+
+    /// Whether no contract says that it changes something.
+    pub fn changes_nothing(&self) -> bool {
+        !matches!(self.effect, Some(SideEffect::Write | SideEffect::External))
+    }
 }
 
 /// A call of another task that a call undoes.
@@ -150,6 +161,8 @@ pub struct History {
     tree: Tree,
     usage: Usage,
     attempt: i64,
+    /// Counts `attempt.opened` and `task.closed`: who signs changes with them.
+    incarnation: u64,
     /// Between `attempt.opened` and `attempt.closed`.
     opened: bool,
     /// The attempt has seen its containment broken.
@@ -157,7 +170,7 @@ pub struct History {
     /// The rule by which the attempt has come to an end from which it does not open again.
     over: Option<Rule>,
     closed: bool,
-    key: Option<VerifierKey>,
+    key: Option<Arc<VerifierKey>>,
     limits: Option<Limits>,
     /// The digest of the attempt's policy.
     policy_digest: Arc<str>,
@@ -175,7 +188,7 @@ pub struct History {
     seen: Sensitivity,
     lost: Arc<BTreeMap<String, Lost>>,
     calls: HashMap<String, OpenCall>,
-    intents: BTreeMap<u64, Arc<IntentFacts>>,
+    intents: OrdMap<u64, Arc<IntentFacts>>,
 }
 
 impl History {
@@ -208,6 +221,11 @@ impl History {
     /// The last attempt that opened, 0 before the first.
     pub fn attempt(&self) -> i64 {
         self.attempt
+    }
+
+    /// Who signs the log's end, by their number: another harness, though it be of the same attempt, is another.
+    pub fn incarnation(&self) -> u64 {
+        self.incarnation
     }
 
     /// Whether the task has ended.
@@ -250,6 +268,15 @@ impl History {
     /// # Errors
     /// [`Rule::LogSegment`] and others, by the first thing that does not hold.
     pub fn extended(&self, segment: &Segment, origin: &str) -> Result<Self, Refused> {
+        let records = segment.decode().map_err(|e| broken(e.to_string()))?;
+        self.extended_by(segment, &records, origin)
+    }
+
+    /// The log with this segment, whose records these are, at its end.
+    ///
+    /// # Errors
+    /// As [`History::extended`].
+    pub fn extended_by(&self, segment: &Segment, records: &[Record], origin: &str) -> Result<Self, Refused> {
         if self.closed {
             return Err(Refused::denied(Rule::TaskClosed, "the task has ended: its log takes no more records"));
         }
@@ -260,7 +287,6 @@ impl History {
         if segment.records.len() > RECORDS {
             return Err(broken(format!("expected at most {RECORDS} records, found {}", segment.records.len())));
         }
-        let records = segment.decode().map_err(|e| broken(e.to_string()))?;
         let mut next = Self { tree: segment.extend(&self.tree).map_err(|e| broken(e.to_string()))?, ..self.clone() };
         let Some(first) = records.first() else { return Err(broken("expected at least one record")) };
         for (index, record) in records.iter().enumerate() {
@@ -343,7 +369,8 @@ impl History {
                 self.policy_digest = opened.policy_digest.as_str().into();
                 self.plan(record, opened)?;
                 (self.attempt, self.opened, self.loose, self.over) = (record.attempt, true, false, None);
-                (self.key, self.limits) = (Some(key), Some(opened.policy.limits));
+                (self.key, self.limits) = (Some(Arc::new(key)), Some(opened.policy.limits));
+                self.incarnation += 1;
             }
             Event::Intent(intent) => self.intended(record, time, intent, &mut usage)?,
             Event::Outcome(outcome) => self.settled(record, outcome, &mut usage)?,
@@ -371,7 +398,10 @@ impl History {
             Event::AttemptClosed(closed) => {
                 (self.opened, self.over) = (false, closed.rule());
             }
-            Event::TaskClosed(_) => self.closed = true,
+            Event::TaskClosed(_) => {
+                self.closed = true;
+                self.incarnation += 1;
+            }
         }
         if record.usage != usage {
             return Err(at(record, format!("expected counters {usage:?}, found {:?}", record.usage)));

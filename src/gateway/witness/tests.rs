@@ -19,8 +19,8 @@ use crate::{
 struct Setup {
     bucket: Arc<Memory>,
     key: Vec<u8>,
-    a: Witness,
-    b: Witness,
+    a: Arc<Witness>,
+    b: Arc<Witness>,
 }
 
 fn setup() -> Setup {
@@ -29,12 +29,12 @@ fn setup() -> Setup {
     Setup { bucket, key, a, b }
 }
 
-async fn append(witness: &Witness, request: &AppendRequest) -> Result<AppendReply, Rule> {
+async fn append(witness: &Arc<Witness>, request: &AppendRequest) -> Result<AppendReply, Rule> {
     let principal = principal(request.attempt);
     witness.append(&place(), &principal, request, Ok(&digest()), None).await.map(|(reply, _)| reply).map_err(|e| e.rule)
 }
 
-async fn open(witness: &Witness, attempt: i64) -> Result<OpenReply, Rule> {
+async fn open(witness: &Arc<Witness>, attempt: i64) -> Result<OpenReply, Rule> {
     let request = OpenRequest { attempt, policy_digest: digest() };
     witness.open(&place(), &principal(attempt), &request, &digest(), None).await.map_err(|e| e.rule)
 }
@@ -52,7 +52,7 @@ async fn a_run_over_two_replicas_verifies() {
     for (segment, witness) in segments.into_iter().zip([&a, &b, &a]) {
         let reply = append(witness, &harness.next(segment)).await.unwrap();
         assert_eq!(reply.size, harness.tree.size());
-        Note::parse(&reply.checkpoint).unwrap().verify_cosignature(&testing::verifier(&key)).unwrap();
+        Note::parse(&reply.checkpoint.unwrap()).unwrap().verify_cosignature(&testing::verifier(&key)).unwrap();
     }
     // The pod dies; the second attempt finds the counters where the first left them, at the replica that knows less.
     let reply = open(&b, 2).await.unwrap();
@@ -96,7 +96,7 @@ fn opened_by(harness: &Harness, policy: &PolicyConfig, plan: Option<Plan>) -> Ev
 }
 
 /// The log of a task that has written twice and is sealed, at `a`; where it lies.
-async fn ended(a: &Witness) -> Place {
+async fn ended(a: &Arc<Witness>) -> Place {
     let (policy, digest) = undone();
     let mut harness = Harness::new(1);
     let applied = |call| {
@@ -847,4 +847,162 @@ fn one_call_by_an_approval_and_one_effect_under_a_key() {
         let refused = History::default().extended(&segment, &note::origin(testing::UID)).err();
         assert_eq!(refused.map(|refused| refused.rule), expected, "{what}");
     }
+}
+
+fn witnessed(request: AppendRequest) -> AppendRequest {
+    AppendRequest { until: Until::Witnessed, ..request }
+}
+
+fn read(call: &str) -> Event {
+    intent(call, Channel::Tool, "search", 0)
+}
+
+/// A log that is open at `a`, and then its bucket goes away.
+async fn opened_and_down(setup: &Setup) -> Harness {
+    let mut harness = Harness::new(1);
+    let opened = harness.opened();
+    append(&setup.a, &harness.next(vec![opened])).await.unwrap();
+    setup.bucket.down.store(true, Ordering::SeqCst);
+    harness
+}
+
+async fn verdict(setup: &Setup) -> verify::Report {
+    let log = log::Log::read(&*setup.bucket, &place().location.prefix, true).await.unwrap();
+    verify::verify(&log, &testing::verifier(&setup.key), &verify::Expected::Anything)
+}
+
+#[tokio::test(start_paused = true)]
+async fn only_a_read_may_leave_before_the_bucket_has_its_intent() {
+    let setup = setup();
+    let Setup { bucket, a, b, .. } = &setup;
+    let mut harness = opened_and_down(&setup).await;
+    let reply = append(a, &witnessed(harness.next(vec![read("1")]))).await.unwrap();
+    assert_eq!((reply.size, reply.checkpoint), (2, None));
+    assert_eq!(a.intent(&place(), 1).await.unwrap().call, "1");
+    append(a, &witnessed(harness.next(vec![intent("2", Channel::Tool, "write", 0)]))).await.unwrap();
+    append(a, &witnessed(harness.next(vec![intent("3", Channel::Model, "/v1/messages", 1)]))).await.unwrap();
+    for seq in [2, 3] {
+        assert_eq!(a.intent(&place(), seq).await.unwrap_err().rule, Rule::Evidence);
+    }
+    let stored = harness.next(vec![outcome("1", 0)]);
+    assert_eq!(append(a, &stored).await.unwrap_err(), Rule::Evidence, "it is not stored, and that is said");
+    // Nobody asks again, and what was taken is stored all the same.
+    bucket.down.store(false, Ordering::SeqCst);
+    a.settle().await;
+    assert_eq!(b.intent(&place(), 2).await.unwrap().call, "2");
+    let sealed = b.seal(&place(), &seal_request()).await.unwrap();
+    assert_eq!(sealed.size, 6);
+    let report = verdict(&setup).await;
+    assert_eq!(report.verdict, verify::Verdict::Valid, "{report:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn segments_on_their_way_become_one_object_but_for_another_signer() {
+    let setup = setup();
+    let Setup { bucket, a, b, .. } = &setup;
+    let mut harness = opened_and_down(&setup).await;
+    let segments: Vec<_> =
+        (1..4).map(|n| harness.next(vec![read(&n.to_string()), outcome(&n.to_string(), 0)])).collect();
+    for segment in &segments {
+        append(a, &witnessed(segment.clone())).await.unwrap();
+        append(a, &witnessed(segment.clone())).await.expect("again is as good");
+    }
+    let mut other = Harness { tree: tree_of_all(&segments[..1]), key: harness.key, ..Harness::new(1) };
+    let forked = witnessed(other.next(vec![denied()]));
+    assert_eq!(append(a, &forked).await.unwrap_err(), Rule::LogFork);
+    // The harness restarts before the bucket is back: another key, which its own segment begins with.
+    let mut new = Harness { tree: harness.tree.clone(), usage: harness.usage, ..Harness::new(1) };
+    let opened = new.opened();
+    append(a, &witnessed(new.next(vec![opened]))).await.unwrap();
+    append(a, &witnessed(new.next(vec![denied()]))).await.unwrap();
+    bucket.down.store(false, Ordering::SeqCst);
+    a.settle().await;
+    assert_eq!(
+        bucket.keys().iter().map(|key| &key[key.len() - 7..]).collect::<Vec<_>>(),
+        ["0.jsonl", "1.jsonl", "7.jsonl"]
+    );
+    for witness in [a, b] {
+        for segment in &segments {
+            let again = append(witness, segment).await.unwrap();
+            assert_eq!(again.size, segment.first + 2);
+        }
+        assert_eq!(append(witness, &forked).await.unwrap_err(), Rule::LogFork);
+    }
+    b.seal(&place(), &seal_request()).await.unwrap();
+    let report = verdict(&setup).await;
+    assert_eq!(report.verdict, verify::Verdict::Valid, "{report:?}");
+}
+
+/// The tree of the opening and these.
+fn tree_of_all(segments: &[AppendRequest]) -> crate::evidence::merkle::Tree {
+    let opening = segments[0].first;
+    assert_eq!(opening, 1);
+    let mut all = crate::evidence::merkle::Tree::new();
+    all.push([0; 32]);
+    for request in segments {
+        let segment = Segment::parse(request.segment.as_bytes()).unwrap();
+        segment.records.iter().for_each(|record| all.push(leaf_hash(record)));
+    }
+    all
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_was_on_its_way_when_the_log_went_another_is_refused_when_it_comes_again() {
+    let setup = setup();
+    let Setup { bucket, a, b, .. } = &setup;
+    let mut harness = opened_and_down(&setup).await;
+    let mut second = Harness { tree: harness.tree.clone(), ..Harness::new(2) };
+    let late = harness.next(vec![read("1")]);
+    append(a, &witnessed(late.clone())).await.unwrap();
+    let after = harness.next(vec![outcome("1", 0)]);
+    append(a, &witnessed(after.clone())).await.unwrap();
+    bucket.down.store(false, Ordering::SeqCst);
+    let opened = second.opened();
+    append(b, &second.next(vec![opened])).await.unwrap();
+    a.settle().await;
+    assert_eq!(append(a, &late).await.unwrap_err(), Rule::LogFork);
+    assert_eq!(append(a, &after).await.unwrap_err(), Rule::LogSegment);
+    assert_eq!(a.intent(&place(), 1).await.unwrap_err().rule, Rule::IntentMissing);
+    append(a, &second.next(vec![denied()])).await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_replica_takes_no_segment_before_those_that_come_first() {
+    let setup = setup();
+    let Setup { bucket, a, b, .. } = &setup;
+    let mut harness = opened_and_down(&setup).await;
+    let (first, second) = (harness.next(vec![read("1")]), harness.next(vec![outcome("1", 0)]));
+    append(a, &witnessed(first.clone())).await.unwrap();
+    bucket.down.store(false, Ordering::SeqCst);
+    // The other replica does not know of it yet: whoever is told so sends both.
+    let refused = b.append(&place(), &principal(1), &witnessed(second.clone()), Ok(&digest()), None).await.unwrap_err();
+    assert!(refused.is_retryable() && refused.rule == Rule::Evidence, "{refused}");
+    assert!(b.intent(&place(), 1).await.unwrap_err().is_retryable(), "it may be on its way");
+    for segment in [&first, &second] {
+        append(b, segment).await.unwrap();
+    }
+    a.settle().await;
+    assert_eq!(append(a, &second).await.unwrap().size, 3);
+    a.seal(&place(), &seal_request()).await.unwrap();
+    let report = verdict(&setup).await;
+    assert_eq!(report.verdict, verify::Verdict::Valid, "{report:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn only_so_much_is_on_its_way() {
+    let setup = setup();
+    let mut harness = opened_and_down(&setup).await;
+    let mut taken = 0;
+    let refused = loop {
+        let request = witnessed(harness.next((0..500).map(|_| denied()).collect()));
+        match setup.a.append(&place(), &principal(1), &request, Ok(&digest()), None).await {
+            Ok(_) => taken += 500,
+            Err(refused) => break refused,
+        }
+    };
+    assert!(refused.is_retryable() && refused.rule == Rule::Busy, "{refused}");
+    assert_eq!(taken, 4_000);
+    setup.bucket.down.store(false, Ordering::SeqCst);
+    setup.a.settle().await;
+    assert_eq!(setup.bucket.keys().len(), 2);
 }

@@ -1,0 +1,123 @@
+//! Segments that are not stored yet, on a volume that outlives the process.
+//!
+//! Promises: [`Spool::keep`] returns when the segment is synced; a harness that starts again finds what the one before it had kept,
+//! whole. Refuses: judging what is in there, and a file that is broken anywhere but at its end, where a process may have been killed.
+//!
+//! What the volume is worth: it ends with the pod. Before a call leaves, the witness holds its segment as well.
+
+use std::{
+    fs::{File, OpenOptions},
+    io::{Error, ErrorKind, Result, Seek, SeekFrom, Write},
+    path::{Path, PathBuf},
+};
+
+use crate::evidence::segment::Segment;
+
+/// The file, in the spool's folder.
+const FILE: &str = "segments.jsonl";
+/// How every segment begins.
+const START: &[u8] = b"{\"checkpoint\":";
+/// Bytes of segments that are stored by now, beyond which they are removed.
+const STALE: u64 = 1 << 20;
+
+/// The spool.
+pub struct Spool {
+    path: PathBuf,
+    file: File,
+    size: u64,
+}
+
+impl Spool {
+    /// Opens the spool in a folder, and gives the segments that are in it, in order.
+    ///
+    /// # Errors
+    /// If it cannot be read or written, or is broken.
+    pub fn open(folder: &Path) -> Result<(Self, Vec<Segment>)> {
+        let path = folder.join(FILE);
+        let text = match std::fs::read(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == ErrorKind::NotFound => Vec::new(),
+            Err(error) => return Err(error),
+        };
+        let segments = segments(&text)
+            .map_err(|reason| Error::new(ErrorKind::InvalidData, format!("{}: {reason}", path.display())))?;
+        let file = OpenOptions::new().create(true).append(true).open(&path)?;
+        let mut spool = Self { path, file, size: 0 };
+        // Without what was cut off.
+        spool.only(segments.iter().map(Segment::to_bytes))?;
+        Ok((spool, segments))
+    }
+
+    /// Keeps the text of a segment.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn keep(&mut self, segment: &[u8]) -> Result<()> {
+        self.file.write_all(segment)?;
+        self.file.sync_data()?;
+        self.size = self.size.saturating_add(u64::try_from(segment.len()).unwrap_or(u64::MAX));
+        Ok(())
+    }
+
+    /// Lets go of all but these, once that is worth it.
+    ///
+    /// # Errors
+    /// If that cannot be written; they are kept.
+    pub fn forget<T: AsRef<[u8]>>(&mut self, but: impl Iterator<Item = T> + Clone) -> Result<()> {
+        let needed: usize = but.clone().map(|text| text.as_ref().len()).sum();
+        if self.size.saturating_sub(u64::try_from(needed).unwrap_or(u64::MAX)) > STALE {
+            self.only(but)?;
+        }
+        Ok(())
+    }
+
+    /// Lets go of everything.
+    ///
+    /// # Errors
+    /// If that cannot be written.
+    pub fn clear(&mut self) -> Result<()> {
+        self.only(std::iter::empty::<&[u8]>())
+    }
+
+    /// Another file takes this one's place whole.
+    fn only<T: AsRef<[u8]>>(&mut self, texts: impl Iterator<Item = T>) -> Result<()> {
+        let new = self.path.with_extension("new");
+        let mut file = OpenOptions::new().create(true).write(true).truncate(true).open(&new)?;
+        for text in texts {
+            file.write_all(text.as_ref())?;
+        }
+        file.sync_data()?;
+        std::fs::rename(&new, &self.path)?;
+        self.size = file.seek(SeekFrom::End(0))?;
+        self.file = file;
+        Ok(())
+    }
+}
+
+/// The segments of a text; one that is cut off at its end never left.
+fn segments(text: &[u8]) -> std::result::Result<Vec<Segment>, String> {
+    let mut starts = Vec::new();
+    let mut at = 0;
+    for line in text.split_inclusive(|byte| *byte == b'\n') {
+        if line.starts_with(START) {
+            starts.push(at);
+        }
+        at += line.len();
+    }
+    if starts.first().copied().unwrap_or(text.len()) != 0 && !START.starts_with(text) {
+        return Err("expected a segment at the start".into());
+    }
+    let ends = starts.iter().skip(1).copied().chain([text.len()]);
+    let mut segments = Vec::new();
+    for (start, end) in starts.iter().copied().zip(ends) {
+        match Segment::parse(text.get(start..end).unwrap_or_default()) {
+            Ok(segment) => segments.push(segment),
+            Err(_) if end == text.len() => {}
+            Err(error) => return Err(format!("the segment at byte {start}: {error}")),
+        }
+    }
+    Ok(segments)
+}
+
+#[cfg(test)]
+mod tests;
