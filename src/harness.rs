@@ -192,17 +192,14 @@ pub async fn serve(options: Options) -> Result<Ended, HarnessError> {
     let link = Arc::new(link::Link::new(&config.wiring, options.token.clone())?);
     let file = |error: std::io::Error| HarnessError::File { path: options.spool.clone(), reason: error.to_string() };
     let (mut spool, left) = spool::Spool::open(&options.spool).map_err(file)?;
-    let opened = async {
-        let opened = open(&link, attempt, &policy_digest).await?;
-        // What a harness before this one has recorded, and perhaps acted on.
-        let left = left.into_iter().filter(|segment| segment.end() > opened.size);
-        if journal::send_left(&link, attempt, left).await? {
-            open(&link, attempt, &policy_digest).await
-        } else {
-            Ok(opened)
-        }
-    };
-    let opened = match opened.await {
+    let mut opened = open(&link, attempt, &policy_digest).await;
+    // What a harness before this one has recorded, and perhaps acted on: also where there is no policy any more to go on by.
+    let size = opened.as_ref().map_or(0, |opened| opened.size);
+    let left = left.into_iter().filter(|segment| segment.end() > size);
+    if journal::send_left(&link, attempt, left).await? && opened.is_ok() {
+        opened = open(&link, attempt, &policy_digest).await;
+    }
+    let opened = match opened {
         Err(HarnessError::Refused { rule, reason }) if let Some(ended) = Ended::by(rule) => {
             tracing::warn!(%rule, reason, "this attempt is over already");
             return Ok(ended);

@@ -115,7 +115,7 @@ pub struct AppendRequest {
     /// The segment's text.
     pub segment: String,
     /// How far the reply waits.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Until::is_stored")]
     pub until: Until,
 }
 
@@ -128,6 +128,12 @@ pub enum Until {
     /// It lies locked in the bucket.
     #[default]
     Stored,
+}
+
+impl Until {
+    fn is_stored(&self) -> bool {
+        *self == Self::Stored
+    }
 }
 
 /// The segment is as far as was asked for.

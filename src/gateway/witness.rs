@@ -29,6 +29,7 @@ use super::{approvals::Before, identity::Principal, metrics::Metrics, refusal::R
 use crate::{
     canonical,
     evidence::{
+        log::INCIDENTS,
         merkle::leaf_hash,
         note::{self, Checkpoint, Note, Signer, VerifierKey},
         record::{Actor, Event, Record, VERSION},
@@ -416,7 +417,8 @@ impl Witness {
             segment.note.cosign(&self.signer, unix_time());
             let refused = match self.put(&place, &segment).await {
                 Ok(()) => {
-                    log.advance(after, Some(segment.note.to_string()));
+                    let lost = log.advance(after, &segment, segment.note.to_string());
+                    self.lost(&place, lost).await;
                     pause = first;
                     continue;
                 }
@@ -487,7 +489,12 @@ impl Witness {
             } else {
                 let (segment, next) = self.last_segment(place, request, &history)?;
                 match self.put(place, &segment).await {
-                    Ok(()) => log.advance(Arc::new(next), Some(segment.note.to_string())),
+                    Ok(()) => {
+                        let next = Arc::new(next);
+                        let lost = log.advance(next.clone(), &segment, segment.note.to_string());
+                        self.lost(place, lost).await;
+                        next
+                    }
                     Err(PutError::Exists) => continue,
                     Err(PutError::Store(error)) => return Err(self.failed(&error)),
                 }
@@ -615,7 +622,8 @@ impl Witness {
         }
         // What is in memory will do for an intent to read. Before something is changed, the bucket is asked: another
         // replica may have seen the call's outcome, the loss of containment or the task's end.
-        let known = has(log.newest(), IntentFacts::is_read).or_else(|| has(log.stored(), IntentFacts::changes_nothing));
+        let held = if log.is_fresh() { log.newest() } else { None };
+        let known = has(held, IntentFacts::is_read).or_else(|| has(log.stored(), IntentFacts::changes_nothing));
         let history = match known {
             Some(head) => head,
             None => {
@@ -634,6 +642,11 @@ impl Witness {
             ));
         }
         let size = history.tree().size();
+        if history.intent(seq).is_some_and(|intent| log.is_forked(intent.attempt)) {
+            let reason =
+                "records of this attempt that reads may have left by have lost their place: no call leaves any more";
+            return Err(Refused::denied(Rule::LogFork, reason));
+        }
         history.intent(seq).cloned().ok_or_else(|| {
             let reason = format!(
                 "expected record {seq} to be a recent call.intent; the log has {size} records: append the intent first"
@@ -692,16 +705,35 @@ impl Witness {
     async fn catch_up(&self, place: &Place, log: &Log) -> Result<Arc<History>, Refused> {
         let mut history = match log.stored() {
             Some(stored) => stored,
-            None => Arc::new(self.rebuilt(place).await?),
+            None => log.begin(Arc::new(self.rebuilt(place).await?)),
         };
-        let mut checkpoint = None;
         // A segment's key is the log's size before it: what other replicas have added is found without a listing.
         while !history.closed() {
             let Some(stored) = self.stored(place, history.tree().size()).await? else { break };
             history = Arc::new(self.stored_after(&history, &stored.segment, place)?);
-            checkpoint = Some(stored.note);
+            let lost = log.advance(history.clone(), &stored.segment, stored.note);
+            self.lost(place, lost).await;
         }
-        Ok(log.advance(history, checkpoint))
+        Ok(log.stored().unwrap_or(history))
+    }
+
+    /// Keeps segments beside the log that were held and have lost their place in it, as an incident: reads may have left by them.
+    async fn lost(&self, place: &Place, segments: Vec<Segment>) {
+        for segment in segments {
+            let first = segment.first;
+            self.metrics.appends.with_label_values(&["lost"]).inc();
+            tracing::error!(place = %place.location, first, "records by which reads may have left have lost their place");
+            let told = canonical::to_bytes(&serde_json::json!({
+                "v": 1, "time": format!("{:.3}", Timestamp::now()), "actor": "gateway", "rule": Rule::LogFork,
+                "reason": format!("records from {first} on were witnessed, and others are in their place; reads may have left by them"),
+                "segment": String::from_utf8_lossy(&segment.to_bytes()),
+            }));
+            let Ok(told) = told else { continue };
+            let name = format!("{INCIDENTS}{}.json", hex::encode(canonical::sha256(&told)));
+            if let Err(error) = self.put_beside(place, &name, told.into()).await {
+                tracing::error!(%error, first, "they could not be kept beside the log");
+            }
+        }
     }
 
     /// The log from its first segment on.

@@ -194,10 +194,7 @@ impl Journal {
             Ok(Ok(progress)) if progress.stored > seq => Ok(()),
             Ok(Ok(progress)) => Err(progress.failed.clone().unwrap_or_else(gone)),
             Ok(Err(_)) => Err(gone()),
-            Err(_) => Err(Denial {
-                rule: Rule::Evidence,
-                reason: format!("the record was not stored within {STORE_PATIENCE:?}; nothing leaves unrecorded"),
-            }),
+            Err(_) => Err(slow()),
         }
     }
 
@@ -212,11 +209,12 @@ impl Journal {
         let now = Instant::now();
         let behind = |since: Instant| now.duration_since(since) > BEHIND;
         let waiting = progress.wait_for(|progress| progress.spooled > seq || progress.failed.is_some());
-        match tokio::time::timeout(STORE_PATIENCE, waiting).await {
-            Ok(Ok(progress)) if progress.spooled > seq && !progress.behind.is_some_and(behind) => return Ok(()),
-            _ => {}
-        }
-        self.stored(seq).await
+        let late = match tokio::time::timeout(STORE_PATIENCE, waiting).await {
+            Ok(Ok(progress)) if progress.spooled > seq => progress.behind.is_some_and(behind),
+            Ok(_) => true,
+            Err(_) => return Err(slow()),
+        };
+        if late { self.stored(seq).await } else { Ok(()) }
     }
 
     /// Has a record spooled at once: it does not wait for others.
@@ -444,10 +442,11 @@ impl Outbox {
     }
 }
 
-/// Has segments stored that a harness before this one has left; says whether there were any.
+/// Has segments stored that a harness before this one has left; says whether there were any. Those that the witness refuses are let go of:
+/// no call has left by them, or it keeps them itself.
 ///
 /// # Errors
-/// If the witness refuses them, or cannot be had for [`STORE_PATIENCE`].
+/// If the witness cannot be had for [`STORE_PATIENCE`].
 pub async fn send_left(link: &Link, attempt: i64, left: impl Iterator<Item = Segment>) -> Result<bool, HarnessError> {
     let started = Instant::now();
     let mut any = false;
@@ -460,7 +459,8 @@ pub async fn send_left(link: &Link, attempt: i64, left: impl Iterator<Item = Seg
         while let Err(error) = link.append(&request).await {
             match error {
                 CallError::Refused(denial) if denial.rule != Rule::Evidence => {
-                    return Err(HarnessError::Refused { rule: denial.rule, reason: denial.reason });
+                    tracing::error!(rule = %denial.rule, reason = denial.reason, "what was left is refused");
+                    return Ok(true);
                 }
                 error if started.elapsed() > STORE_PATIENCE => return Err(HarnessError::Evidence(error.to_string())),
                 error => tracing::warn!(%error, "what was left is not stored yet"),
@@ -470,6 +470,11 @@ pub async fn send_left(link: &Link, attempt: i64, left: impl Iterator<Item = Seg
         }
     }
     Ok(any)
+}
+
+fn slow() -> Denial {
+    let reason = format!("the record was not stored within {STORE_PATIENCE:?}; nothing leaves unrecorded");
+    Denial { rule: Rule::Evidence, reason }
 }
 
 fn gone() -> Denial {

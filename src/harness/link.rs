@@ -44,6 +44,8 @@ use crate::{
 const STATE_PATIENCE: Duration = Duration::from_secs(30);
 /// How long a connection to the gateway may take: it is in the same cluster.
 const CONNECT: Duration = Duration::from_secs(5);
+/// Bytes of a reply's head, each header counted with 32 more: what the gateway takes from upstreams, and room for its own.
+const LARGEST_HEAD: u32 = 128 << 10;
 /// Between two pings of the gateway, and for its answer: a replica whose node is gone says nothing.
 const PING: Duration = Duration::from_secs(5);
 /// How long the gateway may take over a request about the log.
@@ -129,6 +131,7 @@ impl Link {
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(Duration::from_secs(20))
             .http2_only(true)
+            .http2_max_header_list_size(LARGEST_HEAD)
             .http2_initial_stream_window_size(wire::STREAM_WINDOW)
             .http2_initial_connection_window_size(wire::CONNECTION_WINDOW)
             .http2_keep_alive_interval(PING)
@@ -308,13 +311,14 @@ impl Link {
 
     /// A reply that carries a rule is the gateway's own; any other is the upstream's.
     async fn judge(&self, reply: Response<Incoming>) -> Result<Response<Incoming>, Undelivered> {
-        if !reply.headers().contains_key(wire::RULE) {
-            return Ok(reply);
-        }
+        let Some(rule) = reply.headers().get(wire::RULE) else { return Ok(reply) };
+        // One that we do not know may be of a call whose reply never came.
+        let rule = serde_json::from_slice(format!("\"{}\"", rule.to_str().unwrap_or_default()).as_bytes());
+        let rule = rule.unwrap_or(Rule::UpstreamReply);
         let upstream = upstream_of(reply.headers());
         let body = Limited::new(reply.into_body(), LONGEST_REPLY).collect().await;
         let refusal = body.ok().and_then(|body| serde_json::from_slice::<Refusal>(&body.to_bytes()).ok());
-        let refusal = refusal.unwrap_or(Refusal { rule: Rule::Request, reason: "refused without a reason".into() });
+        let refusal = refusal.unwrap_or(Refusal { rule, reason: "refused without a reason".into() });
         // Only a request whose reply never came may have done something.
         let certain = refusal.rule != Rule::UpstreamReply;
         Err(Undelivered { denial: Denial { rule: refusal.rule, reason: refusal.reason }, certain, upstream })

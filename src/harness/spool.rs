@@ -82,20 +82,28 @@ impl Spool {
     /// Another file takes this one's place whole.
     fn only<T: AsRef<[u8]>>(&mut self, texts: impl Iterator<Item = T>) -> Result<()> {
         let new = self.path.with_extension("new");
-        let mut file = OpenOptions::new().create(true).write(true).truncate(true).open(&new)?;
-        for text in texts {
-            file.write_all(text.as_ref())?;
-        }
-        file.sync_data()?;
-        std::fs::rename(&new, &self.path)?;
-        self.size = file.seek(SeekFrom::End(0))?;
-        self.file = file;
+        let write = || {
+            let mut file = OpenOptions::new().create(true).write(true).truncate(true).open(&new)?;
+            for text in texts {
+                file.write_all(text.as_ref())?;
+            }
+            file.sync_data()?;
+            std::fs::rename(&new, &self.path)?;
+            Ok(file)
+        };
+        self.file = write().inspect_err(|_: &Error| {
+            // The old one is whole, and needs the room.
+            let _ = std::fs::remove_file(&new);
+        })?;
+        self.size = self.file.seek(SeekFrom::End(0))?;
         Ok(())
     }
 }
 
-/// The segments of a text; one that is cut off at its end never left.
+/// The segments of a text. One that is cut off at its end never left.
 fn segments(text: &[u8]) -> std::result::Result<Vec<Segment>, String> {
+    let lines = text.iter().rposition(|byte| *byte == b'\n').map_or(0, |last| last + 1);
+    let text = text.get(..lines).unwrap_or_default();
     let mut starts = Vec::new();
     let mut at = 0;
     for line in text.split_inclusive(|byte| *byte == b'\n') {
@@ -104,19 +112,29 @@ fn segments(text: &[u8]) -> std::result::Result<Vec<Segment>, String> {
         }
         at += line.len();
     }
-    if starts.first().copied().unwrap_or(text.len()) != 0 && !START.starts_with(text) {
+    if starts.first().copied().unwrap_or(text.len()) != 0 {
         return Err("expected a segment at the start".into());
     }
     let ends = starts.iter().skip(1).copied().chain([text.len()]);
     let mut segments = Vec::new();
     for (start, end) in starts.iter().copied().zip(ends) {
-        match Segment::parse(text.get(start..end).unwrap_or_default()) {
+        match whole(text.get(start..end).unwrap_or_default()) {
             Ok(segment) => segments.push(segment),
             Err(_) if end == text.len() => {}
             Err(error) => return Err(format!("the segment at byte {start}: {error}")),
         }
     }
     Ok(segments)
+}
+
+/// A segment that has all the records that its checkpoint counts.
+fn whole(text: &[u8]) -> std::result::Result<Segment, String> {
+    let segment = Segment::parse(text).map_err(|error| error.to_string())?;
+    let size = segment.note.checkpoint().map_err(|error| error.to_string())?.size;
+    if size == segment.end() {
+        return Ok(segment);
+    }
+    Err(format!("expected records up to {size}, found some up to {}", segment.end()))
 }
 
 #[cfg(test)]

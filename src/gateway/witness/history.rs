@@ -36,6 +36,8 @@ const OPEN: usize = 4096;
 const TOOLS: usize = 4096;
 /// Calls of unknown fate that are remembered for reads to resolve.
 const UNKNOWN: usize = 65_536;
+/// Bytes of a call's, a target's or a key's name.
+const NAME: usize = 4096;
 /// Records in one segment: it is checked under the log's lock.
 const RECORDS: usize = 4096;
 
@@ -181,7 +183,7 @@ pub struct History {
     /// What a rollback undoes, and how far that has come.
     undoing: Option<Arc<Undoing>>,
     /// What has been called: all attempts' calls, and the newest one's definitions.
-    tools: BTreeMap<String, ToolUsage>,
+    tools: OrdMap<String, ToolUsage>,
     approvals: Arc<Approvals>,
     ledger: Arc<Ledger>,
     /// The most sensitive data that the task has handled.
@@ -204,11 +206,11 @@ impl History {
 
     /// What the log says of each tool, to an attempt: definitions are each attempt's own.
     pub fn tools(&self, attempt: i64) -> BTreeMap<String, ToolUsage> {
-        let mut tools = self.tools.clone();
-        if attempt != self.attempt {
-            tools.values_mut().for_each(|used| used.definition = None);
-        }
-        tools
+        let of = |(name, used): (&String, &ToolUsage)| {
+            let definition = used.definition.clone().filter(|_| attempt == self.attempt);
+            (name.clone(), ToolUsage { definition, ..used.clone() })
+        };
+        self.tools.iter().map(of).collect()
     }
 
     /// Calls by their idempotency keys, as an attempt that opens now finds them: what is open stays so for ever.
@@ -360,7 +362,7 @@ impl History {
                 if note::origin(&opened.policy.task.uid) != origin {
                     return Err(at(record, "expected the policy of this task, found another's"));
                 }
-                self.tools = self.tools(record.attempt);
+                self.tools = self.tools(record.attempt).into_iter().collect();
                 self.terms =
                     Arc::new(opened.policy.tools.iter().map(|tool| (tool.name.clone(), Terms::of(tool))).collect());
                 // Those who were to say what became of open calls are gone.
@@ -417,6 +419,10 @@ impl History {
         intent: &Intent,
         usage: &mut Usage,
     ) -> Result<(), Refused> {
+        let names = [Some(&intent.call), Some(&intent.target), intent.key.as_ref(), intent.definition.as_ref()];
+        if names.into_iter().flatten().any(|name| name.len() > NAME) {
+            return Err(at(record, format!("expected names of at most {NAME} bytes")));
+        }
         if intent.reserved_tokens < 0 || intent.reserved_cost_micros < 0 {
             return Err(at(record, "expected a reservation of no less than 0"));
         }

@@ -2,7 +2,7 @@
 //!
 //! Promises: segments go to the bucket in the order in which they were taken, several of them in one object; what was taken is let
 //! go of only when it lies there, or when the bucket has gone another way, of which whoever waits is told. Those that nobody
-//! waits for wait for each other, for [`LINGER`]. Refuses: taking more than [`RECORDS`] or [`BYTES`] ahead of the bucket.
+//! waits for wait for each other, for [`LINGER`]. Refuses: taking more than [`RECORDS`], [`BYTES`] or [`SEGMENTS`] ahead of the bucket.
 //!
 //! ```text
 //! hold ─▶ held, held, held ─▶ batch ─▶ (put) ─▶ advance
@@ -13,7 +13,7 @@ use std::{
     collections::{BTreeSet, VecDeque},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicI64, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -30,6 +30,12 @@ use crate::{evidence::segment::Segment, gateway::refusal::Refused, policy::rule:
 const RECORDS: usize = 4096;
 /// Their bytes. One segment may always be on its way.
 const BYTES: usize = 4 << 20;
+/// Segments on their way: with each a whole [`History`] is kept.
+const SEGMENTS: usize = 64;
+/// So many do not wait for others any more.
+const ENOUGH: usize = 16;
+/// For so long reads may leave by what is on its way.
+const OLDEST: Duration = Duration::from_secs(5);
 
 /// How long a segment waits for others for which nobody waits, as a read does not: each put costs, in time and in money.
 const LINGER: Duration = Duration::from_millis(250);
@@ -49,6 +55,8 @@ pub struct Log {
     /// Records that somebody waits for to be in the bucket.
     wanted: AtomicU64,
     hurry: Notify,
+    /// The newest attempt of which records have lost their place.
+    forked: AtomicI64,
 }
 
 #[derive(Default)]
@@ -158,15 +166,16 @@ impl Log {
         let held = Held::new(segment, after);
         let sum = |of: fn(&Held) -> usize| state.held.iter().chain([&held]).map(of).sum::<usize>();
         let (records, bytes) = (sum(|held| held.segment.records.len()), sum(|held| held.bytes));
-        if !state.held.is_empty() && (records > RECORDS || bytes > BYTES) {
+        if !state.held.is_empty() && (records > RECORDS || bytes > BYTES || state.held.len() >= SEGMENTS) {
             let reason = "the bucket is slower than the records that come for it: wait until it has some of them";
             return Err(Refused::retry(Rule::Busy, reason));
         }
-        let newest = held.end();
         state.held.push_back(held);
         let starts = !std::mem::replace(&mut state.storing, true);
-        drop(state);
-        self.progress.send_modify(|progress| progress.newest = newest);
+        if state.held.len() >= ENOUGH {
+            self.hurry.notify_one();
+        }
+        self.tell(&state, false);
         Ok(starts)
     }
 
@@ -179,11 +188,12 @@ impl Log {
     /// Waits until somebody waits for the next segment, or it has waited long enough for others.
     pub async fn due(&self) {
         loop {
-            let (since, first) = match self.state().held.front() {
-                Some(held) => (held.since, held.segment.first),
-                None => return,
+            let (since, first, count) = {
+                let state = self.state();
+                let Some(held) = state.held.front() else { return };
+                (held.since, held.segment.first, state.held.len())
             };
-            if self.wanted.load(Ordering::Relaxed) > first {
+            if count >= ENOUGH || self.wanted.load(Ordering::Relaxed) > first {
                 return;
             }
             tokio::select! {
@@ -218,35 +228,57 @@ impl Log {
         Some(batch)
     }
 
-    /// The bucket has the log so far, under this checkpoint. Segments that are held stay as far as they go on from there.
-    pub fn advance(&self, stored: Arc<History>, checkpoint: Option<String>) -> Arc<History> {
+    /// The log as it was found in the bucket by somebody who knew nothing of it.
+    pub fn begin(&self, stored: Arc<History>) -> Arc<History> {
+        let mut state = self.state();
+        let stored = state.stored.get_or_insert(stored).clone();
+        self.tell(&state, false);
+        stored
+    }
+
+    /// The bucket has one segment more, after which the log is `stored`, under this checkpoint. Gives the segments that were held and have
+    /// lost their place to it, with all that went on from them: calls may have left by them.
+    pub fn advance(&self, stored: Arc<History>, by: &Segment, checkpoint: String) -> Vec<Segment> {
         let mut state = self.state();
         let size = stored.tree().size();
-        if let Some(known) = state.stored.as_ref().filter(|known| known.tree().size() > size) {
-            return known.clone();
+        if state.stored.as_ref().is_some_and(|known| known.tree().size() >= size) {
+            return Vec::new();
         }
-        let mut end = None;
-        while let Some(held) = state.held.front().filter(|held| held.end() <= size) {
-            end = Some(held.after.clone());
+        let mut lost = Vec::new();
+        while let Some(held) = state.held.front().filter(|held| held.segment.first < size) {
+            let from = held.segment.first.checked_sub(by.first).and_then(|from| usize::try_from(from).ok());
+            let there = from.and_then(|from| by.records.get(from..)?.get(..held.segment.records.len()));
+            if there != Some(held.segment.records.as_slice()) {
+                self.forked.fetch_max(held.after.attempt(), Ordering::Relaxed);
+                lost.extend(state.held.drain(..).map(|held| held.segment));
+                break;
+            }
             state.held.pop_front();
         }
-        // Of the same tree, or else of another's.
-        let same = end.is_none_or(|end| end.tree() == stored.tree());
-        let on = state.held.front().is_none_or(|next| next.segment.first == size);
-        let lost = !(same && on);
-        if lost {
-            state.held.clear();
-        }
-        state.stored = Some(stored.clone());
-        if let Some(checkpoint) = checkpoint {
-            state.checkpoint = checkpoint;
-        }
-        drop(state);
+        (state.stored, state.checkpoint) = (Some(stored), checkpoint);
+        self.tell(&state, !lost.is_empty());
+        lost
+    }
+
+    /// Says how far the log is. Under the state's lock, so that it is never said backwards.
+    fn tell(&self, state: &State, lost: bool) {
+        let size = |head: Option<&Arc<History>>| head.map_or(0, |head| head.tree().size());
+        let stored = size(state.stored.as_ref());
         self.progress.send_modify(|progress| {
-            progress.stored = size;
+            progress.stored = stored;
+            progress.newest = size(state.held.back().map(|held| &held.after)).max(stored);
             progress.lost += u64::from(lost);
         });
-        stored
+    }
+
+    /// Whether records of this attempt that calls may have left by have lost their place: no call of it leaves here any more.
+    pub fn is_forked(&self, attempt: i64) -> bool {
+        attempt <= self.forked.load(Ordering::Relaxed)
+    }
+
+    /// Whether what is held is young enough for reads to leave by it.
+    pub fn is_fresh(&self) -> bool {
+        self.state().held.front().is_none_or(|held| held.since.elapsed() < OLDEST)
     }
 
     /// A put has failed.

@@ -290,7 +290,9 @@ async fn of_two_segments_for_one_place_one_wins() {
             (Ok(_), Err(rule)) | (Err(rule), Ok(_)) => assert_eq!(rule, Rule::LogFork),
             other => panic!("{other:?}"),
         }
-        assert_eq!(bucket.keys().len(), 2);
+        let (incidents, segments): (Vec<_>, Vec<_>) =
+            bucket.keys().into_iter().partition(|key| key.contains("incidents"));
+        assert_eq!((segments.len(), incidents.len()), (2, 1), "what has lost its place is kept beside the log");
     }
 }
 
@@ -963,7 +965,37 @@ async fn what_was_on_its_way_when_the_log_went_another_is_refused_when_it_comes_
     assert_eq!(append(a, &late).await.unwrap_err(), Rule::LogFork);
     assert_eq!(append(a, &after).await.unwrap_err(), Rule::LogSegment);
     assert_eq!(a.intent(&place(), 1).await.unwrap_err().rule, Rule::IntentMissing);
-    append(a, &second.next(vec![denied()])).await.unwrap();
+    append(a, &second.next(vec![denied(), read("2")])).await.unwrap();
+    assert_eq!(a.intent(&place(), 3).await.unwrap().call, "2", "the next attempt's calls leave");
+    // A read may have left by it: it is kept beside the log.
+    let objects = bucket.objects.lock().unwrap().clone();
+    let told: Vec<_> =
+        objects.iter().filter(|(key, _)| key.contains("/incidents/")).map(|(_, (body, _))| body).collect();
+    let told: Vec<serde_json::Value> = told.into_iter().map(|body| serde_json::from_slice(body).unwrap()).collect();
+    assert_eq!(told.len(), 2, "{told:#?}");
+    assert!(told.iter().any(|told| told["rule"] == "log.fork" && told["segment"] == late.segment), "{told:#?}");
+    let report = verdict(&setup).await;
+    assert_eq!(report.summary.incidents, 2, "{report:?}");
+}
+
+/// A harness that sends one segment to a replica and another in its place to the other gets one read out by it, and that is on record.
+#[tokio::test(start_paused = true)]
+async fn who_forks_its_own_log_is_let_out_no_more() {
+    let setup = setup();
+    let Setup { a, b, bucket, .. } = &setup;
+    let mut harness = opened_and_down(&setup).await;
+    let mut other = Harness { tree: harness.tree.clone(), ..Harness::new(1) };
+    append(a, &witnessed(harness.next(vec![read("1")]))).await.unwrap();
+    assert!(a.intent(&place(), 1).await.is_ok());
+    bucket.down.store(false, Ordering::SeqCst);
+    other.key = harness.key;
+    append(b, &other.next(vec![read("2")])).await.unwrap();
+    a.settle().await;
+    append(a, &witnessed(other.next(vec![read("3")]))).await.unwrap();
+    for seq in [1, 2] {
+        assert_eq!(a.intent(&place(), seq).await.unwrap_err().rule, Rule::LogFork);
+    }
+    assert_eq!(bucket.keys().iter().filter(|key| key.contains("/incidents/")).count(), 1);
 }
 
 #[tokio::test(start_paused = true)]
@@ -1005,4 +1037,24 @@ async fn only_so_much_is_on_its_way() {
     setup.bucket.down.store(false, Ordering::SeqCst);
     setup.a.settle().await;
     assert_eq!(setup.bucket.keys().len(), 2);
+    // However short they are.
+    let setup = self::setup();
+    let mut harness = opened_and_down(&setup).await;
+    for _ in 0..64 {
+        append(&setup.a, &witnessed(harness.next(vec![denied()]))).await.unwrap();
+    }
+    assert_eq!(append(&setup.a, &witnessed(harness.next(vec![denied()]))).await.unwrap_err(), Rule::Busy);
+}
+
+#[tokio::test(start_paused = true)]
+async fn reads_do_not_leave_by_what_has_been_on_its_way_for_long() {
+    let setup = setup();
+    let mut harness = opened_and_down(&setup).await;
+    append(&setup.a, &witnessed(harness.next(vec![read("1")]))).await.unwrap();
+    assert!(setup.a.intent(&place(), 1).await.is_ok());
+    tokio::time::sleep(Duration::from_secs(6)).await;
+    assert_eq!(setup.a.intent(&place(), 1).await.unwrap_err().rule, Rule::Evidence);
+    setup.bucket.down.store(false, Ordering::SeqCst);
+    setup.a.settle().await;
+    assert!(setup.a.intent(&place(), 1).await.is_ok());
 }
