@@ -115,6 +115,7 @@ fn contracts() -> PolicyConfig {
         tool("http.put", over_http(Put, "/items/{id}", &[]), Write),
         tool("http.external", over_http(Post, "/items", &[]), SideEffect::External),
         tool("http.status", over_http(Post, "/status/{code}", &[]), Write),
+        tool("http.verbose", over_http(Post, "/verbose/{n}", &[]), Write),
         tool("http.zip", over_http(Get, "/zip", &[]), Read),
         tool("http.liar", over_http(Get, "/liar", &[]), Read),
         tool("http.torn", over_http(Post, "/torn", &[]), Write),
@@ -151,6 +152,7 @@ async fn upstreams() {
         ("mcp.destroy", json!({}), Ok("echo"), mcp(Write)),
         ("mcp.harmless", json!({}), Ok("echo"), mcp(Write)),
         // upstream.http
+        ("http.verbose", json!({"n": 55}), Ok("said much"), http(Write)),
         ("http.get", json!({"id": 7, "q": "a b"}), Ok(r#""at":"/items/7?v=1&q=a%20b""#), http(Read)),
         ("http.get", json!({"id": "a/b"}), Ok(r#""at":"/items/a%2Fb?v=1""#), http(Read)),
         ("http.get", json!({"id": ".."}), Err(Rule::ToolUrl), Told::Denied(Rule::ToolUrl)),

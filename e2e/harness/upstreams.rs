@@ -192,6 +192,15 @@ pub async fn api() -> (SocketAddr, Asked) {
             "/status/{code}",
             any(move |Path(code): Path<u16>| async move { reply(code, "text/plain", Body::from("so it is")) }),
         )
+        .route(
+            "/verbose/{n}",
+            post(|Path(n): Path<usize>| async move {
+                let header = |index| (format!("x-{index}"), "h".repeat(1_000));
+                axum::response::AppendHeaders((0..n).map(header).collect::<Vec<_>>())
+                    .into_response()
+                    .map(|_| Body::from("said much"))
+            }),
+        )
         .route("/zip", get(move || async move { reply(200, "application/zip", Body::from("PK")) }))
         .route("/liar", get(move || async move { reply(200, "application/json", Body::from("<html>")) }))
         .route(
