@@ -139,6 +139,13 @@ impl Segment {
         self.first.saturating_add(u64::try_from(self.records.len()).unwrap_or(u64::MAX))
     }
 
+    /// Whether the records of another segment are among this one's, at their place.
+    pub fn holds(&self, other: &Self) -> bool {
+        let from = other.first.checked_sub(self.first).and_then(|from| usize::try_from(from).ok());
+        let there = from.and_then(|from| self.records.get(from..)?.get(..other.records.len()));
+        there == Some(other.records.as_slice())
+    }
+
     /// The segment's text: what [`Segment::parse`] reads.
     pub fn to_bytes(&self) -> Vec<u8> {
         // A JSON object of one string always has a canonical form: RFC 8785 writes strings as `serde_json` does.

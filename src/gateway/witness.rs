@@ -795,13 +795,8 @@ impl Witness {
                 None => None,
             };
         }
-        let same = |stored: &Stored| {
-            let from = usize::try_from(segment.first - stored.segment.first).ok()?;
-            let there = stored.segment.records.get(from..)?.get(..segment.records.len())?;
-            (there == segment.records).then(|| stored.note.clone())
-        };
-        match stored.as_ref().and_then(same) {
-            Some(checkpoint) => Ok(checkpoint),
+        match stored.filter(|stored| stored.segment.holds(segment)) {
+            Some(stored) => Ok(stored.note),
             // What stands in its place is the end, or is followed by it.
             None if history.closed() => Err(ended()),
             None => Err(forked(segment)),

@@ -246,9 +246,7 @@ impl Log {
         }
         let mut lost = Vec::new();
         while let Some(held) = state.held.front().filter(|held| held.segment.first < size) {
-            let from = held.segment.first.checked_sub(by.first).and_then(|from| usize::try_from(from).ok());
-            let there = from.and_then(|from| by.records.get(from..)?.get(..held.segment.records.len()));
-            if there != Some(held.segment.records.as_slice()) {
+            if !by.holds(&held.segment) {
                 self.forked.fetch_max(held.after.attempt(), Ordering::Relaxed);
                 lost.extend(state.held.drain(..).map(|held| held.segment));
                 break;
