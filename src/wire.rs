@@ -33,6 +33,12 @@ pub const APPROVAL: &str = "/v1/approval";
 pub const STATE_KEEP: &str = "/v1/state/keep";
 /// Gives a rollback the arguments that undo a call of the other task: [`KeptOf`] → [`Undo`].
 pub const STATE_GET: &str = "/v1/state/get";
+/// Keeps the result of an idempotent call: [`KeepResult`] → [`Kept`].
+pub const RESULT_KEEP: &str = "/v1/result/keep";
+/// Gives it to another attempt of the same task: [`KeptOf`] → [`KeptResult`].
+pub const RESULT_GET: &str = "/v1/result/get";
+/// Longest result that is kept, in bytes.
+pub const LONGEST_RESULT: usize = 256 << 10;
 /// Sends one HTTP request to an upstream.
 pub const FORWARD: &str = "/v1/forward";
 /// Calls an HTTP tool: the body is the arguments, as JSON, of which the gateway makes the request by the contract.
@@ -93,6 +99,9 @@ pub struct OpenReply {
     /// Calls by their idempotency keys.
     #[serde(default)]
     pub ledger: Ledger,
+    /// Whether results of idempotent calls are kept outside the pod.
+    #[serde(default)]
+    pub keeps_results: bool,
     /// The most sensitive data that the task has handled.
     #[serde(default)]
     pub seen: Sensitivity,
@@ -246,21 +255,21 @@ pub struct Keep {
     pub result: serde_json::Value,
 }
 
-/// Arguments that undo a call are kept.
+/// What belongs to a call is kept.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Kept {
-    /// Their SHA-256 in canonical form, hex.
+    /// Its SHA-256, hex: of arguments in canonical form, and of a result as it is.
     pub digest: String,
 }
 
-/// Asks for the arguments that undo a call of the task that is undone.
+/// Asks for the arguments that undo a call of the task that is undone, or for the result of a call of the task's own.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct KeptOf {
-    /// The call, by its name in that task's log.
+    /// The call, by its name in its task's log.
     pub call: String,
-    /// Their SHA-256, hex.
+    /// SHA-256 of what is asked for, hex.
     pub digest: String,
 }
 
@@ -270,6 +279,24 @@ pub struct KeptOf {
 pub struct Undo {
     /// RFC 8785 JSON.
     pub arguments: String,
+}
+
+/// Has the result of an idempotent call kept, for another attempt to give again.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct KeepResult {
+    /// Sequence number of the call's intent.
+    pub intent: u64,
+    /// The result, as the agent gets it: JSON.
+    pub result: String,
+}
+
+/// The result of a call of an earlier attempt.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct KeptResult {
+    /// As it was kept.
+    pub result: String,
 }
 
 /// Why a request was refused or failed: the body of every reply from the gateway that is not a success.

@@ -89,6 +89,8 @@ struct Log {
     fails: AtomicBool,
     /// Segments are taken, and not stored.
     away: AtomicBool,
+    /// There is a bucket for results.
+    keeps_results: AtomicBool,
     saw: Mutex<Vec<String>>,
     compiled: Mutex<Compiled>,
     cluster: Cluster,
@@ -170,6 +172,7 @@ impl Gateway {
             history: Mutex::default(),
             fails: AtomicBool::new(false),
             away: AtomicBool::new(false),
+            keeps_results: AtomicBool::new(true),
             saw: Mutex::default(),
             compiled: Mutex::new(compiled(policy)),
             cluster,
@@ -185,6 +188,8 @@ impl Gateway {
             .route(wire::APPROVAL, post(approval))
             .route(wire::STATE_KEEP, post(keep))
             .route(wire::STATE_GET, post(kept))
+            .route(wire::RESULT_KEEP, post(keep_result))
+            .route(wire::RESULT_GET, post(kept_result))
             .route(wire::FORWARD, any(forward))
             .route(wire::CALL, post(call))
             .with_state(state.clone());
@@ -229,6 +234,11 @@ impl Gateway {
 
     pub fn bucket_is_away(&self, away: bool) {
         self.state.away.store(away, Ordering::SeqCst);
+    }
+
+    /// From now on results are kept outside the pod, or not.
+    pub fn keep_results(&self, keep: bool) {
+        self.state.keeps_results.store(keep, Ordering::SeqCst);
     }
 
     /// What people are asked, oldest first.
@@ -331,6 +341,7 @@ async fn open(State(log): State<Arc<Log>>, axum::Json(request): axum::Json<OpenR
         usage: history.usage(),
         tools: history.tools(request.attempt),
         ledger: history.ledger(),
+        keeps_results: log.keeps_results.load(Ordering::SeqCst),
         seen: history.seen(),
         open_calls: u64::try_from(history.open_calls()).unwrap(),
     })
@@ -382,6 +393,21 @@ async fn kept(State(log): State<Arc<Log>>, axum::Json(of): axum::Json<wire::Kept
     match log.kept.lock().unwrap().get(&of.digest).cloned() {
         Some(arguments) => axum::Json(wire::Undo { arguments }).into_response(),
         None => refusal(&Refused::denied(Rule::ToolRollback, "not kept")),
+    }
+}
+
+async fn keep_result(State(log): State<Arc<Log>>, axum::Json(keep): axum::Json<wire::KeepResult>) -> Response {
+    let intent = log.history.lock().unwrap().intent(keep.intent).cloned().unwrap();
+    assert!(intent.open && intent.key.is_some(), "{intent:?}");
+    let digest = hex::encode(belay::canonical::sha256(keep.result.as_bytes()));
+    log.kept.lock().unwrap().insert(digest.clone(), keep.result);
+    axum::Json(wire::Kept { digest }).into_response()
+}
+
+async fn kept_result(State(log): State<Arc<Log>>, axum::Json(of): axum::Json<wire::KeptOf>) -> Response {
+    match log.kept.lock().unwrap().get(&of.digest).cloned() {
+        Some(result) => axum::Json(wire::KeptResult { result }).into_response(),
+        None => refusal(&Refused::denied(Rule::ToolIdempotency, "not kept")),
     }
 }
 

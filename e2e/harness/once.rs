@@ -139,19 +139,58 @@ async fn a_key_lapses_with_its_window() {
     assert_eq!(harness.made().len(), 2);
 }
 
+/// What the gateway has of the result by the time of the second attempt.
+#[derive(Clone, Copy, PartialEq)]
+enum Has {
+    It,
+    Nothing,
+    Another,
+    NoBucket,
+}
+
+#[rstest::rstest]
+#[case::over_mcp("mcp.all", Has::It, None)]
+#[case::over_http("http.all", Has::It, None)]
+#[case::lost("http.all", Has::Nothing, Some("cannot be had"))]
+#[case::forged("http.all", Has::Another, Some("is not as it was kept"))]
+#[case::without_a_bucket("http.all", Has::NoBucket, Some("is not kept any more"))]
 #[tokio::test]
-async fn another_attempt_knows_what_was_made_and_does_not_make_it_again() {
-    let Harness { gateway, mcp, api, .. } = {
-        let harness = idempotent_harness().await;
-        let (error, text) = harness.tool("http.all", json!({"text": "hello"})).await;
-        assert!(!error, "{text}");
-        harness.stored(3).await;
-        harness
-    };
+async fn another_attempt_is_given_the_result_or_refused_and_makes_no_second_call(
+    #[case] name: &str,
+    #[case] has: Has,
+    #[case] refused: Option<&str>,
+) {
+    let harness = idempotent_harness().await;
+    let first = harness.tool(name, json!({"text": "hello"})).await;
+    assert!(!first.0, "{first:?}");
+    let records = harness.records().await;
+    let Harness { gateway, mcp, api, .. } = harness;
+    match has {
+        Has::It => {}
+        Has::Nothing => gateway.kept().clear(),
+        Has::Another => gateway.kept().values_mut().for_each(|kept| *kept = kept.replace("hello", "other")),
+        Has::NoBucket => gateway.keep_results(false),
+    }
     let again = start(gateway, &idempotent(), 2, mcp, api).await;
-    let (error, text) = again.tool("http.all", json!({"text": "hello"})).await;
-    assert!(error && text.contains("tool.idempotency") && text.contains("not kept"), "{text}");
+    let second = again.tool(name, json!({"text": "hello"})).await;
     assert_eq!(again.made().len(), 1);
+    match refused {
+        Some(words) => {
+            assert!(second.0 && second.1.contains("tool.idempotency") && second.1.contains(words), "{second:?}");
+            assert_eq!(again.replayed(), 0);
+        }
+        None => {
+            assert_eq!(second, first);
+            let given = |event: &Event| match event {
+                Event::Outcome(outcome) => outcome.response_digest.clone(),
+                Event::Replayed(replayed) => Some(replayed.response_digest.clone()),
+                _ => None,
+            };
+            let made: Vec<_> = records.iter().filter_map(|record| given(&record.event)).collect();
+            let now: Vec<_> = again.records().await.iter().filter_map(|record| given(&record.event)).collect();
+            assert_eq!(now, [made[0].clone(), made[0].clone()]);
+        }
+    }
 }
 
 /// 10^4 twins, 300 of them at a time, while the first is still under way at its upstream: one effect.

@@ -106,3 +106,44 @@ async fn a_call_that_is_answered_needs_no_read() {
     assert!(!error, "{text}");
     assert_eq!(harness.gate.journal().usage().tool_calls, 1);
 }
+
+/// A harness is lost with a call under way. The next attempt makes the same call, and the read tells what became of it first: `made` is
+/// how often it reaches its upstream in all.
+#[rstest::rstest]
+#[case::applied("mcp", json!({"there": true}), Some(Effect::Applied), 1)]
+#[case::not_applied("http", json!({"there": false}), Some(Effect::NotApplied), 2)]
+#[case::not_told("http", json!({"there": "perhaps"}), None, 1)]
+#[tokio::test]
+async fn a_read_tells_what_became_of_a_call_of_an_earlier_attempt(
+    #[case] of: &str,
+    #[case] truth: Value,
+    #[case] expected: Option<Effect>,
+    #[case] made: usize,
+) {
+    let (name, args) = (format!("{of}.change"), json!({"ms": 800, "truth": truth}));
+    let Harness { gateway, mcp, api, .. } = harness_of(verified(MANY), vec![]).await;
+    // All that the harness runs on is gone at once, as when its pod is.
+    let pod = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+    let (at, upstreams) = (gateway.clone(), (mcp.clone(), api.clone()));
+    let (called, lost) = (name.clone(), args.clone());
+    pod.spawn(async move {
+        let harness = start(at, &verified(MANY), 2, upstreams.0, upstreams.1).await;
+        harness.tool(&called, lost).await
+    });
+    let intents = || gateway.records().iter().filter(|record| record.event.kind() == "call.intent").count();
+    let listings = usize::from(of == "mcp");
+    while intents() <= listings {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    pod.shutdown_background();
+
+    let again = start(gateway, &verified(MANY), 3, mcp, api).await;
+    let (error, text) = again.tool(&name, args).await;
+    assert_eq!(error, expected != Some(Effect::NotApplied), "{text}");
+    assert!(!error || text.contains("tool.idempotency"), "{text}");
+    assert_eq!(resolved(&again.records().await), Vec::from_iter(expected));
+    let target = if of == "mcp" { "\"slow\"" } else { "/slow/800" };
+    let sent = again.gateway.saw().into_iter().filter(|seen| seen.contains(target)).count();
+    assert_eq!(sent, made, "{:?}", again.gateway.saw());
+}

@@ -43,6 +43,11 @@ pub struct AgentTaskSpec {
     #[schemars(length(min = 1, max = 63), regex(pattern = r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$"))]
     pub workflow_class: String,
 
+    /// The kind of work, one of the pack's `taskClasses`: KPIs are told apart by it, and expressions read it as `task.taskClass`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 63), regex(pattern = r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$"))]
+    pub task_class: Option<String>,
+
     /// On whose behalf the agent acts. An admission policy pins it to the authenticated creator unless that creator may
     /// `impersonate` AgentTasks' principals.
     #[schemars(length(min = 1, max = 253), regex(pattern = r"^[^\s\x00-\x1f]+$"))]

@@ -38,6 +38,10 @@ pub struct PolicyPackSpec {
     /// The kinds of work that are allowed, each with its own walls.
     #[schemars(length(min = 1, max = 32), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
     pub workflow_classes: Vec<WorkflowClass>,
+    /// The kinds of work that KPIs are told apart by: labels of metrics, of which a task may name one as its `taskClass`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 64), inner(length(min = 1, max = 63), regex(pattern = r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$")), extend("x-kubernetes-list-type" = "set"))]
+    pub task_classes: Vec<String>,
     /// The model endpoints that `/v1/...` calls are passed to.
     #[serde(default)]
     pub models: Models,
@@ -59,13 +63,14 @@ pub struct PolicyPackSpec {
     pub approval: Option<Approval>,
     /// Where evidence goes and how long it stays.
     pub evidence: EvidencePolicy,
-    /// Where the arguments of calls that undo others are kept. Contracts with a `rollback.call` need it.
+    /// Where the arguments of calls that undo others are kept, which contracts with a `rollback.call` need, and the results of idempotent
+    /// calls, for later attempts to be given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub state: Option<StatePolicy>,
 }
 
-/// A bucket for what must outlive a pod and is no evidence. It holds arguments as they are: encrypt it, let none but the gateway read it,
-/// and let a lifecycle rule expire it once nobody would roll back any more. It needs no Object Lock, and no default retention.
+/// A bucket for what must outlive a pod and is no evidence. It holds arguments and results as they are: encrypt it, let none but the gateway read it,
+/// and let a lifecycle rule expire it once nobody would roll back or try again any more. It needs no Object Lock, and no default retention.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct StatePolicy {

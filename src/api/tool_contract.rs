@@ -82,8 +82,9 @@ pub struct ToolContractSpec {
 
 /// One effect for calls that are one, within a task, all attempts together. The same call again is answered with the result that
 /// there is, and is not counted; several at once are made once. A call with the same key and other arguments is denied by rule
-/// `tool.idempotency`, and so is one of which nobody knows whether it took effect, or whose result is not kept any more: results
-/// live in the attempt's harness, up to 256 KiB each and 8 MiB in all. A call that certainly did nothing may be made again.
+/// `tool.idempotency`, and so is one of which nobody knows whether it took effect and no `verify` tells, or whose result is not kept any
+/// more: results of up to 256 KiB each live in the attempt's harness, up to 8 MiB in all, and in the bucket of the pack's `state`, if it
+/// has one, for later attempts. A call that certainly did nothing may be made again.
 #[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Idempotency {
@@ -109,7 +110,8 @@ impl Idempotency {
 }
 
 /// A read that tells whether a call took effect whose reply never came: one that timed out, or broke off. It is a call of its own, by its
-/// own contract, counted and recorded. A `true` counts at once; a `false` counts if it is still one `settleSeconds` after the reply
+/// own contract, counted and recorded. Where calls are idempotent, the same call of a later attempt has it made, too, if what became of the
+/// earlier one is not known. A `true` counts at once; a `false` counts if it is still one `settleSeconds` after the reply
 /// was given up, as the upstream may be at it. While that is found out the agent's call waits; then it is told. A read that fails leaves it unknown.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]

@@ -281,13 +281,22 @@ pub struct Outcome {
 }
 
 impl Outcome {
-    /// Whether the agent got a result: there was a reply, and no rule withheld it.
-    pub fn is_given(&self) -> bool {
-        self.rule.is_none() && self.response_digest.is_some()
+    /// The digest of the result that the agent got: there was a reply, and no rule withheld it.
+    pub fn given(&self) -> Option<&String> {
+        self.response_digest.as_ref().filter(|_| self.rule.is_none())
     }
 }
 
 impl Effect {
+    /// The name in records and metrics.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Applied => "applied",
+            Self::NotApplied => "not_applied",
+            Self::Unknown => "unknown",
+        }
+    }
+
     /// What the ledger keeps of a call that ended so; nothing where it certainly did nothing.
     pub fn fate(self) -> Option<Fate> {
         match self {

@@ -133,7 +133,7 @@ pub struct Compiled {
     pub credentials: Vec<Option<Credential>>,
     /// Where evidence goes.
     pub evidence: EvidencePolicy,
-    /// Where arguments are kept.
+    /// Where arguments and results are kept.
     pub state: Option<StatePolicy>,
 }
 
@@ -451,12 +451,22 @@ impl Compiled {
     }
 
     /// Where the arguments are that undo the calls of this task, or of the one that it undoes.
-    pub fn state(&self) -> Option<Location> {
-        let (state, task) = (self.state.as_ref()?, &self.policy.task);
+    pub fn undos(&self) -> Option<Location> {
+        let task = &self.policy.task;
         let of = task.rollback_of.as_ref().filter(|of| !of.name.contains('/'));
         let (name, uid) = of.map_or((&task.name, &task.uid), |of| (&of.name, &of.uid));
-        let prefix = log_prefix(state.prefix.as_deref(), &task.namespace, name, uid);
-        Some(Location { bucket: state.bucket.clone(), prefix: format!("{prefix}rollback/") })
+        self.kept(name, uid, "rollback")
+    }
+
+    /// Where the results of this task's idempotent calls are.
+    pub fn results(&self) -> Option<Location> {
+        self.kept(&self.policy.task.name, &self.policy.task.uid, "results")
+    }
+
+    fn kept(&self, task: &str, uid: &str, folder: &str) -> Option<Location> {
+        let state = self.state.as_ref()?;
+        let prefix = log_prefix(state.prefix.as_deref(), &self.policy.task.namespace, task, uid);
+        Some(Location { bucket: state.bucket.clone(), prefix: format!("{prefix}{folder}/") })
     }
 }
 

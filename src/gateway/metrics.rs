@@ -4,8 +4,16 @@ use std::time::Duration;
 
 use prometheus::{HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts, Registry};
 
+use crate::{
+    evidence::record::{Channel, Event},
+    policy::config::SideEffect,
+};
+
 /// From a local cache hit to a slow model: seconds.
 const LATENCIES: &[f64] = &[0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0];
+
+/// Points of risk, as packs give them.
+const POINTS: &[f64] = &[0.0, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0];
 
 /// The gateway's metrics.
 #[derive(Clone)]
@@ -18,6 +26,15 @@ pub struct Metrics {
     pub appends: IntCounterVec,
     /// Seconds of an append, bucket included.
     pub append_seconds: HistogramVec,
+    /// Decisions as they are recorded, the harness's among them, by the task's class, channel, decision (`allowed`, `denied`) and the
+    /// rule that decided against it.
+    pub decisions: IntCounterVec,
+    /// Tool calls by the task's class, effect, and how sensitive their arguments are.
+    pub tool_calls: IntCounterVec,
+    /// The risk of tool calls, where the pack says how to tell, by the task's class.
+    pub risk: HistogramVec,
+    /// Calls that ended, by the task's class and whether they took effect (`applied`, `not_applied`, `unknown`).
+    pub outcomes: IntCounterVec,
     /// Tunnels that are open now.
     pub tunnels: IntGauge,
     /// Connections that are open now.
@@ -79,7 +96,29 @@ impl Metrics {
             &["until"],
         )?;
         registry.register(Box::new(append_seconds.clone()))?;
+        let risk = HistogramVec::new(
+            HistogramOpts::new("belay_gateway_tool_call_risk", "Points of risk of tool calls, by class of task.")
+                .buckets(POINTS.to_vec()),
+            &["task_class"],
+        )?;
+        registry.register(Box::new(risk.clone()))?;
         Ok(Self {
+            decisions: counters(
+                "belay_gateway_decisions_total",
+                "Decisions in the evidence, by class of task, channel, decision and the rule that decided against it.",
+                &["task_class", "channel", "decision", "rule"],
+            )?,
+            tool_calls: counters(
+                "belay_gateway_tool_calls_total",
+                "Tool calls in the evidence, by class of task, effect, and how sensitive their arguments are.",
+                &["task_class", "effect", "sensitivity"],
+            )?,
+            risk,
+            outcomes: counters(
+                "belay_gateway_outcomes_total",
+                "Calls in the evidence that ended, by class of task and whether they took effect.",
+                &["task_class", "effect"],
+            )?,
             requests: counters(
                 "belay_gateway_requests_total",
                 "Requests by channel, decision and the rule that decided against them.",
@@ -127,8 +166,72 @@ impl Metrics {
         })
     }
 
+    /// Notes what a task's log says. Task classes are few: the pack lists them.
+    pub fn recorded(&self, task_class: &str, event: &Event) {
+        match event {
+            Event::Intent(intent) => {
+                self.decisions.with_label_values(&[task_class, intent.channel.as_str(), "allowed", "none"]).inc();
+                if intent.channel != Channel::Tool {
+                    return;
+                }
+                let found = intent.assessment.as_ref();
+                let sensitivity = found.map(|found| found.arguments).unwrap_or_default();
+                let effect = intent.effect.map_or("none", SideEffect::as_str);
+                self.tool_calls.with_label_values(&[task_class, effect, sensitivity.as_str()]).inc();
+                if let Some(risk) = found.and_then(|found| found.risk.as_ref()) {
+                    let score = i32::try_from(risk.score).unwrap_or(i32::MAX);
+                    self.risk.with_label_values(&[task_class]).observe(score.into());
+                }
+            }
+            Event::Denied(denied) => {
+                let labels = [task_class, denied.channel.as_str(), "denied", denied.rule.as_str()];
+                self.decisions.with_label_values(&labels).inc();
+            }
+            Event::Outcome(outcome) => self.outcomes.with_label_values(&[task_class, outcome.effect.as_str()]).inc(),
+            _ => {}
+        }
+    }
+
     /// Notes how long an upstream took.
     pub fn upstream_took(&self, channel: &str, time: Duration) {
         self.upstream.with_label_values(&[channel]).observe(time.as_secs_f64());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        gateway::testing,
+        policy::access::{Assessment, Score},
+    };
+
+    #[test]
+    fn what_is_recorded_is_counted_by_the_class_of_its_task() {
+        let metrics = testing::metrics();
+        let Event::Intent(mut intent) = testing::intent("a", Channel::Tool, "write", 0) else { panic!() };
+        intent.assessment = Some(Assessment {
+            arguments: crate::policy::config::Sensitivity::Internal,
+            seen: crate::policy::config::Sensitivity::Unclassified,
+            rules: vec![],
+            risk: Some(Score { score: 40, terms: vec!["change".into()] }),
+        });
+        for event in [
+            Event::Intent(intent),
+            testing::outcome("a", 0),
+            testing::denied(),
+            testing::intent("b", Channel::Model, "/v1/responses", 5),
+        ] {
+            metrics.recorded("triage", &event);
+        }
+        let decided =
+            |channel, decision, rule| metrics.decisions.with_label_values(&["triage", channel, decision, rule]).get();
+        assert_eq!(decided("tool", "allowed", "none"), 1);
+        assert_eq!(decided("model", "allowed", "none"), 1);
+        assert_eq!(decided("egress", "denied", "egress.host"), 1);
+        assert_eq!(metrics.tool_calls.with_label_values(&["triage", "write", "Internal"]).get(), 1);
+        assert_eq!(metrics.outcomes.with_label_values(&["triage", "applied"]).get(), 1);
+        let risk = metrics.risk.with_label_values(&["triage"]);
+        assert_eq!((risk.get_sample_count(), risk.get_sample_sum()), (1, 40.0));
     }
 }

@@ -249,12 +249,14 @@ impl Gateway {
             wire::APPROVAL if post => self.approval(request, asked).await,
             wire::STATE_KEEP if post => self.keep(request, asked).await,
             wire::STATE_GET if post => self.kept(request, asked).await,
+            wire::RESULT_KEEP if post => self.keep_result(request, asked).await,
+            wire::RESULT_GET if post => self.kept_result(request, asked).await,
             wire::LOG_APPEND if post => self.append(request, asked).await,
             wire::LOG_SEAL => Err(Refused::denied(Rule::IdentityToken, "only the operator may seal a log")),
             _ => Err(Refused {
                 status: StatusCode::NOT_FOUND,
                 ..Refused::malformed(
-                    "expected CONNECT, /v1/forward or a POST to /v1/call, /v1/approval, /v1/state/{keep,get} or /v1/log/{open,append,seal}",
+                    "expected CONNECT, /v1/forward or a POST to /v1/call, /v1/approval, /v1/{state,result}/{keep,get} or /v1/log/{open,append,seal}",
                 )
             }),
         }
@@ -330,7 +332,8 @@ impl Gateway {
         let body: OpenRequest = json(request, LARGEST_OPEN).await?;
         let compiled = self.compiled_as(&principal, &body.policy_digest).await?;
         let (place, of) = (compiled.place(), compiled.undone());
-        reply(&self.parts.witness.open(&place, &principal, &body, &compiled.digest, of.as_ref()).await?)
+        let opened = self.parts.witness.open(&place, &principal, &body, &compiled.digest, of.as_ref()).await?;
+        reply(&wire::OpenReply { keeps_results: compiled.results().is_some(), ..opened })
     }
 
     /// The policy, once it is the harness's or the stores have had their time to catch up.
@@ -383,21 +386,59 @@ impl Gateway {
         reply(&approvals::ask(cluster, requests.as_ref(), &compiled, &principal, &body, before).await?)
     }
 
-    /// Where a pod's arguments are kept.
-    fn state(&self, principal: &Principal) -> Result<(Arc<Compiled>, Location), Refused> {
+    /// Where what belongs to a task's calls is kept.
+    fn state(
+        &self,
+        principal: &Principal,
+        of: fn(&Compiled) -> Option<Location>,
+        rule: Rule,
+    ) -> Result<(Arc<Compiled>, Location), Refused> {
         principal.may_call()?;
         let compiled = self.parts.cluster.compiled(principal)?;
-        let state = compiled.state().ok_or_else(|| {
-            Refused::denied(Rule::ToolRollback, "expected a state bucket in the pack, found none: nothing is kept")
-        })?;
+        let state = of(&compiled)
+            .ok_or_else(|| Refused::denied(rule, "expected a state bucket in the pack, found none: nothing is kept"))?;
         Ok((compiled, state))
+    }
+
+    /// Keeps what an idempotent call has answered, by the harness's word, as its record is.
+    async fn keep_result(&self, request: Request<Incoming>, asked: Asked) -> Served {
+        let Asked { principal, .. } = &asked;
+        let (compiled, at) = self.state(principal, Compiled::results, Rule::ToolIdempotency)?;
+        let _share = self.share(principal, |share| &share.log)?;
+        let wire::KeepResult { intent, result } = json(request, LARGEST_KEEP).await?;
+        let refused = |reason: String| Refused::denied(Rule::ToolIdempotency, reason);
+        if result.len() > wire::LONGEST_RESULT {
+            let (most, found) = (wire::LONGEST_RESULT, result.len());
+            return Err(refused(format!("expected a result of at most {most} bytes, found {found}")));
+        }
+        let intent = self.parts.witness.intent(&compiled.place(), intent).await?;
+        authorize::called(&compiled, principal.attempt, &intent)?;
+        if intent.key.is_none() {
+            return Err(refused(format!("expected a call under an idempotency key, found {} without", intent.call)));
+        }
+        reply(&wire::Kept { digest: self.parts.witness.keep(&at, &intent.call, result.into()).await? })
+    }
+
+    /// Gives it again. Which result it is follows from the log, by its digest: who asks checks that.
+    async fn kept_result(&self, request: Request<Incoming>, asked: Asked) -> Served {
+        let (_, at) = self.state(&asked.principal, Compiled::results, Rule::ToolIdempotency)?;
+        let _share = self.share(&asked.principal, |share| &share.log)?;
+        let of = json(request, LARGEST_OPEN).await?;
+        reply(&wire::KeptResult { result: self.text(&at, &of, Rule::ToolIdempotency).await? })
+    }
+
+    async fn text(&self, at: &Location, of: &wire::KeptOf, rule: Rule) -> Result<String, Refused> {
+        let text = self.parts.witness.kept(at, &of.call, &of.digest).await?.ok_or_else(|| {
+            Refused::denied(rule, format!("expected what belongs to {} in {at}, found nothing", of.call))
+        })?;
+        String::from_utf8(text).map_err(|e| Refused::malformed(e.to_string()))
     }
 
     /// Makes the arguments that undo a call, by its contract, of the very arguments that it was made with; what it answered is the
     /// harness's word.
     async fn keep(&self, request: Request<Incoming>, asked: Asked) -> Served {
         let Asked { principal, .. } = &asked;
-        let (compiled, at) = self.state(principal)?;
+        let (compiled, at) = self.state(principal, Compiled::undos, Rule::ToolRollback)?;
         let _share = self.share(principal, |share| &share.log)?;
         let wire::Keep { intent, arguments, result } = json(request, LARGEST_KEEP).await?;
         let intent = self.parts.witness.intent(&compiled.place(), intent).await?;
@@ -421,15 +462,13 @@ impl Gateway {
     }
 
     async fn kept(&self, request: Request<Incoming>, asked: Asked) -> Served {
-        let (compiled, at) = self.state(&asked.principal)?;
+        let (compiled, at) = self.state(&asked.principal, Compiled::undos, Rule::ToolRollback)?;
         let _share = self.share(&asked.principal, |share| &share.log)?;
-        let wire::KeptOf { call, digest } = json(request, LARGEST_OPEN).await?;
+        let of = json(request, LARGEST_OPEN).await?;
         if compiled.undone().is_none() {
             return Err(Refused::denied(Rule::ToolRollback, "expected a rollback, found another task"));
         }
-        let arguments = self.parts.witness.kept(&at, &call, &digest).await?;
-        let arguments = String::from_utf8(arguments).map_err(|e| Refused::malformed(e.to_string()))?;
-        reply(&wire::Undo { arguments })
+        reply(&wire::Undo { arguments: self.text(&at, &of, Rule::ToolRollback).await? })
     }
 
     async fn seal(&self, request: Request<Incoming>) -> Served {

@@ -208,6 +208,7 @@ pub fn policy() -> PolicyConfig {
             generation: 1,
             objective: "Tidy up.".into(),
             workflow_class: "support".into(),
+            task_class: None,
             principal: "jane@example.com".into(),
             requester: None,
             image: "localhost/agent:dev".into(),

@@ -177,6 +177,7 @@ impl Witness {
             usage: history.usage(),
             tools: history.tools(principal.attempt),
             ledger: history.ledger(),
+            keeps_results: false,
             seen: history.seen(),
             open_calls: u64::try_from(history.open_calls()).unwrap_or(u64::MAX),
             undoing: match (of, history.undoing()) {
@@ -258,34 +259,31 @@ impl Witness {
         refused(format!("expected {call} to be tried by fewer than {ROLLBACKS} rollbacks; undo it by hand"))
     }
 
-    /// Keeps the arguments that undo a call. Those that are there already are as good.
+    /// Keeps what belongs to a call, the arguments that undo it or its result; gives its SHA-256, hex. What is there already is as good.
     ///
     /// # Errors
     /// [`Rule::Evidence`] if the bucket fails.
-    pub async fn keep(&self, at: &Location, call: &str, arguments: Vec<u8>) -> Result<String, Refused> {
+    pub async fn keep(&self, at: &Location, call: &str, content: Vec<u8>) -> Result<String, Refused> {
         plain(call)?;
-        let digest = hex::encode(canonical::sha256(&arguments));
+        let digest = hex::encode(canonical::sha256(&content));
         let store = self.buckets.bucket(&at.bucket).await.map_err(|e| self.failed(&e))?;
-        match store.put_new(&format!("{}{call}/{digest}.json", at.prefix), arguments.into(), None).await {
+        match store.put_new(&format!("{}{call}/{digest}.json", at.prefix), content.into(), None).await {
             Ok(_) | Err(PutError::Exists) => Ok(digest),
             Err(PutError::Store(error)) => Err(self.failed(&error)),
         }
     }
 
-    /// The arguments that were kept to undo a call.
+    /// What was kept of a call, if it is there.
     ///
     /// # Errors
-    /// [`Rule::ToolRollback`] if they are not there, [`Rule::Evidence`] if the bucket fails.
-    pub async fn kept(&self, at: &Location, call: &str, digest: &str) -> Result<Vec<u8>, Refused> {
+    /// [`Rule::Evidence`] if the bucket fails.
+    pub async fn kept(&self, at: &Location, call: &str, digest: &str) -> Result<Option<Vec<u8>>, Refused> {
         plain(call)?;
         plain(digest)?;
         let store = self.buckets.bucket(&at.bucket).await.map_err(|e| self.failed(&e))?;
         match store.get(&format!("{}{call}/{digest}.json", at.prefix)).await {
-            Ok(arguments) => Ok(arguments.into()),
-            Err(StoreError::NotFound { .. }) => {
-                let reason = format!("expected the arguments that undo {call} in {at}, found none: undo it by hand");
-                Err(Refused::denied(Rule::ToolRollback, reason))
-            }
+            Ok(content) => Ok(Some(content.into())),
+            Err(StoreError::NotFound { .. }) => Ok(None),
             Err(error) => Err(self.failed(&error)),
         }
     }
@@ -400,10 +398,12 @@ impl Witness {
             }
         }
         let usage = next.usage();
+        let task_class = next.task_class();
         if log.hold(segment.clone(), next)? {
             // Whoever asked for it may go away; what was taken is stored all the same.
             tokio::spawn(self.clone().store_held(place.clone(), log.clone()));
         }
+        records.iter().for_each(|record| self.metrics.recorded(&task_class, &record.event));
         Ok(Took::Held(Taken::Anew, usage))
     }
 

@@ -415,11 +415,11 @@ impl Gate {
     ///
     /// # Errors
     /// If the log has ended.
-    pub fn resolve(&self, call: u64, key: Option<&str>, effect: Effect, by: u64) -> Result<(), Denial> {
-        let resolved = Resolved { call: call_id(call), effect, by: call_id(by) };
+    pub fn resolve(&self, call: &str, key: Option<&str>, effect: Effect, by: u64) -> Result<(), Denial> {
+        let resolved = Resolved { call: call.to_owned(), effect, by: call_id(by) };
         let record = self.journal.record(|_, _| {
             if let Some(key) = key {
-                self.once.ledger().settle(key, &resolved.call, effect.fate());
+                self.once.ledger().settle(key, &resolved.call, effect.fate(), None);
             }
             if let Some(undoing) = self.undoing().as_mut() {
                 undoing.settle(&resolved.call, effect);
@@ -481,7 +481,9 @@ impl Permit {
         let result = self.gate.journal.record(|_, budget| {
             budget.settle_model(reserved, spent);
             if let Some(key) = &self.key {
-                self.gate.once.ledger().settle(key, &call_id(self.intent), settlement.effect.fate());
+                let given = settlement.response_digest.as_ref().filter(|_| settlement.rule.is_none());
+                let mut ledger = self.gate.once.ledger();
+                ledger.settle(key, &call_id(self.intent), settlement.effect.fate(), given);
             }
             if let Some(undoing) = self.gate.undoing().as_mut() {
                 undoing.settle(&call_id(self.intent), settlement.effect);

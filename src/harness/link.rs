@@ -35,8 +35,8 @@ use crate::{
     evidence::{merkle::Hash, record::Channel},
     policy::{config::Wiring, decide::Denial, rule::Rule},
     wire::{
-        self, AppendReply, AppendRequest, ApprovalAsk, ApprovalReply, Keep, Kept, KeptOf, OpenReply, OpenRequest,
-        Refusal, Undo,
+        self, AppendReply, AppendRequest, ApprovalAsk, ApprovalReply, Keep, KeepResult, Kept, KeptOf, KeptResult,
+        OpenReply, OpenRequest, Refusal, Undo,
     },
 };
 
@@ -181,6 +181,23 @@ impl Link {
     pub async fn kept(&self, of: &KeptOf) -> Result<String, CallError> {
         let undo: Undo = self.post_patiently(wire::STATE_GET, of).await?;
         Ok(undo.arguments)
+    }
+
+    /// Has the result of an idempotent call kept outside the pod. Tried again for a while where nobody answers.
+    ///
+    /// # Errors
+    /// If the gateway refuses or cannot be reached.
+    pub async fn keep_result(&self, keep: &KeepResult) -> Result<(), CallError> {
+        self.post_patiently::<_, Kept>(wire::RESULT_KEEP, keep).await.map(|_| ())
+    }
+
+    /// The result of a call of an earlier harness, as it was kept. Tried again for a while where nobody answers.
+    ///
+    /// # Errors
+    /// If the gateway refuses or cannot be reached.
+    pub async fn kept_result(&self, of: &KeptOf) -> Result<String, CallError> {
+        let kept: KeptResult = self.post_patiently(wire::RESULT_GET, of).await?;
+        Ok(kept.result)
     }
 
     async fn post_patiently<Q: serde::Serialize, R: serde::de::DeserializeOwned>(

@@ -224,13 +224,16 @@ impl Tools {
             settlement.undone_by = self.keep_undo(&tool, intent, arguments, answered).await;
         }
         if let (Some(_), Ok(result)) = (&key, &result) {
-            self.gate.once().keep(call_id(permit.intent), result, settlement.response_digest.as_ref());
+            let digest = settlement.response_digest.as_ref();
+            self.gate.once().keep(self.gate.link(), permit.intent, result, digest).await;
         }
         let unknown = settlement.effect == Effect::Unknown;
         permit.settle(settlement);
         match (result, tool.verify.as_ref().zip(arguments)) {
             (Err(denial), Some((read, arguments))) if unknown => {
-                Err(self.resolve(&tool, read, &arguments, (intent, key.as_deref()), denial).await)
+                let told = self.resolve(&tool, read, &arguments, (&call_id(intent), key.as_deref())).await;
+                let words = told.unwrap_or_else(|why| why);
+                Err(Denial { rule: denial.rule, reason: format!("{}. {words}", denial.reason) })
             }
             (result, _) => result.map(|result| Came { result, intent: Some(intent), pending: false }),
         }
@@ -255,25 +258,26 @@ impl Tools {
         .ok()
     }
 
-    /// What the agent is told of a call whose reply never came, once the read that its contract names has told what became of it.
+    /// Records what became of a call whose reply never came, as the read that its contract names tells; gives that in words.
+    ///
+    /// # Errors
+    /// Why it is still not known.
     async fn resolve(
         &self,
         tool: &Tool,
         read: &VerifyRead,
         arguments: &Value,
-        (call, key): (u64, Option<&str>),
-        lost: Denial,
-    ) -> Denial {
+        (call, key): (&str, Option<&str>),
+    ) -> Result<String, String> {
         // From now on, not from when it was sent: the upstream had all that time, and may be at it still.
         let settled = Instant::now() + Duration::from_secs(u64::try_from(read.settle_seconds).unwrap_or_default());
-        let told = |words: String| Denial { rule: lost.rule, reason: format!("{}. {words}", lost.reason) };
         loop {
             let last = Instant::now() >= settled;
             let came = Box::pin(self.call(&read.tool, read.arguments(arguments), None)).await;
             let (found, by) = match came.map(|came| (said(&came.result), came.intent)) {
                 Ok((Some(found), Some(by))) => (found, by),
-                Ok(_) => return told(format!("{} did not tell what became of it", read.tool)),
-                Err(denial) => return told(format!("{} could not be asked: {}", read.tool, denial.reason)),
+                Ok(_) => return Err(format!("{} did not tell what became of it", read.tool)),
+                Err(denial) => return Err(format!("{} could not be asked: {}", read.tool, denial.reason)),
             };
             let (effect, words) = match self.gate.contracts().applied(&tool.name, arguments, &found) {
                 Ok(true) => (Effect::Applied, "it took effect: do not repeat it"),
@@ -283,12 +287,10 @@ impl Tools {
                     tokio::time::sleep_until(settled.into()).await;
                     continue;
                 }
-                Err(neither) => return told(format!("{} does not tell what became of it: {neither}", read.tool)),
+                Err(neither) => return Err(format!("{} does not tell what became of it: {neither}", read.tool)),
             };
-            return match self.gate.resolve(call, key, effect, by) {
-                Ok(()) => told(format!("{} tells that {words}", read.tool)),
-                Err(denial) => denial,
-            };
+            self.gate.resolve(call, key, effect, by).map_err(|denial| denial.reason)?;
+            return Ok(format!("{} tells that {words}", read.tool));
         }
     }
 
@@ -304,8 +306,16 @@ impl Tools {
                 tool.name
             ),
         })?;
-        let turn = self.gate.once().turn(key).await;
-        let made = self.gate.once().answer(self.gate.journal(), tool, of, &turn, digest).await?;
+        let once = self.gate.once();
+        let turn = once.turn(key).await;
+        // Of this attempt or an earlier one: its contract may name a read that tells.
+        if let Some((read, call)) = tool.verify.as_ref().zip(once.unknown(of, &turn, digest)) {
+            let arguments = Value::Object(args.clone());
+            if let Err(why) = self.resolve(tool, read, &arguments, (&call, Some(&turn.key))).await {
+                tracing::warn!(call, why, "whether a call took effect is still not known");
+            }
+        }
+        let made = once.answer((self.gate.journal(), self.gate.link()), tool, of, &turn, digest).await?;
         Ok(made.map_or(Turned::Mine(turn), Turned::Made))
     }
 

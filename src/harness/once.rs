@@ -1,8 +1,8 @@
 //! One effect for calls that are one: the idempotency ledger as the harness keeps it, with results to give again.
 //!
 //! Promises: of calls with one key one is under way at a time, and the others wait for it; what was made is answered from its result,
-//! recorded before the agent gets it; what the witness would refuse is never written. Refuses: results of another harness, which are
-//! not kept: such a call is a denial, not a second effect.
+//! recorded before the agent gets it; what the witness would refuse is never written. Results of another harness come from the bucket of
+//! the pack's `state`, by the digest that the log has. Refuses: a second effect where a result is not to be had: that is a denial.
 
 use std::{
     collections::HashMap,
@@ -13,20 +13,20 @@ use jiff::{SignedDuration, Timestamp};
 use rmcp::model::CallToolResult;
 use tokio::sync::OwnedMutexGuard;
 
-use super::journal::Journal;
+use super::{gate::call_id, journal::Journal, link::Link};
 use crate::{
+    canonical,
     evidence::record::{Event, Replayed},
     policy::{
         config::{Idempotency, Tool},
         decide::{Denial, shorten},
-        ledger::{Found, KEYS, Ledger},
+        ledger::{Entry, Found, KEYS, Ledger},
         rule::Rule,
     },
+    wire::{KeepResult, KeptOf, LONGEST_RESULT},
 };
 
-/// Longest result that is kept, in bytes of JSON.
-const LONGEST_RESULT: usize = 256 << 10;
-/// Longest results together.
+/// Longest results together that are kept here.
 const LONGEST_RESULTS: usize = 8 << 20;
 /// The witness reads the time of the record, which is written a little later: a key lapses here later than there.
 pub(super) const SLACK: SignedDuration = SignedDuration::from_secs(1);
@@ -50,6 +50,8 @@ pub struct Once {
     ledger: Mutex<Ledger>,
     turns: Mutex<HashMap<String, Weak<tokio::sync::Mutex<()>>>>,
     results: Mutex<Results>,
+    /// Whether results are kept outside the pod as well.
+    outside: bool,
 }
 
 /// A key that a call has to itself.
@@ -61,8 +63,8 @@ pub struct Turn {
 
 impl Once {
     /// A ledger that goes on from what the log says.
-    pub fn resume(ledger: Ledger) -> Self {
-        Self { ledger: Mutex::new(ledger), ..Self::default() }
+    pub fn resume(ledger: Ledger, outside: bool) -> Self {
+        Self { ledger: Mutex::new(ledger), outside, ..Self::default() }
     }
 
     /// The ledger. Locked while the journal is, and never the other way round.
@@ -96,13 +98,21 @@ impl Once {
         }
     }
 
+    /// The call that was made under a key and of which nobody knows whether it took effect.
+    pub fn unknown(&self, of: &Idempotency, turn: &Turn, digest: &str) -> Option<String> {
+        match self.ledger().find(&turn.key, digest, of, now()) {
+            Found::Unknown(made) => Some(made.call.clone()),
+            _ => None,
+        }
+    }
+
     /// The result that there is of the call that was made under a key; `None` if the call is to be made.
     ///
     /// # Errors
     /// [`Rule::ToolIdempotency`] if it may not be made, and [`Rule::Evidence`] if the answer cannot be recorded.
     pub async fn answer(
         &self,
-        journal: &Journal,
+        (journal, link): (&Journal, &Link),
         tool: &Tool,
         of: &Idempotency,
         turn: &Turn,
@@ -114,15 +124,19 @@ impl Once {
             found => return Err(refusal(&tool.name, &found)),
         };
         let kept = self.results.lock().unwrap_or_else(PoisonError::into_inner).of.get(&made.call).cloned();
-        let Some(kept) = kept else {
-            return Err(denial(format!(
-                "{} was called with this already, as call {} at {}, and that took effect; its result is not kept any more. Do not repeat it: \
-                 read what it changed",
+        let kept = match kept {
+            Some(kept) => Ok(kept),
+            None => self.fetch(link, &made).await,
+        };
+        let kept = kept.map_err(|why| {
+            denial(format!(
+                "{} was called with this already, as call {} at {}, and that took effect; its result {why}. Do not repeat it: read what it \
+                 changed",
                 shorten(&tool.name),
                 made.call,
                 made.time
-            )));
-        };
+            ))
+        })?;
         let replayed = Replayed {
             call: made.call,
             target: shorten(&tool.name),
@@ -143,16 +157,47 @@ impl Once {
         Ok(Some(kept.result))
     }
 
-    /// Keeps a result to be given again, if it is not too long.
-    pub fn keep(&self, call: String, result: &CallToolResult, digest: Option<&String>) {
-        let size = serde_json::to_vec(result).map_or(usize::MAX, |text| text.len());
-        let mut results = self.results.lock().unwrap_or_else(PoisonError::into_inner);
-        let sum = results.size.saturating_add(size);
-        if let Some(digest) = digest.filter(|_| size <= LONGEST_RESULT && sum <= LONGEST_RESULTS) {
-            results.size = sum;
-            results.of.insert(call, Kept { result: result.clone(), digest: digest.clone() });
+    /// The result of a call of another harness.
+    ///
+    /// # Errors
+    /// What is the matter with it, to go on from "its result".
+    async fn fetch(&self, link: &Link, made: &Entry) -> Result<Kept, String> {
+        let Some(digest) = made.response_digest.clone() else { return Err("was not given to the agent".into()) };
+        if !self.outside {
+            return Err("is not kept any more".into());
+        }
+        let of = KeptOf { call: made.call.clone(), digest: digest.clone() };
+        let text = link.kept_result(&of).await.map_err(|error| format!("cannot be had: {error}"))?;
+        let result = result_of(&text, &digest).ok_or("is not as it was kept")?;
+        Ok(Kept { result, digest })
+    }
+
+    /// Keeps a result to be given again, if it is not too long: here, and for other attempts outside the pod. It has to be there before the
+    /// outcome is recorded, by which it may be given again. Where it cannot be kept the call is not repeated all the same.
+    pub async fn keep(&self, link: &Link, intent: u64, result: &CallToolResult, digest: Option<&String>) {
+        let text = serde_json::to_string(result).ok().filter(|text| text.len() <= LONGEST_RESULT);
+        let Some((digest, text)) = digest.zip(text) else { return };
+        {
+            let mut results = self.results.lock().unwrap_or_else(PoisonError::into_inner);
+            let sum = results.size.saturating_add(text.len());
+            if sum <= LONGEST_RESULTS {
+                results.size = sum;
+                results.of.insert(call_id(intent), Kept { result: result.clone(), digest: digest.clone() });
+            }
+        }
+        if self.outside
+            && let Err(error) = link.keep_result(&KeepResult { intent, result: text }).await
+        {
+            tracing::error!(intent, %error, "a result could not be kept: another attempt will be refused it");
         }
     }
+}
+
+/// The result that was kept, if it is the one with this digest: as text, and as it would be given.
+fn result_of(text: &str, digest: &str) -> Option<CallToolResult> {
+    let is = |bytes: &[u8]| hex::encode(canonical::sha256(bytes)) == digest;
+    let result: CallToolResult = serde_json::from_str(text).ok().filter(|_| is(text.as_bytes()))?;
+    is(&serde_json::to_vec(&result).ok()?).then_some(result)
 }
 
 fn now() -> Timestamp {

@@ -21,7 +21,7 @@ pub struct Metrics {
     pub reconciles: IntCounterVec,
     /// How long they took, by result.
     pub reconcile_seconds: HistogramVec,
-    /// Attempts that ended, by failure class; `None` is success.
+    /// Attempts that ended, by what they were for (`agent`, `rollback`), the task's class, and failure class; `None` is success.
     pub attempts: IntCounterVec,
     /// From the first sight of a task to its first pod.
     pub apply_to_pod: Histogram,
@@ -57,8 +57,8 @@ impl Metrics {
             )?,
             attempts: counter(
                 "belay_operator_attempts_total",
-                "Attempts that ended, by failure class; class None is success.",
-                &["class"],
+                "Attempts that ended, by what they were for, class of task, and failure class; class None is success.",
+                &["kind", "task_class", "class"],
             )?,
             apply_to_pod: Histogram::with_opts(options(
                 "belay_operator_apply_to_pod_seconds",
@@ -89,7 +89,7 @@ impl Metrics {
     }
 }
 
-/// Tasks by phase, counted when they are asked for.
+/// Tasks by phase and class, counted when they are asked for.
 pub struct TasksByPhase {
     store: Store<DeserializeGuard<AgentTask>>,
     gauge: IntGaugeVec,
@@ -101,7 +101,8 @@ impl TasksByPhase {
     /// # Errors
     /// Never in practice: the name is valid.
     pub fn new(store: Store<DeserializeGuard<AgentTask>>) -> Result<Self, prometheus::Error> {
-        let gauge = IntGaugeVec::new(Opts::new("belay_operator_tasks", "Tasks by phase."), &["phase"])?;
+        let gauge =
+            IntGaugeVec::new(Opts::new("belay_operator_tasks", "Tasks by phase and class."), &["phase", "task_class"])?;
         Ok(Self { store, gauge })
     }
 }
@@ -112,15 +113,25 @@ impl Collector for TasksByPhase {
     }
 
     fn collect(&self) -> Vec<MetricFamily> {
-        let mut counts = HashMap::from([("Pending", 0), ("Running", 0), ("Succeeded", 0), ("Failed", 0)]);
+        let phases = ["Pending", "Running", "Succeeded", "Failed"];
+        let mut counts = HashMap::from(phases.map(|phase| ((phase, String::new()), 0)));
         for task in self.store.state() {
-            *counts.entry(phase_name(&task)).or_insert(0) += 1;
+            let class = task.0.as_ref().ok().and_then(|task| counted_as(task)).unwrap_or_default();
+            *counts.entry((phase_name(&task), class.to_owned())).or_insert(0) += 1;
         }
-        for (phase, count) in counts {
-            self.gauge.with_label_values(&[phase]).set(count);
+        // Tasks go, and so do their classes.
+        self.gauge.reset();
+        for ((phase, class), count) in counts {
+            self.gauge.with_label_values(&[phase, &class]).set(count);
         }
         self.gauge.collect()
     }
+}
+
+/// The class that a task is counted by: its own, once its pack is known to have it.
+pub fn counted_as(task: &AgentTask) -> Option<&str> {
+    let attempts = task.status.as_ref().and_then(|status| status.attempt).unwrap_or_default();
+    task.spec.task_class.as_deref().filter(|_| attempts > 0)
 }
 
 fn phase_name(task: &Arc<DeserializeGuard<AgentTask>>) -> &'static str {

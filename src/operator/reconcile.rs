@@ -566,9 +566,11 @@ impl Pass<'_> {
             Err(error) if error.code() == Some(404) => return Ok(()),
             Err(error) => return Err(error.into()),
         };
+        let kind = if self.task.spec.rollback_of.is_some() { "rollback" } else { "agent" };
         for class in status::newly_ended(&before, &after) {
             let class = class.map_or("None", decide::class_name);
-            self.context.metrics.attempts.with_label_values(&[class]).inc();
+            let task_class = super::metrics::counted_as(&task).unwrap_or_default();
+            self.context.metrics.attempts.with_label_values(&[kind, task_class, class]).inc();
         }
         if before.phase != after.phase || before.reason != after.reason {
             tracing::info!(

@@ -42,6 +42,7 @@ pub fn render_policy<C: Borrow<ToolContract>>(
     let class = class_of(task, pack).map_err(|finding| vec![finding])?;
     let mut findings = Vec::new();
     let mut limits = limits(task, class, &mut findings);
+    let task_class = task_class(task, pack, &mut findings);
     let principal = Some(task.spec.principal.as_str());
     let egress = egress_hosts(pack, class, principal, &mut findings);
     let tools = tools(task, contracts, class, &egress, &mut findings);
@@ -67,7 +68,7 @@ pub fn render_policy<C: Borrow<ToolContract>>(
     allowed_effects.sort();
     allowed_effects.dedup();
     Ok(PolicyConfig {
-        task: task_identity(task),
+        task: task_identity(task, task_class),
         pack: pack_identity(pack),
         limits,
         allowed_effects,
@@ -95,7 +96,28 @@ pub fn class_of<'p>(task: &AgentTask, pack: &'p PolicyPack) -> Result<&'p Workfl
     })
 }
 
-fn task_identity(task: &AgentTask) -> TaskIdentity {
+/// The kind of work that the task names is one of the pack's: it labels metrics, and those must stay few. A rollback, which has that of
+/// what it undoes, goes on without.
+fn task_class(task: &AgentTask, pack: &PolicyPack, findings: &mut Vec<Finding>) -> Option<String> {
+    let wanted = task.spec.task_class.as_ref()?;
+    if pack.spec.task_classes.contains(wanted) {
+        return Some(wanted.clone());
+    }
+    if task.spec.rollback_of.is_some() {
+        return None;
+    }
+    let known: Vec<_> = pack.spec.task_classes.iter().map(|class| format!("`{class}`")).collect();
+    let known = if known.is_empty() { "none: it has no taskClasses".to_owned() } else { known.join(", ") };
+    findings.push(Finding::new(
+        "spec.taskClass",
+        format!("a task class of PolicyPack `{}`: {known}", pack.name_any()),
+        format!("`{wanted}`"),
+        "name one of them, drop it, or have it added to the pack",
+    ));
+    None
+}
+
+fn task_identity(task: &AgentTask, task_class: Option<String>) -> TaskIdentity {
     TaskIdentity {
         namespace: task.namespace().unwrap_or_default(),
         name: task.name_any(),
@@ -103,6 +125,7 @@ fn task_identity(task: &AgentTask) -> TaskIdentity {
         generation: task.meta().generation.unwrap_or_default(),
         objective: task.spec.objective.clone(),
         workflow_class: task.spec.workflow_class.clone(),
+        task_class,
         principal: task.spec.principal.clone(),
         requester: requester(task).cloned(),
         image: task.spec.agent.as_ref().map(|agent| agent.image.clone()).unwrap_or_default(),

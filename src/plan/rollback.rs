@@ -74,6 +74,7 @@ pub fn task<C: Borrow<ToolContract>>(
         AgentTaskSpec {
             objective: format!("Undo what the task {} did.", of.name_any()),
             workflow_class: of.spec.workflow_class.clone(),
+            task_class: of.spec.task_class.clone(),
             principal: principal.to_owned(),
             agent: None,
             rollback_of: Some(RollbackOf { name: of.name_any(), uid }),

@@ -596,3 +596,16 @@ fn state_is_not_locked_away_with_the_evidence() {
     pack.spec.state = Some(StatePolicy { bucket: pack.spec.evidence.bucket.clone(), prefix: None });
     assert_eq!(config::check_pack(&pack)[0].field, "spec.state.bucket");
 }
+
+/// Metrics are labelled by it: it is one of the pack's.
+#[test]
+fn a_task_class_is_one_of_the_packs() {
+    let (mut task, contracts, mut pack) = (task(), contracts(), pack());
+    task.spec.task_class = Some("triage".into());
+    let findings = config::render_policy(&task, &contracts, &pack).unwrap_err();
+    assert_eq!(findings.len(), 1);
+    assert!(findings[0].to_string().contains("spec.taskClass"), "{}", findings[0]);
+    pack.spec.task_classes = vec!["triage".into()];
+    let policy = config::render_policy(&task, &contracts, &pack).unwrap();
+    assert_eq!(policy.task.task_class.as_deref(), Some("triage"));
+}

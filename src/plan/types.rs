@@ -12,7 +12,7 @@ use cel::{
 use serde_json::Value;
 
 /// Fields of `task`, all text, as the harness binds them.
-const TASK: [&str; 6] = ["namespace", "name", "uid", "objective", "workflowClass", "principal"];
+const TASK: [&str; 7] = ["namespace", "name", "uid", "objective", "workflowClass", "taskClass", "principal"];
 /// Fields of `usage`, all integers.
 const USAGE: [&str; 4] = ["toolCalls", "tokens", "denials", "costMicros"];
 /// Fields of `data`, all text.

@@ -205,6 +205,9 @@ pub struct TaskIdentity {
     pub objective: String,
     /// The workflow class.
     pub workflow_class: String,
+    /// The kind of work, by which KPIs are told apart.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub task_class: Option<String>,
     /// On whose behalf.
     pub principal: String,
     /// Who asked for the task, where admission recorded it.

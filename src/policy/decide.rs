@@ -475,6 +475,7 @@ mod tests {
                 generation: 1,
                 objective: "find out".into(),
                 workflow_class: "incident".into(),
+                task_class: None,
                 principal: "ana".into(),
                 requester: None,
                 image: "i".into(),

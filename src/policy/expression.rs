@@ -112,14 +112,15 @@ pub fn usage_value(usage: Usage) -> CelValue {
 
 fn task_value(task: &TaskIdentity) -> CelValue {
     let fields = [
-        ("namespace", &task.namespace),
+        ("namespace", task.namespace.as_str()),
         ("name", &task.name),
         ("uid", &task.uid),
         ("objective", &task.objective),
         ("workflowClass", &task.workflow_class),
+        ("taskClass", task.task_class.as_deref().unwrap_or_default()),
         ("principal", &task.principal),
     ];
-    map(fields.map(|(name, value)| (name, CelValue::from(value.as_str()))))
+    map(fields.map(|(name, value)| (name, CelValue::from(value))))
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! The idempotency ledger: which calls were made under which key, and what became of them.
 //!
 //! Promises: under one key one effect; the same key with other arguments is a conflict; what became of a call that nobody knows is made
-//! again only where its upstream tells repeats by the key itself. Refuses: results; who keeps them replays them. A key is of one
+//! again only where its upstream tells repeats by the key itself. Refuses: results, but for their digests; who keeps them replays them. A key is of one
 //! task: another task's calls are none of its business.
 
 use std::collections::BTreeMap;
@@ -40,6 +40,9 @@ pub struct Entry {
     pub time: String,
     /// What became of it.
     pub fate: Fate,
+    /// SHA-256 of the result that the agent was given, hex; absent where it got none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub response_digest: Option<String>,
 }
 
 /// What a key says of a call that is to be made.
@@ -109,15 +112,17 @@ impl Ledger {
             request_digest: request_digest.to_owned(),
             time: time.to_owned(),
             fate: Fate::Open,
+            response_digest: None,
         };
         self.0.insert(key.to_owned(), entry);
     }
 
-    /// What became of the call that was made under a key; `None` where it certainly did nothing. Another call's end changes nothing.
-    pub fn settle(&mut self, key: &str, call: &str, fate: Option<Fate>) {
+    /// What became of the call that was made under a key, with the digest of what the agent was given; `None` where it certainly did
+    /// nothing. Another call's end changes nothing.
+    pub fn settle(&mut self, key: &str, call: &str, fate: Option<Fate>, given: Option<&String>) {
         let Some(entry) = self.0.get_mut(key).filter(|entry| entry.call == call) else { return };
         match fate {
-            Some(fate) => entry.fate = fate,
+            Some(fate) => (entry.fate, entry.response_digest) = (fate, given.cloned()),
             None => drop(self.0.remove(key)),
         }
     }
@@ -151,12 +156,12 @@ mod tests {
         assert_eq!(ledger.find("k", "d", &of, at(0)), Found::Free);
         ledger.intend("k", "c1", "d", &at(0).to_string());
         assert!(matches!(ledger.find("k", "d", &of, at(1)), Found::Open(_)));
-        ledger.settle("k", "c1", None);
+        ledger.settle("k", "c1", None, None);
         assert_eq!(ledger.find("k", "d", &of, at(1)), Found::Free);
         ledger.intend("k", "c2", "d", &at(2).to_string());
-        ledger.settle("k", "c1", None);
+        ledger.settle("k", "c1", None, None);
         assert!(matches!(ledger.find("k", "d", &of, at(3)), Found::Open(_)), "another call's end");
-        ledger.settle("k", "c2", Some(Fate::Applied));
+        ledger.settle("k", "c2", Some(Fate::Applied), None);
         assert!(matches!(ledger.find("k", "d", &of, at(3)), Found::Made(_)));
         assert!(matches!(ledger.find("k", "e", &of, at(3)), Found::Conflict(_)));
         assert_eq!(ledger.find("k", "d", &of, at(62)), Found::Free, "its window is over");
@@ -200,9 +205,9 @@ mod tests {
                         *effects.entry(key).or_default() += 1;
                     }
                     match end {
-                        0 => ledger.settle(&name, &call, Some(Fate::Applied)),
-                        1 => ledger.settle(&name, &call, None),
-                        2 => ledger.settle(&name, &call, Some(Fate::Unknown)),
+                        0 => ledger.settle(&name, &call, Some(Fate::Applied), None),
+                        1 => ledger.settle(&name, &call, None, None),
+                        2 => ledger.settle(&name, &call, Some(Fate::Unknown), None),
                         _ => ledger.abandon(),
                     }
                 }

@@ -30,6 +30,8 @@ pub(super) struct History {
     attempt: i64,
     /// The attempt that opened last.
     opened_attempt: i64,
+    /// Where it did.
+    opened_at: u64,
     /// Whether the attempt is between `attempt.opened` and `attempt.closed`.
     open: bool,
     /// Whether the attempt has seen its containment broken.
@@ -57,8 +59,6 @@ pub(super) struct History {
 /// A call that has an intent.
 struct Call {
     key: Option<String>,
-    /// Digest of the reply, once there is one.
-    response: Option<String>,
     /// What its outcome says, and where.
     effect: Option<(Effect, u64)>,
     seq: u64,
@@ -118,7 +118,7 @@ impl History {
             }
             Event::Replayed(replayed) => self.replayed(record, replayed, &mut blame),
             Event::Outcome(outcome) => self.outcome(outcome, record.attempt, &mut usage, &mut blame),
-            Event::Resolved(resolved) => self.resolved(resolved, record.attempt, &mut blame),
+            Event::Resolved(resolved) => self.resolved(resolved, &mut blame),
             Event::Denied(denied) => {
                 usage.denials = usage.denials.saturating_add(1);
                 *blame.report.summary.denials.entry(denied.rule).or_default() += 1;
@@ -223,7 +223,7 @@ impl History {
     }
 
     fn opened(&mut self, record: &Record, opened: &AttemptOpened, origin: &str, blame: &mut Blame<'_>) {
-        self.open = true;
+        (self.open, self.opened_at) = (true, record.seq);
         self.loose = false;
         self.ledger.abandon();
         if self.opened_attempt != record.attempt {
@@ -369,46 +369,55 @@ impl History {
         let Replayed { call, target, key, request_digest, response_digest } = replayed;
         let now = record.time.parse().unwrap_or(Timestamp::UNIX_EPOCH);
         let found = self.idempotency(target).map(|of| self.ledger.find(key, request_digest, of, now));
-        if !matches!(&found, Some(Found::Made(made)) if made.call == *call) {
-            let message = format!("expected call {call} of {target} to have been made under its key, found {found:?}");
-            blame.add(Check::CallIdempotency, message);
-        }
-        let response = self.calls.get(call).and_then(|made| made.response.as_ref());
-        if response != Some(response_digest) {
-            let message = format!("expected the result {response:?} of call {call}, found {response_digest}");
+        let made = match &found {
+            Some(Found::Made(made)) if made.call == *call => made,
+            _ => {
+                let message =
+                    format!("expected call {call} of {target} to have been made under its key, found {found:?}");
+                return blame.add(Check::CallIdempotency, message);
+            }
+        };
+        if made.response_digest.as_ref() != Some(response_digest) {
+            let expected = &made.response_digest;
+            let message = format!("expected the result {expected:?} of call {call}, found {response_digest}");
             blame.add(Check::CallIdempotency, message);
         }
     }
 
-    /// A read tells what became of a call whose fate was unknown: one of the same attempt, made after that was known, that succeeded, by
+    /// A read tells what became of a call whose fate was unknown, of whichever attempt: one made after that was known, that succeeded, by
     /// the tool that the contract names.
-    fn resolved(&mut self, resolved: &Resolved, attempt: i64, blame: &mut Blame<'_>) {
+    fn resolved(&mut self, resolved: &Resolved, blame: &mut Blame<'_>) {
         let Resolved { call, effect, by } = resolved;
         let wrong =
             |found: &str| format!("expected a read to tell what became of a call of unknown fate, found {found}");
-        let lost = self.calls.get(call).filter(|lost| lost.attempt == attempt);
-        let since = lost.and_then(|lost| lost.effect).filter(|(effect, _)| *effect == Effect::Unknown);
-        let Some((lost, (_, since))) = lost.zip(since) else {
+        let lost = self.calls.get(call);
+        let since = lost.and_then(|lost| match lost.effect {
+            Some((Effect::Unknown, since)) => Some(since),
+            // Its harness is gone.
+            None if lost.seq < self.opened_at => Some(self.opened_at),
+            _ => None,
+        });
+        let Some((lost, since)) = lost.zip(since) else {
             return blame.add(Check::CallOutcome, wrong(&format!("call {call}, whose fate was not unknown")));
         };
         let tool = self.policy.as_ref().and_then(|policy| policy.tool(&lost.target));
         let reader = tool.and_then(|tool| tool.verify.as_ref()).map(|read| &read.tool);
-        let key = lost.key.clone();
+        let (key, was_counted) = (lost.key.clone(), lost.settled);
         let read = self.calls.get(by).filter(|read| Some(&read.target) == reader && read.seq > since);
         if !read.is_some_and(|read| matches!(read.effect, Some((Effect::Applied, _)))) || *effect == Effect::Unknown {
             return blame.add(Check::CallOutcome, wrong(&format!("{by}, which is none by {reader:?} after it")));
         }
         if let Some(key) = key {
-            self.ledger.settle(&key, call, effect.fate());
+            self.ledger.settle(&key, call, effect.fate(), None);
         }
         if let Some(undoing) = &mut self.undoing {
             undoing.settle(call, *effect);
         }
         if let Some(lost) = self.calls.get_mut(call) {
-            lost.effect = Some((*effect, since));
+            (lost.effect, lost.settled) = (Some((*effect, since)), true);
         }
         let effects = &mut blame.report.summary.effects;
-        effects.unknown = effects.unknown.saturating_sub(1);
+        effects.unknown = effects.unknown.saturating_sub(u64::from(was_counted));
         match effect {
             Effect::Applied => effects.applied += 1,
             Effect::NotApplied => effects.not_applied += 1,
@@ -551,10 +560,7 @@ impl History {
         } else {
             let (seq, target) = (blame.seq, target.clone());
             let key = intent.key.clone();
-            self.calls.insert(
-                call.clone(),
-                Call { key, response: None, effect: None, seq, attempt, target, reserved, settled: false },
-            );
+            self.calls.insert(call.clone(), Call { key, effect: None, seq, attempt, target, reserved, settled: false });
         }
     }
 
@@ -573,10 +579,9 @@ impl History {
             blame.add(Check::CallOutcome, message);
         }
         call.settled = true;
-        call.response.clone_from(&outcome.response_digest);
         call.effect = Some((outcome.effect, blame.seq));
         let tool = self.policy.as_ref().and_then(|policy| policy.tool(&call.target));
-        let floor = tool.filter(|_| outcome.is_given()).map(|tool| tool.data.result).unwrap_or_default();
+        let floor = tool.filter(|_| outcome.given().is_some()).map(|tool| tool.data.result).unwrap_or_default();
         if outcome.sensitivity < floor {
             let (target, expected, found) = (&call.target, floor.as_str(), outcome.sensitivity.as_str());
             let message = format!("expected a result of {target} to be {expected} data at least, found {found}");
@@ -592,7 +597,7 @@ impl History {
         }
         self.seen = self.seen.max(outcome.sensitivity);
         if let Some(key) = &call.key {
-            self.ledger.settle(key, id, outcome.effect.fate());
+            self.ledger.settle(key, id, outcome.effect.fate(), outcome.given());
         }
         if outcome.tokens < 0 || outcome.cost_micros < 0 {
             let (tokens, cost) = (outcome.tokens, outcome.cost_micros);

@@ -607,11 +607,27 @@ fn what_was_resolved_counts_as_what_it_was() {
     assert_eq!((effects.applied, effects.not_applied, effects.unknown), (4, 0, 0));
 }
 
+/// Attempt 1 was lost with its call of `write`, and a read of attempt 2 tells.
+#[rstest]
+#[case(Effect::Applied, (4, 0, 1, 0))]
+#[case(Effect::NotApplied, (3, 1, 1, 0))]
+fn what_became_of_a_lost_attempts_call_is_resolved_by_the_next(
+    #[case] effect: Effect,
+    #[case] expected: (u64, u64, u64, u64),
+) {
+    let mut script = resolved();
+    change_resolved(&mut script, |resolved| (resolved.call, resolved.effect) = ("c".into(), effect));
+    let report = run(&script, &script.write());
+    assert_eq!(report.verdict, Verdict::Valid, "{:?}", report.findings);
+    let found = report.summary.effects;
+    assert_eq!((found.applied, found.not_applied, found.unknown, found.open), expected);
+}
+
 /// Resolutions that the writers could lie about.
 #[rstest]
 #[case::of_a_call_that_was_answered(|s: &mut Script| change_resolved(s, |r| r.call = "e".into()))]
 #[case::of_no_call(|s: &mut Script| change_resolved(s, |r| r.call = "x".into()))]
-#[case::of_another_attempts(|s: &mut Script| { lose(s, 3); change_resolved(s, |r| r.call = "a".into()); })]
+#[case::of_a_tool_without_a_read(|s: &mut Script| { lose(s, 3); change_resolved(s, |r| r.call = "a".into()); })]
 #[case::by_no_call(|s: &mut Script| change_resolved(s, |r| r.by = "x".into()))]
 #[case::by_itself(|s: &mut Script| change_resolved(s, |r| r.by = "d".into()))]
 #[case::by_a_read_before(|s: &mut Script| change_resolved(s, |r| r.by = "a".into()))]

@@ -530,6 +530,7 @@ fn generous(task: &AgentTask, contracts: &[&ToolContract]) -> PolicyPack {
                 },
                 resources: Resources { cpu: most(), memory: most(), ephemeral_storage: most() },
             }],
+            task_classes: task.spec.task_class.iter().cloned().collect(),
             models: Models::default(),
             classification: vec![],
             rules: vec![],

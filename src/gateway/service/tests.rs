@@ -90,7 +90,6 @@ impl WriteUsage for Api {
     }
 }
 
-/// What the stores are filled through.
 /// Nobody can be asked.
 struct Nobody;
 
@@ -104,6 +103,7 @@ impl Create for Nobody {
     }
 }
 
+/// What the stores are filled through.
 struct Writers {
     pods: Writer<DeserializeGuard<k8s_openapi::api::core::v1::Pod>>,
     tasks: Writer<DeserializeGuard<AgentTask>>,
@@ -565,6 +565,51 @@ async fn an_intent_carries_its_own_message_to_an_mcp_server_and_no_other() {
         let request = call(channel, "https://tools.world.test/mcp", intent).body(Full::from(body.clone())).unwrap();
         assert_eq!(rule(&world.send(request).await), expected, "{channel} {intent} {body}");
     }
+}
+
+/// The pack has a bucket for what outlives a pod; without, nothing is kept.
+#[tokio::test]
+async fn what_an_idempotent_call_answered_is_kept_for_the_tasks_own_attempts() {
+    let mut world = world().await;
+    let of = |name: &str, more: Value| {
+        let mut contract = contract(name, "https://tools.world.test/mcp", "write");
+        contract["spec"].as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        contract
+    };
+    put(&mut world.writers.contracts, of("write", json!({"idempotency": {}})));
+    let keep = |intent, result: &str| wire::KeepResult { intent, result: result.into() };
+    let key = |call: &str| {
+        let RecordEvent::Intent(mut intent) = testing::intent(call, Channel::Tool, "write", 0) else { panic!() };
+        intent.key = Some("k".into());
+        RecordEvent::Intent(intent)
+    };
+    let search = testing::intent("b", Channel::Tool, "search", 0);
+    world.harness(vec![key("a"), search]).await;
+    let refused = world.post("harness-1", wire::RESULT_KEEP, &keep(1, "{}")).await;
+    assert_eq!(refused, Err(Rule::ToolIdempotency), "there is no bucket");
+
+    let mut pack = pack(2, DIRECT);
+    pack["spec"]["state"] = json!({"bucket": "state"});
+    put(&mut world.writers.packs, pack);
+    let digest = hex::encode(canonical::sha256(b"{}"));
+    let kept = world.post("harness-1", wire::RESULT_KEEP, &keep(1, "{}")).await.unwrap();
+    assert_eq!(kept["digest"], digest);
+    let get = |call: &str, digest: &str| wire::KeptOf { call: call.into(), digest: digest.into() };
+    let found = world.post("harness-1", wire::RESULT_GET, &get("a", &digest)).await.unwrap();
+    assert_eq!(found["result"], "{}");
+    for of in [get("b", &digest), get("a", "00"), get("../a", &digest)] {
+        let found = world.post("harness-1", wire::RESULT_GET, &of).await;
+        assert!(matches!(found, Err(Rule::ToolIdempotency | Rule::Request)), "{of:?}: {found:?}");
+    }
+    let long = "x".repeat(wire::LONGEST_RESULT + 1);
+    for (refused, why) in [(keep(2, "{}"), "a call without a key"), (keep(1, &long), "too long")] {
+        assert_eq!(world.post("harness-1", wire::RESULT_KEEP, &refused).await, Err(Rule::ToolIdempotency), "{why}");
+    }
+    let other = world.post("operator", wire::RESULT_GET, &get("a", &digest)).await;
+    assert!(other.is_err(), "a result is its task's alone: {other:?}");
+    // A task that undoes nothing is given no arguments of what undoes.
+    let undo = world.post("harness-1", wire::STATE_GET, &get("a", &digest)).await;
+    assert_eq!(undo, Err(Rule::ToolRollback));
 }
 
 #[tokio::test]

@@ -112,13 +112,12 @@ struct OpenCall {
     cost: i64,
 }
 
-/// A call of unknown fate.
+/// A call of unknown fate: by its outcome, or because its harness is gone.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Lost {
     target: Arc<str>,
     key: Option<Arc<str>>,
-    attempt: i64,
-    /// The outcome's place in the log.
+    /// The place in the log from which on that is so.
     since: u64,
 }
 
@@ -176,6 +175,8 @@ pub struct History {
     limits: Option<Limits>,
     /// The digest of the attempt's policy.
     policy_digest: Arc<str>,
+    /// The class of the task, empty without.
+    task_class: Arc<str>,
     /// What its contracts say of its tools.
     terms: Arc<BTreeMap<String, Terms>>,
     /// Whether any attempt had tools whose calls are undone by calls.
@@ -218,6 +219,11 @@ impl History {
         let mut ledger = (*self.ledger).clone();
         ledger.abandon();
         ledger
+    }
+
+    /// The class of the task, empty without.
+    pub fn task_class(&self) -> Arc<str> {
+        self.task_class.clone()
     }
 
     /// The last attempt that opened, 0 before the first.
@@ -367,7 +373,10 @@ impl History {
                     Arc::new(opened.policy.tools.iter().map(|tool| (tool.name.clone(), Terms::of(tool))).collect());
                 // Those who were to say what became of open calls are gone.
                 Arc::make_mut(&mut self.ledger).abandon();
+                let open: Vec<_> = self.calls.iter().map(|(call, open)| (call.clone(), open.clone())).collect();
+                open.into_iter().for_each(|(call, open)| self.lose(call, open.target, open.key, record.seq));
                 self.undoable |= self.terms.values().any(|terms| terms.undoable);
+                self.task_class = opened.policy.task.task_class.as_deref().unwrap_or_default().into();
                 self.policy_digest = opened.policy_digest.as_str().into();
                 self.plan(record, opened)?;
                 (self.attempt, self.opened, self.loose, self.over) = (record.attempt, true, false, None);
@@ -377,15 +386,18 @@ impl History {
             Event::Intent(intent) => self.intended(record, time, intent, &mut usage)?,
             Event::Outcome(outcome) => self.settled(record, outcome, &mut usage)?,
             Event::Replayed(replayed) => {
-                let Replayed { call, target, key, request_digest, .. } = replayed;
+                let Replayed { call, target, key, request_digest, response_digest } = replayed;
                 let found = match self.terms.get(target).and_then(|terms| terms.idempotency.as_ref()) {
                     Some(of) => self.ledger.find(key, request_digest, of, time),
                     None => return Err(at(record, format!("expected a tool that is idempotent, found {target:?}"))),
                 };
-                if !matches!(found, Found::Made(made) if made.call == *call) {
+                if !matches!(found, Found::Made(made) if made.call == *call && made.response_digest.as_ref() == Some(response_digest))
+                {
                     return Err(at(
                         record,
-                        format!("expected call {call} to have been made under its key, found {found:?}"),
+                        format!(
+                            "expected call {call} to have been made under its key with this result, found {found:?}"
+                        ),
                     ));
                 }
             }
@@ -568,7 +580,7 @@ impl History {
 
     fn settled(&mut self, record: &Record, outcome: &Outcome, usage: &mut Usage) -> Result<(), Refused> {
         let call = self.calls.get(&outcome.call).filter(|call| call.attempt == record.attempt).cloned();
-        let Some(OpenCall { target, key, seq, attempt, tokens, cost }) = call else {
+        let Some(OpenCall { target, key, seq, tokens, cost, .. }) = call else {
             return Err(at(record, format!("expected an open call of this attempt, found {:?}", outcome.call)));
         };
         if outcome.tokens < 0 || outcome.cost_micros < 0 {
@@ -576,7 +588,7 @@ impl History {
         }
         self.calls.remove(&outcome.call);
         let terms = self.terms.get(&*target);
-        let floor = terms.map(|terms| terms.floor).filter(|_| outcome.is_given()).unwrap_or_default();
+        let floor = terms.map(|terms| terms.floor).filter(|_| outcome.given().is_some()).unwrap_or_default();
         if outcome.sensitivity < floor {
             let (expected, found) = (floor.as_str(), outcome.sensitivity.as_str());
             return Err(at(
@@ -586,7 +598,7 @@ impl History {
         }
         self.seen = self.seen.max(outcome.sensitivity);
         if let Some(key) = &key {
-            Arc::make_mut(&mut self.ledger).settle(key, &outcome.call, outcome.effect.fate());
+            Arc::make_mut(&mut self.ledger).settle(key, &outcome.call, outcome.effect.fate(), outcome.given());
         }
         if outcome.undone_by.is_some()
             && (outcome.effect != Effect::Applied
@@ -598,10 +610,8 @@ impl History {
         if let Some(undoing) = &mut self.undoing {
             Arc::make_mut(undoing).settle(&outcome.call, outcome.effect);
         }
-        let verify = terms.is_some_and(|terms| terms.verify.is_some());
-        if outcome.effect == Effect::Unknown && verify && self.lost.len() < UNKNOWN {
-            let lost = Lost { target, key, attempt, since: record.seq };
-            Arc::make_mut(&mut self.lost).insert(outcome.call.clone(), lost);
+        if outcome.effect == Effect::Unknown {
+            self.lose(outcome.call.clone(), target, key, record.seq);
         }
         if let Some(intent) = self.intents.get_mut(&seq) {
             Arc::make_mut(intent).open = false;
@@ -655,13 +665,20 @@ impl History {
         self.undoable
     }
 
-    /// A read tells what became of a call whose fate was unknown: one of the same attempt, made after that was known, by the tool that the
-    /// contract names.
+    /// Nobody knows what became of a call. Where its contract names a read that tells, one may.
+    fn lose(&mut self, call: String, target: Arc<str>, key: Option<Arc<str>>, since: u64) {
+        let verify = self.terms.get(&*target).is_some_and(|terms| terms.verify.is_some());
+        if verify && self.lost.len() < UNKNOWN {
+            Arc::make_mut(&mut self.lost).entry(call).or_insert(Lost { target, key, since });
+        }
+    }
+
+    /// A read tells what became of a call whose fate was unknown, of whichever attempt: one made after that was known, by the tool that
+    /// the contract names.
     fn resolved(&mut self, record: &Record, resolved: &Resolved) -> Result<(), Refused> {
         let Resolved { call, effect, by } = resolved;
-        let lost = self.lost.get(call).filter(|lost| lost.attempt == record.attempt).cloned();
-        let Some(Lost { target, key, since, .. }) = lost else {
-            return Err(at(record, format!("expected a call of unknown fate in this attempt, found {call:?}")));
+        let Some(Lost { target, key, since }) = self.lost.get(call).cloned() else {
+            return Err(at(record, format!("expected a call of unknown fate, found {call:?}")));
         };
         let reader = self.terms.get(&*target).and_then(|terms| terms.verify.as_ref());
         let told =
@@ -673,11 +690,12 @@ impl History {
             ));
         }
         Arc::make_mut(&mut self.lost).remove(call);
+        self.calls.remove(call);
         if let Some(undoing) = &mut self.undoing {
             Arc::make_mut(undoing).settle(call, *effect);
         }
         if let Some(key) = key {
-            Arc::make_mut(&mut self.ledger).settle(&key, call, effect.fate());
+            Arc::make_mut(&mut self.ledger).settle(&key, call, effect.fate(), None);
         }
         Ok(())
     }

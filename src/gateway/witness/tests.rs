@@ -264,9 +264,10 @@ async fn what_is_kept_is_there_unlocked() {
     let digest = a.keep(&at, "c7", b"{}".to_vec()).await.unwrap();
     assert_eq!(digest, hex::encode(canonical::sha256(b"{}")));
     assert_eq!(b.keep(&at, "c7", b"{}".to_vec()).await.unwrap(), digest);
-    assert_eq!(b.kept(&at, "c7", &digest).await.unwrap(), b"{}");
+    assert_eq!(b.kept(&at, "c7", &digest).await.unwrap().as_deref(), Some(&b"{}"[..]));
     for (call, digest) in [("c8", digest.as_str()), ("c7", "00"), ("../c7", digest.as_str()), ("c7", "../x")] {
-        assert!(b.kept(&at, call, digest).await.is_err(), "{call} {digest}");
+        let found = b.kept(&at, call, digest).await;
+        assert!(found.as_ref().map_or(true, Option::is_none), "{call} {digest}: {found:?}");
     }
     assert!(a.keep(&at, "a/b", b"{}".to_vec()).await.is_err());
     assert!(bucket.objects.lock().unwrap().values().all(|(_, retention)| retention.is_none()));
@@ -542,11 +543,13 @@ fn no_call_passes_a_limit_of_denials_or_cost() {
             opened.policy.limits.denials = Some(2);
             opened.policy.limits.cost_micros = Some(100);
         });
-        let what = format!("{events:?}");
-        let request = harness.next(std::iter::once(opened).chain(events).collect());
-        let segment = Segment::parse(request.segment.as_bytes()).unwrap();
-        let refused = History::default().extended(&segment, &note::origin(testing::UID)).err();
-        assert_eq!(refused.map(|refused| refused.rule), expected, "{what}");
+        let parts: Vec<_> = events.split(|event| matches!(event, Event::AttemptOpened(_))).collect();
+        let extended = parts.into_iter().try_fold(History::default(), |history, part| {
+            let request = harness.next(std::iter::once(opened.clone()).chain(part.to_vec()).collect());
+            let segment = Segment::parse(request.segment.as_bytes()).unwrap();
+            history.extended(&segment, &note::origin(testing::UID))
+        });
+        assert_eq!(extended.err().map(|refused| refused.rule), expected, "{events:?}");
     }
 }
 
@@ -759,6 +762,11 @@ fn one_call_by_an_approval_and_one_effect_under_a_key() {
         ended.effect = effect;
         Event::Outcome(ended)
     };
+    let given = |id: &str, response: Option<&str>, rule| {
+        let Event::Outcome(mut ended) = outcome(id, 0) else { panic!() };
+        (ended.response_digest, ended.rule) = (response.map(Into::into), rule);
+        Event::Outcome(ended)
+    };
     let again = |id: &str| {
         Event::Replayed(record::Replayed {
             call: id.into(),
@@ -788,7 +796,10 @@ fn one_call_by_an_approval_and_one_effect_under_a_key() {
         (vec![decided(no), decided(yes)], Some(Rule::LogSegment)),
         (vec![decided(yes), by("1", Some("a")), by("2", Some("a"))], Some(Rule::ToolApproval)),
         (vec![decided(yes), call("1", "search", Some("a"), Some("k"), "d")], Some(Rule::ToolApproval)),
-        (vec![under("1", "d"), ended("1", Effect::Applied), again("1")], None),
+        (vec![under("1", "d"), given("1", Some("r"), None), again("1")], None),
+        (vec![under("1", "d"), given("1", Some("s"), None), again("1")], Some(Rule::LogSegment)),
+        (vec![under("1", "d"), given("1", None, None), again("1")], Some(Rule::LogSegment)),
+        (vec![under("1", "d"), given("1", Some("r"), Some(Rule::ToolOutput)), again("1")], Some(Rule::LogSegment)),
         (vec![under("1", "d"), again("1")], Some(Rule::LogSegment)),
         (vec![again("1")], Some(Rule::LogSegment)),
         (vec![under("1", "d"), under("2", "d")], Some(Rule::ToolIdempotency)),
@@ -812,6 +823,8 @@ fn one_call_by_an_approval_and_one_effect_under_a_key() {
     let lost = |id: &str| vec![by(id, None), ended(id, Effect::Unknown)];
     let read = |id: &str| vec![call(id, "look", None, None, "d"), ended(id, Effect::Applied)];
     let told = |id: &str, effect, by| vec![resolved(id, effect, by)];
+    // Stands for the harness that opens the log then.
+    let anew = || vec![Harness::new(1).opened()];
     let resolutions: Vec<(Vec<Vec<Event>>, Option<Rule>)> = vec![
         (vec![lost("1"), read("2"), told("1", Effect::Applied, "2")], None),
         (vec![lost("1"), read("2"), told("1", Effect::NotApplied, "2")], None),
@@ -822,6 +835,21 @@ fn one_call_by_an_approval_and_one_effect_under_a_key() {
         (vec![read("1"), read("2"), told("1", Effect::Applied, "2")], Some(Rule::LogSegment)),
         (
             vec![lost("1"), read("2"), told("1", Effect::Applied, "2"), told("1", Effect::NotApplied, "2")],
+            Some(Rule::LogSegment),
+        ),
+        // The harness of a call without an outcome is gone when another opens the log.
+        (vec![vec![by("1", None)], read("2"), told("1", Effect::Applied, "2")], Some(Rule::LogSegment)),
+        (vec![vec![by("1", None)], anew(), read("2"), told("1", Effect::Applied, "2")], None),
+        (vec![lost("1"), anew(), read("2"), told("1", Effect::NotApplied, "2")], None),
+        (vec![vec![by("1", None)], read("2"), anew(), told("1", Effect::Applied, "2")], Some(Rule::LogSegment)),
+        (
+            vec![
+                vec![by("1", None)],
+                anew(),
+                read("2"),
+                told("1", Effect::Applied, "2"),
+                vec![ended("1", Effect::Applied)],
+            ],
             Some(Rule::LogSegment),
         ),
     ];
@@ -843,11 +871,13 @@ fn one_call_by_an_approval_and_one_effect_under_a_key() {
             let search = opened.policy.tools.iter_mut().find(|tool| tool.name == "search").unwrap();
             search.idempotency = Some(Idempotency { argument: None, header: None, window_seconds: 3600 });
         });
-        let what = format!("{events:?}");
-        let request = harness.next(std::iter::once(opened).chain(events).collect());
-        let segment = Segment::parse(request.segment.as_bytes()).unwrap();
-        let refused = History::default().extended(&segment, &note::origin(testing::UID)).err();
-        assert_eq!(refused.map(|refused| refused.rule), expected, "{what}");
+        let parts: Vec<_> = events.split(|event| matches!(event, Event::AttemptOpened(_))).collect();
+        let extended = parts.into_iter().try_fold(History::default(), |history, part| {
+            let request = harness.next(std::iter::once(opened.clone()).chain(part.to_vec()).collect());
+            let segment = Segment::parse(request.segment.as_bytes()).unwrap();
+            history.extended(&segment, &note::origin(testing::UID))
+        });
+        assert_eq!(extended.err().map(|refused| refused.rule), expected, "{events:?}");
     }
 }
 

@@ -38,6 +38,7 @@ fn policy(access: Access) -> PolicyConfig {
             generation: 1,
             objective: "o".into(),
             workflow_class: "support".into(),
+            task_class: None,
             principal: "ana@example.test".into(),
             requester: None,
             image: "i".into(),

@@ -67,6 +67,7 @@ pub(crate) fn policy() -> PolicyConfig {
             generation: 1,
             objective: "Tidy up.".to_owned(),
             workflow_class: "support".to_owned(),
+            task_class: None,
             principal: "jane@example.com".to_owned(),
             requester: None,
             image: "localhost/agent:dev".to_owned(),
