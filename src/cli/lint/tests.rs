@@ -47,7 +47,7 @@ fn lint_texts(texts: &[(&str, &str)]) -> Outcome {
 #[case("task-mount-rule.yaml", 15, "spec.workspace.mounts[0]", "an object; has(self.configMap)")]
 #[case("task-contract-missing.yaml", 14, "spec.tools[1]", "`read-logs`, which is not there; apply that ToolContract")]
 #[case("task-class.yaml", 8, "spec.workflowClass", "`triag`; name one of them")]
-#[case("task-task-class.yaml", 9, "spec.taskClass", "none: it has no taskClasses, found `incidents`; name one of them")]
+#[case("task-task-class.yaml", 9, "spec.taskClass", "`incidents`; name one of them")]
 #[case("task-ceiling.yaml", 13, "spec.limits.tokens", "20000; ask for less")]
 #[case("task-room.yaml", 13, "spec.agent.resources.cpu", "`1`; ask for less")]
 #[case("task-reserved-env.yaml", 13, "spec.agent.env[0].name", "HTTP_PROXY; another name")]
