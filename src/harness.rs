@@ -222,15 +222,15 @@ pub async fn serve(options: Options) -> Result<Ended, HarnessError> {
         journal::Start { attempt, tree, signer, origin: expected, budget, spool },
         link.clone(),
     );
+    let rollback = opened.undoing.as_ref().map(|undoing| undoing.plan.clone());
     let first = journal
         .record(|_, _| {
             Ok(Event::AttemptOpened(Box::new(AttemptOpened {
                 key,
                 policy: config.policy.clone(),
-                policy_digest,
                 pod: options.pod.clone(),
                 containment,
-                rollback: opened.undoing.as_ref().map(|undoing| undoing.plan.clone()),
+                rollback,
             })))
         })
         .map_err(|denial| HarnessError::Evidence(denial.reason))?;

@@ -84,7 +84,7 @@ pub struct Gateway {
 }
 
 struct Log {
-    records: Mutex<Vec<Vec<u8>>>,
+    records: Mutex<Vec<Record>>,
     history: Mutex<History>,
     fails: AtomicBool,
     /// Segments are taken, and not stored.
@@ -220,7 +220,7 @@ impl Gateway {
 
     /// What has been witnessed.
     pub fn records(&self) -> Vec<Record> {
-        self.state.records.lock().unwrap().iter().map(|bytes| serde_json::from_slice(bytes).unwrap()).collect()
+        self.state.records.lock().unwrap().clone()
     }
 
     /// Requests as they would have gone to upstreams, headers and bodies.
@@ -356,17 +356,17 @@ async fn append(State(log): State<Arc<Log>>, axum::Json(request): axum::Json<App
             reason: "the bucket is away".into(),
         });
     }
-    let segment = Segment::parse(request.segment.as_bytes()).unwrap();
+    let (segment, records) = Segment::read(request.segment.as_bytes()).unwrap();
     let mut history = log.history.lock().unwrap();
     if segment.end() <= history.tree().size() {
         return axum::Json(AppendReply { size: segment.end(), checkpoint: Some(segment.note.to_string()) })
             .into_response();
     }
-    match history.extended(&segment, &note::origin("uid")) {
+    match history.extended_by(&segment, &records, &note::origin("uid")) {
         Ok(extended) => *history = extended,
         Err(refused) => return refusal(&refused),
     }
-    log.records.lock().unwrap().extend(segment.records.clone());
+    log.records.lock().unwrap().extend(records);
     axum::Json(AppendReply { size: history.tree().size(), checkpoint: Some(segment.note.to_string()) }).into_response()
 }
 

@@ -235,8 +235,7 @@ async fn start(
         runtime_class: "gvisor".into(),
         network_policy: "t-1".into(),
     };
-    let digest = policy.digest().unwrap();
-    let opened = AttemptOpened { key, policy: policy.clone(), policy_digest: digest, pod, containment, rollback };
+    let opened = AttemptOpened { key, policy: policy.clone(), pod, containment, rollback };
     let first = journal.record(|_, _| Ok(Event::AttemptOpened(Box::new(opened)))).unwrap();
     journal.stored(first).await.unwrap();
     let contracts = Contracts::compile(policy).unwrap();

@@ -1,22 +1,50 @@
 //! What happened: the entries of a task's log.
 //!
-//! A record is canonical JSON of one `Record`. Prompts, arguments and replies are never in it, only their digests and
-//! sizes. Every call that leaves has an `Event::Intent` before and an `Event::Outcome` after; every refusal has an
+//! A record is canonical JSON of one `Record`, at most [`LONGEST`] bytes. Prompts, arguments and replies are never in it, only their
+//! digests and sizes. What a record is too small for, the policy and the plan of a rollback, are documents: canonical JSON that lies beside
+//! the record, which names it by its SHA-256. Every call that leaves has an `Event::Intent` before and an `Event::Outcome` after; every refusal has an
 //! `Event::Denied`.
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::rollback::Plan;
-use crate::policy::{
-    access::Assessment,
-    approval::{Exact, Standing, Vote},
-    config::{AskedBy, PolicyConfig, Sensitivity, SideEffect, Usage, is_zero},
-    ledger::Fate,
-    rule::Rule,
+use crate::{
+    canonical::{self, CanonicalError},
+    policy::{
+        access::Assessment,
+        approval::{Exact, Standing, Vote},
+        config::{AskedBy, PolicyConfig, Sensitivity, SideEffect, Usage, is_zero},
+        ledger::Fate,
+        rule::Rule,
+    },
 };
 
 /// The record format that this crate writes and reads.
 pub const VERSION: u8 = 1;
+
+/// Longest record in bytes: entries of C2SP's tlog-tiles have their length in 16 bits.
+pub const LONGEST: usize = 65_535;
+
+/// A record that cannot be written.
+#[derive(Debug, thiserror::Error)]
+pub enum EncodeError {
+    /// It has no canonical form.
+    #[error(transparent)]
+    Canonical(#[from] CanonicalError),
+    /// It is too long.
+    #[error("expected a record of at most {LONGEST} bytes, found {0}")]
+    Long(usize),
+}
+
+/// A record as it is written, and the documents that it names, in the order in which it does.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Encoded {
+    /// Canonical JSON.
+    pub record: Vec<u8>,
+    /// Canonical JSON, each.
+    pub documents: Vec<Vec<u8>>,
+}
 
 /// One entry of the log.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -113,17 +141,102 @@ impl Event {
 pub struct AttemptOpened {
     /// The Ed25519 key that signs the attempt's checkpoints: a C2SP verifier key.
     pub key: String,
-    /// The policy, whole.
+    /// The policy, whole, by the digest that the gateway confirmed: a document.
+    #[serde(rename = "policyDigest", serialize_with = "by_digest")]
     pub policy: PolicyConfig,
-    /// Its digest, as the gateway confirmed it.
-    pub policy_digest: String,
     /// The pod.
     pub pod: Pod,
     /// What the probe saw before the agent started.
     pub containment: Containment,
-    /// What a rollback is to undo, as the log of the other task has it.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    /// What a rollback is to undo, as the log of the other task has it: a document.
+    #[serde(default, rename = "rollbackDigest", serialize_with = "by_digest", skip_serializing_if = "Option::is_none")]
     pub rollback: Option<Plan>,
+}
+
+/// In a record there is a document's SHA-256, hex.
+fn by_digest<T: Serialize, S: serde::Serializer>(document: &T, to: S) -> Result<S::Ok, S::Error> {
+    let digest = canonical::digest(document).map_err(serde::ser::Error::custom)?;
+    to.serialize_str(&hex::encode(digest))
+}
+
+/// The documents of `attempt.opened`, in their order.
+pub const DOCUMENTS: [&str; 2] = ["policyDigest", "rollbackDigest"];
+
+impl Record {
+    /// The record as it is written.
+    ///
+    /// # Errors
+    /// If it has no canonical form, or is longer than [`LONGEST`].
+    pub fn encode(&self) -> Result<Encoded, EncodeError> {
+        let record = canonical::to_bytes(self)?;
+        if record.len() > LONGEST {
+            return Err(EncodeError::Long(record.len()));
+        }
+        let documents = match &self.event {
+            Event::AttemptOpened(opened) => {
+                let plan = opened.rollback.as_ref().map(canonical::to_bytes);
+                std::iter::once(canonical::to_bytes(&opened.policy)).chain(plan).collect::<Result<_, _>>()?
+            }
+            _ => Vec::new(),
+        };
+        Ok(Encoded { record, documents })
+    }
+
+    /// How many documents it names.
+    pub fn documents(&self) -> usize {
+        match &self.event {
+            Event::AttemptOpened(opened) => 1 + usize::from(opened.rollback.is_some()),
+            _ => 0,
+        }
+    }
+
+    /// Reads a record, which takes the documents that it names from the front of `documents`.
+    ///
+    /// # Errors
+    /// What was expected and found, if it is not a record of this version, whole, with its documents: a field that [`Record`] does not
+    /// have is refused.
+    pub fn decode(bytes: &[u8], documents: &mut dyn Iterator<Item = &[u8]>) -> Result<Self, String> {
+        if bytes.len() > LONGEST {
+            return Err(EncodeError::Long(bytes.len()).to_string());
+        }
+        let mut taken = Vec::new();
+        let record = match serde_json::from_slice::<Self>(bytes) {
+            Ok(record) => record,
+            Err(_) => Self::with_documents(bytes, documents, &mut taken)?,
+        };
+        let again = record.encode().map_err(|error| error.to_string())?;
+        if again.record != bytes {
+            return Err(format!("the record has fields or values that version {VERSION} does not have"));
+        }
+        if again.documents != taken {
+            return Err(format!("a document of the record has fields or values that version {VERSION} does not have"));
+        }
+        Ok(record)
+    }
+
+    /// Reads a record with its documents, where it may name some: each stands where its digest is.
+    fn with_documents<'d>(
+        bytes: &[u8],
+        documents: &mut dyn Iterator<Item = &'d [u8]>,
+        taken: &mut Vec<&'d [u8]>,
+    ) -> Result<Self, String> {
+        let none = |error| format!("not a record: {error}");
+        let mut value: Value = serde_json::from_slice(bytes).map_err(none)?;
+        let opened = value.get("kind").is_some_and(|kind| kind == "attempt.opened");
+        for name in DOCUMENTS.into_iter().filter(|_| opened) {
+            let Some(digest) = value.get_mut(name) else { continue };
+            let expected = digest.as_str().ok_or_else(|| format!("expected a digest as {name}"))?;
+            let found = documents.next().ok_or_else(|| format!("expected the document {expected}, found none"))?;
+            let its = hex::encode(canonical::sha256(found));
+            if its != expected {
+                return Err(format!("expected the document {expected}, found {its}"));
+            }
+            let document = serde_json::from_slice(found).map_err(|error| format!("document {its}: {error}"))?;
+            *digest = document;
+            taken.push(found);
+        }
+        serde_json::from_value(value).map_err(none)
+    }
 }
 
 /// The attempt's pod, from the downward API and the gateway's TokenReview.

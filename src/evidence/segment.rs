@@ -1,18 +1,20 @@
 //! The unit of storage: some records, and the checkpoint over the log up to the last of them.
 //!
 //! A segment is text: a line `{"checkpoint":"<signed note>"}`, then one record a line, each line canonical JSON (RFC 8785)
-//! that ends with a newline.
+//! that ends with a newline. Where records name documents, their digests are in the first line, `"documents":["<SHA-256, hex>",…]`, and
+//! the documents follow it, one a line, before the records.
 //!
 //! Promises: `Segment::parse` accepts exactly the bytes that `Segment::to_bytes` writes, so that a segment has one
 //! form and no byte of it goes unchecked; a canonical form also has no duplicate keys. Refuses: judging signatures and
 //! meaning, which is the gateway's and the verifier's.
 
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{
     merkle::{self, Tree},
     note::{Checkpoint, Note, NoteError},
-    record::Record,
+    record::{Encoded, Record},
 };
 use crate::canonical;
 
@@ -29,6 +31,8 @@ pub enum SegmentError {
     Line {
         /// The line.
         line: usize,
+        /// The record that it is, by its place in the segment.
+        record: Option<usize>,
         /// What was expected and found.
         problem: String,
     },
@@ -54,12 +58,11 @@ pub enum SegmentError {
 }
 
 impl SegmentError {
-    /// The line that is wrong, where one line is to blame.
-    pub fn line(&self) -> Option<usize> {
+    /// The record that is wrong, by its place in the segment, where one is to blame.
+    pub fn record(&self) -> Option<usize> {
         match self {
-            Self::Line { line, .. } => Some(*line),
-            Self::Note(_) | Self::Checkpoint { .. } => Some(1),
-            Self::Position { .. } => None,
+            Self::Line { record, .. } => *record,
+            Self::Note(_) | Self::Checkpoint { .. } | Self::Position { .. } => None,
         }
     }
 }
@@ -71,22 +74,35 @@ pub struct Segment {
     pub note: Note,
     /// Sequence number of the first record.
     pub first: u64,
+    /// The canonical bytes of each document that the records name, in the order in which they do.
+    pub documents: Vec<Vec<u8>>,
     /// The canonical bytes of each record, without newline.
     pub records: Vec<Vec<u8>>,
 }
 
 impl Segment {
-    /// Reads a segment: form, canonical bytes and unbroken sequence numbers.
+    /// A segment of these records from `first` on.
+    pub fn new(note: Note, first: u64, entries: Vec<Encoded>) -> Self {
+        let mut segment = Self { note, first, documents: Vec::new(), records: Vec::new() };
+        for entry in entries {
+            segment.documents.extend(entry.documents);
+            segment.records.push(entry.record);
+        }
+        segment
+    }
+
+    /// Reads a segment: form, canonical bytes, digests of documents, and unbroken sequence numbers.
     ///
     /// # Errors
     /// Names the first line that is wrong.
     pub fn parse(text: &[u8]) -> Result<Self, SegmentError> {
-        let each = |number, line| {
-            let (bytes, value) = canonical_line(number, line)?;
-            let seq = value.get("seq").and_then(Value::as_u64);
-            Ok((bytes, seq.ok_or_else(|| broken(number, "expected a number `seq`"))?, ()))
-        };
-        Self::lines(text, each).map(|(segment, _)| segment)
+        let (mut segment, lines) = Self::head(text)?;
+        segment.fill(lines, |line, _| {
+            let (bytes, value) = canonical_line(line)?;
+            let seq = value.get("seq").and_then(Value::as_u64).ok_or("expected a number `seq`")?;
+            Ok((bytes, seq, ()))
+        })?;
+        Ok(segment)
     }
 
     /// Reads a segment with its records, typed, in one go.
@@ -94,44 +110,74 @@ impl Segment {
     /// # Errors
     /// As [`Segment::parse`] and [`Segment::decode`].
     pub fn read(text: &[u8]) -> Result<(Self, Vec<Record>), SegmentError> {
-        let each = |number, line| {
-            let bytes = whole_line(number, line)?;
+        let (mut segment, lines) = Self::head(text)?;
+        let records = segment.fill(lines, |line, documents| {
+            let bytes = whole_line(line)?;
             // What a record's own canonical form is equal to is canonical.
-            let record = decode(bytes).map_err(|problem| broken(number, problem))?;
+            let record = Record::decode(bytes, documents)?;
             Ok((bytes, record.seq, record))
-        };
-        Self::lines(text, each)
+        })?;
+        let named: usize = records.iter().map(Record::documents).sum();
+        segment.all_named(named)?;
+        Ok((segment, records))
     }
 
-    /// Reads a segment; `each` reads a line: its bytes without newline, its sequence number, and what else it is.
-    fn lines<'t, T>(
-        text: &'t [u8],
-        each: impl Fn(usize, &'t [u8]) -> Result<(&'t [u8], u64, T), SegmentError>,
-    ) -> Result<(Self, Vec<T>), SegmentError> {
+    /// The checkpoint and the documents, and the lines after them, which count from 1.
+    fn head(text: &[u8]) -> Result<(Self, impl Iterator<Item = (usize, &[u8])>), SegmentError> {
         let mut lines = text.split_inclusive(|b| *b == b'\n').enumerate().map(|(i, line)| (i + 1, line));
         let (number, header) = lines.next().ok_or_else(|| broken(1, "expected a checkpoint, found nothing"))?;
-        let note = match canonical_line(number, header)?.1 {
-            Value::Object(fields) if fields.len() == 1 => match fields.get("checkpoint") {
-                Some(Value::String(note)) => Note::parse(note)?,
-                _ => return Err(broken(number, "expected the one key `checkpoint` with a signed note")),
-            },
-            _ => return Err(broken(number, "expected an object with the one key `checkpoint`")),
-        };
-        let mut first = None;
-        let (mut records, mut typed) = (Vec::new(), Vec::new());
-        let mut expected = None::<u64>;
-        for (number, line) in lines {
-            let (bytes, seq, one) = each(number, line)?;
-            if let Some(expected) = expected.filter(|n| *n != seq) {
-                return Err(broken(number, format!("expected seq {expected}, found {seq}")));
+        let header = canonical_line(header).map_err(|problem| broken(number, problem))?.1;
+        let header: Header = serde_json::from_value(header).map_err(|error| {
+            broken(
+                number,
+                format!("expected an object with a signed note as `checkpoint`, and perhaps `documents`: {error}"),
+            )
+        })?;
+        let note = Note::parse(&header.checkpoint)?;
+        if header.documents.as_ref().is_some_and(Vec::is_empty) {
+            return Err(broken(number, "expected no `documents` where there are none"));
+        }
+        let mut documents = Vec::new();
+        for expected in header.documents.into_iter().flatten() {
+            let missing = || broken(number, format!("expected the document {expected}, found none"));
+            let (number, line) = lines.next().ok_or_else(missing)?;
+            let bytes = canonical_line(line).map_err(|problem| broken(number, problem))?.0;
+            let found = hex::encode(canonical::sha256(bytes));
+            if found != expected {
+                return Err(broken(number, format!("expected the document {expected}, found {found}")));
             }
-            first.get_or_insert(seq);
-            expected = Some(seq.checked_add(1).ok_or_else(|| broken(number, "seq is too large"))?);
-            records.push(bytes.to_vec());
+            documents.push(bytes.to_vec());
+        }
+        Ok((Self { note, first: 0, documents, records: Vec::new() }, lines))
+    }
+
+    /// Reads the records; `each` reads a line, with the documents that no record before it has named: its bytes without newline, its
+    /// sequence number, and what else it is.
+    fn fill<'t, T>(
+        &mut self,
+        lines: impl Iterator<Item = (usize, &'t [u8])>,
+        each: impl Fn(&'t [u8], &mut dyn Iterator<Item = &[u8]>) -> Result<(&'t [u8], u64, T), String>,
+    ) -> Result<Vec<T>, SegmentError> {
+        let mut typed = Vec::new();
+        let mut expected = None::<u64>;
+        let mut documents = self.documents.iter().map(Vec::as_slice);
+        for (record, (line, text)) in lines.enumerate() {
+            let wrong = |problem| SegmentError::Line { line, record: Some(record), problem };
+            let (bytes, seq, one) = each(text, &mut documents).map_err(wrong)?;
+            if let Some(expected) = expected.filter(|n| *n != seq) {
+                return Err(wrong(format!("expected seq {expected}, found {seq}")));
+            }
+            if record == 0 {
+                self.first = seq;
+            }
+            expected = Some(seq.checked_add(1).ok_or_else(|| wrong("seq is too large".to_owned()))?);
+            self.records.push(bytes.to_vec());
             typed.push(one);
         }
-        let first = first.ok_or_else(|| broken(2, "expected at least one record, found none"))?;
-        Ok((Self { note, first, records }, typed))
+        match expected {
+            Some(_) => Ok(typed),
+            None => Err(broken(self.documents.len() + 2, "expected at least one record, found none")),
+        }
     }
 
     /// Records in the log after it.
@@ -148,12 +194,14 @@ impl Segment {
 
     /// The segment's text: what [`Segment::parse`] reads.
     pub fn to_bytes(&self) -> Vec<u8> {
-        // A JSON object of one string always has a canonical form: RFC 8785 writes strings as `serde_json` does.
-        let header = serde_json::json!({ "checkpoint": self.note.to_string() }).to_string();
+        let documents = (!self.documents.is_empty())
+            .then(|| self.documents.iter().map(|document| hex::encode(canonical::sha256(document))).collect());
+        // Strings have a canonical form: RFC 8785 writes them as `serde_json` does, and the keys are in order.
+        let header = serde_json::json!(Header { checkpoint: self.note.to_string(), documents }).to_string();
         let mut text = header.into_bytes();
         text.push(b'\n');
-        for record in &self.records {
-            text.extend_from_slice(record);
+        for line in self.documents.iter().chain(&self.records) {
+            text.extend_from_slice(line);
             text.push(b'\n');
         }
         text
@@ -162,13 +210,24 @@ impl Segment {
     /// The records, typed.
     ///
     /// # Errors
-    /// If one is not a record of this version, whole: a field that [`Record`] does not have is refused.
+    /// If one is not a record of this version, whole, with its documents: see [`Record::decode`]; if there is a document that none names.
     pub fn decode(&self) -> Result<Vec<Record>, SegmentError> {
-        self.records
-            .iter()
-            .enumerate()
-            .map(|(i, bytes)| decode(bytes).map_err(|problem| broken(i + 2, problem)))
-            .collect()
+        let mut documents = self.documents.iter().map(Vec::as_slice);
+        let decode = |(record, bytes): (usize, &Vec<u8>)| {
+            let line = self.documents.len() + 2 + record;
+            let wrong = |problem| SegmentError::Line { line, record: Some(record), problem };
+            Record::decode(bytes, &mut documents).map_err(wrong)
+        };
+        let records = self.records.iter().enumerate().map(decode).collect::<Result<Vec<_>, _>>()?;
+        self.all_named(records.iter().map(Record::documents).sum())?;
+        Ok(records)
+    }
+
+    /// Records have named so many documents: all there are.
+    fn all_named(&self, named: usize) -> Result<(), SegmentError> {
+        let Some(document) = self.documents.get(named) else { return Ok(()) };
+        let digest = hex::encode(canonical::sha256(document));
+        Err(broken(named + 2, format!("expected a document that a record names, found {digest}")))
     }
 
     /// The log's tree with this segment's records at its end.
@@ -201,36 +260,34 @@ impl Segment {
     }
 }
 
-/// One record.
-fn decode(bytes: &[u8]) -> Result<Record, String> {
-    let record: Record = serde_json::from_slice(bytes).map_err(|e| format!("not a record: {e}"))?;
-    match canonical::to_bytes(&record) {
-        Ok(again) if again == bytes => Ok(record),
-        Ok(_) => Err(format!("the record has fields or values that version {} does not have", super::record::VERSION)),
-        Err(e) => Err(e.to_string()),
-    }
+/// A segment's first line.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Header {
+    checkpoint: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    documents: Option<Vec<String>>,
 }
 
 /// A line's bytes without newline.
-fn whole_line(number: usize, line: &[u8]) -> Result<&[u8], SegmentError> {
-    line.strip_suffix(b"\n").ok_or_else(|| broken(number, "expected a newline at its end; the segment is cut off"))
+fn whole_line(line: &[u8]) -> Result<&[u8], String> {
+    line.strip_suffix(b"\n").ok_or_else(|| "expected a newline at its end; the segment is cut off".to_owned())
 }
 
 /// A line's bytes without newline, and its value.
-fn canonical_line(number: usize, line: &[u8]) -> Result<(&[u8], Value), SegmentError> {
-    let bytes = whole_line(number, line)?;
-    let value: Value = serde_json::from_slice(bytes).map_err(|e| broken(number, format!("not JSON: {e}")))?;
+fn canonical_line(line: &[u8]) -> Result<(&[u8], Value), String> {
+    let bytes = whole_line(line)?;
+    let value: Value = serde_json::from_slice(bytes).map_err(|e| format!("not JSON: {e}"))?;
     match canonical::to_bytes(&value) {
         Ok(again) if again == bytes => Ok((bytes, value)),
-        _ => Err(broken(
-            number,
-            "not canonical JSON (RFC 8785): keys out of order or twice, spaces, or another way to write the same",
-        )),
+        _ => Err("not canonical JSON (RFC 8785): keys out of order or twice, spaces, or another way to write the same"
+            .to_owned()),
     }
 }
 
+/// What is wrong with a line that is no record.
 fn broken(line: usize, problem: impl Into<String>) -> SegmentError {
-    SegmentError::Line { line, problem: problem.into() }
+    SegmentError::Line { line, record: None, problem: problem.into() }
 }
 
 #[cfg(test)]

@@ -333,7 +333,6 @@ impl Harness {
         Event::AttemptOpened(Box::new(AttemptOpened {
             key: self.key.verifier().to_string(),
             policy: policy(),
-            policy_digest: digest(),
             pod: Pod {
                 name: format!("t-{}", self.attempt),
                 uid: format!("pod-{}", self.attempt),
@@ -349,7 +348,7 @@ impl Harness {
     /// The next segment with these events, signed; the harness goes on from it.
     pub fn next(&mut self, events: Vec<Event>) -> AppendRequest {
         let first = self.tree.size();
-        let mut records = vec![];
+        let mut entries = vec![];
         for event in events {
             match &event {
                 Event::Intent(i) => {
@@ -376,12 +375,12 @@ impl Harness {
                 event,
             };
             (self.tamper)(&mut record);
-            let bytes = canonical::to_bytes(&record).unwrap();
-            self.tree.push(leaf_hash(&bytes));
-            records.push(bytes);
+            let entry = record.encode().unwrap();
+            self.tree.push(leaf_hash(&entry.record));
+            entries.push(entry);
         }
         let checkpoint = Checkpoint { origin: note::origin(self.uid), size: self.tree.size(), root: self.tree.root() };
-        let segment = Segment { note: Note::sign(&checkpoint, &self.key), first, records };
+        let segment = Segment::new(Note::sign(&checkpoint, &self.key), first, entries);
         let segment = String::from_utf8(segment.to_bytes()).unwrap();
         AppendRequest { attempt: self.attempt, first, segment, until: Until::Stored }
     }

@@ -554,13 +554,13 @@ impl Witness {
             usage: history.usage(),
             event: Event::TaskClosed(request.closed.clone()),
         };
-        let bytes = canonical::to_bytes(&record).map_err(|e| Refused::malformed(e.to_string()))?;
+        let entry = record.encode().map_err(|e| Refused::malformed(e.to_string()))?;
         let mut tree = history.tree().clone();
-        tree.push(leaf_hash(&bytes));
+        tree.push(leaf_hash(&entry.record));
         let origin = note::origin(&place.task_uid);
         let mut note = Note::unsigned(&Checkpoint { origin: origin.clone(), size: tree.size(), root: tree.root() });
         note.cosign(&self.signer, unix_time());
-        let segment = Segment { note, first: record.seq, records: vec![bytes] };
+        let segment = Segment::new(note, record.seq, vec![entry]);
         let next = history.extended(&segment, &origin)?;
         Ok((segment, next))
     }
@@ -873,7 +873,6 @@ fn admit(
                 );
             }
             let digest = digest.clone()?;
-            same_policy(&opened.policy_digest, digest)?;
             let found = opened.policy.digest().map_err(|e| Refused::malformed(e.to_string()))?;
             same_policy(&found, digest)?;
         }

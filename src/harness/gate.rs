@@ -21,12 +21,15 @@ use crate::{
         access::{Asked, Assessment, Guard, Passed},
         budget::{Budget, Spent},
         config::{AskedBy, Sensitivity, SideEffect, Tool},
-        decide::{Arguments, Contracts, Decision, Denial, Known, Results, shorten},
+        decide::{Arguments, Contracts, Decision, Denial, Known, Results, shorten, shorten_to},
         output::Outputs,
         quota::Quotas,
         rule::Rule,
     },
 };
+
+/// Longest reason of a refusal in its record, in characters.
+const LONGEST_REASON: usize = 2048;
 
 /// A call before it leaves.
 #[derive(Clone, Debug)]
@@ -443,7 +446,7 @@ impl Gate {
                 channel,
                 target: shorten(target),
                 rule: denial.rule,
-                reason: denial.reason.clone(),
+                reason: shorten_to(&denial.reason, LONGEST_REASON),
                 request_digest: digest,
             }))
         });

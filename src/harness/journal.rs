@@ -36,11 +36,10 @@ use super::{
     spool::Spool,
 };
 use crate::{
-    canonical,
     evidence::{
         merkle::{Tree, leaf_hash},
         note::{Checkpoint, Note, Signer},
-        record::{Actor, Event, Record, VERSION},
+        record::{Actor, Encoded, Event, Record, VERSION},
         segment::Segment,
     },
     policy::{
@@ -98,7 +97,7 @@ pub struct Journal {
 
 struct State {
     next: u64,
-    queue: Vec<Vec<u8>>,
+    queue: Vec<Encoded>,
     /// When the first in the queue was put there.
     since: Instant,
     budget: Budget,
@@ -155,23 +154,23 @@ impl Journal {
             usage: state.budget.usage(),
             event,
         };
-        let bytes = match canonical::to_bytes(&record) {
-            Ok(bytes) => bytes,
+        let entry = match record.encode() {
+            Ok(entry) => entry,
             Err(error) => {
                 state.budget = before;
                 return Err(Denial { rule: Rule::Evidence, reason: error.to_string() });
             }
         };
-        // Whoever follows the pod's log sees the record at once; it counts only once it is stored.
-        let mut line = bytes.clone();
-        line.push(b'\n');
-        if let Err(error) = std::io::stdout().lock().write_all(&line) {
+        // Whoever follows the pod's log sees the record at once, after its documents; it counts only once it is stored.
+        let line = |text: &Vec<u8>| [text.as_slice(), b"\n"].concat();
+        let shown: Vec<u8> = entry.documents.iter().chain([&entry.record]).flat_map(line).collect();
+        if let Err(error) = std::io::stdout().lock().write_all(&shown) {
             tracing::debug!(%error, "the record could not be shown on stdout");
         }
         if state.queue.is_empty() {
             state.since = Instant::now();
         }
-        state.queue.push(bytes);
+        state.queue.push(entry);
         state.next = seq.saturating_add(1);
         // Whoever waits for a record says so, and needs no other call; the first has a time by which it goes.
         let tell = state.queue.len() == 1 || state.queue.len() >= BATCH;
@@ -280,7 +279,7 @@ impl Journal {
     }
 
     /// The next records, at most [`BATCH`], if somebody waits for one of them or they have waited long enough; else by when they have.
-    fn take(&self) -> Result<Vec<Vec<u8>>, Option<Instant>> {
+    fn take(&self) -> Result<Vec<Encoded>, Option<Instant>> {
         let wanted = self.wanted.load(Ordering::Relaxed);
         let mut state = self.lock();
         let queued = u64::try_from(state.queue.len()).unwrap_or(u64::MAX);
@@ -404,12 +403,12 @@ impl Unit {
 
 impl Outbox {
     /// Makes a segment of these records, signed, and keeps it.
-    fn cut(&mut self, records: Vec<Vec<u8>>) -> Result<(), Denial> {
+    fn cut(&mut self, entries: Vec<Encoded>) -> Result<(), Denial> {
         let lost = |reason: String| Denial { rule: Rule::Evidence, reason };
         let first = self.tree.size();
-        records.iter().for_each(|record| self.tree.push(leaf_hash(record)));
+        entries.iter().for_each(|entry| self.tree.push(leaf_hash(&entry.record)));
         let checkpoint = Checkpoint { origin: self.origin.clone(), size: self.tree.size(), root: self.tree.root() };
-        let segment = Segment { note: Note::sign(&checkpoint, &self.signer), first, records };
+        let segment = Segment::new(Note::sign(&checkpoint, &self.signer), first, entries);
         let segment =
             String::from_utf8(segment.to_bytes()).map_err(|e| lost(format!("a segment is not UTF-8: {e}")))?;
         self.spool.keep(segment.as_bytes()).map_err(|e| lost(format!("the spool cannot be written: {e}")))?;

@@ -422,9 +422,13 @@ pub struct Results {
 
 /// At most 256 characters, control characters escaped: agents choose this text, and people read it in terminals.
 pub fn shorten(text: &str) -> String {
-    const LONGEST: usize = 256;
-    let mut short: String = text.chars().flat_map(EscapeControl::new).take(LONGEST).collect();
-    if text.chars().count() > LONGEST {
+    shorten_to(text, 256)
+}
+
+/// At most so many characters, control characters escaped.
+pub fn shorten_to(text: &str, longest: usize) -> String {
+    let mut short: String = text.chars().flat_map(EscapeControl::new).take(longest).collect();
+    if text.chars().count() > longest {
         short.push('…');
     }
     short

@@ -73,8 +73,7 @@ impl Walk {
     ) -> Result<(), SegmentProblem> {
         let next = self.tree.size();
         let form = |rule, e: &SegmentError| {
-            // Line 1 is the checkpoint; records start on line 2.
-            let record = e.line().and_then(|line| line.checked_sub(2)).and_then(|n| u64::try_from(n).ok());
+            let record = e.record().and_then(|n| u64::try_from(n).ok());
             SegmentProblem { rule, record: record.map(|n| next.saturating_add(n)), message: e.to_string() }
         };
         let segment = Segment::parse(bytes).map_err(|e| form(Check::SegmentForm, &e))?;

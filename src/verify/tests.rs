@@ -65,7 +65,6 @@ fn a_log_with_listings_tighter_effects_and_limits_that_hold_is_valid() {
         o.policy.tools[1].limits.calls = Some(2);
         let Upstream::Mcp(mcp) = &mut o.policy.tools[1].upstream else { panic!() };
         mcp.digest = Some("0d".repeat(32));
-        o.policy_digest = o.policy.digest().unwrap();
     });
     let listing = record(2, intent("e", Channel::Listing, "other", 0));
     script.segments[4].extend([listing, record(2, intent("f", Channel::Tool, "search", 0))]);
@@ -102,9 +101,7 @@ fn a_task_that_never_ran_has_a_valid_log_of_one_record() {
 #[case::call_after_closing(Check::AttemptOpen, Some(12), |s: &mut Script| s.segments[5].push(record(2, denied("x"))))]
 #[case::not_contained(Check::AttemptContained, Some(0), |s: &mut Script| change_opened(s, 0, |o| o.containment.contained = false))]
 #[case::breach_at_opening(Check::AttemptContained, Some(0), |s: &mut Script| change_opened(s, 0, |o| o.containment.breaches = vec!["10.0.0.1:443".into()]))]
-#[case::policy_changed(Check::AttemptPolicy, Some(7), |s: &mut Script| change_opened(s, 7, |o| o.policy.limits.tokens = 9_999))]
-#[case::policy_digest(Check::AttemptPolicy, Some(7), |s: &mut Script| change_opened(s, 7, |o| o.policy_digest = "00".repeat(32)))]
-#[case::policy_of_another_task(Check::AttemptTask, Some(0), |s: &mut Script| change_opened(s, 0, |o| { o.policy.task.uid = "other".into(); o.policy_digest = o.policy.digest().unwrap(); }))]
+#[case::policy_of_another_task(Check::AttemptTask, Some(0), |s: &mut Script| change_opened(s, 0, |o| { o.policy.task.uid = "other".into(); }))]
 #[case::key_of_another_attempt(Check::AttemptKey, Some(7), |s: &mut Script| { let key = s.keys[&1].verifier().to_string(); change_opened(s, 7, |o| o.key = key); })]
 #[case::key_unreadable(Check::AttemptKey, Some(0), |s: &mut Script| change_opened(s, 0, |o| o.key = "none".into()))]
 #[case::call_after_containment_was_lost(Check::ContainmentLost, Some(11), |s: &mut Script| {
@@ -128,16 +125,13 @@ fn a_task_that_never_ran_has_a_valid_log_of_one_record() {
 #[case::another_definition_than_the_pin(Check::CallPolicy, Some(8), |s: &mut Script| change_opened(s, 7, |o| {
     let Upstream::Mcp(mcp) = &mut o.policy.tools[2].upstream else { panic!() };
     mcp.digest = Some("ff".repeat(32));
-    o.policy_digest = o.policy.digest().unwrap();
 }))]
 #[case::definition_of_an_http_tool(Check::CallPolicy, Some(8), |s: &mut Script| change_opened(s, 7, |o| {
     let url = "https://tools.world.test/".into();
     o.policy.tools[2].upstream = Upstream::Http(HttpUpstream { method: HttpMethod::Post, url, query: vec![] });
-    o.policy_digest = o.policy.digest().unwrap();
 }))]
 #[case::too_many_calls_of_a_tool(Check::UsageLimit, Some(8), |s: &mut Script| change_opened(s, 7, |o| {
     o.policy.tools[2].limits.calls = Some(1);
-    o.policy_digest = o.policy.digest().unwrap();
 }))]
 #[case::too_many_bytes(Check::CallPolicy, Some(6), |s: &mut Script| change_intent(s, 6, |i| i.request_bytes = 4097))]
 #[case::effect_that_the_class_forbids(Check::CallPolicy, Some(6), |s: &mut Script| change_intent(s, 6, |i| { i.target = "mail".into(); i.effect = Some(SideEffect::External); }))]
@@ -191,7 +185,6 @@ fn change_opened(script: &mut Script, seq: usize, change: impl FnOnce(&mut crate
 fn opened_with(script: &Script, change: impl FnOnce(&mut crate::evidence::record::AttemptOpened)) -> Event {
     let Event::AttemptOpened(mut opened) = opened(&script.keys[&2], 2) else { unreachable!() };
     change(&mut opened);
-    opened.policy_digest = opened.policy.digest().unwrap();
     Event::AttemptOpened(opened)
 }
 
@@ -248,6 +241,12 @@ fn change_intent(script: &mut Script, seq: usize, change: impl FnOnce(&mut crate
     s.records[1] = canonical::to_bytes(&r).unwrap();
 }))]
 #[case::record_dropped(Check::CheckpointRoot, |_: &Script, log: &mut Log| edit(log, 3, |s| { s.records.pop(); }))]
+#[case::document_changed(Check::SegmentForm, |_: &Script, log: &mut Log| edit_text(log, |text| text.replacen("\"toolCalls\":4", "\"toolCalls\":5", 1)))]
+#[case::document_and_its_digest_changed(Check::RecordForm, |_: &Script, log: &mut Log| edit(log, 0, |s| s.documents[0] = b"{}".to_vec()))]
+#[case::document_missing(Check::RecordForm, |_: &Script, log: &mut Log| edit(log, 0, |s| s.documents.clear()))]
+#[case::document_more(Check::RecordForm, |_: &Script, log: &mut Log| edit(log, 3, |s| s.documents.push(b"{}".to_vec())))]
+#[case::document_with_a_field_more(Check::CheckpointRoot, |_: &Script, log: &mut Log| edit_policy(log, |policy| policy["extra"] = true.into()))]
+#[case::document_of_another_policy(Check::CheckpointRoot, |_: &Script, log: &mut Log| edit_policy(log, |policy| policy["limits"]["toolCalls"] = 9.into()))]
 #[case::checkpoint_of_another_size(Check::CheckpointRoot, |script: &Script, log: &mut Log| edit(log, 3, |s| {
     let checkpoint = note::Checkpoint { size: 7, ..s.note.checkpoint().unwrap() };
     resign(s, &checkpoint, script);
@@ -293,6 +292,26 @@ fn edit(log: &mut Log, first: u64, change: impl FnOnce(&mut Segment)) {
     let mut segment = segment(log, first);
     change(&mut segment);
     put(log, &segment);
+}
+
+/// Changes the first segment as text.
+fn edit_text(log: &mut Log, change: impl FnOnce(String) -> String) {
+    let key = Segment::key(0);
+    let text = change(String::from_utf8(log.segments[&key].to_vec()).unwrap());
+    log.segments.insert(key, text.into());
+}
+
+/// Changes the policy that the first record names, and its digest wherever it is.
+fn edit_policy(log: &mut Log, change: impl FnOnce(&mut serde_json::Value)) {
+    edit(log, 0, |segment| {
+        let mut policy = serde_json::from_slice(&segment.documents[0]).unwrap();
+        change(&mut policy);
+        let [before, after] = [segment.documents[0].clone(), canonical::to_bytes(&policy).unwrap()]
+            .map(|policy| (hex::encode(canonical::sha256(&policy)), policy));
+        let record = String::from_utf8(segment.records[0].clone()).unwrap();
+        segment.records[0] = record.replace(&before.0, &after.0).into_bytes();
+        segment.documents[0] = after.1;
+    });
 }
 
 fn resign(segment: &mut Segment, checkpoint: &note::Checkpoint, script: &Script) {
@@ -456,7 +475,6 @@ fn approved() -> Script {
             hold_seconds: 30,
         });
         o.policy.task.requester = Some("ci".into());
-        o.policy_digest = o.policy.digest().unwrap();
     });
     let vote = |by: &str| Vote { by: by.into(), decision: Answer::Approve, reason: None };
     let said = |standing, decisions| record::Approval {
@@ -522,7 +540,6 @@ fn replayed() -> Script {
     let mut script = Script::good();
     change_opened(&mut script, 7, |o| {
         o.policy.tools[2].idempotency = Some(Idempotency { argument: None, header: None, window_seconds: 3600 });
-        o.policy_digest = o.policy.digest().unwrap();
     });
     let key = ledger::made_of(UID, "write", &"ab".repeat(32));
     change_intent(&mut script, 8, |i| i.key = Some(ledger::made_of(UID, "write", &"ab".repeat(32))));
@@ -578,7 +595,6 @@ fn resolved() -> Script {
             applied: "result".into(),
             settle_seconds: 1,
         });
-        o.policy_digest = o.policy.digest().unwrap();
     });
     let told = Event::Resolved(record::Resolved { call: "d".into(), effect: Effect::Applied, by: "e".into() });
     let read = [intent("e", Channel::Tool, "search", 0), outcome("e", 0), told];
@@ -664,7 +680,6 @@ fn assessed() -> Script {
         let term = |name: &str, when: &str| RiskTerm { name: name.into(), when: when.into(), points: 10 };
         let terms = vec![term("change", "effect == 'write'"), term("seen", "data.seen == 'Internal'")];
         o.policy.access.risk = Some(Risk { terms, approve_at: None, deny_at: Some(30) });
-        o.policy_digest = o.policy.digest().unwrap();
     });
     change_intent(&mut script, 8, |i| {
         i.assessment = Some(Assessment {
@@ -715,7 +730,6 @@ fn a_result_that_is_less_than_its_contract_says_shows() {
     change_opened(&mut script, 7, |o| {
         let write = o.policy.tools.iter_mut().find(|tool| tool.name == "write").unwrap();
         write.data.result = Sensitivity::Confidential;
-        o.policy_digest = o.policy.digest().unwrap();
     });
     let none =
         Assessment { arguments: Sensitivity::Unclassified, seen: Sensitivity::Unclassified, rules: vec![], risk: None };
@@ -745,7 +759,6 @@ fn rollback() -> Script {
     for at in [0, 7] {
         change_opened(&mut script, at, |o| {
             o.policy.task.rollback_of = Some(RollbackOf { name: "other".into(), uid: other.into() });
-            o.policy_digest = o.policy.digest().unwrap();
             o.rollback = Some(plan.clone());
         });
     }

@@ -139,7 +139,6 @@ async fn nothing_in_a_log_reaches_the_terminal_as_it_is() {
                 {
                     hostile.clone_into(text);
                 }
-                hostile.clone_into(&mut opened.policy_digest);
             }
             Event::Intent(intent) => {
                 hostile.clone_into(&mut intent.target);

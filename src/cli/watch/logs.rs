@@ -3,6 +3,8 @@
 //! A pod that is not there yet, a container that has not started, a stream that breaks: all are tried again until a newer
 //! attempt or the end of the task says that no more will come. Records that were shown already are left out.
 
+use std::collections::VecDeque;
+
 use futures::{AsyncBufReadExt, TryStreamExt};
 use k8s_openapi::api::core::v1::Pod;
 use kube::{Api, api::LogParams};
@@ -12,7 +14,7 @@ use tokio::{
 };
 
 use super::super::cluster::explain;
-use crate::evidence::record::Record;
+use crate::evidence::record::{DOCUMENTS, Record};
 
 /// The harness's container.
 const CONTAINER: &str = "harness";
@@ -68,7 +70,14 @@ pub(super) async fn follow(
         if progress.borrow().newest < attempt {
             return;
         }
-        let pod = Follower { pods: &pods, name: format!("{task}-{attempt}"), attempt, next: 0, events: &events };
+        let pod = Follower {
+            pods: &pods,
+            name: format!("{task}-{attempt}"),
+            attempt,
+            next: 0,
+            before: VecDeque::new(),
+            events: &events,
+        };
         if pod.run(&mut progress).await.is_err() {
             return;
         }
@@ -82,6 +91,8 @@ struct Follower<'a> {
     attempt: i64,
     /// The first record that was not shown yet.
     next: u64,
+    /// The last lines.
+    before: VecDeque<String>,
     events: &'a mpsc::Sender<Event>,
 }
 
@@ -146,7 +157,12 @@ impl Follower<'_> {
     }
 
     async fn line(&mut self, line: &str) -> Result<(), Gone> {
-        let Some(record) = parse(line, self.attempt) else { return Ok(()) };
+        let record = parse(line, &self.before, self.attempt);
+        if self.before.len() == DOCUMENTS.len() {
+            self.before.pop_front();
+        }
+        self.before.push_back(line.to_owned());
+        let Some(record) = record else { return Ok(()) };
         if record.seq < self.next {
             return Ok(());
         }
@@ -163,9 +179,11 @@ impl Follower<'_> {
     }
 }
 
-/// The record in a line, if it is one of this attempt. Everything else that the harness prints is its own log.
-fn parse(line: &str, attempt: i64) -> Option<Box<Record>> {
-    let record: Record = serde_json::from_str(line).ok()?;
+/// The record in a line, if it is one of this attempt; `before` are the lines before it, newest last, of which its documents are the
+/// newest. Everything else that the harness prints is its own log.
+fn parse(line: &str, before: &VecDeque<String>, attempt: i64) -> Option<Box<Record>> {
+    let decode = |skip| Record::decode(line.as_bytes(), &mut before.iter().skip(skip).map(String::as_bytes)).ok();
+    let record = (0..=before.len()).rev().find_map(decode)?;
     (record.attempt == attempt).then(|| Box::new(record))
 }
 

@@ -5,9 +5,10 @@ use super::*;
 use crate::{
     evidence::{
         note::{Signer, WITNESS_NAME, origin},
-        record::{Actor, AttemptClosed, Event, VERSION},
+        record::{Actor, AttemptClosed, Event, LONGEST, VERSION},
     },
     policy::config::Usage,
+    verify::tests::script,
 };
 
 fn record(seq: u64) -> Record {
@@ -32,7 +33,7 @@ fn segment(first: u64, count: u64) -> (Tree, Segment) {
     let checkpoint = Checkpoint { origin: origin("0b4f"), size: after.size(), root: after.root() };
     let mut note = Note::sign(&checkpoint, &Signer::generate("belay.dev/task/0b4f/1").unwrap());
     note.cosign(&Signer::generate(WITNESS_NAME).unwrap(), 1_795_000_000);
-    (before, Segment { note, first, records })
+    (before, Segment { note, first, documents: vec![], records })
 }
 
 #[test]
@@ -121,7 +122,7 @@ proptest! {
     /// Reading with records accepts what parsing and decoding accept, and nothing else.
     #[test]
     fn reading_in_one_go_is_parsing_and_decoding(at in any::<prop::sample::Index>(), byte in any::<u8>(), to in any::<prop::sample::Index>()) {
-        let mut text = segment(3, 4).1.to_bytes();
+        let mut text = if byte % 2 == 0 { segment(3, 4).1 } else { opened() }.to_bytes();
         let changed = at.index(text.len());
         text[changed] = byte;
         // Or a line somewhere else, or twice.
@@ -135,7 +136,7 @@ proptest! {
 
     #[test]
     fn what_is_accepted_has_one_form(at in any::<prop::sample::Index>(), byte in any::<u8>()) {
-        let (_, segment) = segment(2, 3);
+        let segment = if byte % 2 == 0 { segment(2, 3).1 } else { opened() };
         let mut bytes = segment.to_bytes();
         let at = at.index(bytes.len());
         bytes[at] = byte;
@@ -144,4 +145,68 @@ proptest! {
             let _ = parsed.decode();
         }
     }
+}
+
+/// A record that names a policy, and one that does not.
+fn opened() -> Segment {
+    let key = Signer::generate("belay.dev/task/0b4f/1").unwrap();
+    let record = |seq, event| Record { event, ..record(seq) };
+    let entries = [record(0, script::opened(&key, 1)), record(1, script::attempt_closed())];
+    let entries: Vec<_> = entries.iter().map(|record| record.encode().unwrap()).collect();
+    let tree: Tree = entries.iter().map(|entry| merkle::leaf_hash(&entry.record)).collect();
+    let checkpoint = Checkpoint { origin: origin("0b4f"), size: 2, root: tree.root() };
+    Segment::new(Note::sign(&checkpoint, &key), 0, entries)
+}
+
+#[test]
+fn documents_go_with_the_record_that_names_them() {
+    let segment = opened();
+    let text = segment.to_bytes();
+    let (again, records) = Segment::read(&text).unwrap();
+    assert_eq!((&again, again.decode().unwrap()), (&segment, records.clone()));
+    let Event::AttemptOpened(opened) = &records[0].event else { panic!() };
+    assert_eq!(opened.policy, script::policy());
+    let line = String::from_utf8(segment.records[0].clone()).unwrap();
+    assert!(line.contains(&opened.policy.digest().unwrap()) && !line.contains("Tidy up"), "{line}");
+    let text = String::from_utf8(text).unwrap();
+    assert_eq!(text.lines().count(), 4, "checkpoint, policy, two records");
+    for (from, to, problem) in [
+        ("Tidy up", "Tidy it", "line 2: expected the document "),
+        ("\"documents\":[\"", "\"documents\":[\"00", "line 2: expected the document 00"),
+        (",\"documents\":[", ",\"documents\":[],\"x\":[", "line 1: "),
+        ("\"policyDigest\":\"", "\"policyDigest\":\"00", "line 3: expected the document 00"),
+    ] {
+        assert!(text.contains(from), "{from}");
+        let error = Segment::read(text.replacen(from, to, 1).as_bytes()).unwrap_err().to_string();
+        assert!(error.starts_with(problem), "{error}");
+    }
+}
+
+/// What a document says is read as strictly as a record.
+#[rstest]
+#[case::a_field_more(|policy: &mut Value| policy["extra"] = 1.into(), "not a record")]
+#[case::a_field_that_is_left_out_otherwise(|policy: &mut Value| policy["task"]["taskClass"] = Value::Null, "version 1 does not have")]
+#[case::none(|policy: &mut Value| *policy = Value::Null, "not a record")]
+fn a_document_that_this_version_does_not_have_is_refused(#[case] change: fn(&mut Value), #[case] problem: &str) {
+    let mut segment = opened();
+    let mut policy = serde_json::from_slice(&segment.documents[0]).unwrap();
+    let before = hex::encode(canonical::sha256(&segment.documents[0]));
+    change(&mut policy);
+    segment.documents[0] = canonical::to_bytes(&policy).unwrap();
+    let after = hex::encode(canonical::sha256(&segment.documents[0]));
+    let line = String::from_utf8(segment.records[0].clone()).unwrap();
+    segment.records[0] = line.replace(&before, &after).into_bytes();
+    let error = segment.decode().unwrap_err();
+    assert!(error.to_string().contains(problem), "{error}");
+    assert_eq!(error.record(), Some(0));
+}
+
+#[test]
+fn a_record_has_a_longest() {
+    let long = |len| Record { time: "x".repeat(len), ..record(0) };
+    let rest = canonical::to_bytes(&long(0)).unwrap().len();
+    assert!(long(LONGEST - rest).encode().is_ok());
+    assert!(long(LONGEST - rest + 1).encode().is_err());
+    let bytes = canonical::to_bytes(&long(LONGEST - rest + 1)).unwrap();
+    assert!(Record::decode(&bytes, &mut std::iter::empty()).unwrap_err().contains("65535"));
 }

@@ -432,7 +432,7 @@ impl World {
         self.post("harness-1", wire::LOG_OPEN, &open).await.unwrap();
         let mut harness = Harness::new(1);
         let RecordEvent::AttemptOpened(mut opened) = harness.opened() else { panic!() };
-        (opened.policy, opened.policy_digest) = (compiled.policy.clone(), compiled.digest.clone());
+        opened.policy = compiled.policy.clone();
         let mut all = vec![RecordEvent::AttemptOpened(opened)];
         all.extend(events);
         let request = harness.next(all);

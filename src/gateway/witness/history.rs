@@ -377,7 +377,7 @@ impl History {
                 open.into_iter().for_each(|(call, open)| self.lose(call, open.target, open.key, record.seq));
                 self.undoable |= self.terms.values().any(|terms| terms.undoable);
                 self.task_class = opened.policy.task.task_class.as_deref().unwrap_or_default().into();
-                self.policy_digest = opened.policy_digest.as_str().into();
+                self.policy_digest = opened.policy.digest().map_err(|e| at(record, e))?.into();
                 self.plan(record, opened)?;
                 (self.attempt, self.opened, self.loose, self.over) = (record.attempt, true, false, None);
                 (self.key, self.limits) = (Some(Arc::new(key)), Some(opened.policy.limits));

@@ -79,7 +79,7 @@ struct Held {
 
 impl Held {
     fn new(segment: Segment, after: History) -> Self {
-        let bytes = segment.records.iter().map(Vec::len).sum();
+        let bytes = segment.documents.iter().chain(&segment.records).map(Vec::len).sum();
         Self { segment, after: Arc::new(after), bytes, since: Instant::now() }
     }
 
@@ -222,6 +222,7 @@ impl Log {
                 break;
             }
             batch.segment.note = next.segment.note.clone();
+            batch.segment.documents.extend(next.segment.documents.iter().cloned());
             batch.segment.records.extend(next.segment.records.iter().cloned());
             batch.after = next.after.clone();
         }

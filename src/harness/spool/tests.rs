@@ -16,7 +16,7 @@ fn log(sizes: &[usize]) -> Vec<Segment> {
         let records: Vec<_> = (first..first + size as u64).map(record).collect();
         records.iter().for_each(|record| tree.push(leaf_hash(record)));
         let checkpoint = Checkpoint { origin: note::origin("uid"), size: tree.size(), root: tree.root() };
-        Segment { note: Note::sign(&checkpoint, &signer), first, records }
+        Segment { note: Note::sign(&checkpoint, &signer), first, documents: vec![], records }
     };
     sizes.iter().map(cut).collect()
 }

@@ -5,7 +5,6 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 
 use crate::{
-    canonical,
     evidence::{
         log::Log,
         merkle::{self, Tree},
@@ -123,7 +122,6 @@ pub(crate) fn opened(key: &Signer, attempt: i64) -> Event {
     let policy = policy();
     Event::AttemptOpened(Box::new(AttemptOpened {
         key: key.verifier().to_string(),
-        policy_digest: policy.digest().unwrap(),
         policy,
         pod: Pod {
             name: format!("tidy-{attempt}"),
@@ -270,15 +268,15 @@ impl Script {
         let mut log = Log { versions: Some(Vec::new()), ..Log::default() };
         for records in &self.segments {
             let first = tree.size();
-            let lines: Vec<_> = records.iter().map(|r| canonical::to_bytes(r).unwrap()).collect();
-            lines.iter().for_each(|line| tree.push(merkle::leaf_hash(line)));
+            let entries: Vec<_> = records.iter().map(|r| r.encode().unwrap()).collect();
+            entries.iter().for_each(|entry| tree.push(merkle::leaf_hash(&entry.record)));
             let checkpoint = Checkpoint { origin: note::origin(UID), size: tree.size(), root: tree.root() };
             let mut note = match records[0].actor {
                 Actor::Harness => Note::sign(&checkpoint, &self.keys[&records[0].attempt]),
                 Actor::Gateway => Note::unsigned(&checkpoint),
             };
             note.cosign(&self.witness, WITNESSED + first);
-            put(&mut log, &Segment { note, first, records: lines });
+            put(&mut log, &Segment::new(note, first, entries));
         }
         log
     }

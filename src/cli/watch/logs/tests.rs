@@ -48,8 +48,11 @@ fn output(attempt: i64, seqs: std::ops::Range<u64>) -> String {
     let mut text = "{\"level\":\"INFO\",\"message\":\"starting\"}\nnot json\n".to_owned();
     for record in Script::good().segments.iter().flatten() {
         if record.attempt == attempt && seqs.contains(&record.seq) {
-            text.push_str(&serde_json::to_string(record).unwrap());
-            text.push('\n');
+            let entry = record.encode().unwrap();
+            for line in entry.documents.into_iter().chain([entry.record]) {
+                text.push_str(&String::from_utf8(line).unwrap());
+                text.push('\n');
+            }
         }
     }
     text
@@ -128,9 +131,14 @@ async fn without_the_right_to_read_logs_the_status_remains() {
 #[test]
 fn only_records_of_the_attempt_count() {
     let text = output(1, 0..1);
-    let line = text.lines().last().unwrap();
-    assert!(parse(line, 1).is_some());
-    assert!(parse(line, 2).is_none());
-    assert!(parse("{\"level\":\"INFO\"}", 1).is_none());
-    assert!(parse("", 1).is_none());
+    let lines: Vec<_> = text.lines().map(str::to_owned).collect();
+    let (line, before) = lines.split_last().unwrap();
+    let last = |count| before.iter().rev().take(count).rev().cloned().collect();
+    // The policy is in the line before.
+    for (count, is) in [(0, false), (1, true), (2, true)] {
+        assert_eq!(parse(line, &last(count), 1).is_some(), is, "{count}");
+        assert!(parse(line, &last(count), 2).is_none());
+    }
+    assert!(parse("{\"level\":\"INFO\"}", &VecDeque::new(), 1).is_none());
+    assert!(parse("", &VecDeque::new(), 1).is_none());
 }
