@@ -246,6 +246,7 @@ pub async fn serve(options: Options) -> Result<Ended, HarnessError> {
         once: once::Once::resume(opened.ledger, opened.keeps_results),
         seen: opened.seen,
         undoing: opened.undoing.clone(),
+        salt: opened.salt.clone(),
     };
     let tools = mcp::Tools::new(
         Arc::new(gate::Gate::new(policy, kept, journal.clone(), link, clock.clone(), approvals.clone())),

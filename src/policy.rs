@@ -9,6 +9,8 @@ pub mod access;
 pub mod approval;
 /// Counters against limits: reserve before, settle after.
 pub mod budget;
+/// What stands in the evidence for arguments, prompts and replies.
+pub mod commit;
 /// The rendered configuration: everything that a harness and a gateway decide by.
 pub mod config;
 /// One tool call: allow or deny, and by which rule.

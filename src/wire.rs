@@ -11,6 +11,7 @@ use crate::{
     evidence::{record::TaskClosed, rollback::Undoing},
     policy::{
         approval::{Standing, Vote},
+        commit::Salt,
         config::{AskedBy, Sensitivity, SideEffect, ToolUsage, Usage},
         ledger::Ledger,
         rule::Rule,
@@ -99,6 +100,8 @@ pub struct OpenReply {
     /// Calls by their idempotency keys.
     #[serde(default)]
     pub ledger: Ledger,
+    /// What the task's commitments are made with.
+    pub salt: Salt,
     /// Whether results of idempotent calls are kept outside the pod.
     #[serde(default)]
     pub keeps_results: bool,
@@ -259,7 +262,7 @@ pub struct Keep {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Kept {
-    /// Its SHA-256, hex: of arguments in canonical form, and of a result as it is.
+    /// The commitment to it, hex: to arguments by field, and to a result's bytes.
     pub digest: String,
 }
 
@@ -269,7 +272,7 @@ pub struct Kept {
 pub struct KeptOf {
     /// The call, by its name in its task's log.
     pub call: String,
-    /// SHA-256 of what is asked for, hex.
+    /// The commitment to what is asked for, hex.
     pub digest: String,
 }
 

@@ -328,7 +328,7 @@ fn table(echo: &str) -> Vec<Row> {
         };
         let of_hi = |evidence: &Evidence| {
             let digest = evidence.outcome.as_ref().and_then(|outcome| outcome.undone_by.clone());
-            digest == Some(hex::encode(belay::canonical::sha256(br#"{"text":"undo hi"}"#)))
+            digest == Some(gateway::salt().value(&json!({"text": "undo hi"})).unwrap())
         };
         let of_nothing =
             |evidence: &Evidence| evidence.outcome.as_ref().is_some_and(|outcome| outcome.undone_by.is_none());

@@ -46,6 +46,7 @@ use belay::{
     },
     policy::{
         approval::{Answer, Exact, Vote},
+        commit::Salt,
         config::{PolicyConfig, TaskIdentity},
         egress::Blocked,
         hostname::Hostname,
@@ -288,6 +289,11 @@ impl Gateway {
     }
 }
 
+/// What commitments are made with.
+pub fn salt() -> Salt {
+    Salt::new([7; 32])
+}
+
 /// A cluster in which there is the task, and no object but what people are asked.
 fn cluster(policy: &PolicyConfig) -> (Cluster, Arc<People>) {
     let task: AgentTask = serde_json::from_value(serde_json::json!({
@@ -341,6 +347,7 @@ async fn open(State(log): State<Arc<Log>>, axum::Json(request): axum::Json<OpenR
         usage: history.usage(),
         tools: history.tools(request.attempt),
         ledger: history.ledger(),
+        salt: salt(),
         keeps_results: log.keeps_results.load(Ordering::SeqCst),
         seen: history.seen(),
         open_calls: u64::try_from(history.open_calls()).unwrap(),
@@ -374,14 +381,14 @@ async fn keep(State(log): State<Arc<Log>>, axum::Json(keep): axum::Json<wire::Ke
     let intent = log.history.lock().unwrap().intent(keep.intent).cloned().unwrap();
     let compiled = log.compiled.lock().unwrap();
     if let Err(refused) = authorize::called(&compiled, intent.attempt, &intent)
-        .and_then(|_| authorize::are_intended(&intent, &keep.arguments))
+        .and_then(|_| authorize::are_intended(&intent, &salt(), &keep.arguments))
     {
         return refusal(&refused);
     }
     match compiled.contracts.undo(&intent.target, &keep.arguments, &keep.result) {
         Ok(undo) => {
             let arguments = belay::canonical::to_bytes(&undo).unwrap();
-            let digest = hex::encode(belay::canonical::sha256(&arguments));
+            let digest = salt().value(&serde_json::Value::Object(undo)).unwrap();
             log.kept.lock().unwrap().insert(digest.clone(), String::from_utf8(arguments).unwrap());
             axum::Json(wire::Kept { digest }).into_response()
         }
@@ -399,7 +406,7 @@ async fn kept(State(log): State<Arc<Log>>, axum::Json(of): axum::Json<wire::Kept
 async fn keep_result(State(log): State<Arc<Log>>, axum::Json(keep): axum::Json<wire::KeepResult>) -> Response {
     let intent = log.history.lock().unwrap().intent(keep.intent).cloned().unwrap();
     assert!(intent.open && intent.key.is_some(), "{intent:?}");
-    let digest = hex::encode(belay::canonical::sha256(keep.result.as_bytes()));
+    let digest = salt().bytes(keep.result.as_bytes());
     log.kept.lock().unwrap().insert(digest.clone(), keep.result);
     axum::Json(wire::Kept { digest }).into_response()
 }
@@ -425,7 +432,7 @@ async fn approval(State(log): State<Arc<Log>>, axum::Json(ask): axum::Json<Appro
         attempt: 1,
         standing: Standing::Live,
     };
-    match approvals::ask(&log.cluster, log.people.as_ref(), &compiled, &principal, &ask, before).await {
+    match approvals::ask(&log.cluster, log.people.as_ref(), &compiled, &principal, (&ask, &salt()), before).await {
         Ok(reply) => axum::Json(reply).into_response(),
         Err(refused) => refusal(&refused),
     }
@@ -475,7 +482,7 @@ async fn forwarded(log: &Log, request: Request<Body>) -> Result<Response, Refuse
         authorize::listed(&compiled, channel, to)?;
         authorize::intended(&compiled, intent.attempt, channel, to, &intent)?;
         if authorize::is_message(&compiled, channel, &parts.method, &intent)
-            && let Some(arguments) = authorize::says(&compiled, channel, &intent, &body)?
+            && let Some(arguments) = authorize::says(&compiled, channel, (&intent, &salt()), &body)?
         {
             judged(log, &compiled, &intent, &arguments)?;
         }
@@ -487,7 +494,7 @@ async fn called(log: &Log, request: Request<Body>) -> Result<Response, Refused> 
     let (intent, _, body) = intended(log, request).await?;
     let (target, request) = {
         let compiled = log.compiled.lock().unwrap();
-        let arguments = authorize::arguments(&intent, &body)?;
+        let arguments = authorize::arguments(&intent, &salt(), &body)?;
         let (target, request) = authorize::request(&compiled, intent.attempt, &intent, &arguments)?;
         authorize::listed(&compiled, Channel::Tool, Destination::Url(&target, request.method()))?;
         judged(log, &compiled, &intent, &arguments)?;

@@ -213,7 +213,7 @@ async fn start(
     let signer = Signer::generate(&note::attempt_key_name("uid", attempt)).unwrap();
     let key = signer.verifier().to_string();
     let (budget, used, ledger) = (Budget::resume(limits, opened.usage), opened.tools.clone(), opened.ledger.clone());
-    let (seen, opened_keeps) = (opened.seen, opened.keeps_results);
+    let (seen, opened_keeps, salt) = (opened.seen, opened.keeps_results, opened.salt.clone());
     let undoing = opened.undoing.clone();
     let rollback = undoing.as_ref().map(|undoing| undoing.plan.clone());
     let tree = Tree::from_frontier(opened.size, opened.decoded_frontier().unwrap()).unwrap();
@@ -241,8 +241,13 @@ async fn start(
     let contracts = Contracts::compile(policy).unwrap();
     let (guard, outputs) = (Guard::compile(policy).unwrap(), Outputs::compile(&policy.tools).unwrap());
     let compiled = Compiled { contracts, guard, outputs };
-    let kept =
-        Kept { quotas: Quotas::resume(&policy.tools, &used), once: Once::resume(ledger, opened_keeps), seen, undoing };
+    let kept = Kept {
+        quotas: Quotas::resume(&policy.tools, &used),
+        once: Once::resume(ledger, opened_keeps),
+        seen,
+        undoing,
+        salt,
+    };
     let seconds = |count: i64| Duration::from_secs(u64::try_from(count).unwrap());
     let clock = Clock::start(seconds(limits.wall_time_seconds), seconds(limits.approval_wait_seconds));
     let approvals = Approvals::new(link.clone(), journal.clone(), clock.clone());

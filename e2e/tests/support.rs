@@ -80,6 +80,7 @@ impl World {
                 "environment": "e2e",
                 "namespaceSelector": {"matchLabels": {"belay.dev/environment": namespace}},
                 "workflowClasses": classes,
+                "taskClasses": ["incident"],
                 "models": {"openai": "https://models.world.test"},
                 "evidence": {"bucket": setting("S3_BUCKET"), "prefix": "e2e", "mode": "Governance", "retentionDays": 1},
                 "state": {"bucket": setting("S3_STATE_BUCKET"), "prefix": "e2e"},

@@ -60,7 +60,7 @@ pub struct ApprovalRequestSpec {
     /// and no other.
     #[schemars(length(min = 1, max = 65_536))]
     pub arguments: String,
-    /// SHA-256 of the arguments as they are sent, hex: the intent in the evidence has the same.
+    /// The salted commitment to the arguments as they are sent, hex: the intent in the evidence has the same.
     #[schemars(regex(pattern = r"^[0-9a-f]{64}$"))]
     pub digest: String,
     /// How many calls that were the same have been approved and made before this one.

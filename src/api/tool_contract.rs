@@ -73,8 +73,8 @@ pub struct ToolContractSpec {
     #[serde(default, skip_serializing_if = "DataClass::is_unclassified")]
     pub data: DataClass,
     /// JSON Pointers (RFC 6901) to the arguments that people who decide on a call are not shown, such as `/card/number`. They see
-    /// `"[redacted]"` in their place; what they approve is the whole call by its digest. The digest is a plain SHA-256 over all arguments:
-    /// whoever sees the rest can try values for what is short and guessable.
+    /// `"[redacted]"` in their place; what they approve is the whole call by its digest. The digest is salted: whoever sees the rest
+    /// cannot try values.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 64), inner(length(min = 1, max = 256), regex(pattern = r"^(/([^~/]|~[01])*)+$")), extend("x-kubernetes-list-type" = "set"))]
     pub redact: Vec<String>,

@@ -155,6 +155,12 @@ impl Signer {
         self.verifier.clone()
     }
 
+    /// A secret that follows from this key and a label, and from nothing else: Ed25519's signatures are deterministic, and nobody else can
+    /// make this one. No label is a note's text.
+    pub fn derived(&self, label: &str) -> [u8; 32] {
+        Sha256::digest(self.key.sign(label.as_bytes()).as_ref()).into()
+    }
+
     /// A signature line over these bytes.
     fn signature(&self, kind: KeyType, time: Option<u64>, message: &str) -> Signature {
         let mut bytes = time.map(|t| t.to_be_bytes().to_vec()).unwrap_or_default();

@@ -1,7 +1,7 @@
 //! What happened: the entries of a task's log.
 //!
-//! A record is canonical JSON of one `Record`, at most [`LONGEST`] bytes. Prompts, arguments and replies are never in it, only their
-//! digests and sizes. What a record is too small for, the policy and the plan of a rollback, are documents: canonical JSON that lies beside
+//! A record is canonical JSON of one `Record`, at most [`LONGEST`] bytes. Prompts, arguments and replies are never in it, only
+//! [commitments](crate::policy::commit) to them and their sizes. What a record is too small for, the policy and the plan of a rollback, are documents: canonical JSON that lies beside
 //! the record, which names it by its SHA-256. Every call that leaves has an `Event::Intent` before and an `Event::Outcome` after; every refusal has an
 //! `Event::Denied`.
 
@@ -318,7 +318,7 @@ pub struct Intent {
     /// [`definition`](crate::policy::definition).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub definition: Option<String>,
-    /// SHA-256 of the request: a tool's arguments in canonical form, a model's body as sent. Absent for tunnels.
+    /// The [commitment](crate::policy::commit) to the request: a tool's arguments by field, a model's body as sent. Absent for tunnels.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub request_digest: Option<String>,
     /// Bytes of the request.
@@ -372,7 +372,7 @@ pub struct Outcome {
     pub rule: Option<Rule>,
     /// The upstream's HTTP status; 0 without one.
     pub status: u16,
-    /// SHA-256 of the reply's bytes as the agent got them, or would have but for `rule`; absent without a reply and for tunnels.
+    /// The commitment to the reply's bytes as the agent got them, or would have but for `rule`; absent without a reply and for tunnels.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub response_digest: Option<String>,
     /// Bytes of the reply.
@@ -388,7 +388,7 @@ pub struct Outcome {
     /// How sensitive the result is that the agent got.
     #[serde(default, skip_serializing_if = "Sensitivity::is_unclassified")]
     pub sensitivity: Sensitivity,
-    /// SHA-256 of the arguments, in canonical form, of the call that undoes this one by its contract, hex. They are kept outside the log.
+    /// The commitment to the arguments of the call that undoes this one by its contract. They are kept outside the log.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub undone_by: Option<String>,
 }
@@ -430,9 +430,9 @@ pub struct Replayed {
     pub target: String,
     /// The idempotency key of both.
     pub key: String,
-    /// SHA-256 of the arguments of both, hex.
+    /// The commitment to the arguments of both.
     pub request_digest: String,
-    /// SHA-256 of the result, hex, as the call's outcome has it.
+    /// The commitment to the result, as the call's outcome has it.
     pub response_digest: String,
 }
 
@@ -460,7 +460,7 @@ pub struct Denied {
     pub rule: Rule,
     /// What the agent was told.
     pub reason: String,
-    /// SHA-256 of the request, where there was one.
+    /// The commitment to the request, where there was one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub request_digest: Option<String>,
 }
@@ -477,7 +477,7 @@ pub struct Approval {
     pub by: AskedBy,
     /// The tool.
     pub tool: String,
-    /// SHA-256 of the arguments in canonical form, hex.
+    /// The commitment to the arguments.
     pub request_digest: String,
     /// How many people must approve.
     pub required: i64,

@@ -15,7 +15,7 @@ pub mod dir;
 pub mod s3;
 
 /// A prefix in a bucket: `s3://bucket/prefix`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Location {
     /// The bucket.
     pub bucket: String,

@@ -22,10 +22,12 @@ use super::{
 };
 use crate::{
     api::{AgentTask, ApprovalRequest, ApprovalRequestSpec, approval_request::ApprovalTask},
-    canonical, plan,
+    canonical::{self, CanonicalError},
+    plan,
     policy::{
         access,
         approval::{self, Asked, Exact, LONGEST_ARGUMENTS, Standing},
+        commit::Salt,
         config::{Approval, AskedBy, PolicyConfig, Sensitivity, Usage},
         json,
         rule::Rule,
@@ -80,10 +82,10 @@ pub async fn ask(
     create: &dyn Create,
     compiled: &Compiled,
     principal: &Principal,
-    ask: &ApprovalAsk,
+    (ask, salt): (&ApprovalAsk, &Salt),
     before: Before,
 ) -> Result<ApprovalReply, Refused> {
-    let (call, approval, arguments) = asked_for(&compiled.policy, ask)?;
+    let (call, approval, arguments) = asked_for(&compiled.policy, ask, salt)?;
     let because = because(compiled, ask, before, &arguments)?;
     let Principal { namespace, task, task_uid, .. } = principal;
     let name = approval::name(task, task_uid, &call, &because, before.made);
@@ -195,7 +197,11 @@ pub fn approved(
 }
 
 /// The call that is asked about, who decides on it and its arguments, if these are what they are said to be.
-fn asked_for<'p>(policy: &'p PolicyConfig, ask: &ApprovalAsk) -> Result<(Exact, &'p Approval, Value), Refused> {
+fn asked_for<'p>(
+    policy: &'p PolicyConfig,
+    ask: &ApprovalAsk,
+    salt: &Salt,
+) -> Result<(Exact, &'p Approval, Value), Refused> {
     let denied = |reason: String| Refused::denied(Rule::ToolApproval, reason);
     let approval = policy.tool(&ask.tool).and_then(|_| policy.approval(&ask.tool, ask.by)).ok_or_else(|| {
         denied(format!("the {} asks people about no call of the tool {:?}", ask.by.as_str(), ask.tool))
@@ -208,8 +214,9 @@ fn asked_for<'p>(policy: &'p PolicyConfig, ask: &ApprovalAsk) -> Result<(Exact, 
     }
     let value = json::parse(ask.arguments.as_bytes()).map_err(|e| denied(format!("the arguments: {e}")))?;
     let value = json::whole(value);
-    let canonical = canonical::to_bytes(&value).map_err(|e| denied(format!("the arguments: {e}")))?;
-    if canonical != ask.arguments.as_bytes() || hex::encode(canonical::sha256(&canonical)) != ask.request_digest {
+    let unwritable = |e: CanonicalError| denied(format!("the arguments: {e}"));
+    let canonical = canonical::to_bytes(&value).map_err(unwritable)?;
+    if canonical != ask.arguments.as_bytes() || salt.value(&value).map_err(unwritable)? != ask.request_digest {
         return Err(denied("expected arguments in canonical form, of the digest that is named".into()));
     }
     Ok((Exact { by: ask.by, tool: ask.tool.clone(), digest: ask.request_digest.clone() }, approval, value))

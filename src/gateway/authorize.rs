@@ -20,6 +20,7 @@ use crate::{
     evidence::record::Channel,
     policy::{
         access::{Asked, Passed},
+        commit::Salt,
         config::{EgressUse, SideEffect, Tool, Upstream},
         decide::Denial,
         egress,
@@ -326,11 +327,11 @@ pub fn request(
 ///
 /// # Errors
 /// [`Rule::Request`] for what cannot be read in one way only, [`Rule::IntentMissing`] for other arguments.
-pub fn arguments(intent: &IntentFacts, body: &[u8]) -> Result<Value, Refused> {
+pub fn arguments(intent: &IntentFacts, salt: &Salt, body: &[u8]) -> Result<Value, Refused> {
     // Read as strictly as the harness reads what the agent writes: two readers of it cannot disagree.
     let arguments = json::parse(body).map_err(|e| Refused::malformed(format!("expected arguments as JSON: {e}")))?;
     let arguments = json::whole(arguments);
-    are_intended(intent, &arguments)?;
+    are_intended(intent, salt, &arguments)?;
     Ok(arguments)
 }
 
@@ -338,8 +339,8 @@ pub fn arguments(intent: &IntentFacts, body: &[u8]) -> Result<Value, Refused> {
 ///
 /// # Errors
 /// [`Rule::IntentMissing`] if they are others.
-pub fn are_intended(intent: &IntentFacts, arguments: &Value) -> Result<(), Refused> {
-    let digest = canonical::digest(arguments).map(hex::encode).map_err(|e| Refused::malformed(e.to_string()))?;
+pub fn are_intended(intent: &IntentFacts, salt: &Salt, arguments: &Value) -> Result<(), Refused> {
+    let digest = salt.value(arguments).map_err(|e| Refused::malformed(e.to_string()))?;
     if intent.request_digest.as_ref() == Some(&digest) {
         return Ok(());
     }
@@ -405,7 +406,7 @@ pub fn is_message(compiled: &Compiled, channel: Channel, method: &Method, intent
 pub fn says(
     compiled: &Compiled,
     channel: Channel,
-    intent: &IntentFacts,
+    (intent, salt): (&IntentFacts, &Salt),
     body: &[u8],
 ) -> Result<Option<Value>, Refused> {
     let malformed =
@@ -420,7 +421,7 @@ pub fn says(
     let arguments = match channel {
         Channel::Tool => {
             let arguments = json::whole(arguments.unwrap_or_else(|| Value::Object(Map::new())));
-            are_intended(intent, &arguments)?;
+            are_intended(intent, salt, &arguments)?;
             Some(arguments)
         }
         _ => None,

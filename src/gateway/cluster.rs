@@ -34,7 +34,7 @@ use super::{
     identity::{self, BoundPod, PodFacts, Principal, Reviewed, TaskFacts},
     metrics::Metrics,
     refusal::Refused,
-    witness::Place,
+    witness::{Place, Salted},
 };
 use crate::{
     api::{
@@ -456,6 +456,14 @@ impl Compiled {
         let of = task.rollback_of.as_ref().filter(|of| !of.name.contains('/'));
         let (name, uid) = of.map_or((&task.name, &task.uid), |of| (&of.name, &of.uid));
         self.kept(name, uid, "rollback")
+    }
+
+    /// Where the salt of the task's commitments is. What undoes another task has the same.
+    pub fn salt(&self) -> Salted {
+        let task = &self.policy.task;
+        let of = task.rollback_of.as_ref().filter(|of| !of.name.contains('/'));
+        let (name, uid) = of.map_or((&task.name, &task.uid), |of| (&of.name, &of.uid));
+        Salted { task_uid: uid.clone(), location: self.kept(name, uid, "salt") }
     }
 
     /// Where the results of this task's idempotent calls are.

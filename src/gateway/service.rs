@@ -332,8 +332,8 @@ impl Gateway {
         let body: OpenRequest = json(request, LARGEST_OPEN).await?;
         let compiled = self.compiled_as(&principal, &body.policy_digest).await?;
         let (place, of) = (compiled.place(), compiled.undone());
-        let opened = self.parts.witness.open(&place, &principal, &body, &compiled.digest, of.as_ref()).await?;
-        reply(&wire::OpenReply { keeps_results: compiled.results().is_some(), ..opened })
+        let kept = (self.parts.witness.salt(&compiled.salt()).await?, compiled.results().is_some());
+        reply(&self.parts.witness.open(&place, &principal, &body, &compiled.digest, of.as_ref(), kept).await?)
     }
 
     /// The policy, once it is the harness's or the stores have had their time to catch up.
@@ -383,7 +383,8 @@ impl Gateway {
         let compiled = cluster.compiled(&principal)?;
         let call = Exact { by: body.by, tool: body.tool.clone(), digest: body.request_digest.clone() };
         let before = witness.before(&compiled.place(), &call).await?;
-        reply(&approvals::ask(cluster, requests.as_ref(), &compiled, &principal, &body, before).await?)
+        let salt = witness.salt(&compiled.salt()).await?;
+        reply(&approvals::ask(cluster, requests.as_ref(), &compiled, &principal, (&body, &salt), before).await?)
     }
 
     /// Where what belongs to a task's calls is kept.
@@ -416,7 +417,9 @@ impl Gateway {
         if intent.key.is_none() {
             return Err(refused(format!("expected a call under an idempotency key, found {} without", intent.call)));
         }
-        reply(&wire::Kept { digest: self.parts.witness.keep(&at, &intent.call, result.into()).await? })
+        let digest = self.parts.witness.salt(&compiled.salt()).await?.bytes(result.as_bytes());
+        self.parts.witness.keep(&at, &intent.call, &digest, result.into()).await?;
+        reply(&wire::Kept { digest })
     }
 
     /// Gives it again. Which result it is follows from the log, by its digest: who asks checks that.
@@ -446,19 +449,23 @@ impl Gateway {
         if compiled.policy.task.rollback_of.is_some() {
             return Err(Refused::denied(Rule::ToolRollback, "expected an agent's task: a rollback is not undone"));
         }
-        authorize::are_intended(&intent, &arguments)?;
+        let salt = self.parts.witness.salt(&compiled.salt()).await?;
+        authorize::are_intended(&intent, &salt, &arguments)?;
         // Expressions are the tenants' own: apart from everybody's requests, as calls are judged.
         let turn = self.turn(principal).acquire_owned().await;
         let target = intent.target.clone();
         let made = tokio::task::spawn_blocking(move || {
             let _turn = turn;
             let undo = compiled.contracts.undo(&target, &arguments, &result)?;
-            canonical::to_bytes(&undo).map_err(|error| error.to_string())
+            let undo = serde_json::Value::Object(undo);
+            let made = canonical::to_bytes(&undo).and_then(|bytes| Ok((salt.value(&undo)?, bytes)));
+            made.map_err(|error| error.to_string())
         });
         let failed = |e: tokio::task::JoinError| Refused::retry(Rule::Busy, format!("nothing could be made: {e}"));
         let made = made.await.map_err(failed)?;
-        let made = made.map_err(|reason| Refused::denied(Rule::ToolRollback, reason))?;
-        reply(&wire::Kept { digest: self.parts.witness.keep(&at, &intent.call, made).await? })
+        let (digest, made) = made.map_err(|reason| Refused::denied(Rule::ToolRollback, reason))?;
+        self.parts.witness.keep(&at, &intent.call, &digest, made).await?;
+        reply(&wire::Kept { digest })
     }
 
     async fn kept(&self, request: Request<Incoming>, asked: Asked) -> Served {
@@ -510,7 +517,8 @@ impl Gateway {
         let request = if authorize::is_message(&compiled, channel, request.method(), &intent) {
             let (parts, body) = request.into_parts();
             let body = forward::whole(body, LARGEST_MESSAGE, BODY_TIME).await?;
-            if let Some(arguments) = authorize::says(&compiled, channel, &intent, &body)? {
+            let salt = self.parts.witness.salt(&compiled.salt()).await?;
+            if let Some(arguments) = authorize::says(&compiled, channel, (&intent, &salt), &body)? {
                 self.judged(principal, &compiled, &intent, arguments).await?;
                 call = Some(intent);
             }
@@ -536,7 +544,8 @@ impl Gateway {
             // Much may have happened since.
             intent = self.intent(&compiled, &parts.headers).await?;
         }
-        let arguments = authorize::arguments(&intent, &body)?;
+        let salt = self.parts.witness.salt(&compiled.salt()).await?;
+        let arguments = authorize::arguments(&intent, &salt, &body)?;
         let (target, request) = authorize::request(&compiled, principal.attempt, &intent, &arguments)?;
         Span::current().record("host", target.authority.host.as_str());
         let to = Destination::Url(&target, request.method());

@@ -14,7 +14,6 @@ use super::{
     witness::{Buckets, Place, Witness},
 };
 use crate::{
-    canonical,
     evidence::{
         merkle::{Tree, leaf_hash},
         note::{self, Checkpoint, Note, Signer, VerifierKey, WITNESS_NAME},
@@ -26,6 +25,7 @@ use crate::{
         store::{Location, Mode, PutError, Retention, Store, StoreError, StoredObject},
     },
     policy::{
+        commit::Salt,
         config::{
             Access, DataClass, Limits, McpUpstream, ModelEndpoints, PackIdentity, PolicyConfig, Sensitivity,
             SideEffect, TaskIdentity, Tool, ToolLimits, Upstream, Usage,
@@ -231,6 +231,11 @@ pub fn policy() -> PolicyConfig {
     }
 }
 
+/// What commitments are made with.
+pub fn salt() -> Salt {
+    Salt::new([7; 32])
+}
+
 pub fn digest() -> String {
     policy().digest().unwrap()
 }
@@ -248,7 +253,7 @@ pub fn intent(call: &str, channel: Channel, target: &str, reserved_tokens: i64) 
         effect,
         definition: effect.map(|_| DEFINITION.into()),
         // Of no arguments.
-        request_digest: (channel == Channel::Tool).then(|| hex::encode(canonical::sha256(b"{}"))),
+        request_digest: (channel == Channel::Tool).then(|| salt().value(&serde_json::json!({})).unwrap()),
         request_bytes: 1,
         key: None,
         approvals: vec![],

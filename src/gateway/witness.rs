@@ -24,6 +24,7 @@ use base64::{Engine, engine::general_purpose::STANDARD as BASE64};
 use bytes::Bytes;
 use futures::{StreamExt, future::BoxFuture};
 use jiff::Timestamp;
+use ring::rand::SystemRandom;
 
 use super::{approvals::Before, identity::Principal, metrics::Metrics, refusal::Refused};
 use crate::{
@@ -39,6 +40,7 @@ use crate::{
     },
     policy::{
         approval::Exact,
+        commit::Salt,
         config::{RollbackOf, SideEffect, Usage},
         decide::shorten,
         rule::Rule,
@@ -59,6 +61,8 @@ pub use history::{History, IntentFacts, Undoes};
 const CACHED: usize = 4096;
 /// Segments that are read at a time when a log is rebuilt.
 const PARALLEL: usize = 8;
+/// Name of a salt in its folder.
+const SALT: &str = "commitments";
 /// Rollbacks that may take the same call, one after the other.
 const ROLLBACKS: u32 = 16;
 /// For reading a log for what would undo its task, while it is sealed: whoever has it sealed does not wait for ever.
@@ -81,6 +85,15 @@ pub trait Buckets: Send + Sync {
 
     /// URL of the object store, where it is not AWS.
     fn endpoint(&self) -> Option<String>;
+}
+
+/// Where the salt of a task's commitments is: in the pack's bucket for state, or else it is made with the witness's key.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Salted {
+    /// The task's UID.
+    pub task_uid: String,
+    /// Folder of the salt.
+    pub location: Option<Location>,
 }
 
 /// Where a log lies, and for how long its segments are locked.
@@ -112,6 +125,7 @@ pub struct Witness {
     buckets: Arc<dyn Buckets>,
     metrics: Metrics,
     logs: Mutex<HashMap<(String, String), Cached>>,
+    salts: Mutex<HashMap<Salted, Salt>>,
 }
 
 /// Whoever may take a segment.
@@ -141,7 +155,7 @@ impl Witness {
     /// A witness that signs with this key.
     pub fn new(signer: Signer, buckets: Arc<dyn Buckets>, metrics: Metrics) -> Self {
         let verifier = signer.verifier();
-        Self { signer, verifier, buckets, metrics, logs: Mutex::default() }
+        Self { signer, verifier, buckets, metrics, logs: Mutex::default(), salts: Mutex::default() }
     }
 
     /// Tells an attempt where its task's log stands. `digest` is that of the policy as the gateway compiles it, `of` where the log of the
@@ -156,6 +170,7 @@ impl Witness {
         request: &OpenRequest,
         digest: &str,
         of: Option<&Place>,
+        (salt, keeps_results): (Salt, bool),
     ) -> Result<OpenReply, Refused> {
         own_attempt(principal, request.attempt)?;
         same_policy(&request.policy_digest, digest)?;
@@ -177,7 +192,8 @@ impl Witness {
             usage: history.usage(),
             tools: history.tools(principal.attempt),
             ledger: history.ledger(),
-            keeps_results: false,
+            salt,
+            keeps_results,
             seen: history.seen(),
             open_calls: u64::try_from(history.open_calls()).unwrap_or(u64::MAX),
             undoing: match (of, history.undoing()) {
@@ -259,16 +275,61 @@ impl Witness {
         refused(format!("expected {call} to be tried by fewer than {ROLLBACKS} rollbacks; undo it by hand"))
     }
 
-    /// Keeps what belongs to a call, the arguments that undo it or its result; gives its SHA-256, hex. What is there already is as good.
+    /// The salt of a task's commitments, which is made where there is none yet. In a bucket it can be destroyed, and with it all that the
+    /// task's records commit to.
     ///
     /// # Errors
     /// [`Rule::Evidence`] if the bucket fails.
-    pub async fn keep(&self, at: &Location, call: &str, content: Vec<u8>) -> Result<String, Refused> {
+    pub async fn salt(&self, at: &Salted) -> Result<Salt, Refused> {
+        let salts = || self.salts.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(salt) = salts().get(at) {
+            return Ok(salt.clone());
+        }
+        let salt = match &at.location {
+            None => Salt::new(self.signer.derived(&format!("belay.dev/salt/{}", at.task_uid))),
+            Some(location) => self.stored_salt(location).await?,
+        };
+        let mut salts = salts();
+        if salts.len() >= CACHED {
+            salts.clear();
+        }
+        salts.insert(at.clone(), salt.clone());
+        Ok(salt)
+    }
+
+    async fn stored_salt(&self, at: &Location) -> Result<Salt, Refused> {
+        let store = self.buckets.bucket(&at.bucket).await.map_err(|e| self.failed(&e))?;
+        let key = format!("{}{SALT}", at.prefix);
+        loop {
+            match store.get(&key).await {
+                Ok(text) => {
+                    let text = String::from_utf8_lossy(&text).into_owned();
+                    return Salt::try_from(text).map_err(|e| broken(&key, e));
+                }
+                Err(StoreError::NotFound { .. }) => {}
+                Err(error) => return Err(self.failed(&error)),
+            }
+            let random = ring::rand::generate(&SystemRandom::new());
+            let new = Salt::new(random.map_err(|_| unavailable("the system has no randomness"))?.expose());
+            let text = format!("{}\n", String::from(new.clone()));
+            match store.put_new(&key, text.into(), None).await {
+                Ok(_) => return Ok(new),
+                // Another replica was faster.
+                Err(PutError::Exists) => {}
+                Err(PutError::Store(error)) => return Err(self.failed(&error)),
+            }
+        }
+    }
+
+    /// Keeps what belongs to a call, the arguments that undo it or its result, under the commitment to it. What is there already is as good.
+    ///
+    /// # Errors
+    /// [`Rule::Evidence`] if the bucket fails.
+    pub async fn keep(&self, at: &Location, call: &str, digest: &str, content: Vec<u8>) -> Result<(), Refused> {
         plain(call)?;
-        let digest = hex::encode(canonical::sha256(&content));
         let store = self.buckets.bucket(&at.bucket).await.map_err(|e| self.failed(&e))?;
         match store.put_new(&format!("{}{call}/{digest}.json", at.prefix), content.into(), None).await {
-            Ok(_) | Err(PutError::Exists) => Ok(digest),
+            Ok(_) | Err(PutError::Exists) => Ok(()),
             Err(PutError::Store(error)) => Err(self.failed(&error)),
         }
     }

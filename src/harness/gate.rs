@@ -20,6 +20,7 @@ use crate::{
     policy::{
         access::{Asked, Assessment, Guard, Passed},
         budget::{Budget, Spent},
+        commit::Salt,
         config::{AskedBy, Sensitivity, SideEffect, Tool},
         decide::{Arguments, Contracts, Decision, Denial, Known, Results, shorten, shorten_to},
         output::Outputs,
@@ -42,7 +43,7 @@ pub struct Call {
     pub effect: Option<SideEffect>,
     /// Digest of the upstream's definition of an MCP tool.
     pub definition: Option<String>,
-    /// SHA-256 of the request, hex.
+    /// The commitment to the request, hex.
     pub request_digest: Option<String>,
     /// Bytes of the request.
     pub request_bytes: u64,
@@ -85,7 +86,7 @@ pub struct Settlement {
     pub rule: Option<Rule>,
     /// The upstream's HTTP status; 0 without one.
     pub status: u16,
-    /// SHA-256 of the reply, hex.
+    /// The commitment to the reply, hex.
     pub response_digest: Option<String>,
     /// Bytes of the reply.
     pub response_bytes: u64,
@@ -95,7 +96,7 @@ pub struct Settlement {
     pub upstream: Option<String>,
     /// How sensitive the result is that the agent gets.
     pub sensitivity: Sensitivity,
-    /// The digest of the arguments that undo it, once they are kept.
+    /// The commitment to the arguments that undo it, once they are kept.
     pub undone_by: Option<String>,
 }
 
@@ -141,6 +142,8 @@ pub struct Kept {
     pub seen: Sensitivity,
     /// What a rollback undoes, and how far that has come.
     pub undoing: Option<Undoing>,
+    /// What commitments are made with.
+    pub salt: Salt,
 }
 
 /// Decides over calls and keeps their records.
@@ -151,6 +154,7 @@ pub struct Gate {
     seen: Mutex<Sensitivity>,
     undoing: Mutex<Option<Undoing>>,
     once: Once,
+    salt: Salt,
     journal: Arc<Journal>,
     link: Arc<Link>,
     clock: Arc<Clock>,
@@ -177,6 +181,7 @@ impl Gate {
             seen: Mutex::new(kept.seen),
             undoing: Mutex::new(kept.undoing),
             once: kept.once,
+            salt: kept.salt,
             journal,
             link,
             clock,
@@ -237,6 +242,11 @@ impl Gate {
         stopped.get_or_insert_with(|| Denial { rule, reason: reason.to_owned() });
     }
 
+    /// What commitments are made with.
+    pub fn salt(&self) -> &Salt {
+        &self.salt
+    }
+
     /// Calls by their idempotency keys.
     pub fn once(&self) -> &Once {
         &self.once
@@ -251,7 +261,7 @@ impl Gate {
     pub fn decide(&self, tool: &str, arguments: Arguments<'_>) -> Decision<'_> {
         let results = self.results.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let known = Known { usage: self.journal.usage(), results: &results };
-        let decision = self.policy.contracts.decide(tool, arguments, known);
+        let decision = self.policy.contracts.decide(tool, arguments, known, &self.salt);
         match self.running() {
             Ok(()) => decision,
             Err(denial) => Decision { verdict: Err(denial), ..decision },
@@ -472,6 +482,11 @@ impl Gate {
 }
 
 impl Permit {
+    /// What commitments are made with.
+    pub fn salt(&self) -> &Salt {
+        &self.gate.salt
+    }
+
     /// Records what became of the call, and settles its reservation.
     pub fn settle(mut self, settlement: Settlement) {
         self.record(settlement);

@@ -298,7 +298,7 @@ impl Tools {
     async fn once(&self, tool: &Tool, args: &Map<String, Value>, digest: &str) -> Result<Turned, Denial> {
         let Some(of) = &tool.idempotency else { return Ok(Turned::Each) };
         let uid = &self.gate.contracts().policy().task.uid;
-        let key = ledger::key(uid, &tool.name, of, args, digest).ok_or_else(|| Denial {
+        let key = ledger::key(uid, &tool.name, of, args, (digest, self.gate.salt())).ok_or_else(|| Denial {
             rule: Rule::ToolIdempotency,
             reason: format!(
                 "expected the argument {:?}, which tells calls of {} apart, found none",
@@ -315,7 +315,7 @@ impl Tools {
                 tracing::warn!(call, why, "whether a call took effect is still not known");
             }
         }
-        let made = once.answer((self.gate.journal(), self.gate.link()), tool, of, &turn, digest).await?;
+        let made = once.answer(&self.gate, tool, of, &turn, digest).await?;
         Ok(made.map_or(Turned::Mine(turn), Turned::Made))
     }
 
@@ -456,7 +456,7 @@ impl Tools {
             }
         };
         let bytes = serde_json::to_vec(&result).unwrap_or_default();
-        settlement.response_digest = Some(hex::encode(canonical::sha256(&bytes)));
+        settlement.response_digest = Some(self.gate.salt().bytes(&bytes));
         settlement.response_bytes = u64::try_from(bytes.len()).unwrap_or(u64::MAX);
         let Some(misfit) = misfit else { return (Ok(result), settlement) };
         settlement.rule = Some(Rule::ToolOutput);

@@ -20,7 +20,6 @@ use super::{
     link::upstream_of,
 };
 use crate::{
-    canonical::sha256,
     evidence::record::{Channel, Effect},
     policy::{
         budget::Spent,
@@ -64,7 +63,7 @@ pub async fn handle(gate: Arc<Gate>, api: Api, request: Request<Incoming>) -> Re
     match call(&gate, api, &path, &parts.headers, &body).await {
         Ok(reply) => reply,
         Err(denial) => {
-            let digest = Some(hex::encode(sha256(&body)));
+            let digest = Some(gate.salt().bytes(&body));
             refusal(api, &gate.deny(Channel::Model, &path, digest, denial).await)
         }
     }
@@ -120,7 +119,7 @@ async fn call(
             target: path.to_owned(),
             effect: None,
             definition: None,
-            request_digest: Some(hex::encode(sha256(&body))),
+            request_digest: Some(gate.salt().bytes(&body)),
             request_bytes: u64::try_from(body.len()).unwrap_or(u64::MAX),
             key: None,
             approvals: vec![],
@@ -277,11 +276,12 @@ impl Drop for Meter {
             (true, status) if status.is_client_error() => Effect::NotApplied,
             _ => Effect::Unknown,
         };
+        let response = permit.salt().digested(&self.hasher.clone().finalize().into());
         permit.settle(Settlement {
             effect,
             rule: None,
             status: self.status.as_u16(),
-            response_digest: Some(hex::encode(self.hasher.clone().finalize())),
+            response_digest: Some(response),
             response_bytes: self.bytes,
             spent,
             upstream: self.upstream.take(),

@@ -13,11 +13,14 @@ use jiff::{SignedDuration, Timestamp};
 use rmcp::model::CallToolResult;
 use tokio::sync::OwnedMutexGuard;
 
-use super::{gate::call_id, journal::Journal, link::Link};
+use super::{
+    gate::{Gate, call_id},
+    link::Link,
+};
 use crate::{
-    canonical,
     evidence::record::{Event, Replayed},
     policy::{
+        commit::Salt,
         config::{Idempotency, Tool},
         decide::{Denial, shorten},
         ledger::{Entry, Found, KEYS, Ledger},
@@ -112,7 +115,7 @@ impl Once {
     /// [`Rule::ToolIdempotency`] if it may not be made, and [`Rule::Evidence`] if the answer cannot be recorded.
     pub async fn answer(
         &self,
-        (journal, link): (&Journal, &Link),
+        gate: &Gate,
         tool: &Tool,
         of: &Idempotency,
         turn: &Turn,
@@ -126,7 +129,7 @@ impl Once {
         let kept = self.results.lock().unwrap_or_else(PoisonError::into_inner).of.get(&made.call).cloned();
         let kept = match kept {
             Some(kept) => Ok(kept),
-            None => self.fetch(link, &made).await,
+            None => self.fetch(gate, &made).await,
         };
         let kept = kept.map_err(|why| {
             denial(format!(
@@ -144,6 +147,7 @@ impl Once {
             request_digest: digest.to_owned(),
             response_digest: kept.digest,
         };
+        let journal = gate.journal();
         journal.room().await;
         let record = journal.record(|_, budget| {
             budget.open()?;
@@ -161,14 +165,14 @@ impl Once {
     ///
     /// # Errors
     /// What is the matter with it, to go on from "its result".
-    async fn fetch(&self, link: &Link, made: &Entry) -> Result<Kept, String> {
+    async fn fetch(&self, gate: &Gate, made: &Entry) -> Result<Kept, String> {
         let Some(digest) = made.response_digest.clone() else { return Err("was not given to the agent".into()) };
         if !self.outside {
             return Err("is not kept any more".into());
         }
         let of = KeptOf { call: made.call.clone(), digest: digest.clone() };
-        let text = link.kept_result(&of).await.map_err(|error| format!("cannot be had: {error}"))?;
-        let result = result_of(&text, &digest).ok_or("is not as it was kept")?;
+        let text = gate.link().kept_result(&of).await.map_err(|error| format!("cannot be had: {error}"))?;
+        let result = result_of(&text, &digest, gate.salt()).ok_or("is not as it was kept")?;
         Ok(Kept { result, digest })
     }
 
@@ -193,9 +197,9 @@ impl Once {
     }
 }
 
-/// The result that was kept, if it is the one with this digest: as text, and as it would be given.
-fn result_of(text: &str, digest: &str) -> Option<CallToolResult> {
-    let is = |bytes: &[u8]| hex::encode(canonical::sha256(bytes)) == digest;
+/// The result that was kept, if it is the one that was committed to: as text, and as it would be given.
+fn result_of(text: &str, digest: &str, salt: &Salt) -> Option<CallToolResult> {
+    let is = |bytes: &[u8]| salt.bytes(bytes) == digest;
     let result: CallToolResult = serde_json::from_str(text).ok().filter(|_| is(text.as_bytes()))?;
     is(&serde_json::to_vec(&result).ok()?).then_some(result)
 }

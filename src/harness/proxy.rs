@@ -102,7 +102,7 @@ pub async fn forward(gate: Arc<Gate>, request: Request<Incoming>) -> Response<Bo
             return refuse(&gate, &target, denial).await;
         }
     };
-    let digest = hex::encode(crate::canonical::sha256(&body));
+    let digest = gate.salt().bytes(&body);
     let (_, permit) = match permit(&gate, &target, Some(digest), body.len()).await {
         Ok(permit) => permit,
         Err(denial) => return refuse(&gate, &target, denial).await,

@@ -21,7 +21,6 @@ use super::{
     model, proxy, undo,
 };
 use crate::{
-    canonical::sha256,
     evidence::record::Channel,
     policy::{decide::Denial, json, rule::Rule},
 };
@@ -200,7 +199,7 @@ async fn readable(gate: &Gate, request: Request<Incoming>) -> Result<Request<Ful
     let mut denial = Denial { rule: Rule::RequestJson, reason: ambiguous.to_string() };
     if loose.get("method").is_none_or(|method| method == "tools/call") {
         let tool = loose.pointer("/params/name").and_then(Value::as_str).unwrap_or("/mcp");
-        let digest = Some(hex::encode(sha256(&body)));
+        let digest = Some(gate.salt().bytes(&body));
         denial = gate.deny(Channel::Tool, tool, digest, denial).await;
     }
     let id = loose.get("id").filter(|id| id.is_string() || id.is_i64());

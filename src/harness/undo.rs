@@ -18,7 +18,6 @@ use super::{
     mcp::Tools,
 };
 use crate::{
-    canonical,
     evidence::rollback::{By, Standing, Undo},
     wire::KeptOf,
 };
@@ -132,11 +131,12 @@ async fn round(tools: &Tools) -> Option<Report> {
 async fn arguments(tools: &Tools, call: &str, undo: &Undo) -> Result<Map<String, Value>, String> {
     let of = KeptOf { call: call.to_owned(), digest: undo.request_digest.clone() };
     let kept = tools.gate().link().kept(&of).await.map_err(|error| error.to_string())?;
-    let found = hex::encode(canonical::sha256(kept.as_bytes()));
-    if found != undo.request_digest {
-        return Err(format!("expected arguments of digest {}, found {found}", undo.request_digest));
+    let arguments: Value = serde_json::from_str(&kept).map_err(|error| format!("what was kept is no JSON: {error}"))?;
+    let found = tools.gate().salt().value(&arguments).map_err(|error| error.to_string())?;
+    match arguments {
+        Value::Object(arguments) if found == undo.request_digest => Ok(arguments),
+        _ => Err(format!("expected arguments of digest {}, found {found}", undo.request_digest)),
     }
-    serde_json::from_str(&kept).map_err(|error| format!("the arguments that were kept are no JSON object: {error}"))
 }
 
 /// Has the harness of this pod roll back, and says what came of it: to whoever reads the log, and for the pod's status. It is asked again

@@ -112,7 +112,7 @@ pub struct Exact {
     pub by: AskedBy,
     /// The tool.
     pub tool: String,
-    /// SHA-256 of the arguments in canonical form, hex.
+    /// The commitment to the arguments, hex.
     pub digest: String,
 }
 

@@ -16,6 +16,7 @@ use serde_json::{Map, Value};
 
 use super::{
     budget::{Budget, Exhausted},
+    commit::Salt,
     config::{Idempotency, PolicyConfig, Tool, Usage},
     expression::{self, Expression, json_value, usage_value},
     json,
@@ -98,9 +99,9 @@ pub struct Decision<'c> {
     pub verdict: Result<&'c Tool, Denial>,
     /// The arguments; null where they could not be read.
     pub arguments: Value,
-    /// SHA-256 of their canonical form, hex; of their bytes where they could not be read.
+    /// The commitment to them, see [`Salt::value`]; to their bytes where they could not be read.
     pub digest: String,
-    /// Bytes of what was hashed.
+    /// Bytes of their canonical form, or as they are.
     pub bytes: u64,
     /// Whether people must say yes to the call first, though it is allowed otherwise.
     pub needs_approval: bool,
@@ -264,11 +265,11 @@ impl Contracts {
     }
 
     /// Whether a call may leave.
-    pub fn decide(&self, name: &str, arguments: Arguments<'_>, known: Known<'_>) -> Decision<'_> {
+    pub fn decide(&self, name: &str, arguments: Arguments<'_>, known: Known<'_>, salt: &Salt) -> Decision<'_> {
         let unreadable = |text: &[u8], reason: String| Decision {
             verdict: Err(Denial { rule: Rule::RequestJson, reason }),
             arguments: Value::Null,
-            digest: hex::encode(canonical::sha256(text)),
+            digest: salt.bytes(text),
             bytes: u64::try_from(text.len()).unwrap_or(u64::MAX),
             needs_approval: false,
         };
@@ -287,8 +288,10 @@ impl Contracts {
         };
         let exact = json::exact(&arguments);
         let arguments = json::whole(arguments);
-        let canonical = match canonical::to_bytes(&arguments) {
-            Ok(canonical) => canonical,
+        let committed =
+            canonical::to_bytes(&arguments).and_then(|canonical| Ok((canonical.len(), salt.value(&arguments)?)));
+        let (bytes, digest) = match committed {
+            Ok(committed) => committed,
             Err(error) => return unreadable(text, error.to_string()),
         };
         let verdict = open
@@ -302,8 +305,8 @@ impl Contracts {
             needs_approval: verdict.as_ref().is_ok_and(|(_, needs_approval)| *needs_approval),
             verdict: verdict.map(|(tool, _)| tool),
             arguments,
-            digest: hex::encode(canonical::sha256(&canonical)),
-            bytes: u64::try_from(canonical.len()).unwrap_or(u64::MAX),
+            digest,
+            bytes: u64::try_from(bytes).unwrap_or(u64::MAX),
         }
     }
 
@@ -469,6 +472,10 @@ mod tests {
     use super::*;
     use crate::policy::config::*;
 
+    pub(crate) fn salt() -> Salt {
+        Salt::new([7; 32])
+    }
+
     /// A policy with one tool: `open_ticket`.
     pub(crate) fn policy(effects: Vec<SideEffect>) -> PolicyConfig {
         PolicyConfig {
@@ -540,7 +547,7 @@ mod tests {
 
     fn denied(contracts: &Contracts, tool: &str, args: Value, usage: Usage) -> Option<Rule> {
         let results = contracts.no_results();
-        let decision = contracts.decide(tool, Arguments::Parsed(args), Known { usage, results: &results });
+        let decision = contracts.decide(tool, Arguments::Parsed(args), Known { usage, results: &results }, &salt());
         decision.verdict.err().map(|denial| denial.rule)
     }
 
@@ -574,7 +581,7 @@ mod tests {
     fn arguments_are_read_from_their_bytes(#[case] text: &str, #[case] denied_by: Option<Rule>) {
         let contracts = Contracts::compile(&policy(vec![SideEffect::Write])).unwrap();
         let known = Known { usage: Usage::default(), results: &contracts.no_results() };
-        let decision = contracts.decide("open_ticket", Arguments::Text(text.as_bytes()), known);
+        let decision = contracts.decide("open_ticket", Arguments::Text(text.as_bytes()), known, &salt());
         assert_eq!(decision.verdict.err().map(|denial| denial.rule), denied_by);
         assert_eq!(decision.digest.len(), 64);
     }
@@ -601,7 +608,8 @@ mod tests {
                 [json!({"title": "s3cret"}), json!({"title": "s3cret s3cret s3cret"}), json!({"title": ["s3cret"]})]
             {
                 let known = Known { usage: Usage::default(), results: &contracts.no_results() };
-                let denial = contracts.decide("open_ticket", Arguments::Parsed(args), known).verdict.unwrap_err();
+                let denial =
+                    contracts.decide("open_ticket", Arguments::Parsed(args), known, &salt()).verdict.unwrap_err();
                 assert!(!denial.reason.contains("s3cret"), "{denial:?}");
             }
         }
@@ -611,7 +619,8 @@ mod tests {
     fn the_digest_is_of_what_the_arguments_mean() {
         let contracts = Contracts::compile(&policy(vec![SideEffect::Write])).unwrap();
         let known = Known { usage: Usage::default(), results: &contracts.no_results() };
-        let digest = |text: &str| contracts.decide("open_ticket", Arguments::Text(text.as_bytes()), known).digest;
+        let digest =
+            |text: &str| contracts.decide("open_ticket", Arguments::Text(text.as_bytes()), known, &salt()).digest;
         let one = digest(r#"{"title":"a","severity":"low"}"#);
         assert_eq!(one, digest(" { \"severity\" : \"l\\u006fw\", \"title\":\"a\" } "));
         assert_ne!(one, digest(r#"{"title":"b","severity":"low"}"#));
@@ -628,7 +637,7 @@ mod tests {
         let contracts = Contracts::compile(&policy).unwrap();
         let allowed = |results: &Results| {
             let known = Known { usage: Usage::default(), results };
-            contracts.decide("open_ticket", Arguments::Parsed(json!({"title": "a"})), known).verdict.is_ok()
+            contracts.decide("open_ticket", Arguments::Parsed(json!({"title": "a"})), known, &salt()).verdict.is_ok()
         };
         let none = contracts.no_results();
         assert!(!allowed(&none));
@@ -685,7 +694,7 @@ mod tests {
         });
         let contracts = Contracts::compile(&policy).unwrap();
         let known = Known { usage: Usage::default(), results: &contracts.no_results() };
-        let decision = contracts.decide("open_ticket", Arguments::Parsed(arguments), known);
+        let decision = contracts.decide("open_ticket", Arguments::Parsed(arguments), known, &salt());
         assert_eq!(decision.needs_approval, expected, "{decision:?}");
     }
 

@@ -10,7 +10,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::config::Idempotency;
+use super::{commit::Salt, config::Idempotency};
 use crate::canonical;
 
 /// Keys that one task may have in use: its log's readers keep them all.
@@ -34,13 +34,13 @@ pub enum Fate {
 pub struct Entry {
     /// The call, by its intent.
     pub call: String,
-    /// SHA-256 of its arguments, hex.
+    /// The commitment to its arguments, hex.
     pub request_digest: String,
     /// When, RFC 3339.
     pub time: String,
     /// What became of it.
     pub fate: Fate,
-    /// SHA-256 of the result that the agent was given, hex; absent where it got none.
+    /// The commitment to the result that the agent was given, hex; absent where it got none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub response_digest: Option<String>,
 }
@@ -62,13 +62,20 @@ pub enum Found<'l> {
     Full,
 }
 
-/// The key of a call: SHA-256 over the task, the tool and what the contract takes it from, hex. `None` if the call has no such argument.
+/// The key of a call: SHA-256 over the task, the tool and the commitment to what the contract takes it from, hex. `None` if the call has no
+/// such argument.
 ///
-/// `digest` is that of the arguments in canonical form.
-pub fn key(uid: &str, tool: &str, of: &Idempotency, args: &Map<String, Value>, digest: &str) -> Option<String> {
+/// `digest` is the commitment to all arguments.
+pub fn key(
+    uid: &str,
+    tool: &str,
+    of: &Idempotency,
+    args: &Map<String, Value>,
+    (digest, salt): (&str, &Salt),
+) -> Option<String> {
     let material = match &of.argument {
         None => digest.to_owned(),
-        Some(name) => hex::encode(canonical::digest(args.get(name)?).ok()?),
+        Some(name) => salt.value(args.get(name)?).ok()?,
     };
     Some(made_of(uid, tool, &material))
 }
@@ -179,16 +186,17 @@ mod tests {
 
     #[test]
     fn keys_are_of_task_tool_and_argument() {
+        let salt = Salt::new([0; 32]);
         let all = of(false);
         let one = Idempotency { argument: Some("id".into()), ..of(false) };
         let args = json!({"id": "a", "n": 1}).as_object().unwrap().clone();
-        let base = key("u", "t", &one, &args, "d").unwrap();
-        assert_eq!(key("u", "t", &one, &args, "other"), Some(base.clone()), "of one argument alone");
-        assert_ne!(key("u2", "t", &one, &args, "d"), Some(base.clone()));
-        assert_ne!(key("u", "t2", &one, &args, "d"), Some(base.clone()));
-        assert_ne!(key("u", "t", &all, &args, "d"), Some(base));
-        assert_ne!(key("u", "t", &all, &args, "d"), key("u", "t", &all, &args, "e"));
-        assert_eq!(key("u", "t", &one, &Map::new(), "d"), None);
+        let base = key("u", "t", &one, &args, ("d", &salt)).unwrap();
+        assert_eq!(key("u", "t", &one, &args, ("other", &salt)), Some(base.clone()), "of one argument alone");
+        assert_ne!(key("u2", "t", &one, &args, ("d", &salt)), Some(base.clone()));
+        assert_ne!(key("u", "t2", &one, &args, ("d", &salt)), Some(base.clone()));
+        assert_ne!(key("u", "t", &all, &args, ("d", &salt)), Some(base));
+        assert_ne!(key("u", "t", &all, &args, ("d", &salt)), key("u", "t", &all, &args, ("e", &salt)));
+        assert_eq!(key("u", "t", &one, &Map::new(), ("d", &salt)), None);
     }
 
     proptest! {

@@ -16,6 +16,7 @@ use std::{collections::HashMap, hint::black_box, path::Path, time::Instant};
 use anyhow::{Context as _, ensure};
 use belay::policy::{
     budget::Budget,
+    commit::Salt,
     config::{PolicyConfig, Usage},
     decide::{Arguments, Contracts, Known, Results},
 };
@@ -45,6 +46,7 @@ fn most(n: usize) -> usize {
 struct Belay {
     contracts: Contracts,
     results: Results,
+    salt: Salt,
 }
 
 impl Belay {
@@ -80,7 +82,7 @@ impl Belay {
         }))?;
         let contracts = Contracts::compile(&policy)?;
         let results = contracts.no_results();
-        Ok(Self { contracts, results })
+        Ok(Self { contracts, results, salt: Salt::new([7; 32]) })
     }
 }
 
@@ -88,7 +90,7 @@ impl Side for Belay {
     fn allows(&self, tool: &str, args: &str) -> bool {
         let usage = Usage { tool_calls: 7, ..Usage::default() };
         let known = Known { usage, results: &self.results };
-        let decision = black_box(self.contracts.decide(tool, Arguments::Text(args.as_bytes()), known));
+        let decision = black_box(self.contracts.decide(tool, Arguments::Text(args.as_bytes()), known, &self.salt));
         let mut budget = Budget::resume(self.contracts.policy().limits, usage);
         decision.verdict.is_ok() && budget.reserve_tool_call().is_ok()
     }

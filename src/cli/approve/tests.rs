@@ -99,13 +99,9 @@ fn refuses_what_admission_would(
 }
 
 #[test]
-fn refuses_what_is_too_late_or_was_tampered_with() {
+fn refuses_what_is_too_late() {
     let late = refusal(&typed(request(2, &[])), &person("ana", &[]), Answer::Approve, at(EXPIRES)).unwrap();
     assert!(late.contains("expired, 0 of 2 approvals"), "{late}");
-    let mut other = request(2, &[]);
-    other["spec"]["arguments"] = r#"{"amount":1,"to":"x"}"#.into();
-    let other = refusal(&typed(other), &person("ana", &[]), Answer::Deny, before()).unwrap();
-    assert!(other.starts_with("spec.digest: expected the SHA-256 of spec.arguments"), "{other}");
 }
 
 #[test]

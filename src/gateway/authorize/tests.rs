@@ -15,9 +15,6 @@ use crate::{
     },
 };
 
-/// SHA-256 of `{}`.
-const NO_ARGUMENTS: &str = "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a";
-
 fn compiled() -> Compiled {
     use EgressUse::{Direct, Models, Tools};
     let entry = |host: &str, ports: &[u16], uses: &[EgressUse]| EgressHost {
@@ -108,7 +105,7 @@ fn facts(channel: Channel, target: &str, effect: Option<SideEffect>) -> IntentFa
         target: target.into(),
         effect,
         definition,
-        request_digest: Some(NO_ARGUMENTS.into()),
+        request_digest: Some(testing::salt().value(&json!({})).unwrap()),
         key: None,
         approvals: vec![],
         assessment: None,
@@ -369,7 +366,7 @@ fn a_pin_is_asked_for_again() {
 )]
 #[case::resource_in_a_listing(Channel::Listing, r#"{"id":1,"method":"resources/read"}"#, Err(Rule::IntentMissing))]
 fn messages(#[case] channel: Channel, #[case] body: &str, #[case] expected: Result<(), Rule>) {
-    let found = says(&compiled(), channel, &facts(channel, "write", None), body.as_bytes());
+    let found = says(&compiled(), channel, (&facts(channel, "write", None), &testing::salt()), body.as_bytes());
     assert_eq!(found.as_ref().map(|_| ()).map_err(|e| e.rule), expected);
     let arguments = found.ok().flatten();
     assert_eq!(arguments, (expected.is_ok() && channel == Channel::Tool).then(|| json!({})));
@@ -392,7 +389,7 @@ fn over_http(tool: &mut Tool) {
 
 /// An intent to call `write` with these arguments.
 fn to_write(arguments: &Value) -> IntentFacts {
-    let digest = hex::encode(canonical::digest(arguments).unwrap());
+    let digest = testing::salt().value(arguments).unwrap();
     let facts = facts(Channel::Tool, "write", Some(SideEffect::Write));
     IntentFacts { definition: None, request_digest: Some(digest), http: Some(http().into()), ..facts }
 }
@@ -452,7 +449,7 @@ fn an_http_tool_is_called_in_no_other_way_and_nothing_else_in_this() {
 #[case::twice(r#"{"a":2,"a":1}"#, Err(Rule::Request))]
 #[case::none("", Err(Rule::Request))]
 fn arguments_are_those_of_the_intent(#[case] body: &str, #[case] expected: Result<(), Rule>) {
-    let found = arguments(&to_write(&json!({"a": 1})), body.as_bytes());
+    let found = arguments(&to_write(&json!({"a": 1})), &testing::salt(), body.as_bytes());
     assert_eq!(found.map(|_| ()).map_err(|e| e.rule), expected);
 }
 

@@ -26,7 +26,7 @@ use tokio_rustls::{TlsAcceptor, TlsConnector, client::TlsStream};
 use super::*;
 use crate::{
     api::AgentTask,
-    evidence::record::Event as RecordEvent,
+    evidence::{record::Event as RecordEvent, store::Store},
     gateway::{
         cluster::{ATTEMPT_LABEL, Fetch, Stores, TASK_LABEL, TASK_UID_LABEL},
         dial::{Connect, Dialer},
@@ -159,6 +159,7 @@ fn pack(generation: i64, direct: &[&str]) -> Value {
             }],
             "models": { "openai": "https://models.world.test" },
             "evidence": { "bucket": "evidence", "mode": "Compliance", "retentionDays": 30 },
+            "state": { "bucket": "state" },
         },
     })
 }
@@ -372,6 +373,8 @@ async fn world() -> World {
     let api = Arc::new(Api::default());
     let cluster = Arc::new(Cluster::new(stores, api.clone()));
     let (bucket, metrics) = (Arc::new(Memory::default()), testing::metrics());
+    let salt = String::from(testing::salt());
+    bucket.put_new(&format!("team/t/{UID}/salt/commitments"), salt.into(), None).await.unwrap();
     let witness = testing::replica(&testing::witness_key(), &bucket);
     let (incidents, telling) = Incidents::new(witness.clone(), metrics.clone());
     tokio::spawn(telling);
@@ -585,13 +588,7 @@ async fn what_an_idempotent_call_answered_is_kept_for_the_tasks_own_attempts() {
     };
     let search = testing::intent("b", Channel::Tool, "search", 0);
     world.harness(vec![key("a"), search]).await;
-    let refused = world.post("harness-1", wire::RESULT_KEEP, &keep(1, "{}")).await;
-    assert_eq!(refused, Err(Rule::ToolIdempotency), "there is no bucket");
-
-    let mut pack = pack(2, DIRECT);
-    pack["spec"]["state"] = json!({"bucket": "state"});
-    put(&mut world.writers.packs, pack);
-    let digest = hex::encode(canonical::sha256(b"{}"));
+    let digest = testing::salt().bytes(b"{}");
     let kept = world.post("harness-1", wire::RESULT_KEEP, &keep(1, "{}")).await.unwrap();
     assert_eq!(kept["digest"], digest);
     let get = |call: &str, digest: &str| wire::KeptOf { call: call.into(), digest: digest.into() };
@@ -610,6 +607,12 @@ async fn what_an_idempotent_call_answered_is_kept_for_the_tasks_own_attempts() {
     // A task that undoes nothing is given no arguments of what undoes.
     let undo = world.post("harness-1", wire::STATE_GET, &get("a", &digest)).await;
     assert_eq!(undo, Err(Rule::ToolRollback));
+
+    let mut pack = pack(2, DIRECT);
+    pack["spec"].as_object_mut().unwrap().remove("state");
+    put(&mut world.writers.packs, pack);
+    let refused = world.post("harness-1", wire::RESULT_KEEP, &keep(1, "{}")).await;
+    assert_eq!(refused, Err(Rule::ToolIdempotency), "there is no bucket");
 }
 
 #[tokio::test]

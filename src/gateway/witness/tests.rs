@@ -36,7 +36,7 @@ async fn append(witness: &Arc<Witness>, request: &AppendRequest) -> Result<Appen
 
 async fn open(witness: &Arc<Witness>, attempt: i64) -> Result<OpenReply, Rule> {
     let request = OpenRequest { attempt, policy_digest: digest() };
-    witness.open(&place(), &principal(attempt), &request, &digest(), None).await.map_err(|e| e.rule)
+    witness.open(&place(), &principal(attempt), &request, &digest(), None, kept()).await.map_err(|e| e.rule)
 }
 
 #[tokio::test]
@@ -126,14 +126,14 @@ async fn a_rollback_goes_by_the_plan_that_the_other_log_makes() {
     policy.tools[0].side_effect = SideEffect::Write;
     let digest = policy.digest().unwrap();
     let request = OpenRequest { attempt: 1, policy_digest: digest.clone() };
-    let early = b.open(&at, &principal(1), &request, &digest, Some(&of)).await.unwrap_err();
+    let early = b.open(&at, &principal(1), &request, &digest, Some(&of), kept()).await.unwrap_err();
     assert_eq!(early.rule, Rule::ToolRollback, "the other task has not ended");
     let mut failed = seal_request();
     (failed.closed.phase, failed.closed.failure_class) = ("Failed".into(), "Agent".into());
     let sealed = a.seal(&of, &failed).await.unwrap();
     assert_eq!(sealed.undone_by, Some(["search".to_owned()].into()));
 
-    let reply = b.open(&at, &principal(1), &request, &digest, Some(&of)).await.unwrap();
+    let reply = b.open(&at, &principal(1), &request, &digest, Some(&of), kept()).await.unwrap();
     let plan = reply.undoing.unwrap().plan;
     assert_eq!(plan.steps.iter().map(|step| step.call.as_str()).collect::<Vec<_>>(), ["2", "1"], "newest first");
     let append = async |request: &AppendRequest| {
@@ -182,7 +182,7 @@ async fn a_rollback_goes_by_the_plan_that_the_other_log_makes() {
 
     // Whoever opens it next goes on from there, at any replica.
     let request = OpenRequest { attempt: 2, policy_digest: digest.clone() };
-    let undoing = a.open(&at, &principal(2), &request, &digest, Some(&of)).await.unwrap().undoing.unwrap();
+    let undoing = a.open(&at, &principal(2), &request, &digest, Some(&of), kept()).await.unwrap().undoing.unwrap();
     assert_eq!((undoing.standing("2"), undoing.standing("1")), (Standing::Undone, Standing::Due));
 }
 
@@ -222,7 +222,7 @@ async fn what_a_rollback_left_another_may_take() {
     let digest = policy.digest().unwrap();
     let at = log_at(ROLLBACK);
     let request = OpenRequest { attempt: 1, policy_digest: digest.clone() };
-    let plan = a.open(&at, &principal(1), &request, &digest, Some(&of)).await.unwrap().undoing.unwrap().plan;
+    let plan = a.open(&at, &principal(1), &request, &digest, Some(&of), kept()).await.unwrap().undoing.unwrap().plan;
     let mut harness = Harness::of(ROLLBACK, 1);
     let undo = |call: &str, undoes: &str| {
         let Event::Intent(of) = intent(call, Channel::Tool, "search", 0) else { panic!("another event") };
@@ -257,20 +257,49 @@ async fn what_a_rollback_left_another_may_take() {
     assert!(refused.reason.contains("may have undone it"), "{}", refused.reason);
 }
 
+/// What the pack says of what is kept.
+fn kept() -> (Salt, bool) {
+    (testing::salt(), false)
+}
+
 #[tokio::test]
 async fn what_is_kept_is_there_unlocked() {
     let Setup { bucket, a, b, .. } = setup();
     let at = Location { bucket: "state".into(), prefix: "team/t/u/rollback/".into() };
-    let digest = a.keep(&at, "c7", b"{}".to_vec()).await.unwrap();
-    assert_eq!(digest, hex::encode(canonical::sha256(b"{}")));
-    assert_eq!(b.keep(&at, "c7", b"{}".to_vec()).await.unwrap(), digest);
-    assert_eq!(b.kept(&at, "c7", &digest).await.unwrap().as_deref(), Some(&b"{}"[..]));
-    for (call, digest) in [("c8", digest.as_str()), ("c7", "00"), ("../c7", digest.as_str()), ("c7", "../x")] {
+    a.keep(&at, "c7", "00", b"{}".to_vec()).await.unwrap();
+    b.keep(&at, "c7", "00", b"{}".to_vec()).await.unwrap();
+    assert_eq!(b.kept(&at, "c7", "00").await.unwrap().as_deref(), Some(&b"{}"[..]));
+    for (call, digest) in [("c8", "00"), ("c7", "01"), ("../c7", "00"), ("c7", "../x")] {
         let found = b.kept(&at, call, digest).await;
         assert!(found.as_ref().map_or(true, Option::is_none), "{call} {digest}: {found:?}");
     }
-    assert!(a.keep(&at, "a/b", b"{}".to_vec()).await.is_err());
+    assert!(a.keep(&at, "a/b", "00", b"{}".to_vec()).await.is_err());
     assert!(bucket.objects.lock().unwrap().values().all(|(_, retention)| retention.is_none()));
+}
+
+/// All replicas have one salt for a task, and another for another.
+#[tokio::test]
+async fn a_salt_is_made_once_and_lies_where_it_can_be_destroyed() {
+    let Setup { bucket, a, b, .. } = setup();
+    let of = |uid: &str, stored: bool| {
+        let location = Location { bucket: "state".into(), prefix: format!("team/t/{uid}/salt/") };
+        Salted { task_uid: uid.into(), location: stored.then_some(location) }
+    };
+    let stored = of("u", true);
+    let (one, two) = tokio::join!(a.salt(&stored), b.salt(&stored));
+    let salt = one.unwrap();
+    assert_eq!((two.unwrap(), a.salt(&of("u", true)).await.unwrap()), (salt.clone(), salt.clone()));
+    assert_ne!(a.salt(&of("v", true)).await.unwrap(), salt);
+    let stored = bucket.objects.lock().unwrap().get("team/t/u/salt/commitments").cloned().unwrap();
+    assert!(stored.1.is_none(), "it is locked");
+    assert_eq!(Salt::try_from(String::from_utf8(stored.0.to_vec()).unwrap()).unwrap(), salt);
+
+    // Without a bucket of its own it follows from the witness's key.
+    let derived = a.salt(&of("u", false)).await.unwrap();
+    assert_eq!(b.salt(&of("u", false)).await.unwrap(), derived);
+    assert!(derived != salt && derived != a.salt(&of("v", false)).await.unwrap());
+    let other = testing::replica(&testing::witness_key(), &bucket);
+    assert_ne!(other.salt(&of("u", false)).await.unwrap(), derived, "another key's");
 }
 
 #[tokio::test]

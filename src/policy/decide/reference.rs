@@ -783,6 +783,7 @@ fn generated_calls_are_decided_as_the_reference_decides() {
             answers.iter().map(|(_, answer)| results(answer)).collect()
         })
         .collect();
+    let salt = crate::policy::commit::Salt::new([7; 32]);
     let mut dice = Dice(20_261_124);
     let mut seen: BTreeMap<Comes, u64> = BTreeMap::new();
     for n in 0..calls {
@@ -797,7 +798,7 @@ fn generated_calls_are_decided_as_the_reference_decides() {
         let (tool, text) = call(&mut dice);
         let expected = reference(&policies[which], &tool, &text, state);
         let known = Known { usage, results: &results[which][answer] };
-        let decision = compiled[which].decide(&tool, Arguments::Text(&text), known);
+        let decision = compiled[which].decide(&tool, Arguments::Text(&text), known, &salt);
         let found = match &decision.verdict {
             Err(denial) => Comes::Denied(denial.rule),
             Ok(tool) => {
