@@ -4,6 +4,10 @@
 //! everything before it. Refuses: Kubernetes and, but for `store`'s S3 half, any particular storage.
 #![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing))]
 
+/// Envelopes that are signed.
+pub mod dsse;
+/// What is written once a log has ended.
+pub mod ending;
 /// A whole log, read from a store.
 pub mod log;
 /// RFC 6962 Merkle trees that only grow.
@@ -18,3 +22,5 @@ pub mod rollback;
 pub mod segment;
 /// Where segments lie.
 pub mod store;
+/// A log in the layout of C2SP tlog-tiles.
+pub mod tiles;

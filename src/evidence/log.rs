@@ -9,7 +9,7 @@ use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
 
 use super::{
-    segment,
+    ending, segment,
     store::{Store, StoreError, StoredObject},
 };
 
@@ -25,19 +25,21 @@ pub struct Log {
     pub segments: BTreeMap<String, Bytes>,
     /// Bytes of each incident: what the gateway refused outside any log.
     pub incidents: BTreeMap<String, Bytes>,
+    /// Bytes of what was written once the log had ended, see [`ending`].
+    pub ending: BTreeMap<String, Bytes>,
     /// Every version of every object. `None` for a store that keeps no versions and has no locks.
     pub versions: Option<Vec<StoredObject>>,
 }
 
 impl Log {
-    /// Reads the segments and incidents under the prefix, which ends with a slash or is empty. `locks`: whether the store keeps versions
+    /// Reads the segments, the incidents and the ending under the prefix, which ends with a slash or is empty. `locks`: whether the store keeps versions
     /// and locks at all.
     ///
     /// # Errors
     /// If the store fails. An object that is hidden by a delete marker is no error; it is absent from the bytes.
     pub async fn read(store: &dyn Store, prefix: &str, locks: bool) -> Result<Self, StoreError> {
         let mut versions: Vec<StoredObject> = Vec::new();
-        for folder in [segment::FOLDER, INCIDENTS] {
+        for folder in [segment::FOLDER, INCIDENTS, ending::FOLDER, ending::SUMMARY] {
             for object in store.list_versions(&format!("{prefix}{folder}")).await? {
                 if let Some(key) = object.key.strip_prefix(prefix) {
                     versions.push(StoredObject { key: key.to_owned(), ..object });
@@ -59,6 +61,8 @@ impl Log {
                 log.segments.insert(key, bytes);
             } else if key.starts_with(INCIDENTS) {
                 log.incidents.insert(key, bytes);
+            } else {
+                log.ending.insert(key, bytes);
             }
         }
         Ok(log)
@@ -66,6 +70,6 @@ impl Log {
 
     /// Every object's key and bytes.
     pub fn objects(&self) -> impl Iterator<Item = (&str, &Bytes)> {
-        self.segments.iter().chain(&self.incidents).map(|(key, bytes)| (key.as_str(), bytes))
+        self.segments.iter().chain(&self.incidents).chain(&self.ending).map(|(key, bytes)| (key.as_str(), bytes))
     }
 }

@@ -155,6 +155,11 @@ impl Signer {
         self.verifier.clone()
     }
 
+    /// A signature over a message that begins as no note, no cosignature and no label of [`Signer::derived`] does.
+    pub(super) fn sign(&self, message: &[u8]) -> Vec<u8> {
+        self.key.sign(message).as_ref().to_vec()
+    }
+
     /// A secret that follows from this key and a label, and from nothing else: Ed25519's signatures are deterministic, and nobody else can
     /// make this one. No label is a note's text.
     pub fn derived(&self, label: &str) -> [u8; 32] {
@@ -201,8 +206,8 @@ impl VerifierKey {
     }
 
     /// Whether this key made that Ed25519 signature.
-    fn made(&self, message: &str, signature: &[u8]) -> bool {
-        UnparsedPublicKey::new(&ED25519, &self.public).verify(message.as_bytes(), signature).is_ok()
+    pub(super) fn made(&self, message: &[u8], signature: &[u8]) -> bool {
+        UnparsedPublicKey::new(&ED25519, &self.public).verify(message, signature).is_ok()
     }
 }
 
@@ -384,7 +389,7 @@ impl Note {
             return Err(NoteError::KeyType { expected: "a log's key (type 1)", name: key.to_string() });
         }
         for signature in self.by(key)? {
-            if !key.made(&self.text, &signature.bytes) {
+            if !key.made(self.text.as_bytes(), &signature.bytes) {
                 return Err(NoteError::Forged(key.name.clone()));
             }
         }
@@ -405,7 +410,7 @@ impl Note {
             let forged = || NoteError::Forged(key.name.clone());
             let (time, bytes) = signature.bytes.split_first_chunk::<8>().ok_or_else(forged)?;
             let time = u64::from_be_bytes(*time);
-            if i64::try_from(time).is_err() || !key.made(&cosigned_text(time, &self.text), bytes) {
+            if i64::try_from(time).is_err() || !key.made(cosigned_text(time, &self.text).as_bytes(), bytes) {
                 return Err(forged());
             }
             earliest = earliest.min(time);

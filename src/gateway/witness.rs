@@ -28,8 +28,10 @@ use ring::rand::SystemRandom;
 
 use super::{approvals::Before, identity::Principal, metrics::Metrics, refusal::Refused};
 use crate::{
-    canonical,
+    canonical::{self, CanonicalError},
     evidence::{
+        dsse::Envelope,
+        ending::{self, Ending},
         log::INCIDENTS,
         merkle::leaf_hash,
         note::{self, Checkpoint, Note, Signer, VerifierKey},
@@ -37,6 +39,7 @@ use crate::{
         rollback::{self, Plan, Planner, Standing, Undoing},
         segment::{self, Segment},
         store::{Location, PutError, Retention, Store, StoreError},
+        tiles::File,
     },
     policy::{
         approval::Exact,
@@ -540,11 +543,11 @@ impl Witness {
     ///
     /// # Errors
     /// [`Rule::Evidence`] if the bucket fails.
-    pub async fn seal(&self, place: &Place, request: &SealRequest) -> Result<SealReply, Refused> {
+    pub async fn seal(self: &Arc<Self>, place: &Place, request: &SealRequest) -> Result<SealReply, Refused> {
         let log = self.log(place);
         let place = &Place { retention: self.retention(place).await?, ..place.clone() };
         for _ in 0..SEAL_TRIES {
-            let (_writer, history) = self.settled(place, &log).await?;
+            let (writer, history) = self.settled(place, &log).await?;
             let sealed = if history.closed() {
                 history
             } else {
@@ -560,6 +563,10 @@ impl Witness {
                     Err(PutError::Store(error)) => return Err(self.failed(&error)),
                 }
             };
+            drop(writer);
+            // Whoever asks may go away: what is begun is done all the same.
+            let ended = tokio::spawn(self.clone().end(place.clone()));
+            ended.await.map_err(|e| unavailable(&format!("the log's end could not be written: {e}")))??;
             let failed = request.closed.phase == "Failed" && request.closed.failure_class != "Cancelled";
             let undone_by = match sealed.undoable() && sealed.undoing().is_none() && failed {
                 true => self.undone_by(place).await?,
@@ -576,6 +583,50 @@ impl Witness {
             });
         }
         Err(unavailable("the log grows faster than it can be sealed; try again"))
+    }
+
+    /// Writes what a log comes to that has ended: tiles and checkpoint, and then the summary, which says that all of it is there.
+    async fn end(self: Arc<Self>, place: Place) -> Result<(), Refused> {
+        let store = self.store(&place).await?;
+        let key = |name: &str| format!("{}{name}", place.location.prefix);
+        match store.get(&key(ending::SUMMARY)).await {
+            Ok(_) => return Ok(()),
+            Err(StoreError::NotFound { .. }) => {}
+            Err(error) => return Err(self.failed(&error)),
+        }
+        let put = async |(name, bytes): File| match store
+            .put_new(&key(&name), bytes.into(), place.retention.as_ref())
+            .await
+        {
+            Ok(_) => Ok(()),
+            Err(PutError::Exists) => {
+                Err(broken(&key(&name), "expected what the records come to, found something else"))
+            }
+            Err(PutError::Store(error)) => Err(self.failed(&error)),
+        };
+        let mut ending = Ending::default();
+        let mut segments = futures::stream::iter(self.firsts(&place).await?)
+            .map(|first| self.stored(&place, first))
+            .buffered(PARALLEL);
+        while let Some(stored) = segments.next().await {
+            let Some(Stored { segment, .. }) = stored? else { continue };
+            let wrong = |e: &dyn std::fmt::Display| broken(&place.key(segment.first), e.to_string());
+            let records = segment.decode().map_err(|e| wrong(&e))?;
+            for file in ending.take(&segment, &records).map_err(|e| wrong(&e))? {
+                put(file).await?;
+            }
+        }
+        if !ending.is_closed() {
+            return Err(unavailable("the log has no end yet; try again"));
+        }
+        let (files, statement) = ending.finish(&note::origin(&place.task_uid));
+        for file in files {
+            put(file).await?;
+        }
+        let unwritable = |e: CanonicalError| Refused::malformed(e.to_string());
+        let payload = canonical::to_bytes(&statement).map_err(unwritable)?;
+        let summary = Envelope::sign(ending::PAYLOAD_TYPE, &payload, &self.signer).to_bytes().map_err(unwritable)?;
+        put((ending::SUMMARY.to_owned(), summary)).await
     }
 
     /// The contracts of the calls that would undo a task; nothing if its log is too long to tell in time.

@@ -3,22 +3,36 @@
 //! A segment whose place or content does not hold ends the walk: what comes after it hangs in the air. A signature that
 //! does not hold does not, so that one wrong key shows as what it is.
 
+use std::collections::BTreeSet;
+
 use super::{
     Expected,
     history::History,
     report::{Check, Report},
 };
-use crate::evidence::{
-    log::Log,
-    merkle::Tree,
-    note::{Checkpoint, NoteError, VerifierKey},
-    record::Actor,
-    segment::{Segment, SegmentError},
+use crate::{
+    canonical,
+    evidence::{
+        dsse::Envelope,
+        ending::{Ending, PAYLOAD_TYPE, SUMMARY},
+        log::Log,
+        merkle::Tree,
+        note::{Checkpoint, NoteError, VerifierKey},
+        record::{Actor, EncodeError},
+        segment::{Segment, SegmentError},
+        tiles::File,
+    },
 };
 
 /// Walks the log and adds what does not hold to the report.
 pub(super) fn check(log: &Log, witness: &VerifierKey, expected: &Expected, report: &mut Report) {
-    let mut walk = Walk { tree: Tree::new(), head: None, history: History::default() };
+    let mut walk = Walk {
+        tree: Tree::new(),
+        head: None,
+        history: History::default(),
+        ending: Ending::default(),
+        files: Vec::new(),
+    };
     let mut whole = true;
     for (key, bytes) in log.segments.iter().filter(|(key, _)| Segment::first_of(key).is_some()) {
         if let Err(SegmentProblem { rule, record, message }) = walk.segment(key, bytes, witness, expected, report) {
@@ -28,6 +42,10 @@ pub(super) fn check(log: &Log, witness: &VerifierKey, expected: &Expected, repor
         }
     }
     walk.history.finish(whole, report);
+    if whole {
+        let origin = walk.head.as_ref().map_or("", |head| &head.origin);
+        ended(log, witness, (walk.ending, walk.files), origin, report);
+    }
     report.summary.records = walk.tree.size();
     if whole && walk.head.is_none() {
         report.add(Check::LogEmpty, None, None, "expected at least one segment, found none");
@@ -48,6 +66,55 @@ pub(super) fn check(log: &Log, witness: &VerifierKey, expected: &Expected, repor
     report.summary.root = walk.head.map(|head| head.root_base64());
 }
 
+/// What was written once the log had ended is what its records come to.
+fn ended(
+    log: &Log,
+    witness: &VerifierKey,
+    (ending, mut files): (Ending, Vec<File>),
+    origin: &str,
+    report: &mut Report,
+) {
+    if !ending.is_closed() {
+        for key in log.ending.keys() {
+            report.add(
+                Check::EndTiles,
+                Some(key),
+                None,
+                "expected nothing here before the task has ended, found something",
+            );
+        }
+        return;
+    }
+    let (last, statement) = ending.finish(origin);
+    files.extend(last);
+    for (key, expected) in &files {
+        match log.ending.get(key) {
+            Some(found) if *found == expected => {}
+            Some(_) => {
+                report.add(Check::EndTiles, Some(key), None, "expected what the records come to, found something else")
+            }
+            None => report.add(Check::EndMissing, Some(key), None, "expected what the records come to, found nothing"),
+        }
+    }
+    let expected: BTreeSet<&str> = files.iter().map(|(key, _)| key.as_str()).chain([SUMMARY]).collect();
+    for key in log.ending.keys().filter(|key| !expected.contains(key.as_str())) {
+        report.add(Check::EndTiles, Some(key), None, "expected no such file by the records, found one");
+    }
+    let Some(summary) = log.ending.get(SUMMARY) else {
+        return report.add(Check::EndMissing, Some(SUMMARY), None, "expected a summary, found none");
+    };
+    match (Envelope::open(summary, PAYLOAD_TYPE, witness), canonical::to_bytes(&statement)) {
+        (Ok(found), Ok(expected)) if found == expected => {}
+        (Ok(_), _) => report.add(
+            Check::EndSummary,
+            Some(SUMMARY),
+            None,
+            "expected what the records come to, found something else",
+        ),
+        (Err(error), _) => report.add(Check::EndSummary, Some(SUMMARY), None, error.to_string()),
+    }
+}
+
 /// Why the walk cannot go on.
 struct SegmentProblem {
     rule: Check,
@@ -60,6 +127,9 @@ struct Walk {
     tree: Tree,
     head: Option<Checkpoint>,
     history: History,
+    ending: Ending,
+    /// What the records come to, as far as nothing changes it any more.
+    files: Vec<File>,
 }
 
 impl Walk {
@@ -94,6 +164,9 @@ impl Walk {
         self.origin(&checkpoint, key, expected, report);
         let records = segment.decode().map_err(|e| form(Check::RecordForm, &e))?;
 
+        let files = self.ending.take(&segment, &records);
+        let long = |e: EncodeError| SegmentProblem { rule: Check::RecordForm, record: None, message: e.to_string() };
+        self.files.extend(files.map_err(long)?);
         let writer = records.first().map(|r| (r.actor, r.attempt));
         for record in &records {
             if writer.is_some_and(|(actor, _)| actor != record.actor) {

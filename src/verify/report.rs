@@ -127,6 +127,12 @@ checks! {
     UsageLimit = "usage.limit" Broken,
     /// No reply cost more than what was left: model APIs count tokens in their own way.
     UsageOverrun = "usage.overrun" Note,
+    /// Once the task has ended, tiles and summary are there.
+    EndMissing = "end.missing" Incomplete,
+    /// Tiles are those of the records, and there are none but those of a log that has ended.
+    EndTiles = "end.tiles" Broken,
+    /// The summary is what the records come to, signed by the witness.
+    EndSummary = "end.summary" Broken,
     /// Nothing follows `task.closed`.
     TaskAfterEnd = "task.afterEnd" Broken,
     /// The last record is `task.closed`.

@@ -6,7 +6,7 @@ use super::report::{Check, Locks, Report};
 use crate::canonical;
 use crate::evidence::{
     log::{INCIDENTS, Log},
-    segment::{self, Segment},
+    segment::Segment,
     store::{Mode, StoredObject},
 };
 
@@ -34,7 +34,7 @@ pub(super) fn check(log: &Log, report: &mut Report) {
 
 fn check_versions(versions: &[StoredObject], report: &mut Report) {
     let mut by_key: BTreeMap<&str, Vec<&StoredObject>> = BTreeMap::new();
-    for version in versions.iter().filter(|v| v.key.starts_with(segment::FOLDER) || v.key.starts_with(INCIDENTS)) {
+    for version in versions {
         by_key.entry(&version.key).or_default().push(version);
     }
     let mut locks = Locks { mode: Some(Mode::Compliance), until: None };
@@ -48,7 +48,7 @@ fn check_versions(versions: &[StoredObject], report: &mut Report) {
         let objects: Vec<_> = versions.into_iter().filter(|v| !v.delete_marker).collect();
         if let [object] = objects.as_slice() {
             // Stores differ in what they tell of the lock of a version that another one hides; that is a finding anyway.
-            if !hidden && key.starts_with(segment::FOLDER) {
+            if !hidden && !key.starts_with(INCIDENTS) {
                 check_lock(object, &mut locks, report);
             }
         } else {

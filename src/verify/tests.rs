@@ -4,11 +4,13 @@ use bytes::Bytes;
 use proptest::prelude::*;
 use rstest::rstest;
 
-use self::script::{Script, UID, attempt_closed, denied, intent, opened, outcome, put, record, task_closed};
+use self::script::{Script, UID, attempt_closed, denied, end, intent, opened, outcome, put, record, task_closed};
 use super::*;
 use crate::{
     canonical,
     evidence::{
+        dsse::Envelope,
+        ending::{PAYLOAD_TYPE, SUMMARY},
         note,
         note::{Note, Signer, WITNESS_NAME},
         record::{self, Actor, Channel, Effect, Event, Record},
@@ -270,6 +272,15 @@ fn change_intent(script: &mut Script, seq: usize, change: impl FnOnce(&mut crate
     note.cosign(&script.witness, 1);
     s.note = note;
 }))]
+#[case::tile_changed(Check::EndTiles, |_: &Script, log: &mut Log| { let tile = log.ending.get_mut("tlog/tile/0/000.p/13").unwrap(); *tile = Bytes::from(vec![0; tile.len()]); })]
+#[case::entries_changed(Check::EndTiles, |_: &Script, log: &mut Log| { let bundle = log.ending.get_mut("tlog/tile/entries/000.p/13").unwrap(); *bundle = bundle.slice(1..); })]
+#[case::another_checkpoint(Check::EndTiles, |_: &Script, log: &mut Log| { let earlier = segment(log, 3).note.to_string(); log.ending.insert("tlog/checkpoint".into(), earlier.into()); })]
+#[case::a_file_more(Check::EndTiles, |_: &Script, log: &mut Log| { log.ending.insert("tlog/tile/0/000".into(), Bytes::new()); })]
+#[case::an_end_before_the_end(Check::EndTiles, |_: &Script, log: &mut Log| { log.segments.remove(&Segment::key(12)); })]
+#[case::summary_of_another(Check::EndSummary, |script: &Script, log: &mut Log| { let text = Envelope::sign(PAYLOAD_TYPE, b"{}", &script.witness).to_bytes().unwrap(); log.ending.insert(SUMMARY.into(), text.into()); })]
+#[case::summary_by_another(Check::EndSummary, |_: &Script, log: &mut Log| { end(log, &Signer::generate(WITNESS_NAME).unwrap()); })]
+#[case::summary_changed(Check::EndSummary, |_: &Script, log: &mut Log| { let text = log.ending.get_mut(SUMMARY).unwrap(); *text = text.slice(..text.len() - 1); })]
+#[case::summary_unlocked(Check::StoreRetention, |_: &Script, log: &mut Log| versions(log).iter_mut().find(|version| version.key == SUMMARY).unwrap().retain_until = None)]
 #[case::one_more_signature(Check::CheckpointSignatures, |_: &Script, log: &mut Log| edit(log, 3, |s| s.note.cosign(&Signer::generate("else.example").unwrap(), 1)))]
 fn tampering_with_the_store_is_found(#[case] rule: Check, #[case] tamper: fn(&Script, &mut Log)) {
     let script = Script::good();
@@ -345,6 +356,9 @@ fn a_log_that_is_not_at_its_end_is_incomplete() {
     let script = Script::good();
     let mut log = script.write();
     log.segments.remove(&Segment::key(12));
+    // What was written once it had ended betrays that its end was taken away.
+    assert!(broken(&run(&script, &log)).contains(&Check::EndTiles));
+    log.ending.clear();
     let report = run(&script, &log);
     assert_eq!(report.verdict, Verdict::Incomplete);
     assert_eq!(report.findings.iter().map(|f| f.rule).collect::<Vec<_>>(), [Check::CallOpen, Check::TaskClosed]);
@@ -361,6 +375,7 @@ fn the_head_in_the_status_is_compared() {
     assert_eq!(verify(&log, &witness, &Expected::Head(head.clone())).verdict, Verdict::Valid);
     let mut shorter = log.clone();
     shorter.segments.remove(&Segment::key(12));
+    shorter.ending.clear();
     assert_eq!(broken(&verify(&shorter, &witness, &Expected::Head(head.clone()))), [Check::LogHead]);
     assert_eq!(broken(&verify(&Log::default(), &witness, &Expected::Head(head.clone()))), [Check::LogHead]);
     let other = note::Checkpoint { origin: note::origin("other"), ..head };
@@ -427,14 +442,14 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(512))]
 
     #[test]
-    fn any_flipped_bit_is_found(object in 0_usize..7, at in any::<prop::sample::Index>(), bit in 0..8_u8) {
+    fn any_flipped_bit_is_found(object in 0_usize..11, at in any::<prop::sample::Index>(), bit in 0..8_u8) {
         let script = Script::good();
         let mut log = script.write();
-        let key = log.segments.keys().nth(object).unwrap().clone();
-        let mut bytes = log.segments[&key].to_vec();
+        let (_, object) = log.segments.iter_mut().chain(&mut log.ending).nth(object).unwrap();
+        let mut bytes = object.to_vec();
         let at = at.index(bytes.len());
         bytes[at] ^= 1_u8 << bit;
-        log.segments.insert(key, bytes.into());
+        *object = bytes.into();
         prop_assert_eq!(run(&script, &log).verdict, Verdict::Invalid);
     }
 
@@ -446,6 +461,8 @@ proptest! {
         for key in &keys {
             log.segments.remove(key);
         }
+        prop_assert_eq!(run(&script, &log).verdict, Verdict::Invalid, "its end is still there");
+        log.ending.clear();
         prop_assert_eq!(run(&script, &log).verdict, Verdict::Incomplete);
         // And a part of the next one.
         let bytes = script.write().segments[&keys[0]].clone();
@@ -815,4 +832,41 @@ fn nothing_is_undone_by_what_is_no_rollback() {
     change_intent(&mut script, 8, |i| i.undoes = Some("c4".into()));
     let report = run(&script, &script.write());
     assert!(broken(&report).contains(&Check::CallRollback), "{:?}", report.findings);
+}
+
+/// Its end is written after the log has ended: until it is, that is what is missing.
+#[rstest]
+#[case("tlog/checkpoint")]
+#[case("tlog/tile/entries/000.p/13")]
+#[case(SUMMARY)]
+fn an_end_that_is_not_all_there_is_incomplete(#[case] missing: &str) {
+    let script = Script::good();
+    let mut log = script.write();
+    log.ending.remove(missing).unwrap();
+    let report = run(&script, &log);
+    assert_eq!(report.verdict, Verdict::Incomplete, "{:?}", report.findings);
+    let found: Vec<_> = report.findings.iter().filter(|finding| finding.weight != Weight::Note).collect();
+    assert!(
+        matches!(found.as_slice(), [one] if one.rule == Check::EndMissing && one.object.as_deref() == Some(missing)),
+        "{found:?}"
+    );
+}
+
+/// What the summary says of a log, and the tree that it is about.
+#[test]
+fn the_summary_is_of_this_log() {
+    let script = Script::good();
+    let log = script.write();
+    let payload = Envelope::open(&log.ending[SUMMARY], PAYLOAD_TYPE, &script.witness.verifier()).unwrap();
+    let statement: serde_json::Value = serde_json::from_slice(&payload).unwrap();
+    let root = segment(&log, 12).note.checkpoint().unwrap().root;
+    assert_eq!(
+        statement["subject"][0],
+        serde_json::json!({"name": note::origin(UID), "digest": {"sha256": hex::encode(root)}})
+    );
+    let said = &statement["predicate"];
+    assert_eq!((&said["records"], &said["attempts"]), (&13.into(), &2.into()));
+    assert_eq!(said["calls"], serde_json::json!({"applied": 3, "notApplied": 0, "unknown": 0, "open": 1}));
+    assert_eq!(said["denials"], serde_json::json!({"egress.host": 1}));
+    assert_eq!(said["outcome"]["phase"], "Succeeded");
 }

@@ -5,7 +5,10 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 
 use crate::{
+    canonical,
     evidence::{
+        dsse::Envelope,
+        ending::{Ending, PAYLOAD_TYPE, SUMMARY},
         log::Log,
         merkle::{self, Tree},
         note::{self, Checkpoint, Note, Signer, WITNESS_NAME},
@@ -278,7 +281,43 @@ impl Script {
             note.cosign(&self.witness, WITNESSED + first);
             put(&mut log, &Segment::new(note, first, entries));
         }
+        end(&mut log, &self.witness);
         log
+    }
+}
+
+/// Writes what the log comes to, if it has ended.
+pub(crate) fn end(log: &mut Log, witness: &Signer) {
+    let (mut ending, mut files) = (Ending::default(), Vec::new());
+    for bytes in log.segments.values() {
+        let Ok((segment, records)) = Segment::read(bytes) else { return };
+        files.extend(ending.take(&segment, &records).unwrap());
+    }
+    if !ending.is_closed() {
+        return;
+    }
+    let (last, statement) = ending.finish(&note::origin(UID));
+    files.extend(last);
+    let payload = canonical::to_bytes(&statement).unwrap();
+    files.push((SUMMARY.to_owned(), Envelope::sign(PAYLOAD_TYPE, &payload, witness).to_bytes().unwrap()));
+    for (key, bytes) in files {
+        let object = stored(&key, bytes.len());
+        log.versions.get_or_insert_default().push(object);
+        log.ending.insert(key, bytes.into());
+    }
+}
+
+/// An object as a store with locks has it.
+fn stored(key: &str, size: usize) -> StoredObject {
+    StoredObject {
+        key: key.to_owned(),
+        version_id: format!("v-{key}"),
+        size: size as u64,
+        written: Some(jiff::Timestamp::from_second(1_795_000_000).unwrap()),
+        retain_until: Some(jiff::Timestamp::from_second(1_795_086_400).unwrap()),
+        mode: Some(Mode::Compliance),
+        is_latest: true,
+        delete_marker: false,
     }
 }
 
@@ -287,16 +326,6 @@ pub(crate) fn put(log: &mut Log, segment: &Segment) {
     let (key, bytes) = (Segment::key(segment.first), Bytes::from(segment.to_bytes()));
     let versions = log.versions.get_or_insert_default();
     versions.retain(|v| v.key != key);
-    let written = jiff::Timestamp::from_second(1_795_000_000).unwrap();
-    versions.push(StoredObject {
-        key: key.clone(),
-        version_id: format!("v{}", segment.first),
-        size: bytes.len() as u64,
-        written: Some(written),
-        retain_until: Some(jiff::Timestamp::from_second(1_795_086_400).unwrap()),
-        mode: Some(Mode::Compliance),
-        is_latest: true,
-        delete_marker: false,
-    });
+    versions.push(stored(&key, bytes.len()));
     log.segments.insert(key, bytes);
 }
