@@ -1,4 +1,4 @@
-//! The `belay` command: `approvals`, `approve`, `contract`, `deny`, `lint`, `rollback`, `verify` and `watch`, also as `kubectl belay`.
+//! The `belay` command: `approvals`, `approve`, `contract`, `deny`, `disclose`, `lint`, `prove`, `rollback`, `verify` and `watch`, also as `kubectl belay`.
 //!
 //! Promises: one exit code a meaning, and nothing from a log, a task or a cluster reaches the terminal but through
 //! `terminal::Safe`. Refuses: to change anything, anywhere, but the folders that `--save` and `--out` name, one person's decision
@@ -19,8 +19,12 @@ mod approve;
 mod cluster;
 /// `belay contract`.
 mod contract;
+/// Where a task's evidence is.
+mod evidence;
 /// `belay lint`.
 mod lint;
+/// `belay prove` and `belay disclose`.
+mod prove;
 /// `belay rollback`.
 mod rollback;
 /// Text that is safe to show, and colours.
@@ -64,7 +68,9 @@ enum Command {
     Approve(approve::Approve),
     Contract(contract::Args),
     Deny(approve::Deny),
+    Disclose(prove::Disclose),
     Lint(lint::Args),
+    Prove(prove::Args),
     Rollback(rollback::Args),
     Verify(verify::Args),
     Watch(watch::Args),
@@ -88,7 +94,9 @@ pub async fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Approve(args) => approve::approve(&args, &mut io::stdout().lock(), &mut io::stderr().lock()).await,
         Command::Deny(args) => approve::deny(&args, &mut io::stdout().lock(), &mut io::stderr().lock()).await,
         Command::Contract(args) => contract::run(&args, &mut io::stdout().lock(), &mut io::stderr().lock()).await,
+        Command::Disclose(args) => prove::disclose(&args, &mut io::stdout().lock()),
         Command::Lint(args) => lint::run(&args, &mut io::stdout().lock(), &mut io::stderr().lock()),
+        Command::Prove(args) => prove::run(&args, &mut io::stdout().lock()).await,
         Command::Rollback(args) => rollback::run(&args, &mut io::stdout().lock(), &mut io::stderr().lock()).await,
         Command::Verify(args) => verify::run(&args, &mut io::stdout().lock()).await,
         Command::Watch(args) => watch::run(&args).await,

@@ -14,6 +14,8 @@ pub mod log;
 pub mod merkle;
 /// C2SP signed notes, checkpoints and witness cosignatures.
 pub mod note;
+/// One record by itself, with what proves that it is in a log.
+pub mod proof;
 /// What happened: the log's entries.
 pub mod record;
 /// What undoing a task takes.

@@ -1,47 +1,23 @@
 //! `belay verify`: find a log, read it, verify it, say what was found.
 
 use std::{
-    fs,
     io::{IsTerminal, Write},
     path::{Path, PathBuf},
 };
 
-use bytes::Bytes;
 use clap::ValueEnum;
-use k8s_openapi::api::core::v1::ConfigMap;
-use kube::Api;
 use serde::Serialize;
 
-use self::text::{KeySource, Shown};
+use self::text::Shown;
 use super::{
     CliError,
-    cluster::{Cluster, explain},
+    evidence::{self, Source},
+    prove,
     terminal::{Paint, safe_json},
 };
-use crate::{
-    api::{AgentTask, agent_task::EvidenceStatus},
-    evidence::{
-        log::Log,
-        note::{Checkpoint, VerifierKey, origin},
-        store::{
-            Location, Store,
-            dir::Dir,
-            s3::{self, S3},
-        },
-    },
-    verify::{self, Expected, Report, Verdict},
-};
+use crate::verify::{self, Report, Verdict};
 
 mod text;
-
-/// The witness's public key in a downloaded log.
-const KEY_FILE: &str = "witness.vkey";
-/// Where the operator publishes it.
-const KEY_NAMESPACE: &str = "belay-system";
-/// See [`KEY_NAMESPACE`].
-const KEY_CONFIG_MAP: &str = "belay-witness-key";
-/// See [`KEY_NAMESPACE`].
-const KEY_ENTRY: &str = "vkey";
 
 /// Verify a task's evidence: recompute everything from the recorded bytes.
 ///
@@ -57,6 +33,8 @@ Examples:
       The same, and a copy to keep: its segments and the witness's key.
   belay verify evidence/ --witness-key witness.vkey
       A copy, offline, against a key that you got from somewhere you trust.
+  belay verify decision.tlog-proof --witness-key witness.vkey
+      One record by itself, as `belay prove` has exported it.
   belay verify s3://evidence/prod/team-a/tidy/UID --endpoint https://s3.example.com --witness-key witness.vkey
       A log in a bucket, without a cluster.
 
@@ -66,36 +44,17 @@ Exit codes:
   3  INCOMPLETE  everything holds so far, but the log has no end: the task runs, or its end is missing
   2  none of these: the log could not be read, or the command line is wrong")]
 pub(super) struct Args {
-    /// A task's name, a folder, or s3://bucket/prefix
-    ///
-    /// With a namespace it is a task. Otherwise, a folder if there is one of that name.
-    target: String,
     #[command(flatten)]
-    cluster: Cluster,
-    /// The witness's public key, or a file with it (C2SP vkey)
-    ///
-    /// Needed for folders without a witness.vkey in them, and for buckets. For tasks, the key that the cluster publishes
-    /// is taken unless another one is given.
-    #[arg(long, value_name = "VKEY|FILE")]
-    witness_key: Option<String>,
-    /// URL of the object store, unless it is AWS or the task's status names it
-    #[arg(long, value_name = "URL", env = "AWS_ENDPOINT_URL_S3")]
-    endpoint: Option<String>,
-    /// Whether the bucket goes into the path rather than the host name; it does by default where there is an endpoint
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
-    path_style: Option<bool>,
-    /// Region of the bucket [default: us-east-1]
-    #[arg(long, env = "AWS_REGION")]
-    region: Option<String>,
-    /// File with certificates (PEM) to trust for the object store
-    #[arg(long, value_name = "FILE", env = "AWS_CA_BUNDLE")]
-    ca_bundle: Option<PathBuf>,
+    source: Source,
     /// How to say what was found
     #[arg(short, long, value_enum, default_value_t = Output::Text)]
     output: Output,
     /// Keep a copy of the log in this new or empty folder
     #[arg(long, value_name = "DIR")]
     save: Option<PathBuf>,
+    /// Say which record commits to the field that `belay disclose` has opened
+    #[arg(long, value_name = "FILE")]
+    opening: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -104,15 +63,6 @@ enum Output {
     Text,
     /// For programs
     Json,
-}
-
-/// A log and what it is held against.
-struct Evidence {
-    place: String,
-    log: Log,
-    key: VerifierKey,
-    source: KeySource,
-    expected: Expected,
 }
 
 /// The report as JSON.
@@ -127,9 +77,13 @@ struct Document<'a> {
 
 /// Verifies and gives the exit code.
 pub(super) async fn run(args: &Args, out: &mut dyn Write) -> Result<u8, CliError> {
-    let evidence = find(args).await?;
+    let target = Path::new(&args.source.target);
+    if target.extension().is_some_and(|extension| extension == prove::PROOF) {
+        return prove::check(target, &args.source.given_key()?, out);
+    }
+    let evidence = evidence::find(&args.source).await?;
     if let Some(folder) = &args.save {
-        save(&evidence, folder).await?;
+        evidence::save(&evidence, folder).await?;
     }
     let report = verify::verify(&evidence.log, &evidence.key, &evidence.expected);
     match args.output {
@@ -144,165 +98,17 @@ pub(super) async fn run(args: &Args, out: &mut dyn Write) -> Result<u8, CliError
             writeln!(out, "{}", safe_json(&json))?;
         }
     }
+    let disclosed = match &args.opening {
+        Some(file) if report.verdict != Verdict::Invalid => prove::opened(&evidence.log, file, out)?,
+        _ => true,
+    };
     out.flush()?;
     Ok(match report.verdict {
+        _ if !disclosed => 1,
         Verdict::Valid => 0,
         Verdict::Invalid => 1,
         Verdict::Incomplete => 3,
     })
-}
-
-/// Finds the log that the target names, and the key for it.
-async fn find(args: &Args) -> Result<Evidence, CliError> {
-    if let Ok(location) = args.target.parse::<Location>() {
-        return bucket(args, &location).await;
-    }
-    let folder = Path::new(&args.target);
-    if args.cluster.namespace.is_none() && (folder.is_dir() || args.target.contains('/')) {
-        return self::folder(args, folder).await;
-    }
-    task(args).await
-}
-
-async fn folder(args: &Args, folder: &Path) -> Result<Evidence, CliError> {
-    let place = folder.display().to_string();
-    let log = Log::read(&Dir::new(folder), "", false).await.map_err(|e| CliError::new(e.to_string()))?;
-    not_empty(&log, &place)?;
-    let inside = folder.join(KEY_FILE);
-    let (key, source) = match &args.witness_key {
-        Some(given) => (given_key(given)?, KeySource::Given),
-        None if inside.is_file() => (read_key(&inside)?, KeySource::Folder),
-        None => {
-            let message = format!("expected --witness-key, or {KEY_FILE} in {place}: a log cannot vouch for itself");
-            return Err(CliError::new(message));
-        }
-    };
-    Ok(Evidence { place, log, key, source, expected: Expected::Anything })
-}
-
-async fn bucket(args: &Args, location: &Location) -> Result<Evidence, CliError> {
-    let Some(given) = &args.witness_key else {
-        return Err(CliError::new("expected --witness-key for a log in a bucket: a log cannot vouch for itself"));
-    };
-    let key = given_key(given)?;
-    let log = read_bucket(args, location, args.endpoint.as_deref()).await?;
-    not_empty(&log, &location.to_string())?;
-    // The gateway names a log's folder after its task's UID.
-    let uid = location.prefix.trim_end_matches('/').rsplit('/').next().unwrap_or_default();
-    let looks_like_uid = uid.len() == 36 && uid.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-');
-    let expected = if looks_like_uid { Expected::Origin(origin(uid)) } else { Expected::Anything };
-    Ok(Evidence { place: location.to_string(), log, key, source: KeySource::Given, expected })
-}
-
-async fn task(args: &Args) -> Result<Evidence, CliError> {
-    let (client, namespace) = args.cluster.connect().await?;
-    let name = &args.target;
-    let task = Api::<AgentTask>::namespaced(client.clone(), &namespace)
-        .get_opt(name)
-        .await
-        .map_err(|e| CliError::new(format!("cannot read AgentTask {namespace}/{name}: {}", explain(&e))))?;
-    let Some(task) = task else {
-        return Err(CliError::new(format!(
-            "there is no AgentTask {name} in namespace {namespace}, and no folder of that name; give another -n, a folder or s3://bucket/prefix"
-        )));
-    };
-    let Some(status) = task.status.and_then(|s| s.evidence) else {
-        return Err(CliError::new(format!(
-            "AgentTask {namespace}/{name} has no evidence yet (status.evidence is empty): wait for its first attempt, `belay watch {name} -n {namespace}`"
-        )));
-    };
-    let uid = task.metadata.uid.unwrap_or_default();
-    // A log that is not sealed yet has no head to compare with, and is incomplete.
-    let expected =
-        if status.root.is_empty() { Expected::Origin(origin(&uid)) } else { Expected::Head(head(&status, &uid)?) };
-    let (key, source) = match &args.witness_key {
-        Some(given) => (given_key(given)?, KeySource::Given),
-        None => (published_key(client).await?, KeySource::Cluster),
-    };
-    let location =
-        status.location.parse::<Location>().map_err(|e| CliError::new(format!("status.evidence.location: {e}")))?;
-    let endpoint = args.endpoint.clone().or(status.endpoint);
-    let log = read_bucket(args, &location, endpoint.as_deref()).await?;
-    Ok(Evidence { place: location.to_string(), log, key, source, expected })
-}
-
-/// The head in the task's status, which must be of this task's log.
-fn head(status: &EvidenceStatus, uid: &str) -> Result<Checkpoint, CliError> {
-    let text = format!("{}\n{}\n{}\n", status.origin, status.size, status.root);
-    let head = Checkpoint::parse(&text).map_err(|e| CliError::new(format!("status.evidence is {e}")))?;
-    if head.origin != origin(uid) {
-        return Err(CliError::new(format!("expected status.evidence.origin {}, found {}", origin(uid), head.origin)));
-    }
-    Ok(head)
-}
-
-async fn published_key(client: kube::Client) -> Result<VerifierKey, CliError> {
-    let place = format!("ConfigMap {KEY_NAMESPACE}/{KEY_CONFIG_MAP}");
-    let map = Api::<ConfigMap>::namespaced(client, KEY_NAMESPACE).get(KEY_CONFIG_MAP).await.map_err(|e| {
-        CliError::new(format!("cannot read the witness's key from {place}: {}; give --witness-key", explain(&e)))
-    })?;
-    let text = map.data.and_then(|mut data| data.remove(KEY_ENTRY)).unwrap_or_default();
-    text.trim().parse().map_err(|e| CliError::new(format!("{place}, key {KEY_ENTRY}: {e}")))
-}
-
-async fn read_bucket(args: &Args, location: &Location, endpoint: Option<&str>) -> Result<Log, CliError> {
-    let ca = match &args.ca_bundle {
-        Some(file) => Some(fs::read(file).map_err(|e| CliError::new(format!("cannot read {}: {e}", file.display())))?),
-        None => None,
-    };
-    let options = s3::Options {
-        bucket: location.bucket.clone(),
-        endpoint: endpoint.map(str::to_owned),
-        path_style: args.path_style.unwrap_or(endpoint.is_some()),
-        region: args.region.clone(),
-        ca,
-    };
-    let store = S3::connect(options).await.map_err(|e| CliError::new(e.to_string()))?;
-    if !store.has_credentials().await {
-        return Err(CliError::new(format!(
-            "found no credentials for {location}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY of an identity that may list versions and read objects and their retention there"
-        )));
-    }
-    Log::read(&store, &location.prefix, true).await.map_err(|e| CliError::new(e.to_string()))
-}
-
-/// A wrong path must not pass for an unfinished log.
-fn not_empty(log: &Log, place: &str) -> Result<(), CliError> {
-    if log.segments.is_empty() && log.versions.as_ref().is_none_or(Vec::is_empty) {
-        let message = format!(
-            "found no segments in {place}: expected the folder of one log, <namespace>/<task>/<uid>, with segments/ in it"
-        );
-        return Err(CliError::new(message));
-    }
-    Ok(())
-}
-
-fn given_key(given: &str) -> Result<VerifierKey, CliError> {
-    match given.parse() {
-        Ok(key) => Ok(key),
-        Err(_) if Path::new(given).is_file() => read_key(Path::new(given)),
-        Err(e) => Err(CliError::new(format!("--witness-key is no file and no key: {e}"))),
-    }
-}
-
-fn read_key(file: &Path) -> Result<VerifierKey, CliError> {
-    let text = fs::read_to_string(file).map_err(|e| CliError::new(format!("cannot read {}: {e}", file.display())))?;
-    text.trim().parse().map_err(|e| CliError::new(format!("{}: {e}", file.display())))
-}
-
-/// Writes the log and the key into a new folder.
-async fn save(evidence: &Evidence, folder: &Path) -> Result<(), CliError> {
-    let failed = |e: &dyn std::fmt::Display| CliError::new(format!("cannot save to {}: {e}", folder.display()));
-    if fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_some()) {
-        return Err(failed(&"expected a new or empty folder, so that two logs do not mix"));
-    }
-    let store = Dir::new(folder);
-    for (key, bytes) in evidence.log.objects() {
-        store.put_new(key, bytes.clone(), None).await.map_err(|e| failed(&e))?;
-    }
-    let key = Bytes::from(format!("{}\n", evidence.key));
-    store.put_new(KEY_FILE, key, None).await.map_err(|e| failed(&e))?;
-    Ok(())
 }
 
 #[cfg(test)]

@@ -3,7 +3,12 @@ use clap::Parser;
 use super::*;
 use crate::{
     cli::terminal::hidden,
-    evidence::{record::Event, segment::Segment},
+    evidence::{
+        record::Event,
+        segment::Segment,
+        store::{Store, dir::Dir},
+    },
+    policy::commit::Salt,
     verify::tests::script::Script,
 };
 
@@ -159,4 +164,76 @@ async fn nothing_in_a_log_reaches_the_terminal_as_it_is() {
         assert_eq!(code.unwrap(), 1);
         assert!(text.contains("owned") && !text.chars().any(|c| c != '\n' && hidden(c)), "{text:?}");
     }
+}
+
+/// Runs a `belay` command that writes to a file, and gives that.
+async fn written(folder: &Path, name: &str, args: &[&str]) -> PathBuf {
+    #[derive(Debug, Parser)]
+    enum Commands {
+        Prove(prove::Args),
+        Disclose(prove::Disclose),
+    }
+    let mut out = Vec::new();
+    let code = match Commands::parse_from([&["belay"], args].concat()) {
+        Commands::Prove(args) => prove::run(&args, &mut out).await,
+        Commands::Disclose(args) => prove::disclose(&args, &mut out),
+    };
+    assert_eq!(code.unwrap(), 0);
+    let file = folder.join(name);
+    std::fs::write(&file, out).unwrap();
+    file
+}
+
+#[tokio::test]
+async fn one_record_is_proven_without_the_log() {
+    let script = Script::good();
+    let (folder, key) = saved(&script).await;
+    let (path, elsewhere) = (folder.path().to_str().unwrap(), tempfile::tempdir().unwrap());
+    let args = ["prove", path, "--witness-key", &key, "--record", "4"];
+    let proof = written(elsewhere.path(), "denied.tlog-proof", &args).await;
+    let (code, text) = verify(&[proof.to_str().unwrap(), "--witness-key", &key]).await;
+    assert_eq!(code.unwrap(), 0);
+    assert!(
+        text.starts_with("PROVEN  record 4 of 13 in belay.dev/task/") && text.contains("evil.world.test"),
+        "{text}"
+    );
+
+    let other = crate::evidence::note::Signer::generate(crate::evidence::note::WITNESS_NAME).unwrap();
+    let (code, text) = verify(&[proof.to_str().unwrap(), "--witness-key", &other.verifier().to_string()]).await;
+    assert!(code.unwrap() == 1 && text.starts_with("INVALID  its checkpoint"), "{text}");
+    let forged = std::fs::read_to_string(&proof).unwrap().replace("index 4", "index 5");
+    std::fs::write(&proof, forged).unwrap();
+    let (code, text) = verify(&[proof.to_str().unwrap(), "--witness-key", &key]).await;
+    assert!(code.unwrap() == 1 && text.contains("expected the record at 5 of 13"), "{text}");
+}
+
+/// Record 1 commits to arguments of which one field is disclosed.
+#[tokio::test]
+async fn a_field_that_was_disclosed_is_found_in_the_log() {
+    let (arguments, salt) = (serde_json::json!({"order": 7, "card": "4111"}), Salt::new([9; 32]));
+    let mut script = Script::good();
+    let Event::Intent(intent) = &mut script.at(1).event else { panic!() };
+    intent.request_digest = Some(salt.value(&arguments).unwrap());
+    let (folder, key) = saved(&script).await;
+    let (path, elsewhere) = (folder.path().to_str().unwrap(), tempfile::tempdir().unwrap());
+    let [call, kept] = ["call.json", "salt"].map(|name| elsewhere.path().join(name));
+    std::fs::write(&call, "{ \"card\": \"4111\", \"order\": 7.0 }").unwrap();
+    std::fs::write(&kept, String::from(salt)).unwrap();
+    let [call, kept] = [&call, &kept].map(|path| path.to_str().unwrap());
+    let opening =
+        written(elsewhere.path(), "opening.json", &["disclose", "/order", "--arguments", call, "--salt", kept]).await;
+    let text = std::fs::read_to_string(&opening).unwrap();
+    assert!(!text.contains("4111"), "{text}");
+    let args = [path, "--witness-key", &key, "--opening", opening.to_str().unwrap()];
+    let (code, found) = verify(&args).await;
+    assert_eq!(code.unwrap(), 0);
+    assert!(found.contains("opening    record 1  call.intent a to search: /order is 7"), "{found}");
+
+    std::fs::write(&opening, text.replace("\"value\": 7", "\"value\": 8")).unwrap();
+    let (code, found) = verify(&args).await;
+    assert!(code.unwrap() == 1 && found.contains("opening    INVALID"), "{found}");
+    let other = Salt::new([8; 32]).open(&arguments, "/order").unwrap().unwrap();
+    std::fs::write(&opening, serde_json::to_string(&other).unwrap()).unwrap();
+    let (code, found) = verify(&args).await;
+    assert!(code.unwrap() == 1 && found.contains("no record of this log commits to it"), "{found}");
 }

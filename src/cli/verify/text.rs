@@ -7,21 +7,11 @@ use std::{
 
 use super::super::terminal::{Paint, Safe};
 use crate::{
+    cli::evidence::KeySource,
     evidence::note::VerifierKey,
     policy::price,
     verify::{Finding, Report, Summary, Verdict, Weight},
 };
-
-/// Where the witness's key came from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum KeySource {
-    /// The command line.
-    Given,
-    /// The cluster's ConfigMap.
-    Cluster,
-    /// The log's own folder.
-    Folder,
-}
 
 /// What is shown.
 pub(super) struct Shown<'a> {
