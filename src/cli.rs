@@ -1,4 +1,4 @@
-//! The `belay` command: `approvals`, `approve`, `contract`, `deny`, `disclose`, `lint`, `prove`, `rollback`, `verify` and `watch`, also as `kubectl belay`.
+//! The `belay` command: `approvals`, `approve`, `contract`, `deny`, `disclose`, `incident`, `lint`, `prove`, `rollback`, `verify` and `watch`, also as `kubectl belay`.
 //!
 //! Promises: one exit code a meaning, and nothing from a log, a task or a cluster reaches the terminal but through
 //! `terminal::Safe`. Refuses: to change anything, anywhere, but the folders that `--save` and `--out` name, one person's decision
@@ -21,6 +21,8 @@ mod cluster;
 mod contract;
 /// Where a task's evidence is.
 mod evidence;
+/// `belay incident`.
+mod incident;
 /// `belay lint`.
 mod lint;
 /// `belay prove` and `belay disclose`.
@@ -69,6 +71,7 @@ enum Command {
     Contract(contract::Args),
     Deny(approve::Deny),
     Disclose(prove::Disclose),
+    Incident(incident::Args),
     Lint(lint::Args),
     Prove(prove::Args),
     Rollback(rollback::Args),
@@ -95,6 +98,7 @@ pub async fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Deny(args) => approve::deny(&args, &mut io::stdout().lock(), &mut io::stderr().lock()).await,
         Command::Contract(args) => contract::run(&args, &mut io::stdout().lock(), &mut io::stderr().lock()).await,
         Command::Disclose(args) => prove::disclose(&args, &mut io::stdout().lock()),
+        Command::Incident(args) => incident::run(&args, &mut io::stdout().lock()).await,
         Command::Lint(args) => lint::run(&args, &mut io::stdout().lock(), &mut io::stderr().lock()),
         Command::Prove(args) => prove::run(&args, &mut io::stdout().lock()).await,
         Command::Rollback(args) => rollback::run(&args, &mut io::stdout().lock(), &mut io::stderr().lock()).await,

@@ -20,6 +20,7 @@ KUBECONFORM=v0.8.0
 PROMETHEUS=v0.316.0
 OTELCOL=v0.165.0
 OTELCOL_CONFMAP=v1.71.0      # the same release of the collector's stable modules
+TESSERA=v1.0.4
 GO_AT_LEAST=1.26
 
 # Debian packages that `up` installs when they are absent.

@@ -103,12 +103,16 @@ pub(super) async fn run(args: &Args, out: &mut dyn Write) -> Result<u8, CliError
         _ => true,
     };
     out.flush()?;
-    Ok(match report.verdict {
-        _ if !disclosed => 1,
+    Ok(if disclosed { exit_code(report.verdict) } else { exit_code(Verdict::Invalid) })
+}
+
+/// What a verdict is to a shell.
+pub(super) fn exit_code(verdict: Verdict) -> u8 {
+    match verdict {
         Verdict::Valid => 0,
         Verdict::Invalid => 1,
         Verdict::Incomplete => 3,
-    })
+    }
 }
 
 #[cfg(test)]

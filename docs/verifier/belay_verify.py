@@ -1,0 +1,418 @@
+#!/usr/bin/env python3
+"""A second verifier for Belay's evidence logs, written from docs/evidence-format.md alone.
+
+    belay_verify.py DIR [--witness-key VKEY|FILE]       a folder with a log; the key is in DIR/witness.vkey if not given
+    belay_verify.py --stream [--witness-key VKEY|FILE]  for each line {"key": VKEY, "objects": {KEY: BASE64}} of stdin
+                                                        a line {"verdict": VERDICT, "findings": [FINDING, ...]}
+
+It starts from the witness's key and believes nothing else. It promises that VALID means: every object has, byte for
+byte, the one form that the format gives it; each segment is signed by the attempt's harness and the witness (the last
+one by the witness alone) over the tree of all records so far; the rules of section 5 hold from the first record to
+task.closed; tiles and summary are what follows from the records. INCOMPLETE means that so much holds for what is there,
+but the end, tiles or the summary are not. All else is INVALID. It refuses what the format does not name: other members,
+types or forms, other objects under segments/, tlog/ and incidents/. Objects elsewhere, as under rollback/, are ignored.
+
+It does not promise what a set of objects cannot show: that nobody holds back the end of a live log, that objects have
+one version and a lock, what a commitment commits to; nor that the policy was right to allow a call.
+Exit code: 0 VALID, 1 INVALID, 3 INCOMPLETE, 2 for a command line, a key or a folder that cannot be read.
+"""
+import argparse, base64, functools, json, os, re, sys  # noqa: E401
+from collections import Counter, namedtuple
+from datetime import date
+from decimal import Decimal
+from hashlib import sha256
+from pathlib import Path
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+
+# What does not hold raises a ValueError, with one line for a finding: what it is about, what was expected, what was found.
+def show(value) -> str:
+    text = ascii(value)
+    return text if len(text) <= 160 else text[:157] + "..."
+
+def need(holds, what: str, expected: str, found):
+    if not holds:
+        raise ValueError(f"{what}: expected {expected}, found {show(found)}")
+
+def same(found: bytes, expected: bytes, what: str):
+    if found != expected:
+        start = max(0, len(os.path.commonprefix([found, expected])) - 30)
+        need(False, what, f"from byte {start} {expected[start:start + 90]}", found[start:start + 90])
+
+
+# Canonical JSON (RFC 8785) and base64: what is read has to be what would be written of it. So a name that is there
+# twice is refused, as one of them is gone after reading, and a lone surrogate, as it cannot be written.
+def number(text: str):
+    value = float(text)
+    need(value - value == 0, "number", "a finite one", text)
+    return int(value) if value.is_integer() and abs(value) < 2**53 else value  # an int where that is exact
+
+def write_json(value) -> str:
+    if isinstance(value, dict):
+        names = sorted(value, key=lambda name: name.encode("utf-16-be", "surrogatepass"))
+        return "{" + ",".join([write_json(name) + ":" + write_json(value[name]) for name in names]) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join([write_json(item) for item in value]) + "]"
+    if not isinstance(value, float):
+        return json.dumps(value, ensure_ascii=False)  # which escapes just what RFC 8785 says
+    if 1e-6 <= abs(value) < 1e21:  # as ECMAScript; repr has the same digits, but other bounds for an exponent
+        return format(Decimal(repr(value)), "f").removesuffix(".0")
+    digits, exponent = repr(value).split("e")
+    return f"{digits}e{int(exponent):+d}"
+
+def read_json(data: bytes, what: str):
+    value = json.loads(data.decode(), parse_int=number, parse_float=number, parse_constant=number)
+    same(data, write_json(value).encode(), f"{what}: canonical JSON")
+    return value
+
+def read_base64(text: str) -> bytes:
+    data = base64.b64decode(text, validate=True)
+    need(base64.b64encode(data).decode() == text, "base64", "padding and no stray bits", text)
+    return data
+
+
+# Keys, signatures of notes, and the tree's inner nodes (sections 2 and 3)
+NAME = r"[^\s+\x00-\x1f\x7f-\x9f]+"
+
+class Key(namedtuple("Key", "name id type public")):
+    def check(self, signature: bytes, message: bytes):
+        try:
+            Ed25519PublicKey.from_public_bytes(self.public).verify(signature, message)
+        except (InvalidSignature, ValueError):
+            need(False, f"signature of {self.name}", "64 bytes that verify", signature.hex())
+
+def read_key(text: str) -> Key:
+    match = re.fullmatch(rf"({NAME})\+([0-9a-f]{{8}})\+(.*)", text)
+    need(match, "key", "<name>+<hex ID>+<base64>", text)
+    data = read_base64(match[3])
+    need(len(data) == 33 and data[0] in (1, 4), "key", "a type, 0x01 or 0x04, and 32 bytes", data)
+    key = Key(match[1], sha256(match[1].encode() + b"\n" + data).hexdigest()[:8], data[0], data[1:])
+    need(match[2] == key.id, "key", f"the ID {key.id}", match[2])
+    return key
+
+def check_signatures(text: bytes, lines: list[str], keys: list[Key]):
+    """The keys, each once and nobody else, have signed the note with this text, by the lines after the empty one."""
+    names = [key.name for key in keys]
+    need(sorted(line.rpartition(" ")[0] for line in lines) == sorted(f"\u2014 {name}" for name in names),
+         "note", f"signatures '\u2014 <name> <base64>' of {names}", lines)
+    for line in lines:
+        key, data = keys[names.index(line.split(" ")[1])], read_base64(line.split(" ")[2])
+        need(data[:4].hex() == key.id, f"signature of {key.name}", f"the ID {key.id}", data[:4].hex())
+        if key.type == 4:
+            time = int.from_bytes(data[4:12], "big")
+            need(time < 2**63, f"signature of {key.name}", "a time of at most 2^63 - 1", time)
+            key.check(data[12:], b"cosignature/v1\ntime %d\n" % time + text)
+        else:
+            key.check(data[4:], text)
+
+def join(left: bytes, right: bytes) -> bytes:
+    return sha256(b"\x01" + left + right).digest()
+
+
+# Forms of records (section 5): members, `?` after those that are optional, and their types: a form, one of TYPES, or a
+# pattern of a string; `text` if none is given, and `some`, all but null, where the format does not say what it is.
+TYPES = {"flag": {bool}, "int": {int}, "count": {int}, "text": {str}, "list": {list}, "texts": {list},
+         "some": {bool, int, float, str, list, dict}, "hash": "[0-9a-f]{64}",
+         "time": r"[0-9]{4}-[0-9]{2}-[0-9]{2}T([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9]\.[0-9]{3}Z"}
+CHANNEL, EFFECTS = "channel:tool|listing|model|egress", ["read", "write", "external"]  # each tighter than that before
+FORMS = {
+    "record": "v:count seq:count time:time attempt:count actor:harness|gateway usage:usage kind",
+    "usage": "toolCalls:count tokens:count denials:count costMicros?:count",
+    "pod": "name uid node runtimeClass networkPolicy",
+    "attempt.opened": "key policyDigest:hash rollbackDigest?:hash pod:pod containment:containment.checked",
+    "call.intent": f"call {CHANNEL} target effect?:{'|'.join(EFFECTS)} definition? requestDigest?:hash "
+                   "requestBytes:count rules:texts key? approvals?:some undoes?:some assessment?:some model?:some "
+                   "reservedTokens:count reservedCostMicros?:count",
+    "call.outcome": "call effect:applied|not_applied|unknown rule? status:int responseDigest?:hash responseBytes:count "
+                    "tokens:count costMicros?:count upstream? sensitivity?:some undoneBy?:hash",
+    "call.replayed": "call target key requestDigest:hash responseDigest:hash",
+    "call.resolved": "call effect:applied|not_applied by",
+    "call.denied": f"{CHANNEL} target rule reason requestDigest?:hash",
+    "approval.requested": "name uid by:some tool requestDigest:hash required:some expires:some because?:some standing "
+                          "decisions?:some",
+    "containment.checked": "contained:flag rounds:count millis:count reachable unreachable:texts breaches?:list",
+    "attempt.closed": "reason",
+    "task.closed": "phase failureClass reason exitCode?:int",
+}
+FORMS["approval.decided"] = FORMS["approval.requested"]
+
+def check_form(value, form: str, what: str):
+    need(isinstance(value, dict), what, "an object", value)
+    types = {name: kind or "text" for name, _, kind in (member.partition(":") for member in form.split())}
+    missing = [name for name in types if name[-1] != "?" and name not in value]
+    need(not missing, what, f"the members {missing}", sorted(value))
+    for name, member in value.items():
+        kind = types.get(name) or types.get(name + "?")
+        need(kind and "?" not in name, what, "no such member", name)
+        of = TYPES.get(kind, kind)
+        if kind in FORMS:
+            check_form(member, FORMS[kind], name)
+        elif isinstance(of, set):
+            need(type(member) in of, f"{what}: {name}", kind, member)
+            need(kind != "count" or member >= 0, f"{what}: {name}", kind, member)
+            need(kind != "texts" or {str}.issuperset(map(type, member)), f"{what}: {name}", kind, member)
+        else:
+            need(type(member) is str and re.fullmatch(of, member), f"{what}: {name}", of, member)
+
+def at(value, *path: str):
+    """A member in a document, whose form is open; None if it is not there."""
+    for name in path:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
+class Log:
+    """What has been read so far, and what there is to say against it."""
+
+    def __init__(self, objects: dict[str, bytes], witness: Key, bad: list[str], missing: list[str]):
+        self.objects, self.witness, self.bad, self.missing = objects, witness, bad, missing
+        self.where = self.origin = self.note = ""  # what is being read, for findings; of the newest checkpoint
+        self.lines, self.records, self.leaves, self.peaks = [], [], [], []  # peaks: roots of whole subtrees
+        # By the records: the newest attempt.opened with its policy and key; the attempt, if it has not been closed; ...
+        self.opened, self.policy, self.key, self.running, self.contained = {"attempt": 0}, None, None, 0, True
+        self.usage, self.intents, self.fates = Counter(toolCalls=0, tokens=0, denials=0, costMicros=0), {}, {}
+        self.keys, self.outcomes, self.digests, self.attempts = set(), set(), [], 0
+        self.denials, self.approvals = Counter(), Counter()
+
+    def hold(self, holds, what: str, expected: str, found):
+        """Like `need`, for what does not keep us from reading on."""
+        if not holds:
+            self.bad.append(f"{self.where}: {what}: expected {expected}, found {show(found)}")
+
+    def root(self) -> bytes:
+        return functools.reduce(lambda right, left: join(left, right), reversed(self.peaks))
+
+    def check(self):
+        read = set()
+        while (key := f"segments/{len(self.records):010d}.jsonl") in self.objects:
+            read.add(key)
+            self.segment(key)
+        ended = bool(self.records) and self.records[-1]["kind"] == "task.closed"
+        tlog = dict(self.tiles()) if ended else {}
+        there = tlog.keys() | {"summary.dsse.json"} if ended else {key}  # what has to be there
+        self.missing += [f"{name}: expected to be there, found nothing" for name in sorted(there - self.objects.keys())]
+        for self.where, data in sorted(self.objects.items()):
+            folder, digest = self.where.split("/")[0], sha256(data).hexdigest()
+            if folder == "segments":
+                self.hold(self.where in read, "section 4", f"{key} as the next segment", "this one")
+            elif folder == "incidents":
+                self.hold(self.where == f"incidents/{digest}.json", "section 1", "its SHA-256 as its name", digest)
+            elif folder == "tlog":
+                need(self.where in tlog, "section 7", "no such object", data)
+                same(data, tlog[self.where], "section 7")
+            elif self.where == "summary.dsse.json":
+                need(ended, "section 8", "no summary before task.closed", "one")
+                self.summary(data)
+
+    def segment(self, key: str):
+        """Section 4: first the form of all lines, then what the records say, then the signed checkpoint."""
+        self.where, records, named = key, [], []
+        header, *lines, rest = self.objects[key].split(b"\n")
+        need(rest == b"", "section 4", "lines that end with a newline", rest)
+        given = read_json(header, "header")
+        self.note, digests = given["checkpoint"], given.get("documents", [])
+        documents = {sha256(line).hexdigest(): read_json(line, "document") for line in lines[:len(digests)]}
+        need(list(documents) == digests, "section 4", f"documents with the digests {show(digests)}", list(documents))
+        text, _, signatures = self.note.partition("\n\n")
+        self.origin = self.origin or text.split("\n")[0]
+        need(re.fullmatch(rf"belay\.dev/task/(?!.*/){NAME}", self.origin), "origin", "belay.dev/task/<UID>", text)
+        for seq, line in enumerate(lines[len(digests):], len(self.records)):
+            self.where = f"{key}: record {seq}"
+            need(len(line) <= 65535, "section 4", "at most 65535 bytes", len(line))
+            records.append(record := read_json(line, "record"))
+            kind = str(at(record, "kind"))
+            need("." in kind and kind in FORMS, "kind", "one of version 1", kind)
+            check_form(record, f"{FORMS['record']} {FORMS[kind]}", kind)
+            date.fromisoformat(record["time"][:10])
+            need((record["v"], record["seq"]) == (1, seq), "section 4", f"v 1, seq {seq}", (record["v"], record["seq"]))
+            actors = [(one["actor"], one["attempt"]) for one in (records[0], record)]
+            need(actors[0] == actors[1], "section 4", "one actor and attempt in a segment", actors)
+            need(kind != "attempt.opened" or len(records) == 1, "section 5", "attempt.opened first in a segment", seq)
+            named += [record[name] for name in ("policyDigest", "rollbackDigest") if name in record]
+        self.where = key
+        need(records, "section 4", "one record or more", records)
+        same(header, write_json({"checkpoint": self.note} | ({"documents": named} if named else {})).encode(), "header")
+        for record, line in zip(records, lines[len(digests):]):
+            self.where, size, node = f"{key}: record {record['seq']}", len(self.lines), sha256(b"\x00" + line).digest()
+            self.record(record, documents)
+            for items, item in (self.records, record), (self.lines, line), (self.leaves, node):
+                items.append(item)
+            while size & 1:
+                size, node = size >> 1, join(self.peaks.pop(), node)
+            self.peaks.append(node)
+        self.where = key
+        expected = f"{self.origin}\n{len(self.records)}\n{base64.b64encode(self.root()).decode()}"
+        same(text.encode(), expected.encode(), "checkpoint")
+        need(signatures.endswith("\n"), "note", "lines of signatures", signatures)
+        keys = [self.key, self.witness] if records[0]["actor"] == "harness" else [self.witness]
+        check_signatures(f"{text}\n".encode(), signatures[:-1].split("\n"), keys)
+
+    def record(self, record: dict, documents: dict):
+        """The rules of section 5, and what the summary counts."""
+        kind, actor, attempt, call = record["kind"], record["actor"], record["attempt"], record.get("call")
+        hold, usage = self.hold, self.usage
+        before = self.records[-1] if self.records else {"kind": None, "attempt": 0}
+        hold(before["kind"] != "task.closed", "rule 1", "nothing after task.closed", kind)
+        hold((kind == "task.closed") == (actor == "gateway"), "rule 1", "task.closed by the gateway, and only it", actor)
+        hold(attempt >= before["attempt"], "rule 2", f"attempt {before['attempt']} or a later one", attempt)
+        hold(attempt > 0 or kind == "task.closed", "attempt", "one from 1", attempt)
+        need(kind in ("attempt.opened", "task.closed") or attempt == self.running, "rule 2",
+             f"an attempt.opened of attempt {attempt} and no attempt.closed before", kind)
+        match kind:
+            case "attempt.opened":
+                self.open(record, documents[record["policyDigest"]])
+            case "attempt.closed":
+                self.running = 0
+            case "containment.checked":
+                self.contained &= record["contained"] and "breaches" not in record
+            case "call.intent":
+                hold(call not in self.intents, "rule 5", "one intent of a call", call)
+                hold(self.contained, "rule 7", "no intent after a containment.checked that has failed", call)
+                self.intents[call], self.fates[call] = record, "open"
+                usage.update(toolCalls=int(record["channel"] == "tool"), tokens=record["reservedTokens"],
+                             costMicros=record.get("reservedCostMicros", 0))
+                self.allowed(record)
+            case "call.outcome":
+                intent = self.intents.get(call, {"attempt": None, "reservedTokens": 0})
+                hold(intent["attempt"] == attempt, "rule 5", "an intent of the call in the same attempt before", call)
+                hold(call not in self.outcomes, "rule 5", "one outcome of a call", call)
+                self.outcomes.add(call)
+                self.fates[call] = record["effect"]
+                usage.update(tokens=record["tokens"] - intent["reservedTokens"],
+                             costMicros=record.get("costMicros", 0) - intent.get("reservedCostMicros", 0))
+            case "call.denied":
+                usage["denials"] += 1
+                self.denials[record["rule"]] += 1
+            case "call.replayed":
+                hold(call in self.intents, kind, "a call with an intent before", call)
+            case "call.resolved":
+                hold(record["by"] in self.intents, kind, "by: a call with an intent before", record["by"])
+                hold(self.fates.get(call) in ("open", "unknown"), kind, "a call whose fate was unknown", call)
+                self.fates[call] = record["effect"]
+            case "approval.decided":
+                self.approvals[record["standing"].lower()] += 1
+        counted = {name: count for name, count in usage.items() if count or name != "costMicros"}
+        hold(record["usage"] == counted, "rule 4", f"usage {counted}", record["usage"])
+
+    def open(self, record: dict, policy):
+        self.attempts += record["attempt"] != self.opened["attempt"]
+        self.digests += [record["policyDigest"]] if self.digests[-1:] != [record["policyDigest"]] else []
+        self.opened, self.policy, self.running, self.contained = record, policy, record["attempt"], True
+        self.key, probe, uid = read_key(record["key"]), record["containment"], at(policy, "task", "uid")
+        name = f"{self.origin}/{record['attempt']}"
+        self.hold((self.key.name, self.key.type) == (name, 1), "rule 3", f"a key {name} of type 1", record["key"])
+        self.hold(self.key.public not in self.keys, "rule 2", "another key for each start", record["key"])
+        self.hold(probe["contained"] and "breaches" not in probe, "rule 3", "contained true, no breaches", probe)
+        self.hold(self.origin == f"belay.dev/task/{uid}", "rule 3", f"a policy of {self.origin}", uid)
+        self.keys.add(self.key.public)
+
+    def allowed(self, intent: dict):
+        """Rule 6."""
+        hold, effect, limits = self.hold, intent.get("effect"), []
+        if intent["channel"] == "tool":
+            tools, allowed = at(self.policy, "tools"), at(self.policy, "allowedEffects")
+            tool = [t for t in tools if at(t, "name") == intent["target"]] if isinstance(tools, list) else []
+            hold(tool, "rule 6", "a tool of the policy", intent["target"])
+            least = at(tool[0], "sideEffect") if tool else effect
+            tighter = EFFECTS[EFFECTS.index(least):] if least in EFFECTS else []
+            hold(effect in tighter, "rule 6", f"an effect of {tighter}", effect)
+            hold(isinstance(allowed, list) and effect in allowed, "rule 6", f"an effect of {show(allowed)}", effect)
+            limits.append("toolCalls")
+        for name in limits + ["tokens"] * (intent["reservedTokens"] > 0):
+            limit, count = at(self.policy, "limits", name), intent["usage"][name]
+            hold(type(limit) is int and count <= limit, "rule 6", f"at most {show(limit)} {name}", count)
+
+    def tiles(self):
+        """All that has to be under tlog/ (section 7)."""
+        def tiled(level, items):
+            for number in range(-(-len(items) // 256)):
+                tile, digits = items[256 * number:256 * (number + 1)], str(number)
+                path = re.sub("(...)(?=.)", r"x\1/", digits.zfill(len(digits) + -len(digits) % 3))
+                yield f"tlog/tile/{level}/{path}" + (f".p/{len(tile)}" if len(tile) < 256 else ""), b"".join(tile)
+
+        yield "tlog/checkpoint", self.note.encode()
+        yield from tiled("entries", [len(line).to_bytes(2, "big") + line for line in self.lines])
+        level, hashes = 0, self.leaves
+        while hashes:
+            yield from tiled(level, hashes)
+            for _ in range(8):  # up by one: pairs, and not a last one that is alone
+                hashes = [join(*pair) for pair in zip(hashes[::2], hashes[1::2])]
+            level += 1
+
+    def summary(self, data: bytes):
+        """Section 8. All but the signature follows from the records, so that it is written again and compared."""
+        last, fates, task = self.records[-1], Counter(self.fates.values()), at(self.policy, "task") or {}
+        about = {name: task.get(name, "") for name in ("principal", "workflowClass", "taskClass")} | {"task": ""}
+        if self.key:
+            about |= {"task": f"{task['namespace']}/{task['name']}", "pack": self.policy["pack"]}
+        payload = write_json({
+            "_type": "https://in-toto.io/Statement/v1", "predicateType": "https://belay.dev/execution/v1",
+            "subject": [{"name": self.origin, "digest": {"sha256": self.root().hex()}}], "predicate": about | {
+                "policyDigests": self.digests, "attempts": self.attempts, "usage": last["usage"],
+                "records": len(self.records), "started": self.records[0]["time"], "ended": last["time"],
+                "outcome": {name: last[name] for name in last.keys() & {"phase", "failureClass", "reason", "exitCode"}},
+                "calls": {"notApplied": fates["not_applied"]} | {fate: fates[fate] for fate in ("applied", "unknown", "open")},
+                "denials": self.denials, "approvals": self.approvals}}).encode()
+        kind, given = "application/vnd.in-toto+json", json.loads(data)
+        same(base64.b64decode(given["payload"]), payload, "payload")
+        signature = {"keyid": f"{self.witness.name}+{self.witness.id}", "sig": given["signatures"][0]["sig"]}
+        envelope = {"payload": base64.b64encode(payload).decode(), "payloadType": kind, "signatures": [signature]}
+        same(data, write_json(envelope).encode() + b"\n", "envelope")
+        self.witness.check(read_base64(signature["sig"]),
+                           b"DSSEv1 %d %s %d %s" % (len(kind), kind.encode(), len(payload), payload))
+
+
+def verify(objects: dict[str, bytes], key: str) -> tuple[str, list[str]]:
+    """The verdict on a log, by its objects under their keys below the prefix, and the findings. It raises nothing."""
+    bad, missing, log = [], [], None
+    try:
+        witness = read_key(key)
+        need((witness.name, witness.type) == ("belay.dev/witness", 4), "key", "belay.dev/witness of type 4", key)
+        log = Log(objects, witness, bad, missing)
+        log.check()
+    except Exception as error:
+        what = str(error) if type(error) is ValueError else f"expected what can be read, found {show(error)}"
+        bad.append(f"{log.where if log else 'witness.vkey'}: {what}")
+    verdict = "INVALID" if bad else "INCOMPLETE" if missing else "VALID"
+    return verdict, [re.sub(r"[^\x20-\x7e]", lambda match: ascii(match[0])[1:-1], line) for line in bad + missing]
+
+
+# The command line
+def read_folder(folder: Path, prefix: str = "") -> dict[str, bytes]:
+    objects = {}
+    for path in folder.iterdir():
+        if path.is_dir():
+            objects |= read_folder(path, f"{prefix}{path.name}/")
+        elif prefix + path.name != "witness.vkey":
+            objects[prefix + path.name] = path.read_bytes()
+    return objects
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Verifies the evidence log of a Belay task.")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("folder", nargs="?", metavar="DIR", help="a folder with the log")
+    which.add_argument("--stream", action="store_true", help="read logs from stdin, one JSON object a line")
+    parser.add_argument("--witness-key", metavar="VKEY|FILE", help="the witness's key, if it is not DIR/witness.vkey")
+    options = parser.parse_args()
+    try:
+        key = options.witness_key or options.folder and os.path.join(options.folder, "witness.vkey")
+        if key:
+            key = Path(key).read_text("utf-8").removesuffix("\n") if os.path.isfile(key) else key
+            read_key(key)
+        for line in sys.stdin.buffer if options.stream else ():
+            given = json.loads(line)
+            objects = {name: base64.b64decode(data, validate=True) for name, data in given["objects"].items()}
+            print(json.dumps(dict(zip(("verdict", "findings"), verify(objects, key or given["key"])))), flush=True)
+        if options.stream:
+            return 0
+        verdict, findings = verify(read_folder(Path(options.folder)), key)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        parser.error(f"cannot be read: {error}")
+    print(verdict, *findings, sep="\n  ")
+    return {"VALID": 0, "INVALID": 1, "INCOMPLETE": 3}[verdict]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

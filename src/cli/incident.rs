@@ -1,0 +1,68 @@
+//! `belay incident`: the whole run as a timeline, for people.
+//!
+//! Promises: every line names the record that it is from; the log is verified first, and what that found is on top; the page needs no network and
+//! runs no script. Refuses: to add anything that the log does not say.
+
+use std::io::Write;
+
+use clap::ValueEnum;
+
+use super::{
+    CliError,
+    evidence::{self, Source},
+    verify::exit_code,
+};
+use crate::{evidence::segment::Segment, verify};
+
+mod markdown;
+mod page;
+mod story;
+
+use story::Story;
+
+/// Tell what happened in a task: each decision with its rule, budgets, approvals and network, by the evidence
+#[derive(Debug, clap::Args)]
+#[command(after_long_help = "\
+Examples:
+  belay incident tidy -n team-a > tidy.md
+  belay incident evidence/ --witness-key witness.vkey -o html > tidy.html
+      One file that any browser shows, without a network: each line leads to its record and the proof that it is in the log.
+
+Exit codes are those of `belay verify`: the log is verified first.")]
+pub(super) struct Args {
+    #[command(flatten)]
+    source: Source,
+    /// As what to write it
+    #[arg(short, long, value_enum, default_value_t = Output::Markdown)]
+    output: Output,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Output {
+    /// For tickets and terminals
+    Markdown,
+    /// One self-contained page
+    Html,
+}
+
+/// Writes the timeline and gives the exit code.
+pub(super) async fn run(args: &Args, out: &mut dyn Write) -> Result<u8, CliError> {
+    let evidence = evidence::find(&args.source).await?;
+    let report = verify::verify(&evidence.log, &evidence.key, &evidence.expected);
+    // As far as it can be read: what cannot is a finding.
+    let mut segments = Vec::new();
+    for bytes in evidence.log.segments.values() {
+        let Ok(segment) = Segment::read(bytes) else { break };
+        segments.push(segment);
+    }
+    let story = Story::of(&report, &segments, &evidence.place, &evidence.key.to_string());
+    match args.output {
+        Output::Markdown => markdown::write(&story, out)?,
+        Output::Html => writeln!(out, "{}", page::page(&story).into_string())?,
+    }
+    out.flush()?;
+    Ok(exit_code(report.verdict))
+}
+
+#[cfg(test)]
+mod tests;

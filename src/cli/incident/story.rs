@@ -1,0 +1,363 @@
+//! What a log tells, in the order in which people ask.
+
+use std::collections::BTreeMap;
+
+use base64::{Engine, prelude::BASE64_STANDARD};
+use jiff::Timestamp;
+
+use crate::{
+    cli::terminal::{Safe, safe_json},
+    evidence::{
+        merkle::{Hash, inclusion_proof, leaf_hash},
+        record::{Channel, Effect, Event, Intent, Outcome, Record},
+        segment::Segment,
+    },
+    policy::{approval::Standing, config::Usage, price},
+    verify::Report,
+};
+
+/// Records that a page shows whole, with their proofs; `belay prove` has the others.
+const WHOLE: usize = 2000;
+
+/// How a line feels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Tone {
+    Plain,
+    Good,
+    Warn,
+    Bad,
+}
+
+/// One line of the timeline.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Step {
+    /// The records that it is from.
+    pub(super) records: Vec<u64>,
+    /// When, by the writer's clock.
+    pub(super) time: String,
+    pub(super) attempt: i64,
+    pub(super) tone: Tone,
+    /// In a word: what was decided, or what happened.
+    pub(super) word: &'static str,
+    pub(super) what: String,
+    pub(super) detail: String,
+    /// The rules that decided it.
+    pub(super) rules: Vec<String>,
+}
+
+/// A counter against its limit.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Curve {
+    pub(super) name: &'static str,
+    pub(super) used: String,
+    pub(super) limit: String,
+    /// Time from 0 to 1, and used from 0 to 1 or more.
+    pub(super) points: Vec<(f64, f64)>,
+}
+
+/// Where calls went, or would have gone.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Peer {
+    pub(super) channel: &'static str,
+    pub(super) target: String,
+    pub(super) addresses: Vec<String>,
+    pub(super) sent: u64,
+    pub(super) denied: u64,
+    pub(super) bytes: u64,
+}
+
+/// A record, whole.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Whole {
+    pub(super) seq: u64,
+    pub(super) kind: &'static str,
+    pub(super) json: String,
+    /// The hashes that lead from it to the root, base64.
+    pub(super) proof: Vec<String>,
+}
+
+/// All of it.
+pub(super) struct Story<'r> {
+    pub(super) report: &'r Report,
+    pub(super) place: String,
+    pub(super) key: String,
+    pub(super) objective: String,
+    pub(super) class: String,
+    pub(super) pack: String,
+    pub(super) steps: Vec<Step>,
+    pub(super) curves: Vec<Curve>,
+    pub(super) network: Vec<Peer>,
+    pub(super) records: Vec<Whole>,
+}
+
+impl<'r> Story<'r> {
+    /// Of a log's segments with their records, and what verification found of it.
+    pub(super) fn of(report: &'r Report, segments: &[(Segment, Vec<Record>)], place: &str, key: &str) -> Self {
+        let records: Vec<&Record> = segments.iter().flat_map(|(_, records)| records).collect();
+        let policy = records.iter().rev().find_map(|record| match &record.event {
+            Event::AttemptOpened(opened) => Some(&opened.policy),
+            _ => None,
+        });
+        let safe = |text: &str| Safe(text).to_string();
+        let mut story = Self {
+            report,
+            place: safe(place),
+            key: safe(key),
+            objective: policy.map(|policy| safe(&policy.task.objective)).unwrap_or_default(),
+            class: policy.map(|policy| safe(&policy.task.workflow_class)).unwrap_or_default(),
+            pack: policy.map(|policy| safe(&policy.pack.name)).unwrap_or_default(),
+            steps: Vec::new(),
+            curves: curves(report, &records),
+            network: network(&records),
+            records: whole(segments),
+        };
+        story.tell(&records);
+        story
+    }
+
+    fn tell(&mut self, records: &[&Record]) {
+        // An intent's line is told with what became of it.
+        let mut open: BTreeMap<&str, usize> = BTreeMap::new();
+        for record in records {
+            match &record.event {
+                Event::Outcome(outcome) if let Some(at) = open.get(outcome.call.as_str()) => {
+                    if let Some(step) = self.steps.get_mut(*at) {
+                        ended(step, record, outcome);
+                    }
+                    continue;
+                }
+                Event::Intent(intent) => drop(open.insert(&intent.call, self.steps.len())),
+                _ => {}
+            }
+            self.steps.push(step(record));
+        }
+    }
+}
+
+/// A record as a line.
+fn step(record: &Record) -> Step {
+    let safe = |text: &str| Safe(text).to_string();
+    let (tone, word, what, detail, rules) = match &record.event {
+        Event::AttemptOpened(opened) => {
+            let pod = &opened.pod;
+            let runtime = if pod.runtime_class.is_empty() { "the default runtime" } else { &pod.runtime_class };
+            let seen = &opened.containment;
+            let contained = format!(
+                "only {} answers, {} other addresses were silent {} times",
+                seen.reachable,
+                seen.unreachable.len(),
+                seen.rounds
+            );
+            let what = format!("attempt {} in pod {} on {}, {runtime}", record.attempt, pod.name, pod.node);
+            (Tone::Plain, "opened", what, contained, vec![])
+        }
+        Event::Intent(intent) => {
+            let rules = intent.rules.iter().map(|rule| rule.as_str().to_owned()).collect();
+            (Tone::Warn, "allowed", target(intent), about(intent), rules)
+        }
+        Event::Outcome(outcome) => (Tone::Warn, "outcome", outcome.call.clone(), became(outcome), vec![]),
+        Event::Replayed(again) => {
+            let what = format!("{} again", again.target);
+            (Tone::Plain, "replayed", what, format!("the result of {} was given again", again.call), vec![])
+        }
+        Event::Resolved(told) => {
+            let (tone, word) = effect(told.effect);
+            (tone, "resolved", told.call.clone(), format!("{word}, as {} tells", told.by), vec![])
+        }
+        Event::Denied(denied) => {
+            let what = format!("{} {}", denied.channel.as_str(), denied.target);
+            (Tone::Bad, "denied", what, denied.reason.clone(), vec![denied.rule.as_str().to_owned()])
+        }
+        Event::ApprovalRequested(asked) => {
+            let what = format!("{} needs {} to say yes", asked.tool, people(asked.required));
+            let because = match asked.because.as_slice() {
+                [] => String::new(),
+                because => format!("because of {}; ", because.join(", ")),
+            };
+            (Tone::Warn, "asked", what, format!("{because}{}, until {}", asked.name, asked.expires), vec![])
+        }
+        Event::ApprovalDecided(asked) => {
+            let by: Vec<String> = asked
+                .decisions
+                .iter()
+                .map(|vote| match &vote.reason {
+                    Some(reason) => format!("{} ({reason})", vote.by),
+                    None => vote.by.clone(),
+                })
+                .collect();
+            let by = if by.is_empty() { "by nobody".to_owned() } else { format!("by {}", by.join(", ")) };
+            let (tone, word) = match asked.standing {
+                Standing::Approved => (Tone::Good, "approved"),
+                Standing::Denied => (Tone::Bad, "refused"),
+                Standing::Expired => (Tone::Bad, "expired"),
+                Standing::Pending => (Tone::Warn, "pending"),
+            };
+            (tone, word, asked.tool.clone(), format!("{by}; {}", asked.name), vec![])
+        }
+        Event::ContainmentChecked(seen) if seen.contained && seen.breaches.is_empty() => {
+            let detail = format!("{} addresses were silent", seen.unreachable.len());
+            (Tone::Plain, "contained", "still contained".to_owned(), detail, vec![])
+        }
+        Event::ContainmentChecked(seen) => {
+            (Tone::Bad, "breach", "containment lost".to_owned(), seen.breaches.join(", "), vec![])
+        }
+        Event::AttemptClosed(closed) => {
+            (Tone::Plain, "closed", format!("attempt {}", record.attempt), closed.reason.clone(), vec![])
+        }
+        Event::TaskClosed(closed) => {
+            let tone = if closed.phase == "Succeeded" { Tone::Good } else { Tone::Bad };
+            let code = closed.exit_code.map(|code| format!(", exit code {code}")).unwrap_or_default();
+            let class =
+                if closed.failure_class.is_empty() { String::new() } else { format!("{}: ", closed.failure_class) };
+            (tone, "ended", closed.phase.clone(), format!("{class}{}{code}", closed.reason), vec![])
+        }
+    };
+    Step {
+        records: vec![record.seq],
+        time: safe(&record.time),
+        attempt: record.attempt,
+        tone,
+        word,
+        what: safe(&what),
+        detail: safe(&detail),
+        rules,
+    }
+}
+
+/// An intent's line once its outcome is there.
+fn ended(step: &mut Step, record: &Record, outcome: &Outcome) {
+    step.records.push(record.seq);
+    let took = step.time.parse::<Timestamp>().ok().zip(record.time.parse::<Timestamp>().ok());
+    let took = took.map(|(from, to)| format!(", {} ms", to.duration_since(from).as_millis())).unwrap_or_default();
+    let (tone, _) = effect(outcome.effect);
+    step.tone = if outcome.rule.is_some() { Tone::Bad } else { tone };
+    step.rules.extend(outcome.rule.map(|rule| rule.as_str().to_owned()));
+    let before = if step.detail.is_empty() { String::new() } else { format!("{}; ", step.detail) };
+    step.detail = format!("{before}{}{took}", Safe(&became(outcome)));
+}
+
+fn target(intent: &Intent) -> String {
+    let effect = intent.effect.map(|effect| format!(" ({})", effect.as_str())).unwrap_or_default();
+    format!("{} {}{effect}", intent.channel.as_str(), intent.target)
+}
+
+/// What an intent says of itself.
+fn about(intent: &Intent) -> String {
+    let mut about = Vec::new();
+    if let Some(found) = &intent.assessment {
+        about.push(format!("{} data", found.arguments.as_str()));
+        about.extend(found.risk.as_ref().map(|risk| format!("risk {}", risk.score)));
+    }
+    if !intent.approvals.is_empty() {
+        about.push(format!("approved by {}", intent.approvals.join(", ")));
+    }
+    about.extend(intent.undoes.as_ref().map(|call| format!("undoes {call}")));
+    about.extend((intent.reserved_tokens > 0).then(|| format!("{} tokens set aside", intent.reserved_tokens)));
+    about.join(", ")
+}
+
+fn became(outcome: &Outcome) -> String {
+    let mut became = vec![effect(outcome.effect).1.to_owned()];
+    became.extend((outcome.status > 0).then(|| format!("HTTP {}", outcome.status)));
+    became.extend(outcome.upstream.clone());
+    became.push(format!("{} bytes", outcome.response_bytes));
+    became.extend((outcome.tokens > 0).then(|| format!("{} tokens", outcome.tokens)));
+    became.extend((outcome.cost_micros > 0).then(|| format!("a cost of {}", price::show(outcome.cost_micros))));
+    became.join(", ")
+}
+
+fn effect(effect: Effect) -> (Tone, &'static str) {
+    match effect {
+        Effect::Applied => (Tone::Good, "took effect"),
+        Effect::NotApplied => (Tone::Warn, "did not take effect"),
+        Effect::Unknown => (Tone::Bad, "nobody knows whether it took effect"),
+    }
+}
+
+fn people(count: i64) -> String {
+    if count == 1 { "one person".to_owned() } else { format!("{count} people") }
+}
+
+/// How much of each budget was used, over time.
+fn curves(report: &Report, records: &[&Record]) -> Vec<Curve> {
+    let Some(limits) = report.summary.limits else { return vec![] };
+    let times: Vec<i64> =
+        records.iter().map(|record| record.time.parse::<Timestamp>().map_or(0, Timestamp::as_millisecond)).collect();
+    let (first, last) = (times.first().copied().unwrap_or_default(), times.last().copied().unwrap_or_default());
+    let span = last.saturating_sub(first).max(1) as f64;
+    let curve = |name, of: fn(&Usage) -> i64, limit: i64, show: fn(i64) -> String| Curve {
+        name,
+        used: show(of(&report.summary.usage)),
+        limit: show(limit),
+        points: records
+            .iter()
+            .zip(&times)
+            .map(|(record, time)| {
+                let at = (time.saturating_sub(first) as f64 / span).clamp(0.0, 1.0);
+                (at, of(&record.usage) as f64 / limit.max(1) as f64)
+            })
+            .collect(),
+    };
+    let number = |count: i64| count.to_string();
+    let mut curves = vec![
+        curve("tool calls", |usage| usage.tool_calls, limits.tool_calls, number),
+        curve("tokens", |usage| usage.tokens, limits.tokens, number),
+    ];
+    curves.extend(limits.cost_micros.map(|limit| curve("cost", |usage| usage.cost_micros, limit, price::show)));
+    curves.extend(limits.denials.map(|limit| curve("denials", |usage| usage.denials, limit, number)));
+    curves
+}
+
+fn network(records: &[&Record]) -> Vec<Peer> {
+    let mut peers: BTreeMap<(&str, &str), Peer> = BTreeMap::new();
+    let mut calls: BTreeMap<&str, (&str, &str)> = BTreeMap::new();
+    let peer = |channel: Channel, target: &str| Peer {
+        channel: channel.as_str(),
+        target: Safe(target).to_string(),
+        ..Peer::default()
+    };
+    for record in records {
+        match &record.event {
+            Event::Intent(intent) => {
+                let at = (intent.channel.as_str(), intent.target.as_str());
+                calls.insert(&intent.call, at);
+                let peer = peers.entry(at).or_insert_with(|| peer(intent.channel, &intent.target));
+                peer.sent = peer.sent.saturating_add(1);
+            }
+            Event::Denied(denied) => {
+                let at = (denied.channel.as_str(), denied.target.as_str());
+                let peer = peers.entry(at).or_insert_with(|| peer(denied.channel, &denied.target));
+                peer.denied = peer.denied.saturating_add(1);
+            }
+            Event::Outcome(outcome) => {
+                let peer = calls.get(outcome.call.as_str()).and_then(|at| peers.get_mut(at));
+                let Some(peer) = peer else { continue };
+                peer.bytes = peer.bytes.saturating_add(outcome.response_bytes);
+                if let Some(address) = outcome.upstream.as_ref().map(|address| Safe(address).to_string())
+                    && !peer.addresses.contains(&address)
+                {
+                    peer.addresses.push(address);
+                }
+            }
+            _ => {}
+        }
+    }
+    peers.into_values().collect()
+}
+
+fn whole(segments: &[(Segment, Vec<Record>)]) -> Vec<Whole> {
+    let bytes: Vec<&Vec<u8>> = segments.iter().flat_map(|(segment, _)| &segment.records).collect();
+    let leaves: Vec<Hash> = bytes.iter().map(|record| leaf_hash(record)).collect();
+    let records = segments.iter().flat_map(|(_, records)| records);
+    let whole = |(at, (record, bytes)): (usize, (&Record, &&Vec<u8>))| {
+        let value: serde_json::Value = serde_json::from_slice(bytes).unwrap_or_default();
+        let proof = inclusion_proof(&leaves, at).unwrap_or_default();
+        Whole {
+            seq: record.seq,
+            kind: record.event.kind(),
+            json: safe_json(&serde_json::to_string_pretty(&value).unwrap_or_default()),
+            proof: proof.iter().map(|hash| BASE64_STANDARD.encode(hash)).collect(),
+        }
+    };
+    records.zip(&bytes).enumerate().take(WHOLE).map(whole).collect()
+}
