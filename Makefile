@@ -1,7 +1,7 @@
 # The one front door. Everything that a target needs it sets up itself: Debian packages, tools, cluster, image.
 # What it builds and downloads lies in ~/.cache/belay (BELAY_CACHE) and target/.
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-image test bench escape lint generate image install cluster-up cluster-down clean
+.PHONY: help demo demo-image test bench escape fuzz lint generate image install cluster-up cluster-down clean
 
 CACHE := $(or $(BELAY_CACHE),$(HOME)/.cache/belay)
 
@@ -21,6 +21,10 @@ bench: $(if $(filter decision%,$(ONLY)),,install) ## Measures: a table, and targ
 escape: install ## What an agent tries that wants out, and the control in which it gets out
 	@e2e/cluster/load "$$(e2e/demo/image)" >/dev/null
 	@e2e/test escape
+
+fuzz: ## Every mutant of real logs, to both verifiers, and 10^7 generated calls against the reference
+	@BELAY_MUTANTS=all cargo test --release --locked --no-default-features --test evidence -- --nocapture
+	@BELAY_CALLS=10000000 cargo test --release --locked --no-default-features --lib reference
 
 lint: ## The checks that need no cluster
 	@e2e/test lint

@@ -11,23 +11,19 @@ one by the witness alone) over the tree of all records so far; the rules of sect
 task.closed; tiles and summary are what follows from the records. INCOMPLETE means that so much holds for what is there,
 but the end, tiles or the summary are not. All else is INVALID. It refuses what the format does not name: other members,
 types or forms, other objects under segments/, tlog/ and incidents/. Objects elsewhere, as under rollback/, are ignored.
-
 It does not promise what a set of objects cannot show: that nobody holds back the end of a live log, that objects have
 one version and a lock, what a commitment commits to; nor that the policy was right to allow a call.
 Exit code: 0 VALID, 1 INVALID, 3 INCOMPLETE, 2 for a command line, a key or a folder that cannot be read.
 """
-import argparse, base64, functools, json, os, re, sys  # noqa: E401
+import argparse, base64, datetime, decimal, functools, itertools, json, os, pathlib, re, sys  # noqa: E401
 from collections import Counter, namedtuple
-from datetime import date
-from decimal import Decimal
 from hashlib import sha256
-from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 
-# What does not hold raises a ValueError, with one line for a finding: what it is about, what was expected, what was found.
+# What is not as it must be raises a ValueError with a finding: what it is about, what was expected, what was found.
 def show(value) -> str:
     text = ascii(value)
     return text if len(text) <= 160 else text[:157] + "..."
@@ -58,7 +54,7 @@ def write_json(value) -> str:
     if not isinstance(value, float):
         return json.dumps(value, ensure_ascii=False)  # which escapes just what RFC 8785 says
     if 1e-6 <= abs(value) < 1e21:  # as ECMAScript; repr has the same digits, but other bounds for an exponent
-        return format(Decimal(repr(value)), "f").removesuffix(".0")
+        return format(decimal.Decimal(repr(value)), "f").removesuffix(".0")
     digits, exponent = repr(value).split("e")
     return f"{digits}e{int(exponent):+d}"
 
@@ -92,11 +88,11 @@ def read_key(text: str) -> Key:
     need(match[2] == key.id, "key", f"the ID {key.id}", match[2])
     return key
 
-def check_signatures(text: bytes, lines: list[str], keys: list[Key]):
+def check_signatures(text: bytes, signatures: str, keys: list[Key]):
     """The keys, each once and nobody else, have signed the note with this text, by the lines after the empty one."""
-    names = [key.name for key in keys]
-    need(sorted(line.rpartition(" ")[0] for line in lines) == sorted(f"\u2014 {name}" for name in names),
-         "note", f"signatures '\u2014 <name> <base64>' of {names}", lines)
+    names, (*lines, rest) = [key.name for key in keys], signatures.split("\n")
+    need(sorted(line.rpartition(" ")[0] for line in lines) == sorted(f"\u2014 {name}" for name in names) and not rest,
+         "note", f"lines '\u2014 <name> <base64>' of {names}", signatures)
     for line in lines:
         key, data = keys[names.index(line.split(" ")[1])], read_base64(line.split(" ")[2])
         need(data[:4].hex() == key.id, f"signature of {key.name}", f"the ID {key.id}", data[:4].hex())
@@ -112,29 +108,26 @@ def join(left: bytes, right: bytes) -> bytes:
 
 
 # Forms of records (section 5): members, `?` after those that are optional, and their types: a form, one of TYPES, or a
-# pattern of a string; `text` if none is given, and `some`, all but null, where the format does not say what it is.
+# pattern of a string; `text` if none is given, and `*`, all but null, where the format does not say what it is.
 TYPES = {"flag": {bool}, "int": {int}, "count": {int}, "text": {str}, "list": {list}, "texts": {list},
-         "some": {bool, int, float, str, list, dict}, "hash": "[0-9a-f]{64}",
+         "*": {bool, int, float, str, list, dict}, "hash": "[0-9a-f]{64}",
          "time": r"[0-9]{4}-[0-9]{2}-[0-9]{2}T([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9]\.[0-9]{3}Z"}
 CHANNEL, EFFECTS = "channel:tool|listing|model|egress", ["read", "write", "external"]  # each tighter than that before
 FORMS = {
     "record": "v:count seq:count time:time attempt:count actor:harness|gateway usage:usage kind",
     "usage": "toolCalls:count tokens:count denials:count costMicros?:count",
-    "pod": "name uid node runtimeClass networkPolicy",
     "attempt.opened": "key policyDigest:hash rollbackDigest?:hash pod:pod containment:containment.checked",
     "call.intent": f"call {CHANNEL} target effect?:{'|'.join(EFFECTS)} definition? requestDigest?:hash "
-                   "requestBytes:count rules:texts key? approvals?:some undoes?:some assessment?:some model?:some "
+                   "requestBytes:count rules:texts key? approvals?:* undoes?:* assessment?:* model?:* "
                    "reservedTokens:count reservedCostMicros?:count",
     "call.outcome": "call effect:applied|not_applied|unknown rule? status:int responseDigest?:hash responseBytes:count "
-                    "tokens:count costMicros?:count upstream? sensitivity?:some undoneBy?:hash",
+                    "tokens:count costMicros?:count upstream? sensitivity?:* undoneBy?:hash",
     "call.replayed": "call target key requestDigest:hash responseDigest:hash",
-    "call.resolved": "call effect:applied|not_applied by",
+    "call.resolved": "call effect:applied|not_applied by", "pod": "name uid node runtimeClass networkPolicy",
     "call.denied": f"{CHANNEL} target rule reason requestDigest?:hash",
-    "approval.requested": "name uid by:some tool requestDigest:hash required:some expires:some because?:some standing "
-                          "decisions?:some",
+    "approval.requested": "name uid by:* tool requestDigest:hash required:* expires:* because?:* standing decisions?:*",
     "containment.checked": "contained:flag rounds:count millis:count reachable unreachable:texts breaches?:list",
-    "attempt.closed": "reason",
-    "task.closed": "phase failureClass reason exitCode?:int",
+    "attempt.closed": "reason", "task.closed": "phase failureClass reason exitCode?:int",
 }
 FORMS["approval.decided"] = FORMS["approval.requested"]
 
@@ -146,18 +139,15 @@ def check_form(value, form: str, what: str):
     for name, member in value.items():
         kind = types.get(name) or types.get(name + "?")
         need(kind and "?" not in name, what, "no such member", name)
-        of = TYPES.get(kind, kind)
         if kind in FORMS:
             check_form(member, FORMS[kind], name)
-        elif isinstance(of, set):
-            need(type(member) in of, f"{what}: {name}", kind, member)
-            need(kind != "count" or member >= 0, f"{what}: {name}", kind, member)
-            need(kind != "texts" or {str}.issuperset(map(type, member)), f"{what}: {name}", kind, member)
         else:
-            need(type(member) is str and re.fullmatch(of, member), f"{what}: {name}", of, member)
+            of = TYPES.get(kind, kind)
+            holds = type(member) in of if isinstance(of, set) else type(member) is str and re.fullmatch(of, member)
+            need(holds and (kind != "count" or member >= 0) and (kind != "texts" or {str} >= set(map(type, member))),
+                 f"{what}: {name}", kind, member)
 
-def at(value, *path: str):
-    """A member in a document, whose form is open; None if it is not there."""
+def at(value, *path: str):  # a member in a document, whose form is open; None if it is not there
     for name in path:
         value = value.get(name) if isinstance(value, dict) else None
     return value
@@ -166,25 +156,21 @@ def at(value, *path: str):
 class Log:
     """What has been read so far, and what there is to say against it."""
 
-    def __init__(self, objects: dict[str, bytes], witness: Key, bad: list[str], missing: list[str]):
-        self.objects, self.witness, self.bad, self.missing = objects, witness, bad, missing
-        self.where = self.origin = self.note = ""  # what is being read, for findings; of the newest checkpoint
-        self.lines, self.records, self.leaves, self.peaks = [], [], [], []  # peaks: roots of whole subtrees
-        # By the records: the newest attempt.opened with its policy and key; the attempt, if it has not been closed; ...
-        self.opened, self.policy, self.key, self.running, self.contained = {"attempt": 0}, None, None, 0, True
-        self.usage, self.intents, self.fates = Counter(toolCalls=0, tokens=0, denials=0, costMicros=0), {}, {}
-        self.keys, self.outcomes, self.digests, self.attempts = set(), set(), [], 0
-        self.denials, self.approvals = Counter(), Counter()
+    def __init__(self, objects: dict[str, bytes]):
+        self.objects, self.where, self.bad, self.missing = objects, "witness.vkey", [], []  # where: what is being read
+        self.origin, self.note, self.root, self.lines, self.records = "", "", b"", [], []
+        self.peaks = []  # the roots of whole subtrees, the largest first
+        # By the records: the newest policy and key, the attempt that is not closed, whether no probe of it has failed
+        self.policy, self.key, self.running, self.contained = None, None, 0, True
+        self.usage, self.keys, self.intents, self.outcomes, self.fates = Counter(), set(), {}, set(), {}
 
-    def hold(self, holds, what: str, expected: str, found):
-        """Like `need`, for what does not keep us from reading on."""
+    def hold(self, holds, what: str, expected: str, found):  # like need, for what does not keep us from reading on
         if not holds:
             self.bad.append(f"{self.where}: {what}: expected {expected}, found {show(found)}")
 
-    def root(self) -> bytes:
-        return functools.reduce(lambda right, left: join(left, right), reversed(self.peaks))
-
-    def check(self):
+    def check(self, key: str):
+        self.witness = read_key(key)
+        need((self.witness.name, self.witness.type) == ("belay.dev/witness", 4), "key", "the witness's, type 4", key)
         read = set()
         while (key := f"segments/{len(self.records):010d}.jsonl") in self.objects:
             read.add(key)
@@ -194,12 +180,12 @@ class Log:
         there = tlog.keys() | {"summary.dsse.json"} if ended else {key}  # what has to be there
         self.missing += [f"{name}: expected to be there, found nothing" for name in sorted(there - self.objects.keys())]
         for self.where, data in sorted(self.objects.items()):
-            folder, digest = self.where.split("/")[0], sha256(data).hexdigest()
-            if folder == "segments":
+            under, digest = self.where.startswith, sha256(data).hexdigest()
+            if under("segments/"):
                 self.hold(self.where in read, "section 4", f"{key} as the next segment", "this one")
-            elif folder == "incidents":
+            elif under("incidents/"):
                 self.hold(self.where == f"incidents/{digest}.json", "section 1", "its SHA-256 as its name", digest)
-            elif folder == "tlog":
+            elif under("tlog/"):
                 need(self.where in tlog, "section 7", "no such object", data)
                 same(data, tlog[self.where], "section 7")
             elif self.where == "summary.dsse.json":
@@ -225,10 +211,10 @@ class Log:
             kind = str(at(record, "kind"))
             need("." in kind and kind in FORMS, "kind", "one of version 1", kind)
             check_form(record, f"{FORMS['record']} {FORMS[kind]}", kind)
-            date.fromisoformat(record["time"][:10])
-            need((record["v"], record["seq"]) == (1, seq), "section 4", f"v 1, seq {seq}", (record["v"], record["seq"]))
-            actors = [(one["actor"], one["attempt"]) for one in (records[0], record)]
-            need(actors[0] == actors[1], "section 4", "one actor and attempt in a segment", actors)
+            datetime.date.fromisoformat(record["time"][:10])
+            found = tuple(record[name] for name in ("v", "seq", "actor", "attempt"))
+            expected = (1, seq, records[0]["actor"], records[0]["attempt"])
+            need(found == expected, "section 4", f"v, seq, and the segment's actor and attempt {expected}", found)
             need(kind != "attempt.opened" or len(records) == 1, "section 5", "attempt.opened first in a segment", seq)
             named += [record[name] for name in ("policyDigest", "rollbackDigest") if name in record]
         self.where = key
@@ -237,17 +223,17 @@ class Log:
         for record, line in zip(records, lines[len(digests):]):
             self.where, size, node = f"{key}: record {record['seq']}", len(self.lines), sha256(b"\x00" + line).digest()
             self.record(record, documents)
-            for items, item in (self.records, record), (self.lines, line), (self.leaves, node):
-                items.append(item)
+            self.records.append(record)
+            self.lines.append(line)
             while size & 1:
                 size, node = size >> 1, join(self.peaks.pop(), node)
             self.peaks.append(node)
         self.where = key
-        expected = f"{self.origin}\n{len(self.records)}\n{base64.b64encode(self.root()).decode()}"
+        self.root = functools.reduce(lambda right, left: join(left, right), reversed(self.peaks))
+        expected = f"{self.origin}\n{len(self.records)}\n{base64.b64encode(self.root).decode()}"
         same(text.encode(), expected.encode(), "checkpoint")
-        need(signatures.endswith("\n"), "note", "lines of signatures", signatures)
         keys = [self.key, self.witness] if records[0]["actor"] == "harness" else [self.witness]
-        check_signatures(f"{text}\n".encode(), signatures[:-1].split("\n"), keys)
+        check_signatures(f"{text}\n".encode(), signatures, keys)
 
     def record(self, record: dict, documents: dict):
         """The rules of section 5, and what the summary counts."""
@@ -255,7 +241,7 @@ class Log:
         hold, usage = self.hold, self.usage
         before = self.records[-1] if self.records else {"kind": None, "attempt": 0}
         hold(before["kind"] != "task.closed", "rule 1", "nothing after task.closed", kind)
-        hold((kind == "task.closed") == (actor == "gateway"), "rule 1", "task.closed by the gateway, and only it", actor)
+        hold((kind == "task.closed") == (actor == "gateway"), "rule 1", "the gateway for task.closed only", actor)
         hold(attempt >= before["attempt"], "rule 2", f"attempt {before['attempt']} or a later one", attempt)
         hold(attempt > 0 or kind == "task.closed", "attempt", "one from 1", attempt)
         need(kind in ("attempt.opened", "task.closed") or attempt == self.running, "rule 2",
@@ -279,38 +265,33 @@ class Log:
                 hold(intent["attempt"] == attempt, "rule 5", "an intent of the call in the same attempt before", call)
                 hold(call not in self.outcomes, "rule 5", "one outcome of a call", call)
                 self.outcomes.add(call)
-                self.fates[call] = record["effect"]
+                self.fates[call] = record["effect"].replace("not_applied", "notApplied")
                 usage.update(tokens=record["tokens"] - intent["reservedTokens"],
                              costMicros=record.get("costMicros", 0) - intent.get("reservedCostMicros", 0))
             case "call.denied":
                 usage["denials"] += 1
-                self.denials[record["rule"]] += 1
             case "call.replayed":
                 hold(call in self.intents, kind, "a call with an intent before", call)
             case "call.resolved":
                 hold(record["by"] in self.intents, kind, "by: a call with an intent before", record["by"])
                 hold(self.fates.get(call) in ("open", "unknown"), kind, "a call whose fate was unknown", call)
-                self.fates[call] = record["effect"]
-            case "approval.decided":
-                self.approvals[record["standing"].lower()] += 1
-        counted = {name: count for name, count in usage.items() if count or name != "costMicros"}
-        hold(record["usage"] == counted, "rule 4", f"usage {counted}", record["usage"])
+                self.fates[call] = record["effect"].replace("not_applied", "notApplied")
+        hold(Counter(record["usage"]) == usage and record["usage"].get("costMicros") != 0, "rule 4",
+             f"usage {dict(usage)}, without costMicros if 0", record["usage"])
+        self.usage = Counter(record["usage"])
 
     def open(self, record: dict, policy):
-        self.attempts += record["attempt"] != self.opened["attempt"]
-        self.digests += [record["policyDigest"]] if self.digests[-1:] != [record["policyDigest"]] else []
-        self.opened, self.policy, self.running, self.contained = record, policy, record["attempt"], True
-        self.key, probe, uid = read_key(record["key"]), record["containment"], at(policy, "task", "uid")
-        name = f"{self.origin}/{record['attempt']}"
+        self.policy, self.key, self.running, self.contained = policy, read_key(record["key"]), record["attempt"], True
+        name, probe, uid = f"{self.origin}/{record['attempt']}", record["containment"], at(policy, "task", "uid")
         self.hold((self.key.name, self.key.type) == (name, 1), "rule 3", f"a key {name} of type 1", record["key"])
         self.hold(self.key.public not in self.keys, "rule 2", "another key for each start", record["key"])
         self.hold(probe["contained"] and "breaches" not in probe, "rule 3", "contained true, no breaches", probe)
-        self.hold(self.origin == f"belay.dev/task/{uid}", "rule 3", f"a policy of {self.origin}", uid)
+        self.hold(self.origin.removeprefix("belay.dev/task/") == uid, "rule 3", f"a policy of {self.origin}", uid)
         self.keys.add(self.key.public)
 
     def allowed(self, intent: dict):
         """Rule 6."""
-        hold, effect, limits = self.hold, intent.get("effect"), []
+        hold, effect = self.hold, intent.get("effect")
         if intent["channel"] == "tool":
             tools, allowed = at(self.policy, "tools"), at(self.policy, "allowedEffects")
             tool = [t for t in tools if at(t, "name") == intent["target"]] if isinstance(tools, list) else []
@@ -319,8 +300,7 @@ class Log:
             tighter = EFFECTS[EFFECTS.index(least):] if least in EFFECTS else []
             hold(effect in tighter, "rule 6", f"an effect of {tighter}", effect)
             hold(isinstance(allowed, list) and effect in allowed, "rule 6", f"an effect of {show(allowed)}", effect)
-            limits.append("toolCalls")
-        for name in limits + ["tokens"] * (intent["reservedTokens"] > 0):
+        for name in ["toolCalls"] * (intent["channel"] == "tool") + ["tokens"] * (intent["reservedTokens"] > 0):
             limit, count = at(self.policy, "limits", name), intent["usage"][name]
             hold(type(limit) is int and count <= limit, "rule 6", f"at most {show(limit)} {name}", count)
 
@@ -334,7 +314,7 @@ class Log:
 
         yield "tlog/checkpoint", self.note.encode()
         yield from tiled("entries", [len(line).to_bytes(2, "big") + line for line in self.lines])
-        level, hashes = 0, self.leaves
+        level, hashes = 0, [sha256(b"\x00" + line).digest() for line in self.lines]
         while hashes:
             yield from tiled(level, hashes)
             for _ in range(8):  # up by one: pairs, and not a last one that is alone
@@ -343,18 +323,23 @@ class Log:
 
     def summary(self, data: bytes):
         """Section 8. All but the signature follows from the records, so that it is written again and compared."""
-        last, fates, task = self.records[-1], Counter(self.fates.values()), at(self.policy, "task") or {}
+        def each(kind: str, name: str) -> list:
+            return [record[name] for record in self.records if record["kind"] == kind]
+
+        last, task, fates = self.records[-1], at(self.policy, "task") or {}, Counter(self.fates.values())
         about = {name: task.get(name, "") for name in ("principal", "workflowClass", "taskClass")} | {"task": ""}
         if self.key:
             about |= {"task": f"{task['namespace']}/{task['name']}", "pack": self.policy["pack"]}
         payload = write_json({
             "_type": "https://in-toto.io/Statement/v1", "predicateType": "https://belay.dev/execution/v1",
-            "subject": [{"name": self.origin, "digest": {"sha256": self.root().hex()}}], "predicate": about | {
-                "policyDigests": self.digests, "attempts": self.attempts, "usage": last["usage"],
+            "subject": [{"name": self.origin, "digest": {"sha256": self.root.hex()}}], "predicate": about | {
+                "policyDigests": [digest for digest, _ in itertools.groupby(each("attempt.opened", "policyDigest"))],
                 "records": len(self.records), "started": self.records[0]["time"], "ended": last["time"],
+                "attempts": len([*itertools.groupby(each("attempt.opened", "attempt"))]), "usage": last["usage"],
                 "outcome": {name: last[name] for name in last.keys() & {"phase", "failureClass", "reason", "exitCode"}},
-                "calls": {"notApplied": fates["not_applied"]} | {fate: fates[fate] for fate in ("applied", "unknown", "open")},
-                "denials": self.denials, "approvals": self.approvals}}).encode()
+                "calls": {name: fates[name] for name in ("applied", "notApplied", "unknown", "open")},
+                "denials": Counter(each("call.denied", "rule")),
+                "approvals": Counter(map(str.lower, each("approval.decided", "standing")))}}).encode()
         kind, given = "application/vnd.in-toto+json", json.loads(data)
         same(base64.b64decode(given["payload"]), payload, "payload")
         signature = {"keyid": f"{self.witness.name}+{self.witness.id}", "sig": given["signatures"][0]["sig"]}
@@ -366,21 +351,18 @@ class Log:
 
 def verify(objects: dict[str, bytes], key: str) -> tuple[str, list[str]]:
     """The verdict on a log, by its objects under their keys below the prefix, and the findings. It raises nothing."""
-    bad, missing, log = [], [], None
+    log = Log(objects)
     try:
-        witness = read_key(key)
-        need((witness.name, witness.type) == ("belay.dev/witness", 4), "key", "belay.dev/witness of type 4", key)
-        log = Log(objects, witness, bad, missing)
-        log.check()
+        log.check(key)
     except Exception as error:
         what = str(error) if type(error) is ValueError else f"expected what can be read, found {show(error)}"
-        bad.append(f"{log.where if log else 'witness.vkey'}: {what}")
-    verdict = "INVALID" if bad else "INCOMPLETE" if missing else "VALID"
-    return verdict, [re.sub(r"[^\x20-\x7e]", lambda match: ascii(match[0])[1:-1], line) for line in bad + missing]
+        log.bad.append(f"{log.where}: {what}")
+    verdict, findings = "INVALID" if log.bad else "INCOMPLETE" if log.missing else "VALID", log.bad + log.missing
+    return verdict, [re.sub(r"[^\x20-\x7e]", lambda match: ascii(match[0])[1:-1], line) for line in findings]
 
 
 # The command line
-def read_folder(folder: Path, prefix: str = "") -> dict[str, bytes]:
+def read_folder(folder: pathlib.Path, prefix: str = "") -> dict[str, bytes]:
     objects = {}
     for path in folder.iterdir():
         if path.is_dir():
@@ -399,19 +381,19 @@ def main() -> int:
     try:
         key = options.witness_key or options.folder and os.path.join(options.folder, "witness.vkey")
         if key:
-            key = Path(key).read_text("utf-8").removesuffix("\n") if os.path.isfile(key) else key
+            key = pathlib.Path(key).read_text("utf-8").removesuffix("\n") if os.path.isfile(key) else key
             read_key(key)
-        for line in sys.stdin.buffer if options.stream else ():
+        if not options.stream:
+            verdict, findings = verify(read_folder(pathlib.Path(options.folder)), key)
+            print(verdict, *findings, sep="\n  ")
+            return {"VALID": 0, "INVALID": 1, "INCOMPLETE": 3}[verdict]
+        for line in sys.stdin.buffer:
             given = json.loads(line)
             objects = {name: base64.b64decode(data, validate=True) for name, data in given["objects"].items()}
             print(json.dumps(dict(zip(("verdict", "findings"), verify(objects, key or given["key"])))), flush=True)
-        if options.stream:
-            return 0
-        verdict, findings = verify(read_folder(Path(options.folder)), key)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         parser.error(f"cannot be read: {error}")
-    print(verdict, *findings, sep="\n  ")
-    return {"VALID": 0, "INVALID": 1, "INCOMPLETE": 3}[verdict]
+    return 0
 
 
 if __name__ == "__main__":

@@ -29,9 +29,21 @@ pub const FIELD: u8 = 1;
 pub struct SaltError;
 
 /// What makes a task's commitments. It is never in a record, nor in a message to people.
-#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub struct Salt([u8; 32]);
+pub struct Salt {
+    bytes: [u8; 32],
+    /// Made once: a call's arguments have many fields.
+    key: hmac::Key,
+}
+
+impl PartialEq for Salt {
+    fn eq(&self, other: &Self) -> bool {
+        self.bytes == other.bytes
+    }
+}
+
+impl Eq for Salt {}
 
 impl std::fmt::Debug for Salt {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -44,20 +56,20 @@ impl TryFrom<String> for Salt {
 
     fn try_from(text: String) -> Result<Self, SaltError> {
         let bytes = BASE64_STANDARD.decode(text.trim()).map_err(|_| SaltError)?;
-        bytes.try_into().map(Self).map_err(|_| SaltError)
+        bytes.try_into().map(Self::new).map_err(|_| SaltError)
     }
 }
 
 impl From<Salt> for String {
     fn from(salt: Salt) -> Self {
-        BASE64_STANDARD.encode(salt.0)
+        BASE64_STANDARD.encode(salt.bytes)
     }
 }
 
 impl Salt {
     /// The salt of these bytes.
     pub fn new(bytes: [u8; 32]) -> Self {
-        Self(bytes)
+        Self { bytes, key: hmac::Key::new(hmac::HMAC_SHA256, &bytes) }
     }
 
     /// The commitment to opaque bytes, hex.
@@ -122,7 +134,7 @@ impl Salt {
 
     /// The salt of one commitment.
     fn own(&self, label: &[u8], digest: &[u8; 32]) -> [u8; 32] {
-        let mut context = hmac::Context::with_key(&hmac::Key::new(hmac::HMAC_SHA256, &self.0));
+        let mut context = hmac::Context::with_key(&self.key);
         context.update(label);
         context.update(digest);
         let mut own = [0; 32];

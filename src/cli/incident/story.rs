@@ -120,8 +120,8 @@ impl<'r> Story<'r> {
         let mut open: BTreeMap<&str, usize> = BTreeMap::new();
         for record in records {
             match &record.event {
-                Event::Outcome(outcome) if let Some(at) = open.get(outcome.call.as_str()) => {
-                    if let Some(step) = self.steps.get_mut(*at) {
+                Event::Outcome(outcome) if let Some(at) = open.remove(outcome.call.as_str()) => {
+                    if let Some(step) = self.steps.get_mut(at) {
                         ended(step, record, outcome);
                     }
                     continue;
@@ -130,6 +130,13 @@ impl<'r> Story<'r> {
                 _ => {}
             }
             self.steps.push(step(record));
+        }
+        for at in open.into_values() {
+            if let Some(step) = self.steps.get_mut(at) {
+                let before = if step.detail.is_empty() { String::new() } else { format!("{}; ", step.detail) };
+                step.detail = format!("{before}it has no outcome: {}", effect(Effect::Unknown).1);
+                step.tone = Tone::Bad;
+            }
         }
     }
 }
@@ -143,9 +150,9 @@ fn step(record: &Record) -> Step {
             let runtime = if pod.runtime_class.is_empty() { "the default runtime" } else { &pod.runtime_class };
             let seen = &opened.containment;
             let contained = format!(
-                "only {} answers, {} other addresses were silent {} times",
+                "{} answers, and {} silent, in {} rounds",
                 seen.reachable,
-                seen.unreachable.len(),
+                addresses(seen.unreachable.len()),
                 seen.rounds
             );
             let what = format!("attempt {} in pod {} on {}, {runtime}", record.attempt, pod.name, pod.node);
@@ -195,7 +202,7 @@ fn step(record: &Record) -> Step {
             (tone, word, asked.tool.clone(), format!("{by}; {}", asked.name), vec![])
         }
         Event::ContainmentChecked(seen) if seen.contained && seen.breaches.is_empty() => {
-            let detail = format!("{} addresses were silent", seen.unreachable.len());
+            let detail = format!("{} silent", addresses(seen.unreachable.len()));
             (Tone::Plain, "contained", "still contained".to_owned(), detail, vec![])
         }
         Event::ContainmentChecked(seen) => {
@@ -272,6 +279,10 @@ fn effect(effect: Effect) -> (Tone, &'static str) {
         Effect::NotApplied => (Tone::Warn, "did not take effect"),
         Effect::Unknown => (Tone::Bad, "nobody knows whether it took effect"),
     }
+}
+
+fn addresses(count: usize) -> String {
+    if count == 1 { "one other address is".to_owned() } else { format!("{count} other addresses are") }
 }
 
 fn people(count: i64) -> String {
