@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A second verifier for Belay's evidence logs, written from docs/evidence-format.md alone.
+"""A second verifier for Belay's evidence logs, written from docs/evidence-format.md alone (Python 3.11, cryptography).
 
     belay_verify.py DIR [--witness-key VKEY|FILE]       a folder with a log; the key is in DIR/witness.vkey if not given
     belay_verify.py --stream [--witness-key VKEY|FILE]  for each line {"key": VKEY, "objects": {KEY: BASE64}} of stdin

@@ -76,7 +76,7 @@ pub(super) fn page(story: &Story<'_>) -> Markup {
                 }
                 h2 { "Network" }
                 table {
-                    thead { tr { th { "Way" } th { "Target" } th { "Addresses" } th { "Sent" } th { "Denied" } th { "Bytes back" } } }
+                    thead { tr { th { "Way" } th { "Target" } th { "Addresses" } th.number { "Sent" } th.number { "Denied" } th.number { "Bytes back" } } }
                     tbody { @for peer in &story.network { tr.(if peer.denied > 0 { "bad" } else { "plain" }) {
                         td { (peer.channel) } td { b { (peer.target) } } td { (peer.addresses.join(", ")) }
                         td.number { (peer.sent) } td.number { (peer.denied) } td.number { (peer.bytes) }
@@ -86,9 +86,10 @@ pub(super) fn page(story: &Story<'_>) -> Markup {
                 p { "Each record as it is in the log, and the hashes that lead from it to the root "
                     code { (summary.root.as_deref().unwrap_or("none")) } " over " (summary.records) " records (RFC 6962)." }
                 @for record in &story.records {
-                    details id={"r" (record.seq)} {
+                    details {
                         summary { "record " (record.seq) " " code { (record.kind) } }
-                        pre { (record.json) }
+                        // Inside: a browser that is led here opens what is around it.
+                        pre id={"r" (record.seq)} { (record.json) }
                         p { "Proof: " @if record.proof.is_empty() { "it is the whole tree" } @for hash in &record.proof { code { (hash) } " " } }
                     }
                 }
