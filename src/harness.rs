@@ -243,7 +243,7 @@ pub async fn serve(options: Options) -> Result<Ended, HarnessError> {
     let quotas = Quotas::resume(&config.policy.tools, &opened.tools);
     let kept = gate::Kept {
         quotas,
-        once: once::Once::resume(opened.ledger, opened.keeps_results),
+        once: once::Once::resume(opened.ledger, opened.keeps_results, opened.salt.clone()),
         seen: opened.seen,
         undoing: opened.undoing.clone(),
         salt: opened.salt.clone(),

@@ -243,7 +243,7 @@ async fn start(
     let compiled = Compiled { contracts, guard, outputs };
     let kept = Kept {
         quotas: Quotas::resume(&policy.tools, &used),
-        once: Once::resume(ledger, opened_keeps),
+        once: Once::resume(ledger, opened_keeps, salt.clone()),
         seen,
         undoing,
         salt,

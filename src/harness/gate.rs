@@ -8,7 +8,7 @@ use tokio::sync::Notify;
 use super::{
     approvals::Approvals,
     clock::Clock,
-    journal::Journal,
+    journal::{Journal, call_id},
     link::Link,
     once::{Once, SLACK},
 };
@@ -539,9 +539,4 @@ impl Drop for Permit {
             self.record(Settlement::unknown(None));
         }
     }
-}
-
-/// The name of a call: unique in the log, as sequence numbers are.
-pub fn call_id(intent: u64) -> String {
-    format!("c{intent}")
 }

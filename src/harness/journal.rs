@@ -471,6 +471,11 @@ pub async fn send_left(link: &Link, attempt: i64, left: impl Iterator<Item = Seg
     Ok(any)
 }
 
+/// The name of a call: unique in the log, as sequence numbers are.
+pub fn call_id(intent: u64) -> String {
+    format!("c{intent}")
+}
+
 fn slow() -> Denial {
     let reason = format!("the record was not stored within {STORE_PATIENCE:?}; nothing leaves unrecorded");
     Denial { rule: Rule::Evidence, reason }

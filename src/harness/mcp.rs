@@ -28,7 +28,8 @@ use serde_json::{Map, Value};
 use super::{
     approvals::{Answered, Question},
     bounds::Bounds,
-    gate::{Call, Gate, Permit, Settlement, call_id},
+    gate::{Call, Gate, Permit, Settlement},
+    journal::call_id,
     once::Turn,
     rest,
 };
@@ -315,7 +316,7 @@ impl Tools {
                 tracing::warn!(call, why, "whether a call took effect is still not known");
             }
         }
-        let made = once.answer(&self.gate, tool, of, &turn, digest).await?;
+        let made = once.answer((self.gate.journal(), self.gate.link()), tool, of, &turn, digest).await?;
         Ok(made.map_or(Turned::Mine(turn), Turned::Made))
     }
 

@@ -14,7 +14,7 @@ use rmcp::model::CallToolResult;
 use tokio::sync::OwnedMutexGuard;
 
 use super::{
-    gate::{Gate, call_id},
+    journal::{Journal, call_id},
     link::Link,
 };
 use crate::{
@@ -48,13 +48,14 @@ struct Results {
 }
 
 /// The ledger.
-#[derive(Default)]
 pub struct Once {
     ledger: Mutex<Ledger>,
     turns: Mutex<HashMap<String, Weak<tokio::sync::Mutex<()>>>>,
     results: Mutex<Results>,
     /// Whether results are kept outside the pod as well.
     outside: bool,
+    /// What commitments are made with.
+    salt: Salt,
 }
 
 /// A key that a call has to itself.
@@ -66,8 +67,9 @@ pub struct Turn {
 
 impl Once {
     /// A ledger that goes on from what the log says.
-    pub fn resume(ledger: Ledger, outside: bool) -> Self {
-        Self { ledger: Mutex::new(ledger), outside, ..Self::default() }
+    pub fn resume(ledger: Ledger, outside: bool, salt: Salt) -> Self {
+        let (turns, results) = (Mutex::default(), Mutex::default());
+        Self { ledger: Mutex::new(ledger), turns, results, outside, salt }
     }
 
     /// The ledger. Locked while the journal is, and never the other way round.
@@ -115,7 +117,7 @@ impl Once {
     /// [`Rule::ToolIdempotency`] if it may not be made, and [`Rule::Evidence`] if the answer cannot be recorded.
     pub async fn answer(
         &self,
-        gate: &Gate,
+        (journal, link): (&Journal, &Link),
         tool: &Tool,
         of: &Idempotency,
         turn: &Turn,
@@ -129,7 +131,7 @@ impl Once {
         let kept = self.results.lock().unwrap_or_else(PoisonError::into_inner).of.get(&made.call).cloned();
         let kept = match kept {
             Some(kept) => Ok(kept),
-            None => self.fetch(gate, &made).await,
+            None => self.fetch(link, &made).await,
         };
         let kept = kept.map_err(|why| {
             denial(format!(
@@ -147,7 +149,6 @@ impl Once {
             request_digest: digest.to_owned(),
             response_digest: kept.digest,
         };
-        let journal = gate.journal();
         journal.room().await;
         let record = journal.record(|_, budget| {
             budget.open()?;
@@ -165,14 +166,14 @@ impl Once {
     ///
     /// # Errors
     /// What is the matter with it, to go on from "its result".
-    async fn fetch(&self, gate: &Gate, made: &Entry) -> Result<Kept, String> {
+    async fn fetch(&self, link: &Link, made: &Entry) -> Result<Kept, String> {
         let Some(digest) = made.response_digest.clone() else { return Err("was not given to the agent".into()) };
         if !self.outside {
             return Err("is not kept any more".into());
         }
         let of = KeptOf { call: made.call.clone(), digest: digest.clone() };
-        let text = gate.link().kept_result(&of).await.map_err(|error| format!("cannot be had: {error}"))?;
-        let result = result_of(&text, &digest, gate.salt()).ok_or("is not as it was kept")?;
+        let text = link.kept_result(&of).await.map_err(|error| format!("cannot be had: {error}"))?;
+        let result = result_of(&text, &digest, &self.salt).ok_or("is not as it was kept")?;
         Ok(Kept { result, digest })
     }
 
