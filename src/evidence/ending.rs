@@ -8,8 +8,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    merkle::Tree,
-    note,
+    note::Note,
     record::{Effect, EncodeError, Event, Record, TaskClosed},
     segment::Segment,
     tiles::{File, Tiles},
@@ -104,9 +103,8 @@ pub struct Calls {
 #[derive(Debug, Default)]
 pub struct Ending {
     tiles: Tiles,
-    tree: Tree,
-    origin: String,
-    note: String,
+    /// That of the last segment.
+    note: Option<Note>,
     execution: Execution,
     /// Calls without an outcome, and those of which nobody knows.
     pending: BTreeMap<String, Option<Effect>>,
@@ -122,11 +120,10 @@ impl Ending {
     pub fn take(&mut self, segment: &Segment, records: &[Record]) -> Result<Vec<File>, EncodeError> {
         let mut files = Vec::new();
         for bytes in &segment.records {
-            self.tree.push(super::merkle::leaf_hash(bytes));
             files.extend(self.tiles.push(bytes)?);
         }
         records.iter().for_each(|record| self.record(record));
-        self.note = segment.note.to_string();
+        self.note = Some(segment.note.clone());
         Ok(within(files))
     }
 
@@ -141,7 +138,6 @@ impl Ending {
         match &record.event {
             Event::AttemptOpened(opened) => {
                 let task = &opened.policy.task;
-                self.origin = note::origin(&task.uid);
                 of.task = format!("{}/{}", task.namespace, task.name);
                 of.principal.clone_from(&task.principal);
                 of.workflow_class.clone_from(&task.workflow_class);
@@ -192,29 +188,26 @@ impl Ending {
         self.pending.remove(call);
     }
 
-    /// Whether the log has ended.
-    pub fn is_closed(&self) -> bool {
-        self.closed
-    }
-
-    /// The other files, the checkpoint last, and the statement; `origin` is that of a log that no attempt has opened.
-    pub fn finish(mut self, origin: &str) -> (Vec<File>, Statement) {
+    /// The other files, the checkpoint last, and the statement about its origin and root, which whoever took the segments has checked.
+    /// `None` if the log has not ended.
+    pub fn finish(mut self) -> Option<(Vec<File>, Statement)> {
+        let note = self.note.filter(|_| self.closed)?;
+        let head = note.checkpoint().ok()?;
         let calls = &mut self.execution.calls;
         for pending in self.pending.values() {
             let of = if pending.is_some() { &mut calls.unknown } else { &mut calls.open };
             *of = of.saturating_add(1);
         }
         let mut files = self.tiles.finish();
-        files.push(("checkpoint".to_owned(), self.note.into_bytes()));
-        let name = if self.origin.is_empty() { origin.to_owned() } else { self.origin };
-        let digest = BTreeMap::from([("sha256".to_owned(), hex::encode(self.tree.root()))]);
+        files.push(("checkpoint".to_owned(), note.to_string().into_bytes()));
+        let digest = BTreeMap::from([("sha256".to_owned(), hex::encode(head.root))]);
         let statement = Statement {
             kind: STATEMENT.to_owned(),
-            subject: vec![Subject { name, digest }],
+            subject: vec![Subject { name: head.origin, digest }],
             predicate_type: PREDICATE.to_owned(),
             predicate: self.execution,
         };
-        (within(files), statement)
+        Some((within(files), statement))
     }
 }
 

@@ -616,10 +616,7 @@ impl Witness {
                 put(file).await?;
             }
         }
-        if !ending.is_closed() {
-            return Err(unavailable("the log has no end yet; try again"));
-        }
-        let (files, statement) = ending.finish(&note::origin(&place.task_uid));
+        let (files, statement) = ending.finish().ok_or_else(|| unavailable("the log has no end yet; try again"))?;
         for file in files {
             put(file).await?;
         }

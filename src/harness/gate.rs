@@ -496,31 +496,31 @@ impl Permit {
         self.settled = true;
         let reserved = self.reserved;
         let spent = settlement.spent.unwrap_or(reserved);
+        let outcome = Outcome {
+            call: call_id(self.intent),
+            effect: settlement.effect,
+            rule: settlement.rule,
+            status: settlement.status,
+            response_digest: settlement.response_digest,
+            response_bytes: settlement.response_bytes,
+            tokens: spent.tokens,
+            cost_micros: spent.cost_micros,
+            upstream: settlement.upstream,
+            sensitivity: settlement.sensitivity,
+            undone_by: settlement.undone_by,
+        };
         let result = self.gate.journal.record(|_, budget| {
             budget.settle_model(reserved, spent);
             if let Some(key) = &self.key {
-                let given = settlement.response_digest.as_ref().filter(|_| settlement.rule.is_none());
-                let mut ledger = self.gate.once.ledger();
-                ledger.settle(key, &call_id(self.intent), settlement.effect.fate(), given);
+                let fate = outcome.effect.fate();
+                self.gate.once.ledger().settle(key, &outcome.call, fate, outcome.given());
             }
             if let Some(undoing) = self.gate.undoing().as_mut() {
-                undoing.settle(&call_id(self.intent), settlement.effect);
+                undoing.settle(&outcome.call, outcome.effect);
             }
             let mut seen = self.gate.seen();
-            *seen = seen.max(settlement.sensitivity);
-            Ok(Event::Outcome(Outcome {
-                call: call_id(self.intent),
-                effect: settlement.effect,
-                rule: settlement.rule,
-                status: settlement.status,
-                response_digest: settlement.response_digest,
-                response_bytes: settlement.response_bytes,
-                tokens: spent.tokens,
-                cost_micros: spent.cost_micros,
-                upstream: settlement.upstream,
-                sensitivity: settlement.sensitivity,
-                undone_by: settlement.undone_by,
-            }))
+            *seen = seen.max(outcome.sensitivity);
+            Ok(Event::Outcome(outcome))
         });
         match result {
             Ok(_) if self.reads => {}

@@ -43,8 +43,7 @@ pub(super) fn check(log: &Log, witness: &VerifierKey, expected: &Expected, repor
     }
     walk.history.finish(whole, report);
     if whole {
-        let origin = walk.head.as_ref().map_or("", |head| &head.origin);
-        ended(log, witness, (walk.ending, walk.files), origin, report);
+        ended(log, witness, (walk.ending, walk.files), report);
     }
     report.summary.records = walk.tree.size();
     if whole && walk.head.is_none() {
@@ -67,14 +66,8 @@ pub(super) fn check(log: &Log, witness: &VerifierKey, expected: &Expected, repor
 }
 
 /// What was written once the log had ended is what its records come to.
-fn ended(
-    log: &Log,
-    witness: &VerifierKey,
-    (ending, mut files): (Ending, Vec<File>),
-    origin: &str,
-    report: &mut Report,
-) {
-    if !ending.is_closed() {
+fn ended(log: &Log, witness: &VerifierKey, (ending, mut files): (Ending, Vec<File>), report: &mut Report) {
+    let Some((last, statement)) = ending.finish() else {
         for key in log.ending.keys() {
             report.add(
                 Check::EndTiles,
@@ -84,8 +77,7 @@ fn ended(
             );
         }
         return;
-    }
-    let (last, statement) = ending.finish(origin);
+    };
     files.extend(last);
     for (key, expected) in &files {
         match log.ending.get(key) {

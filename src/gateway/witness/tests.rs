@@ -571,13 +571,7 @@ fn no_call_passes_a_limit_of_denials_or_cost() {
             opened.policy.limits.denials = Some(2);
             opened.policy.limits.cost_micros = Some(100);
         });
-        let parts: Vec<_> = events.split(|event| matches!(event, Event::AttemptOpened(_))).collect();
-        let extended = parts.into_iter().try_fold(History::default(), |history, part| {
-            let request = harness.next(std::iter::once(opened.clone()).chain(part.to_vec()).collect());
-            let segment = Segment::parse(request.segment.as_bytes()).unwrap();
-            history.extended(&segment, &note::origin(testing::UID))
-        });
-        assert_eq!(extended.err().map(|refused| refused.rule), expected, "{events:?}");
+        assert_eq!(rule_against(&mut harness, &opened, &events), expected, "{events:?}");
     }
 }
 
@@ -585,6 +579,17 @@ fn edit(harness: &Harness, change: impl Fn(&mut crate::evidence::record::Attempt
     let Event::AttemptOpened(mut opened) = harness.opened() else { panic!() };
     change(&mut opened);
     Event::AttemptOpened(opened)
+}
+
+/// By which rule a log of these events is refused, if it is. Each `attempt.opened` among them stands for a harness that opens the log again.
+fn rule_against(harness: &mut Harness, opened: &Event, events: &[Event]) -> Option<Rule> {
+    let mut parts = events.split(|event| matches!(event, Event::AttemptOpened(_)));
+    let extended = parts.try_fold(History::default(), |history, part| {
+        let request = harness.next(std::iter::once(opened.clone()).chain(part.to_vec()).collect());
+        let segment = Segment::parse(request.segment.as_bytes()).unwrap();
+        history.extended(&segment, &note::origin(testing::UID))
+    });
+    extended.err().map(|refused| refused.rule)
 }
 
 #[tokio::test]
@@ -899,13 +904,7 @@ fn one_call_by_an_approval_and_one_effect_under_a_key() {
             let search = opened.policy.tools.iter_mut().find(|tool| tool.name == "search").unwrap();
             search.idempotency = Some(Idempotency { argument: None, header: None, window_seconds: 3600 });
         });
-        let parts: Vec<_> = events.split(|event| matches!(event, Event::AttemptOpened(_))).collect();
-        let extended = parts.into_iter().try_fold(History::default(), |history, part| {
-            let request = harness.next(std::iter::once(opened.clone()).chain(part.to_vec()).collect());
-            let segment = Segment::parse(request.segment.as_bytes()).unwrap();
-            history.extended(&segment, &note::origin(testing::UID))
-        });
-        assert_eq!(extended.err().map(|refused| refused.rule), expected, "{events:?}");
+        assert_eq!(rule_against(&mut harness, &opened, &events), expected, "{events:?}");
     }
 }
 

@@ -293,10 +293,7 @@ pub(crate) fn end(log: &mut Log, witness: &Signer) {
         let Ok((segment, records)) = Segment::read(bytes) else { return };
         files.extend(ending.take(&segment, &records).unwrap());
     }
-    if !ending.is_closed() {
-        return;
-    }
-    let (last, statement) = ending.finish(&note::origin(UID));
+    let Some((last, statement)) = ending.finish() else { return };
     files.extend(last);
     let payload = canonical::to_bytes(&statement).unwrap();
     files.push((SUMMARY.to_owned(), Envelope::sign(PAYLOAD_TYPE, &payload, witness).to_bytes().unwrap()));
