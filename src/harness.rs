@@ -20,6 +20,8 @@ pub mod body;
 pub mod bounds;
 /// The attempt's wall time.
 pub mod clock;
+/// Refusals of an agent that asks for much that it may not.
+mod flood;
 /// The pipeline that every call goes through.
 pub mod gate;
 /// Records, in order, batched into segments and sent to the witness.
@@ -279,6 +281,7 @@ pub async fn serve(options: Options) -> Result<Ended, HarnessError> {
         Ended::OutOfTime => AttemptClosed::WALL_TIME,
         Ended::Unapproved => AttemptClosed::UNAPPROVED,
     };
+    gate.count_waiting(None);
     tracing::info!(reason, "closing the log");
     let closed = journal.record(|_, _| Ok(Event::AttemptClosed(AttemptClosed { reason: reason.into() })));
     if let Ok(last) = closed

@@ -33,6 +33,8 @@ pub mod output;
 pub mod price;
 /// Calls of each tool: how many, and how often.
 pub mod quota;
+/// What of other people's words may be recorded.
+pub mod redact;
 /// Rule identifiers: the vocabulary of denials, evidence and metrics.
 pub mod rule;
 /// How sensitive data is, by the patterns of a pack.

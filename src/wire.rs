@@ -52,6 +52,8 @@ pub const CHANNEL: &str = "belay-channel";
 pub const INTENT: &str = "belay-intent";
 /// The address that was dialled, on replies.
 pub const UPSTREAM: &str = "belay-upstream-address";
+/// SHA-256 of the certificate that was shown there, hex, on replies over TLS.
+pub const CERTIFICATE: &str = "belay-upstream-certificate";
 /// The rule that refused, on refusals. An upstream cannot set it: the gateway strips it.
 pub const RULE: &str = "belay-rule";
 

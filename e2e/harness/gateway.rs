@@ -468,7 +468,8 @@ async fn intended(log: &Log, request: Request<Body>) -> Result<(IntentFacts, Par
 
 async fn forwarded(log: &Log, request: Request<Body>) -> Result<Response, Refused> {
     let (intent, parts, body) = intended(log, request).await?;
-    let header = |name: &str| parts.headers[name].to_str().unwrap().to_owned();
+    // As agents wrote it: no text, it may be.
+    let header = |name: &str| String::from_utf8_lossy(parts.headers[name].as_bytes()).into_owned();
     let channel = match header(wire::CHANNEL).as_str() {
         "tool" => Channel::Tool,
         "listing" => Channel::Listing,
@@ -480,7 +481,7 @@ async fn forwarded(log: &Log, request: Request<Body>) -> Result<Response, Refuse
         let compiled = log.compiled.lock().unwrap();
         let to = Destination::Url(&target, &parts.method);
         authorize::listed(&compiled, channel, to)?;
-        authorize::intended(&compiled, intent.attempt, channel, to, &intent)?;
+        authorize::intended(&compiled, intent.attempt, channel, to, (&intent, &salt()))?;
         if authorize::is_message(&compiled, channel, &parts.method, &intent)
             && let Some(arguments) = authorize::says(&compiled, channel, (&intent, &salt()), &body)?
         {

@@ -3,6 +3,7 @@
 
 mod access;
 mod approvals;
+mod canaries;
 mod conformance;
 mod contracts;
 mod gateway;
@@ -49,6 +50,7 @@ use belay::{
         rule::Rule,
     },
 };
+use futures::StreamExt;
 use gateway::Gateway;
 use http::{Method, Request, StatusCode};
 use http_body_util::{BodyExt, Full};
@@ -451,6 +453,23 @@ async fn so_many_refusals_end_everything() {
     let (_, rule) = connect(harness.address, "docs.test.example:443").await;
     assert_eq!(rule.as_deref(), Some("budget.denials"));
     assert!(harness.gateway.saw().is_empty());
+}
+
+#[tokio::test]
+async fn a_flood_of_refusals_is_counted_and_slowed_down_and_does_not_swell_the_log() {
+    let harness = harness().await;
+    let call = r#"{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"nothing","arguments":{}}}"#;
+    let calls = (0..2_000).map(|_| harness.post_text("/mcp", call.into()));
+    let told = futures::stream::iter(calls).buffer_unordered(500).map(|(_, reply)| reply.to_string());
+    assert!(told.all(|told| async move { told.contains("tool.unknown") }).await);
+    let records = harness.records().await;
+    assert_eq!(records.last().unwrap().usage.denials, 2_000);
+    let counts = records.iter().filter_map(|record| match &record.event {
+        Event::Denied(denied) => Some(denied.count),
+        _ => None,
+    });
+    assert_eq!(counts.sum::<i64>(), 2_000);
+    assert!(records.len() < 200, "{}", records.len());
 }
 
 #[tokio::test]

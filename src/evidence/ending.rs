@@ -156,7 +156,10 @@ impl Ending {
             }
             Event::Outcome(outcome) => self.ended(&outcome.call, outcome.effect),
             Event::Resolved(resolved) => self.ended(&resolved.call, resolved.effect),
-            Event::Denied(denied) => count(&mut of.denials, denied.rule),
+            Event::Denied(denied) => {
+                let count = of.denials.entry(denied.rule).or_default();
+                *count = count.saturating_add(denied.calls());
+            }
             Event::ApprovalDecided(approval) => {
                 let how = match approval.standing {
                     Standing::Pending => "pending",

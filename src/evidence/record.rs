@@ -5,6 +5,8 @@
 //! the record, which names it by its SHA-256. Every call that leaves has an `Event::Intent` before and an `Event::Outcome` after; every refusal has an
 //! `Event::Denied`.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -385,6 +387,9 @@ pub struct Outcome {
     /// The address that the gateway dialled.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub upstream: Option<String>,
+    /// SHA-256 of the certificate that the upstream showed to the gateway, hex; absent without TLS, and for tunnels, in which it is the agent's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub certificate: Option<String>,
     /// How sensitive the result is that the agent got.
     #[serde(default, skip_serializing_if = "Sensitivity::is_unclassified")]
     pub sensitivity: Sensitivity,
@@ -463,6 +468,35 @@ pub struct Denied {
     /// The commitment to the request, where there was one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub request_digest: Option<String>,
+    /// How many calls of this channel, target and rule were refused, where they came too fast for a record each.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub count: i64,
+}
+
+fn one() -> i64 {
+    1
+}
+
+fn is_one(count: &i64) -> bool {
+    *count == 1
+}
+
+impl Denied {
+    /// Counts one more of its kind: the record is of no request any more.
+    pub fn more(&mut self) {
+        self.count = self.count.saturating_add(1);
+        self.request_digest = None;
+    }
+
+    /// How many calls it counts.
+    pub fn calls(&self) -> u64 {
+        u64::try_from(self.count).unwrap_or_default()
+    }
+
+    /// Whether it can be: it counts one call, or several and names the request of none.
+    pub fn is_countable(&self) -> bool {
+        self.count == 1 || (self.count > 1 && self.request_digest.is_none())
+    }
 }
 
 /// Where people's approval of one exact call stands.
@@ -543,4 +577,7 @@ pub struct TaskClosed {
     /// The agent's exit code in its last attempt, where it had one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub exit_code: Option<i32>,
+    /// SHA-256 of the images that the kubelet ran in its last attempt, hex, by container: as far as it has told.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub images: BTreeMap<String, String>,
 }

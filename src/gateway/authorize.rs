@@ -145,7 +145,7 @@ pub fn intended(
     attempt: i64,
     channel: Channel,
     to: Destination<'_>,
-    intent: &IntentFacts,
+    (intent, salt): (&IntentFacts, &Salt),
 ) -> Result<(), Refused> {
     let missing = |reason: String| Err(Refused::denied(Rule::IntentMissing, reason));
     if intent.attempt != attempt || intent.channel != channel {
@@ -158,10 +158,8 @@ pub fn intended(
     }
     let elsewhere = || missing(format!("the intent is for {}, not for {}", intent.target, to.authority()));
     match (channel, to) {
-        (Channel::Egress, _) => match Authority::parse(&intent.target, None) {
-            Ok(target) if target == *to.authority() => Ok(()),
-            _ => elsewhere(),
-        },
+        (Channel::Egress, _) if intent.target == compiled.redactor.authority(to.authority(), salt) => Ok(()),
+        (Channel::Egress, _) => elsewhere(),
         (Channel::Tool, Destination::Url(target, method)) => {
             let tool = called(compiled, attempt, intent)?;
             let Upstream::Mcp(mcp) = &tool.upstream else {

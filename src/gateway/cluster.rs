@@ -48,6 +48,7 @@ use crate::{
         access::Guard,
         config::{PolicyConfig, RollbackOf},
         decide::Contracts,
+        redact::Redactor,
         rule::Rule,
     },
 };
@@ -129,6 +130,8 @@ pub struct Compiled {
     pub contracts: Contracts,
     /// What its pack says to calls, compiled.
     pub guard: Guard,
+    /// What takes out of its texts what is not recorded.
+    pub redactor: Redactor,
     /// The credential of each entry of its egress.
     pub credentials: Vec<Option<Credential>>,
     /// Where evidence goes.
@@ -418,10 +421,12 @@ impl Compiled {
         credentials: Vec<Option<Credential>>,
         evidence: EvidencePolicy,
     ) -> Result<Self, String> {
+        let guard = Guard::compile(&policy).map_err(|e| e.to_string())?;
         Ok(Self {
             digest: policy.digest().map_err(|e| e.to_string())?,
             contracts: Contracts::compile(&policy).map_err(|e| e.to_string())?,
-            guard: Guard::compile(&policy).map_err(|e| e.to_string())?,
+            redactor: Redactor::new(&policy, guard.detectors()),
+            guard,
             credentials,
             evidence,
             state: None,

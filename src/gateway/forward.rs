@@ -32,7 +32,7 @@ use super::{
     pool::{Connection, Pool, Returned, Whole},
     refusal::Refused,
 };
-use crate::{policy::rule::Rule, wire};
+use crate::{canonical, policy::rule::Rule, wire};
 
 /// From the request to the head of the reply: a model that does not stream thinks for minutes.
 const HEAD: Duration = Duration::from_secs(300);
@@ -69,8 +69,8 @@ pub async fn forward<K: Send + Unpin + 'static>(
     let started = Instant::now();
     while let Some(waiting) = pool.and_then(|pool| pool.take(&addresses, &target.authority.host, target.secure)) {
         match exchange(waiting, pool, target, request, started).await {
-            Ok(Exchanged::Reply(reply, address, returned)) => {
-                return Ok(incoming(reply, address, secret.as_deref(), returned, keep));
+            Ok(Exchanged::Reply(reply, peer, returned)) => {
+                return Ok(incoming(reply, peer, secret.as_deref(), returned, keep));
             }
             // It had ended meanwhile, and nothing of the request was sent.
             Ok(Exchanged::Unsent(unsent)) => request = unsent,
@@ -79,12 +79,18 @@ pub async fn forward<K: Send + Unpin + 'static>(
     }
     let (stream, address) = dialer.connect(&target.authority.host, &addresses).await?;
     let connection = if target.secure {
-        handshake(dialer.secure(&target.authority.host, stream).await?, address, target).await?
+        let stream = dialer.secure(&target.authority.host, stream).await?;
+        let shown = stream
+            .get_ref()
+            .1
+            .peer_certificates()
+            .and_then(|chain| chain.first().map(|shown| canonical::sha256(shown)));
+        handshake(stream, (address, shown), target).await?
     } else {
-        handshake(stream, address, target).await?
+        handshake(stream, (address, None), target).await?
     };
     match exchange(connection, pool, target, request, started).await? {
-        Exchanged::Reply(reply, address, returned) => Ok(incoming(reply, address, secret.as_deref(), returned, keep)),
+        Exchanged::Reply(reply, peer, returned) => Ok(incoming(reply, peer, secret.as_deref(), returned, keep)),
         Exchanged::Unsent(_) => Err(Refused::upstream(
             Rule::UpstreamConnect,
             format!("{} at {address} closed the connection before the request", target.authority),
@@ -100,14 +106,17 @@ fn framed(request: &Request<ReplyBody>) -> bool {
     usual || (bodyless && request.body().is_end_stream())
 }
 
+/// The address that was dialled, and the SHA-256 of the certificate that was shown there.
+type Peer = (SocketAddr, Option<[u8; 32]>);
+
 /// How a request over a connection ended.
 enum Exchanged {
-    Reply(Response<Incoming>, SocketAddr, Option<Returned>),
+    Reply(Response<Incoming>, Peer, Option<Returned>),
     /// The connection had ended before anything of the request was sent.
     Unsent(Request<ReplyBody>),
 }
 
-async fn handshake<S>(stream: S, address: SocketAddr, target: &Target) -> Result<Connection, Refused>
+async fn handshake<S>(stream: S, (address, certificate): Peer, target: &Target) -> Result<Connection, Refused>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
@@ -122,7 +131,7 @@ where
             tracing::debug!(%error, "an upstream connection ended with an error");
         }
     });
-    Ok(Connection::new(sender, address))
+    Ok(Connection::new(sender, address, certificate))
 }
 
 async fn exchange(
@@ -133,6 +142,7 @@ async fn exchange(
     started: Instant,
 ) -> Result<Exchanged, Refused> {
     let address = connection.address;
+    let peer = (address, connection.certificate);
     let failed =
         |cause: &str| Refused::upstream(Rule::UpstreamReply, format!("{} at {address} {cause}", target.authority));
     let left = HEAD.saturating_sub(started.elapsed());
@@ -141,7 +151,7 @@ async fn exchange(
             let returned = pool
                 .filter(|_| Connection::is_shareable(reply.headers()))
                 .map(|pool| Returned::new(pool.clone(), connection, &target.authority.host, target.secure, &reply));
-            Ok(Exchanged::Reply(reply, address, returned))
+            Ok(Exchanged::Reply(reply, peer, returned))
         }
         // hyper gives the request back only if it had not begun to write it.
         Ok(Err(mut error)) => match error.take_message() {
@@ -173,7 +183,7 @@ fn outgoing(
 /// The reply as the caller gets it.
 fn incoming<K: Send + Unpin + 'static>(
     reply: Response<Incoming>,
-    address: SocketAddr,
+    (address, certificate): Peer,
     secret: Option<&[u8]>,
     returned: Option<Returned>,
     keep: K,
@@ -188,6 +198,9 @@ fn incoming<K: Send + Unpin + 'static>(
     // An address is always a header value.
     if let Ok(address) = HeaderValue::try_from(address.to_string()) {
         parts.headers.insert(wire::UPSTREAM, address);
+    }
+    if let Some(Ok(certificate)) = certificate.map(|digest| HeaderValue::try_from(hex::encode(digest))) {
+        parts.headers.insert(wire::CERTIFICATE, certificate);
     }
     let body = Guarded::new(Whole::new(body, returned), IDLE, keep);
     Response::from_parts(parts, body.boxed_unsync())

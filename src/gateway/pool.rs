@@ -48,13 +48,15 @@ pub struct Connection {
     pub sender: SendRequest<ReplyBody>,
     /// Where it goes.
     pub address: SocketAddr,
+    /// SHA-256 of the certificate that was shown there, over TLS.
+    pub certificate: Option<[u8; 32]>,
     opened: Instant,
 }
 
 impl Connection {
     /// A new one.
-    pub fn new(sender: SendRequest<ReplyBody>, address: SocketAddr) -> Self {
-        Self { sender, address, opened: Instant::now() }
+    pub fn new(sender: SendRequest<ReplyBody>, address: SocketAddr, certificate: Option<[u8; 32]>) -> Self {
+        Self { sender, address, certificate, opened: Instant::now() }
     }
 
     /// Whether it is still nobody's after this reply. NTLM and its like authenticate connections.

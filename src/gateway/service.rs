@@ -48,7 +48,7 @@ use crate::{
         record::Channel,
         store::{Location, log_prefix},
     },
-    policy::{approval::Exact, rule::Rule},
+    policy::{approval::Exact, redact, rule::Rule},
     wire::{self, AppendRequest, ApprovalAsk, OpenRequest, Refusal, SealRequest},
 };
 
@@ -219,7 +219,12 @@ impl Gateway {
         self.parts.metrics.requests.with_label_values(&[about.as_str(), decision, rule]).inc();
         if let Some(refused) = refused {
             Span::current().record("rule", rule);
-            tracing::info!(rule, reason = refused.reason, "refused");
+            // Agents choose where calls go, and upstreams what they answer.
+            let reason = match about {
+                About::Call(_) => redact::plain(&refused.reason),
+                About::Log | About::Other => refused.reason.clone(),
+            };
+            tracing::info!(rule, reason, "refused");
         }
     }
 
@@ -510,7 +515,6 @@ impl Gateway {
             Refused::malformed(format!("expected one header {} of model, tool, listing or egress", wire::CHANNEL))
         })?;
         let target = Target::parse(single(headers, wire::TARGET)?)?;
-        Span::current().record("host", target.authority.host.as_str());
         let (credential, compiled, intent) =
             self.authorized(principal, channel, Destination::Url(&target, request.method()), headers).await?;
         let mut call = None;
@@ -641,7 +645,9 @@ impl Gateway {
         let compiled = self.parts.cluster.compiled(principal)?;
         let credential = authorize::listed(&compiled, channel, to)?;
         let intent = self.intent(&compiled, headers).await?;
-        authorize::intended(&compiled, principal.attempt, channel, to, &intent)?;
+        let salt = self.parts.witness.salt(&compiled.salt()).await?;
+        authorize::intended(&compiled, principal.attempt, channel, to, (&intent, &salt))?;
+        Span::current().record("host", compiled.redactor.authority(to.authority(), &salt));
         Ok((credential, compiled, intent))
     }
 
@@ -659,7 +665,6 @@ impl Gateway {
         let bare = uri.scheme().is_none() && uri.path_and_query().is_none();
         let to = uri.authority().filter(|_| bare).ok_or_else(|| Refused::malformed("expected CONNECT host:port"))?;
         let to = authorize::authority(to.as_str(), None)?;
-        Span::current().record("host", to.host.as_str());
         same_host(headers, &to)?;
         self.authorized(&asked.principal, Channel::Egress, Destination::Tunnel(&to), headers).await?;
         let started = Instant::now();

@@ -277,6 +277,7 @@ pub fn outcome(call: &str, tokens: i64) -> Event {
         tokens,
         cost_micros: 0,
         upstream: None,
+        certificate: None,
         sensitivity: Sensitivity::default(),
         undone_by: None,
     })
@@ -289,6 +290,7 @@ pub fn denied() -> Event {
         rule: Rule::EgressHost,
         reason: "no".into(),
         request_digest: None,
+        count: 1,
     })
 }
 
@@ -367,7 +369,7 @@ impl Harness {
                     self.usage.tokens += o.tokens - tokens;
                     self.usage.cost_micros += o.cost_micros - cost;
                 }
-                Event::Denied(_) => self.usage.denials += 1,
+                Event::Denied(denied) => self.usage.denials += denied.count,
                 _ => {}
             }
             let mut record = Record {
@@ -404,6 +406,7 @@ pub fn seal_request() -> SealRequest {
             failure_class: String::new(),
             reason: "Completed".into(),
             exit_code: Some(0),
+            images: Default::default(),
         },
     }
 }

@@ -1,6 +1,9 @@
 //! The pipeline that every call goes through: decide, reserve, record, store, send, record.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Instant,
+};
 
 use serde_json::Value;
 use tokio::sync::Notify;
@@ -8,8 +11,9 @@ use tokio::sync::Notify;
 use super::{
     approvals::Approvals,
     clock::Clock,
+    flood::{Counted, Flood},
     journal::{Journal, call_id},
-    link::Link,
+    link::{Link, Peer},
     once::{Once, SLACK},
 };
 use crate::{
@@ -25,6 +29,7 @@ use crate::{
         decide::{Arguments, Contracts, Decision, Denial, Known, Results, shorten, shorten_to},
         output::Outputs,
         quota::Quotas,
+        redact::Redactor,
         rule::Rule,
     },
 };
@@ -59,7 +64,7 @@ pub struct Call {
     pub arguments: Option<Value>,
     /// The rules that were asked and allowed it; the budgets are added.
     pub rules: Vec<Rule>,
-    /// The model that is asked, as the request names it.
+    /// The model that is asked, as it may be recorded.
     pub model: Option<String>,
     /// What to set aside.
     pub reserve: Spent,
@@ -92,8 +97,8 @@ pub struct Settlement {
     pub response_bytes: u64,
     /// What it took by the reply's account; the reservation where that is absent.
     pub spent: Option<Spent>,
-    /// The address that the gateway dialled.
-    pub upstream: Option<String>,
+    /// Whom the gateway has dialled.
+    pub upstream: Option<Peer>,
     /// How sensitive the result is that the agent gets.
     pub sensitivity: Sensitivity,
     /// The commitment to the arguments that undo it, once they are kept.
@@ -149,6 +154,7 @@ pub struct Kept {
 /// Decides over calls and keeps their records.
 pub struct Gate {
     policy: Compiled,
+    redactor: Redactor,
     /// These three are changed only while the journal puts a record in order, as budgets are.
     quotas: Mutex<Quotas>,
     seen: Mutex<Sensitivity>,
@@ -161,6 +167,7 @@ pub struct Gate {
     approvals: Arc<Approvals>,
     stopped: Mutex<Option<Denial>>,
     results: Mutex<Arc<Results>>,
+    flood: Mutex<Flood>,
     refused_enough: Notify,
 }
 
@@ -175,8 +182,10 @@ impl Gate {
         approvals: Arc<Approvals>,
     ) -> Self {
         let results = Mutex::new(Arc::new(policy.contracts.no_results()));
+        let redactor = Redactor::new(policy.contracts.policy(), policy.guard.detectors());
         Self {
             policy,
+            redactor,
             quotas: Mutex::new(kept.quotas),
             seen: Mutex::new(kept.seen),
             undoing: Mutex::new(kept.undoing),
@@ -188,6 +197,7 @@ impl Gate {
             approvals,
             stopped: Mutex::default(),
             results,
+            flood: Mutex::new(Flood::new(Instant::now())),
             refused_enough: Notify::new(),
         }
     }
@@ -245,6 +255,11 @@ impl Gate {
     /// What commitments are made with.
     pub fn salt(&self) -> &Salt {
         &self.salt
+    }
+
+    /// What takes out of a text what is not recorded.
+    pub fn redactor(&self) -> &Redactor {
+        &self.redactor
     }
 
     /// Calls by their idempotency keys.
@@ -356,7 +371,7 @@ impl Gate {
                 undoes: call.undoes,
                 assessment,
                 rules,
-                model: call.model.as_deref().map(shorten),
+                model: call.model,
                 reserved_tokens: reserved.tokens,
                 reserved_cost_micros: reserved.cost_micros,
             }))
@@ -443,22 +458,61 @@ impl Gate {
     }
 
     /// Records a refusal, and gives it back for the agent to be told. Once too many were refused, that is the reason.
-    pub async fn deny(&self, channel: Channel, target: &str, digest: Option<String>, mut denial: Denial) -> Denial {
+    pub async fn deny(&self, channel: Channel, target: &str, digest: Option<String>, denial: Denial) -> Denial {
         self.journal.room().await;
+        let denied = Denied {
+            channel,
+            target: self.redactor.name(&shorten(target), &self.salt),
+            rule: denial.rule,
+            reason: self.recordable(&denial.reason),
+            request_digest: digest,
+            count: 1,
+        };
+        let counted = self.flood().take(denied, Instant::now());
+        match counted {
+            Counted::Alone(denied) => self.count(denied).unwrap_or(denial),
+            Counted::With(due) => {
+                let limit = self.policy.contracts.policy().limits.denials;
+                let reached = |limit| self.journal.usage().denials.saturating_add(self.flood().waiting()) >= limit;
+                if limit.is_some_and(reached) {
+                    self.count_waiting(None);
+                } else {
+                    tokio::time::sleep_until(due.into()).await;
+                    // Whoever comes first does it for all.
+                    self.count_waiting(Some(Instant::now()));
+                }
+                self.journal.open().err().map_or(denial, Denial::from)
+            }
+        }
+    }
+
+    /// Records the refusals that share a record: those whose time is over, or all.
+    pub fn count_waiting(&self, now: Option<Instant>) {
+        let over = self.flood().over(now);
+        over.into_iter().for_each(|denied| drop(self.count(denied)));
+    }
+
+    fn flood(&self) -> MutexGuard<'_, Flood> {
+        self.flood.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn recordable(&self, reason: &str) -> String {
+        self.redactor.text(&shorten_to(reason, LONGEST_REASON), &self.salt)
+    }
+
+    /// Records refusals; gives the reason that stands above theirs, once so many were refused that the task is over.
+    fn count(&self, mut denied: Denied) -> Option<Denial> {
         let mut over = false;
+        let mut above = None;
         let record = self.journal.record(|_, budget| {
             if let Err(spent) = budget.open() {
-                denial = spent.into();
+                let spent = Denial::from(spent);
+                (denied.rule, denied.reason) = (spent.rule, self.recordable(&spent.reason));
+                above = Some(spent);
             }
-            budget.count_denial();
+            budget.count_denials(denied.count);
             over = budget.open().is_err();
-            Ok(Event::Denied(Denied {
-                channel,
-                target: shorten(target),
-                rule: denial.rule,
-                reason: shorten_to(&denial.reason, LONGEST_REASON),
-                request_digest: digest,
-            }))
+            Ok(Event::Denied(denied))
         });
         if let Err(failed) = record {
             tracing::error!(reason = failed.reason, "a refusal could not be recorded; the log has ended");
@@ -466,7 +520,7 @@ impl Gate {
         if over {
             self.refused_enough.notify_one();
         }
-        denial
+        above
     }
 
     /// Stops everything if the repeated probe saw that the pod is not contained any more, and records what it saw.
@@ -496,6 +550,7 @@ impl Permit {
         self.settled = true;
         let reserved = self.reserved;
         let spent = settlement.spent.unwrap_or(reserved);
+        let (upstream, certificate) = settlement.upstream.map_or((None, None), |p| (Some(p.address), p.certificate));
         let outcome = Outcome {
             call: call_id(self.intent),
             effect: settlement.effect,
@@ -505,7 +560,8 @@ impl Permit {
             response_bytes: settlement.response_bytes,
             tokens: spent.tokens,
             cost_micros: spent.cost_micros,
-            upstream: settlement.upstream,
+            upstream,
+            certificate,
             sensitivity: settlement.sensitivity,
             undone_by: settlement.undone_by,
         };

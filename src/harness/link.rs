@@ -91,8 +91,8 @@ pub struct Undelivered {
     pub denial: Denial,
     /// Whether it is certain that the upstream did not get it.
     pub certain: bool,
-    /// The address that was dialled, if one was.
-    pub upstream: Option<String>,
+    /// Who was dialled, if somebody was.
+    pub upstream: Option<Peer>,
 }
 
 /// A connection to the gateway.
@@ -332,7 +332,7 @@ impl Link {
         // One that we do not know may be of a call whose reply never came.
         let rule = serde_json::from_slice(format!("\"{}\"", rule.to_str().unwrap_or_default()).as_bytes());
         let rule = rule.unwrap_or(Rule::UpstreamReply);
-        let upstream = upstream_of(reply.headers());
+        let upstream = Peer::of(reply.headers());
         let body = Limited::new(reply.into_body(), LONGEST_REPLY).collect().await;
         let refusal = body.ok().and_then(|body| serde_json::from_slice::<Refusal>(&body.to_bytes()).ok());
         let refusal = refusal.unwrap_or(Refusal { rule, reason: "refused without a reason".into() });
@@ -345,7 +345,7 @@ impl Link {
     ///
     /// # Errors
     /// If the gateway refused it or the upstream cannot be reached.
-    pub async fn tunnel(&self, intent: u64, authority: &str) -> Result<(Upgraded, Option<String>), Undelivered> {
+    pub async fn tunnel(&self, intent: u64, authority: &str) -> Result<(Upgraded, Option<Peer>), Undelivered> {
         let lost = |error: &dyn std::fmt::Display| undelivered(Rule::UpstreamConnect, error.to_string(), true);
         let uri: Uri = authority.parse().map_err(|error| undelivered(Rule::EgressHost, format!("{error}"), true))?;
         let started = Instant::now();
@@ -375,7 +375,7 @@ impl Link {
                 Ok(reply) => Err(lost(&format!("status {}", reply.status()))),
             };
         }
-        let upstream = upstream_of(reply.headers());
+        let upstream = Peer::of(reply.headers());
         let upgraded = hyper::upgrade::on(reply).await.map_err(|error| lost(&error))?;
         Ok((upgraded, upstream))
     }
@@ -411,9 +411,29 @@ impl OpenReply {
     }
 }
 
-/// The address that the gateway dialled.
-pub fn upstream_of(headers: &HeaderMap) -> Option<String> {
-    Some(headers.get(wire::UPSTREAM)?.to_str().ok()?.to_owned())
+/// Whom the gateway has dialled.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Peer {
+    /// The address.
+    pub address: String,
+    /// SHA-256 of the certificate that it showed, hex, over TLS of the gateway's own.
+    pub certificate: Option<String>,
+}
+
+impl Peer {
+    /// By a reply's headers.
+    pub fn of(headers: &HeaderMap) -> Option<Self> {
+        let text = |name| headers.get(name)?.to_str().ok().map(str::to_owned);
+        Some(Self { address: text(wire::UPSTREAM)?, certificate: text(wire::CERTIFICATE) })
+    }
+
+    /// By a reply's headers, in which it is not any more then: agents are not told.
+    pub fn taken(headers: &mut HeaderMap) -> Option<Self> {
+        let peer = Self::of(headers);
+        headers.remove(wire::UPSTREAM);
+        headers.remove(wire::CERTIFICATE);
+        peer
+    }
 }
 
 fn undelivered(rule: Rule, reason: String, certain: bool) -> Undelivered {

@@ -43,7 +43,7 @@ use crate::{
         budget::Spent,
         config::{AskedBy, McpUpstream, Sensitivity, SideEffect, Tool, ToolUsage, Upstream, VerifyRead},
         decide::{Arguments, Decision, Denial, TOOL_RULES},
-        json, ledger,
+        json, ledger, redact,
         rule::Rule,
         template::Request,
     },
@@ -252,7 +252,7 @@ impl Tools {
         kept.inspect_err(|reason| {
             tracing::error!(
                 tool = tool.name,
-                reason,
+                reason = redact::plain(reason),
                 "the arguments that undo a call are not kept: it is left to people"
             );
         })

@@ -17,7 +17,7 @@ use sha2::{Digest, Sha256};
 use super::{
     body::{Body, boxed},
     gate::{Call, Gate, Permit, Settlement},
-    link::upstream_of,
+    link::Peer,
 };
 use crate::{
     evidence::record::{Channel, Effect},
@@ -127,7 +127,7 @@ async fn call(
             undoes: None,
             arguments: None,
             rules,
-            model,
+            model: model.map(|model| gate.redactor().model(&shorten(&model), policy, gate.salt())),
             reserve: spent(bound, price),
         })
         .await?;
@@ -185,7 +185,7 @@ fn meter(reply: Response<Incoming>, permit: Permit, price: Option<ModelPrice>) -
         permit: Some(permit),
         price,
         status: parts.status,
-        upstream: upstream_of(&parts.headers),
+        upstream: Peer::taken(&mut parts.headers),
         streamed,
         hasher: Sha256::new(),
         bytes: 0,
@@ -195,7 +195,6 @@ fn meter(reply: Response<Incoming>, permit: Permit, price: Option<ModelPrice>) -
         length: hyper::body::Body::size_hint(&body).exact(),
         ended: false,
     };
-    parts.headers.remove(crate::wire::UPSTREAM);
     for hop in [header::CONNECTION, header::TRANSFER_ENCODING] {
         parts.headers.remove(hop);
     }
@@ -220,7 +219,7 @@ struct Meter {
     permit: Option<Permit>,
     price: Option<ModelPrice>,
     status: StatusCode,
-    upstream: Option<String>,
+    upstream: Option<Peer>,
     streamed: bool,
     hasher: Sha256,
     bytes: u64,

@@ -14,7 +14,7 @@ use tokio_util::io::{InspectReader, InspectWriter};
 use super::{
     body::{Body, boxed},
     gate::{Call, Gate, Settlement},
-    link::upstream_of,
+    link::Peer,
 };
 use crate::{
     evidence::record::{Channel, Effect},
@@ -130,9 +130,8 @@ pub async fn forward(gate: Arc<Gate>, request: Request<Incoming>) -> Response<Bo
     match gate.link().forward(Channel::Egress, permit.intent, &uri.to_string(), outgoing).await {
         Ok(reply) => {
             let status = reply.status();
-            let upstream = upstream_of(reply.headers());
             let (mut parts, body) = reply.into_parts();
-            parts.headers.remove(crate::wire::UPSTREAM);
+            let upstream = Peer::taken(&mut parts.headers);
             permit.settle(Settlement {
                 effect: Effect::Applied,
                 rule: None,
@@ -176,7 +175,7 @@ async fn permit(
     let permit = gate
         .permit(Call {
             channel: Channel::Egress,
-            target: target.clone(),
+            target: gate.redactor().authority(&authority, gate.salt()),
             effect: None,
             definition: None,
             request_digest: digest,

@@ -18,7 +18,7 @@ use serde_json::Value;
 use super::{
     bounds::{Bounds, late},
     gate::Settlement,
-    link::{Link, upstream_of},
+    link::{Link, Peer},
 };
 use crate::{
     evidence::record::Effect,
@@ -84,7 +84,7 @@ async fn exchange(
     };
     let status = reply.status();
     settlement.status = status.as_u16();
-    settlement.upstream = upstream_of(reply.headers());
+    settlement.upstream = Peer::of(reply.headers());
     let kind = reply.headers().get(CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).map(str::to_owned);
     let by_status = match status.as_u16() {
         200..=299 => Effect::Applied,

@@ -279,15 +279,15 @@ fn spread(uid: &str, most: i64) -> i64 {
 
 fn seal(observed: &Observed<'_>, attempts: &[Attempt], attempt: i64) -> Next {
     let last = attempts.last().filter(|last| last.number == attempt && last.finished_at.is_some());
-    let exit_code = last
-        .and_then(|last| observed.pods.iter().find(|pod| pod.uid == last.pod_uid))
-        .and_then(|pod| pod.end.as_ref())
-        .and_then(|end| end.exit_code);
+    let pod = last.and_then(|last| observed.pods.iter().find(|pod| pod.uid == last.pod_uid));
+    let exit_code = pod.and_then(|pod| pod.end.as_ref()).and_then(|end| end.exit_code);
+    let images = pod.map(|pod| pod.images.clone()).unwrap_or_default();
     let outcome = |phase: &str, class: Option<FailureClass>, reason: &str| TaskClosed {
         phase: phase.to_owned(),
         failure_class: class.map(|class| class_name(class).to_owned()).unwrap_or_default(),
         reason: reason.to_owned(),
         exit_code,
+        images: images.clone(),
     };
     let closed = match last {
         Some(Attempt { failure_class: None, reason, .. }) => {

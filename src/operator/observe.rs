@@ -3,6 +3,8 @@
 //! Promises: every end of a pod has a class and a one-word reason from a closed set; what a pod was told from outside is never
 //! taken for the agent's own doing. Refuses: messages of kubelets and runtimes, but for one that nothing else tells apart.
 
+use std::collections::BTreeMap;
+
 use jiff::Timestamp;
 use k8s_openapi::{
     api::core::v1::{ContainerState, ContainerStatus, Pod, PodStatus},
@@ -37,6 +39,8 @@ pub struct PodView {
     pub lifetime: Option<i64>,
     /// Why it does not get on, and since when.
     pub stuck: Option<Stuck>,
+    /// SHA-256 of the images that it runs, hex, by container.
+    pub images: BTreeMap<String, String>,
     /// How it ended, once it did.
     pub end: Option<End>,
 }
@@ -99,8 +103,20 @@ pub fn pod(pod: &Pod) -> Option<PodView> {
         agent_started,
         lifetime: pod.spec.as_ref().and_then(|spec| spec.active_deadline_seconds),
         stuck: stuck(status),
+        images: images(status),
         end: end(pod, status, agent_started.is_some()),
     })
+}
+
+/// What a tag means may change; a digest does not. The kubelet tells it once it has made the container.
+fn images(status: &PodStatus) -> BTreeMap<String, String> {
+    let all = status.init_container_statuses.iter().chain(&status.container_statuses).flatten();
+    all.filter_map(|container| {
+        let (_, digest) = container.image_id.rsplit_once("sha256:")?;
+        let is_digest = digest.len() == 64 && digest.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+        is_digest.then(|| (container.name.clone(), digest.to_owned()))
+    })
+    .collect()
 }
 
 fn find<'a>(statuses: &'a Option<Vec<ContainerStatus>>, name: &str) -> Option<&'a ContainerStatus> {

@@ -6,6 +6,8 @@
 //! `Allow` does not, a term of the risk adds its points. Refuses: results of other calls, which only the harness has, and
 //! calls of models.
 
+use std::sync::Arc;
+
 use cel::{Context, Value as CelValue};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -83,7 +85,7 @@ pub struct Guard {
     pack: String,
     principal: String,
     base: Context<'static, 'static>,
-    detectors: Detectors,
+    detectors: Arc<Detectors>,
     /// Whether the pack has rules, for whomever.
     has_rules: bool,
     /// Those that are for the task's principal.
@@ -141,12 +143,17 @@ impl Guard {
             pack: policy.pack.name.clone(),
             principal: policy.task.principal.clone(),
             base: expression::context(&policy.task),
-            detectors,
+            detectors: Arc::new(detectors),
             has_rules: !access.rules.is_empty(),
             rules: rules.collect::<Result<_, _>>()?,
             risk: risk.transpose()?,
             is_silent: access.is_empty() && policy.tools.iter().all(|tool| tool.data.is_unclassified()),
         })
+    }
+
+    /// The pack's patterns.
+    pub fn detectors(&self) -> Arc<Detectors> {
+        self.detectors.clone()
     }
 
     /// How sensitive a tool's result is.

@@ -130,9 +130,9 @@ impl Budget {
         self.usage.cost_micros = settle(self.usage.cost_micros, reserved.cost_micros, used.cost_micros);
     }
 
-    /// Counts a refusal.
-    pub fn count_denial(&mut self) {
-        self.usage.denials = self.usage.denials.saturating_add(1);
+    /// Counts refusals.
+    pub fn count_denials(&mut self, count: i64) {
+        self.usage.denials = self.usage.denials.saturating_add(count.max(0));
     }
 }
 
@@ -192,9 +192,9 @@ mod tests {
     #[test]
     fn so_many_refusals_end_it() {
         let mut budget = Budget::resume(limits(), Usage::default());
-        budget.count_denial();
+        budget.count_denials(1);
         assert_eq!(budget.open(), Ok(()));
-        budget.count_denial();
+        budget.count_denials(1);
         assert_eq!(budget.open().unwrap_err().rule, Rule::Denials);
         let unlimited = Limits { denials: None, ..limits() };
         assert_eq!(Budget::resume(unlimited, budget.usage()).open(), Ok(()));
@@ -214,7 +214,7 @@ mod tests {
             (Rule::ToolCalls, Budget::reserve_tool_call),
             (Rule::Tokens, |budget| budget.reserve_model(7, 0)),
             (Rule::Cost, |budget| budget.reserve_model(0, 3)),
-            (Rule::Denials, |budget| budget.open().map(|()| budget.count_denial())),
+            (Rule::Denials, |budget| budget.open().map(|()| budget.count_denials(1))),
         ];
         for (rule, take) in takes {
             let budget = std::sync::Mutex::new(Budget::resume(limits, Usage::default()));

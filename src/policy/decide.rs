@@ -464,7 +464,7 @@ impl Iterator for EscapeControl {
 #[cfg(test)]
 mod reference;
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use proptest::prelude::*;
     use rstest::rstest;
     use serde_json::json;

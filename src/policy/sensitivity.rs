@@ -56,7 +56,8 @@ impl Detectors {
         }
     }
 
-    fn of_text(&self, text: &str) -> Sensitivity {
+    /// How sensitive a text is: as the most sensitive of what is in it.
+    pub fn of_text(&self, text: &str) -> Sensitivity {
         let found = self.patterns.matches(text).into_iter();
         found.filter_map(|index| self.levels.get(index).copied()).max().unwrap_or_default()
     }

@@ -120,8 +120,13 @@ impl History {
             Event::Outcome(outcome) => self.outcome(outcome, record.attempt, &mut usage, &mut blame),
             Event::Resolved(resolved) => self.resolved(resolved, &mut blame),
             Event::Denied(denied) => {
-                usage.denials = usage.denials.saturating_add(1);
-                *blame.report.summary.denials.entry(denied.rule).or_default() += 1;
+                if !denied.is_countable() {
+                    let message = format!("expected one refusal, or several without a digest, found {}", denied.count);
+                    blame.add(Check::RecordForm, message);
+                }
+                usage.denials = usage.denials.saturating_add(denied.count);
+                let count = blame.report.summary.denials.entry(denied.rule).or_default();
+                *count = count.saturating_add(denied.calls());
             }
             Event::ApprovalRequested(approval) | Event::ApprovalDecided(approval) => {
                 self.approval(approval, &mut blame)

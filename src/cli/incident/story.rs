@@ -172,7 +172,8 @@ fn step(record: &Record) -> Step {
             (tone, "resolved", told.call.clone(), format!("{word}, as {} tells", told.by), vec![])
         }
         Event::Denied(denied) => {
-            let what = format!("{} {}", denied.channel.as_str(), denied.target);
+            let times = if denied.count == 1 { String::new() } else { format!(", {} times", denied.count) };
+            let what = format!("{} {}{times}", denied.channel.as_str(), denied.target);
             (Tone::Bad, "denied", what, denied.reason.clone(), vec![denied.rule.as_str().to_owned()])
         }
         Event::ApprovalRequested(asked) => {
@@ -338,7 +339,7 @@ fn network(records: &[&Record]) -> Vec<Peer> {
             Event::Denied(denied) => {
                 let at = (denied.channel.as_str(), denied.target.as_str());
                 let peer = peers.entry(at).or_insert_with(|| peer(denied.channel, &denied.target));
-                peer.denied = peer.denied.saturating_add(1);
+                peer.denied = peer.denied.saturating_add(denied.calls());
             }
             Event::Outcome(outcome) => {
                 let peer = calls.get(outcome.call.as_str()).and_then(|at| peers.get_mut(at));

@@ -85,6 +85,9 @@ fn write_summary(out: &mut dyn Write, shown: &Shown<'_>, paint: Paint) -> io::Re
             if closed.failure_class.is_empty() { String::new() } else { format!("{}, ", Safe(&closed.failure_class)) };
         let exit = closed.exit_code.map(|code| format!(", exit code {code}")).unwrap_or_default();
         row("ended", format!("{} ({class}{}){exit}", Safe(&closed.phase), Safe(&closed.reason)))?;
+        for (container, digest) in &closed.images {
+            row("image", format!("{}: sha256:{}", Safe(container), Safe(digest)))?;
+        }
     }
     if let (Some(started), Some(ended)) = (&summary.started, &summary.ended) {
         row("time", format!("{} to {}, by the writers' clocks", Safe(started), Safe(ended)))?;

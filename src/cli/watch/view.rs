@@ -420,9 +420,10 @@ impl View {
     fn denied(&mut self, at: Timestamp, denied: &Denied) {
         let paint = self.paint;
         let text = format!(
-            "{} {} {}  {}",
+            "{} {}{} {}  {}",
             paint.bad("✗"),
             call(denied.channel, &denied.target),
+            if denied.count == 1 { String::new() } else { format!(", {} times", denied.count) },
             paint.bad(denied.rule),
             Safe(&denied.reason)
         );

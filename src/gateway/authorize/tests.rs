@@ -264,7 +264,8 @@ fn intents(
 ) {
     let target = Target::parse(url).unwrap();
     let found =
-        intended(&compiled(), 1, channel, Destination::Url(&target, &Method::POST), &intent).map_err(|e| e.rule);
+        intended(&compiled(), 1, channel, Destination::Url(&target, &Method::POST), (&intent, &testing::salt()))
+            .map_err(|e| e.rule);
     assert_eq!(found, expected);
 }
 
@@ -272,11 +273,14 @@ fn intents(
 fn a_tunnel_is_for_the_agents_own_traffic() {
     let to = Authority::parse("tools.world.test:443", None).unwrap();
     let tool = facts(Channel::Tool, "write", Some(SideEffect::Write));
-    let found = intended(&compiled(), 1, Channel::Tool, Destination::Tunnel(&to), &tool);
+    let found = intended(&compiled(), 1, Channel::Tool, Destination::Tunnel(&to), (&tool, &testing::salt()));
     assert_eq!(found.unwrap_err().rule, Rule::EgressDirect);
     let to = Authority::parse("docs.world.test:443", None).unwrap();
     let direct = facts(Channel::Egress, "docs.world.test:443", None);
-    assert_eq!(intended(&compiled(), 1, Channel::Egress, Destination::Tunnel(&to), &direct), Ok(()));
+    assert_eq!(
+        intended(&compiled(), 1, Channel::Egress, Destination::Tunnel(&to), (&direct, &testing::salt())),
+        Ok(())
+    );
 }
 
 #[test]
@@ -285,7 +289,8 @@ fn a_tool_that_the_class_forbids_now_is_refused() {
     compiled.policy.allowed_effects = vec![SideEffect::Read];
     let target = Target::parse("https://tools.world.test/mcp").unwrap();
     let intent = facts(Channel::Tool, "write", Some(SideEffect::Write));
-    let found = intended(&compiled, 1, Channel::Tool, Destination::Url(&target, &Method::POST), &intent);
+    let found =
+        intended(&compiled, 1, Channel::Tool, Destination::Url(&target, &Method::POST), (&intent, &testing::salt()));
     assert_eq!(found.unwrap_err().rule, Rule::ToolEffect);
 }
 
@@ -300,7 +305,13 @@ fn a_tool_that_the_class_forbids_now_is_refused() {
 fn methods_of_mcp(#[case] channel: Channel, #[case] method: Method, #[case] allowed: bool) {
     let target = Target::parse("https://tools.world.test/mcp").unwrap();
     let effect = (channel == Channel::Tool).then_some(SideEffect::Write);
-    let found = intended(&compiled(), 1, channel, Destination::Url(&target, &method), &facts(channel, "write", effect));
+    let found = intended(
+        &compiled(),
+        1,
+        channel,
+        Destination::Url(&target, &method),
+        (&facts(channel, "write", effect), &testing::salt()),
+    );
     assert_eq!(found.map_err(|e| e.rule), if allowed { Ok(()) } else { Err(Rule::IntentMissing) });
 }
 
@@ -313,7 +324,7 @@ fn a_pin_is_asked_for_again() {
     let by = |definition: Option<String>| {
         let intent = IntentFacts { definition, ..facts(Channel::Tool, "write", Some(SideEffect::Write)) };
         let to = Destination::Url(&target, &Method::POST);
-        intended(&compiled, 1, Channel::Tool, to, &intent).map_err(|e| e.rule)
+        intended(&compiled, 1, Channel::Tool, to, (&intent, &testing::salt())).map_err(|e| e.rule)
     };
     assert_eq!(by(Some("ab".repeat(32))), Ok(()));
     assert_eq!(by(Some("cd".repeat(32))), Err(Rule::ToolChanged));
@@ -428,7 +439,8 @@ fn an_http_tool_is_called_in_no_other_way_and_nothing_else_in_this() {
     let compiled = with(|policy| over_http(&mut policy.tools[1]));
     let intent = to_write(&json!({"id": 7}));
     let target = Target::parse("https://tools.world.test/t/7").unwrap();
-    let found = intended(&compiled, 1, Channel::Tool, Destination::Url(&target, &Method::POST), &intent);
+    let found =
+        intended(&compiled, 1, Channel::Tool, Destination::Url(&target, &Method::POST), (&intent, &testing::salt()));
     assert_eq!(found.unwrap_err().rule, Rule::IntentMissing, "a request that the harness made");
     assert!(!is_message(&compiled, Channel::Tool, &Method::POST, &intent), "its body is no JSON-RPC");
     let listed = IntentFacts { definition: Some("0d".repeat(32)), ..intent.clone() };
@@ -597,6 +609,7 @@ fn an_intent_has_a_key_where_its_contract_says(
         idempotent.then_some(Idempotency { argument: None, header: None, window_seconds: 60 });
     let intent = IntentFacts { key: key.map(Into::into), ..facts(Channel::Tool, "write", Some(SideEffect::Write)) };
     let target = Target::parse("https://tools.world.test/mcp").unwrap();
-    let found = intended(&compiled, 1, Channel::Tool, Destination::Url(&target, &Method::POST), &intent);
+    let found =
+        intended(&compiled, 1, Channel::Tool, Destination::Url(&target, &Method::POST), (&intent, &testing::salt()));
     assert_eq!(found.map_err(|e| e.rule), expected);
 }

@@ -402,7 +402,15 @@ impl History {
                 }
             }
             Event::Resolved(resolved) => self.resolved(record, resolved)?,
-            Event::Denied(_) => usage.denials = usage.denials.saturating_add(1),
+            Event::Denied(denied) if denied.is_countable() => {
+                usage.denials = usage.denials.saturating_add(denied.count);
+            }
+            Event::Denied(denied) => {
+                return Err(at(
+                    record,
+                    format!("expected one refusal, or several without a digest, found {}", denied.count),
+                ));
+            }
             Event::ApprovalRequested(approval) | Event::ApprovalDecided(approval) => {
                 let approvals = Arc::make_mut(&mut self.approvals);
                 let seen = approvals.seen(&approval.name, &approval.call(), approval.standing);

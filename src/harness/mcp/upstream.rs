@@ -41,17 +41,19 @@ use crate::{
     harness::{
         bounds::{Bounds, LONGEST_REPLY, late},
         gate::{Call, Gate, Settlement},
-        link::{Link, Undelivered, upstream_of},
+        link::{Link, Peer, Undelivered},
     },
     policy::{
         budget::Spent,
         config::{McpUpstream, Tool, ToolUsage},
-        decide::{Denial, shorten},
+        decide::{Denial, shorten, shorten_to},
         definition::Definition,
         rule::Rule,
     },
 };
 
+/// Longest words of an upstream in a reason, in characters.
+const LONGEST_WORDS: usize = 1024;
 /// Under which key of `_meta` a message's intent travels from the pipeline to the transport. Removed before it leaves.
 const INTENT_META: &str = "belay.dev/intent";
 /// Pages of a list that are read.
@@ -128,7 +130,7 @@ pub struct Ready {
 #[derive(Clone)]
 struct Facts {
     status: u16,
-    upstream: Option<String>,
+    upstream: Option<Peer>,
     undelivered: Option<(Denial, bool)>,
     sent: bool,
     /// Longest reply that is read, and who is told of a longer one: rmcp would go on waiting.
@@ -177,6 +179,10 @@ impl Upstreams {
     /// The definition, if it is the one that was approved.
     fn approved(&self, tool: &Tool, mcp: &McpUpstream, found: Option<Definition>) -> Result<Definition, Denial> {
         let changed = |reason: String| Denial { rule: Rule::ToolChanged, reason };
+        if let Some(found) = &found {
+            // Whoever reads the log compares it with what the server lists.
+            self.gate.redactor().learn(&found.digest);
+        }
         let Some(found) = found else {
             return Err(changed(format!(
                 "expected {} to list a tool {:?}, found none; have the contract `{}` name one that is there",
@@ -287,7 +293,7 @@ impl Upstreams {
             () = too_long.notified() => Err(bounds.too_long(tool)),
             answer = tokio::time::timeout(bounds.time, ready.session.call_tool(params)) => match answer {
                 Ok(Ok(result)) => Ok(result),
-                Ok(Err(error)) => Err(Denial { rule: Rule::UpstreamReply, reason: error.to_string() }),
+                Ok(Err(error)) => Err(Denial { rule: Rule::UpstreamReply, reason: format!("no result: {}", quoted(&error)) }),
                 Err(_) => Err(late(tool, bounds.time, true)),
             },
         };
@@ -326,7 +332,8 @@ impl Upstreams {
         let wire = Wire { link: self.gate.link().clone(), opened_by: intent, facts: self.facts.clone() };
         let config = StreamableHttpClientTransportConfig::with_uri(url.to_owned());
         let transport = StreamableHttpClientTransport::with_client(wire, config);
-        let session = ().serve(transport).await.map_err(|error| format!("no MCP session with {url}: {error}"))?;
+        let session =
+            ().serve(transport).await.map_err(|error| format!("no MCP session with {url}: {}", quoted(&error)))?;
         Ok(Arc::new(session))
     }
 
@@ -352,7 +359,7 @@ async fn list_over(session: &Session, intent: u64) -> Result<HashMap<String, Def
         let page = match session.send_request(ClientRequest::ListToolsRequest(request)).await {
             Ok(ServerResult::ListToolsResult(page)) => page,
             Ok(_) => return Err("expected a list of tools, found another result".to_owned()),
-            Err(error) => return Err(format!("the upstream does not list its tools: {error}")),
+            Err(error) => return Err(format!("the upstream does not list its tools: {}", quoted(&error))),
         };
         for tool in &page.tools {
             let value = serde_json::to_value(tool).map_err(|error| error.to_string())?;
@@ -370,6 +377,11 @@ async fn list_over(session: &Session, intent: u64) -> Result<HashMap<String, Def
         }
     }
     Err(format!("expected a list of at most {PAGES} pages, found more"))
+}
+
+/// An error in which there may be an upstream's own words.
+fn quoted(error: &impl std::fmt::Display) -> String {
+    format!("{:?}", shorten_to(&error.to_string(), LONGEST_WORDS))
 }
 
 fn marked(intent: u64) -> RequestMetaObject {
@@ -464,7 +476,7 @@ impl StreamableHttpClient for Wire {
             }
         };
         let status = reply.status();
-        let upstream = upstream_of(reply.headers());
+        let upstream = Peer::of(reply.headers());
         update(&|facts| {
             facts.status = status.as_u16();
             facts.upstream.clone_from(&upstream);

@@ -23,6 +23,7 @@ fn pod(attempt: i64) -> PodView {
         agent_started: Some(at(-10)),
         lifetime: None,
         stuck: None,
+        images: [("agent".to_owned(), "ab".repeat(32))].into(),
         end: None,
     }
 }
@@ -100,7 +101,10 @@ impl Case {
 }
 
 fn seal_of(attempt: i64, phase: &str, class: &str, reason: &str, exit_code: Option<i32>) -> Next {
-    let closed = TaskClosed { phase: phase.into(), failure_class: class.into(), reason: reason.into(), exit_code };
+    // What the pod has run is told as long as the pod is there, as its exit code is.
+    let images = exit_code.map(|_| pod(attempt).images).unwrap_or_default();
+    let closed =
+        TaskClosed { phase: phase.into(), failure_class: class.into(), reason: reason.into(), exit_code, images };
     Next::Seal { attempt, closed }
 }
 

@@ -69,6 +69,7 @@ pub(in crate::operator) fn request() -> SealRequest {
             failure_class: String::new(),
             reason: "x".into(),
             exit_code: Some(0),
+            images: Default::default(),
         },
     }
 }

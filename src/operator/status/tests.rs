@@ -19,7 +19,13 @@ fn attempt(number: i64) -> Attempt {
 }
 
 fn closed(phase: &str, class: &str, reason: &str) -> TaskClosed {
-    TaskClosed { phase: phase.into(), failure_class: class.into(), reason: reason.into(), exit_code: None }
+    TaskClosed {
+        phase: phase.into(),
+        failure_class: class.into(),
+        reason: reason.into(),
+        exit_code: None,
+        images: Default::default(),
+    }
 }
 
 fn story<'a>(attempts: &'a [Attempt], contained: Option<bool>, stage: Stage<'a>) -> Story<'a> {

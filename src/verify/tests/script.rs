@@ -173,6 +173,7 @@ pub(crate) fn outcome(call: &str, tokens: i64) -> Event {
         tokens,
         cost_micros: 0,
         upstream: Some("198.51.100.20:443".to_owned()),
+        certificate: None,
         sensitivity: Sensitivity::default(),
         undone_by: None,
     })
@@ -185,6 +186,7 @@ pub(crate) fn denied(target: &str) -> Event {
         rule: Rule::EgressHost,
         reason: "expected a host of the class's list, found another".to_owned(),
         request_digest: None,
+        count: 1,
     })
 }
 
@@ -198,6 +200,7 @@ pub(crate) fn task_closed() -> Event {
         failure_class: String::new(),
         reason: "Completed".to_owned(),
         exit_code: Some(0),
+        images: Default::default(),
     })
 }
 
@@ -257,7 +260,7 @@ impl Script {
                     usage.tokens += outcome.tokens - tokens;
                     usage.cost_micros += outcome.cost_micros - cost;
                 }
-                Event::Denied(_) => usage.denials += 1,
+                Event::Denied(denied) => usage.denials += denied.count,
                 _ => {}
             }
             record.seq = seq as u64;

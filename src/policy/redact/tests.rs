@@ -1,0 +1,119 @@
+use base64::{Engine, prelude::BASE64_STANDARD};
+use proptest::prelude::*;
+use rstest::rstest;
+
+use super::*;
+use crate::policy::{
+    config::{DataPattern, ModelPrice, SideEffect},
+    decide::tests::{policy, salt},
+};
+
+fn redactor() -> Redactor {
+    let mut policy = policy(vec![SideEffect::Read]);
+    policy.task.principal = "ana@example.test".into();
+    let pattern = DataPattern {
+        name: "card".into(),
+        pattern: r"\b\d{4} \d{4} \d{4} \d{4}\b".into(),
+        sensitivity: Sensitivity::Restricted,
+    };
+    Redactor::new(&policy, Arc::new(Detectors::compile(&[pattern]).unwrap()))
+}
+
+/// With `#` where something is hidden.
+fn text(text: &str) -> String {
+    let shown = redactor().text(text, &salt());
+    let mut parts = shown.split("[redacted:");
+    let first = parts.next().unwrap().to_owned();
+    parts.fold(first, |shown, part| {
+        let (hex, rest) = part.split_once(']').unwrap();
+        assert_eq!(hex.len(), 64);
+        format!("{shown}#{rest}")
+    })
+}
+
+#[rstest]
+#[case::ours(
+    "expected host:port, found \"evil.example\": ask for it",
+    "expected host:port, found \"evil.example\": ask for it"
+)]
+#[case::policy("ana@example.test said no to this call", "ana@example.test said no to this call")]
+#[case::numbers("record 4096: 3 of 250000 tokens, 10.0.0.1:443", "record 4096: 3 of 250000 tokens, 10.0.0.1:443")]
+#[case::time("by 2026-11-26T10:00:00Z", "by 2026-11-26T10:00:00Z")]
+#[case::names("gpt-4o-2024-08-06, v1beta2, getUserById", "gpt-4o-2024-08-06, v1beta2, getUserById")]
+#[case::apostrophe("the task's budget isn't the agent's", "the task's budget isn't the agent's")]
+#[case::key("a tool \"AKIAIOSFODNN7EXAMPLE\" is none", "a tool \"#\" is none")]
+#[case::unquoted("found AKIAIOSFODNN7EXAMPLE.", "found #")]
+#[case::account("no host ana:hunter@evil.example:80", "no host #")]
+#[case::parameter("no path /x?password=hunter", "no path #")]
+#[case::words("it says \"my name is Ana\"", "it says \"#\"")]
+#[case::single("('my name' was unexpected)", "('#' was unexpected)")]
+#[case::escaped(r#"it says "a \"b c\" d" there"#, r##"it says "#" there"##)]
+#[case::open("it says \"and never ends", "it says \"#")]
+#[case::neighbours("found AKIAIOSFODNN7EXAMPLE AKIAIOSFODNN7EXAMPLF there", "found # there")]
+#[case::sensitive("pay with 4111 1111 1111 1111", "#")]
+#[case::nothing("", "")]
+#[case::spaces("  a  b ", "  a  b ")]
+fn shows_what_reads(#[case] said: &str, #[case] expected: &str) {
+    assert_eq!(text(said), expected);
+}
+
+#[test]
+fn what_is_hidden_is_committed_to() {
+    let shown = redactor().text("found AKIAIOSFODNN7EXAMPLE there", &salt());
+    assert_eq!(shown, format!("found [redacted:{}] there", salt().bytes(b"AKIAIOSFODNN7EXAMPLE")));
+}
+
+#[test]
+fn what_we_made_is_learnt() {
+    let (redactor, digest) = (redactor(), "ab1".repeat(21));
+    assert_ne!(redactor.name(&digest, &salt()), digest);
+    redactor.learn(&digest);
+    assert_eq!(redactor.name(&digest, &salt()), digest);
+}
+
+#[test]
+fn a_model_keeps_its_price() {
+    let mut policy = policy(vec![]);
+    let price = |model: &str| ModelPrice { model: model.into(), input_micros: 1, output_micros: 1 };
+    policy.models.prices = vec![price("gpt-*"), price("*")];
+    let redactor = Redactor::new(&policy, Arc::new(Detectors::compile(&[]).unwrap()));
+    assert_eq!(redactor.model("gpt-4o", &policy, &salt()), "gpt-4o");
+    for model in ["gpt-AKIAIOSFODNN7EXAMPLE", "AKIAIOSFODNN7EXAMPLE"] {
+        let shown = redactor.model(model, &policy, &salt());
+        assert!(!shown.contains("AKIA"), "{shown}");
+        assert_eq!(price::of(&policy.models.prices, &shown), price::of(&policy.models.prices, model));
+    }
+}
+
+#[rstest]
+#[case("api.example.test:443", true)]
+#[case("akiaiosfodnn7example.example.test:443", false)]
+fn a_host_is_a_host_still(#[case] to: &str, #[case] shows: bool) {
+    let shown = redactor().authority(&Authority::parse(to, None).unwrap(), &salt());
+    assert_eq!(shown == to, shows);
+    assert!(Authority::parse(&shown, None).is_ok(), "{shown}");
+    assert!(shown.ends_with(".example.test:443"));
+}
+
+proptest! {
+    /// Wherever a secret stands in a text and however it is written, it is not in what is shown.
+    #[test]
+    fn no_secret_is_shown(seed in any::<u64>(), length in 16_usize..=32, before in "[a-z ]{0,20}", after in "[a-z \"']{0,20}") {
+        // As random as secrets are.
+        let bytes = crate::canonical::sha256(&seed.to_be_bytes())[..length].to_vec();
+        for secret in [hex::encode(&bytes), BASE64_STANDARD.encode(&bytes), format!("{bytes:?}"), String::from_utf8_lossy(&bytes).into_owned()] {
+            let shown = redactor().text(&format!("{before} \"{}\" {after}", secret.escape_debug()), &salt());
+            prop_assert!(!shown.contains(&secret), "{shown}");
+        }
+        let shown = redactor().text(&format!("{before} {} {after}", hex::encode(&bytes)), &salt());
+        prop_assert!(!shown.contains(&hex::encode(&bytes)), "{shown}");
+    }
+
+    /// Nothing is lost but what is hidden.
+    #[test]
+    fn all_else_stays(text in ".{0,200}") {
+        let parts = parts_of(&text, |token| token.len() % 2 == 0);
+        let whole: String = parts.iter().map(|part| match part { Part::Shown(text) | Part::Hidden(text) => *text }).collect();
+        prop_assert_eq!(whole, text);
+    }
+}
