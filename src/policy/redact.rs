@@ -34,7 +34,7 @@ const LONGEST_MIXED: usize = 8;
 const MOST_DIGITS: usize = 10;
 /// Longest run of capitals, such as `AUTHORIZATION`.
 const LONGEST_CAPITALS: usize = 13;
-/// Pairs of capitals in a name of small letters or paths, such as `getHTTPStatus`.
+/// Pairs of capitals beside small letters, such as those of `getHTTPStatus`.
 const MOST_CAPITALS: usize = 4;
 /// Parts of one text that are replaced one by one. From here on the rest is one.
 const MOST_PARTS: usize = 8;
@@ -182,25 +182,21 @@ fn is_wordlike(token: &str) -> bool {
     if token.len() > LONGEST_NAME || !token.chars().all(is_plain) {
         return false;
     }
-    // Capitals side by side between small letters: base64, in which a slash makes short runs.
-    let capitals = token.as_bytes().windows(2).filter(|pair| pair.iter().all(u8::is_ascii_uppercase)).count();
-    let small = token.bytes().any(|b| b.is_ascii_lowercase() || b == b'/');
-    if small && capitals > MOST_CAPITALS {
-        return false;
-    }
     let mut digits = 0_usize;
-    let mut runs = token.split(|c: char| !c.is_ascii_alphanumeric());
+    let mut runs = token.split(|c: char| !c.is_ascii_alphanumeric()).map(str::as_bytes);
     runs.all(|run| {
-        let (some, all) =
-            (run.bytes().any(|b| b.is_ascii_digit()), !run.is_empty() && run.bytes().all(|b| b.is_ascii_digit()));
-        digits = digits.saturating_add(if some { run.len() } else { 0 });
-        run.len()
-            <= match (some, all) {
-                (false, _) if run.bytes().all(|b| b.is_ascii_uppercase()) => LONGEST_CAPITALS,
-                (false, _) => LONGEST_WORD,
-                (_, true) => LONGEST_NUMBER,
-                _ => LONGEST_MIXED,
-            }
+        let all = |is: fn(&u8) -> bool| run.iter().all(is);
+        let some = |is: fn(&u8) -> bool| run.iter().any(is);
+        let longest = match (some(u8::is_ascii_digit), some(u8::is_ascii_lowercase)) {
+            (true, _) if all(u8::is_ascii_digit) => LONGEST_NUMBER,
+            (true, _) => LONGEST_MIXED,
+            (false, true) => LONGEST_WORD,
+            (false, false) => LONGEST_CAPITALS,
+        };
+        // Capitals side by side between small letters are those of base64.
+        let capitals = run.windows(2).filter(|pair| pair.iter().all(u8::is_ascii_uppercase)).count();
+        digits = digits.saturating_add(if some(u8::is_ascii_digit) { run.len() } else { 0 });
+        run.len() <= longest && (capitals <= MOST_CAPITALS || !some(u8::is_ascii_lowercase))
     }) && digits <= MOST_DIGITS
 }
 

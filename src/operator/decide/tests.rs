@@ -1,5 +1,7 @@
 use proptest::prelude::*;
 
+use std::collections::BTreeMap;
+
 use super::*;
 use crate::operator::observe::Stuck;
 
@@ -118,7 +120,7 @@ fn a_new_task_starts() {
 #[test]
 fn a_pod_whose_agent_was_refused_too_much_goes_and_none_follows() {
     let end = End { class: Some(FailureClass::Policy), reason: "TooManyDenials", exit_code: None };
-    let running = PodView { end: Some(end.clone()), ..pod(1) };
+    let running = PodView { end: Some(end.clone()), images: BTreeMap::new(), ..pod(1) };
     let case = Case { pods: vec![running.clone()], claims: vec![1], ..Case::default() };
     assert_eq!(case.next(), Next::EndPods(vec![("pod-1".into(), "t-1".into())]));
     let over = Case { pods: vec![PodView { terminal: true, ..running }], claims: vec![1], ..Case::default() };

@@ -39,7 +39,10 @@ fn text(text: &str) -> String {
 #[case::policy("ana@example.test said no to this call", "ana@example.test said no to this call")]
 #[case::numbers("record 4096: 3 of 250000 tokens, 10.0.0.1:443", "record 4096: 3 of 250000 tokens, 10.0.0.1:443")]
 #[case::time("by 2026-11-26T10:00:00Z", "by 2026-11-26T10:00:00Z")]
-#[case::names("gpt-4o-2024-08-06, v1beta2, getUserById", "gpt-4o-2024-08-06, v1beta2, getUserById")]
+#[case::names(
+    "gpt-4o-2024-08-06, v1beta2, getHTTPStatus, TOOL.DENIED.Mcp",
+    "gpt-4o-2024-08-06, v1beta2, getHTTPStatus, TOOL.DENIED.Mcp"
+)]
 #[case::apostrophe("the task's budget isn't the agent's", "the task's budget isn't the agent's")]
 #[case::key("a tool \"AKIAIOSFODNN7EXAMPLE\" is none", "a tool \"#\" is none")]
 #[case::unquoted("found AKIAIOSFODNN7EXAMPLE.", "found #")]
