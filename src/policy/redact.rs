@@ -225,7 +225,6 @@ fn parts_of<'t>(text: &'t str, reads: impl Fn(&str) -> bool) -> Vec<Part<'t>> {
 }
 
 /// The text before the next quotation; the quotation, with its marks; the text after it. A quotation that has no end goes to the text's.
-#[expect(clippy::type_complexity, reason = "three parts of one text")]
 fn next_quotation(text: &str) -> (&str, Option<(&str, &str, &str)>, &str) {
     let mut before = ' ';
     let opens = |(_, c): &(usize, char)| {
