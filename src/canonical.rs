@@ -1,9 +1,19 @@
 //! RFC 8785 canonical JSON, and SHA-256 over it.
+//!
+//! Promises: [`to_bytes`] gives the one form of a value, members in order of their names' UTF-16 code units, numbers as ECMAScript writes
+//! them. Refuses: two members of one name, and raw JSON, of which nobody knows whether it is canonical. Every record is written and checked
+//! in this form, so nothing is allocated for a member, and what is in order already is not moved.
+
+use std::{cell::RefCell, io};
 
 use serde::Serialize;
+use serde_json::ser::{CompactFormatter, Formatter, Serializer};
 use sha2::{Digest, Sha256};
 
-/// A value that has no canonical form, such as one with a number that JSON cannot write.
+/// Whole numbers up to this one are doubles as they are; ECMAScript has no others.
+const LARGEST: u64 = 1 << 53;
+
+/// A value that has no canonical form: one that JSON cannot write, or two of whose members have one name.
 #[derive(Debug, thiserror::Error)]
 #[error("this value has no canonical JSON (RFC 8785) form: {0}")]
 pub struct CanonicalError(#[from] serde_json::Error);
@@ -13,7 +23,9 @@ pub struct CanonicalError(#[from] serde_json::Error);
 /// # Errors
 /// If the value cannot be written as JSON.
 pub fn to_bytes<T: Serialize>(value: &T) -> Result<Vec<u8>, CanonicalError> {
-    Ok(serde_json_canonicalizer::to_vec(value)?)
+    let text = RefCell::new(Text { bytes: Vec::with_capacity(512), ..Text::default() });
+    value.serialize(&mut Serializer::with_formatter(Output(&text), Canonical(&text)))?;
+    Ok(text.into_inner().bytes)
 }
 
 /// SHA-256 of the canonical form.
@@ -27,4 +39,242 @@ pub fn digest<T: Serialize>(value: &T) -> Result<[u8; 32], CanonicalError> {
 /// SHA-256 of bytes as they are.
 pub fn sha256(bytes: &[u8]) -> [u8; 32] {
     Sha256::digest(bytes).into()
+}
+
+/// What is written so far.
+#[derive(Default)]
+struct Text {
+    bytes: Vec<u8>,
+    /// Where the objects that are not closed begin, each with how many members there were before it.
+    open: Vec<(usize, usize)>,
+    /// Their members, the innermost object's last.
+    members: Vec<Member>,
+}
+
+/// Where a member is: its name with quotation marks, a colon, its value.
+#[derive(Clone, Copy, Default)]
+struct Member {
+    start: usize,
+    colon: usize,
+    end: usize,
+}
+
+impl Member {
+    /// The name, as it is between the quotation marks.
+    fn name<'b>(&self, bytes: &'b [u8]) -> &'b [u8] {
+        bytes.get(self.start + 1..self.colon.saturating_sub(1)).unwrap_or_default()
+    }
+
+    /// The name in UTF-16, by which members are ordered.
+    fn units(&self, bytes: &[u8]) -> Vec<u16> {
+        let quoted = bytes.get(self.start..self.colon).unwrap_or_default();
+        serde_json::from_slice(quoted).map_or_else(|_| Vec::new(), |name: String| name.encode_utf16().collect())
+    }
+}
+
+impl Text {
+    /// Ends the innermost object: its members in their order, each name once.
+    fn close(&mut self) -> io::Result<()> {
+        let Self { bytes, open, members } = self;
+        let (start, first) = open.pop().unwrap_or_default();
+        let mine = members.get_mut(first..).unwrap_or_default();
+        // Names in ASCII without escapes are in the same order as they are written.
+        let plain = |name: &[u8]| name.is_ascii() && !name.contains(&b'\\');
+        let plain = mine.iter().all(|member| plain(member.name(bytes)));
+        if !plain || !mine.is_sorted_by(|a, b| a.name(bytes) < b.name(bytes)) {
+            if plain {
+                mine.sort_unstable_by(|a, b| a.name(bytes).cmp(b.name(bytes)));
+            } else {
+                mine.sort_by_cached_key(|member| member.units(bytes));
+            }
+            if mine.windows(2).any(|pair| matches!(pair, [a, b] if a.name(bytes) == b.name(bytes))) {
+                return Err(io::Error::new(io::ErrorKind::InvalidData, "two members of an object have one name"));
+            }
+            let was = bytes.split_off(start);
+            for member in mine {
+                if bytes.len() > start {
+                    bytes.push(b',');
+                }
+                let its = was.get(member.start - start..member.end - start).unwrap_or_default();
+                bytes.extend_from_slice(its);
+            }
+        }
+        members.truncate(first);
+        bytes.push(b'}');
+        Ok(())
+    }
+}
+
+/// Where `serde_json` writes to.
+struct Output<'t>(&'t RefCell<Text>);
+
+impl io::Write for Output<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.write_all(bytes)?;
+        Ok(bytes.len())
+    }
+
+    fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.0.borrow_mut().bytes.extend_from_slice(bytes);
+        Ok(())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// How it writes: what is not here is as `serde_json` writes it without spaces.
+struct Canonical<'t>(&'t RefCell<Text>);
+
+impl Canonical<'_> {
+    /// Notes that something of the newest member is here.
+    fn mark(&self, of: fn(&mut Member) -> &mut usize) {
+        let mut text = self.0.borrow_mut();
+        let here = text.bytes.len();
+        if let Some(member) = text.members.last_mut() {
+            *of(member) = here;
+        }
+    }
+}
+
+impl Formatter for Canonical<'_> {
+    fn write_i64<W: ?Sized + io::Write>(&mut self, writer: &mut W, value: i64) -> io::Result<()> {
+        match value.unsigned_abs() {
+            ..=LARGEST => CompactFormatter.write_i64(writer, value),
+            _ => self.write_f64(writer, value as f64),
+        }
+    }
+
+    fn write_u64<W: ?Sized + io::Write>(&mut self, writer: &mut W, value: u64) -> io::Result<()> {
+        match value {
+            ..=LARGEST => CompactFormatter.write_u64(writer, value),
+            _ => self.write_f64(writer, value as f64),
+        }
+    }
+
+    fn write_i128<W: ?Sized + io::Write>(&mut self, writer: &mut W, value: i128) -> io::Result<()> {
+        self.write_f64(writer, value as f64)
+    }
+
+    fn write_u128<W: ?Sized + io::Write>(&mut self, writer: &mut W, value: u128) -> io::Result<()> {
+        self.write_f64(writer, value as f64)
+    }
+
+    fn write_f32<W: ?Sized + io::Write>(&mut self, writer: &mut W, value: f32) -> io::Result<()> {
+        self.write_f64(writer, value.into())
+    }
+
+    fn write_f64<W: ?Sized + io::Write>(&mut self, writer: &mut W, value: f64) -> io::Result<()> {
+        writer.write_all(ryu_js::Buffer::new().format_finite(value).as_bytes())
+    }
+
+    fn begin_object<W: ?Sized + io::Write>(&mut self, writer: &mut W) -> io::Result<()> {
+        writer.write_all(b"{")?;
+        let mut text = self.0.borrow_mut();
+        let open = (text.bytes.len(), text.members.len());
+        text.open.push(open);
+        Ok(())
+    }
+
+    fn begin_object_key<W: ?Sized + io::Write>(&mut self, writer: &mut W, first: bool) -> io::Result<()> {
+        if !first {
+            writer.write_all(b",")?;
+        }
+        self.0.borrow_mut().members.push(Member::default());
+        self.mark(|member| &mut member.start);
+        Ok(())
+    }
+
+    fn end_object_key<W: ?Sized + io::Write>(&mut self, _: &mut W) -> io::Result<()> {
+        self.mark(|member| &mut member.colon);
+        Ok(())
+    }
+
+    fn end_object_value<W: ?Sized + io::Write>(&mut self, _: &mut W) -> io::Result<()> {
+        self.mark(|member| &mut member.end);
+        Ok(())
+    }
+
+    fn end_object<W: ?Sized + io::Write>(&mut self, _: &mut W) -> io::Result<()> {
+        self.0.borrow_mut().close()
+    }
+
+    fn write_raw_fragment<W: ?Sized + io::Write>(&mut self, _: &mut W, _: &str) -> io::Result<()> {
+        Err(io::Error::new(io::ErrorKind::InvalidInput, "raw JSON may be in another form"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn text(value: &impl Serialize) -> String {
+        String::from_utf8(to_bytes(value).unwrap()).unwrap()
+    }
+
+    /// The example of RFC 8785, section 3.2.3: order by UTF-16, not by Unicode.
+    #[test]
+    fn members_are_in_the_order_of_utf_16() {
+        let value = json!({
+            "\u{20ac}": "Euro Sign", "\r": "Carriage Return", "\u{fb33}": "Hebrew Letter Dalet With Dagesh", "1": "One",
+            "\u{1f600}": "Emoji: Grinning Face", "\u{80}": "Control", "\u{f6}": "Latin Small Letter O With Diaeresis",
+        });
+        let again: Vec<String> = text(&value).split("\":\"").map(str::to_owned).collect();
+        let ends = ["Carriage", "One", "Control", "Latin", "Euro", "Emoji", "Hebrew"];
+        assert!(again.iter().skip(1).zip(ends).all(|(found, expected)| found.starts_with(expected)), "{again:?}");
+        // Where one name begins as another, a quotation mark is no part of it.
+        assert_eq!(text(&json!({"a!": 1, "a": {"c": [{}], "b": 2}})), r#"{"a":{"b":2,"c":[{}]},"a!":1}"#);
+    }
+
+    #[test]
+    fn numbers_are_those_of_ecmascript() {
+        assert_eq!(text(&json!([1e21, 1.0, -0.0, 1e-7, 0.1])), "[1e+21,1,0,1e-7,0.1]");
+        assert_eq!(text(&json!([LARGEST, LARGEST + 1, u64::MAX, i64::MIN, -7])).matches("9007199254740992").count(), 2);
+        assert_eq!(text(&(u64::MAX, i64::MIN)), "[18446744073709552000,-9223372036854776000]");
+        assert_eq!(text(&(1_u128 << 70, i128::MIN, 0.5_f32)), "[1.1805916207174113e+21,-1.7014118346046923e+38,0.5]");
+    }
+
+    #[test]
+    fn a_name_that_is_there_twice_is_refused() {
+        struct Twice;
+        impl Serialize for Twice {
+            fn serialize<S: serde::Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+                to.collect_map([("b", 1), ("a", 2), ("b", 3)])
+            }
+        }
+        assert!(to_bytes(&Twice).is_err());
+        assert!(to_bytes(&serde_json::value::to_raw_value(&1).unwrap()).is_err());
+    }
+
+    fn value() -> impl Strategy<Value = Value> {
+        let leaf = prop_oneof![
+            Just(Value::Null),
+            any::<bool>().prop_map(Value::from),
+            any::<i64>().prop_map(Value::from),
+            any::<u64>().prop_map(Value::from),
+            any::<f64>().prop_map(Value::from),
+            any::<String>().prop_map(Value::from),
+        ];
+        leaf.prop_recursive(4, 64, 8, |inner| {
+            prop_oneof![
+                prop::collection::vec(inner.clone(), 0..8).prop_map(Value::from),
+                prop::collection::hash_map("[a-c\"\\\\!\u{0}\u{e9}\u{fb33}\u{1f600}]{0,3}|.*", inner, 0..8)
+                    .prop_map(|members| Value::Object(members.into_iter().collect())),
+            ]
+        })
+    }
+
+    proptest! {
+        /// Byte for byte what another implementation writes.
+        #[test]
+        fn another_implementation_writes_the_same(value in value()) {
+            let expected = serde_json_canonicalizer::to_vec(&value).unwrap();
+            let found = to_bytes(&value).unwrap();
+            prop_assert_eq!(String::from_utf8(found).unwrap(), String::from_utf8(expected).unwrap());
+        }
+    }
 }
