@@ -202,7 +202,7 @@ impl Record {
             return Err(EncodeError::Long(bytes.len()).to_string());
         }
         let mut taken = Vec::new();
-        let record = match serde_json::from_slice::<Self>(bytes) {
+        let record = match Self::typed(bytes) {
             Ok(record) => record,
             Err(_) => Self::with_documents(bytes, documents, &mut taken)?,
         };
@@ -214,6 +214,28 @@ impl Record {
             return Err(format!("a document of the record has fields or values that version {VERSION} does not have"));
         }
         Ok(record)
+    }
+
+    /// Reads a record that names no documents. Those of calls, which most are, are read twice, once for what every record has and once for
+    /// what is theirs: where serde finds out by itself what a flattened event is, it keeps every member of it in between, twice.
+    fn typed(bytes: &[u8]) -> serde_json::Result<Self> {
+        #[derive(Deserialize)]
+        struct Common<'b> {
+            v: u8,
+            seq: u64,
+            time: String,
+            attempt: i64,
+            actor: Actor,
+            usage: Usage,
+            kind: &'b str,
+        }
+        let Common { v, seq, time, attempt, actor, usage, kind } = serde_json::from_slice(bytes)?;
+        let event = match kind {
+            "call.intent" => Event::Intent(serde_json::from_slice(bytes)?),
+            "call.outcome" => Event::Outcome(serde_json::from_slice(bytes)?),
+            _ => return serde_json::from_slice(bytes),
+        };
+        Ok(Self { v, seq, time, attempt, actor, usage, event })
     }
 
     /// Reads a record with its documents, where it may name some: each stands where its digest is.

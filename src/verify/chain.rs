@@ -138,7 +138,15 @@ impl Walk {
             let record = e.record().and_then(|n| u64::try_from(n).ok());
             SegmentProblem { rule, record: record.map(|n| next.saturating_add(n)), message: e.to_string() }
         };
-        let segment = Segment::parse(bytes).map_err(|e| form(Check::SegmentForm, &e))?;
+        // In one go where all is well, else step by step: what is said of a log does not depend on how it is read.
+        let (segment, records) = match Segment::read(bytes) {
+            Ok((segment, records)) => (segment, Ok(records)),
+            Err(_) => {
+                let segment = Segment::parse(bytes).map_err(|e| form(Check::SegmentForm, &e))?;
+                let records = segment.decode();
+                (segment, records)
+            }
+        };
         if Segment::key(segment.first) != key {
             let message = format!("expected {} for its first record, {}", Segment::key(segment.first), segment.first);
             return Err(SegmentProblem { rule: Check::SegmentKey, record: Some(segment.first), message });
@@ -154,7 +162,7 @@ impl Walk {
         })?;
         let checkpoint = segment.note.checkpoint().map_err(|e| form(Check::SegmentForm, &e.into()))?;
         self.origin(&checkpoint, key, expected, report);
-        let records = segment.decode().map_err(|e| form(Check::RecordForm, &e))?;
+        let records = records.map_err(|e| form(Check::RecordForm, &e))?;
 
         let files = self.ending.take(&segment, &records);
         let long = |e: EncodeError| SegmentProblem { rule: Check::RecordForm, record: None, message: e.to_string() };

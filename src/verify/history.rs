@@ -98,9 +98,10 @@ impl History {
         if record.v != VERSION {
             blame.add(Check::RecordForm, format!("expected version {VERSION}, found {}", record.v));
         }
-        if record.time.parse::<jiff::Timestamp>().is_err() {
+        let now = record.time.parse().unwrap_or_else(|_| {
             blame.add(Check::RecordTime, format!("expected an RFC 3339 time, found {:?}", record.time));
-        }
+            Timestamp::UNIX_EPOCH
+        });
         if self.ended {
             blame
                 .add(Check::TaskAfterEnd, format!("expected nothing after task.closed, found {}", record.event.kind()));
@@ -112,11 +113,11 @@ impl History {
         match &record.event {
             Event::AttemptOpened(opened) => self.opened(record, opened, origin, &mut blame),
             Event::Intent(intent) => {
-                self.key_of(record, intent, &mut blame);
-                self.undoes(record, intent, &mut blame);
+                self.key_of((record, now), intent, &mut blame);
+                self.undoes(now, intent, &mut blame);
                 self.intent(intent, record.attempt, &mut usage, &mut blame);
             }
-            Event::Replayed(replayed) => self.replayed(record, replayed, &mut blame),
+            Event::Replayed(replayed) => self.replayed(now, replayed, &mut blame),
             Event::Outcome(outcome) => self.outcome(outcome, record.attempt, &mut usage, &mut blame),
             Event::Resolved(resolved) => self.resolved(resolved, &mut blame),
             Event::Denied(denied) => {
@@ -312,7 +313,7 @@ impl History {
     }
 
     /// A rollback makes the calls of its plan and reads, and nothing else undoes anything.
-    fn undoes(&mut self, record: &Record, intent: &Intent, blame: &mut Blame<'_>) {
+    fn undoes(&mut self, now: Timestamp, intent: &Intent, blame: &mut Blame<'_>) {
         let tool = self.policy.as_ref().and_then(|policy| policy.tool(&intent.target));
         let leaving = Leaving {
             channel: intent.channel,
@@ -321,8 +322,6 @@ impl History {
             contract: tool.map_or("", |tool| &tool.contract),
             digest: intent.request_digest.as_deref().unwrap_or_default(),
         };
-        // A time that cannot be read is a finding of its own.
-        let now = record.time.parse().unwrap_or(Timestamp::UNIX_EPOCH);
         if let Err(reason) = rollback::lets(self.undoing.as_ref(), leaving, now) {
             blame.add(Check::CallRollback, reason);
         }
@@ -337,7 +336,7 @@ impl History {
     }
 
     /// A call has the key that its contract makes, and no other call was made under it.
-    fn key_of(&mut self, record: &Record, intent: &Intent, blame: &mut Blame<'_>) {
+    fn key_of(&mut self, (record, now): (&Record, Timestamp), intent: &Intent, blame: &mut Blame<'_>) {
         let of = self.idempotency(&intent.target).filter(|_| intent.channel == Channel::Tool);
         let (of, key) = match (of, &intent.key) {
             (None, None) => return,
@@ -354,8 +353,6 @@ impl History {
         if of.argument.is_none() && *key != expected {
             blame.add(Check::CallIdempotency, format!("expected the key {expected} of these arguments, found {key}"));
         }
-        // A time that cannot be read is a finding of its own.
-        let now = record.time.parse().unwrap_or(Timestamp::UNIX_EPOCH);
         let found = self.ledger.find(key, digest, of, now);
         if found != Found::Free {
             blame.add(Check::CallIdempotency, format!("expected no call under this key, found {found:?}"));
@@ -364,9 +361,8 @@ impl History {
     }
 
     /// A result that was given again is that of the call which was made under the key.
-    fn replayed(&self, record: &Record, replayed: &Replayed, blame: &mut Blame<'_>) {
+    fn replayed(&self, now: Timestamp, replayed: &Replayed, blame: &mut Blame<'_>) {
         let Replayed { call, target, key, request_digest, response_digest } = replayed;
-        let now = record.time.parse().unwrap_or(Timestamp::UNIX_EPOCH);
         let found = self.idempotency(target).map(|of| self.ledger.find(key, request_digest, of, now));
         let made = match &found {
             Some(Found::Made(made)) if made.call == *call => made,
