@@ -67,6 +67,18 @@ const STORE_PATIENCE: Duration = Duration::from_secs(60);
 /// Pauses between two tries to send segments: the first, and the longest.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 
+/// Whoever takes segments: the gateway, at the other end of a [`Link`].
+pub trait Witness: Send + Sync {
+    /// Takes a segment, or says again that it has it.
+    fn append<'a>(&'a self, request: &'a AppendRequest) -> BoxFuture<'a, Result<AppendReply, CallError>>;
+}
+
+impl Witness for Link {
+    fn append<'a>(&'a self, request: &'a AppendRequest) -> BoxFuture<'a, Result<AppendReply, CallError>> {
+        Link::append(self, request).boxed()
+    }
+}
+
 /// What a journal starts from.
 pub struct Start {
     /// The attempt.
@@ -117,7 +129,7 @@ struct Progress {
 
 impl Journal {
     /// Starts the task that stores segments.
-    pub fn start(start: Start, link: Arc<Link>) -> Arc<Self> {
+    pub fn start(start: Start, witness: Arc<dyn Witness>) -> Arc<Self> {
         let size = start.tree.size();
         let journal = Arc::new(Self {
             attempt: start.attempt,
@@ -129,7 +141,7 @@ impl Journal {
         });
         let Start { attempt, tree, signer, origin, spool, .. } = start;
         let outbox = Outbox { attempt, tree, signer, origin, spool, units: VecDeque::new(), sent: 0 };
-        tokio::spawn(journal.clone().send(outbox, link));
+        tokio::spawn(journal.clone().send(outbox, witness));
         journal
     }
 
@@ -296,7 +308,7 @@ impl Journal {
 
     /// Has the witness hold segment after segment, and asks beside that for what is held to be stored. The same bytes are sent again and
     /// again until it has them or refuses them: appending twice is appending once.
-    async fn send(self: Arc<Self>, mut outbox: Outbox, link: Arc<Link>) {
+    async fn send(self: Arc<Self>, mut outbox: Outbox, witness: Arc<dyn Witness>) {
         let (first, longest) = PAUSES;
         let mut pause = first;
         let (mut holding, mut storing): (Sending, Sending) = (Fuse::terminated(), Fuse::terminated());
@@ -317,14 +329,14 @@ impl Journal {
             if holding.is_terminated()
                 && let Some(unit) = outbox.units.get(outbox.sent)
             {
-                holding = unit.send(Until::Witnessed, &link);
+                holding = unit.send(Until::Witnessed, &witness);
             }
             if storing.is_terminated()
                 && let Some((oldest, newest)) = outbox.held()
             {
                 let wanted = self.wanted_stored.load(Ordering::Relaxed) > oldest.request.first;
                 if wanted || oldest.cut.elapsed() >= LINGER {
-                    storing = newest.send(Until::Stored, &link);
+                    storing = newest.send(Until::Stored, &witness);
                 } else {
                     let linger = oldest.cut + LINGER;
                     due = Some(due.map_or(linger, |due| due.min(linger)));
@@ -395,9 +407,9 @@ struct Unit {
 }
 
 impl Unit {
-    fn send(&self, until: Until, link: &Arc<Link>) -> Sending {
-        let (request, link) = (AppendRequest { until, ..self.request.clone() }, link.clone());
-        async move { link.append(&request).await }.boxed().fuse()
+    fn send(&self, until: Until, witness: &Arc<dyn Witness>) -> Sending {
+        let (request, witness) = (AppendRequest { until, ..self.request.clone() }, witness.clone());
+        async move { witness.append(&request).await }.boxed().fuse()
     }
 }
 
