@@ -1,4 +1,4 @@
-//! `make bench [ONLY=prefix]`, as far as it needs a cluster; `decision` is a package of its own beside this.
+//! `make bench [ONLY=prefix]`, as far as it needs a cluster; `evidence` is beside this, and `decision` a package of its own.
 //!
 //! Figures are compared with something measured in the same run, the two sides in turn. It fails on an error, never on a
 //! figure. It measures the release that the cluster runs; the client beside it shares the two cores, so bursts are
@@ -10,6 +10,7 @@ mod burst;
 mod call;
 mod cluster;
 mod measure;
+mod processor;
 mod start;
 
 use std::path::Path;

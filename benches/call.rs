@@ -26,7 +26,7 @@ use hyper_util::rt::TokioIo;
 use serde_json::{Value, json};
 use tokio::net::{TcpListener, TcpStream};
 
-use crate::{Measure, percentile};
+use crate::{Measure, percentile, processor};
 
 /// Set for the process that is the gateway: where its files are, and the upstream's address.
 const FOLDER: &str = "BELAY_BENCH_FOLDER";
@@ -66,11 +66,7 @@ impl Process {
 
     /// Seconds of processor that it has used.
     fn processor(&self) -> anyhow::Result<f64> {
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.0.id()))?;
-        let after = stat.rsplit_once(')').context("no name")?.1;
-        let fields: Vec<f64> = after.split_whitespace().filter_map(|field| field.parse().ok()).collect();
-        // utime and stime, the 14th and 15th; the state is no number. In hundredths of a second.
-        Ok((fields.get(10).context("no utime")? + fields.get(11).context("no stime")?) / 100.0)
+        processor::seconds(&self.0.id().to_string())
     }
 }
 

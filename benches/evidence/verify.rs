@@ -1,0 +1,73 @@
+//! Records that are verified, a second and core, of one log that is in memory: by the tree alone (leaves, tree, checkpoints and their
+//! signatures), and all that `belay verify` does, which decides again over each call. Both in turns.
+
+use std::path::Path;
+
+use anyhow::{Context, ensure};
+use belay::{
+    evidence::{
+        log::Log,
+        merkle::Tree,
+        note::{self, VerifierKey},
+        record::Event,
+        segment::Segment,
+    },
+    verify::{Expected, Verdict},
+};
+
+use crate::{measure::Measure, processor, task::UID, write};
+
+/// Calls in the log, of two records each.
+const CALLS: usize = 75_000;
+const TURNS: usize = 5;
+/// How often a turn checks the tree: the clock of processors has no fine hands.
+const TREES: usize = 5;
+/// Records a second and core.
+const GOALS: [f64; 2] = [1_000_000.0, 100_000.0];
+
+pub async fn verify(folder: &Path) -> anyhow::Result<Vec<Measure>> {
+    let (store, prefix, witness) = write::written(&folder.join("log"), CALLS)?;
+    let log = Log::read(&store, &prefix, false).await?;
+    let segments = log.segments.values().map(|text| Ok(Segment::parse(text)?)).collect::<anyhow::Result<Vec<_>>>()?;
+    let first = segments.first().context("no segment")?.decode()?;
+    let Some(Event::AttemptOpened(opened)) = first.into_iter().next().map(|record| record.event) else {
+        anyhow::bail!("the log does not begin with attempt.opened")
+    };
+    let attempt: VerifierKey = opened.key.parse()?;
+    let expected = Expected::Origin(note::origin(UID));
+
+    let (mut trees, mut wholes, mut records) = (0.0, 0.0, 0);
+    for _ in 0..TURNS {
+        let began = processor::seconds("self")?;
+        for _ in 0..TREES {
+            records = tree(&segments, &witness, &attempt)?;
+        }
+        let between = processor::seconds("self")?;
+        let report = belay::verify::verify(&log, &witness, &expected);
+        let ended = processor::seconds("self")?;
+        ensure!(report.verdict == Verdict::Valid, "{:#?}", report.findings);
+        ensure!(report.summary.records == records, "the two sides read different logs");
+        (trees, wholes) = (trees + between - began, wholes + ended - between);
+    }
+    let all = records as f64 * TURNS as f64;
+    let n = records as usize;
+    let [tree, whole] = GOALS;
+    Ok(vec![
+        Measure::at_least("evidence.verify.tree", all * TREES as f64 / trees, "1/s", n, tree),
+        Measure::at_least("evidence.verify.whole", all / wholes, "1/s", n, whole),
+    ])
+}
+
+/// The records in the tree of these segments, whose checkpoints hold.
+fn tree(segments: &[Segment], witness: &VerifierKey, attempt: &VerifierKey) -> anyhow::Result<u64> {
+    let mut tree = Tree::new();
+    for (index, segment) in segments.iter().enumerate() {
+        tree = segment.extend(&tree)?;
+        segment.note.verify_cosignature(witness)?;
+        // The last one is the gateway's own.
+        if index + 1 < segments.len() {
+            segment.note.verify(attempt)?;
+        }
+    }
+    Ok(tree.size())
+}
