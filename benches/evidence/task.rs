@@ -179,6 +179,7 @@ impl Calls {
             tokens: 0,
             cost_micros: 0,
             upstream: Some("198.51.100.20:443".into()),
+            certificate: None,
             sensitivity: Sensitivity::default(),
             undone_by: None,
         };

@@ -328,6 +328,7 @@ async fn log(calls: usize) -> anyhow::Result<()> {
             failure_class: String::new(),
             reason: "Completed".into(),
             exit_code: Some(0),
+            images: Default::default(),
         },
     };
     witness.seal(&place(), &sealed).await?;
