@@ -15,7 +15,7 @@ It does not promise what a set of objects cannot show: that nobody holds back th
 one version and a lock, what a commitment commits to; nor that the policy was right to allow a call.
 Exit code: 0 VALID, 1 INVALID, 3 INCOMPLETE, 2 for a command line, a key or a folder that cannot be read.
 """
-import argparse, base64, datetime, decimal, functools, itertools, json, os, pathlib, re, sys  # noqa: E401
+import argparse, base64, datetime, decimal, functools, itertools, json, math, os, pathlib, re, sys  # noqa: E401
 from collections import Counter, namedtuple
 from hashlib import sha256
 
@@ -36,7 +36,6 @@ def same(found: bytes, expected: bytes, what: str):
     if found != expected:
         start = max(0, len(os.path.commonprefix([found, expected])) - 30)
         need(False, what, f"from byte {start} {expected[start:start + 90]}", found[start:start + 90])
-
 
 # Canonical JSON (RFC 8785) and base64: what is read has to be what would be written of it. So a name that is there
 # twice is refused, as one of them is gone after reading, and a lone surrogate, as it cannot be written.
@@ -67,7 +66,6 @@ def read_base64(text: str) -> bytes:
     data = base64.b64decode(text, validate=True)
     need(base64.b64encode(data).decode() == text, "base64", "padding and no stray bits", text)
     return data
-
 
 # Keys, signatures of notes, and the tree's inner nodes (sections 2 and 3)
 NAME = r"[^\s+\x00-\x1f\x7f-\x9f]+"
@@ -106,33 +104,34 @@ def check_signatures(text: bytes, signatures: str, keys: list[Key]):
 def join(left: bytes, right: bytes) -> bytes:
     return sha256(b"\x01" + left + right).digest()
 
-
 # Forms of records (section 5): members, `?` after those that are optional, and their types: a form, one of TYPES, or a
-# pattern of a string; `text` if none is given, and `*`, all but null, where the format does not say what it is.
-TYPES = {"flag": {bool}, "int": {int}, "count": {int}, "text": {str}, "list": {list}, "texts": {list},
-         "*": {bool, int, float, str, list, dict}, "hash": "[0-9a-f]{64}",
+# pattern of a string; `text` if none is given.
+TYPES = {"flag": lambda v: type(v) is bool, "text": lambda v: type(v) is str, "object": lambda v: type(v) is dict,
+         "int": lambda v: type(v) is int, "count": lambda v: type(v) is int and v >= 0,
+         "cost": lambda v: type(v) is int and v > 0, "texts": lambda v: type(v) is list and {*map(type, v)} <= {str},
+         "objects": lambda v: type(v) is list and {*map(type, v)} <= {dict}, "hash": "[0-9a-f]{64}",
          "time": r"[0-9]{4}-[0-9]{2}-[0-9]{2}T([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9]\.[0-9]{3}Z"}
 CHANNEL, EFFECTS = "channel:tool|listing|model|egress", ["read", "write", "external"]  # each tighter than that before
 FORMS = {
     "record": "v:count seq:count time:time attempt:count actor:harness|gateway usage:usage kind",
-    "usage": "toolCalls:count tokens:count denials:count costMicros?:count",
+    "usage": "toolCalls:count tokens:count denials:count costMicros?:cost",
     "attempt.opened": "key policyDigest:hash rollbackDigest?:hash pod:pod containment:containment.checked",
     "call.intent": f"call {CHANNEL} target effect?:{'|'.join(EFFECTS)} definition? requestDigest?:hash "
-                   "requestBytes:count rules:texts key? approvals?:* undoes?:* assessment?:* model?:* "
-                   "reservedTokens:count reservedCostMicros?:count",
-    "call.outcome": "call effect:applied|not_applied|unknown rule? status:int responseDigest?:hash responseBytes:count "
-                    "tokens:count costMicros?:count upstream? sensitivity?:* undoneBy?:hash",
+                   "requestBytes:count rules:texts key? approvals?:texts undoes? assessment?:object model? "
+                   "reservedTokens:count reservedCostMicros?:cost",
+    "call.outcome": "call effect:applied|not_applied|unknown rule? status:count responseDigest?:hash "
+                    "responseBytes:count tokens:count costMicros?:cost upstream? sensitivity? undoneBy?:hash",
     "call.replayed": "call target key requestDigest:hash responseDigest:hash",
     "call.resolved": "call effect:applied|not_applied by", "pod": "name uid node runtimeClass networkPolicy",
     "call.denied": f"{CHANNEL} target rule reason requestDigest?:hash",
-    "approval.requested": "name uid by:* tool requestDigest:hash required:* expires:* because?:* standing decisions?:*",
-    "containment.checked": "contained:flag rounds:count millis:count reachable unreachable:texts breaches?:list",
+    "approval.requested": "name uid by tool requestDigest:hash required:count expires because?:texts "
+                          "standing:approved|denied|expired|pending decisions?:objects",
+    "containment.checked": "contained:flag rounds:count millis:count reachable unreachable:texts breaches?:texts",
     "attempt.closed": "reason", "task.closed": "phase failureClass reason exitCode?:int",
 }
 FORMS["approval.decided"] = FORMS["approval.requested"]
 
 def check_form(value, form: str, what: str):
-    need(isinstance(value, dict), what, "an object", value)
     types = {name: kind or "text" for name, _, kind in (member.partition(":") for member in form.split())}
     missing = [name for name in types if name[-1] != "?" and name not in value]
     need(not missing, what, f"the members {missing}", sorted(value))
@@ -140,12 +139,12 @@ def check_form(value, form: str, what: str):
         kind = types.get(name) or types.get(name + "?")
         need(kind and "?" not in name, what, "no such member", name)
         if kind in FORMS:
+            need(type(member) is dict, name, "an object", member)
             check_form(member, FORMS[kind], name)
         else:
             of = TYPES.get(kind, kind)
-            holds = type(member) in of if isinstance(of, set) else type(member) is str and re.fullmatch(of, member)
-            need(holds and (kind != "count" or member >= 0) and (kind != "texts" or {str} >= set(map(type, member))),
-                 f"{what}: {name}", kind, member)
+            holds = of(member) if callable(of) else type(member) is str and re.fullmatch(of, member)
+            need(holds and (member != [] or name in types), f"{what}: {name}", f"{kind}, left out if empty", member)
 
 def at(value, *path: str):  # a member in a document, whose form is open; None if it is not there
     for name in path:
@@ -162,7 +161,8 @@ class Log:
         self.peaks = []  # the roots of whole subtrees, the largest first
         # By the records: the newest policy and key, the attempt that is not closed, whether no probe of it has failed
         self.policy, self.key, self.running, self.contained = None, None, 0, True
-        self.usage, self.keys, self.intents, self.outcomes, self.fates = Counter(), set(), {}, set(), {}
+        # Calls: their intents, effects by their outcomes, what became of them, since which record that is not known
+        self.usage, self.intents, self.outcomes, self.fates, self.lost = Counter(), {}, {}, {}, {}
 
     def hold(self, holds, what: str, expected: str, found):  # like need, for what does not keep us from reading on
         if not holds:
@@ -263,9 +263,9 @@ class Log:
             case "call.outcome":
                 intent = self.intents.get(call, {"attempt": None, "reservedTokens": 0})
                 hold(intent["attempt"] == attempt, "rule 5", "an intent of the call in the same attempt before", call)
-                hold(call not in self.outcomes, "rule 5", "one outcome of a call", call)
-                self.outcomes.add(call)
-                self.fates[call] = record["effect"].replace("not_applied", "notApplied")
+                hold(call not in self.outcomes, "rule 5", "one outcome of a call, and none once it is resolved", call)
+                self.outcomes[call] = self.fates[call] = record["effect"]
+                self.lost[call] = record["seq"] if record["effect"] == "unknown" else math.inf
                 usage.update(tokens=record["tokens"] - intent["reservedTokens"],
                              costMicros=record.get("costMicros", 0) - intent.get("reservedCostMicros", 0))
             case "call.denied":
@@ -273,33 +273,33 @@ class Log:
             case "call.replayed":
                 hold(call in self.intents, kind, "a call with an intent before", call)
             case "call.resolved":
-                hold(record["by"] in self.intents, kind, "by: a call with an intent before", record["by"])
-                hold(self.fates.get(call) in ("open", "unknown"), kind, "a call whose fate was unknown", call)
-                self.fates[call] = record["effect"].replace("not_applied", "notApplied")
-        hold(Counter(record["usage"]) == usage and record["usage"].get("costMicros") != 0, "rule 4",
-             f"usage {dict(usage)}, without costMicros if 0", record["usage"])
+                by, since = record["by"], self.lost.get(call, math.inf)
+                hold(self.outcomes.get(by) == "applied" and self.intents[by]["seq"] > since, "rule 5",
+                     f"a call of unknown fate, and by one that was made after record {since} and applied", (call, by))
+                self.outcomes.setdefault(call, None)
+                self.lost[call], self.fates[call] = math.inf, record["effect"]
+        hold(Counter(record["usage"]) == usage, "rule 4", f"usage {dict(usage)}", record["usage"])
         self.usage = Counter(record["usage"])
 
     def open(self, record: dict, policy):
         self.policy, self.key, self.running, self.contained = policy, read_key(record["key"]), record["attempt"], True
         name, probe, uid = f"{self.origin}/{record['attempt']}", record["containment"], at(policy, "task", "uid")
         self.hold((self.key.name, self.key.type) == (name, 1), "rule 3", f"a key {name} of type 1", record["key"])
-        self.hold(self.key.public not in self.keys, "rule 2", "another key for each start", record["key"])
         self.hold(probe["contained"] and "breaches" not in probe, "rule 3", "contained true, no breaches", probe)
         self.hold(self.origin.removeprefix("belay.dev/task/") == uid, "rule 3", f"a policy of {self.origin}", uid)
-        self.keys.add(self.key.public)
+        self.lost = {call: record["seq"] for call, fate in self.fates.items() if fate == "open"} | self.lost
 
     def allowed(self, intent: dict):
         """Rule 6."""
         hold, effect = self.hold, intent.get("effect")
         if intent["channel"] == "tool":
             tools, allowed = at(self.policy, "tools"), at(self.policy, "allowedEffects")
-            tool = [t for t in tools if at(t, "name") == intent["target"]] if isinstance(tools, list) else []
+            tool = [t for t in tools if at(t, "name") == intent["target"]]
             hold(tool, "rule 6", "a tool of the policy", intent["target"])
             least = at(tool[0], "sideEffect") if tool else effect
             tighter = EFFECTS[EFFECTS.index(least):] if least in EFFECTS else []
             hold(effect in tighter, "rule 6", f"an effect of {tighter}", effect)
-            hold(isinstance(allowed, list) and effect in allowed, "rule 6", f"an effect of {show(allowed)}", effect)
+            hold({least, effect} <= set(allowed), "rule 6", f"effects of {show(allowed)}", (least, effect))
         for name in ["toolCalls"] * (intent["channel"] == "tool") + ["tokens"] * (intent["reservedTokens"] > 0):
             limit, count = at(self.policy, "limits", name), intent["usage"][name]
             hold(type(limit) is int and count <= limit, "rule 6", f"at most {show(limit)} {name}", count)
@@ -337,9 +337,9 @@ class Log:
                 "records": len(self.records), "started": self.records[0]["time"], "ended": last["time"],
                 "attempts": len([*itertools.groupby(each("attempt.opened", "attempt"))]), "usage": last["usage"],
                 "outcome": {name: last[name] for name in last.keys() & {"phase", "failureClass", "reason", "exitCode"}},
-                "calls": {name: fates[name] for name in ("applied", "notApplied", "unknown", "open")},
+                "calls": {"notApplied": fates["not_applied"]} | {c: fates[c] for c in ("applied", "unknown", "open")},
                 "denials": Counter(each("call.denied", "rule")),
-                "approvals": Counter(map(str.lower, each("approval.decided", "standing")))}}).encode()
+                "approvals": Counter(each("approval.decided", "standing"))}}).encode()
         kind, given = "application/vnd.in-toto+json", json.loads(data)
         same(base64.b64decode(given["payload"]), payload, "payload")
         signature = {"keyid": f"{self.witness.name}+{self.witness.id}", "sig": given["signatures"][0]["sig"]}
