@@ -41,7 +41,8 @@ impl Log {
         let mut versions: Vec<StoredObject> = Vec::new();
         for folder in [segment::FOLDER, INCIDENTS, ending::FOLDER, ending::SUMMARY] {
             for object in store.list_versions(&format!("{prefix}{folder}")).await? {
-                if let Some(key) = object.key.strip_prefix(prefix) {
+                // Stores list what begins so: other objects whose names go on are none of the log's.
+                if let Some(key) = object.key.strip_prefix(prefix).filter(|key| Self::has(key)) {
                     versions.push(StoredObject { key: key.to_owned(), ..object });
                 }
             }
@@ -57,19 +58,52 @@ impl Log {
             .await?;
         let mut log = Self { versions: locks.then_some(versions), ..Self::default() };
         for (key, bytes) in bytes {
-            if key.starts_with(segment::FOLDER) {
-                log.segments.insert(key, bytes);
-            } else if key.starts_with(INCIDENTS) {
-                log.incidents.insert(key, bytes);
-            } else {
-                log.ending.insert(key, bytes);
-            }
+            log.of(&key).insert(key, bytes);
         }
         Ok(log)
+    }
+
+    /// Whether objects with this key are a log's.
+    pub fn has(key: &str) -> bool {
+        [segment::FOLDER, INCIDENTS, ending::FOLDER].iter().any(|folder| key.starts_with(folder))
+            || key == ending::SUMMARY
+    }
+
+    /// The objects among which one with this key lies.
+    pub fn of(&mut self, key: &str) -> &mut BTreeMap<String, Bytes> {
+        if key.starts_with(segment::FOLDER) {
+            &mut self.segments
+        } else if key.starts_with(INCIDENTS) {
+            &mut self.incidents
+        } else {
+            &mut self.ending
+        }
     }
 
     /// Every object's key and bytes.
     pub fn objects(&self) -> impl Iterator<Item = (&str, &Bytes)> {
         self.segments.iter().chain(&self.incidents).chain(&self.ending).map(|(key, bytes)| (key.as_str(), bytes))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::evidence::store::dir::Dir;
+
+    #[tokio::test]
+    async fn what_only_begins_like_a_logs_object_is_none() {
+        let folder = tempfile::tempdir().unwrap();
+        let names = ["incidents/0.json", "segments/x", "summary.dsse.json", "tlog/checkpoint"];
+        for name in names.iter().chain(&["summary.dsse.json0", "notes.txt", "rollback/c1"]) {
+            let path = folder.path().join(name);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, name).unwrap();
+        }
+        let log = Log::read(&Dir::new(folder.path()), "", true).await.unwrap();
+        let mut found: Vec<_> = log.objects().map(|(name, _)| name).collect();
+        found.sort_unstable();
+        assert_eq!(found, names);
+        assert_eq!(log.versions.unwrap().len(), names.len());
     }
 }
