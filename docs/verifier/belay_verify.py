@@ -22,7 +22,6 @@ from hashlib import sha256
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-
 # What is not as it must be raises a ValueError with a finding: what it is about, what was expected, what was found.
 def show(value) -> str:
     text = ascii(value)
@@ -108,8 +107,10 @@ def join(left: bytes, right: bytes) -> bytes:
 # pattern of a string; `text` if none is given.
 TYPES = {"flag": lambda v: type(v) is bool, "text": lambda v: type(v) is str, "object": lambda v: type(v) is dict,
          "int": lambda v: type(v) is int, "count": lambda v: type(v) is int and v >= 0,
-         "cost": lambda v: type(v) is int and v > 0, "texts": lambda v: type(v) is list and {*map(type, v)} <= {str},
-         "objects": lambda v: type(v) is list and {*map(type, v)} <= {dict}, "hash": "[0-9a-f]{64}",
+         "cost": lambda v: type(v) is int and v > 0, "several": lambda v: type(v) is int and v > 1,
+         "texts": lambda v: type(v) is list and {*map(type, v)} <= {str}, "hash": "[0-9a-f]{64}",
+         "objects": lambda v: type(v) is list and {*map(type, v)} <= {dict},
+         "names": lambda v: type(v) is dict and {*map(type, v.values())} <= {str},
          "time": r"[0-9]{4}-[0-9]{2}-[0-9]{2}T([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9]\.[0-9]{3}Z"}
 CHANNEL, EFFECTS = "channel:tool|listing|model|egress", ["read", "write", "external"]  # each tighter than that before
 FORMS = {
@@ -119,15 +120,15 @@ FORMS = {
     "call.intent": f"call {CHANNEL} target effect?:{'|'.join(EFFECTS)} definition? requestDigest?:hash "
                    "requestBytes:count rules:texts key? approvals?:texts undoes? assessment?:object model? "
                    "reservedTokens:count reservedCostMicros?:cost",
-    "call.outcome": "call effect:applied|not_applied|unknown rule? status:count responseDigest?:hash "
+    "call.outcome": "call effect:applied|not_applied|unknown rule? status:count responseDigest?:hash certificate?:hash "
                     "responseBytes:count tokens:count costMicros?:cost upstream? sensitivity? undoneBy?:hash",
     "call.replayed": "call target key requestDigest:hash responseDigest:hash",
     "call.resolved": "call effect:applied|not_applied by", "pod": "name uid node runtimeClass networkPolicy",
-    "call.denied": f"{CHANNEL} target rule reason requestDigest?:hash",
+    "call.denied": f"{CHANNEL} target rule reason requestDigest?:hash count?:several",
     "approval.requested": "name uid by tool requestDigest:hash required:count expires because?:texts "
                           "standing:approved|denied|expired|pending decisions?:objects",
     "containment.checked": "contained:flag rounds:count millis:count reachable unreachable:texts breaches?:texts",
-    "attempt.closed": "reason", "task.closed": "phase failureClass reason exitCode?:int",
+    "attempt.closed": "reason", "task.closed": "phase failureClass reason exitCode?:int images?:names",
 }
 FORMS["approval.decided"] = FORMS["approval.requested"]
 
@@ -144,13 +145,12 @@ def check_form(value, form: str, what: str):
         else:
             of = TYPES.get(kind, kind)
             holds = of(member) if callable(of) else type(member) is str and re.fullmatch(of, member)
-            need(holds and (member != [] or name in types), f"{what}: {name}", f"{kind}, left out if empty", member)
+            need(holds and (member not in ([], {}) or name in types), f"{what}: {name}", f"{kind}, or left out", member)
 
 def at(value, *path: str):  # a member in a document, whose form is open; None if it is not there
     for name in path:
         value = value.get(name) if isinstance(value, dict) else None
     return value
-
 
 class Log:
     """What has been read so far, and what there is to say against it."""
@@ -162,7 +162,8 @@ class Log:
         # By the records: the newest policy and key, the attempt that is not closed, whether no probe of it has failed
         self.policy, self.key, self.running, self.contained = None, None, 0, True
         # Calls: their intents, effects by their outcomes, what became of them, since which record that is not known
-        self.usage, self.intents, self.outcomes, self.fates, self.lost = Counter(), {}, {}, {}, {}
+        self.usage, self.denials = Counter(), Counter()
+        self.intents, self.outcomes, self.fates, self.lost = {}, {}, {}, {}
 
     def hold(self, holds, what: str, expected: str, found):  # like need, for what does not keep us from reading on
         if not holds:
@@ -269,7 +270,9 @@ class Log:
                 usage.update(tokens=record["tokens"] - intent["reservedTokens"],
                              costMicros=record.get("costMicros", 0) - intent.get("reservedCostMicros", 0))
             case "call.denied":
-                usage["denials"] += 1
+                usage["denials"] += record.get("count", 1)
+                self.denials[record["rule"]] += record.get("count", 1)
+                hold(not record.keys() >= {"count", "requestDigest"}, kind, "a digest or a count", record)
             case "call.replayed":
                 hold(call in self.intents, kind, "a call with an intent before", call)
             case "call.resolved":
@@ -323,9 +326,7 @@ class Log:
 
     def summary(self, data: bytes):
         """Section 8. All but the signature follows from the records, so that it is written again and compared."""
-        def each(kind: str, name: str) -> list:
-            return [record[name] for record in self.records if record["kind"] == kind]
-
+        each = lambda kind, name: [record[name] for record in self.records if record["kind"] == kind]
         last, task, fates = self.records[-1], at(self.policy, "task") or {}, Counter(self.fates.values())
         about = {name: task.get(name, "") for name in ("principal", "workflowClass", "taskClass")} | {"task": ""}
         if self.key:
@@ -336,9 +337,9 @@ class Log:
                 "policyDigests": [digest for digest, _ in itertools.groupby(each("attempt.opened", "policyDigest"))],
                 "records": len(self.records), "started": self.records[0]["time"], "ended": last["time"],
                 "attempts": len([*itertools.groupby(each("attempt.opened", "attempt"))]), "usage": last["usage"],
-                "outcome": {name: last[name] for name in last.keys() & {"phase", "failureClass", "reason", "exitCode"}},
+                "outcome": {n: last[n] for n in last.keys() & {*"phase failureClass reason exitCode images".split()}},
                 "calls": {"notApplied": fates["not_applied"]} | {c: fates[c] for c in ("applied", "unknown", "open")},
-                "denials": Counter(each("call.denied", "rule")),
+                "denials": self.denials,
                 "approvals": Counter(each("approval.decided", "standing"))}}).encode()
         kind, given = "application/vnd.in-toto+json", json.loads(data)
         same(base64.b64decode(given["payload"]), payload, "payload")
