@@ -396,6 +396,5 @@ def main() -> int:
         parser.error(f"cannot be read: {error}")
     return 0
 
-
 if __name__ == "__main__":
     sys.exit(main())
