@@ -1,14 +1,27 @@
-//! The attempt's wall time, which stands still while people are asked.
+//! What time it is, and the attempt's wall time, which stands still while people are asked.
 //!
-//! Promises: what people take is not the agent's, up to the allowance; overlapping waits count once. Refuses: to go back, and to
-//! survive the harness: one that is started again begins anew, and the operator's own deadline holds.
+//! Promises: what people take is not the agent's, up to the allowance; overlapping waits count once; the time of records, by which
+//! windows close, goes on evenly, though the machine's clock is set. Refuses: to go back, and to survive the harness: one that is started
+//! again begins anew, and the operator's own deadline holds.
 
 use std::{
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
+use jiff::{SignedDuration, Timestamp};
 use tokio::time::Instant;
+
+/// What the machine's clock said when this one was first looked at.
+static BEGAN: LazyLock<(Timestamp, std::time::Instant)> =
+    LazyLock::new(|| (Timestamp::now(), std::time::Instant::now()));
+
+/// What time it is: what the machine's clock said when the harness began, and what has passed since.
+pub fn now() -> Timestamp {
+    let (began, since) = *BEGAN;
+    let passed = SignedDuration::try_from(since.elapsed()).unwrap_or(SignedDuration::MAX);
+    began.checked_add(passed).unwrap_or(Timestamp::MAX)
+}
 
 /// Between two looks at a clock that may stand still.
 const TICK: Duration = Duration::from_millis(500);
@@ -101,6 +114,13 @@ mod tests {
 
     const fn seconds(n: u64) -> Duration {
         Duration::from_secs(n)
+    }
+
+    #[test]
+    fn time_goes_on_and_is_the_machines_as_long_as_nobody_sets_that() {
+        let (before, now) = (now(), now());
+        assert!(before <= now);
+        assert!(Timestamp::now().duration_since(now).abs() < SignedDuration::from_secs(1));
     }
 
     #[tokio::test(start_paused = true)]

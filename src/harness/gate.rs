@@ -10,7 +10,7 @@ use tokio::sync::Notify;
 
 use super::{
     approvals::Approvals,
-    clock::Clock,
+    clock::{self, Clock},
     flood::{Counted, Flood},
     journal::{Journal, call_id},
     link::{Link, Peer},
@@ -342,7 +342,7 @@ impl Gate {
                 digest: call.request_digest.as_deref().unwrap_or_default(),
             };
             // The witness reads the time of the record, which is written a little later.
-            let now = jiff::Timestamp::now();
+            let now = clock::now();
             rollback::lets(self.undoing().as_ref(), leaving, now.checked_add(SLACK).unwrap_or(now))
                 .map_err(|reason| Denial { rule: Rule::ToolRollback, reason })?;
             match call.channel {
@@ -429,7 +429,7 @@ impl Gate {
         quotas.take(&call.target, now);
         approvals.used(&call.approvals, &call.target, digest).map_err(unusable)?;
         if let Some((key, _)) = under {
-            let time = format!("{:.3}", jiff::Timestamp::now());
+            let time = format!("{:.3}", clock::now());
             ledger.intend(key, &call_id(seq), digest.unwrap_or_default(), &time);
         }
         if let Some((undoing, undoes)) = self.undoing().as_mut().zip(call.undoes.as_ref()) {

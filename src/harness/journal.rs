@@ -31,7 +31,7 @@ use tokio::{
 };
 
 use super::{
-    HarnessError,
+    HarnessError, clock,
     link::{CallError, Link},
     spool::Spool,
 };
@@ -64,6 +64,8 @@ const LINGER: Duration = Duration::from_millis(100);
 const BACKLOG: u64 = 2_048;
 /// How long a call waits for its intent to be stored before it is denied.
 const STORE_PATIENCE: Duration = Duration::from_secs(60);
+/// Between two tries to keep a segment for which there is no room.
+const ROOM: Duration = Duration::from_secs(1);
 /// Pauses between two tries to send segments: the first, and the longest.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 
@@ -140,7 +142,7 @@ impl Journal {
             progress: watch::Sender::new(Progress { spooled: size, behind: None, stored: size, failed: None }),
         });
         let Start { attempt, tree, signer, origin, spool, .. } = start;
-        let outbox = Outbox { attempt, tree, signer, origin, spool, units: VecDeque::new(), sent: 0 };
+        let outbox = Outbox { attempt, tree, signer, origin, spool, cut: None, units: VecDeque::new(), sent: 0 };
         tokio::spawn(journal.clone().send(outbox, witness));
         journal
     }
@@ -160,7 +162,7 @@ impl Journal {
         let record = Record {
             v: VERSION,
             seq,
-            time: format!("{:.3}", jiff::Timestamp::now()),
+            time: format!("{:.3}", clock::now()),
             attempt: self.attempt,
             actor: Actor::Harness,
             usage: state.budget.usage(),
@@ -315,15 +317,22 @@ impl Journal {
         loop {
             // By when there is something to do at the latest.
             let mut due: Option<Instant> = None;
-            if outbox.sent == outbox.units.len() {
+            if outbox.sent == outbox.units.len() && outbox.cut.is_none() {
                 match self.take() {
                     Ok(records) => {
                         if let Err(denial) = outbox.cut(records) {
                             return self.fail(denial);
                         }
-                        self.progress.send_modify(|progress| outbox.tell(progress));
                     }
                     Err(linger) => due = linger,
+                }
+            }
+            match outbox.keep() {
+                Ok(false) => {}
+                Ok(true) => self.progress.send_modify(|progress| outbox.tell(progress)),
+                Err(error) => {
+                    tracing::warn!(%error, "the spool cannot be written; nothing leaves until it can");
+                    due = Some(Instant::now() + ROOM);
                 }
             }
             if holding.is_terminated()
@@ -393,6 +402,8 @@ struct Outbox {
     signer: Signer,
     origin: String,
     spool: Spool,
+    /// A segment that is not in the spool yet, and the log after it.
+    cut: Option<(Unit, Tree)>,
     /// In order.
     units: VecDeque<Unit>,
     /// How many of them the witness holds.
@@ -414,19 +425,36 @@ impl Unit {
 }
 
 impl Outbox {
-    /// Makes a segment of these records, signed, and keeps it.
+    /// Makes a segment of these records, signed, to be kept.
     fn cut(&mut self, entries: Vec<Encoded>) -> Result<(), Denial> {
         let lost = |reason: String| Denial { rule: Rule::Evidence, reason };
-        let first = self.tree.size();
-        entries.iter().for_each(|entry| self.tree.push(leaf_hash(&entry.record)));
-        let checkpoint = Checkpoint { origin: self.origin.clone(), size: self.tree.size(), root: self.tree.root() };
+        let (first, mut tree) = (self.tree.size(), self.tree.clone());
+        entries.iter().for_each(|entry| tree.push(leaf_hash(&entry.record)));
+        let checkpoint = Checkpoint { origin: self.origin.clone(), size: tree.size(), root: tree.root() };
         let segment = Segment::new(Note::sign(&checkpoint, &self.signer), first, entries);
         let segment =
             String::from_utf8(segment.to_bytes()).map_err(|e| lost(format!("a segment is not UTF-8: {e}")))?;
-        self.spool.keep(segment.as_bytes()).map_err(|e| lost(format!("the spool cannot be written: {e}")))?;
         let request = AppendRequest { attempt: self.attempt, first, segment, until: Until::default() };
-        self.units.push_back(Unit { request, end: self.tree.size(), cut: Instant::now() });
+        self.cut = Some((Unit { request, end: tree.size(), cut: Instant::now() }, tree));
         Ok(())
+    }
+
+    /// Keeps the segment that was cut, if there is one; says so. Where there is no room, those that are stored make some.
+    fn keep(&mut self) -> std::io::Result<bool> {
+        let Some((unit, tree)) = self.cut.take() else { return Ok(false) };
+        let text = unit.request.segment.as_bytes();
+        let kept = self.spool.keep(text).or_else(|_| {
+            self.spool.make_room(self.units.iter().map(|unit| unit.request.segment.as_bytes()))?;
+            self.spool.keep(text)
+        });
+        match kept {
+            Ok(()) => {
+                self.tree = tree;
+                self.units.push_back(unit);
+            }
+            Err(_) => self.cut = Some((unit, tree)),
+        }
+        kept.map(|()| true)
     }
 
     /// The oldest and the newest of those that the witness holds.

@@ -14,6 +14,7 @@ use rmcp::model::CallToolResult;
 use tokio::sync::OwnedMutexGuard;
 
 use super::{
+    clock,
     journal::{Journal, call_id},
     link::Link,
 };
@@ -153,7 +154,7 @@ impl Once {
         let record = journal.record(|_, budget| {
             budget.open()?;
             // Its window may have closed since.
-            match self.ledger().find(&turn.key, digest, of, Timestamp::now()) {
+            match self.ledger().find(&turn.key, digest, of, clock::now()) {
                 Found::Made(_) => Ok(Event::Replayed(replayed)),
                 found => Err(refusal(&tool.name, &found)),
             }
@@ -206,7 +207,7 @@ fn result_of(text: &str, digest: &str, salt: &Salt) -> Option<CallToolResult> {
 }
 
 fn now() -> Timestamp {
-    let now = Timestamp::now();
+    let now = clock::now();
     now.checked_sub(SLACK).unwrap_or(now)
 }
 

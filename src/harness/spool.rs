@@ -1,7 +1,7 @@
 //! Segments that are not stored yet, on a volume that outlives the process.
 //!
-//! Promises: [`Spool::keep`] returns when the segment is synced; a harness that starts again finds what the one before it had kept,
-//! whole. Refuses: judging what is in there, and a file that is broken anywhere but at its end, where a process may have been killed.
+//! Promises: [`Spool::keep`] returns when the segment is synced, or else as if it had not been called; a harness that starts again
+//! finds what the one before it had kept, whole. Refuses: judging what is in there, and a file that is broken anywhere but at its end, where a process may have been killed.
 //!
 //! What the volume is worth: it ends with the pod. Before a call leaves, the witness holds its segment as well.
 
@@ -25,6 +25,8 @@ pub struct Spool {
     path: PathBuf,
     file: File,
     size: u64,
+    /// Something lies behind that: a part of a segment for which there was no room.
+    torn: bool,
 }
 
 impl Spool {
@@ -42,7 +44,7 @@ impl Spool {
         let segments = segments(&text)
             .map_err(|reason| Error::new(ErrorKind::InvalidData, format!("{}: {reason}", path.display())))?;
         let file = OpenOptions::new().create(true).append(true).open(&path)?;
-        let mut spool = Self { path, file, size: 0 };
+        let mut spool = Self { path, file, size: 0, torn: false };
         // Without what was cut off.
         spool.only(segments.iter().map(Segment::to_bytes))?;
         Ok((spool, segments))
@@ -51,10 +53,16 @@ impl Spool {
     /// Keeps the text of a segment.
     ///
     /// # Errors
-    /// If it cannot be written.
+    /// If it cannot be written. It is not kept then, and the next takes its place.
     pub fn keep(&mut self, segment: &[u8]) -> Result<()> {
+        if self.torn {
+            self.file.set_len(self.size)?;
+            self.file.seek(SeekFrom::Start(self.size))?;
+        }
+        self.torn = true;
         self.file.write_all(segment)?;
         self.file.sync_data()?;
+        self.torn = false;
         self.size = self.size.saturating_add(u64::try_from(segment.len()).unwrap_or(u64::MAX));
         Ok(())
     }
@@ -64,8 +72,20 @@ impl Spool {
     /// # Errors
     /// If that cannot be written; they are kept.
     pub fn forget<T: AsRef<[u8]>>(&mut self, but: impl Iterator<Item = T> + Clone) -> Result<()> {
+        self.let_go(but, STALE)
+    }
+
+    /// Lets go of all but these, as there is no room.
+    ///
+    /// # Errors
+    /// See [`Spool::forget`].
+    pub fn make_room<T: AsRef<[u8]>>(&mut self, but: impl Iterator<Item = T> + Clone) -> Result<()> {
+        self.let_go(but, 0)
+    }
+
+    fn let_go<T: AsRef<[u8]>>(&mut self, but: impl Iterator<Item = T> + Clone, stale: u64) -> Result<()> {
         let needed: usize = but.clone().map(|text| text.as_ref().len()).sum();
-        if self.size.saturating_sub(u64::try_from(needed).unwrap_or(u64::MAX)) > STALE {
+        if self.size.saturating_sub(u64::try_from(needed).unwrap_or(u64::MAX)) > stale {
             self.only(but)?;
         }
         Ok(())
@@ -95,6 +115,7 @@ impl Spool {
             // The old one is whole, and needs the room.
             let _ = std::fs::remove_file(&new);
         })?;
+        self.torn = false;
         self.size = self.file.seek(SeekFrom::End(0))?;
         Ok(())
     }

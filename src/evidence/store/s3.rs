@@ -1,10 +1,17 @@
 //! A bucket with Object Lock.
 //!
-//! Promises: every put is conditional (`If-None-Match: *`), carries its SHA-256 and its retention, and is whole or absent;
-//! every call ends in bounded time. Refuses: to make or change buckets, and to trust a bucket's default retention.
+//! Promises: every put is conditional (`If-None-Match: *`), carries its SHA-256 and its retention, by the store's own clock, and is
+//! whole or absent; every call ends in bounded time. Refuses: to make or change buckets, and to trust a bucket's default retention.
 //! A delete marker hides an object but removes nothing: `Store::list_versions` shows both, and an auditor asks for it.
 
-use std::{error::Error as _, time::Duration};
+use std::{
+    error::Error as _,
+    sync::{
+        Arc,
+        atomic::{AtomicI64, Ordering},
+    },
+    time::Duration,
+};
 
 use aws_config::{
     BehaviorVersion, Region, environment::region::EnvironmentVariableRegionProvider, meta::region::RegionProviderChain,
@@ -12,18 +19,22 @@ use aws_config::{
 use aws_sdk_s3::{
     Client,
     config::{
-        ProvideCredentials, RequestChecksumCalculation, SharedCredentialsProvider, http::HttpResponse,
-        retry::RetryConfig, timeout::TimeoutConfig,
+        ConfigBag, Intercept, ProvideCredentials, RequestChecksumCalculation, RuntimeComponents,
+        SharedCredentialsProvider,
+        http::HttpResponse,
+        interceptors::{BeforeDeserializationInterceptorContextRef, BeforeTransmitInterceptorContextMut},
+        retry::RetryConfig,
+        timeout::TimeoutConfig,
     },
-    error::{DisplayErrorContext, ProvideErrorMetadata, SdkError},
-    primitives::{ByteStream, DateTime},
+    error::{BoxError, DisplayErrorContext, ProvideErrorMetadata, SdkError},
+    primitives::{ByteStream, DateTime, DateTimeFormat},
     types::{ChecksumAlgorithm, ObjectLockMode},
 };
 use aws_smithy_http_client::tls::{Provider, TlsContext, TrustStore, rustls_provider::CryptoMode};
 use base64::{Engine, engine::general_purpose::STANDARD as BASE64};
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt, future::BoxFuture};
-use jiff::{SignedDuration, Timestamp};
+use jiff::Timestamp;
 
 use super::{Mode, PutError, Retention, Store, StoreError, StoredObject};
 use crate::canonical;
@@ -43,6 +54,8 @@ const DEFAULT_REGION: &str = "us-east-1";
 
 /// Retention counts days of this length: no calendar, no time zone.
 const SECONDS_A_DAY: i64 = 86_400;
+/// The header that says until when.
+const RETAIN_UNTIL: &str = "x-amz-object-lock-retain-until-date";
 
 /// How to reach a bucket.
 #[derive(Clone, Debug, Default)]
@@ -70,6 +83,62 @@ pub struct S3 {
     client: Client,
     bucket: String,
     credentials: Option<SharedCredentialsProvider>,
+    clock: Clock,
+}
+
+/// The store's clock, as its replies tell it. The SDK signs by it, so that a machine whose own clock is wrong is let in all the same;
+/// what it then asked to lock would be locked for too short a time.
+#[derive(Clone, Debug, Default)]
+struct Clock(Arc<AtomicI64>);
+
+impl Clock {
+    fn now(&self) -> i64 {
+        Timestamp::now().as_second().saturating_add(self.0.load(Ordering::Relaxed))
+    }
+}
+
+impl Intercept for Clock {
+    fn name(&self) -> &'static str {
+        "Clock"
+    }
+
+    fn read_before_deserialization(
+        &self,
+        reply: &BeforeDeserializationInterceptorContextRef<'_>,
+        _: &RuntimeComponents,
+        _: &mut ConfigBag,
+    ) -> Result<(), BoxError> {
+        let date = reply.response().headers().get("date");
+        if let Some(date) = date.and_then(|date| DateTime::from_str(date, DateTimeFormat::HttpDate).ok()) {
+            self.0.store(date.secs().saturating_sub(Timestamp::now().as_second()), Ordering::Relaxed);
+        }
+        Ok(())
+    }
+}
+
+/// Until when an object is locked. Said anew with each try: the refusal of the one before may have told what time it is.
+#[derive(Debug)]
+struct Locked {
+    days: i64,
+    clock: Clock,
+}
+
+impl Intercept for Locked {
+    fn name(&self) -> &'static str {
+        "Locked"
+    }
+
+    fn modify_before_signing(
+        &self,
+        put: &mut BeforeTransmitInterceptorContextMut<'_>,
+        _: &RuntimeComponents,
+        _: &mut ConfigBag,
+    ) -> Result<(), BoxError> {
+        let until = self.clock.now().saturating_add(self.days.saturating_mul(SECONDS_A_DAY));
+        let until = DateTime::from_secs(until).fmt(DateTimeFormat::DateTime)?;
+        put.request_mut().headers_mut().try_insert(RETAIN_UNTIL, until)?;
+        Ok(())
+    }
 }
 
 impl S3 {
@@ -104,13 +173,15 @@ impl S3 {
             )
             .load()
             .await;
+        let clock = Clock::default();
         let mut config = aws_sdk_s3::config::Builder::from(&shared)
             .force_path_style(options.path_style)
+            .interceptor(clock.clone())
             // The SHA-256 is ours and explicit: no CRC32 beside it, which not every store takes.
             .request_checksum_calculation(RequestChecksumCalculation::WhenRequired);
         config.set_endpoint_url(options.endpoint.or_else(|| shared.endpoint_url().map(str::to_owned)));
         let credentials = shared.credentials_provider();
-        Ok(Self { client: Client::from_conf(config.build()), bucket: options.bucket, credentials })
+        Ok(Self { client: Client::from_conf(config.build()), bucket: options.bucket, credentials, clock })
     }
 
     /// Whether there are credentials to sign with: without them every call fails, and not in a way that says so.
@@ -160,18 +231,17 @@ impl S3 {
             .checksum_sha256(digest)
             .content_type("application/jsonl")
             .body(ByteStream::from(body));
+        let mut locked = None;
         if let Some(Retention { mode, days }) = retention {
-            let until = Timestamp::now()
-                .checked_add(SignedDuration::from_secs(days.saturating_mul(SECONDS_A_DAY)))
-                .map_err(|e| {
-                    self.unavailable("lock", key, format!("a retention of {days} days leads out of the calendar: {e}"))
-                })?;
-            put = put
-                .object_lock_mode(match mode {
-                    Mode::Compliance => ObjectLockMode::Compliance,
-                    Mode::Governance => ObjectLockMode::Governance,
-                })
-                .object_lock_retain_until_date(DateTime::from_secs(until.as_second()));
+            put = put.object_lock_mode(match mode {
+                Mode::Compliance => ObjectLockMode::Compliance,
+                Mode::Governance => ObjectLockMode::Governance,
+            });
+            locked = Some(Locked { days: *days, clock: self.clock.clone() });
+        }
+        let mut put = put.customize();
+        if let Some(locked) = locked {
+            put = put.interceptor(locked);
         }
         match put.send().await {
             Ok(done) => Ok(done.version_id.unwrap_or_else(|| NO_VERSION.to_owned())),

@@ -42,6 +42,31 @@ fn what_was_kept_is_found_again_and_what_was_let_go_of_is_not() {
 }
 
 #[test]
+fn what_there_was_no_room_for_leaves_nothing_behind() {
+    let folder = tempfile::tempdir().unwrap();
+    let segments = log(&[1, 2]);
+    let (mut spool, _) = Spool::open(folder.path()).unwrap();
+    for segment in &segments {
+        let text = segment.to_bytes();
+        // As a disk that is full leaves it.
+        spool.file.write_all(&text[..text.len() / 2]).unwrap();
+        spool.torn = true;
+        spool.keep(&text).unwrap();
+    }
+    assert_eq!(kept(folder.path()), segments);
+}
+
+#[test]
+fn it_makes_room_by_what_is_stored() {
+    let folder = tempfile::tempdir().unwrap();
+    let segments = log(&[1, 2]);
+    let (mut spool, _) = Spool::open(folder.path()).unwrap();
+    segments.iter().for_each(|segment| spool.keep(&segment.to_bytes()).unwrap());
+    spool.make_room([segments[1].to_bytes()].iter()).unwrap();
+    assert_eq!(kept(folder.path()), segments[1..]);
+}
+
+#[test]
 fn it_does_not_grow_with_what_is_stored() {
     let folder = tempfile::tempdir().unwrap();
     let segments = log(&[100; 200]);

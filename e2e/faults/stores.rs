@@ -1,0 +1,134 @@
+//! A store that denies, is busy, full, slow, silent, gone, or takes what it says nothing of: calls wait for it, and go on when it is back.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use serde_json::json;
+
+use super::{
+    alone::once,
+    judge::judge,
+    relay::{Fault, Moment},
+    world::{Told, World},
+};
+
+/// For so long nothing is to be had from it: longer than the SDK tries.
+const OUTAGE: Duration = Duration::from_secs(4);
+
+/// What changes something does not leave while the store does not answer, and does once it does.
+async fn waits(world: &World, breaks: impl FnOnce(&World), heals: impl FnOnce(&World)) {
+    world.insist("note").await;
+    breaks(world);
+    let before = world.effects.count("note");
+    let healing = async {
+        tokio::time::sleep(OUTAGE).await;
+        let meanwhile = world.effects.count("note");
+        heals(world);
+        meanwhile
+    };
+    let call = world.call("note", json!({"n": world.n()}));
+    let (told, meanwhile) = tokio::join!(call, healing);
+    assert_eq!(meanwhile, before, "a call left while its intent lay nowhere");
+    assert!(matches!(told, Told::Result(_)), "{told:?}");
+    world.work().await;
+    judge(world).await;
+}
+
+#[rstest::rstest]
+#[case::denies(Fault::Status(403))]
+#[case::is_busy(Fault::Status(503))]
+#[case::fails(Fault::Status(500))]
+#[case::is_full(Fault::Status(507))]
+#[case::is_silent(Fault::Silence)]
+#[case::is_cut_off(Fault::Broken(Moment::Before))]
+#[case::says_nothing(Fault::Broken(Moment::After))]
+fn calls_wait_for_a_store_that(#[case] fault: Fault) {
+    once(async || {
+        let world = World::begun().await;
+        let breaks = |world: &World| world.store.plan(move |_| Some(fault.clone()));
+        waits(&world, breaks, |world| world.store.heal()).await;
+    });
+}
+
+#[test]
+fn calls_wait_for_a_store_that_is_gone() {
+    once(async || {
+        let world = World::begun().await;
+        waits(&world, |world| world.s3.stop(), |world| world.s3.keep()).await;
+    });
+}
+
+#[test]
+fn calls_are_as_slow_as_the_store() {
+    once(async || {
+        let world = World::begun().await;
+        world.insist("note").await;
+        world.store.plan(|asked| (asked.method == http::Method::PUT).then_some(Fault::Slow(Duration::from_secs(1))));
+        world.work().await;
+        judge(&world).await;
+    });
+}
+
+/// The agent waits for a minute; then the call is denied, and certainly not made. With the store the task goes on.
+#[test]
+fn a_task_parks_while_the_store_is_gone_for_long() {
+    once(async || {
+        let world = World::begun().await;
+        world.insist("note").await;
+        world.s3.stop();
+        let (note, pay) = (json!({"n": world.n()}), json!({"order": "1"}));
+        let (note, pay) = tokio::join!(world.call("note", note), world.call("pay", pay));
+        for told in [note, pay] {
+            assert!(matches!(&told, Told::Refused(rule, _) if rule == "evidence.unavailable"), "{told:?}");
+        }
+        assert_eq!((world.effects.count("note"), world.effects.count("pay")), (1, 0));
+        world.s3.keep();
+        world.work().await;
+        judge(&world).await;
+    });
+}
+
+/// Any request may meet any fault, at random, and so may both processes.
+#[rstest::rstest]
+fn a_store_that_fails_at_random(#[values(1, 2, 3, 4)] seed: u64) {
+    once(async || {
+        let world = World::begun().await;
+        let (gateway, harness) = (world.gateway.clone(), world.harness.clone());
+        let state = Arc::new(AtomicU64::new(seed));
+        world.store.plan(move |_| {
+            Some(match random(&state) % 100 {
+                0 => Fault::Killed(Moment::Before, vec![gateway.clone()]),
+                1 => Fault::Killed(Moment::After, vec![gateway.clone()]),
+                2 => Fault::Killed(Moment::After, vec![harness.clone()]),
+                3..7 => Fault::Status(503),
+                7..10 => Fault::Status(403),
+                10..13 => Fault::Broken(Moment::Before),
+                13..16 => Fault::Broken(Moment::After),
+                16..20 => Fault::Slow(Duration::from_millis(300)),
+                _ => return None,
+            })
+        });
+        for _ in 0..3 {
+            world.work().await;
+        }
+        world.store.heal();
+        judge(&world).await;
+    });
+}
+
+/// xorshift64: the same seed, the same faults.
+fn random(state: &AtomicU64) -> u64 {
+    let step = |mut x: u64| {
+        x ^= x << 13;
+        x ^= x >> 7;
+        x ^ (x << 17)
+    };
+    let next = state.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |x| Some(step(x)));
+    // The first few are as small as the seed.
+    step(step(next.unwrap_or_default())) >> 20
+}

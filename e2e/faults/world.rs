@@ -1,0 +1,521 @@
+//! A world: a store, a gateway and a harness, wires between them, a name server, an upstream that counts, and an agent.
+//!
+//! ```text
+//! agent ─▶ harness ─▶ log (wire) ─▶ gateway ─▶ store (wire) ─▶ versitygw
+//!                                      └─────▶ upstream
+//! ```
+
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    path::{Path, PathBuf},
+    process::Command,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use axum::{Router, routing::any};
+use belay::{
+    api::{AgentTask, PolicyPack, ToolContract},
+    evidence::{
+        note::{self, Signer, VerifierKey, WITNESS_NAME},
+        record::{Containment, TaskClosed},
+        store::s3::{Options, S3},
+    },
+    operator::seal,
+    plan::config::render_policy,
+    policy::config::{HarnessConfig, Probe, Wiring},
+    wire::{self, SealReply, SealRequest},
+};
+use hickory_resolver::proto::{
+    op::{Message, MessageType},
+    rr::{RData, Record, RecordType},
+};
+use rmcp::{
+    RoleClient, ServiceExt,
+    model::{CallToolRequestParams, ContentBlock},
+    service::RunningService,
+    transport::StreamableHttpClientTransport,
+};
+use serde_json::{Value, json};
+use tokio::{net::UdpSocket, time::Instant};
+
+use super::{
+    api,
+    process::Process,
+    relay::{Relay, Tls},
+    upstream::{self, Effects},
+};
+
+const fn port(port: u16) -> SocketAddr {
+    SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), port)
+}
+
+/// Where everything is, in each world.
+const API: SocketAddr = port(6443);
+const DNS: SocketAddr = port(5353);
+const S3: SocketAddr = port(7070);
+const S3_WIRE: SocketAddr = port(7071);
+const GATEWAY: SocketAddr = port(8443);
+const GATEWAY_WIRE: SocketAddr = port(8445);
+const SILENT: SocketAddr = port(9);
+/// The store's identity and region, in the environment of each world.
+pub const KEYS: [(&str, &str); 3] =
+    [("AWS_ACCESS_KEY_ID", "belay-root"), ("AWS_SECRET_ACCESS_KEY", "belay-secret"), ("AWS_REGION", "us-east-1")];
+/// Where Debian has the library that moves clocks.
+const FAKETIME: &str = "/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1";
+/// For a process to begin.
+const START: Duration = Duration::from_secs(60);
+
+/// What is out of the ordinary in a world.
+#[derive(Default)]
+pub struct Setting {
+    /// What strace does to the first harness on its spool, such as `fdatasync:signal=KILL:when=3`.
+    pub inject: Option<String>,
+    /// Bytes of the spool's file system, where that is small; it has few inodes, too.
+    pub spool: Option<u64>,
+    /// The spool is lost with each harness, as it is with a pod.
+    pub forgets: bool,
+    /// Gateway and harness have clocks that can be moved.
+    pub clocks: bool,
+}
+
+/// What the agent was told of a call.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Told {
+    /// This came of it.
+    Result(String),
+    /// Belay refused it, or does not know what became of it: the rule, and all that was said.
+    Refused(String, String),
+    /// The connection broke.
+    Nothing,
+}
+
+/// A call as the agent made it.
+#[derive(Clone, Debug)]
+pub struct Call {
+    /// The tool.
+    pub tool: String,
+    /// Its arguments.
+    pub args: Value,
+    /// What it was told.
+    pub told: Told,
+}
+
+type Client = RunningService<RoleClient, ()>;
+
+/// A world.
+pub struct World {
+    /// Calls that took effect.
+    pub effects: Effects,
+    /// The wire between gateway and store.
+    pub store: Relay,
+    /// The wire between harness and gateway.
+    pub log: Relay,
+    /// The store.
+    pub s3: Process,
+    /// The gateway.
+    pub gateway: Process,
+    /// The harness.
+    pub harness: Process,
+    /// The spool's folder.
+    pub spool: PathBuf,
+    /// The witness's public key.
+    pub witness: VerifierKey,
+    ca: String,
+    folder: tempfile::TempDir,
+    client: tokio::sync::Mutex<Option<Arc<Client>>>,
+    calls: Mutex<Vec<Call>>,
+    n: AtomicU64,
+}
+
+impl World {
+    /// Everything but gateway and harness, which are to be begun.
+    pub async fn new(setting: Setting) -> Self {
+        run("ip", &["link", "set", "lo", "up"]);
+        run("ip", &["address", "add", &format!("{}/32", upstream::ADDRESS), "dev", "lo"]);
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        let (ca, tls) = certified(&at("tls"));
+        let spool = at("spool");
+        std::fs::create_dir(&spool).unwrap();
+        if let Some(size) = setting.spool {
+            let size = format!("size={size},nr_inodes=32");
+            run("mount", &["-t", "tmpfs", "-o", &size, "tmpfs", &text(&spool)]);
+        }
+        let key = note::generate_pkcs8().unwrap();
+        std::fs::write(at("witness.pk8"), &key).unwrap();
+        configure(folder.path(), &ca);
+
+        let listener = tokio::net::TcpListener::bind(API).await.unwrap();
+        tokio::spawn(async move { axum::serve(listener, Router::new().fallback(any(api::answer))).await });
+        tokio::spawn(names());
+        let s3 = versitygw(folder.path());
+        s3.keep();
+        buckets().await;
+        let store = Relay::start(S3_WIRE, S3, None).await;
+        let log = Relay::start(GATEWAY_WIRE, GATEWAY, Some(tls)).await;
+        Self {
+            effects: Effects::start(spool.join("segments.jsonl")).await,
+            store,
+            log,
+            s3,
+            gateway: gateway(folder.path(), setting.clocks),
+            harness: harness(folder.path(), &spool, setting),
+            spool,
+            witness: Signer::from_pkcs8(WITNESS_NAME, &key).unwrap().verifier(),
+            ca,
+            folder,
+            client: tokio::sync::Mutex::default(),
+            calls: Mutex::default(),
+            n: AtomicU64::new(0),
+        }
+    }
+
+    /// An ordinary world, begun.
+    pub async fn begun() -> Self {
+        let world = Self::new(Setting::default()).await;
+        world.begin();
+        world
+    }
+
+    /// Starts gateway and harness.
+    pub fn begin(&self) {
+        self.gateway.keep();
+        self.harness.keep();
+    }
+
+    /// A number that no call has had.
+    pub fn n(&self) -> u64 {
+        self.n.fetch_add(1, Ordering::SeqCst)
+    }
+
+    /// Makes a call, as an agent does that waits for its harness.
+    pub async fn call(&self, tool: &str, args: Value) -> Told {
+        let client = self.client().await;
+        let mut params = CallToolRequestParams::new(tool.to_owned());
+        params.arguments = args.as_object().cloned();
+        let told = match client.call_tool(params).await {
+            Ok(result) => {
+                let said: Vec<_> = result.content.iter().filter_map(ContentBlock::as_text).collect();
+                let said = said.first().map(|block| block.text.clone()).unwrap_or_default();
+                match said.strip_prefix("Belay refused this call. rule: ").and_then(|said| said.split_once(". ")) {
+                    Some((rule, _)) => Told::Refused(rule.to_owned(), said),
+                    None => Told::Result(said),
+                }
+            }
+            Err(_) => {
+                *self.client.lock().await = None;
+                Told::Nothing
+            }
+        };
+        self.calls.lock().unwrap().push(Call { tool: tool.to_owned(), args, told: told.clone() });
+        told
+    }
+
+    /// The agent's MCP client: another once a call got no answer, when there is a harness.
+    async fn client(&self) -> Arc<Client> {
+        let mut known = self.client.lock().await;
+        let started = Instant::now();
+        while known.is_none() {
+            match ().serve(StreamableHttpClientTransport::from_uri("http://127.0.0.1:9900/mcp")).await {
+                Ok(client) => *known = Some(Arc::new(client)),
+                Err(error) => assert!(started.elapsed() < START, "no harness: {error}"),
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        known.clone().unwrap()
+    }
+
+    /// Makes calls of a tool, each another, until one is answered.
+    pub async fn insist(&self, tool: &str) -> String {
+        for _ in 0..20 {
+            if let Told::Result(said) = self.call(tool, json!({"n": self.n()})).await {
+                return said;
+            }
+        }
+        panic!("no call of {tool} was answered: {:#?}", self.calls());
+    }
+
+    /// What the agent does in most of these stories.
+    pub async fn work(&self) {
+        self.insist("look").await;
+        self.insist("note").await;
+        self.insist("say").await;
+        let order = json!({"order": "7"});
+        self.call("pay", order.clone()).await;
+        self.call("pay", order).await;
+        self.call("nothing", json!({})).await;
+        let (look, note, say) = (self.insist("look"), self.insist("note"), self.insist("say"));
+        let _ = tokio::join!(look, note, say, self.insist("note"));
+    }
+
+    /// All calls so far.
+    pub fn calls(&self) -> Vec<Call> {
+        self.calls.lock().unwrap().clone()
+    }
+
+    /// The agent has ended: so does the harness, and the operator has the log sealed.
+    pub async fn end(&self) -> SealReply {
+        self.harness.end().await;
+        let operator = seal::Gateway::new(GATEWAY.to_string(), self.folder.path().join("operator"), &self.ca).unwrap();
+        let request = SealRequest {
+            namespace: "team".into(),
+            name: "t".into(),
+            uid: api::UID.into(),
+            attempt: 1,
+            bucket: api::EVIDENCE.into(),
+            prefix: String::new(),
+            closed: TaskClosed {
+                phase: "Succeeded".into(),
+                failure_class: String::new(),
+                reason: "Completed".into(),
+                exit_code: Some(0),
+            },
+        };
+        let started = Instant::now();
+        loop {
+            match operator.seal(&request).await {
+                Ok(sealed) => return sealed,
+                Err(error) => assert!(started.elapsed() < START, "the log is not sealed: {error}"),
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    }
+
+    /// A bucket, without the wire.
+    pub async fn bucket(&self, name: &str) -> S3 {
+        bucket(name).await
+    }
+
+    /// Moves the clocks of gateway or harness: `+1y`, `-1y`.
+    pub fn clock(&self, whose: &str, offset: &str) {
+        move_clock(self.folder.path(), whose, offset);
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            for (name, process) in [("versitygw", &self.s3), ("gateway", &self.gateway), ("harness", &self.harness)] {
+                eprintln!("--- {name}, started {} times:\n{}", process.starts(), process.said());
+            }
+            for exchange in self.store.seen() {
+                let done = exchange.told.is_some();
+                eprintln!("store {} {} {} {done}", exchange.number, exchange.method, exchange.path);
+            }
+        }
+        for process in [&self.harness, &self.gateway, &self.s3] {
+            process.stop();
+        }
+        // Its file system could not be removed with the folder.
+        let _ = Command::new("umount").arg(&self.spool).stderr(std::process::Stdio::null()).status();
+    }
+}
+
+fn run(program: &str, args: &[&str]) {
+    let done = Command::new(program).args(args).output().unwrap();
+    assert!(done.status.success(), "{program} {args:?}: {}", String::from_utf8_lossy(&done.stderr));
+}
+
+fn text(path: &Path) -> String {
+    path.to_str().unwrap().to_owned()
+}
+
+/// The gateway's certificate, in its folder and at both ends of the wire.
+fn certified(folder: &Path) -> (String, Tls) {
+    let certified = rcgen::generate_simple_self_signed([wire::SERVER_NAME.to_owned()]).unwrap();
+    std::fs::create_dir(folder).unwrap();
+    std::fs::write(folder.join("tls.crt"), certified.cert.pem()).unwrap();
+    std::fs::write(folder.join("tls.key"), certified.signing_key.serialize_pem()).unwrap();
+    let key = rustls_pki_types::PrivateKeyDer::try_from(certified.signing_key.serialize_der()).unwrap();
+    let server = rustls::ServerConfig::builder().with_no_client_auth();
+    let mut server = server.with_single_cert(vec![certified.cert.der().clone()], key).unwrap();
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add(certified.cert.der().clone()).unwrap();
+    let mut client = rustls::ClientConfig::builder().with_root_certificates(roots).with_no_client_auth();
+    server.alpn_protocols = vec![b"h2".to_vec()];
+    client.alpn_protocols = vec![b"h2".to_vec()];
+    (certified.cert.pem(), (Arc::new(server).into(), Arc::new(client).into()))
+}
+
+/// Files of gateway, harness and operator.
+fn configure(folder: &Path, ca: &str) {
+    let write = |name: &str, content: String| std::fs::write(folder.join(name), content).unwrap();
+    api::TOKENS.iter().for_each(|token| write(token, (*token).to_owned()));
+    write("kubeconfig", kubeconfig());
+    let task: AgentTask = serde_json::from_value(api::task()).unwrap();
+    let pack: PolicyPack = serde_json::from_value(api::pack()).unwrap();
+    let contracts: Vec<ToolContract> =
+        api::contracts().into_iter().map(|contract| serde_json::from_value(contract).unwrap()).collect();
+    // As the operator renders it.
+    let policy = render_policy(&task, &contracts, &pack).unwrap();
+    let probe = Probe { reachable: GATEWAY_WIRE.to_string(), unreachable: vec![SILENT.to_string()] };
+    let containment = Containment {
+        contained: true,
+        rounds: 3,
+        millis: 1,
+        reachable: probe.reachable.clone(),
+        unreachable: probe.unreachable.clone(),
+        breaches: vec![],
+    };
+    let wiring = Wiring { attempt: 1, gateway: GATEWAY_WIRE.to_string(), gateway_ca: ca.to_owned(), probe };
+    write("config.json", serde_json::to_string(&HarnessConfig { policy, wiring }).unwrap());
+    write("containment.json", serde_json::to_string(&containment).unwrap());
+    for whose in ["gateway", "harness"] {
+        move_clock(folder, whose, "+0");
+    }
+}
+
+fn kubeconfig() -> String {
+    json!({
+        "apiVersion": "v1", "kind": "Config", "current-context": "world",
+        "clusters": [{"name": "world", "cluster": {"server": format!("http://{API}")}}],
+        "contexts": [{"name": "world", "context": {"cluster": "world", "user": "gateway"}}],
+        "users": [{"name": "gateway", "user": {}}],
+    })
+    .to_string()
+}
+
+fn clock_of(folder: &Path, whose: &str) -> PathBuf {
+    folder.join(format!("{whose}.clock"))
+}
+
+fn move_clock(folder: &Path, whose: &str, offset: &str) {
+    // Whole or as before: it is read all the time.
+    let (at, new) = (clock_of(folder, whose), folder.join("clock.new"));
+    std::fs::write(&new, format!("{offset}\n")).unwrap();
+    std::fs::rename(new, at).unwrap();
+}
+
+/// A process's clock is the file's; what measures how long something took goes on evenly, as on a real machine.
+fn with_clock(command: &mut Command, clock: &Path) {
+    command.env("LD_PRELOAD", FAKETIME).env("FAKETIME_TIMESTAMP_FILE", clock);
+    for (name, value) in [("FAKETIME_NO_CACHE", "1"), ("FAKETIME_DONT_FAKE_MONOTONIC", "1"), ("NO_FAKE_STAT", "1")] {
+        command.env(name, value);
+    }
+}
+
+fn gateway(folder: &Path, clocks: bool) -> Process {
+    let folder = folder.to_owned();
+    Process::new(folder.join("gateway.log"), move |_| {
+        let at = |name: &str| text(&folder.join(name));
+        let mut command = Command::new(env!("CARGO_BIN_EXE_belay-gateway"));
+        for (flag, value) in [
+            ("--listen", GATEWAY.to_string()),
+            ("--canary-listen", port(8444).to_string()),
+            ("--admin-listen", port(8080).to_string()),
+            ("--tls-dir", at("tls")),
+            ("--witness-key", at("witness.pk8")),
+            ("--s3-endpoint", format!("http://{S3_WIRE}")),
+            ("--nameserver", DNS.to_string()),
+        ] {
+            command.args([flag, &value]);
+        }
+        command.arg("--s3-path-style").env("KUBECONFIG", at("kubeconfig"));
+        // To read all of the machine's authorities takes most of the time that it takes to start.
+        command.env("SSL_CERT_FILE", at("tls/tls.crt"));
+        if clocks {
+            with_clock(&mut command, &clock_of(&folder, "gateway"));
+        }
+        command
+    })
+}
+
+fn harness(folder: &Path, spool: &Path, setting: Setting) -> Process {
+    let (folder, spool) = (folder.to_owned(), spool.to_owned());
+    Process::new(folder.join("harness.log"), move |starts| {
+        let at = |name: &str| text(&folder.join(name));
+        if setting.forgets {
+            let _ = std::fs::remove_file(spool.join("segments.jsonl"));
+        }
+        let program = env!("CARGO_BIN_EXE_belay-harness");
+        let mut command = match &setting.inject {
+            Some(inject) if starts == 0 => {
+                let mut command = Command::new("strace");
+                // The harness is our own child, as without it.
+                command.args(["-D", "-q", "-o", "/dev/null"]);
+                let calls = inject.split(':').next().unwrap_or_default();
+                for file in ["segments.jsonl", "segments.new"] {
+                    command.args(["-P", &text(&spool.join(file))]);
+                }
+                command.args(["-e", &format!("trace={calls}"), "-e", &format!("inject={inject}"), program]);
+                command
+            }
+            _ => Command::new(program),
+        };
+        command.arg("serve").args(["--pod-name", "t-1", "--pod-uid", "pod-1", "--node-name", "node"]);
+        for (flag, value) in [
+            ("--config", at("config.json")),
+            ("--containment", at("containment.json")),
+            ("--token", at("harness")),
+            ("--spool", text(&spool)),
+        ] {
+            command.args([flag, &value]);
+        }
+        if setting.clocks {
+            with_clock(&mut command, &clock_of(&folder, "harness"));
+        }
+        command
+    })
+}
+
+fn versitygw(folder: &Path) -> Process {
+    let cache =
+        std::env::var("BELAY_CACHE").unwrap_or_else(|_| format!("{}/.cache/belay", std::env::var("HOME").unwrap()));
+    let (data, versions) = (folder.join("s3"), folder.join("versions"));
+    for folder in [&data, &versions] {
+        std::fs::create_dir(folder).unwrap();
+    }
+    let [(_, access), (_, secret), (_, region)] = KEYS;
+    Process::new(folder.join("versitygw.log"), move |_| {
+        let mut command = Command::new(format!("{cache}/bin/versitygw"));
+        command.args(["--port", &S3.to_string(), "--region", region, "--quiet", "posix", "--versioning-dir"]);
+        command.arg(&versions).arg(&data).env("ROOT_ACCESS_KEY", access).env("ROOT_SECRET_KEY", secret);
+        command
+    })
+}
+
+async fn bucket(name: &str) -> S3 {
+    let endpoint = Some(format!("http://{S3}"));
+    let options = Options { bucket: name.into(), endpoint, path_style: true, ..Options::default() };
+    S3::connect(options).await.unwrap()
+}
+
+/// Makes both, once the store answers.
+async fn buckets() {
+    let [(_, access), (_, secret), (_, region)] = KEYS;
+    let config = aws_sdk_s3::Config::builder()
+        .behavior_version(aws_sdk_s3::config::BehaviorVersion::latest())
+        .region(aws_sdk_s3::config::Region::new(region))
+        .endpoint_url(format!("http://{S3}"))
+        .credentials_provider(aws_sdk_s3::config::Credentials::new(access, secret, None, None, "world"))
+        .http_client(aws_smithy_http_client::Builder::new().build_http())
+        .force_path_style(true)
+        .build();
+    let client = aws_sdk_s3::Client::from_conf(config);
+    let started = Instant::now();
+    for (name, locks) in [(api::EVIDENCE, true), (api::STATE, false)] {
+        while let Err(error) = client.create_bucket().bucket(name).object_lock_enabled_for_bucket(locks).send().await {
+            assert!(started.elapsed() < START, "no store: {error:?}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+}
+
+/// The one name that there is.
+async fn names() {
+    let socket = UdpSocket::bind(DNS).await.unwrap();
+    let mut buffer = [0; 1500];
+    while let Ok((read, peer)) = socket.recv_from(&mut buffer).await {
+        let mut message = Message::from_vec(&buffer[..read]).unwrap();
+        message.metadata.message_type = MessageType::Response;
+        let query = message.queries[0].clone();
+        if query.query_type() == RecordType::A {
+            message.answers.push(Record::from_rdata(query.name().clone(), 60, RData::A(upstream::ADDRESS.into())));
+        }
+        let _ = socket.send_to(&message.to_vec().unwrap(), peer).await;
+    }
+}
