@@ -17,6 +17,7 @@ mod history;
 pub mod report;
 mod storage;
 
+pub use chain::Walk;
 pub use report::{Check, Finding, Report, Summary, Verdict, Weight};
 
 /// What is known of the log from elsewhere.
@@ -33,10 +34,9 @@ pub enum Expected {
 
 /// Verifies a log against the witness's key.
 pub fn verify(log: &Log, witness: &VerifierKey, expected: &Expected) -> Report {
-    let mut report = Report::default();
-    storage::check(log, &mut report);
-    chain::check(log, witness, expected, &mut report);
-    report
+    let mut walk = Walk::new(witness, expected);
+    log.segments.iter().for_each(|(key, bytes)| walk.segment(key, bytes));
+    walk.finish(log)
 }
 
 #[cfg(test)]

@@ -1,277 +1,386 @@
 //! Logs of real runs, and what somebody could do to them: whatever it is, `belay verify` finds and names it, and the second verifier, which
 //! was written from docs/evidence-format.md alone, says the same of it.
 //!
-//! Every log in `corpus` was left by an end-to-end test, see its README. `BELAY_MUTANTS` says how many of all mutants are tried, 2,000 by
-//! default, or `all`, which takes a release build and the better part of an hour: `make fuzz`.
+//! Every log in `corpus` was left by an end-to-end test, see its README. `BELAY_MUTANTS` says how many of all mutants are tried, as many of
+//! each kind, 2,000 by default, or `all`, which takes a release build and some minutes: `make fuzz`.
 
 use std::{
     collections::BTreeMap,
-    io::{BufRead, BufReader, Write},
-    path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    fmt::Display,
+    io::Write,
+    sync::atomic::{AtomicUsize, Ordering},
     thread,
+    time::Instant,
 };
 
-use base64::{Engine, prelude::BASE64_STANDARD};
+// What `forge` knows as parts of its own crate.
+use belay::{canonical, evidence, policy};
 use belay::{
     evidence::{
-        log::{INCIDENTS, Log},
-        note::VerifierKey,
-        segment,
+        log::Log,
+        record::{Actor, Event},
+        segment::Segment,
     },
-    verify::{Expected, Report, Verdict, verify},
+    policy::config::SideEffect,
+    verify::{Check, Expected, Report, Verdict, Weight, verify},
 };
-use bytes::Bytes;
 
-type Objects = BTreeMap<String, Bytes>;
+use rstest::rstest;
+use serde_json::{Value, json};
 
-/// A log of a real run.
-struct Run {
-    name: String,
-    objects: Objects,
-    key: VerifierKey,
+use self::{
+    forge::Rewrite,
+    mutants::{Kind, Mutant},
+    runs::{Changes, RUNS, Story},
+    script::{Script, change_intent, change_opened, lose, outcome, record},
+    second::{SCRIPT, Second},
+};
+
+#[path = "../../src/verify/tests/forge.rs"]
+mod forge;
+mod mutants;
+mod runs;
+#[expect(dead_code, reason = "it is the lib's")]
+#[path = "../../src/verify/tests/script.rs"]
+mod script;
+mod second;
+
+/// How many mutants are tried, and of how many of those the second verifier is asked, which is a hundred times slower.
+fn wanted() -> (usize, usize) {
+    match std::env::var("BELAY_MUTANTS").as_deref() {
+        // Of some kinds there are fewer than their share: 10,000 at least.
+        Ok("all") => (usize::MAX, 12_000),
+        Ok(wanted) => (wanted.parse().unwrap(), wanted.parse::<usize>().unwrap() / 10),
+        Err(_) => (2_000, 200),
+    }
 }
 
-/// What was done to a log, and what came of it.
-struct Mutant {
-    what: String,
-    objects: Objects,
-    /// Nothing but the end is missing, without a trace.
-    is_cut: bool,
+/// One of so many is taken to get a share of them. An odd number, so that bits and kinds take turns.
+fn every(count: usize, share: usize) -> usize {
+    (count / share.max(1)) | 1
 }
 
-fn corpus() -> Vec<Run> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("e2e/evidence/corpus");
-    let mut runs: Vec<_> = std::fs::read_dir(&folder)
-        .unwrap()
-        .map(|entry| entry.unwrap().path())
-        .filter(|path| path.is_dir())
-        .map(|path| {
-            let mut objects = Objects::new();
-            read(&path, &path, &mut objects);
-            let key = objects.remove("witness.vkey").unwrap();
-            let key = std::str::from_utf8(&key).unwrap().trim().parse().unwrap();
-            Run { name: path.file_name().unwrap().to_string_lossy().into_owned(), objects, key }
-        })
-        .collect();
-    runs.sort_by(|one, other| one.name.cmp(&other.name));
-    assert!(runs.len() >= 6, "{folder:?}");
-    runs
+/// How far all of it has come.
+struct Progress {
+    total: usize,
+    done: AtomicUsize,
+    begun: Instant,
 }
 
-fn read(root: &Path, folder: &Path, objects: &mut Objects) {
-    for entry in std::fs::read_dir(folder).unwrap() {
-        let path = entry.unwrap().path();
-        if path.is_dir() {
-            read(root, &path, objects);
-        } else {
-            let key = path.strip_prefix(root).unwrap().to_str().unwrap().to_owned();
-            objects.insert(key, std::fs::read(&path).unwrap().into());
+impl Progress {
+    fn of(total: usize) -> Self {
+        Self { total, done: AtomicUsize::new(0), begun: Instant::now() }
+    }
+
+    fn step(&self, what: &str) {
+        let (done, total) = (self.done.fetch_add(1, Ordering::Relaxed) + 1, self.total);
+        if done.is_multiple_of((total / 20).max(1)) {
+            say(format_args!("{done} of {total}, {} s: {what}", self.begun.elapsed().as_secs()));
         }
     }
 }
 
-fn report(objects: &Objects, key: &VerifierKey) -> Report {
-    let mut log = Log::default();
-    for (name, bytes) in objects.clone() {
-        let of = if name.starts_with(segment::FOLDER) {
-            &mut log.segments
-        } else if name.starts_with(INCIDENTS) {
-            &mut log.incidents
-        } else {
-            &mut log.ending
-        };
-        of.insert(name, bytes);
-    }
-    verify(&log, key, &Expected::Anything)
+/// For people who wait.
+fn say(what: impl Display) {
+    let _ = writeln!(std::io::stderr(), "{what}");
 }
 
-fn changed(objects: &Objects, name: &str, bytes: impl Into<Bytes>) -> Objects {
-    let mut objects = objects.clone();
-    objects.insert(name.to_owned(), bytes.into());
-    objects
-}
-
-/// Everything that is done to a log; `other` is one of another task.
-fn mutants<'r>(run: &'r Run, other: &'r Run) -> impl Iterator<Item = Mutant> + 'r {
-    let mutant = |what: String, objects| Mutant { what, objects, is_cut: false };
-    let each = || run.objects.iter();
-    let segments: Vec<&String> = run.objects.keys().filter(|name| name.starts_with(segment::FOLDER)).collect();
-    let flips = each().flat_map(move |(name, bytes)| {
-        (0..bytes.len() * 8).map(move |bit| {
-            let mut flipped = bytes.to_vec();
-            flipped[bit / 8] ^= 1 << (bit % 8);
-            mutant(format!("bit {bit} of {name} flipped"), changed(&run.objects, name, flipped))
-        })
-    });
-    let cuts = each().flat_map(move |(name, bytes)| {
-        (0..bytes.len())
-            .map(move |at| mutant(format!("{name} cut at {at}"), changed(&run.objects, name, bytes.slice(..at))))
-    });
-    let lines = segments.clone().into_iter().flat_map(move |name| {
-        let lines: Vec<&[u8]> = run.objects[name].split_inclusive(|byte| *byte == b'\n').collect();
-        let count = lines.len();
-        let with = move |what: &str, at: usize, change: &dyn Fn(&mut Vec<&'r [u8]>)| {
-            let mut lines = lines.clone();
-            change(&mut lines);
-            mutant(format!("line {at} of {name} {what}"), changed(&run.objects, name, lines.concat()))
-        };
-        (0..count).flat_map(move |at| {
-            let mut all = vec![
-                with("dropped", at, &|lines| {
-                    lines.remove(at);
-                }),
-                with("twice", at, &|lines| lines.insert(at, lines[at])),
-            ];
-            all.extend((at + 1..count).map(|to| with("swapped", at, &|lines| lines.swap(at, to))));
-            all
-        })
-    });
-    let objects =
-        each().flat_map(move |(name, bytes)| {
-            let without = || {
-                let mut objects = run.objects.clone();
-                objects.remove(name);
-                objects
-            };
-            let mut all = vec![
-                Mutant { is_cut: !name.starts_with(segment::FOLDER), ..mutant(format!("{name} deleted"), without()) },
-                mutant(format!("{name} of another name"), changed(&without(), &format!("{name}0"), bytes.clone())),
-                mutant(
-                    format!("{name} as segment 9999"),
-                    changed(&run.objects, "segments/0000009999.jsonl", bytes.clone()),
-                ),
-            ];
-            all.extend(each().filter(|(to, _)| *to != name).map(|(to, _)| {
-                mutant(format!("{to} has what is in {name}"), changed(&run.objects, to, bytes.clone()))
-            }));
-            all.extend(
-                other.objects.get(name).filter(|theirs| *theirs != bytes).map(|theirs| {
-                    mutant(format!("{name} of another log"), changed(&run.objects, name, theirs.clone()))
-                }),
-            );
-            all
+/// Does the work on two cores, each half with a second verifier of its own.
+fn halves<T: Send>(work: impl Fn(usize, &mut Second) -> T + Sync) -> Vec<T> {
+    thread::scope(|scope| {
+        let halves = [0, 1].map(|half| {
+            let work = &work;
+            scope.spawn(move || work(half, &mut Second::start()))
         });
-    // The end taken away: what was written once it was there betrays that, and so it is taken away, too.
-    let tails = (0..segments.len()).flat_map(move |keep| {
-        let cut = segments.get(keep).map(|name| (*name).clone()).unwrap_or_default();
-        let kept = move |name: &str| name < cut.as_str() || !name.starts_with(segment::FOLDER);
-        let shorter: Objects = each().filter(|(name, _)| kept(name)).map(|(n, b)| (n.clone(), b.clone())).collect();
-        let live: Objects = shorter
-            .iter()
-            .filter(|(name, _)| name.starts_with(segment::FOLDER))
-            .map(|(n, b)| (n.clone(), b.clone()))
-            .collect();
-        [
-            mutant(format!("all from segment {keep} on deleted"), shorter),
-            Mutant { is_cut: true, ..mutant(format!("all from segment {keep} on deleted, and its end"), live) },
-        ]
-    });
-    flips.chain(cuts).chain(lines).chain(objects).chain(tails)
+        halves.into_iter().map(|half| half.join().unwrap()).collect()
+    })
 }
 
-/// The second verifier, as a process.
-struct Second {
-    process: Child,
-    input: std::process::ChildStdin,
-    output: BufReader<std::process::ChildStdout>,
+/// The first rule that does not hold.
+fn broken(report: &Report) -> Option<Check> {
+    report.findings.iter().find(|finding| finding.weight == Weight::Broken).map(|finding| finding.rule)
 }
 
-impl Second {
-    fn start() -> Self {
-        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-        let installed = Command::new(root.join("e2e/evidence/install")).stderr(Stdio::inherit()).output().unwrap();
-        assert!(installed.status.success(), "e2e/evidence/install failed");
-        let python = PathBuf::from(String::from_utf8(installed.stdout).unwrap().trim());
-        let script = root.join("docs/verifier/belay_verify.py");
-        let mut child = Command::new(python)
-            .arg(script)
-            .arg("--stream")
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let (input, output) = (child.stdin.take().unwrap(), BufReader::new(child.stdout.take().unwrap()));
-        Self { process: child, input, output }
+/// What came of mutants of one kind.
+#[derive(Default)]
+struct Tally {
+    tried: usize,
+    found: usize,
+    asked: usize,
+    rules: BTreeMap<&'static str, usize>,
+    /// What was not found, not named, or judged otherwise by the second verifier.
+    wrong: Vec<String>,
+}
+
+impl Tally {
+    /// Tries a mutant; `second` is asked, too.
+    fn take(&mut self, mutant: &Mutant, second: Option<&mut Second>) {
+        let (log, report) = mutant.run.verify(&mutant.changes);
+        let expected = if mutant.is_cut { Verdict::Incomplete } else { Verdict::Invalid };
+        self.tried += 1;
+        if report.verdict == expected && (mutant.is_cut || mutant.is_named_in(&report)) {
+            self.found += 1;
+        } else {
+            self.wrong.push(format!("{}: {}: {:#?}", mutant.what, report.verdict, report.findings));
+        }
+        *self.rules.entry(broken(&report).map_or("incomplete", Check::as_str)).or_default() += 1;
+        if let Some(second) = second {
+            self.asked += 1;
+            let whole = verify(&log, &mutant.run.key, &Expected::Anything);
+            assert_eq!(whole.findings, report.findings, "{}", mutant.what);
+            let (verdict, findings) = second.verdict(&log, &mutant.run.key);
+            if verdict != report.verdict.to_string() {
+                self.wrong.push(format!("{}: {verdict} to the second: {findings}: {report:#?}", mutant.what));
+            }
+        }
     }
 
-    fn verdict(&mut self, objects: &Objects, key: &VerifierKey) -> (String, String) {
-        let objects: BTreeMap<_, _> =
-            objects.iter().map(|(name, bytes)| (name, BASE64_STANDARD.encode(bytes))).collect();
-        let asked = serde_json::json!({"key": key.to_string(), "objects": objects});
-        writeln!(self.input, "{asked}").unwrap();
-        self.input.flush().unwrap();
-        let mut line = String::new();
-        self.output.read_line(&mut line).unwrap();
-        let said: serde_json::Value = serde_json::from_str(&line).unwrap();
-        (said["verdict"].as_str().unwrap().to_owned(), said["findings"].to_string())
+    fn join(mut self, other: Self) -> Self {
+        self.tried += other.tried;
+        self.found += other.found;
+        self.asked += other.asked;
+        other.rules.into_iter().for_each(|(rule, count)| *self.rules.entry(rule).or_default() += count);
+        self.wrong.extend(other.wrong);
+        self
     }
-}
 
-impl Drop for Second {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
+    /// A line of the table: the rules that found the most last.
+    fn line(&self, name: &str, all: usize) -> String {
+        let Self { tried, found, asked, .. } = self;
+        let mut rules: Vec<_> = self.rules.iter().collect();
+        rules.sort_by_key(|(_, count)| std::cmp::Reverse(**count));
+        let rules: Vec<_> = rules.into_iter().take(3).map(|(rule, count)| format!("{rule} {count}")).collect();
+        format!("{name:<31}{all:>9}{tried:>9}{found:>9}{asked:>7}  {}", rules.join(", "))
     }
 }
 
 #[test]
 fn honest_logs_are_valid_to_both() {
     let mut second = Second::start();
-    for run in corpus() {
-        let found = report(&run.objects, &run.key);
+    for run in &*RUNS {
+        let found = verify(&run.log, &run.key, &Expected::Anything);
         assert_eq!(found.verdict, Verdict::Valid, "{}: {:#?}", run.name, found.findings);
-        let (verdict, findings) = second.verdict(&run.objects, &run.key);
+        let (verdict, findings) = second.verdict(&run.log, &run.key);
         assert_eq!(verdict, "VALID", "{}: {findings}", run.name);
+    }
+}
+
+/// Nobody signs where a segment ends, nor the order of signatures: whoever changes that changes no record, and no verdict.
+#[test]
+fn segments_that_are_joined_are_the_same_log() {
+    let mut second = Second::start();
+    for run in &*RUNS {
+        let segments: Vec<_> = run.log.segments.values().map(|bytes| Segment::parse(bytes).unwrap()).collect();
+        let harness = run.story.segments.iter().take_while(|records| records[0].actor == Actor::Harness).count();
+        let opens = |n: usize| matches!(run.story.segments[n][0].event, Event::AttemptOpened(_));
+        let Some(n) = (1..harness).rev().find(|n| !opens(*n)) else { continue };
+        let [before, mut joined] = [&segments[n - 1], &segments[n]].map(Segment::clone);
+        let gone = Segment::key(joined.first);
+        joined.first = before.first;
+        joined.documents.splice(..0, before.documents);
+        joined.records.splice(..0, before.records);
+        joined.note.signatures.reverse();
+        let changes = Changes::from([(gone, None), (Segment::key(joined.first), Some(joined.to_bytes().into()))]);
+        let (log, report) = run.verify(&changes);
+        assert_eq!(report.verdict, Verdict::Valid, "{}: {:#?}", run.name, report.findings);
+        assert_eq!(report.summary.root, verify(&run.log, &run.key, &Expected::Anything).summary.root);
+        assert_eq!(second.verdict(&log, &run.key).0, "VALID", "{}", run.name);
     }
 }
 
 #[test]
 fn whatever_is_done_to_a_log_is_found_and_named() {
-    let wanted = std::env::var("BELAY_MUTANTS").unwrap_or_else(|_| "2000".to_owned());
-    let runs = corpus();
-    let total: usize = (0..runs.len()).map(|n| mutants(&runs[n], &runs[(n + 1) % runs.len()]).count()).sum();
-    // Every so many, an odd number, so that bits and kinds take turns; and of those every so many for the second verifier.
-    let wanted = if wanted == "all" { total } else { wanted.parse().unwrap() };
-    let (step, ask) = ((total / wanted) | 1, (wanted / 10_000).max(10));
-    let runs = &runs;
-    let counted: Vec<(usize, usize)> = thread::scope(|scope| {
-        let halves: Vec<_> = (0..2)
-            .map(|half| {
-                scope.spawn(move || {
-                    let mut second = Second::start();
-                    let (mut tried, mut asked) = (0, 0);
-                    let all = (0..runs.len()).flat_map(|n| {
-                        mutants(&runs[n], &runs[(n + 1) % runs.len()]).map(move |mutant| (&runs[n], mutant))
-                    });
-                    for (turn, (run, mutant)) in all.step_by(step).enumerate().skip(half).step_by(2) {
-                        let found = report(&mutant.objects, &run.key);
-                        let (what, findings) = (format!("{}: {}", run.name, mutant.what), &found.findings);
-                        if mutant.is_cut {
-                            assert_eq!(found.verdict, Verdict::Incomplete, "{what}: {findings:#?}");
-                        } else {
-                            assert_eq!(found.verdict, Verdict::Invalid, "{what}: {findings:#?}");
-                            let named = |one: &belay::verify::Finding| one.object.is_some() || one.record.is_some();
-                            assert!(findings.iter().any(named), "{what}: {findings:#?}");
-                        }
-                        tried += 1;
-                        if (turn / 2) % ask == 0 {
-                            let (verdict, their_findings) = second.verdict(&mutant.objects, &run.key);
-                            let said = found.verdict.to_string();
-                            assert_eq!(verdict, said, "{what}: {findings:#?}; the second verifier: {their_findings}");
-                            asked += 1;
-                        }
-                    }
-                    (tried, asked)
-                })
-            })
-            .collect();
-        halves.into_iter().map(|half| half.join().unwrap()).collect()
+    let (wanted, asked) = wanted();
+    let kinds = Kind::each();
+    let counts: Vec<usize> = kinds.iter().map(|kind| kind.all().count()).collect();
+    let steps: Vec<usize> = counts.iter().map(|count| every(*count, wanted / kinds.len())).collect();
+    let total: usize = counts.iter().zip(&steps).map(|(count, step)| count.div_ceil(*step)).sum();
+    let progress = Progress::of(total);
+    let tallies = halves(|half, second| {
+        let each = kinds.iter().zip(&counts).zip(&steps).map(|((kind, count), step)| {
+            let ask = (count.div_ceil(*step) / (asked / kinds.len()).max(1)).max(1);
+            let mut tally = Tally::default();
+            for (turn, deed) in kind.all().step_by(*step).enumerate().skip(half).step_by(2) {
+                tally.take(&deed(), (turn / 2).is_multiple_of(ask).then_some(&mut *second));
+                progress.step(kind.name);
+            }
+            tally
+        });
+        each.collect::<Vec<_>>()
     });
-    let (tried, asked) = counted.into_iter().fold((0, 0), |sum, half| (sum.0 + half.0, sum.1 + half.1));
-    let _ = writeln!(
-        std::io::stderr(),
-        "{tried} of {total} mutants were found and named; both verifiers said the same of {asked}"
+    let mut halves = tallies.into_iter();
+    let (one, other) = (halves.next().unwrap(), halves.next().unwrap());
+    let tallies: Vec<Tally> = one.into_iter().zip(other).map(|(one, other)| one.join(other)).collect();
+    say(format_args!("{:<31}{:>9}{:>9}{:>9}{:>7}  {}", "what was done", "mutants", "tried", "found", "asked", "by"));
+    kinds.iter().zip(&counts).zip(&tallies).for_each(|((kind, count), tally)| say(tally.line(kind.name, *count)));
+    let all = tallies.into_iter().fold(Tally::default(), Tally::join);
+    say(all.line("in all", counts.iter().sum()));
+    assert!(
+        all.wrong.is_empty(),
+        "{} are wrong, such as {}",
+        all.wrong.len(),
+        all.wrong[..all.wrong.len().min(9)].join("\n")
     );
-    assert!(tried >= total / step && asked >= tried / ask);
+    assert_eq!((all.tried, all.found), (total, total));
+    assert!(all.asked >= asked * 5 / 6);
+}
+
+/// What `belay verify` decides again by the policy in the log, and the evidence format leaves to it.
+const MORE: [Check; 8] = [
+    Check::AttemptPolicy,
+    Check::CallAccess,
+    Check::CallApproval,
+    Check::CallIdempotency,
+    Check::CallOutcome,
+    Check::CallPolicy,
+    Check::CallRollback,
+    Check::UsageLimit,
+];
+
+/// What somebody says who can sign all of it.
+#[derive(Debug)]
+enum Lie<'s> {
+    /// The truth.
+    None,
+    /// A record is rewritten.
+    Rewritten(&'s (usize, Rewrite)),
+    /// A record has a member that no record has so.
+    Member(usize, &'static str, &'static str, Value),
+}
+
+impl Lie<'_> {
+    /// All that can be said instead of what a log says.
+    fn each(story: &Story) -> Vec<Lie<'_>> {
+        let records: Vec<_> = story.segments.iter().flatten().collect();
+        let rewritten = story.rewrites.iter().map(Lie::Rewritten);
+        let members = (0..records.len()).flat_map(|at| {
+            [
+                Lie::Member(at, "", "costMicros", 0.into()),
+                Lie::Member(at, "/usage", "costMicros", 0.into()),
+                Lie::Member(at, "", "reservedCostMicros", 0.into()),
+                Lie::Member(at, "", "approvals", json!([])),
+                Lie::Member(at, "", "because", json!([])),
+                Lie::Member(at, "", "decisions", json!([])),
+                Lie::Member(at, "", "breaches", json!([])),
+                Lie::Member(at, "", "rule", Value::Null),
+                Lie::Member(at, "", "more", true.into()),
+            ]
+        });
+        std::iter::once(Lie::None).chain(rewritten).chain(members).collect()
+    }
+
+    fn told(&self, story: &Story) -> Log {
+        match self {
+            Lie::None => story.told(story.segments.clone(), |_| {}),
+            Lie::Rewritten((at, rewrite)) => {
+                story.told(forge::rewritten(&story.segments, *at, rewrite).unwrap(), |_| {})
+            }
+            Lie::Member(at, within, name, value) => story.told(story.segments.clone(), |written| {
+                let (segment, place) = forge::position(&story.segments, *at).unwrap();
+                let bytes = &mut written[segment].entries[place].record;
+                let mut record: Value = serde_json::from_slice(bytes).unwrap();
+                record.pointer_mut(within).unwrap()[name] = value.clone();
+                *bytes = canonical::to_bytes(&record).unwrap();
+            }),
+        }
+    }
+}
+
+/// Signatures are not all there is to a verifier. Liars who have all keys, the witness's too, write what they like, and both judge it alike, but for
+/// what the evidence format leaves to `belay verify`.
+#[test]
+fn what_liars_with_all_keys_write_is_judged_alike() {
+    let (_, asked) = wanted();
+    let scripts = [Script::good(), script::resolved()]
+        .map(|script| Story::new(evidence::note::origin(script::UID), script.segments, script.keys, script.witness));
+    let stories: Vec<&Story> = RUNS.iter().map(|run| &run.story).chain(&scripts).collect();
+    let all: Vec<_> =
+        stories.into_iter().flat_map(|story| Lie::each(story).into_iter().map(move |lie| (story, lie))).collect();
+    let step = every(all.len(), asked);
+    let progress = Progress::of(all.len() / step);
+    let counted = halves(|half, second| {
+        let mut counted = BTreeMap::<_, usize>::new();
+        let some = all.iter().enumerate().filter(|(n, (_, lie))| matches!(lie, Lie::None) || n.is_multiple_of(step));
+        for (_, (story, lie)) in some.skip(half).step_by(2) {
+            let (log, key) = (lie.told(story), story.witness.verifier());
+            let report = verify(&log, &key, &Expected::Anything);
+            let (verdict, findings) = second.verdict(&log, &key);
+            let what = format!("{}: {lie:?}: {verdict} to the second: {findings}: {report:#?}", story.origin);
+            let mut all = report.findings.iter().filter(|finding| finding.weight == Weight::Broken);
+            let is_more = report.verdict == Verdict::Invalid && all.all(|one| MORE.contains(&one.rule));
+            match lie {
+                // Who writes the mutants writes well: it is not his hand that betrays him.
+                Lie::None => assert!(report.verdict == Verdict::Valid && verdict == "VALID", "{what}"),
+                Lie::Rewritten(_) => assert!(verdict == report.verdict.to_string() || is_more, "{what}"),
+                Lie::Member(..) => assert!(report.verdict == Verdict::Invalid && verdict == "INVALID", "{what}"),
+            }
+            let alone = if report.verdict.to_string() == verdict { None } else { broken(&report) };
+            *counted.entry((verdict, alone.map(Check::as_str))).or_default() += 1;
+            progress.step("liars");
+        }
+        counted
+    });
+    let mut sum = BTreeMap::<_, usize>::new();
+    counted.into_iter().flatten().for_each(|(verdicts, count)| *sum.entry(verdicts).or_default() += count);
+    say("liars' logs: what the second verifier says, and by which rule `belay verify` alone says INVALID");
+    sum.into_iter().for_each(|((verdict, rule), count)| {
+        say(format_args!("{verdict:<12}{:<18}{count:>6}", rule.unwrap_or("the same")))
+    });
+}
+
+/// What the evidence format says of calls whose fate was unknown, and of keys.
+#[rstest]
+#[case::resolved("VALID", |_: &mut Script| {})]
+#[case::a_key_that_comes_back("VALID", |script: &mut Script| {
+    let again = script.at(7).event.clone();
+    script.segments.insert(5, vec![record(2, again)]);
+})]
+#[case::opened_within_a_segment("INVALID", |script: &mut Script| {
+    let again = script.at(7).event.clone();
+    script.segments[4].push(record(2, again));
+})]
+#[case::found_lost("VALID", lost)]
+#[case::an_outcome_after_it_was_resolved("INVALID", |script: &mut Script| {
+    lost(script);
+    script.segments[5].insert(4, record(2, outcome("d", 0)));
+})]
+#[case::resolved_by_an_older_read("INVALID", |script: &mut Script| {
+    let told = script.segments[5].remove(3);
+    let read = script.segments[5].drain(1..3).collect::<Vec<_>>();
+    script.segments[4].splice(1..1, read);
+    script.segments[5].insert(1, told);
+})]
+#[case::resolved_by_a_read_that_failed("INVALID", |script: &mut Script| lose(script, 11))]
+#[case::resolved_twice("INVALID", |script: &mut Script| {
+    let told = script.at(12).clone();
+    script.segments[5].insert(4, told);
+})]
+#[case::a_contract_that_the_class_forbids("INVALID", |script: &mut Script| {
+    change_opened(script, 7, |opened| opened.policy.allowed_effects = vec![SideEffect::Write]);
+    change_intent(script, 10, |intent| intent.effect = Some(SideEffect::Write));
+})]
+fn rules_hold_for_both(#[case] expected: &str, #[case] lie: fn(&mut Script)) {
+    let mut script = script::resolved();
+    lie(&mut script);
+    script.count();
+    let (log, key) = (Log { versions: None, ..script.write() }, script.witness.verifier());
+    let report = verify(&log, &key, &Expected::Anything);
+    let (verdict, findings) = Second::start().verdict(&log, &key);
+    assert_eq!(
+        (report.verdict.to_string().as_str(), verdict.as_str()),
+        (expected, expected),
+        "{findings}: {report:#?}"
+    );
+}
+
+/// Its harness was started again before the outcome of the call.
+fn lost(script: &mut Script) {
+    script.at(9).event = script.at(7).event.clone();
+}
+
+/// Whoever wants to read it whole can.
+#[test]
+fn the_second_verifier_is_short() {
+    let text = std::fs::read_to_string(&*SCRIPT).unwrap();
+    assert!(text.lines().count() <= 400 && text.lines().all(|line| line.chars().count() <= 120));
 }

@@ -100,7 +100,7 @@ pub struct Calls {
 }
 
 /// What a log comes to.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Ending {
     tiles: Tiles,
     /// That of the last segment.

@@ -9,6 +9,7 @@ use super::{
     Expected,
     history::History,
     report::{Check, Report},
+    storage,
 };
 use crate::{
     canonical,
@@ -18,51 +19,205 @@ use crate::{
         log::Log,
         merkle::Tree,
         note::{Checkpoint, NoteError, VerifierKey},
-        record::{Actor, EncodeError},
+        record::{Actor, EncodeError, Event},
         segment::{Segment, SegmentError},
         tiles::File,
     },
 };
 
-/// Walks the log and adds what does not hold to the report.
-pub(super) fn check(log: &Log, witness: &VerifierKey, expected: &Expected, report: &mut Report) {
-    let mut walk = Walk {
-        tree: Tree::new(),
-        head: None,
-        history: History::default(),
-        ending: Ending::default(),
-        files: Vec::new(),
-    };
-    let mut whole = true;
-    for (key, bytes) in log.segments.iter().filter(|(key, _)| Segment::first_of(key).is_some()) {
-        if let Err(SegmentProblem { rule, record, message }) = walk.segment(key, bytes, witness, expected, report) {
-            report.add(rule, Some(key), record, message);
-            whole = false;
-            break;
+/// Why the walk cannot go on.
+struct SegmentProblem {
+    rule: Check,
+    record: Option<u64>,
+    message: String,
+}
+
+/// A verification that is under way: what a log's segments come to so far. [`verify`](super::verify) is all of it in one; of logs that begin
+/// alike, the beginning is verified once and the rest from a clone.
+#[derive(Clone)]
+pub struct Walk {
+    witness: VerifierKey,
+    expected: Expected,
+    report: Report,
+    /// Whether every segment so far was reached.
+    whole: bool,
+    tree: Tree,
+    head: Option<Checkpoint>,
+    history: History,
+    ending: Ending,
+    /// What the records come to, as far as nothing changes it any more.
+    files: Vec<File>,
+}
+
+impl Walk {
+    /// At the beginning of a log.
+    pub fn new(witness: &VerifierKey, expected: &Expected) -> Self {
+        Self {
+            witness: witness.clone(),
+            expected: expected.clone(),
+            report: Report::default(),
+            whole: true,
+            tree: Tree::new(),
+            head: None,
+            history: History::default(),
+            ending: Ending::default(),
+            files: Vec::new(),
         }
     }
-    walk.history.finish(whole, report);
-    if whole {
-        ended(log, witness, (walk.ending, walk.files), report);
+
+    /// Takes the object under the next key in. One that is no segment by its key is none of the chain's.
+    pub fn segment(&mut self, key: &str, bytes: &[u8]) {
+        if !self.whole || Segment::first_of(key).is_none() {
+            return;
+        }
+        if let Err(SegmentProblem { rule, record, message }) = self.extend(key, bytes) {
+            self.report.add(rule, Some(key), record, message);
+            self.whole = false;
+        }
     }
-    report.summary.records = walk.tree.size();
-    if whole && walk.head.is_none() {
-        report.add(Check::LogEmpty, None, None, "expected at least one segment, found none");
+
+    /// The report, when all segments of the log have been taken in.
+    pub fn finish(mut self, log: &Log) -> Report {
+        self.history.finish(self.whole, &mut self.report);
+        self.report.summary.records = self.tree.size();
+        self.report.summary.root = self.head.as_ref().map(Checkpoint::root_base64);
+        if self.whole {
+            self.end();
+            ended(log, &self.witness, (self.ending, self.files), &mut self.report);
+        }
+        storage::check(log, &mut self.report);
+        self.report
     }
-    if let Expected::Head(head) = expected
-        && whole
-        && walk.head.as_ref() != Some(head)
-    {
-        let found = walk.head.as_ref().map_or_else(
-            || "none".to_owned(),
-            |found| format!("{} records and root {}", found.size, found.root_base64()),
-        );
-        let (size, root) = (head.size, head.root_base64());
-        let message =
-            format!("expected the head that the task's status names, {size} records and root {root}, found {found}");
-        report.add(Check::LogHead, None, None, message);
+
+    /// The log has an end, the expected one.
+    fn end(&mut self) {
+        if self.head.is_none() {
+            self.report.add(Check::LogEmpty, None, None, "expected at least one segment, found none");
+        }
+        if let Expected::Head(head) = &self.expected
+            && self.head.as_ref() != Some(head)
+        {
+            let found = self.head.as_ref().map_or_else(
+                || "none".to_owned(),
+                |found| format!("{} records and root {}", found.size, found.root_base64()),
+            );
+            let (size, root) = (head.size, head.root_base64());
+            let message = format!(
+                "expected the head that the task's status names, {size} records and root {root}, found {found}"
+            );
+            self.report.add(Check::LogHead, None, None, message);
+        }
     }
-    report.summary.root = walk.head.map(|head| head.root_base64());
+
+    fn extend(&mut self, key: &str, bytes: &[u8]) -> Result<(), SegmentProblem> {
+        let next = self.tree.size();
+        let form = |rule, e: &SegmentError| {
+            let record = e.record().and_then(|n| u64::try_from(n).ok());
+            SegmentProblem { rule, record: record.map(|n| next.saturating_add(n)), message: e.to_string() }
+        };
+        // In one go where all is well, else step by step: what is said of a log does not depend on how it is read.
+        let (segment, records) = match Segment::read(bytes) {
+            Ok((segment, records)) => (segment, Ok(records)),
+            Err(_) => {
+                let segment = Segment::parse(bytes).map_err(|e| form(Check::SegmentForm, &e))?;
+                let records = segment.decode();
+                (segment, records)
+            }
+        };
+        if Segment::key(segment.first) != key {
+            let message = format!("expected {} for its first record, {}", Segment::key(segment.first), segment.first);
+            return Err(SegmentProblem { rule: Check::SegmentKey, record: Some(segment.first), message });
+        }
+        let tree = segment.extend(&self.tree).map_err(|e| SegmentProblem {
+            rule: match e {
+                SegmentError::Position { .. } => Check::SegmentOrder,
+                SegmentError::Checkpoint { .. } => Check::CheckpointRoot,
+                SegmentError::Note(_) | SegmentError::Line { .. } => Check::SegmentForm,
+            },
+            record: Some(segment.first),
+            message: e.to_string(),
+        })?;
+        let checkpoint = segment.note.checkpoint().map_err(|e| form(Check::SegmentForm, &e.into()))?;
+        self.origin(&checkpoint, key);
+        let records = records.map_err(|e| form(Check::RecordForm, &e))?;
+
+        let files = self.ending.take(&segment, &records);
+        let long = |e: EncodeError| SegmentProblem { rule: Check::RecordForm, record: None, message: e.to_string() };
+        self.files.extend(files.map_err(long)?);
+        let writer = records.first().map(|r| (r.actor, r.attempt));
+        let report = &mut self.report;
+        for (place, record) in records.iter().enumerate() {
+            // Its key signs the whole segment.
+            if place > 0 && matches!(record.event, Event::AttemptOpened(_)) {
+                let message = "expected attempt.opened as the first record of its segment, found records before it";
+                report.add(Check::AttemptOpen, Some(key), Some(record.seq), message);
+            }
+            if writer.is_some_and(|(actor, _)| actor != record.actor) {
+                report.add(
+                    Check::RecordActor,
+                    Some(key),
+                    Some(record.seq),
+                    "expected one writer in a segment, found two",
+                );
+            } else if writer.is_some_and(|(_, attempt)| attempt != record.attempt) {
+                report.add(
+                    Check::AttemptOrder,
+                    Some(key),
+                    Some(record.seq),
+                    "expected one attempt in a segment, found two",
+                );
+            }
+            self.history.record(record, &checkpoint.origin, key, report);
+        }
+        self.signatures(&segment, writer.map_or(Actor::Harness, |(actor, _)| actor), key);
+
+        self.report.summary.segments += 1;
+        self.tree = tree;
+        self.head = Some(checkpoint);
+        Ok(())
+    }
+
+    /// One log, and the expected one.
+    fn origin(&mut self, checkpoint: &Checkpoint, key: &str) {
+        let expected = match (&self.head, &self.expected) {
+            (Some(head), _) => Some(&head.origin),
+            (None, Expected::Origin(origin)) => Some(origin),
+            (None, Expected::Head(head)) => Some(&head.origin),
+            (None, Expected::Anything) => None,
+        };
+        if let Some(expected) = expected.filter(|origin| **origin != checkpoint.origin) {
+            let message = format!("expected a checkpoint of {expected}, found one of {}", checkpoint.origin);
+            self.report.add(Check::CheckpointOrigin, Some(key), None, message);
+        }
+        self.report.summary.origin.get_or_insert_with(|| checkpoint.origin.clone());
+    }
+
+    /// The witness signed every checkpoint, the attempt its own, and nobody else any.
+    fn signatures(&mut self, segment: &Segment, writer: Actor, key: &str) {
+        let report = &mut self.report;
+        match segment.note.verify_cosignature(&self.witness) {
+            Ok(time) => report.summary.witnessed = Some(time),
+            Err(e) => report.add(Check::CheckpointWitness, Some(key), None, e.to_string()),
+        }
+        let expected = match writer {
+            Actor::Gateway => 1,
+            Actor::Harness => {
+                let signed = match self.history.key() {
+                    Some(attempt) => segment.note.verify(attempt).map_err(|e: NoteError| e.to_string()),
+                    None => Err("expected a key in an attempt.opened record before this, found none".to_owned()),
+                };
+                if let Err(message) = signed {
+                    report.add(Check::CheckpointAttempt, Some(key), None, message);
+                }
+                2
+            }
+        };
+        let found = segment.note.signatures.len();
+        if found != expected {
+            let message = format!("expected {expected} signature(s) on what the {writer:?} wrote, found {found}");
+            report.add(Check::CheckpointSignatures, Some(key), None, message);
+        }
+    }
 }
 
 /// What was written once the log had ended is what its records come to.
@@ -104,134 +259,5 @@ fn ended(log: &Log, witness: &VerifierKey, (ending, mut files): (Ending, Vec<Fil
             "expected what the records come to, found something else",
         ),
         (Err(error), _) => report.add(Check::EndSummary, Some(SUMMARY), None, error.to_string()),
-    }
-}
-
-/// Why the walk cannot go on.
-struct SegmentProblem {
-    rule: Check,
-    record: Option<u64>,
-    message: String,
-}
-
-/// The log so far.
-struct Walk {
-    tree: Tree,
-    head: Option<Checkpoint>,
-    history: History,
-    ending: Ending,
-    /// What the records come to, as far as nothing changes it any more.
-    files: Vec<File>,
-}
-
-impl Walk {
-    fn segment(
-        &mut self,
-        key: &str,
-        bytes: &[u8],
-        witness: &VerifierKey,
-        expected: &Expected,
-        report: &mut Report,
-    ) -> Result<(), SegmentProblem> {
-        let next = self.tree.size();
-        let form = |rule, e: &SegmentError| {
-            let record = e.record().and_then(|n| u64::try_from(n).ok());
-            SegmentProblem { rule, record: record.map(|n| next.saturating_add(n)), message: e.to_string() }
-        };
-        // In one go where all is well, else step by step: what is said of a log does not depend on how it is read.
-        let (segment, records) = match Segment::read(bytes) {
-            Ok((segment, records)) => (segment, Ok(records)),
-            Err(_) => {
-                let segment = Segment::parse(bytes).map_err(|e| form(Check::SegmentForm, &e))?;
-                let records = segment.decode();
-                (segment, records)
-            }
-        };
-        if Segment::key(segment.first) != key {
-            let message = format!("expected {} for its first record, {}", Segment::key(segment.first), segment.first);
-            return Err(SegmentProblem { rule: Check::SegmentKey, record: Some(segment.first), message });
-        }
-        let tree = segment.extend(&self.tree).map_err(|e| SegmentProblem {
-            rule: match e {
-                SegmentError::Position { .. } => Check::SegmentOrder,
-                SegmentError::Checkpoint { .. } => Check::CheckpointRoot,
-                SegmentError::Note(_) | SegmentError::Line { .. } => Check::SegmentForm,
-            },
-            record: Some(segment.first),
-            message: e.to_string(),
-        })?;
-        let checkpoint = segment.note.checkpoint().map_err(|e| form(Check::SegmentForm, &e.into()))?;
-        self.origin(&checkpoint, key, expected, report);
-        let records = records.map_err(|e| form(Check::RecordForm, &e))?;
-
-        let files = self.ending.take(&segment, &records);
-        let long = |e: EncodeError| SegmentProblem { rule: Check::RecordForm, record: None, message: e.to_string() };
-        self.files.extend(files.map_err(long)?);
-        let writer = records.first().map(|r| (r.actor, r.attempt));
-        for record in &records {
-            if writer.is_some_and(|(actor, _)| actor != record.actor) {
-                report.add(
-                    Check::RecordActor,
-                    Some(key),
-                    Some(record.seq),
-                    "expected one writer in a segment, found two",
-                );
-            } else if writer.is_some_and(|(_, attempt)| attempt != record.attempt) {
-                report.add(
-                    Check::AttemptOrder,
-                    Some(key),
-                    Some(record.seq),
-                    "expected one attempt in a segment, found two",
-                );
-            }
-            self.history.record(record, &checkpoint.origin, key, report);
-        }
-        self.signatures(&segment, writer.map_or(Actor::Harness, |(actor, _)| actor), key, witness, report);
-
-        report.summary.segments += 1;
-        self.tree = tree;
-        self.head = Some(checkpoint);
-        Ok(())
-    }
-
-    /// One log, and the expected one.
-    fn origin(&self, checkpoint: &Checkpoint, key: &str, expected: &Expected, report: &mut Report) {
-        let expected = match (&self.head, expected) {
-            (Some(head), _) => Some(&head.origin),
-            (None, Expected::Origin(origin)) => Some(origin),
-            (None, Expected::Head(head)) => Some(&head.origin),
-            (None, Expected::Anything) => None,
-        };
-        if let Some(expected) = expected.filter(|origin| **origin != checkpoint.origin) {
-            let message = format!("expected a checkpoint of {expected}, found one of {}", checkpoint.origin);
-            report.add(Check::CheckpointOrigin, Some(key), None, message);
-        }
-        report.summary.origin.get_or_insert_with(|| checkpoint.origin.clone());
-    }
-
-    /// The witness signed every checkpoint, the attempt its own, and nobody else any.
-    fn signatures(&self, segment: &Segment, writer: Actor, key: &str, witness: &VerifierKey, report: &mut Report) {
-        match segment.note.verify_cosignature(witness) {
-            Ok(time) => report.summary.witnessed = Some(time),
-            Err(e) => report.add(Check::CheckpointWitness, Some(key), None, e.to_string()),
-        }
-        let expected = match writer {
-            Actor::Gateway => 1,
-            Actor::Harness => {
-                let signed = match self.history.key() {
-                    Some(attempt) => segment.note.verify(attempt).map_err(|e: NoteError| e.to_string()),
-                    None => Err("expected a key in an attempt.opened record before this, found none".to_owned()),
-                };
-                if let Err(message) = signed {
-                    report.add(Check::CheckpointAttempt, Some(key), None, message);
-                }
-                2
-            }
-        };
-        let found = segment.note.signatures.len();
-        if found != expected {
-            let message = format!("expected {expected} signature(s) on what the {writer:?} wrote, found {found}");
-            report.add(Check::CheckpointSignatures, Some(key), None, message);
-        }
     }
 }

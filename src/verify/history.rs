@@ -1,6 +1,6 @@
 //! What the records say, one after the other: attempts, calls, counters and limits.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use jiff::Timestamp;
 
@@ -25,7 +25,7 @@ use crate::{
 };
 
 /// What is known after some records.
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub(super) struct History {
     attempt: i64,
     /// The attempt that opened last.
@@ -41,7 +41,7 @@ pub(super) struct History {
     key: Option<VerifierKey>,
     policy: Option<PolicyConfig>,
     /// What its pack says to calls.
-    guard: Option<Guard>,
+    guard: Option<Arc<Guard>>,
     /// The most sensitive data that the task has handled.
     seen: Sensitivity,
     usage: Usage,
@@ -57,6 +57,7 @@ pub(super) struct History {
 }
 
 /// A call that has an intent.
+#[derive(Clone)]
 struct Call {
     key: Option<String>,
     /// What its outcome says, and where.
@@ -65,6 +66,9 @@ struct Call {
     attempt: i64,
     target: String,
     reserved: Spent,
+    /// Whether a read has told what became of it.
+    resolved: bool,
+    /// Whether it has an outcome, or a read has told.
     settled: bool,
 }
 
@@ -98,10 +102,17 @@ impl History {
         if record.v != VERSION {
             blame.add(Check::RecordForm, format!("expected version {VERSION}, found {}", record.v));
         }
-        let now = record.time.parse().unwrap_or_else(|_| {
-            blame.add(Check::RecordTime, format!("expected an RFC 3339 time, found {:?}", record.time));
-            Timestamp::UNIX_EPOCH
-        });
+        let now = match record.time.parse::<Timestamp>() {
+            Ok(now) if format!("{now:.3}") == record.time => now,
+            _ => {
+                let message = format!("expected an RFC 3339 time to the millisecond, found {:?}", record.time);
+                blame.add(Check::RecordTime, message);
+                Timestamp::UNIX_EPOCH
+            }
+        };
+        for found in commitments(&record.event).into_iter().filter(|found| !is_digest(found)) {
+            blame.add(Check::RecordForm, format!("expected 64 hex digits of a digest, found {found:?}"));
+        }
         if self.ended {
             blame
                 .add(Check::TaskAfterEnd, format!("expected nothing after task.closed, found {}", record.event.kind()));
@@ -241,7 +252,7 @@ impl History {
                 .add(Check::AttemptContained, "expected a contained pod, found one that reaches more than the gateway");
         }
         self.guard = match Guard::compile(&opened.policy) {
-            Ok(guard) => Some(guard),
+            Ok(guard) => Some(Arc::new(guard)),
             Err(e) => {
                 blame.add(Check::AttemptPolicy, e.to_string());
                 None
@@ -385,7 +396,7 @@ impl History {
         let Resolved { call, effect, by } = resolved;
         let wrong =
             |found: &str| format!("expected a read to tell what became of a call of unknown fate, found {found}");
-        let lost = self.calls.get(call);
+        let lost = self.calls.get(call).filter(|lost| !lost.resolved);
         let since = lost.and_then(|lost| match lost.effect {
             Some((Effect::Unknown, since)) => Some(since),
             // Its harness is gone.
@@ -409,7 +420,7 @@ impl History {
             undoing.settle(call, *effect);
         }
         if let Some(lost) = self.calls.get_mut(call) {
-            (lost.effect, lost.settled) = (Some((*effect, since)), true);
+            (lost.resolved, lost.settled) = (true, true);
         }
         let effects = &mut blame.report.summary.effects;
         effects.unknown = effects.unknown.saturating_sub(u64::from(was_counted));
@@ -555,7 +566,10 @@ impl History {
         } else {
             let (seq, target) = (blame.seq, target.clone());
             let key = intent.key.clone();
-            self.calls.insert(call.clone(), Call { key, effect: None, seq, attempt, target, reserved, settled: false });
+            self.calls.insert(
+                call.clone(),
+                Call { key, effect: None, seq, attempt, target, reserved, resolved: false, settled: false },
+            );
         }
     }
 
@@ -693,6 +707,26 @@ fn mispriced(intent: &Intent, policy: &PolicyConfig) -> Option<String> {
         let [least, most, found] = [least, most, found].map(price::show);
         format!("expected {tokens} tokens of {model:?} to cost {least} to {most}, found {found}")
     })
+}
+
+/// The commitments and digests in a record that are no more than that.
+fn commitments(event: &Event) -> Vec<&String> {
+    match event {
+        Event::Intent(intent) => intent.request_digest.iter().collect(),
+        Event::Outcome(outcome) => {
+            outcome.response_digest.iter().chain(&outcome.undone_by).chain(&outcome.certificate).collect()
+        }
+        Event::TaskClosed(closed) => closed.images.values().collect(),
+        Event::Replayed(replayed) => vec![&replayed.request_digest, &replayed.response_digest],
+        Event::Denied(denied) => denied.request_digest.iter().collect(),
+        Event::ApprovalRequested(approval) | Event::ApprovalDecided(approval) => vec![&approval.request_digest],
+        _ => vec![],
+    }
+}
+
+/// Whether it is a SHA-256 in its one form.
+fn is_digest(text: &str) -> bool {
+    text.len() == 64 && text.bytes().all(|digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f'))
 }
 
 /// The counters in words.

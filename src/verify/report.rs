@@ -85,13 +85,13 @@ checks! {
     LogEmpty = "log.empty" Incomplete,
     /// Every line is a record of a version that this verifier knows, whole.
     RecordForm = "record.form" Broken,
-    /// Every record's time is RFC 3339.
+    /// Every record's time is RFC 3339 in UTC, to the millisecond.
     RecordTime = "record.time" Broken,
     /// A segment's records have one writer, and each writer writes only its own kinds.
     RecordActor = "record.actor" Broken,
     /// Attempts never go back, and a segment's records are of one attempt.
     AttemptOrder = "attempt.order" Broken,
-    /// Every attempt starts with `attempt.opened` and ends with `attempt.closed`.
+    /// Every attempt starts with `attempt.opened`, the first record of its segment, and ends with `attempt.closed`.
     AttemptOpen = "attempt.open" Broken,
     /// The attempt's key is one, and named after the attempt.
     AttemptKey = "attempt.key" Broken,

@@ -1,10 +1,14 @@
-use std::collections::BTreeMap;
-
 use bytes::Bytes;
 use proptest::prelude::*;
 use rstest::rstest;
 
-use self::script::{Script, UID, attempt_closed, denied, end, intent, opened, outcome, put, record, task_closed};
+use self::{
+    forge::{Before, Witness, end, put},
+    script::{
+        Script, UID, attempt_closed, change_intent, change_opened, denied, intent, lose, opened, outcome, record,
+        resolved, task_closed,
+    },
+};
 use super::*;
 use crate::{
     canonical,
@@ -23,12 +27,13 @@ use crate::{
         approval::{Answer, Approvers, Standing, Vote},
         config::{
             AccessRule, Approval, AskedBy, HttpMethod, HttpUpstream, Idempotency, ModelPrice, OnTimeout, Risk,
-            RiskTerm, RollbackOf, RuleDecision, Sensitivity, SideEffect, Upstream, VerifyRead,
+            RiskTerm, RollbackOf, RuleDecision, Sensitivity, SideEffect, Upstream,
         },
         ledger,
     },
 };
 
+pub(crate) mod forge;
 pub(crate) mod script;
 
 fn run(script: &Script, log: &Log) -> Report {
@@ -92,6 +97,9 @@ fn a_task_that_never_ran_has_a_valid_log_of_one_record() {
 #[case::sequence(Check::SegmentForm, Some(2), |s: &mut Script| s.at(2).seq = 5)]
 #[case::version(Check::RecordForm, Some(3), |s: &mut Script| s.at(3).v = 2)]
 #[case::time(Check::RecordTime, Some(3), |s: &mut Script| s.at(3).time = "yesterday".into())]
+#[case::time_to_the_second(Check::RecordTime, Some(3), |s: &mut Script| s.at(3).time = "2026-11-23T10:00:00Z".into())]
+#[case::time_elsewhere(Check::RecordTime, Some(3), |s: &mut Script| s.at(3).time = "2026-11-23T10:00:00.000+00:00".into())]
+#[case::a_commitment_that_is_no_digest(Check::RecordForm, Some(6), |s: &mut Script| change_intent(s, 6, |i| i.request_digest = Some("AB".repeat(32))))]
 #[case::actor_gateway(Check::RecordActor, Some(5), |s: &mut Script| s.at(5).actor = Actor::Gateway)]
 #[case::actor_harness(Check::RecordActor, Some(12), |s: &mut Script| { s.at(12).actor = Actor::Harness; })]
 #[case::gateway_writes_calls(Check::RecordActor, Some(6), |s: &mut Script| s.at(6).actor = Actor::Gateway)]
@@ -99,6 +107,7 @@ fn a_task_that_never_ran_has_a_valid_log_of_one_record() {
 #[case::attempt_zero(Check::AttemptOrder, Some(0), |s: &mut Script| { let key = Signer::generate(&note::attempt_key_name(UID, 0)).unwrap(); s.at(0).attempt = 0; s.at(0).event = opened(&key, 0); s.keys.insert(0, key); })]
 #[case::two_attempts_in_a_segment(Check::AttemptOrder, Some(4), |s: &mut Script| s.at(4).attempt = 2)]
 #[case::not_opened(Check::AttemptOpen, Some(0), |s: &mut Script| { s.at(0).event = denied("x"); })]
+#[case::opened_within_a_segment(Check::AttemptOpen, Some(9), |s: &mut Script| { let again = s.at(7).event.clone(); s.segments[4].push(record(2, again)); })]
 #[case::not_opened_again(Check::AttemptOpen, Some(7), |s: &mut Script| { s.at(7).event = denied("x"); })]
 #[case::call_after_closing(Check::AttemptOpen, Some(12), |s: &mut Script| s.segments[5].push(record(2, denied("x"))))]
 #[case::not_contained(Check::AttemptContained, Some(0), |s: &mut Script| change_opened(s, 0, |o| o.containment.contained = false))]
@@ -179,11 +188,6 @@ fn lost() -> Event {
     Event::ContainmentChecked(seen)
 }
 
-fn change_opened(script: &mut Script, seq: usize, change: impl FnOnce(&mut crate::evidence::record::AttemptOpened)) {
-    let Event::AttemptOpened(opened) = &mut script.at(seq).event else { panic!("record {seq} is no attempt.opened") };
-    change(opened);
-}
-
 fn opened_with(script: &Script, change: impl FnOnce(&mut crate::evidence::record::AttemptOpened)) -> Event {
     let Event::AttemptOpened(mut opened) = opened(&script.keys[&2], 2) else { unreachable!() };
     change(&mut opened);
@@ -216,11 +220,6 @@ fn a_priced_call_is_valid_and_an_overrun_is_a_note() {
     assert_eq!(report.verdict, Verdict::Valid, "{:?}", report.findings);
     assert!(report.findings.iter().any(|f| f.rule == Check::UsageOverrun && f.record == Some(9)));
     assert_eq!(report.summary.usage.cost_micros, 520);
-}
-
-fn change_intent(script: &mut Script, seq: usize, change: impl FnOnce(&mut crate::evidence::record::Intent)) {
-    let Event::Intent(intent) = &mut script.at(seq).event else { panic!("record {seq} is no call.intent") };
-    change(intent);
 }
 
 /// What others could do to the stored objects: without the keys, or with some of them.
@@ -278,7 +277,7 @@ fn change_intent(script: &mut Script, seq: usize, change: impl FnOnce(&mut crate
 #[case::a_file_more(Check::EndTiles, |_: &Script, log: &mut Log| { log.ending.insert("tlog/tile/0/000".into(), Bytes::new()); })]
 #[case::an_end_before_the_end(Check::EndTiles, |_: &Script, log: &mut Log| { log.segments.remove(&Segment::key(12)); })]
 #[case::summary_of_another(Check::EndSummary, |script: &Script, log: &mut Log| { let text = Envelope::sign(PAYLOAD_TYPE, b"{}", &script.witness).to_bytes().unwrap(); log.ending.insert(SUMMARY.into(), text.into()); })]
-#[case::summary_by_another(Check::EndSummary, |_: &Script, log: &mut Log| { end(log, &Signer::generate(WITNESS_NAME).unwrap()); })]
+#[case::summary_by_another(Check::EndSummary, |_: &Script, log: &mut Log| { end(log, Ok(&Signer::generate(WITNESS_NAME).unwrap())); })]
 #[case::summary_changed(Check::EndSummary, |_: &Script, log: &mut Log| { let text = log.ending.get_mut(SUMMARY).unwrap(); *text = text.slice(..text.len() - 1); })]
 #[case::summary_unlocked(Check::StoreRetention, |_: &Script, log: &mut Log| versions(log).iter_mut().find(|version| version.key == SUMMARY).unwrap().retain_until = None)]
 #[case::one_more_signature(Check::CheckpointSignatures, |_: &Script, log: &mut Log| edit(log, 3, |s| s.note.cosign(&Signer::generate("else.example").unwrap(), 1)))]
@@ -392,11 +391,10 @@ fn the_head_in_the_status_is_compared() {
 fn a_restarted_harness_opens_its_attempt_again_with_another_key() {
     let mut script = Script::good();
     let again = Signer::generate(&note::attempt_key_name(UID, 2)).unwrap();
-    // From the last harness segment on: the script signs by attempt, so everything of attempt 2 is signed by one key.
+    // The script signs by attempt, so everything of attempt 2 is signed by one key.
     script.segments[4][0].event = opened(&again, 2);
     script.segments[5].insert(0, record(2, opened(&again, 2)));
-    script.segments[5].push(record(2, opened(&again, 2)));
-    script.segments[5].push(record(2, attempt_closed()));
+    script.segments.insert(6, vec![record(2, opened(&again, 2)), record(2, attempt_closed())]);
     script.keys.insert(2, again);
     script.count();
     let report = run(&script, &script.write());
@@ -601,31 +599,6 @@ fn a_second_effect_under_one_key_shows(#[case] at: u64, #[case] lie: fn(&mut Scr
     assert_eq!(report.verdict, Verdict::Invalid);
 }
 
-/// Nobody knows what became of attempt 2's call of `write`, until a call of `search` tells.
-fn resolved() -> Script {
-    let mut script = Script::good();
-    change_opened(&mut script, 7, |o| {
-        let write = o.policy.tools.iter_mut().find(|tool| tool.name == "write").unwrap();
-        write.verify = Some(VerifyRead {
-            tool: "search".into(),
-            arguments: BTreeMap::new(),
-            applied: "result".into(),
-            settle_seconds: 1,
-        });
-    });
-    let told = Event::Resolved(record::Resolved { call: "d".into(), effect: Effect::Applied, by: "e".into() });
-    let read = [intent("e", Channel::Tool, "search", 0), outcome("e", 0), told];
-    script.segments[5].splice(1..1, read.map(|event| record(2, event)));
-    lose(&mut script, 9);
-    script.count();
-    script
-}
-
-fn lose(script: &mut Script, at: usize) {
-    let Event::Outcome(outcome) = &mut script.at(at).event else { panic!() };
-    outcome.effect = Effect::Unknown;
-}
-
 fn change_resolved(script: &mut Script, change: impl Fn(&mut record::Resolved)) {
     let Event::Resolved(resolved) = &mut script.at(12).event else { panic!() };
     change(resolved);
@@ -674,6 +647,37 @@ fn a_resolution_that_follows_from_nothing_shows(#[case] lie: fn(&mut Script)) {
     let found = report.findings.iter().find(|finding| finding.rule == Check::CallOutcome);
     assert_eq!(found.map(|finding| finding.record), Some(Some(12)), "{:?}", report.findings);
     assert_eq!(report.verdict, Verdict::Invalid);
+}
+
+/// What a read has said is known by its outcome alone: one that was lost itself has told nothing.
+#[test]
+fn a_read_that_was_resolved_itself_resolves_nothing() {
+    let mut script = resolved();
+    change_opened(&mut script, 7, |o| {
+        o.policy.tools[1].verify = o.policy.tools[2].verify.clone();
+        o.policy.limits.tool_calls = 9;
+    });
+    lose(&mut script, 11);
+    let told = Event::Resolved(record::Resolved { call: "e".into(), effect: Effect::Applied, by: "f".into() });
+    let read = [intent("f", Channel::Tool, "search", 0), outcome("f", 0), told];
+    script.segments[5].splice(3..3, read.map(|event| record(2, event)));
+    script.count();
+    let report = run(&script, &script.write());
+    let found: Vec<_> = report.findings.iter().map(|finding| (finding.rule, finding.record)).collect();
+    assert!(found.starts_with(&[(Check::CallOutcome, Some(15))]), "{:?}", report.findings);
+}
+
+/// A harness that was started again finds its call without an outcome, and a read tells: from then on there is none.
+#[test]
+fn no_outcome_follows_what_a_read_has_told() {
+    let mut script = resolved();
+    let again = script.at(7).event.clone();
+    script.at(9).event = again;
+    script.count();
+    assert_eq!(run(&script, &script.write()).verdict, Verdict::Valid);
+    script.segments[5].insert(4, record(2, outcome("d", 0)));
+    script.count();
+    assert_eq!(broken(&run(&script, &script.write())), [Check::CallOutcome]);
 }
 
 /// Attempt 2's `write` passes a pack that lets `write` change things and finds more risk where data was seen.
@@ -869,4 +873,29 @@ fn the_summary_is_of_this_log() {
     assert_eq!(said["calls"], serde_json::json!({"applied": 3, "notApplied": 0, "unknown": 0, "open": 1}));
     assert_eq!(said["denials"], serde_json::json!({"egress.host": 1}));
     assert_eq!(said["outcome"]["phase"], "Succeeded");
+}
+
+/// Somebody with the keys of all attempts writes history anew from any record on, and so that everything follows: but the witness has
+/// signed another one.
+#[rstest]
+#[case(Script::good())]
+#[case(approved())]
+#[case(replayed())]
+#[case(resolved())]
+#[case(assessed())]
+#[case(rollback())]
+fn a_thief_of_the_attempts_keys_is_found_at_the_first_segment_that_he_signs(#[case] script: Script) {
+    let (honest, other) = (script.write(), Signer::generate(WITNESS_NAME).unwrap());
+    let (before, rewrites) = (Before::of(&honest), forge::rewrites(&script.segments));
+    let records = script.segments.iter().flatten().count();
+    assert!((0..records - 1).all(|record| rewrites.iter().filter(|(at, _)| *at == record).count() > 10));
+    for (turn, (at, rewrite)) in rewrites.iter().enumerate() {
+        let witness = [Witness::Left, Witness::Dropped, Witness::By(&other)][turn % 3];
+        let forged = script.forge(&forge::rewritten(&script.segments, *at, rewrite).unwrap(), witness, &before);
+        let (first, _) = forged.segments.iter().find(|(key, bytes)| honest.segments.get(*key) != Some(bytes)).unwrap();
+        let report = run(&script, &forged);
+        assert_eq!(report.verdict, Verdict::Invalid, "{at}: {rewrite:?}: {:?}", report.findings);
+        let named = |f: &Finding| f.weight == Weight::Broken && f.object.as_ref() == Some(first);
+        assert!(report.findings.iter().any(named), "{at}: {rewrite:?}, {first}: {:?}", report.findings);
+    }
 }

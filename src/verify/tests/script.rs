@@ -2,41 +2,32 @@
 
 use std::collections::BTreeMap;
 
-use bytes::Bytes;
-
+use super::forge::{self, Before, Keys, Segments, Witness};
 use crate::{
-    canonical,
     evidence::{
-        dsse::Envelope,
-        ending::{Ending, PAYLOAD_TYPE, SUMMARY},
         log::Log,
-        merkle::{self, Tree},
-        note::{self, Checkpoint, Note, Signer, WITNESS_NAME},
+        note::{self, Signer, WITNESS_NAME},
         record::{
             Actor, AttemptClosed, AttemptOpened, Channel, Containment, Denied, Effect, Event, Intent, Outcome, Pod,
-            Record, TaskClosed, VERSION,
+            Record, Resolved, TaskClosed, VERSION,
         },
-        segment::Segment,
-        store::{Mode, StoredObject},
     },
     policy::{
         config::{
             Access, DataClass, Limits, McpUpstream, ModelEndpoints, PackIdentity, PolicyConfig, Sensitivity,
-            SideEffect, TaskIdentity, Tool, ToolLimits, Upstream, Usage,
+            SideEffect, TaskIdentity, Tool, ToolLimits, Upstream, Usage, VerifyRead,
         },
         rule::Rule,
     },
 };
 
 pub(crate) const UID: &str = "6f9c3c1e-0000-4000-8000-000000000001";
-const WITNESSED: u64 = 1_795_000_000;
 
 /// Records, segment by segment, and the keys that sign them.
 pub(crate) struct Script {
-    pub(crate) segments: Vec<Vec<Record>>,
+    pub(crate) segments: Segments,
     pub(crate) witness: Signer,
-    /// By attempt.
-    pub(crate) keys: BTreeMap<i64, Signer>,
+    pub(crate) keys: Keys,
 }
 
 pub(crate) fn policy() -> PolicyConfig {
@@ -214,7 +205,7 @@ pub(crate) fn record(attempt: i64, event: Event) -> Record {
 impl Script {
     /// Two attempts: the first is lost with its pod during a call, the second ends well.
     pub(crate) fn good() -> Self {
-        let keys: BTreeMap<_, _> =
+        let keys: Keys =
             [1, 2].map(|n| (n, Signer::generate(&note::attempt_key_name(UID, n)).unwrap())).into_iter().collect();
         let first = |event| record(1, event);
         let second = |event| record(2, event);
@@ -245,87 +236,51 @@ impl Script {
 
     /// Numbers all records and works out their counters.
     pub(crate) fn count(&mut self) {
-        let mut usage = Usage::default();
-        let mut reserved = BTreeMap::new();
-        for (seq, record) in self.segments.iter_mut().flatten().enumerate() {
-            match &record.event {
-                Event::Intent(intent) => {
-                    usage.tool_calls += i64::from(intent.channel == Channel::Tool);
-                    usage.tokens += intent.reserved_tokens;
-                    usage.cost_micros += intent.reserved_cost_micros;
-                    reserved.insert(intent.call.clone(), (intent.reserved_tokens, intent.reserved_cost_micros));
-                }
-                Event::Outcome(outcome) => {
-                    let (tokens, cost) = reserved.get(&outcome.call).copied().unwrap_or_default();
-                    usage.tokens += outcome.tokens - tokens;
-                    usage.cost_micros += outcome.cost_micros - cost;
-                }
-                Event::Denied(denied) => usage.denials += denied.count,
-                _ => {}
-            }
-            record.seq = seq as u64;
-            record.usage = usage;
-        }
+        forge::count(&mut self.segments);
     }
 
     /// Writes, hashes, signs and cosigns.
     pub(crate) fn write(&self) -> Log {
-        let mut tree = Tree::new();
-        let mut log = Log { versions: Some(Vec::new()), ..Log::default() };
-        for records in &self.segments {
-            let first = tree.size();
-            let entries: Vec<_> = records.iter().map(|r| r.encode().unwrap()).collect();
-            entries.iter().for_each(|entry| tree.push(merkle::leaf_hash(&entry.record)));
-            let checkpoint = Checkpoint { origin: note::origin(UID), size: tree.size(), root: tree.root() };
-            let mut note = match records[0].actor {
-                Actor::Harness => Note::sign(&checkpoint, &self.keys[&records[0].attempt]),
-                Actor::Gateway => Note::unsigned(&checkpoint),
-            };
-            note.cosign(&self.witness, WITNESSED + first);
-            put(&mut log, &Segment::new(note, first, entries));
-        }
-        end(&mut log, &self.witness);
-        log
+        self.forge(&self.segments, Witness::By(&self.witness), &Before::default())
+    }
+
+    /// Writes other records with the keys of the attempts.
+    pub(crate) fn forge(&self, segments: &Segments, witness: Witness<'_>, before: &Before) -> Log {
+        forge::sign(forge::written(segments), &note::origin(UID), &self.keys, witness, before)
     }
 }
 
-/// Writes what the log comes to, if it has ended.
-pub(crate) fn end(log: &mut Log, witness: &Signer) {
-    let (mut ending, mut files) = (Ending::default(), Vec::new());
-    for bytes in log.segments.values() {
-        let Ok((segment, records)) = Segment::read(bytes) else { return };
-        files.extend(ending.take(&segment, &records).unwrap());
-    }
-    let Some((last, statement)) = ending.finish() else { return };
-    files.extend(last);
-    let payload = canonical::to_bytes(&statement).unwrap();
-    files.push((SUMMARY.to_owned(), Envelope::sign(PAYLOAD_TYPE, &payload, witness).to_bytes().unwrap()));
-    for (key, bytes) in files {
-        let object = stored(&key, bytes.len());
-        log.versions.get_or_insert_default().push(object);
-        log.ending.insert(key, bytes.into());
-    }
+pub(crate) fn change_opened(script: &mut Script, seq: usize, change: impl FnOnce(&mut AttemptOpened)) {
+    let Event::AttemptOpened(opened) = &mut script.at(seq).event else { panic!("record {seq} is no attempt.opened") };
+    change(opened);
 }
 
-/// An object as a store with locks has it.
-fn stored(key: &str, size: usize) -> StoredObject {
-    StoredObject {
-        key: key.to_owned(),
-        version_id: format!("v-{key}"),
-        size: size as u64,
-        written: Some(jiff::Timestamp::from_second(1_795_000_000).unwrap()),
-        retain_until: Some(jiff::Timestamp::from_second(1_795_086_400).unwrap()),
-        mode: Some(Mode::Compliance),
-        is_latest: true,
-        delete_marker: false,
-    }
+pub(crate) fn change_intent(script: &mut Script, seq: usize, change: impl FnOnce(&mut Intent)) {
+    let Event::Intent(intent) = &mut script.at(seq).event else { panic!("record {seq} is no call.intent") };
+    change(intent);
 }
 
-/// Writes a segment in place of the one under its key.
-pub(crate) fn put(log: &mut Log, segment: &Segment) {
-    let (key, bytes) = (Segment::key(segment.first), Bytes::from(segment.to_bytes()));
-    let versions = log.versions.get_or_insert_default();
-    versions.retain(|v| v.key != key);
-    versions.push(stored(&key, bytes.len()));
-    log.segments.insert(key, bytes);
+/// Nobody knows what became of attempt 2's call of `write`, until a call of `search` tells.
+pub(crate) fn resolved() -> Script {
+    let mut script = Script::good();
+    change_opened(&mut script, 7, |o| {
+        let write = o.policy.tools.iter_mut().find(|tool| tool.name == "write").unwrap();
+        write.verify = Some(VerifyRead {
+            tool: "search".into(),
+            arguments: BTreeMap::new(),
+            applied: "result".into(),
+            settle_seconds: 1,
+        });
+    });
+    let told = Event::Resolved(Resolved { call: "d".into(), effect: Effect::Applied, by: "e".into() });
+    let read = [intent("e", Channel::Tool, "search", 0), outcome("e", 0), told];
+    script.segments[5].splice(1..1, read.map(|event| record(2, event)));
+    lose(&mut script, 9);
+    script.count();
+    script
+}
+
+pub(crate) fn lose(script: &mut Script, at: usize) {
+    let Event::Outcome(outcome) = &mut script.at(at).event else { panic!() };
+    outcome.effect = Effect::Unknown;
 }

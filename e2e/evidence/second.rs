@@ -1,0 +1,64 @@
+//! The second verifier, docs/verifier/belay_verify.py, as a process.
+
+use std::{
+    collections::BTreeMap,
+    io::{BufRead, BufReader, Write},
+    path::{Path, PathBuf},
+    process::{Child, ChildStdin, ChildStdout, Command, Stdio},
+    sync::LazyLock,
+};
+
+use base64::{Engine, prelude::BASE64_STANDARD};
+use belay::evidence::{log::Log, note::VerifierKey};
+
+/// Where it lies.
+pub static SCRIPT: LazyLock<PathBuf> =
+    LazyLock::new(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/verifier/belay_verify.py"));
+
+/// The Python that has what it needs.
+static PYTHON: LazyLock<PathBuf> = LazyLock::new(|| {
+    let install = Path::new(env!("CARGO_MANIFEST_DIR")).join("e2e/evidence/install");
+    let installed = Command::new(install).stderr(Stdio::inherit()).output().unwrap();
+    assert!(installed.status.success(), "e2e/evidence/install failed");
+    PathBuf::from(String::from_utf8(installed.stdout).unwrap().trim())
+});
+
+pub struct Second {
+    process: Child,
+    input: ChildStdin,
+    output: BufReader<ChildStdout>,
+}
+
+impl Second {
+    pub fn start() -> Self {
+        let mut process = Command::new(&*PYTHON)
+            .arg(&*SCRIPT)
+            .arg("--stream")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let (input, output) = (process.stdin.take().unwrap(), BufReader::new(process.stdout.take().unwrap()));
+        Self { process, input, output }
+    }
+
+    /// Its verdict on a log, and what it has found.
+    pub fn verdict(&mut self, log: &Log, key: &VerifierKey) -> (String, String) {
+        let objects: BTreeMap<_, _> =
+            log.objects().map(|(name, bytes)| (name, BASE64_STANDARD.encode(bytes))).collect();
+        let asked = serde_json::json!({"key": key.to_string(), "objects": objects});
+        writeln!(self.input, "{asked}").unwrap();
+        self.input.flush().unwrap();
+        let mut line = String::new();
+        self.output.read_line(&mut line).unwrap();
+        let said: serde_json::Value = serde_json::from_str(&line).unwrap();
+        (said["verdict"].as_str().unwrap().to_owned(), said["findings"].to_string())
+    }
+}
+
+impl Drop for Second {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
