@@ -173,7 +173,7 @@ impl Guard {
         }
         let class = self.detectors.of(arguments).max(asked.tool.data.arguments);
         let mut context = self.context(asked, class);
-        if self.expressions().any(|expression| expression.sees("args")) {
+        if self.sees("args") {
             context.add_variable_from_value("args", json_value(arguments));
         }
         self.weigh(asked, class, |_, expression| expression.holds(&context))
@@ -207,15 +207,25 @@ impl Guard {
         Err(format!("expected the assessment {:?} by the pack, found {recorded:?}", again.assessment))
     }
 
+    /// What expressions see of a call but for its arguments. A map that none of them looks at is not made.
     fn context(&self, asked: Asked<'_>, class: Sensitivity) -> Context<'_, 'static> {
         let mut context = self.base.new_inner_scope();
         context.add_variable_from_value("tool", asked.tool.name.as_str());
         context.add_variable_from_value("effect", asked.effect.as_str());
-        context.add_variable_from_value("usage", usage_value(asked.usage));
-        let data = [("arguments", class), ("seen", asked.seen)];
-        let data = data.map(|(name, level)| (name, CelValue::from(level.as_str())));
-        context.add_variable_from_value("data", expression::map(data));
+        if self.sees("usage") {
+            context.add_variable_from_value("usage", usage_value(asked.usage));
+        }
+        if self.sees("data") {
+            let data = [("arguments", class), ("seen", asked.seen)];
+            let data = data.map(|(name, level)| (name, CelValue::from(level.as_str())));
+            context.add_variable_from_value("data", expression::map(data));
+        }
         context
+    }
+
+    /// Whether any expression looks at a variable.
+    fn sees(&self, variable: &str) -> bool {
+        self.expressions().any(|expression| expression.sees(variable))
     }
 
     fn expressions(&self) -> impl Iterator<Item = &Expression> {
