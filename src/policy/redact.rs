@@ -8,7 +8,7 @@
 
 use std::{
     collections::HashSet,
-    net::SocketAddrV4,
+    net::{IpAddr, Ipv6Addr},
     sync::{Arc, Mutex, PoisonError},
 };
 
@@ -169,12 +169,24 @@ fn is_punctuation(c: char) -> bool {
     matches!(c, '.' | ',' | ';' | ':' | '!' | '?' | '(' | ')' | '[' | ']' | '"' | '\'' | '`' | '…')
 }
 
+/// Whether a text is an address, in whatever spelling, with or without a port: where a call was to go matters most where it was none
+/// that is allowed.
+fn is_address(text: &str) -> bool {
+    let is_port = |port: &str| port.len() <= 5 && port.bytes().all(|b| b.is_ascii_digit());
+    let host = match text.rsplit_once(':') {
+        Some((host, port)) if is_port(port) && text.parse::<Ipv6Addr>().is_err() => host,
+        _ => text,
+    };
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    let is_hex = |hex: &str| hex.len() <= 8 && hex.bytes().all(|b| b.is_ascii_hexdigit());
+    host.parse::<IpAddr>().is_ok()
+        || (host.len() <= LONGEST_NUMBER && !host.is_empty() && host.bytes().all(|b| b.is_ascii_digit()))
+        || host.strip_prefix("0x").is_some_and(is_hex)
+}
+
 /// Whether a text without spaces is a word, a number or a name of such, to whoever reads it.
 fn is_wordlike(token: &str) -> bool {
-    if token.parse::<std::net::Ipv4Addr>().is_ok()
-        || token.parse::<SocketAddrV4>().is_ok()
-        || token.parse::<jiff::Timestamp>().is_ok()
-    {
+    if is_address(token) || token.parse::<jiff::Timestamp>().is_ok() {
         return true;
     }
     // What these are in is an account, a parameter, an escape or base64.

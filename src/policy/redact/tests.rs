@@ -54,6 +54,10 @@ fn text(text: &str) -> String {
 #[case::open("it says \"and never ends", "it says \"#")]
 #[case::neighbours("found AKIAIOSFODNN7EXAMPLE AKIAIOSFODNN7EXAMPLF there", "found # there")]
 #[case::sensitive("pay with 4111 1111 1111 1111", "#")]
+#[case::addresses(
+    "134744072:443, 0x08080808:443, 010.8.8.8:443, [::ffff:8.8.8.8]:443, fd00::1",
+    "134744072:443, 0x08080808:443, 010.8.8.8:443, [::ffff:8.8.8.8]:443, fd00::1"
+)]
 #[case::nothing("", "")]
 #[case::spaces("  a  b ", "  a  b ")]
 fn shows_what_reads(#[case] said: &str, #[case] expected: &str) {
