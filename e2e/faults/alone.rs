@@ -6,7 +6,7 @@ use std::{
     future::Future,
     process::Command,
     sync::{
-        Condvar, Mutex,
+        Condvar, LazyLock, Mutex,
         atomic::{AtomicUsize, Ordering},
     },
     time::Duration,
@@ -88,6 +88,7 @@ fn apart(name: &str, number: usize) -> Result<bool, String> {
         .arg(std::env::current_exe().unwrap())
         .args([name, "--exact", "--nocapture", "--test-threads=2"])
         .env(STORY, number.to_string())
+        .env("SSL_CERT_FILE", *AUTHORITY)
         .envs(super::world::KEYS)
         .output()
         .map_err(|error| format!("no namespaces: {error}"))?;
@@ -100,6 +101,14 @@ fn apart(name: &str, number: usize) -> Result<bool, String> {
         said.lines().map(|line| format!("  | {line}\n")).collect()
     })
 }
+
+/// The one authority in each world, of nobody. To read all of the machine's takes most of the time that some processes take to start.
+static AUTHORITY: LazyLock<&str> = LazyLock::new(|| {
+    let authority = rcgen::generate_simple_self_signed(["nobody.test".to_owned()]).unwrap();
+    let path = concat!(env!("CARGO_TARGET_TMPDIR"), "/authority.pem");
+    std::fs::write(path, authority.cert.pem()).unwrap();
+    path
+});
 
 /// One of [`BUSY`] places, across all tests.
 struct Place;

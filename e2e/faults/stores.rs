@@ -1,10 +1,7 @@
 //! A store that denies, is busy, full, slow, silent, gone, or takes what it says nothing of: calls wait for it, and go on when it is back.
 
 use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::atomic::{AtomicU64, Ordering},
     time::Duration,
 };
 
@@ -19,6 +16,8 @@ use super::{
 
 /// For so long nothing is to be had from it: longer than the SDK tries.
 const OUTAGE: Duration = Duration::from_secs(4);
+/// What a store that fails at random fails at.
+const FAULTS: u64 = 25;
 
 /// What changes something does not leave while the store does not answer, and does once it does.
 async fn waits(world: &World, breaks: impl FnOnce(&World), heals: impl FnOnce(&World)) {
@@ -93,15 +92,16 @@ fn a_task_parks_while_the_store_is_gone_for_long() {
     });
 }
 
-/// Any request may meet any fault, at random, and so may both processes.
+/// Any request may meet any fault, at random, and so may both processes, until there were [`FAULTS`] of them: a log that is read again
+/// from its start would else never be read to its end.
 #[rstest::rstest]
 fn a_store_that_fails_at_random(#[values(1, 2, 3, 4)] seed: u64) {
     once(async || {
         let world = World::begun().await;
         let (gateway, harness) = (world.gateway.clone(), world.harness.clone());
-        let state = Arc::new(AtomicU64::new(seed));
+        let (state, faults) = (AtomicU64::new(seed), AtomicU64::new(0));
         world.store.plan(move |_| {
-            Some(match random(&state) % 100 {
+            let fault = match random(&state) % 100 {
                 0 => Fault::Killed(Moment::Before, vec![gateway.clone()]),
                 1 => Fault::Killed(Moment::After, vec![gateway.clone()]),
                 2 => Fault::Killed(Moment::After, vec![harness.clone()]),
@@ -111,7 +111,8 @@ fn a_store_that_fails_at_random(#[values(1, 2, 3, 4)] seed: u64) {
                 13..16 => Fault::Broken(Moment::After),
                 16..20 => Fault::Slow(Duration::from_millis(300)),
                 _ => return None,
-            })
+            };
+            (faults.fetch_add(1, Ordering::SeqCst) < FAULTS).then_some(fault)
         });
         for _ in 0..3 {
             world.work().await;
