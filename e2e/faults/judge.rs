@@ -118,7 +118,9 @@ fn effects(world: &World, records: &[(&String, Record)], salt: &Salt, prefix: &s
     for effect in &effects {
         let digest = salt.value(&effect.args).unwrap();
         let is = |(key, intent): &(&String, &Intent)| {
-            let spooled = intent.effect == Some(SideEffect::Read) && effect.spool.contains(&digest);
+            // The spool may be lost just then: the witness had it as well, or it would not be in the log.
+            let held = world.forgets || effect.spool.contains(&digest);
+            let spooled = intent.effect == Some(SideEffect::Read) && held;
             intent.target == effect.tool
                 && intent.request_digest.as_ref() == Some(&digest)
                 && (spooled || stored(key).is_some_and(|stored| stored < effect.at))

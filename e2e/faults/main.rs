@@ -6,6 +6,7 @@
 //! no effect without an intent that lay in the store before, no record lost that was acknowledged, and a log that is valid.
 //!
 //! It needs root, strace, faketime and versitygw: `e2e/checks/faults` has them. A plain `cargo test` leaves it out.
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "what a world says is all that its test learns of it")]
 
 mod alone;
 mod api;

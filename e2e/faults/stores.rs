@@ -95,7 +95,7 @@ fn a_task_parks_while_the_store_is_gone_for_long() {
 /// Any request may meet any fault, at random, and so may both processes, until there were [`FAULTS`] of them: a log that is read again
 /// from its start would else never be read to its end.
 #[rstest::rstest]
-fn a_store_that_fails_at_random(#[values(1, 2, 3, 4)] seed: u64) {
+fn a_store_that_fails_at_random(#[values(1, 2)] seed: u64) {
     once(async || {
         let world = World::begun().await;
         let (gateway, harness) = (world.gateway.clone(), world.harness.clone());

@@ -126,6 +126,8 @@ pub struct World {
     pub harness: Process,
     /// The spool's folder.
     pub spool: PathBuf,
+    /// Whether the spool is lost with each harness.
+    pub forgets: bool,
     /// The witness's public key.
     pub witness: VerifierKey,
     ca: String,
@@ -167,6 +169,7 @@ impl World {
             log,
             s3,
             gateway: gateway(folder.path(), setting.clocks),
+            forgets: setting.forgets,
             harness: harness(folder.path(), &spool, setting),
             spool,
             witness: Signer::from_pkcs8(WITNESS_NAME, &key).unwrap().verifier(),
@@ -281,6 +284,7 @@ impl World {
                 failure_class: String::new(),
                 reason: "Completed".into(),
                 exit_code: Some(0),
+                images: Default::default(),
             },
         };
         let started = Instant::now();
