@@ -30,6 +30,11 @@ pub(super) fn hidden(c: char) -> bool {
             | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}')
 }
 
+/// How often something was, beside its name: nothing where that was once.
+pub(super) fn times(count: i64) -> String {
+    if count == 1 { String::new() } else { format!(", {count} times") }
+}
+
 /// JSON text in which hidden characters are escaped as well. Outside of strings JSON has none but newlines and spaces.
 pub(super) fn safe_json(json: &str) -> String {
     let mut safe = String::with_capacity(json.len());

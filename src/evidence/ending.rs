@@ -156,10 +156,7 @@ impl Ending {
             }
             Event::Outcome(outcome) => self.ended(&outcome.call, outcome.effect),
             Event::Resolved(resolved) => self.ended(&resolved.call, resolved.effect),
-            Event::Denied(denied) => {
-                let count = of.denials.entry(denied.rule).or_default();
-                *count = count.saturating_add(denied.calls());
-            }
+            Event::Denied(denied) => count(&mut of.denials, denied.rule, denied.calls()),
             Event::ApprovalDecided(approval) => {
                 let how = match approval.standing {
                     Standing::Pending => "pending",
@@ -167,7 +164,7 @@ impl Ending {
                     Standing::Denied => "denied",
                     Standing::Expired => "expired",
                 };
-                count(&mut of.approvals, how.to_owned());
+                count(&mut of.approvals, how.to_owned(), 1);
             }
             Event::TaskClosed(closed) => {
                 of.outcome = Some(closed.clone());
@@ -218,7 +215,7 @@ fn within(files: Vec<File>) -> Vec<File> {
     files.into_iter().map(|(path, bytes)| (format!("{FOLDER}{path}"), bytes)).collect()
 }
 
-fn count<K: Ord>(counts: &mut BTreeMap<K, u64>, of: K) {
+fn count<K: Ord>(counts: &mut BTreeMap<K, u64>, of: K, more: u64) {
     let count = counts.entry(of).or_default();
-    *count = count.saturating_add(1);
+    *count = count.saturating_add(more);
 }

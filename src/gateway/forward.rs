@@ -7,7 +7,6 @@
 //! the request was written.
 
 use std::{
-    net::SocketAddr,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -29,7 +28,7 @@ use super::{
     body::{BoxError, Guarded, ReplyBody},
     credentials::{self, Injected},
     dial::Dialer,
-    pool::{Connection, Pool, Returned, Whole},
+    pool::{Connection, Peer, Pool, Returned, Whole},
     refusal::Refused,
 };
 use crate::{canonical, policy::rule::Rule, wire};
@@ -85,9 +84,9 @@ pub async fn forward<K: Send + Unpin + 'static>(
             .1
             .peer_certificates()
             .and_then(|chain| chain.first().map(|shown| canonical::sha256(shown)));
-        handshake(stream, (address, shown), target).await?
+        handshake(stream, Peer { address, certificate: shown }, target).await?
     } else {
-        handshake(stream, (address, None), target).await?
+        handshake(stream, Peer { address, certificate: None }, target).await?
     };
     match exchange(connection, pool, target, request, started).await? {
         Exchanged::Reply(reply, peer, returned) => Ok(incoming(reply, peer, secret.as_deref(), returned, keep)),
@@ -106,9 +105,6 @@ fn framed(request: &Request<ReplyBody>) -> bool {
     usual || (bodyless && request.body().is_end_stream())
 }
 
-/// The address that was dialled, and the SHA-256 of the certificate that was shown there.
-type Peer = (SocketAddr, Option<[u8; 32]>);
-
 /// How a request over a connection ended.
 enum Exchanged {
     Reply(Response<Incoming>, Peer, Option<Returned>),
@@ -116,14 +112,14 @@ enum Exchanged {
     Unsent(Request<ReplyBody>),
 }
 
-async fn handshake<S>(stream: S, (address, certificate): Peer, target: &Target) -> Result<Connection, Refused>
+async fn handshake<S>(stream: S, peer: Peer, target: &Target) -> Result<Connection, Refused>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
     let handshake =
         hyper::client::conn::http1::Builder::new().max_buf_size(LARGEST_HEAD).handshake(TokioIo::new(stream)).await;
     let (sender, connection) = handshake.map_err(|error| {
-        Refused::upstream(Rule::UpstreamConnect, format!("{} at {address} broke off: {error}", target.authority))
+        Refused::upstream(Rule::UpstreamConnect, format!("{} at {} broke off: {error}", target.authority, peer.address))
     })?;
     // It ends with its last exchange: when its sender is dropped, or the upstream has had enough.
     tokio::spawn(async move {
@@ -131,7 +127,7 @@ where
             tracing::debug!(%error, "an upstream connection ended with an error");
         }
     });
-    Ok(Connection::new(sender, address, certificate))
+    Ok(Connection::new(sender, peer))
 }
 
 async fn exchange(
@@ -141,10 +137,10 @@ async fn exchange(
     request: Request<ReplyBody>,
     started: Instant,
 ) -> Result<Exchanged, Refused> {
-    let address = connection.address;
-    let peer = (address, connection.certificate);
-    let failed =
-        |cause: &str| Refused::upstream(Rule::UpstreamReply, format!("{} at {address} {cause}", target.authority));
+    let peer = connection.peer;
+    let failed = |cause: &str| {
+        Refused::upstream(Rule::UpstreamReply, format!("{} at {} {cause}", target.authority, peer.address))
+    };
     let left = HEAD.saturating_sub(started.elapsed());
     match tokio::time::timeout(left, connection.sender.try_send_request(request)).await {
         Ok(Ok(reply)) => {
@@ -183,7 +179,7 @@ fn outgoing(
 /// The reply as the caller gets it.
 fn incoming<K: Send + Unpin + 'static>(
     reply: Response<Incoming>,
-    (address, certificate): Peer,
+    peer: Peer,
     secret: Option<&[u8]>,
     returned: Option<Returned>,
     keep: K,
@@ -196,10 +192,10 @@ fn incoming<K: Send + Unpin + 'static>(
         credentials::scrub(&mut parts.headers, secret);
     }
     // An address is always a header value.
-    if let Ok(address) = HeaderValue::try_from(address.to_string()) {
+    if let Ok(address) = HeaderValue::try_from(peer.address.to_string()) {
         parts.headers.insert(wire::UPSTREAM, address);
     }
-    if let Some(Ok(certificate)) = certificate.map(|digest| HeaderValue::try_from(hex::encode(digest))) {
+    if let Some(Ok(certificate)) = peer.certificate.map(|digest| HeaderValue::try_from(hex::encode(digest))) {
         parts.headers.insert(wire::CERTIFICATE, certificate);
     }
     let body = Guarded::new(Whole::new(body, returned), IDLE, keep);

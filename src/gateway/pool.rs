@@ -42,21 +42,28 @@ const ALL: usize = 512;
 /// How long a connection whose reply is over may take to be ready again.
 const SETTLE: Duration = Duration::from_secs(1);
 
+/// Who is at the other end of a connection.
+#[derive(Clone, Copy, Debug)]
+pub struct Peer {
+    /// The address that was dialled.
+    pub address: SocketAddr,
+    /// SHA-256 of the certificate that was shown there, over TLS.
+    pub certificate: Option<[u8; 32]>,
+}
+
 /// A connection.
 pub struct Connection {
     /// What sends over it.
     pub sender: SendRequest<ReplyBody>,
     /// Where it goes.
-    pub address: SocketAddr,
-    /// SHA-256 of the certificate that was shown there, over TLS.
-    pub certificate: Option<[u8; 32]>,
+    pub peer: Peer,
     opened: Instant,
 }
 
 impl Connection {
     /// A new one.
-    pub fn new(sender: SendRequest<ReplyBody>, address: SocketAddr, certificate: Option<[u8; 32]>) -> Self {
-        Self { sender, address, certificate, opened: Instant::now() }
+    pub fn new(sender: SendRequest<ReplyBody>, peer: Peer) -> Self {
+        Self { sender, peer, opened: Instant::now() }
     }
 
     /// Whether it is still nobody's after this reply. NTLM and its like authenticate connections.
@@ -133,7 +140,7 @@ pub struct Returned {
 impl Returned {
     /// Takes care of a connection whose reply has begun.
     pub fn new<B>(pool: Arc<Pool>, connection: Connection, host: &Hostname, secure: bool, reply: &Response<B>) -> Self {
-        let key = Key { address: connection.address, host: host.clone(), secure };
+        let key = Key { address: connection.peer.address, host: host.clone(), secure };
         let wait = promised(reply.headers()).map_or(WAIT, |promised| promised.saturating_sub(MARGIN).min(WAIT));
         Self { pool, connection, key, wait }
     }

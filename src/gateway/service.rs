@@ -48,7 +48,7 @@ use crate::{
         record::Channel,
         store::{Location, log_prefix},
     },
-    policy::{approval::Exact, redact, rule::Rule},
+    policy::{approval::Exact, commit::Salt, redact, rule::Rule},
     wire::{self, AppendRequest, ApprovalAsk, OpenRequest, Refusal, SealRequest},
 };
 
@@ -515,13 +515,12 @@ impl Gateway {
             Refused::malformed(format!("expected one header {} of model, tool, listing or egress", wire::CHANNEL))
         })?;
         let target = Target::parse(single(headers, wire::TARGET)?)?;
-        let (credential, compiled, intent) =
+        let (credential, compiled, intent, salt) =
             self.authorized(principal, channel, Destination::Url(&target, request.method()), headers).await?;
         let mut call = None;
         let request = if authorize::is_message(&compiled, channel, request.method(), &intent) {
             let (parts, body) = request.into_parts();
             let body = forward::whole(body, LARGEST_MESSAGE, BODY_TIME).await?;
-            let salt = self.parts.witness.salt(&compiled.salt()).await?;
             if let Some(arguments) = authorize::says(&compiled, channel, (&intent, &salt), &body)? {
                 self.judged(principal, &compiled, &intent, arguments).await?;
                 call = Some(intent);
@@ -634,21 +633,21 @@ impl Gateway {
         self.parts.witness.intent(&compiled.place(), seq).await
     }
 
-    /// Whether a call may leave, by list and log; gives the credential for it.
+    /// Whether a call may leave, by list and log; gives the credential for it, and what the task's commitments are made with.
     async fn authorized(
         &self,
         principal: &Principal,
         channel: Channel,
         to: Destination<'_>,
         headers: &HeaderMap,
-    ) -> Result<(Option<Credential>, Arc<Compiled>, IntentFacts), Refused> {
+    ) -> Result<(Option<Credential>, Arc<Compiled>, IntentFacts, Salt), Refused> {
         let compiled = self.parts.cluster.compiled(principal)?;
         let credential = authorize::listed(&compiled, channel, to)?;
         let intent = self.intent(&compiled, headers).await?;
         let salt = self.parts.witness.salt(&compiled.salt()).await?;
         authorize::intended(&compiled, principal.attempt, channel, to, (&intent, &salt))?;
-        Span::current().record("host", compiled.redactor.authority(to.authority(), &salt));
-        Ok((credential, compiled, intent))
+        Span::current().record("host", compiled.redactor.host(&to.authority().host, &salt));
+        Ok((credential, compiled, intent, salt))
     }
 
     async fn tunnel(self: Arc<Self>, mut request: Request<Incoming>, asked: Asked) -> Served {

@@ -462,7 +462,7 @@ impl Gate {
         self.journal.room().await;
         let denied = Denied {
             channel,
-            target: self.redactor.name(&shorten(target), &self.salt),
+            target: shorten(&self.redactor.name(target, &self.salt)),
             rule: denial.rule,
             reason: self.recordable(&denial.reason),
             request_digest: digest,

@@ -127,7 +127,7 @@ async fn call(
             undoes: None,
             arguments: None,
             rules,
-            model: model.map(|model| gate.redactor().model(&shorten(&model), policy, gate.salt())),
+            model: model.map(|model| shorten(&gate.redactor().model(&model, policy, gate.salt()))),
             reserve: spent(bound, price),
         })
         .await?;

@@ -12,7 +12,7 @@ use k8s_openapi::{
 };
 use kube::ResourceExt;
 
-use crate::{api::agent_task::FailureClass, plan::names, wire};
+use crate::{api::agent_task::FailureClass, canonical, plan::names, wire};
 
 /// A pod, as far as decisions go.
 #[derive(Clone, Debug, PartialEq)]
@@ -113,8 +113,7 @@ fn images(status: &PodStatus) -> BTreeMap<String, String> {
     let all = status.init_container_statuses.iter().chain(&status.container_statuses).flatten();
     all.filter_map(|container| {
         let (_, digest) = container.image_id.rsplit_once("sha256:")?;
-        let is_digest = digest.len() == 64 && digest.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
-        is_digest.then(|| (container.name.clone(), digest.to_owned()))
+        canonical::is_digest(digest).then(|| (container.name.clone(), digest.to_owned()))
     })
     .collect()
 }

@@ -17,7 +17,7 @@ use serde_json::Value;
 use super::{
     commit::Salt,
     config::{PolicyConfig, Sensitivity},
-    hostname::Authority,
+    hostname::{Authority, Hostname},
     price,
     sensitivity::Detectors,
 };
@@ -101,17 +101,22 @@ impl Redactor {
         format!("{beginning}{}", redacted(model, salt))
     }
 
-    /// A host and port that the policy lets be reached, as they may be recorded. Of a host below a domain of the policy the first
-    /// label may be anything: what is none to be shown is `redacted-` and the beginning of the commitment to it.
+    /// A host and port that the policy lets be reached, as they may be recorded: see [`Redactor::host`].
     pub fn authority(&self, to: &Authority, salt: &Salt) -> String {
-        let text = to.to_string();
-        match (self.is_name(&text), text.split_once('.')) {
+        format!("{}:{}", self.host(&to.host, salt), to.port)
+    }
+
+    /// A host that the policy lets be reached, as it may be recorded. Of one below a domain of the policy the first label may be
+    /// anything: what is none to be shown is `redacted-` and the beginning of the commitment to it.
+    pub fn host(&self, host: &Hostname, salt: &Salt) -> String {
+        let text = host.as_str();
+        match (self.is_name(text), text.split_once('.')) {
             (false, Some((label, domain))) => {
                 let mut hex = salt.bytes(label.as_bytes());
                 hex.truncate(40);
                 format!("redacted-{hex}.{domain}")
             }
-            _ => text,
+            _ => text.to_owned(),
         }
     }
 
@@ -128,6 +133,7 @@ impl Redactor {
         let token = token.trim_matches(is_punctuation);
         is_wordlike(token)
             || self.known.contains(token)
+            || self.known.contains(without_port(token))
             || self.learnt.lock().unwrap_or_else(PoisonError::into_inner).contains(token)
     }
 }
@@ -169,14 +175,18 @@ fn is_punctuation(c: char) -> bool {
     matches!(c, '.' | ',' | ';' | ':' | '!' | '?' | '(' | ')' | '[' | ']' | '"' | '\'' | '`' | '…')
 }
 
+/// What stands before a port.
+fn without_port(text: &str) -> &str {
+    match text.rsplit_once(':') {
+        Some((host, port)) if port.len() <= 5 && port.bytes().all(|b| b.is_ascii_digit()) => host,
+        _ => text,
+    }
+}
+
 /// Whether a text is an address, in whatever spelling, with or without a port: where a call was to go matters most where it was none
 /// that is allowed.
 fn is_address(text: &str) -> bool {
-    let is_port = |port: &str| port.len() <= 5 && port.bytes().all(|b| b.is_ascii_digit());
-    let host = match text.rsplit_once(':') {
-        Some((host, port)) if is_port(port) && text.parse::<Ipv6Addr>().is_err() => host,
-        _ => text,
-    };
+    let host = if text.parse::<Ipv6Addr>().is_ok() { text } else { without_port(text) };
     let host = host.trim_start_matches('[').trim_end_matches(']');
     let is_hex = |hex: &str| hex.len() <= 8 && hex.bytes().all(|b| b.is_ascii_hexdigit());
     host.parse::<IpAddr>().is_ok()

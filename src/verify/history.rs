@@ -6,6 +6,7 @@ use jiff::Timestamp;
 
 use super::report::{AttemptSummary, Check, Report, RollbackSummary};
 use crate::{
+    canonical,
     evidence::{
         note::{self, VerifierKey},
         record::{
@@ -110,7 +111,7 @@ impl History {
                 Timestamp::UNIX_EPOCH
             }
         };
-        for found in commitments(&record.event).into_iter().filter(|found| !is_digest(found)) {
+        for found in commitments(&record.event).into_iter().filter(|found| !canonical::is_digest(found)) {
             blame.add(Check::RecordForm, format!("expected 64 hex digits of a digest, found {found:?}"));
         }
         if self.ended {
@@ -722,11 +723,6 @@ fn commitments(event: &Event) -> Vec<&String> {
         Event::ApprovalRequested(approval) | Event::ApprovalDecided(approval) => vec![&approval.request_digest],
         _ => vec![],
     }
-}
-
-/// Whether it is a SHA-256 in its one form.
-fn is_digest(text: &str) -> bool {
-    text.len() == 64 && text.bytes().all(|digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f'))
 }
 
 /// The counters in words.

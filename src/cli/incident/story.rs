@@ -6,7 +6,7 @@ use base64::{Engine, prelude::BASE64_STANDARD};
 use jiff::Timestamp;
 
 use crate::{
-    cli::terminal::{Safe, safe_json},
+    cli::terminal::{Safe, safe_json, times},
     evidence::{
         merkle::{Hash, inclusion_proof, leaf_hash},
         record::{Channel, Effect, Event, Intent, Outcome, Record},
@@ -172,8 +172,7 @@ fn step(record: &Record) -> Step {
             (tone, "resolved", told.call.clone(), format!("{word}, as {} tells", told.by), vec![])
         }
         Event::Denied(denied) => {
-            let times = if denied.count == 1 { String::new() } else { format!(", {} times", denied.count) };
-            let what = format!("{} {}{times}", denied.channel.as_str(), denied.target);
+            let what = format!("{} {}{}", denied.channel.as_str(), denied.target, times(denied.count));
             (Tone::Bad, "denied", what, denied.reason.clone(), vec![denied.rule.as_str().to_owned()])
         }
         Event::ApprovalRequested(asked) => {

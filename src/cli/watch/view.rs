@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use jiff::{Timestamp, tz::TimeZone};
 
-use super::super::terminal::{Paint, Safe};
+use super::super::terminal::{Paint, Safe, times};
 use crate::{
     api::{
         AgentTask,
@@ -423,7 +423,7 @@ impl View {
             "{} {}{} {}  {}",
             paint.bad("✗"),
             call(denied.channel, &denied.target),
-            if denied.count == 1 { String::new() } else { format!(", {} times", denied.count) },
+            times(denied.count),
             paint.bad(denied.rule),
             Safe(&denied.reason)
         );
