@@ -58,7 +58,12 @@ use crate::{
         record::{AttemptClosed, AttemptOpened, Containment, Event, Pod},
     },
     policy::{
-        access::Guard, budget::Budget, config::HarnessConfig, decide::Contracts, output::Outputs, quota::Quotas,
+        access::Guard,
+        budget::Budget,
+        config::HarnessConfig,
+        decide::{Contracts, Denial},
+        output::Outputs,
+        quota::Quotas,
         rule::Rule,
     },
 };
@@ -155,6 +160,8 @@ pub enum Ended {
     OutOfTime,
     /// A call that nobody approved in time has ended the task; the same holds.
     Unapproved,
+    /// Evidence could not be stored, or the log not be opened, for so long that the task is to be tried again later.
+    Parked,
 }
 
 impl Ended {
@@ -171,6 +178,8 @@ impl Ended {
 
 /// Runs the harness until the pod ends it, or the attempt is over: too many calls were refused, its wall time is up, or the task was to
 /// end with a call that nobody approved.
+///
+/// The task is parked where evidence could not be stored for [`journal::PARK`], or calls were denied for that and the agent has ended.
 ///
 /// One that is started again after that says the same again. Where its log was not closed and too many calls were refused before, it
 /// goes on refusing and ends with the pod.
@@ -198,13 +207,20 @@ pub async fn serve(options: Options) -> Result<Ended, HarnessError> {
     // What a harness before this one has recorded, and perhaps acted on: also where there is no policy any more to go on by.
     let size = opened.as_ref().map_or(0, |opened| opened.size);
     let left = left.into_iter().filter(|segment| segment.end() > size);
-    if journal::send_left(&link, attempt, left).await? && opened.is_ok() {
-        opened = open(&link, attempt, &policy_digest).await;
+    match journal::send_left(&link, attempt, left).await {
+        Ok(true) if opened.is_ok() => opened = open(&link, attempt, &policy_digest).await,
+        Ok(_) => {}
+        Err(Denial { rule, reason }) => opened = opened.and(Err(HarnessError::Refused { rule, reason })),
     }
     let opened = match opened {
         Err(HarnessError::Refused { rule, reason }) if let Some(ended) = Ended::by(rule) => {
             tracing::warn!(%rule, reason, "this attempt is over already");
             return Ok(ended);
+        }
+        // Patience was shown in opening it.
+        Err(HarnessError::Refused { rule: Rule::Evidence, reason }) => {
+            tracing::error!(reason, "the log cannot be opened; the task is to be parked");
+            return Ok(Ended::Parked);
         }
         opened => opened?,
     };
@@ -268,10 +284,14 @@ pub async fn serve(options: Options) -> Result<Ended, HarnessError> {
         () = gate.refused_enough(), if !over_before => tracing::warn!("too many calls were refused; closing the log"),
         () = clock.over() => ended = Ended::OutOfTime,
         () = approvals.ended() => ended = Ended::Unapproved,
+        () = journal.stalled() => ended = Ended::Parked,
     }
     reprobing.abort();
     if journal.open().is_err() {
         ended = Ended::RefusedEnough;
+    }
+    if ended == Ended::WithThePod && journal.has_kept_waiting() {
+        ended = Ended::Parked;
     }
     gate.stop(Rule::TaskClosed, "the attempt has ended");
     serving.drain().await;
@@ -280,6 +300,7 @@ pub async fn serve(options: Options) -> Result<Ended, HarnessError> {
         Ended::RefusedEnough => AttemptClosed::DENIALS,
         Ended::OutOfTime => AttemptClosed::WALL_TIME,
         Ended::Unapproved => AttemptClosed::UNAPPROVED,
+        Ended::Parked => AttemptClosed::PARKED,
     };
     gate.count_waiting(None);
     tracing::info!(reason, "closing the log");

@@ -73,6 +73,8 @@ pub const EXIT_REFUSED_ENOUGH: u8 = 43;
 pub const EXIT_OUT_OF_TIME: u8 = 44;
 /// Exit code of the harness once a call that nobody approved in time has ended the task.
 pub const EXIT_UNAPPROVED: u8 = 45;
+/// Exit code of the harness once evidence could not be stored for so long that the task is to be parked.
+pub const EXIT_PARKED: u8 = 46;
 
 /// Opens a task's log for an attempt.
 #[derive(Clone, Debug, Serialize, Deserialize)]

@@ -17,7 +17,7 @@ const STORY: &str = "BELAY_FAULTS_STORY";
 /// Before what came of it, on a line.
 const CAME: &str = "belay-faults: ";
 /// For one story, whatever it waits for.
-const PATIENCE: Duration = Duration::from_secs(170);
+const PATIENCE: Duration = Duration::from_secs(240);
 /// Worlds at a time that keep a processor busy.
 const BUSY: usize = 4;
 

@@ -28,6 +28,7 @@ struct Inner {
 struct State {
     child: Option<Child>,
     starts: usize,
+    ends: Vec<ExitStatus>,
 }
 
 impl Process {
@@ -44,10 +45,11 @@ impl Process {
             loop {
                 tokio::time::sleep(LOOK).await;
                 let ended = match &mut process.0.state.lock().unwrap().child {
-                    Some(child) => child.try_wait().unwrap().is_some(),
+                    Some(child) => child.try_wait().unwrap(),
                     None => return,
                 };
-                if ended {
+                if let Some(status) = ended {
+                    process.0.state.lock().unwrap().ends.push(status);
                     process.start();
                 }
             }
@@ -93,6 +95,11 @@ impl Process {
     /// How often it was started.
     pub fn starts(&self) -> usize {
         self.0.state.lock().unwrap().starts
+    }
+
+    /// Whether it has ever ended with this exit code.
+    pub fn has_ended_with(&self, code: u8) -> bool {
+        self.0.state.lock().unwrap().ends.iter().any(|status| status.code() == Some(code.into()))
     }
 
     /// What it said.

@@ -61,13 +61,16 @@ pub struct Exchange {
     pub writes: usize,
     /// Its method.
     pub method: Method,
-    /// Its path, without a query.
+    /// Its path, as [`path_of`] has it, without a query.
     pub path: String,
     /// Its body.
     pub body: Bytes,
     /// When whoever asked was told that it is done, if so.
     pub told: Option<Instant>,
 }
+
+/// The store's name where it has one.
+pub const STORE: &str = "s3.test";
 
 /// What is to happen to a request.
 type Plan = Box<dyn Fn(&Exchange) -> Option<Fault> + Send>;
@@ -182,7 +185,7 @@ impl Relay {
         let (number, fault) = {
             let mut state = self.0.state.lock().unwrap();
             let before = state.seen.last().map_or((0, 0), |last| (last.number, last.writes));
-            let (method, path) = (head.method.clone(), head.uri.path().to_owned());
+            let (method, path) = (head.method.clone(), path_of(&head));
             let writes = before.1 + usize::from(method == Method::PUT);
             let exchange = Exchange { number: before.0 + 1, writes, method, path, body: body.clone(), told: None };
             let fault = (state.plan)(&exchange);
@@ -212,6 +215,13 @@ impl Relay {
         }
         Ok(Response::from_parts(head, Full::new(body)))
     }
+}
+
+/// The path, with the bucket in it also where that is in the host's name.
+fn path_of(head: &http::request::Parts) -> String {
+    let host = head.headers.get(http::header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
+    let bucket = host.split_once(&format!(".{STORE}")).map(|(bucket, _)| format!("/{bucket}"));
+    bucket.unwrap_or_default() + head.uri.path()
 }
 
 /// Breaks, and kills, if this is the moment for it.

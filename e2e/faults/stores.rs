@@ -5,17 +5,26 @@ use std::{
     time::Duration,
 };
 
+use belay::{
+    evidence::{log::Log, store::log_prefix},
+    wire,
+};
+use bytes::Bytes;
 use serde_json::json;
+use tokio::time::Instant;
 
 use super::{
     alone::once,
+    api,
     judge::judge,
     relay::{Fault, Moment},
-    world::{Told, World},
+    world::{Setting, Told, World},
 };
 
 /// For so long nothing is to be had from it: longer than the SDK tries.
 const OUTAGE: Duration = Duration::from_secs(4);
+/// Between two looks at what takes minutes.
+const LOOK: Duration = Duration::from_secs(1);
 /// What a store that fails at random fails at.
 const FAULTS: u64 = 25;
 
@@ -63,6 +72,16 @@ fn calls_wait_for_a_store_that_is_gone() {
 }
 
 #[test]
+fn a_store_may_be_reached_as_aws_is() {
+    once(async || {
+        let world = World::new(Setting { as_aws: true, ..Setting::default() }).await;
+        world.begin();
+        world.work().await;
+        judge(&world).await;
+    });
+}
+
+#[test]
 fn calls_are_as_slow_as_the_store() {
     once(async || {
         let world = World::begun().await;
@@ -75,7 +94,7 @@ fn calls_are_as_slow_as_the_store() {
 
 /// The agent waits for a minute; then the call is denied, and certainly not made. With the store the task goes on.
 #[test]
-fn a_task_parks_while_the_store_is_gone_for_long() {
+fn a_call_is_denied_while_the_store_is_gone_for_long() {
     once(async || {
         let world = World::begun().await;
         world.insist("note").await;
@@ -88,6 +107,33 @@ fn a_task_parks_while_the_store_is_gone_for_long() {
         assert_eq!((world.effects.count("note"), world.effects.count("pay")), (1, 0));
         world.s3.keep();
         world.work().await;
+        judge(&world).await;
+    });
+}
+
+/// After two minutes the harness gives up the attempt and says so by its exit code; started again, it does not serve. What it had written
+/// down is stored once the store is back, and with the attempt's end.
+#[test]
+fn an_attempt_is_given_up_while_the_store_is_gone_for_longer() {
+    once(async || {
+        let world = World::begun().await;
+        world.insist("note").await;
+        world.s3.stop();
+        world.call("note", json!({"n": world.n()})).await;
+        let started = Instant::now();
+        while !world.harness.has_ended_with(wire::EXIT_PARKED) {
+            assert!(started.elapsed() < Duration::from_secs(180), "{}", world.harness.said());
+            tokio::time::sleep(LOOK).await;
+        }
+        assert_eq!(world.effects.count("note"), 1);
+        world.s3.keep();
+        let prefix = log_prefix(None, "team", "t", api::UID);
+        let is_parked = |(_, object): (&str, &Bytes)| String::from_utf8_lossy(object).contains(r#""reason":"parked""#);
+        let started = Instant::now();
+        while !Log::read(&world.bucket(api::EVIDENCE).await, &prefix, true).await.unwrap().objects().any(is_parked) {
+            assert!(started.elapsed() < Duration::from_secs(180), "{}", world.harness.said());
+            tokio::time::sleep(LOOK).await;
+        }
         judge(&world).await;
     });
 }

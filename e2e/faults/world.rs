@@ -48,7 +48,7 @@ use tokio::{
 use super::{
     api,
     process::Process,
-    relay::{Relay, Tls},
+    relay::{Relay, STORE, Tls},
     upstream::{self, Effects},
 };
 
@@ -61,6 +61,7 @@ const API: SocketAddr = port(6443);
 const DNS: SocketAddr = port(5353);
 const S3: SocketAddr = port(7070);
 const S3_WIRE: SocketAddr = port(7071);
+const STS: SocketAddr = port(7072);
 const GATEWAY: SocketAddr = port(8443);
 const GATEWAY_WIRE: SocketAddr = port(8445);
 const SILENT: SocketAddr = port(9);
@@ -68,6 +69,9 @@ const HARNESS: SocketAddr = belay::harness::server::AGENT;
 /// The store's identity and region, in the environment of each world.
 pub const KEYS: [(&str, &str); 3] =
     [("AWS_ACCESS_KEY_ID", "belay-root"), ("AWS_SECRET_ACCESS_KEY", "belay-secret"), ("AWS_REGION", "us-east-1")];
+/// What the gateway shows where it has no key, and the role that it takes on by it.
+const IDENTITY: &str = "the-gateway";
+const ROLE: &str = "arn:aws:iam::000000000000:role/belay-gateway";
 /// Where Debian has the library that moves clocks.
 const FAKETIME: &str = "/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1";
 /// For a process to begin.
@@ -84,6 +88,8 @@ pub struct Setting {
     pub forgets: bool,
     /// Gateway and harness have clocks that can be moved.
     pub clocks: bool,
+    /// The store is reached as AWS is: a bucket is in the host's name, and who asks is told by a web identity.
+    pub as_aws: bool,
 }
 
 /// What the agent was told of a call.
@@ -158,6 +164,11 @@ impl World {
         let listener = tokio::net::TcpListener::bind(API).await.unwrap();
         tokio::spawn(async move { axum::serve(listener, Router::new().fallback(any(api::answer))).await });
         tokio::spawn(names());
+        if setting.as_aws {
+            name_the_store(folder.path());
+            std::fs::write(at("identity"), IDENTITY).unwrap();
+            tokio::spawn(identities());
+        }
         let s3 = versitygw(folder.path());
         s3.keep();
         buckets().await;
@@ -168,7 +179,7 @@ impl World {
             store,
             log,
             s3,
-            gateway: gateway(folder.path(), setting.clocks),
+            gateway: gateway(folder.path(), &setting),
             forgets: setting.forgets,
             harness: harness(folder.path(), &spool, setting),
             spool,
@@ -410,8 +421,8 @@ fn with_clock(command: &mut Command, clock: &Path) {
     }
 }
 
-fn gateway(folder: &Path, clocks: bool) -> Process {
-    let folder = folder.to_owned();
+fn gateway(folder: &Path, setting: &Setting) -> Process {
+    let (folder, clocks, as_aws) = (folder.to_owned(), setting.clocks, setting.as_aws);
     Process::new(folder.join("gateway.log"), move |_| {
         let at = |name: &str| text(&folder.join(name));
         let mut command = Command::new(env!("CARGO_BIN_EXE_belay-gateway"));
@@ -421,13 +432,19 @@ fn gateway(folder: &Path, clocks: bool) -> Process {
             ("--admin-listen", port(8080).to_string()),
             ("--tls-dir", at("tls")),
             ("--witness-key", at("witness.pk8")),
-            ("--s3-endpoint", format!("http://{S3_WIRE}")),
             ("--nameserver", DNS.to_string()),
         ] {
             command.args([flag, &value]);
         }
-        command.arg("--s3-path-style").env("KUBECONFIG", at("kubeconfig"));
-
+        command.env("KUBECONFIG", at("kubeconfig"));
+        if as_aws {
+            command.args(["--s3-endpoint", &format!("http://{STORE}:{}", S3_WIRE.port())]);
+            command.env_remove("AWS_ACCESS_KEY_ID").env_remove("AWS_SECRET_ACCESS_KEY");
+            command.env("AWS_WEB_IDENTITY_TOKEN_FILE", at("identity")).env("AWS_ROLE_ARN", ROLE);
+            command.env("AWS_ENDPOINT_URL_STS", format!("http://{STS}"));
+        } else {
+            command.args(["--s3-path-style", "--s3-endpoint", &format!("http://{S3_WIRE}")]);
+        }
         if clocks {
             with_clock(&mut command, &clock_of(&folder, "gateway"));
         }
@@ -483,7 +500,8 @@ fn versitygw(folder: &Path) -> Process {
     let [(_, access), (_, secret), (_, region)] = KEYS;
     Process::new(folder.join("versitygw.log"), move |_| {
         let mut command = Command::new(format!("{cache}/bin/versitygw"));
-        command.args(["--port", &S3.to_string(), "--region", region, "--quiet", "posix", "--versioning-dir"]);
+        command.args(["--port", &S3.to_string(), "--region", region, "--quiet"]);
+        command.args(["--virtual-domain", STORE, "posix", "--versioning-dir"]);
         command.arg(&versions).arg(&data).env("ROOT_ACCESS_KEY", access).env("ROOT_SECRET_KEY", secret);
         command
     })
@@ -514,6 +532,38 @@ async fn buckets() {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
+}
+
+/// The store and its buckets get names, in this world's own file of hosts.
+fn name_the_store(folder: &Path) {
+    let names = [String::new(), format!("{}.", api::EVIDENCE), format!("{}.", api::STATE)].map(|bucket| bucket + STORE);
+    let hosts = folder.join("hosts");
+    std::fs::write(&hosts, format!("127.0.0.1 localhost {}\n", names.join(" "))).unwrap();
+    run("mount", &["--bind", &text(&hosts), "/etc/hosts"]);
+}
+
+/// AWS's service that gives keys for a web identity: for the gateway's token, the store's own.
+async fn identities() {
+    let answer = async |form: String| {
+        let [(_, access), (_, secret), _] = KEYS;
+        let has = |name: &str, value: &str| form.split('&').any(|part| part == format!("{name}={value}"));
+        let role = ROLE.replace(':', "%3A").replace('/', "%2F");
+        if !has("Action", "AssumeRoleWithWebIdentity") || !has("RoleArn", &role) || !has("WebIdentityToken", IDENTITY) {
+            return (http::StatusCode::FORBIDDEN, String::new());
+        }
+        let keys = format!(
+            "<AccessKeyId>{access}</AccessKeyId><SecretAccessKey>{secret}</SecretAccessKey>\
+             <SessionToken>session</SessionToken><Expiration>2100-01-01T00:00:00Z</Expiration>"
+        );
+        let action = "AssumeRoleWithWebIdentity";
+        let space = "https://sts.amazonaws.com/doc/2011-06-15/";
+        let body = format!(
+            "<{action}Response xmlns=\"{space}\"><{action}Result><Credentials>{keys}</Credentials></{action}Result></{action}Response>"
+        );
+        (http::StatusCode::OK, body)
+    };
+    let listener = tokio::net::TcpListener::bind(STS).await.unwrap();
+    axum::serve(listener, Router::new().fallback(any(answer))).await.unwrap();
 }
 
 /// The one name that there is.

@@ -10,6 +10,8 @@ mod gateway;
 mod once;
 mod peers;
 mod rollback;
+#[path = "../secrets.rs"]
+mod secrets;
 mod upstreams;
 mod verify;
 

@@ -170,6 +170,36 @@ async fn too_many_refused_calls_end_a_task_for_good() {
     world.clean().await;
 }
 
+/// Refused far faster than each could have a record of its own, then failed, then tried again: all are counted.
+#[tokio::test]
+async fn a_flood_of_refusals_is_counted_to_the_last_and_the_task_tried_again() {
+    let world = world("flood").await;
+    let program = "
+import os, http.client, concurrent.futures
+def ask(n):
+    connection = http.client.HTTPConnection('127.0.0.1', 9900, timeout=60)
+    connection.request('GET', 'http://evil.world.test/')
+    return connection.getresponse().status
+if os.environ['BELAY_ATTEMPT'] == '1':
+    with concurrent.futures.ThreadPoolExecutor(64) as pool:
+        told = list(pool.map(ask, range(400)))
+    raise SystemExit(3 if set(told) == {403} else 4)
+print('done')";
+    let mut spec = python(program);
+    spec["retry"] = json!({"agent": 1});
+    world.task("again", spec).await;
+    let task = world.ended("again", 180).await;
+    assert_eq!(phase(&task), Some(Phase::Succeeded), "{:?}", task.status);
+    let attempts = task.status.unwrap().attempts;
+    assert_eq!(attempts.iter().map(|one| one.failure_class).collect::<Vec<_>>(), [Some(FailureClass::Agent), None]);
+    let (code, report) = world.verify("again");
+    assert_eq!((code, report["verdict"].as_str()), (0, Some("VALID")), "{report:#}");
+    assert_eq!(report["summary"]["denials"]["egress.host"], 400, "{report:#}");
+    let records = report["summary"]["kinds"]["call.denied"].as_u64().unwrap();
+    assert!((64..200).contains(&records), "{records} records of 400 refusals");
+    world.clean().await;
+}
+
 #[tokio::test]
 async fn deleting_a_running_task_ends_its_pod_seals_its_evidence_and_lets_go() {
     let world = world("deleted").await;

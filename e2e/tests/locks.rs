@@ -10,7 +10,8 @@ use aws_smithy_http_client::tls;
 
 use crate::support::setting;
 
-fn store(endpoint: &str, key: &str, secret: &str) -> Client {
+/// A store, by the settings that name it.
+pub fn store(endpoint: &str, key: &str, secret: &str) -> Client {
     let provider = tls::Provider::Rustls(tls::rustls_provider::CryptoMode::Ring);
     let http = aws_smithy_http_client::Builder::new().tls_provider(provider).build_https();
     let config = aws_sdk_s3::Config::builder()

@@ -6,9 +6,12 @@
 
 mod approval;
 mod bad_input;
+mod canaries;
 mod disruption;
 mod escape;
 mod lifecycle;
 mod locks;
 mod rollback;
+#[path = "../secrets.rs"]
+mod secrets;
 mod support;

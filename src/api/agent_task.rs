@@ -291,6 +291,8 @@ pub enum Phase {
     Pending,
     /// An attempt is under way.
     Running,
+    /// What every task depends on was away for long: its evidence store or its gateway. It goes on by itself once that is back.
+    Parked,
     /// The agent ended well and the evidence is sealed.
     Succeeded,
     /// No attempt is left and the evidence is sealed.
@@ -304,6 +306,8 @@ pub enum FailureClass {
     Policy,
     /// Eviction, preemption, node lost, image pull, containment unproven.
     Infrastructure,
+    /// The evidence store or the gateway was away for long. The task is parked, and tried again without end.
+    Dependency,
     /// The agent exited non-zero or ran out of memory.
     Agent,
     /// Wall time.

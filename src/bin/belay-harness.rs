@@ -119,6 +119,7 @@ async fn main() -> anyhow::Result<ExitCode> {
                 Ended::RefusedEnough => ExitCode::from(wire::EXIT_REFUSED_ENOUGH),
                 Ended::OutOfTime => ExitCode::from(wire::EXIT_OUT_OF_TIME),
                 Ended::Unapproved => ExitCode::from(wire::EXIT_UNAPPROVED),
+                Ended::Parked => ExitCode::from(wire::EXIT_PARKED),
             })
         }
     }

@@ -114,7 +114,7 @@ pub(super) async fn run(args: &Args) -> Result<u8, CliError> {
                     end = match status.phase {
                         Some(Phase::Succeeded) => Some(0),
                         Some(Phase::Failed) => Some(1),
-                        Some(Phase::Pending | Phase::Running) | None => None,
+                        Some(Phase::Pending | Phase::Running | Phase::Parked) | None => None,
                     };
                     progress.send_replace(Progress { newest: status.attempt.unwrap_or_default(), ended: end.is_some() });
                 }

@@ -560,7 +560,7 @@ impl Approval {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct AttemptClosed {
-    /// `agentEnded`, `wallTime`, `denials` or `unapproved`. Only after the first may the same attempt open again.
+    /// `agentEnded`, `wallTime`, `denials`, `unapproved` or `parked`. Only after the first may the same attempt open again.
     pub reason: String,
 }
 
@@ -573,6 +573,8 @@ impl AttemptClosed {
     pub const DENIALS: &str = "denials";
     /// A call that nobody approved in time has ended the task.
     pub const UNAPPROVED: &str = "unapproved";
+    /// Evidence could not be stored for long.
+    pub const PARKED: &str = "parked";
 
     /// The rule by which the attempt is over for good. An attempt whose agent has ended may open again: its harness was started again.
     pub fn rule(&self) -> Option<Rule> {
@@ -581,6 +583,7 @@ impl AttemptClosed {
             Self::WALL_TIME => Some(Rule::WallTime),
             Self::DENIALS => Some(Rule::Denials),
             Self::UNAPPROVED => Some(Rule::ToolApproval),
+            Self::PARKED => Some(Rule::Evidence),
             _ => Some(Rule::TaskClosed),
         }
     }

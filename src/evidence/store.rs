@@ -7,6 +7,7 @@ use std::{fmt, str::FromStr};
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
+use jiff::SignedDuration;
 
 /// A folder: for development and for downloaded logs.
 pub mod dir;
@@ -74,6 +75,19 @@ pub struct Retention {
     pub days: i64,
 }
 
+impl Retention {
+    /// What a store makes of its clock between being asked and writing.
+    const SLACK: SignedDuration = SignedDuration::from_mins(1);
+
+    /// Whether an object is locked as this asks for, by the store's own clock.
+    pub fn holds(&self, object: &StoredObject) -> bool {
+        let hard = object.mode == Some(self.mode) || object.mode == Some(Mode::Compliance);
+        let (Some(written), Some(until)) = (object.written, object.retain_until) else { return false };
+        let asked = SignedDuration::from_hours(self.days.saturating_mul(24));
+        hard && until.duration_since(written).saturating_add(Self::SLACK) >= asked
+    }
+}
+
 /// One version of an object.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StoredObject {
@@ -130,6 +144,22 @@ pub enum StoreError {
         /// The store's words.
         detail: String,
     },
+    /// The store has taken an object, and does not lock it as it was asked to.
+    #[error(
+        "expected version {version} of {key} to be locked for {days} days ({mode:?}), found {found}; evidence needs a bucket with Object Lock, and a user who may set it"
+    )]
+    Unlocked {
+        /// The object.
+        key: String,
+        /// Its version.
+        version: String,
+        /// How hard.
+        mode: Mode,
+        /// For how long.
+        days: i64,
+        /// What the store says of it.
+        found: String,
+    },
     /// A key that no log has: it would lead out of the folder.
     #[error("{0:?} is not a key: expected names joined by single slashes")]
     Key(String),
@@ -163,6 +193,9 @@ pub trait Store: Send + Sync {
     /// Every version of every object under the prefix, delete markers among them, with their locks.
     fn list_versions<'a>(&'a self, prefix: &'a str) -> BoxFuture<'a, Result<Vec<StoredObject>, StoreError>>;
 
+    /// The lock of a version, as the store has it now; nothing where the store, a folder, has no locks at all.
+    fn lock<'a>(&'a self, key: &'a str, version: &'a str) -> BoxFuture<'a, Result<Option<StoredObject>, StoreError>>;
+
     /// The keys under the prefix, sorted.
     fn list<'a>(&'a self, prefix: &'a str) -> BoxFuture<'a, Result<Vec<String>, StoreError>>;
 
@@ -183,6 +216,29 @@ pub trait Store: Send + Sync {
                 }
                 written => written,
             }
+        })
+    }
+
+    /// Reads back whether an object is locked as it was asked to be.
+    ///
+    /// # Errors
+    /// [`StoreError::Unlocked`] if it is not.
+    fn locked<'a>(
+        &'a self,
+        key: &'a str,
+        version: &'a str,
+        asked: &'a Retention,
+    ) -> BoxFuture<'a, Result<(), StoreError>> {
+        Box::pin(async move {
+            let Some(object) = self.lock(key, version).await?.filter(|object| !asked.holds(object)) else {
+                return Ok(());
+            };
+            let found = match (object.mode, object.retain_until) {
+                (Some(mode), Some(until)) => format!("a lock until {until} ({mode:?})"),
+                _ => "no lock".to_owned(),
+            };
+            let (key, version) = (key.to_owned(), version.to_owned());
+            Err(StoreError::Unlocked { key, version, mode: asked.mode, days: asked.days, found })
         })
     }
 }

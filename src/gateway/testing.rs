@@ -46,6 +46,8 @@ pub struct Memory {
     pub down: std::sync::atomic::AtomicBool,
     /// The next put is written, but its reply is lost.
     pub lose_reply: std::sync::atomic::AtomicBool,
+    /// What is asked of locks is taken, and not heeded.
+    pub keeps_open: std::sync::atomic::AtomicBool,
 }
 
 impl Memory {
@@ -80,7 +82,8 @@ impl Store for Memory {
             if objects.contains_key(key) {
                 return Err(PutError::Exists);
             }
-            objects.insert(key.into(), (body, retention.copied()));
+            let heeded = !self.keeps_open.load(std::sync::atomic::Ordering::SeqCst);
+            objects.insert(key.into(), (body, retention.copied().filter(|_| heeded)));
             if self.lose_reply.swap(false, std::sync::atomic::Ordering::SeqCst) {
                 let (key, place, detail) = (key.to_owned(), "memory".to_owned(), "reply lost".to_owned());
                 return Err(StoreError::Unavailable { action: "write", key, place, detail }.into());
@@ -117,6 +120,10 @@ impl Store for Memory {
             });
             Ok(versions.collect())
         })
+    }
+
+    fn lock<'a>(&'a self, key: &'a str, _: &'a str) -> BoxFuture<'a, Result<Option<StoredObject>, StoreError>> {
+        Box::pin(async move { Ok(self.list_versions(key).await?.into_iter().find(|object| object.key == key)) })
     }
 
     fn list<'a>(&'a self, prefix: &'a str) -> BoxFuture<'a, Result<Vec<String>, StoreError>> {

@@ -915,7 +915,14 @@ impl Witness {
     async fn put(&self, place: &Place, segment: &Segment) -> Result<(), PutError> {
         let store = self.buckets.bucket(&place.location.bucket).await?;
         let body = Bytes::from(segment.to_bytes());
-        store.put_new(&place.key(segment.first), body, place.retention.as_ref()).await.map(|_| ())
+        let key = place.key(segment.first);
+        let version = store.put_new(&key, body, place.retention.as_ref()).await?;
+        // With each attempt's policy, before any call of it leaves: a store that takes what it does not heed would else be found out by an
+        // auditor.
+        match &place.retention {
+            Some(asked) if !segment.documents.is_empty() => Ok(store.locked(&key, &version, asked).await?),
+            _ => Ok(()),
+        }
     }
 
     async fn store(&self, place: &Place) -> Result<Arc<dyn Store>, Refused> {
@@ -926,11 +933,17 @@ impl Witness {
         let action = match error {
             StoreError::Forbidden { action, .. } | StoreError::Unavailable { action, .. } => action,
             StoreError::NotFound { .. } => "read",
+            StoreError::Unlocked { .. } => "lock",
             StoreError::Key(_) => "name",
         };
         self.metrics.store_errors.with_label_values(&[action]).inc();
         tracing::warn!(%error, "the evidence store failed");
-        unavailable("the evidence store cannot be written or read; try again")
+        unavailable(match error {
+            StoreError::Unlocked { .. } => {
+                "the evidence store does not lock what it takes as the pack asks for; nothing leaves"
+            }
+            _ => "the evidence store cannot be written or read; try again",
+        })
     }
 }
 

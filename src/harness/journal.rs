@@ -16,7 +16,7 @@ use std::{
     io::Write,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -31,7 +31,7 @@ use tokio::{
 };
 
 use super::{
-    HarnessError, clock,
+    clock,
     link::{CallError, Link},
     spool::Spool,
 };
@@ -64,6 +64,8 @@ const LINGER: Duration = Duration::from_millis(100);
 const BACKLOG: u64 = 2_048;
 /// How long a call waits for its intent to be stored before it is denied.
 const STORE_PATIENCE: Duration = Duration::from_secs(60);
+/// How long a record may wait for the store until the task is parked: longer than a call waits.
+pub const PARK: Duration = Duration::from_secs(120);
 /// Between two tries to keep a segment for which there is no room.
 const ROOM: Duration = Duration::from_secs(1);
 /// Pauses between two tries to send segments: the first, and the longest.
@@ -107,6 +109,8 @@ pub struct Journal {
     /// Records that somebody waits for to be stored.
     wanted_stored: AtomicU64,
     progress: watch::Sender<Progress>,
+    /// A call was denied because its record was not stored in time.
+    kept_waiting: AtomicBool,
 }
 
 struct State {
@@ -140,6 +144,7 @@ impl Journal {
             wanted: AtomicU64::new(0),
             wanted_stored: AtomicU64::new(0),
             progress: watch::Sender::new(Progress { spooled: size, behind: None, stored: size, failed: None }),
+            kept_waiting: AtomicBool::new(false),
         });
         let Start { attempt, tree, signer, origin, spool, .. } = start;
         let outbox = Outbox { attempt, tree, signer, origin, spool, cut: None, units: VecDeque::new(), sent: 0 };
@@ -207,7 +212,7 @@ impl Journal {
             Ok(Ok(progress)) if progress.stored > seq => Ok(()),
             Ok(Ok(progress)) => Err(progress.failed.clone().unwrap_or_else(gone)),
             Ok(Err(_)) => Err(gone()),
-            Err(_) => Err(slow()),
+            Err(_) => Err(self.slow()),
         }
     }
 
@@ -225,7 +230,7 @@ impl Journal {
         let late = match tokio::time::timeout(STORE_PATIENCE, waiting).await {
             Ok(Ok(progress)) if progress.spooled > seq => progress.behind.is_some_and(behind),
             Ok(_) => true,
-            Err(_) => return Err(slow()),
+            Err(_) => return Err(self.slow()),
         };
         if late { self.stored(seq).await } else { Ok(()) }
     }
@@ -266,6 +271,36 @@ impl Journal {
         }
         let fits = |progress: &Progress| progress.failed.is_some() || waiting(progress) < BACKLOG;
         let _ = progress.wait_for(fits).await;
+    }
+
+    /// Returns once a record has waited for the store for [`PARK`].
+    pub async fn stalled(&self) {
+        let mut progress = self.progress.subscribe();
+        loop {
+            let since = progress.borrow_and_update().behind;
+            let due = async {
+                match since {
+                    Some(since) => tokio::time::sleep_until(since + PARK).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                () = due => return,
+                changed = progress.changed() => if changed.is_err() { return },
+            }
+        }
+    }
+
+    /// Whether a call was denied because its record was not stored in time.
+    pub fn has_kept_waiting(&self) -> bool {
+        self.kept_waiting.load(Ordering::Relaxed)
+    }
+
+    /// The denial of a call whose record was not stored in time.
+    fn slow(&self) -> Denial {
+        self.kept_waiting.store(true, Ordering::Relaxed);
+        let reason = format!("the record was not stored within {STORE_PATIENCE:?}; nothing leaves unrecorded");
+        Denial { rule: Rule::Evidence, reason }
     }
 
     /// The counters now.
@@ -485,12 +520,13 @@ impl Outbox {
 /// no call has left by them, or it keeps them itself.
 ///
 /// # Errors
-/// If the witness cannot be had for [`STORE_PATIENCE`].
-pub async fn send_left(link: &Link, attempt: i64, left: impl Iterator<Item = Segment>) -> Result<bool, HarnessError> {
+/// [`Rule::Evidence`] if the witness cannot be had for [`STORE_PATIENCE`].
+pub async fn send_left(link: &Link, attempt: i64, left: impl Iterator<Item = Segment>) -> Result<bool, Denial> {
+    let lost = |reason: String| Denial { rule: Rule::Evidence, reason };
     let started = Instant::now();
     let mut any = false;
     for segment in left {
-        let text = String::from_utf8(segment.to_bytes()).map_err(|e| HarnessError::Evidence(e.to_string()))?;
+        let text = String::from_utf8(segment.to_bytes()).map_err(|e| lost(e.to_string()))?;
         let request = AppendRequest { attempt, first: segment.first, segment: text, until: Until::Stored };
         let (mut pause, longest) = PAUSES;
         any = true;
@@ -501,7 +537,7 @@ pub async fn send_left(link: &Link, attempt: i64, left: impl Iterator<Item = Seg
                     tracing::error!(rule = %denial.rule, reason = denial.reason, "what was left is refused");
                     return Ok(true);
                 }
-                error if started.elapsed() > STORE_PATIENCE => return Err(HarnessError::Evidence(error.to_string())),
+                error if started.elapsed() > STORE_PATIENCE => return Err(lost(error.to_string())),
                 error => tracing::warn!(%error, "what was left is not stored yet"),
             }
             tokio::time::sleep(pause).await;
@@ -514,11 +550,6 @@ pub async fn send_left(link: &Link, attempt: i64, left: impl Iterator<Item = Seg
 /// The name of a call: unique in the log, as sequence numbers are.
 pub fn call_id(intent: u64) -> String {
     format!("c{intent}")
-}
-
-fn slow() -> Denial {
-    let reason = format!("the record was not stored within {STORE_PATIENCE:?}; nothing leaves unrecorded");
-    Denial { rule: Rule::Evidence, reason }
 }
 
 fn gone() -> Denial {

@@ -255,6 +255,8 @@ fn pause(observed: &Observed<'_>, attempts: &[Attempt], class: FailureClass) -> 
     let allowed = match class {
         FailureClass::Agent => observed.retry.agent,
         FailureClass::Infrastructure => observed.retry.infrastructure,
+        // It was nobody's fault of the task's, and is over some time.
+        FailureClass::Dependency => i64::MAX,
         FailureClass::Policy | FailureClass::Budget | FailureClass::Cancelled => 0,
     };
     let failures = attempts.iter().filter(|attempt| attempt.failure_class == Some(class)).count();
@@ -263,8 +265,10 @@ fn pause(observed: &Observed<'_>, attempts: &[Attempt], class: FailureClass) -> 
         return None;
     }
     let last = attempts.last()?.finished_at.as_ref().map(|time| time.0)?;
-    // The first again at once: most often it was the node. Then 2, 4, 8, … seconds, and up to half as much more.
+    // The first again at once: most often it was the node. Then 2, 4, 8, … seconds, and up to half as much more. What was away for
+    // minutes is given them from the first.
     let seconds = match failures {
+        _ if class == FailureClass::Dependency => MAX_PAUSE_SECONDS,
         ..=1 => 0,
         n => 2_i64.saturating_pow(u32::try_from(n - 1).unwrap_or(u32::MAX)).min(MAX_PAUSE_SECONDS),
     };
@@ -307,6 +311,7 @@ pub fn class_name(class: FailureClass) -> &'static str {
     match class {
         FailureClass::Policy => "Policy",
         FailureClass::Infrastructure => "Infrastructure",
+        FailureClass::Dependency => "Dependency",
         FailureClass::Agent => "Agent",
         FailureClass::Budget => "Budget",
         FailureClass::Cancelled => "Cancelled",
@@ -315,8 +320,8 @@ pub fn class_name(class: FailureClass) -> &'static str {
 
 /// The class of that name.
 pub fn class_of(name: &str) -> Option<FailureClass> {
-    use FailureClass::{Agent, Budget, Cancelled, Infrastructure, Policy};
-    [Policy, Infrastructure, Agent, Budget, Cancelled].into_iter().find(|class| class_name(*class) == name)
+    use FailureClass::{Agent, Budget, Cancelled, Dependency, Infrastructure, Policy};
+    [Policy, Infrastructure, Dependency, Agent, Budget, Cancelled].into_iter().find(|class| class_name(*class) == name)
 }
 
 /// Some seconds later.

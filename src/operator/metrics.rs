@@ -113,7 +113,7 @@ impl Collector for TasksByPhase {
     }
 
     fn collect(&self) -> Vec<MetricFamily> {
-        let phases = ["Pending", "Running", "Succeeded", "Failed"];
+        let phases = ["Pending", "Running", "Parked", "Succeeded", "Failed"];
         let mut counts = HashMap::from(phases.map(|phase| ((phase, String::new()), 0)));
         for task in self.store.state() {
             let class = task.0.as_ref().ok().and_then(|task| counted_as(task)).unwrap_or_default();
@@ -139,6 +139,7 @@ fn phase_name(task: &Arc<DeserializeGuard<AgentTask>>) -> &'static str {
     match phase {
         None | Some(Phase::Pending) => "Pending",
         Some(Phase::Running) => "Running",
+        Some(Phase::Parked) => "Parked",
         Some(Phase::Succeeded) => "Succeeded",
         Some(Phase::Failed) => "Failed",
     }

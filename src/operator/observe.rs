@@ -137,8 +137,10 @@ fn end(pod: &Pod, status: &PodStatus, agent_ran: bool) -> Option<End> {
         // A pod that is stopped before its agent ran reports an end all the same; there was no agent to end.
         .filter(|_| agent_ran);
     let exit_code = agent.map(|ended| ended.exit_code);
-    // The harness has closed its log and said so; kubelet starts it again, and nothing in the pod stops the agent.
-    if let Some((class, reason)) = harness_ended(status) {
+    // The harness has closed its log and said so; kubelet starts it again, and nothing in the pod stops the agent. One that was done
+    // is not asked to do it all again because the last of its records are late.
+    let parked_after_success = |class| class == FailureClass::Dependency && exit_code == Some(0);
+    if let Some((class, reason)) = harness_ended(status).filter(|(class, _)| !parked_after_success(*class)) {
         return Some(End::new(class, reason, exit_code));
     }
     // While the harness finishes its log the attempt is still under way.
@@ -223,6 +225,7 @@ fn harness_ended(status: &PodStatus) -> Option<(FailureClass, &'static str)> {
         wire::EXIT_REFUSED_ENOUGH => Some((FailureClass::Policy, "TooManyDenials")),
         wire::EXIT_OUT_OF_TIME => Some((FailureClass::Budget, "DeadlineExceeded")),
         wire::EXIT_UNAPPROVED => Some((FailureClass::Policy, "ApprovalExpired")),
+        wire::EXIT_PARKED => Some((FailureClass::Dependency, "EvidenceUnavailable")),
         _ => None,
     })
 }

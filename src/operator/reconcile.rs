@@ -35,7 +35,7 @@ use super::{
 use crate::{
     api::{
         AgentTask, AgentTaskStatus, ToolContract,
-        agent_task::{Attempt, EvidenceStatus, Phase, RollbackWhen},
+        agent_task::{Attempt, EvidenceStatus, FailureClass, Phase, RollbackWhen},
     },
     evidence::{note, record::TaskClosed},
     plan::{
@@ -283,7 +283,9 @@ impl Pass<'_> {
             Next::Run { attempt, until } => self.attend(pods, &attempts, attempt, until, contained).await,
             Next::Pause(until) => {
                 let why = ended_message(&attempts);
-                self.tell(&attempts, contained, Stage::Waiting("Retrying", &why)).await?;
+                let parked = attempts.last().and_then(|last| last.failure_class) == Some(FailureClass::Dependency);
+                let stage = if parked { Stage::Parked(&why) } else { Stage::Waiting("Retrying", &why) };
+                self.tell(&attempts, contained, stage).await?;
                 Ok(Action::requeue(wait(until, self.now)))
             }
             Next::Start(attempt) => self.start(&attempts, contained, attempt).await,

@@ -28,6 +28,8 @@ pub const VALID: &str = "Valid";
 pub const INVALID: &str = "Invalid";
 /// Reason of [`COMPLETE`] and of the status: an attempt is under way.
 pub const RUNNING: &str = "Running";
+/// Reason of [`COMPLETE`] and of the status: what every task depends on was away for long.
+pub const PARKED: &str = "Parked";
 /// Reason of [`EVIDENCE_SEALED`]: the log is sealed.
 pub const SEALED: &str = "Sealed";
 /// Reason of [`EVIDENCE_SEALED`]: the log is not ended yet.
@@ -68,6 +70,8 @@ pub enum Stage<'a> {
     Refused(&'a [Finding]),
     /// It is in order and waits: one word for what, and the whole story.
     Waiting(&'static str, &'a str),
+    /// What it depends on is away: the whole story.
+    Parked(&'a str),
     /// The agent runs.
     Running,
     /// It ended; the log is not sealed, because.
@@ -122,6 +126,7 @@ pub fn tell(before: &AgentTaskStatus, story: &Story<'_>, now: Timestamp) -> Agen
             set(EVIDENCE_SEALED, "True", SEALED, "");
         }
         Stage::Waiting(reason, message) => set(COMPLETE, "False", reason, message),
+        Stage::Parked(message) => set(COMPLETE, "False", PARKED, message),
         _ if story.attempts.is_empty() => {}
         _ => set(COMPLETE, "False", RUNNING, ""),
     }
@@ -137,6 +142,7 @@ pub fn tell(before: &AgentTaskStatus, story: &Story<'_>, now: Timestamp) -> Agen
 fn phase(before: &AgentTaskStatus, story: &Story<'_>) -> Phase {
     match &story.stage {
         Stage::Refused(_) | Stage::Waiting(..) => Phase::Pending,
+        Stage::Parked(_) => Phase::Parked,
         Stage::Running => Phase::Running,
         Stage::Sealing(..) => before.phase.unwrap_or(Phase::Running),
         Stage::Ended(closed) if closed.phase == "Succeeded" => Phase::Succeeded,
@@ -148,6 +154,7 @@ fn reason(before: &AgentTaskStatus, story: &Story<'_>) -> String {
     match &story.stage {
         Stage::Refused(_) => INVALID.to_owned(),
         Stage::Waiting(reason, _) => (*reason).to_owned(),
+        Stage::Parked(_) => PARKED.to_owned(),
         Stage::Running => RUNNING.to_owned(),
         Stage::Sealing(closed, _) => before.reason.clone().unwrap_or_else(|| closed.reason.clone()),
         Stage::Ended(closed) => closed.reason.clone(),

@@ -320,17 +320,27 @@ impl S3 {
         if object.delete_marker {
             return Ok(object);
         }
-        let version = Some(object.version_id.clone()).filter(|v| v != NO_VERSION);
-        let head = self.client.head_object().bucket(&self.bucket).key(&object.key).set_version_id(version).send().await;
-        let head = head.map_err(|e| self.error("read the lock of", &object.key, e))?;
+        let StoredObject { retain_until, mode, .. } = self.head(&object.key, &object.version_id).await?;
+        Ok(StoredObject { retain_until, mode, ..object })
+    }
+
+    async fn head(&self, key: &str, version: &str) -> Result<StoredObject, StoreError> {
+        let id = Some(version.to_owned()).filter(|id| id != NO_VERSION);
+        let head = self.client.head_object().bucket(&self.bucket).key(key).set_version_id(id).send().await;
+        let head = head.map_err(|e| self.error("read the lock of", key, e))?;
         Ok(StoredObject {
+            key: key.to_owned(),
+            version_id: version.to_owned(),
+            size: head.content_length().and_then(|n| u64::try_from(n).ok()).unwrap_or_default(),
+            written: head.last_modified().and_then(timestamp),
             retain_until: head.object_lock_retain_until_date().and_then(timestamp),
             mode: match head.object_lock_mode() {
                 Some(ObjectLockMode::Compliance) => Some(Mode::Compliance),
                 Some(ObjectLockMode::Governance) => Some(Mode::Governance),
                 _ => None,
             },
-            ..object
+            is_latest: true,
+            delete_marker: false,
         })
     }
 
@@ -370,6 +380,10 @@ impl Store for S3 {
 
     fn list_versions<'a>(&'a self, prefix: &'a str) -> BoxFuture<'a, Result<Vec<StoredObject>, StoreError>> {
         Box::pin(self.versions(prefix))
+    }
+
+    fn lock<'a>(&'a self, key: &'a str, version: &'a str) -> BoxFuture<'a, Result<Option<StoredObject>, StoreError>> {
+        Box::pin(async move { self.head(key, version).await.map(Some) })
     }
 
     fn list<'a>(&'a self, prefix: &'a str) -> BoxFuture<'a, Result<Vec<String>, StoreError>> {

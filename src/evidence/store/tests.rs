@@ -34,6 +34,10 @@ impl Store for LostReply {
         self.inner.list_versions(prefix)
     }
 
+    fn lock<'a>(&'a self, key: &'a str, version: &'a str) -> BoxFuture<'a, Result<Option<StoredObject>, StoreError>> {
+        self.inner.lock(key, version)
+    }
+
     fn list<'a>(&'a self, prefix: &'a str) -> BoxFuture<'a, Result<Vec<String>, StoreError>> {
         self.inner.list(prefix)
     }
@@ -49,6 +53,33 @@ async fn a_lost_reply_is_no_conflict_and_a_foreign_object_is() {
     store.put_new("log/segments/0000000000.jsonl", body, None).await.unwrap();
     let theirs = store.put_new("log/segments/0000000000.jsonl", Bytes::from_static(b"theirs"), None).await;
     assert!(matches!(theirs, Err(PutError::Exists)), "{theirs:?}");
+}
+
+#[rstest::rstest]
+#[case::none(None, None, false)]
+#[case::as_asked(Some(Mode::Governance), Some(30), true)]
+#[case::harder(Some(Mode::Compliance), Some(31), true)]
+#[case::shorter(Some(Mode::Compliance), Some(29), false)]
+fn a_lock_is_held_against_what_was_asked_for(
+    #[case] mode: Option<Mode>,
+    #[case] days: Option<i64>,
+    #[case] holds: bool,
+) {
+    let asked = Retention { mode: Mode::Governance, days: 30 };
+    let written: jiff::Timestamp = "2026-01-01T00:00:00Z".parse().unwrap();
+    let object = StoredObject {
+        key: "k".into(),
+        version_id: "v".into(),
+        size: 1,
+        written: Some(written),
+        retain_until: days.map(|days| written + jiff::SignedDuration::from_hours(24 * days)),
+        mode,
+        is_latest: true,
+        delete_marker: false,
+    };
+    assert_eq!(asked.holds(&object), holds);
+    let strict = Retention { mode: Mode::Compliance, ..asked };
+    assert_eq!(strict.holds(&object), holds && mode == Some(Mode::Compliance));
 }
 
 #[test]

@@ -725,6 +725,22 @@ async fn lost_containment_is_recorded_and_no_call_follows_it() {
     append(&b, &harness.next(vec![outcome("1", 0), outcome("2", 0)])).await.unwrap();
 }
 
+/// The pack asks for 30 days that nobody can shorten.
+#[tokio::test(start_paused = true)]
+async fn nothing_begins_in_a_bucket_that_does_not_lock() {
+    let Setup { bucket, a, .. } = setup();
+    bucket.keeps_open.store(true, Ordering::SeqCst);
+    let mut harness = Harness::new(1);
+    let opened = harness.opened();
+    let first = harness.next(vec![opened]);
+    assert_eq!(append(&a, &first).await.err(), Some(Rule::Evidence));
+    // Locked by somebody who mends it, the same segment passes.
+    let retention = place().retention;
+    bucket.objects.lock().unwrap().values_mut().for_each(|(_, lock)| *lock = retention);
+    bucket.keeps_open.store(false, Ordering::SeqCst);
+    append(&a, &first).await.unwrap();
+}
+
 #[tokio::test]
 async fn a_write_is_over_for_a_replica_that_did_not_see_its_outcome() {
     let Setup { a, b, .. } = setup();
@@ -741,6 +757,7 @@ async fn a_write_is_over_for_a_replica_that_did_not_see_its_outcome() {
 #[case("wallTime", Some(Rule::WallTime))]
 #[case("denials", Some(Rule::Denials))]
 #[case("unapproved", Some(Rule::ToolApproval))]
+#[case("parked", Some(Rule::Evidence))]
 #[case("whatever", Some(Rule::TaskClosed))]
 #[tokio::test]
 async fn an_attempt_that_is_over_does_not_open_again(#[case] reason: &str, #[case] expected: Option<Rule>) {

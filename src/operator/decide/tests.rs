@@ -110,7 +110,7 @@ fn seal_of(attempt: i64, phase: &str, class: &str, reason: &str, exit_code: Opti
     Next::Seal { attempt, closed }
 }
 
-use FailureClass::{Agent, Budget, Infrastructure};
+use FailureClass::{Agent, Budget, Dependency, Infrastructure};
 
 #[test]
 fn a_new_task_starts() {
@@ -178,6 +178,21 @@ fn the_first_retry_is_at_once_and_the_next_ones_wait() {
     let mut third = second;
     third.history.push(record(3, Some((Some(Infrastructure), "ContainmentUnproven"))));
     assert_eq!(third.next(), seal_of(3, "Failed", "Infrastructure", "ContainmentUnproven", None));
+}
+
+#[test]
+fn a_task_is_parked_for_as_long_as_it_takes() {
+    let away = |count: i64| (1..=count).map(|number| record(number, Some((Some(Dependency), "EvidenceUnavailable"))));
+    for count in [1, 2, 40] {
+        let case =
+            Case { history: away(count).collect(), retry: Retry { agent: 0, infrastructure: 0 }, ..Case::default() };
+        let Next::Pause(until) = case.next() else { panic!("{:?}", case.next()) };
+        assert!(until >= at(59) && until <= at(90), "{until}");
+        assert_eq!(case.decide_at(until).next, Next::Start(count + 1));
+    }
+    let then_fails = away(5).chain([record(6, Some((Some(Agent), "NonZeroExit")))]).collect();
+    let case = Case { history: then_fails, retry: Retry { agent: 0, infrastructure: 0 }, ..Case::default() };
+    assert_eq!(case.next(), seal_of(6, "Failed", "Agent", "NonZeroExit", None));
 }
 
 #[test]

@@ -119,6 +119,7 @@ fn a_harness_that_refused_enough_ends_the_attempt_while_the_agent_runs(#[case] s
 #[case(43, FailureClass::Policy, "TooManyDenials")]
 #[case(44, FailureClass::Budget, "DeadlineExceeded")]
 #[case(45, FailureClass::Policy, "ApprovalExpired")]
+#[case(46, FailureClass::Dependency, "EvidenceUnavailable")]
 fn a_harness_says_why_the_attempt_is_over(
     #[case] code: i32,
     #[case] class: FailureClass,
@@ -137,6 +138,20 @@ fn an_agent_that_ended_well_has_failed_if_too_much_was_refused_it() {
     let harness = r#"initContainerStatuses: [ { name: harness, image: i, imageID: i, ready: false, restartCount: 0, state: { terminated: { exitCode: 43 } } } ]"#;
     let view = view(&format!("{{ phase: Succeeded, {harness}, {} }}", terminated(0, "Completed", 30)), "");
     assert_eq!(view.end.unwrap().class, Some(FailureClass::Policy));
+}
+
+/// Its calls were denied because they could not be recorded: no failure of its own, and no reason to do again what was done.
+#[rstest::rstest]
+#[case::failed(1, Some(FailureClass::Dependency), "EvidenceUnavailable")]
+#[case::was_done(0, None, "AgentSucceeded")]
+fn an_agent_that_ended_while_evidence_could_not_be_stored(
+    #[case] code: i32,
+    #[case] class: Option<FailureClass>,
+    #[case] reason: &'static str,
+) {
+    let harness = r#"initContainerStatuses: [ { name: harness, image: i, imageID: i, ready: false, restartCount: 0, state: { terminated: { exitCode: 46 } } } ]"#;
+    let view = view(&format!("{{ phase: Failed, {harness}, {} }}", terminated(code, "Error", 30)), "");
+    assert_eq!(view.end, Some(End { class, reason, exit_code: Some(code) }));
 }
 
 #[test]

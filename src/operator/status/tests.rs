@@ -45,6 +45,17 @@ fn a_life_is_told() {
 }
 
 #[test]
+fn a_parked_task_says_so() {
+    let mut away = attempt(1);
+    away.failure_class = Some(FailureClass::Dependency);
+    let why = "attempt 1 ended: EvidenceUnavailable";
+    let status = tell(&AgentTaskStatus::default(), &story(&[away], Some(true), Stage::Parked(why)), at(0));
+    assert_eq!((status.phase, status.reason.as_deref()), (Some(Phase::Parked), Some(PARKED)));
+    let complete = status.conditions.iter().find(|one| one.type_ == COMPLETE).unwrap();
+    assert_eq!((complete.status.as_str(), complete.reason.as_str(), complete.message.as_str()), ("False", PARKED, why));
+}
+
+#[test]
 fn containment_that_was_not_proven_is_said() {
     let mut lost = attempt(1);
     lost.reason = Some(CONTAINMENT_UNPROVEN.into());

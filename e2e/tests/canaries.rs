@@ -1,0 +1,159 @@
+//! Secrets that an agent on a cluster lets slip, wherever it can say something and in every way in which it can be written: none of them is
+//! in the evidence bucket, in what our components log, in metrics, in the status of the task or in an Event; and every decision still
+//! follows from the log.
+
+use std::{collections::BTreeSet, io::Write};
+
+use belay::api::{AgentTask, agent_task::Phase};
+use flate2::{Compression, write::GzEncoder};
+use k8s_openapi::{
+    ByteString,
+    api::core::v1::{ConfigMap, Event, Pod},
+};
+use kube::{
+    Api, ResourceExt,
+    api::{ListParams, PostParams},
+};
+use serde_json::{Value, json};
+
+use crate::{
+    locks::store,
+    secrets::{found, marks, secrets, written},
+    support::{SYSTEM, World, class, merge, phase, setting, system_logs},
+};
+
+const SLIP: &str = include_str!("../canaries/slip.py");
+
+/// A namespace with tools that read, write, repeat what they are told when they fail, and need what they do not get.
+async fn world() -> World {
+    let credentials = |secret: &str| json!([{"secret": secret, "key": "token"}]);
+    let egress = json!([
+        {"host": "tickets.world.test", "uses": ["Tools"], "credentials": credentials("world-ticket-key")},
+        {"host": "models.world.test", "uses": ["Models"], "credentials": credentials("world-model-key")},
+        {"host": "docs.world.test", "ports": [80, 443], "uses": ["Direct"]},
+        {"host": "*.wild.world.test", "uses": ["Direct"]},
+    ]);
+    let mut class = class("gvisor", "gvisor", egress);
+    merge(&mut class, json!({"limits": {"wallTimeSeconds": 900, "toolCalls": 100_000, "tokens": 1_000_000_000}}));
+    let world = World::new("canaries", json!([class])).await;
+    let contract = |name: &str, upstream: &str, properties: &[&str], more: Value| {
+        let schema = |name: &&str| ((*name).to_owned(), json!({"type": "string"}));
+        let mut spec = json!({
+            "tool": name.replace('-', "_"), "description": "A tool.", "sideEffect": "read",
+            "upstream": {"mcp": {"url": "https://tickets.world.test/mcp", "tool": upstream}},
+            "input": {"type": "object", "properties": properties.iter().map(schema).collect::<serde_json::Map<_, _>>()},
+        });
+        merge(&mut spec, more);
+        json!({"apiVersion": "belay.dev/v1alpha1", "kind": "ToolContract", "metadata": {"name": name}, "spec": spec})
+            .to_string()
+    };
+    let number =
+        json!({"preconditions": [{"name": "number", "cel": "int(args.service) > 0", "message": "expected a number"}]});
+    let once = json!({"sideEffect": "write", "idempotency": {"argument": "idempotency_key", "windowSeconds": 600}});
+    for manifest in [
+        contract("query-tickets", "query_tickets", &["service"], json!({})),
+        contract("number", "query_tickets", &["service"], number),
+        contract("close-ticket", "close_ticket", &["title", "why"], json!({"sideEffect": "write"})),
+        contract("open-ticket", "open_ticket", &["title", "severity", "body", "idempotency_key"], once),
+    ] {
+        world.kubectl_apply(&manifest);
+    }
+    world
+}
+
+/// Everything under the namespace's prefix in the bucket of the evidence.
+async fn bucket(namespace: &str) -> String {
+    let (client, bucket) = (store("S3_ENDPOINT", "S3_ACCESS_KEY", "S3_SECRET_KEY"), setting("S3_BUCKET"));
+    let mut pages =
+        client.list_objects_v2().bucket(&bucket).prefix(format!("e2e/{namespace}/")).into_paginator().send();
+    let mut text = String::new();
+    while let Some(page) = pages.next().await {
+        for object in page.unwrap().contents() {
+            let key = object.key().unwrap();
+            let got = client.get_object().bucket(&bucket).key(key).send().await.unwrap();
+            let bytes = got.body.collect().await.unwrap().into_bytes();
+            text.push_str(&format!("{key}\n{}\n", String::from_utf8_lossy(&bytes)));
+        }
+    }
+    text
+}
+
+/// Metrics of all our pods.
+async fn metrics(world: &World) -> String {
+    let pods: Api<Pod> = Api::namespaced(world.client.clone(), SYSTEM);
+    let mut text = String::new();
+    for pod in pods.list(&ListParams::default()).await.unwrap() {
+        let ports = pod.spec.iter().flat_map(|spec| &spec.containers).filter_map(|one| one.ports.as_ref()).flatten();
+        for port in ports.filter(|port| port.name.as_deref() == Some("metrics")).map(|port| port.container_port) {
+            let path = format!("/api/v1/namespaces/{SYSTEM}/pods/{}:{port}/proxy/metrics", pod.name_any());
+            let request = http::Request::get(path).body(Vec::new()).unwrap();
+            text.push_str(&world.client.request_text(request).await.unwrap());
+        }
+    }
+    text
+}
+
+#[tokio::test]
+async fn no_secret_is_in_anything_that_we_keep_or_say() {
+    let world = world().await;
+    let since = jiff::Timestamp::now();
+    let texts: Vec<String> = secrets().iter().flat_map(|secret| written(secret)).collect();
+    let forbidden: BTreeSet<String> = texts.iter().flat_map(|text| marks(text)).collect();
+    let mut gzip = GzEncoder::new(Vec::new(), Compression::best());
+    gzip.write_all(&serde_json::to_vec(&texts).unwrap()).unwrap();
+    let mut config = ConfigMap {
+        binary_data: Some([("texts.json.gz".to_owned(), ByteString(gzip.finish().unwrap()))].into()),
+        ..ConfigMap::default()
+    };
+    config.metadata.name = Some("canaries".into());
+    config.data = Some([("slip.py".to_owned(), SLIP.to_owned())].into());
+    world.api::<ConfigMap>().create(&PostParams::default(), &config).await.unwrap();
+
+    world
+        .task(
+            "canaries",
+            json!({
+                "agent": {
+                    "command": ["python3", "/canaries/slip.py"], "env": [{"name": "TEXTS", "value": "/canaries/texts.json.gz"}],
+                    "resources": {"cpu": "600m", "memory": "256Mi"},
+                },
+                "tools": ["query-tickets", "number", "close-ticket", "open-ticket"],
+                "workspace": {"mounts": [{"path": "/canaries", "configMap": "canaries"}]},
+                "limits": {"wallTimeSeconds": 900, "toolCalls": 100_000, "tokens": 1_000_000_000},
+            }),
+        )
+        .await;
+    let task = world.ended("canaries", 600).await;
+    assert_eq!(phase(&task), Some(Phase::Succeeded), "{:?}", task.status);
+
+    let (code, report) = world.verify("canaries");
+    assert_eq!((code, report["verdict"].as_str()), (0, Some("VALID")), "{report:#}");
+    let number = |at: &str| report.pointer(at).and_then(Value::as_u64).unwrap_or_default();
+    let (records, denials) = (number("/summary/records"), number("/summary/usage/denials"));
+    assert!(records > 1_000 && denials > 2_000, "too little was said: {records} records, {denials} refusals");
+    for rule in ["tool.known", "tool.schema", "tool.precondition", "egress.host", "request.json"] {
+        assert!(report["summary"]["denials"][rule].as_u64() > Some(0), "nothing was refused by {rule}: {report:#}");
+    }
+
+    let pod = task.status.as_ref().unwrap().attempts.last().unwrap().pod.clone();
+    let mut logs = system_logs("belay-gateway", since).await;
+    logs.extend(system_logs("belay-operator", since).await);
+    for container in ["containment-probe", "harness"] {
+        logs.push(world.logs(&pod, container).await);
+    }
+    let tasks: Vec<AgentTask> = world.api().list(&ListParams::default()).await.unwrap().items;
+    let events: Vec<Event> = world.api().list(&ListParams::default()).await.unwrap().items;
+    let kept = [
+        ("bucket", bucket(&world.namespace).await, records),
+        ("logs", logs.join("\n"), records),
+        ("metrics", metrics(&world).await, 10),
+        ("status", serde_json::to_string(&tasks).unwrap(), 1),
+        ("events", serde_json::to_string(&events).unwrap(), 1),
+        ("report", report.to_string(), 1),
+    ];
+    for (what, text, lines) in kept {
+        assert!(text.len() as u64 > 100 * lines, "{what}: there is next to nothing to look at: {text}");
+        assert_eq!(found(&text, &forbidden), None, "in the {what}");
+    }
+    world.clean().await;
+}
