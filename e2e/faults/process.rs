@@ -39,25 +39,23 @@ impl Process {
 
     /// Starts it, and again whenever it has ended.
     pub fn keep(&self) {
-        self.start();
+        self.start(&mut self.0.state.lock().unwrap());
         let process = self.clone();
         tokio::spawn(async move {
             loop {
                 tokio::time::sleep(LOOK).await;
-                let ended = match &mut process.0.state.lock().unwrap().child {
-                    Some(child) => child.try_wait().unwrap(),
-                    None => return,
-                };
-                if let Some(status) = ended {
-                    process.0.state.lock().unwrap().ends.push(status);
-                    process.start();
+                // Under one lock: what is stopped in between stays stopped.
+                let mut state = process.0.state.lock().unwrap();
+                let Some(child) = &mut state.child else { return };
+                if let Some(status) = child.try_wait().unwrap() {
+                    state.ends.push(status);
+                    process.start(&mut state);
                 }
             }
         });
     }
 
-    fn start(&self) {
-        let mut state = self.0.state.lock().unwrap();
+    fn start(&self, state: &mut State) {
         let log = OpenOptions::new().create(true).append(true).open(&self.0.log).unwrap();
         let mut command = (self.0.make)(state.starts);
         command.stdin(std::process::Stdio::null()).stdout(File::create("/dev/null").unwrap()).stderr(log);
@@ -75,8 +73,10 @@ impl Process {
 
     /// SIGKILL, for good.
     pub fn stop(&self) {
-        self.kill();
-        self.0.state.lock().unwrap().child = None;
+        if let Some(mut child) = self.0.state.lock().unwrap().child.take() {
+            child.kill().unwrap();
+            child.wait().unwrap();
+        }
     }
 
     /// SIGTERM, for good: waits until it has ended.

@@ -542,7 +542,7 @@ fn name_the_store(folder: &Path) {
     run("mount", &["--bind", &text(&hosts), "/etc/hosts"]);
 }
 
-/// AWS's service that gives keys for a web identity: for the gateway's token, the store's own.
+/// AWS's service that gives keys for a web identity: for the gateway's token, the store's own, which are good without a session.
 async fn identities() {
     let answer = async |form: String| {
         let [(_, access), (_, secret), _] = KEYS;
@@ -553,7 +553,7 @@ async fn identities() {
         }
         let keys = format!(
             "<AccessKeyId>{access}</AccessKeyId><SecretAccessKey>{secret}</SecretAccessKey>\
-             <SessionToken>session</SessionToken><Expiration>2100-01-01T00:00:00Z</Expiration>"
+             <SessionToken></SessionToken><Expiration>2100-01-01T00:00:00Z</Expiration>"
         );
         let action = "AssumeRoleWithWebIdentity";
         let space = "https://sts.amazonaws.com/doc/2011-06-15/";

@@ -143,7 +143,7 @@ impl About {
             wire::FORWARD => channel(request.headers()).map_or(Self::Other, Self::Call),
             wire::CALL => Self::Call(Channel::Tool),
             wire::LOG_OPEN | wire::LOG_APPEND | wire::LOG_SEAL | wire::APPROVAL => Self::Log,
-            wire::STATE_KEEP | wire::STATE_GET => Self::Log,
+            wire::STATE_KEEP | wire::STATE_GET | wire::RESULT_KEEP | wire::RESULT_GET => Self::Log,
             _ => Self::Other,
         }
     }

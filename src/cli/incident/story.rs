@@ -344,7 +344,7 @@ fn network(records: &[&Record]) -> Vec<Peer> {
                 let peer = calls.get(outcome.call.as_str()).and_then(|at| peers.get_mut(at));
                 let Some(peer) = peer else { continue };
                 peer.bytes = peer.bytes.saturating_add(outcome.response_bytes);
-                if let Some(address) = outcome.upstream.as_ref().map(|address| Safe(address).to_string())
+                if let Some(address) = address(outcome)
                     && !peer.addresses.contains(&address)
                 {
                     peer.addresses.push(address);
@@ -354,6 +354,13 @@ fn network(records: &[&Record]) -> Vec<Peer> {
         }
     }
     peers.into_values().collect()
+}
+
+/// Where a call went, and the certificate that was shown there; the whole of it is in the record.
+fn address(outcome: &Outcome) -> Option<String> {
+    let address = Safe(outcome.upstream.as_ref()?).to_string();
+    let certificate = outcome.certificate.as_ref().map(|digest| digest.chars().take(16).collect::<String>());
+    Some(certificate.map_or(address.clone(), |digest| format!("{address} (certificate {digest}…)")))
 }
 
 fn whole(segments: &[(Segment, Vec<Record>)]) -> Vec<Whole> {
