@@ -349,6 +349,7 @@ impl Harness {
             },
             containment: contained(true),
             rollback: None,
+            local: None,
         }))
     }
 

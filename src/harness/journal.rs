@@ -95,6 +95,22 @@ pub struct Start {
     pub budget: Budget,
     /// Where segments are until they are stored.
     pub spool: Spool,
+    /// Whoever follows what is recorded, as it is.
+    pub follow: Follow,
+}
+
+/// Is given each record as it is written, after its documents; it counts only once it is stored.
+pub type Follow = Box<dyn Fn(&Record, &Encoded) + Send + Sync>;
+
+/// Whoever follows the pod's log sees the records there: a line each, on standard output.
+pub fn on_stdout() -> Follow {
+    Box::new(|_, entry| {
+        let line = |text: &Vec<u8>| [text.as_slice(), b"\n"].concat();
+        let shown: Vec<u8> = entry.documents.iter().chain([&entry.record]).flat_map(line).collect();
+        if let Err(error) = std::io::stdout().lock().write_all(&shown) {
+            tracing::debug!(%error, "the record could not be shown on stdout");
+        }
+    })
 }
 
 /// The log of this attempt.
@@ -107,6 +123,7 @@ pub struct Journal {
     /// Records that somebody waits for to be stored.
     wanted_stored: AtomicU64,
     progress: watch::Sender<Progress>,
+    follow: Follow,
 }
 
 struct State {
@@ -140,6 +157,7 @@ impl Journal {
             wanted: AtomicU64::new(0),
             wanted_stored: AtomicU64::new(0),
             progress: watch::Sender::new(Progress { spooled: size, behind: None, stored: size, failed: None }),
+            follow: start.follow,
         });
         let Start { attempt, tree, signer, origin, spool, .. } = start;
         let outbox = Outbox { attempt, tree, signer, origin, spool, cut: None, units: VecDeque::new(), sent: 0 };
@@ -175,12 +193,7 @@ impl Journal {
                 return Err(Denial { rule: Rule::Evidence, reason: error.to_string() });
             }
         };
-        // Whoever follows the pod's log sees the record at once, after its documents; it counts only once it is stored.
-        let line = |text: &Vec<u8>| [text.as_slice(), b"\n"].concat();
-        let shown: Vec<u8> = entry.documents.iter().chain([&entry.record]).flat_map(line).collect();
-        if let Err(error) = std::io::stdout().lock().write_all(&shown) {
-            tracing::debug!(%error, "the record could not be shown on stdout");
-        }
+        (self.follow)(&record, &entry);
         if state.queue.is_empty() {
             state.since = Instant::now();
         }
