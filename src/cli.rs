@@ -1,8 +1,8 @@
-//! The `belay` command: `approvals`, `approve`, `contract`, `deny`, `disclose`, `incident`, `lint`, `prove`, `rollback`, `verify` and `watch`, also as `kubectl belay`.
+//! The `belay` command: `approvals`, `approve`, `contract`, `deny`, `disclose`, `incident`, `lint`, `prove`, `rollback`, `run`, `verify` and `watch`, also as `kubectl belay`.
 //!
 //! Promises: one exit code a meaning, and nothing from a log, a task or a cluster reaches the terminal but through
 //! `terminal::Safe`. Refuses: to change anything, anywhere, but the folders that `--save` and `--out` name, one person's decision
-//! that `approve` or `deny` adds to one request, and the one task that `rollback` makes.
+//! that `approve` or `deny` adds to one request, the one task that `rollback` makes, and what `run` runs.
 
 use std::{
     ffi::OsString,
@@ -12,6 +12,8 @@ use std::{
 };
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+
+use crate::run::{probe, sandbox};
 
 /// `belay approvals`, `belay approve` and `belay deny`.
 mod approve;
@@ -29,6 +31,8 @@ mod lint;
 mod prove;
 /// `belay rollback`.
 mod rollback;
+/// `belay run`.
+mod run;
 /// Text that is safe to show, and colours.
 mod terminal;
 /// `belay verify`.
@@ -45,6 +49,9 @@ pub enum CliError {
     /// What was expected, what was found, what to do.
     #[error("{0}")]
     Message(String),
+    /// Several such, a line each.
+    #[error("{}", .0.join("\n"))]
+    Listed(Vec<String>),
     /// The reader of our output has gone, as in `belay watch … | head`.
     #[error("cannot write: {0}")]
     Output(#[from] io::Error),
@@ -75,6 +82,7 @@ enum Command {
     Lint(lint::Args),
     Prove(prove::Args),
     Rollback(rollback::Args),
+    Run(Box<run::Args>),
     Verify(verify::Args),
     Watch(watch::Args),
 }
@@ -82,6 +90,9 @@ enum Command {
 /// Runs the command line and gives the exit code. Called as `kubectl-belay`, it speaks as `kubectl belay`.
 pub async fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let args: Vec<OsString> = args.into_iter().collect();
+    if let Some(code) = within(&args).await {
+        return code;
+    }
     let plugin = args.first().and_then(|name| Path::new(name).file_stem()).is_some_and(|name| name == "kubectl-belay");
     let command = if plugin { Cli::command().bin_name("kubectl belay") } else { Cli::command() };
     let cli = match command.try_get_matches_from(args).and_then(|matches| Cli::from_arg_matches(&matches)) {
@@ -102,17 +113,43 @@ pub async fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Lint(args) => lint::run(&args, &mut io::stdout().lock(), &mut io::stderr().lock()),
         Command::Prove(args) => prove::run(&args, &mut io::stdout().lock()).await,
         Command::Rollback(args) => rollback::run(&args, &mut io::stdout().lock(), &mut io::stderr().lock()).await,
+        Command::Run(args) => run::run(&args).await,
         Command::Verify(args) => verify::run(&args, &mut io::stdout().lock()).await,
         Command::Watch(args) => watch::run(&args).await,
     };
     match result {
         Ok(code) => ExitCode::from(code),
         Err(CliError::Output(e)) if e.kind() == io::ErrorKind::BrokenPipe => ExitCode::from(EXIT_ERROR),
+        Err(CliError::Listed(all)) => {
+            for one in all {
+                let _ = writeln!(io::stderr().lock(), "error: {}", terminal::Safe(&one));
+            }
+            ExitCode::from(EXIT_ERROR)
+        }
         Err(e) => {
             let _ = writeln!(io::stderr().lock(), "error: {}", terminal::Safe(&e.to_string()));
             ExitCode::from(EXIT_ERROR)
         }
     }
+}
+
+/// The two subcommands by which `belay run` runs itself within its sandbox: nobody else has a use for them.
+async fn within(args: &[OsString]) -> Option<ExitCode> {
+    let done = match args.get(1)?.to_str()? {
+        sandbox::hold::HOLD => sandbox::hold::hold().map_err(|error| error.to_string()),
+        probe::PROBE => match probe::answer(&args.get(2)?.to_string_lossy()).await {
+            Ok(answer) => writeln!(io::stdout(), "{answer}").map_err(|error| error.to_string()),
+            Err(error) => Err(error),
+        },
+        _ => return None,
+    };
+    Some(match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let _ = writeln!(io::stderr().lock(), "{error}");
+            ExitCode::from(EXIT_ERROR)
+        }
+    })
 }
 
 #[cfg(test)]

@@ -55,7 +55,7 @@ use crate::{
     evidence::{
         merkle::Tree,
         note::{self, Signer},
-        record::{AttemptClosed, AttemptOpened, Containment, Event, Pod},
+        record::{AttemptClosed, AttemptOpened, Containment, Event, Local, Pod},
     },
     policy::{
         access::Guard,
@@ -189,7 +189,55 @@ impl Ended {
 pub async fn serve(options: Options) -> Result<Ended, HarnessError> {
     let mut terminate = signal(SignalKind::terminate())?;
     let config: HarnessConfig = read_json(&options.config)?;
-    let containment: Containment = read_json(&options.containment)?;
+    let looking = Arc::new(probe::Targets::new(&config.wiring.probe, options.kubelet));
+    let parts = Parts {
+        containment: read_json(&options.containment)?,
+        config,
+        token: options.token,
+        spool: options.spool,
+        pod: options.pod,
+        local: None,
+        looking,
+        follow: journal::on_stdout(),
+    };
+    let listeners = || server::Listeners::bind(server::AGENT, server::HEALTH);
+    run(parts, listeners, || {}, async move { terminate.recv().await.unwrap_or_default() }).await
+}
+
+/// What a harness is made of, wherever it runs.
+pub struct Parts {
+    /// The rendered configuration.
+    pub config: HarnessConfig,
+    /// What the probe has seen.
+    pub containment: Containment,
+    /// The file of the token.
+    pub token: PathBuf,
+    /// The folder of segments that are not stored yet.
+    pub spool: PathBuf,
+    /// This pod.
+    pub pod: Pod,
+    /// What stands in for a cluster, where there is none.
+    pub local: Option<Local>,
+    /// How containment is looked at again.
+    pub looking: Arc<dyn probe::Looking>,
+    /// Whoever follows what is recorded.
+    pub follow: journal::Follow,
+}
+
+/// Runs a harness until `stop`, or until the attempt is over; see [`serve`]. It listens once the log is open, and says so by `serving`.
+///
+/// # Errors
+/// If it could not start.
+pub async fn run<L>(
+    options: Parts,
+    listeners: impl FnOnce() -> L,
+    serving: impl FnOnce(),
+    stop: impl Future<Output = ()>,
+) -> Result<Ended, HarnessError>
+where
+    L: Future<Output = std::io::Result<server::Listeners>>,
+{
+    let Parts { config, containment, token, local, follow, .. } = options;
     if !containment.contained {
         return Err(HarnessError::Uncontained(containment.breaches));
     }
@@ -200,7 +248,7 @@ pub async fn serve(options: Options) -> Result<Ended, HarnessError> {
     let attempt = config.wiring.attempt;
     let uid = config.policy.task.uid.clone();
 
-    let link = Arc::new(link::Link::new(&config.wiring, options.token.clone())?);
+    let link = Arc::new(link::Link::new(&config.wiring, token)?);
     let file = |error: std::io::Error| HarnessError::File { path: options.spool.clone(), reason: error.to_string() };
     let (mut spool, left) = spool::Spool::open(&options.spool).map_err(file)?;
     let mut opened = open(&link, attempt, &policy_digest).await;
@@ -237,7 +285,7 @@ pub async fn serve(options: Options) -> Result<Ended, HarnessError> {
 
     let budget = Budget::resume(config.policy.limits, opened.usage);
     let journal = journal::Journal::start(
-        journal::Start { attempt, tree, signer, origin: expected, budget, spool },
+        journal::Start { attempt, tree, signer, origin: expected, budget, spool, follow },
         link.clone(),
     );
     let rollback = opened.undoing.as_ref().map(|undoing| undoing.plan.clone());
@@ -249,6 +297,7 @@ pub async fn serve(options: Options) -> Result<Ended, HarnessError> {
                 pod: options.pod.clone(),
                 containment,
                 rollback,
+                local,
             })))
         })
         .map_err(|denial| HarnessError::Evidence(denial.reason))?;
@@ -272,15 +321,16 @@ pub async fn serve(options: Options) -> Result<Ended, HarnessError> {
         mcp::LISTING_AGE,
     );
     let gate = tools.gate().clone();
-    let watch = probe::Targets::new(&config.wiring.probe, options.kubelet);
-    let reprobing = tokio::spawn(probe::repeat(gate.clone(), watch));
-    let serving = server::listen(tools, server::AGENT, server::HEALTH).await?;
+    let listeners = listeners().await?;
+    let reprobing = tokio::spawn(probe::repeat(gate.clone(), options.looking));
+    let served = server::serve(tools, listeners);
     tracing::info!(attempt, "serving");
+    serving();
 
     let over_before = journal.open().is_err();
     let mut ended = Ended::WithThePod;
     tokio::select! {
-        _ = terminate.recv() => tracing::info!("the agent has ended or the pod is ending; closing the log"),
+        () = stop => tracing::info!("the agent has ended or the pod is ending; closing the log"),
         () = gate.refused_enough(), if !over_before => tracing::warn!("too many calls were refused; closing the log"),
         () = clock.over() => ended = Ended::OutOfTime,
         () = approvals.ended() => ended = Ended::Unapproved,
@@ -294,7 +344,7 @@ pub async fn serve(options: Options) -> Result<Ended, HarnessError> {
         ended = Ended::Parked;
     }
     gate.stop(Rule::TaskClosed, "the attempt has ended");
-    serving.drain().await;
+    served.drain().await;
     let reason = match ended {
         Ended::WithThePod => AttemptClosed::AGENT_ENDED,
         Ended::RefusedEnough => AttemptClosed::DENIALS,

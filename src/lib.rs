@@ -27,6 +27,9 @@ pub mod gateway;
 /// The sidecar that enforces contracts and budgets.
 #[cfg(feature = "harness")]
 pub mod harness;
+/// From what is seen of a task's pods to what comes next.
+#[cfg(feature = "kube")]
+pub mod lifecycle;
 /// The reconciler: resolve, validate, plan, apply, status.
 #[cfg(feature = "operator")]
 pub mod operator;
@@ -35,6 +38,12 @@ pub mod operator;
 pub mod plan;
 /// Pure decisions.
 pub mod policy;
+/// A task on this machine, without a cluster.
+#[cfg(feature = "run")]
+pub mod run;
+/// Has the gateway end a task's log.
+#[cfg(feature = "net")]
+pub mod seal;
 /// Room for recursion.
 #[cfg(feature = "kube")]
 pub mod stack;

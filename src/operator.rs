@@ -25,7 +25,7 @@ use kube_lease_manager::LeaseManagerBuilder;
 use prometheus::Registry;
 use tokio::sync::watch;
 
-use crate::admin;
+use crate::{admin, seal};
 
 /// Writes, counted and guarded.
 pub mod api;
@@ -37,20 +37,14 @@ pub mod backoff;
 pub mod bootstrap;
 /// What the cluster says, kept by watches.
 pub mod cache;
-/// What to do next: a pure function.
-pub mod decide;
 /// What we remember between two looks.
 pub mod memory;
 /// Metrics.
 pub mod metrics;
-/// What a pod's status means.
-pub mod observe;
 /// One look at one task.
 pub mod reconcile;
 /// What a task refers to.
 pub mod resolve;
-/// Ends a task's log.
-pub mod seal;
 /// What a task's status says.
 pub mod status;
 /// What the cluster adds to every task.

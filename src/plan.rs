@@ -19,6 +19,8 @@ use crate::api::PolicyPack;
 
 /// What a pack says to tool calls.
 pub mod access;
+/// What runs in the agent's place, whatever runs it.
+pub mod agent;
 /// Contracts and packs by themselves.
 pub mod alone;
 /// ApprovalRequests as plain data.

@@ -93,7 +93,7 @@ pub fn opened(key: String) -> anyhow::Result<AttemptOpened> {
         unreachable: vec!["10.96.0.1:443".into(), "192.0.2.1:443".into()],
         breaches: vec![],
     };
-    Ok(AttemptOpened { key, policy: policy()?, pod, containment, rollback: None })
+    Ok(AttemptOpened { key, policy: policy()?, pod, containment, rollback: None, local: None })
 }
 
 /// A call as it is recorded, but for its name.

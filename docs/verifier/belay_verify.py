@@ -67,7 +67,7 @@ def read_base64(text: str) -> bytes:
     return data
 
 # Keys, signatures of notes, and the tree's inner nodes (sections 2 and 3)
-NAME = r"[^\s+\x00-\x1f\x7f-\x9f]+"
+NAME, NAMES = r"[^\s+\x00-\x1f\x7f-\x9f]+", ("belay.dev/witness", "belay.dev/self-witness")
 
 class Key(namedtuple("Key", "name id type public")):
     def check(self, signature: bytes, message: bytes):
@@ -115,8 +115,8 @@ TYPES = {"flag": lambda v: type(v) is bool, "text": lambda v: type(v) is str, "o
 CHANNEL, EFFECTS = "channel:tool|listing|model|egress", ["read", "write", "external"]  # each tighter than that before
 FORMS = {
     "record": "v:count seq:count time:time attempt:count actor:harness|gateway usage:usage kind",
-    "usage": "toolCalls:count tokens:count denials:count costMicros?:cost",
-    "attempt.opened": "key policyDigest:hash rollbackDigest?:hash pod:pod containment:containment.checked",
+    "usage": "toolCalls:count tokens:count denials:count costMicros?:cost", "local": "sandbox root store resolved?:texts",
+    "attempt.opened": "key policyDigest:hash rollbackDigest?:hash pod:pod containment:containment.checked local?:local",
     "call.intent": f"call {CHANNEL} target effect?:{'|'.join(EFFECTS)} definition? requestDigest?:hash "
                    "requestBytes:count rules:texts key? approvals?:texts undoes? assessment?:object model? "
                    "reservedTokens:count reservedCostMicros?:cost",
@@ -171,7 +171,7 @@ class Log:
 
     def check(self, key: str):
         self.witness = read_key(key)
-        need((self.witness.name, self.witness.type) == ("belay.dev/witness", 4), "key", "the witness's, type 4", key)
+        need(self.witness[0] in NAMES and self.witness.type == 4, "key", f"one of {NAMES}, type 4", key)
         read = set()
         while (key := f"segments/{len(self.records):010d}.jsonl") in self.objects:
             read.add(key)
@@ -386,7 +386,7 @@ def main() -> int:
             read_key(key)
         if not options.stream:
             verdict, findings = verify(read_folder(pathlib.Path(options.folder)), key)
-            print(verdict, *findings, sep="\n  ")
+            print(verdict + ", self-witnessed" * key.startswith("belay.dev/self-"), *findings, sep="\n  ")
             return {"VALID": 0, "INVALID": 1, "INCOMPLETE": 3}[verdict]
         for line in sys.stdin.buffer:
             given = json.loads(line)

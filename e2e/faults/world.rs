@@ -24,9 +24,9 @@ use belay::{
         record::{Containment, TaskClosed},
         store::s3::{Options, S3},
     },
-    operator::seal,
     plan::config::render_policy,
     policy::config::{HarnessConfig, Probe, Wiring},
+    seal,
     wire::{self, SealReply, SealRequest},
 };
 use hickory_resolver::proto::{

@@ -222,7 +222,15 @@ async fn start(
     let rollback = undoing.as_ref().map(|undoing| undoing.plan.clone());
     let tree = Tree::from_frontier(opened.size, opened.decoded_frontier().unwrap()).unwrap();
     let (spool, _) = Spool::open(folder.path()).unwrap();
-    let start = journal::Start { attempt, tree, signer, origin: note::origin("uid"), budget, spool };
+    let start = journal::Start {
+        attempt,
+        tree,
+        signer,
+        origin: note::origin("uid"),
+        budget,
+        spool,
+        follow: journal::on_stdout(),
+    };
     let journal = journal::Journal::start(start, link.clone());
     let containment = Containment {
         contained: true,
@@ -239,7 +247,7 @@ async fn start(
         runtime_class: "gvisor".into(),
         network_policy: "t-1".into(),
     };
-    let opened = AttemptOpened { key, policy: policy.clone(), pod, containment, rollback };
+    let opened = AttemptOpened { key, policy: policy.clone(), pod, containment, rollback, local: None };
     let first = journal.record(|_, _| Ok(Event::AttemptOpened(Box::new(opened)))).unwrap();
     journal.stored(first).await.unwrap();
     let contracts = Contracts::compile(policy).unwrap();
@@ -258,7 +266,8 @@ async fn start(
     let gate = Arc::new(Gate::new(compiled, kept, journal, link, clock, approvals));
     let free = || std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let address = free();
-    server::listen(Tools::new(gate.clone(), &used, LISTING_AGE), address, free()).await.unwrap();
+    let listeners = server::Listeners::bind(address, free()).await.unwrap();
+    server::serve(Tools::new(gate.clone(), &used, LISTING_AGE), listeners);
     Harness { address, gateway, gate, mcp, api, folder }
 }
 

@@ -406,7 +406,7 @@ fn verb(answer: Answer) -> &'static str {
 }
 
 /// Everything that a person needs to decide. Nothing is cut: what is not shown may be what matters.
-fn describe(request: &ApprovalRequest, now: Timestamp, paint: Paint) -> String {
+pub(super) fn describe(request: &ApprovalRequest, now: Timestamp, paint: Paint) -> String {
     let spec = &request.spec;
     let (name, words) = (request.name_any(), words(request, now));
     let standing = match stands(request, now) {

@@ -11,8 +11,8 @@ use std::{
 
 use clap::ValueEnum;
 
-use self::check::{Diagnostic, Outcome, Severity};
-pub(super) use self::check::{Source, lint};
+use self::check::{Diagnostic, Outcome};
+pub(super) use self::check::{Severity, Source, lint};
 use super::{
     CliError,
     terminal::{Safe, safe_json},
@@ -20,7 +20,7 @@ use super::{
 use crate::stack::{self, StackError};
 
 mod check;
-mod document;
+pub(super) mod document;
 mod schema;
 #[cfg(test)]
 mod tests;
@@ -104,7 +104,7 @@ pub(super) fn run(args: &Args, out: &mut dyn Write, notes: &mut dyn Write) -> Re
     Ok(u8::from(errors > 0 || args.strict && warnings > 0))
 }
 
-fn on_a_large_stack(sources: &[Source], namespace: &str) -> Result<Outcome, CliError> {
+pub(super) fn on_a_large_stack(sources: &[Source], namespace: &str) -> Result<Outcome, CliError> {
     let outcome = stack::with_room(|| lint(sources, namespace)).map_err(|error| match error {
         StackError::Thread(_) => CliError::new(error.to_string()),
         StackError::BrokeOff => CliError::new(format!("{error}; please report the files that it was given")),
@@ -140,7 +140,7 @@ fn escape(text: &str) -> String {
 }
 
 /// Reads a file, or all manifests below a folder in the order of their names.
-fn gather(path: &Path, sources: &mut Vec<Source>) -> Result<(), CliError> {
+pub(super) fn gather(path: &Path, sources: &mut Vec<Source>) -> Result<(), CliError> {
     if path == Path::new("-") {
         let mut bytes = Vec::new();
         std::io::stdin().take(LARGEST).read_to_end(&mut bytes).map_err(|error| unreadable(path, &error))?;

@@ -30,8 +30,8 @@ use super::{
 use crate::api::{AgentTask, agent_task::Phase};
 
 mod logs;
-mod screen;
-mod view;
+pub(super) mod screen;
+pub(super) mod view;
 
 /// The bars are drawn again so often, for the clock in them.
 const TICK: Duration = Duration::from_secs(1);

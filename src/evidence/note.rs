@@ -6,7 +6,7 @@
 //!
 //! Two kinds of keys, told apart by the type byte in key IDs: a *log* key (`0x01`) signs the note's text; a *witness* key
 //! (`0x04`) signs it together with a time, and vouches that the log grew and never changed. The name says which one a
-//! `Signer` is: `WITNESS_NAME` is the witness's, every other a log's.
+//! `Signer` is: `WITNESS_NAME` and `SELF_WITNESS_NAME` are witnesses', every other a log's.
 
 use std::{fmt, str::FromStr};
 
@@ -21,6 +21,8 @@ use super::merkle::Hash;
 
 /// Name of the witness's key.
 pub const WITNESS_NAME: &str = "belay.dev/witness";
+/// Name of the key of a witness that is its own: `belay run` has it in the hands of whoever ran the agent.
+pub const SELF_WITNESS_NAME: &str = "belay.dev/self-witness";
 /// C2SP asks verifiers to accept this many signatures; ours never have more than two.
 const MAX_SIGNATURES: usize = 16;
 /// Starts a signature line: em dash and space.
@@ -145,7 +147,7 @@ impl Signer {
             return Err(KeyError::Name(name.to_owned()));
         }
         let key = Ed25519KeyPair::from_pkcs8_maybe_unchecked(document).map_err(|e| KeyError::Pkcs8(e.to_string()))?;
-        let kind = if name == WITNESS_NAME { KeyType::Witness } else { KeyType::Log };
+        let kind = if [WITNESS_NAME, SELF_WITNESS_NAME].contains(&name) { KeyType::Witness } else { KeyType::Log };
         let public = key.public_key().as_ref().try_into().map_err(|_| KeyError::Pkcs8("public key".to_owned()))?;
         Ok(Self { key, verifier: VerifierKey { name: name.to_owned(), kind, public } })
     }
@@ -203,6 +205,11 @@ impl VerifierKey {
     /// Whether this is a witness's key.
     pub fn is_witness(&self) -> bool {
         self.kind == KeyType::Witness
+    }
+
+    /// Whether this is the key of a witness that is whoever ran the agent.
+    pub fn is_self_witness(&self) -> bool {
+        self.is_witness() && self.name == SELF_WITNESS_NAME
     }
 
     /// Whether this key made that Ed25519 signature.

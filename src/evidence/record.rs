@@ -153,6 +153,31 @@ pub struct AttemptOpened {
     /// What a rollback is to undo, as the log of the other task has it: a document.
     #[serde(default, rename = "rollbackDigest", serialize_with = "by_digest", skip_serializing_if = "Option::is_none")]
     pub rollback: Option<Plan>,
+    /// What stood in for a cluster, where there was none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub local: Option<Local>,
+}
+
+/// A machine on which an attempt ran without a cluster: what a reader has to know of the walls that were there.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Local {
+    /// The sandbox and its version.
+    pub sandbox: String,
+    /// The agent's root: `host` for the machine's own programs and libraries, read-only, else the folder of an unpacked image.
+    pub root: String,
+    /// Where evidence went: `folder`, which has no locks, or `s3://bucket`.
+    pub store: String,
+    /// Hosts to which somebody gave an address, `HOST=ADDRESS`: it was dialled unchecked.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub resolved: Vec<String>,
+}
+
+impl Local {
+    /// As [`root`](Self::root): the machine's own programs.
+    pub const HOST: &str = "host";
+    /// As [`store`](Self::store): a folder.
+    pub const FOLDER: &str = "folder";
 }
 
 /// In a record there is a document's SHA-256, hex.

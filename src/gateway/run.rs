@@ -245,22 +245,26 @@ fn read(file: &Path) -> Result<Vec<u8>, RunError> {
 }
 
 /// S3 buckets of one store, each with a client of its own.
-struct S3Buckets {
+pub struct S3Buckets {
     options: s3::Options,
     clients: Mutex<HashMap<String, Arc<dyn Store>>>,
 }
 
 fn buckets(options: &Options) -> Result<S3Buckets, RunError> {
-    Ok(S3Buckets {
-        options: s3::Options {
-            bucket: String::new(),
-            endpoint: options.s3_endpoint.clone(),
-            path_style: options.s3_path_style,
-            region: options.s3_region.clone(),
-            ca: options.s3_ca.as_deref().map(read).transpose()?,
-        },
-        clients: Mutex::default(),
-    })
+    Ok(S3Buckets::new(s3::Options {
+        bucket: String::new(),
+        endpoint: options.s3_endpoint.clone(),
+        path_style: options.s3_path_style,
+        region: options.s3_region.clone(),
+        ca: options.s3_ca.as_deref().map(read).transpose()?,
+    }))
+}
+
+impl S3Buckets {
+    /// Those of the store that these options name; which bucket they name does not matter.
+    pub fn new(options: s3::Options) -> Self {
+        Self { options, clients: Mutex::default() }
+    }
 }
 
 impl Buckets for S3Buckets {

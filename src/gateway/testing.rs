@@ -356,6 +356,7 @@ impl Harness {
             },
             containment: contained(true),
             rollback: None,
+            local: None,
         }))
     }
 

@@ -97,6 +97,22 @@ pub struct Start {
     pub budget: Budget,
     /// Where segments are until they are stored.
     pub spool: Spool,
+    /// Whoever follows what is recorded, as it is.
+    pub follow: Follow,
+}
+
+/// Is given each record as it is written, after its documents; it counts only once it is stored.
+pub type Follow = Box<dyn Fn(&Record, &Encoded) + Send + Sync>;
+
+/// Whoever follows the pod's log sees the records there: a line each, on standard output.
+pub fn on_stdout() -> Follow {
+    Box::new(|_, entry| {
+        let line = |text: &Vec<u8>| [text.as_slice(), b"\n"].concat();
+        let shown: Vec<u8> = entry.documents.iter().chain([&entry.record]).flat_map(line).collect();
+        if let Err(error) = std::io::stdout().lock().write_all(&shown) {
+            tracing::debug!(%error, "the record could not be shown on stdout");
+        }
+    })
 }
 
 /// The log of this attempt.
@@ -111,6 +127,7 @@ pub struct Journal {
     progress: watch::Sender<Progress>,
     /// A call was denied because its record was not stored in time.
     kept_waiting: AtomicBool,
+    follow: Follow,
 }
 
 struct State {
@@ -145,6 +162,7 @@ impl Journal {
             wanted_stored: AtomicU64::new(0),
             progress: watch::Sender::new(Progress { spooled: size, behind: None, stored: size, failed: None }),
             kept_waiting: AtomicBool::new(false),
+            follow: start.follow,
         });
         let Start { attempt, tree, signer, origin, spool, .. } = start;
         let outbox = Outbox { attempt, tree, signer, origin, spool, cut: None, units: VecDeque::new(), sent: 0 };
@@ -180,12 +198,7 @@ impl Journal {
                 return Err(Denial { rule: Rule::Evidence, reason: error.to_string() });
             }
         };
-        // Whoever follows the pod's log sees the record at once, after its documents; it counts only once it is stored.
-        let line = |text: &Vec<u8>| [text.as_slice(), b"\n"].concat();
-        let shown: Vec<u8> = entry.documents.iter().chain([&entry.record]).flat_map(line).collect();
-        if let Err(error) = std::io::stdout().lock().write_all(&shown) {
-            tracing::debug!(%error, "the record could not be shown on stdout");
-        }
+        (self.follow)(&record, &entry);
         if state.queue.is_empty() {
             state.since = Instant::now();
         }

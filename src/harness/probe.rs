@@ -7,7 +7,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use futures::future::join_all;
+use futures::future::{BoxFuture, join_all};
 use ring::rand::{SecureRandom, SystemRandom};
 use tokio::{net::TcpStream, time::Instant};
 
@@ -15,7 +15,7 @@ use super::gate::Gate;
 use crate::{evidence::record::Containment, policy::config::Probe};
 
 /// When a round holds and when a probe gives up.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, serde::Serialize, serde::Deserialize)]
 pub struct Timing {
     /// Consecutive rounds in which both controls must hold.
     pub rounds: u32,
@@ -45,7 +45,7 @@ impl Timing {
 }
 
 /// What the probe dials.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
 pub struct Targets {
     reachable: String,
     unreachable: Vec<String>,
@@ -108,14 +108,27 @@ async fn connects(target: &str, within: Duration) -> bool {
     matches!(tokio::time::timeout(within, TcpStream::connect(target)).await, Ok(Ok(_)))
 }
 
+/// Probes from where the agent is.
+pub trait Looking: Send + Sync {
+    /// Probes once.
+    fn look(&self, timing: Timing) -> BoxFuture<'_, Containment>;
+}
+
+/// From here: in a pod, harness and agent have one network.
+impl Looking for Targets {
+    fn look(&self, timing: Timing) -> BoxFuture<'_, Containment> {
+        Box::pin(run(self, timing))
+    }
+}
+
 /// Probes at random moments for as long as the attempt runs, and stops everything when containment is lost.
-pub async fn repeat(gate: Arc<Gate>, targets: Targets) {
+pub async fn repeat(gate: Arc<Gate>, from: Arc<dyn Looking>) {
     loop {
         tokio::time::sleep(random_pause()).await;
-        let mut seen = run(&targets, Timing::REPEAT).await;
+        let mut seen = from.look(Timing::REPEAT).await;
         if !seen.contained {
             // One failure of the positive control may be a gateway's restart. A breach in between is seen again.
-            seen = run(&targets, Timing { patience: Duration::from_secs(10), ..Timing::REPEAT }).await;
+            seen = from.look(Timing { patience: Duration::from_secs(10), ..Timing::REPEAT }).await;
         }
         gate.contained(seen);
     }

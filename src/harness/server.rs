@@ -57,13 +57,27 @@ impl Serving {
     }
 }
 
-/// Listens for the agent, then tells the kubelet so.
-///
-/// # Errors
-/// If a port is taken.
-pub async fn listen(tools: Tools, agent: SocketAddr, health: SocketAddr) -> std::io::Result<Serving> {
-    let agent = TcpListener::bind(agent).await?;
-    let health = TcpListener::bind(health).await?;
+/// Where the two are heard.
+pub struct Listeners {
+    /// The agent's.
+    pub agent: TcpListener,
+    /// The kubelet's, where there is one.
+    pub health: Option<TcpListener>,
+}
+
+impl Listeners {
+    /// Those of a pod.
+    ///
+    /// # Errors
+    /// If a port is taken.
+    pub async fn bind(agent: SocketAddr, health: SocketAddr) -> std::io::Result<Self> {
+        Ok(Self { agent: TcpListener::bind(agent).await?, health: Some(TcpListener::bind(health).await?) })
+    }
+}
+
+/// Serves the agent, and tells the kubelet so.
+pub fn serve(tools: Tools, listeners: Listeners) -> Serving {
+    let Listeners { agent, health } = listeners;
     let stop = CancellationToken::new();
     let connections = TaskTracker::new();
 
@@ -79,17 +93,14 @@ pub async fn listen(tools: Tools, agent: SocketAddr, health: SocketAddr) -> std:
     tokio::spawn(accept(agent, stop.clone(), connections.clone(), slots.clone(), move |request| {
         route(undoing.clone(), mcp.clone(), request)
     }));
-    tokio::spawn(accept(
-        health,
-        stop.clone(),
-        TaskTracker::new(),
-        Arc::new(Semaphore::new(16)),
-        |request| async move {
+    if let Some(health) = health {
+        let slots = Arc::new(Semaphore::new(16));
+        tokio::spawn(accept(health, stop.clone(), TaskTracker::new(), slots, |request| async move {
             let known = matches!(request.uri().path(), "/readyz" | "/healthz");
             status(if known { StatusCode::OK } else { StatusCode::NOT_FOUND })
-        },
-    ));
-    Ok(Serving { stop, connections })
+        }));
+    }
+    Serving { stop, connections }
 }
 
 async fn accept<F, R>(

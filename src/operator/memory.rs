@@ -11,8 +11,7 @@ use std::{
 
 use kube::ResourceExt;
 
-use super::observe::PodView;
-use crate::api::AgentTask;
+use crate::{api::AgentTask, lifecycle::observe::PodView};
 
 /// For how long our own writes are believed over caches that do not show them.
 pub const BELIEVED: Duration = Duration::from_secs(10);

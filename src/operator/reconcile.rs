@@ -24,12 +24,9 @@ use super::{
     apply::{self, ApplyError},
     backoff,
     cache::{GuardedTask, Stores},
-    decide::{self, Decision, Next, Observed, later, wait},
     memory::{BELIEVED, Memories, Memory},
     metrics::Metrics,
-    observe::{self, PodView},
     resolve::Resolved,
-    seal::{Gateway, SealError},
     status::{self, Stage, Story},
 };
 use crate::{
@@ -38,6 +35,10 @@ use crate::{
         agent_task::{Attempt, EvidenceStatus, FailureClass, Phase, RollbackWhen},
     },
     evidence::{note, record::TaskClosed},
+    lifecycle::{
+        decide::{self, Decision, Next, Observed, later, wait},
+        observe::{self, PodView},
+    },
     plan::{
         Finding,
         evidence::Location,
@@ -47,6 +48,7 @@ use crate::{
         rollback,
         validated::Surroundings,
     },
+    seal::{Gateway, SealError},
     wire::SealRequest,
 };
 

@@ -6,10 +6,10 @@
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 
-use super::decide::class_of;
 use crate::{
     api::agent_task::{AgentTaskStatus, Attempt, EvidenceStatus, FailureClass, Phase},
     evidence::record::TaskClosed,
+    lifecycle::decide::class_of,
     plan::Finding,
 };
 

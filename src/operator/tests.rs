@@ -24,11 +24,11 @@ use super::{
     memory::Memories,
     metrics::Metrics,
     reconcile::{Context, ReconcileError, after_error, reconcile},
-    seal::{self, Gateway},
 };
 use crate::{
     api::{PolicyPack, ToolContract},
     plan::{fixtures, names},
+    seal::{self, Gateway},
     wire,
 };
 

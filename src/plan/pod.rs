@@ -21,9 +21,9 @@ use k8s_openapi::{
 };
 
 use super::{
-    config_map, names,
+    agent, config_map, names,
     network_policy::Proof,
-    validated::{Attempt, OPEN_PATHS, Source, Workload},
+    validated::{Attempt, Source, Workload},
 };
 use crate::wire;
 
@@ -34,12 +34,8 @@ pub const START_ALLOWANCE_SECONDS: i64 = 300;
 const GRACE_SECONDS: i64 = 30;
 /// User of probe and harness, distroless' `nonroot`.
 const HARNESS_UID: i64 = 65532;
-/// User of the agent, whatever its image says: never the harness's.
-const AGENT_UID: i64 = 1000;
 /// Seconds that a token lives; the kubelet renews it at four fifths.
 const TOKEN_SECONDS: i64 = 3600;
-/// Port of the harness for agents, on localhost.
-const AGENT_PORT: u16 = 9900;
 /// Port of the harness for the kubelet.
 const KUBELET_PORT: u16 = 9901;
 /// Seconds that the harness has for its first answer: it opens the log at the gateway first.
@@ -83,7 +79,7 @@ pub fn build(attempt: &Attempt<'_>, network_policy: &Proof) -> Pod {
                 ..PodSecurityContext::default()
             }),
             init_containers: Some(vec![probe(attempt), harness(attempt)]),
-            containers: vec![agent(attempt)],
+            containers: vec![agent_container(attempt)],
             volumes: Some(volumes(attempt)),
             ..PodSpec::default()
         }),
@@ -160,17 +156,21 @@ fn harness(attempt: &Attempt<'_>) -> Container {
     }
 }
 
-fn agent(attempt: &Attempt<'_>) -> Container {
-    let task = attempt.task;
+fn agent_container(attempt: &Attempt<'_>) -> Container {
+    let agent = attempt.task.agent(attempt.number);
     let resources = BTreeMap::from([
-        ("cpu".to_owned(), ApiQuantity(task.resources.cpu.as_str().to_owned())),
-        ("memory".to_owned(), ApiQuantity(task.resources.memory.as_str().to_owned())),
-        ("ephemeral-storage".to_owned(), ApiQuantity(task.resources.ephemeral_storage.as_str().to_owned())),
+        ("cpu".to_owned(), ApiQuantity(agent.cpu.as_str().to_owned())),
+        ("memory".to_owned(), ApiQuantity(agent.memory.as_str().to_owned())),
+        ("ephemeral-storage".to_owned(), ApiQuantity(agent.ephemeral_storage.as_str().to_owned())),
     ]);
-    let mounts = task.mounts.iter().enumerate().map(|(index, one)| mount(&format!("mount-{index}"), &one.path.0, true));
-    let scopes =
-        task.write_scopes.iter().enumerate().map(|(index, one)| mount(&format!("scope-{index}"), &one.path.0, false));
-    let (image, command, args) = match &task.workload {
+    let mounts =
+        agent.mounts.iter().enumerate().map(|(index, one)| mount(&format!("mount-{index}"), one.path.as_str(), true));
+    let scopes = agent
+        .write_scopes
+        .iter()
+        .enumerate()
+        .map(|(index, one)| mount(&format!("scope-{index}"), one.path.as_str(), false));
+    let (image, command, args) = match agent.workload {
         Workload::Agent { image, command, args } => (image, command.clone(), args.clone()),
         Workload::Rollback => (&attempt.surroundings.image, strings(&["/belay-harness"]), strings(&["undo"])),
     };
@@ -179,47 +179,19 @@ fn agent(attempt: &Attempt<'_>) -> Container {
         image: Some(image.clone()),
         command: some(command),
         args: some(args),
-        env: Some(agent_env(attempt)),
+        env: Some(agent.env.iter().map(|(name, value)| plain(name, value)).collect()),
         resources: Some(ResourceRequirements {
             requests: Some(resources.clone()),
             limits: Some(resources),
             ..ResourceRequirements::default()
         }),
-        security_context: Some(security(AGENT_UID)),
+        security_context: Some(security(agent::UID)),
         volume_mounts: some(
-            mounts.chain(scopes).chain(covered(attempt).map(|path| mount(COVER, path, true))).collect(),
+            mounts.chain(scopes).chain(agent.covered.iter().map(|path| mount(COVER, path, true))).collect(),
         ),
         termination_message_policy: Some("File".to_owned()),
         ..Container::default()
     }
-}
-
-/// The open paths that the task declares nothing for.
-fn covered<'a>(attempt: &'a Attempt<'_>) -> impl Iterator<Item = &'static str> + 'a {
-    let task = attempt.task;
-    OPEN_PATHS.into_iter().filter(|open| {
-        let declared = task.mounts.iter().map(|one| &one.path).chain(task.write_scopes.iter().map(|one| &one.path));
-        declared.into_iter().all(|path| path.0 != *open)
-    })
-}
-
-/// Belay's variables first, so that the user's could refer to them if Kubernetes expanded anything: all is escaped.
-fn agent_env(attempt: &Attempt<'_>) -> Vec<EnvVar> {
-    let base = format!("http://127.0.0.1:{AGENT_PORT}");
-    let mut env = vec![
-        plain("OPENAI_BASE_URL", &format!("{base}/v1")),
-        plain("OPENAI_API_KEY", "belay"),
-        plain("ANTHROPIC_BASE_URL", &base),
-        plain("ANTHROPIC_API_KEY", "belay"),
-        plain("BELAY_MCP_URL", &format!("{base}/mcp")),
-    ];
-    env.extend(["HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"].map(|name| plain(name, &base)));
-    env.extend(["NO_PROXY", "no_proxy"].map(|name| plain(name, "127.0.0.1,localhost")));
-    env.push(plain("BELAY_OBJECTIVE", &attempt.task.objective));
-    env.push(plain("BELAY_TASK", &attempt.task.owner.name));
-    env.push(plain("BELAY_ATTEMPT", &attempt.number.to_string()));
-    env.extend(attempt.task.env.iter().map(|(name, value)| plain(&name.0, value)));
-    env
 }
 
 fn volumes(attempt: &Attempt<'_>) -> Vec<Volume> {
@@ -258,7 +230,7 @@ fn volumes(attempt: &Attempt<'_>) -> Vec<Volume> {
         // In memory: like the disk's, it outlives the container and ends with the pod; a sync of it costs no read a disk's milliseconds.
         empty_dir("spool", "16Mi", Some("Memory")),
     ];
-    if covered(attempt).next().is_some() {
+    if !task.agent(attempt.number).covered.is_empty() {
         volumes.push(empty_dir(COVER, "1Mi", None));
     }
     for (index, one) in task.mounts.iter().enumerate() {

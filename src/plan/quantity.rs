@@ -58,6 +58,11 @@ impl Quantity {
         self.milli
     }
 
+    /// The value in whole units, such as bytes; as many as fit.
+    pub fn whole(&self) -> u64 {
+        u64::try_from(self.milli / 1000).unwrap_or(u64::MAX)
+    }
+
     /// As it was written.
     pub fn as_str(&self) -> &str {
         &self.text

@@ -92,9 +92,23 @@ pub enum Workload {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EnvName(pub(super) String);
 
+impl EnvName {
+    /// As it is written.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
 /// Absolute path in the agent container that hides nothing and overlaps with no other.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AgentPath(pub(super) String);
+
+impl AgentPath {
+    /// As it is written.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
 
 /// Room of the agent container, within the class's.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -107,8 +121,10 @@ pub struct AgentResources {
 /// A mount and its one source.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ReadOnlyMount {
-    pub(super) path: AgentPath,
-    pub(super) source: Source,
+    /// Where.
+    pub path: AgentPath,
+    /// What.
+    pub source: Source,
 }
 
 /// What is mounted.
@@ -123,8 +139,10 @@ pub enum Source {
 /// Where the agent may write, and how much.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Scope {
-    pub(super) path: AgentPath,
-    pub(super) size: Quantity,
+    /// Where.
+    pub path: AgentPath,
+    /// Most bytes.
+    pub size: Quantity,
 }
 
 /// What the cluster adds: the same for every task.
@@ -156,6 +174,11 @@ pub struct Attempt<'a> {
 }
 
 impl Validated {
+    /// The rendered policy.
+    pub fn policy(&self) -> &PolicyConfig {
+        &self.policy
+    }
+
     /// Digest of the rendered policy, lower-case hex.
     pub fn policy_digest(&self) -> &str {
         &self.policy_digest

@@ -52,10 +52,12 @@ pub struct Walk {
 impl Walk {
     /// At the beginning of a log.
     pub fn new(witness: &VerifierKey, expected: &Expected) -> Self {
+        let mut report = Report::default();
+        report.summary.self_witnessed = witness.is_self_witness();
         Self {
             witness: witness.clone(),
             expected: expected.clone(),
-            report: Report::default(),
+            report,
             whole: true,
             tree: Tree::new(),
             head: None,

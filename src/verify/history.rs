@@ -284,6 +284,7 @@ impl History {
         };
         let summary = &mut blame.report.summary;
         summary.limits = Some(opened.policy.limits);
+        summary.local.clone_from(&opened.local);
         summary.namespace = Some(task.namespace.clone());
         summary.task = Some(task.name.clone());
         summary.principal = Some(task.principal.clone());

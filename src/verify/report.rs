@@ -5,7 +5,10 @@ use std::{collections::BTreeMap, fmt};
 use serde::Serialize;
 
 use crate::{
-    evidence::{record::TaskClosed, store::Mode},
+    evidence::{
+        record::{Local, TaskClosed},
+        store::Mode,
+    },
     policy::{
         config::{Limits, Usage},
         rule::Rule,
@@ -260,6 +263,21 @@ pub struct Summary {
     /// How far a rollback has come.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rollback: Option<RollbackSummary>,
+    /// Whether the witness is whoever ran the agent, by the name of its key.
+    pub self_witnessed: bool,
+    /// What stood in for a cluster in the newest attempt, where there was none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub local: Option<Local>,
+}
+
+impl Summary {
+    /// What a reader has to know beside the verdict, of logs that no cluster vouches for: nothing else is said of other logs.
+    pub fn reservations(&self) -> Vec<&'static str> {
+        let in_folder = self.local.as_ref().is_some_and(|local| local.store == Local::FOLDER);
+        let unlocked = in_folder || self.locks.as_ref().is_some_and(|locks| locks.mode.is_none());
+        let all = [(true, "self-witnessed"), (unlocked, "unlocked store")];
+        all.into_iter().filter(|(holds, _)| self.self_witnessed && *holds).map(|(_, what)| what).collect()
+    }
 }
 
 /// How far a rollback has come.

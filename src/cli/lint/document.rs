@@ -15,14 +15,14 @@ use serde_saphyr::Spanned;
 
 /// Line and column, both from 1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(super) struct Place {
-    pub(super) line: u64,
-    pub(super) column: u64,
+pub(in crate::cli) struct Place {
+    pub(in crate::cli) line: u64,
+    pub(in crate::cli) column: u64,
 }
 
 impl Place {
     /// Where a file begins, for what has no better place.
-    pub(super) const START: Self = Self { line: 1, column: 1 };
+    pub(in crate::cli) const START: Self = Self { line: 1, column: 1 };
 
     fn of(location: serde_saphyr::Location) -> Self {
         Self { line: location.line().max(1), column: location.column().max(1) }
@@ -31,8 +31,8 @@ impl Place {
 
 /// A value and where it stands.
 #[derive(Clone, Debug)]
-pub(super) struct Node {
-    pub(super) at: Place,
+pub(in crate::cli) struct Node {
+    pub(in crate::cli) at: Place,
     content: Content,
 }
 
@@ -61,13 +61,13 @@ enum KeyKind {
 
 /// Text that is no YAML: where and why.
 #[derive(Debug)]
-pub(super) struct Broken {
-    pub(super) at: Place,
-    pub(super) reason: String,
+pub(in crate::cli) struct Broken {
+    pub(in crate::cli) at: Place,
+    pub(in crate::cli) reason: String,
 }
 
 /// The documents of a file; empty ones are left out.
-pub(super) fn read(bytes: &[u8]) -> Result<Vec<Node>, Broken> {
+pub(in crate::cli) fn read(bytes: &[u8]) -> Result<Vec<Node>, Broken> {
     let text = std::str::from_utf8(bytes).map_err(|error| {
         let before = bytes.get(..error.valid_up_to()).unwrap_or_default();
         let line = before.split(|byte| *byte == b'\n');
@@ -107,7 +107,7 @@ fn tab_from(text: &str, from: Place, reason: &str) -> Option<Place> {
 
 impl Node {
     /// The plain value.
-    pub(super) fn value(&self) -> Value {
+    pub(in crate::cli) fn value(&self) -> Value {
         match &self.content {
             Content::Scalar(value) => value.clone(),
             Content::Sequence(items) => Value::Array(items.iter().map(Self::value).collect()),
@@ -118,7 +118,7 @@ impl Node {
     }
 
     /// The items, if it is a sequence.
-    pub(super) fn items(&self) -> &[Self] {
+    pub(in crate::cli) fn items(&self) -> &[Self] {
         match &self.content {
             Content::Sequence(items) => items,
             _ => &[],
@@ -133,12 +133,12 @@ impl Node {
     }
 
     /// A field.
-    pub(super) fn get(&self, key: &str) -> Option<&Self> {
+    pub(in crate::cli) fn get(&self, key: &str) -> Option<&Self> {
         self.entry(key).map(|(_, node)| node)
     }
 
     /// A field that is text.
-    pub(super) fn text(&self, key: &str) -> Option<&str> {
+    pub(in crate::cli) fn text(&self, key: &str) -> Option<&str> {
         match &self.get(key)?.content {
             Content::Scalar(Value::String(text)) => Some(text),
             _ => None,
@@ -146,7 +146,7 @@ impl Node {
     }
 
     /// Keys that are booleans to YAML 1.1, which is what `kubectl` reads, and hardly to who wrote them: their paths.
-    pub(super) fn boolean_keys(&self) -> Vec<(Place, String)> {
+    pub(in crate::cli) fn boolean_keys(&self) -> Vec<(Place, String)> {
         let mut found = Vec::new();
         self.collect_keys(KeyKind::Boolean, "", &mut found);
         found
@@ -174,7 +174,7 @@ impl Node {
 
     /// Where a JSON Pointer leads, and the same path as people write it. A last part that is not there stands where it
     /// would have to be added.
-    pub(super) fn at_pointer(&self, pointer: &str) -> (Place, String) {
+    pub(in crate::cli) fn at_pointer(&self, pointer: &str) -> (Place, String) {
         let (mut node, mut place, mut path) = (Some(self), self.at, String::new());
         for part in pointer.split('/').skip(1) {
             let part = part.replace("~1", "/").replace("~0", "~");
@@ -204,7 +204,7 @@ impl Node {
 
     /// Where a path as people write it leads (`spec.tools[0]`, `spec.input.anyOf.0.a.b`, `workflowClasses[triage]`), as far
     /// as it is there.
-    pub(super) fn at_path(&self, path: &str) -> Place {
+    pub(in crate::cli) fn at_path(&self, path: &str) -> Place {
         let (mut node, mut place, mut rest) = (self, self.at, path);
         while !rest.is_empty() {
             let found = match &node.content {

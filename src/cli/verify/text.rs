@@ -8,7 +8,7 @@ use std::{
 use super::super::terminal::{Paint, Safe};
 use crate::{
     cli::evidence::KeySource,
-    evidence::note::VerifierKey,
+    evidence::{note::VerifierKey, record::Local},
     policy::price,
     verify::{Finding, Report, Summary, Verdict, Weight},
 };
@@ -30,7 +30,8 @@ pub(super) fn write(out: &mut dyn Write, shown: &Shown<'_>, paint: Paint) -> io:
         Verdict::Invalid => paint.bad(paint.strong(verdict)),
     };
     let origin = summary.origin.as_deref().unwrap_or("no log");
-    writeln!(out, "{word}  {}  {}", Safe(origin), totals(summary))?;
+    let reservations: String = summary.reservations().iter().map(|one| format!(", {one}")).collect();
+    writeln!(out, "{word}{reservations}  {}  {}", Safe(origin), totals(summary))?;
     match verdict {
         Verdict::Valid => {}
         Verdict::Incomplete => writeln!(out, "{}", paint.warn("Everything holds so far, but the log has no end."))?,
@@ -107,6 +108,14 @@ fn write_summary(out: &mut dyn Write, shown: &Shown<'_>, paint: Paint) -> io::Re
                 Safe(closed)
             ),
         )?;
+    }
+    if let Some(local) = &summary.local {
+        let root = if local.root == Local::HOST { "this machine's own programs" } else { &local.root };
+        let sandbox = format!("no cluster: {} over {}, evidence to {}", local.sandbox, root, local.store);
+        row("sandbox", Safe(&sandbox).to_string())?;
+        if !local.resolved.is_empty() {
+            row("resolved", format!("by hand: {}", Safe(&local.resolved.join(", "))))?;
+        }
     }
     let usage = summary.usage;
     match summary.limits {

@@ -6,12 +6,12 @@ use std::io::{self, Write};
 const DEFAULT_WIDTH: usize = 80;
 
 /// Columns of the terminal.
-pub(super) fn width() -> usize {
+pub(in crate::cli) fn width() -> usize {
     terminal_size::terminal_size().map_or(DEFAULT_WIDTH, |(width, _)| usize::from(width.0))
 }
 
 /// Standard output.
-pub(super) struct Screen<W: Write> {
+pub(in crate::cli) struct Screen<W: Write> {
     out: W,
     terminal: bool,
     /// Lines of the panel that are on the screen now.
@@ -20,12 +20,12 @@ pub(super) struct Screen<W: Write> {
 
 impl<W: Write> Screen<W> {
     /// Without a terminal there is no panel.
-    pub(super) fn new(out: W, terminal: bool) -> Self {
+    pub(in crate::cli) fn new(out: W, terminal: bool) -> Self {
         Self { out, terminal, drawn: 0 }
     }
 
     /// Adds lines above the panel. No line of the panel may be wider than the terminal.
-    pub(super) fn show(&mut self, lines: &[String], panel: &[String]) -> io::Result<()> {
+    pub(in crate::cli) fn show(&mut self, lines: &[String], panel: &[String]) -> io::Result<()> {
         if !self.terminal {
             for line in lines {
                 writeln!(self.out, "{line}")?;
@@ -48,7 +48,7 @@ impl<W: Write> Screen<W> {
     }
 
     /// Whatever is not written yet.
-    pub(super) fn flush(&mut self) -> io::Result<()> {
+    pub(in crate::cli) fn flush(&mut self) -> io::Result<()> {
         self.out.flush()
     }
 }

@@ -28,7 +28,7 @@ const NEARLY: f64 = 0.8;
 const MAX_OPEN: usize = 10_000;
 
 /// A task as it is shown.
-pub(super) struct View {
+pub(in crate::cli) struct View {
     name: String,
     paint: Paint,
     zone: TimeZone,
@@ -61,7 +61,7 @@ struct Call {
 
 impl View {
     /// A task that nothing is known of.
-    pub(super) fn new(namespace: &str, name: &str, paint: Paint) -> Self {
+    pub(in crate::cli) fn new(namespace: &str, name: &str, paint: Paint) -> Self {
         Self {
             name: format!("{namespace}/{name}"),
             paint,
@@ -85,12 +85,12 @@ impl View {
     }
 
     /// The lines since the last time.
-    pub(super) fn take_lines(&mut self) -> Vec<String> {
+    pub(in crate::cli) fn take_lines(&mut self) -> Vec<String> {
         std::mem::take(&mut self.lines)
     }
 
     /// Takes the task in, and tells what changed.
-    pub(super) fn task(&mut self, task: &AgentTask) {
+    pub(in crate::cli) fn task(&mut self, task: &AgentTask) {
         let now = Timestamp::now();
         if !self.introduced {
             self.introduce(task);
@@ -133,12 +133,12 @@ impl View {
     }
 
     /// The task is gone.
-    pub(super) fn deleted(&mut self) {
+    pub(in crate::cli) fn deleted(&mut self) {
         self.deleted = true;
     }
 
     /// Something about the watching itself. The same thing twice in a row is said once.
-    pub(super) fn notice(&mut self, notice: &str) {
+    pub(in crate::cli) fn notice(&mut self, notice: &str) {
         if self.last_notice != notice {
             notice.clone_into(&mut self.last_notice);
             let text = self.paint.dim(format_args!("  … {}", Safe(notice)));
@@ -146,8 +146,18 @@ impl View {
         }
     }
 
+    /// A line as it is, already safe to show.
+    pub(in crate::cli) fn line(&mut self, line: String) {
+        self.lines.push(line);
+    }
+
+    /// A line of the agent's own.
+    pub(in crate::cli) fn said(&mut self, line: &str) {
+        self.lines.push(format!("{}  {}", self.paint.dim("   agent"), Safe(line)));
+    }
+
     /// Takes a record in.
-    pub(super) fn record(&mut self, attempt: i64, record: &Record) {
+    pub(in crate::cli) fn record(&mut self, attempt: i64, record: &Record) {
         self.last_notice.clear();
         let time = record.time.parse::<Timestamp>().ok();
         let at = time.unwrap_or_else(Timestamp::now);
@@ -206,7 +216,7 @@ impl View {
     }
 
     /// The last line.
-    pub(super) fn finish(&mut self) {
+    pub(in crate::cli) fn finish(&mut self) {
         let now = Timestamp::now();
         let paint = self.paint;
         let usage = self.usage;
@@ -246,7 +256,7 @@ impl View {
     }
 
     /// How things stand, at most `width` columns wide. Empty once the task is over.
-    pub(super) fn panel(&self, width: usize) -> Vec<String> {
+    pub(in crate::cli) fn panel(&self, width: usize) -> Vec<String> {
         let Some(limits) = self.limits.filter(|_| !self.is_over()) else { return Vec::new() };
         let paint = self.paint;
         let seconds = self.attempt_started.map_or(0, |t| Timestamp::now().duration_since(t).as_secs().max(0));

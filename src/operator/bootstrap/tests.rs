@@ -1,7 +1,7 @@
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 
 use super::*;
-use crate::operator::{seal, tests::cluster::Cluster};
+use crate::{operator::tests::cluster::Cluster, seal};
 
 const SECRETS: &str = "/api/v1/namespaces/belay-system/secrets";
 const KEY: &str = "/api/v1/namespaces/belay-system/configmaps/belay-witness-key";

@@ -126,6 +126,7 @@ pub(crate) fn opened(key: &Signer, attempt: i64) -> Event {
         },
         containment: contained(),
         rollback: None,
+        local: None,
     }))
 }
 

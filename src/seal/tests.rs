@@ -12,7 +12,7 @@ use super::*;
 use crate::{evidence::record::TaskClosed, policy::rule::Rule};
 
 /// A gateway with a certificate for `name` that answers this; its address and authority.
-pub(in crate::operator) async fn gateway(name: &str, status: u16, body: String) -> (String, String) {
+pub(crate) async fn gateway(name: &str, status: u16, body: String) -> (String, String) {
     let key = KeyPair::generate().unwrap();
     let certificate = CertificateParams::new(vec![name.to_owned()]).unwrap().self_signed(&key).unwrap();
     let private = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der()));
@@ -20,7 +20,7 @@ pub(in crate::operator) async fn gateway(name: &str, status: u16, body: String) 
 }
 
 /// A gateway with this certificate that answers this; its address.
-pub(in crate::operator) async fn serve(
+pub(crate) async fn serve(
     chain: Vec<CertificateDer<'static>>,
     key: PrivateKeyDer<'static>,
     status: u16,
@@ -56,7 +56,7 @@ pub(in crate::operator) async fn serve(
     address
 }
 
-pub(in crate::operator) fn request() -> SealRequest {
+pub(crate) fn request() -> SealRequest {
     SealRequest {
         namespace: "ns".into(),
         name: "t".into(),
@@ -74,13 +74,13 @@ pub(in crate::operator) fn request() -> SealRequest {
     }
 }
 
-pub(in crate::operator) fn token() -> tempfile::NamedTempFile {
+pub(crate) fn token() -> tempfile::NamedTempFile {
     let mut file = tempfile::NamedTempFile::new().unwrap();
     file.write_all(b"secret\n").unwrap();
     file
 }
 
-pub(in crate::operator) fn reply() -> SealReply {
+pub(crate) fn reply() -> SealReply {
     SealReply {
         undone_by: Some(Default::default()),
         origin: "belay.dev/task/u".into(),

@@ -3,7 +3,7 @@ use proptest::prelude::*;
 use std::collections::BTreeMap;
 
 use super::*;
-use crate::operator::observe::Stuck;
+use crate::lifecycle::observe::Stuck;
 
 const NOW: i64 = 1_700_000_000;
 

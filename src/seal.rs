@@ -133,4 +133,4 @@ impl Gateway {
 }
 
 #[cfg(test)]
-pub(super) mod tests;
+pub(crate) mod tests;

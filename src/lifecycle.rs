@@ -1,0 +1,9 @@
+//! From what is seen of a task's pods to what comes next: what an end means, whether there is another attempt, what the log is sealed with.
+//!
+//! Promises: pure functions, which the operator asks about pods of a cluster and `belay run` about the one attempt that it runs itself: the
+//! same end is of the same class wherever it came about. Refuses: clients and clocks.
+
+/// What to do next: a pure function.
+pub mod decide;
+/// What a pod's status means.
+pub mod observe;

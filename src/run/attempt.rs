@@ -1,0 +1,545 @@
+//! One attempt, as a kubelet runs it: probe, harness, agent, and a pod's status that says what became of them.
+//!
+//! Promises: no byte of the agent runs before its containment is proven and the attempt's first record is stored; the agent is stopped
+//! before its harness, whatever stops it; whatever ends, the sandbox ends with it. Refuses: to judge an end, which is
+//! `lifecycle::observe`'s.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::ExitStatus,
+    sync::Arc,
+    time::Duration,
+};
+
+use jiff::Timestamp;
+use k8s_openapi::{
+    ByteString,
+    api::core::v1::{
+        ConfigMap, ContainerState, ContainerStateTerminated, ContainerStatus, Pod, PodIP, PodSpec, PodStatus, Secret,
+    },
+};
+use kube::ResourceExt;
+use tokio::{
+    io::{AsyncBufReadExt, AsyncRead, BufReader},
+    net::TcpListener,
+    process::Child,
+    sync::{mpsc::UnboundedSender, oneshot},
+};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    Options, RunError, Told,
+    gateway::Serving,
+    objects::{self, Api},
+    probe::{self, Controls},
+    sandbox::{
+        self, Bind, Cell, Entry,
+        hold::Hold,
+        root,
+        watch::{self, Beyond},
+    },
+    time, write_private,
+};
+use crate::{
+    evidence::record::{self, Local},
+    harness::{self, Ended, HarnessError, journal::Follow, server::Listeners},
+    plan::{
+        agent::Agent,
+        names,
+        pod::START_ALLOWANCE_SECONDS,
+        validated::{Source, Validated, Workload},
+    },
+    policy::config::{HarnessConfig, Wiring},
+    wire,
+};
+
+/// Where the agent finds the task's folder, unless the task has something else there.
+const WORKSPACE: [&str; 2] = ["/workspace", "/task"];
+/// How the agent finds programs.
+const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// Longest line of an agent's that is told, in bytes; a longer one comes in parts.
+const LINE: u64 = 8 << 10;
+/// For what an agent has said to be read once it has ended.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+/// Beyond wall time and approvals, in which the harness ends an attempt by itself.
+const CLOSING: Duration = Duration::from_secs(10);
+
+/// What an attempt has around it.
+pub(super) struct Surroundings<'a> {
+    pub(super) options: &'a Options,
+    pub(super) validated: &'a Validated,
+    pub(super) api: &'a Arc<Api>,
+    pub(super) gateway: &'a Serving,
+    pub(super) local: Local,
+    pub(super) tell: &'a UnboundedSender<Told>,
+}
+
+/// An attempt that has ended.
+pub(super) struct Over {
+    /// Its pod, as the API server would have it.
+    pub(super) pod: Pod,
+    /// What kept it from running, where something did.
+    pub(super) trouble: Option<String>,
+}
+
+/// How the containers ended.
+#[derive(Default)]
+struct Ends {
+    probe: Option<i32>,
+    harness: Option<i32>,
+    agent: Option<AgentEnd>,
+    trouble: Option<String>,
+}
+
+struct AgentEnd {
+    started: Timestamp,
+    code: i32,
+    reason: &'static str,
+}
+
+impl Surroundings<'_> {
+    fn step(&self, what: impl Into<String>) {
+        // Whoever is told may be gone.
+        let _ = self.tell.send(Told::Step(what.into()));
+    }
+
+    /// Runs one attempt to its end.
+    pub(super) async fn attempt(&self, number: i64, stop: &CancellationToken) -> Result<Over, RunError> {
+        let folder = self.options.folder.join(format!("attempt-{number}"));
+        fs::create_dir_all(folder.join("spool")).map_err(|cause| RunError::File { path: folder.clone(), cause })?;
+        let mut pod = self.pod(number)?;
+        self.api.apply_pod(pod.clone());
+        let token = folder.join("token");
+        write_private(&token, &self.api.token_of(&pod)?)?;
+        let ends = match self.contained(number, &pod, (&token, &folder), stop).await {
+            Ok(ends) => ends,
+            // The sandbox did not come about: nothing ran. It is a failure of the machine's, told in its own words.
+            Err(RunError::Sandbox(trouble)) => Ends { probe: Some(1), trouble: Some(trouble), ..Ends::default() },
+            Err(error) => return Err(error),
+        };
+        // What was in there is stored by now, or lost as it is with a pod.
+        let _ = fs::remove_dir_all(&folder);
+        let trouble = ends.trouble.clone();
+        status(&mut pod, ends, stop.is_cancelled());
+        Ok(Over { pod, trouble })
+    }
+
+    async fn contained(
+        &self,
+        number: i64,
+        pod: &Pod,
+        (token, folder): (&Path, &Path),
+        stop: &CancellationToken,
+    ) -> Result<Ends, RunError> {
+        let Options { runtime, belay, .. } = self.options;
+        let (hold, listener) = Hold::start(belay).await?;
+        let cell = self.cell(&self.validated.agent(number), folder)?;
+        let controls = Controls { outside: vec![self.gateway.address, self.gateway.canary] };
+        self.step(format!("proving containment in {}", runtime.version));
+        let containment =
+            probe::from_within((runtime, &cell), &hold, &controls, (belay, &folder.join("probe"))).await?;
+        if !containment.contained {
+            let trouble = format!("containment is not proven: {}", containment.breaches.join("; "));
+            return Ok(Ends { probe: Some(i32::from(wire::EXIT_UNPROVEN)), trouble: Some(trouble), ..Ends::default() });
+        }
+        let parts = harness::Parts {
+            config: self.config(number, &controls),
+            containment,
+            token: token.to_owned(),
+            spool: folder.join("spool"),
+            pod: self.identity(pod),
+            local: Some(self.local.clone()),
+            follow: self.follow(),
+            looking: Arc::new(probe::Again { pid: hold.pid(), controls, belay: belay.clone() }),
+        };
+        let ends = self.side_by_side(number, parts, (listener, &cell, &hold, folder), stop).await;
+        hold.end().await;
+        ends
+    }
+
+    /// Harness and agent, until both have ended.
+    async fn side_by_side(
+        &self,
+        number: i64,
+        parts: harness::Parts,
+        (listener, cell, hold, folder): (std::net::TcpListener, &Cell, &Hold, &Path),
+        stop: &CancellationToken,
+    ) -> Result<Ends, RunError> {
+        self.step("opening the evidence log");
+        let (serves, serving) = oneshot::channel();
+        let over = CancellationToken::new();
+        let listeners = async move || {
+            listener.set_nonblocking(true)?;
+            Ok(Listeners { agent: TcpListener::from_std(listener)?, health: None })
+        };
+        let ready = move || serves.send(()).unwrap_or_default();
+        let end = over.clone();
+        let mut harness =
+            tokio::spawn(async move { harness::run(parts, listeners, ready, end.cancelled_owned()).await });
+        tokio::select! {
+            // It ended before it listened.
+            ended = &mut harness => return Ok(without_agent(said(ended))),
+            Ok(()) = serving => {}
+        }
+        let mut ends = Ends { probe: Some(0), ..Ends::default() };
+        let agent = self.options.runtime.start(cell, hold, &folder.join("agent"));
+        let mut agent = match agent {
+            Ok(agent) => agent,
+            Err(error) => {
+                over.cancel();
+                ends.harness = Some(code(&said(harness.await)));
+                ends.trouble = Some(error.to_string());
+                return Ok(ends);
+            }
+        };
+        let started = Timestamp::now();
+        let _ = self.tell.send(Told::Started { attempt: number });
+        let words = [self.listen(agent.stdout.take(), false), self.listen(agent.stderr.take(), true)];
+        let plan = self.validated.agent(number);
+        let policy = self.validated.policy();
+        let longest = policy.limits.wall_time_seconds.saturating_add(policy.limits.approval_wait_seconds);
+        let longest = Duration::from_secs(u64::try_from(longest).unwrap_or_default()) + CLOSING;
+        let pid = agent.id().unwrap_or_default();
+        let mut harness_ended = None;
+        let mut reason = "Completed";
+        let status = tokio::select! {
+            status = agent.wait() => status,
+            ended = &mut harness => {
+                harness_ended = Some(said(ended));
+                kill(&mut agent).await
+            }
+            () = stop.cancelled() => kill(&mut agent).await,
+            () = tokio::time::sleep(longest) => kill(&mut agent).await,
+            beyond = watch::until_beyond(pid, plan.memory.whole(), sandbox::PROCESSES) => {
+                let trouble;
+                (reason, trouble) = match beyond {
+                    Beyond::Memory => ("OOMKilled", format!("the agent held more than {} of memory", plan.memory.as_str())),
+                    Beyond::Processes => ("Error", format!("the agent had more than {} processes", sandbox::PROCESSES)),
+                };
+                ends.trouble = Some(trouble);
+                kill(&mut agent).await
+            }
+        };
+        // The agent is gone before its harness stops listening to it.
+        self.options.runtime.clear(&folder.join("agent"));
+        for word in words {
+            let _ = tokio::time::timeout(LAST_WORDS, word).await;
+        }
+        over.cancel();
+        let harness_ended = match harness_ended {
+            Some(ended) => ended,
+            None => said(harness.await),
+        };
+        if let Err(error) = &harness_ended {
+            ends.trouble.get_or_insert_with(|| error.clone());
+        }
+        ends.harness = Some(code(&harness_ended));
+        ends.agent = Some(AgentEnd { started, code: exit_code(&status), reason });
+        Ok(ends)
+    }
+
+    /// Tells what is recorded.
+    fn follow(&self) -> Follow {
+        let tell = self.tell.clone();
+        Box::new(move |record, _| drop(tell.send(Told::Record(Box::new(record.clone())))))
+    }
+
+    /// Tells what an agent says, line by line.
+    fn listen(
+        &self,
+        from: Option<impl AsyncRead + Unpin + Send + 'static>,
+        error: bool,
+    ) -> tokio::task::JoinHandle<()> {
+        let tell = self.tell.clone();
+        tokio::spawn(async move {
+            let Some(from) = from else { return };
+            let mut lines = BufReader::new(from);
+            loop {
+                let mut line = Vec::new();
+                let mut part = tokio::io::AsyncReadExt::take(&mut lines, LINE);
+                match part.read_until(b'\n', &mut line).await {
+                    Ok(0) | Err(_) => return,
+                    Ok(_) => {}
+                }
+                let line = String::from_utf8_lossy(&line).trim_end_matches(['\r', '\n']).to_owned();
+                let _ = tell.send(Told::Said { error, line });
+            }
+        })
+    }
+
+    fn config(&self, number: i64, controls: &Controls) -> HarnessConfig {
+        HarnessConfig {
+            policy: self.validated.policy().clone(),
+            wiring: Wiring {
+                attempt: number,
+                gateway: self.gateway.address.to_string(),
+                gateway_ca: self.gateway.ca.clone(),
+                probe: controls.wiring(),
+            },
+        }
+    }
+
+    /// The pod, before anything in it runs.
+    fn pod(&self, number: i64) -> Result<Pod, RunError> {
+        let task = &self.options.objects.task;
+        let (name, uid) = (task.name_any(), task.uid().unwrap_or_default());
+        let mut pod = Pod::default();
+        let now = Timestamp::now();
+        pod.metadata.name = Some(names::of_attempt(&name, number));
+        pod.metadata.namespace = task.namespace();
+        pod.metadata.uid = Some(objects::random_uid()?);
+        pod.metadata.labels = Some(names::labels(&name, &uid, number));
+        pod.metadata.creation_timestamp = Some(time(now));
+        let limits = &self.validated.policy().limits;
+        let lifetime = limits.wall_time_seconds.saturating_add(limits.approval_wait_seconds);
+        pod.spec = Some(PodSpec {
+            active_deadline_seconds: Some(lifetime.saturating_add(START_ALLOWANCE_SECONDS)),
+            ..PodSpec::default()
+        });
+        let loopback = "127.0.0.1".to_owned();
+        pod.status = Some(PodStatus {
+            phase: Some("Running".to_owned()),
+            pod_ip: Some(loopback.clone()),
+            pod_ips: Some(vec![PodIP { ip: loopback }]),
+            start_time: Some(time(now)),
+            ..PodStatus::default()
+        });
+        Ok(pod)
+    }
+
+    fn identity(&self, pod: &Pod) -> record::Pod {
+        let node = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+        record::Pod {
+            name: pod.name_any(),
+            uid: pod.uid().unwrap_or_default(),
+            node: node.trim().to_owned(),
+            runtime_class: self.options.runtime.kind.name().to_owned(),
+            network_policy: String::new(),
+        }
+    }
+
+    /// All that the agent is given.
+    fn cell(&self, agent: &Agent<'_>, folder: &Path) -> Result<Cell, RunError> {
+        let options = self.options;
+        let made = folder.join("root");
+        let unusable = |path: &Path| {
+            let path = path.to_owned();
+            move |cause| RunError::File { path, cause }
+        };
+        let mut root = match &options.root {
+            None => root::host(&made).map_err(unusable(&made))?,
+            Some(image) => root::image(image).map_err(unusable(image))?,
+        };
+        for path in &options.read_only {
+            root.push(Entry::Bind(Bind { from: path.clone(), to: path.display().to_string() }));
+        }
+        let mut binds = Vec::new();
+        for (index, mount) in agent.mounts.iter().enumerate() {
+            let from = folder.join(format!("mount-{index}"));
+            self.mount(&mount.source, &from)?;
+            binds.push(Bind { from, to: mount.path.as_str().to_owned() });
+        }
+        let declared: Vec<&str> = agent
+            .mounts
+            .iter()
+            .map(|mount| mount.path.as_str())
+            .chain(agent.write_scopes.iter().map(|scope| scope.path.as_str()))
+            .collect();
+        let free = |place: &&str| {
+            let within = |one: &str, other: &str| one == other || one.starts_with(&format!("{other}/"));
+            !declared.iter().any(|path| within(path, place) || within(place, path))
+        };
+        let workspace = WORKSPACE.into_iter().find(free).ok_or_else(|| {
+            RunError::Sandbox(format!(
+                "expected {} to be free for the task's folder, found that the task mounts something at each; use other paths",
+                WORKSPACE.join(" or ")
+            ))
+        })?;
+        binds.push(Bind { from: options.workspace.clone(), to: workspace.to_owned() });
+        let nothing = folder.join("nothing");
+        fs::create_dir_all(&nothing).map_err(unusable(&nothing))?;
+        for hidden in &options.hidden {
+            let Ok(inside) = hidden.strip_prefix(&options.workspace) else { continue };
+            let from = if hidden.is_dir() { nothing.clone() } else { PathBuf::from("/dev/null") };
+            binds.push(Bind { from, to: format!("{workspace}/{}", inside.display()) });
+        }
+        let mut command = match agent.workload {
+            Workload::Agent { command, .. } => command.clone(),
+            Workload::Rollback => Vec::new(),
+        };
+        if let Workload::Agent { args, .. } = agent.workload {
+            command.extend(args.iter().cloned());
+        }
+        let own = [("PATH", PATH), ("HOME", "/"), ("LANG", "C.UTF-8")];
+        let own = own.into_iter().filter(|(name, _)| agent.env.iter().all(|(other, _)| other != name));
+        let env =
+            own.map(|(name, value)| (name.to_owned(), value.to_owned())).chain(agent.env.iter().cloned()).collect();
+        Ok(Cell {
+            command,
+            env,
+            cwd: workspace.to_owned(),
+            root,
+            binds,
+            scopes: agent.write_scopes.iter().map(|one| (one.path.as_str().to_owned(), one.size.whole())).collect(),
+            covered: agent.covered.iter().map(|path| (*path).to_owned()).collect(),
+        })
+    }
+
+    /// Writes what is mounted from an object into a folder.
+    fn mount(&self, source: &Source, folder: &Path) -> Result<(), RunError> {
+        let objects = &self.options.objects;
+        let absent = |kind: &str, name: &str| {
+            RunError::Sandbox(format!(
+                "expected {kind} `{name}` among the files, which the task mounts, found none; add its YAML to the task's folder"
+            ))
+        };
+        let files: Vec<(String, Vec<u8>)> = match source {
+            Source::ConfigMap(name) => {
+                let found = objects.config_maps.iter().find(|one| one.name_any() == *name);
+                entries(found.ok_or_else(|| absent("ConfigMap", name))?)
+            }
+            Source::Secret(name) => {
+                let found = objects.secrets.iter().find(|one| one.name_any() == *name);
+                secret_entries(found.ok_or_else(|| absent("Secret", name))?)
+            }
+        };
+        let unusable = |cause| RunError::File { path: folder.to_owned(), cause };
+        fs::create_dir_all(folder).map_err(unusable)?;
+        for (name, bytes) in files {
+            let plain = !name.is_empty() && !name.starts_with('.') && !name.contains('/');
+            if plain {
+                fs::write(folder.join(name), bytes).map_err(unusable)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn entries(map: &ConfigMap) -> Vec<(String, Vec<u8>)> {
+    let texts = map.data.iter().flatten().map(|(name, text)| (name.clone(), text.clone().into_bytes()));
+    let bytes = map.binary_data.iter().flatten().map(|(name, ByteString(bytes))| (name.clone(), bytes.clone()));
+    texts.chain(bytes).collect()
+}
+
+fn secret_entries(secret: &Secret) -> Vec<(String, Vec<u8>)> {
+    let bytes = secret.data.iter().flatten().map(|(name, ByteString(bytes))| (name.clone(), bytes.clone()));
+    let texts = secret.string_data.iter().flatten().map(|(name, text)| (name.clone(), text.clone().into_bytes()));
+    bytes.chain(texts).collect()
+}
+
+async fn kill(agent: &mut Child) -> std::io::Result<ExitStatus> {
+    // One that has ended meanwhile is waited for all the same.
+    let _ = agent.start_kill();
+    agent.wait().await
+}
+
+/// As a shell says it: 128 and the signal.
+fn exit_code(status: &std::io::Result<ExitStatus>) -> i32 {
+    use std::os::unix::process::ExitStatusExt;
+    let Ok(status) = status else { return 255 };
+    status.code().or_else(|| status.signal().map(|signal| signal.saturating_add(128))).unwrap_or(255)
+}
+
+/// What became of the harness.
+fn said(ended: Result<Result<Ended, HarnessError>, tokio::task::JoinError>) -> Result<Ended, String> {
+    match ended {
+        Ok(ended) => ended.map_err(|error| error.to_string()),
+        Err(error) => Err(format!("the harness broke off: {error}; please report this")),
+    }
+}
+
+/// The exit code that the harness's own process has for it.
+fn code(ended: &Result<Ended, String>) -> i32 {
+    i32::from(match ended {
+        Ok(Ended::WithThePod) => 0,
+        Ok(Ended::RefusedEnough) => wire::EXIT_REFUSED_ENOUGH,
+        Ok(Ended::OutOfTime) => wire::EXIT_OUT_OF_TIME,
+        Ok(Ended::Unapproved) => wire::EXIT_UNAPPROVED,
+        Ok(Ended::Parked) => wire::EXIT_PARKED,
+        Err(_) => 1,
+    })
+}
+
+fn without_agent(ended: Result<Ended, String>) -> Ends {
+    Ends { probe: Some(0), harness: Some(code(&ended)), agent: None, trouble: ended.err() }
+}
+
+/// Writes into the pod's status what a kubelet writes there.
+fn status(pod: &mut Pod, ends: Ends, deleted: bool) {
+    let now = Timestamp::now();
+    let terminated = |code: i32, reason: &str, started: Option<Timestamp>| ContainerState {
+        terminated: Some(ContainerStateTerminated {
+            exit_code: code,
+            reason: Some(reason.to_owned()),
+            started_at: started.map(time),
+            finished_at: Some(time(now)),
+            ..ContainerStateTerminated::default()
+        }),
+        ..ContainerState::default()
+    };
+    let container = |name: &str, state: ContainerState| ContainerStatus {
+        name: name.to_owned(),
+        state: Some(state),
+        ..ContainerStatus::default()
+    };
+    let plain = |code: i32| if code == 0 { "Completed" } else { "Error" };
+    let mut init = Vec::new();
+    init.extend(ends.probe.map(|code| container(names::PROBE, terminated(code, plain(code), Some(now)))));
+    init.extend(ends.harness.map(|code| container(names::HARNESS, terminated(code, plain(code), Some(now)))));
+    let succeeded = ends.agent.as_ref().is_some_and(|agent| agent.code == 0);
+    let agent = ends.agent.map(|agent| {
+        let reason = if agent.reason == "Completed" { plain(agent.code) } else { agent.reason };
+        container(names::AGENT, terminated(agent.code, reason, Some(agent.started)))
+    });
+    if deleted {
+        // Asked for before the agent's end: what was stopped is no success.
+        pod.metadata.deletion_timestamp = Some(time(now));
+    }
+    let status = pod.status.get_or_insert_default();
+    status.phase = Some(if succeeded { "Succeeded" } else { "Failed" }.to_owned());
+    status.init_container_statuses = Some(init);
+    status.container_statuses = Some(agent.into_iter().collect());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{api::agent_task::FailureClass, lifecycle::observe};
+
+    fn end(ends: Ends, deleted: bool) -> (Option<FailureClass>, &'static str) {
+        let mut pod = Pod::default();
+        pod.metadata.labels = Some(names::labels("t", "uid", 1));
+        status(&mut pod, ends, deleted);
+        let end = observe::pod(&pod).unwrap().end.unwrap();
+        (end.class, end.reason)
+    }
+
+    fn agent(code: i32, reason: &'static str) -> Option<AgentEnd> {
+        Some(AgentEnd { started: Timestamp::now(), code, reason })
+    }
+
+    #[test]
+    fn an_end_here_means_what_it_means_in_a_cluster() {
+        use FailureClass::{Agent, Budget, Dependency, Infrastructure, Policy};
+        let ends = |harness: u8, agent| Ends { probe: Some(0), harness: Some(harness.into()), agent, trouble: None };
+        for (ends, expected) in [
+            (ends(0, agent(0, "Completed")), (None, "AgentSucceeded")),
+            (ends(0, agent(3, "Completed")), (Some(Agent), "NonZeroExit")),
+            (ends(0, agent(137, "OOMKilled")), (Some(Agent), "OOMKilled")),
+            (ends(wire::EXIT_REFUSED_ENOUGH, agent(137, "Completed")), (Some(Policy), "TooManyDenials")),
+            (ends(wire::EXIT_OUT_OF_TIME, agent(137, "Completed")), (Some(Budget), "DeadlineExceeded")),
+            (ends(wire::EXIT_UNAPPROVED, agent(137, "Completed")), (Some(Policy), "ApprovalExpired")),
+            (ends(wire::EXIT_PARKED, agent(137, "Completed")), (Some(Dependency), "EvidenceUnavailable")),
+            (
+                Ends { probe: Some(wire::EXIT_UNPROVEN.into()), ..Ends::default() },
+                (Some(Infrastructure), "ContainmentUnproven"),
+            ),
+            (Ends { probe: Some(1), ..Ends::default() }, (Some(Infrastructure), "ProbeFailed")),
+            (ends(1, None), (Some(Infrastructure), "PodFailed")),
+        ] {
+            assert_eq!(end(ends, false), expected);
+        }
+        assert_eq!(end(ends(0, agent(137, "Completed")), true), (Some(Infrastructure), "PodDeleted"));
+    }
+}

@@ -1,0 +1,144 @@
+//! The gateway of a run: the real one, on loopback, with a certificate that is made for it.
+//!
+//! Promises: authorises, dials, witnesses and stores by the code that a cluster runs. Refuses: to listen anywhere but on loopback, and to
+//! dial what is not public, unless somebody gave a host that address by name.
+
+use std::{collections::HashMap, net::SocketAddr, path::PathBuf, sync::Arc};
+
+use prometheus::Registry;
+use rustls::ServerConfig;
+use rustls_pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
+use tokio::{net::TcpListener, task::JoinHandle};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    RunError,
+    objects::{self, Api},
+    store::Kept,
+};
+use crate::{
+    evidence::note::Signer,
+    gateway::{
+        canary,
+        cluster::Cluster,
+        dial::{self, Dialer, Network},
+        identity::reviews::Reviews,
+        incidents::Incidents,
+        listen,
+        metrics::Metrics,
+        resolve::{Dns, Resolve},
+        service::{Gateway, Parts},
+        usage::UsageStatus,
+        witness::Witness,
+    },
+    policy::{egress::Blocked, hostname::Hostname},
+    wire,
+};
+
+/// What a gateway is told.
+pub struct Settings {
+    /// The witness's key.
+    pub signer: Signer,
+    /// Hosts that have these addresses, because somebody says so.
+    pub resolved: HashMap<Hostname, SocketAddr>,
+    /// Name servers; the system's where there are none.
+    pub nameservers: Vec<SocketAddr>,
+    /// Authorities to trust for upstreams beside the web's, PEM.
+    pub upstream_ca: Option<PathBuf>,
+}
+
+/// A gateway that serves.
+pub struct Serving {
+    /// Its address.
+    pub address: SocketAddr,
+    /// The canary's.
+    pub canary: SocketAddr,
+    /// Its authority, PEM.
+    pub ca: String,
+    witness: Arc<Witness>,
+    stop: CancellationToken,
+    serving: Vec<JoinHandle<()>>,
+}
+
+/// Starts one.
+///
+/// # Errors
+/// If it cannot listen, or the settings cannot be used.
+pub async fn start(api: &Arc<Api>, kept: Kept, settings: Settings) -> Result<Serving, RunError> {
+    let failed = |error: &dyn std::fmt::Display| RunError::Gateway(error.to_string());
+    let metrics = Metrics::new(&Registry::new()).map_err(|error| failed(&error))?;
+    let witness = Arc::new(Witness::new(settings.signer, Arc::new(kept), metrics.clone()));
+    let (incidents, telling) = Incidents::new(witness.clone(), metrics.clone());
+    let ca =
+        match &settings.upstream_ca {
+            Some(file) => Some(std::fs::read(file).map_err(|error| {
+                RunError::Gateway(format!("--upstream-ca: cannot read {}: {error}", file.display()))
+            })?),
+            None => None,
+        };
+    let roots = dial::roots(ca.as_deref()).map_err(|error| failed(&error))?;
+    // On a machine without a name server what has an address by hand still works.
+    let resolve: Arc<dyn Resolve> = match Dns::new(&settings.nameservers) {
+        Ok(dns) => Arc::new(dns),
+        Err(error) => Arc::new(NoDns(error.to_string())),
+    };
+    let dialer = Dialer::new(resolve, Blocked::default(), Arc::new(Network), roots).vouching(settings.resolved);
+    let (stop, shutdown) = (CancellationToken::new(), CancellationToken::new());
+    let gateway = Arc::new(Gateway::new(Parts {
+        cluster: Arc::new(Cluster::new(api.stores(), api.clone())),
+        reviews: Reviews::new(api.clone(), metrics.token_reviews.clone()),
+        witness: witness.clone(),
+        dialer,
+        pool: Arc::default(),
+        requests: api.clone(),
+        incidents,
+        usage: Arc::new(UsageStatus::new(api.clone(), metrics.clone())),
+        metrics: metrics.clone(),
+        operator: objects::operator(),
+        shutdown,
+    }));
+    let (tls, ca) = certificate()?;
+    let own = async || TcpListener::bind("127.0.0.1:0").await.map_err(|error| failed(&error));
+    let (listener, singer) = (own().await?, own().await?);
+    let at = |listener: &TcpListener| listener.local_addr().map_err(|error| failed(&error));
+    let (address, canary) = (at(&listener)?, at(&singer)?);
+    let serving = vec![
+        tokio::spawn(listen::serve(listener, Arc::new(tls), gateway, metrics, stop.clone())),
+        tokio::spawn(async move { match canary::sing(singer).await {} }),
+        tokio::spawn(telling),
+    ];
+    Ok(Serving { address, canary, ca, witness, stop, serving })
+}
+
+impl Serving {
+    /// Stops when what is on its way to the store lies there.
+    pub async fn end(self) {
+        self.witness.settle().await;
+        self.stop.cancel();
+        self.serving.iter().for_each(JoinHandle::abort);
+    }
+}
+
+/// A certificate of its own authority, for the name that harnesses ask for.
+fn certificate() -> Result<(ServerConfig, String), RunError> {
+    let failed = |error: &dyn std::fmt::Display| RunError::Gateway(format!("cannot make a certificate: {error}"));
+    let made = rcgen::generate_simple_self_signed([wire::SERVER_NAME.to_owned()]).map_err(|error| failed(&error))?;
+    let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(made.signing_key.serialize_der()));
+    let chain = vec![made.cert.der().clone()];
+    let mut tls =
+        ServerConfig::builder().with_no_client_auth().with_single_cert(chain, key).map_err(|error| failed(&error))?;
+    tls.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+    Ok((tls, made.cert.pem()))
+}
+
+/// No name server: no name has an address.
+struct NoDns(String);
+
+impl Resolve for NoDns {
+    fn addresses<'a>(
+        &'a self,
+        _: &'a Hostname,
+    ) -> futures::future::BoxFuture<'a, Result<Vec<std::net::IpAddr>, String>> {
+        Box::pin(async { Err(self.0.clone()) })
+    }
+}

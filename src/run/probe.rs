@@ -1,0 +1,216 @@
+//! The containment probe of a run: the harness's own, from within the sandbox, and its controls from outside.
+//!
+//! Promises: before the agent starts, `belay` itself runs in the sandbox that the agent gets and finds the harness, and neither gateway nor
+//! canary nor anything public; in the same moment both are there for whoever is outside, so that their silence is the sandbox's
+//! doing. Refuses: to take a probe that did not run for silence.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use futures::future::BoxFuture;
+use serde::{Deserialize, Serialize};
+use tokio::{net::TcpStream, process::Command};
+
+use super::{
+    RunError,
+    sandbox::{Bind, Cell, Runtime, hold::Hold},
+};
+use crate::{
+    evidence::record::Containment,
+    harness::{
+        probe::{self, Looking, Targets, Timing},
+        server,
+    },
+    policy::config::Probe,
+};
+
+/// The hidden subcommand of `belay` that probes.
+pub const PROBE: &str = "__probe";
+/// Where `belay` and its libraries are in the sandbox that it probes.
+const PLACE: &str = "/.belay";
+/// Somebody public, a resolver, and a cloud's metadata: nobody is asked anything, a connection is enough.
+const PUBLIC: [&str; 3] = ["1.1.1.1:443", "8.8.8.8:53", "169.254.169.254:80"];
+/// Before the agent starts. Nothing has to settle here, as a cluster's network has.
+const START: Timing = Timing { patience: Duration::from_secs(3), ..Timing::START };
+/// For the whole of it, a slow start of the sandbox included.
+const LONGEST: Duration = Duration::from_secs(60);
+
+/// What the hidden subcommand is asked.
+#[derive(Serialize, Deserialize)]
+struct Question {
+    targets: Targets,
+    timing: Timing,
+}
+
+/// What answers outside, and must not inside.
+#[derive(Clone, Debug)]
+pub struct Controls {
+    /// The gateway and the canary.
+    pub outside: Vec<SocketAddr>,
+}
+
+impl Controls {
+    /// As the wiring of an attempt has them.
+    pub fn wiring(&self) -> Probe {
+        let outside = self.outside.iter().map(SocketAddr::to_string);
+        Probe { reachable: server::AGENT.to_string(), unreachable: outside.chain(PUBLIC.map(str::to_owned)).collect() }
+    }
+
+    /// Which of them do not answer whoever is outside.
+    async fn silent(&self) -> Vec<String> {
+        let mut silent = Vec::new();
+        for address in &self.outside {
+            let answers = tokio::time::timeout(Duration::from_secs(2), TcpStream::connect(address)).await;
+            if !matches!(answers, Ok(Ok(_))) {
+                silent
+                    .push(format!("{address} does not answer from outside, so that its silence inside proves nothing"));
+            }
+        }
+        silent
+    }
+}
+
+/// What the probe saw from within a sandbox like the agent's.
+///
+/// # Errors
+/// If it did not run.
+pub async fn from_within(
+    (runtime, cell): (&Runtime, &Cell),
+    hold: &Hold,
+    controls: &Controls,
+    (belay, folder): (&Path, &Path),
+) -> Result<Containment, RunError> {
+    let failed = |what: String| RunError::Sandbox(format!("the containment probe did not run in the sandbox: {what}"));
+    let (command, binds) = ourselves(belay).map_err(|error| failed(error.to_string()))?;
+    let question = question(&Targets::new(&controls.wiring(), None), START)?;
+    let command = command.into_iter().chain([PROBE.to_owned(), question]).collect();
+    let before = controls.silent().await;
+    let child = runtime.start(&cell.running(command, binds), hold, folder)?;
+    let ended = tokio::time::timeout(LONGEST, child.wait_with_output()).await;
+    let said = ended.map_err(|_| failed(format!("no answer in {LONGEST:?}")))?.map_err(|e| failed(e.to_string()))?;
+    runtime.clear(folder);
+    let mut seen =
+        read(&said.stdout).ok_or_else(|| failed(String::from_utf8_lossy(&said.stderr).trim().replace('\n', "; ")))?;
+    distrust(&mut seen, before.into_iter().chain(controls.silent().await));
+    Ok(seen)
+}
+
+/// Looks again while the agent runs, from the namespace of its network.
+pub struct Again {
+    /// Who holds the namespace.
+    pub pid: u32,
+    /// The controls.
+    pub controls: Controls,
+    /// This program.
+    pub belay: PathBuf,
+}
+
+impl Looking for Again {
+    fn look(&self, timing: Timing) -> BoxFuture<'_, Containment> {
+        Box::pin(async move {
+            let targets = Targets::new(&self.controls.wiring(), None);
+            let mut seen = match self.ask(&targets, timing).await {
+                Ok(seen) => seen,
+                Err(error) => Containment {
+                    contained: false,
+                    rounds: 0,
+                    millis: 0,
+                    reachable: self.controls.wiring().reachable,
+                    unreachable: self.controls.wiring().unreachable,
+                    breaches: vec![error.to_string()],
+                },
+            };
+            distrust(&mut seen, self.controls.silent().await);
+            seen
+        })
+    }
+}
+
+impl Again {
+    async fn ask(&self, targets: &Targets, timing: Timing) -> Result<Containment, RunError> {
+        let failed = |what: String| RunError::Sandbox(format!("the containment probe did not run: {what}"));
+        let mut command = Command::new("nsenter");
+        command.args(["--preserve-credentials", "--user", "--net", "--target", &self.pid.to_string(), "--"]);
+        command.arg(&self.belay).arg(PROBE).arg(question(targets, timing)?);
+        command.kill_on_drop(true).process_group(0).stdin(std::process::Stdio::null());
+        let ended = tokio::time::timeout(LONGEST, command.output()).await;
+        let said = ended.map_err(|_| failed("no answer".into()))?.map_err(|error| failed(error.to_string()))?;
+        read(&said.stdout).ok_or_else(|| failed(String::from_utf8_lossy(&said.stderr).trim().to_owned()))
+    }
+}
+
+fn question(targets: &Targets, timing: Timing) -> Result<String, RunError> {
+    serde_json::to_string(&Question { targets: targets.clone(), timing }).map_err(|e| RunError::Sandbox(e.to_string()))
+}
+
+/// The last line that is an answer.
+fn read(said: &[u8]) -> Option<Containment> {
+    said.split(|byte| *byte == b'\n').rev().find_map(|line| serde_json::from_slice(line).ok())
+}
+
+/// Controls that did not hold outside are breaches.
+fn distrust(seen: &mut Containment, silent: impl IntoIterator<Item = String>) {
+    seen.breaches.extend(silent.into_iter().collect::<BTreeSet<_>>());
+    seen.contained &= seen.breaches.is_empty();
+}
+
+/// What the hidden subcommand does with its question, and its answer.
+///
+/// # Errors
+/// If it is none.
+pub async fn answer(question: &str) -> Result<String, String> {
+    let Question { targets, timing } = serde_json::from_str(question).map_err(|error| error.to_string())?;
+    serde_json::to_string(&probe::run(&targets, timing).await).map_err(|error| error.to_string())
+}
+
+/// How `belay` is started where nothing but it and its own libraries is certain to be there: those that it has loaded now.
+fn ourselves(belay: &Path) -> std::io::Result<(Vec<String>, Vec<Bind>)> {
+    let maps = fs::read_to_string("/proc/self/maps")?;
+    let loaded: BTreeSet<&str> = maps.lines().filter_map(|line| Some(line.get(line.find('/')?..)?.trim())).collect();
+    let libraries = loaded.into_iter().filter(|path| path.rsplit('/').next().is_some_and(|name| name.contains(".so")));
+    let program = format!("{PLACE}/belay");
+    let mut binds = vec![Bind { from: belay.to_owned(), to: program.clone() }];
+    let mut loader = None;
+    for path in libraries {
+        let name = path.rsplit('/').next().unwrap_or_default();
+        let to = format!("{PLACE}/{name}");
+        if name.starts_with("ld-") {
+            loader = Some(to.clone());
+        }
+        binds.push(Bind { from: path.into(), to });
+    }
+    let command = match loader {
+        Some(loader) => vec![loader, "--library-path".into(), PLACE.into(), program],
+        None => vec![program],
+    };
+    Ok((command, binds))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_control_that_is_silent_outside_proves_nothing() {
+        let gone = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = gone.local_addr().unwrap();
+        let controls = Controls { outside: vec![address] };
+        assert_eq!(controls.silent().await, Vec::<String>::new());
+        drop(gone);
+        let mut seen = Containment {
+            contained: true,
+            rounds: 3,
+            millis: 1,
+            reachable: String::new(),
+            unreachable: vec![],
+            breaches: vec![],
+        };
+        distrust(&mut seen, controls.silent().await);
+        assert!(!seen.contained && seen.breaches.len() == 1, "{seen:?}");
+    }
+}

@@ -1,0 +1,64 @@
+//! bubblewrap's arguments: a pure function of the cell.
+//!
+//! Promises: the root is a new file system in memory, of which everything is read-only in the end but the write scopes; an environment
+//! and an identity of its own; no capability, and no way to get one by another user namespace. Refuses: network namespaces. The one that
+//! the sandbox is started in has nothing but loopback.
+
+use super::{Cell, Entry};
+use crate::plan::agent::UID;
+
+/// Room of a folder that is to stay empty: a page.
+const NOTHING: &str = "4096";
+
+/// The arguments. `filter` is the open file of the filter of system calls.
+pub(super) fn arguments(cell: &Cell, filter: i32) -> Vec<String> {
+    let mut all = Vec::new();
+    let mut add = |words: &[&str]| all.extend(words.iter().map(|word| (*word).to_owned()));
+    add(&["--unshare-user", "--disable-userns", "--unshare-ipc", "--unshare-pid", "--unshare-uts"]);
+    add(&["--unshare-cgroup-try", "--die-with-parent", "--new-session", "--hostname", "agent"]);
+    add(&["--uid", &UID.to_string(), "--gid", &UID.to_string(), "--cap-drop", "ALL", "--seccomp", &filter.to_string()]);
+    add(&["--clearenv"]);
+    for (name, value) in &cell.env {
+        add(&["--setenv", name, value]);
+    }
+    for entry in &cell.root {
+        match entry {
+            Entry::Bind(bind) => add(&["--ro-bind", &bind.from.to_string_lossy(), &bind.to]),
+            Entry::Link { target, at } => add(&["--symlink", target, at]),
+        }
+    }
+    add(&["--proc", "/proc", "--dev", "/dev"]);
+    for path in &cell.covered {
+        add(&["--size", NOTHING, "--tmpfs", path, "--remount-ro", path]);
+    }
+    for (path, size) in &cell.scopes {
+        add(&["--size", &size.to_string(), "--tmpfs", path]);
+    }
+    for bind in &cell.binds {
+        add(&["--ro-bind", &bind.from.to_string_lossy(), &bind.to]);
+    }
+    add(&["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", &cell.cwd, "--"]);
+    all.extend(cell.command.iter().cloned());
+    all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::tests::cell, *};
+
+    #[test]
+    fn everything_is_read_only_but_the_scopes() {
+        let told = arguments(&cell(), 7).join(" ");
+        for expected in [
+            "--unshare-user --disable-userns --unshare-ipc --unshare-pid",
+            "--die-with-parent --new-session",
+            "--uid 1000 --gid 1000 --cap-drop ALL --seccomp 7 --clearenv --setenv A 1 2 --ro-bind /usr /usr --symlink usr/bin /bin",
+            "--size 4096 --tmpfs /dev/shm --remount-ro /dev/shm",
+            "--size 4096 --tmpfs /tmp --remount-ro /tmp --size 4096 --tmpfs /out --ro-bind /home/me/task /workspace",
+            "--ro-bind /dev/null /workspace/secret.yaml --remount-ro /dev --remount-ro / --chdir /workspace -- python3 agent.py",
+        ] {
+            assert!(told.contains(expected), "expected {expected} in {told}");
+        }
+        assert!(!told.contains("--bind") && !told.contains("--share-net") && !told.contains("--dev-bind"), "{told}");
+    }
+}

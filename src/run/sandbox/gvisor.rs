@@ -1,0 +1,142 @@
+//! gVisor's bundle: an OCI configuration, and a folder with a place for everything that is mounted.
+//!
+//! Promises: the configuration is a pure function of the cell; the network is that of the namespace in which it is started, which has
+//! nothing but loopback. Refuses: host devices, the host's unix sockets, and writes to anything but the cell's scopes.
+
+use std::{
+    fs, io,
+    os::unix::fs::symlink,
+    path::{Path, PathBuf},
+};
+
+use serde_json::{Value, json};
+
+use super::{Bind, Cell, Entry};
+use crate::plan::agent::UID;
+
+/// The folder of the root, in the bundle.
+const ROOT: &str = "rootfs";
+
+/// The arguments, for a bundle in this folder.
+pub(super) fn arguments(folder: &Path) -> Vec<String> {
+    let at = |name: &str| folder.join(name).display().to_string();
+    [
+        "--root",
+        &at("state"),
+        // The namespace's own: loopback, and the harness there.
+        "--network=host",
+        "--rootless",
+        "--ignore-cgroups",
+        // What is not mounted does not exist, and nothing is written to the bundle.
+        "--overlay2=root:memory",
+        "--host-uds=none",
+        "run",
+        "--bundle",
+        &at(""),
+        "agent",
+    ]
+    .map(str::to_owned)
+    .to_vec()
+}
+
+/// Makes the bundle.
+pub(super) fn prepare(cell: &Cell, folder: &Path) -> io::Result<()> {
+    let root = folder.join(ROOT);
+    for name in ["proc", "dev", "sys"] {
+        fs::create_dir_all(root.join(name))?;
+    }
+    let inside = |path: &str| root.join(path.trim_start_matches('/'));
+    for entry in &cell.root {
+        match entry {
+            Entry::Bind(bind) => place(bind, &inside(&bind.to))?,
+            Entry::Link { target, at } => {
+                let at = inside(at);
+                at.parent().map_or(Ok(()), fs::create_dir_all)?;
+                symlink(target, at)?;
+            }
+        }
+    }
+    for path in cell.scopes.iter().map(|(path, _)| path).chain(&cell.covered) {
+        fs::create_dir_all(inside(path))?;
+    }
+    for bind in &cell.binds {
+        // What lies in something else that is bound has its place there.
+        if !cell.binds.iter().any(|other| bind.to.starts_with(&format!("{}/", other.to))) {
+            place(bind, &inside(&bind.to))?;
+        }
+    }
+    fs::write(folder.join("config.json"), config(cell, &root).to_string())
+}
+
+/// A folder for a folder, a file for a file.
+fn place(bind: &Bind, at: &PathBuf) -> io::Result<()> {
+    if bind.from.is_dir() {
+        return fs::create_dir_all(at);
+    }
+    at.parent().map_or(Ok(()), fs::create_dir_all)?;
+    fs::File::create(at).map(drop)
+}
+
+fn config(cell: &Cell, root: &Path) -> Value {
+    let bind = |bind: &Bind| json!({"destination": bind.to, "type": "bind", "source": bind.from, "options": ["rbind", "ro", "nosuid", "nodev"]});
+    let memory = |path: &str, size: u64, how: &str| {
+        let options = [how, "nosuid", "nodev", &format!("size={size}"), "mode=1777"].map(str::to_owned);
+        json!({"destination": path, "type": "tmpfs", "source": "tmpfs", "options": options})
+    };
+    let mut mounts = vec![json!({"destination": "/proc", "type": "proc", "source": "proc"})];
+    mounts.extend(cell.root.iter().filter_map(|entry| match entry {
+        Entry::Bind(one) => Some(bind(one)),
+        Entry::Link { .. } => None,
+    }));
+    mounts.extend(cell.covered.iter().map(|path| memory(path, 4096, "ro")));
+    mounts.extend(cell.scopes.iter().map(|(path, size)| memory(path, *size, "rw")));
+    mounts.extend(cell.binds.iter().map(bind));
+    let env: Vec<_> = cell.env.iter().map(|(name, value)| format!("{name}={value}")).collect();
+    json!({
+        "ociVersion": "1.0.2",
+        "hostname": "agent",
+        "process": {
+            "user": {"uid": UID, "gid": UID},
+            "args": cell.command,
+            "env": env,
+            "cwd": cell.cwd,
+            "noNewPrivileges": true,
+            "capabilities": {"bounding": [], "effective": [], "inheritable": [], "permitted": [], "ambient": []},
+        },
+        "root": {"path": root, "readonly": true},
+        "mounts": mounts,
+        "linux": {"namespaces": [{"type": "pid"}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"}]},
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::tests::cell, *};
+
+    #[test]
+    fn everything_is_read_only_but_the_scopes() {
+        let config = config(&cell(), Path::new("/bundle/rootfs"));
+        assert_eq!(config["root"], json!({"path": "/bundle/rootfs", "readonly": true}));
+        assert_eq!(config["process"]["args"], json!(["python3", "agent.py"]));
+        assert_eq!(config["process"]["env"], json!(["A=1 2"]));
+        let mounts = config["mounts"].as_array().unwrap();
+        let writable: Vec<_> = mounts
+            .iter()
+            .filter(|mount| mount["type"] != "proc" && !mount["options"].as_array().unwrap().contains(&json!("ro")))
+            .map(|mount| mount["destination"].as_str().unwrap())
+            .collect();
+        assert_eq!(writable, ["/out"]);
+        let sets = config["process"]["capabilities"].as_object().unwrap();
+        assert!(sets.values().all(|set| set == &json!([])), "{sets:?}");
+    }
+
+    #[test]
+    fn a_bundle_has_a_place_for_everything() {
+        let folder = tempfile::tempdir().unwrap();
+        prepare(&cell(), folder.path()).unwrap();
+        let root = folder.path().join(ROOT);
+        assert!(["usr", "out", "tmp", "dev/shm"].iter().all(|path| root.join(path).is_dir()));
+        assert_eq!(fs::read_link(root.join("bin")).unwrap(), Path::new("usr/bin"));
+        assert!(!root.join("workspace/secret.yaml").exists());
+    }
+}

@@ -1,0 +1,167 @@
+//! A filter of system calls for sandboxes that share the machine's kernel: classic BPF, by seccomp(2).
+//!
+//! Promises: sockets of the families that programs use, and no other (a virtual machine's `AF_VSOCK` knows no network namespaces); no
+//! keyrings, no BPF, no tracing, no modules, no new mounts and no loading of kernels; a program for another architecture than this
+//! one is ended. Refuses: nothing that would have been refused anyway without saying so: what is filtered answers EPERM.
+
+use std::{fs, io, os::fd::AsRawFd, path::Path};
+
+use rustix::io::{FdFlags, fcntl_setfd};
+
+const LOAD: u16 = 0x20;
+const JUMP_IF_EQUAL: u16 = 0x15;
+const JUMP_IF_AT_LEAST: u16 = 0x35;
+const RETURN: u16 = 0x06;
+const ALLOW: u32 = 0x7fff_0000;
+const KILL: u32 = 0x8000_0000;
+/// SECCOMP_RET_ERRNO with EPERM.
+const DENY: u32 = 0x0005_0001;
+/// SECCOMP_RET_ERRNO with ENOSYS: programs ask the older call then.
+const UNKNOWN: u32 = 0x0005_0026;
+/// Where in `seccomp_data` things are.
+const NUMBER: u32 = 0;
+const ARCHITECTURE: u32 = 4;
+const FIRST_ARGUMENT: u32 = 16;
+
+/// AF_UNIX, AF_INET, AF_INET6 and AF_NETLINK.
+const FAMILIES: [u32; 4] = [1, 2, 10, 16];
+
+/// What the numbers of an architecture are.
+struct Numbers {
+    /// AUDIT_ARCH.
+    architecture: u32,
+    socket: u32,
+    clone3: u32,
+    denied: &'static [u32],
+    /// From here on numbers are another ABI's.
+    foreign: u32,
+}
+
+#[cfg(target_arch = "x86_64")]
+const NUMBERS: Numbers = Numbers {
+    architecture: 0xc000_003e,
+    socket: 41,
+    clone3: 435,
+    // ptrace, syslog, personality, pivot_root, chroot, acct, mount, umount2, swapon, swapoff, reboot, init_module, delete_module, quotactl, add_key,
+    // request_key, keyctl, unshare, move_pages, perf_event_open, name_to_handle_at, open_by_handle_at, setns, process_vm_readv, process_vm_writev,
+    // kcmp, finit_module, kexec_load, kexec_file_load, bpf, userfaultfd, io_uring_setup, _enter, _register, open_tree, move_mount, fsopen, fsconfig,
+    // fsmount, fspick, mount_setattr
+    denied: &[
+        101, 103, 135, 155, 161, 163, 165, 166, 167, 168, 169, 175, 176, 179, 248, 249, 250, 272, 279, 298, 303, 304,
+        308, 310, 311, 312, 313, 246, 320, 321, 323, 425, 426, 427, 428, 429, 430, 431, 432, 433, 442,
+    ],
+    foreign: 0x4000_0000,
+};
+#[cfg(target_arch = "aarch64")]
+const NUMBERS: Numbers = Numbers {
+    architecture: 0xc000_00b7,
+    socket: 198,
+    clone3: 435,
+    // The same, without those that this architecture does not have.
+    denied: &[
+        117, 116, 92, 41, 51, 89, 40, 39, 224, 225, 142, 105, 106, 60, 217, 218, 219, 97, 239, 241, 264, 265, 268, 270,
+        271, 272, 273, 104, 294, 280, 282, 425, 426, 427, 428, 429, 430, 431, 432, 433, 442,
+    ],
+    foreign: 0x4000_0000,
+};
+
+/// Of others nothing is known: every program is ended there.
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+const NUMBERS: Numbers = Numbers { architecture: 0, socket: 0, clone3: 0, denied: &[], foreign: 0 };
+
+/// The program, as seccomp(2) takes it.
+fn program() -> Vec<u8> {
+    let mut all: Vec<(u16, u8, u8, u32)> = vec![
+        (LOAD, 0, 0, ARCHITECTURE),
+        (JUMP_IF_EQUAL, 1, 0, NUMBERS.architecture),
+        (RETURN, 0, 0, KILL),
+        (LOAD, 0, 0, NUMBER),
+        (JUMP_IF_AT_LEAST, 0, 1, NUMBERS.foreign),
+        (RETURN, 0, 0, KILL),
+        // Its flags, which may ask for namespaces, are in memory, where no filter looks.
+        (JUMP_IF_EQUAL, 0, 1, NUMBERS.clone3),
+        (RETURN, 0, 0, UNKNOWN),
+    ];
+    for denied in NUMBERS.denied {
+        all.extend([(JUMP_IF_EQUAL, 0, 1, *denied), (RETURN, 0, 0, DENY)]);
+    }
+    all.extend([(JUMP_IF_EQUAL, 1, 0, NUMBERS.socket), (RETURN, 0, 0, ALLOW), (LOAD, 0, 0, FIRST_ARGUMENT)]);
+    for family in FAMILIES {
+        all.extend([(JUMP_IF_EQUAL, 0, 1, family), (RETURN, 0, 0, ALLOW)]);
+    }
+    all.push((RETURN, 0, 0, DENY));
+    let bytes = |(code, yes, no, value): (u16, u8, u8, u32)| {
+        let [a, b] = code.to_ne_bytes();
+        let [c, d, e, f] = value.to_ne_bytes();
+        [a, b, yes, no, c, d, e, f]
+    };
+    all.into_iter().flat_map(bytes).collect()
+}
+
+/// The program in a file of that folder, open.
+pub(super) fn file(folder: &Path) -> io::Result<fs::File> {
+    let path = folder.join("seccomp.bpf");
+    fs::write(&path, program())?;
+    fs::File::open(path)
+}
+
+/// Has the file stay open in what is started next, and says under which number.
+pub(super) fn inherit(file: &fs::File) -> io::Result<i32> {
+    fcntl_setfd(file, FdFlags::empty())?;
+    Ok(file.as_raw_fd())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What the program says of a system call.
+    fn run(architecture: u32, number: u32, argument: u32) -> u32 {
+        let program = program();
+        let mut instructions = program.chunks(8);
+        let mut loaded = 0;
+        while let Some(&[a, b, yes, no, c, d, e, f]) = instructions.next() {
+            let (code, value) = (u16::from_ne_bytes([a, b]), u32::from_ne_bytes([c, d, e, f]));
+            let skip = |holds: bool| usize::from(if holds { yes } else { no });
+            let skipped = match code {
+                LOAD => {
+                    loaded = match value {
+                        NUMBER => number,
+                        ARCHITECTURE => architecture,
+                        FIRST_ARGUMENT => argument,
+                        other => panic!("nothing is at {other}"),
+                    };
+                    0
+                }
+                JUMP_IF_EQUAL => skip(loaded == value),
+                JUMP_IF_AT_LEAST => skip(loaded >= value),
+                RETURN => return value,
+                other => panic!("no instruction is {other}"),
+            };
+            instructions.by_ref().take(skipped).for_each(drop);
+        }
+        panic!("the program has no end");
+    }
+
+    #[test]
+    fn sockets_are_of_the_families_that_programs_use() {
+        let socket = |family| run(NUMBERS.architecture, NUMBERS.socket, family);
+        for family in FAMILIES {
+            assert_eq!(socket(family), ALLOW, "{family}");
+        }
+        // AF_PACKET, AF_ALG, AF_VSOCK, AF_XDP
+        for family in [17, 38, 40, 44] {
+            assert_eq!(socket(family), DENY, "{family}");
+        }
+    }
+
+    #[test]
+    fn what_no_agent_needs_is_denied() {
+        let ours = NUMBERS.architecture;
+        assert!(NUMBERS.denied.iter().all(|denied| run(ours, *denied, 0) == DENY));
+        assert_eq!(run(ours, 0, 0), ALLOW);
+        assert_eq!(run(ours, NUMBERS.clone3, 0), UNKNOWN);
+        assert_eq!(run(ours, NUMBERS.foreign | 41, 1), KILL);
+        assert_eq!(run(0x4000_0003, 102, 1), KILL, "another architecture's");
+    }
+}
