@@ -49,7 +49,7 @@ async fn world() -> World {
     };
     let number =
         json!({"preconditions": [{"name": "number", "cel": "int(args.service) > 0", "message": "expected a number"}]});
-    let once = json!({"sideEffect": "write", "idempotency": {"argument": "idempotency_key", "windowSeconds": 600}});
+    let once = json!({"sideEffect": "write", "input": {"required": ["idempotency_key"]}, "idempotency": {"argument": "idempotency_key", "windowSeconds": 600}});
     for manifest in [
         contract("query-tickets", "query_tickets", &["service"], json!({})),
         contract("number", "query_tickets", &["service"], number),
@@ -131,7 +131,7 @@ async fn no_secret_is_in_anything_that_we_keep_or_say() {
     let number = |at: &str| report.pointer(at).and_then(Value::as_u64).unwrap_or_default();
     let (records, denials) = (number("/summary/records"), number("/summary/usage/denials"));
     assert!(records > 1_000 && denials > 2_000, "too little was said: {records} records, {denials} refusals");
-    for rule in ["tool.known", "tool.schema", "tool.precondition", "egress.host", "request.json"] {
+    for rule in ["tool.unknown", "tool.schema", "tool.precondition", "egress.host", "request.json"] {
         assert!(report["summary"]["denials"][rule].as_u64() > Some(0), "nothing was refused by {rule}: {report:#}");
     }
 
