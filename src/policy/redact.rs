@@ -26,6 +26,10 @@ use super::{
 const LONGEST_NAME: usize = 64;
 /// Longest run of letters that reads as a word.
 const LONGEST_WORD: usize = 20;
+/// Longest run of letters with capitals among them, such as `JavaScriptCore`.
+const LONGEST_CAMEL: usize = 16;
+/// Changes of case among eleven letters, beside a first capital: those of `readLogFile`. Where there are more it is base64.
+const MOST_CHANGES: usize = 4;
 /// Longest number.
 const LONGEST_NUMBER: usize = 10;
 /// Longest run of letters and digits, such as `v1beta2`.
@@ -209,16 +213,22 @@ fn is_wordlike(token: &str) -> bool {
     runs.all(|run| {
         let all = |is: fn(&u8) -> bool| run.iter().all(is);
         let some = |is: fn(&u8) -> bool| run.iter().any(is);
+        let change = |pair: &[u8]| !pair.iter().all(u8::is_ascii_uppercase) && pair.iter().any(u8::is_ascii_uppercase);
+        let changes = run.windows(2).skip(usize::from(run.first().is_some_and(u8::is_ascii_uppercase)));
+        let changes = changes.filter(|pair| change(pair)).count();
         let longest = match (some(u8::is_ascii_digit), some(u8::is_ascii_lowercase)) {
             (true, _) if all(u8::is_ascii_digit) => LONGEST_NUMBER,
             (true, _) => LONGEST_MIXED,
-            (false, true) => LONGEST_WORD,
+            (false, true) if changes == 0 => LONGEST_WORD,
+            (false, true) => LONGEST_CAMEL,
             (false, false) => LONGEST_CAPITALS,
         };
         // Capitals side by side between small letters are those of base64.
         let capitals = run.windows(2).filter(|pair| pair.iter().all(u8::is_ascii_uppercase)).count();
         digits = digits.saturating_add(if some(u8::is_ascii_digit) { run.len() } else { 0 });
-        run.len() <= longest && (capitals <= MOST_CAPITALS || !some(u8::is_ascii_lowercase))
+        run.len() <= longest
+            && (capitals <= MOST_CAPITALS || !some(u8::is_ascii_lowercase))
+            && (changes <= 1 || changes.saturating_mul(11) <= run.len().saturating_mul(MOST_CHANGES))
     }) && digits <= MOST_DIGITS
 }
 

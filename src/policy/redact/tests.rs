@@ -41,11 +41,12 @@ fn text(text: &str) -> String {
 #[case::numbers("record 4096: 3 of 250000 tokens, 10.0.0.1:443", "record 4096: 3 of 250000 tokens, 10.0.0.1:443")]
 #[case::time("by 2026-11-26T10:00:00Z", "by 2026-11-26T10:00:00Z")]
 #[case::names(
-    "gpt-4o-2024-08-06, v1beta2, getHTTPStatus, TOOL.DENIED.Mcp",
-    "gpt-4o-2024-08-06, v1beta2, getHTTPStatus, TOOL.DENIED.Mcp"
+    "gpt-4o-2024-08-06, v1beta2, getHTTPStatus, TOOL.DENIED.Mcp, readLogFile, JavaScriptCore, iPhone, PyPI, McKinsey",
+    "gpt-4o-2024-08-06, v1beta2, getHTTPStatus, TOOL.DENIED.Mcp, readLogFile, JavaScriptCore, iPhone, PyPI, McKinsey"
 )]
 #[case::apostrophe("the task's budget isn't the agent's", "the task's budget isn't the agent's")]
 #[case::key("a tool \"AKIAIOSFODNN7EXAMPLE\" is none", "a tool \"#\" is none")]
+#[case::base64("a tool \"eNozMTUyVjAzMTdXsD\" is none", "a tool \"#\" is none")]
 #[case::unquoted("found AKIAIOSFODNN7EXAMPLE.", "found #")]
 #[case::account("no host ana:hunter@evil.example:80", "no host #")]
 #[case::parameter("no path /x?password=hunter", "no path #")]
