@@ -53,7 +53,7 @@ fn at_the_prompt(answer: &str) -> (String, String) {
 
 fn check(answer: &str, (code, screen): &(String, String), asked: &[(String, String, String)]) {
     assert_eq!(code, "0", "{screen}");
-    for shown in ["refund", "\"amount\": 3", "group finance", "█", "tool calls", "Succeeded", "belay verify "] {
+    for shown in ["refund", "\"amount\": 3", "group finance", "░", "tool calls", "Succeeded", "belay verify "] {
         assert!(screen.contains(shown), "expected {shown} in {screen}");
     }
     let made = asked.iter().filter(|(method, path, _)| (method.as_str(), path.as_str()) == ("POST", "/refund")).count();
@@ -93,7 +93,7 @@ fn nobody_there_is_no_yes() {
     once(|world| {
         world.agent("say(call('refund', amount=3))", "");
         let contracts = std::fs::read_to_string(world.task().join("contracts.yaml")).unwrap();
-        world.write("contracts.yaml", &contracts.replace("timeoutSeconds: 60", "timeoutSeconds: 2, holdSeconds: 30"));
+        world.write("contracts.yaml", &contracts.replace("timeoutSeconds: 60", "timeoutSeconds: 5, holdSeconds: 30"));
         let ran = world.run("bwrap", &[]);
         assert!(ran.said().contains("rule: tool.approval"), "{ran:#?}");
         assert_eq!(world.asked.lock().unwrap().len(), 0);

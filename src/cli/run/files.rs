@@ -179,7 +179,8 @@ fn sources(asked: &Asked<'_>) -> Result<Vec<Source>, CliError> {
         let elsewhere = if others == "PolicyPack" { asked.packs } else { asked.contracts };
         let only_others = |source: &Source| {
             let manifests = manifests(std::slice::from_ref(source));
-            !manifests.is_empty() && manifests.iter().all(|one| one.is(others))
+            let wanted = if others == "PolicyPack" { "ToolContract" } else { "PolicyPack" };
+            manifests.iter().any(|one| one.is(others)) && !manifests.iter().any(|one| one.is(wanted))
         };
         found.retain(|source| elsewhere.is_empty() || !paths.is_empty() || !only_others(source));
         all.append(&mut found);
