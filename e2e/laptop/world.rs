@@ -42,7 +42,6 @@ pub fn once(story: impl FnOnce(&World)) {
     let said = format!("{}{}", String::from_utf8_lossy(&told.stdout), String::from_utf8_lossy(&told.stderr));
     let said: String = said.lines().map(|line| format!("  | {line}\n")).collect();
     assert!(told.status.success(), "{said}");
-    print!("{said}");
 }
 
 pub fn run(program: &str, args: &[&str]) {
