@@ -113,9 +113,9 @@ TYPES = {"flag": lambda v: type(v) is bool, "text": lambda v: type(v) is str, "o
          "names": lambda v: type(v) is dict and {*map(type, v.values())} <= {str},
          "time": r"[0-9]{4}-[0-9]{2}-[0-9]{2}T([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9]\.[0-9]{3}Z"}
 CHANNEL, EFFECTS = "channel:tool|listing|model|egress", ["read", "write", "external"]  # each tighter than that before
-FORMS = {
+FORMS = {"local": "sandbox root store resolved?:texts",
     "record": "v:count seq:count time:time attempt:count actor:harness|gateway usage:usage kind",
-    "usage": "toolCalls:count tokens:count denials:count costMicros?:cost", "local": "sandbox root store resolved?:texts",
+    "usage": "toolCalls:count tokens:count denials:count costMicros?:cost",
     "attempt.opened": "key policyDigest:hash rollbackDigest?:hash pod:pod containment:containment.checked local?:local",
     "call.intent": f"call {CHANNEL} target effect?:{'|'.join(EFFECTS)} definition? requestDigest?:hash "
                    "requestBytes:count rules:texts key? approvals?:texts undoes? assessment?:object model? "

@@ -73,8 +73,8 @@ const TICK: Duration = Duration::from_millis(500);
 #[derive(Debug, clap::Args)]
 #[command(after_long_help = "\
 Examples:
-  belay init hello && belay run hello/task.yaml
-      A folder to begin with, and its task.
+  belay run hello/task.yaml
+      A task whose contracts and pack lie beside it.
   belay run task.yaml --packs policy-packs/dev --contracts contracts/ --credential model-key/token=env:OPENAI_API_KEY
       Pack and contracts from elsewhere, and the key that the pack's class names.
   belay run task.yaml --resolve localhost=127.0.0.1:11434

@@ -170,9 +170,20 @@ fn sources(asked: &Asked<'_>) -> Result<Vec<Source>, CliError> {
     let mut all = Vec::new();
     gather(task, &mut all)?;
     let beside = vec![folder_of(task)];
-    let given = |paths: &'_ [PathBuf]| if paths.is_empty() { beside.clone() } else { paths.to_vec() };
-    for path in given(asked.contracts).into_iter().chain(given(asked.packs)) {
-        gather(&path, &mut all)?;
+    for (paths, others) in [(asked.contracts, "PolicyPack"), (asked.packs, "ToolContract")] {
+        let mut found = Vec::new();
+        for path in if paths.is_empty() { &beside } else { paths } {
+            gather(path, &mut found)?;
+        }
+        // What lies beside the task does not count where its place was named.
+        let elsewhere = if others == "PolicyPack" { asked.packs } else { asked.contracts };
+        let only_others = |source: &Source| {
+            let manifests = manifests(std::slice::from_ref(source));
+            let wanted = if others == "PolicyPack" { "ToolContract" } else { "PolicyPack" };
+            manifests.iter().any(|one| one.is(others)) && !manifests.iter().any(|one| one.is(wanted))
+        };
+        found.retain(|source| elsewhere.is_empty() || !paths.is_empty() || !only_others(source));
+        all.append(&mut found);
     }
     let mut seen = BTreeMap::new();
     all.retain(|source| {
@@ -280,7 +291,7 @@ fn choose(
             Ok((pack.clone(), labels))
         }
         [] => Err(CliError::new(format!(
-            "expected a PolicyPack that says what AgentTask {space}/{task} may do, found none; put one beside the task, or name its folder by --packs (`belay init` makes one)"
+            "expected a PolicyPack that says what AgentTask {space}/{task} may do, found none; put one beside the task, or name its folder by --packs; policy-packs/dev is one to copy"
         ))),
         several => Err(CliError::new(format!(
             "expected one PolicyPack for namespace {space}, found {}; choose one by --pack, or add the Namespace with its labels",

@@ -27,7 +27,12 @@ pub(super) fn arguments(cell: &Cell, filter: i32) -> Vec<String> {
             Entry::Link { target, at } => add(&["--symlink", target, at]),
         }
     }
-    add(&["--proc", "/proc", "--dev", "/dev"]);
+    // Run by root, an agent is whom the kernel's settings belong to, capabilities or not; bubblewrap itself looks at the folder only.
+    add(&["--proc", "/proc", "--ro-bind", "/proc/sys", "/proc/sys"]);
+    for path in ["/proc/irq", "/proc/bus", "/proc/sysrq-trigger"] {
+        add(&["--ro-bind-try", path, path]);
+    }
+    add(&["--dev", "/dev"]);
     for path in &cell.covered {
         add(&["--size", NOTHING, "--tmpfs", path, "--remount-ro", path]);
     }

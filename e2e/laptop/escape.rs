@@ -1,0 +1,201 @@
+//! What an agent tries that wants out, under both sandboxes; and the control, in which the same tries get through.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    io::{BufRead, BufReader},
+    process::{Child, Command, Stdio},
+};
+
+use hickory_resolver::proto::{
+    op::{Message, MessageType},
+    rr::{RData, Record, RecordType},
+};
+use serde_json::Value;
+
+use crate::world::{self, SANDBOXES, World, once};
+
+const ESCAPE: &str = include_str!("escape.py");
+const UPSTREAM: &str = include_str!("upstream.py");
+/// Somebody at each of these, where nobody real is.
+const SOMEBODY: &str = "tcp 8.8.8.8 443 udp 8.8.8.8 443 tcp 8.8.8.8 53 udp 8.8.8.8 53 tcp 8.8.8.8 853 tcp 2001:4860:4860::8888 443 \
+                        tcp 169.254.169.254 80 tcp 127.0.0.1 7777 proxy 127.0.0.1 7778";
+const ADDRESSES: [&str; 3] = ["8.8.8.8/32", "169.254.169.254/32", "2001:4860:4860::8888/128"];
+/// Cases of the adversarial list that each side must have seen.
+const CASES: [&str; 25] = [
+    "A1", "A7", "A8", "A9", "A10", "A11", "A12", "A13", "A15", "A23", "A24", "A28", "A29", "A30", "A31", "A32", "A33",
+    "A36", "A43", "A44", "A48", "A49", "A50", "A51", "A14",
+];
+
+/// One try.
+#[derive(Debug)]
+struct Try {
+    case: String,
+    tried: String,
+    escaped: bool,
+    /// Shown where a try has come out as it must not.
+    #[expect(dead_code, reason = "shown by Debug")]
+    how: String,
+}
+
+fn tries(said: &str) -> Vec<Try> {
+    assert!(said.contains(r#"{"done": true}"#), "it did not come to its end:\n{said}");
+    let all = said.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    all.filter(|one| one.get("case").is_some())
+        .map(|one| Try {
+            case: text(&one["case"]),
+            tried: text(&one["tried"]),
+            escaped: one["escaped"].as_bool().unwrap(),
+            how: text(&one["how"]),
+        })
+        .collect()
+}
+
+/// The internet of this world, for as long as it lives.
+fn internet() -> Child {
+    for address in ADDRESSES {
+        world::run("ip", &["address", "add", address, "dev", "lo"]);
+    }
+    let words: Vec<_> = SOMEBODY.split_whitespace().collect();
+    let mut child = Command::new("python3")
+        .args(["-c", UPSTREAM])
+        .args(words)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
+    assert_eq!(line, "ready\n");
+    child
+}
+
+/// Names that lead to where nobody may go.
+fn names() {
+    let socket = std::net::UdpSocket::bind("127.0.0.1:5353").unwrap();
+    std::thread::spawn(move || {
+        let mut buffer = [0; 1500];
+        while let Ok((read, peer)) = socket.recv_from(&mut buffer) {
+            let mut message = Message::from_vec(&buffer[..read]).unwrap();
+            message.metadata.message_type = MessageType::Response;
+            let query = message.queries[0].clone();
+            let addresses: &[[u8; 4]] = match query.name().to_string().to_ascii_lowercase().as_str() {
+                "private.test." => &[[10, 0, 0, 1]],
+                "loopback.test." => &[[127, 0, 0, 1]],
+                "mixed.test." => &[[8, 8, 8, 8], [192, 168, 0, 1]],
+                _ => &[[8, 8, 8, 8]],
+            };
+            if query.query_type() == RecordType::A {
+                for address in addresses {
+                    message.answers.push(Record::from_rdata(
+                        query.name().clone(),
+                        60,
+                        RData::A(std::net::Ipv4Addr::from(*address).into()),
+                    ));
+                }
+            }
+            let _ = socket.send_to(&message.to_vec().unwrap(), peer);
+        }
+    });
+}
+
+/// What it is told of the machine.
+fn told(world: &World, neighbour: u32) -> [(&'static str, String); 3] {
+    let secret = world.state().join("secret");
+    fs::create_dir_all(world.state()).unwrap();
+    fs::write(&secret, "a key").unwrap();
+    [
+        ("LOOPBACK", "127.0.0.1:7777".to_owned()),
+        ("SECRET", secret.display().to_string()),
+        ("NEIGHBOUR", neighbour.to_string()),
+    ]
+}
+
+fn cases(all: &[Try]) -> BTreeSet<&str> {
+    all.iter().map(|one| one.case.as_str()).collect()
+}
+
+#[test]
+fn the_control_gets_out() {
+    once(|world| {
+        let internet = internet();
+        let mut neighbour = Command::new("sleep").arg("100").spawn().unwrap();
+        world.agent("", "");
+        let ran = Command::new("python3")
+            .args(["-c", ESCAPE])
+            .envs(told(world, neighbour.id()))
+            .envs([("PROXY", "127.0.0.1:7778".to_owned()), ("WORKSPACE", world.task().display().to_string())])
+            .output()
+            .unwrap();
+        neighbour.kill().unwrap();
+        neighbour.wait().unwrap();
+        let all = tries(&String::from_utf8_lossy(&ran.stdout));
+        let held: Vec<_> = all.iter().filter(|one| !one.escaped).collect();
+        assert!(held.is_empty(), "tries that show nothing, since they fail without a sandbox too: {held:#?}");
+        assert_eq!(cases(&all), CASES.into_iter().filter(|case| *case != "A14").collect());
+        for path in ["/usr/belay-was-here", "/etc/belay-was-here", "/belay-was-here", "/dev/shm/belay-was-here"] {
+            let _ = fs::remove_file(path);
+        }
+        drop(internet);
+    });
+}
+
+/// The names by which refusals of the proxy's are recorded.
+fn an_agent_does_not(world: &World, sandbox: &str) {
+    let internet = internet();
+    names();
+    let neighbour = Command::new("sleep").arg("100").spawn().unwrap();
+    world.agent("", "");
+    // With no proxy in its environment an agent gets nowhere either (A14): all but what it asks of the proxy goes directly.
+    let env: String = told(world, neighbour.id())
+        .iter()
+        .map(|(name, value)| format!("      - {{name: {name}, value: \"{value}\"}}\n"))
+        .collect();
+    let more = "      - {name: PROXY, value: \"127.0.0.1:9900\"}\n      - {name: WORKSPACE, value: /workspace}\n";
+    let mark = "      - {name: STORY, value: \"1\"}\n";
+    world.write(
+        "task.yaml",
+        &world::task().replace(mark, &format!("{env}{more}")).replace("wallTimeSeconds: 30", "wallTimeSeconds: 300"),
+    );
+    world.write("agent.py", ESCAPE);
+    let ran = world.run(sandbox, &["--nameserver", "127.0.0.1:5353"]);
+    assert_eq!(ran.code, 0, "{ran:#?}");
+    let all = tries(&ran.said());
+    // gVisor's user namespaces are its own kernel's, and lead nowhere.
+    let harmless = |one: &&Try| sandbox == SANDBOXES[1] && one.tried == "unshare";
+    let out: Vec<_> = all.iter().filter(|one| one.escaped && !harmless(one)).collect();
+    assert!(out.is_empty(), "{sandbox} lets out: {out:#?}");
+    assert_eq!(cases(&all), CASES.into_iter().filter(|case| *case != "A14").collect());
+    // What was asked of the harness is on record, by its rule.
+    let denied: Vec<_> =
+        ran.records("call.denied").iter().map(|one| one["rule"].as_str().unwrap().to_owned()).collect();
+    let not_applied: Vec<_> =
+        ran.records("call.outcome").iter().filter_map(|one| one["rule"].as_str().map(str::to_owned)).collect();
+    for rule in ["egress.host", "egress.port"] {
+        assert!(denied.iter().any(|one| one == rule), "expected {rule} among {denied:?}");
+    }
+    let refused = denied.len() + not_applied.len();
+    let asked = all
+        .iter()
+        .filter(|one| ["A15", "A24", "A28", "A29", "A30", "A31", "A32", "A33", "A36"].contains(&one.case.as_str()))
+        .count();
+    assert!(refused + 6 >= asked, "of {asked} requests {refused} are on record: {denied:?} {not_applied:?} {all:#?}");
+    assert!(not_applied.iter().filter(|one| *one == "egress.address").count() >= 3, "{not_applied:?} {denied:?}");
+    world.is_valid(&world.log());
+    let mut neighbour = neighbour;
+    neighbour.kill().unwrap();
+    neighbour.wait().unwrap();
+    world.nobody_is_left();
+    drop(internet);
+}
+
+#[test]
+fn an_agent_in_bubblewrap_does_not() {
+    once(|world| an_agent_does_not(world, SANDBOXES[0]));
+}
+
+#[test]
+fn an_agent_in_gvisor_does_not() {
+    once(|world| an_agent_does_not(world, SANDBOXES[1]));
+}
