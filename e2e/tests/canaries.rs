@@ -4,7 +4,10 @@
 
 use std::{collections::BTreeSet, io::Write};
 
-use belay::api::{AgentTask, agent_task::Phase};
+use belay::{
+    api::{AgentTask, agent_task::Phase},
+    evidence::store::log_prefix,
+};
 use flate2::{Compression, write::GzEncoder};
 use k8s_openapi::{
     ByteString,
@@ -61,11 +64,11 @@ async fn world() -> World {
     world
 }
 
-/// Everything under the namespace's prefix in the bucket of the evidence.
-async fn bucket(namespace: &str) -> String {
+/// Everything of a task in the bucket of the evidence. What runs before this one have left there is locked.
+async fn bucket(world: &World, task: &AgentTask) -> String {
+    let prefix = log_prefix(Some("e2e"), &world.namespace, &task.name_any(), &task.uid().unwrap());
     let (client, bucket) = (store("S3_ENDPOINT", "S3_ACCESS_KEY", "S3_SECRET_KEY"), setting("S3_BUCKET"));
-    let mut pages =
-        client.list_objects_v2().bucket(&bucket).prefix(format!("e2e/{namespace}/")).into_paginator().send();
+    let mut pages = client.list_objects_v2().bucket(&bucket).prefix(prefix).into_paginator().send();
     let mut text = String::new();
     while let Some(page) = pages.next().await {
         for object in page.unwrap().contents() {
@@ -84,7 +87,7 @@ async fn metrics(world: &World) -> String {
     let mut text = String::new();
     for pod in pods.list(&ListParams::default()).await.unwrap() {
         let ports = pod.spec.iter().flat_map(|spec| &spec.containers).filter_map(|one| one.ports.as_ref()).flatten();
-        for port in ports.filter(|port| port.name.as_deref() == Some("metrics")).map(|port| port.container_port) {
+        for port in ports.filter(|port| port.name.as_deref() == Some("admin")).map(|port| port.container_port) {
             let path = format!("/api/v1/namespaces/{SYSTEM}/pods/{}:{port}/proxy/metrics", pod.name_any());
             let request = http::Request::get(path).body(Vec::new()).unwrap();
             text.push_str(&world.client.request_text(request).await.unwrap());
@@ -144,7 +147,7 @@ async fn no_secret_is_in_anything_that_we_keep_or_say() {
     let tasks: Vec<AgentTask> = world.api().list(&ListParams::default()).await.unwrap().items;
     let events: Vec<Event> = world.api().list(&ListParams::default()).await.unwrap().items;
     let kept = [
-        ("bucket", bucket(&world.namespace).await, records),
+        ("bucket", bucket(&world, &task).await, records),
         ("logs", logs.join("\n"), records),
         ("metrics", metrics(&world).await, 10),
         ("status", serde_json::to_string(&tasks).unwrap(), 1),
