@@ -40,7 +40,10 @@ def fsck(tool, log, key):
         (place / "key").write_text(key)
         origin = log["tlog/checkpoint"].split(b"\n", 1)[0].decode(errors="replace")
         args = ["--storage_url", f"file://{place}/tlog/", "--public_key", place / "key", "--origin", origin, "--ui=false", "-v=1"]
-        done = subprocess.run([tool, *args], capture_output=True, text=True, timeout=60)
+        try:
+            done = subprocess.run([tool, *args], capture_output=True, text=True, timeout=20)
+        except subprocess.TimeoutExpired:
+            return False  # It hangs on some large logs that were changed; on what was not it takes a fraction of a second.
         return "Successfully fsck'd" in done.stderr and "fsck failed" not in done.stderr
 
 

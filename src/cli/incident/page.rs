@@ -48,7 +48,7 @@ pub(super) fn page(story: &Story<'_>) -> Markup {
                     p.verdict.(verdict) { b { (story.report.verdict) } " " (told) }
                     @if !findings.is_empty() {
                         ul.findings { @for finding in &findings {
-                            li { @if let Some(record) = finding.record { a href={"#r" (record)} { "record " (record) } " " }
+                            li { @if let Some(record) = finding.record { "record " (leading(record, story)) " " }
                                 code { (finding.rule) } " " (Safe(&finding.message).to_string()) }
                         } }
                     }
@@ -66,7 +66,7 @@ pub(super) fn page(story: &Story<'_>) -> Markup {
                 table.timeline {
                     thead { tr { th { "Record" } th { "Time" } th { "Att." } th { "" } th { "What" } th { "Rules" } } }
                     tbody { @for step in &story.steps { tr.(tone(step.tone)) {
-                        td { @for record in &step.records { a href={"#r" (record)} { (record) } " " } }
+                        td { @for record in &step.records { (leading(*record, story)) " " } }
                         td.time { (clock(&step.time)) }
                         td { (step.attempt) }
                         td { span.word { (step.word) } }
@@ -100,6 +100,12 @@ pub(super) fn page(story: &Story<'_>) -> Markup {
             }
         }
     }
+}
+
+/// The number of a record, leading to it where the page has it whole.
+fn leading(record: u64, story: &Story) -> Markup {
+    let is_here = story.records.iter().any(|whole| whole.seq == record);
+    html! { @if is_here { a href={"#r" (record)} { (record) } } @else { (record) } }
 }
 
 fn tile(name: &str, number: &str, class: &str) -> Markup {
