@@ -130,6 +130,8 @@ async fn no_secret_is_in_anything_that_we_keep_or_say() {
     assert_eq!(phase(&task), Some(Phase::Succeeded), "{:?}", task.status);
 
     let (code, report) = world.verify("canaries");
+    // Other people's tools would be busy for long with each of its many objects, changed.
+    let _ = std::fs::remove_dir_all(format!("{}/{}-canaries", setting("BELAY_EVIDENCE"), world.namespace));
     assert_eq!((code, report["verdict"].as_str()), (0, Some("VALID")), "{report:#}");
     let number = |at: &str| report.pointer(at).and_then(Value::as_u64).unwrap_or_default();
     let (records, denials) = (number("/summary/records"), number("/summary/usage/denials"));
