@@ -66,6 +66,7 @@ use crate::{
         quota::Quotas,
         rule::Rule,
     },
+    wire,
 };
 
 /// Where the harness finds what it needs.
@@ -165,6 +166,17 @@ pub enum Ended {
 }
 
 impl Ended {
+    /// The exit code by which a harness says so: what the operator reads.
+    pub fn exit_code(self) -> u8 {
+        match self {
+            Self::WithThePod => 0,
+            Self::RefusedEnough => wire::EXIT_REFUSED_ENOUGH,
+            Self::OutOfTime => wire::EXIT_OUT_OF_TIME,
+            Self::Unapproved => wire::EXIT_UNAPPROVED,
+            Self::Parked => wire::EXIT_PARKED,
+        }
+    }
+
     /// The end that an attempt has come to before, by the rule with which the gateway refuses to open it again.
     fn by(rule: Rule) -> Option<Self> {
         match rule {

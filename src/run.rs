@@ -32,10 +32,7 @@ use crate::{
         ApprovalRequest,
         agent_task::{AgentTaskStatus, Attempt},
     },
-    evidence::{
-        note::VerifierKey,
-        record::{Local, Record, TaskClosed},
-    },
+    evidence::record::{Local, Record, TaskClosed},
     lifecycle::{
         decide::{self, Decision, Next, Observed},
         observe::{self, PodView},
@@ -189,7 +186,6 @@ pub async fn run(
     options: Options,
     api: Arc<Api>,
     gateway: gateway::Serving,
-    witness: VerifierKey,
     tell: UnboundedSender<Told>,
     stop: CancellationToken,
 ) -> Result<Outcome, RunError> {
@@ -200,7 +196,6 @@ pub async fn run(
         store: options.store.clone(),
         resolved: options.resolved.clone(),
     };
-    debug_assert!(witness.is_self_witness());
     let token = options.folder.join("operator.token");
     write_private(&token, &api.operator_token()?)?;
     let operator = seal::Gateway::new(gateway.address.to_string(), token, &gateway.ca)?;

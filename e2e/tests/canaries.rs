@@ -22,7 +22,7 @@ use serde_json::{Value, json};
 use crate::{
     locks::store,
     secrets::{found, marks, secrets, written},
-    support::{SYSTEM, World, class, merge, phase, setting, system_logs},
+    support::{SYSTEM, World, class, merge, phase, setting, system_logs, ticket_contract},
 };
 
 const SLIP: &str = include_str!("../canaries/slip.py");
@@ -39,25 +39,13 @@ async fn world() -> World {
     let mut class = class("gvisor", "gvisor", egress);
     merge(&mut class, json!({"limits": {"wallTimeSeconds": 900, "toolCalls": 100_000, "tokens": 1_000_000_000}}));
     let world = World::new("canaries", json!([class])).await;
-    let contract = |name: &str, upstream: &str, properties: &[&str], more: Value| {
-        let schema = |name: &&str| ((*name).to_owned(), json!({"type": "string"}));
-        let mut spec = json!({
-            "tool": name.replace('-', "_"), "description": "A tool.", "sideEffect": "read",
-            "upstream": {"mcp": {"url": "https://tickets.world.test/mcp", "tool": upstream}},
-            "input": {"type": "object", "properties": properties.iter().map(schema).collect::<serde_json::Map<_, _>>()},
-        });
-        merge(&mut spec, more);
-        json!({"apiVersion": "belay.dev/v1alpha1", "kind": "ToolContract", "metadata": {"name": name}, "spec": spec})
-            .to_string()
-    };
-    let number =
-        json!({"preconditions": [{"name": "number", "cel": "int(args.service) > 0", "message": "expected a number"}]});
-    let once = json!({"sideEffect": "write", "input": {"required": ["idempotency_key"]}, "idempotency": {"argument": "idempotency_key", "windowSeconds": 600}});
+    let number = json!({"sideEffect": "read", "preconditions": [{"name": "number", "cel": "int(args.service) > 0", "message": "expected a number"}]});
+    let once = json!({"input": {"required": ["idempotency_key"]}, "idempotency": {"argument": "idempotency_key", "windowSeconds": 600}});
     for manifest in [
-        contract("query-tickets", "query_tickets", &["service"], json!({})),
-        contract("number", "query_tickets", &["service"], number),
-        contract("close-ticket", "close_ticket", &["title", "why"], json!({"sideEffect": "write"})),
-        contract("open-ticket", "open_ticket", &["title", "severity", "body", "idempotency_key"], once),
+        ticket_contract("query-tickets", "query_tickets", &["service"], json!({"sideEffect": "read"})),
+        ticket_contract("number", "query_tickets", &["service"], number),
+        ticket_contract("close-ticket", "close_ticket", &["title", "why"], json!({})),
+        ticket_contract("open-ticket", "open_ticket", &["title", "severity", "body", "idempotency_key"], once),
     ] {
         world.kubectl_apply(&manifest);
     }
@@ -129,9 +117,8 @@ async fn no_secret_is_in_anything_that_we_keep_or_say() {
     let task = world.ended("canaries", 600).await;
     assert_eq!(phase(&task), Some(Phase::Succeeded), "{:?}", task.status);
 
-    let (code, report) = world.verify("canaries");
-    // Other people's tools would be busy for long with each of its many objects, changed.
-    let _ = std::fs::remove_dir_all(format!("{}/{}-canaries", setting("BELAY_EVIDENCE"), world.namespace));
+    // No copy of it is left: other people's tools would be busy for long with each of its many objects, changed.
+    let (code, report) = world.report("canaries");
     assert_eq!((code, report["verdict"].as_str()), (0, Some("VALID")), "{report:#}");
     let number = |at: &str| report.pointer(at).and_then(Value::as_u64).unwrap_or_default();
     let (records, denials) = (number("/summary/records"), number("/summary/usage/denials"));

@@ -4,7 +4,7 @@ use belay::api::{AgentTask, agent_task::Phase};
 use kube::{Api, ResourceExt, api::PostParams};
 use serde_json::{Value, json};
 
-use crate::support::{World, belay, class, in_world, phase};
+use crate::support::{World, belay, class, in_world, merge, phase, ticket_contract};
 
 /// The tickets of a test, by their titles; whether each is closed, and why.
 fn tickets(of: &str) -> Vec<(String, Option<String>)> {
@@ -19,18 +19,9 @@ fn tickets(of: &str) -> Vec<(String, Option<String>)> {
 async fn world(name: &str) -> World {
     let egress = json!([{"host": "tickets.world.test", "uses": ["Tools"], "credentials": [{"secret": "world-ticket-key", "key": "token"}]}]);
     let world = World::new(name, json!([class("tickets", "gvisor", egress)])).await;
-    let contract = |name: &str, upstream: &str, properties: &[&str], more: Value| {
-        let mut spec = json!({
-            "tool": name.replace('-', "_"), "description": "A tool.", "sideEffect": "write",
-            "upstream": {"mcp": {"url": "https://tickets.world.test/mcp", "tool": upstream}},
-            "input": {
-                "type": "object", "required": properties,
-                "properties": properties.iter().map(|name| ((*name).to_owned(), json!({"type": "string"}))).collect::<serde_json::Map<_, _>>(),
-            },
-        });
-        crate::support::merge(&mut spec, more);
-        json!({"apiVersion": "belay.dev/v1alpha1", "kind": "ToolContract", "metadata": {"name": name}, "spec": spec})
-            .to_string()
+    let contract = |name: &str, upstream: &str, arguments: &[&str], mut more: Value| {
+        merge(&mut more, json!({"input": {"required": arguments}}));
+        ticket_contract(name, upstream, arguments, more)
     };
     let open = ["title", "severity", "body"];
     let closing = json!({"title": "args.title", "why": "'rolled back, was ' + args.severity"});

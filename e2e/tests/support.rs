@@ -196,17 +196,23 @@ impl World {
             .collect()
     }
 
-    /// `belay verify` of a task: exit code and report.
-    /// What `belay verify` says of a task. The first time that it is content, a copy of the log stays for strangers to read.
+    /// What `belay verify` says of a task, see [`World::report`]. The first time that it is content, a copy of the log stays for strangers to
+    /// read.
     pub fn verify(&self, task: &str) -> (i32, Value) {
+        let (code, report) = self.report(task);
+        let copy = format!("{}/{}-{task}", setting("BELAY_EVIDENCE"), self.namespace);
+        if code == 0 && !std::path::Path::new(&copy).exists() {
+            belay(&["verify", task, "-n", &self.namespace, "--save", &copy]);
+        }
+        (code, report)
+    }
+
+    /// `belay verify` of a task: exit code and report.
+    pub fn report(&self, task: &str) -> (i32, Value) {
         let output = belay(&["verify", task, "-n", &self.namespace, "--output", "json"]);
         let report = serde_json::from_slice(&output.stdout).unwrap_or_else(|error| {
             panic!("belay verify said no JSON ({error}): {}", String::from_utf8_lossy(&output.stderr))
         });
-        let copy = format!("{}/{}-{task}", setting("BELAY_EVIDENCE"), self.namespace);
-        if output.status.success() && !std::path::Path::new(&copy).exists() {
-            belay(&["verify", task, "-n", &self.namespace, "--save", &copy]);
-        }
         (output.status.code().unwrap_or(-1), report)
     }
 
@@ -259,6 +265,19 @@ pub fn merge(under: &mut Value, over: Value) {
         }
         (under, over) => *under = over,
     }
+}
+
+/// A contract for a tool of the ticket service, whose arguments are texts; `more` lies over its spec.
+pub fn ticket_contract(name: &str, upstream: &str, arguments: &[&str], more: Value) -> String {
+    let text = |name: &&str| ((*name).to_owned(), json!({"type": "string"}));
+    let mut spec = json!({
+        "tool": name.replace('-', "_"), "description": "A tool.", "sideEffect": "write",
+        "upstream": {"mcp": {"url": "https://tickets.world.test/mcp", "tool": upstream}},
+        "input": {"type": "object", "properties": arguments.iter().map(text).collect::<serde_json::Map<_, _>>()},
+    });
+    merge(&mut spec, more);
+    json!({"apiVersion": "belay.dev/v1alpha1", "kind": "ToolContract", "metadata": {"name": name}, "spec": spec})
+        .to_string()
 }
 
 /// A class that allows what the tests need, on a runtime.

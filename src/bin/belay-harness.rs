@@ -5,7 +5,7 @@ use std::{io::Write, path::PathBuf, process::ExitCode};
 use anyhow::Context;
 use belay::{
     evidence::record::Pod,
-    harness::{self, Ended, Options, probe, server, undo},
+    harness::{self, Options, probe, server, undo},
     policy::config::HarnessConfig,
     wire,
 };
@@ -114,13 +114,7 @@ async fn main() -> anyhow::Result<ExitCode> {
         } => {
             let pod = Pod { name: pod_name, uid: pod_uid, node: node_name, runtime_class, network_policy };
             let options = Options { config, containment, token, spool, pod, kubelet: kubelet(host_ip) };
-            Ok(match harness::serve(options).await? {
-                Ended::WithThePod => ExitCode::SUCCESS,
-                Ended::RefusedEnough => ExitCode::from(wire::EXIT_REFUSED_ENOUGH),
-                Ended::OutOfTime => ExitCode::from(wire::EXIT_OUT_OF_TIME),
-                Ended::Unapproved => ExitCode::from(wire::EXIT_UNAPPROVED),
-                Ended::Parked => ExitCode::from(wire::EXIT_PARKED),
-            })
+            Ok(ExitCode::from(harness::serve(options).await?.exit_code()))
         }
     }
 }

@@ -410,7 +410,7 @@ pub(super) async fn run(args: &Args) -> Result<u8, CliError> {
         api: api.clone(),
     };
     let mut front = Front::new(args.output, &task, &mut person);
-    let running = run::run(options, api, serving, witness.clone(), tell, stop.clone());
+    let running = run::run(options, api, serving, tell, stop.clone());
     let ended = front.show(running, &mut told).await?;
     drop(folder);
     let check = format!("belay verify {log} --witness-key {}", home.vkey().display());

@@ -15,6 +15,7 @@ use crate::{
         policy_pack::{Credential, EgressRule, WorkflowClass},
         tool_contract::{self, ToolContractSpec},
     },
+    canonical,
     policy::{
         self,
         config::{
@@ -608,8 +609,7 @@ fn of_http(http: &tool_contract::HttpUpstream) -> HttpUpstream {
 fn upstream(spec: &ToolContractSpec, at: &impl Fn(&str) -> String, findings: &mut Vec<Finding>) -> Option<Upstream> {
     match (&spec.upstream.mcp, &spec.upstream.http) {
         (Some(mcp), None) => {
-            let hex = |digest: &String| digest.len() == 64 && digest.bytes().all(|b| b"0123456789abcdef".contains(&b));
-            if let Some(digest) = mcp.digest.as_ref().filter(|digest| !hex(digest)) {
+            if let Some(digest) = mcp.digest.as_ref().filter(|digest| !canonical::is_digest(digest)) {
                 findings.push(Finding::new(
                     at("upstream.mcp.digest"),
                     "64 lower-case hexadecimal digits",

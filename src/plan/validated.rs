@@ -61,7 +61,7 @@ pub struct Validated {
     pub(super) owner: Owner,
     pub(super) objective: String,
     pub(super) runtime_class: Option<String>,
-    pub(super) lifetime_seconds: i64,
+    pub(crate) lifetime_seconds: i64,
     pub(super) workload: Workload,
     pub(super) env: Vec<(EnvName, String)>,
     pub(super) resources: AgentResources,

@@ -197,9 +197,7 @@ impl Surroundings<'_> {
         let _ = self.tell.send(Told::Started { attempt: number });
         let words = [self.listen(agent.stdout.take(), false), self.listen(agent.stderr.take(), true)];
         let plan = self.validated.agent(number);
-        let policy = self.validated.policy();
-        let longest = policy.limits.wall_time_seconds.saturating_add(policy.limits.approval_wait_seconds);
-        let longest = Duration::from_secs(u64::try_from(longest).unwrap_or_default()) + CLOSING;
+        let longest = Duration::from_secs(u64::try_from(self.validated.lifetime_seconds).unwrap_or_default()) + CLOSING;
         let pid = agent.id().unwrap_or_default();
         let mut harness_ended = None;
         let mut reason = "Completed";
@@ -291,8 +289,7 @@ impl Surroundings<'_> {
         pod.metadata.uid = Some(objects::random_uid()?);
         pod.metadata.labels = Some(names::labels(&name, &uid, number));
         pod.metadata.creation_timestamp = Some(time(now));
-        let limits = &self.validated.policy().limits;
-        let lifetime = limits.wall_time_seconds.saturating_add(limits.approval_wait_seconds);
+        let lifetime = self.validated.lifetime_seconds;
         pod.spec = Some(PodSpec {
             active_deadline_seconds: Some(lifetime.saturating_add(START_ALLOWANCE_SECONDS)),
             ..PodSpec::default()
@@ -451,14 +448,7 @@ fn said(ended: Result<Result<Ended, HarnessError>, tokio::task::JoinError>) -> R
 
 /// The exit code that the harness's own process has for it.
 fn code(ended: &Result<Ended, String>) -> i32 {
-    i32::from(match ended {
-        Ok(Ended::WithThePod) => 0,
-        Ok(Ended::RefusedEnough) => wire::EXIT_REFUSED_ENOUGH,
-        Ok(Ended::OutOfTime) => wire::EXIT_OUT_OF_TIME,
-        Ok(Ended::Unapproved) => wire::EXIT_UNAPPROVED,
-        Ok(Ended::Parked) => wire::EXIT_PARKED,
-        Err(_) => 1,
-    })
+    i32::from(ended.as_ref().map_or(1, |ended| ended.exit_code()))
 }
 
 fn without_agent(ended: Result<Ended, String>) -> Ends {

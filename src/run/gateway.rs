@@ -17,7 +17,7 @@ use super::{
     store::Kept,
 };
 use crate::{
-    evidence::note::Signer,
+    evidence::note::{SELF_WITNESS_NAME, Signer},
     gateway::{
         canary,
         cluster::Cluster,
@@ -66,6 +66,9 @@ pub struct Serving {
 /// If it cannot listen, or the settings cannot be used.
 pub async fn start(api: &Arc<Api>, kept: Kept, settings: Settings) -> Result<Serving, RunError> {
     let failed = |error: &dyn std::fmt::Display| RunError::Gateway(error.to_string());
+    if !settings.signer.verifier().is_self_witness() {
+        return Err(failed(&format!("expected a witness's key named {SELF_WITNESS_NAME}, found another's")));
+    }
     let metrics = Metrics::new(&Registry::new()).map_err(|error| failed(&error))?;
     let witness = Arc::new(Witness::new(settings.signer, Arc::new(kept), metrics.clone()));
     let (incidents, telling) = Incidents::new(witness.clone(), metrics.clone());

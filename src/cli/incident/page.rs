@@ -102,9 +102,9 @@ pub(super) fn page(story: &Story<'_>) -> Markup {
     }
 }
 
-/// The number of a record, leading to it where the page has it whole.
+/// The number of a record, leading to it where the page has it whole, as it has the first ones.
 fn leading(record: u64, story: &Story) -> Markup {
-    let is_here = story.records.iter().any(|whole| whole.seq == record);
+    let is_here = story.records.last().is_some_and(|last| record <= last.seq);
     html! { @if is_here { a href={"#r" (record)} { (record) } } @else { (record) } }
 }
 
