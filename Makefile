@@ -1,12 +1,15 @@
 # The one front door. Everything that a target needs it sets up itself: Debian packages, tools, cluster, image.
 # What it builds and downloads lies in ~/.cache/belay (BELAY_CACHE) and target/.
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-image test bench escape fuzz lint generate image install cluster-up cluster-down clean
+.PHONY: help hello demo demo-image test bench escape fuzz lint generate image install cluster-up cluster-down clean
 
 CACHE := $(or $(BELAY_CACHE),$(HOME)/.cache/belay)
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+hello: ## An agent on a rope on this machine, in minutes: no cluster, no image, no key
+	@e2e/hello
 
 demo: install ## An agent on a rope, from nothing: cluster, image, install, run, verify
 	@e2e/cluster/load "$$(e2e/demo/image)" >/dev/null

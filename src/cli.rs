@@ -1,7 +1,7 @@
-//! The `belay` command: `approvals`, `approve`, `contract`, `deny`, `disclose`, `incident`, `lint`, `prove`, `rollback`, `run`, `verify` and `watch`, also as `kubectl belay`.
+//! The `belay` command: `approvals`, `approve`, `contract`, `deny`, `disclose`, `incident`, `init`, `lint`, `prove`, `rollback`, `run`, `verify` and `watch`, also as `kubectl belay`.
 //!
 //! Promises: one exit code a meaning, and nothing from a log, a task or a cluster reaches the terminal but through
-//! `terminal::Safe`. Refuses: to change anything, anywhere, but the folders that `--save` and `--out` name, one person's decision
+//! `terminal::Safe`. Refuses: to change anything, anywhere, but the folders that `init`, `--save` and `--out` name, one person's decision
 //! that `approve` or `deny` adds to one request, the one task that `rollback` makes, and what `run` runs.
 
 use std::{
@@ -13,7 +13,7 @@ use std::{
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
-use crate::run::{probe, sandbox};
+use crate::run::{probe, sandbox, upstream};
 
 /// `belay approvals`, `belay approve` and `belay deny`.
 mod approve;
@@ -25,6 +25,8 @@ mod contract;
 mod evidence;
 /// `belay incident`.
 mod incident;
+/// `belay init`.
+mod init;
 /// `belay lint`.
 mod lint;
 /// `belay prove` and `belay disclose`.
@@ -61,6 +63,14 @@ impl CliError {
     fn new(message: impl Into<String>) -> Self {
         Self::Message(message.into())
     }
+
+    /// A part that is not in this build.
+    #[cfg(not(all(feature = "s3", feature = "mcp-client")))]
+    fn left_out(what: &str) -> Self {
+        Self::new(format!(
+            "{what}: this `belay` was built without it, to be quick to build; `cargo build --release` builds all of it"
+        ))
+    }
 }
 
 /// Watch AI agents on their rope, decide what waits for people, and verify what was done.
@@ -79,6 +89,7 @@ enum Command {
     Deny(approve::Deny),
     Disclose(prove::Disclose),
     Incident(incident::Args),
+    Init(init::Args),
     Lint(lint::Args),
     Prove(prove::Args),
     Rollback(rollback::Args),
@@ -110,6 +121,7 @@ pub async fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Contract(args) => contract::run(&args, &mut io::stdout().lock(), &mut io::stderr().lock()).await,
         Command::Disclose(args) => prove::disclose(&args, &mut io::stdout().lock()),
         Command::Incident(args) => incident::run(&args, &mut io::stdout().lock()).await,
+        Command::Init(args) => init::run(&args, &mut io::stdout().lock()),
         Command::Lint(args) => lint::run(&args, &mut io::stdout().lock(), &mut io::stderr().lock()),
         Command::Prove(args) => prove::run(&args, &mut io::stdout().lock()).await,
         Command::Rollback(args) => rollback::run(&args, &mut io::stdout().lock(), &mut io::stderr().lock()).await,
@@ -133,18 +145,19 @@ pub async fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     }
 }
 
-/// The two subcommands by which `belay run` runs itself within its sandbox: nobody else has a use for them.
+/// The subcommands by which `belay run` runs itself, within its sandbox and beside it: nobody else has a use for them.
 async fn within(args: &[OsString]) -> Option<ExitCode> {
     let done = match args.get(1)?.to_str()? {
-        sandbox::hold::HOLD => sandbox::hold::hold().map_err(|error| error.to_string()),
+        sandbox::hold::HOLD => sandbox::hold::hold().map(|()| 0).map_err(|error| error.to_string()),
         probe::PROBE => match probe::answer(&args.get(2)?.to_string_lossy()).await {
-            Ok(answer) => writeln!(io::stdout(), "{answer}").map_err(|error| error.to_string()),
+            Ok(answer) => writeln!(io::stdout(), "{answer}").map(|()| 0).map_err(|error| error.to_string()),
             Err(error) => Err(error),
         },
+        upstream::KEEP => upstream::keep(&args.get(2)?.to_string_lossy()).map_err(|error| error.to_string()),
         _ => return None,
     };
     Some(match done {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => ExitCode::from(code),
         Err(error) => {
             let _ = writeln!(io::stderr().lock(), "{error}");
             ExitCode::from(EXIT_ERROR)

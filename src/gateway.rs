@@ -40,6 +40,7 @@ pub mod refusal;
 /// Names to addresses.
 pub mod resolve;
 /// Start, serve, stop.
+#[cfg(feature = "s3")]
 pub mod run;
 /// What is done with one request.
 pub mod service;

@@ -48,6 +48,7 @@ pub mod seal;
 #[cfg(feature = "kube")]
 pub mod stack;
 /// Logs and traces of our own processes.
+#[cfg(feature = "telemetry")]
 pub mod telemetry;
 /// Recomputes a log from its leaves and reports what does not hold.
 pub mod verify;

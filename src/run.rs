@@ -57,6 +57,8 @@ pub mod probe;
 pub mod sandbox;
 /// Where evidence goes.
 pub mod store;
+/// Servers of the user's own.
+pub mod upstream;
 
 /// Tries of sealing a log, and what lies between two: a store that is full or away may come back.
 const SEALS: u32 = 5;
@@ -74,6 +76,9 @@ pub enum RunError {
     /// There is no sandbox, or none that works.
     #[error("{0}")]
     Sandbox(String),
+    /// A server of the user's own does not serve.
+    #[error("--upstream {0}")]
+    Upstream(String),
     /// The gateway does not start.
     #[error("the gateway does not start: {0}")]
     Gateway(String),

@@ -258,7 +258,7 @@ fn guarded(hold_seconds: i64) -> PolicyConfig {
 async fn a_langgraph_agent_gets_its_call_approved() {
     let harness = harness_of(guarded(1), vec![]).await;
     let mut python = Command::new(&peers().langgraph);
-    python.arg(here("langgraph_agent.py")).arg("Pay, please.");
+    python.arg(here("langgraph_agent.py")).env("BELAY_OBJECTIVE", "Pay, please.");
     python.env("BELAY_MCP_URL", format!("http://{}/mcp", harness.address));
     python
         .env("OPENAI_BASE_URL", format!("http://{}/v1", harness.address))

@@ -90,26 +90,6 @@ fn ends(world: &World, sandbox: &str, (python, more): (&str, &str), (code, reaso
 
 const LIMITS: &str = "  limits: {wallTimeSeconds: 30, toolCalls: 5, tokens: 1000}\n";
 
-macro_rules! with_both {
-    ($($name:ident => $story:expr;)+) => {
-        $(
-            mod $name {
-                use super::*;
-
-                #[test]
-                fn bwrap() {
-                    once(|world| $story(world, SANDBOXES[0]));
-                }
-
-                #[test]
-                fn runsc() {
-                    once(|world| $story(world, SANDBOXES[1]));
-                }
-            }
-        )+
-    };
-}
-
 with_both! {
     ordinary => an_ordinary_run;
     interrupted => |world, sandbox| stopped(world, sandbox, "INT");

@@ -3,8 +3,11 @@
 //! Each story is told in namespaces of its own, in which the addresses of the internet are somebody's on loopback, and in which whoever
 //! is left behind is seen.
 
+#[macro_use]
+mod world;
+
 mod ends;
 mod escape;
+mod examples;
 mod mistakes;
 mod people;
-mod world;

@@ -44,6 +44,26 @@ pub fn once(story: impl FnOnce(&World)) {
     assert!(told.status.success(), "{said}");
 }
 
+macro_rules! with_both {
+    ($($name:ident => $story:expr;)+) => {
+        $(
+            mod $name {
+                use super::*;
+
+                #[test]
+                fn bwrap() {
+                    $crate::world::once(|world| $story(world, $crate::world::SANDBOXES[0]));
+                }
+
+                #[test]
+                fn runsc() {
+                    $crate::world::once(|world| $story(world, $crate::world::SANDBOXES[1]));
+                }
+            }
+        )+
+    };
+}
+
 pub fn run(program: &str, args: &[&str]) {
     let ran = Command::new(program).args(args).output().unwrap();
     assert!(ran.status.success(), "{program} {args:?}: {}", String::from_utf8_lossy(&ran.stderr));
@@ -171,7 +191,9 @@ impl World {
             let ours = |command: &str| {
                 let program = command.split(' ').next().and_then(|path| path.rsplit('/').next()).unwrap_or_default();
                 ["bwrap", "runsc", "runsc-sandbox", "runsc-gofer", "nsenter"].contains(&program)
-                    || ["__hold", "__probe", "agent.py"].iter().any(|one| command.contains(one))
+                    || ["__hold", "__probe", "__keep", "agent.py", "agent.sh", "standin.py", "models.py"]
+                        .iter()
+                        .any(|one| command.contains(one))
             };
             let left: Vec<_> = all.iter().filter(|(_, command)| ours(command)).collect();
             if left.is_empty() {

@@ -213,7 +213,7 @@ async fn a_pack_has_people_asked_and_a_credential_for_the_principal() {
 async fn a_langgraph_agents_ticket_is_approved() {
     let world = World::governed("langgraph", "dev").await;
     let agent = "image: localhost/belay-peers:dev\n    command: [python3, -S, /opt/agent/langgraph_agent.py]\n    \
-                 args: [Checkout is failing. Find out why.]\n    env:\n      - {name: MODEL, value: triage}";
+                 env:\n      - {name: MODEL, value: triage}";
     let task = TASK.replace("image: localhost/belay-demo-agent:dev\n    env:", agent);
     assert_ne!(task, TASK);
     triage_by(&world, "approval: {approvers: {groups: [oncall]}, holdSeconds: 2}", &task).await;

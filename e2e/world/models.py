@@ -1,6 +1,6 @@
 """A scripted model behind the three APIs that agents speak: OpenAI's chat completions and responses, Anthropic's messages.
 
-The model `triage` tells the story of story.py; any other model repeats the last message, streamed a word at a time with
+The models that story.py names tell its story; any other repeats the last message, streamed a word at a time with
 `PAUSE` between words. Usage is counted and output limits are kept, as by the real services. The key is checked in front,
 by nginx.
 """
@@ -52,7 +52,7 @@ def answer(body, turns, limit):
     results = {t[1]: t[2] for t in turns if t[0] == "result"}
     called = [story.Called(tool, json.loads(args or "{}"), results.get(i, "")) for k, i, tool, args in (t for t in turns if t[0] == "calls")]
     step = None
-    if body["model"] != "triage":
+    if body["model"] not in story.TELLERS:
         text = next((t[1] for t in reversed(turns) if t[0] == "says"), "")
     elif step := story.next_step(called):
         text = step.say
@@ -234,7 +234,7 @@ def endpoint(api):
             for kind, data in api.events(reply, body):
                 name = f"event: {kind}\n" if kind else ""
                 yield f"{name}data: {data if isinstance(data, str) else json.dumps(data)}\n\n"
-                if reply.model != "triage":
+                if reply.model not in story.TELLERS:
                     await asyncio.sleep(PAUSE)
 
         if body.get("stream"):

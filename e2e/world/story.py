@@ -26,6 +26,8 @@ class Step(NamedTuple):
     again: bool = False
 
 
+# Models that tell it. Any other repeats what it is told.
+TELLERS = {"triage"}
 TICKET = r"INC-\d{4}"
 QUERY = {"service": "checkout"}
 BODY = "payments-db refuses connections since 09:14: its pool of 20 is spent. Runbook: raise the pool, then restart checkout."

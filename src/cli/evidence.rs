@@ -18,11 +18,7 @@ use crate::{
     evidence::{
         log::Log,
         note::{Checkpoint, VerifierKey, origin},
-        store::{
-            Location, Store,
-            dir::Dir,
-            s3::{self, S3},
-        },
+        store::{Location, Store, dir::Dir},
     },
     verify::Expected,
 };
@@ -191,7 +187,14 @@ async fn published_key(client: kube::Client) -> Result<VerifierKey, CliError> {
     text.trim().parse().map_err(|e| CliError::new(format!("{place}, key {KEY_ENTRY}: {e}")))
 }
 
+#[cfg(not(feature = "s3"))]
+async fn read_bucket(_: &Source, location: &Location, _: Option<&str>) -> Result<Log, CliError> {
+    Err(CliError::left_out(&location.to_string()))
+}
+
+#[cfg(feature = "s3")]
 async fn read_bucket(args: &Source, location: &Location, endpoint: Option<&str>) -> Result<Log, CliError> {
+    use crate::evidence::store::s3::{self, S3};
     let ca = match &args.ca_bundle {
         Some(file) => Some(fs::read(file).map_err(|e| CliError::new(format!("cannot read {}: {e}", file.display())))?),
         None => None,

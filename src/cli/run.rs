@@ -8,9 +8,7 @@ use std::{
     collections::HashMap,
     fs,
     io::{self, BufRead, IsTerminal, Write},
-    net::{IpAddr, SocketAddr},
     path::{Path, PathBuf},
-    str::FromStr,
     sync::Arc,
     time::Duration,
 };
@@ -26,6 +24,10 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
+use self::{
+    given::{Credential, From, Resolved, Server},
+    home::{Folder, Home},
+};
 use super::{
     CliError, EXIT_ERROR, approve,
     terminal::{Paint, Safe},
@@ -40,23 +42,27 @@ use crate::{
         agent_task::{AgentTaskStatus, FailureClass, Phase},
     },
     evidence::{
-        note::{SELF_WITNESS_NAME, Signer, generate_pkcs8},
         record::{Event, Local},
-        store::{Location, log_prefix, s3},
+        store::{Location, log_prefix},
     },
-    gateway::{options::NameServer, run::S3Buckets},
+    gateway::options::NameServer,
     lifecycle::decide::class_of,
-    policy::{approval::Answer, hostname::Hostname},
+    policy::approval::Answer,
     run::{
         self, Options, Outcome, RunError, Told, gateway,
         objects::Api,
         sandbox::{Kind, Runtime},
         store::{Kept, Place},
+        upstream::Upstream,
     },
 };
 
 /// Objects from files.
 mod files;
+/// What options say.
+mod given;
+/// What is this user's.
+mod home;
 
 /// The log could not be ended: it is incomplete.
 const EXIT_UNSEALED: u8 = 3;
@@ -79,6 +85,8 @@ Examples:
       Pack and contracts from elsewhere, and the key that the pack's class names.
   belay run task.yaml --resolve localhost=127.0.0.1:11434
       A model on this machine: it has to be named, since loopback is never dialled otherwise. The class must list the host.
+  belay run hello/task.yaml --upstream shop.test='python3 hello/standin.py'
+      A server of yours in place of an upstream: started with the run, ended with it.
   belay run task.yaml --store s3://evidence/laptops --output json
       Evidence in a bucket, and a line of JSON for each event.
 
@@ -136,6 +144,11 @@ pub(super) struct Args {
     /// The address of a host, whatever it is, as HOST=ADDRESS[:PORT]; may be given again. It is recorded
     #[arg(long, value_name = "HOST=ADDR")]
     resolve: Vec<Resolved>,
+    /// A server of yours for a host, started for the run with PORT in its environment; may be given again
+    ///
+    /// It runs beside the sandbox, with all that you may, and has to listen on 127.0.0.1:$PORT. It ends with the run.
+    #[arg(long, value_name = "HOST=COMMAND")]
+    upstream: Vec<Server>,
     /// A key for an upstream, as SECRET/KEY=env:VARIABLE or SECRET/KEY=file:PATH; may be given again
     #[arg(long, value_name = "SECRET/KEY=FROM")]
     credential: Vec<Credential>,
@@ -174,137 +187,6 @@ enum Output {
     Text,
     /// A JSON object a line
     Json,
-}
-
-/// `HOST=ADDRESS[:PORT]`.
-#[derive(Clone, Debug)]
-struct Resolved {
-    host: Hostname,
-    /// With port 0 where none was given.
-    address: SocketAddr,
-}
-
-impl FromStr for Resolved {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let expected = || format!("expected HOST=ADDRESS or HOST=ADDRESS:PORT, found {text:?}");
-        let (host, address) = text.split_once('=').ok_or_else(expected)?;
-        let host = Hostname::parse(host).map_err(|error| error.to_string())?;
-        let alone = address.parse::<IpAddr>().map(|ip| SocketAddr::new(ip, 0));
-        let address = alone.or_else(|_| address.parse()).map_err(|_| expected())?;
-        Ok(Self { host, address })
-    }
-}
-
-impl Resolved {
-    /// As it is recorded.
-    fn text(&self) -> String {
-        let Self { host, address } = self;
-        if address.port() == 0 { format!("{host}={}", address.ip()) } else { format!("{host}={address}") }
-    }
-}
-
-/// `SECRET/KEY=env:VARIABLE` or `SECRET/KEY=file:PATH`.
-#[derive(Clone, Debug)]
-struct Credential {
-    secret: String,
-    key: String,
-    from: From,
-}
-
-#[derive(Clone, Debug)]
-enum From {
-    Variable(String),
-    File(PathBuf),
-}
-
-impl FromStr for Credential {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let expected = || {
-            "expected SECRET/KEY=env:VARIABLE or SECRET/KEY=file:PATH; a value itself would be seen by all who list processes".to_owned()
-        };
-        let (name, from) = text.split_once('=').ok_or_else(expected)?;
-        let (secret, key) = name.split_once('/').ok_or_else(expected)?;
-        let from = match from.split_once(':') {
-            Some(("env", variable)) if !variable.is_empty() => From::Variable(variable.to_owned()),
-            Some(("file", path)) if !path.is_empty() => From::File(path.into()),
-            _ => return Err(expected()),
-        };
-        Ok(Self { secret: secret.to_owned(), key: key.to_owned(), from })
-    }
-}
-
-impl Credential {
-    fn value(&self) -> Result<Vec<u8>, CliError> {
-        let named = format!("--credential {}/{}", self.secret, self.key);
-        let value = match &self.from {
-            From::Variable(name) => std::env::var(name)
-                .map_err(|_| {
-                    CliError::new(format!(
-                        "{named}: expected a key in the environment variable {name}, found none; set it"
-                    ))
-                })?
-                .into_bytes(),
-            From::File(path) => {
-                fs::read(path).map_err(|e| CliError::new(format!("{named}: cannot read {}: {e}", path.display())))?
-            }
-        };
-        let value = value.trim_ascii().to_vec();
-        if value.is_empty() { Err(CliError::new(format!("{named}: expected a key, found nothing"))) } else { Ok(value) }
-    }
-}
-
-/// Where things of this user's are.
-struct Home {
-    state: PathBuf,
-}
-
-impl Home {
-    fn find() -> Result<Self, CliError> {
-        let own = std::env::var_os("XDG_STATE_HOME").filter(|path| Path::new(path).is_absolute()).map(PathBuf::from);
-        let own = own.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".local/state")));
-        let state = own.ok_or_else(|| {
-            CliError::new("expected HOME or XDG_STATE_HOME in the environment, found neither; set one")
-        })?;
-        Ok(Self { state: state.join("belay") })
-    }
-
-    /// The witness's key, made when it is first needed.
-    fn signer(&self) -> Result<Signer, CliError> {
-        use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
-        let file = self.state.join("witness.pk8");
-        let failed = |error: &dyn std::fmt::Display| {
-            CliError::new(format!("cannot use the witness's key {}: {error}", file.display()))
-        };
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.state).map_err(|e| failed(&e))?;
-        match fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&file) {
-            Ok(mut new) => {
-                let key = generate_pkcs8().map_err(|e| failed(&e))?;
-                new.write_all(&key).and_then(|()| new.sync_all()).map_err(|e| failed(&e))?;
-            }
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-            Err(error) => return Err(failed(&error)),
-        }
-        let mode = fs::metadata(&file).map_err(|e| failed(&e))?.permissions().mode();
-        if mode & 0o077 != 0 {
-            let message = format!(
-                "expected mode 0600, found {:04o}: others may have it; remove it, and another is made",
-                mode & 0o7777
-            );
-            return Err(failed(&message));
-        }
-        let key = fs::read(&file).map_err(|e| failed(&e))?;
-        let signer = Signer::from_pkcs8(SELF_WITNESS_NAME, &key).map_err(|e| failed(&e))?;
-        fs::write(self.vkey(), format!("{}\n", signer.verifier())).map_err(|e| failed(&e))?;
-        Ok(signer)
-    }
-
-    fn vkey(&self) -> PathBuf {
-        self.state.join("witness.vkey")
-    }
 }
 
 /// Runs, and gives the exit code.
@@ -366,14 +248,20 @@ pub(super) async fn run(args: &Args) -> Result<u8, CliError> {
     let (tell, mut told) = mpsc::unbounded_channel();
     let api = Arc::new(Api::new(&objects, tell.clone()));
     let kept = Kept { place, evidence: objects.pack.spec.evidence.bucket.clone(), state: home.state.join("state") };
+    let belay = std::env::current_exe().map_err(|e| CliError::new(format!("cannot find this program: {e}")))?;
+    let mut upstreams = Vec::new();
+    for Server { host, command } in &args.upstream {
+        upstreams.push(Upstream::start(&belay, host, command, &folder.path).await.map_err(trouble)?);
+    }
+    let own = upstreams.iter().map(|one| Resolved { host: one.host().clone(), address: one.address() });
+    let resolved: Vec<_> = args.resolve.iter().cloned().chain(own).collect();
     let settings = gateway::Settings {
         signer,
-        resolved: args.resolve.iter().map(|one| (one.host.clone(), one.address)).collect::<HashMap<_, _>>(),
+        resolved: resolved.iter().map(|one| (one.host.clone(), one.address)).collect::<HashMap<_, _>>(),
         nameservers: args.nameserver.iter().map(|server| server.0).collect(),
         upstream_ca: args.upstream_ca.clone(),
     };
     let serving = gateway::start(&api, kept, settings).await.map_err(trouble)?;
-    let belay = std::env::current_exe().map_err(|e| CliError::new(format!("cannot find this program: {e}")))?;
     let options = Options {
         runtime,
         root,
@@ -381,7 +269,7 @@ pub(super) async fn run(args: &Args) -> Result<u8, CliError> {
         workspace,
         hidden,
         store,
-        resolved: args.resolve.iter().map(Resolved::text).collect(),
+        resolved: resolved.iter().map(Resolved::text).collect(),
         folder: folder.path.clone(),
         belay,
         objects,
@@ -412,6 +300,12 @@ pub(super) async fn run(args: &Args) -> Result<u8, CliError> {
     let mut front = Front::new(args.output, &task, &mut person);
     let running = run::run(options, api, serving, tell, stop.clone());
     let ended = front.show(running, &mut told).await?;
+    for mut upstream in upstreams {
+        if let Some(trouble) = upstream.trouble() {
+            let _ = writeln!(io::stderr(), "note: --upstream {}", Safe(&trouble));
+        }
+        upstream.end().await;
+    }
     drop(folder);
     let check = format!("belay verify {log} --witness-key {}", home.vkey().display());
     front.end(&ended, &log, &check)?;
@@ -450,9 +344,17 @@ fn whole(path: &Path) -> Result<PathBuf, CliError> {
 }
 
 fn place(args: &Args, evidence: &Path) -> Result<Place, CliError> {
-    if args.store.is_none() {
-        return Ok(Place::Folder(evidence.to_owned()));
-    }
+    if args.store.is_none() { Ok(Place::Folder(evidence.to_owned())) } else { buckets(args) }
+}
+
+#[cfg(not(feature = "s3"))]
+fn buckets(_: &Args) -> Result<Place, CliError> {
+    Err(CliError::left_out("--store"))
+}
+
+#[cfg(feature = "s3")]
+fn buckets(args: &Args) -> Result<Place, CliError> {
+    use crate::{evidence::store::s3, gateway::run::S3Buckets};
     let ca = args
         .ca_bundle
         .as_deref()
@@ -464,43 +366,6 @@ fn place(args: &Args, evidence: &Path) -> Result<Place, CliError> {
         region: args.region.clone(),
         ca: ca.transpose()?,
     }))))
-}
-
-/// A folder that ends with the run.
-struct Folder {
-    path: PathBuf,
-    /// Locked for as long as the run lives.
-    _lock: fs::File,
-}
-
-/// The file by which a folder's run is known to live.
-const LOCK: &str = "lock";
-
-impl Folder {
-    /// One of its own among those of all runs. What runs that were killed have left goes.
-    fn make(runs: &Path, uid: &str) -> Result<Self, CliError> {
-        use std::os::unix::fs::DirBuilderExt;
-        let path = runs.join(uid);
-        let failed = |e: io::Error| CliError::new(format!("cannot make {}: {e}", path.display()));
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(&path).map_err(failed)?;
-        let lock = fs::File::create(path.join(LOCK)).map_err(failed)?;
-        lock.lock().map_err(failed)?;
-        for other in
-            fs::read_dir(runs).map_err(failed)?.flatten().map(|entry| entry.path()).filter(|other| *other != path)
-        {
-            // One without a lock is being made just now.
-            if fs::File::open(other.join(LOCK)).is_ok_and(|lock| lock.try_lock().is_ok()) {
-                let _ = fs::remove_dir_all(other);
-            }
-        }
-        Ok(Self { path, _lock: lock })
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.path);
-    }
 }
 
 /// The first asks for an end in order, the second takes what there is.
@@ -773,29 +638,4 @@ fn lines() -> UnboundedReceiver<String> {
         }
     });
     receiver
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[rstest::rstest]
-    #[case("localhost=127.0.0.1:11434", Some("localhost=127.0.0.1:11434"))]
-    #[case("models.example.com=10.0.0.7", Some("models.example.com=10.0.0.7"))]
-    #[case("m.example.com=[::1]:80", Some("m.example.com=[::1]:80"))]
-    #[case("127.0.0.1=127.0.0.1", None)]
-    #[case("localhost", None)]
-    #[case("localhost=example.com", None)]
-    fn an_address_by_hand(#[case] text: &str, #[case] expected: Option<&str>) {
-        assert_eq!(text.parse::<Resolved>().ok().map(|one| one.text()).as_deref(), expected);
-    }
-
-    #[test]
-    fn a_key_is_never_an_argument() {
-        assert!("model/token=env:KEY".parse::<Credential>().is_ok());
-        assert!("model/token=file:key".parse::<Credential>().is_ok());
-        for wrong in ["model/token=sk-123", "model=env:KEY", "model/token=env:", "model/token"] {
-            assert!(wrong.parse::<Credential>().is_err(), "{wrong}");
-        }
-    }
 }

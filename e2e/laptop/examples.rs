@@ -1,0 +1,179 @@
+//! What a newcomer begins with: `belay init`, and each folder of examples/, with models that follow a script behind the real names.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
+use rcgen::{CertifiedKey, generate_simple_self_signed};
+use serde_json::json;
+
+use crate::world::{Ran, World, ended, until};
+
+const SHOP: &str = "shop.test=python3 standin.py";
+/// What the makers of models want to see, and what agents never see.
+const KEY: &str = "sk-example-0123456789";
+
+fn examples() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("examples")
+}
+
+/// `belay` in a folder beside the task's.
+fn belay(world: &World, folder: &Path, args: &[&str]) -> Command {
+    let mut command = world.belay(args);
+    command.current_dir(folder);
+    command
+}
+
+/// Which calls were refused, by which rule.
+fn denied(ran: &Ran) -> Vec<(String, String)> {
+    let text = |value: &serde_json::Value| value.as_str().unwrap_or_default().to_owned();
+    ran.records("call.denied").iter().map(|one| (text(&one["target"]), text(&one["rule"]))).collect()
+}
+
+fn outcomes(ran: &Ran) -> Vec<String> {
+    ran.records("call.outcome").iter().map(|one| one["effect"].as_str().unwrap_or_default().to_owned()).collect()
+}
+
+/// Two commands: an agent on its rope.
+fn hello(world: &World, sandbox: &str) {
+    let home = world.task().parent().unwrap().to_owned();
+    let made = belay(world, &home, &["init", "hello"]).output().unwrap();
+    assert!(made.status.success(), "{made:?}");
+    // The command that it says is the one that works.
+    let said = String::from_utf8(made.stdout).unwrap();
+    assert!(said.contains("belay run hello/task.yaml --upstream shop.test='python3 hello/standin.py'"), "{said}");
+    let upstream = "shop.test=python3 hello/standin.py";
+    let args = ["run", "hello/task.yaml", "--upstream", upstream, "--sandbox", sandbox, "--output", "json"];
+    let ran = ended(belay(world, &home, &args).output().unwrap());
+    assert_eq!(ran.code, 0, "{ran:#?}");
+    let refused = denied(&ran);
+    let rules: Vec<_> = refused.iter().map(|(_, rule)| rule.as_str()).collect();
+    assert_eq!(rules, ["tool.precondition", "tool.unknown", "egress.host"], "{refused:?}");
+    assert!(ran.said().contains("Refunded 50 of 80."), "{ran:#?}");
+    // The shop gave fifty back, once.
+    assert!(ran.said().contains(r#""refunded":50"#) || ran.said().contains(r#""refunded": 50"#), "{ran:#?}");
+    let resolved = ran.records("attempt.opened")[0]["local"]["resolved"][0].as_str().unwrap().to_owned();
+    assert!(resolved.starts_with("shop.test=127.0.0.1:"), "{resolved}");
+    world.is_valid(&world.log());
+    world.nobody_is_left();
+
+    let again = belay(world, &home, &["init", "hello"]).output().unwrap();
+    let said = String::from_utf8_lossy(&again.stderr).into_owned();
+    assert_eq!(again.status.code(), Some(2));
+    assert!(said.contains("hello/task.yaml: expected no such file, found one"), "{said}");
+}
+
+/// Nothing is wrong with what lies there.
+#[test]
+fn the_examples_lint() {
+    let lints = |paths: &[&str]| {
+        let linted =
+            Command::new(env!("CARGO_BIN_EXE_belay")).arg("lint").args(paths).current_dir(examples()).output().unwrap();
+        assert!(linted.status.success(), "{linted:?}");
+    };
+    lints(&["hello"]);
+    for name in ["openai-agents", "langgraph", "claude", "shell"] {
+        lints(&[name, "policy-pack.yaml", "hello/contracts.yaml"]);
+    }
+}
+
+/// A server that does not serve is said to be the trouble; one that is asked to end, or whose run is killed, leaves nobody.
+fn servers(world: &World, sandbox: &str) {
+    let said = |upstream: &str| {
+        let args = ["run", "task.yaml", "--sandbox", sandbox, "--upstream", upstream];
+        let output = world.belay(&args).stdin(Stdio::null()).output().unwrap();
+        assert_eq!(output.status.code(), Some(2), "{output:?}");
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    };
+    world.agent("say('never')", "");
+    let broken = said("tools.test=echo what a pity >&2; exit 3");
+    assert!(broken.contains("has ended (exit status: 3)") && broken.contains("what a pity"), "{broken}");
+    assert!(said("tools.test").contains("expected HOST=COMMAND"), "a value without a command");
+
+    fs::copy(examples().join("hello/standin.py"), world.task().join("standin.py")).unwrap();
+    world.agent("say('begun')\ntime.sleep(300)", "");
+    let args = ["run", "task.yaml", "--sandbox", sandbox, "--output", "json", "--upstream", SHOP];
+    let mut child = world.belay(&args).spawn().unwrap();
+    until(&mut child, "begun");
+    child.kill().unwrap();
+    child.wait().unwrap();
+    world.nobody_is_left();
+}
+
+/// An example, as its README has it, but for who plays the model.
+fn example(world: &World, name: &str, sandbox: &str) -> Ran {
+    let folder = world.task();
+    for entry in fs::read_dir(examples().join(name)).unwrap().map(|entry| entry.unwrap().path()) {
+        fs::copy(&entry, folder.join(entry.file_name().unwrap())).unwrap();
+    }
+    // Its virtual environment is made once, elsewhere: the link leads there, and the sandbox is shown the place.
+    let environments = PathBuf::from(std::env::var("BELAY_EXAMPLES").unwrap());
+    let mut more = Vec::new();
+    if let Ok(environment) = environments.join(name).canonicalize() {
+        std::os::unix::fs::symlink(&environment, folder.join(".venv")).unwrap();
+        more = vec!["--ro".to_owned(), environment.display().to_string()];
+    }
+    let host = if name == "claude" { "api.anthropic.com" } else { "api.openai.com" };
+    let CertifiedKey { cert, signing_key } = generate_simple_self_signed([host.to_owned()]).unwrap();
+    let tls = world.task().parent().unwrap().join("tls");
+    fs::create_dir_all(&tls).unwrap();
+    fs::write(tls.join("crt.pem"), cert.pem()).unwrap();
+    fs::write(tls.join("key.pem"), signing_key.serialize_pem()).unwrap();
+    let story = if name == "shell" { "shell" } else { "shop" };
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("e2e/laptop/models.py");
+    let python = std::env::var("BELAY_WORLD_PYTHON").unwrap();
+    let model = format!("{host}=exec {python} {} {story} {1}/crt.pem {1}/key.pem", script.display(), tls.display());
+    let examples = examples();
+    let shop = format!("shop.test=exec python3 {}/hello/standin.py", examples.display());
+    let credential = if name == "claude" { "anthropic/token=env:KEY" } else { "openai/token=env:KEY" };
+    let path = |relative: &str| examples.join(relative).display().to_string();
+    let mut command = world.belay(&["run", "task.yaml", "--sandbox", sandbox, "--output", "json"]);
+    command.args(["--contracts", &path("hello/contracts.yaml"), "--packs", &path("policy-pack.yaml")]);
+    command.args(["--upstream", &model, "--upstream", &shop, "--credential", credential]);
+    command.args(["--upstream-ca", tls.join("crt.pem").to_str().unwrap()]).args(more).env("KEY", KEY);
+    let ran = ended(command.output().unwrap());
+    assert_eq!(ran.code, 0, "{ran:#?}");
+    assert!(ran.said().contains("THE END"), "{ran:#?}");
+    let tasks = world.state().join("belay/evidence/default").join(name);
+    let log = fs::read_dir(tasks).unwrap().next().unwrap().unwrap().path();
+    world.is_valid(&log);
+    assert!(!String::from_utf8_lossy(&world.all_that_is_kept()).contains(KEY));
+    world.nobody_is_left();
+    ran
+}
+
+/// Reads, is refused what is too much, gives what it may.
+fn support(world: &World, name: &str, sandbox: &str) {
+    let ran = example(world, name, sandbox);
+    assert_eq!(denied(&ran), [("refund".to_owned(), "tool.precondition".to_owned())], "{ran:#?}");
+    // Four turns of the model, one read, one refund.
+    let applied = outcomes(&ran).iter().filter(|effect| *effect == "applied").count();
+    assert_eq!(applied, 6, "{ran:#?}");
+    let read = ran.records("call.intent").iter().filter(|one| one["target"] == json!("refund")).count();
+    assert_eq!(read, 1, "{ran:#?}");
+}
+
+/// Does what it is told, and the walls hold.
+fn shell(world: &World, sandbox: &str) {
+    let ran = example(world, "shell", sandbox);
+    let said = ran.said();
+    for wall in ["Read-only file system", "all walls hold", "1000\nLinux"] {
+        assert!(said.contains(wall), "{wall}: {said}");
+    }
+    assert!(
+        said.contains("Couldn't connect") || said.contains("Failed to connect") || said.contains("unreachable"),
+        "{said}"
+    );
+    assert_eq!(denied(&ran), [("example.com:443".to_owned(), "egress.host".to_owned())], "{ran:#?}");
+}
+
+with_both! {
+    hello_story => hello;
+    servers_story => servers;
+    openai_agents => |world: &World, sandbox: &str| support(world, "openai-agents", sandbox);
+    langgraph => |world: &World, sandbox: &str| support(world, "langgraph", sandbox);
+    claude => |world: &World, sandbox: &str| support(world, "claude", sandbox);
+    a_shell => shell;
+}
