@@ -179,7 +179,7 @@ async fn journal(witness: Arc<dyn journal::Witness>) -> anyhow::Result<Arc<Journ
         origin: note::origin(UID),
         budget: Budget::resume(policy.limits, Usage::default()),
         spool: Spool::open(Path::new("."))?.0,
-        follow: Box::new(|_, _| {}),
+        follow: journal::on_stdout(),
     };
     let journal = Journal::start(start, witness);
     let opened = task::opened(key)?;

@@ -92,7 +92,7 @@ impl Upstream {
     /// That it has ended by itself, where it has.
     pub fn trouble(&mut self) -> Option<String> {
         let status = self.child.try_wait().ok().flatten()?;
-        let Self { host, command, .. } = self;
+        let Self { host, command, .. } = &*self;
         Some(format!(
             "{host}: expected `{command}` to serve as long as the run, found that it has ended ({status}); {}",
             self.said()
