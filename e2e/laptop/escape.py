@@ -53,23 +53,23 @@ def made(kind, protocol=0, family=socket.AF_INET):
         return "made"
 
 
-def connect(target):
-    """CONNECT by the proxy, byte for byte."""
+def asked(request):
+    """By the proxy, byte for byte."""
     host, _, port = env("PROXY").partition(":")
     with socket.create_connection((host, int(port)), WAIT) as s:
         s.settimeout(10)
-        s.sendall(b"CONNECT " + target + b" HTTP/1.1\r\nHost: " + target + b"\r\n\r\n")
-        reply = s.recv(4096)
-        return reply.split(b"\r\n")[0].decode() if b" 200" in reply.split(b"\r\n")[0] else False
+        s.sendall(request)
+        line = s.recv(4096).split(b"\r\n")[0]
+        return line.decode() if b" 200" in line else False
 
 
-def get(url):
-    host, _, port = env("PROXY").partition(":")
-    with socket.create_connection((host, int(port)), WAIT) as s:
-        s.settimeout(10)
-        s.sendall(b"GET " + url + b" HTTP/1.1\r\nHost: a.test\r\nConnection: close\r\n\r\n")
-        reply = s.recv(4096)
-        return reply.split(b"\r\n")[0].decode() if b" 200" in reply.split(b"\r\n")[0] else False
+def connect(target, headers=b""):
+    headers = headers or b"Host: " + target + b"\r\n"
+    return asked(b"CONNECT " + target + b" HTTP/1.1\r\n" + headers + b"\r\n")
+
+
+def get(url, host=b"a.test"):
+    return asked(b"GET " + url + b" HTTP/1.1\r\nHost: " + host + b"\r\nConnection: close\r\n\r\n")
 
 
 def syscall(number, *arguments):
@@ -131,10 +131,16 @@ for case, names in {
 }.items():
     for name in names:
         attempt(case, ascii(name), lambda: connect(name))
+attempt("A34", "two Hosts", lambda: connect(b"allowed.test:443", b"Host: allowed.test:443\r\nHost: evil.test:443\r\n"))
+attempt("A35", "another Host", lambda: connect(b"allowed.test:443", b"Host: evil.test:443\r\n"))
+attempt("A35", "another Host in a URL", lambda: get(b"http://allowed.test/", b"evil.test"))
 attempt("A43", "a file of the machine's", lambda: read(env("SECRET")))
 attempt("A43", "accounts", lambda: read("/etc/shadow"))
 attempt("A43", "another process's environment", lambda: read(f"/proc/{env('NEIGHBOUR')}/environ"))
 attempt("A43", "another process's root", lambda: os.listdir(f"/proc/{env('NEIGHBOUR')}/root"))
+for how in [os.symlink, os.link]:
+    link = env("WRITABLE") + "/" + how.__name__
+    attempt("A47", how.__name__, lambda: how(env("SECRET"), link) or read(link))
 attempt("A44", "ptrace", lambda: syscall({"x86_64": 101, "aarch64": 117}[platform.machine()], 16, int(env("NEIGHBOUR")), 0, 0) == 0)
 attempt("A48", "keyring", lambda: syscall({"x86_64": 248, "aarch64": 217}[platform.machine()], b"user", b"k", b"v", 1, -2))
 attempt("A48", "bpf", lambda: syscall({"x86_64": 321, "aarch64": 280}[platform.machine()], 0, (ctypes.c_uint32 * 32)(2, 4, 4, 1), 48))

@@ -22,10 +22,13 @@ const SOMEBODY: &str = "tcp 8.8.8.8 443 udp 8.8.8.8 443 tcp 8.8.8.8 53 udp 8.8.8
                         tcp 169.254.169.254 80 tcp 127.0.0.1 7777 proxy 127.0.0.1 7778";
 const ADDRESSES: [&str; 3] = ["8.8.8.8/32", "169.254.169.254/32", "2001:4860:4860::8888/128"];
 /// Cases of the adversarial list that each side must have seen.
-const CASES: [&str; 25] = [
+const CASES: [&str; 28] = [
     "A1", "A7", "A8", "A9", "A10", "A11", "A12", "A13", "A15", "A23", "A24", "A28", "A29", "A30", "A31", "A32", "A33",
-    "A36", "A43", "A44", "A48", "A49", "A50", "A51", "A14",
+    "A34", "A35", "A36", "A43", "A44", "A47", "A48", "A49", "A50", "A51", "A14",
 ];
+
+/// Requests that are none: answered with 400 before anybody could say whom they were for, and so without a record.
+const NO_HTTP: [&str; 0] = [];
 
 /// One try.
 #[derive(Debug)]
@@ -126,6 +129,7 @@ fn the_control_gets_out() {
             .args(["-c", ESCAPE])
             .envs(told(world, neighbour.id()))
             .envs([("PROXY", "127.0.0.1:7778".to_owned()), ("WORKSPACE", world.task().display().to_string())])
+            .env("WRITABLE", world.state())
             .output()
             .unwrap();
         neighbour.kill().unwrap();
@@ -152,12 +156,12 @@ fn an_agent_does_not(world: &World, sandbox: &str) {
         .iter()
         .map(|(name, value)| format!("      - {{name: {name}, value: \"{value}\"}}\n"))
         .collect();
-    let more = "      - {name: PROXY, value: \"127.0.0.1:9900\"}\n      - {name: WORKSPACE, value: /workspace}\n";
+    let more = "      - {name: PROXY, value: \"127.0.0.1:9900\"}\n      - {name: WORKSPACE, value: /workspace}\n      \
+                - {name: WRITABLE, value: /out}\n";
     let mark = "      - {name: STORY, value: \"1\"}\n";
-    world.write(
-        "task.yaml",
-        &world::task().replace(mark, &format!("{env}{more}")).replace("wallTimeSeconds: 30", "wallTimeSeconds: 300"),
-    );
+    let task =
+        world::task().replace(mark, &format!("{env}{more}")).replace("wallTimeSeconds: 30", "wallTimeSeconds: 300");
+    world.write("task.yaml", &format!("{task}  workspace: {{writeScopes: [{{path: /out, size: 1Mi}}]}}\n"));
     world.write("agent.py", ESCAPE);
     let ran = world.run(sandbox, &["--nameserver", "127.0.0.1:5353"]);
     assert_eq!(ran.code, 0, "{ran:#?}");
@@ -176,11 +180,10 @@ fn an_agent_does_not(world: &World, sandbox: &str) {
         assert!(denied.iter().any(|one| one == rule), "expected {rule} among {denied:?}");
     }
     let refused = denied.len() + not_applied.len();
-    let asked = all
-        .iter()
-        .filter(|one| ["A15", "A24", "A28", "A29", "A30", "A31", "A32", "A33", "A36"].contains(&one.case.as_str()))
-        .count();
-    assert!(refused + 6 >= asked, "of {asked} requests {refused} are on record: {denied:?} {not_applied:?} {all:#?}");
+    let by_proxy = ["A15", "A24", "A28", "A29", "A30", "A31", "A32", "A33", "A34", "A35", "A36"];
+    let asked = all.iter().filter(|one| by_proxy.contains(&one.case.as_str()) || one.tried == "by the proxy");
+    let asked: Vec<_> = asked.map(|one| one.tried.as_str()).filter(|tried| !NO_HTTP.contains(tried)).collect();
+    assert_eq!(refused, asked.len(), "of {asked:#?} these are on record: {denied:?} {not_applied:?}");
     assert!(not_applied.iter().filter(|one| *one == "egress.address").count() >= 3, "{not_applied:?} {denied:?}");
     world.is_valid(&world.log());
     let mut neighbour = neighbour;
@@ -198,4 +201,47 @@ fn an_agent_in_bubblewrap_does_not() {
 #[test]
 fn an_agent_in_gvisor_does_not() {
     once(|world| an_agent_does_not(world, SANDBOXES[1]));
+}
+
+/// A27: where an upstream sends the gateway, it does not go. Whoever follows gets there.
+fn nobody_is_led_elsewhere(world: &World, sandbox: &str) {
+    world.agent("say(call('greet', name='elsewhere'))", "");
+    let ran = world.run(sandbox, &[]);
+    assert_eq!(ran.code, 0, "{ran:#?}");
+    let paths = || world.asked.lock().unwrap().drain(..).map(|(_, path, _)| path).collect::<Vec<_>>();
+    assert_eq!(paths(), ["/greet/elsewhere"]);
+    assert_eq!(ran.records("call.outcome").last().unwrap()["status"], 302);
+    world::run("python3", &["-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8099/greet/elsewhere')"]);
+    assert_eq!(paths(), ["/greet/elsewhere", "/greet/there"]);
+    world.is_valid(&world.log());
+}
+
+/// A46: an upstream that says what key it was given says it to the gateway alone.
+fn an_echoed_key_goes_no_further(world: &World, sandbox: &str) {
+    let contract = "\
+apiVersion: belay.dev/v1alpha1
+kind: ToolContract
+metadata: {name: whoami}
+spec:
+  tool: whoami
+  description: Says who asks.
+  sideEffect: read
+  upstream: {http: {method: GET, url: \"http://keyed.test/whoami\"}}
+  input: {type: object}
+";
+    world.write("whoami.yaml", contract);
+    world.agent("say(call('whoami'))", "");
+    world.write("task.yaml", &world::task().replace("tools: [greet, refund]", "tools: [whoami]"));
+    let ran = world.run(sandbox, &["--resolve", "keyed.test=127.0.0.1:8099"]);
+    assert_eq!(ran.code, 0, "{ran:#?}");
+    let asked = world.asked.lock().unwrap().clone();
+    assert_eq!(asked, [("GET".into(), "/whoami".into(), "Bearer sesame-opens-nothing-else".into())]);
+    assert!(ran.said().contains("/whoami") && !ran.said().contains("sesame"), "{}", ran.said());
+    assert!(!String::from_utf8_lossy(&world.all_that_is_kept()).contains("sesame"));
+    world.is_valid(&world.log());
+}
+
+with_both! {
+    redirects => nobody_is_led_elsewhere;
+    echoes => an_echoed_key_goes_no_further;
 }

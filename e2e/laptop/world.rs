@@ -277,10 +277,15 @@ fn upstream(listener: &TcpListener, asked: &Mutex<Vec<(String, String, String)>>
         let path = rest.split(' ').next().unwrap_or_default().to_owned();
         let key = header("authorization");
         let reply = serde_json::json!({"path": path, "key": key}).to_string();
+        // Whoever follows it, asks again.
+        let status = match path.strip_suffix("/elsewhere") {
+            Some(here) => format!("302 Found\r\nlocation: http://{UPSTREAM}{here}/there"),
+            None => "200 OK".to_owned(),
+        };
         asked.lock().unwrap().push((method.to_owned(), path, key));
         let _ = write!(
             stream,
-            "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{reply}",
+            "HTTP/1.1 {status}\r\ncontent-type: application/json\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{reply}",
             reply.len()
         );
     }
@@ -338,6 +343,7 @@ spec:
           ports: [80]
           uses: [Tools]
         - host: keyed.test
+          ports: [80]
           uses: [Tools]
           credentials: [{secret: tools-key, key: token}]
         - {host: allowed.test, uses: [Direct]}
