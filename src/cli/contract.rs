@@ -12,7 +12,6 @@ use std::{
 };
 
 use clap::Subcommand;
-use rmcp::model::Tool;
 
 use self::draft::{Draft, drafts};
 #[cfg(feature = "mcp-client")]
@@ -124,7 +123,7 @@ pub(super) async fn run(args: &Args, out: &mut dyn Write, notes: &mut dyn Write)
 }
 
 #[cfg(not(feature = "mcp-client"))]
-async fn list(_: &str, _: Option<&str>) -> Result<Vec<Tool>, CliError> {
+async fn list(_: &str, _: Option<&str>) -> Result<Vec<rmcp::model::Tool>, CliError> {
     Err(CliError::left_out("contract init"))
 }
 

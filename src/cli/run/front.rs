@@ -1,0 +1,293 @@
+//! What a run shows, and whom it asks.
+//!
+//! Promises: records, words of the agent's and questions come in the order in which they happened; text goes through `Safe`; JSON is a line an
+//! event. Refuses: to ask where nobody is, and to take silence for a yes.
+
+use std::{
+    io::{self, BufRead, IsTerminal, Write},
+    sync::Arc,
+    time::Duration,
+};
+
+use jiff::Timestamp;
+use kube::ResourceExt;
+use serde_json::json;
+use tokio::{
+    sync::mpsc::{self, UnboundedReceiver},
+    time::{MissedTickBehavior, interval},
+};
+
+use super::Output;
+use crate::{
+    api::{
+        AgentTask, ApprovalRequest,
+        agent_task::{AgentTaskStatus, Phase},
+    },
+    cli::{
+        CliError, approve,
+        terminal::{Paint, Safe},
+        watch::{
+            screen::{Screen, width},
+            view::View,
+        },
+    },
+    evidence::record::{Event, Record},
+    policy::approval::Answer,
+    run::{Outcome, RunError, Told, objects::Api},
+};
+
+/// Between two drawings of the panel.
+const TICK: Duration = Duration::from_millis(500);
+
+/// Whoever decides at this terminal.
+pub(super) struct Person {
+    /// Their name.
+    pub(super) name: String,
+    /// Tools whose calls they have said yes to beforehand.
+    pub(super) beforehand: Vec<String>,
+    /// Where they decide.
+    pub(super) api: Arc<Api>,
+}
+
+/// What is shown, and how.
+pub(super) struct Front<'p> {
+    output: Output,
+    view: View,
+    screen: Screen<io::Stdout>,
+    paint: Paint,
+    terminal: bool,
+    task: AgentTask,
+    person: &'p mut Person,
+    /// Requests that wait for an answer, the one that is asked about first.
+    questions: Vec<ApprovalRequest>,
+    answers: Option<UnboundedReceiver<String>>,
+}
+
+impl<'p> Front<'p> {
+    pub(super) fn new(output: Output, task: &AgentTask, person: &'p mut Person) -> Self {
+        let out = io::stdout();
+        let terminal =
+            output == Output::Text && out.is_terminal() && std::env::var_os("TERM").is_none_or(|term| term != "dumb");
+        let paint = Paint::new(terminal);
+        let (namespace, name) = (task.namespace().unwrap_or_default(), task.name_any());
+        let mut view = View::new(&namespace, &name, paint);
+        view.task(task);
+        // Without somebody to type there are no answers.
+        let answers = (terminal && io::stdin().is_terminal()).then(lines);
+        Self {
+            output,
+            view,
+            screen: Screen::new(out, terminal),
+            paint,
+            terminal,
+            task: task.clone(),
+            person,
+            questions: Vec::new(),
+            answers,
+        }
+    }
+
+    /// Shows what is told until the run has ended.
+    pub(super) async fn show(
+        &mut self,
+        running: impl Future<Output = Result<Outcome, RunError>>,
+        told: &mut UnboundedReceiver<Told>,
+    ) -> Result<Result<Outcome, RunError>, CliError> {
+        let mut running = std::pin::pin!(running);
+        let mut tick = interval(TICK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Skip);
+        let ended = loop {
+            tokio::select! {
+                biased;
+                Some(one) = told.recv() => self.told(one)?,
+                Some(answer) = next(&mut self.answers) => self.answer(&answer)?,
+                ended = &mut running => break ended,
+                _ = tick.tick() => self.overdue(),
+            }
+            self.draw()?;
+        };
+        while let Ok(one) = told.try_recv() {
+            self.told(one)?;
+        }
+        self.draw()?;
+        Ok(ended)
+    }
+
+    fn told(&mut self, told: Told) -> Result<(), CliError> {
+        if let Told::Asked(request) = &told {
+            self.asked(request);
+        }
+        if self.output == Output::Json {
+            return self.told_as_json(&told);
+        }
+        match told {
+            Told::Step(step) => self.view.notice(&step),
+            Told::Started { attempt } => {
+                self.task.status = Some(AgentTaskStatus {
+                    phase: Some(Phase::Running),
+                    attempt: Some(attempt),
+                    ..AgentTaskStatus::default()
+                });
+                self.view.task(&self.task);
+            }
+            Told::Record(record) => self.view.record(record.attempt, &record),
+            Told::Said { line, .. } => self.view.said(&line),
+            Told::Asked(_) => {}
+            Told::Pause(until) => self.view.notice(&format!("another attempt at {until:.0}")),
+        }
+        Ok(())
+    }
+
+    fn told_as_json(&mut self, told: &Told) -> Result<(), CliError> {
+        let line = match told {
+            Told::Step(step) => json!({"event": "step", "step": step}),
+            Told::Started { attempt } => json!({"event": "started", "attempt": attempt}),
+            Told::Record(record) => json!({"event": "record", "record": brief(record)}),
+            Told::Said { error, line } => {
+                json!({"event": "said", "stream": if *error { "stderr" } else { "stdout" }, "line": line})
+            }
+            Told::Asked(request) => json!({"event": "approval", "name": request.name_any(), "request": request.spec}),
+            Told::Pause(until) => json!({"event": "pause", "until": until.to_string()}),
+        };
+        writeln!(io::stdout(), "{line}")?;
+        Ok(())
+    }
+
+    /// Somebody has to say yes or no.
+    fn asked(&mut self, request: &ApprovalRequest) {
+        let spec = &request.spec;
+        let barred =
+            [Some(spec.principal.as_str()), spec.requester.as_deref()].contains(&Some(self.person.name.as_str()));
+        if self.person.beforehand.contains(&spec.tool) && !barred {
+            let reason = "said beforehand, by --approve".to_owned();
+            self.person.api.decide(&request.name_any(), &self.person.name, Answer::Approve, Some(reason));
+            return;
+        }
+        if self.output == Output::Text {
+            for line in approve::describe(request, Timestamp::now(), self.paint).lines() {
+                self.view.line(line.to_owned());
+            }
+            if barred {
+                self.view.notice(&format!(
+                    "{} may not approve, since the agent acts for them or they asked for the task: say who you are by --as NAME; a no counts",
+                    self.person.name
+                ));
+            }
+            if spec.required > 1 {
+                self.view.notice(&format!("it needs {} people, and one is here: it can only be denied", spec.required));
+            }
+            if self.answers.is_none() {
+                self.view.notice(&format!(
+                    "nobody is here to ask: it is denied at {:.0}; --approve {} says yes beforehand",
+                    spec.expires_at.0, spec.tool
+                ));
+            }
+        }
+        if self.answers.is_some() {
+            self.questions.push(request.clone());
+        }
+    }
+
+    fn answer(&mut self, answer: &str) -> Result<(), CliError> {
+        let Some(request) = self.questions.first() else { return Ok(()) };
+        let (word, reason) = answer.trim().split_once(char::is_whitespace).unwrap_or((answer.trim(), ""));
+        let decision = match word.to_lowercase().as_str() {
+            "y" | "yes" => Answer::Approve,
+            "n" | "no" => Answer::Deny,
+            _ => {
+                self.view.notice("expected y or n, and a reason if you like, such as `n this is the wrong order`");
+                return Ok(());
+            }
+        };
+        let reason = Some(reason.trim().chars().take(1024).collect::<String>()).filter(|reason| !reason.is_empty());
+        self.person.api.decide(&request.name_any(), &self.person.name, decision, reason);
+        self.questions.remove(0);
+        Ok(())
+    }
+
+    /// What nobody has answered in time is not asked about any more.
+    fn overdue(&mut self) {
+        let now = Timestamp::now();
+        self.questions.retain(|request| request.spec.expires_at.0 > now);
+    }
+
+    fn draw(&mut self) -> Result<(), CliError> {
+        if self.output == Output::Json {
+            return Ok(());
+        }
+        let mut panel = if self.terminal { self.view.panel(width()) } else { Vec::new() };
+        if let Some(request) = self.questions.first() {
+            let question = format!("? {}: y or n, and why", Safe(&request.spec.tool));
+            panel.push(self.paint.warn(question));
+        }
+        self.screen.show(&self.view.take_lines(), &panel)?;
+        Ok(())
+    }
+
+    pub(super) fn end(&mut self, ended: &Result<Outcome, RunError>, log: &str, check: &str) -> Result<(), CliError> {
+        if self.output == Output::Json {
+            let line = match ended {
+                Ok(Outcome { closed, sealed, trouble }) => json!({
+                    "event": "ended", "closed": closed, "usage": sealed.usage, "size": sealed.size, "root": sealed.root,
+                    "evidence": log, "verify": check, "trouble": trouble,
+                }),
+                Err(error) => json!({"event": "failed", "error": error.to_string(), "evidence": log, "verify": check}),
+            };
+            writeln!(io::stdout(), "{line}")?;
+            return Ok(());
+        }
+        match ended {
+            Ok(Outcome { closed, trouble, .. }) => {
+                if let Some(trouble) = trouble {
+                    self.view.notice(trouble);
+                }
+                let phase = if closed.phase == "Succeeded" { Phase::Succeeded } else { Phase::Failed };
+                let class =
+                    if closed.failure_class.is_empty() { String::new() } else { format!("{}, ", closed.failure_class) };
+                let attempt = self.task.status.as_ref().and_then(|status| status.attempt);
+                self.task.status = Some(AgentTaskStatus {
+                    phase: Some(phase),
+                    reason: Some(format!("{class}{}", closed.reason)),
+                    attempt,
+                    ..AgentTaskStatus::default()
+                });
+                self.view.task(&self.task);
+                self.view.finish();
+            }
+            Err(error) => self.view.notice(&format!("error: {error}")),
+        }
+        self.view.line(format!("{:<11}{}", self.paint.dim("evidence"), Safe(log)));
+        self.view.line(format!("{:<11}{}", self.paint.dim("verify"), Safe(check)));
+        self.screen.show(&self.view.take_lines(), &[])?;
+        self.screen.flush()?;
+        Ok(())
+    }
+}
+
+/// A record as JSON. The policy, which the first has with it, is in the evidence.
+fn brief(record: &Record) -> serde_json::Value {
+    debug_assert!(!matches!(&record.event, Event::AttemptOpened(opened) if opened.key.is_empty()));
+    serde_json::to_value(record).unwrap_or_default()
+}
+
+/// The next answer, or none ever.
+async fn next(answers: &mut Option<UnboundedReceiver<String>>) -> Option<String> {
+    match answers {
+        Some(answers) => answers.recv().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// What is typed, line by line. The thread ends with the process: nothing wakes it but another line.
+fn lines() -> UnboundedReceiver<String> {
+    let (sender, receiver) = mpsc::unbounded_channel();
+    std::thread::spawn(move || {
+        for line in io::stdin().lock().lines() {
+            let Ok(line) = line else { return };
+            if sender.send(line).is_err() {
+                return;
+            }
+        }
+    });
+    receiver
+}
