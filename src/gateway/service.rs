@@ -664,7 +664,10 @@ impl Gateway {
         let bare = uri.scheme().is_none() && uri.path_and_query().is_none();
         let to = uri.authority().filter(|_| bare).ok_or_else(|| Refused::malformed("expected CONNECT host:port"))?;
         let to = authorize::authority(to.as_str(), None)?;
-        same_host(headers, &to)?;
+        if !to.fits(headers.get_all(HOST).iter().map(HeaderValue::as_bytes)) {
+            let reason = format!("expected Host to be {to}, as CONNECT asks for");
+            return Err(Refused::denied(Rule::EgressHost, reason));
+        }
         self.authorized(&asked.principal, Channel::Egress, Destination::Tunnel(&to), headers).await?;
         let started = Instant::now();
         let dialled = self.parts.dialer.dial(&to).await;
@@ -750,22 +753,6 @@ fn single<'a>(headers: &'a HeaderMap, name: &str) -> Result<&'a str, Refused> {
             Err(Refused::denied(Rule::IntentMissing, format!("expected exactly one header {name}")))
         }
         _ => Err(Refused::malformed(format!("expected exactly one header {name}"))),
-    }
-}
-
-/// A tunnel's `Host`, where there is one, must be what it asks for.
-fn same_host(headers: &HeaderMap, to: &crate::policy::hostname::Authority) -> Result<(), Refused> {
-    let mut hosts = headers.get_all(HOST).iter();
-    let differs = || Err(Refused::denied(Rule::EgressHost, format!("expected Host to be {to}, as CONNECT asks for")));
-    match (hosts.next(), hosts.next()) {
-        (None, _) => Ok(()),
-        (Some(host), None) => {
-            match host.to_str().ok().map(|host| crate::policy::hostname::Authority::parse(host, Some(to.port))) {
-                Some(Ok(host)) if host == *to => Ok(()),
-                _ => differs(),
-            }
-        }
-        _ => differs(),
     }
 }
 

@@ -5,7 +5,7 @@
 
 use std::{convert::Infallible, sync::Arc};
 
-use http::{HeaderName, Request, Response, StatusCode, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt, Empty, Full, Limited};
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
@@ -34,7 +34,7 @@ const LONGEST_REQUEST: usize = 16 << 20;
 /// Opens a tunnel.
 pub async fn connect(gate: Arc<Gate>, request: Request<Incoming>) -> Response<Body> {
     let target = request.uri().authority().map(ToString::to_string).unwrap_or_default();
-    let permit = match permit(&gate, &target, None, 0).await {
+    let permit = match permit(&gate, &target, request.headers(), (None, 0)).await {
         Ok(permit) => permit,
         Err(denial) => return refuse(&gate, &target, denial).await,
     };
@@ -103,7 +103,7 @@ pub async fn forward(gate: Arc<Gate>, request: Request<Incoming>) -> Response<Bo
         }
     };
     let digest = gate.salt().bytes(&body);
-    let (_, permit) = match permit(&gate, &target, Some(digest), body.len()).await {
+    let (_, permit) = match permit(&gate, &target, &parts.headers, (Some(digest), body.len())).await {
         Ok(permit) => permit,
         Err(denial) => return refuse(&gate, &target, denial).await,
     };
@@ -161,8 +161,8 @@ pub async fn forward(gate: Arc<Gate>, request: Request<Incoming>) -> Response<Bo
 async fn permit(
     gate: &Arc<Gate>,
     target: &str,
-    digest: Option<String>,
-    bytes: usize,
+    headers: &HeaderMap,
+    (digest, bytes): (Option<String>, usize),
 ) -> Result<(String, super::gate::Permit), Denial> {
     gate.open()?;
     let authority = Authority::parse(target, None).map_err(|error| Denial {
@@ -171,6 +171,10 @@ async fn permit(
     })?;
     egress::allow(&gate.contracts().policy().egress, &authority, EgressUse::Direct)
         .map_err(|denied| Denial { rule: denied.rule, reason: denied.reason })?;
+    if !authority.fits(headers.get_all(header::HOST).iter().map(HeaderValue::as_bytes)) {
+        let reason = format!("expected one Host, {}, which the request is for; found another", shorten(target));
+        return Err(Denial { rule: Rule::Request, reason });
+    }
     let target = authority.to_string();
     let permit = gate
         .permit(Call {

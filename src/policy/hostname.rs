@@ -142,6 +142,20 @@ impl Authority {
         };
         Ok(Self { host: Hostname::parse(host)?, port })
     }
+
+    /// Whether the values of a request's `Host` fit this, which it is for: there is none, or one that says the same. Where they may differ,
+    /// whoever serves several hosts there takes it for another's (RFC 9112, section 3.2).
+    pub fn fits<'a>(&self, hosts: impl IntoIterator<Item = &'a [u8]>) -> bool {
+        let mut hosts = hosts.into_iter();
+        match (hosts.next(), hosts.next()) {
+            (None, _) => true,
+            (Some(host), None) => {
+                let host = std::str::from_utf8(host).ok().and_then(|host| Self::parse(host, Some(self.port)).ok());
+                host.as_ref() == Some(self)
+            }
+            _ => false,
+        }
+    }
 }
 
 impl fmt::Display for Authority {

@@ -143,3 +143,18 @@ proptest! {
         }
     }
 }
+
+#[rstest]
+#[case::none(&[], true)]
+#[case::the_same(&["docs.example.com:8443"], true)]
+#[case::without_its_port(&["docs.example.com"], true)]
+#[case::another_spelling(&["DOCS.example.com."], true)]
+#[case::a34_two(&["docs.example.com:8443", "evil.example"], false)]
+#[case::a34_twice(&["docs.example.com:8443", "docs.example.com:8443"], false)]
+#[case::a35_another(&["evil.example:8443"], false)]
+#[case::another_port(&["docs.example.com:443"], false)]
+#[case::none_at_all(&[""], false)]
+fn a_host_fits_what_the_request_is_for(#[case] hosts: &[&str], #[case] fits: bool) {
+    let authority = Authority::parse("docs.example.com:8443", None).unwrap();
+    assert_eq!(authority.fits(hosts.iter().map(|host| host.as_bytes())), fits);
+}
