@@ -6,5 +6,6 @@
 mod ends;
 mod escape;
 mod mistakes;
+mod options;
 mod people;
 mod world;

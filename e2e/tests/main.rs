@@ -9,6 +9,7 @@ mod bad_input;
 mod canaries;
 mod disruption;
 mod escape;
+mod laptop;
 mod lifecycle;
 mod locks;
 mod rollback;

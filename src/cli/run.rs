@@ -50,8 +50,8 @@ use crate::{
     run::{
         self, Options, Outcome, RunError, Told, gateway,
         objects::Api,
-        sandbox::{Kind, Runtime},
-        store::{Kept, Place},
+        sandbox::{Kind, Runtime, root::Image},
+        store::{Kept, Place, Troubles},
     },
 };
 
@@ -69,7 +69,8 @@ const TICK: Duration = Duration::from_millis(500);
 /// machine's programs and the task's folder (/workspace), read-only; it can write where the task says; it can reach the harness and
 /// nothing else. Containment is proven before it starts, every decision is in the evidence, and the evidence verifies.
 ///
-/// The task's `image` is not pulled: `agent.command` runs with this machine's programs, or with those of --root.
+/// The task's `image` is not pulled: `agent.command` runs with this machine's programs, or with those of --root. An OCI bundle there, as
+/// `umoci unpack` makes one, says by itself what to run, where and in which environment, as the image does in a cluster.
 #[derive(Debug, clap::Args)]
 #[command(after_long_help = "\
 Examples:
@@ -79,6 +80,9 @@ Examples:
       Pack and contracts from elsewhere, and the key that the pack's class names.
   belay run task.yaml --resolve localhost=127.0.0.1:11434
       A model on this machine: it has to be named, since loopback is never dialled otherwise. The class must list the host.
+  skopeo copy docker://registry.example.com/agent:1 oci:agent:1 && umoci unpack --rootless --image agent:1 bundle
+  belay run task.yaml --root bundle
+      A task of a cluster with its own image, unpacked by other tools.
   belay run task.yaml --store s3://evidence/laptops --output json
       Evidence in a bucket, and a line of JSON for each event.
 
@@ -113,7 +117,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "URL")]
     store: Option<Location>,
     /// URL of the object store, unless it is AWS
-    #[arg(long, value_name = "URL", env = "AWS_ENDPOINT_URL_S3", requires = "store")]
+    #[arg(long, value_name = "URL", env = "AWS_ENDPOINT_URL_S3")]
     endpoint: Option<String>,
     /// Region of the bucket
     #[arg(long, env = "AWS_REGION")]
@@ -124,7 +128,7 @@ pub(super) struct Args {
     /// Which sandbox
     #[arg(long, value_enum, default_value_t = Sandbox::Auto)]
     sandbox: Sandbox,
-    /// Folder of an unpacked image whose programs the agent has, in place of this machine's
+    /// Folder of an unpacked image whose programs the agent has, in place of this machine's: an OCI bundle, or the bare root
     #[arg(long, value_name = "DIR")]
     root: Option<PathBuf>,
     /// Further folder of this machine that the agent sees, read-only, at the same place; may be given again
@@ -320,7 +324,8 @@ pub(super) async fn run(args: &Args) -> Result<u8, CliError> {
         objects.pack.spec.evidence.bucket.clone_from(bucket);
         objects.pack.spec.evidence.prefix = (!prefix.is_empty()).then(|| prefix.to_owned());
     }
-    run::validate(&objects).map_err(trouble)?;
+    let root = args.root.as_deref().map(|folder| Image::open(whole(folder)?).map_err(trouble)).transpose()?;
+    run::validate(&objects, root.as_ref()).map_err(trouble)?;
     let missing: Vec<_> = files::missing_credentials(&objects)
         .into_iter()
         .map(|(host, one)| {
@@ -340,7 +345,6 @@ pub(super) async fn run(args: &Args) -> Result<u8, CliError> {
     };
     let runtime = Runtime::find(wanted).map_err(trouble)?;
     let workspace = whole(args.workspace.as_deref().unwrap_or(&files::folder_of(&args.task)))?;
-    let root = args.root.as_deref().map(whole).transpose()?;
     let read_only = args.ro.iter().map(|path| whole(path)).collect::<Result<Vec<_>, _>>()?;
 
     let home = Home::find()?;
@@ -365,7 +369,12 @@ pub(super) async fn run(args: &Args) -> Result<u8, CliError> {
 
     let (tell, mut told) = mpsc::unbounded_channel();
     let api = Arc::new(Api::new(&objects, tell.clone()));
-    let kept = Kept { place, evidence: objects.pack.spec.evidence.bucket.clone(), state: home.state.join("state") };
+    let kept = Kept {
+        place,
+        evidence: objects.pack.spec.evidence.bucket.clone(),
+        state: home.state.join("state"),
+        troubles: Troubles::new(tell.clone()),
+    };
     let settings = gateway::Settings {
         signer,
         resolved: args.resolve.iter().map(|one| (one.host.clone(), one.address)).collect::<HashMap<_, _>>(),
@@ -413,7 +422,13 @@ pub(super) async fn run(args: &Args) -> Result<u8, CliError> {
     let running = run::run(options, api, serving, tell, stop.clone());
     let ended = front.show(running, &mut told).await?;
     drop(folder);
-    let check = format!("belay verify {log} --witness-key {}", home.vkey().display());
+    let endpoint = args
+        .endpoint
+        .as_ref()
+        .filter(|_| args.store.is_some())
+        .map(|url| format!(" --endpoint {url}"))
+        .unwrap_or_default();
+    let check = format!("belay verify {log} --witness-key {}{endpoint}", home.vkey().display());
     front.end(&ended, &log, &check)?;
     Ok(match &ended {
         Ok(outcome) => exit_code(outcome),
@@ -616,6 +631,7 @@ impl<'p> Front<'p> {
             Told::Record(record) => self.view.record(record.attempt, &record),
             Told::Said { line, .. } => self.view.said(&line),
             Told::Asked(_) => {}
+            Told::Trouble(trouble) => self.view.notice(&trouble),
             Told::Pause(until) => self.view.notice(&format!("another attempt at {until:.0}")),
         }
         Ok(())
@@ -630,6 +646,7 @@ impl<'p> Front<'p> {
                 json!({"event": "said", "stream": if *error { "stderr" } else { "stdout" }, "line": line})
             }
             Told::Asked(request) => json!({"event": "approval", "name": request.name_any(), "request": request.spec}),
+            Told::Trouble(trouble) => json!({"event": "trouble", "trouble": trouble}),
             Told::Pause(until) => json!({"event": "pause", "until": until.to_string()}),
         };
         writeln!(io::stdout(), "{line}")?;
@@ -653,6 +670,12 @@ impl<'p> Front<'p> {
             if barred {
                 self.view.notice(&format!(
                     "{} may not approve, since the agent acts for them or they asked for the task: say who you are by --as NAME; a no counts",
+                    self.person.name
+                ));
+            }
+            if !barred && !spec.approvers.users.contains(&self.person.name) {
+                self.view.notice(&format!(
+                    "nobody checks here that {} is one of those who may decide: the record names you, as you say it",
                     self.person.name
                 ));
             }
