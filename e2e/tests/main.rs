@@ -7,6 +7,7 @@
 mod approval;
 mod bad_input;
 mod canaries;
+mod compare;
 mod disruption;
 mod escape;
 mod laptop;
