@@ -8,4 +8,5 @@ mod escape;
 mod mistakes;
 mod options;
 mod people;
+mod shells;
 mod world;
