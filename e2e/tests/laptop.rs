@@ -169,20 +169,17 @@ async fn a_bucket_with_locks_locks_what_a_laptop_writes() {
 async fn a_bucket_without_locks_is_refused() {
     let laptop = Laptop::new();
     let mut run = laptop.with_evidence_in(&setting("S3_STATE_BUCKET")).stdout(Stdio::piped()).spawn().unwrap();
-    let lines = BufReader::new(run.stdout.take().unwrap()).lines().map(Result::unwrap);
-    let mut said = Vec::new();
-    for line in lines {
-        let told = line.contains(r#""event":"trouble""#);
-        said.push(line);
-        if told {
-            break;
+    let id = run.id().to_string();
+    let mut said: Vec<String> = Vec::new();
+    for line in BufReader::new(run.stdout.take().unwrap()).lines().map(Result::unwrap) {
+        if line.contains(r#""event":"trouble""#) && !said.iter().any(|line| line.contains("trouble")) {
+            // Nobody has to wait until it is given up.
+            assert!(Command::new("kill").args(["-INT", &id]).status().unwrap().success());
         }
+        said.push(line);
     }
-    // Nobody has to wait until it is given up.
-    let stopped = Command::new("kill").args(["-INT", &run.id().to_string()]).status().unwrap();
-    assert!(stopped.success());
     let ended = run.wait().unwrap();
-    assert!(said.last().unwrap().contains("missing ObjectLockConfiguration"), "{said:#?}");
+    assert!(said.iter().any(|line| line.contains("missing ObjectLockConfiguration")), "{said:#?}");
     assert!(!said.iter().any(|line| line.contains("started") || line.contains("hello\"")), "{said:#?}");
     assert!([Some(3), Some(130)].contains(&ended.code()), "{ended:?}");
 }
