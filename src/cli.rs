@@ -1,4 +1,4 @@
-//! The `belay` command: `approvals`, `approve`, `contract`, `deny`, `disclose`, `incident`, `init`, `lint`, `prove`, `rollback`, `run`, `verify` and `watch`, also as `kubectl belay`.
+//! The `belay` command: `approvals`, `approve`, `completion`, `contract`, `deny`, `disclose`, `incident`, `init`, `lint`, `man`, `prove`, `rollback`, `run`, `verify` and `watch`, also as `kubectl belay`.
 //!
 //! Promises: one exit code a meaning, and nothing from a log, a task or a cluster reaches the terminal but through
 //! `terminal::Safe`. Refuses: to change anything, anywhere, but the folders that `init`, `--save` and `--out` name, one person's decision
@@ -19,6 +19,8 @@ use crate::run::{probe, sandbox, upstream};
 mod approve;
 /// Where the cluster is and which namespace is meant.
 mod cluster;
+/// `belay completion`.
+mod completion;
 /// `belay contract`.
 mod contract;
 /// Where a task's evidence is.
@@ -29,6 +31,8 @@ mod incident;
 mod init;
 /// `belay lint`.
 mod lint;
+/// `belay man`.
+mod man;
 /// `belay prove` and `belay disclose`.
 mod prove;
 /// `belay rollback`.
@@ -85,12 +89,14 @@ struct Cli {
 enum Command {
     Approvals(approve::List),
     Approve(approve::Approve),
+    Completion(completion::Args),
     Contract(contract::Args),
     Deny(approve::Deny),
     Disclose(prove::Disclose),
     Incident(incident::Args),
     Init(init::Args),
     Lint(lint::Args),
+    Man(man::Args),
     Prove(prove::Args),
     Rollback(rollback::Args),
     Run(Box<run::Args>),
@@ -118,11 +124,13 @@ pub async fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Command::Approvals(args) => approve::list(&args, &mut io::stdout().lock(), &mut io::stderr().lock()).await,
         Command::Approve(args) => approve::approve(&args, &mut io::stdout().lock(), &mut io::stderr().lock()).await,
         Command::Deny(args) => approve::deny(&args, &mut io::stdout().lock(), &mut io::stderr().lock()).await,
+        Command::Completion(args) => completion::run(&args, Cli::command(), plugin, &mut io::stdout().lock()),
         Command::Contract(args) => contract::run(&args, &mut io::stdout().lock(), &mut io::stderr().lock()).await,
         Command::Disclose(args) => prove::disclose(&args, &mut io::stdout().lock()),
         Command::Incident(args) => incident::run(&args, &mut io::stdout().lock()).await,
         Command::Init(args) => init::run(&args, &mut io::stdout().lock()),
         Command::Lint(args) => lint::run(&args, &mut io::stdout().lock(), &mut io::stderr().lock()),
+        Command::Man(args) => man::run(&args, Cli::command(), &mut io::stdout().lock()),
         Command::Prove(args) => prove::run(&args, &mut io::stdout().lock()).await,
         Command::Rollback(args) => rollback::run(&args, &mut io::stdout().lock(), &mut io::stderr().lock()).await,
         Command::Run(args) => run::run(&args).await,

@@ -25,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 use self::{
     attempt::Surroundings,
     objects::{Api, Objects},
-    sandbox::Runtime,
+    sandbox::{Runtime, root::Image},
 };
 use crate::{
     api::{
@@ -119,6 +119,8 @@ pub enum Told {
     },
     /// People are asked.
     Asked(Box<ApprovalRequest>),
+    /// Evidence cannot be kept, and why. It is tried again.
+    Trouble(String),
     /// Another attempt will start then.
     Pause(Timestamp),
 }
@@ -130,7 +132,7 @@ pub struct Options {
     /// The sandbox.
     pub runtime: Runtime,
     /// Programs and libraries of the agent: an unpacked image; the machine's own when absent.
-    pub root: Option<PathBuf>,
+    pub root: Option<Image>,
     /// Further folders of the machine that the agent sees at the same place.
     pub read_only: Vec<PathBuf>,
     /// The folder of the task, which the agent sees.
@@ -162,7 +164,7 @@ pub struct Outcome {
 ///
 /// # Errors
 /// Everything that is wrong, at once.
-pub fn validate(objects: &Objects) -> Result<Validated, RunError> {
+pub fn validate(objects: &Objects, image: Option<&Image>) -> Result<Validated, RunError> {
     let task = &objects.task;
     let validated = validated::validate(task, &objects.contracts, &objects.pack, objects::SYSTEM_NAMESPACE);
     let validated = validated.map_err(RunError::Findings)?;
@@ -173,11 +175,21 @@ pub fn validate(objects: &Objects) -> Result<Validated, RunError> {
             "none: the task rolls another one back",
             "roll back in the cluster that ran it, by `belay rollback`",
         )])),
-        Some(agent) if agent.command.is_empty() => Err(RunError::Findings(vec![Finding::new(
-            "spec.agent.command",
-            "a command, since no image is pulled here: images say what to run, programs of this machine do not",
-            "none",
-            "add one, such as `command: [python3, agent.py]`; the task's folder is the agent's own, as /workspace",
+        Some(agent) if !agent.command.is_empty() => Ok(validated),
+        Some(agent) if image.is_none_or(|image| image.process.args.is_empty()) => {
+            Err(RunError::Findings(vec![Finding::new(
+                "spec.agent.command",
+                "a command, since no image is pulled here: images say what to run, programs of this machine do not",
+                if agent.args.is_empty() { "none" } else { "arguments alone" },
+                "add one, such as `command: [python3, agent.py]`; the task's folder is the agent's own, as /workspace. Or unpack the image to an OCI bundle, which says it, for --root",
+            )]))
+        }
+        // Whose arguments they take the place of, an unpacked image no longer says.
+        Some(agent) if !agent.args.is_empty() => Err(RunError::Findings(vec![Finding::new(
+            "spec.agent.args",
+            "the whole command, since a bundle does not say where its own ends and its arguments begin",
+            "arguments alone",
+            "name the image's entry point as `command`",
         )])),
         Some(_) => Ok(validated),
     }
@@ -194,10 +206,10 @@ pub async fn run(
     tell: UnboundedSender<Told>,
     stop: CancellationToken,
 ) -> Result<Outcome, RunError> {
-    let validated = validate(&options.objects)?;
+    let validated = validate(&options.objects, options.root.as_ref())?;
     let local = Local {
         sandbox: options.runtime.version.clone(),
-        root: options.root.as_ref().map_or(Local::HOST.to_owned(), |root| root.display().to_string()),
+        root: options.root.as_ref().map_or(Local::HOST.to_owned(), |image| image.folder.display().to_string()),
         store: options.store.clone(),
         resolved: options.resolved.clone(),
     };

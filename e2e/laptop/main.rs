@@ -10,4 +10,6 @@ mod ends;
 mod escape;
 mod examples;
 mod mistakes;
+mod options;
 mod people;
+mod shells;

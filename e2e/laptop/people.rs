@@ -53,7 +53,16 @@ fn at_the_prompt(answer: &str) -> (String, String) {
 
 fn check(answer: &str, (code, screen): &(String, String), asked: &[(String, String, String)]) {
     assert_eq!(code, "0", "{screen}");
-    for shown in ["refund", "\"amount\": 3", "group finance", "░", "tool calls", "Succeeded", "belay verify "] {
+    for shown in [
+        "refund",
+        "\"amount\": 3",
+        "group finance",
+        "nobody checks here that carol is one",
+        "░",
+        "tool calls",
+        "Succeeded",
+        "belay verify ",
+    ] {
         assert!(screen.contains(shown), "expected {shown} in {screen}");
     }
     let made = asked.iter().filter(|(method, path, _)| (method.as_str(), path.as_str()) == ("POST", "/refund")).count();

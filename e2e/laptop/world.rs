@@ -18,7 +18,7 @@ const STORY: &str = "BELAY_LAPTOP_STORY";
 /// For whatever is waited for.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 /// Where the upstream listens; the world's names lead there by `--resolve`.
-const UPSTREAM: &str = "127.0.0.1:8099";
+pub const UPSTREAM: &str = "127.0.0.1:8099";
 
 /// The sandboxes that stories are told with.
 pub const SANDBOXES: [&str; 2] = ["bwrap", "runsc"];

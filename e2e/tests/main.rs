@@ -7,8 +7,10 @@
 mod approval;
 mod bad_input;
 mod canaries;
+mod compare;
 mod disruption;
 mod escape;
+mod laptop;
 mod lifecycle;
 mod locks;
 mod rollback;

@@ -111,6 +111,18 @@ impl World {
         world
     }
 
+    /// The demo's own namespace, with all that the demo needs but its task, and no tickets.
+    pub async fn demo() -> Self {
+        let world = Self { client: client().await, namespace: "belay-demo".into() };
+        world.clean().await;
+        world.kubectl_apply(include_str!("../demo/manifests/namespace.yaml"));
+        world.kubectl_apply(include_str!("../demo/manifests/contracts.yaml"));
+        let authority = std::fs::read_to_string(in_world("ca.crt")).expect("the world is not up");
+        world.config_map("world-ca", &[("ca.crt", &authority)]).await;
+        std::fs::write(in_world("tickets.jsonl"), "").expect("the world is not up");
+        world
+    }
+
     /// Applies manifests as a person would.
     pub fn kubectl_apply(&self, manifests: &str) {
         let mut kubectl = Command::new("kubectl")

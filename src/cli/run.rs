@@ -37,8 +37,8 @@ use crate::{
     run::{
         self, Options, Outcome, RunError, gateway,
         objects::Api,
-        sandbox::{Kind, Runtime},
-        store::{Kept, Place},
+        sandbox::{Kind, Runtime, root::Image},
+        store::{Kept, Place, Troubles},
         upstream::Upstream,
     },
 };
@@ -60,7 +60,8 @@ const EXIT_UNSEALED: u8 = 3;
 /// machine's programs and the task's folder (/workspace), read-only; it can write where the task says; it can reach the harness and
 /// nothing else. Containment is proven before it starts, every decision is in the evidence, and the evidence verifies.
 ///
-/// The task's `image` is not pulled: `agent.command` runs with this machine's programs, or with those of --root.
+/// The task's `image` is not pulled: `agent.command` runs with this machine's programs, or with those of --root. An OCI bundle there, as
+/// `umoci unpack` makes one, says by itself what to run, where and in which environment, as the image does in a cluster.
 #[derive(Debug, clap::Args)]
 #[command(after_long_help = "\
 Examples:
@@ -72,6 +73,9 @@ Examples:
       A model on this machine: it has to be named, since loopback is never dialled otherwise. The class must list the host.
   belay run hello/task.yaml --upstream shop.test='python3 hello/standin.py'
       A server of yours in place of an upstream: started with the run, ended with it.
+  skopeo copy docker://registry.example.com/agent:1 oci:agent:1 && umoci unpack --rootless --image agent:1 bundle
+  belay run task.yaml --root bundle
+      A task of a cluster with its own image, unpacked by other tools.
   belay run task.yaml --store s3://evidence/laptops --output json
       Evidence in a bucket, and a line of JSON for each event.
 
@@ -106,7 +110,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "URL")]
     store: Option<Location>,
     /// URL of the object store, unless it is AWS
-    #[arg(long, value_name = "URL", env = "AWS_ENDPOINT_URL_S3", requires = "store")]
+    #[arg(long, value_name = "URL", env = "AWS_ENDPOINT_URL_S3")]
     endpoint: Option<String>,
     /// Region of the bucket
     #[arg(long, env = "AWS_REGION")]
@@ -117,7 +121,7 @@ pub(super) struct Args {
     /// Which sandbox
     #[arg(long, value_enum, default_value_t = Sandbox::Auto)]
     sandbox: Sandbox,
-    /// Folder of an unpacked image whose programs the agent has, in place of this machine's
+    /// Folder of an unpacked image whose programs the agent has, in place of this machine's: an OCI bundle, or the bare root
     #[arg(long, value_name = "DIR")]
     root: Option<PathBuf>,
     /// Further folder of this machine that the agent sees, read-only, at the same place; may be given again
@@ -187,7 +191,8 @@ pub(super) async fn run(args: &Args) -> Result<u8, CliError> {
         objects.pack.spec.evidence.bucket.clone_from(bucket);
         objects.pack.spec.evidence.prefix = (!prefix.is_empty()).then(|| prefix.to_owned());
     }
-    run::validate(&objects).map_err(trouble)?;
+    let root = args.root.as_deref().map(|folder| Image::open(whole(folder)?).map_err(trouble)).transpose()?;
+    run::validate(&objects, root.as_ref()).map_err(trouble)?;
     let missing: Vec<_> = files::missing_credentials(&objects)
         .into_iter()
         .map(|(host, one)| {
@@ -207,7 +212,6 @@ pub(super) async fn run(args: &Args) -> Result<u8, CliError> {
     };
     let runtime = Runtime::find(wanted).map_err(trouble)?;
     let workspace = whole(args.workspace.as_deref().unwrap_or(&files::folder_of(&args.task)))?;
-    let root = args.root.as_deref().map(whole).transpose()?;
     let read_only = args.ro.iter().map(|path| whole(path)).collect::<Result<Vec<_>, _>>()?;
 
     let home = Home::find()?;
@@ -232,7 +236,12 @@ pub(super) async fn run(args: &Args) -> Result<u8, CliError> {
 
     let (tell, mut told) = mpsc::unbounded_channel();
     let api = Arc::new(Api::new(&objects, tell.clone()));
-    let kept = Kept { place, evidence: objects.pack.spec.evidence.bucket.clone(), state: home.state.join("state") };
+    let kept = Kept {
+        place,
+        evidence: objects.pack.spec.evidence.bucket.clone(),
+        state: home.state.join("state"),
+        troubles: Troubles::new(tell.clone()),
+    };
     let belay = std::env::current_exe().map_err(|e| CliError::new(format!("cannot find this program: {e}")))?;
     let mut upstreams = Vec::new();
     for Server { host, command } in &args.upstream {
@@ -292,7 +301,13 @@ pub(super) async fn run(args: &Args) -> Result<u8, CliError> {
         upstream.end().await;
     }
     drop(folder);
-    let check = format!("belay verify {log} --witness-key {}", home.vkey().display());
+    let endpoint = args
+        .endpoint
+        .as_ref()
+        .filter(|_| args.store.is_some())
+        .map(|url| format!(" --endpoint {url}"))
+        .unwrap_or_default();
+    let check = format!("belay verify {log} --witness-key {}{endpoint}", home.vkey().display());
     front.end(&ended, &log, &check)?;
     Ok(match &ended {
         Ok(outcome) => exit_code(outcome),

@@ -146,13 +146,11 @@ pub enum StoreError {
     },
     /// The store has taken an object, and does not lock it as it was asked to.
     #[error(
-        "expected version {version} of {key} to be locked for {days} days ({mode:?}), found {found}; evidence needs a bucket with Object Lock, and a user who may set it"
+        "expected {key} to be locked for {days} days ({mode:?}), found {found}; evidence needs a bucket with Object Lock, and a user who may set it"
     )]
     Unlocked {
         /// The object.
         key: String,
-        /// Its version.
-        version: String,
         /// How hard.
         mode: Mode,
         /// For how long.
@@ -193,8 +191,8 @@ pub trait Store: Send + Sync {
     /// Every version of every object under the prefix, delete markers among them, with their locks.
     fn list_versions<'a>(&'a self, prefix: &'a str) -> BoxFuture<'a, Result<Vec<StoredObject>, StoreError>>;
 
-    /// The lock of a version, as the store has it now; nothing where the store, a folder, has no locks at all.
-    fn lock<'a>(&'a self, key: &'a str, version: &'a str) -> BoxFuture<'a, Result<Option<StoredObject>, StoreError>>;
+    /// The object on top and its lock, as the store has it now; nothing where the store, a folder, has no locks at all.
+    fn lock<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<Option<StoredObject>, StoreError>>;
 
     /// The keys under the prefix, sorted.
     fn list<'a>(&'a self, prefix: &'a str) -> BoxFuture<'a, Result<Vec<String>, StoreError>>;
@@ -223,22 +221,16 @@ pub trait Store: Send + Sync {
     ///
     /// # Errors
     /// [`StoreError::Unlocked`] if it is not.
-    fn locked<'a>(
-        &'a self,
-        key: &'a str,
-        version: &'a str,
-        asked: &'a Retention,
-    ) -> BoxFuture<'a, Result<(), StoreError>> {
+    fn locked<'a>(&'a self, key: &'a str, asked: &'a Retention) -> BoxFuture<'a, Result<(), StoreError>> {
         Box::pin(async move {
-            let Some(object) = self.lock(key, version).await?.filter(|object| !asked.holds(object)) else {
+            let Some(object) = self.lock(key).await?.filter(|object| !asked.holds(object)) else {
                 return Ok(());
             };
             let found = match (object.mode, object.retain_until) {
                 (Some(mode), Some(until)) => format!("a lock until {until} ({mode:?})"),
                 _ => "no lock".to_owned(),
             };
-            let (key, version) = (key.to_owned(), version.to_owned());
-            Err(StoreError::Unlocked { key, version, mode: asked.mode, days: asked.days, found })
+            Err(StoreError::Unlocked { key: key.to_owned(), mode: asked.mode, days: asked.days, found })
         })
     }
 }

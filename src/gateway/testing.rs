@@ -122,7 +122,7 @@ impl Store for Memory {
         })
     }
 
-    fn lock<'a>(&'a self, key: &'a str, _: &'a str) -> BoxFuture<'a, Result<Option<StoredObject>, StoreError>> {
+    fn lock<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<Option<StoredObject>, StoreError>> {
         Box::pin(async move { Ok(self.list_versions(key).await?.into_iter().find(|object| object.key == key)) })
     }
 

@@ -403,6 +403,7 @@ impl Witness {
             let (taken, usage) = match self.take(place, &log, (&segment, &records), of).await? {
                 Took::Held(taken, usage) => (taken, usage),
                 Took::Stored(checkpoint, usage) => {
+                    self.is_locked(place, &segment).await?;
                     return Ok((AppendReply { size: end, checkpoint: Some(checkpoint) }, usage, Taken::Before));
                 }
             };
@@ -410,6 +411,7 @@ impl Witness {
                 return Ok((AppendReply { size: end, checkpoint: None }, usage, taken));
             }
             if let Ok(()) = follow.stored(end).await? {
+                self.is_locked(place, &segment).await?;
                 return Ok((AppendReply { size: end, checkpoint: Some(log.checkpoint()) }, usage, taken));
             }
             // Another replica was faster: what the bucket has now says whether it has this one.
@@ -915,14 +917,15 @@ impl Witness {
     async fn put(&self, place: &Place, segment: &Segment) -> Result<(), PutError> {
         let store = self.buckets.bucket(&place.location.bucket).await?;
         let body = Bytes::from(segment.to_bytes());
-        let key = place.key(segment.first);
-        let version = store.put_new(&key, body, place.retention.as_ref()).await?;
-        // With each attempt's policy, before any call of it leaves: a store that takes what it does not heed would else be found out by an
-        // auditor.
-        match &place.retention {
-            Some(asked) if !segment.documents.is_empty() => Ok(store.locked(&key, &version, asked).await?),
-            _ => Ok(()),
-        }
+        store.put_new(&place.key(segment.first), body, place.retention.as_ref()).await.map(drop)
+    }
+
+    /// Whether the object with an attempt's policy, which every attempt begins with, is locked as it was asked to be, whoever has put it there:
+    /// before any call leaves. A store that takes what it does not heed would else be found out by an auditor.
+    async fn is_locked(&self, place: &Place, segment: &Segment) -> Result<(), Refused> {
+        let Some(asked) = place.retention.as_ref().filter(|_| !segment.documents.is_empty()) else { return Ok(()) };
+        let locked = self.store(place).await?.locked(&place.key(segment.first), asked).await;
+        locked.map_err(|error| self.failed(&error))
     }
 
     async fn store(&self, place: &Place) -> Result<Arc<dyn Store>, Refused> {

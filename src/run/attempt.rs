@@ -5,6 +5,7 @@
 //! `lifecycle::observe`'s.
 
 use std::{
+    collections::BTreeMap,
     fs,
     path::{Path, PathBuf},
     process::ExitStatus,
@@ -34,7 +35,7 @@ use super::{
     objects::{self, Api},
     probe::{self, Controls},
     sandbox::{
-        self, Bind, Cell, Entry,
+        self, Bind, Cell,
         hold::Hold,
         root,
         watch::{self, Beyond},
@@ -180,6 +181,10 @@ impl Surroundings<'_> {
         tokio::select! {
             // It ended before it listened.
             ended = &mut harness => return Ok(without_agent(said(ended))),
+            () = stop.cancelled() => {
+                harness.abort();
+                return Ok(Ends { probe: Some(0), harness: Some(1), ..Ends::default() });
+            }
             Ok(()) = serving => {}
         }
         let mut ends = Ends { probe: Some(0), ..Ends::default() };
@@ -324,13 +329,10 @@ impl Surroundings<'_> {
             let path = path.to_owned();
             move |cause| RunError::File { path, cause }
         };
-        let mut root = match &options.root {
+        let root = match &options.root {
             None => root::host(&made).map_err(unusable(&made))?,
-            Some(image) => root::image(image).map_err(unusable(image))?,
+            Some(image) => image.entries().map_err(unusable(&image.folder))?,
         };
-        for path in &options.read_only {
-            root.push(Entry::Bind(Bind { from: path.clone(), to: path.display().to_string() }));
-        }
         let mut binds = Vec::new();
         for (index, mount) in agent.mounts.iter().enumerate() {
             let from = folder.join(format!("mount-{index}"));
@@ -353,13 +355,22 @@ impl Surroundings<'_> {
                 WORKSPACE.join(" or ")
             ))
         })?;
-        binds.push(Bind { from: options.workspace.clone(), to: workspace.to_owned() });
         let nothing = folder.join("nothing");
         fs::create_dir_all(&nothing).map_err(unusable(&nothing))?;
-        for hidden in &options.hidden {
-            let Ok(inside) = hidden.strip_prefix(&options.workspace) else { continue };
-            let from = if hidden.is_dir() { nothing.clone() } else { PathBuf::from("/dev/null") };
-            binds.push(Bind { from, to: format!("{workspace}/{}", inside.display()) });
+        // What lies in something else that is hidden is hidden with it, and has no place there.
+        let within = |one: &PathBuf| options.hidden.iter().any(|other| one != other && one.starts_with(other));
+        let hidden: Vec<_> = options.hidden.iter().filter(|one| !within(one)).collect();
+        let elsewhere = options.read_only.iter().map(|path| (path, path.display().to_string()));
+        for (from, to) in elsewhere.chain([(&options.workspace, workspace.to_owned())]) {
+            binds.push(Bind { from: from.clone(), to: to.clone() });
+            for hidden in &hidden {
+                let instead = if hidden.is_dir() { nothing.clone() } else { PathBuf::from("/dev/null") };
+                if from.starts_with(hidden) {
+                    binds.push(Bind { from: instead, to: to.clone() });
+                } else if let Ok(inside) = hidden.strip_prefix(from) {
+                    binds.push(Bind { from: instead, to: format!("{to}/{}", inside.display()) });
+                }
+            }
         }
         let mut command = match agent.workload {
             Workload::Agent { command, .. } => command.clone(),
@@ -368,14 +379,19 @@ impl Surroundings<'_> {
         if let Workload::Agent { args, .. } = agent.workload {
             command.extend(args.iter().cloned());
         }
-        let own = [("PATH", PATH), ("HOME", "/"), ("LANG", "C.UTF-8")];
-        let own = own.into_iter().filter(|(name, _)| agent.env.iter().all(|(other, _)| other != name));
-        let env =
-            own.map(|(name, value)| (name.to_owned(), value.to_owned())).chain(agent.env.iter().cloned()).collect();
+        let image = options.root.as_ref().map(|image| &image.process);
+        if command.is_empty() {
+            command.extend(image.iter().flat_map(|image| image.args.iter().cloned()));
+        }
+        // What is said later counts: by the image, and by the task.
+        let own = [("PATH", PATH), ("HOME", "/"), ("LANG", "C.UTF-8")].into_iter();
+        let own = own.chain(image.into_iter().flat_map(|image| image.variables()));
+        let own = own.map(|(name, value)| (name.to_owned(), value.to_owned()));
+        let env = own.chain(agent.env.iter().cloned()).collect::<BTreeMap<_, _>>().into_iter().collect();
         Ok(Cell {
             command,
             env,
-            cwd: workspace.to_owned(),
+            cwd: image.and_then(|image| image.cwd.as_deref()).unwrap_or(workspace).to_owned(),
             root,
             binds,
             scopes: agent.write_scopes.iter().map(|one| (one.path.as_str().to_owned(), one.size.whole())).collect(),

@@ -127,8 +127,8 @@ impl Runtime {
         };
         let said = std::process::Command::new(&program).arg("--version").output();
         let said = said.map(|said| String::from_utf8_lossy(&said.stdout).into_owned()).unwrap_or_default();
-        let version = said.split_whitespace().find(|word| word.contains(|c: char| c.is_ascii_digit()));
-        let version = version.unwrap_or("unknown").to_owned();
+        let version =
+            said.lines().next().and_then(|line| line.split_whitespace().last()).unwrap_or("unknown").to_owned();
         if kind == Kind::Bubblewrap && !new_enough(&version) {
             let (major, minor) = OLDEST_BUBBLEWRAP;
             return Err(RunError::Sandbox(format!(

@@ -1,14 +1,21 @@
 //! Where a run's evidence lies: a folder, or buckets.
 //!
 //! Promises: the bucket that the pack names for evidence is the one place that was asked for; every other, such as that of state, is a
-//! folder of the user's own. Refuses: to call a folder locked.
+//! folder of the user's own; when the place of evidence fails, whoever is at the terminal is told why, at once. Refuses: to call a folder
+//! locked.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+};
 
+use bytes::Bytes;
 use futures::future::BoxFuture;
+use tokio::sync::mpsc::UnboundedSender;
 
+use super::Told;
 use crate::{
-    evidence::store::{Store, StoreError, dir::Dir},
+    evidence::store::{PutError, Retention, Store, StoreError, StoredObject, dir::Dir},
     gateway::witness::Buckets,
 };
 
@@ -28,6 +35,45 @@ pub struct Kept {
     pub evidence: String,
     /// The folder in which each other bucket is one: what outlives an attempt and is no evidence.
     pub state: PathBuf,
+    /// Who is told why evidence cannot be kept.
+    pub troubles: Troubles,
+}
+
+/// Tells why evidence cannot be kept: once for each reason in a row, however often it is tried.
+#[derive(Clone)]
+pub struct Troubles {
+    tell: UnboundedSender<Told>,
+    last: Arc<Mutex<String>>,
+}
+
+impl Troubles {
+    /// Told by this.
+    pub fn new(tell: UnboundedSender<Told>) -> Self {
+        Self { tell, last: Arc::default() }
+    }
+
+    fn of(&self, error: &StoreError) {
+        // What is not there yet is no trouble.
+        if matches!(error, StoreError::NotFound { .. }) {
+            return;
+        }
+        let (text, mut last) = (error.to_string(), self.last.lock().unwrap_or_else(PoisonError::into_inner));
+        if *last != text {
+            // Whoever would be told may be gone.
+            let _ = self.tell.send(Told::Trouble(text.clone()));
+            *last = text;
+        }
+    }
+
+    async fn seen<T>(&self, done: BoxFuture<'_, Result<T, StoreError>>) -> Result<T, StoreError> {
+        done.await.inspect_err(|error| self.of(error))
+    }
+}
+
+/// A store, and who is told of its troubles.
+struct Watched {
+    store: Arc<dyn Store>,
+    troubles: Troubles,
 }
 
 impl Buckets for Kept {
@@ -36,10 +82,11 @@ impl Buckets for Kept {
             if name != self.evidence {
                 return Ok(Arc::new(Dir::new(self.state.join(name))) as Arc<dyn Store>);
             }
-            match &self.place {
-                Place::Folder(folder) => Ok(Arc::new(Dir::new(folder)) as Arc<dyn Store>),
-                Place::Buckets(buckets) => buckets.bucket(name).await,
-            }
+            let store = match &self.place {
+                Place::Folder(folder) => Arc::new(Dir::new(folder)) as Arc<dyn Store>,
+                Place::Buckets(buckets) => self.troubles.seen(buckets.bucket(name)).await?,
+            };
+            Ok(Arc::new(Watched { store, troubles: self.troubles.clone() }) as Arc<dyn Store>)
         })
     }
 
@@ -48,5 +95,41 @@ impl Buckets for Kept {
             Place::Folder(_) => None,
             Place::Buckets(buckets) => buckets.endpoint(),
         }
+    }
+}
+
+impl Store for Watched {
+    fn create<'a>(
+        &'a self,
+        key: &'a str,
+        body: Bytes,
+        retention: Option<&'a Retention>,
+    ) -> BoxFuture<'a, Result<String, PutError>> {
+        Box::pin(async move {
+            self.store.create(key, body, retention).await.inspect_err(|error| match error {
+                PutError::Store(error) => self.troubles.of(error),
+                PutError::Exists => {}
+            })
+        })
+    }
+
+    fn get<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<Bytes, StoreError>> {
+        Box::pin(self.troubles.seen(self.store.get(key)))
+    }
+
+    fn list_versions<'a>(&'a self, prefix: &'a str) -> BoxFuture<'a, Result<Vec<StoredObject>, StoreError>> {
+        Box::pin(self.troubles.seen(self.store.list_versions(prefix)))
+    }
+
+    fn lock<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<Option<StoredObject>, StoreError>> {
+        self.store.lock(key)
+    }
+
+    fn locked<'a>(&'a self, key: &'a str, asked: &'a Retention) -> BoxFuture<'a, Result<(), StoreError>> {
+        Box::pin(self.troubles.seen(self.store.locked(key, asked)))
+    }
+
+    fn list<'a>(&'a self, prefix: &'a str) -> BoxFuture<'a, Result<Vec<String>, StoreError>> {
+        Box::pin(self.troubles.seen(self.store.list(prefix)))
     }
 }

@@ -133,6 +133,7 @@ impl<'p> Front<'p> {
             Told::Record(record) => self.view.record(record.attempt, &record),
             Told::Said { line, .. } => self.view.said(&line),
             Told::Asked(_) => {}
+            Told::Trouble(trouble) => self.view.notice(&trouble),
             Told::Pause(until) => self.view.notice(&format!("another attempt at {until:.0}")),
         }
         Ok(())
@@ -147,6 +148,7 @@ impl<'p> Front<'p> {
                 json!({"event": "said", "stream": if *error { "stderr" } else { "stdout" }, "line": line})
             }
             Told::Asked(request) => json!({"event": "approval", "name": request.name_any(), "request": request.spec}),
+            Told::Trouble(trouble) => json!({"event": "trouble", "trouble": trouble}),
             Told::Pause(until) => json!({"event": "pause", "until": until.to_string()}),
         };
         writeln!(io::stdout(), "{line}")?;
@@ -170,6 +172,12 @@ impl<'p> Front<'p> {
             if barred {
                 self.view.notice(&format!(
                     "{} may not approve, since the agent acts for them or they asked for the task: say who you are by --as NAME; a no counts",
+                    self.person.name
+                ));
+            }
+            if !barred && !spec.approvers.users.contains(&self.person.name) {
+                self.view.notice(&format!(
+                    "nobody checks here that {} is one of those who may decide: the record names you, as you say it",
                     self.person.name
                 ));
             }

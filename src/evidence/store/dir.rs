@@ -166,7 +166,7 @@ impl Store for Dir {
         Box::pin(blocking(move || store.objects(&prefix)))
     }
 
-    fn lock<'a>(&'a self, _key: &'a str, _version: &'a str) -> BoxFuture<'a, Result<Option<StoredObject>, StoreError>> {
+    fn lock<'a>(&'a self, _key: &'a str) -> BoxFuture<'a, Result<Option<StoredObject>, StoreError>> {
         Box::pin(std::future::ready(Ok(None)))
     }
 

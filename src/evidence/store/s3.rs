@@ -382,8 +382,8 @@ impl Store for S3 {
         Box::pin(self.versions(prefix))
     }
 
-    fn lock<'a>(&'a self, key: &'a str, version: &'a str) -> BoxFuture<'a, Result<Option<StoredObject>, StoreError>> {
-        Box::pin(async move { self.head(key, version).await.map(Some) })
+    fn lock<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<Option<StoredObject>, StoreError>> {
+        Box::pin(async move { self.head(key, NO_VERSION).await.map(Some) })
     }
 
     fn list<'a>(&'a self, prefix: &'a str) -> BoxFuture<'a, Result<Vec<String>, StoreError>> {

@@ -34,8 +34,8 @@ impl Store for LostReply {
         self.inner.list_versions(prefix)
     }
 
-    fn lock<'a>(&'a self, key: &'a str, version: &'a str) -> BoxFuture<'a, Result<Option<StoredObject>, StoreError>> {
-        self.inner.lock(key, version)
+    fn lock<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<Option<StoredObject>, StoreError>> {
+        self.inner.lock(key)
     }
 
     fn list<'a>(&'a self, prefix: &'a str) -> BoxFuture<'a, Result<Vec<String>, StoreError>> {

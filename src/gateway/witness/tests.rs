@@ -734,6 +734,11 @@ async fn nothing_begins_in_a_bucket_that_does_not_lock() {
     let opened = harness.opened();
     let first = harness.next(vec![opened]);
     assert_eq!(append(&a, &first).await.err(), Some(Rule::Evidence));
+    // Nor once the object is found there: cosigned anew in another second, what is put again has other bytes.
+    std::thread::sleep(Duration::from_millis(1100));
+    for _ in 0..5 {
+        assert_eq!(append(&a, &first).await.err(), Some(Rule::Evidence));
+    }
     // Locked by somebody who mends it, the same segment passes.
     let retention = place().retention;
     bucket.objects.lock().unwrap().values_mut().for_each(|(_, lock)| *lock = retention);

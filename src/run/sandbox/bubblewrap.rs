@@ -34,13 +34,17 @@ pub(super) fn arguments(cell: &Cell, filter: i32) -> Vec<String> {
     }
     add(&["--dev", "/dev"]);
     for path in &cell.covered {
-        add(&["--size", NOTHING, "--tmpfs", path, "--remount-ro", path]);
+        add(&["--size", NOTHING, "--tmpfs", path]);
     }
     for (path, size) in &cell.scopes {
         add(&["--size", &size.to_string(), "--tmpfs", path]);
     }
     for bind in &cell.binds {
         add(&["--ro-bind", &bind.from.to_string_lossy(), &bind.to]);
+    }
+    // Once there is a place in them for what is bound below.
+    for path in &cell.covered {
+        add(&["--remount-ro", path]);
     }
     add(&["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", &cell.cwd, "--"]);
     all.extend(cell.command.iter().cloned());
@@ -58,9 +62,8 @@ mod tests {
             "--unshare-user --disable-userns --unshare-ipc --unshare-pid",
             "--die-with-parent --new-session",
             "--uid 1000 --gid 1000 --cap-drop ALL --seccomp 7 --clearenv --setenv A 1 2 --ro-bind /usr /usr --symlink usr/bin /bin",
-            "--size 4096 --tmpfs /dev/shm --remount-ro /dev/shm",
-            "--size 4096 --tmpfs /tmp --remount-ro /tmp --size 4096 --tmpfs /out --ro-bind /home/me/task /workspace",
-            "--ro-bind /dev/null /workspace/secret.yaml --remount-ro /dev --remount-ro / --chdir /workspace -- python3 agent.py",
+            "--size 4096 --tmpfs /dev/shm --size 4096 --tmpfs /tmp --size 4096 --tmpfs /out --ro-bind /home/me/task /workspace",
+            "--ro-bind /dev/null /workspace/secret.yaml --remount-ro /dev/shm --remount-ro /tmp --remount-ro /dev --remount-ro / --chdir /workspace -- python3 agent.py",
         ] {
             assert!(told.contains(expected), "expected {expected} in {told}");
         }

@@ -88,7 +88,9 @@ fn config(cell: &Cell, root: &Path) -> Value {
         Entry::Bind(one) => Some(bind(one)),
         Entry::Link { .. } => None,
     }));
-    mounts.extend(cell.covered.iter().map(|path| memory(path, 4096, "ro")));
+    // What has something bound below it is a folder of the root, which is read-only: in a file system of its own there were no place for that.
+    let below = |path: &String| cell.binds.iter().any(|bind| bind.to.starts_with(&format!("{path}/")));
+    mounts.extend(cell.covered.iter().filter(|path| !below(path)).map(|path| memory(path, 4096, "ro")));
     mounts.extend(cell.scopes.iter().map(|(path, size)| memory(path, *size, "rw")));
     mounts.extend(cell.binds.iter().map(bind));
     let env: Vec<_> = cell.env.iter().map(|(name, value)| format!("{name}={value}")).collect();

@@ -1,11 +1,21 @@
 //! The programs and libraries that an agent has: the machine's own, or an unpacked image's.
 //!
 //! Promises: of the machine, what it needs to run programs and to check certificates, and nothing about who uses it: no home, no
-//! accounts, no keys, no configuration of services. Refuses: to be written to.
+//! accounts, no keys, no configuration of services; of an image that lies in an OCI bundle, what it says to run, where and in which
+//! environment, as a kubelet takes it. Refuses: to be written to, and whatever else a bundle asks for: users, mounts, privileges.
 
-use std::{fs, io, path::Path};
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use serde::Deserialize;
 
 use super::{Bind, Entry};
+use crate::run::RunError;
+
+/// What an OCI bundle says of itself.
+const BUNDLE: &str = "config.json";
 
 /// Where programs and libraries are.
 const PROGRAMS: [&str; 6] = ["/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64"];
@@ -48,11 +58,87 @@ pub fn host(folder: &Path) -> io::Result<Vec<Entry>> {
     Ok(root)
 }
 
-/// Those of an unpacked image.
-///
-/// # Errors
-/// If it cannot be read.
-pub fn image(folder: &Path) -> io::Result<Vec<Entry>> {
+/// An unpacked image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Image {
+    /// Its folder, as it was named.
+    pub folder: PathBuf,
+    /// Its programs and libraries.
+    root: PathBuf,
+    /// What it says of running it: nothing, unless it lies in a bundle.
+    pub process: Process,
+}
+
+/// What an image says of running it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct Process {
+    /// The command: entry point and arguments are one here.
+    pub args: Vec<String>,
+    /// `NAME=VALUE`.
+    env: Vec<String>,
+    /// The working folder.
+    pub cwd: Option<String>,
+}
+
+/// What is read of a bundle's configuration.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Configuration {
+    /// By which it is known to be one.
+    #[serde(rename = "ociVersion")]
+    _version: String,
+    root: Root,
+    #[serde(default)]
+    process: Process,
+}
+
+#[derive(Deserialize)]
+struct Root {
+    path: PathBuf,
+}
+
+impl Image {
+    /// The image in this folder: an OCI bundle, as `umoci unpack` makes one, or the bare root.
+    ///
+    /// # Errors
+    /// If it is a bundle that cannot be read, or has no root.
+    pub fn open(folder: PathBuf) -> Result<Self, RunError> {
+        let file = folder.join(BUNDLE);
+        let told = match fs::read(&file) {
+            // An image may have a file of that name, which is none of ours.
+            Ok(text) => serde_json::from_slice(&text).ok(),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            Err(cause) => return Err(RunError::File { path: file, cause }),
+        };
+        let Some(Configuration { root, process, .. }) = told else {
+            return Ok(Self { root: folder.clone(), folder, process: Process::default() });
+        };
+        // A path from the top stays one.
+        let root = folder.join(root.path);
+        match fs::canonicalize(&root) {
+            Ok(root) => Ok(Self { folder, root, process }),
+            Err(cause) => Err(RunError::File { path: root, cause }),
+        }
+    }
+
+    /// Its programs and libraries.
+    ///
+    /// # Errors
+    /// If they cannot be read.
+    pub fn entries(&self) -> io::Result<Vec<Entry>> {
+        image(&self.root)
+    }
+}
+
+impl Process {
+    /// Its variables.
+    pub fn variables(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.env.iter().filter_map(|one| one.split_once('='))
+    }
+}
+
+fn image(folder: &Path) -> io::Result<Vec<Entry>> {
     let mut names: Vec<_> = fs::read_dir(folder)?.collect::<Result<Vec<_>, _>>()?;
     names.sort_by_key(fs::DirEntry::file_name);
     // Those are the sandbox's to make.
@@ -94,5 +180,31 @@ mod tests {
         for private in ["/etc", "/home", "/root", "/var", "/etc/ssl", "/etc/shadow", "/run", "/opt"] {
             assert!(!seen.iter().any(|(to, _)| *to == private), "{private} in {seen:?}");
         }
+    }
+
+    #[test]
+    fn a_bundle_says_what_to_run_and_a_bare_root_does_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = fs::canonicalize(folder.path()).unwrap();
+        fs::create_dir_all(path.join("image/usr")).unwrap();
+        let bare = Image::open(path.join("image")).unwrap();
+        assert_eq!(bare.process, Process::default());
+
+        let bundle = serde_json::json!({
+            "ociVersion": "1.0.2", "root": {"path": "image", "readonly": false}, "hostname": "x",
+            "process": {"user": {"uid": 0}, "args": ["python3", "agent.py"], "env": ["A=b=c", "none"], "cwd": "/work", "terminal": true},
+        });
+        fs::write(path.join(BUNDLE), bundle.to_string()).unwrap();
+        let image = Image::open(path.clone()).unwrap();
+        assert_eq!(image.process.args, ["python3", "agent.py"]);
+        assert_eq!(image.process.variables().collect::<Vec<_>>(), [("A", "b=c")]);
+        assert_eq!(image.process.cwd.as_deref(), Some("/work"));
+        assert_eq!(image.entries().unwrap(), bare.entries().unwrap());
+
+        // A file of the image's own.
+        fs::write(path.join("image").join(BUNDLE), "{}").unwrap();
+        assert_eq!(Image::open(path.join("image")).unwrap().process, Process::default());
+        fs::remove_dir_all(path.join("image")).unwrap();
+        assert!(matches!(Image::open(path), Err(RunError::File { .. })));
     }
 }

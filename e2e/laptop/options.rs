@@ -1,0 +1,141 @@
+//! What the options of `belay run` give: other folders, and somebody who is not root.
+
+use std::{
+    fs,
+    os::unix::fs::{MetadataExt, PermissionsExt, chown},
+    path::PathBuf,
+    process::Command,
+};
+
+use crate::world::{self, SANDBOXES, World, ended, once};
+
+/// Whoever runs things on a laptop.
+const SOMEBODY: u32 = 1000;
+
+/// The folders that are named, at their places, without what nobody but Belay may read there, and not to be written to.
+fn other_folders(world: &World, sandbox: &str) {
+    let folder = |name: &str| {
+        let path = world.task().parent().unwrap().join(name);
+        fs::create_dir_all(&path).unwrap();
+        fs::canonicalize(path).unwrap()
+    };
+    let (data, own) = (folder("data"), folder("own"));
+    fs::write(data.join("facts"), "42").unwrap();
+    fs::write(data.join("key"), "sesame-opens-nothing-else").unwrap();
+    // All that Belay keeps lies below a folder that is shown.
+    let state = data.join("state");
+    let python = format!(
+        r#"
+for path in ("{data}/facts", "{data}/key", "{data}/state/belay/witness.pk8", "/workspace/task.yaml", "/workspace/notes"):
+    try: say(f"{{path}}: {{open(path).read()!r}}")
+    except OSError as error: say(f"{{path}}: ''")
+for path in ("{data}/facts", "{data}/more", "/workspace/notes", "/tmp/more"):
+    try: open(path, "w"); say("written")
+    except OSError: say("not written")
+"#,
+        data = data.display()
+    );
+    world.agent(&python, "");
+    fs::rename(world.task().join("agent.py"), own.join("agent.py")).unwrap();
+    fs::write(own.join("notes"), "mine").unwrap();
+    let key = format!("tools-key/token=file:{}", data.join("key").display());
+    let (data, own) = (data.to_str().unwrap(), own.to_str().unwrap());
+    let args = [
+        "run",
+        "task.yaml",
+        "--output",
+        "json",
+        "--sandbox",
+        sandbox,
+        "--ro",
+        data,
+        "--workspace",
+        own,
+        "--credential",
+        &key,
+    ];
+    let mut command = world.belay(&args);
+    // Where somebody's buckets are is nothing to a run that uses none.
+    command.env("XDG_STATE_HOME", &state).env("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9");
+    let ran = ended(command.output().unwrap());
+    assert_eq!(ran.code, 0, "{ran:#?}");
+    // Nothing is in what must not be seen, or it cannot be read.
+    let expected = format!(
+        "{data}/facts: '42'\n{data}/key: ''\n{data}/state/belay/witness.pk8: ''\n\
+         /workspace/task.yaml: ''\n/workspace/notes: 'mine'\n{}",
+        "not written\n".repeat(4)
+    );
+    assert_eq!(ran.said(), expected, "{ran:#?}");
+    assert!(state.join("belay/witness.pk8").is_file(), "there was nothing to hide");
+    world.is_valid(&PathBuf::from(ran.last()["evidence"].as_str().unwrap()));
+}
+
+/// A user without any privilege of their own gets the same walls and the same log.
+fn as_a_user(world: &World, sandbox: &str) {
+    let top = world.task().parent().unwrap().to_owned();
+    fs::set_permissions(&top, fs::Permissions::from_mode(0o755)).unwrap();
+    // Programs that lie where a user could not read them here.
+    let bin = top.join("bin");
+    fs::create_dir(&bin).unwrap();
+    fs::copy(env!("CARGO_BIN_EXE_belay"), bin.join("belay")).unwrap();
+    let found = Command::new("sh").args(["-c", &format!("command -v {sandbox}")]).output().unwrap();
+    fs::copy(String::from_utf8(found.stdout).unwrap().trim(), bin.join(sandbox)).unwrap();
+    fs::create_dir(world.state()).unwrap();
+    chown(world.state(), Some(SOMEBODY), Some(SOMEBODY)).unwrap();
+    world.agent(
+        "say(call('greet', name='you'))\nopen('/out/file', 'w').write('x')\nsay(os.getuid())",
+        "  workspace: {writeScopes: [{path: /out, size: 1Mi}]}\n",
+    );
+    let output = Command::new("setpriv")
+        .args([
+            &format!("--reuid={SOMEBODY}"),
+            &format!("--regid={SOMEBODY}"),
+            "--clear-groups",
+            "--inh-caps=-all",
+            "--bounding-set=-all",
+            "--",
+        ])
+        .arg(bin.join("belay"))
+        .args([
+            "run",
+            "task.yaml",
+            "--output",
+            "json",
+            "--sandbox",
+            sandbox,
+            "--resolve",
+            &format!("tools.test={}", world::UPSTREAM),
+        ])
+        .current_dir(world.task())
+        .env("XDG_STATE_HOME", world.state())
+        .env("PATH", format!("{}:/usr/bin:/bin", bin.display()))
+        .output()
+        .unwrap();
+    let ran = ended(output);
+    assert_eq!(ran.code, 0, "{ran:#?}");
+    assert!(ran.said().contains("/greet/you") && ran.said().ends_with("1000\n"), "{ran:#?}");
+    let key = fs::metadata(world.state().join("belay/witness.pk8")).unwrap();
+    assert_eq!((key.uid(), key.permissions().mode() & 0o777), (SOMEBODY, 0o600));
+    world.is_valid(&world.log());
+    world.nobody_is_left();
+}
+
+#[test]
+fn other_folders_in_bubblewrap() {
+    once(|world| other_folders(world, SANDBOXES[0]));
+}
+
+#[test]
+fn other_folders_in_gvisor() {
+    once(|world| other_folders(world, SANDBOXES[1]));
+}
+
+#[test]
+fn a_user_with_bubblewrap() {
+    once(|world| as_a_user(world, SANDBOXES[0]));
+}
+
+#[test]
+fn a_user_with_gvisor() {
+    once(|world| as_a_user(world, SANDBOXES[1]));
+}

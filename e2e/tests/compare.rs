@@ -1,0 +1,367 @@
+//! The demo on the cluster, and the demo by `belay run`: the same files, and two logs that are equal record by record.
+//!
+//! What may differ is in [`ELSEWHERE`], each with its reason; all else is compared as it was written, and a member that only one of the two
+//! has is a difference. Digests of arguments and results are salted: those of tool calls are opened, and compared by what they commit to.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use belay::{api::agent_task::Phase, evidence::store::log_prefix, policy::commit::Salt};
+use kube::ResourceExt;
+use rmcp::model::{CallToolResult, ResultType};
+use serde_json::{Map, Value, json};
+use tokio::sync::OnceCell;
+
+use crate::{
+    laptop::{Laptop, first_line},
+    locks::store,
+    support::{World, belay, in_world, phase, setting},
+};
+
+const TASK: &str = include_str!("../demo/manifests/task.yaml");
+/// The front of the pretend internet.
+const FRONT: &str = "198.51.100.20";
+
+/// What may differ: in records of a kind (`*`: all), a member by its JSON pointer, how, and why.
+const ELSEWHERE: [(&str, &str, Has, &str); 17] = [
+    ("*", "/time", Has::Both, "when it was"),
+    ("attempt.opened", "/key", Has::Both, "each start of a harness has a key of its own"),
+    ("attempt.opened", "/pod/uid", Has::Both, "an id"),
+    ("attempt.opened", "/pod/node", Has::Both, "a machine's name"),
+    (
+        "attempt.opened",
+        "/pod/runtimeClass",
+        Has::Both,
+        "the sandbox: the class names a cluster's, a laptop has what is installed",
+    ),
+    (
+        "attempt.opened",
+        "/pod/networkPolicy",
+        Has::Both,
+        "the wall of a cluster; empty on a laptop, whose sandbox has no network",
+    ),
+    ("attempt.opened", "/containment/millis", Has::Both, "how long the probe took"),
+    ("attempt.opened", "/containment/reachable", Has::Both, "an address"),
+    ("attempt.opened", "/containment/unreachable", Has::Both, "addresses"),
+    ("attempt.opened", "/local", Has::Laptop, "says that it is no cluster, and what stood in for one"),
+    (
+        "attempt.opened",
+        "/policyDigest",
+        Has::Both,
+        "the policy has ids in it; it is compared itself, as the member `policy`",
+    ),
+    ("attempt.opened", "/policy/task/uid", Has::Both, "an id"),
+    (
+        "attempt.opened",
+        "/policy/task/requester",
+        Has::Both,
+        "who asked: a user of the cluster, or whoever is at the laptop",
+    ),
+    ("attempt.opened", "/policy/pack/uid", Has::Both, "an id"),
+    ("attempt.opened", "/policy/pack/generation", Has::Both, "how often the cluster's object was changed"),
+    (
+        "call.outcome of egress",
+        "/responseBytes",
+        Has::Both,
+        "what is said in a tunnel: TLS, with certificates and tickets of that moment",
+    ),
+    ("task.closed", "/images", Has::Cluster, "digests of the images that a kubelet pulled"),
+];
+
+/// Tools of the agent's own, which say what its kernel says: without a network a connection is unreachable, behind a NetworkPolicy it times
+/// out. The model is told, so that its calls are longer or shorter by these words, and by nothing else.
+const OWN: [&str; 2] = ["connect_directly", "write_file"];
+
+#[derive(Clone, Copy, PartialEq)]
+enum Has {
+    Both,
+    Cluster,
+    Laptop,
+}
+
+/// A run of the demo.
+#[derive(Clone)]
+struct Run {
+    side: Has,
+    /// Its log, with the policy in the record that names it.
+    records: Vec<Value>,
+    salt: Salt,
+    /// What the agent said.
+    said: Vec<String>,
+}
+
+/// The records of a downloaded log.
+fn records(log: &Path) -> Vec<Value> {
+    let files = fs::read_dir(log.join("segments")).unwrap().map(|file| file.unwrap().path());
+    let mut all = Vec::new();
+    for segment in files.collect::<BTreeSet<_>>() {
+        let text = fs::read_to_string(segment).unwrap();
+        let mut lines = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+        let documents = lines.next().unwrap()["documents"].as_array().map_or(0, Vec::len);
+        let policy = lines.by_ref().take(documents).next();
+        all.extend(lines);
+        if let Some(policy) = policy {
+            let opened = all.iter_mut().rev().find(|record| record["kind"] == "attempt.opened");
+            opened.unwrap()["policy"] = policy;
+        }
+    }
+    all
+}
+
+/// The demo on the cluster, run once for all of these tests.
+async fn on_the_cluster() -> &'static Run {
+    static RUN: OnceCell<Run> = OnceCell::const_new();
+    RUN.get_or_init(|| async {
+        let world = World::demo().await;
+        world.kubectl_apply(TASK);
+        let task = world.ended("triage", 180).await;
+        assert_eq!(phase(&task), Some(Phase::Succeeded), "{:?}", task.status);
+        let saved = tempfile::tempdir().unwrap();
+        let log = saved.path().join("log");
+        let verified = belay(&["verify", "triage", "-n", &world.namespace, "--save", log.to_str().unwrap()]);
+        assert!(first_line(&verified).starts_with("VALID  "), "{verified:?}");
+        let key = log_prefix(Some("dev"), &world.namespace, "triage", &task.uid().unwrap()) + "salt/commitments";
+        let client = store("S3_ENDPOINT", "S3_ACCESS_KEY", "S3_SECRET_KEY");
+        let object = client.get_object().bucket(setting("S3_STATE_BUCKET")).key(key).send().await.expect("the salt");
+        let salt = object.body.collect().await.unwrap().into_bytes();
+        let salt = Salt::try_from(String::from_utf8(salt.to_vec()).unwrap()).unwrap();
+        let said = world.logs("triage-1", "agent").await.lines().map(str::to_owned).collect();
+        let run = Run { side: Has::Cluster, records: records(&log), salt, said };
+        world.clean().await;
+        run
+    })
+    .await
+}
+
+/// The demo's task here, with these contracts, by its own image, on an internet without tickets.
+fn on_a_laptop(laptop: &Laptop, sandbox: &str, contracts: &str) -> Run {
+    fs::write(in_world("tickets.jsonl"), "").unwrap();
+    let bundle = setting("BELAY_AGENT_BUNDLE");
+    let ran = laptop.run(&[
+        "e2e/demo/manifests/task.yaml",
+        "--contracts",
+        contracts,
+        "--root",
+        &bundle,
+        "--sandbox",
+        sandbox,
+    ]);
+    assert_eq!(ran.code, 0, "{ran:#?}");
+    let log = PathBuf::from(ran.log());
+    let verified = laptop.belay(&["verify", ran.log()]);
+    assert!(first_line(&verified).starts_with("VALID, self-witnessed, unlocked store  "), "{verified:?}");
+    let uid = log.file_name().unwrap().to_str().unwrap();
+    let kept = log_prefix(Some("dev"), "belay-demo", "triage", uid);
+    let salt = laptop.path("belay/state").join(setting("S3_STATE_BUCKET")).join(kept).join("salt/commitments");
+    let salt = Salt::try_from(fs::read_to_string(salt).unwrap()).unwrap();
+    Run { side: Has::Laptop, records: records(&log), salt, said: ran.said() }
+}
+
+/// What the story has the agent ask of tools, in its order, see `e2e/world/story.py`.
+fn asked() -> Vec<(&'static str, Value)> {
+    let body = "payments-db refuses connections since 09:14: its pool of 20 is spent. Runbook: raise the pool, then restart checkout.";
+    let ticket = |severity: &str| json!({"title": "checkout: payments-db connections exhausted", "severity": severity, "body": body, "idempotency_key": "checkout-0914"});
+    let tickets = json!({"service": "checkout"});
+    vec![
+        ("read_log", json!({"path": "checkout.log"})),
+        ("delete_ticket", json!({"id": "1"})),
+        ("open_ticket", ticket("critical")),
+        ("query_tickets", tickets.clone()),
+        ("open_ticket", ticket("high")),
+        ("query_tickets", tickets),
+    ]
+}
+
+/// What the upstreams answer to those that are allowed: the same is asked of them again, in the same order, without Belay.
+fn answered() -> Vec<(String, Vec<u8>)> {
+    fs::write(in_world("tickets.jsonl"), "").unwrap();
+    let allowed =
+        asked().into_iter().filter(|(tool, arguments)| *tool != "delete_ticket" && arguments["severity"] != "critical");
+    let answers = allowed.enumerate().map(|(index, (tool, arguments))| {
+        let (host, tool) = if tool == "read_log" { ("files.world.test", "read_text_file") } else { ("tickets.world.test", tool) };
+        let call = json!({"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": tool, "arguments": arguments}});
+        let output = Command::new("curl")
+            .args(["-sS", "--fail", "--cacert", in_world("ca.crt").to_str().unwrap(), "--resolve", &format!("{host}:443:{FRONT}")])
+            .args(["-H", "content-type: application/json", "-H", "accept: application/json, text/event-stream"])
+            .args(["-H", "mcp-protocol-version: 2025-06-18", "-H", "authorization: Bearer world-ticket-key"])
+            .args(["-d", &call.to_string(), &format!("https://{host}/mcp")])
+            .output()
+            .unwrap();
+        let reply: Value = serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{output:?}"));
+        let mut result: CallToolResult = serde_json::from_value(reply["result"].clone()).unwrap();
+        // As newer versions of the protocol have it, and the harness with all.
+        result.result_type = Some(ResultType::COMPLETE);
+        (format!("answer {index}, of {tool}"), serde_json::to_vec(&result).unwrap())
+    });
+    answers.collect()
+}
+
+impl Run {
+    /// Bytes of its kernel's own words that the model was told before its call of this number.
+    fn words(&self, before: usize) -> i64 {
+        let calls = self.said.iter().filter_map(|line| line.strip_prefix("→ ")?.split(' ').next());
+        let results = self.said.iter().filter_map(|line| line.strip_prefix("← "));
+        let own = calls.zip(results).take(before).filter(|(tool, _)| OWN.contains(tool));
+        own.map(|(_, result)| i64::try_from(result.len()).unwrap()).sum()
+    }
+
+    /// The records without what is of that time and place.
+    fn normalised(&self, answers: &[(String, Vec<u8>)]) -> Vec<Value> {
+        let committed = asked()
+            .into_iter()
+            .map(|(tool, arguments)| (self.salt.value(&arguments).unwrap(), format!("{tool} {arguments}")));
+        let answered = answers.iter().map(|(name, bytes)| (self.salt.bytes(bytes), name.clone()));
+        let known: HashMap<String, String> = committed.chain(answered).collect();
+        let mut unknown: Vec<String> = Vec::new();
+        let mut channels: HashMap<String, String> = HashMap::new();
+        let (mut models, mut spent) = (0, 0);
+        let mut all = self.records.clone();
+        for record in &mut all {
+            let text = |name: &str| record[name].as_str().unwrap_or_default().to_owned();
+            let (kind, call) = (text("kind"), text("call"));
+            if kind == "call.intent" {
+                channels.insert(call.clone(), text("channel"));
+            }
+            let channel = channels.get(&call).cloned().unwrap_or_else(|| text("channel"));
+
+            // Commitments: by what they commit to, or else by which of them are the same.
+            for name in ["requestDigest", "responseDigest"] {
+                let Some(digest) = record[name].as_str().map(str::to_owned) else { continue };
+                let content = known.get(&digest).cloned().unwrap_or_else(|| {
+                    let at = unknown.iter().position(|one| *one == digest).unwrap_or_else(|| {
+                        unknown.push(digest);
+                        unknown.len() - 1
+                    });
+                    format!("content {at} of a {channel}")
+                });
+                record[name] = content.into();
+            }
+
+            // Counters, from nothing: what was spent before is in the records before.
+            let number = |name: &str| record[name].as_i64().unwrap_or_default();
+            let (bytes, reserved, tokens) = (number("requestBytes"), number("reservedTokens"), number("tokens"));
+            spent += tokens;
+            let used = record["usage"]["tokens"].as_i64().unwrap();
+            record["usage"]["tokens"] = (used - spent - reserved).into();
+            match (channel.as_str(), kind.as_str()) {
+                ("model", "call.intent") => {
+                    record["requestBytes"] = (bytes - self.words(models)).into();
+                    record["reservedTokens"] = (reserved + spent).into();
+                    models += 1;
+                }
+                // In bytes, of which the model counts four as one, rounded up.
+                ("model", "call.outcome") => record["tokens"] = (tokens * 4 - self.words(models - 1)).into(),
+                _ => {}
+            }
+
+            for (of, pointer, has, _) in ELSEWHERE {
+                if of != "*" && of != kind && of != format!("{kind} of {channel}") {
+                    continue;
+                }
+                let (above, name) = pointer.rsplit_once('/').unwrap();
+                let Some(above) = record.pointer_mut(above).and_then(Value::as_object_mut) else { continue };
+                match has {
+                    Has::Both => drop(above.entry(name).and_modify(|value| *value = "elsewhere".into())),
+                    _ if has == self.side => {
+                        above.remove(name).unwrap_or_else(|| panic!("expected {pointer} in {kind}"));
+                    }
+                    _ => {}
+                }
+            }
+        }
+        all
+    }
+}
+
+/// Members of a value that have none of their own, by their pointers.
+fn leaves(value: &Value, pointer: &str, all: &mut BTreeMap<String, Value>) {
+    match value {
+        Value::Object(members) if !members.is_empty() => {
+            members.iter().for_each(|(name, value)| leaves(value, &format!("{pointer}/{name}"), all));
+        }
+        Value::Array(items) if !items.is_empty() => {
+            items.iter().enumerate().for_each(|(index, value)| leaves(value, &format!("{pointer}/{index}"), all));
+        }
+        leaf => {
+            all.insert(pointer.to_owned(), leaf.clone());
+        }
+    }
+}
+
+/// What two logs do not have in common: a line for each member.
+fn differences(cluster: &[Value], laptop: &[Value]) -> Vec<String> {
+    let mut all = Vec::new();
+    let nothing = Value::Object(Map::new());
+    for index in 0..cluster.len().max(laptop.len()) {
+        let (mut left, mut right) = (BTreeMap::new(), BTreeMap::new());
+        leaves(cluster.get(index).unwrap_or(&nothing), "", &mut left);
+        leaves(laptop.get(index).unwrap_or(&nothing), "", &mut right);
+        for pointer in left.keys().chain(right.keys()).collect::<BTreeSet<_>>() {
+            let (one, other) = (left.get(pointer), right.get(pointer));
+            // A model rounds up to four bytes.
+            let rounds = pointer == "/tokens"
+                && left.get("/responseDigest").is_some_and(|of| of.to_string().contains("of a model"));
+            let near = |one: &Value, other: &Value| Some((one.as_i64()? - other.as_i64()?).abs() < 4);
+            if one == other || (rounds && one.zip(other).and_then(|(one, other)| near(one, other)) == Some(true)) {
+                continue;
+            }
+            let show = |value: Option<&Value>| value.map_or("nothing".to_owned(), Value::to_string);
+            all.push(format!("record {index}, {pointer}: {} on the cluster, {} here", show(one), show(other)));
+        }
+    }
+    all
+}
+
+async fn decides_the_same(sandbox: &str) {
+    let cluster = on_the_cluster().await;
+    let laptop = on_a_laptop(&Laptop::new(), sandbox, "e2e/demo/manifests");
+    let opened = fs::read_to_string(in_world("tickets.jsonl")).unwrap();
+    assert_eq!(opened.lines().count(), 1, "{opened}");
+    let answers = answered();
+    let (one, other) = (cluster.normalised(&answers), laptop.normalised(&answers));
+    let found = differences(&one, &other);
+    assert!(found.is_empty(), "{found:#?}\non the cluster: {:#?}\nhere: {:#?}", cluster.said, laptop.said);
+    eprintln!("{sandbox}: {} records are equal", one.len());
+    // What tools were asked and what they answered was opened, on both sides.
+    let closed = |record: &&Value| record.to_string().contains("of a tool");
+    assert_eq!(one.iter().find(closed), None);
+    // It is the demo, and not two runs in which nothing happened.
+    let denied: Vec<_> =
+        one.iter().filter(|record| record["kind"] == "call.denied").map(|record| &record["rule"]).collect();
+    assert_eq!(denied, ["tool.unknown", "tool.precondition", "egress.host", "budget.toolCalls"]);
+    assert!(one.len() > 60, "{} records", one.len());
+}
+
+#[tokio::test]
+async fn the_demo_here_in_gvisor_decides_as_on_the_cluster() {
+    decides_the_same("runsc").await;
+}
+
+#[tokio::test]
+async fn the_demo_here_in_bubblewrap_decides_as_on_the_cluster() {
+    decides_the_same("bwrap").await;
+}
+
+/// The comparison sees what it is there to see.
+#[tokio::test]
+async fn another_contract_shows() {
+    let cluster = on_the_cluster().await;
+    let laptop = Laptop::new();
+    let contracts = fs::read_to_string("e2e/demo/manifests/contracts.yaml").unwrap();
+    let changed = contracts.replace("['low', 'medium', 'high']", "['low', 'medium', 'high', 'critical']");
+    assert_ne!(contracts, changed);
+    fs::write(laptop.path("contracts.yaml"), changed).unwrap();
+    fs::copy("e2e/demo/manifests/namespace.yaml", laptop.path("namespace.yaml")).unwrap();
+    let run = on_a_laptop(&laptop, "bwrap", laptop.path("").to_str().unwrap());
+    let answers = answered();
+    let found = differences(&cluster.normalised(&answers), &run.normalised(&answers));
+    let tells = |text: &str| found.iter().any(|one| one.contains(text));
+    assert!(tells("record 0, /policy/tools/0/preconditions/0/cel"), "{found:#?}");
+    // What was denied on the cluster is allowed here.
+    assert!(tells(r#"record 12, /kind: "call.denied" on the cluster, "call.intent" here"#), "{found:#?}");
+    assert!(tells(r#"record 12, /rule: "tool.precondition" on the cluster, nothing here"#), "{found:#?}");
+}
