@@ -28,7 +28,8 @@ const CASES: [&str; 28] = [
 ];
 
 /// Requests that are none: answered with 400 before anybody could say whom they were for, and so without a record.
-const NO_HTTP: [&str; 0] = [];
+const NO_HTTP: [&str; 3] =
+    [r"b'allowed.test\x00.evil.test:443'", r"b'\xd0\xb0llowed.test:443'", "b'allowed.test:443:22'"];
 
 /// One try.
 #[derive(Debug)]
@@ -216,32 +217,6 @@ fn nobody_is_led_elsewhere(world: &World, sandbox: &str) {
     world.is_valid(&world.log());
 }
 
-/// A46: an upstream that says what key it was given says it to the gateway alone.
-fn an_echoed_key_goes_no_further(world: &World, sandbox: &str) {
-    let contract = "\
-apiVersion: belay.dev/v1alpha1
-kind: ToolContract
-metadata: {name: whoami}
-spec:
-  tool: whoami
-  description: Says who asks.
-  sideEffect: read
-  upstream: {http: {method: GET, url: \"http://keyed.test/whoami\"}}
-  input: {type: object}
-";
-    world.write("whoami.yaml", contract);
-    world.agent("say(call('whoami'))", "");
-    world.write("task.yaml", &world::task().replace("tools: [greet, refund]", "tools: [whoami]"));
-    let ran = world.run(sandbox, &["--resolve", "keyed.test=127.0.0.1:8099"]);
-    assert_eq!(ran.code, 0, "{ran:#?}");
-    let asked = world.asked.lock().unwrap().clone();
-    assert_eq!(asked, [("GET".into(), "/whoami".into(), "Bearer sesame-opens-nothing-else".into())]);
-    assert!(ran.said().contains("/whoami") && !ran.said().contains("sesame"), "{}", ran.said());
-    assert!(!String::from_utf8_lossy(&world.all_that_is_kept()).contains("sesame"));
-    world.is_valid(&world.log());
-}
-
 with_both! {
     redirects => nobody_is_led_elsewhere;
-    echoes => an_echoed_key_goes_no_further;
 }

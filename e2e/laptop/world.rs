@@ -343,7 +343,6 @@ spec:
           ports: [80]
           uses: [Tools]
         - host: keyed.test
-          ports: [80]
           uses: [Tools]
           credentials: [{secret: tools-key, key: token}]
         - {host: allowed.test, uses: [Direct]}

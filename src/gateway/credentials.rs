@@ -1,8 +1,8 @@
 //! What upstreams want to see of us, and no pod ever does.
 //!
 //! Promises: a credential is read when a call leaves, goes into one header of one request, and is marked so that no log
-//! prints it; a reply's header that repeats it is dropped. Refuses: Secrets without the label
-//! `belay.dev/upstream-credential: "true"`. A body that repeats it is not looked into.
+//! prints it; a reply's header that repeats it is dropped, and struck out of its body (`body::Struck`). Refuses: Secrets without the label
+//! `belay.dev/upstream-credential: "true"`. What an upstream encodes or compresses unasked is not looked into.
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 

@@ -25,7 +25,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::{
     authorize::Target,
-    body::{BoxError, Guarded, ReplyBody},
+    body::{BoxError, Guarded, ReplyBody, Struck},
     credentials::{self, Injected},
     dial::Dialer,
     pool::{Connection, Peer, Pool, Returned, Whole},
@@ -198,8 +198,12 @@ fn incoming<K: Send + Unpin + 'static>(
     if let Some(Ok(certificate)) = peer.certificate.map(|digest| HeaderValue::try_from(hex::encode(digest))) {
         parts.headers.insert(wire::CERTIFICATE, certificate);
     }
-    let body = Guarded::new(Whole::new(body, returned), IDLE, keep);
-    Response::from_parts(parts, body.boxed_unsync())
+    let body = Whole::new(body, returned);
+    let body = match secret {
+        Some(secret) => Guarded::new(Struck::new(body, secret.to_owned()), IDLE, keep).boxed_unsync(),
+        None => Guarded::new(body, IDLE, keep).boxed_unsync(),
+    };
+    Response::from_parts(parts, body)
 }
 
 /// Drops what belongs to one hop, and what is between harness and gateway.
