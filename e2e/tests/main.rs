@@ -8,6 +8,7 @@ mod approval;
 mod bad_input;
 mod canaries;
 mod compare;
+mod completion;
 mod disruption;
 mod escape;
 mod laptop;
