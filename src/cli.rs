@@ -25,6 +25,8 @@ mod completion;
 mod contract;
 /// Where a task's evidence is.
 mod evidence;
+/// Folders that are filled for people.
+mod folder;
 /// `belay incident`.
 mod incident;
 /// `belay init`.

@@ -194,16 +194,6 @@ fn an_agent_does_not(world: &World, sandbox: &str) {
     drop(internet);
 }
 
-#[test]
-fn an_agent_in_bubblewrap_does_not() {
-    once(|world| an_agent_does_not(world, SANDBOXES[0]));
-}
-
-#[test]
-fn an_agent_in_gvisor_does_not() {
-    once(|world| an_agent_does_not(world, SANDBOXES[1]));
-}
-
 /// A27: where an upstream sends the gateway, it does not go. Whoever follows gets there.
 fn nobody_is_led_elsewhere(world: &World, sandbox: &str) {
     world.agent("say(call('greet', name='elsewhere'))", "");
@@ -218,5 +208,6 @@ fn nobody_is_led_elsewhere(world: &World, sandbox: &str) {
 }
 
 with_both! {
+    an_agent => an_agent_does_not;
     redirects => nobody_is_led_elsewhere;
 }

@@ -7,7 +7,7 @@ use std::{
     process::Command,
 };
 
-use crate::world::{self, SANDBOXES, World, ended, once};
+use crate::world::{self, World, ended};
 
 /// Whoever runs things on a laptop.
 const SOMEBODY: u32 = 1000;
@@ -120,22 +120,7 @@ fn as_a_user(world: &World, sandbox: &str) {
     world.nobody_is_left();
 }
 
-#[test]
-fn other_folders_in_bubblewrap() {
-    once(|world| other_folders(world, SANDBOXES[0]));
-}
-
-#[test]
-fn other_folders_in_gvisor() {
-    once(|world| other_folders(world, SANDBOXES[1]));
-}
-
-#[test]
-fn a_user_with_bubblewrap() {
-    once(|world| as_a_user(world, SANDBOXES[0]));
-}
-
-#[test]
-fn a_user_with_gvisor() {
-    once(|world| as_a_user(world, SANDBOXES[1]));
+with_both! {
+    folders => other_folders;
+    a_user => as_a_user;
 }

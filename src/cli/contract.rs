@@ -4,20 +4,15 @@
 //! Refuses: to call a tool, to overwrite a file, to believe a server that calls its own tool harmless without saying that it
 //! was the server who said so.
 
-use std::{
-    fs::{self, File},
-    io::Write,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{io::Write, path::PathBuf, time::Duration};
 
 use clap::Subcommand;
 
-use self::draft::{Draft, drafts};
+use self::draft::drafts;
 #[cfg(feature = "mcp-client")]
 use self::list::list;
 use super::{
-    CliError,
+    CliError, folder,
     lint::{Source, lint},
     terminal::Safe,
 };
@@ -101,7 +96,9 @@ pub(super) async fn run(args: &Args, out: &mut dyn Write, notes: &mut dyn Write)
         return Err(CliError::new(format!("{}: expected tools, found none that a contract can name", args.mcp)));
     }
     match &args.out {
-        Some(folder) => write_files(folder, &drafts)?,
+        Some(folder) => {
+            folder::fill(folder, drafts.iter().map(|draft| (format!("{}.yaml", draft.name), draft.text.as_str())))?;
+        }
         None => {
             for (index, draft) in drafts.iter().enumerate() {
                 write!(out, "{}{}", if index == 0 { "" } else { "---\n" }, draft.text)?;
@@ -125,24 +122,4 @@ pub(super) async fn run(args: &Args, out: &mut dyn Write, notes: &mut dyn Write)
 #[cfg(not(feature = "mcp-client"))]
 async fn list(_: &str, _: Option<&str>) -> Result<Vec<rmcp::model::Tool>, CliError> {
     Err(CliError::left_out("contract init"))
-}
-
-/// Writes a file a draft, or none: what is there stays as it is.
-fn write_files(folder: &Path, drafts: &[Draft]) -> Result<(), CliError> {
-    let path = |draft: &Draft| folder.join(format!("{}.yaml", draft.name));
-    let failed =
-        |path: &Path, error: &std::io::Error| CliError::new(format!("{}: cannot be written: {error}", path.display()));
-    if let Some(there) = drafts.iter().map(path).find(|path| path.symlink_metadata().is_ok()) {
-        return Err(CliError::new(format!(
-            "{}: expected no such file, found one; remove it, or name another folder (nothing was written)",
-            there.display()
-        )));
-    }
-    fs::create_dir_all(folder).map_err(|error| failed(folder, &error))?;
-    for draft in drafts {
-        let path = path(draft);
-        let mut file = File::create_new(&path).map_err(|error| failed(&path, &error))?;
-        file.write_all(draft.text.as_bytes()).map_err(|error| failed(&path, &error))?;
-    }
-    Ok(())
 }

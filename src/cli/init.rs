@@ -3,13 +3,9 @@
 //! Promises: what is written is examples/hello, as the tests run it. Refuses: to overwrite anything; nothing is written where a file is
 //! there already.
 
-use std::{
-    fs,
-    io::Write,
-    path::{Path, PathBuf},
-};
+use std::{io::Write, path::PathBuf};
 
-use super::{CliError, terminal::Safe};
+use super::{CliError, folder, terminal::Safe};
 
 /// Name, content, and what it is.
 const FILES: [(&str, &str, &str); 5] = [
@@ -46,25 +42,12 @@ pub(super) struct Args {
 
 /// Runs the command and gives the exit code.
 pub(super) fn run(args: &Args, out: &mut dyn Write) -> Result<u8, CliError> {
-    let folder = &args.folder;
-    if let Some(there) = FILES.iter().map(|(name, ..)| folder.join(name)).find(|path| path.symlink_metadata().is_ok()) {
-        return Err(CliError::new(format!(
-            "{}: expected no such file, found one; remove it, or name another folder (nothing was written)",
-            there.display()
-        )));
+    folder::fill(&args.folder, FILES.iter().map(|(name, text, _)| (*name, *text)))?;
+    for (name, _, what) in FILES {
+        let path = args.folder.join(name).display().to_string();
+        writeln!(out, "{:<30} {what}", Safe(&path).to_string())?;
     }
-    fs::create_dir_all(folder).map_err(|error| unwritable(folder, &error))?;
-    for (name, text, what) in FILES {
-        let path = folder.join(name);
-        let mut file = fs::File::create_new(&path).map_err(|error| unwritable(&path, &error))?;
-        file.write_all(text.as_bytes()).map_err(|error| unwritable(&path, &error))?;
-        writeln!(out, "{:<30} {what}", Safe(&path.display().to_string()).to_string())?;
-    }
-    let folder = Safe(&folder.display().to_string()).to_string();
+    let folder = Safe(&args.folder.display().to_string()).to_string();
     writeln!(out, "\nRun it:\n  belay run {folder}/task.yaml --upstream shop.test='python3 {folder}/standin.py'")?;
     Ok(0)
-}
-
-fn unwritable(path: &Path, error: &std::io::Error) -> CliError {
-    CliError::new(format!("{}: cannot be written: {error}", path.display()))
 }

@@ -1,6 +1,6 @@
 //! Drafts of a real MCP server's tools, over HTTP; what they say, and that they lint.
 
-use std::sync::Arc;
+use std::{fs, sync::Arc};
 
 use rmcp::{
     ErrorData, RoleServer, ServerHandler,

@@ -11,6 +11,12 @@ use std::{
 
 use crate::{cli::CliError, policy::hostname::Hostname};
 
+/// `HOST=` and what follows, where there is a `=`.
+fn of_host(text: &str) -> Option<Result<(Hostname, &str), String>> {
+    let (host, rest) = text.split_once('=')?;
+    Some(Hostname::parse(host).map(|host| (host, rest)).map_err(|error| error.to_string()))
+}
+
 /// `HOST=ADDRESS[:PORT]`.
 #[derive(Clone, Debug)]
 pub(super) struct Resolved {
@@ -24,8 +30,7 @@ impl FromStr for Resolved {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let expected = || format!("expected HOST=ADDRESS or HOST=ADDRESS:PORT, found {text:?}");
-        let (host, address) = text.split_once('=').ok_or_else(expected)?;
-        let host = Hostname::parse(host).map_err(|error| error.to_string())?;
+        let (host, address) = of_host(text).ok_or_else(expected)??;
         let alone = address.parse::<IpAddr>().map(|ip| SocketAddr::new(ip, 0));
         let address = alone.or_else(|_| address.parse()).map_err(|_| expected())?;
         Ok(Self { host, address })
@@ -104,8 +109,7 @@ impl FromStr for Server {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let expected = || format!("expected HOST=COMMAND, such as shop.test='python3 shop.py', found {text:?}");
-        let (host, command) = text.split_once('=').ok_or_else(expected)?;
-        let host = Hostname::parse(host).map_err(|error| error.to_string())?;
+        let (host, command) = of_host(text).ok_or_else(expected)??;
         if command.trim().is_empty() { Err(expected()) } else { Ok(Self { host, command: command.to_owned() }) }
     }
 }
