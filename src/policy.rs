@@ -31,6 +31,8 @@ pub mod ledger;
 pub mod output;
 /// What model calls cost.
 pub mod price;
+/// Rules that take microseconds.
+pub mod quick;
 /// Calls of each tool: how many, and how often.
 pub mod quota;
 /// What of other people's words may be recorded.

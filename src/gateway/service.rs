@@ -48,7 +48,7 @@ use crate::{
         record::Channel,
         store::{Location, log_prefix},
     },
-    policy::{approval::Exact, commit::Salt, redact, rule::Rule},
+    policy::{approval::Exact, commit::Salt, quick, redact, rule::Rule},
     wire::{self, AppendRequest, ApprovalAsk, OpenRequest, Refusal, SealRequest},
 };
 
@@ -522,7 +522,7 @@ impl Gateway {
             let (parts, body) = request.into_parts();
             let body = forward::whole(body, LARGEST_MESSAGE, BODY_TIME).await?;
             if let Some(arguments) = authorize::says(&compiled, channel, (&intent, &salt), &body)? {
-                self.judged(principal, &compiled, &intent, arguments).await?;
+                self.judged(principal, &compiled, &intent, (arguments, body.len())).await?;
                 call = Some(intent);
             }
             Request::from_parts(parts, full(body))
@@ -553,36 +553,42 @@ impl Gateway {
         Span::current().record("host", target.authority.host.as_str());
         let to = Destination::Url(&target, request.method());
         let credential = authorize::listed(&compiled, Channel::Tool, to)?;
-        self.judged(principal, &compiled, &intent, arguments).await?;
+        self.judged(principal, &compiled, &intent, (arguments, body.len())).await?;
         let request = request.map(full);
         let call = Some((compiled, intent));
         let replied = self.send(Channel::Tool, &target, credential.as_ref(), request, share, call).await;
         replied.map(forward::as_reply_to_post)
     }
 
-    /// Whether contract, pack and people let a call with these arguments leave.
+    /// Whether contract, pack and people let a call with these arguments leave, which came in so many bytes.
     async fn judged(
         &self,
         principal: &Principal,
         compiled: &Arc<Compiled>,
         intent: &IntentFacts,
-        arguments: serde_json::Value,
+        (arguments, length): (serde_json::Value, usize),
     ) -> Result<(), Refused> {
         if let Some(assessment) = &intent.assessment {
             let span = Span::current();
             span.record("data", assessment.arguments.as_str());
             span.record("risk", assessment.risk.as_ref().map(|risk| risk.score));
         }
-        // Contracts are of the tenants' own making, and their expressions may take long: not where everybody's requests are served.
-        let turn = self.turn(principal).acquire_owned().await;
-        let (judge, facts) = (compiled.clone(), intent.clone());
-        let judged = tokio::task::spawn_blocking(move || {
-            let _turn = turn;
-            authorize::judge(&judge, &facts, &arguments).map(|needed| (needed, arguments))
-        });
-        let failed =
-            |e: tokio::task::JoinError| Refused::retry(Rule::Busy, format!("the call could not be judged: {e}"));
-        let (needed, arguments) = judged.await.map_err(failed)??;
+        let is_quick =
+            length <= quick::SHORT && compiled.contracts.is_quick(&intent.target) && compiled.guard.is_quick();
+        let (needed, arguments) = if is_quick {
+            (authorize::judge(compiled, intent, &arguments)?, arguments)
+        } else {
+            // Contracts are of the tenants' own making, and their expressions may take long: not where everybody's requests are served.
+            let turn = self.turn(principal).acquire_owned().await;
+            let (judge, facts) = (compiled.clone(), intent.clone());
+            let judged = tokio::task::spawn_blocking(move || {
+                let _turn = turn;
+                authorize::judge(&judge, &facts, &arguments).map(|needed| (needed, arguments))
+            });
+            let failed =
+                |e: tokio::task::JoinError| Refused::retry(Rule::Busy, format!("the call could not be judged: {e}"));
+            judged.await.map_err(failed)??
+        };
         let find = |name: &str| self.parts.cluster.approval(&principal.namespace, name);
         approvals::approved(compiled, intent, &arguments, &needed, find)
     }

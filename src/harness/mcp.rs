@@ -170,12 +170,12 @@ impl Tools {
             let denial = verdict.err().unwrap_or(Denial { rule: Rule::RequestJson, reason });
             return Err(self.gate.deny(Channel::Tool, name, Some(digest), denial).await);
         };
-        let tool = match verdict.cloned() {
+        let tool = match verdict {
             Ok(tool) => tool,
             Err(denial) => return Err(self.gate.deny(Channel::Tool, name, Some(digest), denial).await),
         };
         // Held until the call is settled: of calls that are one, one is made.
-        let turn = match self.once(&tool, &args, &digest).await {
+        let turn = match self.once(tool, &args, &digest).await {
             Ok(Turned::Made(result)) => return Ok(Came::unmade(result)),
             Ok(Turned::Mine(turn)) => Some(turn),
             Ok(Turned::Each) => None,
@@ -184,7 +184,7 @@ impl Tools {
         let key = turn.as_ref().map(|turn| turn.key.clone());
         let undoing = undoes.is_some();
         let undoes = undoes.map(str::to_owned);
-        let allowed = self.allow(&tool, &args, (&digest, bytes), (key.clone(), undoes), needs_approval).await;
+        let allowed = self.allow(tool, &args, (&digest, bytes), (key.clone(), undoes), needs_approval).await;
         let (route, permit) = match allowed {
             Ok(allowed) => allowed,
             // No refusal: nothing is counted. No error either, at which some agents give up; but where the tool promises a structure,
@@ -197,18 +197,18 @@ impl Tools {
             }
             Err(Halt::Denied(denial)) => return Err(self.gate.deny(Channel::Tool, name, Some(digest), denial).await),
         };
-        let (bounds, intent) = (Bounds::of(&tool), permit.intent);
+        let (bounds, intent) = (Bounds::of(tool), permit.intent);
         let undone = self.gate.undoing().is_none() && tool.compensation().is_some();
         let arguments = (tool.verify.is_some() || undone).then(|| Value::Object(args.clone()));
         let (result, settlement) = match route {
-            Route::Mcp(mcp, ready) => self.upstreams.call(&tool, &mcp, ready, args, permit.intent, bounds).await,
-            Route::Http(arguments) => rest::call(self.gate.link(), &tool, arguments, permit.intent, bounds).await,
+            Route::Mcp(mcp, ready) => self.upstreams.call(tool, &mcp, ready, args, permit.intent, bounds).await,
+            Route::Http(arguments) => rest::call(self.gate.link(), tool, arguments, permit.intent, bounds).await,
         };
-        let (result, mut settlement) = self.fits(&tool, result, settlement);
+        let (result, mut settlement) = self.fits(tool, result, settlement);
         settlement.sensitivity = match &result {
-            Ok(result) => self.gate.guard().result(&tool, result),
+            Ok(result) => self.gate.guard().result(tool, result),
             // What an upstream says of an error is in the reason.
-            Err(denial) if settlement.effect != Effect::NotApplied => self.gate.guard().result(&tool, &denial.reason),
+            Err(denial) if settlement.effect != Effect::NotApplied => self.gate.guard().result(tool, &denial.reason),
             Err(_) => Sensitivity::default(),
         };
         let answered = result.as_ref().ok().and_then(said);
@@ -222,7 +222,7 @@ impl Tools {
         }
         if let Some(arguments) = arguments.as_ref().filter(|_| undone && !error && settlement.effect == Effect::Applied)
         {
-            settlement.undone_by = self.keep_undo(&tool, intent, arguments, answered).await;
+            settlement.undone_by = self.keep_undo(tool, intent, arguments, answered).await;
         }
         if let (Some(_), Ok(result)) = (&key, &result) {
             let digest = settlement.response_digest.as_ref();
@@ -232,7 +232,7 @@ impl Tools {
         permit.settle(settlement);
         match (result, tool.verify.as_ref().zip(arguments)) {
             (Err(denial), Some((read, arguments))) if unknown => {
-                let told = self.resolve(&tool, read, &arguments, (&call_id(intent), key.as_deref())).await;
+                let told = self.resolve(tool, read, &arguments, (&call_id(intent), key.as_deref())).await;
                 let words = told.unwrap_or_else(|why| why);
                 Err(Denial { rule: denial.rule, reason: format!("{}. {words}", denial.reason) })
             }

@@ -8,7 +8,7 @@
 
 use std::sync::Arc;
 
-use cel::{Context, Value as CelValue};
+use cel::Context;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -17,7 +17,7 @@ use super::{
         Access, AccessRule, PolicyConfig, RiskTerm, RuleDecision, Sensitivity, SideEffect, Tool, Upstream, Usage,
     },
     decide::Denial,
-    expression::{self, Expression, json_value, usage_value},
+    expression::{self, Expression},
     rule::Rule,
     sensitivity::Detectors,
 };
@@ -163,6 +163,11 @@ impl Guard {
         if self.detectors.is_empty() { tool.data.result } else { found().max(tool.data.result) }
     }
 
+    /// Whether it judges in microseconds where arguments are [`super::quick::SHORT`].
+    pub fn is_quick(&self) -> bool {
+        self.expressions().all(Expression::is_quick)
+    }
+
     /// What the pack says to a call with these arguments.
     ///
     /// # Errors
@@ -174,7 +179,7 @@ impl Guard {
         let class = self.detectors.of(arguments).max(asked.tool.data.arguments);
         let mut context = self.context(asked, class);
         if self.sees("args") {
-            context.add_variable_from_value("args", json_value(arguments));
+            context.add_variable_as_val("args", expression::json(arguments));
         }
         self.weigh(asked, class, |_, expression| expression.holds(&context))
     }
@@ -208,17 +213,17 @@ impl Guard {
     }
 
     /// What expressions see of a call but for its arguments. A map that none of them looks at is not made.
-    fn context(&self, asked: Asked<'_>, class: Sensitivity) -> Context<'_, 'static> {
+    fn context<'a>(&'a self, asked: Asked<'a>, class: Sensitivity) -> Context<'a, 'a> {
         let mut context = self.base.new_inner_scope();
-        context.add_variable_from_value("tool", asked.tool.name.as_str());
-        context.add_variable_from_value("effect", asked.effect.as_str());
+        context.add_variable_as_val("tool", expression::text(asked.tool.name.as_str()));
+        context.add_variable_as_val("effect", expression::text(asked.effect.as_str()));
         if self.sees("usage") {
-            context.add_variable_from_value("usage", usage_value(asked.usage));
+            context.add_variable_as_val("usage", expression::usage(asked.usage));
         }
         if self.sees("data") {
             let data = [("arguments", class), ("seen", asked.seen)];
-            let data = data.map(|(name, level)| (name, CelValue::from(level.as_str())));
-            context.add_variable_from_value("data", expression::map(data));
+            let data = data.map(|(name, level)| (name, expression::text(level.as_str())));
+            context.add_variable_as_val("data", expression::map(data));
         }
         context
     }

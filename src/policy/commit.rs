@@ -10,9 +10,14 @@
 //! the hex commitment to its canonical form (RFC 8785), under the label [`FIELD`] ‖ its JSON Pointer (RFC 6901) ‖ `0x00`; the commitment to the
 //! whole is SHA-256 over the canonical form of what that gives.
 
+use std::cell::RefCell;
+
 use base64::{Engine, prelude::BASE64_STANDARD};
 use ring::hmac;
-use serde::{Deserialize, Serialize};
+use serde::{
+    Deserialize, Serialize, Serializer,
+    ser::{Error, SerializeMap, SerializeSeq},
+};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
@@ -87,7 +92,7 @@ impl Salt {
     /// # Errors
     /// If it has no canonical form.
     pub fn value(&self, value: &Value) -> Result<String, CanonicalError> {
-        Ok(hex::encode(canonical::digest(&self.committed(value, &mut String::new())?)?))
+        Ok(hex::encode(canonical::digest(&self.committed(value, &RefCell::default()))?))
     }
 
     /// What discloses one field, by its JSON Pointer, of a value that was committed to; `None` if it has none there, or one with fields of its own.
@@ -98,38 +103,16 @@ impl Salt {
         let Some(field) = value.pointer(pointer).filter(|field| is_field(field)) else { return Ok(None) };
         let digest = canonical::digest(field)?;
         Ok(Some(Opening {
-            committed: self.committed(value, &mut String::new())?,
+            committed: serde_json::to_value(self.committed(value, &RefCell::default()))?,
             pointer: pointer.to_owned(),
             value: field.clone(),
             salt: hex::encode(self.own(&label(pointer), &digest)),
         }))
     }
 
-    /// The value with each of its fields replaced by the commitment to it; `pointer` is where it is.
-    fn committed(&self, value: &Value, pointer: &mut String) -> Result<Value, CanonicalError> {
-        if is_field(value) {
-            let digest = canonical::digest(value)?;
-            return Ok(Value::String(hex::encode(commitment(&self.own(&label(pointer), &digest), &digest))));
-        }
-        let at = pointer.len();
-        let mut inner = |name: &str, value| {
-            pointer.push('/');
-            pointer.push_str(&name.replace('~', "~0").replace('/', "~1"));
-            let committed = self.committed(value, pointer);
-            pointer.truncate(at);
-            committed
-        };
-        Ok(match value {
-            Value::Array(items) => {
-                let items = items.iter().enumerate().map(|(index, item)| inner(&index.to_string(), item));
-                Value::Array(items.collect::<Result<_, _>>()?)
-            }
-            Value::Object(fields) => {
-                let fields = fields.iter().map(|(name, field)| Ok((name.clone(), inner(name, field)?)));
-                Value::Object(fields.collect::<Result<_, CanonicalError>>()?)
-            }
-            field => field.clone(),
-        })
+    /// The value as it is committed to; `pointer` is where it is.
+    fn committed<'v>(&'v self, value: &'v Value, pointer: &'v RefCell<String>) -> Committed<'v> {
+        Committed { salt: self, value, pointer }
     }
 
     /// The salt of one commitment.
@@ -140,6 +123,60 @@ impl Salt {
         let mut own = [0; 32];
         own.iter_mut().zip(context.sign().as_ref()).for_each(|(to, from)| *to = *from);
         own
+    }
+}
+
+/// A value with each of its fields replaced by the commitment to it, written as it is read: calls are many.
+struct Committed<'v> {
+    salt: &'v Salt,
+    value: &'v Value,
+    pointer: &'v RefCell<String>,
+}
+
+impl Committed<'_> {
+    /// What `write` makes of the member of this name, whose pointer is there meanwhile.
+    fn member<T>(&self, name: &str, value: &Value, write: impl FnOnce(&Committed<'_>) -> T) -> T {
+        let at = self.pointer.borrow().len();
+        {
+            let mut pointer = self.pointer.borrow_mut();
+            pointer.push('/');
+            match name.contains(['~', '/']) {
+                true => pointer.push_str(&name.replace('~', "~0").replace('/', "~1")),
+                false => pointer.push_str(name),
+            }
+        }
+        let written = write(&Committed { value, ..*self });
+        self.pointer.borrow_mut().truncate(at);
+        written
+    }
+
+    /// The commitment to a field, hex.
+    fn field(&self) -> Result<String, CanonicalError> {
+        let digest = canonical::digest(self.value)?;
+        let own = self.salt.own(&label(&self.pointer.borrow()), &digest);
+        Ok(hex::encode(commitment(&own, &digest)))
+    }
+}
+
+impl Serialize for Committed<'_> {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        match self.value {
+            Value::Array(items) if !items.is_empty() => {
+                let mut list = to.serialize_seq(Some(items.len()))?;
+                for (index, item) in items.iter().enumerate() {
+                    self.member(&index.to_string(), item, |item| list.serialize_element(item))?;
+                }
+                list.end()
+            }
+            Value::Object(fields) if !fields.is_empty() => {
+                let mut object = to.serialize_map(Some(fields.len()))?;
+                for (name, field) in fields {
+                    self.member(name, field, |field| object.serialize_entry(name, field))?;
+                }
+                object.end()
+            }
+            _ => to.serialize_str(&self.field().map_err(S::Error::custom)?),
+        }
     }
 }
 

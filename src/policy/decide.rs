@@ -11,15 +11,15 @@
 
 use std::collections::BTreeMap;
 
-use cel::{Context, Value as CelValue};
+use cel::Context;
 use serde_json::{Map, Value};
 
 use super::{
     budget::{Budget, Exhausted},
     commit::Salt,
     config::{Idempotency, PolicyConfig, Tool, Usage},
-    expression::{self, Expression, json_value, usage_value},
-    json,
+    expression::{self, Expression},
+    json, quick,
     rule::Rule,
 };
 use crate::canonical;
@@ -127,6 +127,8 @@ struct Compiled {
     applied: Option<Expression>,
     /// The arguments of the call that undoes one, by their names.
     undo: Option<Vec<(String, Expression)>>,
+    /// Whether it is judged in microseconds over short arguments.
+    is_quick: bool,
     /// Whether any expression looks at the arguments, at the counters.
     uses_args: bool,
     uses_usage: bool,
@@ -162,6 +164,7 @@ impl Contracts {
                 approval_when: None,
                 applied: None,
                 undo: None,
+                is_quick: quick::schema(&tool.input),
                 uses_args: false,
                 uses_usage: false,
             };
@@ -171,6 +174,7 @@ impl Contracts {
                     name: name.to_owned(),
                     reason,
                 })?;
+                compiled.is_quick &= expression.is_quick();
                 compiled.uses_args |= expression.sees("args");
                 compiled.uses_usage |= expression.sees("usage");
                 uses_results |= expression.sees("results");
@@ -229,7 +233,7 @@ impl Contracts {
         let size = serde_json::to_vec(result).map_or(usize::MAX, |text| text.len());
         let sum = kept.values().map(|(_, size)| size).fold(size, |sum, size| sum.saturating_add(*size));
         if size <= LONGEST_RESULT && sum <= LONGEST_RESULTS {
-            kept.insert(tool.to_owned(), (json_value(result), size));
+            kept.insert(tool.to_owned(), (result.clone(), size));
         }
         Some(shown(&self.policy, kept))
     }
@@ -242,8 +246,8 @@ impl Contracts {
         let applied = self.tools.get(tool).and_then(|compiled| compiled.applied.as_ref());
         let applied = applied.ok_or_else(|| format!("the contract of {} has no verify", shorten(tool)))?;
         let mut context = self.nothing.context.new_inner_scope();
-        context.add_variable_from_value("args", json_value(arguments));
-        context.add_variable_from_value("result", json_value(read));
+        context.add_variable_as_val("args", expression::json(arguments));
+        context.add_variable_as_val("result", expression::json(read));
         applied.holds(&context)
     }
 
@@ -255,8 +259,8 @@ impl Contracts {
         let undo = self.tools.get(tool).and_then(|compiled| compiled.undo.as_ref());
         let undo = undo.ok_or_else(|| format!("the contract of {} has no rollback by a call", shorten(tool)))?;
         let mut context = self.nothing.context.new_inner_scope();
-        context.add_variable_from_value("args", json_value(arguments));
-        context.add_variable_from_value("result", json_value(result));
+        context.add_variable_as_val("args", expression::json(arguments));
+        context.add_variable_as_val("result", expression::json(result));
         let argument = |(name, expression): &(String, Expression)| match expression.value(&context) {
             Ok(value) => Ok((name.clone(), json::whole(value))),
             Err(reason) => Err(format!("{name}: {reason}")),
@@ -320,12 +324,21 @@ impl Contracts {
         self.judge(name, arguments, known, is_of_the_call).map(|(_, needs_approval)| needs_approval)
     }
 
-    /// Whether a call may still leave by its contract, and whether people must have been asked, by what is known by now.
+    /// Whether calls of a tool are judged in microseconds where their arguments are [`quick::SHORT`].
+    pub fn is_quick(&self, name: &str) -> bool {
+        self.tools.get(name).is_none_or(|compiled| compiled.is_quick)
+    }
+
+    /// Whether a call that was decided over may still leave by its contract, and whether people must have been asked for what is known
+    /// by now. What follows from the call alone is as it was.
     ///
     /// # Errors
     /// The first rule that does not hold.
     pub fn again(&self, name: &str, arguments: &Value, known: Known<'_>) -> Result<bool, Denial> {
-        self.judge(name, arguments, known, |_| true).map(|(_, needs_approval)| needs_approval)
+        self.tools
+            .get(name)
+            .ok_or_else(|| self.unknown(name))?
+            .conditions(arguments, known, |expression| !is_of_the_call(expression))
     }
 
     /// The contract's own rules, and whether people have to be asked.
@@ -337,12 +350,7 @@ impl Contracts {
         asked: impl Fn(&Expression) -> bool,
     ) -> Result<(&Tool, bool), Denial> {
         let deny = |rule, reason| Err(Denial { rule, reason });
-        let Some(compiled) = self.tools.get(name) else {
-            return deny(
-                Rule::ToolKnown,
-                format!("no contract of this task has a tool {:?}; it has {}", shorten(name), self.names()),
-            );
-        };
+        let compiled = self.tools.get(name).ok_or_else(|| self.unknown(name))?;
         let effect = compiled.tool.side_effect;
         if !self.policy.allowed_effects.contains(&effect) {
             return deny(
@@ -359,19 +367,21 @@ impl Contracts {
         Ok((&compiled.tool, compiled.conditions(arguments, known, asked)?))
     }
 
-    fn names(&self) -> String {
-        if self.tools.is_empty() {
-            return "none".into();
-        }
-        self.tools.keys().take(16).map(String::as_str).collect::<Vec<_>>().join(", ")
+    fn unknown(&self, name: &str) -> Denial {
+        let names = match self.tools.is_empty() {
+            true => "none".into(),
+            false => self.tools.keys().take(16).map(String::as_str).collect::<Vec<_>>().join(", "),
+        };
+        let reason = format!("no contract of this task has a tool {:?}; it has {names}", shorten(name));
+        Denial { rule: Rule::ToolKnown, reason }
     }
 }
 
 /// Results, as conditions see them.
-fn shown(policy: &PolicyConfig, kept: BTreeMap<String, (CelValue, usize)>) -> Results {
+fn shown(policy: &PolicyConfig, kept: BTreeMap<String, (Value, usize)>) -> Results {
     let mut context = expression::context(&policy.task);
-    let values = kept.iter().map(|(tool, (value, _))| (tool.as_str(), value.clone()));
-    context.add_variable_from_value("results", expression::map(values));
+    let values = kept.iter().map(|(tool, (value, _))| (tool.clone(), expression::json_kept(value)));
+    context.add_variable_as_val("results", expression::map(values));
     Results { kept, context }
 }
 
@@ -384,17 +394,19 @@ impl Compiled {
         known: Known<'_>,
         asked: impl Fn(&Expression) -> bool,
     ) -> Result<bool, Denial> {
-        if self.preconditions.is_empty() && self.approval_when.is_none() {
-            return Ok(self.tool.approval.is_some());
+        let preconditions = || self.preconditions.iter().filter(|condition| asked(&condition.expression));
+        let when = self.approval_when.as_ref().filter(|when| asked(when));
+        if preconditions().next().is_none() && when.is_none() {
+            return Ok(self.approval_when.is_none() && self.tool.approval.is_some());
         }
         let mut context = known.results.context.new_inner_scope();
         if self.uses_args {
-            context.add_variable_from_value("args", json_value(arguments));
+            context.add_variable_as_val("args", expression::json(arguments));
         }
         if self.uses_usage {
-            context.add_variable_from_value("usage", usage_value(known.usage));
+            context.add_variable_as_val("usage", expression::usage(known.usage));
         }
-        for Condition { name, expression, message } in self.preconditions.iter().filter(|c| asked(&c.expression)) {
+        for Condition { name, expression, message } in preconditions() {
             let why = match expression.holds(&context) {
                 Ok(true) => continue,
                 Ok(false) => message.clone(),
@@ -405,10 +417,10 @@ impl Compiled {
                 reason: format!("precondition {name} does not hold: {why}"),
             });
         }
-        Ok(match &self.approval_when {
+        Ok(match when {
             // Only a clear no lets a call pass unasked.
-            Some(when) => asked(when) && when.holds(&context) != Ok(false),
-            None => self.tool.approval.is_some(),
+            Some(when) => when.holds(&context) != Ok(false),
+            None => self.approval_when.is_none() && self.tool.approval.is_some(),
         })
     }
 }
@@ -418,7 +430,7 @@ impl Compiled {
 /// They live in the harness: after its restart, and in another attempt, none are there, and conditions that need one deny.
 pub struct Results {
     /// Each with its bytes as JSON.
-    kept: BTreeMap<String, (CelValue, usize)>,
+    kept: BTreeMap<String, (Value, usize)>,
     /// `task`, `principal` and `results`, with all functions.
     context: Context<'static, 'static>,
 }
@@ -430,6 +442,10 @@ pub fn shorten(text: &str) -> String {
 
 /// At most so many characters, control characters escaped.
 pub fn shorten_to(text: &str, longest: usize) -> String {
+    // As nearly all of it is.
+    if text.len() <= longest && text.bytes().all(|byte| (b' '..=b'~').contains(&byte)) {
+        return text.to_owned();
+    }
     let mut short: String = text.chars().flat_map(EscapeControl::new).take(longest).collect();
     if text.chars().count() > longest {
         short.push('…');

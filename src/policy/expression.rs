@@ -4,23 +4,28 @@
 //! agent's favour. Whole numbers of JSON are `int` where they fit, so that they can be added to literals. Refuses: to show an
 //! argument's value in a reason, which is recorded.
 
-use std::{
-    collections::{BTreeSet, HashMap},
-    sync::Arc,
-};
+use std::collections::{BTreeSet, HashMap};
 
-use cel::{Context, ExecutionError, Program, Value as CelValue, objects::Key};
+use cel::{
+    Context, ExecutionError, Program, Value as CelValue,
+    common::{
+        types::{CelBool, CelDouble, CelInt, CelList, CelMap, CelMapKey, CelNull, CelString, CelUInt},
+        value::Val,
+    },
+};
 use serde_json::Value;
 
 use super::{
     config::{TaskIdentity, Usage},
     decide::shorten,
+    quick,
 };
 
 /// A compiled expression.
 pub struct Expression {
     program: Program,
     names: BTreeSet<String>,
+    is_quick: bool,
 }
 
 impl Expression {
@@ -30,8 +35,15 @@ impl Expression {
     /// Why it is no CEL.
     pub fn compile(source: &str) -> Result<Self, String> {
         let program = Program::compile(source).map_err(|error| error.to_string())?;
-        let names = program.references().variables().into_iter().map(str::to_owned).collect();
-        Ok(Self { program, names })
+        let references = program.references();
+        let names = references.variables().into_iter().map(str::to_owned).collect();
+        let is_quick = quick::expression(source, references.functions());
+        Ok(Self { program, names, is_quick })
+    }
+
+    /// Whether it takes microseconds over short arguments, see [`quick`].
+    pub fn is_quick(&self) -> bool {
+        self.is_quick
     }
 
     /// Whether it looks at a variable.
@@ -74,43 +86,72 @@ impl Expression {
 /// What every expression of a task sees: `task` and `principal`, and all functions.
 pub fn context(task: &TaskIdentity) -> Context<'static, 'static> {
     let mut context = Context::default();
-    context.add_variable_from_value("task", task_value(task));
-    context.add_variable_from_value("principal", task.principal.as_str());
+    context.add_variable_as_val("task", task_seen(task));
+    context.add_variable_as_val("principal", text(task.principal.clone()));
     context
 }
 
-/// JSON as CEL has it.
-pub fn json_value(value: &Value) -> CelValue {
+/// What an expression sees under a name. It may borrow for `'v`.
+pub type Seen<'v> = Box<dyn Val + 'v>;
+
+/// JSON as CEL has it; nothing of it is copied.
+pub fn json(value: &Value) -> Seen<'_> {
+    seen(value, |text| text)
+}
+
+/// JSON as CEL has it, to be kept.
+pub fn json_kept(value: &Value) -> Seen<'static> {
+    seen(value, str::to_owned)
+}
+
+fn seen<'j, 'v, T>(value: &'j Value, copied: fn(&'j str) -> T) -> Seen<'v>
+where
+    T: Into<CelString<'v>> + Into<CelMapKey<'v>>,
+{
     match value {
-        Value::Null => CelValue::Null,
-        Value::Bool(value) => CelValue::Bool(*value),
+        Value::Null => Box::new(CelNull),
+        Value::Bool(value) => Box::new(CelBool::from(*value)),
         Value::Number(number) => match (number.as_i64(), number.as_u64()) {
-            (Some(whole), _) => CelValue::Int(whole),
-            (None, Some(whole)) => CelValue::UInt(whole),
-            (None, None) => number.as_f64().map_or(CelValue::Null, CelValue::Float),
+            (Some(whole), _) => Box::new(CelInt::from(whole)),
+            (None, Some(whole)) => Box::new(CelUInt::from(whole)),
+            (None, None) => match number.as_f64() {
+                Some(double) => Box::new(CelDouble::from(double)),
+                None => Box::new(CelNull),
+            },
         },
-        Value::String(text) => CelValue::String(Arc::new(text.clone())),
-        Value::Array(items) => CelValue::List(Arc::new(items.iter().map(json_value).collect())),
-        Value::Object(fields) => map(fields.iter().map(|(name, value)| (name.as_str(), json_value(value)))),
+        Value::String(value) => text(copied(value)),
+        Value::Array(items) => {
+            let items: Vec<Seen<'v>> = items.iter().map(|item| seen(item, copied)).collect();
+            Box::new(CelList::from(items))
+        }
+        Value::Object(fields) => map(fields.iter().map(|(name, value)| (copied(name), seen(value, copied)))),
     }
 }
 
+/// Text.
+pub fn text<'v>(text: impl Into<CelString<'v>>) -> Seen<'v> {
+    Box::new(text.into())
+}
+
 /// A map by names.
-pub fn map<'n>(fields: impl IntoIterator<Item = (&'n str, CelValue)>) -> CelValue {
-    fields.into_iter().map(|(name, value)| (Key::from(name), value)).collect::<HashMap<Key, CelValue>>().into()
+pub fn map<'v>(fields: impl IntoIterator<Item = (impl Into<CelMapKey<'v>>, Seen<'v>)>) -> Seen<'v> {
+    let fields: HashMap<CelMapKey<'v>, Seen<'v>> =
+        fields.into_iter().map(|(name, value)| (name.into(), value)).collect();
+    Box::new(CelMap::from(fields))
 }
 
 /// `usage`.
-pub fn usage_value(usage: Usage) -> CelValue {
-    map([
-        ("toolCalls", CelValue::Int(usage.tool_calls)),
-        ("tokens", CelValue::Int(usage.tokens)),
-        ("denials", CelValue::Int(usage.denials)),
-        ("costMicros", CelValue::Int(usage.cost_micros)),
-    ])
+pub fn usage(usage: Usage) -> Seen<'static> {
+    let counters = [
+        ("toolCalls", usage.tool_calls),
+        ("tokens", usage.tokens),
+        ("denials", usage.denials),
+        ("costMicros", usage.cost_micros),
+    ];
+    map(counters.map(|(name, count)| (name, Box::new(CelInt::from(count)) as Seen<'static>)))
 }
 
-fn task_value(task: &TaskIdentity) -> CelValue {
+fn task_seen(task: &TaskIdentity) -> Seen<'static> {
     let fields = [
         ("namespace", task.namespace.as_str()),
         ("name", &task.name),
@@ -120,7 +161,7 @@ fn task_value(task: &TaskIdentity) -> CelValue {
         ("taskClass", task.task_class.as_deref().unwrap_or_default()),
         ("principal", &task.principal),
     ];
-    map(fields.map(|(name, value)| (name, CelValue::from(value))))
+    map(fields.map(|(name, value)| (name, text(value.to_owned()))))
 }
 
 #[cfg(test)]
@@ -140,9 +181,9 @@ mod tests {
     #[case("!args.nothing.blocked")]
     #[case("!args.missing")]
     fn a_member_of_what_has_none_is_an_error(#[case] source: &str) {
-        let mut context = Context::default();
         let args = json!({"card": "4111", "list": ["a"], "nothing": null});
-        context.add_variable_from_value("args", json_value(&args));
+        let mut context = Context::default();
+        context.add_variable_as_val("args", json(&args));
         assert!(Expression::compile(source).unwrap().holds(&context).is_err(), "{source}");
     }
 
@@ -154,7 +195,7 @@ mod tests {
     #[case("args.id.deeper", Err("it cannot be evaluated over these values"))]
     fn a_value(#[case] source: &str, #[case] expected: Result<Value, &str>) {
         let mut context = Context::default();
-        context.add_variable_from_value("args", json_value(&json!({"id": 7, "nothing": null})));
+        context.add_variable_as_val("args", json_kept(&json!({"id": 7, "nothing": null})));
         let found = Expression::compile(source).unwrap().value(&context);
         assert_eq!(found, expected.map_err(str::to_owned));
     }

@@ -52,21 +52,29 @@ pub fn exact(value: &Value) -> Result<(), Ambiguous> {
 
 /// A value in which whole numbers are written as such, as RFC 8785 writes them: `1.0` is `1`. Whoever decides on a value that went
 /// through that text must see the same as who decided before.
-pub fn whole(value: Value) -> Value {
+pub fn whole(mut value: Value) -> Value {
+    make_whole(&mut value);
+    value
+}
+
+fn make_whole(value: &mut Value) {
     match value {
-        Value::Number(number) => Value::Number(whole_number(number)),
-        Value::Array(items) => items.into_iter().map(whole).collect(),
-        Value::Object(fields) => fields.into_iter().map(|(name, value)| (name, whole(value))).collect(),
-        other => other,
+        Value::Number(number) => {
+            if let Some(whole) = whole_number(number) {
+                *number = whole;
+            }
+        }
+        Value::Array(items) => items.iter_mut().for_each(make_whole),
+        Value::Object(fields) => fields.values_mut().for_each(make_whole),
+        Value::Null | Value::Bool(_) | Value::String(_) => {}
     }
 }
 
-fn whole_number(number: Number) -> Number {
-    match number.as_f64().filter(|double| number.is_f64() && double.fract() == 0.0 && double.abs() < GAPS) {
-        // It fits: doubles below 2^53 are whole numbers of 64 bits.
-        Some(double) => format!("{double:.0}").parse::<i64>().map_or(number, Number::from),
-        None => number,
-    }
+/// The whole number that a double is.
+fn whole_number(number: &Number) -> Option<Number> {
+    let double = number.as_f64().filter(|double| number.is_f64() && double.fract() == 0.0 && double.abs() < GAPS)?;
+    // It fits: doubles below 2^53 are whole numbers of 64 bits.
+    format!("{double:.0}").parse::<i64>().ok().map(Number::from)
 }
 
 fn exact_number(number: &Number) -> Result<(), Ambiguous> {
