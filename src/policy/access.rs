@@ -163,7 +163,7 @@ impl Guard {
         if self.detectors.is_empty() { tool.data.result } else { found().max(tool.data.result) }
     }
 
-    /// Whether it judges in microseconds where arguments are [`super::quick::SHORT`].
+    /// Whether it judges in microseconds where arguments are [`super::quick::SHORT`]. Patterns always are: they never look back.
     pub fn is_quick(&self) -> bool {
         self.expressions().all(Expression::is_quick)
     }
