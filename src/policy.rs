@@ -41,6 +41,8 @@ pub mod redact;
 pub mod rule;
 /// How sensitive data is, by the patterns of a pack.
 pub mod sensitivity;
+/// Other people's words, for people to read.
+pub mod shorten;
 /// HTTP requests that are made of a tool call's arguments.
 pub mod template;
 /// Prompt estimates and output limits of model requests.

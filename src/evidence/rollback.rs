@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::record::{Channel, Effect, Event, Record};
 use crate::policy::{
     config::{Rollback, SideEffect},
-    decide::shorten,
+    shorten::shorten,
 };
 
 /// Steps of a plan at most: it is one record, and has to fit into a segment.

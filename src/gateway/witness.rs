@@ -45,8 +45,8 @@ use crate::{
         approval::Exact,
         commit::Salt,
         config::{RollbackOf, SideEffect, Usage},
-        decide::shorten,
         rule::Rule,
+        shorten::shorten,
     },
     wire::{AppendReply, AppendRequest, OpenReply, OpenRequest, SealReply, SealRequest, Until},
 };

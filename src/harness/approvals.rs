@@ -262,7 +262,7 @@ fn denial(reason: &str) -> Denial {
 
 /// Why a decided request is no yes.
 fn refusal(reply: &ApprovalReply) -> String {
-    use crate::policy::{approval::Answer, decide::shorten};
+    use crate::policy::{approval::Answer, shorten::shorten};
     let no = reply.decisions.iter().find(|vote| vote.decision == Answer::Deny);
     match no {
         Some(no) => {

@@ -26,11 +26,12 @@ use crate::{
         budget::{Budget, Spent},
         commit::Salt,
         config::{AskedBy, Sensitivity, SideEffect, Tool},
-        decide::{Arguments, Contracts, Decision, Denial, Known, Results, shorten, shorten_to},
+        decide::{Arguments, Contracts, Decision, Denial, Known, Results},
         output::Outputs,
         quota::Quotas,
         redact::Redactor,
         rule::Rule,
+        shorten::{shorten, shorten_to},
     },
 };
 

@@ -24,9 +24,10 @@ use crate::{
     policy::{
         budget::Spent,
         config::{ModelPrice, Sensitivity},
-        decide::{Denial, shorten},
+        decide::Denial,
         json, price,
         rule::Rule,
+        shorten::shorten,
         tokens::{self, Api, Bound, Reported},
     },
 };

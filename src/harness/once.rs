@@ -23,9 +23,10 @@ use crate::{
     policy::{
         commit::Salt,
         config::{Idempotency, Tool},
-        decide::{Denial, shorten},
+        decide::Denial,
         ledger::{Entry, Found, KEYS, Ledger},
         rule::Rule,
+        shorten::shorten,
     },
     wire::{KeepResult, KeptOf, LONGEST_RESULT},
 };

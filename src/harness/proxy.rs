@@ -21,10 +21,11 @@ use crate::{
     policy::{
         budget::Spent,
         config::{EgressUse, Sensitivity},
-        decide::{Denial, shorten},
+        decide::Denial,
         egress,
         hostname::Authority,
         rule::Rule,
+        shorten::shorten,
     },
 };
 

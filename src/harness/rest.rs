@@ -22,11 +22,7 @@ use super::{
 };
 use crate::{
     evidence::record::Effect,
-    policy::{
-        config::Tool,
-        decide::{Denial, shorten},
-        rule::Rule,
-    },
+    policy::{config::Tool, decide::Denial, rule::Rule, shorten::shorten},
 };
 
 /// A reply, whole.

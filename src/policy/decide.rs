@@ -21,6 +21,7 @@ use super::{
     expression::{self, Expression},
     json, quick,
     rule::Rule,
+    shorten::shorten,
 };
 use crate::canonical;
 
@@ -435,48 +436,6 @@ pub struct Results {
     context: Context<'static, 'static>,
 }
 
-/// At most 256 characters, control characters escaped: agents choose this text, and people read it in terminals.
-pub fn shorten(text: &str) -> String {
-    shorten_to(text, 256)
-}
-
-/// At most so many characters, control characters escaped.
-pub fn shorten_to(text: &str, longest: usize) -> String {
-    // As nearly all of it is.
-    if text.len() <= longest && text.bytes().all(|byte| (b' '..=b'~').contains(&byte)) {
-        return text.to_owned();
-    }
-    let mut short: String = text.chars().flat_map(EscapeControl::new).take(longest).collect();
-    if text.chars().count() > longest {
-        short.push('…');
-    }
-    short
-}
-
-enum EscapeControl {
-    Plain(Option<char>),
-    Escaped(std::char::EscapeDefault),
-}
-
-impl EscapeControl {
-    fn new(c: char) -> Self {
-        // Bidirectional overrides and zero-width characters hide text as control characters do.
-        let hides =
-            matches!(c, '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2060}'..='\u{2069}' | '\u{feff}');
-        if c.is_control() || hides { Self::Escaped(c.escape_default()) } else { Self::Plain(Some(c)) }
-    }
-}
-
-impl Iterator for EscapeControl {
-    type Item = char;
-    fn next(&mut self) -> Option<char> {
-        match self {
-            Self::Plain(c) => c.take(),
-            Self::Escaped(escape) => escape.next(),
-        }
-    }
-}
-
 #[cfg(test)]
 mod reference;
 #[cfg(test)]
@@ -743,12 +702,6 @@ pub(crate) mod tests {
         let mut broken = policy(vec![]);
         broken.tools.push(broken.tools[0].clone());
         assert!(Contracts::compile(&broken).is_err());
-    }
-
-    #[test]
-    fn what_agents_write_cannot_move_a_cursor() {
-        assert_eq!(shorten("a\u{1b}[2Jb\nc\u{202e}d"), "a\\u{1b}[2Jb\\nc\\u{202e}d");
-        assert_eq!(shorten(&"x".repeat(1000)).chars().count(), 257);
     }
 
     proptest! {

@@ -17,8 +17,8 @@ use serde_json::Value;
 
 use super::{
     config::{TaskIdentity, Usage},
-    decide::shorten,
     quick,
+    shorten::shorten,
 };
 
 /// A compiled expression.

@@ -13,9 +13,10 @@ use serde_json::{Map, Value};
 
 use super::{
     config::{HttpMethod, HttpUpstream},
-    decide::{Denial, shorten},
+    decide::Denial,
     hostname::Authority,
     rule::Rule,
+    shorten::shorten,
 };
 
 /// Longest URL. Servers take 8 KiB.

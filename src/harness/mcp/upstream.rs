@@ -46,9 +46,10 @@ use crate::{
     policy::{
         budget::Spent,
         config::{McpUpstream, Tool, ToolUsage},
-        decide::{Denial, shorten, shorten_to},
+        decide::Denial,
         definition::Definition,
         rule::Rule,
+        shorten::{shorten, shorten_to},
     },
 };
 
