@@ -25,7 +25,7 @@ use crate::{
         decide::Denial,
         egress,
         hostname::{Authority, AuthorityError},
-        json,
+        json, quick,
         rule::Rule,
         template::Request,
     },
@@ -386,6 +386,11 @@ pub fn judge(compiled: &Compiled, intent: &IntentFacts, arguments: &Value) -> Re
         ));
     }
     Ok(Needed { by_contract, because })
+}
+
+/// Whether [`judge`] takes microseconds over arguments that came in so many bytes.
+pub fn is_quick(compiled: &Compiled, intent: &IntentFacts, length: usize) -> bool {
+    length <= quick::SHORT && compiled.contracts.is_quick(&intent.target) && compiled.guard.is_quick()
 }
 
 /// Whether a request is a message to an MCP server, which [`says`] judges.

@@ -48,7 +48,7 @@ use crate::{
         record::Channel,
         store::{Location, log_prefix},
     },
-    policy::{approval::Exact, commit::Salt, quick, redact, rule::Rule},
+    policy::{approval::Exact, commit::Salt, redact, rule::Rule},
     wire::{self, AppendRequest, ApprovalAsk, OpenRequest, Refusal, SealRequest},
 };
 
@@ -573,9 +573,7 @@ impl Gateway {
             span.record("data", assessment.arguments.as_str());
             span.record("risk", assessment.risk.as_ref().map(|risk| risk.score));
         }
-        let is_quick =
-            length <= quick::SHORT && compiled.contracts.is_quick(&intent.target) && compiled.guard.is_quick();
-        let (needed, arguments) = if is_quick {
+        let (needed, arguments) = if authorize::is_quick(compiled, intent, length) {
             (authorize::judge(compiled, intent, &arguments)?, arguments)
         } else {
             // Contracts are of the tenants' own making, and their expressions may take long: not where everybody's requests are served.

@@ -8,6 +8,8 @@ use std::collections::HashSet;
 use jsonschema::Draft;
 use serde_json::{Map, Value};
 
+use crate::policy::json::pointer_token;
+
 /// The only dialect; a schema may name it or name none.
 pub const DIALECT: &str = "https://json-schema.org/draft/2020-12/schema";
 
@@ -113,7 +115,7 @@ fn references(value: &Value, pointer: &str, depth: usize, errors: &mut Vec<Schem
     match value {
         Value::Object(map) => {
             for (key, inner) in map {
-                let here = format!("{pointer}/{}", key.replace('~', "~0").replace('/', "~1"));
+                let here = format!("{pointer}/{}", pointer_token(key));
                 match (key.as_str(), inner) {
                     ("$ref" | "$dynamicRef", Value::String(target)) if !target.starts_with('#') => {
                         errors.push(SchemaError::new(

@@ -21,6 +21,7 @@ use serde::{
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
+use super::json;
 use crate::canonical::{self, CanonicalError};
 
 /// Label of opaque bytes.
@@ -140,10 +141,7 @@ impl Committed<'_> {
         {
             let mut pointer = self.pointer.borrow_mut();
             pointer.push('/');
-            match name.contains(['~', '/']) {
-                true => pointer.push_str(&name.replace('~', "~0").replace('/', "~1")),
-                false => pointer.push_str(name),
-            }
+            pointer.push_str(&json::pointer_token(name));
         }
         let written = write(&Committed { value, ..*self });
         self.pointer.borrow_mut().truncate(at);

@@ -9,7 +9,7 @@
 //! Names are compared by their characters, after escapes: `a` and `\u0061` are one. Nothing is normalised: a name that only
 //! looks like another is another.
 
-use std::fmt;
+use std::{borrow::Cow, fmt};
 
 use serde::de::{DeserializeSeed, Deserializer, Error, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Number, Value};
@@ -75,6 +75,14 @@ fn whole_number(number: &Number) -> Option<Number> {
     let double = number.as_f64().filter(|double| number.is_f64() && double.fract() == 0.0 && double.abs() < GAPS)?;
     // It fits: doubles below 2^53 are whole numbers of 64 bits.
     format!("{double:.0}").parse::<i64>().ok().map(Number::from)
+}
+
+/// A name as a JSON Pointer has it (RFC 6901).
+pub fn pointer_token(name: &str) -> Cow<'_, str> {
+    match name.contains(['~', '/']) {
+        true => name.replace('~', "~0").replace('/', "~1").into(),
+        false => name.into(),
+    }
 }
 
 fn exact_number(number: &Number) -> Result<(), Ambiguous> {
@@ -240,6 +248,16 @@ mod tests {
         for text in ["-0", "-0.0", "-0e5", "-1e-999"] {
             assert!(exact(&parse(text.as_bytes()).unwrap()).is_err(), "{text}");
         }
+    }
+
+    #[rstest]
+    #[case("a", "a")]
+    #[case("", "")]
+    #[case("a/b~c", "a~1b~0c")]
+    #[case("~1", "~01")]
+    fn names_in_pointers(#[case] name: &str, #[case] expected: &str) {
+        assert_eq!(pointer_token(name), expected);
+        assert_eq!(json!({name: 7}).pointer(&format!("/{expected}")), Some(&json!(7)));
     }
 
     fn any_json() -> impl Strategy<Value = Value> {

@@ -11,7 +11,7 @@ pub const SHORT: usize = 1 << 10;
 /// Longest schema, in bytes of JSON.
 const LONGEST_SCHEMA: usize = 8 << 10;
 /// Longest expression, in bytes.
-pub const LONGEST_EXPRESSION: usize = 1 << 10;
+const LONGEST_EXPRESSION: usize = 1 << 10;
 
 /// What looks at each part of a value once. No macro that loops is made of these alone: those need a sum, or
 /// `@not_strictly_false`.

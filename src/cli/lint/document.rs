@@ -13,6 +13,8 @@ use serde::{
 use serde_json::{Map, Number, Value};
 use serde_saphyr::Spanned;
 
+use crate::policy::json::pointer_token;
+
 /// Line and column, both from 1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(in crate::cli) struct Place {
@@ -217,7 +219,7 @@ impl Node {
                 Content::Mapping(entries) => entries
                     .iter()
                     .filter_map(|(key, inner)| {
-                        let after = rest.strip_prefix(escaped(&key.name).as_str())?;
+                        let after = rest.strip_prefix(&*pointer_token(&key.name))?;
                         let whole = after.is_empty() || after.starts_with(['.', '[']);
                         whole.then_some((key.at, inner, after))
                     })
@@ -229,11 +231,6 @@ impl Node {
         }
         place
     }
-}
-
-/// A key as it stands in a JSON Pointer whose slashes were made dots.
-fn escaped(key: &str) -> String {
-    key.replace('~', "~0").replace('/', "~1")
 }
 
 /// `[3]…`, `[name]…` or `3.…`: what is between the brackets, and what follows.

@@ -17,7 +17,7 @@ use kube::core::cel;
 use serde_json::{Map, Value, json};
 
 use super::document::{Node, Place};
-use crate::plan::Finding;
+use crate::{plan::Finding, policy::json::pointer_token};
 
 /// Longest value that a message shows.
 const LONGEST: usize = 80;
@@ -107,7 +107,7 @@ impl Kind {
                     .flat_map(|fields| fields.keys().map(String::as_str))
                     .collect();
                 for name in unexpected {
-                    let name_pointer = format!("{pointer}/{}", name.replace('~', "~0").replace('/', "~1"));
+                    let name_pointer = format!("{pointer}/{}", pointer_token(name));
                     let (place, field) = node.at_pointer(&name_pointer);
                     let mend = nearest(name, &known)
                         .map_or_else(|| "remove it".to_owned(), |near| format!("write `{near}`, or remove it"));
@@ -286,12 +286,7 @@ fn list_keys(schema: &Value, value: &Value, pointer: &str, find: &mut dyn FnMut(
             for (name, inner) in fields {
                 let property = schema.get("properties").and_then(|fields| fields.get(name));
                 if let Some(schema) = property.or_else(|| schema_of_values(schema)) {
-                    list_keys(
-                        schema,
-                        inner,
-                        &format!("{pointer}/{}", name.replace('~', "~0").replace('/', "~1")),
-                        find,
-                    );
+                    list_keys(schema, inner, &format!("{pointer}/{}", pointer_token(name)), find);
                 }
             }
         }

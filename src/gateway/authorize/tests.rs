@@ -538,6 +538,21 @@ fn contract_and_pack_are_asked_again(
     assert_eq!(found.map_err(|e| e.rule), expected);
 }
 
+/// What may take long is judged apart.
+#[rstest]
+#[case::plain(quick::SHORT, |p: &mut PolicyConfig| p.tools[1].preconditions = vec![condition("args.n < 5")], true)]
+#[case::long_arguments(quick::SHORT + 1, |_: &mut PolicyConfig| (), false)]
+#[case::a_schema_with_a_pattern(9, |p: &mut PolicyConfig| p.tools[1].input = json!({"properties": {"n": {"pattern": "^(a+)+$"}}}), false)]
+#[case::a_loop(9, |p: &mut PolicyConfig| p.tools[1].preconditions = vec![condition("args.n.all(x, x > 1)")], false)]
+#[case::a_loop_of_the_packs(9, |p: &mut PolicyConfig| p.access.rules = vec![rule("all", RuleDecision::Allow, Some("args.n.all(x, x > 1)"))], false)]
+fn only_what_is_quick_is_judged_where_it_is(
+    #[case] length: usize,
+    #[case] change: fn(&mut PolicyConfig),
+    #[case] expected: bool,
+) {
+    assert_eq!(is_quick(&with(change), &to_write(&json!({"n": 1})), length), expected);
+}
+
 /// The counters and the data that the log had before the call are what is judged by.
 #[test]
 fn what_the_log_says_counts() {
