@@ -27,6 +27,9 @@ pub mod gateway;
 /// The sidecar that enforces contracts and budgets.
 #[cfg(feature = "harness")]
 pub mod harness;
+/// Objects that may not be what this version expects.
+#[cfg(feature = "kube")]
+pub mod lenient;
 /// From what is seen of a task's pods to what comes next.
 #[cfg(feature = "kube")]
 pub mod lifecycle;

@@ -55,8 +55,8 @@ pub mod webhook;
 #[cfg(test)]
 mod tests;
 
-/// Looks at a time. Each waits for the API server most of the time; more of them only queue there.
-const CONCURRENCY: u16 = 32;
+/// Looks at a time. Each waits for the API server most of the time.
+const CONCURRENCY: u16 = 64;
 /// Name of the Lease.
 const LEASE: &str = "belay-operator";
 /// Seconds that a leader is believed after its last sign of life.

@@ -32,6 +32,7 @@ use belay::{
         usage::{UsageStatus, WriteUsage},
         witness::{Buckets, Witness},
     },
+    lenient::Lenient,
     policy::{
         config::{HarnessConfig, Probe, Usage, Wiring},
         egress::Blocked,
@@ -44,10 +45,7 @@ use k8s_openapi::api::{
     authentication::v1::{TokenReview, TokenReviewStatus, UserInfo},
     core::v1::Pod,
 };
-use kube::{
-    core::DeserializeGuard,
-    runtime::{reflector::store::Writer, watcher::Event},
-};
+use kube::runtime::{reflector::store::Writer, watcher::Event};
 use serde_json::{Value, json};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
@@ -148,7 +146,7 @@ impl Buckets for Bucket {
     }
 }
 
-fn store<K>(objects: &[Value]) -> anyhow::Result<kube::runtime::reflector::Store<DeserializeGuard<K>>>
+fn store<K>(objects: &[Value]) -> anyhow::Result<kube::runtime::reflector::Store<Lenient<K>>>
 where
     K: kube::Resource<DynamicType = ()> + Clone + serde::de::DeserializeOwned + 'static,
 {

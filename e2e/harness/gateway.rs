@@ -44,6 +44,7 @@ use belay::{
         resolve::Resolve,
         witness::{History, IntentFacts},
     },
+    lenient::Lenient,
     policy::{
         approval::{Answer, Exact, Vote},
         commit::Salt,
@@ -63,7 +64,6 @@ use hyper_util::{
 use k8s_openapi::api::core::v1::Pod;
 use kube::{
     ResourceExt,
-    core::DeserializeGuard,
     runtime::{reflector::store::Writer, watcher},
 };
 use rmcp::{
@@ -103,11 +103,11 @@ struct Log {
 }
 
 /// The API server's ApprovalRequests, and the people who decide on them.
-struct People(Mutex<Writer<DeserializeGuard<ApprovalRequest>>>);
+struct People(Mutex<Writer<Lenient<ApprovalRequest>>>);
 
 impl People {
     fn apply(&self, request: ApprovalRequest) {
-        let event = watcher::Event::Apply(DeserializeGuard(Ok(request)));
+        let event = watcher::Event::Apply(Lenient(Ok(request)));
         self.0.lock().unwrap().apply_watcher_event(&event);
     }
 
@@ -306,7 +306,7 @@ fn cluster(policy: &PolicyConfig) -> (Cluster, Arc<People>) {
     }))
     .unwrap();
     let (people, mut tasks) = (Writer::default(), Writer::default());
-    tasks.apply_watcher_event(&watcher::Event::Apply(DeserializeGuard(Ok(task))));
+    tasks.apply_watcher_event(&watcher::Event::Apply(Lenient(Ok(task))));
     let stores = Stores {
         pods: Writer::default().as_reader(),
         tasks: tasks.as_reader(),

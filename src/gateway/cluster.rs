@@ -21,7 +21,6 @@ use k8s_openapi::{
 };
 use kube::{
     Api, Client, Resource, ResourceExt,
-    core::DeserializeGuard,
     runtime::{
         WatchStreamExt,
         reflector::{ObjectRef, Store, store::Writer},
@@ -43,6 +42,7 @@ use crate::{
         policy_pack::{Credential, EvidencePolicy, RetentionMode, StatePolicy},
     },
     evidence::store::{Location, Mode, Retention, log_prefix},
+    lenient::Lenient,
     plan,
     policy::{
         access::Guard,
@@ -62,6 +62,9 @@ pub const ATTEMPT_LABEL: &str = "belay.dev/attempt";
 /// Selects the Secrets that may be given to upstreams.
 pub const CREDENTIAL_SELECTOR: &str = "belay.dev/upstream-credential=true";
 
+/// Selects pods that have an address: of what else happens to a pod nothing is sent here.
+const WITH_ADDRESS: &str = "status.podIP!=";
+
 /// What was fetched because the stores did not have it is good for so long: until the watch has caught up.
 const FETCHED_FOR: Duration = Duration::from_secs(1);
 /// Fetched pods that are remembered.
@@ -72,12 +75,12 @@ const FETCH_TIMEOUT: Duration = Duration::from_secs(3);
 const COMPILED: usize = 4096;
 
 /// A store whose unreadable objects are there, and count as absent.
-pub type Guarded<K> = Store<DeserializeGuard<K>>;
+pub type Guarded<K> = Store<Lenient<K>>;
 
 /// What the gateway watches.
 #[derive(Clone)]
 pub struct Stores {
-    /// Pods of attempts.
+    /// Pods of attempts that have an address. Before that nobody can call from them.
     pub pods: Guarded<Pod>,
     /// Tasks.
     pub tasks: Guarded<AgentTask>,
@@ -531,7 +534,8 @@ where
 /// Watches everything for ever. The returned future ends only if a watch does, which is a reason to end the process.
 pub fn watch(client: &Client, system_namespace: &str, metrics: &Metrics) -> (Stores, BoxFuture<'static, ()>) {
     let any = watcher::Config::default;
-    let (pods, a) = follow::<Pod>(Api::all(client.clone()), any().labels(TASK_LABEL), metrics, |pod| pod.spec = None);
+    let addressed = any().labels(TASK_LABEL).fields(WITH_ADDRESS);
+    let (pods, a) = follow::<Pod>(Api::all(client.clone()), addressed, metrics, |pod| pod.spec = None);
     let (tasks, b) = follow::<AgentTask>(Api::all(client.clone()), any(), metrics, |_| ());
     let (contracts, c) = follow::<ToolContract>(Api::all(client.clone()), any(), metrics, |_| ());
     let (packs, d) = follow::<PolicyPack>(Api::all(client.clone()), any(), metrics, |_| ());
@@ -552,7 +556,7 @@ pub fn watch(client: &Client, system_namespace: &str, metrics: &Metrics) -> (Sto
 
 /// One watch. `trim` drops what nobody here reads.
 fn follow<K>(
-    api: Api<DeserializeGuard<K>>,
+    api: Api<Lenient<K>>,
     config: watcher::Config,
     metrics: &Metrics,
     trim: fn(&mut K),
@@ -560,17 +564,14 @@ fn follow<K>(
 where
     K: Resource<DynamicType = ()> + Clone + std::fmt::Debug + DeserializeOwned + Send + Sync + 'static,
 {
-    let writer = Writer::<DeserializeGuard<K>>::default();
+    let writer = Writer::<Lenient<K>>::default();
     let store = writer.as_reader();
     let kind = K::kind(&());
     let unreadable = metrics.unreadable.with_label_values(&[&*kind]);
     let events = watcher(api, config)
         .default_backoff()
         .modify(move |guarded| match &mut guarded.0 {
-            Ok(object) => {
-                object.meta_mut().managed_fields = None;
-                trim(object);
-            }
+            Ok(object) => trim(object),
             Err(invalid) => {
                 unreadable.inc();
                 let (namespace, name) = (&invalid.metadata.namespace, &invalid.metadata.name);

@@ -134,8 +134,8 @@ impl Writer {
         Err(error)
     }
 
-    /// Creates a NetworkPolicy, or applies it over what is there, and reads it back. Most often there is none, and then creating asks
-    /// less of the API server.
+    /// Creates a NetworkPolicy, or applies it over what is there. Most often there is none, and then creating asks less of the API
+    /// server. What it says that it wrote.
     ///
     /// # Errors
     /// If the API server refuses it or does not answer.
@@ -148,11 +148,18 @@ impl Writer {
         match self.write::<NetworkPolicy, _>("create", &name, api.create(&created_by_us(), object)).await {
             Err(error) if error.code() == Some(409) => {
                 let (parameters, patch) = (PatchParams::apply(FIELD_MANAGER).force(), Patch::Apply(object));
-                self.write::<NetworkPolicy, _>("apply", &name, api.patch(&name, &parameters, &patch)).await?;
+                self.write::<NetworkPolicy, _>("apply", &name, api.patch(&name, &parameters, &patch)).await
             }
-            created => drop(created?),
+            created => created,
         }
-        bounded::<NetworkPolicy, _>("get", &name, api.get(&name)).await
+    }
+
+    /// The NetworkPolicy as the API server has it.
+    ///
+    /// # Errors
+    /// If it is gone, or the API server does not answer.
+    pub async fn get_network_policy(&self, namespace: &str, name: &str) -> Result<NetworkPolicy, ApiError> {
+        bounded::<NetworkPolicy, _>("get", name, self.api::<NetworkPolicy>(namespace).get(name)).await
     }
 
     /// Creates a pod. One that is there already is not touched.

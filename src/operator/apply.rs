@@ -3,16 +3,19 @@
 //! Promises: finalizer, ConfigMap and NetworkPolicy are there, and the policy was read back, before the pod is asked for; a pod that
 //! is there already is adopted, never made twice. Refuses: a namesake's pod, and a policy that is not as planned.
 
-use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::{core::v1::Pod, networking::v1::NetworkPolicy};
 use kube::ResourceExt;
 
-use super::api::{ApiError, Writer};
+use super::{
+    api::{ApiError, Writer},
+    cache::Stores,
+};
 use crate::{
     api::AgentTask,
     canonical::CanonicalError,
     plan::{
         config_map, names,
-        network_policy::{self, Altered},
+        network_policy::{self, Altered, Proof},
         pod,
         validated::{Surroundings, Validated},
     },
@@ -67,6 +70,7 @@ pub struct Started {
 /// See [`ApplyError`].
 pub async fn start(
     writer: &Writer,
+    stores: &Stores,
     task: &AgentTask,
     validated: &Validated,
     surroundings: &Surroundings,
@@ -80,16 +84,34 @@ pub async fn start(
         if present { Ok(None) } else { writer.set_finalizer(task, true).await.map(Some) }
     };
     // The three do not depend on each other, and the pod depends on all. Each is seen to its end, whatever becomes of the others.
-    let (finalizer, config_map, read_back) = tokio::join!(
+    let (finalizer, config_map, proof) = tokio::join!(
         finalizer,
         writer.create_config_map(&namespace, &config_map),
-        writer.apply_network_policy(&namespace, &planned),
+        wall(writer, stores, &namespace, &planned),
     );
     let task_now = finalizer.map_err(ApplyError::Before)?;
     config_map.map_err(ApplyError::Before)?;
-    let proof = network_policy::prove(&planned, &read_back.map_err(ApplyError::Before)?)?;
-    let pod = create(writer, &namespace, &pod::build(&attempt, &proof), task).await?;
+    let pod = create(writer, &namespace, &pod::build(&attempt, &proof?), task).await?;
     Ok(Started { pod, task: task_now })
+}
+
+/// Makes the attempt's NetworkPolicy, or makes it again, and reads it back: from the watch, which those that enforce it follow too, or
+/// from the API server where the watch is late.
+///
+/// # Errors
+/// If the API server refuses it or does not answer, or what is read back is not as planned.
+pub async fn wall(
+    writer: &Writer,
+    stores: &Stores,
+    namespace: &str,
+    planned: &NetworkPolicy,
+) -> Result<Proof, ApplyError> {
+    let written = writer.apply_network_policy(namespace, planned).await.map_err(ApplyError::Before)?;
+    let read_back = match stores.read_back(&written).await {
+        Some(shown) => shown,
+        None => writer.get_network_policy(namespace, &planned.name_any()).await.map_err(ApplyError::Before)?,
+    };
+    Ok(network_policy::prove(planned, &read_back)?)
 }
 
 async fn create(writer: &Writer, namespace: &str, pod: &Pod, task: &AgentTask) -> Result<Pod, ApplyError> {

@@ -3,7 +3,7 @@
 //! Promises: one object that cannot be read never stops a watch; nothing is decided before every store is filled. Refuses: to keep
 //! what nobody asks for: managed fields, and nearly all of pods' specs.
 
-use std::{convert::Infallible, sync::Arc};
+use std::{convert::Infallible, sync::Arc, time::Duration};
 
 use futures::{Stream, StreamExt, stream::BoxStream};
 use k8s_openapi::api::{
@@ -13,7 +13,7 @@ use k8s_openapi::api::{
 use kube::{
     Api, Client, Resource, ResourceExt,
     api::ObjectMeta,
-    core::{DeserializeGuard, PartialObjectMeta},
+    core::PartialObjectMeta,
     runtime::{
         WatchStreamExt,
         reflector::{self, ObjectRef, Store, store::WriterDropped},
@@ -21,15 +21,23 @@ use kube::{
     },
 };
 use serde::de::DeserializeOwned;
+use tokio::{sync::Notify, time::timeout};
 
-use super::{memory::Memories, metrics::Metrics};
+use super::{
+    memory::{self, Memories},
+    metrics::Metrics,
+};
 use crate::{
     api::{AgentTask, PolicyPack, ToolContract, agent_task::Phase},
+    lenient::Lenient,
     plan::names,
 };
 
+/// How long the watch may lag before the API server is asked instead.
+const PATIENCE: Duration = Duration::from_millis(500);
+
 /// A task, or why it cannot be read.
-pub type GuardedTask = DeserializeGuard<AgentTask>;
+pub type GuardedTask = Lenient<AgentTask>;
 
 /// All that is watched.
 #[derive(Clone)]
@@ -37,15 +45,17 @@ pub struct Stores {
     /// Tasks.
     pub tasks: Store<GuardedTask>,
     /// Contracts.
-    pub contracts: Store<DeserializeGuard<ToolContract>>,
+    pub contracts: Store<Lenient<ToolContract>>,
     /// Packs.
-    pub packs: Store<DeserializeGuard<PolicyPack>>,
+    pub packs: Store<Lenient<PolicyPack>>,
     /// Namespaces: their labels.
     pub namespaces: Store<PartialObjectMeta<Namespace>>,
     /// Our pods.
-    pub pods: Store<DeserializeGuard<Pod>>,
+    pub pods: Store<Lenient<Pod>>,
     /// Our NetworkPolicies.
-    pub network_policies: Store<DeserializeGuard<NetworkPolicy>>,
+    pub network_policies: Store<Lenient<NetworkPolicy>>,
+    /// Told at each change of our NetworkPolicies.
+    pub network_policies_changed: Arc<Notify>,
 }
 
 impl Stores {
@@ -70,13 +80,30 @@ impl Stores {
     }
 
     /// A pod of ours, by its name.
-    pub fn pod(&self, namespace: &str, name: &str) -> Option<Arc<DeserializeGuard<Pod>>> {
+    pub fn pod(&self, namespace: &str, name: &str) -> Option<Arc<Lenient<Pod>>> {
         self.pods.get(&ObjectRef::new(name).within(namespace))
     }
 
     /// A NetworkPolicy of ours, by its name.
-    pub fn network_policy(&self, namespace: &str, name: &str) -> Option<Arc<DeserializeGuard<NetworkPolicy>>> {
+    pub fn network_policy(&self, namespace: &str, name: &str) -> Option<Arc<Lenient<NetworkPolicy>>> {
         self.network_policies.get(&ObjectRef::new(name).within(namespace))
+    }
+
+    /// A NetworkPolicy that was just written, as the watch shows it at that version or a later one; none if it does not in time.
+    pub async fn read_back(&self, written: &NetworkPolicy) -> Option<NetworkPolicy> {
+        let (namespace, name) = (written.namespace().unwrap_or_default(), written.name_any());
+        let shown = async {
+            loop {
+                let changed = self.network_policies_changed.notified();
+                let shown = self.network_policy(&namespace, &name);
+                let shown = shown.as_ref().and_then(|shown| shown.0.as_ref().ok());
+                if let Some(shown) = shown.filter(|shown| includes(&shown.metadata, &written.metadata)) {
+                    return shown.clone();
+                }
+                changed.await;
+            }
+        };
+        timeout(PATIENCE, shown).await.ok()
     }
 
     /// Tasks that have not ended and to which this applies.
@@ -114,15 +141,15 @@ pub struct Streams {
     /// Tasks that exist.
     pub tasks: Changes<GuardedTask>,
     /// Contracts that came, changed or went.
-    pub contracts: Changes<DeserializeGuard<ToolContract>>,
+    pub contracts: Changes<Lenient<ToolContract>>,
     /// Packs.
-    pub packs: Changes<DeserializeGuard<PolicyPack>>,
+    pub packs: Changes<Lenient<PolicyPack>>,
     /// Namespaces.
     pub namespaces: Changes<PartialObjectMeta<Namespace>>,
     /// Pods.
-    pub pods: Changes<DeserializeGuard<Pod>>,
+    pub pods: Changes<Lenient<Pod>>,
     /// NetworkPolicies.
-    pub network_policies: Changes<DeserializeGuard<NetworkPolicy>>,
+    pub network_policies: Changes<Lenient<NetworkPolicy>>,
 }
 
 /// Objects of one kind, each time that they change.
@@ -149,10 +176,11 @@ pub fn watch(client: &Client, memories: Arc<Memories>, metrics: &Metrics) -> (St
     let all = watcher::Config::default;
     let ours = || watcher::Config::default().labels(&format!("{}={}", names::MANAGED_BY, names::MANAGER));
     let (of_pods, of_policies) = (memories.clone(), memories.clone());
+    let network_policies_changed = Arc::new(Notify::new());
+    let changed = network_policies_changed.clone();
     let (task_store, writer) = reflector::store();
     let tasks = watcher(Api::<GuardedTask>::all(client.clone()), all())
         .default_backoff()
-        .modify(strip)
         .reflect(writer)
         .inspect(move |event| match event {
             Ok(watcher::Event::Apply(task) | watcher::Event::InitApply(task)) => seen(&memories, task),
@@ -162,13 +190,12 @@ pub fn watch(client: &Client, memories: Arc<Memories>, metrics: &Metrics) -> (St
         .inspect(report::<AgentTask>(metrics))
         .applied_objects();
     let (contract_store, writer) = reflector::store();
-    let contracts = guarded::<ToolContract>(client, all(), metrics).modify(strip).reflect(writer).touched_objects();
+    let contracts = guarded::<ToolContract>(client, all(), metrics).reflect(writer).touched_objects();
     let (pack_store, writer) = reflector::store();
-    let packs = guarded::<PolicyPack>(client, all(), metrics).modify(strip).reflect(writer).touched_objects();
+    let packs = guarded::<PolicyPack>(client, all(), metrics).reflect(writer).touched_objects();
     let (pod_store, writer) = reflector::store();
     let pods = guarded::<Pod>(client, ours(), metrics)
         .modify(|pod| {
-            strip(pod);
             if let Ok(pod) = &mut pod.0 {
                 // Of the spec, only how long it may live is looked at.
                 pod.spec = pod.spec.as_ref().map(|spec| PodSpec {
@@ -186,7 +213,6 @@ pub fn watch(client: &Client, memories: Arc<Memories>, metrics: &Metrics) -> (St
         .touched_objects();
     let (policy_store, writer) = reflector::store();
     let policies = guarded::<NetworkPolicy>(client, ours(), metrics)
-        .modify(strip)
         .reflect(writer)
         .inspect(move |event| {
             if let Some((task, policy)) = touched(event)
@@ -194,12 +220,13 @@ pub fn watch(client: &Client, memories: Arc<Memories>, metrics: &Metrics) -> (St
             {
                 of_policies.policy_cached(task, attempt);
             }
+            changed.notify_waiters();
         })
         .touched_objects();
     let (namespace_store, writer) = reflector::store();
     let namespaces = watcher(Api::<PartialObjectMeta<Namespace>>::all(client.clone()), all())
         .default_backoff()
-        .modify(strip)
+        .modify(|namespace: &mut PartialObjectMeta<Namespace>| namespace.metadata.managed_fields = None)
         .reflect(writer)
         .touched_objects();
     let stores = Stores {
@@ -209,6 +236,7 @@ pub fn watch(client: &Client, memories: Arc<Memories>, metrics: &Metrics) -> (St
         namespaces: namespace_store,
         pods: pod_store,
         network_policies: policy_store,
+        network_policies_changed,
     };
     let streams = Streams {
         tasks: tasks.boxed(),
@@ -227,17 +255,15 @@ fn guarded<K>(
     client: &Client,
     config: watcher::Config,
     metrics: &Metrics,
-) -> impl Stream<Item = Events<DeserializeGuard<K>>> + Send + 'static + use<K>
+) -> impl Stream<Item = Events<Lenient<K>>> + Send + 'static + use<K>
 where
     K: Resource<DynamicType = ()> + Clone + std::fmt::Debug + DeserializeOwned + Send + 'static,
 {
-    watcher(Api::<DeserializeGuard<K>>::all(client.clone()), config).default_backoff().inspect(report::<K>(metrics))
+    watcher(Api::<Lenient<K>>::all(client.clone()), config).default_backoff().inspect(report::<K>(metrics))
 }
 
 /// Counts and logs objects that cannot be read: once each time that they change, since an unchanged one sends no event.
-fn report<K: Resource<DynamicType = ()>>(
-    metrics: &Metrics,
-) -> impl Fn(&Events<DeserializeGuard<K>>) + Send + 'static + use<K> {
+fn report<K: Resource<DynamicType = ()>>(metrics: &Metrics) -> impl Fn(&Events<Lenient<K>>) + Send + 'static + use<K> {
     let counter = metrics.undecodable.clone();
     move |event| {
         let object = match event {
@@ -267,14 +293,16 @@ fn touched<K: Resource>(event: &Events<K>) -> Option<(&str, &ObjectMeta)> {
     Some((task, object.meta()))
 }
 
+/// Whether an object is the one of this write, at that version or a later one. Versions are numbers that grow.
+fn includes(shown: &ObjectMeta, written: &ObjectMeta) -> bool {
+    let version = |metadata: &ObjectMeta| metadata.resource_version.as_deref().and_then(memory::number);
+    shown.uid == written.uid && version(written).is_some_and(|written| version(shown) >= Some(written))
+}
+
 fn seen(memories: &Memories, task: &GuardedTask) {
     let Some(uid) = &task.meta().uid else { return };
     if task.0.as_ref().is_ok_and(|task| task.status.is_none()) {
         memories.see(uid);
     }
     memories.cached(uid, task.meta().resource_version.as_deref());
-}
-
-fn strip(object: &mut impl Resource) {
-    object.meta_mut().managed_fields = None;
 }

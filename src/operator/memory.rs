@@ -120,7 +120,7 @@ impl Memories {
 }
 
 /// Resource versions of one kind are numbers that grow. Where they are not numbers the cache is believed.
-fn number(version: &str) -> Option<u64> {
+pub fn number(version: &str) -> Option<u64> {
     version.parse().ok()
 }
 

@@ -2,14 +2,17 @@
 
 use std::{collections::HashMap, sync::Arc};
 
-use kube::{core::DeserializeGuard, runtime::reflector::Store};
+use kube::runtime::reflector::Store;
 use prometheus::{
     Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGaugeVec, Opts, Registry,
     core::{Collector, Desc},
     proto::MetricFamily,
 };
 
-use crate::api::{AgentTask, agent_task::Phase};
+use crate::{
+    api::{AgentTask, agent_task::Phase},
+    lenient::Lenient,
+};
 
 /// From milliseconds to half a minute.
 const SECONDS: [f64; 13] = [0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 30.0];
@@ -91,7 +94,7 @@ impl Metrics {
 
 /// Tasks by phase and class, counted when they are asked for.
 pub struct TasksByPhase {
-    store: Store<DeserializeGuard<AgentTask>>,
+    store: Store<Lenient<AgentTask>>,
     gauge: IntGaugeVec,
 }
 
@@ -100,7 +103,7 @@ impl TasksByPhase {
     ///
     /// # Errors
     /// Never in practice: the name is valid.
-    pub fn new(store: Store<DeserializeGuard<AgentTask>>) -> Result<Self, prometheus::Error> {
+    pub fn new(store: Store<Lenient<AgentTask>>) -> Result<Self, prometheus::Error> {
         let gauge =
             IntGaugeVec::new(Opts::new("belay_operator_tasks", "Tasks by phase and class."), &["phase", "task_class"])?;
         Ok(Self { store, gauge })
@@ -134,7 +137,7 @@ pub fn counted_as(task: &AgentTask) -> Option<&str> {
     task.spec.task_class.as_deref().filter(|_| attempts > 0)
 }
 
-fn phase_name(task: &Arc<DeserializeGuard<AgentTask>>) -> &'static str {
+fn phase_name(task: &Arc<Lenient<AgentTask>>) -> &'static str {
     let phase = task.0.as_ref().ok().and_then(|task| task.status.as_ref()).and_then(|status| status.phase);
     match phase {
         None | Some(Phase::Pending) => "Pending",

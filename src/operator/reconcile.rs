@@ -39,15 +39,7 @@ use crate::{
         decide::{self, Decision, Next, Observed, later, wait},
         observe::{self, PodView},
     },
-    plan::{
-        Finding,
-        evidence::Location,
-        names,
-        network_policy::{self, Altered},
-        owner::Owner,
-        rollback,
-        validated::Surroundings,
-    },
+    plan::{Finding, evidence::Location, names, network_policy, owner::Owner, rollback, validated::Surroundings},
     seal::{Gateway, SealError},
     wire::SealRequest,
 };
@@ -88,9 +80,6 @@ pub enum ReconcileError {
     /// An attempt was not made.
     #[error(transparent)]
     Apply(#[from] ApplyError),
-    /// A NetworkPolicy that was made again is not as planned.
-    #[error(transparent)]
-    Altered(#[from] Altered),
     /// The log is not sealed.
     #[error(transparent)]
     Seal(#[from] SealError),
@@ -350,8 +339,7 @@ impl Pass<'_> {
             attempt,
             "the NetworkPolicy was deleted or changed while its pod lives; it is made again"
         );
-        let read_back = self.context.writer.apply_network_policy(&self.owner.namespace, &planned).await?;
-        network_policy::prove(&planned, &read_back)?;
+        apply::wall(&self.context.writer, &self.context.stores, &self.owner.namespace, &planned).await?;
         self.context.metrics.policies_restored.inc();
         Ok(())
     }
@@ -394,7 +382,8 @@ impl Pass<'_> {
             memory.claim = Some((attempt, Instant::now()));
             memory.reusable = Some(attempt);
         });
-        match apply::start(&self.context.writer, &self.task, &validated, &surroundings, attempt).await {
+        let Context { writer, stores, .. } = self.context;
+        match apply::start(writer, stores, &self.task, &validated, &surroundings, attempt).await {
             Ok(started) => {
                 let first_seen = memories.update(&self.owner.uid, |memory| {
                     memory.reusable = None;

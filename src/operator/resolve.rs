@@ -2,11 +2,12 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use kube::{Resource, ResourceExt, core::DeserializeGuard, runtime::reflector::ObjectRef};
+use kube::{Resource, ResourceExt, runtime::reflector::ObjectRef};
 
 use super::cache::Stores;
 use crate::{
     api::{AgentTask, PolicyPack, ToolContract},
+    lenient::Lenient,
     plan::{
         Finding,
         config::contract_missing,
@@ -17,8 +18,8 @@ use crate::{
 
 /// The pack that governs a task and the contracts that it names.
 pub struct Resolved {
-    packs: Vec<Arc<DeserializeGuard<PolicyPack>>>,
-    contracts: Vec<Arc<DeserializeGuard<ToolContract>>>,
+    packs: Vec<Arc<Lenient<PolicyPack>>>,
+    contracts: Vec<Arc<Lenient<ToolContract>>>,
     labels: BTreeMap<String, String>,
 }
 

@@ -7,7 +7,7 @@ use k8s_openapi::api::{
     networking::v1::NetworkPolicy,
 };
 use kube::{
-    core::{DeserializeGuard, PartialObjectMeta},
+    core::PartialObjectMeta,
     runtime::{
         controller::Action,
         reflector::{ObjectRef, store::Writer},
@@ -27,6 +27,7 @@ use super::{
 };
 use crate::{
     api::{PolicyPack, ToolContract},
+    lenient::Lenient,
     plan::{fixtures, names},
     seal::{self, Gateway},
     wire,
@@ -54,11 +55,11 @@ struct Scene {
 
 struct StoreWriters {
     tasks: Writer<GuardedTask>,
-    contracts: Writer<DeserializeGuard<ToolContract>>,
-    packs: Writer<DeserializeGuard<PolicyPack>>,
+    contracts: Writer<Lenient<ToolContract>>,
+    packs: Writer<Lenient<PolicyPack>>,
     namespaces: Writer<PartialObjectMeta<Namespace>>,
-    pods: Writer<DeserializeGuard<Pod>>,
-    network_policies: Writer<DeserializeGuard<NetworkPolicy>>,
+    pods: Writer<Lenient<Pod>>,
+    network_policies: Writer<Lenient<NetworkPolicy>>,
 }
 
 impl Scene {
@@ -91,7 +92,15 @@ impl Scene {
         let (network_policies, policies_writer) = store();
         let metrics = Metrics::new(&Registry::new()).unwrap();
         let context = Context {
-            stores: Stores { tasks, contracts, packs, namespaces, pods, network_policies },
+            stores: Stores {
+                tasks,
+                contracts,
+                packs,
+                namespaces,
+                pods,
+                network_policies,
+                network_policies_changed: Arc::default(),
+            },
             memories: Arc::new(Memories::default()),
             writer: ApiWriter::new(cluster.client(), metrics.clone()),
             gateway: Gateway::new(address, token.path().into(), &authority).unwrap(),
@@ -200,6 +209,61 @@ impl Scene {
 
 fn container(name: &str, state: Value) -> Value {
     json!({ "name": name, "image": "i", "imageID": "i", "ready": false, "restartCount": 0, "state": state })
+}
+
+/// Lets a look go on until it has made the NetworkPolicy, and then the watch show that.
+async fn look_beside_a_watch(scene: &mut Scene) -> Result<Action, ReconcileError> {
+    scene.sync();
+    let look = tokio::spawn(reconcile(scene.task().unwrap(), scene.context.clone()));
+    while scene.cluster.get(POLICY).is_none() {
+        tokio::task::yield_now().await;
+    }
+    scene.sync();
+    scene.context.stores.network_policies_changed.notify_waiters();
+    look.await.unwrap()
+}
+
+#[tokio::test]
+async fn the_wall_is_read_back_from_the_watch_and_from_the_server_where_that_is_late() {
+    let reads = |requests: &[String]| requests.iter().filter(|one| **one == format!("GET {POLICY}")).count();
+    let mut scene = Scene::new().await;
+    look_beside_a_watch(&mut scene).await.unwrap();
+    assert!(scene.cluster.get(POD).is_some());
+    assert_eq!(reads(&scene.cluster.requests()), 0);
+
+    let mut scene = Scene::new().await;
+    scene.step().await.unwrap();
+    assert!(scene.cluster.get(POD).is_some());
+    assert_eq!(reads(&scene.cluster.requests()), 1);
+}
+
+#[tokio::test]
+async fn a_wall_that_the_watch_shows_otherwise_holds_no_pod() {
+    let mut scene = Scene::new().await;
+    scene.cluster.mutate(|path, object| {
+        if path == POLICY {
+            object["spec"]["egress"] = json!([{}]);
+        }
+    });
+    let error = look_beside_a_watch(&mut scene).await.unwrap_err().to_string();
+    assert!(error.contains("NetworkPolicy"), "{error}");
+    assert!(scene.cluster.get(POD).is_none());
+}
+
+#[tokio::test]
+async fn what_the_watch_showed_before_the_write_is_not_what_was_written() {
+    let mut scene = Scene::new().await;
+    scene.step().await.unwrap();
+    scene.sync();
+    let written = serde_json::from_value(scene.cluster.get(POLICY).unwrap()).unwrap();
+    assert_eq!(scene.context.stores.read_back(&written).await.as_ref(), Some(&written));
+    // Another under the same name, and a later version of the same, of which the watch says nothing yet.
+    for (field, value) in [("uid", "other"), ("resourceVersion", "1000000")] {
+        let mut unseen = scene.cluster.get(POLICY).unwrap();
+        unseen["metadata"][field] = json!(value);
+        let unseen = serde_json::from_value(unseen).unwrap();
+        assert_eq!(scene.context.stores.read_back(&unseen).await, None, "{field}");
+    }
 }
 
 #[tokio::test]

@@ -16,7 +16,6 @@ use k8s_openapi::api::{
 };
 use kube::{
     Resource, ResourceExt,
-    core::DeserializeGuard,
     runtime::{reflector::store::Writer, watcher},
 };
 use ring::rand::{SecureRandom, SystemRandom};
@@ -31,6 +30,7 @@ use crate::{
         identity::reviews::Review,
         usage::WriteUsage,
     },
+    lenient::Lenient,
     plan::names,
     policy::{
         approval::{Answer, Vote},
@@ -89,7 +89,7 @@ fn random<const N: usize>() -> Result<[u8; N], RunError> {
 }
 
 /// A store that is written here.
-struct Written<K>(Mutex<Writer<DeserializeGuard<K>>>)
+struct Written<K>(Mutex<Writer<Lenient<K>>>)
 where
     K: Resource<DynamicType = ()> + Clone + 'static;
 
@@ -101,7 +101,7 @@ impl<K: Resource<DynamicType = ()> + Clone + std::fmt::Debug + Send + Sync + 'st
     }
 
     fn apply(&self, object: K) {
-        let event = watcher::Event::Apply(DeserializeGuard(Ok(object)));
+        let event = watcher::Event::Apply(Lenient(Ok(object)));
         self.0.lock().unwrap_or_else(PoisonError::into_inner).apply_watcher_event(&event);
     }
 

@@ -43,7 +43,7 @@ fn task() -> Value {
     })
 }
 
-fn cluster(api: Api) -> (Cluster, Writer<DeserializeGuard<Pod>>, Arc<Api>) {
+fn cluster(api: Api) -> (Cluster, Writer<Lenient<Pod>>, Arc<Api>) {
     let writer = Writer::default();
     let stores = Stores {
         pods: writer.as_reader(),

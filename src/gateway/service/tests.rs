@@ -11,10 +11,7 @@ use futures::future::BoxFuture;
 use http_body_util::{BodyExt, Full, StreamBody};
 use hyper::body::Frame;
 use k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewStatus, UserInfo};
-use kube::{
-    core::DeserializeGuard,
-    runtime::{reflector::store::Writer, watcher::Event},
-};
+use kube::runtime::{reflector::store::Writer, watcher::Event};
 use rustls::pki_types::{PrivateKeyDer, ServerName};
 use serde_json::{Value, json};
 use tokio::{
@@ -36,6 +33,7 @@ use crate::{
         testing::{self, Harness, Memory, UID},
         usage::WriteUsage,
     },
+    lenient::Lenient,
     policy::{config::Usage, egress::Blocked, hostname::Hostname},
 };
 
@@ -105,16 +103,16 @@ impl Create for Nobody {
 
 /// What the stores are filled through.
 struct Writers {
-    pods: Writer<DeserializeGuard<k8s_openapi::api::core::v1::Pod>>,
-    tasks: Writer<DeserializeGuard<AgentTask>>,
-    contracts: Writer<DeserializeGuard<crate::api::ToolContract>>,
-    packs: Writer<DeserializeGuard<crate::api::PolicyPack>>,
-    namespaces: Writer<DeserializeGuard<k8s_openapi::api::core::v1::Namespace>>,
-    approvals: Writer<DeserializeGuard<crate::api::ApprovalRequest>>,
-    secrets: Writer<DeserializeGuard<k8s_openapi::api::core::v1::Secret>>,
+    pods: Writer<Lenient<k8s_openapi::api::core::v1::Pod>>,
+    tasks: Writer<Lenient<AgentTask>>,
+    contracts: Writer<Lenient<crate::api::ToolContract>>,
+    packs: Writer<Lenient<crate::api::PolicyPack>>,
+    namespaces: Writer<Lenient<k8s_openapi::api::core::v1::Namespace>>,
+    approvals: Writer<Lenient<crate::api::ApprovalRequest>>,
+    secrets: Writer<Lenient<k8s_openapi::api::core::v1::Secret>>,
 }
 
-fn put<K>(writer: &mut Writer<DeserializeGuard<K>>, object: Value)
+fn put<K>(writer: &mut Writer<Lenient<K>>, object: Value)
 where
     K: kube::Resource<DynamicType = ()> + Clone + serde::de::DeserializeOwned + 'static,
 {

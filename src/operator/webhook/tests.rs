@@ -6,7 +6,7 @@ use k8s_openapi::api::{
 };
 use kube::{
     core::{
-        DeserializeGuard, DynamicObject, PartialObjectMeta,
+        DynamicObject, PartialObjectMeta,
         admission::{AdmissionRequest, AdmissionReview},
     },
     runtime::{
@@ -25,6 +25,7 @@ use tokio_rustls::TlsConnector;
 use super::{judge::Verdict, *};
 use crate::{
     api::{PolicyPack, ToolContract},
+    lenient::Lenient,
     operator::{
         bootstrap,
         cache::Stores,
@@ -95,11 +96,12 @@ fn stores(cache: Cache) -> Stores {
     });
     Stores {
         tasks: cluster::store().0,
-        contracts: held::<DeserializeGuard<ToolContract>>(contracts, filled),
-        packs: held::<DeserializeGuard<PolicyPack>>(packs, filled),
+        contracts: held::<Lenient<ToolContract>>(contracts, filled),
+        packs: held::<Lenient<PolicyPack>>(packs, filled),
         namespaces: held::<PartialObjectMeta<Namespace>>(vec![namespace], filled),
         pods: cluster::store().0,
         network_policies: cluster::store().0,
+        network_policies_changed: Arc::default(),
     }
 }
 
