@@ -10,9 +10,9 @@ use serde::{Deserialize, Serialize};
 use crate::{
     evidence::{record::TaskClosed, rollback::Undoing},
     policy::{
-        approval::{Standing, Vote},
+        approval::{AskedBy, Standing, Vote},
         commit::Salt,
-        config::{AskedBy, Sensitivity, SideEffect, ToolUsage, Usage},
+        config::{Sensitivity, SideEffect, ToolUsage, Usage},
         ledger::Ledger,
         rule::Rule,
     },

@@ -5,8 +5,8 @@ use belay::{
     evidence::record::Intent,
     policy::{
         access::{Assessment, Score},
-        approval::Answer,
-        config::{Access, AccessRule, AskedBy, DataClass, DataPattern, Risk, RiskTerm, RuleDecision, Sensitivity},
+        approval::{Answer, AskedBy},
+        config::{Access, AccessRule, DataClass, DataPattern, Risk, RiskTerm, RuleDecision, Sensitivity},
     },
 };
 use kube::ResourceExt;

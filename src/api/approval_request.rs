@@ -5,10 +5,7 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::policy::{
-    approval::{Approvers, Vote},
-    config::AskedBy,
-};
+use crate::policy::approval::{Approvers, AskedBy, Vote};
 
 /// One exact call that waits for people. The gateway makes it, and nobody changes it; people put their decisions into its status, by
 /// `kubectl belay approve` and `deny` or by editing it. It is good for one call, before it expires.

@@ -10,13 +10,13 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::rollback::Plan;
+use super::rollback::plan::Plan;
 use crate::{
     canonical::{self, CanonicalError},
     policy::{
         access::Assessment,
-        approval::{Exact, Standing, Vote},
-        config::{AskedBy, PolicyConfig, Sensitivity, SideEffect, Usage, is_zero},
+        approval::{AskedBy, Exact, Standing, Vote},
+        config::{PolicyConfig, Sensitivity, SideEffect, Usage, is_zero},
         ledger::Fate,
         rule::Rule,
     },

@@ -18,7 +18,7 @@ use super::{
     cluster::{Cluster, Compiled, TASK_LABEL, TASK_UID_LABEL},
     identity::Principal,
     refusal::Refused,
-    witness::IntentFacts,
+    witness::{Before, IntentFacts},
 };
 use crate::{
     api::{AgentTask, ApprovalRequest, ApprovalRequestSpec, approval_request::ApprovalTask},
@@ -26,9 +26,9 @@ use crate::{
     plan,
     policy::{
         access,
-        approval::{self, Asked, Exact, LONGEST_ARGUMENTS, Standing},
+        approval::{self, Asked, AskedBy, Exact, LONGEST_ARGUMENTS, Standing},
         commit::Salt,
-        config::{Approval, AskedBy, PolicyConfig, Sensitivity, Usage},
+        config::{Approval, PolicyConfig},
         json,
         rule::Rule,
     },
@@ -60,17 +60,6 @@ impl Create for Client {
             }
         })
     }
-}
-
-/// What the log says of a call that people are asked about.
-#[derive(Clone, Copy, Debug)]
-pub struct Before {
-    /// How many calls like it were made by an approval.
-    pub made: i64,
-    /// The counters.
-    pub usage: Usage,
-    /// The most sensitive data that the task has handled.
-    pub seen: Sensitivity,
 }
 
 /// Where the approval of a call stands, once it was asked for.

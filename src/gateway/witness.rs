@@ -26,7 +26,7 @@ use futures::{StreamExt, future::BoxFuture};
 use jiff::Timestamp;
 use ring::rand::SystemRandom;
 
-use super::{approvals::Before, identity::Principal, metrics::Metrics, refusal::Refused};
+use super::{identity::Principal, metrics::Metrics, refusal::Refused};
 use crate::{
     canonical::{self, CanonicalError},
     evidence::{
@@ -58,7 +58,7 @@ mod log;
 
 use log::{Among, Batch, Log};
 
-pub use history::{History, IntentFacts, Undoes};
+pub use history::{Before, History, IntentFacts, Undoes};
 
 /// Logs kept in memory. Those that nobody uses go first, and come back from the bucket.
 const CACHED: usize = 4096;

@@ -21,8 +21,8 @@ use super::{
 use crate::{
     evidence::record::{Approval as Said, Event},
     policy::{
-        approval::{self, Exact, LONGEST_ARGUMENTS, PENDING, Standing},
-        config::{Approval, AskedBy, OnTimeout, SideEffect},
+        approval::{self, AskedBy, Exact, LONGEST_ARGUMENTS, PENDING, Standing},
+        config::{Approval, OnTimeout, SideEffect},
         decide::Denial,
         rule::Rule,
     },

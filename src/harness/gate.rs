@@ -23,9 +23,10 @@ use crate::{
     },
     policy::{
         access::{Asked, Assessment, Guard, Passed},
+        approval::AskedBy,
         budget::{Budget, Spent},
         commit::Salt,
-        config::{AskedBy, Sensitivity, SideEffect, Tool},
+        config::{Sensitivity, SideEffect, Tool},
         decide::{Arguments, Contracts, Decision, Denial, Known, Results},
         output::Outputs,
         quota::Quotas,

@@ -40,8 +40,9 @@ use crate::{
         rollback::{Standing, Undo},
     },
     policy::{
+        approval::AskedBy,
         budget::Spent,
-        config::{AskedBy, McpUpstream, Sensitivity, SideEffect, Tool, ToolUsage, Upstream, VerifyRead},
+        config::{McpUpstream, Sensitivity, SideEffect, Tool, ToolUsage, Upstream, VerifyRead},
         decide::{Arguments, Decision, Denial, TOOL_RULES},
         json, ledger, redact,
         rule::Rule,

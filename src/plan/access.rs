@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 
 use kube::ResourceExt;
 
-use super::{Finding, condition, config};
+use super::{Finding, approval, condition};
 use crate::{
     api::PolicyPack,
     policy::{
@@ -60,7 +60,7 @@ pub fn render(pack: &PolicyPack, findings: &mut Vec<Finding>) -> Access {
     }
     // Nobody is asked where nothing requires it: then it says nothing. That it is there where something does is the CRD's rule; without
     // it such calls are denied.
-    let approval = spec.approval.as_ref().map(|approval| config::approval(approval, &at, findings));
+    let approval = spec.approval.as_ref().map(|approval| approval::render(approval, &at, findings));
     rendered.approval = approval.filter(|_| rendered.may_ask());
     rendered
 }

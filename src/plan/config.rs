@@ -8,7 +8,7 @@ use std::{borrow::Borrow, collections::BTreeMap};
 
 use kube::{Resource, ResourceExt};
 
-use super::{Finding, access, condition, names, schema};
+use super::{Finding, access, approval, condition, names, schema};
 use crate::{
     api::{
         AgentTask, PolicyPack, ToolContract,
@@ -19,9 +19,9 @@ use crate::{
     policy::{
         self,
         config::{
-            Approval, Compensation, EgressHost, EgressUse, HttpUpstream, Idempotency, Limits, McpUpstream,
-            ModelEndpoints, ModelPrice, PackIdentity, PolicyConfig, Precondition, Rollback, SideEffect, TaskIdentity,
-            Tool, ToolLimits, Upstream, VerifyRead,
+            Compensation, EgressHost, EgressUse, HttpUpstream, Idempotency, Limits, McpUpstream, ModelEndpoints,
+            ModelPrice, PackIdentity, PolicyConfig, Precondition, Rollback, SideEffect, TaskIdentity, Tool, ToolLimits,
+            Upstream, VerifyRead,
         },
         egress::{self, HostPattern},
         hostname::Authority,
@@ -352,7 +352,7 @@ pub fn check_contract(contract: &ToolContract) -> Result<Tool, Vec<Finding>> {
     let idempotency = spec.idempotency.as_ref().map(|of| idempotency(of, spec, &at, &mut findings));
     let verify = spec.verify.as_ref().map(|read| verify_read(read, spec, &at, &mut findings));
     let rollback = spec.rollback.as_ref().and_then(|rollback| self::rollback(rollback, spec, &at, &mut findings));
-    let approval = spec.approval.as_ref().map(|approval| self::approval(approval, &at, &mut findings));
+    let approval = spec.approval.as_ref().map(|approval| approval::render(approval, &at, &mut findings));
     let (Some(upstream), Some(input), true) = (upstream, input, findings.is_empty()) else { return Err(findings) };
     Ok(Tool {
         contract: name,
@@ -545,49 +545,6 @@ fn undoable(tools: &[Tool], pack: &PolicyPack, findings: &mut Vec<Finding>) {
             "none",
             "have spec.state added to the pack, or say byHand how the call is undone",
         ));
-    }
-}
-
-/// Who must say yes. Bounds are asked again: rendered contracts may come from elsewhere than an API server.
-pub(super) fn approval(
-    approval: &tool_contract::Approval,
-    at: &impl Fn(&str) -> String,
-    findings: &mut Vec<Finding>,
-) -> Approval {
-    if let Some(Err(error)) = approval.when.as_deref().map(condition::check) {
-        findings.push(Finding::new(
-            at("approval.when"),
-            format!("a CEL expression over {}", condition::VARIABLES.join(", ")),
-            error.to_string(),
-            "correct the expression",
-        ));
-    }
-    if approval.approvers.users.is_empty() && approval.approvers.groups.is_empty() {
-        findings.push(Finding::new(
-            at("approval.approvers"),
-            "at least one user or group that may decide",
-            "none",
-            "name those who may approve",
-        ));
-    }
-    let bounds = [
-        ("required", approval.required, 1, 16),
-        ("timeoutSeconds", approval.timeout_seconds, 5, 604_800),
-        ("holdSeconds", approval.hold_seconds, 0, 3_600),
-    ];
-    for (field, found, least, most) in bounds {
-        if !(least..=most).contains(&found) {
-            let (expected, found) = (format!("{least} to {most}"), found.to_string());
-            findings.push(Finding::new(at(&format!("approval.{field}")), expected, found, "correct it"));
-        }
-    }
-    Approval {
-        when: approval.when.clone(),
-        approvers: approval.approvers.clone(),
-        required: approval.required,
-        timeout_seconds: approval.timeout_seconds,
-        on_timeout: approval.on_timeout,
-        hold_seconds: approval.hold_seconds,
     }
 }
 

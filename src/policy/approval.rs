@@ -11,7 +11,6 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::config::AskedBy;
 use crate::canonical;
 
 /// Longest arguments that people are asked about, in bytes of canonical JSON.
@@ -22,6 +21,26 @@ pub const REDACTED: &str = "[redacted]";
 pub const PENDING: usize = 32;
 /// Requests that a log may have: each takes memory.
 const REQUESTS: usize = 65_536;
+
+/// On whose account people are asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "kube", derive(schemars::JsonSchema))]
+pub enum AskedBy {
+    /// The tool's contract.
+    Contract,
+    /// The pack, by a rule or by the call's risk.
+    Pack,
+}
+
+impl AskedBy {
+    /// The name in manifests and records.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Contract => "Contract",
+            Self::Pack => "Pack",
+        }
+    }
+}
 
 /// Who may decide: any of the users, and any member of any of the groups.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::approval::Approvers;
+use super::approval::{Approvers, AskedBy};
 use crate::canonical;
 
 /// What a tool call may change.
@@ -613,26 +613,6 @@ pub struct RiskTerm {
     pub when: String,
     /// What it adds.
     pub points: i64,
-}
-
-/// On whose account people are asked.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[cfg_attr(feature = "kube", derive(schemars::JsonSchema))]
-pub enum AskedBy {
-    /// The tool's contract.
-    Contract,
-    /// The pack, by a rule or by the call's risk.
-    Pack,
-}
-
-impl AskedBy {
-    /// The name in manifests and records.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Contract => "Contract",
-            Self::Pack => "Pack",
-        }
-    }
 }
 
 /// What a request that nobody decided in time means.

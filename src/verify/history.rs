@@ -17,9 +17,9 @@ use crate::{
     },
     policy::{
         access::{Asked, Guard},
-        approval::{self, Approvals, Standing},
+        approval::{self, Approvals, AskedBy, Standing},
         budget::Spent,
-        config::{AskedBy, Idempotency, McpUpstream, PolicyConfig, Sensitivity, Upstream, Usage},
+        config::{Idempotency, McpUpstream, PolicyConfig, Sensitivity, Upstream, Usage},
         ledger::{self, Found, Ledger},
         price,
     },

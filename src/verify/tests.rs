@@ -24,10 +24,10 @@ use crate::{
     },
     policy::{
         access::{Assessment, Score},
-        approval::{Answer, Approvers, Standing, Vote},
+        approval::{Answer, Approvers, AskedBy, Standing, Vote},
         config::{
-            AccessRule, Approval, AskedBy, HttpMethod, HttpUpstream, Idempotency, ModelPrice, OnTimeout, Risk,
-            RiskTerm, RollbackOf, RuleDecision, Sensitivity, SideEffect, Upstream,
+            AccessRule, Approval, HttpMethod, HttpUpstream, Idempotency, ModelPrice, OnTimeout, Risk, RiskTerm,
+            RollbackOf, RuleDecision, Sensitivity, SideEffect, Upstream,
         },
         ledger,
     },

@@ -17,7 +17,7 @@ use crate::{
         rollback::{self, Leaving, Undoing},
         segment::Segment,
     },
-    gateway::{approvals::Before, refusal::Refused},
+    gateway::refusal::Refused,
     policy::{
         access::Assessment,
         approval::{Approvals, Exact},
@@ -40,6 +40,17 @@ const UNKNOWN: usize = 65_536;
 const NAME: usize = 4096;
 /// Records in one segment: it is checked under the log's lock.
 const RECORDS: usize = 4096;
+
+/// What the log says of a call that people are asked about.
+#[derive(Clone, Copy, Debug)]
+pub struct Before {
+    /// How many calls like it were made by an approval.
+    pub made: i64,
+    /// The counters.
+    pub usage: Usage,
+    /// The most sensitive data that the task has handled.
+    pub seen: Sensitivity,
+}
 
 /// An intent that lies witnessed in the bucket.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -787,8 +787,8 @@ fn one_call_by_an_approval_and_one_effect_under_a_key() {
         evidence::record::{self, Effect},
         policy::{
             access::Assessment,
-            approval::Standing,
-            config::{AskedBy, Idempotency, Sensitivity, VerifyRead},
+            approval::{AskedBy, Standing},
+            config::{Idempotency, Sensitivity, VerifyRead},
         },
     };
     let said = |standing| record::Approval {
