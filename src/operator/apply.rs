@@ -109,7 +109,11 @@ pub async fn wall(
     let written = writer.apply_network_policy(namespace, planned).await.map_err(ApplyError::Before)?;
     let read_back = match stores.read_back(&written).await {
         Some(shown) => shown,
-        None => writer.get_network_policy(namespace, &planned.name_any()).await.map_err(ApplyError::Before)?,
+        None => {
+            let name = planned.name_any();
+            tracing::info!(namespace, name, "the watch of NetworkPolicies is late; the API server is asked");
+            writer.get_network_policy(namespace, &name).await.map_err(ApplyError::Before)?
+        }
     };
     Ok(network_policy::prove(planned, &read_back)?)
 }
