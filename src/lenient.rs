@@ -4,7 +4,7 @@
 //! managed fields, which are much of most objects and which nobody here reads.
 //!
 //! As [`kube::core::DeserializeGuard`], which copies each object twice on its way: two gateways and an operator read every pod of
-//! every task, and most of what a burst of tasks cost them was that.
+//! every task.
 
 use std::borrow::Cow;
 
