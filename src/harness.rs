@@ -150,11 +150,23 @@ pub fn read_json<T: serde::de::DeserializeOwned>(path: &std::path::Path) -> Resu
     serde_json::from_slice(&text).map_err(|error| file(format!("not the expected JSON: {error}")))
 }
 
+/// Why a harness is told to end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// The agent's process has ended by itself, and whoever tells us has waited for it.
+    AgentEnded,
+    /// A signal. A kubelet sends the same one when the agent has ended, when the agent never ran, and when the pod is deleted, evicted or
+    /// out of time: nothing in the pod tells these apart.
+    Terminated,
+}
+
 /// How the harness ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ended {
-    /// The pod ended it.
-    WithThePod,
+    /// The agent has ended by itself.
+    AgentEnded,
+    /// The harness was told to end, in time; what became of the agent is for the pod's status to say.
+    Terminated,
     /// So many calls were refused that the task is over. The pod has to be told: nothing in it may stop the agent.
     RefusedEnough,
     /// The attempt's wall time is over; the same holds.
@@ -169,7 +181,7 @@ impl Ended {
     /// The exit code by which a harness says so: what the operator reads.
     pub fn exit_code(self) -> u8 {
         match self {
-            Self::WithThePod => 0,
+            Self::AgentEnded | Self::Terminated => 0,
             Self::RefusedEnough => wire::EXIT_REFUSED_ENOUGH,
             Self::OutOfTime => wire::EXIT_OUT_OF_TIME,
             Self::Unapproved => wire::EXIT_UNAPPROVED,
@@ -213,7 +225,11 @@ pub async fn serve(options: Options) -> Result<Ended, HarnessError> {
         follow: journal::on_stdout(),
     };
     let listeners = || server::Listeners::bind(server::AGENT, server::HEALTH);
-    run(parts, listeners, || {}, async move { terminate.recv().await.unwrap_or_default() }).await
+    let stop = async move {
+        let _ = terminate.recv().await;
+        Stop::Terminated
+    };
+    run(parts, listeners, || {}, stop).await
 }
 
 /// What a harness is made of, wherever it runs.
@@ -244,7 +260,7 @@ pub async fn run<L>(
     options: Parts,
     listeners: impl FnOnce() -> L,
     serving: impl FnOnce(),
-    stop: impl Future<Output = ()>,
+    stop: impl Future<Output = Stop>,
 ) -> Result<Ended, HarnessError>
 where
     L: Future<Output = std::io::Result<server::Listeners>>,
@@ -340,32 +356,35 @@ where
     serving();
 
     let over_before = journal.open().is_err();
-    let mut ended = Ended::WithThePod;
-    tokio::select! {
-        () = stop => tracing::info!("the agent has ended or the pod is ending; closing the log"),
-        () = gate.refused_enough(), if !over_before => tracing::warn!("too many calls were refused; closing the log"),
-        () = clock.over() => ended = Ended::OutOfTime,
-        () = approvals.ended() => ended = Ended::Unapproved,
-        () = journal.stalled() => ended = Ended::Parked,
-    }
+    let mut ended = tokio::select! {
+        why = stop => match why {
+            Stop::AgentEnded => Ended::AgentEnded,
+            Stop::Terminated => Ended::Terminated,
+        },
+        () = gate.refused_enough(), if !over_before => Ended::RefusedEnough,
+        () = clock.over() => Ended::OutOfTime,
+        () = approvals.ended() => Ended::Unapproved,
+        () = journal.stalled() => Ended::Parked,
+    };
+    tracing::info!(?ended, "closing the log");
     reprobing.abort();
     if journal.open().is_err() {
         ended = Ended::RefusedEnough;
     }
-    if ended == Ended::WithThePod && journal.has_kept_waiting() {
+    if matches!(ended, Ended::AgentEnded | Ended::Terminated) && journal.has_kept_waiting() {
         ended = Ended::Parked;
     }
     gate.stop(Rule::TaskClosed, "the attempt has ended");
     served.drain().await;
     let reason = match ended {
-        Ended::WithThePod => AttemptClosed::AGENT_ENDED,
+        Ended::AgentEnded => AttemptClosed::AGENT_ENDED,
+        Ended::Terminated => AttemptClosed::TERMINATED,
         Ended::RefusedEnough => AttemptClosed::DENIALS,
         Ended::OutOfTime => AttemptClosed::WALL_TIME,
         Ended::Unapproved => AttemptClosed::UNAPPROVED,
         Ended::Parked => AttemptClosed::PARKED,
     };
     gate.count_waiting(None);
-    tracing::info!(reason, "closing the log");
     let closed = journal.record(|_, _| Ok(Event::AttemptClosed(AttemptClosed { reason: reason.into() })));
     if let Ok(last) = closed
         && tokio::time::timeout(FLUSH, journal.stored(last)).await.is_err()

@@ -585,13 +585,17 @@ impl Approval {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct AttemptClosed {
-    /// `agentEnded`, `wallTime`, `denials`, `unapproved` or `parked`. Only after the first may the same attempt open again.
+    /// `agentEnded`, `terminated`, `wallTime`, `denials`, `unapproved` or `parked`. Only after the first two may the same attempt open again.
     pub reason: String,
 }
 
 impl AttemptClosed {
-    /// The agent has ended, or its pod was ended.
+    /// The agent has ended by itself, while its wall time was not over, and whoever ran it has waited for it. A pod's harness cannot know
+    /// this: `belay run` does.
     pub const AGENT_ENDED: &str = "agentEnded";
+    /// The harness was told to end while the attempt's wall time was not over. The agent had ended, or never ran, or its pod was deleted or
+    /// evicted: the pod's status says which, and this word does not.
+    pub const TERMINATED: &str = "terminated";
     /// The attempt's wall time was over.
     pub const WALL_TIME: &str = "wallTime";
     /// So many calls were refused that the task is over.
@@ -601,10 +605,16 @@ impl AttemptClosed {
     /// Evidence could not be stored for long.
     pub const PARKED: &str = "parked";
 
-    /// The rule by which the attempt is over for good. An attempt whose agent has ended may open again: its harness was started again.
+    /// Whether the harness ended while the attempt had wall time left, by its own clock, and for no reason of its own: whoever holds that
+    /// the attempt ran out of time is contradicted by this. It does not say that the agent has succeeded.
+    pub fn is_in_time(&self) -> bool {
+        matches!(self.reason.as_str(), Self::AGENT_ENDED | Self::TERMINATED)
+    }
+
+    /// The rule by which the attempt is over for good. An attempt that was only told to end may open again: its harness was started again.
     pub fn rule(&self) -> Option<Rule> {
         match self.reason.as_str() {
-            Self::AGENT_ENDED => None,
+            Self::AGENT_ENDED | Self::TERMINATED => None,
             Self::WALL_TIME => Some(Rule::WallTime),
             Self::DENIALS => Some(Rule::Denials),
             Self::UNAPPROVED => Some(Rule::ToolApproval),

@@ -44,7 +44,7 @@ use super::{
 };
 use crate::{
     evidence::record::{self, Local},
-    harness::{self, Ended, HarnessError, journal::Follow, server::Listeners},
+    harness::{self, Ended, HarnessError, Stop, journal::Follow, server::Listeners},
     plan::{
         agent::Agent,
         names,
@@ -169,15 +169,14 @@ impl Surroundings<'_> {
     ) -> Result<Ends, RunError> {
         self.step("opening the evidence log");
         let (serves, serving) = oneshot::channel();
-        let over = CancellationToken::new();
+        let (over, end) = oneshot::channel();
         let listeners = async move || {
             listener.set_nonblocking(true)?;
             Ok(Listeners { agent: TcpListener::from_std(listener)?, health: None })
         };
         let ready = move || serves.send(()).unwrap_or_default();
-        let end = over.clone();
-        let mut harness =
-            tokio::spawn(async move { harness::run(parts, listeners, ready, end.cancelled_owned()).await });
+        let end = async move { end.await.unwrap_or(Stop::Terminated) };
+        let mut harness = tokio::spawn(async move { harness::run(parts, listeners, ready, end).await });
         tokio::select! {
             // It ended before it listened.
             ended = &mut harness => return Ok(without_agent(said(ended))),
@@ -192,7 +191,7 @@ impl Surroundings<'_> {
         let mut agent = match agent {
             Ok(agent) => agent,
             Err(error) => {
-                over.cancel();
+                let _ = over.send(Stop::Terminated);
                 ends.harness = Some(code(&said(harness.await)));
                 ends.trouble = Some(error.to_string());
                 return Ok(ends);
@@ -206,8 +205,13 @@ impl Surroundings<'_> {
         let pid = agent.id().unwrap_or_default();
         let mut harness_ended = None;
         let mut reason = "Completed";
+        // Whoever ends the agent makes an end of its own no longer knowable.
+        let mut why = Stop::Terminated;
         let status = tokio::select! {
-            status = agent.wait() => status,
+            status = agent.wait() => {
+                why = Stop::AgentEnded;
+                status
+            }
             ended = &mut harness => {
                 harness_ended = Some(said(ended));
                 kill(&mut agent).await
@@ -229,7 +233,8 @@ impl Surroundings<'_> {
         for word in words {
             let _ = tokio::time::timeout(LAST_WORDS, word).await;
         }
-        over.cancel();
+        // One that has ended already needs no telling.
+        let _ = over.send(why);
         let harness_ended = match harness_ended {
             Some(ended) => ended,
             None => said(harness.await),

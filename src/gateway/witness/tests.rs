@@ -759,6 +759,7 @@ async fn a_write_is_over_for_a_replica_that_did_not_see_its_outcome() {
 
 #[rstest::rstest]
 #[case("agentEnded", None)]
+#[case("terminated", None)]
 #[case("wallTime", Some(Rule::WallTime))]
 #[case("denials", Some(Rule::Denials))]
 #[case("unapproved", Some(Rule::ToolApproval))]
