@@ -1,8 +1,10 @@
 //! Names to addresses, by the gateway's own resolver.
 //!
-//! Promises: asks the configured name servers for exactly the name that was matched, A and AAAA, each answer bounded in
-//! time and cached no longer than its TTL and half a minute. Refuses: search domains, `/etc/hosts`, and judging addresses,
-//! which is [`egress::Blocked`](crate::policy::egress::Blocked)'s.
+//! Guarantees: asks the configured name servers for exactly the name that was matched, A and AAAA. An address counts only if its record
+//! is owned by that name, or by the name that an unbroken chain of aliases leads to; whatever else an answer holds is ignored.
+//! Each answer is bounded in time and cached no longer than its TTL and half a minute.
+//! Non-goals: search domains, `/etc/hosts`, DNSSEC, and judging addresses, which is
+//! [`egress::Blocked`](crate::policy::egress::Blocked)'s.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -12,9 +14,12 @@ use std::{
 use futures::future::BoxFuture;
 use hickory_resolver::{
     Resolver, TokioResolver,
-    config::{ConnectionConfig, LookupIpStrategy, NameServerConfig, ResolveHosts, ResolverConfig, ResolverOpts},
+    config::{ConnectionConfig, NameServerConfig, ResolveHosts, ResolverConfig, ResolverOpts},
     net::{NetError, runtime::TokioRuntimeProvider},
-    proto::rr::Name,
+    proto::{
+        op::ResponseCode,
+        rr::{DNSClass, Name, RData, Record, RecordType},
+    },
     system_conf,
 };
 
@@ -24,6 +29,8 @@ use crate::policy::hostname::Hostname;
 const LONGEST_TTL: Duration = Duration::from_secs(30);
 /// One question to one server.
 const TIMEOUT: Duration = Duration::from_secs(2);
+/// Aliases from the name that is asked for to the one that has addresses. Content networks need five or so.
+const LONGEST_CHAIN: usize = 12;
 /// Names that are remembered.
 const CACHED: u64 = 1024;
 
@@ -75,12 +82,34 @@ fn options() -> ResolverOpts {
     options.attempts = 2;
     options.cache_size = CACHED;
     options.use_hosts_file = ResolveHosts::Never;
-    options.ip_strategy = LookupIpStrategy::Ipv4AndIpv6;
+    // Without the aliases in between, it could not be told whose an address is.
+    options.preserve_intermediates = true;
     options.positive_max_ttl = Some(LONGEST_TTL);
     options.negative_max_ttl = Some(LONGEST_TTL);
     // Off-path answers have more to guess.
     options.case_randomization = true;
     options
+}
+
+/// Why a question brought no addresses.
+enum Unusable {
+    /// No answer, or one without records.
+    Nothing(String),
+    /// An answer that contradicts itself: nothing in it, or beside it, is believed.
+    Misleading(String),
+}
+
+impl Dns {
+    /// The addresses of one type that the name has.
+    async fn ask(&self, name: &Name, kind: RecordType) -> Result<Vec<IpAddr>, Unusable> {
+        let found = self.0.lookup(name.clone(), kind).await.map_err(|e| Unusable::Nothing(e.to_string()))?;
+        let header = &found.message().metadata;
+        if header.response_code != ResponseCode::NoError || header.truncation {
+            let reason = format!("expected a whole answer without an error, found one with {}", header.response_code);
+            return Err(Unusable::Misleading(reason));
+        }
+        owned(name, found.answers()).map_err(Unusable::Misleading)
+    }
 }
 
 impl Resolve for Dns {
@@ -89,13 +118,42 @@ impl Resolve for Dns {
             let mut name = Name::from_ascii(host.as_str()).map_err(|e| e.to_string())?;
             // Fully qualified: asked for as it is.
             name.set_fqdn(true);
-            let found = self.0.lookup_ip(name).await.map_err(|e| e.to_string())?;
-            let mut addresses: Vec<_> = found.iter().collect();
+            let asked = futures::join!(self.ask(&name, RecordType::A), self.ask(&name, RecordType::AAAA));
+            let mut addresses = match asked {
+                (Err(Unusable::Misleading(why)), _) | (_, Err(Unusable::Misleading(why))) => return Err(why),
+                (Err(Unusable::Nothing(why)), Err(_)) => return Err(why),
+                // Some servers do not answer one of the two questions.
+                (four, six) => [four.unwrap_or_default(), six.unwrap_or_default()].concat(),
+            };
             addresses.sort();
             addresses.dedup();
             if addresses.is_empty() { Err("the name has no addresses".to_owned()) } else { Ok(addresses) }
         })
     }
+}
+
+/// The addresses in an answer that are the name's own. An answer may hold any records: a server that may speak for one name only
+/// would otherwise lend it the addresses of another.
+///
+/// # Errors
+/// If the aliases lead nowhere in particular: two of one name, an alias beside an address, a circle, or too many.
+fn owned(name: &Name, answers: &[Record]) -> Result<Vec<IpAddr>, String> {
+    let mut owner = name;
+    for _ in 0..=LONGEST_CHAIN {
+        // Names are compared without case, as RFC 4343 has it.
+        let of_owner = || answers.iter().filter(|record| record.dns_class == DNSClass::IN && record.name == *owner);
+        let addresses: Vec<IpAddr> = of_owner().filter_map(|record| record.data.ip_addr()).collect();
+        let mut aliases = of_owner().filter_map(|record| match &record.data {
+            RData::CNAME(alias) => Some(&alias.0),
+            _ => None,
+        });
+        let Some(alias) = aliases.next() else { return Ok(addresses) };
+        if aliases.any(|other| other != alias) || !addresses.is_empty() {
+            return Err(format!("{owner} has an alias and something else, which may not be"));
+        }
+        owner = alias;
+    }
+    Err(format!("the aliases of {name} go in a circle, or are more than {LONGEST_CHAIN}"))
 }
 
 #[cfg(test)]
