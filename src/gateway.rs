@@ -21,6 +21,8 @@ pub mod cluster;
 pub mod credentials;
 /// Connections to addresses that were checked.
 pub mod dial;
+/// A credential in the forms in which a reply could repeat it.
+pub mod forms;
 /// One HTTP request to an upstream.
 pub mod forward;
 /// Who is asking.

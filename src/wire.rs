@@ -57,6 +57,9 @@ pub const CERTIFICATE: &str = "belay-upstream-certificate";
 /// The rule that refused, on refusals. An upstream cannot set it: the gateway strips it.
 pub const RULE: &str = "belay-rule";
 
+/// The HTTP/2 error with which a reply ends that repeats the credential: one that had begun to be passed on.
+pub const REPEATED: u32 = 0x6265_6c61;
+
 /// Bytes of one request or reply that may be under way unread. So many bodies as a connection has at a time do not fill
 /// [`CONNECTION_WINDOW`]: whoever leaves some of them unread holds up nothing else.
 pub const STREAM_WINDOW: u32 = 64 << 10;

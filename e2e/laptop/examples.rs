@@ -135,8 +135,8 @@ fn example(world: &World, name: &str, sandbox: &str) -> Ran {
     command.args(["--upstream-ca", tls.join("crt.pem").to_str().unwrap()]).args(more).env("KEY", KEY);
     let ran = ended(command.output().unwrap());
     assert_eq!(ran.code, 0, "{ran:#?}");
-    // A46: the model has told the agent its key, and the gateway did not pass it on.
-    assert!(ran.said().contains("THE END of ") && !ran.said().contains(KEY), "{ran:#?}");
+    // A46: the model was given the key, and the agent was not.
+    assert!(ran.said().contains("THE END") && !ran.said().contains(KEY), "{ran:#?}");
     let tasks = world.state().join("belay/evidence/default").join(name);
     let log = fs::read_dir(tasks).unwrap().next().unwrap().unwrap().path();
     world.is_valid(&log);

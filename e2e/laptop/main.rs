@@ -12,4 +12,5 @@ mod examples;
 mod mistakes;
 mod options;
 mod people;
+mod secret;
 mod shells;

@@ -47,7 +47,6 @@ class Keyed(BaseHTTPMiddleware):
 name, certificate, key = sys.argv[1:]
 story.STORY = STORIES[name]
 story.TELLERS = Everybody()
-# A46: whoever knows the key tells it.
-story.last_words = lambda called: "THE END of " + os.environ["KEY"]
+story.last_words = lambda called: "THE END"
 models.app.add_middleware(Keyed)
 uvicorn.run(models.app, host="127.0.0.1", port=int(os.environ["PORT"]), ssl_certfile=certificate, ssl_keyfile=key, log_level="warning")

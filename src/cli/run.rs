@@ -201,6 +201,7 @@ pub(super) async fn run(args: &Args) -> Result<u8, CliError> {
                 one.secret, one.key, one.secret
             )
         })
+        .chain(files::unfit_credentials(&objects))
         .collect();
     if !missing.is_empty() {
         return Err(CliError::Listed(missing));

@@ -1,16 +1,22 @@
-//! Bodies that stream, with an end to waiting, something to keep until they are over, and nothing in them that is nobody's to read.
+//! Bodies that stream, with an end to waiting, something to keep until they are over, and no credential in them.
 
 use std::{
+    collections::HashMap,
+    hash::{DefaultHasher, Hash, Hasher},
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll, ready},
     time::Duration,
 };
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use http_body_util::{BodyExt, Full, combinators::UnsyncBoxBody};
 use hyper::body::{Body, Frame, SizeHint};
 use memchr::memmem;
+use serde_json::Value;
 use tokio::time::{Instant, Sleep};
+
+use super::forms::Forms;
 
 /// Whatever went wrong on the way.
 pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
@@ -75,71 +81,195 @@ where
     }
 }
 
-/// A body in which a secret, wherever it stands word for word, is struck out: `*` for each byte, so that lengths stay. What may be the
-/// beginning of it waits for what comes next, and nothing else does.
-pub struct Struck<B> {
+/// Bytes at the end of what has come that wait for what comes next: more than any form of a credential has, whichever it is.
+pub const HELD: usize = 64 << 10;
+/// Bytes that are passed on at a time.
+pub const PIECE: usize = 64 << 10;
+/// Places in events whose text is followed from one event to the next.
+const PLACES: usize = 64;
+
+/// A reply repeats the credential that it was asked for with.
+#[derive(Debug, thiserror::Error)]
+#[error("the reply repeats the credential that the request was made with, and ends here")]
+pub struct RepeatedError(#[source] h2::Error);
+
+impl Default for RepeatedError {
+    fn default() -> Self {
+        Self(h2::Error::from(h2::Reason::from(crate::wire::REPEATED)))
+    }
+}
+
+/// Told of a reply that repeats the credential.
+pub type Alarm = Box<dyn FnOnce() + Send + Sync>;
+
+/// A reply's body that is looked through for a credential before any of it is passed on, and ends where it repeats it.
+///
+/// How much is passed on, and when, follows from how much has come and where its events end, and from nothing else: whole
+/// events of a stream of events, or else pieces of [`PIECE`] bytes, the last [`HELD`] bytes being held until there is more or no more.
+/// Nothing is changed in what is passed on: what was struck out in the middle of it would tell where and how long the credential is.
+pub struct Watched<B> {
     body: Pin<Box<B>>,
-    secret: Vec<u8>,
-    held: Vec<u8>,
+    forms: Arc<Forms>,
+    /// Whether it is a stream of events, and the text in them.
+    events: Option<Followed>,
+    held: BytesMut,
+    /// How much of what is held has no end of an event.
+    searched: usize,
+    over: bool,
+    alarm: Option<Alarm>,
 }
 
-impl<B> Struck<B> {
-    /// Wraps a body.
-    pub fn new(body: B, secret: Vec<u8>) -> Self {
-        Self { body: Box::pin(body), secret, held: Vec::new() }
-    }
-
-    /// What can be passed on of what is held.
-    fn strike(&mut self) -> Bytes {
-        let Self { secret, held, .. } = self;
-        let found: Vec<usize> = memmem::find_iter(held, secret.as_slice()).collect();
-        for start in found {
-            if let Some(place) = held.get_mut(start..start.saturating_add(secret.len())) {
-                place.fill(b'*');
-            }
+impl<B> Watched<B> {
+    /// Wraps a body, a stream of events or another one.
+    pub fn new(body: B, forms: Arc<Forms>, events: bool, alarm: Alarm) -> Self {
+        Self {
+            body: Box::pin(body),
+            events: events.then(Followed::default),
+            forms,
+            held: BytesMut::new(),
+            searched: 0,
+            over: false,
+            alarm: Some(alarm),
         }
-        let begins = |length: &usize| secret.get(..*length).is_some_and(|beginning| held.ends_with(beginning));
-        let kept = (1..secret.len()).rev().find(begins).unwrap_or(0);
-        let rest = held.split_off(held.len().saturating_sub(kept));
-        Bytes::from(std::mem::replace(held, rest))
+    }
+
+    /// How much of what is held may go on once it has been looked through.
+    fn ready(&mut self) -> usize {
+        if self.over {
+            return self.held.len();
+        }
+        if self.events.is_some() {
+            let from = self.searched.saturating_sub(2);
+            let new = self.held.get(from..).unwrap_or_default();
+            let ends = [&b"\n\n"[..], b"\n\r\n", b"\r\r"].into_iter().filter_map(|end| {
+                let start = memmem::rfind(new, end)?;
+                Some(from.saturating_add(start).saturating_add(end.len()))
+            });
+            if let Some(end) = ends.max() {
+                return end;
+            }
+            self.searched = self.held.len();
+        }
+        self.held.len().saturating_sub(HELD) / PIECE * PIECE
+    }
+
+    /// Whether what is held repeats the credential, of which so much is about to go on.
+    fn repeats(&mut self, ready: usize) -> bool {
+        // Nothing of an event goes on before its end, so that what follows it is looked through in its turn.
+        let whole = self.events.is_some() && self.searched < ready;
+        let looked = if whole { self.held.get(..ready).unwrap_or(&self.held) } else { &self.held };
+        if self.forms.are_in(looked) {
+            return true;
+        }
+        match &mut self.events {
+            Some(followed) => followed.repeats(looked, &self.forms),
+            None => false,
+        }
     }
 }
 
-impl<B: Body<Data = Bytes>> Body for Struck<B> {
+impl<B> Body for Watched<B>
+where
+    B: Body<Data = Bytes>,
+    B::Error: Into<BoxError>,
+{
     type Data = Bytes;
-    type Error = B::Error;
+    type Error = BoxError;
 
-    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
         let this = self.get_mut();
         loop {
-            let Some(frame) = ready!(this.body.as_mut().poll_frame(cx)) else {
-                let rest = std::mem::take(&mut this.held);
-                return Poll::Ready((!rest.is_empty()).then(|| Ok(Frame::data(rest.into()))));
-            };
-            // Trailers are for one hop, and go no further.
-            let Ok(data) = frame?.into_data() else { continue };
-            this.held.extend_from_slice(&data);
-            let passed = this.strike();
-            if !passed.is_empty() {
-                return Poll::Ready(Some(Ok(Frame::data(passed))));
+            let ready = this.ready();
+            if ready > 0 {
+                if this.repeats(ready) {
+                    (this.over, this.held) = (true, BytesMut::new());
+                    this.alarm.take().into_iter().for_each(|alarm| alarm());
+                    return Poll::Ready(Some(Err(RepeatedError::default().into())));
+                }
+                this.searched = 0;
+                return Poll::Ready(Some(Ok(Frame::data(this.held.split_to(ready).freeze()))));
+            }
+            if this.over {
+                return Poll::Ready(None);
+            }
+            match ready!(this.body.as_mut().poll_frame(cx)) {
+                None => this.over = true,
+                // Trailers are for one hop, and go no further.
+                Some(Ok(frame)) => this.held.extend_from_slice(&frame.into_data().unwrap_or_default()),
+                Some(Err(error)) => {
+                    (this.over, this.held) = (true, BytesMut::new());
+                    return Poll::Ready(Some(Err(error.into())));
+                }
             }
         }
     }
 
     fn is_end_stream(&self) -> bool {
-        self.held.is_empty() && self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        let (inner, held) = (self.body.size_hint(), u64::try_from(self.held.len()).unwrap_or(u64::MAX));
-        let mut hint = SizeHint::new();
-        hint.set_lower(inner.lower().saturating_add(held));
-        if let Some(upper) = inner.upper() {
-            hint.set_upper(upper.saturating_add(held));
-        }
-        hint
+        self.over && self.held.is_empty()
     }
 }
+
+/// The text of a stream's events, put together as whoever reads them does: of a credential that comes a few letters an event, what
+/// has been passed on cannot be taken back, but it is noticed, and its last letters stay.
+#[derive(Default)]
+struct Followed {
+    /// The end of the text at each place in events, by a digest of its path.
+    ends: HashMap<u64, Vec<u8>>,
+}
+
+impl Followed {
+    fn repeats(&mut self, events: &[u8], forms: &Forms) -> bool {
+        let data = events
+            .split(|byte| matches!(byte, b'\n' | b'\r'))
+            .filter_map(|line| line.strip_prefix(b"data:"))
+            .map(|data| data.strip_prefix(b" ").unwrap_or(data));
+        let mut repeats = false;
+        for data in data {
+            let path = DefaultHasher::new();
+            repeats |= match serde_json::from_slice::<Value>(data) {
+                Ok(value @ (Value::String(_) | Value::Array(_) | Value::Object(_))) => self.follow(&value, path, forms),
+                // Words, or a digit among them.
+                _ => self.add(path, data, forms),
+            };
+        }
+        repeats
+    }
+
+    fn follow(&mut self, value: &Value, path: DefaultHasher, forms: &Forms) -> bool {
+        let step = |name: &dyn Fn(&mut DefaultHasher)| {
+            let mut path = path.clone();
+            name(&mut path);
+            path
+        };
+        match value {
+            Value::String(text) => self.add(path, text.as_bytes(), forms),
+            Value::Array(values) => {
+                values.iter().enumerate().any(|(at, value)| self.follow(value, step(&|path| at.hash(path)), forms))
+            }
+            Value::Object(members) => {
+                members.iter().any(|(name, value)| self.follow(value, step(&|path| name.hash(path)), forms))
+            }
+            _ => false,
+        }
+    }
+
+    fn add(&mut self, path: DefaultHasher, text: &[u8], forms: &Forms) -> bool {
+        let place = path.finish();
+        if self.ends.len() >= PLACES && !self.ends.contains_key(&place) {
+            self.ends.clear();
+        }
+        let end = self.ends.entry(place).or_default();
+        end.extend_from_slice(text);
+        let repeats = forms.are_in(end);
+        // Room for escapes.
+        let kept = forms.longest().saturating_mul(4);
+        end.drain(..end.len().saturating_sub(kept));
+        repeats
+    }
+}
+
+#[cfg(test)]
+mod watched;
 
 #[cfg(test)]
 mod tests {
@@ -158,35 +288,5 @@ mod tests {
         assert!(body.frame().await.unwrap().is_ok());
         assert!(body.frame().await.unwrap().is_ok());
         assert!(body.frame().await.unwrap().unwrap_err().is::<IdleError>());
-    }
-
-    /// What becomes of these chunks.
-    async fn struck(chunks: &[&[u8]], secret: &str) -> Vec<Vec<u8>> {
-        let frames = chunks.iter().map(|chunk| Ok::<_, std::io::Error>(Frame::data(Bytes::copy_from_slice(chunk))));
-        let mut body = Struck::new(StreamBody::new(futures::stream::iter(frames)), secret.into());
-        let mut all = Vec::new();
-        while let Some(frame) = body.frame().await {
-            all.push(frame.unwrap().into_data().unwrap().to_vec());
-        }
-        assert!(body.held.is_empty());
-        all
-    }
-
-    #[tokio::test]
-    async fn a_secret_is_struck_out_wherever_it_is_cut() {
-        let text = b"data: {\"echo\":\"Bearer sesame sesame ses\"}\n\n";
-        let expected = b"data: {\"echo\":\"Bearer ****** ****** ses\"}\n\n";
-        for first in 0..text.len() {
-            for second in first..text.len() {
-                let chunks = [&text[..first], &text[first..second], &text[second..]];
-                assert_eq!(struck(&chunks, "sesame").await.concat(), expected, "{first} {second}");
-            }
-        }
-    }
-
-    #[tokio::test]
-    async fn only_what_may_begin_it_waits() {
-        let got = struck(&[b"event: one\n\n", b"event: se", b"cond\n\n", b"sesam"], "sesame").await;
-        assert_eq!(got, [&b"event: one\n\n"[..], b"event: ", b"second\n\n", b"sesam"]);
     }
 }

@@ -1,37 +1,44 @@
 //! One HTTP request to an upstream, and its reply back as it comes.
 //!
-//! Promises: the upstream sees the method, path, body and end-to-end headers of the caller, the host that was matched, and the
-//! credential that the pack gives; the caller sees the reply as it streams, redirects among it. Refuses: hop-by-hop
-//! headers and ours in either direction, upgrades, following redirects (the harness asks anew, and is judged anew), and sending
-//! anything twice: a connection that was used before and turns out to have ended is given up for a new one only if nothing of
-//! the request was written.
+//! Guarantees: the upstream sees the method, path, body and end-to-end headers of the caller, the host that was matched, and the
+//! credential that the pack gives; the caller sees the reply as it streams, redirects among it. A reply to a request with a credential
+//! is looked through for it first, head and body, and is refused if it cannot be.
+//! Non-goals: hop-by-hop headers and ours in either direction, trailers, upgrades, following redirects (the harness asks anew, and is
+//! judged anew), and sending anything twice: a connection that was used before and turns out to have ended is given up for a new
+//! one only if nothing of the request was written.
 
 use std::{
     sync::Arc,
     time::{Duration, Instant},
 };
 
+use futures::StreamExt;
 use http::{
     HeaderMap, HeaderName, HeaderValue, Method, Request, Response, Uri, Version,
     header::{
-        AUTHORIZATION, CONNECTION, CONTENT_LENGTH, EXPECT, HOST, PROXY_AUTHORIZATION, TE, TRAILER, TRANSFER_ENCODING,
-        UPGRADE,
+        ACCEPT_ENCODING, AUTHORIZATION, CONNECTION, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, EXPECT, HOST,
+        PROXY_AUTHORIZATION, TE, TRAILER, TRANSFER_ENCODING, UPGRADE,
     },
 };
-use http_body_util::{BodyExt, Limited};
-use hyper::body::{Body, Incoming};
+use http_body_util::{BodyExt, BodyStream, Limited, StreamBody};
+use hyper::body::{Body, Frame, Incoming};
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::{
     authorize::Target,
-    body::{BoxError, Guarded, ReplyBody, Struck},
+    body::{Alarm, BoxError, Guarded, RepeatedError, ReplyBody, Watched, full},
     credentials::{self, Injected},
     dial::Dialer,
+    forms::Forms,
     pool::{Connection, Peer, Pool, Returned, Whole},
     refusal::Refused,
 };
-use crate::{canonical, policy::rule::Rule, wire};
+use crate::{
+    canonical,
+    policy::{hostname::Authority, rule::Rule},
+    wire,
+};
 
 /// From the request to the head of the reply: a model that does not stream thinks for minutes.
 const HEAD: Duration = Duration::from_secs(300);
@@ -45,6 +52,23 @@ const LARGEST_HEAD: usize = 64 << 10;
 /// Headers of one hop, RFC 9110 7.6.1, and those by which proxies talk.
 const HOP_BY_HOP: &[HeaderName] = &[CONNECTION, TE, TRAILER, TRANSFER_ENCODING, UPGRADE, EXPECT];
 
+/// How the bodies of compressed files begin: gzip and Zstandard.
+const COMPRESSED: [&[u8]; 2] = [b"\x1f\x8b", b"\x28\xb5\x2f\xfd"];
+
+/// A credential for a request, and who is told if the reply repeats it.
+pub struct Lent {
+    /// The credential.
+    pub credential: Injected,
+    /// Who is told.
+    pub alarm: Alarm,
+}
+
+/// What a reply is looked through for.
+struct Watch {
+    forms: Arc<Forms>,
+    alarm: Alarm,
+}
+
 /// Sends a request to its target, over a connection that waits in `pool` for it if there is one, or else a new one. `keep` lives
 /// as long as the reply does.
 ///
@@ -54,7 +78,7 @@ pub async fn forward<K: Send + Unpin + 'static>(
     dialer: &Dialer,
     pool: Option<&Arc<Pool>>,
     target: &Target,
-    credential: Option<Injected>,
+    lent: Option<Lent>,
     request: Request<ReplyBody>,
     keep: K,
 ) -> Result<Response<ReplyBody>, Refused> {
@@ -64,12 +88,12 @@ pub async fn forward<K: Send + Unpin + 'static>(
     // Asked and checked for every request: a connection is used again only to an address that the name still has.
     let addresses = dialer.addresses(&target.authority).await?;
     let pool = pool.filter(|_| framed(&request));
-    let (mut request, secret) = outgoing(target, credential, request)?;
+    let (mut request, watch) = outgoing(target, lent, request)?;
     let started = Instant::now();
     while let Some(waiting) = pool.and_then(|pool| pool.take(&addresses, &target.authority.host, target.secure)) {
         match exchange(waiting, pool, target, request, started).await {
             Ok(Exchanged::Reply(reply, peer, returned)) => {
-                return Ok(incoming(reply, peer, secret.as_deref(), returned, keep));
+                return incoming(reply, (target, peer), watch, returned, keep).await;
             }
             // It had ended meanwhile, and nothing of the request was sent.
             Ok(Exchanged::Unsent(unsent)) => request = unsent,
@@ -89,7 +113,7 @@ pub async fn forward<K: Send + Unpin + 'static>(
         handshake(stream, Peer { address, certificate: None }, target).await?
     };
     match exchange(connection, pool, target, request, started).await? {
-        Exchanged::Reply(reply, peer, returned) => Ok(incoming(reply, peer, secret.as_deref(), returned, keep)),
+        Exchanged::Reply(reply, peer, returned) => incoming(reply, (target, peer), watch, returned, keep).await,
         Exchanged::Unsent(_) => Err(Refused::upstream(
             Rule::UpstreamConnect,
             format!("{} at {address} closed the connection before the request", target.authority),
@@ -158,39 +182,51 @@ async fn exchange(
     }
 }
 
-/// The request as the upstream gets it, and the secret in it.
+/// The request as the upstream gets it, and what its reply is looked through for.
 fn outgoing(
     target: &Target,
-    credential: Option<Injected>,
+    lent: Option<Lent>,
     request: Request<ReplyBody>,
-) -> Result<(Request<ReplyBody>, Option<Vec<u8>>), Refused> {
+) -> Result<(Request<ReplyBody>, Option<Watch>), Refused> {
     let (mut parts, body) = request.into_parts();
     parts.version = Version::HTTP_11;
     parts.uri = Uri::from(target.path.clone());
     strip(&mut parts.headers);
     let host = HeaderValue::try_from(target.host_header()).map_err(|e| Refused::malformed(e.to_string()))?;
     parts.headers.insert(HOST, host);
-    let secret = credential.map(|credential| credential.inject(&mut parts.headers));
+    let watch = lent.map(|Lent { credential, alarm }| {
+        // What is compressed cannot be looked through.
+        parts.headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
+        Watch { forms: credential.inject(&mut parts.headers), alarm }
+    });
     parts.extensions.clear();
     let body = Guarded::new(Limited::new(body, LARGEST_REQUEST), IDLE, ());
-    Ok((Request::from_parts(parts, body.boxed_unsync()), secret))
+    Ok((Request::from_parts(parts, body.boxed_unsync()), watch))
 }
 
 /// The reply as the caller gets it.
-fn incoming<K: Send + Unpin + 'static>(
+///
+/// # Errors
+/// [`Rule::UpstreamSecret`] if it repeats the credential before any of it has been passed on, [`Rule::UpstreamReply`] if it cannot be
+/// looked through.
+async fn incoming<K: Send + Unpin + 'static>(
     reply: Response<Incoming>,
-    peer: Peer,
-    secret: Option<&[u8]>,
+    (target, peer): (&Target, Peer),
+    watch: Option<Watch>,
     returned: Option<Returned>,
     keep: K,
-) -> Response<ReplyBody> {
+) -> Result<Response<ReplyBody>, Refused> {
     let (mut parts, body) = reply.into_parts();
     parts.version = Version::HTTP_11;
+    // Among them the reason beside the status.
     parts.extensions.clear();
+    let encoding = encoding(&parts.headers);
     strip(&mut parts.headers);
-    if let Some(secret) = secret {
-        credentials::scrub(&mut parts.headers, secret);
-    }
+    let body = Guarded::new(Whole::new(body, returned), IDLE, keep);
+    let body = match watch {
+        Some(watch) => watched(&mut parts.headers, (target, encoding), body, watch).await?,
+        None => body.map_frame(|frame| Frame::data(frame.into_data().unwrap_or_default())).boxed_unsync(),
+    };
     // An address is always a header value.
     if let Ok(address) = HeaderValue::try_from(peer.address.to_string()) {
         parts.headers.insert(wire::UPSTREAM, address);
@@ -198,12 +234,86 @@ fn incoming<K: Send + Unpin + 'static>(
     if let Some(Ok(certificate)) = peer.certificate.map(|digest| HeaderValue::try_from(hex::encode(digest))) {
         parts.headers.insert(wire::CERTIFICATE, certificate);
     }
-    let body = Whole::new(body, returned);
-    let body = match secret {
-        Some(secret) => Guarded::new(Struck::new(body, secret.to_owned()), IDLE, keep).boxed_unsync(),
-        None => Guarded::new(body, IDLE, keep).boxed_unsync(),
+    Ok(Response::from_parts(parts, body))
+}
+
+/// A body that is looked through, once its head has been. Unless it is a stream of events, what is passed on first is waited for: most
+/// replies are looked through as a whole, and are refused as a whole.
+async fn watched<B>(
+    headers: &mut HeaderMap,
+    (target, encoding): (&Target, Option<String>),
+    body: B,
+    Watch { forms, alarm }: Watch,
+) -> Result<ReplyBody, Refused>
+where
+    B: Body<Data = bytes::Bytes, Error = BoxError> + Send + 'static,
+{
+    let host = &target.authority;
+    let unreadable = |reason: String| Refused::upstream(Rule::UpstreamReply, reason);
+    let compressed = |how: &str| {
+        unreadable(format!(
+            "{host} sent its reply compressed ({how}), though it was asked not to: such a reply cannot be looked through for the \
+             credential, and is withheld; have the upstream heed accept-encoding"
+        ))
     };
-    Response::from_parts(parts, body)
+    if let Some(how) = encoding {
+        return Err(compressed(&how));
+    }
+    if credentials::repeated(headers, &forms) {
+        alarm();
+        return Err(repeats(host));
+    }
+    let events = headers.get(CONTENT_TYPE).is_some_and(|kind| {
+        kind.as_bytes().get(..EVENTS.len()).is_some_and(|kind| kind.eq_ignore_ascii_case(EVENTS.as_bytes()))
+    });
+    let mut body = Watched::new(body, forms, events, alarm);
+    if events {
+        // It may end before it is over.
+        headers.remove(CONTENT_LENGTH);
+        return Ok(body.boxed_unsync());
+    }
+    let first = match body.frame().await {
+        None => return Ok(full("")),
+        Some(Ok(frame)) => frame.into_data().unwrap_or_default(),
+        Some(Err(error)) if error.is::<RepeatedError>() => return Err(repeats(host)),
+        Some(Err(error)) => {
+            return Err(unreadable(format!("the reply of {host} broke off: {}", chain(error.as_ref()))));
+        }
+    };
+    if COMPRESSED.iter().any(|start| first.starts_with(start)) {
+        return Err(compressed("by how it begins"));
+    }
+    if body.is_end_stream() {
+        return Ok(full(first));
+    }
+    headers.remove(CONTENT_LENGTH);
+    let first = futures::stream::iter([Ok::<_, BoxError>(Frame::data(first))]);
+    Ok(StreamBody::new(first.chain(BodyStream::new(body))).boxed_unsync())
+}
+
+/// The kind of a stream of events.
+const EVENTS: &str = "text/event-stream";
+
+/// A refusal of a reply. What the call did is done.
+fn repeats(host: &Authority) -> Refused {
+    Refused::denied(
+        Rule::UpstreamSecret,
+        format!(
+            "the reply of {host} repeats the credential that the request was made with, and is withheld; whether the call took effect is not known"
+        ),
+    )
+}
+
+/// How a reply is encoded, if it is: whatever is not said to be plain.
+fn encoding(headers: &HeaderMap) -> Option<String> {
+    let encodings = |name: HeaderName| {
+        let values: Vec<&HeaderValue> = headers.get_all(name).iter().collect();
+        values.into_iter().flat_map(|value| value.as_bytes().split(|byte| *byte == b','))
+    };
+    let content = encodings(CONTENT_ENCODING).filter(|of| !of.trim_ascii().eq_ignore_ascii_case(b"identity"));
+    let transfer = encodings(TRANSFER_ENCODING).filter(|of| !of.trim_ascii().eq_ignore_ascii_case(b"chunked"));
+    let mut found = content.chain(transfer).filter(|of| !of.trim_ascii().is_empty());
+    found.next().map(|of| crate::policy::shorten::shorten(&String::from_utf8_lossy(of.trim_ascii())))
 }
 
 /// Drops what belongs to one hop, and what is between harness and gateway.

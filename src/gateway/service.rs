@@ -8,7 +8,10 @@ use std::{
     collections::HashMap,
     convert::Infallible,
     net::IpAddr,
-    sync::{Arc, Mutex, PoisonError, atomic::Ordering},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU32, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -27,11 +30,11 @@ use tracing::{Instrument, Span, field};
 use super::{
     approvals::{self, Create},
     authorize::{self, Destination, Target},
-    body::{BoxError, ReplyBody, full},
+    body::{Alarm, BoxError, ReplyBody, full},
     cluster::{Cluster, Compiled},
-    credentials::Injected,
+    credentials::{Injected, Known},
     dial::Dialer,
-    forward,
+    forward::{self, Lent},
     identity::{Caller, Principal, Reviewed, reviews::Reviews},
     incidents::{Incident, Incidents},
     metrics::Metrics,
@@ -56,6 +59,9 @@ use crate::{
 const CALLS: usize = 128;
 /// Requests of one pod about its log at a time: they stand in line for the log anyway.
 const LOG_REQUESTS: usize = 8;
+/// Replies of one pod's calls that may repeat a credential. After so many its calls have none any more: whoever can make an upstream repeat
+/// text could go on to try credentials.
+const REPEATED: u32 = 3;
 /// Pods whose shares are remembered.
 const PODS: usize = 8192;
 /// A request to open: two fields.
@@ -115,11 +121,25 @@ struct Share {
     log: Arc<Semaphore>,
     questions: Arc<Semaphore>,
     judged: Arc<Semaphore>,
+    /// Replies that repeated a credential.
+    repeated: Arc<AtomicU32>,
+}
+
+impl Share {
+    /// Whether it must be remembered: somebody is at it, or it counts against the pod.
+    fn matters(&self) -> bool {
+        let semaphores = [&self.calls, &self.log, &self.questions, &self.judged];
+        // Whoever holds a permit holds its semaphore, too.
+        semaphores.into_iter().any(|of| Arc::strong_count(of) > 1)
+            || Arc::strong_count(&self.repeated) > 1
+            || self.repeated.load(Ordering::Relaxed) > 0
+    }
 }
 
 /// The gateway.
 pub struct Gateway {
     parts: Parts,
+    known: Known,
     shares: Mutex<HashMap<String, Share>>,
 }
 
@@ -167,7 +187,7 @@ struct Asked {
 impl Gateway {
     /// A gateway of these parts.
     pub fn new(parts: Parts) -> Self {
-        Self { parts, shares: Mutex::default() }
+        Self { parts, known: Known::default(), shares: Mutex::default() }
     }
 
     /// Serves one request from a TCP peer.
@@ -314,19 +334,17 @@ impl Gateway {
         })
     }
 
-    fn shared(&self, principal: &Principal, of: fn(&Share) -> &Arc<Semaphore>) -> Arc<Semaphore> {
+    fn shared<T>(&self, principal: &Principal, of: fn(&Share) -> &Arc<T>) -> Arc<T> {
         let mut shares = self.shares.lock().unwrap_or_else(PoisonError::into_inner);
         if shares.len() >= PODS {
-            // Whoever holds a permit holds its semaphore, too.
-            shares.retain(|_, s| {
-                [&s.calls, &s.log, &s.questions, &s.judged].into_iter().any(|of| Arc::strong_count(of) > 1)
-            });
+            shares.retain(|_, share| share.matters());
         }
         let share = shares.entry(principal.pod_uid.clone()).or_insert_with(|| Share {
             calls: Arc::new(Semaphore::new(CALLS)),
             log: Arc::new(Semaphore::new(LOG_REQUESTS)),
             questions: Arc::new(Semaphore::new(QUESTIONS)),
             judged: Arc::new(Semaphore::new(JUDGED)),
+            repeated: Arc::default(),
         });
         of(share).clone()
     }
@@ -506,7 +524,7 @@ impl Gateway {
         reply(&sealed)
     }
 
-    async fn forward(&self, request: Request<Incoming>, asked: Asked) -> Served {
+    async fn forward(self: Arc<Self>, request: Request<Incoming>, asked: Asked) -> Served {
         let Asked { principal, .. } = &asked;
         principal.may_call()?;
         let share = self.share(principal, |share| &share.calls)?;
@@ -529,11 +547,12 @@ impl Gateway {
         } else {
             request.map(|body| body.map_err(BoxError::from).boxed_unsync())
         };
-        self.send(channel, &target, credential.as_ref(), request, share, call.map(|intent| (compiled, intent))).await
+        let lent = credential.map(|credential| self.lend(&credential, &asked)).transpose()?;
+        self.send(channel, &target, lent, request, share, call.map(|intent| (compiled, intent))).await
     }
 
     /// Makes the call of an HTTP tool: its request is made here, of the arguments.
-    async fn call(&self, request: Request<Incoming>, asked: Asked) -> Served {
+    async fn call(self: Arc<Self>, request: Request<Incoming>, asked: Asked) -> Served {
         let Asked { principal, .. } = &asked;
         principal.may_call()?;
         let share = self.share(principal, |share| &share.calls)?;
@@ -556,7 +575,8 @@ impl Gateway {
         self.judged(principal, &compiled, &intent, (arguments, body.len())).await?;
         let request = request.map(full);
         let call = Some((compiled, intent));
-        let replied = self.send(Channel::Tool, &target, credential.as_ref(), request, share, call).await;
+        let lent = credential.map(|credential| self.lend(&credential, &asked)).transpose()?;
+        let replied = self.send(Channel::Tool, &target, lent, request, share, call).await;
         replied.map(forward::as_reply_to_post)
     }
 
@@ -591,17 +611,41 @@ impl Gateway {
         approvals::approved(compiled, intent, &arguments, &needed, find)
     }
 
+    /// A credential for one request. A reply that repeats it is counted against the pod, and is told of beside its log.
+    fn lend(self: &Arc<Self>, credential: &Credential, asked: &Asked) -> Result<Lent, Refused> {
+        let repeated = self.shared(&asked.principal, |share| &share.repeated);
+        let found = repeated.load(Ordering::Relaxed);
+        if found >= REPEATED {
+            return Err(Refused::denied(
+                Rule::UpstreamCredential,
+                format!(
+                    "{found} replies to this pod's calls have repeated a credential: its calls are made with none any more"
+                ),
+            ));
+        }
+        let injected = Injected::read(&self.parts.cluster, &self.known, credential)?;
+        let (gateway, pod, peer) = (self.clone(), asked.reviewed.pod.clone(), asked.peer);
+        let secret = credential.secret.clone();
+        let alarm: Alarm = Box::new(move || {
+            repeated.fetch_add(1, Ordering::Relaxed);
+            let reason =
+                format!("a reply repeats the credential of Secret {secret}: replace it, and see to its upstream");
+            tracing::warn!(rule = Rule::UpstreamSecret.as_str(), reason, "withheld");
+            gateway.incident(pod.as_ref(), peer, &Refused::denied(Rule::UpstreamSecret, reason));
+        });
+        Ok(Lent { credential: injected, alarm })
+    }
+
     /// Sends a request that may leave.
     async fn send(
         &self,
         channel: Channel,
         target: &Target,
-        credential: Option<&Credential>,
+        lent: Option<Lent>,
         request: Request<ReplyBody>,
         share: OwnedSemaphorePermit,
         call: Option<(Arc<Compiled>, IntentFacts)>,
     ) -> Served {
-        let injected = credential.map(|credential| Injected::read(&self.parts.cluster, credential)).transpose()?;
         if let Some((compiled, intent)) = &call {
             if let Some((of, undoes)) = compiled.undone().zip(intent.undoes.as_ref()) {
                 let log = |task: &_| compiled.place_of(task);
@@ -612,7 +656,7 @@ impl Gateway {
         let started = Instant::now();
         // What an agent sends by itself may bind a connection to whoever sent it, as some logins do.
         let pool = (channel != Channel::Egress).then_some(&self.parts.pool);
-        let replied = forward::forward(&self.parts.dialer, pool, target, injected, request, share).await;
+        let replied = forward::forward(&self.parts.dialer, pool, target, lent, request, share).await;
         self.parts.metrics.upstream_took(channel.as_str(), started.elapsed());
         let replied = replied?;
         if let Some((compiled, intent)) = call.filter(|_| replied.status() == StatusCode::NOT_FOUND) {

@@ -336,8 +336,8 @@ impl Link {
         let body = Limited::new(reply.into_body(), LONGEST_REPLY).collect().await;
         let refusal = body.ok().and_then(|body| serde_json::from_slice::<Refusal>(&body.to_bytes()).ok());
         let refusal = refusal.unwrap_or(Refusal { rule, reason: "refused without a reason".into() });
-        // Only a request whose reply never came may have done something.
-        let certain = refusal.rule != Rule::UpstreamReply;
+        // Only a request whose reply never came, or is withheld, may have done something.
+        let certain = !matches!(refusal.rule, Rule::UpstreamReply | Rule::UpstreamSecret);
         Err(Undelivered { denial: Denial { rule: refusal.rule, reason: refusal.reason }, certain, upstream })
     }
 
@@ -434,6 +434,19 @@ impl Peer {
         headers.remove(wire::CERTIFICATE);
         peer
     }
+}
+
+/// Why the gateway ended a reply that had begun, where it was not the upstream that broke off.
+pub fn ended(error: &(dyn std::error::Error + 'static)) -> Option<Denial> {
+    let mut causes = std::iter::successors(Some(error), |error| error.source());
+    let reset = causes.find_map(|error| error.downcast_ref::<h2::Error>()?.reason())?;
+    (u32::from(reset) == wire::REPEATED).then(withheld)
+}
+
+/// Of a reply that the gateway has ended because of what is in it.
+pub fn withheld() -> Denial {
+    let reason = "the reply repeats the credential that the request was made with, and its rest is withheld; whether the call took effect is not known";
+    Denial { rule: Rule::UpstreamSecret, reason: reason.to_owned() }
 }
 
 fn undelivered(rule: Rule, reason: String, certain: bool) -> Undelivered {

@@ -231,6 +231,13 @@ impl Tools {
         }
         let unknown = settlement.effect == Effect::Unknown;
         permit.settle(settlement);
+        let result = match result {
+            // The call is over, and what came of it is refused.
+            Err(denial) if denial.rule == Rule::UpstreamSecret => {
+                Err(self.gate.deny(Channel::Tool, name, Some(digest), denial).await)
+            }
+            result => result,
+        };
         match (result, tool.verify.as_ref().zip(arguments)) {
             (Err(denial), Some((read, arguments))) if unknown => {
                 let told = self.resolve(tool, read, &arguments, (&call_id(intent), key.as_deref())).await;

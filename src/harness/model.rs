@@ -17,7 +17,7 @@ use sha2::{Digest, Sha256};
 use super::{
     body::{Body, boxed},
     gate::{Call, Gate, Permit, Settlement},
-    link::Peer,
+    link::{self, Peer},
 };
 use crate::{
     evidence::record::{Channel, Effect},
@@ -114,13 +114,14 @@ async fn call(
     rules.extend(policy.limits.cost_micros.map(|_| Rule::ModelPrice));
     let body =
         serde_json::to_vec(&body).map_err(|error| Denial { rule: Rule::ModelRequest, reason: error.to_string() })?;
+    let digest = gate.salt().bytes(&body);
     let permit = gate
         .permit(Call {
             channel: Channel::Model,
             target: path.to_owned(),
             effect: None,
             definition: None,
-            request_digest: Some(gate.salt().bytes(&body)),
+            request_digest: Some(digest.clone()),
             request_bytes: u64::try_from(body.len()).unwrap_or(u64::MAX),
             key: None,
             approvals: vec![],
@@ -138,7 +139,9 @@ async fn call(
     *outgoing.headers_mut() = passed_on(headers);
     let target = format!("{}{path}", base.trim_end_matches('/'));
     match gate.link().forward(Channel::Model, permit.intent, &target, outgoing).await {
-        Ok(reply) => Ok(meter(reply, permit, price.cloned())),
+        Ok(reply) => {
+            Ok(meter(reply, permit, price.cloned(), Told { gate: gate.clone(), path: path.to_owned(), digest }))
+        }
         Err(undelivered) => {
             let denial = undelivered.denial;
             let settlement = if undelivered.certain {
@@ -147,6 +150,11 @@ async fn call(
                 Settlement::unknown(Some(denial.rule))
             };
             permit.settle(Settlement { upstream: undelivered.upstream, ..settlement });
+            // The call is over, and what came of it is refused.
+            let denial = match denial.rule {
+                Rule::UpstreamSecret => gate.deny(Channel::Model, path, Some(digest), denial).await,
+                _ => denial,
+            };
             Ok(refusal(api, &denial))
         }
     }
@@ -175,7 +183,14 @@ fn passed_on(headers: &HeaderMap) -> HeaderMap {
     passed
 }
 
-fn meter(reply: Response<Incoming>, permit: Permit, price: Option<ModelPrice>) -> Response<Body> {
+/// Whom to tell of a reply that the gateway has ended, and which call it was.
+struct Told {
+    gate: Arc<Gate>,
+    path: String,
+    digest: String,
+}
+
+fn meter(reply: Response<Incoming>, permit: Permit, price: Option<ModelPrice>, told: Told) -> Response<Body> {
     let (mut parts, body) = reply.into_parts();
     let streamed = parts
         .headers
@@ -184,6 +199,7 @@ fn meter(reply: Response<Incoming>, permit: Permit, price: Option<ModelPrice>) -
         .is_some_and(|kind| kind.starts_with("text/event-stream"));
     let meter = Meter {
         permit: Some(permit),
+        rule: None,
         price,
         status: parts.status,
         upstream: Peer::taken(&mut parts.headers),
@@ -199,15 +215,29 @@ fn meter(reply: Response<Incoming>, permit: Permit, price: Option<ModelPrice>) -
     for hop in [header::CONNECTION, header::TRANSFER_ENCODING] {
         parts.headers.remove(hop);
     }
-    let stream = futures::stream::unfold((BodyDataStream::new(body), meter), |(mut body, mut meter)| async move {
+    let parts_of = (BodyDataStream::new(body), Some(meter), told);
+    let stream = futures::stream::unfold(parts_of, |(mut body, mut meter, told)| async move {
         match body.next().await {
             Some(Ok(chunk)) => {
-                meter.see(&chunk);
-                Some((Ok(Frame::data(chunk)), (body, meter)))
+                if let Some(meter) = &mut meter {
+                    meter.see(&chunk);
+                }
+                Some((Ok(Frame::data(chunk)), (body, meter, told)))
             }
-            Some(Err(error)) => Some((Err(Box::<dyn std::error::Error + Send + Sync>::from(error)), (body, meter))),
+            Some(Err(error)) => {
+                if let Some(denial) = link::ended(&error) {
+                    if let Some(meter) = meter.take() {
+                        meter.ended_by(denial.rule);
+                    }
+                    let Told { gate, path, digest } = &told;
+                    gate.deny(Channel::Model, path, Some(digest.clone()), denial).await;
+                }
+                Some((Err(Box::<dyn std::error::Error + Send + Sync>::from(error)), (body, meter, told)))
+            }
             None => {
-                meter.end();
+                if let Some(meter) = meter {
+                    meter.end();
+                }
                 None
             }
         }
@@ -218,6 +248,8 @@ fn meter(reply: Response<Incoming>, permit: Permit, price: Option<ModelPrice>) -
 /// Reads along. Dropped at the end of the reply, or when the agent or the provider hangs up.
 struct Meter {
     permit: Option<Permit>,
+    /// Why the gateway has ended the reply.
+    rule: Option<Rule>,
     price: Option<ModelPrice>,
     status: StatusCode,
     upstream: Option<Peer>,
@@ -234,6 +266,11 @@ impl Meter {
     /// The provider has said all that it had to say.
     fn end(mut self) {
         self.ended = true;
+    }
+
+    /// The gateway has ended the reply.
+    fn ended_by(mut self, rule: Rule) {
+        self.rule = Some(rule);
     }
 
     fn see(&mut self, chunk: &[u8]) {
@@ -279,7 +316,7 @@ impl Drop for Meter {
         let response = permit.salt().digested(&self.hasher.clone().finalize().into());
         permit.settle(Settlement {
             effect,
-            rule: None,
+            rule: self.rule,
             status: self.status.as_u16(),
             response_digest: Some(response),
             response_bytes: self.bytes,

@@ -18,7 +18,7 @@ use serde_json::Value;
 use super::{
     bounds::{Bounds, late},
     gate::Settlement,
-    link::{Link, Peer},
+    link::{self, Link, Peer},
 };
 use crate::{
     evidence::record::Effect,
@@ -97,7 +97,11 @@ async fn exchange(
             Err(bounds.too_long(tool))
         }
         Err(error) => {
-            Err(Denial { rule: Rule::UpstreamReply, reason: format!("the reply of {} broke off: {error}", tool.name) })
+            let broke_off = || {
+                let reason = format!("the reply of {} broke off: {error}", tool.name);
+                Denial { rule: Rule::UpstreamReply, reason }
+            };
+            Err(link::ended(error.as_ref()).unwrap_or_else(broke_off))
         }
     }
 }

@@ -115,6 +115,8 @@ rules! {
     UpstreamTls = "upstream.tls",
     /// The upstream answers in time.
     UpstreamReply = "upstream.reply",
+    /// The reply does not repeat the credential that its request was made with.
+    UpstreamSecret = "upstream.secret",
     /// The upstream's credential is there.
     UpstreamCredential = "upstream.credential",
 }

@@ -22,6 +22,7 @@ use super::super::{
 };
 use crate::{
     api::{AgentTask, PolicyPack, ToolContract, policy_pack::Credential},
+    gateway::{credentials::trimmed, forms::Forms},
     plan::{config, names, pack_for},
     run::objects::{self, Objects},
 };
@@ -118,18 +119,35 @@ pub(super) fn load(asked: &Asked<'_>) -> Result<Loaded, CliError> {
     Ok(Loaded { objects, secret_files })
 }
 
-/// The credentials that calls of this task would be made with, and that are not there.
-pub(super) fn missing_credentials(objects: &Objects) -> Vec<(String, Credential)> {
+/// The credentials that calls of this task would be made with, by host.
+fn wanted_credentials(objects: &Objects) -> Vec<(String, Credential)> {
     let Ok(class) = config::class_of(&objects.task, &objects.pack) else { return Vec::new() };
     let wanted = class.egress.iter().filter_map(|rule| {
         let credential = config::credential_for(rule, &objects.task.spec.principal)?;
         Some((rule.host.clone(), credential.clone()))
     });
-    let there = |one: &Credential| {
-        let secret = objects.credentials.iter().find(|secret| secret.name_any() == one.secret);
-        secret.is_some_and(|secret| secret.data.as_ref().is_some_and(|data| data.contains_key(&one.key)))
-    };
-    wanted.filter(|(_, credential)| !there(credential)).collect()
+    wanted.collect()
+}
+
+fn value_of<'o>(objects: &'o Objects, one: &Credential) -> Option<&'o ByteString> {
+    objects.credentials.iter().find(|secret| secret.name_any() == one.secret)?.data.as_ref()?.get(&one.key)
+}
+
+/// The credentials that calls of this task would be made with, and that are not there.
+pub(super) fn missing_credentials(objects: &Objects) -> Vec<(String, Credential)> {
+    let mut wanted = wanted_credentials(objects);
+    wanted.retain(|(_, one)| value_of(objects, one).is_none());
+    wanted
+}
+
+/// Why the gateway would not use those that are there.
+pub(super) fn unfit_credentials(objects: &Objects) -> Vec<String> {
+    let found = wanted_credentials(objects).into_iter().filter_map(|(host, one)| {
+        let value = trimmed(value_of(objects, &one)?.0.clone());
+        let unfit = Forms::of(&one.prefix, &value).err()?;
+        Some(format!("the key {}/{} for {host} {unfit}; have another one made", one.secret, one.key))
+    });
+    found.collect()
 }
 
 /// Adds a credential that the command line names.

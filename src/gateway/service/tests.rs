@@ -6,8 +6,9 @@ use std::{
     sync::atomic::AtomicUsize,
 };
 
+use base64::{Engine, prelude::BASE64_STANDARD};
 use bytes::Bytes;
-use futures::future::BoxFuture;
+use futures::{StreamExt, future::BoxFuture};
 use http_body_util::{BodyExt, Full, StreamBody};
 use hyper::body::Frame;
 use k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewStatus, UserInfo};
@@ -251,6 +252,42 @@ fn echo(request: &Request<Incoming>) -> Value {
     json!({ "method": request.method().as_str(), "uri": request.uri().to_string(), "headers": headers })
 }
 
+/// The credential of the upstream of models.
+const SECRET: &str = "sk-live-9fQ2xZ7b-rT5mK1wE";
+
+/// Says what it is asked to say, in the way that it is asked for; `KEY` is the credential that came.
+fn says(asked: &[u8], authorization: Option<&HeaderValue>) -> http::Result<Response<ReplyBody>> {
+    let asked: Value = serde_json::from_slice(asked).unwrap_or_default();
+    let key = authorization.and_then(|value| value.to_str().ok()).and_then(|value| value.strip_prefix("Bearer "));
+    let text = asked["say"].as_str().unwrap_or_default().replace("KEY", key.unwrap_or("none"));
+    let reply = Response::builder().status(u16::try_from(asked["status"].as_u64().unwrap_or(200)).unwrap());
+    match asked["as"].as_str().unwrap_or_default() {
+        "header" => reply.header("x-said", text).body(full("{}")),
+        "header's name" => reply.header(text, "1").body(full("{}")),
+        "cookie" => reply.header("set-cookie", format!("session={}", hex::encode(text))).body(full("{}")),
+        "location" => reply.status(307).header("location", format!("https://a.test/?key={text}")).body(full("")),
+        "gzip" => reply.header("content-encoding", "gzip").body(full(text)),
+        "gzip unsaid" => reply.body(full([b"\x1f\x8b\x08", text.as_bytes()].concat())),
+        "chunks" | "events" => {
+            let kind = if asked["as"] == "events" { "text/event-stream; charset=utf-8" } else { "text/plain" };
+            let pieces: Vec<_> = text.split('|').map(|piece| Bytes::from(piece.to_owned())).collect();
+            let frames = futures::stream::iter(pieces).then(|piece| async move {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+                Ok::<_, Infallible>(Frame::data(piece))
+            });
+            let body = StreamBody::new(frames).map_err(|never| match never {}).boxed_unsync();
+            reply.header("content-type", kind).body(body)
+        }
+        "trailer" => {
+            let trailers = HeaderMap::from_iter([(http::HeaderName::from_static("x-said"), text.parse().unwrap())]);
+            let frames = [Ok::<_, Infallible>(Frame::data(Bytes::from("{}"))), Ok(Frame::trailers(trailers))];
+            let body = StreamBody::new(futures::stream::iter(frames)).map_err(|never| match never {}).boxed_unsync();
+            reply.header("trailer", "x-said").body(body)
+        }
+        _ => reply.header("content-type", "application/json").body(full(text)),
+    }
+}
+
 /// The upstream: echoes, redirects, streams.
 async fn upstream(request: Request<Incoming>) -> Result<Response<ReplyBody>, Infallible> {
     let path = request.uri().path().to_owned();
@@ -271,6 +308,7 @@ async fn upstream(request: Request<Incoming>) -> Result<Response<ReplyBody>, Inf
                 .header("content-type", "text/event-stream")
                 .body(StreamBody::new(frames).map_err(|never| match never {}).boxed_unsync())
         }
+        "/v1/chat/completions" => says(&body, authorization.as_ref()),
         _ => {
             let mut seen = seen;
             seen["body"] = json!(String::from_utf8_lossy(&body));
@@ -364,8 +402,8 @@ async fn world() -> World {
     put(&mut writers.namespaces, json!({ "metadata": { "name": "team", "labels": { "belay": "dev" } } }));
     put(
         &mut writers.secrets,
-        // `upstream secret` with an editor's newline, base64.
-        json!({ "metadata": { "namespace": "belay-system", "name": "models" }, "data": { "token": "c2VjcmV0LWtleQo=" } }),
+        // The secret with an editor's newline, base64.
+        json!({ "metadata": { "namespace": "belay-system", "name": "models" }, "data": { "token": BASE64_STANDARD.encode(format!("{SECRET}\n")) } }),
     );
 
     let api = Arc::new(Api::default());
@@ -412,6 +450,13 @@ impl World {
         let (mut sender, connection) = hyper::client::conn::http1::handshake(io).await.unwrap();
         tokio::spawn(connection.with_upgrades());
         sender.send_request(request).await.unwrap()
+    }
+
+    /// Has the upstream of models say something in some way, over the model channel.
+    async fn say(&self, say: &str, how: &str) -> Response<Incoming> {
+        let url = "https://models.world.test/v1/chat/completions";
+        let asked = json!({ "say": say, "as": how }).to_string();
+        self.send(call("model", url, 1).body(Full::from(asked)).unwrap()).await
     }
 
     async fn post<T: Serialize>(&self, token: &str, path: &str, body: &T) -> Result<Value, Rule> {
@@ -619,12 +664,11 @@ async fn a_model_call_gets_its_credential_and_the_caller_never_sees_it() {
     world.harness(vec![testing::intent("1", Channel::Model, "/v1/chat/completions", 100)]).await;
     let url = "https://models.world.test/v1/chat/completions";
     let request = call("model", url, 1).header("x-api-key", "belay");
-    let reply = world.send(request.body(Full::from("{}")).unwrap()).await;
-    assert!(reply.headers().get("x-echo").is_none(), "a header that repeats the credential is dropped");
-    let seen = body(reply).await;
-    // A46: the upstream was sent `secret-key`, since that alone is struck out where it says so in its body.
-    assert_eq!(header(&seen, "authorization"), ["Bearer **********"]);
-    assert!(header(&seen, "x-api-key").is_empty());
+    let asked = json!({ "say": "{}" });
+    let reply = world.send(request.body(Full::from(asked.to_string())).unwrap()).await;
+    assert_eq!(reply.status(), StatusCode::OK);
+    let reply = world.say("KEY", "body").await;
+    assert_eq!((reply.status(), rule(&reply)), (StatusCode::FORBIDDEN, Some(Rule::UpstreamSecret)));
     // Without its Secret the call does not leave.
     let mut world = world;
     let gone =
@@ -632,6 +676,87 @@ async fn a_model_call_gets_its_credential_and_the_caller_never_sees_it() {
     world.writers.secrets.apply_watcher_event(&Event::Delete(gone));
     let reply = world.forward("model", url, 1).await;
     assert_eq!((reply.status(), rule(&reply)), (StatusCode::BAD_GATEWAY, Some(Rule::UpstreamCredential)));
+}
+
+/// What comes of a reply: its status and rule, the pieces of its body, and why it ended before it was over.
+async fn came(reply: Response<Incoming>) -> (u16, Option<Rule>, Vec<Bytes>, bool) {
+    let (status, rule) = (reply.status().as_u16(), rule(&reply));
+    let (mut body, mut pieces) = (reply.into_body(), Vec::new());
+    while let Some(frame) = body.frame().await {
+        match frame {
+            Ok(frame) => pieces.extend(frame.into_data().ok()),
+            Err(_) => return (status, rule, pieces, true),
+        }
+    }
+    (status, rule, pieces, false)
+}
+
+#[tokio::test]
+async fn a_reply_that_repeats_the_credential_is_withheld_whatever_part_of_it_does() {
+    for (say, how) in [
+        ("KEY", "body"),
+        ("[\"bad key: Bearer KEY\"]", "body"),
+        ("KEY", "header"),
+        ("KEY", "header's name"),
+        ("KEY", "cookie"),
+        ("KEY", "location"),
+        ("none of it|KEY|KEY", "chunks"),
+    ] {
+        let world = world().await;
+        world.harness(vec![testing::intent("1", Channel::Model, "/v1/chat/completions", 100)]).await;
+        let (status, rule, pieces, _) = came(world.say(say, how).await).await;
+        assert_eq!((status, rule), (403, Some(Rule::UpstreamSecret)), "{how}");
+        assert!(!String::from_utf8_lossy(&pieces.concat()).contains("sk-live"), "{how}");
+        // The control: another text in the same place passes.
+        let other = say.replace("KEY", "sk-live-9fQ2xZ7b-rT5mK1wF");
+        let (status, rule, pieces, broke) = came(world.say(&other, how).await).await;
+        assert_eq!((rule, broke), (None, false), "{how}: {status} {pieces:?}");
+        eventually(|| world.incidents().iter().any(|i| i["rule"] == "upstream.secret")).await;
+    }
+    let world = world().await;
+    world.harness(vec![testing::intent("1", Channel::Model, "/v1/chat/completions", 100)]).await;
+    // What cannot be looked through is withheld, too; trailers go nowhere.
+    for how in ["gzip", "gzip unsaid"] {
+        assert_eq!(rule(&world.say("x", how).await), Some(Rule::UpstreamReply), "{how}");
+    }
+    let (status, _, pieces, broke) = came(world.say("KEY", "trailer").await).await;
+    assert_eq!((status, pieces.concat(), broke), (200, b"{}".to_vec(), false));
+    // What a stream has passed on cannot be taken back; it ends where the credential is.
+    let (status, _, pieces, broke) = came(world.say("data: a\n\n|data: KEY\n\n|data: b\n\n", "events").await).await;
+    assert_eq!((status, pieces.concat(), broke), (200, b"data: a\n\n".to_vec(), true));
+}
+
+/// Whoever could go on to have the right guess among others found out is stopped.
+#[tokio::test]
+async fn a_pod_whose_replies_repeat_a_credential_has_none_any_more() {
+    let world = world().await;
+    world.harness(vec![testing::intent("1", Channel::Model, "/v1/chat/completions", 100)]).await;
+    assert_eq!(came(world.say("{}", "body").await).await.0, 200);
+    for _ in 0..3 {
+        assert_eq!(rule(&world.say("KEY", "body").await), Some(Rule::UpstreamSecret));
+    }
+    let reply = world.say("{}", "body").await;
+    assert_eq!((reply.status(), rule(&reply)), (StatusCode::FORBIDDEN, Some(Rule::UpstreamCredential)));
+}
+
+/// Over real sockets: a prompt that ends like the credential comes back as any other does.
+#[tokio::test]
+async fn what_begins_like_the_credential_comes_back_as_anything_else() {
+    let world = world().await;
+    world.harness(vec![testing::intent("1", Channel::Model, "/v1/chat/completions", 100)]).await;
+    let sizes = async |guess: &str, how: &str| {
+        let said = format!("{}{guess}|\n\ndata: [DONE]\n\n", ".".repeat(50));
+        let (status, rule, pieces, broke) = came(world.say(&said, how).await).await;
+        assert_eq!(pieces.concat(), said.replace('|', "").into_bytes());
+        (status, rule, pieces.iter().map(Bytes::len).collect::<Vec<_>>(), broke)
+    };
+    for length in 1..SECRET.len() {
+        let right = &SECRET[..length];
+        let wrong = format!("{}~", &SECRET[..length - 1]);
+        for how in ["events", "chunks"] {
+            assert_eq!(sizes(right, how).await, sizes(&wrong, how).await, "{how} {length}");
+        }
+    }
 }
 
 #[tokio::test]

@@ -41,7 +41,7 @@ use crate::{
     harness::{
         bounds::{Bounds, LONGEST_REPLY, late},
         gate::{Call, Gate, Settlement},
-        link::{Link, Peer, Undelivered},
+        link::{self, Link, Peer, Undelivered},
     },
     policy::{
         budget::Spent,
@@ -134,14 +134,35 @@ struct Facts {
     upstream: Option<Peer>,
     undelivered: Option<(Denial, bool)>,
     sent: bool,
-    /// Longest reply that is read, and who is told of a longer one: rmcp would go on waiting.
+    stops: Stops,
+}
+
+/// What ends the reading of a reply, and who is told of it: rmcp would go on waiting.
+#[derive(Clone)]
+struct Stops {
+    /// Longest reply that is read.
     most: usize,
+    /// Told of a longer one.
     too_long: Arc<Notify>,
+    /// Told of one that the gateway withholds.
+    withheld: Arc<Notify>,
+}
+
+impl Stops {
+    fn new(most: usize) -> Self {
+        Self { most, too_long: Arc::default(), withheld: Arc::default() }
+    }
+
+    fn see(&self, error: &(dyn std::error::Error + 'static)) {
+        if link::ended(error).is_some() {
+            self.withheld.notify_one();
+        }
+    }
 }
 
 impl Facts {
     fn new(most: usize) -> Self {
-        Self { status: 0, upstream: None, undelivered: None, sent: false, most, too_long: Arc::default() }
+        Self { status: 0, upstream: None, undelivered: None, sent: false, stops: Stops::new(most) }
     }
 }
 
@@ -238,7 +259,9 @@ impl Upstreams {
         };
         let permit = self.gate.permit(call).await?;
         let intent = permit.intent;
-        self.note(intent, Facts::new(LONGEST_REPLY));
+        let facts = Facts::new(LONGEST_REPLY);
+        let withheld = facts.stops.withheld.clone();
+        self.note(intent, facts);
         let listed = async {
             if let Some(session) = server.session()
                 && let Ok(tools) = list_over(&session, intent).await
@@ -250,7 +273,11 @@ impl Upstreams {
             let tools = list_over(&session, intent).await?;
             Ok::<_, String>((session, tools))
         };
-        let listed = tokio::time::timeout(time, listed).await;
+        let listed = tokio::select! {
+            biased;
+            () = withheld.notified() => Ok(Err(link::withheld().reason)),
+            listed = tokio::time::timeout(time, listed) => listed,
+        };
         let facts = self.taken(intent);
         let seen = Settlement { status: facts.status, upstream: facts.upstream, ..Settlement::unknown(None) };
         let denial = match listed {
@@ -283,7 +310,7 @@ impl Upstreams {
         bounds: Bounds,
     ) -> (Result<CallToolResult, Denial>, Settlement) {
         let facts = Facts::new(bounds.reply);
-        let too_long = facts.too_long.clone();
+        let Stops { too_long, withheld, .. } = facts.stops.clone();
         self.note(intent, facts);
         let mut params = CallToolRequestParams::new(mcp.tool.clone());
         params.arguments = Some(args);
@@ -292,6 +319,7 @@ impl Upstreams {
             // The session ends by it: asked first, as that is the reason.
             biased;
             () = too_long.notified() => Err(bounds.too_long(tool)),
+            () = withheld.notified() => Err(link::withheld()),
             answer = tokio::time::timeout(bounds.time, ready.session.call_tool(params)) => match answer {
                 Ok(Ok(result)) => Ok(result),
                 Ok(Err(error)) => Err(Denial { rule: Rule::UpstreamReply, reason: format!("no result: {}", quoted(&error)) }),
@@ -484,7 +512,7 @@ impl StreamableHttpClient for Wire {
         });
         let bound = {
             let facts = self.facts.lock().unwrap_or_else(PoisonError::into_inner);
-            facts.get(&intent).map_or((LONGEST_REPLY, Arc::default()), |facts| (facts.most, facts.too_long.clone()))
+            facts.get(&intent).map_or_else(|| Stops::new(LONGEST_REPLY), |facts| facts.stops.clone())
         };
         read_reply(reply, &message, session_id.is_some(), bound).await
     }
@@ -536,7 +564,7 @@ async fn read_reply(
     reply: Response<Incoming>,
     message: &ClientJsonRpcMessage,
     in_session: bool,
-    (most, too_long): (usize, Arc<Notify>),
+    stops: Stops,
 ) -> Result<StreamableHttpPostResponse, StreamableHttpError<WireError>> {
     let status = reply.status();
     let text = |name: &str| reply.headers().get(name).and_then(|value| value.to_str().ok()).map(str::to_owned);
@@ -550,16 +578,19 @@ async fn read_reply(
     }
     let is = |expected: &str| kind.as_deref().is_some_and(|kind| kind.starts_with(expected));
     if status.is_success() && is("text/event-stream") {
-        let events = SseStream::from_bytes_stream(bounded(reply.into_body(), most, too_long));
+        let events = SseStream::from_bytes_stream(bounded(reply.into_body(), stops));
         return Ok(StreamableHttpPostResponse::Sse(events.boxed(), session));
     }
-    let body = match Limited::new(reply.into_body(), most).collect().await {
+    let body = match Limited::new(reply.into_body(), stops.most).collect().await {
         Ok(body) => body.to_bytes(),
         Err(error) if error.is::<LengthLimitError>() => {
-            too_long.notify_one();
-            return Err(StreamableHttpError::ResponseBodyTooLarge { max_size: most });
+            stops.too_long.notify_one();
+            return Err(StreamableHttpError::ResponseBodyTooLarge { max_size: stops.most });
         }
-        Err(error) => return Err(StreamableHttpError::UnexpectedServerResponse(error.to_string().into())),
+        Err(error) => {
+            stops.see(error.as_ref());
+            return Err(StreamableHttpError::UnexpectedServerResponse(error.to_string().into()));
+        }
     };
     if is("application/json")
         && let Ok(message) = serde_json::from_slice::<ServerJsonRpcMessage>(&body)
@@ -584,18 +615,14 @@ async fn read_reply(
     Err(StreamableHttpError::UnexpectedServerResponse(format!("HTTP {status}").into()))
 }
 
-/// A body that breaks off once it is longer than `most`, and says so.
-fn bounded(
-    body: Incoming,
-    most: usize,
-    too_long: Arc<Notify>,
-) -> impl futures::Stream<Item = Result<Bytes, std::io::Error>> + Send {
-    let mut left = most;
+/// A body that breaks off once it is longer than it may be, and says so.
+fn bounded(body: Incoming, stops: Stops) -> impl futures::Stream<Item = Result<Bytes, std::io::Error>> + Send {
+    let mut left = stops.most;
     BodyDataStream::new(body).map(move |chunk| {
-        let chunk = chunk.map_err(std::io::Error::other)?;
+        let chunk = chunk.inspect_err(|error| stops.see(error)).map_err(std::io::Error::other)?;
         left = left.checked_sub(chunk.len()).ok_or_else(|| {
-            too_long.notify_one();
-            std::io::Error::other(format!("the reply is longer than {most} bytes"))
+            stops.too_long.notify_one();
+            std::io::Error::other(format!("the reply is longer than {} bytes", stops.most))
         })?;
         Ok(chunk)
     })
