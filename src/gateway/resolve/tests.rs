@@ -125,7 +125,10 @@ fn chain(first: &Name, aliases: usize, message: &mut Message) {
     message.answers.push(address(&owner, OWN));
 }
 
-const CASES: &[(&str, Answer, Result<&[&str], ()>)] = &[
+/// What comes of it.
+type Expected = Result<&'static [&'static str], ()>;
+
+const CASES: &[(&str, Answer, Expected)] = &[
     (
         "control its own",
         |n, t, m| {
