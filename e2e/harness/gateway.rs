@@ -482,10 +482,12 @@ async fn forwarded(log: &Log, request: Request<Body>) -> Result<Response, Refuse
         let to = Destination::Url(&target, &parts.method);
         authorize::listed(&compiled, channel, to)?;
         authorize::intended(&compiled, intent.attempt, channel, to, (&intent, &salt()))?;
-        if authorize::is_message(&compiled, channel, &parts.method, &intent)
-            && let Some(arguments) = authorize::says(&compiled, channel, (&intent, &salt()), &body)?
-        {
-            judged(log, &compiled, &intent, &arguments)?;
+        if authorize::is_message(&compiled, channel, &parts.method, &intent) {
+            if let Some(arguments) = authorize::says(&compiled, channel, (&intent, &salt()), &body)? {
+                judged(log, &compiled, &intent, &arguments)?;
+            }
+        } else {
+            authorize::is_intended(channel, &intent, &salt(), &body)?;
         }
     }
     send(log, &target, Request::from_parts(parts, body)).await

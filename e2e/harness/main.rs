@@ -12,6 +12,7 @@ mod peers;
 mod rollback;
 #[path = "../secrets.rs"]
 mod secrets;
+mod sends;
 mod upstreams;
 mod verify;
 

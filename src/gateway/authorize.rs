@@ -158,7 +158,7 @@ pub fn intended(
     }
     let elsewhere = || missing(format!("the intent is for {}, not for {}", intent.target, to.authority()));
     match (channel, to) {
-        (Channel::Egress, _) if intent.target == compiled.redactor.authority(to.authority(), salt) => Ok(()),
+        (Channel::Egress, _) if intent.target == compiled.redactor.authority(to.authority(), salt) => is_open(intent),
         (Channel::Egress, _) => elsewhere(),
         (Channel::Tool, Destination::Url(target, method)) => {
             let tool = called(compiled, attempt, intent)?;
@@ -198,13 +198,17 @@ pub fn intended(
                 _ => elsewhere(),
             }
         }
-        (Channel::Model, Destination::Url(target, _)) => {
+        (Channel::Model, Destination::Url(target, method)) => {
+            is_open(intent)?;
+            if *method != Method::POST {
+                return missing(format!("expected POST to a model endpoint, found {method}"));
+            }
             let models = &compiled.policy.models;
-            let path = intent.target.split('?').next().unwrap_or_default();
             let is_endpoint = |base: &String| {
                 Target::parse(base).is_ok_and(|base| {
                     (base.secure, &base.authority) == (target.secure, &target.authority)
-                        && target.path.path() == format!("{}{path}", base.path.path().trim_end_matches('/'))
+                        && target.path.as_str()
+                            == format!("{}{}", base.path.path().trim_end_matches('/'), intent.target)
                 })
             };
             if models.openai.iter().chain(&models.anthropic).any(is_endpoint) {
@@ -263,11 +267,16 @@ pub fn called<'c>(compiled: &'c Compiled, attempt: i64, intent: &IntentFacts) ->
             format!("expected an intent of {} by its contract's idempotency, found another", tool.name),
         ));
     }
-    // Once its outcome is in the log the call is over. What comes could be the call again, which for a read is no harm.
-    if !intent.open && intent.effect != Some(SideEffect::Read) {
-        return missing(format!("the call {:?} has its outcome already", intent.call));
-    }
+    is_open(intent)?;
     Ok(tool)
+}
+
+/// Whether a call waits for its outcome: once that is in the log the call is over, and what comes could be the call again.
+fn is_open(intent: &IntentFacts) -> Result<(), Refused> {
+    if intent.open {
+        return Ok(());
+    }
+    Err(Refused::denied(Rule::IntentMissing, format!("the call {:?} has its outcome already", intent.call)))
 }
 
 /// The request that an HTTP tool's call is: made of its arguments by the contract as it is now, without a credential.
@@ -348,6 +357,29 @@ pub fn are_intended(intent: &IntentFacts, salt: &Salt, arguments: &Value) -> Res
             "expected the arguments of digest {} that the intent names, found others of {digest}",
             intent.request_digest.as_deref().unwrap_or("none")
         ),
+    ))
+}
+
+/// Whether a body that the gateway does not read is the one that its intent commits to: a model's, or the agent's own. What closes an MCP
+/// session has none.
+///
+/// # Errors
+/// [`Rule::IntentMissing`] if it is another.
+pub fn is_intended(channel: Channel, intent: &IntentFacts, salt: &Salt, body: &[u8]) -> Result<(), Refused> {
+    let missing = |reason: String| Err(Refused::denied(Rule::IntentMissing, reason));
+    if channel == Channel::Listing {
+        return match body.len() {
+            0 => Ok(()),
+            found => missing(format!("expected no body, found one of {found} bytes")),
+        };
+    }
+    let digest = salt.bytes(body);
+    if intent.request_digest.as_ref() == Some(&digest) {
+        return Ok(());
+    }
+    missing(format!(
+        "expected the body of digest {} that the intent names, found another of {digest}",
+        intent.request_digest.as_deref().unwrap_or("none")
     ))
 }
 
@@ -438,6 +470,10 @@ pub fn says(
         (Channel::Listing, Some(method)) => method.starts_with("notifications/"),
         _ => false,
     };
+    // A session outlives the listing that opened it; what it lists is of a listing that is open.
+    if fits && message.method.as_deref() == Some("tools/list") {
+        is_open(intent)?;
+    }
     if fits {
         return Ok(arguments);
     }

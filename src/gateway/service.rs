@@ -19,7 +19,6 @@ use http::{
     HeaderMap, HeaderValue, Method, Request, Response, StatusCode,
     header::{CONTENT_TYPE, HOST, RETRY_AFTER},
 };
-use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use serde::{Serialize, de::DeserializeOwned};
@@ -30,7 +29,7 @@ use tracing::{Instrument, Span, field};
 use super::{
     approvals::{self, Create},
     authorize::{self, Destination, Target},
-    body::{Alarm, BoxError, ReplyBody, full},
+    body::{Alarm, ReplyBody, full},
     cluster::{Cluster, Compiled},
     credentials::{Injected, Known},
     dial::Dialer,
@@ -76,8 +75,12 @@ const QUESTIONS: usize = 2 * crate::policy::approval::PENDING;
 const LARGEST_SEAL: usize = 64 << 10;
 /// A call and its answer, of which the arguments are made that undo it.
 const LARGEST_KEEP: usize = 2 << 20;
-/// A message to an MCP server, or the arguments of an HTTP tool's call.
+/// A message to an MCP server, the arguments of an HTTP tool's call, or the body of a model's or the agent's own.
 const LARGEST_MESSAGE: usize = 17 << 20;
+/// A message of an MCP session's own talk: a list's cursor is the longest thing in one.
+const LARGEST_TALK: usize = 256 << 10;
+/// By which header a message is one of an MCP session.
+const SESSION: &str = "mcp-session-id";
 /// Calls of one pod that are judged at a time.
 const JUDGED: usize = 2;
 /// A body that takes longer to arrive has its intent looked up again.
@@ -535,20 +538,21 @@ impl Gateway {
         let target = Target::parse(single(headers, wire::TARGET)?)?;
         let (credential, compiled, intent, salt) =
             self.authorized(principal, channel, Destination::Url(&target, request.method()), headers).await?;
-        let mut call = None;
-        let request = if authorize::is_message(&compiled, channel, request.method(), &intent) {
-            let (parts, body) = request.into_parts();
-            let body = forward::whole(body, LARGEST_MESSAGE, BODY_TIME).await?;
+        let is_message = authorize::is_message(&compiled, channel, request.method(), &intent);
+        let largest = if channel == Channel::Listing { LARGEST_TALK } else { LARGEST_MESSAGE };
+        let (parts, body) = request.into_parts();
+        // All of it, before it is judged: what is sent is what the intent commits to.
+        let body = forward::whole(body, largest, BODY_TIME).await?;
+        if is_message {
             if let Some(arguments) = authorize::says(&compiled, channel, (&intent, &salt), &body)? {
                 self.judged(principal, &compiled, &intent, (arguments, body.len())).await?;
-                call = Some(intent);
             }
-            Request::from_parts(parts, full(body))
         } else {
-            request.map(|body| body.map_err(BoxError::from).boxed_unsync())
-        };
+            authorize::is_intended(channel, &intent, &salt, &body)?;
+        }
+        let request = Request::from_parts(parts, full(body));
         let lent = credential.map(|credential| self.lend(&credential, &asked)).transpose()?;
-        self.send(channel, &target, lent, request, share, call.map(|intent| (compiled, intent))).await
+        self.send(channel, &target, lent, request, share, (compiled, intent)).await
     }
 
     /// Makes the call of an HTTP tool: its request is made here, of the arguments.
@@ -574,9 +578,8 @@ impl Gateway {
         let credential = authorize::listed(&compiled, Channel::Tool, to)?;
         self.judged(principal, &compiled, &intent, (arguments, body.len())).await?;
         let request = request.map(full);
-        let call = Some((compiled, intent));
         let lent = credential.map(|credential| self.lend(&credential, &asked)).transpose()?;
-        let replied = self.send(Channel::Tool, &target, lent, request, share, call).await;
+        let replied = self.send(Channel::Tool, &target, lent, request, share, (compiled, intent)).await;
         replied.map(forward::as_reply_to_post)
     }
 
@@ -636,7 +639,7 @@ impl Gateway {
         Ok(Lent { credential: injected, alarm })
     }
 
-    /// Sends a request that may leave.
+    /// Sends a request that may leave, if none has left by its intent.
     async fn send(
         &self,
         channel: Channel,
@@ -644,24 +647,29 @@ impl Gateway {
         lent: Option<Lent>,
         request: Request<ReplyBody>,
         share: OwnedSemaphorePermit,
-        call: Option<(Arc<Compiled>, IntentFacts)>,
+        (compiled, intent): (Arc<Compiled>, IntentFacts),
     ) -> Served {
-        if let Some((compiled, intent)) = &call {
-            if let Some((of, undoes)) = compiled.undone().zip(intent.undoes.as_ref()) {
-                let log = |task: &_| compiled.place_of(task);
-                self.parts.witness.undo(&of, undoes, &compiled.as_rollback(), log).await?;
-            }
-            self.parts.witness.claim(&compiled.place(), intent)?;
+        let witness = &self.parts.witness;
+        if let Some((of, undoes)) = compiled.undone().zip(intent.undoes.as_ref()) {
+            let log = |task: &_| compiled.place_of(task);
+            witness.undo(&of, undoes, &compiled.as_rollback(), log).await?;
         }
+        witness.claim(&compiled.place(), &intent)?;
+        let in_session = request.headers().contains_key(SESSION);
         let started = Instant::now();
         // What an agent sends by itself may bind a connection to whoever sent it, as some logins do.
         let pool = (channel != Channel::Egress).then_some(&self.parts.pool);
         let replied = forward::forward(&self.parts.dialer, pool, target, lent, request, share).await;
         self.parts.metrics.upstream_took(channel.as_str(), started.elapsed());
-        let replied = replied?;
-        if let Some((compiled, intent)) = call.filter(|_| replied.status() == StatusCode::NOT_FOUND) {
+        let replied = replied.inspect_err(|refused| {
+            // Whoever is told to come again has sent nothing.
+            if refused.is_retryable() {
+                witness.release(&compiled.place(), &intent);
+            }
+        })?;
+        if channel == Channel::Tool && in_session && replied.status() == StatusCode::NOT_FOUND {
             // An MCP server that has forgotten the session says so, and has done nothing: the call comes again over a new one.
-            self.parts.witness.release(&compiled.place(), &intent);
+            witness.again(&compiled.place(), &intent);
         }
         if let Some(address) = replied.headers().get(wire::UPSTREAM).and_then(|a| a.to_str().ok()) {
             Span::current().record("upstream", address);
@@ -716,7 +724,9 @@ impl Gateway {
             let reason = format!("expected Host to be {to}, as CONNECT asks for");
             return Err(Refused::denied(Rule::EgressHost, reason));
         }
-        self.authorized(&asked.principal, Channel::Egress, Destination::Tunnel(&to), headers).await?;
+        let (_, compiled, intent, _) =
+            self.authorized(&asked.principal, Channel::Egress, Destination::Tunnel(&to), headers).await?;
+        self.parts.witness.claim(&compiled.place(), &intent)?;
         let started = Instant::now();
         let dialled = self.parts.dialer.dial(&to).await;
         self.parts.metrics.upstream_took(Channel::Egress.as_str(), started.elapsed());

@@ -37,6 +37,8 @@ use crate::{
 
 /// What the upstream is said to have listed.
 pub const DEFINITION: &str = "0000000000000000000000000000000000000000000000000000000000000000";
+/// What models and the agent's own requests are sent.
+pub const BODY: &[u8] = b"hello";
 pub const UID: &str = "6f9c3c1e-0000-4000-8000-000000000001";
 
 /// A bucket in memory that can be told to fail.
@@ -259,8 +261,12 @@ pub fn intent(call: &str, channel: Channel, target: &str, reserved_tokens: i64) 
         target: target.into(),
         effect,
         definition: effect.map(|_| DEFINITION.into()),
-        // Of no arguments.
-        request_digest: (channel == Channel::Tool).then(|| salt().value(&serde_json::json!({})).unwrap()),
+        request_digest: match channel {
+            // Of no arguments.
+            Channel::Tool => Some(salt().value(&serde_json::json!({})).unwrap()),
+            Channel::Model | Channel::Egress => Some(salt().bytes(BODY)),
+            Channel::Listing => None,
+        },
         request_bytes: 1,
         key: None,
         approvals: vec![],

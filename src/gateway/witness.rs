@@ -35,7 +35,7 @@ use crate::{
         log::INCIDENTS,
         merkle::leaf_hash,
         note::{self, Checkpoint, Note, Signer, VerifierKey},
-        record::{Actor, Event, Record, VERSION},
+        record::{Actor, Channel, Event, Record, VERSION},
         rollback::{self, Plan, Planner, Standing, Undoing},
         segment::{self, Segment},
         store::{Location, PutError, Retention, Store, StoreError},
@@ -44,7 +44,7 @@ use crate::{
     policy::{
         approval::Exact,
         commit::Salt,
-        config::{RollbackOf, SideEffect, Usage},
+        config::{RollbackOf, Usage},
         rule::Rule,
         shorten::shorten,
     },
@@ -56,7 +56,7 @@ pub mod history;
 /// One log in memory.
 mod log;
 
-use log::{Among, Batch, Log};
+use log::{Among, Batch, Log, Sent};
 
 pub use history::{Before, History, IntentFacts, Undoes};
 
@@ -70,6 +70,9 @@ const SALT: &str = "commitments";
 const ROLLBACKS: u32 = 16;
 /// For reading a log for what would undo its task, while it is sealed: whoever has it sealed does not wait for ever.
 const PLAN_TIME: Duration = Duration::from_secs(15);
+/// Messages that may leave by the intent of a listing: pages of lists, and what an MCP session says of itself for as long as it lives. A
+/// session that has used them up is followed by another, with an intent of its own.
+const TALK: u32 = 512;
 /// Longest name of a call in a key.
 const LONGEST_CALL: usize = 64;
 /// Pauses after a put that has failed, until it is tried again: the first, and the longest.
@@ -691,31 +694,56 @@ impl Witness {
         Ok(history.before(call))
     }
 
-    /// Takes an intent for the one call that it is for. One that changes nothing and that nobody was asked about may be sent again.
+    /// Takes an intent for the one request that may leave by it, whatever its channel; that of a listing carries an MCP session's own talk,
+    /// and is good for some hundred messages.
     ///
-    /// Replicas do not know of each other's: an intent that is open is good for one call at each.
+    /// Replicas do not know of each other's: an intent that is open is good for one request at each.
     ///
     /// # Errors
-    /// [`Rule::IntentMissing`] if the call was sent before.
+    /// [`Rule::IntentMissing`] if a request has left by it, or the call is over.
     pub fn claim(&self, place: &Place, intent: &IntentFacts) -> Result<(), Refused> {
-        if intent.effect == Some(SideEffect::Read) && intent.approvals.is_empty() {
-            return Ok(());
-        }
+        let refused = |reason: String| Err(Refused::denied(Rule::IntentMissing, reason));
         let log = self.log(place);
         let head = log.newest();
-        let mut sent = log.sent.lock().unwrap_or_else(PoisonError::into_inner);
-        // One that is over is refused for that; approved reads stay.
-        sent.retain(|seq| head.as_ref().is_none_or(|head| head.intent(*seq).is_some()));
-        if sent.insert(intent.seq) {
-            return Ok(());
+        let (most, talks) = if intent.channel == Channel::Listing { (TALK, true) } else { (1, false) };
+        // What has come since it was looked up counts, too. Whoever can no longer be found here is refused when looked up.
+        let is_over = |head: &Arc<History>| head.intent(intent.seq).is_none_or(|now| !now.open);
+        if !talks && head.as_ref().is_some_and(is_over) {
+            return refused(format!("the call {:?} has its outcome already", intent.call));
         }
-        let reason = format!("the call {:?} was sent before: each call has an intent of its own", intent.call);
-        Err(Refused::denied(Rule::IntentMissing, reason))
+        let mut sent = log.sent.lock().unwrap_or_else(PoisonError::into_inner);
+        if sent.len() >= log::SENT {
+            sent.retain(|seq, _| head.as_ref().is_none_or(|head| head.intent(*seq).is_some()));
+        }
+        let sent = sent.entry(intent.seq).or_default();
+        if sent.times >= most {
+            return refused(format!(
+                "the call {:?} was sent before: each call has an intent of its own{}",
+                intent.call,
+                if talks { ", and an MCP session no more messages than its own: open another" } else { "" }
+            ));
+        }
+        sent.times += 1;
+        Ok(())
     }
 
-    /// The upstream has refused a call: its intent is as it was.
+    /// Nothing was sent by an intent after all: it is as it was.
     pub fn release(&self, place: &Place, intent: &IntentFacts) {
-        self.log(place).sent.lock().unwrap_or_else(PoisonError::into_inner).remove(&intent.seq);
+        let log = self.log(place);
+        let mut sent = log.sent.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(sent) = sent.get_mut(&intent.seq) {
+            sent.times = sent.times.saturating_sub(1);
+        }
+    }
+
+    /// The upstream has done nothing about a call, and said so. It may be sent again, once: an upstream that says so each time is not
+    /// believed each time.
+    pub fn again(&self, place: &Place, intent: &IntentFacts) {
+        let log = self.log(place);
+        let mut sent = log.sent.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(sent) = sent.get_mut(&intent.seq).filter(|sent| !sent.again) {
+            *sent = Sent { times: sent.times.saturating_sub(1), again: true };
+        }
     }
 
     /// An intent by which a call may leave, by its sequence number: it lies in the bucket, or, where a tool only reads, is on its way there.

@@ -130,7 +130,7 @@ fn facts(channel: Channel, target: &str, effect: Option<SideEffect>) -> IntentFa
     Channel::Tool,
     "https://tools.world.test/mcp",
     IntentFacts { open: false, ..facts(Channel::Tool, "search", Some(SideEffect::Read)) },
-    Ok(())
+    Err(Rule::IntentMissing)
 )]
 #[case::other_path(
     Channel::Tool,
@@ -223,8 +223,26 @@ fn facts(channel: Channel, target: &str, effect: Option<SideEffect>) -> IntentFa
     facts(Channel::Egress, "tools.world.test:443", None),
     Err(Rule::IntentMissing)
 )]
-#[case::model(Channel::Model, "https://models.world.test/v1/messages?beta=true", facts(Channel::Model, "/v1/messages", None), Ok(()))]
+#[case::model(Channel::Model, "https://models.world.test/v1/messages", facts(Channel::Model, "/v1/messages", None), Ok(()))]
+#[case::model_query_of_its_own(
+    Channel::Model,
+    "https://models.world.test/v1/messages?beta=true",
+    facts(Channel::Model, "/v1/messages", None),
+    Err(Rule::ModelEndpoint)
+)]
 #[case::model_query_in_intent(Channel::Model, "https://models.world.test/v1/messages?beta=true", facts(Channel::Model, "/v1/messages?beta=true", None), Ok(()))]
+#[case::model_over(
+    Channel::Model,
+    "https://models.world.test/v1/messages",
+    IntentFacts { open: false, ..facts(Channel::Model, "/v1/messages", None) },
+    Err(Rule::IntentMissing)
+)]
+#[case::direct_over(
+    Channel::Egress,
+    "https://docs.world.test/",
+    IntentFacts { open: false, ..facts(Channel::Egress, "docs.world.test:443", None) },
+    Err(Rule::IntentMissing)
+)]
 #[case::model_other_path(
     Channel::Model,
     "https://models.world.test/v1/files",
@@ -281,6 +299,44 @@ fn a_tunnel_is_for_the_agents_own_traffic() {
         intended(&compiled(), 1, Channel::Egress, Destination::Tunnel(&to), (&direct, &testing::salt())),
         Ok(())
     );
+}
+
+#[test]
+fn a_tunnel_under_an_intent_that_is_over_is_refused() {
+    let to = Authority::parse("docs.world.test:443", None).unwrap();
+    let over = IntentFacts { open: false, ..facts(Channel::Egress, "docs.world.test:443", None) };
+    let found = intended(&compiled(), 1, Channel::Egress, Destination::Tunnel(&to), (&over, &testing::salt()));
+    assert_eq!(found.unwrap_err().rule, Rule::IntentMissing);
+}
+
+#[rstest]
+#[case::post(Method::POST, Ok(()))]
+#[case::get(Method::GET, Err(Rule::IntentMissing))]
+#[case::delete(Method::DELETE, Err(Rule::IntentMissing))]
+#[case::put(Method::PUT, Err(Rule::IntentMissing))]
+fn methods_of_models(#[case] method: Method, #[case] expected: Result<(), Rule>) {
+    let target = Target::parse("https://models.world.test/v1/messages").unwrap();
+    let intent = facts(Channel::Model, "/v1/messages", None);
+    let to = Destination::Url(&target, &method);
+    let found = intended(&compiled(), 1, Channel::Model, to, (&intent, &testing::salt()));
+    assert_eq!(found.map_err(|e| e.rule), expected);
+}
+
+#[rstest]
+#[case::model(Channel::Model, b"prompt", Ok(()))]
+#[case::direct(Channel::Egress, b"prompt", Ok(()))]
+#[case::longer(Channel::Model, b"prompt ", Err(Rule::IntentMissing))]
+#[case::none(Channel::Egress, b"", Err(Rule::IntentMissing))]
+#[case::end_of_a_session(Channel::Listing, b"", Ok(()))]
+#[case::end_with_a_body(Channel::Listing, b"prompt", Err(Rule::IntentMissing))]
+fn a_body_is_that_of_the_intent(#[case] channel: Channel, #[case] body: &[u8], #[case] expected: Result<(), Rule>) {
+    let digest = testing::salt().bytes(b"prompt");
+    let intent = IntentFacts { request_digest: Some(digest), ..facts(channel, "any", None) };
+    assert_eq!(is_intended(channel, &intent, &testing::salt(), body).map_err(|e| e.rule), expected);
+    let without = IntentFacts { request_digest: None, ..intent };
+    if channel != Channel::Listing {
+        assert!(is_intended(channel, &without, &testing::salt(), body).is_err(), "an intent for no body");
+    }
 }
 
 #[test]

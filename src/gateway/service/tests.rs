@@ -211,6 +211,8 @@ struct World {
     writers: Writers,
     cluster: Arc<Cluster>,
     metrics: Metrics,
+    /// The harness for [`World::say`], once it has said something.
+    speaker: tokio::sync::Mutex<Option<Harness>>,
 }
 
 /// A certificate authority, and certificates for the gateway and the world.
@@ -431,7 +433,16 @@ async fn world() -> World {
     let address = listener.local_addr().unwrap();
     let tls = ca.server(&[wire::SERVER_NAME], &["h2", "http/1.1"]);
     tokio::spawn(listen::serve(listener, tls, gateway, metrics.clone(), CancellationToken::new()));
-    World { gateway: address, ca: ca.root, api, bucket, writers, cluster, metrics }
+    World {
+        gateway: address,
+        ca: ca.root,
+        api,
+        bucket,
+        writers,
+        cluster,
+        metrics,
+        speaker: tokio::sync::Mutex::default(),
+    }
 }
 
 impl World {
@@ -456,7 +467,20 @@ impl World {
     async fn say(&self, say: &str, how: &str) -> Response<Incoming> {
         let url = "https://models.world.test/v1/chat/completions";
         let asked = json!({ "say": say, "as": how }).to_string();
-        self.send(call("model", url, 1).body(Full::from(asked)).unwrap()).await
+        // An intent is good for one request with one body.
+        let mut speaker = self.speaker.lock().await;
+        let speaker = match &mut *speaker {
+            Some(speaker) => speaker,
+            none => none.insert(self.harness(vec![]).await),
+        };
+        let seq = speaker.tree.size();
+        let mut intent = testing::intent(&seq.to_string(), Channel::Model, "/v1/chat/completions", 0);
+        if let RecordEvent::Intent(of) = &mut intent {
+            of.request_digest = Some(testing::salt().bytes(asked.as_bytes()));
+        }
+        let request = speaker.next(vec![intent]);
+        self.post("harness-1", wire::LOG_APPEND, &request).await.unwrap();
+        self.send(call("model", url, seq).body(Full::from(asked)).unwrap()).await
     }
 
     async fn post<T: Serialize>(&self, token: &str, path: &str, body: &T) -> Result<Value, Rule> {
@@ -527,6 +551,11 @@ fn call(channel: &str, url: &str, intent: u64) -> http::request::Builder {
         .header(wire::INTENT, intent)
 }
 
+/// So many intents for the agent's own traffic to a host.
+fn direct(to: &str, many: u64) -> Vec<RecordEvent> {
+    (1..=many).map(|n| testing::intent(&n.to_string(), Channel::Egress, to, 0)).collect()
+}
+
 fn rule<B>(reply: &Response<B>) -> Option<Rule> {
     let rule = reply.headers().get(wire::RULE)?.to_str().ok()?;
     Rule::ALL.iter().copied().find(|known| known.as_str() == rule)
@@ -575,6 +604,11 @@ async fn a_tool_call_goes_out_as_itself_and_without_our_headers() {
     }
 }
 
+/// One request an intent, whatever leaves by it.
+mod once;
+/// Tokens that are bound to pods of others.
+mod strangers;
+
 /// While its outcome is not in the log yet, too.
 #[tokio::test]
 async fn a_call_that_changes_something_is_sent_once() {
@@ -583,9 +617,12 @@ async fn a_call_that_changes_something_is_sent_once() {
     world.harness(both).await;
     let message =
         |name: &str| format!(r#"{{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{{"name":"{name}"}}}}"#);
-    for (intent, name, expected) in
-        [(1, "write", None), (1, "write", Some(Rule::IntentMissing)), (2, "search", None), (2, "search", None)]
-    {
+    for (intent, name, expected) in [
+        (1, "write", None),
+        (1, "write", Some(Rule::IntentMissing)),
+        (2, "search", None),
+        (2, "search", Some(Rule::IntentMissing)),
+    ] {
         let request = call("tool", "https://tools.world.test/mcp", intent).body(Full::from(message(name))).unwrap();
         assert_eq!(rule(&world.send(request).await), expected, "{name}");
     }
@@ -661,11 +698,7 @@ async fn what_an_idempotent_call_answered_is_kept_for_the_tasks_own_attempts() {
 #[tokio::test]
 async fn a_model_call_gets_its_credential_and_the_caller_never_sees_it() {
     let world = world().await;
-    world.harness(vec![testing::intent("1", Channel::Model, "/v1/chat/completions", 100)]).await;
-    let url = "https://models.world.test/v1/chat/completions";
-    let request = call("model", url, 1).header("x-api-key", "belay");
-    let asked = json!({ "say": "{}" });
-    let reply = world.send(request.body(Full::from(asked.to_string())).unwrap()).await;
+    let reply = world.say("{}", "body").await;
     assert_eq!(reply.status(), StatusCode::OK);
     let reply = world.say("KEY", "body").await;
     assert_eq!((reply.status(), rule(&reply)), (StatusCode::FORBIDDEN, Some(Rule::UpstreamSecret)));
@@ -674,7 +707,7 @@ async fn a_model_call_gets_its_credential_and_the_caller_never_sees_it() {
     let gone =
         serde_json::from_value(json!({ "metadata": { "namespace": "belay-system", "name": "models" } })).unwrap();
     world.writers.secrets.apply_watcher_event(&Event::Delete(gone));
-    let reply = world.forward("model", url, 1).await;
+    let reply = world.say("{}", "body").await;
     assert_eq!((reply.status(), rule(&reply)), (StatusCode::BAD_GATEWAY, Some(Rule::UpstreamCredential)));
 }
 
@@ -703,7 +736,6 @@ async fn a_reply_that_repeats_the_credential_is_withheld_whatever_part_of_it_doe
         ("none of it|KEY|KEY", "chunks"),
     ] {
         let world = world().await;
-        world.harness(vec![testing::intent("1", Channel::Model, "/v1/chat/completions", 100)]).await;
         let (status, rule, pieces, _) = came(world.say(say, how).await).await;
         assert_eq!((status, rule), (403, Some(Rule::UpstreamSecret)), "{how}");
         assert!(!String::from_utf8_lossy(&pieces.concat()).contains("sk-live"), "{how}");
@@ -714,7 +746,6 @@ async fn a_reply_that_repeats_the_credential_is_withheld_whatever_part_of_it_doe
         eventually(|| world.incidents().iter().any(|i| i["rule"] == "upstream.secret")).await;
     }
     let world = world().await;
-    world.harness(vec![testing::intent("1", Channel::Model, "/v1/chat/completions", 100)]).await;
     // What cannot be looked through is withheld, too; trailers go nowhere.
     for how in ["gzip", "gzip unsaid"] {
         assert_eq!(rule(&world.say("x", how).await), Some(Rule::UpstreamReply), "{how}");
@@ -730,7 +761,6 @@ async fn a_reply_that_repeats_the_credential_is_withheld_whatever_part_of_it_doe
 #[tokio::test]
 async fn a_pod_whose_replies_repeat_a_credential_has_none_any_more() {
     let world = world().await;
-    world.harness(vec![testing::intent("1", Channel::Model, "/v1/chat/completions", 100)]).await;
     assert_eq!(came(world.say("{}", "body").await).await.0, 200);
     for _ in 0..3 {
         assert_eq!(rule(&world.say("KEY", "body").await), Some(Rule::UpstreamSecret));
@@ -743,7 +773,6 @@ async fn a_pod_whose_replies_repeat_a_credential_has_none_any_more() {
 #[tokio::test]
 async fn what_begins_like_the_credential_comes_back_as_anything_else() {
     let world = world().await;
-    world.harness(vec![testing::intent("1", Channel::Model, "/v1/chat/completions", 100)]).await;
     let sizes = async |guess: &str, how: &str| {
         let said = format!("{}{guess}|\n\ndata: [DONE]\n\n", ".".repeat(50));
         let (status, rule, pieces, broke) = came(world.say(&said, how).await).await;
@@ -762,7 +791,10 @@ async fn what_begins_like_the_credential_comes_back_as_anything_else() {
 #[tokio::test]
 async fn plain_http_of_the_agent_keeps_its_own_authorization() {
     let world = world().await;
-    world.harness(vec![testing::intent("1", Channel::Egress, "docs.world.test:80", 0)]).await;
+    let mut intent = testing::intent("1", Channel::Egress, "docs.world.test:80", 0);
+    let RecordEvent::Intent(of) = &mut intent else { panic!() };
+    of.request_digest = Some(testing::salt().bytes(b""));
+    world.harness(vec![intent]).await;
     let mut request = call("egress", "http://docs.world.test/page?x=1", 1).body(Full::default()).unwrap();
     *request.method_mut() = Method::GET;
     request.headers_mut().insert("proxy-authorization", "Bearer harness-1".parse().unwrap());
@@ -776,13 +808,13 @@ async fn plain_http_of_the_agent_keeps_its_own_authorization() {
 #[tokio::test]
 async fn a27_redirects_are_the_callers_to_follow_and_streams_stream() {
     let world = world().await;
-    world.harness(vec![testing::intent("1", Channel::Egress, "docs.world.test:443", 0)]).await;
+    world.harness(direct("docs.world.test:443", 2)).await;
     let reply = world.forward("egress", "https://docs.world.test/redirect", 1).await;
     assert_eq!(
         (reply.status().as_u16(), &reply.headers()["location"]),
         (302, &"http://169.254.169.254/".parse().unwrap())
     );
-    let reply = world.forward("egress", "https://docs.world.test/stream", 1).await;
+    let reply = world.forward("egress", "https://docs.world.test/stream", 2).await;
     assert_eq!(reply.headers()["content-type"], "text/event-stream");
     let mut pieces = reply.into_body();
     let first = pieces.frame().await.unwrap().unwrap().into_data().unwrap();
@@ -853,7 +885,7 @@ async fn a_tightened_pack_tells_at_once() {
 #[tokio::test]
 async fn identity_follows_the_pods() {
     let mut world = world().await;
-    world.harness(vec![testing::intent("1", Channel::Egress, "docs.world.test:443", 0)]).await;
+    world.harness(direct("docs.world.test:443", 3)).await;
     let url = "https://docs.world.test/";
     assert!(world.forward("egress", url, 1).await.status().is_success());
     for token in ["", "Bearer", "Bearer nobody", "Basic harness-1"] {
@@ -882,12 +914,12 @@ async fn identity_follows_the_pods() {
 
     // The next attempt shuts the first out, and a deleted pod is nobody at once.
     put(&mut world.writers.pods, pod(1, "127.0.0.1"));
-    assert!(world.forward("egress", url, 1).await.status().is_success());
+    assert!(world.forward("egress", url, 2).await.status().is_success());
     put(&mut world.writers.pods, pod(2, "127.0.0.1"));
     assert_eq!(rule(&world.forward("egress", url, 1).await), Some(Rule::IdentityAttempt));
     let second = serde_json::from_value(pod(2, "127.0.0.1")).unwrap();
     world.writers.pods.apply_watcher_event(&Event::Delete(second));
-    assert!(world.forward("egress", url, 1).await.status().is_success());
+    assert!(world.forward("egress", url, 3).await.status().is_success());
     let mut ending = pod(1, "127.0.0.1");
     ending["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z");
     put(&mut world.writers.pods, ending);
@@ -930,6 +962,9 @@ async fn tunnels_carry_bytes_and_on_443_only_tls_for_their_host() {
             egress("2", "docs.world.test:443"),
             egress("3", "mixed.world.test:443"),
             testing::intent("4", Channel::Tool, "write", 0),
+            egress("5", "docs.world.test:443"),
+            egress("6", "docs.world.test:443"),
+            egress("7", "docs.world.test:443"),
         ])
         .await;
     let mut tunnel = world.tunnel("docs.world.test:7000", 1).await.unwrap();
@@ -956,10 +991,12 @@ async fn tunnels_carry_bytes_and_on_443_only_tls_for_their_host() {
 
     // A37: another name; A39, A40: no TLS at all; and nothing of it reaches the upstream.
     let (tls, name) = agent("models.world.test");
-    let tunnel = world.tunnel("docs.world.test:443", 2).await.unwrap();
+    let tunnel = world.tunnel("docs.world.test:443", 5).await.unwrap();
     assert!(tls.connect(name, tunnel).await.is_err());
-    for bytes in ["GET / HTTP/1.1\r\nhost: docs.world.test\r\n\r\n", "CONNECT evil.world.test:443 HTTP/1.1\r\n\r\n"] {
-        let mut tunnel = world.tunnel("docs.world.test:443", 2).await.unwrap();
+    for (intent, bytes) in
+        [(6, "GET / HTTP/1.1\r\nhost: docs.world.test\r\n\r\n"), (7, "CONNECT evil.world.test:443 HTTP/1.1\r\n\r\n")]
+    {
+        let mut tunnel = world.tunnel("docs.world.test:443", intent).await.unwrap();
         tunnel.write_all(bytes.as_bytes()).await.unwrap();
         let mut back = Vec::new();
         let _ = tunnel.read_to_end(&mut back).await;
@@ -984,13 +1021,15 @@ async fn tunnels_carry_bytes_and_on_443_only_tls_for_their_host() {
 #[tokio::test]
 async fn a_tunnel_ends_with_its_pod_and_with_its_permission() {
     let mut world = world().await;
-    world.harness(vec![testing::intent("1", Channel::Egress, "docs.world.test:7000", 0)]).await;
-    for change in [(|world: &mut World| put(&mut world.writers.packs, pack(2, &[]))) as fn(&mut World), |world| {
-        let pod = serde_json::from_value(pod(1, "127.0.0.1")).unwrap();
-        world.writers.pods.apply_watcher_event(&Event::Delete(pod));
-    }] {
+    world.harness(direct("docs.world.test:7000", 2)).await;
+    for (intent, change) in
+        (1..).zip([(|world: &mut World| put(&mut world.writers.packs, pack(2, &[]))) as fn(&mut World), |world| {
+            let pod = serde_json::from_value(pod(1, "127.0.0.1")).unwrap();
+            world.writers.pods.apply_watcher_event(&Event::Delete(pod));
+        }])
+    {
         put(&mut world.writers.packs, pack(3, DIRECT));
-        let mut tunnel = world.tunnel("docs.world.test:7000", 1).await.unwrap();
+        let mut tunnel = world.tunnel("docs.world.test:7000", intent).await.unwrap();
         tunnel.write_all(b"x").await.unwrap();
         tunnel.read_exact(&mut [0]).await.unwrap();
         change(&mut world);
@@ -1039,12 +1078,13 @@ async fn malformed_connects_are_refused() {
 #[tokio::test]
 async fn http2_works_and_one_pod_has_its_share() {
     let world = world().await;
-    world.harness(vec![testing::intent("1", Channel::Egress, "docs.world.test:7000", 0)]).await;
+    let most = u64::try_from(CALLS).unwrap();
+    world.harness(direct("docs.world.test:7000", most + 1)).await;
     let mut tunnels = Vec::new();
-    for _ in 0..CALLS {
-        tunnels.push(world.tunnel("docs.world.test:7000", 1).await.unwrap());
+    for intent in 1..=most {
+        tunnels.push(world.tunnel("docs.world.test:7000", intent).await.unwrap());
     }
-    assert_eq!(world.tunnel("docs.world.test:7000", 1).await.err(), Some(Rule::Busy));
+    assert_eq!(world.tunnel("docs.world.test:7000", most + 1).await.err(), Some(Rule::Busy));
     drop(tunnels.pop());
     eventually(|| world.metrics.tunnels.get() < i64::try_from(CALLS).unwrap()).await;
 

@@ -10,7 +10,7 @@
 //! ```
 
 use std::{
-    collections::{BTreeSet, VecDeque},
+    collections::{HashMap, VecDeque},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicI64, AtomicU64, Ordering},
@@ -43,11 +43,23 @@ const LINGER: Duration = Duration::from_millis(250);
 /// How long a call waits for its intent to be taken.
 const ARRIVAL: Duration = Duration::from_millis(100);
 
+/// Intents that are remembered to have been used, before those are forgotten that the log no longer knows: more than it knows.
+pub const SENT: usize = 8192;
+
+/// What has left by one intent.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Sent {
+    /// How many requests.
+    pub times: u32,
+    /// One was not counted, because its upstream had done nothing.
+    pub again: bool,
+}
+
 /// One log.
 #[derive(Default)]
 pub struct Log {
-    /// Calls that were sent, by their intents.
-    pub sent: Mutex<BTreeSet<u64>>,
+    /// What has left, by its intents.
+    pub sent: Mutex<HashMap<u64, Sent>>,
     /// Whoever holds it may take a segment, or look for what other replicas have stored.
     pub writer: tokio::sync::Mutex<()>,
     state: Mutex<State>,

@@ -11,7 +11,7 @@ use crate::{
     gateway::testing::{
         self, Harness, Memory, contained, denied, digest, intent, outcome, place, principal, seal_request,
     },
-    policy::config::{Compensation, PolicyConfig, Rollback, RollbackOf},
+    policy::config::{Compensation, PolicyConfig, Rollback, RollbackOf, SideEffect},
     verify,
 };
 

@@ -1,0 +1,112 @@
+//! An intent is good for one request: on every channel, with the body that it commits to, and not after its outcome.
+
+use super::*;
+
+const MCP: &str = "https://tools.world.test/mcp";
+const MODEL: &str = "https://models.world.test/v1/chat/completions";
+const PLAIN: &str = "http://docs.world.test/page";
+
+fn message(method: &str, name: &str) -> String {
+    json!({"jsonrpc": "2.0", "id": 1, "method": method, "params": {"name": name}}).to_string()
+}
+
+async fn send(world: &World, (channel, url, intent): (&str, &str, u64), body: String) -> Option<Rule> {
+    rule(&world.send(call(channel, url, intent).body(Full::from(body)).unwrap()).await)
+}
+
+/// What a harness that is somebody else's sends while the agent's own call is open: the first of each leaves, and nothing more.
+#[rstest::rstest]
+#[case::model(Channel::Model, "/v1/chat/completions", MODEL, "hello".into())]
+#[case::read(Channel::Tool, "search", MCP, message("tools/call", "search"))]
+#[case::write(Channel::Tool, "write", MCP, message("tools/call", "write"))]
+#[case::plain_http(Channel::Egress, "docs.world.test:80", PLAIN, "hello".into())]
+#[tokio::test]
+async fn the_second_request_under_an_intent_does_not_leave(
+    #[case] channel: Channel,
+    #[case] target: &str,
+    #[case] url: &str,
+    #[case] body: String,
+) {
+    let world = world().await;
+    let intents = vec![testing::intent("1", channel, target, 0), testing::intent("2", channel, target, 0)];
+    let mut harness = world.harness(intents).await;
+    let call = |intent| (channel.as_str(), url, intent);
+    assert_eq!(send(&world, call(1), body.clone()).await, None, "the control: the first leaves");
+    for _ in 0..3 {
+        assert_eq!(send(&world, call(1), body.clone()).await, Some(Rule::IntentMissing));
+    }
+    // The other was not used, and is over once its outcome is in the log.
+    let request = harness.next(vec![testing::outcome("2", 0)]);
+    world.post("harness-1", wire::LOG_APPEND, &request).await.unwrap();
+    assert_eq!(send(&world, call(2), body).await, Some(Rule::IntentMissing), "after its outcome");
+}
+
+#[tokio::test]
+async fn several_at_once_are_one() {
+    let world = Arc::new(world().await);
+    world.harness(vec![testing::intent("1", Channel::Model, "/v1/chat/completions", 0)]).await;
+    let sends = (0..16).map(|_| {
+        let world = world.clone();
+        async move { send(&world, ("model", MODEL, 1), "hello".into()).await }
+    });
+    let ends = futures::future::join_all(sends).await;
+    assert_eq!(ends.iter().filter(|end| end.is_none()).count(), 1, "{ends:?}");
+    assert_eq!(ends.iter().filter(|end| **end == Some(Rule::IntentMissing)).count(), 15, "{ends:?}");
+}
+
+#[tokio::test]
+async fn a_second_tunnel_under_an_intent_is_not_opened() {
+    let world = world().await;
+    world.harness(direct("docs.world.test:7000", 2)).await;
+    let first = world.tunnel("docs.world.test:7000", 1).await;
+    assert!(first.is_ok());
+    assert_eq!(world.tunnel("docs.world.test:7000", 1).await.err(), Some(Rule::IntentMissing), "while it is open");
+    drop(first);
+    eventually(|| world.metrics.tunnels.get() == 0).await;
+    assert_eq!(world.tunnel("docs.world.test:7000", 1).await.err(), Some(Rule::IntentMissing), "when it has ended");
+    assert!(world.tunnel("docs.world.test:7000", 2).await.is_ok(), "another intent is good for another");
+}
+
+/// The attack: other bodies under the intent of the agent's own call.
+#[rstest::rstest]
+#[case::model(Channel::Model, "/v1/chat/completions", MODEL)]
+#[case::plain_http(Channel::Egress, "docs.world.test:80", PLAIN)]
+#[tokio::test]
+async fn another_body_than_the_intents_does_not_leave(
+    #[case] channel: Channel,
+    #[case] target: &str,
+    #[case] url: &str,
+) {
+    let world = world().await;
+    world.harness(vec![testing::intent("1", channel, target, 0)]).await;
+    let other = r#"{"model":"other","max_tokens":500000,"messages":[],"tools":[{"type":"web_search"}]}"#;
+    for body in [other, "", "hello ", "Hello"] {
+        assert_eq!(send(&world, (channel.as_str(), url, 1), body.into()).await, Some(Rule::IntentMissing), "{body:?}");
+    }
+    assert_eq!(send(&world, (channel.as_str(), url, 1), "hello".into()).await, None, "a refusal uses up nothing");
+}
+
+/// A session outlives the listing that opened it, and may still end; it lists nothing more, and does not talk without end.
+#[tokio::test]
+async fn a_listings_intent_carries_a_sessions_talk_and_no_more() {
+    let world = world().await;
+    let mut harness = world.harness(vec![testing::intent("1", Channel::Listing, "search", 0)]).await;
+    let listing = ("listing", MCP, 1);
+    assert_eq!(send(&world, listing, message("initialize", "")).await, None);
+    assert_eq!(send(&world, listing, message("tools/list", "")).await, None);
+    assert_eq!(send(&world, listing, message("tools/list", "")).await, None, "pages");
+    let request = harness.next(vec![testing::outcome("1", 0)]);
+    world.post("harness-1", wire::LOG_APPEND, &request).await.unwrap();
+    assert_eq!(send(&world, listing, message("notifications/cancelled", "")).await, None, "the session goes on");
+    assert_eq!(send(&world, listing, message("tools/list", "")).await, Some(Rule::IntentMissing), "it is over");
+    let long = message("notifications/progress", &"x".repeat(300 << 10));
+    assert_eq!(send(&world, listing, long).await, Some(Rule::Request), "a session's talk is short");
+    let mut left = None;
+    for _ in 0..1000 {
+        left = send(&world, listing, message("ping", "")).await;
+        if left.is_some() {
+            break;
+        }
+    }
+    assert_eq!(left, Some(Rule::IntentMissing), "it does not talk without end");
+}
