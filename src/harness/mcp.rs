@@ -68,7 +68,10 @@ const ASK_AGAIN: Duration = Duration::from_secs(1);
 
 /// Arguments of a call that were read before rmcp reads what is around them, and in how many bytes all of it came. Taken once.
 #[derive(Clone)]
-pub struct Read(Arc<Mutex<Option<(Map<String, Value>, usize)>>>);
+pub struct Read(Arc<Mutex<Option<Measured>>>);
+
+/// Arguments, and in how many bytes they came.
+type Measured = (Map<String, Value>, usize);
 
 impl Read {
     /// Arguments that came in a text of this length.

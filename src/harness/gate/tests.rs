@@ -120,6 +120,7 @@ impl Watched {
     }
 
     /// What was seen. The machine may be late by itself, with other tests beside this one.
+    #[expect(clippy::print_stdout, reason = "the worst is what is asked for")]
     fn is_in_time(&self) {
         self.over.store(true, Ordering::Relaxed);
         let (ticks, signals, machine) = (self.ticks.so_far(), self.signals.so_far(), self.machine.so_far());
@@ -318,6 +319,7 @@ fn arguments(dice: &mut Dice) -> Value {
 /// No generated call delays what a harness does by itself: not by its schema, its preconditions, its approval's condition, by what tells
 /// whether it took effect, by the arguments that undo it, by its result.
 #[test]
+#[expect(clippy::print_stdout, reason = "how many came to what is what is asked for")]
 fn no_generated_call_delays_what_is_the_harnesss_own() {
     let calls: u64 = std::env::var("BELAY_CALLS").map_or(1_500, |calls| calls.parse().expect("BELAY_CALLS: a number"));
     let (outside, inside) = (outside(), inside());
