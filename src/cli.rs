@@ -143,16 +143,21 @@ pub async fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         Ok(code) => ExitCode::from(code),
         Err(CliError::Output(e)) if e.kind() == io::ErrorKind::BrokenPipe => ExitCode::from(EXIT_ERROR),
         Err(CliError::Listed(all)) => {
-            for one in all {
-                let _ = writeln!(io::stderr().lock(), "error: {}", terminal::Safe(&one));
-            }
+            all.iter().for_each(|one| last_words(one));
+            crate::output::stderr().end();
             ExitCode::from(EXIT_ERROR)
         }
         Err(e) => {
-            let _ = writeln!(io::stderr().lock(), "error: {}", terminal::Safe(&e.to_string()));
+            last_words(&e.to_string());
+            crate::output::stderr().end();
             ExitCode::from(EXIT_ERROR)
         }
     }
+}
+
+/// Says what went wrong. Whoever does not read it does not keep the process.
+fn last_words(error: &str) {
+    crate::output::stderr().say(format!("error: {}\n", terminal::Safe(error)).into_bytes());
 }
 
 /// The subcommands by which `belay run` runs itself, within its sandbox and beside it: nobody else has a use for them.

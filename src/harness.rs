@@ -265,6 +265,7 @@ pub async fn run<L>(
 where
     L: Future<Output = std::io::Result<server::Listeners>>,
 {
+    let mut stop = std::pin::pin!(stop);
     let Parts { config, containment, token, local, follow, .. } = options;
     if !containment.contained {
         return Err(HarnessError::Uncontained(containment.breaches));
@@ -279,12 +280,25 @@ where
     let link = Arc::new(link::Link::new(&config.wiring, token)?);
     let file = |error: std::io::Error| HarnessError::File { path: options.spool.clone(), reason: error.to_string() };
     let (mut spool, left) = spool::Spool::open(&options.spool).map_err(file)?;
-    let mut opened = open(&link, attempt, &policy_digest).await;
+    // Until the log is open there is nothing to end in order: who says stop is heard at once.
+    let mut opened = tokio::select! {
+        opened = open(&link, attempt, &policy_digest) => opened,
+        _ = stop.as_mut() => return Ok(Ended::Terminated),
+    };
     // What a harness before this one has recorded, and perhaps acted on: also where there is no policy any more to go on by.
     let size = opened.as_ref().map_or(0, |opened| opened.size);
     let left = left.into_iter().filter(|segment| segment.end() > size);
-    match journal::send_left(&link, attempt, left).await {
-        Ok(true) if opened.is_ok() => opened = open(&link, attempt, &policy_digest).await,
+    let sent = tokio::select! {
+        sent = journal::send_left(&link, attempt, left) => sent,
+        _ = stop.as_mut() => return Ok(Ended::Terminated),
+    };
+    match sent {
+        Ok(true) if opened.is_ok() => {
+            opened = tokio::select! {
+                opened = open(&link, attempt, &policy_digest) => opened,
+                _ = stop.as_mut() => return Ok(Ended::Terminated),
+            };
+        }
         Ok(_) => {}
         Err(Denial { rule, reason }) => opened = opened.and(Err(HarnessError::Refused { rule, reason })),
     }
@@ -329,7 +343,10 @@ where
             })))
         })
         .map_err(|denial| HarnessError::Evidence(denial.reason))?;
-    journal.stored(first).await.map_err(|denial| HarnessError::Evidence(denial.reason))?;
+    tokio::select! {
+        stored = journal.stored(first) => stored.map_err(|denial| HarnessError::Evidence(denial.reason))?,
+        _ = stop.as_mut() => return Ok(Ended::Terminated),
+    }
 
     let seconds = |count: i64| Duration::from_secs(u64::try_from(count).unwrap_or(0));
     let limits = config.policy.limits;
@@ -351,13 +368,13 @@ where
     let gate = tools.gate().clone();
     let listeners = listeners().await?;
     let reprobing = tokio::spawn(probe::repeat(gate.clone(), options.looking));
-    let served = server::serve(tools, listeners);
+    let served = server::serve(tools, listeners)?;
     tracing::info!(attempt, "serving");
     serving();
 
     let over_before = journal.open().is_err();
     let mut ended = tokio::select! {
-        why = stop => match why {
+        why = stop.as_mut() => match why {
             Stop::AgentEnded => Ended::AgentEnded,
             Stop::Terminated => Ended::Terminated,
         },

@@ -8,6 +8,9 @@
 /// Health, readiness and metrics of our own processes.
 #[cfg(feature = "net")]
 pub mod admin;
+/// Judgments on threads of their own.
+#[cfg(any(feature = "gateway", feature = "harness"))]
+pub mod apart;
 /// The custom resources: data and validation rules.
 #[cfg(feature = "kube")]
 pub mod api;
@@ -36,6 +39,8 @@ pub mod lifecycle;
 /// The reconciler: resolve, validate, plan, apply, status.
 #[cfg(feature = "operator")]
 pub mod operator;
+/// What processes say, by threads of their own.
+pub mod output;
 /// A validated task becomes the objects that run it.
 #[cfg(feature = "kube")]
 pub mod plan;

@@ -1,7 +1,8 @@
 //! Pure decisions: what a task may do, and whether one call may leave.
 //!
 //! Promises: the same input gives the same answer, on any machine and at any time; anything unknown, malformed or
-//! failing is denied. Refuses: input and output of any kind, clocks, Kubernetes.
+//! failing is denied. Refuses: input and output of any kind, Kubernetes, and clocks, but for the time that a judgment may take itself
+//! ([`meter`]).
 
 /// What a pack says to one tool call: data, principal, risk.
 pub mod access;
@@ -27,6 +28,8 @@ pub mod hostname;
 pub mod json;
 /// Which calls were made under which idempotency key.
 pub mod ledger;
+/// What one judgment may take.
+pub mod meter;
 /// Results of tools, against their contracts' output schemas.
 pub mod output;
 /// What model calls cost.
@@ -41,6 +44,8 @@ pub mod redact;
 pub mod rule;
 /// How sensitive data is, by the patterns of a pack.
 pub mod sensitivity;
+/// JSON Schemas that count what they take.
+pub mod shape;
 /// Other people's words, for people to read.
 pub mod shorten;
 /// HTTP requests that are made of a tool call's arguments.

@@ -19,7 +19,7 @@ use std::{
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::ResourceExt;
-use tokio::sync::mpsc::UnboundedSender;
+use tokio::sync::{OwnedSemaphorePermit, mpsc::UnboundedSender};
 use tokio_util::sync::CancellationToken;
 
 use self::{
@@ -98,6 +98,10 @@ pub enum RunError {
     Canonical(#[from] crate::canonical::CanonicalError),
 }
 
+/// The place of an agent's line among those that are not written yet. There are so many, and whoever writes a line gives it back.
+#[derive(Clone, Debug)]
+pub struct Slot(#[expect(dead_code, reason = "it is given back when it is dropped")] Arc<OwnedSemaphorePermit>);
+
 /// What happens, as it happens.
 #[derive(Clone, Debug)]
 pub enum Told {
@@ -116,7 +120,13 @@ pub enum Told {
         error: bool,
         /// The line.
         line: String,
+        /// Whether it goes on in the next one, as it is longer than is told at a time.
+        goes_on: bool,
+        /// Its place among those that are not written yet.
+        slot: Slot,
     },
+    /// So many lines of the agent's are lost, because nobody read those before.
+    Lost(u64),
     /// People are asked.
     Asked(Box<ApprovalRequest>),
     /// Evidence cannot be kept, and why. It is tried again.

@@ -60,7 +60,8 @@ pub fn init(service: &'static str) -> Result<Guard, TelemetryError> {
         .flatten_event(true)
         .with_current_span(true)
         .with_span_list(false)
-        .with_writer(std::io::stderr)
+        // Whoever tells something never waits for whoever reads it.
+        .with_writer(crate::output::stderr)
         .with_filter(filter());
     let provider = std::env::var(ENDPOINT).ok().filter(|e| !e.is_empty()).map(|e| exporter(service, e)).transpose()?;
     // The exporter's own connection makes spans too; exported, each batch would cause the next.

@@ -419,7 +419,8 @@ async fn kept_result(State(log): State<Arc<Log>>, axum::Json(of): axum::Json<wir
 }
 
 async fn approval(State(log): State<Arc<Log>>, axum::Json(ask): axum::Json<ApprovalAsk>) -> Response {
-    let compiled = compiled(&log.compiled.lock().unwrap().policy);
+    let compiled = Arc::new(compiled(&log.compiled.lock().unwrap().policy));
+    let places = Arc::new(tokio::sync::Semaphore::new(2));
     let call = Exact { by: ask.by, tool: ask.tool.clone(), digest: ask.request_digest.clone() };
     let before = log.history.lock().unwrap().before(&call);
     let TaskIdentity { namespace, name, uid, .. } = &compiled.policy.task;
@@ -432,7 +433,8 @@ async fn approval(State(log): State<Arc<Log>>, axum::Json(ask): axum::Json<Appro
         attempt: 1,
         standing: Standing::Live,
     };
-    match approvals::ask(&log.cluster, log.people.as_ref(), &compiled, &principal, (&ask, &salt()), before).await {
+    let asking = (&principal, &places);
+    match approvals::ask(&log.cluster, log.people.as_ref(), &compiled, asking, (&ask, &salt()), before).await {
         Ok(reply) => axum::Json(reply).into_response(),
         Err(refused) => refusal(&refused),
     }

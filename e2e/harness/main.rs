@@ -13,6 +13,7 @@ mod rollback;
 #[path = "../secrets.rs"]
 mod secrets;
 mod sends;
+mod time;
 mod upstreams;
 mod verify;
 
@@ -268,7 +269,7 @@ async fn start(
     let free = || std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let address = free();
     let listeners = server::Listeners::bind(address, free()).await.unwrap();
-    server::serve(Tools::new(gate.clone(), &used, LISTING_AGE), listeners);
+    server::serve(Tools::new(gate.clone(), &used, LISTING_AGE), listeners).unwrap();
     Harness { address, gateway, gate, mcp, api, folder }
 }
 

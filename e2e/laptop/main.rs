@@ -14,3 +14,4 @@ mod options;
 mod people;
 mod secret;
 mod shells;
+mod stuck;

@@ -78,8 +78,18 @@ fn kubelet(host_ip: Option<std::net::IpAddr>) -> Option<String> {
     host_ip.map(|address| std::net::SocketAddr::new(address, 10250).to_string())
 }
 
-#[tokio::main(flavor = "current_thread")]
-async fn main() -> anyhow::Result<ExitCode> {
+fn main() -> anyhow::Result<ExitCode> {
+    // Wall time, signals, the probe and the journal have this thread to themselves: agents are served on others.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let code = runtime.block_on(run());
+    // A disk that does not answer keeps a thread, and must not keep us; nor does who does not read what we say.
+    runtime.shutdown_background();
+    belay::output::stdout().end();
+    belay::output::stderr().end();
+    code
+}
+
+async fn run() -> anyhow::Result<ExitCode> {
     rustls::crypto::ring::default_provider().install_default().ok().context("a TLS provider is installed already")?;
     let _telemetry = belay::telemetry::init("belay-harness")?;
     match Args::parse().command {

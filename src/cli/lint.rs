@@ -20,6 +20,7 @@ use super::{
 use crate::stack::{self, StackError};
 
 mod check;
+mod cost;
 pub(super) mod document;
 mod schema;
 #[cfg(test)]

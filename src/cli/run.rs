@@ -6,8 +6,7 @@
 
 use std::{
     collections::HashMap,
-    fs,
-    io::{self, Write},
+    fs, io,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -293,11 +292,16 @@ pub(super) async fn run(args: &Args) -> Result<u8, CliError> {
         api: api.clone(),
     };
     let mut front = Front::new(args.output, &task, &mut person);
-    let running = run::run(options, api, serving, tell, stop.clone());
-    let ended = front.show(running, &mut told).await?;
+    // A task of its own: it goes on however much there is to show.
+    let running = tokio::spawn(run::run(options, api, serving, tell, stop.clone()));
+    let broke = |error: tokio::task::JoinError| {
+        Err(RunError::Sandbox(format!("the run broke off: {error}; please report this")))
+    };
+    let running = async move { running.await.unwrap_or_else(broke) };
+    let ended = front.show(running, &mut told).await;
     for mut upstream in upstreams {
         if let Some(trouble) = upstream.trouble() {
-            let _ = writeln!(io::stderr(), "note: --upstream {}", Safe(&trouble));
+            crate::output::stderr().say(format!("note: --upstream {}\n", Safe(&trouble)).into_bytes());
         }
         upstream.end().await;
     }
@@ -309,7 +313,8 @@ pub(super) async fn run(args: &Args) -> Result<u8, CliError> {
         .map(|url| format!(" --endpoint {url}"))
         .unwrap_or_default();
     let check = format!("belay verify {log} --witness-key {}{endpoint}", home.vkey().display());
-    front.end(&ended, &log, &check)?;
+    front.end(&ended, &log, &check);
+    crate::output::stderr().end();
     Ok(match &ended {
         Ok(outcome) => exit_code(outcome),
         Err(RunError::Seal(_)) => EXIT_UNSEALED,

@@ -12,6 +12,7 @@ use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{OwnerReference, Time};
 use kube::{Api, Client, Resource, ResourceExt, api::PostParams};
 use serde_json::Value;
+use tokio::sync::Semaphore;
 
 use super::{
     authorize::Needed,
@@ -21,6 +22,7 @@ use super::{
     witness::{Before, IntentFacts},
 };
 use crate::{
+    apart,
     api::{AgentTask, ApprovalRequest, ApprovalRequestSpec, approval_request::ApprovalTask},
     canonical::{self, CanonicalError},
     plan,
@@ -69,13 +71,20 @@ impl Create for Client {
 pub async fn ask(
     cluster: &Cluster,
     create: &dyn Create,
-    compiled: &Compiled,
-    principal: &Principal,
+    compiled: &Arc<Compiled>,
+    (principal, places): (&Principal, &Arc<Semaphore>),
     (ask, salt): (&ApprovalAsk, &Salt),
     before: Before,
 ) -> Result<ApprovalReply, Refused> {
     let (call, approval, arguments) = asked_for(&compiled.policy, ask, salt)?;
-    let because = because(compiled, ask, before, &arguments)?;
+    let because = if ask.by == AskedBy::Pack {
+        // A pack's patterns and expressions look at all of the arguments: not where everybody's requests are served.
+        let (compiled, ask, arguments) = (compiled.clone(), ask.clone(), arguments.clone());
+        let found = apart::judge(places, apart::LONGEST, move || because(&compiled, &ask, before, &arguments)).await;
+        found.map_err(|unjudged| Refused::retry(Rule::Busy, unjudged.to_string()))??
+    } else {
+        vec![]
+    };
     let Principal { namespace, task, task_uid, .. } = principal;
     let name = approval::name(task, task_uid, &call, &because, before.made);
     let owner = cluster.task(namespace, task, task_uid).ok_or_else(|| {
@@ -213,7 +222,7 @@ fn asked_for<'p>(
 
 /// Why the pack asks, for people to see.
 fn because(compiled: &Compiled, ask: &ApprovalAsk, before: Before, arguments: &Value) -> Result<Vec<String>, Refused> {
-    let Some(tool) = compiled.policy.tool(&ask.tool).filter(|_| ask.by == AskedBy::Pack) else { return Ok(vec![]) };
+    let Some(tool) = compiled.policy.tool(&ask.tool) else { return Ok(vec![]) };
     let effect = ask.effect.max(tool.side_effect);
     let asked = access::Asked { tool, effect, usage: before.usage, seen: before.seen };
     let passed = compiled.guard.judge(asked, arguments);

@@ -402,11 +402,7 @@ pub fn judge(compiled: &Compiled, intent: &IntentFacts, arguments: &Value) -> Re
         return Err(Refused::denied(Rule::ToolKnown, format!("no contract is for {:?} any more", intent.target)));
     };
     let length = canonical::to_bytes(arguments).map_err(|e| Refused::malformed(e.to_string()))?.len();
-    let most = tool.limits.request_bytes.and_then(|most| usize::try_from(most).ok());
-    if let Some(most) = most.filter(|most| length > *most) {
-        let reason = format!("the arguments are {length} bytes of JSON; the contract takes {most}");
-        return Err(Refused::denied(Rule::ToolRequestBytes, reason));
-    }
+    compiled.contracts.is_short(&intent.target, length).map_err(denied)?;
     let by_contract = compiled.contracts.recheck(&intent.target, arguments).map_err(denied)?;
     let asked = Asked { tool, effect, usage: intent.usage, seen: intent.seen };
     let Passed { assessment, because } = compiled.guard.judge(asked, arguments).map_err(denied)?;

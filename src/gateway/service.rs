@@ -44,13 +44,14 @@ use super::{
     witness::{IntentFacts, Place, Witness},
 };
 use crate::{
+    apart,
     api::policy_pack::Credential,
     canonical,
     evidence::{
         record::Channel,
         store::{Location, log_prefix},
     },
-    policy::{approval::Exact, commit::Salt, redact, rule::Rule},
+    policy::{approval::Exact, commit::Salt, quick, redact, rule::Rule},
     wire::{self, AppendRequest, ApprovalAsk, OpenRequest, Refusal, SealRequest},
 };
 
@@ -75,8 +76,10 @@ const QUESTIONS: usize = 2 * crate::policy::approval::PENDING;
 const LARGEST_SEAL: usize = 64 << 10;
 /// A call and its answer, of which the arguments are made that undo it.
 const LARGEST_KEEP: usize = 2 << 20;
-/// A message to an MCP server, the arguments of an HTTP tool's call, or the body of a model's or the agent's own.
-const LARGEST_MESSAGE: usize = 17 << 20;
+/// A message to an MCP server, or the arguments of an HTTP tool's call, which a harness lets be 4 MiB long.
+const LARGEST_MESSAGE: usize = 6 << 20;
+/// The body of a model's request or of the agent's own.
+const LARGEST_BODY: usize = 17 << 20;
 /// A message of an MCP session's own talk: a list's cursor is the longest thing in one.
 const LARGEST_TALK: usize = 256 << 10;
 /// By which header a message is one of an MCP session.
@@ -323,9 +326,16 @@ impl Gateway {
         self.parts.incidents.tell(place, incident);
     }
 
-    /// Where the pod's calls stand in line to be judged.
-    fn turn(&self, principal: &Principal) -> Arc<Semaphore> {
-        self.shared(principal, |share| &share.judged)
+    /// Has something of a pod's done apart from everybody's requests, in the pod's turn.
+    async fn apart<T: Send + 'static>(
+        &self,
+        principal: &Principal,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, Refused> {
+        let places = self.shared(principal, |share| &share.judged);
+        apart::judge(&places, apart::LONGEST, work)
+            .await
+            .map_err(|unjudged| Refused::retry(Rule::Busy, unjudged.to_string()))
     }
 
     /// A place among the pod's requests.
@@ -410,7 +420,9 @@ impl Gateway {
         let call = Exact { by: body.by, tool: body.tool.clone(), digest: body.request_digest.clone() };
         let before = witness.before(&compiled.place(), &call).await?;
         let salt = witness.salt(&compiled.salt()).await?;
-        reply(&approvals::ask(cluster, requests.as_ref(), &compiled, &principal, (&body, &salt), before).await?)
+        let places = self.shared(&principal, |share| &share.judged);
+        let asking = (&principal, &places);
+        reply(&approvals::ask(cluster, requests.as_ref(), &compiled, asking, (&body, &salt), before).await?)
     }
 
     /// Where what belongs to a task's calls is kept.
@@ -478,18 +490,14 @@ impl Gateway {
         let salt = self.parts.witness.salt(&compiled.salt()).await?;
         authorize::are_intended(&intent, &salt, &arguments)?;
         // Expressions are the tenants' own: apart from everybody's requests, as calls are judged.
-        let turn = self.turn(principal).acquire_owned().await;
         let target = intent.target.clone();
-        let made = tokio::task::spawn_blocking(move || {
-            let _turn = turn;
+        let made = self.apart(principal, move || {
             let undo = compiled.contracts.undo(&target, &arguments, &result)?;
             let undo = serde_json::Value::Object(undo);
             let made = canonical::to_bytes(&undo).and_then(|bytes| Ok((salt.value(&undo)?, bytes)));
             made.map_err(|error| error.to_string())
         });
-        let failed = |e: tokio::task::JoinError| Refused::retry(Rule::Busy, format!("nothing could be made: {e}"));
-        let made = made.await.map_err(failed)?;
-        let (digest, made) = made.map_err(|reason| Refused::denied(Rule::ToolRollback, reason))?;
+        let (digest, made) = made.await?.map_err(|reason| Refused::denied(Rule::ToolRollback, reason))?;
         self.parts.witness.keep(&at, &intent.call, &digest, made).await?;
         reply(&wire::Kept { digest })
     }
@@ -539,16 +547,28 @@ impl Gateway {
         let (credential, compiled, intent, salt) =
             self.authorized(principal, channel, Destination::Url(&target, request.method()), headers).await?;
         let is_message = authorize::is_message(&compiled, channel, request.method(), &intent);
-        let largest = if channel == Channel::Listing { LARGEST_TALK } else { LARGEST_MESSAGE };
+        let largest = match channel {
+            Channel::Listing => LARGEST_TALK,
+            _ if is_message => LARGEST_MESSAGE,
+            _ => LARGEST_BODY,
+        };
         let (parts, body) = request.into_parts();
         // All of it, before it is judged: what is sent is what the intent commits to.
         let body = forward::whole(body, largest, BODY_TIME).await?;
-        if is_message {
-            if let Some(arguments) = authorize::says(&compiled, channel, (&intent, &salt), &body)? {
-                self.judged(principal, &compiled, &intent, (arguments, body.len())).await?;
-            }
-        } else {
-            authorize::is_intended(channel, &intent, &salt, &body)?;
+        let said = {
+            let (compiled, intent, body) = (compiled.clone(), intent.clone(), body.clone());
+            let is_short = body.len() <= quick::SHORT;
+            let read = move || {
+                if is_message {
+                    return authorize::says(&compiled, channel, (&intent, &salt), &body);
+                }
+                authorize::is_intended(channel, &intent, &salt, &body)?;
+                Ok(None)
+            };
+            if is_short { read()? } else { self.apart(principal, read).await?? }
+        };
+        if let Some(arguments) = said {
+            self.judged(principal, &compiled, &intent, (arguments, body.len())).await?;
         }
         let request = Request::from_parts(parts, full(body));
         let lent = credential.map(|credential| self.lend(&credential, &asked)).transpose()?;
@@ -571,8 +591,18 @@ impl Gateway {
             intent = self.intent(&compiled, &parts.headers).await?;
         }
         let salt = self.parts.witness.salt(&compiled.salt()).await?;
-        let arguments = authorize::arguments(&intent, &salt, &body)?;
-        let (target, request) = authorize::request(&compiled, principal.attempt, &intent, &arguments)?;
+        let attempt = principal.attempt;
+        let made = move |compiled: &Compiled, intent: &IntentFacts, salt: &Salt, body: &[u8]| {
+            let arguments = authorize::arguments(intent, salt, body)?;
+            let (target, request) = authorize::request(compiled, attempt, intent, &arguments)?;
+            Ok::<_, Refused>((arguments, target, request))
+        };
+        let (arguments, target, request) = if body.len() <= quick::SHORT {
+            made(&compiled, &intent, &salt, &body)?
+        } else {
+            let (compiled, intent, body) = (compiled.clone(), intent.clone(), body.clone());
+            self.apart(principal, move || made(&compiled, &intent, &salt, &body)).await??
+        };
         Span::current().record("host", target.authority.host.as_str());
         let to = Destination::Url(&target, request.method());
         let credential = authorize::listed(&compiled, Channel::Tool, to)?;
@@ -600,15 +630,11 @@ impl Gateway {
             (authorize::judge(compiled, intent, &arguments)?, arguments)
         } else {
             // Contracts are of the tenants' own making, and their expressions may take long: not where everybody's requests are served.
-            let turn = self.turn(principal).acquire_owned().await;
             let (judge, facts) = (compiled.clone(), intent.clone());
-            let judged = tokio::task::spawn_blocking(move || {
-                let _turn = turn;
+            let judged = self.apart(principal, move || {
                 authorize::judge(&judge, &facts, &arguments).map(|needed| (needed, arguments))
             });
-            let failed =
-                |e: tokio::task::JoinError| Refused::retry(Rule::Busy, format!("the call could not be judged: {e}"));
-            judged.await.map_err(failed)??
+            judged.await??
         };
         let find = |name: &str| self.parts.cluster.approval(&principal.namespace, name);
         approvals::approved(compiled, intent, &arguments, &needed, find)

@@ -2,14 +2,15 @@
 
 use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use serde_json::Value;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, Semaphore};
 
 use super::{
     approvals::Approvals,
+    bounds::Bounds,
     clock::{self, Clock},
     flood::{Counted, Flood},
     journal::{Journal, call_id},
@@ -17,6 +18,7 @@ use super::{
     once::{Once, SLACK},
 };
 use crate::{
+    apart,
     evidence::{
         record::{Channel, Containment, Denied, Effect, Event, Intent, Outcome, Resolved},
         rollback::{self, Leaving, Undoing},
@@ -26,9 +28,11 @@ use crate::{
         approval::AskedBy,
         budget::{Budget, Spent},
         commit::Salt,
-        config::{Sensitivity, SideEffect, Tool},
+        config::{Sensitivity, SideEffect, Tool, Usage},
         decide::{Arguments, Contracts, Decision, Denial, Known, Results},
+        meter::{self, Allowance},
         output::Outputs,
+        quick,
         quota::Quotas,
         redact::Redactor,
         rule::Rule,
@@ -39,8 +43,57 @@ use crate::{
 /// Longest reason of a refusal in its record, in characters.
 const LONGEST_REASON: usize = 2048;
 
+/// What contract and pack have said to a tool's call, and by what.
+#[derive(Clone)]
+pub struct Judged {
+    /// The arguments.
+    pub arguments: Arc<Value>,
+    /// What was found, where that takes more than microseconds; all else is asked where the call is put in order.
+    found: Option<Arc<Verdict>>,
+    /// What it may take there, if anything.
+    in_order: Option<Allowance>,
+}
+
+/// What was found, and by what counters and results.
+struct Verdict {
+    usage: Usage,
+    seen: Sensitivity,
+    results: Arc<Results>,
+    answer: Result<(bool, Passed), Denial>,
+}
+
+/// Why a call is not put in order though nothing refuses it: what it was judged by has changed.
+const CHANGED: &str = "what this call is judged by changes faster than it can be judged: make it again";
+/// So often a call is judged anew whose judgment takes long.
+const ROUNDS: usize = 8;
+/// From this round on it may take a little time where it is put in order.
+const PATIENT: usize = 2;
+/// Calls that are judged at a time, apart.
+const PLACES: usize = 2;
+
+/// What was decided over a tool's call.
+pub struct Decided {
+    /// Why it may not leave, if so.
+    pub verdict: Result<(), Denial>,
+    /// The arguments; null where they could not be read or judged.
+    pub arguments: Value,
+    /// The commitment to them, where there is one.
+    pub digest: Option<String>,
+    /// Bytes of their canonical form.
+    pub bytes: u64,
+    /// Whether people must say yes to the call first.
+    pub needs_approval: bool,
+}
+
+impl From<Decision<'_>> for Decided {
+    fn from(decision: Decision<'_>) -> Self {
+        let Decision { verdict, arguments, digest, bytes, needs_approval } = decision;
+        Self { verdict: verdict.map(|_| ()), arguments, digest: Some(digest), bytes, needs_approval }
+    }
+}
+
 /// A call before it leaves.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Call {
     /// Which way it goes.
     pub channel: Channel,
@@ -62,8 +115,8 @@ pub struct Call {
     pub because: Vec<String>,
     /// In a rollback: the call that it undoes.
     pub undoes: Option<String>,
-    /// The arguments of a tool's call, for its pack to judge.
-    pub arguments: Option<Value>,
+    /// What a tool's call is judged by where it is put in order.
+    pub judged: Option<Judged>,
     /// The rules that were asked and allowed it; the budgets are added.
     pub rules: Vec<Rule>,
     /// The model that is asked, as it may be recorded.
@@ -171,6 +224,7 @@ pub struct Gate {
     results: Mutex<Arc<Results>>,
     flood: Mutex<Flood>,
     refused_enough: Notify,
+    places: Arc<Semaphore>,
 }
 
 impl Gate {
@@ -201,7 +255,130 @@ impl Gate {
             results,
             flood: Mutex::new(Flood::new(Instant::now())),
             refused_enough: Notify::new(),
+            places: Arc::new(Semaphore::new(PLACES)),
         }
+    }
+
+    /// Has something judged on a thread of its own: whatever is not quick, and whatever is long.
+    ///
+    /// # Errors
+    /// [`Rule::Busy`] if there is no answer in time.
+    pub async fn apart<T: Send + 'static>(
+        self: &Arc<Self>,
+        time: Duration,
+        work: impl FnOnce(&Self) -> T + Send + 'static,
+    ) -> Result<T, Denial> {
+        let gate = self.clone();
+        let judged = apart::judge(&self.places, time.min(apart::LONGEST), move || work(&gate)).await;
+        judged.map_err(|unjudged| Denial { rule: Rule::Busy, reason: unjudged.to_string() })
+    }
+
+    /// Decides over a tool call by what is known now: here, where that takes microseconds, or else apart. `length` is in how many bytes the
+    /// arguments came.
+    pub async fn decide(self: &Arc<Self>, tool: &str, arguments: Value, length: usize) -> Decided {
+        if length <= quick::SHORT && self.policy.contracts.is_quick(tool) {
+            return self.decide_here(tool, Arguments::Parsed(arguments)).into();
+        }
+        let time = self.contracts().policy().tool(tool).map_or(apart::LONGEST, |tool| Bounds::of(tool).time);
+        let name = tool.to_owned();
+        let decided =
+            self.apart(time, move |gate| Decided::from(gate.decide_here(&name, Arguments::Parsed(arguments))));
+        decided.await.unwrap_or_else(|denial| Decided {
+            verdict: Err(denial),
+            arguments: Value::Null,
+            digest: None,
+            bytes: 0,
+            needs_approval: false,
+        })
+    }
+
+    /// What contract and pack say to a call now, for [`Gate::permit`] to take.
+    ///
+    /// # Errors
+    /// [`Rule::Busy`] if there is no answer in time.
+    async fn judge_anew(
+        self: &Arc<Self>,
+        call: &Call,
+        arguments: &Arc<Value>,
+        time: Duration,
+    ) -> Result<Option<Arc<Verdict>>, Denial> {
+        let (target, effect, arguments) = (call.target.clone(), call.effect, arguments.clone());
+        let found = self.apart(time, move |gate| {
+            let results = gate.results();
+            let (usage, seen) = (gate.journal.usage(), *gate.seen());
+            let tool = gate.policy.contracts.policy().tool(&target)?;
+            let answer = gate.answer(tool, effect?, &arguments, (usage, seen, &results));
+            Some(Arc::new(Verdict { usage, seen, results, answer }))
+        });
+        found.await
+    }
+
+    /// Whether people must say yes by the contract, and what the pack says.
+    fn answer(
+        &self,
+        tool: &Tool,
+        effect: SideEffect,
+        arguments: &Value,
+        (usage, seen, results): (Usage, Sensitivity, &Results),
+    ) -> Result<(bool, Passed), Denial> {
+        let by_contract = self.policy.contracts.again(&tool.name, arguments, Known { usage, results })?;
+        Ok((by_contract, self.policy.guard.judge(Asked { tool, effect, usage, seen }, arguments)?))
+    }
+
+    /// Whether calls of a tool with arguments of this length are judged where they are put in order.
+    fn is_quick(&self, tool: &str, length: usize) -> bool {
+        length <= quick::SHORT && self.policy.contracts.is_quick(tool) && self.policy.guard.is_quick()
+    }
+
+    /// As [`Gate::permit`], for a tool's call with arguments of this length: what takes time is judged before, and again as long as what it
+    /// is judged by changes meanwhile. Nothing that others need is held for that.
+    ///
+    /// # Errors
+    /// The rule that refuses it.
+    pub async fn permit_tool(
+        self: &Arc<Self>,
+        mut call: Call,
+        arguments: Value,
+        length: usize,
+        time: Duration,
+    ) -> Result<Permit, Denial> {
+        let arguments = Arc::new(arguments);
+        let mut judged = Judged { arguments: arguments.clone(), found: None, in_order: None };
+        if self.is_quick(&call.target, length) {
+            // Microseconds, however busy the machine is.
+            judged.in_order = Some(Allowance::CALL);
+            call.judged = Some(judged);
+            return self.permit(call).await;
+        }
+        for round in 0..ROUNDS {
+            let found = self.judge_anew(&call, &arguments, time).await?;
+            judged = Judged { found, in_order: (round >= PATIENT).then_some(Allowance::IN_ORDER), ..judged };
+            match self.permit(Call { judged: Some(judged.clone()), ..call.clone() }).await {
+                Err(denial) if denial.rule == Rule::Busy && denial.reason == CHANGED => {}
+                done => return done,
+            }
+        }
+        Err(Denial { rule: Rule::Busy, reason: CHANGED.to_owned() })
+    }
+
+    fn results(&self) -> Arc<Results> {
+        self.results.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// What was found of a call, if it is what would be found now.
+    fn still<'v>(
+        &self,
+        target: &str,
+        found: &'v Verdict,
+        now: (Usage, Sensitivity, &Arc<Results>),
+    ) -> Option<&'v Verdict> {
+        let (by_usage, by_results) = self.policy.contracts.sees(target);
+        let (guard_by_usage, guard_by_seen) = self.policy.guard.changes();
+        let (usage, seen, results) = now;
+        let holds = (!(by_usage || guard_by_usage) || found.usage == usage)
+            && (!by_results || Arc::ptr_eq(&found.results, results))
+            && (!guard_by_seen || found.seen == seen);
+        holds.then_some(found)
     }
 
     /// The compiled output schemas.
@@ -223,10 +400,22 @@ impl Gate {
     ///
     /// # Errors
     /// The rule that refuses it.
-    pub fn judge(&self, tool: &Tool, effect: SideEffect, arguments: &Value) -> Result<Passed, Denial> {
-        let (usage, seen) = (self.journal.usage(), *self.seen());
-        let asked = Asked { tool, effect, usage, seen };
-        self.policy.guard.judge(asked, arguments)
+    pub async fn judge(
+        self: &Arc<Self>,
+        tool: &Tool,
+        effect: SideEffect,
+        arguments: &Value,
+        length: usize,
+    ) -> Result<Passed, Denial> {
+        let judge = move |gate: &Self, tool: &Tool, arguments: &Value| {
+            let (usage, seen) = (gate.journal.usage(), *gate.seen());
+            gate.policy.guard.judge(Asked { tool, effect, usage, seen }, arguments)
+        };
+        if self.policy.guard.is_silent() || (length <= quick::SHORT && self.policy.guard.is_quick()) {
+            return judge(self, tool, arguments);
+        }
+        let (of, arguments) = (tool.clone(), arguments.clone());
+        self.apart(Bounds::of(tool).time, move |gate| judge(gate, &of, &arguments)).await?
     }
 
     fn seen(&self) -> MutexGuard<'_, Sensitivity> {
@@ -274,9 +463,9 @@ impl Gate {
         &self.approvals
     }
 
-    /// Decides over a tool call by what is known now.
-    pub fn decide(&self, tool: &str, arguments: Arguments<'_>) -> Decision<'_> {
-        let results = self.results.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    /// Decides over a tool call by what is known now, on this thread.
+    fn decide_here(&self, tool: &str, arguments: Arguments<'_>) -> Decision<'_> {
+        let results = self.results();
         let known = Known { usage: self.journal.usage(), results: &results };
         let decision = self.policy.contracts.decide(tool, arguments, known, &self.salt);
         match self.running() {
@@ -403,19 +592,28 @@ impl Gate {
         quotas.check(&call.target, now)?;
         let by = approvals.usable(&call.approvals, &call.target, digest).map_err(unusable)?;
         let tool = self.policy.contracts.policy().tool(&call.target);
-        let judged = tool.zip(call.effect).zip(call.arguments.as_ref());
-        let Some(((tool, effect), arguments)) = judged else {
+        let judged = tool.zip(call.effect).zip(call.judged.as_ref());
+        let Some(((tool, effect), judged)) = judged else {
             let reason = format!("no contract of this task has a tool {:?}", shorten(&call.target));
             return Err(Denial { rule: Rule::ToolKnown, reason });
         };
         // Much may have been called since it was decided over: in the time that a listing, a twin or people took.
-        let results = self.results.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let known = Known { usage: budget.usage(), results: &results };
-        if self.policy.contracts.again(&call.target, arguments, known)? && !by.contains(&AskedBy::Contract) {
+        let results = self.results();
+        let now_known = (budget.usage(), *seen, &results);
+        let found = judged.found.as_deref().and_then(|found| self.still(&call.target, found, now_known));
+        let (by_contract, passed) = match (found, judged.in_order) {
+            (Some(found), _) => found.answer.clone()?,
+            // Everybody waits for this: it is short, or not done here.
+            (None, Some(allowance)) => meter::within(allowance, || {
+                let answer = self.answer(tool, effect, &judged.arguments, (budget.usage(), *seen, &results));
+                let changed = |_| Denial { rule: Rule::Busy, reason: CHANGED.to_owned() };
+                meter::ended_by_itself().map_err(changed).and(answer)
+            })?,
+            (None, None) => return Err(Denial { rule: Rule::Busy, reason: CHANGED.to_owned() }),
+        };
+        if by_contract && !by.contains(&AskedBy::Contract) {
             return Err(unusable("the contract requires approval by now; make the call again to ask for it".into()));
         }
-        let asked = Asked { tool, effect, usage: budget.usage(), seen: *seen };
-        let passed = self.policy.guard.judge(asked, arguments)?;
         // What has happened since people were asked may be a reason that they have not seen.
         let asked_for = |because: &&String| by.contains(&AskedBy::Pack) && call.because.contains(because);
         if let Some(because) = passed.because.iter().find(|because| !asked_for(because)) {
@@ -598,3 +796,6 @@ impl Drop for Permit {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -13,7 +13,6 @@
 
 use std::{
     collections::VecDeque,
-    io::Write,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -109,9 +108,8 @@ pub fn on_stdout() -> Follow {
     Box::new(|_, entry| {
         let line = |text: &Vec<u8>| [text.as_slice(), b"\n"].concat();
         let shown: Vec<u8> = entry.documents.iter().chain([&entry.record]).flat_map(line).collect();
-        if let Err(error) = std::io::stdout().lock().write_all(&shown) {
-            tracing::debug!(%error, "the record could not be shown on stdout");
-        }
+        // Records are put in order meanwhile: nobody waits for who reads them.
+        crate::output::stdout().say(shown);
     })
 }
 

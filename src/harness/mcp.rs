@@ -10,7 +10,7 @@
 
 use std::{
     collections::BTreeMap,
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -28,7 +28,7 @@ use serde_json::{Map, Value};
 use super::{
     approvals::{Answered, Question},
     bounds::Bounds,
-    gate::{Call, Gate, Permit, Settlement},
+    gate::{Call, Decided, Gate, Permit, Settlement},
     journal::call_id,
     once::Turn,
     rest,
@@ -43,7 +43,7 @@ use crate::{
         approval::AskedBy,
         budget::Spent,
         config::{McpUpstream, Sensitivity, SideEffect, Tool, ToolUsage, Upstream, VerifyRead},
-        decide::{Arguments, Decision, Denial, TOOL_RULES},
+        decide::{Denial, TOOL_RULES},
         json, ledger, redact,
         rule::Rule,
         template::Request,
@@ -61,8 +61,28 @@ pub const LISTING_AGE: Duration = Duration::from_secs(60);
 
 /// Longest call and answer of which the arguments are made that undo it, in bytes of JSON.
 const LONGEST_UNDO: usize = 1 << 20;
+/// Longest result that is looked at where it came, in bytes of JSON.
+const LONG_RESULT: usize = 64 << 10;
 /// Between two questions whether people have decided on a call that undoes another.
 const ASK_AGAIN: Duration = Duration::from_secs(1);
+
+/// Arguments of a call that were read before rmcp reads what is around them, and in how many bytes all of it came. Taken once.
+#[derive(Clone)]
+pub struct Read(Arc<Mutex<Option<Measured>>>);
+
+/// Arguments, and in how many bytes they came.
+type Measured = (Map<String, Value>, usize);
+
+impl Read {
+    /// Arguments that came in a text of this length.
+    pub fn new(arguments: Map<String, Value>, length: usize) -> Self {
+        Self(Arc::new(Mutex::new(Some((arguments, length)))))
+    }
+
+    fn take(&self) -> Option<(Map<String, Value>, usize)> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
 
 /// The MCP server that the agent sees.
 #[derive(Clone)]
@@ -145,7 +165,7 @@ impl Tools {
         let tool = self.gate.contracts().tools().find(|tool| tool.contract == undo.contract);
         let tool = tool.ok_or_else(|| format!("the rollback does not have the contract {}", undo.contract))?;
         let came = loop {
-            match self.call(&tool.name, args.clone(), Some(undoes)).await {
+            match self.call(&tool.name, sized(args.clone()), Some(undoes)).await {
                 Ok(came) if came.pending => tokio::time::sleep(ASK_AGAIN).await,
                 came => break came,
             }
@@ -162,18 +182,29 @@ impl Tools {
         }
     }
 
-    async fn call(&self, name: &str, args: Map<String, Value>, undoes: Option<&str>) -> Result<Came, Denial> {
-        let Decision { verdict, arguments, digest, bytes, needs_approval } =
-            self.gate.decide(name, Arguments::Parsed(Value::Object(args)));
+    /// Makes a call of arguments that came in `length` bytes.
+    async fn call(
+        &self,
+        name: &str,
+        (args, length): (Map<String, Value>, usize),
+        undoes: Option<&str>,
+    ) -> Result<Came, Denial> {
+        let Decided { verdict, arguments, digest, bytes, needs_approval } =
+            self.gate.decide(name, Value::Object(args), length).await;
         // What was decided on is what is sent.
-        let Value::Object(args) = arguments else {
+        let (Value::Object(args), Some(digest)) = (arguments, digest.clone()) else {
             let reason = "the arguments are no JSON object".to_owned();
             let denial = verdict.err().unwrap_or(Denial { rule: Rule::RequestJson, reason });
-            return Err(self.gate.deny(Channel::Tool, name, Some(digest), denial).await);
+            return Err(self.gate.deny(Channel::Tool, name, digest, denial).await);
         };
         let tool = match verdict {
-            Ok(tool) => tool,
+            Ok(()) => self.gate.contracts().policy().tool(name),
             Err(denial) => return Err(self.gate.deny(Channel::Tool, name, Some(digest), denial).await),
+        };
+        let Some(tool) = tool else {
+            let reason = "no contract of this task is for it".to_owned();
+            let denial = Denial { rule: Rule::ToolKnown, reason };
+            return Err(self.gate.deny(Channel::Tool, name, Some(digest), denial).await);
         };
         // Held until the call is settled: of calls that are one, one is made.
         let turn = match self.once(tool, &args, &digest).await {
@@ -185,7 +216,7 @@ impl Tools {
         let key = turn.as_ref().map(|turn| turn.key.clone());
         let undoing = undoes.is_some();
         let undoes = undoes.map(str::to_owned);
-        let allowed = self.allow(tool, &args, (&digest, bytes), (key.clone(), undoes), needs_approval).await;
+        let allowed = self.allow(tool, &args, (&digest, bytes, length), (key.clone(), undoes), needs_approval).await;
         let (route, permit) = match allowed {
             Ok(allowed) => allowed,
             // No refusal: nothing is counted. No error either, at which some agents give up; but where the tool promises a structure,
@@ -205,13 +236,7 @@ impl Tools {
             Route::Mcp(mcp, ready) => self.upstreams.call(tool, &mcp, ready, args, permit.intent, bounds).await,
             Route::Http(arguments) => rest::call(self.gate.link(), tool, arguments, permit.intent, bounds).await,
         };
-        let (result, mut settlement) = self.fits(tool, result, settlement);
-        settlement.sensitivity = match &result {
-            Ok(result) => self.gate.guard().result(tool, result),
-            // What an upstream says of an error is in the reason.
-            Err(denial) if settlement.effect != Effect::NotApplied => self.gate.guard().result(tool, &denial.reason),
-            Err(_) => Sensitivity::default(),
-        };
+        let (result, mut settlement) = self.looked_at(tool, result, settlement).await;
         let answered = result.as_ref().ok().and_then(said);
         if let Some(said) = &answered {
             self.gate.keep(&tool.name, said);
@@ -282,13 +307,13 @@ impl Tools {
         let settled = Instant::now() + Duration::from_secs(u64::try_from(read.settle_seconds).unwrap_or_default());
         loop {
             let last = Instant::now() >= settled;
-            let came = Box::pin(self.call(&read.tool, read.arguments(arguments), None)).await;
+            let came = Box::pin(self.call(&read.tool, sized(read.arguments(arguments)), None)).await;
             let (found, by) = match came.map(|came| (said(&came.result), came.intent)) {
                 Ok((Some(found), Some(by))) => (found, by),
                 Ok(_) => return Err(format!("{} did not tell what became of it", read.tool)),
                 Err(denial) => return Err(format!("{} could not be asked: {}", read.tool, denial.reason)),
             };
-            let (effect, words) = match self.gate.contracts().applied(&tool.name, arguments, &found) {
+            let (effect, words) = match self.applied(tool, arguments, found).await {
                 Ok(true) => (Effect::Applied, "it took effect: do not repeat it"),
                 Ok(false) if last => (Effect::NotApplied, "it did not take effect: it may be made again"),
                 // The upstream may be at it still.
@@ -301,6 +326,17 @@ impl Tools {
             self.gate.resolve(call, key, effect, by).map_err(|denial| denial.reason)?;
             return Ok(format!("{} tells that {words}", read.tool));
         }
+    }
+
+    /// Whether what was read says that a call took effect.
+    ///
+    /// # Errors
+    /// Why it says neither.
+    async fn applied(&self, tool: &Tool, arguments: &Value, read: Value) -> Result<bool, String> {
+        let (name, arguments) = (tool.name.clone(), arguments.clone());
+        let judged =
+            self.gate.apart(Bounds::of(tool).time, move |gate| gate.contracts().applied(&name, &arguments, &read));
+        judged.await.unwrap_or_else(|denial| Err(denial.reason))
     }
 
     /// Whose turn it is, where the contract says what makes two calls one.
@@ -336,26 +372,21 @@ impl Tools {
         &self,
         tool: &Tool,
         args: &Map<String, Value>,
-        (digest, bytes): (&str, u64),
+        (digest, bytes, length): (&str, u64, usize),
         (key, undoes): (Option<String>, Option<String>),
         needs_approval: bool,
     ) -> Result<(Route, Permit), Halt> {
         let name = tool.name.as_str();
         let mut rules = TOOL_RULES.to_vec();
-        if let Some(most) = tool.limits.request_bytes {
-            if i64::try_from(bytes).unwrap_or(i64::MAX) > most {
-                let reason = format!("the arguments are {bytes} bytes of JSON; the contract takes {most}; send less");
-                return Err(Denial { rule: Rule::ToolRequestBytes, reason }.into());
-            }
-            rules.push(Rule::ToolRequestBytes);
-        }
+        // Asked first of all, see [`Contracts::decide`](crate::policy::decide::Contracts::decide).
+        rules.extend(tool.limits.request_bytes.map(|_| Rule::ToolRequestBytes));
         let mut way = self.route(tool, args, &mut rules).await?;
         let access = &self.gate.contracts().policy().access;
         rules.extend((!access.rules.is_empty()).then_some(Rule::AccessRule));
         rules.extend(access.risk.as_ref().map(|_| Rule::RiskScore));
         rules.extend(tool.approval.as_ref().or(access.approval.as_ref()).map(|_| Rule::ToolApproval));
         let arguments = Value::Object(args.clone());
-        let passed = self.gate.judge(tool, way.effect, &arguments)?;
+        let passed = self.gate.judge(tool, way.effect, &arguments, length).await?;
         let by_contract = tool.approval.as_ref().filter(|_| needs_approval).map(|of| (AskedBy::Contract, of));
         let by_pack = access.approval.as_ref().filter(|_| !passed.because.is_empty()).map(|of| (AskedBy::Pack, of));
         let needs: Vec<_> = by_contract.into_iter().chain(by_pack).collect();
@@ -394,12 +425,12 @@ impl Tools {
             approvals,
             because,
             undoes,
-            arguments: Some(arguments),
+            judged: None,
             rules,
             model: None,
             reserve: Spent::default(),
         };
-        let permit = self.gate.permit(call).await?;
+        let permit = self.gate.permit_tool(call, arguments, length, Bounds::of(tool).time).await?;
         Ok((way.route, permit))
     }
 
@@ -441,40 +472,82 @@ impl Tools {
         Ok(Way { route, effect, definition })
     }
 
-    /// The result as the agent gets it, if it fits the contract's output schema, and its digest.
-    fn fits(
+    /// The result as the agent gets it, and how sensitive it is. What is long, or takes long to compare, is looked at apart; what cannot be
+    /// looked at in time is withheld.
+    async fn looked_at(
         &self,
         tool: &Tool,
         result: Result<CallToolResult, Denial>,
         mut settlement: Settlement,
-    ) -> (Result<CallToolResult, Denial>, Settlement) {
-        let Ok(mut result) = result else { return (result, settlement) };
-        let outputs = self.gate.outputs();
-        // What the upstream itself calls an error has the shape of an error.
-        let misfit = if result.is_error == Some(true) || !outputs.has(&tool.name) {
-            None
-        } else {
-            match result.structured_content.clone().or_else(|| only_json(&result)) {
-                Some(value) => {
-                    let misfit = outputs.check(&tool.name, &value).err();
-                    // Clients that were promised a schema look for it here.
-                    result.structured_content = Some(value);
-                    misfit
-                }
-                None => Some("it is no JSON, and the contract has an output schema".to_owned()),
-            }
-        };
-        let bytes = serde_json::to_vec(&result).unwrap_or_default();
-        settlement.response_digest = Some(self.gate.salt().bytes(&bytes));
-        settlement.response_bytes = u64::try_from(bytes.len()).unwrap_or(u64::MAX);
-        let Some(misfit) = misfit else { return (Ok(result), settlement) };
-        settlement.rule = Some(Rule::ToolOutput);
-        let reason = format!(
-            "{} was called and answered, but its result is withheld: {misfit}. What the call did stays done: do not repeat it",
-            tool.name
-        );
-        (Err(Denial { rule: Rule::ToolOutput, reason }), settlement)
+    ) -> Looked {
+        let length =
+            result.as_ref().map_or(0, |result| serde_json::to_vec(result).map_or(usize::MAX, |text| text.len()));
+        if self.gate.outputs().is_quick(tool, length) && length <= LONG_RESULT {
+            return look(&self.gate, tool, result, settlement);
+        }
+        let (tool, seen) = (tool.clone(), settlement.clone());
+        let name = tool.name.clone();
+        let looked = self.gate.apart(Bounds::of(&tool).time, move |gate| look(gate, &tool, result, seen)).await;
+        looked.unwrap_or_else(|denial| {
+            settlement.rule = Some(Rule::ToolOutput);
+            settlement.sensitivity = Sensitivity::Restricted;
+            let reason = format!(
+                "{name} was called and answered, but its result is withheld: {}. What the call did stays done: do not repeat it",
+                denial.reason
+            );
+            (Err(Denial { rule: Rule::ToolOutput, reason }), settlement)
+        })
     }
+}
+
+/// A result as the agent gets it, and what became of the call.
+type Looked = (Result<CallToolResult, Denial>, Settlement);
+
+fn look(gate: &Gate, tool: &Tool, result: Result<CallToolResult, Denial>, settlement: Settlement) -> Looked {
+    let (result, mut settlement) = fits(gate, tool, result, settlement);
+    settlement.sensitivity = match &result {
+        Ok(result) => gate.guard().result(tool, result),
+        // What an upstream says of an error is in the reason.
+        Err(denial) if settlement.effect != Effect::NotApplied => gate.guard().result(tool, &denial.reason),
+        Err(_) => Sensitivity::default(),
+    };
+    (result, settlement)
+}
+
+/// Arguments, and in how many bytes they come.
+fn sized(args: Map<String, Value>) -> (Map<String, Value>, usize) {
+    let length = serde_json::to_vec(&args).map_or(usize::MAX, |text| text.len());
+    (args, length)
+}
+
+/// The result as the agent gets it, if it fits the contract's output schema, and its digest.
+fn fits(gate: &Gate, tool: &Tool, result: Result<CallToolResult, Denial>, mut settlement: Settlement) -> Looked {
+    let Ok(mut result) = result else { return (result, settlement) };
+    let outputs = gate.outputs();
+    // What the upstream itself calls an error has the shape of an error.
+    let misfit = if result.is_error == Some(true) || !outputs.has(&tool.name) {
+        None
+    } else {
+        match result.structured_content.clone().or_else(|| only_json(&result)) {
+            Some(value) => {
+                let misfit = outputs.check(&tool.name, &value).err();
+                // Clients that were promised a schema look for it here.
+                result.structured_content = Some(value);
+                misfit
+            }
+            None => Some("it is no JSON, and the contract has an output schema".to_owned()),
+        }
+    };
+    let bytes = serde_json::to_vec(&result).unwrap_or_default();
+    settlement.response_digest = Some(gate.salt().bytes(&bytes));
+    settlement.response_bytes = u64::try_from(bytes.len()).unwrap_or(u64::MAX);
+    let Some(misfit) = misfit else { return (Ok(result), settlement) };
+    settlement.rule = Some(Rule::ToolOutput);
+    let reason = format!(
+        "{} was called and answered, but its result is withheld: {misfit}. What the call did stays done: do not repeat it",
+        tool.name
+    );
+    (Err(Denial { rule: Rule::ToolOutput, reason }), settlement)
 }
 
 /// Arguments as RFC 8785 JSON.
@@ -525,9 +598,14 @@ impl ServerHandler for Tools {
     async fn call_tool(
         &self,
         request: CallToolRequestParams,
-        _: RequestContext<RoleServer>,
+        context: RequestContext<RoleServer>,
     ) -> Result<CallToolResponse, McpError> {
-        let args = request.arguments.unwrap_or_default();
+        // They were read already, and are not read again.
+        let read = context.extensions.get::<http::request::Parts>().and_then(|parts| parts.extensions.get::<Read>());
+        let args = match read.and_then(Read::take) {
+            Some(args) => args,
+            None => sized(request.arguments.unwrap_or_default()),
+        };
         // A refusal is a result and not a protocol error: the model has to see it, not the client library.
         let came = self.call(&request.name, args, None).await.map(|came| came.result);
         let result = came.unwrap_or_else(|denial| {

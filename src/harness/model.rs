@@ -127,7 +127,7 @@ async fn call(
             approvals: vec![],
             because: vec![],
             undoes: None,
-            arguments: None,
+            judged: None,
             rules,
             model: model.map(|model| shorten(&gate.redactor().model(&model, policy, gate.salt()))),
             reserve: spent(bound, price),
@@ -207,6 +207,7 @@ fn meter(reply: Response<Incoming>, permit: Permit, price: Option<ModelPrice>, t
         hasher: Sha256::new(),
         bytes: 0,
         scan: Vec::new(),
+        looked: 0,
         reported: Reported::default(),
         // Whoever reads a reply of known length stops at its last byte, and never asks for its end.
         length: hyper::body::Body::size_hint(&body).exact(),
@@ -257,6 +258,8 @@ struct Meter {
     hasher: Sha256,
     bytes: u64,
     scan: Vec<u8>,
+    /// So much of it has no end of a line.
+    looked: usize,
     reported: Reported,
     length: Option<u64>,
     ended: bool,
@@ -281,14 +284,23 @@ impl Meter {
             self.scan.extend_from_slice(chunk);
         }
         if self.streamed {
-            while let Some(end) = self.scan.iter().position(|byte| *byte == b'\n') {
+            // Each byte is looked at once, however long a line is.
+            let from = std::mem::take(&mut self.looked);
+            let ends = |scan: &[u8], from: usize| {
+                let rest = scan.get(from..).unwrap_or_default();
+                rest.iter().position(|byte| *byte == b'\n').map(|end| from.saturating_add(end))
+            };
+            let mut next = ends(&self.scan, from);
+            while let Some(end) = next {
                 let line: Vec<u8> = self.scan.drain(..=end).collect();
+                next = ends(&self.scan, 0);
                 if let Some(data) = line.strip_prefix(b"data:")
                     && let Ok(event) = serde_json::from_slice(data)
                 {
                     self.reported.see(&event);
                 }
             }
+            self.looked = self.scan.len();
         }
     }
 }

@@ -189,7 +189,7 @@ async fn permit(
             approvals: vec![],
             because: vec![],
             undoes: None,
-            arguments: None,
+            judged: None,
             rules: vec![Rule::EgressHost, Rule::EgressPort, Rule::EgressDirect],
             model: None,
             reserve: Spent::default(),

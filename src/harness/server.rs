@@ -1,6 +1,15 @@
 //! The two listeners: the agent's, on the pod's loopback, and the kubelet's, which says only whether the first is there.
+//!
+//! Guarantees: agents are served on threads of their own. Whatever a request makes them do, wall time, signals, the containment probe and
+//! the journal go on, which run where [`serve`] was called; and so does the kubelet's listener. A request is only read as far as a
+//! contract lets its arguments be long.
 
-use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    convert::Infallible,
+    net::SocketAddr,
+    sync::{Arc, LazyLock},
+    time::Duration,
+};
 
 use bytes::Bytes;
 use http::{HeaderValue, Method, Request, Response, StatusCode, header};
@@ -11,18 +20,27 @@ use rmcp::transport::streamable_http_server::{
     StreamableHttpServerConfig, StreamableHttpService, session::local::LocalSessionManager,
 };
 use serde_json::Value;
-use tokio::{net::TcpListener, sync::Semaphore};
+use tokio::{
+    net::TcpListener,
+    runtime::{Builder, Handle, Runtime},
+    sync::Semaphore,
+};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
     body::{Body, boxed},
     gate::Gate,
-    mcp::Tools,
+    mcp::{Read, Tools},
     model, proxy, undo,
 };
 use crate::{
+    apart,
     evidence::record::Channel,
-    policy::{decide::Denial, json, rule::Rule},
+    policy::{
+        decide::Denial,
+        json::{self, Ambiguous},
+        rule::Rule,
+    },
 };
 
 /// The agent's listener: the pod's loopback and nothing else.
@@ -37,6 +55,14 @@ const HEAD: Duration = Duration::from_secs(10);
 const LONGEST_HEAD: usize = 64 << 10;
 /// Longest body of an MCP request.
 const LONGEST_BODY: usize = 16 << 20;
+/// Longest body that is read where it came.
+const SHORT_BODY: usize = 128 << 10;
+/// Longer bodies that are read at a time, whatever is judged meanwhile.
+const READINGS: usize = 2;
+/// Threads on which agents are served.
+const THREADS: usize = 2;
+/// Their stacks: what is judged there recurses. They are taken page by page.
+const STACK: usize = 16 << 20;
 /// How long calls under way may go on once the agent has ended.
 const DRAIN: Duration = Duration::from_secs(5);
 
@@ -75,9 +101,46 @@ impl Listeners {
     }
 }
 
+/// Where agents are served. It lasts as long as the process, which need not wait for it.
+fn threads() -> Handle {
+    static THREADS_OF_AGENTS: LazyLock<std::io::Result<Runtime>> = LazyLock::new(|| {
+        Builder::new_multi_thread()
+            .worker_threads(THREADS)
+            .thread_stack_size(STACK)
+            .thread_name("agents")
+            .enable_all()
+            .build()
+    });
+    match &*THREADS_OF_AGENTS {
+        Ok(threads) => threads.handle().clone(),
+        Err(error) => {
+            tracing::error!(%error, "the agent has no threads of its own");
+            Handle::current()
+        }
+    }
+}
+
+/// Places of those that read long bodies.
+fn readings() -> Arc<Semaphore> {
+    static PLACES: LazyLock<Arc<Semaphore>> = LazyLock::new(|| Arc::new(Semaphore::new(READINGS)));
+    PLACES.clone()
+}
+
+/// A listener that is heard on other threads.
+fn moved(listener: TcpListener, threads: &Handle) -> std::io::Result<TcpListener> {
+    let listener = listener.into_std()?;
+    let _there = threads.enter();
+    TcpListener::from_std(listener)
+}
+
 /// Serves the agent, and tells the kubelet so.
-pub fn serve(tools: Tools, listeners: Listeners) -> Serving {
+///
+/// # Errors
+/// If the agent's listener cannot be heard.
+pub fn serve(tools: Tools, listeners: Listeners) -> std::io::Result<Serving> {
     let Listeners { agent, health } = listeners;
+    let threads = threads();
+    let agent = moved(agent, &threads)?;
     let stop = CancellationToken::new();
     let connections = TaskTracker::new();
 
@@ -90,7 +153,7 @@ pub fn serve(tools: Tools, listeners: Listeners) -> Serving {
     let mcp = StreamableHttpService::new(move || Ok(agents.clone()), Arc::new(LocalSessionManager::default()), config);
 
     let slots = Arc::new(Semaphore::new(CONNECTIONS));
-    tokio::spawn(accept(agent, stop.clone(), connections.clone(), slots.clone(), move |request| {
+    threads.spawn(accept(agent, stop.clone(), connections.clone(), slots.clone(), move |request| {
         route(undoing.clone(), mcp.clone(), request)
     }));
     if let Some(health) = health {
@@ -100,7 +163,7 @@ pub fn serve(tools: Tools, listeners: Listeners) -> Serving {
             status(if known { StatusCode::OK } else { StatusCode::NOT_FOUND })
         }));
     }
-    Serving { stop, connections }
+    Ok(Serving { stop, connections })
 }
 
 async fn accept<F, R>(
@@ -190,8 +253,10 @@ async fn route(
 
 /// The request with its body read, if that is JSON that can be read in one way only: rmcp keeps the last of two members of
 /// one name, and what it would take for a call must be what anybody else would.
-async fn readable(gate: &Gate, request: Request<Incoming>) -> Result<Request<Full<Bytes>>, Response<Body>> {
-    let (parts, body) = request.into_parts();
+///
+/// The arguments of a call are taken out, as they were read: they are read once.
+async fn readable(gate: &Arc<Gate>, request: Request<Incoming>) -> Result<Request<Full<Bytes>>, Response<Body>> {
+    let (mut parts, body) = request.into_parts();
     let body = match Limited::new(body, LONGEST_BODY).collect().await {
         Ok(body) => body.to_bytes(),
         Err(error) => {
@@ -204,9 +269,41 @@ async fn readable(gate: &Gate, request: Request<Incoming>) -> Result<Request<Ful
     if parts.method != Method::POST {
         return Ok(Request::from_parts(parts, Full::from(body)));
     }
-    let Err(ambiguous) = json::parse(&body) else { return Ok(Request::from_parts(parts, Full::from(body))) };
+    let most = gate.contracts().longest_text();
+    if body.len() > most {
+        let reason = format!(
+            "the request is {} bytes long, and no contract takes arguments that need more than {most}; send less",
+            body.len()
+        );
+        let digest = Some(gate.salt().bytes(&body));
+        let denial = gate.deny(Channel::Tool, "/mcp", digest, Denial { rule: Rule::ToolRequestBytes, reason }).await;
+        return Err(refusal(&Value::Null, &denial));
+    }
+    let parsed = match body.len() {
+        ..=SHORT_BODY => read(&body),
+        _ => {
+            let body = body.clone();
+            match apart::judge(&readings(), apart::LONGEST, move || read(&body)).await {
+                Ok(parsed) => parsed,
+                Err(unjudged) => {
+                    let denial = Denial { rule: Rule::Busy, reason: unjudged.to_string() };
+                    let denial = gate.deny(Channel::Tool, "/mcp", None, denial).await;
+                    return Err(refusal(&Value::Null, &denial));
+                }
+            }
+        }
+    };
+    let ambiguous = match parsed {
+        Ok((None, _)) => return Ok(Request::from_parts(parts, Full::from(body))),
+        Ok((Some(arguments), around)) => {
+            parts.extensions.insert(arguments);
+            parts.headers.remove(header::CONTENT_LENGTH);
+            return Ok(Request::from_parts(parts, Full::from(around)));
+        }
+        Err(ambiguous) => ambiguous,
+    };
     // Only what certainly is no call goes unrecorded.
-    let loose: Value = serde_json::from_slice(&body).unwrap_or_default();
+    let loose = loosely(&body);
     let mut denial = Denial { rule: Rule::RequestJson, reason: ambiguous.to_string() };
     if loose.get("method").is_none_or(|method| method == "tools/call") {
         let tool = loose.pointer("/params/name").and_then(Value::as_str).unwrap_or("/mcp");
@@ -215,6 +312,27 @@ async fn readable(gate: &Gate, request: Request<Incoming>) -> Result<Request<Ful
     }
     let id = loose.get("id").filter(|id| id.is_string() || id.is_i64());
     Err(refusal(id.unwrap_or(&Value::Null), &denial))
+}
+
+/// What of a message tells which call it is, however it is to be read.
+fn loosely(body: &[u8]) -> Value {
+    // What has too many values is not made one.
+    if body.len() > SHORT_BODY { Value::Null } else { serde_json::from_slice(body).unwrap_or_default() }
+}
+
+/// A call's arguments, and what is around them; or neither, of what is no call.
+///
+/// # Errors
+/// If the text is not JSON, or could be read in two ways.
+fn read(body: &[u8]) -> Result<(Option<Read>, Vec<u8>), Ambiguous> {
+    let mut message = json::parse(body)?;
+    let is_call = message.get("method").is_some_and(|method| method == "tools/call");
+    let params = message.get_mut("params").filter(|_| is_call).and_then(Value::as_object_mut);
+    let Some(Value::Object(arguments)) = params.and_then(|params| params.get_mut("arguments")).map(Value::take) else {
+        return Ok((None, Vec::new()));
+    };
+    let around = serde_json::to_vec(&message).map_err(|error| Ambiguous(error.to_string()))?;
+    Ok((Some(Read::new(arguments, body.len())), around))
 }
 
 /// -32700: what was sent cannot be read.

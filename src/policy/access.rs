@@ -168,6 +168,16 @@ impl Guard {
         self.expressions().all(Expression::is_quick)
     }
 
+    /// Whether it says nothing to any call.
+    pub fn is_silent(&self) -> bool {
+        self.is_silent
+    }
+
+    /// Whether what it says to a call may change with the counters, and with what the task has handled.
+    pub fn changes(&self) -> (bool, bool) {
+        (self.sees("usage"), !self.is_silent)
+    }
+
     /// What the pack says to a call with these arguments.
     ///
     /// # Errors

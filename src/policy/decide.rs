@@ -6,7 +6,7 @@
 //!
 //! Everything is compiled once an attempt ([`Contracts::compile`]); a call adds what is its own to a CEL context that stands
 //! ready ([`Results`]). The order of the rules is fixed, cheapest first, and the first that does not hold is the answer:
-//! denials left, readable, known, effect, schema, preconditions, calls left. Whether people have to say yes as well is part of the
+//! denials left, readable, short, known, effect, schema, preconditions, calls left. Whether people have to say yes as well is part of the
 //! answer ([`Decision::needs_approval`]); asking them is the harness's.
 
 use std::collections::BTreeMap;
@@ -19,8 +19,9 @@ use super::{
     commit::Salt,
     config::{Idempotency, PolicyConfig, Tool, Usage},
     expression::{self, Expression},
-    json, quick,
+    json, meter, quick,
     rule::Rule,
+    shape::{Misfit, Shape},
     shorten::shorten,
 };
 use crate::canonical;
@@ -29,6 +30,12 @@ use crate::canonical;
 pub const LONGEST_RESULT: usize = 16 << 10;
 /// Longest results of all tools together.
 pub const LONGEST_RESULTS: usize = 256 << 10;
+/// Longest arguments of any call, in bytes of canonical JSON: the most that a contract may say.
+pub const LONGEST_ARGUMENTS: usize = 4 << 20;
+/// What is around the arguments in an agent's request, at most, in bytes.
+const AROUND: usize = 64 << 10;
+/// Longest answer by which it is told whether a call took effect, or of which its undoing is made, in bytes of JSON.
+pub const LONGEST_ANSWER: usize = 1 << 20;
 
 /// A policy that cannot be enforced. The operator refuses such a task; a harness that meets one does not start.
 #[derive(Debug, thiserror::Error)]
@@ -120,7 +127,7 @@ pub struct Contracts {
 
 struct Compiled {
     tool: Tool,
-    schema: jsonschema::Validator,
+    schema: Shape,
     preconditions: Vec<Condition>,
     /// Where this is `false`, nobody needs to be asked for approval.
     approval_when: Option<Expression>,
@@ -133,6 +140,7 @@ struct Compiled {
     /// Whether any expression looks at the arguments, at the counters.
     uses_args: bool,
     uses_usage: bool,
+    uses_results: bool,
 }
 
 struct Condition {
@@ -155,9 +163,8 @@ impl Contracts {
         let mut tools = BTreeMap::new();
         let mut uses_results = false;
         for tool in &policy.tools {
-            let schema = jsonschema::draft202012::options()
-                .build(&tool.input)
-                .map_err(|error| CompileError::Schema { tool: tool.name.clone(), reason: error.to_string() })?;
+            let schema = Shape::compile(&tool.input)
+                .map_err(|reason| CompileError::Schema { tool: tool.name.clone(), reason })?;
             let mut compiled = Compiled {
                 tool: tool.clone(),
                 schema,
@@ -168,6 +175,7 @@ impl Contracts {
                 is_quick: quick::schema(&tool.input),
                 uses_args: false,
                 uses_usage: false,
+                uses_results: false,
             };
             let mut expression = |name: &str, cel: &str| {
                 let expression = Expression::compile(cel).map_err(|reason| CompileError::Precondition {
@@ -178,7 +186,7 @@ impl Contracts {
                 compiled.is_quick &= expression.is_quick();
                 compiled.uses_args |= expression.sees("args");
                 compiled.uses_usage |= expression.sees("usage");
-                uses_results |= expression.sees("results");
+                compiled.uses_results |= expression.sees("results");
                 Ok::<_, CompileError>(expression)
             };
             for condition in &tool.preconditions {
@@ -195,6 +203,7 @@ impl Contracts {
                 arguments.map(|(name, cel)| Ok((name.clone(), expression("rollback.call.arguments", cel)?))).collect()
             });
             compiled.undo = undo.transpose()?;
+            uses_results |= compiled.uses_results;
             if tools.insert(tool.name.clone(), compiled).is_some() {
                 return Err(CompileError::Duplicate(tool.name.clone()));
             }
@@ -246,6 +255,10 @@ impl Contracts {
     pub fn applied(&self, tool: &str, arguments: &Value, read: &Value) -> Result<bool, String> {
         let applied = self.tools.get(tool).and_then(|compiled| compiled.applied.as_ref());
         let applied = applied.ok_or_else(|| format!("the contract of {} has no verify", shorten(tool)))?;
+        let length = serde_json::to_vec(read).map_or(usize::MAX, |text| text.len());
+        if length > LONGEST_ANSWER {
+            return Err(format!("the answer is {length} bytes of JSON, more than {LONGEST_ANSWER}; have it tell less"));
+        }
         let mut context = self.nothing.context.new_inner_scope();
         context.add_variable_as_val("args", expression::json(arguments));
         context.add_variable_as_val("result", expression::json(read));
@@ -266,7 +279,7 @@ impl Contracts {
             Ok(value) => Ok((name.clone(), json::whole(value))),
             Err(reason) => Err(format!("{name}: {reason}")),
         };
-        undo.iter().map(argument).collect()
+        meter::metered(|| undo.iter().map(argument).collect())
     }
 
     /// Whether a call may leave.
@@ -301,6 +314,7 @@ impl Contracts {
         };
         let verdict = open
             .and_then(|()| exact.map_err(|ambiguous| Denial { rule: Rule::RequestJson, reason: ambiguous.to_string() }))
+            .and_then(|()| self.is_short(name, bytes))
             .and_then(|()| self.judge(name, &arguments, known, |_| true))
             .and_then(|judged| {
                 budget.reserve_tool_call()?;
@@ -313,6 +327,34 @@ impl Contracts {
             digest,
             bytes: u64::try_from(bytes).unwrap_or(u64::MAX),
         }
+    }
+
+    /// Whether arguments of so many bytes in canonical form are as short as the contract, and Belay, have them. Asked before all that
+    /// takes time by their length.
+    ///
+    /// # Errors
+    /// [`Rule::ToolRequestBytes`] if they are longer.
+    pub fn is_short(&self, name: &str, bytes: usize) -> Result<(), Denial> {
+        let Some(compiled) = self.tools.get(name) else { return Ok(()) };
+        let own = compiled.tool.limits.request_bytes.and_then(|most| usize::try_from(most).ok());
+        let most = own.unwrap_or(LONGEST_ARGUMENTS).min(LONGEST_ARGUMENTS);
+        if bytes <= most {
+            return Ok(());
+        }
+        let whose = if own.is_some() { "the contract takes" } else { "a call may have" };
+        let reason = format!("the arguments are {bytes} bytes of JSON; {whose} {most}; send less");
+        Err(Denial { rule: Rule::ToolRequestBytes, reason })
+    }
+
+    /// Longest text in which a call of any of the tools may come, in bytes: each byte of canonical JSON may be written as six, and what
+    /// is around the arguments has room. What is longer need not be read.
+    pub fn longest_text(&self) -> usize {
+        let of = |compiled: &Compiled| {
+            let own = compiled.tool.limits.request_bytes.and_then(|most| usize::try_from(most).ok());
+            own.unwrap_or(LONGEST_ARGUMENTS).min(LONGEST_ARGUMENTS)
+        };
+        let longest = self.tools.values().map(of).max().unwrap_or_default();
+        longest.saturating_mul(6).saturating_add(AROUND)
     }
 
     /// Whether a call may leave as far as that follows from the call alone, and whether people must have been asked for certain: what
@@ -328,6 +370,11 @@ impl Contracts {
     /// Whether calls of a tool are judged in microseconds where their arguments are [`quick::SHORT`].
     pub fn is_quick(&self, name: &str) -> bool {
         self.tools.get(name).is_none_or(|compiled| compiled.is_quick)
+    }
+
+    /// Whether what a tool's contract says of a call may change with the counters, and with the results of other calls.
+    pub fn sees(&self, name: &str) -> (bool, bool) {
+        self.tools.get(name).map_or((true, true), |compiled| (compiled.uses_usage, compiled.uses_results))
     }
 
     /// Whether a call that was decided over may still leave by its contract, and whether people must have been asked for what is known
@@ -359,13 +406,24 @@ impl Contracts {
                 format!("{name} has side effect {}, which the workflow class does not allow", effect.as_str()),
             );
         }
-        if let Err(error) = compiled.schema.validate(arguments) {
-            let place = error.instance_path().to_string();
-            let place = if place.is_empty() { "the arguments".to_owned() } else { shorten(&place) };
-            // The reason is recorded, and arguments are in no record.
-            return deny(Rule::ToolSchema, format!("{place}: {}", shorten(&error.masked().to_string())));
-        }
-        Ok((&compiled.tool, compiled.conditions(arguments, known, asked)?))
+        // One allowance for all that the contract asks.
+        meter::metered(|| {
+            let misfit = match compiled.schema.check(arguments) {
+                Ok(()) => return Ok((&compiled.tool, compiled.conditions(arguments, known, asked)?)),
+                Err(Misfit::At { instance, words, .. }) => {
+                    let place = if instance.is_empty() { "the arguments".to_owned() } else { shorten(&instance) };
+                    // The reason is recorded, and arguments are in no record.
+                    format!("{place}: {}", shorten(&words))
+                }
+                Err(Misfit::Exceeded(exceeded)) => {
+                    format!(
+                        "whether the arguments fit the input schema cannot be told: {}",
+                        compiled.too_much(&exceeded.to_string())
+                    )
+                }
+            };
+            deny(Rule::ToolSchema, misfit)
+        })
     }
 
     fn unknown(&self, name: &str) -> Denial {
@@ -387,6 +445,14 @@ fn shown(policy: &PolicyConfig, kept: BTreeMap<String, (Value, usize)>) -> Resul
 }
 
 impl Compiled {
+    /// What to do about a judgment that takes too much.
+    fn too_much(&self, what: &str) -> String {
+        format!(
+            "{what}; send less, or have whoever keeps the ToolContract {} bound its arguments by maxItems and maxLength",
+            self.tool.contract
+        )
+    }
+
     /// Whether the preconditions hold that `asked` takes, and then, whether people must be asked: always, where the contract says
     /// no more; not for certain, where the condition is none that `asked` takes.
     fn conditions(
@@ -400,6 +466,16 @@ impl Compiled {
         if preconditions().next().is_none() && when.is_none() {
             return Ok(self.approval_when.is_none() && self.tool.approval.is_some());
         }
+        meter::metered(|| self.asked(arguments, known, preconditions(), when))
+    }
+
+    fn asked<'c>(
+        &'c self,
+        arguments: &Value,
+        known: Known<'_>,
+        preconditions: impl Iterator<Item = &'c Condition>,
+        when: Option<&Expression>,
+    ) -> Result<bool, Denial> {
         let mut context = known.results.context.new_inner_scope();
         if self.uses_args {
             context.add_variable_as_val("args", expression::json(arguments));
@@ -407,10 +483,13 @@ impl Compiled {
         if self.uses_usage {
             context.add_variable_as_val("usage", expression::usage(known.usage));
         }
-        for Condition { name, expression, message } in preconditions() {
+        for Condition { name, expression, message } in preconditions {
             let why = match expression.holds(&context) {
                 Ok(true) => continue,
                 Ok(false) => message.clone(),
+                Err(neither) if meter::ended_by_itself().is_err() => {
+                    format!("{} ({message})", self.too_much(&neither))
+                }
                 Err(neither) => format!("{neither} ({message})"),
             };
             return Err(Denial {

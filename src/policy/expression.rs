@@ -1,13 +1,13 @@
 //! CEL expressions of contracts and packs, and what they see.
 //!
 //! Promises: an expression says yes, no, or why it says neither; who asks decides what neither means, and it is never in the
-//! agent's favour. Whole numbers of JSON are `int` where they fit, so that they can be added to literals. Refuses: to show an
+//! agent's favour; it takes no more than its judgment may ([`meter`](super::meter)). Whole numbers of JSON are `int` where they fit, so that they can be added to literals. Refuses: to show an
 //! argument's value in a reason, which is recorded.
 
 use std::collections::{BTreeSet, HashMap};
 
 use cel::{
-    Context, ExecutionError, Program, Value as CelValue,
+    Context, ExecutionError, IdedExpr, Program, Value as CelValue,
     common::{
         types::{CelBool, CelDouble, CelInt, CelList, CelMap, CelMapKey, CelNull, CelString, CelUInt},
         value::Val,
@@ -17,13 +17,16 @@ use serde_json::Value;
 
 use super::{
     config::{TaskIdentity, Usage},
-    quick,
+    meter, quick,
     shorten::shorten,
 };
 
+/// What expressions take.
+mod metered;
+
 /// A compiled expression.
 pub struct Expression {
-    program: Program,
+    metered: IdedExpr,
     names: BTreeSet<String>,
     is_quick: bool,
 }
@@ -38,7 +41,9 @@ impl Expression {
         let references = program.references();
         let names = references.variables().into_iter().map(str::to_owned).collect();
         let is_quick = quick::expression(source, references.functions());
-        Ok(Self { program, names, is_quick })
+        let mut metered = program.expression().clone();
+        metered::meter(&mut metered);
+        Ok(Self { metered, names, is_quick })
     }
 
     /// Whether it takes microseconds over short arguments, see [`quick`].
@@ -76,16 +81,21 @@ impl Expression {
     }
 
     fn execute(&self, context: &Context<'_, '_>) -> Result<CelValue, String> {
-        self.program.execute(context).map_err(|error| match error {
-            ExecutionError::NoSuchKey(key) => format!("there is no {}", shorten(&key)),
-            _ => "it cannot be evaluated over these values".into(),
+        meter::metered(|| {
+            let came = CelValue::resolve(&self.metered, context);
+            // Whatever it came to: an expression may make something of the error.
+            meter::ended_by_itself().map_err(|exceeded| exceeded.to_string())?;
+            came.map_err(|error| match error {
+                ExecutionError::NoSuchKey(key) => format!("there is no {}", shorten(&key)),
+                _ => "it cannot be evaluated over these values".into(),
+            })
         })
     }
 }
 
 /// What every expression of a task sees: `task` and `principal`, and all functions.
 pub fn context(task: &TaskIdentity) -> Context<'static, 'static> {
-    let mut context = Context::default();
+    let mut context = Context::with_env(metered::env());
     context.add_variable_as_val("task", task_seen(task));
     context.add_variable_as_val("principal", text(task.principal.clone()));
     context
@@ -182,7 +192,7 @@ mod tests {
     #[case("!args.missing")]
     fn a_member_of_what_has_none_is_an_error(#[case] source: &str) {
         let args = json!({"card": "4111", "list": ["a"], "nothing": null});
-        let mut context = Context::default();
+        let mut context = Context::with_env(metered::env());
         context.add_variable_as_val("args", json(&args));
         assert!(Expression::compile(source).unwrap().holds(&context).is_err(), "{source}");
     }
@@ -194,7 +204,7 @@ mod tests {
     #[case("args.missing", Err("there is no missing"))]
     #[case("args.id.deeper", Err("it cannot be evaluated over these values"))]
     fn a_value(#[case] source: &str, #[case] expected: Result<Value, &str>) {
-        let mut context = Context::default();
+        let mut context = Context::with_env(metered::env());
         context.add_variable_as_val("args", json_kept(&json!({"id": 7, "nothing": null})));
         let found = Expression::compile(source).unwrap().value(&context);
         assert_eq!(found, expected.map_err(str::to_owned));

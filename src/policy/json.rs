@@ -3,19 +3,21 @@
 //! Two readers of one text must see one value: what is decided on here is acted on by somebody else's parser. Promises: of
 //! a text that passes, every parser that follows RFC 8259 makes the value that [`parse`] makes. Refuses, beyond what is no
 //! JSON at all (`NaN`, `Infinity`, `1e999`, halves of surrogate pairs, text after the value): names that an object has
-//! twice, more than [`DEEPEST`] levels, and numbers that would be rounded. [`exact`] refuses what still has two readings
+//! twice, more than [`DEEPEST`] levels, more than [`MOST`] values, and numbers that would be rounded. [`exact`] refuses what still has two readings
 //! between languages: numbers beyond 2^53 − 1 either way, which JavaScript rounds, and `-0`, which it writes as `0`.
 //!
 //! Names are compared by their characters, after escapes: `a` and `\u0061` are one. Nothing is normalised: a name that only
 //! looks like another is another.
 
-use std::{borrow::Cow, fmt};
+use std::{borrow::Cow, cell::Cell, fmt};
 
 use serde::de::{DeserializeSeed, Deserializer, Error, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Number, Value};
 
 /// Deepest nesting. What walks a value afterwards recurses, on stacks of 2 MiB.
 pub const DEEPEST: usize = 100;
+/// Most values, names aside. A value in memory takes many times the bytes of its text: `0,`.
+pub const MOST: usize = 1 << 18;
 /// The largest whole number that every JSON parser keeps: 2^53 − 1.
 pub const LARGEST: i64 = (1 << 53) - 1;
 /// From here on doubles have gaps larger than one, so that a number read into one may have been another.
@@ -32,7 +34,8 @@ pub struct Ambiguous(pub String);
 /// If the text is not JSON, or could be read in two ways.
 pub fn parse(text: &[u8]) -> Result<Value, Ambiguous> {
     let mut reader = serde_json::Deserializer::from_slice(text);
-    let value = Level(0).deserialize(&mut reader).map_err(found)?;
+    let left = Cell::new(MOST);
+    let value = Level { depth: 0, left: &left }.deserialize(&mut reader).map_err(found)?;
     reader.end().map_err(found)?;
     Ok(value)
 }
@@ -104,26 +107,33 @@ fn found(error: serde_json::Error) -> Ambiguous {
 
 /// Reads a value at this depth.
 #[derive(Clone, Copy)]
-struct Level(usize);
+struct Level<'l> {
+    depth: usize,
+    /// How many values there may still be.
+    left: &'l Cell<usize>,
+}
 
-impl Level {
+impl Level<'_> {
     fn below<E: Error>(self) -> Result<Self, E> {
-        if self.0 >= DEEPEST {
+        if self.depth >= DEEPEST {
             return Err(E::custom(format_args!("more than {DEEPEST} levels")));
         }
-        Ok(Self(self.0 + 1))
+        Ok(Self { depth: self.depth + 1, ..self })
     }
 }
 
-impl<'de> DeserializeSeed<'de> for Level {
+impl<'de> DeserializeSeed<'de> for Level<'_> {
     type Value = Value;
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Value, D::Error> {
+        let left = self.left.get().checked_sub(1);
+        self.left
+            .set(left.ok_or_else(|| D::Error::custom(format_args!("more than {MOST} values: send less at a time")))?);
         deserializer.deserialize_any(self)
     }
 }
 
-impl<'de> Visitor<'de> for Level {
+impl<'de> Visitor<'de> for Level<'_> {
     type Value = Value;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -226,6 +236,14 @@ mod tests {
         assert!(parse(nested(DEEPEST).as_bytes()).is_ok());
         assert!(parse(nested(DEEPEST + 1).as_bytes()).is_err());
         assert!(parse("[".repeat(1 << 20).as_bytes()).is_err());
+    }
+
+    #[test]
+    fn refuses_what_takes_more_memory_than_its_text() {
+        let zeros = |n: usize| format!("[{}0]", "0,".repeat(n - 1));
+        assert!(parse(zeros(MOST - 1).as_bytes()).is_ok());
+        let refused = parse(zeros(MOST).as_bytes()).unwrap_err();
+        assert!(refused.to_string().contains("values"), "{refused}");
     }
 
     #[rstest]

@@ -7,7 +7,11 @@ use std::collections::BTreeMap;
 
 use serde_json::Value;
 
-use super::config::Tool;
+use super::{
+    config::Tool,
+    quick,
+    shape::{Misfit, Shape},
+};
 
 /// An output schema that is none. The operator refuses such a task; a harness that meets one does not start.
 #[derive(Debug, thiserror::Error)]
@@ -21,7 +25,7 @@ pub struct OutputError {
 
 /// The output schemas of a task's tools, compiled.
 #[derive(Default)]
-pub struct Outputs(BTreeMap<String, jsonschema::Validator>);
+pub struct Outputs(BTreeMap<String, Shape>);
 
 impl Outputs {
     /// Compiles them.
@@ -30,11 +34,16 @@ impl Outputs {
     /// If one is not a JSON Schema.
     pub fn compile(tools: &[Tool]) -> Result<Self, OutputError> {
         let schemas = tools.iter().filter_map(|tool| Some((&tool.name, tool.output.as_ref()?)));
-        let compile = |(name, schema): (&String, &Value)| match jsonschema::draft202012::options().build(schema) {
-            Ok(validator) => Ok((name.clone(), validator)),
-            Err(error) => Err(OutputError { tool: name.clone(), reason: error.to_string() }),
+        let compile = |(name, schema): (&String, &Value)| match Shape::compile(schema) {
+            Ok(shape) => Ok((name.clone(), shape)),
+            Err(reason) => Err(OutputError { tool: name.clone(), reason }),
         };
         schemas.map(compile).collect::<Result<_, _>>().map(Self)
+    }
+
+    /// Whether results of so many bytes are compared in microseconds.
+    pub fn is_quick(&self, tool: &Tool, length: usize) -> bool {
+        tool.output.as_ref().is_none_or(|schema| length <= quick::SHORT && quick::schema(schema))
     }
 
     /// Whether the tool's contract has a schema.
@@ -48,9 +57,12 @@ impl Outputs {
     /// Where it does not fit, and what was expected there.
     pub fn check(&self, tool: &str, result: &Value) -> Result<(), String> {
         let Some(schema) = self.0.get(tool) else { return Ok(()) };
-        schema.validate(result).map_err(|error| {
+        schema.check(result).map_err(|misfit| match misfit {
             // The keyword's place is the contract author's own text; the instance's place may hold keys of the result.
-            format!("it does not fit {} of the contract's output schema", error.schema_path())
+            Misfit::At { schema, .. } => format!("it does not fit {schema} of the contract's output schema"),
+            Misfit::Exceeded(exceeded) => {
+                format!("whether it fits the contract's output schema cannot be told: {exceeded}")
+            }
         })
     }
 }

@@ -22,15 +22,15 @@ use k8s_openapi::{
 };
 use kube::ResourceExt;
 use tokio::{
-    io::{AsyncBufReadExt, AsyncRead, BufReader},
+    io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, BufReader},
     net::TcpListener,
     process::Child,
-    sync::{mpsc::UnboundedSender, oneshot},
+    sync::{Semaphore, mpsc::UnboundedSender, oneshot},
 };
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Options, RunError, Told,
+    Options, RunError, Slot, Told,
     gateway::Serving,
     objects::{self, Api},
     probe::{self, Controls},
@@ -61,6 +61,10 @@ const WORKSPACE: [&str; 2] = ["/workspace", "/task"];
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// Longest line of an agent's that is told, in bytes; a longer one comes in parts.
 const LINE: u64 = 8 << 10;
+/// Lines of an agent's that wait to be written, in KiB: beyond it they are lost, since an agent must not wait for our reader.
+const WAITING: usize = 4 << 10;
+/// For an agent to be gone that was killed. What the kernel holds fast is not waited for.
+const GONE: Duration = Duration::from_secs(10);
 /// For what an agent has said to be read once it has ended.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 /// Beyond wall time and approvals, in which the harness ends an attempt by itself.
@@ -199,7 +203,9 @@ impl Surroundings<'_> {
         };
         let started = Timestamp::now();
         let _ = self.tell.send(Told::Started { attempt: number });
-        let words = [self.listen(agent.stdout.take(), false), self.listen(agent.stderr.take(), true)];
+        let room = Arc::new(Semaphore::new(WAITING));
+        let words =
+            [self.listen(agent.stdout.take(), false, room.clone()), self.listen(agent.stderr.take(), true, room)];
         let plan = self.validated.agent(number);
         let longest = Duration::from_secs(u64::try_from(self.validated.lifetime_seconds).unwrap_or_default()) + CLOSING;
         let pid = agent.id().unwrap_or_default();
@@ -258,20 +264,40 @@ impl Surroundings<'_> {
         &self,
         from: Option<impl AsyncRead + Unpin + Send + 'static>,
         error: bool,
+        room: Arc<Semaphore>,
     ) -> tokio::task::JoinHandle<()> {
         let tell = self.tell.clone();
         tokio::spawn(async move {
             let Some(from) = from else { return };
             let mut lines = BufReader::new(from);
+            let (mut rest, mut lost) = (Vec::new(), 0_u64);
             loop {
-                let mut line = Vec::new();
-                let mut part = tokio::io::AsyncReadExt::take(&mut lines, LINE);
-                match part.read_until(b'\n', &mut line).await {
-                    Ok(0) | Err(_) => return,
-                    Ok(_) => {}
+                let mut line = std::mem::take(&mut rest);
+                let left = LINE.saturating_sub(u64::try_from(line.len()).unwrap_or_default());
+                let ended = match (&mut lines).take(left).read_until(b'\n', &mut line).await {
+                    Ok(0) | Err(_) if line.is_empty() => break,
+                    Ok(count) => count == 0,
+                    Err(_) => true,
+                };
+                let goes_on = !ended && !line.ends_with(b"\n");
+                if goes_on {
+                    // A character is not cut in two.
+                    rest = line.split_off(whole_characters(&line));
                 }
                 let line = String::from_utf8_lossy(&line).trim_end_matches(['\r', '\n']).to_owned();
-                let _ = tell.send(Told::Said { error, line });
+                let size = u32::try_from(line.len() / 1024).unwrap_or(u32::MAX).saturating_add(1);
+                match room.clone().try_acquire_many_owned(size) {
+                    Ok(slot) => {
+                        if lost > 0 {
+                            let _ = tell.send(Told::Lost(std::mem::take(&mut lost)));
+                        }
+                        let _ = tell.send(Told::Said { error, line, goes_on, slot: Slot(Arc::new(slot)) });
+                    }
+                    Err(_) => lost = lost.saturating_add(1),
+                }
+            }
+            if lost > 0 {
+                let _ = tell.send(Told::Lost(lost));
             }
         })
     }
@@ -449,7 +475,23 @@ fn secret_entries(secret: &Secret) -> Vec<(String, Vec<u8>)> {
 async fn kill(agent: &mut Child) -> std::io::Result<ExitStatus> {
     // One that has ended meanwhile is waited for all the same.
     let _ = agent.start_kill();
-    agent.wait().await
+    let gone = tokio::time::timeout(GONE, agent.wait()).await;
+    gone.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()))
+}
+
+/// So many bytes of a text are whole characters, where its end may be part of one.
+fn whole_characters(text: &[u8]) -> usize {
+    let first = text.len().saturating_sub(3);
+    // The last byte that begins a character, if what follows it is not all of it.
+    let begins = |at: &usize| text.get(*at).is_some_and(|byte| byte & 0xC0 != 0x80);
+    let last = (first..text.len()).rev().find(begins);
+    match last.filter(|at| *at > 0) {
+        Some(at) => match std::str::from_utf8(text.get(at..).unwrap_or_default()) {
+            Err(error) if error.error_len().is_none() => at,
+            _ => text.len(),
+        },
+        None => text.len(),
+    }
 }
 
 /// As a shell says it: 128 and the signal.
@@ -524,6 +566,19 @@ mod tests {
         status(&mut pod, ends, deleted);
         let end = observe::pod(&pod).unwrap().end.unwrap();
         (end.class, end.reason)
+    }
+
+    #[test]
+    fn no_character_is_cut_in_two() {
+        for (text, whole) in [("abc", 3), ("ab\u{e9}", 4), ("ab\u{20ac}", 5), ("ab\u{1f600}", 6)] {
+            assert_eq!(whole_characters(text.as_bytes()), whole);
+            for cut in 3..text.len() {
+                assert_eq!(whole_characters(&text.as_bytes()[..cut]), 2, "{text} at {cut}");
+            }
+        }
+        // What is no text is told as it is.
+        assert_eq!(whole_characters(b"ab\xff"), 3);
+        assert_eq!((whole_characters(b""), whole_characters(b"\xe2"), whole_characters(&[0x80; 9])), (0, 1, 9));
     }
 
     fn agent(code: i32, reason: &'static str) -> Option<AgentEnd> {

@@ -19,6 +19,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
 use super::{
+    cost,
     document::{self, Node, Place},
     schema::{Kind, nearest},
 };
@@ -147,6 +148,8 @@ pub(in crate::cli) fn lint(sources: &[Source], namespace: &str) -> Result<Outcom
     let (contracts, packs) = (typed::<ToolContract>(&objects), typed::<PolicyPack>(&objects));
     for (object, contract) in &contracts {
         found.alone(object, alone::contract(contract));
+        let long = cost::contract(contract).into_iter();
+        long.for_each(|finding| found.add_at_field(&object.entry, Severity::Warning, finding));
     }
     for (object, pack) in &packs {
         found.alone(object, alone::pack(pack));

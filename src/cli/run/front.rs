@@ -1,10 +1,10 @@
 //! What a run shows, and whom it asks.
 //!
 //! Promises: records, words of the agent's and questions come in the order in which they happened; text goes through `Safe`; JSON is a line an
-//! event. Refuses: to ask where nobody is, and to take silence for a yes.
+//! event; nobody waits for who reads it ([`Output`](crate::output::Output)): what is lost for that is counted. Refuses: to ask where nobody is, and to take silence for a yes.
 
 use std::{
-    io::{self, BufRead, IsTerminal, Write},
+    io::{self, BufRead, IsTerminal},
     sync::Arc,
     time::Duration,
 };
@@ -17,14 +17,14 @@ use tokio::{
     time::{MissedTickBehavior, interval},
 };
 
-use super::Output;
+use super::Output as Form;
 use crate::{
     api::{
         AgentTask, ApprovalRequest,
         agent_task::{AgentTaskStatus, Phase},
     },
     cli::{
-        CliError, approve,
+        approve,
         terminal::{Paint, Safe},
         watch::{
             screen::{Screen, width},
@@ -32,6 +32,7 @@ use crate::{
         },
     },
     evidence::record::{Event, Record},
+    output::{Kept, Output},
     policy::approval::Answer,
     run::{Outcome, RunError, Told, objects::Api},
 };
@@ -51,9 +52,12 @@ pub(super) struct Person {
 
 /// What is shown, and how.
 pub(super) struct Front<'p> {
-    output: Output,
+    output: Form,
     view: View,
-    screen: Screen<io::Stdout>,
+    screen: Screen<Vec<u8>>,
+    out: Output,
+    /// The places of lines that are to be written next.
+    slots: Vec<Kept>,
     paint: Paint,
     terminal: bool,
     task: AgentTask,
@@ -64,10 +68,10 @@ pub(super) struct Front<'p> {
 }
 
 impl<'p> Front<'p> {
-    pub(super) fn new(output: Output, task: &AgentTask, person: &'p mut Person) -> Self {
+    pub(super) fn new(output: Form, task: &AgentTask, person: &'p mut Person) -> Self {
         let out = io::stdout();
         let terminal =
-            output == Output::Text && out.is_terminal() && std::env::var_os("TERM").is_none_or(|term| term != "dumb");
+            output == Form::Text && out.is_terminal() && std::env::var_os("TERM").is_none_or(|term| term != "dumb");
         let paint = Paint::new(terminal);
         let (namespace, name) = (task.namespace().unwrap_or_default(), task.name_any());
         let mut view = View::new(&namespace, &name, paint);
@@ -77,7 +81,9 @@ impl<'p> Front<'p> {
         Self {
             output,
             view,
-            screen: Screen::new(out, terminal),
+            screen: Screen::new(Vec::new(), terminal),
+            out: Output::to(out, if output == Form::Json { missing_as_json } else { missing }),
+            slots: Vec::new(),
             paint,
             terminal,
             task: task.clone(),
@@ -92,33 +98,32 @@ impl<'p> Front<'p> {
         &mut self,
         running: impl Future<Output = Result<Outcome, RunError>>,
         told: &mut UnboundedReceiver<Told>,
-    ) -> Result<Result<Outcome, RunError>, CliError> {
+    ) -> Result<Outcome, RunError> {
         let mut running = std::pin::pin!(running);
         let mut tick = interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Skip);
         let ended = loop {
             tokio::select! {
-                biased;
-                Some(one) = told.recv() => self.told(one)?,
-                Some(answer) = next(&mut self.answers) => self.answer(&answer)?,
+                Some(one) = told.recv() => self.told(one),
+                Some(answer) = next(&mut self.answers) => self.answer(&answer),
                 ended = &mut running => break ended,
                 _ = tick.tick() => self.overdue(),
             }
-            self.draw()?;
+            self.draw();
         };
         while let Ok(one) = told.try_recv() {
-            self.told(one)?;
+            self.told(one);
         }
-        self.draw()?;
-        Ok(ended)
+        self.draw();
+        ended
     }
 
-    fn told(&mut self, told: Told) -> Result<(), CliError> {
+    fn told(&mut self, told: Told) {
         if let Told::Asked(request) = &told {
             self.asked(request);
         }
-        if self.output == Output::Json {
-            return self.told_as_json(&told);
+        if self.output == Form::Json {
+            return self.told_as_json(told);
         }
         match told {
             Told::Step(step) => self.view.notice(&step),
@@ -131,28 +136,40 @@ impl<'p> Front<'p> {
                 self.view.task(&self.task);
             }
             Told::Record(record) => self.view.record(record.attempt, &record),
-            Told::Said { line, .. } => self.view.said(&line),
+            Told::Said { line, slot, .. } => {
+                self.view.said(&line);
+                self.slots.push(Box::new(slot));
+            }
+            Told::Lost(lines) => self.view.notice(missing(lines).trim_end()),
             Told::Asked(_) => {}
             Told::Trouble(trouble) => self.view.notice(&trouble),
             Told::Pause(until) => self.view.notice(&format!("another attempt at {until:.0}")),
         }
-        Ok(())
     }
 
-    fn told_as_json(&mut self, told: &Told) -> Result<(), CliError> {
-        let line = match told {
+    fn told_as_json(&mut self, told: Told) {
+        let line = match &told {
             Told::Step(step) => json!({"event": "step", "step": step}),
             Told::Started { attempt } => json!({"event": "started", "attempt": attempt}),
             Told::Record(record) => json!({"event": "record", "record": brief(record)}),
-            Told::Said { error, line } => {
-                json!({"event": "said", "stream": if *error { "stderr" } else { "stdout" }, "line": line})
+            Told::Said { error, line, goes_on, .. } => {
+                let mut said =
+                    json!({"event": "said", "stream": if *error { "stderr" } else { "stdout" }, "line": line});
+                if let Some(said) = said.as_object_mut().filter(|_| *goes_on) {
+                    said.insert("goesOn".to_owned(), true.into());
+                }
+                said
             }
+            Told::Lost(lines) => json!({"event": "lost", "lines": lines}),
             Told::Asked(request) => json!({"event": "approval", "name": request.name_any(), "request": request.spec}),
             Told::Trouble(trouble) => json!({"event": "trouble", "trouble": trouble}),
             Told::Pause(until) => json!({"event": "pause", "until": until.to_string()}),
         };
-        writeln!(io::stdout(), "{line}")?;
-        Ok(())
+        let kept: Vec<Kept> = match told {
+            Told::Said { slot, .. } => vec![Box::new(slot)],
+            _ => vec![],
+        };
+        self.out.say_kept(format!("{line}\n").into_bytes(), kept);
     }
 
     /// Somebody has to say yes or no.
@@ -165,7 +182,7 @@ impl<'p> Front<'p> {
             self.person.api.decide(&request.name_any(), &self.person.name, Answer::Approve, Some(reason));
             return;
         }
-        if self.output == Output::Text {
+        if self.output == Form::Text {
             for line in approve::describe(request, Timestamp::now(), self.paint).lines() {
                 self.view.line(line.to_owned());
             }
@@ -196,21 +213,20 @@ impl<'p> Front<'p> {
         }
     }
 
-    fn answer(&mut self, answer: &str) -> Result<(), CliError> {
-        let Some(request) = self.questions.first() else { return Ok(()) };
+    fn answer(&mut self, answer: &str) {
+        let Some(request) = self.questions.first() else { return };
         let (word, reason) = answer.trim().split_once(char::is_whitespace).unwrap_or((answer.trim(), ""));
         let decision = match word.to_lowercase().as_str() {
             "y" | "yes" => Answer::Approve,
             "n" | "no" => Answer::Deny,
             _ => {
                 self.view.notice("expected y or n, and a reason if you like, such as `n this is the wrong order`");
-                return Ok(());
+                return;
             }
         };
         let reason = Some(reason.trim().chars().take(1024).collect::<String>()).filter(|reason| !reason.is_empty());
         self.person.api.decide(&request.name_any(), &self.person.name, decision, reason);
         self.questions.remove(0);
-        Ok(())
     }
 
     /// What nobody has answered in time is not asked about any more.
@@ -219,21 +235,32 @@ impl<'p> Front<'p> {
         self.questions.retain(|request| request.spec.expires_at.0 > now);
     }
 
-    fn draw(&mut self) -> Result<(), CliError> {
-        if self.output == Output::Json {
-            return Ok(());
+    fn draw(&mut self) {
+        if self.output == Form::Json {
+            return;
         }
         let mut panel = if self.terminal { self.view.panel(width()) } else { Vec::new() };
         if let Some(request) = self.questions.first() {
             let question = format!("? {}: y or n, and why", Safe(&request.spec.tool));
             panel.push(self.paint.warn(question));
         }
-        self.screen.show(&self.view.take_lines(), &panel)?;
-        Ok(())
+        self.show_lines(&panel);
     }
 
-    pub(super) fn end(&mut self, ended: &Result<Outcome, RunError>, log: &str, check: &str) -> Result<(), CliError> {
-        if self.output == Output::Json {
+    /// Has the lines written that there are, and the panel drawn below them.
+    fn show_lines(&mut self, panel: &[String]) {
+        let lines = self.view.take_lines();
+        // Into memory, which takes everything.
+        let _ = self.screen.show(&lines, panel);
+        let text = std::mem::take(self.screen.out());
+        if !text.is_empty() {
+            self.out.say_kept(text, std::mem::take(&mut self.slots));
+        }
+    }
+
+    /// Says how it ended, and waits for what is left to be read, but not for long.
+    pub(super) fn end(&mut self, ended: &Result<Outcome, RunError>, log: &str, check: &str) {
+        if self.output == Form::Json {
             let line = match ended {
                 Ok(Outcome { closed, sealed, trouble }) => json!({
                     "event": "ended", "closed": closed, "usage": sealed.usage, "size": sealed.size, "root": sealed.root,
@@ -241,8 +268,8 @@ impl<'p> Front<'p> {
                 }),
                 Err(error) => json!({"event": "failed", "error": error.to_string(), "evidence": log, "verify": check}),
             };
-            writeln!(io::stdout(), "{line}")?;
-            return Ok(());
+            self.out.say(format!("{line}\n").into_bytes());
+            return self.out.end();
         }
         match ended {
             Ok(Outcome { closed, trouble, .. }) => {
@@ -266,10 +293,17 @@ impl<'p> Front<'p> {
         }
         self.view.line(format!("{:<11}{}", self.paint.dim("evidence"), Safe(log)));
         self.view.line(format!("{:<11}{}", self.paint.dim("verify"), Safe(check)));
-        self.screen.show(&self.view.take_lines(), &[])?;
-        self.screen.flush()?;
-        Ok(())
+        self.show_lines(&[]);
+        self.out.end();
     }
+}
+
+fn missing(lines: u64) -> String {
+    format!("… {lines} lines of output were dropped because nobody read them\n")
+}
+
+fn missing_as_json(lines: u64) -> String {
+    format!("{}\n", json!({"event": "lost", "lines": lines}))
 }
 
 /// A record as JSON. The policy, which the first has with it, is in the evidence.

@@ -47,6 +47,11 @@ impl<W: Write> Screen<W> {
         self.out.flush()
     }
 
+    /// Where it writes to.
+    pub(in crate::cli) fn out(&mut self) -> &mut W {
+        &mut self.out
+    }
+
     /// Whatever is not written yet.
     pub(in crate::cli) fn flush(&mut self) -> io::Result<()> {
         self.out.flush()

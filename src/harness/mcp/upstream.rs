@@ -252,7 +252,7 @@ impl Upstreams {
             approvals: vec![],
             because: vec![],
             undoes: None,
-            arguments: None,
+            judged: None,
             rules: vec![Rule::ToolKnown],
             model: None,
             reserve: Spent::default(),

@@ -14,6 +14,7 @@ use std::{
     },
     path::Path,
     process::Stdio,
+    time::Duration,
 };
 
 use rustix::net::{
@@ -71,9 +72,12 @@ impl Hold {
     /// Lets go of it.
     pub async fn end(mut self) {
         // It has nothing to lose; whatever still runs in the namespace keeps that until it ends.
-        let _ = self.child.kill().await;
+        let _ = tokio::time::timeout(GONE, self.child.kill()).await;
     }
 }
+
+/// For it to be gone: what the kernel holds fast is not waited for.
+const GONE: Duration = Duration::from_secs(10);
 
 /// What most often keeps users from having namespaces.
 fn hint() -> &'static str {

@@ -1,0 +1,300 @@
+//! Time is nobody's: agents that make a harness judge for hours, and peers that say nothing, beside a ticker and a signal where the harness's
+//! own work is done. Generated calls are in `src/harness/gate/tests.rs`.
+
+use std::{
+    io::{Read, Write},
+    net::TcpStream,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use belay::{
+    harness::{
+        self, Ended, Parts, Stop,
+        probe::{Looking, Timing},
+    },
+    policy::config::HarnessConfig,
+};
+use futures::future::BoxFuture;
+use tokio::runtime::{Builder, Runtime};
+
+use super::*;
+
+const TICK: Duration = Duration::from_millis(100);
+/// What the ticker may be late by.
+const LATE: Duration = Duration::from_millis(100);
+/// What a signal may take to be heard.
+const HEARD: Duration = Duration::from_secs(1);
+
+/// Where agents, upstreams and the gateway are: not where the harness's own work is done.
+fn outside() -> Runtime {
+    Builder::new_multi_thread().worker_threads(2).thread_stack_size(16 << 20).enable_all().build().unwrap()
+}
+
+/// The thread that a harness's process has for its own work.
+fn inside() -> Runtime {
+    Builder::new_current_thread().enable_all().build().unwrap()
+}
+
+/// The worst lateness so far, in microseconds.
+#[derive(Clone, Default)]
+struct Worst(Arc<AtomicU64>);
+
+impl Worst {
+    fn saw(&self, late: Duration) {
+        self.0.fetch_max(u64::try_from(late.as_micros()).unwrap(), Ordering::Relaxed);
+    }
+
+    fn so_far(&self) -> Duration {
+        Duration::from_micros(self.0.load(Ordering::Relaxed))
+    }
+}
+
+/// A ticker, and a signal that is raised again and again, beside the harness's own work; and the machine's own lateness, by a thread that
+/// does nothing else.
+struct Watched {
+    ticks: Worst,
+    signals: Worst,
+    machine: Worst,
+    over: Arc<AtomicBool>,
+}
+
+impl Watched {
+    /// Called where the harness's own work is done.
+    fn begin() -> Self {
+        let watched = Self {
+            ticks: Worst::default(),
+            signals: Worst::default(),
+            machine: Worst::default(),
+            over: Arc::default(),
+        };
+        let ticks = watched.ticks.clone();
+        tokio::spawn(async move {
+            let mut tick = tokio::time::interval(TICK);
+            tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+            loop {
+                let due = tick.tick().await;
+                ticks.saw(due.elapsed());
+            }
+        });
+        let (machine, over) = (watched.machine.clone(), watched.over.clone());
+        std::thread::spawn(move || {
+            while !over.load(Ordering::Relaxed) {
+                let before = Instant::now();
+                std::thread::sleep(TICK);
+                machine.saw(before.elapsed().saturating_sub(TICK));
+            }
+        });
+        let (signals, over) = (watched.signals.clone(), watched.over.clone());
+        let mut heard = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::user_defined1()).unwrap();
+        let (raised, mut was_raised) = tokio::sync::mpsc::unbounded_channel();
+        std::thread::spawn(move || {
+            while !over.load(Ordering::Relaxed) {
+                let _ = raised.send(Instant::now());
+                raise();
+                std::thread::sleep(Duration::from_secs(1));
+            }
+        });
+        tokio::spawn(async move {
+            while let Some(at) = was_raised.recv().await {
+                let _ = heard.recv().await;
+                signals.saw(at.elapsed());
+            }
+        });
+        watched
+    }
+
+    /// What was seen. The machine may be late by itself, with other tests beside this one.
+    fn is_in_time(&self) {
+        self.over.store(true, Ordering::Relaxed);
+        let (ticks, signals, machine) = (self.ticks.so_far(), self.signals.so_far(), self.machine.so_far());
+        println!("worst: ticker {ticks:?}, signal {signals:?}, the machine by itself {machine:?}");
+        assert!(ticks <= LATE + machine * 4, "the ticker was late by {ticks:?}, the machine by itself by {machine:?}");
+        assert!(
+            signals <= HEARD + machine * 4,
+            "a signal was heard after {signals:?}, the machine by itself was late by {machine:?}"
+        );
+    }
+}
+
+fn raise() {
+    let pid = std::process::id().to_string();
+    std::process::Command::new("kill").args(["-USR1", &pid]).status().unwrap();
+}
+
+/// An agent's own HTTP, on a thread of its own.
+fn posted(address: SocketAddr, body: &str) -> String {
+    let mut stream = TcpStream::connect(address).unwrap();
+    let head = format!(
+        "POST /mcp HTTP/1.1\r\nHost: {address}\r\nContent-Type: application/json\r\nAccept: application/json, text/event-stream\r\n\
+         MCP-Protocol-Version: 2025-06-18\r\nConnection: close\r\nContent-Length: {}\r\n\r\n",
+        body.len()
+    );
+    let _ = stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(body.as_bytes()));
+    let mut reply = String::new();
+    let _ = stream.read_to_string(&mut reply);
+    reply
+}
+
+fn called(name: &str, args: &Value) -> String {
+    json!({"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": name, "arguments": args}}).to_string()
+}
+
+/// The pipeline as a whole: while calls are judged that take hours, others pass, and the journal goes on. So do bodies as long as they may
+/// be, of whatever JSON.
+#[test]
+fn long_judgments_and_long_bodies_are_nobodys_delay() {
+    let (outside, inside) = (outside(), inside());
+    let each_once = Precondition {
+        name: "distinct".into(),
+        cel: "args.names.all(x, args.names.exists_one(y, x == y))".into(),
+        message: "each once".into(),
+    };
+    let names = json!({"type": "object", "properties": {"names": {"type": "array"}}, "additionalProperties": false});
+    let uniq = Tool {
+        input: names.clone(),
+        preconditions: vec![each_once.clone()],
+        ..tool("uniq", over_http(HttpMethod::Post, "/items", &[]), SideEffect::Read)
+    };
+    let short = Tool {
+        limits: ToolLimits { request_bytes: Some(1000), ..ToolLimits::default() },
+        name: "short".into(),
+        contract: "short".into(),
+        ..uniq.clone()
+    };
+    let plain = tool("plain", over_http(HttpMethod::Post, "/items", &[]), SideEffect::Read);
+    let mut policy = policy(Limits { tool_calls: 1000, ..LIMITS });
+    policy.tools = vec![uniq, short, plain];
+    let (gateway, mcp, api) = outside.block_on(async {
+        let (items, api) = upstreams::api().await;
+        let names = vec![("api.test".to_owned(), items)];
+        (
+            Arc::new(Gateway::start(&policy, names).await),
+            upstreams::Tools { calls: Arc::default(), listed: Arc::default() },
+            api,
+        )
+    });
+    inside.block_on(async {
+        let harness = start(gateway, &policy, 1, mcp, api).await;
+        let zeros = format!("[{}0]", "0,".repeat((15 << 20) / 2));
+        let nested = format!("{}{}", "[".repeat(1 << 20), "]".repeat(1 << 20));
+        let text = format!("\"{}\"", "\\u0061".repeat((14 << 20) / 6));
+        let long_bodies = [zeros, nested, text].map(|args| {
+            format!(r#"{{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{{"name":"uniq","arguments":{{"names":{args}}}}}}}"#)
+        });
+        let watched = Watched::begin();
+        let address = harness.address;
+        let many: Vec<u32> = (0..12_000).collect();
+        let post = |body: String| tokio::task::spawn_blocking(move || posted(address, &body));
+
+        // Before anything is judged: a call that is longer than its contract takes.
+        let started = Instant::now();
+        let refused = post(called("short", &json!({"names": many}))).await.unwrap();
+        assert!(refused.contains("tool.requestBytes"), "{refused}");
+        println!("refused by its length after {:?}", started.elapsed());
+
+        // Six that take hours, and meanwhile one that takes nothing.
+        let long: Vec<_> = (0..6).map(|_| post(called("uniq", &json!({"names": many})))).collect();
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        let quick = post(called("plain", &json!({}))).await.unwrap();
+        assert!(quick.contains("\"isError\":false"), "{quick}");
+        harness.gate.journal().caught_up().await.unwrap();
+        for one in long {
+            let told = one.await.unwrap();
+            assert!(told.contains("tool.precondition") || told.contains("request.busy"), "{told}");
+        }
+
+        // As long as a body may be, and of as many values as can be.
+        for body in long_bodies {
+            let told = post(body).await.unwrap();
+            assert!(told.contains("Belay refused"), "{}", &told[..told.len().min(400)]);
+        }
+        watched.is_in_time();
+        // Everything is in the log: what passed and each refusal.
+        let records = harness.records().await;
+        let denied: u64 = records.iter().map(|record| match &record.event {
+            Event::Denied(denied) => u64::try_from(denied.count).unwrap(),
+            _ => 0,
+        }).sum();
+        assert!(denied >= 8, "{denied}");
+    });
+    // The control: the same tools, of little.
+    let _ = outside;
+}
+
+/// Nobody looks.
+struct Blind;
+
+impl Looking for Blind {
+    fn look(&self, _: Timing) -> BoxFuture<'_, Containment> {
+        Box::pin(std::future::pending())
+    }
+}
+
+async fn stopped(after: Duration) -> Stop {
+    tokio::time::sleep(after).await;
+    Stop::Terminated
+}
+
+/// A harness whose gateway takes connections and never says a word hears who stops it.
+#[test]
+fn a_gateway_that_says_nothing_keeps_no_harness() {
+    let (outside, inside) = (outside(), inside());
+    let policy = policy(LIMITS);
+    let gateway = outside.block_on(async { Gateway::start(&policy, vec![]).await });
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("token"), "the-token\n").unwrap();
+    std::fs::create_dir(folder.path().join("spool")).unwrap();
+    let parts = |gateway_address: String| Parts {
+        config: HarnessConfig {
+            policy: policy.clone(),
+            wiring: Wiring {
+                attempt: 1,
+                gateway: gateway_address,
+                gateway_ca: gateway.ca.clone(),
+                probe: Probe { reachable: "r".into(), unreachable: vec![] },
+            },
+        },
+        containment: Containment {
+            contained: true,
+            rounds: 3,
+            millis: 1,
+            reachable: "r".into(),
+            unreachable: vec!["u".into()],
+            breaches: vec![],
+        },
+        token: folder.path().join("token"),
+        spool: folder.path().join("spool"),
+        pod: Pod {
+            name: "t-1".into(),
+            uid: "pod".into(),
+            node: "n".into(),
+            runtime_class: String::new(),
+            network_policy: String::new(),
+        },
+        local: None,
+        looking: Arc::new(Blind),
+        follow: Box::new(|_, _| ()),
+    };
+    let listeners =
+        || async { server::Listeners::bind("127.0.0.1:0".parse().unwrap(), "127.0.0.1:0".parse().unwrap()).await };
+    inside.block_on(async {
+        let address = silent.local_addr().unwrap().to_string();
+        let stop = stopped(Duration::from_secs(1));
+        let started = Instant::now();
+        let ended = harness::run(parts(address), listeners, || panic!("it serves"), stop).await;
+        assert!(matches!(ended, Ok(Ended::Terminated)), "{ended:?}");
+        assert!(started.elapsed() < Duration::from_secs(10), "{:?}", started.elapsed());
+        // The control: one that answers, and the same harness serves until it is stopped.
+        let served = AtomicBool::new(false);
+        let stop = stopped(Duration::from_secs(2));
+        let serving = || served.store(true, Ordering::Relaxed);
+        let ended = harness::run(parts(gateway.address.to_string()), listeners, serving, stop).await;
+        assert!(matches!(ended, Ok(Ended::Terminated)), "{ended:?}");
+        assert!(served.load(Ordering::Relaxed));
+    });
+}

@@ -1,0 +1,185 @@
+//! What may take long to judge, as far as a contract shows it by itself.
+//!
+//! Guarantees: a loop in a loop over an argument, items that are compared with each other and patterns that look back are told where nothing
+//! bounds what they look at. Non-goals: errors. Whatever takes too long is denied when it is judged; this says so beforehand.
+
+use cel::{
+    Program,
+    common::ast::{EntryExpr, Expr, IdedExpr},
+};
+use serde_json::Value;
+
+use crate::{api::ToolContract, plan::Finding, policy::json::pointer_token};
+
+/// What of a contract may take long.
+pub(super) fn contract(contract: &ToolContract) -> Vec<Finding> {
+    let spec = &contract.spec;
+    let mut found = Vec::new();
+    let numbered = spec.preconditions.iter().enumerate();
+    let preconditions = numbered.map(|(index, one)| (format!("spec.preconditions[{index}].cel"), &one.cel));
+    let when = spec.approval.iter().filter_map(|approval| approval.when.as_ref());
+    let applied = spec.verify.iter().map(|read| &read.applied);
+    let undo = spec.rollback.iter().filter_map(|rollback| rollback.call.as_ref()).flat_map(|call| &call.arguments);
+    let expressions = preconditions
+        .chain(when.map(|cel| ("spec.approval.when".to_owned(), cel)))
+        .chain(applied.map(|cel| ("spec.verify.applied".to_owned(), cel)))
+        .chain(undo.map(|(name, cel)| (format!("spec.rollback.call.arguments.{name}"), cel)));
+    for (field, cel) in expressions {
+        let Ok(program) = Program::compile(cel) else { continue };
+        let mut over = Vec::new();
+        loops(program.expression(), 0, &mut over);
+        over.retain(|path| !has_bound(&spec.input, path));
+        if let Some(path) = over.first() {
+            found.push(Finding::new(
+                field,
+                "a bound to what a loop in a loop goes over",
+                format!("args.{}, which may have any number of items", path.join(".")),
+                "give it `maxItems` in spec.input: a call that takes too long to judge is denied",
+            ));
+        }
+    }
+    for (field, schema) in [("spec.input", Some(&spec.input)), ("spec.output", spec.output.as_ref())] {
+        if let Some(schema) = schema {
+            unbounded(schema, field, "", &mut found);
+        }
+    }
+    found
+}
+
+/// The arguments that loops in loops go over, by their paths.
+fn loops(expression: &IdedExpr, depth: usize, over: &mut Vec<Vec<String>>) {
+    match &expression.expr {
+        Expr::Unspecified | Expr::Literal(_) | Expr::Ident(_) => {}
+        Expr::Select(select) => loops(&select.operand, depth, over),
+        Expr::Call(call) => {
+            call.target.as_deref().into_iter().chain(&call.args).for_each(|part| loops(part, depth, over));
+        }
+        Expr::List(list) => list.elements.iter().for_each(|part| loops(part, depth, over)),
+        Expr::Map(map) => map.entries.iter().for_each(|entry| entered(&entry.expr, depth, over)),
+        Expr::Struct(structure) => structure.entries.iter().for_each(|entry| entered(&entry.expr, depth, over)),
+        Expr::Comprehension(one) => {
+            loops(&one.iter_range, depth, over);
+            if depth > 0
+                && let Some(path) = argument(&one.iter_range)
+            {
+                over.push(path);
+            }
+            [&one.loop_cond, &one.loop_step, &one.result].into_iter().for_each(|part| loops(part, depth + 1, over));
+        }
+    }
+}
+
+fn entered(entry: &EntryExpr, depth: usize, over: &mut Vec<Vec<String>>) {
+    match entry {
+        EntryExpr::StructField(field) => loops(&field.value, depth, over),
+        EntryExpr::MapEntry(entry) => {
+            loops(&entry.key, depth, over);
+            loops(&entry.value, depth, over);
+        }
+    }
+}
+
+/// The path of `args.a.b`.
+fn argument(expression: &IdedExpr) -> Option<Vec<String>> {
+    match &expression.expr {
+        Expr::Ident(name) if name == "args" => Some(vec![]),
+        Expr::Select(select) if !select.test => {
+            let mut path = argument(&select.operand)?;
+            path.push(select.field.clone());
+            Some(path)
+        }
+        _ => None,
+    }
+}
+
+/// Whether a schema bounds what lies at a path. What the schema does not say plainly is not told.
+fn has_bound(schema: &Value, path: &[String]) -> bool {
+    let mut at = schema;
+    for name in path {
+        match at.get("properties").and_then(|properties| properties.get(name)) {
+            Some(found) => at = found,
+            None => return true,
+        }
+    }
+    let list = at.get("type").is_none_or(|kind| kind == "array");
+    !list
+        || ["maxItems", "enum", "const", "$ref", "allOf", "anyOf", "oneOf"]
+            .iter()
+            .any(|keyword| at.get(keyword).is_some())
+}
+
+/// Items that are compared with each other, and patterns that look back, over what has no bound.
+fn unbounded(schema: &Value, field: &str, pointer: &str, found: &mut Vec<Finding>) {
+    let Value::Object(members) = schema else {
+        if let Value::Array(schemas) = schema {
+            let each = schemas.iter().enumerate();
+            each.for_each(|(index, one)| unbounded(one, field, &format!("{pointer}/{index}"), found));
+        }
+        return;
+    };
+    let mut add = |keyword: &str, expected: &str, by: &str| {
+        let mend = format!("add `{by}` beside it: a call that takes too long to judge is denied");
+        found.push(Finding::new(field, expected, format!("`{keyword}` at {pointer}/{keyword} without"), mend));
+    };
+    if members.get("uniqueItems") == Some(&Value::Bool(true)) && !members.contains_key("maxItems") {
+        add("uniqueItems", "a bound to how many items are compared with each other", "maxItems");
+    }
+    let looks_back = |pattern: &Value| pattern.as_str().is_some_and(|pattern| regex_syntax_only(pattern).is_err());
+    if members.get("pattern").is_some_and(looks_back) && !members.contains_key("maxLength") {
+        add("pattern", "a bound to a text over which a pattern looks around or back", "maxLength");
+    }
+    for (name, inner) in
+        members.iter().filter(|(name, _)| !["enum", "const", "default", "examples"].contains(&name.as_str()))
+    {
+        unbounded(inner, field, &format!("{pointer}/{}", pointer_token(name)), found);
+    }
+}
+
+/// Whether a pattern is one that never looks back.
+fn regex_syntax_only(pattern: &str) -> Result<(), regex::Error> {
+    regex::Regex::new(pattern).map(|_| ())
+}
+
+#[cfg(test)]
+mod tests {
+    use rstest::rstest;
+    use serde_json::json;
+
+    use super::*;
+
+    fn of(cel: &str, names: Value) -> Vec<Finding> {
+        let made: ToolContract = serde_json::from_value(json!({
+            "apiVersion": "belay.dev/v1alpha1", "kind": "ToolContract", "metadata": {"name": "t"},
+            "spec": {
+                "tool": "t", "description": "d", "sideEffect": "read",
+                "upstream": {"http": {"method": "POST", "url": "http://shop.test/"}},
+                "input": {"type": "object", "properties": {"names": names}},
+                "preconditions": [{"name": "p", "cel": cel, "message": "m"}],
+            },
+        }))
+        .unwrap();
+        contract(&made)
+    }
+
+    #[rstest]
+    #[case("args.names.all(x, args.names.exists_one(y, x == y))", json!({"type": "array"}), "spec.preconditions[0].cel")]
+    #[case("size(args.names.map(x, args.names.filter(y, y == x))) > 0", json!({"type": "array"}), "spec.preconditions[0].cel")]
+    #[case("true", json!({"type": "array", "uniqueItems": true}), "spec.input")]
+    #[case("true", json!({"type": "array", "items": {"type": "string", "pattern": "^(?=.*a).*$"}}), "spec.input")]
+    #[case("true", json!({"type": "string", "pattern": r"^(a+)\1$"}), "spec.input")]
+    fn what_has_no_bound_is_told(#[case] cel: &str, #[case] names: Value, #[case] field: &str) {
+        let found = of(cel, names);
+        assert!(matches!(found.as_slice(), [one] if one.field == field), "{found:?}");
+    }
+
+    #[rstest]
+    #[case("args.names.all(x, args.names.exists_one(y, x == y))", json!({"type": "array", "maxItems": 50}))]
+    #[case("args.names.all(x, x != '')", json!({"type": "array"}))]
+    #[case("args.names.all(x, ['a', 'b'].exists(y, x == y))", json!({"type": "array"}))]
+    #[case("true", json!({"type": "array", "uniqueItems": true, "maxItems": 9}))]
+    #[case("true", json!({"type": "string", "pattern": "^(?=.*a).*$", "maxLength": 64}))]
+    #[case("true", json!({"type": "string", "pattern": "^[a-z]+$"}))]
+    fn what_is_bounded_is_not(#[case] cel: &str, #[case] names: Value) {
+        assert_eq!(of(cel, names), []);
+    }
+}

@@ -1,0 +1,466 @@
+//! Time is nobody's: generated calls, of generated contracts, beside a ticker and a signal where the harness's own work is done.
+//!
+//! `BELAY_CALLS=1000000 cargo test --release --no-default-features --features harness --lib generated_call -- --nocapture` takes as many calls
+//! as that, and says the worst that it saw.
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use futures::future::BoxFuture;
+use serde_json::{Value, json};
+use tokio::runtime::{Builder, Runtime};
+
+use super::*;
+use crate::{
+    evidence::{
+        merkle::Tree,
+        note::{self, Signer},
+    },
+    harness::{journal, link::CallError, spool::Spool},
+    policy::{
+        approval::Approvers,
+        config::{
+            Approval, Compensation, HttpMethod, HttpUpstream, Limits, OnTimeout, PolicyConfig, Precondition, Probe,
+            Rollback, Upstream, VerifyRead, Wiring,
+        },
+        decide::tests::{policy as small, salt},
+        ledger::Ledger,
+    },
+    wire::{AppendReply, AppendRequest},
+};
+
+const TICK: Duration = Duration::from_millis(100);
+/// What the ticker may be late by.
+const LATE: Duration = Duration::from_millis(100);
+/// What a signal may take to be heard.
+const HEARD: Duration = Duration::from_secs(1);
+
+/// Where agents, upstreams and the gateway are: not where the harness's own work is done.
+fn outside() -> Runtime {
+    Builder::new_multi_thread().worker_threads(2).thread_stack_size(16 << 20).enable_all().build().unwrap()
+}
+
+/// The thread that a harness's process has for its own work.
+fn inside() -> Runtime {
+    Builder::new_current_thread().enable_all().build().unwrap()
+}
+
+/// The worst lateness so far, in microseconds.
+#[derive(Clone, Default)]
+struct Worst(Arc<AtomicU64>);
+
+impl Worst {
+    fn saw(&self, late: Duration) {
+        self.0.fetch_max(u64::try_from(late.as_micros()).unwrap(), Ordering::Relaxed);
+    }
+
+    fn so_far(&self) -> Duration {
+        Duration::from_micros(self.0.load(Ordering::Relaxed))
+    }
+}
+
+/// A ticker, and a signal that is raised again and again, beside the harness's own work; and the machine's own lateness, by a thread that
+/// does nothing else.
+struct Watched {
+    ticks: Worst,
+    signals: Worst,
+    machine: Worst,
+    over: Arc<AtomicBool>,
+}
+
+impl Watched {
+    /// Called where the harness's own work is done.
+    fn begin() -> Self {
+        let watched = Self {
+            ticks: Worst::default(),
+            signals: Worst::default(),
+            machine: Worst::default(),
+            over: Arc::default(),
+        };
+        let ticks = watched.ticks.clone();
+        tokio::spawn(async move {
+            let mut tick = tokio::time::interval(TICK);
+            tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+            loop {
+                let due = tick.tick().await;
+                ticks.saw(due.elapsed());
+            }
+        });
+        let (machine, over) = (watched.machine.clone(), watched.over.clone());
+        std::thread::spawn(move || {
+            while !over.load(Ordering::Relaxed) {
+                let before = Instant::now();
+                std::thread::sleep(TICK);
+                machine.saw(before.elapsed().saturating_sub(TICK));
+            }
+        });
+        let (signals, over) = (watched.signals.clone(), watched.over.clone());
+        let mut heard = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::user_defined1()).unwrap();
+        let (raised, mut was_raised) = tokio::sync::mpsc::unbounded_channel();
+        std::thread::spawn(move || {
+            while !over.load(Ordering::Relaxed) {
+                let _ = raised.send(Instant::now());
+                raise();
+                std::thread::sleep(Duration::from_secs(1));
+            }
+        });
+        tokio::spawn(async move {
+            while let Some(at) = was_raised.recv().await {
+                let _ = heard.recv().await;
+                signals.saw(at.elapsed());
+            }
+        });
+        watched
+    }
+
+    /// What was seen. The machine may be late by itself, with other tests beside this one.
+    #[expect(clippy::print_stdout, reason = "the worst is what is asked for")]
+    fn is_in_time(&self) {
+        self.over.store(true, Ordering::Relaxed);
+        let (ticks, signals, machine) = (self.ticks.so_far(), self.signals.so_far(), self.machine.so_far());
+        println!("worst: ticker {ticks:?}, signal {signals:?}, the machine by itself {machine:?}");
+        assert!(ticks <= LATE + machine * 4, "the ticker was late by {ticks:?}, the machine by itself by {machine:?}");
+        assert!(
+            signals <= HEARD + machine * 4,
+            "a signal was heard after {signals:?}, the machine by itself was late by {machine:?}"
+        );
+    }
+}
+
+fn raise() {
+    let pid = std::process::id().to_string();
+    std::process::Command::new("kill").args(["-USR1", &pid]).status().unwrap();
+}
+
+/// Numbers that are the same each time.
+struct Dice(u64);
+
+impl Dice {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+
+    fn below(&mut self, most: u64) -> u64 {
+        self.next() % most.max(1)
+    }
+
+    fn one<'a, T>(&mut self, of: &'a [T]) -> &'a T {
+        let index = self.below(of.len() as u64) as usize;
+        &of[index]
+    }
+
+    fn is(&mut self, one_in: u64) -> bool {
+        self.below(one_in) == 0
+    }
+}
+
+/// An expression of the grammar's parts, in each other.
+fn grown(dice: &mut Dice, depth: u32, variables: &[&str]) -> String {
+    if depth == 0 || dice.is(5) {
+        return (*dice.one(variables)).to_owned();
+    }
+    let deeper = depth - 1;
+    let part = |dice: &mut Dice| grown(dice, deeper, variables);
+    match dice.below(9) {
+        0 | 1 => format!(
+            "({} {} {})",
+            part(dice),
+            dice.one(&["==", "!=", "&&", "||", "+", "<", "in"]).to_owned(),
+            part(dice)
+        ),
+        2 | 3 => {
+            let (over, name) = (part(dice), dice.one(&["all", "exists", "exists_one", "map", "filter"]).to_owned());
+            let variable = format!("v{deeper}");
+            let mut inner: Vec<&str> = variables.to_vec();
+            inner.extend([variable.as_str(), variable.as_str()]);
+            format!("{over}.{name}({variable}, {})", grown(dice, deeper, &inner))
+        }
+        4 => format!("({} ? {} : {})", part(dice), part(dice), part(dice)),
+        5 => format!("[{}, {}]", part(dice), part(dice)),
+        6 => format!("{{'k': {}, 'l': {}}}", part(dice), part(dice)),
+        7 => format!("string({}).matches(string({}))", part(dice), part(dice)),
+        _ => format!("{}({})", dice.one(&["size", "string", "!", "int"]), part(dice)),
+    }
+}
+
+/// One that a contract may have. Those that people write are among them.
+fn expression(dice: &mut Dice, result: bool) -> String {
+    const WRITTEN: [&str; 14] = [
+        "args.n.all(x, args.n.exists_one(y, x == y))",
+        "args.l.all(x, x.matches('^[a-z0-9-]+$')) && size(args.l) < 100",
+        "args.l.all(x, args.l.filter(y, y == x).size() == 1)",
+        "!args.n.exists(x, args.n.exists(y, x + y == -1))",
+        "size(args.s) < 4000 && !args.s.contains('secret')",
+        "args.s.matches('^(a+)+$')",
+        "matches(args.s, args.s)",
+        "size(args.n.map(x, args.n.map(y, y + x))) >= 0",
+        "args.n == args.n && args.l == args.l && args.o == args.o",
+        "size([[[args.s].map(x, x + x)[0]].map(x, x + x)[0]].map(x, x + x)[0]) > 0",
+        "usage.toolCalls < 100 && args.n.all(x, args.n.all(y, true))",
+        "has(args.o.a) ? args.o.a == 1 : args.n.filter(x, x > 2).size() >= 0",
+        "args.n.map(x, args.l).size() > 0",
+        "args.s + args.s + args.s + args.s != ''",
+    ];
+    let mut variables =
+        vec!["args.n", "args.l", "args.s", "args.o", "args.n[0]", "1", "'a'", "true", "[1, 2, 3]", "usage.toolCalls"];
+    if result {
+        variables = vec!["args.n", "args.l", "args.s", "result", "result", "1", "'a'", "true"];
+    }
+    for _ in 0..20 {
+        let source = if dice.is(2) { (*dice.one(&WRITTEN)).to_owned() } else { grown(dice, 4, &variables) };
+        let source = if result { source.replace("usage.toolCalls", "1") } else { source };
+        if may_be(&source) {
+            return source;
+        }
+    }
+    "true".to_owned()
+}
+
+/// A schema that a contract may have.
+fn input(dice: &mut Dice) -> Value {
+    let more = dice
+        .one(&[
+            json!({}),
+            json!({}),
+            json!({"properties": {"n": {"uniqueItems": true}}}),
+            json!({"properties": {"l": {"items": {"pattern": "^(?=.*a)(?!.*(b+)+c)[a-z]*$"}}}}),
+            json!({"properties": {"s": {"pattern": r"^(\w+\s?)*$"}}}),
+            json!({"properties": {"n": {"contains": {"enum": (0..400).collect::<Vec<_>>()}}}}),
+            json!({"properties": {"o": {"patternProperties": {"^(a|aa)+$": true}, "propertyNames": {"maxLength": 40}}}}),
+            json!({
+                "properties": {"t": {"$ref": "#/$defs/t"}},
+                "$defs": {"t": {"anyOf": [
+                    {"type": "object", "required": ["c"], "properties": {"a": {"$ref": "#/$defs/t"}, "b": true}},
+                    {"type": "object", "required": ["b"], "properties": {"a": {"$ref": "#/$defs/t"}, "b": true}},
+                    {"const": 1},
+                ]}},
+            }),
+        ])
+        .clone();
+    let mut whole = json!({
+        "type": "object",
+        "properties": {
+            "n": {"type": "array", "items": {"type": "integer"}}, "l": {"type": "array", "items": {"type": "string"}},
+            "s": {"type": "string"}, "o": {"type": "object"}, "t": true,
+        },
+        "additionalProperties": false,
+    });
+    for (name, of) in more.get("properties").and_then(Value::as_object).into_iter().flatten() {
+        whole["properties"][name] = of.clone();
+    }
+    if let Some(definitions) = more.get("$defs") {
+        whole["$defs"] = definitions.clone();
+    }
+    whole
+}
+
+fn contract(dice: &mut Dice, number: usize) -> Tool {
+    let name = format!("t{number}");
+    let precondition =
+        |dice: &mut Dice| Precondition { name: "p".into(), cel: expression(dice, false), message: "m".into() };
+    let mut made = Tool {
+        input: input(dice),
+        preconditions: (0..dice.below(3)).map(|_| precondition(dice)).collect(),
+        ..tool(&name)
+    };
+    if dice.is(3) {
+        made.approval = Some(Approval {
+            when: Some(expression(dice, false)),
+            approvers: Approvers { users: vec![], groups: vec!["finance".into()] },
+            required: 1,
+            timeout_seconds: 60,
+            on_timeout: OnTimeout::Deny,
+            hold_seconds: 0,
+        });
+    }
+    made.verify = Some(VerifyRead {
+        tool: name.clone(),
+        arguments: BTreeMap::new(),
+        applied: expression(dice, true),
+        settle_seconds: 0,
+    });
+    let arguments = [("a".to_owned(), expression(dice, true)), ("b".to_owned(), expression(dice, true))].into();
+    made.rollback = Some(Rollback::Call(Compensation { contract: name, arguments, within_seconds: None }));
+    if dice.is(2) {
+        made.output = Some(input(dice));
+    }
+    made
+}
+
+/// Arguments: most are short, few are as long as arguments may be.
+fn arguments(dice: &mut Dice) -> Value {
+    let most = match dice.below(1000) {
+        0..=899 => 12,
+        900..=979 => 200,
+        980..=997 => 3_000,
+        _ => 150_000,
+    };
+    let count = dice.below(most);
+    let long = "a".repeat(usize::try_from(dice.below(most * 20)).unwrap());
+    let mut made = json!({
+        "n": (0..count).collect::<Vec<_>>(), "l": (0..dice.below(most) / 4).map(|n| format!("a-{n}")).collect::<Vec<_>>(),
+        "s": long, "o": {"a": 1, "aaaaaaaaaaaaaaaaaaaaaaaaaaaa!": 2},
+    });
+    if dice.is(4) {
+        made["t"] = (0..dice.below(90)).fold(json!(1), |inner, _| json!({"a": inner, "b": 1}));
+    }
+    made
+}
+
+/// No generated call delays what a harness does by itself: not by its schema, its preconditions, its approval's condition, by what tells
+/// whether it took effect, by the arguments that undo it, by its result.
+#[test]
+#[expect(clippy::print_stdout, reason = "how many came to what is what is asked for")]
+fn no_generated_call_delays_what_is_the_harnesss_own() {
+    let calls: u64 = std::env::var("BELAY_CALLS").map_or(1_500, |calls| calls.parse().expect("BELAY_CALLS: a number"));
+    let (outside, inside) = (outside(), inside());
+    let own = inside.handle().clone();
+    // It does nothing else: what the test makes is made on its own thread.
+    std::thread::spawn(move || inside.block_on(std::future::pending::<()>()));
+    let _own = own.enter();
+    let mut dice = Dice(0x5EED_0F7E_11A1);
+    let watched = Watched::begin();
+    let (mut made, mut ends) = (0_u64, BTreeMap::<&'static str, u64>::new());
+    while made < calls {
+        let mut policy = small(vec![SideEffect::Write]);
+        policy.limits = Limits { tool_calls: 1 << 40, wall_time_seconds: 1 << 20, ..policy.limits };
+        policy.tools = (0..16).map(|number| contract(&mut dice, number)).collect();
+        let gate = gate(policy);
+        let batch: Vec<_> = (0..1000.min(calls - made))
+            .map(|_| (format!("t{}", dice.below(16)), arguments(&mut dice), dice.below(8)))
+            .collect();
+        made += batch.len() as u64;
+        outside.block_on(async {
+            let batch = Arc::new(Mutex::new(batch.into_iter()));
+            // As many at once as an agent likes.
+            let workers: Vec<_> = (0..8)
+                .map(|_| {
+                    let (batch, gate) = (batch.clone(), gate.clone());
+                    tokio::spawn(async move {
+                        let mut ends = BTreeMap::<&'static str, u64>::new();
+                        loop {
+                            let next = batch.lock().unwrap().next();
+                            let Some((name, args, kind)) = next else { return ends };
+                            *ends.entry(judged(&gate, &name, args, kind).await).or_default() += 1;
+                        }
+                    })
+                })
+                .collect();
+            for worker in workers {
+                for (end, count) in worker.await.unwrap() {
+                    *ends.entry(end).or_default() += count;
+                }
+            }
+        });
+    }
+    println!("{made} calls: {ends:?}");
+    assert!(ends.len() > 2, "some pass, some are refused, some take too much: {ends:?}");
+    watched.is_in_time();
+}
+
+/// What comes of one call, judged as its pipeline judges it.
+async fn judged(gate: &Arc<Gate>, name: &str, args: Value, kind: u64) -> &'static str {
+    let length = serde_json::to_vec(&args).unwrap().len();
+    let five = Duration::from_secs(5);
+    let (of, from) = (name.to_owned(), args.clone());
+    let long = match kind {
+        0 => gate
+            .apart(five, move |gate| gate.contracts().applied(&of, &from, &from).map(|_| ()))
+            .await
+            .and_then(as_denial),
+        1 => {
+            gate.apart(five, move |gate| gate.contracts().undo(&of, &from, &from).map(|_| ())).await.and_then(as_denial)
+        }
+        2 => gate.apart(five, move |gate| gate.outputs().check(&of, &from)).await.and_then(as_denial),
+        _ => gate.decide(name, args, length).await.verdict,
+    };
+    match long {
+        Ok(()) => "yes",
+        Err(denial) if denial.rule == Rule::Busy => "not judged in time",
+        Err(denial) if denial.reason.contains("more than") => "too much",
+        Err(_) => "no",
+    }
+}
+
+fn as_denial(answer: Result<(), String>) -> Result<(), Denial> {
+    answer.map_err(|reason| Denial { rule: Rule::ToolPrecondition, reason })
+}
+
+/// Whether it is within what a contract may have.
+#[cfg(feature = "kube")]
+fn may_be(source: &str) -> bool {
+    crate::plan::condition::check_among(source, &["args", "task", "principal", "usage", "results", "result"]).is_ok()
+}
+
+/// In builds without what judges contracts: as deep as that lets them be, which is what the generator makes.
+#[cfg(not(feature = "kube"))]
+fn may_be(source: &str) -> bool {
+    Contracts::compile(&small(vec![])).is_ok() && crate::policy::expression::Expression::compile(source).is_ok()
+}
+
+fn tool(name: &str) -> Tool {
+    let mut made = small(vec![]).tools.remove(0);
+    name.clone_into(&mut made.name);
+    name.clone_into(&mut made.contract);
+    made.upstream =
+        Upstream::Http(HttpUpstream { method: HttpMethod::Post, url: "http://api.test/items".into(), query: vec![] });
+    made.limits.timeout_seconds = Some(5);
+    made
+}
+
+/// A store that takes everything at once.
+struct Takes;
+
+impl journal::Witness for Takes {
+    fn append<'a>(&'a self, request: &'a AppendRequest) -> BoxFuture<'a, Result<AppendReply, CallError>> {
+        let lines = request.segment.lines().count();
+        Box::pin(async move {
+            Ok(AppendReply { size: request.first + u64::try_from(lines).unwrap_or_default(), checkpoint: None })
+        })
+    }
+}
+
+/// A gate, as a harness has it.
+fn gate(policy: PolicyConfig) -> Arc<Gate> {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let folder = tempfile::tempdir().unwrap();
+    let ca = rcgen::generate_simple_self_signed(["gateway".to_owned()]).unwrap().cert.pem();
+    let probe = Probe { reachable: "r".into(), unreachable: vec![] };
+    let wiring = Wiring { attempt: 1, gateway: "127.0.0.1:1".into(), gateway_ca: ca, probe };
+    let link = Arc::new(Link::new(&wiring, folder.path().join("token")).unwrap());
+    let (spool, _) = Spool::open(folder.path()).unwrap();
+    let start = journal::Start {
+        attempt: 1,
+        tree: Tree::default(),
+        signer: Signer::generate(&note::attempt_key_name("uid", 1)).unwrap(),
+        origin: note::origin("uid"),
+        budget: Budget::resume(policy.limits, Usage::default()),
+        spool,
+        follow: Box::new(|_, _| ()),
+    };
+    let journal = Journal::start(start, Arc::new(Takes));
+    let clock = Clock::start(Duration::from_secs(1 << 20), Duration::ZERO);
+    let approvals = Approvals::new(link.clone(), journal.clone(), clock.clone());
+    let compiled = Compiled {
+        contracts: Contracts::compile(&policy).unwrap(),
+        guard: Guard::compile(&policy).unwrap(),
+        outputs: Outputs::compile(&policy.tools).unwrap(),
+    };
+    let kept = Kept {
+        quotas: Quotas::resume(&policy.tools, &BTreeMap::new()),
+        once: Once::resume(Ledger::default(), false, salt()),
+        seen: Sensitivity::default(),
+        undoing: None,
+        salt: salt(),
+    };
+    Arc::new(Gate::new(compiled, kept, journal, link, clock, approvals))
+}
