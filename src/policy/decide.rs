@@ -156,6 +156,8 @@ impl Contracts {
         let mut uses_results = false;
         for tool in &policy.tools {
             let schema = jsonschema::draft202012::options()
+                // A contract that says `format: uuid` means it.
+                .should_validate_formats(true)
                 .build(&tool.input)
                 .map_err(|error| CompileError::Schema { tool: tool.name.clone(), reason: error.to_string() })?;
             let mut compiled = Compiled {

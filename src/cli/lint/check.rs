@@ -147,6 +147,9 @@ pub(in crate::cli) fn lint(sources: &[Source], namespace: &str) -> Result<Outcom
     let (contracts, packs) = (typed::<ToolContract>(&objects), typed::<PolicyPack>(&objects));
     for (object, contract) in &contracts {
         found.alone(object, alone::contract(contract));
+        for finding in alone::advice(contract) {
+            found.add_at_field(&object.entry, Severity::Warning, finding);
+        }
     }
     for (object, pack) in &packs {
         found.alone(object, alone::pack(pack));
