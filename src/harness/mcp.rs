@@ -64,6 +64,17 @@ const LONGEST_UNDO: usize = 1 << 20;
 /// Between two questions whether people have decided on a call that undoes another.
 const ASK_AGAIN: Duration = Duration::from_secs(1);
 
+/// In a request's extensions: whether the call in it has come to its pipeline, which records what becomes of it.
+#[derive(Clone, Default)]
+pub struct Reached(Arc<std::sync::atomic::AtomicBool>);
+
+impl Reached {
+    /// Whether it has.
+    pub fn get(&self) -> bool {
+        self.0.load(std::sync::atomic::Ordering::SeqCst)
+    }
+}
+
 /// The MCP server that the agent sees.
 #[derive(Clone)]
 pub struct Tools {
@@ -525,8 +536,12 @@ impl ServerHandler for Tools {
     async fn call_tool(
         &self,
         request: CallToolRequestParams,
-        _: RequestContext<RoleServer>,
+        context: RequestContext<RoleServer>,
     ) -> Result<CallToolResponse, McpError> {
+        let parts = context.extensions.get::<http::request::Parts>();
+        if let Some(reached) = parts.and_then(|parts| parts.extensions.get::<Reached>()) {
+            reached.0.store(true, std::sync::atomic::Ordering::SeqCst);
+        }
         let args = request.arguments.unwrap_or_default();
         // A refusal is a result and not a protocol error: the model has to see it, not the client library.
         let came = self.call(&request.name, args, None).await.map(|came| came.result);

@@ -128,7 +128,7 @@ fn an_argument_in_a_path_of_which_nothing_is_said_is_a_warning() {
     let found: Vec<_> = outcome.diagnostics.iter().map(|one| (one.line, one.field.as_str(), one.severity)).collect();
     assert_eq!(
         found,
-        [(17, "spec.input.properties.id", Severity::Warning), (37, "spec.input.properties.path", Severity::Warning)]
+        [(17, "spec.input.properties.id", Severity::Warning), (38, "spec.input.properties.path", Severity::Warning)]
     );
     assert!(outcome.diagnostics.iter().all(|one| one.mend.contains("pattern")), "{outcome:#?}");
 }
