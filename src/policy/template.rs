@@ -263,8 +263,9 @@ fn fits(name: &str, place: &str, (before, value, after): (&str, &str, &str)) -> 
     Err(refused(
         name,
         &format!(
-            "cannot be {place}: found {found}; expected a text without `/`, `\\`, `;`, `?`, `#`, control characters and escapes such as \
-             `%2F`, without a dot at its end or a space at either, and without characters that stand for any of these"
+            "cannot be {place}: found {found}; expected a text without slashes, backslashes, semicolons, question marks, number signs, \
+             control characters and percent escapes, without a dot at its end or a space at either, and without characters that stand \
+             for any of these"
         ),
     ))
 }
@@ -291,11 +292,11 @@ fn misplaced(before: &str, value: &str, after: &str) -> Option<&'static str> {
 /// What in these characters keeps a value from being one segment.
 fn shape((before, value, after): (&str, &str, &str)) -> Option<&'static str> {
     let single = |c: char| match c {
-        '/' => Some("`/`"),
-        '\\' => Some("`\\`"),
-        ';' => Some("`;`"),
-        '?' => Some("`?`"),
-        '#' => Some("`#`"),
+        '/' => Some("a slash"),
+        '\\' => Some("a backslash"),
+        ';' => Some("a semicolon"),
+        '?' => Some("a question mark"),
+        '#' => Some("a number sign"),
         // Those of Unicode end lines, as the control characters do.
         '\u{2028}' | '\u{2029}' => Some("a control character"),
         c if c.is_control() => Some("a control character"),
