@@ -273,7 +273,7 @@ async fn unknown(gate: &Gate, request: &Request<Incoming>, status: StatusCode) -
 struct Posted {
     /// The tool that is called; the path where that is no call, or cannot be said.
     target: String,
-    digest: String,
+    body: Bytes,
     id: Value,
     /// Whether it is a call, or may be one.
     is_call: bool,
@@ -281,7 +281,7 @@ struct Posted {
 
 impl Posted {
     /// By its JSON, if it can be read.
-    fn of(gate: &Gate, body: &[u8], value: &Value) -> Self {
+    fn of(body: &Bytes, value: &Value) -> Self {
         let method = value.get("method");
         // An answer is no call.
         let answers = value.get("result").is_some() || value.get("error").is_some();
@@ -290,7 +290,7 @@ impl Posted {
         let is_call = method.map_or(!answers, |method| method == "tools/call");
         Self {
             target: tool.filter(|_| is_call).unwrap_or("/mcp").to_owned(),
-            digest: gate.salt().bytes(body),
+            body: body.clone(),
             id: id.unwrap_or_default(),
             is_call,
         }
@@ -321,7 +321,8 @@ where
         if why.is_empty() { "it has no id, and would have no answer" } else { why }
     );
     let denial = Denial { rule: Rule::Request, reason: shorten_to(&reason, 1024) };
-    let denial = gate.deny(Channel::Tool, &posted.target, Some(posted.digest), denial).await;
+    let digest = Some(gate.salt().bytes(&posted.body));
+    let denial = gate.deny(Channel::Tool, &posted.target, digest, denial).await;
     if parsed.is_object() || said.is_empty() {
         // It has its form, and its reason in it.
         return Response::from_parts(parts, boxed(Full::from(said).map_err(|error: Infallible| match error {})));
@@ -353,7 +354,7 @@ async fn readable(
     }
     let ambiguous = match json::parse(&body) {
         Ok(value) => {
-            let posted = Posted::of(gate, &body, &value);
+            let posted = Posted::of(&body, &value);
             return Ok((Request::from_parts(parts, Full::from(body)), Some(posted)));
         }
         Err(ambiguous) => ambiguous,
