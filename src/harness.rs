@@ -24,6 +24,8 @@ pub mod clock;
 mod flood;
 /// The pipeline that every call goes through.
 pub mod gate;
+/// The beginning of a connection, before it is HTTP.
+mod head;
 /// Records, in order, batched into segments and sent to the witness.
 pub mod journal;
 /// The connection to the gateway.

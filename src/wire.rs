@@ -50,6 +50,13 @@ pub const TARGET: &str = "belay-target";
 pub const CHANNEL: &str = "belay-channel";
 /// Sequence number of the call's intent record, on [`FORWARD`], [`CALL`] and `CONNECT`.
 pub const INTENT: &str = "belay-intent";
+/// On `CONNECT` and on its reply, [`TOLD`]: the gateway looks at what the agent begins with before anything goes on, and says on the
+/// stream, before anything of the upstream's, what it thinks of that. An empty line lets it through; a line with a [`Refusal`] ends it.
+pub const OPENING: &str = "belay-opening";
+/// The value of [`OPENING`].
+pub const TOLD: &str = "told";
+/// Longest such line.
+pub const LONGEST_WORD: usize = 8 << 10;
 /// The address that was dialled, on replies.
 pub const UPSTREAM: &str = "belay-upstream-address";
 /// SHA-256 of the certificate that was shown there, hex, on replies over TLS.

@@ -121,7 +121,7 @@ FORMS = {"local": "sandbox root store resolved?:texts",
                    "requestBytes:count rules:texts key? approvals?:texts undoes? assessment?:object model? "
                    "reservedTokens:count reservedCostMicros?:cost",
     "call.outcome": "call effect:applied|not_applied|unknown rule? status:count responseDigest?:hash certificate?:hash "
-                    "responseBytes:count tokens:count costMicros?:cost upstream? sensitivity? undoneBy?:hash",
+                    "responseBytes:count sentBytes?:count tokens:count costMicros?:cost upstream? sensitivity? undoneBy?:hash",
     "call.replayed": "call target key requestDigest:hash responseDigest:hash",
     "call.resolved": "call effect:applied|not_applied by", "pod": "name uid node runtimeClass networkPolicy",
     "call.denied": f"{CHANNEL} target rule reason requestDigest?:hash count?:several",

@@ -206,8 +206,8 @@ fn table(echo: &str) -> Vec<Row> {
                 let item = || over_http(HttpMethod::Get, "/items/{id}", &[]);
                 add(Row { seen: Seen::Text("/items/7"), ..with(row("upstream", Allowed), (item(), json!({"id": 7}))) });
                 add(refused(with(row("upstream", Denied), (item(), json!({"id": "../admin"}))), Rule::ToolUrl));
-                let within = with(row("upstream", Edge), (item(), json!({"id": "a/b"})));
-                add(Row { seen: Seen::Text("/items/a%2Fb"), ..within });
+                let within = with(row("upstream", Edge), (item(), json!({"id": "a&b 5%"})));
+                add(Row { seen: Seen::Text("/items/a%26b%205%25"), ..within });
             }
         }
 

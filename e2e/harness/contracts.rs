@@ -154,7 +154,8 @@ async fn upstreams() {
         // upstream.http
         ("http.verbose", json!({"n": 55}), Ok("said much"), http(Write)),
         ("http.get", json!({"id": 7, "q": "a b"}), Ok(r#""at":"/items/7?v=1&q=a%20b""#), http(Read)),
-        ("http.get", json!({"id": "a/b"}), Ok(r#""at":"/items/a%2Fb?v=1""#), http(Read)),
+        ("http.get", json!({"id": "a&b"}), Ok(r#""at":"/items/a%26b?v=1""#), http(Read)),
+        ("http.get", json!({"id": "a/b"}), Err(Rule::ToolUrl), Told::Denied(Rule::ToolUrl)),
         ("http.get", json!({"id": ".."}), Err(Rule::ToolUrl), Told::Denied(Rule::ToolUrl)),
         ("http.get", json!({"id": "../admin"}), Err(Rule::ToolUrl), Told::Denied(Rule::ToolUrl)),
         ("http.get", json!({"id": "%2e%2e%2fadmin"}), Err(Rule::ToolUrl), Told::Denied(Rule::ToolUrl)),

@@ -42,6 +42,7 @@ use belay::{
         pool::Pool,
         refusal::Refused,
         resolve::Resolve,
+        tunnel,
         witness::{History, IntentFacts},
     },
     lenient::Lenient,
@@ -74,7 +75,7 @@ use rmcp::{
 };
 use serde_json::Value;
 use sse_stream::Sse;
-use tokio::net::TcpStream;
+use tokio::{io::AsyncWriteExt, net::TcpStream};
 use tower::Service;
 
 /// The stand-in.
@@ -194,18 +195,17 @@ impl Gateway {
             .route(wire::FORWARD, any(forward))
             .route(wire::CALL, post(call))
             .with_state(state.clone());
+        let log = state.clone();
         tokio::spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
-                let (acceptor, router) = (acceptor.clone(), router.clone());
+                let (acceptor, router, log) = (acceptor.clone(), router.clone(), log.clone());
                 tokio::spawn(async move {
                     let Ok(stream) = acceptor.accept(stream).await else { return };
                     let service = hyper::service::service_fn(move |mut request: Request<hyper::body::Incoming>| {
-                        let mut router = router.clone();
+                        let (mut router, log) = (router.clone(), log.clone());
                         async move {
                             if request.method() == http::Method::CONNECT {
-                                let upgrade = hyper::upgrade::on(&mut request);
-                                tokio::spawn(async move { drop(upgrade.await) });
-                                return Ok::<_, Infallible>(Response::new(Body::empty()));
+                                return Ok::<_, Infallible>(tunnel(&log, &mut request).await);
                             }
                             router.call(request.map(Body::new)).await
                         }
@@ -287,6 +287,33 @@ impl Gateway {
     pub fn goes_by(&self, policy: &PolicyConfig) {
         *self.state.compiled.lock().unwrap() = compiled(policy);
     }
+}
+
+/// Opens a tunnel, by the gateway's own steps. One to a name that there is not ends at once.
+async fn tunnel(log: &Arc<Log>, request: &mut Request<hyper::body::Incoming>) -> Response {
+    let to = authorize::authority(request.uri().authority().unwrap().as_str(), None).unwrap();
+    let tells = request.headers().contains_key(wire::OPENING) && tunnel::is_looked_at(&to);
+    let dialled = log.dialer.dial(&to).await;
+    let upgrade = hyper::upgrade::on(request);
+    tokio::spawn(async move {
+        let (Ok(agent), Ok((mut upstream, _))) = (upgrade.await, dialled) else { return };
+        let mut agent = TokioIo::new(agent);
+        let opening = tunnel::opening(&mut agent, &to).await;
+        if opening.as_ref().is_ok_and(|opening| opening.is_empty() && tunnel::is_looked_at(&to)) {
+            return;
+        }
+        if tells {
+            tunnel::tell(&mut agent, opening.as_ref().err()).await.unwrap();
+        }
+        let Ok(opening) = opening else { return };
+        upstream.write_all(&opening).await.unwrap();
+        tunnel::relay(agent, upstream, &tunnel::Traffic::default(), || Ok(())).await;
+    });
+    let mut reply = Response::new(Body::empty());
+    if tells {
+        reply.headers_mut().insert(wire::OPENING, HeaderValue::from_static(wire::TOLD));
+    }
+    reply
 }
 
 /// What commitments are made with.

@@ -4,6 +4,7 @@
 mod access;
 mod approvals;
 mod canaries;
+mod channels;
 mod conformance;
 mod contracts;
 mod gateway;

@@ -171,7 +171,7 @@ async fn official_sdks_call_the_reference_server(#[case] sdk: &str) {
         ["strict", {"location": "Chicago"}],
         ["once", {"message": "hello"}],
         ["once", {"message": "hello"}],
-        ["item", {"id": "a/b"}],
+        ["item", {"id": "a&b"}],
         ["item", {"id": ".."}],
         ["shell", {}],
     ]);
@@ -191,7 +191,7 @@ async fn official_sdks_call_the_reference_server(#[case] sdk: &str) {
         (true, "tool.output"),
         (false, "hello"),
         (true, "tool.calls"),
-        (false, "/items/a%2Fb"),
+        (false, "/items/a%26b"),
         (true, "tool.url"),
         (true, "tool.unknown"),
     ];

@@ -6,6 +6,7 @@
 #[macro_use]
 mod world;
 
+mod channels;
 mod ends;
 mod escape;
 mod examples;

@@ -44,7 +44,10 @@ fn each_gets_one_message_that_says_what_to_do() {
         said(&["run", "task.yaml", "--root", "no-such-folder"], &["expected a folder", "no-such-folder"]);
         said(&["run", "task.yaml", "--workspace", "task.yaml"], &["expected a folder", "task.yaml"]);
         with(&[("objective:", "objektive:")]);
-        said(&run, &["task.yaml:", "objektive", "objective"]);
+        // A line for each thing that is wrong: what is missing, and what is there in its place.
+        let both = message(world, &run, None);
+        assert!(both.contains("`objektive`; write `objective`"), "{both}");
+        assert_eq!(both.lines().filter(|line| line.starts_with("error: task.yaml:")).count(), 2, "{both}");
         with(&[("command: [python3, -B, agent.py]", "args: []")]);
         said(&run, &["spec.agent.command", "command: [python3, agent.py]"]);
         with(&[("tools: [greet, refund]", "tools: [greet, refnud]")]);

@@ -38,7 +38,7 @@ pub struct ToolContractSpec {
     pub description: String,
     /// Where the tool really is.
     pub upstream: Upstream,
-    /// JSON Schema (draft 2020-12) of the arguments. Unknown properties are refused unless it says otherwise.
+    /// JSON Schema (draft 2020-12) of the arguments, `format` included. Unknown properties are refused unless it says otherwise.
     #[schemars(schema_with = "json_schema_object")]
     pub input: serde_json::Value,
     /// JSON Schema (draft 2020-12) of the result, an object: an MCP result's `structuredContent`, or the JSON in its only text; an
@@ -260,8 +260,10 @@ pub struct HttpUpstream {
     /// that have none are the body, a JSON object.
     pub method: HttpMethod,
     /// The URL. `{name}` in a segment of its path, at most one in each, stands for the argument of that name: a string, an integer
-    /// or a boolean that `input` requires, percent-encoded as one segment. What would change the path (`..`, an empty text,
-    /// control characters) is denied by rule `tool.url`. Scheme, host, port and a query written here are literal.
+    /// or a boolean that `input` requires, percent-encoded as one segment. What some server would take for less or more than one segment
+    /// (`/`, `\`, `;`, `?`, `#`, `..`, escapes such as `%2F`, an empty text, control characters, a dot or space at the end, and what
+    /// stands for any of these) is denied by rule `tool.url`. `{+name}` as the last segment is several, with `/` between them, each held to
+    /// the same. Scheme, host, port and a query written here are literal.
     #[schemars(length(min = 8, max = 2048), regex(pattern = r"^https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?([/?][^\s#]*)?$"))]
     pub url: String,
     /// Arguments that go into the query as `name=value`, in this order, where the call has them.

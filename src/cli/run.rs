@@ -301,7 +301,10 @@ pub(super) async fn run(args: &Args) -> Result<u8, CliError> {
     let ended = front.show(running, &mut told).await;
     for mut upstream in upstreams {
         if let Some(trouble) = upstream.trouble() {
-            crate::output::stderr().say(format!("note: --upstream {}\n", Safe(&trouble)).into_bytes());
+            for (index, line) in trouble.lines().enumerate() {
+                let of = if index == 0 { "note: --upstream " } else { "note: " };
+                crate::output::stderr().say(format!("{of}{}\n", Safe(line)).into_bytes());
+            }
         }
         upstream.end().await;
     }
@@ -339,7 +342,8 @@ fn exit_code(outcome: &Outcome) -> u8 {
 fn trouble(error: RunError) -> CliError {
     match error {
         RunError::Findings(findings) => CliError::Listed(findings.iter().map(ToString::to_string).collect()),
-        other => CliError::new(other.to_string()),
+        // What a program has said, in its lines.
+        other => CliError::Listed(other.to_string().lines().map(str::to_owned).collect()),
     }
 }
 

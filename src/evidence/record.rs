@@ -370,7 +370,7 @@ pub struct Intent {
     /// The [commitment](crate::policy::commit) to the request: a tool's arguments by field, a model's body as sent. Absent for tunnels.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub request_digest: Option<String>,
-    /// Bytes of the request.
+    /// Bytes of the request; of one through the proxy with its URL and headers. 0 for tunnels, of which the outcome has them.
     pub request_bytes: u64,
     /// The rules that were asked and allowed it.
     pub rules: Vec<Rule>,
@@ -424,8 +424,11 @@ pub struct Outcome {
     /// The commitment to the reply's bytes as the agent got them, or would have but for `rule`; absent without a reply and for tunnels.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub response_digest: Option<String>,
-    /// Bytes of the reply.
+    /// Bytes of the reply; of a tunnel and of a request through the proxy all that came back, heads included.
     pub response_bytes: u64,
+    /// Of a tunnel: bytes that the agent sent through it. Of other calls the intent has them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sent_bytes: Option<u64>,
     /// Tokens by the reply's own account, or the reservation where it gave none.
     pub tokens: i64,
     /// What they cost, in millionths of the pack's currency unit.

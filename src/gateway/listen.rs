@@ -1,7 +1,7 @@
 //! Connections: TCP, TLS, HTTP/1.1 or HTTP/2, and their bounds.
 //!
 //! Promises: whoever is slow, silent, too many or too long-winded loses its connection, and nobody else's suffers; a
-//! shutdown lets requests end. Refuses: HTTP without TLS.
+//! shutdown lets requests end; what is no request is counted and told of. Refuses: HTTP without TLS.
 
 use std::{
     collections::HashMap,
@@ -120,12 +120,24 @@ async fn connection(
 ) {
     let _ = stream.set_nodelay(true);
     let shaken = tokio::time::timeout(HANDSHAKE, acceptor.accept(stream)).await;
-    // A probe that only connects, or a peer that does not trust us: nothing to tell anybody.
-    let Ok(Ok(stream)) = shaken else { return };
+    let stream = match shaken {
+        Ok(Ok(stream)) => stream,
+        Ok(Err(error)) if is_no_tls(&error) => return gateway.misheard(peer, "something else than TLS"),
+        // A probe that only connects, or a peer that does not trust us: nothing to tell anybody.
+        _ => return,
+    };
     let http2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
-    let service = service_fn(move |request| gateway.clone().serve(request, peer));
+    let serving = gateway.clone();
+    let service = service_fn(move |request| serving.clone().serve(request, peer));
     let io = TokioIo::new(stream);
     // An error is the peer's: it broke the protocol, went away or was too slow.
+    let ended = |ended: hyper::Result<()>| {
+        if let Err(error) = ended
+            && (error.is_parse() || (http2 && breaks_the_protocol(&error)))
+        {
+            gateway.misheard(peer, &error.to_string());
+        }
+    };
     if http2 {
         let connection = hyper::server::conn::http2::Builder::new(TokioExecutor::new())
             .timer(TokioTimer::new())
@@ -138,10 +150,10 @@ async fn connection(
             .serve_connection(io, service);
         let mut connection = pin!(connection);
         tokio::select! {
-            _ = connection.as_mut() => return,
+            over = connection.as_mut() => return ended(over),
             () = stop.cancelled() => connection.as_mut().graceful_shutdown(),
         }
-        let _ = connection.await;
+        ended(connection.await);
     } else {
         let connection = hyper::server::conn::http1::Builder::new()
             .timer(TokioTimer::new())
@@ -153,9 +165,27 @@ async fn connection(
             .with_upgrades();
         let mut connection = pin!(connection);
         tokio::select! {
-            _ = connection.as_mut() => return,
+            over = connection.as_mut() => return ended(over),
             () = stop.cancelled() => connection.as_mut().graceful_shutdown(),
         }
-        let _ = connection.await;
+        ended(connection.await);
     }
+}
+
+/// Whether a peer has begun with something that is no TLS.
+fn is_no_tls(error: &std::io::Error) -> bool {
+    let error = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
+    matches!(error, Some(rustls::Error::InvalidMessage(_)))
+}
+
+/// Whether it was the peer's HTTP/2 that ended a connection, and not the network or a clock.
+fn breaks_the_protocol(error: &hyper::Error) -> bool {
+    let mut source = std::error::Error::source(error);
+    while let Some(cause) = source {
+        if cause.is::<std::io::Error>() {
+            return false;
+        }
+        source = cause.source();
+    }
+    !(error.is_timeout() || error.is_closed() || error.is_canceled() || error.is_incomplete_message())
 }

@@ -326,6 +326,13 @@ impl Gateway {
         self.parts.incidents.tell(place, incident);
     }
 
+    /// Counts what the HTTP library has refused before there was a request, and tells of it.
+    pub fn misheard(&self, peer: IpAddr, found: &str) {
+        let refused = Refused::malformed(format!("expected a request over TLS, found what is none: {found}"));
+        self.count(About::Other, Some(&refused));
+        self.incident(None, peer, &refused);
+    }
+
     /// Has something of a pod's done apart from everybody's requests, in the pod's turn.
     async fn apart<T: Send + 'static>(
         &self,
@@ -750,6 +757,7 @@ impl Gateway {
             let reason = format!("expected Host to be {to}, as CONNECT asks for");
             return Err(Refused::denied(Rule::EgressHost, reason));
         }
+        let tells = headers.contains_key(wire::OPENING) && tunnel::is_looked_at(&to);
         let (_, compiled, intent, _) =
             self.authorized(&asked.principal, Channel::Egress, Destination::Tunnel(&to), headers).await?;
         self.parts.witness.claim(&compiled.place(), &intent)?;
@@ -763,7 +771,7 @@ impl Gateway {
         let gateway = self.clone();
         let run = async move {
             let Ok(agent) = upgrade.await else { return };
-            gateway.relay(TokioIo::new(agent), upstream, &to, &asked).await;
+            gateway.relay((TokioIo::new(agent), tells), upstream, &to, &asked).await;
             drop(share);
         };
         tokio::spawn(run.instrument(Span::current()));
@@ -771,13 +779,16 @@ impl Gateway {
         if let Ok(address) = HeaderValue::try_from(address.to_string()) {
             reply.headers_mut().insert(wire::UPSTREAM, address);
         }
+        if tells {
+            reply.headers_mut().insert(wire::OPENING, HeaderValue::from_static(wire::TOLD));
+        }
         Ok(reply)
     }
 
-    /// A tunnel's life after `200`.
+    /// A tunnel's life after `200`, which `tells` whether anything goes through.
     async fn relay(
         &self,
-        mut agent: TokioIo<hyper::upgrade::Upgraded>,
+        (mut agent, tells): (TokioIo<hyper::upgrade::Upgraded>, bool),
         mut upstream: tokio::net::TcpStream,
         to: &crate::policy::hostname::Authority,
         asked: &Asked,
@@ -790,10 +801,19 @@ impl Gateway {
             Err(refused) => {
                 self.count(about, Some(&refused));
                 self.incident(asked.reviewed.pod.as_ref(), asked.peer, &refused);
+                if tells {
+                    let _ = tunnel::tell(&mut agent, Some(&refused)).await;
+                }
                 return;
             }
         };
         self.count(about, None);
+        if tunnel::is_looked_at(to) && opening.is_empty() {
+            return;
+        }
+        if tells && tunnel::tell(&mut agent, None).await.is_err() {
+            return;
+        }
         if upstream.write_all(&opening).await.is_err() {
             return;
         }

@@ -287,6 +287,7 @@ pub fn outcome(call: &str, tokens: i64) -> Event {
         status: 200,
         response_digest: None,
         response_bytes: 1,
+        sent_bytes: None,
         tokens,
         cost_micros: 0,
         upstream: None,

@@ -1,8 +1,8 @@
 //! Opaque tunnels: the agent's own connections.
 //!
 //! Promises: a tunnel to port 443 starts with a TLS ClientHello for the very host that was asked for, or carries nothing; a
-//! tunnel ends when its pod or its permission does, within seconds. Refuses: looking further inside. What flows is
-//! counted, not read.
+//! tunnel ends when its pod or its permission does, within seconds; whoever asked for it is told why nothing goes on, where it asks
+//! for that. Refuses: looking further inside. What flows is counted, not read.
 
 use std::{
     io,
@@ -16,9 +16,12 @@ use tokio::{
 };
 
 use super::refusal::Refused;
-use crate::policy::{
-    hostname::{Authority, Hostname},
-    rule::Rule,
+use crate::{
+    policy::{
+        hostname::{Authority, Hostname},
+        rule::Rule,
+    },
+    wire::Refusal,
 };
 
 /// The port on which nothing but TLS is let through.
@@ -31,6 +34,8 @@ const LARGEST_HELLO: usize = 32 << 10;
 const IDLE: Duration = Duration::from_secs(300);
 /// Between two looks at whether the tunnel is still allowed.
 const RECHECK: Duration = Duration::from_secs(2);
+/// For what was under way when a tunnel was refused.
+const LINGER: Duration = Duration::from_secs(2);
 /// A piece that is passed on.
 const PIECE: usize = 16 << 10;
 
@@ -49,12 +54,36 @@ impl Traffic {
     }
 }
 
-/// Reads the start of what the agent sends, as far as it must be looked at before any of it goes on.
+/// Whether what a tunnel to there begins with is looked at.
+pub fn is_looked_at(to: &Authority) -> bool {
+    to.port == HTTPS
+}
+
+/// Says whether anything goes on, as [`wire::OPENING`](crate::wire::OPENING) has it.
+///
+/// # Errors
+/// If nobody hears it.
+pub async fn tell<A: AsyncRead + AsyncWrite + Unpin>(agent: &mut A, refused: Option<&Refused>) -> io::Result<()> {
+    let Some(Refused { rule, reason, .. }) = refused else {
+        agent.write_all(b"\n").await?;
+        return agent.flush().await;
+    };
+    let mut line = serde_json::to_vec(&Refusal { rule: *rule, reason: reason.clone() })?;
+    line.push(b'\n');
+    agent.write_all(&line).await?;
+    agent.shutdown().await?;
+    // A connection that is closed with something unread is reset, and the word with it.
+    let _ = tokio::time::timeout(LINGER, tokio::io::copy(agent, &mut tokio::io::sink())).await;
+    Ok(())
+}
+
+/// Reads the start of what the agent sends, as far as it must be looked at before any of it goes on. Empty where nothing must, and
+/// where nothing came: whoever has changed its mind is not refused.
 ///
 /// # Errors
 /// [`Rule::EgressHost`] if it is not a ClientHello for the host, on port 443.
 pub async fn opening<R: AsyncRead + Unpin>(agent: &mut R, to: &Authority) -> Result<Vec<u8>, Refused> {
-    if to.port != HTTPS {
+    if !is_looked_at(to) {
         return Ok(Vec::new());
     }
     match tokio::time::timeout(HELLO, client_hello(agent, &to.host)).await {
@@ -69,7 +98,12 @@ async fn client_hello<R: AsyncRead + Unpin>(agent: &mut R, host: &Hostname) -> R
     let mut piece = [0; 4096];
     while seen.len() < LARGEST_HELLO {
         let read = agent.read(&mut piece).await.map_err(|e| denied(host, &format!("found an error: {e}")))?;
-        let Some(new @ [_, ..]) = piece.get(..read) else { break };
+        let Some(new @ [_, ..]) = piece.get(..read) else {
+            if seen.is_empty() {
+                return Ok(seen);
+            }
+            break;
+        };
         seen.extend_from_slice(new);
         let mut rest = new;
         while !rest.is_empty() {

@@ -150,6 +150,8 @@ pub struct Settlement {
     pub response_digest: Option<String>,
     /// Bytes of the reply.
     pub response_bytes: u64,
+    /// Bytes that the agent sent through a tunnel.
+    pub sent_bytes: Option<u64>,
     /// What it took by the reply's account; the reservation where that is absent.
     pub spent: Option<Spent>,
     /// Whom the gateway has dialled.
@@ -169,6 +171,7 @@ impl Settlement {
             status: 0,
             response_digest: None,
             response_bytes: 0,
+            sent_bytes: None,
             spent: None,
             upstream: None,
             sensitivity: Sensitivity::default(),
@@ -712,6 +715,9 @@ impl Gate {
             }
             budget.count_denials(denied.count);
             over = budget.open().is_err();
+            // As it is recorded, for those who read the harness's own log.
+            let Denied { channel, target, rule, reason, count, .. } = &denied;
+            tracing::info!(channel = channel.as_str(), target, %rule, reason, count, "refused");
             Ok(Event::Denied(denied))
         });
         if let Err(failed) = record {
@@ -758,6 +764,7 @@ impl Permit {
             status: settlement.status,
             response_digest: settlement.response_digest,
             response_bytes: settlement.response_bytes,
+            sent_bytes: settlement.sent_bytes,
             tokens: spent.tokens,
             cost_micros: spent.cost_micros,
             upstream,

@@ -95,6 +95,16 @@ pub struct Undelivered {
     pub upstream: Option<Peer>,
 }
 
+/// A tunnel that the gateway has opened.
+pub struct Tunnel {
+    /// What goes through it.
+    pub stream: Upgraded,
+    /// Who was dialled.
+    pub upstream: Option<Peer>,
+    /// Whether the gateway says first whether it lets anything through: see [`wire::OPENING`].
+    pub tells: bool,
+}
+
 /// A connection to the gateway.
 pub struct Link {
     address: std::net::SocketAddr,
@@ -345,7 +355,7 @@ impl Link {
     ///
     /// # Errors
     /// If the gateway refused it or the upstream cannot be reached.
-    pub async fn tunnel(&self, intent: u64, authority: &str) -> Result<(Upgraded, Option<Peer>), Undelivered> {
+    pub async fn tunnel(&self, intent: u64, authority: &str) -> Result<Tunnel, Undelivered> {
         let lost = |error: &dyn std::fmt::Display| undelivered(Rule::UpstreamConnect, error.to_string(), true);
         let uri: Uri = authority.parse().map_err(|error| undelivered(Rule::EgressHost, format!("{error}"), true))?;
         let started = Instant::now();
@@ -365,6 +375,7 @@ impl Link {
             .header(http::header::HOST, authority)
             .header(PROXY_AUTHORIZATION, self.bearer().map_err(|error| lost(&error))?)
             .header(wire::CHANNEL, Channel::Egress.as_str())
+            .header(wire::OPENING, wire::TOLD)
             .header(wire::INTENT, HeaderValue::from(intent))
             .body(Full::<Bytes>::default())
             .map_err(|error| lost(&error))?;
@@ -375,9 +386,9 @@ impl Link {
                 Ok(reply) => Err(lost(&format!("status {}", reply.status()))),
             };
         }
-        let upstream = Peer::of(reply.headers());
-        let upgraded = hyper::upgrade::on(reply).await.map_err(|error| lost(&error))?;
-        Ok((upgraded, upstream))
+        let (upstream, tells) = (Peer::of(reply.headers()), reply.headers().contains_key(wire::OPENING));
+        let stream = hyper::upgrade::on(reply).await.map_err(|error| lost(&error))?;
+        Ok(Tunnel { stream, upstream, tells })
     }
 
     fn bearer(&self) -> Result<HeaderValue, std::io::Error> {

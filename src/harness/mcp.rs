@@ -84,6 +84,17 @@ impl Read {
     }
 }
 
+/// In a request's extensions: whether the call in it has come to its pipeline, which records what becomes of it.
+#[derive(Clone, Default)]
+pub struct Reached(Arc<std::sync::atomic::AtomicBool>);
+
+impl Reached {
+    /// Whether it has.
+    pub fn get(&self) -> bool {
+        self.0.load(std::sync::atomic::Ordering::SeqCst)
+    }
+}
+
 /// The MCP server that the agent sees.
 #[derive(Clone)]
 pub struct Tools {
@@ -600,9 +611,12 @@ impl ServerHandler for Tools {
         request: CallToolRequestParams,
         context: RequestContext<RoleServer>,
     ) -> Result<CallToolResponse, McpError> {
+        let parts = context.extensions.get::<http::request::Parts>();
+        if let Some(reached) = parts.and_then(|parts| parts.extensions.get::<Reached>()) {
+            reached.0.store(true, std::sync::atomic::Ordering::SeqCst);
+        }
         // They were read already, and are not read again.
-        let read = context.extensions.get::<http::request::Parts>().and_then(|parts| parts.extensions.get::<Read>());
-        let args = match read.and_then(Read::take) {
+        let args = match parts.and_then(|parts| parts.extensions.get::<Read>()).and_then(Read::take) {
             Some(args) => args,
             None => sized(request.arguments.unwrap_or_default()),
         };

@@ -52,7 +52,9 @@ pub async fn handle(gate: Arc<Gate>, api: Api, request: Request<Incoming>) -> Re
     let path = request.uri().path().to_owned();
     let (parts, body) = request.into_parts();
     if parts.method != Method::POST {
-        return refusal(api, &Denial { rule: Rule::ModelRequest, reason: format!("{path} takes POST only") });
+        let denial =
+            Denial { rule: Rule::ModelRequest, reason: format!("{path} takes POST only, found {}", parts.method) };
+        return refusal(api, &gate.deny(Channel::Model, &path, None, denial).await);
     }
     let body = match Limited::new(body, LONGEST_REQUEST).collect().await {
         Ok(body) => body.to_bytes(),
@@ -332,6 +334,7 @@ impl Drop for Meter {
             status: self.status.as_u16(),
             response_digest: Some(response),
             response_bytes: self.bytes,
+            sent_bytes: None,
             spent,
             upstream: self.upstream.take(),
             sensitivity: Sensitivity::default(),
@@ -341,7 +344,7 @@ impl Drop for Meter {
 }
 
 /// A refusal in the shape that the API's client libraries show to people. Always 403: they do not try that again.
-fn refusal(api: Api, denial: &Denial) -> Response<Body> {
+pub fn refusal(api: Api, denial: &Denial) -> Response<Body> {
     let message = format!("Belay refused this call. rule: {}. {}", denial.rule, denial.reason);
     let body = match api {
         Api::ChatCompletions | Api::Responses => serde_json::json!({

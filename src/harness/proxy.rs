@@ -2,35 +2,52 @@
 //!
 //! The class's list is asked here, so that what is refused leaves no intent behind, and asked again by the gateway, which
 //! has the last word and is the only one to resolve the name.
+//!
+//! Guarantees: whatever either of them refuses, before a tunnel is open or by what it begins with, is in the log by its rule and counts
+//! as a refusal, and its answer's first line says why; what went out and what came back is known in bytes, of a tunnel by its outcome, of
+//! a request with its URL and headers. Non-goals: to know what is in a tunnel.
 
-use std::{convert::Infallible, sync::Arc};
+use std::{
+    convert::Infallible,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering},
+    },
+    task::{Context, Poll},
+};
 
+use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt, Empty, Full, Limited};
-use hyper::body::Incoming;
+use hyper::body::{Frame, Incoming};
 use hyper_util::rt::TokioIo;
-use tokio_util::io::{InspectReader, InspectWriter};
+use sha2::{Digest, Sha256};
+use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
 
 use super::{
-    body::{Body, boxed},
-    gate::{Call, Gate, Settlement},
-    link::Peer,
+    body::{Body, BodyError, boxed},
+    gate::{Call, Gate, Permit, Settlement},
+    link::{Peer, Tunnel, Undelivered},
 };
 use crate::{
     evidence::record::{Channel, Effect},
     policy::{
-        budget::Spent,
-        config::{EgressUse, Sensitivity},
-        decide::Denial,
-        egress,
-        hostname::Authority,
-        rule::Rule,
-        shorten::shorten,
+        budget::Spent, config::EgressUse, decide::Denial, egress, hostname::Authority, rule::Rule, shorten::shorten,
     },
+    wire,
 };
 
 /// Longest body of an absolute-form request. Larger ones can go through a tunnel.
 const LONGEST_REQUEST: usize = 16 << 20;
+/// A piece of a tunnel that is passed on.
+const PIECE: usize = 16 << 10;
+/// Longest reason in an answer's first line.
+const LONGEST_PHRASE: usize = 200;
+/// What a TLS connection begins with.
+const TLS_HANDSHAKE: u8 = 0x16;
+/// TLS's alert `access_denied`, fatal.
+const ACCESS_DENIED: [u8; 7] = [0x15, 3, 1, 0, 2, 2, 49];
 
 /// Opens a tunnel.
 pub async fn connect(gate: Arc<Gate>, request: Request<Incoming>) -> Response<Body> {
@@ -40,47 +57,215 @@ pub async fn connect(gate: Arc<Gate>, request: Request<Incoming>) -> Response<Bo
         Err(denial) => return refuse(&gate, &target, denial).await,
     };
     let (authority, permit) = permit;
-    let (mut upstream, address) = match gate.link().tunnel(permit.intent, &authority).await {
+    let tunnel = match gate.link().tunnel(permit.intent, &authority).await {
         Ok(tunnel) => tunnel,
-        Err(undelivered) => {
-            let denial = undelivered.denial;
-            permit.settle(Settlement { upstream: undelivered.upstream, ..Settlement::not_applied(denial.rule) });
-            return refusal(&denial);
-        }
+        Err(undelivered) => return refusal(&undone(&gate, permit, &authority, undelivered).await),
     };
-    tokio::spawn(async move {
-        let (mut sent, mut received) = (0_u64, 0_u64);
-        let over = match hyper::upgrade::on(request).await {
-            Ok(agent) => {
-                let counted = InspectReader::new(TokioIo::new(&mut upstream), |bytes| received += length(bytes));
-                let mut upstream = InspectWriter::new(counted, |bytes| sent += length(bytes));
-                tokio::io::copy_bidirectional(&mut TokioIo::new(agent), &mut upstream).await.map(drop)
-            }
-            Err(error) => Err(std::io::Error::other(error)),
-        };
-        // Agents that reset what they are done with are common. What they sent was answered, or is in doubt.
-        let effect = match (over, sent, received) {
-            (Ok(()), ..) | (Err(_), _, 1..) => Effect::Applied,
-            (Err(_), 0, 0) => Effect::NotApplied,
-            (Err(_), 1.., 0) => Effect::Unknown,
-        };
-        permit.settle(Settlement {
-            effect,
-            rule: None,
-            status: 200,
-            response_digest: None,
-            response_bytes: received,
-            spent: None,
-            upstream: address,
-            sensitivity: Sensitivity::default(),
-            undone_by: None,
-        });
-    });
+    tokio::spawn(carry(gate, permit, authority, request, tunnel));
     Response::new(boxed(Empty::new().map_err(|error: Infallible| match error {})))
 }
 
-fn length(bytes: &[u8]) -> u64 {
-    u64::try_from(bytes.len()).unwrap_or(u64::MAX)
+/// How a tunnel came to its end before both sides were done.
+enum End {
+    /// Of one of them.
+    Broken(std::io::Error),
+    /// Nothing went on: the gateway did not say why.
+    Unsaid,
+    /// Nothing went on, by this rule.
+    Refused(Denial),
+}
+
+/// A tunnel's life after `200`. What of it the gateway refuses is a refusal like any other: it is recorded, and counted.
+async fn carry(gate: Arc<Gate>, permit: Permit, target: String, request: Request<Incoming>, tunnel: Tunnel) {
+    let Tunnel { stream, upstream, tells } = tunnel;
+    let (sent, received) = (AtomicU64::new(0), AtomicU64::new(0));
+    let over = match hyper::upgrade::on(request).await {
+        Ok(agent) => through(TokioIo::new(agent), TokioIo::new(stream), tells, (&sent, &received)).await,
+        Err(error) => Err(End::Broken(std::io::Error::other(error))),
+    };
+    let (sent, received) = (sent.into_inner(), received.into_inner());
+    let ended = |effect| Settlement {
+        effect,
+        status: 200,
+        response_bytes: received,
+        sent_bytes: Some(sent),
+        spent: Some(Spent::default()),
+        upstream: upstream.clone(),
+        ..Settlement::unknown(None)
+    };
+    let nothing = Settlement { status: 0, sent_bytes: Some(0), ..ended(Effect::NotApplied) };
+    // Agents that reset what they are done with are common. What they sent was answered, or is in doubt.
+    match over {
+        Ok(()) => permit.settle(ended(Effect::Applied)),
+        Err(End::Broken(error)) => {
+            tracing::debug!(%error, "a tunnel broke off");
+            permit.settle(ended(match (sent, received) {
+                (_, 1..) => Effect::Applied,
+                (0, 0) => Effect::NotApplied,
+                (1.., 0) => Effect::Unknown,
+            }));
+        }
+        Err(End::Unsaid) => permit.settle(Settlement { rule: (sent > 0).then_some(Rule::UpstreamConnect), ..nothing }),
+        Err(End::Refused(denial)) => {
+            permit.settle(Settlement { rule: Some(denial.rule), ..nothing });
+            gate.deny(Channel::Egress, &target, None, denial).await;
+        }
+    }
+}
+
+/// Passes bytes both ways, once the gateway lets them.
+async fn through(
+    agent: impl AsyncRead + AsyncWrite,
+    gateway: impl AsyncRead + AsyncWrite,
+    tells: bool,
+    (sent, received): (&AtomicU64, &AtomicU64),
+) -> Result<(), End> {
+    let (agent_reads, mut agent_writes) = tokio::io::split(agent);
+    let (gateway_reads, gateway_writes) = tokio::io::split(gateway);
+    let (mut gateway_reads, first) = (BufReader::with_capacity(PIECE, gateway_reads), AtomicU8::new(0));
+    let open = AtomicBool::new(!tells);
+    let up = async {
+        let over = pump(agent_reads, gateway_writes, sent, Some(&first)).await;
+        if over.is_err() && !open.load(Ordering::Relaxed) {
+            // Why is still to be said.
+            std::future::pending::<()>().await;
+        }
+        over.map_err(End::Broken)
+    };
+    let down = async {
+        if tells {
+            verdict(&mut gateway_reads).await?;
+            open.store(true, Ordering::Relaxed);
+        }
+        pump(gateway_reads, &mut agent_writes, received, None).await.map_err(End::Broken)
+    };
+    let over = tokio::try_join!(up, down).map(|_| ());
+    if matches!(over, Err(End::Refused(_))) && first.load(Ordering::Relaxed) == TLS_HANDSHAKE {
+        // What the agent's TLS shows as `access denied`: it has its 200, and reads no other answer.
+        let _ = agent_writes.write_all(&ACCESS_DENIED).await;
+        let _ = agent_writes.shutdown().await;
+    }
+    over
+}
+
+/// What the gateway says of a tunnel's beginning.
+async fn verdict(gateway: &mut (impl AsyncBufRead + Unpin)) -> Result<(), End> {
+    let mut line = Vec::new();
+    let _ = gateway.take(length(wire::LONGEST_WORD)).read_until(b'\n', &mut line).await;
+    match line.as_slice() {
+        b"\n" => Ok(()),
+        line => match serde_json::from_slice::<wire::Refusal>(line) {
+            Ok(refusal) => Err(End::Refused(Denial { rule: refusal.rule, reason: refusal.reason })),
+            Err(_) => Err(End::Unsaid),
+        },
+    }
+}
+
+/// Passes bytes on until there are no more, and says so; counts them, and keeps the first.
+async fn pump(
+    reads: impl AsyncRead,
+    writes: impl AsyncWrite,
+    counter: &AtomicU64,
+    first: Option<&AtomicU8>,
+) -> std::io::Result<()> {
+    futures::pin_mut!(reads, writes);
+    let mut piece = vec![0; PIECE];
+    let over = loop {
+        let read = match reads.read(&mut piece).await {
+            Ok(read) => read,
+            Err(error) => break Err(error),
+        };
+        let Some(new @ [byte, ..]) = piece.get(..read) else { break Ok(()) };
+        if let Some(first) = first.filter(|_| counter.load(Ordering::Relaxed) == 0) {
+            first.store(*byte, Ordering::Relaxed);
+        }
+        writes.write_all(new).await?;
+        writes.flush().await?;
+        counter.fetch_add(length(read), Ordering::Relaxed);
+    };
+    // The other side may still have something to say.
+    writes.shutdown().await.and(over)
+}
+
+fn length(bytes: usize) -> u64 {
+    u64::try_from(bytes).unwrap_or(u64::MAX)
+}
+
+/// Records a call that was not made, or of which nobody knows; gives the reason. What the gateway has decided against counts as what is
+/// refused here does.
+async fn undone(gate: &Gate, permit: Permit, target: &str, undelivered: Undelivered) -> Denial {
+    let Undelivered { denial, certain, upstream } = undelivered;
+    let settlement =
+        if certain { Settlement::not_applied(denial.rule) } else { Settlement::unknown(Some(denial.rule)) };
+    permit.settle(Settlement { upstream, ..settlement });
+    match denial.rule {
+        Rule::EgressHost | Rule::EgressPort | Rule::EgressAddress | Rule::EgressDirect => {
+            gate.deny(Channel::Egress, target, None, denial).await
+        }
+        _ => denial,
+    }
+}
+
+/// A reply on its way to the agent. It is settled at its end, or where it is given up.
+struct Passing {
+    body: Incoming,
+    permit: Option<Permit>,
+    settlement: Settlement,
+    hasher: Sha256,
+}
+
+impl Passing {
+    fn settle(&mut self) {
+        let Some(permit) = self.permit.take() else { return };
+        let response_digest = Some(permit.salt().digested(&self.hasher.clone().finalize().into()));
+        permit.settle(Settlement { response_digest, ..self.settlement.clone() });
+    }
+}
+
+impl hyper::body::Body for Passing {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let polled = std::task::ready!(Pin::new(&mut self.body).poll_frame(context));
+        match &polled {
+            Some(Ok(frame)) => {
+                if let Some(data) = frame.data_ref() {
+                    self.hasher.update(data);
+                    let bytes = self.settlement.response_bytes.saturating_add(length(data.len()));
+                    self.settlement.response_bytes = bytes;
+                }
+            }
+            Some(Err(_)) => {
+                self.settlement.rule = Some(Rule::UpstreamReply);
+                self.settle();
+            }
+            None => self.settle(),
+        }
+        Poll::Ready(polled.map(|frame| frame.map_err(Into::into)))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> hyper::body::SizeHint {
+        self.body.size_hint()
+    }
+}
+
+impl Drop for Passing {
+    fn drop(&mut self) {
+        self.settle();
+    }
+}
+
+/// Bytes of headers, as HTTP/1.1 writes them.
+fn of_headers(headers: &HeaderMap) -> usize {
+    headers.iter().map(|(name, value)| name.as_str().len().saturating_add(value.len()).saturating_add(4)).sum()
 }
 
 /// Sends one absolute-form request, which is plain HTTP by definition.
@@ -104,7 +289,10 @@ pub async fn forward(gate: Arc<Gate>, request: Request<Incoming>) -> Response<Bo
         }
     };
     let digest = gate.salt().bytes(&body);
-    let (_, permit) = match permit(&gate, &target, &parts.headers, (Some(digest), body.len())).await {
+    // What is in a URL and in headers leaves as well.
+    let line = parts.method.as_str().len().saturating_add(uri.to_string().len()).saturating_add(" HTTP/1.1\r\n ".len());
+    let bytes = line.saturating_add(of_headers(&parts.headers)).saturating_add(body.len());
+    let (authority, permit) = match permit(&gate, &target, &parts.headers, (Some(digest), bytes)).await {
         Ok(permit) => permit,
         Err(denial) => return refuse(&gate, &target, denial).await,
     };
@@ -133,29 +321,18 @@ pub async fn forward(gate: Arc<Gate>, request: Request<Incoming>) -> Response<Bo
             let status = reply.status();
             let (mut parts, body) = reply.into_parts();
             let upstream = Peer::taken(&mut parts.headers);
-            permit.settle(Settlement {
+            let settlement = Settlement {
                 effect: Effect::Applied,
-                rule: None,
                 status: status.as_u16(),
-                response_digest: None,
-                response_bytes: hyper::body::Body::size_hint(&body).exact().unwrap_or(0),
-                spent: None,
+                response_bytes: length(of_headers(&parts.headers)),
+                spent: Some(Spent::default()),
                 upstream,
-                sensitivity: Sensitivity::default(),
-                undone_by: None,
-            });
-            Response::from_parts(parts, boxed(body.map_err(Into::into)))
-        }
-        Err(undelivered) => {
-            let denial = undelivered.denial;
-            let settlement = if undelivered.certain {
-                Settlement::not_applied(denial.rule)
-            } else {
-                Settlement::unknown(Some(denial.rule))
+                ..Settlement::unknown(None)
             };
-            permit.settle(Settlement { upstream: undelivered.upstream, ..settlement });
-            refusal(&denial)
+            let passing = Passing { body, permit: Some(permit), settlement, hasher: Sha256::new() };
+            Response::from_parts(parts, boxed(passing))
         }
+        Err(undelivered) => refusal(&undone(&gate, permit, &authority, undelivered).await),
     }
 }
 
@@ -164,7 +341,7 @@ async fn permit(
     target: &str,
     headers: &HeaderMap,
     (digest, bytes): (Option<String>, usize),
-) -> Result<(String, super::gate::Permit), Denial> {
+) -> Result<(String, Permit), Denial> {
     gate.open()?;
     let authority = Authority::parse(target, None).map_err(|error| Denial {
         rule: Rule::EgressHost,
@@ -206,8 +383,17 @@ fn refusal(denial: &Denial) -> Response<Body> {
     let text = format!("Belay refused this connection. rule: {}. {}\n", denial.rule, denial.reason);
     let mut reply = Response::new(boxed(Full::from(text).map_err(|error: Infallible| match error {})));
     *reply.status_mut() = StatusCode::FORBIDDEN;
+    // Of the answer to CONNECT most clients show this, and no more.
+    let phrase: String = format!("Belay refused: {}: {}", denial.rule, denial.reason)
+        .chars()
+        .take(LONGEST_PHRASE)
+        .map(|c| if matches!(c, ' '..='~') { c } else { '?' })
+        .collect();
+    if let Ok(phrase) = hyper::ext::ReasonPhrase::try_from(phrase) {
+        reply.extensions_mut().insert(phrase);
+    }
     if let Ok(rule) = http::HeaderValue::from_str(denial.rule.as_str()) {
-        reply.headers_mut().insert(crate::wire::RULE, rule);
+        reply.headers_mut().insert(wire::RULE, rule);
     }
     reply
 }

@@ -21,7 +21,11 @@ use rmcp::transport::streamable_http_server::{
 };
 use serde_json::Value;
 use tokio::{
-    net::TcpListener,
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{
+        TcpListener,
+        tcp::{OwnedReadHalf, OwnedWriteHalf},
+    },
     runtime::{Builder, Handle, Runtime},
     sync::Semaphore,
 };
@@ -30,7 +34,8 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use super::{
     body::{Body, boxed},
     gate::Gate,
-    mcp::{Read, Tools},
+    head::{self, First, Misheard},
+    mcp::{Reached, Read, Tools},
     model, proxy, undo,
 };
 use crate::{
@@ -40,6 +45,8 @@ use crate::{
         decide::Denial,
         json::{self, Ambiguous},
         rule::Rule,
+        shorten::{shorten, shorten_to},
+        tokens::Api,
     },
 };
 
@@ -63,6 +70,12 @@ const READINGS: usize = 2;
 const THREADS: usize = 2;
 /// Their stacks: what is judged there recurses. They are taken page by page.
 const STACK: usize = 16 << 20;
+/// For whoever was refused to read why: with something unread a connection is reset, and the answer with it.
+const LINGER: Duration = Duration::from_secs(1);
+/// Longest answer of the MCP library's that is looked into.
+const LONGEST_ANSWER: usize = 64 << 10;
+/// What is served.
+const SERVED: &str = "/mcp, /v1/chat/completions, /v1/responses, /v1/messages, and an HTTP proxy";
 /// How long calls under way may go on once the agent has ended.
 const DRAIN: Duration = Duration::from_secs(5);
 
@@ -153,12 +166,13 @@ pub fn serve(tools: Tools, listeners: Listeners) -> std::io::Result<Serving> {
     let mcp = StreamableHttpService::new(move || Ok(agents.clone()), Arc::new(LocalSessionManager::default()), config);
 
     let slots = Arc::new(Semaphore::new(CONNECTIONS));
-    threads.spawn(accept(agent, stop.clone(), connections.clone(), slots.clone(), move |request| {
+    let gate = Some(undoing.gate().clone());
+    threads.spawn(accept((agent, gate), stop.clone(), connections.clone(), slots.clone(), move |request| {
         route(undoing.clone(), mcp.clone(), request)
     }));
     if let Some(health) = health {
         let slots = Arc::new(Semaphore::new(16));
-        tokio::spawn(accept(health, stop.clone(), TaskTracker::new(), slots, |request| async move {
+        tokio::spawn(accept((health, None), stop.clone(), TaskTracker::new(), slots, |request| async move {
             let known = matches!(request.uri().path(), "/readyz" | "/healthz");
             status(if known { StatusCode::OK } else { StatusCode::NOT_FOUND })
         }));
@@ -166,8 +180,9 @@ pub fn serve(tools: Tools, listeners: Listeners) -> std::io::Result<Serving> {
     Ok(Serving { stop, connections })
 }
 
+/// Takes connections. What is no request is refused by the gate, where there is one.
 async fn accept<F, R>(
-    listener: TcpListener,
+    (listener, gate): (TcpListener, Option<Arc<Gate>>),
     stop: CancellationToken,
     connections: TaskTracker,
     slots: Arc<Semaphore>,
@@ -191,8 +206,24 @@ async fn accept<F, R>(
         };
         let _ = stream.set_nodelay(true);
         let handle = handle.clone();
-        let stop = stop.clone();
+        let (stop, gate) = (stop.clone(), gate.clone());
         connections.spawn(async move {
+            let (mut reads, writes) = stream.into_split();
+            let head = match &gate {
+                None => Bytes::new(),
+                Some(gate) => {
+                    let first = tokio::select! {
+                        first = head::first(&mut reads, HEAD) => first,
+                        () = stop.cancelled() => return,
+                    };
+                    match first {
+                        First::Silence => return,
+                        First::Head(head) => head,
+                        First::Refused(misheard) => return turn_away(gate, &misheard, reads, writes).await,
+                    }
+                }
+            };
+            let stream = tokio::io::join(std::io::Cursor::new(head).chain(reads), writes);
             let service = service_fn(move |request| {
                 let reply = handle(request);
                 async move { Ok::<_, Infallible>(reply.await) }
@@ -213,10 +244,27 @@ async fn accept<F, R>(
             };
             if let Err(error) = ended {
                 tracing::debug!(%error, "a connection of the agent's broke off");
+                // A later request of the connection, of which no more is known.
+                if let Some(gate) = gate.filter(|_| error.is_parse()) {
+                    let reason = format!("expected an HTTP/1.1 request, found one that cannot be read: {error}");
+                    let denial = Denial { rule: Rule::Request, reason };
+                    gate.deny(Channel::Egress, "(no request)", None, denial).await;
+                }
             }
             drop(slot);
         });
     }
+}
+
+/// Answers what is no request, once that is on record.
+async fn turn_away(gate: &Gate, misheard: &Misheard, mut reads: OwnedReadHalf, mut writes: OwnedWriteHalf) {
+    let denial = gate.deny(misheard.channel, &misheard.target, None, misheard.denial()).await;
+    let rest = async {
+        writes.write_all(misheard.answer(&denial).as_bytes()).await?;
+        writes.shutdown().await?;
+        tokio::io::copy(&mut reads, &mut tokio::io::sink()).await
+    };
+    let _ = tokio::time::timeout(LINGER, rest).await;
 }
 
 async fn route(
@@ -236,26 +284,119 @@ async fn route(
         return model::handle(gate, api, request).await;
     }
     if path == "/mcp" {
-        let request = match readable(&gate, request).await {
-            Ok(request) => request,
+        // Clients ask for a stream of the server's own, and end sessions: that there are none is no refusal of a call.
+        if !matches!(*request.method(), Method::POST | Method::GET | Method::DELETE) {
+            return unknown(&gate, &request, StatusCode::METHOD_NOT_ALLOWED).await;
+        }
+        let (mut request, asked) = match readable(&gate, request).await {
+            Ok(read) => read,
             Err(refusal) => return refusal,
         };
-        return mcp.handle(request).await.map(|body| boxed(body.map_err(|error: Infallible| match error {})));
+        let reached = Reached::default();
+        request.extensions_mut().insert(reached.clone());
+        let reply = mcp.handle(request).await;
+        return match asked {
+            Some(asked) if !reached.get() => unmade(&gate, asked, reply).await,
+            _ => reply.map(|body| boxed(body.map_err(|error: Infallible| match error {}))),
+        };
     }
-    if path == undo::PATH && request.method() == Method::POST {
+    // Bound to a name of its own: the guard is not held while it is answered.
+    let rolls_back = gate.undoing().is_some();
+    if path == undo::PATH && request.method() == Method::POST && rolls_back {
         return undo::handle(&tools).await;
     }
-    let text = "Belay serves /mcp, /v1/chat/completions, /v1/responses, /v1/messages, and an HTTP proxy.\n";
-    let mut reply = Response::new(boxed(Full::from(text).map_err(|error: Infallible| match error {})));
-    *reply.status_mut() = StatusCode::NOT_FOUND;
+    unknown(&gate, &request, StatusCode::NOT_FOUND).await
+}
+
+/// Refuses a request for what is not there.
+async fn unknown(gate: &Gate, request: &Request<Incoming>, status: StatusCode) -> Response<Body> {
+    let path = request.uri().path();
+    let reason = format!("expected one of {SERVED}; found {} {}", request.method(), shorten(path));
+    let denial = Denial { rule: Rule::Request, reason };
+    let mut reply = if path.starts_with("/v1/") {
+        let api = if path.starts_with("/v1/messages") { Api::Messages } else { Api::ChatCompletions };
+        model::refusal(api, &gate.deny(Channel::Model, path, None, denial).await)
+    } else {
+        let denial = gate.deny(Channel::Tool, path, None, denial).await;
+        let text = format!("Belay refused this request. rule: {}. {}\n", denial.rule, denial.reason);
+        Response::new(boxed(Full::from(text).map_err(|error: Infallible| match error {})))
+    };
+    *reply.status_mut() = status;
     reply
 }
 
+/// What was posted to the MCP server.
+struct Posted {
+    /// The tool that is called; the path where that is no call, or cannot be said.
+    target: String,
+    body: Bytes,
+    id: Value,
+    /// Whether it is a call, or may be one.
+    is_call: bool,
+}
+
+impl Posted {
+    /// By its JSON, if it can be read.
+    fn of(body: &Bytes, value: &Value) -> Self {
+        let method = value.get("method");
+        // An answer is no call.
+        let answers = value.get("result").is_some() || value.get("error").is_some();
+        let tool = value.pointer("/params/name").and_then(Value::as_str).filter(|_| method.is_some());
+        let id = value.get("id").filter(|id| id.is_string() || id.is_i64()).cloned();
+        let is_call = method.map_or(!answers, |method| method == "tools/call");
+        Self {
+            target: tool.filter(|_| is_call).unwrap_or("/mcp").to_owned(),
+            body: body.clone(),
+            id: id.unwrap_or_default(),
+            is_call,
+        }
+    }
+}
+
+/// A request to the MCP server that was answered without being a call, though it was meant to be one, or could have been: the library
+/// has refused it. It is recorded, and answered with a rule.
+async fn unmade<B>(gate: &Gate, posted: Posted, reply: Response<B>) -> Response<Body>
+where
+    B: hyper::body::Body<Data = Bytes, Error = Infallible> + Send + 'static,
+{
+    let (mut parts, body) = reply.into_parts();
+    let streams =
+        parts.headers.get(header::CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().starts_with(b"text/event"));
+    // What a client may ask for and is not there (prompts, resources, another version) is answered as the protocol says.
+    let refuses = matches!(parts.status.as_u16(), 403 | 406 | 411 | 413 | 415);
+    if streams || !(posted.is_call || refuses) {
+        return Response::from_parts(parts, boxed(body.map_err(|error: Infallible| match error {})));
+    }
+    let said = Limited::new(body, LONGEST_ANSWER).collect().await.map(|said| said.to_bytes()).unwrap_or_default();
+    let parsed: Value = serde_json::from_slice(&said).unwrap_or_default();
+    let text = String::from_utf8_lossy(&said);
+    let why = parsed.pointer("/error/message").and_then(Value::as_str).unwrap_or(text.trim());
+    let reason = format!(
+        "expected an MCP message that is a call, found one that is none (HTTP {}): {}",
+        parts.status.as_u16(),
+        if why.is_empty() { "it has no id, and would have no answer" } else { why }
+    );
+    let denial = Denial { rule: Rule::Request, reason: shorten_to(&reason, 1024) };
+    let digest = Some(gate.salt().bytes(&posted.body));
+    let denial = gate.deny(Channel::Tool, &posted.target, digest, denial).await;
+    if parsed.is_object() || said.is_empty() {
+        // It has its form, and its reason in it.
+        return Response::from_parts(parts, boxed(Full::from(said).map_err(|error: Infallible| match error {})));
+    }
+    let refusal = refusal(&posted.id, &denial);
+    parts.headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    parts.headers.remove(header::CONTENT_LENGTH);
+    Response::from_parts(parts, refusal.into_body())
+}
+
 /// The request with its body read, if that is JSON that can be read in one way only: rmcp keeps the last of two members of
-/// one name, and what it would take for a call must be what anybody else would.
+/// one name, and what it would take for a call must be what anybody else would. And what it is, where it is posted.
 ///
 /// The arguments of a call are taken out, as they were read: they are read once.
-async fn readable(gate: &Arc<Gate>, request: Request<Incoming>) -> Result<Request<Full<Bytes>>, Response<Body>> {
+async fn readable(
+    gate: &Arc<Gate>,
+    request: Request<Incoming>,
+) -> Result<(Request<Full<Bytes>>, Option<Posted>), Response<Body>> {
     let (mut parts, body) = request.into_parts();
     let body = match Limited::new(body, LONGEST_BODY).collect().await {
         Ok(body) => body.to_bytes(),
@@ -267,7 +408,7 @@ async fn readable(gate: &Arc<Gate>, request: Request<Incoming>) -> Result<Reques
     };
     // What is not posted has no body, and is not rmcp's to act on.
     if parts.method != Method::POST {
-        return Ok(Request::from_parts(parts, Full::from(body)));
+        return Ok((Request::from_parts(parts, Full::from(body)), None));
     }
     let most = gate.contracts().longest_text();
     if body.len() > most {
@@ -294,11 +435,13 @@ async fn readable(gate: &Arc<Gate>, request: Request<Incoming>) -> Result<Reques
         }
     };
     let ambiguous = match parsed {
-        Ok((None, _)) => return Ok(Request::from_parts(parts, Full::from(body))),
-        Ok((Some(arguments), around)) => {
+        Ok(Message { posted, call: None }) => {
+            return Ok((Request::from_parts(parts, Full::from(body)), Some(posted)));
+        }
+        Ok(Message { posted, call: Some((arguments, around)) }) => {
             parts.extensions.insert(arguments);
             parts.headers.remove(header::CONTENT_LENGTH);
-            return Ok(Request::from_parts(parts, Full::from(around)));
+            return Ok((Request::from_parts(parts, Full::from(around)), Some(posted)));
         }
         Err(ambiguous) => ambiguous,
     };
@@ -320,19 +463,27 @@ fn loosely(body: &[u8]) -> Value {
     if body.len() > SHORT_BODY { Value::Null } else { serde_json::from_slice(body).unwrap_or_default() }
 }
 
-/// A call's arguments, and what is around them; or neither, of what is no call.
+/// A message that was posted, as it was read.
+struct Message {
+    posted: Posted,
+    /// A call's arguments, and what is around them.
+    call: Option<(Read, Vec<u8>)>,
+}
+
+/// Reads a message.
 ///
 /// # Errors
 /// If the text is not JSON, or could be read in two ways.
-fn read(body: &[u8]) -> Result<(Option<Read>, Vec<u8>), Ambiguous> {
+fn read(body: &Bytes) -> Result<Message, Ambiguous> {
     let mut message = json::parse(body)?;
+    let posted = Posted::of(body, &message);
     let is_call = message.get("method").is_some_and(|method| method == "tools/call");
     let params = message.get_mut("params").filter(|_| is_call).and_then(Value::as_object_mut);
     let Some(Value::Object(arguments)) = params.and_then(|params| params.get_mut("arguments")).map(Value::take) else {
-        return Ok((None, Vec::new()));
+        return Ok(Message { posted, call: None });
     };
     let around = serde_json::to_vec(&message).map_err(|error| Ambiguous(error.to_string()))?;
-    Ok((Some(Read::new(arguments, body.len())), around))
+    Ok(Message { posted, call: Some((Read::new(arguments, body.len()), around)) })
 }
 
 /// -32700: what was sent cannot be read.

@@ -7,7 +7,10 @@
 use kube::core::Selector;
 
 use super::{Finding, config, types, validated};
-use crate::api::{PolicyPack, ToolContract};
+use crate::{
+    api::{PolicyPack, ToolContract},
+    policy::template::Request,
+};
 
 /// What is wrong with a contract.
 pub fn contract(contract: &ToolContract) -> Vec<Finding> {
@@ -36,6 +39,36 @@ pub fn contract(contract: &ToolContract) -> Vec<Finding> {
         .filter_map(|(field, expected, wrong, so)| {
             let mend = format!("correct the expression: as it is, {so}");
             Some(Finding::new(field, expected, wrong.err()?, mend))
+        })
+        .collect()
+}
+
+/// What in a contract works, and lets more pass than was probably meant.
+pub fn advice(contract: &ToolContract) -> Vec<Finding> {
+    /// Of these the arguments are checked, and none has a segment's end in it.
+    const FORMATS: [&str; 5] = ["uuid", "date", "date-time", "ipv4", "ipv6"];
+    let Some(request) =
+        contract.spec.upstream.http.as_ref().and_then(|http| Request::parse(&config::of_http(http)).ok())
+    else {
+        return Vec::new();
+    };
+    let properties = contract.spec.input.get("properties");
+    let loose = request.path_arguments().filter(|name| {
+        let Some(property) = properties.and_then(|all| all.get(name)) else { return false };
+        let said = |keyword: &str| property.get(keyword).is_some();
+        let format = property.get("format").and_then(|format| format.as_str());
+        let told =
+            ["pattern", "enum", "const"].into_iter().any(said) || format.is_some_and(|one| FORMATS.contains(&one));
+        property.get("type").is_some_and(|kind| kind == "string") && !told
+    });
+    loose
+        .map(|name| {
+            Finding::new(
+                format!("spec.input.properties.{name}"),
+                "a `pattern`, an `enum` or `format: uuid`, because the argument is a part of the path",
+                "a text of any form",
+                "say what it looks like, such as `pattern: \"^[A-Za-z0-9-]{1,64}$\"`, or the agent chooses what it reads or changes",
+            )
         })
         .collect()
 }

@@ -558,7 +558,7 @@ pub fn authority_of(upstream: &tool_contract::Upstream) -> Option<Authority> {
     }
 }
 
-fn of_http(http: &tool_contract::HttpUpstream) -> HttpUpstream {
+pub(super) fn of_http(http: &tool_contract::HttpUpstream) -> HttpUpstream {
     HttpUpstream { method: http.method, url: http.url.clone(), query: http.query.clone() }
 }
 

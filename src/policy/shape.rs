@@ -49,6 +49,8 @@ impl Shape {
     pub fn compile(schema: &Value) -> Result<Self, String> {
         let patterns = PatternOptions::fancy_regex().backtrack_limit(STEPS_BACK).size_limit(LARGEST_PATTERN);
         jsonschema::draft202012::options()
+            // A contract that says `format: uuid` means it.
+            .should_validate_formats(true)
             .with_pattern_options(patterns)
             .with_keyword(STEP, |_, _, _| Ok(Box::new(Step)))
             .with_keyword("uniqueItems", |_, wanted, _| Ok(Box::new(Unique(wanted == &Value::Bool(true)))))

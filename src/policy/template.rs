@@ -1,15 +1,18 @@
 //! HTTP requests that are made of a tool call's arguments.
 //!
 //! A template is an absolute URL in which `{name}` stands for an argument: at most one in each segment of the path, nowhere
-//! else. Scheme, host, port and a query that the template itself has are literal. Arguments are strings, integers and
-//! booleans; each is percent-encoded whole, so that `/` is `%2F`. Those that the contract lists go into the query, the others
-//! are the JSON body, where the method has one.
+//! else. The last segment may be `{+name}`, as RFC 6570 has it: an argument of one segment or several. Scheme, host, port and a
+//! query that the template itself has are literal. Arguments are strings, integers and booleans, percent-encoded. Those that the
+//! contract lists go into the query, the others are the JSON body, where the method has one.
 //!
-//! Promises: no argument changes how many segments the path has or what they mean to a server that decodes once too often
-//! (`..`, `%2e%2e%2f`, `..;`, empty ones and control characters are refused, at every depth of decoding). Refuses: bodies of
-//! GET, HEAD and DELETE, lists and objects in a URL, and to correct what it is given.
+//! Guarantees: `{name}` is one segment, and `{+name}` as many as it is written with, to a server that routes by the path as it is
+//! sent, decoded once, as WSGI has it, or more often, by lenient decoders, with characters folded (NFKC, best fit), trailing dots
+//! and spaces cut, or path parameters taken off. Nothing in a query ends its value, or is a second one of a parameter that the
+//! template sets. Non-goals: bodies of GET, HEAD and DELETE, lists and objects in a URL, and to correct what it is given: what does
+//! not fit is refused.
 
 use serde_json::{Map, Value};
+use unicode_normalization::UnicodeNormalization;
 
 use super::{
     config::{HttpMethod, HttpUpstream},
@@ -33,7 +36,7 @@ pub enum TemplateError {
     Authority(String),
     /// A segment of the path.
     #[error(
-        "expected segments of letters, digits and -._~!$&'()*+,;=:@% with at most one {{name}} in each, none of them empty, `.` or `..`; found {0:?}"
+        "expected segments of letters, digits and -._~!$&'()*+,;=:@% with at most one {{name}} in each, or {{+name}} as the last, none of them empty, `.` or `..`; found {0:?}"
     )]
     Segment(String),
     /// The literal query.
@@ -42,12 +45,23 @@ pub enum TemplateError {
     /// An argument goes to two places.
     #[error("expected each argument in one place, found {0:?} twice")]
     Twice(String),
+    /// An argument would be a second value of a parameter that the query itself sets.
+    #[error("expected arguments in `query` that the URL's own query does not set, found {0:?}")]
+    Set(String),
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Segment {
     Literal(String),
-    Argument { before: String, name: String, after: String },
+    Argument {
+        before: String,
+        name: String,
+        after: String,
+    },
+    /// One segment or several.
+    Rest {
+        name: String,
+    },
 }
 
 /// A contract's HTTP request, ready to be made of arguments.
@@ -116,6 +130,10 @@ impl Request {
         {
             return Err(TemplateError::Twice(twice.to_owned()));
         }
+        let set: Vec<_> = literal_names(request.literal_query.as_deref().unwrap_or_default()).collect();
+        if let Some(again) = request.query_arguments().find(|name| set.contains(&loosely(name))) {
+            return Err(TemplateError::Set(again.to_owned()));
+        }
         Ok(request)
     }
 
@@ -132,7 +150,7 @@ impl Request {
     /// The arguments that the path needs.
     pub fn path_arguments(&self) -> impl Iterator<Item = &str> {
         self.segments.iter().filter_map(|segment| match segment {
-            Segment::Argument { name, .. } => Some(name.as_str()),
+            Segment::Argument { name, .. } | Segment::Rest { name } => Some(name.as_str()),
             Segment::Literal(_) => None,
         })
     }
@@ -149,22 +167,29 @@ impl Request {
     pub fn render(&self, args: &Map<String, Value>) -> Result<Rendered, Denial> {
         let mut rest = args.clone();
         let mut url = format!("{}://{}", if self.secure { "https" } else { "http" }, self.host);
+        let mut take = |name: &str| {
+            let value = rest.remove(name).ok_or_else(|| refused(name, "is missing, and the path needs it"))?;
+            text(name, &value)
+        };
         for segment in &self.segments {
             url.push('/');
             match segment {
                 Segment::Literal(text) => url.push_str(text),
                 Segment::Argument { before, name, after } => {
-                    let value = rest.remove(name).ok_or_else(|| refused(name, "is missing, and the path needs it"))?;
-                    let text = text(name, &value)?;
-                    if !keeps_its_place(before, &text, after) {
-                        return Err(refused(
-                            name,
-                            "would change the path: expected a text that is not empty, without `.` and `..`, empty parts and control characters",
-                        ));
-                    }
+                    let text = take(name)?;
+                    fits(name, "one segment of the path", (before, &text, after))?;
                     url.push_str(before);
                     url.push_str(&encode(&text));
                     url.push_str(after);
+                }
+                Segment::Rest { name } => {
+                    let text = take(name)?;
+                    let mut parts = Vec::new();
+                    for part in text.split('/') {
+                        fits(name, "segments of the path", ("", part, ""))?;
+                        parts.push(encode(part));
+                    }
+                    url.push_str(&parts.join("/"));
                 }
             }
         }
@@ -199,10 +224,14 @@ fn segment(part: &str, is_last: bool) -> Result<Segment, TemplateError> {
     let literal = |text: &str| text.chars().all(is_literal) && decode(text).is_some();
     let Some((before, rest)) = part.split_once('{') else {
         // A path may end in a slash.
-        let plain = (part.is_empty() && is_last) || (literal(part) && keeps_its_place(part, "", ""));
+        let plain = (part.is_empty() && is_last) || (literal(part) && is_one_place(part));
         return if plain { Ok(Segment::Literal(part.to_owned())) } else { Err(wrong()) };
     };
     let (name, after) = rest.split_once('}').ok_or_else(wrong)?;
+    if let Some(name) = name.strip_prefix('+') {
+        let alone = is_last && before.is_empty() && after.is_empty() && !name.is_empty() && !name.contains(['{', '+']);
+        return if alone { Ok(Segment::Rest { name: name.to_owned() }) } else { Err(wrong()) };
+    }
     if name.is_empty() || name.contains('{') || !literal(before) || !literal(after) {
         return Err(wrong());
     }
@@ -228,25 +257,119 @@ fn refused(name: &str, what: &str) -> Denial {
     Denial { rule: Rule::ToolUrl, reason: format!("the argument {:?} {what}", shorten(name)) }
 }
 
-/// Whether a segment that is made of these stays one, whatever decodes it, however often.
-fn keeps_its_place(before: &str, value: &str, after: &str) -> bool {
-    let mut whole = format!("{}{}{}", decoded(before), value, decoded(after));
-    if whole.is_empty() || (value.is_empty() && before.is_empty() && after.is_empty()) {
-        return false;
+/// Whether an argument is what the path has a place for, in this segment.
+fn fits(name: &str, place: &str, (before, value, after): (&str, &str, &str)) -> Result<(), Denial> {
+    let Some(found) = misplaced(&decoded(before), value, &decoded(after)) else { return Ok(()) };
+    Err(refused(
+        name,
+        &format!(
+            "cannot be {place}: found {found}; expected a text without slashes, backslashes, semicolons, question marks, number signs, \
+             control characters and percent escapes, without a dot at its end or a space at either, and without characters that stand \
+             for any of these"
+        ),
+    ))
+}
+
+/// What keeps a value from being one segment, alone or with the literals around it.
+fn misplaced(before: &str, value: &str, after: &str) -> Option<&'static str> {
+    if let Some(found) = shape((before, value, after)) {
+        return Some(found);
     }
-    let mut alone = value.to_owned();
+    if value.is_ascii() {
+        return None;
+    }
+    // What is not seen is not there to some, and to others a character is the nearest one that they know.
+    let seen = || value.chars().filter(|c| !is_ignorable(*c));
+    let (folded, fitted): (String, String) = (seen().nfkc().collect(), seen().map(best_fit).collect());
+    [folded, fitted].iter().find_map(|other| shape((before, other, after))).map(|found| match found {
+        "nothing" => "nothing that can be seen",
+        "a control character" => "what stands for a control character",
+        "an escape" => "characters that some servers take for an escape",
+        _ => "a character that some servers take for one that ends or moves a segment",
+    })
+}
+
+/// What in these characters keeps a value from being one segment.
+fn shape((before, value, after): (&str, &str, &str)) -> Option<&'static str> {
+    let single = |c: char| match c {
+        '/' => Some("a slash"),
+        '\\' => Some("a backslash"),
+        ';' => Some("a semicolon"),
+        '?' => Some("a question mark"),
+        '#' => Some("a number sign"),
+        // Those of Unicode end lines, as the control characters do.
+        '\u{2028}' | '\u{2029}' => Some("a control character"),
+        c if c.is_control() => Some("a control character"),
+        _ => None,
+    };
+    if value.is_empty() {
+        return Some("nothing");
+    }
+    if let Some(found) = value.chars().find_map(single) {
+        return Some(found);
+    }
+    // With the ends of the literals: `%2` may be theirs, and the rest the argument's. Two digits, `%u` and their like, by whatever decoder.
+    let near: Vec<char> = before.chars().rev().take(2).collect::<Vec<_>>().into_iter().rev().collect();
+    let near: Vec<char> = near.into_iter().chain(value.chars()).chain(after.chars().take(2)).collect();
+    if near.windows(2).any(|pair| matches!(pair, ['%', next] if next.is_ascii_alphanumeric())) {
+        return Some("an escape");
+    }
+    let trimmed = |c: char| c == '.' || c.is_whitespace();
+    let at_start = before.is_empty() && value.starts_with(char::is_whitespace);
+    let at_end = after.is_empty() && value.ends_with(trimmed);
+    let whole = [before, value, after].concat();
+    (at_start || at_end || whole.trim_matches(trimmed).is_empty())
+        .then_some("a dot or a space where some servers cut it off")
+}
+
+/// Characters that are not shown, and that some leave out before they compare: Unicode's default ignorable code points.
+fn is_ignorable(c: char) -> bool {
+    matches!(
+        c,
+        '\u{ad}' | '\u{34f}' | '\u{61c}' | '\u{115f}'..='\u{1160}' | '\u{17b4}'..='\u{17b5}' | '\u{180b}'..='\u{180f}'
+            | '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{3164}'
+            | '\u{fe00}'..='\u{fe0f}' | '\u{feff}' | '\u{ffa0}' | '\u{fff0}'..='\u{fff8}' | '\u{1bca0}'..='\u{1bca3}'
+            | '\u{1d173}'..='\u{1d17a}' | '\u{e0000}'..='\u{e0fff}'
+    )
+}
+
+/// What servers that store text in code pages make of characters that these do not have, where it matters.
+fn best_fit(c: char) -> char {
+    match c {
+        // Fraction, division and big solidus; the box drawing's.
+        '\u{2044}' | '\u{2215}' | '\u{29f8}' | '\u{2571}' => '/',
+        // Set minus and its like; the yen and won signs have the place of `\` in Japanese and Korean code pages.
+        '\u{2216}' | '\u{29f5}' | '\u{29f9}' | '\u{20e5}' | '\u{a5}' | '\u{20a9}' => '\\',
+        '\u{66a}' => '%',
+        c => c,
+    }
+}
+
+/// Whether a literal segment is one, and in its place, however often it is decoded.
+fn is_one_place(literal: &str) -> bool {
+    let mut text = literal.to_owned();
     loop {
         let harmless = |part: &str| !matches!(part.split(';').next().unwrap_or_default(), "." | "..");
-        let parts_hold = whole.split(['/', '\\']).all(|part| !part.is_empty() && harmless(part));
-        if !parts_hold || alone.chars().any(char::is_control) {
+        if !text.split(['/', '\\']).all(|part| !part.is_empty() && harmless(part)) {
             return false;
         }
-        let (next, next_alone) = (decoded(&whole), decoded(&alone));
-        if next == whole && next_alone == alone {
+        let next = decoded(&text);
+        if next == text {
             return true;
         }
-        (whole, alone) = (next, next_alone);
+        text = next;
     }
+}
+
+/// The parameters that a literal query sets.
+fn literal_names(query: &str) -> impl Iterator<Item = String> {
+    query.split(['&', ';']).map(|pair| loosely(&decoded(pair.split('=').next().unwrap_or_default())))
+}
+
+/// A parameter's name as the most lenient server knows it: without case, without `[]`, with PHP's underscores.
+fn loosely(name: &str) -> String {
+    let name = name.trim().split('[').next().unwrap_or_default();
+    name.chars().flat_map(char::to_lowercase).map(|c| if matches!(c, '.' | ' ' | '+') { '_' } else { c }).collect()
 }
 
 /// Everything but RFC 3986's unreserved characters, percent-encoded.
@@ -319,10 +442,11 @@ mod tests {
     #[rstest]
     #[case::plain(json!({"id": "ada", "n": 7}), "ada", "7")]
     #[case::bool(json!({"id": true, "n": -1}), "true", "-1")]
-    #[case::slash(json!({"id": "group/project", "n": 1}), "group%2Fproject", "1")]
-    #[case::question(json!({"id": "a?b#c&d=e", "n": 1}), "a%3Fb%23c%26d%3De", "1")]
+    #[case::ampersand(json!({"id": "a&d=e+f", "n": 1}), "a%26d%3De%2Bf", "1")]
     #[case::percent(json!({"id": "100%", "n": 1}), "100%25", "1")]
-    #[case::encoded_slash(json!({"id": "a%2fb", "n": 1}), "a%252fb", "1")]
+    #[case::percent_and_more(json!({"id": "5% off, 10%", "n": "50%"}), "5%25%20off%2C%2010%25", "50%25")]
+    #[case::joined(json!({"id": "\u{1f469}\u{200d}\u{1f4bb}", "n": 1}), "%F0%9F%91%A9%E2%80%8D%F0%9F%92%BB", "1")]
+    #[case::half(json!({"id": "½ l", "n": 1}), "%C2%BD%20l", "1")]
     #[case::dots_inside(json!({"id": "a..b", "n": "..."}), "a..b", "...")]
     #[case::unicode(json!({"id": "ä b", "n": 1}), "%C3%A4%20b", "1")]
     #[case::at(json!({"id": "@evil.test:1", "n": 1}), "%40evil.test%3A1", "1")]
@@ -349,6 +473,44 @@ mod tests {
     #[case::newline(json!("a\r\nHost: evil.test"))]
     #[case::nul(json!("a\0"))]
     #[case::encoded_newline(json!("a%0d%0a"))]
+    #[case::another_resource(json!("A-7/card"))]
+    #[case::inner_backslash(json!("A-7\\card"))]
+    #[case::question(json!("a?admin=1"))]
+    #[case::fragment(json!("a#b"))]
+    #[case::matrix(json!("a;role=admin"))]
+    #[case::encoded_slash(json!("a%2fcard"))]
+    #[case::encoded_slash_twice(json!("a%252fcard"))]
+    #[case::encoded_slash_thrice(json!("a%25252Fcard"))]
+    #[case::split_escape(json!("a%%32%66card"))]
+    #[case::overlong_dots(json!("%c0%ae%c0%ae%2fx"))]
+    #[case::overlong_slash(json!("a%c0%afcard"))]
+    #[case::overlong_three(json!("a%e0%80%afcard"))]
+    #[case::encoded_backslash(json!("a%5ccard"))]
+    #[case::encoded_nul(json!("a%00"))]
+    #[case::encoded_semicolon(json!("a%3Bb"))]
+    #[case::percent_u(json!("a%u2215card"))]
+    #[case::sloppy_escape(json!("a%2 card"))]
+    #[case::fullwidth_slash(json!("a\u{ff0f}card"))]
+    #[case::fullwidth_backslash(json!("a\u{ff3c}card"))]
+    #[case::fullwidth_escape(json!("a\u{ff05}2fcard"))]
+    #[case::fullwidth_dots(json!("\u{ff0e}\u{ff0e}"))]
+    #[case::leader(json!("\u{2025}"))]
+    #[case::division(json!("a\u{2215}card"))]
+    #[case::fraction_slash(json!("a\u{2044}card"))]
+    #[case::account_of(json!("\u{2100}"))]
+    #[case::yen(json!("a\u{a5}card"))]
+    #[case::greek_question_mark(json!("a\u{37e}b"))]
+    #[case::hidden_between(json!(".\u{200b}."))]
+    #[case::hidden_escape(json!("a%\u{200b}2fcard"))]
+    #[case::hidden_alone(json!("\u{feff}"))]
+    #[case::line_separator(json!("a\u{2028}b"))]
+    #[case::next_line(json!("a\u{85}b"))]
+    #[case::delete(json!("a\u{7f}"))]
+    #[case::dot_at_the_end(json!("card."))]
+    #[case::space_at_the_end(json!("card "))]
+    #[case::space_at_the_start(json!(" card"))]
+    #[case::dots_and_spaces(json!(". ."))]
+    #[case::blank(json!(" "))]
     #[case::fraction(json!(1.5))]
     #[case::exponent(json!(1e300))]
     #[case::null(json!(null))]
@@ -359,6 +521,58 @@ mod tests {
         let request = request(HttpMethod::Get, URL, &[]);
         let denial = request.render(json!({"id": id, "n": 1}).as_object().unwrap()).unwrap_err();
         assert_eq!(denial.rule, Rule::ToolUrl);
+        assert!(denial.reason.contains("the argument \"id\"") || denial.reason.contains("bytes"), "{denial:?}");
+    }
+
+    #[test]
+    fn a_path_of_several_segments_is_what_the_contract_says() {
+        let request = request(HttpMethod::Get, "https://a.test/files/{+path}", &[]);
+        let url = |path: &str| request.render(json!({"path": path}).as_object().unwrap()).map(|rendered| rendered.url);
+        assert_eq!(url("src/main file.rs").unwrap(), "https://a.test/files/src/main%20file.rs");
+        assert_eq!(url("one").unwrap(), "https://a.test/files/one");
+        for path in [
+            "",
+            "/",
+            "/etc/passwd",
+            "a/",
+            "a//b",
+            "..",
+            "a/../b",
+            "a/./b",
+            "a/..",
+            "../a",
+            "a/%2e%2e/b",
+            "a/..;/b",
+            "a\\..\\b",
+        ] {
+            assert_eq!(url(path).unwrap_err().rule, Rule::ToolUrl, "{path}");
+        }
+        for path in ["a/.\u{200b}./b", "a/\u{ff0e}\u{ff0e}/b", "a\u{2215}b", "a/b?c", "a/b#c", "a/b. ", "a/ b", "a/b\0"]
+        {
+            assert_eq!(url(path).unwrap_err().rule, Rule::ToolUrl, "{path:?}");
+        }
+    }
+
+    #[test]
+    fn an_escape_is_not_made_of_a_literal_and_an_argument() {
+        let request = request(HttpMethod::Get, "http://a.test/%25{x}2fb", &[]);
+        for (x, fits) in [("", false), ("2f", false), ("%", false), ("-", true)] {
+            assert_eq!(request.render(json!({"x": x}).as_object().unwrap()).is_ok(), fits, "{x}");
+        }
+    }
+
+    #[rstest]
+    #[case::same("http://a.test/?v=2", "v")]
+    #[case::case("http://a.test/?v=2", "V")]
+    #[case::list("http://a.test/?v=2", "v[]")]
+    #[case::without_a_value("http://a.test/?debug", "debug")]
+    #[case::encoded("http://a.test/?%76=2", "v")]
+    #[case::php("http://a.test/?a_b=2", "a.b")]
+    #[case::semicolons("http://a.test/?x=1;v=2", "v")]
+    fn no_argument_is_a_second_value_of_what_the_template_sets(#[case] url: &str, #[case] name: &str) {
+        let parsed = Request::parse(&upstream(HttpMethod::Get, url, &[name]));
+        assert!(matches!(parsed, Err(TemplateError::Set(_))), "{parsed:?}");
+        assert!(Request::parse(&upstream(HttpMethod::Get, url, &["other"])).is_ok());
     }
 
     #[test]
@@ -407,6 +621,10 @@ mod tests {
     #[case::two_in_a_segment("https://a.test/{a}{b}", Err("segments"))]
     #[case::unclosed("https://a.test/{a", Err("segments"))]
     #[case::nameless("https://a.test/{}", Err("segments"))]
+    #[case::several("https://a.test/{+a}", Ok(()))]
+    #[case::several_within("https://a.test/{+a}/b", Err("segments"))]
+    #[case::several_after("https://a.test/b{+a}", Err("segments"))]
+    #[case::several_nameless("https://a.test/{+}", Err("segments"))]
     #[case::dots("https://a.test/../x", Err("segments"))]
     #[case::encoded_dots("https://a.test/%2e%2e/x", Err("segments"))]
     #[case::empty_segment("https://a.test//x", Err("segments"))]
@@ -425,19 +643,29 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever an argument is, the URL parses to the template's host and shape.
+        /// Whatever an argument is, the URL parses to the template's host and shape: as it is, and however often it is decoded, as
+        /// strict servers and lenient ones do it.
         #[test]
-        fn whatever_renders_has_the_same_shape(id in ".{0,30}", q in ".{0,30}", odd in "[./%2eEfF;\\\\a]{0,12}") {
+        fn whatever_renders_has_the_same_shape(
+            id in ".{0,30}", q in ".{0,30}", odd in "[./%2eEfFcCuU0aA; \\\\\u{ff0f}\u{ff05}\u{2215}\u{200b}\u{ff0e}]{0,8}"
+        ) {
             let request = request(HttpMethod::Get, "https://a.test/x/{id}/{odd}?v=1", &["q"]);
             if let Ok(rendered) = request.render(json!({"id": id, "q": q, "odd": odd}).as_object().unwrap()) {
                 let uri: http::Uri = rendered.url.parse().unwrap();
                 prop_assert_eq!(uri.host(), Some("a.test"));
-                prop_assert_eq!(uri.path().split('/').count(), 4);
-                // As strict as WHATWG's parser, which takes `%2e` for a dot.
-                for part in uri.path().split('/').skip(1) {
-                    let part = part.to_ascii_lowercase().replace("%2e", ".");
-                    prop_assert!(!part.is_empty() && part != "." && part != "..");
+                let mut path = uri.path().as_bytes().to_vec();
+                for _ in 0..4 {
+                    let lenient: String = String::from_utf8_lossy(&path).nfkc().collect();
+                    prop_assert_eq!(lenient.split(['/', '\\']).count(), 4, "{}", lenient);
+                    for part in lenient.split('/').skip(1) {
+                        prop_assert!(!part.trim_matches(['.', ' ']).is_empty() && !part.contains([';', '?', '#', '\0']), "{}", lenient);
+                    }
+                    // Two values of one parameter there are not either.
+                    path = percent_encoding::percent_decode(&path).collect();
                 }
+                let pairs: Vec<&str> = uri.query().unwrap_or_default().split(['&', ';']).collect();
+                prop_assert_eq!(pairs.len(), 2);
+                prop_assert!(pairs.iter().all(|pair| pair.matches('=').count() == 1));
             }
         }
     }

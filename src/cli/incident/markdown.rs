@@ -76,17 +76,18 @@ pub(super) fn write(story: &Story<'_>, out: &mut dyn Write) -> io::Result<()> {
     }
     writeln!(
         out,
-        "\n## Network\n\n| Way | Target | Addresses | Sent | Denied | Bytes back |\n| --- | --- | --- | --- | --- | --- |"
+        "\n## Network\n\n| Way | Target | Addresses | Sent | Denied | Bytes out | Bytes back |\n| --- | --- | --- | --- | --- | --- | --- |"
     )?;
     for peer in &story.network {
         let addresses = cell(&peer.addresses.join(", "));
         writeln!(
             out,
-            "| {} | {} | {addresses} | {} | {} | {} |",
+            "| {} | {} | {addresses} | {} | {} | {} | {} |",
             peer.channel,
             cell(&peer.target),
             peer.sent,
             peer.denied,
+            peer.up,
             peer.bytes
         )?;
     }

@@ -76,10 +76,10 @@ pub(super) fn page(story: &Story<'_>) -> Markup {
                 }
                 h2 { "Network" }
                 table {
-                    thead { tr { th { "Way" } th { "Target" } th { "Addresses" } th.number { "Sent" } th.number { "Denied" } th.number { "Bytes back" } } }
+                    thead { tr { th { "Way" } th { "Target" } th { "Addresses" } th.number { "Sent" } th.number { "Denied" } th.number { "Bytes out" } th.number { "Bytes back" } } }
                     tbody { @for peer in &story.network { tr.(if peer.denied > 0 { "bad" } else { "plain" }) {
                         td { (peer.channel) } td { b { (peer.target) } } td { (peer.addresses.join(", ")) }
-                        td.number { (peer.sent) } td.number { (peer.denied) } td.number { (peer.bytes) }
+                        td.number { (peer.sent) } td.number { (peer.denied) } td.number { (peer.up) } td.number { (peer.bytes) }
                     } } }
                 }
                 h2 { "Records and proofs" }

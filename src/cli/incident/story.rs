@@ -63,6 +63,7 @@ pub(super) struct Peer {
     pub(super) addresses: Vec<String>,
     pub(super) sent: u64,
     pub(super) denied: u64,
+    pub(super) up: u64,
     pub(super) bytes: u64,
 }
 
@@ -267,6 +268,7 @@ fn became(outcome: &Outcome) -> String {
     let mut became = vec![effect(outcome.effect).1.to_owned()];
     became.extend((outcome.status > 0).then(|| format!("HTTP {}", outcome.status)));
     became.extend(outcome.upstream.clone());
+    became.extend(outcome.sent_bytes.map(|bytes| format!("{bytes} bytes sent")));
     became.push(format!("{} bytes", outcome.response_bytes));
     became.extend((outcome.tokens > 0).then(|| format!("{} tokens", outcome.tokens)));
     became.extend((outcome.cost_micros > 0).then(|| format!("a cost of {}", price::show(outcome.cost_micros))));
@@ -334,6 +336,7 @@ fn network(records: &[&Record]) -> Vec<Peer> {
                 calls.insert(&intent.call, at);
                 let peer = peers.entry(at).or_insert_with(|| peer(intent.channel, &intent.target));
                 peer.sent = peer.sent.saturating_add(1);
+                peer.up = peer.up.saturating_add(intent.request_bytes);
             }
             Event::Denied(denied) => {
                 let at = (denied.channel.as_str(), denied.target.as_str());
@@ -344,6 +347,7 @@ fn network(records: &[&Record]) -> Vec<Peer> {
                 let peer = calls.get(outcome.call.as_str()).and_then(|at| peers.get_mut(at));
                 let Some(peer) = peer else { continue };
                 peer.bytes = peer.bytes.saturating_add(outcome.response_bytes);
+                peer.up = peer.up.saturating_add(outcome.sent_bytes.unwrap_or_default());
                 if let Some(address) = address(outcome)
                     && !peer.addresses.contains(&address)
                 {

@@ -148,8 +148,9 @@ pub(in crate::cli) fn lint(sources: &[Source], namespace: &str) -> Result<Outcom
     let (contracts, packs) = (typed::<ToolContract>(&objects), typed::<PolicyPack>(&objects));
     for (object, contract) in &contracts {
         found.alone(object, alone::contract(contract));
-        let long = cost::contract(contract).into_iter();
-        long.for_each(|finding| found.add_at_field(&object.entry, Severity::Warning, finding));
+        for finding in alone::advice(contract).into_iter().chain(cost::contract(contract)) {
+            found.add_at_field(&object.entry, Severity::Warning, finding);
+        }
     }
     for (object, pack) in &packs {
         found.alone(object, alone::pack(pack));

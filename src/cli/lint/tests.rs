@@ -122,6 +122,17 @@ fn a_contract_that_no_task_names_is_a_warning() {
     assert!(lint_paths(&["e2e/lint/contract-unused.yaml"]).diagnostics.is_empty(), "without tasks nothing is unused");
 }
 
+#[test]
+fn an_argument_in_a_path_of_which_nothing_is_said_is_a_warning() {
+    let outcome = lint_paths(&["e2e/lint/contract-path-argument.yaml"]);
+    let found: Vec<_> = outcome.diagnostics.iter().map(|one| (one.line, one.field.as_str(), one.severity)).collect();
+    assert_eq!(
+        found,
+        [(17, "spec.input.properties.id", Severity::Warning), (38, "spec.input.properties.path", Severity::Warning)]
+    );
+    assert!(outcome.diagnostics.iter().all(|one| one.mend.contains("pattern")), "{outcome:#?}");
+}
+
 /// A pack that selects what another selects leaves tasks of both without one: said where the tasks are.
 #[test]
 fn two_packs_for_one_namespace() {

@@ -229,7 +229,7 @@ fn wrong(sources: &[Source], task: Option<(&Path, &[Manifest<'_>])>) -> Result<(
     };
     let errors = outcome.diagnostics.iter().filter(|found| found.severity == lint::Severity::Error);
     let lines: Vec<_> = errors.filter(|found| !of_another(&found.file)).map(ToString::to_string).collect();
-    if lines.is_empty() { Ok(()) } else { Err(CliError::new(lines.join("\n"))) }
+    if lines.is_empty() { Ok(()) } else { Err(CliError::Listed(lines)) }
 }
 
 fn manifests(sources: &[Source]) -> Vec<Manifest<'_>> {

@@ -423,7 +423,8 @@ impl View {
         let status = if outcome.status == 0 { String::new() } else { format!(" {}", outcome.status) };
         let tokens = if outcome.tokens > 0 { format!(", {} tokens", outcome.tokens) } else { String::new() };
         let rule = outcome.rule.map(|rule| format!(" {}", paint.bad(rule))).unwrap_or_default();
-        let detail = paint.dim(format_args!("{status}{took}, {}{tokens}", bytes(outcome.response_bytes)));
+        let sent = outcome.sent_bytes.map(|sent| format!(", {} sent", bytes(sent))).unwrap_or_default();
+        let detail = paint.dim(format_args!("{status}{took}{sent}, {}{tokens}", bytes(outcome.response_bytes)));
         self.push(at, &format!("{} {name} {effect}{rule}{detail}", paint.dim("↳")));
     }
 

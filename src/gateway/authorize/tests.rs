@@ -463,7 +463,9 @@ fn to_write(arguments: &Value) -> IntentFacts {
 
 #[rstest]
 #[case::it(json!({"id": 7, "q": "x y", "text": "a"}), 1, true, Ok(("/t/7?q=x%20y", r#"{"text":"a"}"#)))]
-#[case::no_query(json!({"id": "a/b"}), 1, true, Ok(("/t/a%2Fb", "{}")))]
+#[case::no_query(json!({"id": "a&b"}), 1, true, Ok(("/t/a%26b", "{}")))]
+#[case::two_segments(json!({"id": "a/b"}), 1, true, Err(Rule::ToolUrl))]
+#[case::two_segments_decoded_twice(json!({"id": "a%252fb"}), 1, true, Err(Rule::ToolUrl))]
 #[case::dots(json!({"id": ".."}), 1, true, Err(Rule::ToolUrl))]
 #[case::missing(json!({"q": "x"}), 1, true, Err(Rule::ToolUrl))]
 #[case::no_object(json!([7]), 1, true, Err(Rule::Request))]

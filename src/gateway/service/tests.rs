@@ -1069,6 +1069,11 @@ async fn malformed_connects_are_refused() {
         let reply = raw(&world, format!("CONNECT {line} HTTP/1.1\r\n{host}{head}\r\n").as_bytes()).await;
         assert!(reply.starts_with("HTTP/1.1 40"), "{name}: {reply}");
     }
+    // What the library refused before there was a request is counted, and told of.
+    let misheard = world.metrics.requests.with_label_values(&["other", "denied", "request.malformed"]);
+    eventually(|| misheard.get() >= 3).await;
+    let told = |incident: &Value| incident["rule"] == "request.malformed";
+    eventually(|| world.incidents().iter().any(told)).await;
     // A58: a head without an end.
     let long = format!("GET / HTTP/1.1\r\nx: {}\r\n\r\n", "y".repeat(200 << 10));
     let reply = raw(&world, long.as_bytes()).await;

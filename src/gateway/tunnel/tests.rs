@@ -38,7 +38,6 @@ async fn on_443_a_tunnel_starts_with_a_hello_for_its_host() {
         b"GET / HTTP/1.1\r\n\r\n".to_vec(),
         b"CONNECT evil.world.test:443 HTTP/1.1\r\n\r\n".to_vec(),
         b"SSH-2.0-x\r\n".to_vec(),
-        vec![],
         vec![0; 100_000],
         good[..good.len() - 1].to_vec(),
         // A record that promises more than it is allowed to hold.
@@ -46,6 +45,25 @@ async fn on_443_a_tunnel_starts_with_a_hello_for_its_host() {
     ] {
         assert_eq!(opened(&bad, 443).await, Err(Rule::EgressHost));
     }
+    assert_eq!(opened(b"", 443).await.unwrap(), b"", "who has said nothing is not refused");
+}
+
+#[tokio::test]
+async fn whoever_asked_is_told_and_hears_it_though_more_was_under_way() {
+    let refused = Refused::denied(Rule::EgressHost, "expected another");
+    let (mut agent, mut gateway) = tokio::io::duplex(64);
+    let telling = tokio::spawn(async move { tell(&mut gateway, Some(&refused)).await });
+    agent.write_all(&[0; 100_000]).await.unwrap();
+    let mut word = String::new();
+    agent.read_to_string(&mut word).await.unwrap();
+    assert_eq!(word, "{\"rule\":\"egress.host\",\"reason\":\"expected another\"}\n");
+    drop(agent);
+    telling.await.unwrap().unwrap();
+    let (mut agent, mut gateway) = tokio::io::duplex(64);
+    tell(&mut gateway, None).await.unwrap();
+    let mut word = [0];
+    agent.read_exact(&mut word).await.unwrap();
+    assert_eq!(&word, b"\n");
 }
 
 #[tokio::test]

@@ -413,6 +413,7 @@ fn done(call: String) -> Outcome {
         status: 200,
         response_digest: None,
         response_bytes: 2,
+        sent_bytes: None,
         tokens: 0,
         cost_micros: 0,
         upstream: None,

@@ -162,6 +162,7 @@ pub(crate) fn outcome(call: &str, tokens: i64) -> Event {
         status: 200,
         response_digest: Some("cd".repeat(32)),
         response_bytes: 640,
+        sent_bytes: None,
         tokens,
         cost_micros: 0,
         upstream: Some("198.51.100.20:443".to_owned()),

@@ -1,0 +1,137 @@
+//! Ways around a record, under both sandboxes: what is refused within a tunnel or by a library is in the log and counts, the bytes of a
+//! tunnel are known, and no argument is another path. And the control, in which all of it gets through where nobody stands before it.
+
+use std::{
+    io::{Read, Write},
+    net::TcpListener,
+    process::Command,
+};
+
+use serde_json::Value;
+
+use crate::world::{self, World, once};
+
+const AGENT: &str = include_str!("channels.py");
+/// What a tunnel to `allowed.test` leads to.
+const OPEN: &str = "127.0.0.1:8443";
+/// Of each kind, how many tries there are.
+const KINDS: [(&str, usize); 4] = [("tunnel", 9), ("head", 11), ("path", 9), ("control", 1)];
+
+/// A server that takes anything, and says `through`.
+fn open() {
+    let listener = TcpListener::bind(OPEN).unwrap();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let Ok(mut stream) = stream else { continue };
+            std::thread::spawn(move || {
+                let mut piece = [0; 65_536];
+                if stream.read(&mut piece).is_ok_and(|read| read > 0) {
+                    let _ = stream.write_all(b"through");
+                }
+                while stream.read(&mut piece).is_ok_and(|read| read > 0) {}
+            });
+        }
+    });
+}
+
+fn tries(said: &str) -> Vec<(String, String, bool)> {
+    assert!(said.contains(r#"{"done": true}"#), "it did not come to its end:\n{said}");
+    let all = said.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    let text = |value: &Value| value.as_str().unwrap().to_owned();
+    let all: Vec<_> = all
+        .filter(|one| one.get("kind").is_some())
+        .map(|one| (text(&one["kind"]), text(&one["tried"]), one["through"].as_bool().unwrap()))
+        .collect();
+    for (kind, count) in KINDS {
+        assert_eq!(all.iter().filter(|(one, ..)| one == kind).count(), count, "{kind}: {all:#?}");
+    }
+    all
+}
+
+#[test]
+fn where_nobody_stands_before_it_all_gets_through() {
+    once(|_| {
+        open();
+        let ran = Command::new("python3").args(["-c", AGENT]).envs([("TO", OPEN), ("DIRECT", OPEN)]).output().unwrap();
+        let all = tries(&String::from_utf8_lossy(&ran.stdout));
+        let held: Vec<_> = all.iter().filter(|(.., through)| !through).collect();
+        assert!(held.is_empty(), "tries that show nothing: {held:#?}");
+    });
+}
+
+fn agent(world: &World, denials: Option<i64>) {
+    open();
+    world.agent("", "");
+    let limits = denials.map(|count| format!(", denials: {count}")).unwrap_or_default();
+    let task = world::task().replace("{name: STORY, value: \"1\"}", "{name: TO, value: \"127.0.0.1:9900\"}").replace(
+        "{wallTimeSeconds: 30, toolCalls: 5, tokens: 1000}",
+        &format!("{{wallTimeSeconds: 300, toolCalls: 50, tokens: 1000{limits}}}"),
+    );
+    let pack = std::fs::read_to_string(world.task().join("pack.yaml")).unwrap();
+    world.write("pack.yaml", &pack.replace("toolCalls: 20,", "toolCalls: 50,"));
+    world.write("task.yaml", &task);
+    world.write("agent.py", AGENT);
+}
+
+fn everything_is_on_record(world: &World, sandbox: &str) {
+    agent(world, None);
+    let ran = world.run(sandbox, &["--resolve", &format!("allowed.test={OPEN}")]);
+    assert_eq!(ran.code, 0, "{ran:#?}");
+    let all = tries(&ran.said());
+    let out: Vec<_> = all.iter().filter(|(kind, _, through)| *through != (kind == "control")).collect();
+    assert!(out.is_empty(), "{sandbox}: {out:#?}");
+    let denied = ran.records("call.denied");
+    let of = |rule: &str| denied.iter().filter(|one| one["rule"] == rule).count();
+    let counts = [of("egress.host"), of("request.malformed"), of("model.request"), of("tool.url")];
+    assert_eq!(counts, [9, 10, 1, 9], "{denied:#?}");
+    assert_eq!(denied.last().unwrap()["usage"]["denials"], 29);
+    let outcomes = ran.records("call.outcome");
+    assert_eq!(
+        outcomes.iter().filter(|one| one["rule"] == "egress.host" && one["sentBytes"] == 0).count(),
+        9,
+        "{outcomes:#?}"
+    );
+    let passed = outcomes.last().unwrap();
+    assert!(passed["sentBytes"].as_u64().unwrap() > 1 << 20 && passed["responseBytes"] == 7, "{passed}");
+    assert!(world.asked.lock().unwrap().is_empty(), "an argument has led somewhere");
+    world.is_valid(&world.log());
+    world.nobody_is_left();
+}
+
+fn tunnels_that_are_refused_end_a_task(world: &World, sandbox: &str) {
+    agent(world, Some(4));
+    let ran = world.run(sandbox, &["--resolve", &format!("allowed.test={OPEN}")]);
+    assert_eq!(ran.code, 4, "{ran:#?}");
+    assert_eq!(ran.records("attempt.closed").last().unwrap()["reason"], "denials", "{ran:#?}");
+    let rules: Vec<_> = ran.records("call.denied").iter().map(|one| one["rule"].clone()).take(4).collect();
+    assert_eq!(rules, ["egress.host"; 4]);
+    world.is_valid(&world.log());
+}
+
+/// What is wrong is told in lines.
+#[test]
+fn findings_and_what_an_upstream_said_come_in_lines() {
+    once(|world| {
+        world.agent("", "");
+        let task = world::task()
+            .replace("wallTimeSeconds: 30", "wallTimeSeconds: 3000")
+            .replace("toolCalls: 5", "toolCalls: 500");
+        world.write("task.yaml", &task);
+        let said = world.belay(&["run", "task.yaml"]).output().unwrap();
+        let said = String::from_utf8_lossy(&said.stderr).into_owned();
+        assert!(
+            said.lines().filter(|line| line.starts_with("error: ")).count() >= 2 && !said.contains("\\n"),
+            "{said}"
+        );
+        world.agent("", "");
+        let said =
+            world.belay(&["run", "task.yaml", "--upstream", "tools.test=echo one; echo two; exit 3"]).output().unwrap();
+        let said = String::from_utf8_lossy(&said.stderr).into_owned();
+        assert!(!said.contains("\\n") && said.lines().any(|line| line.ends_with("  two")), "{said}");
+    });
+}
+
+with_both! {
+    on_record => everything_is_on_record;
+    counted => tunnels_that_are_refused_end_a_task;
+}
