@@ -6,6 +6,7 @@ mod approvals;
 mod canaries;
 mod conformance;
 mod contracts;
+mod failed;
 mod gateway;
 mod once;
 mod peers;

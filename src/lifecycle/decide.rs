@@ -9,7 +9,7 @@ use std::time::Duration;
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
-use super::observe::{End, PodView};
+use super::observe::{End, LOG_FAILED, PodView};
 use crate::{
     api::agent_task::{Attempt, FailureClass, Phase, Retry},
     evidence::record::TaskClosed,
@@ -253,6 +253,7 @@ fn next_number(observed: &Observed<'_>, last: i64) -> i64 {
 /// When the next attempt may start, if there may be one.
 fn pause(observed: &Observed<'_>, attempts: &[Attempt], class: FailureClass) -> Option<Timestamp> {
     let allowed = match class {
+        _ if attempts.last()?.reason.as_deref() == Some(LOG_FAILED) => return None,
         FailureClass::Agent => observed.retry.agent,
         FailureClass::Infrastructure => observed.retry.infrastructure,
         // It was nobody's fault of the task's, and is over some time.
