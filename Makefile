@@ -25,8 +25,8 @@ escape: install ## What an agent tries that wants out, and the control in which 
 	@e2e/cluster/load "$$(e2e/demo/image)" >/dev/null
 	@e2e/test escape
 
-fuzz: ## Every mutant of real logs, to both verifiers, and 10^7 generated calls against the reference
-	@BELAY_MUTANTS=all cargo test --release --locked --no-default-features --test evidence -- --nocapture
+fuzz: ## Every mutant of real logs and 5,000 structured ones, to both verifiers, and 10^7 generated calls against the reference
+	@BELAY_MUTANTS=all BELAY_STRUCTURED=$(or $(BELAY_STRUCTURED),5000) cargo test --release --locked --no-default-features --test evidence -- --nocapture
 	@BELAY_CALLS=10000000 cargo test --release --locked --no-default-features --lib reference
 
 lint: ## The checks that need no cluster
