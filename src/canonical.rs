@@ -13,6 +13,9 @@ use sha2::{Digest, Sha256};
 /// Whole numbers up to this one are doubles as they are; ECMAScript has no others.
 const LARGEST: u64 = 1 << 53;
 
+/// The largest whole number that a record has: beyond it there are some that a double does not have, and readers would not agree on it.
+pub const LARGEST_WHOLE: i64 = (1 << 53) - 1;
+
 /// A value that has no canonical form: one that JSON cannot write, or two of whose members have one name.
 #[derive(Debug, thiserror::Error)]
 #[error("this value has no canonical JSON (RFC 8785) form: {0}")]
@@ -23,9 +26,26 @@ pub struct CanonicalError(#[from] serde_json::Error);
 /// # Errors
 /// If the value cannot be written as JSON.
 pub fn to_bytes<T: Serialize>(value: &T) -> Result<Vec<u8>, CanonicalError> {
+    written(value, false)
+}
+
+/// The canonical form of a value whose numbers are all whole, of an amount of at most [`LARGEST_WHOLE`].
+///
+/// # Errors
+/// If it has another number, or cannot be written as JSON.
+pub fn to_whole<T: Serialize>(value: &T) -> Result<Vec<u8>, CanonicalError> {
+    written(value, true)
+}
+
+fn written<T: Serialize>(value: &T, whole: bool) -> Result<Vec<u8>, CanonicalError> {
     let text = RefCell::new(Text { bytes: Vec::with_capacity(512), ..Text::default() });
-    value.serialize(&mut Serializer::with_formatter(Output(&text), Canonical(&text)))?;
+    value.serialize(&mut Serializer::with_formatter(Output(&text), Canonical { text: &text, whole }))?;
     Ok(text.into_inner().bytes)
+}
+
+/// What is said of a number that no record has.
+pub fn beyond(found: impl std::fmt::Display) -> String {
+    format!("expected whole numbers up to 2^53 - 1, found {found}")
 }
 
 /// SHA-256 of the canonical form.
@@ -130,12 +150,22 @@ impl io::Write for Output<'_> {
 }
 
 /// How it writes: what is not here is as `serde_json` writes it without spaces.
-struct Canonical<'t>(&'t RefCell<Text>);
+struct Canonical<'t> {
+    text: &'t RefCell<Text>,
+    /// Whether other numbers are refused than records have.
+    whole: bool,
+}
 
 impl Canonical<'_> {
+    /// Refuses a number beyond the largest that a record has.
+    fn fits(&self, amount: impl TryInto<i64> + std::fmt::Display + Copy) -> io::Result<()> {
+        let fits = !self.whole || amount.try_into().is_ok_and(|amount: i64| amount <= LARGEST_WHOLE);
+        if fits { Ok(()) } else { Err(io::Error::new(io::ErrorKind::InvalidData, beyond(amount))) }
+    }
+
     /// Notes that something of the newest member is here.
     fn mark(&self, of: fn(&mut Member) -> &mut usize) {
-        let mut text = self.0.borrow_mut();
+        let mut text = self.text.borrow_mut();
         let here = text.bytes.len();
         if let Some(member) = text.members.last_mut() {
             *of(member) = here;
@@ -145,25 +175,29 @@ impl Canonical<'_> {
 
 impl Formatter for Canonical<'_> {
     fn write_i64<W: ?Sized + io::Write>(&mut self, writer: &mut W, value: i64) -> io::Result<()> {
+        self.fits(value.unsigned_abs())?;
         match value.unsigned_abs() {
             ..=LARGEST => CompactFormatter.write_i64(writer, value),
-            _ => self.write_f64(writer, value as f64),
+            _ => double(writer, value as f64),
         }
     }
 
     fn write_u64<W: ?Sized + io::Write>(&mut self, writer: &mut W, value: u64) -> io::Result<()> {
+        self.fits(value)?;
         match value {
             ..=LARGEST => CompactFormatter.write_u64(writer, value),
-            _ => self.write_f64(writer, value as f64),
+            _ => double(writer, value as f64),
         }
     }
 
     fn write_i128<W: ?Sized + io::Write>(&mut self, writer: &mut W, value: i128) -> io::Result<()> {
-        self.write_f64(writer, value as f64)
+        self.fits(value.unsigned_abs())?;
+        double(writer, value as f64)
     }
 
     fn write_u128<W: ?Sized + io::Write>(&mut self, writer: &mut W, value: u128) -> io::Result<()> {
-        self.write_f64(writer, value as f64)
+        self.fits(value)?;
+        double(writer, value as f64)
     }
 
     fn write_f32<W: ?Sized + io::Write>(&mut self, writer: &mut W, value: f32) -> io::Result<()> {
@@ -171,12 +205,15 @@ impl Formatter for Canonical<'_> {
     }
 
     fn write_f64<W: ?Sized + io::Write>(&mut self, writer: &mut W, value: f64) -> io::Result<()> {
-        writer.write_all(ryu_js::Buffer::new().format_finite(value).as_bytes())
+        if self.whole {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, beyond(value)));
+        }
+        double(writer, value)
     }
 
     fn begin_object<W: ?Sized + io::Write>(&mut self, writer: &mut W) -> io::Result<()> {
         writer.write_all(b"{")?;
-        let mut text = self.0.borrow_mut();
+        let mut text = self.text.borrow_mut();
         let open = (text.bytes.len(), text.members.len());
         text.open.push(open);
         Ok(())
@@ -186,7 +223,7 @@ impl Formatter for Canonical<'_> {
         if !first {
             writer.write_all(b",")?;
         }
-        self.0.borrow_mut().members.push(Member::default());
+        self.text.borrow_mut().members.push(Member::default());
         self.mark(|member| &mut member.start);
         Ok(())
     }
@@ -202,12 +239,17 @@ impl Formatter for Canonical<'_> {
     }
 
     fn end_object<W: ?Sized + io::Write>(&mut self, _: &mut W) -> io::Result<()> {
-        self.0.borrow_mut().close()
+        self.text.borrow_mut().close()
     }
 
     fn write_raw_fragment<W: ?Sized + io::Write>(&mut self, _: &mut W, _: &str) -> io::Result<()> {
         Err(io::Error::new(io::ErrorKind::InvalidInput, "raw JSON may be in another form"))
     }
+}
+
+/// A double as ECMAScript writes it.
+fn double<W: ?Sized + io::Write>(writer: &mut W, value: f64) -> io::Result<()> {
+    writer.write_all(ryu_js::Buffer::new().format_finite(value).as_bytes())
 }
 
 #[cfg(test)]
@@ -241,6 +283,23 @@ mod tests {
         assert_eq!(text(&json!([LARGEST, LARGEST + 1, u64::MAX, i64::MIN, -7])).matches("9007199254740992").count(), 2);
         assert_eq!(text(&(u64::MAX, i64::MIN)), "[18446744073709552000,-9223372036854776000]");
         assert_eq!(text(&(1_u128 << 70, i128::MIN, 0.5_f32)), "[1.1805916207174113e+21,-1.7014118346046923e+38,0.5]");
+    }
+
+    #[test]
+    fn what_is_to_be_whole_has_no_number_that_readers_would_not_agree_on() {
+        let largest = u64::try_from(LARGEST_WHOLE).unwrap();
+        for fits in [json!([0, largest, -LARGEST_WHOLE, -7, "9007199254740993", {"9007199254740993": 1}])] {
+            assert_eq!(to_whole(&fits).unwrap(), to_bytes(&fits).unwrap());
+        }
+        let beyond = [largest + 1, largest + 2, u64::MAX];
+        let beyond = beyond.into_iter().map(Value::from);
+        for beyond in beyond.chain([json!(i64::MIN), json!(-LARGEST_WHOLE - 1), json!(0.5), json!(1e300), json!(-0.0)])
+        {
+            let refused = to_whole(&json!({"a": [beyond]})).unwrap_err().to_string();
+            assert!(refused.contains("expected whole numbers up to 2^53 - 1, found "), "{beyond}: {refused}");
+        }
+        assert!(to_whole(&(u128::MAX, 1)).is_err() && to_whole(&(i128::MIN, 1)).is_err());
+        assert!(to_whole(&(7_u128, -7_i128)).is_ok());
     }
 
     #[test]

@@ -8,6 +8,10 @@
 pub mod dsse;
 /// What is written once a log has ended.
 pub mod ending;
+/// What a record has to be by itself, and by its policy.
+pub mod fits;
+/// A log in a folder that somebody else may have filled.
+pub mod folder;
 /// A whole log, read from a store.
 pub mod log;
 /// RFC 6962 Merkle trees that only grow.

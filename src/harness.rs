@@ -163,7 +163,7 @@ pub enum Stop {
 }
 
 /// How the harness ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Ended {
     /// The agent has ended by itself.
     AgentEnded,
@@ -177,17 +177,20 @@ pub enum Ended {
     Unapproved,
     /// Evidence could not be stored, or the log not be opened, for so long that the task is to be tried again later.
     Parked,
+    /// The log cannot go on, for this reason: what happened since is in no log, and whatever the agent says of itself is no success.
+    LogFailed(String),
 }
 
 impl Ended {
     /// The exit code by which a harness says so: what the operator reads.
-    pub fn exit_code(self) -> u8 {
+    pub fn exit_code(&self) -> u8 {
         match self {
             Self::AgentEnded | Self::Terminated => 0,
             Self::RefusedEnough => wire::EXIT_REFUSED_ENOUGH,
             Self::OutOfTime => wire::EXIT_OUT_OF_TIME,
             Self::Unapproved => wire::EXIT_UNAPPROVED,
             Self::Parked => wire::EXIT_PARKED,
+            Self::LogFailed(_) => wire::EXIT_LOG_FAILED,
         }
     }
 
@@ -204,6 +207,9 @@ impl Ended {
 
 /// Runs the harness until the pod ends it, or the attempt is over: too many calls were refused, its wall time is up, or the task was to
 /// end with a call that nobody approved.
+///
+/// A log that cannot go on ends it at once, whatever the cause: nothing is answered any more as if nothing had happened. It is not closed, as
+/// that is a record, too.
 ///
 /// The task is parked where evidence could not be stored for [`journal::PARK`], or calls were denied for that and the agent has ended.
 ///
@@ -272,6 +278,11 @@ where
     if !containment.contained {
         return Err(HarnessError::Uncontained(containment.breaches));
     }
+    // The log of this attempt could not go on, and it does not go on from less than has happened.
+    if let Some(reason) = spool::failure(&options.spool) {
+        tracing::error!(reason, "the log of this attempt has failed before");
+        return Ok(Ended::LogFailed(reason));
+    }
     let contracts = Contracts::compile(&config.policy)?;
     let (guard, outputs) = (Guard::compile(&config.policy)?, Outputs::compile(&config.policy.tools)?);
     let policy = gate::Compiled { contracts, guard, outputs };
@@ -302,7 +313,15 @@ where
             };
         }
         Ok(_) => {}
-        Err(Denial { rule, reason }) => opened = opened.and(Err(HarnessError::Refused { rule, reason })),
+        Err(Denial { rule: rule @ Rule::Evidence, reason }) => {
+            opened = opened.and(Err(HarnessError::Refused { rule, reason }));
+        }
+        // It has happened, and the log will not have it: its counters are lower than the truth.
+        Err(Denial { rule, reason }) if opened.is_ok() => {
+            let reason = format!("the witness refused what was recorded before a restart: {rule}: {reason}");
+            return Ok(log_failed(&options.spool, reason));
+        }
+        Err(_) => {}
     }
     let opened = match opened {
         Err(HarnessError::Refused { rule, reason }) if let Some(ended) = Ended::by(rule) => {
@@ -384,6 +403,7 @@ where
         () = clock.over() => Ended::OutOfTime,
         () = approvals.ended() => Ended::Unapproved,
         () = journal.stalled() => Ended::Parked,
+        failed = journal.failed() => Ended::LogFailed(failed.reason),
     };
     tracing::info!(?ended, "closing the log");
     reprobing.abort();
@@ -393,9 +413,14 @@ where
     if matches!(ended, Ended::AgentEnded | Ended::Terminated) && journal.has_kept_waiting() {
         ended = Ended::Parked;
     }
-    gate.stop(Rule::TaskClosed, "the attempt has ended");
+    match journal.failure() {
+        Some(failed) => gate.stop(failed.rule, &failed.reason),
+        None => gate.stop(Rule::TaskClosed, "the attempt has ended"),
+    }
     served.drain().await;
     let reason = match ended {
+        // It takes no record any more.
+        Ended::LogFailed(reason) => return Ok(log_failed(&options.spool, reason)),
         Ended::AgentEnded => AttemptClosed::AGENT_ENDED,
         Ended::Terminated => AttemptClosed::TERMINATED,
         Ended::RefusedEnough => AttemptClosed::DENIALS,
@@ -412,7 +437,20 @@ where
             "the last records could not be stored in {FLUSH:?}; the operator will seal the log without them"
         );
     }
-    Ok(ended)
+    // Also where it failed after everything else had ended: what the agent did last is in no log.
+    Ok(match journal.failure() {
+        Some(failed) => log_failed(&options.spool, failed.reason),
+        None => ended,
+    })
+}
+
+/// Has a harness that is started again in this pod know that the log has failed: it would find the counters of the last record that was
+/// stored, and go on from less than was used.
+fn log_failed(spool: &std::path::Path, reason: String) -> Ended {
+    if let Err(error) = spool::note_failure(spool, &reason) {
+        tracing::error!(%error, "that the log has failed could not be noted for a restart");
+    }
+    Ended::LogFailed(reason)
 }
 
 /// Opens the log. The gateway may not have seen the task's objects yet, and may be starting: both pass.

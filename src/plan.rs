@@ -7,6 +7,7 @@
 //! ```text
 //! pack_for ─▶ config::render_policy ─▶ validated::validate ─▶ pod, network_policy, config_map (cannot fail)
 //! ```
+#![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing))]
 
 use std::{borrow::Borrow, collections::BTreeMap, fmt};
 

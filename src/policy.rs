@@ -3,6 +3,7 @@
 //! Promises: the same input gives the same answer, on any machine and at any time; anything unknown, malformed or
 //! failing is denied. Refuses: input and output of any kind, Kubernetes, and clocks, but for the time that a judgment may take itself
 //! ([`meter`]).
+#![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing))]
 
 /// What a pack says to one tool call: data, principal, risk.
 pub mod access;

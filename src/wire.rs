@@ -85,6 +85,8 @@ pub const EXIT_OUT_OF_TIME: u8 = 44;
 pub const EXIT_UNAPPROVED: u8 = 45;
 /// Exit code of the harness once evidence could not be stored for so long that the task is to be parked.
 pub const EXIT_PARKED: u8 = 46;
+/// Exit code of the harness once its log cannot go on: what happened since is in no log.
+pub const EXIT_LOG_FAILED: u8 = 47;
 
 /// Opens a task's log for an attempt.
 #[derive(Clone, Debug, Serialize, Deserialize)]

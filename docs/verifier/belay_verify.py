@@ -9,18 +9,24 @@ It starts from the witness's key and believes nothing else. It promises that VAL
 byte, the one form that the format gives it; each segment is signed by the attempt's harness and the witness (the last
 one by the witness alone) over the tree of all records so far; the rules of section 5 hold from the first record to
 task.closed; tiles and summary are what follows from the records. INCOMPLETE means that so much holds for what is there,
-but the end, tiles or the summary are not. All else is INVALID. It refuses what the format does not name: other members,
+but the end, tiles or the summary are not. NEWER means it up to a segment of a later version, which the witness has
+signed and which is not judged. All else is INVALID. It refuses what the format does not name: other members,
 types or forms, other objects under segments/, tlog/ and incidents/. Objects elsewhere, as under rollback/, are ignored.
 It does not promise what a set of objects cannot show: that nobody holds back the end of a live log, that objects have
 one version and a lock, what a commitment commits to; nor that the policy was right to allow a call.
-Exit code: 0 VALID, 1 INVALID, 3 INCOMPLETE, 2 for a command line, a key or a folder that cannot be read.
+Exit code: 0 VALID, 1 INVALID, 3 INCOMPLETE, 4 NEWER, 2 for a command line, a key or a folder that cannot be read.
 """
-import argparse, base64, datetime, decimal, functools, itertools, json, math, os, pathlib, re, sys  # noqa: E401
+import argparse, base64, datetime, decimal, functools, itertools, json, math, os, pathlib, re, stat, sys  # noqa: E401
 from collections import Counter, namedtuple
 from hashlib import sha256
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+LONGEST, LARGEST, DEEPEST = 2**28, 2**53 - 1, 100  # bytes of an object, numbers in records, levels of JSON
+
+class Newer(Exception):
+    """What follows is of a later version."""
 
 # What is not as it must be raises a ValueError with a finding: what it is about, what was expected, what was found.
 def show(value) -> str:
@@ -57,6 +63,11 @@ def write_json(value) -> str:
     return f"{digits}e{int(exponent):+d}"
 
 def read_json(data: bytes, what: str):
+    levels = deepest = 0
+    for bracket in re.findall(rb'"(?:[^"\\]|\\.)*"|[\[{\]}]', data):  # and strings, to pass over brackets in them
+        levels += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(bracket, 0)
+        deepest = max(deepest, levels)
+    need(deepest <= DEEPEST, what, f"at most {DEEPEST} levels", deepest)
     value = json.loads(data.decode(), parse_int=number, parse_float=number, parse_constant=number)
     same(data, write_json(value).encode(), f"{what}: canonical JSON")
     return value
@@ -85,6 +96,16 @@ def read_key(text: str) -> Key:
     need(match[2] == key.id, "key", f"the ID {key.id}", match[2])
     return key
 
+def check_witness(text: bytes, signatures: str, witness: Key):
+    """Of a later version it is only known that the witness has signed."""
+    *lines, rest = signatures.split("\n")
+    need(lines and len(lines) <= 16 and not rest, "note", "1 to 16 lines of signatures", signatures)
+    for line in lines:
+        match = re.fullmatch(rf"\u2014 ({NAME}) ([A-Za-z0-9+/=]+)", line)
+        need(match and len(read_base64(match[2])) > 4, "note", "a line '\u2014 <name> <base64>'", line)
+    its = [line for line in lines if line.split(" ")[1] == witness.name]
+    check_signatures(text, "\n".join(its + [""]), [witness])
+
 def check_signatures(text: bytes, signatures: str, keys: list[Key]):
     """The keys, each once and nobody else, have signed the note with this text, by the lines after the empty one."""
     names, (*lines, rest) = [key.name for key in keys], signatures.split("\n")
@@ -105,30 +126,45 @@ def join(left: bytes, right: bytes) -> bytes:
 
 # Forms of records (section 5): members, `?` after those that are optional, and their types: a form, one of TYPES, or a
 # pattern of a string; `text` if none is given.
+HASH, RULE = "[0-9a-f]{64}", "[A-Za-z0-9.]{1,64}"
+TIME = "([0-9]{4}-[0-9]{2}-[0-9]{2})T([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9]"
+
+def is_time(text, fraction: str) -> bool:
+    match = re.fullmatch(f"{TIME}{fraction}Z", text) if type(text) is str else None
+    return bool(match) and 1970 <= datetime.date.fromisoformat(match[1]).year <= 9998  # which raises for no day
+
 TYPES = {"flag": lambda v: type(v) is bool, "text": lambda v: type(v) is str, "object": lambda v: type(v) is dict,
-         "int": lambda v: type(v) is int, "count": lambda v: type(v) is int and v >= 0,
+         "code": lambda v: type(v) is int and -2**31 <= v < 2**31,
+         "status": lambda v: type(v) is int and 0 <= v < 2**16,
+         "rounds": lambda v: type(v) is int and 0 <= v < 2**32, "count": lambda v: type(v) is int and v >= 0,
          "cost": lambda v: type(v) is int and v > 0, "several": lambda v: type(v) is int and v > 1,
-         "texts": lambda v: type(v) is list and {*map(type, v)} <= {str}, "hash": "[0-9a-f]{64}",
+         "texts": lambda v: type(v) is list and {*map(type, v)} <= {str}, "hash": HASH,
          "objects": lambda v: type(v) is list and {*map(type, v)} <= {dict},
-         "names": lambda v: type(v) is dict and {*map(type, v.values())} <= {str},
-         "time": r"[0-9]{4}-[0-9]{2}-[0-9]{2}T([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9]\.[0-9]{3}Z"}
+         "digests": lambda v: type(v) is dict and all(type(d) is str and re.fullmatch(HASH, d) for d in v.values()),
+         "rules": lambda v: type(v) is list and all(type(r) is str and re.fullmatch(RULE, r) for r in v),
+         "rule": RULE,
+         "time": lambda v: is_time(v, r"\.[0-9]{3}"), "expiry": lambda v: is_time(v, r"(\.[0-9]{1,9})?")}
 CHANNEL, EFFECTS = "channel:tool|listing|model|egress", ["read", "write", "external"]  # each tighter than that before
+CLASSES = "Unclassified|Internal|Confidential|Restricted"
 FORMS = {"local": "sandbox root store resolved?:texts",
     "record": "v:count seq:count time:time attempt:count actor:harness|gateway usage:usage kind",
     "usage": "toolCalls:count tokens:count denials:count costMicros?:cost",
     "attempt.opened": "key policyDigest:hash rollbackDigest?:hash pod:pod containment:containment.checked local?:local",
     "call.intent": f"call {CHANNEL} target effect?:{'|'.join(EFFECTS)} definition? requestDigest?:hash "
-                   "requestBytes:count rules:texts key? approvals?:texts undoes? assessment?:object model? "
+                   "requestBytes:count rules:rules key? approvals?:texts undoes? assessment?:assessment model? "
                    "reservedTokens:count reservedCostMicros?:cost",
-    "call.outcome": "call effect:applied|not_applied|unknown rule? status:count responseDigest?:hash certificate?:hash "
-                    "responseBytes:count sentBytes?:count tokens:count costMicros?:cost upstream? sensitivity? undoneBy?:hash",
+    "call.outcome": "call effect:applied|not_applied|unknown rule?:rule status:status responseDigest?:hash "
+                    "certificate?:hash responseBytes:count sentBytes?:count tokens:count costMicros?:cost upstream? "
+                    "sensitivity?:Internal|Confidential|Restricted undoneBy?:hash",
     "call.replayed": "call target key requestDigest:hash responseDigest:hash",
     "call.resolved": "call effect:applied|not_applied by", "pod": "name uid node runtimeClass networkPolicy",
-    "call.denied": f"{CHANNEL} target rule reason requestDigest?:hash count?:several",
-    "approval.requested": "name uid by tool requestDigest:hash required:count expires because?:texts "
-                          "standing:approved|denied|expired|pending decisions?:objects",
-    "containment.checked": "contained:flag rounds:count millis:count reachable unreachable:texts breaches?:texts",
-    "attempt.closed": "reason", "task.closed": "phase failureClass reason exitCode?:int images?:names",
+    "assessment": f"arguments:{CLASSES} seen:{CLASSES} rules?:texts risk?:risk", "risk": "score:count terms:texts",
+    "call.denied": f"{CHANNEL} target rule:rule reason requestDigest?:hash count?:several",
+    "approval.requested": "name uid by:Contract|Pack tool requestDigest:hash required:count expires:expiry "
+                          "because?:texts standing:approved|denied|expired|pending decisions?:decisions",
+    "decision": "by decision:Approve|Deny reason?",
+    "containment.checked": "contained:flag rounds:rounds millis:count reachable unreachable:texts breaches?:texts",
+    "attempt.closed": "reason", "task.closed": "phase failureClass reason exitCode?:code images?:digests",
 }
 FORMS["approval.decided"] = FORMS["approval.requested"]
 
@@ -139,13 +175,21 @@ def check_form(value, form: str, what: str):
     for name, member in value.items():
         kind = types.get(name) or types.get(name + "?")
         need(kind and "?" not in name, what, "no such member", name)
-        if kind in FORMS:
-            need(type(member) is dict, name, "an object", member)
-            check_form(member, FORMS[kind], name)
+        if kind in FORMS or kind == "decisions":
+            members = [member] if kind in FORMS else member
+            need(type(members) is list and members, name, "a list that is not empty", member)
+            for one in members:
+                need(type(one) is dict, name, "an object", one)
+                check_form(one, FORMS.get(kind) or FORMS["decision"], name)
         else:
             of = TYPES.get(kind, kind)
             holds = of(member) if callable(of) else type(member) is str and re.fullmatch(of, member)
             need(holds and (member not in ([], {}) or name in types), f"{what}: {name}", f"{kind}, or left out", member)
+
+def numbers(value):
+    if isinstance(value, (dict, list)):
+        return [n for item in (value.values() if isinstance(value, dict) else value) for n in numbers(item)]
+    return [value] if type(value) in (int, float) else []
 
 def at(value, *path: str):  # a member in a document, whose form is open; None if it is not there
     for name in path:
@@ -155,8 +199,9 @@ def at(value, *path: str):  # a member in a document, whose form is open; None i
 class Log:
     """What has been read so far, and what there is to say against it."""
 
-    def __init__(self, objects: dict[str, bytes]):
-        self.objects, self.where, self.bad, self.missing = objects, "witness.vkey", [], []  # where: what is being read
+    def __init__(self, objects: dict[str, bytes], odd: dict[str, str]):
+        self.objects, self.where, self.missing = objects, "witness.vkey", []  # where: what is being read
+        self.bad = [f"{key}: {what}" for key, what in sorted(odd.items())]
         self.origin, self.note, self.root, self.lines, self.records = "", "", b"", [], []
         self.peaks = []  # the roots of whole subtrees, the largest first
         # By the records: the newest policy and key, the attempt that is not closed, whether no probe of it has failed
@@ -205,14 +250,21 @@ class Log:
         text, _, signatures = self.note.partition("\n\n")
         self.origin = self.origin or text.split("\n")[0]
         need(re.fullmatch(rf"belay\.dev/task/(?!.*/){NAME}", self.origin), "origin", "belay.dev/task/<UID>", text)
+        need(given.keys() <= {"checkpoint", "documents"} and (digests or "documents" not in given), "header",
+             "`checkpoint` and perhaps `documents`", given)
+        later = [v for v in (at(read_json(line, "record"), "v") for line in lines[len(digests):])
+                 if type(v) is int and 1 < v <= LARGEST]
+        if later:
+            self.later(key, text, signatures, lines[len(digests):], later[0])
         for seq, line in enumerate(lines[len(digests):], len(self.records)):
             self.where = f"{key}: record {seq}"
             need(len(line) <= 65535, "section 4", "at most 65535 bytes", len(line))
             records.append(record := read_json(line, "record"))
+            beyond = [n for n in numbers(record) if type(n) is float or abs(n) > LARGEST]
+            need(not beyond, "number", "whole numbers up to 2^53 - 1", *beyond[:1] or [0])
             kind = str(at(record, "kind"))
             need("." in kind and kind in FORMS, "kind", "one of version 1", kind)
             check_form(record, f"{FORMS['record']} {FORMS[kind]}", kind)
-            datetime.date.fromisoformat(record["time"][:10])
             found = tuple(record[name] for name in ("v", "seq", "actor", "attempt"))
             expected = (1, seq, records[0]["actor"], records[0]["attempt"])
             need(found == expected, "section 4", f"v, seq, and the segment's actor and attempt {expected}", found)
@@ -235,6 +287,23 @@ class Log:
         same(text.encode(), expected.encode(), "checkpoint")
         keys = [self.key, self.witness] if records[0]["actor"] == "harness" else [self.witness]
         check_signatures(f"{text}\n".encode(), signatures, keys)
+
+    def later(self, key: str, text: str, signatures: str, lines: list[bytes], version: int):
+        """Section 5, Versions: what holds of a segment whatever its records say."""
+        peaks, size = list(self.peaks), len(self.lines)
+        for line in lines:
+            self.where = f"{key}: record {size}"
+            need(at(read_json(line, "record"), "seq") == size, "section 4", f"seq {size}", line)
+            node, left = sha256(b"\x00" + line).digest(), size
+            while left & 1:
+                left, node = left >> 1, join(peaks.pop(), node)
+            peaks.append(node)
+            size += 1
+        self.where = key
+        root = functools.reduce(lambda right, left: join(left, right), reversed(peaks))
+        same(text.encode(), f"{self.origin}\n{size}\n{base64.b64encode(root).decode()}".encode(), "checkpoint")
+        check_witness(f"{text}\n".encode(), signatures, self.witness)
+        raise Newer(f"{key}: expected version 1, found {version}: use a verifier that knows it")
 
     def record(self, record: dict, documents: dict):
         """The rules of section 5, and what the summary counts."""
@@ -350,27 +419,63 @@ class Log:
                            b"DSSEv1 %d %s %d %s" % (len(kind), kind.encode(), len(payload), payload))
 
 
-def verify(objects: dict[str, bytes], key: str) -> tuple[str, list[str]]:
-    """The verdict on a log, by its objects under their keys below the prefix, and the findings. It raises nothing."""
-    log = Log(objects)
+def verify(objects: dict[str, bytes], key: str, odd: dict[str, str] = {}) -> tuple[str, list[str]]:
+    """The verdict on a log, by its objects under their keys below the prefix, what lies there and is none, and the
+    findings. It raises nothing."""
+    log, newer = Log(objects, odd), []
     try:
         log.check(key)
+    except Newer as later:
+        newer = [str(later)]
     except Exception as error:
         what = str(error) if type(error) is ValueError else f"expected what can be read, found {show(error)}"
         log.bad.append(f"{log.where}: {what}")
-    verdict, findings = "INVALID" if log.bad else "INCOMPLETE" if log.missing else "VALID", log.bad + log.missing
+    verdict = "INVALID" if log.bad else "NEWER" if newer else "INCOMPLETE" if log.missing else "VALID"
+    findings = log.bad + newer + log.missing
     return verdict, [re.sub(r"[^\x20-\x7e]", lambda match: ascii(match[0])[1:-1], line) for line in findings]
 
 
 # The command line
-def read_folder(folder: pathlib.Path, prefix: str = "") -> dict[str, bytes]:
-    objects = {}
-    for path in folder.iterdir():
-        if path.is_dir():
-            objects |= read_folder(path, f"{prefix}{path.name}/")
-        elif prefix + path.name != "witness.vkey":
-            objects[prefix + path.name] = path.read_bytes()
-    return objects
+def read_plain(path: pathlib.Path, most: int) -> bytes:
+    """A regular file of at most so many bytes. A ValueError says what else lies there: none of it is waited for."""
+    kinds = {"LNK": "a symbolic link", "DIR": "a folder", "FIFO": "a FIFO", "SOCK": "a socket", "CHR": "a device",
+             "BLK": "a device"}
+    def found(mode):
+        return next((name for kind, name in kinds.items() if getattr(stat, f"S_IS{kind}")(mode)), "something else")
+    expected = f"expected a regular file of at most {most} bytes, found"
+    if not stat.S_ISREG(mode := os.lstat(path).st_mode):
+        raise ValueError(f"{expected} {found(mode)}")
+    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        status = os.fstat(file.fileno())  # it may have become something else by now
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"{expected} {found(status.st_mode)}")
+        data = file.read(most + 1) if status.st_size <= most else b""
+    if max(status.st_size, len(data)) > most:
+        raise ValueError(f"{expected} one of {max(status.st_size, len(data))} bytes")
+    return data
+
+def read_folder(folder: pathlib.Path) -> tuple[dict[str, bytes], dict[str, str]]:
+    """The objects in a folder, and what lies in their place and is none (section 1)."""
+    objects, odd = {}, {}
+    if not folder.is_dir():
+        raise NotADirectoryError(f"expected a folder, found {folder}")
+    waiting = [(folder / name, name) for name in ("segments/", "incidents/", "tlog/", "summary.dsse.json")]
+    waiting = [(path, key) for path, key in waiting if os.path.lexists(path)]
+    while waiting:
+        path, key = waiting.pop()
+        try:
+            if key.endswith("/") and (path.is_dir() and not path.is_symlink()):
+                for entry in os.scandir(path):
+                    inner = entry.is_dir(follow_symlinks=False)
+                    if re.search("[\ud800-\udfff]", entry.name):  # as Python reads bytes that are no UTF-8
+                        odd[key + ascii(entry.name)] = "expected a name in UTF-8, found another"
+                    elif inner or not entry.name.startswith(".unfinished-"):
+                        waiting.append((pathlib.Path(entry.path), f"{key}{entry.name}" + "/" * inner))
+            else:
+                objects[key] = read_plain(path, LONGEST)
+        except ValueError as error:
+            odd[key] = str(error)
+    return objects, odd
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Verifies the evidence log of a Belay task.")
@@ -382,12 +487,16 @@ def main() -> int:
     try:
         key = options.witness_key or options.folder and os.path.join(options.folder, "witness.vkey")
         if key:
-            key = pathlib.Path(key).read_text("utf-8").removesuffix("\n") if os.path.isfile(key) else key
+            if not options.witness_key:
+                key = read_plain(pathlib.Path(key), 4096).decode().removesuffix("\n")
+            elif os.path.isfile(key):
+                key = pathlib.Path(key).read_text("utf-8").removesuffix("\n")
             read_key(key)
         if not options.stream:
-            verdict, findings = verify(read_folder(pathlib.Path(options.folder)), key)
+            objects, odd = read_folder(pathlib.Path(options.folder))
+            verdict, findings = verify(objects, key, odd)
             print(verdict + ", self-witnessed" * key.startswith("belay.dev/self-"), *findings, sep="\n  ")
-            return {"VALID": 0, "INVALID": 1, "INCOMPLETE": 3}[verdict]
+            return {"VALID": 0, "INVALID": 1, "INCOMPLETE": 3, "NEWER": 4}[verdict]
         for line in sys.stdin.buffer:
             given = json.loads(line)
             objects = {name: base64.b64decode(data, validate=True) for name, data in given["objects"].items()}

@@ -36,6 +36,7 @@ use self::{
     second::{SCRIPT, Second},
 };
 
+mod folders;
 #[path = "../../src/verify/tests/forge.rs"]
 mod forge;
 mod mutants;
@@ -44,6 +45,7 @@ mod runs;
 #[path = "../../src/verify/tests/script.rs"]
 mod script;
 mod second;
+mod structured;
 
 /// How many mutants are tried, and of how many of those the second verifier is asked, which is a hundred times slower.
 fn wanted() -> (usize, usize) {
@@ -382,5 +384,5 @@ fn lost(script: &mut Script) {
 #[test]
 fn the_second_verifier_is_short() {
     let text = std::fs::read_to_string(&*SCRIPT).unwrap();
-    assert!(text.lines().count() <= 400 && text.lines().all(|line| line.chars().count() <= 120));
+    assert!(text.lines().count() <= 520 && text.lines().all(|line| line.chars().count() <= 120));
 }

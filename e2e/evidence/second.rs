@@ -4,8 +4,10 @@ use std::{
     collections::BTreeMap,
     io::{BufRead, BufReader, Write},
     path::{Path, PathBuf},
-    process::{Child, ChildStdin, ChildStdout, Command, Stdio},
-    sync::LazyLock,
+    process::{Child, ChildStdin, Command, Stdio},
+    sync::{LazyLock, mpsc},
+    thread,
+    time::Duration,
 };
 
 use base64::{Engine, prelude::BASE64_STANDARD};
@@ -16,17 +18,20 @@ pub static SCRIPT: LazyLock<PathBuf> =
     LazyLock::new(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/verifier/belay_verify.py"));
 
 /// The Python that has what it needs.
-static PYTHON: LazyLock<PathBuf> = LazyLock::new(|| {
+pub static PYTHON: LazyLock<PathBuf> = LazyLock::new(|| {
     let install = Path::new(env!("CARGO_MANIFEST_DIR")).join("e2e/evidence/install");
     let installed = Command::new(install).stderr(Stdio::inherit()).output().unwrap();
     assert!(installed.status.success(), "e2e/evidence/install failed");
     PathBuf::from(String::from_utf8(installed.stdout).unwrap().trim())
 });
 
+/// Longest that it may take over one log: a hang, not a slow machine.
+const PATIENCE: Duration = Duration::from_secs(120);
+
 pub struct Second {
     process: Child,
     input: ChildStdin,
-    output: BufReader<ChildStdout>,
+    output: mpsc::Receiver<String>,
 }
 
 impl Second {
@@ -38,7 +43,9 @@ impl Second {
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
-        let (input, output) = (process.stdin.take().unwrap(), BufReader::new(process.stdout.take().unwrap()));
+        let (input, said) = (process.stdin.take().unwrap(), BufReader::new(process.stdout.take().unwrap()));
+        let (tell, output) = mpsc::channel();
+        thread::spawn(move || said.lines().map_while(Result::ok).try_for_each(|line| tell.send(line)));
         Self { process, input, output }
     }
 
@@ -49,8 +56,7 @@ impl Second {
         let asked = serde_json::json!({"key": key.to_string(), "objects": objects});
         writeln!(self.input, "{asked}").unwrap();
         self.input.flush().unwrap();
-        let mut line = String::new();
-        self.output.read_line(&mut line).unwrap();
+        let line = self.output.recv_timeout(PATIENCE).expect("the second verifier hangs or has broken off");
         let said: serde_json::Value = serde_json::from_str(&line).unwrap();
         (said["verdict"].as_str().unwrap().to_owned(), said["findings"].to_string())
     }

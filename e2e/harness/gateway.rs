@@ -89,6 +89,10 @@ struct Log {
     records: Mutex<Vec<Record>>,
     history: Mutex<History>,
     fails: AtomicBool,
+    /// Segments are refused, so.
+    refuses: Mutex<Option<(StatusCode, Rule)>>,
+    /// Those that begin behind so many records are.
+    refuses_beyond: Mutex<Option<u64>>,
     /// Segments are taken, and not stored.
     away: AtomicBool,
     /// There is a bucket for results.
@@ -173,6 +177,8 @@ impl Gateway {
             records: Mutex::default(),
             history: Mutex::default(),
             fails: AtomicBool::new(false),
+            refuses: Mutex::default(),
+            refuses_beyond: Mutex::default(),
             away: AtomicBool::new(false),
             keeps_results: AtomicBool::new(true),
             saw: Mutex::default(),
@@ -231,6 +237,16 @@ impl Gateway {
 
     pub fn store_fails(&self, fails: bool) {
         self.state.fails.store(fails, Ordering::SeqCst);
+    }
+
+    /// Has every segment refused so, or none.
+    pub fn refuses(&self, so: Option<(StatusCode, Rule)>) {
+        *self.state.refuses.lock().unwrap() = so;
+    }
+
+    /// Has segments refused that begin with this record or a later one.
+    pub fn refuses_beyond(&self, first: Option<u64>) {
+        *self.state.refuses_beyond.lock().unwrap() = first;
     }
 
     pub fn bucket_is_away(&self, away: bool) {
@@ -389,6 +405,11 @@ async fn append(State(log): State<Arc<Log>>, axum::Json(request): axum::Json<App
             rule: Rule::Evidence,
             reason: "the bucket is away".into(),
         });
+    }
+    let beyond = log.refuses_beyond.lock().unwrap().filter(|first| request.first >= *first);
+    let beyond = beyond.map(|_| (StatusCode::FORBIDDEN, Rule::LogSegment));
+    if let Some((status, rule)) = log.refuses.lock().unwrap().or(beyond) {
+        return refusal(&Refused { status, rule, reason: "the witness does not take it".into() });
     }
     let (segment, records) = Segment::read(request.segment.as_bytes()).unwrap();
     let mut history = log.history.lock().unwrap();

@@ -7,6 +7,7 @@ mod canaries;
 mod channels;
 mod conformance;
 mod contracts;
+mod failed;
 mod gateway;
 mod once;
 mod peers;

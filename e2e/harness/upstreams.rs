@@ -252,7 +252,9 @@ async fn completion(body: Bytes) -> Response {
     if let ("scripted", Some(messages)) = (asked["model"].as_str().unwrap_or_default(), asked["messages"].as_array()) {
         return Json(scripted(messages)).into_response();
     }
-    let usage = json!({"prompt_tokens": 7, "completion_tokens": 5});
+    // Whoever asks may have it lie.
+    let usage = asked.pointer("/metadata/usage").cloned();
+    let usage = usage.unwrap_or_else(|| json!({"prompt_tokens": 7, "completion_tokens": 5}));
     if !String::from_utf8_lossy(&body).contains(r#""stream":true"#) {
         return Json(json!({"choices": [], "usage": usage})).into_response();
     }

@@ -16,6 +16,7 @@ use super::{
 use crate::{
     api::{AgentTask, agent_task::EvidenceStatus},
     evidence::{
+        folder,
         log::Log,
         note::{Checkpoint, VerifierKey, origin},
         store::{Location, Store, dir::Dir},
@@ -101,19 +102,20 @@ pub(super) async fn find(args: &Source) -> Result<Evidence, CliError> {
     }
     let folder = Path::new(&args.target);
     if args.cluster.namespace.is_none() && (folder.is_dir() || args.target.contains('/')) {
-        return self::folder(args, folder).await;
+        return in_folder(args, folder);
     }
     task(args).await
 }
 
-async fn folder(args: &Source, folder: &Path) -> Result<Evidence, CliError> {
-    let place = folder.display().to_string();
-    let log = Log::read(&Dir::new(folder), "", false).await.map_err(|e| CliError::new(e.to_string()))?;
+fn in_folder(args: &Source, directory: &Path) -> Result<Evidence, CliError> {
+    let place = directory.display().to_string();
+    let log = folder::read(directory)
+        .map_err(|(path, error)| CliError::new(format!("cannot read {}: {error}", path.display())))?;
     not_empty(&log, &place)?;
-    let inside = folder.join(KEY_FILE);
+    let inside = directory.join(KEY_FILE);
     let (key, source) = match &args.witness_key {
         Some(given) => (given_key(given)?, KeySource::Given),
-        None if inside.is_file() => (read_key(&inside)?, KeySource::Folder),
+        None if fs::symlink_metadata(&inside).is_ok() => (key_inside(&inside)?, KeySource::Folder),
         None => {
             let message = format!("expected --witness-key, or {KEY_FILE} in {place}: a log cannot vouch for itself");
             return Err(CliError::new(message));
@@ -217,7 +219,7 @@ async fn read_bucket(args: &Source, location: &Location, endpoint: Option<&str>)
 
 /// A wrong path must not pass for an unfinished log.
 fn not_empty(log: &Log, place: &str) -> Result<(), CliError> {
-    if log.segments.is_empty() && log.versions.as_ref().is_none_or(Vec::is_empty) {
+    if log.segments.is_empty() && log.odd.is_empty() && log.versions.as_ref().is_none_or(Vec::is_empty) {
         let message = format!(
             "found no segments in {place}: expected the folder of one log, <namespace>/<task>/<uid>, with segments/ in it"
         );
@@ -236,6 +238,12 @@ fn given_key(given: &str) -> Result<VerifierKey, CliError> {
 
 fn read_key(file: &Path) -> Result<VerifierKey, CliError> {
     let text = fs::read_to_string(file).map_err(|e| CliError::new(format!("cannot read {}: {e}", file.display())))?;
+    text.trim().parse().map_err(|e| CliError::new(format!("{}: {e}", file.display())))
+}
+
+/// The key that lies with the log. Whoever has filled the folder may have put anything there.
+fn key_inside(file: &Path) -> Result<VerifierKey, CliError> {
+    let text = folder::key(file).map_err(|e| CliError::new(format!("{}: {e}", file.display())))?;
     text.trim().parse().map_err(|e| CliError::new(format!("{}: {e}", file.display())))
 }
 

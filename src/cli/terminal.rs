@@ -4,17 +4,22 @@
 //! commands in some terminals; invisible and right-to-left ones could make a line read as another. They are shown as
 //! escapes.
 
-use std::fmt;
+use std::{fmt, sync::LazyLock};
+
+use regex::Regex;
+
+/// Combining marks on one letter that are shown as they are: more than any script needs.
+const MARKS: usize = 4;
 
 /// Shows a text with everything that is not plainly visible as `\u{…}`.
 pub(super) struct Safe<'a>(pub(super) &'a str);
 
 impl fmt::Display for Safe<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for c in self.0.chars() {
+        for (c, hides) in told(self.0) {
             match c {
                 '\n' => f.write_str("\\n")?,
-                c if hidden(c) => write!(f, "{}", c.escape_unicode())?,
+                c if hides => write!(f, "{}", c.escape_unicode())?,
                 c => write!(f, "{c}")?,
             }
         }
@@ -22,12 +27,50 @@ impl fmt::Display for Safe<'_> {
     }
 }
 
-/// Whether a character moves the cursor, reorders its neighbours or cannot be seen.
+/// Each character, and whether it cannot be shown as it is where it stands. A mark belongs to the letter before it: without one it would
+/// change what is not of the text, and a pile of them covers the lines around it.
+fn told(text: &str) -> impl Iterator<Item = (char, bool)> {
+    // Marks that the next may still join; none after what is no letter or hidden.
+    let mut room = 0;
+    text.chars().map(move |c| {
+        let hides = match is_mark(c) {
+            true if room > 0 && !hidden(c) => {
+                room -= 1;
+                false
+            }
+            true => true,
+            false => {
+                let hides = hidden(c);
+                room = if hides || c.is_ascii() && !c.is_ascii_alphanumeric() { 0 } else { MARKS };
+                hides
+            }
+        };
+        (c, hides)
+    })
+}
+
+/// Whether a character moves the cursor, reorders its neighbours or cannot be seen: controls and formats, what Unicode lets renderers leave
+/// out (`Default_Ignorable_Code_Point`: fillers, joiners, variation selectors, tags), spaces but the plain one, the blank of Braille, and what has
+/// no meaning but by agreement.
 pub(super) fn hidden(c: char) -> bool {
-    c.is_control()
-        || matches!(c,
-            '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}'
-            | '\u{feff}' | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}')
+    static HIDDEN: LazyLock<Option<Regex>> = LazyLock::new(|| {
+        Regex::new(r"^[\p{Cc}\p{Cf}\p{Co}\p{Z}\p{Default_Ignorable_Code_Point}\u{2800}\u{fffc}--\u{20}]").ok()
+    });
+    if c.is_ascii() {
+        return c.is_ascii_control();
+    }
+    matches(&HIDDEN, c)
+}
+
+/// Whether it is written onto the one before it.
+fn is_mark(c: char) -> bool {
+    static MARK: LazyLock<Option<Regex>> = LazyLock::new(|| Regex::new(r"^\p{M}").ok());
+    !c.is_ascii() && matches(&MARK, c)
+}
+
+/// Without the table everything is hidden.
+fn matches(table: &LazyLock<Option<Regex>>, c: char) -> bool {
+    table.as_ref().is_none_or(|table| table.is_match(c.encode_utf8(&mut [0; 4])))
 }
 
 /// How often something was, beside its name: nothing where that was once.
@@ -39,8 +82,8 @@ pub(super) fn times(count: i64) -> String {
 pub(super) fn safe_json(json: &str) -> String {
     let mut safe = String::with_capacity(json.len());
     let mut units = [0; 2];
-    for c in json.chars() {
-        if c != '\n' && hidden(c) {
+    for (c, hides) in told(json) {
+        if c != '\n' && hides {
             for unit in c.encode_utf16(&mut units) {
                 safe.push_str(&format!("\\u{unit:04x}"));
             }
@@ -110,6 +153,36 @@ mod tests {
         let shown = Safe(hostile).to_string();
         assert_eq!(shown, "ok\\u{1b}[2J\\u{9b}31m\\u{d}\\n\\u{7}\\u{202e}evil\\u{200b}\\u{7f}é✓");
         assert!(!shown.chars().any(hidden));
+    }
+
+    #[test]
+    fn what_is_invisible_is_told() {
+        let invisible = [
+            0x00a0, 0x00ad, 0x034f, 0x061c, 0x070f, 0x115f, 0x1160, 0x17b4, 0x17b5, 0x180b, 0x180c, 0x180d, 0x180e,
+            0x180f, 0x2000, 0x200b, 0x200c, 0x200d, 0x200e, 0x200f, 0x2028, 0x2029, 0x202a, 0x202b, 0x202c, 0x202d,
+            0x202e, 0x202f, 0x205f, 0x2060, 0x2061, 0x2064, 0x2065, 0x2066, 0x2069, 0x206a, 0x206f, 0x2800, 0x3000,
+            0x3164, 0xe000, 0xfe00, 0xfe0f, 0xfeff, 0xffa0, 0xfff0, 0xfff8, 0xfff9, 0xfffb, 0x1bca0, 0x1d173, 0x1d17a,
+            0xe0000, 0xe0001, 0xe0041, 0xe007f, 0xe0100, 0xe01ef, 0xe0fff, 0xf0000, 0x10fffd,
+        ];
+        for code in invisible {
+            let c = char::from_u32(code).unwrap();
+            assert_eq!(Safe(&format!("a{c}b")).to_string(), format!("a\\u{{{code:x}}}b"));
+        }
+        // The control: what people write with is shown.
+        for plain in ["Grüße, 中文 日本語 한국어", "हिन्दी ภาษาไทย עברית العربية", "e\u{301} ↺ ✓ €", "a|b`c`"]
+        {
+            assert_eq!(Safe(plain).to_string(), plain);
+        }
+    }
+
+    #[test]
+    fn marks_are_shown_on_a_letter_and_not_in_piles() {
+        let flood = format!("a{}b", "\u{301}".repeat(50));
+        let shown = Safe(&flood).to_string();
+        assert_eq!(shown.chars().filter(|c| *c == '\u{301}').count(), MARKS);
+        assert!(shown.ends_with("\\u{301}b"), "{shown}");
+        assert_eq!(Safe("\u{338}a \u{20e3}").to_string(), "\\u{338}a \\u{20e3}");
+        assert_eq!(Safe("\u{200b}\u{301}").to_string(), "\\u{200b}\\u{301}");
     }
 
     #[test]

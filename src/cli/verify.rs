@@ -42,6 +42,7 @@ Exit codes:
   0  VALID       every byte is covered by signatures that hold, every record follows, the last one ends the task
   1  INVALID     something does not hold; the findings name the record and the rule
   3  INCOMPLETE  everything holds so far, but the log has no end: the task runs, or its end is missing
+  4  NEWER       everything holds up to what is of a later version than this belay knows: it cannot judge it
   2  none of these: the log could not be read, or the command line is wrong")]
 pub(super) struct Args {
     #[command(flatten)]
@@ -112,6 +113,7 @@ pub(super) fn exit_code(verdict: Verdict) -> u8 {
         Verdict::Valid => 0,
         Verdict::Invalid => 1,
         Verdict::Incomplete => 3,
+        Verdict::Newer => 4,
     }
 }
 

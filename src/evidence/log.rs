@@ -27,6 +27,9 @@ pub struct Log {
     pub incidents: BTreeMap<String, Bytes>,
     /// Bytes of what was written once the log had ended, see [`ending`].
     pub ending: BTreeMap<String, Bytes>,
+    /// What lies where objects lie and is none, by its key, with what was expected and found: in a folder somebody else may have put there what
+    /// he liked.
+    pub odd: BTreeMap<String, String>,
     /// Every version of every object. `None` for a store that keeps no versions and has no locks.
     pub versions: Option<Vec<StoredObject>>,
 }

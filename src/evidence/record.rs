@@ -193,9 +193,9 @@ impl Record {
     /// The record as it is written.
     ///
     /// # Errors
-    /// If it has no canonical form, or is longer than [`LONGEST`].
+    /// If it has no canonical form, a number beyond [`LARGEST_WHOLE`](canonical::LARGEST_WHOLE), or is longer than [`LONGEST`].
     pub fn encode(&self) -> Result<Encoded, EncodeError> {
-        let record = canonical::to_bytes(self)?;
+        let record = canonical::to_whole(self)?;
         if record.len() > LONGEST {
             return Err(EncodeError::Long(record.len()));
         }
@@ -207,6 +207,14 @@ impl Record {
             _ => Vec::new(),
         };
         Ok(Encoded { record, documents })
+    }
+
+    /// Why a record cannot be judged by this version, if it says itself that it is of a later one.
+    pub fn newer(bytes: &[u8]) -> Option<Unread> {
+        let value: Value = serde_json::from_slice(bytes).ok()?;
+        let v = value.get("v").and_then(Value::as_u64)?;
+        let later = v > u64::from(VERSION) && v <= canonical::LARGEST_WHOLE.unsigned_abs();
+        later.then(|| Unread::Newer(format!("expected version {VERSION}, found {v}: use a belay that knows it")))
     }
 
     /// How many documents it names.
@@ -222,21 +230,30 @@ impl Record {
     /// # Errors
     /// What was expected and found, if it is not a record of this version, whole, with its documents: a field that [`Record`] does not
     /// have is refused.
-    pub fn decode(bytes: &[u8], documents: &mut dyn Iterator<Item = &[u8]>) -> Result<Self, String> {
+    pub fn decode(bytes: &[u8], documents: &mut dyn Iterator<Item = &[u8]>) -> Result<Self, Unread> {
         if bytes.len() > LONGEST {
-            return Err(EncodeError::Long(bytes.len()).to_string());
+            return Err(EncodeError::Long(bytes.len()).to_string().into());
         }
         let mut taken = Vec::new();
-        let record = match Self::typed(bytes) {
-            Ok(record) => record,
-            Err(_) => Self::with_documents(bytes, documents, &mut taken)?,
+        let read = match Self::typed(bytes) {
+            Ok(record) => Ok(record),
+            Err(_) => Self::with_documents(bytes, documents, &mut taken),
         };
-        let again = record.encode().map_err(|error| error.to_string())?;
-        if again.record != bytes {
-            return Err(format!("the record has fields or values that version {VERSION} does not have"));
+        let again = read.and_then(|record| {
+            let again = record.encode().map_err(|error| error.to_string())?;
+            Ok((record, again))
+        });
+        let (record, again) = again.map_err(|problem| problem.explained(bytes))?;
+        if let Some(newer) = (record.v > VERSION).then(|| Self::newer(bytes)).flatten() {
+            return Err(newer);
         }
         if again.documents != taken {
-            return Err(format!("a document of the record has fields or values that version {VERSION} does not have"));
+            let problem = "a document of the record has fields or values that this version of belay does not know";
+            return Err(Unread::Newer(problem.into()));
+        }
+        if again.record != bytes {
+            let problem = format!("the record has fields or values that version {VERSION} does not have");
+            return Err(Unread::from(problem).explained(bytes));
         }
         Ok(record)
     }
@@ -268,7 +285,7 @@ impl Record {
         bytes: &[u8],
         documents: &mut dyn Iterator<Item = &'d [u8]>,
         taken: &mut Vec<&'d [u8]>,
-    ) -> Result<Self, String> {
+    ) -> Result<Self, Unread> {
         let none = |error| format!("not a record: {error}");
         let mut value: Value = serde_json::from_slice(bytes).map_err(none)?;
         let opened = value.get("kind").is_some_and(|kind| kind == "attempt.opened");
@@ -278,13 +295,68 @@ impl Record {
             let found = documents.next().ok_or_else(|| format!("expected the document {expected}, found none"))?;
             let its = hex::encode(canonical::sha256(found));
             if its != expected {
-                return Err(format!("expected the document {expected}, found {its}"));
+                return Err(format!("expected the document {expected}, found {its}").into());
             }
-            let document = serde_json::from_slice(found).map_err(|error| format!("document {its}: {error}"))?;
+            let document: Value = serde_json::from_slice(found).map_err(|error| format!("document {its}: {error}"))?;
+            // What decides over calls grows with belay, and the form of records does not.
+            let unknown = match name {
+                "policyDigest" => serde_json::from_value::<PolicyConfig>(document.clone()).err(),
+                _ => serde_json::from_value::<Plan>(document.clone()).err(),
+            };
+            if let Some(error) = unknown.filter(|_| document.is_object()) {
+                return Err(Unread::Newer(format!(
+                    "the document {its} is none that this version of belay knows: {error}"
+                )));
+            }
             *digest = document;
             taken.push(found);
         }
-        serde_json::from_value(value).map_err(none)
+        Ok(serde_json::from_value(value).map_err(none)?)
+    }
+}
+
+/// A record that cannot be read.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Unread {
+    /// It is none of the version that it says it is: what was expected and found.
+    #[error("{0}")]
+    Wrong(String),
+    /// A later version may know it: this one cannot judge it.
+    #[error("{0}")]
+    Newer(String),
+}
+
+impl From<String> for Unread {
+    fn from(problem: String) -> Self {
+        Self::Wrong(problem)
+    }
+}
+
+impl Unread {
+    /// Says better what is wrong with a record, where its bytes tell: that it is of a later version, or has a number that none has.
+    fn explained(self, bytes: &[u8]) -> Self {
+        if let Some(newer) = Record::newer(bytes) {
+            return newer;
+        }
+        let Ok(value) = serde_json::from_slice::<Value>(bytes) else { return self };
+        match beyond(&value) {
+            Some(number) => Self::Wrong(canonical::beyond(number)),
+            None => self,
+        }
+    }
+}
+
+/// A number that no record has.
+fn beyond(value: &Value) -> Option<&serde_json::Number> {
+    match value {
+        Value::Number(number) => {
+            let whole =
+                number.as_i64().is_some_and(|whole| whole.unsigned_abs() <= canonical::LARGEST_WHOLE.unsigned_abs());
+            (!whole).then_some(number)
+        }
+        Value::Array(items) => items.iter().find_map(beyond),
+        Value::Object(members) => members.values().find_map(beyond),
+        _ => None,
     }
 }
 

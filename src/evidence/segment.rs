@@ -14,12 +14,14 @@ use serde_json::Value;
 use super::{
     merkle::{self, Tree},
     note::{Checkpoint, Note, NoteError},
-    record::{Encoded, Record},
+    record::{Encoded, Record, Unread},
 };
 use crate::canonical;
 
 /// Where a log's segments lie, under the log's prefix.
 pub const FOLDER: &str = "segments/";
+/// Levels to which a line is nested at most. Readers give up at different ones.
+const DEEPEST: usize = 100;
 /// How a segment's key ends.
 const SUFFIX: &str = ".jsonl";
 
@@ -34,6 +36,16 @@ pub enum SegmentError {
         /// The record that it is, by its place in the segment.
         record: Option<usize>,
         /// What was expected and found.
+        problem: String,
+    },
+    /// A record that a later version may know.
+    #[error("line {line}: {problem}")]
+    Newer {
+        /// The line, from 1.
+        line: usize,
+        /// The record that it is, by its place in the segment.
+        record: usize,
+        /// What is not known.
         problem: String,
     },
     /// The checkpoint's note cannot be read.
@@ -62,6 +74,7 @@ impl SegmentError {
     pub fn record(&self) -> Option<usize> {
         match self {
             Self::Line { record, .. } => *record,
+            Self::Newer { record, .. } => Some(*record),
             Self::Note(_) | Self::Checkpoint { .. } | Self::Position { .. } => None,
         }
     }
@@ -99,7 +112,8 @@ impl Segment {
         let (mut segment, lines) = Self::head(text)?;
         segment.fill(lines, |line, _| {
             let (bytes, value) = canonical_line(line)?;
-            let seq = value.get("seq").and_then(Value::as_u64).ok_or("expected a number `seq`")?;
+            let seq = value.get("seq").and_then(Value::as_u64);
+            let seq = seq.ok_or_else(|| "expected a number `seq`".to_owned())?;
             Ok((bytes, seq, ()))
         })?;
         Ok(segment)
@@ -156,14 +170,14 @@ impl Segment {
     fn fill<'t, T>(
         &mut self,
         lines: impl Iterator<Item = (usize, &'t [u8])>,
-        each: impl Fn(&'t [u8], &mut dyn Iterator<Item = &[u8]>) -> Result<(&'t [u8], u64, T), String>,
+        each: impl Fn(&'t [u8], &mut dyn Iterator<Item = &[u8]>) -> Result<(&'t [u8], u64, T), Unread>,
     ) -> Result<Vec<T>, SegmentError> {
         let mut typed = Vec::new();
         let mut expected = None::<u64>;
         let mut documents = self.documents.iter().map(Vec::as_slice);
         for (record, (line, text)) in lines.enumerate() {
             let wrong = |problem| SegmentError::Line { line, record: Some(record), problem };
-            let (bytes, seq, one) = each(text, &mut documents).map_err(wrong)?;
+            let (bytes, seq, one) = each(text, &mut documents).map_err(|unread| unreadable(line, record, unread))?;
             if let Some(expected) = expected.filter(|n| *n != seq) {
                 return Err(wrong(format!("expected seq {expected}, found {seq}")));
             }
@@ -215,12 +229,18 @@ impl Segment {
         let mut documents = self.documents.iter().map(Vec::as_slice);
         let decode = |(record, bytes): (usize, &Vec<u8>)| {
             let line = self.documents.len() + 2 + record;
-            let wrong = |problem| SegmentError::Line { line, record: Some(record), problem };
-            Record::decode(bytes, &mut documents).map_err(wrong)
+            Record::decode(bytes, &mut documents).map_err(|unread| unreadable(line, record, unread))
         };
         let records = self.records.iter().enumerate().map(decode).collect::<Result<Vec<_>, _>>()?;
         self.all_named(records.iter().map(Record::documents).sum())?;
         Ok(records)
+    }
+
+    /// The first record that says itself that it is of a later version: by it the segment is not to be judged, whatever the others are.
+    pub fn newer(&self) -> Option<SegmentError> {
+        let unread = |bytes: &Vec<u8>| Record::newer(bytes);
+        let newer = self.records.iter().enumerate().find_map(|(record, bytes)| Some((record, unread(bytes)?)));
+        newer.map(|(record, unread)| unreadable(self.documents.len() + 2 + record, record, unread))
     }
 
     /// Records have named so many documents: all there are.
@@ -274,14 +294,45 @@ fn whole_line(line: &[u8]) -> Result<&[u8], String> {
     line.strip_suffix(b"\n").ok_or_else(|| "expected a newline at its end; the segment is cut off".to_owned())
 }
 
+/// How deep lists and objects are nested in JSON.
+fn levels(json: &[u8]) -> usize {
+    let (mut level, mut deepest, mut text, mut escaped) = (0_usize, 0, false, false);
+    for byte in json {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' => escaped = text,
+            b'"' => text = !text,
+            b'[' | b'{' if !text => {
+                level = level.saturating_add(1);
+                deepest = deepest.max(level);
+            }
+            b']' | b'}' if !text => level = level.saturating_sub(1),
+            _ => {}
+        }
+    }
+    deepest
+}
+
 /// A line's bytes without newline, and its value.
 fn canonical_line(line: &[u8]) -> Result<(&[u8], Value), String> {
     let bytes = whole_line(line)?;
+    let levels = levels(bytes);
+    if levels > DEEPEST {
+        return Err(format!("expected at most {DEEPEST} levels, found {levels}"));
+    }
     let value: Value = serde_json::from_slice(bytes).map_err(|e| format!("not JSON: {e}"))?;
     match canonical::to_bytes(&value) {
         Ok(again) if again == bytes => Ok((bytes, value)),
         _ => Err("not canonical JSON (RFC 8785): keys out of order or twice, spaces, or another way to write the same"
             .to_owned()),
+    }
+}
+
+/// What is wrong with a line that is a record.
+fn unreadable(line: usize, record: usize, unread: Unread) -> SegmentError {
+    match unread {
+        Unread::Wrong(problem) => SegmentError::Line { line, record: Some(record), problem },
+        Unread::Newer(problem) => SegmentError::Newer { line, record, problem },
     }
 }
 

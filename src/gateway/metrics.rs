@@ -184,7 +184,7 @@ impl Metrics {
                 }
             }
             Event::Denied(denied) => {
-                let labels = [task_class, denied.channel.as_str(), "denied", denied.rule.as_str()];
+                let labels = [task_class, denied.channel.as_str(), "denied", denied.rule.label()];
                 self.decisions.with_label_values(&labels).inc_by(denied.calls());
             }
             Event::Outcome(outcome) => self.outcomes.with_label_values(&[task_class, outcome.effect.as_str()]).inc(),

@@ -251,7 +251,7 @@ pub fn digest() -> String {
 
 pub fn intent(call: &str, channel: Channel, target: &str, reserved_tokens: i64) -> Event {
     let effect = match target {
-        "search" => Some(SideEffect::Read),
+        "search" | "look" => Some(SideEffect::Read),
         "write" => Some(SideEffect::Write),
         _ => None,
     };

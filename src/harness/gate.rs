@@ -501,6 +501,9 @@ impl Gate {
 
     /// Whether the attempt goes on; refusals aside, which the journal counts under its lock.
     fn running(&self) -> Result<(), Denial> {
+        if let Some(denial) = self.journal.failure() {
+            return Err(denial);
+        }
         if let Some(denial) = &*self.stopped.lock().unwrap_or_else(PoisonError::into_inner) {
             return Err(denial.clone());
         }
@@ -684,7 +687,8 @@ impl Gate {
                     // Whoever comes first does it for all.
                     self.count_waiting(Some(Instant::now()));
                 }
-                self.journal.open().err().map_or(denial, Denial::from)
+                let above = self.journal.failure().or_else(|| self.journal.open().err().map(Denial::from));
+                above.unwrap_or(denial)
             }
         }
     }
@@ -713,7 +717,7 @@ impl Gate {
                 (denied.rule, denied.reason) = (spent.rule, self.recordable(&spent.reason));
                 above = Some(spent);
             }
-            budget.count_denials(denied.count);
+            denied.count = budget.count_denials(denied.count);
             over = budget.open().is_err();
             // As it is recorded, for those who read the harness's own log.
             let Denied { channel, target, rule, reason, count, .. } = &denied;
@@ -722,6 +726,7 @@ impl Gate {
         });
         if let Err(failed) = record {
             tracing::error!(reason = failed.reason, "a refusal could not be recorded; the log has ended");
+            above = Some(failed);
         }
         if over {
             self.refused_enough.notify_one();
@@ -757,7 +762,7 @@ impl Permit {
         let reserved = self.reserved;
         let spent = settlement.spent.unwrap_or(reserved);
         let (upstream, certificate) = settlement.upstream.map_or((None, None), |p| (Some(p.address), p.certificate));
-        let outcome = Outcome {
+        let mut outcome = Outcome {
             call: call_id(self.intent),
             effect: settlement.effect,
             rule: settlement.rule,
@@ -773,7 +778,8 @@ impl Permit {
             undone_by: settlement.undone_by,
         };
         let result = self.gate.journal.record(|_, budget| {
-            budget.settle_model(reserved, spent);
+            let spent = budget.settle_model(reserved, spent);
+            (outcome.tokens, outcome.cost_micros) = (spent.tokens, spent.cost_micros);
             if let Some(key) = &self.key {
                 let fate = outcome.effect.fate();
                 self.gate.once.ledger().settle(key, &outcome.call, fate, outcome.given());

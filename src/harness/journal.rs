@@ -3,7 +3,8 @@
 //! Promises: budgets and records change under one lock, so that a record's counters are those of its place in the log;
 //! [`Journal::stored`] returns only when the record lies in the evidence store, [`Journal::spooled`] when it is in the spool and on
 //! its way to the witness, without whom no call passes the gateway: for a tool's read that is enough as long as the store is not far
-//! behind; no record is dropped. When the store is slow the callers wait; when it refuses for good, every later call is denied.
+//! behind; no record is dropped. When the store is slow the callers wait. A log that cannot go on, because the witness refuses it for good or
+//! a record has no form, stays so: [`Journal::failed`] returns, and every later record, and every wait for one, is refused with the first reason.
 //!
 //! ```text
 //! record ─▶ queue ─▶ cut, sign, spool ─▶ witnessed ─▶ stored ─▶ let go
@@ -14,7 +15,7 @@
 use std::{
     collections::VecDeque,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
@@ -123,6 +124,8 @@ pub struct Journal {
     /// Records that somebody waits for to be stored.
     wanted_stored: AtomicU64,
     progress: watch::Sender<Progress>,
+    /// Why the log cannot go on: [`Progress::failed`], for those who hold the lock, under which nobody asks for `progress`.
+    failed: OnceLock<Denial>,
     /// A call was denied because its record was not stored in time.
     kept_waiting: AtomicBool,
     follow: Follow,
@@ -159,6 +162,7 @@ impl Journal {
             wanted: AtomicU64::new(0),
             wanted_stored: AtomicU64::new(0),
             progress: watch::Sender::new(Progress { spooled: size, behind: None, stored: size, failed: None }),
+            failed: OnceLock::new(),
             kept_waiting: AtomicBool::new(false),
             follow: start.follow,
         });
@@ -171,12 +175,14 @@ impl Journal {
     /// Appends what `event` makes of the next sequence number and the counters. If it makes a denial, nothing is appended.
     ///
     /// # Errors
-    /// The closure's denial, or [`Rule::Evidence`] once the log cannot go on.
+    /// The closure's denial, or [`Rule::Evidence`] once the log cannot go on. A record that cannot be written is such an end: what happened
+    /// is in no log, and counters elsewhere have moved with it.
     pub fn record(&self, event: impl FnOnce(u64, &mut Budget) -> Result<Event, Denial>) -> Result<u64, Denial> {
-        if let Some(denial) = &self.progress.borrow().failed {
-            return Err(denial.clone());
-        }
         let mut state = self.lock();
+        // Under the lock, so that nothing is put in order after what ended the log.
+        if let Some(denial) = self.failure() {
+            return Err(denial);
+        }
         let seq = state.next;
         let before = state.budget.clone();
         let event = event(seq, &mut state.budget)?;
@@ -193,7 +199,10 @@ impl Journal {
             Ok(entry) => entry,
             Err(error) => {
                 state.budget = before;
-                return Err(Denial { rule: Rule::Evidence, reason: error.to_string() });
+                // Whoever is told by `progress` may ask for the lock.
+                drop(state);
+                let reason = format!("record {seq} cannot be written: {error}");
+                return Err(self.fail(Denial { rule: Rule::Evidence, reason }));
             }
         };
         (self.follow)(&record, &entry);
@@ -220,8 +229,8 @@ impl Journal {
         let mut progress = self.progress.subscribe();
         let waiting = progress.wait_for(|progress| progress.stored > seq || progress.failed.is_some());
         match tokio::time::timeout(STORE_PATIENCE, waiting).await {
-            Ok(Ok(progress)) if progress.stored > seq => Ok(()),
-            Ok(Ok(progress)) => Err(progress.failed.clone().unwrap_or_else(gone)),
+            // By a record that is stored a call may leave, though what comes after it never will be: but not from a log that has failed.
+            Ok(Ok(progress)) => progress.failed.clone().map_or(Ok(()), Err),
             Ok(Err(_)) => Err(gone()),
             Err(_) => Err(self.slow()),
         }
@@ -239,7 +248,7 @@ impl Journal {
         let behind = |since: Instant| now.duration_since(since) > BEHIND;
         let waiting = progress.wait_for(|progress| progress.spooled > seq || progress.failed.is_some());
         let late = match tokio::time::timeout(STORE_PATIENCE, waiting).await {
-            Ok(Ok(progress)) if progress.spooled > seq => progress.behind.is_some_and(behind),
+            Ok(Ok(progress)) if progress.failed.is_none() => progress.behind.is_some_and(behind),
             Ok(_) => true,
             Err(_) => return Err(self.slow()),
         };
@@ -300,6 +309,18 @@ impl Journal {
                 changed = progress.changed() => if changed.is_err() { return },
             }
         }
+    }
+
+    /// Returns, with the reason, once the log cannot go on.
+    pub async fn failed(&self) -> Denial {
+        let mut progress = self.progress.subscribe();
+        let failed = progress.wait_for(|progress| progress.failed.is_some()).await;
+        failed.ok().and_then(|progress| progress.failed.clone()).unwrap_or_else(gone)
+    }
+
+    /// Why the log cannot go on, if so.
+    pub fn failure(&self) -> Option<Denial> {
+        self.failed.get().cloned()
     }
 
     /// Whether a call was denied because its record was not stored in time.
@@ -367,7 +388,8 @@ impl Journal {
                 match self.take() {
                     Ok(records) => {
                         if let Err(denial) = outbox.cut(records) {
-                            return self.fail(denial);
+                            self.fail(denial);
+                            return;
                         }
                     }
                     Err(linger) => due = linger,
@@ -415,10 +437,11 @@ impl Journal {
                     self.progress.send_modify(|progress| outbox.tell(progress));
                 }
                 Err(CallError::Refused(denial)) if denial.rule != Rule::Evidence => {
-                    return self.fail(Denial {
+                    self.fail(Denial {
                         rule: Rule::Evidence,
                         reason: format!("the witness refused the log: {}: {}", denial.rule, denial.reason),
                     });
+                    return;
                 }
                 Err(error) => {
                     tracing::warn!(%error, "the log is not stored yet");
@@ -432,9 +455,14 @@ impl Journal {
         }
     }
 
-    fn fail(&self, denial: Denial) {
+    /// Ends the log. The first reason stays, and is given back.
+    fn fail(&self, denial: Denial) -> Denial {
         tracing::error!(rule = %denial.rule, reason = denial.reason, "the log cannot go on");
-        self.progress.send_modify(|progress| progress.failed = Some(denial));
+        let first = self.failed.get_or_init(|| denial).clone();
+        self.progress.send_modify(|progress| progress.failed = Some(first.clone()));
+        // Whoever sends has nothing to send any more.
+        self.work.notify_one();
+        first
     }
 }
 
@@ -527,11 +555,10 @@ impl Outbox {
     }
 }
 
-/// Has segments stored that a harness before this one has left; says whether there were any. Those that the witness refuses are let go of:
-/// no call has left by them, or it keeps them itself.
+/// Has segments stored that a harness before this one has left; says whether there were any.
 ///
 /// # Errors
-/// [`Rule::Evidence`] if the witness cannot be had for [`STORE_PATIENCE`].
+/// [`Rule::Evidence`] if the witness cannot be had for [`STORE_PATIENCE`]; another rule if it refuses them: what has happened is in no log.
 pub async fn send_left(link: &Link, attempt: i64, left: impl Iterator<Item = Segment>) -> Result<bool, Denial> {
     let lost = |reason: String| Denial { rule: Rule::Evidence, reason };
     let started = Instant::now();
@@ -546,7 +573,7 @@ pub async fn send_left(link: &Link, attempt: i64, left: impl Iterator<Item = Seg
             match error {
                 CallError::Refused(denial) if denial.rule != Rule::Evidence => {
                     tracing::error!(rule = %denial.rule, reason = denial.reason, "what was left is refused");
-                    return Ok(true);
+                    return Err(denial);
                 }
                 error if started.elapsed() > STORE_PATIENCE => return Err(lost(error.to_string())),
                 error => tracing::warn!(%error, "what was left is not stored yet"),

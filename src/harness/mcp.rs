@@ -274,6 +274,10 @@ impl Tools {
             }
             result => result,
         };
+        // What became of the call is in no log: nobody goes on as if it were.
+        if let Some(failed) = self.gate.journal().failure() {
+            return Err(failed);
+        }
         match (result, tool.verify.as_ref().zip(arguments)) {
             (Err(denial), Some((read, arguments))) if unknown => {
                 let told = self.resolve(tool, read, &arguments, (&call_id(intent), key.as_deref())).await;

@@ -15,6 +15,8 @@ use crate::evidence::segment::Segment;
 
 /// The file, in the spool's folder.
 const FILE: &str = "segments.jsonl";
+/// The file that says why the log cannot go on, in the same folder.
+const FAILED: &str = "failed";
 /// How every segment begins.
 const START: &[u8] = b"{\"checkpoint\":";
 /// Bytes of segments that are stored by now, beyond which they are removed.
@@ -118,6 +120,26 @@ impl Spool {
         self.torn = false;
         self.size = self.file.seek(SeekFrom::End(0))?;
         Ok(())
+    }
+}
+
+/// Notes that the log of this attempt cannot go on, for a harness that starts again.
+///
+/// # Errors
+/// If that cannot be written.
+pub fn note_failure(folder: &Path, reason: &str) -> Result<()> {
+    let mut file = File::create(folder.join(FAILED))?;
+    file.write_all(reason.as_bytes())?;
+    file.sync_all()
+}
+
+/// Why the log of this attempt cannot go on, if a harness before this one has noted so. One whose reason cannot be read has noted it all the
+/// same.
+pub fn failure(folder: &Path) -> Option<String> {
+    match std::fs::read(folder.join(FAILED)) {
+        Ok(reason) => Some(String::from_utf8_lossy(&reason).into_owned()),
+        Err(error) if error.kind() == ErrorKind::NotFound => None,
+        Err(error) => Some(format!("it is not known why: {error}")),
     }
 }
 

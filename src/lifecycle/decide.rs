@@ -9,7 +9,7 @@ use std::time::Duration;
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
-use super::observe::{End, POD_ALTERED, PodView};
+use super::observe::{End, LOG_FAILED, POD_ALTERED, PodView};
 use crate::{
     api::agent_task::{Attempt, FailureClass, Phase, Retry},
     evidence::record::TaskClosed,
@@ -258,6 +258,8 @@ fn next_number(observed: &Observed<'_>, last: i64) -> i64 {
 fn pause(observed: &Observed<'_>, attempts: &[Attempt], class: FailureClass) -> Option<Timestamp> {
     let altered = attempts.last().and_then(|last| last.reason.as_deref()) == Some(POD_ALTERED);
     let allowed = match class {
+        // It would fail again in the same way.
+        _ if attempts.last()?.reason.as_deref() == Some(LOG_FAILED) => return None,
         // The administrator's to mend, and no failure of the task's.
         _ if altered => i64::MAX,
         FailureClass::Agent => observed.retry.agent,

@@ -19,6 +19,11 @@ use crate::{
     wire,
 };
 
+/// The reason of an attempt whose log could not go on. Its harness may have refused calls, and its agent may have used tokens, that no record
+/// counts: another attempt would go on from less than was used, and what the witness refuses once it refuses again. So it is not tried again,
+/// whatever the task says of its class.
+pub const LOG_FAILED: &str = "LogFailed";
+
 /// A pod, as far as decisions go.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PodView {
@@ -244,6 +249,7 @@ fn harness_ended(status: &PodStatus) -> Option<(FailureClass, &'static str)> {
         wire::EXIT_OUT_OF_TIME => Some((FailureClass::Budget, "DeadlineExceeded")),
         wire::EXIT_UNAPPROVED => Some((FailureClass::Policy, "ApprovalExpired")),
         wire::EXIT_PARKED => Some((FailureClass::Dependency, "EvidenceUnavailable")),
+        wire::EXIT_LOG_FAILED => Some((FailureClass::Infrastructure, LOG_FAILED)),
         _ => None,
     })
 }

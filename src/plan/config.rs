@@ -15,7 +15,7 @@ use crate::{
         policy_pack::{Credential, EgressRule, WorkflowClass},
         tool_contract::{self, ToolContractSpec},
     },
-    canonical,
+    canonical::{self, LARGEST_WHOLE},
     policy::{
         self,
         config::{
@@ -168,12 +168,13 @@ fn limits(task: &AgentTask, class: &WorkflowClass, findings: &mut Vec<Finding>) 
         sum(asked.cost.as_deref(), || "spec.limits.cost".to_owned(), findings),
         sum(most.cost.as_deref(), || format!("PolicyPack spec.workflowClasses[{}].limits.cost", class.name), findings),
     );
+    let denials = lesser("denials", (asked.denials, most.denials), 1, class, |count| count.to_string(), findings);
     Limits {
-        wall_time_seconds: asked.wall_time_seconds,
-        tool_calls: asked.tool_calls,
-        tokens: asked.tokens,
-        denials: lesser("denials", (asked.denials, most.denials), 1, class, |count| count.to_string(), findings),
-        cost_micros: lesser("cost", costs, 0, class, price::show, findings),
+        wall_time_seconds: countable(asked.wall_time_seconds),
+        tool_calls: countable(asked.tool_calls),
+        tokens: countable(asked.tokens),
+        denials: denials.map(countable),
+        cost_micros: lesser("cost", costs, 0, class, price::show, findings).map(countable),
         approval_wait_seconds: 0,
     }
 }
@@ -689,12 +690,17 @@ fn tool_limits(spec: &ToolContractSpec, at: &impl Fn(&str) -> String, findings: 
         }
     }
     ToolLimits {
-        calls: asked.calls,
-        per_minute: asked.per_minute,
-        timeout_seconds: asked.timeout_seconds,
-        request_bytes: asked.request_bytes,
-        response_bytes: asked.response_bytes,
+        calls: asked.calls.map(countable),
+        per_minute: asked.per_minute.map(countable),
+        timeout_seconds: asked.timeout_seconds.map(countable),
+        request_bytes: asked.request_bytes.map(countable),
+        response_bytes: asked.response_bytes.map(countable),
     }
+}
+
+/// A limit as far as records count: beyond that nothing ever comes, and a larger number is not the same to every reader of the policy.
+fn countable(limit: i64) -> i64 {
+    limit.min(LARGEST_WHOLE)
 }
 
 /// What is wrong with the classes of a pack by themselves, whatever task names them.

@@ -1,13 +1,14 @@
 //! Counters against limits: reserve before a call, settle after it.
 //!
 //! Promises: what is reserved is spent until it is settled, so that calls that run at the same time cannot pass a limit
-//! together; a reservation that does not fit changes nothing. Refuses: time, locks. Wall time is a deadline, not a counter.
+//! together; a reservation that does not fit changes nothing; no counter is ever more than a record can have ([`LARGEST_WHOLE`]). Refuses: time, locks. Wall time is a deadline, not a counter.
 
 use super::{
     config::{Limits, Usage},
     price,
     rule::Rule,
 };
+use crate::canonical::LARGEST_WHOLE;
 
 /// A limit would be passed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -54,7 +55,7 @@ impl Budget {
 
     /// Tokens that can still be reserved; never negative.
     pub fn tokens_left(&self) -> i64 {
-        self.limits.tokens.saturating_sub(self.usage.tokens).max(0)
+        self.limits.tokens.min(LARGEST_WHOLE).saturating_sub(self.usage.tokens).max(0)
     }
 
     /// Money that can still be reserved, where it is limited; never negative.
@@ -82,7 +83,7 @@ impl Budget {
     /// [`Rule::ToolCalls`] if none is left; nothing is counted then.
     pub fn reserve_tool_call(&mut self) -> Result<(), Exhausted> {
         let used = self.usage.tool_calls;
-        if used >= self.limits.tool_calls {
+        if used >= self.limits.tool_calls.min(LARGEST_WHOLE) {
             return Err(Exhausted {
                 rule: Rule::ToolCalls,
                 what: "tool call",
@@ -111,9 +112,9 @@ impl Budget {
                 needed: tokens,
             });
         }
-        if let Some(limit) = self.limits.cost_micros
-            && cost > limit.saturating_sub(spent).max(0)
-        {
+        // Also where money is not limited, it is counted.
+        let limit = self.limits.cost_micros.unwrap_or(LARGEST_WHOLE).min(LARGEST_WHOLE);
+        if cost > limit.saturating_sub(spent).max(0) {
             return Err(Exhausted { rule: Rule::Cost, what: "cost", limit, used: spent, needed: cost });
         }
         self.usage.tokens = used.saturating_add(tokens);
@@ -121,18 +122,28 @@ impl Budget {
         Ok(())
     }
 
-    /// Replaces what was set aside by what was really used. A model that used more is counted in full.
-    pub fn settle_model(&mut self, reserved: Spent, used: Spent) {
-        let settle = |count: i64, reserved: i64, used: i64| {
-            count.saturating_sub(reserved.max(0)).saturating_add(used.max(0)).max(0)
+    /// Replaces what was set aside by what was really used; gives what is counted. A model that used more is counted in full, as far as a
+    /// counter goes: at its end every limit is passed.
+    #[must_use = "the record has what was counted"]
+    pub fn settle_model(&mut self, reserved: Spent, used: Spent) -> Spent {
+        let settle = |count: &mut i64, reserved: i64, used: i64| {
+            let others = count.saturating_sub(reserved.max(0)).max(0);
+            let counted = used.clamp(0, LARGEST_WHOLE.saturating_sub(others).max(0));
+            *count = others.saturating_add(counted);
+            counted
         };
-        self.usage.tokens = settle(self.usage.tokens, reserved.tokens, used.tokens);
-        self.usage.cost_micros = settle(self.usage.cost_micros, reserved.cost_micros, used.cost_micros);
+        Spent {
+            tokens: settle(&mut self.usage.tokens, reserved.tokens, used.tokens),
+            cost_micros: settle(&mut self.usage.cost_micros, reserved.cost_micros, used.cost_micros),
+        }
     }
 
-    /// Counts refusals.
-    pub fn count_denials(&mut self, count: i64) {
-        self.usage.denials = self.usage.denials.saturating_add(count.max(0));
+    /// Counts refusals; gives how many were counted.
+    #[must_use = "the record has what was counted"]
+    pub fn count_denials(&mut self, count: i64) -> i64 {
+        let counted = count.clamp(0, LARGEST_WHOLE.saturating_sub(self.usage.denials).max(0));
+        self.usage.denials = self.usage.denials.saturating_add(counted);
+        counted
     }
 }
 
@@ -176,7 +187,8 @@ mod tests {
         let mut budget = Budget::resume(limits(), Usage::default());
         budget.reserve_model(1_000, 5_000_000).unwrap();
         let reserved = Spent { tokens: 1_000, cost_micros: 5_000_000 };
-        budget.settle_model(reserved, Spent { tokens: 5_000, cost_micros: 9_000_000 });
+        let used = Spent { tokens: 5_000, cost_micros: 9_000_000 };
+        assert_eq!(budget.settle_model(reserved, used), used);
         assert_eq!((budget.tokens_left(), budget.cost_left()), (0, Some(0)));
         assert_eq!(budget.reserve_model(1, 0).unwrap_err().rule, Rule::Tokens);
     }
@@ -192,9 +204,9 @@ mod tests {
     #[test]
     fn so_many_refusals_end_it() {
         let mut budget = Budget::resume(limits(), Usage::default());
-        budget.count_denials(1);
+        assert_eq!(budget.count_denials(1), 1);
         assert_eq!(budget.open(), Ok(()));
-        budget.count_denials(1);
+        assert_eq!(budget.count_denials(1), 1);
         assert_eq!(budget.open().unwrap_err().rule, Rule::Denials);
         let unlimited = Limits { denials: None, ..limits() };
         assert_eq!(Budget::resume(unlimited, budget.usage()).open(), Ok(()));
@@ -214,7 +226,11 @@ mod tests {
             (Rule::ToolCalls, Budget::reserve_tool_call),
             (Rule::Tokens, |budget| budget.reserve_model(7, 0)),
             (Rule::Cost, |budget| budget.reserve_model(0, 3)),
-            (Rule::Denials, |budget| budget.open().map(|()| budget.count_denials(1))),
+            (Rule::Denials, |budget| {
+                budget.open().map(|()| {
+                    let _ = budget.count_denials(1);
+                })
+            }),
         ];
         for (rule, take) in takes {
             let budget = std::sync::Mutex::new(Budget::resume(limits, Usage::default()));
@@ -254,8 +270,37 @@ mod tests {
                 prop_assert!(budget.usage().cost_micros <= limits().cost_micros.unwrap());
                 if held.len() > 2 {
                     let (reserved, used) = held.remove(0);
-                    budget.settle_model(reserved, used);
+                    prop_assert_eq!(budget.settle_model(reserved, used), used);
                 }
+            }
+        }
+
+        /// Whatever providers say that they have used, and however prices are, a record can have every counter and what it counts, and
+        /// counters are the sums of what was counted.
+        #[test]
+        fn no_counter_is_beyond_what_a_record_has(
+            said in prop::collection::vec((any::<i64>(), any::<i64>(), any::<i64>()), 0..16), limited in any::<bool>()
+        ) {
+            let money = limited.then_some(i64::MAX);
+            let limits = Limits { tokens: i64::MAX, cost_micros: money, denials: None, tool_calls: i64::MAX, ..limits() };
+            let mut budget = Budget::resume(limits, Usage::default());
+            let mut sums = Usage::default();
+            for (tokens, cost_micros, denials) in said {
+                let reserved = Spent { tokens: tokens.rotate_left(7), cost_micros: cost_micros.rotate_left(7) };
+                let reserved = if budget.reserve_model(reserved.tokens, reserved.cost_micros).is_ok() {
+                    Spent { tokens: reserved.tokens.max(0), cost_micros: reserved.cost_micros.max(0) }
+                } else {
+                    Spent::default()
+                };
+                let counted = budget.settle_model(reserved, Spent { tokens, cost_micros });
+                sums.tokens += counted.tokens;
+                sums.cost_micros += counted.cost_micros;
+                sums.denials += budget.count_denials(denials);
+                let usage = budget.usage();
+                for count in [usage.tokens, usage.cost_micros, usage.denials, counted.tokens, counted.cost_micros] {
+                    prop_assert!((0..=LARGEST_WHOLE).contains(&count), "{usage:?}");
+                }
+                prop_assert_eq!(usage, sums);
             }
         }
     }

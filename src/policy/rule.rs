@@ -1,13 +1,52 @@
-//! Rule identifiers: the vocabulary of denials, evidence and metrics. A closed set, so that labels stay bounded.
+//! Rule identifiers: the vocabulary of denials, evidence and metrics.
+//!
+//! Guarantees: what this version writes is a closed set. What it reads may have the names of a later version, which are kept as they are: a log is
+//! not wrong because its rules have other names. Of those only so many are kept in memory, and in metrics they have one label.
 
-use serde::{Deserialize, Serialize};
+use std::{
+    collections::BTreeSet,
+    sync::{LazyLock, Mutex, PoisonError},
+};
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+/// Longest name of a rule, in bytes.
+const LONGEST: usize = 64;
+/// Names of rules of other versions that one process may meet.
+const MOST: usize = 4096;
+
+/// The name of a rule that this version does not have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Foreign(&'static str);
+
+impl Foreign {
+    /// Keeps a name for good. `None` if it is none, or there are too many.
+    fn new(name: &str) -> Option<Self> {
+        static NAMES: LazyLock<Mutex<BTreeSet<&'static str>>> = LazyLock::new(Mutex::default);
+        let plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'.';
+        if !(1..=LONGEST).contains(&name.len()) || !name.bytes().all(plain) {
+            return None;
+        }
+        let mut names = NAMES.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = names.get(name) {
+            return Some(Self(known));
+        }
+        (names.len() < MOST).then(|| {
+            let kept: &'static str = Box::leak(name.into());
+            names.insert(kept);
+            Self(kept)
+        })
+    }
+}
 
 macro_rules! rules {
     ($($(#[$doc:meta])* $variant:ident = $id:literal),+ $(,)?) => {
         /// A rule, by its stable identifier.
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
         pub enum Rule {
-            $($(#[$doc])* #[serde(rename = $id)] $variant),+
+            $($(#[$doc])* $variant,)+
+            /// One of another version, in what was read.
+            Foreign(Foreign),
         }
 
         impl Rule {
@@ -16,10 +55,52 @@ macro_rules! rules {
 
             /// The stable identifier.
             pub fn as_str(self) -> &'static str {
-                match self { $(Rule::$variant => $id),+ }
+                match self { $(Rule::$variant => $id,)+ Rule::Foreign(Foreign(name)) => name }
+            }
+
+            /// The rule of that name; nothing where it is no rule's name.
+            pub fn named(name: &str) -> Option<Self> {
+                match name {
+                    $($id => Some(Rule::$variant),)+
+                    _ => Foreign::new(name).map(Rule::Foreign),
+                }
             }
         }
     };
+}
+
+impl Rule {
+    /// The label in metrics: names of other versions share one.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Foreign(_) => "other",
+            known => known.as_str(),
+        }
+    }
+}
+
+impl Serialize for Rule {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_str(self.as_str())
+    }
+}
+
+impl<'de> Deserialize<'de> for Rule {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        struct Name;
+        impl serde::de::Visitor<'_> for Name {
+            type Value = Rule;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                write!(f, "a rule's name: 1 to {LONGEST} letters, digits and dots")
+            }
+
+            fn visit_str<E: serde::de::Error>(self, name: &str) -> Result<Rule, E> {
+                Rule::named(name).ok_or_else(|| E::invalid_value(serde::de::Unexpected::Str(name), &self))
+            }
+        }
+        from.deserialize_str(Name)
+    }
 }
 
 rules! {

@@ -8,6 +8,7 @@
 use serde_json::{Map, Value};
 
 use super::config::ModelPrice;
+use crate::canonical::LARGEST_WHOLE;
 
 /// The API that a request speaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -192,7 +193,9 @@ impl Reported {
             event.get("message").and_then(|message| message.get("usage")),
         ];
         for usage in places.into_iter().flatten() {
-            let count = |name: &str| usage.get(name).and_then(Value::as_i64).filter(|count| *count >= 0);
+            let count = |name: &str| {
+                usage.get(name).and_then(Value::as_i64).filter(|count| (0..=LARGEST_WHOLE).contains(count))
+            };
             let sum = |names: &[&str]| {
                 names
                     .iter()
@@ -207,9 +210,11 @@ impl Reported {
         }
     }
 
-    /// Both, once both are known.
+    /// Both, once both are known. More than a record can have is no account that anybody could have meant: there is none then, and the
+    /// reservation stays spent.
     pub fn both(self) -> Option<Bound> {
-        Some(Bound { prompt: self.prompt?, output: self.output? })
+        let both = Bound { prompt: self.prompt?, output: self.output? };
+        both.prompt.checked_add(both.output).filter(|total| *total <= LARGEST_WHOLE).map(|_| both)
     }
 }
 
@@ -290,6 +295,19 @@ mod tests {
                 Some(15),
             ),
             (vec![json!({"choices": []})], None),
+            // Numbers that are no account.
+            (
+                vec![json!({"usage": {"prompt_tokens": 9_007_199_254_740_990_i64, "completion_tokens": 1}})],
+                Some(LARGEST_WHOLE),
+            ),
+            (vec![json!({"usage": {"prompt_tokens": LARGEST_WHOLE, "completion_tokens": LARGEST_WHOLE}})], None),
+            (vec![json!({"usage": {"prompt_tokens": LARGEST_WHOLE, "completion_tokens": 1}})], None),
+            (vec![json!({"usage": {"prompt_tokens": 9_007_199_254_740_992_i64, "completion_tokens": 1}})], None),
+            (vec![json!({"usage": {"prompt_tokens": u64::MAX, "completion_tokens": 1}})], None),
+            (vec![json!({"usage": {"prompt_tokens": i64::MAX, "completion_tokens": i64::MAX}})], None),
+            (vec![json!({"usage": {"prompt_tokens": 1e300, "completion_tokens": 1}})], None),
+            (vec![json!({"usage": {"prompt_tokens": -1, "completion_tokens": 1}})], None),
+            (vec![json!({"usage": {"prompt_tokens": 1.5, "completion_tokens": 1}})], None),
         ] {
             let mut reported = Reported::default();
             events.iter().for_each(|event| reported.see(event));

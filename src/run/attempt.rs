@@ -245,9 +245,7 @@ impl Surroundings<'_> {
             Some(ended) => ended,
             None => said(harness.await),
         };
-        if let Err(error) = &harness_ended {
-            ends.trouble.get_or_insert_with(|| error.clone());
-        }
+        ends.trouble = ends.trouble.or_else(|| trouble(&harness_ended));
         ends.harness = Some(code(&harness_ended));
         ends.agent = Some(AgentEnd { started, code: exit_code(&status), reason });
         Ok(ends)
@@ -515,7 +513,18 @@ fn code(ended: &Result<Ended, String>) -> i32 {
 }
 
 fn without_agent(ended: Result<Ended, String>) -> Ends {
-    Ends { probe: Some(0), harness: Some(code(&ended)), agent: None, trouble: ended.err() }
+    Ends { probe: Some(0), harness: Some(code(&ended)), agent: None, trouble: trouble(&ended) }
+}
+
+/// What a person has to be told of how the harness ended, beside the class and the reason.
+fn trouble(ended: &Result<Ended, String>) -> Option<String> {
+    match ended {
+        Err(error) => Some(error.clone()),
+        Ok(Ended::LogFailed(reason)) => Some(format!(
+            "the evidence log could not go on, so that the run is no success whatever the agent did: {reason}"
+        )),
+        Ok(_) => None,
+    }
 }
 
 /// Writes into the pod's status what a kubelet writes there.
@@ -597,6 +606,7 @@ mod tests {
             (ends(wire::EXIT_OUT_OF_TIME, agent(137, "Completed")), (Some(Budget), "DeadlineExceeded")),
             (ends(wire::EXIT_UNAPPROVED, agent(137, "Completed")), (Some(Policy), "ApprovalExpired")),
             (ends(wire::EXIT_PARKED, agent(137, "Completed")), (Some(Dependency), "EvidenceUnavailable")),
+            (ends(wire::EXIT_LOG_FAILED, agent(0, "Completed")), (Some(Infrastructure), "LogFailed")),
             (
                 Ends { probe: Some(wire::EXIT_UNPROVEN.into()), ..Ends::default() },
                 (Some(Infrastructure), "ContainmentUnproven"),

@@ -41,6 +41,8 @@ pub struct Walk {
     report: Report,
     /// Whether every segment so far was reached.
     whole: bool,
+    /// Whether what follows is of a later version, and is not judged.
+    newer: bool,
     tree: Tree,
     head: Option<Checkpoint>,
     history: History,
@@ -59,6 +61,7 @@ impl Walk {
             expected: expected.clone(),
             report,
             whole: true,
+            newer: false,
             tree: Tree::new(),
             head: None,
             history: History::default(),
@@ -87,7 +90,7 @@ impl Walk {
             self.end();
             ended(log, &self.witness, (self.ending, self.files), &mut self.report);
         }
-        storage::check(log, &mut self.report);
+        storage::check(log, self.newer, &mut self.report);
         self.report
     }
 
@@ -122,7 +125,7 @@ impl Walk {
             Ok((segment, records)) => (segment, Ok(records)),
             Err(_) => {
                 let segment = Segment::parse(bytes).map_err(|e| form(Check::SegmentForm, &e))?;
-                let records = segment.decode();
+                let records = segment.newer().map_or_else(|| segment.decode(), Err);
                 (segment, records)
             }
         };
@@ -134,14 +137,24 @@ impl Walk {
             rule: match e {
                 SegmentError::Position { .. } => Check::SegmentOrder,
                 SegmentError::Checkpoint { .. } => Check::CheckpointRoot,
-                SegmentError::Note(_) | SegmentError::Line { .. } => Check::SegmentForm,
+                SegmentError::Note(_) | SegmentError::Line { .. } | SegmentError::Newer { .. } => Check::SegmentForm,
             },
             record: Some(segment.first),
             message: e.to_string(),
         })?;
         let checkpoint = segment.note.checkpoint().map_err(|e| form(Check::SegmentForm, &e.into()))?;
         self.origin(&checkpoint, key);
-        let records = records.map_err(|e| form(Check::RecordForm, &e))?;
+        let records = records.map_err(|e| match e {
+            // Whoever has signed it is the witness, so that it is no forgery: it is only not for us to judge.
+            SegmentError::Newer { .. } => match segment.note.verify_cosignature(&self.witness) {
+                Ok(_) => {
+                    self.newer = true;
+                    form(Check::RecordVersion, &e)
+                }
+                Err(unsigned) => form(Check::CheckpointWitness, &unsigned.into()),
+            },
+            _ => form(Check::RecordForm, &e),
+        })?;
 
         let files = self.ending.take(&segment, &records);
         let long = |e: EncodeError| SegmentProblem { rule: Check::RecordForm, record: None, message: e.to_string() };

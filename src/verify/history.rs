@@ -6,8 +6,8 @@ use jiff::Timestamp;
 
 use super::report::{AttemptSummary, Check, Report, RollbackSummary};
 use crate::{
-    canonical,
     evidence::{
+        fits,
         note::{self, VerifierKey},
         record::{
             Actor, Approval, AttemptOpened, Channel, Effect, Event, Intent, Outcome, Record, Replayed, Resolved,
@@ -19,7 +19,7 @@ use crate::{
         access::{Asked, Guard},
         approval::{self, Approvals, AskedBy, Standing},
         budget::Spent,
-        config::{Idempotency, McpUpstream, PolicyConfig, Sensitivity, Upstream, Usage},
+        config::{Idempotency, PolicyConfig, Sensitivity, Usage},
         ledger::{self, Found, Ledger},
         price,
     },
@@ -31,8 +31,6 @@ pub(super) struct History {
     attempt: i64,
     /// The attempt that opened last.
     opened_attempt: i64,
-    /// Where it did.
-    opened_at: u64,
     /// Whether the attempt is between `attempt.opened` and `attempt.closed`.
     open: bool,
     /// Whether the attempt has seen its containment broken.
@@ -65,8 +63,11 @@ struct Call {
     effect: Option<(Effect, u64)>,
     seq: u64,
     attempt: i64,
+    channel: Channel,
     target: String,
     reserved: Spent,
+    /// The `attempt.opened` that first found it without an outcome: its harness is gone.
+    left_at: Option<u64>,
     /// Whether a read has told what became of it.
     resolved: bool,
     /// Whether it has an outcome, or a read has told.
@@ -103,15 +104,11 @@ impl History {
         if record.v != VERSION {
             blame.add(Check::RecordForm, format!("expected version {VERSION}, found {}", record.v));
         }
-        let now = match record.time.parse::<Timestamp>() {
-            Ok(now) if format!("{now:.3}") == record.time => now,
-            _ => {
-                let message = format!("expected an RFC 3339 time to the millisecond, found {:?}", record.time);
-                blame.add(Check::RecordTime, message);
-                Timestamp::UNIX_EPOCH
-            }
-        };
-        for found in commitments(&record.event).into_iter().filter(|found| !canonical::is_digest(found)) {
+        let now = fits::time(&record.time).unwrap_or_else(|| {
+            blame.add(Check::RecordTime, fits::no_time(&record.time));
+            Timestamp::UNIX_EPOCH
+        });
+        if let Some(found) = fits::undigested(&record.event) {
             blame.add(Check::RecordForm, format!("expected 64 hex digits of a digest, found {found:?}"));
         }
         if self.ended {
@@ -241,7 +238,10 @@ impl History {
     }
 
     fn opened(&mut self, record: &Record, opened: &AttemptOpened, origin: &str, blame: &mut Blame<'_>) {
-        (self.open, self.opened_at) = (true, record.seq);
+        self.open = true;
+        for call in self.calls.values_mut().filter(|call| !call.settled) {
+            call.left_at.get_or_insert(record.seq);
+        }
         self.loose = false;
         self.ledger.abandon();
         if self.opened_attempt != record.attempt {
@@ -402,7 +402,7 @@ impl History {
         let since = lost.and_then(|lost| match lost.effect {
             Some((Effect::Unknown, since)) => Some(since),
             // Its harness is gone.
-            None if lost.seq < self.opened_at => Some(self.opened_at),
+            None => lost.left_at,
             _ => None,
         });
         let Some((lost, since)) = lost.zip(since) else {
@@ -411,7 +411,8 @@ impl History {
         let tool = self.policy.as_ref().and_then(|policy| policy.tool(&lost.target));
         let reader = tool.and_then(|tool| tool.verify.as_ref()).map(|read| &read.tool);
         let (key, was_counted) = (lost.key.clone(), lost.settled);
-        let read = self.calls.get(by).filter(|read| Some(&read.target) == reader && read.seq > since);
+        let is_read = |read: &&Call| read.channel == Channel::Tool && Some(&read.target) == reader && read.seq > since;
+        let read = self.calls.get(by).filter(is_read);
         if !read.is_some_and(|read| matches!(read.effect, Some((Effect::Applied, _)))) || *effect == Effect::Unknown {
             return blame.add(Check::CallOutcome, wrong(&format!("{by}, which is none by {reader:?} after it")));
         }
@@ -448,7 +449,7 @@ impl History {
             let (expected, found) = (contract.required, approval.required);
             blame.add(Check::CallApproval, format!("expected {expected} to have to approve, found {found}"));
         }
-        let Ok(expires) = approval.expires.parse() else {
+        let Some(expires) = fits::expiry(&approval.expires) else {
             return blame
                 .add(Check::RecordTime, format!("expected an RFC 3339 time of expiry, found {:?}", approval.expires));
         };
@@ -507,7 +508,7 @@ impl History {
             if let Some(limit) = limits.denials.filter(|limit| usage.denials >= *limit) {
                 blame.add(Check::UsageLimit, format!("expected no call after {limit} denials, found one"));
             }
-            if let Some(problem) = misfit(intent, policy).or_else(|| mispriced(intent, policy)) {
+            if let Some(problem) = fits::misfit(intent, policy).or_else(|| fits::mispriced(intent, policy)) {
                 blame.add(Check::CallPolicy, problem);
             }
             if *channel == Channel::Tool {
@@ -570,7 +571,18 @@ impl History {
             let key = intent.key.clone();
             self.calls.insert(
                 call.clone(),
-                Call { key, effect: None, seq, attempt, target, reserved, resolved: false, settled: false },
+                Call {
+                    key,
+                    effect: None,
+                    seq,
+                    attempt,
+                    channel: *channel,
+                    target,
+                    reserved,
+                    left_at: None,
+                    resolved: false,
+                    settled: false,
+                },
             );
         }
     }
@@ -647,82 +659,6 @@ impl History {
             Effect::NotApplied => effects.not_applied += 1,
             Effect::Unknown => effects.unknown += 1,
         }
-    }
-}
-
-/// Why the policy does not give this tool call, if so.
-fn misfit(intent: &Intent, policy: &PolicyConfig) -> Option<String> {
-    if intent.channel != Channel::Tool {
-        return None;
-    }
-    let Some(tool) = policy.tool(&intent.target) else {
-        return Some(format!("expected a tool of the policy, found {}", intent.target));
-    };
-    let Some(effect) = intent.effect.filter(|effect| *effect >= tool.side_effect) else {
-        let found = intent.effect.map_or("none", |e| e.as_str());
-        return Some(format!(
-            "expected the effect {} that the contract of {} names or a tighter one, found {found}",
-            tool.side_effect.as_str(),
-            tool.name
-        ));
-    };
-    for effect in [tool.side_effect, effect] {
-        if !policy.allowed_effects.contains(&effect) {
-            return Some(format!("expected an effect that the class allows, found {}", effect.as_str()));
-        }
-    }
-    if let Some(most) =
-        tool.limits.request_bytes.and_then(|most| u64::try_from(most).ok()).filter(|n| intent.request_bytes > *n)
-    {
-        return Some(format!(
-            "expected at most {most} bytes of arguments of {}, found {}",
-            tool.name, intent.request_bytes
-        ));
-    }
-    let found = intent.definition.as_deref();
-    let expected = match &tool.upstream {
-        Upstream::Mcp(McpUpstream { digest: Some(pin), .. }) if found == Some(pin) => return None,
-        Upstream::Mcp(McpUpstream { digest: None, .. }) if found.is_some() => return None,
-        Upstream::Http(_) if found.is_none() => return None,
-        Upstream::Mcp(McpUpstream { digest: Some(pin), .. }) => pin.as_str(),
-        Upstream::Mcp(_) => "the upstream listed",
-        Upstream::Http(_) => "none, as an HTTP tool has",
-    };
-    Some(format!("expected the definition of {} to be {expected}, found {}", tool.name, found.unwrap_or("none")))
-}
-
-/// Why the cost that a model call set aside does not follow from the policy's prices, if so. How its tokens divide between
-/// prompt and reply is not in the log: the cost lies between that of all the one and all the other.
-fn mispriced(intent: &Intent, policy: &PolicyConfig) -> Option<String> {
-    if intent.channel != Channel::Model {
-        return (intent.reserved_cost_micros != 0).then(|| "expected no cost but of models, found some".to_owned());
-    }
-    let model = intent.model.as_deref().unwrap_or_default();
-    let Some(price) = price::of(&policy.models.prices, model) else {
-        let priced = policy.limits.cost_micros.is_none() && intent.reserved_cost_micros == 0;
-        return (!priced).then(|| format!("expected a model that has a price, found {model:?}"));
-    };
-    let (tokens, found) = (intent.reserved_tokens, intent.reserved_cost_micros);
-    let ends = [price.cost(tokens, 0), price.cost(0, tokens)];
-    let (least, most) = (ends.into_iter().min()?, ends.into_iter().max()?);
-    (!(least..=most).contains(&found)).then(|| {
-        let [least, most, found] = [least, most, found].map(price::show);
-        format!("expected {tokens} tokens of {model:?} to cost {least} to {most}, found {found}")
-    })
-}
-
-/// The commitments and digests in a record that are no more than that.
-fn commitments(event: &Event) -> Vec<&String> {
-    match event {
-        Event::Intent(intent) => intent.request_digest.iter().collect(),
-        Event::Outcome(outcome) => {
-            outcome.response_digest.iter().chain(&outcome.undone_by).chain(&outcome.certificate).collect()
-        }
-        Event::TaskClosed(closed) => closed.images.values().collect(),
-        Event::Replayed(replayed) => vec![&replayed.request_digest, &replayed.response_digest],
-        Event::Denied(denied) => denied.request_digest.iter().collect(),
-        Event::ApprovalRequested(approval) | Event::ApprovalDecided(approval) => vec![&approval.request_digest],
-        _ => vec![],
     }
 }
 

@@ -26,6 +26,8 @@ pub enum Weight {
     Note,
     /// The log is not at its end.
     Incomplete,
+    /// The log goes on in a way that this verifier does not know: it cannot judge it.
+    Newer,
     /// The log is not what Belay writes.
     Broken,
 }
@@ -58,6 +60,8 @@ macro_rules! checks {
 checks! {
     /// Every object under `segments/` is a segment, by its key.
     StoreKey = "store.key" Broken,
+    /// In a folder, every object is a regular file of a length that objects have.
+    StoreObject = "store.object" Broken,
     /// Every segment has exactly one version.
     StoreVersions = "store.versions" Broken,
     /// No object is hidden by a delete marker.
@@ -88,6 +92,8 @@ checks! {
     LogEmpty = "log.empty" Incomplete,
     /// Every line is a record of a version that this verifier knows, whole.
     RecordForm = "record.form" Broken,
+    /// No record is of a later version than this verifier knows, and every policy is one that it knows.
+    RecordVersion = "record.version" Newer,
     /// Every record's time is RFC 3339 in UTC, to the millisecond.
     RecordTime = "record.time" Broken,
     /// A segment's records have one writer, and each writer writes only its own kinds.
@@ -172,6 +178,9 @@ pub enum Verdict {
     Valid,
     /// Everything holds, but the task has not ended, or its end is missing.
     Incomplete,
+    /// Everything holds up to what is of a later version than this verifier knows. It is signed by the witness, and to be judged by a
+    /// later verifier.
+    Newer,
     /// Something does not hold.
     Invalid,
 }
@@ -181,6 +190,7 @@ impl fmt::Display for Verdict {
         f.write_str(match self {
             Self::Valid => "VALID",
             Self::Incomplete => "INCOMPLETE",
+            Self::Newer => "NEWER",
             Self::Invalid => "INVALID",
         })
     }
@@ -206,6 +216,7 @@ impl Report {
         let weight = rule.weight();
         self.verdict = match (weight, self.verdict) {
             (Weight::Broken, _) | (_, Verdict::Invalid) => Verdict::Invalid,
+            (Weight::Newer, _) | (_, Verdict::Newer) => Verdict::Newer,
             (Weight::Incomplete, _) | (_, Verdict::Incomplete) => Verdict::Incomplete,
             (Weight::Note, Verdict::Valid) => Verdict::Valid,
         };

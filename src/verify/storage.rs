@@ -10,9 +10,9 @@ use crate::evidence::{
     store::{Mode, StoredObject},
 };
 
-/// Adds what does not hold to the report.
-pub(super) fn check(log: &Log, report: &mut Report) {
-    for key in log.segments.keys().filter(|key| Segment::first_of(key).is_none()) {
+/// Adds what does not hold to the report. `newer`: the log is of a later version, which may name its objects as it likes.
+pub(super) fn check(log: &Log, newer: bool, report: &mut Report) {
+    for key in log.segments.keys().filter(|key| !newer && Segment::first_of(key).is_none()) {
         report.add(
             Check::StoreKey,
             Some(key),
@@ -20,10 +20,13 @@ pub(super) fn check(log: &Log, report: &mut Report) {
             format!("expected a key such as {}, found another", Segment::key(0)),
         );
     }
+    for (key, problem) in &log.odd {
+        report.add(Check::StoreObject, Some(key), None, problem);
+    }
     for (key, bytes) in &log.incidents {
         report.summary.incidents += 1;
         let expected = format!("{INCIDENTS}{}.json", hex::encode(canonical::sha256(bytes)));
-        if *key != expected {
+        if *key != expected && !newer {
             report.add(Check::StoreIncident, Some(key), None, format!("expected the name {expected} for these bytes"));
         }
     }

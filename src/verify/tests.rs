@@ -95,7 +95,7 @@ fn a_task_that_never_ran_has_a_valid_log_of_one_record() {
 /// Lies that the writers could tell: everything is signed, and one thing does not follow.
 #[rstest]
 #[case::sequence(Check::SegmentForm, Some(2), |s: &mut Script| s.at(2).seq = 5)]
-#[case::version(Check::RecordForm, Some(3), |s: &mut Script| s.at(3).v = 2)]
+#[case::version(Check::RecordForm, Some(3), |s: &mut Script| s.at(3).v = 0)]
 #[case::time(Check::RecordTime, Some(3), |s: &mut Script| s.at(3).time = "yesterday".into())]
 #[case::time_to_the_second(Check::RecordTime, Some(3), |s: &mut Script| s.at(3).time = "2026-11-23T10:00:00Z".into())]
 #[case::time_elsewhere(Check::RecordTime, Some(3), |s: &mut Script| s.at(3).time = "2026-11-23T10:00:00.000+00:00".into())]
@@ -179,6 +179,23 @@ fn lies_of_the_writers_are_found(#[case] rule: Check, #[case] at: Option<u64>, #
     assert_eq!(report.verdict, Verdict::Invalid, "{:?}", report.findings);
     let found: Vec<_> = report.findings.iter().filter(|f| f.rule == rule).map(|f| f.record).collect();
     assert!(found.first() == Some(&at), "expected {rule} at {at:?}, found {:#?}", report.findings);
+}
+
+/// Whoever writes another form says so, and the witness has signed it: it is for a later verifier to judge. Without the witness it is nothing.
+#[test]
+fn a_log_that_goes_on_in_a_later_version_is_neither_valid_nor_forged() {
+    let mut script = Script::good();
+    script.at(3).v = 2;
+    let log = script.write();
+    let report = run(&script, &log);
+    assert_eq!(report.verdict, Verdict::Newer, "{:?}", report.findings);
+    let found: Vec<_> = report.findings.iter().map(|f| (f.rule, f.record)).collect();
+    assert!(found.contains(&(Check::RecordVersion, Some(3))), "{found:?}");
+    let other = Script::good().witness.verifier();
+    assert_eq!(verify(&log, &other, &Expected::Anything).verdict, Verdict::Invalid);
+    // What was wrong before it stays wrong.
+    script.at(1).time = "yesterday".into();
+    assert_eq!(run(&script, &script.write()).verdict, Verdict::Invalid);
 }
 
 fn lost() -> Event {

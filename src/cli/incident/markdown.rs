@@ -8,26 +8,54 @@ use crate::{
     verify::{Verdict, Weight},
 };
 
-/// A text in a cell of a table.
+/// A text that is not ours, in a cell of a table or elsewhere. Renderers find links, people, footnotes, entities and HTML in plain text, each its
+/// own kinds, some of them behind a backslash, too: only in a code span is everything what it is. So whatever is not plain words is in one, and
+/// what would end it or the cell is told.
 fn cell(text: &str) -> String {
-    let mut cell = String::with_capacity(text.len());
-    for c in text.chars() {
-        if matches!(c, '\\' | '|' | '`' | '*' | '_' | '<' | '>' | '[' | ']' | '#' | '~') {
-            cell.push('\\');
-        }
-        cell.push(c);
+    if is_plain(text) {
+        return text.to_owned();
     }
-    cell
+    let mut code = String::with_capacity(text.len() + 2);
+    code.push('`');
+    for c in text.chars() {
+        match c {
+            '`' | '|' => code.extend(c.escape_unicode()),
+            c => code.push(c),
+        }
+    }
+    code.push('`');
+    code
+}
+
+/// Whether a text means nothing in Markdown of any kind: words and numbers, points and colons behind which there is no word.
+fn is_plain(text: &str) -> bool {
+    let follows = |at: usize| text.get(at..).and_then(|rest| rest.chars().next());
+    let before = |at: usize| text.get(..at).and_then(|all| all.chars().next_back());
+    let digits = |at: usize| [before(at), follows(at + 1)].into_iter().all(|c| c.is_some_and(|c| c.is_ascii_digit()));
+    // What begins a line is no list, no number of one, and no rule.
+    let begins = |c: char| c.is_alphanumeric();
+    text.chars().next().is_none_or(begins)
+        && text.char_indices().all(|(at, c)| match c {
+            '.' | ':' if digits(at) => true,
+            // A number and a point begin a list.
+            '.' | ':' => {
+                let words = text.get(..at).is_some_and(|all| all.chars().any(|c| !c.is_ascii_digit()));
+                words && follows(at + 1).is_none_or(|next| next == ' ')
+            }
+            ' ' | ',' | ';' | '\'' | '(' | ')' | '-' | '%' => true,
+            c => c.is_alphanumeric(),
+        })
 }
 
 /// Writes the story.
 pub(super) fn write(story: &Story<'_>, out: &mut dyn Write) -> io::Result<()> {
     let summary = &story.report.summary;
     let named = |name: &Option<String>| cell(&Safe(name.as_deref().unwrap_or("?")).to_string());
-    writeln!(out, "# {}/{}: {}\n", named(&summary.namespace), named(&summary.task), outcome(story))?;
+    writeln!(out, "# {}/{}: {}\n", named(&summary.namespace), named(&summary.task), cell(&outcome(story)))?;
     let told = match story.report.verdict {
         Verdict::Valid => "The evidence is **VALID**: complete, and every signature and counter holds.",
         Verdict::Incomplete => "The evidence is **INCOMPLETE**: what is there holds, and its end is not there.",
+        Verdict::Newer => "The evidence is **NEWER** than this belay, which cannot judge it: use a later one.",
         Verdict::Invalid => "The evidence is **INVALID**: do not rely on what follows.",
     };
     writeln!(out, "{told}\n")?;
@@ -94,8 +122,11 @@ pub(super) fn write(story: &Story<'_>, out: &mut dyn Write) -> io::Result<()> {
     let root = summary.root.as_deref().unwrap_or("none");
     writeln!(
         out,
-        "\nEvidence: {} records in `{}`, root `{root}`, witness `{}`.",
-        summary.records, story.place, story.key
+        "\nEvidence: {} records in {}, root {}, witness {}.",
+        summary.records,
+        cell(&Safe(&story.place).to_string()),
+        cell(root),
+        cell(&story.key.to_string())
     )?;
     writeln!(out, "One record by itself, with its proof: `belay prove … --record N`.")
 }
@@ -105,5 +136,50 @@ pub(super) fn outcome(story: &Story<'_>) -> String {
     match &story.report.summary.closed {
         Some(closed) => format!("{} ({})", Safe(&closed.phase), Safe(&closed.reason)),
         None => "not ended".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What renderers of GitHub, GitLab and others make links, people, footnotes or markup of.
+    const ACTIVE: [&str; 22] = [
+        "http://evil.test/click",
+        "https://evil.test",
+        "ftp://evil.test",
+        "www.evil.test",
+        "see http://evil.test.",
+        "evil.test",
+        "mailto:a@evil.test",
+        "a@evil.test",
+        "xmpp:a@evil.test",
+        "@everybody",
+        "#1",
+        "team/repo#1",
+        "a[^1]",
+        "[a](http://evil.test)",
+        "![a](http://evil.test/x.png)",
+        "<img src=x>",
+        "&lt;b&gt; &#106;",
+        ":smile:",
+        "$x$",
+        "**a** _b_ ~c~",
+        "1. a",
+        "- a",
+    ];
+
+    #[test]
+    fn what_agents_write_is_no_markup() {
+        for active in ACTIVE {
+            assert_eq!(cell(active), format!("`{active}`"), "{active}");
+        }
+        // Nothing ends the code or the cell.
+        assert_eq!(cell("a`|`http://evil.test"), "`a\\u{60}\\u{7c}\\u{60}http://evil.test`");
+        assert_eq!(cell("\\|http://evil.test"), "`\\\\u{7c}http://evil.test`");
+        // The control: words are words.
+        for plain in ["", "search", "attempt 2", "10:00, of 3", "Grüße", "a: b. c", "7.5 of 10 (75%)"] {
+            assert_eq!(cell(plain), plain);
+        }
     }
 }

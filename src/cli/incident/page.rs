@@ -25,6 +25,7 @@ pub(super) fn page(story: &Story<'_>) -> Markup {
     let (verdict, told) = match story.report.verdict {
         Verdict::Valid => ("good", "Complete: every byte, signature and counter holds."),
         Verdict::Incomplete => ("warn", "What is there holds. Its end is not there."),
+        Verdict::Newer => ("warn", "It goes on in a way that this belay does not know: use a later one."),
         Verdict::Invalid => ("bad", "Something does not hold: do not rely on what follows."),
     };
     let findings: Vec<_> = story.report.findings.iter().filter(|finding| finding.weight != Weight::Note).collect();

@@ -72,5 +72,6 @@ async fn hostile_text_is_text() {
     let (_, page) = incident(&script, "html", None).await;
     assert!(!page.contains("<img") && page.contains("&lt;img src=x") && !page.contains('\u{202e}'));
     let (_, text) = incident(&script, "markdown", None).await;
-    assert!(text.contains(r"\<img src=x onerror=alert(1)\>\|\`a\`\|") && !text.contains('\u{202e}'), "{text}");
+    let inert = r"egress <img src=x onerror=alert(1)>\u{7c}\u{60}a\u{60}\u{7c}\u{202e}`";
+    assert!(text.contains(inert) && !text.contains('\u{202e}'), "{text}");
 }

@@ -26,7 +26,7 @@ pub(super) fn write(out: &mut dyn Write, shown: &Shown<'_>, paint: Paint) -> io:
     let Report { verdict, findings, more_findings, summary } = shown.report;
     let word = match verdict {
         Verdict::Valid => paint.good(paint.strong(verdict)),
-        Verdict::Incomplete => paint.warn(paint.strong(verdict)),
+        Verdict::Incomplete | Verdict::Newer => paint.warn(paint.strong(verdict)),
         Verdict::Invalid => paint.bad(paint.strong(verdict)),
     };
     let origin = summary.origin.as_deref().unwrap_or("no log");
@@ -35,6 +35,13 @@ pub(super) fn write(out: &mut dyn Write, shown: &Shown<'_>, paint: Paint) -> io:
     match verdict {
         Verdict::Valid => {}
         Verdict::Incomplete => writeln!(out, "{}", paint.warn("Everything holds so far, but the log has no end."))?,
+        Verdict::Newer => writeln!(
+            out,
+            "{}",
+            paint.warn(
+                "The witness has signed it, and it goes on in a way that this belay does not know: use a later one."
+            )
+        )?,
         Verdict::Invalid => writeln!(
             out,
             "{}",
@@ -195,6 +202,7 @@ fn write_finding(out: &mut dyn Write, finding: &Finding, paint: Paint) -> io::Re
     let weight = match finding.weight {
         Weight::Note => paint.dim("note      "),
         Weight::Incomplete => paint.warn("incomplete"),
+        Weight::Newer => paint.warn("newer     "),
         Weight::Broken => paint.bad("broken    "),
     };
     let record = finding.record.map(|n| format!("record {n}  ")).unwrap_or_default();

@@ -17,7 +17,7 @@ use futures::future::BoxFuture;
 use super::{PutError, Retention, Store, StoreError, StoredObject};
 
 /// How the name of a file that is still being written starts. Keys cannot: see [`Dir::path`].
-const UNFINISHED: &str = ".unfinished-";
+pub(in crate::evidence) const UNFINISHED: &str = ".unfinished-";
 
 /// Tells apart the unfinished files of writers in this process.
 static WRITERS: AtomicU64 = AtomicU64::new(0);

@@ -115,6 +115,7 @@ fn facts(channel: Channel, target: &str, effect: Option<SideEffect>) -> IntentFa
         usage: Usage::default(),
         seen: Sensitivity::default(),
         open: true,
+        became: None,
     }
 }
 

@@ -1,16 +1,19 @@
 //! What a log says so far, and what may come next.
 //!
-//! Promises: [`History::extended`] takes an unbroken tree, the attempt's own signature, attempts in order, every counter
-//! as its events make it, no call past a limit, and nothing after the end. It also takes what the verifier will not like to
-//! read but must: that containment was lost, and what was meant to follow. Refuses: repair; a segment holds whole or not
-//! at all.
+//! Guarantees: [`History::extended`] takes an unbroken tree, the attempt's own signature, attempts in order, every counter
+//! as its events make it, no call past a limit, and nothing after the end: whatever it takes, and docs/evidence-format.md asks for,
+//! verifies. But for one thing, which is worse lost than seen: that containment was lost, and what was meant to follow.
+//! Non-goals: repair, as a segment holds whole or not at all; judging again what [`verify`](crate::verify) decides again beyond the format: votes of
+//! approvers, assessments by the pack, and keys of all arguments. The gateway judges those before a call leaves.
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use imbl::{HashMap, OrdMap};
+use imbl::{HashMap, HashSet, OrdMap};
 
 use crate::{
+    canonical,
     evidence::{
+        fits,
         merkle::Tree,
         note::{self, VerifierKey},
         record::{Actor, AttemptOpened, Channel, Effect, Event, Intent, Outcome, Record, Replayed, Resolved, VERSION},
@@ -21,7 +24,7 @@ use crate::{
     policy::{
         access::Assessment,
         approval::{Approvals, Exact},
-        config::{HttpUpstream, Idempotency, Limits, Sensitivity, SideEffect, Tool, ToolUsage, Upstream, Usage},
+        config::{HttpUpstream, Idempotency, PolicyConfig, Sensitivity, SideEffect, Tool, ToolUsage, Upstream, Usage},
         ledger::{Found, Ledger},
         rule::Rule,
     },
@@ -89,6 +92,8 @@ pub struct IntentFacts {
     pub seen: Sensitivity,
     /// Whether it still waits for its outcome.
     pub open: bool,
+    /// What its outcome says.
+    pub became: Option<Effect>,
 }
 
 impl IntentFacts {
@@ -167,6 +172,12 @@ impl Terms {
     }
 }
 
+/// A call's name, in as little as tells it from others: whoever looks for two of one print finds that his own is refused.
+fn print(call: &str) -> u64 {
+    let [a, b, c, d, e, f, g, h, ..] = canonical::sha256(call.as_bytes());
+    u64::from_be_bytes([a, b, c, d, e, f, g, h])
+}
+
 /// A log, as far as its next segment is judged by it.
 #[derive(Clone, Debug, Default)]
 pub struct History {
@@ -183,7 +194,8 @@ pub struct History {
     over: Option<Rule>,
     closed: bool,
     key: Option<Arc<VerifierKey>>,
-    limits: Option<Limits>,
+    /// The attempt's policy.
+    policy: Option<Arc<PolicyConfig>>,
     /// The digest of the attempt's policy.
     policy_digest: Arc<str>,
     /// The class of the task, empty without.
@@ -202,6 +214,8 @@ pub struct History {
     seen: Sensitivity,
     lost: Arc<BTreeMap<String, Lost>>,
     calls: HashMap<String, OpenCall>,
+    /// All calls that there were, by the [`print`] of their names.
+    named: HashSet<u64>,
     intents: OrdMap<u64, Arc<IntentFacts>>,
 }
 
@@ -332,9 +346,12 @@ impl History {
         if record.v != VERSION {
             return Err(at(record, format!("expected version {VERSION}, found {}", record.v)));
         }
-        let Ok(time) = record.time.parse::<jiff::Timestamp>() else {
-            return Err(at(record, "expected an RFC 3339 time"));
+        let Some(time) = fits::time(&record.time) else {
+            return Err(at(record, fits::no_time(&record.time)));
         };
+        if let Some(found) = fits::undigested(&record.event) {
+            return Err(at(record, format!("expected 64 hex digits of a digest, found {found:?}")));
+        }
         if self.closed {
             return Err(at(record, "expected nothing after task.closed"));
         }
@@ -376,6 +393,10 @@ impl History {
                 if record.attempt < 1 || key.name() != name || key.is_witness() {
                     return Err(at(record, format!("expected a log key named {name}, found {}", key.name())));
                 }
+                if !opened.containment.contained || !opened.containment.breaches.is_empty() {
+                    let reason = format!("record {}: expected a contained pod, found one that is not", record.seq);
+                    return Err(Refused::denied(Rule::ContainmentLost, reason));
+                }
                 if note::origin(&opened.policy.task.uid) != origin {
                     return Err(at(record, "expected the policy of this task, found another's"));
                 }
@@ -391,7 +412,7 @@ impl History {
                 self.policy_digest = opened.policy.digest().map_err(|e| at(record, e))?.into();
                 self.plan(record, opened)?;
                 (self.attempt, self.opened, self.loose, self.over) = (record.attempt, true, false, None);
-                (self.key, self.limits) = (Some(Arc::new(key)), Some(opened.policy.limits));
+                (self.key, self.policy) = (Some(Arc::new(key)), Some(Arc::new(opened.policy.clone())));
                 self.incarnation += 1;
             }
             Event::Intent(intent) => self.intended(record, time, intent, &mut usage)?,
@@ -457,7 +478,7 @@ impl History {
         if intent.reserved_tokens < 0 || intent.reserved_cost_micros < 0 {
             return Err(at(record, "expected a reservation of no less than 0"));
         }
-        if self.calls.contains_key(&intent.call) {
+        if self.named.contains(&print(&intent.call)) {
             return Err(at(record, format!("expected one intent of call {:?}, found a second", intent.call)));
         }
         if self.calls.len() >= OPEN {
@@ -468,7 +489,8 @@ impl History {
         if intent.channel == Channel::Tool {
             usage.tool_calls = usage.tool_calls.saturating_add(1);
         }
-        let limits = self.limits.ok_or_else(|| at(record, "expected attempt.opened first"))?;
+        let policy = self.policy.clone().ok_or_else(|| at(record, "expected attempt.opened first"))?;
+        let limits = policy.limits;
         let over = |rule, used: i64, limit: i64| {
             Refused::denied(rule, format!("record {}: this call would make {used} of {limit}", record.seq))
         };
@@ -515,6 +537,9 @@ impl History {
                 ),
             ));
         }
+        if let Some(problem) = fits::misfit(intent, &policy).or_else(|| fits::mispriced(intent, &policy)) {
+            return Err(at(record, problem));
+        }
         let terms = self.terms.clone();
         let terms = terms.get(&intent.target).filter(|_| intent.channel == Channel::Tool);
         match (terms.and_then(|terms| terms.idempotency.as_ref()), &intent.key) {
@@ -550,6 +575,7 @@ impl History {
             }
             self.seen = seen.max(assessment.arguments);
         }
+        self.named.insert(print(&intent.call));
         self.calls.insert(
             intent.call.clone(),
             OpenCall {
@@ -584,6 +610,7 @@ impl History {
                 usage: before,
                 seen,
                 open: true,
+                became: None,
             }),
         );
         // Settled ones go first: an open one is still to be referred to.
@@ -629,11 +656,16 @@ impl History {
         if let Some(undoing) = &mut self.undoing {
             Arc::make_mut(undoing).settle(&outcome.call, outcome.effect);
         }
+        // What was lost with its harness has an outcome after all.
+        if self.lost.contains_key(&outcome.call) {
+            Arc::make_mut(&mut self.lost).remove(&outcome.call);
+        }
         if outcome.effect == Effect::Unknown {
             self.lose(outcome.call.clone(), target, key, record.seq);
         }
         if let Some(intent) = self.intents.get_mut(&seq) {
-            Arc::make_mut(intent).open = false;
+            let intent = Arc::make_mut(intent);
+            (intent.open, intent.became) = (false, Some(outcome.effect));
         }
         usage.tokens = usage.tokens.saturating_sub(tokens).saturating_add(outcome.tokens);
         usage.cost_micros = usage.cost_micros.saturating_sub(cost).saturating_add(outcome.cost_micros);
@@ -692,16 +724,22 @@ impl History {
         }
     }
 
-    /// A read tells what became of a call whose fate was unknown, of whichever attempt: one made after that was known, by the tool that
-    /// the contract names.
+    /// A read tells what became of a call whose fate was unknown, of whichever attempt: one made after that was known, that succeeded, by the
+    /// tool that the contract names.
     fn resolved(&mut self, record: &Record, resolved: &Resolved) -> Result<(), Refused> {
         let Resolved { call, effect, by } = resolved;
         let Some(Lost { target, key, since }) = self.lost.get(call).cloned() else {
             return Err(at(record, format!("expected a call of unknown fate, found {call:?}")));
         };
         let reader = self.terms.get(&*target).and_then(|terms| terms.verify.as_ref());
-        let told =
-            self.intents.range(since..).any(|(_, read)| read.call == *by && !read.open && Some(&read.target) == reader);
+        // What did not succeed has told nothing.
+        let is_read = |read: &IntentFacts| {
+            read.call == *by
+                && read.channel == Channel::Tool
+                && read.became == Some(Effect::Applied)
+                && Some(&read.target) == reader
+        };
+        let told = self.intents.range(since..).any(|(_, read)| is_read(read));
         if !told || *effect == Effect::Unknown {
             return Err(at(
                 record,

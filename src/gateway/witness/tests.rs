@@ -11,7 +11,7 @@ use crate::{
     gateway::testing::{
         self, Harness, Memory, contained, denied, digest, intent, outcome, place, principal, seal_request,
     },
-    policy::config::{Compensation, PolicyConfig, Rollback, RollbackOf, SideEffect},
+    policy::config::{Compensation, ModelPrice, PolicyConfig, Rollback, RollbackOf, SideEffect},
     verify,
 };
 
@@ -124,6 +124,9 @@ async fn a_rollback_goes_by_the_plan_that_the_other_log_makes() {
     policy.task.rollback_of = Some(RollbackOf { name: "t".into(), uid: testing::UID.into() });
     // What undoes is a call of the contract `search`, which changes something here.
     policy.tools[0].side_effect = SideEffect::Write;
+    let look =
+        crate::policy::config::Tool { name: "look".into(), side_effect: SideEffect::Read, ..policy.tools[0].clone() };
+    policy.tools.push(look);
     let digest = policy.digest().unwrap();
     let request = OpenRequest { attempt: 1, policy_digest: digest.clone() };
     let early = b.open(&at, &principal(1), &request, &digest, Some(&of), kept()).await.unwrap_err();
@@ -178,7 +181,7 @@ async fn a_rollback_goes_by_the_plan_that_the_other_log_makes() {
         "twice"
     );
     (harness.tree, harness.usage) = (tree, usage);
-    append(&harness.next(vec![undo("10", None, &right, SideEffect::Read), outcome("10", 0)])).await.unwrap();
+    append(&harness.next(vec![intent("10", Channel::Tool, "look", 0), outcome("10", 0)])).await.unwrap();
 
     // Whoever opens it next goes on from there, at any replica.
     let request = OpenRequest { attempt: 2, policy_digest: digest.clone() };
@@ -553,7 +556,7 @@ async fn an_attempt_opens_as_itself_contained_and_under_our_policy() {
 fn no_call_passes_a_limit_of_denials_or_cost() {
     let priced = |call: &str, cost: i64| {
         let Event::Intent(mut priced) = intent(call, Channel::Model, "/v1/messages", 10) else { panic!() };
-        priced.reserved_cost_micros = cost;
+        (priced.reserved_cost_micros, priced.model) = (cost, Some("m".into()));
         Event::Intent(priced)
     };
     let table: Vec<(Vec<Event>, Option<Rule>)> = vec![
@@ -570,6 +573,8 @@ fn no_call_passes_a_limit_of_denials_or_cost() {
         let opened = edit(&harness, |opened| {
             opened.policy.limits.denials = Some(2);
             opened.policy.limits.cost_micros = Some(100);
+            let price = ModelPrice { model: "m".into(), input_micros: 1_000_000, output_micros: 10_000_000 };
+            opened.policy.models.prices = vec![price];
         });
         assert_eq!(rule_against(&mut harness, &opened, &events), expected, "{events:?}");
     }
@@ -797,7 +802,7 @@ fn one_call_by_an_approval_and_one_effect_under_a_key() {
         uid: "u".into(),
         by: AskedBy::Contract,
         tool: "write".into(),
-        request_digest: "d".into(),
+        request_digest: wide("d"),
         required: 1,
         expires: "2026-11-24T00:00:00Z".into(),
         because: vec![],
@@ -808,7 +813,7 @@ fn one_call_by_an_approval_and_one_effect_under_a_key() {
     let call = |id: &str, tool: &str, approval: Option<&str>, key: Option<&str>, digest: &str| {
         let Event::Intent(mut call) = intent(id, Channel::Tool, tool, 0) else { panic!() };
         (call.approvals, call.key) = (approval.map(Into::into).into_iter().collect(), key.map(Into::into));
-        call.request_digest = Some(digest.into());
+        call.request_digest = Some(wide(digest));
         Event::Intent(call)
     };
     let by = |id: &str, approval| call(id, "write", approval, None, "d");
@@ -820,7 +825,7 @@ fn one_call_by_an_approval_and_one_effect_under_a_key() {
     };
     let given = |id: &str, response: Option<&str>, rule| {
         let Event::Outcome(mut ended) = outcome(id, 0) else { panic!() };
-        (ended.response_digest, ended.rule) = (response.map(Into::into), rule);
+        (ended.response_digest, ended.rule) = (response.map(wide), rule);
         Event::Outcome(ended)
     };
     let again = |id: &str| {
@@ -828,8 +833,8 @@ fn one_call_by_an_approval_and_one_effect_under_a_key() {
             call: id.into(),
             target: "search".into(),
             key: "k".into(),
-            request_digest: "d".into(),
-            response_digest: "r".into(),
+            request_digest: wide("d"),
+            response_digest: wide("r"),
         })
     };
     let assessed = |id: &str, arguments, seen| {
@@ -877,7 +882,10 @@ fn one_call_by_an_approval_and_one_effect_under_a_key() {
     let resolved =
         |id: &str, effect, by: &str| Event::Resolved(record::Resolved { call: id.into(), effect, by: by.into() });
     let lost = |id: &str| vec![by(id, None), ended(id, Effect::Unknown)];
-    let read = |id: &str| vec![call(id, "look", None, None, "d"), ended(id, Effect::Applied)];
+    let asks = |id: &str| call(id, "look", None, None, "d");
+    let look = |id: &str, effect| vec![asks(id), ended(id, effect)];
+    let read = |id: &str| look(id, Effect::Applied);
+    let listed = |id: &str| vec![intent(id, Channel::Listing, "look", 0), ended(id, Effect::Applied)];
     let told = |id: &str, effect, by| vec![resolved(id, effect, by)];
     // Stands for the harness that opens the log then.
     let anew = || vec![Harness::new(1).opened()];
@@ -889,6 +897,47 @@ fn one_call_by_an_approval_and_one_effect_under_a_key() {
         (vec![read("2"), lost("1"), told("1", Effect::Applied, "2")], Some(Rule::LogSegment)),
         (vec![lost("1"), lost("2"), told("1", Effect::Applied, "2")], Some(Rule::LogSegment)),
         (vec![read("1"), read("2"), told("1", Effect::Applied, "2")], Some(Rule::LogSegment)),
+        // What did not succeed has told nothing.
+        (vec![lost("1"), look("2", Effect::NotApplied), told("1", Effect::Applied, "2")], Some(Rule::LogSegment)),
+        (vec![lost("1"), look("2", Effect::Unknown), told("1", Effect::Applied, "2")], Some(Rule::LogSegment)),
+        (vec![lost("1"), vec![asks("2")], told("1", Effect::Applied, "2")], Some(Rule::LogSegment)),
+        (vec![lost("1"), listed("2"), told("1", Effect::Applied, "2")], Some(Rule::LogSegment)),
+        // It has an outcome after all.
+        (
+            vec![
+                vec![by("1", None)],
+                anew(),
+                read("2"),
+                vec![ended("1", Effect::Applied)],
+                told("1", Effect::Applied, "2"),
+            ],
+            Some(Rule::LogSegment),
+        ),
+        (
+            vec![
+                vec![by("1", None)],
+                anew(),
+                read("2"),
+                vec![ended("1", Effect::Unknown)],
+                told("1", Effect::Applied, "2"),
+            ],
+            Some(Rule::LogSegment),
+        ),
+        (
+            vec![
+                vec![by("1", None)],
+                anew(),
+                vec![ended("1", Effect::Unknown)],
+                read("2"),
+                told("1", Effect::Applied, "2"),
+            ],
+            None,
+        ),
+        // It was lost with the first harness, and the read is younger than that.
+        (vec![vec![by("1", None)], anew(), read("2"), anew(), told("1", Effect::Applied, "2")], None),
+        // A name has one call.
+        (vec![lost("1"), lost("1")], Some(Rule::LogSegment)),
+        (vec![read("1"), anew(), read("1")], Some(Rule::LogSegment)),
         (
             vec![lost("1"), read("2"), told("1", Effect::Applied, "2"), told("1", Effect::NotApplied, "2")],
             Some(Rule::LogSegment),
@@ -929,6 +978,11 @@ fn one_call_by_an_approval_and_one_effect_under_a_key() {
         });
         assert_eq!(rule_against(&mut harness, &opened, &events), expected, "{events:?}");
     }
+}
+
+/// A digest, by what is told apart by it.
+fn wide(short: &str) -> String {
+    hex::encode(canonical::sha256(short.as_bytes()))
 }
 
 fn witnessed(request: AppendRequest) -> AppendRequest {
@@ -1138,3 +1192,5 @@ async fn reads_do_not_leave_by_what_has_been_on_its_way_for_long() {
     setup.a.settle().await;
     assert!(setup.a.intent(&place(), 1).await.is_ok());
 }
+
+mod differential;

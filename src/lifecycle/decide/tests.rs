@@ -181,6 +181,17 @@ fn the_first_retry_is_at_once_and_the_next_ones_wait() {
     assert_eq!(third.next(), seal_of(3, "Failed", "Infrastructure", "ContainmentUnproven", None));
 }
 
+/// What is in no record is not counted, and another attempt would go on from less.
+#[test]
+fn an_attempt_whose_log_could_not_go_on_is_the_last() {
+    for (reason, is_last) in [("LogFailed", true), ("NodeLost", false)] {
+        let retry = Retry { agent: 9, infrastructure: 9 };
+        let case = Case { history: vec![record(1, Some((Some(Infrastructure), reason)))], retry, ..Case::default() };
+        let expected = if is_last { seal_of(1, "Failed", "Infrastructure", reason, None) } else { Next::Start(2) };
+        assert_eq!(case.next(), expected);
+    }
+}
+
 #[test]
 fn a_task_is_parked_for_as_long_as_it_takes() {
     let away = |count: i64| (1..=count).map(|number| record(number, Some((Some(Dependency), "EvidenceUnavailable"))));

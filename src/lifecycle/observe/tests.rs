@@ -120,6 +120,7 @@ fn a_harness_that_refused_enough_ends_the_attempt_while_the_agent_runs(#[case] s
 #[case(44, FailureClass::Budget, "DeadlineExceeded")]
 #[case(45, FailureClass::Policy, "ApprovalExpired")]
 #[case(46, FailureClass::Dependency, "EvidenceUnavailable")]
+#[case(47, FailureClass::Infrastructure, "LogFailed")]
 fn a_harness_says_why_the_attempt_is_over(
     #[case] code: i32,
     #[case] class: FailureClass,
