@@ -7,6 +7,7 @@ mod canaries;
 mod conformance;
 mod contracts;
 mod gateway;
+mod inherited;
 mod once;
 mod peers;
 mod rollback;

@@ -9,6 +9,7 @@ mod world;
 mod ends;
 mod escape;
 mod examples;
+mod inherited;
 mod mistakes;
 mod options;
 mod people;

@@ -6,6 +6,7 @@ use anyhow::Context;
 use belay::{
     evidence::record::Pod,
     harness::{self, Options, probe, server, undo},
+    inherited,
     policy::config::HarnessConfig,
     wire,
 };
@@ -78,15 +79,21 @@ fn kubelet(host_ip: Option<std::net::IpAddr>) -> Option<String> {
     host_ip.map(|address| std::net::SocketAddr::new(address, 10250).to_string())
 }
 
+fn main() -> anyhow::Result<ExitCode> {
+    // Before anything is opened: what lies beyond standard error is whoever's started this container.
+    run(belay::inherited::descriptors())
+}
+
 #[tokio::main(flavor = "current_thread")]
-async fn main() -> anyhow::Result<ExitCode> {
+async fn run(inherited: std::io::Result<Vec<belay::inherited::Descriptor>>) -> anyhow::Result<ExitCode> {
     rustls::crypto::ring::default_provider().install_default().ok().context("a TLS provider is installed already")?;
     let _telemetry = belay::telemetry::init("belay-harness")?;
     match Args::parse().command {
         Command::Probe { config, out, host_ip } => {
             let config: HarnessConfig = harness::read_json(&config)?;
             let targets = probe::Targets::new(&config.wiring.probe, kubelet(host_ip));
-            let seen = probe::run(&targets, probe::Timing::START).await;
+            let mut seen = probe::run(&targets, probe::Timing::START).await;
+            probe::distrust(&mut seen, inherited::breaches(&inherited));
             std::fs::write(&out, serde_json::to_vec(&seen)?)
                 .with_context(|| format!("cannot write {}", out.display()))?;
             if seen.contained {
