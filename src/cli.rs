@@ -13,7 +13,10 @@ use std::{
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
-use crate::run::{probe, sandbox, upstream};
+use crate::{
+    inherited::Descriptor,
+    run::{probe, sandbox, upstream},
+};
 
 /// `belay approvals`, `belay approve` and `belay deny`.
 mod approve;
@@ -106,10 +109,16 @@ enum Command {
     Watch(watch::Args),
 }
 
-/// Runs the command line and gives the exit code. Called as `kubectl-belay`, it speaks as `kubectl belay`.
-pub async fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+/// Whether this is a process between `belay run` and a sandbox, which has one descriptor from there to hand on: the open filter of system calls.
+pub fn hands_on(args: &[OsString]) -> bool {
+    args.get(1).is_some_and(|first| first == sandbox::view::VIEW)
+}
+
+/// Runs the command line and gives the exit code. Called as `kubectl-belay`, it speaks as `kubectl belay`. `inherited` are the descriptors that
+/// this process was started with.
+pub async fn run(args: impl IntoIterator<Item = OsString>, inherited: io::Result<Vec<Descriptor>>) -> ExitCode {
     let args: Vec<OsString> = args.into_iter().collect();
-    if let Some(code) = within(&args).await {
+    if let Some(code) = within(&args, &inherited).await {
         return code;
     }
     let plugin = args.first().and_then(|name| Path::new(name).file_stem()).is_some_and(|name| name == "kubectl-belay");
@@ -161,10 +170,14 @@ fn last_words(error: &str) {
 }
 
 /// The subcommands by which `belay run` runs itself, within its sandbox and beside it: nobody else has a use for them.
-async fn within(args: &[OsString]) -> Option<ExitCode> {
+async fn within(args: &[OsString], inherited: &io::Result<Vec<Descriptor>>) -> Option<ExitCode> {
     let done = match args.get(1)?.to_str()? {
         sandbox::hold::HOLD => sandbox::hold::hold().map(|()| 0).map_err(|error| error.to_string()),
-        probe::PROBE => match probe::answer(&args.get(2)?.to_string_lossy()).await {
+        sandbox::view::VIEW => match sandbox::view::enter(Path::new(args.get(2)?), args.get(3..)?).await {
+            Ok(never) => match never {},
+            Err(error) => Err(error),
+        },
+        probe::PROBE => match probe::answer(&args.get(2)?.to_string_lossy(), inherited).await {
             Ok(answer) => writeln!(io::stdout(), "{answer}").map(|()| 0).map_err(|error| error.to_string()),
             Err(error) => Err(error),
         },

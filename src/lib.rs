@@ -30,6 +30,8 @@ pub mod gateway;
 /// The sidecar that enforces contracts and budgets.
 #[cfg(feature = "harness")]
 pub mod harness;
+/// What a process was given by whoever started it.
+pub mod inherited;
 /// Objects that may not be what this version expects.
 #[cfg(feature = "kube")]
 pub mod lenient;

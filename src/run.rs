@@ -316,6 +316,22 @@ fn time(at: Timestamp) -> Time {
     Time(at)
 }
 
+/// Has everything in a folder of this run's be readable for an agent, whatever the mask of whoever calls: in a sandbox it may be another user,
+/// and outside nobody else gets at the folder.
+fn open_to_agent(folder: &Path) -> std::io::Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    let is = std::fs::symlink_metadata(folder)?.file_type();
+    if is.is_dir() {
+        std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o755))?;
+        for entry in std::fs::read_dir(folder)? {
+            open_to_agent(&entry?.path())?;
+        }
+    } else if is.is_file() {
+        std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o644))?;
+    }
+    Ok(())
+}
+
 /// Writes a file that nobody else reads.
 fn write_private(path: &Path, text: &str) -> Result<(), RunError> {
     use std::{io::Write, os::unix::fs::OpenOptionsExt};

@@ -9,6 +9,7 @@ mod conformance;
 mod contracts;
 mod failed;
 mod gateway;
+mod inherited;
 mod once;
 mod peers;
 mod rollback;

@@ -10,6 +10,7 @@ mod channels;
 mod ends;
 mod escape;
 mod examples;
+mod inherited;
 mod mistakes;
 mod options;
 mod people;

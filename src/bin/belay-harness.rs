@@ -6,6 +6,7 @@ use anyhow::Context;
 use belay::{
     evidence::record::Pod,
     harness::{self, Options, probe, server, undo},
+    inherited,
     policy::config::HarnessConfig,
     wire,
 };
@@ -79,9 +80,11 @@ fn kubelet(host_ip: Option<std::net::IpAddr>) -> Option<String> {
 }
 
 fn main() -> anyhow::Result<ExitCode> {
+    // Before anything is opened: what lies beyond standard error is whoever's started this container.
+    let inherited = belay::inherited::descriptors();
     // Wall time, signals, the probe and the journal have this thread to themselves: agents are served on others.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let code = runtime.block_on(run());
+    let code = runtime.block_on(run(inherited));
     // A disk that does not answer keeps a thread, and must not keep us; nor does who does not read what we say.
     runtime.shutdown_background();
     belay::output::stdout().end();
@@ -89,14 +92,15 @@ fn main() -> anyhow::Result<ExitCode> {
     code
 }
 
-async fn run() -> anyhow::Result<ExitCode> {
+async fn run(inherited: std::io::Result<Vec<belay::inherited::Descriptor>>) -> anyhow::Result<ExitCode> {
     rustls::crypto::ring::default_provider().install_default().ok().context("a TLS provider is installed already")?;
     let _telemetry = belay::telemetry::init("belay-harness")?;
     match Args::parse().command {
         Command::Probe { config, out, host_ip } => {
             let config: HarnessConfig = harness::read_json(&config)?;
             let targets = probe::Targets::new(&config.wiring.probe, kubelet(host_ip));
-            let seen = probe::run(&targets, probe::Timing::START).await;
+            let mut seen = probe::run(&targets, probe::Timing::START).await;
+            probe::distrust(&mut seen, inherited::breaches(&inherited));
             std::fs::write(&out, serde_json::to_vec(&seen)?)
                 .with_context(|| format!("cannot write {}", out.display()))?;
             if seen.contained {

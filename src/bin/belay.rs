@@ -1,11 +1,23 @@
 //! Watch AI agents on their rope, decide what waits for people, and verify what was done.
 
-use std::process::ExitCode;
+use std::{ffi::OsString, process::ExitCode};
+
+use belay::inherited::Descriptor;
+
+fn main() -> ExitCode {
+    // Before anything is opened, and before there is a thread or a child: what lies beyond standard error is somebody else's.
+    let inherited = belay::inherited::descriptors();
+    let args: Vec<OsString> = std::env::args_os().collect();
+    if !belay::cli::hands_on(&args) {
+        belay::inherited::keep_from_children();
+    }
+    run(args, inherited)
+}
 
 /// Threads beside the first, which shows what happens and hears who types.
 const THREADS: usize = 2;
 
-fn main() -> ExitCode {
+fn run(args: Vec<OsString>, inherited: std::io::Result<Vec<Descriptor>>) -> ExitCode {
     // rustls takes no guesses between providers. Only fails if there is one already.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(THREADS).enable_all().build();
@@ -17,7 +29,7 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let code = runtime.block_on(belay::cli::run(std::env::args_os()));
+    let code = runtime.block_on(belay::cli::run(args, inherited));
     // A disk that does not answer keeps a thread, and must not keep us.
     runtime.shutdown_background();
     code

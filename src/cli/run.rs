@@ -36,7 +36,7 @@ use crate::{
     run::{
         self, Options, Outcome, RunError, gateway,
         objects::Api,
-        sandbox::{Kind, Runtime, root::Image},
+        sandbox::{Kind, Runtime, root::Image, view},
         store::{Kept, Place, Troubles},
         upstream::Upstream,
     },
@@ -58,6 +58,10 @@ const EXIT_UNSEALED: u8 = 3;
 /// Gateway and harness run in this process, the agent in a sandbox: gVisor where it is installed, else bubblewrap. It sees this
 /// machine's programs and the task's folder (/workspace), read-only; it can write where the task says; it can reach the harness and
 /// nothing else. Containment is proven before it starts, every decision is in the evidence, and the evidence verifies.
+///
+/// Nothing that this command inherits is the agent's: no descriptor, variable or signal. Files with Secrets, those of --credential, evidence and
+/// what Belay keeps itself are not shown; a folder of which something is not shown is seen with the entries that it had at the start. Other
+/// secrets in a folder that is shown (.env, .git) are seen: keep them elsewhere.
 ///
 /// The task's `image` is not pulled: `agent.command` runs with this machine's programs, or with those of --root. An OCI bundle there, as
 /// `umoci unpack` makes one, says by itself what to run, where and in which environment, as the image does in a cluster.
@@ -213,6 +217,12 @@ pub(super) async fn run(args: &Args) -> Result<u8, CliError> {
     let runtime = Runtime::find(wanted).map_err(trouble)?;
     let workspace = whole(args.workspace.as_deref().unwrap_or(&files::folder_of(&args.task)))?;
     let read_only = args.ro.iter().map(|path| whole(path)).collect::<Result<Vec<_>, _>>()?;
+    if let Some(top) = read_only.iter().find(|path| path.parent().is_none()) {
+        let top = top.display();
+        return Err(CliError::new(format!(
+            "--ro: expected a folder that the agent needs, found {top}, which is all of this machine; name the folder"
+        )));
+    }
 
     let home = Home::find()?;
     let signer = home.signer()?;
@@ -221,17 +231,25 @@ pub(super) async fn run(args: &Args) -> Result<u8, CliError> {
     let evidence = args.evidence.clone().unwrap_or_else(|| home.state.join("evidence"));
     let place = place(args, &evidence)?;
     let store = args.store.as_ref().map_or(Local::FOLDER.to_owned(), |at| format!("s3://{}", at.bucket));
-    let mut hidden: Vec<PathBuf> = secret_files.iter().filter_map(|file| fs::canonicalize(file).ok()).collect();
-    hidden.extend(args.credential.iter().filter_map(|one| match &one.from {
-        From::File(path) => fs::canonicalize(path).ok(),
+    let credentials = args.credential.iter().filter_map(|one| match &one.from {
+        From::File(path) => Some(path),
         From::Variable(_) => None,
-    }));
+    });
+    let mut hidden: Vec<PathBuf> = secret_files.iter().chain(credentials).flat_map(|file| view::names(file)).collect();
     if args.store.is_none() {
         fs::create_dir_all(&evidence)
             .map_err(|e| CliError::new(format!("--evidence: cannot make {}: {e}", evidence.display())))?;
-        hidden.extend(fs::canonicalize(&evidence).ok());
+        hidden.extend(view::names(&evidence));
     }
-    hidden.extend(fs::canonicalize(&home.state).ok());
+    hidden.extend(view::names(&home.state));
+    let shown: Vec<_> =
+        read_only.iter().chain([&workspace]).chain(root.iter().map(Image::root)).map(PathBuf::as_path).collect();
+    let others = view::other_names(&hidden, &shown).map_err(|e| {
+        CliError::new(format!(
+            "cannot look for other names of a file that is hidden from the agent: {e}; remove its other names"
+        ))
+    })?;
+    hidden.extend(others);
     let folder = Folder::make(&home.state.join("runs"), &uid)?;
 
     let (tell, mut told) = mpsc::unbounded_channel();
@@ -278,7 +296,7 @@ pub(super) async fn run(args: &Args) -> Result<u8, CliError> {
     if args.store.is_none() {
         // For whoever is given the folder; whoever checks it here has the key itself.
         let noted = fs::create_dir_all(&log)
-            .and_then(|()| fs::write(Path::new(&log).join("witness.vkey"), format!("{witness}\n")));
+            .and_then(|()| home::publish(&Path::new(&log).join("witness.vkey"), &format!("{witness}\n")));
         noted.map_err(|e| {
             CliError::new(format!("cannot write evidence to {log}: {e}; give another folder by --evidence"))
         })?;

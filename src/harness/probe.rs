@@ -89,6 +89,12 @@ pub async fn run(targets: &Targets, timing: Timing) -> Containment {
     }
 }
 
+/// What else was seen and must not be is a breach too, each once.
+pub fn distrust(seen: &mut Containment, breaches: impl IntoIterator<Item = String>) {
+    seen.breaches.extend(breaches.into_iter().collect::<std::collections::BTreeSet<_>>());
+    seen.contained &= seen.breaches.is_empty();
+}
+
 async fn round(targets: &Targets, timing: Timing) -> Vec<String> {
     let asked = Instant::now();
     let answered = connects(&targets.reachable, timing.answer).await;

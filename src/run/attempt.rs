@@ -4,14 +4,7 @@
 //! before its harness, whatever stops it; whatever ends, the sandbox ends with it. Refuses: to judge an end, which is
 //! `lifecycle::observe`'s.
 
-use std::{
-    collections::BTreeMap,
-    fs,
-    path::{Path, PathBuf},
-    process::ExitStatus,
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::BTreeMap, fs, path::Path, process::ExitStatus, sync::Arc, time::Duration};
 
 use jiff::Timestamp;
 use k8s_openapi::{
@@ -33,9 +26,10 @@ use super::{
     Options, RunError, Slot, Told,
     gateway::Serving,
     objects::{self, Api},
+    open_to_agent,
     probe::{self, Controls},
     sandbox::{
-        self, Bind, Cell,
+        self, Bind, Cell, Kind,
         hold::Hold,
         root,
         watch::{self, Beyond},
@@ -142,8 +136,7 @@ impl Surroundings<'_> {
         let cell = self.cell(&self.validated.agent(number), folder)?;
         let controls = Controls { outside: vec![self.gateway.address, self.gateway.canary] };
         self.step(format!("proving containment in {}", runtime.version));
-        let containment =
-            probe::from_within((runtime, &cell), &hold, &controls, (belay, &folder.join("probe"))).await?;
+        let containment = probe::from_within((runtime, &cell), &hold, &controls, (belay, folder)).await?;
         if !containment.contained {
             let trouble = format!("containment is not proven: {}", containment.breaches.join("; "));
             return Ok(Ends { probe: Some(i32::from(wire::EXIT_UNPROVEN)), trouble: Some(trouble), ..Ends::default() });
@@ -191,7 +184,7 @@ impl Surroundings<'_> {
             Ok(()) = serving => {}
         }
         let mut ends = Ends { probe: Some(0), ..Ends::default() };
-        let agent = self.options.runtime.start(cell, hold, &folder.join("agent"));
+        let agent = self.options.runtime.start(cell, hold, (&self.options.belay, &folder.join("agent")));
         let mut agent = match agent {
             Ok(agent) => agent,
             Err(error) => {
@@ -209,6 +202,10 @@ impl Surroundings<'_> {
         let plan = self.validated.agent(number);
         let longest = Duration::from_secs(u64::try_from(self.validated.lifetime_seconds).unwrap_or_default()) + CLOSING;
         let pid = agent.id().unwrap_or_default();
+        // What lies in a write scope has its own size; a sandbox with a kernel of its own has it in its memory.
+        let scopes = plan.write_scopes.iter().map(|scope| scope.size.whole()).sum::<u64>();
+        let apart = self.options.runtime.kind == Kind::Gvisor;
+        let memory = plan.memory.whole().saturating_add(if apart { scopes } else { 0 });
         let mut harness_ended = None;
         let mut reason = "Completed";
         // Whoever ends the agent makes an end of its own no longer knowable.
@@ -224,7 +221,7 @@ impl Surroundings<'_> {
             }
             () = stop.cancelled() => kill(&mut agent).await,
             () = tokio::time::sleep(longest) => kill(&mut agent).await,
-            beyond = watch::until_beyond(pid, plan.memory.whole(), sandbox::PROCESSES) => {
+            beyond = watch::until_beyond(pid, memory, sandbox::PROCESSES) => {
                 let trouble;
                 (reason, trouble) = match beyond {
                     Beyond::Memory => ("OOMKilled", format!("the agent held more than {} of memory", plan.memory.as_str())),
@@ -360,13 +357,16 @@ impl Surroundings<'_> {
         };
         let root = match &options.root {
             None => root::host(&made).map_err(unusable(&made))?,
-            Some(image) => image.entries().map_err(unusable(&image.folder))?,
+            Some(image) => {
+                let entries = image.entries().map_err(unusable(&image.folder))?;
+                entries.into_iter().map(|entry| entry.without(&options.hidden)).collect()
+            }
         };
         let mut binds = Vec::new();
         for (index, mount) in agent.mounts.iter().enumerate() {
             let from = folder.join(format!("mount-{index}"));
             self.mount(&mount.source, &from)?;
-            binds.push(Bind { from, to: mount.path.as_str().to_owned() });
+            binds.push(Bind::new(from, mount.path.as_str()));
         }
         let declared: Vec<&str> = agent
             .mounts
@@ -384,22 +384,9 @@ impl Surroundings<'_> {
                 WORKSPACE.join(" or ")
             ))
         })?;
-        let nothing = folder.join("nothing");
-        fs::create_dir_all(&nothing).map_err(unusable(&nothing))?;
-        // What lies in something else that is hidden is hidden with it, and has no place there.
-        let within = |one: &PathBuf| options.hidden.iter().any(|other| one != other && one.starts_with(other));
-        let hidden: Vec<_> = options.hidden.iter().filter(|one| !within(one)).collect();
         let elsewhere = options.read_only.iter().map(|path| (path, path.display().to_string()));
         for (from, to) in elsewhere.chain([(&options.workspace, workspace.to_owned())]) {
-            binds.push(Bind { from: from.clone(), to: to.clone() });
-            for hidden in &hidden {
-                let instead = if hidden.is_dir() { nothing.clone() } else { PathBuf::from("/dev/null") };
-                if from.starts_with(hidden) {
-                    binds.push(Bind { from: instead, to: to.clone() });
-                } else if let Ok(inside) = hidden.strip_prefix(from) {
-                    binds.push(Bind { from: instead, to: format!("{to}/{}", inside.display()) });
-                }
-            }
+            binds.push(Bind::new(from, to).without(&options.hidden));
         }
         let mut command = match agent.workload {
             Workload::Agent { command, .. } => command.clone(),
@@ -454,7 +441,7 @@ impl Surroundings<'_> {
                 fs::write(folder.join(name), bytes).map_err(unusable)?;
             }
         }
-        Ok(())
+        open_to_agent(folder).map_err(unusable)
     }
 }
 

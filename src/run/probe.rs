@@ -2,7 +2,9 @@
 //!
 //! Promises: before the agent starts, `belay` itself runs in the sandbox that the agent gets and finds the harness, and neither gateway nor
 //! canary nor anything public; in the same moment both are there for whoever is outside, so that their silence is the sandbox's
-//! doing. Refuses: to take a probe that did not run for silence.
+//! doing; it has no descriptor, terminal, capability or key of whoever calls, and of a folder that is shown to it as the agent's are, it
+//! neither reaches the sockets and FIFOs of whoever is outside, whenever those were made, nor sees what is hidden, whenever that is put
+//! there again. Refuses: to take a probe that did not run for silence.
 
 use std::{
     collections::BTreeSet,
@@ -16,6 +18,8 @@ use futures::future::BoxFuture;
 use serde::{Deserialize, Serialize};
 use tokio::{net::TcpStream, process::Command};
 
+use self::shown::{Inside, Outside};
+
 use super::{
     RunError,
     sandbox::{Bind, Cell, Runtime, hold::Hold},
@@ -23,11 +27,15 @@ use super::{
 use crate::{
     evidence::record::Containment,
     harness::{
-        probe::{self, Looking, Targets, Timing},
+        probe::{self, Looking, Targets, Timing, distrust},
         server,
     },
+    inherited::{self, Descriptor},
     policy::config::Probe,
 };
+
+/// What a sandbox is shown, from outside and from within.
+mod shown;
 
 /// The hidden subcommand of `belay` that probes.
 pub const PROBE: &str = "__probe";
@@ -45,6 +53,8 @@ const LONGEST: Duration = Duration::from_secs(60);
 struct Question {
     targets: Targets,
     timing: Timing,
+    /// Where it runs in a sandbox as the agent's: what to look for there.
+    inside: Option<Inside>,
 }
 
 /// What answers outside, and must not inside.
@@ -85,18 +95,27 @@ pub async fn from_within(
     controls: &Controls,
     (belay, folder): (&Path, &Path),
 ) -> Result<Containment, RunError> {
+    let (folder, shown) = (&folder.join("probe"), folder.join("shown"));
     let failed = |what: String| RunError::Sandbox(format!("the containment probe did not run in the sandbox: {what}"));
-    let (command, binds) = ourselves(belay).map_err(|error| failed(error.to_string()))?;
-    let question = question(&Targets::new(&controls.wiring(), None), START)?;
+    let (command, mut binds) = ourselves(belay).map_err(|error| failed(error.to_string()))?;
+    let outside = Outside::make(&shown).map_err(|error| failed(format!("{}: {error}", shown.display())))?;
+    let inside = Inside { folder: format!("{PLACE}/shown").into() };
+    binds.push(outside.bind(&inside));
+    let question = question(&Targets::new(&controls.wiring(), None), START, Some(inside))?;
     let command = command.into_iter().chain([PROBE.to_owned(), question]).collect();
     let before = controls.silent().await;
-    let child = runtime.start(&cell.running(command, binds), hold, folder)?;
-    let ended = tokio::time::timeout(LONGEST, child.wait_with_output()).await;
+    let child = runtime.start(&cell.running(command, binds), hold, (belay, folder))?;
+    let ended = tokio::select! {
+        ended = tokio::time::timeout(LONGEST, child.wait_with_output()) => ended,
+        error = outside.change() => return Err(failed(format!("{}: {error}", shown.display()))),
+    };
     let said = ended.map_err(|_| failed(format!("no answer in {LONGEST:?}")))?.map_err(|e| failed(e.to_string()))?;
     runtime.clear(folder);
     let mut seen =
         read(&said.stdout).ok_or_else(|| failed(String::from_utf8_lossy(&said.stderr).trim().replace('\n', "; ")))?;
-    distrust(&mut seen, before.into_iter().chain(controls.silent().await));
+    distrust(&mut seen, before.into_iter().chain(controls.silent().await).chain(outside.silent()));
+    drop(outside);
+    let _ = fs::remove_dir_all(&shown);
     Ok(seen)
 }
 
@@ -136,7 +155,7 @@ impl Again {
         let failed = |what: String| RunError::Sandbox(format!("the containment probe did not run: {what}"));
         let mut command = Command::new("nsenter");
         command.args(["--preserve-credentials", "--user", "--net", "--target", &self.pid.to_string(), "--"]);
-        command.arg(&self.belay).arg(PROBE).arg(question(targets, timing)?);
+        command.arg(&self.belay).arg(PROBE).arg(question(targets, timing, None)?);
         command.kill_on_drop(true).process_group(0).stdin(std::process::Stdio::null());
         let ended = tokio::time::timeout(LONGEST, command.output()).await;
         let said = ended.map_err(|_| failed("no answer".into()))?.map_err(|error| failed(error.to_string()))?;
@@ -144,8 +163,9 @@ impl Again {
     }
 }
 
-fn question(targets: &Targets, timing: Timing) -> Result<String, RunError> {
-    serde_json::to_string(&Question { targets: targets.clone(), timing }).map_err(|e| RunError::Sandbox(e.to_string()))
+fn question(targets: &Targets, timing: Timing, inside: Option<Inside>) -> Result<String, RunError> {
+    serde_json::to_string(&Question { targets: targets.clone(), timing, inside })
+        .map_err(|e| RunError::Sandbox(e.to_string()))
 }
 
 /// The last line that is an answer.
@@ -153,19 +173,17 @@ fn read(said: &[u8]) -> Option<Containment> {
     said.split(|byte| *byte == b'\n').rev().find_map(|line| serde_json::from_slice(line).ok())
 }
 
-/// Controls that did not hold outside are breaches.
-fn distrust(seen: &mut Containment, silent: impl IntoIterator<Item = String>) {
-    seen.breaches.extend(silent.into_iter().collect::<BTreeSet<_>>());
-    seen.contained &= seen.breaches.is_empty();
-}
-
 /// What the hidden subcommand does with its question, and its answer.
 ///
 /// # Errors
 /// If it is none.
-pub async fn answer(question: &str) -> Result<String, String> {
-    let Question { targets, timing } = serde_json::from_str(question).map_err(|error| error.to_string())?;
-    serde_json::to_string(&probe::run(&targets, timing).await).map_err(|error| error.to_string())
+pub async fn answer(question: &str, inherited: &std::io::Result<Vec<Descriptor>>) -> Result<String, String> {
+    let Question { targets, timing, inside } = serde_json::from_str(question).map_err(|error| error.to_string())?;
+    let mut seen = probe::run(&targets, timing).await;
+    if let Some(inside) = inside {
+        distrust(&mut seen, inherited::breaches(inherited).into_iter().chain(inside.breaches().await));
+    }
+    serde_json::to_string(&seen).map_err(|error| error.to_string())
 }
 
 /// How `belay` is started where nothing but it and its own libraries is certain to be there: those that it has loaded now.
@@ -174,7 +192,7 @@ fn ourselves(belay: &Path) -> std::io::Result<(Vec<String>, Vec<Bind>)> {
     let loaded: BTreeSet<&str> = maps.lines().filter_map(|line| Some(line.get(line.find('/')?..)?.trim())).collect();
     let libraries = loaded.into_iter().filter(|path| path.rsplit('/').next().is_some_and(|name| name.contains(".so")));
     let program = format!("{PLACE}/belay");
-    let mut binds = vec![Bind { from: belay.to_owned(), to: program.clone() }];
+    let mut binds = vec![Bind::new(belay, program.clone())];
     let mut loader = None;
     for path in libraries {
         let name = path.rsplit('/').next().unwrap_or_default();
@@ -182,7 +200,7 @@ fn ourselves(belay: &Path) -> std::io::Result<(Vec<String>, Vec<Bind>)> {
         if name.starts_with("ld-") {
             loader = Some(to.clone());
         }
-        binds.push(Bind { from: path.into(), to });
+        binds.push(Bind::new(path, to));
     }
     let command = match loader {
         Some(loader) => vec![loader, "--library-path".into(), PLACE.into(), program],

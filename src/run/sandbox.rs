@@ -3,11 +3,11 @@
 //! ```text
 //! hold: a network namespace with a loopback interface and nothing else; the harness's socket is made there and handed out
 //!   ├─ probe: `belay` itself in the very sandbox that the agent gets, before the agent
-//!   └─ agent
+//!   └─ agent, each in a mount namespace of its own in which `belay` mounts what it is shown
 //! ```
 //!
-//! Promises: no interface but loopback, no process, file or device of the machine but what a [`Cell`] names, no privileges, and an
-//! end with whoever started it; what a sandbox is told follows from its cell alone, by a pure function for each runtime. Refuses: to run
+//! Promises: no interface but loopback, no process, file or device of the machine but what a [`Cell`] names, no descriptor, signal, limit or
+//! charm of whoever calls, no privileges, and an end with whoever started it; what a sandbox is told follows from its cell alone, by a pure function for each runtime. Refuses: to run
 //! anything without a sandbox.
 
 use std::{
@@ -17,7 +17,6 @@ use std::{
     process::Stdio,
 };
 
-use serde::Serialize;
 use tokio::process::{Child, Command};
 
 use super::RunError;
@@ -32,6 +31,8 @@ pub mod hold;
 pub mod root;
 /// System calls that no agent needs.
 mod seccomp;
+/// What a sandbox is shown of the machine's files.
+pub mod view;
 /// What a sandbox uses, looked at again and again.
 pub mod watch;
 
@@ -65,12 +66,29 @@ pub struct Runtime {
 }
 
 /// A folder or file of the machine, to be seen in the sandbox and not to be changed.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Bind {
     /// Where it is.
     pub from: PathBuf,
     /// Where it is seen.
     pub to: String,
+    /// Files and folders that are not to be seen there: what of them is below, or around, `from`.
+    pub hidden: Vec<PathBuf>,
+}
+
+impl Bind {
+    /// The whole of it.
+    pub fn new(from: impl Into<PathBuf>, to: impl Into<String>) -> Self {
+        Self { from: from.into(), to: to.into(), hidden: Vec::new() }
+    }
+
+    /// Without what of these is in it.
+    #[must_use]
+    pub fn without(mut self, hidden: &[PathBuf]) -> Self {
+        let from = &self.from;
+        self.hidden = hidden.iter().filter(|one| one.starts_with(from) || from.starts_with(one)).cloned().collect();
+        self
+    }
 }
 
 /// Something of a root.
@@ -85,6 +103,17 @@ pub enum Entry {
         /// Where it is.
         at: String,
     },
+}
+
+impl Entry {
+    /// Without what of these is in it.
+    #[must_use]
+    pub fn without(self, hidden: &[PathBuf]) -> Self {
+        match self {
+            Self::Bind(bind) => Self::Bind(bind.without(hidden)),
+            link @ Self::Link { .. } => link,
+        }
+    }
 }
 
 /// All that runs in a sandbox, and all that is there.
@@ -139,31 +168,38 @@ impl Runtime {
         Ok(Self { kind, program, version: format!("{} {version}", kind.name()) })
     }
 
-    /// Starts a cell in the network namespace that `hold` holds. `folder` is this cell's own, empty and nobody else's.
+    /// Starts a cell in the network namespace that `hold` holds. `folder` is this cell's own, empty and nobody else's; `belay` is this program.
     ///
     /// # Errors
     /// If it cannot be prepared or started.
-    pub fn start(&self, cell: &Cell, hold: &hold::Hold, folder: &Path) -> Result<Child, RunError> {
+    pub fn start(&self, cell: &Cell, hold: &hold::Hold, (belay, folder): (&Path, &Path)) -> Result<Child, RunError> {
         let failed = |error: io::Error| RunError::Sandbox(format!("cannot prepare {}: {error}", folder.display()));
         fs::create_dir_all(folder).map_err(failed)?;
-        let mut limits = vec![format!("--nofile={OPEN_FILES}:{OPEN_FILES}"), "--core=0:0".to_owned()];
+        let mut limits = vec![format!("--nofile={OPEN_FILES}:{OPEN_FILES}")];
+        // Whatever whoever calls may have: no agent goes before other programs.
+        limits.extend(["--core=0:0", "--rtprio=0:0", "--nice=0:0"].map(str::to_owned));
+        // A sandbox with a kernel of its own has sockets and FIFOs of its own too.
+        let viewed = view::prepare(cell, folder, self.kind == Kind::Gvisor).map_err(failed)?;
         // Open for as long as it takes to hand it over.
         let mut filter = None;
         let sandbox = match self.kind {
             Kind::Bubblewrap => {
                 limits.push(format!("--nproc={PROCESSES}:{PROCESSES}"));
+                let keys: Vec<_> = bubblewrap::KEYS.into_iter().filter(|path| Path::new(path).exists()).collect();
                 let file = seccomp::file(folder).map_err(failed)?;
-                let arguments = bubblewrap::arguments(cell, seccomp::inherit(&file).map_err(failed)?);
+                let arguments = bubblewrap::arguments(&viewed, seccomp::inherit(&file).map_err(failed)?, &keys);
                 filter = Some(file);
                 arguments
             }
             Kind::Gvisor => {
-                gvisor::prepare(cell, folder).map_err(failed)?;
+                gvisor::prepare((cell, &viewed), folder).map_err(failed)?;
                 gvisor::arguments(folder)
             }
         };
         let mut command = Command::new("nsenter");
         command.args(["--preserve-credentials", "--user", "--net", "--target", &hold.pid().to_string(), "--"]);
+        command.args(["unshare", "--mount", "--propagation", "private", "--"]);
+        command.arg(belay).arg(view::VIEW).arg(folder);
         command.arg("prlimit").args(limits).arg("--");
         command.args(["setpriv", "--pdeathsig", "KILL", "--"]).arg(&self.program).args(sandbox);
         command.env_clear().env("PATH", std::env::var_os("PATH").unwrap_or_default());
@@ -224,13 +260,13 @@ mod tests {
     use super::*;
 
     pub(super) fn cell() -> Cell {
-        let bind = |from: &str, to: &str| Bind { from: from.into(), to: to.into() };
+        let bind = |from: &str, to: &str| Bind::new(from, to);
         Cell {
             command: vec!["python3".into(), "agent.py".into()],
             env: vec![("A".into(), "1 2".into())],
             cwd: "/workspace".into(),
             root: vec![Entry::Bind(bind("/usr", "/usr")), Entry::Link { target: "usr/bin".into(), at: "/bin".into() }],
-            binds: vec![bind("/home/me/task", "/workspace"), bind("/dev/null", "/workspace/secret.yaml")],
+            binds: vec![bind("/home/me/task", "/workspace"), bind("/home/me/facts", "/workspace/facts")],
             scopes: vec![("/out".into(), 4096)],
             covered: vec!["/dev/shm".into(), "/tmp".into()],
         }

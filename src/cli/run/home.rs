@@ -55,13 +55,27 @@ impl Home {
         }
         let key = fs::read(&file).map_err(|e| failed(&e))?;
         let signer = Signer::from_pkcs8(SELF_WITNESS_NAME, &key).map_err(|e| failed(&e))?;
-        fs::write(self.vkey(), format!("{}\n", signer.verifier())).map_err(|e| failed(&e))?;
+        publish(&self.vkey(), &format!("{}\n", signer.verifier())).map_err(|e| failed(&e))?;
         Ok(signer)
     }
 
     pub(super) fn vkey(&self) -> PathBuf {
         self.state.join("witness.vkey")
     }
+}
+
+/// Writes a file in whole or not at all. In a folder in which others may write too, it is this file, and never one to which a link of theirs
+/// leads: a new one takes the place of whatever has the name.
+pub(super) fn publish(path: &Path, text: &str) -> io::Result<()> {
+    let mut random = [0_u8; 8];
+    ring::rand::SecureRandom::fill(&ring::rand::SystemRandom::new(), &mut random)
+        .map_err(|_| io::Error::other("the operating system gave no randomness"))?;
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(format!(".{}", hex::encode(random)));
+    let new = path.with_file_name(name);
+    let mut file = fs::OpenOptions::new().write(true).create_new(true).open(&new)?;
+    let done = file.write_all(text.as_bytes()).and_then(|()| fs::rename(&new, path));
+    done.inspect_err(|_| drop(fs::remove_file(&new)))
 }
 
 /// A folder that ends with the run.
@@ -98,5 +112,37 @@ impl Folder {
 impl Drop for Folder {
     fn drop(&mut self) {
         let _ = fs::remove_dir_all(&self.path);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    #[test]
+    fn a_link_that_somebody_has_put_there_is_not_followed() {
+        let folder = tempfile::tempdir().unwrap();
+        let (theirs, ours) = (folder.path().join("theirs"), folder.path().join("witness.vkey"));
+        fs::write(&theirs, "what they have").unwrap();
+        for other in ["theirs", "nowhere", "/dev/null"] {
+            symlink(other, &ours).unwrap();
+            publish(&ours, "key").unwrap();
+            assert_eq!(fs::read_to_string(&ours).unwrap(), "key");
+            assert!(fs::symlink_metadata(&ours).unwrap().is_file(), "{other}");
+            fs::remove_file(&ours).unwrap();
+        }
+        // A name of somebody's file stays that: the control writes to it.
+        fs::hard_link(&theirs, &ours).unwrap();
+        publish(&ours, "key").unwrap();
+        assert_eq!(fs::read_to_string(&theirs).unwrap(), "what they have");
+        symlink("theirs", folder.path().join("control")).unwrap();
+        fs::write(folder.path().join("control"), "key").unwrap();
+        assert_eq!(fs::read_to_string(&theirs).unwrap(), "key");
+        // Nothing is left of what could not be written.
+        fs::create_dir(folder.path().join("taken")).unwrap();
+        assert!(publish(&folder.path().join("taken"), "key").is_err());
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 4);
     }
 }

@@ -10,8 +10,11 @@ use crate::plan::agent::UID;
 /// Room of a folder that is to stay empty: a page.
 const NOTHING: &str = "4096";
 
-/// The arguments. `filter` is the open file of the filter of system calls.
-pub(super) fn arguments(cell: &Cell, filter: i32) -> Vec<String> {
+/// Where the kernel lists the keys of whom a process runs for: the caller's. A kernel without keyrings has neither.
+pub(super) const KEYS: [&str; 2] = ["/proc/keys", "/proc/key-users"];
+
+/// The arguments. `filter` is the open file of the filter of system calls; `keys` are those of [`KEYS`] that there are.
+pub(super) fn arguments(cell: &Cell, filter: i32, keys: &[&str]) -> Vec<String> {
     let mut all = Vec::new();
     let mut add = |words: &[&str]| all.extend(words.iter().map(|word| (*word).to_owned()));
     add(&["--unshare-user", "--disable-userns", "--unshare-ipc", "--unshare-pid", "--unshare-uts"]);
@@ -31,6 +34,9 @@ pub(super) fn arguments(cell: &Cell, filter: i32) -> Vec<String> {
     add(&["--proc", "/proc", "--ro-bind", "/proc/sys", "/proc/sys"]);
     for path in ["/proc/irq", "/proc/bus", "/proc/sysrq-trigger"] {
         add(&["--ro-bind-try", path, path]);
+    }
+    for path in keys {
+        add(&["--ro-bind", "/dev/null", path]);
     }
     add(&["--dev", "/dev"]);
     for path in &cell.covered {
@@ -57,13 +63,13 @@ mod tests {
 
     #[test]
     fn everything_is_read_only_but_the_scopes() {
-        let told = arguments(&cell(), 7).join(" ");
+        let told = arguments(&cell(), 7, &KEYS).join(" ");
         for expected in [
             "--unshare-user --disable-userns --unshare-ipc --unshare-pid",
             "--die-with-parent --new-session",
             "--uid 1000 --gid 1000 --cap-drop ALL --seccomp 7 --clearenv --setenv A 1 2 --ro-bind /usr /usr --symlink usr/bin /bin",
-            "--size 4096 --tmpfs /dev/shm --size 4096 --tmpfs /tmp --size 4096 --tmpfs /out --ro-bind /home/me/task /workspace",
-            "--ro-bind /dev/null /workspace/secret.yaml --remount-ro /dev/shm --remount-ro /tmp --remount-ro /dev --remount-ro / --chdir /workspace -- python3 agent.py",
+            "--size 4096 --tmpfs /dev/shm --size 4096 --tmpfs /tmp --size 4096 --tmpfs /out --ro-bind /home/me/task /workspace --ro-bind /home/me/facts /workspace/facts --remount-ro /dev/shm --remount-ro /tmp --remount-ro /dev --remount-ro / --chdir /workspace -- python3 agent.py",
+            "--ro-bind /dev/null /proc/keys",
         ] {
             assert!(told.contains(expected), "expected {expected} in {told}");
         }

@@ -1,7 +1,7 @@
 //! gVisor's bundle: an OCI configuration, and a folder with a place for everything that is mounted.
 //!
 //! Promises: the configuration is a pure function of the cell; the network is that of the namespace in which it is started, which has
-//! nothing but loopback. Refuses: host devices, the host's unix sockets, and writes to anything but the cell's scopes.
+//! nothing but loopback. Refuses: host devices, the host's unix sockets and FIFOs, and writes to anything but the cell's scopes.
 
 use std::{
     fs, io,
@@ -12,7 +12,7 @@ use std::{
 use serde_json::{Value, json};
 
 use super::{Bind, Cell, Entry};
-use crate::plan::agent::UID;
+use crate::{plan::agent::UID, run::open_to_agent};
 
 /// The folder of the root, in the bundle.
 const ROOT: &str = "rootfs";
@@ -29,7 +29,9 @@ pub(super) fn arguments(folder: &Path) -> Vec<String> {
         "--ignore-cgroups",
         // What is not mounted does not exist, and nothing is written to the bundle.
         "--overlay2=root:memory",
+        // What is the machine's leads to none of its processes.
         "--host-uds=none",
+        "--host-fifo=none",
         "run",
         "--bundle",
         &at(""),
@@ -39,8 +41,8 @@ pub(super) fn arguments(folder: &Path) -> Vec<String> {
     .to_vec()
 }
 
-/// Makes the bundle.
-pub(super) fn prepare(cell: &Cell, folder: &Path) -> io::Result<()> {
+/// Makes the bundle: of the cell as it is, and as it is viewed.
+pub(super) fn prepare((cell, viewed): (&Cell, &Cell), folder: &Path) -> io::Result<()> {
     let root = folder.join(ROOT);
     for name in ["proc", "dev", "sys"] {
         fs::create_dir_all(root.join(name))?;
@@ -65,7 +67,8 @@ pub(super) fn prepare(cell: &Cell, folder: &Path) -> io::Result<()> {
             place(bind, &inside(&bind.to))?;
         }
     }
-    fs::write(folder.join("config.json"), config(cell, &root).to_string())
+    open_to_agent(&root)?;
+    fs::write(folder.join("config.json"), config(viewed, &root).to_string())
 }
 
 /// A folder for a folder, a file for a file.
@@ -135,10 +138,10 @@ mod tests {
     #[test]
     fn a_bundle_has_a_place_for_everything() {
         let folder = tempfile::tempdir().unwrap();
-        prepare(&cell(), folder.path()).unwrap();
+        prepare((&cell(), &cell()), folder.path()).unwrap();
         let root = folder.path().join(ROOT);
         assert!(["usr", "out", "tmp", "dev/shm"].iter().all(|path| root.join(path).is_dir()));
         assert_eq!(fs::read_link(root.join("bin")).unwrap(), Path::new("usr/bin"));
-        assert!(!root.join("workspace/secret.yaml").exists());
+        assert!(!root.join("workspace/facts").exists());
     }
 }

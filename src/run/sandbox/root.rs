@@ -12,7 +12,7 @@ use std::{
 use serde::Deserialize;
 
 use super::{Bind, Entry};
-use crate::run::RunError;
+use crate::run::{RunError, open_to_agent};
 
 /// What an OCI bundle says of itself.
 const BUNDLE: &str = "config.json";
@@ -53,8 +53,9 @@ pub fn host(folder: &Path) -> io::Result<Vec<Entry>> {
     for (name, text) in OWN {
         let from = folder.join(name);
         fs::write(&from, text)?;
-        root.push(Entry::Bind(Bind { from, to: format!("/etc/{name}") }));
+        root.push(Entry::Bind(Bind::new(from, format!("/etc/{name}"))));
     }
+    open_to_agent(folder)?;
     Ok(root)
 }
 
@@ -122,6 +123,11 @@ impl Image {
         }
     }
 
+    /// The folder of its programs and libraries.
+    pub fn root(&self) -> &PathBuf {
+        &self.root
+    }
+
     /// Its programs and libraries.
     ///
     /// # Errors
@@ -157,7 +163,7 @@ fn entry(from: &Path, to: &str) -> Option<Entry> {
     let target = fs::read_link(from).ok().and_then(|target| target.to_str().map(str::to_owned));
     match target {
         Some(target) if to.matches('/').count() == 1 => Some(Entry::Link { target, at: to.to_owned() }),
-        _ => fs::canonicalize(from).ok().map(|from| Entry::Bind(Bind { from, to: to.to_owned() })),
+        _ => fs::canonicalize(from).ok().map(|from| Entry::Bind(Bind::new(from, to))),
     }
 }
 

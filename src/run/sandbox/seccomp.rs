@@ -1,8 +1,9 @@
 //! A filter of system calls for sandboxes that share the machine's kernel: classic BPF, by seccomp(2).
 //!
 //! Promises: sockets of the families that programs use, and no other (a virtual machine's `AF_VSOCK` knows no network namespaces); no
-//! keyrings, no BPF, no tracing, no modules, no new mounts and no loading of kernels; a program for another architecture than this
-//! one is ended. Refuses: nothing that would have been refused anyway without saying so: what is filtered answers EPERM.
+//! keyrings, no BPF, no tracing, no modules, no new mounts and no loading of kernels; no memory that outlives whoever uses it and that
+//! nobody could count (System V's segments, queues and semaphores; a segment of a page is as good as a lock, and allowed); a program for
+//! another architecture than this one is ended. Refuses: nothing that would have been refused anyway without saying so: what is filtered answers EPERM.
 
 use std::{fs, io, os::fd::AsRawFd, path::Path};
 
@@ -22,7 +23,11 @@ const UNKNOWN: u32 = 0x0005_0026;
 const NUMBER: u32 = 0;
 const ARCHITECTURE: u32 = 4;
 const FIRST_ARGUMENT: u32 = 16;
+/// Of 64 bits, the lower half first.
+const SECOND_ARGUMENT: u32 = 24;
 
+/// Largest segment of System V's shared memory, in bytes: what databases lock with.
+const SEGMENT: u32 = 4096;
 /// AF_UNIX, AF_INET, AF_INET6 and AF_NETLINK.
 const FAMILIES: [u32; 4] = [1, 2, 10, 16];
 
@@ -32,6 +37,7 @@ struct Numbers {
     architecture: u32,
     socket: u32,
     clone3: u32,
+    shmget: u32,
     denied: &'static [u32],
     /// From here on numbers are another ABI's.
     foreign: u32,
@@ -42,13 +48,14 @@ const NUMBERS: Numbers = Numbers {
     architecture: 0xc000_003e,
     socket: 41,
     clone3: 435,
+    shmget: 29,
     // ptrace, syslog, personality, pivot_root, chroot, acct, mount, umount2, swapon, swapoff, reboot, init_module, delete_module, quotactl, add_key,
     // request_key, keyctl, unshare, move_pages, perf_event_open, name_to_handle_at, open_by_handle_at, setns, process_vm_readv, process_vm_writev,
     // kcmp, finit_module, kexec_load, kexec_file_load, bpf, userfaultfd, io_uring_setup, _enter, _register, open_tree, move_mount, fsopen, fsconfig,
-    // fsmount, fspick, mount_setattr
+    // fsmount, fspick, mount_setattr, semget, msgget, memfd_secret
     denied: &[
         101, 103, 135, 155, 161, 163, 165, 166, 167, 168, 169, 175, 176, 179, 248, 249, 250, 272, 279, 298, 303, 304,
-        308, 310, 311, 312, 313, 246, 320, 321, 323, 425, 426, 427, 428, 429, 430, 431, 432, 433, 442,
+        308, 310, 311, 312, 313, 246, 320, 321, 323, 425, 426, 427, 428, 429, 430, 431, 432, 433, 442, 64, 68, 447,
     ],
     foreign: 0x4000_0000,
 };
@@ -57,17 +64,18 @@ const NUMBERS: Numbers = Numbers {
     architecture: 0xc000_00b7,
     socket: 198,
     clone3: 435,
+    shmget: 194,
     // The same, without those that this architecture does not have.
     denied: &[
         117, 116, 92, 41, 51, 89, 40, 39, 224, 225, 142, 105, 106, 60, 217, 218, 219, 97, 239, 241, 264, 265, 268, 270,
-        271, 272, 273, 104, 294, 280, 282, 425, 426, 427, 428, 429, 430, 431, 432, 433, 442,
+        271, 272, 273, 104, 294, 280, 282, 425, 426, 427, 428, 429, 430, 431, 432, 433, 442, 190, 186, 447,
     ],
     foreign: 0x4000_0000,
 };
 
 /// Of others nothing is known: every program is ended there.
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-const NUMBERS: Numbers = Numbers { architecture: 0, socket: 0, clone3: 0, denied: &[], foreign: 0 };
+const NUMBERS: Numbers = Numbers { architecture: 0, socket: 0, clone3: 0, shmget: 0, denied: &[], foreign: 0 };
 
 /// The program, as seccomp(2) takes it.
 fn program() -> Vec<u8> {
@@ -85,6 +93,15 @@ fn program() -> Vec<u8> {
     for denied in NUMBERS.denied {
         all.extend([(JUMP_IF_EQUAL, 0, 1, *denied), (RETURN, 0, 0, DENY)]);
     }
+    all.extend([
+        (JUMP_IF_EQUAL, 0, 6, NUMBERS.shmget),
+        (LOAD, 0, 0, SECOND_ARGUMENT + 4),
+        (JUMP_IF_EQUAL, 0, 3, 0),
+        (LOAD, 0, 0, SECOND_ARGUMENT),
+        (JUMP_IF_AT_LEAST, 1, 0, SEGMENT + 1),
+        (RETURN, 0, 0, ALLOW),
+        (RETURN, 0, 0, DENY),
+    ]);
     all.extend([(JUMP_IF_EQUAL, 1, 0, NUMBERS.socket), (RETURN, 0, 0, ALLOW), (LOAD, 0, 0, FIRST_ARGUMENT)]);
     for family in FAMILIES {
         all.extend([(JUMP_IF_EQUAL, 0, 1, family), (RETURN, 0, 0, ALLOW)]);
@@ -117,6 +134,10 @@ mod tests {
 
     /// What the program says of a system call.
     fn run(architecture: u32, number: u32, argument: u32) -> u32 {
+        run_with(architecture, number, argument, 0)
+    }
+
+    fn run_with(architecture: u32, number: u32, argument: u32, second: u64) -> u32 {
         let program = program();
         let mut instructions = program.chunks(8);
         let mut loaded = 0;
@@ -129,6 +150,8 @@ mod tests {
                         NUMBER => number,
                         ARCHITECTURE => architecture,
                         FIRST_ARGUMENT => argument,
+                        SECOND_ARGUMENT => second as u32,
+                        high if high == SECOND_ARGUMENT + 4 => (second >> 32) as u32,
                         other => panic!("nothing is at {other}"),
                     };
                     0
@@ -152,6 +175,16 @@ mod tests {
         // AF_PACKET, AF_ALG, AF_VSOCK, AF_XDP
         for family in [17, 38, 40, 44] {
             assert_eq!(socket(family), DENY, "{family}");
+        }
+    }
+
+    #[test]
+    fn of_shared_memory_that_nobody_counts_there_is_a_page() {
+        let segment = |size| run_with(NUMBERS.architecture, NUMBERS.shmget, 0, size);
+        for (size, expected) in
+            [(0, ALLOW), (56, ALLOW), (4096, ALLOW), (4097, DENY), (1 << 32, DENY), (u64::MAX, DENY)]
+        {
+            assert_eq!(segment(size), expected, "{size}");
         }
     }
 

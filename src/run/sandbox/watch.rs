@@ -1,12 +1,24 @@
 //! What a sandbox uses, looked at again and again: for machines that give users no control groups.
 //!
-//! Promises: a sandbox whose processes together hold more memory than the agent was given is ended within a moment of being seen.
-//! Refuses: to pretend: between two looks more may be used, and what the kernel keeps for a process is not counted.
+//! Guarantees: a sandbox whose processes together hold more memory than the agent was given is ended within a moment of being seen:
+//! what they have mapped, what of it is swapped out, what lies in anonymous files that one of them has open, mapped or not
+//! (`memfd_create`), and the tables by which it is mapped.
+//! Non-goals: to pretend. Between two looks more may be used; buffers of pipes and sockets, and an anonymous file that is on its way through
+//! a socket and open nowhere, are the kernel's and are not counted. Files in a write scope are bounded by the scope's own size.
 
-use std::{collections::BTreeMap, fs, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    os::unix::fs::MetadataExt,
+    time::Duration,
+};
 
 /// Between two looks.
 const PAUSE: Duration = Duration::from_millis(200);
+/// How the kernel names files that lie in memory and have no name: by `memfd_create`, and of mappings that are shared.
+const NAMELESS: [&str; 4] = ["/memfd:", "/dev/zero (deleted)", "/SYSV", "/secretmem"];
+/// What `st_blocks` counts in.
+const BLOCK: u64 = 512;
 
 /// Why a sandbox was ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,13 +52,18 @@ fn used(top: u32) -> (u64, u64) {
             parents.entry(parent).or_default().push(pid);
         }
     }
-    let (mut held, mut count, mut next) = (0, 0, vec![top]);
+    let (mut family, mut next) = (Vec::new(), vec![top]);
     while let Some(pid) = next.pop() {
-        held += memory(pid);
-        count += 1;
+        family.push(pid);
         next.extend(parents.remove(&pid).unwrap_or_default());
     }
-    (held, count)
+    let mut files = BTreeMap::new();
+    family.iter().for_each(|pid| files.extend(open(*pid)));
+    // Of a file that is counted whole, what is mapped is not counted again.
+    let inodes: BTreeSet<u64> = files.keys().map(|(_, inode)| *inode).collect();
+    let mapped = |pid: &u32| if inodes.is_empty() { 0 } else { shared(*pid, &inodes) };
+    let held = family.iter().map(|pid| memory(*pid).saturating_sub(mapped(pid))).sum::<u64>();
+    (held.saturating_add(files.values().sum()), u64::try_from(family.len()).unwrap_or(u64::MAX))
 }
 
 /// `/proc/PID/stat`: the name in parentheses may have anything in it.
@@ -55,18 +72,63 @@ fn parent(pid: u32) -> Option<u32> {
     stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
 }
 
+/// Bytes of what it has mapped, and of the tables for that.
 fn memory(pid: u32) -> u64 {
-    let kilobytes = |file: &str, name: &str| {
-        let text = fs::read_to_string(format!("/proc/{pid}/{file}")).ok()?;
-        text.lines().find_map(|line| line.strip_prefix(name)?.trim().strip_suffix("kB")?.trim().parse::<u64>().ok())
-    };
+    let read = |file: &str| fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default();
+    let (rollup, status) = (read("smaps_rollup"), read("status"));
     // Shared pages count by their part where that may be read, and in whole where not.
-    let held = kilobytes("smaps_rollup", "Pss:").or_else(|| kilobytes("status", "VmRSS:"));
-    held.unwrap_or(0).saturating_mul(1024)
+    let held = match kilobytes(&rollup, "Pss:") {
+        Some(held) => held.saturating_add(kilobytes(&rollup, "SwapPss:").unwrap_or(0)),
+        None => kilobytes(&status, "VmRSS:").unwrap_or(0).saturating_add(kilobytes(&status, "VmSwap:").unwrap_or(0)),
+    };
+    held.saturating_add(kilobytes(&status, "VmPTE:").unwrap_or(0)).saturating_mul(1024)
+}
+
+/// Nameless files that it has open, and their bytes: whole pages that are there, whatever their length.
+fn open(pid: u32) -> Vec<((u64, u64), u64)> {
+    let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+    let files = descriptors.filter_map(|one| {
+        let path = one.path();
+        let of = fs::read_link(&path).ok()?;
+        let of = of.to_string_lossy();
+        if !NAMELESS.iter().any(|name| of.starts_with(name)) {
+            return None;
+        }
+        let is = fs::metadata(path).ok()?;
+        Some(((is.dev(), is.ino()), is.blocks().saturating_mul(BLOCK)))
+    });
+    files.collect()
+}
+
+/// Bytes that it has mapped of nameless files with these inodes.
+fn shared(pid: u32, inodes: &BTreeSet<u64>) -> u64 {
+    let Ok(text) = fs::read_to_string(format!("/proc/{pid}/smaps")) else { return 0 };
+    let (mut bytes, mut counts) = (0_u64, false);
+    for line in text.lines() {
+        // `ADDRESSES RIGHTS OFFSET DEVICE INODE NAME` opens a mapping; what is said of it is `Name: VALUE`.
+        let mut words = line.split_ascii_whitespace();
+        if words.next().is_some_and(|first| !first.ends_with(':')) {
+            let inode = words.nth(3).and_then(|inode| inode.parse().ok());
+            let name = words.next().unwrap_or_default();
+            counts = inode.is_some_and(|inode| inodes.contains(&inode))
+                && NAMELESS.iter().any(|one| one.starts_with(name) || name.starts_with(one));
+        } else if counts {
+            let part = ["Pss:", "SwapPss:"].iter().find_map(|name| kilobytes(line, name));
+            bytes = bytes.saturating_add(part.unwrap_or(0).saturating_mul(1024));
+        }
+    }
+    bytes
+}
+
+/// What a line of that name says, in kilobytes.
+fn kilobytes(text: &str, name: &str) -> Option<u64> {
+    text.lines().find_map(|line| line.strip_prefix(name)?.trim().strip_suffix("kB")?.trim().parse().ok())
 }
 
 #[cfg(test)]
 mod tests {
+    use std::{fs::File, io::Write};
+
     use super::*;
 
     #[test]
@@ -77,5 +139,24 @@ mod tests {
         child.kill().unwrap();
         child.wait().unwrap();
         assert!(alone > 1 << 20 && two > one, "{alone} bytes, {one} and {two} processes");
+    }
+
+    #[test]
+    fn memory_that_nobody_has_mapped_counts_once_however_often_it_is_open() {
+        const MUCH: u64 = 64 << 20;
+        let create = |name: &str| File::from(rustix::fs::memfd_create(name, rustix::fs::MemfdFlags::CLOEXEC).unwrap());
+        // Of this process alone: tests beside this one have others.
+        let own = || open(std::process::id()).into_iter().collect::<BTreeMap<_, _>>().values().sum::<u64>();
+        let before = own();
+        let mut file = create("much");
+        // One that is long and has nothing in it is not much.
+        let long = create("long");
+        long.set_len(1 << 40).unwrap();
+        file.write_all(&vec![1; usize::try_from(MUCH).unwrap()]).unwrap();
+        let again = file.try_clone().unwrap();
+        let held = own() - before;
+        assert!((MUCH..MUCH + (8 << 20)).contains(&held), "{held}");
+        drop((file, again, long));
+        assert!(own() < before + MUCH);
     }
 }
