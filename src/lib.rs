@@ -22,6 +22,9 @@ pub mod certificate;
 /// The command line: approvals, approve, contract, deny, lint, rollback, verify and watch.
 #[cfg(feature = "cli")]
 pub mod cli;
+/// How a process stands to the API server.
+#[cfg(any(feature = "gateway", feature = "operator"))]
+pub mod contact;
 /// Records, Merkle log, checkpoints, segments, stores.
 pub mod evidence;
 /// The only way out of an agent's pod, and the witness of its evidence.

@@ -6,11 +6,18 @@
 //!                             └─▶ status
 //! ```
 //!
-//! Promises: killed at any point it converges, without a second pod for the same attempt; only the leader acts, and every replica
-//! answers the webhook; a cluster without the operator goes on running what runs. Refuses: to decide before every cache is
-//! filled, and to write what has not changed.
+//! Guarantees: killed at any point it converges, without a second pod for the same attempt; only the leader acts, and every replica
+//! answers the webhook; a cluster without the operator goes on running what runs; a leader whose watches are old says so and makes way, one
+//! that could not renew its Lease stops before another may lead, and both begin anew by themselves, within seconds of the API server's return.
+//! Non-goals: to decide before every cache is filled, and to write what has not changed.
 
-use std::{net::SocketAddr, path::PathBuf, pin::pin, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    path::PathBuf,
+    pin::{Pin, pin},
+    sync::Arc,
+    time::Duration,
+};
 
 use futures::{Stream, StreamExt};
 use jiff::Timestamp;
@@ -23,9 +30,13 @@ use kube::{
 };
 use kube_lease_manager::LeaseManagerBuilder;
 use prometheus::Registry;
-use tokio::sync::watch;
+use tokio::{sync::watch, time::Instant};
 
-use crate::{admin, seal};
+use crate::{
+    admin,
+    contact::{self, Contact, WatchAges},
+    seal,
+};
 
 /// Writes, counted and guarded.
 pub mod api;
@@ -65,6 +76,20 @@ const LEASE: &str = "belay-operator";
 const LEASE_SECONDS: u64 = 15;
 /// Seconds before that in which it renews.
 const LEASE_GRACE_SECONDS: u64 = 5;
+/// A leader that could not renew its Lease stops this long after it last did: before another may lead.
+const LEASE_BELIEVED: Duration = Duration::from_secs(LEASE_SECONDS - 2);
+/// For how long one tries to get the Lease, before it begins anew: one that failed for a while waits long between tries.
+const LEASE_TRY: Duration = Duration::from_secs(10);
+/// A leader one of whose watches is as old as this makes way for another.
+const BLIND: Duration = Duration::from_secs(60);
+/// How often a leader asks itself whether it still may and can lead.
+const DOUBT: Duration = Duration::from_secs(1);
+/// Before a replica that stopped leading begins anew; one that made way lets another lead first.
+const AGAIN: Duration = Duration::from_secs(1);
+/// See there.
+const MADE_WAY: Duration = Duration::from_secs(5);
+/// An API server that has answered for so long is not why something failed.
+const SETTLED: jiff::SignedDuration = jiff::SignedDuration::from_secs(30);
 /// How often the serving certificates are looked at.
 const CERTIFICATE_CHECK: Duration = Duration::from_secs(12 * 3600);
 /// How often memories of tasks that are gone are dropped.
@@ -121,8 +146,11 @@ pub enum OperatorError {
     )]
     NoGateway,
     /// The Lease went to another.
-    #[error("Lease {LEASE} went to another replica: ending at once, because only the leader may act")]
+    #[error("Lease {LEASE} went to another replica, or could not be renewed in time: only the leader may act")]
     LeaseLost,
+    /// What is watched is old.
+    #[error("{0}; making way for another replica")]
+    Blind(String),
     /// The webhook's port.
     #[error(transparent)]
     Webhook(#[from] webhook::WebhookError),
@@ -140,61 +168,85 @@ pub enum OperatorError {
     Ended,
 }
 
-/// Runs until `stop` resolves, the Lease is lost, or something fails that a restart may cure.
+impl OperatorError {
+    /// Whether it is over some time, so that the same process begins anew. Kubernetes would start it again, but later each time.
+    fn passes(&self, contact: &Contact) -> bool {
+        let settled = contact.now().duration_since(contact.since()) > SETTLED;
+        match self {
+            Self::LeaseLost | Self::Blind(_) | Self::Watch | Self::Ended | Self::Lease(_) => true,
+            Self::Client(_) | Self::Bootstrap(bootstrap::BootstrapError::Kube { .. }) => !settled,
+            _ => false,
+        }
+    }
+}
+
+/// Runs until `stop` resolves, or something fails that a restart may cure. A replica that cannot lead any more begins anew.
 ///
 /// # Errors
 /// See [`OperatorError`].
 pub async fn run(settings: Settings, stop: impl Future<Output = ()> + Send) -> Result<(), OperatorError> {
     let config = kube::Config::infer().await?;
+    serve(config, settings, stop).await
+}
+
+/// Runs against this API server.
+pub(crate) async fn serve(
+    config: kube::Config,
+    settings: Settings,
+    stop: impl Future<Output = ()> + Send,
+) -> Result<(), OperatorError> {
     let cluster_url = config.cluster_url.clone();
-    let client = Client::try_from(config)?;
+    let contact = Arc::new(Contact::default());
+    let client = contact::client(config, contact.clone())?;
     let registry = Registry::new();
     let metrics = metrics::Metrics::new(&registry)?;
+    registry.register(Box::new(WatchAges::new("belay_operator_watch_age_seconds", contact.clone())?))?;
     let (role, ready) = watch::channel(Role::Standby);
+    let heard = contact.clone();
     let admin = admin::serve(settings.admin_listen, registry.clone(), move || match *ready.borrow() {
-        Role::Standby | Role::Leading => Ok(()),
+        Role::Standby | Role::Leading => heard.fresh(contact::OLD),
         Role::Filling => Err("the caches are not filled yet".to_owned()),
     })
     .await?;
     tokio::spawn(admin);
     let memories = Arc::new(memory::Memories::default());
     let (stores, mut streams) = cache::watch(&client, memories.clone(), &metrics);
+    let (newest, stores) = watch::channel(stores);
     if let Some(options) = &settings.webhook {
         let judge = webhook::Judge::new(stores.clone(), settings.system_namespace.clone(), metrics.clone());
         tokio::spawn(webhook::serve(options, judge).await?);
     }
-    let lease = LeaseManagerBuilder::new(client.clone(), LEASE)
-        .with_namespace(&settings.system_namespace)
-        .with_identity(&settings.identity)
-        .with_duration(LEASE_SECONDS)
-        .with_grace(LEASE_GRACE_SECONDS)
-        .build()
-        .await?;
-    let (mut leading, lease_task) = lease.watch().await;
-    let replica = Replica { settings, client, cluster_url, registry, metrics, memories, stores, role };
     let mut stop = pin!(stop);
-    let result = 'led: {
-        tracing::info!(identity = replica.settings.identity, "waiting for the Lease");
-        tokio::select! {
-            () = &mut stop => break 'led Ok(()),
-            led = leading.wait_for(|leading| *leading) => if led.is_err() { break 'led Err(OperatorError::LeaseLost) },
-            // What the webhook judges by. The controller goes on with the same streams.
-            never = streams.follow_references(), if replica.settings.webhook.is_some() => match never {},
-        }
-        replica.metrics.leader.set(1);
-        replica.role.send_replace(Role::Filling);
-        let mut lost = leading.clone();
-        tokio::select! {
-            result = lead(&replica, streams, &mut stop) => result,
-            _ = lost.wait_for(|leading| !*leading) => Err(OperatorError::LeaseLost),
-        }
+    let mut replica = Replica {
+        settings,
+        client,
+        cluster_url,
+        registry,
+        metrics,
+        memories,
+        stores: stores.borrow().clone(),
+        role,
+        contact,
     };
-    // Without a receiver the Lease is given up, so that the next leader need not wait for it to end.
-    drop(leading);
-    if result.is_ok() {
-        let _ = tokio::time::timeout(DRAIN, lease_task).await;
+    loop {
+        let error = match replica.term(streams, stop.as_mut()).await {
+            Err(error) if error.passes(&replica.contact) => error,
+            ended => return ended,
+        };
+        tracing::warn!(%error, "beginning anew");
+        replica.metrics.leader.set(0);
+        replica.role.send_replace(Role::Standby);
+        tokio::select! {
+            () = &mut stop => return Ok(()),
+            () = tokio::time::sleep(if matches!(error, OperatorError::Blind(_)) { MADE_WAY } else { AGAIN }) => {}
+        }
+        // What is watched is watched anew, and what was remembered may have been another leader's to change meanwhile.
+        replica.contact.forget();
+        replica.memories.retain(|_| false);
+        let (stores, anew) = cache::watch(&replica.client, replica.memories.clone(), &replica.metrics);
+        (replica.stores, streams) = (stores.clone(), anew);
+        newest.send_replace(stores);
     }
-    result
 }
 
 /// What every replica has, whether it leads or not.
@@ -207,6 +259,101 @@ struct Replica {
     memories: Arc<memory::Memories>,
     stores: cache::Stores,
     role: watch::Sender<Role>,
+    contact: Arc<Contact>,
+}
+
+/// Ends what it runs with itself.
+struct Running<T>(tokio::task::JoinHandle<T>);
+
+impl<T> Drop for Running<T> {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+impl Replica {
+    /// Waits for the Lease and leads, until there is a reason not to.
+    async fn term(
+        &self,
+        mut streams: cache::Streams,
+        mut stop: Pin<&mut (impl Future<Output = ()> + Send)>,
+    ) -> Result<(), OperatorError> {
+        let identity = &self.settings.identity;
+        tracing::info!(identity, "waiting for the Lease");
+        let (leading, lease_task) = loop {
+            let contend = async {
+                let lease = LeaseManagerBuilder::new(self.client.clone(), LEASE)
+                    .with_namespace(&self.settings.system_namespace)
+                    .with_identity(identity)
+                    .with_duration(LEASE_SECONDS)
+                    .with_grace(LEASE_GRACE_SECONDS)
+                    .build()
+                    .await?;
+                let (mut leading, task) = lease.watch().await;
+                let task = Running(task);
+                let patience = tokio::time::sleep(LEASE_TRY);
+                tokio::pin!(patience);
+                loop {
+                    tokio::select! {
+                        led = leading.wait_for(|leading| *leading) => match led {
+                            Ok(_) => break,
+                            Err(_) => return Err(OperatorError::LeaseLost),
+                        },
+                        // One that waits for its turn waits on; one that was without an answer begins anew.
+                        () = &mut patience => {
+                            if self.contact.now().duration_since(self.contact.since()) < SETTLED {
+                                return Err(OperatorError::LeaseLost);
+                            }
+                            patience.as_mut().reset(Instant::now() + LEASE_TRY);
+                        }
+                    }
+                }
+                Ok::<_, OperatorError>((leading, task))
+            };
+            tokio::select! {
+                () = &mut stop => return Ok(()),
+                led = contend => match led {
+                    Ok(led) => break led,
+                    Err(error) if error.passes(&self.contact) => tokio::time::sleep(AGAIN).await,
+                    Err(error) => return Err(error),
+                },
+                // What the webhook judges by. The controller goes on with the same streams.
+                never = streams.follow_references(), if self.settings.webhook.is_some() => match never {},
+            }
+        };
+        self.metrics.leader.set(1);
+        self.role.send_replace(Role::Filling);
+        let mut lost = leading.clone();
+        let result = tokio::select! {
+            result = lead(self, streams, &mut stop) => result,
+            _ = lost.wait_for(|leading| !*leading) => Err(OperatorError::LeaseLost),
+            doubt = self.doubt() => Err(doubt),
+        };
+        // Without a receiver the Lease is given up, so that the next leader need not wait for it to end.
+        drop((leading, lost));
+        let mut lease_task = lease_task;
+        if result.is_ok() || matches!(result, Err(OperatorError::Blind(_))) {
+            let _ = tokio::time::timeout(DRAIN, &mut lease_task.0).await;
+        }
+        result
+    }
+
+    /// Why this replica must not lead any longer.
+    async fn doubt(&self) -> OperatorError {
+        let led = Instant::now();
+        loop {
+            tokio::time::sleep(DOUBT).await;
+            if self.contact.lease().map_or(led, |renewed| renewed.max(led)).elapsed() > LEASE_BELIEVED {
+                return OperatorError::LeaseLost;
+            }
+            if let Err(old) = self.contact.fresh(BLIND) {
+                return OperatorError::Blind(old);
+            }
+            if *self.role.borrow() == Role::Filling && led.elapsed() > BLIND {
+                return OperatorError::Blind(format!("the caches were not filled in {} s", BLIND.as_secs()));
+            }
+        }
+    }
 }
 
 /// What this replica does.
@@ -226,7 +373,7 @@ async fn lead(
     stop: impl Future<Output = ()> + Send,
 ) -> Result<(), OperatorError> {
     tracing::info!("leading");
-    let Replica { settings, client, cluster_url, registry, metrics, memories, stores, role } = replica;
+    let Replica { settings, client, cluster_url, registry, metrics, memories, stores, role, contact } = replica;
     let (namespace, webhook) = (&settings.system_namespace, settings.webhook.is_some());
     let authority = bootstrap::ensure(client, namespace, webhook, Timestamp::now()).await?;
     let gateway = match &settings.gateway {
@@ -237,16 +384,22 @@ async fn lead(
     let api_servers = surroundings::api_servers(client, cluster_url).await?;
     let trust = webhook::keep_trust(client.clone(), authority.clone());
     let (surroundings, gateway_moved) = surroundings::follow(client, settings, authority, api_servers);
-    registry.register(Box::new(metrics::TasksByPhase::new(stores.tasks.clone())?))?;
+    let counted = metrics::TasksByPhase::new(stores.tasks.clone())?;
+    // Those that were counted by the same process when it led before, if it did.
+    let _ = registry.unregister(Box::new(counted.clone()));
+    registry.register(Box::new(counted))?;
     let context = Arc::new(reconcile::Context {
         stores: stores.clone(),
         memories: memories.clone(),
         writer: api::Writer::new(client.clone(), metrics.clone()),
-        gateway,
+        gateway: Arc::new(gateway),
         surroundings,
+        contact: contact.clone(),
         metrics: metrics.clone(),
         system_namespace: namespace.clone(),
         s3_endpoint: settings.s3_endpoint.clone(),
+        #[cfg(test)]
+        believes_caches: false,
     });
     // The streams fill the stores while they are polled, so that the controller waits inside each look, not before it runs.
     let (filled, is_filled) = watch::channel(false);

@@ -230,12 +230,13 @@ pub async fn run(
         Surroundings { options: &options, validated: &validated, api: &api, gateway: &gateway, local, tell: &tell };
 
     let mut history: Vec<Attempt> = Vec::new();
+    let mut failures = std::collections::BTreeMap::new();
     let mut pods: Vec<PodView> = Vec::new();
     let mut trouble = None;
     let uid = options.objects.task.uid().unwrap_or_default();
     let outcome = loop {
         let now = Timestamp::now();
-        let Decision { attempts, next } = decide::decide(&Observed {
+        let Decision { attempts, failures: counted, next } = decide::decide(&Observed {
             uid: &uid,
             deleting: stop.is_cancelled(),
             finalizer: true,
@@ -247,10 +248,15 @@ pub async fn run(
             pods: &pods,
             claims: &[],
             reusable: None,
-            confirmed_gone: true,
+            failures: &failures,
+            looked_up: &pods.iter().map(|pod| pod.attempt).chain(history.last().map(|last| last.number)).collect(),
+            live: true,
+            rolls_back: false,
+            // Its pods are told by no kubelet that could be cut off.
+            in_touch_since: Timestamp::UNIX_EPOCH,
             now,
         });
-        history = attempts;
+        (history, failures) = (attempts, counted);
         match next {
             Next::Start(number) => {
                 let mut task = options.objects.task.clone();
@@ -259,7 +265,7 @@ pub async fn run(
                 let ended = surroundings.attempt(number, &stop).await?;
                 trouble = ended.trouble;
                 api.apply_pod(ended.pod.clone());
-                pods = observe::pod(&ended.pod).into_iter().collect();
+                pods = observe::pod(&ended.pod).map(|pod| PodView { live: true, ..pod }).into_iter().collect();
             }
             Next::Pause(until) => {
                 let _ = tell.send(Told::Pause(until));
@@ -268,11 +274,11 @@ pub async fn run(
                     () = stop.cancelled() => {}
                 }
             }
-            Next::Seal { attempt, closed } => break Some((attempt, closed)),
+            Next::Seal { attempt, closed, .. } => break Some((attempt, closed)),
             // A task that was stopped before its first attempt has no log to end, and gets one that says so.
             Next::Release => break Some((0, cancelled())),
             // A pod of ours has always ended when it is looked at.
-            Next::Nothing | Next::Run { .. } | Next::EndPods(_) | Next::Confirm { .. } => break None,
+            Next::Nothing | Next::Run { .. } | Next::EndPods(_) | Next::Confirm(_) => break None,
         }
     };
     let Some((attempt, closed)) = outcome else {
@@ -287,6 +293,7 @@ pub async fn run(
         bucket: evidence.bucket.clone(),
         prefix: evidence.prefix.clone().unwrap_or_default(),
         closed: closed.clone(),
+        presumed: false,
     };
     let mut tries = 0;
     let sealed = loop {
@@ -298,6 +305,7 @@ pub async fn run(
         }
     };
     gateway.end().await;
+    let closed = sealed.closed.clone().unwrap_or(closed);
     Ok(Outcome { closed, sealed, trouble })
 }
 

@@ -7,6 +7,7 @@
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use bytes::Bytes;
+use futures::future::BoxFuture;
 use http::{Request, StatusCode, header};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper_util::rt::TokioIo;
@@ -55,6 +56,18 @@ pub enum SealError {
         /// What is wrong with the body.
         cause: String,
     },
+}
+
+/// Whoever ends a task's log.
+pub trait Seal: Send + Sync {
+    /// Seals a log. Every error may pass with time.
+    fn seal<'a>(&'a self, request: &'a SealRequest) -> BoxFuture<'a, Result<SealReply, SealError>>;
+}
+
+impl Seal for Gateway {
+    fn seal<'a>(&'a self, request: &'a SealRequest) -> BoxFuture<'a, Result<SealReply, SealError>> {
+        Box::pin(Self::seal(self, request))
+    }
 }
 
 /// The way to the gateway.

@@ -239,6 +239,10 @@ pub struct SealRequest {
     pub prefix: String,
     /// How the task ended.
     pub closed: TaskClosed,
+    /// Nobody has seen how the last attempt's agent ended: `closed` follows from the clock, or from the pod being gone. It is sealed only as
+    /// far as the log bears it out.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub presumed: bool,
 }
 
 /// The sealed log. Sealing a sealed log answers the same again and writes nothing.
@@ -257,6 +261,10 @@ pub struct SealReply {
     pub root: String,
     /// Final counters.
     pub usage: Usage,
+    /// What the log is sealed with: what was asked for, or that it is not known, or what it was sealed with before. Absent from a gateway of
+    /// an earlier version.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub closed: Option<TaskClosed>,
     /// The contracts of the calls that would undo the task, where it has failed. Absent if that could not be told in time.
     #[serde(default)]
     pub undone_by: Option<BTreeSet<String>>,

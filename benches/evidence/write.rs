@@ -331,6 +331,7 @@ async fn log(calls: usize) -> anyhow::Result<()> {
             exit_code: Some(0),
             images: Default::default(),
         },
+        presumed: false,
     };
     witness.seal(&place(), &sealed).await?;
     Ok(())

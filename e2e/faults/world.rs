@@ -297,6 +297,7 @@ impl World {
                 exit_code: Some(0),
                 images: Default::default(),
             },
+            presumed: false,
         };
         let started = Instant::now();
         loop {

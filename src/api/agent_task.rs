@@ -1,5 +1,7 @@
 //! `AgentTask`: one objective, worked on by one agent image, on somebody's behalf.
 
+use std::collections::BTreeMap;
+
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
@@ -269,6 +271,10 @@ pub struct AgentTaskStatus {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 64))]
     pub attempts: Vec<Attempt>,
+    /// How many attempts have failed, by failure class: of all that there were, not of those alone that `attempts` still has.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schemars(extend("maxProperties" = 16))]
+    pub failures: BTreeMap<String, i64>,
     /// What has been used of the limits. Written by the gateway from witnessed evidence.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub usage: Option<Usage>,
@@ -314,6 +320,8 @@ pub enum FailureClass {
     Budget,
     /// The task was deleted before it ended.
     Cancelled,
+    /// How it ended is not known: the clock says one thing, the log another or nothing. A person looks at it and decides.
+    Unknown,
 }
 
 /// One attempt: one pod.
@@ -341,6 +349,10 @@ pub struct Attempt {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 128))]
     pub reason: Option<String>,
+    /// Nobody has seen how its agent ended: class and reason follow from the clock, or from the pod being gone. What the pod itself says
+    /// replaces them, and the log is asked before they are sealed.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub presumed: bool,
 }
 
 /// The head of the task's evidence log.

@@ -353,7 +353,7 @@ fn exit_code(outcome: &Outcome) -> u8 {
         Some(FailureClass::Budget) => 5,
         Some(FailureClass::Infrastructure | FailureClass::Dependency) => 6,
         Some(FailureClass::Cancelled) => 130,
-        None => EXIT_ERROR,
+        Some(FailureClass::Unknown) | None => EXIT_ERROR,
     }
 }
 

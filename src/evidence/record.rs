@@ -705,7 +705,7 @@ impl AttemptClosed {
 pub struct TaskClosed {
     /// `Succeeded` or `Failed`.
     pub phase: String,
-    /// The failure class, empty on success.
+    /// The failure class, empty on success; `Unknown` where it is not known how the agent ended.
     pub failure_class: String,
     /// One word for why.
     pub reason: String,
@@ -715,4 +715,44 @@ pub struct TaskClosed {
     /// SHA-256 of the images that the kubelet ran in its last attempt, hex, by container: as far as it has told.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub images: BTreeMap<String, String>,
+}
+
+impl TaskClosed {
+    /// The failure class of a task of which it is not known how its agent ended.
+    pub const UNKNOWN: &str = "Unknown";
+    /// The reason of such an end.
+    pub const VERDICT_UNKNOWN: &str = "VerdictUnknown";
+
+    /// The end of a task of which nobody knows how its agent ended.
+    pub fn unknown(self) -> Self {
+        let (phase, failure_class) = ("Failed".to_owned(), Self::UNKNOWN.to_owned());
+        Self { phase, failure_class, reason: Self::VERDICT_UNKNOWN.to_owned(), ..self }
+    }
+
+    /// What a task is sealed with, where whoever seals it says this. `parting` is how its last attempt was closed, if it was, and `time_over`
+    /// whether its records reach beyond its time. What was presumed, because nobody has seen the agent's end, is borne out by the log or is not
+    /// known; and where the log says otherwise of what was seen, it is not known either.
+    pub fn borne_out(self, presumed: bool, parting: Option<&str>, time_over: bool) -> Self {
+        let in_time = |parting: &str| AttemptClosed { reason: parting.to_owned() }.is_in_time();
+        let holds = match (self.phase.as_str(), self.failure_class.as_str()) {
+            ("Succeeded", _) => {
+                let ends = [AttemptClosed::WALL_TIME, AttemptClosed::DENIALS, AttemptClosed::UNAPPROVED];
+                !parting.is_some_and(|parting| ends.contains(&parting))
+            }
+            _ if !presumed => true,
+            (_, "Budget") => match parting {
+                Some(AttemptClosed::WALL_TIME) => true,
+                Some(parting) if !in_time(parting) => false,
+                _ => time_over,
+            },
+            // Its agent may have ended well before its pod was gone.
+            _ => !parting.is_some_and(in_time),
+        };
+        if holds { self } else { self.unknown() }
+    }
+
+    /// Whether the task has failed in a way that is known, so that what it did may be undone.
+    pub fn has_failed(&self) -> bool {
+        self.phase == "Failed" && self.failure_class != Self::UNKNOWN && self.failure_class != "Cancelled"
+    }
 }

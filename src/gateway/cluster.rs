@@ -41,6 +41,7 @@ use crate::{
         agent_task::Phase,
         policy_pack::{Credential, EvidencePolicy, RetentionMode, StatePolicy},
     },
+    contact,
     evidence::store::{Location, Mode, Retention, log_prefix},
     lenient::Lenient,
     plan::{self, intact},
@@ -534,7 +535,7 @@ where
 
 /// Watches everything for ever. The returned future ends only if a watch does, which is a reason to end the process.
 pub fn watch(client: &Client, system_namespace: &str, metrics: &Metrics) -> (Stores, BoxFuture<'static, ()>) {
-    let any = watcher::Config::default;
+    let any = contact::watching;
     let addressed = any().labels(TASK_LABEL).fields(WITH_ADDRESS);
     let (pods, a) = follow::<Pod>(Api::all(client.clone()), addressed, metrics, |pod| {
         intact::remember(pod);
@@ -573,7 +574,7 @@ where
     let kind = K::kind(&());
     let unreadable = metrics.unreadable.with_label_values(&[&*kind]);
     let events = watcher(api, config)
-        .default_backoff()
+        .backoff(contact::pauses())
         .modify(move |guarded| match &mut guarded.0 {
             Ok(object) => trim(object),
             Err(invalid) => {

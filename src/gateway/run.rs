@@ -42,6 +42,7 @@ use super::{
 };
 use crate::{
     admin, certificate,
+    contact::{self, Contact, WatchAges},
     evidence::{
         note::{KeyError, Signer, WITNESS_NAME},
         store::{
@@ -120,14 +121,18 @@ pub enum RunError {
 pub async fn run(options: Options) -> Result<(), RunError> {
     let registry = Registry::new();
     let metrics = Metrics::new(&registry)?;
-    let client = kube::Client::try_default().await?;
+    let contact = Arc::new(Contact::default());
+    let config = kube::Config::infer().await.map_err(kube::Error::InferConfig)?;
+    let client = contact::client(config, contact.clone())?;
+    registry.register(Box::new(WatchAges::new("belay_gateway_watch_age_seconds", contact.clone())?))?;
     let (stores, watches) = cluster::watch(&client, &options.system_namespace, &metrics);
     let cluster = Arc::new(Cluster::new(stores, Arc::new(client.clone())));
     let listening = Arc::new(AtomicBool::new(false));
     let ready = {
         let (cluster, listening) = (cluster.clone(), listening.clone());
         move || match (cluster.synced(), listening.load(Ordering::Acquire)) {
-            (true, true) => Ok(()),
+            // Stale objects would allow what has been forbidden since.
+            (true, true) => contact.fresh(contact::OLD),
             (true, false) => Err("not listening: starting or stopping".to_owned()),
             (false, _) => Err("the API server's objects are not all there yet".to_owned()),
         }

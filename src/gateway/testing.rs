@@ -423,5 +423,6 @@ pub fn seal_request() -> SealRequest {
             exit_code: Some(0),
             images: Default::default(),
         },
+        presumed: false,
     }
 }

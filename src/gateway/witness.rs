@@ -35,7 +35,7 @@ use crate::{
         log::INCIDENTS,
         merkle::leaf_hash,
         note::{self, Checkpoint, Note, Signer, VerifierKey},
-        record::{Actor, Channel, Event, Record, VERSION},
+        record::{Actor, Channel, Event, Record, TaskClosed, VERSION},
         rollback::{self, Plan, Planner, Standing, Undoing},
         segment::{self, Segment},
         store::{Location, PutError, Retention, Store, StoreError},
@@ -572,13 +572,15 @@ impl Witness {
             // Whoever asks may go away: what is begun is done all the same.
             let ended = tokio::spawn(self.clone().end(place.clone()));
             ended.await.map_err(|e| unavailable(&format!("the log's end could not be written: {e}")))??;
-            let failed = request.closed.phase == "Failed" && request.closed.failure_class != "Cancelled";
+            let closed = sealed.outcome();
+            let failed = closed.as_ref().is_some_and(TaskClosed::has_failed);
             let undone_by = match sealed.undoable() && sealed.undoing().is_none() && failed {
                 true => self.undone_by(place).await?,
                 false => Some(BTreeSet::new()),
             };
             return Ok(SealReply {
                 undone_by,
+                closed,
                 origin: note::origin(&place.task_uid),
                 location: place.location.to_string(),
                 endpoint: self.buckets.endpoint(),
@@ -666,7 +668,7 @@ impl Witness {
             attempt: request.attempt.max(history.attempt()),
             actor: Actor::Gateway,
             usage: history.usage(),
-            event: Event::TaskClosed(request.closed.clone()),
+            event: Event::TaskClosed(history.verdict(request.closed.clone(), request.attempt, request.presumed)),
         };
         let entry = record.encode().map_err(|e| Refused::malformed(e.to_string()))?;
         let mut tree = history.tree().clone();

@@ -1,10 +1,14 @@
 //! What to do next about a task, from what is seen of it: a pure function.
 //!
-//! Promises: a new attempt starts only when no pod of the task can act any more, under a number that was never used; an end is
-//! recorded before anything acts on it; the last word is the sealed log. Refuses: clocks and clients; the same observation
-//! always gives the same decision.
+//! Guarantees: a new attempt starts only when no pod of the task can act any more, under a number that was never used; an end is
+//! recorded before anything acts on it; what ends an attempt, deletes a pod or seals a log was read from the API server in this very look,
+//! or else it is to be read first; what the clock alone says is presumed, and the pod's own word replaces it; the last word is the sealed
+//! log. Non-goals: clocks and clients; the same observation always gives the same decision.
 
-use std::time::Duration;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
@@ -20,6 +24,9 @@ use crate::{
 const STUCK_SECONDS: i64 = 60;
 /// Beyond the wall time, at which the harness stops every call by itself, closes its log and ends.
 const CLOSING_SECONDS: i64 = 5;
+/// After a break in which the API server did not answer, nothing is concluded for so long from what a pod does not say: kubelets were cut off
+/// as well, and tell what happened meanwhile within some seconds of its return.
+pub const SETTLING_SECONDS: i64 = 45;
 /// Longest pause before another attempt.
 const MAX_PAUSE_SECONDS: i64 = 60;
 /// A task keeps this many attempts in its status.
@@ -38,22 +45,39 @@ pub struct Observed<'a> {
     pub phase: Option<Phase>,
     /// Whether its evidence is sealed.
     pub sealed: bool,
+    /// Whether the task was just read from the API server.
+    pub live: bool,
+    /// Whether another task undoes it if it fails.
+    pub rolls_back: bool,
     /// How often it may be tried again.
     pub retry: &'a Retry,
     /// Seconds that an attempt may run.
     pub wall_time_seconds: i64,
     /// The attempts that its status has.
     pub history: &'a [Attempt],
+    /// How many attempts failed by which class, as its status has it.
+    pub failures: &'a BTreeMap<String, i64>,
     /// Its pods.
     pub pods: &'a [PodView],
     /// Attempts that have a NetworkPolicy: made before the pod, they outlive it.
     pub claims: &'a [i64],
     /// A claim whose pod was certainly never made.
     pub reusable: Option<i64>,
-    /// The newest recorded pod was looked up at the API server and is not there.
-    pub confirmed_gone: bool,
-    /// Now.
+    /// Attempts whose pod was looked up at the API server in this look: what is not among the pods is not there.
+    pub looked_up: &'a BTreeSet<i64>,
+    /// Since when the API server has answered without a break.
+    pub in_touch_since: Timestamp,
+    /// Now, by the API server's clock.
     pub now: Timestamp,
+}
+
+/// What is to be read from the API server before something is decided.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unread {
+    /// The task.
+    Task,
+    /// The pod of this attempt.
+    Pod(i64),
 }
 
 /// What to do next.
@@ -74,17 +98,16 @@ pub enum Next {
     },
     /// These pods must go: UIDs and names of those that were not told yet. The rest is waited for.
     EndPods(Vec<(String, String)>),
-    /// The newest recorded pod is not in the cache: look it up.
-    Confirm {
-        /// Its name.
-        pod: String,
-    },
+    /// What is known is old: read this, and decide again.
+    Confirm(Unread),
     /// Seal the log.
     Seal {
         /// The last attempt.
         attempt: i64,
         /// How the task ended.
         closed: TaskClosed,
+        /// Nobody has seen how it ended: the log has the last word.
+        presumed: bool,
     },
     /// Let go of a deleted task.
     Release,
@@ -99,7 +122,7 @@ impl Next {
             Self::Start(_) => "start",
             Self::Run { .. } => "run",
             Self::EndPods(_) => "end-pods",
-            Self::Confirm { .. } => "confirm",
+            Self::Confirm(_) => "confirm",
             Self::Seal { .. } => "seal",
             Self::Release => "release",
         }
@@ -111,27 +134,56 @@ impl Next {
 pub struct Decision {
     /// Oldest first.
     pub attempts: Vec<Attempt>,
+    /// How many attempts have failed, by class.
+    pub failures: BTreeMap<String, i64>,
     /// What to do.
     pub next: Next,
 }
 
 /// Decides.
 pub fn decide(observed: &Observed<'_>) -> Decision {
+    let before = || (observed.history.to_vec(), failures(observed));
     let ended = matches!(observed.phase, Some(Phase::Succeeded | Phase::Failed)) && observed.sealed;
     if observed.deleting && !observed.finalizer || ended && !observed.deleting {
-        return Decision { attempts: observed.history.to_vec(), next: Next::Nothing };
+        let (attempts, failures) = before();
+        return Decision { attempts, failures, next: Next::Nothing };
     }
-    let attempts = match attempts(observed) {
-        Ok(attempts) => attempts,
-        Err(pod) => return Decision { attempts: observed.history.to_vec(), next: Next::Confirm { pod } },
+    let (attempts, failures) = match attempts(observed) {
+        Ok(known) => known,
+        Err(unread) => {
+            let (attempts, failures) = before();
+            return Decision { attempts, failures, next: Next::Confirm(unread) };
+        }
     };
-    let next = if observed.deleting { cleanup(observed, &attempts, ended) } else { pursue(observed, &attempts) };
-    Decision { attempts, next }
+    let next = match observed.deleting {
+        true => cleanup(observed, &attempts, ended),
+        false => pursue(observed, &attempts, &failures),
+    };
+    Decision { attempts, failures, next }
 }
 
-/// The status's attempts, brought up to date from the pods. `Err` names a pod that must be looked up first.
-fn attempts(observed: &Observed<'_>) -> Result<Vec<Attempt>, String> {
+/// Failures by class before this look. A status that was written before they were counted has those that it keeps.
+fn failures(observed: &Observed<'_>) -> BTreeMap<String, i64> {
+    let mut failures = observed.failures.clone();
+    if failures.is_empty() {
+        observed
+            .history
+            .iter()
+            .filter_map(|attempt| attempt.failure_class)
+            .for_each(|class| count(&mut failures, class, 1));
+    }
+    failures
+}
+
+fn count(failures: &mut BTreeMap<String, i64>, class: FailureClass, more: i64) {
+    let count = failures.entry(class_name(class).to_owned()).or_default();
+    *count = count.saturating_add(more).max(0);
+}
+
+/// The status's attempts and failures, brought up to date from the pods. `Err` says what must be read first.
+fn attempts(observed: &Observed<'_>) -> Result<(Vec<Attempt>, BTreeMap<String, i64>), Unread> {
     let mut attempts = observed.history.to_vec();
+    let mut failures = failures(observed);
     for pod in observed.pods {
         if attempts.iter().all(|attempt| attempt.number != pod.attempt) {
             attempts.push(Attempt {
@@ -142,51 +194,100 @@ fn attempts(observed: &Observed<'_>) -> Result<Vec<Attempt>, String> {
                 finished_at: None,
                 failure_class: None,
                 reason: None,
+                presumed: false,
             });
         }
     }
     attempts.sort_by_key(|attempt| attempt.number);
     let newest = attempts.last().map(|attempt| attempt.number);
-    for attempt in attempts.iter_mut().filter(|attempt| attempt.finished_at.is_none()) {
+    for attempt in &mut attempts {
         let pod = observed.pods.iter().find(|pod| pod.uid == attempt.pod_uid);
-        let end = match pod {
-            Some(pod) => pod_end(pod, observed),
-            None if Some(attempt.number) == newest && !observed.confirmed_gone => return Err(attempt.pod.clone()),
-            None => Some(End { class: Some(FailureClass::Infrastructure), reason: "PodLost", exit_code: None }),
+        if attempt.finished_at.is_some() {
+            let newest = Some(attempt.number) == newest;
+            if let Some(pod) = pod.filter(|pod| attempt.presumed && newest && pod.terminal) {
+                own_word(attempt, pod, observed, &mut failures)?;
+            }
+            continue;
+        }
+        let judged = match pod {
+            Some(pod) => pod_end(pod, observed)?,
+            None if observed.looked_up.contains(&attempt.number) => {
+                let end = End { class: Some(FailureClass::Infrastructure), reason: "PodLost", exit_code: None };
+                Some((end, true))
+            }
+            None => return Err(Unread::Pod(attempt.number)),
         };
-        if let Some(end) = end {
+        if let Some((end, presumed)) = judged {
             attempt.finished_at = Some(Time(observed.now));
             attempt.failure_class = end.class;
             attempt.reason = Some(end.reason.to_owned());
+            attempt.presumed = presumed;
+            end.class.into_iter().for_each(|class| count(&mut failures, class, 1));
         }
     }
     // Keeping the newest keeps the numbers growing; which old ones failed how is in the evidence.
     let excess = attempts.len().saturating_sub(MAX_ATTEMPTS);
     attempts.drain(..excess);
-    Ok(attempts)
+    Ok((attempts, failures))
 }
 
-/// The end of a pod, by its own account or because its time is up.
-fn pod_end(pod: &PodView, observed: &Observed<'_>) -> Option<End> {
-    let over = |since: Option<Timestamp>, seconds: i64| later(since, seconds).is_some_and(|at| at <= observed.now);
-    let infrastructure = |reason| Some(End { class: Some(FailureClass::Infrastructure), reason, exit_code: None });
+/// What a pod says at its end of an attempt of which that was presumed: it holds, or is replaced.
+fn own_word(
+    attempt: &mut Attempt,
+    pod: &PodView,
+    observed: &Observed<'_>,
+    failures: &mut BTreeMap<String, i64>,
+) -> Result<(), Unread> {
+    let Some(end) = &pod.end else { return Ok(()) };
+    if !pod.live {
+        return Err(Unread::Pod(pod.attempt));
+    }
+    attempt.presumed = false;
+    let out_of_time = attempt.failure_class == Some(FailureClass::Budget)
+        && later(pod.agent_started, wall(pod, observed).saturating_sub(CLOSING_SECONDS)) <= pod.agent_finished
+        && pod.agent_finished.is_some();
+    // It was running when it was told to end, for the reason that was presumed.
+    if end.reason == "PodDeleted" || out_of_time {
+        return Ok(());
+    }
+    attempt.failure_class.into_iter().for_each(|class| count(failures, class, -1));
+    end.class.into_iter().for_each(|class| count(failures, class, 1));
+    attempt.failure_class = end.class;
+    attempt.reason = Some(end.reason.to_owned());
+    Ok(())
+}
+
+/// The end of a pod, by its own account, or, presumed, because its time is up.
+fn pod_end(pod: &PodView, observed: &Observed<'_>) -> Result<Option<(End, bool)>, Unread> {
+    let unread = || Err(Unread::Pod(pod.attempt));
     // Whatever ran there was not what was asked for, and is no success.
     if pod.altered.is_some() {
-        return infrastructure(POD_ALTERED);
+        let altered = End { class: Some(FailureClass::Infrastructure), reason: POD_ALTERED, exit_code: None };
+        return if pod.live { Ok(Some((altered, false))) } else { unread() };
     }
-    if pod.end.is_some() {
-        return pod.end.clone();
+    if let Some(end) = &pod.end {
+        // Its deletion was asked for, and how its agent ends is not known yet.
+        let presumed = !pod.terminal && end.class == Some(FailureClass::Infrastructure) && end.exit_code.is_none();
+        return if pod.live { Ok(Some((end.clone(), presumed))) } else { unread() };
     }
-    if over(pod.agent_started, wall(pod, observed)) {
-        return Some(End { class: Some(FailureClass::Budget), reason: "DeadlineExceeded", exit_code: None });
+    match overdue(pod, observed) {
+        Some((at, _)) if at > observed.now => Ok(None),
+        Some(_) if !pod.live => unread(),
+        Some((_, (class, reason))) => Ok(Some((End { class: Some(class), reason, exit_code: None }, true))),
+        None => Ok(None),
     }
-    if let Some(stuck) = pod.stuck.as_ref().filter(|stuck| stuck.fatal && over(stuck.since, STUCK_SECONDS)) {
-        return infrastructure(stuck.reason);
-    }
-    if pod.agent_started.is_none() && over(pod.accepted, START_ALLOWANCE_SECONDS) {
-        return infrastructure("StartTimeout");
-    }
-    None
+}
+
+/// When a pod's end is due though nothing about it changes, and as what.
+fn overdue(pod: &PodView, observed: &Observed<'_>) -> Option<(Timestamp, (FailureClass, &'static str))> {
+    let infrastructure = |reason| (FailureClass::Infrastructure, reason);
+    let wall = later(pod.agent_started, wall(pod, observed)).map(|at| (at, (FailureClass::Budget, "DeadlineExceeded")));
+    let stuck = pod.stuck.as_ref().filter(|stuck| stuck.fatal);
+    let stuck = stuck.and_then(|stuck| Some((later(stuck.since, STUCK_SECONDS)?, infrastructure(stuck.reason))));
+    let start = later(pod.accepted, START_ALLOWANCE_SECONDS).filter(|_| pod.agent_started.is_none());
+    let start = start.map(|at| (at, infrastructure("StartTimeout")));
+    let (at, end) = [wall, stuck, start].into_iter().flatten().min_by_key(|(at, _)| *at)?;
+    Some((later(Some(observed.in_touch_since), SETTLING_SECONDS).map_or(at, |settled| at.max(settled)), end))
 }
 
 /// Seconds after its agent's start at which a pod's time is up, whatever its harness says: its wall time, and what its calls may wait for
@@ -196,16 +297,8 @@ fn wall(pod: &PodView, observed: &Observed<'_>) -> i64 {
     lifetime.unwrap_or(observed.wall_time_seconds).saturating_add(CLOSING_SECONDS)
 }
 
-/// When a pod's end is due though nothing about it changes.
-fn due(pod: &PodView, observed: &Observed<'_>) -> Option<Timestamp> {
-    let wall = later(pod.agent_started, wall(pod, observed));
-    let stuck = pod.stuck.as_ref().filter(|stuck| stuck.fatal).and_then(|stuck| later(stuck.since, STUCK_SECONDS));
-    let start = later(pod.accepted, START_ALLOWANCE_SECONDS).filter(|_| pod.agent_started.is_none());
-    [wall, stuck, start].into_iter().flatten().min()
-}
-
 /// A task that goes on.
-fn pursue(observed: &Observed<'_>, attempts: &[Attempt]) -> Next {
+fn pursue(observed: &Observed<'_>, attempts: &[Attempt], failures: &BTreeMap<String, i64>) -> Next {
     let Some(last) = attempts.last() else {
         return Next::Start(next_number(observed, 0));
     };
@@ -214,14 +307,14 @@ fn pursue(observed: &Observed<'_>, attempts: &[Attempt]) -> Next {
     }
     if last.finished_at.is_none() {
         let pod = observed.pods.iter().find(|pod| pod.uid == last.pod_uid);
-        return Next::Run { attempt: last.number, until: pod.and_then(|pod| due(pod, observed)) };
+        return Next::Run { attempt: last.number, until: pod.and_then(|pod| overdue(pod, observed)).map(|(at, _)| at) };
     }
     if let Some(next) = end_pods(observed, |_| true) {
         return next;
     }
     match last.failure_class {
         None => seal(observed, attempts, last.number),
-        Some(class) => match pause(observed, attempts, class) {
+        Some(class) => match pause(observed, attempts, failures, class) {
             Some(until) if until > observed.now => Next::Pause(until),
             Some(_) => Next::Start(next_number(observed, last.number)),
             None => seal(observed, attempts, last.number),
@@ -243,9 +336,16 @@ fn cleanup(observed: &Observed<'_>, attempts: &[Attempt], sealed: bool) -> Next 
 
 /// Ends those pods that are still there, if any is.
 fn end_pods(observed: &Observed<'_>, which: impl Fn(&PodView) -> bool) -> Option<Next> {
-    let live: Vec<_> = observed.pods.iter().filter(|pod| !pod.terminal && which(pod)).collect();
-    let untold = live.iter().filter(|pod| !pod.deleting).map(|pod| (pod.uid.clone(), pod.name.clone())).collect();
-    (!live.is_empty()).then_some(Next::EndPods(untold))
+    let running: Vec<_> = observed.pods.iter().filter(|pod| !pod.terminal && which(pod)).collect();
+    let untold = || running.iter().filter(|pod| !pod.deleting);
+    if let Some(pod) = untold().find(|pod| !pod.live) {
+        return Some(Next::Confirm(Unread::Pod(pod.attempt)));
+    }
+    if observed.deleting && !observed.live && untold().next().is_some() {
+        return Some(Next::Confirm(Unread::Task));
+    }
+    let untold = untold().map(|pod| (pod.uid.clone(), pod.name.clone())).collect();
+    (!running.is_empty()).then_some(Next::EndPods(untold))
 }
 
 /// A number that no pod of this task has had. What was claimed without a pod to show for it may have had one.
@@ -255,7 +355,12 @@ fn next_number(observed: &Observed<'_>, last: i64) -> i64 {
 }
 
 /// When the next attempt may start, if there may be one.
-fn pause(observed: &Observed<'_>, attempts: &[Attempt], class: FailureClass) -> Option<Timestamp> {
+fn pause(
+    observed: &Observed<'_>,
+    attempts: &[Attempt],
+    failures: &BTreeMap<String, i64>,
+    class: FailureClass,
+) -> Option<Timestamp> {
     let altered = attempts.last().and_then(|last| last.reason.as_deref()) == Some(POD_ALTERED);
     let allowed = match class {
         // It would fail again in the same way.
@@ -266,10 +371,9 @@ fn pause(observed: &Observed<'_>, attempts: &[Attempt], class: FailureClass) -> 
         FailureClass::Infrastructure => observed.retry.infrastructure,
         // It was nobody's fault of the task's, and is over some time.
         FailureClass::Dependency => i64::MAX,
-        FailureClass::Policy | FailureClass::Budget | FailureClass::Cancelled => 0,
+        FailureClass::Policy | FailureClass::Budget | FailureClass::Cancelled | FailureClass::Unknown => 0,
     };
-    let failures = attempts.iter().filter(|attempt| attempt.failure_class == Some(class)).count();
-    let failures = i64::try_from(failures).unwrap_or(i64::MAX);
+    let failures = failures.get(class_name(class)).copied().unwrap_or_default();
     if failures > allowed {
         return None;
     }
@@ -293,6 +397,16 @@ fn spread(uid: &str, most: i64) -> i64 {
 fn seal(observed: &Observed<'_>, attempts: &[Attempt], attempt: i64) -> Next {
     let last = attempts.last().filter(|last| last.number == attempt && last.finished_at.is_some());
     let pod = last.and_then(|last| observed.pods.iter().find(|pod| pod.uid == last.pod_uid));
+    match pod {
+        Some(pod) if !pod.live => return Next::Confirm(Unread::Pod(attempt)),
+        None if !observed.looked_up.contains(&attempt) => return Next::Confirm(Unread::Pod(attempt)),
+        _ => {}
+    }
+    let failed = last.is_none_or(|last| last.failure_class.is_some());
+    // Whether it is being deleted decides what it is sealed as, and whether another task undoes it.
+    if !observed.live && (observed.deleting || failed && observed.rolls_back) {
+        return Next::Confirm(Unread::Task);
+    }
     let exit_code = pod.and_then(|pod| pod.end.as_ref()).and_then(|end| end.exit_code);
     let images = pod.map(|pod| pod.images.clone()).unwrap_or_default();
     let outcome = |phase: &str, class: Option<FailureClass>, reason: &str| TaskClosed {
@@ -312,7 +426,9 @@ fn seal(observed: &Observed<'_>, attempts: &[Attempt], attempt: i64) -> Next {
         }
         _ => outcome("Failed", Some(FailureClass::Cancelled), "Deleted"),
     };
-    Next::Seal { attempt, closed }
+    let presumed =
+        last.is_some_and(|last| last.presumed) && closed.failure_class != class_name(FailureClass::Cancelled);
+    Next::Seal { attempt, closed, presumed }
 }
 
 /// The class's name in records, status and metrics.
@@ -324,13 +440,16 @@ pub fn class_name(class: FailureClass) -> &'static str {
         FailureClass::Agent => "Agent",
         FailureClass::Budget => "Budget",
         FailureClass::Cancelled => "Cancelled",
+        FailureClass::Unknown => "Unknown",
     }
 }
 
 /// The class of that name.
 pub fn class_of(name: &str) -> Option<FailureClass> {
-    use FailureClass::{Agent, Budget, Cancelled, Dependency, Infrastructure, Policy};
-    [Policy, Infrastructure, Dependency, Agent, Budget, Cancelled].into_iter().find(|class| class_name(*class) == name)
+    use FailureClass::{Agent, Budget, Cancelled, Dependency, Infrastructure, Policy, Unknown};
+    [Policy, Infrastructure, Dependency, Agent, Budget, Cancelled, Unknown]
+        .into_iter()
+        .find(|class| class_name(*class) == name)
 }
 
 /// Some seconds later.

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::{
     api::core::v1::{ContainerState, ContainerStatus, Pod, PodStatus},
     apimachinery::pkg::apis::meta::v1::Time,
@@ -23,6 +23,9 @@ use crate::{
 /// counts: another attempt would go on from less than was used, and what the witness refuses once it refuses again. So it is not tried again,
 /// whatever the task says of its class.
 pub const LOG_FAILED: &str = "LogFailed";
+
+/// By how much more a node's clock may be behind than is seen: how long a kubelet takes to begin with a pod.
+const SKEW: SignedDuration = SignedDuration::from_secs(3);
 
 /// A pod, as far as decisions go.
 #[derive(Clone, Debug, PartialEq)]
@@ -45,6 +48,8 @@ pub struct PodView {
     pub accepted: Option<Timestamp>,
     /// When the agent started.
     pub agent_started: Option<Timestamp>,
+    /// When the agent finished.
+    pub agent_finished: Option<Timestamp>,
     /// Seconds from its acceptance for which the kubelet lets it live.
     pub lifetime: Option<i64>,
     /// Why it does not get on, and since when.
@@ -55,6 +60,8 @@ pub struct PodView {
     pub altered: Option<String>,
     /// How it ended, once it did.
     pub end: Option<End>,
+    /// Whether this was just read from the API server, or is the last that will ever be said of the pod.
+    pub live: bool,
 }
 
 /// A pod that does not get on.
@@ -90,6 +97,7 @@ pub fn pod(pod: &Pod) -> Option<PodView> {
     let attempt = pod.labels().get(names::ATTEMPT)?.parse().ok()?;
     let empty = PodStatus::default();
     let status = pod.status.as_ref().unwrap_or(&empty);
+    let behind = behind(pod, status);
     let time = |time: &Option<Time>| time.as_ref().map(|time| time.0);
     let container = |name: &str| find(&status.container_statuses, name);
     let init = |name: &str| find(&status.init_container_statuses, name);
@@ -102,6 +110,9 @@ pub fn pod(pod: &Pod) -> Option<PodView> {
             running.or_else(|| state.terminated.as_ref().and_then(|ended| time(&ended.started_at)))
         })
         .filter(|started| *started != Timestamp::UNIX_EPOCH);
+    let agent_finished = agent
+        .and_then(|state| state.terminated.as_ref().and_then(|ended| time(&ended.finished_at)))
+        .filter(|_| agent_started.is_some());
     let phase = status.phase.as_deref().unwrap_or_default();
     Some(PodView {
         attempt,
@@ -111,18 +122,37 @@ pub fn pod(pod: &Pod) -> Option<PodView> {
         deleting: pod.metadata.deletion_timestamp.is_some(),
         terminal: matches!(phase, "Succeeded" | "Failed"),
         contained,
-        accepted: time(&status.start_time),
-        agent_started,
+        accepted: time(&status.start_time).map(|at| by_the_api_server(at, behind)),
+        agent_started: agent_started.map(|at| by_the_api_server(at, behind)),
+        agent_finished: agent_finished.map(|at| by_the_api_server(at, behind)),
         lifetime: pod.spec.as_ref().and_then(|spec| spec.active_deadline_seconds),
         stuck: stuck(status),
         images: images(status),
         altered: intact::altered(pod),
-        end: end(pod, status, agent_started.is_some()),
+        end: end(pod, status, agent_started.is_some(), behind),
+        live: false,
     })
 }
 
 /// Reason of an attempt whose pod was not the pod that was planned.
 pub const POD_ALTERED: &str = "PodAltered";
+
+/// How far the node's clock is behind the API server's, at least: a kubelet takes no pod before it is made and scheduled. Without this, a
+/// node whose clock is behind would make wall times shorter. One that is ahead makes them longer, until its kubelet ends the pod itself.
+fn behind(pod: &Pod, status: &PodStatus) -> SignedDuration {
+    let scheduled = status.conditions.iter().flatten().find(|one| one.type_ == "PodScheduled" && one.status == "True");
+    let scheduled = scheduled.and_then(|one| one.last_transition_time.as_ref());
+    let earliest = pod.creation_timestamp().map(|time| time.0).max(scheduled.map(|time| time.0));
+    match (earliest, &status.start_time) {
+        (Some(earliest), Some(accepted)) => earliest.duration_since(accepted.0).max(SignedDuration::ZERO),
+        _ => SignedDuration::ZERO,
+    }
+}
+
+fn by_the_api_server(time: Timestamp, behind: SignedDuration) -> Timestamp {
+    time.checked_add(behind).unwrap_or(time)
+}
+
 /// What a tag means may change; a digest does not. The kubelet tells it once it has made the container.
 fn images(status: &PodStatus) -> BTreeMap<String, String> {
     let all = status.init_container_statuses.iter().chain(&status.container_statuses).flatten();
@@ -142,7 +172,7 @@ fn state(status: &ContainerStatus) -> Option<&ContainerState> {
 }
 
 /// The pod's end, if it has come to one that counts.
-fn end(pod: &Pod, status: &PodStatus, agent_ran: bool) -> Option<End> {
+fn end(pod: &Pod, status: &PodStatus, agent_ran: bool, behind: SignedDuration) -> Option<End> {
     use FailureClass::{Agent, Budget, Infrastructure};
     let phase = status.phase.as_deref().unwrap_or_default();
     let over = matches!(phase, "Succeeded" | "Failed") || pod.metadata.deletion_timestamp.is_some() || held_up(status);
@@ -166,8 +196,12 @@ fn end(pod: &Pod, status: &PodStatus, agent_ran: bool) -> Option<End> {
         status.conditions.iter().flatten().find(|one| one.type_ == "DisruptionTarget" && one.status == "True");
     let before_deletion = match (deletion_asked(pod), agent.and_then(|ended| ended.finished_at.as_ref())) {
         (None, _) => true,
-        // Both have whole seconds. In the same one, being stopped from outside is the safe reading: it is no success.
-        (Some(asked), Some(finished)) => finished.0 < asked,
+        // Both have whole seconds. In the same one, being stopped from outside is the safe reading: it is no success. A clock that is behind
+        // is known by less than it is.
+        (Some(asked), Some(finished)) => {
+            let margin = if behind.is_zero() { SignedDuration::ZERO } else { SKEW };
+            by_the_api_server(finished.0, behind.saturating_add(margin)) < asked
+        }
         (Some(_), None) => false,
     };
     let told = status.reason.as_deref().unwrap_or_default();
@@ -256,7 +290,7 @@ fn harness_ended(status: &PodStatus) -> Option<(FailureClass, &'static str)> {
 
 /// When deletion was asked for: the timestamp on a pod is when its grace ends.
 fn deletion_asked(pod: &Pod) -> Option<Timestamp> {
-    let grace = jiff::SignedDuration::from_secs(pod.metadata.deletion_grace_period_seconds.unwrap_or_default());
+    let grace = SignedDuration::from_secs(pod.metadata.deletion_grace_period_seconds.unwrap_or_default());
     pod.metadata.deletion_timestamp.as_ref().and_then(|time| time.0.checked_sub(grace).ok())
 }
 

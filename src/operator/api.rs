@@ -229,6 +229,14 @@ impl Writer {
         }
     }
 
+    /// The task as the API server has it.
+    ///
+    /// # Errors
+    /// If it does not answer.
+    pub async fn get_task(&self, namespace: &str, name: &str) -> Result<Option<AgentTask>, ApiError> {
+        bounded::<AgentTask, _>("get", name, self.api::<AgentTask>(namespace).get_opt(name)).await
+    }
+
     /// The pod as the API server has it.
     ///
     /// # Errors

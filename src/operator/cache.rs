@@ -1,7 +1,8 @@
 //! What the cluster says, kept by watches.
 //!
-//! Promises: one object that cannot be read never stops a watch; nothing is decided before every store is filled. Refuses: to keep
-//! what nobody asks for: managed fields, and nearly all of pods' specs.
+//! Guarantees: one object that cannot be read never stops a watch, and neither does another watch; nothing is decided before every store is
+//! filled; how a pod that is gone ended is kept, where the API server has told. Non-goals: to keep what nobody asks for: managed fields, and
+//! nearly all of pods' specs.
 
 use std::{convert::Infallible, sync::Arc, time::Duration};
 
@@ -29,7 +30,9 @@ use super::{
 };
 use crate::{
     api::{AgentTask, PolicyPack, ToolContract, agent_task::Phase},
+    contact,
     lenient::Lenient,
+    lifecycle::observe,
     plan::{intact, names},
 };
 
@@ -136,7 +139,8 @@ impl Stores {
     }
 }
 
-/// The watches' events, to be merged into one controller.
+/// The watches' changes, to be merged into one controller. What goes wrong with one is said and is its own affair: it waits and begins anew, and
+/// holds up no other.
 pub struct Streams {
     /// Tasks that exist.
     pub tasks: Changes<GuardedTask>,
@@ -152,7 +156,7 @@ pub struct Streams {
     pub network_policies: Changes<Lenient<NetworkPolicy>>,
 }
 
-/// Objects of one kind, each time that they change.
+/// Objects of one kind, each time that they change. No item is an error: a controller pauses all of its streams for an error of any.
 pub type Changes<K> = BoxStream<'static, watcher::Result<K>>;
 
 impl Streams {
@@ -163,24 +167,34 @@ impl Streams {
 }
 
 async fn drain<K>(changes: &mut Changes<K>) -> Infallible {
-    while let Some(change) = changes.next().await {
-        if let Err(error) = change {
-            tracing::warn!(%error, "a watch was interrupted and is started again");
-        }
-    }
+    while changes.next().await.is_some() {}
     std::future::pending().await
+}
+
+/// What a watch brings. That it was interrupted is said, and left out.
+fn changes<T: Send + 'static>(
+    kind: &'static str,
+    watch: impl Stream<Item = watcher::Result<T>> + Send + 'static,
+) -> Changes<T> {
+    let told = move |item: watcher::Result<T>| {
+        if let Err(error) = &item {
+            tracing::warn!(kind, %error, "a watch was interrupted and is started again");
+        }
+        std::future::ready(item.ok().map(Ok))
+    };
+    watch.filter_map(told).boxed()
 }
 
 /// Prepares the watches. They run while the streams are polled.
 pub fn watch(client: &Client, memories: Arc<Memories>, metrics: &Metrics) -> (Stores, Streams) {
-    let all = watcher::Config::default;
-    let ours = || watcher::Config::default().labels(&format!("{}={}", names::MANAGED_BY, names::MANAGER));
+    let all = contact::watching;
+    let ours = || contact::watching().labels(&format!("{}={}", names::MANAGED_BY, names::MANAGER));
     let (of_pods, of_policies) = (memories.clone(), memories.clone());
     let network_policies_changed = Arc::new(Notify::new());
     let changed = network_policies_changed.clone();
     let (task_store, writer) = reflector::store();
     let tasks = watcher(Api::<GuardedTask>::all(client.clone()), all())
-        .default_backoff()
+        .backoff(contact::pauses())
         .reflect(writer)
         .inspect(move |event| match event {
             Ok(watcher::Event::Apply(task) | watcher::Event::InitApply(task)) => seen(&memories, task),
@@ -210,6 +224,12 @@ pub fn watch(client: &Client, memories: Arc<Memories>, metrics: &Metrics) -> (St
             if let Some((task, pod)) = touched(event) {
                 of_pods.pod_cached(task, pod.uid.as_deref().unwrap_or_default());
             }
+            if let Ok(watcher::Event::Delete(Lenient(Ok(pod)))) = event
+                && let Some(task) = pod.labels().get(names::TASK_UID)
+                && let Some(view) = observe::pod(pod)
+            {
+                of_pods.pod_gone(task, view);
+            }
         })
         .touched_objects();
     let (policy_store, writer) = reflector::store();
@@ -226,7 +246,7 @@ pub fn watch(client: &Client, memories: Arc<Memories>, metrics: &Metrics) -> (St
         .touched_objects();
     let (namespace_store, writer) = reflector::store();
     let namespaces = watcher(Api::<PartialObjectMeta<Namespace>>::all(client.clone()), all())
-        .default_backoff()
+        .backoff(contact::pauses())
         .modify(|namespace: &mut PartialObjectMeta<Namespace>| namespace.metadata.managed_fields = None)
         .reflect(writer)
         .touched_objects();
@@ -240,12 +260,12 @@ pub fn watch(client: &Client, memories: Arc<Memories>, metrics: &Metrics) -> (St
         network_policies_changed,
     };
     let streams = Streams {
-        tasks: tasks.boxed(),
-        contracts: contracts.boxed(),
-        packs: packs.boxed(),
-        namespaces: namespaces.boxed(),
-        pods: pods.boxed(),
-        network_policies: policies.boxed(),
+        tasks: changes("AgentTask", tasks),
+        contracts: changes("ToolContract", contracts),
+        packs: changes("PolicyPack", packs),
+        namespaces: changes("Namespace", namespaces),
+        pods: changes("Pod", pods),
+        network_policies: changes("NetworkPolicy", policies),
     };
     (stores, streams)
 }
@@ -260,7 +280,7 @@ fn guarded<K>(
 where
     K: Resource<DynamicType = ()> + Clone + std::fmt::Debug + DeserializeOwned + Send + 'static,
 {
-    watcher(Api::<Lenient<K>>::all(client.clone()), config).default_backoff().inspect(report::<K>(metrics))
+    watcher(Api::<Lenient<K>>::all(client.clone()), config).backoff(contact::pauses()).inspect(report::<K>(metrics))
 }
 
 /// Counts and logs objects that cannot be read: once each time that they change, since an unchanged one sends no event.
@@ -269,9 +289,6 @@ fn report<K: Resource<DynamicType = ()>>(metrics: &Metrics) -> impl Fn(&Events<L
     move |event| {
         let object = match event {
             Ok(watcher::Event::Apply(object) | watcher::Event::InitApply(object)) => object,
-            Err(error) => {
-                return tracing::warn!(kind = %K::kind(&()), %error, "a watch was interrupted and is started again");
-            }
             _ => return,
         };
         if let Err(invalid) = &object.0 {

@@ -6,10 +6,11 @@
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use kube::ResourceExt;
+use tokio::time::Instant;
 
 use crate::{api::AgentTask, lifecycle::observe::PodView};
 
@@ -29,6 +30,8 @@ pub struct Memory {
     pub latest: Option<Arc<AgentTask>>,
     /// The pod that we made and the cache does not show yet.
     pub pod: Option<(PodView, Instant)>,
+    /// The newest of its pods that is gone, as the API server last showed it: how it ended may be said nowhere else.
+    pub gone: Option<PodView>,
     /// The attempt whose NetworkPolicy we made and the cache does not show yet.
     pub claim: Option<(i64, Instant)>,
     /// The attempt that we began and whose pod was certainly not made.
@@ -67,6 +70,16 @@ impl Memories {
         if let Some(memory) = self.lock().get_mut(task_uid) {
             memory.pod.take_if(|(pod, _)| pod.uid == pod_uid);
         }
+    }
+
+    /// A pod is gone, and this is the last that was said of it.
+    pub fn pod_gone(&self, task_uid: &str, pod: PodView) {
+        self.update(task_uid, |memory| {
+            if memory.gone.as_ref().is_none_or(|gone| gone.attempt <= pod.attempt) {
+                // Nothing of it runs any more, and nothing else will ever be said of it.
+                memory.gone = Some(PodView { terminal: true, live: true, ..pod });
+            }
+        });
     }
 
     /// The cache shows an attempt's NetworkPolicy, or showed it: if it is not there any more, it was deleted.

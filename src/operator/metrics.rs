@@ -93,6 +93,7 @@ impl Metrics {
 }
 
 /// Tasks by phase and class, counted when they are asked for.
+#[derive(Clone)]
 pub struct TasksByPhase {
     store: Store<Lenient<AgentTask>>,
     gauge: IntGaugeVec,

@@ -1,12 +1,13 @@
 //! One look at one task: observe, decide, act, tell.
 //!
-//! Promises: a task that rests costs no write; status is written when it changed and never to a namesake; the same error is logged
-//! once. Refuses: to act on what a cache alone says is gone.
+//! Guarantees: a task that rests costs no request; status is written when it changed and never to a namesake; the same error is logged
+//! once; what ends an attempt, deletes a pod, seals a log or starts a rollback was read from the API server in the same look, and where it
+//! cannot be read nothing is concluded. Non-goals: to act on what a cache alone says.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     sync::Arc,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use jiff::Timestamp;
@@ -19,7 +20,7 @@ use kube::{
     core::{PartialObjectMeta, error_boundary::InvalidObject},
     runtime::{controller::Action, reflector::ObjectRef},
 };
-use tokio::sync::watch;
+use tokio::{sync::watch, time::Instant};
 use tracing::Span;
 
 use super::{
@@ -38,13 +39,14 @@ use crate::{
         AgentTask, AgentTaskStatus, ToolContract,
         agent_task::{Attempt, EvidenceStatus, FailureClass, Phase, RollbackWhen},
     },
+    contact::Contact,
     evidence::{note, record::TaskClosed},
     lifecycle::{
-        decide::{self, Decision, Next, Observed, later, wait},
+        decide::{self, Decision, Next, Observed, Unread, later, wait},
         observe::{self, POD_ALTERED, PodView},
     },
     plan::{Finding, evidence::Location, names, network_policy, owner::Owner, rollback, validated::Surroundings},
-    seal::{Gateway, SealError},
+    seal::{Seal, SealError},
     wire::SealRequest,
 };
 
@@ -64,15 +66,20 @@ pub struct Context {
     /// Writes.
     pub writer: Writer,
     /// The way to the gateway.
-    pub gateway: Gateway,
+    pub gateway: Arc<dyn Seal>,
     /// What the cluster adds to every task.
     pub surroundings: watch::Receiver<Option<Surroundings>>,
+    /// How we stand to the API server, and what time it is there.
+    pub contact: Arc<Contact>,
     /// Metrics.
     pub metrics: Metrics,
     /// Namespace of operator and gateway.
     pub system_namespace: String,
     /// Endpoint of the evidence store, for those who verify a log before it is sealed; absent for AWS.
     pub s3_endpoint: Option<String>,
+    /// Takes what the caches say for what was just read, as an operator without the guarantees above would.
+    #[cfg(test)]
+    pub believes_caches: bool,
 }
 
 /// Why a look did not come to its end. All are tried again.
@@ -95,6 +102,20 @@ pub enum ReconcileError {
     NoEvidenceLocation,
 }
 
+impl ReconcileError {
+    /// Whether the API server did not answer.
+    fn is_silence(&self) -> bool {
+        let silent = |error: &ApiError| error.code().is_none_or(|code| matches!(code, 502..=504));
+        match self {
+            Self::Api(error) => silent(error),
+            Self::Apply(ApplyError::Before(error) | ApplyError::PodRefused(error) | ApplyError::PodUnknown(error)) => {
+                silent(error)
+            }
+            Self::Apply(_) | Self::Seal(_) | Self::NoEvidenceLocation => false,
+        }
+    }
+}
+
 /// Looks at a task.
 ///
 /// # Errors
@@ -113,8 +134,9 @@ pub async fn reconcile(task: Arc<GuardedTask>, context: Arc<Context>) -> Result<
                 context: &context,
                 owner: Owner::of(&task),
                 memory: context.memories.get(&uid),
+                failures: BTreeMap::new(),
+                now: context.contact.now(),
                 task,
-                now: Timestamp::now(),
             }
             .run()
             .await
@@ -141,7 +163,7 @@ pub fn after_error(task: &GuardedTask, error: &ReconcileError, context: &Context
     if !known {
         tracing::warn!(namespace = metadata.namespace, task = metadata.name, error = text, "not done yet; tried again");
     }
-    Action::requeue(backoff::pause(errors))
+    Action::requeue(backoff::pause(errors, error.is_silence()))
 }
 
 /// A task that this version cannot read: said once, in its status.
@@ -154,11 +176,12 @@ async fn refuse_unreadable(context: &Context, invalid: &InvalidObject, uid: &str
     let story = Story {
         generation: metadata.generation,
         attempts: &[],
+        failures: &BTreeMap::new(),
         contained: None,
         evidence: None,
         stage: Stage::Refused(&finding),
     };
-    let status = status::tell(&AgentTaskStatus::default(), &story, Timestamp::now());
+    let status = status::tell(&AgentTaskStatus::default(), &story, context.contact.now());
     let (namespace, name) =
         (metadata.namespace.as_deref().unwrap_or_default(), metadata.name.as_deref().unwrap_or_default());
     match context.writer.apply_status(namespace, name, Some(uid), &status).await {
@@ -176,29 +199,67 @@ struct Pass<'a> {
     task: Arc<AgentTask>,
     owner: Owner,
     memory: Memory,
+    /// How many attempts have failed, by class.
+    failures: BTreeMap<String, i64>,
     now: Timestamp,
+}
+
+/// What is seen of a task in one look.
+pub(super) struct Seen {
+    pub(super) pods: Vec<PodView>,
+    /// Attempts that have a NetworkPolicy.
+    pub(super) claims: Vec<i64>,
+    /// Attempts whose pod was looked up in this look.
+    pub(super) looked_up: BTreeSet<i64>,
+    /// Whether the task was read in this look.
+    pub(super) live: bool,
+}
+
+impl Seen {
+    /// The pod of this attempt is this one, or none.
+    pub(super) fn look_up(&mut self, attempt: i64, live: Option<PodView>) {
+        self.looked_up.insert(attempt);
+        // What the cache has of another is old news. What was last said of one that is gone stays said.
+        self.pods
+            .retain(|pod| pod.attempt != attempt || pod.live && live.as_ref().is_none_or(|live| live.uid != pod.uid));
+        self.pods.extend(live.map(|live| PodView { live: true, ..live }));
+    }
 }
 
 impl Pass<'_> {
     async fn run(&mut self) -> Result<Action, ReconcileError> {
-        let (mut pods, claims) = self.observe();
-        let mut confirmed_gone = false;
-        let Decision { attempts, next } = loop {
-            let decision = self.decide(&pods, &claims, confirmed_gone);
-            let Next::Confirm { pod } = &decision.next else { break decision };
-            let uid = decision.attempts.iter().find(|attempt| attempt.pod == *pod).map(|attempt| &attempt.pod_uid);
-            let live = self.context.writer.get_pod(&self.owner.namespace, pod).await?;
-            match live.filter(|live| live.metadata.uid.as_ref() == uid).as_ref().and_then(observe::pod) {
-                Some(view) => pods.push(view),
-                None => confirmed_gone = true,
+        let mut seen = self.observe();
+        let (attempts, next) = loop {
+            let Decision { attempts, failures, next } = self.decide(&seen);
+            self.failures = failures;
+            let Next::Confirm(unread) = next else { break (attempts, next) };
+            let Owner { namespace, name, uid } = &self.owner;
+            match unread {
+                Unread::Pod(attempt) if !seen.looked_up.contains(&attempt) => {
+                    let live = self.context.writer.get_pod(namespace, &names::of_attempt(name, attempt)).await?;
+                    let live = live.filter(|live| self.owns(live.labels())).as_ref().and_then(observe::pod);
+                    seen.look_up(attempt, live.filter(|live| live.attempt == attempt));
+                }
+                Unread::Task if !seen.live => match self.context.writer.get_task(namespace, name).await? {
+                    Some(live) if live.metadata.uid.as_ref() == Some(uid) => {
+                        self.task = self.context.memories.newest(Arc::new(live));
+                        seen.live = true;
+                    }
+                    // There is nobody to decide anything for, and its pods go with it.
+                    _ => break (Vec::new(), Next::Nothing),
+                },
+                // What was just read is not old: never twice in one look.
+                Unread::Pod(_) | Unread::Task => break (attempts, next),
             }
+            // The answer told the time as well.
+            self.now = self.context.contact.now();
         };
         Span::current().record("next", next.as_str());
-        self.act(&pods, attempts, next).await
+        self.act(&seen.pods, attempts, next).await
     }
 
-    /// The task's pods, and the attempts that have a NetworkPolicy.
-    fn observe(&self) -> (Vec<PodView>, Vec<i64>) {
+    /// The task's pods, and the attempts that have a NetworkPolicy, as far as they are known without asking.
+    fn observe(&self) -> Seen {
         let stores = &self.context.stores;
         let recent = |made: Instant| made.elapsed() < BELIEVED;
         let remembered = self.memory.pod.as_ref().filter(|(_, made)| recent(*made)).map(|(pod, _)| pod.clone());
@@ -224,10 +285,26 @@ impl Pass<'_> {
                 break;
             }
         }
-        if let Some(pod) = remembered.filter(|made| pods.iter().all(|pod| pod.uid != made.uid)) {
-            pods.push(pod);
+        for pod in remembered.into_iter().chain(self.memory.gone.clone()) {
+            if pods.iter().all(|known| known.uid != pod.uid) {
+                pods.push(pod);
+            }
         }
-        (pods, claims)
+        #[cfg(test)]
+        if self.context.believes_caches {
+            pods.iter_mut().for_each(|pod| pod.live = true);
+        }
+        Seen { pods, claims, looked_up: BTreeSet::new(), live: self.believed() }
+    }
+
+    #[cfg(test)]
+    fn believed(&self) -> bool {
+        self.context.believes_caches
+    }
+
+    #[cfg(not(test))]
+    fn believed(&self) -> bool {
+        false
     }
 
     /// When to look again though nothing changes: soon, where our memory stands in for the cache.
@@ -247,7 +324,7 @@ impl Pass<'_> {
         live.0.as_ref().ok().filter(|live| self.owns(live.labels())).cloned()
     }
 
-    fn decide(&self, pods: &[PodView], claims: &[i64], confirmed_gone: bool) -> Decision {
+    fn decide(&self, seen: &Seen) -> Decision {
         let status = self.status();
         decide::decide(&Observed {
             uid: &self.owner.uid,
@@ -255,13 +332,17 @@ impl Pass<'_> {
             finalizer: self.task.finalizers().iter().any(|one| one == names::FINALIZER),
             phase: status.phase,
             sealed: status.conditions.iter().any(|one| one.type_ == status::EVIDENCE_SEALED && one.status == "True"),
+            live: seen.live,
+            rolls_back: self.task.spec.rollback == RollbackWhen::OnFailure,
             retry: &self.task.spec.retry,
             wall_time_seconds: self.task.spec.limits.wall_time_seconds,
             history: &status.attempts,
-            pods,
-            claims,
+            failures: &status.failures,
+            pods: &seen.pods,
+            claims: &seen.claims,
             reusable: self.memory.reusable,
-            confirmed_gone,
+            looked_up: &seen.looked_up,
+            in_touch_since: if self.believed() { Timestamp::UNIX_EPOCH } else { self.context.contact.since() },
             now: self.now,
         })
     }
@@ -274,7 +355,7 @@ impl Pass<'_> {
         match next {
             Next::Nothing => Ok(Action::await_change()),
             // Decided only until it is confirmed, see `run`.
-            Next::Confirm { .. } => Ok(Action::requeue(BELIEVED)),
+            Next::Confirm(_) => Ok(Action::requeue(BELIEVED)),
             Next::Run { attempt, until } => self.attend(pods, &attempts, attempt, until, contained).await,
             Next::Pause(until) => {
                 let (reason, why) = self.waits_for(pods, &attempts, "Retrying");
@@ -294,7 +375,9 @@ impl Pass<'_> {
                 }
                 Ok(Action::requeue(self.backstop()))
             }
-            Next::Seal { attempt, closed } => self.seal(&attempts, contained, attempt, closed).await,
+            Next::Seal { attempt, closed, presumed } => {
+                self.seal(&attempts, contained, attempt, (closed, presumed)).await
+            }
             Next::Release => self.release().await,
         }
     }
@@ -525,7 +608,7 @@ impl Pass<'_> {
 
     /// Makes the task that undoes this one, if it has failed and there is something to undo.
     async fn roll_back(&self, closed: &TaskClosed, by: Option<BTreeSet<String>>) -> Result<(), ReconcileError> {
-        if closed.phase != "Failed" || self.task.spec.rollback != RollbackWhen::OnFailure {
+        if !closed.has_failed() || self.task.spec.rollback != RollbackWhen::OnFailure {
             return Ok(());
         }
         let contracts = self.context.stores.contracts.state();
@@ -552,12 +635,13 @@ impl Pass<'_> {
         attempts: &[Attempt],
         contained: Option<bool>,
         attempt: i64,
-        closed: TaskClosed,
+        (closed, presumed): (TaskClosed, bool),
     ) -> Result<Action, ReconcileError> {
         let sealed = match self.location() {
             Some(Location { bucket, prefix }) => {
                 let Owner { namespace, name, uid } = self.owner.clone();
-                let request = SealRequest { namespace, name, uid, attempt, bucket, prefix, closed: closed.clone() };
+                let closed = closed.clone();
+                let request = SealRequest { namespace, name, uid, attempt, bucket, prefix, closed, presumed };
                 self.context.gateway.seal(&request).await.map_err(ReconcileError::from)
             }
             None => Err(ReconcileError::NoEvidenceLocation),
@@ -573,6 +657,12 @@ impl Pass<'_> {
         if self.task.metadata.deletion_timestamp.is_some() {
             return self.release().await;
         }
+        // The log has the last word: it may have been sealed before with another, or not bear out what was presumed.
+        let closed = match reply.closed {
+            Some(sealed) => sealed,
+            None if presumed => closed.unknown(),
+            None => closed,
+        };
         self.roll_back(&closed, reply.undone_by).await?;
         let evidence = EvidenceStatus {
             origin: reply.origin,
@@ -646,7 +736,8 @@ impl Pass<'_> {
         stage: Stage<'_>,
         evidence: Option<EvidenceStatus>,
     ) -> Result<(), ReconcileError> {
-        let story = Story { generation: self.task.metadata.generation, attempts, contained, evidence, stage };
+        let (generation, failures) = (self.task.metadata.generation, &self.failures);
+        let story = Story { generation, attempts, failures, contained, evidence, stage };
         let before = self.status().into_owned();
         let after = status::tell(&before, &story, self.now);
         if !status::changed(&before, &after) {
@@ -667,7 +758,12 @@ impl Pass<'_> {
         }
         if before.phase != after.phase || before.reason != after.reason {
             tracing::info!(
-                namespace, task = name, phase = ?after.phase, reason = after.reason, attempt = after.attempt, "status changed"
+                namespace,
+                task = name,
+                phase = after.phase.map(tracing::field::debug),
+                reason = after.reason,
+                attempt = after.attempt,
+                "status changed"
             );
         }
         self.context.memories.update(&self.owner.uid, |memory| memory.latest = Some(task.clone()));

@@ -3,6 +3,8 @@
 //! Promises: the same knowledge gives the same status, so that a second pass changes nothing; a condition's transition time moves
 //! only with its status. Refuses: `status.usage`, which is the gateway's.
 
+use std::collections::BTreeMap;
+
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 
@@ -55,6 +57,8 @@ pub struct Story<'a> {
     pub generation: Option<i64>,
     /// The attempts.
     pub attempts: &'a [Attempt],
+    /// How many have failed, by class.
+    pub failures: &'a BTreeMap<String, i64>,
     /// What the newest pod's probe said.
     pub contained: Option<bool>,
     /// Where the evidence goes, once that is fixed.
@@ -88,6 +92,7 @@ pub fn tell(before: &AgentTaskStatus, story: &Story<'_>, now: Timestamp) -> Agen
         observed_generation: story.generation,
         attempt: story.attempts.last().map(|attempt| attempt.number),
         attempts: story.attempts.to_vec(),
+        failures: story.failures.clone(),
         usage: None,
         conditions: before.conditions.clone(),
         evidence: story.evidence.clone().or_else(|| before.evidence.clone()),
@@ -122,7 +127,7 @@ pub fn tell(before: &AgentTaskStatus, story: &Story<'_>, now: Timestamp) -> Agen
             set(EVIDENCE_SEALED, "False", SEAL_FAILED, problem);
         }
         Stage::Ended(closed) => {
-            set(COMPLETE, "True", &closed.phase, &closed.reason);
+            set(COMPLETE, "True", &closed.phase, ended(closed));
             set(EVIDENCE_SEALED, "True", SEALED, "");
         }
         Stage::Waiting(reason, message) => set(COMPLETE, "False", reason, message),
@@ -137,6 +142,17 @@ pub fn tell(before: &AgentTaskStatus, story: &Story<'_>, now: Timestamp) -> Agen
         status.failure_class = class_of(&closed.failure_class);
     }
     status
+}
+
+/// What a person reads of a task's end.
+fn ended(closed: &TaskClosed) -> &str {
+    if closed.failure_class == TaskClosed::UNKNOWN {
+        "VerdictUnknown: nobody has seen how the agent ended, and the evidence log does not bear out what the clock says. Nothing was undone. \
+         Read the log (belay watch, belay verify) and decide: to undo what the task did, use belay rollback; to have it done again, create \
+         the task anew"
+    } else {
+        &closed.reason
+    }
 }
 
 fn phase(before: &AgentTaskStatus, story: &Story<'_>) -> Phase {

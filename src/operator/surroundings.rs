@@ -10,6 +10,7 @@ use kube::{
 use tokio::sync::watch;
 
 use super::Settings;
+use crate::contact;
 use crate::plan::{
     names,
     validated::{Surroundings, authority},
@@ -62,8 +63,8 @@ pub fn follow(
     let (namespace, image) = (settings.system_namespace.clone(), settings.image.clone());
     let (cpu, memory) = (settings.harness_cpu.clone(), settings.harness_memory.clone());
     let services = Api::<Service>::namespaced(client.clone(), &namespace);
-    let config = watcher::Config::default().fields(&format!("metadata.name={}", names::GATEWAY));
-    let changes = watcher(services, config).default_backoff().filter_map(move |event| {
+    let config = contact::watching().fields(&format!("metadata.name={}", names::GATEWAY));
+    let changes = watcher(services, config).backoff(contact::pauses()).filter_map(move |event| {
         let address = match event {
             Ok(watcher::Event::Apply(service) | watcher::Event::InitApply(service)) => Some(address(&service)),
             Ok(watcher::Event::Delete(_)) => Some(None),

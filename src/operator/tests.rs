@@ -35,6 +35,7 @@ use crate::{
 
 pub(super) mod cluster;
 mod injected;
+mod orders;
 
 const TASK: &str = "/apis/belay.dev/v1alpha1/namespaces/team-a/agenttasks/triage";
 const STATUS: &str = "PATCH /apis/belay.dev/v1alpha1/namespaces/team-a/agenttasks/triage/status";
@@ -104,11 +105,13 @@ impl Scene {
             },
             memories: Arc::new(Memories::default()),
             writer: ApiWriter::new(cluster.client(), metrics.clone()),
-            gateway: Gateway::new(address, token.path().into(), &authority).unwrap(),
+            gateway: Arc::new(Gateway::new(address, token.path().into(), &authority).unwrap()),
             surroundings: watch::channel(Some(fixtures::surroundings())).1,
+            contact: Arc::default(),
             metrics,
             system_namespace: "belay-system".into(),
             s3_endpoint: None,
+            believes_caches: false,
         };
         let mut scene = Self {
             cluster,
@@ -306,9 +309,10 @@ async fn a_whole_task_costs_six_writes_and_then_none() {
     scene.step().await.unwrap();
     assert_eq!(scene.cluster.requests(), Vec::<String>::new());
 
+    // A success costs one read: what is sealed was seen.
     scene.end_agent(POD, 0);
     scene.step().await.unwrap();
-    assert_eq!(scene.cluster.requests(), [STATUS]);
+    assert_eq!(scene.cluster.requests(), [format!("GET {POD}").as_str(), STATUS]);
     assert_eq!(scene.status()["phase"], "Succeeded");
     assert_eq!(scene.status()["evidence"]["size"], 3);
     for _ in 0..3 {
@@ -529,7 +533,7 @@ async fn deletion_ends_the_pod_seals_and_lets_go() {
     scene.cluster.edit(TASK, |task| task["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z"));
     scene.cluster.requests();
     scene.step().await.unwrap();
-    assert_eq!(scene.cluster.requests(), [format!("DELETE {POD}")]);
+    assert_eq!(scene.cluster.requests(), [format!("GET {POD}"), format!("GET {TASK}"), format!("DELETE {POD}")]);
     scene.step().await.unwrap();
     assert_eq!(scene.cluster.writes(), [format!("PATCH {TASK}")]);
     assert_eq!(scene.cluster.get(TASK).unwrap()["metadata"]["finalizers"], json!([]));
@@ -551,7 +555,7 @@ async fn a_task_is_kept_while_its_evidence_cannot_be_sealed() {
     for _ in 0..3 {
         scene.step().await.unwrap_err();
     }
-    assert_eq!(scene.cluster.requests(), Vec::<String>::new());
+    assert_eq!(scene.cluster.writes(), Vec::<String>::new());
     assert_eq!(scene.cluster.get(TASK).unwrap()["metadata"]["finalizers"], json!([names::FINALIZER]));
     // The gateway is back.
     let mut scene = Scene::over(scene.cluster, 200, &serde_json::to_string(&seal::tests::reply()).unwrap()).await;

@@ -71,6 +71,7 @@ pub(crate) fn request() -> SealRequest {
             exit_code: Some(0),
             images: Default::default(),
         },
+        presumed: false,
     }
 }
 
@@ -83,6 +84,7 @@ pub(crate) fn token() -> tempfile::NamedTempFile {
 pub(crate) fn reply() -> SealReply {
     SealReply {
         undone_by: Some(Default::default()),
+        closed: None,
         origin: "belay.dev/task/u".into(),
         location: "s3://b/ns/t/u".into(),
         endpoint: None,

@@ -9,6 +9,7 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use imbl::{HashMap, HashSet, OrdMap};
+use jiff::Timestamp;
 
 use crate::{
     canonical,
@@ -16,7 +17,10 @@ use crate::{
         fits,
         merkle::Tree,
         note::{self, VerifierKey},
-        record::{Actor, AttemptOpened, Channel, Effect, Event, Intent, Outcome, Record, Replayed, Resolved, VERSION},
+        record::{
+            Actor, AttemptOpened, Channel, Effect, Event, Intent, Outcome, Record, Replayed, Resolved, TaskClosed,
+            VERSION,
+        },
         rollback::{self, Leaving, Undoing},
         segment::Segment,
     },
@@ -193,6 +197,12 @@ pub struct History {
     /// The rule by which the attempt has come to an end from which it does not open again.
     over: Option<Rule>,
     closed: bool,
+    /// When the attempt was first opened, and when it wrote its newest record, by its own clock.
+    lasted: Option<(Timestamp, Timestamp)>,
+    /// How the attempt was closed; none before it is.
+    parting: Option<Arc<str>>,
+    /// How the task ended.
+    outcome: Option<Arc<TaskClosed>>,
     key: Option<Arc<VerifierKey>>,
     /// The attempt's policy.
     policy: Option<Arc<PolicyConfig>>,
@@ -274,6 +284,23 @@ impl History {
     /// The rule by which this attempt has come to an end from which it does not open again.
     pub fn over(&self, attempt: i64) -> Option<Rule> {
         self.over.filter(|_| attempt == self.attempt)
+    }
+
+    /// How the task ended, once its log is sealed.
+    pub fn outcome(&self) -> Option<TaskClosed> {
+        self.outcome.as_deref().cloned()
+    }
+
+    /// What the log is to be sealed with, where whoever seals it says this of its last attempt. What was presumed is borne out by the log or
+    /// is not known; and where the log says otherwise, it is not known either.
+    pub fn verdict(&self, closed: TaskClosed, attempt: i64, presumed: bool) -> TaskClosed {
+        let of_it = attempt == self.attempt;
+        let parting = self.parting.as_deref().filter(|_| of_it && !self.opened);
+        let limits = self.limits.as_ref().filter(|_| of_it);
+        let limit = limits.map(|limits| limits.wall_time_seconds.saturating_add(limits.approval_wait_seconds));
+        let lasted = self.lasted.zip(limit);
+        let time_over = lasted.is_some_and(|((from, until), limit)| until.duration_since(from).as_secs() >= limit);
+        closed.borne_out(presumed, parting, time_over)
     }
 
     /// The most sensitive data that the task has handled.
@@ -411,6 +438,10 @@ impl History {
                 self.task_class = opened.policy.task.task_class.as_deref().unwrap_or_default().into();
                 self.policy_digest = opened.policy.digest().map_err(|e| at(record, e))?.into();
                 self.plan(record, opened)?;
+                if record.attempt != self.attempt {
+                    self.lasted = Some((time, time));
+                }
+                self.parting = None;
                 (self.attempt, self.opened, self.loose, self.over) = (record.attempt, true, false, None);
                 (self.key, self.policy) = (Some(Arc::new(key)), Some(Arc::new(opened.policy.clone())));
                 self.incarnation += 1;
@@ -451,11 +482,16 @@ impl History {
             Event::ContainmentChecked(seen) => self.loose |= !seen.contained || !seen.breaches.is_empty(),
             Event::AttemptClosed(closed) => {
                 (self.opened, self.over) = (false, closed.rule());
+                self.parting = Some(closed.reason.as_str().into());
             }
-            Event::TaskClosed(_) => {
+            Event::TaskClosed(closed) => {
                 self.closed = true;
+                self.outcome = Some(Arc::new(closed.clone()));
                 self.incarnation += 1;
             }
+        }
+        if let Some((_, until)) = self.lasted.as_mut().filter(|_| !ends) {
+            *until = time;
         }
         if record.usage != usage {
             return Err(at(record, format!("expected counters {usage:?}, found {:?}", record.usage)));

@@ -23,11 +23,13 @@ fn pod(attempt: i64) -> PodView {
         contained: Some(true),
         accepted: Some(at(-19)),
         agent_started: Some(at(-10)),
+        agent_finished: None,
         lifetime: None,
         stuck: None,
         altered: None,
         images: [("agent".to_owned(), "ab".repeat(32))].into(),
         end: None,
+        live: true,
     }
 }
 
@@ -44,6 +46,7 @@ fn record(number: i64, end: Option<(Option<FailureClass>, &str)>) -> Attempt {
         finished_at: end.map(|_| Time(at(-1))),
         failure_class: end.and_then(|(class, _)| class),
         reason: end.map(|(_, reason)| reason.to_owned()),
+        presumed: false,
     }
 }
 
@@ -59,7 +62,12 @@ struct Case {
     pods: Vec<PodView>,
     claims: Vec<i64>,
     reusable: Option<i64>,
-    confirmed_gone: bool,
+    /// Every pod was looked up: those that are not here are not there.
+    looked_up: bool,
+    live: bool,
+    rolls_back: bool,
+    failures: BTreeMap<String, i64>,
+    in_touch_since: Timestamp,
 }
 
 impl Default for Case {
@@ -74,7 +82,11 @@ impl Default for Case {
             pods: vec![],
             claims: vec![],
             reusable: None,
-            confirmed_gone: false,
+            looked_up: true,
+            live: true,
+            rolls_back: true,
+            failures: BTreeMap::new(),
+            in_touch_since: at(-1000),
         }
     }
 }
@@ -93,7 +105,11 @@ impl Case {
             pods: &self.pods,
             claims: &self.claims,
             reusable: self.reusable,
-            confirmed_gone: self.confirmed_gone,
+            failures: &self.failures,
+            looked_up: &if self.looked_up { (1..100).collect() } else { BTreeSet::new() },
+            live: self.live,
+            rolls_back: self.rolls_back,
+            in_touch_since: self.in_touch_since,
             now,
         })
     }
@@ -108,7 +124,7 @@ fn seal_of(attempt: i64, phase: &str, class: &str, reason: &str, exit_code: Opti
     let images = exit_code.map(|_| pod(attempt).images).unwrap_or_default();
     let closed =
         TaskClosed { phase: phase.into(), failure_class: class.into(), reason: reason.into(), exit_code, images };
-    Next::Seal { attempt, closed }
+    Next::Seal { attempt, closed, presumed: false }
 }
 
 use FailureClass::{Agent, Budget, Dependency, Infrastructure};
@@ -241,9 +257,9 @@ fn an_older_pod_that_turns_up_is_ended() {
 
 #[test]
 fn a_pod_that_is_not_cached_is_looked_up_before_it_is_lost() {
-    let mut case = Case { history: vec![record(1, None)], claims: vec![1], ..Case::default() };
-    assert_eq!(case.next(), Next::Confirm { pod: "t-1".into() });
-    case.confirmed_gone = true;
+    let mut case = Case { history: vec![record(1, None)], claims: vec![1], looked_up: false, ..Case::default() };
+    assert_eq!(case.next(), Next::Confirm(Unread::Pod(1)));
+    case.looked_up = true;
     let decision = case.decide_at(at(0));
     assert_eq!(decision.attempts[0].reason.as_deref(), Some("PodLost"));
     assert_eq!(decision.next, Next::Start(2));
@@ -252,9 +268,9 @@ fn a_pod_that_is_not_cached_is_looked_up_before_it_is_lost() {
 #[test]
 fn a_namesake_of_the_recorded_pod_is_not_that_pod() {
     let other = PodView { uid: "another".into(), ..pod(1) };
-    let mut case = Case { history: vec![record(1, None)], pods: vec![other], ..Case::default() };
-    assert_eq!(case.next(), Next::Confirm { pod: "t-1".into() });
-    case.confirmed_gone = true;
+    let mut case = Case { history: vec![record(1, None)], pods: vec![other], looked_up: false, ..Case::default() };
+    assert_eq!(case.next(), Next::Confirm(Unread::Pod(1)));
+    case.looked_up = true;
     assert_eq!(case.next(), Next::EndPods(vec![("another".into(), "t-1".into())]));
 }
 
@@ -354,7 +370,7 @@ fn any_case() -> impl Strategy<Value = Case> {
                 history: history.into_iter().map(|(number, ended)| record(number, ended.map(end))).collect(),
                 pods,
                 claims: claims.into_iter().collect(),
-                confirmed_gone: gone,
+                looked_up: gone,
                 ..Case::default()
             }
         },
@@ -386,8 +402,8 @@ proptest! {
     #[test]
     fn what_is_recorded_stays(case in any_case()) {
         let first = case.decide_at(at(0));
-        if !matches!(first.next, Next::Confirm { .. } | Next::Nothing) {
-            let again = Case { history: first.attempts.clone(), ..case };
+        if !matches!(first.next, Next::Confirm(_) | Next::Nothing) {
+            let again = Case { history: first.attempts.clone(), failures: first.failures.clone(), ..case };
             let second = again.decide_at(at(0));
             prop_assert_eq!(first, second);
         }
@@ -409,4 +425,104 @@ fn a_pod_that_is_not_as_planned_is_tried_again_and_is_no_success() {
     let case = Case { history, claims: (1..=9).collect(), ..Case::default() };
     assert!(matches!(case.next(), Next::Pause(_)), "{:?}", case.next());
     assert_eq!(case.decide_at(at(200)).next, Next::Start(10));
+}
+
+/// Whatever would end an attempt, delete a pod or seal a log waits for that to be read, and nothing else does.
+#[test]
+fn what_was_not_just_read_decides_nothing_that_cannot_be_undone() {
+    let old = |pod: PodView| PodView { live: false, ..pod };
+    let over = PodView { agent_started: Some(at(-70)), ..pod(1) };
+    let stuck = PodView {
+        agent_started: None,
+        stuck: Some(Stuck { reason: "ImagePull", since: Some(at(-61)), fatal: true }),
+        ..pod(1)
+    };
+    let unstarted = PodView { agent_started: None, accepted: Some(at(-301)), ..pod(1) };
+    for pod in [over, stuck, unstarted, ended(1, None, "AgentSucceeded"), ended(1, Some(Agent), "NonZeroExit")] {
+        let case = Case { pods: vec![old(pod.clone())], claims: vec![1], looked_up: false, ..Case::default() };
+        assert_eq!(case.next(), Next::Confirm(Unread::Pod(1)), "{pod:?}");
+        let read = Case { pods: vec![pod], ..case };
+        assert!(matches!(read.next(), Next::EndPods(_) | Next::Seal { .. } | Next::Start(2)), "{:?}", read.next());
+    }
+    // A pod that must go, of an attempt before, and of a task that is deleted.
+    let case = Case { pods: vec![old(pod(1)), pod(2)], ..Case::default() };
+    assert_eq!(case.next(), Next::Confirm(Unread::Pod(1)));
+    let case = Case { deleting: true, pods: vec![pod(1)], live: false, ..Case::default() };
+    assert_eq!(case.next(), Next::Confirm(Unread::Task));
+    // A failure that another task undoes is sealed by what the task is now; a success, and what nothing undoes, need no more reading.
+    let failed = |rolls_back| Case {
+        pods: vec![ended(1, Some(Agent), "NonZeroExit")],
+        live: false,
+        rolls_back,
+        retry: Retry { agent: 0, infrastructure: 0 },
+        ..Case::default()
+    };
+    assert_eq!(failed(true).next(), Next::Confirm(Unread::Task));
+    assert!(matches!(failed(false).next(), Next::Seal { .. }));
+    let well = Case { pods: vec![ended(1, None, "AgentSucceeded")], live: false, ..Case::default() };
+    assert!(matches!(well.next(), Next::Seal { .. }));
+    // At rest nothing is read.
+    let rests = Case { pods: vec![old(pod(1))], live: false, looked_up: false, ..Case::default() };
+    assert!(matches!(rests.next(), Next::Run { .. }));
+}
+
+/// Kubelets that were cut off as well have not told yet what happened meanwhile.
+#[test]
+fn after_a_break_nothing_is_concluded_from_silence() {
+    let over = PodView { agent_started: Some(at(-70)), ..pod(1) };
+    let case = Case { pods: vec![over], in_touch_since: at(-10), ..Case::default() };
+    assert_eq!(case.next(), Next::Run { attempt: 1, until: Some(at(-10 + SETTLING_SECONDS)) });
+    assert!(matches!(case.decide_at(at(SETTLING_SECONDS)).next, Next::EndPods(_)));
+}
+
+#[test]
+fn what_the_clock_says_is_presumed_until_the_pod_has_spoken() {
+    let over = PodView { agent_started: Some(at(-70)), ..pod(1) };
+    let case = Case { pods: vec![over.clone()], ..Case::default() };
+    let told = case.decide_at(at(0));
+    assert!(told.attempts[0].presumed);
+    assert_eq!(told.failures, BTreeMap::from([("Budget".to_owned(), 1)]));
+    let then = |pod: Option<PodView>| {
+        let case = Case {
+            history: told.attempts.clone(),
+            failures: told.failures.clone(),
+            pods: pod.into_iter().collect(),
+            ..Case::default()
+        };
+        case.decide_at(at(1))
+    };
+    // It had ended well all the while.
+    let well = ended(1, None, "AgentSucceeded");
+    let well = PodView { agent_started: Some(at(-70)), agent_finished: Some(at(-50)), ..well };
+    let decision = then(Some(well.clone()));
+    assert_eq!(decision.next, seal_of(1, "Succeeded", "", "AgentSucceeded", Some(0)));
+    assert_eq!(decision.failures["Budget"], 0);
+    // It ran until it was stopped, or until after its time.
+    let end = End { class: Some(Infrastructure), reason: "PodDeleted", exit_code: Some(143) };
+    let stopped = PodView { end: Some(end), agent_finished: Some(at(1)), ..well.clone() };
+    let late = PodView { agent_finished: Some(at(-5)), ..well };
+    for pod in [stopped, late] {
+        let decision = then(Some(pod));
+        assert!(!decision.attempts[0].presumed);
+        assert!(
+            matches!(&decision.next, Next::Seal { closed, presumed: false, .. } if closed.reason == "DeadlineExceeded")
+        );
+    }
+    // Nobody has seen.
+    assert!(
+        matches!(&then(None).next, Next::Seal { closed, presumed: true, .. } if closed.reason == "DeadlineExceeded")
+    );
+}
+
+/// 64 attempts that are kept, all of them parked, leave no room for the failures before them: those stay counted.
+#[test]
+fn a_retry_budget_does_not_refill() {
+    let parked = (3..=70).map(|number| record(number, Some((Some(Dependency), "EvidenceUnavailable"))));
+    let fails = record(71, Some((Some(Agent), "NonZeroExit")));
+    let history: Vec<_> = parked.chain([fails]).collect();
+    let failures = BTreeMap::from([("Agent".to_owned(), 2), ("Dependency".to_owned(), 68)]);
+    let case = Case { history: history.clone(), failures, ..Case::default() };
+    assert!(matches!(case.next(), Next::Seal { attempt: 71, .. }), "{:?}", case.next());
+    // The control: what is kept shows one failure only.
+    assert!(matches!(Case { history, ..Case::default() }.next(), Next::Start(72)));
 }

@@ -15,6 +15,7 @@ fn attempt(number: i64) -> Attempt {
         finished_at: None,
         failure_class: None,
         reason: None,
+        presumed: false,
     }
 }
 
@@ -29,7 +30,8 @@ fn closed(phase: &str, class: &str, reason: &str) -> TaskClosed {
 }
 
 fn story<'a>(attempts: &'a [Attempt], contained: Option<bool>, stage: Stage<'a>) -> Story<'a> {
-    Story { generation: Some(1), attempts, contained, evidence: None, stage }
+    static NONE: BTreeMap<String, i64> = BTreeMap::new();
+    Story { generation: Some(1), attempts, failures: &NONE, contained, evidence: None, stage }
 }
 
 #[test]

@@ -13,6 +13,7 @@ use kube::{
     },
 };
 use serde::de::DeserializeOwned;
+use tokio::sync::watch;
 
 use crate::{
     api::{AgentTask, PolicyPack, ToolContract},
@@ -37,14 +38,14 @@ pub(super) enum Verdict {
 /// What a replica judges by.
 #[derive(Clone)]
 pub struct Judge {
-    stores: Stores,
+    stores: watch::Receiver<Stores>,
     system_namespace: String,
     metrics: Metrics,
 }
 
 impl Judge {
     /// By these caches.
-    pub fn new(stores: Stores, system_namespace: String, metrics: Metrics) -> Self {
+    pub fn new(stores: watch::Receiver<Stores>, system_namespace: String, metrics: Metrics) -> Self {
         Self { stores, system_namespace, metrics }
     }
 
@@ -89,11 +90,12 @@ impl Judge {
 
     fn task(&self, task: &AgentTask) -> Verdict {
         // An empty cache is no statement about the cluster.
-        if !matches!(self.stores.references_ready().now_or_never(), Some(Ok(()))) {
+        let stores = self.stores.borrow().clone();
+        if !matches!(stores.references_ready().now_or_never(), Some(Ok(()))) {
             let why = "the webhook does not know all contracts and packs yet, so that the task was not judged: see its status";
             return Verdict::Warned(vec![why.to_owned()]);
         }
-        let resolved = Resolved::of(task, &self.stores);
+        let resolved = Resolved::of(task, &stores);
         let missing = resolved.missing(task);
         if !missing.is_empty() {
             return Verdict::Warned(missing.iter().map(Finding::to_string).collect());

@@ -19,7 +19,10 @@ use rustls::{ClientConfig, RootCertStore, crypto::ring};
 use rustls_pki_types::{CertificateDer, ServerName, pem::PemObject};
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Value, json};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    sync::watch,
+};
 use tokio_rustls::TlsConnector;
 
 use super::{judge::Verdict, *};
@@ -72,7 +75,7 @@ fn values<T: Serialize>(objects: &[T]) -> Vec<Value> {
 }
 
 fn judge(cache: Cache) -> Judge {
-    Judge::new(stores(cache), "belay-system".to_owned(), Metrics::new(&Registry::new()).unwrap())
+    Judge::new(watch::channel(stores(cache)).1, "belay-system".to_owned(), Metrics::new(&Registry::new()).unwrap())
 }
 
 fn stores(cache: Cache) -> Stores {
@@ -281,7 +284,7 @@ fn a_task_is_denied_for_a_contract_that_is_there_and_cannot_be_read() {
 #[test]
 fn no_task_runs_beside_the_operator() {
     let metrics = Metrics::new(&Registry::new()).unwrap();
-    let judge = Judge::new(stores(Cache::Whole), "team-a".to_owned(), metrics);
+    let judge = Judge::new(watch::channel(stores(Cache::Whole)).1, "team-a".to_owned(), metrics);
     let found = denied(verdict_of(&judge, "CREATE", task(), Value::Null));
     assert!(
         found[0].starts_with("metadata.namespace: expected a namespace of the tasks' own, found `team-a`"),
