@@ -37,6 +37,8 @@ pub mod backoff;
 pub mod bootstrap;
 /// What the cluster says, kept by watches.
 pub mod cache;
+/// Who changes pods on their way in.
+pub mod injectors;
 /// What we remember between two looks.
 pub mod memory;
 /// Metrics.

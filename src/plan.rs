@@ -35,6 +35,8 @@ pub mod config_map;
 pub mod evidence;
 #[cfg(test)]
 pub(crate) mod fixtures;
+/// Whether a pod is the pod that was planned.
+pub mod intact;
 /// Labels, annotations and other names that are shared.
 pub mod names;
 /// The NetworkPolicy of an attempt, and the proof that it was read back.

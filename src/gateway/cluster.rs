@@ -43,7 +43,7 @@ use crate::{
     },
     evidence::store::{Location, Mode, Retention, log_prefix},
     lenient::Lenient,
-    plan,
+    plan::{self, intact},
     policy::{
         access::Guard,
         config::{PolicyConfig, RollbackOf},
@@ -519,6 +519,7 @@ pub fn pod_facts(pod: &Pod) -> Option<PodFacts> {
         attempt: label(ATTEMPT_LABEL)?.parse().ok().filter(|n| *n >= 1)?,
         ending: pod.metadata.deletion_timestamp.is_some(),
         finished: status.and_then(|s| s.phase.as_deref()).is_some_and(|p| matches!(p, "Succeeded" | "Failed")),
+        altered: intact::altered(pod),
     })
 }
 
@@ -535,7 +536,10 @@ where
 pub fn watch(client: &Client, system_namespace: &str, metrics: &Metrics) -> (Stores, BoxFuture<'static, ()>) {
     let any = watcher::Config::default;
     let addressed = any().labels(TASK_LABEL).fields(WITH_ADDRESS);
-    let (pods, a) = follow::<Pod>(Api::all(client.clone()), addressed, metrics, |pod| pod.spec = None);
+    let (pods, a) = follow::<Pod>(Api::all(client.clone()), addressed, metrics, |pod| {
+        intact::remember(pod);
+        pod.spec = None;
+    });
     let (tasks, b) = follow::<AgentTask>(Api::all(client.clone()), any(), metrics, |_| ());
     let (contracts, c) = follow::<ToolContract>(Api::all(client.clone()), any(), metrics, |_| ());
     let (packs, d) = follow::<PolicyPack>(Api::all(client.clone()), any(), metrics, |_| ());

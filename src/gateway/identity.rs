@@ -53,6 +53,8 @@ pub struct PodFacts {
     pub ending: bool,
     /// Whether all of its containers have ended.
     pub finished: bool,
+    /// What about it is not as planned.
+    pub altered: Option<String>,
 }
 
 /// A task, as far as identity goes.
@@ -131,6 +133,13 @@ pub fn decide(
     };
     if pod.finished {
         return Err(token(format!("the pod {}/{} has ended", pod.namespace, pod.name)));
+    }
+    // Its log is not opened, so its harness is not ready, so its agent does not start.
+    if let Some(altered) = &pod.altered {
+        return Err(token(format!(
+            "expected the pod {}/{} as it was planned, found that {altered}",
+            pod.namespace, pod.name
+        )));
     }
     let peer = peer.to_canonical();
     if !pod.addresses.iter().any(|address| address.to_canonical() == peer) {

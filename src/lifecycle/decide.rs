@@ -9,7 +9,7 @@ use std::time::Duration;
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
-use super::observe::{End, PodView};
+use super::observe::{End, POD_ALTERED, PodView};
 use crate::{
     api::agent_task::{Attempt, FailureClass, Phase, Retry},
     evidence::record::TaskClosed,
@@ -170,6 +170,10 @@ fn attempts(observed: &Observed<'_>) -> Result<Vec<Attempt>, String> {
 fn pod_end(pod: &PodView, observed: &Observed<'_>) -> Option<End> {
     let over = |since: Option<Timestamp>, seconds: i64| later(since, seconds).is_some_and(|at| at <= observed.now);
     let infrastructure = |reason| Some(End { class: Some(FailureClass::Infrastructure), reason, exit_code: None });
+    // Whatever ran there was not what was asked for, and is no success.
+    if pod.altered.is_some() {
+        return infrastructure(POD_ALTERED);
+    }
     if pod.end.is_some() {
         return pod.end.clone();
     }
@@ -252,7 +256,10 @@ fn next_number(observed: &Observed<'_>, last: i64) -> i64 {
 
 /// When the next attempt may start, if there may be one.
 fn pause(observed: &Observed<'_>, attempts: &[Attempt], class: FailureClass) -> Option<Timestamp> {
+    let altered = attempts.last().and_then(|last| last.reason.as_deref()) == Some(POD_ALTERED);
     let allowed = match class {
+        // The administrator's to mend, and no failure of the task's.
+        _ if altered => i64::MAX,
         FailureClass::Agent => observed.retry.agent,
         FailureClass::Infrastructure => observed.retry.infrastructure,
         // It was nobody's fault of the task's, and is over some time.

@@ -12,7 +12,12 @@ use k8s_openapi::{
 };
 use kube::ResourceExt;
 
-use crate::{api::agent_task::FailureClass, canonical, plan::names, wire};
+use crate::{
+    api::agent_task::FailureClass,
+    canonical,
+    plan::{intact, names},
+    wire,
+};
 
 /// A pod, as far as decisions go.
 #[derive(Clone, Debug, PartialEq)]
@@ -41,6 +46,8 @@ pub struct PodView {
     pub stuck: Option<Stuck>,
     /// SHA-256 of the images that it runs, hex, by container.
     pub images: BTreeMap<String, String>,
+    /// What about it is not as planned.
+    pub altered: Option<String>,
     /// How it ended, once it did.
     pub end: Option<End>,
 }
@@ -104,10 +111,13 @@ pub fn pod(pod: &Pod) -> Option<PodView> {
         lifetime: pod.spec.as_ref().and_then(|spec| spec.active_deadline_seconds),
         stuck: stuck(status),
         images: images(status),
+        altered: intact::altered(pod),
         end: end(pod, status, agent_started.is_some()),
     })
 }
 
+/// Reason of an attempt whose pod was not the pod that was planned.
+pub const POD_ALTERED: &str = "PodAltered";
 /// What a tag means may change; a digest does not. The kubelet tells it once it has made the container.
 fn images(status: &PodStatus) -> BTreeMap<String, String> {
     let all = status.init_container_statuses.iter().chain(&status.container_statuses).flatten();
@@ -130,7 +140,7 @@ fn state(status: &ContainerStatus) -> Option<&ContainerState> {
 fn end(pod: &Pod, status: &PodStatus, agent_ran: bool) -> Option<End> {
     use FailureClass::{Agent, Budget, Infrastructure};
     let phase = status.phase.as_deref().unwrap_or_default();
-    let over = matches!(phase, "Succeeded" | "Failed") || pod.metadata.deletion_timestamp.is_some();
+    let over = matches!(phase, "Succeeded" | "Failed") || pod.metadata.deletion_timestamp.is_some() || held_up(status);
     let agent = find(&status.container_statuses, names::AGENT)
         .and_then(state)
         .and_then(|state| state.terminated.as_ref())
@@ -214,6 +224,14 @@ fn end(pod: &Pod, status: &PodStatus, agent_ran: bool) -> Option<End> {
         (Some(code), _) if code != 0 => End::new(Infrastructure, "ProbeFailed", None),
         _ => End::new(Infrastructure, "PodFailed", None),
     })
+}
+
+/// Whether the agent has ended and a container that nobody planned has not: the pod would not end, nor be told to, though the attempt is
+/// over. The kubelet ends the harness after the containers beside the agent; ours is the agent alone.
+fn held_up(status: &PodStatus) -> bool {
+    let ended = |one: &ContainerStatus| state(one).is_some_and(|state| state.terminated.is_some());
+    let mut beside = status.container_statuses.iter().flatten().filter(|one| one.name != names::AGENT);
+    find(&status.container_statuses, names::AGENT).is_some_and(ended) && beside.any(|one| !ended(one))
 }
 
 /// Why the harness says that the attempt is over, by its exit code of now or of before it was started again.

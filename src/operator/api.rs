@@ -10,8 +10,8 @@ use kube::{
     Api, Client, Resource, ResourceExt,
     api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions},
 };
-use serde::de::DeserializeOwned;
-use serde_json::json;
+use serde::{Deserialize, de::DeserializeOwned};
+use serde_json::{Value, json};
 
 use super::metrics::Metrics;
 use crate::{
@@ -162,13 +162,55 @@ impl Writer {
         bounded::<NetworkPolicy, _>("get", name, self.api::<NetworkPolicy>(namespace).get(name)).await
     }
 
-    /// Creates a pod. One that is there already is not touched.
+    /// Creates a pod. One that is there already is not touched. The pod, and the whole answer: it may have fields that this version does
+    /// not know.
     ///
     /// # Errors
     /// If the API server refuses it or does not answer.
-    pub async fn create_pod(&self, namespace: &str, pod: &Pod) -> Result<Pod, ApiError> {
-        let name = pod.name_any();
-        self.write::<Pod, _>("create", &name, self.api::<Pod>(namespace).create(&created_by_us(), pod)).await
+    pub async fn create_pod(&self, namespace: &str, pod: &Pod) -> Result<(Pod, Value), ApiError> {
+        let made = async {
+            let answer = self.post_pod(namespace, pod, &created_by_us()).await?;
+            Ok((Pod::deserialize(&answer).map_err(kube::Error::SerdeError)?, answer))
+        };
+        self.write::<Pod, _>("create", &pod.name_any(), made).await
+    }
+
+    /// What would come of creating a pod. Nothing is made.
+    ///
+    /// # Errors
+    /// If the API server refuses it or does not answer.
+    pub async fn rehearse_pod(&self, namespace: &str, pod: &Pod) -> Result<Value, ApiError> {
+        let parameters = PostParams { dry_run: true, ..created_by_us() };
+        bounded::<Pod, _>("rehearse", &pod.name_any(), self.post_pod(namespace, pod, &parameters)).await
+    }
+
+    async fn post_pod(&self, namespace: &str, pod: &Pod, parameters: &PostParams) -> Result<Value, kube::Error> {
+        let body = serde_json::to_vec(pod).map_err(kube::Error::SerdeError)?;
+        let path = Pod::url_path(&(), Some(namespace));
+        let request = kube::core::Request::new(path).create(parameters, body);
+        let mut request = request.map_err(kube::Error::BuildRequest)?;
+        request.extensions_mut().insert("create");
+        self.client.request(request).await
+    }
+
+    /// Objects of a kind that this version may not know, in the first of these places in which there are any.
+    ///
+    /// # Errors
+    /// If the API server refuses it or does not answer.
+    pub async fn list_any(&self, paths: &[&str]) -> Result<Vec<Value>, kube::Error> {
+        for path in paths {
+            let request = http::Request::get(*path).body(Vec::new()).map_err(kube::Error::HttpError)?;
+            match tokio::time::timeout(TIMEOUT, self.client.request::<Value>(request)).await {
+                Ok(Ok(mut list)) => {
+                    let items = list.get_mut("items").and_then(Value::as_array_mut);
+                    return Ok(items.map(std::mem::take).unwrap_or_default());
+                }
+                Ok(Err(kube::Error::Api(status))) if status.code == 404 => {}
+                Ok(Err(error)) => return Err(error),
+                Err(_) => return Err(kube::Error::Service("no answer".into())),
+            }
+        }
+        Ok(Vec::new())
     }
 
     /// Creates a task. One that is there already, for the same, is as good.

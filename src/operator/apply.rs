@@ -1,7 +1,8 @@
 //! Makes an attempt's objects, in the order that containment needs.
 //!
-//! Promises: finalizer, ConfigMap and NetworkPolicy are there, and the policy was read back, before the pod is asked for; a pod that
-//! is there already is adopted, never made twice. Refuses: a namesake's pod, and a policy that is not as planned.
+//! Guarantees: finalizer, ConfigMap and NetworkPolicy are there, and the policy was read back, before the pod is asked for; a pod that
+//! is there already is adopted, never made twice; what is not as planned about a pod is told at once. Non-goals: to use a namesake's pod,
+//! or a policy that is not as planned.
 
 use k8s_openapi::api::{core::v1::Pod, networking::v1::NetworkPolicy};
 use kube::ResourceExt;
@@ -14,7 +15,7 @@ use crate::{
     api::AgentTask,
     canonical::CanonicalError,
     plan::{
-        config_map, names,
+        config_map, intact, names,
         network_policy::{self, Altered, Proof},
         pod,
         validated::{Surroundings, Validated},
@@ -39,6 +40,23 @@ pub enum ApplyError {
     /// The configuration has no canonical form.
     #[error(transparent)]
     Canonical(#[from] CanonicalError),
+    /// The pod is not the pod that was planned. If it was made, it was told to end.
+    #[error(
+        "expected the task's pod as it was planned, found that {}; it was changed when it was created, by {by}. Leave it out there: by \
+         an objectSelector with {} NotIn ({}), or by a namespaceSelector that does not select namespace `{namespace}`. Until then no \
+         pod of this task runs",
+        told(differences),
+        names::MANAGED_BY,
+        names::MANAGER
+    )]
+    PodAltered {
+        /// The namespace.
+        namespace: String,
+        /// What is not as planned.
+        differences: Vec<String>,
+        /// Who may have changed it.
+        by: String,
+    },
     /// Somebody else's pod has the name.
     #[error(
         "expected no Pod `{name}` but this task's, found one of another owner; delete it, or give the task another name"
@@ -60,6 +78,8 @@ impl ApplyError {
 pub struct Started {
     /// The pod.
     pub pod: Pod,
+    /// What is not as planned about it.
+    pub differences: Vec<String>,
     /// The task, where the finalizer had to be added.
     pub task: Option<AgentTask>,
 }
@@ -91,8 +111,41 @@ pub async fn start(
     );
     let task_now = finalizer.map_err(ApplyError::Before)?;
     config_map.map_err(ApplyError::Before)?;
-    let pod = create(writer, &namespace, &pod::build(&attempt, &proof?), task).await?;
-    Ok(Started { pod, task: task_now })
+    let (pod, differences) = create(writer, &namespace, &pod::build(&attempt, &proof?), task).await?;
+    Ok(Started { pod, differences, task: task_now })
+}
+
+/// What would not be as planned about an attempt's pod. Nothing is made: where a pod was changed on its way in, the next is made when
+/// that is over.
+///
+/// # Errors
+/// See [`ApplyError`].
+pub async fn rehearse(
+    writer: &Writer,
+    task: &AgentTask,
+    validated: &Validated,
+    surroundings: &Surroundings,
+    number: i64,
+) -> Result<Vec<String>, ApplyError> {
+    let attempt = validated.attempt(surroundings, number)?;
+    let planned = network_policy::build(&attempt);
+    // The policy is not there yet, and need not be: nor will the pod be.
+    let pod = pod::build(&attempt, &network_policy::prove(&planned, &planned)?);
+    match writer.rehearse_pod(&task.namespace().unwrap_or_default(), &pod).await {
+        Ok(answer) => Ok(intact::differences(&pod, &answer)),
+        // A webhook that cannot be rehearsed with. What it does is seen when the pod is made.
+        Err(error) if error.message().contains("does not support dry run") => Ok(Vec::new()),
+        Err(error) if error.is_refusal() => Err(ApplyError::PodRefused(error)),
+        Err(error) => Err(ApplyError::Before(error)),
+    }
+}
+
+/// The first differences, and how many more there are.
+fn told(differences: &[String]) -> String {
+    const SHOWN: usize = 8;
+    let more = differences.len().saturating_sub(SHOWN);
+    let shown = differences.iter().take(SHOWN).map(String::as_str).collect::<Vec<_>>().join("; ");
+    if more == 0 { shown } else { format!("{shown}; and {more} more") }
 }
 
 /// Makes the attempt's NetworkPolicy, or makes it again, and reads it back: from the watch, which those that enforce it follow too, or
@@ -118,16 +171,25 @@ pub async fn wall(
     Ok(network_policy::prove(planned, &read_back)?)
 }
 
-async fn create(writer: &Writer, namespace: &str, pod: &Pod, task: &AgentTask) -> Result<Pod, ApplyError> {
+async fn create(
+    writer: &Writer,
+    namespace: &str,
+    pod: &Pod,
+    task: &AgentTask,
+) -> Result<(Pod, Vec<String>), ApplyError> {
     let name = pod.name_any();
     let error = match writer.create_pod(namespace, pod).await {
-        Ok(pod) => return Ok(pod),
+        Ok((made, answer)) => return Ok((made, intact::differences(pod, &answer))),
         // There is a pod of that name, or there may be one.
         Err(error) if error.code() == Some(409) || !error.is_refusal() => error,
         Err(error) => return Err(ApplyError::PodRefused(error)),
     };
     match writer.get_pod(namespace, &name).await {
-        Ok(Some(live)) if live.labels().get(names::TASK_UID) == task.uid().as_ref() => Ok(live),
+        Ok(Some(live)) if live.labels().get(names::TASK_UID) == task.uid().as_ref() => {
+            // It may be of an older plan: it carries its own.
+            let altered = intact::altered(&live);
+            Ok((live, altered.into_iter().collect()))
+        }
         Ok(Some(_)) => Err(ApplyError::Namesake { name }),
         // Refused because of one that has gone since: this request made none.
         Ok(None) if error.code() == Some(409) => Err(ApplyError::PodRefused(error)),

@@ -30,7 +30,7 @@ use super::{
 use crate::{
     api::{AgentTask, PolicyPack, ToolContract, agent_task::Phase},
     lenient::Lenient,
-    plan::names,
+    plan::{intact, names},
 };
 
 /// How long the watch may lag before the API server is asked instead.
@@ -197,6 +197,7 @@ pub fn watch(client: &Client, memories: Arc<Memories>, metrics: &Metrics) -> (St
     let pods = guarded::<Pod>(client, ours(), metrics)
         .modify(|pod| {
             if let Ok(pod) = &mut pod.0 {
+                intact::remember(pod);
                 // Of the spec, only how long it may live is looked at.
                 pod.spec = pod.spec.as_ref().map(|spec| PodSpec {
                     active_deadline_seconds: spec.active_deadline_seconds,

@@ -10,10 +10,13 @@ use std::{
 };
 
 use jiff::Timestamp;
-use k8s_openapi::api::networking::v1::NetworkPolicy;
+use k8s_openapi::{
+    api::{core::v1::Namespace, networking::v1::NetworkPolicy},
+    apimachinery::pkg::apis::meta::v1::Time,
+};
 use kube::{
     ResourceExt,
-    core::error_boundary::InvalidObject,
+    core::{PartialObjectMeta, error_boundary::InvalidObject},
     runtime::{controller::Action, reflector::ObjectRef},
 };
 use tokio::sync::watch;
@@ -24,6 +27,7 @@ use super::{
     apply::{self, ApplyError},
     backoff,
     cache::{GuardedTask, Stores},
+    injectors,
     memory::{BELIEVED, Memories, Memory},
     metrics::Metrics,
     resolve::Resolved,
@@ -37,7 +41,7 @@ use crate::{
     evidence::{note, record::TaskClosed},
     lifecycle::{
         decide::{self, Decision, Next, Observed, later, wait},
-        observe::{self, PodView},
+        observe::{self, POD_ALTERED, PodView},
     },
     plan::{Finding, evidence::Location, names, network_policy, owner::Owner, rollback, validated::Surroundings},
     seal::{Gateway, SealError},
@@ -273,17 +277,17 @@ impl Pass<'_> {
             Next::Confirm { .. } => Ok(Action::requeue(BELIEVED)),
             Next::Run { attempt, until } => self.attend(pods, &attempts, attempt, until, contained).await,
             Next::Pause(until) => {
-                let why = ended_message(&attempts);
+                let (reason, why) = self.waits_for(pods, &attempts, "Retrying");
                 let parked = attempts.last().and_then(|last| last.failure_class) == Some(FailureClass::Dependency);
-                let stage = if parked { Stage::Parked(&why) } else { Stage::Waiting("Retrying", &why) };
+                let stage = if parked { Stage::Parked(&why) } else { Stage::Waiting(reason, &why) };
                 self.tell(&attempts, contained, stage).await?;
                 Ok(Action::requeue(wait(until, self.now)))
             }
             Next::Start(attempt) => self.start(&attempts, contained, attempt).await,
             Next::EndPods(untold) => {
                 if self.task.metadata.deletion_timestamp.is_none() {
-                    let why = ended_message(&attempts);
-                    self.tell(&attempts, contained, Stage::Waiting("Stopping", &why)).await?;
+                    let (reason, why) = self.waits_for(pods, &attempts, "Stopping");
+                    self.tell(&attempts, contained, Stage::Waiting(reason, &why)).await?;
                 }
                 for (uid, name) in untold {
                     self.context.writer.delete_pod(&self.owner.namespace, &name, &uid).await?;
@@ -372,6 +376,18 @@ impl Pass<'_> {
             self.tell(attempts, contained, Stage::Waiting("GatewayAbsent", &why)).await?;
             return Ok(Action::requeue(BACKSTOP));
         };
+        let refused_before = attempts.last().and_then(|last| last.reason.as_deref()) == Some(POD_ALTERED);
+        if refused_before {
+            let rehearsed = apply::rehearse(&self.context.writer, &self.task, &validated, &surroundings, attempt).await;
+            let differences = match rehearsed {
+                Ok(differences) => differences,
+                Err(error) => return self.not_made(attempts, contained, attempt, error).await,
+            };
+            if !differences.is_empty() {
+                let error = self.altered(attempt, differences).await;
+                return self.not_made(attempts, contained, attempt, error).await;
+            }
+        }
         if !attempts.is_empty() {
             // The end of the one before is on record before the next begins.
             let why = ended_message(attempts);
@@ -384,6 +400,7 @@ impl Pass<'_> {
         });
         let Context { writer, stores, .. } = self.context;
         match apply::start(writer, stores, &self.task, &validated, &surroundings, attempt).await {
+            Ok(started) if !started.differences.is_empty() => self.refuse(attempts, contained, attempt, started).await,
             Ok(started) => {
                 let first_seen = memories.update(&self.owner.uid, |memory| {
                     memory.reusable = None;
@@ -402,13 +419,96 @@ impl Pass<'_> {
                 if !error.leaves_no_pod() {
                     memories.update(&self.owner.uid, |memory| memory.reusable = None);
                 }
-                if let ApplyError::PodRefused(refusal) = &error {
-                    let why = refusal.message();
-                    self.tell(attempts, contained, Stage::Waiting("PodRefused", &why)).await?;
-                }
-                Err(error.into())
+                self.not_made(attempts, contained, attempt, error).await
             }
         }
+    }
+
+    /// No attempt was made: why, where the API server or whoever changes pods in it has an answer to that.
+    async fn not_made(
+        &mut self,
+        attempts: &[Attempt],
+        contained: Option<bool>,
+        attempt: i64,
+        error: ApplyError,
+    ) -> Result<Action, ReconcileError> {
+        let error = match error {
+            // Pods pass it as they are planned. This one did not, as it came out of mutating admission.
+            ApplyError::PodRefused(refusal) if refusal.message().contains(names::OWN_POLICY) => {
+                self.altered(attempt, vec![format!("the API server refuses what became of it ({})", refusal.message())])
+                    .await
+            }
+            error => error,
+        };
+        let told = match &error {
+            ApplyError::PodRefused(refusal) => Some(("PodRefused", refusal.message())),
+            ApplyError::PodAltered { .. } => Some((POD_ALTERED, error.to_string())),
+            _ => None,
+        };
+        if let Some((reason, why)) = told {
+            self.tell(attempts, contained, Stage::Waiting(reason, &why)).await?;
+        }
+        Err(error.into())
+    }
+
+    /// Ends a pod that was changed on its way in, before what is in it has begun. The attempt has failed through nobody's fault of the
+    /// task's; the next one waits until its pod would be as planned.
+    async fn refuse(
+        &mut self,
+        attempts: &[Attempt],
+        contained: Option<bool>,
+        number: i64,
+        started: apply::Started,
+    ) -> Result<Action, ReconcileError> {
+        let (name, uid) = (started.pod.name_any(), started.pod.uid().unwrap_or_default());
+        let deleted = self.context.writer.delete_pod(&self.owner.namespace, &name, &uid).await;
+        let (what, deleting) = (started.differences.join("; "), deleted.is_ok());
+        self.context.memories.update(&self.owner.uid, |memory| {
+            memory.reusable = None;
+            memory.pod = observe::pod(&started.pod)
+                .map(|pod| (PodView { altered: Some(what), deleting, ..pod }, Instant::now()));
+            if let Some(task) = started.task {
+                memory.latest = Some(Arc::new(task));
+            }
+        });
+        self.task = self.context.memories.newest(self.task.clone());
+        let mut attempts = attempts.to_vec();
+        attempts.push(Attempt {
+            number,
+            pod: name,
+            pod_uid: uid,
+            started_at: started.pod.creation_timestamp(),
+            finished_at: Some(Time(self.now)),
+            failure_class: Some(FailureClass::Infrastructure),
+            reason: Some(POD_ALTERED.to_owned()),
+        });
+        let error = self.altered(number, started.differences).await;
+        let refused = self.not_made(&attempts, contained, number, error).await;
+        deleted?;
+        refused
+    }
+
+    /// An attempt's pod that is not as planned, and who may have changed it.
+    async fn altered(&self, attempt: i64, differences: Vec<String>) -> ApplyError {
+        let Owner { namespace, name, uid } = &self.owner;
+        let labels = |namespace: &PartialObjectMeta<Namespace>| namespace.labels().clone();
+        let of_namespace = self.context.stores.namespaces.get(&ObjectRef::new(namespace)).map(|one| labels(&one));
+        let of_pod = names::labels(name, uid, attempt);
+        let by = injectors::of_pod(&self.context.writer, &of_namespace.unwrap_or_default(), &of_pod).await;
+        ApplyError::PodAltered { namespace: namespace.clone(), differences, by }
+    }
+
+    /// Why a task waits after an attempt. That a pod was not as planned is told until the next is.
+    fn waits_for(&self, pods: &[PodView], attempts: &[Attempt], otherwise: &'static str) -> (&'static str, String) {
+        let Some(last) = attempts.last().filter(|last| last.reason.as_deref() == Some(POD_ALTERED)) else {
+            return (otherwise, ended_message(attempts));
+        };
+        let status = self.status();
+        let told = status.conditions.iter().find(|one| one.type_ == status::COMPLETE && one.reason == POD_ALTERED);
+        let seen = pods.iter().find(|pod| pod.uid == last.pod_uid).and_then(|pod| pod.altered.as_deref());
+        let seen = seen.map(|what| format!("expected the task's pod as it was planned, found that {what}"));
+        let why = told.map(|told| told.message.clone()).or(seen);
+        (POD_ALTERED, why.unwrap_or_else(|| ended_message(attempts)))
     }
 
     /// That the task runs which this one undoes. One that is gone has ended; its log tells.

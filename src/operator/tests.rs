@@ -34,6 +34,7 @@ use crate::{
 };
 
 pub(super) mod cluster;
+mod injected;
 
 const TASK: &str = "/apis/belay.dev/v1alpha1/namespaces/team-a/agenttasks/triage";
 const STATUS: &str = "PATCH /apis/belay.dev/v1alpha1/namespaces/team-a/agenttasks/triage/status";

@@ -16,6 +16,8 @@ pub const MANAGER: &str = "belay";
 pub const POLICY_DIGEST: &str = "belay.dev/policy-digest";
 /// Annotation of pods: name and digest of the NetworkPolicy, as it was read back.
 pub const NETWORK_POLICY: &str = "belay.dev/network-policy";
+/// Annotation of pods: digests of their spec as it was planned.
+pub const PLAN: &str = "belay.dev/plan";
 /// Annotation of tasks: the user who created it. Admission puts it on and keeps it.
 pub const REQUESTED_BY: &str = "belay.dev/requested-by";
 /// Annotation of NetworkPolicies: where the task's evidence goes, so that it is known even if pack and status are gone.
@@ -26,6 +28,8 @@ pub const FINALIZER: &str = "belay.dev/seal-evidence";
 pub const FIELD_MANAGER: &str = "belay-operator";
 /// The operator's ServiceAccount, and the value of `app.kubernetes.io/name` on its pods.
 pub const OPERATOR: &str = "belay-operator";
+/// How a refusal begins to tell the policy that bounds what the operator itself may do.
+pub const OWN_POLICY: &str = "ValidatingAdmissionPolicy 'belay-operator'";
 /// The gateway's Service, and the value of `app.kubernetes.io/name` on its pods.
 pub const GATEWAY: &str = "belay-gateway";
 /// The gateway's TLS port.

@@ -21,7 +21,7 @@ use k8s_openapi::{
 };
 
 use super::{
-    agent, config_map, names,
+    agent, config_map, intact, names,
     network_policy::Proof,
     validated::{Attempt, Source, Workload},
 };
@@ -49,42 +49,67 @@ const SPOOL_DIR: &str = "/var/spool/belay";
 /// The volume over what is open and not declared.
 const COVER: &str = "cover";
 
+/// What well-known injectors read as "not this one", as labels: a mesh's proxy, a tracer or a log agent reaches nothing behind the wall,
+/// and a pod that has one all the same is not the pod that was planned.
+const NOT_INJECTED_LABELS: [(&str, &str); 4] = [
+    ("sidecar.istio.io/inject", "false"),
+    ("istio.io/dataplane-mode", "none"),
+    ("kuma.io/sidecar-injection", "disabled"),
+    ("admission.datadoghq.com/enabled", "false"),
+];
+/// Likewise, as annotations.
+const NOT_INJECTED_ANNOTATIONS: [(&str, &str); 12] = [
+    ("sidecar.istio.io/inject", "false"),
+    ("linkerd.io/inject", "disabled"),
+    ("consul.hashicorp.com/connect-inject", "false"),
+    ("vault.hashicorp.com/agent-inject", "false"),
+    ("dapr.io/enabled", "false"),
+    ("dynatrace.com/inject", "false"),
+    ("sidecar.opentelemetry.io/inject", "false"),
+    ("instrumentation.opentelemetry.io/inject-dotnet", "false"),
+    ("instrumentation.opentelemetry.io/inject-go", "false"),
+    ("instrumentation.opentelemetry.io/inject-java", "false"),
+    ("instrumentation.opentelemetry.io/inject-nodejs", "false"),
+    ("instrumentation.opentelemetry.io/inject-python", "false"),
+];
+
 /// The pod.
 pub fn build(attempt: &Attempt<'_>, network_policy: &Proof) -> Pod {
     let task = attempt.task;
+    let spec = PodSpec {
+        restart_policy: Some("Never".to_owned()),
+        runtime_class_name: task.runtime_class.clone(),
+        service_account_name: Some("default".to_owned()),
+        automount_service_account_token: Some(false),
+        enable_service_links: Some(false),
+        share_process_namespace: Some(false),
+        dns_policy: Some("None".to_owned()),
+        dns_config: Some(PodDNSConfig { nameservers: Some(vec!["127.0.0.1".to_owned()]), ..PodDNSConfig::default() }),
+        active_deadline_seconds: Some(task.lifetime_seconds.saturating_add(START_ALLOWANCE_SECONDS)),
+        termination_grace_period_seconds: Some(GRACE_SECONDS),
+        security_context: Some(PodSecurityContext {
+            run_as_non_root: Some(true),
+            seccomp_profile: Some(runtime_default()),
+            ..PodSecurityContext::default()
+        }),
+        init_containers: Some(vec![probe(attempt), harness(attempt)]),
+        containers: vec![agent_container(attempt)],
+        volumes: Some(volumes(attempt)),
+        ..PodSpec::default()
+    };
+    let owned = |pairs: &[(&str, &str)]| {
+        pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect::<BTreeMap<_, _>>()
+    };
     let mut metadata = task.owner.metadata(attempt.number);
-    metadata.annotations = Some(BTreeMap::from([
+    metadata.labels.get_or_insert_default().extend(owned(&NOT_INJECTED_LABELS));
+    let mut annotations = owned(&NOT_INJECTED_ANNOTATIONS);
+    annotations.extend([
         (names::POLICY_DIGEST.to_owned(), task.policy_digest().to_owned()),
         (names::NETWORK_POLICY.to_owned(), network_policy.as_str().to_owned()),
-    ]));
-    Pod {
-        metadata,
-        spec: Some(PodSpec {
-            restart_policy: Some("Never".to_owned()),
-            runtime_class_name: task.runtime_class.clone(),
-            service_account_name: Some("default".to_owned()),
-            automount_service_account_token: Some(false),
-            enable_service_links: Some(false),
-            share_process_namespace: Some(false),
-            dns_policy: Some("None".to_owned()),
-            dns_config: Some(PodDNSConfig {
-                nameservers: Some(vec!["127.0.0.1".to_owned()]),
-                ..PodDNSConfig::default()
-            }),
-            active_deadline_seconds: Some(task.lifetime_seconds.saturating_add(START_ALLOWANCE_SECONDS)),
-            termination_grace_period_seconds: Some(GRACE_SECONDS),
-            security_context: Some(PodSecurityContext {
-                run_as_non_root: Some(true),
-                seccomp_profile: Some(runtime_default()),
-                ..PodSecurityContext::default()
-            }),
-            init_containers: Some(vec![probe(attempt), harness(attempt)]),
-            containers: vec![agent_container(attempt)],
-            volumes: Some(volumes(attempt)),
-            ..PodSpec::default()
-        }),
-        status: None,
-    }
+        (names::PLAN.to_owned(), intact::plan(&spec)),
+    ]);
+    metadata.annotations = Some(annotations);
+    Pod { metadata, spec: Some(spec), status: None }
 }
 
 fn probe(attempt: &Attempt<'_>) -> Container {

@@ -22,6 +22,7 @@ fn pod() -> PodFacts {
         attempt: 2,
         ending: false,
         finished: false,
+        altered: None,
     }
 }
 
@@ -55,6 +56,7 @@ fn table() {
         ),
         ("pod finished", |_, p, _| p.as_mut().unwrap().finished = true, Err(Rule::IdentityToken)),
         ("pod without address", |_, p, _| p.as_mut().unwrap().addresses.clear(), Err(Rule::IdentitySource)),
+        ("pod altered", |_, p, _| p.as_mut().unwrap().altered = Some("more".into()), Err(Rule::IdentityToken)),
         ("pod ending", |_, p, _| p.as_mut().unwrap().ending = true, Ok(Standing::Ending)),
         ("task gone", |_, _, t| *t = None, Err(Rule::IdentityAttempt)),
         ("task recreated", |_, _, t| t.as_mut().unwrap().uid = "other".into(), Err(Rule::IdentityAttempt)),

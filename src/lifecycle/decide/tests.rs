@@ -25,6 +25,7 @@ fn pod(attempt: i64) -> PodView {
         agent_started: Some(at(-10)),
         lifetime: None,
         stuck: None,
+        altered: None,
         images: [("agent".to_owned(), "ab".repeat(32))].into(),
         end: None,
     }
@@ -380,4 +381,21 @@ proptest! {
             prop_assert_eq!(first, second);
         }
     }
+}
+
+/// What ran in a pod that is not as planned was not what was asked for, however it ended: it is no success, and nobody's failure.
+#[test]
+fn a_pod_that_is_not_as_planned_is_tried_again_and_is_no_success() {
+    let altered = |pod: PodView| PodView { altered: Some("container `mesh` was added".into()), ..pod };
+    for pod in [altered(pod(1)), altered(ended(1, None, "AgentSucceeded"))] {
+        let decision = Case { pods: vec![pod], claims: vec![1], ..Case::default() }.decide_at(at(0));
+        let last = decision.attempts.last().unwrap();
+        assert_eq!((last.failure_class, last.reason.as_deref()), (Some(Infrastructure), Some(POD_ALTERED)));
+        assert!(!matches!(decision.next, Next::Seal { .. }), "{decision:?}");
+    }
+    // However often: it waits, longer each time, and does not fail.
+    let history: Vec<_> = (1..=9).map(|number| record(number, Some((Some(Infrastructure), POD_ALTERED)))).collect();
+    let case = Case { history, claims: (1..=9).collect(), ..Case::default() };
+    assert!(matches!(case.next(), Next::Pause(_)), "{:?}", case.next());
+    assert_eq!(case.decide_at(at(200)).next, Next::Start(10));
 }

@@ -187,3 +187,25 @@ fn containment_is_what_the_probe_says() {
 fn a_pod_without_an_attempt_is_not_ours() {
     assert_eq!(pod(&Pod::default()), None);
 }
+
+/// A container that nobody planned keeps the pod from its end: the attempt ends with its agent.
+#[rstest::rstest]
+#[case::success(r#"{ terminated: { exitCode: 0, reason: Completed, startedAt: "2026-01-01T00:00:05Z", finishedAt: "2026-01-01T00:00:30Z" } }"#, "running: {}", Some((None, "AgentSucceeded")))]
+#[case::failure(r#"{ terminated: { exitCode: 3, reason: Error, startedAt: "2026-01-01T00:00:05Z", finishedAt: "2026-01-01T00:00:30Z" } }"#, "running: {}", Some((Some(FailureClass::Agent), "NonZeroExit")))]
+#[case::it_cannot_start(r#"{ terminated: { exitCode: 0, reason: Completed, startedAt: "2026-01-01T00:00:05Z", finishedAt: "2026-01-01T00:00:30Z" } }"#, "waiting: { reason: ImagePullBackOff }", Some((None, "AgentSucceeded")))]
+#[case::agent_runs(r#"{ running: { startedAt: "2026-01-01T00:00:05Z" } }"#, "running: {}", None)]
+#[case::it_ended_first(r#"{ running: { startedAt: "2026-01-01T00:00:05Z" } }"#, "terminated: { exitCode: 1 }", None)]
+#[case::both_ended_and_the_log_is_being_finished(r#"{ terminated: { exitCode: 0, reason: Completed, startedAt: "2026-01-01T00:00:05Z", finishedAt: "2026-01-01T00:00:30Z" } }"#, "terminated: { exitCode: 0 }", None)]
+fn a_container_that_nobody_planned_does_not_decide(
+    #[case] agent: &str,
+    #[case] mesh: &str,
+    #[case] expected: Option<(Option<FailureClass>, &'static str)>,
+) {
+    let one = |name: &str, state: &str| {
+        format!("{{ name: {name}, image: i, imageID: i, ready: true, restartCount: 0, state: {state} }}")
+    };
+    let containers =
+        format!("containerStatuses: [ {}, {} ]", one("agent", agent), one("mesh", &format!("{{ {mesh} }}")));
+    let view = view(&format!("{{ phase: Running, {containers} }}"), "");
+    assert_eq!(view.end.map(|end| (end.class, end.reason)), expected);
+}

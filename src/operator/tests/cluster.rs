@@ -24,9 +24,11 @@ struct State {
     objects: BTreeMap<String, Value>,
     requests: Vec<String>,
     version: u64,
-    faults: Vec<(String, StatusCode)>,
+    faults: Vec<(String, StatusCode, &'static str)>,
     /// What is done to an object on its way into the store.
     mutate: Option<fn(&str, &mut Value)>,
+    /// What is answered to those who only want to know what would be answered.
+    rehearsals: Option<&'static str>,
 }
 
 #[derive(Clone, Default)]
@@ -68,7 +70,12 @@ impl Cluster {
 
     /// Requests whose `METHOD path` begins so are answered with this status, until it is taken back.
     pub(in crate::operator) fn fail(&self, prefix: &str, status: u16) {
-        self.0.lock().unwrap().faults.push((prefix.to_owned(), StatusCode::from_u16(status).unwrap()));
+        self.fail_with(prefix, status, "on demand");
+    }
+
+    /// The same, in these words.
+    pub(in crate::operator) fn fail_with(&self, prefix: &str, status: u16, message: &'static str) {
+        self.0.lock().unwrap().faults.push((prefix.to_owned(), StatusCode::from_u16(status).unwrap(), message));
     }
 
     pub(in crate::operator) fn heal(&self) {
@@ -77,6 +84,11 @@ impl Cluster {
 
     pub(in crate::operator) fn mutate(&self, mutate: fn(&str, &mut Value)) {
         self.0.lock().unwrap().mutate = Some(mutate);
+    }
+
+    /// Whoever only wants to know what would be answered is told this, as a bad request.
+    pub(in crate::operator) fn answer_rehearsals(&self, message: &'static str) {
+        self.0.lock().unwrap().rehearsals = Some(message);
     }
 
     /// The requests since the last call.
@@ -112,8 +124,16 @@ impl Cluster {
         let mut state = self.0.lock().unwrap();
         state.requests.push(format!("{} {path}", head.method));
         let line = format!("{} {path}", head.method);
-        if let Some((_, status)) = state.faults.iter().find(|(prefix, _)| line.starts_with(prefix)) {
-            return refusal(*status, "on demand");
+        if let Some((_, status, message)) = state.faults.iter().find(|(prefix, ..)| line.starts_with(prefix)) {
+            return refusal(*status, message);
+        }
+        if head.uri.query().is_some_and(|query| query.contains("dryRun=All")) {
+            if let Some(message) = state.rehearsals {
+                return refusal(StatusCode::BAD_REQUEST, message);
+            }
+            let (mut object, path) = (body, format!("{path}/rehearsed"));
+            state.stamp(&path, &mut object);
+            return reply(StatusCode::OK, &object);
         }
         match state.handle(&head.method, &path, kind, body) {
             Ok(object) => reply(StatusCode::OK, &object),
