@@ -1,7 +1,7 @@
 # The one front door. Everything that a target needs it sets up itself: Debian packages, tools, cluster, image.
 # What it builds and downloads lies in ~/.cache/belay (BELAY_CACHE) and target/.
 .DEFAULT_GOAL := help
-.PHONY: help hello demo demo-image test bench escape fuzz lint generate image install cluster-up cluster-down clean
+.PHONY: help hello demo demo-image test bench escape chaos fuzz lint generate image install cluster-up cluster-down clean
 
 CACHE := $(or $(BELAY_CACHE),$(HOME)/.cache/belay)
 
@@ -24,6 +24,10 @@ bench: $(if $(filter decision% evidence%,$(ONLY)),,install) ## Measures: a table
 escape: install ## What an agent tries that wants out, and the control in which it gets out
 	@e2e/cluster/load "$$(e2e/demo/image)" >/dev/null
 	@e2e/test escape
+
+chaos: install ## The API server dies, stands still, gets slow and forgets, 50 times while 200 tasks run; ends in a table (half an hour and more)
+	@e2e/cluster/load "$$(e2e/demo/image)" >/dev/null
+	@e2e/test chaos; status=$$?; grep -A 200 '^chaos: seed .* s$$' $(CACHE)/logs/test-chaos.log | grep -E '^(chaos:|  )'; exit $$status
 
 fuzz: ## Every mutant of real logs, to both verifiers, and 10^7 generated calls against the reference
 	@BELAY_MUTANTS=all cargo test --release --locked --no-default-features --test evidence -- --nocapture

@@ -7,10 +7,12 @@
 mod approval;
 mod bad_input;
 mod canaries;
+mod chaos;
 mod compare;
 mod completion;
 mod disruption;
 mod escape;
+mod injected;
 mod laptop;
 mod lifecycle;
 mod locks;

@@ -1,0 +1,270 @@
+//! Pods that somebody changes on their way in: refused with who and what, without a byte of the agent, and made when that is over.
+//! Each case has its control: the same task without the injector succeeds.
+
+use std::time::{Duration, Instant};
+
+use belay::api::{AgentTask, agent_task::Phase};
+use k8s_openapi::api::core::v1::{Namespace, Pod};
+use kube::{
+    Api,
+    api::{Patch, PatchParams, PostParams},
+};
+use serde_json::{Value, json};
+
+use crate::support::{World, class, condition, phase, setting};
+
+/// An injector by admission that ships with Kubernetes, for the namespaces of one test, and a world to inject into.
+struct Injected {
+    world: World,
+    policy: String,
+}
+
+impl Injected {
+    async fn new(name: &str) -> Self {
+        let world = World::new(&format!("inject-{name}"), json!([class("gvisor", "gvisor", json!([]))])).await;
+        let policy = format!("belay-e2e-inject-{name}");
+        let injected = Self { world, policy };
+        injected.kubectl(&["delete", "--ignore-not-found", "mutatingadmissionpolicybinding,mutatingadmissionpolicy"]);
+        let label = json!({"metadata": {"labels": {"inject": name}}});
+        Api::<Namespace>::all(injected.world.client.clone())
+            .patch(&injected.world.namespace, &PatchParams::default(), &Patch::Merge(label))
+            .await
+            .expect("cannot label the namespace");
+        injected
+    }
+
+    fn kubectl(&self, command: &[&str]) {
+        let done = std::process::Command::new("kubectl").args(command).arg(&self.policy).output().expect("no kubectl");
+        assert!(done.status.success(), "kubectl {command:?}: {}", String::from_utf8_lossy(&done.stderr));
+    }
+
+    /// Puts the injector up and waits until the API server goes by it.
+    async fn inject(&self, mutation: Value) {
+        let selector = json!({"matchLabels": {"inject": self.world.namespace.trim_start_matches("belay-e2e-inject-")}});
+        let pods = json!([{"apiGroups": [""], "apiVersions": ["v1"], "resources": ["pods"], "operations": ["CREATE"]}]);
+        let group = "admissionregistration.k8s.io/v1";
+        for manifest in [
+            json!({"apiVersion": group, "kind": "MutatingAdmissionPolicy", "metadata": {"name": self.policy}, "spec": {
+                "failurePolicy": "Fail", "reinvocationPolicy": "Never",
+                "matchConstraints": {"namespaceSelector": selector, "resourceRules": pods},
+                "mutations": [mutation],
+            }}),
+            json!({"apiVersion": group, "kind": "MutatingAdmissionPolicyBinding", "metadata": {"name": self.policy},
+                "spec": {"policyName": self.policy}}),
+        ] {
+            self.world.kubectl_apply(&manifest.to_string());
+        }
+        self.rehearsed("the injector does not inject", |made, asked| made != asked).await;
+    }
+
+    async fn stop(&self) {
+        self.kubectl(&["delete", "mutatingadmissionpolicybinding,mutatingadmissionpolicy"]);
+        self.rehearsed("the injector does not stop", |made, asked| made == asked).await;
+    }
+
+    /// Waits until a pod of somebody else's comes out so.
+    async fn rehearsed(&self, otherwise: &str, wanted: impl Fn(&Value, &Value) -> bool) {
+        let confined = json!({"allowPrivilegeEscalation": false, "capabilities": {"drop": ["ALL"]}});
+        let asked = json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "rehearsal"}, "spec": {
+            "containers": [{"name": "one", "image": "i", "env": [{"name": "A", "value": "a"}], "securityContext": confined}],
+            "initContainers": [{"name": "first", "image": "i", "securityContext": confined}],
+            "tolerations": [{"key": "a", "operator": "Exists"}],
+            "volumes": [{"name": "v", "emptyDir": {}}],
+            "securityContext": {"runAsNonRoot": true, "runAsUser": 1000, "seccompProfile": {"type": "RuntimeDefault"}},
+            "automountServiceAccountToken": false,
+        }});
+        let parameters = PostParams { dry_run: true, ..PostParams::default() };
+        let pod: Pod = serde_json::from_value(asked.clone()).unwrap();
+        // Names alone: what else the API server fills in is no matter here.
+        let summary = |pod: &Value| {
+            let names = |list: &str| {
+                pod["spec"][list].as_array().map(|all| all.iter().map(|one| one["name"].clone()).collect::<Vec<_>>())
+            };
+            let images = pod["spec"]["containers"][0]["image"].clone();
+            json!([
+                names("containers"),
+                names("initContainers"),
+                names("volumes"),
+                images,
+                pod["metadata"].get("labels")
+            ])
+        };
+        let end = Instant::now() + Duration::from_secs(60);
+        loop {
+            let made = self.world.api::<Pod>().create(&parameters, &pod).await.expect("no pod can be rehearsed");
+            if wanted(&summary(&serde_json::to_value(made).unwrap()), &summary(&asked)) {
+                return;
+            }
+            assert!(Instant::now() < end, "{otherwise}");
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+    }
+
+    /// A task that succeeds within seconds, if it may.
+    async fn task(&self, name: &str) {
+        self.world.task(name, json!({"agent": {"command": ["python3", "-S", "-c"], "args": ["print('done')"]}})).await;
+    }
+
+    async fn succeeds(&self, name: &str) -> AgentTask {
+        let task = self.world.ended(name, 180).await;
+        assert_eq!(phase(&task), Some(Phase::Succeeded), "{:?}", task.status);
+        let (code, report) = self.world.verify(name);
+        assert_eq!((code, &report["verdict"]), (0, &json!("VALID")), "{report:#}");
+        task
+    }
+
+    /// The control; the injected pod, refused; and its successor, once the injector is away.
+    async fn refused(self, mutation: Value, told: &[&str]) {
+        self.task("control").await;
+        self.succeeds("control").await;
+        self.inject(mutation).await;
+        self.task("injected").await;
+        let reason = |task: &AgentTask| task.status.as_ref().and_then(|status| status.reason.clone());
+        let task =
+            self.world.wait("injected", "refused", 60, |task| reason(task).as_deref() == Some("PodAltered")).await;
+        assert_eq!(phase(&task), Some(Phase::Pending));
+        let message = condition(&task, "Complete", "False").unwrap();
+        let by = format!("MutatingAdmissionPolicy `{}`", self.policy);
+        for told in
+            told.iter().copied().chain([&*by, "NotIn (belay)", &*format!("namespace `{}`", self.world.namespace)])
+        {
+            assert!(message.contains(told), "expected {told} in: {message}");
+        }
+        // It stays so, makes no further pod, and is not busy with it.
+        let since = jiff::Timestamp::now();
+        tokio::time::sleep(Duration::from_secs(8)).await;
+        let task = self.world.wait("injected", "there", 1, |_| true).await;
+        let made = task.status.as_ref().map(|status| status.attempts.len()).unwrap_or_default();
+        assert!(made <= 1, "{:?}", task.status);
+        assert_eq!((phase(&task), reason(&task).as_deref()), (Some(Phase::Pending), Some("PodAltered")));
+        let posts = audited(&self.world.namespace, since);
+        assert!(posts.len() <= 6, "{posts:?}");
+        let pods = self.world.api::<Pod>().list(&Default::default()).await.unwrap().items;
+        let ran =
+            pods.iter().flat_map(|pod| pod.status.iter().flat_map(|status| status.container_statuses.iter().flatten()));
+        let ran: Vec<_> = ran.filter(|one| one.name == "agent" && one.started == Some(true)).collect();
+        assert!(ran.is_empty(), "the agent ran: {ran:?}");
+
+        self.stop().await;
+        let task = self.succeeds("injected").await;
+        let attempts = task.status.unwrap().attempts;
+        let reasons: Vec<_> = attempts.iter().map(|attempt| attempt.reason.as_deref().unwrap_or_default()).collect();
+        assert_eq!(reasons[made..], ["AgentSucceeded"]);
+        assert!(reasons[..made].iter().all(|reason| *reason == "PodAltered"), "{reasons:?}");
+        self.world.clean().await;
+    }
+}
+
+/// What the operator has asked to be made, changed or deleted in a namespace since then. Rehearsals are on record, too.
+fn audited(namespace: &str, since: jiff::Timestamp) -> Vec<String> {
+    let log = std::fs::read_to_string(setting("BELAY_AUDIT_LOG")).expect("the API server keeps no audit log");
+    let events = log.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    let ours = events.filter(|event| {
+        let at = event["requestReceivedTimestamp"].as_str().and_then(|at| at.parse::<jiff::Timestamp>().ok());
+        event["user"]["username"].as_str().is_some_and(|user| user.ends_with(":belay-operator"))
+            && event["objectRef"]["namespace"] == namespace
+            && at.is_some_and(|at| at >= since)
+    });
+    ours.map(|event| format!("{} {}", event["verb"], event["objectRef"]["resource"])).collect()
+}
+
+fn patch(operations: &str) -> Value {
+    json!({"patchType": "JSONPatch", "jsonPatch": {"expression": operations}})
+}
+
+const CONFINED: &str = "securityContext: {'allowPrivilegeEscalation': false, 'runAsNonRoot': true, 'runAsUser': 65532, 'capabilities': {'drop': ['ALL']}}";
+
+/// A container, as an expression; `more` are fields of it.
+fn container(name: &str, more: &str) -> String {
+    let confined = CONFINED.replace("securityContext", "'securityContext'");
+    format!("{{'name': '{name}', 'image': 'localhost/box:1', {confined}{more}}}")
+}
+
+#[tokio::test]
+async fn a_sidecar() {
+    let mesh = container("mesh", ", 'command': ['sleep', '600']");
+    Injected::new("sidecar")
+        .await
+        .refused(
+            patch(&format!("[JSONPatch{{op: 'add', path: '/spec/containers/-', value: {mesh}}}]")),
+            &["container `mesh` (image `localhost/box:1`) was added"],
+        )
+        .await;
+}
+
+#[tokio::test]
+async fn a_native_sidecar() {
+    let mesh = container("mesh", ", 'command': ['sleep', '600'], 'restartPolicy': 'Always'");
+    Injected::new("native")
+        .await
+        .refused(
+            patch(&format!("[JSONPatch{{op: 'add', path: '/spec/initContainers/0', value: {mesh}}}]")),
+            &["init container `mesh` (image `localhost/box:1`) was added"],
+        )
+        .await;
+}
+
+#[tokio::test]
+async fn an_init_container() {
+    let first = container("first-of-all", ", 'command': ['true']");
+    Injected::new("init")
+        .await
+        .refused(
+            patch(&format!("[JSONPatch{{op: 'add', path: '/spec/initContainers/0', value: {first}}}]")),
+            &["init container `first-of-all` (image `localhost/box:1`) was added"],
+        )
+        .await;
+}
+
+#[tokio::test]
+async fn another_image_and_a_variable() {
+    Injected::new("env")
+        .await
+        .refused(
+            patch(
+                "[JSONPatch{op: 'add', path: '/spec/containers/0/env/-', value: {'name': 'OTEL_X', 'value': '1'}},
+                  JSONPatch{op: 'replace', path: '/spec/containers/0/image', value: 'localhost/box:1'}]",
+            ),
+            &["variable `OTEL_X` was added", "the image of container `agent` is `localhost/box:1`, not `"],
+        )
+        .await;
+}
+
+#[tokio::test]
+async fn an_ephemeral_volume() {
+    let claim = "{'volumeClaimTemplate': {'spec': {'accessModes': ['ReadWriteOnce'], 'resources': {'requests': {'storage': '1Gi'}}}}}";
+    Injected::new("volume")
+        .await
+        .refused(
+            patch(&format!(
+                "[JSONPatch{{op: 'add', path: '/spec/volumes/-', value: {{'name': 'data', 'ephemeral': {claim}}}}},
+                  JSONPatch{{op: 'add', path: '/spec/containers/0/volumeMounts', value: [{{'name': 'data', 'mountPath': '/data'}}]}}]"
+            )),
+            // Refused by the policy for the operator itself, so that no pod comes of it.
+            &["expected volumes of the kinds configMap, secret and emptyDir", "data"],
+        )
+        .await;
+}
+
+/// What does not change what runs or what it sees is others' business.
+#[tokio::test]
+async fn a_label_an_annotation_and_a_toleration_are_no_matter() {
+    let injected = Injected::new("label").await;
+    let more = "Object{metadata: Object.metadata{labels: {'cost-center': 'x'}, annotations: {'scanner': 'on'}},
+         spec: Object.spec{tolerations: [Object.spec.tolerations{key: 'spot', operator: 'Exists'}]}}";
+    injected.inject(json!({"patchType": "ApplyConfiguration", "applyConfiguration": {"expression": more}})).await;
+    injected.task("labelled").await;
+    injected
+        .world
+        .wait("labelled", "under way", 60, |task| {
+            task.status.as_ref().is_some_and(|status| !status.attempts.is_empty())
+        })
+        .await;
+    let pod = injected.world.api::<Pod>().get("labelled-1").await.unwrap();
+    assert_eq!(pod.metadata.labels.unwrap()["cost-center"], "x", "the control: it was injected");
+    assert_eq!(pod.spec.unwrap().containers.len(), 1);
+    let task = injected.succeeds("labelled").await;
+    assert_eq!(task.status.unwrap().attempts.len(), 1);
+    injected.kubectl(&["delete", "mutatingadmissionpolicybinding,mutatingadmissionpolicy"]);
+    injected.world.clean().await;
+}
