@@ -176,6 +176,7 @@ impl Calls {
             status: if reads { 200 } else { 201 },
             response_digest: Some(self.salt.bytes(reply.as_bytes())),
             response_bytes: 400 + number as u64 % 4_000,
+            sent_bytes: None,
             tokens: 0,
             cost_micros: 0,
             upstream: Some("198.51.100.20:443".into()),

@@ -169,6 +169,7 @@ fn failures(observed: &Observed<'_>) -> BTreeMap<String, i64> {
         observed
             .history
             .iter()
+            .filter(|attempt| attempt.reason.as_deref() != Some(POD_ALTERED))
             .filter_map(|attempt| attempt.failure_class)
             .for_each(|class| count(&mut failures, class, 1));
     }
@@ -222,7 +223,9 @@ fn attempts(observed: &Observed<'_>) -> Result<(Vec<Attempt>, BTreeMap<String, i
             attempt.failure_class = end.class;
             attempt.reason = Some(end.reason.to_owned());
             attempt.presumed = presumed;
-            end.class.into_iter().for_each(|class| count(&mut failures, class, 1));
+            // Nobody's failure of the task's.
+            let counted = end.class.filter(|_| end.reason != POD_ALTERED);
+            counted.into_iter().for_each(|class| count(&mut failures, class, 1));
         }
     }
     // Keeping the newest keeps the numbers growing; which old ones failed how is in the evidence.
@@ -373,7 +376,12 @@ fn pause(
         FailureClass::Dependency => i64::MAX,
         FailureClass::Policy | FailureClass::Budget | FailureClass::Cancelled | FailureClass::Unknown => 0,
     };
-    let failures = failures.get(class_name(class)).copied().unwrap_or_default();
+    let failures = if altered {
+        let altered = attempts.iter().filter(|attempt| attempt.reason.as_deref() == Some(POD_ALTERED)).count();
+        i64::try_from(altered).unwrap_or(i64::MAX)
+    } else {
+        failures.get(class_name(class)).copied().unwrap_or_default()
+    };
     if failures > allowed {
         return None;
     }

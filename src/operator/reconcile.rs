@@ -564,6 +564,7 @@ impl Pass<'_> {
             finished_at: Some(Time(self.now)),
             failure_class: Some(FailureClass::Infrastructure),
             reason: Some(POD_ALTERED.to_owned()),
+            presumed: false,
         });
         let error = self.altered(number, started.differences).await;
         let refused = self.not_made(&attempts, contained, number, error).await;

@@ -296,7 +296,7 @@ impl History {
     pub fn verdict(&self, closed: TaskClosed, attempt: i64, presumed: bool) -> TaskClosed {
         let of_it = attempt == self.attempt;
         let parting = self.parting.as_deref().filter(|_| of_it && !self.opened);
-        let limits = self.limits.as_ref().filter(|_| of_it);
+        let limits = self.policy.as_ref().filter(|_| of_it).map(|policy| policy.limits);
         let limit = limits.map(|limits| limits.wall_time_seconds.saturating_add(limits.approval_wait_seconds));
         let lasted = self.lasted.zip(limit);
         let time_over = lasted.is_some_and(|((from, until), limit)| until.duration_since(from).as_secs() >= limit);
