@@ -288,9 +288,8 @@ mod tests {
     #[test]
     fn what_is_to_be_whole_has_no_number_that_readers_would_not_agree_on() {
         let largest = u64::try_from(LARGEST_WHOLE).unwrap();
-        for fits in [json!([0, largest, -LARGEST_WHOLE, -7, "9007199254740993", {"9007199254740993": 1}])] {
-            assert_eq!(to_whole(&fits).unwrap(), to_bytes(&fits).unwrap());
-        }
+        let fits = json!([0, largest, -LARGEST_WHOLE, -7, "9007199254740993", {"9007199254740993": 1}]);
+        assert_eq!(to_whole(&fits).unwrap(), to_bytes(&fits).unwrap());
         let beyond = [largest + 1, largest + 2, u64::MAX];
         let beyond = beyond.into_iter().map(Value::from);
         for beyond in beyond.chain([json!(i64::MIN), json!(-LARGEST_WHOLE - 1), json!(0.5), json!(1e300), json!(-0.0)])

@@ -63,6 +63,7 @@ fn second(folder: &Path) -> i32 {
         std::thread::sleep(Duration::from_millis(20));
     }
     process.kill().unwrap();
+    process.wait().unwrap();
     panic!("the second verifier waits for what lies in the folder");
 }
 

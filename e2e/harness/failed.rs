@@ -179,11 +179,11 @@ async fn what_a_provider_says_of_its_cost_does_not_end_the_log(#[case] usage: Va
     let (error, text) = harness.tool("unheard-of", json!({})).await;
     assert!(error && text.contains("tool.unknown"), "{text}");
     let records = harness.stored(6).await;
-    let reserved = records.iter().filter_map(|record| match &record.event {
+    let mut reserved = records.iter().filter_map(|record| match &record.event {
         Event::Intent(intent) => Some(intent.reserved_tokens),
         _ => None,
     });
-    let (reserved, last) = (reserved.last().unwrap(), records.last().unwrap());
+    let (reserved, last) = (reserved.next_back().unwrap(), records.last().unwrap());
     assert!(matches!(last.event, Event::Denied(_)), "{last:?}");
     assert_eq!(last.usage.tokens, 12 + counted.unwrap_or(reserved));
     assert!(harness.gate.journal().failure().is_none());

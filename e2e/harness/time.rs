@@ -111,7 +111,6 @@ impl Watched {
     fn is_in_time(&self) {
         self.over.store(true, Ordering::Relaxed);
         let (ticks, signals, machine) = (self.ticks.so_far(), self.signals.so_far(), self.machine.so_far());
-        println!("worst: ticker {ticks:?}, signal {signals:?}, the machine by itself {machine:?}");
         assert!(ticks <= LATE + machine * 4, "the ticker was late by {ticks:?}, the machine by itself by {machine:?}");
         assert!(
             signals <= HEARD + machine * 4,
@@ -191,10 +190,8 @@ fn long_judgments_and_long_bodies_are_nobodys_delay() {
         let post = |body: String| tokio::task::spawn_blocking(move || posted(address, &body));
 
         // Before anything is judged: a call that is longer than its contract takes.
-        let started = Instant::now();
         let refused = post(called("short", &json!({"names": many}))).await.unwrap();
         assert!(refused.contains("tool.requestBytes"), "{refused}");
-        println!("refused by its length after {:?}", started.elapsed());
 
         // Six that take hours, and meanwhile one that takes nothing.
         let long: Vec<_> = (0..6).map(|_| post(called("uniq", &json!({"names": many})))).collect();

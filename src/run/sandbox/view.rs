@@ -475,7 +475,7 @@ mod tests {
         let key = top.join("key");
         fs::write(&key, "k").unwrap();
         fs::write(top.join("a/b/same-text"), "k").unwrap();
-        assert_eq!(other_names(&[key.clone()], &[top]).unwrap(), Vec::<PathBuf>::new());
+        assert_eq!(other_names(std::slice::from_ref(&key), &[top]).unwrap(), Vec::<PathBuf>::new());
         fs::hard_link(&key, top.join("a/b/notes")).unwrap();
         assert_eq!(other_names(&[key], &[top]).unwrap(), [top.join("a/b/notes")]);
     }
