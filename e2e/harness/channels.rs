@@ -258,7 +258,8 @@ async fn calls_that_the_mcp_library_refuses_are_recorded() {
     let records = harness.stored(1 + refused.len()).await;
     let found = refusals(&records);
     assert_eq!(found.len(), refused.len(), "{found:#?}");
-    assert!(found.iter().all(|denied| denied.rule == Rule::Request && denied.request_digest.is_some()), "{found:#?}");
+    let expected = |rule| matches!(rule, Rule::Request | Rule::ToolRequestBytes);
+    assert!(found.iter().all(|denied| expected(denied.rule) && denied.request_digest.is_some()), "{found:#?}");
     assert!(harness.gateway.saw().is_empty(), "a refused call left the harness");
     // The control: the same call, as the protocol has it.
     let reply = raw(harness.address, &posted(&both, &plain)).await;

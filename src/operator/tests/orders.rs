@@ -350,6 +350,10 @@ pub(super) fn judge(world: &World, told: &Told) -> Result<(), String> {
         // An agent whose time was over before it ended by itself is out of time, though it ended before it was stopped for it.
         (_, "Budget") => match truth {
             Some(Truth::OutOfTime) => true,
+            // It was being stopped for something else while its harness saw the time pass.
+            Some(Truth::Stopped) => {
+                world.pods.last().and_then(|pod| pod.log).is_some_and(|(reason, _)| reason == AttemptClosed::WALL_TIME)
+            }
             Some(Truth::Ended { .. }) => world.pods.last().is_some_and(|pod| pod.length >= WALL || pod.harness_exit),
             _ => false,
         },
