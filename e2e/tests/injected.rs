@@ -40,6 +40,11 @@ impl Injected {
 
     /// Puts the injector up and waits until the API server goes by it.
     async fn inject(&self, mutation: Value) {
+        self.put(mutation);
+        self.rehearsed("the injector does not inject", |made, asked| made != asked).await;
+    }
+
+    fn put(&self, mutation: Value) {
         let selector = json!({"matchLabels": {"inject": self.world.namespace.trim_start_matches("belay-e2e-inject-")}});
         let pods = json!([{"apiGroups": [""], "apiVersions": ["v1"], "resources": ["pods"], "operations": ["CREATE"]}]);
         let group = "admissionregistration.k8s.io/v1";
@@ -54,7 +59,6 @@ impl Injected {
         ] {
             self.world.kubectl_apply(&manifest.to_string());
         }
-        self.rehearsed("the injector does not inject", |made, asked| made != asked).await;
     }
 
     async fn stop(&self) {
@@ -65,7 +69,7 @@ impl Injected {
     /// Waits until a pod of somebody else's comes out so.
     async fn rehearsed(&self, otherwise: &str, wanted: impl Fn(&Value, &Value) -> bool) {
         let confined = json!({"allowPrivilegeEscalation": false, "capabilities": {"drop": ["ALL"]}});
-        let asked = json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "rehearsal"}, "spec": {
+        let asked = json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "rehearsal", "labels": {"a": "b"}, "annotations": {"a": "b"}}, "spec": {
             "containers": [{"name": "one", "image": "i", "env": [{"name": "A", "value": "a"}], "securityContext": confined}],
             "initContainers": [{"name": "first", "image": "i", "securityContext": confined}],
             "tolerations": [{"key": "a", "operator": "Exists"}],
@@ -172,17 +176,19 @@ fn patch(operations: &str) -> Value {
     json!({"patchType": "JSONPatch", "jsonPatch": {"expression": operations}})
 }
 
-const CONFINED: &str = "securityContext: {'allowPrivilegeEscalation': false, 'runAsNonRoot': true, 'runAsUser': 65532, 'capabilities': {'drop': ['ALL']}}";
-
-/// A container, as an expression; `more` are fields of it.
-fn container(name: &str, more: &str) -> String {
-    let confined = CONFINED.replace("securityContext", "'securityContext'");
-    format!("{{'name': '{name}', 'image': 'localhost/box:1', {confined}{more}}}")
+/// A container of one of a pod's lists, as an expression; `more` are fields of it.
+fn container(list: &str, name: &str, more: &str) -> String {
+    let of = format!("Object.spec.{list}");
+    let confined = format!(
+        "{of}.securityContext{{allowPrivilegeEscalation: false, runAsNonRoot: true, runAsUser: 65532, \
+         capabilities: {of}.securityContext.capabilities{{drop: ['ALL']}}}}"
+    );
+    format!("{of}{{name: '{name}', image: 'localhost/box:1', securityContext: {confined}{more}}}")
 }
 
 #[tokio::test]
 async fn a_sidecar() {
-    let mesh = container("mesh", ", 'command': ['sleep', '600']");
+    let mesh = container("containers", "mesh", ", command: ['sleep', '600']");
     Injected::new("sidecar")
         .await
         .refused(
@@ -194,7 +200,7 @@ async fn a_sidecar() {
 
 #[tokio::test]
 async fn a_native_sidecar() {
-    let mesh = container("mesh", ", 'command': ['sleep', '600'], 'restartPolicy': 'Always'");
+    let mesh = container("initContainers", "mesh", ", command: ['sleep', '600'], restartPolicy: 'Always'");
     Injected::new("native")
         .await
         .refused(
@@ -206,7 +212,7 @@ async fn a_native_sidecar() {
 
 #[tokio::test]
 async fn an_init_container() {
-    let first = container("first-of-all", ", 'command': ['true']");
+    let first = container("initContainers", "first-of-all", ", command: ['true']");
     Injected::new("init")
         .await
         .refused(
@@ -222,7 +228,7 @@ async fn another_image_and_a_variable() {
         .await
         .refused(
             patch(
-                "[JSONPatch{op: 'add', path: '/spec/containers/0/env/-', value: {'name': 'OTEL_X', 'value': '1'}},
+                "[JSONPatch{op: 'add', path: '/spec/containers/0/env/-', value: Object.spec.containers.env{name: 'OTEL_X', value: '1'}},
                   JSONPatch{op: 'replace', path: '/spec/containers/0/image', value: 'localhost/box:1'}]",
             ),
             &["variable `OTEL_X` was added", "the image of container `agent` is `localhost/box:1`, not `"],
@@ -232,14 +238,17 @@ async fn another_image_and_a_variable() {
 
 #[tokio::test]
 async fn an_ephemeral_volume() {
-    let claim = "{'volumeClaimTemplate': {'spec': {'accessModes': ['ReadWriteOnce'], 'resources': {'requests': {'storage': '1Gi'}}}}}";
+    let of = "Object.spec.volumes.ephemeral.volumeClaimTemplate";
+    let claim = format!(
+        "{of}{{spec: {of}.spec{{accessModes: ['ReadWriteOnce'], resources: {of}.spec.resources{{requests: {{'storage': '1Gi'}}}}}}}}"
+    );
+    let volume = format!(
+        "Object.spec.volumes{{name: 'data', ephemeral: Object.spec.volumes.ephemeral{{volumeClaimTemplate: {claim}}}}}"
+    );
     Injected::new("volume")
         .await
         .refused(
-            patch(&format!(
-                "[JSONPatch{{op: 'add', path: '/spec/volumes/-', value: {{'name': 'data', 'ephemeral': {claim}}}}},
-                  JSONPatch{{op: 'add', path: '/spec/containers/0/volumeMounts', value: [{{'name': 'data', 'mountPath': '/data'}}]}}]"
-            )),
+            patch(&format!("[JSONPatch{{op: 'add', path: '/spec/volumes/-', value: {volume}}}]")),
             // Refused by the policy for the operator itself, so that no pod comes of it.
             &["expected volumes of the kinds configMap, secret and emptyDir", "data"],
         )
@@ -250,9 +259,10 @@ async fn an_ephemeral_volume() {
 #[tokio::test]
 async fn a_label_an_annotation_and_a_toleration_are_no_matter() {
     let injected = Injected::new("label").await;
-    let more = "Object{metadata: Object.metadata{labels: {'cost-center': 'x'}, annotations: {'scanner': 'on'}},
-         spec: Object.spec{tolerations: [Object.spec.tolerations{key: 'spot', operator: 'Exists'}]}}";
-    injected.inject(json!({"patchType": "ApplyConfiguration", "applyConfiguration": {"expression": more}})).await;
+    let more = "[JSONPatch{op: 'add', path: '/metadata/labels/cost-center', value: 'x'},
+          JSONPatch{op: 'add', path: '/metadata/annotations/scanner', value: 'on'},
+          JSONPatch{op: 'add', path: '/spec/tolerations/-', value: Object.spec.tolerations{key: 'spot', operator: 'Exists'}}]";
+    injected.inject(patch(more)).await;
     injected.task("labelled").await;
     injected
         .world
@@ -266,5 +276,25 @@ async fn a_label_an_annotation_and_a_toleration_are_no_matter() {
     let task = injected.succeeds("labelled").await;
     assert_eq!(task.status.unwrap().attempts.len(), 1);
     injected.kubectl(&["delete", "mutatingadmissionpolicybinding,mutatingadmissionpolicy"]);
+    injected.world.clean().await;
+}
+
+/// An injector that cannot do what it is to do has the API server refuse the pod: that names it, and is told as it is.
+#[tokio::test]
+async fn an_injector_that_fails() {
+    let injected = Injected::new("fails").await;
+    injected.task("control").await;
+    injected.succeeds("control").await;
+    let more = "Object{spec: Object.spec{tolerations: [Object.spec.tolerations{key: 'spot', operator: 'Exists'}]}}";
+    injected.put(json!({"patchType": "ApplyConfiguration", "applyConfiguration": {"expression": more}}));
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    injected.task("refused").await;
+    let reason = |task: &AgentTask| task.status.as_ref().and_then(|status| status.reason.clone());
+    let task =
+        injected.world.wait("refused", "refused", 60, |task| reason(task).as_deref() == Some("PodRefused")).await;
+    let message = condition(&task, "Complete", "False").unwrap();
+    assert!(message.contains(&injected.policy) && message.contains(".spec.tolerations"), "{message}");
+    injected.kubectl(&["delete", "mutatingadmissionpolicybinding,mutatingadmissionpolicy"]);
+    injected.succeeds("refused").await;
     injected.world.clean().await;
 }
