@@ -351,9 +351,10 @@ pub(super) fn judge(world: &World, told: &Told) -> Result<(), String> {
         (_, "Budget") => match truth {
             Some(Truth::OutOfTime) => true,
             // It was being stopped for something else while its harness saw the time pass.
-            Some(Truth::Stopped) => {
-                world.pods.last().and_then(|pod| pod.log).is_some_and(|(reason, _)| reason == AttemptClosed::WALL_TIME)
-            }
+            Some(Truth::Stopped) => world.pods.last().is_some_and(|pod| {
+                let ran = pod.truth.is_some_and(|(_, until, _)| until - (pod.made + pod.start) >= WALL);
+                pod.harness_exit && ran
+            }),
             Some(Truth::Ended { .. }) => world.pods.last().is_some_and(|pod| pod.length >= WALL || pod.harness_exit),
             _ => false,
         },
