@@ -729,10 +729,10 @@ impl TaskClosed {
         Self { phase, failure_class, reason: Self::VERDICT_UNKNOWN.to_owned(), ..self }
     }
 
-    /// What a task is sealed with, where whoever seals it says this. `parting` is how its last attempt was closed, if it was, and `time_over`
-    /// whether its records reach beyond its time. What was presumed, because nobody has seen the agent's end, is borne out by the log or is not
+    /// What a task is sealed with, where whoever seals it says this. `began` is whether its last attempt opened
+    /// the log, without which no agent runs, `parting` how it was closed, if it was, and `time_over` whether its records reach beyond its time. What was presumed, because nobody has seen the agent's end, is borne out by the log or is not
     /// known; and where the log says otherwise of what was seen, it is not known either.
-    pub fn borne_out(self, presumed: bool, parting: Option<&str>, time_over: bool) -> Self {
+    pub fn borne_out(self, presumed: bool, began: bool, parting: Option<&str>, time_over: bool) -> Self {
         let in_time = |parting: &str| AttemptClosed { reason: parting.to_owned() }.is_in_time();
         let holds = match (self.phase.as_str(), self.failure_class.as_str()) {
             ("Succeeded", _) => {
@@ -745,8 +745,8 @@ impl TaskClosed {
                 Some(parting) if !in_time(parting) => false,
                 _ => time_over,
             },
-            // Its agent may have ended well before its pod was gone.
-            _ => !parting.is_some_and(in_time),
+            // Its agent may have ended well before its pod was gone, and nobody has seen.
+            _ => !began || parting.is_some_and(|parting| !in_time(parting)),
         };
         if holds { self } else { self.unknown() }
     }

@@ -300,7 +300,7 @@ impl History {
         let limit = limits.map(|limits| limits.wall_time_seconds.saturating_add(limits.approval_wait_seconds));
         let lasted = self.lasted.zip(limit);
         let time_over = lasted.is_some_and(|((from, until), limit)| until.duration_since(from).as_secs() >= limit);
-        closed.borne_out(presumed, parting, time_over)
+        closed.borne_out(presumed, of_it, parting, time_over)
     }
 
     /// The most sensitive data that the task has handled.

@@ -382,7 +382,7 @@ pub(super) fn seal(world: &World, attempt: i64, closed: TaskClosed, presumed: bo
     let pod = world.pods.iter().find(|pod| pod.number == attempt);
     let log = pod.and_then(|pod| pod.log);
     let over = pod.zip(log).is_some_and(|(pod, (_, at))| at - (pod.made + pod.start) >= WALL);
-    closed.borne_out(presumed, log.map(|(reason, _)| reason), over)
+    closed.borne_out(presumed, pod.is_some_and(|pod| pod.started), log.map(|(reason, _)| reason), over)
 }
 
 /// The reconciler's decisions alone, over what it would have seen.
