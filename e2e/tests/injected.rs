@@ -142,7 +142,8 @@ impl Injected {
         assert!(made <= 1, "{:?}", task.status);
         assert_eq!((phase(&task), reason(&task).as_deref()), (Some(Phase::Pending), Some("PodAltered")));
         let posts = audited(&self.world.namespace, since);
-        assert!(posts.len() <= 6, "{posts:?}");
+        // A pod that the API server itself refuses costs four writes a try, and the first tries come a second or two apart.
+        assert!(posts.len() <= 16, "{posts:?}");
         let pods = self.world.api::<Pod>().list(&Default::default()).await.unwrap().items;
         let ran =
             pods.iter().flat_map(|pod| pod.status.iter().flat_map(|status| status.container_statuses.iter().flatten()));
