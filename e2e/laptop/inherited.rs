@@ -20,6 +20,23 @@ use crate::world::{self, Ran, World, ended, until};
 const CALLER: &str = include_str!("inherited.py");
 const SERVICE: &str = "127.0.0.1:7801";
 
+/// A task with time enough: what is shown here is not how fast a machine is.
+fn agent(world: &World, python: &str, more: &str) {
+    world.agent(python, more);
+    change(world, "wallTimeSeconds: 30", "wallTimeSeconds: 300");
+}
+
+/// Has its agent be told this.
+fn told(world: &World, arguments: &str) {
+    change(world, "agent.py]", &format!("agent.py, {arguments}]"));
+}
+
+fn change(world: &World, from: &str, to: &str) {
+    let task = fs::read_to_string(world.task().join("task.yaml")).unwrap();
+    assert!(task.contains(from), "{task}");
+    world.write("task.yaml", &task.replace(from, to));
+}
+
 /// A service of the machine's loopback, which answers whoever has a connection.
 fn service() {
     let listener = TcpListener::bind(SERVICE).unwrap();
@@ -134,7 +151,7 @@ fn found(said: &str) -> Vec<String> {
 fn the_control_has_what_its_caller_has() {
     world::once(|world| {
         service();
-        world.agent(LOOKS, "");
+        agent(world, LOOKS, "");
         let command = plain(world, &[]);
         let output = called(world, &command.iter().map(String::as_str).collect::<Vec<_>>());
         let all = found(&String::from_utf8_lossy(&output.stdout)).join("\n");
@@ -177,7 +194,7 @@ fn the_control_has_what_its_caller_has() {
 
 fn nothing_of_the_callers(world: &World, sandbox: &str) {
     service();
-    world.agent(LOOKS, "");
+    agent(world, LOOKS, "");
     let ran = run_by(world, sandbox);
     assert_eq!(ran.code, 0, "{ran:#?}");
     assert_eq!(found(&ran.said()), Vec::<String>::new(), "{sandbox}");
@@ -189,7 +206,7 @@ fn nothing_of_the_callers(world: &World, sandbox: &str) {
 fn nothing_of_a_users(world: &World, sandbox: &str) {
     const SOMEBODY: u32 = 1000;
     service();
-    world.agent(LOOKS, "");
+    agent(world, LOOKS, "");
     let top = world.task().parent().unwrap().to_owned();
     let bin = top.join("bin");
     fs::create_dir_all(&bin).unwrap();
@@ -230,7 +247,7 @@ fn nothing_of_a_users(world: &World, sandbox: &str) {
 fn a_server_of_the_users_own_has_no_descriptor_of_the_callers() {
     world::once(|world| {
         service();
-        world.agent("say('ended')", "");
+        agent(world, "say('ended')", "");
         let server = "\
 import os, socket
 fds = [os.readlink(f'/proc/self/fd/{fd}') for fd in os.listdir('/proc/self/fd') if int(fd) > 2 and os.path.islink(f'/proc/self/fd/{fd}')]
@@ -311,6 +328,10 @@ fn ends(folder: &Path, when: &str) -> Vec<Box<dyn std::any::Any>> {
     let device = folder.join(format!("device-{when}"));
     // Root alone makes devices.
     let _ = Command::new("mknod").args(["-m", "666"]).arg(&device).args(["c", "1", "5"]).output().unwrap();
+    // For anybody: a sandbox's user is to be kept out by the sandbox.
+    for name in [format!("socket-{when}"), format!("datagrams-{when}")] {
+        fs::set_permissions(folder.join(name), fs::Permissions::from_mode(0o777)).unwrap();
+    }
     vec![Box::new(socket), Box::new(datagrams), Box::new(held)]
 }
 
@@ -332,7 +353,7 @@ fn all_ends(world: &World, when: &str) -> Vec<Box<dyn std::any::Any>> {
 fn the_control_reaches_the_machines_processes() {
     world::once(|world| {
         let _before = all_ends(world, "before");
-        world.agent(REACHES, "");
+        agent(world, REACHES, "");
         let lock = File::create(world.task().join("below/lock")).unwrap();
         lock.lock().unwrap();
         let mut command = plain(world, &[]);
@@ -365,9 +386,8 @@ fn nobody_outside(world: &World, sandbox: &str) {
     let _before = all_ends(world, "before");
     let beside = world.task().parent().unwrap().join("beside");
     let beside = fs::canonicalize(beside).unwrap().display().to_string();
-    world.agent(REACHES, "");
-    let task = world::task().replace("agent.py]", &format!("agent.py, /workspace, {beside}]"));
-    world.write("task.yaml", &task);
+    agent(world, REACHES, "");
+    told(world, &format!("/workspace, {beside}"));
     let lock = File::create(world.task().join("below/lock")).unwrap();
     lock.lock().unwrap();
     let mut child = world.start(sandbox, &["--ro", &beside]);
@@ -388,7 +408,8 @@ fn nobody_outside(world: &World, sandbox: &str) {
 
 /// Programs that talk to each other by sockets and FIFOs of their own still do.
 fn ones_own_still_work(world: &World, sandbox: &str) {
-    world.agent(
+    agent(
+        world,
         r#"
 import multiprocessing, socket, threading
 s = socket.socket(socket.AF_UNIX); s.bind("/out/s"); s.listen()
@@ -488,7 +509,7 @@ fn the_control_sees_what_was_hidden_by_its_place() {
     world::once(|world| {
         world::run("mount", &["--make-rshared", "/"]);
         let task = secrets(world);
-        world.agent(SEARCHES, "");
+        agent(world, SEARCHES, "");
         let mut command = plain(
             world,
             &["--ro-bind", "/dev/null", "/workspace/pack.yaml", "--ro-bind", "/dev/null", "/workspace/key.txt"],
@@ -524,8 +545,8 @@ fn what_is_hidden_stays_hidden(world: &World, sandbox: &str) {
     world::run("mount", &["--make-rshared", "/"]);
     let task = secrets(world);
     let state = task.join("state");
-    world.agent(SEARCHES, "");
-    world.write("task.yaml", &world::task().replace("agent.py]", "agent.py, /workspace]"));
+    agent(world, SEARCHES, "");
+    told(world, "/workspace");
     let credential =
         |name: &str| format!("tools-key/{}=file:{}", name.replace(['/', '.'], "-"), task.join(name).display());
     let evidence = task.join("evidence").display().to_string();
@@ -558,7 +579,7 @@ fn what_is_hidden_stays_hidden(world: &World, sandbox: &str) {
     world.is_valid(&PathBuf::from(ran.last()["evidence"].as_str().unwrap()));
     // What is not hidden is there: a folder is not emptied to be safe.
     fs::remove_file(task.join("other.yaml")).unwrap();
-    world.agent("say(open('/workspace/shown/plain').read()); say(sorted(os.listdir('/workspace')))", "");
+    agent(world, "say(open('/workspace/shown/plain').read()); say(sorted(os.listdir('/workspace')))", "");
     let ran = ended(
         world
             .belay(&[
@@ -602,7 +623,7 @@ fn unmapped(world: &World, sandbox: &str) {
             "fds = []\nfor _ in range(12):\n    fd = os.memfd_create('x'); os.posix_fallocate(fd, 0, 64 << 20); fds.append(fd); time.sleep(0.1)\ntime.sleep(2)",
         ),
     ] {
-        world.agent(python, "");
+        agent(world, python, "");
         let ran = world.run(sandbox, &[]);
         // A file is as long as it is there: gVisor's have pages once those are written.
         if sandbox == world::SANDBOXES[1] && name.starts_with("allocated") && ran.code == 0 {
@@ -617,7 +638,8 @@ fn unmapped(world: &World, sandbox: &str) {
 #[test]
 fn memory_of_system_v_is_not_to_be_had() {
     world::once(|world| {
-        world.agent(
+        agent(
+            world,
             "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n\
              for size in (56, 4096, 4097, 1 << 30): say(libc.shmget(0, ctypes.c_size_t(size), 0o600) >= 0)\n\
              say(libc.msgget(0, 0o600) >= 0); say(libc.semget(0, 1, 0o600) >= 0)",
@@ -645,7 +667,7 @@ fn broken(world: &World, sandbox: &str, breaks: &str) -> Ran {
     );
     fs::write(&program, text).unwrap();
     fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
-    world.agent("say('the agent has run')", "  retry: {infrastructure: 0}\n");
+    agent(world, "say('the agent has run')", "  retry: {infrastructure: 0}\n");
     let mut command = world.belay(&["run", "task.yaml", "--output", "json", "--sandbox", sandbox]);
     let ran =
         ended(command.env("PATH", format!("{}:{}", bin.display(), std::env::var("PATH").unwrap())).output().unwrap());
@@ -693,6 +715,14 @@ fn a_sandbox_that_does_not_hold_is_no_sandbox() {
         ] {
             a_breach_is_seen(world, "bwrap", &breaks, expected);
         }
+        let flag = |name: &str, to: &str| {
+            format!("args = ['{name}={to}' if one.startswith('{name}') else one for one in args]")
+        };
+        // Each of these flags is a wall of its own: without it the machine's processes are reached, whoever the sandbox's user is.
+        a_breach_is_seen(world, "runsc", &flag("--host-uds", "all"), &["socket socket-before of the machine's leads"]);
+        // Here the sandbox itself waits for the other end of a FIFO: a probe that does not come back proves nothing.
+        let ran = broken(world, "runsc", &flag("--host-fifo", "open"));
+        assert!(ran.code == 6 && !ran.said().contains("the agent has run"), "{ran:#?}");
         // The control: such a program that breaks nothing.
         for sandbox in world::SANDBOXES {
             let ran = broken(world, sandbox, "pass");
@@ -705,7 +735,7 @@ fn a_sandbox_that_does_not_hold_is_no_sandbox() {
 #[test]
 fn what_cannot_be_shown_is_said() {
     world::once(|world| {
-        world.agent("say('the agent has run')", "");
+        agent(world, "say('the agent has run')", "");
         let said = |args: &[&str]| {
             let output = world
                 .belay(&[&["run", "task.yaml", "-o", "json", "--sandbox", "bwrap"], args].concat())
@@ -738,7 +768,8 @@ fn mounted_folders(world: &World, sandbox: &str) {
     world::run("mount", &["-t", "tmpfs", "none", data.join("inner/deep").to_str().unwrap()]);
     let _socket = UnixListener::bind(data.join("inner/deep/socket")).unwrap();
     fs::write(data.join("inner/deep/file"), "2").unwrap();
-    world.agent(
+    agent(
+        world,
         "import socket\nsay(open('data/plain').read() + open('data/inner/deep/file').read())\n\
          try: socket.socket(socket.AF_UNIX).connect('data/inner/deep/socket'); say('reached')\n\
          except OSError: say('not reached')",
@@ -762,7 +793,7 @@ with_both! {
 #[test]
 fn a_key_is_not_written_where_a_link_leads() {
     world::once(|world| {
-        world.agent("say('ran')", "");
+        agent(world, "say('ran')", "");
         let theirs = world.task().parent().unwrap().join("theirs");
         fs::write(&theirs, "what they have").unwrap();
         assert_eq!(world.run("bwrap", &[]).code, 0);
