@@ -258,6 +258,12 @@ impl Run {
                 _ => {}
             }
 
+            // A kubelet's signal says nothing of the agent; `belay run` has waited for it.
+            let ended = if self.side == Has::Laptop { "agentEnded" } else { "terminated" };
+            if kind == "attempt.closed" && record["reason"] == ended {
+                record["reason"] = "in time".into();
+            }
+
             for (of, pointer, has, _) in ELSEWHERE {
                 if of != "*" && of != kind && of != format!("{kind} of {channel}") {
                     continue;

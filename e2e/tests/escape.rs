@@ -21,7 +21,7 @@ use kube::{
     api::{Patch, PatchParams, PostParams},
 };
 
-use crate::support::{SYSTEM, World, agent_image, class, phase, setting};
+use crate::support::{SYSTEM, World, agent_image, as_kubelet, class, phase, setting};
 
 const PROBE: &str = include_str!("../escape/probe.py");
 const LISTEN: &str = include_str!("../escape/listen.py");
@@ -166,7 +166,8 @@ async fn wait_for_pod(world: &World, name: &str, seconds: u64, wanted: impl Fn(&
 
 /// A token as the harness of `pod` has it: bound to that pod, for the gateway.
 async fn token_of(world: &World, pod: &Pod) -> String {
-    let accounts: Api<ServiceAccount> = world.api();
+    let node = pod.spec.as_ref().and_then(|spec| spec.node_name.as_deref()).unwrap();
+    let accounts: Api<ServiceAccount> = Api::namespaced(as_kubelet(node).await, &world.namespace);
     let request: TokenRequest = serde_json::from_value(json!({
         "metadata": {}, "spec": {"audiences": ["belay-gateway"], "expirationSeconds": 3600, "boundObjectRef": {
             "apiVersion": "v1", "kind": "Pod", "name": pod.metadata.name, "uid": pod.metadata.uid,
@@ -334,7 +335,8 @@ async fn the_same_tries_escape_from_a_pod_that_nobody_contains() {
                 }],
                 "volumes": [
                     {"name": "in", "configMap": {"name": "probe"}}, {"name": "probe", "emptyDir": {}}, {"name": "scope", "emptyDir": {}},
-                    {"name": "token", "projected": {"sources": [{"serviceAccountToken": {"audience": "belay-gateway", "path": "token"}}]}},
+                    // Of another audience: nobody may project the gateway's. What is tried is to read it.
+                    {"name": "token", "projected": {"sources": [{"serviceAccountToken": {"audience": "control", "path": "token"}}]}},
                 ],
                 "initContainers": [{
                     "name": "copy", "image": agent_image(), "command": ["python3", "-c"],

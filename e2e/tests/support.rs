@@ -27,10 +27,19 @@ pub async fn client() -> Client {
 /// As the operator: admission policies keep everybody else, administrators too, off what holds an agent. Tests that break it
 /// break it like this.
 pub async fn as_operator() -> Client {
+    impersonating(format!("system:serviceaccount:{SYSTEM}:belay-operator"), "system:masters").await
+}
+
+/// As a node's kubelet: nobody else gets a token of the gateway's audience.
+pub async fn as_kubelet(node: &str) -> Client {
+    impersonating(format!("system:node:{node}"), "system:nodes").await
+}
+
+async fn impersonating(user: String, group: &str) -> Client {
     let _ = rustls::crypto::ring::default_provider().install_default();
     let mut config = kube::Config::infer().await.expect("no cluster: run these tests with `make test`");
-    config.auth_info.impersonate = Some(format!("system:serviceaccount:{SYSTEM}:belay-operator"));
-    config.auth_info.impersonate_groups = Some(vec!["system:masters".into()]);
+    config.auth_info.impersonate = Some(user);
+    config.auth_info.impersonate_groups = Some(vec![group.into()]);
     Client::try_from(config).expect("the client that just worked")
 }
 
