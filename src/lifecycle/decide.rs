@@ -303,7 +303,7 @@ fn wall(pod: &PodView, observed: &Observed<'_>) -> i64 {
 /// A task that goes on.
 fn pursue(observed: &Observed<'_>, attempts: &[Attempt], failures: &BTreeMap<String, i64>) -> Next {
     let Some(last) = attempts.last() else {
-        return Next::Start(next_number(observed, 0));
+        return start(observed, 0);
     };
     if let Some(next) = end_pods(observed, |pod| pod.attempt < last.number) {
         return next;
@@ -319,7 +319,7 @@ fn pursue(observed: &Observed<'_>, attempts: &[Attempt], failures: &BTreeMap<Str
         None => seal(observed, attempts, last.number),
         Some(class) => match pause(observed, attempts, failures, class) {
             Some(until) if until > observed.now => Next::Pause(until),
-            Some(_) => Next::Start(next_number(observed, last.number)),
+            Some(_) => start(observed, last.number),
             None => seal(observed, attempts, last.number),
         },
     }
@@ -349,6 +349,16 @@ fn end_pods(observed: &Observed<'_>, which: impl Fn(&PodView) -> bool) -> Option
     }
     let untold = untold().map(|pod| (pod.uid.clone(), pod.name.clone())).collect();
     (!running.is_empty()).then_some(Next::EndPods(untold))
+}
+
+/// A new attempt after this one. What was claimed since and is no attempt yet may have a pod that a blind cache does not show.
+fn start(observed: &Observed<'_>, last: i64) -> Next {
+    let unseen =
+        |claim: &&i64| **claim > last && Some(**claim) != observed.reusable && !observed.looked_up.contains(*claim);
+    match observed.claims.iter().find(unseen) {
+        Some(claim) => Next::Confirm(Unread::Pod(*claim)),
+        None => Next::Start(next_number(observed, last)),
+    }
 }
 
 /// A number that no pod of this task has had. What was claimed without a pod to show for it may have had one.

@@ -466,6 +466,22 @@ fn what_was_not_just_read_decides_nothing_that_cannot_be_undone() {
     assert!(matches!(rests.next(), Next::Run { .. }));
 }
 
+/// The watch of NetworkPolicies may be well while that of pods is blind, and an operator may end between a pod and its status.
+#[test]
+fn a_claim_without_a_pod_is_looked_up_before_another_attempt_starts() {
+    let case = Case { claims: vec![1], looked_up: false, ..Case::default() };
+    assert_eq!(case.next(), Next::Confirm(Unread::Pod(1)));
+    let there = Case { claims: vec![1], pods: vec![pod(1)], ..Case::default() };
+    assert!(matches!(there.next(), Next::Run { attempt: 1, .. }));
+    let failed = record(1, Some((Some(Infrastructure), "Evicted")));
+    let case = Case { history: vec![failed], claims: vec![1, 2], looked_up: false, ..Case::default() };
+    assert_eq!(case.decide_at(at(200)).next, Next::Confirm(Unread::Pod(2)));
+    assert_eq!(Case { looked_up: true, ..case }.decide_at(at(200)).next, Next::Start(3));
+    // What was certainly never made, and attempts that are known, are not asked for.
+    let case = Case { claims: vec![1], reusable: Some(1), looked_up: false, ..Case::default() };
+    assert_eq!(case.next(), Next::Start(1));
+}
+
 /// Kubelets that were cut off as well have not told yet what happened meanwhile.
 #[test]
 fn after_a_break_nothing_is_concluded_from_silence() {
