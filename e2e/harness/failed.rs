@@ -33,14 +33,7 @@ async fn run(gateway: &Gateway, policy: &PolicyConfig, folder: &Path) -> Result<
         gateway_ca: gateway.ca.clone(),
         probe: probe.clone(),
     };
-    let containment = Containment {
-        contained: true,
-        rounds: 3,
-        millis: 1,
-        reachable: "r".into(),
-        unreachable: vec!["u".into()],
-        breaches: vec![],
-    };
+    let containment = contained();
     let parts = Parts {
         config: belay::policy::config::HarnessConfig { policy: policy.clone(), wiring },
         containment,

@@ -16,6 +16,8 @@ mod rollback;
 #[path = "../secrets.rs"]
 mod secrets;
 mod sends;
+#[path = "../../src/harness/gate/tests/ticker.rs"]
+mod ticker;
 mod time;
 mod upstreams;
 mod verify;
@@ -199,6 +201,18 @@ async fn harness_of(policy: PolicyConfig, more: Vec<(String, SocketAddr)>) -> Ha
     start(gateway, &policy, 1, mcp, api).await
 }
 
+/// What the probe of an attempt has found: that it is contained.
+fn contained() -> Containment {
+    Containment {
+        contained: true,
+        rounds: 3,
+        millis: 1,
+        reachable: "r".into(),
+        unreachable: vec!["u".into()],
+        breaches: vec![],
+    }
+}
+
 /// A harness of an attempt, as its main function starts one.
 async fn start(
     gateway: Arc<Gateway>,
@@ -237,14 +251,7 @@ async fn start(
         follow: journal::on_stdout(),
     };
     let journal = journal::Journal::start(start, link.clone());
-    let containment = Containment {
-        contained: true,
-        rounds: 3,
-        millis: 1,
-        reachable: "r".into(),
-        unreachable: vec!["u".into()],
-        breaches: vec![],
-    };
+    let containment = contained();
     let pod = Pod {
         name: "t-1".into(),
         uid: "pod".into(),
