@@ -133,7 +133,7 @@ fn outages(full: bool, random: &mut Random) -> Vec<Outage> {
 fn tasks(count: usize, random: &mut Random) -> Vec<Planned> {
     let mut all: Vec<_> = (0..count)
         .map(|index| {
-            let (ends, seconds) = match index % 20 {
+            let (ends, seconds) = match index * 20 / count {
                 0..9 => (Ends::Early, random.between(3.0, 14.0)),
                 9..14 => (Ends::Near, random.between(WALL - 9.0, WALL + 4.0)),
                 14..17 => (Ends::After, WALL + 30.0),

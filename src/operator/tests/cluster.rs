@@ -1,14 +1,19 @@
-//! An API server in memory: just what the operator asks of one, every request on record, and errors on demand.
+//! An API server in memory: just what the operator asks of one, lists and watches among it, every request on record, and errors on demand.
 
 use std::{
     collections::BTreeMap,
     convert::Infallible,
+    io,
     sync::{Arc, Mutex},
+    time::Duration,
 };
 
 use bytes::Bytes;
+use futures::stream;
 use http::{Method, Request, Response, StatusCode};
-use http_body_util::{BodyExt, Full};
+use http_body_util::{BodyExt, Full, StreamBody, combinators::UnsyncBoxBody};
+use hyper::body::Frame;
+use jiff::Timestamp;
 use kube::{
     Client,
     runtime::{
@@ -18,17 +23,73 @@ use kube::{
 };
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
+use tokio::{sync::Notify, time::Instant};
+
+/// A body that may last, as a watch's does.
+pub(in crate::operator) type Body = UnsyncBoxBody<Bytes, io::Error>;
 
 #[derive(Default)]
 struct State {
     objects: BTreeMap<String, Value>,
     requests: Vec<String>,
     version: u64,
+    changes: Changes,
+    /// What time it is; this machine's where nobody has set it.
+    now: Option<Timestamp>,
     faults: Vec<(String, StatusCode, &'static str)>,
     /// What is done to an object on its way into the store.
     mutate: Option<fn(&str, &mut Value)>,
     /// What is answered to those who only want to know what would be answered.
     rehearsals: Option<&'static str>,
+}
+
+/// What lists and watches show. It may be older than what is.
+#[derive(Default)]
+struct Changes {
+    events: Vec<Change>,
+    /// How many of them are shown.
+    told: usize,
+    held: bool,
+    shown: BTreeMap<String, Value>,
+    /// Watches cannot go on from before this version.
+    compacted: u64,
+    /// How often all connections were cut.
+    cuts: u64,
+    news: Arc<Notify>,
+}
+
+#[derive(Clone)]
+struct Change {
+    version: u64,
+    kind: &'static str,
+    path: String,
+    object: Value,
+}
+
+impl Changes {
+    fn push(&mut self, version: u64, kind: &'static str, path: &str, object: &Value) {
+        self.events.push(Change { version, kind, path: path.to_owned(), object: object.clone() });
+        self.tell();
+    }
+
+    fn tell(&mut self) {
+        if self.held {
+            return;
+        }
+        for event in self.events.iter().skip(self.told) {
+            match event.kind {
+                "DELETED" => drop(self.shown.remove(&event.path)),
+                _ => drop(self.shown.insert(event.path.clone(), event.object.clone())),
+            }
+        }
+        self.told = self.events.len();
+        self.news.notify_waiters();
+    }
+
+    /// The version of what is shown.
+    fn version(&self) -> u64 {
+        self.told.checked_sub(1).map_or(1, |last| self.events[last].version)
+    }
 }
 
 #[derive(Clone, Default)]
@@ -48,20 +109,45 @@ impl Cluster {
     pub(in crate::operator) fn put(&self, path: &str, mut object: Value) {
         let mut state = self.0.lock().unwrap();
         state.stamp(path, &mut object);
-        state.objects.insert(path.to_owned(), object);
+        state.keep(path, object);
     }
 
     /// Changes an object, as somebody else.
     pub(in crate::operator) fn edit(&self, path: &str, change: impl FnOnce(&mut Value)) {
         let mut state = self.0.lock().unwrap();
-        let mut object = state.objects.remove(path).unwrap();
+        let mut object = state.objects.get(path).cloned().unwrap();
         change(&mut object);
         state.stamp(path, &mut object);
-        state.objects.insert(path.to_owned(), object);
+        state.keep(path, object);
     }
 
     pub(in crate::operator) fn remove(&self, path: &str) {
-        self.0.lock().unwrap().objects.remove(path).unwrap();
+        self.0.lock().unwrap().remove(path).unwrap();
+    }
+
+    /// What time it is.
+    pub(in crate::operator) fn set_time(&self, now: Timestamp) {
+        self.0.lock().unwrap().now = Some(now);
+    }
+
+    /// Lists and watches show nothing new, or everything.
+    pub(in crate::operator) fn hold(&self, held: bool) {
+        let mut state = self.0.lock().unwrap();
+        state.changes.held = held;
+        state.changes.tell();
+    }
+
+    /// Ends all watches, in the middle of what they say.
+    pub(in crate::operator) fn cut(&self) {
+        let mut state = self.0.lock().unwrap();
+        state.changes.cuts += 1;
+        state.changes.news.notify_waiters();
+    }
+
+    /// No watch can go on where it was.
+    pub(in crate::operator) fn compact(&self) {
+        let mut state = self.0.lock().unwrap();
+        state.changes.compacted = state.version;
     }
 
     pub(in crate::operator) fn get(&self, path: &str) -> Option<Value> {
@@ -115,7 +201,7 @@ impl Cluster {
         writer.apply_watcher_event(&Event::InitDone);
     }
 
-    async fn answer(&self, request: Request<kube::client::Body>) -> Response<Full<Bytes>> {
+    pub(in crate::operator) async fn answer(&self, request: Request<kube::client::Body>) -> Response<Body> {
         let (head, body) = request.into_parts();
         let body = body.collect().await.unwrap().to_bytes();
         let body: Value = if body.is_empty() { Value::Null } else { serde_json::from_slice(&body).unwrap() };
@@ -127,7 +213,17 @@ impl Cluster {
         if let Some((_, status, message)) = state.faults.iter().find(|(prefix, ..)| line.starts_with(prefix)) {
             return refusal(*status, message);
         }
-        if head.uri.query().is_some_and(|query| query.contains("dryRun=All")) {
+        let query: BTreeMap<_, _> =
+            head.uri.query().unwrap_or_default().split('&').filter_map(|one| one.split_once('=')).collect();
+        if query.contains_key("watch") {
+            let (from, lasts) = (query["resourceVersion"].parse().unwrap(), query["timeoutSeconds"].parse().unwrap());
+            drop(state);
+            return self.watch(&path, from, Duration::from_secs(lasts));
+        }
+        if query.contains_key("limit") && head.method == Method::GET {
+            return reply(StatusCode::OK, &state.list(&path));
+        }
+        if query.get("dryRun") == Some(&"All") {
             if let Some(message) = state.rehearsals {
                 return refusal(StatusCode::BAD_REQUEST, message);
             }
@@ -140,11 +236,95 @@ impl Cluster {
             Err((status, message)) => refusal(status, message),
         }
     }
+
+    /// What changes in a collection after a version, until time is over or all connections are cut.
+    fn watch(&self, path: &str, from: u64, lasts: Duration) -> Response<Body> {
+        struct Watch {
+            cluster: Cluster,
+            next: usize,
+            cuts: u64,
+            ends: Instant,
+            over: bool,
+        }
+        let (plural, cluster) = (format!("/{}/", path.rsplit('/').next().unwrap()), self.clone());
+        let watch = {
+            let state = self.0.lock().unwrap();
+            if from < state.changes.compacted {
+                return refusal(StatusCode::GONE, "too old resource version");
+            }
+            let next = state.changes.events.partition_point(|event| event.version <= from);
+            let cuts = state.changes.cuts;
+            Watch { cluster, next, cuts, ends: Instant::now() + lasts, over: false }
+        };
+        let line = |kind: &str, object: &Value| {
+            let line = format!("{}\n", json!({ "type": kind, "object": object }));
+            Ok(Frame::data(Bytes::from(line)))
+        };
+        let frames = stream::unfold((watch, plural), move |(mut watch, plural)| async move {
+            loop {
+                let news = {
+                    let state = watch.cluster.0.lock().unwrap();
+                    let changes = &state.changes;
+                    if watch.over {
+                        return None;
+                    }
+                    if watch.cuts != changes.cuts {
+                        watch.over = true;
+                        let cut = Err(io::Error::from(io::ErrorKind::ConnectionReset));
+                        drop(state);
+                        return Some((cut, (watch, plural)));
+                    }
+                    let found = (watch.next..changes.told).find(|at| changes.events[*at].path.contains(&plural));
+                    if let Some(at) = found {
+                        let frame = line(changes.events[at].kind, &changes.events[at].object);
+                        watch.next = at + 1;
+                        drop(state);
+                        return Some((frame, (watch, plural)));
+                    }
+                    watch.next = watch.next.max(changes.told);
+                    if Instant::now() >= watch.ends {
+                        watch.over = true;
+                        let version = changes.version().to_string();
+                        drop(state);
+                        let mark = json!({ "kind": "Bookmark", "apiVersion": "v1", "metadata": { "resourceVersion": version } });
+                        return Some((line("BOOKMARK", &mark), (watch, plural)));
+                    }
+                    // Made before anything else can change.
+                    changes.news.clone().notified_owned()
+                };
+                let _ = tokio::time::timeout_at(watch.ends, news).await;
+            }
+        });
+        Response::new(StreamBody::new(frames).boxed_unsync())
+    }
 }
 
 type Answer = Result<Value, (StatusCode, &'static str)>;
 
 impl State {
+    /// The collections of all namespaces, as far as they are shown.
+    fn list(&self, path: &str) -> Value {
+        let plural = format!("/{}/", path.rsplit('/').next().unwrap());
+        let items: Vec<_> =
+            self.changes.shown.iter().filter(|(path, _)| path.contains(&plural)).map(|(_, object)| object).collect();
+        let version = self.changes.version().to_string();
+        json!({ "kind": "List", "apiVersion": "v1", "metadata": { "resourceVersion": version }, "items": items })
+    }
+
+    fn keep(&mut self, path: &str, object: Value) {
+        let old = self.objects.insert(path.to_owned(), object.clone());
+        let kind = if old.is_some() { "MODIFIED" } else { "ADDED" };
+        self.changes.push(self.version, kind, path, &object);
+    }
+
+    fn remove(&mut self, path: &str) -> Option<Value> {
+        let mut object = self.objects.remove(path)?;
+        self.version += 1;
+        object["metadata"]["resourceVersion"] = json!(self.version.to_string());
+        self.changes.push(self.version, "DELETED", path, &object);
+        Some(object)
+    }
+
     fn stamp(&mut self, path: &str, object: &mut Value) {
         self.version += 1;
         let version = self.version;
@@ -152,7 +332,7 @@ impl State {
         metadata.insert("resourceVersion".into(), json!(version.to_string()));
         metadata.entry("uid").or_insert_with(|| json!(format!("uid-{version}")));
         // Whole seconds, as an API server writes them.
-        let now = jiff::Timestamp::from_second(jiff::Timestamp::now().as_second()).unwrap();
+        let now = Timestamp::from_second(self.now.unwrap_or_else(Timestamp::now).as_second()).unwrap();
         metadata.entry("creationTimestamp").or_insert_with(|| json!(now.to_string()));
         if let Some(mutate) = self.mutate {
             mutate(path, object);
@@ -207,6 +387,11 @@ impl State {
                     return Err(conflict);
                 }
                 merge(&mut object, body);
+                let finalizers = object["metadata"]["finalizers"].as_array().is_none_or(Vec::is_empty);
+                if finalizers && !object["metadata"]["deletionTimestamp"].is_null() {
+                    self.remove(path);
+                    return Ok(object);
+                }
                 self.store(path.to_owned(), object)
             }
             Method::DELETE => {
@@ -214,7 +399,7 @@ impl State {
                 if live["metadata"]["uid"] != body["preconditions"]["uid"] {
                     return Err(conflict);
                 }
-                self.objects.remove(path).ok_or(missing)
+                self.remove(path).ok_or(missing)
             }
             _ => Err((StatusCode::METHOD_NOT_ALLOWED, "not here")),
         }
@@ -222,12 +407,12 @@ impl State {
 
     fn store(&mut self, path: String, mut object: Value) -> Answer {
         self.stamp(&path, &mut object);
-        self.objects.insert(path, object.clone());
+        self.keep(&path, object.clone());
         Ok(object)
     }
 }
 
-fn refusal(status: StatusCode, message: &str) -> Response<Full<Bytes>> {
+pub(in crate::operator) fn refusal(status: StatusCode, message: &str) -> Response<Body> {
     let reason = if status == StatusCode::NOT_FOUND { "NotFound" } else { message };
     let body = json!({
         "kind": "Status", "apiVersion": "v1", "status": "Failure", "message": message, "reason": reason, "code": status.as_u16(),
@@ -235,8 +420,9 @@ fn refusal(status: StatusCode, message: &str) -> Response<Full<Bytes>> {
     reply(status, &body)
 }
 
-fn reply(status: StatusCode, body: &Value) -> Response<Full<Bytes>> {
-    Response::builder().status(status).body(Full::new(Bytes::from(body.to_string()))).unwrap()
+pub(in crate::operator) fn reply(status: StatusCode, body: &Value) -> Response<Body> {
+    let body = Full::new(Bytes::from(body.to_string())).map_err(|never| match never {});
+    Response::builder().status(status).body(body.boxed_unsync()).unwrap()
 }
 
 /// A store and the one who fills it.

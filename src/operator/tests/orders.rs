@@ -2,8 +2,8 @@
 //! that is away, and kubelets that tell late what happened meanwhile; watches that stay blind; pods that are deleted and evicted; reads that
 //! fail; operators that are restarted; nodes whose clocks differ. Whatever the order, what is sealed is what was, or says that it is not known.
 //!
-//! What is driven are the reconciler's decisions and what it takes for seen, not its requests. With live reads turned off they must be seen
-//! to go wrong: otherwise the world is too kind.
+//! Here the reconciler's decisions are driven, and what it takes for seen; in [`reconciler`] all of it, with its requests and watches. With
+//! live reads turned off both must be seen to go wrong: otherwise the world is too kind.
 
 use std::collections::BTreeSet;
 
@@ -22,13 +22,15 @@ use crate::{
     plan::names,
 };
 
+mod reconciler;
+
 /// Wall time of the agent, in seconds.
-pub(super) const WALL: i64 = 60;
+const WALL: i64 = 60;
 /// No order takes longer.
 const HORIZON: i64 = 3000;
 
 /// SplitMix64: the same seed is the same order.
-pub(super) struct Random(pub u64);
+struct Random(pub u64);
 
 impl Random {
     fn next(&mut self) -> u64 {
@@ -39,18 +41,18 @@ impl Random {
         z ^ (z >> 31)
     }
 
-    pub(super) fn range(&mut self, from: i64, to: i64) -> i64 {
+    fn range(&mut self, from: i64, to: i64) -> i64 {
         from + i64::try_from(self.next() % u64::try_from(to - from + 1).unwrap()).unwrap()
     }
 
-    pub(super) fn percent(&mut self, chance: i64) -> bool {
+    fn percent(&mut self, chance: i64) -> bool {
         self.range(0, 99) < chance
     }
 }
 
 /// How an agent really ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Truth {
+enum Truth {
     /// By itself.
     Ended { code: i64 },
     /// Its time was over, and it was stopped for it.
@@ -60,7 +62,7 @@ pub(super) enum Truth {
 }
 
 #[derive(Clone, Debug)]
-pub(super) struct SimPod {
+struct SimPod {
     pub number: i64,
     pub uid: String,
     made: i64,
@@ -93,7 +95,7 @@ pub(super) struct SimPod {
     pub gone: bool,
 }
 
-pub(super) struct World {
+struct World {
     pub now: i64,
     pub random: Random,
     outages: Vec<(i64, i64)>,
@@ -106,12 +108,12 @@ pub(super) struct World {
     pub calm: bool,
 }
 
-pub(super) fn time(seconds: i64) -> Timestamp {
+fn time(seconds: i64) -> Timestamp {
     Timestamp::from_second(1_800_000_000 + seconds).unwrap()
 }
 
 impl World {
-    pub(super) fn new(seed: u64) -> Self {
+    fn new(seed: u64) -> Self {
         let mut random = Random(seed);
         let calm = random.percent(10);
         let (mut outages, mut blind) = (Vec::new(), Vec::new());
@@ -126,20 +128,20 @@ impl World {
         Self { now: 0, random, outages, blind, restarts, deleted_at, pods: vec![], calm }
     }
 
-    pub(super) fn away(&self) -> bool {
+    fn away(&self) -> bool {
         self.outages.iter().any(|(from, until)| (*from..*until).contains(&self.now))
     }
 
-    pub(super) fn blind(&self) -> bool {
+    fn blind(&self) -> bool {
         self.away() || self.blind.iter().any(|(from, until)| (*from..*until).contains(&self.now))
     }
 
-    pub(super) fn restarts(&self) -> bool {
+    fn restarts(&self) -> bool {
         self.restarts.contains(&self.now)
     }
 
     /// The operator makes the pod of an attempt.
-    pub(super) fn make(&mut self, number: i64) {
+    fn make(&mut self, number: i64) {
         let (calm, random) = (self.calm, &mut self.random);
         let length = match random.range(0, 9) {
             0..=2 => random.range(1, WALL - 10),
@@ -179,7 +181,7 @@ impl World {
     }
 
     /// The API server is asked to delete a pod.
-    pub(super) fn delete(&mut self, uid: &str) {
+    fn delete(&mut self, uid: &str) {
         let now = self.now;
         if let Some(pod) = self.pods.iter_mut().find(|pod| pod.uid == uid && !pod.gone && pod.asked.is_none()) {
             pod.asked = Some(now);
@@ -190,7 +192,7 @@ impl World {
     }
 
     /// One second passes.
-    pub(super) fn tick(&mut self) {
+    fn tick(&mut self) {
         self.now += 1;
         let (now, away) = (self.now, self.away());
         let returned = self.outages.iter().any(|(_, until)| now - until < 25 && now >= *until);
@@ -262,7 +264,7 @@ impl World {
     }
 
     /// How the task really ended: by its last attempt.
-    pub(super) fn truth(&self) -> Option<Truth> {
+    fn truth(&self) -> Option<Truth> {
         self.pods.last().and_then(|pod| pod.truth).map(|(truth, ..)| truth)
     }
 }
@@ -327,7 +329,7 @@ impl SimPod {
 
 /// What became of an order.
 #[derive(Debug, Default)]
-pub(super) struct Told {
+struct Told {
     pub sealed: Option<TaskClosed>,
     pub rolled_back: bool,
     /// Pods that the operator deleted though they had ended and that was not recorded.
@@ -336,7 +338,7 @@ pub(super) struct Told {
 }
 
 /// What is wrong with it.
-pub(super) fn judge(world: &World, told: &Told) -> Result<(), String> {
+fn judge(world: &World, told: &Told) -> Result<(), String> {
     let Some(sealed) = &told.sealed else {
         return if told.seconds < HORIZON { Ok(()) } else { Err("never sealed".to_owned()) };
     };
@@ -378,7 +380,7 @@ pub(super) fn judge(world: &World, told: &Told) -> Result<(), String> {
 }
 
 /// What the witness makes of it.
-pub(super) fn seal(world: &World, attempt: i64, closed: TaskClosed, presumed: bool) -> TaskClosed {
+fn seal(world: &World, attempt: i64, closed: TaskClosed, presumed: bool) -> TaskClosed {
     let pod = world.pods.iter().find(|pod| pod.number == attempt);
     let log = pod.and_then(|pod| pod.log);
     let over = pod.zip(log).is_some_and(|(pod, (_, at))| at - (pod.made + pod.start) >= WALL);
