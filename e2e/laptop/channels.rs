@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use crate::world::{self, World, once};
 
-const AGENT: &str = include_str!("channels.py");
+const AGENT: &str = include_str!("../escape/channels.py");
 /// What a tunnel to `allowed.test` leads to.
 const OPEN: &str = "127.0.0.1:8443";
 /// Of each kind, how many tries there are.

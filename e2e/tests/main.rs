@@ -5,6 +5,7 @@
 #![allow(clippy::print_stderr, reason = "progress of long tests")]
 
 mod approval;
+mod attack;
 mod bad_input;
 mod canaries;
 mod chaos;

@@ -1,9 +1,13 @@
 # Ways around a record: within tunnels, around the HTTP library and the MCP one, and by arguments that are another path to some servers.
-# TO is where all of it goes: the harness, or, as the control, servers that nobody stands before.
+# TO is where all of it goes: the harness, or, as the control, servers that nobody stands before. HOST is the one that is allowed, MARK what
+# only it says, in hex, and FILL how much follows an honest greeting.
 import json, os, socket, ssl, sys
 
 PROXY = ("127.0.0.1", int(os.environ["TO"].rsplit(":", 1)[1]))
 DIRECT = os.environ.get("DIRECT")
+HOST = os.environ.get("HOST", "allowed.test")
+MARK = bytes.fromhex(os.environ.get("MARK", b"through".hex()))
+FILL = int(os.environ.get("FILL", 1 << 20))
 
 
 def raw(data, to=PROXY, wait=20):
@@ -12,7 +16,7 @@ def raw(data, to=PROXY, wait=20):
         with socket.create_connection(to, timeout=wait) as s:
             s.sendall(data)
             # Who hangs up before the answer is not answered.
-            while b"through" not in back and (piece := s.recv(65536)):
+            while MARK not in back and (piece := s.recv(65536)):
                 back += piece
     except OSError:
         pass
@@ -29,7 +33,7 @@ def hello(name):
         return outgoing.read()
 
 
-def tunnel(data, host="allowed.test", port=443):
+def tunnel(data, host=HOST, port=443):
     if DIRECT:
         name, number = DIRECT.rsplit(":", 1)
         return raw(data, (name, int(number)))
@@ -58,20 +62,20 @@ def tell(kind, tried, through):
     print(json.dumps({"kind": kind, "tried": tried, "through": bool(through)}), flush=True)
 
 
-good = hello("allowed.test")
+good = hello(HOST)
 tunnels = {
     "another name": hello("evil.test"),
     "no name": hello(None),
     "HTTP": b"GET / HTTP/1.1\r\nHost: evil.test\r\n\r\n",
     "SSH": b"SSH-2.0-x\r\n" + b"a" * 3000,
     "another tunnel": b"CONNECT evil.test:443 HTTP/1.1\r\n\r\n",
-    "a NUL in the name": good.replace(b"allowed.test", b"allowed\0test"),
+    "a NUL in the name": good.replace(HOST.encode(), HOST.replace(".", "\0", 1).encode()),
     "SSLv2": bytes([0x80, 46, 1, 3, 1, 0, 21, 0, 0, 0, 16]) + b"\0" * 60,
     "an alert first": b"\x15\3\1\0\2\1\0" + good,
     "half of it": good[:-1],
 }
 for name, data in tunnels.items():
-    tell("tunnel", name, b"through" in tunnel(data))
+    tell("tunnel", name, MARK in tunnel(data))
 heads = {
     "a NUL in the host": b"CONNECT allowed.test\0.evil.test:443 HTTP/1.1\r\n\r\n",
     "bytes beyond ASCII": "CONNECT \u0430llowed.test:443 HTTP/1.1\r\n\r\n".encode(),
@@ -87,13 +91,13 @@ heads = {
 }
 direct = (DIRECT.rsplit(":", 1)[0], int(DIRECT.rsplit(":", 1)[1])) if DIRECT else PROXY
 for name, data in heads.items():
-    tell("head", name, b"through" in raw(data, direct))
+    tell("head", name, MARK in raw(data, direct))
 paths = ["A-7/card", "A-7%2fcard", "A-7%252fcard", "A-7\uff0fcard", "A-7;x", "..", "%c0%ae%c0%ae%2fx", "A-7?x", "A-7\\card"]
 body = lambda id: json.dumps({"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": "greet", "arguments": {"name": id}}}).encode()
 post = b"POST /mcp HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\ncontent-type: application/json\r\naccept: application/json, text/event-stream\r\ncontent-length: %d\r\n\r\n"
 for id in paths:
     reply = raw(post % len(body(id)) + body(id), direct)
-    tell("path", id, b"through" in reply or b"tool.url" not in reply)
+    tell("path", id, MARK in reply or b"tool.url" not in reply)
 # And what is allowed goes through, with its bytes.
-tell("control", "TLS for its host", b"through" in tunnel(good + b"x" * (1 << 20)))
+tell("control", "TLS for its host", MARK in tunnel(good + b"x" * FILL))
 print(json.dumps({"done": True}), flush=True)
