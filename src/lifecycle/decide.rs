@@ -351,8 +351,12 @@ fn end_pods(observed: &Observed<'_>, which: impl Fn(&PodView) -> bool) -> Option
     (!running.is_empty()).then_some(Next::EndPods(untold))
 }
 
-/// A new attempt after this one. What was claimed since and is no attempt yet may have a pod that a blind cache does not show.
+/// A new attempt after this one. What was claimed since and is no attempt yet may have a pod that a blind cache does not show, and a status
+/// that is old may not have the attempt after this one.
 fn start(observed: &Observed<'_>, last: i64) -> Next {
+    if last > 0 && !observed.live {
+        return Next::Confirm(Unread::Task);
+    }
     let unseen =
         |claim: &&i64| **claim > last && Some(**claim) != observed.reusable && !observed.looked_up.contains(*claim);
     match observed.claims.iter().find(unseen) {

@@ -108,15 +108,15 @@ impl Writer {
         bounded::<K, T>(verb, name, request).await
     }
 
-    /// Creates a ConfigMap, which is immutable. One that is there already is kept if it is the same. One of the task's that is not
-    /// the same is deleted, and the error returned, for the next try to find its place free.
+    /// Creates a ConfigMap, which is immutable: whether it was not there. One that is there already is kept if it is the same. One of the
+    /// task's that is not the same is deleted, and the error returned, for the next try to find its place free.
     ///
     /// # Errors
     /// If it was in the way, or is a stranger's; if the API server refuses it or does not answer.
-    pub async fn create_config_map(&self, namespace: &str, object: &ConfigMap) -> Result<(), ApiError> {
+    pub async fn create_config_map(&self, namespace: &str, object: &ConfigMap) -> Result<bool, ApiError> {
         let (name, api) = (object.name_any(), self.api::<ConfigMap>(namespace));
         let error = match self.write::<ConfigMap, _>("create", &name, api.create(&created_by_us(), object)).await {
-            Ok(_) => return Ok(()),
+            Ok(_) => return Ok(true),
             Err(error) => error,
         };
         if error.code() != Some(409) {
@@ -128,7 +128,7 @@ impl Writer {
             return Err(error);
         }
         if live.data == object.data && live.immutable == object.immutable {
-            return Ok(());
+            return Ok(false);
         }
         self.delete::<ConfigMap>(namespace, &name, live.uid()).await?;
         Err(error)

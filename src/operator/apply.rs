@@ -1,8 +1,8 @@
 //! Makes an attempt's objects, in the order that containment needs.
 //!
 //! Guarantees: finalizer, ConfigMap and NetworkPolicy are there, and the policy was read back, before the pod is asked for; a pod that
-//! is there already is adopted, never made twice; what is not as planned about a pod is told at once. Non-goals: to use a namesake's pod,
-//! or a policy that is not as planned.
+//! is there already is adopted, never made twice; a number that somebody has begun with is not begun with again; what is not as planned
+//! about a pod is told at once. Non-goals: to use a namesake's pod, or a policy that is not as planned.
 
 use k8s_openapi::api::{core::v1::Pod, networking::v1::NetworkPolicy};
 use kube::ResourceExt;
@@ -37,6 +37,14 @@ pub enum ApplyError {
     /// The policy is not as planned.
     #[error(transparent)]
     Altered(#[from] Altered),
+    /// Somebody has begun with this attempt, and we do not remember it: what we watch is old, or we are new here.
+    #[error(
+        "expected attempt {number} to be new, found its ConfigMap: it was begun with before, and is looked for at the API server"
+    )]
+    Begun {
+        /// The attempt.
+        number: i64,
+    },
     /// The configuration has no canonical form.
     #[error(transparent)]
     Canonical(#[from] CanonicalError),
@@ -70,7 +78,7 @@ pub enum ApplyError {
 impl ApplyError {
     /// Whether there is certainly no pod of this attempt.
     pub fn leaves_no_pod(&self) -> bool {
-        !matches!(self, Self::PodUnknown(_))
+        !matches!(self, Self::PodUnknown(_) | Self::Begun { .. })
     }
 }
 
@@ -84,7 +92,7 @@ pub struct Started {
     pub task: Option<AgentTask>,
 }
 
-/// Makes one attempt.
+/// Makes one attempt. `ours`: we have begun with it before, and there is certainly no pod of it.
 ///
 /// # Errors
 /// See [`ApplyError`].
@@ -95,6 +103,7 @@ pub async fn start(
     validated: &Validated,
     surroundings: &Surroundings,
     number: i64,
+    ours: bool,
 ) -> Result<Started, ApplyError> {
     let namespace = task.namespace().unwrap_or_default();
     let attempt = validated.attempt(surroundings, number)?;
@@ -110,7 +119,9 @@ pub async fn start(
         wall(writer, stores, &namespace, &planned),
     );
     let task_now = finalizer.map_err(ApplyError::Before)?;
-    config_map.map_err(ApplyError::Before)?;
+    if !config_map.map_err(ApplyError::Before)? && !ours {
+        return Err(ApplyError::Begun { number });
+    }
     let (pod, differences) = create(writer, &namespace, &pod::build(&attempt, &proof?), task).await?;
     Ok(Started { pod, differences, task: task_now })
 }

@@ -482,7 +482,8 @@ impl Pass<'_> {
             memory.reusable = Some(attempt);
         });
         let Context { writer, stores, .. } = self.context;
-        match apply::start(writer, stores, &self.task, &validated, &surroundings, attempt).await {
+        let ours = self.memory.reusable == Some(attempt);
+        match apply::start(writer, stores, &self.task, &validated, &surroundings, attempt, ours).await {
             Ok(started) if !started.differences.is_empty() => self.refuse(attempts, contained, attempt, started).await,
             Ok(started) => {
                 let first_seen = memories.update(&self.owner.uid, |memory| {

@@ -518,7 +518,7 @@ async fn a_lost_pod_is_followed_by_another_and_never_by_two() {
     scene.cluster.remove(POD);
     scene.step().await.unwrap();
     let requests = scene.cluster.requests();
-    assert_eq!((requests[0].as_str(), requests[1].as_str()), (format!("GET {POD}").as_str(), STATUS));
+    assert_eq!(requests[..3], [format!("GET {POD}"), format!("GET {TASK}"), STATUS.to_owned()]);
     assert!(scene.cluster.get(POD_2).is_some());
     assert_eq!(scene.status()["attempts"][0]["reason"], "PodLost");
     assert_eq!(scene.status()["attempts"][0]["failureClass"], "Infrastructure");
@@ -536,7 +536,31 @@ async fn deletion_ends_the_pod_seals_and_lets_go() {
     assert_eq!(scene.cluster.requests(), [format!("GET {POD}"), format!("GET {TASK}"), format!("DELETE {POD}")]);
     scene.step().await.unwrap();
     assert_eq!(scene.cluster.writes(), [format!("PATCH {TASK}")]);
-    assert_eq!(scene.cluster.get(TASK).unwrap()["metadata"]["finalizers"], json!([]));
+    assert_eq!(scene.cluster.get(TASK), None);
+}
+
+#[tokio::test]
+async fn what_was_begun_with_before_is_looked_for_first() {
+    let mut scene = Scene::new().await;
+    scene.step().await.unwrap();
+    let (pod, config_map) = (scene.cluster.get(POD).unwrap(), scene.cluster.get(CONFIG_MAP).unwrap());
+    // Another process, to which the API server shows what was before that, and shows it still after the next.
+    let cluster = Cluster::default();
+    let before = Scene::new().await;
+    for path in [TASK, PACK, CONTRACT, &CONTRACT.replace("tickets", "read-log"), "/api/v1/namespaces/team-a"] {
+        cluster.put(path, before.cluster.get(path).unwrap());
+    }
+    let scene = Scene::over(cluster, 200, "{}").await;
+    scene.cluster.put(CONFIG_MAP, config_map);
+    let error = scene.look().await.unwrap_err().to_string();
+    assert!(error.contains("begun with before"), "{error}");
+    assert_eq!(scene.cluster.get(POD), None);
+    // The pod is there, and is taken for what it is.
+    scene.cluster.put(POD, pod);
+    scene.cluster.requests();
+    scene.look().await.unwrap();
+    assert!(scene.cluster.requests().contains(&format!("GET {POD}")));
+    assert_eq!(scene.cluster.get(POD_2), None);
 }
 
 #[tokio::test]

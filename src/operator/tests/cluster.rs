@@ -144,10 +144,10 @@ impl Cluster {
         state.changes.news.notify_waiters();
     }
 
-    /// No watch can go on where it was.
+    /// No watch can go on from before what is shown.
     pub(in crate::operator) fn compact(&self) {
         let mut state = self.0.lock().unwrap();
-        state.changes.compacted = state.version;
+        state.changes.compacted = state.changes.version();
     }
 
     pub(in crate::operator) fn get(&self, path: &str) -> Option<Value> {
