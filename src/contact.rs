@@ -305,7 +305,9 @@ where
             let watch = Duration::from_secs(WATCH_SECONDS.into()).saturating_add(MARGIN);
             let patience = if asked.watched.is_some() { watch } else { PART };
             let silence = Box::pin(sleep(patience));
-            Ok(answer.map(|inner| Heard { inner, contact, watched: asked.watched, patience, silence }))
+            // What says that there is no watch is no news of one.
+            let watched = asked.watched.filter(|_| answer.status().is_success());
+            Ok(answer.map(|inner| Heard { inner, contact, watched, patience, silence }))
         })
     }
 }

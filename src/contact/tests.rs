@@ -159,6 +159,33 @@ async fn a_watch_that_is_not_heard_of_is_old() {
     assert!(contact.fresh(OLD).is_ok());
 }
 
+/// That it may not be watched, or not from there, is no news of it, however often it is said.
+#[rstest::rstest]
+#[case::forbidden(403)]
+#[case::expired(410)]
+#[tokio::test(start_paused = true)]
+async fn a_watch_that_is_refused_is_old(#[case] status: u16) {
+    let contact = Arc::new(Contact::default());
+    let let_us = Arc::new(AtomicBool::new(true));
+    let may = let_us.clone();
+    let client = client_of(&contact, move |request| match is_watch(request) {
+        true if may.load(Ordering::Relaxed) => Some(watch(DATED, vec![])),
+        true => {
+            let refused = json!({ "kind": "Status", "apiVersion": "v1", "status": "Failure", "message": "no", "reason": "no", "code": status });
+            Some(whole(status, DATED, &refused))
+        }
+        false => Some(whole(200, DATED, &pods())),
+    });
+    let pods = watcher(Api::<Pod>::all(client), watching()).backoff(pauses());
+    tokio::spawn(pods.for_each(|_| async {}));
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(contact.fresh(OLD), Ok(()));
+    let_us.store(false, Ordering::Relaxed);
+    tokio::time::sleep(Duration::from_secs(120)).await;
+    let old = contact.fresh(OLD).unwrap_err();
+    assert!(old.contains("pods"), "{old}");
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_bookmark_is_news() {
     let contact = Arc::new(Contact::default());
