@@ -12,7 +12,7 @@ use super::{
 use crate::{
     api::{
         AgentTask, PolicyPack, ToolContract,
-        agent_task::Agent,
+        agent_task::{Agent, EnvVar},
         policy_pack::StatePolicy,
         tool_contract::{Compensation, HttpUpstream, Idempotency, Rollback, Upstream, VerifyRead},
     },
@@ -434,7 +434,7 @@ const BROKEN: &[(&str, &str, Break)] = &[
         p.spec.workflow_classes[0].resources.cpu = Some("0".into());
     }),
     ("env openai", "spec.agent.env[0].name", |t, _, _| agent(t).env[0].name = "OPENAI_BASE_URL".into()),
-    ("env proxy", "spec.agent.env[0].name", |t, _, _| agent(t).env[0].name = "all_Proxy".into()),
+    ("env proxy", "spec.agent.env[0].name", |t, _, _| agent(t).env[0].name = "https_Proxy".into()),
     ("env twice", "spec.agent.env[1].name", |t, _, _| {
         let again = agent(t).env[0].clone();
         agent(t).env.push(again);
@@ -480,6 +480,25 @@ fn every_wrong_field_is_named() {
         messages.extend(findings.iter().map(Finding::to_string));
     }
     insta::assert_snapshot!("findings", messages.join("\n"));
+}
+
+/// A task sets what Belay does not: what SDKs read besides is its own.
+#[test]
+fn variables_of_sdks_are_the_tasks_own_but_for_those_that_belay_sets() {
+    let (mut task, contracts, pack) = (task(), contracts(), pack());
+    agent(&mut task).env.clear();
+    let own = validate(&task, &contracts, &pack, "belay-system").unwrap().agent(1).env;
+    let own: Vec<String> = own.into_iter().map(|(name, _)| name).collect();
+    assert!(own.len() > 10, "{own:?}");
+    for name in own {
+        agent(&mut task).env = vec![EnvVar { name: name.clone(), value: "x".into() }];
+        let refused = validate(&task, &contracts, &pack, "belay-system").unwrap_err();
+        assert!(refused[0].found.contains(&name), "{refused:?}");
+    }
+    for name in ["OPENAI_MODEL", "OPENAI_AGENTS_DISABLE_TRACING", "ANTHROPIC_MODEL", "ALL_PROXY", "KUBERNETES_X"] {
+        agent(&mut task).env = vec![EnvVar { name: name.into(), value: "x".into() }];
+        validate(&task, &contracts, &pack, "belay-system").unwrap();
+    }
 }
 
 #[test]

@@ -50,10 +50,18 @@ const RESERVED_PATHS: [&str; 18] = [
 /// declared, which they can be as a whole only: nothing can be mounted within a read-only cover.
 pub const OPEN_PATHS: [&str; 2] = ["/dev/shm", "/tmp"];
 
-/// Beginnings of names of environment variables that Belay sets, upper case.
-const RESERVED_ENV_PREFIXES: [&str; 4] = ["OPENAI_", "ANTHROPIC_", "BELAY_", "KUBERNETES_"];
-/// Endings of such names, upper case.
-const RESERVED_ENV_SUFFIX: &str = "_PROXY";
+/// Names of environment variables that Belay sets, upper case; what else begins like them is the task's to set.
+const RESERVED_ENV: [&str; 7] = [
+    "OPENAI_BASE_URL",
+    "OPENAI_API_KEY",
+    "ANTHROPIC_BASE_URL",
+    "ANTHROPIC_API_KEY",
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "NO_PROXY",
+];
+/// The beginning of Belay's own, upper case.
+const RESERVED_ENV_PREFIX: &str = "BELAY_";
 
 /// A task in order.
 #[derive(Clone, Debug)]
@@ -378,8 +386,7 @@ fn env(task: &AgentTask, findings: &mut Vec<Finding>) -> Vec<(EnvName, String)> 
     let mut env: Vec<(EnvName, String)> = Vec::new();
     for (index, variable) in task.spec.agent.iter().flat_map(|agent| &agent.env).enumerate() {
         let upper = variable.name.to_ascii_uppercase();
-        let reserved = RESERVED_ENV_PREFIXES.iter().any(|prefix| upper.starts_with(prefix))
-            || upper.ends_with(RESERVED_ENV_SUFFIX);
+        let reserved = RESERVED_ENV.contains(&upper.as_str()) || upper.starts_with(RESERVED_ENV_PREFIX);
         let identifier = !upper.is_empty()
             && !upper.starts_with(|c: char| c.is_ascii_digit())
             && upper.chars().all(|c| c.is_ascii_alphanumeric() || c == '_');
@@ -387,9 +394,15 @@ fn env(task: &AgentTask, findings: &mut Vec<Finding>) -> Vec<(EnvName, String)> 
         if reserved || twice || !identifier {
             findings.push(Finding::new(
                 format!("spec.agent.env[{index}].name"),
-                "a C identifier, once, that Belay does not set itself (OPENAI_*, ANTHROPIC_*, BELAY_*, KUBERNETES_*, *_PROXY)",
+                format!("a C identifier, once, that Belay does not set itself ({}, {RESERVED_ENV_PREFIX}*)", RESERVED_ENV.join(", ")),
                 format!("`{}`", variable.name),
-                "choose another name",
+                match upper.as_str() {
+                    "OPENAI_API_KEY" | "ANTHROPIC_API_KEY" => {
+                        "leave it out: the gateway adds the key, from the credentials of the model's host in the policy pack (of `belay run`: \
+                         --credential)"
+                    }
+                    _ => "choose another name",
+                },
             ));
         }
         env.push((EnvName(variable.name.clone()), variable.value.clone()));
