@@ -566,6 +566,43 @@ async fn a_streamed_reply_streams_and_is_metered() {
     assert_eq!(records[2].usage.tokens, 12);
 }
 
+/// A provider's bad day, or a client that has heard enough, does not end the task's budget: what is charged is what came of the call.
+#[rstest::rstest]
+#[case::refused("overloaded", "", 0)]
+// The prompt, a token a byte, and two times five bytes.
+#[case::hung_up("hangs up", "", 10)]
+#[case::an_error_in_place_of_the_rest("says so", "", 5)]
+#[case::done_and_left_open("lingers", "[DONE]", 12)]
+// Whoever stops reading pays for what was set aside: the model may have done it.
+#[case::unread("rambles", "hello", 500)]
+#[tokio::test]
+async fn what_breaks_off_is_charged_for_what_came(#[case] fails: &str, #[case] until: &str, #[case] output: i64) {
+    let harness = harness().await;
+    let body = json!({
+        "model": "m", "stream": true, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 500,
+        "metadata": {"fails": fails},
+    });
+    let client: Client<HttpConnector, Full<bytes::Bytes>> = Client::builder(TokioExecutor::new()).build_http();
+    let request = Request::post(format!("http://{}/v1/chat/completions", harness.address))
+        .header("content-type", "application/json")
+        .body(Full::from(body.to_string()))
+        .unwrap();
+    let mut reply = client.request(request).await.unwrap().into_body();
+    let mut said = Vec::new();
+    while let Some(Ok(frame)) = reply.frame().await {
+        said.extend(frame.into_data().unwrap_or_default());
+        if !until.is_empty() && String::from_utf8_lossy(&said).contains(until) {
+            break;
+        }
+    }
+    drop(reply);
+    let records = harness.stored(3).await;
+    let Event::Intent(intent) = &records[1].event else { panic!("{records:#?}") };
+    let prompt = intent.reserved_tokens - 500;
+    let charged = if matches!(fails, "overloaded" | "lingers") { output } else { prompt + output };
+    assert_eq!(records[2].usage.tokens, charged, "{records:#?}");
+}
+
 #[tokio::test]
 async fn a_model_call_beyond_the_budget_does_not_leave() {
     let harness = harness_with(Limits {

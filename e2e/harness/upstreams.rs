@@ -18,6 +18,7 @@ use axum::{
     response::{IntoResponse, Response},
     routing::{any, get, post},
 };
+use futures::StreamExt;
 use rmcp::{
     ErrorData, RoleServer, ServerHandler,
     model::{
@@ -255,6 +256,47 @@ async fn completion(body: Bytes) -> Response {
     // Whoever asks may have it lie.
     let usage = asked.pointer("/metadata/usage").cloned();
     let usage = usage.unwrap_or_else(|| json!({"prompt_tokens": 7, "completion_tokens": 5}));
+    let delta = || format!("data: {}\n\n", json!({"choices": [{"delta": {"content": "hello"}}]}));
+    let events = |events: futures::stream::BoxStream<'static, Result<String, std::io::Error>>| {
+        ([(header::CONTENT_TYPE, "text/event-stream")], Body::from_stream(events)).into_response()
+    };
+    // And fail, in one of the ways in which providers do.
+    match asked.pointer("/metadata/fails").and_then(Value::as_str) {
+        Some("overloaded") => {
+            let error = json!({"type": "error", "error": {"type": "overloaded_error", "message": "try again"}});
+            return (StatusCode::from_u16(529).unwrap(), Json(error)).into_response();
+        }
+        Some("hangs up") => {
+            let cut = async {
+                tokio::time::sleep(Duration::from_millis(200)).await;
+                Err(std::io::Error::from(std::io::ErrorKind::ConnectionReset))
+            };
+            let said = futures::stream::iter([Ok(delta()), Ok(delta())]);
+            return events(said.chain(futures::stream::once(cut)).boxed());
+        }
+        Some("says so") => {
+            let error = format!("data: {}\n\n", json!({"error": {"code": 502, "message": "gone"}}));
+            return events(futures::stream::iter([Ok(delta()), Ok(error)]).boxed());
+        }
+        // It has said all, and keeps the reply open.
+        Some("lingers") => {
+            let account = format!("data: {}\n\n", json!({"choices": [], "usage": usage}));
+            let all = futures::stream::iter([Ok(delta()), Ok(account), Ok("data: [DONE]\n\n".to_owned())]);
+            return events(all.chain(futures::stream::pending()).boxed());
+        }
+        // It goes on and on.
+        Some("rambles") => {
+            return events(
+                futures::stream::repeat_with(move || Ok(delta()))
+                    .then(async |event| {
+                        tokio::time::sleep(Duration::from_millis(5)).await;
+                        event
+                    })
+                    .boxed(),
+            );
+        }
+        _ => {}
+    }
     if !String::from_utf8_lossy(&body).contains(r#""stream":true"#) {
         return Json(json!({"choices": [], "usage": usage})).into_response();
     }

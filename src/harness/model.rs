@@ -1,8 +1,9 @@
 //! Model calls, passed through and metered.
 //!
 //! The body is parsed once, strictly, and what was parsed is what is sent; its cost is bounded and reserved before it leaves, and
-//! settled from the reply's own account. A reply that gives none, breaks off or fails at the provider stays charged in
-//! full. Streams pass chunk by chunk.
+//! settled from the reply's own account. What a provider refuses costs nothing, what breaks off at the provider its prompt and what came. A
+//! reply that gives no account, or that whoever asked did not read to its end, stays charged in full. Streams pass chunk by chunk, and
+//! end where their protocol ends.
 
 use std::{convert::Infallible, sync::Arc};
 
@@ -28,7 +29,7 @@ use crate::{
         json, price,
         rule::Rule,
         shorten::shorten,
-        tokens::{self, Api, Bound, Reported},
+        tokens::{self, Api, Bound, Came, Reported},
     },
 };
 
@@ -142,7 +143,8 @@ async fn call(
     let target = format!("{}{path}", base.trim_end_matches('/'));
     match gate.link().forward(Channel::Model, permit.intent, &target, outgoing).await {
         Ok(reply) => {
-            Ok(meter(reply, permit, price.cloned(), Told { gate: gate.clone(), path: path.to_owned(), digest }))
+            let told = Told { gate: gate.clone(), path: path.to_owned(), digest };
+            Ok(meter(reply, permit, (bound, price.cloned()), told))
         }
         Err(undelivered) => {
             let denial = undelivered.denial;
@@ -192,7 +194,12 @@ struct Told {
     digest: String,
 }
 
-fn meter(reply: Response<Incoming>, permit: Permit, price: Option<ModelPrice>, told: Told) -> Response<Body> {
+fn meter(
+    reply: Response<Incoming>,
+    permit: Permit,
+    (reserved, price): (Bound, Option<ModelPrice>),
+    told: Told,
+) -> Response<Body> {
     let (mut parts, body) = reply.into_parts();
     let streamed = parts
         .headers
@@ -202,6 +209,7 @@ fn meter(reply: Response<Incoming>, permit: Permit, price: Option<ModelPrice>, t
     let meter = Meter {
         permit: Some(permit),
         rule: None,
+        reserved,
         price,
         status: parts.status,
         upstream: Peer::taken(&mut parts.headers),
@@ -213,7 +221,7 @@ fn meter(reply: Response<Incoming>, permit: Permit, price: Option<ModelPrice>, t
         reported: Reported::default(),
         // Whoever reads a reply of known length stops at its last byte, and never asks for its end.
         length: hyper::body::Body::size_hint(&body).exact(),
-        ended: false,
+        came: Came::Unread,
     };
     for hop in [header::CONNECTION, header::TRANSFER_ENCODING] {
         parts.headers.remove(hop);
@@ -228,18 +236,23 @@ fn meter(reply: Response<Incoming>, permit: Permit, price: Option<ModelPrice>, t
                 Some((Ok(Frame::data(chunk)), (body, meter, told)))
             }
             Some(Err(error)) => {
-                if let Some(denial) = link::ended(&error) {
-                    if let Some(meter) = meter.take() {
-                        meter.ended_by(denial.rule);
+                let ended = link::ended(&error);
+                if let Some(mut meter) = meter.take() {
+                    meter.rule = ended.as_ref().map(|denial| denial.rule);
+                    // What the gateway has ended, the provider may have said to its end.
+                    if meter.came == Came::Unread && ended.is_none() {
+                        meter.came = Came::Broken;
                     }
+                }
+                if let Some(denial) = ended {
                     let Told { gate, path, digest } = &told;
                     gate.deny(Channel::Model, path, Some(digest.clone()), denial).await;
                 }
                 Some((Err(Box::<dyn std::error::Error + Send + Sync>::from(error)), (body, meter, told)))
             }
             None => {
-                if let Some(meter) = meter {
-                    meter.end();
+                if let Some(mut meter) = meter {
+                    meter.came = Came::Whole;
                 }
                 None
             }
@@ -253,6 +266,7 @@ struct Meter {
     permit: Option<Permit>,
     /// Why the gateway has ended the reply.
     rule: Option<Rule>,
+    reserved: Bound,
     price: Option<ModelPrice>,
     status: StatusCode,
     upstream: Option<Peer>,
@@ -264,24 +278,13 @@ struct Meter {
     looked: usize,
     reported: Reported,
     length: Option<u64>,
-    ended: bool,
+    came: Came,
 }
 
 impl Meter {
-    /// The provider has said all that it had to say.
-    fn end(mut self) {
-        self.ended = true;
-    }
-
-    /// The gateway has ended the reply.
-    fn ended_by(mut self, rule: Rule) {
-        self.rule = Some(rule);
-    }
-
     fn see(&mut self, chunk: &[u8]) {
         self.hasher.update(chunk);
         self.bytes = self.bytes.saturating_add(chunk.len() as u64);
-        self.ended = self.length == Some(self.bytes);
         if self.scan.len().saturating_add(chunk.len()) <= LONGEST_SCAN {
             self.scan.extend_from_slice(chunk);
         }
@@ -296,13 +299,19 @@ impl Meter {
             while let Some(end) = next {
                 let line: Vec<u8> = self.scan.drain(..=end).collect();
                 next = ends(&self.scan, 0);
-                if let Some(data) = line.strip_prefix(b"data:")
-                    && let Ok(event) = serde_json::from_slice(data)
-                {
-                    self.reported.see(&event);
+                if let Some(data) = line.strip_prefix(b"data:") {
+                    match serde_json::from_slice(data) {
+                        Ok(event) => self.reported.see(&event),
+                        Err(_) if data.trim_ascii() == b"[DONE]" => self.reported.done(),
+                        Err(_) => {}
+                    }
                 }
             }
             self.looked = self.scan.len();
+        }
+        // Many clients hang up there, and do not wait for the end of the connection's reply.
+        if self.reported.ended || self.length == Some(self.bytes) {
+            self.came = Came::Whole;
         }
     }
 }
@@ -310,21 +319,19 @@ impl Meter {
 impl Drop for Meter {
     fn drop(&mut self) {
         let Some(permit) = self.permit.take() else { return };
-        if !self.streamed
-            && let Ok(reply) = serde_json::from_slice(&self.scan)
-        {
-            self.reported.see(&reply);
+        match serde_json::from_slice(&self.scan) {
+            Ok(reply) if !self.streamed => self.reported.see(&reply),
+            // It was written whole before its first byte came.
+            Err(_) if !self.streamed && self.came == Came::Broken => {
+                self.reported.written = self.length.and_then(|length| i64::try_from(length).ok()).unwrap_or(i64::MAX);
+            }
+            _ => {}
         }
-        let spent = match self.reported.both() {
-            // An account of a reply that broke off may still have grown.
-            Some(tokens) if self.ended => Some(spent(tokens, self.price.as_ref())),
-            // Providers do not charge for what they refuse.
-            None if self.ended && self.status.is_client_error() => Some(Spent::default()),
-            _ => None,
-        };
-        let effect = match (self.ended, self.status) {
-            (true, status) if status.is_success() => Effect::Applied,
-            (true, status) if status.is_client_error() => Effect::NotApplied,
+        let charged = tokens::charge(self.reserved, self.status.is_success(), self.came, &self.reported);
+        let spent = charged.map(|tokens| spent(tokens, self.price.as_ref()));
+        let effect = match (self.came, self.status) {
+            (Came::Whole, status) if status.is_success() => Effect::Applied,
+            (Came::Whole, status) if status.is_client_error() => Effect::NotApplied,
             _ => Effect::Unknown,
         };
         let response = permit.salt().digested(&self.hasher.clone().finalize().into());
