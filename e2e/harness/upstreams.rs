@@ -266,6 +266,8 @@ async fn completion(body: Bytes) -> Response {
             let error = json!({"type": "error", "error": {"type": "overloaded_error", "message": "try again"}});
             return (StatusCode::from_u16(529).unwrap(), Json(error)).into_response();
         }
+        Some("thinks") => tokio::time::sleep(Duration::from_millis(300)).await,
+        Some("is silent") => std::future::pending().await,
         Some("hangs up") => {
             let cut = async {
                 tokio::time::sleep(Duration::from_millis(200)).await;

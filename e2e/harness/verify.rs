@@ -93,7 +93,7 @@ async fn a_read_tells_what_became_of_a_call(
 async fn a_read_that_is_refused_leaves_it_unknown() {
     let harness = harness_of(verified(Limits { tool_calls: 1, ..MANY }), vec![]).await;
     let (error, text) = harness.tool("http.change", json!({"ms": 20_000, "truth": {"there": true}})).await;
-    assert!(error && text.contains("http.look could not be asked") && text.contains("budget"), "{text}");
+    assert!(error && text.contains("http.look could not be asked") && text.contains("tool call limit is 1"), "{text}");
     let records = harness.stored(4).await;
     assert_eq!(denied(&records), [Rule::ToolCalls]);
     assert!(resolved(&records).is_empty());

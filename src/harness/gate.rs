@@ -26,7 +26,7 @@ use crate::{
     policy::{
         access::{Asked, Assessment, Guard, Passed},
         approval::AskedBy,
-        budget::{Budget, Spent},
+        budget::{Budget, Fits, Spent},
         commit::Salt,
         config::{Sensitivity, SideEffect, Tool, Usage},
         decide::{Arguments, Contracts, Decision, Denial, Known, Results},
@@ -228,6 +228,10 @@ pub struct Gate {
     flood: Mutex<Flood>,
     refused_enough: Notify,
     places: Arc<Semaphore>,
+    /// Whoever has it is the next whose model call is paid for.
+    turn: tokio::sync::Mutex<()>,
+    /// Told each time that a model call has settled what was held for it.
+    settled: Notify,
 }
 
 impl Gate {
@@ -259,6 +263,8 @@ impl Gate {
             flood: Mutex::new(Flood::new(Instant::now())),
             refused_enough: Notify::new(),
             places: Arc::new(Semaphore::new(PLACES)),
+            turn: tokio::sync::Mutex::new(()),
+            settled: Notify::new(),
         }
     }
 
@@ -500,6 +506,20 @@ impl Gate {
     }
 
     /// Whether the attempt goes on; refusals aside, which the journal counts under its lock.
+    /// Waits, in the order of those who ask, for what would fit but for what calls under way hold. What can never fit does not wait.
+    async fn turn_for(&self, asked: Spent) -> tokio::sync::MutexGuard<'_, ()> {
+        /// How often it is looked at anew whether the attempt still runs.
+        const LOOK: Duration = Duration::from_millis(500);
+        let turn = self.turn.lock().await;
+        loop {
+            let settled = self.settled.notified();
+            if self.running().is_err() || self.journal.fits(asked) != Fits::Later {
+                return turn;
+            }
+            let _ = tokio::time::timeout(LOOK, settled).await;
+        }
+    }
+
     fn running(&self) -> Result<(), Denial> {
         if let Some(denial) = self.journal.failure() {
             return Err(denial);
@@ -521,6 +541,11 @@ impl Gate {
     pub async fn permit(self: &Arc<Self>, mut call: Call) -> Result<Permit, Denial> {
         self.journal.room().await;
         let (reserved, key) = (call.reserve, call.key.clone());
+        // Until it is set aside, nobody else's is.
+        let turn = match call.channel {
+            Channel::Model => Some(self.turn_for(reserved).await),
+            _ => None,
+        };
         let reads = call.channel == Channel::Tool && call.effect == Some(SideEffect::Read);
         let intent = self.journal.record(|seq, budget| {
             // Asked where records are put in order: no intent can follow what stopped the attempt.
@@ -573,6 +598,7 @@ impl Gate {
                 reserved_cost_micros: reserved.cost_micros,
             }))
         })?;
+        drop(turn);
         let permit = Permit { gate: self.clone(), intent, key, reserved, reads, settled: false };
         let kept = if reads { self.journal.spooled(intent).await } else { self.journal.stored(intent).await };
         match kept {
@@ -791,6 +817,7 @@ impl Permit {
             *seen = seen.max(outcome.sensitivity);
             Ok(Event::Outcome(outcome))
         });
+        self.gate.settled.notify_waiters();
         match result {
             Ok(_) if self.reads => {}
             // The less time, the less often it is not known what a call has changed.

@@ -43,7 +43,7 @@ use crate::{
         segment::Segment,
     },
     policy::{
-        budget::{Budget, Exhausted},
+        budget::{Budget, Exhausted, Fits, Spent},
         config::{ModelPrice, Usage},
         decide::Denial,
         rule::Rule,
@@ -348,10 +348,15 @@ impl Journal {
         self.lock().budget.open()
     }
 
-    /// What can still be reserved for a model of this price.
+    /// What is not spent, for a model of this price. Some of it may be held for calls under way.
     pub fn left<'p>(&self, price: Option<&'p ModelPrice>) -> Left<'p> {
         let state = self.lock();
-        Left { tokens: state.budget.tokens_left(), cost: state.budget.cost_left().zip(price) }
+        Left { tokens: state.budget.tokens_unspent(), cost: state.budget.cost_unspent().zip(price) }
+    }
+
+    /// Whether so much can be reserved for a model call.
+    pub fn fits(&self, asked: Spent) -> Fits {
+        self.lock().budget.fits(asked)
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

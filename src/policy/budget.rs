@@ -12,7 +12,10 @@ use crate::canonical::LARGEST_WHOLE;
 
 /// A limit would be passed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{what} limit is {}, {} are spent or reserved, and this call needs {}", shown(.rule, .limit), shown(.rule, .used), shown(.rule, .needed))]
+#[error(
+    "{what} limit is {}, {} are spent{}, and this call needs {}; the limit is the task's, under spec.limits",
+    shown(.rule, .limit), shown(.rule, .used), holds(.rule, .held), shown(.rule, .needed)
+)]
 pub struct Exhausted {
     /// The rule of the limit.
     pub rule: Rule,
@@ -20,10 +23,16 @@ pub struct Exhausted {
     pub what: &'static str,
     /// The limit.
     pub limit: i64,
-    /// Spent or reserved so far.
+    /// Spent so far.
     pub used: i64,
+    /// Set aside besides for calls under way.
+    pub held: i64,
     /// What the call needs.
     pub needed: i64,
+}
+
+fn holds(rule: &Rule, held: &i64) -> String {
+    if *held == 0 { String::new() } else { format!(", {} are held for calls under way", shown(rule, held)) }
 }
 
 fn shown(rule: &Rule, count: &i64) -> String {
@@ -35,12 +44,25 @@ fn shown(rule: &Rule, count: &i64) -> String {
 pub struct Budget {
     limits: Limits,
     usage: Usage,
+    /// Of what is counted as used, what is set aside for calls under way.
+    held: Spent,
+}
+
+/// Whether a model call can be paid for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fits {
+    /// It can.
+    Now,
+    /// It may, once calls under way have settled what is held for them.
+    Later,
+    /// It cannot, whatever they settle.
+    Never,
 }
 
 impl Budget {
     /// A budget that goes on from `usage`: what earlier attempts used stays used.
     pub fn resume(limits: Limits, usage: Usage) -> Self {
-        Self { limits, usage }
+        Self { limits, usage, held: Spent::default() }
     }
 
     /// The counters: settled and reserved.
@@ -63,6 +85,28 @@ impl Budget {
         self.limits.cost_micros.map(|limit| limit.saturating_sub(self.usage.cost_micros).max(0))
     }
 
+    /// Tokens that are not spent, though some may be held for calls under way; never negative.
+    pub fn tokens_unspent(&self) -> i64 {
+        self.tokens_left().saturating_add(self.held.tokens)
+    }
+
+    /// Money that is not spent, likewise, where it is limited.
+    pub fn cost_unspent(&self) -> Option<i64> {
+        self.cost_left().map(|left| left.saturating_add(self.held.cost_micros))
+    }
+
+    /// Whether so much can be reserved for a model call.
+    pub fn fits(&self, asked: Spent) -> Fits {
+        let within = |tokens: i64, cost: Option<i64>| {
+            asked.tokens <= tokens && asked.cost_micros <= cost.unwrap_or(LARGEST_WHOLE)
+        };
+        match () {
+            () if within(self.tokens_left(), self.cost_left()) => Fits::Now,
+            () if within(self.tokens_unspent(), self.cost_unspent()) => Fits::Later,
+            () => Fits::Never,
+        }
+    }
+
     /// Whether calls are taken at all.
     ///
     /// # Errors
@@ -71,7 +115,7 @@ impl Budget {
         let used = self.usage.denials;
         match self.limits.denials {
             Some(limit) if used >= limit => {
-                Err(Exhausted { rule: Rule::Denials, what: "denied call", limit, used, needed: 0 })
+                Err(Exhausted { rule: Rule::Denials, what: "denied call", limit, used, held: 0, needed: 0 })
             }
             _ => Ok(()),
         }
@@ -89,6 +133,7 @@ impl Budget {
                 what: "tool call",
                 limit: self.limits.tool_calls,
                 used,
+                held: 0,
                 needed: 1,
             });
         }
@@ -108,17 +153,28 @@ impl Budget {
                 rule: Rule::Tokens,
                 what: "token",
                 limit: self.limits.tokens,
-                used,
+                used: used.saturating_sub(self.held.tokens),
+                held: self.held.tokens,
                 needed: tokens,
             });
         }
         // Also where money is not limited, it is counted.
         let limit = self.limits.cost_micros.unwrap_or(LARGEST_WHOLE).min(LARGEST_WHOLE);
         if cost > limit.saturating_sub(spent).max(0) {
-            return Err(Exhausted { rule: Rule::Cost, what: "cost", limit, used: spent, needed: cost });
+            let held = self.held.cost_micros;
+            return Err(Exhausted {
+                rule: Rule::Cost,
+                what: "cost",
+                limit,
+                used: spent.saturating_sub(held),
+                held,
+                needed: cost,
+            });
         }
         self.usage.tokens = used.saturating_add(tokens);
         self.usage.cost_micros = spent.saturating_add(cost);
+        self.held.tokens = self.held.tokens.saturating_add(tokens);
+        self.held.cost_micros = self.held.cost_micros.saturating_add(cost);
         Ok(())
     }
 
@@ -126,6 +182,8 @@ impl Budget {
     /// counter goes: at its end every limit is passed.
     #[must_use = "the record has what was counted"]
     pub fn settle_model(&mut self, reserved: Spent, used: Spent) -> Spent {
+        self.held.tokens = self.held.tokens.saturating_sub(reserved.tokens.max(0)).max(0);
+        self.held.cost_micros = self.held.cost_micros.saturating_sub(reserved.cost_micros.max(0)).max(0);
         let settle = |count: &mut i64, reserved: i64, used: i64| {
             let others = count.saturating_sub(reserved.max(0)).max(0);
             let counted = used.clamp(0, LARGEST_WHOLE.saturating_sub(others).max(0));
@@ -174,11 +232,41 @@ mod tests {
     }
 
     #[test]
+    fn what_is_held_is_not_spent() {
+        let mut budget = Budget::resume(limits(), Usage::default());
+        let asked = |tokens, cost_micros| Spent { tokens, cost_micros };
+        budget.reserve_model(700, 4_000_000).unwrap();
+        assert_eq!((budget.tokens_left(), budget.tokens_unspent()), (300, 1_000));
+        assert_eq!((budget.cost_left(), budget.cost_unspent()), (Some(1_000_000), Some(5_000_000)));
+        for (tokens, cost, fits) in [
+            (300, 1_000_000, Fits::Now),
+            (301, 0, Fits::Later),
+            (0, 1_000_001, Fits::Later),
+            (1_000, 5_000_000, Fits::Later),
+            (1_001, 0, Fits::Never),
+            (0, 5_000_001, Fits::Never),
+        ] {
+            assert_eq!(budget.fits(asked(tokens, cost)), fits, "{tokens} {cost}");
+        }
+        let refused = budget.reserve_model(500, 0).unwrap_err().to_string();
+        assert!(
+            refused.contains("0 are spent, 700 are held for calls under way, and this call needs 500"),
+            "{refused}"
+        );
+        let _ = budget.settle_model(asked(700, 4_000_000), asked(900, 1));
+        assert_eq!((budget.tokens_left(), budget.tokens_unspent()), (100, 100));
+        assert_eq!(budget.fits(asked(300, 0)), Fits::Never);
+    }
+
+    #[test]
     fn the_fourth_of_three_calls_is_refused_and_not_counted() {
         let mut budget = Budget::resume(limits(), Usage { tool_calls: 2, ..Usage::default() });
         budget.reserve_tool_call().unwrap();
         let refused = budget.reserve_tool_call().unwrap_err();
-        assert_eq!(refused.to_string(), "tool call limit is 3, 3 are spent or reserved, and this call needs 1");
+        assert_eq!(
+            refused.to_string(),
+            "tool call limit is 3, 3 are spent, and this call needs 1; the limit is the task's, under spec.limits"
+        );
         assert_eq!(budget.usage().tool_calls, 3);
     }
 
@@ -197,7 +285,10 @@ mod tests {
     fn a_call_that_one_limit_refuses_takes_nothing_of_the_other() {
         let mut budget = Budget::resume(limits(), Usage::default());
         let refused = budget.reserve_model(10, 5_000_001).unwrap_err();
-        assert_eq!(refused.to_string(), "cost limit is 5, 0 are spent or reserved, and this call needs 5.000001");
+        assert_eq!(
+            refused.to_string(),
+            "cost limit is 5, 0 are spent, and this call needs 5.000001; the limit is the task's, under spec.limits"
+        );
         assert_eq!(budget.usage(), Usage::default());
     }
 

@@ -74,7 +74,7 @@ pub struct Denial {
 
 impl From<Exhausted> for Denial {
     fn from(exhausted: Exhausted) -> Self {
-        Self { rule: exhausted.rule, reason: format!("{exhausted}; the task's budget is spent") }
+        Self { rule: exhausted.rule, reason: exhausted.to_string() }
     }
 }
 

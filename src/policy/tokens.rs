@@ -1,7 +1,7 @@
 //! Prompt estimates and output limits of model requests.
 //!
 //! A request is bounded before it leaves: at most one token a byte of its body for the prompt (byte-level tokenizers
-//! never make more), a flat sum for each image, and the output limit that the request names, or that is set for it.
+//! never make more), a flat sum for each image, and the output limit that the request names, or a modest one that is set for it.
 //! A request whose cost or effect cannot be bounded from its own bytes is refused: state kept at the provider, tools that
 //! run at the provider, files by reference.
 
@@ -21,6 +21,8 @@ pub enum Api {
     Messages,
 }
 
+/// The output limit of a request that names none: what every model of the last years takes, and no call sets a task's whole budget aside.
+const OUTPUT_UNNAMED: i64 = 4_096;
 /// Tokens that one image may cost: above what the large providers charge for their largest tiling.
 const TOKENS_PER_IMAGE: i64 = 4_096;
 /// Tokens that roles, separators and the reply's priming may add to a message beyond its bytes.
@@ -64,8 +66,8 @@ impl Bound {
     }
 }
 
-/// Bounds a request, and writes into it what makes the bound hold: the output limit where the agent gave none (all that
-/// is left after the prompt), and the wish for usage in a streamed reply.
+/// Bounds a request, and writes into it what makes the bound hold: the output limit where the agent gave none ([`OUTPUT_UNNAMED`], or what is
+/// left after the prompt where that is less), and the wish for usage in a streamed reply.
 ///
 /// # Errors
 /// If the request's cost or effect cannot be bounded; the message says which field and what to do.
@@ -97,7 +99,7 @@ pub fn bound(api: Api, body: &mut Map<String, Value>, left: Left<'_>) -> Result<
             .ok_or_else(|| Unbounded(format!("the output limit must be a whole number above 0, found {value}")))?
             .saturating_mul(replies),
         None => {
-            let each = left.output(prompt).checked_div(replies).unwrap_or(0);
+            let each = left.output(prompt).checked_div(replies).unwrap_or(0).min(OUTPUT_UNNAMED);
             if each > 0 {
                 let field = match api {
                     Api::ChatCompletions => "max_completion_tokens",
@@ -301,11 +303,13 @@ mod tests {
     }
 
     #[test]
-    fn an_absent_output_limit_becomes_what_is_left() {
-        let mut body = object(json!({"model": "m", "messages": [{"role": "user", "content": "hello"}]}));
-        let bound = bound(Api::ChatCompletions, &mut body, tokens(10_000)).unwrap();
-        assert_eq!(bound.total(), 10_000);
-        assert_eq!(body["max_completion_tokens"], json!(bound.output));
+    fn an_absent_output_limit_becomes_a_modest_one_or_what_is_left() {
+        for (left, output) in [(1_000_000, OUTPUT_UNNAMED), (1_000, 1_000 - 126)] {
+            let mut body = object(json!({"model": "m", "messages": [{"role": "user", "content": "hello"}]}));
+            let bound = bound(Api::ChatCompletions, &mut body, tokens(left)).unwrap();
+            assert_eq!(bound.output, output, "{bound:?}");
+            assert_eq!(body["max_completion_tokens"], json!(bound.output));
+        }
     }
 
     #[test]
