@@ -730,8 +730,9 @@ impl TaskClosed {
     }
 
     /// What a task is sealed with, where whoever seals it says this. `began` is whether its last attempt opened
-    /// the log, without which no agent runs, `parting` how it was closed, if it was, and `time_over` whether its records reach beyond its time. What was presumed, because nobody has seen the agent's end, is borne out by the log or is not
-    /// known; and where the log says otherwise of what was seen, it is not known either.
+    /// the log, without which no agent runs, `parting` how it was closed, if it was, and `time_over` whether its records reach beyond its time.
+    /// What was presumed, because nobody has seen the agent's end, is borne out by the log or is not known: but that its time was over, the
+    /// log itself tells. Where the log says otherwise of what was seen, it is not known either.
     pub fn borne_out(self, presumed: bool, began: bool, parting: Option<&str>, time_over: bool) -> Self {
         let in_time = |parting: &str| AttemptClosed { reason: parting.to_owned() }.is_in_time();
         let holds = match (self.phase.as_str(), self.failure_class.as_str()) {
@@ -740,6 +741,9 @@ impl TaskClosed {
                 !parting.is_some_and(|parting| ends.contains(&parting))
             }
             _ if !presumed => true,
+            (_, class) if parting == Some(AttemptClosed::WALL_TIME) && class != "Budget" => {
+                return Self { failure_class: "Budget".to_owned(), reason: "DeadlineExceeded".to_owned(), ..self };
+            }
             (_, "Budget") => match parting {
                 Some(AttemptClosed::WALL_TIME) => true,
                 Some(parting) if !in_time(parting) => false,
@@ -754,5 +758,39 @@ impl TaskClosed {
     /// Whether the task has failed in a way that is known, so that what it did may be undone.
     pub fn has_failed(&self) -> bool {
         self.phase == "Failed" && self.failure_class != Self::UNKNOWN && self.failure_class != "Cancelled"
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[rstest::rstest]
+    #[case::seen("Succeeded", "", false, Some("terminated"), "")]
+    #[case::seen_and_out_of_time("Succeeded", "", false, Some("wallTime"), "Unknown")]
+    #[case::seen_to_fail("Failed", "Agent", false, Some("wallTime"), "Agent")]
+    #[case::presumed_out_of_time("Failed", "Budget", true, Some("wallTime"), "Budget")]
+    #[case::presumed_though_told_to_end_in_time("Failed", "Budget", true, Some("terminated"), "Unknown")]
+    #[case::presumed_without_a_word("Failed", "Budget", true, None, "Unknown")]
+    #[case::lost("Failed", "Infrastructure", true, Some("terminated"), "Unknown")]
+    #[case::lost_without_a_word("Failed", "Infrastructure", true, None, "Unknown")]
+    #[case::lost_after_its_time("Failed", "Infrastructure", true, Some("wallTime"), "Budget")]
+    #[case::lost_after_its_denials("Failed", "Infrastructure", true, Some("denials"), "Infrastructure")]
+    fn the_log_bears_it_out(
+        #[case] phase: &str,
+        #[case] class: &str,
+        #[case] presumed: bool,
+        #[case] parting: Option<&str>,
+        #[case] sealed: &str,
+    ) {
+        let closed = TaskClosed {
+            phase: phase.into(),
+            failure_class: class.into(),
+            reason: "R".into(),
+            exit_code: None,
+            images: BTreeMap::new(),
+        };
+        let sealed_as = closed.borne_out(presumed, true, parting, false);
+        assert_eq!(sealed_as.failure_class, sealed, "{sealed_as:?}");
     }
 }
