@@ -250,7 +250,8 @@ impl Run {
             match (channel.as_str(), kind.as_str()) {
                 ("model", "call.intent") => {
                     record["requestBytes"] = (bytes - self.words(models)).into();
-                    record["reservedTokens"] = (reserved + spent).into();
+                    // A token for each byte, and the same for the reply.
+                    record["reservedTokens"] = (reserved - bytes).into();
                     models += 1;
                 }
                 // In bytes, of which the model counts four as one, rounded up.
