@@ -319,13 +319,15 @@ impl Meter {
 impl Drop for Meter {
     fn drop(&mut self) {
         let Some(permit) = self.permit.take() else { return };
-        match serde_json::from_slice(&self.scan) {
-            Ok(reply) if !self.streamed => self.reported.see(&reply),
-            // It was written whole before its first byte came.
-            Err(_) if !self.streamed && self.came == Came::Broken => {
-                self.reported.written = self.length.and_then(|length| i64::try_from(length).ok()).unwrap_or(i64::MAX);
+        if !self.streamed {
+            match serde_json::from_slice(&self.scan) {
+                Ok(reply) => self.reported.see(&reply),
+                // It was written whole before its first byte came.
+                Err(_) => {
+                    self.reported.written =
+                        self.length.and_then(|length| i64::try_from(length).ok()).unwrap_or(i64::MAX);
+                }
             }
-            _ => {}
         }
         let charged = tokens::charge(self.reserved, self.status.is_success(), self.came, &self.reported);
         let spent = charged.map(|tokens| spent(tokens, self.price.as_ref()));
