@@ -87,12 +87,14 @@ impl Budget {
 
     /// Tokens that are not spent, though some may be held for calls under way; never negative.
     pub fn tokens_unspent(&self) -> i64 {
-        self.tokens_left().saturating_add(self.held.tokens)
+        let spent = self.usage.tokens.saturating_sub(self.held.tokens);
+        self.limits.tokens.min(LARGEST_WHOLE).saturating_sub(spent).max(0)
     }
 
     /// Money that is not spent, likewise, where it is limited.
     pub fn cost_unspent(&self) -> Option<i64> {
-        self.cost_left().map(|left| left.saturating_add(self.held.cost_micros))
+        let spent = self.usage.cost_micros.saturating_sub(self.held.cost_micros);
+        self.limits.cost_micros.map(|limit| limit.saturating_sub(spent).max(0))
     }
 
     /// Whether so much can be reserved for a model call.
@@ -256,6 +258,12 @@ mod tests {
         let _ = budget.settle_model(asked(700, 4_000_000), asked(900, 1));
         assert_eq!((budget.tokens_left(), budget.tokens_unspent()), (100, 100));
         assert_eq!(budget.fits(asked(300, 0)), Fits::Never);
+        // One has passed the limit while another holds: what that gives back is not enough.
+        budget.reserve_model(50, 0).unwrap();
+        budget.reserve_model(50, 0).unwrap();
+        let _ = budget.settle_model(asked(50, 0), asked(90, 0));
+        assert_eq!((budget.tokens_left(), budget.tokens_unspent()), (0, 10));
+        assert_eq!(budget.fits(asked(20, 0)), Fits::Never);
     }
 
     #[test]
