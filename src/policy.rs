@@ -31,6 +31,8 @@ pub mod json;
 pub mod ledger;
 /// What one judgment may take.
 pub mod meter;
+/// Model calls: which may leave, and what they cost.
+pub mod model;
 /// Results of tools, against their contracts' output schemas.
 pub mod output;
 /// What model calls cost.
@@ -51,5 +53,3 @@ pub mod shape;
 pub mod shorten;
 /// HTTP requests that are made of a tool call's arguments.
 pub mod template;
-/// Prompt estimates and output limits of model requests.
-pub mod tokens;

@@ -46,8 +46,8 @@ use crate::{
         budget::{Budget, Exhausted, Fits, Spent},
         config::{ModelPrice, Usage},
         decide::Denial,
+        model::request::Left,
         rule::Rule,
-        tokens::Left,
     },
     wire::{AppendReply, AppendRequest, Until},
 };

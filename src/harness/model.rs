@@ -5,48 +5,50 @@
 //! reply that gives no account, or that whoever asked did not read to its end, stays charged in full. Streams pass chunk by chunk, and
 //! end where their protocol ends.
 
-use std::{convert::Infallible, sync::Arc};
+/// Headers between an agent and a provider.
+mod headers;
+/// Replies, read along.
+mod meter;
+/// Refusals in the shape of each API.
+mod refusal;
+
+use std::sync::Arc;
 
 use bytes::Bytes;
-use futures::StreamExt;
-use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header};
-use http_body_util::{BodyDataStream, BodyExt, Full, Limited, StreamBody};
-use hyper::body::{Frame, Incoming};
+use http::{HeaderMap, Method, Request, Response};
+use http_body_util::{BodyExt, Limited};
+use hyper::body::Incoming;
 use serde_json::Value;
-use sha2::{Digest, Sha256};
 
+pub(super) use self::refusal::refusal;
+use self::{
+    headers::passed_on,
+    meter::{Told, meter},
+};
 use super::{
-    body::{Body, boxed},
-    gate::{Call, Gate, Permit, Settlement},
-    link::{self, Peer},
+    body::Body,
+    gate::{Call, Gate, Settlement},
 };
 use crate::{
-    evidence::record::{Channel, Effect},
+    evidence::record::Channel,
     policy::{
         budget::Spent,
-        config::{ModelPrice, Sensitivity},
+        config::ModelPrice,
         decide::Denial,
-        json, price,
+        json,
+        model::{
+            Bound,
+            api::Api,
+            request::{self, Bounded},
+        },
+        price,
         rule::Rule,
         shorten::shorten,
-        tokens::{self, Api, Bound, Came, Reported},
     },
 };
 
 /// Longest request that is taken.
 const LONGEST_REQUEST: usize = 16 << 20;
-/// Longest part of a reply that is kept to find its usage in: a whole JSON reply, or one line of a stream.
-const LONGEST_SCAN: usize = 16 << 20;
-
-/// Which API a path speaks.
-pub fn api_of(path: &str) -> Option<Api> {
-    match path {
-        "/v1/chat/completions" => Some(Api::ChatCompletions),
-        "/v1/responses" => Some(Api::Responses),
-        "/v1/messages" => Some(Api::Messages),
-        _ => None,
-    }
-}
 
 /// Handles one model call.
 pub async fn handle(gate: Arc<Gate>, api: Api, request: Request<Incoming>) -> Response<Body> {
@@ -111,8 +113,9 @@ async fn call(
             ),
         });
     }
-    let bound = tokens::bound(api, &mut body, gate.journal().left(price))
+    let Bounded { bound, set } = request::bound(api, &body, gate.journal().left(price))
         .map_err(|unbounded| Denial { rule: Rule::ModelRequest, reason: unbounded.to_string() })?;
+    body.extend(set.into_iter().map(|(name, value)| (name.to_owned(), value)));
     let mut rules = vec![Rule::RequestJson, Rule::ModelEndpoint, Rule::ModelRequest];
     rules.extend(policy.limits.cost_micros.map(|_| Rule::ModelPrice));
     let body =
@@ -168,206 +171,4 @@ async fn call(
 fn spent(tokens: Bound, price: Option<&ModelPrice>) -> Spent {
     let cost_micros = price.map_or(0, |price| price.cost(tokens.prompt, tokens.output));
     Spent { tokens: tokens.total(), cost_micros }
-}
-
-/// What of the agent's headers goes to the provider. Credentials do not: the gateway has the real ones.
-fn passed_on(headers: &HeaderMap) -> HeaderMap {
-    let mut passed = HeaderMap::new();
-    for (name, value) in headers {
-        let passes = name == header::ACCEPT
-            || name == header::USER_AGENT
-            || ["openai-", "anthropic-", "x-stainless-"].iter().any(|prefix| name.as_str().starts_with(prefix));
-        if passes {
-            passed.append(name, value.clone());
-        }
-    }
-    passed.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
-    // A compressed reply could not be metered.
-    passed.insert(header::ACCEPT_ENCODING, HeaderValue::from_static("identity"));
-    passed
-}
-
-/// Whom to tell of a reply that the gateway has ended, and which call it was.
-struct Told {
-    gate: Arc<Gate>,
-    path: String,
-    digest: String,
-}
-
-fn meter(
-    reply: Response<Incoming>,
-    permit: Permit,
-    (reserved, price): (Bound, Option<ModelPrice>),
-    told: Told,
-) -> Response<Body> {
-    let (mut parts, body) = reply.into_parts();
-    let streamed = parts
-        .headers
-        .get(header::CONTENT_TYPE)
-        .and_then(|kind| kind.to_str().ok())
-        .is_some_and(|kind| kind.starts_with("text/event-stream"));
-    let meter = Meter {
-        permit: Some(permit),
-        rule: None,
-        reserved,
-        price,
-        status: parts.status,
-        upstream: Peer::taken(&mut parts.headers),
-        streamed,
-        hasher: Sha256::new(),
-        bytes: 0,
-        scan: Vec::new(),
-        looked: 0,
-        reported: Reported::default(),
-        // Whoever reads a reply of known length stops at its last byte, and never asks for its end.
-        length: hyper::body::Body::size_hint(&body).exact(),
-        came: Came::Unread,
-    };
-    for hop in [header::CONNECTION, header::TRANSFER_ENCODING] {
-        parts.headers.remove(hop);
-    }
-    let parts_of = (BodyDataStream::new(body), Some(meter), told);
-    let stream = futures::stream::unfold(parts_of, |(mut body, mut meter, told)| async move {
-        match body.next().await {
-            Some(Ok(chunk)) => {
-                if let Some(meter) = &mut meter {
-                    meter.see(&chunk);
-                }
-                Some((Ok(Frame::data(chunk)), (body, meter, told)))
-            }
-            Some(Err(error)) => {
-                let ended = link::ended(&error);
-                if let Some(mut meter) = meter.take() {
-                    meter.rule = ended.as_ref().map(|denial| denial.rule);
-                    // What the gateway has ended, the provider may have said to its end.
-                    if meter.came == Came::Unread && ended.is_none() {
-                        meter.came = Came::Broken;
-                    }
-                }
-                if let Some(denial) = ended {
-                    let Told { gate, path, digest } = &told;
-                    gate.deny(Channel::Model, path, Some(digest.clone()), denial).await;
-                }
-                Some((Err(Box::<dyn std::error::Error + Send + Sync>::from(error)), (body, meter, told)))
-            }
-            None => {
-                if let Some(mut meter) = meter {
-                    meter.came = Came::Whole;
-                }
-                None
-            }
-        }
-    });
-    Response::from_parts(parts, BodyExt::boxed_unsync(StreamBody::new(stream)))
-}
-
-/// Reads along. Dropped at the end of the reply, or when the agent or the provider hangs up.
-struct Meter {
-    permit: Option<Permit>,
-    /// Why the gateway has ended the reply.
-    rule: Option<Rule>,
-    reserved: Bound,
-    price: Option<ModelPrice>,
-    status: StatusCode,
-    upstream: Option<Peer>,
-    streamed: bool,
-    hasher: Sha256,
-    bytes: u64,
-    scan: Vec<u8>,
-    /// So much of it has no end of a line.
-    looked: usize,
-    reported: Reported,
-    length: Option<u64>,
-    came: Came,
-}
-
-impl Meter {
-    fn see(&mut self, chunk: &[u8]) {
-        self.hasher.update(chunk);
-        self.bytes = self.bytes.saturating_add(chunk.len() as u64);
-        if self.scan.len().saturating_add(chunk.len()) <= LONGEST_SCAN {
-            self.scan.extend_from_slice(chunk);
-        }
-        if self.streamed {
-            // Each byte is looked at once, however long a line is.
-            let from = std::mem::take(&mut self.looked);
-            let ends = |scan: &[u8], from: usize| {
-                let rest = scan.get(from..).unwrap_or_default();
-                rest.iter().position(|byte| *byte == b'\n').map(|end| from.saturating_add(end))
-            };
-            let mut next = ends(&self.scan, from);
-            while let Some(end) = next {
-                let line: Vec<u8> = self.scan.drain(..=end).collect();
-                next = ends(&self.scan, 0);
-                if let Some(data) = line.strip_prefix(b"data:") {
-                    match serde_json::from_slice(data) {
-                        Ok(event) => self.reported.see(&event),
-                        Err(_) if data.trim_ascii() == b"[DONE]" => self.reported.done(),
-                        Err(_) => {}
-                    }
-                }
-            }
-            self.looked = self.scan.len();
-        }
-        // Many clients hang up there, and do not wait for the end of the connection's reply.
-        if self.reported.ended || self.length == Some(self.bytes) {
-            self.came = Came::Whole;
-        }
-    }
-}
-
-impl Drop for Meter {
-    fn drop(&mut self) {
-        let Some(permit) = self.permit.take() else { return };
-        if !self.streamed {
-            match serde_json::from_slice(&self.scan) {
-                Ok(reply) => self.reported.see(&reply),
-                // It was written whole before its first byte came.
-                Err(_) => {
-                    self.reported.written =
-                        self.length.and_then(|length| i64::try_from(length).ok()).unwrap_or(i64::MAX);
-                }
-            }
-        }
-        let charged = tokens::charge(self.reserved, self.status.is_success(), self.came, &self.reported);
-        let spent = charged.map(|tokens| spent(tokens, self.price.as_ref()));
-        let effect = match (self.came, self.status) {
-            (Came::Whole, status) if status.is_success() => Effect::Applied,
-            (Came::Whole, status) if status.is_client_error() => Effect::NotApplied,
-            _ => Effect::Unknown,
-        };
-        let response = permit.salt().digested(&self.hasher.clone().finalize().into());
-        permit.settle(Settlement {
-            effect,
-            rule: self.rule,
-            status: self.status.as_u16(),
-            response_digest: Some(response),
-            response_bytes: self.bytes,
-            sent_bytes: None,
-            spent,
-            upstream: self.upstream.take(),
-            sensitivity: Sensitivity::default(),
-            undone_by: None,
-        });
-    }
-}
-
-/// A refusal in the shape that the API's client libraries show to people. Always 403: they do not try that again.
-pub fn refusal(api: Api, denial: &Denial) -> Response<Body> {
-    let message = format!("Belay refused this call. rule: {}. {}", denial.rule, denial.reason);
-    let body = match api {
-        Api::ChatCompletions | Api::Responses => serde_json::json!({
-            "error": {"message": message, "type": "belay_denied", "code": denial.rule, "param": null}
-        }),
-        Api::Messages => serde_json::json!({
-            "type": "error", "error": {"type": "permission_error", "message": message}
-        }),
-    };
-    let mut reply = Response::new(boxed(Full::from(body.to_string()).map_err(|error: Infallible| match error {})));
-    *reply.status_mut() = StatusCode::FORBIDDEN;
-    reply.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
-    if let Ok(rule) = HeaderValue::from_str(denial.rule.as_str()) {
-        reply.headers_mut().insert(crate::wire::RULE, rule);
-    }
-    reply
 }

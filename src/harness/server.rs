@@ -44,9 +44,9 @@ use crate::{
     policy::{
         decide::Denial,
         json::{self, Ambiguous},
+        model::api::Api,
         rule::Rule,
         shorten::{shorten, shorten_to},
-        tokens::Api,
     },
 };
 
@@ -280,7 +280,7 @@ async fn route(
         return proxy::forward(gate, request).await;
     }
     let path = request.uri().path();
-    if let Some(api) = model::api_of(path) {
+    if let Some(api) = Api::of_path(path) {
         return model::handle(gate, api, request).await;
     }
     if path == "/mcp" {

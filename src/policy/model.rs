@@ -1,0 +1,31 @@
+//! Model calls: which requests may leave, what each may cost, and what it did cost.
+//!
+//! Guarantees: a request that passes is bounded before it leaves, and none passes whose cost or effect cannot be bounded from its own bytes.
+//! Non-goals: sending it, counting what all calls together have spent ([`budget`](super::budget)), prices ([`price`](super::price)).
+
+/// The APIs of models.
+pub mod api;
+/// Prompt tokens of a request, before anybody counts them.
+mod estimate;
+/// What of a request may leave.
+mod members;
+/// The bound of a request, and what makes it hold.
+pub mod request;
+/// What a call is charged.
+pub mod settle;
+
+/// Tokens: what a request may cost at most, or what it did cost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bound {
+    /// Of the prompt.
+    pub prompt: i64,
+    /// Of all replies together.
+    pub output: i64,
+}
+
+impl Bound {
+    /// All of them.
+    pub fn total(self) -> i64 {
+        self.prompt.saturating_add(self.output)
+    }
+}
