@@ -1,0 +1,345 @@
+"""Agent frameworks of other people, unmodified, through `belay run`: `frameworks.py [--matrix FILE] NAME=FOLDER…`.
+
+Each has a folder here with its documentation's first example (agent.py or agent.mjs), and FOLDER has the framework itself. The model is
+e2e/model, with gpt-4o's limits. A part counts where the agent says that it has done it and the model's account shows it; and for each run
+Belay's counter is compared with what the model would bill. Ends with `N passed, N failed`; --matrix writes the page for docs/.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from dataclasses import dataclass, field
+
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent / "model"))
+import server  # noqa: E402
+
+PARTS = ["tools", "streaming", "parallel", "together", "structured"]
+
+
+@dataclass
+class Framework:
+    title: str
+    package: str  # the one whose version is the framework's
+    apis: str
+    # What a user sets so that it runs in a sandbox without a home and without the internet: nothing that changes what it does.
+    env: dict = field(default_factory=dict)
+    model: str = "gpt-4o"
+    # Parts of its own, beside the usual ones.
+    more: tuple = ()
+    # Usual parts that it does not have, and why.
+    lacks: dict = field(default_factory=dict)
+    scopes: tuple = ("/tmp",)
+    node: bool = False
+    memory: str = "2Gi"
+
+
+CLAUDE = "claude-sonnet-4-5"
+FRAMEWORKS = {
+    "openai-agents": Framework("OpenAI Agents SDK (Python)", "openai-agents", "Responses", more=("guardrail", "sandbox")),
+    "anthropic": Framework("Anthropic SDK (Python)", "anthropic", "Messages", model=CLAUDE, scopes=()),
+    "langgraph": Framework("LangGraph", "langgraph", "chat completions", scopes=()),
+    "pydantic-ai": Framework("pydantic-ai", "pydantic-ai-slim", "chat completions", scopes=()),
+    "instructor": Framework("Instructor", "instructor", "chat completions", scopes=()),
+    "smolagents": Framework("smolagents", "smolagents", "chat completions", scopes=()),
+    "strands": Framework("Strands Agents", "strands-agents", "chat completions", scopes=()),
+    "agent-framework": Framework("Microsoft Agent Framework", "agent-framework-core", "chat completions", scopes=()),
+    "llama-index": Framework("LlamaIndex", "llama-index-core", "chat completions"),
+    "agno": Framework("Agno", "agno", "chat completions", scopes=()),
+    "crewai": Framework("CrewAI", "crewai", "chat completions"),
+    "google-adk": Framework("Google Agent Development Kit (by LiteLLM)", "google-adk", "chat completions"),
+    "mini-swe-agent": Framework(
+        "mini-swe-agent",
+        "mini-swe-agent",
+        "chat completions",
+        {"MSWEA_CONFIGURED": "true"},
+        lacks={
+            "streaming": "it does not stream",
+            "parallel": "its only tool is the shell",
+            "together": "one conversation a program",
+            "structured": "it answers by commands",
+        },
+    ),
+    "claude-agent-sdk": Framework(
+        "Claude Agent SDK (Claude Code)",
+        "claude-agent-sdk",
+        "Messages",
+        # Without the second, tools of one's own are found by a search that the model has to make.
+        {"CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1", "ENABLE_TOOL_SEARCH": "false"},
+        model=CLAUDE,
+        more=("shell",),
+        memory="3Gi",
+    ),
+    "openai-agents-js": Framework("OpenAI Agents SDK (Node)", "@openai/agents", "Responses", scopes=(), more=("guardrail",), node=True),
+    "ai-sdk": Framework(
+        "Vercel AI SDK", "ai", "Responses, Messages", {"MODEL_OF_ANTHROPIC": CLAUDE}, scopes=(), node=True
+    ),
+    "codex": Framework(
+        "OpenAI Codex",
+        "@openai/codex",
+        "Responses",
+        model="gpt-5-mini",
+        node=True,
+        lacks={"parallel": "its shell is one tool", "together": "one conversation a program"},
+    ),
+    "litellm": Framework("LiteLLM SDK", "litellm", "chat completions, Messages", {"MODEL_OF_ANTHROPIC": CLAUDE}),
+}
+
+PACK = """\
+apiVersion: belay.dev/v1alpha1
+kind: PolicyPack
+metadata: {name: frameworks}
+spec:
+  environment: laptop
+  namespaceSelector: {matchLabels: {belay.dev/environment: laptop}}
+  models: {openai: "http://model.test", anthropic: "http://model.test"}
+  workflowClasses:
+    - name: agents
+      allowedEffects: [read]
+      egress: [{host: model.test, ports: [80], uses: [Models]}]
+      limits: {wallTimeSeconds: 600, toolCalls: 10, tokens: 2000000}
+      resources: {cpu: "2", memory: 4Gi, ephemeralStorage: 512Mi}
+  evidence: {bucket: evidence, mode: Governance, retentionDays: 30}
+"""
+
+
+def task(name, framework, command):
+    env = {"MODEL": framework.model, "HOME": "/tmp", "PYTHONPATH": "/workspace", "PYTHONDONTWRITEBYTECODE": "1"} | framework.env
+    spec = {
+        "objective": "Do what the documentation's first example does.",
+        "workflowClass": "agents",
+        "principal": "you@example.com",
+        "agent": {
+            "image": "registry.example.com/agent:1",
+            "command": command,
+            "env": [{"name": key, "value": value} for key, value in env.items()],
+            "resources": {"cpu": "2", "memory": framework.memory, "ephemeralStorage": "256Mi"},
+        },
+        "tools": [],
+        "workspace": {"writeScopes": [{"path": path, "size": "64Mi"} for path in framework.scopes]},
+        "limits": {"wallTimeSeconds": 300, "toolCalls": 1, "tokens": 2000000},
+    }
+    return {"apiVersion": "belay.dev/v1alpha1", "kind": "AgentTask", "metadata": {"name": name}, "spec": spec}
+
+
+def version(name, framework):
+    """What is pinned."""
+    if framework.node:
+        lock = json.loads((HERE / name / "package-lock.json").read_text())
+        return lock["packages"][f"node_modules/{framework.package}"]["version"]
+    pinned = (HERE / name / "requirements.txt").read_text()
+    return re.search(rf"^{re.escape(framework.package)}==(\S+)", pinned, re.M | re.I).group(1)
+
+
+class Run:
+    """One run of one framework, and what it showed."""
+
+    def __init__(self, name, folder, node, logs):
+        self.name, self.framework = name, FRAMEWORKS[name]
+        self.provider = server.serve(0)
+        threading.Thread(target=self.provider.serve_forever, daemon=True).start()
+        with tempfile.TemporaryDirectory() as home:
+            self.run(pathlib.Path(home), folder, node)
+        self.provider.shutdown()
+        self.log = logs / f"{name}.log"
+        self.write_log()
+
+    def run(self, home, folder, node):
+        space = home / "workspace"
+        shutil.copytree(HERE / self.name, space)
+        shutil.copy(HERE / ("parts.mjs" if self.framework.node else "parts.py"), space)
+        shown = [str(folder)]
+        if self.framework.node:
+            (space / "node_modules").symlink_to(folder / "node_modules")
+            command = [node, "agent.mjs"]
+            shown.append(str(pathlib.Path(node).parent.parent))
+        else:
+            command = [f"{folder}/bin/python", "agent.py"]
+        (home / "pack.yaml").write_text(PACK)
+        (home / "task.yaml").write_text(json.dumps(task(self.name, self.framework, command)))
+        belay = [os.environ["BELAY"], "run", "task.yaml", "--workspace", str(space), "--sandbox", "bwrap", "--output", "json"]
+        belay += ["--resolve", f"model.test=127.0.0.1:{self.provider.server_address[1]}", "--evidence", str(home / "evidence")]
+        for one in shown:
+            belay += ["--ro", one]
+        ran = subprocess.run(belay, cwd=home, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=360)
+        self.code, self.stderr = ran.returncode, ran.stderr
+        self.events = [json.loads(line) for line in ran.stdout.splitlines()]
+        log = next((home / "evidence").glob("default/*/*"), None)
+        verified = subprocess.run([os.environ["BELAY"], "verify", str(log)], cwd=home, capture_output=True, text=True)
+        self.valid = verified.stdout.startswith("VALID")
+        self.verdict = (verified.stdout + verified.stderr).strip()
+
+    # ---------------------------------------------------------------------------------------------- what it showed
+
+    def said(self):
+        return [event["line"] for event in self.events if event["event"] == "said"]
+
+    def records(self, kind):
+        return [event["record"] for event in self.events if event["event"] == "record" and event["record"]["kind"] == kind]
+
+    def account(self):
+        return [line for line in self.provider.account.lines if line["api"] in ("chat", "responses", "messages")]
+
+    def of(self, part):
+        """The requests of a part that were answered."""
+        mine = [line for line in self.account() if f"[{part}]" in json.dumps(line["request"])]
+        return [line for line in mine if line["status"] == 200 and line["end"] in ("whole", "left")]
+
+    def shows(self, part):
+        """What the account lacks of a part, or nothing."""
+        lines = self.of(part)
+        if not lines:
+            return "the model has no request of it"
+        if part in ("tools", "parallel"):
+            least = 2 if part == "parallel" else 1
+            if not any(len(line["calls"]) >= least for line in lines):
+                return f"no reply had {least} calls"
+        if part == "streaming" and not any(line["stream"] and line["produced"] == line["would"] for line in lines):
+            return "no reply was streamed to its end"
+        if part == "together":
+            some = sorted(lines, key=lambda line: line["began"])
+            if not any(one["ended"] > two["began"] for one, two in zip(some, some[1:])):
+                return "no two requests were there at once"
+        return None
+
+    def parts(self):
+        """Each part: None where it was done, or why not."""
+        told = {}
+        for line in self.said():
+            found = re.match(r"PART (\w+) (ok|failed ?)(.*)", line)
+            if found:
+                told[found.group(1)] = None if found.group(2) == "ok" else found.group(3)
+        result = {}
+        for part in [*PARTS, *self.framework.more]:
+            if part in self.framework.lacks:
+                continue
+            said = told.get(part, f"the agent ended before it (exit code {self.code})")
+            result[part] = said or (self.shows(part) if part in PARTS else None)
+        return result
+
+    def counted(self):
+        """Tokens as Belay's counter has them at the end, and as the model would bill them."""
+        all_records = [event["record"] for event in self.events if event["event"] == "record"]
+        counter = max((record["usage"]["tokens"] for record in all_records[-1:]), default=0)
+        return counter, sum(line["billed"] for line in self.account())
+
+    def denied(self):
+        return [(record["target"], record["rule"], record["reason"]) for record in self.records("call.denied")]
+
+    def write_log(self):
+        with open(self.log, "w") as out:
+            for event in self.events:
+                out.write(json.dumps(event) + "\n")
+            out.write(f"--- stderr\n{self.stderr}\n--- verify\n{self.verdict}\n--- the model's account\n")
+            for line in self.provider.account.lines:
+                out.write(json.dumps(line) + "\n")
+
+
+def check(run):
+    """Prints what was found, and counts."""
+    passed = failed = 0
+
+    def one(what, wrong):
+        nonlocal passed, failed
+        if wrong:
+            failed += 1
+            print(f"FAILED  {run.name}: {what}: {wrong}")
+        else:
+            passed += 1
+            print(f"ok      {run.name}: {what}", flush=True)
+
+    for part, wrong in run.parts().items():
+        one(part, wrong)
+    counter, billed = run.counted()
+    one("counter", None if counter == billed else f"Belay counted {counter} tokens, the model bills {billed}")
+    one("evidence", None if run.valid else run.verdict)
+    if failed:
+        for target, rule, reason in run.denied():
+            print(f"        denied: {target}: {rule}: {reason}")
+        for line in run.account():
+            if line["status"] >= 400:
+                print(f"        the model refused: {line['status']} {line.get('why')}")
+        print(f"        see {run.log}")
+    return passed, failed
+
+
+def matrix(runs):
+    """The page."""
+    columns = ["framework", "version", "API", "tools", "streaming", "tools in parallel", "calls at once", "structured output", "calls", "tokens", "denied"]
+    lines = [
+        "# Agent frameworks under Belay",
+        "Generated by `make frameworks`: each framework, pinned and unmodified, does its documentation's first example under `belay run` with",
+        "bubblewrap, against the model of `e2e/model` with the limits of gpt-4o and Claude Sonnet. *Yes* means that the agent got what it asked for,",
+        "and that the model's own account shows it. *Tokens* are Belay's counter, and beside it what the model would bill, where they differ.",
+        "*Denied* are hosts and calls that Belay refused on the way, most of them telemetry.",
+        "",
+        "| " + " | ".join(columns) + " |",
+        "|" + " --- |" * len(columns),
+    ]
+    notes = []
+    for run in runs:
+        framework, found = run.framework, run.parts()
+        row = [framework.title, version(run.name, framework), framework.apis]
+        for part in PARTS:
+            if part in framework.lacks:
+                row.append("–")
+                notes.append(f"- {framework.title}, {part}: {framework.lacks[part]}")
+            else:
+                row.append("no" if found[part] else "yes")
+                if found[part]:
+                    notes.append(f"- {framework.title}, {part}: {found[part]}")
+        counter, billed = run.counted()
+        row += [str(len(run.account())), f"{counter}" if counter == billed else f"{counter}, billed {billed}", str(len(run.denied()))]
+        lines.append("| " + " | ".join(row) + " |")
+        for part in framework.more:
+            notes.append(f"- {framework.title}, its own {part}: {found[part] or 'yes'}")
+        hosts = sorted({target for target, rule, _ in run.denied() if rule.startswith("egress.")})
+        if hosts:
+            notes.append(f"- {framework.title} asks for hosts that the pack does not list, and goes on without them: {', '.join(hosts)}")
+        others = sorted({f"{rule} for {target}" for target, rule, _ in run.denied() if not rule.startswith("egress.")})
+        if others:
+            notes.append(f"- {framework.title} was refused: {', '.join(others)}")
+    lines += ["", "## What to know", *notes, "", "## What was set"]
+    lines.append("`HOME=/tmp` and a write scope `/tmp` for those that want one, and:")
+    lines.append("")
+    for run in runs:
+        env = {key: value for key, value in run.framework.env.items() if not key.startswith("MODEL")}
+        if env:
+            lines.append(f"- {run.framework.title}: " + ", ".join(f"`{key}={value}`" for key, value in env.items()))
+    return "\n".join(lines) + "\n"
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--matrix", type=pathlib.Path)
+    parser.add_argument("--node", help="the program node")
+    parser.add_argument("--logs", type=pathlib.Path, default=pathlib.Path(tempfile.gettempdir()))
+    parser.add_argument("--list", action="store_true", help="say the names that there are")
+    parser.add_argument("frameworks", nargs="*", metavar="NAME=FOLDER")
+    given = parser.parse_args()
+    if given.list:
+        return print("\n".join(FRAMEWORKS))
+    given.logs.mkdir(parents=True, exist_ok=True)
+    passed = failed = 0
+    runs = []
+    for one in given.frameworks:
+        name, folder = one.split("=", 1)
+        run = Run(name, pathlib.Path(folder), given.node, given.logs)
+        runs.append(run)
+        good, bad = check(run)
+        passed, failed = passed + good, failed + bad
+    if given.matrix:
+        given.matrix.write_text(matrix(runs))
+    print(f"{passed} passed, {failed} failed")
+    # Nothing at all is no success.
+    sys.exit(failed > 0 or not passed)
+
+
+main()
