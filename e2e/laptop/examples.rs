@@ -2,8 +2,10 @@
 
 use std::{
     fs,
+    net::{TcpListener, TcpStream},
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    time::{Duration, Instant},
 };
 
 use rcgen::{CertifiedKey, generate_simple_self_signed};
@@ -79,6 +81,70 @@ fn the_examples_lint() {
     }
 }
 
+/// The same agent with a real model's shape: what `init` writes lints, and the command that it says needs nothing but the key. `more` puts a
+/// script in the model's place.
+fn hello_with(world: &World, model: &[&str], more: &[String], sandbox: &str) {
+    let home = world.task().parent().unwrap().to_owned();
+    let made = belay(world, &home, &[&["init", "hello", "--model"], model].concat()).output().unwrap();
+    assert!(made.status.success(), "{made:?}");
+    let linted = belay(world, &home, &["lint", "hello"]).output().unwrap();
+    assert!(linted.status.success(), "{linted:?}");
+    let said = String::from_utf8(made.stdout).unwrap();
+    let command = "belay run hello/task.yaml --upstream shop.test='python3 hello/standin.py'";
+    let (_, options) = said.split_once(command).unwrap_or_else(|| panic!("{said}"));
+    let mut run = belay(world, &home, &["run", "hello/task.yaml", "--sandbox", sandbox, "--output", "json"]);
+    run.args(["--upstream", "shop.test=python3 hello/standin.py"]).args(options.split_whitespace()).args(more);
+    let ran = ended(run.env("KEY", KEY).env("OPENAI_API_KEY", KEY).env("ANTHROPIC_API_KEY", KEY).output().unwrap());
+    assert_eq!(ran.code, 0, "{ran:#?}");
+    assert!(ran.said().contains("THE END") && !ran.said().contains(KEY), "{ran:#?}");
+    assert_eq!(denied(&ran), [("refund".to_owned(), "tool.precondition".to_owned())], "{ran:#?}");
+    assert_eq!(outcomes(&ran), ["applied"; 6], "{ran:#?}");
+}
+
+fn hello_with_openai(world: &World, sandbox: &str) {
+    hello_with(world, &["openai"], &behind(world, "api.openai.com", "shop"), sandbox);
+    world.nobody_is_left();
+}
+
+fn hello_with_anthropic(world: &World, sandbox: &str) {
+    hello_with(world, &["anthropic"], &behind(world, "api.anthropic.com", "shop"), sandbox);
+    world.nobody_is_left();
+}
+
+/// A server of one's own, which runs already and wants no key.
+fn hello_with_a_server(world: &World, sandbox: &str) {
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let [python, script] = storyteller();
+    let mut server = Command::new(python).args([&script, "shop"]).env("PORT", port.to_string()).spawn().unwrap();
+    let asked = Instant::now();
+    while TcpStream::connect(("127.0.0.1", port)).is_err() {
+        assert!(asked.elapsed() < Duration::from_secs(60), "{:?}", server.try_wait());
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    hello_with(world, &[&format!("http://localhost:{port}/v1"), "--model-name", "qwen3:8b"], &[], sandbox);
+    server.kill().unwrap();
+    server.wait().unwrap();
+    world.nobody_is_left();
+}
+
+/// Whoever plays models: the Python that has what it needs, and its script.
+fn storyteller() -> [String; 2] {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("e2e/laptop/models.py");
+    [std::env::var("BELAY_WORLD_PYTHON").unwrap(), script.display().to_string()]
+}
+
+/// Options that put a script behind a model's real name.
+fn behind(world: &World, host: &str, story: &str) -> Vec<String> {
+    let CertifiedKey { cert, signing_key } = generate_simple_self_signed([host.to_owned()]).unwrap();
+    let tls = world.task().parent().unwrap().join("tls");
+    fs::create_dir_all(&tls).unwrap();
+    fs::write(tls.join("crt.pem"), cert.pem()).unwrap();
+    fs::write(tls.join("key.pem"), signing_key.serialize_pem()).unwrap();
+    let [python, script] = storyteller();
+    let model = format!("{host}=exec {python} {script} {story} {0}/crt.pem {0}/key.pem", tls.display());
+    vec!["--upstream".to_owned(), model, "--upstream-ca".to_owned(), tls.join("crt.pem").display().to_string()]
+}
+
 /// A server that does not serve is said to be the trouble; one that is asked to end, or whose run is killed, leaves nobody.
 fn servers(world: &World, sandbox: &str) {
     let said = |upstream: &str| {
@@ -116,23 +182,14 @@ fn example(world: &World, name: &str, sandbox: &str) -> Ran {
         more = vec!["--ro".to_owned(), environment.display().to_string()];
     }
     let host = if name == "claude" { "api.anthropic.com" } else { "api.openai.com" };
-    let CertifiedKey { cert, signing_key } = generate_simple_self_signed([host.to_owned()]).unwrap();
-    let tls = world.task().parent().unwrap().join("tls");
-    fs::create_dir_all(&tls).unwrap();
-    fs::write(tls.join("crt.pem"), cert.pem()).unwrap();
-    fs::write(tls.join("key.pem"), signing_key.serialize_pem()).unwrap();
-    let story = if name == "shell" { "shell" } else { "shop" };
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("e2e/laptop/models.py");
-    let python = std::env::var("BELAY_WORLD_PYTHON").unwrap();
-    let model = format!("{host}=exec {python} {} {story} {1}/crt.pem {1}/key.pem", script.display(), tls.display());
+    let model = behind(world, host, if name == "shell" { "shell" } else { "shop" });
     let examples = examples();
     let shop = format!("shop.test=exec python3 {}/hello/standin.py", examples.display());
     let credential = if name == "claude" { "anthropic/token=env:KEY" } else { "openai/token=env:KEY" };
     let path = |relative: &str| examples.join(relative).display().to_string();
     let mut command = world.belay(&["run", "task.yaml", "--sandbox", sandbox, "--output", "json"]);
     command.args(["--contracts", &path("hello/contracts.yaml"), "--packs", &path("policy-pack.yaml")]);
-    command.args(["--upstream", &model, "--upstream", &shop, "--credential", credential]);
-    command.args(["--upstream-ca", tls.join("crt.pem").to_str().unwrap()]).args(more).env("KEY", KEY);
+    command.args(["--upstream", &shop, "--credential", credential]).args(model).args(more).env("KEY", KEY);
     let ran = ended(command.output().unwrap());
     assert_eq!(ran.code, 0, "{ran:#?}");
     // A46: the model was given the key, and the agent was not.
@@ -172,6 +229,9 @@ fn shell(world: &World, sandbox: &str) {
 
 with_both! {
     hello_story => hello;
+    hello_openai => hello_with_openai;
+    hello_anthropic => hello_with_anthropic;
+    hello_server => hello_with_a_server;
     servers_story => servers;
     openai_agents => |world: &World, sandbox: &str| support(world, "openai-agents", sandbox);
     langgraph => |world: &World, sandbox: &str| support(world, "langgraph", sandbox);

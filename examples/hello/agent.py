@@ -1,15 +1,19 @@
-"""An agent in thirty lines: it asks a model what to do and does it, until there is no more to do. It knows nothing of Belay:
+"""An agent in forty lines: it asks a model what to do and does it, until there is no more to do. It knows nothing of Belay:
 its environment says where the model (OPENAI_BASE_URL), the tools (BELAY_MCP_URL) and the web (HTTPS_PROXY) are."""
 
 import json
 import os
+import sys
 import urllib.request
 
 
 def post(url, **body):
-    """A JSON reply. What is refused is one too."""
+    """A JSON reply. Who refuses says why, and that is the agent's last word."""
     headers = {"content-type": "application/json", "accept": "application/json, text/event-stream"}
-    return json.load(urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode(), headers)))
+    try:
+        return json.load(urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode(), headers)))
+    except urllib.error.HTTPError as error:
+        sys.exit(f"{url}: {error.code}: {error.read().decode()}")
 
 
 def mcp(method, **params):
@@ -28,9 +32,10 @@ def use(name, arguments):
 
 
 tools = [{"type": "function", "function": {"name": t["name"], "parameters": t["inputSchema"]}} for t in mcp("tools/list")["result"]["tools"]]
+model = os.environ.get("MODEL", "stand-in")
 messages = [{"role": "user", "content": os.environ["BELAY_OBJECTIVE"]}]
 while True:
-    reply = post(os.environ["OPENAI_BASE_URL"] + "/chat/completions", model="stand-in", messages=messages, tools=tools)
+    reply = post(os.environ["OPENAI_BASE_URL"] + "/chat/completions", model=model, messages=messages, tools=tools)
     message = reply["choices"][0]["message"]
     messages.append(message)
     print("model:", message["content"], flush=True)

@@ -72,7 +72,7 @@ Examples:
       A task whose contracts and pack lie beside it.
   belay run task.yaml --packs policy-packs/dev --contracts contracts/ --credential model-key/token=env:OPENAI_API_KEY
       Pack and contracts from elsewhere, and the key that the pack's class names.
-  belay run task.yaml --resolve localhost=127.0.0.1:11434
+  belay run task.yaml --resolve model.localhost=127.0.0.1:11434
       A model on this machine: it has to be named, since loopback is never dialled otherwise. The class must list the host.
   belay run hello/task.yaml --upstream shop.test='python3 hello/standin.py'
       A server of yours in place of an upstream: started with the run, ended with it.
