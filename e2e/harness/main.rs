@@ -171,7 +171,12 @@ fn policy(limits: Limits) -> PolicyConfig {
         models: ModelEndpoints {
             openai: Some("http://models.test".into()),
             anthropic: Some("http://models.test".into()),
-            prices: vec![ModelPrice { model: "m*".into(), input_micros: 1_000_000, output_micros: 10_000_000 }],
+            prices: vec![ModelPrice {
+                model: "m*".into(),
+                input_micros: 1_000_000,
+                output_micros: 10_000_000,
+                ..ModelPrice::default()
+            }],
         },
         egress: vec![
             host("docs.test.example", &[443, 80], EgressUse::Direct),
@@ -552,7 +557,7 @@ async fn a_model_call_is_reserved_for_and_settled_by_its_own_account() {
     assert!((100..300).contains(&prompt), "an absent output limit is a modest one: {}", intent.reserved_tokens);
     assert_eq!(records[2].usage.tokens, 12, "settled by the reply's usage");
     let sent = harness.gateway.saw().pop().unwrap();
-    assert!(sent.contains("max_completion_tokens"), "{sent}");
+    assert!(sent.contains("\"max_tokens\":4096"), "{sent}");
     assert!(!sent.contains("Bearer belay"), "the agent's placeholder credential was sent on");
 }
 

@@ -9,7 +9,7 @@ use super::{
     agent_task::{Limits, Resources},
     tool_contract::Approval,
 };
-use crate::policy::config::{EgressUse, RuleDecision, Sensitivity, SideEffect};
+use crate::policy::config::{EgressUse, OutputLimitField, RuleDecision, Sensitivity, SideEffect, Tokenizer};
 
 /// What the tasks of the selected namespaces may do. A namespace that no pack selects, or more than one, runs nothing.
 #[derive(CustomResource, KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -270,8 +270,8 @@ pub struct Models {
     pub prices: Vec<ModelPrice>,
 }
 
-/// What a million tokens of a model cost, in the pack's currency unit. Name the highest price that a token can have there:
-/// that of writing a cache, of the fastest service tier, of audio. What a provider takes off is not counted.
+/// What a million tokens of a model cost, in the pack's currency unit, and what else Belay does not know of it. Name the highest price that a
+/// token can have there: that of writing a cache, of the fastest service tier, of audio. What a provider takes off is not counted.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ModelPrice {
@@ -284,6 +284,19 @@ pub struct ModelPrice {
     /// Of a million tokens of reply.
     #[schemars(length(min = 1, max = 16), regex(pattern = r"^[0-9]{1,9}(\.[0-9]{1,6})?$"))]
     pub output: String,
+    /// The longest reply that the model gives. A request that names no limit gets at most this; 4096 where neither this nor the shipped catalogue
+    /// says anything.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 10_000_000))]
+    pub max_output_tokens: Option<i64>,
+    /// The member by which the model's server limits the reply of a chat completion, where the shipped catalogue does not know: `max_tokens`
+    /// unless said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub output_limit_field: Option<OutputLimitField>,
+    /// How the text of a prompt is counted before it leaves, in place of the shipped catalogue's word. `Bytes` sets much aside, and no prompt
+    /// costs more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tokenizer: Option<Tokenizer>,
 }
 
 /// Where evidence goes and how long it stays.

@@ -39,6 +39,7 @@ use crate::{
         model::{
             Bound,
             api::Api,
+            catalogue::{self, Model},
             request::{self, Bounded},
         },
         price,
@@ -104,16 +105,10 @@ async fn call(
     let policy = gate.contracts().policy();
     let price = model.as_deref().and_then(|model| price::of(&policy.models.prices, model));
     if price.is_none() && policy.limits.cost_micros.is_some() {
-        return Err(Denial {
-            rule: Rule::ModelPrice,
-            reason: format!(
-                "the task's cost is limited, and the policy pack has no price for the model {:?}; it would be under \
-                 spec.models.prices",
-                model.as_deref().map_or_else(|| "(none)".into(), shorten)
-            ),
-        });
+        return Err(unpriced(model.as_deref()));
     }
-    let Bounded { bound, set } = request::bound(api, &body, gate.journal().left(price))
+    let known = Model::named(model.as_deref().unwrap_or_default(), price);
+    let Bounded { bound, set } = request::bound(api, &body, &known, gate.journal().left(price))
         .map_err(|unbounded| Denial { rule: Rule::ModelRequest, reason: unbounded.to_string() })?;
     body.extend(set.into_iter().map(|(name, value)| (name.to_owned(), value)));
     let mut rules = vec![Rule::RequestJson, Rule::ModelEndpoint, Rule::ModelRequest];
@@ -164,6 +159,22 @@ async fn call(
             };
             Ok(refusal(api, &denial))
         }
+    }
+}
+
+/// The refusal of a call whose cost nobody can tell. What the catalogue lists is no pack's word: currencies, contracts and tiers differ.
+fn unpriced(model: Option<&str>) -> Denial {
+    let listed = model.and_then(|name| Model::named(name, None).listed).map_or_else(String::new, |(input, output)| {
+        let date = catalogue::date();
+        format!(" (listed on {date} in US dollars: input {input:?}, output {output:?}, caches and faster tiers apart)")
+    });
+    Denial {
+        rule: Rule::ModelPrice,
+        reason: format!(
+            "the task's cost is limited, and the policy pack has no price for the model {:?}; whoever keeps the pack can add one under \
+             spec.models.prices{listed}",
+            model.map_or_else(|| "(none)".into(), shorten)
+        ),
     }
 }
 

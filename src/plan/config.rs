@@ -758,7 +758,14 @@ fn prices(pack: &PolicyPack, findings: &mut Vec<Finding>) -> Vec<ModelPrice> {
         let input = sum(Some(&declared.input), || at("input"), findings);
         let output = sum(Some(&declared.output), || at("output"), findings);
         if let (Some(input_micros), Some(output_micros)) = (input, output) {
-            prices.push(ModelPrice { model: declared.model.clone(), input_micros, output_micros });
+            prices.push(ModelPrice {
+                model: declared.model.clone(),
+                input_micros,
+                output_micros,
+                max_output_tokens: declared.max_output_tokens,
+                output_limit_field: declared.output_limit_field,
+                tokenizer: declared.tokenizer,
+            });
         }
     }
     prices

@@ -641,8 +641,8 @@ pub struct ModelEndpoints {
     pub prices: Vec<ModelPrice>,
 }
 
-/// What a million tokens cost at most, in millionths of the pack's currency unit.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// What a million tokens cost at most, in millionths of the pack's currency unit, and what else the pack says of a model.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct ModelPrice {
     /// A model's name as requests have it, or its beginning and `*`.
@@ -651,6 +651,37 @@ pub struct ModelPrice {
     pub input_micros: i64,
     /// Of the reply.
     pub output_micros: i64,
+    /// The longest reply that it gives; the catalogue's word without.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_output_tokens: Option<i64>,
+    /// By which member a reply of chat completions is limited; the catalogue's word without.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub output_limit_field: Option<OutputLimitField>,
+    /// How its text is counted; the catalogue's word without.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tokenizer: Option<Tokenizer>,
+}
+
+/// The member of a request for a chat completion that limits the reply.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "kube", derive(schemars::JsonSchema))]
+pub enum OutputLimitField {
+    /// What all servers know but OpenAI's own for its newer models.
+    #[serde(rename = "max_tokens")]
+    MaxTokens,
+    /// What OpenAI's own for its newer models know.
+    #[serde(rename = "max_completion_tokens")]
+    MaxCompletionTokens,
+}
+
+/// How the tokens of a prompt's text are counted before it leaves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "kube", derive(schemars::JsonSchema))]
+pub enum Tokenizer {
+    /// As OpenAI's models of the last years do.
+    O200k,
+    /// One a byte: no tokenizer that works on bytes makes more. Much is set aside, and no prompt can cost more.
+    Bytes,
 }
 
 /// One entry of the class's allowlist.

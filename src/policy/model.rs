@@ -5,10 +5,14 @@
 
 /// The APIs of models.
 pub mod api;
+/// What is known of well-known models.
+pub mod catalogue;
 /// Prompt tokens of a request, before anybody counts them.
 mod estimate;
 /// What of a request may leave.
 mod members;
+/// What pictures cost.
+pub mod picture;
 /// The bound of a request, and what makes it hold.
 pub mod request;
 /// What a call is charged.

@@ -85,7 +85,12 @@ mod tests {
 
     #[test]
     fn the_first_price_that_fits_counts() {
-        let price = |model: &str, input_micros| ModelPrice { model: model.into(), input_micros, output_micros: 0 };
+        let price = |model: &str, input_micros| ModelPrice {
+            model: model.into(),
+            input_micros,
+            output_micros: 0,
+            ..ModelPrice::default()
+        };
         let prices = [price("gpt-5-mini", 1), price("gpt-5*", 2), price("*-large", 3)];
         let found = |model| of(&prices, model).map(|price| price.input_micros);
         assert_eq!(found("gpt-5-mini"), Some(1));
@@ -103,7 +108,7 @@ mod tests {
         /// What can be paid for costs no more than there is; one token more would.
         #[test]
         fn what_can_be_paid_for_fits(micros in 0i64..1_000_000_000, prompt in 0i64..100_000, input in 0i64..100_000_000, output in 1i64..100_000_000) {
-            let price = ModelPrice { model: "m".into(), input_micros: input, output_micros: output };
+            let price = ModelPrice { model: "m".into(), input_micros: input, output_micros: output, ..ModelPrice::default() };
             let most = price.output_for(micros, prompt);
             if most > 0 {
                 prop_assert!(price.cost(prompt, most) <= micros);
@@ -113,7 +118,7 @@ mod tests {
 
         #[test]
         fn nothing_overflows(prompt: i64, output: i64, input: i64, each: i64, micros: i64) {
-            let price = ModelPrice { model: "m".into(), input_micros: input, output_micros: each };
+            let price = ModelPrice { model: "m".into(), input_micros: input, output_micros: each, ..ModelPrice::default() };
             prop_assert!(price.cost(prompt, output) >= 0);
             prop_assert!(price.output_for(micros, prompt) >= 0);
         }

@@ -216,7 +216,8 @@ fn priced(script: &mut Script, model: &str, tokens: i64, cost: i64) {
     script.at(7).event = opened_with(script, |o| {
         o.policy.limits.cost_micros = Some(500);
         let (input_micros, output_micros) = (1_000_000, 2_000_000);
-        o.policy.models.prices = vec![ModelPrice { model: "m*".into(), input_micros, output_micros }];
+        o.policy.models.prices =
+            vec![ModelPrice { model: "m*".into(), input_micros, output_micros, ..ModelPrice::default() }];
     });
     script.at(8).event = intent("d", Channel::Model, "/v1/chat/completions", tokens);
     change_intent(script, 8, |i| {

@@ -573,7 +573,12 @@ fn no_call_passes_a_limit_of_denials_or_cost() {
         let opened = edit(&harness, |opened| {
             opened.policy.limits.denials = Some(2);
             opened.policy.limits.cost_micros = Some(100);
-            let price = ModelPrice { model: "m".into(), input_micros: 1_000_000, output_micros: 10_000_000 };
+            let price = ModelPrice {
+                model: "m".into(),
+                input_micros: 1_000_000,
+                output_micros: 10_000_000,
+                ..ModelPrice::default()
+            };
             opened.policy.models.prices = vec![price];
         });
         assert_eq!(rule_against(&mut harness, &opened, &events), expected, "{events:?}");

@@ -2,11 +2,17 @@
 
 use serde_json::{Map, Value};
 
-use super::{Bound, api::Api, estimate, members};
+use super::{
+    Bound,
+    api::Api,
+    catalogue::{Model, OUTPUT_UNKNOWN},
+    estimate, members,
+};
 use crate::policy::config::ModelPrice;
 
-/// The output limit of a request that names none: what every model of the last years takes, and no call sets a task's whole budget aside.
-const OUTPUT_UNNAMED: i64 = 4_096;
+/// What part of what is left a request that names no limit sets aside for its reply: one in so many, so that a task can make some calls at once,
+/// and go on after each.
+const SHARE: i64 = 4;
 
 /// A request that cannot be bounded.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -28,6 +34,16 @@ impl Left<'_> {
         let affordable = self.cost.map_or(i64::MAX, |(micros, price)| price.output_for(micros, prompt));
         self.tokens.saturating_sub(prompt).min(affordable)
     }
+
+    /// The limit of each reply of a request that names none: the model's own, as far as it leaves room for others, and the model has room for
+    /// it beside the prompt. One that is too long the provider refuses, and one that is too short cuts a reply off, or a thought before it.
+    fn unnamed(&self, model: &Model, prompt: i64, replies: i64) -> i64 {
+        let there_is = self.output(prompt).checked_div(replies).unwrap_or(0);
+        let share = (there_is / SHARE).max(OUTPUT_UNKNOWN);
+        let beside = model.context.map_or(i64::MAX, |context| context.saturating_sub(prompt).max(OUTPUT_UNKNOWN));
+        // With nothing left the sum is above what is left, and the reservation fails with its own message.
+        model.max_output.unwrap_or(OUTPUT_UNKNOWN).min(share).min(there_is).min(beside).max(1)
+    }
 }
 
 /// A request that may leave, as far as its own bytes tell.
@@ -39,11 +55,11 @@ pub struct Bounded {
     pub set: Vec<(&'static str, Value)>,
 }
 
-/// Bounds a request.
+/// Bounds a request to this model.
 ///
 /// # Errors
 /// If its cost or effect cannot be bounded; the message says which member and what to do.
-pub fn bound(api: Api, body: &Map<String, Value>, left: Left<'_>) -> Result<Bounded, Unbounded> {
+pub fn bound(api: Api, body: &Map<String, Value>, model: &Model, left: Left<'_>) -> Result<Bounded, Unbounded> {
     members::review(api, body)?;
     let replies = replies(body)?;
     let mut set: Vec<_> = wish_for_usage(api, body).into_iter().collect();
@@ -53,11 +69,12 @@ pub fn bound(api: Api, body: &Map<String, Value>, left: Left<'_>) -> Result<Boun
         Some(value) => value
             .as_i64()
             .filter(|limit| *limit > 0)
-            .ok_or_else(|| Unbounded(format!("the output limit must be a whole number above 0, found {value}")))?,
+            .ok_or_else(|| Unbounded(format!("the output limit must be a whole number above 0, found {value}")))?
+            // A model gives no more than it can, and whether it takes a limit above that its provider says.
+            .min(model.max_output.unwrap_or(i64::MAX)),
         None => {
-            // With nothing left the sum is above what is left, and the reservation fails with its own message.
-            let each = left.output(prompt).checked_div(replies).unwrap_or(0).clamp(1, OUTPUT_UNNAMED);
-            set.extend(api.output_limits().first().map(|field| (*field, each.into())));
+            let each = left.unnamed(model, prompt, replies);
+            set.extend(model.limit_member(api).map(|member| (member, each.into())));
             each
         }
     };
@@ -93,16 +110,25 @@ mod tests {
         value.as_object().unwrap().clone()
     }
 
+    fn model() -> Model {
+        Model::named("our-own", None)
+    }
+
     fn tokens(tokens: i64) -> Left<'static> {
         Left { tokens, cost: None }
     }
 
     #[test]
     fn an_absent_output_limit_is_what_money_is_left_for() {
-        let price = ModelPrice { model: "m".into(), input_micros: 1_000_000, output_micros: 10_000_000 };
+        let price = ModelPrice {
+            model: "m".into(),
+            input_micros: 1_000_000,
+            output_micros: 10_000_000,
+            ..ModelPrice::default()
+        };
         let body = object(json!({"model": "m", "messages": []}));
         let left = Left { tokens: 1_000_000, cost: Some((5_000, &price)) };
-        let Bounded { bound, set } = bound(Api::Messages, &body, left).unwrap();
+        let Bounded { bound, set } = bound(Api::Messages, &body, &model(), left).unwrap();
         assert!((400..500).contains(&bound.output), "{bound:?}");
         assert!(price.cost(bound.prompt, bound.output) <= 5_000);
         assert_eq!(set, [("max_tokens", json!(bound.output))]);
@@ -110,18 +136,55 @@ mod tests {
 
     #[test]
     fn an_absent_output_limit_becomes_a_modest_one_or_what_is_left() {
-        for (left, output) in [(1_000_000, OUTPUT_UNNAMED), (1_000, 876)] {
+        for (left, output) in [(1_000_000, Some(OUTPUT_UNKNOWN)), (1_000, None)] {
             let body = object(json!({"model": "m", "messages": [{"role": "user", "content": "hello"}]}));
-            let Bounded { bound, set } = bound(Api::ChatCompletions, &body, tokens(left)).unwrap();
-            assert_eq!(bound.output, output, "{bound:?}");
-            assert_eq!(set, [("max_completion_tokens", json!(bound.output))]);
+            let Bounded { bound, set } = bound(Api::ChatCompletions, &body, &model(), tokens(left)).unwrap();
+            assert_eq!(bound.output, output.unwrap_or(left - bound.prompt), "{bound:?}");
+            assert_eq!(set, [("max_tokens", json!(bound.output))]);
+        }
+    }
+
+    /// A reply of a well-known model can be as long as the model's are, but leaves room for other calls, and for the prompt.
+    #[test]
+    fn an_absent_output_limit_is_the_models_own_as_far_as_there_is_room() {
+        let long = "word ".repeat(1_000);
+        for (name, left, content, outputs) in [
+            ("gpt-4o", 10_000_000, "hi", 16_384..=16_384),
+            ("gpt-4o", 200_000, "hi", 16_384..=16_384),
+            ("gpt-4o", 40_000, "hi", 9_900..=10_000),
+            ("gpt-4o", 10_000, "hi", 4_096..=4_096),
+            ("gpt-4o", 2_000, "hi", 1_800..=1_999),
+            ("gpt-5", 200_000, "hi", 49_900..=50_000),
+            ("gpt-5", 10_000_000, "hi", 128_000..=128_000),
+            ("gpt-4", 10_000_000, long.as_str(), 4_096..=4_096),
+            ("claude-opus-4-1", 10_000_000, "hi", 32_000..=32_000),
+            ("our-own", 10_000_000, "hi", OUTPUT_UNKNOWN..=OUTPUT_UNKNOWN),
+            ("gpt-4o", 0, "hi", 1..=1),
+        ] {
+            let body = object(json!({"model": name, "messages": [{"role": "user", "content": content}]}));
+            let bounded = bound(Api::ChatCompletions, &body, &Model::named(name, None), tokens(left)).unwrap();
+            assert!(outputs.contains(&bounded.bound.output), "{name} of {left}: {bounded:?}");
+            let of_three = object(json!({"model": name, "messages": [], "n": 3}));
+            let three = bound(Api::ChatCompletions, &of_three, &Model::named(name, None), tokens(left)).unwrap();
+            assert!(left < 2_000 || three.bound.total() <= left, "{name} of {left}: {three:?}");
+        }
+    }
+
+    /// A limit above the model's own is the provider's to refuse. No more is set aside for it than the model can give.
+    #[test]
+    fn a_named_limit_above_the_models_own_sets_the_models_own_aside() {
+        for (name, limit, output) in [("gpt-4o", 500_000, 16_384), ("gpt-4o", 100, 100), ("our-own", 500_000, 500_000)]
+        {
+            let body = object(json!({"model": name, "messages": [], "max_tokens": limit}));
+            let bounded = bound(Api::ChatCompletions, &body, &Model::named(name, None), tokens(1_000)).unwrap();
+            assert_eq!((bounded.bound.output, bounded.set), (output, vec![]), "{name}");
         }
     }
 
     #[test]
     fn a_named_output_limit_stays_and_counts_for_each_reply() {
         let body = object(json!({"model": "m", "messages": [], "max_tokens": 50, "n": 3}));
-        let Bounded { bound, set } = bound(Api::ChatCompletions, &body, tokens(10_000)).unwrap();
+        let Bounded { bound, set } = bound(Api::ChatCompletions, &body, &model(), tokens(10_000)).unwrap();
         assert_eq!((bound.output, set), (150, vec![]));
     }
 
@@ -131,7 +194,7 @@ mod tests {
             let body = object(
                 json!({"model": "m", "messages": [], "max_tokens": 9, "stream": true, "stream_options": options}),
             );
-            let set = bound(Api::ChatCompletions, &body, tokens(10_000)).unwrap().set;
+            let set = bound(Api::ChatCompletions, &body, &model(), tokens(10_000)).unwrap().set;
             assert_eq!(set, [("stream_options", json!({"include_usage": true}))]);
         }
     }
@@ -147,7 +210,7 @@ mod tests {
             (Api::ChatCompletions, json!({"n": 0}), "`n`"),
             (Api::ChatCompletions, json!({"max_tokens": -1}), "output limit"),
         ] {
-            let refused = bound(api, &object(body), tokens(1_000)).unwrap_err();
+            let refused = bound(api, &object(body), &model(), tokens(1_000)).unwrap_err();
             assert!(refused.to_string().contains(word), "{refused}");
         }
     }
@@ -157,7 +220,7 @@ mod tests {
         #[test]
         fn the_prompt_bound_covers_the_text(text in ".{0,200}", left in 0i64..100_000) {
             let body = object(json!({"messages": [{"role": "user", "content": text}]}));
-            let bound = bound(Api::ChatCompletions, &body, tokens(left)).unwrap().bound;
+            let bound = bound(Api::ChatCompletions, &body, &model(), tokens(left)).unwrap().bound;
             prop_assert!(bound.prompt >= i64::try_from(text.len()).unwrap());
             prop_assert!(bound.total() <= left || bound.prompt.saturating_add(1) >= left);
         }

@@ -87,7 +87,8 @@ fn what_we_made_is_learnt() {
 #[test]
 fn a_model_keeps_its_price() {
     let mut policy = policy(vec![]);
-    let price = |model: &str| ModelPrice { model: model.into(), input_micros: 1, output_micros: 1 };
+    let price =
+        |model: &str| ModelPrice { model: model.into(), input_micros: 1, output_micros: 1, ..ModelPrice::default() };
     policy.models.prices = vec![price("gpt-*"), price("*")];
     let redactor = Redactor::new(&policy, Arc::new(Detectors::compile(&[]).unwrap()));
     assert_eq!(redactor.model("gpt-4o", &policy, &salt()), "gpt-4o");

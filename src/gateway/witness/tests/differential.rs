@@ -16,7 +16,12 @@ fn rich() -> PolicyConfig {
     let mut policy = testing::policy();
     (policy.limits.tool_calls, policy.limits.tokens) = (30, 100);
     (policy.limits.denials, policy.limits.cost_micros) = (Some(6), Some(500));
-    policy.models.prices = vec![ModelPrice { model: "m".into(), input_micros: 1_000_000, output_micros: 10_000_000 }];
+    policy.models.prices = vec![ModelPrice {
+        model: "m".into(),
+        input_micros: 1_000_000,
+        output_micros: 10_000_000,
+        ..ModelPrice::default()
+    }];
     let look = VerifyRead { tool: "look".into(), arguments: BTreeMap::new(), applied: "r".into(), settle_seconds: 1 };
     policy.tools[1].verify = Some(look);
     let named = |name: &str| crate::policy::config::Tool { name: name.into(), ..policy.tools[0].clone() };
