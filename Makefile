@@ -1,7 +1,7 @@
 # The one front door. Everything that a target needs it sets up itself: Debian packages, tools, cluster, image.
 # What it builds and downloads lies in ~/.cache/belay (BELAY_CACHE) and target/.
 .DEFAULT_GOAL := help
-.PHONY: help hello demo demo-image test bench escape chaos fuzz frameworks lint generate image install cluster-up cluster-down clean
+.PHONY: help hello demo demo-image test bench escape chaos fuzz models frameworks lint generate image install cluster-up cluster-down clean
 
 CACHE := $(or $(BELAY_CACHE),$(HOME)/.cache/belay)
 
@@ -34,6 +34,9 @@ fuzz: ## Every mutant of real logs and 5,000 structured ones, to both verifiers,
 	@BELAY_CALLS=10000000 cargo test --release --locked --no-default-features --lib reference
 	@BELAY_CALLS=1000000 cargo test --release --locked --no-default-features --features harness --lib generated_call -- --nocapture
 	@BELAY_ORDERS=100000 cargo test --release --locked --no-default-features --features operator --lib operator::tests::orders
+
+models: ## 10,000 model calls under random faults, official SDKs, llama.cpp and LiteLLM: what Belay counts beside what was produced
+	@e2e/model/run $(ONLY)
 
 frameworks: ## Agent frameworks of other people, all of them, and their matrix in docs/frameworks.md (4 GB of packages)
 	@e2e/frameworks/run $(ONLY)

@@ -7,19 +7,16 @@ Belay's counter is compared with what the model would bill. Ends with `N passed,
 
 import argparse
 import json
-import os
 import pathlib
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
-import threading
 from dataclasses import dataclass, field
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "model"))
-import server  # noqa: E402
+import belay  # noqa: E402
 
 PARTS = ["tools", "streaming", "parallel", "together", "structured"]
 
@@ -92,43 +89,6 @@ FRAMEWORKS = {
     "litellm": Framework("LiteLLM SDK", "litellm", "chat completions, Messages", {"MODEL_OF_ANTHROPIC": CLAUDE}),
 }
 
-PACK = """\
-apiVersion: belay.dev/v1alpha1
-kind: PolicyPack
-metadata: {name: frameworks}
-spec:
-  environment: laptop
-  namespaceSelector: {matchLabels: {belay.dev/environment: laptop}}
-  models: {openai: "http://model.test", anthropic: "http://model.test"}
-  workflowClasses:
-    - name: agents
-      allowedEffects: [read]
-      egress: [{host: model.test, ports: [80], uses: [Models]}]
-      limits: {wallTimeSeconds: 600, toolCalls: 10, tokens: 2000000}
-      resources: {cpu: "2", memory: 4Gi, ephemeralStorage: 512Mi}
-  evidence: {bucket: evidence, mode: Governance, retentionDays: 30}
-"""
-
-
-def task(name, framework, command):
-    env = {"MODEL": framework.model, "HOME": "/tmp", "PYTHONPATH": "/workspace", "PYTHONDONTWRITEBYTECODE": "1"} | framework.env
-    spec = {
-        "objective": "Do what the documentation's first example does.",
-        "workflowClass": "agents",
-        "principal": "you@example.com",
-        "agent": {
-            "image": "registry.example.com/agent:1",
-            "command": command,
-            "env": [{"name": key, "value": value} for key, value in env.items()],
-            "resources": {"cpu": "2", "memory": framework.memory, "ephemeralStorage": "256Mi"},
-        },
-        "tools": [],
-        "workspace": {"writeScopes": [{"path": path, "size": "64Mi"} for path in framework.scopes]},
-        "limits": {"wallTimeSeconds": 300, "toolCalls": 1, "tokens": 2000000},
-    }
-    return {"apiVersion": "belay.dev/v1alpha1", "kind": "AgentTask", "metadata": {"name": name}, "spec": spec}
-
-
 def version(name, framework):
     """What is pinned."""
     if framework.node:
@@ -138,54 +98,24 @@ def version(name, framework):
     return re.search(rf"^{re.escape(framework.package)}==(\S+)", pinned, re.M | re.I).group(1)
 
 
-class Run:
+class Run(belay.Ran):
     """One run of one framework, and what it showed."""
 
     def __init__(self, name, folder, node, logs):
-        self.name, self.framework = name, FRAMEWORKS[name]
-        self.provider = server.serve(0)
-        threading.Thread(target=self.provider.serve_forever, daemon=True).start()
+        self.name, self.framework, self.log = name, FRAMEWORKS[name], logs / f"{name}.log"
         with tempfile.TemporaryDirectory() as home:
-            self.run(pathlib.Path(home), folder, node)
-        self.provider.shutdown()
-        self.log = logs / f"{name}.log"
-        self.write_log()
-
-    def run(self, home, folder, node):
-        space = home / "workspace"
-        shutil.copytree(HERE / self.name, space)
-        shutil.copy(HERE / ("parts.mjs" if self.framework.node else "parts.py"), space)
-        shown = [str(folder)]
-        if self.framework.node:
-            (space / "node_modules").symlink_to(folder / "node_modules")
-            command = [node, "agent.mjs"]
-            shown.append(str(pathlib.Path(node).parent.parent))
-        else:
-            command = [f"{folder}/bin/python", "agent.py"]
-        (home / "pack.yaml").write_text(PACK)
-        (home / "task.yaml").write_text(json.dumps(task(self.name, self.framework, command)))
-        belay = [os.environ["BELAY"], "run", "task.yaml", "--workspace", str(space), "--sandbox", "bwrap", "--output", "json"]
-        belay += ["--resolve", f"model.test=127.0.0.1:{self.provider.server_address[1]}", "--evidence", str(home / "evidence")]
-        for one in shown:
-            belay += ["--ro", one]
-        ran = subprocess.run(belay, cwd=home, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=360)
-        self.code, self.stderr = ran.returncode, ran.stderr
-        self.events = [json.loads(line) for line in ran.stdout.splitlines()]
-        log = next((home / "evidence").glob("default/*/*"), None)
-        verified = subprocess.run([os.environ["BELAY"], "verify", str(log)], cwd=home, capture_output=True, text=True)
-        self.valid = verified.stdout.startswith("VALID")
-        self.verdict = (verified.stdout + verified.stderr).strip()
-
-    # ---------------------------------------------------------------------------------------------- what it showed
-
-    def said(self):
-        return [event["line"] for event in self.events if event["event"] == "said"]
-
-    def records(self, kind):
-        return [event["record"] for event in self.events if event["event"] == "record" and event["record"]["kind"] == kind]
-
-    def account(self):
-        return [line for line in self.provider.account.lines if line["api"] in ("chat", "responses", "messages")]
+            space = pathlib.Path(home) / "workspace"
+            shutil.copytree(HERE / name, space)
+            shutil.copy(HERE / ("parts.mjs" if self.framework.node else "parts.py"), space)
+            shown, command = [folder], [folder / "bin/python", "agent.py"]
+            if self.framework.node:
+                (space / "node_modules").symlink_to(folder / "node_modules")
+                command = [node, "agent.mjs"]
+                shown.append(pathlib.Path(node).parent.parent)
+            env = {"MODEL": self.framework.model, "HOME": "/tmp", "PYTHONPATH": "/workspace", "PYTHONDONTWRITEBYTECODE": "1"}
+            more = {"scopes": self.framework.scopes, "memory": self.framework.memory}
+            super().__init__(name, command, space, env=env | self.framework.env, shown=shown, **more)
+        self.write(self.log)
 
     def of(self, part):
         """The requests of a part that were answered."""
@@ -224,50 +154,22 @@ class Run:
             result[part] = said or (self.shows(part) if part in PARTS else None)
         return result
 
-    def counted(self):
-        """Tokens as Belay's counter has them at the end, and as the model would bill them."""
-        all_records = [event["record"] for event in self.events if event["event"] == "record"]
-        counter = max((record["usage"]["tokens"] for record in all_records[-1:]), default=0)
-        return counter, sum(line["billed"] for line in self.account())
 
-    def denied(self):
-        return [(record["target"], record["rule"], record["reason"]) for record in self.records("call.denied")]
-
-    def write_log(self):
-        with open(self.log, "w") as out:
-            for event in self.events:
-                out.write(json.dumps(event) + "\n")
-            out.write(f"--- stderr\n{self.stderr}\n--- verify\n{self.verdict}\n--- the model's account\n")
-            for line in self.provider.account.lines:
-                out.write(json.dumps(line) + "\n")
-
-
-def check(run):
+def check(tally, run):
     """Prints what was found, and counts."""
-    passed = failed = 0
-
-    def one(what, wrong):
-        nonlocal passed, failed
-        if wrong:
-            failed += 1
-            print(f"FAILED  {run.name}: {what}: {wrong}")
-        else:
-            passed += 1
-            print(f"ok      {run.name}: {what}", flush=True)
-
+    before = tally.failed
     for part, wrong in run.parts().items():
-        one(part, wrong)
-    counter, billed = run.counted()
-    one("counter", None if counter == billed else f"Belay counted {counter} tokens, the model bills {billed}")
-    one("evidence", None if run.valid else run.verdict)
-    if failed:
-        for target, rule, reason in run.denied():
+        tally.check(f"{run.name}: {part}", wrong)
+    counter, billed = run.counter(), run.billed()
+    tally.check(f"{run.name}: counter", None if counter == billed else f"Belay counted {counter} tokens, the model bills {billed}")
+    tally.check(f"{run.name}: evidence", None if run.valid else run.verdicts)
+    if tally.failed > before:
+        for target, rule, reason in dict.fromkeys(run.denied()):
             print(f"        denied: {target}: {rule}: {reason}")
         for line in run.account():
             if line["status"] >= 400:
                 print(f"        the model refused: {line['status']} {line.get('why')}")
         print(f"        see {run.log}")
-    return passed, failed
 
 
 def matrix(runs):
@@ -295,7 +197,7 @@ def matrix(runs):
                 row.append("no" if found[part] else "yes")
                 if found[part]:
                     notes.append(f"- {framework.title}, {part}: {found[part]}")
-        counter, billed = run.counted()
+        counter, billed = run.counter(), run.billed()
         row += [str(len(run.account())), f"{counter}" if counter == billed else f"{counter}, billed {billed}", str(len(run.denied()))]
         lines.append("| " + " | ".join(row) + " |")
         for part in framework.more:
@@ -326,20 +228,15 @@ def main():
     given = parser.parse_args()
     if given.list:
         return print("\n".join(FRAMEWORKS))
-    given.logs.mkdir(parents=True, exist_ok=True)
-    passed = failed = 0
-    runs = []
+    tally, runs = belay.Tally(), []
     for one in given.frameworks:
         name, folder = one.split("=", 1)
         run = Run(name, pathlib.Path(folder), given.node, given.logs)
         runs.append(run)
-        good, bad = check(run)
-        passed, failed = passed + good, failed + bad
+        check(tally, run)
     if given.matrix:
         given.matrix.write_text(matrix(runs))
-    print(f"{passed} passed, {failed} failed")
-    # Nothing at all is no success.
-    sys.exit(failed > 0 or not passed)
+    tally.end()
 
 
 main()

@@ -1,6 +1,6 @@
 """The model's own test: the official SDKs see what their providers would send, and the account is what they received.
 
-`python test_model.py`, of a Python with openai and anthropic (requirements.txt). Ends with `N passed, N failed`.
+`python test_model.py`, of a Python with openai and anthropic (sdks-requirements.txt). Ends with `N passed, N failed`.
 """
 
 import json

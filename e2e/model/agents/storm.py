@@ -1,0 +1,103 @@
+"""Many calls of a model that fails on purpose, of all three APIs, some at once, some left before their end: `storm.py SEED CALLS AT_ONCE`.
+
+It runs in Belay's sandbox, without any library, so that each call is one request and nothing asks again. It prints one line of JSON a call.
+"""
+
+import http.client
+import json
+import os
+import random
+import sys
+import threading
+import urllib.parse
+
+OPENAI, ANTHROPIC = os.environ["OPENAI_BASE_URL"], os.environ["ANTHROPIC_BASE_URL"]
+# Words of one token each, so that no provider charges less for them than the model of these tests.
+WORDS = "the sun is out and the day is long so we go to the old town by bus and see a big red boat on the sea".split()
+FAULTS = [
+    *(["", ""] * 6),
+    *("429", "503", "529", "500", "html-502", "drop", "gzip", "low", "slow-30", "pace-2", "end-40", "none", "zero"),
+    *("cut", "cut", "cut", "error-0", "error-1", "error-9"),
+]
+
+
+def one(random_, number):
+    """The request that is made, and after how many events it is left."""
+    api = random_.choice(["chat", "responses", "messages"])
+    fault = random_.choice(FAULTS)
+    stream = random_.random() < 0.7
+    if fault == "cut":
+        fault = f"cut-{random_.choice([0, 1, 2, 7, random_.randrange(200), random_.randrange(3000)])}"
+    if random_.random() < 0.2:
+        fault = "+".join(filter(None, [fault, "pace-1"]))
+    leaves = random_.randrange(60) if random_.random() < 0.2 else None
+    base = {"chat": ["gpt-4o", "o4-mini"], "responses": ["gpt-4o", "gpt-5-mini"], "messages": ["claude-sonnet-4-5"]}[api]
+    model = random_.choice(base) + (f"-fault-{fault}" if fault else "")
+    words = random_.choice([1, 20, 60, 150])
+    padding = " ".join(random_.choices(WORDS, k=1 + 3 * (number % 200)))
+    prompt = f"call {number}: {padding}. write {words} words"
+    messages = [{"role": "user", "content": prompt}]
+    limit = random_.choice([100, 1000, 4000])
+    if api == "chat":
+        body = {"model": model, "messages": messages, "stream": stream}
+        if random_.random() < 0.7:
+            body["max_completion_tokens"] = limit
+        if stream and random_.random() < 0.7:
+            body["stream_options"] = {"include_usage": True}
+        path = OPENAI + "/chat/completions"
+    elif api == "responses":
+        body = {"model": model, "input": messages, "stream": stream}
+        if random_.random() < 0.7:
+            body["max_output_tokens"] = limit
+        path = OPENAI + "/responses"
+    else:
+        body = {"model": model, "messages": messages, "max_tokens": limit, "stream": stream}
+        path = ANTHROPIC + "/v1/messages"
+    return path, body, leaves
+
+
+def call(path, body, leaves):
+    """What came: the status, how it ended, and after how many events."""
+    url = urllib.parse.urlsplit(path)
+    connection = http.client.HTTPConnection(url.hostname, url.port, timeout=120)
+    events = 0
+    try:
+        headers = {"content-type": "application/json", "anthropic-version": "2023-06-01"}
+        connection.request("POST", url.path, json.dumps(body), headers)
+        reply = connection.getresponse()
+        while line := reply.readline():
+            events += line == b"\n"
+            if leaves is not None and events >= leaves:
+                return reply.status, "left", events
+        return reply.status, "read", events
+    except (OSError, http.client.HTTPException) as error:
+        return 0, type(error).__name__, events
+    finally:
+        connection.close()
+
+
+def main():
+    seed, calls, at_once = map(int, sys.argv[1:])
+    random_ = random.Random(seed)
+    todo = [(number, *one(random_, number)) for number in range(calls)]
+    lock, said = threading.Lock(), threading.Lock()
+
+    def work():
+        while True:
+            with lock:
+                if not todo:
+                    return
+                number, path, body, leaves = todo.pop(0)
+            status, how, events = call(path, body, leaves)
+            with said:
+                print(json.dumps({"call": number, "model": body["model"], "status": status, "how": how, "events": events}), flush=True)
+
+    workers = [threading.Thread(target=work) for _ in range(at_once)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    print("DONE", flush=True)
+
+
+main()

