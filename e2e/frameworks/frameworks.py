@@ -34,6 +34,8 @@ class Framework:
     # Usual parts that it does not have, and why.
     lacks: dict = field(default_factory=dict)
     scopes: tuple = ("/tmp",)
+    # What a user has to know.
+    notes: tuple = ()
     node: bool = False
     memory: str = "2Gi"
 
@@ -56,6 +58,7 @@ FRAMEWORKS = {
         "mini-swe-agent",
         "mini-swe-agent",
         "chat completions",
+        # Else it asks a person for its settings.
         {"MSWEA_CONFIGURED": "true"},
         lacks={
             "streaming": "it does not stream",
@@ -76,18 +79,34 @@ FRAMEWORKS = {
     ),
     "openai-agents-js": Framework("OpenAI Agents SDK (Node)", "@openai/agents", "Responses", scopes=(), more=("guardrail",), node=True),
     "ai-sdk": Framework(
-        "Vercel AI SDK", "ai", "Responses, Messages", {"MODEL_OF_ANTHROPIC": CLAUDE}, scopes=(), node=True
+        "Vercel AI SDK",
+        "ai",
+        "Responses, Messages",
+        {"MODEL_OF_ANTHROPIC": CLAUDE},
+        scopes=(),
+        notes=(
+            "for models of OpenAI set `providerOptions: {openai: {store: false}}`: by itself it refers to messages that OpenAI has kept, which is refused "
+            "(`item_reference`)",
+            "its adapter for Anthropic wants `/v1` in the address: ``createAnthropic({baseURL: `${process.env.ANTHROPIC_BASE_URL}/v1`})``",
+        ),
+        node=True,
     ),
     "codex": Framework(
         "OpenAI Codex",
         "@openai/codex",
         "Responses",
         model="gpt-5-mini",
+        notes=(
+            "set `-c web_search=disabled`: the provider's own search is refused",
+            "set `--dangerously-bypass-approvals-and-sandbox`: its sandbox cannot be made inside Belay's, which holds it already",
+            "name the model's address as `-c openai_base_url=$OPENAI_BASE_URL`; it tries a WebSocket first, which is refused, and goes on without one",
+        ),
         node=True,
         lacks={"parallel": "its shell is one tool", "together": "one conversation a program"},
     ),
     "litellm": Framework("LiteLLM SDK", "litellm", "chat completions, Messages", {"MODEL_OF_ANTHROPIC": CLAUDE}),
 }
+
 
 def version(name, framework):
     """What is pinned."""
@@ -202,6 +221,7 @@ def matrix(runs):
         lines.append("| " + " | ".join(row) + " |")
         for part in framework.more:
             notes.append(f"- {framework.title}, its own {part}: {found[part] or 'yes'}")
+        notes += [f"- {framework.title}: {note}" for note in framework.notes]
         hosts = sorted({target for target, rule, _ in run.denied() if rule.startswith("egress.")})
         if hosts:
             notes.append(f"- {framework.title} asks for hosts that the pack does not list, and goes on without them: {', '.join(hosts)}")

@@ -33,6 +33,8 @@ RESPONSES = set(
     "prompt_cache_retention reasoning safety_identifier service_tier store stream stream_options temperature text tool_choice tools "
     "top_logprobs top_p truncation user".split()
 )
+# What Codex sends with each request, and the SDKs do not know.
+RESPONSES.add("client_metadata")
 MESSAGES = set(
     "cache_control container diagnostics inference_geo max_tokens messages metadata model output_config service_tier speed stop_sequences "
     "stream system thinking tool_choice tools user_profile_id workspace_id temperature top_p top_k".split()

@@ -14,7 +14,9 @@ const tools = {
   get_time: tool({ description: "The time in a city.", inputSchema, execute: async ({ city }) => parts.timeOf(city) }),
 };
 const City = z.object({ thought: z.string(), name: z.string(), people: z.number().int() });
-const ask = (model, prompt) => ({ model, prompt, tools, stopWhen: stepCountIs(5), maxRetries: 0 });
+// By itself it lets OpenAI keep the conversation, and refers to what was kept: of that Belay cannot know the size.
+const providerOptions = { openai: { store: false } };
+const ask = (model, prompt) => ({ model, prompt, tools, stopWhen: stepCountIs(5), maxRetries: 0, providerOptions });
 
 await parts.main({
   async tools() {

@@ -12,10 +12,12 @@ const schema = {
 
 function codex(prompt, ...more) {
   mkdirSync("/tmp/codex", { recursive: true });
-  const address = `openai_base_url="${process.env.OPENAI_BASE_URL}"`;
+  const address = `openai_base_url=${process.env.OPENAI_BASE_URL}`;
   // Its own sandbox cannot be made inside another, and Belay's is around it.
   const open = "--dangerously-bypass-approvals-and-sandbox";
-  const args = ["node_modules/@openai/codex/bin/codex.js", "exec", "--skip-git-repo-check", open, "-C", "/tmp", "-c", address];
+  // A search that the provider makes is not the agent's to make.
+  const alone = "web_search=disabled";
+  const args = ["node_modules/@openai/codex/bin/codex.js", "exec", "--skip-git-repo-check", open, "-C", "/tmp", "-c", address, "-c", alone];
   const env = { ...process.env, CODEX_HOME: "/tmp/codex", CODEX_API_KEY: process.env.OPENAI_API_KEY };
   const ran = spawnSync(process.execPath, [...args, "-m", process.env.MODEL, "-o", "/tmp/last", ...more, prompt], { env, timeout: 100000, input: "" });
   console.log(`${ran.stdout}\n${ran.stderr}`);

@@ -1,4 +1,5 @@
-"""Many calls of a model that fails on purpose, of all three APIs, some at once, some left before their end: `storm.py SEED CALLS AT_ONCE`.
+"""Many calls of a model that fails on purpose, of all three APIs, some at once, some left before their end: `storm.py SEED CALLS AT_ONCE [FROM]`. With FROM the faults are
+not drawn: the replies are cut, each one byte later than the one before it of its API, from that byte on.
 
 It runs in Belay's sandbox, without any library, so that each call is one request and nothing asks again. It prints one line of JSON a call.
 """
@@ -21,9 +22,12 @@ FAULTS = [
 ]
 
 
-def one(random_, number):
+APIS = ["chat", "responses", "messages"]
+
+
+def one(random_, number, start):
     """The request that is made, and after how many events it is left."""
-    api = random_.choice(["chat", "responses", "messages"])
+    api = random_.choice(APIS) if start is None else APIS[number % len(APIS)]
     fault = random_.choice(FAULTS)
     stream = random_.random() < 0.7
     if fault == "cut":
@@ -31,6 +35,8 @@ def one(random_, number):
     if random_.random() < 0.2:
         fault = "+".join(filter(None, [fault, "pace-1"]))
     leaves = random_.randrange(60) if random_.random() < 0.2 else None
+    if start is not None:
+        fault, leaves, stream = f"cut-{start + number // len(APIS)}", None, True
     base = {"chat": ["gpt-4o", "o4-mini"], "responses": ["gpt-4o", "gpt-5-mini"], "messages": ["claude-sonnet-4-5"]}[api]
     model = random_.choice(base) + (f"-fault-{fault}" if fault else "")
     words = random_.choice([1, 20, 60, 150])
@@ -77,9 +83,9 @@ def call(path, body, leaves):
 
 
 def main():
-    seed, calls, at_once = map(int, sys.argv[1:])
+    seed, calls, at_once, *start = map(int, sys.argv[1:])
     random_ = random.Random(seed)
-    todo = [(number, *one(random_, number)) for number in range(calls)]
+    todo = [(number, *one(random_, number, start[0] if start else None)) for number in range(calls)]
     lock, said = threading.Lock(), threading.Lock()
 
     def work():
