@@ -538,6 +538,9 @@ async fn forwarded(log: &Log, request: Request<Body>) -> Result<Response, Refuse
             }
         } else {
             authorize::is_intended(channel, &intent, &salt(), &body)?;
+            if channel == Channel::Model {
+                authorize::model::is_reserved(&compiled, (&intent, &salt()), &body)?;
+            }
         }
     }
     send(log, &target, Request::from_parts(parts, body)).await

@@ -713,11 +713,16 @@ fn reading() -> PolicyConfig {
 }
 
 #[tokio::test]
-async fn reads_leave_while_the_bucket_is_away_and_nothing_else_does() {
+async fn reads_and_model_calls_leave_while_the_bucket_is_away_and_nothing_else_does() {
     let harness = Arc::new(harness_of(reading(), vec![]).await);
     harness.gateway.bucket_is_away(true);
     let (error, text) = harness.tool("look", json!({"id": 7})).await;
     assert!(!error, "{text}");
+    for stream in [false, true] {
+        let asked = json!({"model": "m", "messages": [{"role": "user", "content": "hi"}], "stream": stream});
+        let (status, reply) = harness.post("/v1/chat/completions", asked).await;
+        assert_eq!(status, StatusCode::OK, "{reply}");
+    }
     let calling = {
         let harness = harness.clone();
         tokio::spawn(async move { harness.tool("say", json!({"text": "later"})).await })

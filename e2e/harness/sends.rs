@@ -1,11 +1,15 @@
 //! A harness that is somebody else's by now, with the real one's token and link: what it sends under the intents of the agent's own calls.
 
-use belay::{evidence::record::Channel, policy::rule::Rule};
+use belay::{
+    evidence::record::Channel,
+    harness::gate::{Call, Permit, Settlement},
+    policy::{budget::Spent, rule::Rule},
+};
 use bytes::Bytes;
 use http::{Method, Request};
-use serde_json::json;
+use serde_json::{Value, json};
 
-use super::{StatusCode, harness};
+use super::{Harness, StatusCode, harness};
 
 /// The agent's own call is the control: it leaves, and its digest is the one that the gateway asks for.
 #[tokio::test]
@@ -37,4 +41,86 @@ async fn nothing_leaves_by_the_intent_of_a_model_call_that_is_over() {
         assert_eq!(refused, Some(Rule::IntentMissing), "{channel:?} {method} {url} {body}");
     }
     assert_eq!(harness.gateway.saw(), own, "nothing more reached an upstream");
+}
+
+/// What somebody else's harness has in its records: that it sends this body, and what it likes about its cost.
+async fn intends(harness: &Harness, path: &str, body: &str, model: &str, reserve: Spent) -> Permit {
+    let call = Call {
+        channel: Channel::Model,
+        target: path.to_owned(),
+        effect: None,
+        definition: None,
+        request_digest: Some(harness.gate.salt().bytes(body.as_bytes())),
+        request_bytes: body.len() as u64,
+        key: None,
+        approvals: vec![],
+        because: vec![],
+        undoes: None,
+        judged: None,
+        rules: vec![Rule::RequestJson, Rule::ModelEndpoint, Rule::ModelRequest],
+        model: Some(model.to_owned()),
+        reserve,
+    };
+    harness.gate.permit(call).await.unwrap()
+}
+
+/// By what rule a request with this body is refused under an intent, if so.
+async fn sends(harness: &Harness, intent: u64, path: &str, body: &str) -> Option<Rule> {
+    let mut request = Request::new(Bytes::from(body.to_owned()));
+    *request.method_mut() = Method::POST;
+    let url = format!("http://models.test{path}");
+    let sent = harness.gate.link().forward(Channel::Model, intent, &url, request).await;
+    sent.err().map(|refused| refused.denial.rule)
+}
+
+#[tokio::test]
+async fn a_harness_that_lies_about_a_model_call_gets_no_further_than_the_gateway() {
+    let asks = |change: Value| {
+        let mut body = json!({"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 5});
+        body.as_object_mut().unwrap().extend(change.as_object().unwrap().clone());
+        body.to_string()
+    };
+    let hi = "data:image/png;base64,aGk=";
+    let picture = json!([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": hi}}]}]);
+    let enough = Spent { tokens: 200, cost_micros: 300 };
+    let (chat, messages, responses) = ("/v1/chat/completions", "/v1/messages", "/v1/responses");
+    for (why, path, change, reserve, rule) in [
+        ("the control", chat, json!({}), enough, None),
+        ("the control of another API", messages, json!({}), enough, None),
+        ("more output", chat, json!({"max_tokens": 500_000}), enough, Some(Rule::IntentMissing)),
+        ("more output", messages, json!({"max_tokens": 500_000}), enough, Some(Rule::IntentMissing)),
+        ("more replies", chat, json!({"n": 128}), enough, Some(Rule::IntentMissing)),
+        ("a longer prompt", chat, json!({"user": "x".repeat(500)}), enough, Some(Rule::IntentMissing)),
+        ("pictures", chat, json!({"messages": picture}), enough, Some(Rule::IntentMissing)),
+        ("nothing set aside", chat, json!({}), Spent::default(), Some(Rule::IntentMissing)),
+        ("too little money", chat, json!({}), Spent { cost_micros: 10, ..enough }, Some(Rule::IntentMissing)),
+        ("another model", chat, json!({"model": "mm"}), enough, Some(Rule::IntentMissing)),
+        ("a search", chat, json!({"tools": [{"type": "web_search"}]}), enough, Some(Rule::ModelRequest)),
+        ("no limit", responses, json!({"input": "hi"}), enough, Some(Rule::ModelRequest)),
+        ("a reply elsewhere", responses, json!({"background": true}), enough, Some(Rule::ModelRequest)),
+        ("state there", responses, json!({"previous_response_id": "r"}), enough, Some(Rule::ModelRequest)),
+        ("servers there", messages, json!({"mcp_servers": [{}]}), enough, Some(Rule::ModelRequest)),
+    ] {
+        let harness = harness().await;
+        let body = asks(change);
+        let permit = intends(&harness, path, &body, "m", reserve).await;
+        assert_eq!(sends(&harness, permit.intent, path, &body).await, rule, "{why}: {body}");
+        assert_eq!(harness.gateway.saw().len(), usize::from(rule.is_none()), "{why}: {body}");
+        permit.settle(Settlement::not_applied(Rule::Busy));
+    }
+}
+
+#[tokio::test]
+async fn another_body_does_not_leave_by_an_open_intent_and_the_intents_own_does() {
+    let harness = harness().await;
+    let path = "/v1/chat/completions";
+    let body = json!({"model": "m", "messages": [], "max_tokens": 5}).to_string();
+    let permit = intends(&harness, path, &body, "m", Spent { tokens: 200, cost_micros: 300 }).await;
+    for other in [body.replace("[]", r#"[{"role":"user","content":"x"}]"#), format!("{body} "), String::new()] {
+        assert_eq!(sends(&harness, permit.intent, path, &other).await, Some(Rule::IntentMissing), "{other}");
+    }
+    assert_eq!(sends(&harness, permit.intent, "/v1/messages", &body).await, Some(Rule::ModelEndpoint));
+    assert!(harness.gateway.saw().is_empty());
+    assert_eq!(sends(&harness, permit.intent, path, &body).await, None);
+    permit.settle(Settlement::not_applied(Rule::Busy));
 }

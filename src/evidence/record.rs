@@ -419,6 +419,12 @@ impl Channel {
             Self::Egress => "egress",
         }
     }
+
+    /// Whether a call leaves once its intent is witnessed. Any other leaves once it is stored: it may change something that no later record
+    /// tells of.
+    pub fn leaves_witnessed(self, effect: Option<SideEffect>) -> bool {
+        self == Self::Model || (self == Self::Tool && effect == Some(SideEffect::Read))
+    }
 }
 
 /// A call that is about to leave.

@@ -5,6 +5,9 @@
 //! arguments that are sent; an HTTP tool's request is made here, of these. Refuses: a target that could be read in two
 //! ways, and a credential over a connection that is not encrypted.
 
+/// Models' requests.
+pub mod model;
+
 use bytes::Bytes;
 use http::{
     HeaderValue, Method, Request as HttpRequest,

@@ -570,6 +570,9 @@ impl Gateway {
                     return authorize::says(&compiled, channel, (&intent, &salt), &body);
                 }
                 authorize::is_intended(channel, &intent, &salt, &body)?;
+                if channel == Channel::Model {
+                    authorize::model::is_reserved(&compiled, (&intent, &salt), &body)?;
+                }
                 Ok(None)
             };
             if is_short { read()? } else { self.apart(principal, read).await?? }

@@ -39,6 +39,12 @@ use crate::{
 pub const DEFINITION: &str = "0000000000000000000000000000000000000000000000000000000000000000";
 /// What models and the agent's own requests are sent.
 pub const BODY: &[u8] = b"hello";
+
+/// The body of the request of a model's intent.
+pub const ASKED: &str = r#"{"model":"m","max_completion_tokens":1,"messages":[]}"#;
+
+/// Enough for it.
+pub const ENOUGH: i64 = 200;
 pub const UID: &str = "6f9c3c1e-0000-4000-8000-000000000001";
 
 /// A bucket in memory that can be told to fail.
@@ -264,7 +270,8 @@ pub fn intent(call: &str, channel: Channel, target: &str, reserved_tokens: i64) 
         request_digest: match channel {
             // Of no arguments.
             Channel::Tool => Some(salt().value(&serde_json::json!({})).unwrap()),
-            Channel::Model | Channel::Egress => Some(salt().bytes(BODY)),
+            Channel::Model => Some(salt().bytes(ASKED.as_bytes())),
+            Channel::Egress => Some(salt().bytes(BODY)),
             Channel::Listing => None,
         },
         request_bytes: 1,
@@ -273,7 +280,7 @@ pub fn intent(call: &str, channel: Channel, target: &str, reserved_tokens: i64) 
         undoes: None,
         assessment: None,
         rules: vec![],
-        model: None,
+        model: (channel == Channel::Model).then(|| "m".into()),
         reserved_tokens,
         reserved_cost_micros: 0,
     })

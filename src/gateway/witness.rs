@@ -748,7 +748,8 @@ impl Witness {
         }
     }
 
-    /// An intent by which a call may leave, by its sequence number: it lies in the bucket, or, where a tool only reads, is on its way there.
+    /// An intent by which a call may leave, by its sequence number: it lies in the bucket, or, where a tool only reads or a model is
+    /// asked, is on its way there.
     ///
     /// # Errors
     /// [`Rule::IntentMissing`] if there is none, [`Rule::TaskClosed`] after the end, [`Rule::Evidence`] if the bucket
@@ -761,10 +762,11 @@ impl Witness {
         if log.newest().is_some_and(|newest| newest.tree().size() <= seq) {
             log.arrival(seq).await;
         }
-        // What is in memory will do for an intent to read. Before something is changed, the bucket is asked: another
+        // What is in memory will do for an intent to read, or to ask a model. Before something is changed, the bucket is asked: another
         // replica may have seen the call's outcome, the loss of containment or the task's end.
         let held = if log.is_fresh() { log.newest() } else { None };
-        let known = has(held, IntentFacts::is_read).or_else(|| has(log.stored(), IntentFacts::changes_nothing));
+        let known =
+            has(held, IntentFacts::leaves_witnessed).or_else(|| has(log.stored(), IntentFacts::changes_nothing));
         let history = match known {
             Some(head) => head,
             None => {
@@ -785,7 +787,7 @@ impl Witness {
         let size = history.tree().size();
         if history.intent(seq).is_some_and(|intent| log.is_forked(intent.attempt)) {
             let reason =
-                "records of this attempt that reads may have left by have lost their place: no call leaves any more";
+                "records of this attempt that calls may have left by have lost their place: no call leaves any more";
             return Err(Refused::denied(Rule::LogFork, reason));
         }
         history.intent(seq).cloned().ok_or_else(|| {
@@ -858,15 +860,15 @@ impl Witness {
         Ok(log.stored().unwrap_or(history))
     }
 
-    /// Keeps segments beside the log that were held and have lost their place in it, as an incident: reads may have left by them.
+    /// Keeps segments beside the log that were held and have lost their place in it, as an incident: calls may have left by them.
     async fn lost(&self, place: &Place, segments: Vec<Segment>) {
         for segment in segments {
             let first = segment.first;
             self.metrics.appends.with_label_values(&["lost"]).inc();
-            tracing::error!(place = %place.location, first, "records by which reads may have left have lost their place");
+            tracing::error!(place = %place.location, first, "records by which calls may have left have lost their place");
             let told = canonical::to_bytes(&serde_json::json!({
                 "v": 1, "time": format!("{:.3}", Timestamp::now()), "actor": "gateway", "rule": Rule::LogFork,
-                "reason": format!("records from {first} on were witnessed, and others are in their place; reads may have left by them"),
+                "reason": format!("records from {first} on were witnessed, and others are in their place; calls may have left by them"),
                 "segment": String::from_utf8_lossy(&segment.to_bytes()),
             }));
             let Ok(told) = told else { continue };

@@ -125,15 +125,15 @@ pub struct Call {
     pub reserve: Spent,
 }
 
-/// A call that may leave: its intent is stored, or spooled where a tool reads. Dropped without an outcome, it records that nobody knows.
+/// A call that may leave: its intent is stored, or spooled where a tool reads or a model is asked. Dropped without an outcome, it records that nobody knows.
 pub struct Permit {
     gate: Arc<Gate>,
     /// The intent's sequence number.
     pub intent: u64,
     key: Option<String>,
     reserved: Spent,
-    /// Whether a tool only reads by it.
-    reads: bool,
+    /// Whether it leaves once its intent is witnessed.
+    early: bool,
     settled: bool,
 }
 
@@ -534,7 +534,8 @@ impl Gate {
         Ok(())
     }
 
-    /// Reserves what a call needs, records its intent and waits until that is stored; for a tool that reads, until it is spooled.
+    /// Reserves what a call needs, records its intent and waits until that is stored; for a tool that reads and for a model, until it is
+    /// spooled.
     ///
     /// # Errors
     /// The rule that refuses it. The refusal is not recorded yet: see [`Gate::deny`].
@@ -546,7 +547,7 @@ impl Gate {
             Channel::Model => Some(self.turn_for(reserved).await),
             _ => None,
         };
-        let reads = call.channel == Channel::Tool && call.effect == Some(SideEffect::Read);
+        let early = call.channel.leaves_witnessed(call.effect);
         let intent = self.journal.record(|seq, budget| {
             // Asked where records are put in order: no intent can follow what stopped the attempt.
             self.running()?;
@@ -599,8 +600,8 @@ impl Gate {
             }))
         })?;
         drop(turn);
-        let permit = Permit { gate: self.clone(), intent, key, reserved, reads, settled: false };
-        let kept = if reads { self.journal.spooled(intent).await } else { self.journal.stored(intent).await };
+        let permit = Permit { gate: self.clone(), intent, key, reserved, early, settled: false };
+        let kept = if early { self.journal.spooled(intent).await } else { self.journal.stored(intent).await };
         match kept {
             Ok(()) => Ok(permit),
             Err(denial) => {
@@ -819,7 +820,7 @@ impl Permit {
         });
         self.gate.settled.notify_waiters();
         match result {
-            Ok(_) if self.reads => {}
+            Ok(_) if self.early => {}
             // The less time, the less often it is not known what a call has changed.
             Ok(outcome) => self.gate.journal.soon(outcome),
             Err(denial) => {

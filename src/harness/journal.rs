@@ -2,8 +2,8 @@
 //!
 //! Promises: budgets and records change under one lock, so that a record's counters are those of its place in the log;
 //! [`Journal::stored`] returns only when the record lies in the evidence store, [`Journal::spooled`] when it is in the spool and on
-//! its way to the witness, without whom no call passes the gateway: for a tool's read that is enough as long as the store is not far
-//! behind; no record is dropped. When the store is slow the callers wait. A log that cannot go on, because the witness refuses it for good or
+//! its way to the witness, without whom no call passes the gateway: for a tool's read and a model's call that is enough as long as the store is
+//! not far behind; no record is dropped. When the store is slow the callers wait. A log that cannot go on, because the witness refuses it for good or
 //! a record has no form, stays so: [`Journal::failed`] returns, and every later record, and every wait for one, is refused with the first reason.
 //!
 //! ```text
@@ -54,7 +54,7 @@ use crate::{
 
 /// Records in one segment at most: what a witness checks in a few milliseconds.
 const BATCH: usize = 256;
-/// How long the store may take over a record before reads wait for it as well.
+/// How long the store may take over a record before reads and model calls wait for it as well.
 const BEHIND: Duration = Duration::from_secs(5);
 /// How long a record that nobody waits for waits for others: a read's outcome goes with the next intent.
 const CUT_LINGER: Duration = Duration::from_millis(20);
@@ -236,7 +236,7 @@ impl Journal {
         }
     }
 
-    /// Waits until a record is in the spool and on its way to the witness: enough for a call that reads, which the gateway lets pass once
+    /// Waits until a record is in the spool and on its way to the witness: enough for a call that reads or asks a model, which the gateway lets pass once
     /// the witness holds its intent. Where the store is [`BEHIND`], until it lies there.
     ///
     /// # Errors

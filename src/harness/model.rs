@@ -40,7 +40,7 @@ use crate::{
             Bound,
             api::Api,
             catalogue::{self, Model},
-            request::{self, Bounded},
+            ready,
         },
         price,
         rule::Rule,
@@ -108,9 +108,8 @@ async fn call(
         return Err(unpriced(model.as_deref()));
     }
     let known = Model::named(model.as_deref().unwrap_or_default(), price);
-    let Bounded { bound, set } = request::bound(api, &body, &known, gate.journal().left(price))
+    let bound = ready::make(api, &mut body, &known, gate.journal().left(price))
         .map_err(|unbounded| Denial { rule: Rule::ModelRequest, reason: unbounded.to_string() })?;
-    body.extend(set.into_iter().map(|(name, value)| (name.to_owned(), value)));
     let mut rules = vec![Rule::RequestJson, Rule::ModelEndpoint, Rule::ModelRequest];
     rules.extend(policy.limits.cost_micros.map(|_| Rule::ModelPrice));
     let body =
@@ -180,6 +179,5 @@ fn unpriced(model: Option<&str>) -> Denial {
 
 /// What so many tokens take of the budget.
 fn spent(tokens: Bound, price: Option<&ModelPrice>) -> Spent {
-    let cost_micros = price.map_or(0, |price| price.cost(tokens.prompt, tokens.output));
-    Spent { tokens: tokens.total(), cost_micros }
+    Spent::of(tokens, price)
 }

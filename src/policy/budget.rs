@@ -4,7 +4,8 @@
 //! together; a reservation that does not fit changes nothing; no counter is ever more than a record can have ([`LARGEST_WHOLE`]). Refuses: time, locks. Wall time is a deadline, not a counter.
 
 use super::{
-    config::{Limits, Usage},
+    config::{Limits, ModelPrice, Usage},
+    model::Bound,
     price,
     rule::Rule,
 };
@@ -214,6 +215,14 @@ pub struct Spent {
     pub tokens: i64,
     /// In millionths of the pack's currency unit.
     pub cost_micros: i64,
+}
+
+impl Spent {
+    /// What so many tokens take, by the model's price.
+    pub fn of(tokens: Bound, price: Option<&ModelPrice>) -> Self {
+        let cost_micros = price.map_or(0, |price| price.cost(tokens.prompt, tokens.output));
+        Self { tokens: tokens.total(), cost_micros }
+    }
 }
 
 #[cfg(test)]

@@ -13,6 +13,8 @@ mod estimate;
 mod members;
 /// What pictures cost.
 pub mod picture;
+/// A request that is about to be sent.
+pub mod ready;
 /// The bound of a request, and what makes it hold.
 pub mod request;
 /// What a call is charged.

@@ -8,6 +8,7 @@ use crate::{
     policy::{
         access::Assessment,
         approval::Approvers,
+        budget::Spent,
         config::{
             AccessRule, Approval, EgressHost, EgressUse, HttpMethod, HttpUpstream, Idempotency, OnTimeout,
             PolicyConfig, Precondition, RuleDecision, Sensitivity, Usage,
@@ -108,6 +109,8 @@ fn facts(channel: Channel, target: &str, effect: Option<SideEffect>) -> IntentFa
         request_digest: Some(testing::salt().value(&json!({})).unwrap()),
         key: None,
         approvals: vec![],
+        model: None,
+        reserved: Spent::default(),
         assessment: None,
         policy: "of another pack".into(),
         http: None,

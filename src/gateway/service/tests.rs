@@ -154,7 +154,7 @@ fn pack(generation: i64, direct: &[&str]) -> Value {
             "namespaceSelector": { "matchLabels": { "belay": "dev" } },
             "workflowClasses": [{
                 "name": "support", "allowedEffects": ["read", "write"], "egress": egress, "resources": {},
-                "limits": { "wallTimeSeconds": 600, "toolCalls": 4, "tokens": 1000 },
+                "limits": { "wallTimeSeconds": 600, "toolCalls": 4, "tokens": 1_000_000 },
             }],
             "models": { "openai": "https://models.world.test" },
             "evidence": { "bucket": "evidence", "mode": "Compliance", "retentionDays": 30 },
@@ -171,7 +171,7 @@ fn task() -> Value {
         "spec": {
             "objective": "Tidy up.", "workflowClass": "support", "principal": "jane@example.com",
             "agent": { "image": "localhost/agent:dev" }, "tools": ["search", "write"],
-            "limits": { "wallTimeSeconds": 600, "toolCalls": 4, "tokens": 1000 },
+            "limits": { "wallTimeSeconds": 600, "toolCalls": 4, "tokens": 1_000_000 },
         },
     })
 }
@@ -260,6 +260,8 @@ const SECRET: &str = "sk-live-9fQ2xZ7b-rT5mK1wE";
 /// Says what it is asked to say, in the way that it is asked for; `KEY` is the credential that came.
 fn says(asked: &[u8], authorization: Option<&HeaderValue>) -> http::Result<Response<ReplyBody>> {
     let asked: Value = serde_json::from_slice(asked).unwrap_or_default();
+    let asked = asked["messages"][0]["content"].as_str().unwrap_or_default();
+    let asked: Value = serde_json::from_str(asked).unwrap_or_default();
     let key = authorization.and_then(|value| value.to_str().ok()).and_then(|value| value.strip_prefix("Bearer "));
     let text = asked["say"].as_str().unwrap_or_default().replace("KEY", key.unwrap_or("none"));
     let reply = Response::builder().status(u16::try_from(asked["status"].as_u64().unwrap_or(200)).unwrap());
@@ -467,6 +469,8 @@ impl World {
     async fn say(&self, say: &str, how: &str) -> Response<Incoming> {
         let url = "https://models.world.test/v1/chat/completions";
         let asked = json!({ "say": say, "as": how }).to_string();
+        let messages = json!([{ "role": "user", "content": asked }]);
+        let asked = json!({ "model": "m", "max_completion_tokens": 1, "messages": messages }).to_string();
         // An intent is good for one request with one body.
         let mut speaker = self.speaker.lock().await;
         let speaker = match &mut *speaker {
@@ -474,7 +478,7 @@ impl World {
             none => none.insert(self.harness(vec![]).await),
         };
         let seq = speaker.tree.size();
-        let mut intent = testing::intent(&seq.to_string(), Channel::Model, "/v1/chat/completions", 0);
+        let mut intent = testing::intent(&seq.to_string(), Channel::Model, "/v1/chat/completions", 2_000);
         if let RecordEvent::Intent(of) = &mut intent {
             of.request_digest = Some(testing::salt().bytes(asked.as_bytes()));
         }

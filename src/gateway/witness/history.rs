@@ -28,6 +28,7 @@ use crate::{
     policy::{
         access::Assessment,
         approval::{Approvals, Exact},
+        budget::Spent,
         config::{HttpUpstream, Idempotency, PolicyConfig, Sensitivity, SideEffect, Tool, ToolUsage, Upstream, Usage},
         ledger::{Found, Ledger},
         rule::Rule,
@@ -82,6 +83,10 @@ pub struct IntentFacts {
     pub key: Option<String>,
     /// The approvals by which it is made.
     pub approvals: Vec<String>,
+    /// The model that is asked, as it may be recorded.
+    pub model: Option<String>,
+    /// What is set aside for it.
+    pub reserved: Spent,
     /// What the pack found of it.
     pub assessment: Option<Assessment>,
     /// The digest of the policy by which its attempt runs.
@@ -101,9 +106,9 @@ pub struct IntentFacts {
 }
 
 impl IntentFacts {
-    /// Whether a tool only reads by it.
-    pub fn is_read(&self) -> bool {
-        self.channel == Channel::Tool && self.effect == Some(SideEffect::Read)
+    /// Whether its call leaves before it lies in the bucket.
+    pub fn leaves_witnessed(&self) -> bool {
+        self.channel.leaves_witnessed(self.effect)
     }
 
     /// Whether no contract says that it changes something.
@@ -636,6 +641,8 @@ impl History {
                 request_digest: intent.request_digest.clone(),
                 key: intent.key.clone(),
                 approvals: intent.approvals.clone(),
+                model: intent.model.clone(),
+                reserved: Spent { tokens: intent.reserved_tokens, cost_micros: intent.reserved_cost_micros },
                 assessment: intent.assessment.clone(),
                 policy: self.policy_digest.to_string(),
                 http: terms.and_then(|terms| terms.http.clone()),

@@ -34,7 +34,7 @@ const BYTES: usize = 4 << 20;
 const SEGMENTS: usize = 64;
 /// So many do not wait for others any more.
 const ENOUGH: usize = 16;
-/// For so long reads may leave by what is on its way.
+/// For so long reads and model calls may leave by what is on its way.
 const OLDEST: Duration = Duration::from_secs(5);
 
 /// How long a segment waits for others for which nobody waits, as a read does not: each put costs, in time and in money.
@@ -287,7 +287,7 @@ impl Log {
         attempt <= self.forked.load(Ordering::Relaxed)
     }
 
-    /// Whether what is held is young enough for reads to leave by it.
+    /// Whether what is held is young enough for reads and model calls to leave by it.
     pub fn is_fresh(&self) -> bool {
         self.state().held.front().is_none_or(|held| held.since.elapsed() < OLDEST)
     }

@@ -1013,7 +1013,7 @@ async fn verdict(setup: &Setup) -> verify::Report {
 }
 
 #[tokio::test(start_paused = true)]
-async fn only_a_read_may_leave_before_the_bucket_has_its_intent() {
+async fn only_reads_and_model_calls_may_leave_before_the_bucket_has_its_intent() {
     let setup = setup();
     let Setup { bucket, a, b, .. } = &setup;
     let mut harness = opened_and_down(&setup).await;
@@ -1022,7 +1022,9 @@ async fn only_a_read_may_leave_before_the_bucket_has_its_intent() {
     assert_eq!(a.intent(&place(), 1).await.unwrap().call, "1");
     append(a, &witnessed(harness.next(vec![intent("2", Channel::Tool, "write", 0)]))).await.unwrap();
     append(a, &witnessed(harness.next(vec![intent("3", Channel::Model, "/v1/messages", 1)]))).await.unwrap();
-    for seq in [2, 3] {
+    append(a, &witnessed(harness.next(vec![intent("4", Channel::Egress, "docs.world.test:443", 0)]))).await.unwrap();
+    assert_eq!(a.intent(&place(), 3).await.unwrap().reserved.tokens, 1);
+    for seq in [2, 4] {
         assert_eq!(a.intent(&place(), seq).await.unwrap_err().rule, Rule::Evidence);
     }
     let stored = harness.next(vec![outcome("1", 0)]);
@@ -1032,7 +1034,7 @@ async fn only_a_read_may_leave_before_the_bucket_has_its_intent() {
     a.settle().await;
     assert_eq!(b.intent(&place(), 2).await.unwrap().call, "2");
     let sealed = b.seal(&place(), &seal_request()).await.unwrap();
-    assert_eq!(sealed.size, 6);
+    assert_eq!(sealed.size, 7);
     let report = verdict(&setup).await;
     assert_eq!(report.verdict, verify::Verdict::Valid, "{report:?}");
 }

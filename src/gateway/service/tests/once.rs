@@ -10,13 +10,18 @@ fn message(method: &str, name: &str) -> String {
     json!({"jsonrpc": "2.0", "id": 1, "method": method, "params": {"name": name}}).to_string()
 }
 
+/// With enough set aside where it is a model's.
+fn intent(call: &str, channel: Channel, target: &str) -> RecordEvent {
+    testing::intent(call, channel, target, if channel == Channel::Model { testing::ENOUGH } else { 0 })
+}
+
 async fn send(world: &World, (channel, url, intent): (&str, &str, u64), body: String) -> Option<Rule> {
     rule(&world.send(call(channel, url, intent).body(Full::from(body)).unwrap()).await)
 }
 
 /// What a harness that is somebody else's sends while the agent's own call is open: the first of each leaves, and nothing more.
 #[rstest::rstest]
-#[case::model(Channel::Model, "/v1/chat/completions", MODEL, "hello".into())]
+#[case::model(Channel::Model, "/v1/chat/completions", MODEL, testing::ASKED.into())]
 #[case::read(Channel::Tool, "search", MCP, message("tools/call", "search"))]
 #[case::write(Channel::Tool, "write", MCP, message("tools/call", "write"))]
 #[case::plain_http(Channel::Egress, "docs.world.test:80", PLAIN, "hello".into())]
@@ -28,7 +33,7 @@ async fn the_second_request_under_an_intent_does_not_leave(
     #[case] body: String,
 ) {
     let world = world().await;
-    let intents = vec![testing::intent("1", channel, target, 0), testing::intent("2", channel, target, 0)];
+    let intents = vec![intent("1", channel, target), intent("2", channel, target)];
     let mut harness = world.harness(intents).await;
     let call = |intent| (channel.as_str(), url, intent);
     assert_eq!(send(&world, call(1), body.clone()).await, None, "the control: the first leaves");
@@ -44,10 +49,10 @@ async fn the_second_request_under_an_intent_does_not_leave(
 #[tokio::test]
 async fn several_at_once_are_one() {
     let world = Arc::new(world().await);
-    world.harness(vec![testing::intent("1", Channel::Model, "/v1/chat/completions", 0)]).await;
+    world.harness(vec![intent("1", Channel::Model, "/v1/chat/completions")]).await;
     let sends = (0..16).map(|_| {
         let world = world.clone();
-        async move { send(&world, ("model", MODEL, 1), "hello".into()).await }
+        async move { send(&world, ("model", MODEL, 1), testing::ASKED.into()).await }
     });
     let ends = futures::future::join_all(sends).await;
     assert_eq!(ends.iter().filter(|end| end.is_none()).count(), 1, "{ends:?}");
@@ -69,21 +74,22 @@ async fn a_second_tunnel_under_an_intent_is_not_opened() {
 
 /// The attack: other bodies under the intent of the agent's own call.
 #[rstest::rstest]
-#[case::model(Channel::Model, "/v1/chat/completions", MODEL)]
-#[case::plain_http(Channel::Egress, "docs.world.test:80", PLAIN)]
+#[case::model(Channel::Model, "/v1/chat/completions", MODEL, testing::ASKED)]
+#[case::plain_http(Channel::Egress, "docs.world.test:80", PLAIN, "hello")]
 #[tokio::test]
 async fn another_body_than_the_intents_does_not_leave(
     #[case] channel: Channel,
     #[case] target: &str,
     #[case] url: &str,
+    #[case] own: &str,
 ) {
     let world = world().await;
-    world.harness(vec![testing::intent("1", channel, target, 0)]).await;
+    world.harness(vec![intent("1", channel, target)]).await;
     let other = r#"{"model":"other","max_tokens":500000,"messages":[],"tools":[{"type":"web_search"}]}"#;
-    for body in [other, "", "hello ", "Hello"] {
+    for body in [other, "", &format!("{own} "), &own.to_uppercase()] {
         assert_eq!(send(&world, (channel.as_str(), url, 1), body.into()).await, Some(Rule::IntentMissing), "{body:?}");
     }
-    assert_eq!(send(&world, (channel.as_str(), url, 1), "hello".into()).await, None, "a refusal uses up nothing");
+    assert_eq!(send(&world, (channel.as_str(), url, 1), own.into()).await, None, "a refusal uses up nothing");
 }
 
 /// A session outlives the listing that opened it, and may still end; it lists nothing more, and does not talk without end.

@@ -1,0 +1,84 @@
+//! A model's request, judged again.
+//!
+//! Guarantees: what is sent passes the review that the harness has made, by the gateway's own reading of it; it costs no more than its
+//! intent has set aside, in money by the prices of the policy that the attempt runs by; and it asks the model that the record names.
+//! Non-goals: what the model answers, and whether the budget has that much left, which the witness asks of every intent.
+
+use serde_json::Value;
+
+use crate::{
+    gateway::{cluster::Compiled, refusal::Refused, witness::IntentFacts},
+    policy::{
+        budget::Spent,
+        commit::Salt,
+        json,
+        model::{Bound, api::Api, catalogue::Model, ready},
+        price,
+        rule::Rule,
+        shorten::shorten,
+    },
+};
+
+/// Whether a body is a request that may leave, and one that its intent has set enough aside for.
+///
+/// # Errors
+/// [`Rule::RequestJson`] or [`Rule::ModelRequest`] for what may not leave at all, [`Rule::ModelPrice`] for a model without a price where
+/// cost is limited, [`Rule::IntentMissing`] for a request that the intent is not for.
+pub fn is_reserved(compiled: &Compiled, (intent, salt): (&IntentFacts, &Salt), body: &[u8]) -> Result<(), Refused> {
+    let unfit = |reason: String| Refused::denied(Rule::ModelRequest, reason);
+    let api = Api::of_path(&intent.target)
+        .ok_or_else(|| unfit(format!("expected the path of a model's API, found {}", intent.target)))?;
+    let parsed = json::parse(body).map_err(|error| Refused::denied(Rule::RequestJson, error.to_string()))?;
+    let Value::Object(body) = parsed else {
+        return Err(unfit("expected a JSON object, found another JSON value".to_owned()));
+    };
+    let model = body.get("model").and_then(Value::as_str);
+    let price = model.and_then(|model| price::of(&compiled.policy.models.prices, model));
+    let known = Model::named(model.unwrap_or_default(), price);
+    let bound = ready::bound(api, &body, &known).map_err(|unbounded| unfit(unbounded.to_string()))?;
+    is_enough(bound.total(), intent.reserved.tokens, "tokens")?;
+    // Who has begun by another policy has its names and prices, by which the log is verified.
+    if intent.policy == compiled.digest { is_as_recorded(compiled, (intent, salt), model, bound) } else { Ok(()) }
+}
+
+fn is_as_recorded(
+    compiled: &Compiled,
+    (intent, salt): (&IntentFacts, &Salt),
+    model: Option<&str>,
+    bound: Bound,
+) -> Result<(), Refused> {
+    let policy = &compiled.policy;
+    let named = model.map(|model| shorten(&compiled.redactor.model(model, policy, salt)));
+    if named != intent.model {
+        let quoted =
+            |name: &Option<String>| name.as_ref().map_or_else(|| "none".to_owned(), |name| format!("{name:?}"));
+        return Err(missing(format!(
+            "expected the model {} that the intent names, found {}",
+            quoted(&intent.model),
+            quoted(&named)
+        )));
+    }
+    let price = model.and_then(|model| price::of(&policy.models.prices, model));
+    if price.is_none() && policy.limits.cost_micros.is_some() {
+        let reason = "expected a model that the pack has a price for, as the task's cost is limited, found another";
+        return Err(Refused::denied(Rule::ModelPrice, reason));
+    }
+    let Spent { cost_micros, .. } = Spent::of(bound, price);
+    is_enough(cost_micros, intent.reserved.cost_micros, "millionths")
+}
+
+fn is_enough(needed: i64, reserved: i64, unit: &str) -> Result<(), Refused> {
+    if needed <= reserved {
+        return Ok(());
+    }
+    Err(missing(format!(
+        "expected an intent that sets {needed} {unit} aside for this request, found one of {reserved}"
+    )))
+}
+
+fn missing(reason: String) -> Refused {
+    Refused::denied(Rule::IntentMissing, reason)
+}
+
+#[cfg(test)]
+mod tests;

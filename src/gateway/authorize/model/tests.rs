@@ -1,0 +1,141 @@
+use rstest::rstest;
+use serde_json::{Value, json};
+
+use super::*;
+use crate::{
+    api::policy_pack::{EvidencePolicy, RetentionMode},
+    evidence::record::Channel,
+    gateway::testing,
+    policy::config::{ModelPrice, Sensitivity, Usage},
+};
+
+fn compiled(cost_micros: Option<i64>) -> Compiled {
+    let mut policy = testing::policy();
+    policy.limits.cost_micros = cost_micros;
+    policy.models.prices = vec![ModelPrice {
+        model: "m*".into(),
+        input_micros: 1_000_000,
+        output_micros: 10_000_000,
+        ..ModelPrice::default()
+    }];
+    let evidence =
+        EvidencePolicy { bucket: "evidence".into(), prefix: None, mode: RetentionMode::Compliance, retention_days: 1 };
+    let credentials = policy.egress.iter().map(|_| None).collect();
+    Compiled::new(policy, credentials, evidence).unwrap()
+}
+
+/// The agent's request, as the harness sends it.
+fn agents() -> Value {
+    json!({"model": "m-1", "messages": [{"role": "user", "content": "hi"}], "max_completion_tokens": 50})
+}
+
+/// Its intent, as the harness records it.
+fn intent(compiled: &Compiled, body: &Value) -> IntentFacts {
+    let price = &compiled.policy.models.prices[0];
+    let known = Model::named("m-1", Some(price));
+    let bound = ready::bound(Api::ChatCompletions, body.as_object().unwrap(), &known).unwrap();
+    IntentFacts {
+        seq: 1,
+        call: "1".into(),
+        attempt: 1,
+        channel: Channel::Model,
+        target: "/v1/chat/completions".into(),
+        effect: None,
+        definition: None,
+        request_digest: None,
+        key: None,
+        approvals: vec![],
+        model: Some("m-1".into()),
+        reserved: Spent::of(bound, Some(price)),
+        assessment: None,
+        policy: compiled.digest.clone(),
+        http: None,
+        undoes: None,
+        usage: Usage::default(),
+        seen: Sensitivity::default(),
+        open: true,
+        became: None,
+    }
+}
+
+fn judge(compiled: &Compiled, intent: &IntentFacts, body: &str) -> Result<(), Rule> {
+    is_reserved(compiled, (intent, &testing::salt()), body.as_bytes()).map_err(|refused| refused.rule)
+}
+
+#[test]
+fn what_the_harness_has_set_aside_for_leaves() {
+    let compiled = compiled(Some(1_000_000));
+    let intent = intent(&compiled, &agents());
+    assert_eq!(judge(&compiled, &intent, &agents().to_string()), Ok(()));
+    // A token less, and a millionth less, and it does not.
+    for less in [Spent { tokens: 1, cost_micros: 0 }, Spent { tokens: 0, cost_micros: 1 }] {
+        let reserved = Spent {
+            tokens: intent.reserved.tokens - less.tokens,
+            cost_micros: intent.reserved.cost_micros - less.cost_micros,
+        };
+        let found = judge(&compiled, &IntentFacts { reserved, ..intent.clone() }, &agents().to_string());
+        assert_eq!(found, Err(Rule::IntentMissing));
+    }
+}
+
+#[rstest]
+#[case::a_larger_output_limit(json!({"max_completion_tokens": 500_000}), Rule::IntentMissing)]
+#[case::by_its_old_name(json!({"max_tokens": 500_000, "max_completion_tokens": null}), Rule::IntentMissing)]
+#[case::more_replies(json!({"n": 100}), Rule::IntentMissing)]
+#[case::a_longer_prompt(json!({"messages": [{"role": "user", "content": "x".repeat(9_000)}]}), Rule::IntentMissing)]
+#[case::another_model(json!({"model": "m-2"}), Rule::IntentMissing)]
+#[case::no_model(json!({"model": null}), Rule::IntentMissing)]
+#[case::no_output_limit(json!({"max_completion_tokens": null}), Rule::ModelRequest)]
+#[case::a_stream_without_an_account(json!({"stream": true}), Rule::ModelRequest)]
+#[case::a_tool_of_the_providers(json!({"tools": [{"type": "web_search"}]}), Rule::ModelRequest)]
+#[case::state_at_the_provider(json!({"previous_response_id": "r"}), Rule::ModelRequest)]
+fn what_it_has_not_does_not(#[case] change: Value, #[case] rule: Rule) {
+    let compiled = compiled(None);
+    let intent = intent(&compiled, &agents());
+    let mut body = agents();
+    for (name, value) in change.as_object().unwrap() {
+        body[name] = value.clone();
+    }
+    assert_eq!(judge(&compiled, &intent, &body.to_string()), Err(rule), "{body}");
+}
+
+#[rstest]
+#[case::twice(r#"{"model": "m-1", "max_completion_tokens": 5, "max_completion_tokens": 500000}"#)]
+#[case::no_json("{")]
+fn what_can_be_read_in_two_ways_does_not(#[case] body: &str) {
+    let compiled = compiled(None);
+    assert_eq!(judge(&compiled, &intent(&compiled, &agents()), body), Err(Rule::RequestJson));
+}
+
+#[test]
+fn a_list_is_no_request() {
+    let compiled = compiled(None);
+    assert_eq!(judge(&compiled, &intent(&compiled, &agents()), "[]"), Err(Rule::ModelRequest));
+}
+
+#[test]
+fn a_path_of_no_api_leads_to_no_provider() {
+    let compiled = compiled(None);
+    let intent = IntentFacts { target: "/v1/files".into(), ..intent(&compiled, &agents()) };
+    assert_eq!(judge(&compiled, &intent, &agents().to_string()), Err(Rule::ModelRequest));
+}
+
+/// The prices of another policy than the attempt's do not count, its tokens do.
+#[test]
+fn who_has_begun_by_another_pack_has_its_prices() {
+    let compiled = compiled(Some(1_000_000));
+    let begun = IntentFacts { policy: "another".into(), ..intent(&compiled, &agents()) };
+    let cheap = |tokens| IntentFacts { reserved: Spent { tokens, cost_micros: 0 }, ..begun.clone() };
+    assert_eq!(judge(&compiled, &cheap(begun.reserved.tokens), &agents().to_string()), Ok(()));
+    assert_eq!(judge(&compiled, &cheap(begun.reserved.tokens - 1), &agents().to_string()), Err(Rule::IntentMissing));
+}
+
+#[test]
+fn a_model_without_a_price_does_not_leave_where_cost_is_limited() {
+    let body = json!({"model": "other", "messages": [], "max_completion_tokens": 5});
+    for (limit, expected) in [(Some(1_000_000), Err(Rule::ModelPrice)), (None, Ok(()))] {
+        let compiled = compiled(limit);
+        let found = IntentFacts { model: Some("other".into()), ..intent(&compiled, &body) };
+        assert_eq!(judge(&compiled, &found, &body.to_string()), expected);
+    }
+}
