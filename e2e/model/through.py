@@ -1,9 +1,10 @@
 """What Belay counts of model calls, beside what the model really produced: `through.py sdks|storm|local …`.
 
-For each call Belay's record says what was held and what was charged, and the model's account what a provider would bill. The bounds that are
-checked are those that README.md gives a user:
-  - a whole reply with a true account is charged what it says, and a refusal nothing;
-  - a reply that broke off, that was left, or whose account is missing or too low is charged at least what came of it and at most what was held;
+For each call Belay's record says what was held and what was charged, and the model's account what a provider would bill. What is checked is
+what docs/model-budgets.md says:
+  - a whole reply with an account is charged that, reasoning included, and so is one that the agent has left; a refusal costs nothing;
+  - one that broke off costs its prompt at least, and a token for each byte that was sent and came at most;
+  - one without an account costs what was held, and one whose account is nothing a sixteenth of the text at least;
   - the counter never passes the limit, and no call is refused while what it needs is neither spent nor held.
 """
 
@@ -24,70 +25,64 @@ import belay
 import tiny
 
 HERE = pathlib.Path(__file__).resolve().parent
-# A prompt is estimated, where no account says what it was.
-PROMPT_SLACK = 0.2
+# Of a provider that accounts for nothing, one token is counted for so many bytes of text.
+BYTES_A_TOKEN = 16
+# What a prompt is held for beside its text.
+OF_A_REQUEST = 128
 # It fetches nothing, and takes whoever asks: it listens on this machine alone.
 LITELLM = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true"}
 
 
-def kind_of(line, left):
-    """What a call was, as far as its charge goes; `left` has the numbers of those that the agent left."""
-    if line["status"] >= 400:
+def kind_of(line):
+    """What a call was, as far as its charge goes."""
+    if line["status"] >= 400 or "drop" in line["faults"]:
         return "refused"
-    if line["end"] == "cut" and not line["sent"]:
-        return "nothing came"
-    if line["end"] == "whole" and number_of(line) in left:
-        # The model had written all of it before it could see that.
-        return "left"
-    if line["end"] != "whole":
-        return line["end"]
+    if line["end"] in ("cut", "error"):
+        return "broken off"
+    if line["end"] == "left":
+        return "unread"
+    if "-fault-slow-2000" in line["request"]["model"]:
+        # The agents that ask for this do not wait for its head.
+        return "not waited for"
     lies = {"none", "zero"} & set(line["faults"])
-    return "no true account" if lies else "whole"
+    return f"account {lies.pop()}" if lies else "whole"
 
 
-def number_of(line):
-    """The number that the agent gave the call."""
-    found = re.search(r"call (\d+):", json.dumps(line["request"]))
-    return int(found.group(1)) if found else None
-
-
-def floor_of(line, left):
-    """The least that may be charged for it."""
-    kind = kind_of(line, left)
+def bounds_of(line, intent, outcome):
+    """The least and the most that may be charged for a call."""
+    kind, held = kind_of(line), intent["reservedTokens"]
+    if kind == "refused":
+        return 0, 0
     if kind == "whole":
-        return line["billed"]
-    if kind in ("refused", "nothing came"):
-        return 0
-    if kind == "no true account":
-        # By the bytes that were seen; of reasoning nobody sees any.
-        return (line["produced"] - line.get("reasoning", 0)) // 4
-    return max(0, int(line["prompt"] * (1 - PROMPT_SLACK)) - 16)
+        return line["billed"], line["billed"]
+    if kind == "account none":
+        return held, held
+    if kind == "account zero":
+        # A token of this model's is four bytes; of reasoning nobody sees any.
+        return (line["produced"] - line["reasoning"]) * 4 // BYTES_A_TOKEN, held
+    if kind == "broken off":
+        # Of which nothing came, it is as if it had not begun.
+        return line["prompt"] if line["sent"] else 0, min(held, intent["requestBytes"] + OF_A_REQUEST + outcome["responseBytes"])
+    return line["billed"] if kind == "not waited for" else line["prompt"], held
 
 
 def judge(tally, name, ran):
     """All that is promised of a run."""
-    kinds, excess = collections.Counter(), collections.Counter()
-    mistakes = []
-    told = [json.loads(line) for line in ran.said() if line.startswith("{")]
-    left = {one["call"] for one in told if one["how"] == "left"}
+    kinds, excess, mistakes = collections.Counter(), collections.Counter(), []
     for calls, lines in ran.by_size():
-        charged = sum(outcome["tokens"] if outcome else intent["reservedTokens"] for intent, outcome in calls)
-        held = sum(intent["reservedTokens"] for intent, _ in calls)
-        billed, floor = sum(line["billed"] for line in lines), sum(floor_of(line, left) for line in lines)
-        of = {kind_of(line, left) for line in lines}
-        kinds.update(kind_of(line, left) for line in lines)
-        excess["/".join(sorted(of))] += charged - billed
-        # A call that never reached the model costs nothing, and the model has no line of it.
-        if len(lines) > len(calls):
-            mistakes.append(f"the model had {len(lines)} requests, Belay's evidence has {len(calls)}: {lines[0]['request']}")
-        elif of <= {"whole", "refused"} and all(outcome for _, outcome in calls) and len(lines) == len(calls):
-            if charged != billed:
-                mistakes.append(f"charged {charged}, billed {billed}: {brief(calls, lines)}")
-        elif charged < floor:
-            mistakes.append(f"charged {charged}, at least {floor} came: {brief(calls, lines)}")
-        elif charged > held:
-            mistakes.append(f"charged {charged}, held {held}: {brief(calls, lines)}")
-    print(f"        {name}: {len(ran.calls())} calls, {dict(kinds)}; counted beyond what is billed: {dict(excess)}")
+        # Of those of one size it is not known which is which: their sum is checked, against what it can be at least and at most.
+        if len(calls) != len(lines) or not all(outcome for _, outcome in calls):
+            mistakes.append(f"the model had {len(lines)} requests, and Belay's evidence has {len(calls)}: {brief(calls, lines)}")
+            continue
+        charged = sum(outcome["tokens"] for _, outcome in calls)
+        bounds = [[bounds_of(line, *call) for call in calls] for line in lines]
+        least = sum(min(low for low, _ in of_line) for of_line in bounds)
+        most = sum(max(high for _, high in of_line) for of_line in bounds)
+        kinds.update(map(kind_of, lines))
+        excess["/".join(sorted(set(map(kind_of, lines))))] += charged - sum(line["billed"] for line in lines)
+        if not least <= charged <= most:
+            mistakes.append(f"charged {charged}, expected {least} to {most}: {brief(calls, lines)}")
+    print(f"        {name}: {len(ran.calls())} calls, {dict(kinds)}; counted beyond what is billed: {dict(excess)}", flush=True)
     tally.check(f"{name}: each call is charged what it cost, within its bound", mistakes[:5] and f"{len(mistakes)} are not: {mistakes[:5]}")
     tally.check(f"{name}: there were calls", None if ran.calls() else "none")
     sums = sum(outcome["tokens"] for _, outcome in ran.calls() if outcome)
