@@ -42,7 +42,16 @@ class Framework:
 
 CLAUDE = "claude-sonnet-4-5"
 FRAMEWORKS = {
-    "openai-agents": Framework("OpenAI Agents SDK (Python)", "openai-agents", "Responses", more=("guardrail", "sandbox")),
+    "openai-agents": Framework(
+        "OpenAI Agents SDK (Python)",
+        "openai-agents",
+        "Responses",
+        more=("guardrail", "sandbox"),
+        notes=(
+            "give a SandboxAgent `capabilities=[Filesystem(), Shell()]`: by default it has the provider shorten the conversation, which is refused "
+            "(`compaction`) unless the pack allows it by name",
+        ),
+    ),
     "anthropic": Framework("Anthropic SDK (Python)", "anthropic", "Messages", model=CLAUDE, scopes=()),
     "langgraph": Framework("LangGraph", "langgraph", "chat completions", scopes=()),
     "pydantic-ai": Framework("pydantic-ai", "pydantic-ai-slim", "chat completions", scopes=()),

@@ -467,14 +467,27 @@ class Responses:
 
 class Messages:
     members = rules.MESSAGES
+    # Conversations that the provider holds, by the id of their last reply.
+    threads = {}
     parts = set(
         "text image document tool_use tool_result thinking redacted_thinking search_result server_tool_use web_search_tool_result".split()
     )
 
+    def resumed(self, body):
+        """The whole conversation, where the request has only what is new of it."""
+        thread = body.get("thread") or {}
+        if thread.get("type") != "continue":
+            return body
+        held = self.threads.get(thread.get("previous_message_id"))
+        if held is None:
+            raise Refused(404, "thread: not found", details={"error_code": "thread_not_found"})
+        return held | body | {"messages": held["messages"] + body["messages"]}
+
     def read(self, body, headers, limit, reasons):
-        messages = body.get("messages")
-        if not isinstance(messages, list):
+        if not isinstance(body.get("messages"), list):
             raise Refused(400, "messages: Field required")
+        body = self.resumed(body)
+        messages = body["messages"]
         if not messages:
             raise Refused(400, "messages: at least one message is required")
         turns, open_calls = [], []
@@ -493,6 +506,13 @@ class Messages:
                 message = (
                     f"messages.{at}: `tool_use` ids were found without `tool_result` blocks immediately after: {', '.join(missing)}. "
                     "Each `tool_use` block must have a corresponding `tool_result` block in the next message."
+                )
+                raise Refused(400, message)
+            unknown = [one for one in results if one not in open_calls]
+            if unknown:
+                message = (
+                    f"messages.{at}.content.0: unexpected `tool_use_id` found in `tool_result` blocks: {unknown[0]}. Each `tool_result` block "
+                    "must have a corresponding `tool_use` block in the previous message."
                 )
                 raise Refused(400, message)
             calls = [part for part in content if part["type"] == "tool_use"]
@@ -575,6 +595,9 @@ class Messages:
         }
         if reply.lie != "none":
             whole["usage"] = self.usage(reply)
+        if reply.body.get("thread"):
+            said = {"role": "assistant", "content": whole["content"]}
+            self.threads[whole["id"]] = reply.body | {"messages": [*reply.body["messages"], said]}
         return whole
 
     def events(self, reply):

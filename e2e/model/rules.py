@@ -53,17 +53,18 @@ CLIENT_TOOLS = {"bash", "text_editor", "computer", "memory"}
 class Refused(Exception):
     """A request that the provider does not take."""
 
-    def __init__(self, status, message, param=None, code=None, kind="invalid_request_error"):
+    def __init__(self, status, message, param=None, code=None, kind="invalid_request_error", details=None):
         super().__init__(message)
-        self.status, self.message, self.param, self.code, self.kind = status, message, param, code, kind
+        self.status, self.message, self.param, self.code, self.kind, self.details = status, message, param, code, kind, details
 
 
-def error(api, status, message, param=None, code=None, kind="invalid_request_error"):
+def error(api, status, message, param=None, code=None, kind="invalid_request_error", details=None):
     """The body of an error, in the API's shape."""
     if api in ("messages", "count_tokens"):
         kinds = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error", 529: "overloaded_error"}
         kind = kinds.get(status, "api_error" if status >= 500 else "invalid_request_error")
-        return {"type": "error", "error": {"type": kind, "message": message}, "request_id": "req_011Cmodel"}
+        inner = {"type": kind, "message": message} | ({"details": details} if details else {})
+        return {"type": "error", "error": inner, "request_id": "req_011Cmodel"}
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 

@@ -148,7 +148,7 @@ class Provider(BaseHTTPRequestHandler):
             self.answer(api, path, raw)
         except Refused as refused:
             self.note.update(status=refused.status, end="refused", why=refused.message)
-            error = rules.error(api, refused.status, refused.message, refused.param, refused.code, refused.kind)
+            error = rules.error(api, refused.status, refused.message, refused.param, refused.code, refused.kind, refused.details)
             self.send(refused.status, error, {"x-should-retry": "false"} if refused.status == 400 else {})
         except Answered:
             pass

@@ -94,6 +94,25 @@ class Model(unittest.TestCase):
             said = [*ASK, {"role": "assistant", "content": [block.model_dump() for block in message.content]}, {"role": "user", "content": "go on"}]
             self.anthropic.messages.create(model="claude-haiku-4-5", max_tokens=500, messages=said)
 
+    def test_a_conversation_that_the_provider_holds(self):
+        @anthropic.beta_tool
+        def get_weather(city: str) -> str:
+            """The weather."""
+            return "sun"
+
+        ask = [{"role": "user", "content": "Use get_weather for Tokyo."}]
+        runner = self.anthropic.beta.messages.tool_runner(model="claude-haiku-4-5", max_tokens=500, tools=[get_weather], messages=ask)
+        self.assertIn("THE END", runner.until_done().content[0].text)
+        self.assertEqual(len(self.last()["request"]["messages"]), 1)
+        self.assertGreater(self.last()["prompt"], 30)
+        # And one that is lost is not made up.
+        result = {"type": "tool_result", "tool_use_id": "toolu_1", "content": "sun"}
+        thread = {"type": "continue", "previous_message_id": "msg_lost"}
+        messages = [{"role": "user", "content": [result]}]
+        with self.assertRaises(anthropic.NotFoundError):
+            more = {"thread": thread, "betas": ["message-threads-2026-08-12"]}
+            self.anthropic.beta.messages.create(model="claude-haiku-4-5", max_tokens=500, messages=messages, **more)
+
     def test_streams_say_the_same(self):
         with self.openai.chat.completions.stream(model="gpt-4o", messages=ASK, tools=CHAT_TOOLS) as stream:
             calls = stream.get_final_completion().choices[0].message.tool_calls

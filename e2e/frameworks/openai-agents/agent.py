@@ -9,13 +9,13 @@ from agents import (
     Agent,
     GuardrailFunctionOutput,
     InputGuardrailTripwireTriggered,
-    ModelSettings,
     RunConfig,
     Runner,
     function_tool,
     input_guardrail,
 )
 from agents.sandbox import Manifest, SandboxAgent, SandboxRunConfig
+from agents.sandbox.capabilities import Filesystem, Shell
 from agents.sandbox.sandboxes.unix_local import UnixLocalSandboxClient
 
 MODEL = os.environ["MODEL"]
@@ -104,7 +104,8 @@ async def sandbox():
         model=MODEL,
         instructions="You work in files.",
         default_manifest=Manifest(entries={}),
-        model_settings=ModelSettings(tool_choice="auto"),
+        # By default there is also Compaction, by which the provider shortens the conversation itself: that is refused.
+        capabilities=[Filesystem(), Shell()],
     )
     config = RunConfig(sandbox=SandboxRunConfig(client=UnixLocalSandboxClient()))
     result = await Runner.run(coder, "[sandbox] Run `echo made by hand > note.txt`, then `cat note.txt`.", run_config=config)
