@@ -139,6 +139,8 @@ pub enum HarnessError {
     Evidence(String),
 }
 
+/// How long replies may take to be settled that nobody waits for.
+const BEHIND: Duration = Duration::from_secs(2);
 /// How long the flush of the last records may take; shorter than the pod's grace period of 30 s.
 const FLUSH: Duration = Duration::from_secs(20);
 
@@ -393,6 +395,8 @@ where
     tracing::info!(attempt, "serving");
     serving();
 
+    // The first call of a model need not wait for it.
+    tokio::task::spawn_blocking(crate::policy::model::estimate::prepare);
     let over_before = journal.open().is_err();
     let mut ended = tokio::select! {
         why = stop.as_mut() => match why {
@@ -418,6 +422,10 @@ where
         None => gate.stop(Rule::TaskClosed, "the attempt has ended"),
     }
     served.drain().await;
+    // It ends at once now; what it has to record comes before the end.
+    if tokio::time::timeout(BEHIND, gate.nothing_behind()).await.is_err() {
+        tracing::warn!("replies of models were still read after {BEHIND:?}");
+    }
     let reason = match ended {
         // It takes no record any more.
         Ended::LogFailed(reason) => return Ok(log_failed(&options.spool, reason)),

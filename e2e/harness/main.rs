@@ -16,6 +16,7 @@ mod rollback;
 #[path = "../secrets.rs"]
 mod secrets;
 mod sends;
+mod spending;
 #[path = "../../src/harness/gate/tests/ticker.rs"]
 mod ticker;
 mod time;
@@ -554,7 +555,7 @@ async fn a_model_call_is_reserved_for_and_settled_by_its_own_account() {
     let records = harness.stored(3).await;
     let Event::Intent(intent) = &records[1].event else { panic!("{records:#?}") };
     let prompt = intent.reserved_tokens - 4_096;
-    assert!((100..300).contains(&prompt), "an absent output limit is a modest one: {}", intent.reserved_tokens);
+    assert!((60..100).contains(&prompt), "an absent output limit is a modest one: {}", intent.reserved_tokens);
     assert_eq!(records[2].usage.tokens, 12, "settled by the reply's usage");
     let sent = harness.gateway.saw().pop().unwrap();
     assert!(sent.contains("\"max_tokens\":4096"), "{sent}");
@@ -607,17 +608,17 @@ async fn a_call_that_fits_but_for_what_others_hold_waits_for_them() {
 /// A provider's bad day, or a client that has heard enough, does not end the task's budget: what is charged is what came of the call.
 #[rstest::rstest]
 #[case::refused("overloaded", "", 0)]
-// The prompt, a token a byte, and two times five bytes.
+// The prompt, and two times five bytes.
 #[case::hung_up("hangs up", "", 10)]
 #[case::an_error_in_place_of_the_rest("says so", "", 5)]
 #[case::done_and_left_open("lingers", "[DONE]", 12)]
-// Whoever stops reading pays for what was set aside: the model may have done it.
-#[case::unread("rambles", "hello", 500)]
+// Whoever stops reading pays for what was set aside, at least: the model goes on.
+#[case::unread("rambles", "hello", 20)]
 #[tokio::test]
 async fn what_breaks_off_is_charged_for_what_came(#[case] fails: &str, #[case] until: &str, #[case] output: i64) {
     let harness = harness().await;
     let body = json!({
-        "model": "m", "stream": true, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 500,
+        "model": "m", "stream": true, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 20,
         "metadata": {"fails": fails},
     });
     let client: Client<HttpConnector, Full<bytes::Bytes>> = Client::builder(TokioExecutor::new()).build_http();
@@ -636,7 +637,7 @@ async fn what_breaks_off_is_charged_for_what_came(#[case] fails: &str, #[case] u
     drop(reply);
     let records = harness.stored(3).await;
     let Event::Intent(intent) = &records[1].event else { panic!("{records:#?}") };
-    let prompt = intent.reserved_tokens - 500;
+    let prompt = intent.reserved_tokens - 20;
     let charged = if matches!(fails, "overloaded" | "lingers") { output } else { prompt + output };
     assert_eq!(records[2].usage.tokens, charged, "{records:#?}");
 }
@@ -652,7 +653,7 @@ async fn a_model_call_beyond_the_budget_does_not_leave() {
         approval_wait_seconds: 0,
     })
     .await;
-    let body = json!({"model": "m", "messages": [{"role": "user", "content": "x".repeat(200)}]});
+    let body = json!({"model": "m", "messages": [{"role": "user", "content": "word ".repeat(200)}]});
     for path in ["/v1/chat/completions", "/v1/responses", "/v1/messages"] {
         let (status, reply) = harness.post(path, body.clone()).await;
         assert_eq!(status, StatusCode::FORBIDDEN);

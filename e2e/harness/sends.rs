@@ -90,7 +90,7 @@ async fn a_harness_that_lies_about_a_model_call_gets_no_further_than_the_gateway
         ("more output", chat, json!({"max_tokens": 500_000}), enough, Some(Rule::IntentMissing)),
         ("more output", messages, json!({"max_tokens": 500_000}), enough, Some(Rule::IntentMissing)),
         ("more replies", chat, json!({"n": 128}), enough, Some(Rule::IntentMissing)),
-        ("a longer prompt", chat, json!({"user": "x".repeat(500)}), enough, Some(Rule::IntentMissing)),
+        ("a longer prompt", chat, json!({"user": "x".repeat(50_000)}), enough, Some(Rule::IntentMissing)),
         ("pictures", chat, json!({"messages": picture}), enough, Some(Rule::IntentMissing)),
         ("nothing set aside", chat, json!({}), Spent::default(), Some(Rule::IntentMissing)),
         ("too little money", chat, json!({}), Spent { cost_micros: 10, ..enough }, Some(Rule::IntentMissing)),

@@ -286,6 +286,23 @@ async fn completion(body: Bytes) -> Response {
             let all = futures::stream::iter([Ok(delta()), Ok(account), Ok("data: [DONE]\n\n".to_owned())]);
             return events(all.chain(futures::stream::pending()).boxed());
         }
+        // It says something, and the rest later or never.
+        Some("takes its time") => {
+            let later = futures::stream::once(async move {
+                tokio::time::sleep(Duration::from_millis(500)).await;
+                Ok(format!("data: {}\n\ndata: [DONE]\n\n", json!({"choices": [], "usage": usage})))
+            });
+            return events(futures::stream::iter([Ok(delta())]).chain(later).boxed());
+        }
+        Some("never ends") => {
+            return events(futures::stream::iter([Ok(delta())]).chain(futures::stream::pending()).boxed());
+        }
+        Some("says much") => {
+            let much = json!({"choices": [{"delta": {"content": "word ".repeat(640)}}]});
+            let all = format!("data: {much}\n\ndata: {}\n\ndata: [DONE]\n\n", json!({"choices": [], "usage": usage}));
+            let all = Body::from_stream(futures::stream::iter([Ok::<_, Infallible>(all)]));
+            return ([(header::CONTENT_TYPE, "Text/Event-Stream; charset=utf-8")], all).into_response();
+        }
         // It goes on and on.
         Some("rambles") => {
             return events(

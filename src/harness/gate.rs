@@ -7,6 +7,7 @@ use std::{
 
 use serde_json::Value;
 use tokio::sync::{Notify, Semaphore};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
     approvals::Approvals,
@@ -232,6 +233,9 @@ pub struct Gate {
     turn: tokio::sync::Mutex<()>,
     /// Told each time that a model call has settled what was held for it.
     settled: Notify,
+    /// What goes on though nobody waits for it, and ends when calls are denied.
+    behind: TaskTracker,
+    over: CancellationToken,
 }
 
 impl Gate {
@@ -265,6 +269,8 @@ impl Gate {
             places: Arc::new(Semaphore::new(PLACES)),
             turn: tokio::sync::Mutex::new(()),
             settled: Notify::new(),
+            behind: TaskTracker::new(),
+            over: CancellationToken::new(),
         }
     }
 
@@ -450,6 +456,27 @@ impl Gate {
     pub fn stop(&self, rule: Rule, reason: &str) {
         let mut stopped = self.stopped.lock().unwrap_or_else(PoisonError::into_inner);
         stopped.get_or_insert_with(|| Denial { rule, reason: reason.to_owned() });
+        drop(stopped);
+        self.over.cancel();
+    }
+
+    /// Returns once everything is denied.
+    pub fn over(&self) -> impl Future<Output = ()> + Send + use<> {
+        self.over.clone().cancelled_owned()
+    }
+
+    /// Has something go on though nobody waits for it. It ends when [`Gate::over`] returns.
+    pub fn behind(&self, work: impl Future<Output = ()> + Send + 'static) {
+        // Without a runtime the process is ending, and what was set aside stays spent.
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            self.behind.spawn_on(work, &runtime);
+        }
+    }
+
+    /// Waits until all that goes on behind has ended, once everything is denied.
+    pub async fn nothing_behind(&self) {
+        self.behind.close();
+        self.behind.wait().await;
     }
 
     /// What commitments are made with.

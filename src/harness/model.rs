@@ -1,9 +1,9 @@
 //! Model calls, passed through and metered.
 //!
 //! The body is parsed once, strictly, and what was parsed is what is sent; its cost is bounded and reserved before it leaves, and
-//! settled from the reply's own account. What a provider refuses costs nothing, what breaks off at the provider its prompt and what came. A
-//! reply that gives no account, or that whoever asked did not read to its end, stays charged in full. Streams pass chunk by chunk, and
-//! end where their protocol ends.
+//! settled from the reply's own account where that can be true. What a provider refuses costs nothing, what breaks off at the provider its prompt
+//! and what came. A reply that whoever asked did not read to its end is read on for a while; one that gives no account stays charged in full.
+//! Streams pass chunk by chunk, and end where their protocol ends.
 
 /// Headers between an agent and a provider.
 mod headers;
@@ -18,7 +18,8 @@ use bytes::Bytes;
 use http::{HeaderMap, Method, Request, Response};
 use http_body_util::{BodyExt, Limited};
 use hyper::body::Incoming;
-use serde_json::Value;
+use serde_json::{Map, Value};
+use tokio::sync::Semaphore;
 
 pub(super) use self::refusal::refusal;
 use self::{
@@ -33,13 +34,12 @@ use crate::{
     evidence::record::Channel,
     policy::{
         budget::Spent,
-        config::ModelPrice,
         decide::Denial,
         json,
         model::{
-            Bound,
             api::Api,
             catalogue::{self, Model},
+            estimate::{self, Prompt},
             ready,
         },
         price,
@@ -48,6 +48,8 @@ use crate::{
     },
 };
 
+/// The tokens of a request that is no longer are counted where it is read: in milliseconds.
+const COUNTED_HERE: usize = 32 << 10;
 /// Longest request that is taken.
 const LONGEST_REQUEST: usize = 16 << 20;
 
@@ -95,9 +97,10 @@ async fn call(
         rule: Rule::ModelEndpoint,
         reason: format!("the policy pack has no endpoint for {path}; it would be under spec.models"),
     })?;
+    let length = body.len();
     let body =
         json::parse(body).map_err(|ambiguous| Denial { rule: Rule::RequestJson, reason: ambiguous.to_string() })?;
-    let Value::Object(mut body) = body else {
+    let Value::Object(body) = body else {
         let reason = "expected a JSON object, found another JSON value".to_owned();
         return Err(Denial { rule: Rule::ModelRequest, reason });
     };
@@ -108,7 +111,8 @@ async fn call(
         return Err(unpriced(model.as_deref()));
     }
     let known = Model::named(model.as_deref().unwrap_or_default(), price);
-    let bound = ready::make(api, &mut body, &known, gate.journal().left(price))
+    let (mut body, prompt) = prompt_of(api, body, length, &known).await?;
+    let reserved = ready::make(api, &mut body, &known, prompt, gate.journal().left(price))
         .map_err(|unbounded| Denial { rule: Rule::ModelRequest, reason: unbounded.to_string() })?;
     let mut rules = vec![Rule::RequestJson, Rule::ModelEndpoint, Rule::ModelRequest];
     rules.extend(policy.limits.cost_micros.map(|_| Rule::ModelPrice));
@@ -130,7 +134,7 @@ async fn call(
             judged: None,
             rules,
             model: model.map(|model| shorten(&gate.redactor().model(&model, policy, gate.salt()))),
-            reserve: spent(bound, price),
+            reserve: Spent::of(reserved.bound, price),
         })
         .await?;
 
@@ -141,7 +145,7 @@ async fn call(
     match gate.link().forward(Channel::Model, permit.intent, &target, outgoing).await {
         Ok(reply) => {
             let told = Told { gate: gate.clone(), path: path.to_owned(), digest };
-            Ok(meter(reply, permit, (bound, price.cloned()), told))
+            Ok(meter(reply, permit, (reserved, price.cloned()), told))
         }
         Err(undelivered) => {
             let denial = undelivered.denial;
@@ -161,6 +165,32 @@ async fn call(
     }
 }
 
+/// The tokens of a prompt. Those of a long one are counted on a thread apart: nobody else waits for them, and few are counted at a time.
+async fn prompt_of(
+    api: Api,
+    body: Map<String, Value>,
+    length: usize,
+    model: &Model,
+) -> Result<(Map<String, Value>, Prompt), Denial> {
+    static PLACES: Semaphore = Semaphore::const_new(2);
+    if length <= COUNTED_HERE {
+        let prompt = estimate::prompt(api, &body, model);
+        return Ok((body, prompt));
+    }
+    let uncounted = |error: String| Denial {
+        rule: Rule::ModelRequest,
+        reason: format!("the tokens of this request could not be counted: {error}; please report this"),
+    };
+    let place = PLACES.acquire().await.map_err(|error| uncounted(error.to_string()))?;
+    let model = model.clone();
+    let counted = tokio::task::spawn_blocking(move || {
+        let _place = place;
+        let prompt = estimate::prompt(api, &body, &model);
+        (body, prompt)
+    });
+    counted.await.map_err(|error| uncounted(error.to_string()))
+}
+
 /// The refusal of a call whose cost nobody can tell. What the catalogue lists is no pack's word: currencies, contracts and tiers differ.
 fn unpriced(model: Option<&str>) -> Denial {
     let listed = model.and_then(|name| Model::named(name, None).listed).map_or_else(String::new, |(input, output)| {
@@ -175,9 +205,4 @@ fn unpriced(model: Option<&str>) -> Denial {
             model.map_or_else(|| "(none)".into(), shorten)
         ),
     }
-}
-
-/// What so many tokens take of the budget.
-fn spent(tokens: Bound, price: Option<&ModelPrice>) -> Spent {
-    Spent::of(tokens, price)
 }

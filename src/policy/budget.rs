@@ -14,8 +14,8 @@ use crate::canonical::LARGEST_WHOLE;
 /// A limit would be passed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "{what} limit is {}, {} are spent{}, and this call needs {}; the limit is the task's, under spec.limits",
-    shown(.rule, .limit), shown(.rule, .used), holds(.rule, .held), shown(.rule, .needed)
+    "{what} limit is {}, {} are spent{}, and this call needs {}; {}",
+    shown(.rule, .limit), shown(.rule, .used), holds(.rule, .held), shown(.rule, .needed), remedy(.rule)
 )]
 pub struct Exhausted {
     /// The rule of the limit.
@@ -30,6 +30,19 @@ pub struct Exhausted {
     pub held: i64,
     /// What the call needs.
     pub needed: i64,
+}
+
+/// What can be done, and by whom.
+fn remedy(rule: &Rule) -> &'static str {
+    match rule {
+        Rule::Tokens | Rule::Cost => {
+            "a shorter prompt or a lower output limit needs less; the limit is the task's, under spec.limits: whoever writes the task can raise it, \
+             up to what its class in the policy pack allows"
+        }
+        _ => {
+            "the limit is the task's, under spec.limits: whoever writes the task can raise it, up to what its class in the policy pack allows"
+        }
+    }
 }
 
 fn holds(rule: &Rule, held: &i64) -> String {
@@ -282,7 +295,8 @@ mod tests {
         let refused = budget.reserve_tool_call().unwrap_err();
         assert_eq!(
             refused.to_string(),
-            "tool call limit is 3, 3 are spent, and this call needs 1; the limit is the task's, under spec.limits"
+            "tool call limit is 3, 3 are spent, and this call needs 1; the limit is the task's, under spec.limits: whoever writes the task can \
+             raise it, up to what its class in the policy pack allows"
         );
         assert_eq!(budget.usage().tool_calls, 3);
     }
@@ -302,10 +316,12 @@ mod tests {
     fn a_call_that_one_limit_refuses_takes_nothing_of_the_other() {
         let mut budget = Budget::resume(limits(), Usage::default());
         let refused = budget.reserve_model(10, 5_000_001).unwrap_err();
-        assert_eq!(
-            refused.to_string(),
-            "cost limit is 5, 0 are spent, and this call needs 5.000001; the limit is the task's, under spec.limits"
+        let refused = refused.to_string();
+        assert!(
+            refused.starts_with("cost limit is 5, 0 are spent, and this call needs 5.000001; a shorter prompt"),
+            "{refused}"
         );
+        assert!(refused.contains("whoever writes the task"), "{refused}");
         assert_eq!(budget.usage(), Usage::default());
     }
 

@@ -662,7 +662,8 @@ pub struct ModelPrice {
     pub tokenizer: Option<Tokenizer>,
 }
 
-/// The member of a request for a chat completion that limits the reply.
+/// The member by which the model's server limits the reply of a chat completion, where the shipped catalogue does not know: `max_tokens` unless
+/// said.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "kube", derive(schemars::JsonSchema))]
 pub enum OutputLimitField {
@@ -674,7 +675,8 @@ pub enum OutputLimitField {
     MaxCompletionTokens,
 }
 
-/// How the tokens of a prompt's text are counted before it leaves.
+/// How the text of a prompt is counted before it leaves, in place of the shipped catalogue's word. `Bytes` sets much aside, and no prompt of text
+/// costs more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "kube", derive(schemars::JsonSchema))]
 pub enum Tokenizer {

@@ -5,10 +5,14 @@
 
 /// The APIs of models.
 pub mod api;
+/// OpenAI's tokenizer.
+mod bpe;
 /// What is known of well-known models.
 pub mod catalogue;
-/// Prompt tokens of a request, before anybody counts them.
-mod estimate;
+/// Pages and texts of documents.
+mod document;
+/// Prompt tokens of a request, before its provider counts them.
+pub mod estimate;
 /// What of a request may leave.
 mod members;
 /// What pictures cost.
@@ -19,6 +23,11 @@ pub mod ready;
 pub mod request;
 /// What a call is charged.
 pub mod settle;
+/// How long sound is.
+mod sound;
+
+#[cfg(test)]
+mod faults;
 
 /// Tokens: what a request may cost at most, or what it did cost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

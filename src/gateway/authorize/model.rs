@@ -1,7 +1,8 @@
 //! A model's request, judged again.
 //!
-//! Guarantees: what is sent passes the review that the harness has made, by the gateway's own reading of it; it costs no more than its
-//! intent has set aside, in money by the prices of the policy that the attempt runs by; and it asks the model that the record names.
+//! Guarantees: what is sent passes the review that the harness has made, by the gateway's own reading of it; its reply, and the least that its
+//! prompt can be, cost no more than its intent has set aside, in money by the prices of the policy that the attempt runs by; and it asks the
+//! model that the record names.
 //! Non-goals: what the model answers, and whether the budget has that much left, which the witness asks of every intent.
 
 use serde_json::Value;

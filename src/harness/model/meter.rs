@@ -1,14 +1,18 @@
 //! Replies of models, read along and settled.
+//!
+//! Guarantees: a reply that whoever asked has stopped reading is read on for a while, so that its provider's account is known; after that, or
+//! once the attempt ends, what was set aside stays spent. Non-goals: to stop a model. Some do when their reader is gone, and some do not, and none
+//! says how much it had thought until then.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
+use bytes::Bytes;
 use futures::StreamExt;
 use http::{Response, StatusCode, header};
 use http_body_util::{BodyDataStream, BodyExt, StreamBody};
 use hyper::body::{Frame, Incoming};
 use sha2::{Digest, Sha256};
 
-use super::spent;
 use crate::{
     evidence::record::{Channel, Effect},
     harness::{
@@ -17,11 +21,9 @@ use crate::{
         link::{self, Peer},
     },
     policy::{
+        budget::Spent,
         config::{ModelPrice, Sensitivity},
-        model::{
-            Bound,
-            settle::{self, Came, Reported},
-        },
+        model::settle::{self, Came, Reported, Reserved},
         rule::Rule,
     },
 };
@@ -29,7 +31,14 @@ use crate::{
 /// Longest part of a reply that is kept to find its usage in: a whole JSON reply, or one line of a stream.
 const LONGEST_SCAN: usize = 16 << 20;
 
+/// The media type of a stream, whose letters may be of either case.
+const EVENTS: &str = "text/event-stream";
+/// How long a reply is read on that nobody wants any more, and how much of it.
+const READ_ON: Duration = Duration::from_secs(15);
+const READ_ON_BYTES: u64 = 16 << 20;
+
 /// Whom to tell of a reply that the gateway has ended, and which call it was.
+#[derive(Clone)]
 pub(super) struct Told {
     pub(super) gate: Arc<Gate>,
     pub(super) path: String,
@@ -40,7 +49,7 @@ pub(super) struct Told {
 pub(super) fn meter(
     reply: Response<Incoming>,
     permit: Permit,
-    (reserved, price): (Bound, Option<ModelPrice>),
+    (reserved, price): (Reserved, Option<ModelPrice>),
     told: Told,
 ) -> Response<Body> {
     let (mut parts, body) = reply.into_parts();
@@ -48,7 +57,8 @@ pub(super) fn meter(
         .headers
         .get(header::CONTENT_TYPE)
         .and_then(|kind| kind.to_str().ok())
-        .is_some_and(|kind| kind.starts_with("text/event-stream"));
+        .and_then(|kind| kind.get(..EVENTS.len()))
+        .is_some_and(|kind| kind.eq_ignore_ascii_case(EVENTS));
     let meter = Meter {
         permit: Some(permit),
         rule: None,
@@ -69,39 +79,80 @@ pub(super) fn meter(
     for hop in [header::CONNECTION, header::TRANSFER_ENCODING] {
         parts.headers.remove(hop);
     }
-    let parts_of = (BodyDataStream::new(body), Some(meter), told);
-    let stream = futures::stream::unfold(parts_of, |(mut body, mut meter, told)| async move {
-        match body.next().await {
+    let passing = Passing { body: Some(BodyDataStream::new(body)), meter: Some(meter), told, is_wanted: true };
+    let stream = futures::stream::unfold(passing, async |mut passing| Some((passing.next().await?, passing)));
+    Response::from_parts(parts, BodyExt::boxed_unsync(StreamBody::new(stream)))
+}
+
+/// A reply on its way. Dropped with what is left of it when whoever asked hangs up.
+struct Passing {
+    body: Option<BodyDataStream<Incoming>>,
+    meter: Option<Meter>,
+    told: Told,
+    /// Whether whoever asked still reads it.
+    is_wanted: bool,
+}
+
+impl Passing {
+    /// What comes next of it.
+    async fn next(&mut self) -> Option<Result<Frame<Bytes>, Box<dyn std::error::Error + Send + Sync>>> {
+        match self.body.as_mut()?.next().await {
             Some(Ok(chunk)) => {
-                if let Some(meter) = &mut meter {
+                if let Some(meter) = &mut self.meter {
                     meter.see(&chunk);
                 }
-                Some((Ok(Frame::data(chunk)), (body, meter, told)))
+                Some(Ok(Frame::data(chunk)))
             }
             Some(Err(error)) => {
-                let ended = link::ended(&error);
-                if let Some(mut meter) = meter.take() {
-                    meter.rule = ended.as_ref().map(|denial| denial.rule);
-                    // What the gateway has ended, the provider may have said to its end.
-                    if meter.came == Came::Unread && ended.is_none() {
-                        meter.came = Came::Broken;
-                    }
-                }
-                if let Some(denial) = ended {
-                    let Told { gate, path, digest } = &told;
-                    gate.deny(Channel::Model, path, Some(digest.clone()), denial).await;
-                }
-                Some((Err(Box::<dyn std::error::Error + Send + Sync>::from(error)), (body, meter, told)))
+                self.broke_off(&error).await;
+                Some(Err(error.into()))
             }
             None => {
-                if let Some(mut meter) = meter {
+                if let Some(mut meter) = self.meter.take() {
                     meter.came = Came::Whole;
                 }
                 None
             }
         }
-    });
-    Response::from_parts(parts, BodyExt::boxed_unsync(StreamBody::new(stream)))
+    }
+
+    async fn broke_off(&mut self, error: &hyper::Error) {
+        let ended = link::ended(error);
+        if let Some(mut meter) = self.meter.take() {
+            meter.rule = ended.as_ref().map(|denial| denial.rule);
+            // What the gateway has ended, the provider may have said to its end.
+            if meter.came == Came::Unread && ended.is_none() {
+                meter.came = Came::Broken;
+            }
+        }
+        if let Some(denial) = ended {
+            let Told { gate, path, digest } = &self.told;
+            gate.deny(Channel::Model, path, Some(digest.clone()), denial).await;
+        }
+    }
+
+    /// Reads what is left, for its account.
+    async fn read_on(mut self) {
+        let over = self.told.gate.over();
+        let read = async {
+            // The rest is no news once the meter is gone, knows the end, or has seen more than was set aside.
+            while self.meter.as_ref().is_some_and(Meter::wants_more) && self.next().await.is_some() {}
+        };
+        tokio::select! {
+            () = read => {}
+            () = tokio::time::sleep(READ_ON) => {}
+            () = over => {}
+        }
+    }
+}
+
+impl Drop for Passing {
+    fn drop(&mut self) {
+        if self.is_wanted && self.meter.as_ref().is_some_and(Meter::wants_more) {
+            let (body, meter, told) = (self.body.take(), self.meter.take(), self.told.clone());
+            self.told.gate.behind(Self { body, meter, told, is_wanted: false }.read_on());
+        }
+    }
 }
 
 /// Reads along. Dropped at the end of the reply, or when the agent or the provider hangs up.
@@ -109,7 +160,7 @@ struct Meter {
     permit: Option<Permit>,
     /// Why the gateway has ended the reply.
     rule: Option<Rule>,
-    reserved: Bound,
+    reserved: Reserved,
     price: Option<ModelPrice>,
     status: StatusCode,
     upstream: Option<Peer>,
@@ -125,6 +176,12 @@ struct Meter {
 }
 
 impl Meter {
+    /// Whether more of the reply would tell what it costs.
+    fn wants_more(&self) -> bool {
+        let had_it_all = self.reported.least_output() >= self.reserved.bound.output;
+        self.came == Came::Unread && self.status.is_success() && !had_it_all && self.bytes < READ_ON_BYTES
+    }
+
     fn see(&mut self, chunk: &[u8]) {
         self.hasher.update(chunk);
         self.bytes = self.bytes.saturating_add(chunk.len() as u64);
@@ -173,7 +230,7 @@ impl Drop for Meter {
             }
         }
         let charged = settle::charge(self.reserved, self.status.is_success(), self.came, &self.reported);
-        let spent = charged.map(|tokens| spent(tokens, self.price.as_ref()));
+        let spent = charged.map(|tokens| Spent::of(tokens, self.price.as_ref()));
         let effect = match (self.came, self.status) {
             (Came::Whole, status) if status.is_success() => Effect::Applied,
             (Came::Whole, status) if status.is_client_error() => Effect::NotApplied,

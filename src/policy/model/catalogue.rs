@@ -51,6 +51,8 @@ struct Entry {
     #[serde(default)]
     pictures: Option<Pictures>,
     #[serde(default)]
+    page_tokens: Option<i64>,
+    #[serde(default)]
     sound_per_second: Option<i64>,
 }
 
@@ -76,6 +78,8 @@ pub struct Model {
     pub counting: Counting,
     /// How its pictures are.
     pub pictures: Pictures,
+    /// Tokens of a page of a document, where its text costs nothing beside its picture.
+    pub page: Option<i64>,
     /// Tokens of a second of sound.
     pub sound_per_second: i64,
     /// What a million tokens of prompt and reply are listed for, in US dollars.
@@ -104,6 +108,7 @@ impl Model {
                 None => Counting::O200k(percent),
             },
             pictures: listed.and_then(|entry| entry.pictures).unwrap_or_default(),
+            page: listed.and_then(|entry| entry.page_tokens),
             // The highest that a provider publishes.
             sound_per_second: listed.and_then(|entry| entry.sound_per_second).unwrap_or(32),
             listed: listed.and_then(price),

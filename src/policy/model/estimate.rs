@@ -1,30 +1,347 @@
-//! How many tokens the prompt of a request is at most: one a byte of its body (byte-level tokenizers never make more), and a flat sum for each
-//! image.
+//! How many tokens the prompt of a request is: its text by a tokenizer, pictures, documents and sound by what they are.
+//!
+//! Guarantees: text is never counted as more than a token a byte; what looks like a picture and stands where the API reads text counts as text;
+//! what cannot be read counts as the most that one such part can cost; time and memory are in proportion to the request.
+//! Non-goals: to be exact. By how much each rule can be wrong is in docs/model-budgets.md.
 
+use base64::{
+    Engine, alphabet,
+    engine::{DecodePaddingMode, GeneralPurpose, GeneralPurposeConfig},
+};
 use serde_json::{Map, Value};
 
-/// Tokens that one image may cost: above what the large providers charge for their largest tiling.
-const TOKENS_PER_IMAGE: i64 = 4_096;
-/// Tokens that roles, separators and the reply's priming may add to a message beyond its bytes.
-const TOKENS_PER_REQUEST: i64 = 64;
+use super::{
+    api::Api,
+    bpe,
+    catalogue::{Counting, Model},
+    document::{self, Pdf},
+    picture::Detail,
+    sound,
+};
 
-/// The most tokens that the prompt of a request is.
-pub(super) fn prompt(body: &Map<String, Value>) -> i64 {
-    let bytes = serde_json::to_vec(body).map_or(i64::MAX, |bytes| i64::try_from(bytes.len()).unwrap_or(i64::MAX));
-    let images = body.values().map(count_images).fold(0i64, i64::saturating_add);
-    bytes.saturating_add(images.saturating_mul(TOKENS_PER_IMAGE)).saturating_add(TOKENS_PER_REQUEST)
+/// Tokens that providers add to any request: roles, separators, the beginning of the reply.
+const OF_A_REQUEST: i64 = 64;
+/// Those around a message.
+const OF_A_MESSAGE: i64 = 4;
+/// What Anthropic says of tools, to models that get some: 264 to 804 by its documentation, and more where they run a computer.
+const OF_TOOLS: i64 = 1_000;
+/// So much text is counted by the tokenizer, in bytes: more than any model takes. What is beyond counts as a token a byte.
+const MOST_COUNTED: usize = 8 << 20;
+/// Of a picture so many bytes are looked at for its size.
+const HEAD_OF_A_PICTURE: usize = 1 << 20;
+/// Least tokens of a file of a kind that we cannot read.
+const OF_A_FILE: i64 = 4_096;
+/// Pages of a document whose pages cannot be counted: the most that a large provider takes.
+const MOST_PAGES: i64 = 600;
+/// A page, as providers make a picture of it: of letter format.
+const PAGE: (i64, i64) = (1_024, 1_325);
+/// Bytes of the longest token that there is.
+const LONGEST_TOKEN: i64 = 128;
+/// At most so many bytes of text for a token, in a text that people or programs write.
+const BYTES_PER_TOKEN: i64 = 16;
+
+/// What people write base64 as.
+const BASE64: GeneralPurpose = GeneralPurpose::new(
+    &alphabet::STANDARD,
+    GeneralPurposeConfig::new()
+        .with_decode_padding_mode(DecodePaddingMode::Indifferent)
+        .with_decode_allow_trailing_bits(true),
+);
+
+/// How many tokens a prompt is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Prompt {
+    /// What is set aside for it.
+    pub tokens: i64,
+    /// What it is at least, whatever its provider says.
+    pub least: i64,
 }
 
-fn count_images(value: &Value) -> i64 {
-    match value {
-        Value::Array(items) => items.iter().map(count_images).fold(0, i64::saturating_add),
-        Value::Object(fields) => {
-            let own = matches!(
-                fields.get("type").and_then(Value::as_str),
-                Some("image_url" | "input_image" | "image" | "input_audio" | "file" | "input_file" | "document")
-            );
-            fields.values().map(count_images).fold(i64::from(own), i64::saturating_add)
+/// Makes ready what counts text: some tens of milliseconds, once.
+pub fn prepare() {
+    bpe::count("a");
+}
+
+/// How many tokens the prompt of a request to this model is.
+pub fn prompt(api: Api, body: &Map<String, Value>, model: &Model) -> Prompt {
+    let mut count =
+        Count { model, is_quick: false, tokens: 0, bytes: 0, uncounted: 0, others: OF_A_REQUEST, room: MOST_COUNTED };
+    count.body(body);
+    if api == Api::Messages && body.get("tools").and_then(Value::as_array).is_some_and(|tools| !tools.is_empty()) {
+        count.add(OF_TOOLS);
+    }
+    count.sum()
+}
+
+/// What the prompt of a request is at least, found quickly: for those who judge again what others have counted, perhaps by an older catalogue.
+/// Pictures, and what stands around texts, count half.
+pub fn least(body: &Map<String, Value>, model: &Model) -> i64 {
+    let mut count = Count { model, is_quick: true, tokens: 0, bytes: 0, uncounted: 0, others: 0, room: 0 };
+    count.body(body);
+    (count.bytes / LONGEST_TOKEN).saturating_add(count.others / 2)
+}
+
+struct Count<'m> {
+    model: &'m Model,
+    /// Whether no tokenizer is asked, and files are not opened.
+    is_quick: bool,
+    /// What the tokenizer has counted, and in how many bytes.
+    tokens: i64,
+    bytes: i64,
+    /// Bytes of text that it has not looked at.
+    uncounted: i64,
+    /// All else.
+    others: i64,
+    /// Bytes that it may still look at.
+    room: usize,
+}
+
+impl Count<'_> {
+    fn body(&mut self, body: &Map<String, Value>) {
+        for (name, value) in body {
+            match (name.as_str(), value) {
+                // It is no part of the prompt.
+                ("model" | "stream_options", _) | (_, Value::Number(_) | Value::Bool(_) | Value::Null) => {}
+                ("messages" | "input", value) => self.turns(value),
+                ("system" | "instructions", value) => self.content(value),
+                ("tools", Value::Array(tools)) if tools.is_empty() => {}
+                (_, value) => self.json(value),
+            }
         }
-        _ => 0,
+    }
+
+    fn sum(&self) -> Prompt {
+        let text = match self.model.counting {
+            Counting::O200k(percent) => (self.tokens.saturating_mul(percent).saturating_add(99) / 100).min(self.bytes),
+            Counting::Bytes => self.bytes,
+        };
+        let all_text = self.bytes.saturating_add(self.uncounted);
+        Prompt {
+            tokens: text.saturating_add(self.uncounted).saturating_add(self.others),
+            // Some texts are long runs of one sign, of which a token has many.
+            least: (all_text / BYTES_PER_TOKEN).min(self.tokens.saturating_mul(4) / 5),
+        }
+    }
+
+    fn add(&mut self, tokens: i64) {
+        self.others = self.others.saturating_add(tokens);
+    }
+
+    fn text(&mut self, text: &str) {
+        let bytes = length(text.len());
+        if self.is_quick {
+            self.bytes = self.bytes.saturating_add(bytes);
+        } else if text.len() <= self.room {
+            self.room = self.room.saturating_sub(text.len());
+            self.tokens = self.tokens.saturating_add(length(bpe::count(text)));
+            self.bytes = self.bytes.saturating_add(bytes);
+        } else {
+            self.uncounted = self.uncounted.saturating_add(bytes);
+        }
+    }
+
+    /// What a provider writes out for its model: names and texts, and signs around them.
+    fn json(&mut self, value: &Value) {
+        match value {
+            Value::String(text) => {
+                self.text(text);
+                self.add(1);
+            }
+            Value::Array(items) => {
+                self.add(1);
+                items.iter().for_each(|item| self.json(item));
+            }
+            Value::Object(members) => {
+                self.add(1);
+                members.iter().for_each(|(name, value)| self.member(name, value));
+            }
+            Value::Number(number) => self.text(&number.to_string()),
+            Value::Bool(_) | Value::Null => self.add(1),
+        }
+    }
+
+    fn member(&mut self, name: &str, value: &Value) {
+        self.text(name);
+        self.add(1);
+        self.json(value);
+    }
+
+    /// Messages, and what stands among them.
+    fn turns(&mut self, value: &Value) {
+        match value {
+            Value::String(text) => self.text(text),
+            Value::Array(turns) => turns.iter().for_each(|turn| self.turn(turn)),
+            other => self.json(other),
+        }
+    }
+
+    fn turn(&mut self, turn: &Value) {
+        let Value::Object(members) = turn else { return self.json(turn) };
+        self.add(OF_A_MESSAGE);
+        for (name, value) in members {
+            match (name.as_str(), value) {
+                ("content" | "output", value) => self.content(value),
+                // Among what is around a message.
+                ("role" | "type" | "status", Value::String(word)) if word.len() < 32 => {}
+                (_, value) => self.member(name, value),
+            }
+        }
+    }
+
+    /// The content of a message or of a tool's result.
+    fn content(&mut self, value: &Value) {
+        match value {
+            Value::String(text) => self.text(text),
+            Value::Array(parts) => parts.iter().for_each(|part| self.part(part)),
+            Value::Object(_) => self.part(value),
+            other => self.json(other),
+        }
+    }
+
+    fn part(&mut self, part: &Value) {
+        let Value::Object(members) = part else { return self.content(part) };
+        match members.get("type").and_then(Value::as_str).unwrap_or_default() {
+            "image_url" | "input_image" | "image" | "computer_screenshot" => {
+                self.but(members, &["image_url", "source"]);
+                self.picture(members);
+            }
+            "input_audio" => {
+                self.but(members, &["input_audio"]);
+                self.sound(members.get("input_audio"));
+            }
+            "file" | "input_file" | "document" => {
+                self.but(members, &["file", "file_data", "source"]);
+                self.file(members);
+            }
+            "tool_result" => {
+                self.but(members, &["content"]);
+                members.get("content").into_iter().for_each(|content| self.content(content));
+            }
+            _ => self.but(members, &[]),
+        }
+    }
+
+    /// What a part has beside its data, as text.
+    fn but(&mut self, members: &Map<String, Value>, without: &[&str]) {
+        for (name, value) in members {
+            match (name.as_str(), value) {
+                ("type", Value::String(word)) if word.len() < 32 => {}
+                ("text", Value::String(text)) => self.text(text),
+                (name, _) if without.contains(&name) => {}
+                (name, value) => self.member(name, value),
+            }
+        }
+    }
+
+    fn picture(&mut self, part: &Map<String, Value>) {
+        let url = part.get("image_url");
+        let detail = part.get("detail").or_else(|| url?.get("detail")).and_then(Value::as_str);
+        let detail = match detail {
+            Some("low") => Detail::Low,
+            Some("original") => Detail::Original,
+            _ => Detail::High,
+        };
+        let inline = url.and_then(|url| url.as_str().or_else(|| url.get("url")?.as_str())).and_then(of_data_url);
+        let data = inline.or_else(|| of_source(part)).map(|(_, data)| data);
+        let size = data.and_then(|data| imagesize::blob_size(&decoded(data, HEAD_OF_A_PICTURE)?).ok());
+        let size = size.map(|size| (length(size.width), length(size.height)));
+        self.add(self.model.pictures.tokens(size, detail));
+    }
+
+    fn sound(&mut self, sound: Option<&Value>) {
+        if self.is_quick {
+            return;
+        }
+        let data = sound.and_then(|sound| sound.get("data")).and_then(Value::as_str);
+        let seconds =
+            data.and_then(|data| decoded(data, usize::MAX)).map_or(sound::LONGEST, |bytes| sound::seconds(&bytes));
+        self.add(seconds.saturating_mul(self.model.sound_per_second));
+    }
+
+    fn file(&mut self, part: &Map<String, Value>) {
+        if self.is_quick {
+            return;
+        }
+        match part.get("source") {
+            // As Anthropic has it: text, or parts.
+            Some(source) if source.get("type").and_then(Value::as_str) == Some("text") => {
+                return source.get("data").into_iter().for_each(|text| self.content(text));
+            }
+            Some(source) if source.get("content").is_some() => {
+                return source.get("content").into_iter().for_each(|content| self.content(content));
+            }
+            _ => {}
+        }
+        let inline = part.get("file_data").or_else(|| part.get("file")?.get("file_data")).and_then(Value::as_str);
+        let inline = inline.map(|data| of_data_url(data).unwrap_or(("", data)));
+        let Some((kind, data)) = inline.or_else(|| of_source(part)) else {
+            return self.pages(MOST_PAGES);
+        };
+        match decoded(data, usize::MAX) {
+            None => self.pages(MOST_PAGES),
+            Some(bytes) if kind == "application/pdf" || bytes.starts_with(b"%PDF-") => self.pdf(document::read(&bytes)),
+            Some(bytes) => match String::from_utf8(bytes) {
+                Ok(text) => self.text(&text),
+                // What is packed may be longer than it looks.
+                Err(packed) => self.add(length(packed.as_bytes().len()).max(OF_A_FILE)),
+            },
+        }
+    }
+
+    fn pdf(&mut self, pdf: Option<Pdf>) {
+        let Some(Pdf { pages, text }) = pdf else { return self.pages(MOST_PAGES) };
+        self.add(
+            pages.saturating_mul(
+                self.model.page.unwrap_or_else(|| self.model.pictures.tokens(Some(PAGE), Detail::High)),
+            ),
+        );
+        // Some providers have their models read the pictures alone.
+        if self.model.page.is_none() {
+            self.text(&text);
+        }
+    }
+
+    /// Pages of which nothing is known: as full as Anthropic says that they may be.
+    fn pages(&mut self, pages: i64) {
+        self.add(pages.saturating_mul(self.model.page.unwrap_or(3_000)));
     }
 }
+
+fn length(length: usize) -> i64 {
+    i64::try_from(length).unwrap_or(i64::MAX)
+}
+
+/// Media type and base64 of a `data:` URL.
+fn of_data_url(url: &str) -> Option<(&str, &str)> {
+    let (head, data) =
+        url.split_at_checked(5).filter(|(scheme, _)| scheme.eq_ignore_ascii_case("data:"))?.1.split_once(',')?;
+    let kind = head.split(';').next().unwrap_or_default();
+    head.to_ascii_lowercase().ends_with(";base64").then_some((kind, data))
+}
+
+/// The same of a `source` as Anthropic has it.
+fn of_source(part: &Map<String, Value>) -> Option<(&str, &str)> {
+    let source = part.get("source")?;
+    let kind = source.get("media_type").and_then(Value::as_str).unwrap_or_default();
+    source.get("data").and_then(Value::as_str).map(|data| (kind, data))
+}
+
+/// The bytes, or the first of them.
+fn decoded(base64: &str, most: usize) -> Option<Vec<u8>> {
+    let bytes = base64.as_bytes();
+    let most = most.checked_mul(4).map_or(bytes.len(), |most| most.min(bytes.len()));
+    let head = bytes.get(..most)?;
+    if head.iter().any(u8::is_ascii_whitespace) {
+        let whole: Vec<u8> = head.iter().copied().filter(|byte| !byte.is_ascii_whitespace()).collect();
+        return in_fours(&whole, most < bytes.len());
+    }
+    in_fours(head, most < bytes.len())
+}
+
+fn in_fours(base64: &[u8], is_cut: bool) -> Option<Vec<u8>> {
+    let whole = if is_cut { base64.len() / 4 * 4 } else { base64.len() };
+    BASE64.decode(base64.get(..whole)?).ok()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,8 +1,9 @@
 //! A request that is ready to be sent, and its bound as it stands.
 //!
-//! Guarantees: harness and gateway bound the very same request, so that they agree on each; what [`make`] has made ready passes
-//! [`bound`], with the same bound.
-//! Non-goals: reserving it.
+//! Guarantees: harness and gateway judge the very same request, so that they agree on each; what [`make`] has made ready passes [`bound`], which
+//! finds the same output and no longer a prompt.
+//! Non-goals: reserving it. Counting a prompt twice: whoever judges again asks only for the least that it can be, and does not refuse what an
+//! older catalogue has counted in another way.
 
 use serde_json::{Map, Value};
 
@@ -10,50 +11,39 @@ use super::{
     Bound,
     api::Api,
     catalogue::Model,
+    estimate::{self, Prompt},
     request::{self, Bounded, Left, Unbounded},
+    settle::Reserved,
 };
 
 /// All that there could be: the bound of a request that names its output limit does not depend on what is left.
 const UNLIMITED: Left<'static> = Left { tokens: i64::MAX, cost: None };
 
-/// Sets in a request what its bound needs, and gives the bound of what is sent then.
+/// Sets in a request what its bound needs, and gives what is to be set aside for it. What is set is no part of its prompt.
 ///
 /// # Errors
 /// If its cost or effect cannot be bounded.
-pub fn make(api: Api, body: &mut Map<String, Value>, model: &Model, left: Left<'_>) -> Result<Bound, Unbounded> {
-    let first = request::bound(api, body, model, left)?;
-    let sent = set(api, body.clone(), model, &first)?;
-    // What is set counts as well, and comes off the output limit where that is all that is left.
-    let more = sent.bound.prompt.saturating_sub(first.bound.prompt).max(0);
-    let less = Left {
-        tokens: left.tokens.saturating_sub(more),
-        cost: left.cost.map(|(micros, price)| (micros.saturating_sub(price.cost(more, 0)), price)),
-    };
-    let sent = if more == 0 { sent } else { set(api, body.clone(), model, &request::bound(api, body, model, less)?)? };
-    *body = sent.body;
-    Ok(sent.bound)
+pub fn make(
+    api: Api,
+    body: &mut Map<String, Value>,
+    model: &Model,
+    prompt: Prompt,
+    left: Left<'_>,
+) -> Result<Reserved, Unbounded> {
+    let Bounded { reserved, set } = request::bound(api, body, model, prompt, left)?;
+    body.extend(set.into_iter().map(|(name, value)| (name.to_owned(), value)));
+    Ok(reserved)
 }
 
-/// A request with what had to be set in it.
-struct Sent {
-    body: Map<String, Value>,
-    bound: Bound,
-}
-
-fn set(api: Api, mut body: Map<String, Value>, model: &Model, bounded: &Bounded) -> Result<Sent, Unbounded> {
-    body.extend(bounded.set.iter().map(|(name, value)| ((*name).to_owned(), value.clone())));
-    let bound = if bounded.set.is_empty() { bounded.bound } else { bound(api, &body, model)? };
-    Ok(Sent { body, bound })
-}
-
-/// The bound of a request as it stands, in which nothing has to be set any more.
+/// The bound of a request as it stands, in which nothing has to be set any more, and whose prompt is as short as it can be.
 ///
 /// # Errors
 /// If its cost or effect cannot be bounded, or only with something that it does not say.
 pub fn bound(api: Api, body: &Map<String, Value>, model: &Model) -> Result<Bound, Unbounded> {
-    let Bounded { bound, set } = request::bound(api, body, model, UNLIMITED)?;
+    let tokens = estimate::least(body, model);
+    let Bounded { reserved, set } = request::bound(api, body, model, Prompt { tokens, least: tokens }, UNLIMITED)?;
     match set.iter().find(|(name, value)| body.get(*name) != Some(value)) {
-        None => Ok(bound),
+        None => Ok(reserved.bound),
         Some((name, _)) => Err(Unbounded(format!("expected a request that names `{name}`, found none, or another"))),
     }
 }
@@ -71,7 +61,7 @@ mod tests {
     }
 
     proptest! {
-        /// What the harness reserves is what the gateway finds, whatever is set, and never more than is left where the limit is ours.
+        /// What the harness reserves is enough for the gateway, whatever is set, and never more than is left where the limit is ours.
         #[test]
         fn who_makes_it_ready_and_who_judges_it_again_agree(
             api in apis(),
@@ -92,8 +82,13 @@ mod tests {
             if let Some(limit) = limit {
                 body.insert(model.limit_member(api).unwrap().into(), limit.into());
             }
-            let made = make(api, &mut body, &model, Left { tokens: left, cost: micros.map(|micros| (micros, &price)) }).unwrap();
-            prop_assert_eq!(Ok(made), bound(api, &body, &model));
+            let prompt = estimate::prompt(api, &body, &model);
+            let left_of = Left { tokens: left, cost: micros.map(|micros| (micros, &price)) };
+            let made = make(api, &mut body, &model, prompt, left_of).unwrap().bound;
+            prop_assert_eq!(prompt, estimate::prompt(api, &body, &model), "what is set is no part of it");
+            let again = bound(api, &body, &model).unwrap();
+            prop_assert_eq!(again.output, made.output);
+            prop_assert!(again.prompt <= made.prompt);
             let fits = limit.is_some() || made.output == 1 || made.total() <= left;
             prop_assert!(fits, "{:?} of {}", made, left);
         }
@@ -114,7 +109,8 @@ mod tests {
             assert!(refused.to_string().contains(word), "{refused}");
             // The control: it passes once it is made ready, but for what is refused either way.
             let left = Left { tokens: 10_000, cost: None };
-            assert_eq!(make(api, &mut body, &model, left).is_ok(), word != "background", "{body:?}");
+            let prompt = estimate::prompt(api, &body, &model);
+            assert_eq!(make(api, &mut body, &model, prompt, left).is_ok(), word != "background", "{body:?}");
             assert_eq!(bound(api, &body, &model).is_ok(), word != "background", "{body:?}");
         }
     }

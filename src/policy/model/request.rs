@@ -6,7 +6,9 @@ use super::{
     Bound,
     api::Api,
     catalogue::{Model, OUTPUT_UNKNOWN},
-    estimate, members,
+    estimate::Prompt,
+    members,
+    settle::Reserved,
 };
 use crate::policy::config::ModelPrice;
 
@@ -49,21 +51,26 @@ impl Left<'_> {
 /// A request that may leave, as far as its own bytes tell.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Bounded {
-    /// What it may cost.
-    pub bound: Bound,
+    /// What is set aside for it, and what its prompt costs at least.
+    pub reserved: Reserved,
     /// The members that have to be set in it for the bound to hold, and nothing else changes.
     pub set: Vec<(&'static str, Value)>,
 }
 
-/// Bounds a request to this model.
+/// Bounds a request to this model, whose prompt is so long.
 ///
 /// # Errors
 /// If its cost or effect cannot be bounded; the message says which member and what to do.
-pub fn bound(api: Api, body: &Map<String, Value>, model: &Model, left: Left<'_>) -> Result<Bounded, Unbounded> {
+pub fn bound(
+    api: Api,
+    body: &Map<String, Value>,
+    model: &Model,
+    prompt: Prompt,
+    left: Left<'_>,
+) -> Result<Bounded, Unbounded> {
     members::review(api, body)?;
     let replies = replies(body)?;
     let mut set: Vec<_> = wish_for_usage(api, body).into_iter().collect();
-    let prompt = estimate::prompt(body);
     let named = api.output_limits().iter().find_map(|field| body.get(*field).filter(|value| !value.is_null()));
     let each = match named {
         Some(value) => value
@@ -73,12 +80,13 @@ pub fn bound(api: Api, body: &Map<String, Value>, model: &Model, left: Left<'_>)
             // A model gives no more than it can, and whether it takes a limit above that its provider says.
             .min(model.max_output.unwrap_or(i64::MAX)),
         None => {
-            let each = left.unnamed(model, prompt, replies);
+            let each = left.unnamed(model, prompt.tokens, replies);
             set.extend(model.limit_member(api).map(|member| (member, each.into())));
             each
         }
     };
-    Ok(Bounded { bound: Bound { prompt, output: each.saturating_mul(replies) }, set })
+    let bound = Bound { prompt: prompt.tokens, output: each.saturating_mul(replies) };
+    Ok(Bounded { reserved: Reserved { bound, least_prompt: prompt.least }, set })
 }
 
 /// How many replies it asks for.
@@ -104,7 +112,7 @@ mod tests {
     use proptest::prelude::*;
     use serde_json::json;
 
-    use super::*;
+    use super::{super::estimate, *};
 
     fn object(value: Value) -> Map<String, Value> {
         value.as_object().unwrap().clone()
@@ -112,6 +120,14 @@ mod tests {
 
     fn model() -> Model {
         Model::named("our-own", None)
+    }
+
+    type Set = Vec<(&'static str, Value)>;
+
+    /// What is set aside for a request, and what is set in it.
+    fn bounded(api: Api, body: &Map<String, Value>, model: &Model, left: Left<'_>) -> Result<(Bound, Set), Unbounded> {
+        let Bounded { reserved, set } = bound(api, body, model, estimate::prompt(api, body, model), left)?;
+        Ok((reserved.bound, set))
     }
 
     fn tokens(tokens: i64) -> Left<'static> {
@@ -128,7 +144,7 @@ mod tests {
         };
         let body = object(json!({"model": "m", "messages": []}));
         let left = Left { tokens: 1_000_000, cost: Some((5_000, &price)) };
-        let Bounded { bound, set } = bound(Api::Messages, &body, &model(), left).unwrap();
+        let (bound, set) = bounded(Api::Messages, &body, &model(), left).unwrap();
         assert!((400..500).contains(&bound.output), "{bound:?}");
         assert!(price.cost(bound.prompt, bound.output) <= 5_000);
         assert_eq!(set, [("max_tokens", json!(bound.output))]);
@@ -138,7 +154,7 @@ mod tests {
     fn an_absent_output_limit_becomes_a_modest_one_or_what_is_left() {
         for (left, output) in [(1_000_000, Some(OUTPUT_UNKNOWN)), (1_000, None)] {
             let body = object(json!({"model": "m", "messages": [{"role": "user", "content": "hello"}]}));
-            let Bounded { bound, set } = bound(Api::ChatCompletions, &body, &model(), tokens(left)).unwrap();
+            let (bound, set) = bounded(Api::ChatCompletions, &body, &model(), tokens(left)).unwrap();
             assert_eq!(bound.output, output.unwrap_or(left - bound.prompt), "{bound:?}");
             assert_eq!(set, [("max_tokens", json!(bound.output))]);
         }
@@ -162,11 +178,11 @@ mod tests {
             ("gpt-4o", 0, "hi", 1..=1),
         ] {
             let body = object(json!({"model": name, "messages": [{"role": "user", "content": content}]}));
-            let bounded = bound(Api::ChatCompletions, &body, &Model::named(name, None), tokens(left)).unwrap();
-            assert!(outputs.contains(&bounded.bound.output), "{name} of {left}: {bounded:?}");
+            let (bound, _) = bounded(Api::ChatCompletions, &body, &Model::named(name, None), tokens(left)).unwrap();
+            assert!(outputs.contains(&bound.output), "{name} of {left}: {bound:?}");
             let of_three = object(json!({"model": name, "messages": [], "n": 3}));
-            let three = bound(Api::ChatCompletions, &of_three, &Model::named(name, None), tokens(left)).unwrap();
-            assert!(left < 2_000 || three.bound.total() <= left, "{name} of {left}: {three:?}");
+            let (three, _) = bounded(Api::ChatCompletions, &of_three, &Model::named(name, None), tokens(left)).unwrap();
+            assert!(left < 2_000 || three.total() <= left, "{name} of {left}: {three:?}");
         }
     }
 
@@ -176,15 +192,15 @@ mod tests {
         for (name, limit, output) in [("gpt-4o", 500_000, 16_384), ("gpt-4o", 100, 100), ("our-own", 500_000, 500_000)]
         {
             let body = object(json!({"model": name, "messages": [], "max_tokens": limit}));
-            let bounded = bound(Api::ChatCompletions, &body, &Model::named(name, None), tokens(1_000)).unwrap();
-            assert_eq!((bounded.bound.output, bounded.set), (output, vec![]), "{name}");
+            let (bound, set) = bounded(Api::ChatCompletions, &body, &Model::named(name, None), tokens(1_000)).unwrap();
+            assert_eq!((bound.output, set), (output, vec![]), "{name}");
         }
     }
 
     #[test]
     fn a_named_output_limit_stays_and_counts_for_each_reply() {
         let body = object(json!({"model": "m", "messages": [], "max_tokens": 50, "n": 3}));
-        let Bounded { bound, set } = bound(Api::ChatCompletions, &body, &model(), tokens(10_000)).unwrap();
+        let (bound, set) = bounded(Api::ChatCompletions, &body, &model(), tokens(10_000)).unwrap();
         assert_eq!((bound.output, set), (150, vec![]));
     }
 
@@ -194,7 +210,7 @@ mod tests {
             let body = object(
                 json!({"model": "m", "messages": [], "max_tokens": 9, "stream": true, "stream_options": options}),
             );
-            let set = bound(Api::ChatCompletions, &body, &model(), tokens(10_000)).unwrap().set;
+            let (_, set) = bounded(Api::ChatCompletions, &body, &model(), tokens(10_000)).unwrap();
             assert_eq!(set, [("stream_options", json!({"include_usage": true}))]);
         }
     }
@@ -210,19 +226,20 @@ mod tests {
             (Api::ChatCompletions, json!({"n": 0}), "`n`"),
             (Api::ChatCompletions, json!({"max_tokens": -1}), "output limit"),
         ] {
-            let refused = bound(api, &object(body), &model(), tokens(1_000)).unwrap_err();
+            let refused = bounded(api, &object(body), &model(), tokens(1_000)).unwrap_err();
             assert!(refused.to_string().contains(word), "{refused}");
         }
     }
 
     proptest! {
-        /// A body is never said to cost less than a token for each byte of the text in it.
+        /// What is left pays for what is set aside, whatever it is, unless it does not pay for the prompt.
         #[test]
-        fn the_prompt_bound_covers_the_text(text in ".{0,200}", left in 0i64..100_000) {
-            let body = object(json!({"messages": [{"role": "user", "content": text}]}));
-            let bound = bound(Api::ChatCompletions, &body, &model(), tokens(left)).unwrap().bound;
-            prop_assert!(bound.prompt >= i64::try_from(text.len()).unwrap());
-            prop_assert!(bound.total() <= left || bound.prompt.saturating_add(1) >= left);
+        fn an_absent_limit_never_takes_more_than_there_is(text in ".{0,200}", left in 0i64..100_000, n in 1i64..5) {
+            let body = object(json!({"messages": [{"role": "user", "content": text}], "n": n}));
+            for name in ["our-own", "gpt-4o", "claude-opus-5"] {
+                let (bound, _) = bounded(Api::ChatCompletions, &body, &Model::named(name, None), tokens(left)).unwrap();
+                prop_assert!(bound.total() <= left || bound.prompt.saturating_add(n) >= left, "{bound:?}");
+            }
         }
     }
 }

@@ -1,9 +1,16 @@
-//! What a call is charged: by the provider's own account, or by what came of the reply.
+//! What a call is charged: by the provider's own account where it can be true, or by what came of the reply.
+//!
+//! Guarantees: whatever a provider says, at least [`least`] of what it was sent and what came is charged, and never more than a record can have;
+//! what is not known to have ended is charged no less than what is known of it. Non-goals: to prove what a provider says. By how much one that lies,
+//! or breaks off, can pass a limit is in docs/model-budgets.md.
 
 use serde_json::Value;
 
 use super::Bound;
 use crate::canonical::LARGEST_WHOLE;
+
+/// At most so many bytes of a reply's text for a token, in a text that models write.
+const BYTES_PER_TOKEN: i64 = 16;
 
 /// How much of a reply came.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -12,25 +19,46 @@ pub enum Came {
     Whole,
     /// What the provider was able to say before it failed: it hung up, or sent an error in place of the rest.
     Broken,
-    /// Whoever asked stopped reading. What the model did until then may be more than what came.
+    /// It was not read to its end: whoever asked has stopped, and so have we. What the model did until then may be more than what came.
     Unread,
+}
+
+/// What was set aside for a call, and what it costs at least.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Reserved {
+    /// What was set aside.
+    pub bound: Bound,
+    /// The least that the prompt can be.
+    pub least_prompt: i64,
 }
 
 /// What a call is charged; absent where what was set aside stays charged.
 ///
 /// `taken`: whether the provider has taken the request, by the reply's status. Providers charge nothing for what they refuse, and nothing
 /// for what they fail to begin with.
-pub fn charge(reserved: Bound, taken: bool, came: Came, said: &Reported) -> Option<Bound> {
+pub fn charge(reserved: Reserved, taken: bool, came: Came, said: &Reported) -> Option<Bound> {
+    let Reserved { bound, least_prompt } = reserved;
     match came {
         _ if !taken => Some(Bound { prompt: 0, output: 0 }),
         // An account of a reply that broke off may still have grown.
-        Came::Whole if !said.failed => said.both(),
+        Came::Whole if !said.failed => match said.both() {
+            Some(both) => {
+                Some(Bound { prompt: both.prompt.max(least_prompt), output: both.output.max(said.least_output()) })
+            }
+            None => beyond(bound, said),
+        },
         Came::Whole | Came::Broken => Some(Bound {
-            prompt: said.prompt.unwrap_or(reserved.prompt).min(reserved.prompt),
-            output: said.output.unwrap_or_default().max(said.written).min(reserved.output),
+            prompt: said.prompt.map_or(bound.prompt, |prompt| prompt.max(least_prompt)),
+            output: said.output.unwrap_or_default().max(said.written.min(bound.output)).max(said.least_output()),
         }),
-        Came::Unread => None,
+        Came::Unread => beyond(bound, said),
     }
+}
+
+/// What is charged above what was set aside, where more has come than that can be.
+fn beyond(bound: Bound, said: &Reported) -> Option<Bound> {
+    let output = said.least_output();
+    (output > bound.output).then_some(Bound { output, ..bound })
 }
 
 /// The usage that a reply, or one event of a streamed reply, accounts for. Counts only grow within a reply, so the
@@ -39,10 +67,12 @@ pub fn charge(reserved: Bound, taken: bool, came: Came, said: &Reported) -> Opti
 pub struct Reported {
     /// Prompt tokens, cached ones included.
     pub prompt: Option<i64>,
-    /// Completion tokens.
+    /// Completion tokens, with those of a thought that is not shown.
     pub output: Option<i64>,
-    /// Bytes of what the model wrote, as the events of a streamed reply have it: no token is less than a byte.
+    /// Bytes of what the model wrote, as the events of a streamed reply have it, with all words around it: no token is less than a byte.
     pub written: i64,
+    /// Bytes of what it wrote, and nothing else.
+    pub shown: i64,
     /// Whether an event says that the provider has failed.
     pub failed: bool,
     /// Whether an event was the last that there is, by its protocol.
@@ -59,27 +89,42 @@ impl Reported {
         let choices = event.get("choices").and_then(Value::as_array).into_iter().flatten();
         let deltas = choices.filter_map(|choice| choice.get("delta")).chain(event.get("delta"));
         self.written = deltas.map(bytes_of).fold(self.written, i64::saturating_add);
+        self.shown = self.shown.saturating_add(shown(event, kind));
         let places = [
             event.get("usage"),
             event.get("response").and_then(|response| response.get("usage")),
             event.get("message").and_then(|message| message.get("usage")),
         ];
         for usage in places.into_iter().flatten() {
-            let count = |name: &str| {
-                usage.get(name).and_then(Value::as_i64).filter(|count| (0..=LARGEST_WHOLE).contains(count))
-            };
-            let sum = |names: &[&str]| {
-                names
-                    .iter()
-                    .filter_map(|name| count(name))
-                    .fold(None, |sum: Option<i64>, count| Some(sum.unwrap_or(0).saturating_add(count)))
-            };
-            let prompt = count("prompt_tokens")
-                .or_else(|| sum(&["input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens"]));
-            let output = count("completion_tokens").or_else(|| count("output_tokens"));
-            self.prompt = self.prompt.max(prompt);
-            self.output = self.output.max(output);
+            self.account(usage);
         }
+    }
+
+    fn account(&mut self, usage: &Value) {
+        let count = |of: &Value, name: &str| {
+            of.get(name).and_then(Value::as_i64).filter(|count| (0..=LARGEST_WHOLE).contains(count))
+        };
+        let sum = |names: &[&str]| {
+            names
+                .iter()
+                .filter_map(|name| count(usage, name))
+                .fold(None, |sum: Option<i64>, count| Some(sum.unwrap_or(0).saturating_add(count)))
+        };
+        // OpenAI counts cached tokens within the prompt, Anthropic beside it.
+        let prompt = count(usage, "prompt_tokens")
+            .or_else(|| sum(&["input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens"]));
+        let output = count(usage, "completion_tokens").or_else(|| count(usage, "output_tokens"));
+        // Some leave the tokens of a thought out of those of the reply, and have them in the total, or in the details alone.
+        let thought = ["completion_tokens_details", "output_tokens_details"]
+            .into_iter()
+            .filter_map(|details| count(usage.get(details)?, "reasoning_tokens"))
+            .max()
+            .unwrap_or(0);
+        let output = output.map(|output| if thought > output { output.saturating_add(thought) } else { output });
+        let beside =
+            count(usage, "total_tokens").zip(prompt).map(|(total, prompt)| total.saturating_sub(prompt).max(0));
+        self.prompt = self.prompt.max(prompt);
+        self.output = self.output.max(output).max(beside);
     }
 
     /// Takes in that a stream of chat completions has said `[DONE]`.
@@ -87,11 +132,64 @@ impl Reported {
         self.ended = true;
     }
 
+    /// The least that what came of the reply can be.
+    pub fn least_output(&self) -> i64 {
+        self.shown / BYTES_PER_TOKEN
+    }
+
     /// Both, once both are known. More than a record can have is no account that anybody could have meant: there is none then, and the
     /// reservation stays spent.
     pub fn both(self) -> Option<Bound> {
         let both = Bound { prompt: self.prompt?, output: self.output? };
         both.prompt.checked_add(both.output).filter(|total| *total <= LARGEST_WHOLE).map(|_| both)
+    }
+}
+
+/// The members that hold what a model writes, by all three APIs.
+const WRITTEN: [&str; 10] = [
+    "content",
+    "text",
+    "arguments",
+    "thinking",
+    "reasoning_content",
+    "reasoning",
+    "refusal",
+    "partial_json",
+    "summary",
+    "input",
+];
+
+/// Bytes of what the model wrote, in a whole reply or in one event. Events that say again what others have said do not count.
+fn shown(event: &Value, kind: Option<&str>) -> i64 {
+    let choices = event.get("choices").and_then(Value::as_array).into_iter().flatten();
+    let of_choices = choices.flat_map(|choice| [choice.get("message"), choice.get("delta")]).flatten();
+    let of_event = match kind {
+        // A whole reply of Messages.
+        Some("message") => event.get("content"),
+        Some("content_block_delta") => event.get("delta"),
+        Some(kind) if kind.starts_with("response.") && kind.ends_with(".delta") => {
+            return event.get("delta").map_or(0, bytes_of);
+        }
+        // A whole reply of Responses.
+        None if event.get("object").and_then(Value::as_str) == Some("response") => event.get("output"),
+        _ => None,
+    };
+    of_choices.chain(of_event).map(written).fold(0, i64::saturating_add)
+}
+
+/// Bytes of the texts that stand under [`WRITTEN`] names, however deep.
+fn written(value: &Value) -> i64 {
+    match value {
+        Value::Array(items) => items.iter().map(written).fold(0, i64::saturating_add),
+        Value::Object(members) => members
+            .iter()
+            .map(|(name, value)| match value {
+                Value::String(_) if WRITTEN.contains(&name.as_str()) => bytes_of(value),
+                Value::Array(_) | Value::Object(_) => written(value),
+                _ => 0,
+            })
+            .fold(0, i64::saturating_add),
+        _ => 0,
     }
 }
 
@@ -146,7 +244,7 @@ mod tests {
 
     #[test]
     fn a_call_is_charged_by_what_came_of_it() {
-        let reserved = Bound { prompt: 100, output: 1_000 };
+        let reserved = Reserved { bound: Bound { prompt: 100, output: 1_000 }, least_prompt: 6 };
         let bound = |prompt, output| Some(Bound { prompt, output });
         let said = |events: &[Value]| {
             let mut said = Reported::default();
@@ -176,13 +274,103 @@ mod tests {
                 true,
                 Came::Broken,
                 vec![json!({"usage": {"prompt_tokens": 1_000_000, "completion_tokens": 2}})],
-                bound(100, 2),
+                bound(1_000_000, 2),
             ),
             // Whoever stops reading does not thereby pay less.
             (true, Came::Unread, vec![text], None),
             (true, Came::Unread, vec![usage], None),
         ] {
             assert_eq!(charge(reserved, taken, came, &said(&events)), charged, "{taken} {came:?} {events:?}");
+        }
+    }
+
+    #[test]
+    fn an_account_is_taken_where_it_can_be_true() {
+        let reserved = Reserved { bound: Bound { prompt: 400, output: 1_000 }, least_prompt: 20 };
+        let text = "x".repeat(3_200);
+        let chat = |usage: Value| vec![json!({"choices": [{"message": {"content": text}}], "usage": usage})];
+        let stream = |usage: Value| {
+            let delta = json!({"choices": [{"delta": {"content": "x".repeat(1_600)}}]});
+            vec![delta.clone(), delta, json!({"choices": [], "usage": usage})]
+        };
+        let messages = |usage: Value| {
+            vec![
+                json!({"type": "message_start", "message": {"usage": {"input_tokens": 0, "output_tokens": 0}}}),
+                json!({"type": "content_block_delta", "delta": {"type": "text_delta", "text": text}}),
+                json!({"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": usage}),
+            ]
+        };
+        let responses = |usage: Value| {
+            let output = json!([{"type": "message", "content": [{"type": "output_text", "text": text}]}]);
+            vec![
+                json!({"type": "response.output_text.delta", "delta": text}),
+                // It says it all again.
+                json!({"type": "response.output_text.done", "text": text}),
+                json!({"type": "response.completed", "response": {"output": output, "usage": usage}}),
+            ]
+        };
+        let bound = |prompt, output| Bound { prompt, output };
+        for (events, charged) in [
+            // Nothing at all, though something came: a sixteenth of it.
+            (chat(json!({"prompt_tokens": 0, "completion_tokens": 0})), bound(20, 200)),
+            (stream(json!({"prompt_tokens": 0, "completion_tokens": 0})), bound(20, 200)),
+            (messages(json!({"output_tokens": 0})), bound(20, 200)),
+            (responses(json!({"input_tokens": 0, "output_tokens": 0})), bound(20, 200)),
+            (chat(json!({"prompt_tokens": 350, "completion_tokens": 800})), bound(350, 800)),
+            // A thought beside the reply: in the total, or in the details.
+            (chat(json!({"prompt_tokens": 350, "completion_tokens": 800, "total_tokens": 4_150})), bound(350, 3_800)),
+            (chat(json!({"prompt_tokens": 350, "total_tokens": 1_150})), bound(350, 800)),
+            (
+                chat(
+                    json!({"prompt_tokens": 350, "completion_tokens": 800, "completion_tokens_details": {"reasoning_tokens": 3_000}}),
+                ),
+                bound(350, 3_800),
+            ),
+            // A thought within it.
+            (
+                chat(
+                    json!({"prompt_tokens": 350, "completion_tokens": 800, "completion_tokens_details": {"reasoning_tokens": 700}, "total_tokens": 1_150}),
+                ),
+                bound(350, 800),
+            ),
+            (
+                responses(
+                    json!({"input_tokens": 350, "output_tokens": 800, "output_tokens_details": {"reasoning_tokens": 700}}),
+                ),
+                bound(350, 800),
+            ),
+            // Caches: beside the prompt by Anthropic, within it by OpenAI.
+            (
+                messages(
+                    json!({"input_tokens": 5, "cache_creation_input_tokens": 100, "cache_read_input_tokens": 300, "output_tokens": 800}),
+                ),
+                bound(405, 800),
+            ),
+            (
+                chat(
+                    json!({"prompt_tokens": 350, "completion_tokens": 800, "prompt_tokens_details": {"cached_tokens": 300}}),
+                ),
+                bound(350, 800),
+            ),
+            // More than was set aside.
+            (chat(json!({"prompt_tokens": 3_500, "completion_tokens": 8_000})), bound(3_500, 8_000)),
+            // A total that is less than its parts.
+            (chat(json!({"prompt_tokens": 350, "completion_tokens": 800, "total_tokens": 3})), bound(350, 800)),
+        ] {
+            let mut said = Reported::default();
+            events.iter().for_each(|event| said.see(event));
+            assert_eq!(charge(reserved, true, Came::Whole, &said), Some(charged), "{events:?}");
+        }
+    }
+
+    /// More has come than was set aside, and nobody gives an account of it.
+    #[test]
+    fn what_came_counts_beyond_what_was_set_aside() {
+        let reserved = Reserved { bound: Bound { prompt: 100, output: 50 }, least_prompt: 6 };
+        let mut said = Reported::default();
+        said.see(&json!({"choices": [{"delta": {"content": "x".repeat(1_600)}}]}));
+        for came in [Came::Whole, Came::Broken, Came::Unread] {
+            assert_eq!(charge(reserved, true, came, &said), Some(Bound { prompt: 100, output: 100 }), "{came:?}");
         }
     }
 
