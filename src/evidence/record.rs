@@ -217,6 +217,20 @@ impl Record {
         later.then(|| Unread::Newer(format!("expected version {VERSION}, found {v}: use a belay that knows it")))
     }
 
+    /// Why a document cannot be judged by this version: a record's bytes name it as its `place`th, and it is an object that is not, byte for
+    /// byte, what this version would write of what it reads there. What decides over calls grows with belay, and the form of records does
+    /// not.
+    pub fn newer_document(bytes: &[u8], place: usize, document: &[u8]) -> Option<Unread> {
+        let record: Value = serde_json::from_slice(bytes).ok()?;
+        let its = hex::encode(canonical::sha256(document));
+        let value: Value = serde_json::from_slice(document).ok()?;
+        let name = *DOCUMENTS.get(place)?;
+        if record.get(name) != Some(&its.as_str().into()) || !value.is_object() {
+            return None;
+        }
+        unknown(name, value, document).map(Unread::Newer)
+    }
+
     /// How many documents it names.
     pub fn documents(&self) -> usize {
         match &self.event {
@@ -248,8 +262,9 @@ impl Record {
             return Err(newer);
         }
         if again.documents != taken {
-            let problem = "a document of the record has fields or values that this version of belay does not know";
-            return Err(Unread::Newer(problem.into()));
+            let problem =
+                "a document of the record has fields or values that this version of belay does not know".to_owned();
+            return Err(Unread::from(problem).explained(bytes));
         }
         if again.record != bytes {
             let problem = format!("the record has fields or values that version {VERSION} does not have");
@@ -298,20 +313,34 @@ impl Record {
                 return Err(format!("expected the document {expected}, found {its}").into());
             }
             let document: Value = serde_json::from_slice(found).map_err(|error| format!("document {its}: {error}"))?;
-            // What decides over calls grows with belay, and the form of records does not.
-            let unknown = match name {
-                "policyDigest" => serde_json::from_value::<PolicyConfig>(document.clone()).err(),
-                _ => serde_json::from_value::<Plan>(document.clone()).err(),
-            };
-            if let Some(error) = unknown.filter(|_| document.is_object()) {
-                return Err(Unread::Newer(format!(
-                    "the document {its} is none that this version of belay knows: {error}"
-                )));
+            if let Some(problem) = unknown(name, document.clone(), found) {
+                return Err(problem.into());
             }
             *digest = document;
             taken.push(found);
         }
         Ok(serde_json::from_value(value).map_err(none)?)
+    }
+}
+
+/// Why a document is none that a record of this version may name so.
+fn unknown(name: &str, value: Value, document: &[u8]) -> Option<String> {
+    let problem = match name {
+        "policyDigest" => unlike::<PolicyConfig>(value, document),
+        _ => unlike::<Plan>(value, document),
+    };
+    let its = || hex::encode(canonical::sha256(document));
+    problem.map(|problem| format!("the document {} is none that this version of belay knows: {problem}", its()))
+}
+
+/// Why a document is not one of a form, written as that is.
+fn unlike<T: Serialize + serde::de::DeserializeOwned>(value: Value, document: &[u8]) -> Option<String> {
+    let again = serde_json::from_value::<T>(value).map_err(|error| error.to_string());
+    // Serde takes more than it writes: a list for an object, `null` for what is not there, a default that is left out.
+    match again.and_then(|read| canonical::to_bytes(&read).map_err(|error| error.to_string())) {
+        Ok(again) if again == document => None,
+        Ok(_) => Some("it has fields or values that are not written so".to_owned()),
+        Err(problem) => Some(problem),
     }
 }
 

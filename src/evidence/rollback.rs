@@ -10,7 +10,10 @@ use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 
 pub use self::plan::{By, Plan, Step, Undo};
-use super::record::{Channel, Effect, Event, Record};
+use super::{
+    fits,
+    record::{Channel, Effect, Event, Record},
+};
 use crate::policy::{
     config::{Rollback, SideEffect},
     shorten::shorten,
@@ -204,13 +207,13 @@ pub fn lets(undoing: Option<&Undoing>, call: Leaving<'_>, now: Timestamp) -> Res
     }
 }
 
-/// Whether a call may still be undone. A time that cannot be read is over.
+/// Whether a call may still be undone. A time that is not in the form of a record's is over.
 ///
 /// # Errors
 /// Until when it could be.
 pub fn in_time(undoes: &str, until: Option<&str>, now: Timestamp) -> Result<(), String> {
     match until {
-        Some(until) if !until.parse::<Timestamp>().is_ok_and(|until| now <= until) => {
+        Some(until) if fits::time(until).is_none_or(|until| now > until) => {
             Err(format!("expected {undoes} to be undone until {until}; it is later: undo it by hand"))
         }
         _ => Ok(()),

@@ -155,7 +155,10 @@ impl Segment {
         for expected in header.documents.into_iter().flatten() {
             let missing = || broken(number, format!("expected the document {expected}, found none"));
             let (number, line) = lines.next().ok_or_else(missing)?;
-            let bytes = canonical_line(line).map_err(|problem| broken(number, problem))?.0;
+            let (bytes, value) = canonical_line(line).map_err(|problem| broken(number, problem))?;
+            if let Some(name) = reserved(&value) {
+                return Err(broken(number, format!("expected names that every reader takes for such, found {name:?}")));
+            }
             let found = hex::encode(canonical::sha256(bytes));
             if found != expected {
                 return Err(broken(number, format!("expected the document {expected}, found {found}")));
@@ -236,11 +239,21 @@ impl Segment {
         Ok(records)
     }
 
-    /// The first record that says itself that it is of a later version: by it the segment is not to be judged, whatever the others are.
+    /// The first record that says itself that it is of a later version, or else the first document of the first record that is of none that
+    /// is known: by it the segment is not to be judged, whatever the others are.
     pub fn newer(&self) -> Option<SegmentError> {
-        let unread = |bytes: &Vec<u8>| Record::newer(bytes);
-        let newer = self.records.iter().enumerate().find_map(|(record, bytes)| Some((record, unread(bytes)?)));
-        newer.map(|(record, unread)| unreadable(self.documents.len() + 2 + record, record, unread))
+        let newer = |record: usize, bytes: &Vec<u8>| {
+            Some(unreadable(self.documents.len() + 2 + record, record, Record::newer(bytes)?))
+        };
+        let first = self.records.first()?;
+        let unknown = |place: usize, document: &Vec<u8>| {
+            Some(unreadable(place + 2, 0, Record::newer_document(first, place, document)?))
+        };
+        let mut records = self.records.iter().enumerate();
+        let mut documents = self.documents.iter().enumerate();
+        records
+            .find_map(|(record, bytes)| newer(record, bytes))
+            .or_else(|| documents.find_map(|(place, document)| unknown(place, document)))
     }
 
     /// Records have named so many documents: all there are.
@@ -325,6 +338,18 @@ fn canonical_line(line: &[u8]) -> Result<(&[u8], Value), String> {
         Ok(again) if again == bytes => Ok((bytes, value)),
         _ => Err("not canonical JSON (RFC 8785): keys out of order or twice, spaces, or another way to write the same"
             .to_owned()),
+    }
+}
+
+/// A name by which `serde_json` means something else, where it comes first in its object.
+fn reserved(value: &Value) -> Option<&str> {
+    match value {
+        Value::Object(members) => members.iter().find_map(|(name, value)| match name.starts_with("$serde_json::") {
+            true => Some(name.as_str()),
+            false => reserved(value),
+        }),
+        Value::Array(items) => items.iter().find_map(reserved),
+        _ => None,
     }
 }
 

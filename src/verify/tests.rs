@@ -33,6 +33,7 @@ use crate::{
     },
 };
 
+mod documents;
 pub(crate) mod forge;
 pub(crate) mod script;
 
