@@ -30,7 +30,7 @@ chaos: install ## The API server dies, stands still, gets slow and forgets, 50 t
 	@e2e/test chaos; status=$$?; grep -A 200 '^chaos: seed .* s$$' $(CACHE)/logs/test-chaos.log | grep -E '^(chaos:|  )'; exit $$status
 
 fuzz: ## Every mutant of real logs and 5,000 structured ones, to both verifiers, 10^7 generated calls against the reference, 10^6 beside a ticker, and 10^5 orders of events
-	@BELAY_MUTANTS=all BELAY_STRUCTURED=$(or $(BELAY_STRUCTURED),5000) cargo test --release --locked --no-default-features --test evidence -- --nocapture
+	@BELAY_MUTANTS=all BELAY_SWEEP=all BELAY_STRUCTURED=$(or $(BELAY_STRUCTURED),5000) cargo test --release --locked --no-default-features --test evidence -- --nocapture
 	@BELAY_CALLS=10000000 cargo test --release --locked --no-default-features --lib reference
 	@BELAY_CALLS=1000000 cargo test --release --locked --no-default-features --features harness --lib generated_call -- --nocapture
 	@BELAY_ORDERS=100000 cargo test --release --locked --no-default-features --features operator --lib operator::tests::orders

@@ -8,34 +8,30 @@
 It starts from the witness's key and believes nothing else. It promises that VALID means: every object has, byte for
 byte, the one form that the format gives it; each segment is signed by the attempt's harness and the witness (the last
 one by the witness alone) over the tree of all records so far; the rules of section 5 hold from the first record to
-task.closed; tiles and summary are what follows from the records. INCOMPLETE means that so much holds for what is there,
-but the end, tiles or the summary are not. NEWER means it up to a segment of a later version, which the witness has
-signed and which is not judged. All else is INVALID. It refuses what the format does not name: other members,
-types or forms, other objects under segments/, tlog/ and incidents/. Objects elsewhere, as under rollback/, are ignored.
+task.closed, those by which the policy in the log lets each call pass among them; tiles and summary are what follows
+from the records. INCOMPLETE means that so much holds for what is there, but the end, tiles or the summary are not.
+NEWER means it up to a segment of a later version, which the witness has signed and which is not judged. All else is
+INVALID. It refuses what the format does not name: other members, types or forms, other objects under segments/, tlog/
+and incidents/. Objects elsewhere, as under rollback/, are ignored.
 It does not promise what a set of objects cannot show: that nobody holds back the end of a live log, that objects have
-one version and a lock, what a commitment commits to; nor that the policy was right to allow a call.
+one version and a lock, what a commitment commits to. Nor does it evaluate a policy's expressions and patterns: what the
+records say of them it takes, as section 5 lets it.
 Exit code: 0 VALID, 1 INVALID, 3 INCOMPLETE, 4 NEWER, 2 for a command line, a key or a folder that cannot be read.
 """
-import argparse, base64, datetime, decimal, functools, itertools, json, math, os, pathlib, re, stat, sys  # noqa: E401
+import argparse, base64, decimal, functools, itertools, json, os, pathlib, re, stat, sys  # noqa: E401
 from collections import Counter, namedtuple
 from hashlib import sha256
 
+from belay_records import FORMS, History, at, check_form, inside, need, show
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 LONGEST, LARGEST, DEEPEST = 2**28, 2**53 - 1, 100  # bytes of an object, numbers in records, levels of JSON
 
+DOCUMENTS = {"policyDigest": "policy", "rollbackDigest": "plan"}  # what names them, and their forms
+
 class Newer(Exception):
     """What follows is of a later version."""
-
-# What is not as it must be raises a ValueError with a finding: what it is about, what was expected, what was found.
-def show(value) -> str:
-    text = ascii(value)
-    return text if len(text) <= 160 else text[:157] + "..."
-
-def need(holds, what: str, expected: str, found):
-    if not holds:
-        raise ValueError(f"{what}: expected {expected}, found {show(found)}")
 
 def same(found: bytes, expected: bytes, what: str):
     if found != expected:
@@ -47,7 +43,7 @@ def same(found: bytes, expected: bytes, what: str):
 def number(text: str):
     value = float(text)
     need(value - value == 0, "number", "a finite one", text)
-    return int(value) if value.is_integer() and abs(value) < 2**53 else value  # an int where that is exact
+    return int(text) if re.fullmatch("-?[0-9]+", text) else value
 
 def write_json(value) -> str:
     if isinstance(value, dict):
@@ -55,6 +51,8 @@ def write_json(value) -> str:
         return "{" + ",".join([write_json(name) + ":" + write_json(value[name]) for name in names]) + "}"
     if isinstance(value, list):
         return "[" + ",".join([write_json(item) for item in value]) + "]"
+    if type(value) is int and abs(value) > LARGEST:
+        value = float(value)
     if not isinstance(value, float):
         return json.dumps(value, ensure_ascii=False)  # which escapes just what RFC 8785 says
     if 1e-6 <= abs(value) < 1e21:  # as ECMAScript; repr has the same digits, but other bounds for an exponent
@@ -124,91 +122,15 @@ def check_signatures(text: bytes, signatures: str, keys: list[Key]):
 def join(left: bytes, right: bytes) -> bytes:
     return sha256(b"\x01" + left + right).digest()
 
-# Forms of records (section 5): members, `?` after those that are optional, and their types: a form, one of TYPES, or a
-# pattern of a string; `text` if none is given.
-HASH, RULE = "[0-9a-f]{64}", "[A-Za-z0-9.]{1,64}"
-TIME = "([0-9]{4}-[0-9]{2}-[0-9]{2})T([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9]"
-
-def is_time(text, fraction: str) -> bool:
-    match = re.fullmatch(f"{TIME}{fraction}Z", text) if type(text) is str else None
-    return bool(match) and 1970 <= datetime.date.fromisoformat(match[1]).year <= 9998  # which raises for no day
-
-TYPES = {"flag": lambda v: type(v) is bool, "text": lambda v: type(v) is str, "object": lambda v: type(v) is dict,
-         "code": lambda v: type(v) is int and -2**31 <= v < 2**31,
-         "status": lambda v: type(v) is int and 0 <= v < 2**16,
-         "rounds": lambda v: type(v) is int and 0 <= v < 2**32, "count": lambda v: type(v) is int and v >= 0,
-         "cost": lambda v: type(v) is int and v > 0, "several": lambda v: type(v) is int and v > 1,
-         "texts": lambda v: type(v) is list and {*map(type, v)} <= {str}, "hash": HASH,
-         "objects": lambda v: type(v) is list and {*map(type, v)} <= {dict},
-         "digests": lambda v: type(v) is dict and all(type(d) is str and re.fullmatch(HASH, d) for d in v.values()),
-         "rules": lambda v: type(v) is list and all(type(r) is str and re.fullmatch(RULE, r) for r in v),
-         "rule": RULE,
-         "time": lambda v: is_time(v, r"\.[0-9]{3}"), "expiry": lambda v: is_time(v, r"(\.[0-9]{1,9})?")}
-CHANNEL, EFFECTS = "channel:tool|listing|model|egress", ["read", "write", "external"]  # each tighter than that before
-CLASSES = "Unclassified|Internal|Confidential|Restricted"
-FORMS = {"local": "sandbox root store resolved?:texts",
-    "record": "v:count seq:count time:time attempt:count actor:harness|gateway usage:usage kind",
-    "usage": "toolCalls:count tokens:count denials:count costMicros?:cost",
-    "attempt.opened": "key policyDigest:hash rollbackDigest?:hash pod:pod containment:containment.checked local?:local",
-    "call.intent": f"call {CHANNEL} target effect?:{'|'.join(EFFECTS)} definition? requestDigest?:hash "
-                   "requestBytes:count rules:rules key? approvals?:texts undoes? assessment?:assessment model? "
-                   "reservedTokens:count reservedCostMicros?:cost",
-    "call.outcome": "call effect:applied|not_applied|unknown rule?:rule status:status responseDigest?:hash "
-                    "certificate?:hash responseBytes:count sentBytes?:count tokens:count costMicros?:cost upstream? "
-                    "sensitivity?:Internal|Confidential|Restricted undoneBy?:hash",
-    "call.replayed": "call target key requestDigest:hash responseDigest:hash",
-    "call.resolved": "call effect:applied|not_applied by", "pod": "name uid node runtimeClass networkPolicy",
-    "assessment": f"arguments:{CLASSES} seen:{CLASSES} rules?:texts risk?:risk", "risk": "score:count terms:texts",
-    "call.denied": f"{CHANNEL} target rule:rule reason requestDigest?:hash count?:several",
-    "approval.requested": "name uid by:Contract|Pack tool requestDigest:hash required:count expires:expiry "
-                          "because?:texts standing:approved|denied|expired|pending decisions?:decisions",
-    "decision": "by decision:Approve|Deny reason?",
-    "containment.checked": "contained:flag rounds:rounds millis:count reachable unreachable:texts breaches?:texts",
-    "attempt.closed": "reason", "task.closed": "phase failureClass reason exitCode?:code images?:digests",
-}
-FORMS["approval.decided"] = FORMS["approval.requested"]
-
-def check_form(value, form: str, what: str):
-    types = {name: kind or "text" for name, _, kind in (member.partition(":") for member in form.split())}
-    missing = [name for name in types if name[-1] != "?" and name not in value]
-    need(not missing, what, f"the members {missing}", sorted(value))
-    for name, member in value.items():
-        kind = types.get(name) or types.get(name + "?")
-        need(kind and "?" not in name, what, "no such member", name)
-        if kind in FORMS or kind == "decisions":
-            members = [member] if kind in FORMS else member
-            need(type(members) is list and members, name, "a list that is not empty", member)
-            for one in members:
-                need(type(one) is dict, name, "an object", one)
-                check_form(one, FORMS.get(kind) or FORMS["decision"], name)
-        else:
-            of = TYPES.get(kind, kind)
-            holds = of(member) if callable(of) else type(member) is str and re.fullmatch(of, member)
-            need(holds and (member not in ([], {}) or name in types), f"{what}: {name}", f"{kind}, or left out", member)
-
-def numbers(value):
-    if isinstance(value, (dict, list)):
-        return [n for item in (value.values() if isinstance(value, dict) else value) for n in numbers(item)]
-    return [value] if type(value) in (int, float) else []
-
-def at(value, *path: str):  # a member in a document, whose form is open; None if it is not there
-    for name in path:
-        value = value.get(name) if isinstance(value, dict) else None
-    return value
-
 class Log:
     """What has been read so far, and what there is to say against it."""
 
     def __init__(self, objects: dict[str, bytes], odd: dict[str, str]):
         self.objects, self.where, self.missing = objects, "witness.vkey", []  # where: what is being read
         self.bad = [f"{key}: {what}" for key, what in sorted(odd.items())]
-        self.origin, self.note, self.root, self.lines, self.records = "", "", b"", [], []
+        self.note, self.key, self.root, self.lines, self.records = "", None, b"", [], []
         self.peaks = []  # the roots of whole subtrees, the largest first
-        # By the records: the newest policy and key, the attempt that is not closed, whether no probe of it has failed
-        self.policy, self.key, self.running, self.contained = None, None, 0, True
-        # Calls: their intents, effects by their outcomes, what became of them, since which record that is not known
-        self.usage, self.denials = Counter(), Counter()
-        self.intents, self.outcomes, self.fates, self.lost = {}, {}, {}, {}
+        self.history = History(self.hold)
 
     def hold(self, holds, what: str, expected: str, found):  # like need, for what does not keep us from reading on
         if not holds:
@@ -239,142 +161,81 @@ class Log:
                 self.summary(data)
 
     def segment(self, key: str):
-        """Section 4: first the form of all lines, then what the records say, then the signed checkpoint."""
-        self.where, records, named = key, [], []
+        """Section 4: first what holds in every version, then the form of the records, what they say, and the keys."""
+        self.where, history = key, self.history
         header, *lines, rest = self.objects[key].split(b"\n")
         need(rest == b"", "section 4", "lines that end with a newline", rest)
         given = read_json(header, "header")
         self.note, digests = given["checkpoint"], given.get("documents", [])
-        documents = {sha256(line).hexdigest(): read_json(line, "document") for line in lines[:len(digests)]}
-        need(list(documents) == digests, "section 4", f"documents with the digests {show(digests)}", list(documents))
-        text, _, signatures = self.note.partition("\n\n")
-        self.origin = self.origin or text.split("\n")[0]
-        need(re.fullmatch(rf"belay\.dev/task/(?!.*/){NAME}", self.origin), "origin", "belay.dev/task/<UID>", text)
+        documents, lines = [read_json(line, "document") for line in lines[:len(digests)]], lines[len(digests):]
+        found = [sha256(line).hexdigest() for line in self.objects[key].split(b"\n")[1:1 + len(digests)]]
+        need(found == digests, "section 4", f"documents with the digests {show(digests)}", found)
+        for name in (name for part in inside(documents) if type(part) is dict for name in part):
+            need(not name.startswith("$serde_json::"), "section 4", "no such name in a document", name)
         need(given.keys() <= {"checkpoint", "documents"} and (digests or "documents" not in given), "header",
              "`checkpoint` and perhaps `documents`", given)
-        later = [v for v in (at(read_json(line, "record"), "v") for line in lines[len(digests):])
-                 if type(v) is int and 1 < v <= LARGEST]
-        if later:
-            self.later(key, text, signatures, lines[len(digests):], later[0])
-        for seq, line in enumerate(lines[len(digests):], len(self.records)):
+        text, _, signatures = self.note.partition("\n\n")
+        history.origin = history.origin or text.split("\n")[0]
+        need(re.fullmatch(rf"belay\.dev/task/(?!.*/){NAME}", history.origin), "origin", "belay.dev/task/<UID>", text)
+        need(lines, "section 4", "one record or more", lines)
+        records, peaks = [], list(self.peaks)
+        for seq, line in enumerate(lines, len(self.records)):
             self.where = f"{key}: record {seq}"
-            need(len(line) <= 65535, "section 4", "at most 65535 bytes", len(line))
             records.append(record := read_json(line, "record"))
-            beyond = [n for n in numbers(record) if type(n) is float or abs(n) > LARGEST]
+            need(type(at(record, "seq")) is int and record["seq"] == seq, "section 4", f"seq {seq}", record)
+            node, left = sha256(b"\x00" + line).digest(), seq
+            while left & 1:
+                left, node = left >> 1, join(peaks.pop(), node)
+            peaks.append(node)
+        self.where, root = key, functools.reduce(lambda right, left: join(left, right), reversed(peaks))
+        expected = f"{history.origin}\n{len(self.records) + len(records)}\n{base64.b64encode(root).decode()}"
+        same(text.encode(), expected.encode(), "checkpoint")
+        if later := self.later(records, documents, digests):
+            check_witness(f"{text}\n".encode(), signatures, self.witness)
+            raise Newer(f"{key}: {later}: use a verifier that knows it")
+        need(all(type(document) is dict for document in documents), "section 5", "objects as documents", documents)
+        self.forms(key, lines, records)
+        named = [record[name] for record in records for name in DOCUMENTS if name in record]
+        same(header, write_json({"checkpoint": self.note} | ({"documents": named} if named else {})).encode(), "header")
+        for record in records:
+            self.where = f"{key}: record {record['seq']}"
+            if record["kind"] == "attempt.opened":
+                self.key, name = read_key(record["key"]), f"{history.origin}/{record['attempt']}"
+                self.hold((self.key.name, self.key.type) == (name, 1), "rule 3", f"a key {name} of type 1", self.key)
+            history.record(record, documents)
+        self.where, self.peaks, self.root = key, peaks, root
+        self.lines += lines
+        self.records += records
+        keys = [self.key, self.witness] if records[0]["actor"] == "harness" else [self.witness]
+        check_signatures(f"{text}\n".encode(), signatures, keys)
+
+    def later(self, records: list, documents: list, digests: list) -> str | None:
+        """Section 5, Versions: by what a segment is of a later version."""
+        for v in (at(record, "v") for record in records):
+            if type(v) is int and 1 < v <= LARGEST:
+                return f"expected version 1, found {v}"
+        for document, digest, (name, form) in zip(documents, digests, DOCUMENTS.items()):
+            if type(document) is dict and at(records[0], name) == digest:
+                try:
+                    check_form(document, FORMS[form], form)
+                except ValueError as error:
+                    return f"expected a {form} of its form: {error}"
+
+    def forms(self, key: str, lines: list[bytes], records: list):
+        """Section 5: the forms of a segment's records."""
+        for record, line in zip(records, lines):
+            self.where = f"{key}: record {record['seq']}"
+            need(len(line) <= 65535, "section 4", "at most 65535 bytes", len(line))
+            beyond = [n for n in inside(record) if type(n) is float or type(n) is int and abs(n) > LARGEST]
             need(not beyond, "number", "whole numbers up to 2^53 - 1", *beyond[:1] or [0])
             kind = str(at(record, "kind"))
             need("." in kind and kind in FORMS, "kind", "one of version 1", kind)
             check_form(record, f"{FORMS['record']} {FORMS[kind]}", kind)
-            found = tuple(record[name] for name in ("v", "seq", "actor", "attempt"))
-            expected = (1, seq, records[0]["actor"], records[0]["attempt"])
-            need(found == expected, "section 4", f"v, seq, and the segment's actor and attempt {expected}", found)
-            need(kind != "attempt.opened" or len(records) == 1, "section 5", "attempt.opened first in a segment", seq)
-            named += [record[name] for name in ("policyDigest", "rollbackDigest") if name in record]
+            found = tuple(record[name] for name in ("v", "actor", "attempt"))
+            expected = (1, records[0]["actor"], records[0]["attempt"])
+            need(found == expected, "section 4", f"v, and the segment's actor and attempt {expected}", found)
+            need(kind != "attempt.opened" or record is records[0], "section 5", "attempt.opened first", kind)
         self.where = key
-        need(records, "section 4", "one record or more", records)
-        same(header, write_json({"checkpoint": self.note} | ({"documents": named} if named else {})).encode(), "header")
-        for record, line in zip(records, lines[len(digests):]):
-            self.where, size, node = f"{key}: record {record['seq']}", len(self.lines), sha256(b"\x00" + line).digest()
-            self.record(record, documents)
-            self.records.append(record)
-            self.lines.append(line)
-            while size & 1:
-                size, node = size >> 1, join(self.peaks.pop(), node)
-            self.peaks.append(node)
-        self.where = key
-        self.root = functools.reduce(lambda right, left: join(left, right), reversed(self.peaks))
-        expected = f"{self.origin}\n{len(self.records)}\n{base64.b64encode(self.root).decode()}"
-        same(text.encode(), expected.encode(), "checkpoint")
-        keys = [self.key, self.witness] if records[0]["actor"] == "harness" else [self.witness]
-        check_signatures(f"{text}\n".encode(), signatures, keys)
-
-    def later(self, key: str, text: str, signatures: str, lines: list[bytes], version: int):
-        """Section 5, Versions: what holds of a segment whatever its records say."""
-        peaks, size = list(self.peaks), len(self.lines)
-        for line in lines:
-            self.where = f"{key}: record {size}"
-            need(at(read_json(line, "record"), "seq") == size, "section 4", f"seq {size}", line)
-            node, left = sha256(b"\x00" + line).digest(), size
-            while left & 1:
-                left, node = left >> 1, join(peaks.pop(), node)
-            peaks.append(node)
-            size += 1
-        self.where = key
-        root = functools.reduce(lambda right, left: join(left, right), reversed(peaks))
-        same(text.encode(), f"{self.origin}\n{size}\n{base64.b64encode(root).decode()}".encode(), "checkpoint")
-        check_witness(f"{text}\n".encode(), signatures, self.witness)
-        raise Newer(f"{key}: expected version 1, found {version}: use a verifier that knows it")
-
-    def record(self, record: dict, documents: dict):
-        """The rules of section 5, and what the summary counts."""
-        kind, actor, attempt, call = record["kind"], record["actor"], record["attempt"], record.get("call")
-        hold, usage = self.hold, self.usage
-        before = self.records[-1] if self.records else {"kind": None, "attempt": 0}
-        hold(before["kind"] != "task.closed", "rule 1", "nothing after task.closed", kind)
-        hold((kind == "task.closed") == (actor == "gateway"), "rule 1", "the gateway for task.closed only", actor)
-        hold(attempt >= before["attempt"], "rule 2", f"attempt {before['attempt']} or a later one", attempt)
-        hold(attempt > 0 or kind == "task.closed", "attempt", "one from 1", attempt)
-        need(kind in ("attempt.opened", "task.closed") or attempt == self.running, "rule 2",
-             f"an attempt.opened of attempt {attempt} and no attempt.closed before", kind)
-        match kind:
-            case "attempt.opened":
-                self.open(record, documents[record["policyDigest"]])
-            case "attempt.closed":
-                self.running = 0
-            case "containment.checked":
-                self.contained &= record["contained"] and "breaches" not in record
-            case "call.intent":
-                hold(call not in self.intents, "rule 5", "one intent of a call", call)
-                hold(self.contained, "rule 7", "no intent after a containment.checked that has failed", call)
-                self.intents[call], self.fates[call] = record, "open"
-                usage.update(toolCalls=int(record["channel"] == "tool"), tokens=record["reservedTokens"],
-                             costMicros=record.get("reservedCostMicros", 0))
-                self.allowed(record)
-            case "call.outcome":
-                intent = self.intents.get(call, {"attempt": None, "reservedTokens": 0})
-                hold(intent["attempt"] == attempt, "rule 5", "an intent of the call in the same attempt before", call)
-                hold(call not in self.outcomes, "rule 5", "one outcome of a call, and none once it is resolved", call)
-                self.outcomes[call] = self.fates[call] = record["effect"]
-                self.lost[call] = record["seq"] if record["effect"] == "unknown" else math.inf
-                usage.update(tokens=record["tokens"] - intent["reservedTokens"],
-                             costMicros=record.get("costMicros", 0) - intent.get("reservedCostMicros", 0))
-            case "call.denied":
-                usage["denials"] += record.get("count", 1)
-                self.denials[record["rule"]] += record.get("count", 1)
-                hold(not record.keys() >= {"count", "requestDigest"}, kind, "a digest or a count", record)
-            case "call.replayed":
-                hold(call in self.intents, kind, "a call with an intent before", call)
-            case "call.resolved":
-                by, since = record["by"], self.lost.get(call, math.inf)
-                hold(self.outcomes.get(by) == "applied" and self.intents[by]["seq"] > since, "rule 5",
-                     f"a call of unknown fate, and by one that was made after record {since} and applied", (call, by))
-                self.outcomes.setdefault(call, None)
-                self.lost[call], self.fates[call] = math.inf, record["effect"]
-        hold(Counter(record["usage"]) == usage, "rule 4", f"usage {dict(usage)}", record["usage"])
-        self.usage = Counter(record["usage"])
-
-    def open(self, record: dict, policy):
-        self.policy, self.key, self.running, self.contained = policy, read_key(record["key"]), record["attempt"], True
-        name, probe, uid = f"{self.origin}/{record['attempt']}", record["containment"], at(policy, "task", "uid")
-        self.hold((self.key.name, self.key.type) == (name, 1), "rule 3", f"a key {name} of type 1", record["key"])
-        self.hold(probe["contained"] and "breaches" not in probe, "rule 3", "contained true, no breaches", probe)
-        self.hold(self.origin.removeprefix("belay.dev/task/") == uid, "rule 3", f"a policy of {self.origin}", uid)
-        self.lost = {call: record["seq"] for call, fate in self.fates.items() if fate == "open"} | self.lost
-
-    def allowed(self, intent: dict):
-        """Rule 6."""
-        hold, effect = self.hold, intent.get("effect")
-        if intent["channel"] == "tool":
-            tools, allowed = at(self.policy, "tools"), at(self.policy, "allowedEffects")
-            tool = [t for t in tools if at(t, "name") == intent["target"]]
-            hold(tool, "rule 6", "a tool of the policy", intent["target"])
-            least = at(tool[0], "sideEffect") if tool else effect
-            tighter = EFFECTS[EFFECTS.index(least):] if least in EFFECTS else []
-            hold(effect in tighter, "rule 6", f"an effect of {tighter}", effect)
-            hold({least, effect} <= set(allowed), "rule 6", f"effects of {show(allowed)}", (least, effect))
-        for name in ["toolCalls"] * (intent["channel"] == "tool") + ["tokens"] * (intent["reservedTokens"] > 0):
-            limit, count = at(self.policy, "limits", name), intent["usage"][name]
-            hold(type(limit) is int and count <= limit, "rule 6", f"at most {show(limit)} {name}", count)
 
     def tiles(self):
         """All that has to be under tlog/ (section 7)."""
@@ -396,19 +257,20 @@ class Log:
     def summary(self, data: bytes):
         """Section 8. All but the signature follows from the records, so that it is written again and compared."""
         each = lambda kind, name: [record[name] for record in self.records if record["kind"] == kind]
-        last, task, fates = self.records[-1], at(self.policy, "task") or {}, Counter(self.fates.values())
+        last, policy, history = self.records[-1], self.history.policy, self.history
+        task, fates = at(policy, "task") or {}, Counter(history.fates.values())
         about = {name: task.get(name, "") for name in ("principal", "workflowClass", "taskClass")} | {"task": ""}
-        if self.key:
-            about |= {"task": f"{task['namespace']}/{task['name']}", "pack": self.policy["pack"]}
+        if policy:
+            about |= {"task": f"{task['namespace']}/{task['name']}", "pack": policy["pack"]}
         payload = write_json({
             "_type": "https://in-toto.io/Statement/v1", "predicateType": "https://belay.dev/execution/v1",
-            "subject": [{"name": self.origin, "digest": {"sha256": self.root.hex()}}], "predicate": about | {
+            "subject": [{"name": history.origin, "digest": {"sha256": self.root.hex()}}], "predicate": about | {
                 "policyDigests": [digest for digest, _ in itertools.groupby(each("attempt.opened", "policyDigest"))],
                 "records": len(self.records), "started": self.records[0]["time"], "ended": last["time"],
                 "attempts": len([*itertools.groupby(each("attempt.opened", "attempt"))]), "usage": last["usage"],
                 "outcome": {n: last[n] for n in last.keys() & {*"phase failureClass reason exitCode images".split()}},
                 "calls": {"notApplied": fates["not_applied"]} | {c: fates[c] for c in ("applied", "unknown", "open")},
-                "denials": self.denials,
+                "denials": history.denials,
                 "approvals": Counter(each("approval.decided", "standing"))}}).encode()
         kind, given = "application/vnd.in-toto+json", json.loads(data)
         same(base64.b64decode(given["payload"]), payload, "payload")
