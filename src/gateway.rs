@@ -48,6 +48,8 @@ pub mod run;
 pub mod service;
 /// The agent's own connections.
 pub mod tunnel;
+/// Replies that are compressed unasked.
+pub mod unpack;
 /// `status.usage`.
 pub mod usage;
 /// Segments of evidence: checked, cosigned, locked in the bucket.

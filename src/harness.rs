@@ -348,7 +348,7 @@ where
     let signer = Signer::generate(&note::attempt_key_name(&uid, attempt))?;
     let key = signer.verifier().to_string();
 
-    let budget = Budget::resume(config.policy.limits, opened.usage);
+    let budget = Budget::resume(config.policy.limits, opened.usage).ignoring(opened.ignored);
     let journal = journal::Journal::start(
         journal::Start { attempt, tree, signer, origin: expected, budget, spool, follow },
         link.clone(),

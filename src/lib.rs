@@ -51,6 +51,9 @@ pub mod output;
 pub mod plan;
 /// Pure decisions.
 pub mod policy;
+/// Room for bodies that are held in memory whole.
+#[cfg(feature = "net")]
+pub mod room;
 /// A task on this machine, without a cluster.
 #[cfg(feature = "run")]
 pub mod run;

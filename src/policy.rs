@@ -43,6 +43,8 @@ pub mod quick;
 pub mod quota;
 /// What of other people's words may be recorded.
 pub mod redact;
+/// What whoever is refused can do about it.
+pub mod remedy;
 /// Rule identifiers: the vocabulary of denials, evidence and metrics.
 pub mod rule;
 /// How sensitive data is, by the patterns of a pack.

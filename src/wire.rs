@@ -8,7 +8,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    evidence::{record::TaskClosed, rollback::Undoing},
+    evidence::{
+        record::{Refusals, TaskClosed},
+        rollback::Undoing,
+    },
     policy::{
         approval::{AskedBy, Standing, Vote},
         commit::Salt,
@@ -40,6 +43,8 @@ pub const RESULT_KEEP: &str = "/v1/result/keep";
 pub const RESULT_GET: &str = "/v1/result/get";
 /// Longest result that is kept, in bytes.
 pub const LONGEST_RESULT: usize = 256 << 10;
+/// Longest body of a request to a model or of the agent's own, in bytes: what the providers themselves take, and no more.
+pub const LONGEST_REQUEST: usize = 32 << 20;
 /// Sends one HTTP request to an upstream.
 pub const FORWARD: &str = "/v1/forward";
 /// Calls an HTTP tool: the body is the arguments, as JSON, of which the gateway makes the request by the contract.
@@ -110,6 +115,9 @@ pub struct OpenReply {
     pub frontier: Vec<String>,
     /// The counters of the last record: what earlier attempts used.
     pub usage: Usage,
+    /// How many of its refusals end nothing.
+    #[serde(default)]
+    pub ignored: i64,
     /// What the log says of each tool, by its name.
     #[serde(default)]
     pub tools: BTreeMap<String, ToolUsage>,
@@ -261,6 +269,9 @@ pub struct SealReply {
     pub root: String,
     /// Final counters.
     pub usage: Usage,
+    /// What was refused in it.
+    #[serde(default)]
+    pub refused: Refusals,
     /// What the log is sealed with: what was asked for, or that it is not known, or what it was sealed with before. Absent from a gateway of
     /// an earlier version.
     #[serde(default, skip_serializing_if = "Option::is_none")]

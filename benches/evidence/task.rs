@@ -130,7 +130,7 @@ impl Calls {
             }
             _ => ("item_get", json!({"id": number.to_string()})),
         };
-        let known = Known { usage: Usage::default(), results: &self.results };
+        let known = Known { usage: Usage::default(), ignored: 0, results: &self.results };
         let decision = self.contracts.decide(tool, Arguments::Parsed(arguments), known, &self.salt);
         let tool = decision.verdict.map_err(|denial| anyhow!("{denial:?}"))?;
         let effect = tool.side_effect;

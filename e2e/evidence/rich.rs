@@ -218,6 +218,8 @@ fn policy() -> PolicyConfig {
                 barred: true,
             },
         ],
+        ignored_hosts: vec!["telemetry.test".into(), "*.ingest.test".into()],
+        upstream_timeout_seconds: Some(900),
         access: Access {
             classification: vec![DataPattern {
                 name: "card".into(),

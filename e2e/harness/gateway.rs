@@ -9,6 +9,7 @@ use std::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering},
     },
+    time::Duration,
 };
 
 use axum::{
@@ -77,6 +78,9 @@ use serde_json::Value;
 use sse_stream::Sse;
 use tokio::{io::AsyncWriteExt, net::TcpStream};
 use tower::Service;
+
+/// How long a tunnel may be silent.
+const SILENCE: Duration = Duration::from_secs(600);
 
 /// The stand-in.
 pub struct Gateway {
@@ -323,7 +327,7 @@ async fn tunnel(log: &Arc<Log>, request: &mut Request<hyper::body::Incoming>) ->
         }
         let Ok(opening) = opening else { return };
         upstream.write_all(&opening).await.unwrap();
-        tunnel::relay(agent, upstream, &tunnel::Traffic::default(), || Ok(())).await;
+        tunnel::relay(agent, upstream, (&tunnel::Traffic::default(), SILENCE), || Ok(())).await;
     });
     let mut reply = Response::new(Body::empty());
     if tells {
@@ -388,6 +392,7 @@ async fn open(State(log): State<Arc<Log>>, axum::Json(request): axum::Json<OpenR
         size: history.tree().size(),
         frontier: history.tree().frontier().iter().map(|hash| BASE64_STANDARD.encode(hash)).collect(),
         usage: history.usage(),
+        ignored: history.ignored(),
         tools: history.tools(request.attempt),
         ledger: history.ledger(),
         salt: salt(),
@@ -510,7 +515,7 @@ async fn intended(log: &Log, request: Request<Body>) -> Result<(IntentFacts, Par
             break;
         }
         // A read is as fast as its intent.
-        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        tokio::time::sleep(Duration::from_millis(10)).await;
     }
     let intent = intent.ok_or_else(|| Refused::denied(Rule::IntentMissing, "a call came before its intent"))?;
     Ok((intent, parts, body))
@@ -543,7 +548,7 @@ async fn forwarded(log: &Log, request: Request<Body>) -> Result<Response, Refuse
             }
         }
     }
-    send(log, &target, Request::from_parts(parts, body)).await
+    send(log, (&target, channel), Request::from_parts(parts, body)).await
 }
 
 async fn called(log: &Log, request: Request<Body>) -> Result<Response, Refused> {
@@ -556,7 +561,7 @@ async fn called(log: &Log, request: Request<Body>) -> Result<Response, Refused> 
         judged(log, &compiled, &intent, &arguments)?;
         (target, request)
     };
-    send(log, &target, request).await.map(forward::as_reply_to_post)
+    send(log, (&target, Channel::Tool), request).await.map(forward::as_reply_to_post)
 }
 
 fn judged(log: &Log, compiled: &Compiled, intent: &IntentFacts, arguments: &Value) -> Result<(), Refused> {
@@ -565,7 +570,7 @@ fn judged(log: &Log, compiled: &Compiled, intent: &IntentFacts, arguments: &Valu
     approvals::approved(compiled, intent, arguments, &needed, find)
 }
 
-async fn send(log: &Log, target: &Target, request: Request<Bytes>) -> Result<Response, Refused> {
+async fn send(log: &Log, (target, channel): (&Target, Channel), request: Request<Bytes>) -> Result<Response, Refused> {
     log.saw.lock().unwrap().push(format!(
         "{} {}://{}{} {:?} {}",
         request.method(),
@@ -575,7 +580,9 @@ async fn send(log: &Log, target: &Target, request: Request<Bytes>) -> Result<Res
         request.headers(),
         String::from_utf8_lossy(request.body())
     ));
-    let reply = forward::forward(&log.dialer, Some(&log.pool), target, None, request.map(full), ()).await?;
+    let silence = log.compiled.lock().unwrap().policy.silence();
+    let manner = forward::Manner { silence, unpacks: channel != Channel::Egress };
+    let reply = forward::forward(&log.dialer, Some(&log.pool), target, None, request.map(full), (manner, ())).await?;
     Ok(reply.map(Body::new))
 }
 

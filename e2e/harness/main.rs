@@ -9,7 +9,9 @@ mod conformance;
 mod contracts;
 mod failed;
 mod gateway;
+mod ignored;
 mod inherited;
+mod large;
 mod once;
 mod peers;
 mod rollback;
@@ -188,6 +190,8 @@ fn policy(limits: Limits) -> PolicyConfig {
             host("models.test", &[80], EgressUse::Models),
         ],
         access: Access::default(),
+        ignored_hosts: vec![],
+        upstream_timeout_seconds: None,
     }
 }
 
@@ -241,7 +245,8 @@ async fn start(
     let opened = link.open(attempt, "digest").await.unwrap();
     let signer = Signer::generate(&note::attempt_key_name("uid", attempt)).unwrap();
     let key = signer.verifier().to_string();
-    let (budget, used, ledger) = (Budget::resume(limits, opened.usage), opened.tools.clone(), opened.ledger.clone());
+    let (budget, used, ledger) =
+        (Budget::resume(limits, opened.usage).ignoring(opened.ignored), opened.tools.clone(), opened.ledger.clone());
     let (seen, opened_keeps, salt) = (opened.seen, opened.keeps_results, opened.salt.clone());
     let undoing = opened.undoing.clone();
     let rollback = undoing.as_ref().map(|undoing| undoing.plan.clone());
@@ -433,7 +438,7 @@ async fn a_call_that_could_be_read_in_two_ways_is_refused_and_recorded() {
     assert_eq!(harness.post_text("/mcp", list.into()).await.0, StatusCode::BAD_REQUEST);
     let model = r#"{"model":"m","messages":[],"max_tokens":1,"max_tokens":100000}"#;
     let (status, reply) = harness.post_text("/v1/chat/completions", model.into()).await;
-    assert_eq!(status, StatusCode::FORBIDDEN);
+    assert_eq!(status, StatusCode::BAD_REQUEST);
     assert!(reply.to_string().contains("request.json"), "{reply}");
     assert_eq!(denied(&harness.stored(9).await), [Rule::RequestJson; 8]);
     assert!(harness.gateway.saw().is_empty(), "a refused call left the harness");
@@ -714,16 +719,11 @@ fn reading() -> PolicyConfig {
 }
 
 #[tokio::test]
-async fn reads_and_model_calls_leave_while_the_bucket_is_away_and_nothing_else_does() {
+async fn reads_leave_while_the_bucket_is_away_and_nothing_else_does() {
     let harness = Arc::new(harness_of(reading(), vec![]).await);
     harness.gateway.bucket_is_away(true);
     let (error, text) = harness.tool("look", json!({"id": 7})).await;
     assert!(!error, "{text}");
-    for stream in [false, true] {
-        let asked = json!({"model": "m", "messages": [{"role": "user", "content": "hi"}], "stream": stream});
-        let (status, reply) = harness.post("/v1/chat/completions", asked).await;
-        assert_eq!(status, StatusCode::OK, "{reply}");
-    }
     let calling = {
         let harness = harness.clone();
         tokio::spawn(async move { harness.tool("say", json!({"text": "later"})).await })
@@ -733,6 +733,27 @@ async fn reads_and_model_calls_leave_while_the_bucket_is_away_and_nothing_else_d
     harness.gateway.bucket_is_away(false);
     let (error, text) = calling.await.unwrap();
     assert!(!error, "{text}");
+}
+
+#[tokio::test]
+async fn a_model_call_does_not_wait_for_the_bucket() {
+    for stream in [false, true] {
+        let harness = harness().await;
+        harness.gateway.bucket_is_away(true);
+        let asked = json!({"model": "m", "messages": [{"role": "user", "content": "hi"}], "stream": stream});
+        let (status, reply) = harness.post("/v1/chat/completions", asked).await;
+        assert_eq!(status, StatusCode::OK, "{reply}");
+        // The control: it is witnessed, and without that nothing leaves.
+        let intents = |harness: &Harness| {
+            harness.gateway.records().iter().filter(|record| record.event.kind() == "call.intent").count()
+        };
+        assert_eq!(intents(&harness), 1);
+        harness.gateway.store_fails(true);
+        let again = json!({"model": "m", "messages": [{"role": "user", "content": "again"}], "stream": stream});
+        let unwitnessed = harness.post("/v1/chat/completions", again);
+        assert!(tokio::time::timeout(Duration::from_millis(600), unwitnessed).await.is_err());
+        assert_eq!(harness.gateway.saw().len(), 1);
+    }
 }
 
 #[tokio::test]

@@ -1,5 +1,7 @@
 //! A harness that is somebody else's by now, with the real one's token and link: what it sends under the intents of the agent's own calls.
 
+use std::time::Duration;
+
 use belay::{
     evidence::record::Channel,
     harness::gate::{Call, Permit, Settlement},
@@ -10,6 +12,8 @@ use http::{Method, Request};
 use serde_json::{Value, json};
 
 use super::{Harness, StatusCode, harness};
+
+const SILENCE: Duration = Duration::from_secs(60);
 
 /// The agent's own call is the control: it leaves, and its digest is the one that the gateway asks for.
 #[tokio::test]
@@ -36,7 +40,7 @@ async fn nothing_leaves_by_the_intent_of_a_model_call_that_is_over() {
     ] {
         let mut request = Request::new(Bytes::from(body.clone()));
         *request.method_mut() = method.clone();
-        let refused = harness.gate.link().forward(channel, intent, url, request).await;
+        let refused = harness.gate.link().forward((channel, intent), url, request, SILENCE).await;
         let refused = refused.err().map(|refused| refused.denial.rule);
         assert_eq!(refused, Some(Rule::IntentMissing), "{channel:?} {method} {url} {body}");
     }
@@ -69,7 +73,7 @@ async fn sends(harness: &Harness, intent: u64, path: &str, body: &str) -> Option
     let mut request = Request::new(Bytes::from(body.to_owned()));
     *request.method_mut() = Method::POST;
     let url = format!("http://models.test{path}");
-    let sent = harness.gate.link().forward(Channel::Model, intent, &url, request).await;
+    let sent = harness.gate.link().forward((Channel::Model, intent), &url, request, SILENCE).await;
     sent.err().map(|refused| refused.denial.rule)
 }
 

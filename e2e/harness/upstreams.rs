@@ -225,7 +225,7 @@ pub async fn api() -> (SocketAddr, Asked) {
 
 /// Starts the model.
 pub async fn model() -> SocketAddr {
-    serve(Router::new().fallback(completion)).await
+    serve(Router::new().fallback(completion).layer(axum::extract::DefaultBodyLimit::disable())).await
 }
 
 /// A model that calls the tool `pay` until it has an answer.

@@ -43,6 +43,11 @@ except OSError as error: say(error)
     let denied: Vec<_> =
         ran.records("call.denied").iter().map(|record| record["rule"].as_str().unwrap().to_owned()).collect();
     assert_eq!(denied, ["tool.precondition", "tool.unknown"]);
+    // It has ended well, and whoever reads the last line knows all the same.
+    assert_eq!(
+        (ran.last()["closed"]["phase"].as_str(), &ran.last()["refused"]["tool"]),
+        (Some("Succeeded"), &2.into())
+    );
     world.is_valid(&world.log());
     world.nobody_is_left();
 }

@@ -179,6 +179,20 @@ pub struct WorkflowClass {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 128))]
     pub egress: Vec<EgressRule>,
+    /// Seconds that an upstream may be silent, before its reply begins and between two pieces of it: 600 when absent, as the client
+    /// libraries of models have it. A model that does not stream is silent as long as it thinks. Tools have their contracts' own times besides.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 3600))]
+    pub upstream_timeout_seconds: Option<i64>,
+    /// Hosts that client libraries send telemetry to by themselves: names, or `*.` and a domain. A connection there is denied and recorded like
+    /// any that is not listed, and does not count towards `limits.denials`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(
+        length(max = 64),
+        inner(length(min = 1, max = 253), regex(pattern = r"^(\*\.)?[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)+$")),
+        extend("x-kubernetes-list-type" = "set")
+    )]
+    pub ignored_hosts: Vec<String>,
     /// Side effects that a tool call may have.
     #[schemars(length(min = 1, max = 3), extend("x-kubernetes-list-type" = "set"))]
     pub allowed_effects: Vec<SideEffect>,

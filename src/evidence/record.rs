@@ -456,6 +456,53 @@ impl Channel {
     }
 }
 
+/// Refused calls, by the way that they would have gone.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub struct Refusals {
+    /// To models.
+    pub model: u64,
+    /// To tools.
+    pub tool: u64,
+    /// For lists of tools.
+    pub listing: u64,
+    /// Of the agent's own traffic.
+    pub egress: u64,
+}
+
+impl Refusals {
+    /// Counts what a record says, unless nobody is to hear of it.
+    pub fn add(&mut self, denied: &Denied) {
+        if denied.rule == Rule::EgressIgnored {
+            return;
+        }
+        let of = match denied.channel {
+            Channel::Model => &mut self.model,
+            Channel::Tool => &mut self.tool,
+            Channel::Listing => &mut self.listing,
+            Channel::Egress => &mut self.egress,
+        };
+        *of = of.saturating_add(denied.calls());
+    }
+
+    /// What whoever reads how a task ended should know: an agent that catches its errors ends well without having done a thing.
+    pub fn in_words(&self) -> Option<String> {
+        let counted = |count: u64, one: &str| match count {
+            0 => None,
+            1 => Some(format!("1 {one}")),
+            more => Some(format!("{more} {one}s")),
+        };
+        let kinds = [
+            counted(self.model, "model call"),
+            counted(self.tool, "tool call"),
+            counted(self.listing, "listing"),
+            counted(self.egress, "connection"),
+        ];
+        let kinds: Vec<_> = kinds.into_iter().flatten().collect();
+        (!kinds.is_empty()).then(|| format!("refused: {}", kinds.join(", ")))
+    }
+}
+
 /// A call that is about to leave.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]

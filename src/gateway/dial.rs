@@ -21,6 +21,8 @@ use crate::policy::{
 
 /// To resolve a name, tries and servers included.
 const RESOLVE: Duration = Duration::from_secs(8);
+/// On a connection that is silent for so long, and each minute or so from then on.
+const KEEP_ALIVE: Duration = Duration::from_secs(60);
 /// To connect to one address.
 const CONNECT: Duration = Duration::from_secs(5);
 /// Addresses that are tried.
@@ -111,6 +113,7 @@ impl Dialer {
                 Ok(Ok(stream)) => {
                     // Small frames of a stream go out at once.
                     let _ = stream.set_nodelay(true);
+                    keep_alive(&stream);
                     return Ok((stream, address));
                 }
                 Ok(Err(error)) => last = format!("{address}: {error}"),
@@ -131,6 +134,16 @@ impl Dialer {
             Ok(shaken) => shaken.map_err(|e| failed(e.to_string())),
             Err(_) => Err(failed(format!("no handshake in {HANDSHAKE:?}"))),
         }
+    }
+}
+
+/// Has the kernel ask an upstream that is silent whether it is still there: firewalls and address translators forget a connection on which
+/// nothing moves for some minutes, and a model thinks for longer.
+fn keep_alive(stream: &TcpStream) {
+    use rustix::net::sockopt::{set_socket_keepalive, set_tcp_keepidle};
+    let set = set_tcp_keepidle(stream, KEEP_ALIVE).and_then(|()| set_socket_keepalive(stream, true));
+    if let Err(error) = set {
+        tracing::debug!(%error, "an upstream's connection is not kept alive");
     }
 }
 

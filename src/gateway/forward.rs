@@ -33,6 +33,7 @@ use super::{
     forms::Forms,
     pool::{Connection, Peer, Pool, Returned, Whole},
     refusal::Refused,
+    unpack::{Packing, Unpacked},
 };
 use crate::{
     canonical,
@@ -40,12 +41,6 @@ use crate::{
     wire,
 };
 
-/// From the request to the head of the reply: a model that does not stream thinks for minutes.
-const HEAD: Duration = Duration::from_secs(300);
-/// Between two pieces of a body, either way: a model that streams pauses, and sends no keep-alive while it does.
-const IDLE: Duration = Duration::from_secs(300);
-/// Bytes of a request: prompts with pictures in them.
-const LARGEST_REQUEST: usize = 64 << 20;
 /// Bytes of a reply's head.
 const LARGEST_HEAD: usize = 64 << 10;
 
@@ -69,6 +64,16 @@ struct Watch {
     alarm: Alarm,
 }
 
+/// How a request is sent, and its reply taken.
+#[derive(Clone, Copy, Debug)]
+pub struct Manner {
+    /// How long the upstream may be silent: from the request to the head of its reply, and between two pieces of a body, either way. A model
+    /// thinks for minutes, and sends no keep-alive while it does.
+    pub silence: Duration,
+    /// Whether a packed reply is unpacked: whoever gets it has asked for a plain one, and looks into it.
+    pub unpacks: bool,
+}
+
 /// Sends a request to its target, over a connection that waits in `pool` for it if there is one, or else a new one. `keep` lives
 /// as long as the reply does.
 ///
@@ -80,20 +85,18 @@ pub async fn forward<K: Send + Unpin + 'static>(
     target: &Target,
     lent: Option<Lent>,
     request: Request<ReplyBody>,
-    keep: K,
+    (manner, keep): (Manner, K),
 ) -> Result<Response<ReplyBody>, Refused> {
-    if request.body().size_hint().lower() > LARGEST_REQUEST as u64 {
-        return Err(Refused::malformed(format!("expected a body of at most {LARGEST_REQUEST} bytes")));
-    }
     // Asked and checked for every request: a connection is used again only to an address that the name still has.
     let addresses = dialer.addresses(&target.authority).await?;
     let pool = pool.filter(|_| framed(&request));
-    let (mut request, watch) = outgoing(target, lent, request)?;
+    let (mut request, watch) = outgoing(target, lent, request, manner.silence)?;
+    let how = (watch, manner);
     let started = Instant::now();
     while let Some(waiting) = pool.and_then(|pool| pool.take(&addresses, &target.authority.host, target.secure)) {
-        match exchange(waiting, pool, target, request, started).await {
+        match exchange(waiting, pool, target, request, (started, manner.silence)).await {
             Ok(Exchanged::Reply(reply, peer, returned)) => {
-                return incoming(reply, (target, peer), watch, returned, keep).await;
+                return incoming(reply, (target, peer), how, returned, keep).await;
             }
             // It had ended meanwhile, and nothing of the request was sent.
             Ok(Exchanged::Unsent(unsent)) => request = unsent,
@@ -112,8 +115,8 @@ pub async fn forward<K: Send + Unpin + 'static>(
     } else {
         handshake(stream, Peer { address, certificate: None }, target).await?
     };
-    match exchange(connection, pool, target, request, started).await? {
-        Exchanged::Reply(reply, peer, returned) => incoming(reply, (target, peer), watch, returned, keep).await,
+    match exchange(connection, pool, target, request, (started, manner.silence)).await? {
+        Exchanged::Reply(reply, peer, returned) => incoming(reply, (target, peer), how, returned, keep).await,
         Exchanged::Unsent(_) => Err(Refused::upstream(
             Rule::UpstreamConnect,
             format!("{} at {address} closed the connection before the request", target.authority),
@@ -159,13 +162,13 @@ async fn exchange(
     pool: Option<&Arc<Pool>>,
     target: &Target,
     request: Request<ReplyBody>,
-    started: Instant,
+    (started, silence): (Instant, Duration),
 ) -> Result<Exchanged, Refused> {
     let peer = connection.peer;
     let failed = |cause: &str| {
         Refused::upstream(Rule::UpstreamReply, format!("{} at {} {cause}", target.authority, peer.address))
     };
-    let left = HEAD.saturating_sub(started.elapsed());
+    let left = silence.saturating_sub(started.elapsed());
     match tokio::time::timeout(left, connection.sender.try_send_request(request)).await {
         Ok(Ok(reply)) => {
             let returned = pool
@@ -178,7 +181,9 @@ async fn exchange(
             Some(unsent) => Ok(Exchanged::Unsent(unsent)),
             None => Err(failed(&format!("gave no reply: {}", chain(error.error())))),
         },
-        Err(_) => Err(failed(&format!("gave no reply in {HEAD:?}"))),
+        Err(_) => {
+            Err(failed(&format!("gave no reply in {silence:?}; the class has that time, as upstreamTimeoutSeconds")))
+        }
     }
 }
 
@@ -187,6 +192,7 @@ fn outgoing(
     target: &Target,
     lent: Option<Lent>,
     request: Request<ReplyBody>,
+    silence: Duration,
 ) -> Result<(Request<ReplyBody>, Option<Watch>), Refused> {
     let (mut parts, body) = request.into_parts();
     parts.version = Version::HTTP_11;
@@ -195,12 +201,12 @@ fn outgoing(
     let host = HeaderValue::try_from(target.host_header()).map_err(|e| Refused::malformed(e.to_string()))?;
     parts.headers.insert(HOST, host);
     let watch = lent.map(|Lent { credential, alarm }| {
-        // What is compressed cannot be looked through.
+        // What is compressed in a way that is not known here cannot be looked through.
         parts.headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
         Watch { forms: credential.inject(&mut parts.headers), alarm }
     });
     parts.extensions.clear();
-    let body = Guarded::new(Limited::new(body, LARGEST_REQUEST), IDLE, ());
+    let body = Guarded::new(body, silence, ());
     Ok((Request::from_parts(parts, body.boxed_unsync()), watch))
 }
 
@@ -212,7 +218,7 @@ fn outgoing(
 async fn incoming<K: Send + Unpin + 'static>(
     reply: Response<Incoming>,
     (target, peer): (&Target, Peer),
-    watch: Option<Watch>,
+    (watch, manner): (Option<Watch>, Manner),
     returned: Option<Returned>,
     keep: K,
 ) -> Result<Response<ReplyBody>, Refused> {
@@ -220,9 +226,21 @@ async fn incoming<K: Send + Unpin + 'static>(
     parts.version = Version::HTTP_11;
     // Among them the reason beside the status.
     parts.extensions.clear();
-    let encoding = encoding(&parts.headers);
+    let encodings = encodings(&parts.headers);
     strip(&mut parts.headers);
-    let body = Guarded::new(Whole::new(body, returned), IDLE, keep);
+    let body = Guarded::new(Whole::new(body, returned), manner.silence, keep);
+    let (encoding, body) = match encodings.as_slice() {
+        [how] if manner.unpacks => match Packing::named(how) {
+            Some(packing) => {
+                parts.headers.remove(CONTENT_ENCODING);
+                parts.headers.remove(CONTENT_LENGTH);
+                (None, Unpacked::new(body, packing).boxed_unsync())
+            }
+            None => (Some(how.clone()), body.boxed_unsync()),
+        },
+        [] => (None, body.boxed_unsync()),
+        several => (Some(several.join(", ")), body.boxed_unsync()),
+    };
     let body = match watch {
         Some(watch) => watched(&mut parts.headers, (target, encoding), body, watch).await?,
         None => body.map_frame(|frame| Frame::data(frame.into_data().unwrap_or_default())).boxed_unsync(),
@@ -252,8 +270,8 @@ where
     let unreadable = |reason: String| Refused::upstream(Rule::UpstreamReply, reason);
     let compressed = |how: &str| {
         unreadable(format!(
-            "{host} sent its reply compressed ({how}), though it was asked not to: such a reply cannot be looked through for the \
-             credential, and is withheld; have the upstream heed accept-encoding"
+            "{host} sent its reply compressed ({how}), though it was asked not to: expected gzip or deflate at most, as another cannot be \
+             looked through for the credential; it is withheld; have the upstream heed accept-encoding"
         ))
     };
     if let Some(how) = encoding {
@@ -304,16 +322,16 @@ fn repeats(host: &Authority) -> Refused {
     )
 }
 
-/// How a reply is encoded, if it is: whatever is not said to be plain.
-fn encoding(headers: &HeaderMap) -> Option<String> {
+/// How a reply is encoded: whatever is not said to be plain.
+fn encodings(headers: &HeaderMap) -> Vec<String> {
     let encodings = |name: HeaderName| {
         let values: Vec<&HeaderValue> = headers.get_all(name).iter().collect();
         values.into_iter().flat_map(|value| value.as_bytes().split(|byte| *byte == b','))
     };
     let content = encodings(CONTENT_ENCODING).filter(|of| !of.trim_ascii().eq_ignore_ascii_case(b"identity"));
     let transfer = encodings(TRANSFER_ENCODING).filter(|of| !of.trim_ascii().eq_ignore_ascii_case(b"chunked"));
-    let mut found = content.chain(transfer).filter(|of| !of.trim_ascii().is_empty());
-    found.next().map(|of| crate::policy::shorten::shorten(&String::from_utf8_lossy(of.trim_ascii())))
+    let found = content.chain(transfer).filter(|of| !of.trim_ascii().is_empty());
+    found.map(|of| crate::policy::shorten::shorten(&String::from_utf8_lossy(of.trim_ascii()))).collect()
 }
 
 /// Drops what belongs to one hop, and what is between harness and gateway.

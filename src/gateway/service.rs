@@ -19,6 +19,7 @@ use http::{
     HeaderMap, HeaderValue, Method, Request, Response, StatusCode,
     header::{CONTENT_TYPE, HOST, RETRY_AFTER},
 };
+use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use serde::{Serialize, de::DeserializeOwned};
@@ -29,11 +30,11 @@ use tracing::{Instrument, Span, field};
 use super::{
     approvals::{self, Create},
     authorize::{self, Destination, Target},
-    body::{Alarm, ReplyBody, full},
+    body::{Alarm, Guarded, ReplyBody, full},
     cluster::{Cluster, Compiled},
     credentials::{Injected, Known},
     dial::Dialer,
-    forward::{self, Lent},
+    forward::{self, Lent, Manner},
     identity::{Caller, Principal, Reviewed, reviews::Reviews},
     incidents::{Incident, Incidents},
     metrics::Metrics,
@@ -51,7 +52,8 @@ use crate::{
         record::Channel,
         store::{Location, log_prefix},
     },
-    policy::{approval::Exact, commit::Salt, quick, redact, rule::Rule},
+    policy::{approval::Exact, commit::Salt, config::SILENCE, quick, redact, rule::Rule},
+    room::{self, Room, Unread},
     wire::{self, AppendRequest, ApprovalAsk, OpenRequest, Refusal, SealRequest},
 };
 
@@ -78,8 +80,11 @@ const LARGEST_SEAL: usize = 64 << 10;
 const LARGEST_KEEP: usize = 2 << 20;
 /// A message to an MCP server, or the arguments of an HTTP tool's call, which a harness lets be 4 MiB long.
 const LARGEST_MESSAGE: usize = 6 << 20;
-/// The body of a model's request or of the agent's own.
-const LARGEST_BODY: usize = 17 << 20;
+/// Bytes of bodies that one pod's requests to models and the agent's own have here at a time: of short ones, and of others, one of which may be
+/// as long as any.
+const ROOM: (usize, usize) = (8 << 20, wire::LONGEST_REQUEST);
+/// Those of all pods together.
+const ROOM_OF_ALL: (usize, usize) = (32 << 20, 3 * wire::LONGEST_REQUEST);
 /// A message of an MCP session's own talk: a list's cursor is the longest thing in one.
 const LARGEST_TALK: usize = 256 << 10;
 /// By which header a message is one of an MCP session.
@@ -127,6 +132,7 @@ struct Share {
     log: Arc<Semaphore>,
     questions: Arc<Semaphore>,
     judged: Arc<Semaphore>,
+    room: Arc<Room>,
     /// Replies that repeated a credential.
     repeated: Arc<AtomicU32>,
 }
@@ -138,6 +144,7 @@ impl Share {
         // Whoever holds a permit holds its semaphore, too.
         semaphores.into_iter().any(|of| Arc::strong_count(of) > 1)
             || Arc::strong_count(&self.repeated) > 1
+            || Arc::strong_count(&self.room) > 1
             || self.repeated.load(Ordering::Relaxed) > 0
     }
 }
@@ -147,6 +154,7 @@ pub struct Gateway {
     parts: Parts,
     known: Known,
     shares: Mutex<HashMap<String, Share>>,
+    room: Room,
 }
 
 /// A request that was served, and what it counts as.
@@ -193,7 +201,7 @@ struct Asked {
 impl Gateway {
     /// A gateway of these parts.
     pub fn new(parts: Parts) -> Self {
-        Self { parts, known: Known::default(), shares: Mutex::default() }
+        Self { parts, known: Known::default(), shares: Mutex::default(), room: Room::new(ROOM_OF_ALL.0, ROOM_OF_ALL.1) }
     }
 
     /// Serves one request from a TCP peer.
@@ -364,6 +372,7 @@ impl Gateway {
             log: Arc::new(Semaphore::new(LOG_REQUESTS)),
             questions: Arc::new(Semaphore::new(QUESTIONS)),
             judged: Arc::new(Semaphore::new(JUDGED)),
+            room: Arc::new(Room::new(ROOM.0, ROOM.1)),
             repeated: Arc::default(),
         });
         of(share).clone()
@@ -557,10 +566,11 @@ impl Gateway {
         let largest = match channel {
             Channel::Listing => LARGEST_TALK,
             _ if is_message => LARGEST_MESSAGE,
-            _ => LARGEST_BODY,
+            _ => wire::LONGEST_REQUEST,
         };
         let (parts, body) = request.into_parts();
         // All of it, before it is judged: what is sent is what the intent commits to.
+        let places = self.places(principal, &body, largest).await?;
         let body = forward::whole(body, largest, BODY_TIME).await?;
         let said = {
             let (compiled, intent, body) = (compiled.clone(), intent.clone(), body.clone());
@@ -580,9 +590,29 @@ impl Gateway {
         if let Some(arguments) = said {
             self.judged(principal, &compiled, &intent, (arguments, body.len())).await?;
         }
-        let request = Request::from_parts(parts, full(body));
+        // It has its place until it is sent.
+        let body = Guarded::new(full(body), compiled.policy.silence(), places).boxed_unsync();
+        let request = Request::from_parts(parts, body);
         let lent = credential.map(|credential| self.lend(&credential, &asked)).transpose()?;
         self.send(channel, &target, lent, request, share, (compiled, intent)).await
+    }
+
+    /// Waits for room for a body, among the pod's and among all.
+    async fn places(
+        &self,
+        principal: &Principal,
+        body: &Incoming,
+        most: usize,
+    ) -> Result<(room::Place, room::Place), Refused> {
+        let own = self.shared(principal, |share| &share.room);
+        let both = async {
+            let own = own.place(body, most).await?;
+            Ok::<_, Unread>((own, self.room.place(body, most).await?))
+        };
+        match tokio::time::timeout(BODY_TIME, both).await {
+            Ok(places) => places.map_err(|unread| Refused::malformed(unread.to_string())),
+            Err(_) => Err(Refused::retry(Rule::Busy, "there is no room for so long a body now: others are under way")),
+        }
     }
 
     /// Makes the call of an HTTP tool: its request is made here, of the arguments.
@@ -695,7 +725,9 @@ impl Gateway {
         let started = Instant::now();
         // What an agent sends by itself may bind a connection to whoever sent it, as some logins do.
         let pool = (channel != Channel::Egress).then_some(&self.parts.pool);
-        let replied = forward::forward(&self.parts.dialer, pool, target, lent, request, share).await;
+        // What the harness looks into, it has asked for plain; the agent's own traffic is the agent's.
+        let manner = Manner { silence: compiled.policy.silence(), unpacks: channel != Channel::Egress };
+        let replied = forward::forward(&self.parts.dialer, pool, target, lent, request, (manner, share)).await;
         self.parts.metrics.upstream_took(channel.as_str(), started.elapsed());
         let replied = replied.inspect_err(|refused| {
             // Whoever is told to come again has sent nothing.
@@ -821,6 +853,7 @@ impl Gateway {
             return;
         }
         let traffic = tunnel::Traffic::default();
+        let silence = cluster.compiled(&asked.principal).map_or(SILENCE, |compiled| compiled.policy.silence());
         traffic.sent.fetch_add(u64::try_from(opening.len()).unwrap_or_default(), Ordering::Relaxed);
         let still = || {
             cluster.still(&asked.reviewed, asked.peer)?;
@@ -830,7 +863,7 @@ impl Gateway {
         metrics.tunnels.inc();
         let started = Instant::now();
         let end = tokio::select! {
-            end = tunnel::relay(agent, upstream, &traffic, still) => format!("{end:?}"),
+            end = tunnel::relay(agent, upstream, (&traffic, silence), still) => format!("{end:?}"),
             () = shutdown.cancelled() => "the gateway stops".to_owned(),
         };
         metrics.tunnels.dec();

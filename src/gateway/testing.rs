@@ -243,6 +243,8 @@ pub fn policy() -> PolicyConfig {
         models: ModelEndpoints { openai: Some("https://models.world.test".into()), anthropic: None, prices: vec![] },
         egress: vec![],
         access: Access::default(),
+        ignored_hosts: vec![],
+        upstream_timeout_seconds: None,
     }
 }
 

@@ -30,8 +30,6 @@ const HTTPS: u16 = 443;
 const HELLO: Duration = Duration::from_secs(10);
 /// Largest start of a connection that is looked at: post-quantum key shares make a ClientHello of some KiB.
 const LARGEST_HELLO: usize = 32 << 10;
-/// Without a byte either way.
-const IDLE: Duration = Duration::from_secs(300);
 /// Between two looks at whether the tunnel is still allowed.
 const RECHECK: Duration = Duration::from_secs(2);
 /// For what was under way when a tunnel was refused.
@@ -144,8 +142,13 @@ pub enum End {
     Cut(Refused),
 }
 
-/// Passes bytes both ways until the end.
-pub async fn relay<A, U>(agent: A, upstream: U, traffic: &Traffic, still: impl Fn() -> Result<(), Refused>) -> End
+/// Passes bytes both ways until the end, which comes when none has passed for so long as well.
+pub async fn relay<A, U>(
+    agent: A,
+    upstream: U,
+    (traffic, silence): (&Traffic, Duration),
+    still: impl Fn() -> Result<(), Refused>,
+) -> End
 where
     A: AsyncRead + AsyncWrite,
     U: AsyncRead + AsyncWrite,
@@ -169,7 +172,7 @@ where
             let total = traffic.total();
             if total != last {
                 (last, moved) = (total, Instant::now());
-            } else if moved.elapsed() >= IDLE {
+            } else if moved.elapsed() >= silence {
                 return End::Idle;
             }
         }

@@ -196,6 +196,7 @@ impl Witness {
             size: history.tree().size(),
             frontier: history.tree().frontier().iter().map(|hash| BASE64.encode(hash)).collect(),
             usage: history.usage(),
+            ignored: history.ignored(),
             tools: history.tools(principal.attempt),
             ledger: history.ledger(),
             salt,
@@ -587,6 +588,7 @@ impl Witness {
                 size: sealed.tree().size(),
                 root: BASE64.encode(sealed.tree().root()),
                 usage: sealed.usage(),
+                refused: sealed.refused(),
             });
         }
         Err(unavailable("the log grows faster than it can be sealed; try again"))

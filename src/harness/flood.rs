@@ -73,9 +73,9 @@ impl Flood {
         Counted::With(self.due)
     }
 
-    /// How many wait for their record.
+    /// How many wait for their record that count against the task's limit.
     pub fn waiting(&self) -> i64 {
-        self.waiting.values().map(|denied| denied.count).sum()
+        self.waiting.values().filter(|denied| denied.rule != Rule::EgressIgnored).map(|denied| denied.count).sum()
     }
 
     /// Those that have waited long enough, each with its number; all of them, where their time does not matter.

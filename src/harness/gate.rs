@@ -39,6 +39,7 @@ use crate::{
         rule::Rule,
         shorten::{shorten, shorten_to},
     },
+    room::Room,
 };
 
 /// Longest reason of a refusal in its record, in characters.
@@ -69,6 +70,8 @@ const CHANGED: &str = "what this call is judged by changes faster than it can be
 const ROUNDS: usize = 8;
 /// From this round on it may take a little time where it is put in order.
 const PATIENT: usize = 2;
+/// Bytes of bodies that are held at a time: of short ones, and of others, one of which may be as long as any. The harness's memory is bounded.
+const ROOM: (usize, usize) = (8 << 20, crate::wire::LONGEST_REQUEST);
 /// Calls that are judged at a time, apart.
 const PLACES: usize = 2;
 
@@ -229,6 +232,7 @@ pub struct Gate {
     flood: Mutex<Flood>,
     refused_enough: Notify,
     places: Arc<Semaphore>,
+    room: Room,
     /// Whoever has it is the next whose model call is paid for.
     turn: tokio::sync::Mutex<()>,
     /// Told each time that a model call has settled what was held for it.
@@ -267,6 +271,7 @@ impl Gate {
             flood: Mutex::new(Flood::new(Instant::now())),
             refused_enough: Notify::new(),
             places: Arc::new(Semaphore::new(PLACES)),
+            room: Room::new(ROOM.0, ROOM.1),
             turn: tokio::sync::Mutex::new(()),
             settled: Notify::new(),
             behind: TaskTracker::new(),
@@ -336,7 +341,9 @@ impl Gate {
         arguments: &Value,
         (usage, seen, results): (Usage, Sensitivity, &Results),
     ) -> Result<(bool, Passed), Denial> {
-        let by_contract = self.policy.contracts.again(&tool.name, arguments, Known { usage, results })?;
+        // How many refusals there were is looked at where calls are decided over, and where they are put in order.
+        let known = Known { usage, ignored: 0, results };
+        let by_contract = self.policy.contracts.again(&tool.name, arguments, known)?;
         Ok((by_contract, self.policy.guard.judge(Asked { tool, effect, usage, seen }, arguments)?))
     }
 
@@ -479,6 +486,11 @@ impl Gate {
         self.behind.wait().await;
     }
 
+    /// Room for bodies.
+    pub fn room(&self) -> &Room {
+        &self.room
+    }
+
     /// What commitments are made with.
     pub fn salt(&self) -> &Salt {
         &self.salt
@@ -502,7 +514,8 @@ impl Gate {
     /// Decides over a tool call by what is known now, on this thread.
     fn decide_here(&self, tool: &str, arguments: Arguments<'_>) -> Decision<'_> {
         let results = self.results();
-        let known = Known { usage: self.journal.usage(), results: &results };
+        let (usage, ignored) = (self.journal.usage(), self.journal.ignored());
+        let known = Known { usage, ignored, results: &results };
         let decision = self.policy.contracts.decide(tool, arguments, known, &self.salt);
         match self.running() {
             Ok(()) => decision,
@@ -733,7 +746,8 @@ impl Gate {
             Counted::Alone(denied) => self.count(denied).unwrap_or(denial),
             Counted::With(due) => {
                 let limit = self.policy.contracts.policy().limits.denials;
-                let reached = |limit| self.journal.usage().denials.saturating_add(self.flood().waiting()) >= limit;
+                let counted = self.journal.usage().denials.saturating_sub(self.journal.ignored());
+                let reached = |limit| counted.saturating_add(self.flood().waiting()) >= limit;
                 if limit.is_some_and(reached) {
                     self.count_waiting(None);
                 } else {
@@ -771,7 +785,10 @@ impl Gate {
                 (denied.rule, denied.reason) = (spent.rule, self.recordable(&spent.reason));
                 above = Some(spent);
             }
-            denied.count = budget.count_denials(denied.count);
+            denied.count = match denied.rule {
+                Rule::EgressIgnored => budget.count_ignored(denied.count),
+                _ => budget.count_denials(denied.count),
+            };
             over = budget.open().is_err();
             // As it is recorded, for those who read the harness's own log.
             let Denied { channel, target, rule, reason, count, .. } = &denied;

@@ -58,7 +58,7 @@ impl Misheard {
 
     /// The answer, to be sent as it is.
     pub fn answer(&self, denial: &Denial) -> String {
-        let text = format!("Belay refused this request. rule: {}. {}\n", denial.rule, denial.reason);
+        let text = format!("{}\n", denial.told("request"));
         format!(
             "HTTP/1.1 {}\r\ncontent-type: text/plain; charset=utf-8\r\n{}: {}\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{text}",
             self.status,

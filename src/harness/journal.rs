@@ -220,6 +220,11 @@ impl Journal {
         Ok(seq)
     }
 
+    /// How many of the refusals end nothing.
+    pub fn ignored(&self) -> i64 {
+        self.lock().budget.ignored()
+    }
+
     /// Waits until a record lies in the evidence store.
     ///
     /// # Errors

@@ -50,8 +50,8 @@ const LARGEST_HEAD: u32 = 128 << 10;
 const PING: Duration = Duration::from_secs(5);
 /// How long the gateway may take over a request about the log.
 const LOG_REPLY: Duration = Duration::from_secs(30);
-/// How long an upstream may take to begin its reply. Models think for minutes.
-const UPSTREAM_REPLY: Duration = Duration::from_secs(600);
+/// How much longer the gateway may take than the upstream: its word on what has become of the call is to be heard.
+const WORD: Duration = Duration::from_secs(15);
 /// How long a failing gateway is tried again before a call is given up: longer than a replica's restart takes to notice.
 const PATIENCE: Duration = Duration::from_secs(15);
 /// How long a token read from its file is used: kubelet replaces it long before it expires.
@@ -262,34 +262,40 @@ impl Link {
             .unwrap_or_else(|_| Err(unreachable(&format!("no answer within {LOG_REPLY:?}"))))
     }
 
-    /// Sends one request to an upstream. Tried again only while it is certain that the gateway did not get it.
+    /// Sends one request to an upstream, which may be silent for so long before its reply begins. Tried again only while it is certain that the
+    /// gateway did not get it.
     ///
     /// # Errors
     /// If the gateway refused it or the upstream did not answer.
     pub async fn forward(
         &self,
-        channel: Channel,
-        intent: u64,
+        (channel, intent): (Channel, u64),
         target: &str,
         request: Request<Bytes>,
+        silence: Duration,
     ) -> Result<Response<Incoming>, Undelivered> {
         let (mut parts, body) = request.into_parts();
         let malformed = |_| undelivered(Rule::Request, "the target cannot be sent".into(), true);
         parts.headers.insert(wire::TARGET, HeaderValue::from_str(target).map_err(malformed)?);
         parts.headers.insert(wire::CHANNEL, HeaderValue::from_static(channel.as_str()));
-        self.deliver(Uri::from_static("https://belay-gateway/v1/forward"), intent, &parts, body).await
+        self.deliver(Uri::from_static("https://belay-gateway/v1/forward"), intent, &parts, (body, silence)).await
     }
 
     /// Calls an HTTP tool with these arguments, JSON. Tried again only while it is certain that the gateway did not get it.
     ///
     /// # Errors
     /// If the gateway refused it or the upstream did not answer.
-    pub async fn call(&self, intent: u64, arguments: Bytes) -> Result<Response<Incoming>, Undelivered> {
+    pub async fn call(
+        &self,
+        intent: u64,
+        arguments: Bytes,
+        silence: Duration,
+    ) -> Result<Response<Incoming>, Undelivered> {
         let mut request = Request::new(());
         *request.method_mut() = Method::POST;
         request.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
         let (parts, ()) = request.into_parts();
-        self.deliver(Uri::from_static("https://belay-gateway/v1/call"), intent, &parts, arguments).await
+        self.deliver(Uri::from_static("https://belay-gateway/v1/call"), intent, &parts, (arguments, silence)).await
     }
 
     async fn deliver(
@@ -297,8 +303,9 @@ impl Link {
         to: Uri,
         intent: u64,
         parts: &Parts,
-        body: Bytes,
+        (body, silence): (Bytes, Duration),
     ) -> Result<Response<Incoming>, Undelivered> {
+        let patience = silence.saturating_add(WORD);
         let started = Instant::now();
         let mut pause = Duration::from_millis(50);
         loop {
@@ -309,7 +316,7 @@ impl Link {
             *again.headers_mut() = parts.headers.clone();
             again.headers_mut().insert(wire::INTENT, HeaderValue::from(intent));
             again.headers_mut().insert(AUTHORIZATION, bearer);
-            let exchange = tokio::time::timeout(UPSTREAM_REPLY, self.client.request(again));
+            let exchange = tokio::time::timeout(patience, self.client.request(again));
             match exchange.await {
                 // The gateway itself says that it did not send it, and to come again.
                 Ok(Ok(reply))
@@ -330,7 +337,7 @@ impl Link {
                     return Err(undelivered(Rule::UpstreamConnect, chain(&error), error.is_connect()));
                 }
                 Err(_) => {
-                    return Err(undelivered(Rule::UpstreamReply, format!("no reply within {UPSTREAM_REPLY:?}"), false));
+                    return Err(undelivered(Rule::UpstreamReply, format!("no reply within {patience:?}"), false));
                 }
             }
         }

@@ -626,12 +626,7 @@ impl ServerHandler for Tools {
         };
         // A refusal is a result and not a protocol error: the model has to see it, not the client library.
         let came = self.call(&request.name, args, None).await.map(|came| came.result);
-        let result = came.unwrap_or_else(|denial| {
-            CallToolResult::error(vec![ContentBlock::text(format!(
-                "Belay refused this call. rule: {}. {}",
-                denial.rule, denial.reason
-            ))])
-        });
+        let result = came.unwrap_or_else(|denial| CallToolResult::error(vec![ContentBlock::text(denial.told("call"))]));
         Ok(CallToolResponse::Complete(result))
     }
 }

@@ -15,8 +15,7 @@ mod refusal;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use http::{HeaderMap, Method, Request, Response};
-use http_body_util::{BodyExt, Limited};
+use http::{HeaderMap, Method, Request, Response, StatusCode};
 use hyper::body::Incoming;
 use serde_json::{Map, Value};
 use tokio::sync::Semaphore;
@@ -25,6 +24,7 @@ pub(super) use self::refusal::refusal;
 use self::{
     headers::passed_on,
     meter::{Told, meter},
+    refusal::refusal_as,
 };
 use super::{
     body::Body,
@@ -46,12 +46,12 @@ use crate::{
         rule::Rule,
         shorten::shorten,
     },
+    room::Unread,
+    wire::LONGEST_REQUEST,
 };
 
 /// The tokens of a request that is no longer are counted where it is read: in milliseconds.
 const COUNTED_HERE: usize = 32 << 10;
-/// Longest request that is taken.
-const LONGEST_REQUEST: usize = 16 << 20;
 
 /// Handles one model call.
 pub async fn handle(gate: Arc<Gate>, api: Api, request: Request<Incoming>) -> Response<Body> {
@@ -62,11 +62,15 @@ pub async fn handle(gate: Arc<Gate>, api: Api, request: Request<Incoming>) -> Re
             Denial { rule: Rule::ModelRequest, reason: format!("{path} takes POST only, found {}", parts.method) };
         return refusal(api, &gate.deny(Channel::Model, &path, None, denial).await);
     }
-    let body = match Limited::new(body, LONGEST_REQUEST).collect().await {
-        Ok(body) => body.to_bytes(),
-        Err(error) => {
-            let denial = Denial { rule: Rule::ModelRequest, reason: format!("the request cannot be read: {error}") };
-            return refusal(api, &gate.deny(Channel::Model, &path, None, denial).await);
+    // What is held of it has its place until the reply begins.
+    let (body, _place) = match gate.room().read(body, LONGEST_REQUEST).await {
+        Ok(read) => read,
+        Err(unread) => {
+            let denial = Denial { rule: Rule::ModelRequest, reason: unread.to_string() };
+            let denial = gate.deny(Channel::Model, &path, None, denial).await;
+            let too_long = matches!(unread, Unread::TooLong { .. });
+            let status = if too_long { StatusCode::PAYLOAD_TOO_LARGE } else { StatusCode::BAD_REQUEST };
+            return refusal_as(api, &denial, status);
         }
     };
     match call(&gate, api, &path, &parts.headers, &body).await {
@@ -142,7 +146,7 @@ async fn call(
     *outgoing.method_mut() = Method::POST;
     *outgoing.headers_mut() = passed_on(headers);
     let target = format!("{}{path}", base.trim_end_matches('/'));
-    match gate.link().forward(Channel::Model, permit.intent, &target, outgoing).await {
+    match gate.link().forward((Channel::Model, permit.intent), &target, outgoing, policy.silence()).await {
         Ok(reply) => {
             let told = Told { gate: gate.clone(), path: path.to_owned(), digest };
             Ok(meter(reply, permit, (reserved, price.cloned()), told))

@@ -19,7 +19,7 @@ use std::{
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode, header};
-use http_body_util::{BodyExt, Empty, Full, Limited};
+use http_body_util::{BodyExt, Empty, Full};
 use hyper::body::{Frame, Incoming};
 use hyper_util::rt::TokioIo;
 use sha2::{Digest, Sha256};
@@ -38,8 +38,6 @@ use crate::{
     wire,
 };
 
-/// Longest body of an absolute-form request. Larger ones can go through a tunnel.
-const LONGEST_REQUEST: usize = 16 << 20;
 /// A piece of a tunnel that is passed on.
 const PIECE: usize = 16 << 10;
 /// Longest reason in an answer's first line.
@@ -281,13 +279,14 @@ pub async fn forward(gate: Arc<Gate>, request: Request<Incoming>) -> Response<Bo
         return refuse(&gate, &target, denial).await;
     }
     let (parts, body) = request.into_parts();
-    let body = match Limited::new(body, LONGEST_REQUEST).collect().await {
-        Ok(body) => body.to_bytes(),
-        Err(error) => {
-            let denial = Denial { rule: Rule::Request, reason: format!("the request cannot be read: {error}") };
+    let (body, _place) = match gate.room().read(body, wire::LONGEST_REQUEST).await {
+        Ok(read) => read,
+        Err(unread) => {
+            let denial = Denial { rule: Rule::Request, reason: format!("{unread}; larger ones go through a tunnel") };
             return refuse(&gate, &target, denial).await;
         }
     };
+    let silence = gate.contracts().policy().silence();
     let digest = gate.salt().bytes(&body);
     // What is in a URL and in headers leaves as well.
     let line = parts.method.as_str().len().saturating_add(uri.to_string().len()).saturating_add(" HTTP/1.1\r\n ".len());
@@ -316,7 +315,7 @@ pub async fn forward(gate: Arc<Gate>, request: Request<Incoming>) -> Response<Bo
     for name in ours {
         outgoing.headers_mut().remove(name);
     }
-    match gate.link().forward(Channel::Egress, permit.intent, &uri.to_string(), outgoing).await {
+    match gate.link().forward((Channel::Egress, permit.intent), &uri.to_string(), outgoing, silence).await {
         Ok(reply) => {
             let status = reply.status();
             let (mut parts, body) = reply.into_parts();
@@ -347,8 +346,11 @@ async fn permit(
         rule: Rule::EgressHost,
         reason: format!("expected host:port, found {:?}: {error}", shorten(target)),
     })?;
-    egress::allow(&gate.contracts().policy().egress, &authority, EgressUse::Direct)
-        .map_err(|denied| Denial { rule: denied.rule, reason: denied.reason })?;
+    let policy = gate.contracts().policy();
+    egress::allow(&policy.egress, &authority, EgressUse::Direct).map_err(|denied| {
+        let denied = egress::uncounted(denied, &policy.ignored_hosts, &authority);
+        Denial { rule: denied.rule, reason: denied.reason }
+    })?;
     if !authority.fits(headers.get_all(header::HOST).iter().map(HeaderValue::as_bytes)) {
         let reason = format!("expected one Host, {}, which the request is for; found another", shorten(target));
         return Err(Denial { rule: Rule::Request, reason });
@@ -380,7 +382,7 @@ async fn refuse(gate: &Gate, target: &str, denial: Denial) -> Response<Body> {
 }
 
 fn refusal(denial: &Denial) -> Response<Body> {
-    let text = format!("Belay refused this connection. rule: {}. {}\n", denial.rule, denial.reason);
+    let text = format!("{}\n", denial.told("connection"));
     let mut reply = Response::new(boxed(Full::from(text).map_err(|error: Infallible| match error {})));
     *reply.status_mut() = StatusCode::FORBIDDEN;
     // Of the answer to CONNECT most clients show this, and no more.

@@ -68,7 +68,7 @@ async fn exchange(
     bounds: Bounds,
     settlement: &mut Settlement,
 ) -> Result<Reply, Denial> {
-    let reply = match link.call(intent, arguments).await {
+    let reply = match link.call(intent, arguments, bounds.time).await {
         Ok(reply) => reply,
         Err(undelivered) => {
             if undelivered.certain {

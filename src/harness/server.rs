@@ -318,7 +318,7 @@ async fn unknown(gate: &Gate, request: &Request<Incoming>, status: StatusCode) -
         model::refusal(api, &gate.deny(Channel::Model, path, None, denial).await)
     } else {
         let denial = gate.deny(Channel::Tool, path, None, denial).await;
-        let text = format!("Belay refused this request. rule: {}. {}\n", denial.rule, denial.reason);
+        let text = format!("{}\n", denial.told("request"));
         Response::new(boxed(Full::from(text).map_err(|error: Infallible| match error {})))
     };
     *reply.status_mut() = status;
@@ -488,7 +488,7 @@ fn read(body: &Bytes) -> Result<Message, Ambiguous> {
 
 /// -32700: what was sent cannot be read.
 fn refusal(id: &Value, denial: &Denial) -> Response<Body> {
-    let message = format!("Belay refused this request. rule: {}. {}", denial.rule, denial.reason);
+    let message = denial.told("request");
     let error = serde_json::json!({"jsonrpc": "2.0", "id": id, "error": {"code": -32700, "message": message}});
     let mut reply = Response::new(boxed(Full::from(error.to_string()).map_err(|error: Infallible| match error {})));
     *reply.status_mut() = StatusCode::BAD_REQUEST;

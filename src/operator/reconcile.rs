@@ -673,7 +673,7 @@ impl Pass<'_> {
             size: i64::try_from(reply.size).unwrap_or(i64::MAX),
             root: reply.root,
         };
-        self.tell_with(attempts, contained, Stage::Ended(&closed), Some(evidence)).await?;
+        self.tell_with(attempts, contained, Stage::Ended(&closed, reply.refused), Some(evidence)).await?;
         Ok(Action::await_change())
     }
 

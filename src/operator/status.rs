@@ -10,7 +10,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 
 use crate::{
     api::agent_task::{AgentTaskStatus, Attempt, EvidenceStatus, FailureClass, Phase},
-    evidence::record::TaskClosed,
+    evidence::record::{Refusals, TaskClosed},
     lifecycle::decide::class_of,
     plan::Finding,
 };
@@ -81,7 +81,7 @@ pub enum Stage<'a> {
     /// It ended; the log is not sealed, because.
     Sealing(&'a TaskClosed, &'a str),
     /// It ended and the log is sealed.
-    Ended(&'a TaskClosed),
+    Ended(&'a TaskClosed, Refusals),
 }
 
 /// The status that tells the story, given what was told before.
@@ -126,8 +126,9 @@ pub fn tell(before: &AgentTaskStatus, story: &Story<'_>, now: Timestamp) -> Agen
             set(COMPLETE, "True", &closed.phase, &closed.reason);
             set(EVIDENCE_SEALED, "False", SEAL_FAILED, problem);
         }
-        Stage::Ended(closed) => {
-            set(COMPLETE, "True", &closed.phase, ended(closed));
+        Stage::Ended(closed, refused) => {
+            let refused = refused.in_words().map(|refused| format!("; {refused}")).unwrap_or_default();
+            set(COMPLETE, "True", &closed.phase, &format!("{}{refused}", ended(closed)));
             set(EVIDENCE_SEALED, "True", SEALED, "");
         }
         Stage::Waiting(reason, message) => set(COMPLETE, "False", reason, message),
@@ -135,10 +136,10 @@ pub fn tell(before: &AgentTaskStatus, story: &Story<'_>, now: Timestamp) -> Agen
         _ if story.attempts.is_empty() => {}
         _ => set(COMPLETE, "False", RUNNING, ""),
     }
-    if !story.attempts.is_empty() && !matches!(story.stage, Stage::Sealing(..) | Stage::Ended(_)) {
+    if !story.attempts.is_empty() && !matches!(story.stage, Stage::Sealing(..) | Stage::Ended(..)) {
         set(EVIDENCE_SEALED, "False", OPEN, "");
     }
-    if let Stage::Ended(closed) = &story.stage {
+    if let Stage::Ended(closed, _) = &story.stage {
         status.failure_class = class_of(&closed.failure_class);
     }
     status
@@ -161,8 +162,8 @@ fn phase(before: &AgentTaskStatus, story: &Story<'_>) -> Phase {
         Stage::Parked(_) => Phase::Parked,
         Stage::Running => Phase::Running,
         Stage::Sealing(..) => before.phase.unwrap_or(Phase::Running),
-        Stage::Ended(closed) if closed.phase == "Succeeded" => Phase::Succeeded,
-        Stage::Ended(_) => Phase::Failed,
+        Stage::Ended(closed, _) if closed.phase == "Succeeded" => Phase::Succeeded,
+        Stage::Ended(..) => Phase::Failed,
     }
 }
 
@@ -173,7 +174,7 @@ fn reason(before: &AgentTaskStatus, story: &Story<'_>) -> String {
         Stage::Parked(_) => PARKED.to_owned(),
         Stage::Running => RUNNING.to_owned(),
         Stage::Sealing(closed, _) => before.reason.clone().unwrap_or_else(|| closed.reason.clone()),
-        Stage::Ended(closed) => closed.reason.clone(),
+        Stage::Ended(closed, _) => closed.reason.clone(),
     }
 }
 

@@ -48,6 +48,7 @@ pub fn render_policy<C: Borrow<ToolContract>>(
     let egress = egress_hosts(pack, class, principal, &mut findings);
     let tools = tools(task, contracts, class, &egress, &mut findings);
     let models = models(pack, class, &egress, &mut findings);
+    let ignored_hosts = ignored_hosts(pack, class, &mut findings);
     let access = access::render(pack, &mut findings);
     verifiable(&tools, &mut findings);
     undoable(&tools, pack, &mut findings);
@@ -77,6 +78,8 @@ pub fn render_policy<C: Borrow<ToolContract>>(
         models,
         egress,
         access,
+        ignored_hosts,
+        upstream_timeout_seconds: class.upstream_timeout_seconds,
     })
 }
 
@@ -815,6 +818,21 @@ fn egress_hosts(
         }
     }
     hosts
+}
+
+/// The hosts whose refusals do not count.
+fn ignored_hosts(pack: &PolicyPack, class: &WorkflowClass, findings: &mut Vec<Finding>) -> Vec<String> {
+    for (index, host) in class.ignored_hosts.iter().enumerate() {
+        if let Err(error) = HostPattern::parse(host) {
+            findings.push(Finding::new(
+                format!("PolicyPack/{} spec.workflowClasses[{}].ignoredHosts[{index}]", pack.name_any(), class.name),
+                "a host name, or `*.` and a domain",
+                format!("`{host}`: {error}"),
+                "correct the pack",
+            ));
+        }
+    }
+    class.ignored_hosts.iter().map(|host| host.to_ascii_lowercase()).collect()
 }
 
 /// Whether the class lists the URL's host and port for this use, as the gateway will decide it; what was found otherwise.

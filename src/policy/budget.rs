@@ -60,6 +60,8 @@ pub struct Budget {
     usage: Usage,
     /// Of what is counted as used, what is set aside for calls under way.
     held: Spent,
+    /// Refusals among those counted that end nothing.
+    ignored: i64,
 }
 
 /// Whether a model call can be paid for.
@@ -76,7 +78,18 @@ pub enum Fits {
 impl Budget {
     /// A budget that goes on from `usage`: what earlier attempts used stays used.
     pub fn resume(limits: Limits, usage: Usage) -> Self {
-        Self { limits, usage, held: Spent::default() }
+        Self { limits, usage, held: Spent::default(), ignored: 0 }
+    }
+
+    /// So many of the refusals so far end nothing: see [`Budget::count_ignored`].
+    #[must_use]
+    pub fn ignoring(self, ignored: i64) -> Self {
+        Self { ignored, ..self }
+    }
+
+    /// How many of the refusals end nothing.
+    pub fn ignored(&self) -> i64 {
+        self.ignored
     }
 
     /// The counters: settled and reserved.
@@ -128,7 +141,7 @@ impl Budget {
     /// # Errors
     /// [`Rule::Denials`] once so many were refused that the task is over.
     pub fn open(&self) -> Result<(), Exhausted> {
-        let used = self.usage.denials;
+        let used = self.usage.denials.saturating_sub(self.ignored);
         match self.limits.denials {
             Some(limit) if used >= limit => {
                 Err(Exhausted { rule: Rule::Denials, what: "denied call", limit, used, held: 0, needed: 0 })
@@ -217,6 +230,14 @@ impl Budget {
     pub fn count_denials(&mut self, count: i64) -> i64 {
         let counted = count.clamp(0, LARGEST_WHOLE.saturating_sub(self.usage.denials).max(0));
         self.usage.denials = self.usage.denials.saturating_add(counted);
+        counted
+    }
+
+    /// Counts refusals that end nothing, however many they are: of hosts that the class lists as ignored. Gives how many were counted.
+    #[must_use = "the record has what was counted"]
+    pub fn count_ignored(&mut self, count: i64) -> i64 {
+        let counted = self.count_denials(count);
+        self.ignored = self.ignored.saturating_add(counted);
         counted
     }
 }
@@ -334,6 +355,20 @@ mod tests {
         assert_eq!(budget.open().unwrap_err().rule, Rule::Denials);
         let unlimited = Limits { denials: None, ..limits() };
         assert_eq!(Budget::resume(unlimited, budget.usage()).open(), Ok(()));
+    }
+
+    #[test]
+    fn ignored_refusals_are_counted_and_end_nothing() {
+        let mut budget = Budget::resume(limits(), Usage::default());
+        for _ in 0..10 {
+            assert_eq!(budget.count_ignored(3), 3);
+        }
+        assert_eq!((budget.usage().denials, budget.ignored(), budget.open()), (30, 30, Ok(())));
+        let mut next = Budget::resume(limits(), budget.usage()).ignoring(budget.ignored());
+        assert_eq!(next.open(), Ok(()));
+        // The control: of others two do.
+        assert_eq!(next.count_denials(2), 2);
+        assert_eq!(next.open().unwrap_err().used, 2);
     }
 
     /// A million calls at once for what is left of each counter: exactly so many are allowed, or denied for their own reason.

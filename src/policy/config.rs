@@ -4,7 +4,7 @@
 //! own view of them and compares [`PolicyConfig::digest`]; the evidence log keeps its bytes. Unknown fields are refused:
 //! a harness never runs under a rule that it does not understand.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
@@ -164,9 +164,26 @@ pub struct PolicyConfig {
     /// What the pack says to each tool call.
     #[serde(default, skip_serializing_if = "Access::is_empty")]
     pub access: Access,
+    /// Hosts that a connection to is refused, as to any that is not listed, without counting towards `limits.denials`: names, or `*.` and a domain.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ignored_hosts: Vec<String>,
+    /// Seconds that an upstream may be silent, where that is not [`SILENCE`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub upstream_timeout_seconds: Option<i64>,
 }
 
+/// How long an upstream may be silent, before its reply begins and between two pieces of it: as long as the official client libraries of
+/// models wait.
+pub const SILENCE: Duration = Duration::from_secs(600);
+
 impl PolicyConfig {
+    /// How long an upstream may be silent: before its reply begins, and between two pieces of it.
+    pub fn silence(&self) -> Duration {
+        self.upstream_timeout_seconds
+            .and_then(|seconds| u64::try_from(seconds).ok())
+            .map_or(SILENCE, Duration::from_secs)
+    }
+
     /// The tool of that name.
     pub fn tool(&self, name: &str) -> Option<&Tool> {
         self.tools.iter().find(|tool| tool.name == name)

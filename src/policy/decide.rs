@@ -98,6 +98,8 @@ pub struct Known<'a> {
     pub usage: Usage,
     /// Results of earlier calls.
     pub results: &'a Results,
+    /// How many of the refusals end nothing.
+    pub ignored: i64,
 }
 
 /// What was decided over one call.
@@ -291,7 +293,7 @@ impl Contracts {
             bytes: u64::try_from(text.len()).unwrap_or(u64::MAX),
             needs_approval: false,
         };
-        let mut budget = Budget::resume(self.policy.limits, known.usage);
+        let mut budget = Budget::resume(self.policy.limits, known.usage).ignoring(known.ignored);
         let open = budget.open().map_err(Denial::from);
         let (arguments, text) = match arguments {
             Arguments::Text(text) => match json::parse(text) {
@@ -363,7 +365,7 @@ impl Contracts {
     /// # Errors
     /// The first rule that does not hold.
     pub fn recheck(&self, name: &str, arguments: &Value) -> Result<bool, Denial> {
-        let known = Known { usage: Usage::default(), results: &self.nothing };
+        let known = Known { usage: Usage::default(), ignored: 0, results: &self.nothing };
         self.judge(name, arguments, known, is_of_the_call).map(|(_, needs_approval)| needs_approval)
     }
 
@@ -596,12 +598,15 @@ pub(crate) mod tests {
             models: ModelEndpoints::default(),
             egress: vec![],
             access: Access::default(),
+            ignored_hosts: vec![],
+            upstream_timeout_seconds: None,
         }
     }
 
     fn denied(contracts: &Contracts, tool: &str, args: Value, usage: Usage) -> Option<Rule> {
         let results = contracts.no_results();
-        let decision = contracts.decide(tool, Arguments::Parsed(args), Known { usage, results: &results }, &salt());
+        let decision =
+            contracts.decide(tool, Arguments::Parsed(args), Known { usage, ignored: 0, results: &results }, &salt());
         decision.verdict.err().map(|denial| denial.rule)
     }
 
@@ -634,7 +639,7 @@ pub(crate) mod tests {
     #[case::look_alike_name(r#"{"title":"a","severity":"low","\u0455everity":"critical"}"#, Some(Rule::ToolSchema))]
     fn arguments_are_read_from_their_bytes(#[case] text: &str, #[case] denied_by: Option<Rule>) {
         let contracts = Contracts::compile(&policy(vec![SideEffect::Write])).unwrap();
-        let known = Known { usage: Usage::default(), results: &contracts.no_results() };
+        let known = Known { usage: Usage::default(), ignored: 0, results: &contracts.no_results() };
         let decision = contracts.decide("open_ticket", Arguments::Text(text.as_bytes()), known, &salt());
         assert_eq!(decision.verdict.err().map(|denial| denial.rule), denied_by);
         assert_eq!(decision.digest.len(), 64);
@@ -661,7 +666,7 @@ pub(crate) mod tests {
             for args in
                 [json!({"title": "s3cret"}), json!({"title": "s3cret s3cret s3cret"}), json!({"title": ["s3cret"]})]
             {
-                let known = Known { usage: Usage::default(), results: &contracts.no_results() };
+                let known = Known { usage: Usage::default(), ignored: 0, results: &contracts.no_results() };
                 let denial =
                     contracts.decide("open_ticket", Arguments::Parsed(args), known, &salt()).verdict.unwrap_err();
                 assert!(!denial.reason.contains("s3cret"), "{denial:?}");
@@ -672,7 +677,7 @@ pub(crate) mod tests {
     #[test]
     fn the_digest_is_of_what_the_arguments_mean() {
         let contracts = Contracts::compile(&policy(vec![SideEffect::Write])).unwrap();
-        let known = Known { usage: Usage::default(), results: &contracts.no_results() };
+        let known = Known { usage: Usage::default(), ignored: 0, results: &contracts.no_results() };
         let digest =
             |text: &str| contracts.decide("open_ticket", Arguments::Text(text.as_bytes()), known, &salt()).digest;
         let one = digest(r#"{"title":"a","severity":"low"}"#);
@@ -690,7 +695,7 @@ pub(crate) mod tests {
         }];
         let contracts = Contracts::compile(&policy).unwrap();
         let allowed = |results: &Results| {
-            let known = Known { usage: Usage::default(), results };
+            let known = Known { usage: Usage::default(), ignored: 0, results };
             contracts.decide("open_ticket", Arguments::Parsed(json!({"title": "a"})), known, &salt()).verdict.is_ok()
         };
         let none = contracts.no_results();
@@ -747,7 +752,7 @@ pub(crate) mod tests {
             hold_seconds: 0,
         });
         let contracts = Contracts::compile(&policy).unwrap();
-        let known = Known { usage: Usage::default(), results: &contracts.no_results() };
+        let known = Known { usage: Usage::default(), ignored: 0, results: &contracts.no_results() };
         let decision = contracts.decide("open_ticket", Arguments::Parsed(arguments), known, &salt());
         assert_eq!(decision.needs_approval, expected, "{decision:?}");
     }

@@ -105,6 +105,18 @@ pub fn allow(entries: &[EgressHost], to: &Authority, purpose: EgressUse) -> Resu
     }
 }
 
+/// A refusal that does not count, if it is of a host that is not listed, and one of these.
+#[must_use]
+pub fn uncounted(denied: EgressDenied, ignored: &[String], to: &Authority) -> EgressDenied {
+    let fits = |host: &String| HostPattern::parse(host).is_ok_and(|pattern| pattern.matches(&to.host));
+    if denied.rule != Rule::EgressHost || !ignored.iter().any(fits) {
+        return denied;
+    }
+    let reason =
+        format!("{} is one of the workflow class's ignoredHosts: no connection goes there, and none counts", to.host);
+    self::denied(Rule::EgressIgnored, reason)
+}
+
 fn denied(rule: Rule, reason: String) -> EgressDenied {
     EgressDenied { rule, reason }
 }

@@ -162,6 +162,8 @@ rules! {
     EgressAddress = "egress.address",
     /// The host may be used for the agent's own traffic.
     EgressDirect = "egress.direct",
+    /// The host is not one of those whose refusals the class does not count.
+    EgressIgnored = "egress.ignored",
     /// The token is valid, for this audience and bound to a live pod.
     IdentityToken = "identity.token",
     /// The request comes from the address of the pod that the token is bound to.

@@ -10,8 +10,8 @@ use crate::{
         fits,
         note::{self, VerifierKey},
         record::{
-            Actor, Approval, AttemptOpened, Channel, Effect, Event, Intent, Outcome, Record, Replayed, Resolved,
-            VERSION,
+            Actor, Approval, AttemptOpened, Channel, Denied, Effect, Event, Intent, Outcome, Record, Replayed,
+            Resolved, VERSION,
         },
         rollback::{self, Leaving, Undoing},
     },
@@ -22,6 +22,7 @@ use crate::{
         config::{Idempotency, PolicyConfig, Sensitivity, Usage},
         ledger::{self, Found, Ledger},
         price,
+        rule::Rule,
     },
 };
 
@@ -44,6 +45,8 @@ pub(super) struct History {
     /// The most sensitive data that the task has handled.
     seen: Sensitivity,
     usage: Usage,
+    /// Refusals that end nothing, among those that are counted.
+    ignored: i64,
     /// Calls of each tool, over all attempts.
     tool_calls: BTreeMap<String, i64>,
     /// The definition by which the newest attempt called each tool first.
@@ -135,6 +138,7 @@ impl History {
                     blame.add(Check::RecordForm, message);
                 }
                 usage.denials = usage.denials.saturating_add(denied.count);
+                self.ignored(denied, &mut blame);
                 let count = blame.report.summary.denials.entry(denied.rule).or_default();
                 *count = count.saturating_add(denied.calls());
             }
@@ -392,6 +396,19 @@ impl History {
         }
     }
 
+    /// Refusals by this rule end nothing: they are of connections, where the policy lists hosts that are ignored.
+    fn ignored(&mut self, denied: &Denied, blame: &mut Blame<'_>) {
+        if denied.rule != Rule::EgressIgnored {
+            return;
+        }
+        let lists = self.policy.as_ref().is_some_and(|policy| !policy.ignored_hosts.is_empty());
+        if denied.channel != Channel::Egress || !lists {
+            let message = "expected connections only to be ignored, by a policy that lists some".to_owned();
+            blame.add(Check::CallPolicy, message);
+        }
+        self.ignored = self.ignored.saturating_add(denied.count);
+    }
+
     /// A read tells what became of a call whose fate was unknown, of whichever attempt: one made after that was known, that succeeded, by
     /// the tool that the contract names.
     fn resolved(&mut self, resolved: &Resolved, blame: &mut Blame<'_>) {
@@ -505,7 +522,8 @@ impl History {
                 let (limit, found) = (price::show(limit), price::show(usage.cost_micros));
                 blame.add(Check::UsageLimit, format!("expected a cost of at most {limit}, found {found} reserved"));
             }
-            if let Some(limit) = limits.denials.filter(|limit| usage.denials >= *limit) {
+            let counted = usage.denials.saturating_sub(self.ignored);
+            if let Some(limit) = limits.denials.filter(|limit| counted >= *limit) {
                 blame.add(Check::UsageLimit, format!("expected no call after {limit} denials, found one"));
             }
             if let Some(problem) = fits::misfit(intent, policy).or_else(|| fits::mispriced(intent, policy)) {

@@ -17,7 +17,7 @@ use crate::{
         ending::{PAYLOAD_TYPE, SUMMARY},
         note,
         note::{Note, Signer, WITNESS_NAME},
-        record::{self, Actor, Channel, Effect, Event, Record},
+        record::{self, Actor, Channel, Denied, Effect, Event, Record},
         rollback::{By, Plan, Step, Undo},
         segment::Segment,
         store::Mode,
@@ -30,6 +30,7 @@ use crate::{
             RollbackOf, RuleDecision, Sensitivity, SideEffect, Upstream,
         },
         ledger,
+        rule::Rule,
     },
 };
 
@@ -82,6 +83,27 @@ fn a_log_with_listings_tighter_effects_and_limits_that_hold_is_valid() {
     let report = run(&script, &script.write());
     assert_eq!((report.verdict, broken(&report)), (Verdict::Valid, vec![]), "{:?}", report.findings);
     assert_eq!(report.summary.usage.tool_calls, 4);
+}
+
+fn ignored() -> Event {
+    let Event::Denied(of) = denied("telemetry.world.test:443") else { panic!() };
+    Event::Denied(Denied { rule: Rule::EgressIgnored, ..of })
+}
+
+#[test]
+fn refusals_of_ignored_hosts_end_nothing() {
+    let mut script = Script::good();
+    for seq in [0, 7] {
+        change_opened(&mut script, seq, |o| {
+            o.policy.limits.denials = Some(1);
+            o.policy.ignored_hosts = vec!["telemetry.world.test".into()];
+        });
+    }
+    // The control is a refusal that counts: see `a_call_after_the_last_denial`.
+    script.at(4).event = ignored();
+    let report = run(&script, &script.write());
+    assert_eq!((report.verdict, broken(&report)), (Verdict::Valid, vec![]), "{:?}", report.findings);
+    assert_eq!(report.summary.usage.denials, 1);
 }
 
 #[test]
@@ -161,6 +183,7 @@ fn a_task_that_never_ran_has_a_valid_log_of_one_record() {
     s.count();
 })]
 #[case::a_call_after_the_last_denial(Check::UsageLimit, Some(8), |s: &mut Script| s.at(7).event = opened_with(s, |o| o.policy.limits.denials = Some(1)))]
+#[case::ignored_though_no_host_is(Check::CallPolicy, Some(4), |s: &mut Script| s.at(4).event = ignored())]
 #[case::a_model_without_a_price(Check::CallPolicy, Some(8), |s: &mut Script| { priced(s, "x", 300, 100); })]
 #[case::a_cost_below_its_price(Check::CallPolicy, Some(8), |s: &mut Script| { priced(s, "m", 300, 299); })]
 #[case::a_cost_above_its_price(Check::CallPolicy, Some(8), |s: &mut Script| { priced(s, "m", 300, 601); })]

@@ -89,7 +89,7 @@ impl Belay {
 impl Side for Belay {
     fn allows(&self, tool: &str, args: &str) -> bool {
         let usage = Usage { tool_calls: 7, ..Usage::default() };
-        let known = Known { usage, results: &self.results };
+        let known = Known { usage, ignored: 0, results: &self.results };
         let decision = black_box(self.contracts.decide(tool, Arguments::Text(args.as_bytes()), known, &self.salt));
         let mut budget = Budget::resume(self.contracts.policy().limits, usage);
         decision.verdict.is_ok() && budget.reserve_tool_call().is_ok()

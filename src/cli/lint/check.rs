@@ -523,6 +523,8 @@ fn generous(task: &AgentTask, contracts: &[&ToolContract]) -> PolicyPack {
                 name: task.spec.workflow_class.clone(),
                 runtime_class_name: None,
                 egress: egress.collect(),
+                ignored_hosts: vec![],
+                upstream_timeout_seconds: None,
                 allowed_effects: vec![SideEffect::Read, SideEffect::Write, SideEffect::External],
                 limits: Limits {
                     wall_time_seconds: i64::MAX,

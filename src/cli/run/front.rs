@@ -263,7 +263,7 @@ impl<'p> Front<'p> {
         if self.output == Form::Json {
             let line = match ended {
                 Ok(Outcome { closed, sealed, trouble }) => json!({
-                    "event": "ended", "closed": closed, "usage": sealed.usage, "size": sealed.size, "root": sealed.root,
+                    "event": "ended", "closed": closed, "usage": sealed.usage, "refused": sealed.refused, "size": sealed.size, "root": sealed.root,
                     "evidence": log, "verify": check, "trouble": trouble,
                 }),
                 Err(error) => json!({"event": "failed", "error": error.to_string(), "evidence": log, "verify": check}),
@@ -272,17 +272,18 @@ impl<'p> Front<'p> {
             return self.out.end();
         }
         match ended {
-            Ok(Outcome { closed, trouble, .. }) => {
+            Ok(Outcome { closed, sealed, trouble }) => {
                 if let Some(trouble) = trouble {
                     self.view.notice(trouble);
                 }
                 let phase = if closed.phase == "Succeeded" { Phase::Succeeded } else { Phase::Failed };
                 let class =
                     if closed.failure_class.is_empty() { String::new() } else { format!("{}, ", closed.failure_class) };
+                let refused = sealed.refused.in_words().map(|refused| format!("; {refused}")).unwrap_or_default();
                 let attempt = self.task.status.as_ref().and_then(|status| status.attempt);
                 self.task.status = Some(AgentTaskStatus {
                     phase: Some(phase),
-                    reason: Some(format!("{class}{}", closed.reason)),
+                    reason: Some(format!("{class}{}{refused}", closed.reason)),
                     attempt,
                     ..AgentTaskStatus::default()
                 });

@@ -54,8 +54,9 @@ fn to() -> Authority {
 #[tokio::test]
 async fn dials_an_address_that_it_checked() {
     let (dialer, recorder) = dialer(vec![Ok(vec![A, B])], vec![A]).await;
-    let (_, address) = dialer.dial(&to()).await.unwrap();
+    let (stream, address) = dialer.dial(&to()).await.unwrap();
     assert_eq!(address, SocketAddr::new(B, 443));
+    assert!(rustix::net::sockopt::socket_keepalive(&stream).unwrap(), "whatever is between forgets it");
     assert_eq!(*recorder.asked.lock().unwrap(), [SocketAddr::new(A, 443), SocketAddr::new(B, 443)]);
 }
 

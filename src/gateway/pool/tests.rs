@@ -19,13 +19,14 @@ use crate::{
         authorize::Target,
         body::full,
         dial::{Connect, Dialer, roots},
-        forward::forward,
+        forward::{Manner, forward},
         refusal::Refused,
         resolve::Resolve,
     },
     policy::{egress::Blocked, rule::Rule},
 };
 
+const MANNER: Manner = Manner { silence: Duration::from_secs(300), unpacks: true };
 const A: IpAddr = IpAddr::V4(Ipv4Addr::new(198, 51, 100, 20));
 const B: IpAddr = IpAddr::V4(Ipv4Addr::new(198, 51, 100, 21));
 const PRIVATE: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 0, 0, 5));
@@ -140,7 +141,7 @@ impl Way {
     async fn send(&self, method: Method, url: &str, body: &'static str) -> Result<String, Refused> {
         let request = Request::builder().method(method).body(full(body)).unwrap();
         let target = Target::parse(url).unwrap();
-        let reply = forward(&self.dialer, Some(&self.pool), &target, None, request, ()).await?;
+        let reply = forward(&self.dialer, Some(&self.pool), &target, None, request, (MANNER, ())).await?;
         let body = reply.into_body().collect().await.map_err(|e| Refused::malformed(e.to_string()))?.to_bytes();
         tokio::time::sleep(Duration::from_millis(30)).await;
         Ok(String::from_utf8_lossy(&body).into_owned())
@@ -198,7 +199,7 @@ async fn a_reply_that_nobody_reads_to_its_end_ends_its_connection() {
     let way = Way::to(&[]).await;
     let request = Request::post("/").body(full("x")).unwrap();
     let target = Target::parse("http://a.test/").unwrap();
-    drop(forward(&way.dialer, Some(&way.pool), &target, None, request, ()).await.unwrap());
+    drop(forward(&way.dialer, Some(&way.pool), &target, None, request, (MANNER, ())).await.unwrap());
     tokio::time::sleep(Duration::from_millis(30)).await;
     assert_eq!(way.post().await.unwrap(), "ok");
     assert_eq!(way.upstream.seen().0, 2);

@@ -270,6 +270,11 @@ fn says(asked: &[u8], authorization: Option<&HeaderValue>) -> http::Result<Respo
         "header's name" => reply.header(text, "1").body(full("{}")),
         "cookie" => reply.header("set-cookie", format!("session={}", hex::encode(text))).body(full("{}")),
         "location" => reply.status(307).header("location", format!("https://a.test/?key={text}")).body(full("")),
+        "packed" => {
+            let mut packed = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
+            std::io::Write::write_all(&mut packed, text.as_bytes()).unwrap();
+            reply.header("content-encoding", "gzip").body(full(packed.finish().unwrap()))
+        }
         "gzip" => reply.header("content-encoding", "gzip").body(full(text)),
         "gzip unsaid" => reply.body(full([b"\x1f\x8b\x08", text.as_bytes()].concat())),
         "chunks" | "events" => {
@@ -738,6 +743,7 @@ async fn a_reply_that_repeats_the_credential_is_withheld_whatever_part_of_it_doe
         ("KEY", "cookie"),
         ("KEY", "location"),
         ("none of it|KEY|KEY", "chunks"),
+        ("[\"bad key: KEY\"]", "packed"),
     ] {
         let world = world().await;
         let (status, rule, pieces, _) = came(world.say(say, how).await).await;

@@ -3,6 +3,8 @@ use rustls::{ClientConfig, ClientConnection, RootCertStore};
 
 use super::*;
 
+const SILENCE: Duration = Duration::from_secs(300);
+
 /// A real ClientHello.
 fn hello(name: &str) -> Vec<u8> {
     let provider = std::sync::Arc::new(rustls::crypto::ring::default_provider());
@@ -91,11 +93,11 @@ async fn a_hello_does_not_take_for_ever() {
 #[tokio::test(start_paused = true)]
 async fn a_silent_tunnel_ends_and_a_forbidden_one_sooner() {
     let ((_a, agent), (_b, upstream)) = (tokio::io::duplex(16), tokio::io::duplex(16));
-    assert!(matches!(relay(agent, upstream, &Traffic::default(), || Ok(())).await, End::Idle));
+    assert!(matches!(relay(agent, upstream, (&Traffic::default(), SILENCE), || Ok(())).await, End::Idle));
     let ((_a, agent), (_b, upstream)) = (tokio::io::duplex(16), tokio::io::duplex(16));
     let started = Instant::now();
     let still = || Err(Refused::denied(Rule::IdentityToken, "gone"));
-    assert!(matches!(relay(agent, upstream, &Traffic::default(), still).await, End::Cut(_)));
+    assert!(matches!(relay(agent, upstream, (&Traffic::default(), SILENCE), still).await, End::Cut(_)));
     assert!(started.elapsed() <= RECHECK * 2);
 }
 
@@ -104,8 +106,9 @@ async fn both_ways_are_counted_and_half_closes_are_kept() {
     let ((mut a, agent), (mut b, upstream)) = (tokio::io::duplex(64), tokio::io::duplex(64));
     let traffic = std::sync::Arc::new(Traffic::default());
     let counted = traffic.clone();
-    let relayed =
-        tokio::spawn(async move { matches!(relay(agent, upstream, &counted, || Ok(())).await, End::Over(Ok(()))) });
+    let relayed = tokio::spawn(async move {
+        matches!(relay(agent, upstream, (&counted, SILENCE), || Ok(())).await, End::Over(Ok(())))
+    });
     a.write_all(b"ask").await.unwrap();
     a.shutdown().await.unwrap();
     let mut asked = String::new();

@@ -18,8 +18,8 @@ use crate::{
         merkle::Tree,
         note::{self, VerifierKey},
         record::{
-            Actor, AttemptOpened, Channel, Effect, Event, Intent, Outcome, Record, Replayed, Resolved, TaskClosed,
-            VERSION,
+            Actor, AttemptOpened, Channel, Effect, Event, Intent, Outcome, Record, Refusals, Replayed, Resolved,
+            TaskClosed, VERSION,
         },
         rollback::{self, Leaving, Undoing},
         segment::Segment,
@@ -192,6 +192,9 @@ fn print(call: &str) -> u64 {
 pub struct History {
     tree: Tree,
     usage: Usage,
+    refused: Refusals,
+    /// Refusals that end nothing, among those that are counted.
+    ignored: i64,
     attempt: i64,
     /// Counts `attempt.opened` and `task.closed`: who signs changes with them.
     incarnation: u64,
@@ -243,6 +246,16 @@ impl History {
     /// The counters after the last record.
     pub fn usage(&self) -> Usage {
         self.usage
+    }
+
+    /// How many of the refusals end nothing.
+    pub fn ignored(&self) -> i64 {
+        self.ignored
+    }
+
+    /// What was refused.
+    pub fn refused(&self) -> Refusals {
+        self.refused
     }
 
     /// What the log says of each tool, to an attempt: definitions are each attempt's own.
@@ -472,6 +485,14 @@ impl History {
             Event::Resolved(resolved) => self.resolved(record, resolved)?,
             Event::Denied(denied) if denied.is_countable() => {
                 usage.denials = usage.denials.saturating_add(denied.count);
+                self.refused.add(denied);
+                if denied.rule == Rule::EgressIgnored {
+                    let lists = self.policy.as_ref().is_some_and(|policy| !policy.ignored_hosts.is_empty());
+                    if denied.channel != Channel::Egress || !lists {
+                        return Err(at(record, "expected connections only to be ignored, by a policy that lists some"));
+                    }
+                    self.ignored = self.ignored.saturating_add(denied.count);
+                }
             }
             Event::Denied(denied) => {
                 return Err(at(
@@ -569,13 +590,11 @@ impl History {
         {
             return Err(over(Rule::Cost, usage.cost_micros, limit));
         }
-        if let Some(limit) = limits.denials.filter(|limit| usage.denials >= *limit) {
+        let counted = usage.denials.saturating_sub(self.ignored);
+        if let Some(limit) = limits.denials.filter(|limit| counted >= *limit) {
             return Err(Refused::denied(
                 Rule::Denials,
-                format!(
-                    "record {}: {} of {limit} denials are used: no call leaves any more",
-                    record.seq, usage.denials
-                ),
+                format!("record {}: {counted} of {limit} denials are used: no call leaves any more", record.seq),
             ));
         }
         if let Some(problem) = fits::misfit(intent, &policy).or_else(|| fits::mispriced(intent, &policy)) {

@@ -45,7 +45,7 @@ use crate::{
     },
     policy::{
         budget::Spent,
-        config::{McpUpstream, Tool, ToolUsage},
+        config::{McpUpstream, SILENCE, Tool, ToolUsage},
         decide::Denial,
         definition::Definition,
         rule::Rule,
@@ -459,7 +459,8 @@ impl Wire {
             request = request.header(name, value);
         }
         let request = request.body(body).map_err(|error| malformed(error.to_string()))?;
-        self.link.forward(channel, intent, uri, request).await
+        // Whoever calls has a time of its own.
+        self.link.forward((channel, intent), uri, request, SILENCE).await
     }
 }
 

@@ -13,6 +13,7 @@ use http_body_util::{BodyDataStream, BodyExt, StreamBody};
 use hyper::body::{Frame, Incoming};
 use sha2::{Digest, Sha256};
 
+use super::refusal;
 use crate::{
     evidence::record::{Channel, Effect},
     harness::{
@@ -23,7 +24,10 @@ use crate::{
     policy::{
         budget::Spent,
         config::{ModelPrice, Sensitivity},
-        model::settle::{self, Came, Reported, Reserved},
+        model::{
+            api::Api,
+            settle::{self, Came, Reported, Reserved},
+        },
         rule::Rule,
     },
 };
@@ -103,10 +107,7 @@ impl Passing {
                 }
                 Some(Ok(Frame::data(chunk)))
             }
-            Some(Err(error)) => {
-                self.broke_off(&error).await;
-                Some(Err(error.into()))
-            }
+            Some(Err(error)) => Some(self.broke_off(error).await),
             None => {
                 if let Some(mut meter) = self.meter.take() {
                     meter.came = Came::Whole;
@@ -116,8 +117,13 @@ impl Passing {
         }
     }
 
-    async fn broke_off(&mut self, error: &hyper::Error) {
-        let ended = link::ended(error);
+    /// What is passed on last of a reply that broke off.
+    async fn broke_off(
+        &mut self,
+        error: hyper::Error,
+    ) -> Result<Frame<Bytes>, Box<dyn std::error::Error + Send + Sync>> {
+        let ended = link::ended(&error);
+        let streamed = self.meter.as_ref().is_some_and(|meter| meter.streamed);
         if let Some(mut meter) = self.meter.take() {
             meter.rule = ended.as_ref().map(|denial| denial.rule);
             // What the gateway has ended, the provider may have said to its end.
@@ -127,8 +133,14 @@ impl Passing {
         }
         if let Some(denial) = ended {
             let Told { gate, path, digest } = &self.told;
-            gate.deny(Channel::Model, path, Some(digest.clone()), denial).await;
+            let denial = gate.deny(Channel::Model, path, Some(digest.clone()), denial).await;
+            if let Some(api) = Api::of_path(path).filter(|_| streamed) {
+                // Whole events have passed so far, and this is the last.
+                self.body = None;
+                return Ok(Frame::data(refusal::event(api, &denial).into()));
+            }
         }
+        Err(error.into())
     }
 
     /// Reads what is left, for its account.

@@ -1,31 +1,122 @@
-//! Refusals, as the client libraries of each API show them to people.
+//! Refusals, as the client libraries of each API show them to people, and as they decide whether to try again.
+//!
+//! Guarantees: each has the shape of its API's errors, and a status by which the official client libraries do not try again what cannot
+//! pass: they do that at 408, 409, 429 and from 500 on, unless `x-should-retry` says otherwise, which is said as well.
+//! Non-goals: errors of providers, which pass as they are.
 
 use std::convert::Infallible;
 
-use http::{HeaderValue, Response, StatusCode, header};
+use http::{HeaderName, HeaderValue, Response, StatusCode, header};
 use http_body_util::{BodyExt, Full};
+use serde_json::{Value, json};
 
 use crate::{
     harness::body::{Body, boxed},
-    policy::{decide::Denial, model::api::Api},
+    policy::{
+        decide::Denial,
+        model::api::Api,
+        remedy::{Again, Whose},
+        rule::Rule,
+    },
 };
 
-/// A refusal in the shape that the API's client libraries show to people. Always 403: they do not try that again.
+/// What the client libraries go by first.
+const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
+
+/// A refusal.
 pub(in crate::harness) fn refusal(api: Api, denial: &Denial) -> Response<Body> {
-    let message = format!("Belay refused this call. rule: {}. {}", denial.rule, denial.reason);
-    let body = match api {
-        Api::ChatCompletions | Api::Responses => serde_json::json!({
-            "error": {"message": message, "type": "belay_denied", "code": denial.rule, "param": null}
-        }),
-        Api::Messages => serde_json::json!({
-            "type": "error", "error": {"type": "permission_error", "message": message}
-        }),
+    refusal_as(api, denial, status(denial.rule))
+}
+
+/// A refusal with a status of its own.
+pub(in crate::harness) fn refusal_as(api: Api, denial: &Denial, status: StatusCode) -> Response<Body> {
+    let body = error(api, denial, status).to_string();
+    let mut reply = Response::new(boxed(Full::from(body).map_err(|error: Infallible| match error {})));
+    *reply.status_mut() = status;
+    let headers = reply.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    let (again, after) = match denial.rule.again() {
+        Again::Never => ("false", None),
+        Again::Soon => ("true", Some("1")),
+        Again::Later => ("true", Some("5")),
     };
-    let mut reply = Response::new(boxed(Full::from(body.to_string()).map_err(|error: Infallible| match error {})));
-    *reply.status_mut() = StatusCode::FORBIDDEN;
-    reply.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    headers.insert(SHOULD_RETRY, HeaderValue::from_static(again));
+    if let Some(after) = after {
+        headers.insert(header::RETRY_AFTER, HeaderValue::from_static(after));
+    }
     if let Ok(rule) = HeaderValue::from_str(denial.rule.as_str()) {
-        reply.headers_mut().insert(crate::wire::RULE, rule);
+        headers.insert(crate::wire::RULE, rule);
     }
     reply
 }
+
+/// The status of a refusal by a rule.
+fn status(rule: Rule) -> StatusCode {
+    match (rule.again(), rule.whose()) {
+        (Again::Soon, _) => StatusCode::TOO_MANY_REQUESTS,
+        (Again::Later, Whose::Upstream) => StatusCode::BAD_GATEWAY,
+        (Again::Later, _) => StatusCode::SERVICE_UNAVAILABLE,
+        (Again::Never, Whose::Agent) => StatusCode::BAD_REQUEST,
+        (Again::Never, _) if rule.is_upstreams() => StatusCode::BAD_GATEWAY,
+        (Again::Never, _) => StatusCode::FORBIDDEN,
+    }
+}
+
+/// The body of a refusal, in the shape of the API's errors.
+fn error(api: Api, denial: &Denial, status: StatusCode) -> Value {
+    let (message, code) = (denial.told("call"), status.as_u16());
+    match api {
+        Api::Messages => json!({
+            "type": "error",
+            "error": {
+                "type": match code {
+                    400 => "invalid_request_error",
+                    404 => "not_found_error",
+                    413 => "request_too_large",
+                    429 => "rate_limit_error",
+                    500.. => "api_error",
+                    _ => "permission_error",
+                },
+                "message": message,
+            },
+        }),
+        _ => json!({
+            "error": {
+                "type": match code {
+                    400 | 404 | 405 | 413 => "invalid_request_error",
+                    429 => "rate_limit_exceeded",
+                    500.. => "server_error",
+                    _ => "belay_denied",
+                },
+                "code": denial.rule,
+                "param": member(denial),
+                "message": message,
+            },
+        }),
+    }
+}
+
+/// The member of the request that the reason names, if it names one.
+fn member(denial: &Denial) -> Option<&str> {
+    let is_about_one = matches!(denial.rule, Rule::ModelRequest);
+    let named = denial.reason.split('`').nth(1).filter(|_| is_about_one)?;
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '[' | ']' | '-');
+    (!named.is_empty() && named.chars().all(plain)).then_some(named)
+}
+
+/// What ends a stream of events that has begun: the error as the API's own streams tell of one.
+pub(super) fn event(api: Api, denial: &Denial) -> String {
+    let error = error(api, denial, status(denial.rule));
+    match api {
+        Api::Messages => format!("event: error\ndata: {error}\n\n"),
+        Api::Responses => {
+            let of = |name: &str| error.pointer(&format!("/error/{name}")).cloned().unwrap_or_default();
+            let told = json!({"type": "error", "code": of("code"), "message": of("message"), "param": of("param")});
+            format!("event: error\ndata: {told}\n\n")
+        }
+        _ => format!("data: {error}\n\n"),
+    }
+}
+
+#[cfg(test)]
+mod tests;

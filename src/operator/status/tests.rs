@@ -42,8 +42,27 @@ fn a_life_is_told() {
     let waiting = tell(&refused, &story(&one, None, Stage::Waiting("Unschedulable", "")), at(1));
     let running = tell(&waiting, &story(&one, Some(true), Stage::Running), at(2));
     let sealing = tell(&running, &story(&one, Some(true), Stage::Sealing(&good, "no gateway")), at(3));
-    let ended = tell(&sealing, &story(&one, Some(true), Stage::Ended(&good)), at(4));
+    let ended = tell(&sealing, &story(&one, Some(true), Stage::Ended(&good, Refusals::default())), at(4));
     insta::assert_yaml_snapshot!("life", [refused, waiting, running, sealing, ended]);
+}
+
+/// An agent that catches its errors ends well without having done a thing.
+#[test]
+fn what_was_refused_is_said_of_an_agent_that_has_ended_well() {
+    let (one, good) = ([attempt(1)], closed("Succeeded", "", "AgentSucceeded"));
+    for (refused, message) in [
+        (Refusals::default(), "AgentSucceeded"),
+        (
+            Refusals { model: 12, egress: 1, ..Refusals::default() },
+            "AgentSucceeded; refused: 12 model calls, 1 connection",
+        ),
+    ] {
+        let story = story(&one, Some(true), Stage::Ended(&good, refused));
+        let status = tell(&AgentTaskStatus::default(), &story, at(4));
+        let complete = status.conditions.iter().find(|one| one.type_ == COMPLETE).unwrap();
+        assert_eq!((complete.reason.as_str(), complete.message.as_str()), ("Succeeded", message));
+        assert_eq!(status.reason.as_deref(), Some("AgentSucceeded"));
+    }
 }
 
 #[test]
@@ -62,7 +81,11 @@ fn containment_that_was_not_proven_is_said() {
     let mut lost = attempt(1);
     lost.reason = Some(CONTAINMENT_UNPROVEN.into());
     let failed = closed("Failed", "Infrastructure", CONTAINMENT_UNPROVEN);
-    let status = tell(&AgentTaskStatus::default(), &story(&[lost], Some(false), Stage::Ended(&failed)), at(0));
+    let status = tell(
+        &AgentTaskStatus::default(),
+        &story(&[lost], Some(false), Stage::Ended(&failed, Refusals::default())),
+        at(0),
+    );
     assert_eq!(status.phase, Some(Phase::Failed));
     assert_eq!(status.failure_class, Some(FailureClass::Infrastructure));
     assert_eq!(status.reason.as_deref(), Some(CONTAINMENT_UNPROVEN));
@@ -119,8 +142,8 @@ proptest! {
             1 => Stage::Waiting("Unschedulable", "why"),
             2 => Stage::Running,
             3 => Stage::Sealing(&bad, "no gateway"),
-            4 => Stage::Ended(&bad),
-            _ => Stage::Ended(&good),
+            4 => Stage::Ended(&bad, Refusals::default()),
+            _ => Stage::Ended(&good, Refusals::default()),
         };
         let before = tell(&AgentTaskStatus::default(), &story(&attempts, None, stage(first)), at(0));
         let once = tell(&before, &story(&attempts, contained, stage(second)), at(1));

@@ -58,6 +58,8 @@ fn policy(access: Access) -> PolicyConfig {
         models: ModelEndpoints::default(),
         egress: vec![],
         access,
+        ignored_hosts: vec![],
+        upstream_timeout_seconds: None,
     }
 }
 

@@ -797,7 +797,7 @@ fn generated_calls_are_decided_as_the_reference_decides() {
         let state = State { usage, looked: answers[answer].0, seen: data };
         let (tool, text) = call(&mut dice);
         let expected = reference(&policies[which], &tool, &text, state);
-        let known = Known { usage, results: &results[which][answer] };
+        let known = Known { usage, ignored: 0, results: &results[which][answer] };
         let decision = compiled[which].decide(&tool, Arguments::Text(&text), known, &salt);
         let found = match &decision.verdict {
             Err(denial) => Comes::Denied(denial.rule),

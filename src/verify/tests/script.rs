@@ -93,6 +93,8 @@ pub(crate) fn policy() -> PolicyConfig {
         },
         egress: Vec::new(),
         access: Access::default(),
+        ignored_hosts: vec![],
+        upstream_timeout_seconds: None,
     }
 }
 

@@ -1,0 +1,188 @@
+//! What whoever is refused can do about it: who can change what refused a call, and whether trying again can help.
+//!
+//! Guarantees: a refusal that time cannot change is never said to be worth another try.
+//! Non-goals: changing anything.
+
+use super::{decide::Denial, rule::Rule};
+
+/// Whether the same call may pass later.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Again {
+    /// Not while nobody changes anything.
+    Never,
+    /// Once this attempt has fewer calls under way.
+    Soon,
+    /// Once something outside works again.
+    Later,
+}
+
+/// Who can have a rule let a call pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Whose {
+    /// Whoever has written the agent, by another request.
+    Agent,
+    /// Whoever makes the task, by its limits.
+    Task,
+    /// Whoever maintains the tool's contract.
+    Contract,
+    /// Whoever maintains the policy pack.
+    Pack,
+    /// Nobody but time, or whoever runs the upstream.
+    Upstream,
+    /// Whoever runs Belay.
+    Belay,
+}
+
+impl Whose {
+    /// For people.
+    fn describe(self) -> &'static str {
+        match self {
+            Self::Agent => "The agent can change this by another request",
+            Self::Task => {
+                "Whoever makes the task can change this, in spec.limits of the AgentTask, as far as the policy pack's class allows"
+            }
+            Self::Contract => "Whoever maintains the tool's ToolContract can change this",
+            Self::Pack => "Whoever maintains the PolicyPack can change this",
+            Self::Upstream => "The upstream did not answer as it should: see to it, or wait",
+            Self::Belay => "Whoever runs Belay here can change this",
+        }
+    }
+}
+
+impl Rule {
+    /// Who can have it let a call pass.
+    pub fn whose(self) -> Whose {
+        match self {
+            Self::ModelRequest | Self::Request | Self::RequestJson | Self::ToolSchema | Self::Busy => Whose::Agent,
+            Self::WallTime | Self::ToolCalls | Self::Tokens | Self::Cost | Self::Denials | Self::ToolKnown => {
+                Whose::Task
+            }
+            Self::ToolPrecondition
+            | Self::ToolUrl
+            | Self::ToolChanged
+            | Self::ToolOutput
+            | Self::ToolLimitCalls
+            | Self::ToolRate
+            | Self::ToolTimeout
+            | Self::ToolRequestBytes
+            | Self::ToolResponseBytes
+            | Self::ToolIdempotency
+            | Self::ToolApproval
+            | Self::ToolRollback => Whose::Contract,
+            Self::ToolEffect
+            | Self::AccessRule
+            | Self::RiskScore
+            | Self::ModelEndpoint
+            | Self::ModelPrice
+            | Self::EgressHost
+            | Self::EgressPort
+            | Self::EgressAddress
+            | Self::EgressDirect
+            | Self::EgressIgnored
+            | Self::UpstreamCredential => Whose::Pack,
+            Self::UpstreamResolve
+            | Self::UpstreamConnect
+            | Self::UpstreamTls
+            | Self::UpstreamReply
+            | Self::UpstreamSecret => Whose::Upstream,
+            Self::IdentityToken
+            | Self::IdentitySource
+            | Self::IdentityAttempt
+            | Self::IntentMissing
+            | Self::ConfigDigest
+            | Self::LogFork
+            | Self::LogSegment
+            | Self::TaskClosed
+            | Self::ContainmentLost
+            | Self::Evidence
+            | Self::Foreign(_) => Whose::Belay,
+        }
+    }
+
+    /// Whether a call that it has refused may pass later.
+    pub fn again(self) -> Again {
+        match self {
+            Self::Busy | Self::ToolRate => Again::Soon,
+            Self::Evidence | Self::UpstreamResolve | Self::UpstreamConnect | Self::UpstreamReply => Again::Later,
+            _ => Again::Never,
+        }
+    }
+
+    /// Whether the upstream has failed, and nothing of Belay's has refused anything.
+    pub fn is_upstreams(self) -> bool {
+        matches!(self, Self::UpstreamResolve | Self::UpstreamConnect | Self::UpstreamTls | Self::UpstreamReply)
+    }
+
+    /// Whether it follows from what people have decided, and not from how something fares now.
+    fn is_decided(self) -> bool {
+        let fares = matches!(self, Self::Busy | Self::ToolTimeout | Self::ToolOutput | Self::UpstreamSecret);
+        !fares && !matches!(self.whose(), Whose::Belay | Whose::Upstream)
+    }
+}
+
+impl Denial {
+    /// The refusal in words, of a call or whatever `what` is: which rule, why, who can change it, and whether to try again.
+    pub fn told(&self, what: &str) -> String {
+        let Self { rule, reason } = self;
+        let reason = reason.trim_end_matches(['.', ' ', '\n']);
+        let whose = rule.whose().describe();
+        let kind = match rule {
+            rule if rule.is_upstreams() => " No policy refused it: the upstream failed.",
+            rule if rule.is_decided() => {
+                " This is a decision of policy, and no fault of the network or of the provider."
+            }
+            _ => "",
+        };
+        let again = match rule.again() {
+            Again::Never => format!("{whose}; the same again will be refused again"),
+            Again::Soon => "It may be tried again in a moment".to_owned(),
+            Again::Later => format!("{whose}; it may be tried again later"),
+        };
+        format!("Belay refused this {what}. rule: {rule}. {reason}.{kind} {again}.")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refusal_says_what_by_which_rule_who_can_change_it_and_whether_to_try_again() {
+        for (rule, words) in [
+            (Rule::Tokens, ["rule: budget.tokens. r. ", "spec.limits", "no fault of the network", "refused again"]),
+            (
+                Rule::ModelEndpoint,
+                ["rule: model.endpoint. r. ", "PolicyPack", "no fault of the network", "refused again"],
+            ),
+            (Rule::ModelRequest, ["rule: model.request. r. ", "another request", "no fault", "refused again"]),
+            (Rule::Busy, ["rule: request.busy. r. ", "It may", "tried again", "in a moment"]),
+            (
+                Rule::UpstreamReply,
+                ["rule: upstream.reply. r. ", "the upstream failed", "No policy refused it", "later"],
+            ),
+            (Rule::Evidence, ["rule: evidence.unavailable. r. ", "runs Belay", "tried again", "later"]),
+            (Rule::ToolPrecondition, ["rule: tool.precondition. r. ", "ToolContract", "policy", "refused again"]),
+        ] {
+            let told = Denial { rule, reason: "r.".into() }.told("call");
+            assert!(words.iter().all(|word| told.contains(word)), "{told}");
+        }
+    }
+
+    /// A client that tries again what cannot pass burns its time, and counts against the task's limit of denials.
+    #[test]
+    fn only_what_time_can_change_is_worth_another_try() {
+        let worth: Vec<_> =
+            Rule::ALL.iter().filter(|rule| rule.again() != Again::Never).map(|rule| rule.as_str()).collect();
+        assert_eq!(
+            worth,
+            [
+                "tool.rate",
+                "evidence.unavailable",
+                "request.busy",
+                "upstream.resolve",
+                "upstream.connect",
+                "upstream.reply"
+            ]
+        );
+    }
+}
