@@ -231,6 +231,7 @@ async fn start(
     mcp: upstreams::Tools,
     api: upstreams::Asked,
 ) -> Harness {
+    belay::policy::model::estimate::prepare();
     let folder = tempfile::tempdir().unwrap();
     let token = folder.path().join("token");
     std::fs::write(&token, "the-token\n").unwrap();
