@@ -93,7 +93,11 @@ FORMS |= {  # of documents: "The policy's form"
     "approval": "when? approvers:approvers required:integer timeoutSeconds:integer onTimeout:Deny|EndTask "
                 "holdSeconds:integer",
     "approvers": "users:[text] groups:[text]", "data": "arguments?:sensitive result?:sensitive",
-    "models": "openai? anthropic? prices?:[price]",
+    "models": "openai? anthropic? endpoints?:[endpoint] prices?:[price] allow?:[capability] unknownMembers?:Pass "
+              "storeReplies?:Never",
+    "endpoint": "models:[text] api:openai|anthropic url allow?:[capability]",
+    "capability": "advisor|background|code_execution|compaction|data_sources|fallbacks|file_search|files|hosted_shell|"
+                  "image_generation|mcp|stored|tool_search|web_fetch|web_search",
     "price": "model inputMicros:integer outputMicros:integer maxOutputTokens?:integer "
              "outputLimitField?:max_tokens|max_completion_tokens tokenizer?:O200k|Bytes",
     "host": "host ports:[port] uses:[use] credential? barred?:true", "use": "Tools|Models|Direct",
@@ -105,7 +109,7 @@ FORMS |= {  # of documents: "The policy's form"
     "plan": "origin size:size root steps:[step]", "step": "call tool by:by", "by": "call!:undo people!",
     "undo": "contract requestDigest until?",
 }
-TYPES["use"] = FORMS.pop("use")
+TYPES |= {name: FORMS.pop(name) for name in ("use", "capability")}
 
 @functools.cache
 def members(form: str) -> dict[str, tuple[str, str]]:  # by their names what stands after them, and their types
@@ -271,7 +275,7 @@ class History:
             least, most = sorted(-(-tokens * micros // 10**6) for micros in each)
             self.hold(least <= cost <= most, "rule 10", f"a cost from {least} to {most}", cost)
         else:
-            unpriced = cost == 0 and "costMicros" not in self.policy["limits"]
+            unpriced = cost == 0 and (tokens == 0 or "costMicros" not in self.policy["limits"])
             self.hold(unpriced, "rule 10", "a model that has a price", model)
 
     def keyed(self, intent: dict, of: dict | None):

@@ -18,11 +18,13 @@ use belay::{
         approval::{Answer, Approvers, AskedBy, Standing, Vote},
         config::{
             Access, AccessRule, Approval, Compensation, DataClass, DataPattern, EgressHost, EgressUse, HttpMethod,
-            HttpUpstream, Idempotency, Limits, McpUpstream, ModelEndpoints, ModelPrice, OnTimeout, OutputLimitField,
-            PackIdentity, PolicyConfig, Precondition, Risk, RiskTerm, Rollback, RollbackOf, RuleDecision, Sensitivity,
-            SideEffect, TaskIdentity, Tokenizer, Tool, ToolLimits, Upstream, VerifyRead,
+            HttpUpstream, Idempotency, Limits, McpUpstream, ModelEndpoint, ModelEndpoints, ModelPrice, OnTimeout,
+            OutputLimitField, PackIdentity, PolicyConfig, Precondition, Risk, RiskTerm, Rollback, RollbackOf,
+            RuleDecision, Sensitivity, SideEffect, StoreReplies, TaskIdentity, Tokenizer, Tool, ToolLimits,
+            UnknownMembers, Upstream, VerifyRead,
         },
         ledger,
+        model::{api::Family, table::Capability},
         rule::Rule,
     },
 };
@@ -183,6 +185,15 @@ fn policy() -> PolicyConfig {
         models: ModelEndpoints {
             openai: Some("https://models.world.test".into()),
             anthropic: Some("https://claude.world.test".into()),
+            endpoints: vec![ModelEndpoint {
+                models: vec!["gpt-*".into()],
+                api: Family::OpenAi,
+                url: "https://models.world.test/openai/v1?api-version=preview".into(),
+                allow: vec![Capability::WebSearch],
+            }],
+            allow: vec![Capability::Files, Capability::Stored],
+            unknown_members: UnknownMembers::Pass,
+            store_replies: StoreReplies::Never,
             prices: vec![
                 ModelPrice {
                     model: "m-small".into(),

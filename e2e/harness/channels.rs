@@ -177,9 +177,9 @@ async fn requests_for_what_is_not_there_are_recorded() {
         expected.push((Rule::ModelRequest, Channel::Model));
     }
     for (method, path, channel) in [
-        ("GET", "/v1/models", Channel::Model),
-        ("POST", "/v1/embeddings", Channel::Model),
-        ("POST", "/v1/messages/count_tokens", Channel::Model),
+        ("POST", "/v1/files", Channel::Model),
+        ("GET", "/v1/responses/resp_1", Channel::Model),
+        ("POST", "/audio/speech", Channel::Model),
         ("GET", "/", Channel::Tool),
         ("POST", "/MCP", Channel::Tool),
         ("POST", "/mcp/", Channel::Tool),

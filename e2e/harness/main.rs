@@ -12,6 +12,7 @@ mod gateway;
 mod ignored;
 mod inherited;
 mod large;
+mod models;
 mod once;
 mod peers;
 mod rollback;
@@ -180,6 +181,7 @@ fn policy(limits: Limits) -> PolicyConfig {
                 output_micros: 10_000_000,
                 ..ModelPrice::default()
             }],
+            ..ModelEndpoints::default()
         },
         egress: vec![
             host("docs.test.example", &[443, 80], EgressUse::Direct),
@@ -659,9 +661,11 @@ async fn a_model_call_beyond_the_budget_does_not_leave() {
         approval_wait_seconds: 0,
     })
     .await;
-    let body = json!({"model": "m", "messages": [{"role": "user", "content": "word ".repeat(200)}]});
-    for path in ["/v1/chat/completions", "/v1/responses", "/v1/messages"] {
-        let (status, reply) = harness.post(path, body.clone()).await;
+    for (path, prompt) in
+        [("/v1/chat/completions", "messages"), ("/v1/responses", "input"), ("/v1/messages", "messages")]
+    {
+        let body = json!({"model": "m", prompt: [{"role": "user", "content": "word ".repeat(200)}]});
+        let (status, reply) = harness.post(path, body).await;
         assert_eq!(status, StatusCode::FORBIDDEN);
         assert!(reply.to_string().contains("budget.tokens"), "{reply}");
     }

@@ -9,7 +9,12 @@ use super::{
     agent_task::{Limits, Resources},
     tool_contract::Approval,
 };
-use crate::policy::config::{EgressUse, OutputLimitField, RuleDecision, Sensitivity, SideEffect, Tokenizer};
+use crate::policy::{
+    config::{
+        EgressUse, OutputLimitField, RuleDecision, Sensitivity, SideEffect, StoreReplies, Tokenizer, UnknownMembers,
+    },
+    model::{api::Family, table::Capability},
+};
 
 /// What the tasks of the selected namespaces may do. A namespace that no pack selects, or more than one, runs nothing.
 #[derive(CustomResource, KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -270,18 +275,61 @@ impl Credential {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Models {
-    /// Base URL for `/v1/chat/completions` and `/v1/responses`; `/v1/...` is appended.
+    /// Base URL of the API that OpenAI's client libraries speak, as the provider writes it: with `/v1` or without, with a query or without. `/v1` is
+    /// put between where the base has no version, and `/chat/completions` and so on behind.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(min = 8, max = 2048), regex(pattern = r"^https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?(/[^\s#?]*)?$"))]
+    #[schemars(
+        length(min = 8, max = 2048),
+        regex(pattern = r"^https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?(/[^\s#?]*)?(\?[^\s#]*)?$")
+    )]
     pub openai: Option<String>,
-    /// Base URL for `/v1/messages`; `/v1/...` is appended.
+    /// Base URL of the API that Anthropic's client libraries speak, likewise.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(min = 8, max = 2048), regex(pattern = r"^https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?(/[^\s#?]*)?$"))]
+    #[schemars(
+        length(min = 8, max = 2048),
+        regex(pattern = r"^https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?(/[^\s#?]*)?(\?[^\s#]*)?$")
+    )]
     pub anthropic: Option<String>,
+    /// Endpoints for some models. The first that speaks a request's API and fits its model goes before the two above.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 32), extend("x-kubernetes-list-type" = "atomic"))]
+    pub endpoints: Vec<ModelEndpoint>,
     /// What models cost, for tasks whose cost is limited. The first entry that fits a model's name counts.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 256), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["model"]))]
     pub prices: Vec<ModelPrice>,
+    /// What providers may be made to do besides answering, by name: each is refused without. What it costs beyond the prompt and the output limit
+    /// is charged once the provider accounts for it, and not set aside before. See docs/model-requests.md.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 32), extend("x-kubernetes-list-type" = "set"))]
+    pub allow: Vec<Capability>,
+    /// What becomes of members of requests that Belay does not know: `Refuse`, or `Pass`, which each intent then says.
+    #[serde(default, skip_serializing_if = "UnknownMembers::is_refuse")]
+    pub unknown_members: UnknownMembers,
+    /// Whether providers may keep replies for their caller, as the Responses API does for a month: `AsWritten` by the agent, or `Never`.
+    #[serde(default, skip_serializing_if = "StoreReplies::is_as_written")]
+    pub store_replies: StoreReplies,
+}
+
+/// An endpoint for some models.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ModelEndpoint {
+    /// Models' names as requests have them, or their beginnings and `*`.
+    #[schemars(length(min = 1, max = 64), inner(length(min = 1, max = 253), regex(pattern = r"^[^\s\x00-\x1f*]*\*?$")), extend("x-kubernetes-list-type" = "set"))]
+    pub models: Vec<String>,
+    /// Whose API it speaks: `openai` or `anthropic`.
+    pub api: Family,
+    /// Its base URL, as the provider writes it.
+    #[schemars(
+        length(min = 8, max = 2048),
+        regex(pattern = r"^https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?(/[^\s#?]*)?(\?[^\s#]*)?$")
+    )]
+    pub url: String,
+    /// What this provider may be made to do besides answering, besides what the pack allows all.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 32), extend("x-kubernetes-list-type" = "set"))]
+    pub allow: Vec<Capability>,
 }
 
 /// What a million tokens of a model cost, in the pack's currency unit, and what else Belay does not know of it. Name the highest price that a

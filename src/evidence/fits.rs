@@ -97,6 +97,10 @@ pub fn mispriced(intent: &Intent, policy: &PolicyConfig) -> Option<String> {
         return (intent.reserved_cost_micros != 0).then(|| "expected no cost but of models, found some".to_owned());
     }
     let model = intent.model.as_deref().unwrap_or_default();
+    // What no provider charges for needs no price: lists of models, counts of tokens.
+    if (intent.reserved_tokens, intent.reserved_cost_micros) == (0, 0) {
+        return None;
+    }
     let Some(price) = price::of(&policy.models.prices, model) else {
         let priced = policy.limits.cost_micros.is_none() && intent.reserved_cost_micros == 0;
         return (!priced).then(|| format!("expected a model that has a price, found {model:?}"));

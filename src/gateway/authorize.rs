@@ -28,7 +28,9 @@ use crate::{
         decide::Denial,
         egress,
         hostname::{Authority, AuthorityError},
-        json, quick,
+        json,
+        model::api::Api,
+        quick,
         rule::Rule,
         template::Request,
     },
@@ -203,18 +205,13 @@ pub fn intended(
         }
         (Channel::Model, Destination::Url(target, method)) => {
             is_open(intent)?;
-            if *method != Method::POST {
-                return missing(format!("expected POST to a model endpoint, found {method}"));
+            let path = intent.target.split_once('?').map_or(intent.target.as_str(), |(path, _)| path);
+            let expected = Api::of_path(path).map_or("POST", Api::method);
+            if method.as_str() != expected {
+                return missing(format!("expected {expected} to a model endpoint, found {method}"));
             }
-            let models = &compiled.policy.models;
-            let is_endpoint = |base: &String| {
-                Target::parse(base).is_ok_and(|base| {
-                    (base.secure, &base.authority) == (target.secure, &target.authority)
-                        && target.path.as_str()
-                            == format!("{}{}", base.path.path().trim_end_matches('/'), intent.target)
-                })
-            };
-            if models.openai.iter().chain(&models.anthropic).any(is_endpoint) {
+            let urls = compiled.policy.models.urls(&intent.target);
+            if urls.iter().any(|url| Target::parse(url).as_ref() == Ok(target)) {
                 return Ok(());
             }
             Err(Refused::denied(

@@ -240,7 +240,11 @@ pub fn policy() -> PolicyConfig {
         },
         allowed_effects: vec![SideEffect::Read, SideEffect::Write],
         tools: vec![tool("search", SideEffect::Read), tool("write", SideEffect::Write)],
-        models: ModelEndpoints { openai: Some("https://models.world.test".into()), anthropic: None, prices: vec![] },
+        models: ModelEndpoints {
+            openai: Some("https://models.world.test".into()),
+            anthropic: Some("https://models.world.test".into()),
+            ..Default::default()
+        },
         egress: vec![],
         access: Access::default(),
         ignored_hosts: vec![],

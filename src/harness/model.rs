@@ -1,6 +1,6 @@
 //! Model calls, passed through and metered.
 //!
-//! The body is parsed once, strictly, and what was parsed is what is sent; its cost is bounded and reserved before it leaves, and
+//! The body is sent as the agent wrote it, but for what has to be set in it; its cost is bounded and reserved before it leaves, and
 //! settled from the reply's own account where that can be true. What a provider refuses costs nothing, what breaks off at the provider its prompt
 //! and what came. A reply that whoever asked did not read to its end is read on for a while; one that gives no account stays charged in full.
 //! Streams pass chunk by chunk, and end where their protocol ends.
@@ -34,13 +34,15 @@ use crate::{
     evidence::record::Channel,
     policy::{
         budget::Spent,
+        config::PolicyConfig,
         decide::Denial,
-        json,
         model::{
-            api::Api,
+            api::{self, Api, Chosen, Family},
             catalogue::{self, Model},
             estimate::{self, Prompt},
-            ready,
+            ready::{self, Ready},
+            request::Pack,
+            written::Written,
         },
         price,
         rule::Rule,
@@ -57,9 +59,9 @@ const COUNTED_HERE: usize = 32 << 10;
 pub async fn handle(gate: Arc<Gate>, api: Api, request: Request<Incoming>) -> Response<Body> {
     let path = request.uri().path().to_owned();
     let (parts, body) = request.into_parts();
-    if parts.method != Method::POST {
-        let denial =
-            Denial { rule: Rule::ModelRequest, reason: format!("{path} takes POST only, found {}", parts.method) };
+    if parts.method.as_str() != api.method() {
+        let reason = format!("{path} takes {} only, found {}", api.method(), parts.method);
+        let denial = Denial { rule: Rule::ModelRequest, reason };
         return refusal(api, &gate.deny(Channel::Model, &path, None, denial).await);
     }
     // What is held of it has its place until the reply begins.
@@ -73,7 +75,8 @@ pub async fn handle(gate: Arc<Gate>, api: Api, request: Request<Incoming>) -> Re
             return refusal_as(api, &denial, status);
         }
     };
-    match call(&gate, api, &path, &parts.headers, &body).await {
+    let target = api.target(&path, parts.uri.query());
+    match call(&gate, api, &target, &parts.headers, &body).await {
         Ok(reply) => reply,
         Err(denial) => {
             let digest = Some(gate.salt().bytes(&body));
@@ -92,36 +95,34 @@ async fn call(
     body: &[u8],
 ) -> Result<Response<Body>, Denial> {
     gate.open()?;
-    let endpoints = &gate.contracts().policy().models;
-    let base = match api {
-        Api::ChatCompletions | Api::Responses => endpoints.openai.as_deref(),
-        Api::Messages => endpoints.anthropic.as_deref(),
-    };
-    let base = base.ok_or_else(|| Denial {
-        rule: Rule::ModelEndpoint,
-        reason: format!("the policy pack has no endpoint for {path}; it would be under spec.models"),
-    })?;
-    let length = body.len();
-    let body =
-        json::parse(body).map_err(|ambiguous| Denial { rule: Rule::RequestJson, reason: ambiguous.to_string() })?;
-    let Value::Object(body) = body else {
-        let reason = "expected a JSON object, found another JSON value".to_owned();
-        return Err(Denial { rule: Rule::ModelRequest, reason });
-    };
-    let model = body.get("model").and_then(Value::as_str).map(str::to_owned);
+    // What is got has no body, and needs none.
+    let text = if api == Api::Models { b"{}" } else { body };
+    let written =
+        Written::read(text).map_err(|ambiguous| Denial { rule: Rule::RequestJson, reason: ambiguous.to_string() })?;
+    let model = written.judged().get("model").and_then(Value::as_str).map(str::to_owned);
     let policy = gate.contracts().policy();
+    let endpoint = endpoint(policy, api, headers, model.as_deref()).ok_or_else(|| Denial {
+        rule: Rule::ModelEndpoint,
+        reason: format!(
+            "the policy pack has no endpoint for {path} and the model {:?}; it would be under spec.models",
+            model.as_deref().map_or_else(|| "(none)".into(), shorten)
+        ),
+    })?;
+    let pack = Pack::of(policy, endpoint);
     let price = model.as_deref().and_then(|model| price::of(&policy.models.prices, model));
-    if price.is_none() && policy.limits.cost_micros.is_some() {
+    if price.is_none() && policy.limits.cost_micros.is_some() && !api.is_free() {
         return Err(unpriced(model.as_deref()));
     }
     let known = Model::named(model.as_deref().unwrap_or_default(), price);
-    let (mut body, prompt) = prompt_of(api, body, length, &known).await?;
-    let reserved = ready::make(api, &mut body, &known, prompt, gate.journal().left(price))
-        .map_err(|unbounded| Denial { rule: Rule::ModelRequest, reason: unbounded.to_string() })?;
+    let prompt = prompt_of(api, written.judged(), text.len(), &known).await?;
+    let Ready { reserved, set, noted } =
+        ready::make(api, written.judged(), &known, pack, prompt, gate.journal().left(price))
+            .map_err(|unbounded| Denial { rule: Rule::ModelRequest, reason: unbounded.to_string() })?;
     let mut rules = vec![Rule::RequestJson, Rule::ModelEndpoint, Rule::ModelRequest];
+    rules.extend((!noted.allowed.is_empty()).then_some(Rule::ModelAllowed));
+    rules.extend((!noted.unknown.is_empty()).then_some(Rule::ModelUnknown));
     rules.extend(policy.limits.cost_micros.map(|_| Rule::ModelPrice));
-    let body =
-        serde_json::to_vec(&body).map_err(|error| Denial { rule: Rule::ModelRequest, reason: error.to_string() })?;
+    let body = if api == Api::Models { vec![] } else { written.with(&set) };
     let digest = gate.salt().bytes(&body);
     let permit = gate
         .permit(Call {
@@ -143,9 +144,9 @@ async fn call(
         .await?;
 
     let mut outgoing = Request::new(Bytes::from(body));
-    *outgoing.method_mut() = Method::POST;
-    *outgoing.headers_mut() = passed_on(headers);
-    let target = format!("{}{path}", base.trim_end_matches('/'));
+    *outgoing.method_mut() = if api == Api::Models { Method::GET } else { Method::POST };
+    *outgoing.headers_mut() = passed_on(headers, pack.terms);
+    let target = api::url(endpoint.base, endpoint.family, path);
     match gate.link().forward((Channel::Model, permit.intent), &target, outgoing, policy.silence()).await {
         Ok(reply) => {
             let told = Told { gate: gate.clone(), path: path.to_owned(), digest };
@@ -170,27 +171,20 @@ async fn call(
 }
 
 /// The tokens of a prompt. Those of a long one are counted on a thread apart: nobody else waits for them, and few are counted at a time.
-async fn prompt_of(
-    api: Api,
-    body: Map<String, Value>,
-    length: usize,
-    model: &Model,
-) -> Result<(Map<String, Value>, Prompt), Denial> {
+async fn prompt_of(api: Api, body: &Map<String, Value>, length: usize, model: &Model) -> Result<Prompt, Denial> {
     static PLACES: Semaphore = Semaphore::const_new(2);
     if length <= COUNTED_HERE {
-        let prompt = estimate::prompt(api, &body, model);
-        return Ok((body, prompt));
+        return Ok(estimate::prompt(api, body, model));
     }
     let uncounted = |error: String| Denial {
         rule: Rule::ModelRequest,
         reason: format!("the tokens of this request could not be counted: {error}; please report this"),
     };
     let place = PLACES.acquire().await.map_err(|error| uncounted(error.to_string()))?;
-    let model = model.clone();
+    let (body, model) = (body.clone(), model.clone());
     let counted = tokio::task::spawn_blocking(move || {
         let _place = place;
-        let prompt = estimate::prompt(api, &body, &model);
-        (body, prompt)
+        estimate::prompt(api, &body, &model)
     });
     counted.await.map_err(|error| uncounted(error.to_string()))
 }
@@ -208,5 +202,17 @@ fn unpriced(model: Option<&str>) -> Denial {
              spec.models.prices{listed}",
             model.map_or_else(|| "(none)".into(), shorten)
         ),
+    }
+}
+
+/// The endpoint that a call goes to.
+fn endpoint<'p>(policy: &'p PolicyConfig, api: Api, headers: &HeaderMap, model: Option<&str>) -> Option<Chosen<'p>> {
+    // Lists of models are asked for at one path by the libraries of both; only one of them names a version.
+    let anthropic = || headers.contains_key("anthropic-version").then_some(Family::Anthropic);
+    match api.family() {
+        Some(family) => policy.models.of(Some(family), model),
+        None => {
+            anthropic().and_then(|family| policy.models.of(Some(family), None)).or_else(|| policy.models.of(None, None))
+        }
     }
 }

@@ -75,7 +75,35 @@ const LINGER: Duration = Duration::from_secs(1);
 /// Longest answer of the MCP library's that is looked into.
 const LONGEST_ANSWER: usize = 64 << 10;
 /// What is served.
-const SERVED: &str = "/mcp, /v1/chat/completions, /v1/responses, /v1/messages, and an HTTP proxy";
+const SERVED: &str = "/mcp, an HTTP proxy, and of models, with /v1 before it or without: POST /chat/completions, /responses, /responses/input_tokens, \
+                      /messages, /messages/count_tokens, /embeddings, /moderations, GET /models";
+/// What model APIs have besides, which is not served: it keeps things at the provider, or has it run what no contract and no limit bounds.
+const UNSERVED: [&str; 24] = [
+    "assistants",
+    "audio",
+    "batches",
+    "chat",
+    "completions",
+    "containers",
+    "conversations",
+    "evals",
+    "files",
+    "fine_tuning",
+    "images",
+    "messages",
+    "models",
+    "organization",
+    "organizations",
+    "realtime",
+    "responses",
+    "rerank",
+    "sessions",
+    "skills",
+    "threads",
+    "uploads",
+    "vector_stores",
+    "videos",
+];
 /// How long calls under way may go on once the agent has ended.
 const DRAIN: Duration = Duration::from_secs(5);
 
@@ -313,8 +341,13 @@ async fn unknown(gate: &Gate, request: &Request<Incoming>, status: StatusCode) -
     let path = request.uri().path();
     let reason = format!("expected one of {SERVED}; found {} {}", request.method(), shorten(path));
     let denial = Denial { rule: Rule::Request, reason };
-    let mut reply = if path.starts_with("/v1/") {
-        let api = if path.starts_with("/v1/messages") { Api::Messages } else { Api::ChatCompletions };
+    let of_model = path.strip_prefix("/v1/").or_else(|| {
+        let first = path.strip_prefix('/')?;
+        UNSERVED.contains(&first.split('/').next().unwrap_or_default()).then_some(first)
+    });
+    let mut reply = if let Some(path_of_model) = of_model {
+        let anthropic = path_of_model.starts_with("messages") || request.headers().contains_key("anthropic-version");
+        let api = if anthropic { Api::Messages } else { Api::ChatCompletions };
         model::refusal(api, &gate.deny(Channel::Model, path, None, denial).await)
     } else {
         let denial = gate.deny(Channel::Tool, path, None, denial).await;

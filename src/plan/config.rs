@@ -4,7 +4,10 @@
 //! the class allows. Refuses: the workload (image, mounts, resources), which decides nothing; see
 //! [`validated`](crate::plan::validated).
 
-use std::{borrow::Borrow, collections::BTreeMap};
+use std::{
+    borrow::Borrow,
+    collections::{BTreeMap, BTreeSet},
+};
 
 use kube::{Resource, ResourceExt};
 
@@ -12,19 +15,23 @@ use super::{Finding, access, approval, condition, names, schema};
 use crate::{
     api::{
         AgentTask, PolicyPack, ToolContract,
-        policy_pack::{Credential, EgressRule, WorkflowClass},
+        policy_pack::{self, Credential, EgressRule, Models, WorkflowClass},
         tool_contract::{self, ToolContractSpec},
     },
     canonical::{self, LARGEST_WHOLE},
     policy::{
         self,
         config::{
-            Compensation, EgressHost, EgressUse, HttpUpstream, Idempotency, Limits, McpUpstream, ModelEndpoints,
-            ModelPrice, PackIdentity, PolicyConfig, Precondition, Rollback, SideEffect, TaskIdentity, Tool, ToolLimits,
-            Upstream, VerifyRead,
+            Compensation, EgressHost, EgressUse, HttpUpstream, Idempotency, Limits, McpUpstream, ModelEndpoint,
+            ModelEndpoints, ModelPrice, PackIdentity, PolicyConfig, Precondition, Rollback, SideEffect, TaskIdentity,
+            Tool, ToolLimits, Upstream, VerifyRead,
         },
         egress::{self, HostPattern},
         hostname::Authority,
+        model::{
+            api::{Api, Family, url},
+            table::Capability,
+        },
         price,
         rule::Rule,
         template::Request,
@@ -735,15 +742,21 @@ fn models(
 ) -> ModelEndpoints {
     let declared = &pack.spec.models;
     let reachable = |url: &Option<String>| url.clone().filter(|url| allows(egress, url, EgressUse::Models).is_ok());
+    let reached = declared.endpoints.iter().filter(|entry| allows(egress, &entry.url, EgressUse::Models).is_ok());
     let models = ModelEndpoints {
         openai: reachable(&declared.openai),
         anthropic: reachable(&declared.anthropic),
+        endpoints: reached.map(endpoint).collect(),
         prices: prices(pack, findings),
+        allow: sorted(&declared.allow),
+        unknown_members: declared.unknown_members,
+        store_replies: declared.store_replies,
     };
     let lists_models = class.egress.iter().any(|rule| rule.uses.contains(&EgressUse::Models));
-    if lists_models && models.openai.is_none() && models.anthropic.is_none() {
+    if lists_models && models.openai.is_none() && models.anthropic.is_none() && models.endpoints.is_empty() {
+        let urls = declared.openai.iter().chain(&declared.anthropic);
         let endpoints: Vec<_> =
-            declared.openai.iter().chain(&declared.anthropic).map(|url| format!("`{url}`")).collect();
+            urls.chain(declared.endpoints.iter().map(|entry| &entry.url)).map(|url| format!("`{url}`")).collect();
         findings.push(Finding::new(
             format!("PolicyPack/{} spec.models", pack.name_any()),
             format!("an endpoint on a host and port that class `{}` lists in its egress for `Models`", class.name),
@@ -752,6 +765,32 @@ fn models(
         ));
     }
     models
+}
+
+/// Where model calls go by a pack's bases that are more than a host, for people to read.
+pub fn bases(pack: &PolicyPack) -> Vec<String> {
+    let Models { openai, anthropic, endpoints, .. } = &pack.spec.models;
+    let one = |field: String, family: Family, base: &str| {
+        let host_ends = base.split("://").nth(1).and_then(|rest| rest.trim_end_matches('/').find(['/', '?']));
+        let path = if family == Family::Anthropic { Api::Messages } else { Api::ChatCompletions }.path();
+        let name = pack.name_any();
+        host_ends.map(|_| format!("PolicyPack/{name} spec.models.{field}: {path} goes to {}", url(base, family, path)))
+    };
+    let both = [("openai", Family::OpenAi, openai), ("anthropic", Family::Anthropic, anthropic)];
+    let both = both.into_iter().filter_map(|(field, family, base)| one(field.to_owned(), family, base.as_deref()?));
+    let some = endpoints.iter().enumerate();
+    both.chain(some.filter_map(|(index, entry)| one(format!("endpoints[{index}].url"), entry.api, &entry.url)))
+        .collect()
+}
+
+fn endpoint(declared: &policy_pack::ModelEndpoint) -> ModelEndpoint {
+    let policy_pack::ModelEndpoint { models, api, url, allow } = declared;
+    ModelEndpoint { models: models.clone(), api: *api, url: url.clone(), allow: sorted(allow) }
+}
+
+/// Each once, and always in the same order.
+fn sorted(allow: &[Capability]) -> Vec<Capability> {
+    allow.iter().copied().collect::<BTreeSet<_>>().into_iter().collect()
 }
 
 fn prices(pack: &PolicyPack, findings: &mut Vec<Finding>) -> Vec<ModelPrice> {

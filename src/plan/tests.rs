@@ -80,6 +80,31 @@ fn prices_are_rendered_in_their_order() {
     assert_eq!((prices[0].input_micros, prices[0].output_micros), (1_250_000, 10_000_000));
 }
 
+#[test]
+fn endpoints_that_a_class_reaches_are_rendered_and_what_they_may_do() {
+    let mut pack = pack();
+    let models = json!({
+        "endpoints": [
+            {"models": ["far-*"], "api": "openai", "url": "https://far.test/v1"},
+            {"models": ["gpt-*", "o3"], "api": "openai", "url": "https://models.world.test/v1?a=b", "allow": ["web_search", "mcp", "web_search"]},
+            {"models": ["claude-*"], "api": "anthropic", "url": "https://models.world.test"},
+        ],
+        "allow": ["stored", "files", "stored"], "unknownMembers": "Pass", "storeReplies": "Never",
+    });
+    pack.spec.models = serde_json::from_value(models).unwrap();
+    let models = config::render_policy(&task(), &contracts(), &pack).unwrap().models;
+    let urls: Vec<_> = models.endpoints.iter().map(|entry| entry.url.as_str()).collect();
+    assert_eq!(urls, ["https://models.world.test/v1?a=b", "https://models.world.test"]);
+    // Each once, in an order that does not hang on the pack's.
+    assert_eq!(serde_json::to_value(&models.endpoints[0].allow).unwrap(), json!(["mcp", "web_search"]));
+    assert_eq!(serde_json::to_value(&models.allow).unwrap(), json!(["files", "stored"]));
+    assert_eq!(serde_json::to_value(models.unknown_members).unwrap(), "Pass");
+    assert_eq!(serde_json::to_value(models.store_replies).unwrap(), "Never");
+    // What a pack does not say is not in a policy, whose digest stays what it was.
+    let policy = config::render_policy(&task(), &contracts(), &self::pack()).unwrap();
+    assert_eq!(serde_json::to_value(&policy.models).unwrap(), json!({"openai": "https://models.world.test"}));
+}
+
 /// Calls are made with the first credential that is for the principal; without one nothing goes there.
 #[rstest::rstest]
 #[case::nobody_in_particular(json!([{"secret": "any", "key": "k"}]), Some("any/k"), false)]

@@ -8,7 +8,10 @@ use std::{collections::BTreeMap, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
-use super::approval::{Approvers, AskedBy};
+use super::{
+    approval::{Approvers, AskedBy},
+    model::{api::Family, table::Capability},
+};
 use crate::canonical;
 
 /// What a tool call may change.
@@ -653,9 +656,72 @@ pub struct ModelEndpoints {
     /// For `/v1/messages`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub anthropic: Option<String>,
+    /// For some models. The first that fits a request goes before the two.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub endpoints: Vec<ModelEndpoint>,
     /// What models cost. The first entry that fits a model's name counts.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub prices: Vec<ModelPrice>,
+    /// What a provider may be made to do besides answering.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub allow: Vec<Capability>,
+    /// What becomes of members of requests that Belay does not know.
+    #[serde(default, skip_serializing_if = "UnknownMembers::is_refuse")]
+    pub unknown_members: UnknownMembers,
+    /// Whether a provider may keep replies for its caller.
+    #[serde(default, skip_serializing_if = "StoreReplies::is_as_written")]
+    pub store_replies: StoreReplies,
+}
+
+/// An endpoint for some models.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ModelEndpoint {
+    /// Models' names as requests have them, or their beginnings and `*`.
+    pub models: Vec<String>,
+    /// Whose API it speaks.
+    pub api: Family,
+    /// Its base URL.
+    pub url: String,
+    /// What this provider may be made to do, besides what the pack allows all.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub allow: Vec<Capability>,
+}
+
+/// What becomes of members of model requests that Belay does not know.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "kube", derive(schemars::JsonSchema))]
+pub enum UnknownMembers {
+    /// The request is refused.
+    #[default]
+    Refuse,
+    /// They pass, and the intent has the rule `model.unknown`.
+    Pass,
+}
+
+impl UnknownMembers {
+    /// Whether it is what it is without a word.
+    pub fn is_refuse(&self) -> bool {
+        *self == Self::Refuse
+    }
+}
+
+/// Whether a provider may keep replies for its caller.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "kube", derive(schemars::JsonSchema))]
+pub enum StoreReplies {
+    /// As requests say it; the Responses API keeps them for a month where they do not say it.
+    #[default]
+    AsWritten,
+    /// `store` is `false` in each request that could have it.
+    Never,
+}
+
+impl StoreReplies {
+    /// Whether it is what it is without a word.
+    pub fn is_as_written(&self) -> bool {
+        *self == Self::AsWritten
+    }
 }
 
 /// What a million tokens cost at most, in millionths of the pack's currency unit, and what else the pack says of a model.

@@ -4,7 +4,8 @@
 //! a text that passes, every parser that follows RFC 8259 makes the value that [`parse`] makes. Refuses, beyond what is no
 //! JSON at all (`NaN`, `Infinity`, `1e999`, halves of surrogate pairs, text after the value): names that an object has
 //! twice, more than [`DEEPEST`] levels, more than [`MOST`] values, and numbers that would be rounded. [`exact`] refuses what still has two readings
-//! between languages: numbers beyond 2^53 − 1 either way, which JavaScript rounds, and `-0`, which it writes as `0`.
+//! between languages: numbers beyond 2^53 − 1 either way, which JavaScript rounds, and `-0`, which it writes as `0`. [`lenient`] is for what is sent
+//! on as it was written: it refuses names that an object has twice, and rounds numbers.
 //!
 //! Names are compared by their characters, after escapes: `a` and `\u0061` are one. Nothing is normalised: a name that only
 //! looks like another is another.
@@ -33,11 +34,83 @@ pub struct Ambiguous(pub String);
 /// # Errors
 /// If the text is not JSON, or could be read in two ways.
 pub fn parse(text: &[u8]) -> Result<Value, Ambiguous> {
+    read(text, false)
+}
+
+/// Reads one JSON value of which the numbers and texts are somebody else's to act on: half a surrogate pair is read as U+FFFD, numbers are rounded,
+/// and those beyond the range of a double are the largest that it has.
+///
+/// # Errors
+/// If the text is not JSON, or an object has a name twice.
+pub fn lenient(text: &[u8]) -> Result<Value, Ambiguous> {
+    read(&mended(text), true)
+}
+
+fn read(text: &[u8], rounds: bool) -> Result<Value, Ambiguous> {
     let mut reader = serde_json::Deserializer::from_slice(text);
     let left = Cell::new(MOST);
-    let value = Level { depth: 0, left: &left }.deserialize(&mut reader).map_err(found)?;
+    let value = Level { depth: 0, left: &left, rounds }.deserialize(&mut reader).map_err(found)?;
     reader.end().map_err(found)?;
     Ok(value)
+}
+
+/// The text with U+FFFD for halves of surrogate pairs, and with the largest double for numbers beyond it. What is no JSON stays so.
+fn mended(text: &[u8]) -> Cow<'_, [u8]> {
+    let mut mended: Option<Vec<u8>> = None;
+    // So much of it is in `mended`.
+    let mut taken = 0;
+    let mut replace = |from: usize, to: usize, with: &[u8]| {
+        let mended = mended.get_or_insert_with(|| Vec::with_capacity(text.len()));
+        mended.extend_from_slice(text.get(taken..from).unwrap_or_default());
+        mended.extend_from_slice(with);
+        taken = to;
+    };
+    let (mut at, mut in_text) = (0, false);
+    while let Some(byte) = text.get(at) {
+        let mut next = at.saturating_add(1);
+        match byte {
+            b'"' => in_text = !in_text,
+            b'\\' if in_text => {
+                next = match (unit(text, at), unit(text, at.saturating_add(6))) {
+                    (Some(0xD800..=0xDBFF), Some(0xDC00..=0xDFFF)) => at.saturating_add(12),
+                    (Some(0xD800..=0xDFFF), _) => {
+                        replace(at, at.saturating_add(6), br"\ufffd");
+                        at.saturating_add(6)
+                    }
+                    _ => at.saturating_add(2),
+                };
+            }
+            b'-' | b'0'..=b'9' if !in_text => {
+                let rest = text.get(at..).unwrap_or_default();
+                let length = rest.iter().position(|byte| !b"+-.eE0123456789".contains(byte)).unwrap_or(rest.len());
+                let number = rest.get(..length).and_then(|number| str::from_utf8(number).ok()).unwrap_or_default();
+                next = at.saturating_add(length);
+                if number.len() > 300 || number.contains(['e', 'E']) {
+                    match number.parse::<f64>() {
+                        Ok(f64::INFINITY) => replace(at, next, f64::MAX.to_string().as_bytes()),
+                        Ok(f64::NEG_INFINITY) => replace(at, next, f64::MIN.to_string().as_bytes()),
+                        _ => {}
+                    }
+                }
+            }
+            _ => {}
+        }
+        at = next;
+    }
+    match mended {
+        None => text.into(),
+        Some(mut mended) => {
+            mended.extend_from_slice(text.get(taken..).unwrap_or_default());
+            mended.into()
+        }
+    }
+}
+
+/// The UTF-16 unit that is escaped here.
+fn unit(text: &[u8], at: usize) -> Option<u16> {
+    let escape = text.get(at..at.checked_add(6)?)?.strip_prefix(br"\u")?;
+    let digits = str::from_utf8(escape).ok().filter(|digits| digits.bytes().all(|digit| digit.is_ascii_hexdigit()))?;
+    u16::from_str_radix(digits, 16).ok()
 }
 
 /// Refuses numbers that JSON parsers of some languages change.
@@ -111,6 +184,8 @@ struct Level<'l> {
     depth: usize,
     /// How many values there may still be.
     left: &'l Cell<usize>,
+    /// Whether numbers may be rounded.
+    rounds: bool,
 }
 
 impl Level<'_> {
@@ -158,7 +233,7 @@ impl<'de> Visitor<'de> for Level<'_> {
 
     fn visit_f64<E: Error>(self, value: f64) -> Result<Value, E> {
         match Number::from_f64(value) {
-            Some(number) if value.abs() < GAPS => Ok(Value::Number(number)),
+            Some(number) if self.rounds || value.abs() < GAPS => Ok(Value::Number(number)),
             _ => Err(E::custom("a number so large that it would be rounded: send it as text")),
         }
     }

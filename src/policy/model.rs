@@ -9,22 +9,32 @@ pub mod api;
 mod bpe;
 /// What is known of well-known models.
 pub mod catalogue;
+/// The tables as people read them.
+pub mod docs;
 /// Pages and texts of documents.
 mod document;
 /// Prompt tokens of a request, before its provider counts them.
 pub mod estimate;
+/// Headers of calls.
+pub mod headers;
 /// What of a request may leave.
-mod members;
+pub mod members;
 /// What pictures cost.
 pub mod picture;
 /// A request that is about to be sent.
 pub mod ready;
 /// The bound of a request, and what makes it hold.
 pub mod request;
+/// What may be in a request.
+pub mod requests;
 /// What a call is charged.
 pub mod settle;
 /// How long sound is.
 mod sound;
+/// The form of the tables.
+pub mod table;
+/// A request as the agent wrote it.
+pub mod written;
 
 #[cfg(test)]
 mod faults;

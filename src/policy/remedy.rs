@@ -73,6 +73,8 @@ impl Rule {
             | Self::AccessRule
             | Self::RiskScore
             | Self::ModelEndpoint
+            | Self::ModelAllowed
+            | Self::ModelUnknown
             | Self::ModelPrice
             | Self::EgressHost
             | Self::EgressPort

@@ -152,6 +152,10 @@ rules! {
     ModelEndpoint = "model.endpoint",
     /// The model request is one whose cost and effects can be bounded.
     ModelRequest = "model.request",
+    /// The pack allows by name what the model request has the provider do.
+    ModelAllowed = "model.allowed",
+    /// The pack lets members of model requests pass that Belay does not know.
+    ModelUnknown = "model.unknown",
     /// The pack has a price for the model, where the task's cost is limited.
     ModelPrice = "model.price",
     /// The host is well formed and on the class's list for this use.

@@ -155,7 +155,8 @@ pub(in crate::cli) fn lint(sources: &[Source], namespace: &str) -> Result<Outcom
     for (object, pack) in &packs {
         found.alone(object, alone::pack(pack));
     }
-    let notes = found.tasks(&objects, &contracts, &packs, &namespaces);
+    let mut notes = found.tasks(&objects, &contracts, &packs, &namespaces);
+    notes.extend(packs.iter().flat_map(|(_, pack)| config::bases(pack)));
     found.unused(&objects, &contracts);
     let count = objects.len();
     Ok(Outcome { diagnostics: found.sorted(), notes, objects: count })

@@ -245,6 +245,31 @@ fn an_unknown_namespace_is_tried_with_every_pack() {
 }
 
 #[test]
+fn where_bases_of_models_lead_is_said() {
+    let pack = |models: &str| {
+        format!(
+            "apiVersion: belay.dev/v1alpha1\nkind: PolicyPack\nmetadata: {{name: p}}\nspec:\n  environment: p\n  \
+             namespaceSelector: {{matchLabels: {{e: p}}}}\n  models: {models}\n  workflowClasses:\n  - name: triage\n    allowedEffects: [read]\n    \
+             egress: [{{host: a.example.com, uses: [Models]}}]\n    limits: {{wallTimeSeconds: 9, toolCalls: 1, tokens: 9}}\n    \
+             resources: {{}}\n  evidence: {{bucket: abc, mode: Governance, retentionDays: 1}}\n"
+        )
+    };
+    let notes = |models: &str| {
+        let outcome = lint_texts(&[("p.yaml", &pack(models))]);
+        assert!(outcome.diagnostics.is_empty(), "{outcome:#?}");
+        outcome.notes.into_iter().filter(|note| note.contains("goes to")).collect::<Vec<_>>()
+    };
+    assert_eq!(
+        notes("{openai: 'https://a.example.com/v1', anthropic: 'https://a.example.com'}"),
+        ["PolicyPack/p spec.models.openai: /v1/chat/completions goes to https://a.example.com/v1/chat/completions"]
+    );
+    let entry = "{endpoints: [{models: ['gpt-*'], api: openai, url: 'https://a.example.com/openai/deployments/d?api-version=1'}]}";
+    let azure = "https://a.example.com/openai/deployments/d/chat/completions?api-version=1";
+    let [note] = notes(entry).try_into().unwrap();
+    assert!(note.contains("spec.models.endpoints[0].url") && note.ends_with(azure), "{note}");
+}
+
+#[test]
 fn others_are_passed_over_and_namesakes_are_pointed_at() {
     let other = "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: UPPER}\n---\n[1, 2]\n---\ntext\n";
     assert!(lint_texts(&[("a.yaml", other)]).diagnostics.is_empty());

@@ -12,8 +12,7 @@ use crate::{
     policy::{
         budget::Spent,
         commit::Salt,
-        json,
-        model::{Bound, api::Api, catalogue::Model, ready},
+        model::{Bound, api::Api, catalogue::Model, ready, request::Pack, written::Written},
         price,
         rule::Rule,
         shorten::shorten,
@@ -27,26 +26,37 @@ use crate::{
 /// cost is limited, [`Rule::IntentMissing`] for a request that the intent is not for.
 pub fn is_reserved(compiled: &Compiled, (intent, salt): (&IntentFacts, &Salt), body: &[u8]) -> Result<(), Refused> {
     let unfit = |reason: String| Refused::denied(Rule::ModelRequest, reason);
-    let api = Api::of_path(&intent.target)
+    let path = intent.target.split_once('?').map_or(intent.target.as_str(), |(path, _)| path);
+    let api = Api::of_path(path)
         .ok_or_else(|| unfit(format!("expected the path of a model's API, found {}", intent.target)))?;
-    let parsed = json::parse(body).map_err(|error| Refused::denied(Rule::RequestJson, error.to_string()))?;
-    let Value::Object(body) = parsed else {
-        return Err(unfit("expected a JSON object, found another JSON value".to_owned()));
-    };
+    if api == Api::Models {
+        return if body.is_empty() { Ok(()) } else { Err(unfit("expected no body, found one".to_owned())) };
+    }
+    let written = Written::read(body).map_err(|error| Refused::denied(Rule::RequestJson, error.to_string()))?;
+    let body = written.judged();
     let model = body.get("model").and_then(Value::as_str);
+    let endpoint = compiled.policy.models.of(api.family(), model).ok_or_else(|| {
+        let reason = format!("expected a model that the pack has an endpoint for at {}, found another", api.path());
+        Refused::denied(Rule::ModelEndpoint, reason)
+    })?;
+    let pack = Pack::of(&compiled.policy, endpoint);
     let price = model.and_then(|model| price::of(&compiled.policy.models.prices, model));
     let known = Model::named(model.unwrap_or_default(), price);
-    let bound = ready::bound(api, &body, &known).map_err(|unbounded| unfit(unbounded.to_string()))?;
+    let bound = ready::bound(api, body, &known, pack).map_err(|unbounded| unfit(unbounded.to_string()))?;
     is_enough(bound.total(), intent.reserved.tokens, "tokens")?;
     // Who has begun by another policy has its names and prices, by which the log is verified.
-    if intent.policy == compiled.digest { is_as_recorded(compiled, (intent, salt), model, bound) } else { Ok(()) }
+    if intent.policy == compiled.digest {
+        is_as_recorded(compiled, (intent, salt), model, (api, bound))
+    } else {
+        Ok(())
+    }
 }
 
 fn is_as_recorded(
     compiled: &Compiled,
     (intent, salt): (&IntentFacts, &Salt),
     model: Option<&str>,
-    bound: Bound,
+    (api, bound): (Api, Bound),
 ) -> Result<(), Refused> {
     let policy = &compiled.policy;
     let named = model.map(|model| shorten(&compiled.redactor.model(model, policy, salt)));
@@ -60,7 +70,7 @@ fn is_as_recorded(
         )));
     }
     let price = model.and_then(|model| price::of(&policy.models.prices, model));
-    if price.is_none() && policy.limits.cost_micros.is_some() {
+    if price.is_none() && policy.limits.cost_micros.is_some() && !api.is_free() {
         let reason = "expected a model that the pack has a price for, as the task's cost is limited, found another";
         return Err(Refused::denied(Rule::ModelPrice, reason));
     }

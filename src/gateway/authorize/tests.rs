@@ -235,6 +235,19 @@ fn facts(channel: Channel, target: &str, effect: Option<SideEffect>) -> IntentFa
     Err(Rule::ModelEndpoint)
 )]
 #[case::model_query_in_intent(Channel::Model, "https://models.world.test/v1/messages?beta=true", facts(Channel::Model, "/v1/messages?beta=true", None), Ok(()))]
+#[case::models(
+    Channel::Model,
+    "https://models.world.test/v1/models?limit=2",
+    facts(Channel::Model, "/v1/models?limit=2", None),
+    Err(Rule::IntentMissing)
+)]
+#[case::model_embeddings(Channel::Model, "https://models.world.test/v1/embeddings", facts(Channel::Model, "/v1/embeddings", None), Ok(()))]
+#[case::model_files_in_intent(
+    Channel::Model,
+    "https://models.world.test/v1/files",
+    facts(Channel::Model, "/v1/files", None),
+    Err(Rule::ModelEndpoint)
+)]
 #[case::model_over(
     Channel::Model,
     "https://models.world.test/v1/messages",
@@ -324,6 +337,12 @@ fn methods_of_models(#[case] method: Method, #[case] expected: Result<(), Rule>)
     let to = Destination::Url(&target, &method);
     let found = intended(&compiled(), 1, Channel::Model, to, (&intent, &testing::salt()));
     assert_eq!(found.map_err(|e| e.rule), expected);
+    // And lists of models are got.
+    let target = Target::parse("https://models.world.test/v1/models").unwrap();
+    let intent = facts(Channel::Model, "/v1/models", None);
+    let to = Destination::Url(&target, &method);
+    let found = intended(&compiled(), 1, Channel::Model, to, (&intent, &testing::salt()));
+    assert_eq!(found.is_ok(), method == Method::GET);
 }
 
 #[rstest]

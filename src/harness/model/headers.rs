@@ -1,20 +1,32 @@
-//! Headers between an agent and a provider.
+//! Headers between an agent and a provider, by the [lists](crate::policy::model::headers).
 
 use http::{HeaderMap, HeaderValue, header};
 
+use crate::policy::model::{headers, members::Terms};
+
 /// What of the agent's headers goes to the provider. Credentials do not: the gateway has the real ones.
-pub(super) fn passed_on(headers: &HeaderMap) -> HeaderMap {
+pub(super) fn passed_on(given: &HeaderMap, terms: Terms<'_>) -> HeaderMap {
     let mut passed = HeaderMap::new();
-    for (name, value) in headers {
-        let passes = name == header::ACCEPT
-            || name == header::USER_AGENT
-            || ["openai-", "anthropic-", "x-stainless-"].iter().any(|prefix| name.as_str().starts_with(prefix));
-        if passes {
+    for (name, value) in given.iter().filter(|(name, _)| headers::has(headers::REQUEST, name.as_str())) {
+        if !name.as_str().ends_with("-beta") {
             passed.append(name, value.clone());
+            continue;
+        }
+        let betas = value.to_str().ok().and_then(|value| headers::betas(value, terms));
+        if let Some(betas) = betas.and_then(|betas| HeaderValue::from_str(&betas).ok()) {
+            passed.append(name, betas);
         }
     }
     passed.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     // A compressed reply could not be metered.
     passed.insert(header::ACCEPT_ENCODING, HeaderValue::from_static("identity"));
     passed
+}
+
+/// Leaves of a reply's headers what the agent may see.
+pub(super) fn passed_back(given: &mut HeaderMap) {
+    let hidden: Vec<_> = given.keys().filter(|name| !headers::has(headers::REPLY, name.as_str())).cloned().collect();
+    for name in hidden {
+        given.remove(name);
+    }
 }

@@ -13,7 +13,7 @@ use http_body_util::{BodyDataStream, BodyExt, StreamBody};
 use hyper::body::{Frame, Incoming};
 use sha2::{Digest, Sha256};
 
-use super::refusal;
+use super::{headers::passed_back, refusal};
 use crate::{
     evidence::record::{Channel, Effect},
     harness::{
@@ -80,9 +80,7 @@ pub(super) fn meter(
         length: hyper::body::Body::size_hint(&body).exact(),
         came: Came::Unread,
     };
-    for hop in [header::CONNECTION, header::TRANSFER_ENCODING] {
-        parts.headers.remove(hop);
-    }
+    passed_back(&mut parts.headers);
     let passing = Passing { body: Some(BodyDataStream::new(body)), meter: Some(meter), told, is_wanted: true };
     let stream = futures::stream::unfold(passing, async |mut passing| Some((passing.next().await?, passing)));
     Response::from_parts(parts, BodyExt::boxed_unsync(StreamBody::new(stream)))

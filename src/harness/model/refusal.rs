@@ -66,7 +66,7 @@ fn status(rule: Rule) -> StatusCode {
 fn error(api: Api, denial: &Denial, status: StatusCode) -> Value {
     let (message, code) = (denial.told("call"), status.as_u16());
     match api {
-        Api::Messages => json!({
+        Api::Messages | Api::CountTokens => json!({
             "type": "error",
             "error": {
                 "type": match code {

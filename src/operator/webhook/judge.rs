@@ -18,7 +18,7 @@ use tokio::sync::watch;
 use crate::{
     api::{AgentTask, PolicyPack, ToolContract},
     operator::{cache::Stores, metrics::Metrics, resolve::Resolved, status},
-    plan::{Finding, alone},
+    plan::{Finding, alone, config},
 };
 
 /// Most findings in a message: more than anybody corrects at a time.
@@ -29,7 +29,7 @@ const MOST_FINDINGS: usize = 20;
 pub(super) enum Verdict {
     /// Nothing.
     Allowed,
-    /// What is not known yet.
+    /// What is not known yet, or good to know.
     Warned(Vec<String>),
     /// What is wrong.
     Denied(Vec<Finding>),
@@ -76,7 +76,10 @@ impl Judge {
         let Some(object) = news(request) else { return Verdict::Allowed };
         match request.kind.kind.as_str() {
             "ToolContract" => by_itself(object, "a contract", alone::contract),
-            "PolicyPack" => by_itself(object, "a pack", alone::pack),
+            "PolicyPack" => match by_itself(object, "a pack", alone::pack) {
+                Verdict::Allowed => leads_to(object),
+                wrong => wrong,
+            },
             "AgentTask" => match read::<AgentTask>(object, "a task") {
                 Ok(task) => self.task(&task),
                 Err(finding) => Verdict::Denied(vec![finding]),
@@ -129,6 +132,14 @@ fn news(request: &AdmissionRequest<DynamicObject>) -> Option<&DynamicObject> {
         Operation::Delete | Operation::Connect => false,
     };
     changed.then_some(object)
+}
+
+/// What a pack's bases of models become, where they are more than a host: whoever writes one sees where calls go.
+fn leads_to(pack: &DynamicObject) -> Verdict {
+    match read::<PolicyPack>(pack, "a pack").map(|pack| config::bases(&pack)) {
+        Ok(bases) if !bases.is_empty() => Verdict::Warned(bases),
+        _ => Verdict::Allowed,
+    }
 }
 
 fn by_itself<K: DeserializeOwned>(object: &DynamicObject, what: &str, judge: fn(&K) -> Vec<Finding>) -> Verdict {

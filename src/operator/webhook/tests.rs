@@ -282,6 +282,17 @@ fn a_task_is_denied_for_a_contract_that_is_there_and_cannot_be_read() {
 }
 
 #[test]
+fn whoever_applies_a_pack_is_told_where_its_bases_lead() {
+    let based = |url: &str| with(pack(), "/spec/models", json!({"openai": url}));
+    let url = "https://models.world.test/openai/deployments/d?api-version=1";
+    let Verdict::Warned(warnings) = verdict(Cache::Whole, "CREATE", based(url), Value::Null) else { panic!() };
+    let goes = "https://models.world.test/openai/deployments/d/chat/completions?api-version=1";
+    assert!(warnings.len() == 1 && warnings[0].ends_with(goes), "{warnings:?}");
+    // The control: one that is a host says all itself.
+    assert_eq!(verdict(Cache::Whole, "CREATE", based("https://models.world.test"), Value::Null), Verdict::Allowed);
+}
+
+#[test]
 fn no_task_runs_beside_the_operator() {
     let metrics = Metrics::new(&Registry::new()).unwrap();
     let judge = Judge::new(watch::channel(stores(Cache::Whole)).1, "team-a".to_owned(), metrics);

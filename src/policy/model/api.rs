@@ -1,25 +1,136 @@
 //! The APIs of models, by their paths, and the names that each has for the same thing.
+//!
+//! Guarantees: a path is one API's or none's, with `/v1` before it or without, as client libraries differ in that; whoever asks twice where a
+//! call goes finds the same. Non-goals: whether the host may be reached.
+
+use serde::{Deserialize, Serialize};
+
+use super::{
+    requests,
+    table::{Capability, Shape},
+};
+use crate::policy::config::ModelEndpoints;
 
 /// The API that a request speaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Api {
-    /// `/v1/chat/completions`.
+    /// `POST /v1/chat/completions`.
     ChatCompletions,
-    /// `/v1/responses`.
+    /// `POST /v1/responses`.
     Responses,
-    /// `/v1/messages`.
+    /// `POST /v1/responses/input_tokens`: what a response's prompt would be.
+    InputTokens,
+    /// `POST /v1/messages`.
     Messages,
+    /// `POST /v1/messages/count_tokens`: what a message's prompt would be.
+    CountTokens,
+    /// `POST /v1/embeddings`.
+    Embeddings,
+    /// `POST /v1/moderations`.
+    Moderations,
+    /// `GET /v1/models`, and one of them by its name.
+    Models,
 }
 
+/// Whose API an endpoint speaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "kube", derive(schemars::JsonSchema))]
+#[serde(rename_all = "lowercase")]
+pub enum Family {
+    /// `/chat/completions`, `/responses` and what is beside them.
+    OpenAi,
+    /// `/messages` and what is beside it.
+    Anthropic,
+}
+
+/// What of a query is passed on with `GET /models`.
+const PAGES: [&str; 4] = ["after", "after_id", "before_id", "limit"];
+
 impl Api {
+    /// Every one.
+    pub const ALL: [Self; 8] = [
+        Self::ChatCompletions,
+        Self::Responses,
+        Self::InputTokens,
+        Self::Messages,
+        Self::CountTokens,
+        Self::Embeddings,
+        Self::Moderations,
+        Self::Models,
+    ];
+
     /// Which API a path speaks.
     pub fn of_path(path: &str) -> Option<Self> {
-        match path {
-            "/v1/chat/completions" => Some(Self::ChatCompletions),
-            "/v1/responses" => Some(Self::Responses),
-            "/v1/messages" => Some(Self::Messages),
-            _ => None,
+        let path = path.strip_prefix("/v1").unwrap_or(path);
+        let known = Self::ALL.into_iter().find(|api| api.path().strip_prefix("/v1") == Some(path));
+        known.or_else(|| path.strip_prefix("/models/").filter(|name| is_model(name)).map(|_| Self::Models))
+    }
+
+    /// Its path.
+    pub fn path(self) -> &'static str {
+        match self {
+            Self::ChatCompletions => "/v1/chat/completions",
+            Self::Responses => "/v1/responses",
+            Self::InputTokens => "/v1/responses/input_tokens",
+            Self::Messages => "/v1/messages",
+            Self::CountTokens => "/v1/messages/count_tokens",
+            Self::Embeddings => "/v1/embeddings",
+            Self::Moderations => "/v1/moderations",
+            Self::Models => "/v1/models",
         }
+    }
+
+    /// What is asked of a provider for a request to this path: with `/v1`, and with what of its query pages through lists.
+    pub fn target(self, path: &str, query: Option<&str>) -> String {
+        if self != Self::Models {
+            return self.path().to_owned();
+        }
+        let path = path.strip_prefix("/v1").unwrap_or(path);
+        let pages = query.unwrap_or_default().split('&').filter(|pair| {
+            let plain = |value: &str| value.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_-.".contains(&byte));
+            pair.split_once('=').is_some_and(|(name, value)| PAGES.contains(&name) && plain(value))
+        });
+        let pages: Vec<_> = pages.collect();
+        let mark = if pages.is_empty() { "" } else { "?" };
+        format!("/v1{path}{mark}{}", pages.join("&"))
+    }
+
+    /// Whose it is; of a list of models nobody can tell.
+    pub fn family(self) -> Option<Family> {
+        match self {
+            Self::ChatCompletions | Self::Responses | Self::InputTokens | Self::Embeddings | Self::Moderations => {
+                Some(Family::OpenAi)
+            }
+            Self::Messages | Self::CountTokens => Some(Family::Anthropic),
+            Self::Models => None,
+        }
+    }
+
+    /// What a request may have in it.
+    pub fn table(self) -> &'static Shape {
+        match self {
+            Self::ChatCompletions => &requests::CHAT_COMPLETIONS,
+            Self::Responses | Self::InputTokens => &requests::RESPONSES,
+            Self::Messages | Self::CountTokens => &requests::MESSAGES,
+            Self::Embeddings => &requests::EMBEDDINGS,
+            Self::Moderations => &requests::MODERATIONS,
+            Self::Models => &requests::NOTHING,
+        }
+    }
+
+    /// Its method.
+    pub fn method(self) -> &'static str {
+        if self == Self::Models { "GET" } else { "POST" }
+    }
+
+    /// Whether a model writes something because of it.
+    pub fn writes(self) -> bool {
+        matches!(self, Self::ChatCompletions | Self::Responses | Self::Messages)
+    }
+
+    /// Whether no provider charges for it.
+    pub fn is_free(self) -> bool {
+        !self.writes() && self != Self::Embeddings
     }
 
     /// The members that limit the output. The first is the one that is written where a request has none.
@@ -28,6 +139,227 @@ impl Api {
             Self::ChatCompletions => &["max_completion_tokens", "max_tokens"],
             Self::Responses => &["max_output_tokens"],
             Self::Messages => &["max_tokens"],
+            _ => &[],
+        }
+    }
+}
+
+/// Whether a text can be a model's name in a path, and is no other path.
+fn is_model(name: &str) -> bool {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._:@-".contains(&byte);
+    let escaped = name.replace("%2F", "/").replace("%2f", "/").replace("%3A", ":").replace("%3a", ":");
+    escaped.split('/').all(|part| !part.is_empty() && part != "." && part != ".." && part.bytes().all(plain))
+}
+
+/// An endpoint that serves a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Chosen<'p> {
+    /// Its base URL.
+    pub base: &'p str,
+    /// Whose API it speaks.
+    pub family: Family,
+    /// What the entry allows besides what the pack does.
+    pub allow: &'p [Capability],
+}
+
+impl ModelEndpoints {
+    /// The endpoints, in the order in which they are asked: those for some models first.
+    fn all(&self) -> impl Iterator<Item = (Chosen<'_>, &[String])> {
+        let some = self.endpoints.iter().map(|entry| {
+            (Chosen { base: &entry.url, family: entry.api, allow: &entry.allow }, entry.models.as_slice())
+        });
+        let all = [(&self.openai, Family::OpenAi), (&self.anthropic, Family::Anthropic)];
+        let all = all.into_iter().filter_map(|(base, family)| Some((base.as_deref()?, family)));
+        some.chain(all.map(|(base, family)| (Chosen { base, family, allow: &[] }, &[][..])))
+    }
+
+    /// The endpoint for a model. `family` where the request tells it; a list of models comes from the first that has one.
+    pub fn of(&self, family: Option<Family>, model: Option<&str>) -> Option<Chosen<'_>> {
+        let speaks = |chosen: &Chosen<'_>| family.is_none_or(|family| chosen.family == family);
+        let fits = |models: &[String]| {
+            models.is_empty() || model.is_some_and(|model| models.iter().any(|pattern| is_one_of(pattern, model)))
+        };
+        let fitting = self.all().find(|(chosen, models)| speaks(chosen) && fits(models));
+        // Whoever asks for no model by name asks for what there is.
+        let any = || self.all().find(|(chosen, _)| speaks(chosen) && model.is_none());
+        fitting.or_else(any).map(|(chosen, _)| chosen)
+    }
+
+    /// Every URL to which a call may go that is recorded with this target.
+    pub fn urls(&self, target: &str) -> Vec<String> {
+        let path = target.split_once('?').map_or(target, |(path, _)| path);
+        let Some(api) = Api::of_path(path).filter(|_| path.starts_with("/v1/")) else { return vec![] };
+        let speaks = |family: Family| api.family().is_none_or(|own| own == family);
+        self.all()
+            .filter(|(chosen, _)| speaks(chosen.family))
+            .map(|(chosen, _)| url(chosen.base, chosen.family, target))
+            .collect()
+    }
+}
+
+fn is_one_of(pattern: &str, model: &str) -> bool {
+    match pattern.strip_suffix('*') {
+        Some(beginning) => model.starts_with(beginning),
+        None => pattern == model,
+    }
+}
+
+/// What people write behind a base, and means that nothing is to be put between.
+const ENDS: [&str; 4] = ["/chat/completions", "/responses", "/messages", "/embeddings"];
+
+/// The URL of a target at an endpoint. Providers' bases have `/v1` in them or not: it is put between where there is no version yet, as client
+/// libraries of the same API would. A base may also be written as the whole URL of a call. The base's query goes along.
+///
+/// | base | becomes |
+/// | --- | --- |
+/// | `https://api.openai.com` | `https://api.openai.com/v1/chat/completions` |
+/// | `https://api.openai.com/v1` | `https://api.openai.com/v1/chat/completions` |
+/// | `https://generativelanguage.googleapis.com/v1beta/openai` | `…/v1beta/openai/chat/completions` |
+/// | `https://x.openai.azure.com/openai/deployments/d?api-version=1` | `…/openai/deployments/d/chat/completions?api-version=1` |
+/// | `https://api.perplexity.ai/chat/completions` | `https://api.perplexity.ai/chat/completions` |
+pub fn url(base: &str, family: Family, target: &str) -> String {
+    let (base, own_query) = base.split_once('?').map_or((base, None), |(base, query)| (base, Some(query)));
+    let (path, query) = target.split_once('?').map_or((target, None), |(path, query)| (path, Some(query)));
+    let base = base.trim_end_matches('/');
+    let short = path.strip_prefix("/v1").unwrap_or(path);
+    let whole = ENDS.iter().find_map(|end| base.strip_suffix(end));
+    let base = whole.unwrap_or(base);
+    // Behind scheme and authority.
+    let mut segments = base.split('/').skip(3);
+    let has_version = match family {
+        Family::OpenAi => segments.any(|segment| is_version(segment) || segment == "deployments"),
+        Family::Anthropic => segments.last().is_some_and(is_version),
+    };
+    let between = if whole.is_some() || has_version { "" } else { "/v1" };
+    let queries: Vec<_> = [own_query, query].into_iter().flatten().filter(|query| !query.is_empty()).collect();
+    let mark = if queries.is_empty() { "" } else { "?" };
+    format!("{base}{between}{short}{mark}{}", queries.join("&"))
+}
+
+/// Whether a segment of a path is a version: `v1`, `v4`, `v1beta`, `v2alpha1`.
+fn is_version(segment: &str) -> bool {
+    let Some(rest) = segment.strip_prefix('v') else { return false };
+    let digits = rest.bytes().take_while(u8::is_ascii_digit).count();
+    let stage = rest.get(digits..).unwrap_or_default().trim_end_matches(|letter: char| letter.is_ascii_digit());
+    digits > 0 && ["", "alpha", "beta"].contains(&stage)
+}
+
+#[cfg(test)]
+mod tests {
+    use rstest::rstest;
+
+    use super::*;
+    use crate::policy::config::ModelEndpoint;
+
+    const CHAT: &str = "/v1/chat/completions";
+
+    #[rstest]
+    #[case("https://api.openai.com", CHAT, "https://api.openai.com/v1/chat/completions")]
+    #[case("https://api.openai.com/", CHAT, "https://api.openai.com/v1/chat/completions")]
+    #[case("https://api.openai.com/v1", CHAT, "https://api.openai.com/v1/chat/completions")]
+    #[case("https://api.openai.com/v1/", "/v1/models?limit=2", "https://api.openai.com/v1/models?limit=2")]
+    #[case("https://api.groq.com/openai", CHAT, "https://api.groq.com/openai/v1/chat/completions")]
+    #[case("https://api.groq.com/openai/v1", CHAT, "https://api.groq.com/openai/v1/chat/completions")]
+    #[case("https://g.test/v1beta/openai/", CHAT, "https://g.test/v1beta/openai/chat/completions")]
+    #[case("https://z.test/api/paas/v4", CHAT, "https://z.test/api/paas/v4/chat/completions")]
+    #[case("https://openrouter.ai/api/v1", "/v1/responses", "https://openrouter.ai/api/v1/responses")]
+    #[case("http://ollama.test:11434", CHAT, "http://ollama.test:11434/v1/chat/completions")]
+    #[case("http://ollama.test:11434/v1", "/v1/embeddings", "http://ollama.test:11434/v1/embeddings")]
+    #[case("http://litellm.test:4000", "/v1/models/a/b", "http://litellm.test:4000/v1/models/a/b")]
+    #[case(
+        "https://x.openai.azure.com/openai/deployments/d?api-version=2024-10-21",
+        CHAT,
+        "https://x.openai.azure.com/openai/deployments/d/chat/completions?api-version=2024-10-21"
+    )]
+    #[case(
+        "https://x.openai.azure.com/openai/v1/?api-version=preview",
+        "/v1/models?limit=1",
+        "https://x.openai.azure.com/openai/v1/models?api-version=preview&limit=1"
+    )]
+    #[case("https://api.perplexity.ai/chat/completions", CHAT, "https://api.perplexity.ai/chat/completions")]
+    #[case("https://api.openai.com/v1/responses", CHAT, "https://api.openai.com/v1/chat/completions")]
+    #[case("https://vault.test/vx/very", CHAT, "https://vault.test/vx/very/v1/chat/completions")]
+    fn bases_of_openai(#[case] base: &str, #[case] target: &str, #[case] expected: &str) {
+        assert_eq!(url(base, Family::OpenAi, target), expected);
+    }
+
+    #[rstest]
+    #[case("https://api.anthropic.com", "https://api.anthropic.com/v1/messages")]
+    #[case("https://api.anthropic.com/v1/", "https://api.anthropic.com/v1/messages")]
+    #[case("https://api.anthropic.com/v1/messages", "https://api.anthropic.com/v1/messages")]
+    #[case("https://api.deepseek.com/anthropic", "https://api.deepseek.com/anthropic/v1/messages")]
+    #[case("https://g.test/v1/account/gateway/anthropic", "https://g.test/v1/account/gateway/anthropic/v1/messages")]
+    fn bases_of_anthropic(#[case] base: &str, #[case] expected: &str) {
+        assert_eq!(url(base, Family::Anthropic, "/v1/messages"), expected);
+    }
+
+    #[rstest]
+    #[case("/v1/chat/completions", Some(Api::ChatCompletions))]
+    #[case("/chat/completions", Some(Api::ChatCompletions))]
+    #[case("/messages", Some(Api::Messages))]
+    #[case("/v1/messages/count_tokens", Some(Api::CountTokens))]
+    #[case("/responses/input_tokens", Some(Api::InputTokens))]
+    #[case("/v1/models", Some(Api::Models))]
+    #[case("/models/gpt-4o", Some(Api::Models))]
+    #[case("/v1/models/openai/gpt-4o:free", Some(Api::Models))]
+    #[case("/v1/models/ft%3Agpt%2Fx", Some(Api::Models))]
+    #[case("/v1/models/../files", None)]
+    #[case("/v1/models/%2e%2e/files", None)]
+    #[case("/v1/models/a//b", None)]
+    #[case("/v1/models/", None)]
+    #[case("/v1/v1/messages", None)]
+    #[case("/v1/messages/", None)]
+    #[case("/v1//messages", None)]
+    #[case("/V1/messages", None)]
+    #[case("/v1messages", None)]
+    #[case("/v1/files", None)]
+    #[case("/v1/responses/resp_1", None)]
+    #[case("/v1/messages/batches", None)]
+    fn paths(#[case] path: &str, #[case] api: Option<Api>) {
+        assert_eq!(Api::of_path(path), api);
+    }
+
+    #[test]
+    fn only_pages_of_lists_are_passed_on_of_a_query() {
+        let target = |query| Api::Models.target("/models", Some(query));
+        assert_eq!(target("limit=5&key=secret&after_id=m_1&beta=true&limit=a%26b"), "/v1/models?limit=5&after_id=m_1");
+        assert_eq!(target("beta=true"), "/v1/models");
+        assert_eq!(Api::Messages.target("/messages", Some("beta=true")), "/v1/messages");
+    }
+
+    #[test]
+    fn a_model_is_asked_where_its_entry_says() {
+        let entry = |models: &[&str], api, url: &str| ModelEndpoint {
+            models: models.iter().map(|model| (*model).to_owned()).collect(),
+            api,
+            url: url.into(),
+            allow: vec![Capability::WebSearch],
+        };
+        let models = ModelEndpoints {
+            openai: Some("https://rest.test".into()),
+            endpoints: vec![
+                entry(&["gpt-4o", "o3*"], Family::OpenAi, "https://some.test/v1"),
+                entry(&["claude-*"], Family::Anthropic, "https://claude.test"),
+                entry(&["claude-*"], Family::OpenAi, "https://proxy.test"),
+            ],
+            ..ModelEndpoints::default()
+        };
+        let base = |family, model| models.of(family, model).map(|chosen| chosen.base);
+        assert_eq!(base(Some(Family::OpenAi), Some("gpt-4o")), Some("https://some.test/v1"));
+        assert_eq!(base(Some(Family::OpenAi), Some("o3-mini")), Some("https://some.test/v1"));
+        assert_eq!(base(Some(Family::OpenAi), Some("gpt-4o-mini")), Some("https://rest.test"));
+        assert_eq!(base(Some(Family::OpenAi), Some("claude-5")), Some("https://proxy.test"));
+        assert_eq!(base(Some(Family::Anthropic), Some("claude-5")), Some("https://claude.test"));
+        assert_eq!(base(Some(Family::Anthropic), Some("other")), None);
+        assert_eq!(base(Some(Family::Anthropic), None), Some("https://claude.test"));
+        assert_eq!(base(None, None), Some("https://rest.test"));
+        assert_eq!(models.of(Some(Family::OpenAi), Some("x")).unwrap().allow, []);
+        assert_eq!(models.of(Some(Family::OpenAi), Some("o3")).unwrap().allow, [Capability::WebSearch]);
+        // And the gateway lets each of them be reached, for its own paths.
+        assert_eq!(models.urls("/v1/messages"), ["https://claude.test/v1/messages"]);
+        assert_eq!(models.urls("/v1/models").len(), 4);
+        for target in ["/messages", "/v1/files", "/v1/models/../files", ""] {
+            assert_eq!(models.urls(target), Vec::<String>::new(), "{target}");
         }
     }
 }

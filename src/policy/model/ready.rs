@@ -12,36 +12,49 @@ use super::{
     api::Api,
     catalogue::Model,
     estimate::{self, Prompt},
-    request::{self, Bounded, Left, Unbounded},
+    members::Noted,
+    request::{self, Bounded, Left, Pack, Unbounded},
     settle::Reserved,
 };
 
 /// All that there could be: the bound of a request that names its output limit does not depend on what is left.
 const UNLIMITED: Left<'static> = Left { tokens: i64::MAX, cost: None };
 
-/// Sets in a request what its bound needs, and gives what is to be set aside for it. What is set is no part of its prompt.
+/// What makes a request ready.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Ready {
+    /// What is to be set aside for it.
+    pub reserved: Reserved,
+    /// What has to be set in it. It is no part of its prompt.
+    pub set: Vec<(&'static str, Value)>,
+    /// What of it is for the record.
+    pub noted: Noted,
+}
+
+/// Finds what has to be set in a request for its bound, and what is to be set aside for it.
 ///
 /// # Errors
 /// If its cost or effect cannot be bounded.
 pub fn make(
     api: Api,
-    body: &mut Map<String, Value>,
+    body: &Map<String, Value>,
     model: &Model,
+    pack: Pack<'_>,
     prompt: Prompt,
     left: Left<'_>,
-) -> Result<Reserved, Unbounded> {
-    let Bounded { reserved, set } = request::bound(api, body, model, prompt, left)?;
-    body.extend(set.into_iter().map(|(name, value)| (name.to_owned(), value)));
-    Ok(reserved)
+) -> Result<Ready, Unbounded> {
+    let Bounded { reserved, set, noted } = request::bound(api, body, model, pack, prompt, left)?;
+    Ok(Ready { reserved, set, noted })
 }
 
 /// The bound of a request as it stands, in which nothing has to be set any more, and whose prompt is as short as it can be.
 ///
 /// # Errors
 /// If its cost or effect cannot be bounded, or only with something that it does not say.
-pub fn bound(api: Api, body: &Map<String, Value>, model: &Model) -> Result<Bound, Unbounded> {
+pub fn bound(api: Api, body: &Map<String, Value>, model: &Model, pack: Pack<'_>) -> Result<Bound, Unbounded> {
     let tokens = estimate::least(body, model);
-    let Bounded { reserved, set } = request::bound(api, body, model, Prompt { tokens, least: tokens }, UNLIMITED)?;
+    let prompt = Prompt { tokens, least: tokens };
+    let Bounded { reserved, set, .. } = request::bound(api, body, model, pack, prompt, UNLIMITED)?;
     match set.iter().find(|(name, value)| body.get(*name) != Some(value)) {
         None => Ok(reserved.bound),
         Some((name, _)) => Err(Unbounded(format!("expected a request that names `{name}`, found none, or another"))),
@@ -54,7 +67,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::policy::config::ModelPrice;
+    use crate::policy::{config::ModelPrice, model::written::Written};
 
     fn apis() -> impl Strategy<Value = Api> {
         prop_oneof![Just(Api::ChatCompletions), Just(Api::Responses), Just(Api::Messages)]
@@ -75,18 +88,25 @@ mod tests {
         ) {
             let price = ModelPrice { input_micros: 3_000_000, output_micros: 10_000_000, max_output_tokens: most, ..ModelPrice::default() };
             let model = Model::named(name, Some(&price));
-            let mut body = json!({"model": "m", "messages": [{"role": "user", "content": text}]}).as_object().unwrap().clone();
+            let prompt = if api == Api::Responses { "input" } else { "messages" };
+            let mut body = json!({"model": "m", prompt: [{"role": "user", "content": text}]}).as_object().unwrap().clone();
             if stream {
                 body.insert("stream".into(), true.into());
             }
             if let Some(limit) = limit {
                 body.insert(model.limit_member(api).unwrap().into(), limit.into());
             }
-            let prompt = estimate::prompt(api, &body, &model);
             let left_of = Left { tokens: left, cost: micros.map(|micros| (micros, &price)) };
-            let made = make(api, &mut body, &model, prompt, left_of).unwrap().bound;
-            prop_assert_eq!(prompt, estimate::prompt(api, &body, &model), "what is set is no part of it");
-            let again = bound(api, &body, &model).unwrap();
+            let text = Value::Object(body).to_string();
+            let written = Written::read(text.as_bytes()).unwrap();
+            let prompt = estimate::prompt(api, written.judged(), &model);
+            let Ready { reserved, set, .. } =
+                make(api, written.judged(), &model, Pack::default(), prompt, left_of).unwrap();
+            let made = reserved.bound;
+            let sent = written.with(&set);
+            let sent = Written::read(&sent).unwrap();
+            prop_assert_eq!(prompt, estimate::prompt(api, sent.judged(), &model), "what is set is no part of it");
+            let again = bound(api, sent.judged(), &model, Pack::default()).unwrap();
             prop_assert_eq!(again.output, made.output);
             prop_assert!(again.prompt <= made.prompt);
             let fits = limit.is_some() || made.output == 1 || made.total() <= left;
@@ -105,13 +125,15 @@ mod tests {
         ] {
             let model = Model::named("m", None);
             let mut body = body.as_object().unwrap().clone();
-            let refused = bound(api, &body, &model).unwrap_err();
+            let refused = bound(api, &body, &model, Pack::default()).unwrap_err();
             assert!(refused.to_string().contains(word), "{refused}");
             // The control: it passes once it is made ready, but for what is refused either way.
             let left = Left { tokens: 10_000, cost: None };
             let prompt = estimate::prompt(api, &body, &model);
-            assert_eq!(make(api, &mut body, &model, prompt, left).is_ok(), word != "background", "{body:?}");
-            assert_eq!(bound(api, &body, &model).is_ok(), word != "background", "{body:?}");
+            let made = make(api, &body, &model, Pack::default(), prompt, left);
+            assert_eq!(made.is_ok(), word != "background", "{body:?}");
+            body.extend(made.into_iter().flat_map(|ready| ready.set).map(|(name, value)| (name.to_owned(), value)));
+            assert_eq!(bound(api, &body, &model, Pack::default()).is_ok(), word != "background", "{body:?}");
         }
     }
 }

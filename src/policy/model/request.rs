@@ -4,13 +4,13 @@ use serde_json::{Map, Value};
 
 use super::{
     Bound,
-    api::Api,
+    api::{Api, Chosen},
     catalogue::{Model, OUTPUT_UNKNOWN},
     estimate::Prompt,
-    members,
+    members::{self, Noted, Terms},
     settle::Reserved,
 };
-use crate::policy::config::ModelPrice;
+use crate::policy::config::{ModelPrice, PolicyConfig, StoreReplies};
 
 /// What part of what is left a request that names no limit sets aside for its reply: one in so many, so that a task can make some calls at once,
 /// and go on after each.
@@ -55,6 +55,31 @@ pub struct Bounded {
     pub reserved: Reserved,
     /// The members that have to be set in it for the bound to hold, and nothing else changes.
     pub set: Vec<(&'static str, Value)>,
+    /// What of it is for the record.
+    pub noted: Noted,
+}
+
+/// What a pack says to a request.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Pack<'p> {
+    /// To what is in it.
+    pub terms: Terms<'p>,
+    /// To whether its reply is kept.
+    pub store: StoreReplies,
+}
+
+impl<'p> Pack<'p> {
+    /// As it is rendered for a task, for calls to one of its endpoints.
+    pub fn of(policy: &'p PolicyConfig, endpoint: Chosen<'p>) -> Self {
+        let models = &policy.models;
+        let terms = Terms {
+            allow: &models.allow,
+            also: endpoint.allow,
+            unknown: models.unknown_members,
+            egress: &policy.egress,
+        };
+        Self { terms, store: models.store_replies }
+    }
 }
 
 /// Bounds a request to this model, whose prompt is so long.
@@ -65,20 +90,22 @@ pub fn bound(
     api: Api,
     body: &Map<String, Value>,
     model: &Model,
+    pack: Pack<'_>,
     prompt: Prompt,
     left: Left<'_>,
 ) -> Result<Bounded, Unbounded> {
-    members::review(api, body)?;
+    let noted = members::review(api, body, pack.terms)?;
+    if !api.writes() {
+        let least = if api.is_free() { 0 } else { prompt.least };
+        let prompt = if api.is_free() { 0 } else { prompt.tokens.saturating_add(tokens_of_numbers(body)) };
+        let reserved = Reserved { bound: Bound { prompt, output: 0 }, least_prompt: least };
+        return Ok(Bounded { reserved, set: vec![], noted });
+    }
     let replies = replies(body)?;
-    let mut set: Vec<_> = wish_for_usage(api, body).into_iter().collect();
-    let named = api.output_limits().iter().find_map(|field| body.get(*field).filter(|value| !value.is_null()));
-    let each = match named {
-        Some(value) => value
-            .as_i64()
-            .filter(|limit| *limit > 0)
-            .ok_or_else(|| Unbounded(format!("the output limit must be a whole number above 0, found {value}")))?
-            // A model gives no more than it can, and whether it takes a limit above that its provider says.
-            .min(model.max_output.unwrap_or(i64::MAX)),
+    let mut set: Vec<_> = wish_for_usage(api, body).into_iter().chain(no_store(api, body, pack.store)).collect();
+    let each = match named_limit(api, body)? {
+        // A model gives no more than it can, and whether it takes a limit above that its provider says.
+        Some(limit) => limit.min(model.max_output.unwrap_or(i64::MAX)),
         None => {
             let each = left.unnamed(model, prompt.tokens, replies);
             set.extend(model.limit_member(api).map(|member| (member, each.into())));
@@ -86,7 +113,40 @@ pub fn bound(
         }
     };
     let bound = Bound { prompt: prompt.tokens, output: each.saturating_mul(replies) };
-    Ok(Bounded { reserved: Reserved { bound, least_prompt: prompt.least }, set })
+    Ok(Bounded { reserved: Reserved { bound, least_prompt: prompt.least }, set, noted })
+}
+
+/// The output limit that a request names. Where it names several the largest counts: servers differ in which they know.
+fn named_limit(api: Api, body: &Map<String, Value>) -> Result<Option<i64>, Unbounded> {
+    let mut largest = None;
+    for value in api.output_limits().iter().filter_map(|field| body.get(*field)).filter(|value| !value.is_null()) {
+        let limit = value.as_i64().filter(|limit| *limit > 0);
+        let wrong = || Unbounded(format!("the output limit must be a whole number above 0, found {value}"));
+        largest = largest.max(Some(limit.ok_or_else(wrong)?));
+    }
+    Ok(largest)
+}
+
+/// Tokens that an embedding's input has as numbers: it has been through a tokenizer.
+fn tokens_of_numbers(body: &Map<String, Value>) -> i64 {
+    fn count(value: &Value) -> i64 {
+        match value {
+            Value::Number(_) => 1,
+            Value::Array(items) => items.iter().map(count).fold(0, i64::saturating_add),
+            _ => 0,
+        }
+    }
+    body.get("input").map_or(0, count)
+}
+
+/// What keeps a provider from keeping the reply, where the pack says that none may.
+fn no_store(api: Api, body: &Map<String, Value>, store: StoreReplies) -> Option<(&'static str, Value)> {
+    let keeps = match api {
+        Api::Responses => body.get("store") != Some(&Value::Bool(false)),
+        Api::ChatCompletions => body.get("store").is_some_and(|store| !store.is_null() && *store != Value::Bool(false)),
+        _ => false,
+    };
+    (keeps && store == StoreReplies::Never).then_some(("store", Value::Bool(false)))
 }
 
 /// How many replies it asks for.
@@ -126,7 +186,8 @@ mod tests {
 
     /// What is set aside for a request, and what is set in it.
     fn bounded(api: Api, body: &Map<String, Value>, model: &Model, left: Left<'_>) -> Result<(Bound, Set), Unbounded> {
-        let Bounded { reserved, set } = bound(api, body, model, estimate::prompt(api, body, model), left)?;
+        let prompt = estimate::prompt(api, body, model);
+        let Bounded { reserved, set, .. } = bound(api, body, model, Pack::default(), prompt, left)?;
         Ok((reserved.bound, set))
     }
 
@@ -202,6 +263,63 @@ mod tests {
         let body = object(json!({"model": "m", "messages": [], "max_tokens": 50, "n": 3}));
         let (bound, set) = bounded(Api::ChatCompletions, &body, &model(), tokens(10_000)).unwrap();
         assert_eq!((bound.output, set), (150, vec![]));
+    }
+
+    #[test]
+    fn what_writes_nothing_costs_its_prompt_or_nothing() {
+        for (api, body, costs) in [
+            (Api::Embeddings, json!({"model": "e", "input": ["hello", "world"]}), true),
+            (Api::Embeddings, json!({"model": "e", "input": [[1, 2], [3]]}), true),
+            (Api::Embeddings, json!({"model": "e", "input": [1, 2]}), true),
+            (Api::Moderations, json!({"input": [{"type": "text", "text": "x"}]}), false),
+            (Api::CountTokens, json!({"model": "m", "messages": []}), false),
+            (Api::InputTokens, json!({"model": "m", "input": "x"}), false),
+            (Api::Models, json!({}), false),
+        ] {
+            let (bound, set) = bounded(api, &object(body), &model(), tokens(0)).unwrap();
+            assert_eq!((bound.output, set, bound.prompt > 0), (0, vec![], costs), "{api:?}");
+        }
+        // What has been through a tokenizer is as many tokens as it has numbers.
+        let numbers = object(json!({"model": "e", "input": vec![vec![7; 500]; 3]}));
+        let (bound, _) = bounded(Api::Embeddings, &numbers, &model(), tokens(0)).unwrap();
+        assert!((1_500..2_000).contains(&bound.prompt), "{bound:?}");
+        let file =
+            object(json!({"messages": [{"role": "user", "content": [{"type": "container_upload", "file_id": "f"}]}]}));
+        assert!(bounded(Api::CountTokens, &file, &model(), tokens(0)).is_err());
+        let fetched = object(json!({"input": [{"image": "https://evil.test"}]}));
+        assert!(bounded(Api::Embeddings, &fetched, &model(), tokens(9)).is_err());
+    }
+
+    #[test]
+    fn the_largest_of_several_output_limits_counts() {
+        for (one, other) in [(1, 50_000), (50_000, 1)] {
+            let body = object(json!({"messages": [], "max_completion_tokens": one, "max_tokens": other}));
+            let (bound, set) = bounded(Api::ChatCompletions, &body, &model(), tokens(100_000)).unwrap();
+            assert_eq!((bound.output, set), (50_000, vec![]));
+        }
+    }
+
+    #[test]
+    fn replies_are_kept_unless_the_pack_says_never() {
+        let never = Pack { store: StoreReplies::Never, ..Pack::default() };
+        for (api, store, set) in [
+            (Api::Responses, json!(null), true),
+            (Api::Responses, json!(true), true),
+            (Api::Responses, json!(false), false),
+            (Api::ChatCompletions, json!(null), false),
+        ] {
+            let body = object(json!({"store": store, "max_output_tokens": 5, "max_tokens": 5}));
+            let body: Map<_, _> = body
+                .into_iter()
+                .filter(|(name, _)| name == "store" || api.output_limits().contains(&name.as_str()))
+                .collect();
+            let (_, kept) = bounded(api, &body, &model(), tokens(10_000)).unwrap();
+            assert_eq!(kept, [], "{api:?} {store}");
+            let prompt = estimate::prompt(api, &body, &model());
+            let found = bound(api, &body, &model(), never, prompt, tokens(10_000)).unwrap();
+            let expected = if set { vec![("store", json!(false))] } else { vec![] };
+            assert_eq!(found.set, expected, "{api:?} {store}");
+        }
     }
 
     #[test]

@@ -38,6 +38,8 @@ pub struct Reserved {
 /// for what they fail to begin with.
 pub fn charge(reserved: Reserved, taken: bool, came: Came, said: &Reported) -> Option<Bound> {
     let Reserved { bound, least_prompt } = reserved;
+    // What writes nothing, such as an embedding, is not accounted for as output.
+    let said = &Reported { output: said.output.or((bound.output == 0).then_some(0)), ..*said };
     match came {
         _ if !taken => Some(Bound { prompt: 0, output: 0 }),
         // An account of a reply that broke off may still have grown.

@@ -86,11 +86,7 @@ pub(crate) fn policy() -> PolicyConfig {
             tool("search", SideEffect::Read),
             tool("write", SideEffect::Write),
         ],
-        models: ModelEndpoints {
-            openai: Some("https://models.world.test".to_owned()),
-            anthropic: None,
-            prices: vec![],
-        },
+        models: ModelEndpoints { openai: Some("https://models.world.test".to_owned()), ..Default::default() },
         egress: Vec::new(),
         access: Access::default(),
         ignored_hosts: vec![],

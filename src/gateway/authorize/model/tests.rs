@@ -33,7 +33,7 @@ fn agents() -> Value {
 fn intent(compiled: &Compiled, body: &Value) -> IntentFacts {
     let price = &compiled.policy.models.prices[0];
     let known = Model::named("m-1", Some(price));
-    let bound = ready::bound(Api::ChatCompletions, body.as_object().unwrap(), &known).unwrap();
+    let bound = ready::bound(Api::ChatCompletions, body.as_object().unwrap(), &known, Pack::default()).unwrap();
     IntentFacts {
         seq: 1,
         call: "1".into(),
@@ -110,7 +110,7 @@ fn what_can_be_read_in_two_ways_does_not(#[case] body: &str) {
 #[test]
 fn a_list_is_no_request() {
     let compiled = compiled(None);
-    assert_eq!(judge(&compiled, &intent(&compiled, &agents()), "[]"), Err(Rule::ModelRequest));
+    assert_eq!(judge(&compiled, &intent(&compiled, &agents()), "[]"), Err(Rule::RequestJson));
 }
 
 #[test]
