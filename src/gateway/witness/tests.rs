@@ -195,7 +195,7 @@ async fn a_call_is_undone_by_one_rollback_and_in_time() {
     let undoes = |call: &str, until: Option<&str>| Undoes { call: call.into(), until: until.map(Into::into) };
     let rollback = |uid: &str| RollbackOf { name: format!("r-{uid}"), uid: uid.into() };
     let nowhere = |of: &RollbackOf| Place { task_uid: of.uid.clone(), ..log_at(&of.uid) };
-    a.undo(&place(), &undoes("c7", Some("2126-01-01T00:00:00Z")), &rollback("one"), nowhere).await.unwrap();
+    a.undo(&place(), &undoes("c7", Some("2126-01-01T00:00:00.000Z")), &rollback("one"), nowhere).await.unwrap();
     b.undo(&place(), &undoes("c7", None), &rollback("one"), nowhere).await.unwrap();
     b.undo(&place(), &undoes("c8", None), &rollback("two"), nowhere).await.unwrap();
     for (call, until) in [("c9", Some("2026-01-01T00:00:00Z")), ("c9", Some("soon")), ("../c9", None), ("", None)] {
