@@ -210,7 +210,12 @@ impl Harness {
                 tell("once", json!({"text": text, "other": second})).await
             }
             10 => ask(json!({"model": text, "max_tokens": 9, "messages": [{"role": "user", "content": text}]})).await,
-            11 => ask(json!({"model": "m", "max_tokens": 1_i64 << 50, "messages": text, text: first})).await,
+            11 => {
+                let unknown = ask(json!({"model": "m", "messages": [], text: first})).await;
+                let beyond =
+                    json!({"model": "m", "max_tokens": 1_i64 << 50, "messages": [{"role": "user", "content": text}]});
+                format!("{unknown} {}", ask(beyond).await)
+            }
             12 => told(&self.post_text("/v1/chat/completions", format!("{{\"model\": \"m\", {text}: 1}}")).await.1),
             13 => told(&self.post_text("/mcp", format!("{{\"a{first}\": 1, \"a{first}\": \"{second}\"")).await.1),
             14 => told(

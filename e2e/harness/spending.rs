@@ -36,7 +36,8 @@ async fn an_unnamed_limit_is_the_models_own() {
         ("/v1/responses", "gpt-5", r#""max_output_tokens":128000"#),
         ("/v1/messages", "claude-opus-4-1", r#""max_tokens":32000"#),
     ] {
-        let (status, reply) = harness.post(path, json!({"model": model, "messages": hello})).await;
+        let prompt = if path == "/v1/responses" { "input" } else { "messages" };
+        let (status, reply) = harness.post(path, json!({"model": model, prompt: hello})).await;
         assert_eq!(status, StatusCode::OK, "{reply}");
         let sent = harness.gateway.saw().pop().unwrap();
         assert!(sent.contains(set), "{model}: {sent}");

@@ -97,7 +97,7 @@ pub fn bound(
     let noted = members::review(api, body, pack.terms)?;
     if !api.writes() {
         let least = if api.is_free() { 0 } else { prompt.least };
-        let prompt = if api.is_free() { 0 } else { prompt.tokens.saturating_add(tokens_of_numbers(body)) };
+        let prompt = if api.is_free() { 0 } else { prompt.tokens.max(tokens_of_numbers(body)) };
         let reserved = Reserved { bound: Bound { prompt, output: 0 }, least_prompt: least };
         return Ok(Bounded { reserved, set: vec![], noted });
     }

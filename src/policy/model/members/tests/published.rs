@@ -283,6 +283,10 @@ fn is_named(of: &Of, value: &Value) -> bool {
     };
     match (of, value) {
         (_, Value::Null) | (Of::Data, _) => true,
+        // A list is what lists are there, if there are any.
+        (Of::Either(forms), Value::Array(_)) if forms.iter().any(|of| matches!(of, Of::List(_))) => {
+            forms.iter().filter(|of| matches!(of, Of::List(_))).any(|of| is_named(of, value))
+        }
         (Of::Either(forms), value) => forms.iter().any(|of| is_named(of, value)),
         (Of::List(of), Value::Array(items)) => items.iter().all(|item| is_named(of, item)),
         (Of::Object(shape), Value::Object(object)) => {
