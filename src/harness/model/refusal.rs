@@ -66,6 +66,15 @@ fn status(rule: Rule) -> StatusCode {
 fn error(api: Api, denial: &Denial, status: StatusCode) -> Value {
     let (message, code) = (denial.told("call"), status.as_u16());
     match api {
+        // Their client libraries have the provider hold a conversation without being asked to, and send it whole where they are told so.
+        Api::Messages if member(denial) == Some("thread") => json!({
+            "type": "error",
+            "error": {
+                "type": "invalid_request_error",
+                "message": message,
+                "details": {"error_code": "thread_unsupported_request", "unsupported": ["thread"]},
+            },
+        }),
         Api::Messages | Api::CountTokens => json!({
             "type": "error",
             "error": {

@@ -85,7 +85,9 @@ impl Reported {
     /// Takes in what a JSON reply or event says.
     pub fn see(&mut self, event: &Value) {
         let kind = event.get("type").and_then(Value::as_str);
-        self.failed |= event.get("error").is_some_and(|error| !error.is_null()) || kind == Some("response.failed");
+        // The Responses API has the error's members in the event itself.
+        self.failed |= event.get("error").is_some_and(|error| !error.is_null())
+            || matches!(kind, Some("error" | "response.failed"));
         self.ended |=
             matches!(kind, Some("message_stop" | "response.completed" | "response.incomplete" | "response.failed"));
         let choices = event.get("choices").and_then(Value::as_array).into_iter().flatten();
@@ -257,6 +259,7 @@ mod tests {
         let text = json!({"choices": [{"delta": {"content": "hello"}}]});
         let call = json!({"choices": [{"delta": {"tool_calls": [{"function": {"arguments": "{\"a\":1}"}}]}}]});
         let error = json!({"error": {"code": 502, "message": "gone"}});
+        let failed = json!({"type": "error", "code": "server_error", "message": "gone", "param": null});
         let start = json!({"type": "message_start", "message": {"usage": {"input_tokens": 9, "output_tokens": 1}}});
         for (taken, came, events, charged) in [
             (true, Came::Whole, vec![text.clone(), usage.clone()], bound(7, 5)),
@@ -271,6 +274,7 @@ mod tests {
             (true, Came::Broken, vec![text.clone(), call], bound(100, 12)),
             (true, Came::Broken, vec![start, json!({"delta": {"type": "text_delta", "text": "hi"}})], bound(9, 12)),
             (true, Came::Whole, vec![text.clone(), error], bound(100, 5)),
+            (true, Came::Whole, vec![text.clone(), failed], bound(100, 5)),
             (true, Came::Broken, vec![json!({"delta": "x".repeat(5_000)})], bound(100, 1_000)),
             (
                 true,

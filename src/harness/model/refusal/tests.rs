@@ -56,6 +56,25 @@ fn a_refusal_has_the_shape_of_its_apis_errors() {
     }
 }
 
+/// By these words Anthropic's tool runner sends the conversation again, whole.
+#[test]
+fn a_client_is_told_that_no_thread_is_held() {
+    let details = |api, rule, reason: &str| error(api, &denial(rule, reason), status(rule))["error"]["details"].clone();
+    let told =
+        details(Api::Messages, Rule::ModelRequest, "`thread` at /thread is refused: send the whole conversation");
+    assert_eq!(told, json!({"error_code": "thread_unsupported_request", "unsupported": ["thread"]}));
+    for (api, rule, reason) in [
+        (Api::Messages, Rule::ModelRequest, "`threads` is unknown"),
+        (Api::Messages, Rule::ModelRequest, "`tools` has a `thread`"),
+        (Api::Messages, Rule::ModelRequest, "the request cannot be read"),
+        (Api::Messages, Rule::Tokens, "`thread` and all"),
+        (Api::Responses, Rule::ModelRequest, "`thread` at /thread is refused"),
+        (Api::ChatCompletions, Rule::ModelRequest, "`thread` at /thread is refused"),
+    ] {
+        assert_eq!(details(api, rule, reason), Value::Null, "{api:?} {rule} {reason}");
+    }
+}
+
 #[test]
 fn a_stream_that_has_begun_ends_with_an_event_of_its_api() {
     let denial = denial(Rule::UpstreamSecret, "it repeats the credential");
