@@ -87,7 +87,7 @@ heads = {
     "HTTP/2 at once": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
     "SOCKS": b"\5\1\0",
     "a method that there is not": b"PUT /v1/chat/completions HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n",
-    "a path that there is not": b"GET /v1/models HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n",
+    "a path that there is not": b"GET /v1/files HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n",
 }
 direct = (DIRECT.rsplit(":", 1)[0], int(DIRECT.rsplit(":", 1)[1])) if DIRECT else PROXY
 for name, data in heads.items():
