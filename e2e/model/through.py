@@ -66,10 +66,19 @@ def bounds_of(line, intent, outcome):
     return line["billed"] if kind == "not waited for" else line["prompt"], held
 
 
+def given_up(calls, count):
+    """Whoever asked may give up before the model has been asked. Such a call has an outcome and no reply, and the model knows nothing of it."""
+    unasked = [call for call in calls if call[1] and call[1]["status"] == 0][: max(count, 0)]
+    return [call for call in calls if call not in unasked], unasked
+
+
 def judge(tally, name, ran):
     """All that is promised of a run."""
     kinds, excess, mistakes = collections.Counter(), collections.Counter(), []
     for calls, lines in ran.by_size():
+        calls, unasked = given_up(calls, len(calls) - len(lines))
+        kinds["given up before the model was asked"] += len(unasked)
+        mistakes += [f"charged beyond what is held: {call}" for call in unasked if call[1]["tokens"] > call[0]["reservedTokens"]]
         # Of those of one size it is not known which is which: their sum is checked, against what it can be at least and at most.
         if len(calls) != len(lines) or not all(outcome for _, outcome in calls):
             mistakes.append(f"the model had {len(lines)} requests, and Belay's evidence has {len(calls)}: {brief(calls, lines)}")
@@ -82,7 +91,7 @@ def judge(tally, name, ran):
         excess["/".join(sorted(set(map(kind_of, lines))))] += charged - sum(line["billed"] for line in lines)
         if not least <= charged <= most:
             mistakes.append(f"charged {charged}, expected {least} to {most}: {brief(calls, lines)}")
-    print(f"        {name}: {len(ran.calls())} calls, {dict(kinds)}; counted beyond what is billed: {dict(excess)}", flush=True)
+    print(f"        {name}: {len(ran.calls())} calls, {dict(+kinds)}; counted beyond what is billed: {dict(excess)}", flush=True)
     tally.check(f"{name}: each call is charged what it cost, within its bound", mistakes[:5] and f"{len(mistakes)} are not: {mistakes[:5]}")
     tally.check(f"{name}: there were calls", None if ran.calls() else "none")
     sums = sum(outcome["tokens"] for _, outcome in ran.calls() if outcome)
