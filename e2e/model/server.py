@@ -119,8 +119,9 @@ class Provider(BaseHTTPRequestHandler):
         elif path.removeprefix("/v1/models/") in names:
             reply = model(path.removeprefix("/v1/models/"))
         else:
-            self.note["status"] = 404
-            reply = rules.error("messages" if anthropic else "chat", 404, f"Unknown request URL: GET {path}", code="unknown_url")
+            # Of a WebSocket Codex goes on without at this status.
+            self.note["status"] = 426 if "upgrade" in self.headers else 404
+            reply = rules.error("messages" if anthropic else "chat", self.note["status"], f"Unknown request URL: GET {path}", code="unknown_url")
         self.server.account.add(self.note)
         self.send(self.note["status"], reply)
 

@@ -61,8 +61,8 @@ pub async fn handle(gate: Arc<Gate>, api: Api, request: Request<Incoming>) -> Re
     let (parts, body) = request.into_parts();
     if parts.method.as_str() != api.method() {
         let reason = format!("{path} takes {} only, found {}", api.method(), parts.method);
-        let denial = Denial { rule: Rule::ModelRequest, reason };
-        return refusal(api, &gate.deny(Channel::Model, &path, None, denial).await);
+        let denial = gate.deny(Channel::Model, &path, None, Denial { rule: Rule::ModelRequest, reason }).await;
+        return refusal_as(api, &denial, refusal::wrong_method(&parts.headers));
     }
     // What is held of it has its place until the reply begins.
     let (body, _place) = match gate.room().read(body, LONGEST_REQUEST).await {

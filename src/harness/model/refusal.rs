@@ -6,7 +6,7 @@
 
 use std::convert::Infallible;
 
-use http::{HeaderName, HeaderValue, Response, StatusCode, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header};
 use http_body_util::{BodyExt, Full};
 use serde_json::{Value, json};
 
@@ -48,6 +48,12 @@ pub(in crate::harness) fn refusal_as(api: Api, denial: &Denial, status: StatusCo
         headers.insert(crate::wire::RULE, rule);
     }
     reply
+}
+
+/// The status of a refusal of a method. Who asks for a WebSocket, as Codex does before anything else, goes on without one at the first: at 400
+/// it gives up, and at others it tries for half a minute.
+pub(super) fn wrong_method(headers: &HeaderMap) -> StatusCode {
+    if headers.contains_key(header::UPGRADE) { StatusCode::UPGRADE_REQUIRED } else { StatusCode::METHOD_NOT_ALLOWED }
 }
 
 /// The status of a refusal by a rule.

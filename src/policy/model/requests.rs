@@ -328,13 +328,18 @@ static RESPONSE_PARTS: Kinds = kinds(
     )],
 );
 static RESPONSE_CONTENT: [Of; 2] = [List(&Of::Kinds(&RESPONSE_PARTS)), Plain];
-static RESPONSE_MESSAGE: Shape =
-    shape("a message", &[plain("type role id status phase name"), row("content", Passes(Either(&RESPONSE_CONTENT)))]);
+/// What Codex notes on each item for itself: kinds of content. No published type has it.
+const OF_CODEX: Row = data("internal_chat_message_metadata_passthrough");
+static RESPONSE_MESSAGE: Shape = shape(
+    "a message",
+    &[plain("type role id status phase name"), OF_CODEX, row("content", Passes(Either(&RESPONSE_CONTENT)))],
+);
 static CALLER: Shape = shape("who called", &[plain("type caller_id")]);
 static RESPONSE_CALL: Shape = shape(
     "a call of a tool that the agent runs",
     &[
         plain("type id call_id status name namespace async execution created_by"),
+        OF_CODEX,
         data("arguments input"),
         row("caller", Passes(Object(&CALLER))),
     ],
@@ -361,6 +366,7 @@ static CALL_OUTPUT: Shape = shape(
     "what came of a call",
     &[
         plain("type id call_id status name namespace created_by"),
+        OF_CODEX,
         row("output", Passes(Either(&RESPONSE_CONTENT))),
         row("caller", Passes(Object(&CALLER))),
     ],
@@ -387,7 +393,11 @@ static COMPUTER_OUTPUT: Shape = shape(
 );
 static REASONING_ITEM: Shape = shape(
     "what the model thought",
-    &[plain("type id status encrypted_content"), row("summary content", Passes(List(&Of::Kinds(&RESPONSE_PARTS))))],
+    &[
+        plain("type id status encrypted_content"),
+        OF_CODEX,
+        row("summary content", Passes(List(&Of::Kinds(&RESPONSE_PARTS)))),
+    ],
 );
 static FOUND_TOOLS: Shape = shape(
     "tools that were found or added",

@@ -56,6 +56,17 @@ fn a_refusal_has_the_shape_of_its_apis_errors() {
     }
 }
 
+/// Codex begins each conversation with a WebSocket, and goes on without one at this status alone.
+#[test]
+fn who_wants_a_websocket_is_told_to_go_on_without() {
+    let headers = |pairs: &[(&'static str, &'static str)]| {
+        pairs.iter().map(|(name, value)| (HeaderName::from_static(name), HeaderValue::from_static(value))).collect()
+    };
+    let websocket: HeaderMap = headers(&[("connection", "Upgrade"), ("upgrade", "websocket")]);
+    assert_eq!(wrong_method(&websocket), StatusCode::UPGRADE_REQUIRED);
+    assert_eq!(wrong_method(&headers(&[("accept", "text/event-stream")])), StatusCode::METHOD_NOT_ALLOWED);
+}
+
 /// By these words Anthropic's tool runner sends the conversation again, whole.
 #[test]
 fn a_client_is_told_that_no_thread_is_held() {

@@ -64,11 +64,15 @@ fn refused(api: Api, body: Value) -> String {
     "model": "m", "instructions": "i", "store": false, "stream": true, "include": ["reasoning.encrypted_content"], "prompt_cache_key": "k",
     "reasoning": {"effort": "low", "summary": "auto"}, "text": {"verbosity": "low"}, "parallel_tool_calls": true, "client_metadata": {"a": "b"},
     "input": [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": "hi"}]},
+              {"type": "message", "role": "developer", "content": [], "internal_chat_message_metadata_passthrough": {"content_item_kinds": ["k"]}},
               {"type": "reasoning", "summary": [{"type": "summary_text", "text": "s"}], "encrypted_content": "e", "content": null},
+              {"type": "reasoning", "summary": [], "internal_chat_message_metadata_passthrough": {"content_item_kinds": ["k"]}},
               {"type": "message", "id": "msg_1", "role": "assistant", "content": [{"type": "output_text", "text": "x", "annotations": [], "logprobs": []}]},
               {"type": "local_shell_call", "call_id": "1", "status": "completed", "action": {"type": "exec", "command": ["ls"]}},
               {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"},
               {"type": "function_call_output", "call_id": "1", "output": [{"type": "input_image", "image_url": "data:image/png;base64,AA"}]},
+              {"type": "function_call", "call_id": "2", "name": "f", "arguments": "{}", "internal_chat_message_metadata_passthrough": {}},
+              {"type": "function_call_output", "call_id": "2", "output": "", "internal_chat_message_metadata_passthrough": {}},
               {"role": "user", "content": "and now?"}],
 }))]
 fn what_agents_send_passes(#[case] api: Api, #[case] body: Value) {
