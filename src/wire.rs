@@ -69,8 +69,39 @@ pub const CERTIFICATE: &str = "belay-upstream-certificate";
 /// The rule that refused, on refusals. An upstream cannot set it: the gateway strips it.
 pub const RULE: &str = "belay-rule";
 
-/// The HTTP/2 error with which a reply ends that repeats the credential: one that had begun to be passed on.
-pub const REPEATED: u32 = 0x6265_6c61;
+/// The length of a forwarded reply, as its upstream has said it. It may end early.
+pub const LENGTH: &str = "belay-content-length";
+/// How a forwarded reply ended early, as a trailer: [`Ended`].
+pub const ENDED: &str = "belay-ended";
+
+/// How a reply ended early.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// The upstream broke it off: what has been passed on is all that came.
+    BrokeOff,
+    /// It repeats the credential: what follows is withheld.
+    Repeated,
+    /// The gateway did not wait for more, or could not read it: the upstream may have gone on.
+    GivenUp,
+}
+
+impl Ended {
+    const ALL: [Self; 3] = [Self::BrokeOff, Self::Repeated, Self::GivenUp];
+
+    /// The trailer's value.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::BrokeOff => "broke-off",
+            Self::Repeated => "repeated",
+            Self::GivenUp => "given-up",
+        }
+    }
+
+    /// By the trailer's value.
+    pub fn named(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|ended| ended.as_str() == name)
+    }
+}
 
 /// Bytes of one request or reply that may be under way unread. So many bodies as a connection has at a time do not fill
 /// [`CONNECTION_WINDOW`]: whoever leaves some of them unread holds up nothing else.

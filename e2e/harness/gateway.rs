@@ -35,7 +35,7 @@ use belay::{
     gateway::{
         approvals::{self, Create},
         authorize::{self, Destination, Target},
-        body::full,
+        body::{Carried, full},
         cluster::{Cluster, Compiled, Fetch, Stores},
         dial::{Connect, Dialer, roots},
         forward,
@@ -544,7 +544,7 @@ async fn forwarded(log: &Log, request: Request<Body>) -> Result<Response, Refuse
         } else {
             authorize::is_intended(channel, &intent, &salt(), &body)?;
             if channel == Channel::Model {
-                authorize::model::is_reserved(&compiled, (&intent, &salt()), &body)?;
+                authorize::model::is_reserved(&compiled, &target, (&intent, &salt()), &body)?;
             }
         }
     }
@@ -583,7 +583,8 @@ async fn send(log: &Log, (target, channel): (&Target, Channel), request: Request
     let silence = log.compiled.lock().unwrap().policy.silence();
     let manner = forward::Manner { silence, unpacks: channel != Channel::Egress };
     let reply = forward::forward(&log.dialer, Some(&log.pool), target, None, request.map(full), (manner, ())).await?;
-    Ok(reply.map(Body::new))
+    // As a harness asks.
+    Ok(Carried::reply(reply, http::Version::HTTP_2).map(Body::new))
 }
 
 fn refusal(refused: &Refused) -> Response {

@@ -613,11 +613,65 @@ async fn a_call_that_fits_but_for_what_others_hold_waits_for_them() {
     held.abort();
 }
 
+/// Whoever asked has gone before the reply began: a guardrail has tripped, or a person has pressed a key. The model goes on, and so does its account.
+#[tokio::test]
+async fn a_call_that_nobody_waits_for_is_charged_what_it_cost() {
+    for stream in [false, true] {
+        let harness = Arc::new(harness().await);
+        let body = json!({
+            "model": "m", "stream": stream, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1_000,
+            "metadata": {"fails": "thinks"},
+        });
+        let asked = {
+            let harness = harness.clone();
+            tokio::spawn(async move { harness.post("/v1/chat/completions", body).await })
+        };
+        harness.stored(2).await;
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        assert!(!asked.is_finished());
+        asked.abort();
+        let records = harness.stored(3).await;
+        let Event::Outcome(outcome) = &records[2].event else { panic!("{records:#?}") };
+        assert_eq!((outcome.tokens, outcome.status), (12, 200), "{records:#?}");
+    }
+}
+
+/// Belay asks for an account of each stream. An agent that did not ask for one reads `choices[0]` of every event.
+#[tokio::test]
+async fn the_account_of_a_stream_goes_to_who_has_asked_for_it() {
+    for (options, asked) in [
+        (json!(null), false),
+        (json!({"include_usage": false}), false),
+        (json!({"include_obfuscation": false}), false),
+        (json!({"include_usage": true}), true),
+    ] {
+        let harness = harness().await;
+        let mut body =
+            json!({"model": "m", "stream": true, "max_tokens": 20, "messages": [{"role": "user", "content": "hi"}]});
+        if !options.is_null() {
+            body["stream_options"] = options.clone();
+        }
+        let client: Client<HttpConnector, Full<bytes::Bytes>> = Client::builder(TokioExecutor::new()).build_http();
+        let request = Request::post(format!("http://{}/v1/chat/completions", harness.address))
+            .header("content-type", "application/json")
+            .body(Full::from(body.to_string()))
+            .unwrap();
+        let reply = client.request(request).await.unwrap().into_body().collect().await.unwrap().to_bytes();
+        let reply = String::from_utf8(reply.to_vec()).unwrap();
+        assert_eq!(reply.contains(r#""choices":[]"#), asked, "{options}: {reply}");
+        assert!(reply.contains(r#""content":"a""#) && reply.ends_with("data: [DONE]\n\n"), "{options}: {reply}");
+        let records = harness.stored(3).await;
+        assert_eq!(records[2].usage.tokens, 12, "{options}: it is charged by its account all the same");
+    }
+}
+
 /// A provider's bad day, or a client that has heard enough, does not end the task's budget: what is charged is what came of the call.
 #[rstest::rstest]
 #[case::refused("overloaded", "", 0)]
 // The prompt, and two times five bytes.
 #[case::hung_up("hangs up", "", 10)]
+// Where proxies cut off a stream, its body ends as if it were whole.
+#[case::ended_before_its_protocol_does("ends early", "", 10)]
 #[case::an_error_in_place_of_the_rest("says so", "", 5)]
 #[case::done_and_left_open("lingers", "[DONE]", 12)]
 // Whoever stops reading pays for what was set aside, at least: the model goes on.

@@ -79,8 +79,11 @@ async fn sends(harness: &Harness, intent: u64, path: &str, body: &str) -> Option
 
 #[tokio::test]
 async fn a_harness_that_lies_about_a_model_call_gets_no_further_than_the_gateway() {
-    let asks = |change: Value| {
+    let asks = |path: &str, change: Value| {
         let mut body = json!({"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 5});
+        if path == "/v1/responses" {
+            body = json!({"model": "m", "input": "hi", "max_output_tokens": 20, "store": false});
+        }
         body.as_object_mut().unwrap().extend(change.as_object().unwrap().clone());
         body.to_string()
     };
@@ -100,13 +103,14 @@ async fn a_harness_that_lies_about_a_model_call_gets_no_further_than_the_gateway
         ("too little money", chat, json!({}), Spent { cost_micros: 10, ..enough }, Some(Rule::IntentMissing)),
         ("another model", chat, json!({"model": "mm"}), enough, Some(Rule::IntentMissing)),
         ("a search", chat, json!({"tools": [{"type": "web_search"}]}), enough, Some(Rule::ModelRequest)),
-        ("no limit", responses, json!({"input": "hi"}), enough, Some(Rule::ModelRequest)),
+        ("the control of a third", responses, json!({}), enough, None),
+        ("no limit", responses, json!({"max_output_tokens": null}), enough, Some(Rule::ModelRequest)),
         ("a reply elsewhere", responses, json!({"background": true}), enough, Some(Rule::ModelRequest)),
         ("state there", responses, json!({"previous_response_id": "r"}), enough, Some(Rule::ModelRequest)),
         ("servers there", messages, json!({"mcp_servers": [{}]}), enough, Some(Rule::ModelRequest)),
     ] {
         let harness = harness().await;
-        let body = asks(change);
+        let body = asks(path, change);
         let permit = intends(&harness, path, &body, "m", reserve).await;
         assert_eq!(sends(&harness, permit.intent, path, &body).await, rule, "{why}: {body}");
         assert_eq!(harness.gateway.saw().len(), usize::from(rule.is_none()), "{why}: {body}");

@@ -276,6 +276,7 @@ async fn completion(body: Bytes) -> Response {
             let said = futures::stream::iter([Ok(delta()), Ok(delta())]);
             return events(said.chain(futures::stream::once(cut)).boxed());
         }
+        Some("ends early") => return events(futures::stream::iter([Ok(delta()), Ok(delta())]).boxed()),
         Some("says so") => {
             let error = format!("data: {}\n\n", json!({"error": {"code": 502, "message": "gone"}}));
             return events(futures::stream::iter([Ok(delta()), Ok(error)]).boxed());

@@ -2,8 +2,10 @@
 
 For each call Belay's record says what was held and what was charged, and the model's account what a provider would bill. What is checked is
 what docs/model-budgets.md says:
-  - a whole reply with an account is charged that, reasoning included, and so is one that the agent has left; a refusal costs nothing;
-  - one that broke off costs its prompt at least, and a token for each byte that was sent and came at most;
+  - a whole reply with an account is charged that, reasoning included, and so is one that the agent has left; a refusal costs nothing, and
+    a connection that ends without a reply what was held;
+  - a stream that broke off costs its prompt at least, and a token for each byte that was sent and came at most; another reply what it
+    would have cost at least, as it was written whole before its first byte;
   - one without an account costs what was held, and one whose account is nothing a sixteenth of the text at least;
   - the counter never passes the limit, and no call is refused while what it needs is neither spent nor held.
 """
@@ -35,10 +37,12 @@ LITELLM = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_DANGEROUSLY_PERMIT_W
 
 def kind_of(line):
     """What a call was, as far as its charge goes."""
-    if line["status"] >= 400 or "drop" in line["faults"]:
+    if "drop" in line["faults"]:
+        return "no reply"
+    if line["status"] >= 400:
         return "refused"
     if line["end"] in ("cut", "error"):
-        return "broken off"
+        return "broken off" if line["stream"] else "whole, and broken off on its way"
     if line["end"] == "left":
         return "unread"
     if "-fault-slow-2000" in line["request"]["model"]:
@@ -53,17 +57,25 @@ def bounds_of(line, intent, outcome):
     kind, held = kind_of(line), intent["reservedTokens"]
     if kind == "refused":
         return 0, 0
+    if kind == "no reply":
+        # Nobody knows what the model has done.
+        return held, held
     if kind == "whole":
         return line["billed"], line["billed"]
     if kind == "account none":
         return held, held
+    if kind == "whole, and broken off on its way":
+        # It was written whole before its first byte came.
+        return line["billed"], held
     if kind == "account zero":
         # A token of this model's is four bytes; of reasoning nobody sees any.
         return (line["produced"] - line["reasoning"]) * 4 // BYTES_A_TOKEN, held
     if kind == "broken off":
-        # Of which nothing came, it is as if it had not begun.
-        return line["prompt"] if line["sent"] else 0, min(held, intent["requestBytes"] + OF_A_REQUEST + outcome["responseBytes"])
-    return line["billed"] if kind == "not waited for" else line["prompt"], held
+        return line["prompt"], min(held, intent["requestBytes"] + OF_A_REQUEST + outcome["responseBytes"])
+    if kind == "not waited for":
+        # It is read on for its account.
+        return line["billed"], line["billed"]
+    return line["prompt"], held
 
 
 def given_up(calls, count):

@@ -10,6 +10,7 @@ use std::{
 };
 
 use bytes::{Bytes, BytesMut};
+use http::{HeaderMap, HeaderName, HeaderValue, Response, Version, header::CONTENT_LENGTH};
 use http_body_util::{BodyExt, Full, combinators::UnsyncBoxBody};
 use hyper::body::{Body, Frame, SizeHint};
 use memchr::memmem;
@@ -17,6 +18,7 @@ use serde_json::Value;
 use tokio::time::{Instant, Sleep};
 
 use super::forms::Forms;
+use crate::wire::{self, Ended};
 
 /// Whatever went wrong on the way.
 pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
@@ -91,13 +93,7 @@ const PLACES: usize = 64;
 /// A reply repeats the credential that it was asked for with.
 #[derive(Debug, thiserror::Error)]
 #[error("the reply repeats the credential that the request was made with, and ends here")]
-pub struct RepeatedError(#[source] h2::Error);
-
-impl Default for RepeatedError {
-    fn default() -> Self {
-        Self(h2::Error::from(h2::Reason::from(crate::wire::REPEATED)))
-    }
-}
+pub struct RepeatedError;
 
 /// Told of a reply that repeats the credential.
 pub type Alarm = Box<dyn FnOnce() + Send + Sync>;
@@ -116,6 +112,8 @@ pub struct Watched<B> {
     /// How much of what is held has no end of an event.
     searched: usize,
     over: bool,
+    /// Why the upstream's reply ended early: told once what has come has been looked through and passed on.
+    failed: Option<BoxError>,
     alarm: Option<Alarm>,
 }
 
@@ -129,6 +127,7 @@ impl<B> Watched<B> {
             held: BytesMut::new(),
             searched: 0,
             over: false,
+            failed: None,
             alarm: Some(alarm),
         }
     }
@@ -182,30 +181,105 @@ where
             let ready = this.ready();
             if ready > 0 {
                 if this.repeats(ready) {
-                    (this.over, this.held) = (true, BytesMut::new());
+                    (this.over, this.failed, this.held) = (true, None, BytesMut::new());
                     this.alarm.take().into_iter().for_each(|alarm| alarm());
-                    return Poll::Ready(Some(Err(RepeatedError::default().into())));
+                    return Poll::Ready(Some(Err(RepeatedError.into())));
                 }
                 this.searched = 0;
                 return Poll::Ready(Some(Ok(Frame::data(this.held.split_to(ready).freeze()))));
             }
             if this.over {
-                return Poll::Ready(None);
+                return Poll::Ready(this.failed.take().map(Err));
             }
             match ready!(this.body.as_mut().poll_frame(cx)) {
                 None => this.over = true,
                 // Trailers are for one hop, and go no further.
                 Some(Ok(frame)) => this.held.extend_from_slice(&frame.into_data().unwrap_or_default()),
-                Some(Err(error)) => {
-                    (this.over, this.held) = (true, BytesMut::new());
-                    return Poll::Ready(Some(Err(error.into())));
-                }
+                Some(Err(error)) => (this.over, this.failed) = (true, Some(error.into())),
             }
         }
     }
 
     fn is_end_stream(&self) -> bool {
-        self.over && self.held.is_empty()
+        self.over && self.held.is_empty() && self.failed.is_none()
+    }
+}
+
+/// A reply's body as it goes to its caller, who gets all of it that has come, and is told how it ended.
+///
+/// An error of a body takes back what is still on its way: HTTP/2 forgets the frames of a stream that it resets, and hyper does not write out
+/// what it holds of a connection that it ends. So a reply that ends early ends with a trailer over HTTP/2, [`wire::ENDED`]; over HTTP/1.1
+/// the connection ends once what is held has been written.
+pub struct Carried {
+    body: ReplyBody,
+    version: Version,
+    over: bool,
+    failed: Option<BoxError>,
+}
+
+impl Carried {
+    /// The reply to a request of this version.
+    pub fn reply(reply: Response<ReplyBody>, version: Version) -> Response<ReplyBody> {
+        let mut reply = reply.map(|body| Self { body, version, over: false, failed: None }.boxed_unsync());
+        // Framing is HTTP/2's own. A length that does not hold would make an error of what has come.
+        if version == Version::HTTP_2
+            && !reply.body().is_end_stream()
+            && let Some(length) = reply.headers_mut().remove(CONTENT_LENGTH)
+        {
+            reply.headers_mut().insert(wire::LENGTH, length);
+        }
+        reply
+    }
+}
+
+/// How a reply ended, for who carries it on.
+fn ending(error: &BoxError) -> Ended {
+    if error.is::<RepeatedError>() {
+        Ended::Repeated
+    } else if error.is::<hyper::Error>() {
+        Ended::BrokeOff
+    } else {
+        Ended::GivenUp
+    }
+}
+
+impl Body for Carried {
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        let this = self.get_mut();
+        if let Some(error) = this.failed.take() {
+            return Poll::Ready(Some(Err(error)));
+        }
+        if this.over {
+            return Poll::Ready(None);
+        }
+        match ready!(Pin::new(&mut this.body).poll_frame(cx)) {
+            Some(Err(error)) => {
+                this.over = true;
+                if this.version == Version::HTTP_2 {
+                    let trailers = HeaderMap::from_iter([(
+                        HeaderName::from_static(wire::ENDED),
+                        HeaderValue::from_static(ending(&error).as_str()),
+                    )]);
+                    return Poll::Ready(Some(Ok(Frame::trailers(trailers))));
+                }
+                this.failed = Some(error);
+                cx.waker().wake_by_ref();
+                Poll::Pending
+            }
+            frame => Poll::Ready(frame),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.failed.is_none() && (self.over || self.body.is_end_stream())
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        // What is said of a length to HTTP/2 is written beside its frames, and checked against them.
+        if self.version == Version::HTTP_2 { SizeHint::default() } else { self.body.size_hint() }
     }
 }
 

@@ -304,7 +304,6 @@ where
     if body.is_end_stream() {
         return Ok(full(first));
     }
-    headers.remove(CONTENT_LENGTH);
     let first = futures::stream::iter([Ok::<_, BoxError>(Frame::data(first))]);
     Ok(StreamBody::new(first.chain(BodyStream::new(body))).boxed_unsync())
 }

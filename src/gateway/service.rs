@@ -30,7 +30,7 @@ use tracing::{Instrument, Span, field};
 use super::{
     approvals::{self, Create},
     authorize::{self, Destination, Target},
-    body::{Alarm, Guarded, ReplyBody, full},
+    body::{Alarm, Carried, Guarded, ReplyBody, full},
     cluster::{Cluster, Compiled},
     credentials::{Injected, Known},
     dial::Dialer,
@@ -234,12 +234,13 @@ impl Gateway {
 
     async fn answer(self: Arc<Self>, request: Request<Incoming>, peer: IpAddr, about: About) -> Response<ReplyBody> {
         let is_tunnel = request.method() == Method::CONNECT;
+        let version = request.version();
         match self.clone().route(request, peer).await {
             // A tunnel is counted when its first bytes have been seen.
             Ok(reply) if is_tunnel => reply,
             Ok(reply) => {
                 self.count(about, None);
-                reply
+                Carried::reply(reply, version)
             }
             Err(refused) => {
                 self.count(about, Some(&refused));
@@ -574,6 +575,7 @@ impl Gateway {
         let body = forward::whole(body, largest, BODY_TIME).await?;
         let said = {
             let (compiled, intent, body) = (compiled.clone(), intent.clone(), body.clone());
+            let to = target.clone();
             let is_short = body.len() <= quick::SHORT;
             let read = move || {
                 if is_message {
@@ -581,7 +583,7 @@ impl Gateway {
                 }
                 authorize::is_intended(channel, &intent, &salt, &body)?;
                 if channel == Channel::Model {
-                    authorize::model::is_reserved(&compiled, (&intent, &salt), &body)?;
+                    authorize::model::is_reserved(&compiled, &to, (&intent, &salt), &body)?;
                 }
                 Ok(None)
             };

@@ -3,6 +3,9 @@
 //! One HTTP/2 connection for all but tunnels, so that a call goes to the replica that has just witnessed its intent. Any other will
 //! do as well, once the bucket has it.
 
+/// Replies that the gateway carries.
+mod reply;
+
 use std::{
     path::PathBuf,
     pin::Pin,
@@ -31,6 +34,7 @@ use rustls_pki_types::{CertificateDer, ServerName, pem::PemObject};
 use tokio::net::TcpStream;
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
+pub use self::reply::{Carried, EndedError, withheld};
 use crate::{
     evidence::{merkle::Hash, record::Channel},
     policy::{config::Wiring, decide::Denial, rule::Rule},
@@ -273,7 +277,7 @@ impl Link {
         target: &str,
         request: Request<Bytes>,
         silence: Duration,
-    ) -> Result<Response<Incoming>, Undelivered> {
+    ) -> Result<Response<Carried>, Undelivered> {
         let (mut parts, body) = request.into_parts();
         let malformed = |_| undelivered(Rule::Request, "the target cannot be sent".into(), true);
         parts.headers.insert(wire::TARGET, HeaderValue::from_str(target).map_err(malformed)?);
@@ -290,7 +294,7 @@ impl Link {
         intent: u64,
         arguments: Bytes,
         silence: Duration,
-    ) -> Result<Response<Incoming>, Undelivered> {
+    ) -> Result<Response<Carried>, Undelivered> {
         let mut request = Request::new(());
         *request.method_mut() = Method::POST;
         request.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
@@ -304,7 +308,7 @@ impl Link {
         intent: u64,
         parts: &Parts,
         (body, silence): (Bytes, Duration),
-    ) -> Result<Response<Incoming>, Undelivered> {
+    ) -> Result<Response<Carried>, Undelivered> {
         let patience = silence.saturating_add(WORD);
         let started = Instant::now();
         let mut pause = Duration::from_millis(50);
@@ -344,8 +348,8 @@ impl Link {
     }
 
     /// A reply that carries a rule is the gateway's own; any other is the upstream's.
-    async fn judge(&self, reply: Response<Incoming>) -> Result<Response<Incoming>, Undelivered> {
-        let Some(rule) = reply.headers().get(wire::RULE) else { return Ok(reply) };
+    async fn judge(&self, reply: Response<Incoming>) -> Result<Response<Carried>, Undelivered> {
+        let Some(rule) = reply.headers().get(wire::RULE) else { return Ok(reply::reply(reply)) };
         // One that we do not know may be of a call whose reply never came.
         let rule = serde_json::from_slice(format!("\"{}\"", rule.to_str().unwrap_or_default()).as_bytes());
         let rule = rule.unwrap_or(Rule::UpstreamReply);
@@ -452,19 +456,6 @@ impl Peer {
         headers.remove(wire::CERTIFICATE);
         peer
     }
-}
-
-/// Why the gateway ended a reply that had begun, where it was not the upstream that broke off.
-pub fn ended(error: &(dyn std::error::Error + 'static)) -> Option<Denial> {
-    let mut causes = std::iter::successors(Some(error), |error| error.source());
-    let reset = causes.find_map(|error| error.downcast_ref::<h2::Error>()?.reason())?;
-    (u32::from(reset) == wire::REPEATED).then(withheld)
-}
-
-/// Of a reply that the gateway has ended because of what is in it.
-pub fn withheld() -> Denial {
-    let reason = "the reply repeats the credential that the request was made with, and its rest is withheld; whether the call took effect is not known";
-    Denial { rule: Rule::UpstreamSecret, reason: reason.to_owned() }
 }
 
 fn undelivered(rule: Rule, reason: String, certain: bool) -> Undelivered {

@@ -2,7 +2,8 @@
 //!
 //! The body is sent as the agent wrote it, but for what has to be set in it; its cost is bounded and reserved before it leaves, and
 //! settled from the reply's own account where that can be true. What a provider refuses costs nothing, what breaks off at the provider its prompt
-//! and what came. A reply that whoever asked did not read to its end is read on for a while; one that gives no account stays charged in full.
+//! and what came. A reply that whoever asked did not read to its end, or did not wait for, is read on for a while; one that gives no account
+//! stays charged in full.
 //! Streams pass chunk by chunk, and end where their protocol ends.
 
 /// Headers between an agent and a provider.
@@ -11,6 +12,8 @@ mod headers;
 mod meter;
 /// Refusals in the shape of each API.
 mod refusal;
+/// The account of a stream, kept from who did not ask for it.
+mod unasked;
 
 use std::sync::Arc;
 
@@ -18,17 +21,18 @@ use bytes::Bytes;
 use http::{HeaderMap, Method, Request, Response, StatusCode};
 use hyper::body::Incoming;
 use serde_json::{Map, Value};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, oneshot};
 
 pub(super) use self::refusal::refusal;
 use self::{
     headers::passed_on,
-    meter::{Told, meter},
+    meter::{READ_ON, Told, meter},
     refusal::refusal_as,
 };
 use super::{
     body::Body,
-    gate::{Call, Gate, Settlement},
+    gate::{Call, Gate, Permit, Settlement},
+    link::Undelivered,
 };
 use crate::{
     evidence::record::Channel,
@@ -40,8 +44,7 @@ use crate::{
             api::{self, Api, Chosen, Family},
             catalogue::{self, Model},
             estimate::{self, Prompt},
-            ready::{self, Ready},
-            request::Pack,
+            request::{self, Bounded, Pack},
             written::Written,
         },
         price,
@@ -115,8 +118,8 @@ async fn call(
     }
     let known = Model::named(model.as_deref().unwrap_or_default(), price);
     let prompt = prompt_of(api, written.judged(), text.len(), &known).await?;
-    let Ready { reserved, set, noted } =
-        ready::make(api, written.judged(), &known, pack, prompt, gate.journal().left(price))
+    let Bounded { reserved, set, noted } =
+        request::bound(api, written.judged(), &known, pack, prompt, gate.journal().left(price))
             .map_err(|unbounded| Denial { rule: Rule::ModelRequest, reason: unbounded.to_string() })?;
     let mut rules = vec![Rule::RequestJson, Rule::ModelEndpoint, Rule::ModelRequest];
     rules.extend((!noted.allowed.is_empty()).then_some(Rule::ModelAllowed));
@@ -147,27 +150,57 @@ async fn call(
     *outgoing.method_mut() = if api == Api::Models { Method::GET } else { Method::POST };
     *outgoing.headers_mut() = passed_on(headers, pack.terms);
     let target = api::url(endpoint.base, endpoint.family, path);
-    match gate.link().forward((Channel::Model, permit.intent), &target, outgoing, policy.silence()).await {
-        Ok(reply) => {
-            let told = Told { gate: gate.clone(), path: path.to_owned(), digest };
-            Ok(meter(reply, permit, (reserved, price.cloned()), told))
+    let (reserved, price, silence) = (reserved, price.cloned(), policy.silence());
+    let has_asked = request::asks_for_usage(api, written.judged());
+    let told = Told { gate: gate.clone(), path: path.to_owned(), digest, has_asked };
+    let replied = async move {
+        let gate = &told.gate;
+        match gate.link().forward((Channel::Model, permit.intent), &target, outgoing, silence).await {
+            Ok(reply) => meter(reply, permit, (reserved, price), told),
+            Err(undelivered) => undone(permit, undelivered, &told, api).await,
         }
-        Err(undelivered) => {
-            let denial = undelivered.denial;
-            let settlement = if undelivered.certain {
-                Settlement::not_applied(denial.rule)
-            } else {
-                Settlement::unknown(Some(denial.rule))
-            };
-            permit.settle(Settlement { upstream: undelivered.upstream, ..settlement });
-            // The call is over, and what came of it is refused.
-            let denial = match denial.rule {
-                Rule::UpstreamSecret => gate.deny(Channel::Model, path, Some(digest), denial).await,
-                _ => denial,
-            };
-            Ok(refusal(api, &denial))
-        }
-    }
+    };
+    waited_for(gate, replied).await.ok_or_else(|| {
+        let reason = "the attempt was over before the model's reply began";
+        gate.open().err().unwrap_or_else(|| Denial { rule: Rule::Busy, reason: reason.to_owned() })
+    })
+}
+
+/// What a call's reply begins with. It goes on behind for a while if whoever asked has gone: the model goes on, too, and its account is
+/// known once it has ended. Absent if the attempt is over before.
+async fn waited_for(
+    gate: &Gate,
+    replied: impl Future<Output = Response<Body>> + Send + 'static,
+) -> Option<Response<Body>> {
+    let (mut told, heard) = oneshot::channel();
+    let over = gate.over();
+    gate.behind(async move {
+        let reply = tokio::select! {
+            reply = replied => reply,
+            () = async {
+                told.closed().await;
+                tokio::time::sleep(READ_ON).await;
+            } => return,
+            () = over => return,
+        };
+        // One that nobody waits for any more is read on by its own.
+        let _ = told.send(reply);
+    });
+    heard.await.ok()
+}
+
+/// The answer to a call that brought no reply.
+async fn undone(permit: Permit, undelivered: Undelivered, told: &Told, api: Api) -> Response<Body> {
+    let Undelivered { denial, certain, upstream } = undelivered;
+    let settlement =
+        if certain { Settlement::not_applied(denial.rule) } else { Settlement::unknown(Some(denial.rule)) };
+    permit.settle(Settlement { upstream, ..settlement });
+    // The call is over, and what came of it is refused.
+    let denial = match denial.rule {
+        Rule::UpstreamSecret => told.gate.deny(Channel::Model, &told.path, Some(told.digest.clone()), denial).await,
+        _ => denial,
+    };
+    refusal(api, &denial)
 }
 
 /// The tokens of a prompt. Those of a long one are counted on a thread apart: nobody else waits for them, and few are counted at a time.

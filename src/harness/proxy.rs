@@ -28,7 +28,7 @@ use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWri
 use super::{
     body::{Body, BodyError, boxed},
     gate::{Call, Gate, Permit, Settlement},
-    link::{Peer, Tunnel, Undelivered},
+    link::{Carried, Peer, Tunnel, Undelivered},
 };
 use crate::{
     evidence::record::{Channel, Effect},
@@ -206,7 +206,7 @@ async fn undone(gate: &Gate, permit: Permit, target: &str, undelivered: Undelive
 
 /// A reply on its way to the agent. It is settled at its end, or where it is given up.
 struct Passing {
-    body: Incoming,
+    body: Carried,
     permit: Option<Permit>,
     settlement: Settlement,
     hasher: Sha256,

@@ -18,7 +18,7 @@ use serde_json::Value;
 use super::{
     bounds::{Bounds, late},
     gate::Settlement,
-    link::{self, Link, Peer},
+    link::{EndedError, Link, Peer},
 };
 use crate::{
     evidence::record::Effect,
@@ -101,7 +101,7 @@ async fn exchange(
                 let reason = format!("the reply of {} broke off: {error}", tool.name);
                 Denial { rule: Rule::UpstreamReply, reason }
             };
-            Err(link::ended(error.as_ref()).unwrap_or_else(broke_off))
+            Err(EndedError::denial(error.as_ref()).unwrap_or_else(broke_off))
         }
     }
 }

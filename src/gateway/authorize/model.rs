@@ -1,30 +1,43 @@
 //! A model's request, judged again.
 //!
 //! Guarantees: what is sent passes the review that the harness has made, by the gateway's own reading of it; its reply, and the least that its
-//! prompt can be, cost no more than its intent has set aside, in money by the prices of the policy that the attempt runs by; and it asks the
-//! model that the record names.
+//! prompt can be, cost no more than its intent has set aside, in money by the prices of the policy that the attempt runs by; it asks the model that the
+//! record names, and at the endpoint that the pack has for that model.
 //! Non-goals: what the model answers, and whether the budget has that much left, which the witness asks of every intent.
 
 use serde_json::Value;
 
 use crate::{
-    gateway::{cluster::Compiled, refusal::Refused, witness::IntentFacts},
+    gateway::{authorize::Target, cluster::Compiled, refusal::Refused, witness::IntentFacts},
     policy::{
         budget::Spent,
         commit::Salt,
-        model::{Bound, api::Api, catalogue::Model, ready, request::Pack, written::Written},
+        model::{
+            Bound,
+            api::{self, Api},
+            catalogue::Model,
+            ready,
+            request::Pack,
+            written::Written,
+        },
         price,
         rule::Rule,
         shorten::shorten,
     },
 };
 
-/// Whether a body is a request that may leave, and one that its intent has set enough aside for.
+/// Whether a body is a request that may leave to where it is sent, and one that its intent has set enough aside for.
 ///
 /// # Errors
-/// [`Rule::RequestJson`] or [`Rule::ModelRequest`] for what may not leave at all, [`Rule::ModelPrice`] for a model without a price where
-/// cost is limited, [`Rule::IntentMissing`] for a request that the intent is not for.
-pub fn is_reserved(compiled: &Compiled, (intent, salt): (&IntentFacts, &Salt), body: &[u8]) -> Result<(), Refused> {
+/// [`Rule::RequestJson`] or [`Rule::ModelRequest`] for what may not leave at all, [`Rule::ModelEndpoint`] for a model that the pack has no
+/// endpoint for, or another, [`Rule::ModelPrice`] for one without a price where cost is limited, [`Rule::IntentMissing`] for a request that the
+/// intent is not for.
+pub fn is_reserved(
+    compiled: &Compiled,
+    to: &Target,
+    (intent, salt): (&IntentFacts, &Salt),
+    body: &[u8],
+) -> Result<(), Refused> {
     let unfit = |reason: String| Refused::denied(Rule::ModelRequest, reason);
     let path = intent.target.split_once('?').map_or(intent.target.as_str(), |(path, _)| path);
     let api = Api::of_path(path)
@@ -39,6 +52,11 @@ pub fn is_reserved(compiled: &Compiled, (intent, salt): (&IntentFacts, &Salt), b
         let reason = format!("expected a model that the pack has an endpoint for at {}, found another", api.path());
         Refused::denied(Rule::ModelEndpoint, reason)
     })?;
+    let expected = api::url(endpoint.base, endpoint.family, &intent.target);
+    if Target::parse(&expected).as_ref() != Ok(to) {
+        let reason = format!("expected a model whose endpoint in the pack is {}, found another", to.authority);
+        return Err(Refused::denied(Rule::ModelEndpoint, reason));
+    }
     let pack = Pack::of(&compiled.policy, endpoint);
     let price = model.and_then(|model| price::of(&compiled.policy.models.prices, model));
     let known = Model::named(model.unwrap_or_default(), price);

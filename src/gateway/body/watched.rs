@@ -283,3 +283,25 @@ async fn letters_in_many_events_are_put_together() {
         encoded.as_bytes().chunks(3).map(|part| chat(std::str::from_utf8(part).unwrap())).collect();
     assert!(passed(&letters.iter().map(String::as_bytes).collect::<Vec<_>>(), true).await.1);
 }
+
+/// What has come of a reply that its upstream breaks off is looked through like one that is over, and passed on; then its end is told.
+#[tokio::test]
+async fn what_came_before_it_broke_off_passes_unless_it_repeats_the_credential() {
+    for events in [false, true] {
+        for (text, noticed) in [("data: a\n\ndata: sk-live", false), ("", false), (&*format!("data: {SECRET}"), true)] {
+            let error = stream::once(async { Err::<_, BoxError>("it ends here".into()) });
+            let pieces = [text.as_bytes()];
+            let body = StreamBody::new(framed(&pieces).chain(error));
+            let mut body = Watched::new(body, forms(), events, Box::new(|| ()));
+            let mut came = String::new();
+            let error = loop {
+                match body.frame().await.unwrap() {
+                    Ok(frame) => came.push_str(std::str::from_utf8(&frame.into_data().unwrap()).unwrap()),
+                    Err(error) => break error,
+                }
+            };
+            assert_eq!((error.is::<RepeatedError>(), &*came), (noticed, if noticed { "" } else { text }), "{events}");
+            assert!(body.frame().await.is_none());
+        }
+    }
+}

@@ -287,6 +287,22 @@ fn says(asked: &[u8], authorization: Option<&HeaderValue>) -> http::Result<Respo
             let body = StreamBody::new(frames).map_err(|never| match never {}).boxed_unsync();
             reply.header("content-type", kind).body(body)
         }
+        "broken events" | "broken" => {
+            // The last piece is followed by the end of the connection.
+            let kind = if asked["as"] == "broken" { "application/json" } else { "text/event-stream" };
+            let reply = reply.header("content-type", kind);
+            let reply = if asked["as"] == "broken" { reply.header("content-length", text.len() + 10) } else { reply };
+            let pieces: Vec<_> = text.split('|').map(|piece| Ok(Frame::data(Bytes::from(piece.to_owned())))).collect();
+            let pieces = futures::stream::iter(pieces).then(async |piece| {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+                piece
+            });
+            let end = futures::stream::once(async {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+                Err::<Frame<Bytes>, crate::gateway::body::BoxError>("the connection ends".into())
+            });
+            reply.body(StreamBody::new(pieces.chain(end)).boxed_unsync())
+        }
         "trailer" => {
             let trailers = HeaderMap::from_iter([(http::HeaderName::from_static("x-said"), text.parse().unwrap())]);
             let frames = [Ok::<_, Infallible>(Frame::data(Bytes::from("{}"))), Ok(Frame::trailers(trailers))];
@@ -472,6 +488,24 @@ impl World {
 
     /// Has the upstream of models say something in some way, over the model channel.
     async fn say(&self, say: &str, how: &str) -> Response<Incoming> {
+        let request = self.asked(say, how).await;
+        self.send(request).await
+    }
+
+    /// The same over HTTP/2, as a harness asks.
+    async fn say_over_http2(&self, say: &str, how: &str) -> Response<Incoming> {
+        let (mut parts, body) = self.asked(say, how).await.into_parts();
+        parts.uri = format!("https://{}{}", wire::SERVER_NAME, wire::FORWARD).parse().unwrap();
+        parts.headers.remove("host");
+        let io = TokioIo::new(self.connect("h2").await);
+        let builder = hyper::client::conn::http2::Builder::new(hyper_util::rt::TokioExecutor::new());
+        let (mut sender, connection) = builder.handshake(io).await.unwrap();
+        tokio::spawn(connection);
+        sender.send_request(Request::from_parts(parts, body)).await.unwrap()
+    }
+
+    /// A request that has the upstream of models say something in some way.
+    async fn asked(&self, say: &str, how: &str) -> Request<Full<Bytes>> {
         let url = "https://models.world.test/v1/chat/completions";
         let asked = json!({ "say": say, "as": how }).to_string();
         let messages = json!([{ "role": "user", "content": asked }]);
@@ -489,7 +523,7 @@ impl World {
         }
         let request = speaker.next(vec![intent]);
         self.post("harness-1", wire::LOG_APPEND, &request).await.unwrap();
-        self.send(call("model", url, seq).body(Full::from(asked)).unwrap()).await
+        call("model", url, seq).body(Full::from(asked)).unwrap()
     }
 
     async fn post<T: Serialize>(&self, token: &str, path: &str, body: &T) -> Result<Value, Rule> {
@@ -765,6 +799,42 @@ async fn a_reply_that_repeats_the_credential_is_withheld_whatever_part_of_it_doe
     // What a stream has passed on cannot be taken back; it ends where the credential is.
     let (status, _, pieces, broke) = came(world.say("data: a\n\n|data: KEY\n\n|data: b\n\n", "events").await).await;
     assert_eq!((status, pieces.concat(), broke), (200, b"data: a\n\n".to_vec(), true));
+}
+
+/// All that has come of a reply reaches whoever asked, however soon it ends after that, and over HTTP/2 why it has ended.
+#[tokio::test]
+async fn what_came_of_a_reply_that_ends_early_is_passed_on_and_why_it_ended_is_told() {
+    let world = world().await;
+    for (say, how, expected, ended) in [
+        ("data: a\n\n|data: b", "broken events", "data: a\n\ndata: b", Some("broke-off")),
+        ("", "broken events", "", Some("broke-off")),
+        ("{\"a\":", "broken", "{\"a\":", Some("broke-off")),
+        ("data: a\n\n|data: KEY\n\n|data: b\n\n", "events", "data: a\n\n", Some("repeated")),
+        // The control: one that is whole.
+        ("data: a\n\n|data: b\n\n", "events", "data: a\n\ndata: b\n\n", None),
+        ("{}", "body", "{}", None),
+    ] {
+        let (status, rule, pieces, broke) = came(world.say(say, how).await).await;
+        assert_eq!((status, rule), (200, None), "{say} {how}");
+        assert_eq!(
+            (String::from_utf8_lossy(&pieces.concat()), broke),
+            (expected.into(), ended.is_some()),
+            "{say} {how}"
+        );
+
+        let reply = world.say_over_http2(say, how).await;
+        assert_eq!((reply.status(), self::rule(&reply)), (StatusCode::OK, None), "{say} {how}");
+        let length = match how {
+            "broken" => Some(say.len() + 10),
+            "body" => Some(say.len()),
+            _ => None,
+        };
+        let length = length.map(|length| length.to_string());
+        assert_eq!(reply.headers().get(wire::LENGTH).map(|of| of.to_str().unwrap().to_owned()), length, "{say} {how}");
+        let whole = reply.into_body().collect().await.unwrap();
+        let told = whole.trailers().and_then(|trailers| trailers.get(wire::ENDED)?.to_str().ok().map(str::to_owned));
+        assert_eq!((told.as_deref(), &*String::from_utf8_lossy(&whole.to_bytes())), (ended, expected), "{say} {how}");
+    }
 }
 
 /// Whoever could go on to have the right guess among others found out is stopped.

@@ -17,7 +17,6 @@ use http::{
     header::{ACCEPT, CONTENT_TYPE},
 };
 use http_body_util::{BodyDataStream, BodyExt, LengthLimitError, Limited};
-use hyper::body::Incoming;
 use rmcp::{
     ErrorData, RoleClient, ServiceExt,
     model::{
@@ -41,7 +40,7 @@ use crate::{
     harness::{
         bounds::{Bounds, LONGEST_REPLY, late},
         gate::{Call, Gate, Settlement},
-        link::{self, Link, Peer, Undelivered},
+        link::{self, Carried, EndedError, Link, Peer, Undelivered},
     },
     policy::{
         budget::Spent,
@@ -154,7 +153,7 @@ impl Stops {
     }
 
     fn see(&self, error: &(dyn std::error::Error + 'static)) {
-        if link::ended(error).is_some() {
+        if EndedError::denial(error).is_some() {
             self.withheld.notify_one();
         }
     }
@@ -442,7 +441,7 @@ impl Wire {
         session: Option<&str>,
         headers: HashMap<HeaderName, HeaderValue>,
         body: Bytes,
-    ) -> Result<Response<Incoming>, Undelivered> {
+    ) -> Result<Response<Carried>, Undelivered> {
         let malformed = |reason: String| Undelivered {
             denial: Denial { rule: Rule::Request, reason },
             certain: true,
@@ -562,7 +561,7 @@ fn take_intent(message: &mut ClientJsonRpcMessage) -> Option<(Channel, u64)> {
 }
 
 async fn read_reply(
-    reply: Response<Incoming>,
+    reply: Response<Carried>,
     message: &ClientJsonRpcMessage,
     in_session: bool,
     stops: Stops,
@@ -617,7 +616,7 @@ async fn read_reply(
 }
 
 /// A body that breaks off once it is longer than it may be, and says so.
-fn bounded(body: Incoming, stops: Stops) -> impl futures::Stream<Item = Result<Bytes, std::io::Error>> + Send {
+fn bounded(body: Carried, stops: Stops) -> impl futures::Stream<Item = Result<Bytes, std::io::Error>> + Send {
     let mut left = stops.most;
     BodyDataStream::new(body).map(move |chunk| {
         let chunk = chunk.inspect_err(|error| stops.see(error)).map_err(std::io::Error::other)?;

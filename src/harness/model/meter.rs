@@ -10,16 +10,16 @@ use bytes::Bytes;
 use futures::StreamExt;
 use http::{Response, StatusCode, header};
 use http_body_util::{BodyDataStream, BodyExt, StreamBody};
-use hyper::body::{Frame, Incoming};
+use hyper::body::Frame;
 use sha2::{Digest, Sha256};
 
-use super::{headers::passed_back, refusal};
+use super::{headers::passed_back, refusal, unasked::Unasked};
 use crate::{
     evidence::record::{Channel, Effect},
     harness::{
-        body::Body,
+        body::{Body, BodyError},
         gate::{Gate, Permit, Settlement},
-        link::{self, Peer},
+        link::{Carried, EndedError, Peer},
     },
     policy::{
         budget::Spent,
@@ -38,7 +38,7 @@ const LONGEST_SCAN: usize = 16 << 20;
 /// The media type of a stream, whose letters may be of either case.
 const EVENTS: &str = "text/event-stream";
 /// How long a reply is read on that nobody wants any more, and how much of it.
-const READ_ON: Duration = Duration::from_secs(15);
+pub(super) const READ_ON: Duration = Duration::from_secs(15);
 const READ_ON_BYTES: u64 = 16 << 20;
 
 /// Whom to tell of a reply that the gateway has ended, and which call it was.
@@ -47,11 +47,13 @@ pub(super) struct Told {
     pub(super) gate: Arc<Gate>,
     pub(super) path: String,
     pub(super) digest: String,
+    /// Whether the agent has asked for an account of a stream of chat completions, or does not get one.
+    pub(super) has_asked: bool,
 }
 
 /// The reply, which is settled when it has passed, or when either side hangs up.
 pub(super) fn meter(
-    reply: Response<Incoming>,
+    reply: Response<Carried>,
     permit: Permit,
     (reserved, price): (Reserved, Option<ModelPrice>),
     told: Told,
@@ -81,56 +83,82 @@ pub(super) fn meter(
         came: Came::Unread,
     };
     passed_back(&mut parts.headers);
-    let passing = Passing { body: Some(BodyDataStream::new(body)), meter: Some(meter), told, is_wanted: true };
+    let unasked = (streamed && !told.has_asked).then(|| {
+        parts.headers.remove(header::CONTENT_LENGTH);
+        Unasked::default()
+    });
+    let body = Some(BodyDataStream::new(body));
+    let passing = Passing { body, meter: Some(meter), unasked, end: None, told, is_wanted: true };
     let stream = futures::stream::unfold(passing, async |mut passing| Some((passing.next().await?, passing)));
     Response::from_parts(parts, BodyExt::boxed_unsync(StreamBody::new(stream)))
 }
 
 /// A reply on its way. Dropped with what is left of it when whoever asked hangs up.
 struct Passing {
-    body: Option<BodyDataStream<Incoming>>,
+    body: Option<BodyDataStream<Carried>>,
     meter: Option<Meter>,
+    /// What keeps the account from an agent that did not ask for it.
+    unasked: Option<Unasked>,
+    /// How it ends, once its last bytes have been passed on.
+    end: Option<Option<Next>>,
     told: Told,
     /// Whether whoever asked still reads it.
     is_wanted: bool,
 }
 
+/// What comes next of a reply.
+type Next = Result<Frame<Bytes>, BodyError>;
+
 impl Passing {
     /// What comes next of it.
-    async fn next(&mut self) -> Option<Result<Frame<Bytes>, Box<dyn std::error::Error + Send + Sync>>> {
-        match self.body.as_mut()?.next().await {
-            Some(Ok(chunk)) => {
-                if let Some(meter) = &mut self.meter {
-                    meter.see(&chunk);
-                }
-                Some(Ok(Frame::data(chunk)))
-            }
-            Some(Err(error)) => Some(self.broke_off(error).await),
-            None => {
-                if let Some(mut meter) = self.meter.take() {
-                    meter.came = Came::Whole;
-                }
-                None
-            }
+    async fn next(&mut self) -> Option<Next> {
+        if let Some(end) = self.end.take() {
+            return end;
         }
+        let end = loop {
+            match self.body.as_mut()?.next().await {
+                Some(Ok(chunk)) => {
+                    if let Some(meter) = &mut self.meter {
+                        meter.see(&chunk);
+                    }
+                    let chunk = match &mut self.unasked {
+                        Some(unasked) => unasked.pass(&chunk).into(),
+                        None => chunk,
+                    };
+                    if !chunk.is_empty() {
+                        return Some(Ok(Frame::data(chunk)));
+                    }
+                }
+                Some(Err(error)) => break Some(self.broke_off(error).await),
+                None => {
+                    if let Some(mut meter) = self.meter.take() {
+                        meter.over();
+                    }
+                    break None;
+                }
+            }
+        };
+        let rest = self.unasked.take().map(Unasked::rest).unwrap_or_default();
+        if rest.is_empty() {
+            return end;
+        }
+        self.end = Some(end);
+        Some(Ok(Frame::data(rest.into())))
     }
 
     /// What is passed on last of a reply that broke off.
-    async fn broke_off(
-        &mut self,
-        error: hyper::Error,
-    ) -> Result<Frame<Bytes>, Box<dyn std::error::Error + Send + Sync>> {
-        let ended = link::ended(&error);
+    async fn broke_off(&mut self, error: EndedError) -> Next {
+        let ended = EndedError::denial(&error);
         let streamed = self.meter.as_ref().is_some_and(|meter| meter.streamed);
         if let Some(mut meter) = self.meter.take() {
             meter.rule = ended.as_ref().map(|denial| denial.rule);
-            // What the gateway has ended, the provider may have said to its end.
-            if meter.came == Came::Unread && ended.is_none() {
+            // What has ended on our side of the provider, it may have said to its end.
+            if meter.came == Came::Unread && matches!(error, EndedError::BrokeOff) {
                 meter.came = Came::Broken;
             }
         }
         if let Some(denial) = ended {
-            let Told { gate, path, digest } = &self.told;
+            let Told { gate, path, digest, .. } = &self.told;
             let denial = gate.deny(Channel::Model, path, Some(digest.clone()), denial).await;
             if let Some(api) = Api::of_path(path).filter(|_| streamed) {
                 // Whole events have passed so far, and this is the last.
@@ -138,6 +166,8 @@ impl Passing {
                 return Ok(Frame::data(refusal::event(api, &denial).into()));
             }
         }
+        // Whoever serves this forgets what it has not written yet once it is told of an error.
+        tokio::task::yield_now().await;
         Err(error.into())
     }
 
@@ -160,7 +190,7 @@ impl Drop for Passing {
     fn drop(&mut self) {
         if self.is_wanted && self.meter.as_ref().is_some_and(Meter::wants_more) {
             let (body, meter, told) = (self.body.take(), self.meter.take(), self.told.clone());
-            self.told.gate.behind(Self { body, meter, told, is_wanted: false }.read_on());
+            self.told.gate.behind(Self { body, meter, unasked: None, end: None, told, is_wanted: false }.read_on());
         }
     }
 }
@@ -220,9 +250,15 @@ impl Meter {
             self.looked = self.scan.len();
         }
         // Many clients hang up there, and do not wait for the end of the connection's reply.
-        if self.reported.ended || self.length == Some(self.bytes) {
+        if self.reported.ended || (!self.streamed && self.length == Some(self.bytes)) {
             self.came = Came::Whole;
         }
+    }
+
+    /// The body is over. A stream may end well before its protocol does, as what a proxy cuts off: it is whole if it is accounted for.
+    fn over(&mut self) {
+        let is_whole = !self.streamed || !self.status.is_success() || self.reported.ended || self.reported.is_accounted;
+        self.came = if is_whole { Came::Whole } else { Came::Broken };
     }
 }
 

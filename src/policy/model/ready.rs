@@ -1,7 +1,7 @@
 //! A request that is ready to be sent, and its bound as it stands.
 //!
-//! Guarantees: harness and gateway judge the very same request, so that they agree on each; what [`make`] has made ready passes [`bound`], which
-//! finds the same output and no longer a prompt.
+//! Guarantees: harness and gateway judge the very same request, so that they agree on each; one in which all is set that [`request::bound`] wants
+//! set passes [`bound`], which finds the same output and no longer a prompt.
 //! Non-goals: reserving it. Counting a prompt twice: whoever judges again asks only for the least that it can be, and does not refuse what an
 //! older catalogue has counted in another way.
 
@@ -12,40 +12,11 @@ use super::{
     api::Api,
     catalogue::Model,
     estimate::{self, Prompt},
-    members::Noted,
     request::{self, Bounded, Left, Pack, Unbounded},
-    settle::Reserved,
 };
 
 /// All that there could be: the bound of a request that names its output limit does not depend on what is left.
 const UNLIMITED: Left<'static> = Left { tokens: i64::MAX, cost: None };
-
-/// What makes a request ready.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Ready {
-    /// What is to be set aside for it.
-    pub reserved: Reserved,
-    /// What has to be set in it. It is no part of its prompt.
-    pub set: Vec<(&'static str, Value)>,
-    /// What of it is for the record.
-    pub noted: Noted,
-}
-
-/// Finds what has to be set in a request for its bound, and what is to be set aside for it.
-///
-/// # Errors
-/// If its cost or effect cannot be bounded.
-pub fn make(
-    api: Api,
-    body: &Map<String, Value>,
-    model: &Model,
-    pack: Pack<'_>,
-    prompt: Prompt,
-    left: Left<'_>,
-) -> Result<Ready, Unbounded> {
-    let Bounded { reserved, set, noted } = request::bound(api, body, model, pack, prompt, left)?;
-    Ok(Ready { reserved, set, noted })
-}
 
 /// The bound of a request as it stands, in which nothing has to be set any more, and whose prompt is as short as it can be.
 ///
@@ -100,8 +71,8 @@ mod tests {
             let text = Value::Object(body).to_string();
             let written = Written::read(text.as_bytes()).unwrap();
             let prompt = estimate::prompt(api, written.judged(), &model);
-            let Ready { reserved, set, .. } =
-                make(api, written.judged(), &model, Pack::default(), prompt, left_of).unwrap();
+            let Bounded { reserved, set, .. } =
+                request::bound(api, written.judged(), &model, Pack::default(), prompt, left_of).unwrap();
             let made = reserved.bound;
             let sent = written.with(&set);
             let sent = Written::read(&sent).unwrap();
@@ -130,7 +101,7 @@ mod tests {
             // The control: it passes once it is made ready, but for what is refused either way.
             let left = Left { tokens: 10_000, cost: None };
             let prompt = estimate::prompt(api, &body, &model);
-            let made = make(api, &body, &model, Pack::default(), prompt, left);
+            let made = request::bound(api, &body, &model, Pack::default(), prompt, left);
             assert_eq!(made.is_ok(), word != "background", "{body:?}");
             body.extend(made.into_iter().flat_map(|ready| ready.set).map(|(name, value)| (name.to_owned(), value)));
             assert_eq!(bound(api, &body, &model, Pack::default()).is_ok(), word != "background", "{body:?}");

@@ -156,6 +156,12 @@ fn replies(body: &Map<String, Value>) -> Result<i64, Unbounded> {
     n.as_i64().filter(|n| (1..=128).contains(n)).ok_or_else(wrong)
 }
 
+/// Whether a request asks for an account of its reply in an event of its own. Nobody does so of an API that accounts for each.
+pub fn asks_for_usage(api: Api, body: &Map<String, Value>) -> bool {
+    let asked = || body.get("stream_options")?.get("include_usage")?.as_bool();
+    api != Api::ChatCompletions || asked().unwrap_or(false)
+}
+
 /// The wish for an account in a streamed reply. Without it a stream of chat completions says nothing of its cost, and what is set aside would
 /// have to stay spent.
 fn wish_for_usage(api: Api, body: &Map<String, Value>) -> Option<(&'static str, Value)> {

@@ -79,6 +79,8 @@ pub struct Reported {
     pub failed: bool,
     /// Whether an event was the last that there is, by its protocol.
     pub ended: bool,
+    /// Whether the account is of more than how the reply has begun.
+    pub is_accounted: bool,
 }
 
 impl Reported {
@@ -102,6 +104,10 @@ impl Reported {
         for usage in places.into_iter().flatten() {
             self.account(usage);
         }
+        // Messages begin with an account of the prompt, and of a token or two.
+        self.is_accounted |= kind != Some("message_start")
+            && self.output.is_some()
+            && places.iter().any(|place| place.is_some_and(Value::is_object));
     }
 
     fn account(&mut self, usage: &Value) {
@@ -243,6 +249,25 @@ mod tests {
             let mut reported = Reported::default();
             events.iter().for_each(|event| reported.see(event));
             assert_eq!(reported.both().map(Bound::total), total);
+        }
+    }
+
+    #[test]
+    fn how_a_reply_begins_is_no_account_of_it() {
+        for (event, is_accounted) in [
+            (json!({"type": "message_start", "message": {"usage": {"input_tokens": 9, "output_tokens": 1}}}), false),
+            (json!({"type": "message_delta", "usage": {"output_tokens": 90}}), true),
+            (json!({"choices": [{"delta": {}}], "usage": null}), false),
+            (json!({"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 5}}), true),
+            (json!({"type": "response.created", "response": {"usage": null}}), false),
+            (
+                json!({"type": "response.completed", "response": {"usage": {"input_tokens": 7, "output_tokens": 5}}}),
+                true,
+            ),
+        ] {
+            let mut reported = Reported::default();
+            reported.see(&event);
+            assert_eq!(reported.is_accounted, is_accounted, "{event}");
         }
     }
 

@@ -6,7 +6,10 @@ use crate::{
     api::policy_pack::{EvidencePolicy, RetentionMode},
     evidence::record::Channel,
     gateway::testing,
-    policy::config::{ModelPrice, Sensitivity, Usage},
+    policy::{
+        config::{ModelEndpoint, ModelPrice, PolicyConfig, Sensitivity, Usage},
+        model::api::Family,
+    },
 };
 
 fn compiled(cost_micros: Option<i64>) -> Compiled {
@@ -18,6 +21,10 @@ fn compiled(cost_micros: Option<i64>) -> Compiled {
         output_micros: 10_000_000,
         ..ModelPrice::default()
     }];
+    of(policy)
+}
+
+fn of(policy: PolicyConfig) -> Compiled {
     let evidence =
         EvidencePolicy { bucket: "evidence".into(), prefix: None, mode: RetentionMode::Compliance, retention_days: 1 };
     let credentials = policy.egress.iter().map(|_| None).collect();
@@ -59,7 +66,13 @@ fn intent(compiled: &Compiled, body: &Value) -> IntentFacts {
 }
 
 fn judge(compiled: &Compiled, intent: &IntentFacts, body: &str) -> Result<(), Rule> {
-    is_reserved(compiled, (intent, &testing::salt()), body.as_bytes()).map_err(|refused| refused.rule)
+    let endpoint = compiled.policy.models.of(None, Some("m-1")).unwrap();
+    judge_at(compiled, &api::url(endpoint.base, endpoint.family, &intent.target), intent, body)
+}
+
+fn judge_at(compiled: &Compiled, url: &str, intent: &IntentFacts, body: &str) -> Result<(), Rule> {
+    is_reserved(compiled, &Target::parse(url).unwrap(), (intent, &testing::salt()), body.as_bytes())
+        .map_err(|refused| refused.rule)
 }
 
 #[test]
@@ -137,5 +150,26 @@ fn a_model_without_a_price_does_not_leave_where_cost_is_limited() {
         let compiled = compiled(limit);
         let found = IntentFacts { model: Some("other".into()), ..intent(&compiled, &body) };
         assert_eq!(judge(&compiled, &found, &body.to_string()), expected);
+    }
+}
+
+/// Each model is asked at its own endpoint: another provider learns nothing of what is said to it, nor does its key pay for it.
+#[test]
+fn a_model_is_asked_at_no_endpoint_of_another() {
+    let mut policy = compiled(None).policy.clone();
+    policy.models.endpoints = vec![ModelEndpoint {
+        url: "https://other.test/v1".into(),
+        models: vec!["o-*".into()],
+        api: Family::OpenAi,
+        allow: vec![],
+    }];
+    let compiled = of(policy);
+    let (own, other) = ("https://models.world.test/v1/chat/completions", "https://other.test/v1/chat/completions");
+    let mut body = agents();
+    for (model, at, elsewhere) in [("m-1", own, other), ("o-1", other, own)] {
+        body["model"] = json!(model);
+        let intent = IntentFacts { model: Some(model.into()), ..intent(&compiled, &body) };
+        assert_eq!(judge_at(&compiled, at, &intent, &body.to_string()), Ok(()), "{model}");
+        assert_eq!(judge_at(&compiled, elsewhere, &intent, &body.to_string()), Err(Rule::ModelEndpoint), "{model}");
     }
 }
