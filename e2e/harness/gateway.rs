@@ -532,6 +532,7 @@ async fn forwarded(log: &Log, request: Request<Body>) -> Result<Response, Refuse
         _ => Channel::Egress,
     };
     let target = Target::parse(&header(wire::TARGET))?;
+    let mut parts = parts;
     {
         let compiled = log.compiled.lock().unwrap();
         let to = Destination::Url(&target, &parts.method);
@@ -544,7 +545,8 @@ async fn forwarded(log: &Log, request: Request<Body>) -> Result<Response, Refuse
         } else {
             authorize::is_intended(channel, &intent, &salt(), &body)?;
             if channel == Channel::Model {
-                authorize::model::is_reserved(&compiled, &target, (&intent, &salt()), &body)?;
+                let of = (&intent, &salt());
+                parts.headers = authorize::model::reviewed(&compiled, &target, of, (&parts.headers, &body))?;
             }
         }
     }

@@ -569,28 +569,32 @@ impl Gateway {
             _ if is_message => LARGEST_MESSAGE,
             _ => wire::LONGEST_REQUEST,
         };
-        let (parts, body) = request.into_parts();
+        let (mut parts, body) = request.into_parts();
         // All of it, before it is judged: what is sent is what the intent commits to.
         let places = self.places(principal, &body, largest).await?;
         let body = forward::whole(body, largest, BODY_TIME).await?;
-        let said = {
+        let (said, headers) = {
+            let headers = parts.headers.clone();
             let (compiled, intent, body) = (compiled.clone(), intent.clone(), body.clone());
             let to = target.clone();
             let is_short = body.len() <= quick::SHORT;
             let read = move || {
+                let of = (&intent, &salt);
                 if is_message {
-                    return authorize::says(&compiled, channel, (&intent, &salt), &body);
+                    return Ok((authorize::says(&compiled, channel, of, &body)?, None));
                 }
                 authorize::is_intended(channel, &intent, &salt, &body)?;
-                if channel == Channel::Model {
-                    authorize::model::is_reserved(&compiled, &to, (&intent, &salt), &body)?;
-                }
-                Ok(None)
+                let is_model = channel == Channel::Model;
+                let reviewed = is_model.then(|| authorize::model::reviewed(&compiled, &to, of, (&headers, &body)));
+                Ok::<_, Refused>((None, reviewed.transpose()?))
             };
             if is_short { read()? } else { self.apart(principal, read).await?? }
         };
         if let Some(arguments) = said {
             self.judged(principal, &compiled, &intent, (arguments, body.len())).await?;
+        }
+        if let Some(headers) = headers {
+            parts.headers = headers;
         }
         // It has its place until it is sent.
         let body = Guarded::new(full(body), compiled.policy.silence(), places).boxed_unsync();

@@ -2,9 +2,13 @@
 //!
 //! Guarantees: what is sent passes the review that the harness has made, by the gateway's own reading of it; its reply, and the least that its
 //! prompt can be, cost no more than its intent has set aside, in money by the prices of the policy that the attempt runs by; it asks the model that the
-//! record names, and at the endpoint that the pack has for that model.
+//! record names, at the endpoint that the pack has for that model, and with no header that is in no list.
 //! Non-goals: what the model answers, and whether the budget has that much left, which the witness asks of every intent.
 
+use http::{
+    HeaderMap, HeaderValue,
+    header::{ACCEPT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE},
+};
 use serde_json::Value;
 
 use crate::{
@@ -16,6 +20,8 @@ use crate::{
             Bound,
             api::{self, Api},
             catalogue::Model,
+            headers,
+            members::Terms,
             ready,
             request::Pack,
             written::Written,
@@ -26,24 +32,28 @@ use crate::{
     },
 };
 
-/// Whether a body is a request that may leave to where it is sent, and one that its intent has set enough aside for.
+/// Whether a body is a request that may leave to where it is sent, and one that its intent has set enough aside for. Gives the headers that it
+/// leaves with.
 ///
 /// # Errors
 /// [`Rule::RequestJson`] or [`Rule::ModelRequest`] for what may not leave at all, [`Rule::ModelEndpoint`] for a model that the pack has no
 /// endpoint for, or another, [`Rule::ModelPrice`] for one without a price where cost is limited, [`Rule::IntentMissing`] for a request that the
 /// intent is not for.
-pub fn is_reserved(
+pub fn reviewed(
     compiled: &Compiled,
     to: &Target,
     (intent, salt): (&IntentFacts, &Salt),
-    body: &[u8],
-) -> Result<(), Refused> {
+    (headers, body): (&HeaderMap, &[u8]),
+) -> Result<HeaderMap, Refused> {
     let unfit = |reason: String| Refused::denied(Rule::ModelRequest, reason);
     let path = intent.target.split_once('?').map_or(intent.target.as_str(), |(path, _)| path);
     let api = Api::of_path(path)
         .ok_or_else(|| unfit(format!("expected the path of a model's API, found {}", intent.target)))?;
     if api == Api::Models {
-        return if body.is_empty() { Ok(()) } else { Err(unfit("expected no body, found one".to_owned())) };
+        let models = &compiled.policy.models;
+        let terms = Terms { allow: &models.allow, unknown: models.unknown_members, ..Terms::default() };
+        let headers = by_list(headers, terms);
+        return if body.is_empty() { Ok(headers) } else { Err(unfit("expected no body, found one".to_owned())) };
     }
     let written = Written::read(body).map_err(|error| Refused::denied(Rule::RequestJson, error.to_string()))?;
     let body = written.judged();
@@ -64,10 +74,26 @@ pub fn is_reserved(
     is_enough(bound.total(), intent.reserved.tokens, "tokens")?;
     // Who has begun by another policy has its names and prices, by which the log is verified.
     if intent.policy == compiled.digest {
-        is_as_recorded(compiled, (intent, salt), model, (api, bound))
-    } else {
-        Ok(())
+        is_as_recorded(compiled, (intent, salt), model, (api, bound))?;
     }
+    Ok(by_list(headers, pack.terms))
+}
+
+/// The headers that a request leaves with: those of the lists, and what says what its body and its reply are.
+fn by_list(given: &HeaderMap, terms: Terms<'_>) -> HeaderMap {
+    let framing = [CONTENT_TYPE, CONTENT_LENGTH, ACCEPT_ENCODING];
+    let passed = given.iter().filter_map(|(name, value)| {
+        if framing.contains(name) {
+            return Some((name.clone(), value.clone()));
+        }
+        let value = headers::passed(name.as_str(), value.as_bytes(), terms)?;
+        Some((name.clone(), HeaderValue::from_bytes(&value).ok()?))
+    });
+    let mut all = HeaderMap::new();
+    for (name, value) in passed {
+        all.append(name, value);
+    }
+    all
 }
 
 fn is_as_recorded(

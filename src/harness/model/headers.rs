@@ -7,14 +7,10 @@ use crate::policy::model::{headers, members::Terms};
 /// What of the agent's headers goes to the provider. Credentials do not: the gateway has the real ones.
 pub(super) fn passed_on(given: &HeaderMap, terms: Terms<'_>) -> HeaderMap {
     let mut passed = HeaderMap::new();
-    for (name, value) in given.iter().filter(|(name, _)| headers::has(headers::REQUEST, name.as_str())) {
-        if !name.as_str().ends_with("-beta") {
-            passed.append(name, value.clone());
-            continue;
-        }
-        let betas = value.to_str().ok().and_then(|value| headers::betas(value, terms));
-        if let Some(betas) = betas.and_then(|betas| HeaderValue::from_str(&betas).ok()) {
-            passed.append(name, betas);
+    for (name, value) in given {
+        let value = headers::passed(name.as_str(), value.as_bytes(), terms);
+        if let Some(Ok(value)) = value.map(|value| HeaderValue::from_bytes(&value)) {
+            passed.append(name, value);
         }
     }
     passed.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));

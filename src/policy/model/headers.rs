@@ -99,6 +99,17 @@ pub static BETAS: &[Row] = &[
     ),
 ];
 
+/// What of a request's header goes to the provider, if anything.
+pub fn passed(name: &str, value: &[u8], terms: Terms<'_>) -> Option<Vec<u8>> {
+    if !has(REQUEST, name) {
+        return None;
+    }
+    if !name.ends_with("-beta") {
+        return Some(value.to_vec());
+    }
+    betas(std::str::from_utf8(value).ok()?, terms).map(String::into_bytes)
+}
+
 /// What of such a header's value passes, if anything.
 pub fn betas(value: &str, terms: Terms<'_>) -> Option<String> {
     let passes = |beta: &&str| match row(BETAS, beta).map(|row| row.fate) {

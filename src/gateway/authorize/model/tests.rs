@@ -71,8 +71,9 @@ fn judge(compiled: &Compiled, intent: &IntentFacts, body: &str) -> Result<(), Ru
 }
 
 fn judge_at(compiled: &Compiled, url: &str, intent: &IntentFacts, body: &str) -> Result<(), Rule> {
-    is_reserved(compiled, &Target::parse(url).unwrap(), (intent, &testing::salt()), body.as_bytes())
-        .map_err(|refused| refused.rule)
+    let of = (intent, &testing::salt());
+    let reviewed = reviewed(compiled, &Target::parse(url).unwrap(), of, (&HeaderMap::new(), body.as_bytes()));
+    reviewed.map(|_| ()).map_err(|refused| refused.rule)
 }
 
 #[test]
@@ -172,4 +173,37 @@ fn a_model_is_asked_at_no_endpoint_of_another() {
         assert_eq!(judge_at(&compiled, at, &intent, &body.to_string()), Ok(()), "{model}");
         assert_eq!(judge_at(&compiled, elsewhere, &intent, &body.to_string()), Err(Rule::ModelEndpoint), "{model}");
     }
+}
+
+/// What a harness adds that is no longer ours: accounts that pay, cookies, and parts of the API that the pack does not allow.
+#[test]
+fn headers_leave_by_list() {
+    let compiled = compiled(None);
+    let intent = intent(&compiled, &agents());
+    let headers: HeaderMap = [
+        ("content-type", "application/json"),
+        ("accept-encoding", "identity"),
+        ("traceparent", "00-1"),
+        ("openai-organization", "org-other"),
+        ("openai-project", "proj-other"),
+        ("x-http-method-override", "DELETE"),
+        ("cookie", "session=1"),
+        ("anthropic-beta", "mcp-client-2025-04-04,context-1m-2025-08-07"),
+        ("openai-beta", "assistants=v2"),
+    ]
+    .into_iter()
+    .map(|(name, value)| (http::HeaderName::from_static(name), HeaderValue::from_static(value)))
+    .collect();
+    let to = Target::parse("https://models.world.test/v1/chat/completions").unwrap();
+    let body = agents().to_string();
+    let left = reviewed(&compiled, &to, (&intent, &testing::salt()), (&headers, body.as_bytes())).unwrap();
+    let mut left: Vec<_> = left.iter().map(|(name, value)| (name.as_str(), value.to_str().unwrap())).collect();
+    left.sort_unstable();
+    let expected = [
+        ("accept-encoding", "identity"),
+        ("anthropic-beta", "context-1m-2025-08-07"),
+        ("content-type", "application/json"),
+        ("traceparent", "00-1"),
+    ];
+    assert_eq!(left, expected);
 }
