@@ -58,10 +58,9 @@ fn the_harness_is_killed_at_each_request_to_the_gateway(#[case] moment: Moment, 
     });
 }
 
-/// On entering the n-th system call of a kind on the spool's files: what it is to do is not done, or, of a write, not yet synced.
+/// On entering the n-th system call of a kind on the spool's files: what it is to do is not done.
 #[rstest::rstest]
 #[case::write("write")]
-#[case::sync("fdatasync")]
 #[case::replaced("rename")]
 fn the_harness_is_killed_at_each_step_of_the_spool(#[case] call: &str) {
     each(async |n| {

@@ -80,7 +80,7 @@ const START: Duration = Duration::from_secs(60);
 /// What is out of the ordinary in a world.
 #[derive(Default)]
 pub struct Setting {
-    /// What strace does to the first harness on its spool, such as `fdatasync:signal=KILL:when=3`.
+    /// What strace does to the first harness on its spool, such as `write:signal=KILL:when=3`.
     pub inject: Option<String>,
     /// Bytes of the spool's file system, where that is small; it has few inodes, too.
     pub spool: Option<u64>,

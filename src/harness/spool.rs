@@ -1,9 +1,10 @@
 //! Segments that are not stored yet, on a volume that outlives the process.
 //!
-//! Promises: [`Spool::keep`] returns when the segment is synced, or else as if it had not been called; a harness that starts again
+//! Promises: [`Spool::keep`] returns when the segment is written, or else as if it had not been called; a harness that starts again
 //! finds what the one before it had kept, whole. Refuses: judging what is in there, and a file that is broken anywhere but at its end, where a process may have been killed.
 //!
-//! What the volume is worth: it ends with the pod. Before a call leaves, the witness holds its segment as well.
+//! What the volume is worth: it is in memory, and ends with the pod; `belay run` has a folder, which ends with the run. So nothing is synced:
+//! that is for what outlives the machine, and a call would wait for the disk. Before a call leaves, the witness holds its segment as well.
 
 use std::{
     fs::{File, OpenOptions},
@@ -63,7 +64,6 @@ impl Spool {
         }
         self.torn = true;
         self.file.write_all(segment)?;
-        self.file.sync_data()?;
         self.torn = false;
         self.size = self.size.saturating_add(u64::try_from(segment.len()).unwrap_or(u64::MAX));
         Ok(())
@@ -109,7 +109,6 @@ impl Spool {
             for text in texts {
                 file.write_all(text.as_ref())?;
             }
-            file.sync_data()?;
             std::fs::rename(&new, &self.path)?;
             Ok(file)
         };

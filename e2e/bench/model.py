@@ -1,0 +1,182 @@
+"""What Belay adds to the calls of a model, beside what LiteLLM's proxy adds: `ONLY=PREFIX BELAY=PROGRAM model.py --litellm FOLDER --logs FOLDER`.
+
+One client (agent/client.py) calls one model (paced.py, over TLS) in three ways, in turn: directly, from the sandbox of `belay run` with a
+credential that the gateway adds and looks for in each reply, and through LiteLLM's proxy as it starts by default. What is added is the
+difference to the direct calls of the same run at the same percentile: to the first token of a stream, to each later one, and to a whole
+reply. All share this machine's cores. It fails on an error, never on a figure.
+"""
+
+import argparse
+import collections
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+HERE = pathlib.Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+sys.path.insert(0, str(HERE.parent / "model"))
+import belay
+from served import Served, litellm
+
+# What sandboxes see as this machine sees it.
+PYTHON = "/usr/bin/python3"
+KEY = "sk-bench-Zm9yIG5vYm9keSBlbHNl"
+TOKENS = 25
+# How many calls at once, how many in all in a round, and what of that which LiteLLM adds is aimed at.
+AT_ONCE = {1: (40, 0.2), 32: (256, 0.1)}
+# What a measure is called, by the kind of call and the token.
+NAMES = {("stream", "first"): "first", ("stream", "later"): "later", ("whole", "first"): "whole"}
+PACK = belay.PACK.replace("http://model.test", "https://model.test").replace(
+    "ports: [80], uses: [Models]", "ports: [443], uses: [Models], credentials: [{secret: model, key: token}]"
+)
+
+
+def phases(only):
+    """What the client is asked for, where its measures have such names."""
+
+    names = [(kind, at_once, f"model.{at_once}.{name}") for at_once in AT_ONCE for (kind, _), name in NAMES.items()]
+    wanted = dict.fromkeys((kind, at_once) for kind, at_once, name in names if name.startswith(only) or only.startswith(name))
+    if not wanted:
+        raise SystemExit(f"error: no measure begins with {only!r}; there are: {', '.join(name for _, _, name in names)}")
+    return [f"{kind}:{at_once}:{AT_ONCE[at_once][0]}" for kind, at_once in wanted]
+
+
+def client(program, asked):
+    return [program, "-B", "client.py", str(TOKENS), *asked]
+
+
+def certificate(folder):
+    """Of the model, which is its own authority: a file with it, and one with its key as well."""
+    alone, both = folder / "model.crt", folder / "model.pem"
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=model.test"
+    command += " -addext basicConstraints=critical,CA:FALSE -addext subjectAltName=DNS:model.test,IP:127.0.0.1"
+    subprocess.run([*command.split(), "-keyout", both, "-out", alone], check=True, capture_output=True)
+    both.write_text(both.read_text() + alone.read_text())
+    return alone, both
+
+
+def plainly(server, authority):
+    """From this machine, as any program."""
+
+    def way(asked):
+        env = os.environ | {"OPENAI_BASE_URL": f"{server.address}/v1", "OPENAI_API_KEY": KEY, "SSL_CERT_FILE": str(authority)}
+        ran = subprocess.run(client(PYTHON, asked), cwd=HERE / "agent", env=env, capture_output=True, text=True, timeout=600)
+        if ran.returncode:
+            raise SystemExit(f"error: the client failed: {ran.stderr[-2000:]}")
+        return ran.stdout.splitlines()
+
+    return way
+
+
+def through_belay(server, authority):
+    """From Belay's sandbox, as its agent."""
+
+    def way(asked):
+        with tempfile.TemporaryDirectory() as folder:
+            home = pathlib.Path(folder)
+            (home / "pack.yaml").write_text(PACK)
+            (home / "task.yaml").write_text(json.dumps(belay.task("bench", client(PYTHON, asked), {}, [], "1Gi", 900_000_000)))
+            command = [os.environ["BELAY"], "run", "task.yaml", "--workspace", HERE / "agent", "--sandbox", "bwrap", "--output", "json"]
+            command += ["--resolve", f"model.test=127.0.0.1:{server.port}", "--upstream-ca", authority, "--credential", "model/token=env:KEY"]
+            # Into a file: nobody else is busy with it meanwhile.
+            with open(home / "events", "w+") as events:
+                ran = subprocess.run(
+                    [*command, "--evidence", home / "evidence"],
+                    cwd=home,
+                    env=os.environ | {"KEY": KEY},
+                    stdin=subprocess.DEVNULL,
+                    stdout=events,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    timeout=600,
+                )
+                events.seek(0)
+                told = [json.loads(line) for line in events]
+            said = [one["line"] for one in told if one["event"] == "said"]
+            if ran.returncode:
+                raise SystemExit(f"error: belay run ended with {ran.returncode}: {ran.stderr[-2000:]} {said[-3:]}")
+            log = next((home / "evidence").glob("default/*/*"))
+            subprocess.run([os.environ["BELAY"], "verify", log], check=True, stdout=subprocess.DEVNULL)
+        return said
+
+    return way
+
+
+def rounds(ways, count, asked):
+    """What was measured in milliseconds: by the way, how many at once, and what of."""
+    samples = {name: collections.defaultdict(list) for name in ways}
+    for number in range(count):
+        # Each is first in its turn.
+        for name in sorted(ways, key=lambda name: (list(ways).index(name) + number) % len(ways)):
+            print(f"bench: round {number + 1} of {count}, {name}", file=sys.stderr, flush=True)
+            for line in ways[name](asked):
+                (kind, at_once), first, *later = json.loads(line)
+                found = samples[name]
+                found[at_once, NAMES[kind, "first"]].append(first / 1000)
+                if later:
+                    found[at_once, NAMES[kind, "later"]] += [one / 1000 for one in later]
+    return samples
+
+
+def percentile(samples, percent):
+    """By nearest rank."""
+    ranked = sorted(samples)
+    return ranked[max(-(-len(ranked) * percent // 100) - 1, 0)]
+
+
+def measures(samples):
+    """As benches/measure.rs has them: what Belay adds is the value, what LiteLLM adds the baseline."""
+    for at_once, what in sorted(samples["belay"]):
+        for percent in (50, 99):
+            direct, belays, others = (percentile(samples[way][at_once, what], percent) for way in ("direct", "belay", "litellm"))
+            added, baseline = belays - direct, others - direct
+            _, goal = AT_ONCE[at_once]
+            if baseline <= 0:
+                raise SystemExit(f"error: expected LiteLLM's proxy to add something to model.{at_once}.{what}, found {baseline} ms; make more rounds")
+            ratio = added / baseline
+            n = len(samples["belay"][at_once, what])
+            name = f"model.{at_once}.{what}-added-p{percent}"
+            yield {"name": name, "value": added, "unit": "ms", "n": n, "baseline": baseline, "ratio": ratio, "goal": goal, "ok": ratio <= goal}
+
+
+def report(samples):
+    """Prints a table, and adds the measures to the file; what they are the differences of goes beside them."""
+    for at_once, what in sorted(samples["belay"]):
+        figures = [f"{way} {percentile(of[at_once, what], 50):.2f}, {percentile(of[at_once, what], 99):.2f}" for way, of in samples.items()]
+        print(f"bench: model.{at_once}.{what}, ms at p50, p99: {'; '.join(figures)}", file=sys.stderr)
+    print(f"{'measure':<28} {'value':>10} {'unit':<4} {'n':>6} {'baseline':>10} {'ratio':>7} {'goal':>7}  ok")
+    with open(ROOT / "target/bench.jsonl", "a") as out:
+        for one in measures(samples):
+            out.write(json.dumps(one) + "\n")
+            row = "{name:<28} {value:>10.2f} {unit:<4} {n:>6} {baseline:>10.2f} {ratio:>7.2f} {goal:>7.2f}".format(**one)
+            print(f"{row}  {'yes' if one['ok'] else 'no'}")
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--litellm", type=pathlib.Path, required=True, help="a virtual environment with LiteLLM's proxy")
+    parser.add_argument("--logs", type=pathlib.Path, required=True)
+    parser.add_argument("--rounds", type=int, default=5)
+    given = parser.parse_args()
+    asked = phases(os.environ.get("ONLY", ""))
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        authority, key = certificate(folder)
+        model = Served([PYTHON, "-B", HERE / "paced.py", KEY, key], "/", given.logs / "model.log", authority=authority)
+        try:
+            proxy = litellm(given.litellm, folder, "gpt-4o", f"{model.address}/v1", given.logs / "litellm.log", KEY, authority)
+            try:
+                ways = {"direct": plainly(model, authority), "belay": through_belay(model, authority), "litellm": plainly(proxy, authority)}
+                samples = rounds(ways, given.rounds, asked)
+            finally:
+                proxy.end()
+        finally:
+            model.end()
+    report(samples)
+
+
+if __name__ == "__main__":
+    main()
