@@ -9,6 +9,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
+    io::Read,
     os::unix::fs::MetadataExt,
     time::Duration,
 };
@@ -33,7 +34,8 @@ pub enum Beyond {
 pub async fn until_beyond(pid: u32, memory: u64, processes: u64) -> Beyond {
     loop {
         tokio::time::sleep(PAUSE).await;
-        let (held, count) = used(pid);
+        // A machine has hundreds of processes, and the threads here serve the agent: it would wait meanwhile.
+        let Ok((held, count)) = tokio::task::spawn_blocking(move || used(pid)).await else { continue };
         if held > memory {
             return Beyond::Memory;
         }
@@ -68,7 +70,10 @@ fn used(top: u32) -> (u64, u64) {
 
 /// `/proc/PID/stat`: the name in parentheses may have anything in it.
 fn parent(pid: u32) -> Option<u32> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // At once: what has no length is read in small pieces otherwise, and there are many.
+    let mut stat = [0; 1024];
+    let length = fs::File::open(format!("/proc/{pid}/stat")).ok()?.read(&mut stat).ok()?;
+    let stat = String::from_utf8_lossy(stat.get(..length)?);
     stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
 }
 
