@@ -18,7 +18,7 @@ demo: install ## An agent on a rope, from nothing: cluster, image, install, run,
 test: ## Every test there is; ends with `N passed, N failed` (ONLY="STAGE…" for some)
 	@e2e/test $(ONLY)
 
-bench: $(if $(filter decision% evidence%,$(ONLY)),,install) ## Measures: a table, and target/bench.jsonl (ONLY=prefix for some; decision and evidence need no cluster)
+bench: $(if $(filter decision% evidence% model%,$(ONLY)),,install) ## Measures: a table, and target/bench.jsonl (ONLY=prefix for some; decision, evidence and model need no cluster)
 	@e2e/bench/run $(ONLY)
 
 escape: install ## What an agent tries that wants out, and the control in which it gets out

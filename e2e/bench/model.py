@@ -134,12 +134,11 @@ def measures(samples):
             direct, belays, others = (percentile(samples[way][at_once, what], percent) for way in ("direct", "belay", "litellm"))
             added, baseline = belays - direct, others - direct
             _, goal = AT_ONCE[at_once]
-            if baseline <= 0:
-                raise SystemExit(f"error: expected LiteLLM's proxy to add something to model.{at_once}.{what}, found {baseline} ms; make more rounds")
-            ratio = added / baseline
+            # Where LiteLLM seems to add nothing, too few were measured, or others were busy.
+            ratio = added / baseline if baseline > 0 else None
             n = len(samples["belay"][at_once, what])
             name = f"model.{at_once}.{what}-added-p{percent}"
-            yield {"name": name, "value": added, "unit": "ms", "n": n, "baseline": baseline, "ratio": ratio, "goal": goal, "ok": ratio <= goal}
+            yield {"name": name, "value": added, "unit": "ms", "n": n, "baseline": baseline, "ratio": ratio, "goal": goal, "ok": ratio is not None and ratio <= goal}
 
 
 def report(samples):
@@ -151,7 +150,8 @@ def report(samples):
     with open(ROOT / "target/bench.jsonl", "a") as out:
         for one in measures(samples):
             out.write(json.dumps(one) + "\n")
-            row = "{name:<28} {value:>10.2f} {unit:<4} {n:>6} {baseline:>10.2f} {ratio:>7.2f} {goal:>7.2f}".format(**one)
+            ratio = "-" if one["ratio"] is None else f"{one['ratio']:.2f}"
+            row = "{name:<28} {value:>10.2f} {unit:<4} {n:>6} {baseline:>10.2f} {ratio:>7} {goal:>7.2f}".format(**one | {"ratio": ratio})
             print(f"{row}  {'yes' if one['ok'] else 'no'}")
 
 
