@@ -350,4 +350,4 @@ fn is_like(pattern: &str, name: &str) -> bool {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -1,5 +1,5 @@
 use rstest::rstest;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::*;
 use crate::{
@@ -8,7 +8,12 @@ use crate::{
     gateway::testing,
     policy::{
         config::{ModelEndpoint, ModelPrice, PolicyConfig, Sensitivity, Usage},
-        model::api::Family,
+        model::{
+            api::Family,
+            estimate,
+            members::tests::published::Requests,
+            request::{self, Left},
+        },
     },
 };
 
@@ -206,4 +211,51 @@ fn headers_leave_by_list() {
         ("traceparent", "00-1"),
     ];
     assert_eq!(left, expected);
+}
+
+/// What a harness makes of a request and lets out leaves, and what it refuses does not: over requests that are made of the types that providers
+/// publish, and changed. BELAY_REQUESTS: how many.
+#[test]
+fn harness_and_gateway_agree_on_each_request() {
+    let compiled = compiled(None);
+    let policy = &compiled.policy;
+    let requests = Requests::new();
+    let (mut left, mut stayed) = (0_u64, 0_u64);
+    for number in Requests::numbers() {
+        let Some((api, body)) = requests.of(number) else { continue };
+        let text = Value::Object(body).to_string();
+        let model = |body: &Map<String, Value>| body.get("model").and_then(Value::as_str).map(str::to_owned);
+        // As the harness does it.
+        let made = Written::read(text.as_bytes()).ok().and_then(|written| {
+            let model = model(written.judged());
+            let endpoint = policy.models.of(api.family(), model.as_deref())?;
+            let price = model.as_deref().and_then(|model| price::of(&policy.models.prices, model));
+            let known = Model::named(model.as_deref().unwrap_or_default(), price);
+            let prompt = estimate::prompt(api, written.judged(), &known);
+            let left = Left { tokens: 10_000_000, cost: None };
+            let bounded =
+                request::bound(api, written.judged(), &known, Pack::of(policy, endpoint), prompt, left).ok()?;
+            Some((written.with(&bounded.set), Spent::of(bounded.reserved.bound, price), model))
+        });
+        let (sent, reserved, model, leaves) = match made {
+            Some((sent, reserved, model)) => (sent, reserved, model, true),
+            None => {
+                let lies = Spent { tokens: i64::MAX, cost_micros: i64::MAX };
+                let model = serde_json::from_str(&text).ok().and_then(|body: Map<String, Value>| model(&body));
+                (text.into_bytes(), lies, model, false)
+            }
+        };
+        let intent = IntentFacts {
+            target: api.path().to_owned(),
+            model: model.map(|model| shorten(&compiled.redactor.model(&model, policy, &testing::salt()))),
+            reserved,
+            ..intent(&compiled, &agents())
+        };
+        let base = policy.models.openai.as_deref().unwrap();
+        let to = Target::parse(&api::url(base, Family::OpenAi, api.path())).unwrap();
+        let found = reviewed(&compiled, &to, (&intent, &testing::salt()), (&HeaderMap::new(), &sent));
+        assert_eq!(found.is_ok(), leaves, "{number}: {found:?}: {}", String::from_utf8_lossy(&sent));
+        *if leaves { &mut left } else { &mut stayed } += 1;
+    }
+    assert!(left * 20 > stayed && stayed * 20 > left, "{left} left, {stayed} stayed");
 }

@@ -5,7 +5,7 @@ use serde_json::json;
 
 use super::*;
 
-mod published;
+pub(crate) mod published;
 
 fn said(api: Api, body: Value, terms: Terms<'_>) -> Result<Noted, String> {
     review(api, body.as_object().unwrap(), terms).map_err(|unbounded| unbounded.to_string())

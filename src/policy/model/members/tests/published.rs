@@ -275,6 +275,39 @@ impl Dice {
     }
 }
 
+/// Requests that are made of the types that providers publish, and then changed: one for each number.
+pub(crate) struct Requests {
+    published: Published,
+    roots: Vec<(Api, String)>,
+}
+
+impl Requests {
+    pub(crate) fn new() -> Self {
+        let published = published();
+        let roots = published.apis.iter().flat_map(|(name, roots)| roots.iter().map(|root| (api(name), root.clone())));
+        Self { roots: roots.collect(), published }
+    }
+
+    /// So many as the environment asks for, from its seed on.
+    pub(crate) fn numbers() -> std::ops::Range<u64> {
+        let asked = |name: &str, usual: u64| std::env::var(name).map_or(usual, |text| text.parse().unwrap());
+        let seed = asked("BELAY_SEED", 22);
+        seed..seed + asked("BELAY_REQUESTS", 1_000)
+    }
+
+    /// The request of this number, where it is one.
+    pub(crate) fn of(&self, number: u64) -> Option<(Api, Map<String, Value>)> {
+        let mut dice = Dice(number);
+        let (api, root) = dice.one_of(&self.roots);
+        let mut body = dice.value(&self.published, &Form::Ref { r#ref: root.clone() }, 6);
+        for _ in 0..dice.below(3) {
+            dice.mutate(&mut body);
+        }
+        let Value::Object(body) = body else { return None };
+        Some((*api, body))
+    }
+}
+
 /// Whether everything in a value is named by a table: another walk than the one that is tested, and a simpler one.
 fn is_named(of: &Of, value: &Value) -> bool {
     let passes = |fate: &Fate, value: &Value| match fate {
@@ -336,30 +369,23 @@ fn the_betas_that_are_published_are_decided_on() {
 
 #[test]
 fn a_generated_request_that_passes_has_nothing_that_the_tables_do_not_name() {
-    let published = published();
-    let count = std::env::var("BELAY_REQUESTS").map_or(1_000, |count| count.parse().unwrap());
-    let seed = std::env::var("BELAY_SEED").map_or(22, |seed| seed.parse().unwrap());
-    let roots: Vec<_> =
-        published.apis.iter().flat_map(|(name, roots)| roots.iter().map(move |root| (api(name), root))).collect();
+    let requests = Requests::new();
+    let numbers = Requests::numbers();
+    let count = numbers.end - numbers.start;
     let (mut passed, mut refused) = (0, 0);
-    for index in 0..count {
-        let mut dice = Dice(seed + index);
-        let (api, root) = *dice.one_of(&roots);
-        let mut body = dice.value(&published, &Form::Ref { r#ref: root.clone() }, 6);
-        for _ in 0..dice.below(3) {
-            dice.mutate(&mut body);
-        }
-        let Value::Object(object) = &body else { continue };
-        match review(api, object, Terms::default()) {
+    for number in numbers {
+        let Some((api, object)) = requests.of(number) else { continue };
+        let body = Value::Object(object.clone());
+        match review(api, &object, Terms::default()) {
             Ok(_) => {
                 passed += 1;
-                assert!(is_named(&Of::Object(api.table()), &body), "seed {}: {body}", seed + index);
+                assert!(is_named(&Of::Object(api.table()), &body), "seed {number}: {body}");
             }
             Err(unbounded) => {
                 refused += 1;
                 // Some models are refused by their names.
                 let named = is_named(&Of::Object(api.table()), &body) && !unbounded.0.contains("this model");
-                assert!(!named, "seed {}: {unbounded}: {body}", seed + index);
+                assert!(!named, "seed {number}: {unbounded}: {body}");
             }
         }
     }
