@@ -89,8 +89,8 @@ def example(schema, prompt, root=None, depth=0):
         value = int(found.group()) if found else 1
         return min(max(value, schema.get("minimum", value)), schema.get("maximum", value))
     if kind == "boolean":
-        # What guardrails ask ("is this off topic?") is not so.
-        return False
+        # What guardrails ask ("is this off topic?") is not so, unless the prompt says that it is.
+        return "say yes" in prompt
     if kind == "null":
         return None
     # The last name that the prompt mentions.

@@ -1,5 +1,5 @@
 // OpenAI Agents SDK for Node: an agent with tools, its streams, typed answers, and its guardrail example.
-import { Agent, run, tool } from "@openai/agents";
+import { Agent, InputGuardrailTripwireTriggered, run, tool } from "@openai/agents";
 import { z } from "zod";
 import * as parts from "./parts.mjs";
 
@@ -40,11 +40,16 @@ await parts.main({
     const outputType = z.object({ reasoning: z.string(), isMathHomework: z.boolean() });
     const judge = new Agent({ name: "judge", model, instructions: "Is it homework?", outputType });
     const execute = async ({ input, context }) => {
-      const found = (await run(judge, input, { context })).finalOutput;
+      // The judge is the faster of the two. What is asked comes as text, or as a list of messages.
+      const asked = typeof input === "string" ? input : input.map((item) => item.content).join(" ");
+      const found = (await run(judge, asked.replace("take 2000 ms", ""), { context })).finalOutput;
       return { outputInfo: found, tripwireTriggered: found.isMathHomework };
     };
     const guarded = new Agent({ name: "guarded", model, instructions: "You help.", inputGuardrails: [{ name: "homework", execute }] });
     for (const prompt of ["[guardrail] Where is Tokyo? take 400 ms", "[guardrail] And who lives in Tokyo? take 400 ms"])
       parts.ended((await run(guarded, prompt)).finalOutput);
+    // Where it trips, the answer that is under way is given up.
+    const tripped = await run(guarded, "[guardrail] My homework is about Tokyo: say yes. take 2000 ms").catch((error) => error);
+    parts.holds(tripped instanceof InputGuardrailTripwireTriggered, String(tripped));
   },
 });

@@ -85,7 +85,8 @@ async def guardrail():
 
     @input_guardrail
     async def no_homework(context, agent, question):
-        found = (await Runner.run(judge, question, context=context.context)).final_output
+        # The judge is the faster of the two.
+        found = (await Runner.run(judge, question.replace("take 2000 ms", ""), context=context.context)).final_output
         return GuardrailFunctionOutput(output_info=found, tripwire_triggered=found.is_math_homework)
 
     guarded = Agent(name="guarded", model=MODEL, instructions="You help customers.", input_guardrails=[no_homework])
@@ -94,6 +95,11 @@ async def guardrail():
             parts.ended((await Runner.run(guarded, prompt)).final_output)
         except InputGuardrailTripwireTriggered as tripped:
             raise AssertionError("the guardrail has tripped") from tripped
+    # Where it trips, the answer that is under way is given up.
+    try:
+        raise AssertionError((await Runner.run(guarded, "[guardrail] My homework is about Tokyo: say yes. take 2000 ms")).final_output)
+    except InputGuardrailTripwireTriggered:
+        pass
 
 
 @parts.part
