@@ -10,6 +10,27 @@ use std::{
 
 use super::CliError;
 
+/// Writes those of these files that are not there yet into a folder, which is made where there is none. Gives the names of those that are.
+///
+/// # Errors
+/// If all are there, or one cannot be written.
+pub(super) fn complete<'a>(
+    folder: &Path,
+    files: impl Iterator<Item = (&'a str, &'a str)> + Clone,
+) -> Result<Vec<&'a str>, CliError> {
+    let is_there = |name: &str| folder.join(name).symlink_metadata().is_ok();
+    let kept: Vec<_> = files.clone().map(|(name, _)| name).filter(|name| is_there(name)).collect();
+    if kept.len() == files.clone().count() {
+        return Err(CliError::new(format!(
+            "{}: expected at least one of {} not to be there, found them all; remove what is to be made anew, or name another folder (nothing was written)",
+            folder.display(),
+            kept.join(", ")
+        )));
+    }
+    fill(folder, files.filter(|(name, _)| !kept.contains(name)))?;
+    Ok(kept)
+}
+
 /// Writes new files, by name and text, into a folder, which is made where there is none.
 pub(super) fn fill<'a>(
     folder: &Path,

@@ -1,12 +1,18 @@
 //! `belay init`: a folder that `belay run` runs at once, to begin from.
 //!
-//! Promises: what is written is examples/hello, as the tests run it, but for the model that `--model` names. Refuses: to overwrite anything;
-//! nothing is written where a file is there already.
+//! Guarantees: what is written is examples/hello, as the tests run it, but for the model that `--model` names and the task's name, which is the
+//! folder's. A file that is there already stays as it is, and is said to.
+//! Non-goals: to change a file that somebody else has written so that it fits the others.
 
-use std::{io::Write, path::PathBuf};
+use std::{
+    io::Write,
+    net::{IpAddr, ToSocketAddrs},
+    path::{Path, PathBuf},
+};
 
 use self::model::{Model, Provider};
 use super::{CliError, folder, terminal::Safe};
+use crate::policy::hostname::Hostname;
 
 /// What follows from the model.
 mod model;
@@ -17,6 +23,10 @@ const PACK: &str = include_str!("../../examples/hello/policy-pack.yaml");
 const AGENT: &str = include_str!("../../examples/hello/agent.py");
 const AGENT_MESSAGES: &str = include_str!("../../examples/hello/agent_messages.py");
 const STANDIN: &str = include_str!("../../examples/hello/standin.py");
+/// The pack's file.
+const PACK_FILE: &str = "policy-pack.yaml";
+/// Longest name that is made of a folder's: names of pods are made of it in turn.
+const LONGEST_NAME: usize = 40;
 
 /// Make a folder with a task, contracts, a pack and an agent, which `belay run` runs at once.
 #[derive(Debug, clap::Args)]
@@ -27,13 +37,18 @@ Examples:
   belay init hello --model openai
       The same with a real model, whose key is in OPENAI_API_KEY: the command that runs it is said.
   belay init hello --model http://localhost:8000/v1 --model-name qwen3-8b
-      A server of yours that speaks OpenAI's API: vLLM, llama.cpp, LiteLLM and others.
+      A server of yours that speaks OpenAI's API: vLLM, llama.cpp, LiteLLM and others. One on another machine of yours
+      (http://192.168.1.5:8000/v1, http://gpubox:8000/v1) gets a name in the pack, and its address by --resolve.
+
+Then make it yours: agent.py is the agent, or whatever `command` in task.yaml says; packages of Python's go beside it, by
+`/usr/bin/python3 -m venv FOLDER/.venv && FOLDER/.venv/bin/pip install …`, with `command: [.venv/bin/python, agent.py]`.
+contracts.yaml has its tools, policy-pack.yaml what it may do at all, and `belay lint FOLDER` says what is wrong with them.
 
 Exit codes:
   0  the folder is there
-  2  it is not: a file is there already, or cannot be written")]
+  2  it is not: all files are there already, or one cannot be written")]
 pub(super) struct Args {
-    /// The folder; it is made unless it is there
+    /// The folder; it is made unless it is there, and what is in it stays as it is. The task is named after it
     #[arg(default_value = "hello")]
     folder: PathBuf,
     /// Whose model the agent asks: openai, anthropic, ollama, or the base URL of a server that speaks OpenAI's API [default: one that stands in]
@@ -46,29 +61,60 @@ pub(super) struct Args {
 
 /// Runs the command and gives the exit code.
 pub(super) fn run(args: &Args, out: &mut dyn Write) -> Result<u8, CliError> {
-    let model = args.model.clone().map(|provider| Model::new(provider, args.model_name.as_deref()));
+    let model =
+        args.model.clone().map(|provider| Model::new(provider, args.model_name.as_deref(), &|host| addresses(host)));
     let model = model.transpose().map_err(CliError::new)?;
-    let files = files(model.as_ref());
-    folder::fill(&args.folder, files.iter().map(|(name, text, _)| (*name, text.as_str())))?;
-    for (name, _, what) in files {
+    let files = files(model.as_ref(), &task_name(&args.folder));
+    let kept = folder::complete(&args.folder, files.iter().map(|(name, text, _)| (*name, text.as_str())))?;
+    for (name, _, what) in &files {
         let path = args.folder.join(name).display().to_string();
+        let what = if kept.contains(name) { "was there, and is kept as it is" } else { what };
         writeln!(out, "{:<30} {what}", Safe(&path).to_string())?;
     }
     let folder = Safe(&args.folder.display().to_string()).to_string();
-    let options = model.map(|model| model.options()).unwrap_or_default();
+    let options = model.as_ref().map(Model::options).unwrap_or_default();
     writeln!(
         out,
         "\nRun it:\n  belay run {folder}/task.yaml --upstream shop.test='python3 {folder}/standin.py'{options}"
     )?;
+    for note in model.iter().flat_map(Model::notes) {
+        writeln!(out, "note: {}", Safe(&note))?;
+    }
+    if let Some(model) = model.filter(|_| kept.contains(&PACK_FILE)) {
+        writeln!(out, "note: {folder}/{PACK_FILE} was there; for this model it needs")?;
+        for line in model.wanted_of_a_pack().lines() {
+            writeln!(out, "{}", Safe(line))?;
+        }
+    }
     Ok(0)
 }
 
+/// The addresses that this machine's programs find for a name; none where they find none.
+fn addresses(host: &Hostname) -> Vec<IpAddr> {
+    (host.as_str(), 0).to_socket_addrs().map(|found| found.map(|one| one.ip()).collect()).unwrap_or_default()
+}
+
+/// A name for the task: that of its folder, as names of objects are written.
+fn task_name(folder: &Path) -> String {
+    // The folder may not be there yet, and `.` has no name by itself.
+    let whole = std::path::absolute(folder).unwrap_or_else(|_| folder.to_owned());
+    let whole = std::fs::canonicalize(&whole).unwrap_or(whole);
+    let name = whole.file_name().map(|name| name.to_string_lossy().to_lowercase()).unwrap_or_default();
+    let plain = |c: char| if c.is_ascii_lowercase() || c.is_ascii_digit() { c } else { '-' };
+    let name: String = name.chars().map(plain).collect();
+    let parts: Vec<_> = name.split('-').filter(|part| !part.is_empty()).collect();
+    let name: String = parts.join("-").chars().take(LONGEST_NAME).collect();
+    let name = name.trim_end_matches('-');
+    if name.is_empty() { "hello".to_owned() } else { name.to_owned() }
+}
+
 /// Name, content, and what it is.
-fn files(model: Option<&Model>) -> [(&'static str, String, &'static str); 5] {
+fn files(model: Option<&Model>, task_name: &str) -> [(&'static str, String, &'static str); 5] {
     let agent = if model.is_some_and(Model::speaks_messages) { AGENT_MESSAGES } else { AGENT };
-    let (task, pack) = match model {
-        Some(model) => (model.task(TASK), model.pack(PACK)),
-        None => (TASK.to_owned(), PACK.to_owned()),
+    let task = TASK.replacen("  name: hello\n", &format!("  name: {task_name}\n"), 1);
+    let (task, pack, agent, standin) = match model {
+        Some(model) => (model.task(&task), model.pack(PACK), model.agent(agent), model.standin(STANDIN)),
+        None => (task, PACK.to_owned(), agent.to_owned(), STANDIN.to_owned()),
     };
     let stands_in = match model {
         Some(_) => "stands in for the shop",
@@ -77,8 +123,11 @@ fn files(model: Option<&Model>) -> [(&'static str, String, &'static str); 5] {
     [
         ("task.yaml", task, "what the agent is to do, and its limits"),
         ("contracts.yaml", CONTRACTS.to_owned(), "its tools, and what calls have to be like"),
-        ("policy-pack.yaml", pack, "what tasks like it may do at all"),
-        ("agent.py", agent.to_owned(), "the agent: forty lines that know nothing of Belay"),
-        ("standin.py", STANDIN.to_owned(), stands_in),
+        (PACK_FILE, pack, "what tasks like it may do at all"),
+        ("agent.py", agent, "the agent: forty lines that know nothing of Belay"),
+        ("standin.py", standin, stands_in),
     ]
 }
+
+#[cfg(test)]
+mod tests;

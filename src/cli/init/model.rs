@@ -3,13 +3,26 @@
 //! Guarantees: what is written names the model's host once as an endpoint and once in the egress list, and a key is only ever named.
 //! Non-goals: to ask the provider anything; whether the model is there shows in the first run.
 
-use std::str::FromStr;
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    str::FromStr,
+};
 
 use http::Uri;
+
+use crate::policy::{
+    egress::Blocked,
+    hostname::{Hostname, HostnameError},
+};
 
 /// What this machine is called in a pack, whose hosts have a domain. Servers that look at the name they are asked by, as Ollama does, take those
 /// of `localhost` (RFC 6761).
 const HERE: &str = "model.localhost";
+/// What another machine is called in a pack that is known by its address alone: packs have names. No public name ends so.
+const THERE: &str = "model.internal";
+/// Ends of names that no public server knows.
+const OURS: [&str; 12] =
+    ["corp", "home", "home.arpa", "internal", "intranet", "lan", "local", "localdomain", "private", "svc", "test", "vpn"];
 
 /// Whose model, as `--model` has it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,10 +37,36 @@ pub(super) enum Provider {
 /// A base URL, read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Base {
-    url: String,
-    host: String,
+    asked: Asked,
     port: u16,
     is_tls: bool,
+    /// Path and query.
+    rest: String,
+}
+
+/// Whom a URL names.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Asked {
+    Name(Hostname),
+    Address(IpAddr),
+}
+
+/// How the gateway of a laptop gets to a host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    /// By its name, as everybody does.
+    Public,
+    /// By this address, which `--resolve` gives it.
+    At(IpAddr),
+    /// By an address that `--resolve` has to give it, and that is not known here.
+    Unknown,
+}
+
+/// A host as a pack has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Place {
+    host: String,
+    way: Way,
 }
 
 impl FromStr for Provider {
@@ -38,46 +77,87 @@ impl FromStr for Provider {
             "openai" => Ok(Self::OpenAi),
             "anthropic" => Ok(Self::Anthropic),
             "ollama" => Ok(Self::Ollama),
-            url => Base::read(url).map(Self::Compatible).ok_or_else(|| {
-                format!(
-                    "expected openai, anthropic, ollama or the base URL of a server that speaks OpenAI's API, such as \
-                     http://localhost:8000/v1, found {url:?}"
-                )
-            }),
+            url => Base::read(url).map(Self::Compatible),
         }
     }
 }
 
 impl Base {
-    fn read(text: &str) -> Option<Self> {
-        let uri: Uri = text.parse().ok()?;
-        let is_tls = match uri.scheme_str()? {
-            "https" => true,
-            "http" => false,
-            _ => return None,
+    fn read(text: &str) -> Result<Self, String> {
+        let none = || {
+            format!(
+                "expected openai, anthropic, ollama or the base URL of a server that speaks OpenAI's API, such as \
+                 http://localhost:8000/v1, found {text:?}"
+            )
         };
-        let host = match uri.host()? {
-            "localhost" | "127.0.0.1" | "[::1]" => HERE,
-            host => host,
+        let uri: Uri = text.parse().map_err(|_| none())?;
+        let is_tls = match uri.scheme_str() {
+            Some("https") => true,
+            Some("http") => false,
+            _ => return Err(none()),
+        };
+        let (authority, host) = uri.authority().zip(uri.host()).ok_or_else(none)?;
+        if authority.as_str().contains('@') {
+            return Err("expected a base URL without a user or a key, found one; the gateway gets the key by --credential".to_owned());
+        }
+        let asked = match host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>() {
+            // Where servers listen that say so; whoever asks, asks this machine.
+            Ok(IpAddr::V4(Ipv4Addr::UNSPECIFIED)) => Asked::Address(Ipv4Addr::LOCALHOST.into()),
+            Ok(IpAddr::V6(Ipv6Addr::UNSPECIFIED)) => Asked::Address(Ipv6Addr::LOCALHOST.into()),
+            Ok(address) => Asked::Address(address),
+            Err(_) => Asked::Name(Hostname::parse(host).map_err(|error| match error {
+                HostnameError::Address => {
+                    format!("expected an address in full in a base URL, such as 127.0.0.1, found {host:?}; write it so")
+                }
+                error => format!("{error}: {host:?} in the base URL; name the server by its address instead"),
+            })?),
         };
         let port = uri.port_u16().unwrap_or(if is_tls { 443 } else { 80 });
-        let has_user = uri.authority()?.as_str().contains('@');
-        let usual = port == if is_tls { 443 } else { 80 };
-        let place = if usual { host.to_owned() } else { format!("{host}:{port}") };
-        // The version is a part of what agents ask for.
-        let path = uri.path().trim_end_matches('/').trim_end_matches("/v1");
-        let url = format!("{}://{place}{path}", uri.scheme_str()?);
-        let plain = |c: char| c.is_ascii_alphanumeric() || "-._~:/%".contains(c);
-        (!has_user && uri.query().is_none() && url.chars().all(plain)).then(|| Self {
-            url,
-            host: host.to_owned(),
-            port,
-            is_tls,
-        })
+        // A whole URL of a call is a base as well. Which version it is, is a part of what agents ask for.
+        let path = uri.path().trim_end_matches('/');
+        if path.ends_with("/messages") {
+            return Err(format!(
+                "expected the base URL of a server that speaks OpenAI's API, found {text:?}, which is of Anthropic's; \
+                 `--model anthropic` is Anthropic's own, and a pack names another server in `spec.models.anthropic`"
+            ));
+        }
+        let ends = ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings", "/v1/models", "/v1"];
+        let path = ends.iter().find_map(|end| path.strip_suffix(end)).unwrap_or(path);
+        let rest = uri.query().map_or_else(|| path.to_owned(), |query| format!("{path}?{query}"));
+        let plain = |c: char| c.is_ascii_alphanumeric() || "-._~:/%?&=".contains(c);
+        if port == 0 || !rest.chars().all(plain) {
+            return Err(none());
+        }
+        Ok(Self { asked, port, is_tls, rest })
     }
 
-    fn is_local(&self) -> bool {
-        self.host == HERE
+    /// Where it is. `find` says which addresses a name has for this machine's programs.
+    fn place(&self, find: &dyn Fn(&Hostname) -> Vec<IpAddr>) -> Place {
+        let name = match &self.asked {
+            Asked::Address(address) => {
+                let host = if address.is_loopback() { HERE } else { THERE };
+                return Place { host: host.to_owned(), way: Way::At(*address) };
+            }
+            Asked::Name(name) => name,
+        };
+        let within = |end: &str| name.as_str().strip_suffix(end).is_some_and(|rest| rest.ends_with('.'));
+        if name.as_str() == "localhost" || within("localhost") {
+            let host = if within("localhost") { name.as_str() } else { HERE };
+            return Place { host: host.to_owned(), way: Way::At(Ipv4Addr::LOCALHOST.into()) };
+        }
+        // A pack takes no name without a domain, and the gateway's name servers know none.
+        let bare = !name.as_str().contains('.');
+        let host = if bare { format!("{name}.internal") } else { name.to_string() };
+        let mut found = find(name);
+        found.sort_by_key(IpAddr::is_ipv6);
+        let inside = found.iter().find(|address| Blocked::default().reason(**address).is_some());
+        let way = match (inside, found.first()) {
+            (Some(address), _) => Way::At(*address),
+            (None, Some(address)) if bare => Way::At(*address),
+            (None, None) if bare || OURS.into_iter().any(within) => Way::Unknown,
+            (None, _) => Way::Public,
+        };
+        Place { host, way }
     }
 }
 
@@ -86,12 +166,20 @@ impl Base {
 pub(super) struct Model {
     provider: Provider,
     name: String,
+    base: Base,
+    place: Place,
 }
 
 impl Model {
+    /// `find` says which addresses a name has for this machine's programs.
+    ///
     /// # Errors
     /// If nobody says which model of the server it is.
-    pub(super) fn new(provider: Provider, name: Option<&str>) -> Result<Self, String> {
+    pub(super) fn new(
+        provider: Provider,
+        name: Option<&str>,
+        find: &dyn Fn(&Hostname) -> Vec<IpAddr>,
+    ) -> Result<Self, String> {
         let usual = match &provider {
             Provider::OpenAi => Some("gpt-4o-mini"),
             Provider::Anthropic => Some("claude-haiku-4-5"),
@@ -103,28 +191,42 @@ impl Model {
         if name.is_empty() || !name.chars().all(plain) {
             return Err(format!("expected the model's name in letters, digits and -._:/@+, found {name:?}"));
         }
-        Ok(Self { provider, name: name.to_owned() })
-    }
-
-    fn base(&self) -> Base {
-        let (url, port, is_tls) = match &self.provider {
-            Provider::OpenAi => ("https://api.openai.com", 443, true),
-            Provider::Anthropic => ("https://api.anthropic.com", 443, true),
-            Provider::Ollama => ("http://model.localhost:11434", 11434, false),
-            Provider::Compatible(base) => return base.clone(),
+        let base = match &provider {
+            Provider::OpenAi => Base::read("https://api.openai.com")?,
+            Provider::Anthropic => Base::read("https://api.anthropic.com")?,
+            Provider::Ollama => Base::read("http://localhost:11434")?,
+            Provider::Compatible(base) => base.clone(),
         };
-        let host = url.split_once("://").and_then(|(_, rest)| rest.split(':').next()).unwrap_or_default();
-        Base { url: url.to_owned(), host: host.to_owned(), port, is_tls }
+        // Whose name everybody knows is not asked for.
+        let place = match &provider {
+            Provider::OpenAi | Provider::Anthropic => base.place(&|_| Vec::new()),
+            Provider::Ollama | Provider::Compatible(_) => base.place(find),
+        };
+        Ok(Self { provider, name: name.to_owned(), base, place })
     }
 
-    /// The variable with the key, where the provider wants one.
+    /// The base URL in the pack.
+    fn url(&self) -> String {
+        let Base { port, is_tls, rest, .. } = &self.base;
+        let host = &self.place.host;
+        let (scheme, usual) = if *is_tls { ("https", 443) } else { ("http", 80) };
+        let place = if *port == usual { host.clone() } else { format!("{host}:{port}") };
+        format!("{scheme}://{place}{rest}")
+    }
+
+    /// The variable with the key, where the provider wants one. Keys go out over TLS only.
     fn key(&self) -> Option<&'static str> {
         match &self.provider {
             Provider::OpenAi => Some("OPENAI_API_KEY"),
             Provider::Anthropic => Some("ANTHROPIC_API_KEY"),
             Provider::Ollama => None,
-            Provider::Compatible(base) => (base.is_tls && !base.is_local()).then_some("MODEL_API_KEY"),
+            Provider::Compatible(base) => base.is_tls.then_some("MODEL_API_KEY"),
         }
+    }
+
+    /// Whether it is on this machine, and is asked in the clear.
+    fn is_here_in_the_clear(&self) -> bool {
+        !self.base.is_tls && matches!(self.place.way, Way::At(address) if address.is_loopback())
     }
 
     /// Whether its agent speaks Anthropic's API.
@@ -132,27 +234,62 @@ impl Model {
         self.provider == Provider::Anthropic
     }
 
-    /// The pack, for this model in place of the stand-in.
-    pub(super) fn pack(&self, standin: &str) -> String {
-        let Base { url, host, port, .. } = self.base();
+    /// Its lines in the pack: the endpoint, and the host in the class's egress.
+    fn lines(&self) -> (String, String) {
         let api = if self.speaks_messages() { "anthropic" } else { "openai" };
+        let endpoint = format!("    {api}: {}\n", self.url());
+        let listed = |line: &str| format!("          {line}\n");
         let credentials = match self.key() {
             Some(_) => {
-                "\n          # The gateway adds it. The agent never sees it.\n          credentials: [{secret: model-key, key: token}]"
+                listed("# The gateway adds it. The agent never sees it.") + &listed("credentials: [{secret: model-key, key: token}]")
             }
-            None => "",
+            None if self.is_here_in_the_clear() && self.provider != Provider::Ollama => {
+                listed("# If it wants a key, with --credential model-key/token=env:MODEL_API_KEY. The agent never sees it.")
+                    + &listed("# credentials: [{secret: model-key, key: token}]")
+            }
+            None => String::new(),
         };
+        let egress = format!(
+            "        - host: {}\n          ports: [{}]\n          uses: [Models]\n{credentials}",
+            self.place.host, self.base.port
+        );
+        (endpoint, egress)
+    }
+
+    /// The pack, for this model in place of the stand-in.
+    pub(super) fn pack(&self, standin: &str) -> String {
+        let (endpoint, egress) = self.lines();
         let (before, rest) = standin.split_once("  # For a real model").unwrap_or((standin, ""));
         let (_, rest) = rest.split_once("  models:\n    openai: http://shop.test\n").unwrap_or(("", rest));
         let rest = rest.replacen(
             "        - host: shop.test\n          ports: [80]\n          uses: [Models, Tools]\n",
-            &format!(
-                "        - host: {host}\n          ports: [{port}]\n          uses: [Models]{credentials}\n        \
-                 - host: shop.test\n          ports: [80]\n          uses: [Tools]\n"
-            ),
+            &format!("{egress}        - host: shop.test\n          ports: [80]\n          uses: [Tools]\n"),
             1,
         );
-        format!("{before}  models:\n    {api}: {url}\n{rest}")
+        format!("{before}  models:\n{endpoint}{rest}")
+    }
+
+    /// The agent, which is told the model's name.
+    pub(super) fn agent(&self, with_standin: &str) -> String {
+        with_standin.replacen(r#"os.environ.get("MODEL", "stand-in")"#, r#"os.environ["MODEL"]"#, 1)
+    }
+
+    /// The shop alone: this model needs nobody to stand in for it.
+    pub(super) fn standin(&self, with_model: &str) -> String {
+        let without = |text: String, from: &str, to: &str| match text.split_once(from) {
+            Some((before, rest)) => {
+                let (_, after) = rest.split_once(to).unwrap_or_default();
+                format!("{before}{after}")
+            }
+            None => text,
+        };
+        let shop = with_model
+            .replacen("Stands in for a model and for a shop, so that no key is needed.", "Stands in for a shop.", 1)
+            .replacen(" The model follows a script: it does what an agent should do, and what it should not.", "", 1);
+        let shop = without(shop, "SCRIPT = [\n", "\n]\n");
+        let asked = "        if \"messages\" in body:\n            return self.answer(model(body[\"messages\"]))\n";
+        let shop = shop.replacen(asked, "", 1);
+        without(shop, "def model(messages):\n", "\n\n\n")
     }
 
     /// The task, with the model's name where its agent looks for it, and limits that a real model needs.
@@ -167,44 +304,49 @@ impl Model {
 
     /// What `belay run` needs beside the task.
     pub(super) fn options(&self) -> String {
-        let base = self.base();
+        let Place { host, way } = &self.place;
+        let port = self.base.port;
         let key = self.key().map(|variable| format!(" --credential model-key/token=env:{variable}"));
-        let place = base.is_local().then(|| format!(" --resolve {}=127.0.0.1:{}", base.host, base.port));
+        let place = match way {
+            Way::Public => None,
+            Way::At(address) => Some(format!(" --resolve {host}={}", SocketAddr::new(*address, port))),
+            Way::Unknown => Some(format!(" --resolve {host}=ADDRESS:{port}")),
+        };
         key.into_iter().chain(place).collect()
+    }
+
+    /// What whoever runs it has to know or do first.
+    pub(super) fn notes(&self) -> Vec<String> {
+        let Place { host, way } = &self.place;
+        let mut notes = Vec::new();
+        if *way == Way::Unknown {
+            notes.push(format!(
+                "this machine finds no address of {host} now: put the server's in place of ADDRESS, since the gateway asks public name servers"
+            ));
+        }
+        if *way == Way::Public {
+            return notes;
+        }
+        if self.base.is_tls {
+            notes.push(format!(
+                "the gateway asks for {host}, and takes no certificate for another name: the server needs one for it, and --upstream-ca FILE \
+                 has the authority that has signed it, unless the web knows that one"
+            ));
+        } else if !self.is_here_in_the_clear() {
+            notes.push(format!(
+                "{host} is asked in the clear: others on the way can read and change what goes there, and no key does; with a key it has to be https"
+            ));
+        }
+        notes
+    }
+
+    /// What a pack that was there already needs for this model.
+    pub(super) fn wanted_of_a_pack(&self) -> String {
+        let (endpoint, egress) = self.lines();
+        let indented = |text: &str| text.lines().map(|line| format!("  {line}\n")).collect::<String>();
+        format!("  spec.models:\n{}  spec.workflowClasses[].egress:\n{}", indented(&endpoint), indented(&egress))
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use rstest::rstest;
-
-    use super::*;
-
-    #[rstest]
-    #[case("https://openrouter.ai/api/v1", "https://openrouter.ai/api", "openrouter.ai", 443)]
-    #[case("http://localhost:8000/v1/", "http://model.localhost:8000", "model.localhost", 8000)]
-    #[case("http://vllm.models.svc:8080", "http://vllm.models.svc:8080", "vllm.models.svc", 8080)]
-    fn a_base_url_is_read(#[case] text: &str, #[case] url: &str, #[case] host: &str, #[case] port: u16) {
-        let Provider::Compatible(base) = text.parse().unwrap() else { panic!("{text}") };
-        assert_eq!((base.url.as_str(), base.host.as_str(), base.port), (url, host, port));
-    }
-
-    #[rstest]
-    #[case("mistral")]
-    #[case("ftp://a.test")]
-    #[case("https://user:secret@a.test/v1")]
-    #[case("http://a.test/\u{e4}")]
-    #[case("http://a.test/ x: y")]
-    #[case("")]
-    fn what_is_none_is_refused(#[case] text: &str) {
-        assert!(text.parse::<Provider>().unwrap_err().contains("base URL"));
-    }
-
-    #[test]
-    fn a_server_is_asked_for_a_model_by_its_name() {
-        let provider = || "http://localhost:8000".parse::<Provider>().unwrap();
-        assert!(Model::new(provider(), None).unwrap_err().contains("--model-name"));
-        assert!(Model::new(provider(), Some("a\"\nb")).unwrap_err().contains("letters"));
-        assert_eq!(Model::new(provider(), Some("qwen3:8b")).unwrap().name, "qwen3:8b");
-    }
-}
+mod tests;
