@@ -24,6 +24,12 @@ use crate::{
     verify::Expected,
 };
 
+/// What a folder of a log has in it.
+const SEGMENTS: &str = "segments";
+/// Folders between that of all evidence and one of a log.
+const DEEPEST: usize = 2;
+/// Logs that are named where one was expected.
+const MOST_LOGS: usize = 10;
 /// The witness's public key in a downloaded log.
 const KEY_FILE: &str = "witness.vkey";
 /// Where the operator publishes it.
@@ -104,14 +110,48 @@ pub(super) async fn find(args: &Source) -> Result<Evidence, CliError> {
     if args.cluster.namespace.is_none() && (folder.is_dir() || args.target.contains('/')) {
         return in_folder(args, folder);
     }
-    task(args).await
+    match task(args).await {
+        Ok(found) => Ok(found),
+        // A name may be that of a task that ran here, without a cluster.
+        Err(error) => match logs_here(args) {
+            logs if logs.is_empty() => Err(error),
+            logs => Err(CliError::new(format!(
+                "{error}; on this machine `belay run` has kept, the newest first:\n{}",
+                logs.iter().map(|log| format!("  belay verify {}", log.display())).collect::<Vec<_>>().join("\n")
+            ))),
+        },
+    }
+}
+
+/// Logs of runs on this machine of a task of that name.
+fn logs_here(args: &Source) -> Vec<PathBuf> {
+    let Some(state) = state_folder() else { return Vec::new() };
+    let namespace = args.cluster.namespace.as_deref().unwrap_or("default");
+    let plain = |name: &str| !name.is_empty() && !name.contains('/') && !name.starts_with('.');
+    if !plain(namespace) || !plain(&args.target) {
+        return Vec::new();
+    }
+    logs_below(&state.join("evidence").join(namespace).join(&args.target))
+}
+
+/// Where `belay run` keeps what is its user's.
+pub(super) fn state_folder() -> Option<PathBuf> {
+    let own = std::env::var_os("XDG_STATE_HOME").filter(|path| Path::new(path).is_absolute()).map(PathBuf::from);
+    let own = own.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".local/state")));
+    own.map(|own| own.join("belay"))
 }
 
 fn in_folder(args: &Source, directory: &Path) -> Result<Evidence, CliError> {
     let place = directory.display().to_string();
     let log = folder::read(directory)
         .map_err(|(path, error)| CliError::new(format!("cannot read {}: {error}", path.display())))?;
-    not_empty(&log, &place)?;
+    not_empty(&log, &place).map_err(|error| match logs_below(directory).as_slice() {
+        [] => error,
+        logs => CliError::new(format!(
+            "found no segments in {place}, but the logs of tasks below it; name one, the newest first:\n{}",
+            logs.iter().map(|log| format!("  {}", log.display())).collect::<Vec<_>>().join("\n")
+        )),
+    })?;
     let inside = directory.join(KEY_FILE);
     let (key, source) = match &args.witness_key {
         Some(given) => (given_key(given)?, KeySource::Given),
@@ -232,8 +272,31 @@ fn given_key(given: &str) -> Result<VerifierKey, CliError> {
     match given.parse() {
         Ok(key) => Ok(key),
         Err(_) if Path::new(given).is_file() => read_key(Path::new(given)),
-        Err(e) => Err(CliError::new(format!("--witness-key is no file and no key: {e}"))),
+        Err(e) => Err(CliError::new(format!(
+            "--witness-key: expected a file or a key (C2SP vkey), found `{given}`, and no such file; a key it is not either: {e}"
+        ))),
     }
+}
+
+/// Logs in folders below one, as evidence lies: `<namespace>/<task>/<uid>`, the newest first.
+fn logs_below(directory: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    let mut folders = vec![(directory.to_owned(), 0)];
+    while let Some((folder, depth)) = folders.pop() {
+        let below = fs::read_dir(&folder).into_iter().flatten().flatten().filter(|entry| {
+            // Whoever has filled the folder may have put links there.
+            entry.file_type().is_ok_and(|is| is.is_dir())
+        });
+        for path in below.map(|entry| entry.path()) {
+            match fs::symlink_metadata(path.join(SEGMENTS)).and_then(|is| is.modified()) {
+                Ok(at) => found.push((at, path)),
+                Err(_) if depth < DEEPEST => folders.push((path, depth + 1)),
+                Err(_) => {}
+            }
+        }
+    }
+    found.sort();
+    found.into_iter().rev().take(MOST_LOGS).map(|(_, path)| path).collect()
 }
 
 fn read_key(file: &Path) -> Result<VerifierKey, CliError> {

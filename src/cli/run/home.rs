@@ -9,7 +9,7 @@ use std::{
 };
 
 use crate::{
-    cli::CliError,
+    cli::{CliError, evidence::state_folder},
     evidence::note::{SELF_WITNESS_NAME, Signer, generate_pkcs8},
 };
 
@@ -21,12 +21,10 @@ pub(super) struct Home {
 
 impl Home {
     pub(super) fn find() -> Result<Self, CliError> {
-        let own = std::env::var_os("XDG_STATE_HOME").filter(|path| Path::new(path).is_absolute()).map(PathBuf::from);
-        let own = own.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".local/state")));
-        let state = own.ok_or_else(|| {
+        let state = state_folder().ok_or_else(|| {
             CliError::new("expected HOME or XDG_STATE_HOME in the environment, found neither; set one")
         })?;
-        Ok(Self { state: state.join("belay") })
+        Ok(Self { state })
     }
 
     /// The witness's key, made when it is first needed.

@@ -122,10 +122,21 @@ async fn what_cannot_be_judged_is_an_error() {
     let (code, _) = verify(&[path]).await;
     assert!(code.unwrap_err().to_string().contains("expected --witness-key"));
     let (code, _) = verify(&[path, "--witness-key", "nonsense"]).await;
-    assert!(code.unwrap_err().to_string().contains("no file and no key"));
+    let said = code.unwrap_err().to_string();
+    assert!(said.contains("found `nonsense`, and no such file"), "{said}");
     let empty = tempfile::tempdir().unwrap();
     let (code, _) = verify(&[empty.path().to_str().unwrap(), "--witness-key", &key]).await;
     assert!(code.unwrap_err().to_string().contains("found no segments"));
+    // The folder of all evidence, of a namespace, of a task: which logs are below is said, and none behind a link.
+    let log = empty.path().join("default/tidy/0f0e");
+    std::fs::create_dir_all(log.join("segments")).unwrap();
+    std::os::unix::fs::symlink(empty.path().join("default"), empty.path().join("again")).unwrap();
+    for above in ["", "default", "default/tidy"] {
+        let above = empty.path().join(above).display().to_string();
+        let (code, _) = verify(&[&above, "--witness-key", &key]).await;
+        let said = code.unwrap_err().to_string();
+        assert!(said.contains(log.to_str().unwrap()) && !said.contains("again"), "{said}");
+    }
     let (code, _) = verify(&["s3://evidence/prod"]).await;
     assert!(code.unwrap_err().to_string().contains("expected --witness-key"));
 }
