@@ -53,6 +53,8 @@ pub mod gateway;
 pub mod objects;
 /// The containment probe.
 pub mod probe;
+/// What an agent's command is in its sandbox.
+pub mod program;
 /// Where the agent runs.
 pub mod sandbox;
 /// Where evidence goes.
@@ -129,6 +131,13 @@ pub enum Told {
     Lost(u64),
     /// People are asked.
     Asked(Box<ApprovalRequest>),
+    /// Why a call has not been made, before the record of that.
+    Unmade {
+        /// The call, by its name in the log.
+        call: String,
+        /// Why, for people.
+        reason: String,
+    },
     /// Evidence cannot be kept, and why. It is tried again.
     Trouble(String),
     /// Another attempt will start then.

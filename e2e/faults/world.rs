@@ -219,7 +219,8 @@ impl World {
             Ok(result) => {
                 let said: Vec<_> = result.content.iter().filter_map(ContentBlock::as_text).collect();
                 let said = said.first().map(|block| block.text.clone()).unwrap_or_default();
-                match said.strip_prefix("Belay refused this call. rule: ").and_then(|said| said.split_once(". ")) {
+                let refused = said.strip_prefix("Belay ").and_then(|said| said.split_once(" this call. rule: "));
+                match refused.and_then(|(_, said)| said.split_once(". ")) {
                     Some((rule, _)) => Told::Refused(rule.to_owned(), said),
                     None => Told::Result(said),
                 }

@@ -536,7 +536,9 @@ async fn the_table_holds(#[case] kind: &str) {
         let (error, text) = results.by_ref().nth(row.before.len()).unwrap();
         let seen = match row.seen {
             Seen::Text(part) => !error && text.contains(part),
-            Seen::Refused(rule) => error && text.starts_with(&format!("Belay refused this call. rule: {rule}.")),
+            Seen::Refused(rule) => {
+                error && text.starts_with("Belay ") && text.contains(&format!(" this call. rule: {rule}."))
+            }
             Seen::Pending => !error && text.contains("pending"),
         };
         let (told, found) = evidence(&harness, &records, &requests, &row.name());

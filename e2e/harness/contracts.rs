@@ -58,7 +58,7 @@ impl Harness {
         match seen {
             Ok(part) => assert!(text.contains(part), "{row}: expected {part:?}, found {text:?}"),
             Err(rule) => assert!(
-                error && text.starts_with(&format!("Belay refused this call. rule: {rule}.")),
+                error && text.starts_with("Belay ") && text.contains(&format!(" this call. rule: {rule}.")),
                 "{row}: expected {rule}, found {text:?}"
             ),
         }

@@ -536,7 +536,7 @@ async fn forwarded(log: &Log, request: Request<Body>) -> Result<Response, Refuse
     {
         let compiled = log.compiled.lock().unwrap();
         let to = Destination::Url(&target, &parts.method);
-        authorize::listed(&compiled, channel, to)?;
+        authorize::listed(&compiled, channel, to, |_| false)?;
         authorize::intended(&compiled, intent.attempt, channel, to, (&intent, &salt()))?;
         if authorize::is_message(&compiled, channel, &parts.method, &intent) {
             if let Some(arguments) = authorize::says(&compiled, channel, (&intent, &salt()), &body)? {
@@ -559,7 +559,7 @@ async fn called(log: &Log, request: Request<Body>) -> Result<Response, Refused> 
         let compiled = log.compiled.lock().unwrap();
         let arguments = authorize::arguments(&intent, &salt(), &body)?;
         let (target, request) = authorize::request(&compiled, intent.attempt, &intent, &arguments)?;
-        authorize::listed(&compiled, Channel::Tool, Destination::Url(&target, request.method()))?;
+        authorize::listed(&compiled, Channel::Tool, Destination::Url(&target, request.method()), |_| false)?;
         judged(log, &compiled, &intent, &arguments)?;
         (target, request)
     };

@@ -177,8 +177,14 @@ fn a_program_that_is_not_there() {
             world.agent("", "");
             world.write("task.yaml", &world::task().replace("python3, -B, agent.py", "no-such-program"));
             let ran = world.run(sandbox, &[]);
+            assert_eq!(ran.code, 2, "{ran:#?}");
+            assert!(ran.stderr.contains("no-such-program") && ran.events.is_empty(), "{ran:#?}");
+            // What looks like a program and is none shows in the sandbox.
+            world.write("broken", "\x7fELF");
+            world::run("chmod", &["755", world.task().join("broken").to_str().unwrap()]);
+            world.write("task.yaml", &world::task().replace("python3, -B, agent.py", "./broken"));
+            let ran = world.run(sandbox, &[]);
             assert_eq!(ran.code, 1, "{ran:#?}");
-            assert!(ran.said().contains("no-such-program"), "{ran:#?}");
             fs::remove_dir_all(world.log()).unwrap();
         }
     });

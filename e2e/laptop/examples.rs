@@ -13,7 +13,7 @@ use serde_json::json;
 
 use crate::world::{Ran, World, ended, until};
 
-const SHOP: &str = "shop.test=python3 standin.py";
+const SHOP: &str = "tools.test=python3 standin.py";
 /// What the makers of models want to see, and what agents never see.
 const KEY: &str = "sk-example-0123456789";
 
@@ -64,7 +64,7 @@ fn hello(world: &World, sandbox: &str) {
     let again = belay(world, &home, &["init", "hello"]).output().unwrap();
     let said = String::from_utf8_lossy(&again.stderr).into_owned();
     assert_eq!(again.status.code(), Some(2));
-    assert!(said.contains("hello/task.yaml: expected no such file, found one"), "{said}");
+    assert!(said.contains("task.yaml") && said.contains("found them all"), "{said}");
 }
 
 /// Nothing is wrong with what lies there.

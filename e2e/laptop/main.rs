@@ -12,6 +12,7 @@ mod escape;
 mod examples;
 mod inherited;
 mod mistakes;
+mod newcomer;
 mod options;
 mod people;
 mod secret;

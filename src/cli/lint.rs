@@ -11,8 +11,8 @@ use std::{
 
 use clap::ValueEnum;
 
-use self::check::{Diagnostic, Outcome};
-pub(super) use self::check::{Severity, Source, lint};
+use self::check::Outcome;
+pub(super) use self::check::{Diagnostic, Severity, Source, lint};
 use super::{
     CliError,
     terminal::{Safe, safe_json},

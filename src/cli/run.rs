@@ -33,6 +33,7 @@ use crate::{
     },
     gateway::options::NameServer,
     lifecycle::decide::class_of,
+    policy::hostname::Hostname,
     run::{
         self, Options, Outcome, RunError, gateway,
         objects::Api,
@@ -42,6 +43,8 @@ use crate::{
     },
 };
 
+/// Whether options and files fit.
+mod before;
 /// Objects from files.
 mod files;
 /// What is shown, and asked.
@@ -57,7 +60,8 @@ const EXIT_UNSEALED: u8 = 3;
 ///
 /// Gateway and harness run in this process, the agent in a sandbox: gVisor where it is installed, else bubblewrap. It sees this
 /// machine's programs and the task's folder (/workspace), read-only; it can write where the task says; it can reach the harness and
-/// nothing else. Containment is proven before it starts, every decision is in the evidence, and the evidence verifies.
+/// nothing else. Containment is proven before it starts, every decision is in the evidence, and the evidence verifies. Where the task mounts
+/// something at /workspace or below, or may write there, its folder is /task. What it writes ends with the run.
 ///
 /// Nothing that this command inherits is the agent's: no descriptor, variable or signal. Files with Secrets, those of --credential, evidence and
 /// what Belay keeps itself are not shown; a folder of which something is not shown is seen with the entries that it had at the start. Other
@@ -181,11 +185,20 @@ enum Output {
     Json,
 }
 
+impl Args {
+    /// Whether what is sent to the host stays on this machine: as the gateway's dialer has it.
+    fn stays_here(&self, host: &Hostname) -> bool {
+        let mut resolved =
+            self.resolve.iter().filter(|one| one.host == *host).map(|one| one.address.ip().is_loopback());
+        self.upstream.iter().any(|one| one.host == *host) || resolved.next_back().unwrap_or(false)
+    }
+}
+
 /// Runs, and gives the exit code.
 pub(super) async fn run(args: &Args) -> Result<u8, CliError> {
     let asked =
         files::Asked { task: &args.task, contracts: &args.contracts, packs: &args.packs, pack: args.pack.as_deref() };
-    let files::Loaded { mut objects, secret_files } = files::load(&asked)?;
+    let files::Loaded { mut objects, secret_files, warnings } = files::load(&asked)?;
     for credential in &args.credential {
         files::add_credential(&mut objects, &credential.secret, &credential.key, credential.value()?);
     }
@@ -195,7 +208,7 @@ pub(super) async fn run(args: &Args) -> Result<u8, CliError> {
         objects.pack.spec.evidence.prefix = (!prefix.is_empty()).then(|| prefix.to_owned());
     }
     let root = args.root.as_deref().map(|folder| Image::open(whole(folder)?).map_err(trouble)).transpose()?;
-    run::validate(&objects, root.as_ref()).map_err(trouble)?;
+    let validated = run::validate(&objects, root.as_ref()).map_err(trouble)?;
     let missing: Vec<_> = files::missing_credentials(&objects)
         .into_iter()
         .map(|(host, one)| {
@@ -205,9 +218,14 @@ pub(super) async fn run(args: &Args) -> Result<u8, CliError> {
             )
         })
         .chain(files::unfit_credentials(&objects))
+        .chain(before::unlisted(&objects, &args.resolve, &args.upstream))
+        .chain(before::in_the_clear(&objects, &warnings, &|host| args.stays_here(host)))
         .collect();
     if !missing.is_empty() {
         return Err(CliError::Listed(missing));
+    }
+    for note in before::unused(&objects, &args.credential) {
+        crate::output::stderr().say(format!("note: {}\n", Safe(&note)).into_bytes());
     }
     let wanted = match args.sandbox {
         Sandbox::Auto => None,
@@ -222,6 +240,9 @@ pub(super) async fn run(args: &Args) -> Result<u8, CliError> {
         return Err(CliError::new(format!(
             "--ro: expected a folder that the agent needs, found {top}, which is all of this machine; name the folder"
         )));
+    }
+    if let Some(finding) = run::program::wrong(&validated, root.as_ref(), (&workspace, &read_only)).map_err(trouble)? {
+        return Err(CliError::new(finding.to_string()));
     }
 
     let home = Home::find()?;
@@ -272,6 +293,7 @@ pub(super) async fn run(args: &Args) -> Result<u8, CliError> {
         resolved: resolved.iter().map(|one| (one.host.clone(), one.address)).collect::<HashMap<_, _>>(),
         nameservers: args.nameserver.iter().map(|server| server.0).collect(),
         upstream_ca: args.upstream_ca.clone(),
+        tell: tell.clone(),
     };
     let serving = gateway::start(&api, kept, settings).await.map_err(trouble)?;
     let options = Options {

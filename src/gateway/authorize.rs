@@ -27,7 +27,7 @@ use crate::{
         config::{EgressUse, SideEffect, Tool, Upstream},
         decide::Denial,
         egress,
-        hostname::{Authority, AuthorityError},
+        hostname::{Authority, AuthorityError, Hostname},
         json,
         model::api::Api,
         quick,
@@ -118,8 +118,14 @@ impl Destination<'_> {
 /// The list's entry for a call: whether the class lets it go there at all. Gives the entry's credential.
 ///
 /// # Errors
-/// See [`egress::allow`]; [`Rule::UpstreamCredential`] if the entry's credential would travel in the clear.
-pub fn listed(compiled: &Compiled, channel: Channel, to: Destination<'_>) -> Result<Option<Credential>, Refused> {
+/// See [`egress::allow`]; [`Rule::UpstreamCredential`] if the entry's credential would travel in the clear. `stays_here` says of a host whether
+/// what is sent to it never leaves this machine ([`Dialer::stays_here`](super::dial::Dialer::stays_here)).
+pub fn listed(
+    compiled: &Compiled,
+    channel: Channel,
+    to: Destination<'_>,
+    stays_here: impl FnOnce(&Hostname) -> bool,
+) -> Result<Option<Credential>, Refused> {
     let purpose = match channel {
         Channel::Tool | Channel::Listing => EgressUse::Tools,
         Channel::Model => EgressUse::Models,
@@ -134,9 +140,13 @@ pub fn listed(compiled: &Compiled, channel: Channel, to: Destination<'_>) -> Res
     match (to, credential) {
         (_, None) => Ok(None),
         (Destination::Url(Target { secure: true, .. }, _), credential) => Ok(credential),
+        (Destination::Url(..), credential) if stays_here(&to.authority().host) => Ok(credential),
         _ => Err(Refused::denied(
             Rule::UpstreamCredential,
-            format!("{} has a credential in the pack, which is sent over https only", to.authority()),
+            format!(
+                "{} has a credential in the pack, which is sent over https only; write https:// where its URL is, or drop the credential",
+                to.authority()
+            ),
         )),
     }
 }

@@ -4,7 +4,13 @@
 //! against the certificate; all of it ends in bounded time. Refuses: a name of which any address is blocked, unless whoever
 //! runs it has vouched for the one that it is to have.
 
-use std::{collections::HashMap, io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    io,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
 
 use futures::future::BoxFuture;
 use rustls::{ClientConfig, RootCertStore, pki_types::ServerName};
@@ -52,6 +58,8 @@ pub struct Dialer {
     connect: Arc<dyn Connect>,
     tls: TlsConnector,
     vouched: HashMap<Hostname, SocketAddr>,
+    /// Whether whoever is refused can vouch for an address: it is their own machine.
+    can_vouch: bool,
 }
 
 impl Dialer {
@@ -59,7 +67,14 @@ impl Dialer {
     pub fn new(resolve: Arc<dyn Resolve>, blocked: Blocked, connect: Arc<dyn Connect>, roots: RootCertStore) -> Self {
         let mut tls = ClientConfig::builder().with_root_certificates(roots).with_no_client_auth();
         tls.alpn_protocols = vec![b"http/1.1".to_vec()];
-        Self { resolve, blocked, connect, tls: TlsConnector::from(Arc::new(tls)), vouched: HashMap::new() }
+        Self {
+            resolve,
+            blocked,
+            connect,
+            tls: TlsConnector::from(Arc::new(tls)),
+            vouched: HashMap::new(),
+            can_vouch: false,
+        }
     }
 
     /// For these names dials these addresses, whatever they are and whichever port was asked for: somebody has vouched for them. Allowlists
@@ -67,7 +82,25 @@ impl Dialer {
     #[must_use]
     pub fn vouching(mut self, vouched: HashMap<Hostname, SocketAddr>) -> Self {
         self.vouched = vouched;
+        self.can_vouch = true;
         self
+    }
+
+    /// Whether what is sent to the host stays on this machine: somebody has vouched for an address of loopback. No name server can say so.
+    pub fn stays_here(&self, host: &Hostname) -> bool {
+        self.vouched.get(host).is_some_and(|address| address.ip().is_loopback())
+    }
+
+    /// How whoever runs this can have a name lead somewhere, where it is their own machine.
+    fn by_hand(&self, host: &Hostname, address: Option<IpAddr>) -> String {
+        let address = address.map_or_else(|| "ADDRESS".to_owned(), |address| address.to_string());
+        if self.can_vouch {
+            format!(
+                "; `belay run --resolve {host}={address}` has it dialled there, and --upstream {host}=COMMAND starts a server for it"
+            )
+        } else {
+            String::new()
+        }
     }
 
     /// Connects to a host by one of its addresses.
@@ -90,15 +123,20 @@ impl Dialer {
             return Ok(vec![SocketAddr::new(address.ip(), port)]);
         }
         let resolved = tokio::time::timeout(RESOLVE, self.resolve.addresses(host)).await;
-        let unresolved =
-            |cause: &str| Refused::upstream(Rule::UpstreamResolve, format!("cannot resolve {host}: {cause}"));
+        let unresolved = |cause: &str| {
+            let reason = format!("cannot resolve {host}: {cause}{}", self.by_hand(host, None));
+            Refused::upstream(Rule::UpstreamResolve, reason)
+        };
         let addresses = match resolved {
             Ok(Ok(addresses)) if !addresses.is_empty() => addresses,
             Ok(Ok(_)) => return Err(unresolved("it has no addresses")),
             Ok(Err(cause)) => return Err(unresolved(&cause)),
             Err(_) => return Err(unresolved("no answer in time")),
         };
-        self.blocked.check(host, &addresses)?;
+        self.blocked.check(host, &addresses).map_err(|denied| {
+            let blocked = addresses.iter().copied().find(|address| self.blocked.reason(*address).is_some());
+            Refused::denied(denied.rule, format!("{}{}", denied.reason, self.by_hand(host, blocked)))
+        })?;
         Ok(addresses.into_iter().map(|ip| SocketAddr::new(ip, *port)).collect())
     }
 
@@ -131,9 +169,24 @@ impl Dialer {
         let failed = |cause: String| Refused::upstream(Rule::UpstreamTls, format!("no TLS with {host}: {cause}"));
         let name = ServerName::try_from(host.as_str().to_owned()).map_err(|e| failed(e.to_string()))?;
         match tokio::time::timeout(HANDSHAKE, self.tls.connect(name, stream)).await {
-            Ok(shaken) => shaken.map_err(|e| failed(e.to_string())),
+            Ok(shaken) => shaken.map_err(|error| failed(unshaken(&error))),
             Err(_) => Err(failed(format!("no handshake in {HANDSHAKE:?}"))),
         }
+    }
+}
+
+/// Why there is no TLS, for people.
+fn unshaken(error: &io::Error) -> String {
+    let said = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
+    match said {
+        // What answers is no record of TLS.
+        Some(rustls::Error::InvalidMessage(_)) => {
+            "it answers in another protocol, as a server of plain http does; write http:// where its URL is, or have it serve https".to_owned()
+        }
+        _ if error.kind() == io::ErrorKind::UnexpectedEof => {
+            "it ended the connection before TLS began, as some servers of plain http do; if it is one, write http:// where its URL is".to_owned()
+        }
+        _ => error.to_string(),
     }
 }
 

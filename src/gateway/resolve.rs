@@ -102,7 +102,7 @@ enum Unusable {
 impl Dns {
     /// The addresses of one type that the name has.
     async fn ask(&self, name: &Name, kind: RecordType) -> Result<Vec<IpAddr>, Unusable> {
-        let found = self.0.lookup(name.clone(), kind).await.map_err(|e| Unusable::Nothing(e.to_string()))?;
+        let found = self.0.lookup(name.clone(), kind).await.map_err(|error| Unusable::Nothing(unanswered(&error)))?;
         let header = &found.message().metadata;
         if header.response_code != ResponseCode::NoError || header.truncation {
             let reason = format!("expected a whole answer without an error, found one with {}", header.response_code);
@@ -129,6 +129,19 @@ impl Resolve for Dns {
             addresses.dedup();
             if addresses.is_empty() { Err("the name has no addresses".to_owned()) } else { Ok(addresses) }
         })
+    }
+}
+
+/// Why there is no answer, for people.
+fn unanswered(error: &NetError) -> String {
+    if error.is_nx_domain() {
+        return "there is no such name, as its name server says".to_owned();
+    }
+    match error {
+        _ if error.is_no_records_found() => "the name server has no address for it".to_owned(),
+        NetError::Timeout => "no name server has answered in time".to_owned(),
+        NetError::NoConnections | NetError::Io(_) => format!("no name server can be reached ({error})"),
+        other => other.to_string(),
     }
 }
 

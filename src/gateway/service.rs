@@ -157,6 +157,7 @@ pub struct Gateway {
     known: Known,
     shares: Mutex<HashMap<String, Share>>,
     room: Room,
+    tell: Option<Tell>,
 }
 
 /// A request that was served, and what it counts as.
@@ -193,6 +194,9 @@ impl About {
     }
 }
 
+/// Is told of a call that has not been made: the number of its intent, and why.
+pub type Tell = Box<dyn Fn(u64, &Refused) + Send + Sync>;
+
 /// A harness's request, once its caller is known.
 struct Asked {
     reviewed: Reviewed,
@@ -203,7 +207,15 @@ struct Asked {
 impl Gateway {
     /// A gateway of these parts.
     pub fn new(parts: Parts) -> Self {
-        Self { parts, known: Known::default(), shares: Mutex::default(), room: Room::new(ROOM_OF_ALL.0, ROOM_OF_ALL.1) }
+        let room = Room::new(ROOM_OF_ALL.0, ROOM_OF_ALL.1);
+        Self { parts, known: Known::default(), shares: Mutex::default(), room, tell: None }
+    }
+
+    /// Has whoever watches it told why a call has not been made.
+    #[must_use]
+    pub fn telling(mut self, tell: Tell) -> Self {
+        self.tell = Some(tell);
+        self
     }
 
     /// Serves one request from a TCP peer.
@@ -237,6 +249,7 @@ impl Gateway {
     async fn answer(self: Arc<Self>, request: Request<Incoming>, peer: IpAddr, about: About) -> Response<ReplyBody> {
         let is_tunnel = request.method() == Method::CONNECT;
         let version = request.version();
+        let intent = self.tell.as_ref().and_then(|_| request.headers().get(wire::INTENT)?.to_str().ok()?.parse().ok());
         match self.clone().route(request, peer).await {
             // A tunnel is counted when its first bytes have been seen.
             Ok(reply) if is_tunnel => reply,
@@ -246,6 +259,9 @@ impl Gateway {
             }
             Err(refused) => {
                 self.count(about, Some(&refused));
+                if let (Some(tell), Some(intent), About::Call(_)) = (&self.tell, intent, about) {
+                    tell(intent, &refused);
+                }
                 refusal(&refused)
             }
         }
@@ -654,7 +670,7 @@ impl Gateway {
         };
         Span::current().record("host", target.authority.host.as_str());
         let to = Destination::Url(&target, request.method());
-        let credential = authorize::listed(&compiled, Channel::Tool, to)?;
+        let credential = authorize::listed(&compiled, Channel::Tool, to, |host| self.parts.dialer.stays_here(host))?;
         self.judged(principal, &compiled, &intent, (arguments, body.len())).await?;
         let request = request.map(full);
         let lent = credential.map(|credential| self.lend(&credential, &asked)).transpose()?;
@@ -775,7 +791,7 @@ impl Gateway {
         headers: &HeaderMap,
     ) -> Result<(Option<Credential>, Arc<Compiled>, IntentFacts, Salt), Refused> {
         let compiled = self.parts.cluster.compiled(principal)?;
-        let credential = authorize::listed(&compiled, channel, to)?;
+        let credential = authorize::listed(&compiled, channel, to, |host| self.parts.dialer.stays_here(host))?;
         let intent = self.intent(&compiled, headers).await?;
         let salt = self.parts.witness.salt(&compiled.salt()).await?;
         authorize::intended(&compiled, principal.attempt, channel, to, (&intent, &salt))?;
@@ -867,7 +883,7 @@ impl Gateway {
         let still = || {
             cluster.still(&asked.reviewed, asked.peer)?;
             let compiled = cluster.compiled(&asked.principal)?;
-            authorize::listed(&compiled, Channel::Egress, Destination::Tunnel(to)).map(|_| ())
+            authorize::listed(&compiled, Channel::Egress, Destination::Tunnel(to), |_| false).map(|_| ())
         };
         metrics.tunnels.inc();
         let started = Instant::now();

@@ -27,7 +27,7 @@ use crate::{
             Tool, ToolLimits, Upstream, VerifyRead,
         },
         egress::{self, HostPattern},
-        hostname::Authority,
+        hostname::{Authority, Hostname},
         model::{
             api::{Api, Family, url},
             table::Capability,
@@ -730,6 +730,57 @@ pub fn check_pack(pack: &PolicyPack) -> Vec<Finding> {
         ));
     }
     findings
+}
+
+/// A URL in the clear of a host whose calls are made with a credential. The gateway sends none so, but to where it stays on the machine.
+pub struct InTheClear {
+    /// Whom it names.
+    pub host: Hostname,
+    /// The class that has the credential.
+    pub class: String,
+    /// The pack's entry, and what is wrong there.
+    pub finding: Finding,
+}
+
+/// Model endpoints and contracts that a pack's classes would have called in the clear with a credential.
+pub fn in_the_clear(pack: &PolicyPack, contracts: &[&ToolContract]) -> Vec<InTheClear> {
+    let Models { openai, anthropic, endpoints, .. } = &pack.spec.models;
+    let models = [("openai", openai.as_ref()), ("anthropic", anthropic.as_ref())].into_iter();
+    let models = models.filter_map(|(field, url)| Some((format!("spec.models.{field}"), url?.clone())));
+    let endpoints = endpoints.iter().enumerate();
+    let models =
+        models.chain(endpoints.map(|(index, one)| (format!("spec.models.endpoints[{index}].url"), one.url.clone())));
+    let models = models.map(|(at, url)| (at, authority(&url).ok(), url, EgressUse::Models));
+    let tools = contracts.iter().filter_map(|contract| {
+        let upstream = &contract.spec.upstream;
+        let url = upstream.mcp.as_ref().map(|mcp| &mcp.url).or_else(|| upstream.http.as_ref().map(|http| &http.url))?;
+        Some((format!("ToolContract {}", contract.name_any()), authority_of(upstream), url.clone(), EgressUse::Tools))
+    });
+    let called: Vec<_> = models.chain(tools).filter(|(_, _, url, _)| url.starts_with("http://")).collect();
+    let mut found = Vec::new();
+    for (index, class) in pack.spec.workflow_classes.iter().enumerate() {
+        let egress = egress_hosts(pack, class, None, &mut Vec::new());
+        for (at, to, url, purpose) in &called {
+            let Some((entry, to)) = to.as_ref().and_then(|to| Some((egress::allow(&egress, to, *purpose).ok()?, to)))
+            else {
+                continue;
+            };
+            if class.egress.get(entry).is_none_or(|rule| rule.credentials.is_empty()) {
+                continue;
+            }
+            let finding = Finding::new(
+                format!("PolicyPack/{} spec.workflowClasses[{index}].egress[{entry}].credentials", pack.name_any()),
+                "a credential for https alone, since the gateway sends none in the clear",
+                format!("one for {}, whose URL in {at} is `{url}`", to.host),
+                format!(
+                    "write https:// there, or drop the credential; a server on this machine is sent it by `belay run --resolve {}=127.0.0.1:PORT`",
+                    to.host
+                ),
+            );
+            found.push(InTheClear { host: to.host.clone(), class: class.name.clone(), finding });
+        }
+    }
+    found
 }
 
 /// The pack's model endpoints, as far as the class may reach them. A class that lists hosts for models and reaches no

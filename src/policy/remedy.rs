@@ -23,6 +23,8 @@ pub enum Whose {
     Agent,
     /// Whoever makes the task, by its limits.
     Task,
+    /// Whoever makes the task, by its tools.
+    Tools,
     /// Whoever maintains the tool's contract.
     Contract,
     /// Whoever maintains the policy pack.
@@ -41,6 +43,9 @@ impl Whose {
             Self::Task => {
                 "Whoever makes the task can change this, in spec.limits of the AgentTask, as far as the policy pack's class allows"
             }
+            Self::Tools => {
+                "Whoever makes the task can change this, by a ToolContract for the tool that spec.tools of the AgentTask names"
+            }
             Self::Contract => "Whoever maintains the tool's ToolContract can change this",
             Self::Pack => "Whoever maintains the PolicyPack can change this",
             Self::Upstream => "The upstream did not answer as it should: see to it, or wait",
@@ -54,9 +59,8 @@ impl Rule {
     pub fn whose(self) -> Whose {
         match self {
             Self::ModelRequest | Self::Request | Self::RequestJson | Self::ToolSchema | Self::Busy => Whose::Agent,
-            Self::WallTime | Self::ToolCalls | Self::Tokens | Self::Cost | Self::Denials | Self::ToolKnown => {
-                Whose::Task
-            }
+            Self::WallTime | Self::ToolCalls | Self::Tokens | Self::Cost | Self::Denials => Whose::Task,
+            Self::ToolKnown => Whose::Tools,
             Self::ToolPrecondition
             | Self::ToolUrl
             | Self::ToolChanged
@@ -78,7 +82,6 @@ impl Rule {
             | Self::ModelPrice
             | Self::EgressHost
             | Self::EgressPort
-            | Self::EgressAddress
             | Self::EgressDirect
             | Self::EgressIgnored
             | Self::UpstreamCredential => Whose::Pack,
@@ -96,6 +99,8 @@ impl Rule {
             | Self::LogSegment
             | Self::TaskClosed
             | Self::ContainmentLost
+            // What a pack lists is not dialled where it leads to addresses that are nobody's to reach.
+            | Self::EgressAddress
             | Self::Evidence
             | Self::Foreign(_) => Whose::Belay,
         }
@@ -118,7 +123,17 @@ impl Rule {
     /// Whether it follows from what people have decided, and not from how something fares now.
     fn is_decided(self) -> bool {
         let fares = matches!(self, Self::Busy | Self::ToolTimeout | Self::ToolOutput | Self::UpstreamSecret);
-        !fares && !matches!(self.whose(), Whose::Belay | Whose::Upstream)
+        self == Self::EgressAddress || !fares && !matches!(self.whose(), Whose::Belay | Whose::Upstream)
+    }
+
+    /// What has become of a call, or whatever `what` is, by this rule.
+    fn done_to(self, what: &str) -> String {
+        match self {
+            // It may have been made: that nobody knows how it ended is what this says.
+            Self::UpstreamReply => format!("Belay has no whole reply to this {what}"),
+            rule if rule.is_upstreams() => format!("Belay could not make this {what}"),
+            _ => format!("Belay refused this {what}"),
+        }
     }
 }
 
@@ -140,7 +155,7 @@ impl Denial {
             Again::Soon => "It may be tried again in a moment".to_owned(),
             Again::Later => format!("{whose}; it may be tried again later"),
         };
-        format!("Belay refused this {what}. rule: {rule}. {reason}.{kind} {again}.")
+        format!("{}. rule: {rule}. {reason}.{kind} {again}.", rule.done_to(what))
     }
 }
 
@@ -162,11 +177,23 @@ mod tests {
                 Rule::UpstreamReply,
                 ["rule: upstream.reply. r. ", "the upstream failed", "No policy refused it", "later"],
             ),
+            (
+                Rule::UpstreamConnect,
+                ["Belay could not make this call. rule: upstream.connect. r. ", "No policy", "failed", "later"],
+            ),
+            (
+                Rule::ToolKnown,
+                ["Belay refused this call. rule: tool.unknown. r. ", "ToolContract", "spec.tools", "policy"],
+            ),
+            (Rule::EgressAddress, ["Belay refused this call. ", "runs Belay", "a decision of policy", "refused again"]),
             (Rule::Evidence, ["rule: evidence.unavailable. r. ", "runs Belay", "tried again", "later"]),
             (Rule::ToolPrecondition, ["rule: tool.precondition. r. ", "ToolContract", "policy", "refused again"]),
         ] {
             let told = Denial { rule, reason: "r.".into() }.told("call");
             assert!(words.iter().all(|word| told.contains(word)), "{told}");
+            // Who refuses has not failed, and who has failed has not refused.
+            assert!(!(told.contains("Belay refused") && told.contains("No policy refused")), "{told}");
+            assert_eq!(told.contains("limits of the AgentTask"), rule == Rule::Tokens, "{told}");
         }
     }
 

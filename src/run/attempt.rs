@@ -4,7 +4,7 @@
 //! before its harness, whatever stops it; whatever ends, the sandbox ends with it. Refuses: to judge an end, which is
 //! `lifecycle::observe`'s.
 
-use std::{collections::BTreeMap, fs, path::Path, process::ExitStatus, sync::Arc, time::Duration};
+use std::{fs, path::Path, process::ExitStatus, sync::Arc, time::Duration};
 
 use jiff::Timestamp;
 use k8s_openapi::{
@@ -28,6 +28,7 @@ use super::{
     objects::{self, Api},
     open_to_agent,
     probe::{self, Controls},
+    program::{self, Workspace},
     sandbox::{
         self, Bind, Cell, Kind,
         hold::Hold,
@@ -43,16 +44,12 @@ use crate::{
         agent::Agent,
         names,
         pod::START_ALLOWANCE_SECONDS,
-        validated::{Source, Validated, Workload},
+        validated::{Source, Validated},
     },
     policy::config::{HarnessConfig, Wiring},
     wire,
 };
 
-/// Where the agent finds the task's folder, unless the task has something else there.
-const WORKSPACE: [&str; 2] = ["/workspace", "/task"];
-/// How the agent finds programs.
-const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// Longest line of an agent's that is told, in bytes; a longer one comes in parts.
 const LINE: u64 = 8 << 10;
 /// Lines of an agent's that wait to be written, in KiB: beyond it they are lost, since an agent must not wait for our reader.
@@ -368,51 +365,35 @@ impl Surroundings<'_> {
             self.mount(&mount.source, &from)?;
             binds.push(Bind::new(from, mount.path.as_str()));
         }
-        let declared: Vec<&str> = agent
-            .mounts
-            .iter()
-            .map(|mount| mount.path.as_str())
-            .chain(agent.write_scopes.iter().map(|scope| scope.path.as_str()))
-            .collect();
-        let free = |place: &&str| {
-            let within = |one: &str, other: &str| one == other || one.starts_with(&format!("{other}/"));
-            !declared.iter().any(|path| within(path, place) || within(place, path))
-        };
-        let workspace = WORKSPACE.into_iter().find(free).ok_or_else(|| {
-            RunError::Sandbox(format!(
-                "expected {} to be free for the task's folder, found that the task mounts something at each; use other paths",
-                WORKSPACE.join(" or ")
-            ))
-        })?;
+        let workspace = program::workspace(agent)?;
         let elsewhere = options.read_only.iter().map(|path| (path, path.display().to_string()));
-        for (from, to) in elsewhere.chain([(&options.workspace, workspace.to_owned())]) {
+        for (from, to) in elsewhere.chain([(&options.workspace, workspace.at.to_owned())]) {
             binds.push(Bind::new(from, to).without(&options.hidden));
         }
-        let mut command = match agent.workload {
-            Workload::Agent { command, .. } => command.clone(),
-            Workload::Rollback => Vec::new(),
-        };
-        if let Workload::Agent { args, .. } = agent.workload {
-            command.extend(args.iter().cloned());
-        }
-        let image = options.root.as_ref().map(|image| &image.process);
-        if command.is_empty() {
-            command.extend(image.iter().flat_map(|image| image.args.iter().cloned()));
-        }
-        // What is said later counts: by the image, and by the task.
-        let own = [("PATH", PATH), ("HOME", "/"), ("LANG", "C.UTF-8")].into_iter();
-        let own = own.chain(image.into_iter().flat_map(|image| image.variables()));
-        let own = own.map(|(name, value)| (name.to_owned(), value.to_owned()));
-        let env = own.chain(agent.env.iter().cloned()).collect::<BTreeMap<_, _>>().into_iter().collect();
+        self.say_what_is_special(agent, &workspace);
+        let image = options.root.as_ref();
         Ok(Cell {
-            command,
-            env,
-            cwd: image.and_then(|image| image.cwd.as_deref()).unwrap_or(workspace).to_owned(),
+            command: program::command(agent, image),
+            env: program::environment(agent, image),
+            cwd: program::folder(image, workspace.at),
             root,
             binds,
             scopes: agent.write_scopes.iter().map(|one| (one.path.as_str().to_owned(), one.size.whole())).collect(),
             covered: agent.covered.iter().map(|path| (*path).to_owned()).collect(),
         })
+    }
+
+    /// Says what somebody who knows other sandboxes would not expect of this one.
+    fn say_what_is_special(&self, agent: &Agent<'_>, workspace: &Workspace) {
+        if let Workspace { at, taken_by: Some(path) } = workspace {
+            self.step(format!(
+                "the task's folder is {at} for the agent, since the task has something of its own at {path}"
+            ));
+        }
+        let scopes: Vec<_> = agent.write_scopes.iter().map(|scope| scope.path.as_str()).collect();
+        if !scopes.is_empty() {
+            self.step(format!("what the agent writes to {} ends with the run", scopes.join(", ")));
+        }
     }
 
     /// Writes what is mounted from an object into a folder.

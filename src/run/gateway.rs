@@ -8,11 +8,11 @@ use std::{collections::HashMap, net::SocketAddr, path::PathBuf, sync::Arc};
 use prometheus::Registry;
 use rustls::ServerConfig;
 use rustls_pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
-use tokio::{net::TcpListener, task::JoinHandle};
+use tokio::{net::TcpListener, sync::mpsc::UnboundedSender, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    RunError,
+    RunError, Told,
     objects::{self, Api},
     store::Kept,
 };
@@ -31,6 +31,7 @@ use crate::{
         usage::UsageStatus,
         witness::Witness,
     },
+    harness::journal::call_id,
     policy::{egress::Blocked, hostname::Hostname},
     wire,
 };
@@ -45,6 +46,8 @@ pub struct Settings {
     pub nameservers: Vec<SocketAddr>,
     /// Authorities to trust for upstreams beside the web's, PEM.
     pub upstream_ca: Option<PathBuf>,
+    /// Who is told why a call has not been made.
+    pub tell: UnboundedSender<Told>,
 }
 
 /// A gateway that serves.
@@ -87,7 +90,7 @@ pub async fn start(api: &Arc<Api>, kept: Kept, settings: Settings) -> Result<Ser
     };
     let dialer = Dialer::new(resolve, Blocked::default(), Arc::new(Network), roots).vouching(settings.resolved);
     let (stop, shutdown) = (CancellationToken::new(), CancellationToken::new());
-    let gateway = Arc::new(Gateway::new(Parts {
+    let gateway = Gateway::new(Parts {
         cluster: Arc::new(Cluster::new(api.stores(), api.clone())),
         reviews: Reviews::new(api.clone(), metrics.token_reviews.clone()),
         witness: witness.clone(),
@@ -99,7 +102,12 @@ pub async fn start(api: &Arc<Api>, kept: Kept, settings: Settings) -> Result<Ser
         metrics: metrics.clone(),
         operator: objects::operator(),
         shutdown,
-    }));
+    });
+    let tell = settings.tell;
+    let gateway = Arc::new(gateway.telling(Box::new(move |intent, refused| {
+        // Whoever is told may be gone.
+        let _ = tell.send(Told::Unmade { call: call_id(intent), reason: refused.reason.clone() });
+    })));
     let (tls, ca) = certificate()?;
     let own = async || TcpListener::bind("127.0.0.1:0").await.map_err(|error| failed(&error));
     let (listener, singer) = (own().await?, own().await?);

@@ -23,6 +23,8 @@ use super::RunError;
 
 /// bubblewrap's arguments.
 mod bubblewrap;
+/// Whether a command is a program there.
+pub mod command;
 /// gVisor's bundle.
 mod gvisor;
 /// A network namespace, and who holds it.

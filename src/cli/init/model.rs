@@ -21,8 +21,20 @@ const HERE: &str = "model.localhost";
 /// What another machine is called in a pack that is known by its address alone: packs have names. No public name ends so.
 const THERE: &str = "model.internal";
 /// Ends of names that no public server knows.
-const OURS: [&str; 12] =
-    ["corp", "home", "home.arpa", "internal", "intranet", "lan", "local", "localdomain", "private", "svc", "test", "vpn"];
+const OURS: [&str; 12] = [
+    "corp",
+    "home",
+    "home.arpa",
+    "internal",
+    "intranet",
+    "lan",
+    "local",
+    "localdomain",
+    "private",
+    "svc",
+    "test",
+    "vpn",
+];
 
 /// Whose model, as `--model` has it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -98,7 +110,10 @@ impl Base {
         };
         let (authority, host) = uri.authority().zip(uri.host()).ok_or_else(none)?;
         if authority.as_str().contains('@') {
-            return Err("expected a base URL without a user or a key, found one; the gateway gets the key by --credential".to_owned());
+            return Err(
+                "expected a base URL without a user or a key, found one; the gateway gets the key by --credential"
+                    .to_owned(),
+            );
         }
         let asked = match host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>() {
             // Where servers listen that say so; whoever asks, asks this machine.
@@ -241,11 +256,13 @@ impl Model {
         let listed = |line: &str| format!("          {line}\n");
         let credentials = match self.key() {
             Some(_) => {
-                listed("# The gateway adds it. The agent never sees it.") + &listed("credentials: [{secret: model-key, key: token}]")
+                listed("# The gateway adds it. The agent never sees it.")
+                    + &listed("credentials: [{secret: model-key, key: token}]")
             }
             None if self.is_here_in_the_clear() && self.provider != Provider::Ollama => {
-                listed("# If it wants a key, with --credential model-key/token=env:MODEL_API_KEY. The agent never sees it.")
-                    + &listed("# credentials: [{secret: model-key, key: token}]")
+                listed(
+                    "# If it wants a key, with --credential model-key/token=env:MODEL_API_KEY. The agent never sees it.",
+                ) + &listed("# credentials: [{secret: model-key, key: token}]")
             }
             None => String::new(),
         };

@@ -7,7 +7,11 @@ use rstest::rstest;
 use super::*;
 
 fn args(folder: &Path, model: Option<&str>) -> Args {
-    Args { folder: folder.to_owned(), model: model.map(|model| model.parse().unwrap()), model_name: Some("m".to_owned()) }
+    Args {
+        folder: folder.to_owned(),
+        model: model.map(|model| model.parse().unwrap()),
+        model_name: Some("m".to_owned()),
+    }
 }
 
 fn said(args: &Args) -> Result<String, String> {

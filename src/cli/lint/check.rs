@@ -154,6 +154,10 @@ pub(in crate::cli) fn lint(sources: &[Source], namespace: &str) -> Result<Outcom
     }
     for (object, pack) in &packs {
         found.alone(object, alone::pack(pack));
+        let plain: Vec<&ToolContract> = contracts.iter().map(|(_, contract)| *contract).collect();
+        for one in config::in_the_clear(pack, &plain) {
+            found.add_at_field(&object.entry, Severity::Warning, one.finding.own());
+        }
     }
     let mut notes = found.tasks(&objects, &contracts, &packs, &namespaces);
     notes.extend(packs.iter().flat_map(|(_, pack)| config::bases(pack)));

@@ -133,6 +133,28 @@ fn an_argument_in_a_path_of_which_nothing_is_said_is_a_warning() {
     assert!(outcome.diagnostics.iter().all(|one| one.mend.contains("pattern")), "{outcome:#?}");
 }
 
+#[test]
+fn a_key_that_would_go_out_in_the_clear_is_a_warning() {
+    let with = |url: &str, credentials: &str| {
+        let uses = "          uses: [Models, Tools]\n";
+        let pack = include_str!("../../../examples/hello/policy-pack.yaml").replace("http://shop.test", url);
+        let pack = pack.replace("ports: [80]", "ports: [80, 443]").replace(uses, &format!("{uses}{credentials}"));
+        let line = pack.lines().position(|line| line.contains("credentials:")).map_or(0, |line| line as u64 + 1);
+        let contracts = include_str!("../../../examples/hello/contracts.yaml");
+        (line, lint_texts(&[("pack.yaml", &pack), ("contracts.yaml", contracts)]).diagnostics)
+    };
+    let key = "          credentials: [{secret: model-key, key: token}]\n";
+    let (line, found) = with("http://shop.test", key);
+    let [one] = found.as_slice() else { panic!("{found:#?}") };
+    assert_eq!((one.file.as_str(), one.line, one.severity), ("pack.yaml", line, Severity::Warning));
+    assert_eq!(one.field, "spec.workflowClasses[0].egress[0].credentials");
+    assert!(one.found.contains("spec.models.openai is `http://shop.test`") && one.mend.contains("--resolve"), "{one}");
+    // Of contracts it holds as well.
+    let (_, found) = with("https://shop.test", key);
+    assert!(matches!(found.as_slice(), [one] if one.found.contains("ToolContract read-order")), "{found:#?}");
+    assert!(with("http://shop.test", "").1.is_empty(), "without a key nothing goes out");
+}
+
 /// A pack that selects what another selects leaves tasks of both without one: said where the tasks are.
 #[test]
 fn two_packs_for_one_namespace() {

@@ -18,7 +18,7 @@ use serde_json::Value;
 
 use super::super::{
     CliError,
-    lint::{self, Source, document, gather},
+    lint::{self, Diagnostic, Source, document, gather},
 };
 use crate::{
     api::{AgentTask, PolicyPack, ToolContract, policy_pack::Credential},
@@ -38,6 +38,8 @@ pub(super) struct Loaded {
     pub(super) objects: Objects,
     /// Files with Secrets in them.
     pub(super) secret_files: Vec<PathBuf>,
+    /// What works, and is probably not what was meant.
+    pub(super) warnings: Vec<Diagnostic>,
 }
 
 /// What was asked for.
@@ -78,7 +80,7 @@ pub(super) fn load(asked: &Asked<'_>) -> Result<Loaded, CliError> {
     };
     let namespace = task.text("/metadata/namespace").unwrap_or("default").to_owned();
     let name = task.text("/metadata/name").unwrap_or_default().to_owned();
-    wrong(&sources, Some((asked.task, &manifests)))?;
+    let warnings = wrong(&sources, Some((asked.task, &manifests)))?;
 
     let mut task: AgentTask = task.typed(&namespace)?;
     task.metadata.uid = Some(objects::random_uid().map_err(|error| CliError::new(error.to_string()))?);
@@ -116,7 +118,7 @@ pub(super) fn load(asked: &Asked<'_>) -> Result<Loaded, CliError> {
         secrets: secrets.into_iter().filter(|one| here(&one.metadata)).collect(),
         credentials,
     };
-    Ok(Loaded { objects, secret_files })
+    Ok(Loaded { objects, secret_files, warnings })
 }
 
 /// The credentials that calls of this task would be made with, by host.
@@ -219,17 +221,18 @@ pub(super) fn folder_of(file: &Path) -> PathBuf {
     }
 }
 
-/// Other tasks beside this one are none of this run's business; what else is wrong is.
-fn wrong(sources: &[Source], task: Option<(&Path, &[Manifest<'_>])>) -> Result<(), CliError> {
+/// Other tasks beside this one are none of this run's business; what else is wrong is. Gives what is not wrong, and still worth a word.
+fn wrong(sources: &[Source], task: Option<(&Path, &[Manifest<'_>])>) -> Result<Vec<Diagnostic>, CliError> {
     let outcome = lint::on_a_large_stack(sources, "default")?;
     let of_another = |file: &str| {
         let Some((task, manifests)) = task else { return false };
         let mut of_file = manifests.iter().filter(|one| one.file.display().to_string() == file).peekable();
         file != task.display().to_string() && of_file.peek().is_some() && of_file.all(|one| one.is("AgentTask"))
     };
-    let errors = outcome.diagnostics.iter().filter(|found| found.severity == lint::Severity::Error);
-    let lines: Vec<_> = errors.filter(|found| !of_another(&found.file)).map(ToString::to_string).collect();
-    if lines.is_empty() { Ok(()) } else { Err(CliError::Listed(lines)) }
+    let (errors, warnings): (Vec<_>, Vec<_>) =
+        outcome.diagnostics.into_iter().partition(|found| found.severity == lint::Severity::Error);
+    let lines: Vec<_> = errors.iter().filter(|found| !of_another(&found.file)).map(ToString::to_string).collect();
+    if lines.is_empty() { Ok(warnings) } else { Err(CliError::Listed(lines)) }
 }
 
 fn manifests(sources: &[Source]) -> Vec<Manifest<'_>> {

@@ -37,6 +37,8 @@ use crate::{
     run::{Outcome, RunError, Told, objects::Api},
 };
 
+/// Why an attempt ends whose wall time is over.
+const OUT_OF_TIME: &str = "DeadlineExceeded";
 /// Between two drawings of the panel.
 const TICK: Duration = Duration::from_millis(500);
 
@@ -142,6 +144,7 @@ impl<'p> Front<'p> {
             }
             Told::Lost(lines) => self.view.notice(missing(lines).trim_end()),
             Told::Asked(_) => {}
+            Told::Unmade { call, reason } => self.view.unmade(&call, reason),
             Told::Trouble(trouble) => self.view.notice(&trouble),
             Told::Pause(until) => self.view.notice(&format!("another attempt at {until:.0}")),
         }
@@ -162,6 +165,7 @@ impl<'p> Front<'p> {
             }
             Told::Lost(lines) => json!({"event": "lost", "lines": lines}),
             Told::Asked(request) => json!({"event": "approval", "name": request.name_any(), "request": request.spec}),
+            Told::Unmade { call, reason } => json!({"event": "unmade", "call": call, "reason": reason}),
             Told::Trouble(trouble) => json!({"event": "trouble", "trouble": trouble}),
             Told::Pause(until) => json!({"event": "pause", "until": until.to_string()}),
         };
@@ -280,10 +284,16 @@ impl<'p> Front<'p> {
                 let class =
                     if closed.failure_class.is_empty() { String::new() } else { format!("{}, ", closed.failure_class) };
                 let refused = sealed.refused.in_words().map(|refused| format!("; {refused}")).unwrap_or_default();
+                let limit = match closed.reason.as_str() {
+                    OUT_OF_TIME => {
+                        format!("; spec.limits.wallTimeSeconds is {}", self.task.spec.limits.wall_time_seconds)
+                    }
+                    _ => String::new(),
+                };
                 let attempt = self.task.status.as_ref().and_then(|status| status.attempt);
                 self.task.status = Some(AgentTaskStatus {
                     phase: Some(phase),
-                    reason: Some(format!("{class}{}{refused}", closed.reason)),
+                    reason: Some(format!("{class}{}{limit}{refused}", closed.reason)),
                     attempt,
                     ..AgentTaskStatus::default()
                 });

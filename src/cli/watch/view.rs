@@ -15,7 +15,8 @@ use crate::{
     evidence::record::{AttemptOpened, Channel, Denied, Effect, Event, Intent, Outcome, Record},
     policy::{
         approval::Standing,
-        config::{Limits, Usage},
+        config::{Limits, ModelEndpoints, Usage},
+        model::api::Api,
         price,
     },
 };
@@ -45,10 +46,14 @@ pub(in crate::cli) struct View {
     usage: Usage,
     limits: Option<Limits>,
     open: BTreeMap<String, Call>,
+    /// Why calls were not made whose outcome is not told yet.
+    unmade: BTreeMap<String, String>,
     started: Option<Timestamp>,
     /// When the newest attempt began, for its wall time.
     attempt_started: Option<Timestamp>,
     place: Option<String>,
+    /// The pack's model endpoints.
+    models: ModelEndpoints,
     deleted: bool,
 }
 
@@ -56,6 +61,7 @@ pub(in crate::cli) struct View {
 struct Call {
     channel: Channel,
     target: String,
+    model: Option<String>,
     sent: Option<Timestamp>,
 }
 
@@ -77,9 +83,11 @@ impl View {
             usage: Usage::default(),
             limits: None,
             open: BTreeMap::new(),
+            unmade: BTreeMap::new(),
             started: None,
             attempt_started: None,
             place: None,
+            models: ModelEndpoints::default(),
             deleted: false,
         }
     }
@@ -149,6 +157,13 @@ impl View {
     /// A line as it is, already safe to show.
     pub(in crate::cli) fn line(&mut self, line: String) {
         self.lines.push(line);
+    }
+
+    /// Why a call was not made, which the line of its outcome will say.
+    pub(in crate::cli) fn unmade(&mut self, call: &str, reason: String) {
+        if self.unmade.len() < MAX_OPEN {
+            self.unmade.insert(call.to_owned(), reason);
+        }
     }
 
     /// A line of the agent's own.
@@ -362,6 +377,7 @@ impl View {
 
     fn opened(&mut self, at: Timestamp, attempt: i64, opened: &AttemptOpened) {
         self.limits = Some(opened.policy.limits);
+        self.models = opened.policy.models.clone();
         self.attempt = self.attempt.max(attempt);
         self.attempt_started = Some(at);
         // What an earlier pod left open stays so.
@@ -389,7 +405,8 @@ impl View {
 
     fn intent(&mut self, at: Timestamp, sent: Option<Timestamp>, intent: &Intent) {
         if self.open.len() < MAX_OPEN {
-            let call = Call { channel: intent.channel, target: intent.target.clone(), sent };
+            let call =
+                Call { channel: intent.channel, target: intent.target.clone(), model: intent.model.clone(), sent };
             self.open.insert(intent.call.clone(), call);
         }
         let rules: Vec<_> = intent.rules.iter().map(|r| r.as_str()).collect();
@@ -426,6 +443,26 @@ impl View {
         let sent = outcome.sent_bytes.map(|sent| format!(", {} sent", bytes(sent))).unwrap_or_default();
         let detail = paint.dim(format_args!("{status}{took}{sent}, {}{tokens}", bytes(outcome.response_bytes)));
         self.push(at, &format!("{} {name} {effect}{rule}{detail}", paint.dim("↳")));
+        if let Some(why) = self.unmade.remove(&outcome.call).or_else(|| self.answered(known.as_ref(), outcome)) {
+            self.lines.push(format!("             {}", paint.warn(Safe(why.trim_end_matches('\n')))));
+        }
+    }
+
+    /// Who has answered a model call with an error, where it is the provider's own.
+    fn answered(&self, known: Option<&Call>, outcome: &Outcome) -> Option<String> {
+        let known = known.filter(|known| known.channel == Channel::Model && outcome.rule.is_none())?;
+        if !(400..600).contains(&outcome.status) {
+            return None;
+        }
+        let model = known.model.as_ref().map(|model| format!(" for model {model}")).unwrap_or_default();
+        let family = Api::of_path(&known.target).and_then(Api::family);
+        let base = self.models.of(family, known.model.as_deref()).map(|chosen| chosen.base).unwrap_or_default();
+        let host = base.split("://").nth(1).and_then(|rest| rest.split(['/', '?']).next()).unwrap_or("its host");
+        let at = outcome.upstream.as_ref().map(|address| format!(" ({address})")).unwrap_or_default();
+        Some(format!(
+            "{} is the provider's own answer{model}, by {host}{at}; Belay has passed it on, and the agent has its reason",
+            outcome.status
+        ))
     }
 
     fn denied(&mut self, at: Timestamp, denied: &Denied) {

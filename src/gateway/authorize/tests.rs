@@ -40,8 +40,9 @@ fn compiled() -> Compiled {
         entry("models.world.test", &[443, 80], &[Models]),
         entry("docs.world.test", &[443, 80], &[Direct]),
         entry("*.docs.world.test", &[443], &[Direct]),
+        entry("here.world.test", &[80], &[Models]),
     ];
-    by(policy, vec![None, credential(), credential(), None])
+    by(policy, vec![None, credential(), credential(), None, credential()])
 }
 
 fn by(policy: PolicyConfig, credentials: Vec<Option<Credential>>) -> Compiled {
@@ -84,6 +85,8 @@ fn targets(#[case] text: &str, #[case] expected: Result<(&str, &str, &str), Rule
 #[case::tool(Channel::Tool, "https://tools.world.test/mcp", Ok(false))]
 #[case::model(Channel::Model, "https://models.world.test/v1/messages", Ok(true))]
 #[case::model_in_the_clear(Channel::Model, "http://models.world.test/v1/messages", Err(Rule::UpstreamCredential))]
+#[case::model_in_the_clear_on_this_machine(Channel::Model, "http://here.world.test/v1/messages", Ok(true))]
+#[case::direct_in_the_clear_on_this_machine(Channel::Egress, "http://here.world.test/", Err(Rule::EgressDirect))]
 #[case::direct_never_gets_a_credential(Channel::Egress, "http://docs.world.test/", Ok(false))]
 #[case::direct_below(Channel::Egress, "https://a.docs.world.test/", Ok(false))]
 #[case::tool_to_model(Channel::Tool, "https://models.world.test/v1/messages", Err(Rule::EgressHost))]
@@ -92,7 +95,8 @@ fn targets(#[case] text: &str, #[case] expected: Result<(&str, &str, &str), Rule
 #[case::unlisted(Channel::Egress, "https://evil.world.test/", Err(Rule::EgressHost))]
 fn lists(#[case] channel: Channel, #[case] url: &str, #[case] expected: Result<bool, Rule>) {
     let target = Target::parse(url).unwrap();
-    let found = listed(&compiled(), channel, Destination::Url(&target, &Method::POST));
+    let stays_here = |host: &Hostname| host.as_str() == "here.world.test";
+    let found = listed(&compiled(), channel, Destination::Url(&target, &Method::POST), stays_here);
     assert_eq!(found.map(|credential| credential.is_some()).map_err(|e| e.rule), expected);
 }
 

@@ -98,3 +98,70 @@ fn authorities_must_be_certificates() {
     assert!(roots(Some(b"nothing")).is_err());
     assert!(!roots(None).unwrap().is_empty());
 }
+
+/// On a laptop whoever is refused can have the name lead somewhere, and is told how; in a cluster nobody who reads it can.
+#[tokio::test]
+async fn a_name_that_leads_nowhere_is_mended_by_hand_where_it_can_be() {
+    for (answer, words) in [
+        (
+            Err("there is no such name".to_owned()),
+            ["cannot resolve a.test", "--resolve a.test=ADDRESS", "--upstream a.test="],
+        ),
+        (Ok(vec![]), ["no addresses", "--resolve a.test=ADDRESS", "--upstream a.test="]),
+        (Ok(vec![A, PRIVATE]), ["which is private", "--resolve a.test=10.0.0.5", "--upstream"]),
+        (Ok(vec!["127.0.0.1".parse().unwrap()]), ["which is loopback", "--resolve a.test=127.0.0.1", "--upstream"]),
+        (Ok(vec!["::1".parse().unwrap()]), ["which is loopback", "--resolve a.test=::1", "--upstream"]),
+    ] {
+        let (dialer_, _) = dialer(vec![answer.clone()], vec![]).await;
+        let said = dialer_.dial(&to()).await.unwrap_err().reason;
+        assert!(said.contains(words[0]) && !said.contains("--resolve"), "{said}");
+        let (dialer_, _) = dialer(vec![answer], vec![]).await;
+        let said = dialer_.vouching(HashMap::new()).dial(&to()).await.unwrap_err().reason;
+        assert!(words.iter().all(|word| said.contains(word)), "{said}");
+    }
+}
+
+/// Only an address of loopback that somebody has given by hand keeps what is sent on the machine; no answer of a name server does.
+#[tokio::test]
+async fn what_stays_on_this_machine_is_vouched_for() {
+    let (dialer_, _) = dialer(vec![Ok(vec!["127.0.0.1".parse().unwrap()])], vec![]).await;
+    assert!(!dialer_.stays_here(&to().host));
+    for (address, stays) in [
+        ("127.0.0.1:8000", true),
+        ("127.9.9.9:0", true),
+        ("[::1]:8000", true),
+        ("192.168.1.5:8000", false),
+        ("0.0.0.0:8000", false),
+        ("198.51.100.20:8000", false),
+        ("[::ffff:10.0.0.1]:8000", false),
+    ] {
+        let (dialer_, _) = dialer(vec![Ok(vec![A])], vec![]).await;
+        let dialer_ = dialer_.vouching([(to().host, address.parse().unwrap())].into());
+        assert_eq!(dialer_.stays_here(&to().host), stays, "{address}");
+        assert!(!dialer_.stays_here(&"b.test".parse().unwrap()));
+    }
+}
+
+/// What answers in plain text where TLS was meant is said to, and so is one that hangs up.
+#[tokio::test]
+async fn a_server_without_tls_is_said_to_be_one() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    for (answer, words) in [
+        ("HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n", "another protocol, as a server of plain http"),
+        ("<html>Bad request version</html>", "another protocol, as a server of plain http"),
+        ("SSH-2.0-OpenSSH_9.2\r\n", "another protocol"),
+        ("", "ended the connection before TLS began"),
+    ] {
+        let (dialer_, recorder) = dialer(vec![Ok(vec![A])], vec![]).await;
+        let (stream, _) = dialer_.dial(&to()).await.unwrap();
+        let (mut server, _) = recorder.listener.accept().await.unwrap();
+        let serving = tokio::spawn(async move {
+            let _ = server.read(&mut [0; 4096]).await;
+            let _ = server.write_all(answer.as_bytes()).await;
+            let _ = server.shutdown().await;
+        });
+        let refused = dialer_.secure(&to().host, stream).await.unwrap_err();
+        assert!(refused.reason.contains(words) && refused.reason.contains("http://"), "{}", refused.reason);
+        serving.await.unwrap();
+    }
+}

@@ -479,3 +479,24 @@ async fn an_answer_to_another_question_is_none() {
     let found = dns.addresses(&asked).await;
     assert!(found.as_ref().map_or(true, |found| *found == [OWN.parse::<IpAddr>().unwrap()]), "{found:?}");
 }
+
+/// What a name server has not said is told in words, and not as the resolver's own structures print themselves.
+#[tokio::test]
+async fn why_there_is_no_answer_is_said_in_words() {
+    let (address, _) = server().await;
+    let none = Dns::new(&[address]).unwrap().addresses(&Hostname::parse("other.test").unwrap()).await.unwrap_err();
+    assert_eq!(none, "there is no such name, as its name server says");
+    let nothing = answering(|_, _, _| {}).await;
+    let none = Dns::new(&[nothing]).unwrap().addresses(&Hostname::parse("other.test").unwrap()).await.unwrap_err();
+    assert_eq!(none, "the name server has no address for it");
+    let io = NetError::from(std::io::Error::from(std::io::ErrorKind::ConnectionRefused));
+    for (error, words) in [
+        (NetError::Timeout, "in time"),
+        (NetError::NoConnections, "no name server can be reached"),
+        (io, "no name server can be reached"),
+        (NetError::Busy, "busy"),
+    ] {
+        let said = unanswered(&error);
+        assert!(said.contains(words) && !said.contains('{'), "{said}");
+    }
+}

@@ -40,13 +40,18 @@ const OWN: [(&str, &str); 4] = [
     ("nsswitch.conf", "passwd: files\ngroup: files\nhosts: files\n"),
 ];
 
+/// What of the machine is shown, if it is there.
+pub fn shown() -> impl Iterator<Item = &'static str> {
+    PROGRAMS.into_iter().chain(SETTINGS)
+}
+
 /// The machine's own. What is made for it lies in `folder`.
 ///
 /// # Errors
 /// If that cannot be written.
 pub fn host(folder: &Path) -> io::Result<Vec<Entry>> {
     let mut root = Vec::new();
-    for path in PROGRAMS.into_iter().chain(SETTINGS) {
+    for path in shown() {
         root.extend(entry(Path::new(path), path));
     }
     fs::create_dir_all(folder)?;

@@ -50,7 +50,11 @@ fn model(url: &str) -> Model {
 #[case::service("http://vllm.models.svc:8080", "http://vllm.models.svc:8080", "vllm.models.svc=ADDRESS:8080")]
 #[case::inside("https://llm.corp.example.com/v1", "https://llm.corp.example.com", "llm.corp.example.com=10.1.2.3:443")]
 #[case::unknown("https://api.example.com/v1", "https://api.example.com", "")]
-#[case::a_call("http://localhost:8000/v1/chat/completions", "http://model.localhost:8000", "model.localhost=127.0.0.1:8000")]
+#[case::a_call(
+    "http://localhost:8000/v1/chat/completions",
+    "http://model.localhost:8000",
+    "model.localhost=127.0.0.1:8000"
+)]
 #[case::another_call("https://openrouter.ai/api/v1/responses/", "https://openrouter.ai/api", "")]
 #[case::a_call_alone("https://api.perplexity.ai/chat/completions", "https://api.perplexity.ai/chat/completions", "")]
 #[case::its_own_version("https://g.example.com/v1beta/openai/", "https://g.example.com/v1beta/openai", "")]

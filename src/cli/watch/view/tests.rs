@@ -181,3 +181,43 @@ fn a_notice_is_said_once() {
     view.notice("the API server: no");
     assert_eq!(lines(&mut view), ["  … the API server: no"]);
 }
+
+/// Why a call was not made is said with its outcome, and an error that a provider answers is said to be the provider's.
+#[test]
+fn an_outcome_says_why() {
+    use crate::verify::tests::script::intent;
+    let mut view = view();
+    for record in Script::good().segments.iter().flatten().take(1) {
+        view.record(1, record);
+    }
+    let failed = |rule, status| {
+        let Event::Outcome(one) = outcome("c-9", 0) else { panic!() };
+        Event::Outcome(Outcome { effect: Effect::NotApplied, rule, status, ..one })
+    };
+    let asked = || {
+        let Event::Intent(one) = intent("c-9", Channel::Model, "/v1/chat/completions", 100) else { panic!() };
+        Event::Intent(Intent { model: Some("gpt-4o\u{1b}[2J".to_owned()), ..one })
+    };
+    view.take_lines();
+    view.record(1, &record(1, asked()));
+    view.unmade("c-9", "cannot connect to models.test at 127.0.0.1:1: refused\u{1b}[2J\n".to_owned());
+    view.record(1, &record(1, failed(Some(Rule::UpstreamConnect), 0)));
+    let said = view.take_lines().join("\n");
+    assert!(
+        said.contains("upstream.connect") && said.contains("\n             cannot connect to models.test"),
+        "{said}"
+    );
+    assert!(!said.chars().any(|c| c != '\n' && hidden(c)), "{said:?}");
+
+    view.record(1, &record(1, asked()));
+    view.record(1, &record(1, failed(None, 404)));
+    let said = view.take_lines().join("\n");
+    for word in ["404 is the provider's own answer for model gpt-4o", " by ", "198.51.100.20:443", "passed it on"] {
+        assert!(said.contains(word), "{word}: {said}");
+    }
+    assert!(!said.chars().any(|c| c != '\n' && hidden(c)), "{said:?}");
+    // What has worked needs no reason.
+    view.record(1, &record(1, asked()));
+    view.record(1, &record(1, outcome("c-9", 5)));
+    assert!(!view.take_lines().join("\n").contains("provider"));
+}

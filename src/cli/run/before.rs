@@ -1,0 +1,86 @@
+//! What options and files say of each other, before anything starts.
+//!
+//! Guarantees: a host that an option names and no list has, and a key that would go out in the clear, end the run before it begins; a key that
+//! nothing uses is said to be one.
+//! Non-goals: what `belay lint` finds in files by themselves.
+
+use std::collections::BTreeSet;
+
+use kube::ResourceExt;
+
+use super::given::{Credential, Resolved, Server};
+use crate::{
+    api::{ToolContract, policy_pack::WorkflowClass},
+    cli::lint::Diagnostic,
+    plan::config,
+    policy::{egress::HostPattern, hostname::Hostname},
+    run::objects::Objects,
+};
+
+/// Hosts that options give an address, and that no call can go to.
+pub(super) fn unlisted(objects: &Objects, resolve: &[Resolved], upstream: &[Server]) -> Vec<String> {
+    let Ok(class) = config::class_of(&objects.task, &objects.pack) else { return Vec::new() };
+    let named = resolve.iter().map(|one| ("--resolve", &one.host));
+    let named = named.chain(upstream.iter().map(|one| ("--upstream", &one.host)));
+    let unlisted = named.filter(|(_, host)| !lists(class, host));
+    unlisted.map(|(option, host)| unknown(option, host, class)).collect()
+}
+
+fn lists(class: &WorkflowClass, host: &Hostname) -> bool {
+    class.egress.iter().any(|rule| HostPattern::parse(&rule.host).is_ok_and(|pattern| pattern.matches(host)))
+}
+
+fn unknown(option: &str, host: &Hostname, class: &WorkflowClass) -> String {
+    let all: BTreeSet<_> = class.egress.iter().map(|rule| rule.host.as_str()).collect();
+    let all = if all.is_empty() { "none".to_owned() } else { all.into_iter().collect::<Vec<_>>().join(", ") };
+    format!(
+        "{option} {host}: expected a host that class `{}` of the pack lists in its egress, which are {all}, found another: no call goes there; correct the name, or list it",
+        class.name
+    )
+}
+
+/// Keys that would go out in the clear, with their place in the pack: those of hosts of which `stays_here` does not say that what is sent there
+/// stays on this machine. `warnings` are what `belay lint` says.
+pub(super) fn in_the_clear(
+    objects: &Objects,
+    warnings: &[Diagnostic],
+    stays_here: &dyn Fn(&Hostname) -> bool,
+) -> Vec<String> {
+    let spec = &objects.task.spec;
+    let contracts: Vec<&ToolContract> =
+        objects.contracts.iter().filter(|contract| spec.tools.contains(&contract.name_any())).collect();
+    let found = config::in_the_clear(&objects.pack, &contracts);
+    let found = found.into_iter().filter(|one| one.class == spec.workflow_class && !stays_here(&one.host));
+    let said = found.map(|one| {
+        let finding = one.finding.own();
+        let at = warnings.iter().find(|warning| warning.field == finding.field);
+        let place = at.map(|at| format!("{}:{}:{}: ", at.file, at.line, at.column)).unwrap_or_default();
+        format!("{place}{finding}")
+    });
+    said.collect()
+}
+
+/// Keys that options give, and that no host of the task's class is reached with.
+pub(super) fn unused(objects: &Objects, given: &[Credential]) -> Vec<String> {
+    let Ok(class) = config::class_of(&objects.task, &objects.pack) else { return Vec::new() };
+    let principal = &objects.task.spec.principal;
+    let used: BTreeSet<_> = class
+        .egress
+        .iter()
+        .filter_map(|rule| config::credential_for(rule, principal))
+        .map(|one| format!("{}/{}", one.secret, one.key))
+        .collect();
+    let names = given.iter().map(|one| format!("{}/{}", one.secret, one.key));
+    let unused = names.filter(|name| !used.contains(name)).map(|name| {
+        let used = used.iter().cloned().collect::<Vec<_>>().join(", ");
+        format!(
+            "--credential {name}: nothing uses it; the `credentials` of hosts in class `{}` of the pack for {principal} are {}",
+            class.name,
+            if used.is_empty() { "none" } else { &used }
+        )
+    });
+    unused.collect()
+}
+
+#[cfg(test)]
+mod tests;
