@@ -71,22 +71,31 @@ pub(super) fn run(args: &Args, out: &mut dyn Write) -> Result<u8, CliError> {
         let what = if kept.contains(name) { "was there, and is kept as it is" } else { what };
         writeln!(out, "{:<30} {what}", Safe(&path).to_string())?;
     }
-    let folder = Safe(&args.folder.display().to_string()).to_string();
+    let file = |name: &str| Safe(&args.folder.join(name).display().to_string()).to_string();
+    let server = quoted(&format!("python3 {}", word(&file("standin.py"))));
     let options = model.as_ref().map(Model::options).unwrap_or_default();
-    writeln!(
-        out,
-        "\nRun it:\n  belay run {folder}/task.yaml --upstream shop.test='python3 {folder}/standin.py'{options}"
-    )?;
+    writeln!(out, "\nRun it:\n  belay run {} --upstream shop.test={server}{options}", word(&file("task.yaml")))?;
     for note in model.iter().flat_map(Model::notes) {
         writeln!(out, "note: {}", Safe(&note))?;
     }
     if let Some(model) = model.filter(|_| kept.contains(&PACK_FILE)) {
-        writeln!(out, "note: {folder}/{PACK_FILE} was there; for this model it needs")?;
+        writeln!(out, "note: {} was there; for this model it needs", file(PACK_FILE))?;
         for line in model.wanted_of_a_pack().lines() {
             writeln!(out, "{}", Safe(line))?;
         }
     }
     Ok(0)
+}
+
+/// A text as one word of a shell's, as plain as it can be.
+fn word(text: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-._/+:@%".contains(c);
+    if !text.is_empty() && text.chars().all(plain) { text.to_owned() } else { quoted(text) }
+}
+
+/// A text in a shell's quotes.
+fn quoted(text: &str) -> String {
+    format!("'{}'", text.replace('\'', r"'\''"))
 }
 
 /// The addresses that this machine's programs find for a name; none where they find none.

@@ -37,6 +37,21 @@ fn a_task_is_named_after_its_folder(#[case] folder: &str, #[case] expected: &str
     assert!(task.contains(&format!("\n  name: {expected}\n")), "{task}");
 }
 
+/// The command that is said can be pasted, whatever the folder is called.
+#[rstest]
+#[case("hello", "hello/task.yaml", "python3 hello/standin.py")]
+#[case("my agent", "my agent/task.yaml", "python3 'my agent/standin.py'")]
+#[case("it's", "it's/task.yaml", r"python3 'it'\''s/standin.py'")]
+#[case("$HOME;ls", "$HOME;ls/task.yaml", "python3 '$HOME;ls/standin.py'")]
+fn a_command_is_one_for_a_shell(#[case] folder: &str, #[case] task: &str, #[case] server: &str) {
+    let home = tempfile::tempdir().unwrap();
+    let told = said(&args(&home.path().join(folder), None)).unwrap();
+    let command = told.lines().find_map(|line| line.trim().strip_prefix("belay run ")).unwrap();
+    let shell = std::process::Command::new("sh").args(["-c", &format!("printf '%s\\n' {command}")]).output().unwrap();
+    let words = String::from_utf8(shell.stdout).unwrap().replace(&format!("{}/", home.path().display()), "");
+    assert_eq!(words, format!("{task}\n--upstream\nshop.test={server}\n"));
+}
+
 #[test]
 fn what_is_there_stays_and_the_rest_is_written() {
     let home = tempfile::tempdir().unwrap();
