@@ -27,6 +27,9 @@ pub mod cli;
 pub mod contact;
 /// Records, Merkle log, checkpoints, segments, stores.
 pub mod evidence;
+/// Bodies that break off after what came before has been written.
+#[cfg(feature = "net")]
+pub mod flushed;
 /// The only way out of an agent's pod, and the witness of its evidence.
 #[cfg(feature = "gateway")]
 pub mod gateway;

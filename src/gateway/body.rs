@@ -18,7 +18,10 @@ use serde_json::Value;
 use tokio::time::{Instant, Sleep};
 
 use super::forms::Forms;
-use crate::wire::{self, Ended};
+use crate::{
+    flushed::Flushed,
+    wire::{self, Ended},
+};
 
 /// Whatever went wrong on the way.
 pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
@@ -205,30 +208,26 @@ where
     }
 }
 
-/// A reply's body as it goes to its caller, who gets all of it that has come, and is told how it ended.
-///
-/// An error of a body takes back what is still on its way: HTTP/2 forgets the frames of a stream that it resets, and hyper does not write out
-/// what it holds of a connection that it ends. So a reply that ends early ends with a trailer over HTTP/2, [`wire::ENDED`]; over HTTP/1.1
-/// the connection ends once what is held has been written.
+/// A reply's body as it goes over HTTP/2 to its caller, who gets all of it that has come, and is told how it ended, by a trailer: [`wire::ENDED`].
+/// HTTP/2 forgets what waits of a stream that is reset.
 pub struct Carried {
     body: ReplyBody,
-    version: Version,
     over: bool,
-    failed: Option<BoxError>,
 }
 
 impl Carried {
     /// The reply to a request of this version.
-    pub fn reply(reply: Response<ReplyBody>, version: Version) -> Response<ReplyBody> {
-        let mut reply = reply.map(|body| Self { body, version, over: false, failed: None }.boxed_unsync());
+    pub fn reply(mut reply: Response<ReplyBody>, version: Version) -> Response<ReplyBody> {
+        if version != Version::HTTP_2 {
+            return reply.map(|body| Flushed::new(body).boxed_unsync());
+        }
         // Framing is HTTP/2's own. A length that does not hold would make an error of what has come.
-        if version == Version::HTTP_2
-            && !reply.body().is_end_stream()
+        if !reply.body().is_end_stream()
             && let Some(length) = reply.headers_mut().remove(CONTENT_LENGTH)
         {
             reply.headers_mut().insert(wire::LENGTH, length);
         }
-        reply
+        reply.map(|body| Self { body, over: false }.boxed_unsync())
     }
 }
 
@@ -249,37 +248,26 @@ impl Body for Carried {
 
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
         let this = self.get_mut();
-        if let Some(error) = this.failed.take() {
-            return Poll::Ready(Some(Err(error)));
-        }
         if this.over {
             return Poll::Ready(None);
         }
-        match ready!(Pin::new(&mut this.body).poll_frame(cx)) {
-            Some(Err(error)) => {
+        let frame = ready!(Pin::new(&mut this.body).poll_frame(cx));
+        Poll::Ready(frame.map(|frame| {
+            frame.or_else(|error| {
                 this.over = true;
-                if this.version == Version::HTTP_2 {
-                    let trailers = HeaderMap::from_iter([(
-                        HeaderName::from_static(wire::ENDED),
-                        HeaderValue::from_static(ending(&error).as_str()),
-                    )]);
-                    return Poll::Ready(Some(Ok(Frame::trailers(trailers))));
-                }
-                this.failed = Some(error);
-                cx.waker().wake_by_ref();
-                Poll::Pending
-            }
-            frame => Poll::Ready(frame),
-        }
+                let ended = HeaderValue::from_static(ending(&error).as_str());
+                Ok(Frame::trailers(HeaderMap::from_iter([(HeaderName::from_static(wire::ENDED), ended)])))
+            })
+        }))
     }
 
     fn is_end_stream(&self) -> bool {
-        self.failed.is_none() && (self.over || self.body.is_end_stream())
+        self.over || self.body.is_end_stream()
     }
 
+    /// What is said of a length to HTTP/2 is written beside its frames, and checked against them.
     fn size_hint(&self) -> SizeHint {
-        // What is said of a length to HTTP/2 is written beside its frames, and checked against them.
-        if self.version == Version::HTTP_2 { SizeHint::default() } else { self.body.size_hint() }
+        SizeHint::default()
     }
 }
 

@@ -3,6 +3,8 @@
 use bytes::Bytes;
 use http_body_util::{BodyExt, combinators::UnsyncBoxBody};
 
+use crate::flushed::Flushed;
+
 /// Any error of a body.
 pub type BodyError = Box<dyn std::error::Error + Send + Sync>;
 /// A reply's body.
@@ -13,5 +15,5 @@ pub fn boxed<B>(body: B) -> Body
 where
     B: hyper::body::Body<Data = Bytes, Error = BodyError> + Send + 'static,
 {
-    body.boxed_unsync()
+    Flushed::new(body.boxed_unsync()).boxed_unsync()
 }

@@ -9,7 +9,7 @@ use std::{sync::Arc, time::Duration};
 use bytes::Bytes;
 use futures::StreamExt;
 use http::{Response, StatusCode, header};
-use http_body_util::{BodyDataStream, BodyExt, StreamBody};
+use http_body_util::{BodyDataStream, StreamBody};
 use hyper::body::Frame;
 use sha2::{Digest, Sha256};
 
@@ -17,7 +17,7 @@ use super::{headers::passed_back, refusal, unasked::Unasked};
 use crate::{
     evidence::record::{Channel, Effect},
     harness::{
-        body::{Body, BodyError},
+        body::{Body, BodyError, boxed},
         gate::{Gate, Permit, Settlement},
         link::{Carried, EndedError, Peer},
     },
@@ -90,7 +90,7 @@ pub(super) fn meter(
     let body = Some(BodyDataStream::new(body));
     let passing = Passing { body, meter: Some(meter), unasked, end: None, told, is_wanted: true };
     let stream = futures::stream::unfold(passing, async |mut passing| Some((passing.next().await?, passing)));
-    Response::from_parts(parts, BodyExt::boxed_unsync(StreamBody::new(stream)))
+    Response::from_parts(parts, boxed(StreamBody::new(stream)))
 }
 
 /// A reply on its way. Dropped with what is left of it when whoever asked hangs up.
@@ -166,8 +166,6 @@ impl Passing {
                 return Ok(Frame::data(refusal::event(api, &denial).into()));
             }
         }
-        // Whoever serves this forgets what it has not written yet once it is told of an error.
-        tokio::task::yield_now().await;
         Err(error.into())
     }
 
