@@ -22,7 +22,7 @@ use super::{
     json, meter, quick,
     rule::Rule,
     shape::{Misfit, Shape},
-    shorten::shorten,
+    shorten::{shorten, shorten_to},
 };
 use crate::canonical;
 
@@ -32,6 +32,8 @@ pub const LONGEST_RESULT: usize = 16 << 10;
 pub const LONGEST_RESULTS: usize = 256 << 10;
 /// Longest arguments of any call, in bytes of canonical JSON: the most that a contract may say.
 pub const LONGEST_ARGUMENTS: usize = 4 << 20;
+/// What is said of arguments that do not fit, in characters: a schema of several forms takes a sentence for each.
+const LONGEST_MISFIT: usize = 512;
 /// What is around the arguments in an agent's request, at most, in bytes.
 const AROUND: usize = 64 << 10;
 /// Longest answer by which it is told whether a call took effect, or of which its undoing is made, in bytes of JSON.
@@ -415,7 +417,7 @@ impl Contracts {
                 Err(Misfit::At { instance, words, .. }) => {
                     let place = if instance.is_empty() { "the arguments".to_owned() } else { shorten(&instance) };
                     // The reason is recorded, and arguments are in no record.
-                    format!("{place}: {}", shorten(&words))
+                    format!("{place}: {}", shorten_to(&words, LONGEST_MISFIT))
                 }
                 Err(Misfit::Exceeded(exceeded)) => {
                     format!(

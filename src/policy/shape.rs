@@ -7,6 +7,8 @@
 //! The validator has no such bounds, and takes keywords of ours: one is in every part of the schema, and stands before each reference, which
 //! are the only ways by which a schema comes to a part of itself again.
 
+pub mod words;
+
 use std::collections::HashSet;
 
 use jsonschema::{Keyword, PatternOptions, ValidationError, Validator};
@@ -22,8 +24,8 @@ const STEPS_BACK: usize = 100_000;
 /// Memory of one compiled pattern, in bytes.
 const LARGEST_PATTERN: usize = 4 << 20;
 
-/// A compiled schema.
-pub struct Shape(Validator);
+/// A compiled schema, and the text of it.
+pub struct Shape(Validator, Value);
 
 /// Why a value does not fit.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -55,7 +57,7 @@ impl Shape {
             .with_keyword(STEP, |_, _, _| Ok(Box::new(Step)))
             .with_keyword("uniqueItems", |_, wanted, _| Ok(Box::new(Unique(wanted == &Value::Bool(true)))))
             .build(&metered(schema))
-            .map(Self)
+            .map(|validator| Self(validator, schema.clone()))
             .map_err(|error| error.to_string())
     }
 
@@ -76,7 +78,7 @@ impl Shape {
             found.map_err(|error| Misfit::At {
                 instance: error.instance_path().to_string(),
                 schema: error.schema_path().to_string(),
-                words: error.masked().to_string(),
+                words: words::of(&error, &self.1, value),
             })
         })
     }
@@ -150,7 +152,11 @@ struct Unique(bool);
 
 impl<'i> Keyword<'i> for Unique {
     fn validate(&self, instance: &'i Value) -> Result<(), ValidationError<'i>> {
-        if self.is_valid(instance) { Ok(()) } else { Err(ValidationError::custom("an item is there twice")) }
+        if self.is_valid(instance) {
+            Ok(())
+        } else {
+            Err(ValidationError::custom("expected a list in which each item is there once, found one twice"))
+        }
     }
 
     fn is_valid(&self, instance: &'i Value) -> bool {

@@ -82,6 +82,58 @@ fn what_does_not_fit_is_named_and_not_repeated() {
     assert!(!words.contains("secret"), "{words}");
 }
 
+/// In words for whoever has to mend the call: each names what was expected, what was found and where, and has no word of the validator's.
+#[rstest]
+#[case(json!({"type": "object", "additionalProperties": false}), json!({"n": 1}), "", r#"found "n", expected no arguments: leave it out"#)]
+#[case(json!({"type": "object", "properties": {}, "additionalProperties": false}), json!({"m": 2}), "", r#"found "m", expected no arguments: leave it out"#)]
+#[case(
+    json!({"properties": {"a": true, "b": true}, "additionalProperties": false}), json!({"a": 1, "c": 1}), "",
+    r#"found "c", expected only the arguments "a", "b": leave it out"#
+)]
+#[case(
+    json!({"properties": {"f": {"properties": {"a": true}, "additionalProperties": false}}}), json!({"f": {"c": 1}}), "/f",
+    r#"found "c", expected only the members "a": leave it out"#
+)]
+#[case(
+    json!({"$ref": "#/$defs/f", "$defs": {"f": {"type": "object", "properties": {"a": true}, "additionalProperties": false}}}), json!({"c": 1}), "",
+    r#"found "c", expected only the arguments "a": leave it out"#
+)]
+#[case(
+    json!({"properties": {"a": true}, "unevaluatedProperties": false}), json!({"c": 1}), "",
+    r#"found "c", expected only the arguments "a": leave it out"#
+)]
+#[case(json!({"unevaluatedProperties": false}), json!({"c": 1}), "", r#"found "c", expected no arguments: leave it out"#)]
+#[case(json!({"properties": {"a": false}}), json!({"a": "x"}), "/a", "expected nothing, found text: leave it out")]
+#[case(json!({"not": {"required": ["a"]}}), json!({"a": 1}), "", "expected a value that is not as the schema says under `not`, found one that is")]
+#[case(json!({"propertyNames": false}), json!({"a": 1}), "", r#"found "a", expected no arguments: leave it out"#)]
+#[case(json!({"propertyNames": {"maxLength": 1}}), json!({"ab": 1}), "", "of the name of a member: expected text of at most 1 character, found more")]
+#[case(json!({"required": ["a"]}), json!({}), "", r#"expected the argument "a", found none"#)]
+#[case(json!({"properties": {"f": {"required": ["a"]}}}), json!({"f": {}}), "/f", r#"expected the member "a", found none"#)]
+#[case(json!({"properties": {"n": {"type": "integer"}}}), json!({"n": 1.5}), "/n", "expected a whole number, found a number with a fraction")]
+#[case(json!({"properties": {"n": {"type": ["string", "null"]}}}), json!({"n": {}}), "/n", "expected null, or text, found an object")]
+#[case(
+    json!({"properties": {"n": {"anyOf": [{"type": "string"}, {"type": "null"}]}}}), json!({"n": 7}), "/n",
+    "expected one of 2 forms, found none of them; form 1: expected text, found a number; form 2: expected null, found a number"
+)]
+#[case(
+    json!({"oneOf": [{"properties": {"a": {"type": "string"}}}, {"required": ["b"]}]}), json!({"a": 7}), "",
+    r#"expected one of 2 forms, found none of them; form 1: at /a: expected text, found a number; form 2: expected the argument "b", found none"#
+)]
+#[case(json!({"properties": {"n": {"oneOf": [{"minimum": 1}, {"minimum": 2}]}}}), json!({"n": 7}), "/n", "expected a value of exactly one of the forms that the contract has for it, found one of several")]
+#[case(json!({"properties": {"s": {"enum": ["low", "high"]}}}), json!({"s": "x"}), "/s", r#"expected one of "low", "high", found other text"#)]
+#[case(json!({"properties": {"s": {"const": 5}}}), json!({"s": "x"}), "/s", "expected 5, found another value")]
+#[case(json!({"properties": {"s": {"pattern": "^a+$"}}}), json!({"s": "x"}), "/s", "expected text that matches `^a+$`, found text that does not")]
+#[case(json!({"properties": {"s": {"format": "uuid"}}}), json!({"s": "x"}), "/s", "expected text that is a valid `uuid`, found text that is none")]
+#[case(json!({"properties": {"s": {"maxLength": 3}}}), json!({"s": "abcd"}), "/s", "expected text of at most 3 characters, found more")]
+#[case(json!({"properties": {"n": {"exclusiveMinimum": 3}}}), json!({"n": 3}), "/n", "expected a number above 3, found none such")]
+#[case(json!({"properties": {"l": {"uniqueItems": true}}}), json!({"l": [1, 1]}), "/l", "expected a list in which each item is there once, found one twice")]
+#[case(json!({"properties": {"l": {"prefixItems": [true], "items": false}}}), json!({"l": [1, 1]}), "/l/1", "expected nothing, found a number: leave it out")]
+#[case(json!({"properties": {"l": {"contains": {"const": 1}}}}), json!({"l": [2]}), "/l", "expected a list with as many items of the kind that the schema says under `contains`, found fewer or more")]
+fn a_misfit_is_told_in_words(#[case] schema: Value, #[case] value: Value, #[case] at: &str, #[case] expected: &str) {
+    let Err(Misfit::At { instance, words, .. }) = Shape::compile(&schema).unwrap().check(&value) else { panic!() };
+    assert_eq!((instance.as_str(), words.as_str()), (at, expected));
+}
+
 fn schema() -> impl Strategy<Value = Value> {
     let leaf = prop_oneof![
         Just(json!(true)),
@@ -121,6 +173,20 @@ fn schema() -> impl Strategy<Value = Value> {
 }
 
 proptest! {
+    /// Whatever is wrong, nobody hears of it in the validator's own words.
+    #[test]
+    fn no_words_of_the_validator_are_told(schema in schema()) {
+        let whole = json!({"allOf": [schema], "$defs": {"d": {"type": "string"}}});
+        let Ok(shape) = Shape::compile(&whole) else { return Ok(()) };
+        for value in [json!(1), json!("a"), json!([1, 1]), json!([1, "a", [1]]), json!({"a": {"a": 1}, "b": [2]}), json!({})] {
+            let Err(Misfit::At { words, .. }) = shape.check(&value) else { continue };
+            for word in ["alse schema", "is not of type", "valid under", "keyword", "dditional properties", "nevaluated", STEP] {
+                prop_assert!(!words.contains(word), "{}: {}", whole, words);
+            }
+            prop_assert!(words.contains("expected"), "{}: {}", whole, words);
+        }
+    }
+
     /// Metered or not, a schema says the same, as long as it ends by itself.
     #[test]
     fn metered_schemas_agree_with_those_that_are_not(schema in schema(), defined in schema()) {
