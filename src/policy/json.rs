@@ -19,6 +19,8 @@ use serde_json::{Map, Number, Value};
 pub const DEEPEST: usize = 100;
 /// Most values, names aside. A value in memory takes many times the bytes of its text: `0,`.
 pub const MOST: usize = 1 << 18;
+/// Most values of what is sent on as it was written: a request to a model may ask for embeddings of 300,000 tokens, each of them a number.
+const MOST_SENT_ON: usize = 320_000;
 /// The largest whole number that every JSON parser keeps: 2^53 − 1.
 pub const LARGEST: i64 = (1 << 53) - 1;
 /// From here on doubles have gaps larger than one, so that a number read into one may have been another.
@@ -34,7 +36,7 @@ pub struct Ambiguous(pub String);
 /// # Errors
 /// If the text is not JSON, or could be read in two ways.
 pub fn parse(text: &[u8]) -> Result<Value, Ambiguous> {
-    read(text, false)
+    read(text, false, MOST)
 }
 
 /// Reads one JSON value of which the numbers and texts are somebody else's to act on: half a surrogate pair is read as U+FFFD, numbers are rounded,
@@ -43,13 +45,13 @@ pub fn parse(text: &[u8]) -> Result<Value, Ambiguous> {
 /// # Errors
 /// If the text is not JSON, or an object has a name twice.
 pub fn lenient(text: &[u8]) -> Result<Value, Ambiguous> {
-    read(&mended(text), true)
+    read(&mended(text), true, MOST_SENT_ON)
 }
 
-fn read(text: &[u8], rounds: bool) -> Result<Value, Ambiguous> {
+fn read(text: &[u8], rounds: bool, most: usize) -> Result<Value, Ambiguous> {
     let mut reader = serde_json::Deserializer::from_slice(text);
-    let left = Cell::new(MOST);
-    let value = Level { depth: 0, left: &left, rounds }.deserialize(&mut reader).map_err(found)?;
+    let left = Cell::new(most);
+    let value = Level { depth: 0, most, left: &left, rounds }.deserialize(&mut reader).map_err(found)?;
     reader.end().map_err(found)?;
     Ok(value)
 }
@@ -171,7 +173,9 @@ fn exact_number(number: &Number) -> Result<(), Ambiguous> {
     if holds {
         return Ok(());
     }
-    Err(Ambiguous(format!("-0 or a number beyond {LARGEST}: send 0, and larger numbers as text")))
+    Err(Ambiguous(format!(
+        "-0, or a number beyond 2^53 - 1 ({LARGEST}) either way: send 0, and larger numbers as text"
+    )))
 }
 
 fn found(error: serde_json::Error) -> Ambiguous {
@@ -182,6 +186,8 @@ fn found(error: serde_json::Error) -> Ambiguous {
 #[derive(Clone, Copy)]
 struct Level<'l> {
     depth: usize,
+    /// How many values there may be.
+    most: usize,
     /// How many values there may still be.
     left: &'l Cell<usize>,
     /// Whether numbers may be rounded.
@@ -202,8 +208,9 @@ impl<'de> DeserializeSeed<'de> for Level<'_> {
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Value, D::Error> {
         let left = self.left.get().checked_sub(1);
+        let most = self.most;
         self.left
-            .set(left.ok_or_else(|| D::Error::custom(format_args!("more than {MOST} values: send less at a time")))?);
+            .set(left.ok_or_else(|| D::Error::custom(format_args!("more than {most} values: send less at a time")))?);
         deserializer.deserialize_any(self)
     }
 }
@@ -318,7 +325,13 @@ mod tests {
         let zeros = |n: usize| format!("[{}0]", "0,".repeat(n - 1));
         assert!(parse(zeros(MOST - 1).as_bytes()).is_ok());
         let refused = parse(zeros(MOST).as_bytes()).unwrap_err();
-        assert!(refused.to_string().contains("values"), "{refused}");
+        assert!(refused.to_string().contains("262144 values"), "{refused}");
+        // OpenAI embeds 300,000 tokens in one request, in lists of at most 2,048.
+        let tokens = |n: usize| format!(r#"{{"model":"e","input":[[{}0]]}}"#, "0,".repeat(n - 1));
+        assert!(lenient(tokens(300_000).as_bytes()).is_ok());
+        assert!(parse(tokens(300_000).as_bytes()).is_err(), "what is judged by contracts may not");
+        let refused = lenient(tokens(MOST_SENT_ON).as_bytes()).unwrap_err();
+        assert!(refused.to_string().contains("320000 values"), "{refused}");
     }
 
     #[rstest]

@@ -42,6 +42,8 @@ const LONGEST_CAPITALS: usize = 13;
 const MOST_CAPITALS: usize = 4;
 /// Parts of one text that are replaced one by one. From here on the rest is one.
 const MOST_PARTS: usize = 8;
+/// What refusals name and does not read so: the largest number that every JSON parser keeps, and a field of the class.
+const OURS: [&str; 2] = ["9007199254740991", "upstreamTimeoutSeconds"];
 /// Texts that are learnt beside the policy's.
 const MOST_LEARNT: usize = 1024;
 
@@ -164,7 +166,9 @@ fn collect(value: &Value, known: &mut HashSet<String>) {
         known.extend(tokens.filter(|token| !is_wordlike(token)).map(str::to_owned));
     };
     match value {
-        Value::Null | Value::Bool(_) | Value::Number(_) => {}
+        Value::Null | Value::Bool(_) => {}
+        // The bounds of a schema, such as `maximum`.
+        Value::Number(number) => add(&number.to_string()),
         Value::String(text) => add(text),
         Value::Array(items) => items.iter().for_each(|item| collect(item, known)),
         Value::Object(fields) => {
@@ -200,7 +204,7 @@ fn is_address(text: &str) -> bool {
 
 /// Whether a text without spaces is a word, a number or a name of such, to whoever reads it.
 fn is_wordlike(token: &str) -> bool {
-    if is_address(token) || token.parse::<jiff::Timestamp>().is_ok() {
+    if is_address(token) || OURS.contains(&token) || token.parse::<jiff::Timestamp>().is_ok() {
         return true;
     }
     // What these are in is an account, a parameter, an escape or base64.

@@ -47,7 +47,7 @@ mod why {
         "the provider would fetch pages itself, past the egress list; offer it as a tool of a contract";
     pub const CODE: &str =
         "the code would run at the provider, outside the sandbox; run it as a tool of the agent's own";
-    pub const SHELL: &str = "the shell would run at the provider, outside the sandbox; say `\"environment\": {\"type\": \"local\"}`, and run it here";
+    pub const SHELL: &str = "the shell would run at the provider, outside the sandbox; run it here, with an `environment` of the type `local`";
     pub const FILE: &str =
         "the file lies at the provider, and nobody here knows what is in it or how long it is; send it in the request";
     pub const FILES: &str = "the provider would search files that lie there; offer the search as a tool of a contract";

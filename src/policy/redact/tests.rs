@@ -1,6 +1,7 @@
 use base64::{Engine, prelude::BASE64_STANDARD};
 use proptest::prelude::*;
 use rstest::rstest;
+use serde_json::json;
 
 use super::*;
 use crate::policy::{
@@ -142,4 +143,84 @@ proptest! {
         let whole: String = parts.iter().map(|part| match part { Part::Shown(text) | Part::Hidden(text) => *text }).collect();
         prop_assert_eq!(whole, text);
     }
+}
+
+/// What we say ourselves is readable in the log: the bounds in our messages, and those of the task's own contracts.
+#[test]
+fn no_constant_of_ours_is_hidden() {
+    assert!(OURS.contains(&crate::policy::json::LARGEST.to_string().as_str()));
+    for number in [json!(9_007_199_254_740_992_i64), json!(-9_007_199_254_740_993_i64), json!(-0.0), json!(1e300)] {
+        let reason = crate::policy::json::exact(&json!({"id": number})).unwrap_err().to_string();
+        assert_eq!(text(&reason), reason, "{number}");
+    }
+    // The control: another number of so many digits may be somebody's account.
+    assert_eq!(text("beyond 9007199254740993"), "beyond #");
+
+    let mut policy = policy(vec![SideEffect::Read]);
+    policy.tools[0].input =
+        json!({"properties": {"account": {"maximum": 120_000_000_000_i64, "multipleOf": 0.000_000_000_1}}});
+    let redactor = Redactor::new(&policy, Arc::new(Detectors::compile(&[]).unwrap()));
+    let reason = "/account: expected a number of at most 120000000000, found a larger one";
+    assert_eq!(redactor.text(reason, &salt()), reason);
+    assert!(!redactor.text("of at most 130000000000", &salt()).contains("130000000000"));
+}
+
+/// Each text in the sources from which a reason is made reads as it is, but for what is put into it. What a template's author or a client without
+/// a token is told is in no record.
+#[test]
+fn no_word_of_ours_is_hidden() {
+    let mut hidden = Vec::new();
+    let mut seen = 0;
+    for folder in ["policy", "harness", "gateway"] {
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("src").join(folder);
+        for (path, source) in sources(&folder) {
+            for literal in literals(&source) {
+                seen += 1;
+                let shown = text(&literal);
+                if shown.contains('#') {
+                    hidden.push(format!("{}: {literal:?} is {shown:?}", path.display()));
+                }
+            }
+        }
+    }
+    assert!(seen > 300, "{seen} texts");
+    assert!(hidden.is_empty(), "{}", hidden.join("\n"));
+}
+
+fn sources(folder: &std::path::Path) -> Vec<(std::path::PathBuf, String)> {
+    let mut all = Vec::new();
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_name().unwrap().to_string_lossy().into_owned();
+        if path.is_dir() {
+            all.extend(sources(&path));
+        } else if name.ends_with(".rs")
+            && !["tests.rs", "reference.rs", "testing.rs", "template.rs"].contains(&name.as_str())
+            && !path.to_string_lossy().contains("/tests/")
+        {
+            all.push((path.clone(), std::fs::read_to_string(&path).unwrap()));
+        }
+    }
+    all
+}
+
+/// The texts that begin as reasons do, without what is put into them: `#` is no part of any.
+fn literals(source: &str) -> Vec<String> {
+    let code = source.split("#[cfg(test)]").next().unwrap();
+    let code: String =
+        code.lines().filter(|line| !line.trim_start().starts_with("//")).map(|line| format!("{line}\n")).collect();
+    let pattern = regex::Regex::new(r#""((?:[^"\\]|\\.|\\\n)*)""#).unwrap();
+    let put_in = regex::Regex::new(r"\{[^{}]*\}").unwrap();
+    let joined = regex::Regex::new(r"\\\n\s*").unwrap();
+    let found = pattern.captures_iter(&code).map(|text| {
+        let text = joined.replace_all(text.get(1).unwrap().as_str(), "").replace("\\\"", "\"");
+        put_in.replace_all(&text, "x").into_owned()
+    });
+    found
+        .filter(|text| {
+            ["expected ", "the ", "no ", "found "].iter().any(|word| text.starts_with(word))
+                && !text.contains('#')
+                && !text.contains("<token>")
+        })
+        .collect()
 }
