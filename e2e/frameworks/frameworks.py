@@ -96,7 +96,6 @@ FRAMEWORKS = {
         notes=(
             "for models of OpenAI set `providerOptions: {openai: {store: false}}`: by itself it refers to messages that OpenAI has kept, which is refused "
             "(`item_reference`)",
-            "its adapter for Anthropic wants `/v1` in the address: ``createAnthropic({baseURL: `${process.env.ANTHROPIC_BASE_URL}/v1`})``",
         ),
         node=True,
     ),

@@ -1,12 +1,10 @@
 // Vercel's AI SDK: generateText and streamText with tools, and typed answers, of both makers.
-import { createAnthropic } from "@ai-sdk/anthropic";
+import { anthropic } from "@ai-sdk/anthropic";
 import { openai } from "@ai-sdk/openai";
 import { generateText, Output, stepCountIs, streamText, tool } from "ai";
 import { z } from "zod";
 import * as parts from "./parts.mjs";
 
-// This adapter wants /v1 in the address, which Anthropic's own SDK does not.
-const anthropic = createAnthropic({ baseURL: `${process.env.ANTHROPIC_BASE_URL}/v1` });
 const models = [openai(process.env.MODEL), anthropic(process.env.MODEL_OF_ANTHROPIC)];
 const inputSchema = z.object({ city: z.string() });
 const tools = {
