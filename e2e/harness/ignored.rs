@@ -1,9 +1,26 @@
 //! Hosts that client libraries call by themselves: nothing goes there, all of it is recorded, and it ends no task.
 
-use belay::policy::rule::Rule;
+use belay::{
+    evidence::record::{Event, Refusals},
+    policy::rule::Rule,
+};
+use http::Request;
+use http_body_util::Full;
+use hyper_util::rt::TokioIo;
 use serde_json::json;
 
-use super::{LIMITS, Limits, connect, denied, harness_of, policy, start};
+use super::{LIMITS, Limits, SocketAddr, connect, denied, harness_of, policy, start};
+
+/// A request for plain HTTP, as a client sends it to a proxy.
+async fn get(address: SocketAddr, url: &str) -> (u16, Option<String>) {
+    let stream = tokio::net::TcpStream::connect(address).await.unwrap();
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.unwrap();
+    tokio::spawn(connection);
+    let request = Request::get(url).body(Full::<bytes::Bytes>::default()).unwrap();
+    let reply = sender.send_request(request).await.unwrap();
+    let rule = reply.headers().get("belay-rule").map(|rule| rule.to_str().unwrap().to_owned());
+    (reply.status().as_u16(), rule)
+}
 
 #[tokio::test]
 async fn connections_to_ignored_hosts_are_denied_and_do_not_end_the_task() {
@@ -32,5 +49,47 @@ async fn connections_to_ignored_hosts_are_denied_and_do_not_end_the_task() {
     }
     assert_eq!(connect(next.address, "telemetry.test.example:443").await.1.as_deref(), Some("budget.denials"));
     let (error, text) = next.tool("say", json!({"text": "hello"})).await;
+    assert!(error && text.contains("budget.denials"), "{text}");
+}
+
+/// Libraries ask by address for the cloud that they are in. Whatever is listed, nothing goes there.
+#[tokio::test]
+async fn connections_to_ignored_addresses_are_denied_and_do_not_end_the_task() {
+    let mut policy = policy(Limits { denials: Some(2), ..LIMITS });
+    policy.ignored_hosts = vec!["169.254.169.254".into(), "fd00:ec2::254".into(), "127.0.0.1".into()];
+    let harness = harness_of(policy, vec![]).await;
+    let ignored = [
+        "169.254.169.254:80",
+        "169.254.169.254:443",
+        "[fd00:ec2::254]:80",
+        "[::ffff:169.254.169.254]:80",
+        "127.0.0.1:80",
+    ];
+    for target in ignored {
+        assert_eq!(connect(harness.address, target).await.1.as_deref(), Some("egress.ignored"), "{target}");
+    }
+    let absolute =
+        ["http://169.254.169.254/computeMetadata/v1/", "http://169.254.169.254:80/", "http://[fd00:ec2::254]/latest/"];
+    for url in absolute {
+        let (status, rule) = get(harness.address, url).await;
+        assert_eq!((status, rule.as_deref()), (403, Some("egress.ignored")), "{url}");
+    }
+    assert!(harness.gateway.saw().is_empty(), "something went there");
+    let records = harness.stored(9).await;
+    assert_eq!(denied(&records), [Rule::EgressIgnored; 8]);
+    let mut refusals = Refusals::default();
+    for record in &records {
+        if let Event::Denied(denied) = &record.event {
+            refusals.add(denied);
+        }
+    }
+    assert_eq!(refusals.in_words(), None, "the last line of a run says nothing of them");
+    let (error, text) = harness.tool("say", json!({"text": "hello"})).await;
+    assert!(!error, "and they end nothing: {text}");
+    // The control: other addresses, and the same in a spelling that hides it, count as any host does.
+    for target in ["169.254.169.253:80", "2852039166:80"] {
+        assert_eq!(connect(harness.address, target).await.1.as_deref(), Some("egress.host"), "{target}");
+    }
+    let (error, text) = harness.tool("say", json!({"text": "hello"})).await;
     assert!(error && text.contains("budget.denials"), "{text}");
 }

@@ -189,8 +189,9 @@ pub struct WorkflowClass {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 3600))]
     pub upstream_timeout_seconds: Option<i64>,
-    /// Hosts that client libraries send telemetry to by themselves: names, or `*.` and a domain. A connection there is denied and recorded like
-    /// any that is not listed, and does not count towards `limits.denials`.
+    /// Hosts that client libraries call by themselves, for telemetry or to find the cloud that they are in: names, `*.` and a domain, or addresses
+    /// such as `169.254.169.254`. A connection there is denied and recorded like any that is not listed, and does not count towards
+    /// `limits.denials`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(
         length(max = 64),

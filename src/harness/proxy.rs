@@ -342,11 +342,17 @@ async fn permit(
     (digest, bytes): (Option<String>, usize),
 ) -> Result<(String, Permit), Denial> {
     gate.open()?;
-    let authority = Authority::parse(target, None).map_err(|error| Denial {
-        rule: Rule::EgressHost,
-        reason: format!("expected host:port, found {:?}: {error}", shorten(target)),
-    })?;
     let policy = gate.contracts().policy();
+    let authority = Authority::parse(target, None).map_err(|error| {
+        let ignored = egress::uncounted_address(&policy.ignored_hosts, target);
+        ignored.map_or_else(
+            || Denial {
+                rule: Rule::EgressHost,
+                reason: format!("expected host:port, found {:?}: {error}", shorten(target)),
+            },
+            |denied| Denial { rule: denied.rule, reason: denied.reason },
+        )
+    })?;
     egress::allow(&policy.egress, &authority, EgressUse::Direct).map_err(|denied| {
         let denied = egress::uncounted(denied, &policy.ignored_hosts, &authority);
         Denial { rule: denied.rule, reason: denied.reason }

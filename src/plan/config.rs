@@ -26,7 +26,7 @@ use crate::{
             ModelEndpoints, ModelPrice, PackIdentity, PolicyConfig, Precondition, Rollback, SideEffect, TaskIdentity,
             Tool, ToolLimits, Upstream, VerifyRead,
         },
-        egress::{self, HostPattern},
+        egress::{self, HostPattern, IgnoredHost},
         hostname::{Authority, Hostname},
         model::{
             api::{Api, Family, url},
@@ -913,10 +913,10 @@ fn egress_hosts(
 /// The hosts whose refusals do not count.
 fn ignored_hosts(pack: &PolicyPack, class: &WorkflowClass, findings: &mut Vec<Finding>) -> Vec<String> {
     for (index, host) in class.ignored_hosts.iter().enumerate() {
-        if let Err(error) = HostPattern::parse(host) {
+        if let Err(error) = IgnoredHost::parse(host) {
             findings.push(Finding::new(
                 format!("PolicyPack/{} spec.workflowClasses[{}].ignoredHosts[{index}]", pack.name_any(), class.name),
-                "a host name, or `*.` and a domain",
+                "a host name, `*.` and a domain, or an address without a port",
                 format!("`{host}`: {error}"),
                 "correct the pack",
             ));

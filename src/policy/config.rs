@@ -167,7 +167,8 @@ pub struct PolicyConfig {
     /// What the pack says to each tool call.
     #[serde(default, skip_serializing_if = "Access::is_empty")]
     pub access: Access,
-    /// Hosts that a connection to is refused, as to any that is not listed, without counting towards `limits.denials`: names, or `*.` and a domain.
+    /// Hosts that a connection to is refused, as to any that is not listed, without counting towards `limits.denials`: names, `*.` and a domain,
+    /// or addresses.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ignored_hosts: Vec<String>,
     /// Seconds that an upstream may be silent, where that is not [`SILENCE`].

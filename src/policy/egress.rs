@@ -5,7 +5,10 @@
 //! wildcard, and every address that could be the cluster's, the node's or the cloud's own. The documentation ranges
 //! (`192.0.2.0/24`, `198.51.100.0/24`, `203.0.113.0/24`, `2001:db8::/32`) route nowhere and are not refused.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::{
+    fmt,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
@@ -51,6 +54,29 @@ impl HostPattern {
         match self {
             Self::Exact(name) => name == host,
             Self::OneBelow(domain) => host.is_one_below(domain),
+        }
+    }
+}
+
+/// A host whose refusals do not count. It may be an address, as client libraries ask one for the cloud that they are in: nothing goes there
+/// either way.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum IgnoredHost {
+    /// A name, or those below one.
+    Named(HostPattern),
+    /// An address.
+    Address(IpAddr),
+}
+
+impl IgnoredHost {
+    /// Reads `host`, `*.domain` or an address without a port.
+    ///
+    /// # Errors
+    /// If it is none of these.
+    pub fn parse(text: &str) -> Result<Self, HostnameError> {
+        match text.parse::<IpAddr>() {
+            Ok(address) => Ok(Self::Address(address.to_canonical())),
+            Err(_) => HostPattern::parse(text).map(Self::Named),
         }
     }
 }
@@ -108,13 +134,29 @@ pub fn allow(entries: &[EgressHost], to: &Authority, purpose: EgressUse) -> Resu
 /// A refusal that does not count, if it is of a host that is not listed, and one of these.
 #[must_use]
 pub fn uncounted(denied: EgressDenied, ignored: &[String], to: &Authority) -> EgressDenied {
-    let fits = |host: &String| HostPattern::parse(host).is_ok_and(|pattern| pattern.matches(&to.host));
+    let fits = |host: &String| match IgnoredHost::parse(host) {
+        Ok(IgnoredHost::Named(pattern)) => pattern.matches(&to.host),
+        _ => false,
+    };
     if denied.rule != Rule::EgressHost || !ignored.iter().any(fits) {
         return denied;
     }
+    is_ignored(&to.host)
+}
+
+/// The refusal of a connection to an address, which no list can allow, if it is one of these. `to` is `address:port`, and the address is written
+/// in its usual form: what is written otherwise looks for a way around lists.
+#[must_use]
+pub fn uncounted_address(ignored: &[String], to: &str) -> Option<EgressDenied> {
+    let address = to.parse::<SocketAddr>().ok()?.ip().to_canonical();
+    let fits = |host: &String| IgnoredHost::parse(host) == Ok(IgnoredHost::Address(address));
+    ignored.iter().any(fits).then(|| is_ignored(&address))
+}
+
+fn is_ignored(host: &impl fmt::Display) -> EgressDenied {
     let reason =
-        format!("{} is one of the workflow class's ignoredHosts: no connection goes there, and none counts", to.host);
-    self::denied(Rule::EgressIgnored, reason)
+        format!("{host} is one of the workflow class's ignoredHosts: no connection goes there, and none counts");
+    denied(Rule::EgressIgnored, reason)
 }
 
 fn denied(rule: Rule, reason: String) -> EgressDenied {

@@ -165,3 +165,26 @@ fn a_host_of_other_principals_is_closed() {
     }
     assert_eq!(allow(&[barred, wider], &to("docs.world.test:443"), EgressUse::Tools), Ok(1));
 }
+
+/// Names as anywhere, and addresses in the form in which clients ask for them.
+#[rstest]
+#[case("telemetry.test", "telemetry.test:443", true)]
+#[case("*.ingest.test", "a.ingest.test:443", true)]
+#[case("*.ingest.test", "ingest.test:443", false)]
+#[case("169.254.169.254", "169.254.169.254:80", true)]
+#[case("169.254.169.254", "[::ffff:169.254.169.254]:80", true)]
+#[case("::ffff:169.254.169.254", "169.254.169.254:80", true)]
+#[case("fd00:ec2::254", "[fd00:ec2:0:0::254]:80", true)]
+#[case("169.254.169.254", "169.254.169.253:80", false)]
+#[case("169.254.169.254", "2852039166:80", false)]
+#[case("169.254.169.254", "169.254.169.254", false)]
+#[case("169.254.169.254:80", "169.254.169.254:80", false)]
+#[case("169.254.0.0/16", "169.254.169.254:80", false)]
+#[case("127.1", "127.0.0.1:80", false)]
+fn ignored(#[case] listed: &str, #[case] to: &str, #[case] is_ignored: bool) {
+    let listed = [listed.to_owned()];
+    let denied = EgressDenied { rule: Rule::EgressHost, reason: String::new() };
+    let named = Authority::parse(to, None).map(|to| uncounted(denied, &listed, &to).rule == Rule::EgressIgnored);
+    let addressed = uncounted_address(&listed, to).is_some_and(|denied| denied.rule == Rule::EgressIgnored);
+    assert_eq!(named.unwrap_or(false) || addressed, is_ignored);
+}
