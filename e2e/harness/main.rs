@@ -4,6 +4,7 @@
 mod access;
 mod approvals;
 mod canaries;
+mod carried;
 mod channels;
 mod conformance;
 mod contracts;
@@ -23,6 +24,7 @@ mod spending;
 #[path = "../../src/harness/gate/tests/ticker.rs"]
 mod ticker;
 mod time;
+mod told;
 mod upstreams;
 mod verify;
 

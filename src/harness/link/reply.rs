@@ -27,7 +27,9 @@ pub enum EndedError {
     #[error("the reply repeats the credential that the request was made with, and its rest is withheld")]
     Repeated,
     /// The gateway has stopped to read it.
-    #[error("the upstream was silent for too long, or its reply could not be read")]
+    #[error(
+        "the upstream was silent for longer than the class allows (upstreamTimeoutSeconds), or its reply could not be read"
+    )]
     GivenUp,
     /// The connection to the gateway has ended.
     #[error("the connection to the gateway has ended: {0}")]
