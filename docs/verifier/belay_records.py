@@ -94,11 +94,11 @@ FORMS |= {  # of documents: "The policy's form"
                 "holdSeconds:integer",
     "approvers": "users:[text] groups:[text]", "data": "arguments?:sensitive result?:sensitive",
     "models": "openai? anthropic? endpoints?:[endpoint] prices?:[price] allow?:[capability] unknownMembers?:Pass "
-              "storeReplies?:Never",
-    "endpoint": "models:[text] api:openai|anthropic url allow?:[capability]",
+              "storeReplies?:Never streamUsage?:AsWritten",
+    "endpoint": "models:[text] api:openai|anthropic url allow?:[capability] streamUsage?:AsWritten",
     "capability": "advisor|background|code_execution|compaction|data_sources|fallbacks|file_search|files|hosted_shell|"
                   "image_generation|mcp|stored|tool_search|web_fetch|web_search",
-    "price": "model inputMicros:integer outputMicros:integer maxOutputTokens?:integer "
+    "price": "model inputMicros:integer outputMicros:integer maxOutputTokens?:integer contextTokens?:integer "
              "outputLimitField?:max_tokens|max_completion_tokens tokenizer?:O200k|Bytes",
     "host": "host ports:[port] uses:[use] credential? barred?:true", "use": "Tools|Models|Direct",
     "access": "classification+:[pattern] rules+:[accessRule] risk+:accessRisk approval?:approval",

@@ -16,6 +16,7 @@ mod large;
 mod models;
 mod once;
 mod peers;
+mod providers;
 mod rollback;
 #[path = "../secrets.rs"]
 mod secrets;

@@ -7,7 +7,7 @@ use axum::{Router, body::Body, extract::State, response::IntoResponse};
 use belay::{
     evidence::record::{Channel, Denied, Intent, Outcome},
     policy::{
-        config::{ModelEndpoint, StoreReplies, UnknownMembers},
+        config::{ModelEndpoint, StoreReplies, StreamUsage, UnknownMembers},
         model::{api::Family, table::Capability},
     },
 };
@@ -263,6 +263,7 @@ async fn what_a_pack_allows_by_name_passes_and_the_intent_says_so() {
         api: Family::OpenAi,
         url: "http://listed.test".into(),
         allow: vec![Capability::WebSearch],
+        stream_usage: StreamUsage::Ask,
     };
     let models = ModelEndpoints {
         endpoints: vec![entry],
@@ -344,6 +345,7 @@ async fn calls_go_where_bases_lead_as_providers_write_them() {
         api,
         url: url.into(),
         allow: vec![],
+        stream_usage: StreamUsage::Ask,
     };
     let models = ModelEndpoints {
         openai: Some("http://listed.test/v1beta/openai/".into()),

@@ -11,7 +11,8 @@ use super::{
 };
 use crate::policy::{
     config::{
-        EgressUse, OutputLimitField, RuleDecision, Sensitivity, SideEffect, StoreReplies, Tokenizer, UnknownMembers,
+        EgressUse, OutputLimitField, RuleDecision, Sensitivity, SideEffect, StoreReplies, StreamUsage, Tokenizer,
+        UnknownMembers,
     },
     model::{api::Family, table::Capability},
 };
@@ -195,7 +196,7 @@ pub struct WorkflowClass {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(
         length(max = 64),
-        inner(length(min = 1, max = 253), regex(pattern = r"^(\*\.)?[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)+$")),
+        inner(length(min = 1, max = 253), regex(pattern = r"^((\*\.)?[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)+|[0-9a-f:.]*:[0-9a-f:.]*)$")),
         extend("x-kubernetes-list-type" = "set")
     )]
     pub ignored_hosts: Vec<String>,
@@ -310,6 +311,10 @@ pub struct Models {
     /// Whether providers may keep replies for their caller, as the Responses API does for a month: `AsWritten` by the agent, or `Never`.
     #[serde(default, skip_serializing_if = "StoreReplies::is_as_written")]
     pub store_replies: StoreReplies,
+    /// Whether streams of chat completions are asked what they cost, by `stream_options.include_usage`: `Ask`, or `AsWritten` by the agent, for
+    /// providers that refuse the member. A stream that gives no account is charged all that was set aside for it.
+    #[serde(default, skip_serializing_if = "StreamUsage::is_ask")]
+    pub stream_usage: StreamUsage,
 }
 
 /// An endpoint for some models.
@@ -331,6 +336,9 @@ pub struct ModelEndpoint {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 32), extend("x-kubernetes-list-type" = "set"))]
     pub allow: Vec<Capability>,
+    /// `AsWritten` where this provider refuses `stream_options`: see `streamUsage` of all models.
+    #[serde(default, skip_serializing_if = "StreamUsage::is_ask")]
+    pub stream_usage: StreamUsage,
 }
 
 /// What a million tokens of a model cost, in the pack's currency unit, and what else Belay does not know of it. Name the highest price that a
@@ -352,8 +360,13 @@ pub struct ModelPrice {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 10_000_000))]
     pub max_output_tokens: Option<i64>,
-    /// The member by which the model's server limits the reply of a chat completion, where the shipped catalogue does not know: `max_tokens`
-    /// unless said.
+    /// The tokens that prompt and reply may have together, such as vLLM's `--max-model-len`. A request that names no limit gets one that leaves
+    /// room for its prompt.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 10_000_000))]
+    pub context_tokens: Option<i64>,
+    /// The member by which the model's server limits the reply of a chat completion, in place of the shipped catalogue's word. Where neither says
+    /// anything it is `max_completion_tokens` at OpenAI and Azure, and `max_tokens` elsewhere.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub output_limit_field: Option<OutputLimitField>,
     /// How the text of a prompt is counted before it leaves, in place of the shipped catalogue's word. `Bytes` sets much aside, and no prompt

@@ -802,6 +802,7 @@ fn models(
         allow: sorted(&declared.allow),
         unknown_members: declared.unknown_members,
         store_replies: declared.store_replies,
+        stream_usage: declared.stream_usage,
     };
     let lists_models = class.egress.iter().any(|rule| rule.uses.contains(&EgressUse::Models));
     if lists_models && models.openai.is_none() && models.anthropic.is_none() && models.endpoints.is_empty() {
@@ -835,8 +836,14 @@ pub fn bases(pack: &PolicyPack) -> Vec<String> {
 }
 
 fn endpoint(declared: &policy_pack::ModelEndpoint) -> ModelEndpoint {
-    let policy_pack::ModelEndpoint { models, api, url, allow } = declared;
-    ModelEndpoint { models: models.clone(), api: *api, url: url.clone(), allow: sorted(allow) }
+    let policy_pack::ModelEndpoint { models, api, url, allow, stream_usage } = declared;
+    ModelEndpoint {
+        models: models.clone(),
+        api: *api,
+        url: url.clone(),
+        allow: sorted(allow),
+        stream_usage: *stream_usage,
+    }
 }
 
 /// Each once, and always in the same order.
@@ -856,6 +863,7 @@ fn prices(pack: &PolicyPack, findings: &mut Vec<Finding>) -> Vec<ModelPrice> {
                 input_micros,
                 output_micros,
                 max_output_tokens: declared.max_output_tokens,
+                context_tokens: declared.context_tokens,
                 output_limit_field: declared.output_limit_field,
                 tokenizer: declared.tokenizer,
             });

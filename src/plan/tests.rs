@@ -86,10 +86,11 @@ fn endpoints_that_a_class_reaches_are_rendered_and_what_they_may_do() {
     let models = json!({
         "endpoints": [
             {"models": ["far-*"], "api": "openai", "url": "https://far.test/v1"},
-            {"models": ["gpt-*", "o3"], "api": "openai", "url": "https://models.world.test/v1?a=b", "allow": ["web_search", "mcp", "web_search"]},
+            {"models": ["gpt-*", "o3"], "api": "openai", "url": "https://models.world.test/v1?a=b", "streamUsage": "AsWritten", "allow": ["web_search", "mcp", "web_search"]},
             {"models": ["claude-*"], "api": "anthropic", "url": "https://models.world.test"},
         ],
         "allow": ["stored", "files", "stored"], "unknownMembers": "Pass", "storeReplies": "Never",
+        "prices": [{"model": "vllm", "input": "0", "output": "0", "contextTokens": 4096, "maxOutputTokens": 512}],
     });
     pack.spec.models = serde_json::from_value(models).unwrap();
     let models = config::render_policy(&task(), &contracts(), &pack).unwrap().models;
@@ -100,6 +101,9 @@ fn endpoints_that_a_class_reaches_are_rendered_and_what_they_may_do() {
     assert_eq!(serde_json::to_value(&models.allow).unwrap(), json!(["files", "stored"]));
     assert_eq!(serde_json::to_value(models.unknown_members).unwrap(), "Pass");
     assert_eq!(serde_json::to_value(models.store_replies).unwrap(), "Never");
+    let usage: Vec<_> = models.endpoints.iter().map(|entry| entry.stream_usage.is_ask()).collect();
+    assert_eq!((usage, models.stream_usage.is_ask()), (vec![false, true], true));
+    assert_eq!((models.prices[0].context_tokens, models.prices[0].max_output_tokens), (Some(4096), Some(512)));
     // What a pack does not say is not in a policy, whose digest stays what it was.
     let policy = config::render_policy(&task(), &contracts(), &self::pack()).unwrap();
     assert_eq!(serde_json::to_value(&policy.models).unwrap(), json!({"openai": "https://models.world.test"}));

@@ -672,6 +672,9 @@ pub struct ModelEndpoints {
     /// Whether a provider may keep replies for its caller.
     #[serde(default, skip_serializing_if = "StoreReplies::is_as_written")]
     pub store_replies: StoreReplies,
+    /// Whether streams of chat completions are asked what they cost.
+    #[serde(default, skip_serializing_if = "StreamUsage::is_ask")]
+    pub stream_usage: StreamUsage,
 }
 
 /// An endpoint for some models.
@@ -687,6 +690,9 @@ pub struct ModelEndpoint {
     /// What this provider may be made to do, besides what the pack allows all.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub allow: Vec<Capability>,
+    /// Whether its streams of chat completions are asked what they cost, where the pack asks at all.
+    #[serde(default, skip_serializing_if = "StreamUsage::is_ask")]
+    pub stream_usage: StreamUsage,
 }
 
 /// What becomes of members of model requests that Belay does not know.
@@ -725,6 +731,24 @@ impl StoreReplies {
     }
 }
 
+/// Whether streams of chat completions are asked what they cost.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "kube", derive(schemars::JsonSchema))]
+pub enum StreamUsage {
+    /// `stream_options.include_usage` is set in each.
+    #[default]
+    Ask,
+    /// As requests say it. A stream that gives no account is charged what was set aside.
+    AsWritten,
+}
+
+impl StreamUsage {
+    /// Whether it is what it is without a word.
+    pub fn is_ask(&self) -> bool {
+        *self == Self::Ask
+    }
+}
+
 /// What a million tokens cost at most, in millionths of the pack's currency unit, and what else the pack says of a model.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
@@ -738,7 +762,10 @@ pub struct ModelPrice {
     /// The longest reply that it gives; the catalogue's word without.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_output_tokens: Option<i64>,
-    /// By which member a reply of chat completions is limited; the catalogue's word without.
+    /// The longest prompt and reply together that it takes; the catalogue's word without.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub context_tokens: Option<i64>,
+    /// By which member a reply of chat completions is limited; the catalogue's word without, or the endpoint's kind.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub output_limit_field: Option<OutputLimitField>,
     /// How its text is counted; the catalogue's word without.
@@ -746,12 +773,13 @@ pub struct ModelPrice {
     pub tokenizer: Option<Tokenizer>,
 }
 
-/// The member by which the model's server limits the reply of a chat completion, where the shipped catalogue does not know: `max_tokens` unless
-/// said.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// The member by which the model's server limits the reply of a chat completion, in place of the shipped catalogue's word. Where neither says
+/// anything it is `max_completion_tokens` at OpenAI and Azure, and `max_tokens` elsewhere.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "kube", derive(schemars::JsonSchema))]
 pub enum OutputLimitField {
     /// What all servers know but OpenAI's own for its newer models.
+    #[default]
     #[serde(rename = "max_tokens")]
     MaxTokens,
     /// What OpenAI's own for its newer models know.

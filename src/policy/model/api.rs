@@ -9,7 +9,7 @@ use super::{
     requests,
     table::{Capability, Shape},
 };
-use crate::policy::config::ModelEndpoints;
+use crate::policy::config::{ModelEndpoints, OutputLimitField, StreamUsage};
 
 /// The API that a request speaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -160,17 +160,50 @@ pub struct Chosen<'p> {
     pub family: Family,
     /// What the entry allows besides what the pack does.
     pub allow: &'p [Capability],
+    /// Whether streams are asked what they cost.
+    pub stream_usage: StreamUsage,
+}
+
+/// Domains of hosts at which every model takes the newer output limit, and models that think refuse the older one.
+const NEWER_LIMIT: [&str; 4] =
+    ["api.openai.com", "openai.azure.com", "cognitiveservices.azure.com", "services.ai.azure.com"];
+/// Azure's first version of its API that knows the newer one.
+const AZURE_NEWER_LIMIT: &str = "2024-09";
+
+impl Chosen<'_> {
+    /// The member that limits the reply of a chat completion there, of a model of which nothing is known. A deployment on Azure has whatever name
+    /// its owner gave it. Servers that are not OpenAI's all know the older member; some do not look at the newer one, and a limit that nobody
+    /// looks at is none.
+    pub fn limit_field(&self) -> OutputLimitField {
+        let (base, query) = self.base.split_once('?').unwrap_or((self.base, ""));
+        let authority = base.split('/').nth(2).unwrap_or_default().to_ascii_lowercase();
+        let host = authority.rsplit_once(':').map_or(authority.as_str(), |(host, _)| host);
+        let is_at =
+            |domain: &&str| host.strip_suffix(*domain).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'));
+        // Gateways before Azure keep its paths.
+        let newer = NEWER_LIMIT.iter().any(is_at) || base.contains("/openai/deployments/");
+        let version = query.split('&').find_map(|pair| pair.strip_prefix("api-version="));
+        if newer && version.is_none_or(|version| version >= AZURE_NEWER_LIMIT) {
+            OutputLimitField::MaxCompletionTokens
+        } else {
+            OutputLimitField::MaxTokens
+        }
+    }
 }
 
 impl ModelEndpoints {
     /// The endpoints, in the order in which they are asked: those for some models first.
     fn all(&self) -> impl Iterator<Item = (Chosen<'_>, &[String])> {
         let some = self.endpoints.iter().map(|entry| {
-            (Chosen { base: &entry.url, family: entry.api, allow: &entry.allow }, entry.models.as_slice())
+            let stream_usage = if entry.stream_usage.is_ask() { self.stream_usage } else { entry.stream_usage };
+            let chosen = Chosen { base: &entry.url, family: entry.api, allow: &entry.allow, stream_usage };
+            (chosen, entry.models.as_slice())
         });
         let all = [(&self.openai, Family::OpenAi), (&self.anthropic, Family::Anthropic)];
         let all = all.into_iter().filter_map(|(base, family)| Some((base.as_deref()?, family)));
-        some.chain(all.map(|(base, family)| (Chosen { base, family, allow: &[] }, &[][..])))
+        some.chain(
+            all.map(|(base, family)| (Chosen { base, family, allow: &[], stream_usage: self.stream_usage }, &[][..])),
+        )
     }
 
     /// The endpoint for a model. `family` where the request tells it; a list of models comes from the first that has one.
@@ -327,6 +360,33 @@ mod tests {
         assert_eq!(Api::Messages.target("/messages", Some("beta=true")), "/v1/messages");
     }
 
+    /// By where it is served, of a model of which nothing is known.
+    #[rstest]
+    #[case("https://our.openai.azure.com/openai/deployments/ours?api-version=2024-10-21", true)]
+    #[case("https://our.openai.azure.com/openai/v1", true)]
+    #[case("https://our.openai.azure.com/openai/v1?api-version=preview", true)]
+    #[case("https://OUR.OpenAI.Azure.com:443/openai/v1", true)]
+    #[case("https://our.cognitiveservices.azure.com/openai/deployments/ours?api-version=2025-04-01-preview", true)]
+    #[case("https://our.services.ai.azure.com/openai/v1", true)]
+    #[case("https://gateway.test/azure/openai/deployments/ours?a=b&api-version=2024-09-01-preview", true)]
+    #[case("https://api.openai.com", true)]
+    #[case("https://eu.api.openai.com/v1", true)]
+    // Before Azure knew the newer one it refused it.
+    #[case("https://our.openai.azure.com/openai/deployments/ours?api-version=2024-06-01", false)]
+    #[case("https://our.openai.azure.com/openai/deployments/ours?api-version=2023-05-15", false)]
+    #[case("http://vllm.test:8000/v1", false)]
+    #[case("https://api.groq.com/openai", false)]
+    #[case("https://generativelanguage.googleapis.com/v1beta/openai", false)]
+    #[case("https://notapi.openai.com.evil.test", false)]
+    #[case("https://evilopenai.azure.com", false)]
+    #[case("", false)]
+    fn an_unknown_models_reply_is_limited_as_its_endpoint_has_it(#[case] base: &str, #[case] newer: bool) {
+        let models = ModelEndpoints { openai: Some(base.into()), ..ModelEndpoints::default() };
+        let field = models.of(Some(Family::OpenAi), Some("ours")).unwrap().limit_field();
+        let expected = if newer { OutputLimitField::MaxCompletionTokens } else { OutputLimitField::MaxTokens };
+        assert_eq!(field, expected);
+    }
+
     #[test]
     fn a_model_is_asked_where_its_entry_says() {
         let entry = |models: &[&str], api, url: &str| ModelEndpoint {
@@ -334,6 +394,7 @@ mod tests {
             api,
             url: url.into(),
             allow: vec![Capability::WebSearch],
+            stream_usage: StreamUsage::AsWritten,
         };
         let models = ModelEndpoints {
             openai: Some("https://rest.test".into()),

@@ -72,8 +72,8 @@ pub struct Model {
     pub max_output: Option<i64>,
     /// The longest prompt that it takes; with many models the reply counts as well.
     pub context: Option<i64>,
-    /// The member by which its provider limits a reply of chat completions.
-    pub limit_field: OutputLimitField,
+    /// The member by which its provider limits a reply of chat completions, where that is known of the model.
+    pub limit_field: Option<OutputLimitField>,
     /// How its text is counted.
     pub counting: Counting,
     /// How its pictures are.
@@ -96,12 +96,10 @@ impl Model {
             max_output: pack
                 .and_then(|pack| pack.max_output_tokens)
                 .or(listed.and_then(|entry| entry.max_output_tokens)),
-            context: listed.and_then(|entry| entry.context_tokens),
-            // Servers that are not OpenAI's all know the older name. Some do not look at the newer one, and a limit that nobody looks at is none.
+            context: pack.and_then(|pack| pack.context_tokens).or(listed.and_then(|entry| entry.context_tokens)),
             limit_field: pack
                 .and_then(|pack| pack.output_limit_field)
-                .or(listed.and_then(|entry| entry.output_limit_field))
-                .unwrap_or(OutputLimitField::MaxTokens),
+                .or(listed.and_then(|entry| entry.output_limit_field)),
             counting: match pack.and_then(|pack| pack.tokenizer) {
                 Some(Tokenizer::Bytes) => Counting::Bytes,
                 Some(Tokenizer::O200k) => Counting::O200k(100),
@@ -115,9 +113,10 @@ impl Model {
         }
     }
 
-    /// The member that limits a reply in this API.
-    pub fn limit_member(&self, api: Api) -> Option<&'static str> {
-        match (api, self.limit_field) {
+    /// The member that limits a reply in this API; of chat completions, where the endpoint's models are limited by this one unless it is known of
+    /// the model.
+    pub fn limit_member(&self, api: Api, of_endpoint: OutputLimitField) -> Option<&'static str> {
+        match (api, self.limit_field.unwrap_or(of_endpoint)) {
             (Api::ChatCompletions, OutputLimitField::MaxTokens) => Some("max_tokens"),
             _ => api.output_limits().first().copied(),
         }
@@ -196,17 +195,23 @@ mod tests {
     #[test]
     fn the_limit_is_in_the_member_that_the_provider_looks_at() {
         for (name, member) in [
-            ("gpt-4o", "max_completion_tokens"),
-            ("o3-mini", "max_completion_tokens"),
-            ("gpt-99", "max_completion_tokens"),
-            ("mistral-large-latest", "max_tokens"),
-            ("llama3.1:8b", "max_tokens"),
-            ("our-own", "max_tokens"),
+            ("gpt-4o", Some("max_completion_tokens")),
+            ("o3-mini", Some("max_completion_tokens")),
+            ("gpt-99", Some("max_completion_tokens")),
+            ("mistral-large-latest", Some("max_tokens")),
+            ("llama3.1:8b", Some("max_tokens")),
+            ("our-own", None),
         ] {
             let model = Model::named(name, None);
-            assert_eq!(model.limit_member(Api::ChatCompletions), Some(member), "{name}");
-            assert_eq!(model.limit_member(Api::Responses), Some("max_output_tokens"));
-            assert_eq!(model.limit_member(Api::Messages), Some("max_tokens"));
+            for (of_endpoint, unknown) in [
+                (OutputLimitField::MaxTokens, "max_tokens"),
+                (OutputLimitField::MaxCompletionTokens, "max_completion_tokens"),
+            ] {
+                let found = model.limit_member(Api::ChatCompletions, of_endpoint);
+                assert_eq!(found, Some(member.unwrap_or(unknown)), "{name}");
+                assert_eq!(model.limit_member(Api::Responses, of_endpoint), Some("max_output_tokens"));
+                assert_eq!(model.limit_member(Api::Messages, of_endpoint), Some("max_tokens"));
+            }
         }
     }
 
@@ -214,13 +219,15 @@ mod tests {
     fn the_packs_word_stands_above_the_list() {
         let pack = ModelPrice {
             max_output_tokens: Some(99),
+            context_tokens: Some(999),
             output_limit_field: Some(OutputLimitField::MaxTokens),
             tokenizer: Some(Tokenizer::Bytes),
             ..ModelPrice::default()
         };
         let model = Model::named("gpt-4o", Some(&pack));
-        assert_eq!((model.max_output, model.counting), (Some(99), Counting::Bytes));
-        assert_eq!(model.limit_member(Api::ChatCompletions), Some("max_tokens"));
+        assert_eq!((model.max_output, model.context, model.counting), (Some(99), Some(999), Counting::Bytes));
+        let member = model.limit_member(Api::ChatCompletions, OutputLimitField::MaxCompletionTokens);
+        assert_eq!(member, Some("max_tokens"));
         // What the pack does not say is as it was.
         assert_eq!(Model::named("gpt-4o", Some(&ModelPrice::default())), Model::named("gpt-4o", None));
     }

@@ -37,6 +37,8 @@ const MOST_PAGES: i64 = 600;
 const PAGE: (i64, i64) = (1_024, 1_325);
 /// Bytes of the longest token that there is.
 const LONGEST_TOKEN: i64 = 128;
+/// Bytes of base64 for a token of a thought that its provider has sealed: three of what it was written in, of which a token of text has three to five.
+const BYTES_PER_SEALED_TOKEN: i64 = 4;
 /// At most so many bytes of text for a token, in a text that people or programs write.
 const BYTES_PER_TOKEN: i64 = 16;
 
@@ -183,8 +185,48 @@ impl Count<'_> {
                 ("content" | "output", value) => self.content(value),
                 // Among what is around a message.
                 ("role" | "type" | "status", Value::String(word)) if word.len() < 32 => {}
+                (name, Value::String(sealed)) if is_sealed(members, name) => self.sealed(sealed),
+                ("tool_calls", Value::Array(calls)) => calls.iter().for_each(|call| self.tool_call(call)),
+                (name, value) if OF_PROVIDERS.contains(&name) => self.of_provider(value),
                 (_, value) => self.member(name, value),
             }
+        }
+    }
+
+    fn tool_call(&mut self, call: &Value) {
+        let Value::Object(members) = call else { return self.json(call) };
+        self.add(1);
+        for (name, value) in members {
+            if OF_PROVIDERS.contains(&name.as_str()) { self.of_provider(value) } else { self.member(name, value) }
+        }
+    }
+
+    /// What a provider or a proxy has said beside a reply, and is sent again: thoughts among it.
+    fn of_provider(&mut self, value: &Value) {
+        match value {
+            Value::Array(items) => items.iter().for_each(|item| self.of_provider(item)),
+            Value::Object(members) => {
+                for (name, value) in members {
+                    match value {
+                        Value::String(sealed) if is_sealed(members, name) => self.sealed(sealed),
+                        value => {
+                            self.text(name);
+                            self.of_provider(value);
+                        }
+                    }
+                }
+            }
+            other => self.json(other),
+        }
+    }
+
+    /// A thought that only its provider can read: what it charges is the thought, and not the base64 that it is in.
+    fn sealed(&mut self, sealed: &str) {
+        let is_base64 = sealed.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"+/-_=".contains(&byte));
+        if is_base64 && self.model.counting != Counting::Bytes {
+            self.add(length(sealed.len()) / BYTES_PER_SEALED_TOKEN + 1);
+        } else {
+            self.text(sealed);
         }
     }
 
@@ -227,6 +269,7 @@ impl Count<'_> {
             match (name.as_str(), value) {
                 ("type", Value::String(word)) if word.len() < 32 => {}
                 ("text", Value::String(text)) => self.text(text),
+                (name, Value::String(sealed)) if is_sealed(members, name) => self.sealed(sealed),
                 (name, _) if without.contains(&name) => {}
                 (name, value) => self.member(name, value),
             }
@@ -304,6 +347,22 @@ impl Count<'_> {
     /// Pages of which nothing is known: as full as Anthropic says that they may be.
     fn pages(&mut self, pages: i64) {
         self.add(pages.saturating_mul(self.model.page.unwrap_or(3_000)));
+    }
+}
+
+/// Members of messages and calls in which compatible servers and proxies keep what is a provider's own.
+const OF_PROVIDERS: [&str; 4] = ["thinking_blocks", "reasoning_details", "extra_content", "provider_specific_fields"];
+
+/// Whether this member of an item or a part holds a thought that its provider has sealed.
+fn is_sealed(members: &Map<String, Value>, name: &str) -> bool {
+    let kind = members.get("type").and_then(Value::as_str).unwrap_or_default();
+    match name {
+        "encrypted_content" => ["reasoning", "compaction", "compaction_summary"].contains(&kind),
+        "data" => ["redacted_thinking", "reasoning.encrypted"].contains(&kind),
+        "signature" => ["thinking", "reasoning.text"].contains(&kind),
+        // Gemini's stands alone.
+        "thought_signature" => kind.is_empty(),
+        _ => false,
     }
 }
 

@@ -38,7 +38,10 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::policy::{config::ModelPrice, model::written::Written};
+    use crate::policy::{
+        config::{ModelPrice, OutputLimitField},
+        model::written::Written,
+    };
 
     fn apis() -> impl Strategy<Value = Api> {
         prop_oneof![Just(Api::ChatCompletions), Just(Api::Responses), Just(Api::Messages)]
@@ -65,7 +68,7 @@ mod tests {
                 body.insert("stream".into(), true.into());
             }
             if let Some(limit) = limit {
-                body.insert(model.limit_member(api).unwrap().into(), limit.into());
+                body.insert(model.limit_member(api, OutputLimitField::MaxTokens).unwrap().into(), limit.into());
             }
             let left_of = Left { tokens: left, cost: micros.map(|micros| (micros, &price)) };
             let text = Value::Object(body).to_string();

@@ -10,11 +10,13 @@ use super::{
     members::{self, Noted, Terms},
     settle::Reserved,
 };
-use crate::policy::config::{ModelPrice, PolicyConfig, StoreReplies};
+use crate::policy::config::{ModelPrice, OutputLimitField, PolicyConfig, StoreReplies, StreamUsage};
 
 /// What part of what is left a request that names no limit sets aside for its reply: one in so many, so that a task can make some calls at once,
 /// and go on after each.
 const SHARE: i64 = 4;
+/// What part of a model's context a reply may have beside any prompt: a prompt is estimated, and rather too long.
+const SHARE_OF_CONTEXT: i64 = 16;
 
 /// A request that cannot be bounded.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -42,7 +44,9 @@ impl Left<'_> {
     fn unnamed(&self, model: &Model, prompt: i64, replies: i64) -> i64 {
         let there_is = self.output(prompt).checked_div(replies).unwrap_or(0);
         let share = (there_is / SHARE).max(OUTPUT_UNKNOWN);
-        let beside = model.context.map_or(i64::MAX, |context| context.saturating_sub(prompt).max(OUTPUT_UNKNOWN));
+        let beside = model.context.map_or(i64::MAX, |context| {
+            context.saturating_sub(prompt).max(OUTPUT_UNKNOWN.min(context / SHARE_OF_CONTEXT))
+        });
         // With nothing left the sum is above what is left, and the reservation fails with its own message.
         model.max_output.unwrap_or(OUTPUT_UNKNOWN).min(share).min(there_is).min(beside).max(1)
     }
@@ -66,6 +70,10 @@ pub struct Pack<'p> {
     pub terms: Terms<'p>,
     /// To whether its reply is kept.
     pub store: StoreReplies,
+    /// To whether a stream is asked what it costs.
+    pub stream_usage: StreamUsage,
+    /// To where it goes: the member that limits the reply of a chat completion there, unless it is known of the model.
+    pub limit_field: OutputLimitField,
 }
 
 impl<'p> Pack<'p> {
@@ -78,7 +86,12 @@ impl<'p> Pack<'p> {
             unknown: models.unknown_members,
             egress: &policy.egress,
         };
-        Self { terms, store: models.store_replies }
+        Self {
+            terms,
+            store: models.store_replies,
+            stream_usage: endpoint.stream_usage,
+            limit_field: endpoint.limit_field(),
+        }
     }
 }
 
@@ -102,13 +115,14 @@ pub fn bound(
         return Ok(Bounded { reserved, set: vec![], noted });
     }
     let replies = replies(body)?;
-    let mut set: Vec<_> = wish_for_usage(api, body).into_iter().chain(no_store(api, body, pack.store)).collect();
+    let usage = wish_for_usage(api, body, pack.stream_usage);
+    let mut set: Vec<_> = usage.into_iter().chain(no_store(api, body, pack.store)).collect();
     let each = match named_limit(api, body)? {
         // A model gives no more than it can, and whether it takes a limit above that its provider says.
         Some(limit) => limit.min(model.max_output.unwrap_or(i64::MAX)),
         None => {
             let each = left.unnamed(model, prompt.tokens, replies);
-            set.extend(model.limit_member(api).map(|member| (member, each.into())));
+            set.extend(model.limit_member(api, pack.limit_field).map(|member| (member, each.into())));
             each
         }
     };
@@ -163,9 +177,9 @@ pub fn asks_for_usage(api: Api, body: &Map<String, Value>) -> bool {
 }
 
 /// The wish for an account in a streamed reply. Without it a stream of chat completions says nothing of its cost, and what is set aside would
-/// have to stay spent.
-fn wish_for_usage(api: Api, body: &Map<String, Value>) -> Option<(&'static str, Value)> {
-    if api != Api::ChatCompletions || body.get("stream") != Some(&Value::Bool(true)) {
+/// have to stay spent: that is what a pack chooses whose provider refuses the wish.
+fn wish_for_usage(api: Api, body: &Map<String, Value>, usage: StreamUsage) -> Option<(&'static str, Value)> {
+    if !usage.is_ask() || api != Api::ChatCompletions || body.get("stream") != Some(&Value::Bool(true)) {
         return None;
     }
     let mut options = body.get("stream_options").and_then(Value::as_object).cloned().unwrap_or_default();
@@ -337,6 +351,53 @@ mod tests {
             let (_, set) = bounded(Api::ChatCompletions, &body, &model(), tokens(10_000)).unwrap();
             assert_eq!(set, [("stream_options", json!({"include_usage": true}))]);
         }
+    }
+
+    /// A pack whose provider refuses the wish has streams pass as they were written.
+    #[test]
+    fn a_stream_goes_out_as_written_where_the_pack_says_so() {
+        let pack = Pack { stream_usage: StreamUsage::AsWritten, ..Pack::default() };
+        for options in [None, Some(json!(null)), Some(json!({})), Some(json!({"include_usage": true}))] {
+            let mut body = object(json!({"model": "m", "messages": [], "max_tokens": 9, "stream": true}));
+            body.extend(options.map(|options| ("stream_options".to_owned(), options)));
+            let prompt = estimate::prompt(Api::ChatCompletions, &body, &model());
+            let left = tokens(10_000);
+            let bounded = bound(Api::ChatCompletions, &body, &model(), pack, prompt, left).unwrap();
+            assert_eq!(bounded.set, [], "{body:?}");
+            assert_eq!(bounded.reserved.bound.output, 9);
+        }
+    }
+
+    /// Of a model with a small window, whether the catalogue or the pack knows it, the prompt and what is set are never more than the window.
+    #[test]
+    fn an_absent_output_limit_leaves_room_for_the_prompt() {
+        let pack = |context: i64, most: Option<i64>| ModelPrice {
+            context_tokens: Some(context),
+            max_output_tokens: most,
+            ..ModelPrice::default()
+        };
+        for (name, window, most, words, outputs) in [
+            ("our-own", 4_096, None, 1, 3_900..=4_095),
+            ("our-own", 4_096, None, 1_500, 1_400..=1_700),
+            ("our-own", 4_096, Some(512), 1, 512..=512),
+            ("our-own", 2_048, Some(100_000), 100, 1_750..=1_900),
+            ("our-own", 1_000_000, None, 1_500, 4_096..=4_096),
+            // The pack's word stands above the catalogue's, which says 128,000.
+            ("gpt-4o", 8_192, None, 1_000, 6_900..=7_150),
+            // An estimate is no refusal: what is longer by it may fit by the model's own tokenizer.
+            ("our-own", 4_096, None, 4_000, 256..=256),
+            ("our-own", 16, None, 100, 1..=1),
+        ] {
+            let body = object(json!({"messages": [{"role": "user", "content": "word ".repeat(words)}]}));
+            let model = Model::named(name, Some(&pack(window, most)));
+            let (bound, _) = bounded(Api::ChatCompletions, &body, &model, tokens(10_000_000)).unwrap();
+            assert!(outputs.contains(&bound.output), "{name} of {window} with {words} words: {bound:?}");
+        }
+        // By the catalogue alone: 8,192 for prompt and reply.
+        let body = object(json!({"messages": [{"role": "user", "content": "word ".repeat(5_000)}]}));
+        let (bound, _) =
+            bounded(Api::ChatCompletions, &body, &Model::named("gpt-4", None), tokens(10_000_000)).unwrap();
+        assert!(bound.total() <= 8_192, "{bound:?}");
     }
 
     #[test]

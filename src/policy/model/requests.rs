@@ -247,7 +247,10 @@ pub static CHAT_COMPLETIONS: Shape = shape(
         row("n", Bounded(Plain, "from 1 to 128; the output limit counts for each")),
         row(
             "stream_options",
-            Bounded(Object(&STREAM_OPTIONS), "`include_usage` is set in streams, for the reply to say what it cost"),
+            Bounded(
+                Object(&STREAM_OPTIONS),
+                "`include_usage` is set in streams, for the reply to say what it cost, unless the pack says `streamUsage: AsWritten`",
+            ),
         ),
         plain("model stream temperature top_p frequency_penalty presence_penalty stop seed logprobs top_logprobs"),
         plain("parallel_tool_calls modalities reasoning_effort verbosity service_tier user safety_identifier"),

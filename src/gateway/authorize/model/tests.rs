@@ -168,6 +168,7 @@ fn a_model_is_asked_at_no_endpoint_of_another() {
         models: vec!["o-*".into()],
         api: Family::OpenAi,
         allow: vec![],
+        stream_usage: crate::policy::config::StreamUsage::Ask,
     }];
     let compiled = of(policy);
     let (own, other) = ("https://models.world.test/v1/chat/completions", "https://other.test/v1/chat/completions");

@@ -191,6 +191,82 @@ fn data_that_stands_where_text_is_read_counts_as_text() {
     assert!(least(picture.as_object().unwrap(), &Model::named("gpt-4o", None)) < 200);
 }
 
+/// Thoughts come back as their provider has sealed them, 6 kB each, and are charged as the thoughts that they are.
+#[test]
+fn sealed_thoughts_count_as_thoughts() {
+    let sealed = base64(&png(67, 66));
+    assert!((5_900..6_100).contains(&sealed.len()), "{}", sealed.len());
+    let url_safe = sealed.replace('+', "-").replace('/', "_");
+    let many = |item: Value| vec![item; 50];
+    let said = |message: Value| json!({"model": "m", "messages": many(message)});
+    let content = |part: Value| said(json!({"role": "assistant", "content": [part]}));
+    let items = |item: Value| json!({"model": "m", "input": many(item)});
+    let calls = |more: Value| {
+        let call =
+            json!({"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}, "extra_content": more});
+        said(json!({"role": "assistant", "content": null, "tool_calls": [call]}))
+    };
+    for (api, body) in [
+        (Api::Responses, items(json!({"type": "reasoning", "id": "r", "summary": [], "encrypted_content": sealed}))),
+        (Api::Responses, items(json!({"type": "compaction", "encrypted_content": url_safe}))),
+        (Api::Messages, content(json!({"type": "redacted_thinking", "data": sealed}))),
+        (Api::Messages, content(json!({"type": "thinking", "thinking": "Hm.", "signature": sealed}))),
+        (
+            Api::ChatCompletions,
+            said(
+                json!({"role": "assistant", "content": "", "thinking_blocks": [{"type": "thinking", "thinking": "Hm.", "signature": sealed}]}),
+            ),
+        ),
+        (
+            Api::ChatCompletions,
+            said(
+                json!({"role": "assistant", "content": "", "reasoning_details": [{"type": "reasoning.encrypted", "data": sealed}]}),
+            ),
+        ),
+        (Api::ChatCompletions, calls(json!({"google": {"thought_signature": sealed}}))),
+    ] {
+        for name in ["gpt-5", "claude-opus-4-7", "our-own"] {
+            let counted = of(api, name, &body);
+            assert!((74_000..80_000).contains(&counted), "{name}: {counted} of {}", body.to_string().split_at(150).0);
+        }
+        let body = body.as_object().unwrap();
+        let by_bytes = Model { counting: Counting::Bytes, ..Model::named("", None) };
+        assert!(prompt(api, body, &by_bytes).tokens > 50 * 5_900, "whoever counts bytes counts each");
+        for model in [Model::named("gpt-5", None), by_bytes] {
+            let counted = prompt(api, body, &model);
+            assert!(least(body, &model) <= counted.tokens && counted.least <= counted.tokens, "{counted:?}");
+        }
+    }
+    // The control: where a model reads it, and where it is no base64, it is the text that it is.
+    let sentence = "What has spaces in it was never sealed by anybody. ".repeat(120);
+    for (api, body, from) in [
+        (Api::Responses, items(json!({"type": "message", "role": "user", "content": sealed})), 150_000),
+        (Api::Responses, items(json!({"type": "function_call_output", "call_id": "c", "output": sealed})), 150_000),
+        (
+            Api::Responses,
+            items(json!({"type": "message", "role": "user", "content": "", "encrypted_content": sealed})),
+            150_000,
+        ),
+        (Api::Messages, content(json!({"type": "thinking", "thinking": sealed, "signature": ""})), 150_000),
+        (
+            Api::Messages,
+            content(
+                json!({"type": "tool_use", "id": "t", "name": "t", "input": {"type": "redacted_thinking", "data": sealed}}),
+            ),
+            150_000,
+        ),
+        (Api::ChatCompletions, said(json!({"role": "assistant", "content": "", "reasoning_content": sealed})), 150_000),
+        (
+            Api::Responses,
+            items(json!({"type": "reasoning", "summary": [], "encrypted_content": sentence})),
+            50 * 120 * 10,
+        ),
+    ] {
+        let counted = of(api, "gpt-5", &body);
+        assert!(counted >= from, "{counted} of {}", body.to_string().split_at(150).0);
+    }
+}
+
 #[test]
 fn what_cannot_be_read_counts_as_the_most_that_it_can_be() {
     let user = |part: Value| json!({"model": "gpt-4o", "messages": [{"role": "user", "content": [part]}]});
