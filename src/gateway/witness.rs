@@ -4,8 +4,8 @@
 //! checked, in its place, and on its way there, with what comes after it behind it; of two segments for the same place one wins,
 //! whichever replicas they reach; the same segment again is answered the same again. What else is in memory is a cache: a log is
 //! rebuilt from the bucket, signatures and all, by whichever replica is asked next. Refuses: anything [`history`] does not take, a
-//! pod that is not contained, a policy other than the one the gateway compiled, and going on after the end. Only a tool's read may
-//! leave before the bucket has its intent: it is then held here and in the pod's spool.
+//! pod that is not contained, a policy other than the one the gateway compiled, and going on after the end. Only a tool's read
+//! and a model's call may leave before the bucket has their intent: it is then held here and in the pod's spool.
 //!
 //! ```text
 //! admit (who, what) ─▶ catch up ─▶ extended (history) ─▶ hold ─▶ reply: witnessed

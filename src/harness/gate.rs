@@ -545,7 +545,6 @@ impl Gate {
         Ok(self.journal.open()?)
     }
 
-    /// Whether the attempt goes on; refusals aside, which the journal counts under its lock.
     /// Waits, in the order of those who ask, for what would fit but for what calls under way hold. What can never fit does not wait.
     async fn turn_for(&self, asked: Spent) -> tokio::sync::MutexGuard<'_, ()> {
         /// How often it is looked at anew whether the attempt still runs.
@@ -560,6 +559,7 @@ impl Gate {
         }
     }
 
+    /// Whether the attempt goes on; refusals aside, which the journal counts under its lock.
     fn running(&self) -> Result<(), Denial> {
         if let Some(denial) = self.journal.failure() {
             return Err(denial);
