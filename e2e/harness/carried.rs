@@ -18,10 +18,6 @@ async fn serve(router: axum::Router) -> SocketAddr {
     address
 }
 
-fn reachable(host: &str, uses: EgressUse) -> EgressHost {
-    EgressHost { host: host.into(), ports: vec![80], uses: vec![uses], credential: None, barred: false }
-}
-
 /// An MCP server of one tool, which answers in this form, and packs each answer if it does.
 async fn packing(packs: bool, as_events: bool) -> SocketAddr {
     let answer = move |asked: Value| {
@@ -61,7 +57,7 @@ async fn a_tool_server_that_packs_unasked_is_listed_and_called() {
         let mut policy = policy(LIMITS);
         let upstream = McpUpstream { url: "http://packed.test/mcp".into(), tool: "echo".into(), digest: None };
         policy.tools.push(tool("packed", Upstream::Mcp(upstream), SideEffect::Write));
-        policy.egress.push(reachable("packed.test", EgressUse::Tools));
+        policy.egress.push(host("packed.test", &[80], EgressUse::Tools));
         let harness = harness_of(policy, vec![("packed.test".to_owned(), packing(packs, as_events).await)]).await;
         let (error, text) = harness.tool("packed", json!({})).await;
         assert!(!error && text == "it is packed", "packs {packs}, as events {as_events}: {text}");
@@ -133,7 +129,7 @@ async fn a_reply_that_falls_silent_ends_by_the_classs_time() {
         let http = HttpUpstream { method: HttpMethod::Get, url: format!("http://pieces.test/{name}"), query: vec![] };
         policy.tools.push(tool(name, Upstream::Http(http), SideEffect::Read));
     }
-    policy.egress.push(reachable("pieces.test", EgressUse::Tools));
+    policy.egress.push(host("pieces.test", &[80], EgressUse::Tools));
     let harness = harness_of(policy, vec![("pieces.test".to_owned(), serve(router).await)]).await;
     let (error, text) = harness.tool("late", json!({})).await;
     assert!(!error, "{text}");

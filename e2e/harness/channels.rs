@@ -481,13 +481,7 @@ async fn an_argument_in_a_path_is_one_segment_to_a_server_that_decodes_first() {
         url: shop.into(),
         query: vec![],
     });
-    policy.egress.push(EgressHost {
-        host: "shop.test".into(),
-        ports: vec![80],
-        uses: vec![EgressUse::Tools],
-        credential: None,
-        barred: false,
-    });
+    policy.egress.push(host("shop.test", &[80], EgressUse::Tools));
     let harness = harness_of(policy, vec![("shop.test".into(), address)]).await;
     let mut led_elsewhere = 0;
     let others = [

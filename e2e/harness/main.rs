@@ -131,6 +131,11 @@ fn over_http(method: HttpMethod, path: &str, query: &[&str]) -> Upstream {
     Upstream::Http(HttpUpstream { method, url: format!("http://api.test{path}"), query })
 }
 
+/// A host that a class may reach, for one use.
+fn host(host: &str, ports: &[u16], uses: EgressUse) -> EgressHost {
+    EgressHost { host: host.into(), ports: ports.to_vec(), uses: vec![uses], credential: None, barred: false }
+}
+
 fn policy(limits: Limits) -> PolicyConfig {
     let text = json!({
         "type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"], "additionalProperties": false
@@ -150,13 +155,6 @@ fn policy(limits: Limits) -> PolicyConfig {
     let pay = Tool { input: text.clone(), ..tool("pay", over_mcp("echo"), SideEffect::External) };
     let say =
         Tool { input: text, preconditions: vec![precondition], ..tool("say", over_mcp("echo"), SideEffect::Write) };
-    let host = |host: &str, ports: &[u16], uses| EgressHost {
-        host: host.into(),
-        ports: ports.to_vec(),
-        uses: vec![uses],
-        credential: None,
-        barred: false,
-    };
     PolicyConfig {
         task: TaskIdentity {
             namespace: "n".into(),

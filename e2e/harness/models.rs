@@ -72,13 +72,7 @@ async fn world(models: ModelEndpoints, limits: Limits) -> World {
     let (address, all) = provider().await;
     let mut policy = policy(limits);
     let names = ["listed.test", "azure.test", "claude.test"];
-    policy.egress.extend(names.iter().map(|name| EgressHost {
-        host: (*name).into(),
-        ports: vec![80],
-        uses: vec![EgressUse::Models],
-        credential: None,
-        barred: false,
-    }));
+    policy.egress.extend(names.iter().map(|name| host(name, &[80], EgressUse::Models)));
     policy.models = models;
     let names = names.iter().map(|name| ((*name).to_owned(), address)).collect();
     World { harness: harness_of(policy, names).await, all }

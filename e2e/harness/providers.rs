@@ -33,13 +33,7 @@ async fn provider(rule: fn(&Value) -> Result<Value, Value>) -> SocketAddr {
 async fn before(rule: fn(&Value) -> Result<Value, Value>, pack: impl FnOnce(&mut ModelEndpoints)) -> Harness {
     let mut policy = policy(Limits { tokens: 1_000_000, ..LIMITS });
     policy.models.openai = Some("http://provider.test/v1".into());
-    policy.egress.push(EgressHost {
-        host: "provider.test".into(),
-        ports: vec![80],
-        uses: vec![EgressUse::Models],
-        credential: None,
-        barred: false,
-    });
+    policy.egress.push(host("provider.test", &[80], EgressUse::Models));
     pack(&mut policy.models);
     harness_of(policy, vec![("provider.test".to_owned(), provider(rule).await)]).await
 }
