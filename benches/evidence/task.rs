@@ -39,11 +39,11 @@ pub fn policy() -> anyhow::Result<PolicyConfig> {
     note["idempotency"] = json!({"windowSeconds": 86_400});
     Ok(serde_json::from_value(json!({
         "task": {
-            "namespace": NAMESPACE, "name": NAME, "uid": UID, "generation": 1, "workflowClass": "triage",
+            "namespace": NAMESPACE, "name": NAME, "uid": UID, "workflowClass": "triage",
             "objective": "Find out why the checkout service answers 503.", "principal": "jane@example.com",
             "image": "registry.example/agent@sha256:0000",
         },
-        "pack": {"name": "prod", "uid": "pack", "generation": 3, "environment": "prod"},
+        "pack": {"name": "prod", "uid": "pack", "environment": "prod"},
         "limits": {"wallTimeSeconds": 900, "toolCalls": 1_000_000_000, "tokens": 200_000, "denials": 20},
         "allowedEffects": ["read", "write"],
         "tools": [

@@ -75,9 +75,9 @@ FORMS["approval.decided"] = FORMS["approval.requested"]
 FORMS |= {  # of documents: "The policy's form"
     "policy": "task:task pack:pack limits:limits allowedEffects:[effect] tools:[tool] models:models egress:[host] "
               "access?:access ignoredHosts?:[text] upstreamTimeoutSeconds?:integer",
-    "task": "namespace name uid generation:integer objective workflowClass taskClass? principal requester? image "
+    "task": "namespace name uid objective workflowClass taskClass? principal requester? image "
             "rollbackOf?:rollbackOf",
-    "rollbackOf": "name uid", "pack": "name uid generation:integer environment",
+    "rollbackOf": "name uid", "pack": "name uid environment",
     "limits": "wallTimeSeconds:integer toolCalls:integer tokens:integer denials?:integer costMicros?:integer "
               "approvalWaitSeconds?:nonzero",
     "tool": "contract name description upstream:upstream input:json output?:something limits:toolLimits "

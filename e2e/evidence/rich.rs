@@ -162,7 +162,6 @@ fn policy() -> PolicyConfig {
             namespace: "team-a".into(),
             name: "tidy".into(),
             uid: UID.into(),
-            generation: 1,
             objective: "Tidy up.".into(),
             workflow_class: "support".into(),
             task_class: Some("triage".into()),
@@ -171,7 +170,7 @@ fn policy() -> PolicyConfig {
             image: "localhost/agent:dev".into(),
             rollback_of: None,
         },
-        pack: PackIdentity { name: "dev".into(), uid: "u".into(), generation: 3, environment: "dev".into() },
+        pack: PackIdentity { name: "dev".into(), uid: "u".into(), environment: "dev".into() },
         limits: Limits {
             wall_time_seconds: 600,
             tool_calls: 20,

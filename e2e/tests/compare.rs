@@ -62,7 +62,6 @@ const ELSEWHERE: [(&str, &str, Has, &str); 17] = [
         "who asked: a user of the cluster, or whoever is at the laptop",
     ),
     ("attempt.opened", "/policy/pack/uid", Has::Both, "an id"),
-    ("attempt.opened", "/policy/pack/generation", Has::Both, "how often the cluster's object was changed"),
     (
         "call.outcome of egress",
         "/responseBytes",

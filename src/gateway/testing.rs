@@ -220,7 +220,6 @@ pub fn policy() -> PolicyConfig {
             namespace: "team".into(),
             name: "t".into(),
             uid: UID.into(),
-            generation: 1,
             objective: "Tidy up.".into(),
             workflow_class: "support".into(),
             task_class: None,
@@ -229,7 +228,7 @@ pub fn policy() -> PolicyConfig {
             image: "localhost/agent:dev".into(),
             rollback_of: None,
         },
-        pack: PackIdentity { name: "dev".into(), uid: "pack".into(), generation: 1, environment: "dev".into() },
+        pack: PackIdentity { name: "dev".into(), uid: "pack".into(), environment: "dev".into() },
         limits: Limits {
             wall_time_seconds: 600,
             tool_calls: 3,

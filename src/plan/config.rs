@@ -9,7 +9,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
 };
 
-use kube::{Resource, ResourceExt};
+use kube::ResourceExt;
 
 use super::{Finding, access, approval, condition, names, schema};
 use crate::{
@@ -133,7 +133,6 @@ fn task_identity(task: &AgentTask, task_class: Option<String>) -> TaskIdentity {
         namespace: task.namespace().unwrap_or_default(),
         name: task.name_any(),
         uid: task.uid().unwrap_or_default(),
-        generation: task.meta().generation.unwrap_or_default(),
         objective: task.spec.objective.clone(),
         workflow_class: task.spec.workflow_class.clone(),
         task_class,
@@ -152,7 +151,6 @@ fn pack_identity(pack: &PolicyPack) -> PackIdentity {
     PackIdentity {
         name: pack.name_any(),
         uid: pack.uid().unwrap_or_default(),
-        generation: pack.meta().generation.unwrap_or_default(),
         environment: pack.spec.environment.clone(),
     }
 }

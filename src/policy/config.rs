@@ -220,8 +220,6 @@ pub struct TaskIdentity {
     pub name: String,
     /// Its UID: a task made again under the same name is another task.
     pub uid: String,
-    /// The generation that was rendered.
-    pub generation: i64,
     /// What the agent was asked to do.
     pub objective: String,
     /// The workflow class.
@@ -265,8 +263,6 @@ pub struct PackIdentity {
     pub name: String,
     /// Its UID.
     pub uid: String,
-    /// Its generation.
-    pub generation: i64,
     /// The environment that it speaks for.
     pub environment: String,
 }

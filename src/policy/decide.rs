@@ -541,7 +541,6 @@ pub(crate) mod tests {
                 namespace: "demo".into(),
                 name: "triage".into(),
                 uid: "u".into(),
-                generation: 1,
                 objective: "find out".into(),
                 workflow_class: "incident".into(),
                 task_class: None,
@@ -550,7 +549,7 @@ pub(crate) mod tests {
                 image: "i".into(),
                 rollback_of: None,
             },
-            pack: PackIdentity { name: "dev".into(), uid: "p".into(), generation: 1, environment: "dev".into() },
+            pack: PackIdentity { name: "dev".into(), uid: "p".into(), environment: "dev".into() },
             limits: Limits {
                 wall_time_seconds: 60,
                 tool_calls: 4,

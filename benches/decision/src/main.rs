@@ -72,10 +72,10 @@ impl Belay {
         };
         let policy: PolicyConfig = serde_json::from_value(json!({
             "task": {
-                "namespace": "demo", "name": "t", "uid": "u", "generation": 1, "objective": "o", "workflowClass": "c",
+                "namespace": "demo", "name": "t", "uid": "u", "objective": "o", "workflowClass": "c",
                 "principal": "ana", "image": "i"
             },
-            "pack": {"name": "p", "uid": "p", "generation": 1, "environment": "dev"},
+            "pack": {"name": "p", "uid": "p", "environment": "dev"},
             "limits": {"wallTimeSeconds": 60, "toolCalls": 100, "tokens": 0, "denials": 100, "costMicros": 0},
             "allowedEffects": ["read", "write"], "tools": (0..size).map(tool).collect::<Vec<_>>(),
             "models": {}, "egress": []

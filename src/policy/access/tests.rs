@@ -35,7 +35,6 @@ fn policy(access: Access) -> PolicyConfig {
             namespace: "demo".into(),
             name: "t".into(),
             uid: "u".into(),
-            generation: 1,
             objective: "o".into(),
             workflow_class: "support".into(),
             task_class: None,
@@ -44,7 +43,7 @@ fn policy(access: Access) -> PolicyConfig {
             image: "i".into(),
             rollback_of: None,
         },
-        pack: PackIdentity { name: "prod".into(), uid: "p".into(), generation: 1, environment: "prod".into() },
+        pack: PackIdentity { name: "prod".into(), uid: "p".into(), environment: "prod".into() },
         limits: Limits {
             wall_time_seconds: 60,
             tool_calls: 4,

@@ -57,7 +57,6 @@ pub(crate) fn policy() -> PolicyConfig {
             namespace: "team-a".to_owned(),
             name: "tidy".to_owned(),
             uid: UID.to_owned(),
-            generation: 1,
             objective: "Tidy up.".to_owned(),
             workflow_class: "support".to_owned(),
             task_class: None,
@@ -69,7 +68,6 @@ pub(crate) fn policy() -> PolicyConfig {
         pack: PackIdentity {
             name: "dev".to_owned(),
             uid: "6f9c3c1e-0000-4000-8000-000000000002".to_owned(),
-            generation: 3,
             environment: "dev".to_owned(),
         },
         limits: Limits {
