@@ -185,8 +185,10 @@ fn count(failures: &mut BTreeMap<String, i64>, class: FailureClass, more: i64) {
 fn attempts(observed: &Observed<'_>) -> Result<(Vec<Attempt>, BTreeMap<String, i64>), Unread> {
     let mut attempts = observed.history.to_vec();
     let mut failures = failures(observed);
+    // One that is not kept any more was recorded and counted once.
+    let oldest = attempts.first().filter(|_| attempts.len() >= MAX_ATTEMPTS).map_or(0, |oldest| oldest.number);
     for pod in observed.pods {
-        if attempts.iter().all(|attempt| attempt.number != pod.attempt) {
+        if pod.attempt > oldest && attempts.iter().all(|attempt| attempt.number != pod.attempt) {
             attempts.push(Attempt {
                 number: pod.attempt,
                 pod: pod.name.clone(),

@@ -542,3 +542,40 @@ fn a_retry_budget_does_not_refill() {
     // The control: what is kept shows one failure only.
     assert!(matches!(Case { history, ..Case::default() }.next(), Next::Start(72)));
 }
+
+/// The first attempts failed, and their pods are still there for people to look at; then the bucket is away for 70 attempts.
+#[test]
+fn seventy_parked_attempts_leave_every_other_budget_as_it_was() {
+    let retry = Retry { agent: 1, infrastructure: 1 };
+    let mut case = Case { retry, ..Case::default() };
+    let mut now = at(0);
+    let mut attempt = |number: i64, class, reason, stays: bool| {
+        case.pods.push(ended(number, Some(class), reason));
+        // Looked at more than once.
+        for _ in 0..2 {
+            let Decision { attempts, failures, .. } = case.decide_at(now);
+            (case.history, case.failures) = (attempts, failures);
+        }
+        case.pods.retain(|pod| stays || pod.attempt != number);
+        now += SignedDuration::from_mins(5);
+        case.decide_at(now).next
+    };
+    assert_eq!(attempt(1, Agent, "NonZeroExit", true), Next::Start(2));
+    assert_eq!(attempt(2, Infrastructure, "Evicted", true), Next::Start(3));
+    for number in 3..73 {
+        assert_eq!(attempt(number, Dependency, "EvidenceUnavailable", false), Next::Start(number + 1));
+    }
+    let next = attempt(73, Infrastructure, "Evicted", false);
+    assert!(
+        matches!(&next, Next::Seal { attempt: 73, closed, .. } if closed.failure_class == "Infrastructure"),
+        "{next:?}"
+    );
+    let counts = [("Agent".to_owned(), 1), ("Dependency".to_owned(), 70), ("Infrastructure".to_owned(), 2)];
+    assert_eq!(case.failures, BTreeMap::from(counts));
+    // And the agent's own budget, in the same place.
+    case.failures.insert("Infrastructure".to_owned(), 1);
+    case.history.pop();
+    case.history.push(record(73, Some((Some(Agent), "NonZeroExit"))));
+    case.failures.insert("Agent".to_owned(), 2);
+    assert!(matches!(case.next(), Next::Seal { attempt: 73, .. }));
+}
