@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use super::metrics::Metrics;
 use crate::{
     api::{AgentTask, AgentTaskStatus},
-    plan::names::{FIELD_MANAGER, FINALIZER},
+    plan::names::{FIELD_MANAGER, FINALIZER, TASK_UID},
 };
 
 /// For one request. The client has no timeout of its own for a server that takes a request and never answers.
@@ -152,6 +152,27 @@ impl Writer {
             }
             created => created,
         }
+    }
+
+    /// Removes a ConfigMap of a task's attempt. One that is gone, or another's under the same name, is no error.
+    ///
+    /// # Errors
+    /// If the API server refuses or does not answer.
+    pub async fn delete_config_map(&self, namespace: &str, name: &str, task_uid: &str) -> Result<(), ApiError> {
+        let api = self.api::<ConfigMap>(namespace);
+        let live = bounded::<ConfigMap, _>("get", name, api.get_metadata_opt(name)).await?;
+        match live.filter(|live| live.labels().get(TASK_UID).is_some_and(|uid| uid == task_uid)) {
+            Some(live) => self.delete::<ConfigMap>(namespace, name, live.uid()).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Removes a NetworkPolicy. One that is gone, or another under the same name, is no error.
+    ///
+    /// # Errors
+    /// If the API server refuses or does not answer.
+    pub async fn delete_network_policy(&self, namespace: &str, name: &str, uid: &str) -> Result<(), ApiError> {
+        self.delete::<NetworkPolicy>(namespace, name, Some(uid.to_owned())).await
     }
 
     /// The NetworkPolicy as the API server has it.

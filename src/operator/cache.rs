@@ -4,7 +4,12 @@
 //! filled; how a pod that is gone ended is kept, where the API server has told. Non-goals: to keep what nobody asks for: managed fields, and
 //! nearly all of pods' specs.
 
-use std::{convert::Infallible, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeSet, HashMap},
+    convert::Infallible,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use futures::{Stream, StreamExt, stream::BoxStream};
 use k8s_openapi::api::{
@@ -57,6 +62,10 @@ pub struct Stores {
     pub pods: Store<Lenient<Pod>>,
     /// Our NetworkPolicies.
     pub network_policies: Store<Lenient<NetworkPolicy>>,
+    /// Attempts that have a pod.
+    pub with_pod: Attempts,
+    /// Attempts that have a NetworkPolicy.
+    pub with_network_policy: Attempts,
     /// Told at each change of our NetworkPolicies.
     pub network_policies_changed: Arc<Notify>,
 }
@@ -139,6 +148,61 @@ impl Stores {
     }
 }
 
+/// Which attempts of a task have an object of one kind, as the store of that kind has it. Their numbers have gaps: a task that is parked for a
+/// week has had thousands, and has objects of the newest.
+#[derive(Clone, Default)]
+pub struct Attempts(Arc<Mutex<Listed>>);
+
+#[derive(Default)]
+struct Listed {
+    by_task: HashMap<String, BTreeSet<i64>>,
+    /// What a list has brought that is not whole yet.
+    arriving: HashMap<String, BTreeSet<i64>>,
+}
+
+impl Attempts {
+    /// Those of this task, by its UID.
+    pub fn of(&self, task_uid: &str) -> BTreeSet<i64> {
+        let listed = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        listed.by_task.get(task_uid).cloned().unwrap_or_default()
+    }
+
+    /// Follows a watch, as the store does.
+    pub fn follow<K: Resource>(&self, event: &watcher::Event<K>) {
+        let mut listed = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let Listed { by_task, arriving } = &mut *listed;
+        match event {
+            watcher::Event::Init => arriving.clear(),
+            watcher::Event::InitDone => *by_task = std::mem::take(arriving),
+            watcher::Event::InitApply(object) => {
+                if let Some((task, number)) = attempt_of(object.meta()) {
+                    arriving.entry(task).or_default().insert(number);
+                }
+            }
+            watcher::Event::Apply(object) => {
+                if let Some((task, number)) = attempt_of(object.meta()) {
+                    by_task.entry(task).or_default().insert(number);
+                }
+            }
+            watcher::Event::Delete(object) => {
+                let Some((task, number)) = attempt_of(object.meta()) else { return };
+                if let Some(numbers) = by_task.get_mut(&task) {
+                    numbers.remove(&number);
+                    if numbers.is_empty() {
+                        by_task.remove(&task);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The task that an object of an attempt belongs to, by its UID, and the attempt.
+fn attempt_of(metadata: &ObjectMeta) -> Option<(String, i64)> {
+    let labels = metadata.labels.as_ref()?;
+    Some((labels.get(names::TASK_UID)?.clone(), labels.get(names::ATTEMPT)?.parse().ok()?))
+}
+
 /// The watches' changes, to be merged into one controller. What goes wrong with one is said and is its own affair: it waits and begins anew, and
 /// holds up no other.
 pub struct Streams {
@@ -207,6 +271,8 @@ pub fn watch(client: &Client, memories: Arc<Memories>, metrics: &Metrics) -> (St
     let contracts = guarded::<ToolContract>(client, all(), metrics).reflect(writer).touched_objects();
     let (pack_store, writer) = reflector::store();
     let packs = guarded::<PolicyPack>(client, all(), metrics).reflect(writer).touched_objects();
+    let (with_pod, with_network_policy) = (Attempts::default(), Attempts::default());
+    let (pods_listed, policies_listed) = (with_pod.clone(), with_network_policy.clone());
     let (pod_store, writer) = reflector::store();
     let pods = guarded::<Pod>(client, ours(), metrics)
         .modify(|pod| {
@@ -221,6 +287,7 @@ pub fn watch(client: &Client, memories: Arc<Memories>, metrics: &Metrics) -> (St
         })
         .reflect(writer)
         .inspect(move |event| {
+            event.iter().for_each(|event| pods_listed.follow(event));
             if let Some((task, pod)) = touched(event) {
                 of_pods.pod_cached(task, pod.uid.as_deref().unwrap_or_default());
             }
@@ -236,6 +303,7 @@ pub fn watch(client: &Client, memories: Arc<Memories>, metrics: &Metrics) -> (St
     let policies = guarded::<NetworkPolicy>(client, ours(), metrics)
         .reflect(writer)
         .inspect(move |event| {
+            event.iter().for_each(|event| policies_listed.follow(event));
             if let Some((task, policy)) = touched(event)
                 && let Some(attempt) = policy.labels.as_ref().and_then(|labels| labels.get(names::ATTEMPT))
             {
@@ -257,6 +325,8 @@ pub fn watch(client: &Client, memories: Arc<Memories>, metrics: &Metrics) -> (St
         namespaces: namespace_store,
         pods: pod_store,
         network_policies: policy_store,
+        with_pod,
+        with_network_policy,
         network_policies_changed,
     };
     let streams = Streams {

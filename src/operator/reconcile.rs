@@ -255,7 +255,48 @@ impl Pass<'_> {
             self.now = self.context.contact.now();
         };
         Span::current().record("next", next.as_str());
-        self.act(&seen.pods, attempts, next).await
+        let action = self.act(&seen.pods, attempts, next).await?;
+        self.clear(&seen).await?;
+        Ok(action)
+    }
+
+    /// Removes what attempts have left that are over: configuration and NetworkPolicy of each before the newest that is on record, and of all
+    /// once the task has ended; the pods of those that were parked, of which there may be thousands. The newest number stays taken, by its
+    /// NetworkPolicy and its configuration, until a status has one that is higher.
+    async fn clear(&self, seen: &Seen) -> Result<(), ReconcileError> {
+        if self.task.metadata.deletion_timestamp.is_some() {
+            return Ok(());
+        }
+        let (status, writer) = (self.status(), &self.context.writer);
+        let Some(newest) = status.attempts.last().map(|newest| newest.number) else { return Ok(()) };
+        let over = |attempt: i64| attempt < newest || status::has_ended(&status);
+        let Owner { namespace, name, .. } = &self.owner;
+        for attempt in seen.claims.iter().copied().filter(|attempt| over(*attempt)) {
+            let Some(policy) = self.network_policy(attempt) else { continue };
+            let pod = seen.pods.iter().find(|pod| pod.attempt == attempt);
+            if pod.is_some_and(|pod| !pod.terminal) {
+                continue;
+            }
+            let name = names::of_attempt(name, attempt);
+            // The configuration first: without it a pod that was asked for long ago, and is made only now, starts nothing.
+            writer.delete_config_map(namespace, &name, &self.owner.uid).await?;
+            if pod.is_none() {
+                let live = writer.get_pod(namespace, &name).await?;
+                let live = live.filter(|live| self.owns(live.labels())).as_ref().and_then(observe::pod);
+                if live.is_some_and(|live| !live.terminal) {
+                    continue;
+                }
+            }
+            writer.delete_network_policy(namespace, &name, &policy.uid().unwrap_or_default()).await?;
+        }
+        let parked = |pod: &&PodView| {
+            let mut attempts = status.attempts.iter().filter(|attempt| attempt.pod_uid == pod.uid);
+            attempts.any(|attempt| attempt.number < newest && attempt.failure_class == Some(FailureClass::Dependency))
+        };
+        for pod in seen.pods.iter().filter(|pod| pod.terminal && !pod.deleting).filter(parked) {
+            writer.delete_pod(namespace, &pod.name, &pod.uid).await?;
+        }
+        Ok(())
     }
 
     /// The task's pods, and the attempts that have a NetworkPolicy, as far as they are known without asking.
@@ -264,27 +305,14 @@ impl Pass<'_> {
         let recent = |made: Instant| made.elapsed() < BELIEVED;
         let remembered = self.memory.pod.as_ref().filter(|(_, made)| recent(*made)).map(|(pod, _)| pod.clone());
         let claimed = self.memory.claim.filter(|(_, made)| recent(*made)).map(|(attempt, _)| attempt);
-        let recorded = self.status().attempts.last().map(|attempt| attempt.number);
-        let known = recorded
-            .into_iter()
-            .chain(claimed)
-            .chain(remembered.as_ref().map(|pod| pod.attempt))
-            .max()
-            .unwrap_or_default();
-        let (mut pods, mut claims) = (Vec::new(), Vec::new());
-        for attempt in 1.. {
-            let name = names::of_attempt(&self.owner.name, attempt);
-            let pod = stores.pod(&self.owner.namespace, &name);
-            let pod = pod.iter().filter_map(|pod| pod.0.as_ref().ok()).find(|pod| self.owns(pod.labels()));
-            pods.extend(pod.and_then(observe::pod));
-            let claim = self.network_policy(attempt).is_some();
-            if claim || claimed == Some(attempt) {
-                claims.push(attempt);
-            }
-            if attempt > known && pod.is_none() && !claim {
-                break;
-            }
-        }
+        let pod = |attempt| {
+            let live = stores.pod(&self.owner.namespace, &names::of_attempt(&self.owner.name, attempt))?;
+            live.0.as_ref().ok().filter(|live| self.owns(live.labels())).and_then(observe::pod)
+        };
+        let mut pods: Vec<_> = stores.with_pod.of(&self.owner.uid).into_iter().filter_map(pod).collect();
+        let mut claims = stores.with_network_policy.of(&self.owner.uid);
+        claims.retain(|attempt| self.network_policy(*attempt).is_some());
+        claims.extend(claimed);
         for pod in remembered.into_iter().chain(self.memory.gone.clone()) {
             if pods.iter().all(|known| known.uid != pod.uid) {
                 pods.push(pod);
@@ -294,7 +322,7 @@ impl Pass<'_> {
         if self.context.believes_caches {
             pods.iter_mut().for_each(|pod| pod.live = true);
         }
-        Seen { pods, claims, looked_up: BTreeSet::new(), live: self.believed() }
+        Seen { pods, claims: claims.into_iter().collect(), looked_up: BTreeSet::new(), live: self.believed() }
     }
 
     #[cfg(test)]
@@ -331,7 +359,7 @@ impl Pass<'_> {
             deleting: self.task.metadata.deletion_timestamp.is_some(),
             finalizer: self.task.finalizers().iter().any(|one| one == names::FINALIZER),
             phase: status.phase,
-            sealed: status.conditions.iter().any(|one| one.type_ == status::EVIDENCE_SEALED && one.status == "True"),
+            sealed: status::is_sealed(&status),
             live: seen.live,
             rolls_back: self.task.spec.rollback == RollbackWhen::OnFailure,
             retry: &self.task.spec.retry,
@@ -692,8 +720,9 @@ impl Pass<'_> {
         let told =
             self.status().evidence.as_ref().and_then(|told| Location::from_log(&told.location, namespace, name, uid));
         let claimed = || {
-            let mut attempts = 1..=self.status().attempts.last().map_or(1, |last| last.number.saturating_add(1));
+            let attempts = self.context.stores.with_network_policy.of(uid);
             attempts
+                .into_iter()
                 .find_map(|attempt| Location::parse(self.network_policy(attempt)?.annotations().get(names::EVIDENCE)?))
         };
         let packed =

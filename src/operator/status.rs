@@ -145,6 +145,16 @@ pub fn tell(before: &AgentTaskStatus, story: &Story<'_>, now: Timestamp) -> Agen
     status
 }
 
+/// Whether the task's log has its last record.
+pub fn is_sealed(status: &AgentTaskStatus) -> bool {
+    status.conditions.iter().any(|one| one.type_ == EVIDENCE_SEALED && one.status == "True")
+}
+
+/// Whether nothing more is done for the task.
+pub fn has_ended(status: &AgentTaskStatus) -> bool {
+    is_sealed(status) && matches!(status.phase, Some(Phase::Succeeded | Phase::Failed))
+}
+
 /// What a person reads of a task's end.
 fn ended(closed: &TaskClosed) -> &str {
     if closed.failure_class == TaskClosed::UNKNOWN {

@@ -20,7 +20,7 @@ use tokio::sync::watch;
 use self::cluster::{Cluster, store};
 use super::{
     api::Writer as ApiWriter,
-    cache::{GuardedTask, Stores},
+    cache::{Attempts, GuardedTask, Stores},
     memory::Memories,
     metrics::Metrics,
     reconcile::{Context, ReconcileError, after_error, reconcile},
@@ -35,6 +35,7 @@ use crate::{
 
 pub(super) mod cluster;
 mod injected;
+mod left;
 mod orders;
 
 const TASK: &str = "/apis/belay.dev/v1alpha1/namespaces/team-a/agenttasks/triage";
@@ -101,6 +102,8 @@ impl Scene {
                 namespaces,
                 pods,
                 network_policies,
+                with_pod: Attempts::default(),
+                with_network_policy: Attempts::default(),
                 network_policies_changed: Arc::default(),
             },
             memories: Arc::new(Memories::default()),
@@ -132,14 +135,17 @@ impl Scene {
 
     /// Everything that the cluster holds reaches the caches.
     fn sync(&mut self) {
-        self.cluster.fill(&mut self.stores.tasks, "agenttasks");
-        self.cluster.fill(&mut self.stores.contracts, "toolcontracts");
-        self.cluster.fill(&mut self.stores.packs, "policypacks");
+        let Stores { with_pod, with_network_policy, .. } = &self.context.stores;
+        self.cluster.fill(&mut self.stores.tasks, "agenttasks", |_| {});
+        self.cluster.fill(&mut self.stores.contracts, "toolcontracts", |_| {});
+        self.cluster.fill(&mut self.stores.packs, "policypacks", |_| {});
         self.stores.namespaces.apply_watcher_event(&kube::runtime::watcher::Event::Apply(
             serde_json::from_value(self.cluster.get("/api/v1/namespaces/team-a").unwrap()).unwrap(),
         ));
-        self.cluster.fill(&mut self.stores.pods, "pods");
-        self.cluster.fill(&mut self.stores.network_policies, "networkpolicies");
+        self.cluster.fill(&mut self.stores.pods, "pods", |event| with_pod.follow(event));
+        self.cluster.fill(&mut self.stores.network_policies, "networkpolicies", |event| {
+            with_network_policy.follow(event);
+        });
         if let Some(task) = self.task() {
             let metadata = kube::Resource::meta(task.as_ref()).clone();
             let uid = metadata.uid.unwrap();
@@ -271,7 +277,7 @@ async fn what_the_watch_showed_before_the_write_is_not_what_was_written() {
 }
 
 #[tokio::test]
-async fn a_whole_task_costs_six_writes_and_then_none() {
+async fn a_whole_task_costs_eight_writes_and_then_none() {
     let mut scene = Scene::new().await;
     scene.step().await.unwrap();
     let requests = scene.cluster.requests();
@@ -312,12 +318,13 @@ async fn a_whole_task_costs_six_writes_and_then_none() {
     // A success costs one read: what is sealed was seen.
     scene.end_agent(POD, 0);
     scene.step().await.unwrap();
-    assert_eq!(scene.cluster.requests(), [format!("GET {POD}").as_str(), STATUS]);
+    let removed = [format!("GET {CONFIG_MAP}"), format!("DELETE {CONFIG_MAP}"), format!("DELETE {POLICY}")];
+    assert_eq!(scene.cluster.requests(), [vec![format!("GET {POD}"), STATUS.to_owned()], removed.to_vec()].concat());
     assert_eq!(scene.status()["phase"], "Succeeded");
     assert_eq!(scene.status()["evidence"]["size"], 3);
     for _ in 0..3 {
-        scene.look().await.unwrap();
         scene.step().await.unwrap();
+        scene.look().await.unwrap();
     }
     assert_eq!(scene.cluster.requests(), Vec::<String>::new());
 }

@@ -177,6 +177,17 @@ impl Cluster {
         self.0.lock().unwrap().rehearsals = Some(message);
     }
 
+    /// The paths of all objects that there are.
+    pub(in crate::operator) fn paths(&self) -> Vec<String> {
+        self.0.lock().unwrap().objects.keys().cloned().collect()
+    }
+
+    /// Drops what only watches would ask for: where there are none, a week of it takes room.
+    pub(in crate::operator) fn drop_changes(&self) {
+        let mut state = self.0.lock().unwrap();
+        (state.changes.events, state.changes.told) = (Vec::new(), 0);
+    }
+
     /// The requests since the last call.
     pub(in crate::operator) fn requests(&self) -> Vec<String> {
         std::mem::take(&mut self.0.lock().unwrap().requests)
@@ -187,18 +198,18 @@ impl Cluster {
         self.requests().into_iter().filter(|request| !request.starts_with("GET")).collect()
     }
 
-    /// Fills a store with every object under this part of a path.
-    pub(in crate::operator) fn fill<K>(&self, writer: &mut Writer<K>, plural: &str)
+    /// Fills a store, and whoever follows it, with every object under this part of a path.
+    pub(in crate::operator) fn fill<K>(&self, writer: &mut Writer<K>, plural: &str, follow: impl Fn(&Event<K>))
     where
         K: kube::Resource<DynamicType = ()> + DeserializeOwned + Clone,
     {
-        writer.apply_watcher_event(&Event::Init);
-        for (_, object) in
-            self.0.lock().unwrap().objects.iter().filter(|(path, _)| path.contains(&format!("/{plural}/")))
-        {
-            writer.apply_watcher_event(&Event::InitApply(serde_json::from_value(object.clone()).unwrap()));
+        let state = self.0.lock().unwrap();
+        let objects = state.objects.iter().filter(|(path, _)| path.contains(&format!("/{plural}/")));
+        let objects = objects.map(|(_, object)| Event::InitApply(serde_json::from_value(object.clone()).unwrap()));
+        for event in [Event::Init].into_iter().chain(objects).chain([Event::InitDone]) {
+            writer.apply_watcher_event(&event);
+            follow(&event);
         }
-        writer.apply_watcher_event(&Event::InitDone);
     }
 
     pub(in crate::operator) async fn answer(&self, request: Request<kube::client::Body>) -> Response<Body> {

@@ -31,7 +31,7 @@ use crate::{
     lenient::Lenient,
     operator::{
         bootstrap,
-        cache::Stores,
+        cache::{Attempts, Stores},
         metrics::Metrics,
         tests::cluster::{self, Cluster},
     },
@@ -104,6 +104,8 @@ fn stores(cache: Cache) -> Stores {
         namespaces: held::<PartialObjectMeta<Namespace>>(vec![namespace], filled),
         pods: cluster::store().0,
         network_policies: cluster::store().0,
+        with_pod: Attempts::default(),
+        with_network_policy: Attempts::default(),
         network_policies_changed: Arc::default(),
     }
 }
