@@ -54,6 +54,8 @@ pub mod injectors;
 pub mod memory;
 /// Metrics.
 pub mod metrics;
+/// Whether contracts and packs are in order.
+pub mod ready;
 /// One look at one task.
 pub mod reconcile;
 /// What a task refers to.
@@ -388,10 +390,11 @@ async fn lead(
     // Those that were counted by the same process when it led before, if it did.
     let _ = registry.unregister(Box::new(counted.clone()));
     registry.register(Box::new(counted))?;
+    let writer = api::Writer::new(client.clone(), metrics.clone());
     let context = Arc::new(reconcile::Context {
         stores: stores.clone(),
         memories: memories.clone(),
-        writer: api::Writer::new(client.clone(), metrics.clone()),
+        writer: writer.clone(),
         gateway: Arc::new(gateway),
         surroundings,
         contact: contact.clone(),
@@ -413,7 +416,7 @@ async fn lead(
         filled.send_replace(true);
         role.send_replace(Role::Leading);
         tracing::info!(tasks = stores.tasks.len(), "caches are filled");
-        std::future::pending::<Result<(), OperatorError>>().await
+        match ready::keep(stores, &writer, contact).await {}
     };
     tokio::select! {
         () = &mut controller => return Err(OperatorError::Ended),

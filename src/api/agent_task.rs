@@ -9,6 +9,33 @@ use serde::{Deserialize, Serialize};
 
 use crate::policy::config::{RollbackOf, Usage};
 
+/// That a member of the spec is as it was: there or not, and the same.
+macro_rules! same {
+    ($member:literal) => {
+        concat!(
+            "has(self.spec.", $member, ") == has(oldSelf.spec.", $member, ") && ",
+            "(!has(self.spec.", $member, ") || self.spec.", $member, " == oldSelf.spec.", $member, ")"
+        )
+    };
+    ($first:literal, $($more:literal),+) => { concat!(same!($first), $(" && ", same!($more)),+) };
+}
+
+/// Every member of the spec that decides something, as it was. A member that is not here may be changed: it must not be in what the evidence
+/// says of a task.
+const IMMUTABLE: &str = same!(
+    "objective",
+    "workflowClass",
+    "taskClass",
+    "principal",
+    "agent",
+    "rollbackOf",
+    "rollback",
+    "tools",
+    "workspace",
+    "limits",
+    "retry"
+);
+
 /// What an agent is to do, with what, and within which limits.
 ///
 /// Immutable: evidence refers to the spec by its digest, and a change would rewrite history. Apply a new task instead.
@@ -31,7 +58,7 @@ use crate::policy::config::{RollbackOf, Usage};
     printcolumn(name = "Denied", type_ = "integer", json_path = ".status.usage.denials"),
     printcolumn(name = "Reason", type_ = "string", json_path = ".status.reason", priority = "1"),
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
-    validation = Rule::new("self.spec == oldSelf.spec").message("spec is immutable: evidence refers to it by digest; delete this task or apply one with another name"),
+    validation = Rule::new(IMMUTABLE).message("spec is immutable: evidence refers to it by digest; delete this task or apply one with another name"),
     validation = Rule::new("has(self.spec.agent) != has(self.spec.rollbackOf)").message("set exactly one of spec.agent and spec.rollbackOf"),
     validation = Rule::new("self.metadata.name.size() <= 52 && self.metadata.name.matches('^[a-z0-9]([a-z0-9-]*[a-z0-9])?$')").message("metadata.name must be at most 52 lower-case letters, digits and dashes, because pods are named after it"),
 )]
@@ -251,8 +278,11 @@ impl Default for Retry {
 }
 
 /// What has been seen of the task. The operator writes all of it but `usage`, which is the gateway's.
+///
+/// Until the operator has looked, its generation is −1, by which `kubectl wait`, Flux and Argo CD know that it has not.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
+#[schemars(extend("default" = { "observedGeneration": -1 }))]
 pub struct AgentTaskStatus {
     /// Where the task stands.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -278,7 +308,10 @@ pub struct AgentTaskStatus {
     /// What has been used of the limits. Written by the gateway from witnessed evidence.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub usage: Option<Usage>,
-    /// Standard conditions: `Accepted`, `Contained`, `Complete`, `EvidenceSealed`.
+    /// Standard conditions. `Ready` is true once the task has succeeded and its evidence is sealed, for tools that wait for that, and
+    /// `Stalled` where nothing but a person helps: it has failed, or is not valid. `Complete` is true for success alone, `Failed` for
+    /// failure; `EvidenceSealed` for either end. `Accepted` says whether spec, contracts and pack are in order, `Contained` whether the newest
+    /// attempt's pod reaches the gateway and nothing else.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,

@@ -7,7 +7,9 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     agent_task::{Limits, Resources},
+    readiness::Readiness,
     tool_contract::Approval,
+    without_default,
 };
 use crate::policy::{
     config::{
@@ -25,6 +27,7 @@ use crate::policy::{
     kind = "PolicyPack",
     shortname = "pp",
     category = "belay",
+    status = "Readiness",
     derive = "PartialEq",
     validation = Rule::new("has(self.spec.approval) || !(has(self.spec.rules) && self.spec.rules.exists(rule, rule.decision == 'RequireApproval') || has(self.spec.risk) && has(self.spec.risk.approveAt))").message("approval: say who decides, because a rule or risk.approveAt requires approval"),
     validation = Rule::new("!has(self.spec.approval) || !has(self.spec.approval.when)").message("approval.when: leave it out, because rules and risk say when people are asked"),
@@ -32,6 +35,8 @@ use crate::policy::{
     printcolumn(name = "Environment", type_ = "string", json_path = ".spec.environment"),
     printcolumn(name = "Bucket", type_ = "string", json_path = ".spec.evidence.bucket"),
     printcolumn(name = "Mode", type_ = "string", json_path = ".spec.evidence.mode"),
+    printcolumn(name = "Ready", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].status"),
+    printcolumn(name = "Message", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].message", priority = "1"),
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
 )]
 #[serde(rename_all = "camelCase")]
@@ -222,7 +227,7 @@ pub struct EgressRule {
     pub host: String,
     /// Ports, 443 when absent.
     #[serde(default = "EgressRule::default_ports")]
-    #[schemars(length(min = 1, max = 16), inner(range(min = 1, max = 65535)), extend("x-kubernetes-list-type" = "set"))]
+    #[schemars(transform = without_default, length(min = 1, max = 16), inner(range(min = 1, max = 65535)), extend("x-kubernetes-list-type" = "set"))]
     pub ports: Vec<i32>,
     /// What may go there: `Tools` and `Models` are calls that the harness makes; `Direct` is the agent's own traffic.
     #[schemars(length(min = 1, max = 3), extend("x-kubernetes-list-type" = "set"))]
@@ -254,13 +259,13 @@ pub struct Credential {
     /// The key in it.
     #[schemars(length(min = 1, max = 253))]
     pub key: String,
-    /// The header to set, lower case.
+    /// The header to set, lower case; `authorization` when absent.
     #[serde(default = "Credential::default_header")]
-    #[schemars(length(min = 1, max = 64), regex(pattern = r"^[a-z][a-z0-9-]*$"))]
+    #[schemars(transform = without_default, length(min = 1, max = 64), regex(pattern = r"^[a-z][a-z0-9-]*$"))]
     pub header: String,
-    /// What stands before the secret in the header.
+    /// What stands before the secret in the header; `Bearer ` when absent.
     #[serde(default = "Credential::default_prefix")]
-    #[schemars(length(max = 32))]
+    #[schemars(transform = without_default, length(max = 32))]
     pub prefix: String,
 }
 

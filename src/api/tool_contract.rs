@@ -6,6 +6,7 @@ use kube::{CustomResource, KubeSchema};
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
 
+use super::readiness::Readiness;
 use crate::policy::{
     approval::Approvers,
     config::{DataClass, HttpMethod, OnTimeout, SideEffect},
@@ -20,12 +21,20 @@ use crate::policy::{
     namespaced,
     shortname = "tc",
     category = "belay",
+    status = "Readiness",
     derive = "PartialEq",
     doc = "One tool that an agent may call, and under which terms.",
     printcolumn(name = "Tool", type_ = "string", json_path = ".spec.tool"),
     printcolumn(name = "Effect", type_ = "string", json_path = ".spec.sideEffect"),
     printcolumn(name = "MCP", type_ = "string", json_path = ".spec.upstream.mcp.url"),
     printcolumn(name = "HTTP", type_ = "string", json_path = ".spec.upstream.http.url"),
+    printcolumn(name = "Ready", type_ = "string", json_path = ".status.conditions[?(@.type==\"Ready\")].status"),
+    printcolumn(
+        name = "Message",
+        type_ = "string",
+        json_path = ".status.conditions[?(@.type==\"Ready\")].message",
+        priority = "1"
+    ),
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
 )]
 #[serde(rename_all = "camelCase")]

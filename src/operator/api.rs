@@ -9,13 +9,14 @@ use k8s_openapi::api::{
 use kube::{
     Api, Client, Resource, ResourceExt,
     api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions},
+    core::PartialObjectMeta,
 };
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 
 use super::metrics::Metrics;
 use crate::{
-    api::{AgentTask, AgentTaskStatus},
+    api::{AgentTask, AgentTaskStatus, readiness::Readiness},
     plan::names::{FIELD_MANAGER, FINALIZER, TASK_UID},
 };
 
@@ -313,6 +314,38 @@ impl Writer {
         let parameters = PatchParams { field_manager: Some(FIELD_MANAGER.to_owned()), ..PatchParams::default() };
         let api = self.api::<AgentTask>(&namespace);
         self.write::<AgentTask, _>("patch", &name, api.patch(&name, &parameters, &patch)).await
+    }
+
+    /// Applies the status of a contract or a pack. The version that it has then.
+    ///
+    /// # Errors
+    /// If it is gone, or the API server refuses or does not answer.
+    pub async fn apply_readiness<K>(
+        &self,
+        namespace: Option<&str>,
+        name: &str,
+        uid: &str,
+        status: &Readiness,
+    ) -> Result<Option<String>, ApiError>
+    where
+        K: Resource<DynamicType = ()>,
+    {
+        let patch = Patch::Apply(json!({
+            "apiVersion": K::api_version(&()),
+            "kind": K::kind(&()),
+            "metadata": { "name": name, "namespace": namespace, "uid": uid },
+            "status": status,
+        }));
+        let parameters = PatchParams::apply(FIELD_MANAGER).force();
+        let applied = async {
+            let path = K::url_path(&(), namespace);
+            let request = kube::core::Request::new(path).patch_subresource("status", name, &parameters, &patch);
+            let mut request = request.map_err(kube::Error::BuildRequest)?;
+            request.extensions_mut().insert("apply-status");
+            self.client.request::<PartialObjectMeta<K>>(request).await
+        };
+        let applied = self.write::<K, _>("apply-status", name, applied).await?;
+        Ok(applied.metadata.resource_version)
     }
 
     /// Applies our part of the status. The task as it is then.

@@ -66,6 +66,8 @@ pub struct Stores {
     pub with_pod: Attempts,
     /// Attempts that have a NetworkPolicy.
     pub with_network_policy: Attempts,
+    /// Told at each change of a contract or a pack.
+    pub references_changed: Arc<Notify>,
     /// Told at each change of our NetworkPolicies.
     pub network_policies_changed: Arc<Notify>,
 }
@@ -268,9 +270,18 @@ pub fn watch(client: &Client, memories: Arc<Memories>, metrics: &Metrics) -> (St
         .inspect(report::<AgentTask>(metrics))
         .applied_objects();
     let (contract_store, writer) = reflector::store();
-    let contracts = guarded::<ToolContract>(client, all(), metrics).reflect(writer).touched_objects();
+    let references_changed = Arc::new(Notify::new());
+    let contract_changed = references_changed.clone();
+    let contracts = guarded::<ToolContract>(client, all(), metrics)
+        .reflect(writer)
+        .inspect(move |_| contract_changed.notify_one())
+        .touched_objects();
     let (pack_store, writer) = reflector::store();
-    let packs = guarded::<PolicyPack>(client, all(), metrics).reflect(writer).touched_objects();
+    let pack_changed = references_changed.clone();
+    let packs = guarded::<PolicyPack>(client, all(), metrics)
+        .reflect(writer)
+        .inspect(move |_| pack_changed.notify_one())
+        .touched_objects();
     let (with_pod, with_network_policy) = (Attempts::default(), Attempts::default());
     let (pods_listed, policies_listed) = (with_pod.clone(), with_network_policy.clone());
     let (pod_store, writer) = reflector::store();
@@ -327,6 +338,7 @@ pub fn watch(client: &Client, memories: Arc<Memories>, metrics: &Metrics) -> (St
         network_policies: policy_store,
         with_pod,
         with_network_policy,
+        references_changed,
         network_policies_changed,
     };
     let streams = Streams {
@@ -389,7 +401,7 @@ fn includes(shown: &ObjectMeta, written: &ObjectMeta) -> bool {
 
 fn seen(memories: &Memories, task: &GuardedTask) {
     let Some(uid) = &task.meta().uid else { return };
-    if task.0.as_ref().is_ok_and(|task| task.status.is_none()) {
+    if task.0.as_ref().is_ok_and(|task| task.status.as_ref().is_none_or(|status| status.phase.is_none())) {
         memories.see(uid);
     }
     memories.cached(uid, task.meta().resource_version.as_deref());

@@ -9,7 +9,10 @@ use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 
 use crate::{
-    api::agent_task::{AgentTaskStatus, Attempt, EvidenceStatus, FailureClass, Phase},
+    api::{
+        agent_task::{AgentTaskStatus, Attempt, EvidenceStatus, FailureClass, Phase},
+        readiness::{READY, STALLED},
+    },
     evidence::record::{Refusals, TaskClosed},
     lifecycle::decide::class_of,
     plan::Finding,
@@ -19,8 +22,10 @@ use crate::{
 pub const ACCEPTED: &str = "Accepted";
 /// Condition: the newest attempt's pod reaches the gateway and nothing else.
 pub const CONTAINED: &str = "Contained";
-/// Condition: the task has ended.
+/// Condition: the task has succeeded.
 pub const COMPLETE: &str = "Complete";
+/// Condition, there once it is true: the task has failed.
+pub const FAILED: &str = "Failed";
 /// Condition: the evidence has its last record.
 pub const EVIDENCE_SEALED: &str = "EvidenceSealed";
 
@@ -46,7 +51,7 @@ pub const PROVEN: &str = "ProbePassed";
 pub const CONTAINMENT_UNPROVEN: &str = "ContainmentUnproven";
 
 /// Most findings in a condition: a person corrects these first.
-const SHOWN_FINDINGS: usize = 5;
+pub const SHOWN_FINDINGS: usize = 5;
 /// Longest message, in characters. The API server takes 32 KiB.
 const LONGEST_MESSAGE: usize = 4096;
 
@@ -123,12 +128,20 @@ pub fn tell(before: &AgentTaskStatus, story: &Story<'_>, now: Timestamp) -> Agen
     }
     match &story.stage {
         Stage::Sealing(closed, problem) => {
-            set(COMPLETE, "True", &closed.phase, &closed.reason);
+            let why =
+                format!("the last attempt has ended ({}), and its evidence is not sealed: {problem}", closed.reason);
+            set(COMPLETE, "False", SEAL_FAILED, &why);
             set(EVIDENCE_SEALED, "False", SEAL_FAILED, problem);
         }
         Stage::Ended(closed, refused) => {
             let refused = refused.in_words().map(|refused| format!("; {refused}")).unwrap_or_default();
-            set(COMPLETE, "True", &closed.phase, &format!("{}{refused}", ended(closed)));
+            let why = format!("{}{refused}", ended(closed));
+            if has_succeeded(closed) {
+                set(COMPLETE, "True", &closed.phase, &why);
+            } else {
+                set(COMPLETE, "False", &closed.phase, &why);
+                set(FAILED, "True", &closed.reason, &why);
+            }
             set(EVIDENCE_SEALED, "True", SEALED, "");
         }
         Stage::Waiting(reason, message) => set(COMPLETE, "False", reason, message),
@@ -139,6 +152,8 @@ pub fn tell(before: &AgentTaskStatus, story: &Story<'_>, now: Timestamp) -> Agen
     if !story.attempts.is_empty() && !matches!(story.stage, Stage::Sealing(..) | Stage::Ended(..)) {
         set(EVIDENCE_SEALED, "False", OPEN, "");
     }
+    let readiness = readiness(story);
+    set_readiness(&mut status.conditions, story.generation, now, &reason(before, story), &readiness);
     if let Stage::Ended(closed, _) = &story.stage {
         status.failure_class = class_of(&closed.failure_class);
     }
@@ -153,6 +168,55 @@ pub fn is_sealed(status: &AgentTaskStatus) -> bool {
 /// Whether nothing more is done for the task.
 pub fn has_ended(status: &AgentTaskStatus) -> bool {
     is_sealed(status) && matches!(status.phase, Some(Phase::Succeeded | Phase::Failed))
+}
+
+/// Whether something is ready, needs a person, or is on its way: and why.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Ready {
+    /// It is.
+    Yes,
+    /// It will be by itself, or may be.
+    NotYet(String),
+    /// Nothing but a person helps.
+    Stalled(String),
+}
+
+/// How a task stands to those who wait for it.
+fn readiness(story: &Story<'_>) -> Ready {
+    match &story.stage {
+        Stage::Refused(findings) => Ready::Stalled(told(findings, SHOWN_FINDINGS)),
+        Stage::Ended(closed, _) if has_succeeded(closed) => Ready::Yes,
+        Stage::Ended(closed, _) => Ready::Stalled(ended(closed).to_owned()),
+        Stage::Waiting(_, why) | Stage::Parked(why) | Stage::Sealing(_, why) => Ready::NotYet((*why).to_owned()),
+        Stage::Running => Ready::NotYet(String::new()),
+    }
+}
+
+/// Sets [`READY`] and [`STALLED`] by the rules of kstatus, which Flux and Argo CD follow: what stalls is said while it does.
+pub fn set_readiness(
+    conditions: &mut Vec<Condition>,
+    generation: Option<i64>,
+    now: Timestamp,
+    reason: &str,
+    ready: &Ready,
+) {
+    let mut set =
+        |kind: &str, value: &str, why: &str| set_condition(conditions, generation, now, kind, value, reason, why);
+    match ready {
+        Ready::Yes => set(READY, "True", ""),
+        Ready::NotYet(why) => set(READY, "False", why),
+        Ready::Stalled(why) => {
+            set(READY, "False", why);
+            set(STALLED, "True", why);
+        }
+    }
+    if !matches!(ready, Ready::Stalled(_)) {
+        conditions.retain(|one| one.type_ != STALLED);
+    }
+}
+
+fn has_succeeded(closed: &TaskClosed) -> bool {
+    closed.phase == "Succeeded"
 }
 
 /// What a person reads of a task's end.
@@ -172,7 +236,7 @@ fn phase(before: &AgentTaskStatus, story: &Story<'_>) -> Phase {
         Stage::Parked(_) => Phase::Parked,
         Stage::Running => Phase::Running,
         Stage::Sealing(..) => before.phase.unwrap_or(Phase::Running),
-        Stage::Ended(closed, _) if closed.phase == "Succeeded" => Phase::Succeeded,
+        Stage::Ended(closed, _) if has_succeeded(closed) => Phase::Succeeded,
         Stage::Ended(..) => Phase::Failed,
     }
 }

@@ -104,6 +104,7 @@ impl Scene {
                 network_policies,
                 with_pod: Attempts::default(),
                 with_network_policy: Attempts::default(),
+                references_changed: Arc::default(),
                 network_policies_changed: Arc::default(),
             },
             memories: Arc::new(Memories::default()),
@@ -580,7 +581,10 @@ async fn a_task_is_kept_while_its_evidence_cannot_be_sealed() {
     scene.step().await.unwrap_err();
     assert_eq!(scene.condition("EvidenceSealed")["reason"], "SealFailed");
     assert!(scene.condition("EvidenceSealed")["message"].as_str().unwrap().contains("the bucket is away"));
-    assert_eq!(scene.condition("Complete")["status"], "True");
+    assert_eq!(
+        (&scene.condition("Complete")["status"], &scene.condition("Ready")["status"]),
+        (&json!("False"), &json!("False"))
+    );
     scene.cluster.requests();
     scene.cluster.edit(TASK, |task| task["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z"));
     for _ in 0..3 {

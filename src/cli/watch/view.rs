@@ -11,6 +11,7 @@ use crate::{
     api::{
         AgentTask,
         agent_task::{Attempt, Phase},
+        readiness::{READY, STALLED},
     },
     evidence::record::{AttemptOpened, Channel, Denied, Effect, Event, Intent, Outcome, Record},
     policy::{
@@ -113,7 +114,8 @@ impl View {
             approval_wait_seconds: spec.approval_wait_seconds.unwrap_or_default(),
         });
         let Some(status) = &task.status else { return };
-        for condition in &status.conditions {
+        // What these two say to tools, the others say to people.
+        for condition in status.conditions.iter().filter(|one| one.type_ != READY && one.type_ != STALLED) {
             self.condition(now, condition);
         }
         if let Some(newest) = status.attempt.filter(|n| *n > self.attempt) {

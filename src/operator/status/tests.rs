@@ -1,6 +1,8 @@
 use proptest::prelude::*;
+use serde_json::{Value, json};
 
 use super::*;
+use crate::{operator::ready, plan::fixtures};
 
 fn at(seconds: i64) -> Timestamp {
     Timestamp::from_second(1_700_000_000 + seconds).unwrap()
@@ -150,5 +152,71 @@ proptest! {
         let twice = tell(&once, &story(&attempts, contained, stage(second)), at(1 + later));
         prop_assert!(!changed(&once, &twice));
         prop_assert_eq!(once, twice);
+    }
+}
+
+/// What an object is to Argo CD and to Flux, in each phase. `e2e/checks/gitops` asks both of what this snapshot has.
+#[test]
+fn phases_are_told_to_those_who_deploy_by_git() {
+    let task = |case: &str, argo: &str, flux: &str, status: Value| {
+        let mut object = serde_json::to_value(fixtures::task()).unwrap();
+        object["status"] = status;
+        json!({ "case": case, "argo": argo, "flux": flux, "object": object })
+    };
+    let told = |attempts: &[Attempt], stage| {
+        serde_json::to_value(tell(&AgentTaskStatus::default(), &story(attempts, Some(true), stage), at(0))).unwrap()
+    };
+    let findings = [Finding::new("spec.tools[0]", "a contract", "nothing", "apply it")];
+    let (good, bad) = (closed("Succeeded", "", "AgentSucceeded"), closed("Failed", "Agent", "NonZeroExit"));
+    let unknown = bad.clone().unknown();
+    let (none, one) = (Refusals::default(), [attempt(1)]);
+    let mut phases = vec![
+        task("that the operator has not seen", "Progressing", "InProgress", json!({ "observedGeneration": -1 })),
+        task("that is not valid", "Degraded", "Failed", told(&[], Stage::Refused(&findings))),
+        task("that waits for a node", "Progressing", "InProgress", told(&one, Stage::Waiting("Unschedulable", ""))),
+        task("that runs", "Progressing", "InProgress", told(&one, Stage::Running)),
+        task("that is tried again", "Progressing", "InProgress", told(&one, Stage::Waiting("Retrying", "why"))),
+        task("that is parked", "Suspended", "InProgress", told(&one, Stage::Parked("why"))),
+        task("whose log is not sealed", "Progressing", "InProgress", told(&one, Stage::Sealing(&good, "no gateway"))),
+        task("that has succeeded", "Healthy", "Current", told(&one, Stage::Ended(&good, none))),
+        task("that has failed", "Degraded", "Failed", told(&one, Stage::Ended(&bad, none))),
+        task("whose end nobody knows", "Degraded", "Failed", told(&one, Stage::Ended(&unknown, none))),
+    ];
+    let mut deleted = task("that is deleted", "Progressing", "Terminating", told(&one, Stage::Running));
+    deleted["object"]["metadata"]["deletionTimestamp"] = json!(at(1));
+    let mut changed =
+        task("that has changed since", "Progressing", "InProgress", told(&one, Stage::Ended(&good, none)));
+    changed["object"]["metadata"]["generation"] = json!(2);
+    phases.extend([deleted, changed]);
+    let (contract, pack) = (fixtures::contracts().remove(0), fixtures::pack());
+    for object in [serde_json::to_value(contract).unwrap(), serde_json::to_value(pack).unwrap()] {
+        let generation = object["metadata"]["generation"].as_i64().or(Some(1));
+        let judged =
+            |ready| serde_json::to_value(ready::after(&Default::default(), generation, &ready, at(0))).unwrap();
+        for (case, argo, flux, status) in [
+            ("that the operator has not seen", "Progressing", "InProgress", json!({ "observedGeneration": -1 })),
+            ("that is in order", "Healthy", "Current", judged(Ready::Yes)),
+            ("that is not", "Degraded", "Failed", judged(Ready::Stalled(super::told(&findings, SHOWN_FINDINGS)))),
+        ] {
+            let mut object = object.clone();
+            object["metadata"]["generation"] = json!(generation);
+            object["status"] = status;
+            phases.push(json!({ "case": case, "argo": argo, "flux": flux, "object": object }));
+        }
+    }
+    // The phases, and nothing of what they are phases of.
+    for phase in &mut phases {
+        phase["object"].as_object_mut().unwrap().remove("spec");
+    }
+    insta::assert_snapshot!("phases", serde_json::to_string_pretty(&phases).unwrap());
+}
+
+/// The API server gives objects this status when they are made.
+#[test]
+fn what_is_new_is_seen_by_nobody() {
+    for crd in &crate::api::all_crds()[..3] {
+        let crd = serde_json::to_value(crd).unwrap();
+        let status = &crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["status"];
+        assert_eq!(status["default"], json!({ "observedGeneration": -1 }), "{}", crd["spec"]["names"]["kind"]);
     }
 }

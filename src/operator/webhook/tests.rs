@@ -106,6 +106,7 @@ fn stores(cache: Cache) -> Stores {
         network_policies: cluster::store().0,
         with_pod: Attempts::default(),
         with_network_policy: Attempts::default(),
+        references_changed: Arc::default(),
         network_policies_changed: Arc::default(),
     }
 }

@@ -221,3 +221,14 @@ fn an_outcome_says_why() {
     view.record(1, &record(1, outcome("c-9", 5)));
     assert!(!view.take_lines().join("\n").contains("provider"));
 }
+
+#[test]
+fn what_is_said_to_tools_is_not_said_to_people_again() {
+    let mut view = view();
+    let condition = |kind: &str, reason: &str| serde_json::json!({"type": kind, "status": "False", "reason": reason, "message": format!("why {kind}"), "lastTransitionTime": "2026-11-23T10:00:00Z"});
+    let conditions = [condition("Ready", "Parked"), condition("Complete", "Parked"), condition("Stalled", "Invalid")];
+    view.task(&task(serde_json::json!({"phase": "Parked", "conditions": conditions})));
+    let shown = view.take_lines().join("\n");
+    assert!(shown.contains("Complete is False: why Complete"), "{shown}");
+    assert!(!shown.contains("Ready is") && !shown.contains("Stalled is"), "{shown}");
+}
