@@ -59,7 +59,7 @@ pub struct Observed<'a> {
     pub failures: &'a BTreeMap<String, i64>,
     /// Its pods.
     pub pods: &'a [PodView],
-    /// Attempts that have a NetworkPolicy: made before the pod, they outlive it.
+    /// Attempts that have a NetworkPolicy: made before the pod, they outlive it, until a status has a later attempt.
     pub claims: &'a [i64],
     /// A claim whose pod was certainly never made.
     pub reusable: Option<i64>,

@@ -32,7 +32,7 @@ use crate::{
         metrics::Metrics,
         reconcile::Context,
         tests::{
-            CONTRACT, PACK, TASK,
+            CONTRACT, PACK, POLICIES, TASK,
             cluster::{self, Cluster},
         },
     },
@@ -61,6 +61,8 @@ struct Sim {
     chance: Random,
     /// An attempt of which a pod was asked for though it had had one, or the agent of another was running.
     twice: Option<i64>,
+    /// An attempt whose wall was taken down while its agent ran, or still could.
+    open: Option<i64>,
     /// The operator is one that takes what it presumes for what it knows.
     believes: bool,
     /// As the pods were planned: what is shown of them is put upon that.
@@ -113,8 +115,16 @@ impl Server {
             "/api/v1/namespaces/team-a",
             json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": "team-a", "labels": { "belay.dev/environment": "dev" } } }),
         );
-        let sim =
-            Sim { world, told: Told::default(), away, chance, twice: None, believes: false, planned: BTreeMap::new() };
+        let sim = Sim {
+            world,
+            told: Told::default(),
+            away,
+            chance,
+            twice: None,
+            open: None,
+            believes: false,
+            planned: BTreeMap::new(),
+        };
         Self { sim: Arc::new(Mutex::new(sim)), cluster, tick: watch::channel(0).0 }
     }
 
@@ -168,6 +178,14 @@ impl Server {
     async fn answer(&self, request: Request<kube::client::Body>) -> io::Result<Response<cluster::Body>> {
         let (method, path) = (request.method().clone(), request.uri().path().to_owned());
         let dry = request.uri().query().is_some_and(|query| query.contains("dryRun"));
+        if method == Method::DELETE
+            && let Some(number) = path.strip_prefix(POLICIES).and_then(|name| name.strip_prefix("/triage-"))
+        {
+            let (mut sim, number) = (self.sim.lock().unwrap(), number.parse().unwrap());
+            if sim.world.pods.iter().any(|pod| pod.number == number && pod.truth.is_none()) {
+                sim.open = Some(number);
+            }
+        }
         let mut answer = match (&method, path.strip_prefix(PODS)) {
             (&Method::POST, Some("")) if !dry => self.make(request).await,
             (&Method::DELETE, Some(name)) => self.end(name.trim_start_matches('/'), &path),
@@ -418,6 +436,9 @@ fn run(server: &Server, believes_caches: bool) -> Result<(), String> {
     virtually.block_on(order(server, believes_caches));
     drop(virtually);
     let sim = server.sim.lock().unwrap();
+    if let Some(number) = sim.open {
+        return Err(format!("the wall of attempt {number} was taken down while its agent ran, or could"));
+    }
     match sim.twice {
         Some(number) => Err(format!("attempt {number} was given a second pod, or one beside another's agent")),
         None => judge(&sim.world, &sim.told).and_then(|()| agrees(&server.cluster, &sim.told)),
