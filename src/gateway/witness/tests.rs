@@ -800,10 +800,11 @@ fn one_call_by_an_approval_and_one_effect_under_a_key() {
         evidence::record::{self, Effect},
         policy::{
             access::Assessment,
-            approval::{AskedBy, Standing},
-            config::{Idempotency, Sensitivity, VerifyRead},
+            approval::{Answer, Approvers, AskedBy, Standing, Vote},
+            config::{Approval, Idempotency, OnTimeout, Sensitivity, VerifyRead},
         },
     };
+    let vote = |decision| vec![Vote { by: "ana".into(), decision, reason: None }];
     let said = |standing| record::Approval {
         name: "a".into(),
         uid: "u".into(),
@@ -814,9 +815,14 @@ fn one_call_by_an_approval_and_one_effect_under_a_key() {
         expires: "2026-11-24T00:00:00Z".into(),
         because: vec![],
         standing,
-        decisions: vec![],
+        decisions: match standing {
+            Standing::Approved => vote(Answer::Approve),
+            Standing::Denied => vote(Answer::Deny),
+            Standing::Pending | Standing::Expired => vec![],
+        },
     };
     let decided = |standing| Event::ApprovalDecided(said(standing));
+    let unvoted = |standing| Event::ApprovalDecided(record::Approval { decisions: vec![], ..said(standing) });
     let call = |id: &str, tool: &str, approval: Option<&str>, key: Option<&str>, digest: &str| {
         let Event::Intent(mut call) = intent(id, Channel::Tool, tool, 0) else { panic!() };
         (call.approvals, call.key) = (approval.map(Into::into).into_iter().collect(), key.map(Into::into));
@@ -862,6 +868,8 @@ fn one_call_by_an_approval_and_one_effect_under_a_key() {
         (vec![by("1", Some("a"))], Some(Rule::ToolApproval)),
         (vec![decided(no), by("1", Some("a"))], Some(Rule::ToolApproval)),
         (vec![decided(no), decided(yes)], Some(Rule::LogSegment)),
+        (vec![unvoted(yes)], Some(Rule::LogSegment)),
+        (vec![unvoted(no)], Some(Rule::LogSegment)),
         (vec![decided(yes), by("1", Some("a")), by("2", Some("a"))], Some(Rule::ToolApproval)),
         (vec![decided(yes), call("1", "search", Some("a"), Some("k"), "d")], Some(Rule::ToolApproval)),
         (vec![under("1", "d"), given("1", Some("r"), None), again("1")], None),
@@ -979,9 +987,17 @@ fn one_call_by_an_approval_and_one_effect_under_a_key() {
                 applied: "result".into(),
                 settle_seconds: 1,
             });
+            write.approval = Some(Approval {
+                when: Some("args.amount > 10".into()),
+                approvers: Approvers { users: vec!["ana".into()], groups: vec![] },
+                required: 1,
+                timeout_seconds: 60,
+                on_timeout: OnTimeout::Deny,
+                hold_seconds: 30,
+            });
             opened.policy.tools.push(look);
             let search = opened.policy.tools.iter_mut().find(|tool| tool.name == "search").unwrap();
-            search.idempotency = Some(Idempotency { argument: None, header: None, window_seconds: 3600 });
+            search.idempotency = Some(Idempotency { argument: Some("id".into()), header: None, window_seconds: 3600 });
         });
         assert_eq!(rule_against(&mut harness, &opened, &events), expected, "{events:?}");
     }
