@@ -26,6 +26,8 @@ pub mod record;
 pub mod rollback;
 /// The unit of storage: records and the checkpoint that covers them.
 pub mod segment;
+/// What a record does to a task's state, and whether it may follow.
+pub mod state;
 /// Where segments lie.
 pub mod store;
 /// A log in the layout of C2SP tlog-tiles.

@@ -58,14 +58,13 @@ use crate::{
         merkle::Tree,
         note::{self, Signer},
         record::{AttemptClosed, AttemptOpened, Containment, Event, Local, Pod},
+        state::TaskState,
     },
     policy::{
         access::Guard,
-        budget::Budget,
         config::HarnessConfig,
         decide::{Contracts, Denial},
         output::Outputs,
-        quota::Quotas,
         rule::Rule,
     },
     wire,
@@ -348,12 +347,13 @@ where
     let signer = Signer::generate(&note::attempt_key_name(&uid, attempt))?;
     let key = signer.verifier().to_string();
 
-    let budget = Budget::resume(config.policy.limits, opened.usage).ignoring(opened.ignored);
+    let rollback = opened.state.undoing.as_ref().map(|undoing| undoing.plan.clone());
+    let definitions = opened.state.tools.clone();
+    let state = TaskState::resume(&expected, opened.state);
     let journal = journal::Journal::start(
-        journal::Start { attempt, tree, signer, origin: expected, budget, spool, follow },
+        journal::Start { attempt, tree, signer, origin: expected, state, spool, follow },
         link.clone(),
     );
-    let rollback = opened.undoing.as_ref().map(|undoing| undoing.plan.clone());
     let first = journal
         .record(|_, _| {
             Ok(Event::AttemptOpened(Box::new(AttemptOpened {
@@ -375,19 +375,9 @@ where
     let limits = config.policy.limits;
     let clock = clock::Clock::start(seconds(limits.wall_time_seconds), seconds(limits.approval_wait_seconds));
     let approvals = approvals::Approvals::new(link.clone(), journal.clone(), clock.clone());
-    let quotas = Quotas::resume(&config.policy.tools, &opened.tools);
-    let kept = gate::Kept {
-        quotas,
-        once: once::Once::resume(opened.ledger, opened.keeps_results, opened.salt.clone()),
-        seen: opened.seen,
-        undoing: opened.undoing.clone(),
-        salt: opened.salt.clone(),
-    };
-    let tools = mcp::Tools::new(
-        Arc::new(gate::Gate::new(policy, kept, journal.clone(), link, clock.clone(), approvals.clone())),
-        &opened.tools,
-        mcp::LISTING_AGE,
-    );
+    let once = once::Once::new(opened.keeps_results, opened.salt.clone());
+    let gate = gate::Gate::new(policy, once, opened.salt, journal.clone(), link, clock.clone(), approvals.clone());
+    let tools = mcp::Tools::new(Arc::new(gate), &definitions, mcp::LISTING_AGE);
     let gate = tools.gate().clone();
     let listeners = listeners().await?;
     let reprobing = tokio::spawn(probe::repeat(gate.clone(), options.looking));

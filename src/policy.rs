@@ -39,8 +39,8 @@ pub mod output;
 pub mod price;
 /// Rules that take microseconds.
 pub mod quick;
-/// Calls of each tool: how many, and how often.
-pub mod quota;
+/// How many calls of each tool a minute.
+pub mod rate;
 /// What of other people's words may be recorded.
 pub mod redact;
 /// What whoever is refused can do about it.

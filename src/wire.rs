@@ -3,20 +3,19 @@
 //! Every request carries `authorization: Bearer <token>`: a projected, pod-bound ServiceAccount token of audience
 //! [`AUDIENCE`]. A tunnel carries it as `proxy-authorization`.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
 
 use crate::{
     evidence::{
         record::{Refusals, TaskClosed},
-        rollback::Undoing,
+        state::Snapshot,
     },
     policy::{
         approval::{AskedBy, Standing, Vote},
         commit::Salt,
-        config::{Sensitivity, SideEffect, ToolUsage, Usage},
-        ledger::Ledger,
+        config::{SideEffect, Usage},
         rule::Rule,
     },
 };
@@ -144,28 +143,13 @@ pub struct OpenReply {
     pub size: u64,
     /// Roots of the perfect subtrees that make up the log, left to right, base64. See [`merkle`](crate::evidence::merkle).
     pub frontier: Vec<String>,
-    /// The counters of the last record: what earlier attempts used.
-    pub usage: Usage,
-    /// How many of its refusals end nothing.
-    #[serde(default)]
-    pub ignored: i64,
-    /// What the log says of each tool, by its name.
-    #[serde(default)]
-    pub tools: BTreeMap<String, ToolUsage>,
-    /// Calls by their idempotency keys.
-    #[serde(default)]
-    pub ledger: Ledger,
+    /// What the attempt goes on from.
+    pub state: Snapshot,
     /// What the task's commitments are made with.
     pub salt: Salt,
     /// Whether results of idempotent calls are kept outside the pod.
     #[serde(default)]
     pub keeps_results: bool,
-    /// The most sensitive data that the task has handled.
-    #[serde(default)]
-    pub seen: Sensitivity,
-    /// What a rollback undoes, and how far that has come.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub undoing: Option<Undoing>,
     /// Tokens and tool calls of intents that never got an outcome stay spent; this is their number, for the record.
     pub open_calls: u64,
 }

@@ -19,6 +19,7 @@ use belay::{
         merkle::Tree,
         note::{self, Note, Signer, VerifierKey, WITNESS_NAME},
         record::{AttemptClosed, Event, Intent, Outcome, TaskClosed},
+        state::{TaskState, User},
         store::{Location, Store, StoreError, dir::Dir, log_prefix},
     },
     gateway::{
@@ -31,7 +32,7 @@ use belay::{
         link::CallError,
         spool::Spool,
     },
-    policy::{budget::Budget, config::Usage, decide::Denial},
+    policy::decide::Denial,
     wire::{AppendReply, AppendRequest, SealRequest},
 };
 use futures::future::{BoxFuture, try_join_all};
@@ -177,7 +178,7 @@ async fn journal(witness: Arc<dyn journal::Witness>) -> anyhow::Result<Arc<Journ
         tree: Tree::new(),
         signer,
         origin: note::origin(UID),
-        budget: Budget::resume(policy.limits, Usage::default()),
+        state: TaskState::new(User::Harness, &note::origin(UID)),
         spool: Spool::open(Path::new("."))?.0,
         follow: journal::on_stdout(),
     };
@@ -191,9 +192,8 @@ async fn journal(witness: Arc<dyn journal::Witness>) -> anyhow::Result<Arc<Journ
 /// Records that a call is about to leave, as the gate does.
 async fn intend(journal: &Journal, intent: Intent) -> Result<u64, Denial> {
     journal.room().await;
-    journal.record(|seq, budget| {
-        budget.open()?;
-        budget.reserve_tool_call()?;
+    journal.record(|seq, task| {
+        task.budget().open()?;
         Ok(Event::Intent(Intent { call: call_id(seq), ..intent }))
     })
 }

@@ -168,11 +168,11 @@ async fn an_agent_that_polls_is_asked_for_once_and_each_call_anew(#[case] name: 
         assert!(!error && text.contains("pending") && text.contains("tool.approval"), "{text}");
     }
     let asked = harness.undecided(1).await;
-    assert_eq!(harness.gate.journal().usage(), Usage::default(), "waiting was counted");
+    assert_eq!(harness.gate.journal().look(|task| task.usage()), Usage::default(), "waiting was counted");
     harness.gateway.decide(&asked[0], "ana", Answer::Approve);
     let (error, text) = until_decided(&harness, name, &args).await;
     assert!(!error, "{text}");
-    assert_eq!((harness.effects(), harness.gate.journal().usage().tool_calls), (1, 1));
+    assert_eq!((harness.effects(), harness.gate.journal().look(|task| task.usage()).tool_calls), (1, 1));
 
     let (_, text) = harness.tool(name, args).await;
     assert!(text.contains("pending"), "an approval was used twice: {text}");

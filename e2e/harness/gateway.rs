@@ -31,6 +31,7 @@ use belay::{
         record::{Channel, Record},
         rollback::{Plan, Planner, Undoing},
         segment::Segment,
+        state::Snapshot,
     },
     gateway::{
         approvals::{self, Create},
@@ -179,7 +180,7 @@ impl Gateway {
         let (cluster, people) = cluster(policy);
         let state = Arc::new(Log {
             records: Mutex::default(),
-            history: Mutex::default(),
+            history: Mutex::new(History::new(&note::origin("uid"))),
             fails: AtomicBool::new(false),
             refuses: Mutex::default(),
             refuses_beyond: Mutex::default(),
@@ -298,7 +299,7 @@ impl Gateway {
         let origin = note::origin(&of.uid);
         let plan = Plan { origin, size: 0, root: String::new(), steps: planner.steps() };
         *self.state.undoing.lock().unwrap() = Some(Undoing::new(plan));
-        *self.state.history.lock().unwrap() = History::default();
+        *self.state.history.lock().unwrap() = History::new(&note::origin("uid"));
         self.state.records.lock().unwrap().clear();
         self.goes_by(policy);
     }
@@ -387,18 +388,16 @@ fn compiled(policy: &PolicyConfig) -> Compiled {
 async fn open(State(log): State<Arc<Log>>, axum::Json(request): axum::Json<OpenRequest>) -> impl IntoResponse {
     let history = log.history.lock().unwrap();
     axum::Json(OpenReply {
-        undoing: history.undoing().cloned().or_else(|| log.undoing.lock().unwrap().clone()),
         origin: note::origin("uid"),
         size: history.tree().size(),
         frontier: history.tree().frontier().iter().map(|hash| BASE64_STANDARD.encode(hash)).collect(),
-        usage: history.usage(),
-        ignored: history.ignored(),
-        tools: history.tools(request.attempt),
-        ledger: history.ledger(),
+        state: Snapshot {
+            undoing: history.state().rollback().cloned().or_else(|| log.undoing.lock().unwrap().clone()),
+            ..history.state().snapshot(request.attempt)
+        },
         salt: salt(),
         keeps_results: log.keeps_results.load(Ordering::SeqCst),
-        seen: history.seen(),
-        open_calls: u64::try_from(history.open_calls()).unwrap(),
+        open_calls: u64::try_from(history.state().open_calls().len()).unwrap(),
     })
 }
 
@@ -422,7 +421,7 @@ async fn append(State(log): State<Arc<Log>>, axum::Json(request): axum::Json<App
         return axum::Json(AppendReply { size: segment.end(), checkpoint: Some(segment.note.to_string()) })
             .into_response();
     }
-    match history.extended_by(&segment, &records, &note::origin("uid")) {
+    match history.extended_by(&segment, &records) {
         Ok(extended) => *history = extended,
         Err(refused) => return refusal(&refused),
     }
@@ -431,7 +430,7 @@ async fn append(State(log): State<Arc<Log>>, axum::Json(request): axum::Json<App
 }
 
 async fn keep(State(log): State<Arc<Log>>, axum::Json(keep): axum::Json<wire::Keep>) -> Response {
-    let intent = log.history.lock().unwrap().intent(keep.intent).cloned().unwrap();
+    let intent = log.history.lock().unwrap().state().intent(keep.intent).cloned().unwrap();
     let compiled = log.compiled.lock().unwrap();
     if let Err(refused) = authorize::called(&compiled, intent.attempt, &intent)
         .and_then(|_| authorize::are_intended(&intent, &salt(), &keep.arguments))
@@ -457,7 +456,7 @@ async fn kept(State(log): State<Arc<Log>>, axum::Json(of): axum::Json<wire::Kept
 }
 
 async fn keep_result(State(log): State<Arc<Log>>, axum::Json(keep): axum::Json<wire::KeepResult>) -> Response {
-    let intent = log.history.lock().unwrap().intent(keep.intent).cloned().unwrap();
+    let intent = log.history.lock().unwrap().state().intent(keep.intent).cloned().unwrap();
     assert!(intent.open && intent.key.is_some(), "{intent:?}");
     let digest = salt().bytes(keep.result.as_bytes());
     log.kept.lock().unwrap().insert(digest.clone(), keep.result);
@@ -510,7 +509,7 @@ async fn intended(log: &Log, request: Request<Body>) -> Result<(IntentFacts, Par
     let body = body.collect().await.unwrap().to_bytes();
     let mut intent = None;
     for _ in 0..100 {
-        intent = log.history.lock().unwrap().intent(seq).cloned();
+        intent = log.history.lock().unwrap().state().intent(seq).cloned();
         if intent.is_some() {
             break;
         }

@@ -40,11 +40,12 @@ use belay::{
         merkle::Tree,
         note::{self, Signer},
         record::{AttemptOpened, Containment, Event, Pod, Record},
+        state::TaskState,
     },
     harness::{
         approvals::Approvals,
         clock::Clock,
-        gate::{Compiled, Gate, Kept},
+        gate::{Compiled, Gate},
         journal,
         link::Link,
         mcp::Tools,
@@ -54,7 +55,6 @@ use belay::{
     },
     policy::{
         access::Guard,
-        budget::Budget,
         config::{
             Access, DataClass, EgressHost, EgressUse, HttpMethod, HttpUpstream, Limits, McpUpstream, ModelEndpoints,
             ModelPrice, PackIdentity, PolicyConfig, Precondition, Probe, SideEffect, TaskIdentity, Tool, ToolLimits,
@@ -62,7 +62,6 @@ use belay::{
         },
         decide::Contracts,
         output::Outputs,
-        quota::Quotas,
         rule::Rule,
     },
 };
@@ -248,11 +247,9 @@ async fn start(
     let opened = link.open(attempt, "digest").await.unwrap();
     let signer = Signer::generate(&note::attempt_key_name("uid", attempt)).unwrap();
     let key = signer.verifier().to_string();
-    let (budget, used, ledger) =
-        (Budget::resume(limits, opened.usage).ignoring(opened.ignored), opened.tools.clone(), opened.ledger.clone());
-    let (seen, opened_keeps, salt) = (opened.seen, opened.keeps_results, opened.salt.clone());
-    let undoing = opened.undoing.clone();
-    let rollback = undoing.as_ref().map(|undoing| undoing.plan.clone());
+    let (used, salt) = (opened.state.tools.clone(), opened.salt.clone());
+    let once = Once::new(opened.keeps_results, salt.clone());
+    let rollback = opened.state.undoing.as_ref().map(|undoing| undoing.plan.clone());
     let tree = Tree::from_frontier(opened.size, opened.decoded_frontier().unwrap()).unwrap();
     let (spool, _) = Spool::open(folder.path()).unwrap();
     let start = journal::Start {
@@ -260,7 +257,7 @@ async fn start(
         tree,
         signer,
         origin: note::origin("uid"),
-        budget,
+        state: TaskState::resume(&note::origin("uid"), opened.state),
         spool,
         follow: journal::on_stdout(),
     };
@@ -279,17 +276,10 @@ async fn start(
     let contracts = Contracts::compile(policy).unwrap();
     let (guard, outputs) = (Guard::compile(policy).unwrap(), Outputs::compile(&policy.tools).unwrap());
     let compiled = Compiled { contracts, guard, outputs };
-    let kept = Kept {
-        quotas: Quotas::resume(&policy.tools, &used),
-        once: Once::resume(ledger, opened_keeps, salt.clone()),
-        seen,
-        undoing,
-        salt,
-    };
     let seconds = |count: i64| Duration::from_secs(u64::try_from(count).unwrap());
     let clock = Clock::start(seconds(limits.wall_time_seconds), seconds(limits.approval_wait_seconds));
     let approvals = Approvals::new(link.clone(), journal.clone(), clock.clone());
-    let gate = Arc::new(Gate::new(compiled, kept, journal, link, clock, approvals));
+    let gate = Arc::new(Gate::new(compiled, once, salt, journal, link, clock, approvals));
     let free = || std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let address = free();
     let listeners = server::Listeners::bind(address, free()).await.unwrap();

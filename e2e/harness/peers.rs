@@ -273,7 +273,7 @@ async fn a_langgraph_agent_gets_its_call_approved() {
     let (output, ()) = tokio::join!(run(python), approve);
     let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success() && out.contains("the tool said: echo: hello"), "{out}{err}");
-    assert_eq!(harness.gate.journal().usage().tool_calls, 1);
+    assert_eq!(harness.gate.journal().look(|task| task.usage()).tool_calls, 1);
     assert!(denied(&harness.records().await).is_empty());
 }
 

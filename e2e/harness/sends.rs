@@ -100,7 +100,14 @@ async fn a_harness_that_lies_about_a_model_call_gets_no_further_than_the_gateway
         ("a longer prompt", chat, json!({"user": "x".repeat(50_000)}), enough, Some(Rule::IntentMissing)),
         ("pictures", chat, json!({"messages": picture}), enough, Some(Rule::IntentMissing)),
         ("nothing set aside", chat, json!({}), Spent::default(), Some(Rule::IntentMissing)),
-        ("too little money", chat, json!({}), Spent { cost_micros: 10, ..enough }, Some(Rule::IntentMissing)),
+        // As little as so many tokens can cost, where most of them are the reply's.
+        (
+            "too little money",
+            chat,
+            json!({"max_tokens": 25}),
+            Spent { cost_micros: 200, ..enough },
+            Some(Rule::IntentMissing),
+        ),
         ("another model", chat, json!({"model": "mm"}), enough, Some(Rule::IntentMissing)),
         ("a search", chat, json!({"tools": [{"type": "web_search"}]}), enough, Some(Rule::ModelRequest)),
         ("the control of a third", responses, json!({}), enough, None),

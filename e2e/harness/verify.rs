@@ -104,7 +104,7 @@ async fn a_call_that_is_answered_needs_no_read() {
     let harness = harness_of(verified(MANY), vec![]).await;
     let (error, text) = harness.tool("mcp.change", json!({"ms": 0, "truth": {"there": true}})).await;
     assert!(!error, "{text}");
-    assert_eq!(harness.gate.journal().usage().tool_calls, 1);
+    assert_eq!(harness.gate.journal().look(|task| task.usage()).tool_calls, 1);
 }
 
 /// A harness is lost with a call under way. The next attempt makes the same call, and the read tells what became of it first: `made` is

@@ -119,6 +119,23 @@ pub enum Event {
 }
 
 impl Event {
+    /// Whether it tells what has happened already. What is about to happen can still be refused.
+    pub fn is_of_the_past(&self) -> bool {
+        match self {
+            Self::Intent(_)
+            | Self::Replayed(_)
+            | Self::Resolved(_)
+            | Self::ApprovalRequested(_)
+            | Self::ApprovalDecided(_) => false,
+            Self::AttemptOpened(_)
+            | Self::Outcome(_)
+            | Self::Denied(_)
+            | Self::ContainmentChecked(_)
+            | Self::AttemptClosed(_)
+            | Self::TaskClosed(_) => true,
+        }
+    }
+
     /// The record's `kind`.
     pub fn kind(&self) -> &'static str {
         match self {

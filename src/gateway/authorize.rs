@@ -417,7 +417,7 @@ pub fn judge(compiled: &Compiled, intent: &IntentFacts, arguments: &Value) -> Re
     let asked = Asked { tool, effect, usage: intent.usage, seen: intent.seen };
     let Passed { assessment, because } = compiled.guard.judge(asked, arguments).map_err(denied)?;
     // By a pack that has changed since the attempt began, this is another; what it says now is what counts.
-    if intent.policy == compiled.digest && assessment != intent.assessment {
+    if *intent.policy == *compiled.digest && assessment != intent.assessment {
         return Err(Refused::denied(
             Rule::AccessRule,
             format!("expected an intent with the assessment {assessment:?}, found {:?}", intent.assessment),

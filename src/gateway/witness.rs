@@ -38,6 +38,7 @@ use crate::{
         record::{Actor, Channel, Event, Record, TaskClosed, VERSION},
         rollback::{self, Plan, Planner, Standing, Undoing},
         segment::{self, Segment},
+        state::Snapshot,
         store::{Location, PutError, Retention, Store, StoreError},
         tiles::File,
     },
@@ -182,32 +183,28 @@ impl Witness {
         same_policy(&request.policy_digest, digest)?;
         let log = self.log(place);
         let (_writer, history) = self.settled(place, &log).await?;
-        if history.closed() {
+        if history.state().has_ended() {
             return Err(ended());
         }
-        if let Some(rule) = history.over(principal.attempt) {
+        if let Some(rule) = history.state().terminated_by(principal.attempt) {
             return Err(Refused::denied(rule, "the attempt has come to its end by this rule: it does not open again"));
         }
-        if history.attempt() > principal.attempt {
-            return Err(superseded(principal.attempt, history.attempt()));
+        if history.state().attempt() > principal.attempt {
+            return Err(superseded(principal.attempt, history.state().attempt()));
         }
+        let undoing = match (of, history.state().rollback()) {
+            (None, _) => None,
+            (Some(_), Some(undoing)) => Some(undoing.clone()),
+            (Some(of), None) => Some(Undoing::new(self.plan(of).await?)),
+        };
         Ok(OpenReply {
             origin: note::origin(&place.task_uid),
             size: history.tree().size(),
             frontier: history.tree().frontier().iter().map(|hash| BASE64.encode(hash)).collect(),
-            usage: history.usage(),
-            ignored: history.ignored(),
-            tools: history.tools(principal.attempt),
-            ledger: history.ledger(),
+            state: Snapshot { undoing, ..history.state().snapshot(principal.attempt) },
             salt,
             keeps_results,
-            seen: history.seen(),
-            open_calls: u64::try_from(history.open_calls()).unwrap_or(u64::MAX),
-            undoing: match (of, history.undoing()) {
-                (None, _) => None,
-                (Some(_), Some(undoing)) => Some(undoing.clone()),
-                (Some(of), None) => Some(Undoing::new(self.plan(of).await?)),
-            },
+            open_calls: u64::try_from(history.state().open_calls().len()).unwrap_or(u64::MAX),
         })
     }
 
@@ -220,7 +217,7 @@ impl Witness {
         let mut planner = Planner::default();
         let history = self.read(of, |record| planner.take(record)).await?;
         let origin = note::origin(&of.task_uid);
-        if !history.closed() {
+        if !history.state().has_ended() {
             let size = history.tree().size();
             return Err(refused(format!(
                 "expected the log of a task that has ended at {}, found {size} records of {origin}",
@@ -269,13 +266,13 @@ impl Witness {
                 return Ok(());
             }
             let other = self.rebuilt(&log(&holder)).await?;
-            let standing = other.undoing().map(|undoing| undoing.standing(call));
-            if !other.closed() || standing != Some(Standing::Due) {
+            let standing = other.state().rollback().map(|undoing| undoing.standing(call));
+            if !other.state().has_ended() || standing != Some(Standing::Due) {
                 return refused(format!(
                     "expected {call} to be undone by nobody else, found that {} (UID {}) has taken it and {}",
                     holder.name,
                     holder.uid,
-                    if other.closed() { "may have undone it" } else { "has not ended" }
+                    if other.state().has_ended() { "may have undone it" } else { "has not ended" }
                 ));
             }
         }
@@ -436,27 +433,27 @@ impl Witness {
             Some(head) if head.tree().size() == segment.first => head,
             newest => {
                 match (log.among(segment), newest) {
-                    (Among::Same, Some(newest)) => return Ok(Took::Held(Taken::Before, newest.usage())),
+                    (Among::Same, Some(newest)) => return Ok(Took::Held(Taken::Before, newest.state().usage())),
                     (Among::Other, _) => return Err(forked(segment)),
                     _ => {}
                 }
                 let stored = self.catch_up(place, log).await?;
                 if segment.first < stored.tree().size() {
                     let checkpoint = self.replayed(place, segment, &stored).await?;
-                    return Ok(Took::Stored(checkpoint, stored.usage()));
+                    return Ok(Took::Stored(checkpoint, stored.state().usage()));
                 }
                 log.newest().unwrap_or(stored)
             }
         };
         let size = history.tree().size();
-        if segment.first > size && !history.closed() {
+        if segment.first > size && !history.state().has_ended() {
             // Another replica has taken those before it, and is about to store them.
             let reason =
                 format!("expected records from {size} on, found some from {}: send those before", segment.first);
             return Err(unavailable(&reason));
         }
-        let next = history.extended_by(segment, records, &note::origin(&place.task_uid))?;
-        if let Some(undoing) = next.undoing().filter(|_| history.undoing().is_none()) {
+        let next = history.extended_by(segment, records)?;
+        if let Some(undoing) = next.state().rollback().filter(|_| history.state().rollback().is_none()) {
             // Whose log cannot be asked has no plan.
             let plan = match of {
                 Some(of) => Some(self.plan(of).await?),
@@ -467,7 +464,7 @@ impl Witness {
                 return Err(Refused::denied(Rule::ToolRollback, reason));
             }
         }
-        let usage = next.usage();
+        let usage = next.state().usage();
         let task_class = next.task_class();
         if log.hold(segment.clone(), next)? {
             // Whoever asked for it may go away; what was taken is stored all the same.
@@ -554,7 +551,7 @@ impl Witness {
         let place = &Place { retention: self.retention(place).await?, ..place.clone() };
         for _ in 0..SEAL_TRIES {
             let (writer, history) = self.settled(place, &log).await?;
-            let sealed = if history.closed() {
+            let sealed = if history.state().has_ended() {
                 history
             } else {
                 let (segment, next) = self.last_segment(place, request, &history)?;
@@ -575,7 +572,7 @@ impl Witness {
             ended.await.map_err(|e| unavailable(&format!("the log's end could not be written: {e}")))??;
             let closed = sealed.outcome();
             let failed = closed.as_ref().is_some_and(TaskClosed::has_failed);
-            let undone_by = match sealed.undoable() && sealed.undoing().is_none() && failed {
+            let undone_by = match sealed.undoable() && sealed.state().rollback().is_none() && failed {
                 true => self.undone_by(place).await?,
                 false => Some(BTreeSet::new()),
             };
@@ -587,7 +584,7 @@ impl Witness {
                 endpoint: self.buckets.endpoint(),
                 size: sealed.tree().size(),
                 root: BASE64.encode(sealed.tree().root()),
-                usage: sealed.usage(),
+                usage: sealed.state().usage(),
                 refused: sealed.refused(),
             });
         }
@@ -667,9 +664,9 @@ impl Witness {
             v: VERSION,
             seq: history.tree().size(),
             time: format!("{:.3}", Timestamp::now()),
-            attempt: request.attempt.max(history.attempt()),
+            attempt: request.attempt.max(history.state().attempt()),
             actor: Actor::Gateway,
-            usage: history.usage(),
+            usage: history.state().usage(),
             event: Event::TaskClosed(history.verdict(request.closed.clone(), request.attempt, request.presumed)),
         };
         let entry = record.encode().map_err(|e| Refused::malformed(e.to_string()))?;
@@ -679,7 +676,7 @@ impl Witness {
         let mut note = Note::unsigned(&Checkpoint { origin: origin.clone(), size: tree.size(), root: tree.root() });
         note.cosign(&self.signer, unix_time());
         let segment = Segment::new(note, record.seq, vec![entry]);
-        let next = history.extended(&segment, &origin)?;
+        let next = history.extended(&segment)?;
         Ok((segment, next))
     }
 
@@ -692,7 +689,7 @@ impl Witness {
         let _writer = log.writer.lock().await;
         let stored = self.catch_up(place, &log).await?;
         let history = log.newest().unwrap_or(stored);
-        if history.closed() {
+        if history.state().has_ended() {
             return Err(ended());
         }
         Ok(history.before(call))
@@ -711,13 +708,13 @@ impl Witness {
         let head = log.newest();
         let (most, talks) = if intent.channel == Channel::Listing { (TALK, true) } else { (1, false) };
         // What has come since it was looked up counts, too. Whoever can no longer be found here is refused when looked up.
-        let is_over = |head: &Arc<History>| head.intent(intent.seq).is_none_or(|now| !now.open);
+        let is_over = |head: &Arc<History>| head.state().intent(intent.seq).is_none_or(|now| !now.open);
         if !talks && head.as_ref().is_some_and(is_over) {
             return refused(format!("the call {:?} has its outcome already", intent.call));
         }
         let mut sent = log.sent.lock().unwrap_or_else(PoisonError::into_inner);
         if sent.len() >= log::SENT {
-            sent.retain(|seq, _| head.as_ref().is_none_or(|head| head.intent(*seq).is_some()));
+            sent.retain(|seq, _| head.as_ref().is_none_or(|head| head.state().intent(*seq).is_some()));
         }
         let sent = sent.entry(intent.seq).or_default();
         if sent.times >= most {
@@ -759,7 +756,7 @@ impl Witness {
     pub async fn intent(&self, place: &Place, seq: u64) -> Result<IntentFacts, Refused> {
         let log = self.log(place);
         let has = |head: Option<Arc<History>>, fits: fn(&IntentFacts) -> bool| {
-            head.filter(|head| head.intent(seq).is_some_and(fits))
+            head.filter(|head| head.state().intent(seq).is_some_and(fits))
         };
         if log.newest().is_some_and(|newest| newest.tree().size() <= seq) {
             log.arrival(seq).await;
@@ -777,22 +774,22 @@ impl Witness {
             }
         };
         let newest = log.newest().unwrap_or_else(|| history.clone());
-        if history.closed() || newest.closed() {
+        if history.state().has_ended() || newest.state().has_ended() {
             return Err(ended());
         }
-        if history.loose() || newest.loose() {
+        if history.state().containment_lost() || newest.state().containment_lost() {
             return Err(Refused::denied(
                 Rule::ContainmentLost,
                 "the attempt has lost its containment: no call leaves any more",
             ));
         }
         let size = history.tree().size();
-        if history.intent(seq).is_some_and(|intent| log.is_forked(intent.attempt)) {
+        if history.state().intent(seq).is_some_and(|intent| log.is_forked(intent.attempt)) {
             let reason =
                 "records of this attempt that calls may have left by have lost their place: no call leaves any more";
             return Err(Refused::denied(Rule::LogFork, reason));
         }
-        history.intent(seq).cloned().ok_or_else(|| {
+        history.state().intent(seq).cloned().ok_or_else(|| {
             let reason = format!(
                 "expected record {seq} to be a recent call.intent; the log has {size} records: append the intent first"
             );
@@ -853,7 +850,7 @@ impl Witness {
             None => log.begin(Arc::new(self.rebuilt(place).await?)),
         };
         // A segment's key is the log's size before it: what other replicas have added is found without a listing.
-        while !history.closed() {
+        while !history.state().has_ended() {
             let Some(stored) = self.stored(place, history.tree().size()).await? else { break };
             history = Arc::new(self.stored_after(&history, &stored.segment, place)?);
             let lost = log.advance(history.clone(), &stored.segment, stored.note);
@@ -890,7 +887,7 @@ impl Witness {
     async fn read(&self, place: &Place, mut each: impl FnMut(&Record) + Send) -> Result<History, Refused> {
         let firsts = self.firsts(place).await?;
         let mut segments = futures::stream::iter(firsts).map(|first| self.stored(place, first)).buffered(PARALLEL);
-        let mut history = History::default();
+        let mut history = History::new(&note::origin(&place.task_uid));
         // One that is listed but hidden by now is passed over: what follows will not fit, and says so.
         while let Some(stored) = segments.next().await {
             let Some(Stored { segment, .. }) = stored? else { continue };
@@ -925,9 +922,7 @@ impl Witness {
     }
 
     fn stored_after(&self, history: &History, segment: &Segment, place: &Place) -> Result<History, Refused> {
-        history
-            .extended(segment, &note::origin(&place.task_uid))
-            .map_err(|refused| broken(&place.key(segment.first), refused.reason))
+        history.extended(segment).map_err(|refused| broken(&place.key(segment.first), refused.reason))
     }
 
     /// The checkpoint over a segment that is in the bucket already, alone or among others in one object.
@@ -943,7 +938,7 @@ impl Witness {
         match stored.filter(|stored| stored.segment.holds(segment)) {
             Some(stored) => Ok(stored.note),
             // What stands in its place is the end, or is followed by it.
-            None if history.closed() => Err(ended()),
+            None if history.state().has_ended() => Err(ended()),
             None => Err(forked(segment)),
         }
     }

@@ -7,7 +7,7 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
@@ -21,7 +21,7 @@ use super::{
 use crate::{
     evidence::record::{Approval as Said, Event},
     policy::{
-        approval::{self, AskedBy, Exact, LONGEST_ARGUMENTS, PENDING, Standing},
+        approval::{AskedBy, Exact, LONGEST_ARGUMENTS, PENDING, Standing},
         config::{Approval, OnTimeout, SideEffect},
         decide::Denial,
         rule::Rule,
@@ -58,8 +58,6 @@ pub struct Approvals {
     journal: Arc<Journal>,
     clock: Arc<Clock>,
     asked: Mutex<HashMap<Exact, watch::Receiver<Known>>>,
-    /// What this harness has written of approvals. Changed only while the journal puts a record in order.
-    log: Mutex<approval::Approvals>,
     ended: Notify,
 }
 
@@ -81,8 +79,7 @@ pub enum Answered {
 impl Approvals {
     /// Nothing asked yet.
     pub fn new(link: Arc<Link>, journal: Arc<Journal>, clock: Arc<Clock>) -> Arc<Self> {
-        let (asked, log) = (Mutex::default(), Mutex::default());
-        Arc::new(Self { link, journal, clock, asked, log, ended: Notify::new() })
+        Arc::new(Self { link, journal, clock, asked: Mutex::default(), ended: Notify::new() })
     }
 
     /// Returns once a request has expired that was to end the task.
@@ -134,11 +131,6 @@ impl Approvals {
             let because = replies.iter().flat_map(|reply| reply.because.clone()).collect();
             return Answered::Approved { names: replies.into_iter().map(|reply| reply.name).collect(), because };
         }
-    }
-
-    /// What this harness has written of approvals. Locked while the journal is, and never the other way round.
-    pub fn log(&self) -> MutexGuard<'_, approval::Approvals> {
-        self.log.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What is known of a call; asked for if nobody has.
@@ -193,7 +185,7 @@ impl Approvals {
             match self.link.approval(&ask).await {
                 Ok(reply) => {
                     let said = said(&ask, &reply);
-                    if !self.log().knows(&reply.name)
+                    if !self.journal.look(|task| task.approvals().knows(&reply.name))
                         && let Err(denial) = self.record(pend(&said), Event::ApprovalRequested)
                     {
                         break Err(denial);
@@ -203,7 +195,7 @@ impl Approvals {
                         continue;
                     }
                     // The gateway has not seen the call yet that was made by it; the next one has another request.
-                    if self.log().is_used(&reply.name) {
+                    if self.journal.look(|task| task.approvals().is_used(&reply.name)) {
                         tokio::time::sleep(PAUSE).await;
                         continue;
                     }
@@ -226,10 +218,10 @@ impl Approvals {
         sender.closed().await;
     }
 
-    /// Writes what the witness will take.
+    /// Writes what people were asked, or have said.
     fn record(&self, said: Said, event: fn(Said) -> Event) -> Result<(), Denial> {
-        let record = self.journal.record(|_, _| {
-            self.log().seen(&said.name, &said.call(), said.standing).map_err(|reason| denial(&reason))?;
+        let record = self.journal.record(|_, task| {
+            task.approvals().fits(&said.name, &said.call(), said.standing).map_err(|reason| denial(&reason))?;
             Ok(event(said))
         });
         record.map(|_| ())

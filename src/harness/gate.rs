@@ -12,29 +12,30 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use super::{
     approvals::Approvals,
     bounds::Bounds,
-    clock::{self, Clock},
+    clock::Clock,
     flood::{Counted, Flood},
     journal::{Journal, call_id},
     link::{Link, Peer},
-    once::{Once, SLACK},
+    once::Once,
 };
 use crate::{
     apart,
     evidence::{
         record::{Channel, Containment, Denied, Effect, Event, Intent, Outcome, Resolved},
-        rollback::{self, Leaving, Undoing},
+        rollback::{Plan, Standing},
+        state::TaskState,
     },
     policy::{
         access::{Asked, Assessment, Guard, Passed},
         approval::AskedBy,
-        budget::{Budget, Fits, Spent},
+        budget::{Fits, Spent},
         commit::Salt,
         config::{Sensitivity, SideEffect, Tool, Usage},
         decide::{Arguments, Contracts, Decision, Denial, Known, Results},
         meter::{self, Allowance},
         output::Outputs,
         quick,
-        quota::Quotas,
+        rate::Rates,
         redact::Redactor,
         rule::Rule,
         shorten::{shorten, shorten_to},
@@ -134,7 +135,6 @@ pub struct Permit {
     gate: Arc<Gate>,
     /// The intent's sequence number.
     pub intent: u64,
-    key: Option<String>,
     reserved: Spent,
     /// Whether it leaves once its intent is witnessed.
     early: bool,
@@ -199,28 +199,12 @@ pub struct Compiled {
     pub outputs: Outputs,
 }
 
-/// What a gate goes on from: what the log says of the task so far.
-pub struct Kept {
-    /// Calls of each tool.
-    pub quotas: Quotas,
-    /// Calls by their idempotency keys.
-    pub once: Once,
-    /// The most sensitive data that the task has handled.
-    pub seen: Sensitivity,
-    /// What a rollback undoes, and how far that has come.
-    pub undoing: Option<Undoing>,
-    /// What commitments are made with.
-    pub salt: Salt,
-}
-
 /// Decides over calls and keeps their records.
 pub struct Gate {
     policy: Compiled,
     redactor: Redactor,
-    /// These three are changed only while the journal puts a record in order, as budgets are.
-    quotas: Mutex<Quotas>,
-    seen: Mutex<Sensitivity>,
-    undoing: Mutex<Option<Undoing>>,
+    /// Locked before the journal, never after it.
+    rates: Mutex<Rates>,
     once: Once,
     salt: Salt,
     journal: Arc<Journal>,
@@ -246,7 +230,8 @@ impl Gate {
     /// A gate whose wall time runs by this clock.
     pub fn new(
         policy: Compiled,
-        kept: Kept,
+        once: Once,
+        salt: Salt,
         journal: Arc<Journal>,
         link: Arc<Link>,
         clock: Arc<Clock>,
@@ -254,14 +239,13 @@ impl Gate {
     ) -> Self {
         let results = Mutex::new(Arc::new(policy.contracts.no_results()));
         let redactor = Redactor::new(policy.contracts.policy(), policy.guard.detectors());
+        let rates = Mutex::new(Rates::new(&policy.contracts.policy().tools));
         Self {
             policy,
             redactor,
-            quotas: Mutex::new(kept.quotas),
-            seen: Mutex::new(kept.seen),
-            undoing: Mutex::new(kept.undoing),
-            once: kept.once,
-            salt: kept.salt,
+            rates,
+            once,
+            salt,
             journal,
             link,
             clock,
@@ -325,7 +309,7 @@ impl Gate {
         let (target, effect, arguments) = (call.target.clone(), call.effect, arguments.clone());
         let found = self.apart(time, move |gate| {
             let results = gate.results();
-            let (usage, seen) = (gate.journal.usage(), *gate.seen());
+            let (usage, seen) = gate.journal.look(|task| (task.usage(), task.seen()));
             let tool = gate.policy.contracts.policy().tool(&target)?;
             let answer = gate.answer(tool, effect?, &arguments, (usage, seen, &results));
             Some(Arc::new(Verdict { usage, seen, results, answer }))
@@ -430,7 +414,7 @@ impl Gate {
         length: usize,
     ) -> Result<Passed, Denial> {
         let judge = move |gate: &Self, tool: &Tool, arguments: &Value| {
-            let (usage, seen) = (gate.journal.usage(), *gate.seen());
+            let (usage, seen) = gate.journal.look(|task| (task.usage(), task.seen()));
             gate.policy.guard.judge(Asked { tool, effect, usage, seen }, arguments)
         };
         if self.policy.guard.is_silent() || (length <= quick::SHORT && self.policy.guard.is_quick()) {
@@ -440,13 +424,19 @@ impl Gate {
         self.apart(Bounds::of(tool).time, move |gate| judge(gate, &of, &arguments)).await?
     }
 
-    fn seen(&self) -> MutexGuard<'_, Sensitivity> {
-        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
+    /// What this task undoes, if it is a rollback.
+    pub fn rollback_plan(&self) -> Option<Plan> {
+        self.journal.look(|task| task.rollback().map(|undoing| undoing.plan.clone()))
     }
 
-    /// What a rollback undoes, and how far that has come.
-    pub fn undoing(&self) -> MutexGuard<'_, Option<Undoing>> {
-        self.undoing.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Whether this task is a rollback.
+    pub fn is_rollback(&self) -> bool {
+        self.journal.look(|task| task.rollback().is_some())
+    }
+
+    /// Where a step of the rollback stands, if this task is one.
+    pub fn standing(&self, undoes: &str) -> Option<Standing> {
+        self.journal.look(|task| task.rollback().map(|undoing| undoing.standing(undoes)))
     }
 
     /// The log.
@@ -514,7 +504,7 @@ impl Gate {
     /// Decides over a tool call by what is known now, on this thread.
     fn decide_here(&self, tool: &str, arguments: Arguments<'_>) -> Decision<'_> {
         let results = self.results();
-        let (usage, ignored) = (self.journal.usage(), self.journal.ignored());
+        let (usage, ignored) = self.journal.look(|task| (task.usage(), task.ignored()));
         let known = Known { usage, ignored, results: &results };
         let decision = self.policy.contracts.decide(tool, arguments, known, &self.salt);
         match self.running() {
@@ -579,43 +569,51 @@ impl Gate {
     ///
     /// # Errors
     /// The rule that refuses it. The refusal is not recorded yet: see [`Gate::deny`].
-    pub async fn permit(self: &Arc<Self>, mut call: Call) -> Result<Permit, Denial> {
+    pub async fn permit(self: &Arc<Self>, call: Call) -> Result<Permit, Denial> {
         self.journal.room().await;
-        let (reserved, key) = (call.reserve, call.key.clone());
+        let reserved = call.reserve;
         // Until it is set aside, nobody else's is.
         let turn = match call.channel {
             Channel::Model => Some(self.turn_for(reserved).await),
             _ => None,
         };
         let early = call.channel.leaves_witnessed(call.effect);
-        let intent = self.journal.record(|seq, budget| {
+        let intent = self.intend(call)?;
+        drop(turn);
+        let permit = Permit { gate: self.clone(), intent, reserved, early, settled: false };
+        let kept = if early { self.journal.spooled(intent).await } else { self.journal.stored(intent).await };
+        match kept {
+            Ok(()) => Ok(permit),
+            Err(denial) => {
+                permit.settle(Settlement::not_applied(denial.rule));
+                Err(denial)
+            }
+        }
+    }
+
+    /// Records the intent of a call, where contract, pack, rate and log let it follow.
+    fn intend(&self, mut call: Call) -> Result<u64, Denial> {
+        let is_tool = call.channel == Channel::Tool;
+        let now = u64::try_from(self.clock.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let mut rates = self.rates.lock().unwrap_or_else(PoisonError::into_inner);
+        let target = call.target.clone();
+        let intent = self.journal.record(|seq, task| {
             // Asked where records are put in order: no intent can follow what stopped the attempt.
             self.running()?;
-            budget.open()?;
-            let limits = budget.limits();
+            task.budget().open()?;
             let mut rules = std::mem::take(&mut call.rules);
             rules.push(Rule::WallTime);
+            let limits = self.policy.contracts.policy().limits;
             rules.extend(limits.denials.map(|_| Rule::Denials));
             let mut assessment = None;
-            let leaving = Leaving {
-                channel: call.channel,
-                effect: call.effect,
-                undoes: call.undoes.as_deref(),
-                contract: self.policy.contracts.policy().tool(&call.target).map_or("", |tool| &tool.contract),
-                digest: call.request_digest.as_deref().unwrap_or_default(),
-            };
-            // The witness reads the time of the record, which is written a little later.
-            let now = clock::now();
-            rollback::lets(self.undoing().as_ref(), leaving, now.checked_add(SLACK).unwrap_or(now))
-                .map_err(|reason| Denial { rule: Rule::ToolRollback, reason })?;
             match call.channel {
                 Channel::Tool => {
-                    assessment = self.reserve_tool_call(&call, seq, budget)?;
+                    rates.check(&call.target, now)?;
+                    assessment = self.judge_in_order(&call, task)?;
                     rules.extend(call.key.as_ref().map(|_| Rule::ToolIdempotency));
                     rules.push(Rule::ToolCalls);
                 }
                 Channel::Model => {
-                    budget.reserve_model(reserved.tokens, reserved.cost_micros)?;
                     rules.push(Rule::Tokens);
                     rules.extend(limits.cost_micros.map(|_| Rule::Cost));
                 }
@@ -629,41 +627,27 @@ impl Gate {
                 definition: call.definition,
                 request_digest: call.request_digest,
                 request_bytes: call.request_bytes,
-                key: call.key.clone(),
+                key: call.key,
                 approvals: call.approvals,
                 undoes: call.undoes,
                 assessment,
                 rules,
                 model: call.model,
-                reserved_tokens: reserved.tokens,
-                reserved_cost_micros: reserved.cost_micros,
+                reserved_tokens: call.reserve.tokens,
+                reserved_cost_micros: call.reserve.cost_micros,
             }))
         })?;
-        drop(turn);
-        let permit = Permit { gate: self.clone(), intent, key, reserved, early, settled: false };
-        let kept = if early { self.journal.spooled(intent).await } else { self.journal.stored(intent).await };
-        match kept {
-            Ok(()) => Ok(permit),
-            Err(denial) => {
-                permit.settle(Settlement::not_applied(denial.rule));
-                Err(denial)
-            }
+        if is_tool {
+            rates.take(&target, now);
         }
+        Ok(intent)
     }
 
-    /// Takes a tool call's place in the budget, its quota, its idempotency key and its approvals: all of them, or none. Gives what the
-    /// pack finds of it. Called while the journal puts a record in order.
-    fn reserve_tool_call(&self, call: &Call, seq: u64, budget: &mut Budget) -> Result<Option<Assessment>, Denial> {
+    /// Asks contract and pack about a tool's call where its intent is put in order. Gives what the pack finds of it.
+    fn judge_in_order(&self, call: &Call, task: &TaskState) -> Result<Option<Assessment>, Denial> {
         let digest = call.request_digest.as_deref();
-        let mut quotas = self.quotas.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut seen = self.seen();
-        let (mut approvals, mut ledger) = (self.approvals.log(), self.once.ledger());
-        let under = call.key.as_deref().zip(self.policy.contracts.idempotency(&call.target));
         let unusable = |reason| Denial { rule: Rule::ToolApproval, reason };
-
-        let now = u64::try_from(self.clock.elapsed().as_millis()).unwrap_or(u64::MAX);
-        quotas.check(&call.target, now)?;
-        let by = approvals.usable(&call.approvals, &call.target, digest).map_err(unusable)?;
+        let by = task.approvals().usable(&call.approvals, &call.target, digest).map_err(unusable)?;
         let tool = self.policy.contracts.policy().tool(&call.target);
         let judged = tool.zip(call.effect).zip(call.judged.as_ref());
         let Some(((tool, effect), judged)) = judged else {
@@ -672,13 +656,13 @@ impl Gate {
         };
         // Much may have been called since it was decided over: in the time that a listing, a twin or people took.
         let results = self.results();
-        let now_known = (budget.usage(), *seen, &results);
+        let now_known = (task.usage(), task.seen(), &results);
         let found = judged.found.as_deref().and_then(|found| self.still(&call.target, found, now_known));
         let (by_contract, passed) = match (found, judged.in_order) {
             (Some(found), _) => found.answer.clone()?,
             // Everybody waits for this: it is short, or not done here.
             (None, Some(allowance)) => meter::within(allowance, || {
-                let answer = self.answer(tool, effect, &judged.arguments, (budget.usage(), *seen, &results));
+                let answer = self.answer(tool, effect, &judged.arguments, (task.usage(), task.seen(), &results));
                 let changed = |_| Denial { rule: Rule::Busy, reason: CHANGED.to_owned() };
                 meter::ended_by_itself().map_err(changed).and(answer)
             })?,
@@ -694,21 +678,9 @@ impl Gate {
                 "the pack requires approval by now, for {because}; make the call again to ask for it"
             )));
         }
-        if let Some((key, of)) = under {
-            Once::free(&ledger, &call.target, of, key, digest.unwrap_or_default())?;
+        if let Some((key, of)) = call.key.as_deref().zip(tool.idempotency.as_ref()) {
+            Once::free(task.ledger(), &call.target, of, key, digest.unwrap_or_default())?;
         }
-        budget.reserve_tool_call()?;
-
-        quotas.take(&call.target, now);
-        approvals.used(&call.approvals, &call.target, digest).map_err(unusable)?;
-        if let Some((key, _)) = under {
-            let time = format!("{:.3}", clock::now());
-            ledger.intend(key, &call_id(seq), digest.unwrap_or_default(), &time);
-        }
-        if let Some((undoing, undoes)) = self.undoing().as_mut().zip(call.undoes.as_ref()) {
-            undoing.intend(undoes, &call_id(seq));
-        }
-        *seen = passed.assessment.as_ref().map_or(*seen, |found| seen.max(found.arguments));
         Ok(passed.assessment)
     }
 
@@ -716,18 +688,9 @@ impl Gate {
     ///
     /// # Errors
     /// If the log has ended.
-    pub fn resolve(&self, call: &str, key: Option<&str>, effect: Effect, by: u64) -> Result<(), Denial> {
+    pub fn resolve(&self, call: &str, effect: Effect, by: u64) -> Result<(), Denial> {
         let resolved = Resolved { call: call.to_owned(), effect, by: call_id(by) };
-        let record = self.journal.record(|_, _| {
-            if let Some(key) = key {
-                self.once.ledger().settle(key, &resolved.call, effect.fate(), None);
-            }
-            if let Some(undoing) = self.undoing().as_mut() {
-                undoing.settle(&resolved.call, effect);
-            }
-            Ok(Event::Resolved(resolved))
-        });
-        record.map(|_| ())
+        self.journal.record(|_, _| Ok(Event::Resolved(resolved))).map(|_| ())
     }
 
     /// Records a refusal, and gives it back for the agent to be told. Once too many were refused, that is the reason.
@@ -746,7 +709,7 @@ impl Gate {
             Counted::Alone(denied) => self.count(denied).unwrap_or(denial),
             Counted::With(due) => {
                 let limit = self.policy.contracts.policy().limits.denials;
-                let counted = self.journal.usage().denials.saturating_sub(self.journal.ignored());
+                let counted = self.journal.look(|task| task.usage().denials.saturating_sub(task.ignored()));
                 let reached = |limit| counted.saturating_add(self.flood().waiting()) >= limit;
                 if limit.is_some_and(reached) {
                     self.count_waiting(None);
@@ -779,7 +742,8 @@ impl Gate {
     fn count(&self, mut denied: Denied) -> Option<Denial> {
         let mut over = false;
         let mut above = None;
-        let record = self.journal.record(|_, budget| {
+        let record = self.journal.record(|_, task| {
+            let mut budget = task.budget();
             if let Err(spent) = budget.open() {
                 let spent = Denial::from(spent);
                 (denied.rule, denied.reason) = (spent.rule, self.recordable(&spent.reason));
@@ -848,18 +812,9 @@ impl Permit {
             sensitivity: settlement.sensitivity,
             undone_by: settlement.undone_by,
         };
-        let result = self.gate.journal.record(|_, budget| {
-            let spent = budget.settle_model(reserved, spent);
+        let result = self.gate.journal.record(|_, task| {
+            let spent = task.budget().settle_model(reserved, spent);
             (outcome.tokens, outcome.cost_micros) = (spent.tokens, spent.cost_micros);
-            if let Some(key) = &self.key {
-                let fate = outcome.effect.fate();
-                self.gate.once.ledger().settle(key, &outcome.call, fate, outcome.given());
-            }
-            if let Some(undoing) = self.gate.undoing().as_mut() {
-                undoing.settle(&outcome.call, outcome.effect);
-            }
-            let mut seen = self.gate.seen();
-            *seen = seen.max(outcome.sensitivity);
             Ok(Event::Outcome(outcome))
         });
         self.gate.settled.notify_waiters();

@@ -41,10 +41,11 @@ use crate::{
         note::{Checkpoint, Note, Signer},
         record::{Actor, Encoded, Event, Record, VERSION},
         segment::Segment,
+        state::{TaskState, Violation},
     },
     policy::{
-        budget::{Budget, Exhausted, Fits, Spent},
-        config::{ModelPrice, Usage},
+        budget::{Exhausted, Fits, Spent},
+        config::ModelPrice,
         decide::Denial,
         model::request::Left,
         rule::Rule,
@@ -93,8 +94,8 @@ pub struct Start {
     pub signer: Signer,
     /// The log's origin line.
     pub origin: String,
-    /// The counters so far.
-    pub budget: Budget,
+    /// The state of the task so far.
+    pub state: TaskState,
     /// Where segments are until they are stored.
     pub spool: Spool,
     /// Whoever follows what is recorded, as it is.
@@ -136,7 +137,7 @@ struct State {
     queue: Vec<Encoded>,
     /// When the first in the queue was put there.
     since: Instant,
-    budget: Budget,
+    task: TaskState,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -157,7 +158,7 @@ impl Journal {
         let size = start.tree.size();
         let journal = Arc::new(Self {
             attempt: start.attempt,
-            state: Mutex::new(State { next: size, queue: Vec::new(), since: Instant::now(), budget: start.budget }),
+            state: Mutex::new(State { next: size, queue: Vec::new(), since: Instant::now(), task: start.state }),
             work: Notify::new(),
             wanted: AtomicU64::new(0),
             wanted_stored: AtomicU64::new(0),
@@ -172,39 +173,45 @@ impl Journal {
         journal
     }
 
-    /// Appends what `event` makes of the next sequence number and the counters. If it makes a denial, nothing is appended.
+    /// Appends what `event` makes of the next sequence number and the task's state. If it makes a denial, or the record breaks a
+    /// [rule](crate::evidence::state::rule) of the log, nothing is appended and nothing has changed.
     ///
     /// # Errors
-    /// The closure's denial, or [`Rule::Evidence`] once the log cannot go on. A record that cannot be written is such an end: what happened
-    /// is in no log, and counters elsewhere have moved with it.
-    pub fn record(&self, event: impl FnOnce(u64, &mut Budget) -> Result<Event, Denial>) -> Result<u64, Denial> {
+    /// The closure's denial, that of the rule, or [`Rule::Evidence`] once the log cannot go on. A record of what has happened already that
+    /// cannot be written is such an end: what happened is in no log.
+    pub fn record(&self, event: impl FnOnce(u64, &TaskState) -> Result<Event, Denial>) -> Result<u64, Denial> {
         let mut state = self.lock();
         // Under the lock, so that nothing is put in order after what ended the log.
         if let Some(denial) = self.failure() {
             return Err(denial);
         }
         let seq = state.next;
-        let before = state.budget.clone();
-        let event = event(seq, &mut state.budget)?;
+        let event = event(seq, &state.task)?;
         let record = Record {
             v: VERSION,
             seq,
             time: format!("{:.3}", clock::now()),
             attempt: self.attempt,
             actor: Actor::Harness,
-            usage: state.budget.usage(),
+            usage: state.task.usage_after(&event),
             event,
         };
+        let unwritable = |state: MutexGuard<'_, State>, why: &dyn std::fmt::Display| {
+            // Whoever is told by `progress` may ask for the lock.
+            drop(state);
+            Err(self.fail(Denial { rule: Rule::Evidence, reason: format!("record {seq} cannot be written: {why}") }))
+        };
+        if let Some(Violation { rule, message }) = state.task.check(&record).into_iter().next() {
+            return match record.event.is_of_the_past() {
+                true => unwritable(state, &format_args!("{rule}: {message}")),
+                false => Err(Denial { rule: rule.denial(), reason: message }),
+            };
+        }
         let entry = match record.encode() {
             Ok(entry) => entry,
-            Err(error) => {
-                state.budget = before;
-                // Whoever is told by `progress` may ask for the lock.
-                drop(state);
-                let reason = format!("record {seq} cannot be written: {error}");
-                return Err(self.fail(Denial { rule: Rule::Evidence, reason }));
-            }
+            Err(error) => return unwritable(state, &error),
         };
+        state.task.apply(&record);
         (self.follow)(&record, &entry);
         if state.queue.is_empty() {
             state.since = Instant::now();
@@ -218,11 +225,6 @@ impl Journal {
             self.work.notify_one();
         }
         Ok(seq)
-    }
-
-    /// How many of the refusals end nothing.
-    pub fn ignored(&self) -> i64 {
-        self.lock().budget.ignored()
     }
 
     /// Waits until a record lies in the evidence store.
@@ -340,9 +342,9 @@ impl Journal {
         Denial { rule: Rule::Evidence, reason }
     }
 
-    /// The counters now.
-    pub fn usage(&self) -> Usage {
-        self.lock().budget.usage()
+    /// What the log says now of the task.
+    pub fn look<T>(&self, look: impl FnOnce(&TaskState) -> T) -> T {
+        look(&self.lock().task)
     }
 
     /// Whether the budget takes calls at all.
@@ -350,18 +352,18 @@ impl Journal {
     /// # Errors
     /// See [`Budget::open`].
     pub fn open(&self) -> Result<(), Exhausted> {
-        self.lock().budget.open()
+        self.lock().task.budget().open()
     }
 
     /// What is not spent, for a model of this price. Some of it may be held for calls under way.
     pub fn left<'p>(&self, price: Option<&'p ModelPrice>) -> Left<'p> {
-        let state = self.lock();
-        Left { tokens: state.budget.tokens_unspent(), cost: state.budget.cost_unspent().zip(price) }
+        let budget = self.lock().task.budget();
+        Left { tokens: budget.tokens_unspent(), cost: budget.cost_unspent().zip(price) }
     }
 
     /// Whether so much can be reserved for a model call.
     pub fn fits(&self, asked: Spent) -> Fits {
-        self.lock().budget.fits(asked)
+        self.lock().task.budget().fits(asked)
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -603,3 +605,6 @@ pub fn call_id(intent: u64) -> String {
 fn gone() -> Denial {
     Denial { rule: Rule::Evidence, reason: "the log has ended".into() }
 }
+
+#[cfg(test)]
+mod tests;

@@ -30,7 +30,7 @@ use super::{
     bounds::Bounds,
     gate::{Call, Decided, Gate, Permit, Settlement},
     journal::call_id,
-    once::Turn,
+    once::{Once, Turn},
     rest,
 };
 use crate::{
@@ -181,7 +181,7 @@ impl Tools {
                 came => break came,
             }
         };
-        let standing = self.gate.undoing().as_ref().map(|undoing| undoing.standing(undoes));
+        let standing = self.gate.standing(undoes);
         match (came, standing) {
             // Though the answer was lost, or is withheld, it is known.
             (_, Some(Standing::Undone)) => Ok(()),
@@ -241,7 +241,7 @@ impl Tools {
             Err(Halt::Denied(denial)) => return Err(self.gate.deny(Channel::Tool, name, Some(digest), denial).await),
         };
         let (bounds, intent) = (Bounds::of(tool), permit.intent);
-        let undone = self.gate.undoing().is_none() && tool.compensation().is_some();
+        let undone = !self.gate.is_rollback() && tool.compensation().is_some();
         let arguments = (tool.verify.is_some() || undone).then(|| Value::Object(args.clone()));
         let (result, settlement) = match route {
             Route::Mcp(mcp, ready) => self.upstreams.call(tool, &mcp, ready, args, permit.intent, bounds).await,
@@ -280,7 +280,7 @@ impl Tools {
         }
         match (result, tool.verify.as_ref().zip(arguments)) {
             (Err(denial), Some((read, arguments))) if unknown => {
-                let told = self.resolve(tool, read, &arguments, (&call_id(intent), key.as_deref())).await;
+                let told = self.resolve(tool, read, &arguments, &call_id(intent)).await;
                 let words = told.unwrap_or_else(|why| why);
                 Err(Denial { rule: denial.rule, reason: format!("{}. {words}", denial.reason) })
             }
@@ -311,13 +311,7 @@ impl Tools {
     ///
     /// # Errors
     /// Why it is still not known.
-    async fn resolve(
-        &self,
-        tool: &Tool,
-        read: &VerifyRead,
-        arguments: &Value,
-        (call, key): (&str, Option<&str>),
-    ) -> Result<String, String> {
+    async fn resolve(&self, tool: &Tool, read: &VerifyRead, arguments: &Value, call: &str) -> Result<String, String> {
         // From now on, not from when it was sent: the upstream had all that time, and may be at it still.
         let settled = Instant::now() + Duration::from_secs(u64::try_from(read.settle_seconds).unwrap_or_default());
         loop {
@@ -338,7 +332,7 @@ impl Tools {
                 }
                 Err(neither) => return Err(format!("{} does not tell what became of it: {neither}", read.tool)),
             };
-            self.gate.resolve(call, key, effect, by).map_err(|denial| denial.reason)?;
+            self.gate.resolve(call, effect, by).map_err(|denial| denial.reason)?;
             return Ok(format!("{} tells that {words}", read.tool));
         }
     }
@@ -369,9 +363,9 @@ impl Tools {
         let once = self.gate.once();
         let turn = once.turn(key).await;
         // Of this attempt or an earlier one: its contract may name a read that tells.
-        if let Some((read, call)) = tool.verify.as_ref().zip(once.unknown(of, &turn, digest)) {
+        if let Some((read, call)) = tool.verify.as_ref().zip(Once::unknown(self.gate.journal(), of, &turn, digest)) {
             let arguments = Value::Object(args.clone());
-            if let Err(why) = self.resolve(tool, read, &arguments, (&call, Some(&turn.key))).await {
+            if let Err(why) = self.resolve(tool, read, &arguments, &call).await {
                 tracing::warn!(call, why, "whether a call took effect is still not known");
             }
         }

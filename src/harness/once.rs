@@ -6,7 +6,7 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    sync::{Arc, Mutex, PoisonError, Weak},
 };
 
 use jiff::{SignedDuration, Timestamp};
@@ -33,8 +33,8 @@ use crate::{
 
 /// Longest results together that are kept here.
 const LONGEST_RESULTS: usize = 8 << 20;
-/// The witness reads the time of the record, which is written a little later: a key lapses here later than there.
-pub(super) const SLACK: SignedDuration = SignedDuration::from_secs(1);
+/// The log goes by the time of the record, which is written a little later: a key lapses here later than there.
+const SLACK: SignedDuration = SignedDuration::from_secs(1);
 
 /// A result, as the agent got it.
 #[derive(Clone)]
@@ -49,9 +49,8 @@ struct Results {
     size: usize,
 }
 
-/// The ledger.
+/// Who has which key, and the results that there are. What was made under which key follows from the log.
 pub struct Once {
-    ledger: Mutex<Ledger>,
     turns: Mutex<HashMap<String, Weak<tokio::sync::Mutex<()>>>>,
     results: Mutex<Results>,
     /// Whether results are kept outside the pod as well.
@@ -68,15 +67,9 @@ pub struct Turn {
 }
 
 impl Once {
-    /// A ledger that goes on from what the log says.
-    pub fn resume(ledger: Ledger, outside: bool, salt: Salt) -> Self {
-        let (turns, results) = (Mutex::default(), Mutex::default());
-        Self { ledger: Mutex::new(ledger), turns, results, outside, salt }
-    }
-
-    /// The ledger. Locked while the journal is, and never the other way round.
-    pub fn ledger(&self) -> MutexGuard<'_, Ledger> {
-        self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
+    /// No key is taken.
+    pub fn new(outside: bool, salt: Salt) -> Self {
+        Self { turns: Mutex::default(), results: Mutex::default(), outside, salt }
     }
 
     /// Waits until no other call with this key is under way.
@@ -106,11 +99,11 @@ impl Once {
     }
 
     /// The call that was made under a key and of which nobody knows whether it took effect.
-    pub fn unknown(&self, of: &Idempotency, turn: &Turn, digest: &str) -> Option<String> {
-        match self.ledger().find(&turn.key, digest, of, now()) {
+    pub fn unknown(journal: &Journal, of: &Idempotency, turn: &Turn, digest: &str) -> Option<String> {
+        journal.look(|task| match task.ledger().find(&turn.key, digest, of, now()) {
             Found::Unknown(made) => Some(made.call.clone()),
             _ => None,
-        }
+        })
     }
 
     /// The result that there is of the call that was made under a key; `None` if the call is to be made.
@@ -125,11 +118,12 @@ impl Once {
         turn: &Turn,
         digest: &str,
     ) -> Result<Option<CallToolResult>, Denial> {
-        let made = match self.ledger().find(&turn.key, digest, of, now()) {
-            Found::Free => return Ok(None),
-            Found::Made(made) => made.clone(),
-            found => return Err(refusal(&tool.name, &found)),
-        };
+        let made = journal.look(|task| match task.ledger().find(&turn.key, digest, of, now()) {
+            Found::Free => Ok(None),
+            Found::Made(made) => Ok(Some(made.clone())),
+            found => Err(refusal(&tool.name, &found)),
+        });
+        let Some(made) = made? else { return Ok(None) };
         let kept = self.results.lock().unwrap_or_else(PoisonError::into_inner).of.get(&made.call).cloned();
         let kept = match kept {
             Some(kept) => Ok(kept),
@@ -152,10 +146,10 @@ impl Once {
             response_digest: kept.digest,
         };
         journal.room().await;
-        let record = journal.record(|_, budget| {
-            budget.open()?;
+        let record = journal.record(|_, task| {
+            task.budget().open()?;
             // Its window may have closed since.
-            match self.ledger().find(&turn.key, digest, of, clock::now()) {
+            match task.ledger().find(&turn.key, digest, of, clock::now()) {
                 Found::Made(_) => Ok(Event::Replayed(replayed)),
                 found => Err(refusal(&tool.name, &found)),
             }

@@ -329,7 +329,7 @@ async fn route(
         };
     }
     // Bound to a name of its own: the guard is not held while it is answered.
-    let rolls_back = gate.undoing().is_some();
+    let rolls_back = gate.is_rollback();
     if path == undo::PATH && request.method() == Method::POST && rolls_back {
         return undo::handle(&tools).await;
     }

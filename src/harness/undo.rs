@@ -99,11 +99,11 @@ async fn run(tools: &Tools) -> Option<Report> {
 }
 
 fn standing(tools: &Tools, call: &str) -> Option<Standing> {
-    tools.gate().undoing().as_ref().map(|undoing| undoing.standing(call))
+    tools.gate().standing(call)
 }
 
 async fn round(tools: &Tools) -> Option<Report> {
-    let plan = tools.gate().undoing().as_ref()?.plan.clone();
+    let plan = tools.gate().rollback_plan()?;
     let mut report = Report::default();
     for step in plan.steps {
         let undone = match (&step.by, standing(tools, &step.call)) {

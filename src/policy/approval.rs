@@ -176,36 +176,41 @@ impl Approvals {
         self.made.get(call).copied().unwrap_or_default()
     }
 
-    /// A request was seen to be pending or decided.
+    /// Whether a request may be seen to be pending or decided so.
     ///
     /// # Errors
     /// What does not fit what the log says so far.
-    pub fn seen(&mut self, name: &str, call: &Exact, standing: Standing) -> Result<(), String> {
-        let full = self.requests.len() >= REQUESTS;
-        match self.requests.get_mut(name) {
-            None if full => Err(format!("expected at most {REQUESTS} approval requests")),
-            None => {
-                self.requests.insert(name.to_owned(), Request { call: call.clone(), standing, used: false });
-                Ok(())
-            }
+    pub fn fits(&self, name: &str, call: &Exact, standing: Standing) -> Result<(), String> {
+        match self.requests.get(name) {
+            None if self.requests.len() >= REQUESTS => Err(format!("expected at most {REQUESTS} approval requests")),
             Some(known) if known.call != *call => {
                 Err(format!("expected approval {name} to be for the call that it was asked for, found another"))
             }
             // A no is not taken back. Whether a yes has lapsed depends on whose clock is asked.
-            Some(known) if known.standing == Standing::Denied && standing != Standing::Denied => {
-                if standing == Standing::Pending {
-                    return Ok(());
-                }
+            Some(known)
+                if known.standing == Standing::Denied && matches!(standing, Standing::Approved | Standing::Expired) =>
+            {
                 Err(format!("expected approval {name} to stay denied, found it {standing:?}"))
             }
-            Some(known) => {
-                // A harness that was started again asks again.
-                if standing != Standing::Pending {
-                    known.standing = standing;
-                }
-                Ok(())
-            }
+            _ => Ok(()),
         }
+    }
+
+    /// A request was seen to be pending or decided.
+    ///
+    /// # Errors
+    /// What does not fit what the log says so far: nothing changes then.
+    pub fn seen(&mut self, name: &str, call: &Exact, standing: Standing) -> Result<(), String> {
+        self.fits(name, call, standing)?;
+        match self.requests.get_mut(name) {
+            None => {
+                self.requests.insert(name.to_owned(), Request { call: call.clone(), standing, used: false });
+            }
+            // A harness that was started again asks again.
+            Some(_) if standing == Standing::Pending => {}
+            Some(known) => known.standing = standing,
+        }
+        Ok(())
     }
 
     /// Whether the log says anything of a request.

@@ -87,6 +87,12 @@ impl Budget {
         Self { ignored, ..self }
     }
 
+    /// Of what is counted as used, so much is set aside for calls under way.
+    #[must_use]
+    pub fn holding(self, held: Spent) -> Self {
+        Self { held, ..self }
+    }
+
     /// How many of the refusals end nothing.
     pub fn ignored(&self) -> i64 {
         self.ignored

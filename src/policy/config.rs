@@ -116,7 +116,7 @@ pub fn is_zero(count: &i64) -> bool {
 }
 
 /// Hard limits, already bounded by the class's ceiling.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Limits {
     /// Seconds that one attempt may run.

@@ -70,6 +70,12 @@ impl Walk {
         }
     }
 
+    /// Asks for one rule no more.
+    #[cfg(test)]
+    pub(crate) fn switch_off(&mut self, rule: crate::evidence::state::LogRule) {
+        self.history.switch_off(rule);
+    }
+
     /// Takes the object under the next key in. One that is no segment by its key is none of the chain's.
     pub fn segment(&mut self, key: &str, bytes: &[u8]) {
         if !self.whole || Segment::first_of(key).is_none() {

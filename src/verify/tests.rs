@@ -36,6 +36,7 @@ use crate::{
 
 mod documents;
 pub(crate) mod forge;
+mod rules;
 pub(crate) mod script;
 
 fn run(script: &Script, log: &Log) -> Report {

@@ -73,7 +73,7 @@ pub fn reviewed(
     let bound = ready::bound(api, body, &known, pack).map_err(|unbounded| unfit(unbounded.to_string()))?;
     is_enough(bound.total(), intent.reserved.tokens, "tokens")?;
     // Who has begun by another policy has its names and prices, by which the log is verified.
-    if intent.policy == compiled.digest {
+    if *intent.policy == *compiled.digest {
         is_as_recorded(compiled, (intent, salt), model, (api, bound))?;
     }
     Ok(by_list(headers, pack.terms))

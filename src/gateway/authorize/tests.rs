@@ -618,7 +618,7 @@ fn contract_and_pack_are_asked_again(
     #[case] expected: Result<(bool, bool), Rule>,
 ) {
     let compiled = with(change);
-    let intent = IntentFacts { assessment, policy: compiled.digest.clone(), ..to_write(&arguments) };
+    let intent = IntentFacts { assessment, policy: compiled.digest.as_str().into(), ..to_write(&arguments) };
     let found = judge(&compiled, &intent, &arguments).map(|needed| (needed.by_contract, !needed.because.is_empty()));
     assert_eq!(found.map_err(|e| e.rule), expected);
 }
@@ -661,7 +661,7 @@ fn the_newest_pack_is_judged_by() {
     let compiled = with(|policy| policy.access.rules = vec![rule("renamed", RuleDecision::Allow, None)]);
     let intent = IntentFacts { assessment: assessment(&["all"]), ..to_write(&json!({})) };
     assert_eq!(judge(&compiled, &intent, &json!({})), Ok(Needed::default()));
-    let by_this_one = IntentFacts { policy: compiled.digest.clone(), ..intent };
+    let by_this_one = IntentFacts { policy: compiled.digest.as_str().into(), ..intent };
     assert_eq!(judge(&compiled, &by_this_one, &json!({})).unwrap_err().rule, Rule::AccessRule);
 }
 

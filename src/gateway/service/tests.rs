@@ -706,7 +706,8 @@ async fn what_an_idempotent_call_answered_is_kept_for_the_tasks_own_attempts() {
     let keep = |intent, result: &str| wire::KeepResult { intent, result: result.into() };
     let key = |call: &str| {
         let RecordEvent::Intent(mut intent) = testing::intent(call, Channel::Tool, "write", 0) else { panic!() };
-        intent.key = Some("k".into());
+        let digest = intent.request_digest.as_deref().unwrap_or_default();
+        intent.key = Some(crate::policy::ledger::made_of(testing::UID, "write", digest));
         RecordEvent::Intent(intent)
     };
     let search = testing::intent("b", Channel::Tool, "search", 0);

@@ -260,7 +260,7 @@ impl Log {
         let mut lost = Vec::new();
         while let Some(held) = state.held.front().filter(|held| held.segment.first < size) {
             if !by.holds(&held.segment) {
-                self.forked.fetch_max(held.after.attempt(), Ordering::Relaxed);
+                self.forked.fetch_max(held.after.state().attempt(), Ordering::Relaxed);
                 lost.extend(state.held.drain(..).map(|held| held.segment));
                 break;
             }

@@ -56,11 +56,11 @@ async fn a_run_over_two_replicas_verifies() {
     }
     // The pod dies; the second attempt finds the counters where the first left them, at the replica that knows less.
     let reply = open(&b, 2).await.unwrap();
-    assert_eq!((reply.size, reply.usage, reply.open_calls), (harness.tree.size(), harness.usage, 0));
+    assert_eq!((reply.size, reply.state.usage, reply.open_calls), (harness.tree.size(), harness.usage, 0));
     let frontier = reply.frontier.iter().map(|h| BASE64.decode(h).unwrap().try_into().unwrap()).collect();
     let mut second = Harness::new(2);
     second.tree = crate::evidence::merkle::Tree::from_frontier(reply.size, frontier).unwrap();
-    second.usage = reply.usage;
+    second.usage = reply.state.usage;
     let opened = second.opened();
     append(&a, &second.next(vec![opened, intent("3", Channel::Tool, "write", 0)])).await.unwrap();
     append(&a, &second.next(vec![outcome("3", 0)])).await.unwrap();
@@ -137,7 +137,7 @@ async fn a_rollback_goes_by_the_plan_that_the_other_log_makes() {
     assert_eq!(sealed.undone_by, Some(["search".to_owned()].into()));
 
     let reply = b.open(&at, &principal(1), &request, &digest, Some(&of), kept()).await.unwrap();
-    let plan = reply.undoing.unwrap().plan;
+    let plan = reply.state.undoing.unwrap().plan;
     assert_eq!(plan.steps.iter().map(|step| step.call.as_str()).collect::<Vec<_>>(), ["2", "1"], "newest first");
     let append = async |request: &AppendRequest| {
         b.append(&at, &principal(1), request, Ok(&digest), Some(&of)).await.map(drop).map_err(|refused| refused.rule)
@@ -185,7 +185,8 @@ async fn a_rollback_goes_by_the_plan_that_the_other_log_makes() {
 
     // Whoever opens it next goes on from there, at any replica.
     let request = OpenRequest { attempt: 2, policy_digest: digest.clone() };
-    let undoing = a.open(&at, &principal(2), &request, &digest, Some(&of), kept()).await.unwrap().undoing.unwrap();
+    let undoing =
+        a.open(&at, &principal(2), &request, &digest, Some(&of), kept()).await.unwrap().state.undoing.unwrap();
     assert_eq!((undoing.standing("2"), undoing.standing("1")), (Standing::Undone, Standing::Due));
 }
 
@@ -225,7 +226,8 @@ async fn what_a_rollback_left_another_may_take() {
     let digest = policy.digest().unwrap();
     let at = log_at(ROLLBACK);
     let request = OpenRequest { attempt: 1, policy_digest: digest.clone() };
-    let plan = a.open(&at, &principal(1), &request, &digest, Some(&of), kept()).await.unwrap().undoing.unwrap().plan;
+    let plan =
+        a.open(&at, &principal(1), &request, &digest, Some(&of), kept()).await.unwrap().state.undoing.unwrap().plan;
     let mut harness = Harness::of(ROLLBACK, 1);
     let undo = |call: &str, undoes: &str| {
         let Event::Intent(of) = intent(call, Channel::Tool, "search", 0) else { panic!("another event") };
@@ -594,10 +596,10 @@ fn edit(harness: &Harness, change: impl Fn(&mut crate::evidence::record::Attempt
 /// By which rule a log of these events is refused, if it is. Each `attempt.opened` among them stands for a harness that opens the log again.
 fn rule_against(harness: &mut Harness, opened: &Event, events: &[Event]) -> Option<Rule> {
     let mut parts = events.split(|event| matches!(event, Event::AttemptOpened(_)));
-    let extended = parts.try_fold(History::default(), |history, part| {
+    let extended = parts.try_fold(History::new(&note::origin(testing::UID)), |history, part| {
         let request = harness.next(std::iter::once(opened.clone()).chain(part.to_vec()).collect());
         let segment = Segment::parse(request.segment.as_bytes()).unwrap();
-        history.extended(&segment, &note::origin(testing::UID))
+        history.extended(&segment)
     });
     extended.err().map(|refused| refused.rule)
 }
@@ -798,10 +800,11 @@ fn one_call_by_an_approval_and_one_effect_under_a_key() {
         evidence::record::{self, Effect},
         policy::{
             access::Assessment,
-            approval::{AskedBy, Standing},
-            config::{Idempotency, Sensitivity, VerifyRead},
+            approval::{Answer, Approvers, AskedBy, Standing, Vote},
+            config::{Approval, Idempotency, OnTimeout, Sensitivity, VerifyRead},
         },
     };
+    let vote = |decision| vec![Vote { by: "ana".into(), decision, reason: None }];
     let said = |standing| record::Approval {
         name: "a".into(),
         uid: "u".into(),
@@ -812,9 +815,14 @@ fn one_call_by_an_approval_and_one_effect_under_a_key() {
         expires: "2026-11-24T00:00:00Z".into(),
         because: vec![],
         standing,
-        decisions: vec![],
+        decisions: match standing {
+            Standing::Approved => vote(Answer::Approve),
+            Standing::Denied => vote(Answer::Deny),
+            Standing::Pending | Standing::Expired => vec![],
+        },
     };
     let decided = |standing| Event::ApprovalDecided(said(standing));
+    let unvoted = |standing| Event::ApprovalDecided(record::Approval { decisions: vec![], ..said(standing) });
     let call = |id: &str, tool: &str, approval: Option<&str>, key: Option<&str>, digest: &str| {
         let Event::Intent(mut call) = intent(id, Channel::Tool, tool, 0) else { panic!() };
         (call.approvals, call.key) = (approval.map(Into::into).into_iter().collect(), key.map(Into::into));
@@ -860,6 +868,8 @@ fn one_call_by_an_approval_and_one_effect_under_a_key() {
         (vec![by("1", Some("a"))], Some(Rule::ToolApproval)),
         (vec![decided(no), by("1", Some("a"))], Some(Rule::ToolApproval)),
         (vec![decided(no), decided(yes)], Some(Rule::LogSegment)),
+        (vec![unvoted(yes)], Some(Rule::LogSegment)),
+        (vec![unvoted(no)], Some(Rule::LogSegment)),
         (vec![decided(yes), by("1", Some("a")), by("2", Some("a"))], Some(Rule::ToolApproval)),
         (vec![decided(yes), call("1", "search", Some("a"), Some("k"), "d")], Some(Rule::ToolApproval)),
         (vec![under("1", "d"), given("1", Some("r"), None), again("1")], None),
@@ -977,9 +987,17 @@ fn one_call_by_an_approval_and_one_effect_under_a_key() {
                 applied: "result".into(),
                 settle_seconds: 1,
             });
+            write.approval = Some(Approval {
+                when: Some("args.amount > 10".into()),
+                approvers: Approvers { users: vec!["ana".into()], groups: vec![] },
+                required: 1,
+                timeout_seconds: 60,
+                on_timeout: OnTimeout::Deny,
+                hold_seconds: 30,
+            });
             opened.policy.tools.push(look);
             let search = opened.policy.tools.iter_mut().find(|tool| tool.name == "search").unwrap();
-            search.idempotency = Some(Idempotency { argument: None, header: None, window_seconds: 3600 });
+            search.idempotency = Some(Idempotency { argument: Some("id".into()), header: None, window_seconds: 3600 });
         });
         assert_eq!(rule_against(&mut harness, &opened, &events), expected, "{events:?}");
     }
@@ -1201,3 +1219,4 @@ async fn reads_do_not_leave_by_what_has_been_on_its_way_for_long() {
 }
 
 mod differential;
+mod rules;

@@ -13,6 +13,8 @@ use crate::{
     evidence::{
         merkle::Tree,
         note::{self, Signer},
+        record::{AttemptOpened, Pod},
+        state::User,
     },
     harness::{journal, link::CallError, spool::Spool},
     policy::{
@@ -22,7 +24,6 @@ use crate::{
             Rollback, Upstream, VerifyRead, Wiring,
         },
         decide::tests::{policy as small, salt},
-        ledger::Ledger,
     },
     wire::{AppendReply, AppendRequest},
 };
@@ -331,16 +332,40 @@ fn gate(policy: PolicyConfig) -> Arc<Gate> {
     let wiring = Wiring { attempt: 1, gateway: "127.0.0.1:1".into(), gateway_ca: ca, probe };
     let link = Arc::new(Link::new(&wiring, folder.path().join("token")).unwrap());
     let (spool, _) = Spool::open(folder.path()).unwrap();
+    let uid = &policy.task.uid;
     let start = journal::Start {
         attempt: 1,
         tree: Tree::default(),
-        signer: Signer::generate(&note::attempt_key_name("uid", 1)).unwrap(),
-        origin: note::origin("uid"),
-        budget: Budget::resume(policy.limits, Usage::default()),
+        signer: Signer::generate(&note::attempt_key_name(uid, 1)).unwrap(),
+        origin: note::origin(uid),
+        state: TaskState::new(User::Harness, &note::origin(uid)),
         spool,
         follow: Box::new(|_, _| ()),
     };
+    let key = start.signer.verifier().to_string();
     let journal = Journal::start(start, Arc::new(Takes));
+    let opened = AttemptOpened {
+        key,
+        policy: policy.clone(),
+        pod: Pod {
+            name: "t-1".into(),
+            uid: "pod".into(),
+            node: "node".into(),
+            runtime_class: String::new(),
+            network_policy: "t-1".into(),
+        },
+        containment: Containment {
+            contained: true,
+            rounds: 3,
+            millis: 1,
+            reachable: "r".into(),
+            unreachable: vec![],
+            breaches: vec![],
+        },
+        rollback: None,
+        local: None,
+    };
+    journal.record(|_, _| Ok(Event::AttemptOpened(Box::new(opened)))).unwrap();
     let clock = Clock::start(Duration::from_secs(1 << 20), Duration::ZERO);
     let approvals = Approvals::new(link.clone(), journal.clone(), clock.clone());
     let compiled = Compiled {
@@ -348,12 +373,6 @@ fn gate(policy: PolicyConfig) -> Arc<Gate> {
         guard: Guard::compile(&policy).unwrap(),
         outputs: Outputs::compile(&policy.tools).unwrap(),
     };
-    let kept = Kept {
-        quotas: Quotas::resume(&policy.tools, &BTreeMap::new()),
-        once: Once::resume(Ledger::default(), false, salt()),
-        seen: Sensitivity::default(),
-        undoing: None,
-        salt: salt(),
-    };
-    Arc::new(Gate::new(compiled, kept, journal, link, clock, approvals))
+    let once = Once::new(false, salt());
+    Arc::new(Gate::new(compiled, once, salt(), journal, link, clock, approvals))
 }

@@ -60,7 +60,7 @@ fn intent(compiled: &Compiled, body: &Value) -> IntentFacts {
         model: Some("m-1".into()),
         reserved: Spent::of(bound, Some(price)),
         assessment: None,
-        policy: compiled.digest.clone(),
+        policy: compiled.digest.as_str().into(),
         http: None,
         undoes: None,
         usage: Usage::default(),

@@ -110,7 +110,7 @@ impl Both {
     fn new() -> Self {
         let signer = Signer::generate(note::WITNESS_NAME).unwrap();
         let walk = verify::Walk::new(&signer.verifier(), &verify::Expected::Anything);
-        Self { signer, history: History::default(), walk, harness: Harness::new(1) }
+        Self { signer, history: History::new(&note::origin(testing::UID)), walk, harness: Harness::new(1) }
     }
 
     /// Tries what may come next; whether the witness has taken it.
@@ -118,7 +118,7 @@ impl Both {
         let (tree, usage, reserved) = (self.harness.tree.clone(), self.harness.usage, self.harness.reserved.clone());
         let request = self.harness.next(vec![event]);
         let mut segment = Segment::parse(request.segment.as_bytes()).unwrap();
-        let taken = self.history.extended(&segment, &note::origin(testing::UID));
+        let taken = self.history.extended(&segment);
         segment.note.cosign(&self.signer, 1);
         let mut walk = self.walk.clone();
         walk.segment(&Segment::key(segment.first), &segment.to_bytes());

@@ -1,0 +1,49 @@
+//! Approvals: what is asked for, and what follows from the votes.
+
+use std::sync::Arc;
+
+use jiff::Timestamp;
+
+use super::{Findings, LogRule, TaskState};
+use crate::{
+    evidence::{fits, record::Approval},
+    policy::approval::{self, Standing},
+};
+
+impl TaskState {
+    /// What is said of an approval fits what was said before, what the policy asks for, and who has decided.
+    pub(super) fn check_approval(&self, approval: &Approval, found: &mut Findings<'_>) {
+        let fits = self.approvals.fits(&approval.name, &approval.call(), approval.standing);
+        found.expect_ok(LogRule::ApprovalRequest, fits);
+        let expires = fits::expiry(&approval.expires);
+        found.expect(LogRule::ApprovalTime, expires.is_some(), || {
+            format!("expected an RFC 3339 time of expiry, found {:?}", approval.expires)
+        });
+        found.expect_ok(LogRule::ApprovalVotes, self.voted(approval, expires.unwrap_or(Timestamp::MAX)));
+    }
+
+    fn voted(&self, approval: &Approval, expires: Timestamp) -> Result<(), String> {
+        let Approval { name, by, tool, standing, decisions, .. } = approval;
+        let Some(policy) = self.config() else { return Ok(()) };
+        let Some(needs) = policy.tool(tool).and_then(|_| policy.approval(tool, *by)) else {
+            return Err(format!("expected a tool that needs approval by the {}, found {tool}", by.as_str()));
+        };
+        if approval.required != needs.required {
+            let (expected, found) = (needs.required, approval.required);
+            return Err(format!("expected {expected} to have to approve, found {found}"));
+        }
+        let barred = [Some(policy.task.principal.as_str()), policy.task.requester.as_deref()];
+        let asked = approval::Asked { required: needs.required, barred, expires };
+        // What has expired is the gateway's clock's to say. By the votes alone:
+        let voted = approval::standing(&asked, decisions, Timestamp::MIN);
+        if *standing != voted && !(*standing == Standing::Expired && voted != Standing::Denied) {
+            return Err(format!("expected approval {name} to be {voted:?} by its decisions, found it {standing:?}"));
+        }
+        Ok(())
+    }
+
+    pub(super) fn apply_approval(&mut self, approval: &Approval) {
+        // What does not fit changes nothing.
+        let _ = Arc::make_mut(&mut self.approvals).seen(&approval.name, &approval.call(), approval.standing);
+    }
+}

@@ -1,0 +1,104 @@
+//! Attempts: who may write when, and under which key and policy.
+
+use std::sync::Arc;
+
+use super::{Findings, LogRule, Policy, TaskState, Unknown};
+use crate::{
+    evidence::{
+        note::{self, VerifierKey},
+        record::{AttemptOpened, Event, Record},
+        rollback::Undoing,
+    },
+    policy::{access::Guard, budget::Spent, config::ToolUsage},
+};
+
+impl TaskState {
+    /// Attempts go up, and do nothing before they open and after they close.
+    pub(super) fn check_attempt(&self, record: &Record, found: &mut Findings<'_>) {
+        let kind = record.event.kind();
+        // A task that ends without an attempt has none to name.
+        let least = if matches!(record.event, Event::TaskClosed(_)) { self.attempt } else { self.attempt.max(1) };
+        found.expect(LogRule::AttemptOrder, record.attempt >= least, || {
+            format!("expected attempt {least} or a later one, found {}", record.attempt)
+        });
+        match &record.event {
+            // An attempt may fail before its harness opens it; the end of the task names it all the same.
+            Event::AttemptOpened(_) | Event::TaskClosed(_) => {}
+            _ if record.attempt != self.attempt => found.violated(
+                LogRule::AttemptOpen,
+                format!("expected attempt.opened first in attempt {}, found {kind}", record.attempt),
+            ),
+            _ => found.expect(LogRule::AttemptOpen, self.is_open, || {
+                format!("expected nothing after attempt.closed, found {kind}")
+            }),
+        }
+    }
+
+    pub(super) fn check_opened(&self, record: &Record, opened: &AttemptOpened, found: &mut Findings<'_>) {
+        let over = self.terminated_by(record.attempt);
+        found.expect(LogRule::AttemptOver, over.is_none(), || {
+            format!("expected attempt {} to stay closed: a limit has ended it", record.attempt)
+        });
+        found.expect_ok(LogRule::AttemptKey, self.key_of(record.attempt, &opened.key));
+        found.expect(
+            LogRule::AttemptContained,
+            opened.containment.contained && opened.containment.breaches.is_empty(),
+            || "expected a contained pod, found one that reaches more than the gateway".to_owned(),
+        );
+        let uid = &opened.policy.task.uid;
+        found.expect(LogRule::AttemptTask, note::origin(uid) == *self.origin, || {
+            format!("expected the policy of {}, found one of task UID {uid}", self.origin)
+        });
+        if found.asks(LogRule::AttemptPolicy) {
+            found.expect_ok(LogRule::AttemptPolicy, Guard::compile(&opened.policy).map_err(|error| error.to_string()));
+        }
+        let origin = opened.rollback.as_ref().map(|plan| plan.origin.as_str());
+        let expected = opened.policy.task.rollback_of.as_ref().map(|of| note::origin(&of.uid));
+        found.expect(LogRule::RollbackPlan, origin == expected.as_deref(), || {
+            format!("expected a plan to undo {expected:?}, found one for {origin:?}")
+        });
+        // Whether it is what the other task's log makes is for whoever has both logs.
+        if let Some(undoing) = &self.rollback {
+            found.expect(LogRule::RollbackPlan, opened.rollback.as_ref() == Some(&undoing.plan), || {
+                "expected the plan that the rollback began with, found another".to_owned()
+            });
+        }
+    }
+
+    /// The key of an attempt, as its opening has it.
+    fn key_of(&self, attempt: i64, key: &str) -> Result<VerifierKey, String> {
+        let key: VerifierKey = key.parse().map_err(|error: note::KeyError| error.to_string())?;
+        let expected = format!("{}/{attempt}", self.origin);
+        if key.name() != expected || key.is_witness() {
+            return Err(format!("expected a log key named {expected}, found {}", key.name()));
+        }
+        Ok(key)
+    }
+
+    pub(super) fn apply_opened(&mut self, record: &Record, opened: &AttemptOpened) {
+        if self.opened_attempt != record.attempt {
+            self.opened_attempt = record.attempt;
+            // Definitions are each attempt's own.
+            let forget = |(name, used): (&String, &ToolUsage)| (name.clone(), ToolUsage { definition: None, ..*used });
+            self.tools = self.tools.iter().map(forget).collect();
+        }
+        (self.is_open, self.containment_lost, self.terminated_by) = (true, false, None);
+        // Whatever does not hold about the key: an older one must not go on signing.
+        self.key = self.key_of(record.attempt, &opened.key).ok().map(Arc::new);
+        self.policy = Some(Arc::new(Policy {
+            config: opened.policy.clone(),
+            digest: opened.policy.digest().unwrap_or_default().into(),
+            guard: self.asks(LogRule::CallAssessment).then(|| Guard::compile(&opened.policy).ok()).flatten(),
+        }));
+        // Those who were to say what became of open calls are gone.
+        self.held = Spent::default();
+        Arc::make_mut(&mut self.ledger).abandon();
+        let lost = self.open_calls.values().filter(|call| !self.unknown.contains_key(&call.call));
+        for call in lost.cloned().collect::<Vec<_>>() {
+            self.lose(Unknown::of(&call, record.seq), &call.call);
+        }
+        if self.rollback.is_none() {
+            self.rollback = opened.rollback.clone().map(|plan| Arc::new(Undoing::new(plan)));
+        }
+    }
+}

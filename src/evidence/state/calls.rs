@@ -1,0 +1,462 @@
+//! Calls: what an intent needs, what an outcome settles, what a replay and a resolution may say.
+
+use std::sync::Arc;
+
+use jiff::Timestamp;
+
+use super::{Findings, LogRule, TaskState, Unknown};
+use crate::{
+    canonical,
+    evidence::{
+        fits,
+        record::{Channel, Effect, Intent, Outcome, Record, Replayed, Resolved},
+        rollback::{self, Leaving},
+    },
+    policy::{
+        access::{Asked, Assessment},
+        approval::AskedBy,
+        budget::Spent,
+        config::{HttpUpstream, Idempotency, Sensitivity, SideEffect, Upstream, Usage},
+        ledger::{self, Found},
+    },
+};
+
+/// Intents that are remembered for calls to refer to, where memory is bounded. A harness has a handful open at a time, and keeps MCP
+/// sessions under the intents that opened them.
+const RECENT: usize = 4096;
+/// Intents that may be open at once: each takes memory until its outcome.
+const OPEN: usize = 4096;
+/// Tools that are counted: more than a task may name.
+const TOOLS: usize = 4096;
+/// Calls of unknown fate that are remembered for reads to resolve, where memory is bounded.
+const UNKNOWN: usize = 65_536;
+/// Bytes of the name of a call, a target, a key or a definition.
+const NAME: usize = 4096;
+
+/// A call that has an intent, with what its attempt and its task were like before it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct IntentFacts {
+    /// Its place in the log.
+    pub seq: u64,
+    /// The call.
+    pub call: String,
+    /// The attempt that means to make it.
+    pub attempt: i64,
+    /// Which way.
+    pub channel: Channel,
+    /// To what.
+    pub target: String,
+    /// What it may change.
+    pub effect: Option<SideEffect>,
+    /// The digest of the upstream's definition of an MCP tool.
+    pub definition: Option<String>,
+    /// The digest of the request.
+    pub request_digest: Option<String>,
+    /// The idempotency key under which it is made.
+    pub key: Option<String>,
+    /// The approvals by which it is made.
+    pub approvals: Vec<String>,
+    /// The model that is asked, as it may be recorded.
+    pub model: Option<String>,
+    /// What is set aside for it.
+    pub reserved: Spent,
+    /// What the pack found of it.
+    pub assessment: Option<Assessment>,
+    /// The digest of the policy by which its attempt runs.
+    pub policy: Arc<str>,
+    /// Where an HTTP tool is, by that policy.
+    pub http: Option<Arc<HttpUpstream>>,
+    /// What it undoes.
+    pub undoes: Option<Undoes>,
+    /// The counters before it.
+    pub usage: Usage,
+    /// The most sensitive data that the task had handled before it.
+    pub seen: Sensitivity,
+    /// Whether it still waits for its outcome.
+    pub open: bool,
+    /// What its outcome says.
+    pub became: Option<Effect>,
+}
+
+impl IntentFacts {
+    /// Whether its call leaves before it lies in the bucket.
+    pub fn leaves_witnessed(&self) -> bool {
+        self.channel.leaves_witnessed(self.effect)
+    }
+
+    /// Whether no contract says that it changes something.
+    pub fn changes_nothing(&self) -> bool {
+        !matches!(self.effect, Some(SideEffect::Write | SideEffect::External))
+    }
+}
+
+/// A call of another task that a call undoes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Undoes {
+    /// The call.
+    pub call: String,
+    /// Until when, RFC 3339.
+    pub until: Option<String>,
+}
+
+impl Unknown {
+    /// A call whose fate is unknown from a record on.
+    pub(super) fn of(call: &IntentFacts, since: u64) -> Self {
+        Self { target: call.target.clone(), key: call.key.clone(), since }
+    }
+}
+
+/// A call's name, in as little as tells it from others.
+fn print(call: &str) -> u128 {
+    canonical::sha256(call.as_bytes()).first_chunk().map_or(0, |first| u128::from_be_bytes(*first))
+}
+
+impl TaskState {
+    pub(super) fn check_intent(&self, time: Timestamp, intent: &Intent, found: &mut Findings<'_>) {
+        self.check_bounds(intent, found);
+        let Intent { call, channel, target, reserved_tokens: tokens, reserved_cost_micros: cost, .. } = intent;
+        found.expect(LogRule::CallReservation, *tokens >= 0 && *cost >= 0, || {
+            format!("expected a reservation of no less than 0, found {tokens} tokens and a cost of {cost}")
+        });
+        found.expect(LogRule::CallUnique, !self.named.contains_key(&print(call)), || {
+            format!("expected one intent of call {call}, found a second")
+        });
+        found.expect(LogRule::ContainmentLost, !self.containment_lost, || {
+            "expected no call after the containment was lost, found one".to_owned()
+        });
+        let is_tool = *channel == Channel::Tool;
+        found.expect(
+            LogRule::CallAccess,
+            is_tool || (intent.assessment.is_none() && intent.approvals.is_empty()),
+            || "expected an assessment and approvals of tool calls only, found one of another".to_owned(),
+        );
+        let Some(policy) = self.config() else { return };
+        self.check_limits(intent, found);
+        if let Some(problem) = fits::misfit(intent, policy).or_else(|| fits::mispriced(intent, policy)) {
+            found.violated(LogRule::CallPolicy, problem);
+        }
+        self.check_key(time, intent, found);
+        found.expect_ok(LogRule::RollbackCall, rollback::lets(self.rollback(), self.leaving(intent), time));
+        if !is_tool {
+            return;
+        }
+        if let Some((first, definition)) = self.definition(target).zip(intent.definition.as_ref()) {
+            found.expect(LogRule::CallDefinition, first == definition, || {
+                format!(
+                    "expected the definition {first} of {target}, by which the attempt called it first, found {definition}"
+                )
+            });
+        }
+        if let Some(assessment) = &intent.assessment {
+            let (expected, seen) = (self.seen.as_str(), assessment.seen.as_str());
+            found.expect(LogRule::DataSeen, assessment.seen == self.seen, || {
+                format!("expected {expected} data to have been seen, found {seen}")
+            });
+        }
+        self.check_approved(intent, found);
+    }
+
+    /// A hostile harness does not fill its readers' memory.
+    fn check_bounds(&self, intent: &Intent, found: &mut Findings<'_>) {
+        let names = [Some(&intent.call), Some(&intent.target), intent.key.as_ref(), intent.definition.as_ref()];
+        found.expect(LogRule::CallBounds, names.into_iter().flatten().all(|name| name.len() <= NAME), || {
+            format!("expected names of at most {NAME} bytes")
+        });
+        found.expect(LogRule::CallBounds, self.open_calls.len() < OPEN, || {
+            format!("expected at most {OPEN} calls without an outcome")
+        });
+        let counted = self.tools.len() < TOOLS || self.tools.contains_key(&intent.target);
+        found.expect(LogRule::CallBounds, intent.channel != Channel::Tool || counted, || {
+            format!("expected at most {TOOLS} tools")
+        });
+    }
+
+    /// What the task's and the contract's limits leave.
+    fn check_limits(&self, intent: &Intent, found: &mut Findings<'_>) {
+        let budget = self.budget();
+        if intent.channel == Channel::Tool {
+            found.expect_ok(LogRule::LimitToolCalls, budget.clone().reserve_tool_call().map_err(|e| e.to_string()));
+            let most = self.tool(&intent.target).and_then(|tool| tool.limits.calls);
+            let made = self.tools.get(&intent.target).map_or(0, |used| used.calls);
+            if let Some(most) = most.filter(|most| made >= *most) {
+                let message = format!("the contract allows {most} calls over the task, and {made} are made");
+                found.violated(LogRule::LimitTool, message);
+            }
+        }
+        // A reply may have cost more than was left; only what asks for more is refused then.
+        let (tokens, cost) = (intent.reserved_tokens, intent.reserved_cost_micros);
+        for (rule, tokens, cost) in [(LogRule::LimitTokens, tokens, 0), (LogRule::LimitCost, 0, cost)] {
+            if tokens > 0 || cost > 0 {
+                found.expect_ok(rule, budget.clone().reserve_model(tokens, cost).map_err(|e| e.to_string()));
+            }
+        }
+        found.expect_ok(LogRule::LimitDenials, budget.open().map_err(|e| e.to_string()));
+    }
+
+    /// A call has the key that its contract makes, and no other call was made under it.
+    fn check_key(&self, time: Timestamp, intent: &Intent, found: &mut Findings<'_>) {
+        let of = self.idempotency(&intent.target).filter(|_| intent.channel == Channel::Tool);
+        let (of, key) = match (of, &intent.key) {
+            (None, None) => return,
+            (Some(of), Some(key)) => (of, key),
+            (of, _) => {
+                let (expected, its) = if of.is_some() { ("a", "none") } else { ("no", "one") };
+                return found.violated(LogRule::KeyMade, format!("expected {expected} key, found {its}"));
+            }
+        };
+        let digest = intent.request_digest.as_deref().unwrap_or_default();
+        // A key of one argument cannot be made again from the log, which has no arguments.
+        if of.argument.is_none() {
+            let uid = self.config().map_or("", |policy| policy.task.uid.as_str());
+            let expected = ledger::made_of(uid, &intent.target, digest);
+            found.expect(LogRule::KeyMade, *key == expected, || {
+                format!("expected the key {expected} of these arguments, found {key}")
+            });
+        }
+        let held = self.ledger.find(key, digest, of, time);
+        found.expect(LogRule::KeyFree, held == Found::Free, || {
+            format!("expected no call under this key, found {held:?}")
+        });
+    }
+
+    /// A tool call has the approvals that it needs, and passes the pack.
+    fn check_approved(&self, intent: &Intent, found: &mut Findings<'_>) {
+        let Intent { target, effect, .. } = intent;
+        let given = self.approvals.usable(&intent.approvals, target, intent.request_digest.as_deref());
+        let given = found.expect_ok(LogRule::ApprovalUsed, given).unwrap_or_default();
+        let needs = |by: AskedBy| {
+            format!("expected a call of {target} to be approved on account of the {}, found none", by.as_str())
+        };
+        let tool = self.tool(target);
+        let always = tool.and_then(|tool| tool.approval.as_ref()).is_some_and(|needs| needs.when.is_none());
+        found.expect(LogRule::ApprovalByContract, !always || given.contains(&AskedBy::Contract), || {
+            needs(AskedBy::Contract)
+        });
+        // That there is no such tool is a finding of its own.
+        let Some((tool, effect)) = tool.zip(*effect) else { return };
+        let Some(guard) = self.policy.as_deref().and_then(|policy| policy.guard.as_ref()) else { return };
+        let asked = Asked { tool, effect, usage: self.usage, seen: self.seen };
+        let passed = found.expect_ok(LogRule::CallAssessment, guard.replay(asked, intent.assessment.as_ref()));
+        let by_pack = passed.is_some_and(|passed| !passed.because.is_empty());
+        found.expect(LogRule::ApprovalByPack, !by_pack || given.contains(&AskedBy::Pack), || needs(AskedBy::Pack));
+    }
+
+    /// The definition by which the newest attempt called a tool first.
+    fn definition(&self, tool: &str) -> Option<&String> {
+        self.tools.get(tool)?.definition.as_ref()
+    }
+
+    /// What makes calls of a tool one, by the newest policy.
+    fn idempotency(&self, tool: &str) -> Option<&Idempotency> {
+        self.tool(tool)?.idempotency.as_ref()
+    }
+
+    fn leaving<'c>(&'c self, intent: &'c Intent) -> Leaving<'c> {
+        Leaving {
+            channel: intent.channel,
+            effect: intent.effect,
+            undoes: intent.undoes.as_deref(),
+            contract: self.tool(&intent.target).map_or("", |tool| &tool.contract),
+            digest: intent.request_digest.as_deref().unwrap_or_default(),
+        }
+    }
+
+    pub(super) fn apply_intent(&mut self, record: &Record, intent: &Intent) {
+        let facts = Arc::new(self.facts(record, intent));
+        if let Some(key) = intent.key.as_ref().filter(|_| facts.channel == Channel::Tool)
+            && self.idempotency(&intent.target).is_some()
+        {
+            let digest = intent.request_digest.as_deref().unwrap_or_default();
+            Arc::make_mut(&mut self.ledger).intend(key, &intent.call, digest, &record.time);
+        }
+        if let Some((undoing, undoes)) = self.rollback.as_mut().zip(intent.undoes.as_ref()) {
+            Arc::make_mut(undoing).intend(undoes, &intent.call);
+        }
+        self.held.tokens = self.held.tokens.saturating_add(intent.reserved_tokens.max(0));
+        self.held.cost_micros = self.held.cost_micros.saturating_add(intent.reserved_cost_micros.max(0));
+        if intent.channel == Channel::Tool {
+            if !intent.approvals.is_empty() {
+                // What may not be used is not.
+                let digest = intent.request_digest.as_deref();
+                let _ = Arc::make_mut(&mut self.approvals).used(&intent.approvals, &intent.target, digest);
+            }
+            let used = self.tools.entry(intent.target.clone()).or_default();
+            used.calls = used.calls.saturating_add(1);
+            if used.definition.is_none() {
+                used.definition.clone_from(&intent.definition);
+            }
+            if let Some(assessment) = &intent.assessment {
+                self.seen = self.seen.max(assessment.arguments);
+            }
+        }
+        // A second intent of a call changes nothing about the first.
+        let print = print(&intent.call);
+        if !self.named.contains_key(&print) {
+            self.named.insert(print, record.seq);
+            self.open_calls.insert(intent.call.clone(), facts.clone());
+            self.calls.insert(record.seq, facts);
+        }
+        // Settled ones go first: an open one is still to be referred to.
+        while self.is_bounded() && self.calls.len() > RECENT {
+            let oldest = self.calls.iter().find(|(_, call)| !call.open).or(self.calls.iter().next());
+            match oldest.map(|(seq, _)| *seq) {
+                Some(seq) => self.calls.remove(&seq),
+                None => break,
+            };
+        }
+    }
+
+    fn facts(&self, record: &Record, intent: &Intent) -> IntentFacts {
+        let upstream = self.tool(&intent.target).filter(|_| intent.channel == Channel::Tool).map(|tool| &tool.upstream);
+        IntentFacts {
+            seq: record.seq,
+            call: intent.call.clone(),
+            attempt: record.attempt,
+            channel: intent.channel,
+            target: intent.target.clone(),
+            effect: intent.effect,
+            definition: intent.definition.clone(),
+            request_digest: intent.request_digest.clone(),
+            key: intent.key.clone(),
+            approvals: intent.approvals.clone(),
+            model: intent.model.clone(),
+            reserved: Spent { tokens: intent.reserved_tokens, cost_micros: intent.reserved_cost_micros },
+            assessment: intent.assessment.clone(),
+            policy: self.policy.as_deref().map(|policy| policy.digest.clone()).unwrap_or_default(),
+            http: match upstream {
+                Some(Upstream::Http(http)) => Some(Arc::new(http.clone())),
+                Some(Upstream::Mcp(_)) | None => None,
+            },
+            undoes: intent.undoes.clone().map(|call| Undoes {
+                until: self.rollback().and_then(|undoing| undoing.undo(&call)).and_then(|undo| undo.until.clone()),
+                call,
+            }),
+            usage: self.usage,
+            seen: self.seen,
+            open: true,
+            became: None,
+        }
+    }
+
+    pub(super) fn check_outcome(&self, record: &Record, outcome: &Outcome, found: &mut Findings<'_>) {
+        let id = &outcome.call;
+        let Some(call) = self.open_calls.get(id) else {
+            let message = match self.named.contains_key(&print(id)) {
+                true => format!("expected one outcome of call {id}, found a second"),
+                false => format!("expected an intent of call {id} before its outcome, found none"),
+            };
+            return found.violated(LogRule::OutcomeOpen, message);
+        };
+        found.expect(LogRule::OutcomeOpen, call.attempt == record.attempt, || {
+            format!("expected the outcome of call {id} in attempt {}, found it in {}", call.attempt, record.attempt)
+        });
+        let (tokens, cost) = (outcome.tokens, outcome.cost_micros);
+        found.expect(LogRule::OutcomeAmount, tokens >= 0 && cost >= 0, || {
+            format!("expected no less than 0, found {tokens} tokens and a cost of {cost}")
+        });
+        let target = &call.target;
+        let tool = self.tool(target);
+        let floor = tool.filter(|_| outcome.given().is_some()).map(|tool| tool.data.result).unwrap_or_default();
+        found.expect(LogRule::OutcomeData, outcome.sensitivity >= floor, || {
+            let (expected, found) = (floor.as_str(), outcome.sensitivity.as_str());
+            format!("expected a result of {target} to be {expected} data at least, found {found}")
+        });
+        let undoable = self.rollback.is_none() && tool.is_some_and(|tool| tool.compensation().is_some());
+        let holds = outcome.undone_by.is_none() || (undoable && outcome.effect == Effect::Applied);
+        found.expect(LogRule::OutcomeUndo, holds, || format!("expected no call that undoes {target}, found one"));
+    }
+
+    pub(super) fn apply_outcome(&mut self, record: &Record, outcome: &Outcome) {
+        let Some(call) = self.open_calls.remove(&outcome.call) else { return };
+        self.held.tokens = self.held.tokens.saturating_sub(call.reserved.tokens.max(0)).max(0);
+        self.held.cost_micros = self.held.cost_micros.saturating_sub(call.reserved.cost_micros.max(0)).max(0);
+        self.seen = self.seen.max(outcome.sensitivity);
+        if let Some(key) = &call.key {
+            Arc::make_mut(&mut self.ledger).settle(key, &outcome.call, outcome.effect.fate(), outcome.given());
+        }
+        if let Some(undoing) = &mut self.rollback {
+            Arc::make_mut(undoing).settle(&outcome.call, outcome.effect);
+        }
+        self.end(&call, Some(outcome.effect));
+        // What was lost with its harness has an outcome after all.
+        self.unknown.remove(&outcome.call);
+        if outcome.effect == Effect::Unknown {
+            self.lose(Unknown::of(&call, record.seq), &outcome.call);
+        }
+    }
+
+    /// A call waits for its outcome no more.
+    fn end(&mut self, call: &IntentFacts, became: Option<Effect>) {
+        if let Some(call) = self.calls.get_mut(&call.seq) {
+            let call = Arc::make_mut(call);
+            (call.open, call.became) = (false, became);
+        }
+    }
+
+    /// Nobody knows what became of a call. Where its contract names a read that tells, one may.
+    pub(super) fn lose(&mut self, unknown: Unknown, call: &str) {
+        let told_of = || self.tool(&unknown.target).is_some_and(|tool| tool.verify.is_some());
+        if !self.is_bounded() || (self.unknown.len() < UNKNOWN && told_of()) {
+            self.unknown.insert(call.to_owned(), unknown);
+        }
+    }
+
+    /// A result that was given again is that of the call which was made under the key.
+    pub(super) fn check_replayed(&self, time: Timestamp, replayed: &Replayed, found: &mut Findings<'_>) {
+        let Replayed { call, target, key, request_digest, response_digest } = replayed;
+        let held = self.idempotency(target).map(|of| self.ledger.find(key, request_digest, of, time));
+        let made = match &held {
+            Some(Found::Made(made)) if made.call == *call => made,
+            _ => {
+                return found.violated(
+                    LogRule::Replayed,
+                    format!("expected call {call} of {target} to have been made under its key, found {held:?}"),
+                );
+            }
+        };
+        let expected = &made.response_digest;
+        found.expect(LogRule::Replayed, expected.as_ref() == Some(response_digest), || {
+            format!("expected the result {expected:?} of call {call}, found {response_digest}")
+        });
+    }
+
+    /// The call that a read resolves: of unknown fate, of whichever attempt. The read was made after that was known, it succeeded, and it is
+    /// of the tool that the contract names.
+    ///
+    /// # Errors
+    /// What was expected, and what was found.
+    pub fn resolution(&self, resolved: &Resolved) -> Result<&Unknown, String> {
+        let Resolved { call, effect, by } = resolved;
+        let wrong =
+            |found: &str| format!("expected a read to tell what became of a call of unknown fate, found {found}");
+        let unknown =
+            self.unknown.get(call).ok_or_else(|| wrong(&format!("call {call}, whose fate was not unknown")))?;
+        let reader = self.tool(&unknown.target).and_then(|tool| tool.verify.as_ref()).map(|read| &read.tool);
+        // What did not succeed has told nothing.
+        let told = self.named.get(&print(by)).and_then(|seq| self.intent(*seq)).is_some_and(|read| {
+            read.seq > unknown.since
+                && read.channel == Channel::Tool
+                && read.became == Some(Effect::Applied)
+                && Some(&read.target) == reader
+        });
+        if !told || *effect == Effect::Unknown {
+            return Err(wrong(&format!("{by}, which is none by {reader:?} after it")));
+        }
+        Ok(unknown)
+    }
+
+    pub(super) fn apply_resolved(&mut self, resolved: &Resolved) {
+        let Resolved { call, effect, .. } = resolved;
+        let Ok(Unknown { key, .. }) = self.resolution(resolved).cloned() else { return };
+        self.unknown.remove(call);
+        if let Some(open) = self.open_calls.remove(call) {
+            self.end(&open, None);
+        }
+        if let Some(key) = key {
+            Arc::make_mut(&mut self.ledger).settle(&key, call, effect.fate(), None);
+        }
+        if let Some(undoing) = &mut self.rollback {
+            Arc::make_mut(undoing).settle(call, *effect);
+        }
+    }
+}

@@ -1,0 +1,56 @@
+//! Every rule of the log that the harness asks keeps a record from being written; switched off, it does not.
+
+use futures::future::BoxFuture;
+
+use super::*;
+use crate::evidence::{
+    note,
+    state::{
+        LogRule, User,
+        tests::{Case, case},
+    },
+};
+
+/// A store that takes everything at once.
+struct Takes;
+
+impl Witness for Takes {
+    fn append<'a>(&'a self, request: &'a AppendRequest) -> BoxFuture<'a, Result<AppendReply, CallError>> {
+        Box::pin(async move { Ok(AppendReply { size: request.first, checkpoint: None }) })
+    }
+}
+
+/// What a harness says that goes on before the last record of a case, and is about to write it.
+fn written(case: &Case, off: Option<LogRule>) -> Result<u64, Denial> {
+    let (state, last) = case.last(User::Harness);
+    let folder = tempfile::tempdir().unwrap();
+    let uid = crate::verify::tests::script::UID;
+    let start = Start {
+        attempt: last.attempt,
+        tree: Tree::default(),
+        signer: Signer::generate(&note::attempt_key_name(uid, last.attempt)).unwrap(),
+        origin: note::origin(uid),
+        state: match off {
+            Some(off) => state.without(off),
+            None => state,
+        },
+        spool: Spool::open(folder.path()).unwrap().0,
+        follow: Box::new(|_, _| ()),
+    };
+    Journal::start(start, Arc::new(Takes)).record(|_, _| Ok(last.event))
+}
+
+#[tokio::test]
+async fn a_lie_about_each_rule_is_not_written_and_is_once_the_rule_is_switched_off() {
+    for rule in LogRule::ALL.iter().copied().filter(|rule| rule.is_asked_by(User::Harness)) {
+        let case = case(rule);
+        let message = case.message(User::Harness);
+        let expected = message.split("found").next().unwrap();
+        let is_past = case.records().last().unwrap().event.is_of_the_past();
+        let denial = written(&case, None).expect_err(rule.as_str());
+        assert!(denial.reason.contains(expected), "{rule}: expected {message}, found {denial:?}");
+        // What has happened cannot be refused: a log that cannot tell it has failed.
+        assert_eq!(denial.rule, if is_past { Rule::Evidence } else { rule.denial() }, "{rule}");
+        assert!(written(&case, Some(rule)).is_ok(), "{rule} is refused though it is switched off");
+    }
+}
