@@ -40,6 +40,8 @@ mod lint;
 mod man;
 /// `belay prove` and `belay disclose`.
 mod prove;
+/// The page of the commands.
+pub mod reference;
 /// `belay rollback`.
 mod rollback;
 /// `belay run`.
