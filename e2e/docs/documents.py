@@ -1,9 +1,9 @@
 """The documents, as a reader meets them: `documents.py check` reads them, `documents.py run` runs their commands.
 
-`check` needs nothing but Python: README.md is short, every relative link leads somewhere, every `make` target that a page names exists, and every
-command in a `console` block is run by `run` or stands in `elsewhere`, with the test that covers it. `run` runs the commands as they are
-written, page by page, and holds what they print against what the page says: `…` stands for anything, and `# exit code N` at the end of a command for how
-it ends. Both end with `N passed, N failed`.
+`check` needs nothing but Python: README.md is short, every relative link leads somewhere, every page is linked, every `make` target that a page
+names exists, and every command in a `console` block is run by `run` or stands in `elsewhere`, with the test that covers it. `run` runs the
+commands as they are written, page by page, and holds what they print against what the page says: `…` stands for anything, and
+`# exit code N` at the end of a command for how it ends. Both end with `N passed, N failed`.
 """
 
 import argparse
@@ -148,14 +148,20 @@ def check():
     wide = [number for number, line in enumerate(lines, 1) if len(line) > README_WIDTH]
     tally.check("README.md", f"expected lines of at most {README_WIDTH} characters, found longer ones: {wide}" if wide else None)
 
+    linked = set()
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     for page in pages():
         text = without_code(page.read_text())
         for link in re.findall(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)", re.sub(r"`[^`\n]*`", "", text)):
             if not re.match(r"[a-z]+:", link):
                 tally.check(f"{name(page)}: link to {link}", broken(page, link))
+                linked.add((page.parent / link.partition("#")[0]).resolve())
         for target in re.findall(r"`make ([a-z-]+)", text):
             tally.check(f"{name(page)}: make {target}", None if target in targets else "the Makefile has no such target")
+
+    for page in pages():
+        alone = page != ROOT / "README.md" and page.resolve() not in linked
+        tally.check(name(page), "expected a link to it from another page, found none" if alone else None)
 
     listed = elsewhere()
     written = {command.bare for page in pages() for command in commands(page)}
