@@ -25,24 +25,32 @@ pub fn markdown(crd: &CustomResourceDefinition) -> String {
         let _ = writeln!(text, "| Scope | {} |", crd.spec.scope);
         let short = names.short_names.iter().flatten().map(|name| format!(", `{name}`")).collect::<String>();
         let _ = writeln!(text, "| Names for kubectl | `{}`{short} |", names.plural);
+        let mut rules = Rules::new();
+        collect_rules(&names.kind, schema, &mut rules);
+        list(&mut text, &rules);
         for (name, part) in schema.properties.iter().flatten() {
             let _ = writeln!(text, "\n## {name}\n\n{}\n", prose(part));
             let _ = writeln!(text, "| Field | Type | Default | Bounds | Meaning |\n| --- | --- | --- | --- | --- |");
-            let mut rules = Vec::new();
+            let mut rules = Rules::new();
             collect_rules(name, part, &mut rules);
             fields(&mut text, name, "", part, &mut rules);
-            if !rules.is_empty() {
-                let _ = writeln!(text, "\nThe API server also checks these rules:\n");
-            }
-            for (path, message, rule) in rules {
-                let _ = writeln!(text, "- `{path}`: {message} (`{rule}`)");
-            }
+            list(&mut text, &rules);
         }
     }
     text
 }
 
+/// Where a rule is, what it says, and the expression.
 type Rules = Vec<(String, String, String)>;
+
+fn list(text: &mut String, rules: &[(String, String, String)]) {
+    if !rules.is_empty() {
+        let _ = writeln!(text, "\nThe API server also checks these rules:\n");
+    }
+    for (path, message, rule) in rules {
+        let _ = writeln!(text, "- `{path}`: {message} (`{rule}`)");
+    }
+}
 
 /// A row for each field below `schema`, with its path below the part of the page.
 fn fields(text: &mut String, part: &str, above: &str, schema: &JSONSchemaProps, rules: &mut Rules) {
@@ -174,6 +182,8 @@ mod tests {
     #[test]
     fn a_page_has_types_defaults_bounds_and_rules() {
         let crds = crate::api::all_crds();
+        let task = super::markdown(crds.iter().find(|crd| crd.spec.names.kind == "AgentTask").unwrap());
+        assert!(task.contains("- `AgentTask`: spec is immutable"), "{task}");
         let contract = crds.iter().find(|crd| crd.spec.names.kind == "ToolContract").unwrap();
         let page = super::markdown(contract);
         for row in [
