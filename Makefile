@@ -44,7 +44,7 @@ frameworks: ## Agent frameworks of other people, all of them, and their matrix i
 lint: ## The checks that need no cluster
 	@e2e/test lint
 
-generate: ## CRDs, chart of CRDs and kustomize folders from their sources
+generate: ## CRDs, chart of CRDs, kustomize folders and docs/reference from their sources
 	@e2e/generate
 
 demo-image:

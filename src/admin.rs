@@ -111,6 +111,68 @@ fn reply(status: StatusCode, content_type: &'static str, body: String) -> Respon
     reply
 }
 
+/// Metrics as `docs/reference/metrics.md` has them, beside those that a process registers.
+#[cfg(test)]
+pub(crate) mod reference {
+    use std::{collections::BTreeMap, fs, path::Path};
+
+    use prometheus::{
+        Registry,
+        core::{Collector, MetricVec, MetricVecBuilder},
+        proto::MetricType,
+    };
+
+    /// Type and labels of each metric.
+    type Listed = BTreeMap<String, (String, Vec<String>)>;
+
+    /// Gives a vector a child: a registry tells nothing of one without.
+    pub(crate) fn touch<B: MetricVecBuilder>(metrics: &MetricVec<B>) {
+        let labels = metrics.desc()[0].variable_labels.len();
+        metrics.with_label_values(&vec!["x"; labels]);
+    }
+
+    /// What is registered is what the page has, and nothing else. `ages` are those of watches, of which a registry tells once there are some.
+    pub(crate) fn is_complete(prefix: &str, registry: &Registry, ages: &dyn Collector) {
+        let mut registered: Listed = registry.gather().iter().map(of_family).collect();
+        for desc in ages.desc() {
+            registered.insert(desc.fq_name.clone(), ("gauge".to_owned(), desc.variable_labels.clone()));
+        }
+        registered.values_mut().for_each(|(_, labels)| labels.sort());
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/reference/metrics.md");
+        let mut listed = rows(&fs::read_to_string(path).unwrap());
+        listed.retain(|name, _| name.starts_with(prefix));
+        assert!(registered.keys().all(|name| name.starts_with(prefix)), "{registered:#?}");
+        assert_eq!(listed, registered, "docs/reference/metrics.md (left) is not what is registered (right)");
+    }
+
+    fn of_family(family: &prometheus::proto::MetricFamily) -> (String, (String, Vec<String>)) {
+        let kind = match family.get_field_type() {
+            MetricType::COUNTER => "counter",
+            MetricType::GAUGE => "gauge",
+            MetricType::HISTOGRAM => "histogram",
+            MetricType::SUMMARY => "summary",
+            MetricType::UNTYPED => "untyped",
+        };
+        let labels = family.get_metric()[0].get_label().iter().map(|label| label.name().to_owned()).collect();
+        (family.name().to_owned(), (kind.to_owned(), labels))
+    }
+
+    /// `| name | type | labels | meaning |`, of which the names are code.
+    fn rows(page: &str) -> Listed {
+        let mut listed = Listed::new();
+        for line in page.lines() {
+            let cells: Vec<&str> = line.split('|').map(str::trim).collect();
+            let ["", name, kind, labels, _meaning, ""] = cells[..] else { continue };
+            let Some(name) = name.strip_prefix('`').and_then(|name| name.strip_suffix('`')) else { continue };
+            let mut labels: Vec<String> = labels.split('`').skip(1).step_by(2).map(str::to_owned).collect();
+            labels.sort();
+            let before = listed.insert(name.to_owned(), (kind.to_owned(), labels));
+            assert!(before.is_none(), "{name} is on the page twice");
+        }
+        listed
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use http_body_util::BodyExt;

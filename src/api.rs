@@ -8,6 +8,8 @@
 
 pub mod agent_task;
 pub mod approval_request;
+/// The reference pages of the kinds.
+pub mod docs;
 pub mod policy_pack;
 pub mod readiness;
 pub mod tool_contract;

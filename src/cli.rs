@@ -40,6 +40,8 @@ mod lint;
 mod man;
 /// `belay prove` and `belay disclose`.
 mod prove;
+/// The page of the commands.
+pub mod reference;
 /// `belay rollback`.
 mod rollback;
 /// `belay run`.
@@ -82,7 +84,7 @@ impl CliError {
     }
 }
 
-/// Watch AI agents on their rope, decide what waits for people, and verify what was done.
+/// Run and watch AI agents, approve their calls, and verify their evidence.
 #[derive(Debug, Parser)]
 #[command(name = "belay", version, about, long_about = None, propagate_version = true, subcommand_required = true)]
 struct Cli {

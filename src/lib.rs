@@ -19,7 +19,7 @@ pub mod canonical;
 /// The serving certificates of gateway and webhook.
 #[cfg(any(feature = "gateway", feature = "operator"))]
 pub mod certificate;
-/// The command line: approvals, approve, contract, deny, lint, rollback, verify and watch.
+/// The `belay` command.
 #[cfg(feature = "cli")]
 pub mod cli;
 /// How a process stands to the API server.

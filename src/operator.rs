@@ -34,7 +34,7 @@ use tokio::{sync::watch, time::Instant};
 
 use crate::{
     admin,
-    contact::{self, Contact, WatchAges},
+    contact::{self, Contact},
     seal,
 };
 
@@ -200,9 +200,7 @@ pub(crate) async fn serve(
     let cluster_url = config.cluster_url.clone();
     let contact = Arc::new(Contact::default());
     let client = contact::client(config, contact.clone())?;
-    let registry = Registry::new();
-    let metrics = metrics::Metrics::new(&registry)?;
-    registry.register(Box::new(WatchAges::new("belay_operator_watch_age_seconds", contact.clone())?))?;
+    let (registry, metrics) = metrics::registry(&contact)?;
     let (role, ready) = watch::channel(Role::Standby);
     let heard = contact.clone();
     let admin = admin::serve(settings.admin_listen, registry.clone(), move || match *ready.borrow() {

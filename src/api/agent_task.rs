@@ -36,7 +36,7 @@ const IMMUTABLE: &str = same!(
     "retry"
 );
 
-/// What an agent is to do, with what, and within which limits.
+/// What an agent does, which tools it can use, and within which limits.
 ///
 /// Immutable: evidence refers to the spec by its digest, and a change would rewrite history. Apply a new task instead.
 #[derive(CustomResource, KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -64,21 +64,21 @@ const IMMUTABLE: &str = same!(
 )]
 #[serde(rename_all = "camelCase")]
 pub struct AgentTaskSpec {
-    /// What the agent is asked to achieve, in words. It reaches the agent as `BELAY_OBJECTIVE`.
+    /// The goal of the agent, in words. The agent gets it as `BELAY_OBJECTIVE`.
     #[schemars(length(min = 1, max = 8192))]
     pub objective: String,
 
-    /// The workflow class, by its name in the PolicyPack that selects this namespace.
+    /// The name of a workflow class in the PolicyPack that selects this namespace.
     #[schemars(length(min = 1, max = 63), regex(pattern = r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$"))]
     pub workflow_class: String,
 
-    /// The kind of work, one of the pack's `taskClasses`: KPIs are told apart by it, and expressions read it as `task.taskClass`.
+    /// The kind of work, one of the pack's `taskClasses`. It is a label of metrics, and expressions read it as `task.taskClass`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 63), regex(pattern = r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$"))]
     pub task_class: Option<String>,
 
-    /// On whose behalf the agent acts. An admission policy pins it to the authenticated creator unless that creator may
-    /// `impersonate` AgentTasks' principals.
+    /// The user or team on whose behalf the agent acts. Admission requires that it is the authenticated creator, unless the creator may
+    /// `impersonate` the principals of AgentTasks.
     #[schemars(length(min = 1, max = 253), regex(pattern = r"^[^\s\x00-\x1f]+$"))]
     pub principal: String,
 
@@ -86,28 +86,28 @@ pub struct AgentTaskSpec {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub agent: Option<Agent>,
 
-    /// In place of an agent: the ended task that this one undoes, by the `rollback` of its contracts. `tools` names the contracts of the
-    /// calls that undo. `belay rollback` makes such a task, and so does the operator when a task has failed.
+    /// In place of an agent: the ended task that this task rolls back, by the `rollback` of its contracts. `tools` names the contracts of
+    /// the compensations. `belay rollback` creates such a task. The operator creates one when a task has failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rollback_of: Option<RollbackOf>,
 
-    /// Whether what the task did is undone when it fails.
+    /// Whether the task is rolled back when it fails.
     #[serde(default)]
     pub rollback: RollbackWhen,
 
-    /// Names of the ToolContracts in this namespace that the agent may call. Nothing else is callable.
+    /// Names of the ToolContracts in this namespace whose tools the agent may call. It can call no other tool.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 256), inner(length(min = 1, max = 253)), extend("x-kubernetes-list-type" = "set"))]
     pub tools: Vec<String>,
 
-    /// Files that the agent sees and places where it may write. Everything else is read-only.
+    /// Files that the agent sees, and directories that it may write to. Everything else is read-only.
     #[serde(default)]
     pub workspace: Workspace,
 
-    /// Hard limits. The workflow class has ceilings; a task may only ask for less.
+    /// Hard limits. The workflow class sets the highest values; a task can only ask for less.
     pub limits: Limits,
 
-    /// How often a failed attempt is tried again.
+    /// How often Belay retries a failed attempt.
     #[serde(default)]
     pub retry: Retry,
 }
@@ -115,10 +115,10 @@ pub struct AgentTaskSpec {
 /// When a task is rolled back.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum RollbackWhen {
-    /// When it has failed and made calls whose contracts have a `rollback.call`: the operator makes a task for that.
+    /// When it failed after calls whose contracts have a `rollback.call`. The operator creates a rollback task.
     #[default]
     OnFailure,
-    /// When somebody asks for it, by `belay rollback`.
+    /// On request, with `belay rollback`.
     OnRequest,
 }
 
@@ -126,22 +126,22 @@ pub enum RollbackWhen {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Agent {
-    /// Container image. In production name it by digest.
+    /// The container image. In production, name it by its digest.
     #[schemars(length(min = 1, max = 512), regex(pattern = r"^[^\s]+$"))]
     pub image: String,
-    /// Entrypoint; the image's own when empty.
+    /// The entrypoint. The image's own if empty.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 64), inner(length(max = 4096)))]
     pub command: Vec<String>,
-    /// Arguments; the image's own when empty.
+    /// The arguments. The image's own if empty.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 64), inner(length(max = 4096)))]
     pub args: Vec<String>,
-    /// Plain environment variables. Names that Belay sets itself are refused, and there is no way to name a Secret here.
+    /// Environment variables with plain values. Belay rejects names that it sets itself. A variable cannot refer to a Secret.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 64), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
     pub env: Vec<EnvVar>,
-    /// Requests and limits of the agent container; the class's ceiling when absent.
+    /// Requests and limits of the agent container. The class's highest values if absent.
     #[serde(default)]
     pub resources: Resources,
 }
@@ -153,16 +153,16 @@ pub struct EnvVar {
     /// A C identifier.
     #[schemars(length(min = 1, max = 128), regex(pattern = r"^[A-Za-z_][A-Za-z0-9_]*$"))]
     pub name: String,
-    /// Its value, taken as it is: no `$(VAR)` is expanded.
+    /// The value, as written. `$(VAR)` is not expanded.
     #[schemars(length(max = 4096))]
     pub value: String,
 }
 
-/// Compute resources as Kubernetes quantities. Requests equal limits, so that a task's room is known before it starts.
+/// Compute resources as Kubernetes quantities. Requests equal limits, so the resources of a task are known before it starts.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Resources {
-    /// Processors, such as `500m`.
+    /// CPU, such as `500m`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 16), regex(pattern = r"^[0-9]+(\.[0-9]{1,3})?m?$"))]
     pub cpu: Option<String>,
@@ -184,7 +184,8 @@ pub struct Workspace {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16))]
     pub mounts: Vec<Mount>,
-    /// Where the agent may write: empty directories that end with the pod. Nowhere else, `/tmp` and `/dev/shm` included.
+    /// Empty directories that the agent may write to. They end with the pod. The agent cannot write elsewhere, not even to `/tmp` and
+    /// `/dev/shm`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 8))]
     pub write_scopes: Vec<WriteScope>,
@@ -215,50 +216,49 @@ pub struct WriteScope {
     /// Absolute path in the agent container.
     #[schemars(length(min = 2, max = 255), regex(pattern = r"^(/[A-Za-z0-9_.-]+)+$"))]
     pub path: String,
-    /// Size limit as a Kubernetes quantity; the pod is evicted beyond it.
+    /// The size limit, as a Kubernetes quantity. The kubelet evicts a pod that exceeds it.
     #[schemars(length(min = 1, max = 16), regex(pattern = r"^[0-9]+(Ki|Mi|Gi)$"))]
     pub size: String,
 }
 
-/// Hard limits over the whole task, all attempts together but for wall time, which is each attempt's.
+/// Hard limits for the whole task, across all attempts. The wall time is for each attempt.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Limits {
-    /// Seconds that one attempt may run.
+    /// Seconds that one attempt can run.
     #[schemars(range(min = 1, max = 604_800))]
     pub wall_time_seconds: i64,
-    /// Tool calls that may be sent.
+    /// The number of tool calls.
     #[schemars(range(min = 0, max = 1_000_000))]
     pub tool_calls: i64,
-    /// Model tokens, prompt and completion together.
+    /// Tokens of model calls, prompts and replies together.
     #[schemars(range(min = 0, max = 1_000_000_000_000_i64))]
     pub tokens: i64,
-    /// Refused calls and connections that end the task, with failure class `Policy`. No limit when neither task nor class
-    /// names one.
+    /// The number of denials that ends the task, with failure class `Policy`. No limit if neither the task nor the class sets one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 1_000_000))]
     pub denials: Option<i64>,
-    /// What model calls may cost by the prices of the pack, in its currency unit: a decimal such as `12.50`. A model without
-    /// a price is refused then. No limit when neither task nor class names one.
+    /// The cost of model calls by the prices of the pack, in its currency: a decimal such as `12.50`. With this limit, calls of a model
+    /// without a price are denied. No limit if neither the task nor the class sets one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 16), regex(pattern = r"^[0-9]{1,9}(\.[0-9]{1,6})?$"))]
     pub cost: Option<String>,
-    /// Seconds of each attempt that do not count as wall time because a call waited for people's approval; what is more counts. A day
-    /// when neither task nor class says.
+    /// Seconds for each attempt during which the wall time stops while a call waits for approval. Longer waits count as wall time. One day
+    /// if neither the task nor the class sets it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0, max = 604_800))]
     pub approval_wait_seconds: Option<i64>,
 }
 
-/// Retries by failure class. `Budget` and `Policy` failures are never tried again.
+/// Retries by failure class. Belay never retries `Budget` and `Policy` failures.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Retry {
-    /// More attempts after the agent itself failed (class `Agent`).
+    /// Retries after a failure of the agent (class `Agent`).
     #[serde(default)]
     #[schemars(range(min = 0, max = 20))]
     pub agent: i64,
-    /// More attempts after the cluster failed it (class `Infrastructure`): eviction, node loss, a deleted pod.
+    /// Retries after a failure of the cluster (class `Infrastructure`): eviction, a lost node, a deleted pod.
     #[serde(default = "Retry::default_infrastructure")]
     #[schemars(range(min = 0, max = 20))]
     pub infrastructure: i64,
@@ -277,21 +277,21 @@ impl Default for Retry {
     }
 }
 
-/// What has been seen of the task. The operator writes all of it but `usage`, which is the gateway's.
+/// The observed state of the task. The gateway writes `usage`. The operator writes all other fields.
 ///
-/// Until the operator has looked, its generation is −1, by which `kubectl wait`, Flux and Argo CD know that it has not.
+/// Until the operator has looked, `observedGeneration` is -1. `kubectl wait`, Flux and Argo CD wait for a later one.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 #[schemars(extend("default" = { "observedGeneration": -1 }))]
 pub struct AgentTaskStatus {
-    /// Where the task stands.
+    /// The phase of the task.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub phase: Option<Phase>,
-    /// One word for why; a failure's reason once it failed.
+    /// The reason for the phase, in one word. After a failure, the reason of the failure.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 128))]
     pub reason: Option<String>,
-    /// The generation that this status speaks of.
+    /// The generation that this status describes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub observed_generation: Option<i64>,
     /// The number of the newest attempt, from 1.
@@ -301,11 +301,11 @@ pub struct AgentTaskStatus {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 64))]
     pub attempts: Vec<Attempt>,
-    /// How many attempts have failed, by failure class: of all that there were, not of those alone that `attempts` still has.
+    /// The number of failed attempts by failure class. It counts all attempts, also those that `attempts` no longer has.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     #[schemars(extend("maxProperties" = 16))]
     pub failures: BTreeMap<String, i64>,
-    /// What has been used of the limits. Written by the gateway from witnessed evidence.
+    /// What the task has used of its limits. The gateway writes it from witnessed evidence.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub usage: Option<Usage>,
     /// Standard conditions. `Ready` is true once the task has succeeded and its evidence is sealed, for tools that wait for that, and
@@ -315,10 +315,10 @@ pub struct AgentTaskStatus {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,
-    /// Where the evidence lies and the head of its log.
+    /// The location of the evidence, and the head of its log.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub evidence: Option<EvidenceStatus>,
-    /// The class of the failure, once the task has failed.
+    /// The failure class, if the task has failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failure_class: Option<FailureClass>,
 }
@@ -326,34 +326,34 @@ pub struct AgentTaskStatus {
 /// Where a task stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum Phase {
-    /// Not started: not accepted yet, or waiting for its pod.
+    /// Not started: the task is not accepted yet, or waits for its pod.
     Pending,
     /// An attempt is under way.
     Running,
-    /// What every task depends on was away for long: its evidence store or its gateway. It goes on by itself once that is back.
+    /// The evidence bucket or the gateway has been unavailable for long. The task continues by itself when it is available again.
     Parked,
-    /// The agent ended well and the evidence is sealed.
+    /// The agent succeeded, and the evidence is sealed.
     Succeeded,
-    /// No attempt is left and the evidence is sealed.
+    /// No retry is left, and the evidence is sealed.
     Failed,
 }
 
-/// Every end has one class, and each class one rule for trying again.
+/// The cause of a failure. Each class has one rule for retries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 pub enum FailureClass {
-    /// The task asks for what its pack does not give, or its agent did so too often.
+    /// The task asks for something that its pack does not allow, or its agent was denied too often.
     Policy,
-    /// Eviction, preemption, node lost, image pull, containment unproven.
+    /// Eviction, preemption, a lost node, a failed image pull, isolation that could not be proven.
     Infrastructure,
-    /// The evidence store or the gateway was away for long. The task is parked, and tried again without end.
+    /// The evidence bucket or the gateway was unavailable for long. The task is parked and retried without end.
     Dependency,
-    /// The agent exited non-zero or ran out of memory.
+    /// The agent exited with an error or ran out of memory.
     Agent,
     /// Wall time.
     Budget,
     /// The task was deleted before it ended.
     Cancelled,
-    /// How it ended is not known: the clock says one thing, the log another or nothing. A person looks at it and decides.
+    /// The end of the attempt is not known: the clock and the log disagree, or the log says nothing. A person decides.
     Unknown,
 }
 
@@ -372,18 +372,18 @@ pub struct Attempt {
     /// When the pod was created.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub started_at: Option<Time>,
-    /// When its end was seen.
+    /// When the operator saw its end.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub finished_at: Option<Time>,
-    /// The class of its failure; absent while it runs and when it succeeded.
+    /// The failure class. Absent while the attempt runs and if it succeeded.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failure_class: Option<FailureClass>,
-    /// One word for how it ended.
+    /// The reason of its end, in one word.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 128))]
     pub reason: Option<String>,
-    /// Nobody has seen how its agent ended: class and reason follow from the clock, or from the pod being gone. What the pod itself says
-    /// replaces them, and the log is asked before they are sealed.
+    /// No component saw the end of the agent. Class and reason follow from the clock, or from the missing pod. What the pod itself reports
+    /// replaces them. Belay compares them with the log before it seals it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub presumed: bool,
 }
@@ -398,13 +398,13 @@ pub struct EvidenceStatus {
     /// `s3://bucket/prefix` of the log.
     #[schemars(length(max = 1024))]
     pub location: String,
-    /// Endpoint of the object store; absent for AWS.
+    /// The endpoint of the object store. Absent for AWS.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 512))]
     pub endpoint: Option<String>,
-    /// Records in the sealed log; 0 until it is sealed.
+    /// The number of records in the sealed log. 0 until the log is sealed.
     pub size: i64,
-    /// Root hash of the sealed log, base64; empty until it is sealed.
+    /// The root hash of the sealed log, in base64. Empty until the log is sealed.
     #[schemars(length(max = 64))]
     pub root: String,
 }

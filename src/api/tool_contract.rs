@@ -12,7 +12,7 @@ use crate::policy::{
     config::{DataClass, HttpMethod, OnTimeout, SideEffect},
 };
 
-/// One tool, as the agent sees it, where it really is, and what must hold before a call leaves.
+/// One tool: what the agent sees, where the call goes, and which conditions must be true before it leaves.
 #[derive(CustomResource, KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[kube(
     group = "belay.dev",
@@ -42,71 +42,71 @@ pub struct ToolContractSpec {
     /// The name under which the agent calls the tool.
     #[schemars(length(min = 1, max = 128), regex(pattern = r"^[A-Za-z0-9_.-]+$"))]
     pub tool: String,
-    /// What the agent is told about the tool. It comes from here, never from the upstream.
+    /// The description for the agent. It comes from here, never from the upstream.
     #[schemars(length(min = 1, max = 4096))]
     pub description: String,
-    /// Where the tool really is.
+    /// Where calls of the tool go.
     pub upstream: Upstream,
-    /// JSON Schema (draft 2020-12) of the arguments, `format` included. Unknown properties are refused unless it says otherwise.
+    /// JSON Schema (draft 2020-12) of the arguments, including `format`. Calls with unknown properties are denied unless the schema allows
+    /// them.
     #[schemars(schema_with = "json_schema_object")]
     pub input: serde_json::Value,
-    /// JSON Schema (draft 2020-12) of the result, an object: an MCP result's `structuredContent`, or the JSON in its only text; an
-    /// HTTP reply's JSON. A result that does not fit is not given to the agent, who is told so by rule `tool.output`; what the call
-    /// did stays done. Properties that the schema does not name pass, unless it says otherwise. Results that the upstream
-    /// itself calls errors are not compared.
+    /// JSON Schema (draft 2020-12) of the result, an object: the `structuredContent` of an MCP result, or the JSON in its only text; the
+    /// JSON of an HTTP reply. The agent does not get a result that does not fit, but an error with rule `tool.output`. The effect of the
+    /// call remains. Properties that the schema does not name pass, unless the schema forbids them. Results that the upstream marks as
+    /// errors are not checked.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(schema_with = "json_schema_object")]
     pub output: Option<serde_json::Value>,
-    /// Bounds of the tool's calls. Each that is passed denies by a rule of its own.
+    /// Limits on the tool's calls. Each limit has a rule of its own.
     #[serde(default)]
     pub limits: ToolLimits,
     /// Conditions that must all be true before a call leaves.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 32), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
     pub preconditions: Vec<Precondition>,
-    /// What makes two calls one. Without, every call is made.
+    /// When two calls are duplicates. If absent, every call is made.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub idempotency: Option<Idempotency>,
-    /// A read that tells whether a call took effect whose reply never came. Without, that stays unknown.
+    /// A read that shows whether a call without a reply took effect. If absent, its outcome stays unknown.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub verify: Option<VerifyRead>,
-    /// How a call is undone when its task is rolled back. Without, people are told that nothing says how.
+    /// How a call is undone in a rollback. If absent, the rollback lists the call for manual action.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rollback: Option<Rollback>,
-    /// Who must say yes before a call leaves. Nobody is asked without.
+    /// Who must approve a call before it leaves. If absent, the contract requires no approval.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub approval: Option<Approval>,
     /// What a call may change.
     pub side_effect: SideEffect,
-    /// How sensitive the tool's data is at least, for the pack's rules and risk. Its patterns may find more.
+    /// The minimum sensitivity of the tool's data, for the pack's rules and risk score. The pack's patterns can find more.
     #[serde(default, skip_serializing_if = "DataClass::is_unclassified")]
     pub data: DataClass,
-    /// JSON Pointers (RFC 6901) to the arguments that people who decide on a call are not shown, such as `/card/number`. They see
-    /// `"[redacted]"` in their place; what they approve is the whole call by its digest. The digest is salted: whoever sees the rest
-    /// cannot try values.
+    /// JSON Pointers (RFC 6901) to arguments that approvers do not see, such as `/card/number`. They see `"[redacted]"` instead. They
+    /// approve the whole call, by its salted commitment. The salt prevents a reader from guessing the values.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 64), inner(length(min = 1, max = 256), regex(pattern = r"^(/([^~/]|~[01])*)+$")), extend("x-kubernetes-list-type" = "set"))]
     pub redact: Vec<String>,
 }
 
-/// One effect for calls that are one, within a task, all attempts together. The same call again is answered with the result that
-/// there is, and is not counted; several at once are made once. A call with the same key and other arguments is denied by rule
-/// `tool.idempotency`, and so is one of which nobody knows whether it took effect and no `verify` tells, or whose result is not kept any
-/// more: results of up to 256 KiB each live in the attempt's harness, up to 8 MiB in all, and in the bucket of the pack's `state`, if it
-/// has one, for later attempts. A call that certainly did nothing may be made again.
+/// Duplicate calls have one effect within a task, across all attempts. A repeated call gets the stored result and does not count.
+/// Concurrent duplicates run once. Rule `tool.idempotency` denies a call with the same key and other arguments. It also denies a repeated
+/// call if the outcome is unknown and no `verify` resolves it, or if the result is no longer stored. The attempt's harness stores results
+/// of up to 256 KiB each, 8 MiB in total. The pack's state bucket, if it has one, stores them for later attempts. A call that certainly had
+/// no effect can be made again.
 #[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Idempotency {
-    /// The argument that tells calls apart, such as an order's number; `input` requires it. All arguments without.
+    /// The argument that identifies a call, such as an order number. `input` must require it. All arguments if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 128))]
     pub argument: Option<String>,
-    /// For HTTP tools whose upstream tells repeats by a key: the header that carries it, such as `idempotency-key`. The key is a SHA-256
-    /// over the task, the tool and the arguments that make it. A call whose fate is unknown is then made again, under its key.
+    /// For HTTP tools whose upstream deduplicates by a key: the header of the key, such as `idempotency-key`. The key is a SHA-256 over the
+    /// task, the tool and the identifying arguments. With it, a call with an unknown outcome is made again under its key.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 64), regex(pattern = r"^[a-z][a-z0-9-]*$"))]
     pub header: Option<String>,
-    /// Seconds from a call's start for which its key is remembered.
+    /// Seconds from a call's start for which Belay remembers its key.
     #[serde(default = "Idempotency::default_window")]
     #[schemars(range(min = 1, max = 604_800))]
     pub window_seconds: i64,
@@ -118,24 +118,26 @@ impl Idempotency {
     }
 }
 
-/// A read that tells whether a call took effect whose reply never came: one that timed out, or broke off. It is a call of its own, by its
-/// own contract, counted and recorded. Where calls are idempotent, the same call of a later attempt has it made, too, if what became of the
-/// earlier one is not known. A `true` counts at once; a `false` counts if it is still one `settleSeconds` after the reply
-/// was given up, as the upstream may be at it. While that is found out the agent's call waits; then it is told. A read that fails leaves it unknown.
+/// A read that shows whether a call without a reply took effect: a call that timed out or broke off. The read is a call of its own, by its
+/// own contract, and it is counted and recorded. For idempotent calls, the same call of a later attempt also causes the read, if the
+/// outcome of the earlier call is unknown. `true` counts at once. `false` counts only `settleSeconds` after Belay gave up waiting for the
+/// reply, because the upstream may still work on it. The agent's call waits for the answer and gets it. If the read fails, the outcome
+/// stays unknown.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct VerifyRead {
-    /// The tool to read with, by the name that agents call it: one of the task's, with `sideEffect: read` and without `approval`.
+    /// The name of the read tool: one of the task's tools, with `sideEffect: read` and without `approval`.
     #[schemars(length(min = 1, max = 128), regex(pattern = r"^[A-Za-z0-9_.-]+$"))]
     pub tool: String,
-    /// Its arguments, each by a JSON Pointer (RFC 6901) into the call's own. A pointer to nothing leaves its argument out.
+    /// The arguments of the read, each as a JSON Pointer (RFC 6901) into the arguments of the call. A pointer to nothing omits the
+    /// argument.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     #[schemars(extend("maxProperties" = 32, "additionalProperties" = {"type": "string", "maxLength": 256, "pattern": r"^(/([^~/]|~[01])*)*$"}))]
     pub arguments: BTreeMap<String, String>,
-    /// A CEL expression over `args`, the call's arguments, and `result`, what was read: whether the call took effect.
+    /// A CEL expression over `args`, the arguments of the call, and `result`, the result of the read. It says whether the call took effect.
     #[schemars(length(min = 1, max = 4096))]
     pub applied: String,
-    /// Seconds from when the reply was given up after which a `false` counts.
+    /// Seconds after which `false` counts, from when Belay gave up waiting for the reply.
     #[serde(default = "VerifyRead::default_settle")]
     #[schemars(range(min = 1, max = 300))]
     pub settle_seconds: i64,
@@ -147,55 +149,59 @@ impl VerifyRead {
     }
 }
 
-/// How a call is undone: one of these.
+/// How a call is undone. Set exactly one field.
 #[derive(KubeSchema, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[x_kube(validation = Rule::new("has(self.call) != has(self.byHand)").message("set exactly one of call and byHand"))]
 #[serde(rename_all = "camelCase")]
 pub struct Rollback {
-    /// By a call of another tool.
+    /// A call of another tool.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub call: Option<Compensation>,
-    /// By people: what they are told, such as whom to write to.
+    /// Instructions for a person, such as whom to write to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 1024))]
     pub by_hand: Option<String>,
 }
 
-/// The call that undoes a call. Its arguments are made right after the call, of what was sent and answered, and kept in the pack's
-/// `state` bucket: they are in no evidence. A rollback makes the calls in reverse order, each through its own contract, budget and approvals.
+/// The compensation of a call. Belay computes its arguments right after the call, from the arguments and the result, and stores them in the
+/// pack's state bucket. They are not in the evidence. A rollback makes the compensations in reverse order, each through its own contract,
+/// budget and approvals.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Compensation {
-    /// Name of the ToolContract of the call, in the same namespace. The agent need not have that tool.
+    /// The name of the compensation's ToolContract, in the same namespace. The agent does not need this tool.
     #[schemars(length(min = 1, max = 253))]
     pub contract: String,
-    /// Its arguments, each a CEL expression over `args`, the call's arguments, and `result`, what it answered: its structured
-    /// content, or else its only block of text, as JSON where it is JSON. A call for which one cannot be evaluated, or comes to `null`, is left to people.
+    /// The arguments, each a CEL expression over `args`, the arguments of the call, and `result`, its result: the structured content, or
+    /// the only block of text, parsed if it is JSON. If an expression cannot be evaluated or is `null`, the call is listed for manual
+    /// action.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     #[schemars(extend("maxProperties" = 32, "additionalProperties" = {"type": "string", "minLength": 1, "maxLength": 4096}))]
     pub arguments: BTreeMap<String, String>,
-    /// Seconds from the call's outcome in which it may be undone. Later it is left to people. No limit without.
+    /// Seconds from the call's outcome in which the compensation can be made. Later, the call is listed for manual action. No limit if
+    /// absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 31_536_000))]
     pub within_seconds: Option<i64>,
 }
 
-/// People's yes to one exact call, as an `ApprovalRequest` for each. An approved call is made once and before the request expires;
-/// for the same call again people are asked again. A denied or expired one is denied for the rest of the task (rule `tool.approval`).
+/// Approval of each exact call, with one `ApprovalRequest` for each. An approved call is made once, before the request expires. The same
+/// call again needs a new approval. A denied or expired call is denied for the rest of the task (rule `tool.approval`).
 ///
-/// Neither the task's principal nor whoever created the task may approve. While a request is undecided the attempt's wall time
-/// stands still, for as long as the limit `approvalWaitSeconds` gives.
+/// The task's principal and the creator of the task cannot approve. While a request is pending, the wall time of the attempt stops, for at
+/// most `approvalWaitSeconds`.
 #[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[x_kube(validation = Rule::new("size(self.approvers.users) + size(self.approvers.groups) > 0").message("approvers: name at least one user or group that may decide"))]
 #[serde(rename_all = "camelCase")]
 pub struct Approval {
-    /// A CEL expression over what preconditions see. Where it is `false` nobody is asked; where it cannot be evaluated people are.
+    /// A CEL expression over the same variables as preconditions. If it is `false`, the call needs no approval. If it cannot be evaluated,
+    /// the call needs approval.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 4096))]
     pub when: Option<String>,
     /// Who may decide.
     pub approvers: Approvers,
-    /// How many of them must approve. One denial is enough to deny.
+    /// The number of approvals that the call needs. One denial denies the call.
     #[serde(default = "Approval::default_required")]
     #[schemars(range(min = 1, max = 16))]
     pub required: i64,
@@ -203,11 +209,11 @@ pub struct Approval {
     #[serde(default = "Approval::default_timeout")]
     #[schemars(range(min = 5, max = 604_800))]
     pub timeout_seconds: i64,
-    /// What an expired request means: `Deny` denies the call, `EndTask` ends the task as well, with failure class `Policy`.
+    /// What happens when a request expires: `Deny` denies the call. `EndTask` also ends the task, with failure class `Policy`.
     #[serde(default)]
     pub on_timeout: OnTimeout,
-    /// Seconds that a call is held open while it waits. Then the agent is told that it is pending, and asks again by making
-    /// the same call again, which is neither counted nor a denial. Keep it below the time that the agent's client gives a call.
+    /// Seconds that Belay holds a waiting call open. Then the agent gets the answer that the call is pending, and makes the same call again
+    /// to wait on. This is neither counted nor a denial. Keep it below the timeout of the agent's client.
     #[serde(default = "Approval::default_hold")]
     #[schemars(range(min = 0, max = 3600))]
     pub hold_seconds: i64,
@@ -226,7 +232,7 @@ impl Approval {
     }
 }
 
-/// Where a tool is: one of these.
+/// Where calls of a tool go. Set exactly one field.
 #[derive(KubeSchema, Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[x_kube(validation = Rule::new("has(self.mcp) != has(self.http)").message("set exactly one of mcp and http"))]
 #[serde(rename_all = "camelCase")]
@@ -234,7 +240,7 @@ pub struct Upstream {
     /// A tool of an MCP server.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mcp: Option<McpUpstream>,
-    /// An HTTP request by a template.
+    /// An HTTP request from a template.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub http: Option<HttpUpstream>,
 }
@@ -249,53 +255,53 @@ pub struct McpUpstream {
     /// The tool's name there.
     #[schemars(length(min = 1, max = 128))]
     pub tool: String,
-    /// Pins the server's own definition of the tool: calls are denied by rule `tool.changed` while the server lists another, or none.
-    /// Lower-case hex SHA-256 over the RFC 8785 form of the object of those of the members `name`, `title`, `description`,
-    /// `inputSchema`, `outputSchema` and `annotations` that the server's `tools/list` gives for the tool (of `annotations` those of
-    /// `title`, `readOnlyHint`, `destructiveHint`, `idempotentHint` and `openWorldHint`; `null` counts as absent). Every intent in
-    /// the evidence names the digest in force, as does the denial. Without a pin the first definition that an attempt
+    /// Pins the server's own definition of the tool. Rule `tool.changed` denies calls while the server lists another definition, or none.
+    /// The pin is the SHA-256, in lower-case hex, over the RFC 8785 form of an object. The object has the members `name`, `title`,
+    /// `description`, `inputSchema`, `outputSchema` and `annotations`, as far as the server's `tools/list` has them for the tool. Of
+    /// `annotations` it has `title`, `readOnlyHint`, `destructiveHint`, `idempotentHint` and `openWorldHint`. `null` counts as absent.
+    /// Every intent in the evidence names the digest in force, and so does the denial. Without a pin, the first definition that an attempt
     /// sees holds for that attempt.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(regex(pattern = r"^[0-9a-f]{64}$"))]
     pub digest: Option<String>,
 }
 
-/// One HTTP request, made of the call's arguments. A JSON reply becomes the result's structured content and its text, other text
-/// its text, pictures and sounds MCP content; other replies are refused. A status of 400 and more is an error result.
+/// One HTTP request, made from the arguments of the call. A JSON reply becomes the structured content and the text of the result. Other
+/// text becomes its text. Pictures and sounds become MCP content. Other replies are denied. A status of 400 or more is an error result.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct HttpUpstream {
-    /// The method. With GET, HEAD and DELETE every argument must have its place in the URL; with the others the arguments
-    /// that have none are the body, a JSON object.
+    /// The method. With GET, HEAD and DELETE, every argument must have a place in the URL. With other methods, the arguments without a
+    /// place form the body, a JSON object.
     pub method: HttpMethod,
-    /// The URL. `{name}` in a segment of its path, at most one in each, stands for the argument of that name: a string, an integer
-    /// or a boolean that `input` requires, percent-encoded as one segment. What some server would take for less or more than one segment
-    /// (`/`, `\`, `;`, `?`, `#`, `..`, escapes such as `%2F`, an empty text, control characters, a dot or space at the end, and what
-    /// stands for any of these) is denied by rule `tool.url`. `{+name}` as the last segment is several, with `/` between them, each held to
-    /// the same. Scheme, host, port and a query written here are literal.
+    /// The URL. `{name}` in a segment of the path, at most one in each segment, is the argument of that name: a string, an integer or a
+    /// boolean that `input` requires, percent-encoded as one segment. Rule `tool.url` denies values that a server could read as less or
+    /// more than one segment: `/`, `\`, `;`, `?`, `#`, `..`, escapes such as `%2F`, an empty text, control characters, a dot or a space at
+    /// the end, and equivalents of these. `{+name}` as the last segment stands for several segments with `/` between them, each under the
+    /// same rule. Scheme, host, port and a query in the URL are literal.
     #[schemars(length(min = 8, max = 2048), regex(pattern = r"^https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?([/?][^\s#]*)?$"))]
     pub url: String,
-    /// Arguments that go into the query as `name=value`, in this order, where the call has them.
+    /// Arguments that go into the query as `name=value`, in this order, if the call has them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 32), inner(length(min = 1, max = 128)), extend("x-kubernetes-list-type" = "set"))]
     pub query: Vec<String>,
 }
 
-/// Bounds of one tool's calls.
+/// Limits on the calls of one tool.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ToolLimits {
-    /// Calls over the whole task, all attempts together (rule `tool.calls`).
+    /// Calls in the whole task, across all attempts (rule `tool.calls`).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0, max = 1_000_000))]
     pub calls: Option<i64>,
-    /// Calls a minute (rule `tool.rate`): a bucket that holds so many and fills evenly. It begins full when the harness of an
-    /// attempt starts.
+    /// Calls a minute (rule `tool.rate`): a token bucket of this size that refills evenly. It is full when the harness of an attempt
+    /// starts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 60_000))]
     pub per_minute: Option<i64>,
-    /// Seconds that the upstream may take, to list its tools where that is due and for the call itself (rule `tool.timeout`); 120
-    /// without. Whether a call took effect that was not answered in time is unknown.
+    /// Seconds for the call, including a listing of the upstream's tools if it is due (rule `tool.timeout`). 120 if absent. A call without
+    /// a reply in this time has an unknown outcome.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 300))]
     pub timeout_seconds: Option<i64>,
@@ -303,7 +309,7 @@ pub struct ToolLimits {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 2, max = 4_194_304))]
     pub request_bytes: Option<i64>,
-    /// Bytes of the upstream's reply to the call (rule `tool.responseBytes`); 16 MiB without. A longer one is not given to the agent.
+    /// Bytes of the upstream's reply (rule `tool.responseBytes`). 16 MiB if absent. The agent does not get a longer reply.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 16_777_216))]
     pub response_bytes: Option<i64>,
@@ -311,19 +317,19 @@ pub struct ToolLimits {
 
 /// A CEL expression over `args`, `task`, `principal`, `usage` and `results` that must be `true`.
 ///
-/// `results` maps the name of a tool to what its last successful call in this attempt answered: its structured content, or
-/// else its only block of text, as JSON where it is JSON. Results longer than 16 KiB are absent, and so are all once the
-/// harness has restarted: a condition that needs one then denies, until the tool is called again.
+/// `results` maps the name of a tool to the result of its last successful call in this attempt: the structured content, or the only block
+/// of text, parsed if it is JSON. Results longer than 16 KiB are absent. After a restart of the harness, all results are absent. A
+/// condition that needs a result then denies until the tool is called again.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Precondition {
-    /// Names the condition in denials and in evidence.
+    /// The name of the condition in denials and in evidence.
     #[schemars(length(min = 1, max = 63), regex(pattern = r"^[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?$"))]
     pub name: String,
-    /// The expression. An error or anything but `true` denies.
+    /// The expression. An error or a value other than `true` denies the call.
     #[schemars(length(min = 1, max = 4096))]
     pub cel: String,
-    /// What the agent is told when it does not hold.
+    /// The message to the agent if the condition is not true.
     #[schemars(length(min = 1, max = 1024))]
     pub message: String,
 }

@@ -1,4 +1,4 @@
-//! Watch AI agents on their rope, decide what waits for people, and verify what was done.
+//! Run and watch AI agents, approve their calls, and verify their evidence.
 
 use std::{ffi::OsString, process::ExitCode};
 

@@ -43,10 +43,10 @@ const PAGE: u32 = 100;
 /// A request as it is read: one that this version does not understand stops nothing but itself.
 type Requests = Api<DeserializeGuard<ApprovalRequest>>;
 
-/// List the calls that wait for people.
+/// List the calls that wait for approval.
 ///
-/// Those that are neither decided nor expired, the most urgent first: what would be called, with which arguments, for whom,
-/// and what others have said.
+/// Shows the requests that are neither decided nor expired, the most urgent first: the call, its arguments, its principal, and the
+/// decisions of others.
 #[derive(Debug, clap::Args)]
 #[command(after_long_help = "\
 Examples:
@@ -56,52 +56,52 @@ Examples:
 Reads ApprovalRequests (list).
 
 Exit codes:
-  0  they were listed, also if there are none
-  2  they could not be, or the command line is wrong")]
+  0  the requests were listed, even if there are none
+  2  the requests could not be listed, or the command line is wrong")]
 pub(super) struct List {
     #[command(flatten)]
     cluster: Cluster,
-    /// Those that are decided or expired, too
+    /// Also list requests that are decided or expired
     #[arg(long)]
     all: bool,
 }
 
-/// Approve one call that waits for people.
+/// Approve one call that waits for approval.
 ///
-/// Shows the call and adds your decision: this call may be made, once, before the request expires. It cannot be taken back; while
-/// the call has not been made, a denial by anybody else still stops it.
+/// Shows the call and adds your decision: this call may be made once, before the request expires. You cannot withdraw the decision. Until
+/// the call is made, a denial by another approver still stops it.
 #[derive(Debug, clap::Args)]
 #[command(after_long_help = "\
 Examples:
   belay approvals -n payments
   belay approve refund-5b1c6a0d9e2f -n payments --reason 'the order was cancelled'
 
-Needs the ClusterRole belay-approver in the namespace, and your name or a group of yours among the contract's approvers. Whoever the
-agent acts for, and whoever asked for the task, cannot approve.
+Needs the ClusterRole belay-approver in the namespace, and your name or one of your groups among the contract's approvers. The task's
+principal, and the user who asked for the task, cannot approve.
 
 Exit codes:
-  0  your decision is written
-  1  it is not: you may not decide, you have decided already, or there is nothing left to decide
+  0  your decision was written
+  1  your decision was not written: you may not decide, you have decided already, or there is nothing left to decide
   2  the request could not be read or written, or the command line is wrong")]
 pub(super) struct Approve {
     #[command(flatten)]
     decision: Decision,
 }
 
-/// Deny one call that waits for people.
+/// Deny one call that waits for approval.
 ///
-/// Shows the call and adds your decision: this call may not be made, whatever others say. It cannot be taken back.
+/// Shows the call and adds your decision: this call may not be made, whatever others decide. You cannot withdraw the decision.
 #[derive(Debug, clap::Args)]
 #[command(after_long_help = "\
 Examples:
   belay deny refund-5b1c6a0d9e2f -n payments --reason 'this is the wrong order'
-      The agent is told the reason, and may do better.
+      The agent gets the reason.
 
-Needs the ClusterRole belay-approver in the namespace, and your name or a group of yours among the contract's approvers.
+Needs the ClusterRole belay-approver in the namespace, and your name or one of your groups among the contract's approvers.
 
 Exit codes:
-  0  your decision is written
-  1  it is not: you may not decide, you have decided already, or there is nothing left to decide
+  0  your decision was written
+  1  your decision was not written: you may not decide, you have decided already, or there is nothing left to decide
   2  the request could not be read or written, or the command line is wrong")]
 pub(super) struct Deny {
     #[command(flatten)]
@@ -110,9 +110,9 @@ pub(super) struct Deny {
 
 #[derive(Debug, clap::Args)]
 struct Decision {
-    /// The request's name, as `belay approvals` lists it
+    /// Name of the request, as `belay approvals` lists it
     name: String,
-    /// Why: the agent is told, and the evidence has it
+    /// The reason. The agent gets it, and the evidence has it
     #[arg(long, value_name = "TEXT", value_parser = reason)]
     reason: Option<String>,
     #[command(flatten)]

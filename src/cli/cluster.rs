@@ -12,13 +12,13 @@ use super::CliError;
 /// How to reach the cluster.
 #[derive(Clone, Debug, Default, clap::Args)]
 pub(super) struct Cluster {
-    /// Namespace of the task or request; otherwise the one of the kubeconfig's context
+    /// Namespace of the task or request [default: that of the kubeconfig's context]
     #[arg(short, long)]
     pub(super) namespace: Option<String>,
     /// Context of the kubeconfig
     #[arg(long)]
     context: Option<String>,
-    /// Path of the kubeconfig; otherwise $KUBECONFIG, ~/.kube/config or the pod's own account
+    /// Path of the kubeconfig [default: $KUBECONFIG, ~/.kube/config or the pod's own account]
     #[arg(long, value_name = "FILE")]
     kubeconfig: Option<PathBuf>,
 }

@@ -21,10 +21,10 @@ Examples:
   belay completion fish > ~/.config/fish/completions/belay.fish
       For fish.
   kubectl belay completion kubectl > ~/.local/bin/kubectl_complete-belay && chmod +x ~/.local/bin/kubectl_complete-belay
-      For `kubectl belay`, whatever the shell: kubectl asks an executable of that name on PATH, once its own completion is set up. It needs
+      For `kubectl belay` in any shell. kubectl calls an executable of this name on PATH, if its own completion is set up. The script needs
       bash.
 
-The folders have to be there, and a new shell reads what is in them.")]
+The folders must exist. Start a new shell to load the scripts.")]
 pub(super) struct Args {
     /// The shell, or kubectl for its plugin
     #[arg(value_enum)]

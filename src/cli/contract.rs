@@ -40,37 +40,37 @@ enum Command {
 
 /// Draft a ToolContract for each tool that an MCP server lists.
 ///
-/// Lists the tools and calls none. Each draft says what a call may look like and what it may change, as narrowly as the list
-/// allows it: arguments that the schema does not name are refused, and a tool that does not say otherwise writes.
+/// Lists the tools and calls none of them. Each draft says what a call may look like and what it may change, as narrowly as the list
+/// allows. Arguments that the schema does not name are denied. A tool counts as a write unless the server says otherwise.
 #[derive(Debug, clap::Args)]
 #[command(after_long_help = "\
 Examples:
   belay contract init --mcp https://tickets.example.com/mcp --namespace incidents --out contracts/
-      A file a tool. Read each, delete what agents do not need, tighten the rest, then lint and apply.
+      One file for each tool. Read each, delete what agents do not need, tighten the rest, then lint and apply.
   kubectl -n tools port-forward svc/tickets 8000:80 &
   belay contract init --mcp http://localhost:8000/mcp --url http://tickets.tools.example.com/mcp > contracts.yaml
-      The server through a tunnel; the contracts say how the gateway will reach it.
+      A server through a port-forward. The contracts have the URL by which the gateway will reach it.
 
-What to look at in a draft:
-  description  the agent reads it, and the server wrote it: it must describe, not instruct
-  sideEffect   read only where the server says readOnlyHint, external where it says openWorldHint, write otherwise
-  input        bounds: maxLength, pattern, enum. What the server left open, an agent may fill as it likes
-  preconditions  there are none in a draft
+What to check in a draft:
+  description    the agent reads it, and the server wrote it: it must describe, not instruct
+  sideEffect     read if the server says readOnlyHint, external if it says openWorldHint, write otherwise
+  input          bounds: maxLength, pattern, enum. An agent can fill what the server left open with anything
+  preconditions  a draft has none
 
 Exit codes:
   0  drafts were written
-  2  they were not: no such server, no tools, or a file is there already")]
+  2  no drafts were written: no such server, no tools, or a file exists already")]
 struct Init {
-    /// The MCP server to ask (streamable HTTP)
+    /// URL of the MCP server (streamable HTTP)
     #[arg(long, value_name = "URL")]
     mcp: String,
-    /// The server's URL as the gateway will reach it [default: that of --mcp]
+    /// URL by which the gateway will reach the server [default: that of --mcp]
     #[arg(long, value_name = "URL")]
     url: Option<String>,
-    /// Namespace of the contracts [default: none, so that a kustomization or kubectl decides]
+    /// Namespace of the contracts [default: none; a kustomization or kubectl sets it]
     #[arg(short, long)]
     namespace: Option<String>,
-    /// Folder for a file a tool; without it they go to standard output
+    /// Folder for one file for each tool [default: standard output]
     #[arg(short, long, value_name = "DIR")]
     out: Option<PathBuf>,
     /// Bearer token for the server; it is not written anywhere

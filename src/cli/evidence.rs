@@ -42,22 +42,21 @@ const KEY_ENTRY: &str = "vkey";
 /// Which log is meant, and the key for it.
 #[derive(Debug, clap::Args)]
 pub(super) struct Source {
-    /// A task's name, a folder, or s3://bucket/prefix
+    /// Name of a task, a folder, or s3://bucket/prefix
     ///
-    /// With a namespace it is a task. Otherwise, a folder if there is one of that name.
+    /// With --namespace, it is a task. Otherwise it is a folder, if a folder of that name exists.
     pub(super) target: String,
     #[command(flatten)]
     cluster: Cluster,
     /// The witness's public key, or a file with it (C2SP vkey)
     ///
-    /// Needed for folders without a witness.vkey in them, and for buckets. For tasks, the key that the cluster publishes
-    /// is taken unless another one is given.
+    /// Required for buckets, and for folders without a witness.vkey. For tasks, the default is the key that the cluster publishes.
     #[arg(long, value_name = "VKEY|FILE")]
     witness_key: Option<String>,
     /// URL of the object store, unless it is AWS or the task's status names it
     #[arg(long, value_name = "URL", env = "AWS_ENDPOINT_URL_S3")]
     endpoint: Option<String>,
-    /// Whether the bucket goes into the path rather than the host name; it does by default where there is an endpoint
+    /// Whether the bucket is in the path instead of the host name [default: true if there is an endpoint]
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     path_style: Option<bool>,
     /// Region of the bucket [default: us-east-1]

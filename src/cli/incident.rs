@@ -20,19 +20,19 @@ mod story;
 
 use story::Story;
 
-/// Tell what happened in a task: each decision with its rule, budgets, approvals and network, by the evidence
+/// Report what happened in a task, from its evidence: each decision with its rule, budgets, approvals and network
 #[derive(Debug, clap::Args)]
 #[command(after_long_help = "\
 Examples:
   belay incident tidy -n team-a > tidy.md
   belay incident evidence/ --witness-key witness.vkey -o html > tidy.html
-      One file that any browser shows, without a network: each line leads to its record and the proof that it is in the log.
+      One file for any browser, without a network. Each line links to its record and the proof that it is in the log.
 
-Exit codes are those of `belay verify`: the log is verified first.")]
+The command verifies the log first. Its exit codes are those of `belay verify`.")]
 pub(super) struct Args {
     #[command(flatten)]
     source: Source,
-    /// As what to write it
+    /// Format of the report
     #[arg(short, long, value_enum, default_value_t = Output::Markdown)]
     output: Output,
 }

@@ -33,28 +33,29 @@ const LONGEST_NAME: usize = 40;
 #[command(after_long_help = "\
 Examples:
   belay init hello && belay run hello/task.yaml --upstream shop.test='python3 hello/standin.py'
-      An agent on its rope: what it may do, it does; what it may not, it is told, and the evidence says so.
+      An agent on its rope. Belay allows some of its calls and denies others, and the evidence has every decision.
   belay init hello --model openai
-      The same with a real model, whose key is in OPENAI_API_KEY: the command that runs it is said.
+      The same with a real model and the key in OPENAI_API_KEY. The output has the command that runs it.
   belay init hello --model http://localhost:8000/v1 --model-name qwen3-8b
-      A server of yours that speaks OpenAI's API: vLLM, llama.cpp, LiteLLM and others. One on another machine of yours
-      (http://192.168.1.5:8000/v1, http://gpubox:8000/v1) gets a name in the pack, and its address by --resolve.
+      Your own server that speaks OpenAI's API: vLLM, llama.cpp, LiteLLM and others. A server on another machine of your network
+      (http://192.168.1.5:8000/v1, http://gpubox:8000/v1) gets a name in the pack. You pass its address with --resolve.
 
-Then make it yours: agent.py is the agent, or whatever `command` in task.yaml says; packages of Python's go beside it, by
-`/usr/bin/python3 -m venv FOLDER/.venv && FOLDER/.venv/bin/pip install …`, with `command: [.venv/bin/python, agent.py]`.
-contracts.yaml has its tools, policy-pack.yaml what it may do at all, and `belay lint FOLDER` says what is wrong with them.
+Then make it yours. The agent is agent.py, or what `command` in task.yaml says. Install Python packages beside it with
+`/usr/bin/python3 -m venv FOLDER/.venv && FOLDER/.venv/bin/pip install …`, and set `command: [.venv/bin/python, agent.py]`.
+contracts.yaml has the agent's tools. policy-pack.yaml says what tasks may do. `belay lint FOLDER` checks them.
 
 Exit codes:
-  0  the folder is there
-  2  it is not: all files are there already, or one cannot be written")]
+  0  the files were written
+  2  no file was written: all files exist already, or one cannot be written")]
 pub(super) struct Args {
-    /// The folder; it is made unless it is there, and what is in it stays as it is. The task is named after it
+    /// The folder. It is created if it does not exist, and existing files stay as they are. The task gets its name
     #[arg(default_value = "hello")]
     folder: PathBuf,
-    /// Whose model the agent asks: openai, anthropic, ollama, or the base URL of a server that speaks OpenAI's API [default: one that stands in]
+    /// Provider of the model: openai, anthropic, ollama, or the base URL of a server that speaks OpenAI's API [default: a stand-in without
+    /// a model]
     #[arg(long, value_name = "PROVIDER|URL")]
     model: Option<Provider>,
-    /// The model's name, in place of the provider's usual one
+    /// Name of the model [default: the provider's usual one]
     #[arg(long, value_name = "NAME", requires = "model")]
     model_name: Option<String>,
 }

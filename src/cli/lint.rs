@@ -31,36 +31,34 @@ const LARGEST: u64 = 64 << 20;
 
 /// Check AgentTasks, ToolContracts and PolicyPacks together, offline, with file and line.
 ///
-/// Reads every .yaml, .yml and .json file below the folders, and passes over what is of other kinds. Each object is judged as
-/// the API server would (types, bounds, unknown fields, rules of the CRD), each contract and pack by itself as operator and
-/// gateway would (JSON Schema, CEL and its types), and each task with the contracts it names and the pack whose
-/// namespaceSelector selects its Namespace.
+/// Reads every .yaml, .yml and .json file below the folders, and ignores objects of other kinds. It checks each object as the API server
+/// would: types, bounds, unknown fields, rules of the CRD. It checks each contract and pack as operator and gateway would: JSON Schema, CEL
+/// and its types. It checks each task with its contracts and with the pack whose namespaceSelector selects its Namespace.
 #[derive(Debug, clap::Args)]
 #[command(after_long_help = "\
 Examples:
   belay lint policy-packs/prod teams/incidents
-      What one environment will hold: its pack, and a team's namespace, contracts and tasks.
+      What one environment will have: its pack, and a team's namespace, contracts and tasks.
   kubectl kustomize overlays/prod | belay lint -
-      What kustomize makes of it: patches and generators included, lines those of its output.
+      The output of kustomize, with patches and generators. Line numbers are those of the output.
   belay lint . --output github
-      As annotations of a pull request.
+      Findings as annotations of a pull request.
 
-Where the Namespace is among the files, its labels choose the pack. Where it is not, a task is in order if any of the packs
-admits it, and a note says so. kustomization.yaml counts for the namespace that it sets and for the patches that it lists,
-which are passed over.
+If the Namespace is among the files, its labels select the pack. If it is not, a task is valid if any of the packs admits it,
+and a note says so. Of a kustomization.yaml, the command uses the namespace, and ignores the patches that it lists.
 
 Each finding is one line:
   FILE:LINE:COLUMN: error|warning: FIELD: expected …, found …; what to do
 
 Exit codes:
-  0  nothing is wrong
-  1  something is: an error, or with --strict a warning
-  2  nothing was checked: no such file, none of our objects in it, or the command line is wrong")]
+  0  no findings
+  1  findings: an error, or with --strict a warning
+  2  nothing was checked: no such file, no objects of Belay, or the command line is wrong")]
 pub(super) struct Args {
     /// Folders and files; - is standard input
     #[arg(required = true, value_name = "DIR|FILE")]
     paths: Vec<PathBuf>,
-    /// Namespace of objects that name none, where no kustomization.yaml sets one
+    /// Namespace of objects without one, if no kustomization.yaml sets it
     #[arg(short, long, default_value = "default")]
     namespace: String,
     /// Warnings count as errors
@@ -73,7 +71,7 @@ pub(super) struct Args {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Output {
-    /// A line each
+    /// One line for each finding
     Text,
     /// One JSON array of objects
     Json,

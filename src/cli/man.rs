@@ -16,16 +16,16 @@ use clap_mangen::{
 
 use super::CliError;
 
-/// Print the manual page, or write those of all commands
+/// Print the manual page, or write the pages of all commands
 #[derive(Debug, clap::Args)]
 #[command(after_long_help = "\
 Examples:
   belay man | man -l -
-      To read it.
+      Read the page.
   belay man --out ~/.local/share/man/man1
-      To install it, and a page for each command: `man belay`, `man belay-run`. For everybody: /usr/local/share/man/man1.")]
+      Install the page and one page for each command: `man belay`, `man belay-run`. For all users: /usr/local/share/man/man1.")]
 pub(super) struct Args {
-    /// Folder for the pages of `belay` and of each of its commands; it is made where there is none
+    /// Folder for the pages of `belay` and of each command. It is created if it does not exist
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
 }

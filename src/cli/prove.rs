@@ -28,8 +28,8 @@ pub(super) const PROOF: &str = "tlog-proof";
 
 /// Export one record with the proof that it is in the log, as a C2SP tlog-proof
 ///
-/// The log is verified first. Whoever has the witness's public key checks the proof without the log: `belay verify FILE.tlog-proof`, or any
-/// other reader of the format.
+/// Verifies the log first. Anyone with the witness's public key can check the proof without the log, with `belay verify FILE.tlog-proof` or
+/// any other reader of the format.
 #[derive(Debug, clap::Args)]
 #[command(after_long_help = "\
 Examples:
@@ -88,10 +88,10 @@ pub(super) fn check(file: &Path, key: &VerifierKey, out: &mut dyn Write) -> Resu
     }
 }
 
-/// Disclose one field of a call's arguments so that anybody can check it against the evidence
+/// Disclose one field of a call's arguments, so that anyone can check it against the evidence
 ///
-/// The evidence has commitments in place of arguments. Whoever has a call's arguments and the task's salt can open one field: `belay verify
-/// TARGET --opening FILE` says which record commits to it. The opening tells nothing of the other fields but their names.
+/// The evidence has commitments instead of arguments. With a call's arguments and the task's salt, you can open one field. `belay verify
+/// TARGET --opening FILE` says which record commits to it. The opening discloses the names of the other fields, and nothing else of them.
 #[derive(Debug, clap::Args)]
 #[command(after_long_help = "\
 Examples:
@@ -104,7 +104,7 @@ pub(super) struct Disclose {
     /// File with the call's arguments: JSON
     #[arg(long, value_name = "FILE")]
     arguments: PathBuf,
-    /// File with the task's salt, as it lies in the state bucket
+    /// File with the task's salt, as the state bucket has it
     #[arg(long, value_name = "FILE")]
     salt: PathBuf,
 }

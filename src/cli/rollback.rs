@@ -21,29 +21,29 @@ use crate::{
     plan::{names, rollback},
 };
 
-/// Undo what an ended task did, as far as its contracts say how.
+/// Roll back an ended task, as far as its contracts say how.
 ///
-/// Makes a task for that: each call of the ended one that changed something is undone by the call that its contract's rollback names,
-/// the newest first, through contracts, budgets, policy and approvals like any other. What cannot be undone so is listed for
-/// people. Asked again it tells what came of it.
+/// Creates a rollback task. It makes the compensation of each call that changed something, newest call first, through contracts, budgets,
+/// policy and approvals like any other call. It lists calls that it cannot undo for manual action. Run it again to see the state of the
+/// rollback.
 #[derive(Debug, clap::Args)]
 #[command(after_long_help = "\
 Examples:
   belay rollback refunds-7 -n payments
   belay rollback refunds-7 -n payments
-      Again: where it stands, and what is left to people.
+      Again: the state of the rollback, and what is left for manual action.
 
-Reads AgentTasks, ToolContracts and pods; creates one AgentTask, TASK-rollback, in your name or, with the verb act-for on agenttasks,
-on behalf of --principal. A task that has failed is rolled back by the operator, unless its spec.rollback says OnRequest.
+Reads AgentTasks, ToolContracts and pods. Creates one AgentTask, TASK-rollback, in your name or, with the verb act-for on agenttasks,
+on behalf of --principal. The operator rolls back failed tasks, unless their spec.rollback is OnRequest.
 
 Exit codes:
-  0  the task is made or under way, or everything is undone
-  1  something is left to people, or there is nothing to undo
-  2  the cluster could not be asked, or the command line is wrong")]
+  0  the rollback task was created or is running, or everything is undone
+  1  calls are left for manual action, or there is nothing to undo
+  2  the cluster could not be reached, or the command line is wrong")]
 pub(super) struct Args {
-    /// The task that is undone; it has ended
+    /// Name of the ended task
     task: String,
-    /// On whose behalf, if not your own
+    /// The principal on whose behalf to roll back [default: you]
     #[arg(long, value_name = "NAME")]
     principal: Option<String>,
     #[command(flatten)]

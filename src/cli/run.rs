@@ -58,62 +58,62 @@ mod home;
 const EXIT_UNSEALED: u8 = 3;
 /// Run a task on this machine: no cluster, the same decisions.
 ///
-/// Gateway and harness run in this process, the agent in a sandbox: gVisor where it is installed, else bubblewrap. It sees this
-/// machine's programs and the task's folder (/workspace), read-only; it can write where the task says; it can reach the harness and
-/// nothing else. Containment is proven before it starts, every decision is in the evidence, and the evidence verifies. Where the task mounts
-/// something at /workspace or below, or may write there, its folder is /task. What it writes ends with the run.
+/// Gateway and harness run in this process. The agent runs in a sandbox: gVisor if it is installed, bubblewrap otherwise. The agent sees
+/// this machine's programs and the task's folder (/workspace), read-only. It can write where the task says. It can reach the harness and
+/// nothing else. The containment probe runs before the agent starts, and every decision is in the evidence. If the task mounts or writes
+/// something at /workspace or below, its folder is /task. What the agent writes is deleted at the end of the run.
 ///
-/// Nothing that this command inherits is the agent's: no descriptor, variable or signal. Files with Secrets, those of --credential, evidence and
-/// what Belay keeps itself are not shown; a folder of which something is not shown is seen with the entries that it had at the start. Other
-/// secrets in a folder that is shown (.env, .git) are seen: keep them elsewhere.
+/// The agent inherits nothing from this command: no descriptor, variable or signal. It does not see the files of Secrets and of
+/// --credential, evidence, or Belay's own files. In a folder with such a file, it sees the entries that existed at the start. It does see
+/// other secrets in a folder that is shown (.env, .git): keep them elsewhere.
 ///
-/// The task's `image` is not pulled: `agent.command` runs with this machine's programs, or with those of --root. An OCI bundle there, as
-/// `umoci unpack` makes one, says by itself what to run, where and in which environment, as the image does in a cluster.
+/// `belay run` does not pull the task's `image`. `agent.command` runs with this machine's programs, or with those of --root. An OCI bundle
+/// in --root, as `umoci unpack` makes one, says what to run, where and in which environment, as the image does in a cluster.
 #[derive(Debug, clap::Args)]
 #[command(after_long_help = "\
 Examples:
   belay run hello/task.yaml
-      A task whose contracts and pack lie beside it.
+      A task with its contracts and its pack in the same folder.
   belay run task.yaml --packs policy-packs/dev --contracts contracts/ --credential model-key/token=env:OPENAI_API_KEY
-      Pack and contracts from elsewhere, and the key that the pack's class names.
+      Pack and contracts from elsewhere, and the credential that the pack's class names.
   belay run task.yaml --resolve model.localhost=127.0.0.1:11434
-      A model on this machine: it has to be named, since loopback is never dialled otherwise. The class must list the host.
+      A model on this machine. Belay dials loopback addresses only if you name them. The class must list the host.
   belay run hello/task.yaml --upstream shop.test='python3 hello/standin.py'
-      A server of yours in place of an upstream: started with the run, ended with it.
+      Your own server in place of an upstream. It starts and ends with the run.
   skopeo copy docker://registry.example.com/agent:1 oci:agent:1 && umoci unpack --rootless --image agent:1 bundle
   belay run task.yaml --root bundle
-      A task of a cluster with its own image, unpacked by other tools.
+      A task from a cluster with its own image, unpacked by other tools.
   belay run task.yaml --store s3://evidence/laptops --output json
       Evidence in a bucket, and a line of JSON for each event.
 
-What a laptop cannot give: nobody else holds the witness's key, and a folder has no locks. `belay verify` says so:
+On a laptop, you hold the witness's key yourself, and a folder has no Object Lock. `belay verify` says so:
 VALID, self-witnessed, unlocked store.
 
 Exit codes:
   0    the task succeeded
   1    its agent failed (class Agent)
-  2    nothing was run: a file, an option or the sandbox is not as it should be
-  3    the log could not be ended: what is there verifies as INCOMPLETE
-  4    class Policy: too many refused calls, or a call that nobody approved
+  2    nothing was run: a file, an option or the sandbox is wrong
+  3    the log could not be sealed: it verifies as INCOMPLETE
+  4    class Policy: too many denials, or a call that was not approved
   5    class Budget: the wall time is over
-  6    class Infrastructure: the sandbox, the harness or the evidence store failed; containment could not be proven
-  130  it was stopped (Ctrl-C, SIGTERM): the agent first, then the log was ended")]
+  6    class Infrastructure: the sandbox, the harness or the evidence store failed; isolation could not be proven
+  130  the run was stopped (Ctrl-C, SIGTERM): first the agent, then the log was sealed")]
 pub(super) struct Args {
     /// File with the AgentTask
     task: PathBuf,
-    /// Folder or file with ToolContracts; may be given again [default: the task's folder]
+    /// Folder or file with ToolContracts; repeatable [default: the task's folder]
     #[arg(long, value_name = "PATH")]
     contracts: Vec<PathBuf>,
-    /// Folder or file with PolicyPacks; may be given again [default: the task's folder]
+    /// Folder or file with PolicyPacks; repeatable [default: the task's folder]
     #[arg(long, value_name = "PATH")]
     packs: Vec<PathBuf>,
-    /// Which PolicyPack, where there are several
+    /// Name of the PolicyPack, if there are several
     #[arg(long, value_name = "NAME")]
     pack: Option<String>,
     /// Folder for evidence [default: ~/.local/state/belay/evidence]
     #[arg(long, value_name = "DIR", conflicts_with = "store")]
     evidence: Option<PathBuf>,
-    /// Bucket for evidence, s3://BUCKET or s3://BUCKET/PREFIX; with Object Lock it is locked as the pack says
+    /// Bucket for evidence, s3://BUCKET or s3://BUCKET/PREFIX. With Object Lock, objects are locked as the pack says
     #[arg(long, value_name = "URL")]
     store: Option<Location>,
     /// URL of the object store, unless it is AWS
@@ -125,49 +125,49 @@ pub(super) struct Args {
     /// File with certificates (PEM) to trust for the object store
     #[arg(long, value_name = "FILE", env = "AWS_CA_BUNDLE")]
     ca_bundle: Option<PathBuf>,
-    /// Which sandbox
+    /// The sandbox
     #[arg(long, value_enum, default_value_t = Sandbox::Auto)]
     sandbox: Sandbox,
-    /// Folder of an unpacked image whose programs the agent has, in place of this machine's: an OCI bundle, or the bare root
+    /// Folder of an unpacked image whose programs the agent gets instead of this machine's: an OCI bundle, or a bare root
     #[arg(long, value_name = "DIR")]
     root: Option<PathBuf>,
-    /// Further folder of this machine that the agent sees, read-only, at the same place; may be given again
+    /// Another folder of this machine that the agent sees, read-only, at the same path; repeatable
     #[arg(long, value_name = "DIR")]
     ro: Vec<PathBuf>,
     /// The folder that the agent sees as /workspace, read-only [default: the task's folder]
     #[arg(long, value_name = "DIR")]
     workspace: Option<PathBuf>,
-    /// The address of a host, whatever it is, as HOST=ADDRESS[:PORT]; may be given again. It is recorded
+    /// Any address for a host, as HOST=ADDRESS[:PORT]; repeatable. The evidence records it
     #[arg(long, value_name = "HOST=ADDR")]
     resolve: Vec<Resolved>,
-    /// A server of yours for a host, started for the run with PORT in its environment; may be given again
+    /// A command that serves a host, started for the run with PORT in its environment; repeatable
     ///
-    /// It runs beside the sandbox, with all that you may, and has to listen on 127.0.0.1:$PORT. It ends with the run.
+    /// The server runs outside the sandbox, with your permissions. It must listen on 127.0.0.1:$PORT. It ends with the run.
     #[arg(long, value_name = "HOST=COMMAND")]
     upstream: Vec<Server>,
-    /// A key for an upstream, as SECRET/KEY=env:VARIABLE or SECRET/KEY=file:PATH; may be given again
+    /// A credential for an upstream, as SECRET/KEY=env:VARIABLE or SECRET/KEY=file:PATH; repeatable
     #[arg(long, value_name = "SECRET/KEY=FROM")]
     credential: Vec<Credential>,
-    /// File with certificates (PEM) to trust for upstreams, beside the web's
+    /// File with certificates (PEM) to trust for upstreams, in addition to the public ones
     #[arg(long, value_name = "FILE")]
     upstream_ca: Option<PathBuf>,
-    /// A name server, ADDRESS or ADDRESS:PORT, in place of this machine's; may be given again
+    /// A name server, ADDRESS or ADDRESS:PORT, instead of this machine's; repeatable
     #[arg(long, value_name = "ADDR")]
     nameserver: Vec<NameServer>,
-    /// Say yes beforehand to calls of this tool that need approval; may be given again. It is recorded as your decision
+    /// Approve calls of this tool in advance; repeatable. The evidence records it as your decision
     #[arg(long, value_name = "TOOL")]
     approve: Vec<String>,
     /// The name under which you decide [default: your user name]
     #[arg(long = "as", value_name = "NAME")]
     by: Option<String>,
-    /// How to say what happens
+    /// Format of the output
     #[arg(short, long, value_enum, default_value_t = Output::Text)]
     output: Output,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Sandbox {
-    /// gVisor where it is installed, else bubblewrap
+    /// gVisor if it is installed, bubblewrap otherwise
     Auto,
     /// gVisor
     #[value(alias = "gvisor")]
@@ -179,9 +179,9 @@ enum Sandbox {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Output {
-    /// For people
+    /// Text for people
     Text,
-    /// A JSON object a line
+    /// One JSON object a line
     Json,
 }
 

@@ -21,48 +21,47 @@ mod text;
 
 /// Verify a task's evidence: recompute everything from the recorded bytes.
 ///
-/// Every hash, signature, counter and limit is worked out again from the leaves. Nothing is believed but the witness's
-/// public key.
+/// Recomputes every hash, signature, counter and limit from the leaves. It trusts only the witness's public key.
 #[derive(Debug, clap::Args)]
 #[command(after_long_help = "\
 Examples:
   belay verify tidy -n team-a
-      The log of a task, where its status says it is, against the key that the cluster publishes.
+      The log of a task, at the location in its status, against the key that the cluster publishes.
       S3 credentials come from AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or from an AWS profile.
   belay verify tidy -n team-a --save evidence/
-      The same, and a copy to keep: its segments and the witness's key.
+      The same, and a copy: the segments and the witness's key.
   belay verify evidence/ --witness-key witness.vkey
-      A copy, offline, against a key that you got from somewhere you trust.
+      A copy, offline, against a key from a source that you trust.
   belay verify decision.tlog-proof --witness-key witness.vkey
-      One record by itself, as `belay prove` has exported it.
+      One record, as `belay prove` exported it.
   belay verify s3://evidence/prod/team-a/tidy/UID --endpoint https://s3.example.com --witness-key witness.vkey
       A log in a bucket, without a cluster.
 
 Exit codes:
-  0  VALID       every byte is covered by signatures that hold, every record follows, the last one ends the task
+  0  VALID       valid signatures cover every byte, every record follows from the ones before, the last one ends the task
   1  INVALID     something does not hold; the findings name the record and the rule
-  3  INCOMPLETE  everything holds so far, but the log has no end: the task runs, or its end is missing
-  4  NEWER       everything holds up to what is of a later version than this belay knows: it cannot judge it
-  2  none of these: the log could not be read, or the command line is wrong")]
+  3  INCOMPLETE  everything holds so far, but the log has no end: the task is running, or its end is missing
+  4  NEWER       everything holds up to a part in a later version of the format that this belay does not know
+  2  no verdict: the log could not be read, or the command line is wrong")]
 pub(super) struct Args {
     #[command(flatten)]
     source: Source,
-    /// How to say what was found
+    /// Format of the output
     #[arg(short, long, value_enum, default_value_t = Output::Text)]
     output: Output,
     /// Keep a copy of the log in this new or empty folder
     #[arg(long, value_name = "DIR")]
     save: Option<PathBuf>,
-    /// Say which record commits to the field that `belay disclose` has opened
+    /// Report which record commits to the field that `belay disclose` has opened
     #[arg(long, value_name = "FILE")]
     opening: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Output {
-    /// For people
+    /// Text for people
     Text,
-    /// For programs
+    /// JSON for programs
     Json,
 }
 

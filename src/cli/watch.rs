@@ -38,21 +38,21 @@ const TICK: Duration = Duration::from_secs(1);
 /// Records that wait to be shown. The follower waits when there are more.
 const WAITING: usize = 256;
 
-/// Watch a task live: every call, every refusal, the budgets, and how it ends.
+/// Watch a task live: every call, every denial, the budgets, and how it ends.
 ///
-/// Follows the task through all its attempts until it has succeeded or failed.
+/// Follows the task through all attempts until it has succeeded or failed.
 #[derive(Debug, clap::Args)]
 #[command(after_long_help = "\
 Examples:
   belay watch tidy -n team-a
   kubectl belay watch tidy -n team-a
 
-Reads AgentTasks (get, list, watch) and the logs of its pods (get pods/log). Without the latter it shows the status only.
+Reads AgentTasks (get, list, watch) and the logs of their pods (get pods/log). Without the logs, it shows the status only.
 
 Exit codes:
   0  the task succeeded
   1  the task failed, or was deleted
-  2  it could not be watched, or the command line is wrong")]
+  2  the task could not be watched, or the command line is wrong")]
 pub(super) struct Args {
     /// The task's name
     task: String,

@@ -1,10 +1,11 @@
 //! What an operator of the gateway watches. Labels are closed sets: channels, decisions, rules, results.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use prometheus::{HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, Opts, Registry};
 
 use crate::{
+    contact::{Contact, WatchAges},
     evidence::record::{Channel, Event},
     policy::config::SideEffect,
 };
@@ -22,7 +23,7 @@ pub struct Metrics {
     pub requests: IntCounterVec,
     /// Seconds from dialling to the upstream's reply head, by channel.
     pub upstream: HistogramVec,
-    /// Appends to logs, by result (`written`, `replayed`, `refused`, `failed`).
+    /// Appends to logs, by result (`written`, `replayed`, `refused`, `failed`, `lost`).
     pub appends: IntCounterVec,
     /// Seconds of an append, bucket included.
     pub append_seconds: HistogramVec,
@@ -43,7 +44,7 @@ pub struct Metrics {
     pub connections_refused: IntCounter,
     /// TokenReviews by result (`valid`, `invalid`, `failed`, `throttled`).
     pub token_reviews: IntCounterVec,
-    /// Failures of the object store, by what was tried (`read`, `write`, `list`).
+    /// Failures of the object store, by what was tried (`read`, `write`, `list`, `lock`, `name`, `reach`).
     pub store_errors: IntCounterVec,
     /// Whether the buckets of all packs answer (1), by the last look.
     pub store_up: IntGauge,
@@ -55,6 +56,17 @@ pub struct Metrics {
     pub unreadable: IntCounterVec,
     /// Whether the serving certificate could be loaded (1) when last looked at.
     pub certificate_ok: IntGauge,
+}
+
+/// The registry of a gateway's process: its metrics, and the ages of its watches.
+///
+/// # Errors
+/// Never in practice: the names are valid, and differ.
+pub fn registry(contact: &Arc<Contact>) -> Result<(Registry, Metrics), prometheus::Error> {
+    let registry = Registry::new();
+    let metrics = Metrics::new(&registry)?;
+    registry.register(Box::new(WatchAges::new("belay_gateway_watch_age_seconds", contact.clone())?))?;
+    Ok((registry, metrics))
 }
 
 impl Metrics {
@@ -202,9 +214,52 @@ impl Metrics {
 mod tests {
     use super::*;
     use crate::{
+        admin::reference,
         gateway::testing,
         policy::access::{Assessment, Score},
     };
+
+    /// Everything that the process registers, each vector with one child, so that the registry tells it.
+    #[test]
+    fn the_reference_has_every_metric() {
+        let (registry, metrics) = registry(&Arc::new(Contact::default())).unwrap();
+        let Metrics {
+            requests,
+            upstream,
+            appends,
+            append_seconds,
+            decisions,
+            tool_calls,
+            risk,
+            outcomes,
+            tunnels: _,
+            connections: _,
+            connections_refused: _,
+            token_reviews,
+            store_errors,
+            store_up: _,
+            incidents,
+            usage_writes,
+            unreadable,
+            certificate_ok: _,
+        } = metrics;
+        let counters = [
+            requests,
+            appends,
+            decisions,
+            tool_calls,
+            outcomes,
+            token_reviews,
+            store_errors,
+            incidents,
+            usage_writes,
+            unreadable,
+        ];
+        counters.iter().for_each(reference::touch);
+        [upstream, append_seconds, risk].iter().for_each(reference::touch);
+        let ages = WatchAges::new("belay_gateway_watch_age_seconds", Arc::default()).unwrap();
+        reference::is_complete("belay_gateway_", &registry, &ages);
+    }
 
     #[test]
     fn what_is_recorded_is_counted_by_the_class_of_its_task() {

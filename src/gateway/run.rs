@@ -19,7 +19,6 @@ use std::{
 };
 
 use futures::future::BoxFuture;
-use prometheus::Registry;
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
@@ -33,7 +32,7 @@ use super::{
     identity::reviews::Reviews,
     incidents::Incidents,
     listen,
-    metrics::Metrics,
+    metrics::{self, Metrics},
     options::Options,
     resolve::{Dns, ResolverError},
     service::{Gateway, Parts},
@@ -42,7 +41,7 @@ use super::{
 };
 use crate::{
     admin, certificate,
-    contact::{self, Contact, WatchAges},
+    contact::{self, Contact},
     evidence::{
         note::{KeyError, Signer, WITNESS_NAME},
         store::{
@@ -119,12 +118,10 @@ pub enum RunError {
 /// # Errors
 /// If it cannot start, or a watch has ended.
 pub async fn run(options: Options) -> Result<(), RunError> {
-    let registry = Registry::new();
-    let metrics = Metrics::new(&registry)?;
     let contact = Arc::new(Contact::default());
+    let (registry, metrics) = metrics::registry(&contact)?;
     let config = kube::Config::infer().await.map_err(kube::Error::InferConfig)?;
     let client = contact::client(config, contact.clone())?;
-    registry.register(Box::new(WatchAges::new("belay_gateway_watch_age_seconds", contact.clone())?))?;
     let (stores, watches) = cluster::watch(&client, &options.system_namespace, &metrics);
     let cluster = Arc::new(Cluster::new(stores, Arc::new(client.clone())));
     let listening = Arc::new(AtomicBool::new(false));

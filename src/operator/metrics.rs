@@ -11,6 +11,7 @@ use prometheus::{
 
 use crate::{
     api::{AgentTask, agent_task::Phase},
+    contact::{Contact, WatchAges},
     lenient::Lenient,
 };
 
@@ -38,6 +39,17 @@ pub struct Metrics {
     pub reviews: IntCounterVec,
     /// Whether this replica leads.
     pub leader: prometheus::IntGauge,
+}
+
+/// The registry of an operator's process: its metrics, and the ages of its watches. One that leads adds [`TasksByPhase`].
+///
+/// # Errors
+/// Never in practice: the names are valid, and differ.
+pub fn registry(contact: &Arc<Contact>) -> Result<(Registry, Metrics), prometheus::Error> {
+    let registry = Registry::new();
+    let metrics = Metrics::new(&registry)?;
+    registry.register(Box::new(WatchAges::new("belay_operator_watch_age_seconds", contact.clone())?))?;
+    Ok((registry, metrics))
 }
 
 impl Metrics {
@@ -146,5 +158,36 @@ fn phase_name(task: &Arc<Lenient<AgentTask>>) -> &'static str {
         Some(Phase::Parked) => "Parked",
         Some(Phase::Succeeded) => "Succeeded",
         Some(Phase::Failed) => "Failed",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kube::runtime::reflector;
+
+    use super::*;
+    use crate::admin::reference;
+
+    /// Everything that the process registers, each vector with one child, so that the registry tells it.
+    #[test]
+    fn the_reference_has_every_metric() {
+        let (registry, metrics) = registry(&Arc::new(Contact::default())).unwrap();
+        let Metrics {
+            reconciles,
+            reconcile_seconds,
+            attempts,
+            apply_to_pod: _,
+            writes,
+            policies_restored: _,
+            undecodable,
+            reviews,
+            leader: _,
+        } = metrics;
+        [reconciles, attempts, writes, undecodable, reviews].iter().for_each(reference::touch);
+        reference::touch(&reconcile_seconds);
+        let (store, _writer) = reflector::store();
+        registry.register(Box::new(TasksByPhase::new(store).unwrap())).unwrap();
+        let ages = WatchAges::new("belay_operator_watch_age_seconds", Arc::default()).unwrap();
+        reference::is_complete("belay_operator_", &registry, &ages);
     }
 }

@@ -21,7 +21,7 @@ use crate::canonical;
 pub enum SideEffect {
     /// Nothing.
     Read,
-    /// State that the organisation owns.
+    /// State that the organization owns.
     Write,
     /// The world outside: mail, payments, people.
     External,
@@ -50,18 +50,18 @@ pub enum EgressUse {
     Direct,
 }
 
-/// How sensitive data is. The greater one counts where several are known.
+/// How sensitive data is. The highest value counts if there are several.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[cfg_attr(feature = "kube", derive(schemars::JsonSchema))]
 pub enum Sensitivity {
-    /// Nothing says that it is.
+    /// Nothing says that the data is sensitive.
     #[default]
     Unclassified,
-    /// For the organisation.
+    /// For members of the organization.
     Internal,
-    /// For some in the organisation: customers' data, contracts.
+    /// For some members of the organization: data of customers, contracts.
     Confidential,
-    /// For very few: secrets, health, payment cards.
+    /// For very few people: secrets, health data, payment cards.
     Restricted,
 }
 
@@ -82,26 +82,26 @@ impl Sensitivity {
     }
 }
 
-/// What a pack's rule means for the calls that it is for.
+/// The decision of a pack's rule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "kube", derive(schemars::JsonSchema))]
 pub enum RuleDecision {
-    /// They may be made, if no other rule says otherwise.
+    /// The call may be made, unless another rule requires more.
     Allow,
-    /// They may be made once people have said yes to them.
+    /// The call may be made once approvers have approved it.
     RequireApproval,
-    /// They may not be made.
+    /// The call is denied.
     Deny,
 }
 
-/// What has been used of the limits, over all attempts.
+/// What the task has used of its limits, across all attempts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "kube", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct Usage {
     /// Tool calls sent.
     pub tool_calls: i64,
-    /// Model tokens, settled or reserved.
+    /// Tokens of model calls, settled or reserved.
     pub tokens: i64,
     /// Calls and connections denied.
     pub denials: i64,
@@ -119,7 +119,7 @@ pub fn is_zero(count: &i64) -> bool {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Limits {
-    /// Seconds that one attempt may run.
+    /// Seconds that one attempt can run.
     pub wall_time_seconds: i64,
     /// Tool calls over all attempts.
     pub tool_calls: i64,
@@ -216,7 +216,7 @@ impl PolicyConfig {
 pub struct TaskIdentity {
     /// Its namespace.
     pub namespace: String,
-    /// Its name.
+    /// The name.
     pub name: String,
     /// Its UID: a task made again under the same name is another task.
     pub uid: String,
@@ -259,7 +259,7 @@ pub struct RollbackOf {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct PackIdentity {
-    /// Its name.
+    /// The name.
     pub name: String,
     /// Its UID.
     pub uid: String,
@@ -311,15 +311,15 @@ pub struct Tool {
     pub redact: Vec<String>,
 }
 
-/// How sensitive a tool's data is at least; a pack's classification may find more.
+/// The minimum sensitivity of a tool's data. A pack's classification can find more.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "kube", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct DataClass {
-    /// Of what it is given.
+    /// The minimum sensitivity of the arguments.
     #[serde(default, skip_serializing_if = "Sensitivity::is_unclassified")]
     pub arguments: Sensitivity,
-    /// Of what it answers.
+    /// The minimum sensitivity of the result.
     #[serde(default, skip_serializing_if = "Sensitivity::is_unclassified")]
     pub result: Sensitivity,
 }
@@ -337,7 +337,7 @@ impl DataClass {
 pub enum Upstream {
     /// A tool of an MCP server.
     Mcp(McpUpstream),
-    /// An HTTP request by a template.
+    /// An HTTP request from a template.
     Http(HttpUpstream),
 }
 
@@ -405,7 +405,7 @@ impl HttpMethod {
     }
 }
 
-/// Bounds of one tool's calls.
+/// Limits on the calls of one tool.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct ToolLimits {
@@ -441,7 +441,7 @@ pub struct ToolUsage {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Precondition {
-    /// Its name.
+    /// The name.
     pub name: String,
     /// A CEL expression that must be `true`.
     pub cel: String,
@@ -473,7 +473,7 @@ pub struct VerifyRead {
     pub arguments: BTreeMap<String, String>,
     /// A CEL expression over `args` and `result`.
     pub applied: String,
-    /// Seconds from when the reply was given up after which a `false` counts.
+    /// Seconds after which `false` counts, from when Belay gave up waiting for the reply.
     pub settle_seconds: i64,
 }
 
@@ -490,7 +490,7 @@ impl VerifyRead {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub enum Rollback {
-    /// By a call of another tool.
+    /// A call of another tool.
     Call(Compensation),
     /// By people, as this text tells them.
     ByHand(String),
@@ -573,7 +573,7 @@ impl Access {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct DataPattern {
-    /// Its name.
+    /// The name.
     pub name: String,
     /// A regular expression of the `regex` crate.
     pub pattern: String,
@@ -581,11 +581,11 @@ pub struct DataPattern {
     pub sensitivity: Sensitivity,
 }
 
-/// Who may call what. A rule is for the calls that fit all that it names.
+/// Who may call what. A rule applies to calls that match all of its fields.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct AccessRule {
-    /// Its name.
+    /// The name.
     pub name: String,
     /// Principals, or their beginnings and `*`; all when empty.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -610,7 +610,7 @@ pub struct AccessRule {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Risk {
-    /// What counts.
+    /// The terms of the score.
     pub terms: Vec<RiskTerm>,
     /// From this score on people are asked.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -620,15 +620,15 @@ pub struct Risk {
     pub deny_at: Option<i64>,
 }
 
-/// One reason for risk.
+/// One term of the risk score.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct RiskTerm {
-    /// Its name.
+    /// The name.
     pub name: String,
     /// A CEL expression. It counts unless it is `false`.
     pub when: String,
-    /// What it adds.
+    /// The points that the term adds.
     pub points: i64,
 }
 
@@ -677,7 +677,7 @@ pub struct ModelEndpoints {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct ModelEndpoint {
-    /// Models' names as requests have them, or their beginnings and `*`.
+    /// Names of models as requests have them, or prefixes with `*`.
     pub models: Vec<String>,
     /// Whose API it speaks.
     pub api: Family,
@@ -749,7 +749,7 @@ impl StreamUsage {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct ModelPrice {
-    /// A model's name as requests have it, or its beginning and `*`.
+    /// The name of a model as requests have it, or a prefix with `*`.
     pub model: String,
     /// Of the prompt.
     pub input_micros: i64,
@@ -769,8 +769,8 @@ pub struct ModelPrice {
     pub tokenizer: Option<Tokenizer>,
 }
 
-/// The member by which the model's server limits the reply of a chat completion, in place of the shipped catalogue's word. Where neither says
-/// anything it is `max_completion_tokens` at OpenAI and Azure, and `max_tokens` elsewhere.
+/// The member that limits the reply of a chat completion on the model's server. It overrides the catalogue. If neither has a value, it is
+/// `max_completion_tokens` at OpenAI and Azure, and `max_tokens` elsewhere.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "kube", derive(schemars::JsonSchema))]
 pub enum OutputLimitField {

@@ -37,11 +37,11 @@ fn lint_texts(texts: &[(&str, &str)]) -> Outcome {
 #[case("task-long-name.yaml", 4, "metadata.name", "aaa; size() <= 52")]
 #[case("task-unknown-field.yaml", 12, "spec.tool", "`tool`; write `tools`")]
 #[case("task-unknown-metadata.yaml", 5, "metadata.label", "`label`; write `labels`")]
-#[case("task-required.yaml", 6, "spec.principal", "nothing; On whose behalf")]
+#[case("task-required.yaml", 6, "spec.principal", "nothing; The user or team on whose behalf")]
 #[case("task-type.yaml", 13, "spec.limits.toolCalls", "\"5\"; without quotes")]
 #[case("task-boolean-text.yaml", 14, "spec.agent.env[0].value", "true; quotes")]
 #[case("task-pattern.yaml", 13, "spec.agent.resources.memory", "512MiB; such as `512Mi`")]
-#[case("task-maximum.yaml", 13, "spec.limits.wallTimeSeconds", "604801; lower it: Seconds that one attempt may run")]
+#[case("task-maximum.yaml", 13, "spec.limits.wallTimeSeconds", "604801; lower it: Seconds that one attempt can run")]
 #[case("task-env-twice.yaml", 14, "spec.agent.env[1].name", "\"A\" again; rename or remove")]
 #[case("task-tool-twice.yaml", 12, "spec.tools[1]", "\"read-log\" again; rename or remove")]
 #[case("task-mount-rule.yaml", 15, "spec.workspace.mounts[0]", "an object; has(self.configMap)")]
@@ -55,7 +55,7 @@ fn lint_texts(texts: &[(&str, &str)]) -> Outcome {
 #[case("task-scopes-too-large.yaml", 14, "spec.workspace.writeScopes", "209715200 bytes; smaller")]
 #[case("task-no-pack.yaml", 5, "metadata.namespace", "none that does; label the namespace")]
 #[case("contract-enum.yaml", 8, "spec.sideEffect", "raed; write `read`")]
-#[case("contract-empty.yaml", 7, "spec.description", "\"\"; fill it in: What the agent is told")]
+#[case("contract-empty.yaml", 7, "spec.description", "\"\"; fill it in: The description for the agent")]
 #[case("contract-not-object.yaml", 11, "spec.input", "\"object\"; write its fields: JSON Schema")]
 #[case("contract-effect.yaml", 9, "spec.sideEffect", "external; choose a class")]
 #[case("contract-egress.yaml", 11, "spec.upstream.mcp.url", "logs.example.org; have the host added")]
@@ -83,7 +83,12 @@ fn lint_texts(texts: &[(&str, &str)]) -> Outcome {
 #[case("contract-rollback-read.yaml", 15, "spec.rollback", "`open_case`, which reads; drop rollback")]
 #[case("contract-rollback-both.yaml", 15, "spec.rollback", "an object; self.call")]
 #[case("contract-approval-nobody.yaml", 18, "spec.approval.approvers", "an object; self.approvers.users")]
-#[case("contract-approval-required.yaml", 18, "spec.approval.required", "17; lower it: How many of them must approve")]
+#[case(
+    "contract-approval-required.yaml",
+    18,
+    "spec.approval.required",
+    "17; lower it: The number of approvals that the call needs"
+)]
 #[case("approval-request.yaml", 2, "kind", "ApprovalRequest; choose one of them")]
 #[case("contract-twice.yaml", 4, "metadata.name", "good.yaml:31; keep one")]
 #[case("pack-namespaced.yaml", 5, "metadata.namespace", "team-a; leave it out")]

@@ -31,11 +31,11 @@ const fn listed(names: &'static str, says: &'static str) -> Listed {
 
 /// Of the agent's request to the provider.
 pub static REQUEST: &[Listed] = &[
-    listed("accept user-agent", "how the reply may look, and who asks"),
+    listed("accept user-agent", "the accepted form of the reply, and the client"),
     listed("anthropic-version openai-version", "the version of the API"),
     listed("anthropic-beta openai-beta", "parts of the API that are new: those that are listed below"),
-    listed("idempotency-key", "that a call that is tried again is the same call"),
-    listed("x-stainless-*", "what client libraries say of themselves"),
+    listed("idempotency-key", "marks a retry of the same call"),
+    listed("x-stainless-*", "what client libraries report about themselves"),
     listed("traceparent tracestate", "the trace that the call is part of"),
     listed("x-client-request-id x-request-id", "the call's name in the provider's logs"),
     listed(
@@ -54,7 +54,7 @@ pub static REPLY: &[Listed] = &[
         "the provider's own: which model answered, how long it took, what is left of its limits",
     ),
     listed("server-timing", "how long it took"),
-    listed("belay-rule", "Belay's own: the rule of a refusal"),
+    listed("belay-rule", "Belay's own: the rule of a denial"),
 ];
 
 /// Whether a list has a header. Names are lower case.
@@ -79,23 +79,23 @@ pub static BETAS: &[Row] = &[
          claude-code-* adaptive-thinking-* redact-thinking-* responses=*",
         Passes(Plain),
     ),
-    beta("mcp-*", Named(Mcp, "its tools are the provider's to call")),
+    beta("mcp-*", Named(Mcp, "the provider calls its tools")),
     beta("web-search-*", Named(WebSearch, "the provider searches")),
     beta("web-fetch-*", Named(WebFetch, "the provider fetches")),
     beta("code-execution-* skills-*", Named(CodeExecution, "the provider runs code")),
-    beta("files-api-*", Named(Files, "the provider reads files that lie with it")),
+    beta("files-api-*", Named(Files, "the provider reads files that it stores")),
     beta("tool-search-tool-*", Named(ToolSearch, "the provider searches the tools")),
     beta("advisor-tool-*", Named(Advisor, "the provider asks another model")),
     beta("server-side-fallback-* fallback-credit-*", Named(Fallbacks, "another model answers")),
     beta("compact-*", Named(Compaction, "the provider shortens the conversation")),
     beta(
         "message-threads-* cache-diagnosis-* agent-memory-*",
-        Named(Stored, "the provider goes on from what it has kept"),
+        Named(Stored, "the provider continues from what it stored"),
     ),
     beta(
         "user-profiles-* managed-agents-* dreaming-* spend-limit-reads-* telemetry-destinations-* webhooks-* admin-* analytics-* \
          experimental-* message-batches-* ce-* efs-* google-managed-*",
-        Refused("it is for endpoints that Belay does not serve, or for whose account pays"),
+        Refused("it is for endpoints that Belay does not serve, or for the account that pays"),
     ),
 ];
 

@@ -39,48 +39,48 @@ const fn kinds(are: &'static str, rows: &'static [Row]) -> Kinds {
 
 /// Why not, and what to do.
 mod why {
-    pub const LIMIT: &str = "it may be another limit of the output than the one that is set aside; write max_completion_tokens or max_tokens";
-    pub const ACCOUNT: &str = "whose account pays is the gateway's to say, with the key; leave it out";
+    pub const LIMIT: &str = "it can be a different output limit than the one that Belay reserves; write max_completion_tokens or max_tokens";
+    pub const ACCOUNT: &str = "the gateway chooses the account that pays, with the credential; leave it out";
     pub const SEARCH: &str =
-        "the provider would search the web itself, past any contract; offer the search as a tool of a contract";
+        "the provider would search the web itself, without any contract; offer the search as a tool of a contract";
     pub const FETCH: &str =
-        "the provider would fetch pages itself, past the egress list; offer it as a tool of a contract";
+        "the provider would fetch pages itself, outside the egress hosts; offer it as a tool of a contract";
     pub const CODE: &str =
         "the code would run at the provider, outside the sandbox; run it as a tool of the agent's own";
     pub const SHELL: &str = "the shell would run at the provider, outside the sandbox; run it here, with an `environment` of the type `local`";
     pub const FILE: &str =
-        "the file lies at the provider, and nobody here knows what is in it or how long it is; send it in the request";
-    pub const FILES: &str = "the provider would search files that lie there; offer the search as a tool of a contract";
+        "the provider stores the file, and Belay knows neither its content nor its length; send it in the request";
+    pub const FILES: &str = "the provider would search files that it stores; offer the search as a tool of a contract";
     pub const IMAGES: &str =
         "the provider would make pictures, which no limit of tokens bounds; offer it as a tool of a contract";
-    pub const MCP: &str = "its tools would be called by the provider, past their contracts; use BELAY_MCP_URL";
-    pub const CONVERSATION: &str = "its prompt lies at the provider; send the whole conversation";
+    pub const MCP: &str = "the provider would call its tools, without their contracts; use BELAY_MCP_URL";
+    pub const CONVERSATION: &str = "the provider stores its prompt; send the whole conversation";
     pub const STORE: &str = "the provider would keep the call for others to look at; leave it out";
-    pub const BACKGROUND: &str = "its reply would not pass here; wait for it instead";
+    pub const BACKGROUND: &str = "its reply would not pass through Belay; wait for the reply instead";
     pub const COMPACT: &str =
         "the provider would shorten the conversation with calls that no limit here bounds; shorten it in the agent";
     pub const TOOLS: &str = "the provider would search the tools in steps that no limit here bounds; offer fewer tools";
     pub const OTHER_MODEL: &str = "another model could answer, at another price; ask one model";
     pub const ADVICE: &str = "the provider would ask another model, at another price; ask it in a call of its own";
     pub const SOURCES: &str =
-        "the provider would read from what is connected to it; offer that as a tool of a contract";
+        "the provider would read from what it is connected to; offer that as a tool of a contract";
 }
 
 /// Says how long the provider may use what it has worked out for the prompt's beginning. It reads the same prompt.
 const CACHED: &str = "cache_control prompt_cache_breakpoint";
 static CACHE: Shape = shape("a cache mark", &[plain("type ttl mode scope")]);
 static REASONING: Shape =
-    shape("a wish for reasoning", &[plain("effort summary generate_summary context mode max_tokens exclude enabled")]);
+    shape("reasoning options", &[plain("effort summary generate_summary context mode max_tokens exclude enabled")]);
 static JSON_SCHEMA: Shape = shape("a schema of the reply", &[plain("name description strict type"), data("schema")]);
 static FORMAT: Shape = shape(
     "a format of the reply",
     &[plain("type name description strict grammar"), data("schema"), row("json_schema", Passes(Object(&JSON_SCHEMA)))],
 );
 static CACHE_OPTIONS: Shape = shape(
-    "a wish for caching",
+    "caching options",
     &[plain("mode ttl prewarm"), row("comparison_response_id", Named(Stored, why::CONVERSATION))],
 );
-static MODERATION: Shape = shape("a wish for moderation", &[plain("model"), data("policy")]);
+static MODERATION: Shape = shape("moderation options", &[plain("model"), data("policy")]);
 static STREAM_OPTIONS: Shape =
     shape("options of the stream", &[plain("include_usage include_obfuscation continuous_usage_stats")]);
 
@@ -223,12 +223,12 @@ static CHAT_TOOLS: Kinds = Kinds {
 };
 static VOICE: Shape = shape("a voice", &[plain("id")]);
 static AUDIO: Shape =
-    shape("a wish for sound", &[plain("format"), row("voice", Passes(Either(&[Object(&VOICE), Plain])))]);
+    shape("audio options", &[plain("format"), row("voice", Passes(Either(&[Object(&VOICE), Plain])))]);
 static GOOGLE: Shape = shape(
     "Gemini's own",
     &[data("thinking_config safety_settings"), row("cached_content", Named(Stored, why::CONVERSATION))],
 );
-static EXTRA_BODY: Shape = shape("more of the request", &[row("google", Passes(Object(&GOOGLE)))]);
+static EXTRA_BODY: Shape = shape("extra members of the request", &[row("google", Passes(Object(&GOOGLE)))]);
 static DOCUMENT_TEXT: Shape = shape("a document", &[plain("text title id"), data("data source")]);
 
 /// `POST /chat/completions`.
@@ -242,14 +242,14 @@ pub static CHAT_COMPLETIONS: Shape = shape(
         row("function_call", Passes(Either(&[Object(&NAMED_TOOL), Plain]))),
         row(
             "max_completion_tokens max_tokens",
-            Bounded(Plain, "the output limit; the largest counts where there are several"),
+            Bounded(Plain, "the output limit; if there are several, the largest counts"),
         ),
         row("n", Bounded(Plain, "from 1 to 128; the output limit counts for each")),
         row(
             "stream_options",
             Bounded(
                 Object(&STREAM_OPTIONS),
-                "`include_usage` is set in streams, for the reply to say what it cost, unless the pack says `streamUsage: AsWritten`",
+                "Belay sets `include_usage` in streams, so that the reply has its usage, unless the pack says `streamUsage: AsWritten`",
             ),
         ),
         plain("model stream temperature top_p frequency_penalty presence_penalty stop seed logprobs top_logprobs"),
@@ -306,7 +306,7 @@ pub static CHAT_COMPLETIONS: Shape = shape(
         row("previous_response_id conversation cached_content session_id", Named(Stored, why::CONVERSATION)),
     ],
 );
-static USAGE: Shape = shape("a wish for an account", &[plain("include")]);
+static USAGE: Shape = shape("usage options", &[plain("include")]);
 
 // ---- Responses ----
 
@@ -412,7 +412,7 @@ static FOUND_TOOLS: Shape = shape(
 static SEARCHED: Shape =
     shape("a search for tools", &[plain("type id call_id status execution created_by"), data("arguments")]);
 static RESPONSE_TEXT: Shape =
-    shape("a form of the reply", &[plain("verbosity"), row("format", Passes(Object(&FORMAT)))]);
+    shape("options of the reply's text", &[plain("verbosity"), row("format", Passes(Object(&FORMAT)))]);
 static NEW_SETTINGS: Shape = shape(
     "other settings from here on",
     &[plain("type id"), row("reasoning", Passes(Object(&REASONING))), row("text", Passes(Object(&RESPONSE_TEXT)))],
@@ -464,7 +464,7 @@ static RESPONSE_TOOLS: Kinds = kinds(
 );
 static COMPACTIONS: Kinds =
     kinds("a way to shorten the conversation", &[row("compaction", Named(Compaction, why::COMPACT))]);
-static PICTURES: Shape = shape("how pictures are read", &[plain("context_compression")]);
+static PICTURES: Shape = shape("image options", &[plain("context_compression")]);
 
 /// `POST /responses`, and `POST /responses/input_tokens`, which counts what it would cost.
 pub static RESPONSES: Shape = shape(
@@ -485,7 +485,7 @@ pub static RESPONSES: Shape = shape(
         row("prompt_cache_options", Passes(Object(&CACHE_OPTIONS))),
         // It is what happens without it. What is kept is read again by its id only, which is refused, or with the provider's key, which the agent
         // does not have.
-        row("store", Bounded(Plain, "as the agent wrote it, or `false` where the pack says `storeReplies: Never`")),
+        row("store", Bounded(Plain, "as the agent wrote it, or `false` if the pack says `storeReplies: Never`")),
         row("previous_response_id conversation prompt", Named(Stored, why::CONVERSATION)),
         row("background background_options", Named(Background, why::BACKGROUND)),
         row("context_management", Passes(List(&Of::Kinds(&COMPACTIONS)))),
@@ -494,7 +494,7 @@ pub static RESPONSES: Shape = shape(
         row("models route provider fallbacks", Named(Fallbacks, why::OTHER_MODEL)),
         row(
             "max_tokens max_completion_tokens max_new_tokens n_predict num_predict",
-            Refused("it may be another limit of the output than the one that is set aside; write max_output_tokens"),
+            Refused("it can be a different output limit than the one that Belay reserves; write max_output_tokens"),
         ),
         row("n best_of", Refused("several replies would be made and charged; ask for one at a time")),
     ],
@@ -513,8 +513,8 @@ static SOURCE: Shape = shape(
 );
 static SOURCES: Kinds =
     kinds("a source", &[row("base64 text content url", Passes(Object(&SOURCE))), row("file", Named(Files, why::FILE))]);
-static CITED: Shape = shape("a wish for citations", &[plain("enabled")]);
-static TRANSFORMED: Shape = shape("how pictures are read", &[plain("oversized_image")]);
+static CITED: Shape = shape("citation options", &[plain("enabled")]);
+static TRANSFORMED: Shape = shape("image options", &[plain("oversized_image")]);
 static MESSAGE_BLOCK: Shape = shape(
     "a block of a message",
     &[
@@ -602,7 +602,7 @@ static MESSAGE_TOOLS: Kinds = Kinds {
 };
 static BUDGET: Shape = shape("a budget of tokens", &[plain("type total remaining")]);
 static OUTPUT: Shape = shape(
-    "a form of the reply",
+    "options of the reply's text",
     &[plain("effort"), row("format", Passes(Object(&FORMAT))), row("task_budget", Passes(Object(&BUDGET)))],
 );
 static BINDING: Shape = shape("what thoughts are bound to", &[plain("prefix_mismatch_behavior")]);
@@ -651,7 +651,7 @@ pub static MESSAGES: Shape = shape(
         row("workspace_id user_profile_id billing_policy", Refused(why::ACCOUNT)),
         row(
             "max_output_tokens max_completion_tokens max_tokens_to_sample",
-            Refused("it may be another limit of the output than the one that is set aside; write max_tokens"),
+            Refused("it can be a different output limit than the one that Belay reserves; write max_tokens"),
         ),
     ],
 );

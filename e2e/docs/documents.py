@@ -1,0 +1,266 @@
+"""The documents, as a reader meets them: `documents.py check` reads them, `documents.py run` runs their commands.
+
+`check` needs nothing but Python: README.md is short, every relative link leads somewhere, every page is linked, every `make` target that a page
+names exists, and every command in a `console` block is run by `run` or stands in `elsewhere`, with the test that covers it. `run` runs the
+commands as they are written, page by page, and holds what they print against what the page says: `…` stands for anything, and
+`# exit code N` at the end of a command for how it ends. Both end with `N passed, N failed`.
+"""
+
+import argparse
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import unicodedata
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+HERE = pathlib.Path(__file__).resolve().parent
+# A stranger reads it in five minutes, on a screen of usual width.
+README_LINES, README_WIDTH = 150, 160
+# Long enough for a build of `belay` on a machine that does other things as well: seconds.
+PATIENCE = 3600
+ANYTHING = "…"
+
+
+def pages():
+    """Every document that people read."""
+    top = [ROOT / name for name in ("README.md", "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+    return top + sorted((ROOT / "docs").rglob("*.md")) + [ROOT / "examples/README.md"]
+
+
+def name(page):
+    return page.relative_to(ROOT).as_posix()
+
+
+class Command:
+    """One command of a page, and what it prints there."""
+
+    def __init__(self, page, line, text):
+        self.page, self.line, self.text, self.prints = page, line, text, []
+
+    def __str__(self):
+        return f"{name(self.page)}:{self.line}: $ {self.bare}"
+
+    @property
+    def bare(self):
+        """Without what is said about it."""
+        return re.sub(r"\s+#.*", "", self.text)
+
+    @property
+    def code(self):
+        """How it ends."""
+        found = re.search(r"# exit code (\d+)", self.text)
+        return int(found.group(1)) if found else 0
+
+
+def commands(page):
+    """The commands of its console blocks, in order."""
+    found, inside, continued = [], False, False
+    for number, line in enumerate(page.read_text().splitlines(), 1):
+        if line.startswith("```"):
+            inside, continued = line == "```console", False
+        elif inside and continued:
+            found[-1].text = found[-1].text[:-1] + line.strip()
+            continued = line.endswith("\\")
+        elif inside and line.startswith("$ "):
+            found.append(Command(page, number, line[2:]))
+            continued = line.endswith("\\")
+        elif inside and found:
+            found[-1].prints.append(line)
+    return found
+
+
+class Elsewhere:
+    """A command that `run` cannot run: which test covers it, and why."""
+
+    def __init__(self, line, text):
+        self.line, self.text, self.by, self.why = line, text, "", ""
+
+
+def elsewhere():
+    found = []
+    for number, line in enumerate((HERE / "elsewhere").read_text().splitlines(), 1):
+        if line.startswith("$ "):
+            found.append(Elsewhere(number, line[2:]))
+        elif line.startswith("  by "):
+            found[-1].by = line[5:].strip()
+        elif line.startswith("  why "):
+            found[-1].why = line[6:].strip()
+    return found
+
+
+class Tally:
+    """Counts, and says what was found."""
+
+    def __init__(self):
+        self.passed = self.failed = 0
+
+    def check(self, what, wrong):
+        if wrong:
+            self.failed += 1
+            print(f"FAILED  {what}: {wrong}", flush=True)
+        else:
+            self.passed += 1
+
+    def end(self):
+        print(f"{self.passed} passed, {self.failed} failed")
+        sys.exit(self.failed > 0)
+
+
+def anchor(heading):
+    """As GitHub makes one of a heading."""
+    text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).strip().lower()
+    kept = (c for c in text if c in "-_ " or unicodedata.category(c)[0] in "LN")
+    return "".join(kept).replace(" ", "-")
+
+
+def without_code(text):
+    return re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+
+
+def anchors(page):
+    found, seen = set(), {}
+    for heading in re.findall(r"^#+ +(.*)$", without_code(page.read_text()), re.M):
+        one = anchor(heading)
+        found.add(f"{one}-{seen[one]}" if one in seen else one)
+        seen[one] = seen.get(one, 0) + 1
+    return found
+
+
+def broken(page, link):
+    """What is wrong with a link, or nothing."""
+    path, _, fragment = link.partition("#")
+    target = (page.parent / path).resolve() if path else page
+    if not target.exists():
+        return f"expected a file or a folder at {path}, found none"
+    if fragment and (target.suffix != ".md" or fragment not in anchors(target)):
+        return f"expected a heading with the anchor #{fragment} in {name(target)}, found none"
+    return None
+
+
+def check():
+    tally = Tally()
+    lines = (ROOT / "README.md").read_text().splitlines()
+    tally.check("README.md", f"expected at most {README_LINES} lines, found {len(lines)}" if len(lines) > README_LINES else None)
+    wide = [number for number, line in enumerate(lines, 1) if len(line) > README_WIDTH]
+    tally.check("README.md", f"expected lines of at most {README_WIDTH} characters, found longer ones: {wide}" if wide else None)
+
+    linked = set()
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    for page in pages():
+        text = without_code(page.read_text())
+        for link in re.findall(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)", re.sub(r"`[^`\n]*`", "", text)):
+            if not re.match(r"[a-z]+:", link):
+                tally.check(f"{name(page)}: link to {link}", broken(page, link))
+                linked.add((page.parent / link.partition("#")[0]).resolve())
+        for target in re.findall(r"`make ([a-z-]+)", text):
+            tally.check(f"{name(page)}: make {target}", None if target in targets else "the Makefile has no such target")
+
+    for page in pages():
+        alone = page != ROOT / "README.md" and page.resolve() not in linked
+        tally.check(name(page), "expected a link to it from another page, found none" if alone else None)
+
+    listed = elsewhere()
+    written = {command.bare for page in pages() for command in commands(page)}
+    for entry in listed:
+        file, _, text = entry.by.partition(": ")
+        where = f"e2e/docs/elsewhere:{entry.line}: $ {entry.text}"
+        tally.check(where, None if entry.text in written else "no page has this command any more: remove it")
+        tally.check(where, None if entry.why else "expected a line `  why REASON`, found none")
+        there = text and (ROOT / file).is_file() and text in (ROOT / file).read_text()
+        tally.check(where, None if there else f"expected `  by FILE: TEXT` with a test's file and what it runs, found `{entry.by}`")
+    texts = [entry.text for entry in listed]
+    for twice in {text for text in texts if texts.count(text) > 1}:
+        tally.check(f"e2e/docs/elsewhere: $ {twice}", "it is there twice")
+    tally.end()
+
+
+def plain(text):
+    """Without colours, and with one space for many."""
+    return re.sub(r"\s+", " ", re.sub(r"\x1b\[[0-9;]*m", "", text)).strip()
+
+
+def lacks(printed, wanted):
+    """The lines of the page that the command has not printed."""
+    lines = [plain(line) for line in printed.splitlines()]
+    missing = []
+    for line in map(plain, wanted):
+        if line.strip(ANYTHING + " ") == "":
+            continue
+        pattern = ".*".join(re.escape(part) for part in line.split(ANYTHING))
+        if not any(re.fullmatch(pattern, one) for one in lines):
+            missing.append(line)
+    return missing
+
+
+class Reader:
+    """Somebody with a clone, a home and an empty folder, who types what a page says."""
+
+    def __init__(self, scratch):
+        self.folder, home = scratch / "workspace", scratch / "home"
+        home.mkdir()
+        shutil.copytree(HERE / "workspace", self.folder)
+        for part in ("policy-packs", "config", "examples"):
+            shutil.copytree(ROOT / part, self.folder / part, ignore=shutil.ignore_patterns(".venv"))
+        # What an auditor has been given.
+        shutil.copytree(ROOT / "e2e/evidence/corpus/approval-triage", self.folder / "evidence")
+        shutil.copy(self.folder / "evidence/witness.vkey", self.folder)
+        real = pathlib.Path.home()
+        self.env = {key: value for key, value in os.environ.items() if not key.startswith("XDG_")} | {
+            "HOME": str(home),
+            "CARGO_HOME": os.environ.get("CARGO_HOME", str(real / ".cargo")),
+            "RUSTUP_HOME": os.environ.get("RUSTUP_HOME", str(real / ".rustup")),
+            "BELAY_CACHE": os.environ.get("BELAY_CACHE", str(real / ".cache/belay")),
+            "CARGO_INSTALL_ROOT": str(scratch / "installed"),
+            # What is installed here is run a few times and thrown away.
+            "CARGO_PROFILE_RELEASE_OPT_LEVEL": "0",
+            "CARGO_TARGET_DIR": os.environ.get("CARGO_TARGET_DIR", str(ROOT / "target")),
+            "PATH": f"{scratch / 'installed/bin'}:{os.environ['PATH']}",
+        }
+        self.at, self.known = self.folder, {}
+
+    def types(self, command):
+        """What is wrong with what came of it, or nothing."""
+        mine = command.bare.startswith(("make ", "cargo "))
+        if not mine or command.bare not in self.known:
+            at = ROOT if mine else self.at
+            after = self.folder.parent / "after"
+            script = f"{command.bare}\nstatus=$?\npwd > {after}\nexit $status\n"
+            ran = subprocess.run(
+                ["bash", "-c", script], cwd=at, env=self.env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT, text=True, errors="replace", timeout=PATIENCE, check=False,
+            )
+            if not mine and after.exists():
+                self.at = pathlib.Path(after.read_text().strip())
+            self.known[command.bare] = (ran.returncode, ran.stdout)
+        code, printed = self.known[command.bare]
+        # Not as ours: other tests say how many have passed, too.
+        print(f"--- {command}", *(f"  | {line}" for line in printed.splitlines()), sep="\n", flush=True)
+        if code != command.code:
+            return f"expected exit code {command.code}, found {code}"
+        missing = lacks(printed, command.prints)
+        return f"expected these lines, found none like them: {missing}" if missing else None
+
+
+def run():
+    tally = Tally()
+    # The laptop's guide installs the `belay` that all others use.
+    first = ROOT / "docs/guides/laptop.md"
+    covered = {entry.text for entry in elsewhere()}
+    with tempfile.TemporaryDirectory(prefix="belay-documents-") as scratch:
+        reader = Reader(pathlib.Path(scratch))
+        for page in [first] + [page for page in pages() if page != first]:
+            reader.at = reader.folder
+            for command in commands(page):
+                if command.bare not in covered:
+                    tally.check(str(command), reader.types(command))
+    tally.end()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=["check", "run"])
+    {"check": check, "run": run}[parser.parse_args().what]()
