@@ -170,7 +170,6 @@ fn denied(denial: Denial) -> anyhow::Error {
 
 /// A journal whose spool is in the folder that we are in, and which is open.
 async fn journal(witness: Arc<dyn journal::Witness>) -> anyhow::Result<Arc<Journal>> {
-    let policy = task::policy()?;
     let signer = Signer::generate(&note::attempt_key_name(UID, 1))?;
     let key = signer.verifier().to_string();
     let start = Start {

@@ -52,9 +52,9 @@ pub struct TaskState {
     /// The log's origin line.
     origin: Arc<str>,
     /// The newest attempt that any record names.
-    attempt: i64,
+    named_attempt: i64,
     /// The newest attempt that was opened.
-    opened_attempt: i64,
+    attempt: i64,
     /// Between `attempt.opened` and `attempt.closed`.
     is_open: bool,
     /// The attempt has seen its containment broken.
@@ -185,8 +185,8 @@ impl TaskState {
             #[cfg(test)]
             off: None,
             origin: origin.into(),
+            named_attempt: 0,
             attempt: 0,
-            opened_attempt: 0,
             is_open: false,
             containment_lost: false,
             terminated_by: None,
@@ -212,8 +212,8 @@ impl TaskState {
     pub fn resume(origin: &str, snapshot: Snapshot) -> Self {
         let Snapshot { attempt, usage, ignored, tools, ledger, unknown, seen, undoing } = snapshot;
         Self {
+            named_attempt: attempt,
             attempt,
-            opened_attempt: attempt,
             usage,
             ignored,
             tools: tools.into_iter().collect(),
@@ -231,13 +231,13 @@ impl TaskState {
         ledger.abandon();
         let of = |(name, used): (&String, &ToolUsage)| {
             // Definitions are each attempt's own.
-            let definition = used.definition.clone().filter(|_| attempt == self.opened_attempt);
+            let definition = used.definition.clone().filter(|_| attempt == self.attempt);
             (name.clone(), ToolUsage { definition, ..used.clone() })
         };
         let open = self.open_calls.values().map(|call| (call.call.clone(), Unknown::of(call, call.seq)));
         let known = self.unknown.iter().map(|(call, unknown)| (call.clone(), unknown.clone()));
         Snapshot {
-            attempt: self.opened_attempt,
+            attempt: self.attempt,
             usage: self.usage,
             ignored: self.ignored,
             tools: self.tools.iter().map(of).collect(),
@@ -309,7 +309,7 @@ impl TaskState {
     pub fn apply(&mut self, record: &Record) {
         let usage = self.usage_after(&record.event);
         if !matches!(record.event, Event::TaskClosed(_)) {
-            self.attempt = self.attempt.max(record.attempt);
+            self.named_attempt = self.named_attempt.max(record.attempt);
         }
         match &record.event {
             Event::AttemptOpened(opened) => self.apply_opened(record, opened),
@@ -395,7 +395,7 @@ impl TaskState {
 
     /// The newest attempt that was opened, 0 before the first.
     pub fn attempt(&self) -> i64 {
-        self.opened_attempt
+        self.attempt
     }
 
     /// Whether the newest attempt is between its opening and its end.
@@ -415,7 +415,7 @@ impl TaskState {
 
     /// The rule by which this attempt has come to an end from which it does not open again.
     pub fn terminated_by(&self, attempt: i64) -> Option<Rule> {
-        self.terminated_by.filter(|_| attempt == self.opened_attempt)
+        self.terminated_by.filter(|_| attempt == self.attempt)
     }
 
     /// The key that signs the newest attempt's checkpoints.

@@ -17,14 +17,15 @@ impl TaskState {
     pub(super) fn check_attempt(&self, record: &Record, found: &mut Findings<'_>) {
         let kind = record.event.kind();
         // A task that ends without an attempt has none to name.
-        let least = if matches!(record.event, Event::TaskClosed(_)) { self.attempt } else { self.attempt.max(1) };
+        let least =
+            if matches!(record.event, Event::TaskClosed(_)) { self.named_attempt } else { self.named_attempt.max(1) };
         found.expect(LogRule::AttemptOrder, record.attempt >= least, || {
             format!("expected attempt {least} or a later one, found {}", record.attempt)
         });
         match &record.event {
             // An attempt may fail before its harness opens it; the end of the task names it all the same.
             Event::AttemptOpened(_) | Event::TaskClosed(_) => {}
-            _ if record.attempt != self.attempt => found.violated(
+            _ if record.attempt != self.named_attempt => found.violated(
                 LogRule::AttemptOpen,
                 format!("expected attempt.opened first in attempt {}, found {kind}", record.attempt),
             ),
@@ -76,8 +77,8 @@ impl TaskState {
     }
 
     pub(super) fn apply_opened(&mut self, record: &Record, opened: &AttemptOpened) {
-        if self.opened_attempt != record.attempt {
-            self.opened_attempt = record.attempt;
+        if self.attempt != record.attempt {
+            self.attempt = record.attempt;
             // Definitions are each attempt's own.
             let forget = |(name, used): (&String, &ToolUsage)| (name.clone(), ToolUsage { definition: None, ..*used });
             self.tools = self.tools.iter().map(forget).collect();
