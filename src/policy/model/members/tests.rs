@@ -291,7 +291,7 @@ fn a_name_is_quoted_whole_and_once_or_not_at_all() {
 #[case(Api::Responses, json!({"input": [["a"]]}), "/input/0 is misformed")]
 #[case(Api::Responses, json!({"input": [{"type": "teleport"}]}), "`teleport` at /input/0 is unknown")]
 #[case(Api::Responses, json!({"max_output_tokens": 1, "max_tokens": 9}), "write max_output_tokens")]
-#[case(Api::Messages, json!({"workspace_id": "w"}), "whose account pays")]
+#[case(Api::Messages, json!({"workspace_id": "w"}), "the account that pays")]
 #[case(Api::Messages, json!({"tools": [{"type": "custom", "name": "x", "server_url": "https://evil.test"}]}), "`server_url` in /tools/0 is unknown")]
 #[case(Api::Messages, json!({"system": {"type": "text"}}), "/system is misformed")]
 fn what_no_table_has_is_refused_by_name_and_place(#[case] api: Api, #[case] body: Value, #[case] word: &str) {
