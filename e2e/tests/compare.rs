@@ -27,7 +27,7 @@ const TASK: &str = include_str!("../demo/manifests/task.yaml");
 const FRONT: &str = "198.51.100.20";
 
 /// What may differ: in records of a kind (`*`: all), a member by its JSON pointer, how, and why.
-const ELSEWHERE: [(&str, &str, Has, &str); 17] = [
+const ELSEWHERE: [(&str, &str, Has, &str); 16] = [
     ("*", "/time", Has::Both, "when it was"),
     ("attempt.opened", "/key", Has::Both, "each start of a harness has a key of its own"),
     ("attempt.opened", "/pod/uid", Has::Both, "an id"),
