@@ -41,7 +41,7 @@ use crate::{
         note::{Checkpoint, Note, Signer},
         record::{Actor, Encoded, Event, Record, VERSION},
         segment::Segment,
-        state::{TaskState, Violation},
+        state::{LogRule, TaskState, Violation},
     },
     policy::{
         budget::{Exhausted, Fits, Spent},
@@ -202,9 +202,11 @@ impl Journal {
             Err(self.fail(Denial { rule: Rule::Evidence, reason: format!("record {seq} cannot be written: {why}") }))
         };
         if let Some(Violation { rule, message }) = state.task.check(&record).into_iter().next() {
-            return match record.event.is_of_the_past() {
-                true => unwritable(state, &format_args!("{rule}: {message}")),
-                false => Err(Denial { rule: rule.denial(), reason: message }),
+            return match rule {
+                // The log has ended in order: what comes later is in none, and a call without an outcome stays unknown.
+                LogRule::AttemptOpen => Err(Denial { rule: Rule::TaskClosed, reason: message }),
+                _ if record.event.is_of_the_past() => unwritable(state, &format_args!("{rule}: {message}")),
+                _ => Err(Denial { rule: rule.denial(), reason: message }),
             };
         }
         let entry = match record.encode() {
