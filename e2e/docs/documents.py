@@ -17,6 +17,10 @@ import tempfile
 import unicodedata
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "e2e"))
+
+from tally import Tally  # noqa: E402
+
 HERE = pathlib.Path(__file__).resolve().parent
 # A stranger reads it in five minutes, on a screen of usual width.
 README_LINES, README_WIDTH = 150, 160
@@ -90,24 +94,6 @@ def elsewhere():
         elif line.startswith("  why "):
             found[-1].why = line[6:].strip()
     return found
-
-
-class Tally:
-    """Counts, and says what was found."""
-
-    def __init__(self):
-        self.passed = self.failed = 0
-
-    def check(self, what, wrong):
-        if wrong:
-            self.failed += 1
-            print(f"FAILED  {what}: {wrong}", flush=True)
-        else:
-            self.passed += 1
-
-    def end(self):
-        print(f"{self.passed} passed, {self.failed} failed")
-        sys.exit(self.failed > 0)
 
 
 def anchor(heading):

@@ -9,7 +9,10 @@ import tempfile
 import threading
 from collections import defaultdict
 
-import server
+sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
+
+import server  # noqa: E402
+from tally import Tally  # noqa: E402, F401: for those who use this module
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SECOND_VERIFIER = ROOT / "docs/verifier/belay_verify.py"
@@ -128,25 +131,3 @@ class Ran:
             out.write(f"--- stderr\n{self.stderr}\n--- verdicts\n" + "\n".join(self.verdicts) + "\n--- the model's account\n")
             for line in self.lines:
                 out.write(json.dumps(line) + "\n")
-
-
-class Tally:
-    """Checks, said one a line as they are made."""
-
-    def __init__(self):
-        self.passed = self.failed = 0
-
-    def check(self, what, wrong):
-        """`wrong` is what is wrong, or nothing."""
-        if wrong:
-            self.failed += 1
-            print(f"FAILED  {what}: {wrong}", flush=True)
-        else:
-            self.passed += 1
-            print(f"ok      {what}", flush=True)
-        return not wrong
-
-    def end(self):
-        print(f"{self.passed} passed, {self.failed} failed")
-        # Nothing at all is no success.
-        sys.exit(self.failed > 0 or not self.passed)
