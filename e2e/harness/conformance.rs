@@ -247,6 +247,9 @@ fn table(echo: &str) -> Vec<Row> {
         add(limited(rate(1), row("limits.perMinute", Allowed)));
         add(refused(second(limited(rate(1), row("limits.perMinute", Denied))), Rule::ToolRate));
         add(second(limited(rate(2), row("limits.perMinute", Edge))));
+        // Nothing to wait for: the call limit is named before the rate.
+        let both = ToolLimits { calls: Some(1), ..rate(1) };
+        add(refused(second(limited(both, row("limits.calls", Denied))), Rule::ToolLimitCalls));
 
         let timed = |seconds, row: Row, takes| {
             let limits = ToolLimits { timeout_seconds: Some(seconds), ..ToolLimits::default() };

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use super::{
     fits,
     note::VerifierKey,
-    record::{Actor, Denied, Event, Record, VERSION},
+    record::{Actor, Channel, Denied, Event, Record, VERSION},
     rollback::Undoing,
 };
 use crate::policy::{
@@ -337,7 +337,7 @@ impl TaskState {
             Event::Intent(intent) => {
                 usage.tokens = usage.tokens.saturating_add(intent.reserved_tokens);
                 usage.cost_micros = usage.cost_micros.saturating_add(intent.reserved_cost_micros);
-                if intent.channel == super::record::Channel::Tool {
+                if intent.channel == Channel::Tool {
                     usage.tool_calls = usage.tool_calls.saturating_add(1);
                 }
             }
@@ -377,7 +377,7 @@ impl TaskState {
         });
         if denied.rule == Rule::EgressIgnored {
             let lists = self.config().is_some_and(|policy| !policy.ignored_hosts.is_empty());
-            found.expect(LogRule::DenialIgnored, lists && denied.channel == super::record::Channel::Egress, || {
+            found.expect(LogRule::DenialIgnored, lists && denied.channel == Channel::Egress, || {
                 "expected connections only to be ignored, by a policy that lists some".to_owned()
             });
         }

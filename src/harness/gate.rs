@@ -595,7 +595,8 @@ impl Gate {
     fn intend(&self, mut call: Call) -> Result<u64, Denial> {
         let is_tool = call.channel == Channel::Tool;
         let now = u64::try_from(self.clock.elapsed().as_millis()).unwrap_or(u64::MAX);
-        let mut rates = self.rates.lock().unwrap_or_else(PoisonError::into_inner);
+        // What is no tool's call does not wait for those that are judged.
+        let mut rates = is_tool.then(|| self.rates.lock().unwrap_or_else(PoisonError::into_inner));
         let target = call.target.clone();
         let intent = self.journal.record(|seq, task| {
             // Asked where records are put in order: no intent can follow what stopped the attempt.
@@ -608,7 +609,10 @@ impl Gate {
             let mut assessment = None;
             match call.channel {
                 Channel::Tool => {
-                    rates.check(&call.target, now)?;
+                    // That no call is left stands above when the next may be made.
+                    let none_left = |reason| Denial { rule: Rule::ToolLimitCalls, reason };
+                    task.calls_left(&call.target).map_err(none_left)?;
+                    rates.as_ref().map_or(Ok(()), |rates| rates.check(&call.target, now))?;
                     assessment = self.judge_in_order(&call, task)?;
                     rules.extend(call.key.as_ref().map(|_| Rule::ToolIdempotency));
                     rules.push(Rule::ToolCalls);
@@ -637,7 +641,7 @@ impl Gate {
                 reserved_cost_micros: call.reserve.cost_micros,
             }))
         })?;
-        if is_tool {
+        if let Some(rates) = &mut rates {
             rates.take(&target, now);
         }
         Ok(intent)

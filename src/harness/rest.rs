@@ -168,29 +168,23 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::policy::config::{DataClass, HttpMethod, HttpUpstream, SideEffect, ToolLimits, Upstream};
+    use crate::policy::{
+        config::{HttpMethod, HttpUpstream, SideEffect, Upstream},
+        decide::tests::policy as small,
+    };
 
     fn tool() -> Tool {
         Tool {
-            contract: "c".into(),
             name: "t".into(),
-            description: "d".into(),
             upstream: Upstream::Http(HttpUpstream {
                 method: HttpMethod::Get,
                 url: "http://a.test/".into(),
                 query: vec![],
             }),
             input: json!({"type": "object"}),
-            output: None,
-            limits: ToolLimits::default(),
             preconditions: vec![],
-            idempotency: None,
-            verify: None,
-            rollback: None,
-            approval: None,
             side_effect: SideEffect::Read,
-            data: DataClass::default(),
-            redact: vec![],
+            ..small(vec![]).tools.remove(0)
         }
     }
 

@@ -103,11 +103,6 @@ impl Budget {
         self.usage
     }
 
-    /// The limits.
-    pub fn limits(&self) -> Limits {
-        self.limits
-    }
-
     /// Tokens that can still be reserved; never negative.
     pub fn tokens_left(&self) -> i64 {
         self.limits.tokens.min(LARGEST_WHOLE).saturating_sub(self.usage.tokens).max(0)

@@ -17,7 +17,7 @@ use serde_json::{Map, Value};
 use super::{
     budget::{Budget, Exhausted},
     commit::Salt,
-    config::{Idempotency, PolicyConfig, Tool, Usage},
+    config::{PolicyConfig, Tool, Usage},
     expression::{self, Expression},
     json, meter, quick,
     rule::Rule,
@@ -218,11 +218,6 @@ impl Contracts {
     /// The policy that was compiled.
     pub fn policy(&self) -> &PolicyConfig {
         &self.policy
-    }
-
-    /// What makes two calls of a tool one.
-    pub fn idempotency(&self, tool: &str) -> Option<&Idempotency> {
-        self.tools.get(tool)?.tool.idempotency.as_ref()
     }
 
     /// The tools, sorted by name.

@@ -72,26 +72,14 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::policy::config::{DataClass, McpUpstream, SideEffect, ToolLimits, Upstream};
+    use crate::policy::decide::tests::policy as small;
 
     #[test]
     fn what_does_not_fit_is_named_and_not_repeated() {
         let tool = Tool {
-            contract: "c".into(),
             name: "t".into(),
-            description: "d".into(),
-            upstream: Upstream::Mcp(McpUpstream { url: "u".into(), tool: "t".into(), digest: None }),
-            input: json!({}),
             output: Some(json!({"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]})),
-            limits: ToolLimits::default(),
-            preconditions: vec![],
-            idempotency: None,
-            verify: None,
-            rollback: None,
-            approval: None,
-            side_effect: SideEffect::Read,
-            data: DataClass::default(),
-            redact: vec![],
+            ..small(vec![]).tools.remove(0)
         };
         let outputs = Outputs::compile(std::slice::from_ref(&tool)).unwrap();
         assert_eq!(outputs.check("t", &json!({"n": 1, "more": true})), Ok(()));

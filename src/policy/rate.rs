@@ -76,26 +76,11 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::policy::config::{DataClass, McpUpstream, SideEffect, ToolLimits, Upstream};
+    use crate::policy::decide::tests::policy as small;
 
     fn rates(per_minute: Option<i64>) -> Rates {
-        let tool = Tool {
-            contract: "c".into(),
-            name: "t".into(),
-            description: "d".into(),
-            upstream: Upstream::Mcp(McpUpstream { url: "u".into(), tool: "t".into(), digest: None }),
-            input: serde_json::json!({}),
-            output: None,
-            limits: ToolLimits { per_minute, ..ToolLimits::default() },
-            preconditions: vec![],
-            idempotency: None,
-            verify: None,
-            rollback: None,
-            approval: None,
-            side_effect: SideEffect::Read,
-            data: DataClass::default(),
-            redact: vec![],
-        };
+        let mut tool = Tool { name: "t".into(), ..small(vec![]).tools.remove(0) };
+        tool.limits.per_minute = per_minute;
         Rates::new(&[tool])
     }
 

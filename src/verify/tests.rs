@@ -5,8 +5,8 @@ use rstest::rstest;
 use self::{
     forge::{Before, Witness, end, put},
     script::{
-        Script, UID, attempt_closed, change_intent, change_opened, denied, intent, lose, opened, outcome, record,
-        resolved, task_closed,
+        Script, UID, approval, attempt_closed, change_intent, change_opened, denied, intent, lose, opened, outcome,
+        record, resolved, task_closed,
     },
 };
 use super::*;
@@ -24,10 +24,10 @@ use crate::{
     },
     policy::{
         access::{Assessment, Score},
-        approval::{Answer, Approvers, AskedBy, Standing, Vote},
+        approval::{Answer, AskedBy, Standing, Vote},
         config::{
-            AccessRule, Approval, HttpMethod, HttpUpstream, Idempotency, ModelPrice, OnTimeout, Risk, RiskTerm,
-            RollbackOf, RuleDecision, Sensitivity, SideEffect, Upstream,
+            AccessRule, HttpMethod, HttpUpstream, Idempotency, ModelPrice, Risk, RiskTerm, RollbackOf, RuleDecision,
+            Sensitivity, SideEffect, Upstream,
         },
         ledger,
         rule::Rule,
@@ -524,14 +524,7 @@ proptest! {
 fn approved() -> Script {
     let mut script = Script::good();
     change_opened(&mut script, 7, |o| {
-        o.policy.tools[2].approval = Some(Approval {
-            when: None,
-            approvers: Approvers { users: vec!["ana".into(), "bob".into()], groups: vec![] },
-            required: 2,
-            timeout_seconds: 60,
-            on_timeout: OnTimeout::Deny,
-            hold_seconds: 30,
-        });
+        o.policy.tools[2].approval = Some(approval(&["ana", "bob"]));
         o.policy.task.requester = Some("ci".into());
     });
     let vote = |by: &str| Vote { by: by.into(), decision: Answer::Approve, reason: None };

@@ -86,11 +86,14 @@ impl TaskState {
         (self.is_open, self.containment_lost, self.terminated_by) = (true, false, None);
         // Whatever does not hold about the key: an older one must not go on signing.
         self.key = self.key_of(record.attempt, &opened.key).ok().map(Arc::new);
-        self.policy = Some(Arc::new(Policy {
-            config: opened.policy.clone(),
-            digest: opened.policy.digest().unwrap_or_default().into(),
-            guard: self.asks(LogRule::CallAssessment).then(|| Guard::compile(&opened.policy).ok()).flatten(),
-        }));
+        // A harness that was started again, and most retries, go by the same.
+        if self.config() != Some(&opened.policy) {
+            self.policy = Some(Arc::new(Policy {
+                config: opened.policy.clone(),
+                digest: opened.policy.digest().unwrap_or_default().into(),
+                guard: self.asks(LogRule::CallAssessment).then(|| Guard::compile(&opened.policy).ok()).flatten(),
+            }));
+        }
         // Those who were to say what became of open calls are gone.
         self.held = Spent::default();
         Arc::make_mut(&mut self.ledger).abandon();

@@ -176,12 +176,7 @@ impl TaskState {
         let budget = self.budget();
         if intent.channel == Channel::Tool {
             found.expect_ok(LogRule::LimitToolCalls, budget.clone().reserve_tool_call().map_err(|e| e.to_string()));
-            let most = self.tool(&intent.target).and_then(|tool| tool.limits.calls);
-            let made = self.tools.get(&intent.target).map_or(0, |used| used.calls);
-            if let Some(most) = most.filter(|most| made >= *most) {
-                let message = format!("the contract allows {most} calls over the task, and {made} are made");
-                found.violated(LogRule::LimitTool, message);
-            }
+            found.expect_ok(LogRule::LimitTool, self.calls_left(&intent.target));
         }
         // A reply may have cost more than was left; only what asks for more is refused then.
         let (tokens, cost) = (intent.reserved_tokens, intent.reserved_cost_micros);
@@ -191,6 +186,19 @@ impl TaskState {
             }
         }
         found.expect_ok(LogRule::LimitDenials, budget.open().map_err(|e| e.to_string()));
+    }
+
+    /// Whether the contract of a tool allows one more call over the task.
+    ///
+    /// # Errors
+    /// How many it allows, and how many are made.
+    pub fn calls_left(&self, tool: &str) -> Result<(), String> {
+        let most = self.tool(tool).and_then(|tool| tool.limits.calls);
+        let made = self.tools.get(tool).map_or(0, |used| used.calls);
+        match most.filter(|most| made >= *most) {
+            Some(most) => Err(format!("the contract allows {most} calls over the task, and {made} are made")),
+            None => Ok(()),
+        }
     }
 
     /// A call has the key that its contract makes, and no other call was made under it.

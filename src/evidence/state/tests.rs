@@ -11,13 +11,13 @@ use crate::{
     },
     policy::{
         access::Assessment,
-        approval::{Approvers, AskedBy, Standing},
-        config::{AccessRule, Approval, DataPattern, Idempotency, ModelPrice, OnTimeout, RuleDecision},
+        approval::{AskedBy, Standing},
+        config::{AccessRule, DataPattern, Idempotency, ModelPrice, RuleDecision},
         ledger,
     },
     verify::tests::{
         forge::{self, Keys, Segments},
-        script::{UID, attempt_closed, contained, denied, intent, opened, outcome, record, task_closed},
+        script::{UID, approval, attempt_closed, contained, denied, intent, opened, outcome, record, task_closed},
     },
 };
 
@@ -45,12 +45,13 @@ impl Case {
         (state, last)
     }
 
-    /// What is said of the last record.
-    pub(crate) fn message(&self, user: User) -> String {
+    /// What is said to be expected of the last record. What was found may differ each time: keys.
+    pub(crate) fn expected(&self, user: User) -> String {
         let (state, last) = self.last(user);
         let found = state.check(&last);
         let violation = found.iter().find(|violation| violation.rule == self.rule);
-        violation.unwrap_or_else(|| panic!("{user:?} does not find {}: {found:?}", self.rule)).message.clone()
+        let violation = violation.unwrap_or_else(|| panic!("{user:?} does not find {}: {found:?}", self.rule));
+        violation.message.split("found").next().unwrap().to_owned()
     }
 }
 
@@ -152,17 +153,6 @@ fn hex(two: &str) -> String {
     two.repeat(32)
 }
 
-fn needed() -> Approval {
-    Approval {
-        when: None,
-        approvers: Approvers { users: vec!["ana".into()], groups: vec![] },
-        required: 1,
-        timeout_seconds: 60,
-        on_timeout: OnTimeout::Deny,
-        hold_seconds: 30,
-    }
-}
-
 fn asked(change: impl FnOnce(&mut record::Approval)) -> Event {
     let mut approval = record::Approval {
         name: "t-1".into(),
@@ -194,7 +184,7 @@ pub(crate) fn case(rule: LogRule) -> Case {
         // The harness writes its records now, and those before it are older.
         policy.tools[2].idempotency = Some(Idempotency { argument: None, header: None, window_seconds: 1 << 40 });
     };
-    let approved = |policy: &mut PolicyConfig| policy.tools[2].approval = Some(needed());
+    let approved = |policy: &mut PolicyConfig| policy.tools[2].approval = Some(approval(&["ana"]));
     let keyed = |call: &str| tool(call, "write", |of| of.key = Some(ledger::made_of(UID, "write", &hex("ab"))));
     match rule {
         LogRule::RecordVersion => new().tells_but(rule, vec![denied("x")], |record| record.v = 0),
@@ -275,7 +265,7 @@ pub(crate) fn case(rule: LogRule) -> Case {
                 decision: RuleDecision::RequireApproval,
                 message: None,
             };
-            (policy.access.rules, policy.access.approval) = (vec![rule], Some(needed()));
+            (policy.access.rules, policy.access.approval) = (vec![rule], Some(approval(&["ana"])));
         })
         .tells(rule, vec![tool("a", "search", |of| of.assessment = assessed(Sensitivity::default(), &["ask"]))]),
         LogRule::OutcomeOpen => new().tells(rule, vec![outcome("z", 0)]),

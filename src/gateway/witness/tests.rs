@@ -800,8 +800,8 @@ fn one_call_by_an_approval_and_one_effect_under_a_key() {
         evidence::record::{self, Effect},
         policy::{
             access::Assessment,
-            approval::{Answer, Approvers, AskedBy, Standing, Vote},
-            config::{Approval, Idempotency, OnTimeout, Sensitivity, VerifyRead},
+            approval::{Answer, AskedBy, Standing, Vote},
+            config::{Approval, Idempotency, Sensitivity, VerifyRead},
         },
     };
     let vote = |decision| vec![Vote { by: "ana".into(), decision, reason: None }];
@@ -989,11 +989,7 @@ fn one_call_by_an_approval_and_one_effect_under_a_key() {
             });
             write.approval = Some(Approval {
                 when: Some("args.amount > 10".into()),
-                approvers: Approvers { users: vec!["ana".into()], groups: vec![] },
-                required: 1,
-                timeout_seconds: 60,
-                on_timeout: OnTimeout::Deny,
-                hold_seconds: 30,
+                ..crate::verify::tests::script::approval(&["ana"])
             });
             opened.policy.tools.push(look);
             let search = opened.policy.tools.iter_mut().find(|tool| tool.name == "search").unwrap();

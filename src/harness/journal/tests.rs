@@ -44,19 +44,18 @@ fn written(case: &Case, off: Option<LogRule>) -> Result<u64, Denial> {
 async fn a_lie_about_each_rule_is_not_written_and_is_once_the_rule_is_switched_off() {
     for rule in LogRule::ALL.iter().copied().filter(|rule| rule.is_asked_by(User::Harness)) {
         let case = case(rule);
-        let message = case.message(User::Harness);
-        let expected = message.split("found").next().unwrap();
+        let expected = case.expected(User::Harness);
         let is_past = case.records().last().unwrap().event.is_of_the_past();
         let denial = written(&case, None).expect_err(rule.as_str());
-        assert!(denial.reason.contains(expected), "{rule}: expected {message}, found {denial:?}");
+        assert!(denial.reason.contains(&expected), "{rule}: expected {expected}, found {denial:?}");
         // What has happened cannot be refused: a log that cannot tell it has failed.
-        let expected = match rule {
+        let refusal = match rule {
             // But what comes after the end, which the log has told.
             LogRule::AttemptOpen => Rule::TaskClosed,
             _ if is_past => Rule::Evidence,
             _ => rule.denial(),
         };
-        assert_eq!(denial.rule, expected, "{rule}");
+        assert_eq!(denial.rule, refusal, "{rule}");
         assert!(written(&case, Some(rule)).is_ok(), "{rule} is refused though it is switched off");
     }
 }

@@ -13,9 +13,10 @@ use crate::{
         },
     },
     policy::{
+        approval::Approvers,
         config::{
-            Access, DataClass, Limits, McpUpstream, ModelEndpoints, PackIdentity, PolicyConfig, Sensitivity,
-            SideEffect, TaskIdentity, Tool, ToolLimits, Upstream, Usage, VerifyRead,
+            Access, Approval, DataClass, Limits, McpUpstream, ModelEndpoints, OnTimeout, PackIdentity, PolicyConfig,
+            Sensitivity, SideEffect, TaskIdentity, Tool, ToolLimits, Upstream, Usage, VerifyRead,
         },
         rule::Rule,
     },
@@ -89,6 +90,18 @@ pub(crate) fn policy() -> PolicyConfig {
         access: Access::default(),
         ignored_hosts: vec![],
         upstream_timeout_seconds: None,
+    }
+}
+
+/// Approval by each of these people.
+pub(crate) fn approval(users: &[&str]) -> Approval {
+    Approval {
+        when: None,
+        approvers: Approvers { users: users.iter().map(|user| (*user).to_owned()).collect(), groups: vec![] },
+        required: users.len() as i64,
+        timeout_seconds: 60,
+        on_timeout: OnTimeout::Deny,
+        hold_seconds: 30,
     }
 }
 
