@@ -1,57 +1,56 @@
-//! Pure decisions: what a task may do, and whether one call may leave.
+//! Makes pure decisions about what a task may do and whether one call may be sent.
 //!
-//! Promises: the same input gives the same answer, on any machine and at any time; anything unknown, malformed or
-//! failing is denied. Refuses: input and output of any kind, Kubernetes, and clocks, but for the time that a judgment may take itself
-//! ([`meter`]).
+//! Guarantees: the same input gives the same decision, on any machine and at any time. Anything unknown, malformed or failing is denied.
+//! Non-goals: I/O of any kind, Kubernetes, and clocks, except for the time limit of an evaluation ([`meter`]).
 #![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing))]
 
-/// What a pack says to one tool call: data, principal, risk.
+/// Evaluates a pack's rules, data classification and risk score for one tool call.
 pub mod access;
-/// Whether people said yes to one exact call.
+/// Determines whether approvers have approved one exact call.
 pub mod approval;
-/// Counters against limits: reserve before, settle after.
+/// Counts usage against limits: reserves before a call and settles after it.
 pub mod budget;
-/// What stands in the evidence for arguments, prompts and replies.
+/// Makes the commitments that evidence holds instead of arguments, prompts and replies.
 pub mod commit;
-/// The rendered configuration: everything that a harness and a gateway decide by.
+/// The rendered configuration: everything that the decisions of a harness and a gateway depend on.
 pub mod config;
-/// One tool call: allow or deny, and by which rule.
+/// Decides whether one tool call is allowed or denied, and by which rule.
 pub mod decide;
-/// What an upstream says of its own tool: its digest, and how it tightens a contract.
+/// Reads an upstream's definition of a tool: its digest, and whether it tightens a contract.
 pub mod definition;
-/// Hosts that may be reached, and addresses that may never be.
+/// Checks which hosts may be reached, and which addresses are never dialled.
 pub mod egress;
-/// CEL expressions of contracts and packs, and what they see.
+/// CEL expressions of contracts and packs, and the variables that they see.
 pub mod expression;
-/// Host names, parsed once.
+/// Host names, parsed once into one form.
 pub mod hostname;
-/// JSON that can be read in one way only.
+/// Reads JSON that every parser reads in the same way.
 pub mod json;
-/// Which calls were made under which idempotency key.
+/// The idempotency ledger: which calls were made under which idempotency key.
 pub mod ledger;
-/// What one judgment may take.
+/// Bounds the steps, the memory and the time of one evaluation.
 pub mod meter;
-/// Model calls: which may leave, and what they cost.
+/// Model calls: which requests may be sent, and what they cost.
 pub mod model;
-/// Results of tools, against their contracts' output schemas.
+/// Checks results of tools against the output schemas of their contracts.
 pub mod output;
-/// What model calls cost.
+/// Computes the cost of model calls.
 pub mod price;
-/// Rules that take microseconds.
+/// Determines which schemas and expressions are cheap enough to evaluate inline.
 pub mod quick;
-/// How many calls of each tool a minute.
+/// Limits the calls of each tool per minute.
 pub mod rate;
-/// What of other people's words may be recorded.
+/// Determines which parts of untrusted text may be recorded.
 pub mod redact;
-/// What whoever is refused can do about it.
+/// Tells the caller of a denied call who can change the cause and whether a retry can help.
 pub mod remedy;
 /// Rule identifiers: the vocabulary of denials, evidence and metrics.
 pub mod rule;
-/// How sensitive data is, by the patterns of a pack.
+/// Classifies the sensitivity of data by the patterns of a pack.
 pub mod sensitivity;
-/// JSON Schemas that count what they take.
+/// JSON Schemas whose validation is metered.
 pub mod shape;
-/// Other people's words, for people to read.
+/// Shortens and escapes untrusted text for display.
 pub mod shorten;
-/// HTTP requests that are made of a tool call's arguments.
+/// Renders HTTP requests from the arguments of a tool call.
 pub mod template;

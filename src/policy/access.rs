@@ -1,10 +1,10 @@
-//! What a pack says to one tool call: how sensitive its data is, whether its principal may make it, how risky it is.
+//! Evaluates what a pack says about one tool call: how sensitive its data is, whether its principal may make it, and how risky it is.
 //!
-//! Promises: [`Guard::judge`] is a pure function of pack, call and log, so that harness and gateway come to the same answer, and
-//! [`Guard::replay`] finds it again from a record that has no arguments. Once a pack has rules, a call needs one that lets it pass;
-//! no rule and no score outweighs a `Deny`; what cannot be evaluated counts against the call: a `Deny` or `RequireApproval` applies, an
-//! `Allow` does not, a term of the risk adds its points. Refuses: results of other calls, which only the harness has, and
-//! calls of models.
+//! Guarantees: [`Guard::judge`] is a pure function of pack, call and log, so harness and gateway reach the same decision. [`Guard::replay`]
+//! reproduces the decision from a record, which has no arguments. If a pack has rules, a call needs at least one rule that lets it pass. No
+//! other rule and no score overrides a `Deny`. An expression that cannot be evaluated counts against the call: a `Deny` or
+//! `RequireApproval` rule applies, an `Allow` rule does not apply, and a risk term adds its points.
+//! Non-goals: results of other calls, which only the harness has, and model calls.
 
 use std::sync::Arc;
 
@@ -22,73 +22,73 @@ use super::{
     sensitivity::Detectors,
 };
 
-/// A pack that cannot be enforced.
+/// An error of a pack that cannot be enforced.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{what} of the pack: {reason}")]
 pub struct CompileError {
-    /// The rule, the term, or all patterns.
+    /// The rule, the risk term, or the classification as a whole.
     pub what: String,
-    /// Why.
+    /// The reason.
     pub reason: String,
 }
 
-/// A call, as far as a pack judges it.
+/// The facts about a call that a pack evaluates.
 #[derive(Clone, Copy)]
 pub struct Asked<'a> {
     /// The tool.
     pub tool: &'a Tool,
-    /// What the call may change: the contract's word, or a tighter one of the upstream's own.
+    /// The side effect of the call: the contract's, or a tighter one from the upstream's definition of the tool.
     pub effect: SideEffect,
-    /// The counters before it.
+    /// The counters before the call.
     pub usage: Usage,
-    /// The most sensitive data that the task has handled before it.
+    /// The most sensitive data that the task has handled before the call.
     pub seen: Sensitivity,
 }
 
-/// What a pack found of a call that it lets pass.
+/// The pack's assessment of a call that it lets pass.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Assessment {
-    /// How sensitive its arguments are.
+    /// The sensitivity of the arguments.
     pub arguments: Sensitivity,
-    /// The most sensitive data that the task had handled before it.
+    /// The most sensitive data that the task had handled before the call.
     pub seen: Sensitivity,
-    /// The rules of the pack that are for it, none of them a `Deny`.
+    /// The rules of the pack that matched the call. None of them is a `Deny`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub rules: Vec<String>,
-    /// How risky it is, where the pack says how to tell.
+    /// The risk score, if the pack defines risk terms.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub risk: Option<Score>,
 }
 
-/// A risk, and what made it.
+/// A risk score and the terms that contributed to it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Score {
-    /// The sum.
+    /// The sum of the points.
     pub score: i64,
-    /// The terms that hold.
+    /// The names of the terms that are true.
     pub terms: Vec<String>,
 }
 
 /// A call that a pack lets pass.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Passed {
-    /// What it found; nothing where neither pack nor contracts say anything of data, principals and risk.
+    /// The assessment. Absent if neither the pack nor the contracts say anything about data, principals and risk.
     pub assessment: Option<Assessment>,
-    /// Why people must say yes first; empty where they need not.
+    /// The reasons why approvers must approve the call first. Empty if the pack does not require approval.
     pub because: Vec<String>,
 }
 
-/// A pack's word on the calls of one task, compiled.
+/// The compiled policy of a pack for the calls of one task.
 pub struct Guard {
     pack: String,
     principal: String,
     base: Context<'static, 'static>,
     detectors: Arc<Detectors>,
-    /// Whether the pack has rules, for whomever.
+    /// Whether the pack has rules for any principal.
     has_rules: bool,
-    /// Those that are for the task's principal.
+    /// The rules that apply to the task's principal.
     rules: Vec<Ruled>,
     risk: Option<Weighed>,
     is_silent: bool,
@@ -105,7 +105,8 @@ struct Weighed {
     deny_at: Option<i64>,
 }
 
-/// Whether a text is one of these, or begins as one of them that ends in `*`. Everything is where there are none.
+/// Checks whether a text equals one of the patterns, or starts with the prefix of a pattern that ends with `*`. An empty list matches
+/// everything.
 pub fn is_one_of(patterns: &[String], text: &str) -> bool {
     let fits = |pattern: &String| match pattern.strip_suffix('*') {
         Some(beginning) => text.starts_with(beginning),
@@ -115,10 +116,10 @@ pub fn is_one_of(patterns: &[String], text: &str) -> bool {
 }
 
 impl Guard {
-    /// Compiles what a policy's pack says of calls.
+    /// Compiles the pack's policy for calls.
     ///
     /// # Errors
-    /// If a pattern or an expression is none.
+    /// Returns an error if a pattern or an expression is invalid.
     pub fn compile(policy: &PolicyConfig) -> Result<Self, CompileError> {
         let access = &policy.access;
         let failed = |what: String| move |reason| CompileError { what, reason };
@@ -151,37 +152,38 @@ impl Guard {
         })
     }
 
-    /// The pack's patterns.
+    /// Returns the pack's patterns.
     pub fn detectors(&self) -> Arc<Detectors> {
         self.detectors.clone()
     }
 
-    /// How sensitive a tool's result is.
+    /// Returns the sensitivity of a tool's result.
     pub fn result(&self, tool: &Tool, result: &impl Serialize) -> Sensitivity {
-        // A result that cannot be written is one that the agent does not get either.
+        // A result that cannot be serialized does not reach the agent either.
         let found = || serde_json::to_value(result).map_or(Sensitivity::Restricted, |value| self.detectors.of(&value));
         if self.detectors.is_empty() { tool.data.result } else { found().max(tool.data.result) }
     }
 
-    /// Whether it judges in microseconds where arguments are [`super::quick::SHORT`]. Patterns always are: they never look back.
+    /// Returns whether all expressions evaluate in microseconds when the arguments are at most [`super::quick::SHORT`] bytes. The patterns
+    /// of the classification are always fast, because they never backtrack.
     pub fn is_quick(&self) -> bool {
         self.expressions().all(Expression::is_quick)
     }
 
-    /// Whether it says nothing to any call.
+    /// Returns whether the pack says nothing about any call.
     pub fn is_silent(&self) -> bool {
         self.is_silent
     }
 
-    /// Whether what it says to a call may change with the counters, and with what the task has handled.
+    /// Returns whether the decision may change with the counters, and whether it may change with the data that the task has handled.
     pub fn changes(&self) -> (bool, bool) {
         (self.sees("usage"), !self.is_silent)
     }
 
-    /// What the pack says to a call with these arguments.
+    /// Evaluates the pack for a call with these arguments.
     ///
     /// # Errors
-    /// [`Rule::AccessRule`] or [`Rule::RiskScore`].
+    /// Returns [`Rule::AccessRule`] or [`Rule::RiskScore`] if the pack denies the call.
     pub fn judge(&self, asked: Asked<'_>, arguments: &Value) -> Result<Passed, Denial> {
         if self.is_silent {
             return Ok(Passed { assessment: None, because: vec![] });
@@ -194,10 +196,10 @@ impl Guard {
         self.weigh(asked, class, |_, expression| expression.holds(&context))
     }
 
-    /// Judges a call again by its record. Where an expression looks at the arguments, what was recorded of it is taken.
+    /// Evaluates a call again from its record. For an expression that reads the arguments, the recorded result is used.
     ///
     /// # Errors
-    /// Why the call should not have left, or the record is another than this pack makes.
+    /// Returns an error if the pack denies the call, or if the record differs from the assessment that this pack makes.
     pub fn replay(&self, asked: Asked<'_>, recorded: Option<&Assessment>) -> Result<Passed, String> {
         let nothing = Assessment { arguments: Sensitivity::default(), seen: asked.seen, rules: vec![], risk: None };
         if self.is_silent && recorded.is_none() {
@@ -222,7 +224,7 @@ impl Guard {
         Err(format!("expected the assessment {:?} by the pack, found {recorded:?}", again.assessment))
     }
 
-    /// What expressions see of a call but for its arguments. A map that none of them looks at is not made.
+    /// Returns the variables that expressions see, except for the arguments. A map that no expression reads is not built.
     fn context<'a>(&'a self, asked: Asked<'a>, class: Sensitivity) -> Context<'a, 'a> {
         let mut context = self.base.new_inner_scope();
         context.add_variable_as_val("tool", expression::text(asked.tool.name.as_str()));
@@ -238,7 +240,7 @@ impl Guard {
         context
     }
 
-    /// Whether any expression looks at a variable.
+    /// Returns whether any expression reads a variable.
     fn sees(&self, variable: &str) -> bool {
         self.expressions().any(|expression| expression.sees(variable))
     }
@@ -248,7 +250,7 @@ impl Guard {
         self.rules.iter().filter_map(|ruled| ruled.when.as_ref()).chain(terms)
     }
 
-    /// Rules, then risk, by what is known of each expression.
+    /// Evaluates the rules, then the risk score. `holds` gives the value of each expression.
     fn weigh(
         &self,
         asked: Asked<'_>,
@@ -315,9 +317,9 @@ impl Guard {
     }
 }
 
-/// Why no call of a tool can pass a pack's rules, whatever its arguments; nothing where one may.
+/// Returns the reason why the pack's rules deny every call of a tool, whatever its arguments, or `None` if a call may pass.
 pub fn never(access: &Access, principal: &str, tool: &Tool) -> Option<String> {
-    // What a server may make of its read is let through by what is for writes.
+    // If the upstream's definition makes a read a write, an `Allow` rule for writes lets the call pass.
     let may_be_write = tool.side_effect == SideEffect::Read && matches!(tool.upstream, Upstream::Mcp(_));
     let allows = |rule: &AccessRule| {
         rule.decision == RuleDecision::Allow && may_be_write && covers(rule, tool, SideEffect::Write)
@@ -333,14 +335,14 @@ pub fn never(access: &Access, principal: &str, tool: &Tool) -> Option<String> {
     (!lets).then(|| "no rule allows it or requires approval".to_owned())
 }
 
-/// Whether a rule is for a tool's calls with this effect. One that is against a call is for the contract's own effect as well: what a
-/// server says of itself takes no call out of it.
+/// Returns whether a rule applies to a tool's calls with this side effect. A `Deny` or `RequireApproval` rule also applies if it lists the
+/// contract's own side effect, so an upstream's definition cannot exempt a call from it.
 fn covers(rule: &AccessRule, tool: &Tool, effect: SideEffect) -> bool {
     let own = rule.decision != RuleDecision::Allow && rule.effects.contains(&tool.side_effect);
     is_one_of(&rule.tools, &tool.name) && (rule.effects.is_empty() || rule.effects.contains(&effect) || own)
 }
 
-/// What an expression belongs to.
+/// The rule or the risk term that an expression belongs to.
 enum Named<'a> {
     Rule(&'a str),
     Term(&'a str),

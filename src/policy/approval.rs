@@ -1,9 +1,9 @@
-//! Approvals: whether people said yes to one exact call.
+//! Determines whether approvers have approved one exact call.
 //!
-//! Promises: [`standing`] follows from what was asked, who decided and the time, and from nothing else; one no is a no; a yes counts
-//! once a person, and not of those on whose behalf the agent acts. [`Approvals`] is what a log says of them: each is good for
-//! one call of the same tool with the same arguments. Refuses: knowing who somebody is; admission has pinned each decision
-//! to its user.
+//! Guarantees: [`standing`] depends only on the request, the decisions and the time. One denial by an approver denies the request. Each
+//! approver's approval counts once, and an approval by a user on whose behalf the agent acts does not count. [`Approvals`] is the state of
+//! approvals in a log: each approval authorizes one call of the same tool with the same arguments.
+//! Non-goals: authentication. Admission has bound each decision to its user.
 
 use std::collections::BTreeMap;
 
@@ -13,27 +13,27 @@ use serde_json::Value;
 
 use crate::canonical;
 
-/// Longest arguments that people are asked about, in bytes of canonical JSON.
+/// Longest arguments of a call that approvers are asked to approve, in bytes of canonical JSON.
 pub const LONGEST_ARGUMENTS: usize = 65_536;
-/// What stands in the place of arguments that people are not shown.
+/// The placeholder for arguments that approvers do not see.
 pub const REDACTED: &str = "[redacted]";
-/// Requests that may be undecided at once in one attempt.
+/// Maximum number of undecided requests of one attempt.
 pub const PENDING: usize = 32;
-/// Requests that a log may have: each takes memory.
+/// Maximum number of requests in a log, because each request takes memory.
 const REQUESTS: usize = 65_536;
 
-/// On whose account people are asked.
+/// The policy that requires the approval: the contract or the pack.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[cfg_attr(feature = "kube", derive(schemars::JsonSchema))]
 pub enum AskedBy {
     /// The tool's contract.
     Contract,
-    /// The pack, by a rule or by the call's risk.
+    /// The pack, by a rule or by the risk score.
     Pack,
 }
 
 impl AskedBy {
-    /// The name in manifests and records.
+    /// Returns the name that manifests and records use.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Contract => "Contract",
@@ -47,27 +47,27 @@ impl AskedBy {
 #[cfg_attr(feature = "kube", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
 pub struct Approvers {
-    /// Users, by the names that the API server authenticates.
+    /// Names of users, as the API server authenticates them.
     #[serde(default)]
     #[cfg_attr(feature = "kube", schemars(length(max = 32), inner(length(min = 1, max = 253)), extend("x-kubernetes-list-type" = "set")))]
     pub users: Vec<String>,
-    /// Groups, by the names that the API server authenticates.
+    /// Names of groups, as the API server authenticates them.
     #[serde(default)]
     #[cfg_attr(feature = "kube", schemars(length(max = 32), inner(length(min = 1, max = 253)), extend("x-kubernetes-list-type" = "set")))]
     pub groups: Vec<String>,
 }
 
-/// Yes or no.
+/// The decision of an approver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "kube", derive(schemars::JsonSchema))]
 pub enum Answer {
-    /// The call may be made.
+    /// The call is allowed.
     Approve,
-    /// It may not.
+    /// The call is denied.
     Deny,
 }
 
-/// One person's decision.
+/// The decision of one approver.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "kube", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase")]
@@ -75,40 +75,40 @@ pub struct Vote {
     /// The authenticated user.
     #[cfg_attr(feature = "kube", schemars(length(min = 1, max = 1024)))]
     pub by: String,
-    /// Yes or no.
+    /// The decision.
     pub decision: Answer,
-    /// Why, for the agent and the evidence.
+    /// The reason, for the agent and the evidence.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "kube", schemars(length(max = 1024)))]
     pub reason: Option<String>,
 }
 
-/// Where a request stands.
+/// The state of an approval request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Standing {
-    /// Not decided.
+    /// Not enough approvers have decided.
     Pending,
-    /// Enough people said yes.
+    /// Enough approvers have approved the call.
     Approved,
-    /// Somebody said no.
+    /// An approver has denied the call.
     Denied,
-    /// Its time is over.
+    /// The request expired before enough approvers approved the call.
     Expired,
 }
 
-/// What was asked, as far as its standing goes.
+/// The facts about a request that its state depends on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Asked<'a> {
-    /// How many must say yes.
+    /// The number of approvals that the request needs.
     pub required: i64,
-    /// Who may not: the principal, and who asked for the task.
+    /// The users whose approval does not count: the principal, and the user who created the task.
     pub barred: [Option<&'a str>; 2],
-    /// By when.
+    /// The time at which the request expires.
     pub expires: Timestamp,
 }
 
-/// Where a request stands at a time. A no stays a no; a yes must be used before the request expires.
+/// Returns the state of a request at a time. A denial is final. An approval must be used before the request expires.
 pub fn standing(asked: &Asked<'_>, votes: &[Vote], now: Timestamp) -> Standing {
     if votes.iter().any(|vote| vote.decision == Answer::Deny) {
         return Standing::Denied;
@@ -124,10 +124,10 @@ pub fn standing(asked: &Asked<'_>, votes: &[Vote], now: Timestamp) -> Standing {
     if yes >= asked.required.max(1) { Standing::Approved } else { Standing::Pending }
 }
 
-/// One exact call, and on whose account people are asked about it.
+/// One exact call, and the policy that requires its approval.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Exact {
-    /// Contract or pack.
+    /// The policy that requires the approval.
     pub by: AskedBy,
     /// The tool.
     pub tool: String,
@@ -135,8 +135,8 @@ pub struct Exact {
     pub digest: String,
 }
 
-/// The name of the request for one exact call: the same for whoever asks, another once that call was made, and another where there are
-/// other reasons to ask.
+/// Returns the name of the request for one exact call. Every caller gets the same name. The name changes after the call was made, and if
+/// the reasons for the approval change.
 pub fn name(task: &str, uid: &str, call: &Exact, because: &[String], repeats: i64) -> String {
     let Exact { by, tool, digest } = call;
     let of = format!("{uid}\n{}\n{tool}\n{digest}\n{repeats}\n{}", by.as_str(), because.join("\n"));
@@ -144,7 +144,7 @@ pub fn name(task: &str, uid: &str, call: &Exact, because: &[String], repeats: i6
     format!("{task}-{}", hash.get(..12).unwrap_or(&hash))
 }
 
-/// Arguments without what these JSON Pointers (RFC 6901) point to. One that points to nothing redacts nothing.
+/// Returns the arguments without the values that these JSON Pointers (RFC 6901) refer to. A pointer to a missing value redacts nothing.
 pub fn redacted(arguments: &Value, pointers: &[String]) -> Value {
     let mut shown = arguments.clone();
     for pointer in pointers {
@@ -155,11 +155,11 @@ pub fn redacted(arguments: &Value, pointers: &[String]) -> Value {
     shown
 }
 
-/// What a log says of approvals so far.
+/// The state of the approvals in a log.
 #[derive(Clone, Debug, Default)]
 pub struct Approvals {
     requests: BTreeMap<String, Request>,
-    /// How often each call was made by an approval.
+    /// How many calls with the same arguments were made with an approval.
     made: BTreeMap<Exact, i64>,
 }
 
@@ -171,22 +171,22 @@ struct Request {
 }
 
 impl Approvals {
-    /// How many calls like this one were made by an approval.
+    /// Returns how many calls like this one were made with an approval.
     pub fn made(&self, call: &Exact) -> i64 {
         self.made.get(call).copied().unwrap_or_default()
     }
 
-    /// Whether a request may be seen to be pending or decided so.
+    /// Checks whether a record may say that a request is pending or decided.
     ///
     /// # Errors
-    /// What does not fit what the log says so far.
+    /// Returns an error if the state contradicts the earlier records of the log.
     pub fn fits(&self, name: &str, call: &Exact, standing: Standing) -> Result<(), String> {
         match self.requests.get(name) {
             None if self.requests.len() >= REQUESTS => Err(format!("expected at most {REQUESTS} approval requests")),
             Some(known) if known.call != *call => {
                 Err(format!("expected approval {name} to be for the call that it was asked for, found another"))
             }
-            // A no is not taken back. Whether a yes has lapsed depends on whose clock is asked.
+            // A denial is final. Whether an approval has expired depends on the clock of the observer.
             Some(known)
                 if known.standing == Standing::Denied && matches!(standing, Standing::Approved | Standing::Expired) =>
             {
@@ -196,37 +196,38 @@ impl Approvals {
         }
     }
 
-    /// A request was seen to be pending or decided.
+    /// Records that a request is pending or decided.
     ///
     /// # Errors
-    /// What does not fit what the log says so far: nothing changes then.
+    /// Returns an error if the state contradicts the earlier records of the log. Nothing changes then.
     pub fn seen(&mut self, name: &str, call: &Exact, standing: Standing) -> Result<(), String> {
         self.fits(name, call, standing)?;
         match self.requests.get_mut(name) {
             None => {
                 self.requests.insert(name.to_owned(), Request { call: call.clone(), standing, used: false });
             }
-            // A harness that was started again asks again.
+            // A restarted harness asks again.
             Some(_) if standing == Standing::Pending => {}
             Some(known) => known.standing = standing,
         }
         Ok(())
     }
 
-    /// Whether the log says anything of a request.
+    /// Returns whether the log has a record of a request.
     pub fn knows(&self, name: &str) -> bool {
         self.requests.contains_key(name)
     }
 
-    /// Whether a call was made by an approval.
+    /// Returns whether a call was made with an approval.
     pub fn is_used(&self, name: &str) -> bool {
         self.requests.get(name).is_some_and(|request| request.used)
     }
 
-    /// Whether a call may be made by these approvals. Gives on whose account people were asked.
+    /// Checks whether a call may be made with these approvals. Returns the policies that required the approvals.
     ///
     /// # Errors
-    /// Why it may not be.
+    /// Returns an error if an approval is missing, not given, already used, or for another call, or if two approvals are for the same
+    /// policy.
     pub fn usable(&self, names: &[String], tool: &str, digest: Option<&str>) -> Result<Vec<AskedBy>, String> {
         let mut by = Vec::new();
         for name in names {
@@ -250,10 +251,10 @@ impl Approvals {
         Ok(by)
     }
 
-    /// A call is made by these approvals. Gives on whose account people were asked.
+    /// Marks these approvals as used by a call. Returns the policies that required the approvals.
     ///
     /// # Errors
-    /// Why it may not be.
+    /// Returns an error if the call may not be made. See [`Approvals::usable`].
     pub fn used(&mut self, names: &[String], tool: &str, digest: Option<&str>) -> Result<Vec<AskedBy>, String> {
         let by = self.usable(names, tool, digest)?;
         for name in names {
@@ -393,7 +394,7 @@ mod tests {
     }
 
     proptest! {
-        /// However the votes come, a yes needs as many different people as were asked for, none of them barred, and no no.
+        /// Whatever the decisions are, an approval needs the required number of different approvers, none of them barred, and no denial.
         #[test]
         fn a_yes_is_enough_peoples(
             votes in proptest::collection::vec((0..6_u8, any::<bool>()), 0..8), required in 0..5_i64, now in 0..200_i64,

@@ -1,7 +1,8 @@
-//! Counters against limits: reserve before a call, settle after it.
+//! Counts usage against limits: reserves before a call and settles after it.
 //!
-//! Promises: what is reserved is spent until it is settled, so that calls that run at the same time cannot pass a limit
-//! together; a reservation that does not fit changes nothing; no counter is ever more than a record can have ([`LARGEST_WHOLE`]). Refuses: time, locks. Wall time is a deadline, not a counter.
+//! Guarantees: a reservation counts as spent until it is settled, so concurrent calls cannot exceed a limit together. A reservation that
+//! does not fit changes nothing. No counter exceeds the largest value that a record can hold ([`LARGEST_WHOLE`]).
+//! Non-goals: time and locks. The wall time is a deadline, not a counter.
 
 use super::{
     config::{Limits, ModelPrice, Usage},
@@ -11,7 +12,7 @@ use super::{
 };
 use crate::canonical::LARGEST_WHOLE;
 
-/// A limit would be passed.
+/// An error of a call that would exceed a limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "{what} limit is {}, {} are spent{}, and this call needs {}; {}",
@@ -24,15 +25,15 @@ pub struct Exhausted {
     pub what: &'static str,
     /// The limit.
     pub limit: i64,
-    /// Spent so far.
+    /// The amount spent so far.
     pub used: i64,
-    /// Set aside besides for calls under way.
+    /// The amount that is also reserved for calls in progress.
     pub held: i64,
-    /// What the call needs.
+    /// The amount that the call needs.
     pub needed: i64,
 }
 
-/// What can be done, and by whom.
+/// Returns what can be done, and who can do it.
 fn remedy(rule: &Rule) -> &'static str {
     match rule {
         Rule::Tokens | Rule::Cost => {
@@ -58,74 +59,75 @@ fn shown(rule: &Rule, count: &i64) -> String {
 pub struct Budget {
     limits: Limits,
     usage: Usage,
-    /// Of what is counted as used, what is set aside for calls under way.
+    /// The part of `usage` that is reserved for calls in progress.
     held: Spent,
-    /// Refusals among those counted that end nothing.
+    /// The counted denials that do not count towards the limit on denials.
     ignored: i64,
 }
 
-/// Whether a model call can be paid for.
+/// Whether the budget covers a model call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fits {
-    /// It can.
+    /// The budget covers the call.
     Now,
-    /// It may, once calls under way have settled what is held for them.
+    /// The budget may cover the call once calls in progress have settled their reservations.
     Later,
-    /// It cannot, whatever they settle.
+    /// The budget does not cover the call, whatever other calls settle.
     Never,
 }
 
 impl Budget {
-    /// A budget that goes on from `usage`: what earlier attempts used stays used.
+    /// Returns a budget that continues from `usage`: what earlier attempts used stays used.
     pub fn resume(limits: Limits, usage: Usage) -> Self {
         Self { limits, usage, held: Spent::default(), ignored: 0 }
     }
 
-    /// So many of the refusals so far end nothing: see [`Budget::count_ignored`].
+    /// Sets how many of the denials so far do not count towards the limit: see [`Budget::count_ignored`].
     #[must_use]
     pub fn ignoring(self, ignored: i64) -> Self {
         Self { ignored, ..self }
     }
 
-    /// Of what is counted as used, so much is set aside for calls under way.
+    /// Sets how much of `usage` is reserved for calls in progress.
     #[must_use]
     pub fn holding(self, held: Spent) -> Self {
         Self { held, ..self }
     }
 
-    /// How many of the refusals end nothing.
+    /// Returns how many denials do not count towards the limit.
     pub fn ignored(&self) -> i64 {
         self.ignored
     }
 
-    /// The counters: settled and reserved.
+    /// Returns the counters: settled and reserved.
     pub fn usage(&self) -> Usage {
         self.usage
     }
 
-    /// Tokens that can still be reserved; never negative.
+    /// Returns the tokens that can still be reserved. Never negative.
     pub fn tokens_left(&self) -> i64 {
         self.limits.tokens.min(LARGEST_WHOLE).saturating_sub(self.usage.tokens).max(0)
     }
 
-    /// Money that can still be reserved, where it is limited; never negative.
+    /// Returns the money that can still be reserved, or `None` if the cost has no limit. Never negative.
     pub fn cost_left(&self) -> Option<i64> {
         self.limits.cost_micros.map(|limit| limit.saturating_sub(self.usage.cost_micros).max(0))
     }
 
-    /// Tokens that are not spent, though some may be held for calls under way; never negative.
+    /// Returns the tokens that are not spent, including those that are reserved for calls in progress. Never negative.
     pub fn tokens_unspent(&self) -> i64 {
         let spent = self.usage.tokens.saturating_sub(self.held.tokens);
         self.limits.tokens.min(LARGEST_WHOLE).saturating_sub(spent).max(0)
     }
 
-    /// Money that is not spent, likewise, where it is limited.
+    /// Returns the money that is not spent, including what is reserved for calls in progress, or `None` if the cost has no limit. Never
+    /// negative.
     pub fn cost_unspent(&self) -> Option<i64> {
         let spent = self.usage.cost_micros.saturating_sub(self.held.cost_micros);
         self.limits.cost_micros.map(|limit| limit.saturating_sub(spent).max(0))
     }
 
-    /// Whether so much can be reserved for a model call.
+    /// Checks whether an amount can be reserved for a model call.
     pub fn fits(&self, asked: Spent) -> Fits {
         let within = |tokens: i64, cost: Option<i64>| {
             asked.tokens <= tokens && asked.cost_micros <= cost.unwrap_or(LARGEST_WHOLE)
@@ -137,10 +139,10 @@ impl Budget {
         }
     }
 
-    /// Whether calls are taken at all.
+    /// Checks whether the task may still make calls.
     ///
     /// # Errors
-    /// [`Rule::Denials`] once so many were refused that the task is over.
+    /// Returns [`Rule::Denials`] if the limit on denials is reached, which ends the task.
     pub fn open(&self) -> Result<(), Exhausted> {
         let used = self.usage.denials.saturating_sub(self.ignored);
         match self.limits.denials {
@@ -154,7 +156,7 @@ impl Budget {
     /// Counts one tool call.
     ///
     /// # Errors
-    /// [`Rule::ToolCalls`] if none is left; nothing is counted then.
+    /// Returns [`Rule::ToolCalls`] if no tool call is left. Nothing is counted then.
     pub fn reserve_tool_call(&mut self) -> Result<(), Exhausted> {
         let used = self.usage.tool_calls;
         if used >= self.limits.tool_calls.min(LARGEST_WHOLE) {
@@ -171,10 +173,10 @@ impl Budget {
         Ok(())
     }
 
-    /// Sets tokens and money aside for one model call.
+    /// Reserves tokens and money for one model call.
     ///
     /// # Errors
-    /// [`Rule::Tokens`] or [`Rule::Cost`] if so much is not left; nothing of either is set aside then.
+    /// Returns [`Rule::Tokens`] or [`Rule::Cost`] if the budget does not cover the call. Nothing is reserved then.
     pub fn reserve_model(&mut self, tokens: i64, cost: i64) -> Result<(), Exhausted> {
         let (tokens, cost) = (tokens.max(0), cost.max(0));
         let Usage { tokens: used, cost_micros: spent, .. } = self.usage;
@@ -188,7 +190,7 @@ impl Budget {
                 needed: tokens,
             });
         }
-        // Also where money is not limited, it is counted.
+        // The cost is counted even if it has no limit.
         let limit = self.limits.cost_micros.unwrap_or(LARGEST_WHOLE).min(LARGEST_WHOLE);
         if cost > limit.saturating_sub(spent).max(0) {
             let held = self.held.cost_micros;
@@ -208,8 +210,8 @@ impl Budget {
         Ok(())
     }
 
-    /// Replaces what was set aside by what was really used; gives what is counted. A model that used more is counted in full, as far as a
-    /// counter goes: at its end every limit is passed.
+    /// Replaces the reservation by the real usage, and returns what was counted. Usage above the reservation is counted in full, up to the
+    /// largest value of a counter: a counter at that value exceeds every limit.
     #[must_use = "the record has what was counted"]
     pub fn settle_model(&mut self, reserved: Spent, used: Spent) -> Spent {
         self.held.tokens = self.held.tokens.saturating_sub(reserved.tokens.max(0)).max(0);
@@ -226,7 +228,7 @@ impl Budget {
         }
     }
 
-    /// Counts refusals; gives how many were counted.
+    /// Counts denials, and returns how many were counted.
     #[must_use = "the record has what was counted"]
     pub fn count_denials(&mut self, count: i64) -> i64 {
         let counted = count.clamp(0, LARGEST_WHOLE.saturating_sub(self.usage.denials).max(0));
@@ -234,7 +236,7 @@ impl Budget {
         counted
     }
 
-    /// Counts refusals that end nothing, however many they are: of hosts that the class lists as ignored. Gives how many were counted.
+    /// Counts denials of hosts that the class ignores, which never count towards the limit. Returns how many were counted.
     #[must_use = "the record has what was counted"]
     pub fn count_ignored(&mut self, count: i64) -> i64 {
         let counted = self.count_denials(count);
@@ -243,17 +245,17 @@ impl Budget {
     }
 }
 
-/// What one model call takes of the budget.
+/// The amount that one model call takes from the budget.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Spent {
-    /// Prompt and reply.
+    /// Tokens of the prompt and the reply.
     pub tokens: i64,
-    /// In millionths of the pack's currency unit.
+    /// The cost, in millionths of the pack's currency unit.
     pub cost_micros: i64,
 }
 
 impl Spent {
-    /// What so many tokens take, by the model's price.
+    /// Returns the amount for a number of tokens at the model's price.
     pub fn of(tokens: Bound, price: Option<&ModelPrice>) -> Self {
         let cost_micros = price.map_or(0, |price| price.cost(tokens.prompt, tokens.output));
         Self { tokens: tokens.total(), cost_micros }
@@ -302,7 +304,7 @@ mod tests {
         let _ = budget.settle_model(asked(700, 4_000_000), asked(900, 1));
         assert_eq!((budget.tokens_left(), budget.tokens_unspent()), (100, 100));
         assert_eq!(budget.fits(asked(300, 0)), Fits::Never);
-        // One has passed the limit while another holds: what that gives back is not enough.
+        // One call exceeds its reservation while another call holds one. What the other call settles is not enough.
         budget.reserve_model(50, 0).unwrap();
         budget.reserve_model(50, 0).unwrap();
         let _ = budget.settle_model(asked(50, 0), asked(90, 0));
@@ -367,12 +369,13 @@ mod tests {
         assert_eq!((budget.usage().denials, budget.ignored(), budget.open()), (30, 30, Ok(())));
         let mut next = Budget::resume(limits(), budget.usage()).ignoring(budget.ignored());
         assert_eq!(next.open(), Ok(()));
-        // The control: of others two do.
+        // Two other denials do end the task.
         assert_eq!(next.count_denials(2), 2);
         assert_eq!(next.open().unwrap_err().used, 2);
     }
 
-    /// A million calls at once for what is left of each counter: exactly so many are allowed, or denied for their own reason.
+    /// A million concurrent calls for the rest of each counter: exactly as many calls as are left are allowed. The others are denied for
+    /// the right reason.
     #[test]
     fn exactly_what_is_left_is_given_however_many_race_for_it() {
         const CALLS: usize = 1_000_000;
@@ -416,7 +419,7 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever is asked for in whatever order, reservations never add up to more than the limit.
+        /// Whatever the calls ask for and in whatever order, the reservations never add up to more than the limit.
         #[test]
         fn reservations_never_pass_the_limit(steps in prop::collection::vec((0i64..400, 0i64..2_000_000, 0i64..400), 0..64)) {
             let mut budget = Budget::resume(limits(), Usage::default());
@@ -435,7 +438,7 @@ mod tests {
             }
         }
 
-        /// Whatever providers say that they have used, and however prices are, a record can have every counter and what it counts, and
+        /// Whatever usage providers report and whatever the prices are, a record can hold every counter and every counted amount, and the
         /// counters are the sums of what was counted.
         #[test]
         fn no_counter_is_beyond_what_a_record_has(

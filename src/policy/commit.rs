@@ -1,14 +1,17 @@
-//! Commitments: what stands in the evidence for arguments, prompts and replies.
+//! Makes the commitments that evidence holds instead of arguments, prompts and replies.
 //!
-//! A plain digest of something short can be guessed. A commitment cannot: it is made with a salt that only the task's harness and the
-//! gateway have. Promises: within a task the same content has the same commitment; whoever has salt and content can disclose one
-//! field of the arguments and prove it ([`Salt::open`], [`Opening::commitment`]), without a word about the others; once the salt is
-//! destroyed, what is committed to is gone, and no record has changed. Refuses: to keep content.
+//! The plain digest of a short value can be guessed. A commitment cannot be guessed, because it depends on a salt that only the task's
+//! harness and the gateway have.
 //!
-//! A commitment to a SHA-256 digest `d` under a label `l` is `SHA-256(s ‖ d)` with `s = HMAC-SHA-256(salt, l ‖ d)`. Of opaque bytes `d` is their
-//! digest, and `l` is [`BYTES`]. JSON is committed to by field: each string, number, boolean, `null` and each empty list or object is replaced by
-//! the hex commitment to its canonical form (RFC 8785), under the label [`FIELD`] ‖ its JSON Pointer (RFC 6901) ‖ `0x00`; the commitment to the
-//! whole is SHA-256 over the canonical form of what that gives.
+//! Guarantees: within a task, the same content has the same commitment. The holder of the salt and the content can disclose one field of
+//! the arguments and prove it ([`Salt::open`], [`Opening::commitment`]) without disclosing the other fields. After the salt is destroyed,
+//! nobody can recover or prove the content, and no record changes.
+//! Non-goals: storing the content.
+//!
+//! The commitment to a SHA-256 digest `d` under a label `l` is `SHA-256(s ‖ d)` with `s = HMAC-SHA-256(salt, l ‖ d)`. For opaque bytes, `d`
+//! is their digest and `l` is [`BYTES`]. The commitment to JSON is made field by field. Each string, number, boolean, `null`, empty list
+//! and empty object is replaced by the hex commitment to its canonical form (RFC 8785) under the label [`FIELD`] ‖ its JSON Pointer
+//! (RFC 6901) ‖ `0x00`. The commitment to the whole value is the SHA-256 of the canonical form of the result.
 
 use std::cell::RefCell;
 
@@ -24,22 +27,22 @@ use sha2::{Digest, Sha256};
 use super::json;
 use crate::canonical::{self, CanonicalError};
 
-/// Label of opaque bytes.
+/// The label of opaque bytes.
 pub const BYTES: u8 = 0;
-/// What the label of a field begins with.
+/// The first byte of the label of a field.
 pub const FIELD: u8 = 1;
 
-/// A salt that is none.
+/// An error of a salt that has the wrong form.
 #[derive(Debug, thiserror::Error)]
 #[error("expected a salt of 32 bytes in base64")]
 pub struct SaltError;
 
-/// What makes a task's commitments. It is never in a record, nor in a message to people.
+/// The secret that a task's commitments depend on. It never appears in a record or in a message to users.
 #[derive(Clone, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Salt {
     bytes: [u8; 32],
-    /// Made once: a call's arguments have many fields.
+    /// The key is made once, because the arguments of a call have many fields.
     key: hmac::Key,
 }
 
@@ -73,33 +76,34 @@ impl From<Salt> for String {
 }
 
 impl Salt {
-    /// The salt of these bytes.
+    /// Returns the salt with these bytes.
     pub fn new(bytes: [u8; 32]) -> Self {
         Self { bytes, key: hmac::Key::new(hmac::HMAC_SHA256, &bytes) }
     }
 
-    /// The commitment to opaque bytes, hex.
+    /// Returns the commitment to opaque bytes, in hex.
     pub fn bytes(&self, content: &[u8]) -> String {
         self.digested(&canonical::sha256(content))
     }
 
-    /// The commitment to opaque bytes of this SHA-256, hex.
+    /// Returns the commitment to the opaque bytes that have this SHA-256 digest, in hex.
     pub fn digested(&self, digest: &[u8; 32]) -> String {
         hex::encode(commitment(&self.own(&[BYTES], digest), digest))
     }
 
-    /// The commitment to a JSON value, hex.
+    /// Returns the commitment to a JSON value, in hex.
     ///
     /// # Errors
-    /// If it has no canonical form.
+    /// Returns an error if the value has no canonical form.
     pub fn value(&self, value: &Value) -> Result<String, CanonicalError> {
         Ok(hex::encode(canonical::digest(&self.committed(value, &RefCell::default()))?))
     }
 
-    /// What discloses one field, by its JSON Pointer, of a value that was committed to; `None` if it has none there, or one with fields of its own.
+    /// Returns the disclosure of one field, by its JSON Pointer, of a value with a commitment. Returns `None` if the value has nothing at
+    /// this pointer, or a value that has fields itself.
     ///
     /// # Errors
-    /// If the value has no canonical form.
+    /// Returns an error if the value has no canonical form.
     pub fn open(&self, value: &Value, pointer: &str) -> Result<Option<Opening>, CanonicalError> {
         let Some(field) = value.pointer(pointer).filter(|field| is_field(field)) else { return Ok(None) };
         let digest = canonical::digest(field)?;
@@ -111,12 +115,12 @@ impl Salt {
         }))
     }
 
-    /// The value as it is committed to; `pointer` is where it is.
+    /// Returns the value in the form in which it is hashed. `pointer` is the place of the value.
     fn committed<'v>(&'v self, value: &'v Value, pointer: &'v RefCell<String>) -> Committed<'v> {
         Committed { salt: self, value, pointer }
     }
 
-    /// The salt of one commitment.
+    /// Returns the salt of one commitment.
     fn own(&self, label: &[u8], digest: &[u8; 32]) -> [u8; 32] {
         let mut context = hmac::Context::with_key(&self.key);
         context.update(label);
@@ -127,7 +131,7 @@ impl Salt {
     }
 }
 
-/// A value with each of its fields replaced by the commitment to it, written as it is read: calls are many.
+/// A value in which each field is replaced by its commitment. It is serialized without a copy in between, because there are many calls.
 struct Committed<'v> {
     salt: &'v Salt,
     value: &'v Value,
@@ -135,7 +139,7 @@ struct Committed<'v> {
 }
 
 impl Committed<'_> {
-    /// What `write` makes of the member of this name, whose pointer is there meanwhile.
+    /// Calls `write` for the member of this name, with the member's pointer in place.
     fn member<T>(&self, name: &str, value: &Value, write: impl FnOnce(&Committed<'_>) -> T) -> T {
         let at = self.pointer.borrow().len();
         {
@@ -148,7 +152,7 @@ impl Committed<'_> {
         written
     }
 
-    /// The commitment to a field, hex.
+    /// Returns the commitment to a field, in hex.
     fn field(&self) -> Result<String, CanonicalError> {
         let digest = canonical::digest(self.value)?;
         let own = self.salt.own(&label(&self.pointer.borrow()), &digest);
@@ -186,7 +190,7 @@ fn label(pointer: &str) -> Vec<u8> {
     [&[FIELD], pointer.as_bytes(), &[0]].concat()
 }
 
-/// Whether a value is committed to by itself.
+/// Returns whether a value has a commitment of its own.
 fn is_field(value: &Value) -> bool {
     match value {
         Value::Array(items) => items.is_empty(),
@@ -195,46 +199,46 @@ fn is_field(value: &Value) -> bool {
     }
 }
 
-/// What proves one field of a value that a record commits to.
+/// The proof of one field of a value whose commitment is in a record.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Opening {
-    /// The value with the commitments of its fields in their places.
+    /// The value, with the commitment of each field in its place.
     pub committed: Value,
-    /// Where the field is.
+    /// The JSON Pointer of the field.
     pub pointer: String,
-    /// The field.
+    /// The value of the field.
     pub value: Value,
-    /// The salt of its commitment, hex.
+    /// The salt of the field's commitment, in hex.
     pub salt: String,
 }
 
-/// An opening that proves nothing.
+/// An error of an opening that proves nothing.
 #[derive(Debug, thiserror::Error)]
 pub enum OpeningError {
-    /// The salt is none.
+    /// The salt has the wrong form.
     #[error("expected a salt of 32 bytes in hex")]
     Salt,
-    /// The field is not what is committed to.
+    /// The commitment at the field's place is not the commitment to this value.
     #[error("expected {expected} at {pointer:?}, which is the commitment to this value, found {found}")]
     Field {
-        /// Where.
+        /// The JSON Pointer of the field.
         pointer: String,
-        /// The value's commitment.
+        /// The commitment to the value.
         expected: String,
-        /// What is there.
+        /// The value at the field's place.
         found: String,
     },
-    /// It cannot be hashed.
+    /// The value has no canonical form.
     #[error(transparent)]
     Canonical(#[from] CanonicalError),
 }
 
 impl Opening {
-    /// The commitment to the whole value, hex, which a record has as its digest.
+    /// Returns the commitment to the whole value, in hex. A record has it as its digest.
     ///
     /// # Errors
-    /// If the field is not the one that is committed to.
+    /// Returns an error if the salt has the wrong form, or if the commitment at the field's place is not the commitment to this value.
     pub fn commitment(&self) -> Result<String, OpeningError> {
         let salt = hex::decode(&self.salt).ok().and_then(|salt| salt.try_into().ok()).ok_or(OpeningError::Salt)?;
         let expected = hex::encode(commitment(&salt, &canonical::digest(&self.value)?));

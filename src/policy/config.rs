@@ -1,8 +1,8 @@
-//! The rendered configuration: all that a harness decides by, as plain data.
+//! The rendered configuration: everything that the decisions of a harness depend on, as plain data.
 //!
-//! The operator renders it from the custom resources into an immutable ConfigMap; the gateway renders it again from its
-//! own view of them and compares [`PolicyConfig::digest`]; the evidence log keeps its bytes. Unknown fields are refused:
-//! a harness never runs under a rule that it does not understand.
+//! The operator renders it from the custom resources into an immutable ConfigMap. The gateway renders it again from its own view of the
+//! resources and compares [`PolicyConfig::digest`]. The evidence log stores its bytes. Unknown fields are rejected, so a harness never runs
+//! under a rule that it does not understand.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -23,12 +23,12 @@ pub enum SideEffect {
     Read,
     /// State that the organization owns.
     Write,
-    /// The world outside: mail, payments, people.
+    /// Something outside the organization: mail, payments, people.
     External,
 }
 
 impl SideEffect {
-    /// The name in manifests, records and metrics.
+    /// Returns the name that manifests, records and metrics use.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Read => "read",
@@ -66,7 +66,7 @@ pub enum Sensitivity {
 }
 
 impl Sensitivity {
-    /// The name in manifests, records and CEL.
+    /// Returns the name that manifests, records and CEL expressions use.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Unclassified => "Unclassified",
@@ -76,7 +76,7 @@ impl Sensitivity {
         }
     }
 
-    /// Whether nothing says that the data is sensitive.
+    /// Returns whether nothing says that the data is sensitive.
     pub fn is_unclassified(&self) -> bool {
         *self == Self::Unclassified
     }
@@ -110,12 +110,12 @@ pub struct Usage {
     pub cost_micros: i64,
 }
 
-/// Whether a counter says nothing.
+/// Returns whether a counter is zero.
 pub fn is_zero(count: &i64) -> bool {
     *count == 0
 }
 
-/// Hard limits, already bounded by the class's ceiling.
+/// Hard limits, not above the highest values that the workflow class allows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Limits {
@@ -125,13 +125,13 @@ pub struct Limits {
     pub tool_calls: i64,
     /// Model tokens over all attempts.
     pub tokens: i64,
-    /// Refused calls over all attempts that end the task; absent for no limit.
+    /// Denials over all attempts that end the task. No limit if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub denials: Option<i64>,
-    /// Cost of model calls over all attempts, in millionths of the pack's currency unit; absent for no limit.
+    /// Cost of model calls over all attempts, in millionths of the pack's currency unit. No limit if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cost_micros: Option<i64>,
-    /// Seconds of an attempt that do not count, because a call waited for people; what is more counts.
+    /// Seconds of an attempt that do not count as wall time while a call waits for approval. Longer waits count.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub approval_wait_seconds: i64,
 }
@@ -140,60 +140,60 @@ pub struct Limits {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct HarnessConfig {
-    /// What is decided by. Its digest is compared by the gateway and recorded.
+    /// Everything that decisions depend on. The gateway compares its digest, and evidence records the digest.
     pub policy: PolicyConfig,
-    /// Where things are. Wrong values here make calls fail; they cannot make one pass.
+    /// Addresses. Wrong values make calls fail. They cannot make a call pass.
     pub wiring: Wiring,
 }
 
-/// Everything that decides.
+/// Everything that decisions depend on.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct PolicyConfig {
     /// The task.
     pub task: TaskIdentity,
-    /// The pack, as it was compiled.
+    /// The pack, in the version that was compiled.
     pub pack: PackIdentity,
     /// Hard limits.
     pub limits: Limits,
-    /// Side effects that a call may have.
+    /// The side effects that the workflow class allows.
     pub allowed_effects: Vec<SideEffect>,
     /// The tools, sorted by name.
     pub tools: Vec<Tool>,
-    /// Where model calls go.
+    /// The endpoints of models, with their prices and policies.
     pub models: ModelEndpoints,
-    /// The hosts that the gateway lets the task reach, for the record: the gateway decides by its own copy.
+    /// The hosts that the task may reach. They are here for the record: the gateway decides by its own copy.
     pub egress: Vec<EgressHost>,
-    /// What the pack says to each tool call.
+    /// The pack's policy for tool calls.
     #[serde(default, skip_serializing_if = "Access::is_empty")]
     pub access: Access,
-    /// Hosts that a connection to is refused, as to any that is not listed, without counting towards `limits.denials`: names, `*.` and a domain,
-    /// or addresses.
+    /// Hosts that the workflow class ignores: host names, `*.` and a domain, or addresses. A connection to one is denied like a connection
+    /// to any unlisted host, but the denial does not count towards `limits.denials`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ignored_hosts: Vec<String>,
-    /// Seconds that an upstream may be silent, where that is not [`SILENCE`].
+    /// Seconds that an upstream may be silent, if not [`SILENCE`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub upstream_timeout_seconds: Option<i64>,
 }
 
-/// How long an upstream may be silent, before its reply begins and between two pieces of it: as long as the official client libraries of
-/// models wait.
+/// How long an upstream may be silent before its reply begins and between two pieces of the reply. The official client libraries of models
+/// wait as long.
 pub const SILENCE: Duration = Duration::from_secs(600);
 
 impl PolicyConfig {
-    /// How long an upstream may be silent: before its reply begins, and between two pieces of it.
+    /// Returns how long an upstream may be silent before its reply begins and between two pieces of the reply.
     pub fn silence(&self) -> Duration {
         self.upstream_timeout_seconds
             .and_then(|seconds| u64::try_from(seconds).ok())
             .map_or(SILENCE, Duration::from_secs)
     }
 
-    /// The tool of that name.
+    /// Returns the tool with this name.
     pub fn tool(&self, name: &str) -> Option<&Tool> {
         self.tools.iter().find(|tool| tool.name == name)
     }
 
-    /// Who must say yes where a tool's contract asks for that, or the pack.
+    /// Returns who must approve a call of the tool, by the contract or by the pack.
     pub fn approval(&self, tool: &str, by: AskedBy) -> Option<&Approval> {
         match by {
             AskedBy::Contract => self.tool(tool)?.approval.as_ref(),
@@ -201,73 +201,73 @@ impl PolicyConfig {
         }
     }
 
-    /// Lower-case hex SHA-256 of the RFC 8785 form.
+    /// Returns the SHA-256 digest of the canonical form (RFC 8785), in lower-case hex.
     ///
     /// # Errors
-    /// Only if the value has no canonical form, which the types rule out but for non-finite numbers in a schema.
+    /// Returns an error if the value has no canonical form. The types prevent this, except for non-finite numbers in a schema.
     pub fn digest(&self) -> Result<String, canonical::CanonicalError> {
         Ok(hex::encode(canonical::digest(self)?))
     }
 }
 
-/// Which task this is.
+/// The identity of the task, and what it is for.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct TaskIdentity {
-    /// Its namespace.
+    /// The namespace.
     pub namespace: String,
     /// The name.
     pub name: String,
-    /// Its UID: a task made again under the same name is another task.
+    /// The UID. A task that is created again under the same name is another task.
     pub uid: String,
-    /// What the agent was asked to do.
+    /// The goal of the agent.
     pub objective: String,
     /// The workflow class.
     pub workflow_class: String,
-    /// The kind of work, by which KPIs are told apart.
+    /// The kind of work, a label of metrics.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub task_class: Option<String>,
-    /// On whose behalf.
+    /// The user or team on whose behalf the task acts.
     pub principal: String,
-    /// Who asked for the task, where admission recorded it.
+    /// The user who created the task, if admission recorded it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub requester: Option<String>,
-    /// The agent's image as the task names it; empty for a rollback, which has no agent.
+    /// The agent's image, as the task names it. Empty for a rollback, which has no agent.
     pub image: String,
-    /// The task that this one undoes.
+    /// The task that this task rolls back.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rollback_of: Option<RollbackOf>,
 }
 
-/// Which task is undone.
+/// The task that is rolled back.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "kube", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct RollbackOf {
-    /// Its name, in the same namespace.
+    /// The name of the task, in the same namespace.
     #[cfg_attr(
         feature = "kube",
         schemars(length(min = 1, max = 52), regex(pattern = r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$"))
     )]
     pub name: String,
-    /// Its UID.
+    /// The UID of the task.
     #[cfg_attr(feature = "kube", schemars(length(min = 1, max = 64), regex(pattern = r"^[A-Za-z0-9-]+$")))]
     pub uid: String,
 }
 
-/// Which pack was compiled.
+/// The identity of the pack that was compiled.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct PackIdentity {
     /// The name.
     pub name: String,
-    /// Its UID.
+    /// The UID.
     pub uid: String,
-    /// The environment that it speaks for.
+    /// The environment that the pack governs.
     pub environment: String,
 }
 
-/// One tool, as its contract has it.
+/// One tool, as its contract describes it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Tool {
@@ -275,38 +275,38 @@ pub struct Tool {
     pub contract: String,
     /// The name that the agent calls.
     pub name: String,
-    /// What the agent is told.
+    /// The description that the agent gets.
     pub description: String,
-    /// Where it really is.
+    /// The server that the gateway calls for the tool.
     pub upstream: Upstream,
-    /// JSON Schema of the arguments.
+    /// The JSON Schema of the arguments.
     pub input: serde_json::Value,
-    /// JSON Schema of the result.
+    /// The JSON Schema of the result.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub output: Option<serde_json::Value>,
-    /// What one tool may take and use.
+    /// The limits of the tool.
     #[serde(default)]
     pub limits: ToolLimits,
-    /// What must hold.
+    /// The conditions that must be true before a call is sent.
     pub preconditions: Vec<Precondition>,
-    /// What makes two calls one.
+    /// What makes two calls the same call.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub idempotency: Option<Idempotency>,
-    /// What tells whether a call took effect whose reply never came.
+    /// The read that finds out whether a call without a reply took effect.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub verify: Option<VerifyRead>,
-    /// How a call is undone.
+    /// How a call is compensated: by another call, or by hand.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rollback: Option<Rollback>,
-    /// Who must say yes.
+    /// The approval that a call needs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub approval: Option<Approval>,
-    /// What a call may change.
+    /// The side effect of a call.
     pub side_effect: SideEffect,
-    /// How sensitive its data is at least.
+    /// The minimum sensitivity of the tool's data.
     #[serde(default, skip_serializing_if = "DataClass::is_unclassified")]
     pub data: DataClass,
-    /// JSON Pointers to the arguments that people who approve a call are not shown.
+    /// JSON Pointers to the arguments that approvers do not see.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub redact: Vec<String>,
 }
@@ -325,19 +325,19 @@ pub struct DataClass {
 }
 
 impl DataClass {
-    /// Whether nothing is said of either.
+    /// Returns whether the contract says nothing about the sensitivity.
     pub fn is_unclassified(&self) -> bool {
         *self == Self::default()
     }
 }
 
-/// Where a tool really is.
+/// The server that the gateway calls for a tool.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub enum Upstream {
     /// A tool of an MCP server.
     Mcp(McpUpstream),
-    /// An HTTP request from a template.
+    /// An HTTP request that is rendered from a template.
     Http(HttpUpstream),
 }
 
@@ -345,49 +345,49 @@ pub enum Upstream {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct McpUpstream {
-    /// Endpoint of the server.
+    /// The endpoint of the server.
     pub url: String,
-    /// The tool's name there.
+    /// The name of the tool on the server.
     pub tool: String,
-    /// The digest that the server's definition of the tool must have, see [`definition`](super::definition).
+    /// The pin: the digest that the server's definition of the tool must have. See [`definition`](super::definition).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub digest: Option<String>,
 }
 
-/// An HTTP request that is made of a call's arguments, see [`template`](super::template).
+/// An HTTP request that is rendered from the arguments of a call. See [`template`](super::template).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct HttpUpstream {
-    /// Its method.
+    /// The method.
     pub method: HttpMethod,
-    /// Its URL, with `{name}` where arguments go.
+    /// The URL, with `{name}` in place of each argument.
     pub url: String,
-    /// The arguments that go into the query.
+    /// The arguments that are sent in the query.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub query: Vec<String>,
 }
 
-/// Method of an HTTP tool.
+/// The method of an HTTP tool.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "kube", derive(schemars::JsonSchema))]
 #[serde(rename_all = "UPPERCASE")]
 pub enum HttpMethod {
-    /// Without a body.
+    /// No body.
     Get,
-    /// Without a body, and without one in the reply.
+    /// No body, neither in the request nor in the reply.
     Head,
-    /// Without a body.
+    /// No body.
     Delete,
-    /// What is not in path and query is a JSON body.
+    /// Arguments that are not in the path or the query are sent as a JSON body.
     Post,
-    /// What is not in path and query is a JSON body.
+    /// Arguments that are not in the path or the query are sent as a JSON body.
     Put,
-    /// What is not in path and query is a JSON body.
+    /// Arguments that are not in the path or the query are sent as a JSON body.
     Patch,
 }
 
 impl HttpMethod {
-    /// The name in manifests and on the wire.
+    /// Returns the name that manifests and HTTP use.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Get => "GET",
@@ -399,7 +399,7 @@ impl HttpMethod {
         }
     }
 
-    /// Whether a request of this method has a body.
+    /// Returns whether a request with this method has a body.
     pub fn has_body(self) -> bool {
         matches!(self, Self::Post | Self::Put | Self::Patch)
     }
@@ -409,16 +409,16 @@ impl HttpMethod {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct ToolLimits {
-    /// Calls over all attempts of the task.
+    /// The number of calls, over all attempts of the task.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub calls: Option<i64>,
-    /// Calls a minute, and at once.
+    /// The number of calls per minute. The same number may be made at once.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub per_minute: Option<i64>,
-    /// Seconds that one call may take.
+    /// Seconds that one call can take.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub timeout_seconds: Option<i64>,
-    /// Bytes of a call's arguments in canonical form.
+    /// Bytes of the arguments in canonical form.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub request_bytes: Option<i64>,
     /// Bytes of the upstream's reply.
@@ -426,59 +426,59 @@ pub struct ToolLimits {
     pub response_bytes: Option<i64>,
 }
 
-/// What a log says of one tool so far.
+/// The state of one tool in a log.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ToolUsage {
     /// Calls sent, over all attempts.
     pub calls: i64,
-    /// The digest of the upstream's definition by which the newest attempt called it first.
+    /// The digest of the upstream's definition at the first call of the newest attempt.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub definition: Option<String>,
 }
 
-/// One named condition.
+/// A named condition.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Precondition {
     /// The name.
     pub name: String,
-    /// A CEL expression that must be `true`.
+    /// A CEL expression that must be true.
     pub cel: String,
-    /// What the agent is told otherwise.
+    /// The message that the agent gets if the condition is not true.
     pub message: String,
 }
 
-/// What makes two calls of a tool one, see [`ledger`](super::ledger).
+/// What makes two calls of a tool the same call. See [`ledger`](super::ledger).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Idempotency {
-    /// The argument that tells calls apart; all arguments without.
+    /// The argument whose value identifies a call. All arguments if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub argument: Option<String>,
-    /// The header in which the key goes to an HTTP upstream that tells repeats by it.
+    /// The header that carries the idempotency key to an HTTP upstream. The upstream recognizes repeated calls by it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub header: Option<String>,
-    /// Seconds for which a key is remembered.
+    /// Seconds that a key is remembered.
     pub window_seconds: i64,
 }
 
-/// A read that tells whether a call took effect.
+/// A read that finds out whether a call took effect.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct VerifyRead {
-    /// The tool to read with.
+    /// The name of the tool that reads.
     pub tool: String,
-    /// Its arguments, by JSON Pointers into the call's own.
+    /// The arguments of the read, as JSON Pointers into the arguments of the call.
     pub arguments: BTreeMap<String, String>,
-    /// A CEL expression over `args` and `result`.
+    /// A CEL expression over `args` and `result` that is true if the call took effect.
     pub applied: String,
-    /// Seconds after which `false` counts, from when Belay gave up waiting for the reply.
+    /// Seconds from the moment at which Belay gave up waiting for the reply. `false` counts only after that time.
     pub settle_seconds: i64,
 }
 
 impl VerifyRead {
-    /// The arguments to read with.
+    /// Returns the arguments of the read for a call with the arguments `of`.
     pub fn arguments(&self, of: &serde_json::Value) -> serde_json::Map<String, serde_json::Value> {
         let found =
             self.arguments.iter().filter_map(|(name, pointer)| Some((name.clone(), of.pointer(pointer)?.clone())));
@@ -486,31 +486,31 @@ impl VerifyRead {
     }
 }
 
-/// How a call is undone.
+/// How a call is compensated: by another call, or by hand.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub enum Rollback {
-    /// A call of another tool.
+    /// A compensation: a call of another tool.
     Call(Compensation),
-    /// By people, as this text tells them.
+    /// By hand. The text describes how.
     ByHand(String),
 }
 
-/// The call that undoes a call.
+/// The call that undoes an earlier call.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Compensation {
-    /// Name of its ToolContract, of the same namespace.
+    /// The name of the ToolContract of the call, in the same namespace.
     pub contract: String,
-    /// Its arguments, each a CEL expression over `args` and `result`.
+    /// The arguments of the call. Each is a CEL expression over `args` and `result`.
     pub arguments: BTreeMap<String, String>,
-    /// Seconds from the call's outcome in which it may be undone; for ever without.
+    /// Seconds after the outcome of the earlier call in which the compensation may be made. No limit if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub within_seconds: Option<i64>,
 }
 
 impl Tool {
-    /// The call that undoes a call of it, where its contract names one.
+    /// Returns the compensation of the tool's calls, if the contract has one.
     pub fn compensation(&self) -> Option<&Compensation> {
         match &self.rollback {
             Some(Rollback::Call(compensation)) => Some(compensation),
@@ -519,57 +519,57 @@ impl Tool {
     }
 }
 
-/// Who must say yes to a call, and what that takes.
+/// The approval that a call needs.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Approval {
-    /// A CEL expression: where it is `false`, nobody needs to be asked.
+    /// A CEL expression. If it is `false`, the call needs no approval.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub when: Option<String>,
     /// Who may decide.
     pub approvers: Approvers,
-    /// How many must approve.
+    /// The number of approvers who must approve.
     pub required: i64,
     /// Seconds until a request expires.
     pub timeout_seconds: i64,
-    /// What becomes of the task then.
+    /// What happens when a request expires.
     pub on_timeout: OnTimeout,
-    /// Seconds that a call is held open before the agent is told that it is pending.
+    /// Seconds that a call waits for the decision before the agent is told that it is pending.
     pub hold_seconds: i64,
 }
 
-/// What a pack says to tool calls, see [`access`](super::access).
+/// A pack's policy for tool calls. See [`access`](super::access).
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Access {
-    /// By what sensitive data is told.
+    /// The patterns that find sensitive data.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub classification: Vec<DataPattern>,
-    /// Who may call what.
+    /// The rules about which principals may call which tools.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub rules: Vec<AccessRule>,
-    /// How risky a call is.
+    /// The risk score of a call.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub risk: Option<Risk>,
-    /// Who must say yes where a rule or the risk asks for it.
+    /// The approval that a call needs if a rule or the risk score requires it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub approval: Option<Approval>,
 }
 
 impl Access {
-    /// Whether the pack says nothing of calls.
+    /// Returns whether the pack says nothing about calls.
     pub fn is_empty(&self) -> bool {
         self.classification.is_empty() && self.rules.is_empty() && self.risk.is_none()
     }
 
-    /// Whether it can come to asking people.
+    /// Returns whether the pack can require approval of a call.
     pub fn may_ask(&self) -> bool {
         self.rules.iter().any(|rule| rule.decision == RuleDecision::RequireApproval)
             || self.risk.as_ref().is_some_and(|risk| risk.approve_at.is_some())
     }
 }
 
-/// A pattern that tells sensitive data.
+/// A pattern that finds sensitive data.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct DataPattern {
@@ -577,45 +577,45 @@ pub struct DataPattern {
     pub name: String,
     /// A regular expression of the `regex` crate.
     pub pattern: String,
-    /// What data that it is found in is.
+    /// The sensitivity of data in which the pattern matches.
     pub sensitivity: Sensitivity,
 }
 
-/// Who may call what. A rule applies to calls that match all of its fields.
+/// A rule about which principals may call which tools. It applies to calls that match all of its fields.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct AccessRule {
     /// The name.
     pub name: String,
-    /// Principals, or their beginnings and `*`; all when empty.
+    /// Principals, or prefixes with `*`. All principals if empty.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub principals: Vec<String>,
-    /// Tools, or their beginnings and `*`; all when empty.
+    /// Tools, or prefixes with `*`. All tools if empty.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub tools: Vec<String>,
-    /// Effects; all when empty.
+    /// Side effects. All side effects if empty.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub effects: Vec<SideEffect>,
     /// A CEL expression.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub when: Option<String>,
-    /// What that means.
+    /// The decision for calls to which the rule applies.
     pub decision: RuleDecision,
-    /// What the agent is told when it is refused.
+    /// The message that the agent gets when the call is denied.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub message: Option<String>,
 }
 
-/// How risky a call is: the sum of the points of all terms that hold.
+/// The risk score of a call: the sum of the points of all terms that are true.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Risk {
     /// The terms of the score.
     pub terms: Vec<RiskTerm>,
-    /// From this score on people are asked.
+    /// The score from which on a call needs approval.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub approve_at: Option<i64>,
-    /// From this score on calls are denied.
+    /// The score from which on a call is denied.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub deny_at: Option<i64>,
 }
@@ -626,49 +626,49 @@ pub struct Risk {
 pub struct RiskTerm {
     /// The name.
     pub name: String,
-    /// A CEL expression. It counts unless it is `false`.
+    /// A CEL expression. The term counts unless the expression is `false`.
     pub when: String,
     /// The points that the term adds.
     pub points: i64,
 }
 
-/// What a request that nobody decided in time means.
+/// What happens when a request expires before approvers have decided.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "kube", derive(schemars::JsonSchema))]
 pub enum OnTimeout {
-    /// The call is denied, and the agent goes on without it.
+    /// The call is denied, and the agent continues.
     #[default]
     Deny,
     /// The call is denied, and the task ends.
     EndTask,
 }
 
-/// Base URLs of the model APIs.
+/// The endpoints of models, and the pack's policy for model calls.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct ModelEndpoints {
-    /// For `/v1/chat/completions` and `/v1/responses`.
+    /// The base URL for `/v1/chat/completions` and `/v1/responses`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub openai: Option<String>,
-    /// For `/v1/messages`.
+    /// The base URL for `/v1/messages`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub anthropic: Option<String>,
-    /// For some models. The first that fits a request goes before the two.
+    /// Endpoints for some models. The first entry that matches a request takes precedence over `openai` and `anthropic`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub endpoints: Vec<ModelEndpoint>,
-    /// What models cost. The first entry that fits a model's name counts.
+    /// Prices and properties of models. The first entry that matches a model's name counts.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub prices: Vec<ModelPrice>,
-    /// What a provider may be made to do besides answering.
+    /// What providers may do besides answering.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub allow: Vec<Capability>,
-    /// What becomes of members of requests that Belay does not know.
+    /// How Belay handles members of requests that it does not know.
     #[serde(default, skip_serializing_if = "UnknownMembers::is_refuse")]
     pub unknown_members: UnknownMembers,
-    /// Whether a provider may keep replies for its caller.
+    /// Whether providers may store replies.
     #[serde(default, skip_serializing_if = "StoreReplies::is_as_written")]
     pub store_replies: StoreReplies,
-    /// Whether streams of chat completions are asked what they cost.
+    /// Whether Belay asks for the usage of streamed chat completions.
     #[serde(default, skip_serializing_if = "StreamUsage::is_ask")]
     pub stream_usage: StreamUsage,
 }
@@ -677,94 +677,94 @@ pub struct ModelEndpoints {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct ModelEndpoint {
-    /// Names of models as requests have them, or prefixes with `*`.
+    /// Names of models, as requests write them, or prefixes with `*`.
     pub models: Vec<String>,
-    /// Whose API it speaks.
+    /// The API that the endpoint speaks.
     pub api: Family,
-    /// Its base URL.
+    /// The base URL.
     pub url: String,
-    /// What this provider may be made to do, besides what the pack allows all.
+    /// What this provider may do besides answering, in addition to what the pack allows for all endpoints.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub allow: Vec<Capability>,
-    /// Whether its streams of chat completions are asked what they cost, where the pack asks at all.
+    /// Whether Belay asks for the usage of this provider's streamed chat completions, if the pack asks at all.
     #[serde(default, skip_serializing_if = "StreamUsage::is_ask")]
     pub stream_usage: StreamUsage,
 }
 
-/// What becomes of members of model requests that Belay does not know.
+/// How Belay handles members of model requests that it does not know.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "kube", derive(schemars::JsonSchema))]
 pub enum UnknownMembers {
-    /// The request is refused.
+    /// Belay denies the request.
     #[default]
     Refuse,
-    /// They pass, and the intent has the rule `model.unknown`.
+    /// Belay forwards the members. The intent has the rule `model.unknown`.
     Pass,
 }
 
 impl UnknownMembers {
-    /// Whether it is what it is without a word.
+    /// Returns whether it is the default.
     pub fn is_refuse(&self) -> bool {
         *self == Self::Refuse
     }
 }
 
-/// Whether a provider may keep replies for its caller.
+/// Whether providers may store replies.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "kube", derive(schemars::JsonSchema))]
 pub enum StoreReplies {
-    /// As requests say it; the Responses API keeps them for a month where they do not say it.
+    /// As the agent writes it. The Responses API stores a reply for a month unless the request says otherwise.
     #[default]
     AsWritten,
-    /// `store` is `false` in each request that could have it.
+    /// Belay sets `store: false` in each request whose reply the provider could store.
     Never,
 }
 
 impl StoreReplies {
-    /// Whether it is what it is without a word.
+    /// Returns whether it is the default.
     pub fn is_as_written(&self) -> bool {
         *self == Self::AsWritten
     }
 }
 
-/// Whether streams of chat completions are asked what they cost.
+/// Whether Belay asks for the usage of streamed chat completions.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "kube", derive(schemars::JsonSchema))]
 pub enum StreamUsage {
-    /// `stream_options.include_usage` is set in each.
+    /// Belay sets `stream_options.include_usage` in each request for a stream.
     #[default]
     Ask,
-    /// As requests say it. A stream that gives no account is charged what was set aside.
+    /// As the agent writes it. A stream that does not report its usage costs its full reservation.
     AsWritten,
 }
 
 impl StreamUsage {
-    /// Whether it is what it is without a word.
+    /// Returns whether it is the default.
     pub fn is_ask(&self) -> bool {
         *self == Self::Ask
     }
 }
 
-/// What a million tokens cost at most, in millionths of the pack's currency unit, and what else the pack says of a model.
+/// The highest price of a model per million tokens, in millionths of the pack's currency unit, and other properties that the pack sets.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct ModelPrice {
-    /// The name of a model as requests have it, or a prefix with `*`.
+    /// The name of a model, as requests write it, or a prefix with `*`.
     pub model: String,
-    /// Of the prompt.
+    /// The price of prompt tokens.
     pub input_micros: i64,
-    /// Of the reply.
+    /// The price of reply tokens.
     pub output_micros: i64,
-    /// The longest reply that it gives; the catalogue's word without.
+    /// The longest reply of the model, in tokens. The catalogue's value if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_output_tokens: Option<i64>,
-    /// The longest prompt and reply together that it takes; the catalogue's word without.
+    /// The highest number of tokens of prompt and reply together. The catalogue's value if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub context_tokens: Option<i64>,
-    /// By which member a reply of chat completions is limited; the catalogue's word without, or the endpoint's kind.
+    /// The member that limits the reply of a chat completion. The catalogue's value if absent, or else the endpoint's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub output_limit_field: Option<OutputLimitField>,
-    /// How its text is counted; the catalogue's word without.
+    /// How Belay counts the text of a prompt. The catalogue's value if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tokenizer: Option<Tokenizer>,
 }
@@ -774,64 +774,65 @@ pub struct ModelPrice {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "kube", derive(schemars::JsonSchema))]
 pub enum OutputLimitField {
-    /// What all servers know but OpenAI's own for its newer models.
+    /// The member that all servers know, except OpenAI's own servers for newer models.
     #[default]
     #[serde(rename = "max_tokens")]
     MaxTokens,
-    /// What OpenAI's own for its newer models know.
+    /// The member that OpenAI's own servers know for newer models.
     #[serde(rename = "max_completion_tokens")]
     MaxCompletionTokens,
 }
 
-/// How the text of a prompt is counted before it leaves, in place of the shipped catalogue's word. `Bytes` sets much aside, and no prompt of text
-/// costs more.
+/// How Belay counts the text of a prompt before the call. It overrides the catalogue. `Bytes` reserves much, and no prompt of text costs
+/// more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "kube", derive(schemars::JsonSchema))]
 pub enum Tokenizer {
-    /// As OpenAI's models of the last years do.
+    /// The tokenizer of OpenAI's recent models.
     O200k,
-    /// One a byte: no tokenizer that works on bytes makes more. Much is set aside, and no prompt can cost more.
+    /// One token per byte. No tokenizer that works on bytes makes more. Belay reserves much, and no prompt can cost more.
     Bytes,
 }
 
-/// One entry of the class's allowlist.
+/// One entry of the workflow class's list of egress hosts.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct EgressHost {
     /// A host name, or `*.` and a domain.
     pub host: String,
-    /// Its ports.
+    /// The ports.
     pub ports: Vec<u16>,
-    /// What may go there.
+    /// The uses that the host is listed for.
     pub uses: Vec<EgressUse>,
-    /// What the gateway adds to calls that go there, by its name: `secret/key`. It is the one that the pack maps to the task's principal.
+    /// The name of the credential that the gateway adds to calls to this host: `secret/key`. The pack maps this credential to the task's
+    /// principal.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub credential: Option<String>,
-    /// Its credentials are for other principals: nothing of this task's goes there.
+    /// Whether the host's credentials are only for other principals. If so, this task cannot reach the host.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub barred: bool,
 }
 
-/// Where things are.
+/// The addresses that an attempt needs.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Wiring {
-    /// Number of the attempt, from 1.
+    /// The number of the attempt, from 1.
     pub attempt: i64,
-    /// `address:port` of the gateway.
+    /// The `address:port` of the gateway.
     pub gateway: String,
-    /// Its certificate authority, PEM.
+    /// The certificate authority of the gateway, in PEM.
     pub gateway_ca: String,
-    /// What the containment probe dials.
+    /// The addresses that the containment probe dials.
     pub probe: Probe,
 }
 
-/// Both controls of the containment probe.
+/// The addresses of the containment probe: one that must answer, and those that must not.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Probe {
-    /// `address:port` that must answer: the gateway's.
+    /// The `address:port` that must answer: the gateway's.
     pub reachable: String,
-    /// `address:port` that must not: the canary, the API server. The kubelet of the pod's own node is added by the pod.
+    /// Each `address:port` that must not answer: the canary and the API server. The pod adds the kubelet of its own node.
     pub unreachable: Vec<String>,
 }

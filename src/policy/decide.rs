@@ -1,13 +1,13 @@
-//! One tool call: allow or deny, and by which rule.
+//! Decides whether one tool call is allowed or denied, and by which rule.
 //!
-//! Promises: [`Contracts::decide`] is the whole decision, from the bytes of the arguments to their digest, and a pure
-//! function: of the contracts, the call, the counters and the results of earlier calls. Refuses: to change any of them. The
-//! budget is asked here and reserved by whoever holds its lock, which asks again.
+//! Guarantees: [`Contracts::decide`] is the whole decision, from the bytes of the arguments to their commitment. It is a pure function of
+//! the contracts, the call, the counters and the results of earlier calls.
+//! Non-goals: changing any state. `decide` only checks the budget. The holder of the budget's lock checks it again and reserves.
 //!
-//! Everything is compiled once an attempt ([`Contracts::compile`]); a call adds what is its own to a CEL context that stands
-//! ready ([`Results`]). The order of the rules is fixed, cheapest first, and the first that does not hold is the answer:
-//! denials left, readable, short, known, effect, schema, preconditions, calls left. Whether people have to say yes as well is part of the
-//! answer ([`Decision::needs_approval`]); asking them is the harness's.
+//! Everything is compiled once for each attempt ([`Contracts::compile`]). A call adds only its own values to a prepared CEL context
+//! ([`Results`]). The order of the rules is fixed, the cheapest first, and the first rule that fails is the answer: denials left, arguments
+//! readable, arguments short enough, tool known, side effect, schema, preconditions, calls left. The decision also says whether the call
+//! needs approval ([`Decision::needs_approval`]). The harness asks for the approval.
 
 use std::collections::BTreeMap;
 
@@ -26,20 +26,20 @@ use super::{
 };
 use crate::canonical;
 
-/// Longest result of a call that preconditions can look at, in bytes of JSON.
+/// Longest result that preconditions can read, in bytes of JSON.
 pub const LONGEST_RESULT: usize = 16 << 10;
-/// Longest results of all tools together.
+/// Maximum size of the results of all tools together, in bytes of JSON.
 pub const LONGEST_RESULTS: usize = 256 << 10;
-/// Longest arguments of any call, in bytes of canonical JSON: the most that a contract may say.
+/// Longest arguments of any call, in bytes of canonical JSON. A contract cannot allow more.
 pub const LONGEST_ARGUMENTS: usize = 4 << 20;
-/// What is said of arguments that do not fit, in characters: a schema of several forms takes a sentence for each.
+/// Longest description of a misfit of the arguments, in characters. A schema with several forms takes a sentence for each form.
 const LONGEST_MISFIT: usize = 512;
-/// What is around the arguments in an agent's request, at most, in bytes.
+/// Maximum size of an agent's request apart from the arguments, in bytes.
 const AROUND: usize = 64 << 10;
-/// Longest answer by which it is told whether a call took effect, or of which its undoing is made, in bytes of JSON.
+/// Longest result from which `verify` or a compensation is evaluated, in bytes of JSON.
 pub const LONGEST_ANSWER: usize = 1 << 20;
 
-/// A policy that cannot be enforced. The operator refuses such a task; a harness that meets one does not start.
+/// An error of a policy that cannot be enforced. The operator rejects such a task. A harness with such a policy does not start.
 #[derive(Debug, thiserror::Error)]
 pub enum CompileError {
     /// The input schema is not a JSON Schema.
@@ -47,30 +47,30 @@ pub enum CompileError {
     Schema {
         /// The tool.
         tool: String,
-        /// Why not.
+        /// The reason.
         reason: String,
     },
-    /// A precondition is not CEL.
+    /// A precondition is not a CEL expression.
     #[error("tool {tool}: precondition {name} is not a CEL expression: {reason}")]
     Precondition {
         /// The tool.
         tool: String,
         /// The precondition.
         name: String,
-        /// Why not.
+        /// The reason.
         reason: String,
     },
-    /// Two tools have one name.
+    /// Two tools have the same name.
     #[error("tool {0} is there twice: give each contract its own spec.tool")]
     Duplicate(String),
 }
 
-/// A refusal: the rule, and what the agent is told.
+/// A denial: the rule, and the reason that the agent gets.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Denial {
-    /// The rule that does not hold.
+    /// The rule that failed.
     pub rule: Rule,
-    /// What was expected, what was found, what to do.
+    /// What was expected, what was found, and what to do.
     pub reason: String,
 }
 
@@ -80,51 +80,51 @@ impl From<Exhausted> for Denial {
     }
 }
 
-/// The rules that an allowed tool call has passed, in the order in which they were asked.
+/// The rules that an allowed tool call has passed, in the order of their evaluation.
 pub const TOOL_RULES: [Rule; 5] =
     [Rule::RequestJson, Rule::ToolKnown, Rule::ToolEffect, Rule::ToolSchema, Rule::ToolPrecondition];
 
 /// A call's arguments.
 #[derive(Clone, Debug)]
 pub enum Arguments<'a> {
-    /// As the agent wrote them.
+    /// The text, as the agent wrote it.
     Text(&'a [u8]),
-    /// As [`json::parse`] read them, on their own or within a larger text.
+    /// The value, as [`json::parse`] read it from a text of its own or from a part of a larger text.
     Parsed(Value),
 }
 
-/// What a decision depends on besides contracts and call.
+/// The facts that a decision depends on besides the contracts and the call.
 #[derive(Clone, Copy)]
 pub struct Known<'a> {
     /// The counters.
     pub usage: Usage,
     /// Results of earlier calls.
     pub results: &'a Results,
-    /// How many of the refusals end nothing.
+    /// How many of the denials do not count towards the limit.
     pub ignored: i64,
 }
 
-/// What was decided over one call.
+/// The decision about one call.
 #[derive(Debug)]
 pub struct Decision<'c> {
-    /// The tool, or why not.
+    /// The tool if the call is allowed, or else the denial.
     pub verdict: Result<&'c Tool, Denial>,
-    /// The arguments; null where they could not be read.
+    /// The arguments, or null if they could not be read.
     pub arguments: Value,
-    /// The commitment to them, see [`Salt::value`]; to their bytes where they could not be read.
+    /// The commitment to the arguments (see [`Salt::value`]), or to their bytes if they could not be read.
     pub digest: String,
-    /// Bytes of their canonical form, or as they are.
+    /// Bytes of the arguments in canonical form, or as written if they could not be read.
     pub bytes: u64,
-    /// Whether people must say yes to the call first, though it is allowed otherwise.
+    /// Whether approvers must approve the call first. It is allowed otherwise.
     pub needs_approval: bool,
 }
 
 /// A task's contracts, compiled.
 pub struct Contracts {
     tools: BTreeMap<String, Compiled>,
-    /// Whether any precondition looks at results.
+    /// Whether any precondition reads results.
     uses_results: bool,
-    /// What a task knows that has called nothing yet.
+    /// The results of a task that has made no call yet.
     nothing: Results,
     policy: PolicyConfig,
 }
@@ -133,15 +133,15 @@ struct Compiled {
     tool: Tool,
     schema: Shape,
     preconditions: Vec<Condition>,
-    /// Where this is `false`, nobody needs to be asked for approval.
+    /// If this expression is `false`, the call needs no approval.
     approval_when: Option<Expression>,
-    /// Whether what was read says that a call took effect.
+    /// Whether the result of the read shows that a call took effect.
     applied: Option<Expression>,
-    /// The arguments of the call that undoes one, by their names.
+    /// The arguments of the compensation, by name.
     undo: Option<Vec<(String, Expression)>>,
-    /// Whether it is judged in microseconds over short arguments.
+    /// Whether evaluation takes microseconds if the arguments are short.
     is_quick: bool,
-    /// Whether any expression looks at the arguments, at the counters.
+    /// Whether any expression reads the arguments, the counters or the results.
     uses_args: bool,
     uses_usage: bool,
     uses_results: bool,
@@ -153,7 +153,7 @@ struct Condition {
     message: String,
 }
 
-/// Whether an expression looks at nothing but the call itself and its task.
+/// Returns whether an expression reads nothing but the call and its task.
 fn is_of_the_call(expression: &Expression) -> bool {
     !expression.sees("usage") && !expression.sees("results")
 }
@@ -162,7 +162,7 @@ impl Contracts {
     /// Compiles a policy's tools.
     ///
     /// # Errors
-    /// If a schema or an expression is not one, or a name is there twice.
+    /// Returns an error if a schema or an expression is invalid, or if two tools have the same name.
     pub fn compile(policy: &PolicyConfig) -> Result<Self, CompileError> {
         let mut tools = BTreeMap::new();
         let mut uses_results = false;
@@ -215,24 +215,24 @@ impl Contracts {
         Ok(Self { tools, uses_results, nothing: shown(policy, BTreeMap::new()), policy: policy.clone() })
     }
 
-    /// The policy that was compiled.
+    /// Returns the policy that was compiled.
     pub fn policy(&self) -> &PolicyConfig {
         &self.policy
     }
 
-    /// The tools, sorted by name.
+    /// Returns the tools, sorted by name.
     pub fn tools(&self) -> impl Iterator<Item = &Tool> {
         self.tools.values().map(|compiled| &compiled.tool)
     }
 
-    /// The results of a task that has called nothing yet.
+    /// Returns the results of a task that has made no call yet.
     pub fn no_results(&self) -> Results {
         shown(&self.policy, BTreeMap::new())
     }
 
-    /// Earlier results, and this one of that tool in place of its last. One that is too long, or does not fit beside the
-    /// others, is absent, and so is the one before it: a condition must not be judged by what is no longer so. `None` if no
-    /// precondition looks at results, so that they need not be kept.
+    /// Returns the earlier results, with this result in place of the last result of the tool. A result that is too long, or that does not
+    /// fit beside the others, is left out. The result before it is left out too, because a condition must not be evaluated with outdated
+    /// data. Returns `None` if no precondition reads results, so the caller does not need to store them.
     pub fn with_result(&self, results: &Results, tool: &str, result: &Value) -> Option<Results> {
         if !self.uses_results {
             return None;
@@ -247,10 +247,10 @@ impl Contracts {
         Some(shown(&self.policy, kept))
     }
 
-    /// Whether what was read says that a call of a tool took effect.
+    /// Returns whether the result of the read shows that a call of a tool took effect.
     ///
     /// # Errors
-    /// Why it says neither.
+    /// Returns an error with the reason if the result shows neither.
     pub fn applied(&self, tool: &str, arguments: &Value, read: &Value) -> Result<bool, String> {
         let applied = self.tools.get(tool).and_then(|compiled| compiled.applied.as_ref());
         let applied = applied.ok_or_else(|| format!("the contract of {} has no verify", shorten(tool)))?;
@@ -264,10 +264,10 @@ impl Contracts {
         applied.holds(&context)
     }
 
-    /// The arguments of the call that undoes a call of a tool.
+    /// Returns the arguments of the compensation of a call of a tool.
     ///
     /// # Errors
-    /// Which of them cannot be made, and why.
+    /// Returns an error that names the first argument that cannot be evaluated, and the reason.
     pub fn undo(&self, tool: &str, arguments: &Value, result: &Value) -> Result<Map<String, Value>, String> {
         let undo = self.tools.get(tool).and_then(|compiled| compiled.undo.as_ref());
         let undo = undo.ok_or_else(|| format!("the contract of {} has no rollback by a call", shorten(tool)))?;
@@ -281,7 +281,7 @@ impl Contracts {
         meter::metered(|| undo.iter().map(argument).collect())
     }
 
-    /// Whether a call may leave.
+    /// Decides whether a call is allowed.
     pub fn decide(&self, name: &str, arguments: Arguments<'_>, known: Known<'_>, salt: &Salt) -> Decision<'_> {
         let unreadable = |text: &[u8], reason: String| Decision {
             verdict: Err(Denial { rule: Rule::RequestJson, reason }),
@@ -328,11 +328,11 @@ impl Contracts {
         }
     }
 
-    /// Whether arguments of so many bytes in canonical form are as short as the contract, and Belay, have them. Asked before all that
-    /// takes time by their length.
+    /// Checks whether arguments of this length in canonical form are as short as the contract and Belay require. This check comes before
+    /// all checks whose time depends on the length.
     ///
     /// # Errors
-    /// [`Rule::ToolRequestBytes`] if they are longer.
+    /// Returns [`Rule::ToolRequestBytes`] if the arguments are longer.
     pub fn is_short(&self, name: &str, bytes: usize) -> Result<(), Denial> {
         let Some(compiled) = self.tools.get(name) else { return Ok(()) };
         let own = compiled.tool.limits.request_bytes.and_then(|most| usize::try_from(most).ok());
@@ -345,8 +345,8 @@ impl Contracts {
         Err(Denial { rule: Rule::ToolRequestBytes, reason })
     }
 
-    /// Longest text in which a call of any of the tools may come, in bytes: each byte of canonical JSON may be written as six, and what
-    /// is around the arguments has room. What is longer need not be read.
+    /// Returns the length in bytes of the longest request that can hold a call of any of the tools. Each byte of canonical JSON may be
+    /// written as six bytes, and the rest of the request needs space as well. A longer request does not need to be read.
     pub fn longest_text(&self) -> usize {
         let of = |compiled: &Compiled| {
             let own = compiled.tool.limits.request_bytes.and_then(|most| usize::try_from(most).ok());
@@ -356,31 +356,32 @@ impl Contracts {
         longest.saturating_mul(6).saturating_add(AROUND)
     }
 
-    /// Whether a call may leave as far as that follows from the call alone, and whether people must have been asked for certain: what
-    /// contract and class say of tool, effect and arguments, without the counters and results that only a harness has.
+    /// Checks what the call alone determines: what contract and class say about the tool, the side effect and the arguments, without the
+    /// counters and results that only a harness has. Returns whether the call certainly needs approval.
     ///
     /// # Errors
-    /// The first rule that does not hold.
+    /// Returns the first rule that fails.
     pub fn recheck(&self, name: &str, arguments: &Value) -> Result<bool, Denial> {
         let known = Known { usage: Usage::default(), ignored: 0, results: &self.nothing };
         self.judge(name, arguments, known, is_of_the_call).map(|(_, needs_approval)| needs_approval)
     }
 
-    /// Whether calls of a tool are judged in microseconds where their arguments are [`quick::SHORT`].
+    /// Returns whether calls of a tool are evaluated in microseconds if the arguments are at most [`quick::SHORT`] bytes.
     pub fn is_quick(&self, name: &str) -> bool {
         self.tools.get(name).is_none_or(|compiled| compiled.is_quick)
     }
 
-    /// Whether what a tool's contract says of a call may change with the counters, and with the results of other calls.
+    /// Returns whether the decision of a tool's contract may change with the counters, and whether it may change with the results of other
+    /// calls.
     pub fn sees(&self, name: &str) -> (bool, bool) {
         self.tools.get(name).map_or((true, true), |compiled| (compiled.uses_usage, compiled.uses_results))
     }
 
-    /// Whether a call that was decided over may still leave by its contract, and whether people must have been asked for what is known
-    /// by now. What follows from the call alone is as it was.
+    /// Checks again, with what is known now, whether the contract allows a call that was already allowed. Returns whether the call needs
+    /// approval. What the call alone determines has not changed and is not checked again.
     ///
     /// # Errors
-    /// The first rule that does not hold.
+    /// Returns the first rule that fails.
     pub fn again(&self, name: &str, arguments: &Value, known: Known<'_>) -> Result<bool, Denial> {
         self.tools
             .get(name)
@@ -388,7 +389,7 @@ impl Contracts {
             .conditions(arguments, known, |expression| !is_of_the_call(expression))
     }
 
-    /// The contract's own rules, and whether people have to be asked.
+    /// Evaluates the contract's own rules. Returns the tool, and whether the call needs approval.
     fn judge(
         &self,
         name: &str,
@@ -405,13 +406,13 @@ impl Contracts {
                 format!("{name} has side effect {}, which the workflow class does not allow", effect.as_str()),
             );
         }
-        // One allowance for all that the contract asks.
+        // One allowance covers everything that the contract evaluates.
         meter::metered(|| {
             let misfit = match compiled.schema.check(arguments) {
                 Ok(()) => return Ok((&compiled.tool, compiled.conditions(arguments, known, asked)?)),
                 Err(Misfit::At { instance, words, .. }) => {
                     let place = if instance.is_empty() { "the arguments".to_owned() } else { shorten(&instance) };
-                    // The reason is recorded, and arguments are in no record.
+                    // The reason is recorded, and records must not contain arguments.
                     format!("{place}: {}", shorten_to(&words, LONGEST_MISFIT))
                 }
                 Err(Misfit::Exceeded(exceeded)) => {
@@ -435,7 +436,7 @@ impl Contracts {
     }
 }
 
-/// Results, as conditions see them.
+/// Returns results in the form that conditions see.
 fn shown(policy: &PolicyConfig, kept: BTreeMap<String, (Value, usize)>) -> Results {
     let mut context = expression::context(&policy.task);
     let values = kept.iter().map(|(tool, (value, _))| (tool.clone(), expression::json_kept(value)));
@@ -444,7 +445,7 @@ fn shown(policy: &PolicyConfig, kept: BTreeMap<String, (Value, usize)>) -> Resul
 }
 
 impl Compiled {
-    /// What to do about a judgment that takes too much.
+    /// Describes what to do about an evaluation that exceeds its allowance.
     fn too_much(&self, what: &str) -> String {
         format!(
             "{what}; send less, or have whoever keeps the ToolContract {} bound its arguments by maxItems and maxLength",
@@ -452,8 +453,8 @@ impl Compiled {
         )
     }
 
-    /// Whether the preconditions hold that `asked` takes, and then, whether people must be asked: always, where the contract says
-    /// no more; not for certain, where the condition is none that `asked` takes.
+    /// Checks the preconditions that `asked` selects, and returns whether the call needs approval. Without `approval.when`, every call
+    /// needs approval if the contract requires one. If `asked` does not select `approval.when`, the call does not certainly need approval.
     fn conditions(
         &self,
         arguments: &Value,
@@ -497,7 +498,7 @@ impl Compiled {
             });
         }
         Ok(match when {
-            // Only a clear no lets a call pass unasked.
+            // Only `false` makes approval unnecessary. A failed evaluation does not.
             Some(when) => when.holds(&context) != Ok(false),
             None => self.approval_when.is_none() && self.tool.approval.is_some(),
         })
@@ -506,9 +507,10 @@ impl Compiled {
 
 /// The last successful result of each tool in this task, and the CEL context that shows them.
 ///
-/// They live in the harness: after its restart, and in another attempt, none are there, and conditions that need one deny.
+/// The results exist only in the memory of the harness. After a restart, and in another attempt, there are none, and conditions that need
+/// one deny.
 pub struct Results {
-    /// Each with its bytes as JSON.
+    /// Each result, with its size in bytes of JSON.
     kept: BTreeMap<String, (Value, usize)>,
     /// `task`, `principal` and `results`, with all functions.
     context: Context<'static, 'static>,
@@ -785,7 +787,7 @@ pub(crate) mod tests {
     }
 
     proptest! {
-        /// No arguments panic, and none with an undeclared property pass.
+        /// No arguments cause a panic, and no arguments with an undeclared property pass.
         #[test]
         fn any_arguments_are_decided(key in "[a-z]{1,8}", text in ".{0,40}") {
             let contracts = Contracts::compile(&policy(vec![SideEffect::Write])).unwrap();

@@ -1,12 +1,13 @@
-//! What an upstream says of its own tool: the digest by which it is pinned, and how it tightens a contract.
+//! Reads an upstream's definition of a tool: the digest by which a contract pins it, and whether it tightens a contract.
 //!
-//! The digest is lower-case hex SHA-256 over the RFC 8785 form of one object: those of the members `name`, `title`,
-//! `description`, `inputSchema`, `outputSchema` and `annotations` that the upstream's `tools/list` gives for the tool, as it
-//! gives them; of `annotations` those of `title`, `readOnlyHint`, `destructiveHint`, `idempotentHint` and `openWorldHint`. A
-//! member that is `null` counts as absent, and so does an `annotations` without any of these.
+//! The digest is the SHA-256, in lower-case hex, of the canonical form (RFC 8785) of one object. The object has these members of the tool
+//! in the upstream's `tools/list`, unchanged: `name`, `title`, `description`, `inputSchema`, `outputSchema` and `annotations`. Of
+//! `annotations`, it has `title`, `readOnlyHint`, `destructiveHint`, `idempotentHint` and `openWorldHint`. A member that is `null` counts
+//! as absent, and so does an `annotations` without any of these members.
 //!
-//! Promises: two definitions that a model or a client could tell apart have two digests; annotations make a call's effect
-//! tighter or leave it. Refuses: believing an upstream that calls itself harmless.
+//! Guarantees: two definitions that a model or a client could distinguish have different digests. Annotations can only tighten the side
+//! effect of a call.
+//! Non-goals: trust in an upstream that declares its tool harmless.
 
 use serde_json::{Map, Value};
 
@@ -15,13 +16,13 @@ use crate::canonical::{self, CanonicalError};
 
 /// The members that the digest covers.
 const MEMBERS: [&str; 5] = ["name", "title", "description", "inputSchema", "outputSchema"];
-/// The members of `annotations` that it covers.
+/// The members of `annotations` that the digest covers.
 const ANNOTATIONS: [&str; 5] = ["title", "readOnlyHint", "destructiveHint", "idempotentHint", "openWorldHint"];
 
-/// An upstream's definition of a tool, as far as it matters.
+/// The parts of an upstream's definition of a tool that decisions depend on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Definition {
-    /// Its digest, lower-case hex.
+    /// The digest, in lower-case hex.
     pub digest: String,
     /// Whether the upstream says that the tool changes something.
     pub changes: bool,
@@ -31,7 +32,7 @@ impl Definition {
     /// Reads one tool of a `tools/list` result.
     ///
     /// # Errors
-    /// Only if it has no canonical form.
+    /// Returns an error if the definition has no canonical form.
     pub fn of(tool: &Value) -> Result<Self, CanonicalError> {
         let mut covered = pick(tool, &MEMBERS);
         let annotations = tool.get("annotations").map(|all| pick(all, &ANNOTATIONS)).unwrap_or_default();
@@ -43,8 +44,8 @@ impl Definition {
         Ok(Self { digest: hex::encode(canonical::digest(&covered)?), changes })
     }
 
-    /// The effect of a call whose contract says `contract`: a read becomes a write where the upstream says that it changes
-    /// something. Nothing becomes less.
+    /// Returns the side effect of a call for a contract with the side effect `contract`. A read becomes a write if the upstream says that
+    /// the tool changes something. No side effect becomes weaker.
     pub fn tightens(&self, contract: SideEffect) -> SideEffect {
         if self.changes { contract.max(SideEffect::Write) } else { contract }
     }

@@ -1,9 +1,9 @@
-//! Hosts that may be reached, and addresses that may never be.
+//! Checks which hosts may be reached, and which addresses are never dialled.
 //!
-//! Promises: a host is allowed only by an entry that names it, or the domain exactly one label above it, for this use
-//! and this port; an address is dialled only if it is public. Refuses: suffix matches, several labels under one
-//! wildcard, and every address that could be the cluster's, the node's or the cloud's own. The documentation ranges
-//! (`192.0.2.0/24`, `198.51.100.0/24`, `203.0.113.0/24`, `2001:db8::/32`) route nowhere and are not refused.
+//! Guarantees: a host is allowed only by an entry that names it, or that names the domain exactly one label above it, for this use and this
+//! port. An address is dialled only if it is public.
+//! Rejects: suffix matches, several labels under one wildcard, and every address that could belong to the cluster, the node or the cloud.
+//! The documentation ranges (`192.0.2.0/24`, `198.51.100.0/24`, `203.0.113.0/24`, `2001:db8::/32`) route nowhere and are not rejected.
 
 use std::{
     fmt,
@@ -18,30 +18,30 @@ use super::{
     rule::Rule,
 };
 
-/// A refusal: the rule and what to tell the caller.
+/// A denial: the rule, and the reason that the caller gets.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{rule}: {reason}")]
 pub struct EgressDenied {
     /// The rule.
     pub rule: Rule,
-    /// What was asked for and what is allowed.
+    /// What was requested and what is allowed.
     pub reason: String,
 }
 
-/// An allowlist's host: itself, or exactly one label below a domain.
+/// A host of an allowlist: a name, or every name exactly one label below a domain.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum HostPattern {
-    /// The name itself.
+    /// The name.
     Exact(Hostname),
-    /// `*.` and this domain.
+    /// `*.` and the domain.
     OneBelow(Hostname),
 }
 
 impl HostPattern {
-    /// Reads `host` or `*.domain`.
+    /// Parses `host` or `*.domain`.
     ///
     /// # Errors
-    /// If the host or domain is not a host name.
+    /// Returns an error if the host or domain is not a host name.
     pub fn parse(text: &str) -> Result<Self, HostnameError> {
         match text.strip_prefix("*.") {
             Some(domain) => Hostname::parse(domain).map(Self::OneBelow),
@@ -49,7 +49,7 @@ impl HostPattern {
         }
     }
 
-    /// Whether it covers the host.
+    /// Checks whether the pattern covers the host.
     pub fn matches(&self, host: &Hostname) -> bool {
         match self {
             Self::Exact(name) => name == host,
@@ -58,21 +58,21 @@ impl HostPattern {
     }
 }
 
-/// A host whose refusals do not count. It may be an address, as client libraries ask one for the cloud that they are in: nothing goes there
-/// either way.
+/// A host whose denials do not count. It can be an address, because client libraries contact an address to find out which cloud they are
+/// in. Belay never connects to the host either way.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum IgnoredHost {
-    /// A name, or those below one.
+    /// A name, or the names below a domain.
     Named(HostPattern),
     /// An address.
     Address(IpAddr),
 }
 
 impl IgnoredHost {
-    /// Reads `host`, `*.domain` or an address without a port.
+    /// Parses `host`, `*.domain` or an address without a port.
     ///
     /// # Errors
-    /// If it is none of these.
+    /// Returns an error if the text is none of these.
     pub fn parse(text: &str) -> Result<Self, HostnameError> {
         match text.parse::<IpAddr>() {
             Ok(address) => Ok(Self::Address(address.to_canonical())),
@@ -81,16 +81,16 @@ impl IgnoredHost {
     }
 }
 
-/// The first entry that lets `to` be reached for `purpose`, by its index; exact names go before wildcards, so that the
-/// credential of the closest entry is the one that is used.
+/// Returns the index of the first entry that allows `to` to be reached for `purpose`. Exact names take precedence over wildcards, so the
+/// credential of the closest entry is used.
 ///
 /// # Errors
-/// [`Rule::EgressHost`] if no entry has the host, or none has it for the harness's use; [`Rule::EgressDirect`] if the
-/// agent's own traffic may not go there; [`Rule::EgressPort`] if only the port is not listed; [`Rule::UpstreamCredential`] if its
+/// Returns [`Rule::EgressHost`] if no entry covers the host, or if no entry lists it for the harness's use; [`Rule::EgressDirect`] if the
+/// agent's own traffic may not go there; [`Rule::EgressPort`] if only the port is not listed; [`Rule::UpstreamCredential`] if the host's
 /// credentials are for other principals.
 pub fn allow(entries: &[EgressHost], to: &Authority, purpose: EgressUse) -> Result<usize, EgressDenied> {
     let Authority { host, port } = to;
-    // An entry that is no pattern matches nothing: the API server's schema refuses it before it gets here.
+    // An entry that is not a pattern matches nothing. The API server's schema rejects such an entry before it gets here.
     let mut matching: Vec<_> = entries
         .iter()
         .enumerate()
@@ -114,7 +114,7 @@ pub fn allow(entries: &[EgressHost], to: &Authority, purpose: EgressUse) -> Resu
         return Err(denied(rule, format!("{host} is on the workflow class's egress list, but not for {what}")));
     }
     match for_purpose.iter().find(|(_, entry, _)| entry.ports.contains(port)) {
-        // A host further from it does not stand in.
+        // An entry that matches less closely does not take its place.
         Some((_, entry, _)) if entry.barred => Err(denied(
             Rule::UpstreamCredential,
             format!(
@@ -131,7 +131,8 @@ pub fn allow(entries: &[EgressHost], to: &Authority, purpose: EgressUse) -> Resu
     }
 }
 
-/// A refusal that does not count, if it is of a host that is not listed, and one of these.
+/// Returns the denial that does not count, if the denial is about an unlisted host and the host is one of `ignored`. Returns `denied`
+/// otherwise.
 #[must_use]
 pub fn uncounted(denied: EgressDenied, ignored: &[String], to: &Authority) -> EgressDenied {
     let fits = |host: &String| match IgnoredHost::parse(host) {
@@ -144,8 +145,8 @@ pub fn uncounted(denied: EgressDenied, ignored: &[String], to: &Authority) -> Eg
     is_ignored(&to.host)
 }
 
-/// The refusal of a connection to an address, which no list can allow, if it is one of these. `to` is `address:port`, and the address is written
-/// in its usual form: what is written otherwise looks for a way around lists.
+/// Returns the denial of a connection to an address, if the address is one of `ignored`. No list can allow an address. `to` is
+/// `address:port` with the address in its usual form: an address in another form is an attempt to evade lists.
 #[must_use]
 pub fn uncounted_address(ignored: &[String], to: &str) -> Option<EgressDenied> {
     let address = to.parse::<SocketAddr>().ok()?.ip().to_canonical();
@@ -163,18 +164,18 @@ fn denied(rule: Rule, reason: String) -> EgressDenied {
     EgressDenied { rule, reason }
 }
 
-/// IPv4 ranges that are never dialled, and what they are.
+/// IPv4 ranges that are never dialled, with a description of each.
 const BLOCKED_V4: &[(Ipv4Net, &str)] = &[
     (v4(0, 0, 0, 0, 8), "this host"),
     (v4(10, 0, 0, 0, 8), "private"),
-    // Also Alibaba Cloud's metadata, 100.100.100.200.
+    // Contains the metadata address of Alibaba Cloud, 100.100.100.200.
     (v4(100, 64, 0, 0, 10), "carrier-grade NAT"),
     (v4(127, 0, 0, 0, 8), "loopback"),
-    // Azure's host agent: metadata under a public address.
+    // Azure's host agent serves metadata at a public address.
     (v4(168, 63, 129, 16, 32), "cloud metadata"),
     (v4(169, 254, 0, 0, 16), "link-local and cloud metadata"),
     (v4(172, 16, 0, 0, 12), "private"),
-    // Also Oracle Cloud's metadata, 192.0.0.192.
+    // Contains the metadata address of Oracle Cloud, 192.0.0.192.
     (v4(192, 0, 0, 0, 24), "IETF protocol assignments"),
     (v4(192, 88, 99, 0, 24), "6to4 relay"),
     (v4(192, 168, 0, 0, 16), "private"),
@@ -183,18 +184,18 @@ const BLOCKED_V4: &[(Ipv4Net, &str)] = &[
     (v4(240, 0, 0, 0, 4), "reserved and broadcast"),
 ];
 
-/// What is not global unicast is never dialled: this range holds everything that is.
+/// The range of all global unicast addresses. Addresses outside it are never dialled.
 const GLOBAL_V6: Ipv6Net = v6(0x2000, 0, 3);
 
-/// IPv6 ranges inside [`GLOBAL_V6`] that are never dialled, and what they are.
+/// IPv6 ranges inside [`GLOBAL_V6`] that are never dialled, with a description of each.
 const BLOCKED_V6: &[(Ipv6Net, &str)] = &[
-    // Teredo (which has an IPv4 address in it), ORCHID, benchmarking.
+    // Teredo (which embeds an IPv4 address), ORCHID, benchmarking.
     (v6(0x2001, 0, 23), "IETF protocol assignments"),
-    // It has an IPv4 address in it, which may be private.
+    // It embeds an IPv4 address, which may be private.
     (v6(0x2002, 0, 16), "6to4"),
 ];
 
-/// Names for what lies outside [`GLOBAL_V6`], for the reason only.
+/// Descriptions of ranges outside [`GLOBAL_V6`]. They are used only in the reason.
 const NAMED_V6: &[(Ipv6Net, &str)] = &[
     (Ipv6Net::new_assert(Ipv6Addr::UNSPECIFIED, 128), "unspecified"),
     (Ipv6Net::new_assert(Ipv6Addr::LOCALHOST, 128), "loopback"),
@@ -213,21 +214,21 @@ const fn v6(a: u16, b: u16, length: u8) -> Ipv6Net {
     Ipv6Net::new_assert(Ipv6Addr::new(a, b, 0, 0, 0, 0, 0, 0), length)
 }
 
-/// The addresses that are never dialled: the built-in ranges, and the cluster's own.
+/// The addresses that are never dialled: the built-in ranges, and the cluster's own addresses.
 #[derive(Clone, Debug, Default)]
 pub struct Blocked {
     cluster: Vec<IpNet>,
 }
 
 impl Blocked {
-    /// The built-in ranges and these: pods, Services and nodes may have public-looking addresses.
+    /// Returns the built-in ranges and `cluster`, because pods, Services and nodes may have addresses that look public.
     pub fn new(cluster: Vec<IpNet>) -> Self {
         Self { cluster }
     }
 
-    /// What the address is, if it must not be dialled.
+    /// Returns a description of the address if it must not be dialled.
     pub fn reason(&self, address: IpAddr) -> Option<&'static str> {
-        // `--blocked-cidr` in IPv4 must hold for the same host under its IPv6 spelling; those are all refused anyway.
+        // `--blocked-cidr` in IPv4 must also cover the IPv6 notation of the same host. All such notations are rejected below.
         if self.cluster.iter().any(|net| net.contains(&address)) {
             return Some("the cluster's own");
         }
@@ -243,11 +244,11 @@ impl Blocked {
         }
     }
 
-    /// Accepts a name's addresses only if every one of them may be dialled: a name that mixes public and private
-    /// addresses is an attack or a mistake, and neither is helped by picking one.
+    /// Accepts the addresses of a name only if all of them may be dialled. A name with both public and private addresses is an attack or a
+    /// mistake, and to pick one of its addresses helps in neither case.
     ///
     /// # Errors
-    /// [`Rule::EgressAddress`], naming the first address that must not be dialled.
+    /// Returns [`Rule::EgressAddress`] with the first address that must not be dialled.
     pub fn check(&self, host: &Hostname, addresses: &[IpAddr]) -> Result<(), EgressDenied> {
         match addresses.iter().find_map(|a| self.reason(*a).map(|what| (a, what))) {
             None => Ok(()),

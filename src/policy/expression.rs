@@ -1,8 +1,8 @@
-//! CEL expressions of contracts and packs, and what they see.
+//! Evaluates CEL expressions of contracts and packs, and provides the variables that they see.
 //!
-//! Promises: an expression says yes, no, or why it says neither; who asks decides what neither means, and it is never in the
-//! agent's favour; it takes no more than its judgment may ([`meter`](super::meter)). Whole numbers of JSON are `int` where they fit, so that they can be added to literals. Refuses: to show an
-//! argument's value in a reason, which is recorded.
+//! Guarantees: an expression evaluates to true, to false, or to an error with a reason. The caller decides what an error means, and never
+//! in favour of the agent. An evaluation stays within its allowance ([`meter`](super::meter)). Whole numbers of JSON are `int` if they fit,
+//! so they can be added to literals. No reason contains the value of an argument, because reasons are recorded.
 
 use std::collections::{BTreeSet, HashMap};
 
@@ -21,7 +21,7 @@ use super::{
     shorten::shorten,
 };
 
-/// What expressions take.
+/// Metering of expressions.
 mod metered;
 
 /// A compiled expression.
@@ -32,10 +32,10 @@ pub struct Expression {
 }
 
 impl Expression {
-    /// Compiles one.
+    /// Compiles an expression.
     ///
     /// # Errors
-    /// Why it is no CEL.
+    /// Returns the reason if the source is not a CEL expression.
     pub fn compile(source: &str) -> Result<Self, String> {
         let program = Program::compile(source).map_err(|error| error.to_string())?;
         let references = program.references();
@@ -46,20 +46,20 @@ impl Expression {
         Ok(Self { metered, names, is_quick })
     }
 
-    /// Whether it takes microseconds over short arguments, see [`quick`].
+    /// Returns whether the expression takes microseconds if the arguments are short. See [`quick`].
     pub fn is_quick(&self) -> bool {
         self.is_quick
     }
 
-    /// Whether it looks at a variable.
+    /// Returns whether the expression reads a variable.
     pub fn sees(&self, variable: &str) -> bool {
         self.names.contains(variable)
     }
 
-    /// Yes or no.
+    /// Evaluates the expression to true or false.
     ///
     /// # Errors
-    /// Why it is neither, without any value of the call.
+    /// Returns the reason if the result is neither. The reason contains no value of the call.
     pub fn holds(&self, context: &Context<'_, '_>) -> Result<bool, String> {
         match self.execute(context)? {
             CelValue::Bool(truth) => Ok(truth),
@@ -67,13 +67,13 @@ impl Expression {
         }
     }
 
-    /// What it comes to, as JSON other than `null`.
+    /// Evaluates the expression to JSON other than `null`.
     ///
     /// # Errors
-    /// Why it comes to nothing that JSON has, without any value of the call.
+    /// Returns the reason if the result is `null` or not JSON. The reason contains no value of the call.
     pub fn value(&self, context: &Context<'_, '_>) -> Result<Value, String> {
         match self.execute(context)?.json() {
-            // A member of what has none comes to that as well.
+            // A member of a value without members evaluates to null as well.
             Ok(Value::Null) => Err("it comes to nothing".to_owned()),
             Ok(value) => Ok(value),
             Err(_) => Err("it does not come to JSON".to_owned()),
@@ -83,7 +83,7 @@ impl Expression {
     fn execute(&self, context: &Context<'_, '_>) -> Result<CelValue, String> {
         meter::metered(|| {
             let came = CelValue::resolve(&self.metered, context);
-            // Whatever it came to: an expression may make something of the error.
+            // The result does not matter here, because an expression may recover from the error.
             meter::ended_by_itself().map_err(|exceeded| exceeded.to_string())?;
             came.map_err(|error| match error {
                 ExecutionError::NoSuchKey(key) => format!("there is no {}", shorten(&key)),
@@ -93,7 +93,7 @@ impl Expression {
     }
 }
 
-/// What every expression of a task sees: `task` and `principal`, and all functions.
+/// Returns the variables that every expression of a task sees, `task` and `principal`, and all functions.
 pub fn context(task: &TaskIdentity) -> Context<'static, 'static> {
     let mut context = Context::with_env(metered::env());
     context.add_variable_as_val("task", task_seen(task));
@@ -101,15 +101,15 @@ pub fn context(task: &TaskIdentity) -> Context<'static, 'static> {
     context
 }
 
-/// What an expression sees under a name. It may borrow for `'v`.
+/// The value of a variable that an expression sees. It may borrow for `'v`.
 pub type Seen<'v> = Box<dyn Val + 'v>;
 
-/// JSON as CEL has it; nothing of it is copied.
+/// Returns a JSON value as a CEL value, without a copy.
 pub fn json(value: &Value) -> Seen<'_> {
     seen(value, |text| text)
 }
 
-/// JSON as CEL has it, to be kept.
+/// Returns a JSON value as a CEL value that owns its content.
 pub fn json_kept(value: &Value) -> Seen<'static> {
     seen(value, str::to_owned)
 }
@@ -138,19 +138,19 @@ where
     }
 }
 
-/// Text.
+/// Returns a text as a CEL value.
 pub fn text<'v>(text: impl Into<CelString<'v>>) -> Seen<'v> {
     Box::new(text.into())
 }
 
-/// A map by names.
+/// Returns a map with these names as a CEL value.
 pub fn map<'v>(fields: impl IntoIterator<Item = (impl Into<CelMapKey<'v>>, Seen<'v>)>) -> Seen<'v> {
     let fields: HashMap<CelMapKey<'v>, Seen<'v>> =
         fields.into_iter().map(|(name, value)| (name.into(), value)).collect();
     Box::new(CelMap::from(fields))
 }
 
-/// `usage`.
+/// Returns the variable `usage`.
 pub fn usage(usage: Usage) -> Seen<'static> {
     let counters = [
         ("toolCalls", usage.tool_calls),
@@ -181,8 +181,8 @@ mod tests {
 
     use super::*;
 
-    /// What is asked of a value that has no members is an error, whatever the rest of the expression makes of it: cel 0.13 took it for
-    /// `false`, by which a condition could pass.
+    /// To select a member of a value without members is an error, whatever the rest of the expression does with it. cel 0.13 evaluated it
+    /// to `false`, so a condition could pass.
     #[rstest]
     #[case("args.card.blocked == false")]
     #[case("!args.card.blocked")]

@@ -1,48 +1,48 @@
-//! Host names, parsed once into one form.
+//! Parses host names into one form.
 //!
-//! Promises: a [`Hostname`] is a DNS name in lower-case ASCII (IDNA applied), of non-empty letter-digit-hyphen labels,
-//! without a trailing dot, at most 253 octets long. That one value is matched, resolved, put in SNI and written into
-//! `Host`, so that no two of them can differ. Refuses: addresses in any spelling (`127.1`, `2130706433`, `0x7f000001`,
-//! `[::1]`), userinfo, ports, zone IDs, percent-encoding, control characters, and names that IDNA does not take.
+//! Guarantees: a [`Hostname`] is a DNS name in lower-case ASCII (IDNA applied), of non-empty letter-digit-hyphen labels, without a trailing
+//! dot, at most 253 octets long. This one value is matched, resolved, sent as SNI and written into `Host`, so these uses cannot differ.
+//! Rejects: addresses in any notation (`127.1`, `2130706433`, `0x7f000001`, `[::1]`), userinfo, ports, zone IDs, percent-encoding, control
+//! characters, and names that IDNA does not accept.
 
 use std::{fmt, str::FromStr};
 
 use idna::uts46::{AsciiDenyList, DnsLength, Hyphens, Uts46};
 
-/// Longest text that is looked at: a name of 253 octets, each written as the longest UTF-8 sequence.
+/// Longest text that is parsed: a name of 253 octets, each written as the longest UTF-8 sequence.
 const LONGEST_INPUT: usize = 253 * 4;
 
-/// A text that names no host.
+/// An error of a text that is not a host name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum HostnameError {
-    /// Nothing at all.
+    /// The text is empty.
     #[error("expected a host name, found nothing")]
     Empty,
-    /// Longer than any name.
+    /// The text is longer than any name.
     #[error("expected a host name of at most 253 octets, found more")]
     Long,
-    /// Something that only addresses, URLs and tricks have.
+    /// A character that only addresses, URLs and attacks contain.
     #[error("expected a host name of letters, digits, hyphens and dots, found {0:?}")]
     Character(char),
-    /// An IPv4 address, in whatever spelling.
+    /// An IPv4 address in any notation.
     #[error("expected a host name, found an address: addresses are not names; use the name that is on the allowlist")]
     Address,
-    /// A name that IDNA (UTS 46, STD3) does not take.
+    /// A name that IDNA (UTS 46, STD3) does not accept.
     #[error(
         "expected a host name of labels of 1 to 63 letters, digits and inner hyphens, found something else (IDNA, UTS 46)"
     )]
     Idna,
 }
 
-/// A DNS name in its one form.
+/// A DNS name in its canonical form.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Hostname(Box<str>);
 
 impl Hostname {
-    /// Reads a host name and nothing else: no port, no scheme.
+    /// Parses a host name and nothing else: no port, no scheme.
     ///
     /// # Errors
-    /// Names what a host name cannot be or have.
+    /// Returns an error that says what is wrong.
     pub fn parse(text: &str) -> Result<Self, HostnameError> {
         if text.is_empty() {
             return Err(HostnameError::Empty);
@@ -50,7 +50,7 @@ impl Hostname {
         if text.len() > LONGEST_INPUT {
             return Err(HostnameError::Long);
         }
-        // IDNA would refuse most of these as well; named here, a refusal says what was wrong.
+        // IDNA rejects most of these characters as well. This check gives a better error message.
         if let Some(c) = text.chars().find(|c| c.is_control() || c.is_whitespace() || "%@[]:/\\?#".contains(*c)) {
             return Err(HostnameError::Character(c));
         }
@@ -58,34 +58,33 @@ impl Hostname {
             .to_ascii(text.as_bytes(), AsciiDenyList::STD3, Hyphens::CheckFirstLast, DnsLength::VerifyAllowRootDot)
             .map_err(|_| HostnameError::Idna)?;
         let name = ascii.strip_suffix('.').unwrap_or(&ascii);
-        // A root dot alone, and an octet that only the trailing dot had made room for.
+        // The name is only a root dot, or only the trailing dot made it fit the length.
         if name.is_empty() {
             return Err(HostnameError::Empty);
         }
         if name.len() > 253 {
             return Err(HostnameError::Long);
         }
-        // After mapping, so that full-width digits and ideographic dots are seen for what they become. No top-level
-        // domain is a number, and every resolver library that reads `127.1` or `0x7f.1` as an address does so by
-        // a numeric last label.
+        // This check comes after the mapping, so it sees what full-width digits and ideographic dots become. No top-level domain is a
+        // number, and every resolver library that reads `127.1` or `0x7f.1` as an address recognizes it by a numeric last label.
         if name.rsplit('.').next().is_some_and(is_numeric) {
             return Err(HostnameError::Address);
         }
         Ok(Self(name.into()))
     }
 
-    /// The name: lower-case ASCII without a trailing dot.
+    /// Returns the name: lower-case ASCII without a trailing dot.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 
-    /// Whether this is `domain` with exactly one more label before it.
+    /// Returns whether the name is `domain` with exactly one more label before it.
     pub fn is_one_below(&self, domain: &Hostname) -> bool {
         self.0.split_once('.').is_some_and(|(_, rest)| rest == &*domain.0)
     }
 }
 
-/// Decimal, octal or hexadecimal, as `inet_aton` reads it.
+/// Returns whether a label is a decimal, octal or hexadecimal number, as `inet_aton` reads it.
 fn is_numeric(label: &str) -> bool {
     label.bytes().all(|b| b.is_ascii_digit())
         || label.strip_prefix("0x").is_some_and(|hex| hex.bytes().all(|b| b.is_ascii_hexdigit()))
@@ -105,18 +104,18 @@ impl FromStr for Hostname {
     }
 }
 
-/// A text that is not `host:port`.
+/// An error of a text that is not `host:port`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum AuthorityError {
-    /// The host.
+    /// The host is invalid.
     #[error(transparent)]
     Host(#[from] HostnameError),
-    /// The port.
+    /// The port is invalid.
     #[error("expected a port from 1 to 65535 in plain decimal digits, found something else")]
     Port,
 }
 
-/// A host and a port: what a connection is asked for.
+/// The host and port of a connection.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Authority {
     /// The host.
@@ -126,12 +125,12 @@ pub struct Authority {
 }
 
 impl Authority {
-    /// Reads `host:port`, or `host` where there is a default port.
+    /// Parses `host:port`, or `host` if there is a default port.
     ///
     /// # Errors
-    /// If the host is not a host name or the port not a plain number from 1 to 65535.
+    /// Returns an error if the host is not a host name, or if the port is not a plain number from 1 to 65535.
     pub fn parse(text: &str, default_port: Option<u16>) -> Result<Self, AuthorityError> {
-        // Before anything is taken for a port: with these in it, what follows a colon may be no port.
+        // This check comes first, because in a text with these characters a colon need not precede a port.
         if let Some(c) = text.chars().find(|c| "@[]".contains(*c)) {
             return Err(HostnameError::Character(c).into());
         }
@@ -143,8 +142,8 @@ impl Authority {
         Ok(Self { host: Hostname::parse(host)?, port })
     }
 
-    /// Whether the values of a request's `Host` fit this, which it is for: there is none, or one that says the same. Where they may differ,
-    /// whoever serves several hosts there takes it for another's (RFC 9112, section 3.2).
+    /// Checks the `Host` values of a request to this authority: none, or exactly one that names the same host and port. If they could
+    /// differ, a server of several hosts could take the request for another host's (RFC 9112, section 3.2).
     pub fn fits<'a>(&self, hosts: impl IntoIterator<Item = &'a [u8]>) -> bool {
         let mut hosts = hosts.into_iter();
         match (hosts.next(), hosts.next()) {
@@ -164,7 +163,7 @@ impl fmt::Display for Authority {
     }
 }
 
-/// One spelling for each port: no sign, no leading zero, no spaces.
+/// Parses a port. Each port has one notation: no sign, no leading zero, no spaces.
 fn port_number(text: &str) -> Option<u16> {
     let plain = !text.starts_with('0') && text.bytes().all(|b| b.is_ascii_digit());
     text.parse().ok().filter(|_| plain)

@@ -1,49 +1,52 @@
-//! JSON that can be read in one way only.
+//! Reads JSON that every parser reads in the same way.
 //!
-//! Two readers of one text must see one value: what is decided on here is acted on by somebody else's parser. Promises: of
-//! a text that passes, every parser that follows RFC 8259 makes the value that [`parse`] makes. Refuses, beyond what is no
-//! JSON at all (`NaN`, `Infinity`, `1e999`, halves of surrogate pairs, text after the value): names that an object has
-//! twice, more than [`DEEPEST`] levels, more than [`MOST`] values, and numbers that would be rounded. [`exact`] refuses what still has two readings
-//! between languages: numbers beyond 2^53 − 1 either way, which JavaScript rounds, and `-0`, which it writes as `0`. [`lenient`] is for what is sent
-//! on as it was written: it refuses names that an object has twice, and rounds numbers.
+//! Two parsers of one text must see the same value, because Belay decides about a value that another program's parser acts on.
 //!
-//! Names are compared by their characters, after escapes: `a` and `\u0061` are one. Nothing is normalised: a name that only
-//! looks like another is another.
+//! Guarantees: every parser that follows RFC 8259 reads an accepted text as the value that [`parse`] returns.
+//! Rejects: text that is not JSON (`NaN`, `Infinity`, `1e999`, unpaired surrogates, text after the value), and also duplicate names in an
+//! object, more than [`DEEPEST`] levels, more than [`MOST`] values, and numbers that would be rounded. [`exact`] also rejects what
+//! programming languages still read differently: numbers beyond ±(2^53 − 1), which JavaScript rounds, and `-0`, which JavaScript writes as
+//! `0`. [`lenient`] is for text that is forwarded as written: it rejects duplicate names, and rounds numbers.
+//!
+//! Names are compared by their characters, after escapes: `a` and `\u0061` are the same name. Nothing is normalized: a name that only looks
+//! like another name is a different name.
 
 use std::{borrow::Cow, cell::Cell, fmt};
 
 use serde::de::{DeserializeSeed, Deserializer, Error, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Number, Value};
 
-/// Deepest nesting. What walks a value afterwards recurses, on stacks of 2 MiB.
+/// Deepest nesting. Later code walks values recursively, on stacks of 2 MiB.
 pub const DEEPEST: usize = 100;
-/// Most values, names aside. A value in memory takes many times the bytes of its text: `0,`.
+/// Maximum number of values, not counting names. A value in memory takes many times the bytes of its text, such as `0,`.
 pub const MOST: usize = 1 << 18;
-/// Most values of what is sent on as it was written: a request to a model may ask for embeddings of 300,000 tokens, each of them a number.
+/// Maximum number of values in text that is forwarded as written. A request for embeddings may have 300,000 tokens, each of which is a
+/// number.
 const MOST_SENT_ON: usize = 320_000;
 /// The largest whole number that every JSON parser keeps: 2^53 − 1.
 pub const LARGEST: i64 = (1 << 53) - 1;
-/// From here on doubles have gaps larger than one, so that a number read into one may have been another.
+/// The first whole number from which on doubles have gaps larger than one, so that a number read into a double may have been another
+/// number.
 const GAPS: f64 = 9_007_199_254_740_992.0;
 
-/// Why a text or a value is refused. Names are quoted, values are not: reasons are recorded, and arguments never are.
+/// The reason why a text or a value is rejected. It quotes names but not values, because reasons are recorded and arguments must not be.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("expected JSON that can be read in one way only, found {0}")]
 pub struct Ambiguous(pub String);
 
-/// Reads one JSON value.
+/// Parses one JSON value.
 ///
 /// # Errors
-/// If the text is not JSON, or could be read in two ways.
+/// Returns an error if the text is not JSON, or if two parsers could read it differently.
 pub fn parse(text: &[u8]) -> Result<Value, Ambiguous> {
     read(text, false, MOST)
 }
 
-/// Reads one JSON value of which the numbers and texts are somebody else's to act on: half a surrogate pair is read as U+FFFD, numbers are rounded,
-/// and those beyond the range of a double are the largest that it has.
+/// Parses one JSON value whose numbers and texts only other programs act on. An unpaired surrogate is read as U+FFFD. Numbers are rounded,
+/// and numbers beyond the range of a double become the largest double.
 ///
 /// # Errors
-/// If the text is not JSON, or an object has a name twice.
+/// Returns an error if the text is not JSON, or if an object has a name twice.
 pub fn lenient(text: &[u8]) -> Result<Value, Ambiguous> {
     read(&mended(text), true, MOST_SENT_ON)
 }
@@ -56,10 +59,11 @@ fn read(text: &[u8], rounds: bool, most: usize) -> Result<Value, Ambiguous> {
     Ok(value)
 }
 
-/// The text with U+FFFD for halves of surrogate pairs, and with the largest double for numbers beyond it. What is no JSON stays so.
+/// Returns the text with U+FFFD for unpaired surrogates, and with the largest double for numbers beyond its range. Invalid JSON stays
+/// invalid.
 fn mended(text: &[u8]) -> Cow<'_, [u8]> {
     let mut mended: Option<Vec<u8>> = None;
-    // So much of it is in `mended`.
+    // The number of bytes of `text` that are in `mended`.
     let mut taken = 0;
     let mut replace = |from: usize, to: usize, with: &[u8]| {
         let mended = mended.get_or_insert_with(|| Vec::with_capacity(text.len()));
@@ -108,17 +112,17 @@ fn mended(text: &[u8]) -> Cow<'_, [u8]> {
     }
 }
 
-/// The UTF-16 unit that is escaped here.
+/// Returns the UTF-16 code unit of the escape at this position.
 fn unit(text: &[u8], at: usize) -> Option<u16> {
     let escape = text.get(at..at.checked_add(6)?)?.strip_prefix(br"\u")?;
     let digits = str::from_utf8(escape).ok().filter(|digits| digits.bytes().all(|digit| digit.is_ascii_hexdigit()))?;
     u16::from_str_radix(digits, 16).ok()
 }
 
-/// Refuses numbers that JSON parsers of some languages change.
+/// Rejects numbers that JSON parsers of some languages change.
 ///
 /// # Errors
-/// The first such number.
+/// Returns an error if there is such a number.
 pub fn exact(value: &Value) -> Result<(), Ambiguous> {
     match value {
         Value::Number(number) => exact_number(number),
@@ -128,8 +132,8 @@ pub fn exact(value: &Value) -> Result<(), Ambiguous> {
     }
 }
 
-/// A value in which whole numbers are written as such, as RFC 8785 writes them: `1.0` is `1`. Whoever decides on a value that went
-/// through that text must see the same as who decided before.
+/// Returns the value with whole numbers in their shortest form, as RFC 8785 writes them: `1.0` becomes `1`. A value that was serialized and
+/// parsed again is then equal to the value of the first decision.
 pub fn whole(mut value: Value) -> Value {
     make_whole(&mut value);
     value
@@ -148,14 +152,14 @@ fn make_whole(value: &mut Value) {
     }
 }
 
-/// The whole number that a double is.
+/// Returns the whole number that equals a double, if there is one.
 fn whole_number(number: &Number) -> Option<Number> {
     let double = number.as_f64().filter(|double| number.is_f64() && double.fract() == 0.0 && double.abs() < GAPS)?;
-    // It fits: doubles below 2^53 are whole numbers of 64 bits.
+    // The conversion cannot fail, because whole doubles below 2^53 fit into 64 bits.
     format!("{double:.0}").parse::<i64>().ok().map(Number::from)
 }
 
-/// A name as a JSON Pointer has it (RFC 6901).
+/// Returns a name in the form that a JSON Pointer has (RFC 6901).
 pub fn pointer_token(name: &str) -> Cow<'_, str> {
     match name.contains(['~', '/']) {
         true => name.replace('~', "~0").replace('/', "~1").into(),
@@ -166,7 +170,7 @@ pub fn pointer_token(name: &str) -> Cow<'_, str> {
 fn exact_number(number: &Number) -> Result<(), Ambiguous> {
     let holds = match (number.as_i64(), number.as_f64()) {
         (Some(whole), _) => (-LARGEST..=LARGEST).contains(&whole),
-        // Whole numbers beyond 64 bits with sign, and fractions.
+        // Whole numbers above the range of `i64`, and fractions.
         (None, Some(double)) => double.abs() < GAPS && !(double == 0.0 && double.is_sign_negative()),
         (None, None) => false,
     };
@@ -182,13 +186,13 @@ fn found(error: serde_json::Error) -> Ambiguous {
     Ambiguous(error.to_string())
 }
 
-/// Reads a value at this depth.
+/// A value at one depth.
 #[derive(Clone, Copy)]
 struct Level<'l> {
     depth: usize,
-    /// How many values there may be.
+    /// The maximum number of values.
     most: usize,
-    /// How many values there may still be.
+    /// The number of values that are left.
     left: &'l Cell<usize>,
     /// Whether numbers may be rounded.
     rounds: bool,
@@ -266,7 +270,7 @@ impl<'de> Visitor<'de> for Level<'_> {
         let below = self.below()?;
         let mut read = Map::new();
         while let Some(name) = fields.next_key::<String>()? {
-            // Objects with such a name are something else to serde_json itself, which may read this text after us.
+            // serde_json itself gives such objects another meaning, and it may parse this text later.
             if name.starts_with("$serde_json::") {
                 return Err(A::Error::custom(format_args!("the name {name:?}, which is reserved")));
             }

@@ -1,8 +1,9 @@
-//! The idempotency ledger: which calls were made under which key, and what became of them.
+//! The idempotency ledger: which calls were made under which key, and their outcomes.
 //!
-//! Promises: under one key one effect; the same key with other arguments is a conflict; what became of a call that nobody knows is made
-//! again only where its upstream tells repeats by the key itself. Refuses: results, but for their digests; who keeps them replays them. A key is of one
-//! task: another task's calls are none of its business.
+//! Guarantees: calls under one key take effect at most once. The same key with other arguments is a conflict. A call with an unknown
+//! outcome is made again only if the upstream recognizes repeated calls by the key. A key belongs to one task, and the calls of other tasks
+//! do not affect it.
+//! Non-goals: storing results. The ledger has only their digests. The component that stores results replays them.
 
 use std::collections::BTreeMap;
 
@@ -13,57 +14,57 @@ use serde_json::{Map, Value};
 use super::{commit::Salt, config::Idempotency};
 use crate::canonical;
 
-/// Keys that one task may have in use: its log's readers keep them all.
+/// Maximum number of keys of one task, because the readers of its log hold all of them in memory.
 pub const KEYS: usize = 4096;
 
-/// What became of a call.
+/// The state of a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Fate {
-    /// It has no outcome yet.
+    /// The call has no outcome yet.
     Open,
-    /// It took effect.
+    /// The call took effect.
     Applied,
-    /// Nobody knows.
+    /// The outcome is unknown.
     Unknown,
 }
 
-/// The call that was made under a key. One that certainly did nothing leaves none.
+/// The call that was made under a key. A call that certainly had no effect has no entry.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Entry {
-    /// The call, by its intent.
+    /// The ID of the call, from its intent.
     pub call: String,
-    /// The commitment to its arguments, hex.
+    /// The commitment to the arguments, in hex.
     pub request_digest: String,
-    /// When, RFC 3339.
+    /// The time of the call, in RFC 3339.
     pub time: String,
-    /// What became of it.
+    /// The state of the call.
     pub fate: Fate,
-    /// The commitment to the result that the agent was given, hex; absent where it got none.
+    /// The commitment to the result that the agent got, in hex. Absent if the agent got no result.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub response_digest: Option<String>,
 }
 
-/// What a key says of a call that is to be made.
+/// What the ledger says about a new call under a key.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Found<'l> {
-    /// Nothing stands against it.
+    /// The call may be made.
     Free,
-    /// It was made; the result is to be given again.
+    /// The call was made. The agent gets the stored result again.
     Made(&'l Entry),
-    /// It is under way, or was when its harness ended.
+    /// The call is in progress, or was in progress when its harness ended.
     Open(&'l Entry),
-    /// It was made, and nobody knows what became of it.
+    /// The call was made, and its outcome is unknown.
     Unknown(&'l Entry),
-    /// Another call was made under this key.
+    /// A call with other arguments was made under this key.
     Conflict(&'l Entry),
-    /// The task has no more keys.
+    /// The task has no keys left.
     Full,
 }
 
-/// The key of a call: SHA-256 over the task, the tool and the commitment to what the contract takes it from, hex. `None` if the call has no
-/// such argument.
+/// Returns the key of a call: the SHA-256, in hex, over the task, the tool, and the commitment to what the contract derives the key from.
+/// Returns `None` if the key depends on an argument that the call does not have.
 ///
 /// `digest` is the commitment to all arguments.
 pub fn key(
@@ -80,22 +81,22 @@ pub fn key(
     Some(made_of(uid, tool, &material))
 }
 
-/// The key that is made of this: a digest of all arguments, or of one.
+/// Returns the key for a commitment to all arguments or to one argument.
 pub fn made_of(uid: &str, tool: &str, material: &str) -> String {
     hex::encode(canonical::sha256(format!("{uid}\n{tool}\n{material}").as_bytes()))
 }
 
-/// The calls of a task, by key.
+/// The calls of a task by key.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Ledger(BTreeMap<String, Entry>);
 
 impl Ledger {
-    /// What is known of a key. `now` and the window are the contract's; a call that is older than that is as none.
+    /// Looks up a key. `now` is the current time. A call that is older than the contract's window counts as not made.
     pub fn find(&self, key: &str, request_digest: &str, of: &Idempotency, now: Timestamp) -> Found<'_> {
         let entry = self.0.get(key).filter(|entry| {
             let window = jiff::SignedDuration::from_secs(of.window_seconds);
-            // A time that cannot be read never lapses.
+            // A call whose time cannot be parsed never expires.
             entry.time.parse::<Timestamp>().map_or(true, |made| now.duration_since(made) < window)
         });
         match entry {
@@ -105,14 +106,14 @@ impl Ledger {
             Some(entry) => match entry.fate {
                 Fate::Applied => Found::Made(entry),
                 Fate::Open => Found::Open(entry),
-                // The upstream tells repeats by the key.
+                // The upstream recognizes repeated calls by the key.
                 Fate::Unknown if of.header.is_some() => Found::Free,
                 Fate::Unknown => Found::Unknown(entry),
             },
         }
     }
 
-    /// A call is about to be made under a key.
+    /// Records that a call is about to be made under a key.
     pub fn intend(&mut self, key: &str, call: &str, request_digest: &str, time: &str) {
         let entry = Entry {
             call: call.to_owned(),
@@ -124,8 +125,8 @@ impl Ledger {
         self.0.insert(key.to_owned(), entry);
     }
 
-    /// What became of the call that was made under a key, with the digest of what the agent was given; `None` where it certainly did
-    /// nothing. Another call's end changes nothing.
+    /// Records the outcome of the call that was made under a key, with the commitment to the result that the agent got. `None` means that
+    /// the call certainly had no effect. The outcome of a call that no longer holds the key changes nothing.
     pub fn settle(&mut self, key: &str, call: &str, fate: Option<Fate>, given: Option<&String>) {
         let Some(entry) = self.0.get_mut(key).filter(|entry| entry.call == call) else { return };
         match fate {
@@ -134,7 +135,7 @@ impl Ledger {
         }
     }
 
-    /// Those who were to say what became of open calls are gone: nobody knows.
+    /// Marks the outcome of every open call as unknown, because the harness that could report it is gone.
     pub fn abandon(&mut self) {
         for entry in self.0.values_mut().filter(|entry| entry.fate == Fate::Open) {
             entry.fate = Fate::Unknown;
@@ -200,7 +201,7 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever happens, no key has two calls that may have taken effect, but where the upstream tells repeats.
+        /// Whatever happens, no key has two calls that may have taken effect, unless the upstream recognizes repeated calls.
         #[test]
         fn a_key_has_one_effect(steps in proptest::collection::vec((0..3_u8, 0..3_u8, 0..4_u8), 1..40)) {
             let (of, mut ledger) = (of(false), Ledger::default());

@@ -1,12 +1,13 @@
-//! What one judgment may take: steps, memory and time.
+//! Bounds the steps, the memory and the time of one evaluation.
 //!
-//! Expressions and schemas are the tenants' own, and what they are asked about is the agent's. Guarantees: whatever evaluates them counts
-//! each step here, and gets an error once the allowance is used up; from then on every further step is an error as well, so that an
-//! evaluation ends soon, whatever it makes of errors; and whoever asked learns that it did not end by itself. An evaluation that nobody gave
-//! an allowance has the usual one.
-//! Non-goals: to interrupt a single step. Each is linear in values whose length is bounded elsewhere.
+//! Expressions and schemas are written by tenants, and they are evaluated on input from agents.
 //!
-//! The allowance belongs to the thread: one judgment runs on one thread from its beginning to its end.
+//! Guarantees: every evaluator counts each step here, and gets an error once the allowance is used up. From then on every further step is
+//! an error as well, so an evaluation ends soon, even if it recovers from errors. The caller learns that the evaluation did not end by
+//! itself. An evaluation without an allowance of its own has the default one.
+//! Non-goals: interrupting a single step. The time of a step is linear in values whose length is bounded elsewhere.
+//!
+//! The allowance belongs to the thread: an evaluation runs on one thread from start to end.
 
 use std::{
     cell::{Cell, RefCell},
@@ -15,30 +16,30 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// What a judgment may take.
+/// The maximum cost of an evaluation.
 #[derive(Clone, Copy, Debug)]
 pub struct Allowance {
-    /// Steps: an element of a loop, an operator, a part of a value that a schema is applied to.
+    /// Steps. An element of a loop, an operator, or a part of a value that a schema is applied to is a step.
     pub steps: u64,
-    /// Bytes of lists and texts that it makes.
+    /// Bytes of lists and texts that the evaluation makes.
     pub bytes: u64,
     /// Time.
     pub time: Duration,
 }
 
 impl Allowance {
-    /// What a call's judgment may take.
+    /// The allowance for the evaluation of a call.
     pub const CALL: Self = Self { steps: 4_000_000, bytes: 16 << 20, time: Duration::from_secs(5) };
-    /// What it may take where others wait for it: while records are put in order.
+    /// The allowance for an evaluation while others wait, because it runs while records are put in order.
     pub const IN_ORDER: Self = Self { steps: 20_000, bytes: 1 << 20, time: Duration::from_millis(50) };
 
-    /// The same, in at most this time.
+    /// Returns the same allowance with at most this time.
     pub fn within(self, time: Duration) -> Self {
         Self { time: self.time.min(time), ..self }
     }
 }
 
-/// What of an allowance is used up.
+/// The part of an allowance that is used up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exceeded {
     /// The steps.
@@ -71,7 +72,7 @@ thread_local! {
     static METER: RefCell<Option<Rc<Meter>>> = const { RefCell::new(None) };
 }
 
-/// Puts back what was there before, whatever happens.
+/// Restores the previous meter when it is dropped, whatever happens.
 struct Before(Option<Rc<Meter>>);
 
 impl Drop for Before {
@@ -81,7 +82,7 @@ impl Drop for Before {
     }
 }
 
-/// Judges within an allowance of its own.
+/// Runs an evaluation with an allowance of its own.
 pub fn within<T>(given: Allowance, judge: impl FnOnce() -> T) -> T {
     let now = Instant::now();
     let meter = Meter {
@@ -95,7 +96,7 @@ pub fn within<T>(given: Allowance, judge: impl FnOnce() -> T) -> T {
     judge()
 }
 
-/// Judges within the allowance that there is, or else within that of a call.
+/// Runs an evaluation with the current allowance, or with [`Allowance::CALL`] if there is none.
 pub fn metered<T>(judge: impl FnOnce() -> T) -> T {
     let is_metered = METER.with(|meter| meter.borrow().is_some());
     if is_metered { judge() } else { within(Allowance::CALL, judge) }
@@ -104,22 +105,22 @@ pub fn metered<T>(judge: impl FnOnce() -> T) -> T {
 /// Counts steps.
 ///
 /// # Errors
-/// Once the allowance is used up.
+/// Returns an error once the allowance is used up.
 pub fn step(count: u64) -> Result<(), Exceeded> {
     current(|meter| {
         let Some(left) = meter.steps.get().checked_sub(count) else {
             return Err(Exceeded::Steps(meter.given.steps));
         };
         meter.steps.set(left);
-        // A look at the clock takes no longer than what else a step does.
+        // Reading the clock takes no longer than the rest of a step.
         if Instant::now() > meter.until { Err(Exceeded::Time(meter.given.time)) } else { Ok(()) }
     })
 }
 
-/// Counts bytes of a value that is made.
+/// Counts the bytes of a value that the evaluation makes.
 ///
 /// # Errors
-/// Once the allowance is used up.
+/// Returns an error once the allowance is used up.
 pub fn make(bytes: u64) -> Result<(), Exceeded> {
     current(|meter| {
         let left = meter.bytes.get().checked_sub(bytes).ok_or(Exceeded::Bytes(meter.given.bytes))?;
@@ -128,10 +129,10 @@ pub fn make(bytes: u64) -> Result<(), Exceeded> {
     })
 }
 
-/// What was used up, if anything was: whatever the evaluation came to does not count then.
+/// Checks whether the evaluation stayed within its allowance. If it did not, its result does not count.
 ///
 /// # Errors
-/// What was.
+/// Returns the part of the allowance that was used up.
 pub fn ended_by_itself() -> Result<(), Exceeded> {
     current(|_| Ok(()))
 }

@@ -1,37 +1,38 @@
-//! Model calls: which requests may leave, what each may cost, and what it did cost.
+//! Model calls: which requests may be sent, what each may cost, and what it did cost.
 //!
-//! Guarantees: a request that passes is bounded before it leaves, and none passes whose cost or effect cannot be bounded from its own bytes.
-//! Non-goals: sending it, counting what all calls together have spent ([`budget`](super::budget)), prices ([`price`](super::price)).
+//! Guarantees: a request that passes has a bound before it is sent. No request passes if its cost or effect cannot be bounded from its own
+//! bytes.
+//! Non-goals: sending the request, counting the total of all calls ([`budget`](super::budget)), prices ([`price`](super::price)).
 
-/// The APIs of models.
+/// The APIs of model providers.
 pub mod api;
 /// OpenAI's tokenizer.
 mod bpe;
-/// What is known of well-known models.
+/// The catalogue of models.
 pub mod catalogue;
-/// The tables as people read them.
+/// The tables as documentation.
 pub mod docs;
-/// Pages and texts of documents.
+/// Counts the pages and extracts the text of documents.
 mod document;
-/// Prompt tokens of a request, before its provider counts them.
+/// Estimates the prompt tokens of a request before the call.
 pub mod estimate;
-/// Headers of calls.
+/// The headers of model calls that are forwarded.
 pub mod headers;
-/// What of a request may leave.
+/// Checks the members of a request against the tables.
 pub mod members;
-/// What pictures cost.
+/// The token cost of pictures.
 pub mod picture;
-/// A request that is about to be sent.
+/// Checks a request that is complete and about to be sent.
 pub mod ready;
-/// The bound of a request, and what makes it hold.
+/// Bounds a request: its prompt and its output limit.
 pub mod request;
-/// What may be in a request.
+/// The tables of what a request may contain.
 pub mod requests;
-/// What a call is charged.
+/// Determines the charge for a call.
 pub mod settle;
-/// How long sound is.
+/// The duration of sound.
 mod sound;
-/// The form of the tables.
+/// The types of the tables.
 pub mod table;
 /// A request as the agent wrote it.
 pub mod written;
@@ -39,17 +40,17 @@ pub mod written;
 #[cfg(test)]
 mod faults;
 
-/// Tokens: what a request may cost at most, or what it did cost.
+/// A number of tokens: the highest possible cost of a request, or its real cost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Bound {
-    /// Of the prompt.
+    /// Tokens of the prompt.
     pub prompt: i64,
-    /// Of all replies together.
+    /// Tokens of all replies together.
     pub output: i64,
 }
 
 impl Bound {
-    /// All of them.
+    /// Returns the sum of both.
     pub fn total(self) -> i64 {
         self.prompt.saturating_add(self.output)
     }

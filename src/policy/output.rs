@@ -1,7 +1,8 @@
-//! Results of tools, against their contracts' output schemas.
+//! Checks results of tools against the output schemas of their contracts.
 //!
-//! Promises: what is compared is the result's JSON, whole, by JSON Schema draft 2020-12; why it does not fit is said without
-//! repeating it, as an agent must not read it. Refuses: results that are no JSON where a contract has a schema.
+//! Guarantees: the whole JSON of a result is checked, by JSON Schema draft 2020-12. The reason of a misfit does not repeat the result,
+//! because the agent must not read it.
+//! Rejects: results that are not JSON if the contract has a schema.
 
 use std::collections::BTreeMap;
 
@@ -13,13 +14,13 @@ use super::{
     shape::{Misfit, Shape},
 };
 
-/// An output schema that is none. The operator refuses such a task; a harness that meets one does not start.
+/// An error of an invalid output schema. The operator rejects such a task. A harness with such a schema does not start.
 #[derive(Debug, thiserror::Error)]
 #[error("tool {tool}: output is not a JSON Schema: {reason}")]
 pub struct OutputError {
     /// The tool.
     tool: String,
-    /// Why not.
+    /// The reason.
     reason: String,
 }
 
@@ -28,10 +29,10 @@ pub struct OutputError {
 pub struct Outputs(BTreeMap<String, Shape>);
 
 impl Outputs {
-    /// Compiles them.
+    /// Compiles the output schemas of these tools.
     ///
     /// # Errors
-    /// If one is not a JSON Schema.
+    /// Returns an error if a schema is not a JSON Schema.
     pub fn compile(tools: &[Tool]) -> Result<Self, OutputError> {
         let schemas = tools.iter().filter_map(|tool| Some((&tool.name, tool.output.as_ref()?)));
         let compile = |(name, schema): (&String, &Value)| match Shape::compile(schema) {
@@ -41,24 +42,24 @@ impl Outputs {
         schemas.map(compile).collect::<Result<_, _>>().map(Self)
     }
 
-    /// Whether results of so many bytes are compared in microseconds.
+    /// Returns whether results of this many bytes are checked in microseconds.
     pub fn is_quick(&self, tool: &Tool, length: usize) -> bool {
         tool.output.as_ref().is_none_or(|schema| length <= quick::SHORT && quick::schema(schema))
     }
 
-    /// Whether the tool's contract has a schema.
+    /// Returns whether the tool's contract has an output schema.
     pub fn has(&self, tool: &str) -> bool {
         self.0.contains_key(tool)
     }
 
-    /// Whether a result fits. One of a tool without a schema does.
+    /// Checks whether a result fits. Every result of a tool without a schema fits.
     ///
     /// # Errors
-    /// Where it does not fit, and what was expected there.
+    /// Returns where the result does not fit, by the place in the schema, or that the check exceeded its allowance.
     pub fn check(&self, tool: &str, result: &Value) -> Result<(), String> {
         let Some(schema) = self.0.get(tool) else { return Ok(()) };
         schema.check(result).map_err(|misfit| match misfit {
-            // The keyword's place is the contract author's own text; the instance's place may hold keys of the result.
+            // The place in the schema is the contract author's own text. The place in the result may contain keys of the result.
             Misfit::At { schema, .. } => format!("it does not fit {schema} of the contract's output schema"),
             Misfit::Exceeded(exceeded) => {
                 format!("whether it fits the contract's output schema cannot be told: {exceeded}")

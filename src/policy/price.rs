@@ -1,15 +1,15 @@
-//! What model calls cost.
+//! Computes the cost of model calls.
 //!
-//! Sums are whole millionths of the pack's currency unit, and every rounding is upwards: a limit holds for what is counted
-//! here. Prices are the highest that a token of the model can cost; what providers take off, for cached prompts or batches,
-//! is not.
+//! Amounts are whole millionths of the pack's currency unit, and every rounding is upwards, so a limit holds for the cost that is counted
+//! here. Prices are the highest that a token of the model can cost. Discounts of providers, for cached prompts or batches, are not
+//! subtracted.
 
 use super::config::ModelPrice;
 
-/// Millionths in one unit, and tokens in a price.
+/// Millionths per unit, and tokens per price.
 const MILLION: i128 = 1_000_000;
 
-/// Reads a sum such as `12.50`: digits, and at most six more after a point.
+/// Parses an amount such as `12.50`: digits, and at most six more after a point.
 pub fn parse(text: &str) -> Option<i64> {
     let (whole, fraction) = text.split_once('.').unwrap_or((text, "0"));
     let digits = |part: &str| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit());
@@ -20,14 +20,14 @@ pub fn parse(text: &str) -> Option<i64> {
     whole.parse::<i64>().ok()?.checked_mul(1_000_000)?.checked_add(fraction)
 }
 
-/// A sum as people write it.
+/// Formats an amount as a decimal.
 pub fn show(micros: i64) -> String {
     let text = format!("{}.{:06}", micros / 1_000_000, (micros % 1_000_000).unsigned_abs());
     let text = text.trim_end_matches('0').trim_end_matches('.');
     if micros < 0 && micros > -1_000_000 { format!("-{text}") } else { text.to_owned() }
 }
 
-/// The price of a model: of the first entry that fits its name.
+/// Returns the price of a model: the first entry that matches its name.
 pub fn of<'p>(prices: &'p [ModelPrice], model: &str) -> Option<&'p ModelPrice> {
     prices.iter().find(|price| match price.model.strip_suffix('*') {
         Some(beginning) => model.starts_with(beginning),
@@ -36,13 +36,13 @@ pub fn of<'p>(prices: &'p [ModelPrice], model: &str) -> Option<&'p ModelPrice> {
 }
 
 impl ModelPrice {
-    /// What so many tokens cost, rounded up.
+    /// Returns the cost of this many tokens, rounded up.
     pub fn cost(&self, prompt: i64, output: i64) -> i64 {
         let sum = self.exact(prompt, output);
         i64::try_from(sum.saturating_add(MILLION - 1) / MILLION).unwrap_or(i64::MAX)
     }
 
-    /// How many tokens of reply can be paid for once the prompt is; none if not even that can.
+    /// Returns the reply tokens that the amount covers after the prompt, or 0 if it does not cover the prompt.
     pub fn output_for(&self, micros: i64, prompt: i64) -> i64 {
         let left = i128::from(micros.max(0)).saturating_mul(MILLION).saturating_sub(self.exact(prompt, 0));
         match i128::from(self.output_micros) {
@@ -52,7 +52,7 @@ impl ModelPrice {
         }
     }
 
-    /// In millionths of millionths.
+    /// Returns the cost in millionths of millionths.
     fn exact(&self, prompt: i64, output: i64) -> i128 {
         let part = |tokens: i64, price: i64| i128::from(tokens.max(0)).saturating_mul(i128::from(price.max(0)));
         part(prompt, self.input_micros).saturating_add(part(output, self.output_micros))
@@ -105,7 +105,7 @@ mod tests {
             prop_assert_eq!(parse(&show(micros)), Some(micros));
         }
 
-        /// What can be paid for costs no more than there is; one token more would.
+        /// The affordable output costs no more than the amount. One more token would cost more.
         #[test]
         fn what_can_be_paid_for_fits(micros in 0i64..1_000_000_000, prompt in 0i64..100_000, input in 0i64..100_000_000, output in 1i64..100_000_000) {
             let price = ModelPrice { model: "m".into(), input_micros: input, output_micros: output, ..ModelPrice::default() };

@@ -1,19 +1,22 @@
-//! Rules that take microseconds over arguments that are short, whatever those are.
+//! Determines which schemas and expressions are cheap enough to evaluate inline.
 //!
-//! Contracts are of the tenants' own making, and some take long on purpose: a schema that refers to itself, an expression with a loop in
-//! a loop. Promises: what is quick here takes time by the product of its own length and that of the arguments, both of which are
-//! bounded, and nothing grows beyond that. Refuses to tell how long all else takes: that is judged apart from everybody's requests.
+//! Contracts are written by tenants, and a tenant can write one that takes long on purpose: a schema that refers to itself, or nested loops
+//! in an expression.
+//!
+//! Guarantees: the time of what is quick here is proportional to the product of its own length and the length of the arguments. Both
+//! lengths are bounded, and no intermediate value grows beyond that.
+//! Non-goals: an estimate of the time of everything else, which is evaluated apart from the requests of others.
 
 use serde_json::Value;
 
-/// Longest arguments, in bytes of JSON.
+/// Longest short arguments, in bytes of JSON.
 pub const SHORT: usize = 1 << 10;
-/// Longest schema, in bytes of JSON.
+/// Longest quick schema, in bytes of JSON.
 const LONGEST_SCHEMA: usize = 8 << 10;
-/// Longest expression, in bytes.
+/// Longest quick expression, in bytes.
 const LONGEST_EXPRESSION: usize = 1 << 10;
 
-/// What looks at each part of a value once. No macro that loops is made of these alone: those need a sum, or
+/// Functions that read each part of a value once. No looping macro consists only of these functions: it needs a sum, or
 /// `@not_strictly_false`.
 const FUNCTIONS: [&str; 17] = [
     "_&&_",
@@ -35,18 +38,18 @@ const FUNCTIONS: [&str; 17] = [
     "contains",
 ];
 
-/// Whether an expression of these functions is.
+/// Returns whether an expression with these functions is quick.
 pub fn expression<'f>(source: &str, functions: impl IntoIterator<Item = &'f str>) -> bool {
     source.len() <= LONGEST_EXPRESSION && functions.into_iter().all(|function| FUNCTIONS.contains(&function))
 }
 
-/// Whether a JSON Schema is.
+/// Returns whether a JSON Schema is quick.
 pub fn schema(schema: &Value) -> bool {
     serde_json::to_vec(schema).is_ok_and(|text| text.len() <= LONGEST_SCHEMA) && looks_once(schema)
 }
 
-/// Whether a schema applies each of its parts to a part of the value at most once: it has no references, no patterns, and compares no
-/// items with each other.
+/// Returns whether a schema applies each of its parts at most once to a part of the value: it has no references and no patterns, and does
+/// not compare items with each other.
 fn looks_once(schema: &Value) -> bool {
     let members = match schema {
         Value::Bool(_) => return true,

@@ -1,20 +1,21 @@
-//! How many calls of each tool a contract allows a minute.
+//! Limits the calls of each tool per minute, as contracts set it.
 //!
-//! The rate is a token bucket: it holds a minute's calls, begins full and fills evenly, so that a minute's calls may be made
-//! at once and no more than that a minute in the long run. The bucket begins full again when a harness starts. How many calls a contract
-//! allows over the task follows from the log: see [`state`](crate::evidence::state).
+//! The rate is a token bucket. It holds the calls of one minute, starts full and fills evenly, so the calls of one minute may be made at
+//! once, and the long-term rate is not above the limit. The bucket starts full again when a harness starts. The number of calls that a
+//! contract allows over the task follows from the log: see [`state`](crate::evidence::state).
 //!
-//! Guarantees: asking changes nothing that another answer depends on, and [`Rates::take`] cannot fail; a clock that goes
-//! backwards fills nothing. Non-goals: clocks of its own, locks.
+//! Guarantees: a check changes nothing that another check depends on, and [`Rates::take`] cannot fail. A clock that goes backwards fills
+//! nothing.
+//! Non-goals: clocks of its own, locks.
 
 use std::collections::BTreeMap;
 
 use super::{config::Tool, decide::Denial, rule::Rule};
 
-/// A minute in milliseconds: the worth of one call in a bucket, so that a limit of `n` fills `n` a millisecond.
+/// A minute in milliseconds. One call takes this many units from a bucket, and a limit of `n` calls fills `n` units per millisecond.
 const MINUTE: u64 = 60_000;
 
-/// The calls of a task's tools; without a bucket where the contract has no rate.
+/// The buckets of a task's tools. A tool has no bucket if its contract has no rate.
 #[derive(Clone, Debug, Default)]
 pub struct Rates(BTreeMap<String, Option<Bucket>>);
 
@@ -26,7 +27,7 @@ struct Bucket {
 }
 
 impl Rates {
-    /// The rates of these tools, with full buckets.
+    /// Returns full buckets for these tools.
     pub fn new(tools: &[Tool]) -> Self {
         let bucket = |rate: i64| {
             let per_minute = u64::try_from(rate).unwrap_or(0);
@@ -35,10 +36,10 @@ impl Rates {
         Self(tools.iter().map(|tool| (tool.name.clone(), tool.limits.per_minute.map(bucket))).collect())
     }
 
-    /// Whether a call may be made `now`, in milliseconds of any one clock.
+    /// Checks whether a call may be made `now`, in milliseconds of any single clock.
     ///
     /// # Errors
-    /// [`Rule::ToolRate`]; [`Rule::ToolKnown`] for a tool that there is not.
+    /// Returns [`Rule::ToolRate`] if the bucket does not hold a call; [`Rule::ToolKnown`] if there is no such tool.
     pub fn check(&self, tool: &str, now: u64) -> Result<(), Denial> {
         let Some(bucket) = self.0.get(tool) else {
             return Err(Denial { rule: Rule::ToolKnown, reason: "no contract of this task is for this tool".into() });
@@ -56,7 +57,7 @@ impl Rates {
         Ok(())
     }
 
-    /// Counts a call that [`Rates::check`] let pass at the same time.
+    /// Counts a call that [`Rates::check`] allowed at the same time.
     pub fn take(&mut self, tool: &str, now: u64) {
         let Some(Some(bucket)) = self.0.get_mut(tool) else { return };
         bucket.level = bucket.level_at(now).saturating_sub(MINUTE);
@@ -107,12 +108,12 @@ mod tests {
             [29_999, 30_000, 30_000].map(|now| call(&mut rates, now)),
             [Some(Rule::ToolRate), None, Some(Rule::ToolRate)]
         );
-        // A clock that goes backwards gives nothing, and takes nothing.
+        // A clock that goes backwards neither fills nor empties the bucket.
         assert_eq!([0, 60_000].map(|now| call(&mut rates, now)), [Some(Rule::ToolRate), None]);
     }
 
     proptest! {
-        /// In no stretch of time are there more calls than the bucket holds and fills in it.
+        /// No period has more calls than the bucket holds and fills in it.
         #[test]
         fn the_rate_holds_over_every_stretch(rate in 1i64..20, steps in prop::collection::vec(0u64..20_000, 1..200)) {
             let mut rates = super::tests::rates(Some(rate));

@@ -1,10 +1,12 @@
-//! What of other people's words may be recorded.
+//! Determines which parts of untrusted text may be recorded.
 //!
-//! Reasons, names and hosts come to the log with what agents and upstreams wrote. Promises: in a [`Redactor`]'s text stands what the policy
-//! says, which is in the log anyway, and what reads as a word, a number or a name; all else is replaced by the
-//! [commitment](super::commit) to it, `[redacted:…]`, which whoever has salt and content can open. What is in quotes is somebody else's,
-//! and is one name or is replaced whole; a text in which a pattern of the pack finds something is replaced whole. Refuses: to tell
-//! a secret that reads as a word from a word. The agent is told what it said itself, as it said it.
+//! Reasons, names and hosts in the log contain text that agents and upstreams wrote.
+//!
+//! Guarantees: the text of a [`Redactor`] contains only what the policy says, which is in the log anyway, and what looks like a word, a
+//! number or a name. Everything else is replaced by the [commitment](super::commit) to it, `[redacted:…]`, which the holder of the salt and
+//! the content can open. Text in quotes is untrusted: it is shown if it is a single name, or else replaced whole. A text in which a pattern
+//! of the pack matches is replaced whole.
+//! Non-goals: distinguishing a secret that looks like a word from a word. The agent gets its own text back unchanged.
 
 use std::{
     collections::HashSet,
@@ -22,49 +24,49 @@ use super::{
     sensitivity::Detectors,
 };
 
-/// Longest name.
+/// Longest name, in characters.
 const LONGEST_NAME: usize = 64;
-/// Longest run of letters that reads as a word.
+/// Longest run of lower-case letters that counts as a word.
 const LONGEST_WORD: usize = 20;
-/// Longest run of letters with capitals among them, such as `JavaScriptCore`.
+/// Longest run of letters with inner capitals, such as `JavaScriptCore`.
 const LONGEST_CAMEL: usize = 16;
-/// Changes of case among eleven letters, beside a first capital: those of `readLogFile`. Where there are more it is base64.
+/// Maximum number of case changes per eleven letters, not counting a leading capital, as in `readLogFile`. A run with more is base64.
 const MOST_CHANGES: usize = 4;
-/// Longest number.
+/// Longest number, in digits.
 const LONGEST_NUMBER: usize = 10;
 /// Longest run of letters and digits, such as `v1beta2`.
 const LONGEST_MIXED: usize = 8;
-/// Letters and digits of a name that are in runs with digits, such as those of `gpt-4o-2024-08-06`.
+/// Maximum number of letters and digits of a name in runs with digits, as in `gpt-4o-2024-08-06`.
 const MOST_DIGITS: usize = 10;
 /// Longest run of capitals, such as `AUTHORIZATION`.
 const LONGEST_CAPITALS: usize = 13;
-/// Pairs of capitals beside small letters, such as those of `getHTTPStatus`.
+/// Maximum number of pairs of adjacent capitals in a run with lower-case letters, as in `getHTTPStatus`.
 const MOST_CAPITALS: usize = 4;
-/// Parts of one text that are replaced one by one. From here on the rest is one.
+/// Parts of one text that are replaced one by one. All later hidden parts are dropped.
 const MOST_PARTS: usize = 8;
-/// What refusals name and does not read so: the largest number that every JSON parser keeps, and a field of the class.
+/// Texts in Belay's own reasons that do not look like words: the largest number that every JSON parser keeps, and a field of the class.
 const OURS: [&str; 2] = ["9007199254740991", "upstreamTimeoutSeconds"];
-/// Texts that are learnt beside the policy's.
+/// Maximum number of texts that are allow-listed besides the policy's.
 const MOST_LEARNT: usize = 1024;
 
-/// Replaces what may not be recorded.
+/// Replaces text that may not be recorded.
 pub struct Redactor {
-    /// Names in the policy.
+    /// The names in the policy.
     known: HashSet<String>,
     learnt: Mutex<HashSet<String>>,
     detectors: Arc<Detectors>,
 }
 
 impl Redactor {
-    /// A redactor for a policy, with its pack's patterns.
+    /// Returns a redactor for a policy, with the patterns of its pack.
     pub fn new(policy: &PolicyConfig, detectors: Arc<Detectors>) -> Self {
         let mut known = HashSet::new();
-        // What has no JSON cannot be in a log either.
+        // A policy that cannot be serialized cannot be in a log either.
         collect(&serde_json::to_value(policy).unwrap_or_default(), &mut known);
         Self { known, learnt: Mutex::default(), detectors }
     }
 
-    /// Has a text stay from now on that we have made ourselves, such as a digest. The first [`MOST_LEARNT`] do.
+    /// Allow-lists a text that Belay generated, such as a digest. Only the first [`MOST_LEARNT`] texts are accepted.
     pub fn learn(&self, ours: &str) {
         let mut learnt = self.learnt.lock().unwrap_or_else(PoisonError::into_inner);
         if learnt.len() < MOST_LEARNT {
@@ -72,7 +74,7 @@ impl Redactor {
         }
     }
 
-    /// A text as it may be recorded.
+    /// Returns a text in the form that may be recorded.
     pub fn text(&self, text: &str, salt: &Salt) -> String {
         if self.is_sensitive(text) {
             return redacted(text, salt);
@@ -92,12 +94,12 @@ impl Redactor {
         shown
     }
 
-    /// A name as it may be recorded: whole, or not at all.
+    /// Returns a name in the form that may be recorded: whole, or replaced whole.
     pub fn name(&self, name: &str, salt: &Salt) -> String {
         if self.is_name(name) { name.to_owned() } else { redacted(name, salt) }
     }
 
-    /// A model's name as it may be recorded: by what is, the same price is found.
+    /// Returns a model's name in the form that may be recorded. The recorded name has the same price.
     pub fn model(&self, model: &str, policy: &PolicyConfig, salt: &Salt) -> String {
         if self.is_name(model) {
             return model.to_owned();
@@ -107,13 +109,13 @@ impl Redactor {
         format!("{beginning}{}", redacted(model, salt))
     }
 
-    /// A host and port that the policy lets be reached, as they may be recorded: see [`Redactor::host`].
+    /// Returns an allowed host and its port in the form that may be recorded: see [`Redactor::host`].
     pub fn authority(&self, to: &Authority, salt: &Salt) -> String {
         format!("{}:{}", self.host(&to.host, salt), to.port)
     }
 
-    /// A host that the policy lets be reached, as it may be recorded. Of one below a domain of the policy the first label may be
-    /// anything: what is none to be shown is `redacted-` and the beginning of the commitment to it.
+    /// Returns an allowed host in the form that may be recorded. The first label of a host below a domain of the policy can be anything. A
+    /// label that may not be recorded becomes `redacted-` and the start of the commitment to it.
     pub fn host(&self, host: &Hostname, salt: &Salt) -> String {
         let text = host.as_str();
         match (self.is_name(text), text.split_once('.')) {
@@ -134,7 +136,7 @@ impl Redactor {
         !text.contains(char::is_whitespace) && self.reads(text) && !self.is_sensitive(text)
     }
 
-    /// Whether a text without spaces may be shown.
+    /// Returns whether a text without spaces may be recorded.
     fn reads(&self, token: &str) -> bool {
         let token = token.trim_matches(is_punctuation);
         is_wordlike(token)
@@ -144,7 +146,8 @@ impl Redactor {
     }
 }
 
-/// A text of which nobody knows the policy, as it may be logged: what is no word is `[redacted]`.
+/// Returns a text in the form that may be logged if its policy is not known: everything that does not look like a word becomes
+/// `[redacted]`.
 pub fn plain(text: &str) -> String {
     parts_of(text, |token| is_wordlike(token.trim_matches(is_punctuation)))
         .into_iter()
@@ -159,7 +162,7 @@ fn redacted(text: &str, salt: &Salt) -> String {
     format!("[redacted:{}]", salt.bytes(text.as_bytes()))
 }
 
-/// The names in a value, whatever it is: words of all texts that are not words to everybody.
+/// Collects the names in a value: the words of all its texts that do not count as words by themselves.
 fn collect(value: &Value, known: &mut HashSet<String>) {
     let mut add = |text: &str| {
         let tokens = text.split_whitespace().chain([text]).map(|token| token.trim_matches(is_punctuation));
@@ -167,7 +170,7 @@ fn collect(value: &Value, known: &mut HashSet<String>) {
     };
     match value {
         Value::Null | Value::Bool(_) => {}
-        // The bounds of a schema, such as `maximum`.
+        // Bounds in a schema, such as `maximum`.
         Value::Number(number) => add(&number.to_string()),
         Value::String(text) => add(text),
         Value::Array(items) => items.iter().for_each(|item| collect(item, known)),
@@ -178,12 +181,12 @@ fn collect(value: &Value, known: &mut HashSet<String>) {
     }
 }
 
-/// What a sentence puts around a name.
+/// Returns whether a character is punctuation that a sentence puts around a name.
 fn is_punctuation(c: char) -> bool {
     matches!(c, '.' | ',' | ';' | ':' | '!' | '?' | '(' | ')' | '[' | ']' | '"' | '\'' | '`' | '…')
 }
 
-/// What stands before a port.
+/// Returns the text without the port at its end.
 fn without_port(text: &str) -> &str {
     match text.rsplit_once(':') {
         Some((host, port)) if port.len() <= 5 && port.bytes().all(|b| b.is_ascii_digit()) => host,
@@ -191,8 +194,8 @@ fn without_port(text: &str) -> &str {
     }
 }
 
-/// Whether a text is an address, in whatever spelling, with or without a port: where a call was to go matters most where it was none
-/// that is allowed.
+/// Returns whether a text is an address in any notation, with or without a port. Addresses are shown, because the target of a call matters
+/// most if it is not an allowed one.
 fn is_address(text: &str) -> bool {
     let host = if text.parse::<Ipv6Addr>().is_ok() { text } else { without_port(text) };
     let host = host.trim_start_matches('[').trim_end_matches(']');
@@ -202,12 +205,12 @@ fn is_address(text: &str) -> bool {
         || host.strip_prefix("0x").is_some_and(is_hex)
 }
 
-/// Whether a text without spaces is a word, a number or a name of such, to whoever reads it.
+/// Returns whether a text without spaces looks like a word, a number or a name made of these.
 fn is_wordlike(token: &str) -> bool {
     if is_address(token) || OURS.contains(&token) || token.parse::<jiff::Timestamp>().is_ok() {
         return true;
     }
-    // What these are in is an account, a parameter, an escape or base64.
+    // A text with one of these characters is an account, a parameter, an escape or base64.
     let is_plain = |c: char| c.is_ascii_graphic() && !matches!(c, '@' | '=' | '%' | '&' | '\\' | '+');
     if token.len() > LONGEST_NAME || !token.chars().all(is_plain) {
         return false;
@@ -227,7 +230,7 @@ fn is_wordlike(token: &str) -> bool {
             (false, true) => LONGEST_CAMEL,
             (false, false) => LONGEST_CAPITALS,
         };
-        // Capitals side by side between small letters are those of base64.
+        // Adjacent capitals between lower-case letters are a sign of base64.
         let capitals = run.windows(2).filter(|pair| pair.iter().all(u8::is_ascii_uppercase)).count();
         digits = digits.saturating_add(if some(u8::is_ascii_digit) { run.len() } else { 0 });
         run.len() <= longest
@@ -236,14 +239,14 @@ fn is_wordlike(token: &str) -> bool {
     }) && digits <= MOST_DIGITS
 }
 
-/// A part of a text.
+/// A part of a text, and whether it is shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Part<'t> {
     Shown(&'t str),
     Hidden(&'t str),
 }
 
-/// The parts of a text of which each is shown or hidden: its quotations, and the words between them. Hidden words beside one another are one.
+/// Splits a text into parts that are shown or hidden: its quotations, and the words between them. Adjacent hidden words are one part.
 fn parts_of<'t>(text: &'t str, reads: impl Fn(&str) -> bool) -> Vec<Part<'t>> {
     let mut parts = Vec::new();
     let mut rest = text;
@@ -260,11 +263,12 @@ fn parts_of<'t>(text: &'t str, reads: impl Fn(&str) -> bool) -> Vec<Part<'t>> {
     parts
 }
 
-/// The text before the next quotation; the quotation, with its marks; the text after it. A quotation that has no end goes to the text's.
+/// Returns the text before the next quotation, the quotation with its quotation marks, and the text after it. A quotation without an end
+/// extends to the end of the text.
 fn next_quotation(text: &str) -> (&str, Option<(&str, &str, &str)>, &str) {
     let mut before = ' ';
     let opens = |(_, c): &(usize, char)| {
-        // An apostrophe has a letter before it.
+        // An apostrophe follows a letter.
         let opens = matches!(c, '"' | '`') || (*c == '\'' && !before.is_alphanumeric());
         before = *c;
         opens
@@ -286,9 +290,9 @@ fn next_quotation(text: &str) -> (&str, Option<(&str, &str, &str)>, &str) {
     (plain, Some((open, inner, "")), "")
 }
 
-/// The words of a text without quotations.
+/// Splits a text without quotations into parts.
 fn words<'t>(text: &'t str, reads: &impl Fn(&str) -> bool, parts: &mut Vec<Part<'t>>) {
-    // Where the part begins that is not told yet, and the last word that is hidden in it ends.
+    // The start of the text that is not in `parts` yet, and the range of the hidden words in it.
     let (mut start, mut hidden): (usize, Option<(usize, usize)>) = (0, None);
     let slice = |from: usize, to: usize| text.get(from..to).unwrap_or_default();
     let mut at = 0;

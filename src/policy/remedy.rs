@@ -1,6 +1,6 @@
-//! What whoever is refused can do about it: who can change what refused a call, and whether trying again can help.
+//! Tells the caller of a denied call who can change the cause, and whether a retry can help.
 //!
-//! Guarantees: a refusal that time cannot change is never said to be worth another try.
+//! Guarantees: a denial that time cannot change never suggests a retry.
 //! Non-goals: changing anything.
 
 use super::{decide::Denial, rule::Rule};
@@ -8,35 +8,35 @@ use super::{decide::Denial, rule::Rule};
 /// Whether the same call may pass later.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Again {
-    /// Not while nobody changes anything.
+    /// Never, unless somebody changes something.
     Never,
-    /// Once this attempt has fewer calls under way.
+    /// Once this attempt has fewer calls in progress.
     Soon,
-    /// Once something outside works again.
+    /// Once an external dependency works again.
     Later,
 }
 
-/// Who can have a rule let a call pass.
+/// Who can change the cause of a denial.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Whose {
-    /// Whoever has written the agent, by another request.
+    /// The author of the agent, by another request.
     Agent,
-    /// Whoever makes the task, by its limits.
+    /// The author of the task, by its limits.
     Task,
-    /// Whoever makes the task, by its tools.
+    /// The author of the task, by its tools.
     Tools,
-    /// Whoever maintains the tool's contract.
+    /// The owner of the tool's contract.
     Contract,
-    /// Whoever maintains the policy pack.
+    /// The owner of the policy pack.
     Pack,
-    /// Nobody but time, or whoever runs the upstream.
+    /// The owner of the upstream. Otherwise only time helps.
     Upstream,
-    /// Whoever runs Belay.
+    /// The administrator of Belay.
     Belay,
 }
 
 impl Whose {
-    /// For people.
+    /// Returns a sentence about who can change the cause, for users.
     fn describe(self) -> &'static str {
         match self {
             Self::Agent => "The agent can change this by another request",
@@ -55,7 +55,7 @@ impl Whose {
 }
 
 impl Rule {
-    /// Who can have it let a call pass.
+    /// Returns who can change the cause of a denial by this rule.
     pub fn whose(self) -> Whose {
         match self {
             Self::ModelRequest | Self::Request | Self::RequestJson | Self::ToolSchema | Self::Busy => Whose::Agent,
@@ -99,14 +99,14 @@ impl Rule {
             | Self::LogSegment
             | Self::TaskClosed
             | Self::ContainmentLost
-            // What a pack lists is not dialled where it leads to addresses that are nobody's to reach.
+            // A host of the pack that resolves to addresses that must not be dialled.
             | Self::EgressAddress
             | Self::Evidence
             | Self::Foreign(_) => Whose::Belay,
         }
     }
 
-    /// Whether a call that it has refused may pass later.
+    /// Returns whether a call that this rule denied may pass later.
     pub fn again(self) -> Again {
         match self {
             Self::Busy | Self::ToolRate => Again::Soon,
@@ -115,21 +115,21 @@ impl Rule {
         }
     }
 
-    /// Whether the upstream has failed, and nothing of Belay's has refused anything.
+    /// Returns whether the upstream failed, so that no rule of Belay denied the call.
     pub fn is_upstreams(self) -> bool {
         matches!(self, Self::UpstreamResolve | Self::UpstreamConnect | Self::UpstreamTls | Self::UpstreamReply)
     }
 
-    /// Whether it follows from what people have decided, and not from how something fares now.
+    /// Returns whether the denial follows from a decision of policy, and not from the current state of a system.
     fn is_decided(self) -> bool {
         let fares = matches!(self, Self::Busy | Self::ToolTimeout | Self::ToolOutput | Self::UpstreamSecret);
         self == Self::EgressAddress || !fares && !matches!(self.whose(), Whose::Belay | Whose::Upstream)
     }
 
-    /// What has become of a call, or whatever `what` is, by this rule.
+    /// Returns what this rule did to a call, or to whatever `what` names.
     fn done_to(self, what: &str) -> String {
         match self {
-            // It may have been made: that nobody knows how it ended is what this says.
+            // The call may have been made. The message says only that the outcome is unknown.
             Self::UpstreamReply => format!("Belay has no whole reply to this {what}"),
             rule if rule.is_upstreams() => format!("Belay could not make this {what}"),
             _ => format!("Belay refused this {what}"),
@@ -138,7 +138,8 @@ impl Rule {
 }
 
 impl Denial {
-    /// The refusal in words, of a call or whatever `what` is: which rule, why, who can change it, and whether to try again.
+    /// Returns the denial in words, for a call or whatever `what` names: the rule, the reason, who can change the cause, and whether to
+    /// retry.
     pub fn told(&self, what: &str) -> String {
         let Self { rule, reason } = self;
         let reason = reason.trim_end_matches(['.', ' ', '\n']);
@@ -191,13 +192,13 @@ mod tests {
         ] {
             let told = Denial { rule, reason: "r.".into() }.told("call");
             assert!(words.iter().all(|word| told.contains(word)), "{told}");
-            // Who refuses has not failed, and who has failed has not refused.
+            // A denial by Belay is not a failure of the upstream, and a failure of the upstream is not a denial.
             assert!(!(told.contains("Belay refused") && told.contains("No policy refused")), "{told}");
             assert_eq!(told.contains("limits of the AgentTask"), rule == Rule::Tokens, "{told}");
         }
     }
 
-    /// A client that tries again what cannot pass burns its time, and counts against the task's limit of denials.
+    /// A client that retries what cannot pass wastes its time, and each retry counts towards the task's limit on denials.
     #[test]
     fn only_what_time_can_change_is_worth_another_try() {
         let worth: Vec<_> =

@@ -1,7 +1,8 @@
 //! Rule identifiers: the vocabulary of denials, evidence and metrics.
 //!
-//! Guarantees: what this version writes is a closed set. What it reads may have the names of a later version, which are kept as they are: a log is
-//! not wrong because its rules have other names. Of those only so many are kept in memory, and in metrics they have one label.
+//! Guarantees: the set of rules that this version writes is closed. What it reads may contain the rules of a later version. These are
+//! preserved, because other names of rules do not make a log wrong. A process stores only a limited number of them, and in metrics they
+//! share one label.
 
 use std::{
     collections::BTreeSet,
@@ -12,15 +13,15 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// Longest name of a rule, in bytes.
 const LONGEST: usize = 64;
-/// Names of rules of other versions that one process may meet.
+/// Maximum number of rules of other versions that one process stores.
 const MOST: usize = 4096;
 
-/// The name of a rule that this version does not have.
+/// The name of a rule that this version does not know.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Foreign(&'static str);
 
 impl Foreign {
-    /// Keeps a name for good. `None` if it is none, or there are too many.
+    /// Stores a name for the life of the process. Returns `None` if the name is malformed, or if there are too many names.
     fn new(name: &str) -> Option<Self> {
         static NAMES: LazyLock<Mutex<BTreeSet<&'static str>>> = LazyLock::new(Mutex::default);
         let plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'.';
@@ -45,20 +46,20 @@ macro_rules! rules {
         #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
         pub enum Rule {
             $($(#[$doc])* $variant,)+
-            /// One of another version, in what was read.
+            /// A rule of another version, in data that was read.
             Foreign(Foreign),
         }
 
         impl Rule {
-            /// Every rule.
+            /// All rules.
             pub const ALL: &[Rule] = &[$(Rule::$variant),+];
 
-            /// The stable identifier.
+            /// Returns the stable identifier.
             pub fn as_str(self) -> &'static str {
                 match self { $(Rule::$variant => $id,)+ Rule::Foreign(Foreign(name)) => name }
             }
 
-            /// The rule of that name; nothing where it is no rule's name.
+            /// Returns the rule with this name, or `None` if it cannot be the name of a rule.
             pub fn named(name: &str) -> Option<Self> {
                 match name {
                     $($id => Some(Rule::$variant),)+
@@ -70,7 +71,7 @@ macro_rules! rules {
 }
 
 impl Rule {
-    /// The label in metrics: names of other versions share one.
+    /// Returns the label in metrics. Rules of other versions share one label.
     pub fn label(self) -> &'static str {
         match self {
             Self::Foreign(_) => "other",
@@ -112,31 +113,31 @@ rules! {
     ToolPrecondition = "tool.precondition",
     /// The class allows the contract's side effect.
     ToolEffect = "tool.effect",
-    /// The arguments make a request of the contract's URL template.
+    /// The arguments render to a request by the contract's URL template.
     ToolUrl = "tool.url",
-    /// The upstream's definition of the tool is the one that was approved.
+    /// The upstream's definition of the tool matches the contract's pin, or without a pin the first definition that the attempt saw.
     ToolChanged = "tool.changed",
     /// The result fits the contract's output schema.
     ToolOutput = "tool.output",
     /// The contract has calls left.
     ToolLimitCalls = "tool.calls",
-    /// The contract's calls a minute are not used up.
+    /// The contract's calls per minute are not used up.
     ToolRate = "tool.rate",
-    /// The tool answers within the contract's time.
+    /// The tool replies within the contract's timeout.
     ToolTimeout = "tool.timeout",
-    /// The arguments are no longer than the contract lets them be.
+    /// The arguments are not longer than the contract allows.
     ToolRequestBytes = "tool.requestBytes",
-    /// The reply is no longer than the contract lets it be.
+    /// The reply is not longer than the contract allows.
     ToolResponseBytes = "tool.responseBytes",
-    /// No call was made under the same idempotency key.
+    /// No other call was made under the same idempotency key.
     ToolIdempotency = "tool.idempotency",
-    /// People have approved this exact call.
+    /// Approvers have approved this exact call.
     ToolApproval = "tool.approval",
-    /// The call is what undoes another by that one's contract, and nobody has made it before.
+    /// The call is the compensation of another call, by the contract of that call, and was not made before.
     ToolRollback = "tool.rollback",
-    /// A rule of the pack lets the principal make the call, and none forbids it.
+    /// A rule of the pack lets the principal make the call, and no rule denies it.
     AccessRule = "access.rule",
-    /// The call's risk is lower than the pack's limit.
+    /// The call's risk score is below the pack's limit.
     RiskScore = "access.risk",
     /// The attempt has time left.
     WallTime = "budget.wallTime",
@@ -146,27 +147,27 @@ rules! {
     Tokens = "budget.tokens",
     /// The task has money left for the prompt and the longest reply.
     Cost = "budget.cost",
-    /// The task has had fewer calls refused than end it.
+    /// The task has had fewer denials than its limit.
     Denials = "budget.denials",
     /// The pack has an endpoint for this model API.
     ModelEndpoint = "model.endpoint",
-    /// The model request is one whose cost and effects can be bounded.
+    /// The cost and the effects of the model request can be bounded.
     ModelRequest = "model.request",
-    /// The pack allows by name what the model request has the provider do.
+    /// The pack allows by name what the model request makes the provider do.
     ModelAllowed = "model.allowed",
-    /// The pack lets members of model requests pass that Belay does not know.
+    /// The pack lets unknown members of model requests pass.
     ModelUnknown = "model.unknown",
-    /// The pack has a price for the model, where the task's cost is limited.
+    /// The pack has a price for the model, if the task's cost has a limit.
     ModelPrice = "model.price",
-    /// The host is well formed and on the class's list for this use.
+    /// The host is well formed and listed by the class for this use.
     EgressHost = "egress.host",
     /// The port is listed with the host.
     EgressPort = "egress.port",
-    /// Every address that the name has is public.
+    /// Every address of the name is public.
     EgressAddress = "egress.address",
     /// The host may be used for the agent's own traffic.
     EgressDirect = "egress.direct",
-    /// The host is not one of those whose refusals the class does not count.
+    /// The host is not one whose denials the class does not count.
     EgressIgnored = "egress.ignored",
     /// The token is valid, for this audience and bound to a live pod.
     IdentityToken = "identity.token",
@@ -176,11 +177,11 @@ rules! {
     IdentityAttempt = "identity.attempt",
     /// The call's intent is witnessed and stored.
     IntentMissing = "intent.missing",
-    /// The harness runs by the policy that the gateway compiled.
+    /// The harness runs with the policy that the gateway compiled.
     ConfigDigest = "config.digest",
     /// The segment extends the log's last head.
     LogFork = "log.fork",
-    /// The segment is well formed, signed and its own.
+    /// The segment is well formed, signed, and from the attempt that sends it.
     LogSegment = "log.segment",
     /// The task has not ended.
     TaskClosed = "task.closed",
@@ -190,9 +191,9 @@ rules! {
     Evidence = "evidence.unavailable",
     /// The request is well formed.
     Request = "request.malformed",
-    /// The request is JSON that can be read in one way only.
+    /// Every parser reads the JSON of the request in the same way.
     RequestJson = "request.json",
-    /// The pod has fewer requests under way than it may.
+    /// The pod has fewer requests in progress than its limit.
     Busy = "request.busy",
     /// The upstream's name has an address.
     UpstreamResolve = "upstream.resolve",
@@ -200,11 +201,11 @@ rules! {
     UpstreamConnect = "upstream.connect",
     /// The upstream's certificate is valid for its name.
     UpstreamTls = "upstream.tls",
-    /// The upstream answers in time.
+    /// The upstream replies in time.
     UpstreamReply = "upstream.reply",
-    /// The reply does not repeat the credential that its request was made with.
+    /// The reply does not repeat the credential of its request.
     UpstreamSecret = "upstream.secret",
-    /// The upstream's credential is there.
+    /// The upstream's credential exists, and the task's principal may use it.
     UpstreamCredential = "upstream.credential",
 }
 

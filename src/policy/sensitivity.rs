@@ -1,18 +1,19 @@
-//! How sensitive data is, by the patterns of a pack.
+//! Classifies the sensitivity of data by the patterns of a pack.
 //!
-//! Promises: every text, number and name in a value is looked at, each by itself; time grows with the value's length and
-//! not faster, whatever the patterns. Refuses: patterns that take more than their memory, and what is split over two
-//! values or encoded.
+//! Guarantees: every text, number and name in a value is checked, each by itself. The time is linear in the length of the value, whatever
+//! the patterns are.
+//! Non-goals: data that is encoded, or split over two values.
+//! Rejects: patterns that need more than the memory limit.
 
 use regex::{RegexSet, RegexSetBuilder};
 use serde_json::Value;
 
 use super::config::{DataPattern, Sensitivity};
 
-/// Memory of all compiled patterns of a pack together, in bytes.
+/// Maximum memory of all compiled patterns of a pack together, in bytes.
 const LARGEST: usize = 4 << 20;
 
-/// Compiled patterns.
+/// The compiled patterns of a pack.
 pub struct Detectors {
     patterns: RegexSet,
     levels: Vec<Sensitivity>,
@@ -22,7 +23,7 @@ impl Detectors {
     /// Compiles a pack's patterns.
     ///
     /// # Errors
-    /// Why they are none.
+    /// Returns the reason if a pattern is invalid or the patterns need too much memory.
     pub fn compile(patterns: &[DataPattern]) -> Result<Self, String> {
         let levels = patterns.iter().map(|pattern| pattern.sensitivity).collect();
         let patterns =
@@ -30,17 +31,17 @@ impl Detectors {
         Ok(Self { patterns: patterns.map_err(|error| error.to_string())?, levels })
     }
 
-    /// Whether there is nothing to look for.
+    /// Returns whether there are no patterns.
     pub fn is_empty(&self) -> bool {
         self.levels.is_empty()
     }
 
-    /// Whether some pattern tells data of this sensitivity.
+    /// Returns whether a pattern finds data of this sensitivity.
     pub fn finds(&self, level: Sensitivity) -> bool {
         self.levels.contains(&level)
     }
 
-    /// How sensitive a value is: as its most sensitive part.
+    /// Returns the sensitivity of a value: the highest of its parts.
     pub fn of(&self, value: &Value) -> Sensitivity {
         if self.is_empty() {
             return Sensitivity::default();
@@ -56,7 +57,7 @@ impl Detectors {
         }
     }
 
-    /// How sensitive a text is: as the most sensitive of what is in it.
+    /// Returns the sensitivity of a text: the highest of the patterns that match.
     pub fn of_text(&self, text: &str) -> Sensitivity {
         let found = self.patterns.matches(text).into_iter();
         found.filter_map(|index| self.levels.get(index).copied()).max().unwrap_or_default()
@@ -111,7 +112,7 @@ mod tests {
     }
 
     proptest! {
-        /// What is found anywhere in a value is found in the whole.
+        /// Data that is found anywhere in a value is found in the whole value.
         #[test]
         fn a_whole_is_as_sensitive_as_its_parts(before in ".{0,40}", after in ".{0,40}", name in "[a-z]{1,8}") {
             let text = format!("{before} 4111-1111-1111-1111 {after}");

@@ -1,11 +1,12 @@
-//! JSON Schemas that count what they take.
+//! JSON Schemas whose validation is metered.
 //!
-//! Guarantees: a value fits or does not, by JSON Schema draft 2020-12; a schema that refers to itself, compares items with each other or is
-//! applied over and over ends within its judgment's allowance ([`meter`](super::meter)), and then the value does not fit; why is said without
-//! repeating the value. Non-goals: to interrupt one pattern over one text. Its engine has bounds of its own.
+//! Guarantees: a value fits or does not fit, by JSON Schema draft 2020-12. Validation ends within the allowance of its evaluation
+//! ([`meter`](super::meter)), even if a schema refers to itself, compares items with each other, or is applied repeatedly. A value does not
+//! fit if the allowance is used up. The reason of a misfit does not repeat the value.
+//! Non-goals: interrupting the match of one pattern on one text. The regex engine has limits of its own.
 //!
-//! The validator has no such bounds, and takes keywords of ours: one is in every part of the schema, and stands before each reference, which
-//! are the only ways by which a schema comes to a part of itself again.
+//! The validator has no such limits, but it supports custom keywords. Belay adds a keyword that counts a step to every part of the schema
+//! and before each reference, because only references can make a schema apply a part of itself again.
 
 pub mod words;
 
@@ -17,29 +18,29 @@ use serde_json::{Map, Value, json};
 use super::meter::{self, Exceeded};
 use crate::canonical;
 
-/// Counts that a part of the schema is applied.
+/// A keyword that counts each time that a part of the schema is applied.
 const STEP: &str = "belay.dev/step";
-/// Steps back that an engine of patterns takes at most over one text. Patterns without looks around take none.
+/// Maximum number of backtracking steps of the regex engine on one text. Patterns without look-around take none.
 const STEPS_BACK: usize = 100_000;
-/// Memory of one compiled pattern, in bytes.
+/// Maximum memory of one compiled pattern, in bytes.
 const LARGEST_PATTERN: usize = 4 << 20;
 
-/// A compiled schema, and the text of it.
+/// A compiled schema and its source.
 pub struct Shape(Validator, Value);
 
-/// Why a value does not fit.
+/// The reason why a value does not fit.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Misfit {
-    /// A part of it is not as it should be.
+    /// A part of the value does not fit.
     At {
-        /// JSON Pointer into the value.
+        /// The place in the value, as a JSON Pointer.
         instance: String,
-        /// JSON Pointer into the schema.
+        /// The place in the schema, as a JSON Pointer.
         schema: String,
         /// What was expected, without the value.
         words: String,
     },
-    /// It takes too much to find out.
+    /// The check exceeded its allowance.
     Exceeded(Exceeded),
 }
 
@@ -47,11 +48,11 @@ impl Shape {
     /// Compiles a schema.
     ///
     /// # Errors
-    /// Why it is none.
+    /// Returns the reason if the schema is invalid.
     pub fn compile(schema: &Value) -> Result<Self, String> {
         let patterns = PatternOptions::fancy_regex().backtrack_limit(STEPS_BACK).size_limit(LARGEST_PATTERN);
         jsonschema::draft202012::options()
-            // A contract that says `format: uuid` means it.
+            // A contract with `format: uuid` means a check.
             .should_validate_formats(true)
             .with_pattern_options(patterns)
             .with_keyword(STEP, |_, _, _| Ok(Box::new(Step)))
@@ -61,10 +62,10 @@ impl Shape {
             .map_err(|error| error.to_string())
     }
 
-    /// Whether a value fits.
+    /// Checks whether a value fits.
     ///
     /// # Errors
-    /// Why not.
+    /// Returns the reason if the value does not fit.
     pub fn check(&self, value: &Value) -> Result<(), Misfit> {
         meter::metered(|| {
             let fits = self.0.is_valid(value);
@@ -72,7 +73,7 @@ impl Shape {
             if fits {
                 return Ok(());
             }
-            // Errors are made of copies, so only now.
+            // Errors copy parts of the value, so they are only made for a misfit.
             let found = self.0.validate(value);
             meter::ended_by_itself().map_err(Misfit::Exceeded)?;
             found.map_err(|error| Misfit::At {
@@ -84,7 +85,7 @@ impl Shape {
     }
 }
 
-/// The schema, with steps to count.
+/// Returns the schema with keywords that count steps.
 fn metered(schema: &Value) -> Value {
     let Value::Object(members) = schema else { return schema.clone() };
     let each = |schemas: &Map<String, Value>| {
@@ -124,8 +125,8 @@ fn metered(schema: &Value) -> Value {
     }
     made.insert(STEP.to_owned(), Value::Bool(true));
     if !references.is_empty() {
-        // The one keyword that looks at its parts in order: where no step is left, nothing is referred to. At the end, as others may refer to
-        // what was there by its place.
+        // `if` is the one keyword that evaluates its parts in order: without a step left, the reference is not followed. It is the last
+        // item, because other references may refer to the existing items by their index.
         let after = json!({"if": {STEP: true}, "then": references, "else": false});
         match made.get_mut("allOf").and_then(Value::as_array_mut) {
             Some(all) => all.push(after),
@@ -147,7 +148,7 @@ impl<'i> Keyword<'i> for Step {
     }
 }
 
-/// `uniqueItems`, by each item's one form.
+/// `uniqueItems`, by the canonical form of each item.
 struct Unique(bool);
 
 impl<'i> Keyword<'i> for Unique {

@@ -1,15 +1,15 @@
-//! Other people's words, for people to read.
+//! Shortens and escapes untrusted text for display.
 //!
-//! Promises: what is shown is short, and moves no cursor and hides nothing: agents choose this text, and people read it in terminals.
+//! Guarantees: the result is short, moves no cursor and hides nothing. Agents choose this text, and people read it in terminals.
 
-/// At most 256 characters, control characters escaped.
+/// Returns at most 256 characters, with control characters escaped.
 pub fn shorten(text: &str) -> String {
     shorten_to(text, 256)
 }
 
-/// At most so many characters, control characters escaped.
+/// Returns at most `longest` characters, with control characters escaped.
 pub fn shorten_to(text: &str, longest: usize) -> String {
-    // As nearly all of it is.
+    // Most texts need no change.
     if text.len() <= longest && text.bytes().all(|byte| (b' '..=b'~').contains(&byte)) {
         return text.to_owned();
     }

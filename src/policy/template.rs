@@ -1,15 +1,16 @@
-//! HTTP requests that are made of a tool call's arguments.
+//! Renders HTTP requests from the arguments of a tool call.
 //!
-//! A template is an absolute URL in which `{name}` stands for an argument: at most one in each segment of the path, nowhere
-//! else. The last segment may be `{+name}`, as RFC 6570 has it: an argument of one segment or several. Scheme, host, port and a
-//! query that the template itself has are literal. Arguments are strings, integers and booleans, percent-encoded. Those that the
-//! contract lists go into the query, the others are the JSON body, where the method has one.
+//! A template is an absolute URL in which `{name}` stands for an argument: at most one in each segment of the path, and nowhere else. The
+//! last segment may be `{+name}`, as in RFC 6570: an argument of one or more segments. Scheme, host, port and the template's own query are
+//! literal. Arguments are strings, integers and booleans, percent-encoded. Arguments that the contract lists are sent in the query. The
+//! others are the JSON body, if the method has one.
 //!
-//! Guarantees: `{name}` is one segment, and `{+name}` as many as it is written with, to a server that routes by the path as it is
-//! sent, decoded once, as WSGI has it, or more often, by lenient decoders, with characters folded (NFKC, best fit), trailing dots
-//! and spaces cut, or path parameters taken off. Nothing in a query ends its value, or is a second one of a parameter that the
-//! template sets. Non-goals: bodies of GET, HEAD and DELETE, lists and objects in a URL, and to correct what it is given: what does
-//! not fit is refused.
+//! Guarantees: `{name}` is one segment, and `{+name}` has as many segments as it is written with. This holds for a server that routes by
+//! the path as sent, by the path decoded once, as in WSGI, or decoded more often, with lenient decoders, with folded characters (NFKC, best
+//! fit), with trailing dots and spaces removed, or with path parameters removed. No argument in the query ends its value or sets a
+//! parameter that the template sets.
+//! Non-goals: bodies of GET, HEAD and DELETE, lists and objects in a URL, and the correction of input. Arguments that do not fit are
+//! denied.
 
 use serde_json::{Map, Value};
 use unicode_normalization::UnicodeNormalization;
@@ -22,30 +23,30 @@ use super::{
     shorten::shorten,
 };
 
-/// Longest URL. Servers take 8 KiB.
+/// Longest URL, in bytes. Servers accept 8 KiB.
 const LONGEST: usize = 8_000;
 
-/// A template that is none.
+/// An error of an invalid template.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TemplateError {
-    /// The scheme is neither.
+    /// The scheme is neither `http` nor `https`.
     #[error("expected http:// or https://")]
     Scheme,
-    /// The host or port is none.
+    /// The host or port is invalid.
     #[error("expected a literal host, and a port or none: {0}")]
     Authority(String),
-    /// A segment of the path.
+    /// A segment of the path is invalid.
     #[error(
         "expected segments of letters, digits and -._~!$&'()*+,;=:@% with at most one {{name}} in each, or {{+name}} as the last, none of them empty, `.` or `..`; found {0:?}"
     )]
     Segment(String),
-    /// The literal query.
+    /// The literal query is invalid.
     #[error("expected a query without {{name}}, whose arguments are listed in `query`; found {0:?}")]
     Query(String),
-    /// An argument goes to two places.
+    /// An argument is used in two places.
     #[error("expected each argument in one place, found {0:?} twice")]
     Twice(String),
-    /// An argument would be a second value of a parameter that the query itself sets.
+    /// An argument would be a second value of a parameter that the template's own query sets.
     #[error("expected arguments in `query` that the URL's own query does not set, found {0:?}")]
     Set(String),
 }
@@ -58,18 +59,18 @@ enum Segment {
         name: String,
         after: String,
     },
-    /// One segment or several.
+    /// One or more segments.
     Rest {
         name: String,
     },
 }
 
-/// A contract's HTTP request, ready to be made of arguments.
+/// The HTTP request of a contract, ready to be rendered from arguments.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Request {
     method: HttpMethod,
     secure: bool,
-    /// As it is written, for the URL.
+    /// The host as written, for the URL.
     host: String,
     authority: Authority,
     segments: Vec<Segment>,
@@ -77,7 +78,7 @@ pub struct Request {
     query: Vec<String>,
 }
 
-/// A request that a call is made by.
+/// A rendered request.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Rendered {
     /// The method.
@@ -89,10 +90,10 @@ pub struct Rendered {
 }
 
 impl Request {
-    /// Reads a contract's request.
+    /// Parses the request of a contract.
     ///
     /// # Errors
-    /// See [`TemplateError`].
+    /// Returns an error if the template is invalid. See [`TemplateError`].
     pub fn parse(http: &HttpUpstream) -> Result<Self, TemplateError> {
         let (secure, rest) = match http.url.split_once("://") {
             Some(("https", rest)) => (true, rest),
@@ -137,17 +138,17 @@ impl Request {
         Ok(request)
     }
 
-    /// The method.
+    /// Returns the method.
     pub fn method(&self) -> HttpMethod {
         self.method
     }
 
-    /// Host and port.
+    /// Returns host and port.
     pub fn authority(&self) -> &Authority {
         &self.authority
     }
 
-    /// The arguments that the path needs.
+    /// Returns the arguments that the path needs.
     pub fn path_arguments(&self) -> impl Iterator<Item = &str> {
         self.segments.iter().filter_map(|segment| match segment {
             Segment::Argument { name, .. } | Segment::Rest { name } => Some(name.as_str()),
@@ -155,15 +156,15 @@ impl Request {
         })
     }
 
-    /// The arguments that go into the query.
+    /// Returns the arguments that are sent in the query.
     pub fn query_arguments(&self) -> impl Iterator<Item = &str> {
         self.query.iter().map(String::as_str)
     }
 
-    /// The request for these arguments.
+    /// Renders the request for these arguments.
     ///
     /// # Errors
-    /// [`Rule::ToolUrl`] if an argument cannot go where the template wants it.
+    /// Returns [`Rule::ToolUrl`] if an argument is missing or does not fit into its place, or if the URL is too long.
     pub fn render(&self, args: &Map<String, Value>) -> Result<Rendered, Denial> {
         let mut rest = args.clone();
         let mut url = format!("{}://{}", if self.secure { "https" } else { "http" }, self.host);
@@ -238,12 +239,12 @@ fn segment(part: &str, is_last: bool) -> Result<Segment, TemplateError> {
     Ok(Segment::Argument { before: before.to_owned(), name: name.to_owned(), after: after.to_owned() })
 }
 
-/// RFC 3986 `pchar`, with `%`.
+/// Returns whether a character is in `pchar` of RFC 3986 or is `%`.
 fn is_literal(c: char) -> bool {
     c.is_ascii_alphanumeric() || "-._~!$&'()*+,;=:@%".contains(c)
 }
 
-/// An argument as text.
+/// Returns an argument as text.
 fn text(name: &str, value: &Value) -> Result<String, Denial> {
     match value {
         Value::String(text) => Ok(text.clone()),
@@ -257,7 +258,7 @@ fn refused(name: &str, what: &str) -> Denial {
     Denial { rule: Rule::ToolUrl, reason: format!("the argument {:?} {what}", shorten(name)) }
 }
 
-/// Whether an argument is what the path has a place for, in this segment.
+/// Checks whether an argument fits into its place in the path.
 fn fits(name: &str, place: &str, (before, value, after): (&str, &str, &str)) -> Result<(), Denial> {
     let Some(found) = misplaced(&decoded(before), value, &decoded(after)) else { return Ok(()) };
     Err(refused(
@@ -270,7 +271,7 @@ fn fits(name: &str, place: &str, (before, value, after): (&str, &str, &str)) -> 
     ))
 }
 
-/// What keeps a value from being one segment, alone or with the literals around it.
+/// Returns what keeps a value from being one segment, alone or together with the literals around it.
 fn misplaced(before: &str, value: &str, after: &str) -> Option<&'static str> {
     if let Some(found) = shape((before, value, after)) {
         return Some(found);
@@ -278,7 +279,7 @@ fn misplaced(before: &str, value: &str, after: &str) -> Option<&'static str> {
     if value.is_ascii() {
         return None;
     }
-    // What is not seen is not there to some, and to others a character is the nearest one that they know.
+    // Some servers drop invisible characters, and others replace a character by the nearest one that they know.
     let seen = || value.chars().filter(|c| !is_ignorable(*c));
     let (folded, fitted): (String, String) = (seen().nfkc().collect(), seen().map(best_fit).collect());
     [folded, fitted].iter().find_map(|other| shape((before, other, after))).map(|found| match found {
@@ -289,7 +290,7 @@ fn misplaced(before: &str, value: &str, after: &str) -> Option<&'static str> {
     })
 }
 
-/// What in these characters keeps a value from being one segment.
+/// Returns what keeps exactly these characters from being one segment.
 fn shape((before, value, after): (&str, &str, &str)) -> Option<&'static str> {
     let single = |c: char| match c {
         '/' => Some("a slash"),
@@ -297,7 +298,7 @@ fn shape((before, value, after): (&str, &str, &str)) -> Option<&'static str> {
         ';' => Some("a semicolon"),
         '?' => Some("a question mark"),
         '#' => Some("a number sign"),
-        // Those of Unicode end lines, as the control characters do.
+        // Unicode's line and paragraph separators end lines, as control characters do.
         '\u{2028}' | '\u{2029}' => Some("a control character"),
         c if c.is_control() => Some("a control character"),
         _ => None,
@@ -308,7 +309,8 @@ fn shape((before, value, after): (&str, &str, &str)) -> Option<&'static str> {
     if let Some(found) = value.chars().find_map(single) {
         return Some(found);
     }
-    // With the ends of the literals: `%2` may be theirs, and the rest the argument's. Two digits, `%u` and their like, by whatever decoder.
+    // The check includes the ends of the literals: `%2` may be theirs, and the rest the argument's. It covers two hex digits, `%u` and
+    // similar escapes of any decoder.
     let near: Vec<char> = before.chars().rev().take(2).collect::<Vec<_>>().into_iter().rev().collect();
     let near: Vec<char> = near.into_iter().chain(value.chars()).chain(after.chars().take(2)).collect();
     if near.windows(2).any(|pair| matches!(pair, ['%', next] if next.is_ascii_alphanumeric())) {
@@ -322,7 +324,7 @@ fn shape((before, value, after): (&str, &str, &str)) -> Option<&'static str> {
         .then_some("a dot or a space where some servers cut it off")
 }
 
-/// Characters that are not shown, and that some leave out before they compare: Unicode's default ignorable code points.
+/// Returns whether a character is invisible and dropped by some servers before they compare: Unicode's default ignorable code points.
 fn is_ignorable(c: char) -> bool {
     matches!(
         c,
@@ -333,19 +335,20 @@ fn is_ignorable(c: char) -> bool {
     )
 }
 
-/// What servers that store text in code pages make of characters that these do not have, where it matters.
+/// Returns the character that servers with code pages substitute for a character that the code page does not have. Only relevant characters
+/// are covered.
 fn best_fit(c: char) -> char {
     match c {
-        // Fraction, division and big solidus; the box drawing's.
+        // Fraction slash, division slash, big solidus and the box drawing diagonal.
         '\u{2044}' | '\u{2215}' | '\u{29f8}' | '\u{2571}' => '/',
-        // Set minus and its like; the yen and won signs have the place of `\` in Japanese and Korean code pages.
+        // Set minus and similar signs. The yen and won signs take the place of `\` in Japanese and Korean code pages.
         '\u{2216}' | '\u{29f5}' | '\u{29f9}' | '\u{20e5}' | '\u{a5}' | '\u{20a9}' => '\\',
         '\u{66a}' => '%',
         c => c,
     }
 }
 
-/// Whether a literal segment is one, and in its place, however often it is decoded.
+/// Returns whether a literal segment stays one segment in its place, however often it is decoded.
 fn is_one_place(literal: &str) -> bool {
     let mut text = literal.to_owned();
     loop {
@@ -361,18 +364,18 @@ fn is_one_place(literal: &str) -> bool {
     }
 }
 
-/// The parameters that a literal query sets.
+/// Returns the names of the parameters that a literal query sets.
 fn literal_names(query: &str) -> impl Iterator<Item = String> {
     query.split(['&', ';']).map(|pair| loosely(&decoded(pair.split('=').next().unwrap_or_default())))
 }
 
-/// A parameter's name as the most lenient server knows it: without case, without `[]`, with PHP's underscores.
+/// Returns a parameter's name as the most lenient server reads it: without case, without `[]`, with PHP's underscores.
 fn loosely(name: &str) -> String {
     let name = name.trim().split('[').next().unwrap_or_default();
     name.chars().flat_map(char::to_lowercase).map(|c| if matches!(c, '.' | ' ' | '+') { '_' } else { c }).collect()
 }
 
-/// Everything but RFC 3986's unreserved characters, percent-encoded.
+/// Percent-encodes everything except RFC 3986's unreserved characters.
 fn encode(text: &str) -> String {
     let mut encoded = String::with_capacity(text.len());
     for byte in text.bytes() {
@@ -385,7 +388,7 @@ fn encode(text: &str) -> String {
     encoded
 }
 
-/// Percent-decodes; nothing if an escape is none or the result is no text.
+/// Percent-decodes a text. Returns `None` if an escape is invalid or the result is not UTF-8.
 fn decode(encoded: &str) -> Option<String> {
     let mut bytes = Vec::with_capacity(encoded.len());
     let mut rest = encoded.bytes();
@@ -400,7 +403,7 @@ fn decode(encoded: &str) -> Option<String> {
     String::from_utf8(bytes).ok()
 }
 
-/// Percent-decodes what can be, as a lenient server does.
+/// Percent-decodes all valid escapes, as a lenient server does.
 fn decoded(text: &str) -> String {
     let bytes = text.as_bytes();
     let mut plain = Vec::with_capacity(bytes.len());
@@ -643,8 +646,8 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever an argument is, the URL parses to the template's host and shape: as it is, and however often it is decoded, as
-        /// strict servers and lenient ones do it.
+        /// Whatever an argument is, the URL parses to the template's host and shape: as it is, and however often strict or lenient servers
+        /// decode it.
         #[test]
         fn whatever_renders_has_the_same_shape(
             id in ".{0,30}", q in ".{0,30}", odd in "[./%2eEfFcCuU0aA; \\\\\u{ff0f}\u{ff05}\u{2215}\u{200b}\u{ff0e}]{0,8}"
@@ -660,7 +663,7 @@ mod tests {
                     for part in lenient.split('/').skip(1) {
                         prop_assert!(!part.trim_matches(['.', ' ']).is_empty() && !part.contains([';', '?', '#', '\0']), "{}", lenient);
                     }
-                    // Two values of one parameter there are not either.
+                    // No parameter has two values either.
                     path = percent_encoding::percent_decode(&path).collect();
                 }
                 let pairs: Vec<&str> = uri.query().unwrap_or_default().split(['&', ';']).collect();

@@ -27,7 +27,7 @@ fn tool(name: &str, data: DataClass) -> Tool {
     }
 }
 
-/// Tasks of ana's, who has a tool `mail` and one, `records`, that answers with confidential data.
+/// A policy for a task of ana, with a tool `mail` and a tool `records` whose results are confidential.
 fn policy(access: Access) -> PolicyConfig {
     let records = DataClass { arguments: Sensitivity::Unclassified, result: Sensitivity::Confidential };
     PolicyConfig {
@@ -63,7 +63,7 @@ fn policy(access: Access) -> PolicyConfig {
 }
 
 fn rule(text: &str) -> AccessRule {
-    // name decision principals tools effects when
+    // The fields are: name, decision, principals, tools, effects, when.
     let mut parts = text.splitn(6, ' ');
     let mut next = || parts.next().unwrap_or("-");
     let list = |part: &str| if part == "-" { vec![] } else { part.split(',').map(str::to_owned).collect() };
@@ -106,7 +106,7 @@ fn judge(access: Access, now: &Now, arguments: Value) -> Result<Passed, Denial> 
     Guard::compile(&policy).unwrap().judge(asked(&policy, now), &arguments)
 }
 
-/// What comes of a call by a pack's rules: passed, asked about, or denied.
+/// The decision of a pack's rules about a call: pass, ask or deny.
 #[rstest]
 #[case::no_rules(&[], NOW, "pass")]
 #[case::allowed(&["a allow"], NOW, "pass")]
@@ -149,7 +149,7 @@ fn by_rules(#[case] of: &[&str], #[case] now: Now, #[case] expected: &str) {
     assert_eq!(found, expected);
 }
 
-/// Risk of 10 for each of: an external effect, confidential data seen, a long text. Asked at 20, denied at 30.
+/// A risk of 10 points for each of: an external side effect, confidential data seen, a long text. Approval at 20, denial at 30.
 fn risky() -> Access {
     let term = |name: &str, when: &str| RiskTerm { name: name.into(), when: when.into(), points: 10 };
     let terms = vec![
@@ -244,7 +244,7 @@ fn a_pack_that_cannot_be_enforced_does_not_compile() {
     assert!(Guard::compile(&policy(Access { classification: vec![pattern], ..Access::default() })).is_err());
 }
 
-/// Lies of a record that are found without its arguments.
+/// False assessments in a record that replay detects without the arguments.
 #[rstest]
 #[case::truth(|_: &mut Assessment| (), true)]
 #[case::less_risk(|a: &mut Assessment| a.risk.as_mut().unwrap().score = 0, false)]
@@ -280,7 +280,7 @@ fn a_record_is_judged_again(#[case] lie: fn(&mut Assessment), #[case] expected: 
 }
 
 proptest! {
-    /// A call that passes is found again from its record, and one more `Deny` never lets anything pass.
+    /// Replay reproduces the decision about a call that passes, and an additional `Deny` never lets a call pass.
     #[test]
     fn denying_only_tightens(
         decisions in proptest::collection::vec(0..3_usize, 0..5), to in "[a-d]{0,3}", calls in 0..4_i64, external: bool,

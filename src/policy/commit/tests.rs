@@ -23,7 +23,7 @@ fn any_json() -> impl Strategy<Value = Value> {
     })
 }
 
-/// Pointers to all fields.
+/// Returns the pointers of all fields.
 fn fields(value: &Value, at: &str) -> Vec<String> {
     if is_field(value) {
         return vec![at.to_owned()];
@@ -36,7 +36,7 @@ fn fields(value: &Value, at: &str) -> Vec<String> {
     }
 }
 
-/// The form is fixed: logs that are written now are read for years.
+/// The form is fixed, because logs that are written now are read for years.
 #[test]
 fn the_form_is_this() {
     let value = json!({"card": {"number": "4111"}, "items": [1, true], "none": {}});
@@ -71,7 +71,7 @@ fn a_salt_goes_round_and_is_not_shown() {
 }
 
 proptest! {
-    /// Each field can be disclosed, and proves itself and nothing else.
+    /// Each field can be disclosed, and its opening proves this field and nothing else.
     #[test]
     fn a_field_is_disclosed_by_itself(value in any_json(), other in any_json()) {
         let whole = salt().value(&value).unwrap();
@@ -86,7 +86,7 @@ proptest! {
         }
     }
 
-    /// One value, one commitment; another salt, another commitment.
+    /// The same value has the same commitment. Another salt gives another commitment.
     #[test]
     fn commitments_are_told_apart_by_value_and_salt(one in any_json(), other in any_json()) {
         let commitment = salt().value(&one).unwrap();
@@ -94,7 +94,7 @@ proptest! {
         prop_assert_ne!(commitment, Salt::new([8; 32]).value(&one).unwrap());
     }
 
-    /// What is disclosed of one field says nothing of the others: no value of them is in it.
+    /// The opening of one field contains no value of another field.
     #[test]
     fn nothing_else_is_in_an_opening(secret in "[A-Z]{12}") {
         let value = json!({"a": "shown", "b": {"c": secret.clone()}});

@@ -1,10 +1,9 @@
-//! A slow, obvious decision function, written from the documentation, and many generated calls on which it must agree.
+//! A slow and obvious decision function, written from the documentation, and many generated calls on which [`super`] must agree with it.
 //!
-//! It shares the types with [`super`] and nothing else: it reads JSON by itself and keeps every member that was written, and
-//! each contract is a function in plain Rust that says what the contract's schema and preconditions mean. It looks everything up
-//! in lists and copies as it pleases.
+//! It shares only the types with [`super`]. It reads JSON by itself and keeps every member that was written. Each contract is a function in
+//! plain Rust that says what the contract's schema and preconditions mean. It looks everything up in lists and copies freely.
 //!
-//! `BELAY_CALLS=10000000 cargo test --release --no-default-features --lib reference` takes as many calls as that.
+//! `BELAY_CALLS=10000000 cargo test --release --no-default-features --lib reference` runs that many calls.
 
 use serde_json::json;
 
@@ -14,7 +13,7 @@ use crate::policy::{
     config::*,
 };
 
-/// A JSON value as it was written.
+/// A JSON value, as written.
 #[derive(Clone, Debug)]
 enum Node {
     Null,
@@ -25,7 +24,7 @@ enum Node {
     Object(Vec<(String, Node)>),
 }
 
-/// RFC 8259, character by character.
+/// A reader of RFC 8259, character by character.
 struct Reader {
     rest: Vec<char>,
 }
@@ -168,7 +167,7 @@ impl Reader {
 }
 
 impl Node {
-    /// No name twice, no deeper than it may be, no number that some reader would change.
+    /// Checks for duplicate names, for nesting that is too deep, and for numbers that some parser would change.
     fn one_way(&self, depth: usize) -> bool {
         match self {
             Node::Null | Node::Bool | Node::Text(_) => true,
@@ -213,7 +212,7 @@ impl Node {
     }
 }
 
-/// Whether a member is as it should be, if it is there.
+/// Checks a member, if it is present.
 fn optional(node: &Node, name: &str, fits: impl Fn(&Node) -> bool) -> bool {
     node.get(name).is_none_or(fits)
 }
@@ -230,12 +229,12 @@ fn number_of(least: f64, most: f64) -> impl Fn(&Node) -> bool {
     move |node| node.number().is_some_and(|number| (least..=most).contains(&number))
 }
 
-/// JSON Schema counts `1.0` among the integers.
+/// JSON Schema counts `1.0` as an integer.
 fn integer_of(least: f64, most: f64) -> impl Fn(&Node) -> bool {
     move |node| number_of(least, most)(node) && node.number().is_some_and(|number| number.fract() == 0.0)
 }
 
-/// What the last call of `lookup` answered.
+/// The result of the last call of `lookup`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Looked {
     Never,
@@ -243,9 +242,9 @@ enum Looked {
         owner: &'static str,
         open: bool,
     },
-    /// Something of another shape.
+    /// A result of another shape.
     Odd,
-    /// Something too long to keep.
+    /// A result that is too long to be stored.
     Long,
 }
 
@@ -257,24 +256,24 @@ struct State {
     seen: Sensitivity,
 }
 
-/// What comes of a call.
+/// The decision about a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Comes {
     Denied(Rule),
-    /// It may leave, once those have said yes whom contract and pack ask.
+    /// The call is allowed, once the approvers that contract and pack require have approved it.
     Passes {
         by_contract: bool,
         by_pack: bool,
     },
 }
 
-/// One contract, as people would explain it.
+/// One contract, in plain Rust.
 struct Plain {
     name: &'static str,
     effect: SideEffect,
     schema: fn(&Node) -> bool,
     conditions: fn(&Node, State) -> bool,
-    /// Whether its contract asks people.
+    /// Whether the contract requires approval.
     asks: fn(&Node) -> bool,
 }
 
@@ -296,7 +295,7 @@ const CONTRACTS: [Plain; 6] = [
         conditions: |args, state| {
             optional(args, "severity", |node| matches!(node.text(), Some("low" | "high"))) && state.usage.tool_calls < 5
         },
-        // More than five, or nobody knows how many.
+        // More than five, or the count is unknown.
         asks: |args| !required(args, "count", number_of(0.0, 5.0)),
     },
     Plain {
@@ -340,7 +339,7 @@ const CONTRACTS: [Plain; 6] = [
     Plain {
         name: "odd",
         effect: SideEffect::Read,
-        // Whatever it is: what a condition cannot look at, it denies.
+        // The values can be anything: if a condition cannot read a value, the call is denied.
         schema: |args| args.only(&["x", "y"]),
         conditions: |args, state| required(args, "x", number_of(1.5, 1e300)) || state.usage.denials == 1,
         asks: |_| false,
@@ -444,7 +443,7 @@ fn approval(when: Option<&str>) -> Approval {
     }
 }
 
-/// A pack that [`pack`] explains.
+/// The pack that [`pack`] describes in plain Rust.
 fn access() -> Access {
     let rule = |name: &str, decision, tools: &[&str], effects: &[SideEffect], when: Option<&str>| AccessRule {
         name: name.into(),
@@ -482,7 +481,7 @@ fn access() -> Access {
 }
 
 impl Node {
-    /// Whether some text or name in it is this.
+    /// Returns whether a text or a name in the value equals `word`.
     fn says(&self, word: &str) -> bool {
         match self {
             Node::Text(text) => text == word,
@@ -493,9 +492,9 @@ impl Node {
     }
 }
 
-/// The pack's rules and risk, one after the other: why it denies, or whether it asks.
+/// Evaluates the pack's rules and the risk score: the rule that denies the call, or whether the call needs approval.
 fn pack(plain: &Plain, args: &Node, state: State) -> Result<bool, Rule> {
-    // Two, whatever it is written as; and what cannot be compared with it counts against the call.
+    // The number two in any notation. A value that cannot be compared with two counts against the call.
     let two = args.get("x").is_none_or(|x| x.number() == Some(2.0));
     if plain.name == "odd" && two || plain.name == "ping" && state.usage.tool_calls >= 5 {
         return Err(Rule::AccessRule);
@@ -510,7 +509,7 @@ fn pack(plain: &Plain, args: &Node, state: State) -> Result<bool, Rule> {
     }
 }
 
-/// The rules in their order, one after the other.
+/// Evaluates all rules in their order.
 fn reference(policy: &PolicyConfig, tool: &str, text: &[u8], state: State) -> Comes {
     match denied(policy, tool, text, state) {
         Err(rule) => Comes::Denied(rule),
@@ -521,7 +520,7 @@ fn reference(policy: &PolicyConfig, tool: &str, text: &[u8], state: State) -> Co
     }
 }
 
-/// The contract's part of it.
+/// Evaluates the contract's rules.
 fn denied<'p>(policy: &PolicyConfig, tool: &str, text: &[u8], state: State) -> Result<(&'p Plain, Node), Rule> {
     if policy.limits.denials.is_some_and(|limit| state.usage.denials >= limit) {
         return Err(Rule::Denials);
@@ -546,7 +545,7 @@ fn denied<'p>(policy: &PolicyConfig, tool: &str, text: &[u8], state: State) -> R
     Ok((plain, args))
 }
 
-/// SplitMix64: the same calls from the same seed, anywhere.
+/// SplitMix64. The same seed gives the same calls everywhere.
 struct Dice(u64);
 
 impl Dice {
@@ -588,7 +587,7 @@ const NAMES: [&str; 14] = [
     "ﬁle",
 ];
 
-/// Values that readers have been known to disagree about, and plain ones.
+/// Values that parsers are known to read differently, and plain values.
 const VALUES: [&str; 62] = [
     "0",
     "-0",
@@ -654,7 +653,7 @@ const VALUES: [&str; 62] = [
     r#"["a","b","c","d"]"#,
 ];
 
-/// Some call: most of them nearly right.
+/// Generates a call. Most calls are nearly valid.
 fn call(dice: &mut Dice) -> (String, Vec<u8>) {
     let plain = &CONTRACTS[dice.below(CONTRACTS.len())];
     let tool = if dice.one_in(12) { dice.of(&NAMES) } else { plain.name };
@@ -701,7 +700,7 @@ fn call(dice: &mut Dice) -> (String, Vec<u8>) {
         members[at].1 = dice.of(&VALUES).into();
     }
     if dice.one_in(12) && !members.is_empty() {
-        // The same name again, or one that looks like it, or the same in other characters.
+        // The same name again, a name that looks like it, or the same name in another notation.
         let at = dice.below(members.len());
         let (name, value) = members[at].clone();
         let name = match dice.below(4) {
@@ -816,7 +815,7 @@ fn generated_calls_are_decided_as_the_reference_decides() {
         };
         let written = String::from_utf8_lossy(&text);
         assert_eq!(found, expected, "call {n}: {tool:?} with {written:?} in {state:?}: {:?}", decision.verdict);
-        // The gateway has the call alone: it refuses nothing that may leave, and asks where that follows from the call.
+        // The gateway has only the call. It denies no call that is allowed, and it requires approval if the call alone determines that.
         if let Comes::Passes { by_contract, .. } = found {
             let again = canonical::to_bytes(&decision.arguments).map(|text| json::parse(&text).map(json::whole));
             let again = compiled[which].recheck(&tool, &again.unwrap().unwrap());
@@ -824,7 +823,7 @@ fn generated_calls_are_decided_as_the_reference_decides() {
         }
         *seen.entry(found).or_default() += 1;
     }
-    // A generator that never comes to a rule proves nothing of it.
+    // A generator that never triggers a rule proves nothing about the rule.
     for rule in [
         Rule::Denials,
         Rule::RequestJson,

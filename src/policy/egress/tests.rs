@@ -122,7 +122,7 @@ fn a24_a26_one_blocked_answer_denies_all_of_them() {
     }
 }
 
-/// What [`HostPattern::matches`] should do, said naively over label lists.
+/// The specification of [`HostPattern::matches`], naively over lists of labels.
 fn reference(pattern: &str, host: &str) -> bool {
     let (pattern, host): (Vec<_>, Vec<_>) = (pattern.split('.').collect(), host.split('.').collect());
     pattern.len() == host.len() && pattern.iter().zip(&host).all(|(p, h)| *p == "*" || p == h)
@@ -152,7 +152,7 @@ proptest! {
     }
 }
 
-/// Where a host's credentials are for others, no wider entry and no second one of the host stands in.
+/// If a host's credentials are for other principals, neither a wider entry nor a second entry of the host takes its place.
 #[test]
 fn a_host_of_other_principals_is_closed() {
     let barred = EgressHost { barred: true, ..entry("api.world.test", &[443], &[EgressUse::Tools]) };
@@ -166,7 +166,7 @@ fn a_host_of_other_principals_is_closed() {
     assert_eq!(allow(&[barred, wider], &to("docs.world.test:443"), EgressUse::Tools), Ok(1));
 }
 
-/// Names as anywhere, and addresses in the form in which clients ask for them.
+/// Host names, and addresses in the form in which clients contact them.
 #[rstest]
 #[case("telemetry.test", "telemetry.test:443", true)]
 #[case("*.ingest.test", "a.ingest.test:443", true)]

@@ -1,12 +1,12 @@
-//! Expressions that count what they take.
+//! Meters the evaluation of CEL expressions.
 //!
-//! Guarantees: an expression that was gone over by [`meter`] counts a step for each turn of a loop and for each operator that looks at whole
-//! values, and the bytes of each list and text that it makes, before that is copied; it means what it meant. Patterns of `matches` are
-//! compiled within a bound, and count by the text that they look at.
-//! Non-goals: to count what takes no longer than a look at a variable.
+//! Guarantees: an expression that [`meter`] has rewritten counts one step for each turn of a loop and for each operator that reads whole
+//! values. It counts the bytes of each list and text that it makes before these are copied. Its meaning does not change. Patterns of
+//! `matches` are compiled within a memory limit, and their cost depends on the length of the text.
+//! Non-goals: counting operations that take no longer than reading a variable.
 //!
-//! The evaluator has no such thing of its own. It evaluates whatever tree it is given, so the tree gets calls of functions whose names
-//! nobody can write in an expression.
+//! The evaluator has no metering of its own. It evaluates any tree, so the tree gets calls of functions whose names cannot be written in an
+//! expression.
 
 use std::sync::{Arc, LazyLock};
 
@@ -22,21 +22,21 @@ use regex::RegexBuilder;
 
 use crate::policy::meter::{self, Exceeded};
 
-/// Counts a step, and gives its argument.
+/// Counts a step and returns its argument.
 const STEP: &str = "@step";
-/// Counts the bytes of its argument, and gives it.
+/// Counts the bytes of its argument and returns it.
 const MADE: &str = "@made";
-/// Counts a turn of a loop: true, or an error.
+/// Counts a turn of a loop: returns true, or an error.
 const TURN: &str = "@turn";
-/// `matches`, within bounds.
+/// `matches` within limits.
 const MATCHES: &str = "@matches";
 
-/// Memory of a compiled pattern, in bytes.
+/// Maximum memory of a compiled pattern, in bytes.
 const LARGEST_PATTERN: usize = 4 << 20;
-/// What a value takes besides its content, in bytes.
+/// Size of a value besides its content, in bytes.
 const EACH: u64 = 48;
 
-/// What decides by itself which of its parts are evaluated, or looks at no more than a truth or a place.
+/// Operators that decide themselves which of their operands are evaluated, or that read only a boolean or one element.
 const PLAIN: [&str; 7] = [
     operators::LOGICAL_AND,
     operators::LOGICAL_OR,
@@ -47,7 +47,7 @@ const PLAIN: [&str; 7] = [
     operators::INDEX,
 ];
 
-/// What comes to a truth, a number or a part of what it was given.
+/// Functions that return a boolean, a number or a part of their argument.
 const SMALL: [&str; 25] = [
     operators::EQUALS,
     operators::NOT_EQUALS,
@@ -76,11 +76,11 @@ const SMALL: [&str; 25] = [
     STEP,
 ];
 
-/// All functions that expressions have, and those by which they count.
+/// Returns the environment with all functions that expressions may call, and the functions that count.
 pub fn env() -> Arc<Env> {
     static ENV: LazyLock<Arc<Env>> = LazyLock::new(|| {
         let mut env = Env::stdlib();
-        // Nobody else can have such names. An expression that found none of them could not be evaluated, which denies.
+        // No other function can have these names. An expression that does not find one of them cannot be evaluated, which denies the call.
         let _ = env.add_overload(STEP, STEP, vec![DYN_TYPE], stepped);
         let _ = env.add_overload(MADE, MADE, vec![DYN_TYPE], made);
         let _ = env.add_overload(TURN, TURN, vec![], turn);
@@ -90,7 +90,7 @@ pub fn env() -> Arc<Env> {
     ENV.clone()
 }
 
-/// Has an expression count what it takes.
+/// Rewrites an expression so that it counts its cost.
 pub fn meter(expression: &mut IdedExpr) {
     match &mut expression.expr {
         Expr::Unspecified | Expr::Literal(_) | Expr::Ident(_) => {}
@@ -117,7 +117,7 @@ fn entered(entry: &mut EntryExpr) {
     }
 }
 
-/// What becomes part of something else is copied for that.
+/// Counts a value that becomes part of another value, because it is copied.
 fn kept(part: &mut IdedExpr) {
     meter(part);
     if !matches!(part.expr, Expr::Literal(_)) {
@@ -125,7 +125,7 @@ fn kept(part: &mut IdedExpr) {
     }
 }
 
-/// A call counts before it looks at its first argument, or else once it is done; and what it makes.
+/// Counts a call before it reads its first argument, or after the call if it has no argument. Also counts the size of its result.
 fn counted(expression: &mut IdedExpr) {
     let Expr::Call(call) = &mut expression.expr else { return };
     let arguments = call.args.len();
@@ -137,7 +137,7 @@ fn counted(expression: &mut IdedExpr) {
         ("matches", None) if call.target.is_none() && arguments == 2 => MATCHES.clone_into(&mut call.func_name),
         _ => {}
     }
-    // What a loop has come to so far has no name in an expression: it is the loop's own, which counts by turns.
+    // The accumulator of a loop has no name that an expression can write. It belongs to the loop, which counts its turns.
     let is_own = matches!(call.args.first().map(|first| &first.expr), Some(Expr::Ident(name)) if name.starts_with('@'));
     if PLAIN.contains(&call.func_name.as_str()) || is_own {
         return;
@@ -153,7 +153,7 @@ fn counted(expression: &mut IdedExpr) {
     }
 }
 
-/// A loop counts its turns. Where it only appends to a list, it stays of the form in which the evaluator does so in place.
+/// Counts the turns of a loop. A loop that only appends to a list keeps the form that the evaluator runs in place.
 fn turned(one: &mut ComprehensionExpr) {
     meter(&mut one.iter_range);
     meter(&mut one.loop_cond);
@@ -179,7 +179,7 @@ fn refuse() -> Expr {
     Expr::Literal(LiteralValue::Boolean(false.into()))
 }
 
-/// `turn() ? part : otherwise`
+/// Replaces `part` by `turn() ? part : otherwise`.
 fn on_turn(part: &mut IdedExpr, otherwise: Expr) {
     let (id, inner) = (part.id, std::mem::take(part));
     let node = |expr| IdedExpr { id, expr };
@@ -229,7 +229,7 @@ fn matches<'b, 'v>(args: Vec<CowVal<'b, 'v>>) -> Result<CowVal<'b, 'v>, Executio
     };
     let (text, pattern) = (text.inner(), pattern.inner());
     let length = |text: &str| u64::try_from(text.len()).unwrap_or(u64::MAX);
-    // The evaluator of patterns looks at each character with, at worst, each part of the pattern.
+    // The regex engine reads each character with, at worst, each part of the pattern.
     let looks = length(text).saturating_mul(length(pattern).max(8)) / 64;
     meter::step(looks.saturating_add(length(pattern))).map_err(over)?;
     let compiled = RegexBuilder::new(pattern).size_limit(LARGEST_PATTERN).build();
@@ -237,7 +237,7 @@ fn matches<'b, 'v>(args: Vec<CowVal<'b, 'v>>) -> Result<CowVal<'b, 'v>, Executio
     Ok(CowVal::owned(CelBool::from(compiled.is_match(text))))
 }
 
-/// Counts a value's parts and bytes.
+/// Counts the parts and the bytes of a value.
 fn weigh(value: &dyn Val) -> Result<(), Exceeded> {
     let length = |length: usize| u64::try_from(length).unwrap_or(u64::MAX);
     meter::step(1)?;

@@ -1,7 +1,8 @@
-//! The APIs of models, by their paths, and the names that each has for the same thing.
+//! The APIs of model providers by their paths, and the names that each API has for the same thing.
 //!
-//! Guarantees: a path is one API's or none's, with `/v1` before it or without, as client libraries differ in that; whoever asks twice where a
-//! call goes finds the same. Non-goals: whether the host may be reached.
+//! Guarantees: a path belongs to one API or to none, with `/v1` before it or without, because client libraries differ in that. The same
+//! question about the endpoint of a call always has the same answer.
+//! Non-goals: whether the host may be reached.
 
 use serde::{Deserialize, Serialize};
 
@@ -18,36 +19,36 @@ pub enum Api {
     ChatCompletions,
     /// `POST /v1/responses`.
     Responses,
-    /// `POST /v1/responses/input_tokens`: what a response's prompt would be.
+    /// `POST /v1/responses/input_tokens`: counts the prompt of a response.
     InputTokens,
     /// `POST /v1/messages`.
     Messages,
-    /// `POST /v1/messages/count_tokens`: what a message's prompt would be.
+    /// `POST /v1/messages/count_tokens`: counts the prompt of a message.
     CountTokens,
     /// `POST /v1/embeddings`.
     Embeddings,
     /// `POST /v1/moderations`.
     Moderations,
-    /// `GET /v1/models`, and one of them by its name.
+    /// `GET /v1/models`: lists the models, or describes one by its name.
     Models,
 }
 
-/// Whose API an endpoint speaks.
+/// The API that an endpoint speaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "kube", derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Family {
-    /// `/chat/completions`, `/responses` and what is beside them.
+    /// The OpenAI-style API: `/chat/completions`, `/responses` and the paths beside them.
     OpenAi,
-    /// `/messages` and what is beside it.
+    /// The Anthropic-style API: `/messages` and the paths beside it.
     Anthropic,
 }
 
-/// What of a query is passed on with `GET /models`.
+/// The query parameters that `GET /models` forwards.
 const PAGES: [&str; 4] = ["after", "after_id", "before_id", "limit"];
 
 impl Api {
-    /// Every one.
+    /// All APIs.
     pub const ALL: [Self; 8] = [
         Self::ChatCompletions,
         Self::Responses,
@@ -59,14 +60,14 @@ impl Api {
         Self::Models,
     ];
 
-    /// Which API a path speaks.
+    /// Returns the API of a path.
     pub fn of_path(path: &str) -> Option<Self> {
         let path = path.strip_prefix("/v1").unwrap_or(path);
         let known = Self::ALL.into_iter().find(|api| api.path().strip_prefix("/v1") == Some(path));
         known.or_else(|| path.strip_prefix("/models/").filter(|name| is_model(name)).map(|_| Self::Models))
     }
 
-    /// Its path.
+    /// Returns the path of the API.
     pub fn path(self) -> &'static str {
         match self {
             Self::ChatCompletions => "/v1/chat/completions",
@@ -80,7 +81,8 @@ impl Api {
         }
     }
 
-    /// What is asked of a provider for a request to this path: with `/v1`, and with what of its query pages through lists.
+    /// Returns the target of the request to a provider for a request to this path: the path with `/v1`, and the query parameters that page
+    /// through lists.
     pub fn target(self, path: &str, query: Option<&str>) -> String {
         if self != Self::Models {
             return self.path().to_owned();
@@ -95,7 +97,7 @@ impl Api {
         format!("/v1{path}{mark}{}", pages.join("&"))
     }
 
-    /// Whose it is; of a list of models nobody can tell.
+    /// Returns the family of the API, or `None` for a list of models, which both families have.
     pub fn family(self) -> Option<Family> {
         match self {
             Self::ChatCompletions | Self::Responses | Self::InputTokens | Self::Embeddings | Self::Moderations => {
@@ -106,7 +108,7 @@ impl Api {
         }
     }
 
-    /// What a request may have in it.
+    /// Returns the table of what a request may contain.
     pub fn table(self) -> &'static Shape {
         match self {
             Self::ChatCompletions => &requests::CHAT_COMPLETIONS,
@@ -118,22 +120,22 @@ impl Api {
         }
     }
 
-    /// Its method.
+    /// Returns the HTTP method.
     pub fn method(self) -> &'static str {
         if self == Self::Models { "GET" } else { "POST" }
     }
 
-    /// Whether a model writes something because of it.
+    /// Returns whether a model generates output for a request of this API.
     pub fn writes(self) -> bool {
         matches!(self, Self::ChatCompletions | Self::Responses | Self::Messages)
     }
 
-    /// Whether no provider charges for it.
+    /// Returns whether no provider charges for a request of this API.
     pub fn is_free(self) -> bool {
         !self.writes() && self != Self::Embeddings
     }
 
-    /// The members that limit the output. The first is the one that is written where a request has none.
+    /// Returns the members that limit the output. Belay sets the first one if a request has none.
     pub fn output_limits(self) -> &'static [&'static str] {
         match self {
             Self::ChatCompletions => &["max_completion_tokens", "max_tokens"],
@@ -144,43 +146,43 @@ impl Api {
     }
 }
 
-/// Whether a text can be a model's name in a path, and is no other path.
+/// Returns whether a text in a path can be the name of a model, and cannot be another path.
 fn is_model(name: &str) -> bool {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._:@-".contains(&byte);
     let escaped = name.replace("%2F", "/").replace("%2f", "/").replace("%3A", ":").replace("%3a", ":");
     escaped.split('/').all(|part| !part.is_empty() && part != "." && part != ".." && part.bytes().all(plain))
 }
 
-/// An endpoint that serves a call.
+/// The endpoint that serves a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Chosen<'p> {
-    /// Its base URL.
+    /// The base URL.
     pub base: &'p str,
-    /// Whose API it speaks.
+    /// The API that the endpoint speaks.
     pub family: Family,
-    /// What the entry allows besides what the pack does.
+    /// What the entry allows in addition to what the pack allows for all endpoints.
     pub allow: &'p [Capability],
-    /// Whether streams are asked what they cost.
+    /// Whether Belay asks for the usage of streams.
     pub stream_usage: StreamUsage,
 }
 
-/// Domains of hosts at which every model takes the newer output limit, and models that think refuse the older one.
+/// Domains of hosts at which every model accepts the newer output limit, and reasoning models reject the older one.
 const NEWER_LIMIT: [&str; 4] =
     ["api.openai.com", "openai.azure.com", "cognitiveservices.azure.com", "services.ai.azure.com"];
-/// Azure's first version of its API that knows the newer one.
+/// The first version of Azure's API that knows the newer output limit.
 const AZURE_NEWER_LIMIT: &str = "2024-09";
 
 impl Chosen<'_> {
-    /// The member that limits the reply of a chat completion there, of a model of which nothing is known. A deployment on Azure has whatever name
-    /// its owner gave it. Servers that are not OpenAI's all know the older member; some do not look at the newer one, and a limit that nobody
-    /// looks at is none.
+    /// Returns the member that limits the reply of a chat completion at this endpoint, for a model that the catalogue does not know. A
+    /// deployment on Azure has any name that its owner chose. All servers other than OpenAI's know the older member. Some of them ignore
+    /// the newer member, and a limit that the server ignores is not a limit.
     pub fn limit_field(&self) -> OutputLimitField {
         let (base, query) = self.base.split_once('?').unwrap_or((self.base, ""));
         let authority = base.split('/').nth(2).unwrap_or_default().to_ascii_lowercase();
         let host = authority.rsplit_once(':').map_or(authority.as_str(), |(host, _)| host);
         let is_at =
             |domain: &&str| host.strip_suffix(*domain).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'));
-        // Gateways before Azure keep its paths.
+        // API gateways in front of Azure keep its paths.
         let newer = NEWER_LIMIT.iter().any(is_at) || base.contains("/openai/deployments/");
         let version = query.split('&').find_map(|pair| pair.strip_prefix("api-version="));
         if newer && version.is_none_or(|version| version >= AZURE_NEWER_LIMIT) {
@@ -192,7 +194,7 @@ impl Chosen<'_> {
 }
 
 impl ModelEndpoints {
-    /// The endpoints, in the order in which they are asked: those for some models first.
+    /// Returns the endpoints in the order in which they are tried: first those for some models.
     fn all(&self) -> impl Iterator<Item = (Chosen<'_>, &[String])> {
         let some = self.endpoints.iter().map(|entry| {
             let stream_usage = if entry.stream_usage.is_ask() { self.stream_usage } else { entry.stream_usage };
@@ -206,19 +208,20 @@ impl ModelEndpoints {
         )
     }
 
-    /// The endpoint for a model. `family` where the request tells it; a list of models comes from the first that has one.
+    /// Returns the endpoint for a model. `family` is the family of the request's API, if the request determines it. A list of models comes
+    /// from the first endpoint that has one.
     pub fn of(&self, family: Option<Family>, model: Option<&str>) -> Option<Chosen<'_>> {
         let speaks = |chosen: &Chosen<'_>| family.is_none_or(|family| chosen.family == family);
         let fits = |models: &[String]| {
             models.is_empty() || model.is_some_and(|model| models.iter().any(|pattern| is_one_of(pattern, model)))
         };
         let fitting = self.all().find(|(chosen, models)| speaks(chosen) && fits(models));
-        // Whoever asks for no model by name asks for what there is.
+        // A request without the name of a model matches any endpoint.
         let any = || self.all().find(|(chosen, _)| speaks(chosen) && model.is_none());
         fitting.or_else(any).map(|(chosen, _)| chosen)
     }
 
-    /// Every URL to which a call may go that is recorded with this target.
+    /// Returns every URL that a call with this recorded target may go to.
     pub fn urls(&self, target: &str) -> Vec<String> {
         let path = target.split_once('?').map_or(target, |(path, _)| path);
         let Some(api) = Api::of_path(path).filter(|_| path.starts_with("/v1/")) else { return vec![] };
@@ -237,11 +240,11 @@ fn is_one_of(pattern: &str, model: &str) -> bool {
     }
 }
 
-/// What people write behind a base, and means that nothing is to be put between.
+/// Paths at the end of a base URL that show that it is the whole URL of a call.
 const ENDS: [&str; 4] = ["/chat/completions", "/responses", "/messages", "/embeddings"];
 
-/// The URL of a target at an endpoint. Providers' bases have `/v1` in them or not: it is put between where there is no version yet, as client
-/// libraries of the same API would. A base may also be written as the whole URL of a call. The base's query goes along.
+/// Returns the URL of a target at an endpoint. If the base URL has no version yet, `/v1` is added, as client libraries of the same API do.
+/// A base URL can also be the whole URL of a call. The query of the base URL is kept.
 ///
 /// | base | becomes |
 /// | --- | --- |
@@ -257,7 +260,7 @@ pub fn url(base: &str, family: Family, target: &str) -> String {
     let short = path.strip_prefix("/v1").unwrap_or(path);
     let whole = ENDS.iter().find_map(|end| base.strip_suffix(end));
     let base = whole.unwrap_or(base);
-    // Behind scheme and authority.
+    // The segments after scheme and authority.
     let mut segments = base.split('/').skip(3);
     let has_version = match family {
         Family::OpenAi => segments.any(|segment| is_version(segment) || segment == "deployments"),
@@ -269,7 +272,7 @@ pub fn url(base: &str, family: Family, target: &str) -> String {
     format!("{base}{between}{short}{mark}{}", queries.join("&"))
 }
 
-/// Whether a segment of a path is a version: `v1`, `v4`, `v1beta`, `v2alpha1`.
+/// Returns whether a segment of a path is a version: `v1`, `v4`, `v1beta`, `v2alpha1`.
 fn is_version(segment: &str) -> bool {
     let Some(rest) = segment.strip_prefix('v') else { return false };
     let digits = rest.bytes().take_while(u8::is_ascii_digit).count();
@@ -360,7 +363,7 @@ mod tests {
         assert_eq!(Api::Messages.target("/messages", Some("beta=true")), "/v1/messages");
     }
 
-    /// By where it is served, of a model of which nothing is known.
+    /// The output limit depends on the server if the model is unknown.
     #[rstest]
     #[case("https://our.openai.azure.com/openai/deployments/ours?api-version=2024-10-21", true)]
     #[case("https://our.openai.azure.com/openai/v1", true)]
@@ -371,7 +374,7 @@ mod tests {
     #[case("https://gateway.test/azure/openai/deployments/ours?a=b&api-version=2024-09-01-preview", true)]
     #[case("https://api.openai.com", true)]
     #[case("https://eu.api.openai.com/v1", true)]
-    // Before Azure knew the newer one it refused it.
+    // Versions of Azure's API before the newer output limit reject it.
     #[case("https://our.openai.azure.com/openai/deployments/ours?api-version=2024-06-01", false)]
     #[case("https://our.openai.azure.com/openai/deployments/ours?api-version=2023-05-15", false)]
     #[case("http://vllm.test:8000/v1", false)]
@@ -416,7 +419,7 @@ mod tests {
         assert_eq!(base(None, None), Some("https://rest.test"));
         assert_eq!(models.of(Some(Family::OpenAi), Some("x")).unwrap().allow, []);
         assert_eq!(models.of(Some(Family::OpenAi), Some("o3")).unwrap().allow, [Capability::WebSearch]);
-        // And the gateway lets each of them be reached, for its own paths.
+        // The gateway allows each of these URLs, for the paths of its own API.
         assert_eq!(models.urls("/v1/messages"), ["https://claude.test/v1/messages"]);
         assert_eq!(models.urls("/v1/models").len(), 4);
         for target in ["/messages", "/v1/files", "/v1/models/../files", ""] {

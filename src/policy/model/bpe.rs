@@ -1,10 +1,11 @@
-//! OpenAI's o200k tokenizer: how many tokens a text is.
+//! OpenAI's o200k tokenizer: counts the tokens of a text.
 //!
-//! Guarantees: as many as that tokenizer makes of any text whose runs without a break are shorter than [`LONGEST_RUN`]; never more than one a
-//! byte; time in proportion to the text, whoever wrote it. Non-goals: which tokens they are, and those of other models.
+//! Guarantees: the count equals that tokenizer's for any text whose runs without a break are shorter than [`LONGEST_RUN`]. The count is
+//! never above one token per byte. The time is proportional to the length of the text, whatever the text is.
+//! Non-goals: which tokens they are, and tokenizers of other models.
 //!
-//! Our own, as what there is takes 25 to 70 MB of memory where a harness has 128 MiB in all. The vocabulary lies in the program as it is
-//! (1.6 MB); what finds a token in it is made once, and has 10 MB.
+//! This is an own implementation, because the existing ones take 25 to 70 MB of memory, and a harness has 128 MiB in total. The binary
+//! contains the vocabulary (1.6 MB). The index over the vocabulary is built once and takes 10 MB.
 
 use std::{
     cmp::Reverse,
@@ -14,11 +15,11 @@ use std::{
 
 use regex::Regex;
 
-/// Each token by its rank: its length in one byte, and its bytes. Made of OpenAI's published `o200k_base.tiktoken`, whose SHA-256 is
-/// 446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d.
+/// All tokens in the order of their ranks: the length in one byte, then the bytes. Generated from OpenAI's published `o200k_base.tiktoken`,
+/// whose SHA-256 is 446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d.
 static VOCABULARY: &[u8] = include_bytes!("o200k.bin");
 
-/// Where a text breaks, as OpenAI publishes it, but for the end of a run of spaces: see [`O200k::pieces`].
+/// The pattern that splits a text, as OpenAI publishes it, except for the end of a run of spaces: see [`O200k::pieces`].
 const BREAKS: &str = concat!(
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
@@ -28,12 +29,12 @@ const BREAKS: &str = concat!(
     r"|\s+",
 );
 
-/// A run without a break is counted in parts of so many bytes: a token more for each, at most, and memory stays small.
+/// A run without a break is counted in parts of this many bytes. Each part adds at most one token, and memory stays small.
 const LONGEST_RUN: usize = 16 << 10;
 
 static O200K: LazyLock<Option<O200k>> = LazyLock::new(O200k::read);
 
-/// Tokens of a text. A token a byte if there is no vocabulary, which a test rules out.
+/// Returns the number of tokens of a text. Without a vocabulary it is one token per byte, but a test ensures that there is one.
 pub fn count(text: &str) -> usize {
     O200K.as_ref().map_or(text.len(), |o200k| o200k.count(text))
 }
@@ -63,12 +64,12 @@ impl O200k {
             .sum()
     }
 
-    /// The pieces of a text. A run of spaces leaves its last one to what follows.
+    /// Returns the pieces of a text. The last space of a run of spaces belongs to the next piece.
     fn pieces<'t>(&self, text: &'t str) -> impl Iterator<Item = &'t str> {
         let mut from = 0;
         std::iter::from_fn(move || {
             let rest = text.get(from..).filter(|rest| !rest.is_empty())?;
-            // Each character is in one of the classes; if one were not, it would be counted alone.
+            // Each character is in one of the classes. A character that is in none would be counted alone.
             let end = self.breaks.find(rest).filter(|found| found.start() == 0).map_or_else(
                 || rest.chars().next().map_or(1, char::len_utf8),
                 |found| leaving_the_last(found.as_str(), found.end() == rest.len()),
@@ -91,10 +92,12 @@ fn leaving_the_last(piece: &str, at_the_end: bool) -> usize {
     }
 }
 
-/// Merges the tokens of a piece, the pair of the lowest rank first, and of equal ones the first: as the vocabulary was made.
+/// Merges the tokens of a piece: always the pair with the lowest rank, and the first of equal pairs. The vocabulary was built in this
+/// order.
 #[derive(Default)]
 struct Merging {
-    /// Of the token that begins at each byte: where the one before it begins, and where it ends. What begins inside a token is not looked at.
+    /// For the token that starts at each byte: the start of the token before it, and its own end. Entries for bytes inside a token are not
+    /// read.
     before: Vec<usize>,
     ends: Vec<usize>,
     pairs: BinaryHeap<Reverse<(u32, usize, usize)>>,
@@ -128,7 +131,7 @@ impl Merging {
         tokens
     }
 
-    /// Where the second of two tokens begins that are, together, these bytes, if there still are such.
+    /// Returns the start of the second of two adjacent tokens that together have these bytes, if there still are such tokens.
     fn is_still(&self, start: usize, end: usize) -> Option<usize> {
         let middle = self.ends.get(start).copied().filter(|middle| *middle > start && *middle < end)?;
         (self.ends.get(middle) == Some(&end)).then_some(middle)
@@ -138,7 +141,7 @@ impl Merging {
         if let Some(ends) = self.ends.get_mut(start) {
             *ends = end;
         }
-        // Nothing begins there any more.
+        // No token starts there anymore.
         if let Some(ends) = self.ends.get_mut(middle) {
             *ends = 0;
         }
@@ -147,7 +150,7 @@ impl Merging {
         }
     }
 
-    /// Notes the pair that begins here, if it is a token.
+    /// Adds the pair that starts here to the queue, if it is a token.
     fn pair(&mut self, o200k: &O200k, piece: &[u8], start: usize) {
         let end = self.ends.get(start).and_then(|middle| self.ends.get(*middle)).copied();
         let rank = end.and_then(|end| o200k.ranks.get(piece.get(start..end)?).map(|rank| (*rank, end)));
@@ -166,7 +169,7 @@ mod tests {
     fn the_vocabulary_is_the_published_one() {
         let o200k = O200k::read().unwrap();
         assert_eq!(o200k.ranks.len(), 199_998);
-        // As it is published: a token in base64, and its rank.
+        // The published form is a token in base64 and its rank.
         let mut tokens: Vec<_> = o200k.ranks.iter().map(|(token, rank)| (*rank, *token)).collect();
         tokens.sort_unstable();
         let published: String =
@@ -175,7 +178,7 @@ mod tests {
         assert_eq!(digest, "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d");
     }
 
-    /// Texts, and how many tokens OpenAI's own `tiktoken` makes of them.
+    /// Texts with the token counts of OpenAI's own `tiktoken`.
     #[test]
     fn as_many_as_others_count() {
         let cases: Vec<(String, usize)> = serde_json::from_str(include_str!("bpe/counted.json")).unwrap();
@@ -198,7 +201,7 @@ mod tests {
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
-        /// A byte is a token at most, and the pieces are the text.
+        /// A text has at most one token per byte, and the pieces add up to the text.
         #[test]
         fn no_text_has_more_tokens_than_bytes(text in "(\\PC|[ \r\n\t]|[a-zA-Z']){0,300}") {
             let o200k = O200K.as_ref().unwrap();

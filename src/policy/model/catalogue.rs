@@ -1,7 +1,8 @@
-//! What is known of well-known models: a shipped, dated list, which a pack's own entry overrides member by member.
+//! The catalogue: a dated list of models that is part of Belay. A pack's own entry overrides it member by member.
 //!
-//! Guarantees: for each name there is an answer, and where nothing is known it is the careful one. The same name and the same pack give the same
-//! answer to everybody who asks. Non-goals: what a task pays. Prices of the list are for messages only: money is counted by the pack's.
+//! Guarantees: every name has an answer, and for an unknown model the answer is conservative. The same name and the same pack always give
+//! the same answer.
+//! Non-goals: what a task pays. The list prices are only for messages. The cost is counted by the pack's prices.
 
 use std::sync::LazyLock;
 
@@ -10,24 +11,24 @@ use serde::Deserialize;
 use super::{api::Api, picture::Pictures};
 use crate::policy::config::{ModelPrice, OutputLimitField, Tokenizer};
 
-/// The list. Its first entry that fits a name counts.
+/// The list. The first entry that matches a name counts.
 static LIST: LazyLock<Catalogue> = LazyLock::new(|| {
-    // A test reads it; without it every model is an unknown one.
+    // A test parses the file. If it could not be parsed, every model would be unknown.
     serde_json::from_str(include_str!("catalogue.json")).unwrap_or_default()
 });
 
-/// The output limit of a request that names none, for a model of which none is known: what every model of the last years takes.
+/// The output limit of a request without a limit, for a model whose output limit is unknown. All models of recent years accept it.
 pub const OUTPUT_UNKNOWN: i64 = 4_096;
-/// Tokens of text for 100 of o200k, where a model's own tokenizer is not known. Measured over code, prose, JSON, random hexadecimal digits and
-/// rare signs, those of Llama 3, Qwen 3, DeepSeek, Mistral, Gemma, GLM and Kimi make 84 to 157.
+/// Tokens per 100 tokens of o200k, for a model whose tokenizer is unknown. The tokenizers of Llama 3, Qwen 3, DeepSeek, Mistral, Gemma, GLM
+/// and Kimi make 84 to 157, measured over code, prose, JSON, random hexadecimal digits and rare characters.
 const UNKNOWN_PERCENT: i64 = 160;
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 struct Catalogue {
-    /// When it was written.
+    /// The date of the list.
     date: String,
-    /// From what.
+    /// The sources of the list.
     #[allow(dead_code, reason = "for those who read the file")]
     sources: String,
     models: Vec<Entry>,
@@ -59,35 +60,35 @@ struct Entry {
 /// How the tokens of text are counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Counting {
-    /// So many for 100 of OpenAI's o200k, and never more than one a byte.
+    /// This many tokens per 100 tokens of OpenAI's o200k, and never more than one per byte.
     O200k(i64),
-    /// One a byte: no tokenizer that works on bytes makes more.
+    /// One token per byte. No tokenizer that works on bytes makes more.
     Bytes,
 }
 
-/// What is known of a model.
+/// The known properties of a model.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Model {
-    /// The longest reply that it gives.
+    /// The longest reply, in tokens.
     pub max_output: Option<i64>,
-    /// The longest prompt that it takes; with many models the reply counts as well.
+    /// The longest prompt, in tokens. For many models the reply counts as well.
     pub context: Option<i64>,
-    /// The member by which its provider limits a reply of chat completions, where that is known of the model.
+    /// The member that limits a reply of chat completions, if it is known for the model.
     pub limit_field: Option<OutputLimitField>,
-    /// How its text is counted.
+    /// How text is counted.
     pub counting: Counting,
-    /// How its pictures are.
+    /// How pictures are counted.
     pub pictures: Pictures,
-    /// Tokens of a page of a document, where its text costs nothing beside its picture.
+    /// Tokens per page of a document, if the provider charges only the picture of the page and not its text.
     pub page: Option<i64>,
-    /// Tokens of a second of sound.
+    /// Tokens per second of sound.
     pub sound_per_second: i64,
-    /// What a million tokens of prompt and reply are listed for, in US dollars.
+    /// The list prices per million tokens of prompt and reply, in US dollars.
     pub listed: Option<(&'static str, &'static str)>,
 }
 
 impl Model {
-    /// What is known of the model of this name, and the pack says of it.
+    /// Returns the properties of the model with this name, from the catalogue and the pack's entry.
     pub fn named(name: &str, pack: Option<&ModelPrice>) -> Self {
         let listed = listed(name);
         let percent = listed.map_or(UNKNOWN_PERCENT, |entry| entry.o200k_percent);
@@ -107,14 +108,14 @@ impl Model {
             },
             pictures: listed.and_then(|entry| entry.pictures).unwrap_or_default(),
             page: listed.and_then(|entry| entry.page_tokens),
-            // The highest that a provider publishes.
+            // The highest rate that a provider publishes.
             sound_per_second: listed.and_then(|entry| entry.sound_per_second).unwrap_or(32),
             listed: listed.and_then(price),
         }
     }
 
-    /// The member that limits a reply in this API; of chat completions, where the endpoint's models are limited by this one unless it is known of
-    /// the model.
+    /// Returns the member that limits a reply in this API. For chat completions, `of_endpoint` is the member of the endpoint. It applies if
+    /// the member is not known for the model.
     pub fn limit_member(&self, api: Api, of_endpoint: OutputLimitField) -> Option<&'static str> {
         match (api, self.limit_field.unwrap_or(of_endpoint)) {
             (Api::ChatCompletions, OutputLimitField::MaxTokens) => Some("max_tokens"),
@@ -123,13 +124,13 @@ impl Model {
     }
 }
 
-/// When the list was written.
+/// Returns the date of the list.
 pub fn date() -> &'static str {
     &LIST.date
 }
 
-/// The entry for a name: as it is written, behind what a router puts before it (`openai/gpt-4o`, `us.anthropic.claude-…`), and with the dashes
-/// that some write as points.
+/// Returns the entry for a name: as written, without the prefix of a router (`openai/gpt-4o`, `us.anthropic.claude-…`), and with dashes for
+/// the dots that some clients write.
 fn listed(name: &str) -> Option<&'static Entry> {
     let whole = name.to_ascii_lowercase();
     let last = whole.rsplit('/').next().unwrap_or_default();
@@ -228,7 +229,7 @@ mod tests {
         assert_eq!((model.max_output, model.context, model.counting), (Some(99), Some(999), Counting::Bytes));
         let member = model.limit_member(Api::ChatCompletions, OutputLimitField::MaxCompletionTokens);
         assert_eq!(member, Some("max_tokens"));
-        // What the pack does not say is as it was.
+        // Members that the pack's entry does not set come from the catalogue.
         assert_eq!(Model::named("gpt-4o", Some(&ModelPrice::default())), Model::named("gpt-4o", None));
     }
 }

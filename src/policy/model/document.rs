@@ -1,33 +1,34 @@
-//! How many pages a PDF has, and its text as far as it can be read.
+//! Counts the pages of a PDF and extracts its text as far as it can be read.
 //!
-//! Guarantees: time and memory are bounded, whatever is in it; where the page tree and the pages disagree, the larger number counts. Non-goals:
-//! encrypted documents, of which nobody but their reader can tell, to read text as it looks.
+//! Guarantees: time and memory are bounded, whatever the document contains. If the page tree and the pages disagree, the larger number
+//! counts.
+//! Non-goals: encrypted documents, which only their readers can open, and reading text in its visual layout.
 
 use std::io::Read;
 
 use flate2::read::ZlibDecoder;
 use memchr::memmem;
 
-/// Longest stream that is unpacked, and all of them.
+/// Longest stream that is decompressed, and maximum size of all decompressed streams, in bytes.
 const LONGEST_STREAM: usize = 2 << 20;
 const MOST_UNPACKED: usize = 32 << 20;
-/// Longest text that is taken out.
+/// Longest text that is extracted, in bytes.
 const LONGEST_TEXT: usize = 8 << 20;
-/// So far before a stream its dictionary begins, at most.
+/// Maximum distance, in bytes, from the start of a stream's dictionary to the stream.
 const DICTIONARY: usize = 512;
-/// Streams that are looked at; of a document with more nothing is believed.
+/// Maximum number of streams that are read. A document with more streams is not trusted at all.
 const MOST_STREAMS: usize = 50_000;
-/// Text of a stream that is too long to be unpacked, in bytes: of a full page.
+/// Text that is assumed for a stream that is too long to decompress, in bytes: the text of a full page.
 const TEXT_OF_A_PAGE: usize = 8_000;
 
-/// What is in a document.
+/// The contents of a document.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Pdf {
     pub(super) pages: i64,
     pub(super) text: String,
 }
 
-/// Reads a document; nothing if it has no page that we see.
+/// Reads a document. Returns `None` if it finds no page.
 pub(super) fn read(bytes: &[u8]) -> Option<Pdf> {
     let mut found = Found::default();
     found.objects(bytes);
@@ -57,9 +58,9 @@ pub(super) fn read(bytes: &[u8]) -> Option<Pdf> {
 
 #[derive(Default)]
 struct Found {
-    /// Objects that are pages.
+    /// The number of objects that are pages.
     pages: i64,
-    /// The largest number that a node of the page tree says.
+    /// The largest page count in a node of the page tree.
     tree: i64,
     text: String,
 }
@@ -67,7 +68,7 @@ struct Found {
 impl Found {
     fn stream(&mut self, dictionary: &[u8], data: &[u8], left: &mut usize) {
         let has = |word: &[u8]| memmem::find(dictionary, word).is_some();
-        // Pictures and fonts have no text, and what is packed in other ways we do not read.
+        // Pictures and fonts have no text. Other compression methods are not supported.
         if has(b"/Image") || has(b"/FontFile") || has(b"/Length1") || has(b"/DCTDecode") {
             return;
         }
@@ -77,11 +78,11 @@ impl Found {
         let most = LONGEST_STREAM.min(*left);
         let mut unpacked = Vec::new();
         let limit = u64::try_from(most).unwrap_or(u64::MAX);
-        // What came before an error counts.
+        // The bytes before an error count.
         let _ = ZlibDecoder::new(data).take(limit).read_to_end(&mut unpacked);
         *left = left.saturating_sub(unpacked.len());
         if unpacked.len() >= most {
-            // As if it were full of text.
+            // The stream counts as if it were full of text.
             let words = "text ".repeat(TEXT_OF_A_PAGE / 5);
             self.say(&words);
         }
@@ -96,7 +97,7 @@ impl Found {
         }
     }
 
-    /// Counts pages among objects.
+    /// Counts the pages among the objects.
     fn objects(&mut self, bytes: &[u8]) {
         for at in memmem::find_iter(bytes, b"/Type") {
             let kind = bytes.get(at.saturating_add(5)..).unwrap_or_default().trim_ascii_start();
@@ -109,7 +110,7 @@ impl Found {
         }
     }
 
-    /// Takes out the texts that a page shows.
+    /// Extracts the text that a page shows.
     fn shown(&mut self, content: &[u8]) {
         let mut rest = content;
         while let Some((byte, behind)) = rest.split_first() {
@@ -117,7 +118,7 @@ impl Found {
                 b'(' => self.literal(behind),
                 b'<' if behind.first() != Some(&b'<') => self.hexadecimal(behind),
                 b'<' => behind.get(1..).unwrap_or_default(),
-                // The end of a line, or of a piece of one.
+                // The end of a line or of a piece of a line.
                 b'T' if matches!(behind.first(), Some(b'*' | b'd' | b'D' | b'm')) => {
                     self.say(" ");
                     behind
@@ -146,7 +147,8 @@ impl Found {
         &[]
     }
 
-    /// Signs of fonts with many: two bytes each, and which they are is in the font. A token each, as that is what signs of such scripts are.
+    /// Counts the characters of fonts that have many: two bytes each, whose meaning is in the font. Each counts as one token, which is what
+    /// characters of such scripts cost.
     fn hexadecimal<'b>(&mut self, bytes: &'b [u8]) -> &'b [u8] {
         let end = memchr::memchr(b'>', bytes).unwrap_or(bytes.len());
         self.say(&"\u{4e00}".repeat(end / 4));
@@ -160,7 +162,7 @@ impl Found {
     }
 }
 
-/// How many pages a node of the tree says that there are: the largest count in its object.
+/// Returns the page count of a node of the page tree: the largest count in its object.
 fn node(bytes: &[u8], at: usize) -> i64 {
     let near = at.saturating_sub(DICTIONARY);
     let from =
@@ -197,7 +199,7 @@ pub(super) mod tests {
         out.extend_from_slice(b"\nendstream\nendobj\n");
     }
 
-    /// A document whose pages say this, as writers make them: plain, with packed contents, or with all its objects packed too.
+    /// Builds a document with these pages, as PDF writers do: plain, with compressed contents, or with all objects compressed too.
     pub(in super::super) fn pdf(pages: &[String], pack: bool, objects: bool) -> Vec<u8> {
         let mut out = b"%PDF-1.7\n".to_vec();
         let kids: String = (0..pages.len()).map(|page| format!("{} 0 R ", 10 + page)).collect();

@@ -1,8 +1,8 @@
-//! How many tokens the prompt of a request is: its text by a tokenizer, pictures, documents and sound by what they are.
+//! Estimates the prompt tokens of a request: text by a tokenizer, pictures, documents and sound by their properties.
 //!
-//! Guarantees: text is never counted as more than a token a byte; what looks like a picture and stands where the API reads text counts as text;
-//! what cannot be read counts as the most that one such part can cost; time and memory are in proportion to the request.
-//! Non-goals: to be exact. By how much each rule can be wrong is in docs/model-budgets.md.
+//! Guarantees: text never counts more than one token per byte. Data that looks like a picture counts as text if the API reads text in its
+//! place. A part that cannot be read counts as the most that such a part can cost. Time and memory are proportional to the request.
+//! Non-goals: exact counts. docs/model-budgets.md says by how much each rule can be wrong.
 
 use base64::{
     Engine, alphabet,
@@ -19,30 +19,32 @@ use super::{
     sound,
 };
 
-/// Tokens that providers add to any request: roles, separators, the beginning of the reply.
+/// Tokens that providers add to any request: roles, separators, the start of the reply.
 const OF_A_REQUEST: i64 = 64;
-/// Those around a message.
+/// Tokens around a message.
 const OF_A_MESSAGE: i64 = 4;
-/// What Anthropic says of tools, to models that get some: 264 to 804 by its documentation, and more where they run a computer.
+/// Tokens that Anthropic adds to the prompt if there are tools: 264 to 804 according to its documentation, and more if the tools control a
+/// computer.
 const OF_TOOLS: i64 = 1_000;
-/// So much text is counted by the tokenizer, in bytes: more than any model takes. What is beyond counts as a token a byte.
+/// Maximum text that the tokenizer counts, in bytes: more than any model accepts. The rest counts as one token per byte.
 const MOST_COUNTED: usize = 8 << 20;
-/// Of a picture so many bytes are looked at for its size.
+/// Bytes of a picture that are read to find its size.
 const HEAD_OF_A_PICTURE: usize = 1 << 20;
-/// Least tokens of a file of a kind that we cannot read.
+/// Minimum tokens of a file of an unknown type.
 const OF_A_FILE: i64 = 4_096;
-/// Pages of a document whose pages cannot be counted: the most that a large provider takes.
+/// Pages of a document whose pages cannot be counted: the most that a large provider accepts.
 const MOST_PAGES: i64 = 600;
-/// A page, as providers make a picture of it: of letter format.
+/// The picture of a page, as providers render it: letter format.
 const PAGE: (i64, i64) = (1_024, 1_325);
-/// Bytes of the longest token that there is.
+/// Bytes of the longest existing token.
 const LONGEST_TOKEN: i64 = 128;
-/// Bytes of base64 for a token of a thought that its provider has sealed: three of what it was written in, of which a token of text has three to five.
+/// Bytes of base64 per token of a thought that its provider has encrypted. Four bytes of base64 are three bytes of the thought, and a token
+/// of text has three to five bytes.
 const BYTES_PER_SEALED_TOKEN: i64 = 4;
-/// At most so many bytes of text for a token, in a text that people or programs write.
+/// Maximum bytes per token in a text that people or programs write.
 const BYTES_PER_TOKEN: i64 = 16;
 
-/// What people write base64 as.
+/// The variants of base64 that clients write.
 const BASE64: GeneralPurpose = GeneralPurpose::new(
     &alphabet::STANDARD,
     GeneralPurposeConfig::new()
@@ -50,21 +52,21 @@ const BASE64: GeneralPurpose = GeneralPurpose::new(
         .with_decode_allow_trailing_bits(true),
 );
 
-/// How many tokens a prompt is.
+/// The size of a prompt in tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Prompt {
-    /// What is set aside for it.
+    /// The tokens to reserve.
     pub tokens: i64,
-    /// What it is at least, whatever its provider says.
+    /// The minimum, whatever the provider reports.
     pub least: i64,
 }
 
-/// Makes ready what counts text: some tens of milliseconds, once.
+/// Loads the tokenizer, which takes some tens of milliseconds, once.
 pub fn prepare() {
     bpe::count("a");
 }
 
-/// How many tokens the prompt of a request to this model is.
+/// Estimates the prompt of a request to this model.
 pub fn prompt(api: Api, body: &Map<String, Value>, model: &Model) -> Prompt {
     let mut count =
         Count { model, is_quick: false, tokens: 0, bytes: 0, uncounted: 0, others: OF_A_REQUEST, room: MOST_COUNTED };
@@ -75,8 +77,8 @@ pub fn prompt(api: Api, body: &Map<String, Value>, model: &Model) -> Prompt {
     count.sum()
 }
 
-/// What the prompt of a request is at least, found quickly: for those who judge again what others have counted, perhaps by an older catalogue.
-/// Pictures, and what stands around texts, count half.
+/// Returns a quick minimum of the prompt of a request. The gateway uses it to check a reservation that the harness may have made with an
+/// older catalogue. Pictures, and the tokens around texts, count half.
 pub fn least(body: &Map<String, Value>, model: &Model) -> i64 {
     let mut count = Count { model, is_quick: true, tokens: 0, bytes: 0, uncounted: 0, others: 0, room: 0 };
     count.body(body);
@@ -85,16 +87,16 @@ pub fn least(body: &Map<String, Value>, model: &Model) -> i64 {
 
 struct Count<'m> {
     model: &'m Model,
-    /// Whether no tokenizer is asked, and files are not opened.
+    /// Whether texts are not tokenized and files are not opened.
     is_quick: bool,
-    /// What the tokenizer has counted, and in how many bytes.
+    /// The tokens that the tokenizer has counted, and the bytes of their text.
     tokens: i64,
     bytes: i64,
-    /// Bytes of text that it has not looked at.
+    /// Bytes of text that the tokenizer has not read.
     uncounted: i64,
-    /// All else.
+    /// All other tokens.
     others: i64,
-    /// Bytes that it may still look at.
+    /// Bytes that the tokenizer may still read.
     room: usize,
 }
 
@@ -102,7 +104,7 @@ impl Count<'_> {
     fn body(&mut self, body: &Map<String, Value>) {
         for (name, value) in body {
             match (name.as_str(), value) {
-                // It is no part of the prompt.
+                // These members are not part of the prompt.
                 ("model" | "stream_options", _) | (_, Value::Number(_) | Value::Bool(_) | Value::Null) => {}
                 ("messages" | "input", value) => self.turns(value),
                 ("system" | "instructions", value) => self.content(value),
@@ -120,7 +122,7 @@ impl Count<'_> {
         let all_text = self.bytes.saturating_add(self.uncounted);
         Prompt {
             tokens: text.saturating_add(self.uncounted).saturating_add(self.others),
-            // Some texts are long runs of one sign, of which a token has many.
+            // Some texts are long runs of one character, and one token can cover many of them.
             least: (all_text / BYTES_PER_TOKEN).min(self.tokens.saturating_mul(4) / 5),
         }
     }
@@ -142,7 +144,7 @@ impl Count<'_> {
         }
     }
 
-    /// What a provider writes out for its model: names and texts, and signs around them.
+    /// Counts a value that a provider serializes for its model: names and texts, and the characters around them.
     fn json(&mut self, value: &Value) {
         match value {
             Value::String(text) => {
@@ -168,7 +170,7 @@ impl Count<'_> {
         self.json(value);
     }
 
-    /// Messages, and what stands among them.
+    /// Counts messages, and other items between them.
     fn turns(&mut self, value: &Value) {
         match value {
             Value::String(text) => self.text(text),
@@ -183,7 +185,7 @@ impl Count<'_> {
         for (name, value) in members {
             match (name.as_str(), value) {
                 ("content" | "output", value) => self.content(value),
-                // Among what is around a message.
+                // These members are part of the tokens around a message.
                 ("role" | "type" | "status", Value::String(word)) if word.len() < 32 => {}
                 (name, Value::String(sealed)) if is_sealed(members, name) => self.sealed(sealed),
                 ("tool_calls", Value::Array(calls)) => calls.iter().for_each(|call| self.tool_call(call)),
@@ -201,7 +203,7 @@ impl Count<'_> {
         }
     }
 
-    /// What a provider or a proxy has said beside a reply, and is sent again: thoughts among it.
+    /// Counts what a provider or a proxy added to a reply and the agent sends back, such as thoughts.
     fn of_provider(&mut self, value: &Value) {
         match value {
             Value::Array(items) => items.iter().for_each(|item| self.of_provider(item)),
@@ -220,7 +222,7 @@ impl Count<'_> {
         }
     }
 
-    /// A thought that only its provider can read: what it charges is the thought, and not the base64 that it is in.
+    /// Counts a thought that only its provider can read. The provider charges the thought and not its base64 form.
     fn sealed(&mut self, sealed: &str) {
         let is_base64 = sealed.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"+/-_=".contains(&byte));
         if is_base64 && self.model.counting != Counting::Bytes {
@@ -230,7 +232,7 @@ impl Count<'_> {
         }
     }
 
-    /// The content of a message or of a tool's result.
+    /// Counts the content of a message or of a tool's result.
     fn content(&mut self, value: &Value) {
         match value {
             Value::String(text) => self.text(text),
@@ -263,7 +265,7 @@ impl Count<'_> {
         }
     }
 
-    /// What a part has beside its data, as text.
+    /// Counts the members of a part besides its data, as text.
     fn but(&mut self, members: &Map<String, Value>, without: &[&str]) {
         for (name, value) in members {
             match (name.as_str(), value) {
@@ -306,7 +308,7 @@ impl Count<'_> {
             return;
         }
         match part.get("source") {
-            // As Anthropic has it: text, or parts.
+            // Anthropic's form: text, or parts.
             Some(source) if source.get("type").and_then(Value::as_str) == Some("text") => {
                 return source.get("data").into_iter().for_each(|text| self.content(text));
             }
@@ -325,7 +327,7 @@ impl Count<'_> {
             Some(bytes) if kind == "application/pdf" || bytes.starts_with(b"%PDF-") => self.pdf(document::read(&bytes)),
             Some(bytes) => match String::from_utf8(bytes) {
                 Ok(text) => self.text(&text),
-                // What is packed may be longer than it looks.
+                // Compressed content may be longer than the file.
                 Err(packed) => self.add(length(packed.as_bytes().len()).max(OF_A_FILE)),
             },
         }
@@ -338,29 +340,29 @@ impl Count<'_> {
                 self.model.page.unwrap_or_else(|| self.model.pictures.tokens(Some(PAGE), Detail::High)),
             ),
         );
-        // Some providers have their models read the pictures alone.
+        // Models of some providers read only the pictures of the pages.
         if self.model.page.is_none() {
             self.text(&text);
         }
     }
 
-    /// Pages of which nothing is known: as full as Anthropic says that they may be.
+    /// Counts pages with unknown content. Each counts as the largest page by Anthropic's documentation.
     fn pages(&mut self, pages: i64) {
         self.add(pages.saturating_mul(self.model.page.unwrap_or(3_000)));
     }
 }
 
-/// Members of messages and calls in which compatible servers and proxies keep what is a provider's own.
+/// Members of messages and calls in which compatible servers and proxies put provider-specific data.
 const OF_PROVIDERS: [&str; 4] = ["thinking_blocks", "reasoning_details", "extra_content", "provider_specific_fields"];
 
-/// Whether this member of an item or a part holds a thought that its provider has sealed.
+/// Returns whether this member of an item or a part holds a thought that its provider has encrypted.
 fn is_sealed(members: &Map<String, Value>, name: &str) -> bool {
     let kind = members.get("type").and_then(Value::as_str).unwrap_or_default();
     match name {
         "encrypted_content" => ["reasoning", "compaction", "compaction_summary"].contains(&kind),
         "data" => ["redacted_thinking", "reasoning.encrypted"].contains(&kind),
         "signature" => ["thinking", "reasoning.text"].contains(&kind),
-        // Gemini's stands alone.
+        // Gemini's member is in an object without a type.
         "thought_signature" => kind.is_empty(),
         _ => false,
     }
@@ -370,7 +372,7 @@ fn length(length: usize) -> i64 {
     i64::try_from(length).unwrap_or(i64::MAX)
 }
 
-/// Media type and base64 of a `data:` URL.
+/// Returns the media type and the base64 text of a `data:` URL.
 fn of_data_url(url: &str) -> Option<(&str, &str)> {
     let (head, data) =
         url.split_at_checked(5).filter(|(scheme, _)| scheme.eq_ignore_ascii_case("data:"))?.1.split_once(',')?;
@@ -378,14 +380,14 @@ fn of_data_url(url: &str) -> Option<(&str, &str)> {
     head.to_ascii_lowercase().ends_with(";base64").then_some((kind, data))
 }
 
-/// The same of a `source` as Anthropic has it.
+/// Returns the media type and the base64 text of a `source` in Anthropic's form.
 fn of_source(part: &Map<String, Value>) -> Option<(&str, &str)> {
     let source = part.get("source")?;
     let kind = source.get("media_type").and_then(Value::as_str).unwrap_or_default();
     source.get("data").and_then(Value::as_str).map(|data| (kind, data))
 }
 
-/// The bytes, or the first of them.
+/// Decodes the base64 text, up to `most` bytes of content.
 fn decoded(base64: &str, most: usize) -> Option<Vec<u8>> {
     let bytes = base64.as_bytes();
     let most = most.checked_mul(4).map_or(bytes.len(), |most| most.min(bytes.len()));

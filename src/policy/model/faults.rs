@@ -1,4 +1,4 @@
-//! A model that fails, lies, thinks unseen and is cut off anywhere, against the counters.
+//! Tests the counters against a model that fails, lies, thinks without showing it, and is cut off anywhere.
 
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -12,7 +12,7 @@ use crate::policy::{
     config::{Limits, Usage},
 };
 
-/// What the provider says of its use.
+/// What the provider reports about its usage.
 #[derive(Clone, Copy, Debug)]
 enum Account {
     True,
@@ -31,17 +31,17 @@ enum End {
     Refused,
 }
 
-/// A call, as it truly is.
+/// A call with its real properties.
 #[derive(Clone, Debug)]
 struct Call {
     prompt: i64,
-    /// What was estimated of it, in percent.
+    /// The estimate of the prompt, in percent of the real value.
     estimated: i64,
-    /// Bytes of each token that is shown.
+    /// The bytes of each token that is shown.
     shown: Vec<usize>,
-    /// Tokens of a thought before.
+    /// The tokens of a thought before the reply.
     thought: i64,
-    /// The output limit is so much above what the model makes.
+    /// How far the output limit is above the model's output.
     room: i64,
     account: Account,
     end: End,
@@ -54,7 +54,7 @@ impl Call {
 
     fn reserved(&self) -> Reserved {
         let bound = Bound { prompt: self.prompt * self.estimated / 100, output: self.output() + self.room };
-        // A text of 4 bytes a token.
+        // A text with 4 bytes per token.
         Reserved { bound, least_prompt: (self.prompt * 4 / 16).min(bound.prompt) }
     }
 
@@ -68,7 +68,7 @@ impl Call {
         }
     }
 
-    /// What came of it: how, tokens and bytes that were shown, and what was seen.
+    /// Returns the result of the call: how it ended, the tokens and the bytes that were shown, and what the reply reported.
     fn made(&self) -> (Came, i64, i64, Reported) {
         let (came, until, error) = match self.end {
             End::Whole | End::Refused => (Came::Whole, self.shown.len(), false),
@@ -131,7 +131,7 @@ fn calls() -> impl Strategy<Value = Call> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(512))]
 
-    /// What docs/model-budgets.md says of each call.
+    /// Each call is charged as docs/model-budgets.md says.
     #[test]
     fn a_call_is_charged_within_the_documented_bound(call in calls()) {
         let reserved = call.reserved();
@@ -140,24 +140,24 @@ proptest! {
         let counted = charged.unwrap_or(reserved.bound);
         match (call.end, call.account) {
             (End::Refused, _) => prop_assert_eq!(counted.total(), 0),
-            // An account that is true is what is counted, to the token.
+            // A true usage is counted exactly.
             (End::Whole, Account::True) => prop_assert_eq!(counted, Bound { prompt: call.prompt, output: call.output() }),
-            // Without one, what was set aside.
+            // Without a usage, the reservation is counted.
             (End::Whole, Account::Missing) => prop_assert_eq!(counted, reserved.bound),
-            // One that lies: a sixteenth of what was sent and shown, at least.
+            // A false usage: at least a sixteenth of the bytes that were sent and shown is counted.
             (End::Whole, _) => prop_assert!(counted.prompt >= reserved.least_prompt && counted.output >= bytes / 16),
-            // Of one that breaks off, all that was shown, a token a byte at most, and the prompt as it was estimated.
+            // A broken reply: everything that was shown counts, at most one token per byte, and the prompt as estimated.
             (End::HangsUp(_) | End::ErrorAfter(_), _) => {
                 prop_assert_eq!(counted.prompt, reserved.bound.prompt);
                 prop_assert!((tokens.min(bytes)..=bytes).contains(&counted.output), "{counted:?} {tokens} {bytes}");
             }
-            // Whoever stops reading pays no less than what was set aside.
+            // A client that stops reading pays no less than the reservation.
             (End::Unread(_), _) => prop_assert!(counted.prompt >= reserved.bound.prompt && counted.output >= reserved.bound.output),
         }
     }
 
-    /// Of a whole task: counters are the sums of what was charged, and the limit is passed by no more than calls were charged beyond what was set
-    /// aside for them; by nothing where no prompt was estimated too low and no model makes more than it was asked for.
+    /// For a whole task, the counters are the sums of what was charged. The limit is exceeded by no more than the amount that calls were
+    /// charged above their reservations. It is not exceeded if no prompt was estimated too low and no model exceeds its output limit.
     #[test]
     fn a_limit_is_passed_by_what_was_estimated_too_low_alone(calls in prop::collection::vec(calls(), 1..30), limit in 1i64..20_000, at_once in 1usize..5) {
         let limits = Limits { wall_time_seconds: 1, tool_calls: 0, tokens: limit, denials: None, cost_micros: None, approval_wait_seconds: 0 };

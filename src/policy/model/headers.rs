@@ -1,7 +1,7 @@
-//! Headers of model calls, by list.
+//! The headers of model calls that are forwarded, as lists.
 //!
-//! Guarantees: a header that no list has is not passed on, in neither direction; credentials are in none of them. Non-goals: the credential itself,
-//! which the gateway adds.
+//! Guarantees: a header that is not in a list is not forwarded, in either direction. The lists contain no headers for credentials.
+//! Non-goals: the credential itself, which the gateway adds.
 
 use super::{
     members::Terms,
@@ -16,12 +16,12 @@ use super::{
 };
 use crate::policy::config::UnknownMembers;
 
-/// Headers that pass, and what they are for.
+/// Headers that are forwarded, and their purpose.
 #[derive(Clone, Copy, Debug)]
 pub struct Listed {
-    /// Their names, with spaces between, or beginnings and `*`.
+    /// The names, separated by spaces, or prefixes with `*`.
     pub names: &'static str,
-    /// What they are for.
+    /// The purpose of the headers.
     pub says: &'static str,
 }
 
@@ -29,7 +29,7 @@ const fn listed(names: &'static str, says: &'static str) -> Listed {
     Listed { names, says }
 }
 
-/// Of the agent's request to the provider.
+/// Headers of the agent's request that are forwarded to the provider.
 pub static REQUEST: &[Listed] = &[
     listed("accept user-agent", "the accepted form of the reply, and the client"),
     listed("anthropic-version openai-version", "the version of the API"),
@@ -44,7 +44,7 @@ pub static REQUEST: &[Listed] = &[
     ),
 ];
 
-/// Of the provider's reply to the agent.
+/// Headers of the provider's reply that are forwarded to the agent.
 pub static REPLY: &[Listed] = &[
     listed("content-type content-length content-encoding date", "what the reply is"),
     listed("retry-after retry-after-ms x-should-retry", "when to try again"),
@@ -57,7 +57,7 @@ pub static REPLY: &[Listed] = &[
     listed("belay-rule", "Belay's own: the rule of a denial"),
 ];
 
-/// Whether a list has a header. Names are lower case.
+/// Returns whether a list contains a header. Names are in lower case.
 pub fn has(list: &[Listed], name: &str) -> bool {
     list.iter().flat_map(|one| one.names.split_ascii_whitespace()).any(|known| match known.strip_suffix('*') {
         Some(beginning) => name.starts_with(beginning),
@@ -69,8 +69,8 @@ const fn beta(names: &'static str, fate: Fate) -> Row {
     Row { names, fate }
 }
 
-/// Values of `anthropic-beta` and `openai-beta`. What a beta lets a request have in it is judged there; one that is for something a pack has to
-/// allow by name is left out unless it does, and so is one that no table has.
+/// Values of `anthropic-beta` and `openai-beta`. The tables check the members that a beta enables. A beta for something that a pack has to
+/// allow by name is removed unless the pack allows it. A beta that is not listed is removed unless the pack lets unknown members pass.
 pub static BETAS: &[Row] = &[
     beta(
         "computer-use-* output-* dev-full-thinking-* interleaved-thinking-* context-1m-* context-management-* model-context-window-exceeded-* \
@@ -99,7 +99,7 @@ pub static BETAS: &[Row] = &[
     ),
 ];
 
-/// What of a request's header goes to the provider, if anything.
+/// Returns the part of a request's header that is forwarded to the provider, if any.
 pub fn passed(name: &str, value: &[u8], terms: Terms<'_>) -> Option<Vec<u8>> {
     if !has(REQUEST, name) {
         return None;
@@ -110,7 +110,7 @@ pub fn passed(name: &str, value: &[u8], terms: Terms<'_>) -> Option<Vec<u8>> {
     betas(std::str::from_utf8(value).ok()?, terms).map(String::into_bytes)
 }
 
-/// What of such a header's value passes, if anything.
+/// Returns the part of the value of a beta header that is forwarded, if any.
 pub fn betas(value: &str, terms: Terms<'_>) -> Option<String> {
     let passes = |beta: &&str| match row(BETAS, beta).map(|row| row.fate) {
         Some(Fate::Passes(_) | Fate::Bounded(..)) => true,

@@ -1,9 +1,10 @@
-//! What of a request may leave, by the [tables](super::requests).
+//! Checks the members of a request against the [tables](super::requests).
 //!
-//! Guarantees: in a request that passes there is no member, part or tool that the tables do not name, but members where the pack lets unknown
-//! ones pass; nothing in it makes a provider fetch, run, remember or call, but what the pack allows by name; and what a provider fetches for a
-//! message comes from a host that the agent may reach itself. Non-goals: what it costs ([`request`](super::request)); what a provider does of
-//! itself; where a host that may be reached redirects a provider to.
+//! Guarantees: a request that passes has no member, part or tool that the tables do not name, except for members if the pack lets unknown
+//! members pass. Nothing in it makes a provider fetch, run, remember or call something, unless the pack allows it by name. What a provider
+//! fetches for a message comes from a host that the agent may reach itself.
+//! Non-goals: the cost of the request ([`request`](super::request)), what a provider does on its own, and where an allowed host redirects a
+//! provider to.
 
 use std::{collections::BTreeSet, fmt};
 
@@ -23,42 +24,43 @@ use crate::policy::{
     shorten::shorten_to,
 };
 
-/// Longest name that is quoted, in bytes. It is quoted whole, and once: of one that is cut nobody can tell whether a secret is in it.
+/// Longest name that is quoted, in bytes. A name is quoted whole and once, because nobody could see whether a name that was cut contains a
+/// secret.
 const LONGEST_NAME: usize = 256;
 
-/// What a pack says to requests.
+/// The pack's policy for the contents of requests.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Terms<'p> {
-    /// What a provider may be made to do by the pack.
+    /// What the pack allows providers to do, for all endpoints.
     pub allow: &'p [Capability],
-    /// And by its entry for the endpoint.
+    /// What the pack's entry for the endpoint allows the provider to do.
     pub also: &'p [Capability],
-    /// What becomes of members that no table has.
+    /// How members are handled that no table names.
     pub unknown: UnknownMembers,
-    /// Where the agent may go itself, and what a provider may fetch for it.
+    /// The hosts that the agent may reach itself, and that a provider may fetch from for the agent.
     pub egress: &'p [EgressHost],
 }
 
 impl Terms<'_> {
-    /// Whether a provider may be made to do it.
+    /// Returns whether the pack allows the provider to do it.
     pub fn allows(self, capability: Capability) -> bool {
         self.allow.contains(&capability) || self.also.contains(&capability)
     }
 }
 
-/// What of a request that passes is for the record.
+/// What the record says about a request that passes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Noted {
-    /// What the pack allows by name, and the request has.
+    /// What the pack allows by name and the request uses.
     pub allowed: BTreeSet<Capability>,
-    /// Members that no table has.
+    /// Members that no table names.
     pub unknown: Vec<String>,
 }
 
-/// Asks the tables about a request.
+/// Checks a request against the tables.
 ///
 /// # Errors
-/// What is refused and where, why, what to do, and who can change it.
+/// Returns an error that says what is denied and where, why, what to do, and who can change it.
 pub(super) fn review(api: Api, body: &Map<String, Value>, terms: Terms<'_>) -> Result<Noted, Unbounded> {
     let mut walk = Walk { terms, noted: Noted::default() };
     if let Some(model) = body.get("model").and_then(Value::as_str) {
@@ -68,7 +70,7 @@ pub(super) fn review(api: Api, body: &Map<String, Value>, terms: Terms<'_>) -> R
     Ok(walk.noted)
 }
 
-/// Where in a request something is, as a JSON Pointer. Of its names tables know each.
+/// The place of a value in a request, as a JSON Pointer. The tables name all its parts.
 enum Place<'a> {
     Root,
     Member(&'a Place<'a>, &'a str),
@@ -216,7 +218,7 @@ impl Walk<'_> {
         }
     }
 
-    /// A URL that the provider fetches is the agent's own traffic, by way of the provider.
+    /// Checks a URL that the provider fetches. It is traffic of the agent, by way of the provider.
     fn url(&self, url: &str, at: &Place<'_>) -> Result<(), Unbounded> {
         let begins = |with: &str| url.get(..with.len()).is_some_and(|start| start.eq_ignore_ascii_case(with));
         if begins("data:") {
@@ -234,7 +236,7 @@ impl Walk<'_> {
 }
 
 impl Of {
-    /// Whether a value could be this, by what JSON calls it.
+    /// Returns whether the JSON type of a value matches this form.
     fn may_be(&self, value: &Value) -> bool {
         match self {
             Self::Data => true,
@@ -247,7 +249,7 @@ impl Of {
         }
     }
 
-    /// What is expected, in words.
+    /// Describes the expected form in words.
     fn in_words(&self) -> String {
         match self {
             Self::Data => "anything".to_owned(),
@@ -264,7 +266,7 @@ impl Of {
     }
 }
 
-/// What is refused, and where it is.
+/// Describes what is denied, and its place.
 fn quoted(name: &str, at: &Place<'_>) -> String {
     match at {
         Place::Root => shown(name),
@@ -272,7 +274,7 @@ fn quoted(name: &str, at: &Place<'_>) -> String {
     }
 }
 
-/// A member that no table has, and what it is in.
+/// Describes a member that no table names, and the place that contains it.
 fn quoted_in(name: &str, at: &Place<'_>) -> String {
     match at {
         Place::Root => shown(name),
@@ -299,7 +301,7 @@ fn misformed(of: &Of, value: &Value, name: &str, at: &Place<'_>) -> Unbounded {
     Unbounded(format!("{} is misformed: expected {}, found {found}", quoted(name, at), of.in_words()))
 }
 
-/// Whether a member is as good as not there. An empty object may be a wish for something with its defaults.
+/// Returns whether a member is as good as absent. An empty object is not, because it may ask for something with its defaults.
 fn says_nothing(value: &Value) -> bool {
     match value {
         Value::Null | Value::Bool(false) => true,
@@ -316,13 +318,13 @@ fn is_plain(value: &Value) -> bool {
     }
 }
 
-/// Whether a text is to be found elsewhere: it begins with a scheme and `//`.
+/// Returns whether a text is a URL to fetch: it starts with a scheme and `://`.
 fn is_url(text: &str) -> bool {
     let scheme = text.trim_start().split_once("://").map(|(scheme, _)| scheme);
     scheme.is_some_and(|scheme| scheme.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"+.-".contains(&byte)))
 }
 
-/// Where a URL leads, if every reader finds the same there.
+/// Returns the host and port of a URL, if every parser finds the same.
 fn authority(url: &str) -> Result<Authority, String> {
     let of_scheme = |scheme: &str, port| {
         let start = url.get(..scheme.len()).filter(|start| start.eq_ignore_ascii_case(scheme))?;
@@ -330,7 +332,7 @@ fn authority(url: &str) -> Result<Authority, String> {
     };
     let (rest, port) =
         of_scheme("https://", 443).or_else(|| of_scheme("http://", 80)).ok_or("it is no http, https or data URL")?;
-    // Some readers drop such characters, or take one for another.
+    // Some parsers drop such characters, or take one for another.
     if url.chars().any(|letter| letter.is_whitespace() || letter.is_control() || letter == '\\') {
         return Err("it has spaces, control characters or backslashes, which are read in several ways".to_owned());
     }
@@ -339,7 +341,7 @@ fn authority(url: &str) -> Result<Authority, String> {
     Authority::parse(host, Some(port)).map_err(|error| error.to_string())
 }
 
-/// Whether a name fits a pattern, in which `*` at the beginning and at the end stands for anything.
+/// Returns whether a name matches a pattern, in which `*` at the start or the end stands for any text.
 fn is_like(pattern: &str, name: &str) -> bool {
     match (pattern.strip_prefix('*'), pattern.strip_suffix('*')) {
         (Some(_), Some(_)) => name.contains(pattern.trim_matches('*')),

@@ -1,48 +1,50 @@
-//! What pictures cost, by their size and by the rule that their model's provider publishes.
+//! Computes the token cost of pictures from their size, by the published rule of the model's provider.
 //!
-//! Guarantees: a picture whose size cannot be read costs the most that one can. Non-goals: to decode one.
+//! Guarantees: a picture whose size cannot be read costs the most that a picture can cost.
+//! Non-goals: decoding pictures.
 
 use serde::Deserialize;
 
-/// A provider's rule.
+/// The rule of a provider.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum Pictures {
-    /// OpenAI's older models: a base, and so much for each square of 512 pixels, once it fits 2048 by 2048 and its short side is 768.
+    /// OpenAI's older models: a base, and an amount for each square of 512 pixels, after the picture is scaled to fit 2048 by 2048 and to a
+    /// short side of 768.
     Tiles(i64, i64),
-    /// Squares of so many pixels, once the long side is at most so many pixels and the squares so many; and tokens for 100 squares. Anthropic's
-    /// models, OpenAI's newer ones, Mistral's, Qwen's.
+    /// The side of a square in pixels, the maximum long side in pixels, the maximum number of squares, and the tokens per 100 squares. Used
+    /// by Anthropic's models, OpenAI's newer models, Mistral's and Qwen's.
     Patches(i64, i64, i64, i64),
-    /// Google's older models: so much for each crop.
+    /// Google's older models: an amount for each crop.
     Crops(i64),
-    /// So much, whatever its size.
+    /// A fixed amount, whatever the size.
     Flat(i64),
 }
 
-/// Of a model of which nothing is known: more than the defaults of the large providers for any size.
+/// The rule for unknown models: for any size, more than the defaults of the large providers.
 impl Default for Pictures {
     fn default() -> Self {
         Self::Patches(28, 2_576, 4_784, 120)
     }
 }
 
-/// How closely a model is to look, in OpenAI's words.
+/// The level of detail at which a model reads a picture, in OpenAI's terms.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Detail {
-    /// As the whole, small.
+    /// The whole picture, scaled down.
     Low,
-    /// What the provider does unasked, and what is not known.
+    /// The provider's default, and any unknown level.
     #[default]
     High,
-    /// At the size that it has.
+    /// The picture in its original size.
     Original,
 }
 
-/// Squares, and the long side, of a picture that is looked at in its own size.
+/// The maximum number of squares, and the maximum long side, of a picture in its original size.
 const ORIGINAL: (i64, i64) = (6_000, 10_000);
 
 impl Pictures {
-    /// Tokens of a picture of this width and height; of the largest where they are not known.
+    /// Returns the tokens of a picture with this width and height, or of the largest picture if the size is unknown.
     pub fn tokens(self, size: Option<(i64, i64)>, detail: Detail) -> i64 {
         let size = size.filter(|(width, height)| *width > 0 && *height > 0);
         match self {
@@ -60,7 +62,7 @@ impl Pictures {
 }
 
 fn covers(length: f64, square: f64) -> i64 {
-    // Sizes are whole numbers of 32 bits, and what they are divided by is more than 1.
+    // Sizes are whole numbers of 32 bits, and the divisor is greater than 1.
     #[allow(clippy::cast_possible_truncation, reason = "far below 2^53")]
     let count = (length / square).ceil() as i64;
     count.max(1)
@@ -70,7 +72,7 @@ fn tiles((width, height): (i64, i64)) -> i64 {
     let (width, height) = (float(width), float(height));
     let fits = (2_048.0 / width.max(height)).min(1.0);
     let fits = fits * (768.0 / (width.min(height) * fits)).min(1.0);
-    // A picture is made whole pixels, and one more may need another tile: less than a pixel is nothing.
+    // A scaled picture has whole pixels. A fraction of a pixel is dropped, because it could add a tile.
     covers((width * fits).floor().max(1.0), 512.0).saturating_mul(covers((height * fits).floor().max(1.0), 512.0))
 }
 
@@ -104,7 +106,7 @@ mod tests {
     const CLAUDE_HIGH: Pictures = Pictures::Patches(28, 2_576, 4_784, 100);
     const GPT_6: Pictures = Pictures::Patches(32, 2_048, 2_500, 120);
 
-    /// The examples that providers publish, and what others have measured.
+    /// The examples that providers publish, and measurements by others.
     #[rstest]
     #[case(GPT_4O, 1_024, 1_024, Detail::High, 765)]
     #[case(GPT_4O, 2_048, 4_096, Detail::High, 1_105)]

@@ -1,9 +1,9 @@
-//! A request that is ready to be sent, and its bound as it stands.
+//! Bounds a request that is complete and about to be sent.
 //!
-//! Guarantees: harness and gateway judge the very same request, so that they agree on each; one in which all is set that [`request::bound`] wants
-//! set passes [`bound`], which finds the same output and no longer a prompt.
-//! Non-goals: reserving it. Counting a prompt twice: whoever judges again asks only for the least that it can be, and does not refuse what an
-//! older catalogue has counted in another way.
+//! Guarantees: harness and gateway evaluate the same request, so they reach the same decision. A request in which all members are set that
+//! [`request::bound`] requires passes [`bound`], which finds the same output and no longer prompt.
+//! Non-goals: reserving the bound, and counting a prompt twice. The second check uses only the minimum of the prompt, so it does not deny a
+//! request that was counted in another way with an older catalogue.
 
 use serde_json::{Map, Value};
 
@@ -15,13 +15,13 @@ use super::{
     request::{self, Bounded, Left, Pack, Unbounded},
 };
 
-/// All that there could be: the bound of a request that names its output limit does not depend on what is left.
+/// Unlimited budget: the bound of a request that names its output limit does not depend on what is left.
 const UNLIMITED: Left<'static> = Left { tokens: i64::MAX, cost: None };
 
-/// The bound of a request as it stands, in which nothing has to be set any more, and whose prompt is as short as it can be.
+/// Returns the bound of a request in which nothing has to be set anymore, with the minimum of its prompt.
 ///
 /// # Errors
-/// If its cost or effect cannot be bounded, or only with something that it does not say.
+/// Returns an error if the cost or the effect of the request cannot be bounded, or only with a member that it does not have.
 pub fn bound(api: Api, body: &Map<String, Value>, model: &Model, pack: Pack<'_>) -> Result<Bound, Unbounded> {
     let tokens = estimate::least(body, model);
     let prompt = Prompt { tokens, least: tokens };
@@ -48,7 +48,7 @@ mod tests {
     }
 
     proptest! {
-        /// What the harness reserves is enough for the gateway, whatever is set, and never more than is left where the limit is ours.
+        /// The harness's reservation is enough for the gateway, whatever is set, and never above the budget if Belay sets the limit.
         #[test]
         fn who_makes_it_ready_and_who_judges_it_again_agree(
             api in apis(),
@@ -101,7 +101,7 @@ mod tests {
             let mut body = body.as_object().unwrap().clone();
             let refused = bound(api, &body, &model, Pack::default()).unwrap_err();
             assert!(refused.to_string().contains(word), "{refused}");
-            // The control: it passes once it is made ready, but for what is refused either way.
+            // The control: the request passes once it is complete, except for requests that are denied either way.
             let left = Left { tokens: 10_000, cost: None };
             let prompt = estimate::prompt(api, &body, &model);
             let made = request::bound(api, &body, &model, Pack::default(), prompt, left);

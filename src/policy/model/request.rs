@@ -1,4 +1,4 @@
-//! The bound of a request: its prompt, and the output limit that it names, or a modest one that is set for it.
+//! Bounds a request: its prompt, and the output limit that it names, or a modest limit that Belay sets.
 
 use serde_json::{Map, Value};
 
@@ -12,72 +12,73 @@ use super::{
 };
 use crate::policy::config::{ModelPrice, OutputLimitField, PolicyConfig, StoreReplies, StreamUsage};
 
-/// What part of what is left a request that names no limit sets aside for its reply: one in so many, so that a task can make some calls at once,
-/// and go on after each.
+/// A request without a limit reserves one part in this many of the remaining budget for its reply, so a task can make several calls at once
+/// and continue after each.
 const SHARE: i64 = 4;
-/// What part of a model's context a reply may have beside any prompt: a prompt is estimated, and rather too long.
+/// A reply may have one part in this many of the model's context beside any prompt, because the estimate of the prompt is rather too high.
 const SHARE_OF_CONTEXT: i64 = 16;
 
-/// A request that cannot be bounded.
+/// An error of a request that cannot be bounded.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
 pub struct Unbounded(pub String);
 
-/// What is left for a request.
+/// The remaining budget for a request.
 #[derive(Clone, Copy, Debug)]
 pub struct Left<'p> {
     /// Tokens.
     pub tokens: i64,
-    /// Money in millionths, and the model's price; absent where money is not limited.
+    /// Money in millionths, and the price of the model. Absent if the cost has no limit.
     pub cost: Option<(i64, &'p ModelPrice)>,
 }
 
 impl Left<'_> {
-    /// The longest reply to a prompt that this pays for.
+    /// Returns the longest reply that the budget covers after a prompt.
     fn output(&self, prompt: i64) -> i64 {
         let affordable = self.cost.map_or(i64::MAX, |(micros, price)| price.output_for(micros, prompt));
         self.tokens.saturating_sub(prompt).min(affordable)
     }
 
-    /// The limit of each reply of a request that names none: the model's own, as far as it leaves room for others, and the model has room for
-    /// it beside the prompt. One that is too long the provider refuses, and one that is too short cuts a reply off, or a thought before it.
+    /// Returns the limit for each reply of a request that names none: the model's own limit, as far as it leaves budget for other calls and
+    /// the model's context has room for it beside the prompt. The provider rejects a limit that is too high. A limit that is too low cuts
+    /// off a reply, or a thought before it.
     fn unnamed(&self, model: &Model, prompt: i64, replies: i64) -> i64 {
         let there_is = self.output(prompt).checked_div(replies).unwrap_or(0);
         let share = (there_is / SHARE).max(OUTPUT_UNKNOWN);
         let beside = model.context.map_or(i64::MAX, |context| {
             context.saturating_sub(prompt).max(OUTPUT_UNKNOWN.min(context / SHARE_OF_CONTEXT))
         });
-        // With nothing left the sum is above what is left, and the reservation fails with its own message.
+        // If nothing is left, the sum is above what is left, and the reservation fails with its own message.
         model.max_output.unwrap_or(OUTPUT_UNKNOWN).min(share).min(there_is).min(beside).max(1)
     }
 }
 
-/// A request that may leave, as far as its own bytes tell.
+/// The bound of a request that may be sent, as far as its own bytes determine that.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Bounded {
-    /// What is set aside for it, and what its prompt costs at least.
+    /// The reservation for the request, and the minimum cost of its prompt.
     pub reserved: Reserved,
-    /// The members that have to be set in it for the bound to hold, and nothing else changes.
+    /// The members that must be set in the request for the bound to hold. Nothing else changes.
     pub set: Vec<(&'static str, Value)>,
-    /// What of it is for the record.
+    /// What the record says about the request.
     pub noted: Noted,
 }
 
-/// What a pack says to a request.
+/// The pack's policy for a request.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Pack<'p> {
-    /// To what is in it.
+    /// The policy for its contents.
     pub terms: Terms<'p>,
-    /// To whether its reply is kept.
+    /// Whether the provider may store its reply.
     pub store: StoreReplies,
-    /// To whether a stream is asked what it costs.
+    /// Whether Belay asks for the usage of a stream.
     pub stream_usage: StreamUsage,
-    /// To where it goes: the member that limits the reply of a chat completion there, unless it is known of the model.
+    /// The member that limits the reply of a chat completion at the endpoint, unless it is known for the model.
     pub limit_field: OutputLimitField,
 }
 
 impl<'p> Pack<'p> {
-    /// As it is rendered for a task, for calls to one of its endpoints.
+    /// Returns the rendered policy of a task for calls to one of its endpoints.
     pub fn of(policy: &'p PolicyConfig, endpoint: Chosen<'p>) -> Self {
         let models = &policy.models;
         let terms = Terms {
@@ -95,10 +96,10 @@ impl<'p> Pack<'p> {
     }
 }
 
-/// Bounds a request to this model, whose prompt is so long.
+/// Bounds a request to this model, whose prompt has the given size.
 ///
 /// # Errors
-/// If its cost or effect cannot be bounded; the message says which member and what to do.
+/// Returns an error if the cost or effect of the request cannot be bounded. The message says which member is the cause and what to do.
 pub fn bound(
     api: Api,
     body: &Map<String, Value>,
@@ -118,7 +119,7 @@ pub fn bound(
     let usage = wish_for_usage(api, body, pack.stream_usage);
     let mut set: Vec<_> = usage.into_iter().chain(no_store(api, body, pack.store)).collect();
     let each = match named_limit(api, body)? {
-        // A model gives no more than it can, and whether it takes a limit above that its provider says.
+        // A model never exceeds its own limit. Whether it accepts a higher value is up to the provider.
         Some(limit) => limit.min(model.max_output.unwrap_or(i64::MAX)),
         None => {
             let each = left.unnamed(model, prompt.tokens, replies);
@@ -130,7 +131,7 @@ pub fn bound(
     Ok(Bounded { reserved: Reserved { bound, least_prompt: prompt.least }, set, noted })
 }
 
-/// The output limit that a request names. Where it names several the largest counts: servers differ in which they know.
+/// Returns the output limit that a request names. The largest of several limits counts, because servers differ in which members they know.
 fn named_limit(api: Api, body: &Map<String, Value>) -> Result<Option<i64>, Unbounded> {
     let mut largest = None;
     for value in api.output_limits().iter().filter_map(|field| body.get(*field)).filter(|value| !value.is_null()) {
@@ -141,7 +142,7 @@ fn named_limit(api: Api, body: &Map<String, Value>) -> Result<Option<i64>, Unbou
     Ok(largest)
 }
 
-/// Tokens that an embedding's input has as numbers: it has been through a tokenizer.
+/// Returns the number of tokens in an embedding's input that is already tokenized: it consists of numbers.
 fn tokens_of_numbers(body: &Map<String, Value>) -> i64 {
     fn count(value: &Value) -> i64 {
         match value {
@@ -153,7 +154,7 @@ fn tokens_of_numbers(body: &Map<String, Value>) -> i64 {
     body.get("input").map_or(0, count)
 }
 
-/// What keeps a provider from keeping the reply, where the pack says that none may.
+/// Returns the member that keeps a provider from storing the reply, if the pack forbids storing.
 fn no_store(api: Api, body: &Map<String, Value>, store: StoreReplies) -> Option<(&'static str, Value)> {
     let keeps = match api {
         Api::Responses => body.get("store") != Some(&Value::Bool(false)),
@@ -163,21 +164,21 @@ fn no_store(api: Api, body: &Map<String, Value>, store: StoreReplies) -> Option<
     (keeps && store == StoreReplies::Never).then_some(("store", Value::Bool(false)))
 }
 
-/// How many replies it asks for.
+/// Returns how many replies a request asks for.
 fn replies(body: &Map<String, Value>) -> Result<i64, Unbounded> {
     let Some(n) = body.get("n").filter(|n| !n.is_null()) else { return Ok(1) };
     let wrong = || Unbounded(format!("`n` must be a whole number from 1 to 128, found {n}"));
     n.as_i64().filter(|n| (1..=128).contains(n)).ok_or_else(wrong)
 }
 
-/// Whether a request asks for an account of its reply in an event of its own. Nobody does so of an API that accounts for each.
+/// Returns whether a reply reports its usage: the request asks for it, or the API always reports it.
 pub fn asks_for_usage(api: Api, body: &Map<String, Value>) -> bool {
     let asked = || body.get("stream_options")?.get("include_usage")?.as_bool();
     api != Api::ChatCompletions || asked().unwrap_or(false)
 }
 
-/// The wish for an account in a streamed reply. Without it a stream of chat completions says nothing of its cost, and what is set aside would
-/// have to stay spent: that is what a pack chooses whose provider refuses the wish.
+/// Returns the member that asks for the usage in a streamed reply. Without it, a stream of chat completions does not report its usage, so
+/// the full reservation stays spent. A pack accepts that for a provider that rejects the member.
 fn wish_for_usage(api: Api, body: &Map<String, Value>, usage: StreamUsage) -> Option<(&'static str, Value)> {
     if !usage.is_ask() || api != Api::ChatCompletions || body.get("stream") != Some(&Value::Bool(true)) {
         return None;
@@ -204,7 +205,7 @@ mod tests {
 
     type Set = Vec<(&'static str, Value)>;
 
-    /// What is set aside for a request, and what is set in it.
+    /// Returns the bound of a request, and the members that are set in it.
     fn bounded(api: Api, body: &Map<String, Value>, model: &Model, left: Left<'_>) -> Result<(Bound, Set), Unbounded> {
         let prompt = estimate::prompt(api, body, model);
         let Bounded { reserved, set, .. } = bound(api, body, model, Pack::default(), prompt, left)?;
@@ -241,7 +242,7 @@ mod tests {
         }
     }
 
-    /// A reply of a well-known model can be as long as the model's are, but leaves room for other calls, and for the prompt.
+    /// The reply of a well-known model can be as long as the model's limit, but leaves budget for other calls and room for the prompt.
     #[test]
     fn an_absent_output_limit_is_the_models_own_as_far_as_there_is_room() {
         let long = "word ".repeat(1_000);
@@ -267,7 +268,7 @@ mod tests {
         }
     }
 
-    /// A limit above the model's own is the provider's to refuse. No more is set aside for it than the model can give.
+    /// A limit above the model's own is for the provider to reject. The reservation is only what the model can generate.
     #[test]
     fn a_named_limit_above_the_models_own_sets_the_models_own_aside() {
         for (name, limit, output) in [("gpt-4o", 500_000, 16_384), ("gpt-4o", 100, 100), ("our-own", 500_000, 500_000)]
@@ -299,7 +300,7 @@ mod tests {
             let (bound, set) = bounded(api, &object(body), &model(), tokens(0)).unwrap();
             assert_eq!((bound.output, set, bound.prompt > 0), (0, vec![], costs), "{api:?}");
         }
-        // What has been through a tokenizer is as many tokens as it has numbers.
+        // Tokenized input has as many tokens as numbers.
         let numbers = object(json!({"model": "e", "input": vec![vec![7; 500]; 3]}));
         let (bound, _) = bounded(Api::Embeddings, &numbers, &model(), tokens(0)).unwrap();
         assert!((1_500..2_000).contains(&bound.prompt), "{bound:?}");
@@ -353,7 +354,7 @@ mod tests {
         }
     }
 
-    /// A pack whose provider refuses the wish has streams pass as they were written.
+    /// With `AsWritten`, streams are forwarded as written, for a provider that rejects the member.
     #[test]
     fn a_stream_goes_out_as_written_where_the_pack_says_so() {
         let pack = Pack { stream_usage: StreamUsage::AsWritten, ..Pack::default() };
@@ -368,7 +369,8 @@ mod tests {
         }
     }
 
-    /// Of a model with a small window, whether the catalogue or the pack knows it, the prompt and what is set are never more than the window.
+    /// For a model with a small context, known from the catalogue or the pack, the prompt and the limit that is set never exceed the
+    /// context.
     #[test]
     fn an_absent_output_limit_leaves_room_for_the_prompt() {
         let pack = |context: i64, most: Option<i64>| ModelPrice {
@@ -382,9 +384,9 @@ mod tests {
             ("our-own", 4_096, Some(512), 1, 512..=512),
             ("our-own", 2_048, Some(100_000), 100, 1_750..=1_900),
             ("our-own", 1_000_000, None, 1_500, 4_096..=4_096),
-            // The pack's word stands above the catalogue's, which says 128,000.
+            // The pack's value overrides the catalogue's, which is 128,000.
             ("gpt-4o", 8_192, None, 1_000, 6_900..=7_150),
-            // An estimate is no refusal: what is longer by it may fit by the model's own tokenizer.
+            // A prompt is not denied because of its estimate: it may fit by the model's own tokenizer.
             ("our-own", 4_096, None, 4_000, 256..=256),
             ("our-own", 16, None, 100, 1..=1),
         ] {
@@ -417,7 +419,7 @@ mod tests {
     }
 
     proptest! {
-        /// What is left pays for what is set aside, whatever it is, unless it does not pay for the prompt.
+        /// The remaining budget covers the reservation, whatever it is, unless it does not cover the prompt.
         #[test]
         fn an_absent_limit_never_takes_more_than_there_is(text in ".{0,200}", left in 0i64..100_000, n in 1i64..5) {
             let body = object(json!({"messages": [{"role": "user", "content": text}], "n": n}));

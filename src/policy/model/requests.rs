@@ -1,10 +1,10 @@
-//! What a request to a model may have in it, API by API.
+//! The tables of what a request to a model may contain, for each API.
 //!
-//! Guarantees: each member, part and tool that the providers' own SDKs publish is named here, or what it is in is refused or allowed as a whole; a
-//! test compares the two. `docs/model-requests.md` is generated from it.
+//! Guarantees: the tables name each member, part and tool that the providers' own SDKs publish, or deny or allow as a whole what contains
+//! it. A test compares the two. `docs/model-requests.md` is generated from the tables.
 //!
-//! How to judge a new one: does the provider, because of it, fetch, run, remember, ask somebody else, or charge what cannot be told from the
-//! request's own bytes? Then a pack has to allow it by name. Who runs a tool is what counts, not who has defined it.
+//! How to classify a new entry: does it make the provider fetch, run, remember, ask another party, or charge something that the request's
+//! own bytes do not determine? Then a pack has to allow it by name. It matters who runs a tool, not who has defined it.
 
 use super::table::{
     Capability::{
@@ -37,7 +37,7 @@ const fn kinds(are: &'static str, rows: &'static [Row]) -> Kinds {
     Kinds { are, rows, untyped: &[] }
 }
 
-/// Why not, and what to do.
+/// Reasons for a denial, and what to do.
 mod why {
     pub const LIMIT: &str = "it can be a different output limit than the one that Belay reserves; write max_completion_tokens or max_tokens";
     pub const ACCOUNT: &str = "the gateway chooses the account that pays, with the credential; leave it out";
@@ -66,7 +66,7 @@ mod why {
         "the provider would read from what it is connected to; offer that as a tool of a contract";
 }
 
-/// Says how long the provider may use what it has worked out for the prompt's beginning. It reads the same prompt.
+/// Says how long the provider may reuse its work on the start of the prompt. The provider reads the same prompt.
 const CACHED: &str = "cache_control prompt_cache_breakpoint";
 static CACHE: Shape = shape("a cache mark", &[plain("type ttl mode scope")]);
 static REASONING: Shape =
@@ -128,7 +128,7 @@ static CLIENT_SEARCH: Shape = Shape {
     needs: Some(("execution", Named(ToolSearch, why::TOOLS))),
 };
 
-/// Which of the request's tools is to be called. A tool that is not in the request is not called.
+/// Selects one of the request's tools. A tool that is not in the request cannot be called.
 static NAMED_TOOL: Shape = shape("a name of a tool", &[plain("name")]);
 static ALLOWED_TOOLS: Shape = shape("names of tools", &[plain("mode"), data("tools")]);
 static TOOL_CHOICE: Shape = shape(
@@ -190,7 +190,7 @@ static CHAT_MESSAGE: Shape = shape(
         row("tool_calls", Passes(List(&Object(&CHAT_CALL)))),
         row("function_call", Passes(Object(&CALLED))),
         row("audio", Passes(Object(&HEARD))),
-        // What compatible servers and proxies say of a reply, and are sent again.
+        // Data that compatible servers and proxies add to a reply, and that is sent back.
         data(
             "annotations reasoning reasoning_content reasoning_details thinking_blocks extra_content provider_specific_fields",
         ),
@@ -263,7 +263,7 @@ pub static CHAT_COMPLETIONS: Shape = shape(
         row("store", Passes(Switch(&Named(Stored, why::STORE)))),
         row("prediction", Refused("rejected predictions are charged beyond the output limit; leave it out")),
         row("web_search_options", Named(WebSearch, why::SEARCH)),
-        // Of compatible servers and proxies: sampling, and how the model is asked.
+        // Members of compatible servers and proxies: sampling, and the form of the prompt.
         plain(
             "top_k top_a min_p typical_p tfs_z repetition_penalty length_penalty no_repeat_ngram_size early_stopping",
         ),
@@ -286,7 +286,7 @@ pub static CHAT_COMPLETIONS: Shape = shape(
         row("reasoning", Passes(Object(&REASONING))),
         row("usage", Passes(Object(&USAGE))),
         row("extra_body", Passes(Object(&EXTRA_BODY))),
-        // And what makes them do more.
+        // Members that make these servers do more.
         row(
             "max_new_tokens max_length max_output_tokens n_predict num_predict max_gen_len max_tokens_to_sample",
             Refused(why::LIMIT),
@@ -318,7 +318,7 @@ static RESPONSE_PART: Shape = shape(
         row("file_data", Passes(Inline)),
         row("input_audio", Passes(Object(&INPUT_AUDIO))),
         row("file_id", Named(Files, why::FILE)),
-        // What a reply said of its own text.
+        // Data of a reply about its own text.
         data("annotations logprobs"),
         row(CACHED, Passes(Object(&CACHE))),
     ],
@@ -331,7 +331,7 @@ static RESPONSE_PARTS: Kinds = kinds(
     )],
 );
 static RESPONSE_CONTENT: [Of; 2] = [List(&Of::Kinds(&RESPONSE_PARTS)), Plain];
-/// What Codex notes on each item for itself: kinds of content. No published type has it.
+/// What Codex notes on each item for itself: types of content. No published type has this member.
 const OF_CODEX: Row = data("internal_chat_message_metadata_passthrough");
 static RESPONSE_MESSAGE: Shape = shape(
     "a message",
@@ -466,7 +466,7 @@ static COMPACTIONS: Kinds =
     kinds("a way to shorten the conversation", &[row("compaction", Named(Compaction, why::COMPACT))]);
 static PICTURES: Shape = shape("image options", &[plain("context_compression")]);
 
-/// `POST /responses`, and `POST /responses/input_tokens`, which counts what it would cost.
+/// `POST /responses`, and `POST /responses/input_tokens`, which counts the prompt of such a request.
 pub static RESPONSES: Shape = shape(
     "a request for a response",
     &[
@@ -483,8 +483,8 @@ pub static RESPONSES: Shape = shape(
         row("text", Passes(Object(&RESPONSE_TEXT))),
         row("moderation", Passes(Object(&MODERATION))),
         row("prompt_cache_options", Passes(Object(&CACHE_OPTIONS))),
-        // It is what happens without it. What is kept is read again by its id only, which is refused, or with the provider's key, which the agent
-        // does not have.
+        // Storing is the default of the API. A stored reply can be read only by its ID, which is denied, or with the provider's key, which
+        // the agent does not have.
         row("store", Bounded(Plain, "as the agent wrote it, or `false` if the pack says `storeReplies: Never`")),
         row("previous_response_id conversation prompt", Named(Stored, why::CONVERSATION)),
         row("background background_options", Named(Background, why::BACKGROUND)),
@@ -564,7 +564,7 @@ static MESSAGE_BLOCKS: Kinds = kinds(
         row("fallback", Named(Fallbacks, why::OTHER_MODEL)),
     ],
 );
-/// What the provider did in an earlier reply. It does nothing again because of it.
+/// What the provider did in an earlier reply. The provider does not repeat it.
 static SERVER_TOOL_USE: Shape =
     shape("what a provider did", &[plain("type id name"), data("input caller"), row(CACHED, Passes(Object(&CACHE)))]);
 static MESSAGE_CONTENT: [Of; 2] = [List(&Of::Kinds(&MESSAGE_BLOCKS)), Plain];
@@ -625,7 +625,7 @@ static CONTEXT: Shape = shape("changes of the conversation", &[row("edits", Pass
 static LAST_MESSAGE: Shape =
     shape("a wish for diagnostics", &[row("previous_message_id", Named(Stored, why::CONVERSATION))]);
 
-/// `POST /messages`, and `POST /messages/count_tokens`, which counts what it would cost.
+/// `POST /messages`, and `POST /messages/count_tokens`, which counts the prompt of such a request.
 pub static MESSAGES: Shape = shape(
     "a request for a message",
     &[
@@ -667,7 +667,7 @@ pub static EMBEDDINGS: Shape = shape(
     &[
         row("input", Passes(Either(&[List(&Plain), Plain]))),
         plain("model dimensions encoding_format user"),
-        // Of compatible servers.
+        // Members of compatible servers.
         plain("input_type task truncate truncation output_dimension output_dtype truncate_prompt_tokens normalize"),
         data("metadata"),
     ],
@@ -683,7 +683,7 @@ pub static MODERATIONS: Shape = shape(
     &[row("input", Passes(Either(&[List(&Either(&[Of::Kinds(&MODERATED_PARTS), Plain])), Plain]))), plain("model")],
 );
 
-/// Models that make the provider do more, whatever is in the request: by their names, where `*` stands for anything.
+/// Models that make the provider do more, whatever the request contains. Each is a name in which `*` stands for any text.
 pub static MODELS: &[(&str, Capability)] = &[
     ("*:online", WebSearch),
     ("*-search-preview*", WebSearch),

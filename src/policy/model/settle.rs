@@ -1,48 +1,49 @@
-//! What a call is charged: by the provider's own account where it can be true, or by what came of the reply.
+//! Determines the charge for a call: by the usage that the provider reports if it can be true, or else by the reply.
 //!
-//! Guarantees: whatever a provider says, at least [`least`] of what it was sent and what came is charged, and never more than a record can have;
-//! what is not known to have ended is charged no less than what is known of it. Non-goals: to prove what a provider says. By how much one that lies,
-//! or breaks off, can pass a limit is in docs/model-budgets.md.
+//! Guarantees: whatever a provider reports, the charge is at least the minimum of the prompt and [`Reported::least_output`], and never more
+//! than a record can hold. If the end of a call is unknown, the charge is no less than what is known about it.
+//! Non-goals: proving what a provider reports. docs/model-budgets.md says by how much a provider that lies or breaks off can exceed a
+//! limit.
 
 use serde_json::Value;
 
 use super::Bound;
 use crate::canonical::LARGEST_WHOLE;
 
-/// At most so many bytes of a reply's text for a token, in a text that models write.
+/// Maximum bytes per token in a text that models write.
 const BYTES_PER_TOKEN: i64 = 16;
 
-/// How much of a reply came.
+/// How much of a reply was received.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Came {
-    /// All of it, by its length, by its end, or by what its protocol ends with.
+    /// The whole reply, as its length, its end or the last message of its protocol shows.
     Whole,
-    /// What the provider was able to say before it failed: it hung up, or sent an error in place of the rest.
+    /// The part of the reply before the provider failed: it closed the connection, or sent an error in place of the rest.
     Broken,
-    /// It was not read to its end: whoever asked has stopped, and so have we. What the model did until then may be more than what came.
+    /// The part of the reply before the caller stopped reading and Belay stopped too. The model may have done more until then.
     Unread,
 }
 
-/// What was set aside for a call, and what it costs at least.
+/// The reservation for a call, and the minimum cost of its prompt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Reserved {
-    /// What was set aside.
+    /// The reservation.
     pub bound: Bound,
-    /// The least that the prompt can be.
+    /// The minimum of the prompt.
     pub least_prompt: i64,
 }
 
-/// What a call is charged; absent where what was set aside stays charged.
+/// Returns the charge for a call, or `None` if the reservation stays charged.
 ///
-/// `taken`: whether the provider has taken the request, by the reply's status. Providers charge nothing for what they refuse, and nothing
-/// for what they fail to begin with.
+/// `taken` says whether the provider accepted the request, according to the status of the reply. Providers charge nothing for requests that
+/// they reject or cannot begin to answer.
 pub fn charge(reserved: Reserved, taken: bool, came: Came, said: &Reported) -> Option<Bound> {
     let Reserved { bound, least_prompt } = reserved;
-    // What writes nothing, such as an embedding, is not accounted for as output.
+    // A reply without generated output, such as an embedding, reports no output tokens.
     let said = &Reported { output: said.output.or((bound.output == 0).then_some(0)), ..*said };
     match came {
         _ if !taken => Some(Bound { prompt: 0, output: 0 }),
-        // An account of a reply that broke off may still have grown.
+        // The usage of a broken reply could still have grown.
         Came::Whole if !said.failed => match said.both() {
             Some(both) => {
                 Some(Bound { prompt: both.prompt.max(least_prompt), output: both.output.max(said.least_output()) })
@@ -57,37 +58,37 @@ pub fn charge(reserved: Reserved, taken: bool, came: Came, said: &Reported) -> O
     }
 }
 
-/// What is charged above what was set aside, where more has come than that can be.
+/// Returns the charge if the received output exceeds the reservation.
 fn beyond(bound: Bound, said: &Reported) -> Option<Bound> {
     let output = said.least_output();
     (output > bound.output).then_some(Bound { output, ..bound })
 }
 
-/// The usage that a reply, or one event of a streamed reply, accounts for. Counts only grow within a reply, so the
-/// largest seen of each is the final one.
+/// The usage that a reply, or one event of a streamed reply, reports. Counts only grow within a reply, so the largest value of each count
+/// is the final one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Reported {
-    /// Prompt tokens, cached ones included.
+    /// Prompt tokens, including cached tokens.
     pub prompt: Option<i64>,
-    /// Completion tokens, with those of a thought that is not shown.
+    /// Completion tokens, including those of a hidden thought.
     pub output: Option<i64>,
-    /// Bytes of what the model wrote, as the events of a streamed reply have it, with all words around it: no token is less than a byte.
+    /// Bytes of the model's output in the events of a streamed reply, including the words around it. No token is shorter than a byte.
     pub written: i64,
-    /// Bytes of what it wrote, and nothing else.
+    /// Bytes of the model's output, without anything else.
     pub shown: i64,
-    /// Whether an event says that the provider has failed.
+    /// Whether an event reports a failure of the provider.
     pub failed: bool,
-    /// Whether an event was the last that there is, by its protocol.
+    /// Whether an event was the last one of the protocol.
     pub ended: bool,
-    /// Whether the account is of more than how the reply has begun.
+    /// Whether the usage covers more than the start of the reply.
     pub is_accounted: bool,
 }
 
 impl Reported {
-    /// Takes in what a JSON reply or event says.
+    /// Reads what a JSON reply or event reports.
     pub fn see(&mut self, event: &Value) {
         let kind = event.get("type").and_then(Value::as_str);
-        // The Responses API has the error's members in the event itself.
+        // In the Responses API, the members of the error are in the event itself.
         self.failed |= event.get("error").is_some_and(|error| !error.is_null())
             || matches!(kind, Some("error" | "response.failed"));
         self.ended |=
@@ -104,7 +105,7 @@ impl Reported {
         for usage in places.into_iter().flatten() {
             self.account(usage);
         }
-        // Messages begin with an account of the prompt, and of a token or two.
+        // A Messages stream starts with the usage of the prompt and of a token or two.
         self.is_accounted |= kind != Some("message_start")
             && self.output.is_some()
             && places.iter().any(|place| place.is_some_and(Value::is_object));
@@ -120,11 +121,11 @@ impl Reported {
                 .filter_map(|name| count(usage, name))
                 .fold(None, |sum: Option<i64>, count| Some(sum.unwrap_or(0).saturating_add(count)))
         };
-        // OpenAI counts cached tokens within the prompt, Anthropic beside it.
+        // OpenAI includes cached tokens in the prompt. Anthropic counts them separately.
         let prompt = count(usage, "prompt_tokens")
             .or_else(|| sum(&["input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens"]));
         let output = count(usage, "completion_tokens").or_else(|| count(usage, "output_tokens"));
-        // Some leave the tokens of a thought out of those of the reply, and have them in the total, or in the details alone.
+        // Some providers do not include the tokens of a thought in those of the reply, and report them only in the total or in the details.
         let thought = ["completion_tokens_details", "output_tokens_details"]
             .into_iter()
             .filter_map(|details| count(usage.get(details)?, "reasoning_tokens"))
@@ -137,25 +138,25 @@ impl Reported {
         self.output = self.output.max(output).max(beside);
     }
 
-    /// Takes in that a stream of chat completions has said `[DONE]`.
+    /// Records that a stream of chat completions has sent `[DONE]`.
     pub fn done(&mut self) {
         self.ended = true;
     }
 
-    /// The least that what came of the reply can be.
+    /// Returns the minimum tokens of the received output.
     pub fn least_output(&self) -> i64 {
         self.shown / BYTES_PER_TOKEN
     }
 
-    /// Both, once both are known. More than a record can have is no account that anybody could have meant: there is none then, and the
-    /// reservation stays spent.
+    /// Returns both counts if both are known. Counts above what a record can hold are not a usage that a provider could have meant, so
+    /// there is no usage then, and the reservation stays spent.
     pub fn both(self) -> Option<Bound> {
         let both = Bound { prompt: self.prompt?, output: self.output? };
         both.prompt.checked_add(both.output).filter(|total| *total <= LARGEST_WHOLE).map(|_| both)
     }
 }
 
-/// The members that hold what a model writes, by all three APIs.
+/// The members that hold a model's output, in all three APIs.
 const WRITTEN: [&str; 10] = [
     "content",
     "text",
@@ -169,25 +170,25 @@ const WRITTEN: [&str; 10] = [
     "input",
 ];
 
-/// Bytes of what the model wrote, in a whole reply or in one event. Events that say again what others have said do not count.
+/// Returns the bytes of the model's output in a whole reply or in one event. Events that repeat the output of other events do not count.
 fn shown(event: &Value, kind: Option<&str>) -> i64 {
     let choices = event.get("choices").and_then(Value::as_array).into_iter().flatten();
     let of_choices = choices.flat_map(|choice| [choice.get("message"), choice.get("delta")]).flatten();
     let of_event = match kind {
-        // A whole reply of Messages.
+        // A whole reply of the Messages API.
         Some("message") => event.get("content"),
         Some("content_block_delta") => event.get("delta"),
         Some(kind) if kind.starts_with("response.") && kind.ends_with(".delta") => {
             return event.get("delta").map_or(0, bytes_of);
         }
-        // A whole reply of Responses.
+        // A whole reply of the Responses API.
         None if event.get("object").and_then(Value::as_str) == Some("response") => event.get("output"),
         _ => None,
     };
     of_choices.chain(of_event).map(written).fold(0, i64::saturating_add)
 }
 
-/// Bytes of the texts that stand under [`WRITTEN`] names, however deep.
+/// Returns the bytes of the texts in members with names in [`WRITTEN`], at any depth.
 fn written(value: &Value) -> i64 {
     match value {
         Value::Array(items) => items.iter().map(written).fold(0, i64::saturating_add),
@@ -203,7 +204,7 @@ fn written(value: &Value) -> i64 {
     }
 }
 
-/// Bytes of the texts in it.
+/// Returns the bytes of all texts in a value.
 fn bytes_of(value: &Value) -> i64 {
     match value {
         Value::String(text) => i64::try_from(text.len()).unwrap_or(i64::MAX),
@@ -232,7 +233,7 @@ mod tests {
                 Some(15),
             ),
             (vec![json!({"choices": []})], None),
-            // Numbers that are no account.
+            // Numbers that are not a usage.
             (
                 vec![json!({"usage": {"prompt_tokens": 9_007_199_254_740_990_i64, "completion_tokens": 1}})],
                 Some(LARGEST_WHOLE),
@@ -288,13 +289,13 @@ mod tests {
         let start = json!({"type": "message_start", "message": {"usage": {"input_tokens": 9, "output_tokens": 1}}});
         for (taken, came, events, charged) in [
             (true, Came::Whole, vec![text.clone(), usage.clone()], bound(7, 5)),
-            // It gives no account: the hard limit holds by what was set aside.
+            // Without a usage, the reservation stays charged, so the hard limit holds.
             (true, Came::Whole, vec![text.clone()], None),
-            // Refused, or never begun with.
+            // The request was rejected, or its reply never began.
             (false, Came::Whole, vec![error.clone()], bound(0, 0)),
             (false, Came::Broken, vec![], bound(0, 0)),
             (false, Came::Unread, vec![], bound(0, 0)),
-            // It breaks off: the prompt, and what came.
+            // The reply breaks off: the prompt and the received output are charged.
             (true, Came::Broken, vec![], bound(100, 0)),
             (true, Came::Broken, vec![text.clone(), call], bound(100, 12)),
             (true, Came::Broken, vec![start, json!({"delta": {"type": "text_delta", "text": "hi"}})], bound(9, 12)),
@@ -307,7 +308,7 @@ mod tests {
                 vec![json!({"usage": {"prompt_tokens": 1_000_000, "completion_tokens": 2}})],
                 bound(1_000_000, 2),
             ),
-            // Whoever stops reading does not thereby pay less.
+            // A client that stops reading does not pay less.
             (true, Came::Unread, vec![text], None),
             (true, Came::Unread, vec![usage], None),
         ] {
@@ -335,20 +336,20 @@ mod tests {
             let output = json!([{"type": "message", "content": [{"type": "output_text", "text": text}]}]);
             vec![
                 json!({"type": "response.output_text.delta", "delta": text}),
-                // It says it all again.
+                // This event repeats the whole text.
                 json!({"type": "response.output_text.done", "text": text}),
                 json!({"type": "response.completed", "response": {"output": output, "usage": usage}}),
             ]
         };
         let bound = |prompt, output| Bound { prompt, output };
         for (events, charged) in [
-            // Nothing at all, though something came: a sixteenth of it.
+            // A usage of zero, although output was received: a sixteenth of the output.
             (chat(json!({"prompt_tokens": 0, "completion_tokens": 0})), bound(20, 200)),
             (stream(json!({"prompt_tokens": 0, "completion_tokens": 0})), bound(20, 200)),
             (messages(json!({"output_tokens": 0})), bound(20, 200)),
             (responses(json!({"input_tokens": 0, "output_tokens": 0})), bound(20, 200)),
             (chat(json!({"prompt_tokens": 350, "completion_tokens": 800})), bound(350, 800)),
-            // A thought beside the reply: in the total, or in the details.
+            // A thought that is not in the completion tokens: in the total, or in the details.
             (chat(json!({"prompt_tokens": 350, "completion_tokens": 800, "total_tokens": 4_150})), bound(350, 3_800)),
             (chat(json!({"prompt_tokens": 350, "total_tokens": 1_150})), bound(350, 800)),
             (
@@ -357,7 +358,7 @@ mod tests {
                 ),
                 bound(350, 3_800),
             ),
-            // A thought within it.
+            // A thought that is in the completion tokens.
             (
                 chat(
                     json!({"prompt_tokens": 350, "completion_tokens": 800, "completion_tokens_details": {"reasoning_tokens": 700}, "total_tokens": 1_150}),
@@ -370,7 +371,7 @@ mod tests {
                 ),
                 bound(350, 800),
             ),
-            // Caches: beside the prompt by Anthropic, within it by OpenAI.
+            // Cached tokens: separate from the prompt at Anthropic, included in it at OpenAI.
             (
                 messages(
                     json!({"input_tokens": 5, "cache_creation_input_tokens": 100, "cache_read_input_tokens": 300, "output_tokens": 800}),
@@ -383,7 +384,7 @@ mod tests {
                 ),
                 bound(350, 800),
             ),
-            // More than was set aside.
+            // More than the reservation.
             (chat(json!({"prompt_tokens": 3_500, "completion_tokens": 8_000})), bound(3_500, 8_000)),
             // A total that is less than its parts.
             (chat(json!({"prompt_tokens": 350, "completion_tokens": 800, "total_tokens": 3})), bound(350, 800)),
@@ -394,7 +395,7 @@ mod tests {
         }
     }
 
-    /// More has come than was set aside, and nobody gives an account of it.
+    /// More output was received than reserved, and no usage is reported.
     #[test]
     fn what_came_counts_beyond_what_was_set_aside() {
         let reserved = Reserved { bound: Bound { prompt: 100, output: 50 }, least_prompt: 6 };

@@ -1,26 +1,27 @@
-//! How long sound is.
+//! Computes the duration of sound.
 //!
-//! Guarantees: never shorter than its header says; where there is none, as long as so many bytes of speech can be. Non-goals: to decode it.
+//! Guarantees: the duration is never shorter than the header says. Without a header, it is as long as that many bytes of speech can be.
+//! Non-goals: decoding sound.
 
 /// Seconds of sound that cannot be read at all.
 pub(super) const LONGEST: i64 = 3_600;
-/// Bytes of a second of compressed speech, at least: 16 kilobits.
+/// Minimum bytes per second of compressed speech: 16 kilobits.
 const FEWEST_BYTES: i64 = 2_000;
 
-/// Seconds, rounded up.
+/// Returns the seconds, rounded up.
 pub(super) fn seconds(bytes: &[u8]) -> i64 {
     let length = i64::try_from(bytes.len()).unwrap_or(i64::MAX);
-    // What a header says of its own length may be anything, and whether providers read more than it says is theirs.
+    // The length in a header can be false, and providers may read more than it says. So the length of the data counts.
     let rate = byte_rate(bytes).filter(|rate| *rate >= FEWEST_BYTES).unwrap_or(FEWEST_BYTES);
     length.saturating_add(rate).saturating_sub(1) / rate
 }
 
-/// Bytes of a second, by the header of a WAV.
+/// Returns the bytes per second from the header of a WAV file.
 fn byte_rate(bytes: &[u8]) -> Option<i64> {
     if bytes.get(..4)? != b"RIFF" || bytes.get(8..12)? != b"WAVE" {
         return None;
     }
-    // The format stands among the first chunks.
+    // The format is in one of the first chunks.
     let head = bytes.get(12..bytes.len().min(4_096))?;
     let format = head.windows(4).position(|four| four == b"fmt ")?;
     let rate = head.get(format.checked_add(16)?..format.checked_add(20)?)?;
@@ -45,7 +46,7 @@ mod tests {
         for (bytes, expected) in [
             (wav(32_000, 320_000), 11),
             (wav(48_000, 48_000 * 60), 61),
-            // Nobody hides an hour behind a header.
+            // A header cannot hide an hour of sound.
             (wav(u32::MAX, 1_000_000), 1),
             (wav(0, 1_000_000), 501),
             (wav(1, 1_000_000), 501),

@@ -1,7 +1,8 @@
-//! The form of the tables: what may be written of a request, as plain data.
+//! The types of the tables that describe what a request may contain, as plain data.
 //!
-//! Guarantees: what a table does not name is not known. Non-goals: what is in the tables ([`requests`](super::requests)), and walking a request by
-//! them ([`members`](super::members)).
+//! Guarantees: what a table does not name is unknown.
+//! Non-goals: the contents of the tables ([`requests`](super::requests)), and checking a request against them
+//! ([`members`](super::members)).
 
 use serde::{Deserialize, Serialize};
 
@@ -15,15 +16,15 @@ macro_rules! capabilities {
         }
 
         impl Capability {
-            /// Every one.
+            /// All capabilities.
             pub const ALL: &[Capability] = &[$(Capability::$variant),+];
 
-            /// The name in packs.
+            /// Returns the name that packs use.
             pub fn as_str(self) -> &'static str {
                 match self { $(Self::$variant => $id),+ }
             }
 
-            /// What the provider does.
+            /// Returns a description of what the provider does.
             pub fn does(self) -> &'static str {
                 match self { $(Self::$variant => $does),+ }
             }
@@ -49,77 +50,78 @@ capabilities! {
     WebSearch = "web_search": "It searches the web.",
 }
 
-/// What becomes of a member, a part or a tool.
+/// How a member, a part or a tool is handled.
 #[derive(Clone, Copy, Debug)]
 pub enum Fate {
-    /// It passes, if it has this form.
+    /// It passes if it has this form.
     Passes(Of),
-    /// It passes, if it has this form, and is bounded by this.
+    /// It passes if it has this form, and Belay bounds it as the text says.
     Bounded(Of, &'static str),
-    /// No pack lets it pass, and this is why and what to do.
+    /// It is denied, whatever the pack says. The text says why and what to do.
     Refused(&'static str),
-    /// It passes where the pack allows it by name, whatever is in it; and this is what to do otherwise.
+    /// It passes with any content if the pack allows it by name. The text says what to do otherwise.
     Named(Capability, &'static str),
 }
 
-/// What a value is made of. `null` passes for each: it is as good as nothing.
+/// The form of a value. `null` matches every form, because it is as good as absent.
 #[derive(Clone, Copy, Debug)]
 pub enum Of {
     /// A text, a number, `true`, `false`, or a list of those.
     Plain,
-    /// Anything: it is data to the model, such as a JSON Schema, or to whoever reads the provider's logs.
+    /// Any value. It is data for the model, such as a JSON Schema, or for the reader of the provider's logs.
     Data,
-    /// `false` passes; `true` is this.
+    /// A boolean. `false` passes, and `true` has this fate.
     Switch(&'static Fate),
-    /// One of these words passes; any other is this.
+    /// A text. These words pass, and any other text has this fate.
     Words(&'static [&'static str], &'static Fate),
-    /// A URL that the provider fetches, or one that has all in it (`data:`).
+    /// A URL that the provider fetches, or a `data:` URL.
     Url,
-    /// What is sent in the request itself: bytes in base64, or a `data:` URL. A URL to be fetched counts as one, since some servers fetch it.
+    /// Content that is sent in the request itself: bytes in base64, or a `data:` URL. Any other URL is checked like [`Of::Url`], because
+    /// some servers fetch it.
     Inline,
-    /// An object with these members.
+    /// An object with the members of a shape.
     Object(&'static Shape),
-    /// An object, by what it is.
+    /// An object with a type.
     Kinds(&'static Kinds),
-    /// A list of those.
+    /// A list whose items have this form.
     List(&'static Of),
-    /// The first that fits, by whether the value is an object, a list or neither.
+    /// The first form that matches the JSON type of the value.
     Either(&'static [Of]),
 }
 
-/// An object.
+/// An object and its members.
 #[derive(Debug)]
 pub struct Shape {
-    /// What it is, in words.
+    /// What the object is, in words.
     pub is: &'static str,
-    /// What becomes of its members.
+    /// How its members are handled.
     pub rows: &'static [Row],
-    /// A member that has to be there, and what becomes of an object without.
+    /// A required member, and how an object without it is handled.
     pub needs: Option<(&'static str, Fate)>,
 }
 
-/// Members that share a fate.
+/// Members that are handled alike.
 #[derive(Clone, Copy, Debug)]
 pub struct Row {
-    /// Their names, with spaces between.
+    /// The names, separated by spaces, or prefixes with `*`.
     pub names: &'static str,
-    /// What becomes of them.
+    /// How they are handled.
     pub fate: Fate,
 }
 
-/// Objects that say what they are.
+/// Objects that name their type.
 #[derive(Debug)]
 pub struct Kinds {
-    /// What they are, in words.
+    /// What the objects are, in words.
     pub are: &'static str,
-    /// Each, by its `type`: names with spaces between, or beginnings and `*`.
+    /// Rows by the object's `type`: names separated by spaces, or prefixes with `*`.
     pub rows: &'static [Row],
-    /// Those that do not say it: by a member that they have.
+    /// Rows for objects without a type, by a member that they have.
     pub untyped: &'static [Row],
 }
 
 impl Row {
-    /// Whether the row is for it.
+    /// Returns whether the row covers a name.
     fn is_for(&self, name: &str) -> bool {
         self.names.split_ascii_whitespace().any(|known| match known.strip_suffix('*') {
             Some(beginning) => name.starts_with(beginning),
@@ -128,7 +130,7 @@ impl Row {
     }
 }
 
-/// The row of a name.
+/// Returns the row that covers a name.
 pub fn row(rows: &'static [Row], name: &str) -> Option<&'static Row> {
     rows.iter().find(|row| row.is_for(name))
 }

@@ -1,9 +1,10 @@
 //! A request as the agent wrote it.
 //!
-//! Guarantees: what is not set stays as it is, byte for byte: the order of members, forms of numbers, escapes, spaces. What is judged is what every
-//! reader finds in it: names that an object has twice are refused. Where readers differ only in how they show what they found it is judged as
-//! most show it: half a surrogate pair as U+FFFD, `50.0` as 50, and a number beyond a double's range as the largest.
-//! Non-goals: what may be in it.
+//! Guarantees: everything that Belay does not set stays as it is, byte for byte: the order of members, the notation of numbers, escapes,
+//! spaces. Belay evaluates what every parser finds in the request: duplicate names in an object are rejected. If parsers differ only in how
+//! they represent a value, Belay evaluates the usual form: an unpaired surrogate as U+FFFD, `50.0` as 50, and a number beyond the range of
+//! a double as the largest double.
+//! Non-goals: what the request may contain.
 
 use std::{fmt, ops::Range};
 
@@ -12,20 +13,20 @@ use serde_json::{Map, Value, value::RawValue};
 
 use crate::policy::json::{self, Ambiguous};
 
-/// A request's text, and what is in it.
+/// The text of a request, and its contents.
 #[derive(Debug)]
 pub struct Written<'t> {
     text: &'t [u8],
-    /// Its members, in order, and where their values are.
+    /// The members in order, and the place of each value.
     members: Vec<(String, Range<usize>)>,
     judged: Map<String, Value>,
 }
 
 impl<'t> Written<'t> {
-    /// Reads a request.
+    /// Parses a request.
     ///
     /// # Errors
-    /// If it is no JSON object, or could be read in two ways.
+    /// Returns an error if the text is not a JSON object, or if two parsers could read it differently.
     pub fn read(text: &'t [u8]) -> Result<Self, Ambiguous> {
         let Value::Object(judged) = json::whole(json::lenient(text)?) else {
             return Err(Ambiguous("another value than an object".to_owned()));
@@ -39,17 +40,17 @@ impl<'t> Written<'t> {
         Ok(Self { text, members, judged })
     }
 
-    /// What is in it.
+    /// Returns the contents.
     pub fn judged(&self) -> &Map<String, Value> {
         &self.judged
     }
 
-    /// The text in which these members have these values. Those that it does not have yet are added at its end.
+    /// Returns the text with these members set to these values. New members are added at the end.
     pub fn with(&self, set: &[(&str, Value)]) -> Vec<u8> {
         let mut edits: Vec<(Range<usize>, String)> = Vec::new();
         let end = self.members.last().map(|(_, place)| place.end);
         let mut is_first = end.is_none();
-        // Behind the last value, or behind the brace.
+        // The position after the last value, or after the opening brace.
         let end = end.or_else(|| self.text.iter().position(|byte| *byte == b'{').map(|brace| brace.saturating_add(1)));
         let end = end.unwrap_or(self.text.len());
         for (name, value) in set {
@@ -61,7 +62,7 @@ impl<'t> Written<'t> {
                 }
             }
         }
-        // Added ones stay in their order, and behind the last value if that is set as well.
+        // New members keep their order. They come after the last value, even if that value is replaced as well.
         edits.sort_by_key(|(place, _)| (place.start, place.end));
         let mut written = Vec::with_capacity(self.text.len().saturating_add(64));
         let mut from = 0;
@@ -75,7 +76,7 @@ impl<'t> Written<'t> {
     }
 }
 
-/// Where in the text a value is that was read from it.
+/// Returns the place in the text of a value that was parsed from it.
 fn place(text: &[u8], value: &RawValue) -> Option<Range<usize>> {
     let start = value.get().as_ptr().addr().checked_sub(text.as_ptr().addr())?;
     let end = start.checked_add(value.get().len())?;
@@ -162,7 +163,7 @@ mod tests {
         assert!(Written::read("[".repeat(1 << 16).as_bytes()).is_err());
     }
 
-    /// JSON with everything in it that may be written in several ways.
+    /// JSON with everything that can be written in several ways.
     fn any_text() -> impl Strategy<Value = String> {
         let number = prop_oneof![
             Just("50.0".to_owned()),
@@ -198,7 +199,7 @@ mod tests {
     }
 
     proptest! {
-        /// With nothing to set a request is as it was; with something, it is another in these members only, and in their order.
+        /// With nothing to set, a request does not change. Otherwise only the members that are set change, and the order stays.
         #[test]
         fn only_what_is_set_changes(values in prop::collection::vec(any_text(), 0..5), set in prop::collection::btree_map(0usize..8, 0i64..100, 0..4)) {
             let names = ["d", "a", "c", "b", "e", "f", "g", "h"];
@@ -214,7 +215,7 @@ mod tests {
             prop_assert_eq!(again.judged(), &expected);
             let order = |written: &Written<'_>| written.members.iter().map(|(name, _)| name.clone()).collect::<Vec<_>>();
             prop_assert!(order(&again).starts_with(&order(&written)));
-            // And what was not set is there as it was written.
+            // Members that were not set are still there as they were written.
             for (name, place) in &written.members {
                 if set.iter().all(|(set, _)| set != name) {
                     let (_, now) = again.members.iter().find(|(known, _)| known == name).unwrap();

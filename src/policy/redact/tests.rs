@@ -21,7 +21,7 @@ fn redactor() -> Redactor {
     Redactor::new(&policy, Arc::new(Detectors::compile(&[pattern]).unwrap()))
 }
 
-/// With `#` where something is hidden.
+/// The redacted text, with `#` in place of each hidden part.
 fn text(text: &str) -> String {
     let shown = redactor().text(text, &salt());
     let mut parts = shown.split("[redacted:");
@@ -111,8 +111,8 @@ fn a_host_is_a_host_still(#[case] to: &str, #[case] shows: bool) {
     assert!(shown.ends_with(".test:443"));
 }
 
-/// Wherever a secret stands in a text and however it is written, it is not in what is shown. Words are known by their look: of secrets in base64 one in
-/// some thousands has it, cut by a slash into two that might be names.
+/// Wherever a secret is in a text, and however it is written, the result does not contain it. Words are recognized by their form. One in
+/// some thousands of secrets in base64 looks like two names with a slash between them.
 #[test]
 fn no_secret_is_shown() {
     let places = [("", ""), ("the key is ", " of the account"), ("don't say ", ", 'please'"), ("a \"b\" ", "")];
@@ -136,7 +136,7 @@ fn no_secret_is_shown() {
 }
 
 proptest! {
-    /// Nothing is lost but what is hidden.
+    /// The parts add up to the text, so nothing is lost except what is hidden.
     #[test]
     fn all_else_stays(text in ".{0,200}") {
         let parts = parts_of(&text, |token| token.len() % 2 == 0);
@@ -145,7 +145,7 @@ proptest! {
     }
 }
 
-/// What we say ourselves is readable in the log: the bounds in our messages, and those of the task's own contracts.
+/// Belay's own messages are readable in the log: the bounds in the messages, and those of the task's own contracts.
 #[test]
 fn no_constant_of_ours_is_hidden() {
     assert!(OURS.contains(&crate::policy::json::LARGEST.to_string().as_str()));
@@ -153,7 +153,7 @@ fn no_constant_of_ours_is_hidden() {
         let reason = crate::policy::json::exact(&json!({"id": number})).unwrap_err().to_string();
         assert_eq!(text(&reason), reason, "{number}");
     }
-    // The control: another number of so many digits may be somebody's account.
+    // The control: another number with as many digits may be an account.
     assert_eq!(text("beyond 9007199254740993"), "beyond #");
 
     let mut policy = policy(vec![SideEffect::Read]);
@@ -165,8 +165,8 @@ fn no_constant_of_ours_is_hidden() {
     assert!(!redactor.text("of at most 130000000000", &salt()).contains("130000000000"));
 }
 
-/// Each text in the sources from which a reason is made reads as it is, but for what is put into it. What a template's author or a client without
-/// a token is told is in no record.
+/// Each text in the sources that becomes a reason is shown unchanged, except for the values in it. Messages for the author of a template,
+/// or for a client without a token, are never recorded.
 #[test]
 fn no_word_of_ours_is_hidden() {
     let mut hidden = Vec::new();
@@ -204,7 +204,7 @@ fn sources(folder: &std::path::Path) -> Vec<(std::path::PathBuf, String)> {
     all
 }
 
-/// The texts that begin as reasons do, without what is put into them: `#` is no part of any.
+/// Returns the texts that start as reasons do, with `#` in place of the values.
 fn literals(source: &str) -> Vec<String> {
     let code = source.split("#[cfg(test)]").next().unwrap();
     let code: String =

@@ -13,7 +13,7 @@ fn nested(levels: usize) -> Value {
     (0..levels).fold(json!(1), |inner, _| json!({"a": inner, "b": 1}))
 }
 
-/// Twice as much on each level, of the schema or of the value.
+/// A schema whose cost doubles on each level.
 fn doubling(levels: usize) -> Value {
     let definitions: Map<String, Value> = (0..levels)
         .map(|level| {
@@ -25,7 +25,7 @@ fn doubling(levels: usize) -> Value {
     json!({"$ref": "#/$defs/d0", "$defs": definitions})
 }
 
-/// Each may go on for hours. The control is the same schema over little, or a smaller one.
+/// Each of these could take hours. The control is the same schema on a small value, or a smaller schema.
 #[rstest]
 #[case::any_of(
     json!({"anyOf": [{"properties": {"a": {"$ref": "#"}}, "required": ["c"]}, {"properties": {"a": {"$ref": "#"}}, "required": ["b"]}, {"const": 1}]}),
@@ -52,7 +52,7 @@ fn no_schema_goes_on(#[case] schema: Value, #[case] little: Value, #[case] much:
     meter::within(FEW, || assert!(!matches!(shape.check(&little), Err(Misfit::Exceeded(_))), "{schema}"));
     let started = Instant::now();
     let found = meter::within(FEW, || shape.check(&much));
-    // What is nested the validator may look at once; what is a list it cannot.
+    // The validator may read nested values only once, but not lists.
     assert!(much.get("l").is_none() || matches!(found, Err(Misfit::Exceeded(_))), "{schema}: {found:?}");
     assert!(started.elapsed() < Duration::from_secs(20), "{schema}: {:?}", started.elapsed());
 }
@@ -82,7 +82,8 @@ fn what_does_not_fit_is_named_and_not_repeated() {
     assert!(!words.contains("secret"), "{words}");
 }
 
-/// In words for whoever has to mend the call: each names what was expected, what was found and where, and has no word of the validator's.
+/// Misfits are described in words for the author of the call. Each description says what was expected, what was found and where, and has no
+/// words of the validator.
 #[rstest]
 #[case(json!({"type": "object", "additionalProperties": false}), json!({"n": 1}), "", r#"found "n", expected no arguments: leave it out"#)]
 #[case(json!({"type": "object", "properties": {}, "additionalProperties": false}), json!({"m": 2}), "", r#"found "m", expected no arguments: leave it out"#)]
@@ -173,7 +174,7 @@ fn schema() -> impl Strategy<Value = Value> {
 }
 
 proptest! {
-    /// Whatever is wrong, nobody hears of it in the validator's own words.
+    /// Whatever the misfit is, the description does not use the validator's own words.
     #[test]
     fn no_words_of_the_validator_are_told(schema in schema()) {
         let whole = json!({"allOf": [schema], "$defs": {"d": {"type": "string"}}});
@@ -187,7 +188,7 @@ proptest! {
         }
     }
 
-    /// Metered or not, a schema says the same, as long as it ends by itself.
+    /// A metered schema has the same result as the plain one, if it ends within its allowance.
     #[test]
     fn metered_schemas_agree_with_those_that_are_not(schema in schema(), defined in schema()) {
         let whole = json!({"allOf": [schema], "$defs": {"d": {"type": "object", "properties": {"a": defined}}}});

@@ -1,7 +1,8 @@
-//! Why a value does not fit a schema, in words.
+//! Describes in words why a value does not fit a schema.
 //!
-//! Guarantees: whoever reads them learns what was expected, and what kind of thing was found, without knowing the validator or its schema's
-//! keywords by heart; members are named, values are not repeated. Non-goals: to name everything that is wrong: the first thing is enough to go on.
+//! Guarantees: the reader learns what was expected and what kind of value was found, without knowledge of the validator or of schema
+//! keywords. Members are named, and values are not repeated.
+//! Non-goals: a complete list of misfits. The first misfit is enough to continue.
 
 use std::fmt::Write;
 
@@ -13,16 +14,16 @@ use serde_json::Value;
 
 use crate::policy::shorten::shorten_to;
 
-/// Names and options that are listed. From here on the rest is a number.
+/// Maximum number of names and options that are listed. The rest is only counted.
 const MOST_LISTED: usize = 8;
-/// Characters of a name.
+/// Maximum length of a name, in characters.
 const LONGEST_NAME: usize = 48;
-/// Forms of a value of which each is explained.
+/// Maximum number of forms of a value that are described one by one.
 const MOST_FORMS: usize = 4;
-/// Forms within forms.
+/// Maximum nesting of forms within forms.
 const DEEPEST: usize = 2;
 
-/// What is wrong at the error's place.
+/// Describes the misfit at the error's place.
 pub fn of(error: &ValidationError<'_>, schema: &Value, whole: &Value) -> String {
     within(error, schema, whole, 0)
 }
@@ -38,7 +39,7 @@ fn within(error: &ValidationError<'_>, schema: &Value, whole: &Value, depth: usi
         Kind::Type { kind } => format!("expected {}, found {found}", types(kind)),
         Kind::Required { property } => format!("expected {} {property}, found none", member(error)),
         Kind::AdditionalProperties { unexpected } | Kind::UnevaluatedProperties { unexpected } => members(unexpected),
-        // The validator names none of them where there is none that it knows.
+        // The validator does not list the members if the schema has no properties.
         Kind::FalseSchema if is_of_others(error) => {
             let object = whole.pointer(error.instance_path().as_str()).and_then(Value::as_object);
             let names: Vec<String> = object.into_iter().flat_map(|object| object.keys().cloned()).collect();
@@ -85,13 +86,13 @@ fn within(error: &ValidationError<'_>, schema: &Value, whole: &Value, depth: usi
     }
 }
 
-/// Whether it is about what an object has beside what its schema names.
+/// Returns whether the error is about members of an object that its schema does not name.
 fn is_of_others(error: &ValidationError<'_>) -> bool {
     let path = error.schema_path().as_str();
     ["/additionalProperties", "/unevaluatedProperties", "/propertyNames"].iter().any(|keyword| path.ends_with(keyword))
 }
 
-/// The part of the schema whose keyword it is about.
+/// Returns the part of the schema that contains the error's keyword.
 fn parent<'s>(error: &ValidationError<'_>, schema: &'s Value) -> Option<&'s Value> {
     schema.pointer(error.schema_path().as_str().rsplit_once('/')?.0)
 }
@@ -130,7 +131,7 @@ fn forms(
         let Some(first) = errors.first() else { continue };
         let place = first.instance_path().as_str();
         let place = if place == error.instance_path().as_str() { String::new() } else { format!(" at {place}:") };
-        // Writing to text never fails.
+        // Writing to a String never fails.
         let _ = write!(
             text,
             "; form {}:{place} {}",
@@ -145,7 +146,7 @@ fn counted(count: u64, one: &str) -> String {
     if count == 1 { format!("1 {one}") } else { format!("{count} {one}s") }
 }
 
-/// Names as they are told, and how many more there are.
+/// Returns the names in quotes, and how many more there are.
 fn quoted<T: AsRef<str>>(names: &[T]) -> String {
     let mut text: Vec<_> =
         names.iter().take(MOST_LISTED).map(|name| format!("{:?}", shorten_to(name.as_ref(), LONGEST_NAME))).collect();

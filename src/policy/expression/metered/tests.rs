@@ -18,7 +18,7 @@ fn holds(source: &str, args: &Value) -> Result<bool, String> {
     Expression::compile(source).unwrap().holds(&context)
 }
 
-/// Each ends though it would go on for hours, or fill the machine. The control is the same expression over little.
+/// Each evaluation ends, although it would take hours or all memory without metering. The control is the same expression over small values.
 #[rstest]
 #[case::each_once("args.n.all(x, args.n.exists_one(y, x == y))")]
 #[case::exists("!args.n.exists(x, args.n.exists(y, x + y == -1))")]
@@ -51,11 +51,11 @@ fn no_expression_goes_on(#[case] source: &str) {
     let found = meter::within(FEW, || holds(source, &much));
     let reason = found.expect_err(source);
     assert!(reason.contains("more than"), "{source}: {reason}");
-    // It ends soon after: generous, as this may be a slow machine.
+    // The bound is generous, because the machine may be slow.
     assert!(started.elapsed() < Duration::from_secs(20), "{source}: {:?}", started.elapsed());
 }
 
-/// Counting changes nothing else.
+/// Metering changes nothing else.
 #[rstest]
 #[case("args.n.map(x, x * 2)[1] == 4 && args.n.filter(x, x > 1).size() == 2")]
 #[case("args.n.map(x, x > 1, string(x)) == ['2', '3']")]
@@ -78,7 +78,7 @@ fn what_is_metered_means_what_it_meant(#[case] source: &str) {
     assert_eq!(Program::compile(source).unwrap().execute(&context), Ok(CelValue::Bool(true)), "{source}");
 }
 
-/// Expressions of the grammar's parts, in each other.
+/// Generates nested expressions from the parts of the grammar.
 fn source() -> impl Strategy<Value = String> {
     let leaf = prop_oneof![
         Just("args.n"),
@@ -112,7 +112,7 @@ fn source() -> impl Strategy<Value = String> {
 }
 
 proptest! {
-    /// Metered or not, an expression comes to the same, as long as it ends by itself.
+    /// A metered expression has the same result as the plain one, if it ends within its allowance.
     #[test]
     fn metered_expressions_agree_with_those_that_are_not(source in source()) {
         let args = json!({"n": [1, 2, 3], "s": "ab", "o": {"a": 1}});

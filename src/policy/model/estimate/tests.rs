@@ -15,7 +15,7 @@ fn base64(bytes: &[u8]) -> String {
     data_encoding::BASE64.encode(bytes)
 }
 
-/// A picture in grey, of noise, which nothing makes smaller: about a byte a pixel.
+/// A grey picture of noise, which cannot be compressed: about one byte per pixel.
 pub(super) fn png(width: u32, height: u32) -> Vec<u8> {
     let mut noise = 1_u32;
     let mut rows = Vec::new();
@@ -49,11 +49,11 @@ fn within_1_3(what: &str, set_aside: i64, charged: i64) {
     assert!((charged..=most).contains(&set_aside), "{what}: {set_aside} set aside, {charged} charged");
 }
 
-/// A screenshot of 2 MB. What providers charge is by the rules that they publish, worked out by hand for 1920 by 1080 pixels:
-/// - OpenAI, "Calculating costs" of its guide to images: gpt-4o scales to 1365 by 768, 6 tiles, 85 + 6 × 170. gpt-4.1-mini: 60 × 34 squares
-///   of 32 pixels are more than 1,536; scaled, 52 × 29 are left, × 1.62. gpt-5.6: 60 × 34 × 1.2.
-/// - Anthropic, "Evaluate image size" of its page on vision: squares of 28 pixels; claude-sonnet-4-5 scales to 1456 by 819, 52 × 30;
-///   claude-opus-4-7 does not, 69 × 39.
+/// A screenshot of 2 MB. The charges follow the published rules of the providers, computed by hand for 1920 by 1080 pixels:
+/// - OpenAI, "Calculating costs" in its guide to images: gpt-4o scales to 1365 by 768, 6 tiles, 85 + 6 × 170. gpt-4.1-mini: 60 × 34 squares
+///   of 32 pixels are more than 1,536. After scaling, 52 × 29 are left, × 1.62. gpt-5.6: 60 × 34 × 1.2.
+/// - Anthropic, "Evaluate image size" on its page on vision: squares of 28 pixels. claude-sonnet-4-5 scales to 1456 by 819, 52 × 30.
+///   claude-opus-4-7 does not scale, 69 × 39.
 /// - Google, "Understand and count tokens": 6 crops of 258.
 #[test]
 fn a_screenshot_of_2_mb_is_set_aside_for_what_it_is() {
@@ -86,9 +86,9 @@ fn a_screenshot_of_2_mb_is_set_aside_for_what_it_is() {
     }
 }
 
-/// A document of 100 full pages. Anthropic, "Estimate your costs" of its page on PDFs: the tokens of the text of each page, and those of its
-/// picture, which others have measured as 1,570 of a page in letter format for old and new models alike. Google: 258 a page. Of OpenAI's models
-/// the text and a picture of each page, by the rule of the model: 765 for gpt-4o.
+/// A document of 100 full pages. Anthropic, "Estimate your costs" on its page on PDFs: the tokens of the text of each page, and those of
+/// its picture, which others have measured as 1,570 for a page in letter format, for old and new models alike. Google: 258 per page.
+/// OpenAI's models: the text and a picture of each page, by the rule of the model: 765 for gpt-4o.
 #[test]
 fn a_document_of_100_pages_is_set_aside_for_what_it_is() {
     let line = "The quick brown fox jumps over the lazy dog, and the dog does not mind it much.";
@@ -112,9 +112,9 @@ fn a_document_of_100_pages_is_set_aside_for_what_it_is() {
     }
 }
 
-/// A conversation of 150,000 tokens: this project's own prose, programs and manifests, said by people, a model and tools. What OpenAI charges is by
-/// its tokenizer, and by its cookbook, "How to count tokens": 3 around each message, one for its role, 3 for the reply; of a tool's call the
-/// name and the arguments.
+/// A conversation of 150,000 tokens: this project's own prose, programs and manifests, as messages of users, a model and tools. OpenAI
+/// charges by its tokenizer and by its cookbook, "How to count tokens": 3 around each message, one for its role, 3 for the reply, and for a
+/// tool call the name and the arguments.
 #[test]
 fn a_conversation_of_150_000_tokens_is_set_aside_for_what_it_is() {
     let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -153,11 +153,11 @@ fn a_conversation_of_150_000_tokens_is_set_aside_for_what_it_is() {
     let body = json!({"model": "gpt-4o", "messages": messages, "max_tokens": 50, "stream": true});
     assert!((1_000..charged).contains(&least(body.as_object().unwrap(), &Model::named("gpt-4o", None))));
     within_1_3("gpt-4o", of(Api::ChatCompletions, "gpt-4o", &body), charged);
-    // As those who know the text's length only would have it.
+    // An estimate from the length of the text alone would be more than three times as high.
     assert!(i64::try_from(body.to_string().len()).unwrap() > 3 * charged);
 }
 
-/// What only looks like a picture is the text that the model reads.
+/// Data that only looks like a picture is text that the model reads.
 #[test]
 fn data_that_stands_where_text_is_read_counts_as_text() {
     let data = base64(&png(200, 200));
@@ -185,13 +185,13 @@ fn data_that_stands_where_text_is_read_counts_as_text() {
             assert!(counted >= text, "{counted} of {text}: {}", body.to_string().chars().take(150).collect::<String>());
         }
     }
-    // The control, also for those who count quickly.
+    // The control, also for the quick minimum.
     let picture = user(json!([{"type": "image_url", "image_url": {"url": url}}]));
     assert!(of(Api::ChatCompletions, "gpt-4o", &picture) < 400);
     assert!(least(picture.as_object().unwrap(), &Model::named("gpt-4o", None)) < 200);
 }
 
-/// Thoughts come back as their provider has sealed them, 6 kB each, and are charged as the thoughts that they are.
+/// Encrypted thoughts of 6 kB each are sent back, and are charged as thoughts.
 #[test]
 fn sealed_thoughts_count_as_thoughts() {
     let sealed = base64(&png(67, 66));
@@ -237,7 +237,7 @@ fn sealed_thoughts_count_as_thoughts() {
             assert!(least(body, &model) <= counted.tokens && counted.least <= counted.tokens, "{counted:?}");
         }
     }
-    // The control: where a model reads it, and where it is no base64, it is the text that it is.
+    // The control: in a place that the model reads, and if it is not base64, it counts as text.
     let sentence = "What has spaces in it was never sealed by anybody. ".repeat(120);
     for (api, body, from) in [
         (Api::Responses, items(json!({"type": "message", "role": "user", "content": sealed})), 150_000),
@@ -288,7 +288,7 @@ fn what_cannot_be_read_counts_as_the_most_that_it_can_be() {
             1_800_000,
             1_801_000,
         ),
-        // A file of text, and a packed one.
+        // A text file and a binary file.
         (
             json!({"type": "file", "file": {"file_data": format!("data:text/plain;base64,{}", base64(&b"word ".repeat(1_000)))}}),
             1_000,
@@ -306,7 +306,7 @@ fn what_cannot_be_read_counts_as_the_most_that_it_can_be() {
         ),
         (json!({"type": "file", "file": {"file_data": base64(&[0xff; 100])}}), 4_096, 4_300),
         (json!({"type": "file", "file": {"file_data": base64(&[0xff; 100_000])}}), 100_000, 100_200),
-        // Half a minute of sound, and what is none.
+        // Half a minute of sound, and data that is not sound.
         (json!({"type": "input_audio", "input_audio": {"data": wav(30), "format": "wav"}}), 30 * 32, 32 * 32 + 100),
         (json!({"type": "input_audio", "input_audio": {"data": "!", "format": "mp3"}}), 3_600 * 32, 3_600 * 32 + 100),
         (json!({"type": "input_audio"}), 3_600 * 32, 3_600 * 32 + 100),
@@ -325,7 +325,8 @@ fn a_text_of_many_megabytes_is_counted_in_time() {
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
-    /// By bytes no text costs more than is set aside. By the tokenizer of another model a third more at most, and never less than the least.
+    /// With one token per byte, no text costs more than the reservation. With the tokenizer of another model, a text costs at most a third
+    /// more, and never less than the minimum.
     #[test]
     fn the_prompt_covers_its_text(texts in prop::collection::vec("(\\PC|[a-z ]{5}){0,60}", 0..6)) {
         let messages: Vec<Value> = texts.iter().map(|text| json!({"role": "user", "content": text})).collect();

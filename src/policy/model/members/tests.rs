@@ -1,4 +1,4 @@
-//! Requests by the tables: cases, the types that the providers publish, and requests made of these.
+//! Tests requests against the tables: cases, the types that the providers publish, and requests generated from these types.
 
 use rstest::rstest;
 use serde_json::json;
@@ -79,7 +79,7 @@ fn what_agents_send_passes(#[case] api: Api, #[case] body: Value) {
     passes(api, body);
 }
 
-/// A tool that a provider runs, for a table of them.
+/// A request with a tool, for a table of tools.
 fn tools(api: Api, tool: Value) -> (Api, Value) {
     let prompt = if api == Api::Responses { "input" } else { "messages" };
     (api, json!({prompt: [], "tools": [tool]}))
@@ -249,7 +249,7 @@ fn what_a_provider_would_do_is_refused_and_can_be_allowed_by_name() {
     }
 }
 
-/// A name that is cut could have a part of a secret in it that nobody recognises.
+/// A name that is cut could contain a part of a secret that nobody recognizes.
 #[test]
 fn a_name_is_quoted_whole_and_once_or_not_at_all() {
     for (length, quoted) in [(5, 1), (256, 1), (257, 0), (100_000, 0)] {
@@ -299,7 +299,7 @@ fn what_no_table_has_is_refused_by_name_and_place(#[case] api: Api, #[case] body
     assert!(refused.contains(word), "{refused}");
 }
 
-/// All places at which a provider fetches what a URL leads to.
+/// All places at which a provider fetches the contents of a URL.
 fn fetched(url: &str) -> Vec<(Api, Value)> {
     let chat = |part: Value| (Api::ChatCompletions, json!({"messages": [{"role": "user", "content": [part]}]}));
     let input = |part: Value| (Api::Responses, json!({"input": [{"role": "user", "content": [part]}]}));
@@ -377,7 +377,7 @@ fn a_provider_fetches_only_from_where_the_agent_may_go_itself() {
             assert!(word.contains("the provider would fetch it for the agent"), "{word}");
         }
     }
-    // What is no URL and is not to be fetched: text, and bytes.
+    // Values that are not URLs and are not fetched: text and bytes.
     for text in ["AAAA", "see https://evil.test"] {
         passes(Api::Messages, json!({"messages": [{"role": "user", "content": [{"type": "text", "text": text}]}]}));
     }

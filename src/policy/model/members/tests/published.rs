@@ -1,5 +1,5 @@
-//! The tables beside the types of requests that the providers publish with their SDKs (`e2e/model/publish` writes them down), and beside
-//! requests that are made of these types and then changed.
+//! Compares the tables with the request types that the providers publish with their SDKs (`e2e/model/publish` writes them to a file), and
+//! with requests that are generated from these types and then changed.
 
 use std::collections::BTreeMap;
 
@@ -47,7 +47,7 @@ fn api(name: &str) -> Api {
     }
 }
 
-/// Compares types with tables, and says what the tables do not know.
+/// Compares types with tables, and lists what the tables do not name.
 struct Comparison<'p> {
     published: &'p Published,
     seen: BTreeSet<(String, usize)>,
@@ -107,7 +107,7 @@ impl Comparison<'_> {
         }
     }
 
-    /// An object by its `type`.
+    /// Compares an object that has a `type`.
     fn kind(&mut self, name: &str, kinds: &'static Kinds, at: &str) {
         let Some(form) = self.published.types[name].fields.get("type") else {
             self.unknown.insert(format!("{at}: {name} has no type"));
@@ -140,7 +140,7 @@ fn the_tables_know_all_that_providers_publish() {
     assert!(comparison.seen.len() > 200, "only {} types were compared", comparison.seen.len());
 }
 
-/// The control: a member, a part and a tool that came yesterday are noticed.
+/// The control: a new member, a new part and a new tool are noticed.
 #[test]
 fn what_is_new_is_noticed() {
     let mut published = published();
@@ -163,12 +163,12 @@ fn what_is_new_is_noticed() {
     assert_eq!(comparison.unknown.len(), 2, "{:?}", comparison.unknown);
 }
 
-/// Numbers, one after another, from a seed.
+/// A sequence of numbers from a seed.
 struct Dice(u64);
 
 impl Dice {
     fn below(&mut self, end: usize) -> usize {
-        // Steele and Vigna's SplitMix64.
+        // SplitMix64 by Steele and Vigna.
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -216,7 +216,7 @@ impl Dice {
         }
     }
 
-    /// Changes something somewhere.
+    /// Changes a random part of a value.
     fn mutate(&mut self, value: &mut Value) {
         match value {
             Value::Object(object) if !object.is_empty() && self.below(3) > 0 => {
@@ -275,7 +275,7 @@ impl Dice {
     }
 }
 
-/// Requests that are made of the types that providers publish, and then changed: one for each number.
+/// Requests that are generated from the types that providers publish, and then changed: one for each number.
 pub(crate) struct Requests {
     published: Published,
     roots: Vec<(Api, String)>,
@@ -288,14 +288,14 @@ impl Requests {
         Self { roots: roots.collect(), published }
     }
 
-    /// So many as the environment asks for, from its seed on.
+    /// Returns as many numbers as the environment sets, starting at its seed.
     pub(crate) fn numbers() -> std::ops::Range<u64> {
         let asked = |name: &str, usual: u64| std::env::var(name).map_or(usual, |text| text.parse().unwrap());
         let seed = asked("BELAY_SEED", 22);
         seed..seed + asked("BELAY_REQUESTS", 1_000)
     }
 
-    /// The request of this number, where it is one.
+    /// Returns the request with this number, if it is an object.
     pub(crate) fn of(&self, number: u64) -> Option<(Api, Map<String, Value>)> {
         let mut dice = Dice(number);
         let (api, root) = dice.one_of(&self.roots);
@@ -308,7 +308,7 @@ impl Requests {
     }
 }
 
-/// Whether everything in a value is named by a table: another walk than the one that is tested, and a simpler one.
+/// Returns whether a table names everything in a value. This walk differs from the tested one and is simpler.
 fn is_named(of: &Of, value: &Value) -> bool {
     let passes = |fate: &Fate, value: &Value| match fate {
         Fate::Passes(of) | Fate::Bounded(of, _) => is_named(of, value),
@@ -316,7 +316,7 @@ fn is_named(of: &Of, value: &Value) -> bool {
     };
     match (of, value) {
         (_, Value::Null) | (Of::Data, _) => true,
-        // A list is what lists are there, if there are any.
+        // If there are forms for lists, a list must match one of them.
         (Of::Either(forms), Value::Array(_)) if forms.iter().any(|of| matches!(of, Of::List(_))) => {
             forms.iter().filter(|of| matches!(of, Of::List(_))).any(|of| is_named(of, value))
         }
@@ -383,7 +383,7 @@ fn a_generated_request_that_passes_has_nothing_that_the_tables_do_not_name() {
             }
             Err(unbounded) => {
                 refused += 1;
-                // Some models are refused by their names.
+                // Some models are denied by their names.
                 let named = is_named(&Of::Object(api.table()), &body) && !unbounded.0.contains("this model");
                 assert!(!named, "seed {number}: {unbounded}: {body}");
             }
