@@ -1,58 +1,59 @@
 //! The policy gateway: the only way out of an agent's pod, and the witness of its evidence.
 //!
-//! Promises: every request is from a harness whose pod is alive, is the newest attempt of its task and speaks from its own
-//! address; every call that leaves has an intent that lies witnessed in the bucket, goes to a host on its class's list,
-//! and is dialled at an address that was checked. Replicas share no state but the bucket and the API server: losing one
-//! loses nothing. Refuses: anything it is not sure of; to hand a credential to a pod; to follow redirects.
+//! Guarantees: every request comes from a harness whose pod is alive, belongs to the newest attempt of its task and sends from its own
+//! address. Every call that leaves has a witnessed intent, goes to a host that its class lists, and is dialled at an address that was
+//! checked. Replicas share no state but the bucket and the API server, so the loss of a replica loses nothing.
+//!
+//! Denies: every request that the gateway is not sure about. The gateway gives no credential to a pod and follows no redirect.
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, clippy::unreachable)]
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing))]
 
-/// People's approval of one exact call.
+/// Approval of one exact call.
 pub mod approvals;
-/// Whether one call may leave.
+/// The decision whether one call may leave.
 pub mod authorize;
-/// Bodies that stream.
+/// Streaming bodies.
 pub mod body;
-/// The port that only a NetworkPolicy keeps silent.
+/// The canary: the port that connections reach unless a NetworkPolicy blocks them.
 pub mod canary;
-/// What the API server says.
+/// The gateway's view of the API server's objects.
 pub mod cluster;
-/// What upstreams want to see and pods never do.
+/// Credentials for upstreams, which pods never see.
 pub mod credentials;
-/// Connections to addresses that were checked.
+/// Connections to checked addresses.
 pub mod dial;
-/// A credential in the forms in which a reply could repeat it.
+/// The encodings of a credential that the gateway searches for in replies.
 pub mod forms;
 /// One HTTP request to an upstream.
 pub mod forward;
-/// Who is asking.
+/// Identification of callers.
 pub mod identity;
-/// What was refused outside any log.
+/// Incidents: requests that were denied outside any log.
 pub mod incidents;
-/// Connections and their bounds.
+/// The listener and its bounds.
 pub mod listen;
-/// What is watched.
+/// The gateway's metrics.
 pub mod metrics;
-/// What the gateway is told when it starts.
+/// The command-line options of the gateway.
 pub mod options;
-/// Connections to upstreams that wait to be used again.
+/// Idle connections to upstreams, kept for reuse.
 pub mod pool;
 /// Why a request was not served.
 pub mod refusal;
-/// Names to addresses.
+/// Name resolution.
 pub mod resolve;
-/// Start, serve, stop.
+/// Startup, serving and shutdown.
 #[cfg(feature = "s3")]
 pub mod run;
-/// What is done with one request.
+/// The handling of one request.
 pub mod service;
-/// The agent's own connections.
+/// Tunnels: the agent's own connections.
 pub mod tunnel;
-/// Replies that are compressed unasked.
+/// Decompression of replies that are compressed although the request did not ask for it.
 pub mod unpack;
-/// `status.usage`.
+/// Reports of `status.usage`.
 pub mod usage;
-/// Segments of evidence: checked, cosigned, locked in the bucket.
+/// The witness: checks, cosigns and stores segments of evidence.
 pub mod witness;
 
 #[cfg(test)]

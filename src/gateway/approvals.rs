@@ -1,9 +1,10 @@
-//! People's approval of one exact call: asked for, and looked at again before the call leaves.
+//! Approval of one exact call: requested here, and checked again before the call leaves.
 //!
-//! Promises: what people see is what is sent, but for what the contract redacts ([`approved`] compares the call with the request's own
-//! arguments and digest); a request is made once, under a name that follows from the call, whichever replicas are asked; it is good
-//! until it expires. That it is used once is the log's to say (the witness). Refuses: counting a vote of the principal or the requester,
-//! and a request that somebody else made up.
+//! Guarantees: approvers see what is sent, except for what the contract redacts, because [`approved`] compares the call with the request's
+//! arguments and digest. Each request is created once, under a name that follows from the call, whichever replica creates it. It is valid
+//! until it expires. The witness ensures, by the log, that it is used once.
+//!
+//! Rejects: an approval by the principal or by the requester, and an ApprovalRequest that is not for this call.
 
 use std::{sync::Arc, time::Duration};
 
@@ -37,16 +38,16 @@ use crate::{
     wire::{ApprovalAsk, ApprovalReply},
 };
 
-/// Longest that a question is held.
+/// Maximum time that a reply is delayed while a request is pending.
 const LONGEST_WAIT: Duration = Duration::from_secs(25);
-/// Between two looks at the store, which a watch fills.
+/// Delay between two looks at the store, which a watch fills.
 const STEP: Duration = Duration::from_millis(100);
-/// How long the API server may take.
+/// Time limit for the API server.
 const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Where requests are made.
+/// Where ApprovalRequests are created.
 pub trait Create: Send + Sync {
-    /// Makes one; where there is one of that name, gives that.
+    /// Creates a request, or returns the existing one of that name.
     fn create(&self, namespace: String, request: ApprovalRequest) -> BoxFuture<'_, Result<ApprovalRequest, String>>;
 }
 
@@ -64,10 +65,10 @@ impl Create for Client {
     }
 }
 
-/// Where the approval of a call stands, once it was asked for.
+/// Requests approval of a call and returns the state of the request.
 ///
 /// # Errors
-/// If the call is none that people approve, or nobody can be asked.
+/// Returns an error if the call needs no approval, or if the request cannot be created.
 pub async fn ask(
     cluster: &Cluster,
     create: &dyn Create,
@@ -78,7 +79,7 @@ pub async fn ask(
 ) -> Result<ApprovalReply, Refused> {
     let (call, approval, arguments) = asked_for(&compiled.policy, ask, salt)?;
     let because = if ask.by == AskedBy::Pack {
-        // A pack's patterns and expressions look at all of the arguments: not where everybody's requests are served.
+        // The pack's patterns and expressions look at all arguments, so do not evaluate them on the runtime's own threads.
         let (compiled, ask, arguments) = (compiled.clone(), ask.clone(), arguments.clone());
         let found = apart::judge(places, apart::LONGEST, move || because(&compiled, &ask, before, &arguments)).await;
         found.map_err(|unjudged| Refused::retry(Rule::Busy, unjudged.to_string()))??
@@ -92,7 +93,7 @@ pub async fn ask(
     })?;
     let wait = Duration::from_secs(u64::try_from(ask.wait).unwrap_or_default()).min(LONGEST_WAIT);
     let until = tokio::time::Instant::now() + wait;
-    // A no is for the call, whatever other reasons there were to ask about it before.
+    // A denial by an approver applies to the call, even if an earlier request had other reasons.
     let same = |other: &ApprovalRequest| {
         let spec = &other.spec;
         spec.requested_by == call.by
@@ -102,7 +103,7 @@ pub async fn ask(
     };
     let mut others = cluster.approvals(namespace, task_uid);
     others.retain(|other| other.name_any() != name && same(other));
-    // What was made here is known before the watch brings it.
+    // A request that was created here is known before the watch delivers it.
     let mut own: Option<Arc<ApprovalRequest>> = None;
     loop {
         let known = match cluster.approval(namespace, &name).or_else(|| own.clone()) {
@@ -140,11 +141,11 @@ pub async fn ask(
     }
 }
 
-/// Whether a call was approved on every account on which people had to be asked: those that the gateway knows of, and those that the
-/// intent names. What the pack asks for now must have been among the reasons that people saw. `find` gives a request by its name.
+/// Checks that a call has every approval that it needs: those that the gateway requires now and those that the intent names. Approvers must
+/// have seen every reason for which the pack requires approval now. `find` returns a request by its name.
 ///
 /// # Errors
-/// [`Rule::ToolApproval`] if it was not; to be tried again where a request is not known here yet.
+/// Returns [`Rule::ToolApproval`] if an approval is missing. The error may be retried if a request is not known here yet.
 pub fn approved(
     compiled: &Compiled,
     intent: &IntentFacts,
@@ -194,7 +195,7 @@ pub fn approved(
     }
 }
 
-/// The call that is asked about, who decides on it and its arguments, if these are what they are said to be.
+/// Returns the call to approve, its approval settings and its arguments, after checking that the arguments match their digest.
 fn asked_for<'p>(
     policy: &'p PolicyConfig,
     ask: &ApprovalAsk,
@@ -220,7 +221,7 @@ fn asked_for<'p>(
     Ok((Exact { by: ask.by, tool: ask.tool.clone(), digest: ask.request_digest.clone() }, approval, value))
 }
 
-/// Why the pack asks, for people to see.
+/// Returns the reasons for which the pack requires approval, which approvers see.
 fn because(compiled: &Compiled, ask: &ApprovalAsk, before: Before, arguments: &Value) -> Result<Vec<String>, Refused> {
     let Some(tool) = compiled.policy.tool(&ask.tool) else { return Ok(vec![]) };
     let effect = ask.effect.max(tool.side_effect);
@@ -268,7 +269,7 @@ fn request(owner: &AgentTask, principal: &Principal, name: &str, spec: ApprovalR
             .map(|(key, value)| (key.to_owned(), value.clone()))
             .into(),
     );
-    // Goes with its task; what was decided is in the evidence.
+    // The request is deleted with its task. The evidence holds the decision.
     request.metadata.owner_references = Some(vec![OwnerReference {
         api_version: AgentTask::api_version(&()).into_owned(),
         kind: AgentTask::kind(&()).into_owned(),
@@ -279,7 +280,7 @@ fn request(owner: &AgentTask, principal: &Principal, name: &str, spec: ApprovalR
     request
 }
 
-/// A call's arguments as people see them: RFC 8785 JSON without what the contract redacts.
+/// Returns a call's arguments as approvers see them: RFC 8785 JSON without what the contract redacts.
 fn shown(policy: &PolicyConfig, tool: &str, arguments: &Value) -> Result<String, String> {
     let redact = policy.tool(tool).map_or(&[][..], |tool| &tool.redact);
     let text = canonical::to_bytes(&approval::redacted(arguments, redact)).map_err(|e| e.to_string())?;
@@ -289,7 +290,7 @@ fn shown(policy: &PolicyConfig, tool: &str, arguments: &Value) -> Result<String,
     String::from_utf8(text).map_err(|e| e.to_string())
 }
 
-/// Whether a request is this task's for such a call, and shows its arguments.
+/// Checks that a request is this task's, for this call, and shows its arguments.
 fn is_for(request: &ApprovalRequest, policy: &PolicyConfig, call: &Exact, arguments: &Value) -> bool {
     let spec = &request.spec;
     spec.task.uid == policy.task.uid
@@ -301,7 +302,7 @@ fn is_for(request: &ApprovalRequest, policy: &PolicyConfig, call: &Exact, argume
         && shown(policy, &call.tool, arguments).as_ref() == Ok(&spec.arguments)
 }
 
-/// Where it stands now, by what contract or pack say now.
+/// Returns the state of a request now. The number of approvals is at least what contract or pack require now.
 fn standing(request: &ApprovalRequest, approval: &Approval) -> Standing {
     let asked = plan::approval::asked(&request.spec);
     let asked = Asked { required: approval.required.max(asked.required), ..asked };

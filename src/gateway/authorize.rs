@@ -1,11 +1,12 @@
-//! Whether one call may leave: its target against the class's list, and its intent against the log.
+//! The decision whether one call may leave: its destination is checked against the class's egress hosts, its intent against the log.
 //!
-//! Promises: pure, and by what pack, contracts and log say now: a call goes where its witnessed intent says that it goes, and
-//! nowhere else, whatever the harness in the pod has become. A tool call's contract and pack are asked again with the very
-//! arguments that are sent; an HTTP tool's request is made here, of these. Refuses: a target that could be read in two
-//! ways, and a credential over a connection that is not encrypted.
+//! Guarantees: the functions are pure and use the newest pack, contracts and log. A call goes where its witnessed intent says and nowhere
+//! else, even if the harness in the pod is compromised. The contract and the pack of a tool call are evaluated again with the very
+//! arguments that are sent, and the gateway itself builds the request of an HTTP tool from them.
+//!
+//! Denies: a destination that could be read in two ways, and a credential over a connection that is not encrypted.
 
-/// Models' requests.
+/// Checks of model requests.
 pub mod model;
 
 use bytes::Bytes;
@@ -36,27 +37,28 @@ use crate::{
     },
 };
 
-/// What HTTP tools are asked for; whatever comes is judged by what it says it is.
+/// The `accept` header of HTTP tools' requests. The harness handles a reply by the content type that the reply has.
 const ACCEPTED: HeaderValue = HeaderValue::from_static("application/json, text/*;q=0.9, image/*;q=0.5, audio/*;q=0.5");
-/// Who asks them.
+/// The `user-agent` header of HTTP tools' requests.
 const AGENT: HeaderValue = HeaderValue::from_static(concat!("belay/", env!("CARGO_PKG_VERSION")));
 
 /// An absolute `http` or `https` URL, parsed once.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Target {
-    /// Whether it is dialled with TLS.
+    /// Whether it uses TLS.
     pub secure: bool,
     /// Host and port.
     pub authority: Authority,
-    /// Path and query, `/` at least.
+    /// Path and query, at least `/`.
     pub path: PathAndQuery,
 }
 
 impl Target {
-    /// Reads an absolute URL.
+    /// Parses an absolute URL.
     ///
     /// # Errors
-    /// [`Rule::Request`] if it is no such URL, [`Rule::EgressHost`] or [`Rule::EgressPort`] if its host or port is none.
+    /// Returns [`Rule::Request`] if it is not such a URL, [`Rule::EgressHost`] if its host is invalid, or [`Rule::EgressPort`] if its port
+    /// is invalid.
     pub fn parse(text: &str) -> Result<Self, Refused> {
         let malformed = || Refused::malformed("expected an absolute http or https URL without userinfo and fragment");
         if text.contains('#') {
@@ -76,7 +78,7 @@ impl Target {
         })
     }
 
-    /// What `Host` says: the port only where it is not the scheme's own.
+    /// Returns the value of `Host`: with the port only if it is not the scheme's default.
     pub fn host_header(&self) -> String {
         match (self.secure, self.authority.port) {
             (true, 443) | (false, 80) => self.authority.host.to_string(),
@@ -85,10 +87,10 @@ impl Target {
     }
 }
 
-/// Reads `host:port`.
+/// Parses `host:port`.
 ///
 /// # Errors
-/// [`Rule::EgressHost`] or [`Rule::EgressPort`].
+/// Returns [`Rule::EgressHost`] or [`Rule::EgressPort`].
 pub fn authority(text: &str, default_port: Option<u16>) -> Result<Authority, Refused> {
     Authority::parse(text, default_port).map_err(|error| match error {
         AuthorityError::Host(_) => Refused::denied(Rule::EgressHost, error.to_string()),
@@ -96,17 +98,17 @@ pub fn authority(text: &str, default_port: Option<u16>) -> Result<Authority, Ref
     })
 }
 
-/// Where a call goes.
+/// The destination of a call.
 #[derive(Clone, Copy, Debug)]
 pub enum Destination<'a> {
-    /// One HTTP request, and its method.
+    /// One HTTP request and its method.
     Url(&'a Target, &'a Method),
-    /// An opaque tunnel.
+    /// A tunnel.
     Tunnel(&'a Authority),
 }
 
 impl Destination<'_> {
-    /// Host and port.
+    /// Returns host and port.
     pub fn authority(&self) -> &Authority {
         match self {
             Self::Url(target, _) => &target.authority,
@@ -115,11 +117,11 @@ impl Destination<'_> {
     }
 }
 
-/// The list's entry for a call: whether the class lets it go there at all. Gives the entry's credential.
+/// Checks that the class has an egress host for a call, and returns the credential of that entry.
 ///
 /// # Errors
-/// See [`egress::allow`]; [`Rule::UpstreamCredential`] if the entry's credential would travel in the clear. `stays_here` says of a host whether
-/// what is sent to it never leaves this machine ([`Dialer::stays_here`](super::dial::Dialer::stays_here)).
+/// See [`egress::allow`]. Returns [`Rule::UpstreamCredential`] if the entry's credential would be sent in the clear. `stays_here` returns
+/// whether data sent to a host never leaves this machine ([`Dialer::stays_here`](super::dial::Dialer::stays_here)).
 pub fn listed(
     compiled: &Compiled,
     channel: Channel,
@@ -132,7 +134,7 @@ pub fn listed(
         Channel::Egress => EgressUse::Direct,
     };
     let index = egress::allow(&compiled.policy.egress, to.authority(), purpose)?;
-    // The agent's own traffic never carries a credential: the schema refuses such an entry, and so does this.
+    // The agent's own traffic never carries a credential. The schema rejects such an entry, and this code uses no credential of one.
     let credential = match channel {
         Channel::Egress => None,
         _ => compiled.credentials.get(index).cloned().flatten(),
@@ -151,10 +153,10 @@ pub fn listed(
     }
 }
 
-/// Whether the witnessed intent is for this very call, and the contracts as they are now still allow it.
+/// Checks that the witnessed intent is for this very call, and that the contracts as they are now still allow it.
 ///
 /// # Errors
-/// [`Rule::IntentMissing`] if the intent is for something else; tool and model rules if the policy has changed.
+/// Returns [`Rule::IntentMissing`] if the intent is for something else, or a tool or model rule if the policy has changed.
 pub fn intended(
     compiled: &Compiled,
     attempt: i64,
@@ -207,7 +209,7 @@ pub fn intended(
                 return missing(format!("expected POST, GET or DELETE to an MCP server, found {method}"));
             }
             let upstream = compiled.policy.tool(&intent.target).map(|tool| &tool.upstream);
-            // The session that a listing opened outlives it: see `says`, by which it carries no calls.
+            // A session outlives the listing that opened it, but `says` allows no calls by the listing's intent.
             match upstream {
                 Some(Upstream::Mcp(mcp)) if Target::parse(&mcp.url).as_ref() == Ok(target) => Ok(()),
                 _ => elsewhere(),
@@ -236,10 +238,10 @@ pub fn intended(
     }
 }
 
-/// The tool that a witnessed intent is to call, if contract and class as they are now still let it, whatever the arguments.
+/// Returns the tool that a witnessed intent is to call, if its contract and class as they are now still allow it, whatever the arguments.
 ///
 /// # Errors
-/// [`Rule::IntentMissing`] if the intent is for something else or over; tool rules if the policy has changed.
+/// Returns [`Rule::IntentMissing`] if the intent is for something else or has its outcome, or a tool rule if the policy has changed.
 pub fn called<'c>(compiled: &'c Compiled, attempt: i64, intent: &IntentFacts) -> Result<&'c Tool, Refused> {
     let missing = |reason: String| Err(Refused::denied(Rule::IntentMissing, reason));
     if intent.attempt != attempt || intent.channel != Channel::Tool {
@@ -256,7 +258,7 @@ pub fn called<'c>(compiled: &'c Compiled, attempt: i64, intent: &IntentFacts) ->
         ));
     };
     let effect = tool.side_effect;
-    // What a server says of itself makes a read a write, and nothing else.
+    // What an MCP server says about its tool can only turn a read into a write.
     let is_tightened = matches!(tool.upstream, Upstream::Mcp(_))
         && (effect, intent.effect) == (SideEffect::Read, Some(SideEffect::Write));
     let allowed = |effect| compiled.policy.allowed_effects.contains(effect);
@@ -281,7 +283,7 @@ pub fn called<'c>(compiled: &'c Compiled, attempt: i64, intent: &IntentFacts) ->
     Ok(tool)
 }
 
-/// Whether a call waits for its outcome: once that is in the log the call is over, and what comes could be the call again.
+/// Checks that a call has no outcome yet. After the outcome is in the log, a request could be a repetition of the call.
 fn is_open(intent: &IntentFacts) -> Result<(), Refused> {
     if intent.open {
         return Ok(());
@@ -289,11 +291,11 @@ fn is_open(intent: &IntentFacts) -> Result<(), Refused> {
     Err(Refused::denied(Rule::IntentMissing, format!("the call {:?} has its outcome already", intent.call)))
 }
 
-/// The request that an HTTP tool's call is: made of its arguments by the contract as it is now, without a credential.
+/// Builds the request of an HTTP tool's call from its arguments by the contract as it is now, without a credential.
 ///
 /// # Errors
-/// [`Rule::IntentMissing`] if the intent is for something else, [`Rule::ToolUrl`] if the arguments make no request, other rules of
-/// the tool's.
+/// Returns [`Rule::IntentMissing`] if the intent is for something else, [`Rule::ToolUrl`] if no request can be built from the arguments, or
+/// another rule of the tool.
 pub fn request(
     compiled: &Compiled,
     attempt: i64,
@@ -305,7 +307,7 @@ pub fn request(
         let reason = format!("expected an HTTP tool, found {}, whose calls go to an MCP server", tool.name);
         return Err(Refused::denied(Rule::IntentMissing, reason));
     };
-    // Where calls go is in the evidence of the attempt, by the contract as it was then.
+    // The evidence of the attempt says where calls go, by the contract as it was when the attempt began.
     if intent.http.as_deref() != Some(http) {
         let reason = format!("the contract of {} leads elsewhere than when the attempt began", tool.name);
         return Err(Refused::denied(Rule::IntentMissing, reason));
@@ -326,7 +328,7 @@ pub fn request(
     *request.method_mut() = rendered.method.as_str().parse().map_err(|e| malformed(&e))?;
     let headers = request.headers_mut();
     headers.insert(ACCEPT, ACCEPTED);
-    // Bytes are passed on as they are, and the harness unpacks none.
+    // The gateway passes bytes on unchanged, and the harness does not decompress them.
     headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
     headers.insert(USER_AGENT, AGENT);
     if rendered.body.is_some() {
@@ -340,22 +342,22 @@ pub fn request(
     Ok((Target::parse(&rendered.url)?, request))
 }
 
-/// The arguments of a call, if they are those of its intent.
+/// Parses the arguments of a call and checks that they are those of its intent.
 ///
 /// # Errors
-/// [`Rule::Request`] for what cannot be read in one way only, [`Rule::IntentMissing`] for other arguments.
+/// Returns [`Rule::Request`] if the arguments could be read in two ways, or [`Rule::IntentMissing`] if they are others.
 pub fn arguments(intent: &IntentFacts, salt: &Salt, body: &[u8]) -> Result<Value, Refused> {
-    // Read as strictly as the harness reads what the agent writes: two readers of it cannot disagree.
+    // Parse as strictly as the harness parses what the agent writes, so that the two cannot disagree.
     let arguments = json::parse(body).map_err(|e| Refused::malformed(format!("expected arguments as JSON: {e}")))?;
     let arguments = json::whole(arguments);
     are_intended(intent, salt, &arguments)?;
     Ok(arguments)
 }
 
-/// Whether arguments are those of an intent.
+/// Checks that arguments are those of an intent.
 ///
 /// # Errors
-/// [`Rule::IntentMissing`] if they are others.
+/// Returns [`Rule::IntentMissing`] if they are others.
 pub fn are_intended(intent: &IntentFacts, salt: &Salt, arguments: &Value) -> Result<(), Refused> {
     let digest = salt.value(arguments).map_err(|e| Refused::malformed(e.to_string()))?;
     if intent.request_digest.as_ref() == Some(&digest) {
@@ -370,11 +372,11 @@ pub fn are_intended(intent: &IntentFacts, salt: &Salt, arguments: &Value) -> Res
     ))
 }
 
-/// Whether a body that the gateway does not read is the one that its intent commits to: a model's, or the agent's own. What closes an MCP
-/// session has none.
+/// Checks that a body is the one that its intent commits to. It is a model request's or the agent's own, which are not parsed here. A
+/// request that closes an MCP session has no body.
 ///
 /// # Errors
-/// [`Rule::IntentMissing`] if it is another.
+/// Returns [`Rule::IntentMissing`] if it is another body.
 pub fn is_intended(channel: Channel, intent: &IntentFacts, salt: &Salt, body: &[u8]) -> Result<(), Refused> {
     let missing = |reason: String| Err(Refused::denied(Rule::IntentMissing, reason));
     if channel == Channel::Listing {
@@ -393,19 +395,19 @@ pub fn is_intended(channel: Channel, intent: &IntentFacts, salt: &Salt, body: &[
     ))
 }
 
-/// Why people must have said yes to a call.
+/// Which approvals a call needs.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Needed {
-    /// The contract asks for it.
+    /// Whether the contract requires approval.
     pub by_contract: bool,
-    /// Why the pack does; empty where it does not.
+    /// The reasons for which the pack requires approval, empty if it does not.
     pub because: Vec<String>,
 }
 
-/// Whether contract and pack let a call with these arguments leave, asked again where the harness asked before.
+/// Checks that contract and pack allow a call with these arguments. The harness has checked the same before.
 ///
 /// # Errors
-/// The first rule that does not hold.
+/// Returns the first rule that the call violates.
 pub fn judge(compiled: &Compiled, intent: &IntentFacts, arguments: &Value) -> Result<Needed, Refused> {
     let denied = |denial: Denial| Refused::denied(denial.rule, denial.reason);
     let (Some(tool), Some(effect)) = (compiled.policy.tool(&intent.target), intent.effect) else {
@@ -416,7 +418,7 @@ pub fn judge(compiled: &Compiled, intent: &IntentFacts, arguments: &Value) -> Re
     let by_contract = compiled.contracts.recheck(&intent.target, arguments).map_err(denied)?;
     let asked = Asked { tool, effect, usage: intent.usage, seen: intent.seen };
     let Passed { assessment, because } = compiled.guard.judge(asked, arguments).map_err(denied)?;
-    // By a pack that has changed since the attempt began, this is another; what it says now is what counts.
+    // If the pack has changed since the attempt began, the assessments may differ, and the newest pack decides.
     if *intent.policy == *compiled.digest && assessment != intent.assessment {
         return Err(Refused::denied(
             Rule::AccessRule,
@@ -426,12 +428,12 @@ pub fn judge(compiled: &Compiled, intent: &IntentFacts, arguments: &Value) -> Re
     Ok(Needed { by_contract, because })
 }
 
-/// Whether [`judge`] takes microseconds over arguments that came in so many bytes.
+/// Returns whether [`judge`] takes microseconds for arguments whose encoding has `length` bytes.
 pub fn is_quick(compiled: &Compiled, intent: &IntentFacts, length: usize) -> bool {
     length <= quick::SHORT && compiled.contracts.is_quick(&intent.target) && compiled.guard.is_quick()
 }
 
-/// Whether a request is a message to an MCP server, which [`says`] judges.
+/// Returns whether a request is a message to an MCP server, which [`says`] checks.
 pub fn is_message(compiled: &Compiled, channel: Channel, method: &Method, intent: &IntentFacts) -> bool {
     let tool = compiled.policy.tool(&intent.target);
     let is_mcp = tool.is_some_and(|tool| matches!(tool.upstream, Upstream::Mcp(_)));
@@ -439,11 +441,11 @@ pub fn is_message(compiled: &Compiled, channel: Channel, method: &Method, intent
     talks && method == Method::POST
 }
 
-/// What a message to an MCP server is, if that is what its channel is for: the arguments of a call of the intent's tool, or nothing
-/// for the session's own talk.
+/// Parses a message to an MCP server and checks it against the channel and the intent. Returns the arguments of a tool call, or `None` for
+/// a session message.
 ///
 /// # Errors
-/// [`Rule::IntentMissing`] if it is something else, [`Rule::Request`] if it is no message.
+/// Returns [`Rule::IntentMissing`] if the message is something else, or [`Rule::Request`] if it is not a message.
 pub fn says(
     compiled: &Compiled,
     channel: Channel,
@@ -471,12 +473,12 @@ pub fn says(
         (Channel::Tool, Some("tools/call")) => {
             matches!(tool.map(|tool| &tool.upstream), Some(Upstream::Mcp(mcp)) if named.as_ref() == Some(&mcp.tool))
         }
-        // A message without a method answers the server.
+        // A message without a method is a response to the server.
         (Channel::Listing, Some("initialize" | "server/discover" | "tools/list" | "ping") | None) => true,
         (Channel::Listing, Some(method)) => method.starts_with("notifications/"),
         _ => false,
     };
-    // A session outlives the listing that opened it; what it lists is of a listing that is open.
+    // A session outlives the listing that opened it, but only an open listing may list tools.
     if fits && message.method.as_deref() == Some("tools/list") {
         is_open(intent)?;
     }
@@ -495,11 +497,12 @@ pub fn says(
     ))
 }
 
-/// The members that a call may have. Servers that read names carelessly must find nothing else: not `Arguments` beside `arguments`.
+/// The members that a call may have. No others are allowed, because a server that compares names loosely could read `Arguments` in place of
+/// `arguments`.
 const CALL_MEMBERS: [&str; 4] = ["jsonrpc", "id", "method", "params"];
 const CALL_PARAMS: [&str; 3] = ["name", "arguments", "_meta"];
 
-/// Whether a message has members that a call does not have.
+/// Returns whether a message has members that a call does not have.
 fn has_more(message: &Value) -> bool {
     let only = |value: Option<&Value>, names: &[&str]| {
         value.and_then(Value::as_object).is_none_or(|members| members.keys().all(|name| names.contains(&name.as_str())))
@@ -507,7 +510,7 @@ fn has_more(message: &Value) -> bool {
     !only(Some(message), &CALL_MEMBERS) || !only(message.get("params"), &CALL_PARAMS)
 }
 
-/// What of a JSON-RPC message says what it does.
+/// The members of a JSON-RPC message that say what it does.
 #[derive(serde::Deserialize)]
 struct Said {
     #[serde(default)]

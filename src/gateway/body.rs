@@ -1,4 +1,4 @@
-//! Bodies that stream, with an end to waiting, something to keep until they are over, and no credential in them.
+//! Streaming bodies: with a bound on silence, a value that they hold until they end, and a search for credentials.
 
 use std::{
     collections::HashMap,
@@ -23,22 +23,22 @@ use crate::{
     wire::{self, Ended},
 };
 
-/// Whatever went wrong on the way.
+/// Any error of a body.
 pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
 /// A reply's body.
 pub type ReplyBody = UnsyncBoxBody<Bytes, BoxError>;
 
-/// Nothing came for too long.
+/// The error of a body that was silent for too long.
 #[derive(Debug, thiserror::Error)]
 #[error("nothing came for {0:?}")]
 pub struct IdleError(Duration);
 
-/// A whole body.
+/// Returns a body of these bytes.
 pub fn full(bytes: impl Into<Bytes>) -> ReplyBody {
     Full::new(bytes.into()).map_err(|never| match never {}).boxed_unsync()
 }
 
-/// A body that fails when nothing comes for too long, and holds `K` until it is over or dropped.
+/// A body that fails if no frame arrives for too long. It holds `K` until it ends or is dropped.
 pub struct Guarded<B, K> {
     body: Pin<Box<B>>,
     idle: Duration,
@@ -66,7 +66,7 @@ where
         let this = self.get_mut();
         match this.body.as_mut().poll_frame(cx) {
             Poll::Ready(frame) => {
-                // The time in which nobody asks for the next frame counts as well: a reader that has stopped is idle, too.
+                // Time in which the reader does not poll counts as well: a reader that has stopped is idle, too.
                 this.sleep.as_mut().reset(Instant::now() + this.idle);
                 Poll::Ready(frame.map(|frame| frame.map_err(Into::into)))
             }
@@ -86,42 +86,42 @@ where
     }
 }
 
-/// Bytes at the end of what has come that wait for what comes next: more than any form of a credential has, whichever it is.
+/// Bytes at the end of the received text that wait for the next bytes. It is more than any encoding of any credential.
 pub const HELD: usize = 64 << 10;
 /// Bytes that are passed on at a time.
 pub const PIECE: usize = 64 << 10;
-/// Places in events whose text is followed from one event to the next.
+/// Maximum number of paths in events whose text is joined across events.
 const PLACES: usize = 64;
 
-/// A reply repeats the credential that it was asked for with.
+/// The error of a reply that repeats the credential of its request.
 #[derive(Debug, thiserror::Error)]
 #[error("the reply repeats the credential that the request was made with, and ends here")]
 pub struct RepeatedError;
 
-/// Told of a reply that repeats the credential.
+/// Callback for a reply that repeats the credential.
 pub type Alarm = Box<dyn FnOnce() + Send + Sync>;
 
-/// A reply's body that is looked through for a credential before any of it is passed on, and ends where it repeats it.
+/// A reply's body that is searched for a credential before it is passed on, and that ends where it repeats the credential.
 ///
-/// How much is passed on, and when, follows from how much has come and where its events end, and from nothing else: whole
-/// events of a stream of events, or else pieces of [`PIECE`] bytes, the last [`HELD`] bytes being held until there is more or no more.
-/// Nothing is changed in what is passed on: what was struck out in the middle of it would tell where and how long the credential is.
+/// The size and the time of each piece that is passed on depend only on how many bytes have arrived and where their events end: whole
+/// events of an event stream, or else pieces of [`PIECE`] bytes, while the last [`HELD`] bytes wait for more bytes or the end. The text
+/// itself is never changed, because a mask in it would reveal the position and the length of the credential.
 pub struct Watched<B> {
     body: Pin<Box<B>>,
     forms: Arc<Forms>,
-    /// Whether it is a stream of events, and the text in them.
+    /// The text of the events, if it is an event stream.
     events: Option<Followed>,
     held: BytesMut,
-    /// How much of what is held has no end of an event.
+    /// Number of held bytes that contain no end of an event.
     searched: usize,
     over: bool,
-    /// Why the upstream's reply ended early: told once what has come has been looked through and passed on.
+    /// The error that ended the upstream's reply early. It is returned after all received bytes were searched and passed on.
     failed: Option<BoxError>,
     alarm: Option<Alarm>,
 }
 
 impl<B> Watched<B> {
-    /// Wraps a body, a stream of events or another one.
+    /// Wraps a body. `events` is whether it is an event stream.
     pub fn new(body: B, forms: Arc<Forms>, events: bool, alarm: Alarm) -> Self {
         Self {
             body: Box::pin(body),
@@ -135,7 +135,7 @@ impl<B> Watched<B> {
         }
     }
 
-    /// How much of what is held may go on once it has been looked through.
+    /// Returns how many held bytes may be passed on once they are searched.
     fn ready(&mut self) -> usize {
         if self.over {
             return self.held.len();
@@ -155,9 +155,9 @@ impl<B> Watched<B> {
         self.held.len().saturating_sub(HELD) / PIECE * PIECE
     }
 
-    /// Whether what is held repeats the credential, of which so much is about to go on.
+    /// Returns whether the held bytes, of which the first `ready` are about to be passed on, repeat the credential.
     fn repeats(&mut self, ready: usize) -> bool {
-        // Nothing of an event goes on before its end, so that what follows it is looked through in its turn.
+        // No part of an event is passed on before its end, so what follows the last end is searched later.
         let whole = self.events.is_some() && self.searched < ready;
         let looked = if whole { self.held.get(..ready).unwrap_or(&self.held) } else { &self.held };
         if self.forms.are_in(looked) {
@@ -196,7 +196,7 @@ where
             }
             match ready!(this.body.as_mut().poll_frame(cx)) {
                 None => this.over = true,
-                // Trailers are for one hop, and go no further.
+                // Trailers belong to one hop and are not passed on.
                 Some(Ok(frame)) => this.held.extend_from_slice(&frame.into_data().unwrap_or_default()),
                 Some(Err(error)) => (this.over, this.failed) = (true, Some(error.into())),
             }
@@ -208,20 +208,20 @@ where
     }
 }
 
-/// A reply's body as it goes over HTTP/2 to its caller, who gets all of it that has come, and is told how it ended, by a trailer: [`wire::ENDED`].
-/// HTTP/2 forgets what waits of a stream that is reset.
+/// A reply's body for a caller over HTTP/2. The caller gets all bytes that have arrived, and the trailer [`wire::ENDED`] if the reply ended
+/// early, because HTTP/2 discards the queued bytes of a stream that is reset.
 pub struct Carried {
     body: ReplyBody,
     over: bool,
 }
 
 impl Carried {
-    /// The reply to a request of this version.
+    /// Wraps the reply to a request of this HTTP version.
     pub fn reply(mut reply: Response<ReplyBody>, version: Version) -> Response<ReplyBody> {
         if version != Version::HTTP_2 {
             return reply.map(|body| Flushed::new(body).boxed_unsync());
         }
-        // Framing is HTTP/2's own. A length that does not hold would make an error of what has come.
+        // HTTP/2 has its own framing. A wrong length would turn a partial reply into an error.
         if !reply.body().is_end_stream()
             && let Some(length) = reply.headers_mut().remove(CONTENT_LENGTH)
         {
@@ -231,7 +231,7 @@ impl Carried {
     }
 }
 
-/// How a reply ended, for who carries it on.
+/// Returns how a reply ended, for the caller.
 fn ending(error: &BoxError) -> Ended {
     if error.is::<RepeatedError>() {
         Ended::Repeated
@@ -265,17 +265,17 @@ impl Body for Carried {
         self.over || self.body.is_end_stream()
     }
 
-    /// What is said of a length to HTTP/2 is written beside its frames, and checked against them.
+    /// hyper sends a known size as the length and checks the frames against it, so none is given.
     fn size_hint(&self) -> SizeHint {
         SizeHint::default()
     }
 }
 
-/// The text of a stream's events, put together as whoever reads them does: of a credential that comes a few letters an event, what
-/// has been passed on cannot be taken back, but it is noticed, and its last letters stay.
+/// The text of a stream's events, joined as a reader joins it. If a credential arrives a few letters in each event, the events that were
+/// passed on cannot be taken back, but the credential is noticed and its last letters are withheld.
 #[derive(Default)]
 struct Followed {
-    /// The end of the text at each place in events, by a digest of its path.
+    /// The last text at each path in events, by a hash of the path.
     ends: HashMap<u64, Vec<u8>>,
 }
 
@@ -290,7 +290,7 @@ impl Followed {
             let path = DefaultHasher::new();
             repeats |= match serde_json::from_slice::<Value>(data) {
                 Ok(value @ (Value::String(_) | Value::Array(_) | Value::Object(_))) => self.follow(&value, path, forms),
-                // Words, or a digit among them.
+                // Plain text, which may look like a number.
                 _ => self.add(path, data, forms),
             };
         }
@@ -323,7 +323,7 @@ impl Followed {
         let end = self.ends.entry(place).or_default();
         end.extend_from_slice(text);
         let repeats = forms.are_in(end);
-        // Room for escapes.
+        // Keep enough text for escapes.
         let kept = forms.longest().saturating_mul(4);
         end.drain(..end.len().saturating_sub(kept));
         repeats

@@ -1,22 +1,23 @@
-//! The canary: a port that everybody could reach, were it not for the NetworkPolicies.
+//! The canary: a port that every pod could reach if no NetworkPolicy blocked it.
 //!
-//! A containment probe that sees only silence proves nothing: the canary answers, so that its silence is a policy's doing.
-//! Promises: says one line to whoever connects, and closes. Refuses: listening to anybody.
+//! Silence alone would prove nothing to a containment probe. Because the canary answers, its silence means that a NetworkPolicy works.
+//!
+//! Guarantees: the canary sends one line to each client and closes the connection. Non-goals: reading anything from a client.
 
 use std::{convert::Infallible, sync::Arc, time::Duration};
 
 use tokio::{io::AsyncWriteExt, net::TcpListener, sync::Semaphore};
 
-/// What it says.
+/// The line that it sends.
 const LINE: &[u8] = b"belay-canary\n";
-/// For saying it.
+/// Time limit for sending it.
 const TIMEOUT: Duration = Duration::from_secs(2);
-/// Connections at a time.
+/// Maximum number of open connections. Further ones are closed at once.
 const CONNECTIONS: usize = 256;
-/// After a failed accept, which means that the process has no file left to open.
+/// Delay after a failed accept, which means that the process has no file descriptor left.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// Answers for ever.
+/// Serves without end.
 pub async fn sing(listener: TcpListener) -> Infallible {
     let slots = Arc::new(Semaphore::new(CONNECTIONS));
     loop {
@@ -30,7 +31,7 @@ pub async fn sing(listener: TcpListener) -> Infallible {
                 stream.write_all(LINE).await?;
                 stream.shutdown().await
             };
-            // Whoever does not wait for it has heard enough: a connection is proof.
+            // A client need not wait for the line: the connection alone proves that it reaches the canary.
             let _ = tokio::time::timeout(TIMEOUT, say).await;
             drop(slot);
         });

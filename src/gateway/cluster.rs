@@ -1,8 +1,10 @@
-//! The cluster as the gateway sees it: watched stores, and what follows from them for one task.
+//! The gateway's view of the cluster: watched stores, and what follows from them for one task.
 //!
-//! Promises: decisions follow the newest objects that the API server has sent, so that a tightened pack or a deleted pod
-//! tells at once; an object that cannot be read counts as absent and stops no watch; before somebody is refused because
-//! the stores lag, the API server is asked once. Refuses: writing anything.
+//! Guarantees: decisions use the newest objects that the API server has sent, so that a stricter pack or a deleted pod takes effect at
+//! once. An object that cannot be decoded counts as absent and stops no watch. Before a caller is denied because the stores lag, the API
+//! server is asked once.
+//!
+//! Non-goals: writing anything.
 
 use std::{
     collections::HashMap,
@@ -54,34 +56,34 @@ use crate::{
     },
 };
 
-/// Label of everything that belongs to a task: its name.
+/// Label with the task's name, on every object that belongs to a task.
 pub const TASK_LABEL: &str = "belay.dev/task";
 /// Label with the task's UID.
 pub const TASK_UID_LABEL: &str = "belay.dev/task-uid";
 /// Label with the attempt's number.
 pub const ATTEMPT_LABEL: &str = "belay.dev/attempt";
-/// Selects the Secrets that may be given to upstreams.
+/// Label selector of the Secrets that upstreams may get.
 pub const CREDENTIAL_SELECTOR: &str = "belay.dev/upstream-credential=true";
 
-/// Selects pods that have an address: of what else happens to a pod nothing is sent here.
+/// Field selector of pods that have an address. The API server sends no other pods.
 const WITH_ADDRESS: &str = "status.podIP!=";
 
-/// What was fetched because the stores did not have it is good for so long: until the watch has caught up.
+/// How long an object that was fetched because the stores did not have it is used: until the watch has caught up.
 const FETCHED_FOR: Duration = Duration::from_secs(1);
-/// Fetched pods that are remembered.
+/// Maximum number of fetched pods in memory.
 const FETCHED: usize = 1024;
-/// An answer of the API server.
+/// Time limit for the API server.
 const FETCH_TIMEOUT: Duration = Duration::from_secs(3);
-/// Compiled policies that are kept.
+/// Maximum number of compiled policies in memory.
 const COMPILED: usize = 4096;
 
-/// A store whose unreadable objects are there, and count as absent.
+/// A store that holds undecodable objects, too, which count as absent.
 pub type Guarded<K> = Store<Lenient<K>>;
 
-/// What the gateway watches.
+/// The stores that the gateway watches.
 #[derive(Clone)]
 pub struct Stores {
-    /// Pods of attempts that have an address. Before that nobody can call from them.
+    /// Pods of attempts that have an address. Without an address a pod cannot call.
     pub pods: Guarded<Pod>,
     /// Tasks.
     pub tasks: Guarded<AgentTask>,
@@ -91,17 +93,17 @@ pub struct Stores {
     pub packs: Guarded<PolicyPack>,
     /// Namespaces, for their labels.
     pub namespaces: Guarded<Namespace>,
-    /// Calls that wait for people.
+    /// ApprovalRequests.
     pub approvals: Guarded<ApprovalRequest>,
-    /// Secrets of the system namespace that may be given to upstreams.
+    /// Secrets of the system namespace that upstreams may get.
     pub secrets: Guarded<Secret>,
 }
 
-/// Where single objects are fetched from when the stores lag.
+/// Fetches single objects when the stores lag.
 pub trait Fetch: Send + Sync {
-    /// A pod, if there is one.
+    /// Returns a pod, if it exists.
     fn pod<'a>(&'a self, namespace: &'a str, name: &'a str) -> BoxFuture<'a, Result<Option<Pod>, String>>;
-    /// A task, if there is one.
+    /// Returns a task, if it exists.
     fn task<'a>(&'a self, namespace: &'a str, name: &'a str) -> BoxFuture<'a, Result<Option<AgentTask>, String>>;
 }
 
@@ -117,14 +119,14 @@ impl Fetch for Client {
     }
 }
 
-/// A pod and its task, fetched.
+/// A fetched pod and its task.
 #[derive(Clone, Default)]
 struct Fetched {
     pod: Option<Arc<Pod>>,
     task: Option<Arc<AgentTask>>,
 }
 
-/// What a task may do now.
+/// The compiled policy of a task: what it may do now.
 pub struct Compiled {
     /// The policy, as the operator renders it.
     pub policy: PolicyConfig,
@@ -132,15 +134,15 @@ pub struct Compiled {
     pub digest: String,
     /// Its contracts, compiled.
     pub contracts: Contracts,
-    /// What its pack says to calls, compiled.
+    /// The pack's rules and risk score, compiled.
     pub guard: Guard,
-    /// What takes out of its texts what is not recorded.
+    /// Redacts texts before they are recorded.
     pub redactor: Redactor,
-    /// The credential of each entry of its egress.
+    /// The credential of each egress host of the policy, in the same order.
     pub credentials: Vec<Option<Credential>>,
     /// Where evidence goes.
     pub evidence: EvidencePolicy,
-    /// Where arguments and results are kept.
+    /// Where arguments of compensations, idempotent results and salts are stored.
     pub state: Option<StatePolicy>,
 }
 
@@ -157,7 +159,7 @@ pub struct Cluster {
 }
 
 impl Cluster {
-    /// The cluster in these stores.
+    /// Returns a view of the cluster in these stores.
     pub fn new(stores: Stores, fetch: Arc<dyn Fetch>) -> Self {
         Self { stores, fetch, synced: AtomicBool::new(false), fetched: Mutex::default(), compiled: Mutex::default() }
     }
@@ -165,7 +167,7 @@ impl Cluster {
     /// Waits until every store has been filled once.
     ///
     /// # Errors
-    /// If a watch has ended, which it never should.
+    /// Returns an error if a watch has ended, which should never happen.
     pub async fn wait_until_synced(&self) -> Result<(), String> {
         let Stores { pods, tasks, contracts, packs, namespaces, approvals, secrets } = &self.stores;
         let ended = |e| format!("a watch has ended: {e}");
@@ -180,19 +182,19 @@ impl Cluster {
         Ok(())
     }
 
-    /// Whether every store has been filled.
+    /// Returns whether every store has been filled once.
     pub fn synced(&self) -> bool {
         self.synced.load(Ordering::Acquire)
     }
 
-    /// Who the bearer of a reviewed token is.
+    /// Identifies the bearer of a reviewed token.
     ///
     /// # Errors
     /// See [`identity::decide`].
     pub async fn identify(&self, reviewed: &Reviewed, peer: IpAddr) -> Result<Principal, Refused> {
         let known = self.decide(reviewed, peer, &Fetched::default());
         let (Err(refused), Some(bound)) = (&known, &reviewed.pod) else { return known };
-        // What the stores say against it may be old news; that the task has ended is not.
+        // A denial by the stores may be outdated, except that a task which has ended stays ended.
         if matches!(refused.rule, Rule::TaskClosed) {
             return known;
         }
@@ -213,7 +215,7 @@ impl Cluster {
         identity::decide(reviewed, peer, pod.as_ref(), task.as_ref())
     }
 
-    /// Pod and task as the API server has them, asked at most once a second for each pod.
+    /// Fetches a pod and its task from the API server, at most once a second for each pod.
     async fn fetched(&self, bound: &BoundPod) -> Fetched {
         let now = Instant::now();
         {
@@ -225,7 +227,7 @@ impl Cluster {
             if fetched.len() >= FETCHED {
                 return Fetched::default();
             }
-            // Whoever comes while this one asks is decided by the stores.
+            // Concurrent callers use the stores while this one fetches.
             fetched.insert(bound.uid.clone(), (now, Fetched::default()));
         }
         let asked = async {
@@ -267,7 +269,7 @@ impl Cluster {
         }
     }
 
-    /// A task by name and UID.
+    /// Returns a task by name and UID.
     pub fn task(&self, namespace: &str, name: &str, uid: &str) -> Option<Arc<AgentTask>> {
         let is_it = |task: &Arc<AgentTask>| task.metadata.uid.as_deref() == Some(uid);
         get(&self.stores.tasks, namespace, name).filter(is_it).or_else(|| {
@@ -276,13 +278,13 @@ impl Cluster {
         })
     }
 
-    /// The pod that a token is bound to, if it is a task's.
+    /// Returns the pod that a token is bound to, if it belongs to a task.
     pub fn pod_of(&self, bound: &BoundPod) -> Option<PodFacts> {
         let pod = get(&self.stores.pods, &bound.namespace, &bound.name)?;
         pod_facts(&pod).filter(|facts| facts.uid == bound.uid)
     }
 
-    /// The pod that has this address, if it is a task's.
+    /// Returns the pod that has this address, if it belongs to a task.
     pub fn pod_at(&self, address: IpAddr) -> Option<PodFacts> {
         let address = address.to_canonical();
         self.stores.pods.state().into_iter().find_map(|pod| {
@@ -291,7 +293,7 @@ impl Cluster {
         })
     }
 
-    /// What `read` makes of the pack that governs a namespace.
+    /// Returns what `read` reads from the pack that governs a namespace.
     fn pack<R>(&self, namespace: &str, read: impl FnOnce(&PolicyPack) -> R) -> Result<R, String> {
         let unknown = || format!("the namespace {namespace} is not known yet");
         let guarded = self.stores.namespaces.get(&ObjectRef::new(namespace)).ok_or_else(unknown)?;
@@ -301,10 +303,10 @@ impl Cluster {
         plan::pack_for(&labels, &packs).map(read).map_err(|finding| finding.to_string())
     }
 
-    /// What a task may do now.
+    /// Returns the compiled policy of a task.
     ///
     /// # Errors
-    /// [`Rule::ConfigDigest`], to be tried again: the stores may lag, or somebody is about to mend contract or pack.
+    /// Returns [`Rule::ConfigDigest`], which may be retried: the stores may lag, or the contract or the pack may be fixed later.
     pub fn compiled(&self, principal: &Principal) -> Result<Arc<Compiled>, Refused> {
         let Principal { namespace, task: name, task_uid, .. } = principal;
         let unready = |reason: String| {
@@ -341,12 +343,12 @@ impl Cluster {
         Ok(compiled)
     }
 
-    /// Where the evidence of a task lies, if its pack is known.
+    /// Returns where the evidence of a task is stored, if its pack is known.
     pub fn place(&self, namespace: &str, task: &str, uid: &str) -> Option<Place> {
         self.pack(namespace, |pack| place(&pack.spec.evidence, namespace, task, uid)).ok()
     }
 
-    /// Retention of a namespace's evidence, if its pack is known and puts it into that bucket.
+    /// Returns the retention of a namespace's evidence, if its pack is known and uses that bucket.
     pub fn retention(&self, namespace: &str, bucket: &str) -> Option<Retention> {
         let given = |pack: &PolicyPack| {
             let evidence = &pack.spec.evidence;
@@ -355,7 +357,7 @@ impl Cluster {
         self.pack(namespace, given).ok().flatten()
     }
 
-    /// The buckets of all packs.
+    /// Returns the evidence buckets of all packs.
     pub fn buckets(&self) -> Vec<String> {
         let packs = self.stores.packs.state();
         let readable = packs.iter().filter_map(|pack| pack.0.as_ref().ok());
@@ -365,12 +367,12 @@ impl Cluster {
         buckets
     }
 
-    /// A request for people's approval.
+    /// Returns an ApprovalRequest.
     pub fn approval(&self, namespace: &str, name: &str) -> Option<Arc<ApprovalRequest>> {
         get(&self.stores.approvals, namespace, name)
     }
 
-    /// All requests for people's approval of a task's calls.
+    /// Returns all ApprovalRequests of a task.
     pub fn approvals(&self, namespace: &str, task_uid: &str) -> Vec<Arc<ApprovalRequest>> {
         let of_task = |request: &&ApprovalRequest| {
             request.metadata.namespace.as_deref() == Some(namespace) && request.spec.task.uid == task_uid
@@ -380,7 +382,7 @@ impl Cluster {
         readable.filter(of_task).cloned().map(Arc::new).collect()
     }
 
-    /// Whether a caller that was identified before may still make calls, by the stores alone.
+    /// Checks that a caller that was identified before may still make calls, by the stores alone.
     ///
     /// # Errors
     /// See [`identity::decide`] and [`Principal::may_call`].
@@ -388,7 +390,7 @@ impl Cluster {
         self.decide(reviewed, peer, &Fetched::default())?.may_call()
     }
 
-    /// A credential's value, if its Secret is there and labelled for it.
+    /// Returns the value of a credential, if its Secret exists and has the label.
     pub fn secret(&self, name: &str, key: &str) -> Option<Vec<u8>> {
         let secrets = self.stores.secrets.state();
         let mut readable = secrets.iter().filter_map(|secret| secret.0.as_ref().ok());
@@ -401,7 +403,7 @@ fn compile(task: &AgentTask, contracts: &[&ToolContract], pack: &PolicyPack) -> 
     let policy = plan::config::render_policy(task, contracts, pack)
         .map_err(|findings| findings.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))?;
     let class = plan::config::class_of(task, pack).map_err(|e| e.to_string())?;
-    // One for each entry of the policy's egress, which is made of the same.
+    // One for each egress host of the policy, which is rendered from the same list.
     let credential = |rule| plan::config::credential_for(rule, &task.spec.principal).cloned();
     let credentials = class.egress.iter().map(credential).collect();
     Ok(Compiled { state: pack.spec.state.clone(), ..Compiled::new(policy, credentials, pack.spec.evidence.clone())? })
@@ -416,10 +418,10 @@ fn retention(evidence: &EvidencePolicy) -> Retention {
 }
 
 impl Compiled {
-    /// A policy, compiled.
+    /// Compiles a policy.
     ///
     /// # Errors
-    /// Why it cannot be enforced.
+    /// Returns the reason why the policy cannot be enforced.
     pub fn new(
         policy: PolicyConfig,
         credentials: Vec<Option<Credential>>,
@@ -438,28 +440,28 @@ impl Compiled {
         })
     }
 
-    /// Where the task's log lies.
+    /// Returns where the task's log is stored.
     pub fn place(&self) -> Place {
         let task = &self.policy.task;
         place(&self.evidence, &task.namespace, &task.name, &task.uid)
     }
 
-    /// Where the log of the task lies that this one undoes.
+    /// Returns where the log of the task that this one rolls back is stored.
     pub fn undone(&self) -> Option<Place> {
         self.policy.task.rollback_of.as_ref().filter(|of| !of.name.contains('/')).map(|of| self.place_of(of))
     }
 
-    /// Where the log of another task of the namespace lies.
+    /// Returns where the log of another task of the namespace is stored.
     pub fn place_of(&self, task: &RollbackOf) -> Place {
         place(&self.evidence, &self.policy.task.namespace, &task.name, &task.uid)
     }
 
-    /// The task itself, as one that undoes another.
+    /// Returns the task itself as a reference to a rollback.
     pub fn as_rollback(&self) -> RollbackOf {
         RollbackOf { name: self.policy.task.name.clone(), uid: self.policy.task.uid.clone() }
     }
 
-    /// Where the arguments are that undo the calls of this task, or of the one that it undoes.
+    /// Returns where the arguments of compensations are stored, for the calls of this task or of the one that it rolls back.
     pub fn undos(&self) -> Option<Location> {
         let task = &self.policy.task;
         let of = task.rollback_of.as_ref().filter(|of| !of.name.contains('/'));
@@ -467,7 +469,7 @@ impl Compiled {
         self.kept(name, uid, "rollback")
     }
 
-    /// Where the salt of the task's commitments is. What undoes another task has the same.
+    /// Returns where the salt of the task's commitments is. A rollback uses the salt of the task that it rolls back.
     pub fn salt(&self) -> Salted {
         let task = &self.policy.task;
         let of = task.rollback_of.as_ref().filter(|of| !of.name.contains('/'));
@@ -475,7 +477,7 @@ impl Compiled {
         Salted { task_uid: uid.clone(), location: self.kept(name, uid, "salt") }
     }
 
-    /// Where the results of this task's idempotent calls are.
+    /// Returns where the results of this task's idempotent calls are stored.
     pub fn results(&self) -> Option<Location> {
         self.kept(&self.policy.task.name, &self.policy.task.uid, "results")
     }
@@ -498,7 +500,7 @@ fn place(evidence: &EvidencePolicy, namespace: &str, task: &str, uid: &str) -> P
     }
 }
 
-/// A pod of an attempt, as far as identity goes. `None` for a pod that lacks a label: it is none of ours.
+/// Returns the facts of an attempt's pod that identification needs, or `None` if the pod lacks one of Belay's labels.
 pub fn pod_facts(pod: &Pod) -> Option<PodFacts> {
     let label = |key: &str| pod.metadata.labels.as_ref()?.get(key).cloned();
     let status = pod.status.as_ref();
@@ -524,7 +526,7 @@ pub fn pod_facts(pod: &Pod) -> Option<PodFacts> {
     })
 }
 
-/// The object, if it is there and can be read.
+/// Returns the object, if it exists and can be decoded.
 fn get<K>(store: &Guarded<K>, namespace: &str, name: &str) -> Option<Arc<K>>
 where
     K: Resource<DynamicType = ()> + Clone + 'static,
@@ -533,7 +535,7 @@ where
     guarded.0.as_ref().ok().cloned().map(Arc::new)
 }
 
-/// Watches everything for ever. The returned future ends only if a watch does, which is a reason to end the process.
+/// Watches all objects without end. The returned future ends only if a watch does, which must end the process.
 pub fn watch(client: &Client, system_namespace: &str, metrics: &Metrics) -> (Stores, BoxFuture<'static, ()>) {
     let any = contact::watching;
     let addressed = any().labels(TASK_LABEL).fields(WITH_ADDRESS);
@@ -559,7 +561,7 @@ pub fn watch(client: &Client, system_namespace: &str, metrics: &Metrics) -> (Sto
     (stores, Box::pin(all))
 }
 
-/// One watch. `trim` drops what nobody here reads.
+/// Starts one watch. `trim` removes the parts of an object that the gateway does not read.
 fn follow<K>(
     api: Api<Lenient<K>>,
     config: watcher::Config,

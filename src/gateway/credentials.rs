@@ -1,10 +1,12 @@
-//! What upstreams want to see of us, and no pod ever does.
+//! The credentials that the gateway adds to requests to upstreams, and that no pod ever sees.
 //!
-//! Guarantees: a credential is read when a call leaves, goes into one header of one request, and is marked so that no log
-//! prints it. A reply that repeats it, in its head or its body, is withheld as a whole, or ends where it does (`body::Watched`): nothing
-//! is masked, since a mask would tell whoever can have an upstream repeat text how long the credential is, and where. A credential that is so short
-//! that it could be found by such tries is not used.
-//! Non-goals: Secrets without the label `belay.dev/upstream-credential: "true"`, and what `forms` does not know a credential by.
+//! Guarantees: a credential is read when a call leaves, goes into one header of one request, and is marked so that no log prints it. A
+//! reply that repeats it in its head or body is withheld as a whole or ends there (`body::Watched`). Nothing is masked, because a mask
+//! would reveal the length and the position of the credential to an attacker who can make an upstream repeat text. A credential that is
+//! short enough to be guessed by such attempts is not used.
+//!
+//! Non-goals: Secrets without the label `belay.dev/upstream-credential: "true"`, and encodings of a credential that `forms` does not
+//! recognize.
 
 use std::{
     collections::HashMap,
@@ -20,10 +22,10 @@ use super::{
 };
 use crate::{api::policy_pack::Credential, canonical, policy::rule::Rule};
 
-/// Credentials whose forms are remembered.
+/// Maximum number of credentials whose tables are in memory.
 const REMEMBERED: usize = 64;
 
-/// Tables of the forms of credentials, which are made once: a digest of prefix and credential to its table.
+/// Search tables of credentials, which are built once, by a digest of prefix and credential.
 #[derive(Default)]
 pub struct Known(Mutex<HashMap<[u8; 32], Arc<Forms>>>);
 
@@ -43,13 +45,13 @@ impl Known {
     }
 }
 
-/// A credential as it is sent: without what editors and `echo` leave behind.
+/// Returns a credential as it is sent: without the trailing white space that editors and `echo` add.
 pub fn trimmed(mut value: Vec<u8>) -> Vec<u8> {
     value.truncate(value.trim_ascii_end().len());
     value
 }
 
-/// A header that authenticates the gateway's principal to an upstream.
+/// A header that authenticates the gateway to an upstream.
 pub struct Injected {
     name: HeaderName,
     value: HeaderValue,
@@ -60,7 +62,7 @@ impl Injected {
     /// Reads the credential that a pack names.
     ///
     /// # Errors
-    /// [`Rule::UpstreamCredential`] if the Secret is not there, is no header value, or could be found by trying.
+    /// Returns [`Rule::UpstreamCredential`] if the Secret does not exist, is not a valid header value, or could be guessed.
     pub fn read(cluster: &Cluster, known: &Known, credential: &Credential) -> Result<Self, Refused> {
         let Credential { secret, key, header, prefix, principals: _ } = credential;
         let failed = |reason: &str| {
@@ -87,7 +89,7 @@ impl Injected {
         Ok(Self { name, value: whole, forms })
     }
 
-    /// Sets the header, in place of whatever the caller sent under its name, and drops the other usual ones.
+    /// Sets the header in place of the caller's value, and removes the other usual headers for credentials.
     pub fn inject(self, headers: &mut HeaderMap) -> Arc<Forms> {
         headers.remove(http::header::AUTHORIZATION);
         headers.remove("x-api-key");
@@ -96,7 +98,7 @@ impl Injected {
     }
 }
 
-/// Whether a header's name or value repeats the credential.
+/// Returns whether a header's name or value repeats the credential.
 pub fn repeated(headers: &HeaderMap, forms: &Forms) -> bool {
     let lines = headers.iter().flat_map(|(name, value)| [name.as_str().as_bytes(), b": ", value.as_bytes(), b"\n"]);
     forms.are_in(&lines.collect::<Vec<_>>().concat())

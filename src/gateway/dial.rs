@@ -1,8 +1,9 @@
-//! From a host name to a connection: resolve, check every address, connect to one of those, speak TLS.
+//! From a host name to a connection: resolve the name, check every address, connect to one of them, and start TLS.
 //!
-//! Promises: the address that is dialled is one that was checked, for the very name that goes into SNI and is checked
-//! against the certificate; all of it ends in bounded time. Refuses: a name of which any address is blocked, unless whoever
-//! runs it has vouched for the one that it is to have.
+//! Guarantees: the address that is dialled was checked, for the very name that is sent in SNI and checked against the certificate. Each
+//! step ends in bounded time.
+//!
+//! Denies: a name with any blocked address, unless an address was set for the name by hand (`vouching`).
 
 use std::{
     collections::HashMap,
@@ -25,15 +26,15 @@ use crate::policy::{
     rule::Rule,
 };
 
-/// To resolve a name, tries and servers included.
+/// Time limit for resolving a name, with all retries and servers.
 const RESOLVE: Duration = Duration::from_secs(8);
-/// On a connection that is silent for so long, and each minute or so from then on.
+/// Idle time after which keep-alive probes start, which are then sent about every minute.
 const KEEP_ALIVE: Duration = Duration::from_secs(60);
-/// To connect to one address.
+/// Time limit for connecting to one address.
 const CONNECT: Duration = Duration::from_secs(5);
-/// Addresses that are tried.
+/// Maximum number of addresses that are tried.
 const TRIED: usize = 3;
-/// To shake hands.
+/// Time limit for the TLS handshake.
 const HANDSHAKE: Duration = Duration::from_secs(5);
 
 /// Opens TCP connections.
@@ -42,7 +43,7 @@ pub trait Connect: Send + Sync {
     fn connect(&self, address: SocketAddr) -> BoxFuture<'_, io::Result<TcpStream>>;
 }
 
-/// The machine's own network.
+/// The network of this machine.
 pub struct Network;
 
 impl Connect for Network {
@@ -58,12 +59,12 @@ pub struct Dialer {
     connect: Arc<dyn Connect>,
     tls: TlsConnector,
     vouched: HashMap<Hostname, SocketAddr>,
-    /// Whether whoever is refused can vouch for an address: it is their own machine.
+    /// Whether the user who sees an error can set an address for a name, because the gateway runs on the user's own machine.
     can_vouch: bool,
 }
 
 impl Dialer {
-    /// A dialer that resolves, checks and connects by these, and trusts these authorities.
+    /// Returns a dialer that trusts these authorities.
     pub fn new(resolve: Arc<dyn Resolve>, blocked: Blocked, connect: Arc<dyn Connect>, roots: RootCertStore) -> Self {
         let mut tls = ClientConfig::builder().with_root_certificates(roots).with_no_client_auth();
         tls.alpn_protocols = vec![b"http/1.1".to_vec()];
@@ -77,8 +78,8 @@ impl Dialer {
         }
     }
 
-    /// For these names dials these addresses, whatever they are and whichever port was asked for: somebody has vouched for them. Allowlists
-    /// hold for them as for all others.
+    /// Sets addresses for names by hand. They are dialled whatever they are, and an address with a port whichever port was requested.
+    /// Allowlists apply to these names as to all others.
     #[must_use]
     pub fn vouching(mut self, vouched: HashMap<Hostname, SocketAddr>) -> Self {
         self.vouched = vouched;
@@ -86,12 +87,13 @@ impl Dialer {
         self
     }
 
-    /// Whether what is sent to the host stays on this machine: somebody has vouched for an address of loopback. No name server can say so.
+    /// Returns whether data sent to the host stays on this machine, because a loopback address was set for it by hand. A name server cannot
+    /// cause this.
     pub fn stays_here(&self, host: &Hostname) -> bool {
         self.vouched.get(host).is_some_and(|address| address.ip().is_loopback())
     }
 
-    /// How whoever runs this can have a name lead somewhere, where it is their own machine.
+    /// Returns a hint how to set an address for a name, if the user can do so.
     fn by_hand(&self, host: &Hostname, address: Option<IpAddr>) -> String {
         let address = address.map_or_else(|| "ADDRESS".to_owned(), |address| address.to_string());
         if self.can_vouch {
@@ -103,19 +105,19 @@ impl Dialer {
         }
     }
 
-    /// Connects to a host by one of its addresses.
+    /// Connects to one of a host's addresses.
     ///
     /// # Errors
-    /// [`Rule::EgressAddress`] if any of its addresses is blocked; upstream rules if it cannot be reached.
+    /// Returns [`Rule::EgressAddress`] if any of its addresses is blocked, or an upstream rule if the host cannot be reached.
     pub async fn dial(&self, to: &Authority) -> Result<(TcpStream, SocketAddr), Refused> {
         let addresses = self.addresses(to).await?;
         self.connect(&to.host, &addresses).await
     }
 
-    /// The addresses that a host has now, all of them checked.
+    /// Returns the addresses that a host has now, after checking all of them.
     ///
     /// # Errors
-    /// [`Rule::EgressAddress`] if any of them is blocked; [`Rule::UpstreamResolve`] if there are none.
+    /// Returns [`Rule::EgressAddress`] if any of them is blocked, or [`Rule::UpstreamResolve`] if there are none.
     pub async fn addresses(&self, to: &Authority) -> Result<Vec<SocketAddr>, Refused> {
         let Authority { host, port } = to;
         if let Some(address) = self.vouched.get(host) {
@@ -143,13 +145,13 @@ impl Dialer {
     /// Connects to one of a host's checked addresses.
     ///
     /// # Errors
-    /// [`Rule::UpstreamConnect`] if none of the first few can be connected to.
+    /// Returns [`Rule::UpstreamConnect`] if none of the first `TRIED` accepts a connection.
     pub async fn connect(&self, host: &Hostname, addresses: &[SocketAddr]) -> Result<(TcpStream, SocketAddr), Refused> {
         let mut last = String::new();
         for address in addresses.iter().copied().take(TRIED) {
             match tokio::time::timeout(CONNECT, self.connect.connect(address)).await {
                 Ok(Ok(stream)) => {
-                    // Small frames of a stream go out at once.
+                    // Send small frames of a stream at once.
                     let _ = stream.set_nodelay(true);
                     keep_alive(&stream);
                     return Ok((stream, address));
@@ -161,10 +163,10 @@ impl Dialer {
         Err(Refused::upstream(Rule::UpstreamConnect, format!("cannot connect to {host} at {last}")))
     }
 
-    /// Shakes hands as a client of this host.
+    /// Performs the TLS handshake as a client of this host.
     ///
     /// # Errors
-    /// [`Rule::UpstreamTls`] if the certificate is not valid for the host, or there is no TLS.
+    /// Returns [`Rule::UpstreamTls`] if the certificate is not valid for the host, or if the peer does not speak TLS.
     pub async fn secure(&self, host: &Hostname, stream: TcpStream) -> Result<TlsStream<TcpStream>, Refused> {
         let failed = |cause: String| Refused::upstream(Rule::UpstreamTls, format!("no TLS with {host}: {cause}"));
         let name = ServerName::try_from(host.as_str().to_owned()).map_err(|e| failed(e.to_string()))?;
@@ -175,11 +177,11 @@ impl Dialer {
     }
 }
 
-/// Why there is no TLS, for people.
+/// Returns the reason of a failed handshake as text for users.
 fn unshaken(error: &io::Error) -> String {
     let said = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
     match said {
-        // What answers is no record of TLS.
+        // The reply is not a TLS record.
         Some(rustls::Error::InvalidMessage(_)) => {
             "it answers in another protocol, as a server of plain http does; write http:// where its URL is, or have it serve https".to_owned()
         }
@@ -190,8 +192,8 @@ fn unshaken(error: &io::Error) -> String {
     }
 }
 
-/// Has the kernel ask an upstream that is silent whether it is still there: firewalls and address translators forget a connection on which
-/// nothing moves for some minutes, and a model thinks for longer.
+/// Enables TCP keep-alive. Firewalls and address translators drop a connection that is idle for some minutes, and a model may be silent for
+/// longer.
 fn keep_alive(stream: &TcpStream) {
     use rustix::net::sockopt::{set_socket_keepalive, set_tcp_keepidle};
     let set = set_tcp_keepidle(stream, KEEP_ALIVE).and_then(|()| set_socket_keepalive(stream, true));
@@ -200,15 +202,15 @@ fn keep_alive(stream: &TcpStream) {
     }
 }
 
-/// The certificate authorities cannot be read.
+/// An error in reading certificate authorities.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot read certificate authorities: {0}; expected PEM certificates")]
 pub struct RootsError(String);
 
-/// The web's authorities, and those in `pem`.
+/// Returns the web's authorities and those in `pem`.
 ///
 /// # Errors
-/// If `pem` holds anything else than at least one certificate.
+/// Returns an error if `pem` contains an invalid certificate, or none.
 pub fn roots(pem: Option<&[u8]>) -> Result<RootCertStore, RootsError> {
     let mut roots = RootCertStore { roots: webpki_roots::TLS_SERVER_ROOTS.to_vec() };
     if let Some(pem) = pem {

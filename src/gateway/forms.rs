@@ -1,10 +1,11 @@
-//! A credential in the forms in which a reply could repeat it.
+//! The encodings of a credential in which a reply could repeat it.
 //!
-//! Guarantees: text that holds the whole credential is known by it, as it is or as hex, base64 (either alphabet, wherever it begins),
-//! UTF-16, in other capitals, cut by white space, or with any of its characters escaped as URLs, JSON and HTML do, up to three times over.
-//! Looking takes the same steps for each byte whatever the credential is: one table is walked, and nothing skips ahead where
-//! the text is unlike it, so that neither what is found nor how long that takes tells a part of it.
-//! Non-goals: a part of the credential, and what an upstream encrypts, hashes, reverses or otherwise makes of it.
+//! Guarantees: text that contains the whole credential is recognized, as it is or as hex, base64 (either alphabet, at any offset) or
+//! UTF-16, with other capitalization, split by white space, or with any of its characters escaped as in URLs, JSON and HTML, up to three
+//! times over. The search takes the same steps for each byte whatever the credential is: it walks one table and never skips ahead where the
+//! text is unlike the credential. So neither the result nor the time of a search reveals a part of the credential.
+//!
+//! Non-goals: recognizing a part of the credential, or what an upstream encrypts, hashes, reverses or otherwise makes of it.
 
 use std::borrow::Cow;
 
@@ -12,25 +13,26 @@ use aho_corasick::{AhoCorasick, AhoCorasickKind};
 use base64::{Engine, alphabet, engine::GeneralPurpose, engine::general_purpose::NO_PAD};
 use memchr::{memchr, memchr3};
 
-/// Shortest credential. Of a shorter one every value could be tried: a reply that holds thousands of them is withheld if it holds the
-/// right one, and whoever can make an upstream repeat text learns that much.
+/// Minimum length of a credential, in bytes. A shorter one could be guessed, because a reply with thousands of guesses is withheld if one
+/// of them is right, and an attacker who can make an upstream repeat text learns that.
 pub const SHORTEST: usize = 12;
-/// Longest credential.
+/// Maximum length of a credential, in bytes.
 pub const LONGEST: usize = 8 << 10;
-/// A longer credential is known by its last bytes. Those of tokens that say whose they are first are their signature.
+/// Number of last bytes by which a longer credential is recognized. In tokens that begin with claims about their owner these are the
+/// signature.
 const KNOWN_BY: usize = 128;
-/// Times that escapes are taken out.
+/// Number of layers of escapes that are removed.
 const ESCAPES: usize = 3;
-/// What stands for a password that is none, by GitHub's convention.
+/// The placeholder for a missing password, by GitHub's convention.
 const NO_PASSWORD: &str = "x-oauth-basic";
 
 const STANDARD: GeneralPurpose = GeneralPurpose::new(&alphabet::STANDARD, NO_PAD);
 const URL: GeneralPurpose = GeneralPurpose::new(&alphabet::URL_SAFE, NO_PAD);
 
-/// A credential that could not be looked for.
+/// Why a credential cannot be searched for.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum UnfitError {
-    /// It could be found by trying.
+    /// It is so short that it could be guessed.
     #[error(
         "is {found} bytes long; expected at least {SHORTEST}, since whoever can make an upstream repeat text could find a shorter one by trying"
     )]
@@ -38,28 +40,28 @@ pub enum UnfitError {
         /// Its length.
         found: usize,
     },
-    /// It would not fit into what is held of a reply.
+    /// It does not fit into the part of a reply that is held back.
     #[error("is {found} bytes long; expected at most {LONGEST}")]
     Long {
         /// Its length.
         found: usize,
     },
-    /// There is no table of it.
+    /// Its table cannot be built.
     #[error("cannot be looked for in replies: {0}")]
     Table(String),
 }
 
-/// The forms of one credential.
+/// The encodings of one credential, as a search table.
 pub struct Forms {
     table: AhoCorasick,
     longest: usize,
 }
 
 impl Forms {
-    /// The forms of a secret that is sent after this prefix.
+    /// Builds the table for a secret that is sent after this prefix.
     ///
     /// # Errors
-    /// If it is too short or too long to be looked for.
+    /// Returns an error if the secret is too short or too long to be searched for.
     pub fn of(prefix: &str, secret: &[u8]) -> Result<Self, UnfitError> {
         let mut parts = vec![secret.to_vec()];
         if prefix.trim().eq_ignore_ascii_case("basic") {
@@ -76,7 +78,8 @@ impl Forms {
         forms.sort();
         forms.dedup();
         let longest = forms.iter().map(Vec::len).max().unwrap_or_default();
-        // Prefilters and the smaller tables are quicker where text is unlike all forms, and slower where it is like one: that would tell.
+        // Prefilters and smaller tables are faster on text that is unlike the secret and slower on text that is like it, which would reveal
+        // it.
         let table = AhoCorasick::builder()
             .kind(Some(AhoCorasickKind::DFA))
             .prefilter(false)
@@ -86,12 +89,12 @@ impl Forms {
         Ok(Self { table, longest })
     }
 
-    /// Length of the longest form.
+    /// Returns the length of the longest encoding.
     pub fn longest(&self) -> usize {
         self.longest
     }
 
-    /// Whether the text holds the credential in any form.
+    /// Returns whether the text contains the credential in any encoding.
     pub fn are_in(&self, text: &[u8]) -> bool {
         let mut text = Cow::Borrowed(text);
         for _ in 0..ESCAPES {
@@ -109,7 +112,7 @@ impl Forms {
     }
 }
 
-/// Of a user and a password in base64: both as they are, and whichever of them is the secret.
+/// Decodes the user and the password of basic authentication from base64. Returns the pair and the one of the two that is the secret.
 fn pair(encoded: &[u8]) -> Vec<Vec<u8>> {
     let end = encoded.iter().rposition(|byte| *byte != b'=').map_or(0, |last| last + 1);
     let Some(Ok(both)) = encoded.get(..end).map(|text| STANDARD.decode(text)) else { return Vec::new() };
@@ -119,11 +122,11 @@ fn pair(encoded: &[u8]) -> Vec<Vec<u8>> {
     vec![secret.to_vec(), both.clone()]
 }
 
-/// The forms of one secret that are not escapes.
+/// Returns the encodings of one secret, without escapes.
 fn written(secret: &[u8]) -> Vec<Vec<u8>> {
     let known = secret.get(secret.len().saturating_sub(KNOWN_BY)..).unwrap_or(secret);
     let mut forms = vec![known.to_vec(), hex::encode(known).into_bytes()];
-    // What looks like an escape in it is taken out of the text as well.
+    // The search also removes from the text what looks like an escape inside the secret.
     forms.extend([condensed(known), unescaped(known)].into_iter().flatten().filter(|form| form.len() >= SHORTEST));
     for engine in [&STANDARD, &URL] {
         for before in 0..3 {
@@ -133,22 +136,22 @@ fn written(secret: &[u8]) -> Vec<Vec<u8>> {
     forms
 }
 
-/// The characters that base64 has for these bytes alone, where so many others are before them in their group of three.
+/// Returns the base64 characters that depend on these bytes alone, if `before` other bytes precede them in their group of three.
 fn encoded(engine: &GeneralPurpose, before: usize, bytes: &[u8]) -> Vec<u8> {
     let all = engine.encode([&vec![0; before], bytes].concat()).into_bytes();
-    // A character has six bits. Those that have some of what is before or after do not count.
+    // A character has six bits. Drop characters that share bits with the bytes before or after.
     let first = (before * 8).div_ceil(6);
     let last = (before + bytes.len()) * 8 / 6;
     all.get(first..last).unwrap_or_default().to_vec()
 }
 
-/// The text without white space and zeros, if it has any: lines of base64, and UTF-16.
+/// Returns the text without white space and zero bytes if it has any, for wrapped base64 and UTF-16.
 fn condensed(text: &[u8]) -> Option<Vec<u8>> {
     let goes = |byte: &u8| byte.is_ascii_whitespace() || *byte == 0;
     text.iter().any(goes).then(|| text.iter().copied().filter(|byte| !goes(byte)).collect())
 }
 
-/// The text without one layer of escapes, if it has any.
+/// Returns the text without one layer of escapes, if it has any.
 fn unescaped(text: &[u8]) -> Option<Vec<u8>> {
     let mut plain = Vec::new();
     let (mut rest, mut changed) = (text, false);
@@ -167,7 +170,7 @@ fn unescaped(text: &[u8]) -> Option<Vec<u8>> {
                 (rest, changed) = (after, true);
             }
             Some((Is::Code(code), after)) => {
-                // Half a pair is nothing that a header could hold.
+                // No header value can contain half a surrogate pair.
                 let letter = char::from_u32(code).unwrap_or(char::REPLACEMENT_CHARACTER);
                 plain.extend_from_slice(letter.encode_utf8(&mut [0; 4]).as_bytes());
                 (rest, changed) = (after, true);
@@ -182,13 +185,13 @@ fn unescaped(text: &[u8]) -> Option<Vec<u8>> {
     changed.then_some(plain)
 }
 
-/// What an escape stands for.
+/// The decoded value of an escape.
 enum Is {
     Byte(u8),
     Code(u32),
 }
 
-/// So many digits, and what follows.
+/// Parses exactly `many` digits. Returns their value and the rest of the text.
 fn digits(text: &[u8], many: usize, radix: u32) -> Option<(u32, &[u8])> {
     let (number, after) = text.split_at_checked(many)?;
     let number = number.iter().try_fold(0, |number: u32, digit| {
@@ -197,7 +200,7 @@ fn digits(text: &[u8], many: usize, radix: u32) -> Option<(u32, &[u8])> {
     Some((number.filter(|_| many > 0)?, after))
 }
 
-/// As many digits as there are, up to those of a long number with zeros before it.
+/// Parses as many digits as there are, at most 16, so that leading zeros are allowed.
 fn number(text: &[u8], radix: u32) -> Option<(u32, &[u8])> {
     let many = text.iter().take(16).take_while(|digit| char::from(**digit).is_digit(radix)).count();
     digits(text, many, radix)
@@ -255,7 +258,7 @@ fn entity(after: &[u8]) -> Option<(Is, &[u8])> {
         Some(digits) => number(digits, 16)?,
         None => number(numeric, 10)?,
     };
-    // Browsers do without the semicolon.
+    // Browsers do not require the semicolon.
     Some((Is::Code(code), after.strip_prefix(b";").unwrap_or(after)))
 }
 

@@ -1,11 +1,12 @@
-//! One HTTP request to an upstream, and its reply back as it comes.
+//! One HTTP request to an upstream, and its reply, which streams back.
 //!
-//! Guarantees: the upstream sees the method, path, body and end-to-end headers of the caller, the host that was matched, and the
-//! credential that the pack gives; the caller sees the reply as it streams, redirects among it. A reply to a request with a credential
-//! is looked through for it first, head and body, and is refused if it cannot be.
-//! Non-goals: hop-by-hop headers and ours in either direction, trailers, upgrades, following redirects (the harness asks anew, and is
-//! judged anew), and sending anything twice: a connection that was used before and turns out to have ended is given up for a new
-//! one only if nothing of the request was written.
+//! Guarantees: the upstream gets the caller's method, path, body and end-to-end headers, the host that was matched, and the pack's
+//! credential. The caller gets the reply as it streams, including redirects. A reply to a request with a credential is searched for the
+//! credential first, head and body, and is withheld if it cannot be searched.
+//!
+//! Non-goals: hop-by-hop headers and Belay's own headers in either direction, trailers, upgrades, following redirects (the harness sends a
+//! new request, which is checked anew), and sending anything twice. If a pooled connection turns out to have ended, the request is sent
+//! over a new one only if nothing of it was written.
 
 use std::{
     sync::Arc,
@@ -41,44 +42,44 @@ use crate::{
     wire,
 };
 
-/// Bytes of a reply's head.
+/// Maximum bytes of a reply's head.
 const LARGEST_HEAD: usize = 64 << 10;
 
-/// Headers of one hop, RFC 9110 7.6.1, and those by which proxies talk.
+/// Hop-by-hop headers (RFC 9110, section 7.6.1), and those that proxies use.
 const HOP_BY_HOP: &[HeaderName] = &[CONNECTION, TE, TRAILER, TRANSFER_ENCODING, UPGRADE, EXPECT];
 
-/// How the bodies of compressed files begin: gzip and Zstandard.
+/// First bytes of compressed files: gzip and Zstandard.
 const COMPRESSED: [&[u8]; 2] = [b"\x1f\x8b", b"\x28\xb5\x2f\xfd"];
 
-/// A credential for a request, and who is told if the reply repeats it.
+/// A credential for a request, and the callback for a reply that repeats it.
 pub struct Lent {
     /// The credential.
     pub credential: Injected,
-    /// Who is told.
+    /// The callback.
     pub alarm: Alarm,
 }
 
-/// What a reply is looked through for.
+/// What a reply is searched for.
 struct Watch {
     forms: Arc<Forms>,
     alarm: Alarm,
 }
 
-/// How a request is sent, and its reply taken.
+/// How a request is sent and its reply is handled.
 #[derive(Clone, Copy, Debug)]
 pub struct Manner {
-    /// How long the upstream may be silent: from the request to the head of its reply, and between two pieces of a body, either way. A model
-    /// thinks for minutes, and sends no keep-alive while it does.
+    /// How long the upstream may be silent: before the head of its reply, and between two pieces of a body in either direction. A model may
+    /// think for minutes without sending a keep-alive.
     pub silence: Duration,
-    /// Whether a packed reply is unpacked: whoever gets it has asked for a plain one, and looks into it.
+    /// Whether a compressed reply is decompressed, because its reader asked for a plain one and inspects it.
     pub unpacks: bool,
 }
 
-/// Sends a request to its target, over a connection that waits in `pool` for it if there is one, or else a new one. `keep` lives
-/// as long as the reply does.
+/// Sends a request to its target, over an idle connection of `pool` if there is one, or else over a new connection. `keep` lives as long as
+/// the reply.
 ///
 /// # Errors
-/// [`Rule::EgressAddress`], and upstream rules.
+/// Returns [`Rule::EgressAddress`] or an upstream rule.
 pub async fn forward<K: Send + Unpin + 'static>(
     dialer: &Dialer,
     pool: Option<&Arc<Pool>>,
@@ -87,7 +88,7 @@ pub async fn forward<K: Send + Unpin + 'static>(
     request: Request<ReplyBody>,
     (manner, keep): (Manner, K),
 ) -> Result<Response<ReplyBody>, Refused> {
-    // Asked and checked for every request: a connection is used again only to an address that the name still has.
+    // Resolve and check for every request, so that a connection is reused only to an address that the name still has.
     let addresses = dialer.addresses(&target.authority).await?;
     let pool = pool.filter(|_| framed(&request));
     let (mut request, watch) = outgoing(target, lent, request, manner.silence)?;
@@ -98,7 +99,7 @@ pub async fn forward<K: Send + Unpin + 'static>(
             Ok(Exchanged::Reply(reply, peer, returned)) => {
                 return incoming(reply, (target, peer), how, returned, keep).await;
             }
-            // It had ended meanwhile, and nothing of the request was sent.
+            // The connection had ended meanwhile, and nothing of the request was sent.
             Ok(Exchanged::Unsent(unsent)) => request = unsent,
             Err(refused) => return Err(refused),
         }
@@ -124,15 +125,15 @@ pub async fn forward<K: Send + Unpin + 'static>(
     }
 }
 
-/// Whether servers agree on where the request ends. A body where many expect none could be taken for the next request of whoever
-/// uses the connection then.
+/// Returns whether all servers agree on where the request ends. A server that expects no body could take one for the next request over the
+/// connection, which may be another caller's.
 fn framed(request: &Request<ReplyBody>) -> bool {
     let usual = [Method::POST, Method::PUT, Method::PATCH].contains(request.method());
     let bodyless = [Method::GET, Method::HEAD, Method::DELETE].contains(request.method());
     usual || (bodyless && request.body().is_end_stream())
 }
 
-/// How a request over a connection ended.
+/// The result of a request over a connection.
 enum Exchanged {
     Reply(Response<Incoming>, Peer, Option<Returned>),
     /// The connection had ended before anything of the request was sent.
@@ -148,7 +149,7 @@ where
     let (sender, connection) = handshake.map_err(|error| {
         Refused::upstream(Rule::UpstreamConnect, format!("{} at {} broke off: {error}", target.authority, peer.address))
     })?;
-    // It ends with its last exchange: when its sender is dropped, or the upstream has had enough.
+    // The connection ends when its sender is dropped or the upstream closes it.
     tokio::spawn(async move {
         if let Err(error) = connection.await {
             tracing::debug!(%error, "an upstream connection ended with an error");
@@ -176,7 +177,7 @@ async fn exchange(
                 .map(|pool| Returned::new(pool.clone(), connection, &target.authority.host, target.secure, &reply));
             Ok(Exchanged::Reply(reply, peer, returned))
         }
-        // hyper gives the request back only if it had not begun to write it.
+        // hyper returns the request only if it has written nothing of it.
         Ok(Err(mut error)) => match error.take_message() {
             Some(unsent) => Ok(Exchanged::Unsent(unsent)),
             None => Err(failed(&format!("gave no reply: {}", chain(error.error())))),
@@ -187,7 +188,7 @@ async fn exchange(
     }
 }
 
-/// The request as the upstream gets it, and what its reply is looked through for.
+/// Returns the request for the upstream, and what its reply must be searched for.
 fn outgoing(
     target: &Target,
     lent: Option<Lent>,
@@ -201,7 +202,7 @@ fn outgoing(
     let host = HeaderValue::try_from(target.host_header()).map_err(|e| Refused::malformed(e.to_string()))?;
     parts.headers.insert(HOST, host);
     let watch = lent.map(|Lent { credential, alarm }| {
-        // What is compressed in a way that is not known here cannot be looked through.
+        // A reply with an unknown compression cannot be searched.
         parts.headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
         Watch { forms: credential.inject(&mut parts.headers), alarm }
     });
@@ -210,11 +211,11 @@ fn outgoing(
     Ok((Request::from_parts(parts, body.boxed_unsync()), watch))
 }
 
-/// The reply as the caller gets it.
+/// Returns the reply for the caller.
 ///
 /// # Errors
-/// [`Rule::UpstreamSecret`] if it repeats the credential before any of it has been passed on, [`Rule::UpstreamReply`] if it cannot be
-/// looked through.
+/// Returns [`Rule::UpstreamSecret`] if it repeats the credential before any of it was passed on, or [`Rule::UpstreamReply`] if it cannot be
+/// searched.
 async fn incoming<K: Send + Unpin + 'static>(
     reply: Response<Incoming>,
     (target, peer): (&Target, Peer),
@@ -224,7 +225,7 @@ async fn incoming<K: Send + Unpin + 'static>(
 ) -> Result<Response<ReplyBody>, Refused> {
     let (mut parts, body) = reply.into_parts();
     parts.version = Version::HTTP_11;
-    // Among them the reason beside the status.
+    // The extensions include the reason phrase of the status.
     parts.extensions.clear();
     let encodings = encodings(&parts.headers);
     strip(&mut parts.headers);
@@ -245,7 +246,7 @@ async fn incoming<K: Send + Unpin + 'static>(
         Some(watch) => watched(&mut parts.headers, (target, encoding), body, watch).await?,
         None => body.map_frame(|frame| Frame::data(frame.into_data().unwrap_or_default())).boxed_unsync(),
     };
-    // An address is always a header value.
+    // An address is always a valid header value.
     if let Ok(address) = HeaderValue::try_from(peer.address.to_string()) {
         parts.headers.insert(wire::UPSTREAM, address);
     }
@@ -255,8 +256,8 @@ async fn incoming<K: Send + Unpin + 'static>(
     Ok(Response::from_parts(parts, body))
 }
 
-/// A body that is looked through, once its head has been. Unless it is a stream of events, what is passed on first is waited for: most
-/// replies are looked through as a whole, and are refused as a whole.
+/// Searches a reply's head, and wraps its body so that it is searched. Waits for the first piece of the body, unless it is an event stream:
+/// most replies fit into one piece and are withheld as a whole.
 async fn watched<B>(
     headers: &mut HeaderMap,
     (target, encoding): (&Target, Option<String>),
@@ -286,7 +287,7 @@ where
     });
     let mut body = Watched::new(body, forms, events, alarm);
     if events {
-        // It may end before it is over.
+        // It may end before its announced length.
         headers.remove(CONTENT_LENGTH);
         return Ok(body.boxed_unsync());
     }
@@ -308,10 +309,10 @@ where
     Ok(StreamBody::new(first.chain(BodyStream::new(body))).boxed_unsync())
 }
 
-/// The kind of a stream of events.
+/// The content type of an event stream.
 const EVENTS: &str = "text/event-stream";
 
-/// A refusal of a reply. What the call did is done.
+/// Returns the denial of a reply. The call itself may have taken effect.
 fn repeats(host: &Authority) -> Refused {
     Refused::denied(
         Rule::UpstreamSecret,
@@ -321,7 +322,7 @@ fn repeats(host: &Authority) -> Refused {
     )
 }
 
-/// How a reply is encoded: whatever is not said to be plain.
+/// Returns the encodings of a reply, except those that leave it plain.
 fn encodings(headers: &HeaderMap) -> Vec<String> {
     let encodings = |name: HeaderName| {
         let values: Vec<&HeaderValue> = headers.get_all(name).iter().collect();
@@ -333,7 +334,7 @@ fn encodings(headers: &HeaderMap) -> Vec<String> {
     found.map(|of| crate::policy::shorten::shorten(&String::from_utf8_lossy(of.trim_ascii()))).collect()
 }
 
-/// Drops what belongs to one hop, and what is between harness and gateway.
+/// Removes headers that belong to one hop, and those between harness and gateway.
 fn strip(headers: &mut HeaderMap) {
     let named: Vec<HeaderName> = headers
         .get_all(CONNECTION)
@@ -341,7 +342,7 @@ fn strip(headers: &mut HeaderMap) {
         .filter_map(|value| value.to_str().ok())
         .flat_map(|value| value.split(','))
         .filter_map(|name| name.trim().parse().ok())
-        // The length frames the body: nobody may have it dropped.
+        // The length frames the body, so a peer must not have it removed.
         .filter(|name| *name != CONTENT_LENGTH)
         .collect();
     let ours: Vec<HeaderName> = headers
@@ -357,11 +358,11 @@ fn strip(headers: &mut HeaderMap) {
     }
 }
 
-/// Takes the gateway's token out of a request: from `proxy-authorization`, or else from `authorization`, so that a caller
-/// which uses the former can have an `authorization` of its own for the upstream.
+/// Takes the gateway's token out of a request: from `proxy-authorization`, or else from `authorization`, so that a caller that uses the
+/// former can send its own `authorization` to the upstream.
 ///
 /// # Errors
-/// [`Rule::IdentityToken`] without exactly one bearer token.
+/// Returns [`Rule::IdentityToken`] unless there is exactly one bearer token.
 pub fn take_token(headers: &mut HeaderMap) -> Result<String, Refused> {
     let refused = || {
         Refused::denied(
@@ -382,22 +383,23 @@ pub fn take_token(headers: &mut HeaderMap) -> Result<String, Refused> {
     Ok(token)
 }
 
-/// An error and what caused it.
+/// Returns the text of an error and of its causes.
 fn chain(error: &dyn std::error::Error) -> String {
     let causes = std::iter::successors(Some(error), |e| e.source()).map(ToString::to_string);
     causes.collect::<Vec<_>>().join(": ")
 }
 
-/// A reply for who posted the call that made a request of another method: that to a HEAD has the length of a body that it does not have.
+/// Adapts a reply for a caller that used POST where the upstream's request had another method: a reply to HEAD has the length of a body
+/// that is not sent.
 pub fn as_reply_to_post<B>(mut reply: Response<B>) -> Response<B> {
     reply.headers_mut().remove(CONTENT_LENGTH);
     reply
 }
 
-/// Reads a whole body of ours.
+/// Reads a whole request body.
 ///
 /// # Errors
-/// [`Rule::Request`] if it is too long, too slow or breaks off.
+/// Returns [`Rule::Request`] if it is too long, too slow or incomplete.
 pub async fn whole(body: Incoming, most: usize, time: Duration) -> Result<bytes::Bytes, Refused> {
     let read = tokio::time::timeout(time, Limited::new(body, most).collect()).await;
     match read {

@@ -1,18 +1,20 @@
-//! Who is asking: from a token, a TCP peer and what the cluster says, to a caller.
+//! Identification of callers: from a token, a TCP peer and the cluster's objects to a caller.
 //!
-//! Promises: [`decide`] is made anew for every request, from the pods and tasks as they are now; only the TokenReview
-//! behind it is cached ([`reviews`]). A pod that is gone, that is another pod under the same name, that speaks from
-//! another address, or that belongs to an attempt which has been followed by another is nobody. Refuses: any identity
-//! by address alone, since the agent shares its harness's, and by token alone, since a token can be carried away.
+//! Guarantees: [`decide`] runs for every request, on the pods and tasks as they are now. Only the TokenReview behind it is cached
+//! ([`reviews`]). A pod is not identified if it is gone, if it is another pod under the same name, if it sends from another address, or if
+//! its attempt has been followed by another.
+//!
+//! Denies: identification by address alone, because the agent shares its harness's address, and by token alone, because a token can be
+//! copied.
 
 use std::net::IpAddr;
 
 use crate::{gateway::refusal::Refused, policy::rule::Rule};
 
-/// Tokens to reviewed users.
+/// Reviews of tokens.
 pub mod reviews;
 
-/// What a TokenReview said of a token for our audience.
+/// The result of a TokenReview for the gateway's audience.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Reviewed {
     /// `system:serviceaccount:<namespace>:<name>`.
@@ -24,24 +26,24 @@ pub struct Reviewed {
 /// The pod that a token is bound to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BoundPod {
-    /// Its namespace: the ServiceAccount's.
+    /// The pod's namespace, which is the ServiceAccount's.
     pub namespace: String,
-    /// Its name.
+    /// The pod's name.
     pub name: String,
-    /// Its UID.
+    /// The pod's UID.
     pub uid: String,
 }
 
-/// A pod of an attempt, as far as identity goes.
+/// The facts about an attempt's pod that identification needs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PodFacts {
-    /// Its namespace.
+    /// The pod's namespace.
     pub namespace: String,
-    /// Its name.
+    /// The pod's name.
     pub name: String,
-    /// Its UID.
+    /// The pod's UID.
     pub uid: String,
-    /// Every address that it has.
+    /// All addresses of the pod.
     pub addresses: Vec<IpAddr>,
     /// Label `belay.dev/task`.
     pub task: String,
@@ -49,37 +51,37 @@ pub struct PodFacts {
     pub task_uid: String,
     /// Label `belay.dev/attempt`.
     pub attempt: i64,
-    /// Whether it has been told to end.
+    /// Whether the pod is being deleted.
     pub ending: bool,
-    /// Whether all of its containers have ended.
+    /// Whether all containers of the pod have ended.
     pub finished: bool,
-    /// What about it is not as planned.
+    /// How the pod differs from its plan, if it does.
     pub altered: Option<String>,
 }
 
-/// A task, as far as identity goes.
+/// The facts about a task that identification needs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TaskFacts {
-    /// Its UID.
+    /// The task's UID.
     pub uid: String,
-    /// Whether it is being deleted.
+    /// Whether the task is being deleted.
     pub ending: bool,
-    /// Whether it has succeeded or failed.
+    /// Whether the task has succeeded or failed.
     pub finished: bool,
-    /// The newest attempt: in its status, or of any of its pods.
+    /// The newest attempt in the task's status or of any of its pods.
     pub newest_attempt: i64,
 }
 
 /// What a caller may still do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Standing {
-    /// All that its class allows.
+    /// Everything that its class allows.
     Live,
-    /// Its pod or task is being deleted: it may finish its log, and no call leaves any more.
+    /// Finish its log only, because its pod or task is being deleted. No new calls leave.
     Ending,
 }
 
-/// A harness whose identity holds.
+/// An identified harness.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Principal {
     /// The task's namespace.
@@ -88,30 +90,30 @@ pub struct Principal {
     pub task: String,
     /// The task's UID.
     pub task_uid: String,
-    /// The attempt.
+    /// The number of the attempt.
     pub attempt: i64,
     /// The pod's name.
     pub pod: String,
     /// The pod's UID.
     pub pod_uid: String,
-    /// What it may still do.
+    /// What the harness may still do.
     pub standing: Standing,
 }
 
-/// Somebody whom the gateway serves.
+/// A caller that the gateway serves.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Caller {
-    /// The operator: it may seal logs, and nothing else.
+    /// The operator, which may only seal logs.
     Operator,
     /// The harness of an attempt.
     Harness(Principal),
 }
 
-/// Decides who a reviewed token from `peer` is. `pod` is the pod that the token is bound to and `task` that pod's task,
-/// as far as the cluster has them.
+/// Identifies the bearer of a reviewed token from `peer`. `pod` is the pod that the token is bound to and `task` is that pod's task, if the
+/// cluster has them.
 ///
 /// # Errors
-/// By the first rule that does not hold.
+/// Returns the first rule that is violated.
 pub fn decide(
     reviewed: &Reviewed,
     peer: IpAddr,
@@ -134,7 +136,7 @@ pub fn decide(
     if pod.finished {
         return Err(token(format!("the pod {}/{} has ended", pod.namespace, pod.name)));
     }
-    // Its log is not opened, so its harness is not ready, so its agent does not start.
+    // The log of an altered pod is not opened, so its harness does not become ready and its agent does not start.
     if let Some(altered) = &pod.altered {
         return Err(token(format!(
             "expected the pod {}/{} as it was planned, found that {altered}",
@@ -180,10 +182,10 @@ fn token(reason: String) -> Refused {
 }
 
 impl Principal {
-    /// Whether new calls may leave.
+    /// Checks whether new calls may leave.
     ///
     /// # Errors
-    /// [`Rule::IdentityAttempt`] once the pod or its task is being deleted.
+    /// Returns [`Rule::IdentityAttempt`] if the pod or its task is being deleted.
     pub fn may_call(&self) -> Result<(), Refused> {
         match self.standing {
             Standing::Live => Ok(()),

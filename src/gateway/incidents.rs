@@ -1,8 +1,9 @@
-//! What the gateway refused outside any log: one object beside the task's log for each pod and rule.
+//! Incidents: requests that the gateway denied outside any log, written as one object for each pod and rule beside the task's log.
 //!
-//! Promises: an incident is told once for each pod, rule and replica, however often it is tried; telling it never delays a
-//! refusal. Refuses: prompts, tokens and anything else of the caller's making but its address. When the bucket is away or
-//! the queue full, the metric and the log line remain.
+//! Guarantees: each replica reports an incident once for each pod and rule, however often it happens. Reporting never delays an error
+//! response. If the bucket is unavailable or the queue is full, the metric and the log line remain.
+//!
+//! Non-goals: recording prompts, tokens or anything else that the caller chose, except its address.
 
 use std::{
     collections::HashSet,
@@ -22,47 +23,47 @@ use super::{
 };
 use crate::{canonical, evidence::log::INCIDENTS, policy::rule::Rule};
 
-/// Incidents that wait to be written. Beyond it they are counted only.
+/// Maximum number of incidents in the queue. Further ones are only counted.
 const QUEUE: usize = 256;
-/// Pods and rules that are remembered. Beyond it all are forgotten, and may be told again.
+/// Maximum number of remembered pairs of pod and rule. Then all are forgotten, and may be reported again.
 const REMEMBERED: usize = 16_384;
-/// Times that writing one is tried.
+/// Number of attempts to write an incident.
 const TRIES: u32 = 5;
-/// Between two of them.
+/// Delay between two attempts.
 const PAUSE: Duration = Duration::from_secs(5);
-/// Longest reason, in bytes.
+/// Maximum length of a reason, in bytes.
 const LONGEST: usize = 512;
 
-/// The object's content.
+/// The content of the object.
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Incident {
     /// Format version.
     pub v: u8,
-    /// When, by the gateway's clock.
+    /// The time, by the gateway's clock.
     pub time: String,
     /// Always `gateway`.
     pub actor: &'static str,
-    /// The rule that refused.
+    /// The rule of the denial.
     pub rule: Rule,
-    /// Whence the request came.
+    /// The address that the request came from.
     pub peer: String,
     /// Namespace of the pod.
     pub namespace: String,
-    /// The pod whose token it was; without a valid token, the pod at that address.
+    /// The pod that the token is bound to, or, without a valid token, the pod at that address.
     pub pod: String,
-    /// That pod's UID.
+    /// The pod's UID.
     pub pod_uid: String,
-    /// That pod's task.
+    /// The pod's task.
     pub task: String,
-    /// That pod's attempt.
+    /// The pod's attempt.
     pub attempt: i64,
-    /// What was expected and found.
+    /// What was expected and what was found.
     pub reason: String,
 }
 
 impl Incident {
-    /// An incident of now.
+    /// Returns an incident with the current time.
     pub fn now(pod: &super::identity::PodFacts, peer: IpAddr, rule: Rule, reason: &str) -> Self {
         let mut reason = reason.to_owned();
         reason.truncate(reason.floor_char_boundary(LONGEST));
@@ -82,7 +83,7 @@ impl Incident {
     }
 }
 
-/// Tells incidents.
+/// The reporter of incidents.
 pub struct Incidents {
     queue: mpsc::Sender<(Place, Incident)>,
     told: Mutex<HashSet<(String, Rule)>>,
@@ -90,19 +91,19 @@ pub struct Incidents {
 }
 
 impl Incidents {
-    /// A teller, and what writes for it until the teller is gone.
+    /// Returns a reporter and the task that writes its incidents until the reporter is dropped.
     pub fn new(witness: Arc<Witness>, metrics: Metrics) -> (Self, impl Future<Output = ()> + Send + 'static) {
         let (queue, waiting) = mpsc::channel(QUEUE);
         (Self { queue, told: Mutex::default(), metrics: metrics.clone() }, write(witness, waiting, metrics))
     }
 
-    /// Whether an incident of this pod and rule is still to be told.
+    /// Returns whether no incident of this pod and rule has been reported yet.
     pub fn is_new(&self, pod_uid: &str, rule: Rule) -> bool {
         let told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
         !told.contains(&(pod_uid.to_owned(), rule))
     }
 
-    /// Tells an incident, unless one of this pod and rule has been told.
+    /// Reports an incident, unless one of this pod and rule has been reported.
     pub fn tell(&self, place: Place, incident: Incident) {
         let key = (incident.pod_uid.clone(), incident.rule);
         {

@@ -1,7 +1,9 @@
-//! Connections: TCP, TLS, HTTP/1.1 or HTTP/2, and their bounds.
+//! The listener: TCP, TLS, HTTP/1.1 or HTTP/2, and their bounds.
 //!
-//! Promises: whoever is slow, silent, too many or too long-winded loses its connection, and nobody else's suffers; a
-//! shutdown lets requests end; what is no request is counted and told of. Refuses: HTTP without TLS.
+//! Guarantees: a peer that is slow, silent, has too many connections or sends too much loses its connection, without harm to others. A
+//! shutdown lets requests end. Bytes that are not a request are counted and reported as an incident.
+//!
+//! Rejects: HTTP without TLS.
 
 use std::{
     collections::HashMap,
@@ -21,28 +23,28 @@ use tokio_util::sync::CancellationToken;
 use super::{metrics::Metrics, service::Gateway};
 use crate::wire;
 
-/// Connections at a time.
+/// Maximum number of open connections.
 const CONNECTIONS: usize = 8192;
-/// Connections of one address at a time: agent and harness share theirs.
+/// Maximum number of open connections of one address, which agent and harness share.
 const PER_PEER: usize = 256;
-/// For the TLS handshake.
+/// Time limit for the TLS handshake.
 const HANDSHAKE: Duration = Duration::from_secs(5);
-/// For a request's head, and between requests on HTTP/1.1.
+/// Time limit for a request's head, and for the pause between requests on HTTP/1.1.
 const HEADER: Duration = Duration::from_secs(30);
-/// Bytes of a request's head.
+/// Maximum bytes of a request's head.
 const LARGEST_HEADER: usize = 64 << 10;
-/// Headers of a request.
+/// Maximum number of headers of a request.
 const MOST_HEADERS: usize = 100;
-/// Between two pings on HTTP/2, and for their answer.
+/// Interval between two pings on HTTP/2, and time limit for their answer.
 const PING: Duration = Duration::from_secs(20);
-/// After a failed accept, which means that the process has no file left to open.
+/// Delay after a failed accept, which means that the process has no file descriptor left.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// Connections that are open, by peer.
+/// Number of open connections of each peer.
 #[derive(Default)]
 struct Open(Mutex<HashMap<IpAddr, usize>>);
 
-/// One of them.
+/// One open connection.
 struct Slot {
     open: Arc<Open>,
     peer: IpAddr,
@@ -77,7 +79,7 @@ impl Drop for Slot {
     }
 }
 
-/// Serves until `stop`; then returns when the last connection has ended, which the caller bounds.
+/// Serves until `stop` is cancelled. Then returns when the last connection has ended; the caller bounds that time.
 pub async fn serve(
     listener: TcpListener,
     tls: Arc<ServerConfig>,
@@ -91,7 +93,7 @@ pub async fn serve(
     loop {
         let accepted = tokio::select! {
             () = stop.cancelled() => break,
-            // Collects what has ended, so that the set does not grow.
+            // Removes ended connections, so that the set does not grow.
             Some(_) = connections.join_next(), if !connections.is_empty() => continue,
             accepted = listener.accept() => accepted,
         };
@@ -123,14 +125,14 @@ async fn connection(
     let stream = match shaken {
         Ok(Ok(stream)) => stream,
         Ok(Err(error)) if is_no_tls(&error) => return gateway.misheard(peer, "something else than TLS"),
-        // A probe that only connects, or a peer that does not trust us: nothing to tell anybody.
+        // A probe that only connects, or a peer that does not trust the certificate: there is nothing to report.
         _ => return,
     };
     let http2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
     let serving = gateway.clone();
     let service = service_fn(move |request| serving.clone().serve(request, peer));
     let io = TokioIo::new(stream);
-    // An error is the peer's: it broke the protocol, went away or was too slow.
+    // An error is the peer's: it violated the protocol, went away or was too slow.
     let ended = |ended: hyper::Result<()>| {
         if let Err(error) = ended
             && (error.is_parse() || (http2 && breaks_the_protocol(&error)))
@@ -172,13 +174,13 @@ async fn connection(
     }
 }
 
-/// Whether a peer has begun with something that is no TLS.
+/// Returns whether a peer's first bytes were not TLS.
 fn is_no_tls(error: &std::io::Error) -> bool {
     let error = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
     matches!(error, Some(rustls::Error::InvalidMessage(_)))
 }
 
-/// Whether it was the peer's HTTP/2 that ended a connection, and not the network or a clock.
+/// Returns whether a violation of HTTP/2 by the peer ended a connection, and not the network or a timeout.
 fn breaks_the_protocol(error: &hyper::Error) -> bool {
     let mut source = std::error::Error::source(error);
     while let Some(cause) = source {

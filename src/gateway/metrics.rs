@@ -1,4 +1,4 @@
-//! What an operator of the gateway watches. Labels are closed sets: channels, decisions, rules, results.
+//! The gateway's metrics. Labels are closed sets: channels, decisions, rules, results.
 
 use std::{sync::Arc, time::Duration};
 
@@ -10,58 +10,57 @@ use crate::{
     policy::config::SideEffect,
 };
 
-/// From a local cache hit to a slow model: seconds.
+/// Buckets of latencies in seconds, from a local cache hit to a slow model.
 const LATENCIES: &[f64] = &[0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0];
 
-/// Points of risk, as packs give them.
+/// Buckets of risk scores, in the points that packs give.
 const POINTS: &[f64] = &[0.0, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0];
 
 /// The gateway's metrics.
 #[derive(Clone)]
 pub struct Metrics {
-    /// Requests by channel (`model`, `tool`, `egress`, `log`, `other`), decision (`allowed`, `denied`, `failed`) and rule.
+    /// Requests by channel (`model`, `tool`, `listing`, `egress`, `log`, `other`), decision (`allowed`, `denied`, `failed`) and rule.
     pub requests: IntCounterVec,
-    /// Seconds from dialling to the upstream's reply head, by channel.
+    /// Seconds from dialling to the head of the upstream's reply, by channel.
     pub upstream: HistogramVec,
     /// Appends to logs, by result (`written`, `replayed`, `refused`, `failed`, `lost`).
     pub appends: IntCounterVec,
-    /// Seconds of an append, bucket included.
+    /// Seconds until a segment is witnessed or stored.
     pub append_seconds: HistogramVec,
-    /// Decisions as they are recorded, the harness's among them, by the task's class, channel, decision (`allowed`, `denied`) and the
-    /// rule that decided against it.
+    /// Decisions in the evidence, including the harness's, by task class, channel, decision (`allowed`, `denied`) and the rule of a denial.
     pub decisions: IntCounterVec,
-    /// Tool calls by the task's class, effect, and how sensitive their arguments are.
+    /// Tool calls in the evidence by task class, side effect, and sensitivity of their arguments.
     pub tool_calls: IntCounterVec,
-    /// The risk of tool calls, where the pack says how to tell, by the task's class.
+    /// Risk scores of tool calls by task class, if the pack has risk terms.
     pub risk: HistogramVec,
-    /// Calls that ended, by the task's class and whether they took effect (`applied`, `not_applied`, `unknown`).
+    /// Ended calls in the evidence by task class and outcome (`applied`, `not_applied`, `unknown`).
     pub outcomes: IntCounterVec,
-    /// Tunnels that are open now.
+    /// Number of open tunnels.
     pub tunnels: IntGauge,
-    /// Connections that are open now.
+    /// Number of open connections.
     pub connections: IntGauge,
-    /// Connections refused because of a limit.
+    /// Connections that were closed because of a limit.
     pub connections_refused: IntCounter,
     /// TokenReviews by result (`valid`, `invalid`, `failed`, `throttled`).
     pub token_reviews: IntCounterVec,
-    /// Failures of the object store, by what was tried (`read`, `write`, `list`, `lock`, `name`, `reach`).
+    /// Failures of the object store by action (`read`, `write`, `list`, `lock`, `name`, `reach`).
     pub store_errors: IntCounterVec,
-    /// Whether the buckets of all packs answer (1), by the last look.
+    /// Whether the buckets of all packs answered (1) at the last check.
     pub store_up: IntGauge,
     /// Incidents by result (`written`, `dropped`, `failed`).
     pub incidents: IntCounterVec,
     /// Writes of `status.usage` by result (`written`, `failed`).
     pub usage_writes: IntCounterVec,
-    /// Objects that the API server has but that cannot be read, by kind. They count as absent.
+    /// Objects of the API server that cannot be decoded, by kind. They count as absent.
     pub unreadable: IntCounterVec,
-    /// Whether the serving certificate could be loaded (1) when last looked at.
+    /// Whether the serving certificate could be loaded (1) at the last check.
     pub certificate_ok: IntGauge,
 }
 
-/// The registry of a gateway's process: its metrics, and the ages of its watches.
+/// Returns the registry of the gateway's process: its metrics and the ages of its watches.
 ///
 /// # Errors
-/// Never in practice: the names are valid, and differ.
+/// Never in practice, because the names are valid and unique.
 pub fn registry(contact: &Arc<Contact>) -> Result<(Registry, Metrics), prometheus::Error> {
     let registry = Registry::new();
     let metrics = Metrics::new(&registry)?;
@@ -70,10 +69,10 @@ pub fn registry(contact: &Arc<Contact>) -> Result<(Registry, Metrics), prometheu
 }
 
 impl Metrics {
-    /// Makes and registers them.
+    /// Creates and registers the metrics.
     ///
     /// # Errors
-    /// If the registry has one of them already.
+    /// Returns an error if the registry has one of them already.
     pub fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
         let counters = |name: &str, help: &str, labels: &[&str]| {
             let counters = IntCounterVec::new(Opts::new(name, help), labels)?;
@@ -178,7 +177,7 @@ impl Metrics {
         })
     }
 
-    /// Notes what a task's log says. Task classes are few: the pack lists them.
+    /// Counts a record of a task's log. There are few task classes, because the pack lists them.
     pub fn recorded(&self, task_class: &str, event: &Event) {
         match event {
             Event::Intent(intent) => {
@@ -204,7 +203,7 @@ impl Metrics {
         }
     }
 
-    /// Notes how long an upstream took.
+    /// Records how long an upstream took.
     pub fn upstream_took(&self, channel: &str, time: Duration) {
         self.upstream.with_label_values(&[channel]).observe(time.as_secs_f64());
     }
@@ -219,7 +218,7 @@ mod tests {
         policy::access::{Assessment, Score},
     };
 
-    /// Everything that the process registers, each vector with one child, so that the registry tells it.
+    /// Every metric that the process registers. Each vector has one child, so that the registry reports it.
     #[test]
     fn the_reference_has_every_metric() {
         let (registry, metrics) = registry(&Arc::new(Contact::default())).unwrap();

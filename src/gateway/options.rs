@@ -1,4 +1,4 @@
-//! What the gateway is told when it starts. Every flag has an environment variable.
+//! The command-line options of the gateway. Every flag has an environment variable.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -13,49 +13,49 @@ use ipnet::IpNet;
 #[derive(Clone, Debug, Parser)]
 #[command(name = "belay-gateway", version)]
 pub struct Options {
-    /// Address for harnesses and the operator (TLS).
+    /// Address that serves harnesses and the operator over TLS.
     #[arg(long, env = "BELAY_LISTEN", default_value = "0.0.0.0:8443")]
     pub listen: SocketAddr,
-    /// Address of the canary, which containment probes expect not to reach.
+    /// Address of the canary, which containment probes must not reach.
     #[arg(long, env = "BELAY_CANARY_LISTEN", default_value = "0.0.0.0:8444")]
     pub canary_listen: SocketAddr,
-    /// Address for /healthz, /readyz and /metrics.
+    /// Address that serves /healthz, /readyz and /metrics.
     #[arg(long, env = "BELAY_ADMIN_LISTEN", default_value = "0.0.0.0:8080")]
     pub admin_listen: SocketAddr,
-    /// Folder with tls.crt and tls.key. Read again when it changes.
+    /// Folder with tls.crt and tls.key. Reloaded when it changes.
     #[arg(long, env = "BELAY_TLS_DIR", default_value = "/etc/belay/tls")]
     pub tls_dir: PathBuf,
-    /// The witness's Ed25519 key, PKCS#8 DER.
+    /// File with the witness's Ed25519 key, as PKCS#8 DER.
     #[arg(long, env = "BELAY_WITNESS_KEY", default_value = "/etc/belay/witness/witness.pk8")]
     pub witness_key: PathBuf,
-    /// Namespace of the operator and of upstream credentials.
+    /// Namespace of the operator and of the Secrets with upstream credentials.
     #[arg(long, env = "BELAY_SYSTEM_NAMESPACE", default_value = "belay-system")]
     pub system_namespace: String,
-    /// URL of an object store that is not AWS.
+    /// URL of the object store, if it is not AWS.
     #[arg(long, env = "BELAY_S3_ENDPOINT")]
     pub s3_endpoint: Option<String>,
     /// Region of the buckets.
     #[arg(long, env = "BELAY_S3_REGION")]
     pub s3_region: Option<String>,
-    /// Address buckets as endpoint/bucket rather than bucket.endpoint.
+    /// Address buckets as endpoint/bucket instead of bucket.endpoint.
     #[arg(long, env = "BELAY_S3_PATH_STYLE")]
     pub s3_path_style: bool,
-    /// PEM file of authorities to trust for the object store, beside the system's.
+    /// PEM file of certificate authorities to trust for the object store, in addition to the system's.
     #[arg(long, env = "BELAY_S3_CA")]
     pub s3_ca: Option<PathBuf>,
-    /// A name server, ADDRESS or ADDRESS:PORT; may be given again. The system's when absent.
+    /// Name server, as ADDRESS or ADDRESS:PORT. May be repeated. Without it the system's name servers are used.
     #[arg(long, env = "BELAY_NAMESERVER", value_delimiter = ',')]
     pub nameserver: Vec<NameServer>,
-    /// PEM file of authorities to trust for upstreams, beside the web's.
+    /// PEM file of certificate authorities to trust for upstreams, in addition to the web's.
     #[arg(long, env = "BELAY_UPSTREAM_CA")]
     pub upstream_ca: Option<PathBuf>,
-    /// Addresses that are never dialled, beside the built-in ones: name the pods', Services' and nodes' CIDRs, above all
-    /// if they are public. May be given again.
+    /// CIDR of addresses that are never dialled, in addition to the built-in ones. Name the CIDRs of pods, Services and nodes, especially
+    /// if they are public. May be repeated.
     #[arg(long, env = "BELAY_BLOCKED_CIDR", value_delimiter = ',')]
     pub blocked_cidr: Vec<IpNet>,
 }
 
-/// A name server's address, with port 53 where none is given.
+/// A name server's address. The default port is 53.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NameServer(pub SocketAddr);
 

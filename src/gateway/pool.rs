@@ -1,10 +1,11 @@
-//! Connections to upstreams that wait to be used again.
+//! Idle connections to upstreams, kept for reuse.
 //!
-//! Promises: a connection waits under the address that was dialled, the name that was in SNI and whether there was TLS, and is
-//! given out only for the same name to an address that was resolved and checked just now; it waits only after a reply that
-//! was read to its end, for a few seconds, among a bounded number. Refuses: connections after an error or a reply that
-//! broke off, and those that a login could have bound to somebody: credentials are in the headers of each request, and a
-//! connection is nobody's.
+//! Guarantees: an idle connection is stored under the address that was dialled, the name in SNI and whether TLS is used. It is reused only
+//! for the same name, if the name still resolves to this address and the address was checked just now. It is stored only after a reply that
+//! was read to its end, for a few seconds, in a pool of bounded size.
+//!
+//! Rejects: connections after an error or an incomplete reply, and those that a login could have bound to a user. Credentials are in the
+//! headers of each request, so a connection itself belongs to no user.
 
 use std::{
     collections::HashMap,
@@ -28,45 +29,45 @@ use hyper::{
 use super::body::ReplyBody;
 use crate::policy::hostname::Hostname;
 
-/// How long a connection waits. Servers that say nothing close theirs after five seconds or more, and a request that meets
-/// that moment has an unknown fate.
+/// Maximum time that a connection is idle. Servers that announce no timeout close theirs after five seconds or more, and a request that is
+/// sent at that moment has an unknown outcome.
 const WAIT: Duration = Duration::from_secs(4);
-/// How much sooner than a server says that it will close a connection it is given up.
+/// How long before the timeout that a server announces a connection is dropped.
 const MARGIN: Duration = Duration::from_secs(1);
-/// How old a connection gets: what was checked when it began (certificates, authorities) holds no longer than this.
+/// Maximum age of a connection, because what was checked when it was opened (certificates, authorities) is not trusted longer.
 const AGE: Duration = Duration::from_secs(300);
-/// Connections that wait for one upstream.
+/// Maximum number of idle connections to one upstream.
 const EACH: usize = 32;
-/// Connections that wait in all.
+/// Maximum number of idle connections.
 const ALL: usize = 512;
-/// How long a connection whose reply is over may take to be ready again.
+/// Time limit for a connection to become ready again after its reply has ended.
 const SETTLE: Duration = Duration::from_secs(1);
 
-/// Who is at the other end of a connection.
+/// The other end of a connection.
 #[derive(Clone, Copy, Debug)]
 pub struct Peer {
     /// The address that was dialled.
     pub address: SocketAddr,
-    /// SHA-256 of the certificate that was shown there, over TLS.
+    /// SHA-256 of the certificate that the peer presented, if TLS is used.
     pub certificate: Option<[u8; 32]>,
 }
 
 /// A connection.
 pub struct Connection {
-    /// What sends over it.
+    /// Sends requests over the connection.
     pub sender: SendRequest<ReplyBody>,
-    /// Where it goes.
+    /// The other end.
     pub peer: Peer,
     opened: Instant,
 }
 
 impl Connection {
-    /// A new one.
+    /// Returns a new connection.
     pub fn new(sender: SendRequest<ReplyBody>, peer: Peer) -> Self {
         Self { sender, peer, opened: Instant::now() }
     }
 
-    /// Whether it is still nobody's after this reply. NTLM and its like authenticate connections.
+    /// Returns whether the connection belongs to no user after this reply. NTLM and similar schemes authenticate connections.
     pub fn is_shareable(headers: &HeaderMap) -> bool {
         !headers.contains_key(WWW_AUTHENTICATE) && !headers.contains_key(PROXY_AUTHENTICATE)
     }
@@ -84,18 +85,18 @@ struct Waiting {
     until: Instant,
 }
 
-/// Waiting connections.
+/// The pool of idle connections.
 #[derive(Default)]
 pub struct Pool(Mutex<HashMap<Key, Vec<Waiting>>>);
 
 impl Pool {
-    /// A connection to one of these addresses, under this name.
+    /// Returns an idle connection to one of these addresses under this name, if there is one.
     pub fn take(&self, addresses: &[SocketAddr], host: &Hostname, secure: bool) -> Option<Connection> {
         let mut waiting = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         for address in addresses {
             let key = Key { address: *address, host: host.clone(), secure };
             let Some(stack) = waiting.get_mut(&key) else { continue };
-            // The newest first, so that the others may end.
+            // Take the newest first, so that the others can expire.
             while let Some(Waiting { connection, until }) = stack.pop() {
                 if Instant::now() < until && connection.sender.is_ready() {
                     return Some(connection);
@@ -129,7 +130,7 @@ impl Pool {
     }
 }
 
-/// A connection that goes back to its pool once the reply has been read to its end.
+/// A connection that returns to its pool once its reply has been read to the end.
 pub struct Returned {
     pool: Arc<Pool>,
     connection: Connection,
@@ -138,14 +139,14 @@ pub struct Returned {
 }
 
 impl Returned {
-    /// Takes care of a connection whose reply has begun.
+    /// Returns the guard of a connection whose reply has begun.
     pub fn new<B>(pool: Arc<Pool>, connection: Connection, host: &Hostname, secure: bool, reply: &Response<B>) -> Self {
         let key = Key { address: connection.peer.address, host: host.clone(), secure };
         let wait = promised(reply.headers()).map_or(WAIT, |promised| promised.saturating_sub(MARGIN).min(WAIT));
         Self { pool, connection, key, wait }
     }
 
-    /// The reply is over. The connection is ready a moment later, if the upstream keeps it.
+    /// Returns the connection to the pool after its reply has ended. It becomes ready a moment later, if the upstream keeps it open.
     fn settle(self) {
         let Self { pool, mut connection, key, wait } = self;
         tokio::spawn(async move {
@@ -156,21 +157,21 @@ impl Returned {
     }
 }
 
-/// What `keep-alive: timeout=5` says.
+/// Returns the timeout in a header such as `keep-alive: timeout=5`.
 fn promised(headers: &HeaderMap) -> Option<Duration> {
     let value = headers.get("keep-alive")?.to_str().ok()?;
     let seconds = value.split(',').find_map(|part| part.trim().strip_prefix("timeout="))?;
     seconds.trim().parse().ok().map(Duration::from_secs)
 }
 
-/// A reply's body that gives its connection back at its end, and ends it otherwise.
+/// A reply's body that returns its connection to the pool at the end of the body, and closes the connection otherwise.
 pub struct Whole {
     body: Incoming,
     returned: Option<Returned>,
 }
 
 impl Whole {
-    /// Wraps a body. One that is empty is over.
+    /// Wraps a body. An empty body has ended already.
     pub fn new(body: Incoming, returned: Option<Returned>) -> Self {
         let mut whole = Self { body, returned };
         whole.over();

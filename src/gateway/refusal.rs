@@ -1,4 +1,4 @@
-//! A refusal on its way to the caller: HTTP status, rule and reason.
+//! The error response to a request: HTTP status, rule and reason.
 
 use http::StatusCode;
 
@@ -8,41 +8,41 @@ use crate::policy::{egress::EgressDenied, rule::Rule};
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{rule}: {reason}")]
 pub struct Refused {
-    /// How: decided against (403), failed on the way (502), or worth another try (503).
+    /// The status: 403 for a denial, 502 for a failed upstream, 503 if a retry may help.
     pub status: StatusCode,
     /// The rule.
     pub rule: Rule,
-    /// What was expected, what was found, what to do. Goes to the caller: no credential is ever in it.
+    /// What was expected, what was found, and what to do. The caller gets it, so it never contains a credential.
     pub reason: String,
 }
 
 impl Refused {
-    /// Decided against: the same request will be refused again.
+    /// Returns a denial: the same request would be denied again.
     pub fn denied(rule: Rule, reason: impl Into<String>) -> Self {
         Self { status: StatusCode::FORBIDDEN, rule, reason: reason.into() }
     }
 
-    /// Something that is needed to decide or to record is away: the same request may pass later.
+    /// Returns an error for a request that cannot be decided or recorded now: the same request may succeed later.
     pub fn retry(rule: Rule, reason: impl Into<String>) -> Self {
         Self { status: StatusCode::SERVICE_UNAVAILABLE, rule, reason: reason.into() }
     }
 
-    /// Allowed, but the upstream failed.
+    /// Returns an error for an allowed request whose upstream failed.
     pub fn upstream(rule: Rule, reason: impl Into<String>) -> Self {
         Self { status: StatusCode::BAD_GATEWAY, rule, reason: reason.into() }
     }
 
-    /// Not a request that means anything.
+    /// Returns an error for a malformed request.
     pub fn malformed(reason: impl Into<String>) -> Self {
         Self { status: StatusCode::BAD_REQUEST, rule: Rule::Request, reason: reason.into() }
     }
 
-    /// Whether trying again may help.
+    /// Returns whether a retry may help.
     pub fn is_retryable(&self) -> bool {
         self.status == StatusCode::SERVICE_UNAVAILABLE
     }
 
-    /// What it counts as in metrics: decided against, or failed.
+    /// Returns the value of the metrics' label `decision`: `denied` or `failed`.
     pub fn decision(&self) -> &'static str {
         match self.status {
             StatusCode::BAD_GATEWAY | StatusCode::SERVICE_UNAVAILABLE => "failed",

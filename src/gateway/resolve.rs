@@ -1,10 +1,10 @@
-//! Names to addresses, by the gateway's own resolver.
+//! Name resolution by the gateway's own resolver.
 //!
-//! Guarantees: asks the configured name servers for exactly the name that was matched, A and AAAA. An address counts only if its record
-//! is owned by that name, or by the name that an unbroken chain of aliases leads to; whatever else an answer holds is ignored.
-//! Each answer is bounded in time and cached no longer than its TTL and half a minute.
-//! Non-goals: search domains, `/etc/hosts`, DNSSEC, and judging addresses, which is
-//! [`egress::Blocked`](crate::policy::egress::Blocked)'s.
+//! Guarantees: the resolver queries the configured name servers for exactly the name that was matched, for A and AAAA records. An address
+//! counts only if its record is owned by that name, or by the name at the end of an unbroken chain of aliases; all other records of an
+//! answer are ignored. Each query is bounded in time. An answer is cached no longer than its TTL and no longer than half a minute.
+//!
+//! Non-goals: search domains, `/etc/hosts`, DNSSEC, and checking addresses, which [`egress::Blocked`](crate::policy::egress::Blocked) does.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -25,34 +25,34 @@ use hickory_resolver::{
 
 use crate::policy::hostname::Hostname;
 
-/// An address that is good now may be another's soon: a cached one is not used longer.
+/// Maximum time that an address is cached, because it may belong to another party soon.
 const LONGEST_TTL: Duration = Duration::from_secs(30);
-/// One question to one server.
+/// Time limit for one query to one server.
 const TIMEOUT: Duration = Duration::from_secs(2);
-/// Aliases from the name that is asked for to the one that has addresses. Content networks need five or so.
+/// Maximum number of aliases between the queried name and the one that has addresses. Content delivery networks need about five.
 const LONGEST_CHAIN: usize = 12;
-/// Names that are remembered.
+/// Maximum number of cached names.
 const CACHED: u64 = 1024;
 
-/// Names to addresses.
+/// Resolves names.
 pub trait Resolve: Send + Sync {
-    /// Every address that the name has, at least one.
+    /// Returns every address of the name, at least one.
     fn addresses<'a>(&'a self, host: &'a Hostname) -> BoxFuture<'a, Result<Vec<IpAddr>, String>>;
 }
 
-/// The resolver cannot be set up.
+/// An error in setting up the resolver.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot set up the resolver: {0}; name the servers by --nameserver")]
 pub struct ResolverError(#[from] NetError);
 
-/// DNS.
+/// The DNS resolver.
 pub struct Dns(TokioResolver);
 
 impl Dns {
-    /// A resolver that asks these servers, or the system's where there are none.
+    /// Returns a resolver for these servers, or for the system's if there are none.
     ///
     /// # Errors
-    /// If the system's configuration cannot be read.
+    /// Returns an error if the system's configuration cannot be read.
     pub fn new(servers: &[SocketAddr]) -> Result<Self, ResolverError> {
         let servers = if servers.is_empty() {
             system_conf::read_system_conf()?.0.name_servers().to_vec()
@@ -82,25 +82,25 @@ fn options() -> ResolverOpts {
     options.attempts = 2;
     options.cache_size = CACHED;
     options.use_hosts_file = ResolveHosts::Never;
-    // Without the aliases in between, it could not be told whose an address is.
+    // Without the aliases between, the owner of an address could not be checked.
     options.preserve_intermediates = true;
     options.positive_max_ttl = Some(LONGEST_TTL);
     options.negative_max_ttl = Some(LONGEST_TTL);
-    // Off-path answers have more to guess.
+    // Makes answers harder to forge for an attacker who does not see the query.
     options.case_randomization = true;
     options
 }
 
-/// Why a question brought no addresses.
+/// Why a query returned no addresses.
 enum Unusable {
     /// No answer, or one without records.
     Nothing(String),
-    /// An answer that contradicts itself: nothing in it, or beside it, is believed.
+    /// A contradictory answer. Neither it nor the answer to the other query is used.
     Misleading(String),
 }
 
 impl Dns {
-    /// The addresses of one type that the name has.
+    /// Returns the addresses of one record type that the name has.
     async fn ask(&self, name: &Name, kind: RecordType) -> Result<Vec<IpAddr>, Unusable> {
         let found = self.0.lookup(name.clone(), kind).await.map_err(|error| Unusable::Nothing(unanswered(&error)))?;
         let header = &found.message().metadata;
@@ -116,13 +116,13 @@ impl Resolve for Dns {
     fn addresses<'a>(&'a self, host: &'a Hostname) -> BoxFuture<'a, Result<Vec<IpAddr>, String>> {
         Box::pin(async move {
             let mut name = Name::from_ascii(host.as_str()).map_err(|e| e.to_string())?;
-            // Fully qualified: asked for as it is.
+            // A fully qualified name is queried as it is.
             name.set_fqdn(true);
             let asked = futures::join!(self.ask(&name, RecordType::A), self.ask(&name, RecordType::AAAA));
             let mut addresses = match asked {
                 (Err(Unusable::Misleading(why)), _) | (_, Err(Unusable::Misleading(why))) => return Err(why),
                 (Err(Unusable::Nothing(why)), Err(_)) => return Err(why),
-                // Some servers do not answer one of the two questions.
+                // Some servers do not answer one of the two queries.
                 (four, six) => [four.unwrap_or_default(), six.unwrap_or_default()].concat(),
             };
             addresses.sort();
@@ -132,7 +132,7 @@ impl Resolve for Dns {
     }
 }
 
-/// Why there is no answer, for people.
+/// Returns the reason of a failed query as text for users.
 fn unanswered(error: &NetError) -> String {
     if error.is_nx_domain() {
         return "there is no such name, as its name server says".to_owned();
@@ -145,15 +145,15 @@ fn unanswered(error: &NetError) -> String {
     }
 }
 
-/// The addresses in an answer that are the name's own. An answer may hold any records: a server that may speak for one name only
-/// would otherwise lend it the addresses of another.
+/// Returns the addresses in an answer that belong to the name. An answer may contain any records, so a server that is responsible for one
+/// name could otherwise give it the addresses of another.
 ///
 /// # Errors
-/// If the aliases lead nowhere in particular: two of one name, an alias beside an address, a circle, or too many.
+/// Returns an error if the aliases are ambiguous: two for one name, an alias beside an address, a cycle, or too many.
 fn owned(name: &Name, answers: &[Record]) -> Result<Vec<IpAddr>, String> {
     let mut owner = name;
     for _ in 0..=LONGEST_CHAIN {
-        // Names are compared without case, as RFC 4343 has it.
+        // Names are compared without case, as in RFC 4343.
         let of_owner = || answers.iter().filter(|record| record.dns_class == DNSClass::IN && record.name == *owner);
         let addresses: Vec<IpAddr> = of_owner().filter_map(|record| record.data.ip_addr()).collect();
         let mut aliases = of_owner().filter_map(|record| match &record.data {

@@ -1,9 +1,9 @@
-//! The gateway's life: start, serve, stop.
+//! Startup, serving and shutdown of the gateway.
 //!
-//! Promises: listens only once every store is filled; is ready exactly as long as it listens. Trouble with the object store
-//! does *not* end readiness: all replicas share the store, and without any of them the containment probes could not tell
-//! a contained pod from a broken network. It shows as `belay_gateway_store_up`, and as refusals that say so. Refuses:
-//! running on when a watch has ended, since stale stores would allow what has been forbidden.
+//! Guarantees: the gateway listens only once every store is filled, and is ready exactly as long as it listens. Failures of the object
+//! store do *not* end readiness: all replicas share the store, and without any ready replica the containment probes could not tell a
+//! contained pod from a broken network. Such failures show as `belay_gateway_store_up` and in the error responses. The process ends when a
+//! watch has ended, because stale stores would allow what has been forbidden.
 
 use std::{
     collections::HashMap,
@@ -53,70 +53,70 @@ use crate::{
     policy::egress::Blocked,
 };
 
-/// After SIGTERM, until Services have forgotten this pod: connections that still arrive are served.
+/// Time after SIGTERM until Services no longer list this pod. Connections that still arrive are served.
 const LAME: Duration = Duration::from_secs(3);
-/// And then for requests and tunnels to end.
+/// Time after that for requests and tunnels to end.
 const GRACE: Duration = Duration::from_secs(20);
-/// Between two looks at the buckets.
+/// Interval between two checks of the buckets.
 const PROBE: Duration = Duration::from_secs(30);
 
-/// Why the gateway cannot start, or does not run on.
+/// Why the gateway cannot start or cannot continue.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
     /// A metric is registered twice.
     #[error("cannot register metrics: {0}")]
     Metrics(#[from] prometheus::Error),
-    /// No API server.
+    /// There is no API server.
     #[error("cannot make a client of the API server: {0}; run in a cluster or set KUBECONFIG")]
     Client(#[from] kube::Error),
-    /// The administrative port.
+    /// The administrative port cannot be served.
     #[error(transparent)]
     Admin(#[from] admin::AdminError),
-    /// The serving certificate.
+    /// The serving certificate cannot be used.
     #[error(transparent)]
     Certificate(#[from] certificate::CertificateError),
-    /// The upstreams' authorities.
+    /// The upstreams' certificate authorities cannot be read.
     #[error(transparent)]
     Roots(#[from] dial::RootsError),
-    /// The resolver.
+    /// The resolver cannot be set up.
     #[error(transparent)]
     Resolver(#[from] ResolverError),
-    /// A file that a flag names.
+    /// A file that a flag names cannot be read.
     #[error("cannot read {}: {cause}", file.display())]
     File {
         /// The file.
         file: PathBuf,
-        /// Why.
+        /// The cause.
         cause: io::Error,
     },
-    /// The witness's key.
+    /// The witness's key cannot be used.
     #[error("cannot use the witness's key {}: {cause}", file.display())]
     WitnessKey {
         /// The file.
         file: PathBuf,
-        /// Why.
+        /// The cause.
         cause: KeyError,
     },
-    /// A port.
+    /// A port cannot be listened on.
     #[error("cannot listen on {address}: {cause}")]
     Listen {
         /// The address.
         address: SocketAddr,
-        /// Why.
+        /// The cause.
         cause: io::Error,
     },
     /// SIGTERM cannot be caught.
     #[error("cannot wait for signals: {0}")]
     Signal(io::Error),
-    /// A watch that should go on for ever.
+    /// A watch has ended, which should never happen.
     #[error("a watch of the API server has ended; stale objects would allow what has been forbidden")]
     Watch,
 }
 
-/// Runs a gateway until it is told to stop.
+/// Runs a gateway until it is stopped by a signal.
 ///
 /// # Errors
-/// If it cannot start, or a watch has ended.
+/// Returns an error if the gateway cannot start, or if a watch has ended.
 pub async fn run(options: Options) -> Result<(), RunError> {
     let contact = Arc::new(Contact::default());
     let (registry, metrics) = metrics::registry(&contact)?;
@@ -185,7 +185,7 @@ pub async fn run(options: Options) -> Result<(), RunError> {
         probe(&cluster, &witness, &metrics).await;
         Ok(())
     };
-    // Incidents are written until the gateway that tells them is gone; that is no reason to end.
+    // The writer of incidents ends when the gateway is dropped, which must not end the process.
     let telling = async {
         telling.await;
         pending::<()>().await;
@@ -246,7 +246,7 @@ fn read(file: &Path) -> Result<Vec<u8>, RunError> {
     std::fs::read(file).map_err(|cause| RunError::File { file: file.to_owned(), cause })
 }
 
-/// S3 buckets of one store, each with a client of its own.
+/// The buckets of one S3 store, each with its own client.
 pub struct S3Buckets {
     options: s3::Options,
     clients: Mutex<HashMap<String, Arc<dyn Store>>>,
@@ -263,7 +263,7 @@ fn buckets(options: &Options) -> Result<S3Buckets, RunError> {
 }
 
 impl S3Buckets {
-    /// Those of the store that these options name; which bucket they name does not matter.
+    /// Returns the buckets of the store that these options name. The bucket in the options is ignored.
     pub fn new(options: s3::Options) -> Self {
         Self { options, clients: Mutex::default() }
     }

@@ -1,8 +1,7 @@
-//! What the gateway does with one request: who, what, whether, and then.
+//! The handling of one request: identify the caller, check the request, serve it.
 //!
-//! Promises: nothing is read of a request before its caller is known; every end is counted once, by channel, decision and
-//! rule, and has a span; every refusal carries its rule. Refuses: more at a time from one pod than its share, so
-//! that one agent cannot starve the others.
+//! Guarantees: nothing of a request is read before its caller is identified. The end of each request is counted once, by channel, decision
+//! and rule, and has a span. Every error response has a rule. One pod's requests are bounded, so that one agent cannot starve the others.
 
 use std::{
     collections::HashMap,
@@ -57,66 +56,67 @@ use crate::{
     wire::{self, AppendRequest, ApprovalAsk, OpenRequest, Refusal, SealRequest},
 };
 
-/// Calls and tunnels of one pod at a time.
+/// Maximum number of concurrent calls and tunnels of one pod.
 const CALLS: usize = 128;
-/// Requests of one pod about its log at a time: they stand in line for the log anyway.
+/// Maximum number of concurrent requests of one pod about its log. More would only wait for the log's lock.
 const LOG_REQUESTS: usize = 8;
-/// Replies of one pod's calls that may repeat a credential. After so many its calls have none any more: whoever can make an upstream repeat
-/// text could go on to try credentials.
+/// Number of replies that repeat a credential after which one pod's calls get no credentials any more, because an attacker who can make an
+/// upstream repeat text could go on to guess credentials.
 const REPEATED: u32 = 3;
-/// Pods whose shares are remembered.
+/// Number of pods whose shares are remembered.
 const PODS: usize = 8192;
-/// A request to open: two fields.
+/// Maximum bytes of an open request, which has two fields.
 const LARGEST_OPEN: usize = 16 << 10;
-/// A segment: records of many calls, or one with a whole policy in it.
+/// Maximum bytes of an append request: a segment with records of many calls, or with a whole policy.
 const LARGEST_APPEND: usize = 8 << 20;
-/// A question to people: their arguments, escaped as JSON.
+/// Maximum bytes of a request for approval: the arguments, escaped as JSON.
 const LARGEST_QUESTION: usize = 512 << 10;
-/// Questions of one pod at a time: what a harness has undecided, and as much again that its agent has hung up on.
+/// Maximum number of concurrent requests for approval of one pod: the undecided ones of a harness, and as many again that its agent has
+/// abandoned.
 const QUESTIONS: usize = 2 * crate::policy::approval::PENDING;
-/// A request to seal.
+/// Maximum bytes of a request to seal.
 const LARGEST_SEAL: usize = 64 << 10;
-/// A call and its answer, of which the arguments are made that undo it.
+/// Maximum bytes of a call and its result, from which the arguments of its compensation are made.
 const LARGEST_KEEP: usize = 2 << 20;
-/// A message to an MCP server, or the arguments of an HTTP tool's call, which a harness lets be 4 MiB long.
+/// Maximum bytes of a message to an MCP server or of the arguments of an HTTP tool's call. A harness accepts up to 4 MiB.
 const LARGEST_MESSAGE: usize = 6 << 20;
-/// Bytes of bodies that one pod's requests to models and the agent's own have here at a time: of short ones, and of others, one of which may be
-/// as long as any.
+/// Maximum bytes of bodies of one pod's forwarded requests that are in memory at a time: for short bodies, and for others. The latter has
+/// room for one body of any permitted length.
 const ROOM: (usize, usize) = (8 << 20, wire::LONGEST_REQUEST);
-/// Those of all pods together.
+/// The same for all pods together.
 const ROOM_OF_ALL: (usize, usize) = (32 << 20, 3 * wire::LONGEST_REQUEST);
-/// A message of an MCP session's own talk: a list's cursor is the longest thing in one.
+/// Maximum bytes of a session message of MCP. The longest thing in one is the cursor of a list.
 const LARGEST_TALK: usize = 256 << 10;
-/// By which header a message is one of an MCP session.
+/// The header that marks a message of an MCP session.
 const SESSION: &str = "mcp-session-id";
-/// Longest request of a model that is read where everybody's requests are served: in less than a millisecond.
+/// Maximum bytes of a model request that is read on the runtime's own threads, which takes less than a millisecond.
 const SHORT_REQUEST: usize = 32 << 10;
-/// Calls of one pod that are judged at a time.
+/// Maximum number of one pod's calls that are evaluated at a time.
 const JUDGED: usize = 2;
-/// A body that takes longer to arrive has its intent looked up again.
+/// Time after which the intent is looked up again, because the body took longer to arrive.
 const PROMPT: Duration = Duration::from_secs(1);
-/// For such a body to arrive.
+/// Time limit for a body to arrive.
 const BODY_TIME: Duration = Duration::from_secs(20);
-/// What the stores may lag behind the operator, which creates an attempt right after rendering its policy.
+/// How long the gateway waits for its stores to catch up with the operator, which creates an attempt right after rendering its policy.
 const LAG: Duration = Duration::from_secs(2);
-/// Between two looks.
+/// Delay between two looks at the stores.
 const LAG_STEP: Duration = Duration::from_millis(100);
 
 /// The parts of a gateway.
 pub struct Parts {
     /// The watched cluster.
     pub cluster: Arc<Cluster>,
-    /// Reviewed tokens.
+    /// Cache of token reviews.
     pub reviews: Reviews,
     /// The witness.
     pub witness: Arc<Witness>,
-    /// The way out.
+    /// Connects to upstreams.
     pub dialer: Dialer,
-    /// Connections to upstreams that wait to be used again.
+    /// Idle connections to upstreams, kept for reuse.
     pub pool: Arc<Pool>,
-    /// Where people are asked.
+    /// Where ApprovalRequests are created.
     pub requests: Arc<dyn Create>,
-    /// Teller of incidents.
+    /// Reporter of incidents.
     pub incidents: Incidents,
     /// Writer of usage.
     pub usage: Arc<UsageStatus>,
@@ -124,26 +124,26 @@ pub struct Parts {
     pub metrics: Metrics,
     /// The operator's user name: `system:serviceaccount:<system namespace>:belay-operator`.
     pub operator: String,
-    /// Ends tunnels.
+    /// Ends tunnels when it is cancelled.
     pub shutdown: CancellationToken,
 }
 
-/// One pod's share.
+/// The share of one pod: its bounds, and what counts against it.
 struct Share {
     calls: Arc<Semaphore>,
     log: Arc<Semaphore>,
     questions: Arc<Semaphore>,
     judged: Arc<Semaphore>,
     room: Arc<Room>,
-    /// Replies that repeated a credential.
+    /// Number of replies that repeated a credential.
     repeated: Arc<AtomicU32>,
 }
 
 impl Share {
-    /// Whether it must be remembered: somebody is at it, or it counts against the pod.
+    /// Returns whether the share must be kept: it is in use, or it counts against the pod.
     fn matters(&self) -> bool {
         let semaphores = [&self.calls, &self.log, &self.questions, &self.judged];
-        // Whoever holds a permit holds its semaphore, too.
+        // The holder of a permit holds its semaphore, too.
         semaphores.into_iter().any(|of| Arc::strong_count(of) > 1)
             || Arc::strong_count(&self.repeated) > 1
             || Arc::strong_count(&self.room) > 1
@@ -160,10 +160,10 @@ pub struct Gateway {
     tell: Option<Tell>,
 }
 
-/// A request that was served, and what it counts as.
+/// The result of serving a request.
 type Served = Result<Response<ReplyBody>, Refused>;
 
-/// What a request is about, for metrics.
+/// The subject of a request, for metrics.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum About {
     Call(Channel),
@@ -194,10 +194,10 @@ impl About {
     }
 }
 
-/// Is told of a call that has not been made: the number of its intent, and why.
+/// Callback for a call that was not made, with the sequence number of its intent and the reason.
 pub type Tell = Box<dyn Fn(u64, &Refused) + Send + Sync>;
 
-/// A harness's request, once its caller is known.
+/// A harness's request after its caller was identified.
 struct Asked {
     reviewed: Reviewed,
     principal: Principal,
@@ -205,13 +205,13 @@ struct Asked {
 }
 
 impl Gateway {
-    /// A gateway of these parts.
+    /// Returns a gateway of these parts.
     pub fn new(parts: Parts) -> Self {
         let room = Room::new(ROOM_OF_ALL.0, ROOM_OF_ALL.1);
         Self { parts, known: Known::default(), shares: Mutex::default(), room, tell: None }
     }
 
-    /// Has whoever watches it told why a call has not been made.
+    /// Sets the callback that reports calls that were not made.
     #[must_use]
     pub fn telling(mut self, tell: Tell) -> Self {
         self.tell = Some(tell);
@@ -221,7 +221,7 @@ impl Gateway {
     /// Serves one request from a TCP peer.
     ///
     /// # Errors
-    /// Never: what goes wrong is in the reply.
+    /// Never returns an error: the reply describes it.
     pub async fn serve(
         self: Arc<Self>,
         request: Request<Incoming>,
@@ -251,7 +251,7 @@ impl Gateway {
         let version = request.version();
         let intent = self.tell.as_ref().and_then(|_| request.headers().get(wire::INTENT)?.to_str().ok()?.parse().ok());
         match self.clone().route(request, peer).await {
-            // A tunnel is counted when its first bytes have been seen.
+            // A tunnel is counted after its first bytes were checked.
             Ok(reply) if is_tunnel => reply,
             Ok(reply) => {
                 self.count(about, None);
@@ -272,7 +272,7 @@ impl Gateway {
         self.parts.metrics.requests.with_label_values(&[about.as_str(), decision, rule]).inc();
         if let Some(refused) = refused {
             Span::current().record("rule", rule);
-            // Agents choose where calls go, and upstreams what they answer.
+            // Agents choose where calls go, and upstreams choose what they reply.
             let reason = match about {
                 About::Call(_) => redact::plain(&refused.reason),
                 About::Log | About::Other => refused.reason.clone(),
@@ -320,7 +320,7 @@ impl Gateway {
         }
     }
 
-    /// Who is asking. Whoever is refused is told of, where it is known whose task that concerns.
+    /// Identifies the caller. Reports a denied caller as an incident if the task that it concerns is known.
     async fn identify(&self, token: Result<String, Refused>, peer: IpAddr) -> Result<(Caller, Reviewed), Refused> {
         let reviewed = match token {
             Ok(token) => self.parts.reviews.user(&token, peer).await,
@@ -340,7 +340,7 @@ impl Gateway {
         identified
     }
 
-    /// Tells of a refusal: of the pod whose token it was, else of the one at that address.
+    /// Reports a denial as an incident of the pod that the token is bound to, or else of the pod at the peer's address.
     fn incident(&self, bound: Option<&super::identity::BoundPod>, peer: IpAddr, refused: &Refused) {
         let cluster = &self.parts.cluster;
         let pod = match bound {
@@ -353,14 +353,14 @@ impl Gateway {
         self.parts.incidents.tell(place, incident);
     }
 
-    /// Counts what the HTTP library has refused before there was a request, and tells of it.
+    /// Counts and reports what the HTTP library rejected before there was a request.
     pub fn misheard(&self, peer: IpAddr, found: &str) {
         let refused = Refused::malformed(format!("expected a request over TLS, found what is none: {found}"));
         self.count(About::Other, Some(&refused));
         self.incident(None, peer, &refused);
     }
 
-    /// Has something of a pod's done apart from everybody's requests, in the pod's turn.
+    /// Runs work for a pod on a thread of its own, when the pod's turn comes.
     async fn apart<T: Send + 'static>(
         &self,
         principal: &Principal,
@@ -372,7 +372,7 @@ impl Gateway {
             .map_err(|unjudged| Refused::retry(Rule::Busy, unjudged.to_string()))
     }
 
-    /// A place among the pod's requests.
+    /// Takes a permit from the pod's share.
     fn share(&self, principal: &Principal, of: fn(&Share) -> &Arc<Semaphore>) -> Result<OwnedSemaphorePermit, Refused> {
         self.shared(principal, of).try_acquire_owned().map_err(|_| Refused {
             status: StatusCode::TOO_MANY_REQUESTS,
@@ -407,7 +407,7 @@ impl Gateway {
         reply(&self.parts.witness.open(&place, &principal, &body, &compiled.digest, of.as_ref(), kept).await?)
     }
 
-    /// The policy, once it is the harness's or the stores have had their time to catch up.
+    /// Returns the compiled policy, after waiting up to [`LAG`] for it to have the digest of the harness's policy.
     async fn compiled_as(&self, principal: &Principal, digest: &str) -> Result<Arc<Compiled>, Refused> {
         let started = Instant::now();
         loop {
@@ -429,7 +429,7 @@ impl Gateway {
         let _share = self.share(&principal, |share| &share.log)?;
         let body: AppendRequest = json(request, LARGEST_APPEND).await?;
         let Principal { namespace, task, task_uid, .. } = &principal;
-        // What happened is taken down even while no policy can be compiled; only a new attempt needs one.
+        // Accept records of what happened even while no policy can be compiled. Only a new attempt needs one.
         let compiled = self.parts.cluster.compiled(&principal);
         let place = match &compiled {
             Ok(compiled) => compiled.place(),
@@ -460,7 +460,7 @@ impl Gateway {
         reply(&approvals::ask(cluster, requests.as_ref(), &compiled, asking, (&body, &salt), before).await?)
     }
 
-    /// Where what belongs to a task's calls is kept.
+    /// Returns where data of a task's calls is stored.
     fn state(
         &self,
         principal: &Principal,
@@ -474,7 +474,7 @@ impl Gateway {
         Ok((compiled, state))
     }
 
-    /// Keeps what an idempotent call has answered, by the harness's word, as its record is.
+    /// Stores the result of an idempotent call. The harness is trusted for the result, as it is for the record.
     async fn keep_result(&self, request: Request<Incoming>, asked: Asked) -> Served {
         let Asked { principal, .. } = &asked;
         let (compiled, at) = self.state(principal, Compiled::results, Rule::ToolIdempotency)?;
@@ -495,7 +495,7 @@ impl Gateway {
         reply(&wire::Kept { digest })
     }
 
-    /// Gives it again. Which result it is follows from the log, by its digest: who asks checks that.
+    /// Returns a stored result. The log names the result's commitment, which the caller checks.
     async fn kept_result(&self, request: Request<Incoming>, asked: Asked) -> Served {
         let (_, at) = self.state(&asked.principal, Compiled::results, Rule::ToolIdempotency)?;
         let _share = self.share(&asked.principal, |share| &share.log)?;
@@ -510,8 +510,8 @@ impl Gateway {
         String::from_utf8(text).map_err(|e| Refused::malformed(e.to_string()))
     }
 
-    /// Makes the arguments that undo a call, by its contract, of the very arguments that it was made with; what it answered is the
-    /// harness's word.
+    /// Makes the arguments of a call's compensation, by its contract and from the very arguments of the call, and stores them. The harness
+    /// is trusted for the call's result.
     async fn keep(&self, request: Request<Incoming>, asked: Asked) -> Served {
         let Asked { principal, .. } = &asked;
         let (compiled, at) = self.state(principal, Compiled::undos, Rule::ToolRollback)?;
@@ -524,7 +524,7 @@ impl Gateway {
         }
         let salt = self.parts.witness.salt(&compiled.salt()).await?;
         authorize::are_intended(&intent, &salt, &arguments)?;
-        // Expressions are the tenants' own: apart from everybody's requests, as calls are judged.
+        // Tenants write these expressions, so evaluate them on a thread of their own, as calls are.
         let target = intent.target.clone();
         let made = self.apart(principal, move || {
             let undo = compiled.contracts.undo(&target, &arguments, &result)?;
@@ -564,7 +564,7 @@ impl Gateway {
         };
         let sealed = self.parts.witness.seal(&place, &body).await?;
         if let Some(task) = self.parts.cluster.task(namespace, name, uid) {
-            // Before the reply: the operator may let the task go after it.
+            // Before the reply, because the operator may delete the task after it.
             self.parts.usage.ended(&task, sealed.usage).await;
         }
         reply(&sealed)
@@ -588,14 +588,14 @@ impl Gateway {
             _ => wire::LONGEST_REQUEST,
         };
         let (mut parts, body) = request.into_parts();
-        // All of it, before it is judged: what is sent is what the intent commits to.
+        // Read the whole body before it is checked, because the intent commits to exactly what is sent.
         let places = self.places(principal, &body, largest).await?;
         let body = forward::whole(body, largest, BODY_TIME).await?;
         let (said, headers) = {
             let headers = parts.headers.clone();
             let (compiled, intent, body) = (compiled.clone(), intent.clone(), body.clone());
             let to = target.clone();
-            // Of a model's request nothing is judged by rules of tenants' own making.
+            // No rule that a tenant wrote is evaluated for a model request.
             let is_short = body.len() <= if channel == Channel::Model { SHORT_REQUEST } else { quick::SHORT };
             let read = move || {
                 let of = (&intent, &salt);
@@ -615,14 +615,14 @@ impl Gateway {
         if let Some(headers) = headers {
             parts.headers = headers;
         }
-        // It has its place until it is sent.
+        // The body holds its room until it is sent.
         let body = Guarded::new(full(body), compiled.policy.silence(), places).boxed_unsync();
         let request = Request::from_parts(parts, body);
         let lent = credential.map(|credential| self.lend(&credential, &asked)).transpose()?;
         self.send(channel, &target, lent, request, share, (compiled, intent)).await
     }
 
-    /// Waits for room for a body, among the pod's and among all.
+    /// Waits for room for a body, in the pod's share and in the room of all pods.
     async fn places(
         &self,
         principal: &Principal,
@@ -640,7 +640,7 @@ impl Gateway {
         }
     }
 
-    /// Makes the call of an HTTP tool: its request is made here, of the arguments.
+    /// Makes the call of an HTTP tool. The gateway builds the request from the arguments.
     async fn call(self: Arc<Self>, request: Request<Incoming>, asked: Asked) -> Served {
         let Asked { principal, .. } = &asked;
         principal.may_call()?;
@@ -652,7 +652,7 @@ impl Gateway {
         let started = Instant::now();
         let body = forward::whole(body, LARGEST_MESSAGE, BODY_TIME).await?;
         if started.elapsed() > PROMPT {
-            // Much may have happened since.
+            // The intent may have been used or closed meanwhile.
             intent = self.intent(&compiled, &parts.headers).await?;
         }
         let salt = self.parts.witness.salt(&compiled.salt()).await?;
@@ -678,7 +678,7 @@ impl Gateway {
         replied.map(forward::as_reply_to_post)
     }
 
-    /// Whether contract, pack and people let a call with these arguments leave, which came in so many bytes.
+    /// Checks that contract, pack and approvers allow a call with these arguments, whose encoding has `length` bytes.
     async fn judged(
         &self,
         principal: &Principal,
@@ -694,7 +694,7 @@ impl Gateway {
         let (needed, arguments) = if authorize::is_quick(compiled, intent, length) {
             (authorize::judge(compiled, intent, &arguments)?, arguments)
         } else {
-            // Contracts are of the tenants' own making, and their expressions may take long: not where everybody's requests are served.
+            // Tenants write contracts, whose expressions may take long, so do not evaluate them on the runtime's own threads.
             let (judge, facts) = (compiled.clone(), intent.clone());
             let judged = self.apart(principal, move || {
                 authorize::judge(&judge, &facts, &arguments).map(|needed| (needed, arguments))
@@ -705,7 +705,7 @@ impl Gateway {
         approvals::approved(compiled, intent, &arguments, &needed, find)
     }
 
-    /// A credential for one request. A reply that repeats it is counted against the pod, and is told of beside its log.
+    /// Reads a credential for one request. A reply that repeats it counts against the pod and is reported as an incident.
     fn lend(self: &Arc<Self>, credential: &Credential, asked: &Asked) -> Result<Lent, Refused> {
         let repeated = self.shared(&asked.principal, |share| &share.repeated);
         let found = repeated.load(Ordering::Relaxed);
@@ -730,7 +730,7 @@ impl Gateway {
         Ok(Lent { credential: injected, alarm })
     }
 
-    /// Sends a request that may leave, if none has left by its intent.
+    /// Sends an authorized request, unless a request has left by its intent already.
     async fn send(
         &self,
         channel: Channel,
@@ -748,20 +748,20 @@ impl Gateway {
         witness.claim(&compiled.place(), &intent)?;
         let in_session = request.headers().contains_key(SESSION);
         let started = Instant::now();
-        // What an agent sends by itself may bind a connection to whoever sent it, as some logins do.
+        // The agent's own requests may bind a connection to their sender, as some logins do, so they use no pooled connection.
         let pool = (channel != Channel::Egress).then_some(&self.parts.pool);
-        // What the harness looks into, it has asked for plain; the agent's own traffic is the agent's.
+        // The harness reads these replies and asked for no compression. The agent's own traffic is passed on unchanged.
         let manner = Manner { silence: compiled.policy.silence(), unpacks: channel != Channel::Egress };
         let replied = forward::forward(&self.parts.dialer, pool, target, lent, request, (manner, share)).await;
         self.parts.metrics.upstream_took(channel.as_str(), started.elapsed());
         let replied = replied.inspect_err(|refused| {
-            // Whoever is told to come again has sent nothing.
+            // No request has left if the error says that it may be retried.
             if refused.is_retryable() {
                 witness.release(&compiled.place(), &intent);
             }
         })?;
         if channel == Channel::Tool && in_session && replied.status() == StatusCode::NOT_FOUND {
-            // An MCP server that has forgotten the session says so, and has done nothing: the call comes again over a new one.
+            // An MCP server replies so if it has forgotten the session. It has done nothing, and the call is sent again over a new session.
             witness.again(&compiled.place(), &intent);
         }
         if let Some(address) = replied.headers().get(wire::UPSTREAM).and_then(|a| a.to_str().ok()) {
@@ -770,7 +770,7 @@ impl Gateway {
         Ok(replied)
     }
 
-    /// The witnessed intent that a request names.
+    /// Returns the witnessed intent that a request names.
     async fn intent(&self, compiled: &Compiled, headers: &HeaderMap) -> Result<IntentFacts, Refused> {
         let seq = single(headers, wire::INTENT)?;
         let seq = seq.parse().map_err(|_| {
@@ -782,7 +782,8 @@ impl Gateway {
         self.parts.witness.intent(&compiled.place(), seq).await
     }
 
-    /// Whether a call may leave, by list and log; gives the credential for it, and what the task's commitments are made with.
+    /// Checks a call against the class's egress hosts and the log. Returns the credential for it, the compiled policy, the intent, and the
+    /// salt of the task's commitments.
     async fn authorized(
         &self,
         principal: &Principal,
@@ -845,7 +846,7 @@ impl Gateway {
         Ok(reply)
     }
 
-    /// A tunnel's life after `200`, which `tells` whether anything goes through.
+    /// Runs a tunnel after the reply `200`. `tells` is whether the agent's side is told that the tunnel was allowed or denied.
     async fn relay(
         &self,
         (mut agent, tells): (TokioIo<hyper::upgrade::Upgraded>, bool),
@@ -898,7 +899,7 @@ impl Gateway {
     }
 }
 
-/// The channel that a request names, if it names exactly one.
+/// Returns the channel that a request names, if it names exactly one.
 fn channel(headers: &HeaderMap) -> Option<Channel> {
     match single(headers, wire::CHANNEL).ok()? {
         "tool" => Some(Channel::Tool),
@@ -909,7 +910,7 @@ fn channel(headers: &HeaderMap) -> Option<Channel> {
     }
 }
 
-/// The one value of a header.
+/// Returns the value of a header that must occur exactly once.
 fn single<'a>(headers: &'a HeaderMap, name: &str) -> Result<&'a str, Refused> {
     let mut values = headers.get_all(name).iter();
     match (values.next().map(HeaderValue::to_str), values.next()) {
@@ -933,7 +934,7 @@ fn reply<T: Serialize>(body: &T) -> Served {
     Ok(reply)
 }
 
-/// A refusal as the caller gets it.
+/// Returns the error response for the caller.
 fn refusal(refused: &Refused) -> Response<ReplyBody> {
     let Refused { status, rule, reason } = refused;
     let body = serde_json::to_vec(&Refusal { rule: *rule, reason: reason.clone() }).unwrap_or_default();

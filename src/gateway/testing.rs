@@ -35,26 +35,26 @@ use crate::{
     wire::{AppendRequest, SealRequest, Until},
 };
 
-/// What the upstream is said to have listed.
+/// The digest of the definition that an MCP server listed.
 pub const DEFINITION: &str = "0000000000000000000000000000000000000000000000000000000000000000";
-/// What models and the agent's own requests are sent.
+/// The body of model requests and of the agent's own requests.
 pub const BODY: &[u8] = b"hello";
 
-/// The body of the request of a model's intent.
+/// The body of the request that a model intent commits to.
 pub const ASKED: &str = r#"{"model":"m","max_completion_tokens":1,"messages":[]}"#;
 
-/// Enough for it.
+/// A reservation of tokens that is enough for [`ASKED`].
 pub const ENOUGH: i64 = 200;
 pub const UID: &str = "6f9c3c1e-0000-4000-8000-000000000001";
 
-/// A bucket in memory that can be told to fail.
+/// An in-memory bucket that can be set to fail.
 #[derive(Default)]
 pub struct Memory {
     pub objects: Mutex<BTreeMap<String, (Bytes, Option<Retention>)>>,
     pub down: std::sync::atomic::AtomicBool,
-    /// The next put is written, but its reply is lost.
+    /// Whether the next object is written although the reply reports a failure.
     pub lose_reply: std::sync::atomic::AtomicBool,
-    /// What is asked of locks is taken, and not heeded.
+    /// Whether the bucket ignores the requested retention.
     pub keeps_open: std::sync::atomic::AtomicBool,
 }
 
@@ -142,7 +142,7 @@ impl Store for Memory {
     }
 }
 
-/// One bucket under every name.
+/// The same bucket under every name.
 pub struct OneBucket(pub Arc<Memory>);
 
 impl Buckets for OneBucket {
@@ -159,7 +159,7 @@ pub fn metrics() -> Metrics {
     Metrics::new(&prometheus::Registry::new()).unwrap()
 }
 
-/// The key of every replica's witness.
+/// Returns a new witness key, which all replicas of a test share.
 pub fn witness_key() -> Vec<u8> {
     note::generate_pkcs8().unwrap()
 }
@@ -251,7 +251,7 @@ pub fn policy() -> PolicyConfig {
     }
 }
 
-/// What commitments are made with.
+/// Returns the salt of the commitments.
 pub fn salt() -> Salt {
     Salt::new([7; 32])
 }
@@ -273,7 +273,7 @@ pub fn intent(call: &str, channel: Channel, target: &str, reserved_tokens: i64) 
         effect,
         definition: effect.map(|_| DEFINITION.into()),
         request_digest: match channel {
-            // Of no arguments.
+            // The commitment to no arguments.
             Channel::Tool => Some(salt().value(&serde_json::json!({})).unwrap()),
             Channel::Model => Some(salt().bytes(ASKED.as_bytes())),
             Channel::Egress => Some(salt().bytes(BODY)),
@@ -331,7 +331,7 @@ pub fn contained(contained: bool) -> Containment {
     }
 }
 
-/// What a harness keeps between segments.
+/// The state that a harness has between segments.
 pub struct Harness {
     pub uid: &'static str,
     pub attempt: i64,
@@ -348,7 +348,7 @@ impl Harness {
         Self::of(UID, attempt)
     }
 
-    /// Of the task with this UID.
+    /// Returns a harness of the task with this UID.
     pub fn of(uid: &'static str, attempt: i64) -> Self {
         let key = Signer::generate(&note::attempt_key_name(uid, attempt)).unwrap();
         Self {
@@ -379,7 +379,7 @@ impl Harness {
         }))
     }
 
-    /// The next segment with these events, signed; the harness goes on from it.
+    /// Returns the next signed segment with these events, and updates the harness's state.
     pub fn next(&mut self, events: Vec<Event>) -> AppendRequest {
         let first = self.tree.size();
         let mut entries = vec![];

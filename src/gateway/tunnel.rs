@@ -1,8 +1,9 @@
-//! Opaque tunnels: the agent's own connections.
+//! Tunnels: the agent's own connections, which Belay does not look into.
 //!
-//! Promises: a tunnel to port 443 starts with a TLS ClientHello for the very host that was asked for, or carries nothing; a
-//! tunnel ends when its pod or its permission does, within seconds; whoever asked for it is told why nothing goes on, where it asks
-//! for that. Refuses: looking further inside. What flows is counted, not read.
+//! Guarantees: a tunnel to port 443 starts with a TLS ClientHello for the very host that was requested, or carries nothing. A tunnel ends
+//! within seconds after its pod or its permission does. A client that asks for it is told why a tunnel carries nothing.
+//!
+//! Non-goals: looking further into a tunnel. Its bytes are counted, not read.
 
 use std::{
     io,
@@ -24,25 +25,25 @@ use crate::{
     wire::Refusal,
 };
 
-/// The port on which nothing but TLS is let through.
+/// The port on which only TLS is allowed.
 const HTTPS: u16 = 443;
-/// For the ClientHello.
+/// Time limit for the ClientHello.
 const HELLO: Duration = Duration::from_secs(10);
-/// Largest start of a connection that is looked at: post-quantum key shares make a ClientHello of some KiB.
+/// Maximum bytes that are read of a ClientHello. Post-quantum key shares make one several KiB long.
 const LARGEST_HELLO: usize = 32 << 10;
-/// Between two looks at whether the tunnel is still allowed.
+/// Delay between two checks whether the tunnel is still allowed.
 const RECHECK: Duration = Duration::from_secs(2);
-/// For what was under way when a tunnel was refused.
+/// Time limit for reading what the agent had sent when its tunnel was denied.
 const LINGER: Duration = Duration::from_secs(2);
-/// A piece that is passed on.
+/// Bytes that are passed on at a time.
 const PIECE: usize = 16 << 10;
 
-/// Bytes that went through.
+/// The bytes of a tunnel.
 #[derive(Debug, Default)]
 pub struct Traffic {
-    /// From the agent.
+    /// Bytes from the agent.
     pub sent: AtomicU64,
-    /// To the agent.
+    /// Bytes to the agent.
     pub received: AtomicU64,
 }
 
@@ -52,15 +53,15 @@ impl Traffic {
     }
 }
 
-/// Whether what a tunnel to there begins with is looked at.
+/// Returns whether the first bytes of a tunnel to this authority are checked.
 pub fn is_looked_at(to: &Authority) -> bool {
     to.port == HTTPS
 }
 
-/// Says whether anything goes on, as [`wire::OPENING`](crate::wire::OPENING) has it.
+/// Tells the client whether the tunnel was allowed or denied, in the format of [`wire::OPENING`](crate::wire::OPENING).
 ///
 /// # Errors
-/// If nobody hears it.
+/// Returns an error if the client cannot be written to.
 pub async fn tell<A: AsyncRead + AsyncWrite + Unpin>(agent: &mut A, refused: Option<&Refused>) -> io::Result<()> {
     let Some(Refused { rule, reason, .. }) = refused else {
         agent.write_all(b"\n").await?;
@@ -70,16 +71,16 @@ pub async fn tell<A: AsyncRead + AsyncWrite + Unpin>(agent: &mut A, refused: Opt
     line.push(b'\n');
     agent.write_all(&line).await?;
     agent.shutdown().await?;
-    // A connection that is closed with something unread is reset, and the word with it.
+    // A connection that is closed with unread bytes is reset, and the client would lose the message.
     let _ = tokio::time::timeout(LINGER, tokio::io::copy(agent, &mut tokio::io::sink())).await;
     Ok(())
 }
 
-/// Reads the start of what the agent sends, as far as it must be looked at before any of it goes on. Empty where nothing must, and
-/// where nothing came: whoever has changed its mind is not refused.
+/// Reads and checks the first bytes from the agent before any of them is passed on. Returns no bytes if none must be checked or if the
+/// agent sent none. An agent that closes without sending anything is not denied.
 ///
 /// # Errors
-/// [`Rule::EgressHost`] if it is not a ClientHello for the host, on port 443.
+/// Returns [`Rule::EgressHost`] if the bytes on port 443 are not a ClientHello for the host.
 pub async fn opening<R: AsyncRead + Unpin>(agent: &mut R, to: &Authority) -> Result<Vec<u8>, Refused> {
     if !is_looked_at(to) {
         return Ok(Vec::new());
@@ -134,15 +135,15 @@ fn denied(host: &Hostname, found: &str) -> Refused {
 /// Why a tunnel ended.
 #[derive(Debug)]
 pub enum End {
-    /// Both sides were done, or one of them broke off.
+    /// Both sides were done, or one of them failed.
     Over(io::Result<()>),
-    /// Nothing moved for too long.
+    /// No bytes moved for too long.
     Idle,
-    /// It is not allowed any more.
+    /// The tunnel is not allowed any more.
     Cut(Refused),
 }
 
-/// Passes bytes both ways until the end, which comes when none has passed for so long as well.
+/// Passes bytes in both directions until both sides are done, no byte has moved for `silence`, or `still` returns a denial.
 pub async fn relay<A, U>(
     agent: A,
     upstream: U,
@@ -193,7 +194,7 @@ async fn pump(reads: impl AsyncRead, writes: impl AsyncWrite, counter: &AtomicU6
         writes.flush().await?;
         counter.fetch_add(u64::try_from(read).unwrap_or_default(), Ordering::Relaxed);
     }
-    // The other side may still have something to say.
+    // The other direction may still have bytes to send.
     writes.shutdown().await
 }
 

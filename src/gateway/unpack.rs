@@ -1,8 +1,10 @@
-//! Replies that upstreams compress though they were asked not to, unpacked as they come.
+//! Streaming decompression of replies that upstreams compress although they were asked not to.
 //!
-//! Guarantees: what is unpacked at a time is bounded whatever it was packed by, and so is all of it; an event of a stream that has come is
-//! passed on without waiting for the next; a reply whose packing is broken or cut off ends with an error, and never as a whole one.
-//! Non-goals: Brotli and Zstandard, which nobody sends unasked, and what is packed twice: such a reply is refused by its name.
+//! Guarantees: the bytes that are decompressed at a time are bounded for any input, and so is their sum. An event of a stream is passed on
+//! as soon as it has arrived, without waiting for the next. A reply that is corrupt or cut off ends with an error and never looks complete.
+//!
+//! Non-goals: Brotli and Zstandard, which no upstream sends unasked, and replies that are compressed twice. Such a reply is rejected by the
+//! name of its encoding.
 
 use std::{
     io::Write,
@@ -16,33 +18,33 @@ use hyper::body::{Body, Frame};
 
 use super::body::BoxError;
 
-/// Bytes that are unpacked at a time: DEFLATE makes at most 1,032 of one.
+/// Bytes of input that are decompressed at a time. DEFLATE makes at most 1,032 bytes of one.
 const STEP: usize = 1 << 10;
-/// Bytes of a reply, unpacked: no model or tool says that much.
+/// Maximum bytes of a decompressed reply. Replies of models and tools are shorter.
 pub const LARGEST: u64 = 64 << 20;
 
 /// A reply that cannot be unpacked.
 #[derive(Debug, thiserror::Error)]
 pub enum UnpackError {
-    /// It is not what it says, or is cut off.
+    /// It is not compressed as it says, or it is cut off.
     #[error("the reply says that it is packed by {0}, and is not, or is cut off: {1}")]
     Broken(&'static str, std::io::Error),
-    /// It becomes too long.
+    /// It is too long once it is decompressed.
     #[error("expected a reply of at most {LARGEST} bytes once it is unpacked, found a longer one")]
     TooLong,
 }
 
-/// How a reply is packed.
+/// The compression of a reply.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Packing {
     /// RFC 1952.
     Gzip,
-    /// RFC 1950; or RFC 1951 by itself, as some servers have it.
+    /// RFC 1950, or bare RFC 1951, which some servers send.
     Deflate,
 }
 
 impl Packing {
-    /// By its name in `content-encoding`.
+    /// Returns the compression with this name in `content-encoding`.
     pub fn named(name: &str) -> Option<Self> {
         match name.to_ascii_lowercase().as_str() {
             "gzip" | "x-gzip" => Some(Self::Gzip),
@@ -66,7 +68,8 @@ enum Decoder {
 }
 
 impl Decoder {
-    /// By the first byte: zlib's header names its method, which no first block of bare DEFLATE that servers write looks like.
+    /// Returns a decoder. The first byte tells zlib from bare DEFLATE: the zlib header names its method, and no first block of bare DEFLATE
+    /// that servers write looks like that.
     fn new(packing: Packing, first: u8) -> Self {
         match packing {
             Packing::Gzip => Self::Gzip(MultiGzDecoder::new(Vec::new())),
@@ -75,7 +78,7 @@ impl Decoder {
         }
     }
 
-    /// What these bytes add. All of it: nothing waits for what comes next.
+    /// Returns all output for these bytes, without waiting for the next ones.
     fn unpack(&mut self, packed: &[u8]) -> std::io::Result<Vec<u8>> {
         match self {
             Self::Gzip(decoder) => decoder.write_all(packed).and_then(|()| decoder.flush()),
@@ -85,7 +88,7 @@ impl Decoder {
         Ok(std::mem::take(self.out()))
     }
 
-    /// What is left, if it is whole.
+    /// Returns the remaining output if the input is complete.
     fn finish(&mut self) -> std::io::Result<Vec<u8>> {
         match self {
             Self::Gzip(decoder) => decoder.try_finish(),
@@ -104,11 +107,11 @@ impl Decoder {
     }
 }
 
-/// A body, unpacked.
+/// A body that is decompressed as it streams.
 pub struct Unpacked<B> {
     body: Pin<Box<B>>,
     packing: Packing,
-    /// None before the first byte.
+    /// `None` before the first byte.
     decoder: Option<Decoder>,
     packed: Bytes,
     made: u64,
@@ -116,12 +119,12 @@ pub struct Unpacked<B> {
 }
 
 impl<B> Unpacked<B> {
-    /// Wraps a body that is packed so.
+    /// Wraps a body with this compression.
     pub fn new(body: B, packing: Packing) -> Self {
         Self { body: Box::pin(body), packing, decoder: None, packed: Bytes::new(), made: 0, over: false }
     }
 
-    /// Unpacks a little of what has come.
+    /// Decompresses a part of the input that has arrived.
     fn step(&mut self) -> Result<Vec<u8>, UnpackError> {
         let step = self.packed.split_to(self.packed.len().min(STEP));
         let (packing, first) = (self.packing, step.first().copied().unwrap_or_default());
@@ -139,7 +142,7 @@ impl<B> Unpacked<B> {
         self.over = true;
         match self.decoder.take() {
             Some(mut decoder) => self.counted(decoder.finish()),
-            // No body at all, as of a reply to HEAD.
+            // There was no body, as in a reply to HEAD.
             None => Ok(Vec::new()),
         }
     }

@@ -1,8 +1,9 @@
-//! `status.usage` of tasks: what witnessed evidence says has been used.
+//! Reports of `status.usage` of tasks, from witnessed evidence.
 //!
-//! Promises: at most one write while a task runs, when it has used half of a limit, and one at its end; only what changed
-//! is written, under the gateway's own field manager, and only into the task of that very UID. Refuses: being waited
-//! for. Evidence has the counters; the status is for people.
+//! Guarantees: there is at most one write while a task runs, when it has used half of a limit, and one at its end. A write happens only if
+//! the usage has changed, with the gateway's own field manager, and only to the task with that UID.
+//!
+//! Non-goals: reliable delivery. Evidence has the counters, and the status is for users; no request waits for it.
 
 use std::{
     collections::HashSet,
@@ -25,14 +26,14 @@ use crate::{
 
 /// The gateway's field manager.
 const MANAGER: &str = "belay-gateway";
-/// An answer of the API server.
+/// Time limit for the API server.
 const TIMEOUT: Duration = Duration::from_secs(5);
-/// Tasks that are remembered as written. Beyond it all are forgotten; the status itself still tells.
+/// Maximum number of tasks that are remembered as written. Then all are forgotten, and the status itself shows whether usage was written.
 const REMEMBERED: usize = 16_384;
 
 /// Writes `status.usage`.
 pub trait WriteUsage: Send + Sync {
-    /// Writes it once.
+    /// Writes the usage once.
     fn write<'a>(
         &'a self,
         namespace: &'a str,
@@ -52,7 +53,7 @@ impl WriteUsage for Client {
     ) -> BoxFuture<'a, Result<(), String>> {
         let api = Api::<AgentTask>::namespaced(self.clone(), namespace);
         Box::pin(async move {
-            // With its UID a task that was made again under the same name is left alone.
+            // With the UID, a new task under the same name is not changed.
             let patch = json!({
                 "apiVersion": "belay.dev/v1alpha1",
                 "kind": "AgentTask",
@@ -67,21 +68,21 @@ impl WriteUsage for Client {
     }
 }
 
-/// Decides when to write.
+/// Decides when usage is written.
 pub struct UsageStatus {
     api: Arc<dyn WriteUsage>,
     metrics: Metrics,
-    /// Tasks whose usage has been written while they ran.
+    /// UIDs of tasks whose usage was written while they ran.
     written: Mutex<HashSet<String>>,
 }
 
 impl UsageStatus {
-    /// A writer through this.
+    /// Returns a reporter that writes with `api`.
     pub fn new(api: Arc<dyn WriteUsage>, metrics: Metrics) -> Self {
         Self { api, metrics, written: Mutex::default() }
     }
 
-    /// Notes what a running task has used; writes it once half of a limit is gone.
+    /// Writes the usage of a running task once it has used half of a limit.
     pub async fn running(&self, task: &AgentTask, usage: Usage) {
         let limits = &task.spec.limits;
         let half = |used: i64, limit: i64| used > 0 && used.saturating_mul(2) >= limit;
@@ -104,7 +105,7 @@ impl UsageStatus {
         self.write(task, usage).await;
     }
 
-    /// Writes what a task has used in the end, unless its status says so already. A task that used nothing says nothing.
+    /// Writes the final usage of a task, unless its status has it already. Nothing is written for a task without usage.
     pub async fn ended(&self, task: &AgentTask, usage: Usage) {
         let before = task.status.as_ref().and_then(|status| status.usage).unwrap_or_default();
         if before != usage {

@@ -1,11 +1,13 @@
-//! The witness: checks each segment of evidence, cosigns it, and locks it in the bucket.
+//! The witness: checks each segment of evidence, cosigns it, and stores it in the bucket under a lock.
 //!
-//! Promises: [`Until::Stored`] is answered once the segment lies in the bucket under its retention, [`Until::Witnessed`] once it is
-//! checked, in its place, and on its way there, with what comes after it behind it; of two segments for the same place one wins,
-//! whichever replicas they reach; the same segment again is answered the same again. What else is in memory is a cache: a log is
-//! rebuilt from the bucket, signatures and all, by whichever replica is asked next. Refuses: anything [`history`] does not take, a
-//! pod that is not contained, a policy other than the one the gateway compiled, and going on after the end. Only a tool's read
-//! and a model's call may leave before the bucket has their intent: it is then held here and in the pod's spool.
+//! Guarantees: a reply to [`Until::Stored`] means that the segment is in the bucket under its retention. A reply to [`Until::Witnessed`]
+//! means that the segment is checked, has its position in the log, and is queued for the bucket ahead of all later segments. If two
+//! segments claim the same position, one wins, whichever replicas receive them. Sending the same segment again has the same result. All
+//! other memory is a cache: any replica can rebuild a log, including its signatures, from the bucket.
+//!
+//! Rejects: anything that [`history`] does not accept, a pod that is not contained, a policy other than the one that the gateway compiled,
+//! and records after the end of the log. Only tool reads and model calls may leave before the bucket has their intent: until then the
+//! witness and the pod's spool hold it.
 //!
 //! ```text
 //! admit (who, what) ─▶ catch up ─▶ extended (history) ─▶ hold ─▶ reply: witnessed
@@ -52,7 +54,7 @@ use crate::{
     wire::{AppendReply, AppendRequest, OpenReply, OpenRequest, SealReply, SealRequest, Until},
 };
 
-/// What a log says so far.
+/// The state of a log and the checks of its next segment.
 pub mod history;
 /// One log in memory.
 mod log;
@@ -61,56 +63,57 @@ use log::{Among, Batch, Log, Sent};
 
 pub use history::{Before, History, IntentFacts, Undoes};
 
-/// Logs kept in memory. Those that nobody uses go first, and come back from the bucket.
+/// Maximum number of logs in memory. The least recently used logs are dropped and are rebuilt from the bucket when needed.
 const CACHED: usize = 4096;
-/// Segments that are read at a time when a log is rebuilt.
+/// Number of segments that are read concurrently when a log is rebuilt.
 const PARALLEL: usize = 8;
-/// Name of a salt in its folder.
+/// Name of the object with the salt, in its folder.
 const SALT: &str = "commitments";
-/// Rollbacks that may take the same call, one after the other.
+/// Maximum number of rollbacks that may take the same call, one after the other.
 const ROLLBACKS: u32 = 16;
-/// For reading a log for what would undo its task, while it is sealed: whoever has it sealed does not wait for ever.
+/// Time limit for reading a log to find the compensations of its task while the log is sealed, because the caller of `seal` does not wait
+/// without end.
 const PLAN_TIME: Duration = Duration::from_secs(15);
-/// Messages that may leave by the intent of a listing: pages of lists, and what an MCP session says of itself for as long as it lives. A
-/// session that has used them up is followed by another, with an intent of its own.
+/// Maximum number of messages that may leave by one intent of a listing: pages of lists, and the session messages of an MCP session during
+/// its whole life. A session that has used them up is followed by another session with its own intent.
 const TALK: u32 = 512;
-/// Longest name of a call in a key.
+/// Maximum length of a call's name in an object key, in bytes.
 const LONGEST_CALL: usize = 64;
-/// Pauses after a put that has failed, until it is tried again: the first, and the longest.
+/// Delays between attempts to store a segment after a failure: the first and the longest.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
-/// For what is on its way to lie in the bucket, before a log is read or ended.
+/// Time limit for queued segments to reach the bucket before a log is read or sealed.
 const SETTLE: Duration = Duration::from_secs(10);
-/// Tries of a segment whose place the bucket gave away meanwhile.
+/// Maximum number of attempts to append a segment when other replicas store segments meanwhile.
 const TRIES: u32 = 4;
-/// Seals that lose the race for a place against a harness's last segments.
+/// Maximum number of attempts to seal a log while the harness's last segments take its position.
 const SEAL_TRIES: u32 = 8;
 
 /// Buckets by name.
 pub trait Buckets: Send + Sync {
-    /// The bucket. Nothing is asked of it yet.
+    /// Returns the bucket. Does not access it yet.
     fn bucket<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Arc<dyn Store>, StoreError>>;
 
-    /// URL of the object store, where it is not AWS.
+    /// Returns the URL of the object store, if it is not AWS.
     fn endpoint(&self) -> Option<String>;
 }
 
-/// Where the salt of a task's commitments is: in the pack's bucket for state, or else it is made with the witness's key.
+/// Where the salt of a task's commitments is: in the pack's state bucket, or, without one, derived from the witness's key.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Salted {
     /// The task's UID.
     pub task_uid: String,
-    /// Folder of the salt.
+    /// Folder of the salt in the state bucket.
     pub location: Option<Location>,
 }
 
-/// Where a log lies, and for how long its segments are locked.
+/// Where a log is stored, and how long its segments are locked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Place {
-    /// Bucket and prefix, with a slash at its end.
+    /// Bucket and prefix. The prefix ends with a slash.
     pub location: Location,
     /// The task's UID.
     pub task_uid: String,
-    /// The pack's retention. Without one the bucket's own default holds.
+    /// The pack's retention. Without it the bucket's default retention applies.
     pub retention: Option<Retention>,
 }
 
@@ -135,41 +138,41 @@ pub struct Witness {
     salts: Mutex<HashMap<Salted, Salt>>,
 }
 
-/// Whoever may take a segment.
+/// The lock of a log's writer. Its holder may take segments.
 type Writer<'l> = tokio::sync::MutexGuard<'l, ()>;
 
-/// What became of a segment that was asked to be taken.
+/// The state of a segment after [`Witness::take`].
 enum Took {
-    /// It is on its way, and the counters are these.
+    /// The segment is queued for the bucket. The usage is the counters after it.
     Held(Taken, Usage),
-    /// It lies in the bucket under this checkpoint.
+    /// The segment is in the bucket under this checkpoint.
     Stored(String, Usage),
 }
 
-/// When a segment was taken.
+/// Whether a segment was taken by this request or by an earlier one.
 enum Taken {
     Anew,
     Before,
 }
 
-/// A segment as it lies in the bucket.
+/// A segment as it is stored in the bucket.
 struct Stored {
     segment: Segment,
     note: String,
 }
 
 impl Witness {
-    /// A witness that signs with this key.
+    /// Returns a witness that signs with this key.
     pub fn new(signer: Signer, buckets: Arc<dyn Buckets>, metrics: Metrics) -> Self {
         let verifier = signer.verifier();
         Self { signer, verifier, buckets, metrics, logs: Mutex::default(), salts: Mutex::default() }
     }
 
-    /// Tells an attempt where its task's log stands. `digest` is that of the policy as the gateway compiles it, `of` where the log of the
-    /// task is that this one undoes.
+    /// Returns the state of a task's log to an attempt that opens it. `digest` is the digest of the policy that the gateway compiled, `of`
+    /// is the place of the log that this task rolls back.
     ///
     /// # Errors
-    /// By rule; [`Rule::Evidence`] if the bucket cannot be read.
+    /// Returns a denial with the violated rule, or [`Rule::Evidence`] if the bucket cannot be read.
     pub async fn open(
         &self,
         place: &Place,
@@ -208,10 +211,10 @@ impl Witness {
         })
     }
 
-    /// What undoing a task takes. Its log has to have ended.
+    /// Returns the plan that rolls back a task, whose log must have ended.
     ///
     /// # Errors
-    /// [`Rule::ToolRollback`] if it has not; [`Rule::Evidence`] if the bucket cannot be read.
+    /// Returns [`Rule::ToolRollback`] if the log has not ended, or [`Rule::Evidence`] if the bucket cannot be read.
     pub async fn plan(&self, of: &Place) -> Result<Plan, Refused> {
         let refused = |reason: String| Refused::denied(Rule::ToolRollback, reason);
         let mut planner = Planner::default();
@@ -232,12 +235,12 @@ impl Witness {
         })
     }
 
-    /// Takes a call of another task for a rollback to undo, in time by our own clock: each is undone by one rollback, whichever tasks roll
-    /// back. Another that has taken it before keeps it, unless it has ended and certainly did nothing about it. `log` says where a
-    /// task's log lies, by name and UID.
+    /// Takes a call of another task for the rollback `by`, if the gateway's clock says that it is in time. Exactly one rollback compensates
+    /// each call, whichever tasks roll back. A call that another rollback has taken stays with that rollback, unless its log has ended and
+    /// shows that it certainly did nothing about the call. `log` returns the place of a task's log by the task's name and UID.
     ///
     /// # Errors
-    /// [`Rule::ToolRollback`] if it is too late, or another rollback has it, [`Rule::Evidence`] if the bucket fails.
+    /// Returns [`Rule::ToolRollback`] if it is too late or another rollback has the call, or [`Rule::Evidence`] if the bucket fails.
     pub async fn undo(
         &self,
         of: &Place,
@@ -279,11 +282,11 @@ impl Witness {
         refused(format!("expected {call} to be tried by fewer than {ROLLBACKS} rollbacks; undo it by hand"))
     }
 
-    /// The salt of a task's commitments, which is made where there is none yet. In a bucket it can be destroyed, and with it all that the
-    /// task's records commit to.
+    /// Returns the salt of a task's commitments, and creates it if there is none. A salt in a bucket can be destroyed, and with it
+    /// everything that the task's commitments can prove.
     ///
     /// # Errors
-    /// [`Rule::Evidence`] if the bucket fails.
+    /// Returns [`Rule::Evidence`] if the bucket fails.
     pub async fn salt(&self, at: &Salted) -> Result<Salt, Refused> {
         let salts = || self.salts.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(salt) = salts().get(at) {
@@ -318,17 +321,18 @@ impl Witness {
             let text = format!("{}\n", String::from(new.clone()));
             match store.put_new(&key, text.into(), None).await {
                 Ok(_) => return Ok(new),
-                // Another replica was faster.
+                // Another replica stored a salt first.
                 Err(PutError::Exists) => {}
                 Err(PutError::Store(error)) => return Err(self.failed(&error)),
             }
         }
     }
 
-    /// Keeps what belongs to a call, the arguments that undo it or its result, under the commitment to it. What is there already is as good.
+    /// Stores data of a call, such as the arguments of its compensation or its result, under its commitment. Does nothing if the object
+    /// exists.
     ///
     /// # Errors
-    /// [`Rule::Evidence`] if the bucket fails.
+    /// Returns [`Rule::Evidence`] if the bucket fails.
     pub async fn keep(&self, at: &Location, call: &str, digest: &str, content: Vec<u8>) -> Result<(), Refused> {
         plain(call)?;
         let store = self.buckets.bucket(&at.bucket).await.map_err(|e| self.failed(&e))?;
@@ -338,10 +342,10 @@ impl Witness {
         }
     }
 
-    /// What was kept of a call, if it is there.
+    /// Returns stored data of a call, if there is any.
     ///
     /// # Errors
-    /// [`Rule::Evidence`] if the bucket fails.
+    /// Returns [`Rule::Evidence`] if the bucket fails.
     pub async fn kept(&self, at: &Location, call: &str, digest: &str) -> Result<Option<Vec<u8>>, Refused> {
         plain(call)?;
         plain(digest)?;
@@ -353,12 +357,13 @@ impl Witness {
         }
     }
 
-    /// Witnesses a segment, and stores it now or soon, as it was asked for; gives the counters after it as well. `digest` is that of the
-    /// policy as the gateway compiles it, which only a new attempt needs, `of` where the log of the task is that this one undoes.
+    /// Witnesses a segment and stores it before the reply or after it, as the request asks. Returns also the counters after the segment.
+    /// `digest` is the digest of the policy that the gateway compiled, which only a new attempt needs. `of` is the place of the log that
+    /// this task rolls back.
     ///
     /// # Errors
-    /// By rule; [`Rule::LogFork`] if the place is taken; [`Rule::Evidence`] if the bucket fails: the same segment may
-    /// then be sent again.
+    /// Returns a denial with the violated rule, [`Rule::LogFork`] if another segment has the position, or [`Rule::Evidence`] if the bucket
+    /// fails: the same segment may then be sent again.
     pub async fn append(
         self: &Arc<Self>,
         place: &Place,
@@ -399,7 +404,7 @@ impl Witness {
         let end = segment.end();
         let log = self.log(place);
         for _ in 0..TRIES {
-            // From before it is looked at: nothing that becomes of it is missed.
+            // Subscribe before the log is read, so that no progress is missed.
             let follow = log.follow();
             let (taken, usage) = match self.take(place, &log, (&segment, &records), of).await? {
                 Took::Held(taken, usage) => (taken, usage),
@@ -415,12 +420,12 @@ impl Witness {
                 self.is_locked(place, &segment).await?;
                 return Ok((AppendReply { size: end, checkpoint: Some(log.checkpoint()) }, usage, taken));
             }
-            // Another replica was faster: what the bucket has now says whether it has this one.
+            // Another replica stored a segment first. The bucket now shows whether it contains this segment.
         }
         Err(unavailable("other writers are at this place; try again"))
     }
 
-    /// Takes a segment for the bucket, or finds it there or on its way.
+    /// Takes a segment, or finds it queued or in the bucket.
     async fn take(
         self: &Arc<Self>,
         place: &Place,
@@ -447,14 +452,14 @@ impl Witness {
         };
         let size = history.tree().size();
         if segment.first > size && !history.state().has_ended() {
-            // Another replica has taken those before it, and is about to store them.
+            // Another replica has taken the records before it and is about to store them.
             let reason =
                 format!("expected records from {size} on, found some from {}: send those before", segment.first);
             return Err(unavailable(&reason));
         }
         let next = history.extended_by(segment, records)?;
         if let Some(undoing) = next.state().rollback().filter(|_| history.state().rollback().is_none()) {
-            // Whose log cannot be asked has no plan.
+            // A task whose rolled back log cannot be read has no plan.
             let plan = match of {
                 Some(of) => Some(self.plan(of).await?),
                 None => None,
@@ -467,14 +472,14 @@ impl Witness {
         let usage = next.state().usage();
         let task_class = next.task_class();
         if log.hold(segment.clone(), next)? {
-            // Whoever asked for it may go away; what was taken is stored all the same.
+            // The request may be cancelled. The segment is stored anyway.
             tokio::spawn(self.clone().store_held(place.clone(), log.clone()));
         }
         records.iter().for_each(|record| self.metrics.recorded(&task_class, &record.event));
         Ok(Took::Held(Taken::Anew, usage))
     }
 
-    /// Puts what a log holds into the bucket until it holds nothing.
+    /// Stores held segments until there are none.
     async fn store_held(self: Arc<Self>, place: Place, log: Arc<Log>) {
         let (first, longest) = PAUSES;
         let mut pause = first;
@@ -489,7 +494,7 @@ impl Witness {
                     pause = first;
                     continue;
                 }
-                // Another replica was faster, or an earlier try of this very segment got through after all.
+                // Another replica stored a segment first, or an earlier attempt to store this segment succeeded after all.
                 Err(PutError::Exists) => {
                     let _writer = log.writer.lock().await;
                     match self.catch_up(&place, &log).await {
@@ -506,12 +511,12 @@ impl Witness {
         }
     }
 
-    /// The log as the bucket has it, with nothing on its way there, and the writer's lock.
+    /// Waits until no segment is queued. Returns the log as the bucket has it, and the writer's lock.
     async fn settled<'l>(&self, place: &Place, log: &'l Log) -> Result<(Writer<'l>, Arc<History>), Refused> {
         let size = |head: Option<Arc<History>>| head.map_or(0, |head| head.tree().size());
         let settling = async {
             loop {
-                // Without the lock: whoever stores may need it.
+                // Do not hold the lock here, because the task that stores segments may need it.
                 let follow = log.follow();
                 if size(log.newest()) > size(log.stored()) {
                     let _ = follow.stored(size(log.newest())).await?;
@@ -526,7 +531,7 @@ impl Witness {
         tokio::time::timeout(SETTLE, settling).await.map_err(|_| unavailable("the bucket is slow; try again"))?
     }
 
-    /// Waits until nothing is on its way to any bucket.
+    /// Waits until no log has queued segments.
     pub async fn settle(&self) {
         let logs: Vec<_> = {
             let logs = self.logs.lock().unwrap_or_else(PoisonError::into_inner);
@@ -542,10 +547,10 @@ impl Witness {
         }
     }
 
-    /// Ends a log by `task.closed`. A log that has ended is answered from what is there.
+    /// Seals a log with `task.closed`. If the log has ended already, the reply describes the existing end.
     ///
     /// # Errors
-    /// [`Rule::Evidence`] if the bucket fails.
+    /// Returns [`Rule::Evidence`] if the bucket fails.
     pub async fn seal(self: &Arc<Self>, place: &Place, request: &SealRequest) -> Result<SealReply, Refused> {
         let log = self.log(place);
         let place = &Place { retention: self.retention(place).await?, ..place.clone() };
@@ -567,7 +572,7 @@ impl Witness {
                 }
             };
             drop(writer);
-            // Whoever asks may go away: what is begun is done all the same.
+            // The request may be cancelled. The log's end is written anyway.
             let ended = tokio::spawn(self.clone().end(place.clone()));
             ended.await.map_err(|e| unavailable(&format!("the log's end could not be written: {e}")))??;
             let closed = sealed.outcome();
@@ -591,7 +596,8 @@ impl Witness {
         Err(unavailable("the log grows faster than it can be sealed; try again"))
     }
 
-    /// Writes what a log comes to that has ended: tiles and checkpoint, and then the summary, which says that all of it is there.
+    /// Writes the derived objects of a log that has ended: tiles and checkpoint, and then the summary, whose presence shows that all of
+    /// them are there.
     async fn end(self: Arc<Self>, place: Place) -> Result<(), Refused> {
         let store = self.store(&place).await?;
         let key = |name: &str| format!("{}{name}", place.location.prefix);
@@ -632,14 +638,14 @@ impl Witness {
         put((ending::SUMMARY.to_owned(), summary)).await
     }
 
-    /// The contracts of the calls that would undo a task; nothing if its log is too long to tell in time.
+    /// Returns the contracts of the calls that would roll back a task, or `None` if the log is too long to read in time.
     async fn undone_by(&self, place: &Place) -> Result<Option<BTreeSet<String>>, Refused> {
         let mut planner = Planner::default();
         let read = tokio::time::timeout(PLAN_TIME, self.read(place, |record| planner.take(record))).await;
         read.ok().transpose().map(|read| read.map(|_| planner.contracts()))
     }
 
-    /// The retention to seal by: the pack's, or, where the pack is gone, what the log's own segments were given.
+    /// Returns the retention to seal with: the pack's, or, if the pack is gone, the longest retention of the log's own segments.
     async fn retention(&self, place: &Place) -> Result<Option<Retention>, Refused> {
         if place.retention.is_some() {
             return Ok(place.retention);
@@ -647,13 +653,13 @@ impl Witness {
         let versions = self.store(place).await?.list_versions(&place.location.prefix).await;
         let locked = versions.map_err(|e| self.failed(&e))?.into_iter().filter_map(|version| {
             let (mode, from, until) = (version.mode?, version.written?, version.retain_until?);
-            // Whole days, as they were asked for: the two clocks differ a little.
+            // Round to whole days, as the retention was requested: the two clocks differ a little.
             Some(Retention { mode, days: (until.duration_since(from).as_hours() + 12) / 24 })
         });
         Ok(locked.filter(|retention| retention.days > 0).max_by_key(|retention| retention.days))
     }
 
-    /// The segment that ends this log: one record, signed by the witness alone.
+    /// Returns the segment that ends this log: one record, signed by the witness alone.
     fn last_segment(
         &self,
         place: &Place,
@@ -680,10 +686,10 @@ impl Witness {
         Ok((segment, next))
     }
 
-    /// What there was before a call that people are asked about, by what the bucket has now.
+    /// Returns the state of the log before a call that needs approval, as the bucket has it now.
     ///
     /// # Errors
-    /// [`Rule::TaskClosed`] after the end, [`Rule::Evidence`] if the bucket cannot be asked.
+    /// Returns [`Rule::TaskClosed`] after the end of the log, or [`Rule::Evidence`] if the bucket cannot be read.
     pub async fn before(&self, place: &Place, call: &Exact) -> Result<Before, Refused> {
         let log = self.log(place);
         let _writer = log.writer.lock().await;
@@ -695,19 +701,19 @@ impl Witness {
         Ok(history.before(call))
     }
 
-    /// Takes an intent for the one request that may leave by it, whatever its channel; that of a listing carries an MCP session's own talk,
-    /// and is good for some hundred messages.
+    /// Marks an intent as used: it authorizes one request, whatever its channel. The intent of a listing authorizes up to `TALK` messages
+    /// of an MCP session.
     ///
-    /// Replicas do not know of each other's: an intent that is open is good for one request at each.
+    /// Replicas do not share this mark: an open intent authorizes one request at each replica.
     ///
     /// # Errors
-    /// [`Rule::IntentMissing`] if a request has left by it, or the call is over.
+    /// Returns [`Rule::IntentMissing`] if a request has already left by this intent, or if the call has its outcome.
     pub fn claim(&self, place: &Place, intent: &IntentFacts) -> Result<(), Refused> {
         let refused = |reason: String| Err(Refused::denied(Rule::IntentMissing, reason));
         let log = self.log(place);
         let head = log.newest();
         let (most, talks) = if intent.channel == Channel::Listing { (TALK, true) } else { (1, false) };
-        // What has come since it was looked up counts, too. Whoever can no longer be found here is refused when looked up.
+        // Records that arrived since the intent was looked up count, too. An intent that is no longer known here was denied at the look-up.
         let is_over = |head: &Arc<History>| head.state().intent(intent.seq).is_none_or(|now| !now.open);
         if !talks && head.as_ref().is_some_and(is_over) {
             return refused(format!("the call {:?} has its outcome already", intent.call));
@@ -728,7 +734,7 @@ impl Witness {
         Ok(())
     }
 
-    /// Nothing was sent by an intent after all: it is as it was.
+    /// Undoes [`Witness::claim`], because no request left by the intent.
     pub fn release(&self, place: &Place, intent: &IntentFacts) {
         let log = self.log(place);
         let mut sent = log.sent.lock().unwrap_or_else(PoisonError::into_inner);
@@ -737,8 +743,8 @@ impl Witness {
         }
     }
 
-    /// The upstream has done nothing about a call, and said so. It may be sent again, once: an upstream that says so each time is not
-    /// believed each time.
+    /// Allows a call to be sent again because its upstream reported that it did nothing. Works once for each intent, so that an upstream
+    /// cannot have a call sent without end.
     pub fn again(&self, place: &Place, intent: &IntentFacts) {
         let log = self.log(place);
         let mut sent = log.sent.lock().unwrap_or_else(PoisonError::into_inner);
@@ -747,12 +753,12 @@ impl Witness {
         }
     }
 
-    /// An intent by which a call may leave, by its sequence number: it lies in the bucket, or, where a tool only reads or a model is
-    /// asked, is on its way there.
+    /// Returns an intent that authorizes a call, by its sequence number. The intent is in the bucket or, for a tool read or a model call,
+    /// queued for it.
     ///
     /// # Errors
-    /// [`Rule::IntentMissing`] if there is none, [`Rule::TaskClosed`] after the end, [`Rule::Evidence`] if the bucket
-    /// cannot be asked.
+    /// Returns [`Rule::IntentMissing`] if there is none, [`Rule::TaskClosed`] after the end of the log, or [`Rule::Evidence`] if the bucket
+    /// cannot be read.
     pub async fn intent(&self, place: &Place, seq: u64) -> Result<IntentFacts, Refused> {
         let log = self.log(place);
         let has = |head: Option<Arc<History>>, fits: fn(&IntentFacts) -> bool| {
@@ -761,8 +767,8 @@ impl Witness {
         if log.newest().is_some_and(|newest| newest.tree().size() <= seq) {
             log.arrival(seq).await;
         }
-        // What is in memory will do for an intent to read, or to ask a model. Before something is changed, the bucket is asked: another
-        // replica may have seen the call's outcome, the loss of containment or the task's end.
+        // The state in memory is enough for an intent of a read or of a model call. Before a call that changes something, read the bucket:
+        // another replica may have stored the call's outcome, the loss of containment or the end of the task.
         let held = if log.is_fresh() { log.newest() } else { None };
         let known =
             has(held, IntentFacts::leaves_witnessed).or_else(|| has(log.stored(), IntentFacts::changes_nothing));
@@ -793,25 +799,25 @@ impl Witness {
             let reason = format!(
                 "expected record {seq} to be a recent call.intent; the log has {size} records: append the intent first"
             );
-            // Another replica may have taken it.
+            // Another replica may have taken the intent.
             let refused = if seq < size { Refused::denied } else { Refused::retry };
             refused(Rule::IntentMissing, reason)
         })
     }
 
-    /// Whether a bucket answers.
+    /// Checks whether a bucket answers.
     ///
     /// # Errors
-    /// If it does not.
+    /// Returns an error if it does not.
     pub async fn probe(&self, bucket: &str) -> Result<(), StoreError> {
-        // A prefix under which nothing lies: no namespace has such a name.
+        // No object has this prefix, because no namespace has such a name.
         self.buckets.bucket(bucket).await?.list("-belay-probe-/").await.map(|_| ())
     }
 
-    /// Writes an object beside a log. There already is as good as written.
+    /// Writes an object beside a log. An existing object counts as written.
     ///
     /// # Errors
-    /// If the store fails.
+    /// Returns an error if the store fails.
     pub async fn put_beside(&self, place: &Place, name: &str, body: Bytes) -> Result<(), StoreError> {
         let store = self.buckets.bucket(&place.location.bucket).await?;
         let key = format!("{}{name}", place.location.prefix);
@@ -821,14 +827,14 @@ impl Witness {
         }
     }
 
-    /// The log of a place, cached or empty-handed.
+    /// Returns the cached log of a place, or adds an empty one.
     fn log(&self, place: &Place) -> Arc<Log> {
         let key = (place.location.bucket.clone(), place.location.prefix.clone());
         let now = Instant::now();
         let mut logs = self.logs.lock().unwrap_or_else(PoisonError::into_inner);
         if logs.len() >= CACHED && !logs.contains_key(&key) {
-            // Only logs that nobody holds may go: two locks for one log would let two writers in. (They would only
-            // lose time: the bucket settles it.)
+            // Drop only logs that are not in use: two locks for one log would let two writers in. (They would only lose time, because the
+            // bucket decides.)
             let mut idle: Vec<_> =
                 logs.iter().filter(|(_, c)| Arc::strong_count(&c.log) == 1).map(|(_, c)| c.used).collect();
             let middle = idle.len() / 2;
@@ -843,13 +849,13 @@ impl Witness {
         cached.log.clone()
     }
 
-    /// The log as the bucket has it now. Needs the writer's lock.
+    /// Returns the log as the bucket has it now. The caller must hold the writer's lock.
     async fn catch_up(&self, place: &Place, log: &Log) -> Result<Arc<History>, Refused> {
         let mut history = match log.stored() {
             Some(stored) => stored,
             None => log.begin(Arc::new(self.rebuilt(place).await?)),
         };
-        // A segment's key is the log's size before it: what other replicas have added is found without a listing.
+        // A segment's key is the log's size before the segment, so segments of other replicas are found without a listing.
         while !history.state().has_ended() {
             let Some(stored) = self.stored(place, history.tree().size()).await? else { break };
             history = Arc::new(self.stored_after(&history, &stored.segment, place)?);
@@ -859,7 +865,7 @@ impl Witness {
         Ok(log.stored().unwrap_or(history))
     }
 
-    /// Keeps segments beside the log that were held and have lost their place in it, as an incident: calls may have left by them.
+    /// Writes held segments that have lost their position beside the log as incidents, because calls may have left by their intents.
     async fn lost(&self, place: &Place, segments: Vec<Segment>) {
         for segment in segments {
             let first = segment.first;
@@ -878,17 +884,17 @@ impl Witness {
         }
     }
 
-    /// The log from its first segment on.
+    /// Reads the log from its first segment on.
     async fn rebuilt(&self, place: &Place) -> Result<History, Refused> {
         self.read(place, |_| ()).await
     }
 
-    /// The log from its first segment on, record by record.
+    /// Reads the log from its first segment on, and passes each record to `each`.
     async fn read(&self, place: &Place, mut each: impl FnMut(&Record) + Send) -> Result<History, Refused> {
         let firsts = self.firsts(place).await?;
         let mut segments = futures::stream::iter(firsts).map(|first| self.stored(place, first)).buffered(PARALLEL);
         let mut history = History::new(&note::origin(&place.task_uid));
-        // One that is listed but hidden by now is passed over: what follows will not fit, and says so.
+        // Skip a segment that is listed but hidden by now. The segment after it then does not fit, which is an error.
         while let Some(stored) = segments.next().await {
             let Some(Stored { segment, .. }) = stored? else { continue };
             history = self.stored_after(&history, &segment, place)?;
@@ -897,7 +903,7 @@ impl Witness {
         Ok(history)
     }
 
-    /// First records of the segments in the bucket, in order.
+    /// Returns the first record of each segment in the bucket, in order.
     async fn firsts(&self, place: &Place) -> Result<Vec<u64>, Refused> {
         let folder = format!("{}{}", place.location.prefix, segment::FOLDER);
         let keys = self.store(place).await?.list(&folder).await.map_err(|e| self.failed(&e))?;
@@ -905,7 +911,7 @@ impl Witness {
         Ok(names.filter_map(Segment::first_of).collect())
     }
 
-    /// A stored segment, with the witness's cosignature on it.
+    /// Reads a stored segment and verifies the witness's cosignature on it.
     async fn stored(&self, place: &Place, first: u64) -> Result<Option<Stored>, Refused> {
         let key = place.key(first);
         let bytes = match self.store(place).await?.get(&key).await {
@@ -925,7 +931,7 @@ impl Witness {
         history.extended(segment).map_err(|refused| broken(&place.key(segment.first), refused.reason))
     }
 
-    /// The checkpoint over a segment that is in the bucket already, alone or among others in one object.
+    /// Returns the checkpoint over a segment that is already in the bucket, alone or joined with others in one object.
     async fn replayed(&self, place: &Place, segment: &Segment, history: &History) -> Result<String, Refused> {
         let mut stored = self.stored(place, segment.first).await?;
         if stored.is_none() {
@@ -937,7 +943,7 @@ impl Witness {
         }
         match stored.filter(|stored| stored.segment.holds(segment)) {
             Some(stored) => Ok(stored.note),
-            // What stands in its place is the end, or is followed by it.
+            // The record in its position is the log's end or comes before the end.
             None if history.state().has_ended() => Err(ended()),
             None => Err(forked(segment)),
         }
@@ -949,8 +955,8 @@ impl Witness {
         store.put_new(&place.key(segment.first), body, place.retention.as_ref()).await.map(drop)
     }
 
-    /// Whether the object with an attempt's policy, which every attempt begins with, is locked as it was asked to be, whoever has put it there:
-    /// before any call leaves. A store that takes what it does not heed would else be found out by an auditor.
+    /// Checks, before any call leaves, that the store locks the object with an attempt's policy, with which every attempt begins, as the
+    /// pack asks, whoever stored it. Otherwise only an auditor would notice a store that ignores retention.
     async fn is_locked(&self, place: &Place, segment: &Segment) -> Result<(), Refused> {
         let Some(asked) = place.retention.as_ref().filter(|_| !segment.documents.is_empty()) else { return Ok(()) };
         let locked = self.store(place).await?.locked(&place.key(segment.first), asked).await;
@@ -979,7 +985,7 @@ impl Witness {
     }
 }
 
-/// What needs no history: the segment is this pod's, of this attempt, and opens under the gateway's own policy.
+/// Checks everything that needs no history: the segment is this pod's, of this attempt, and opens under the gateway's own policy.
 fn admit(
     segment: &Segment,
     records: &[Record],
@@ -1034,7 +1040,7 @@ fn admit(
     Ok(())
 }
 
-/// A name of a harness's making that becomes part of a key.
+/// Checks a name that a harness chose and that becomes part of an object key.
 fn plain(name: &str) -> Result<(), Refused> {
     let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_".contains(&byte);
     if (1..=LONGEST_CALL).contains(&name.len()) && name.bytes().all(is_plain) {
@@ -1086,13 +1092,13 @@ fn unavailable(reason: &str) -> Refused {
     Refused::retry(Rule::Evidence, reason)
 }
 
-/// The bucket holds something that this witness would not have written. Nobody goes on from there.
+/// Reports an object in the bucket that this witness would not have written. The log cannot continue from there.
 fn broken(key: &str, reason: impl std::fmt::Display) -> Refused {
     tracing::error!(key, %reason, "the log in the bucket does not verify");
     unavailable(&format!("the log in the bucket does not verify at {key}: {reason}; ask its administrator"))
 }
 
-/// Seconds since 1970.
+/// Returns the seconds since 1970.
 fn unix_time() -> u64 {
     u64::try_from(Timestamp::now().as_second()).unwrap_or_default()
 }

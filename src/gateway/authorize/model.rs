@@ -1,9 +1,11 @@
-//! A model's request, judged again.
+//! The checks that the gateway makes of a model request.
 //!
-//! Guarantees: what is sent passes the review that the harness has made, by the gateway's own reading of it; its reply, and the least that its
-//! prompt can be, cost no more than its intent has set aside, in money by the prices of the policy that the attempt runs by; it asks the model that the
-//! record names, at the endpoint that the pack has for that model, and with no header that is in no list.
-//! Non-goals: what the model answers, and whether the budget has that much left, which the witness asks of every intent.
+//! Guarantees: the request passes the same review that the harness has made, by the gateway's own reading of the body. The tokens of its
+//! reply at most and of its prompt at least are within what its intent has reserved, and so is their cost by the prices of the attempt's
+//! policy. It asks for the model that the record names, at the endpoint that the pack has for that model, and leaves with listed headers
+//! only.
+//!
+//! Non-goals: what the model replies, and whether the budget has that much left, which the witness checks for every intent.
 
 use http::{
     HeaderMap, HeaderValue,
@@ -32,13 +34,12 @@ use crate::{
     },
 };
 
-/// Whether a body is a request that may leave to where it is sent, and one that its intent has set enough aside for. Gives the headers that it
-/// leaves with.
+/// Checks that a body is a request that may leave to this target and for which its intent has reserved enough. Returns the headers to send.
 ///
 /// # Errors
-/// [`Rule::RequestJson`] or [`Rule::ModelRequest`] for what may not leave at all, [`Rule::ModelEndpoint`] for a model that the pack has no
-/// endpoint for, or another, [`Rule::ModelPrice`] for one without a price where cost is limited, [`Rule::IntentMissing`] for a request that the
-/// intent is not for.
+/// Returns [`Rule::RequestJson`] or [`Rule::ModelRequest`] for a request that may not leave at all, [`Rule::ModelEndpoint`] for a model
+/// that the pack has no endpoint or another endpoint for, [`Rule::ModelPrice`] for a model without a price if cost is limited, or
+/// [`Rule::IntentMissing`] for a request that the intent is not for.
 pub fn reviewed(
     compiled: &Compiled,
     to: &Target,
@@ -72,14 +73,14 @@ pub fn reviewed(
     let known = Model::named(model.unwrap_or_default(), price);
     let bound = ready::bound(api, body, &known, pack).map_err(|unbounded| unfit(unbounded.to_string()))?;
     is_enough(bound.total(), intent.reserved.tokens, "tokens")?;
-    // Who has begun by another policy has its names and prices, by which the log is verified.
+    // An attempt that began with another policy uses that policy's names and prices, by which the log is verified.
     if *intent.policy == *compiled.digest {
         is_as_recorded(compiled, (intent, salt), model, (api, bound))?;
     }
     Ok(by_list(headers, pack.terms))
 }
 
-/// The headers that a request leaves with: those of the lists, and what says what its body and its reply are.
+/// Returns the headers to send: those on the lists, and those that describe the body and the reply.
 fn by_list(given: &HeaderMap, terms: Terms<'_>) -> HeaderMap {
     let framing = [CONTENT_TYPE, CONTENT_LENGTH, ACCEPT_ENCODING];
     let passed = given.iter().filter_map(|(name, value)| {

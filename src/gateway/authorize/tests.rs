@@ -341,7 +341,7 @@ fn methods_of_models(#[case] method: Method, #[case] expected: Result<(), Rule>)
     let to = Destination::Url(&target, &method);
     let found = intended(&compiled(), 1, Channel::Model, to, (&intent, &testing::salt()));
     assert_eq!(found.map_err(|e| e.rule), expected);
-    // And lists of models are got.
+    // Lists of models use GET.
     let target = Target::parse("https://models.world.test/v1/models").unwrap();
     let intent = facts(Channel::Model, "/v1/models", None);
     let to = Destination::Url(&target, &method);
@@ -466,7 +466,7 @@ fn messages(#[case] channel: Channel, #[case] body: &str, #[case] expected: Resu
     assert_eq!(arguments, (expected.is_ok() && channel == Channel::Tool).then(|| json!({})));
 }
 
-/// Tools of the policy, changed.
+/// Compiles the policy with a change.
 fn with(change: impl FnOnce(&mut PolicyConfig)) -> Compiled {
     let mut policy = testing::policy();
     change(&mut policy);
@@ -481,7 +481,7 @@ fn over_http(tool: &mut Tool) {
     tool.upstream = Upstream::Http(http());
 }
 
-/// An intent to call `write` with these arguments.
+/// Returns an intent to call `write` with these arguments.
 fn to_write(arguments: &Value) -> IntentFacts {
     let digest = testing::salt().value(arguments).unwrap();
     let facts = facts(Channel::Tool, "write", Some(SideEffect::Write));
@@ -596,7 +596,7 @@ fn approval(when: Option<&str>) -> Approval {
     }
 }
 
-/// Contract and pack are asked again, whatever the harness found.
+/// Contract and pack are evaluated again, whatever the harness found.
 #[rstest]
 #[case::nothing_said(json!({"n": 1}), |_: &mut PolicyConfig| (), None, Ok((false, false)))]
 #[case::schema(json!({"n": "x"}), |p: &mut PolicyConfig| p.tools[1].input = json!({"properties": {"n": {"type": "number"}}}), None, Err(Rule::ToolSchema))]
@@ -623,7 +623,7 @@ fn contract_and_pack_are_asked_again(
     assert_eq!(found.map_err(|e| e.rule), expected);
 }
 
-/// What may take long is judged apart.
+/// Only fast evaluations run inline.
 #[rstest]
 #[case::plain(quick::SHORT, |p: &mut PolicyConfig| p.tools[1].preconditions = vec![condition("args.n < 5")], true)]
 #[case::long_arguments(quick::SHORT + 1, |_: &mut PolicyConfig| (), false)]
@@ -638,7 +638,7 @@ fn only_what_is_quick_is_judged_where_it_is(
     assert_eq!(is_quick(&with(change), &to_write(&json!({"n": 1})), length), expected);
 }
 
-/// The counters and the data that the log had before the call are what is judged by.
+/// The evaluation uses the counters and the data that the log had before the call.
 #[test]
 fn what_the_log_says_counts() {
     let compiled = with(|policy| {
@@ -655,7 +655,7 @@ fn what_the_log_says_counts() {
     assert_eq!(found(1, Sensitivity::Restricted), Err(Rule::AccessRule));
 }
 
-/// A pack that changed while the attempt runs is what counts, whatever the harness found by the one before.
+/// A pack that changed during the attempt decides, whatever the harness found by the former pack.
 #[test]
 fn the_newest_pack_is_judged_by() {
     let compiled = with(|policy| policy.access.rules = vec![rule("renamed", RuleDecision::Allow, None)]);
@@ -693,7 +693,7 @@ fn condition(cel: &str) -> Precondition {
     Precondition { name: "c".into(), cel: cel.into(), message: "no".into() }
 }
 
-/// Intents and contracts agree on whether calls are idempotent.
+/// An intent has an idempotency key if and only if its contract has `idempotency`.
 #[rstest]
 #[case(false, None, Ok(()))]
 #[case(false, Some("k"), Err(Rule::ToolIdempotency))]

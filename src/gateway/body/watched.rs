@@ -1,5 +1,5 @@
-//! What whoever reads a watched body can see of the credential: nothing, over many guesses of what it begins with. And what it can see
-//! of one whose body holds back what may begin with the credential, as bodies did here once: all of it.
+//! What a reader of a watched body can learn about the credential by guessing its first letters: nothing. As the control, a reader learns
+//! all of it from a former implementation, which held back only what may begin the credential.
 
 use futures::{Stream, StreamExt, stream};
 use http_body_util::StreamBody;
@@ -10,14 +10,14 @@ use super::*;
 const SECRET: &str = "sk-live-9fQ2xZ7b-rT5mK1wE";
 const ALPHABET: &str = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_";
 
-/// What can be seen of a reply: when each piece came after the one before, how long it was or why there was none, and whether it is what was sent.
+/// What a reader observes of a reply: the delay before each piece, the length of the piece or the error, and whether the text is unchanged.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Seen {
     pieces: Vec<(Duration, Result<usize, String>)>,
     unchanged: bool,
 }
 
-/// Pieces of a reply, some time apart.
+/// Returns a body whose pieces arrive some time apart.
 fn upstream(pieces: Vec<Vec<u8>>) -> impl Body<Data = Bytes, Error = BoxError> + Send {
     let frames = stream::iter(pieces).then(|piece| async move {
         sleep(Duration::from_millis(150)).await;
@@ -44,7 +44,7 @@ fn forms() -> Arc<Forms> {
     Arc::new(Forms::of("Bearer ", SECRET.as_bytes()).unwrap())
 }
 
-/// A body as it was before: what may be the beginning of the credential waits for what comes next, and nothing else does.
+/// Returns a body of the former implementation: it held back only what may begin the credential.
 fn before(pieces: Vec<Vec<u8>>) -> impl Body<Data = Bytes, Error = BoxError> {
     let all = stream::unfold((stream::iter(pieces), Vec::new()), |(mut pieces, mut held): (_, Vec<u8>)| async move {
         loop {
@@ -67,7 +67,7 @@ fn before(pieces: Vec<Vec<u8>>) -> impl Body<Data = Bytes, Error = BoxError> {
     StreamBody::new(all.map(|piece| Ok(Frame::data(Bytes::from(piece)))))
 }
 
-/// A way in which an upstream repeats a guess: what comes before and after it, whether as events, and in how many pieces.
+/// How an upstream repeats a guess: the text before and after it, whether it is in events, and the number of bytes in the second piece.
 #[derive(Clone, Copy, Debug)]
 struct Shape {
     before: usize,
@@ -105,8 +105,8 @@ async fn formerly(shape: Shape, guess: &str) -> Seen {
     look(before(pieces), &sent).await
 }
 
-/// As the attack did: of all letters that could be next, the one whose reply looks unlike that to the same letter after something else. Gives
-/// what it comes to, and the tries.
+/// Runs the attack: of all possible next letters, finds the one whose reply differs from the reply to the same letter after other text.
+/// Returns the recovered text and the number of attempts.
 async fn recovered<F: Future<Output = Seen>>(ask: impl Fn(String) -> F) -> (String, usize) {
     let (mut known, mut tries) = ("sk-".to_owned(), 0);
     'next: while known.len() < SECRET.len() {
@@ -124,7 +124,7 @@ async fn recovered<F: Future<Output = Seen>>(ask: impl Fn(String) -> F) -> (Stri
 
 #[tokio::test(start_paused = true)]
 async fn the_attack_that_found_the_key_finds_nothing() {
-    // The control first: what was here before tells every letter.
+    // The control: the former implementation reveals every letter.
     let (found, tries) = recovered(|guess| async move { formerly(SHAPES[0], &guess).await }).await;
     assert_eq!(found, SECRET);
     assert!(tries < 2 * ALPHABET.len() * SECRET.len(), "{tries}");
@@ -139,14 +139,14 @@ async fn the_attack_that_found_the_key_finds_nothing() {
     }
 }
 
-/// 10^5 guesses, half of them right as far as they go. Whatever can be seen of a reply is the same for a right one and for a wrong
-/// one of the same length, and is what was sent.
+/// Makes 10^5 guesses, half of them with correct letters. What a reader observes is the same for a right guess and for a wrong one of the
+/// same length, and the text is unchanged.
 #[tokio::test(start_paused = true)]
 async fn a_hundred_thousand_guesses_see_no_difference() {
     let forms = forms();
     let mut random = 0x9e37_79b9_7f4a_7c15_u64;
     let mut next = move |below: usize| {
-        // Xorshift: the same guesses each time.
+        // Xorshift: the same guesses in each run.
         random ^= random << 13;
         random ^= random >> 7;
         random ^= random << 17;
@@ -176,7 +176,7 @@ fn framed(pieces: &[&[u8]]) -> impl Stream<Item = Result<Frame<Bytes>, BoxError>
     stream::iter(pieces)
 }
 
-/// What comes of these pieces: what was passed on, and whether the credential was noticed.
+/// Returns what was passed on of these pieces, and whether the credential was noticed.
 async fn passed(pieces: &[&[u8]], events: bool) -> (Vec<Vec<u8>>, bool) {
     let (alarm, mut told) = tokio::sync::oneshot::channel();
     let alarm: Alarm = Box::new(move || alarm.send(()).unwrap());
@@ -255,7 +255,7 @@ async fn in_a_long_reply_it_is_noticed_at_every_edge() {
     }
 }
 
-/// A few letters an event, as models write: what was passed on is lost, the rest is not.
+/// The credential arrives a few letters in each event, as models write. What was passed on cannot be taken back, but the rest is withheld.
 #[tokio::test]
 async fn letters_in_many_events_are_put_together() {
     let chat = |text: &str| format!("data: {{\"choices\":[{{\"index\":0,\"delta\":{{\"content\":\"{text}\"}}}}]}}\n\n");
@@ -274,7 +274,7 @@ async fn letters_in_many_events_are_put_together() {
             let (got, noticed) = passed(&pieces, true).await;
             assert!(noticed, "{letters:?}");
             assert_eq!(got.len(), letters.len() - 1, "only the last is left to withhold");
-            // The control: without its last letter it is not it.
+            // The control: the credential without its last letter is not noticed.
             assert!(!passed(&pieces[..pieces.len() - 1], true).await.1);
         }
     }
@@ -284,7 +284,7 @@ async fn letters_in_many_events_are_put_together() {
     assert!(passed(&letters.iter().map(String::as_bytes).collect::<Vec<_>>(), true).await.1);
 }
 
-/// What has come of a reply that its upstream breaks off is looked through like one that is over, and passed on; then its end is told.
+/// The received part of a reply that its upstream ended early is searched like a complete reply and passed on. Then the error is returned.
 #[tokio::test]
 async fn what_came_before_it_broke_off_passes_unless_it_repeats_the_credential() {
     for events in [false, true] {

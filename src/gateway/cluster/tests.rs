@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use super::*;
 use crate::gateway::testing::UID;
 
-/// An API server that has one pod and its task, and counts.
+/// An API server that has one pod and its task, and counts requests.
 #[derive(Default)]
 struct Api {
     asked: AtomicUsize,
@@ -84,7 +84,7 @@ async fn a_pod_whose_address_the_stores_do_not_have_yet_is_fetched() {
     starting["status"] = json!({ "phase": "Pending" });
     writer.apply_watcher_event(&watcher::Event::Apply(serde_json::from_value(starting).unwrap()));
     assert!(cluster.identify(&reviewed(), "10.0.0.7".parse().unwrap()).await.is_ok());
-    // And one from another address is refused by what the API server says.
+    // A caller from another address is denied by what the API server says.
     let refused = cluster.identify(&reviewed(), "10.0.0.8".parse().unwrap()).await.unwrap_err();
     assert_eq!(refused.rule, Rule::IdentitySource);
 }

@@ -5,7 +5,7 @@ use std::{
 
 use super::*;
 
-/// Answers in turn; the last one for ever.
+/// Returns these answers in turn, and then the last one again.
 struct Answers(Mutex<Vec<Result<Vec<IpAddr>, String>>>);
 
 impl Resolve for Answers {
@@ -16,7 +16,7 @@ impl Resolve for Answers {
     }
 }
 
-/// Remembers what it was asked to connect to; a listener on loopback stands for the whole internet.
+/// Records the addresses that it was asked to connect to, and connects to a local listener for all of them.
 struct Recorder {
     asked: Mutex<Vec<SocketAddr>>,
     listener: tokio::net::TcpListener,
@@ -85,7 +85,7 @@ async fn failures_have_their_rules() {
     assert_eq!(dialer_.dial(&to()).await.unwrap_err().rule, Rule::UpstreamResolve);
     let (dialer_, _) = dialer(vec![Ok(vec![A])], vec![A]).await;
     assert_eq!(dialer_.dial(&to()).await.unwrap_err().rule, Rule::UpstreamConnect);
-    // The listener's backlog takes the connection, and nobody shakes hands: dropped at once.
+    // The listener's backlog accepts the connection, but no TLS handshake follows, because the connection is dropped at once.
     let (dialer_, recorder) = dialer(vec![Ok(vec![A])], vec![]).await;
     let (stream, _) = dialer_.dial(&to()).await.unwrap();
     drop(recorder.listener.accept().await.unwrap());
@@ -99,7 +99,7 @@ fn authorities_must_be_certificates() {
     assert!(!roots(None).unwrap().is_empty());
 }
 
-/// On a laptop whoever is refused can have the name lead somewhere, and is told how; in a cluster nobody who reads it can.
+/// On a laptop the error says how to set an address for the name. In a cluster it does not, because its reader cannot do so.
 #[tokio::test]
 async fn a_name_that_leads_nowhere_is_mended_by_hand_where_it_can_be() {
     for (answer, words) in [
@@ -121,7 +121,7 @@ async fn a_name_that_leads_nowhere_is_mended_by_hand_where_it_can_be() {
     }
 }
 
-/// Only an address of loopback that somebody has given by hand keeps what is sent on the machine; no answer of a name server does.
+/// Data stays on the machine only for a loopback address that was set by hand, and never because of a name server's answer.
 #[tokio::test]
 async fn what_stays_on_this_machine_is_vouched_for() {
     let (dialer_, _) = dialer(vec![Ok(vec!["127.0.0.1".parse().unwrap()])], vec![]).await;
@@ -142,7 +142,7 @@ async fn what_stays_on_this_machine_is_vouched_for() {
     }
 }
 
-/// What answers in plain text where TLS was meant is said to, and so is one that hangs up.
+/// The error says so if a server answers in plain text or closes the connection where TLS was expected.
 #[tokio::test]
 async fn a_server_without_tls_is_said_to_be_one() {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};

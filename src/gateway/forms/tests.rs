@@ -15,7 +15,7 @@ fn each(write: impl Fn(char) -> String) -> String {
     SECRET.chars().map(write).collect()
 }
 
-/// The secret as replies could have it, with something before and after it.
+/// The secret as replies could repeat it, in each encoding.
 fn repeated() -> Vec<(&'static str, Vec<u8>)> {
     let utf16 = |big: bool| {
         let unit = move |unit: u16| if big { unit.to_be_bytes() } else { unit.to_le_bytes() };
@@ -76,12 +76,12 @@ fn a_credential_is_known_in_every_form() {
     for (form, text) in repeated() {
         assert!(forms.are_in(&text), "{form}");
         let within = [&b"{\"error\": \"bad key "[..], &text, b"\", \"more\": \"words\"}"].concat();
-        // What is before a two-byte letter would be its other half.
+        // In UTF-16 the byte before a letter would be its other half.
         assert!(form.starts_with("UTF-16") || forms.are_in(&within), "{form}, in a text");
     }
 }
 
-/// The control: without what each form is known by, it is not known.
+/// The control: text without the whole credential is not recognized.
 #[test]
 fn all_but_the_whole_is_not_it() {
     let forms = forms();
@@ -133,7 +133,7 @@ fn a_long_token_is_known_by_its_end() {
 }
 
 proptest! {
-    /// Each letter as it is or in any of its escapes.
+    /// Each letter is as it is, or in any of its escapes.
     #[test]
     fn any_mix_of_escapes_is_known(how in proptest::collection::vec(0..7_u8, SECRET.len())) {
         let text: String = SECRET.chars().zip(how).map(|(c, how)| {
@@ -166,9 +166,9 @@ proptest! {
     }
 }
 
-/// How long it takes to look through text of right and of wrong guesses, in turns: right to wrong, by their medians.
+/// Returns the ratio of the search times over right and over wrong guesses, by the medians of alternating runs.
 fn ratio(look: impl Fn(&[u8]) -> bool) -> f64 {
-    // All but the last letter of the secret, over and over, which is as like it as a text can be that does not hold it.
+    // The secret without its last letter, repeated: no text without the secret is more like it.
     let right = SECRET[..SECRET.len() - 1].repeat(400);
     let wrong = right.replace('9', "8").replace('Z', "Y").replace("sk", "xx").replace('T', "U");
     let mut took = [Vec::new(), Vec::new()];
@@ -186,11 +186,11 @@ fn ratio(look: impl Fn(&[u8]) -> bool) -> f64 {
     right / wrong
 }
 
-/// Looking takes as long over text that is nearly the secret as over any other. The control is the search that was here before.
+/// A search takes as long over text that is nearly the secret as over any other text. The control is the former search.
 #[test]
 fn how_long_it_takes_tells_nothing() {
     let forms = forms();
-    // Somebody else may be at work here: the least telling of some rounds counts.
+    // Other processes may disturb the measurement, so the best of several rounds counts.
     let off = (0..5).map(|_| (ratio(|text| forms.are_in(text)) - 1.0).abs()).fold(f64::INFINITY, f64::min);
     assert!(off < 0.1, "right guesses take {off:+.3} longer or shorter");
     let before = memchr::memmem::Finder::new(SECRET.as_bytes());

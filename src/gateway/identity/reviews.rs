@@ -1,9 +1,10 @@
-//! Tokens to reviewed users: TokenReview, asked once for each token and replica.
+//! The cache of TokenReviews: each replica reviews each token once.
 //!
-//! Promises: a token is believed no longer than its own expiry, and no longer than an hour; concurrent requests with
-//! a new token ask once between them; a peer that presents rubbish cannot make the gateway flood the API server.
-//! Refuses: keeping tokens. The cache's keys are their SHA-256. That a cached token's pod is still there is not
-//! asked here: [`decide`](super::decide) does so for every request.
+//! Guarantees: a token is trusted no longer than until its own expiry, and at most for an hour. Concurrent requests with a new token share
+//! one review. A peer that presents invalid tokens cannot make the gateway flood the API server.
+//!
+//! Non-goals: storing tokens, because the keys of the cache are their SHA-256; checking that the pod of a cached token still exists, which
+//! [`decide`](super::decide) does for every request.
 
 use std::{
     collections::HashMap,
@@ -20,24 +21,24 @@ use tokio::sync::OnceCell;
 use super::{BoundPod, Reviewed};
 use crate::{canonical::sha256, gateway::refusal::Refused, policy::rule::Rule, wire::AUDIENCE};
 
-/// A good review is believed for so long at most, whatever the token says of itself.
+/// Maximum time that a valid review is trusted, whatever the token's own expiry.
 const GOOD_FOR: Duration = Duration::from_secs(3600);
-/// A bad one is remembered this long: short, as a token that is too new for the API server's clock becomes good.
+/// Time that an invalid review is cached. It is short, because a token that is too new for the API server's clock becomes valid.
 const BAD_FOR: Duration = Duration::from_secs(10);
-/// Tokens remembered. Beyond it the oldest half goes, and is reviewed again when it comes back.
+/// Maximum number of cached tokens. When it is reached, the oldest half is dropped and reviewed again when needed.
 const REMEMBERED: usize = 8192;
-/// Longest token: a projected one has about 1,200 characters.
+/// Maximum length of a token. A projected token has about 1,200 characters.
 const LONGEST: usize = 8192;
-/// New tokens that one peer may present at once. A harness has one, and another after each rotation.
+/// Number of new tokens that one peer may present at once. A harness has one, and another after each rotation.
 const BURST: f64 = 8.0;
-/// And after that, a second.
+/// Number of new tokens a second that one peer may present after that.
 const RATE: f64 = 0.5;
-/// Answer of the API server.
+/// Time limit for the API server.
 const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Where [`TokenReview`]s go.
+/// Sends [`TokenReview`]s.
 pub trait Review: Send + Sync {
-    /// Asks the API server.
+    /// Reviews a token at the API server.
     fn review(&self, review: TokenReview) -> BoxFuture<'_, Result<TokenReviewStatus, String>>;
 }
 
@@ -51,7 +52,7 @@ impl Review for kube::Client {
     }
 }
 
-/// A review's result, and until when it is believed.
+/// The result of a review, and how long it is trusted.
 #[derive(Clone)]
 struct Verdict {
     user: Result<Reviewed, Refused>,
@@ -63,7 +64,7 @@ struct Entry {
     asked: Instant,
 }
 
-/// Tokens that one peer may still have reviewed.
+/// The number of new tokens that one peer may still present.
 struct Allowance {
     left: f64,
     at: Instant,
@@ -78,23 +79,23 @@ pub struct Reviews {
 }
 
 impl Reviews {
-    /// An empty cache. `asked` counts reviews by result.
+    /// Returns an empty cache. `asked` counts reviews by result.
     pub fn new(api: Arc<dyn Review>, asked: prometheus::IntCounterVec) -> Self {
         Self { api, asked, entries: Mutex::default(), peers: Mutex::default() }
     }
 
-    /// The user of this token.
+    /// Returns the user of a token.
     ///
     /// # Errors
-    /// [`Rule::IdentityToken`]: for good if the API server does not know the token, to be tried again if it cannot be
-    /// asked or the peer has presented too many.
+    /// Returns [`Rule::IdentityToken`]. The error may be retried if the API server does not answer or the peer has presented too many
+    /// tokens; it is final if the token is not valid.
     pub async fn user(&self, token: &str, peer: IpAddr) -> Result<Reviewed, Refused> {
         if token.is_empty() || token.len() > LONGEST || !token.bytes().all(|b| b.is_ascii_graphic()) {
             return Err(Refused::denied(Rule::IdentityToken, "expected a ServiceAccount token, found something else"));
         }
         let now = Instant::now();
         let cell = self.cell(sha256(token.as_bytes()), now);
-        // The one that asks pays, and so does each that asks again after a failure.
+        // Only the request that starts a review spends the peer's allowance, also when it repeats a failed review.
         let ask = || async {
             self.spend(peer, now)?;
             self.ask(token).await
@@ -102,7 +103,7 @@ impl Reviews {
         cell.get_or_try_init(ask).await.cloned()?.user
     }
 
-    /// The token's cell: filled, being filled, or new.
+    /// Returns the token's cell, which may be filled, in progress or new.
     fn cell(&self, key: [u8; 32], now: Instant) -> Arc<OnceCell<Verdict>> {
         let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(entry) = entries.get(&key)
@@ -125,7 +126,7 @@ impl Reviews {
         verdict
     }
 
-    /// Takes one review off the peer's allowance.
+    /// Spends one review of the peer's allowance.
     fn spend(&self, peer: IpAddr, now: Instant) -> Result<(), Refused> {
         let mut peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
         if peers.len() >= REMEMBERED {
@@ -170,13 +171,13 @@ impl Reviews {
     }
 }
 
-/// The user in a review's status: authenticated, and for our audience.
+/// Returns the user of a review's status, if it is authenticated for the gateway's audience.
 fn user_of(status: TokenReviewStatus) -> Result<Reviewed, Refused> {
     let refused = |reason: &str| Err(Refused::denied(Rule::IdentityToken, reason));
     if status.authenticated != Some(true) {
         return refused("the token is not valid for audience belay-gateway, has expired, or its pod is gone");
     }
-    // An API server that does not know audiences leaves the list empty: the token is then for somebody else.
+    // An API server that does not support audiences leaves the list empty, so the token may be for another audience.
     if !status.audiences.unwrap_or_default().iter().any(|a| a == AUDIENCE) {
         return refused("the token is valid, but not for audience belay-gateway");
     }
@@ -199,8 +200,8 @@ fn user_of(status: TokenReviewStatus) -> Result<Reviewed, Refused> {
     Ok(Reviewed { username, pod })
 }
 
-/// How long a good token is believed: until the `exp` that it claims, and no longer than [`GOOD_FOR`]. Its claims are
-/// not verified here; the API server has just done so.
+/// Returns how long a valid token is trusted: until the `exp` that it claims, and at most for [`GOOD_FOR`]. The claims are not verified
+/// here, because the API server has just done so.
 fn lifetime(token: &str, now: SystemTime) -> Duration {
     #[derive(serde::Deserialize)]
     struct Claims {
@@ -213,7 +214,7 @@ fn lifetime(token: &str, now: SystemTime) -> Duration {
         .and_then(|claims| serde_json::from_slice::<Claims>(&claims).ok())
         .map(|claims| claims.exp);
     let now = now.duration_since(UNIX_EPOCH).unwrap_or_default();
-    // A token without a readable expiry is asked about again soon.
+    // A token without a readable expiry is reviewed again soon.
     exp.map_or(BAD_FOR, |exp| Duration::from_secs(exp).saturating_sub(now)).min(GOOD_FOR)
 }
 

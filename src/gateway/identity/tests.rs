@@ -30,7 +30,7 @@ fn task() -> TaskFacts {
     TaskFacts { uid: "task-uid".into(), ending: false, finished: false, newest_attempt: 2 }
 }
 
-/// One thing that is changed from the good case.
+/// One change to the valid case.
 type Change = fn(&mut Reviewed, &mut Option<PodFacts>, &mut Option<TaskFacts>);
 
 fn decided(peer: &str, change: Change) -> Result<Standing, Rule> {

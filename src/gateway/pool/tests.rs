@@ -1,4 +1,4 @@
-//! A raw upstream that counts connections and requests, behind the gateway's own dialling and forwarding.
+//! A raw upstream that counts connections and requests, reached by the gateway's own dialling and forwarding.
 
 use std::{
     net::{IpAddr, Ipv4Addr},
@@ -31,18 +31,18 @@ const A: IpAddr = IpAddr::V4(Ipv4Addr::new(198, 51, 100, 20));
 const B: IpAddr = IpAddr::V4(Ipv4Addr::new(198, 51, 100, 21));
 const PRIVATE: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 0, 0, 5));
 
-/// What the upstream does with a request.
+/// The upstream's handling of a request.
 #[derive(Clone, Copy)]
 enum Reply {
     Keep,
-    /// Says that it stays for a second.
+    /// Announces a timeout of one second.
     Briefly,
     Challenge,
-    /// Ends the connection after the reply, without saying so.
+    /// Closes the connection after the reply, without announcing it.
     Leave,
-    /// Ends the connection without a reply.
+    /// Closes the connection without a reply.
     Vanish,
-    /// Promises more than it sends.
+    /// Announces a longer body than it sends.
     BreakOff,
 }
 
@@ -54,7 +54,7 @@ struct Upstream {
 }
 
 impl Upstream {
-    /// Answers by these in turn, then keeps.
+    /// Replies with these in turn, and then keeps the connection.
     async fn start(replies: &[Reply]) -> Arc<Self> {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let upstream = Arc::new(Self {
@@ -76,7 +76,7 @@ impl Upstream {
     async fn serve(self: Arc<Self>, mut stream: TcpStream) {
         let mut read = Vec::new();
         loop {
-            // Requests here have the body `x`, or none.
+            // Requests in these tests have the body `x` or none.
             while !read.windows(4).any(|w| w == b"\r\n\r\n") || (read.starts_with(b"POST") && !read.ends_with(b"x")) {
                 match stream.read_buf(&mut read).await {
                     Ok(0) | Err(_) => return,
@@ -137,7 +137,7 @@ impl Way {
         Self { dialer, names, pool: Arc::default(), upstream }
     }
 
-    /// One request, its reply read to the end, and a moment for the connection to come back.
+    /// Sends one request, reads its reply to the end, and waits a moment for the connection to return to the pool.
     async fn send(&self, method: Method, url: &str, body: &'static str) -> Result<String, Refused> {
         let request = Request::builder().method(method).body(full(body)).unwrap();
         let target = Target::parse(url).unwrap();
@@ -226,7 +226,7 @@ async fn another_name_port_or_scheme_is_another_connection() {
     way.send(Method::POST, "http://b.test/", "x").await.unwrap();
     way.send(Method::POST, "http://a.test:81/", "x").await.unwrap();
     assert_eq!(way.upstream.seen(), (3, 3));
-    // The upstream has no TLS: over the waiting connection in the clear it would have answered.
+    // The upstream has no TLS. Over the idle plain connection it would have replied.
     assert_eq!(way.send(Method::POST, "https://a.test:80/", "x").await.unwrap_err().rule, Rule::UpstreamTls);
 }
 

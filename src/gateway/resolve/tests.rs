@@ -6,7 +6,7 @@ use tokio::net::UdpSocket;
 
 use super::*;
 
-/// A name server that knows `known.test`, and counts.
+/// A name server that knows `known.test` and records its queries.
 async fn server() -> (SocketAddr, std::sync::Arc<std::sync::Mutex<Vec<String>>>) {
     let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
     let address = socket.local_addr().unwrap();
@@ -44,7 +44,7 @@ async fn asks_for_exactly_the_name_and_remembers_the_answer() {
     assert_eq!(dns.addresses(&known).await.unwrap(), expected);
     assert_eq!(dns.addresses(&known).await.unwrap(), expected);
     assert!(dns.addresses(&Hostname::parse("other.test").unwrap()).await.is_err());
-    // No search domain is tried, and `/etc/hosts` has nothing to say.
+    // No search domain is tried, and `/etc/hosts` is not used.
     assert!(dns.addresses(&Hostname::parse("single").unwrap()).await.is_err());
     let asked = asked.lock().unwrap();
     let names = ["known.test.", "other.test.", "single."];
@@ -53,10 +53,10 @@ async fn asks_for_exactly_the_name_and_remembers_the_answer() {
     assert!(asked.iter().any(|query| query == "known.test. AAAA"), "{asked:?}");
 }
 
-/// What a server answers to a question.
+/// The answer of a server to a query.
 type Answer = fn(&Name, RecordType, &mut Message);
 
-/// A name server that answers by this, over UDP and, where it says that the answer was cut short, over TCP.
+/// Starts a name server that answers with `answer` over UDP, and over TCP if it marks an answer as truncated.
 async fn answering(answer: Answer) -> SocketAddr {
     let tcp = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = tcp.local_addr().unwrap();
@@ -81,7 +81,7 @@ async fn answering(answer: Answer) -> SocketAddr {
                 let mut question = vec![0; length.into()];
                 stream.read_exact(&mut question).await.unwrap();
                 let mut message = reply(&question);
-                // Whoever asks over TCP gets all of it.
+                // Over TCP the answer is complete.
                 message.metadata.truncation = false;
                 let message = message.to_vec().unwrap();
                 let framed = [&u16::try_from(message.len()).unwrap().to_be_bytes()[..], &message].concat();
@@ -114,7 +114,7 @@ fn alias(owner: &Name, of: &str) -> Record {
     Record::from_rdata(owner.clone(), 60, RData::CNAME(of))
 }
 
-/// Aliases `n0.test`, `n1.test`, … so many after the first, and then the address.
+/// Adds this number of aliases after the first name, `n0.test`, `n1.test`, …, and then the address.
 fn chain(first: &Name, aliases: usize, message: &mut Message) {
     let mut owner = first.clone();
     for step in 0..aliases {
@@ -125,7 +125,7 @@ fn chain(first: &Name, aliases: usize, message: &mut Message) {
     message.answers.push(address(&owner, OWN));
 }
 
-/// What comes of it.
+/// The expected addresses.
 type Expected = Result<&'static [&'static str], ()>;
 
 const CASES: &[(&str, Answer, Expected)] = &[
@@ -434,7 +434,7 @@ async fn an_address_counts_only_for_its_owner() {
     for (case, answer, expected) in CASES {
         let dns = Dns::new(&[answering(*answer).await]).unwrap();
         let expected = expected.map(|all| all.iter().map(|one| one.parse().unwrap()).collect::<Vec<IpAddr>>());
-        // Asked twice: what is remembered is the same.
+        // Query twice, because the cached answer must be the same.
         for _ in 0..2 {
             let found = dns.addresses(&Hostname::parse("poison.test").unwrap()).await;
             assert_eq!(found.clone().map_err(|_| ()), expected, "{case}: {found:?}");
@@ -442,7 +442,7 @@ async fn an_address_counts_only_for_its_owner() {
     }
 }
 
-/// An answer to another question than ours is none: the right one, which comes after it, counts.
+/// An answer to another query is ignored. The right answer, which comes after it, counts.
 #[tokio::test]
 async fn an_answer_to_another_question_is_none() {
     let socket = UdpSocket::bind("127.0.0.1:0").await.unwrap();
@@ -474,13 +474,13 @@ async fn an_answer_to_another_question_is_none() {
         }
     });
     let dns = Dns::new(&[server]).unwrap();
-    // Long enough that its letters are not by chance all small.
+    // Long enough that case randomization does not leave all letters small by chance.
     let asked = Hostname::parse("a-name-of-many-letters-to-be-told-apart.test").unwrap();
     let found = dns.addresses(&asked).await;
     assert!(found.as_ref().map_or(true, |found| *found == [OWN.parse::<IpAddr>().unwrap()]), "{found:?}");
 }
 
-/// What a name server has not said is told in words, and not as the resolver's own structures print themselves.
+/// Errors of name servers are reported as plain text, and not in the debug format of the resolver.
 #[tokio::test]
 async fn why_there_is_no_answer_is_said_in_words() {
     let (address, _) = server().await;

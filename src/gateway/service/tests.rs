@@ -38,7 +38,7 @@ use crate::{
     policy::{config::Usage, egress::Blocked, hostname::Hostname},
 };
 
-/// An API server that knows the tokens `harness-<attempt>` and `operator`, fetches nothing, and counts its questions.
+/// An API server that knows the tokens `harness-<attempt>` and `operator`, has no objects, and counts reviews.
 #[derive(Default)]
 struct Api {
     reviews: AtomicUsize,
@@ -89,7 +89,7 @@ impl WriteUsage for Api {
     }
 }
 
-/// Nobody can be asked.
+/// Creates no ApprovalRequest.
 struct Nobody;
 
 impl Create for Nobody {
@@ -102,7 +102,7 @@ impl Create for Nobody {
     }
 }
 
-/// What the stores are filled through.
+/// The writers of the stores.
 struct Writers {
     pods: Writer<Lenient<k8s_openapi::api::core::v1::Pod>>,
     tasks: Writer<Lenient<AgentTask>>,
@@ -176,7 +176,7 @@ fn task() -> Value {
     })
 }
 
-/// The pretend internet's names.
+/// The names of the simulated internet.
 struct Names;
 
 impl Resolve for Names {
@@ -192,7 +192,7 @@ impl Resolve for Names {
     }
 }
 
-/// The pretend internet's wires: ports of 198.51.100.20 to local listeners.
+/// The network of the simulated internet: ports of 198.51.100.20 lead to local listeners.
 struct Wires(HashMap<u16, SocketAddr>);
 
 impl Connect for Wires {
@@ -211,11 +211,11 @@ struct World {
     writers: Writers,
     cluster: Arc<Cluster>,
     metrics: Metrics,
-    /// The harness for [`World::say`], once it has said something.
+    /// The harness for [`World::say`], after its first use.
     speaker: tokio::sync::Mutex<Option<Harness>>,
 }
 
-/// A certificate authority, and certificates for the gateway and the world.
+/// A certificate authority, which issues certificates for the gateway and the upstreams.
 struct Ca {
     issuer: rcgen::Issuer<'static, rcgen::KeyPair>,
     root: rustls::RootCertStore,
@@ -244,7 +244,7 @@ impl Ca {
     }
 }
 
-/// What the upstream saw.
+/// Describes the request that the upstream received.
 fn echo(request: &Request<Incoming>) -> Value {
     let headers: Vec<_> = request
         .headers()
@@ -254,10 +254,10 @@ fn echo(request: &Request<Incoming>) -> Value {
     json!({ "method": request.method().as_str(), "uri": request.uri().to_string(), "headers": headers })
 }
 
-/// The credential of the upstream of models.
+/// The credential of the model upstream.
 const SECRET: &str = "sk-live-9fQ2xZ7b-rT5mK1wE";
 
-/// Says what it is asked to say, in the way that it is asked for; `KEY` is the credential that came.
+/// Replies with the requested text in the requested way. `KEY` stands for the received credential.
 fn says(asked: &[u8], authorization: Option<&HeaderValue>) -> http::Result<Response<ReplyBody>> {
     let asked: Value = serde_json::from_slice(asked).unwrap_or_default();
     let asked = asked["messages"][0]["content"].as_str().unwrap_or_default();
@@ -288,7 +288,7 @@ fn says(asked: &[u8], authorization: Option<&HeaderValue>) -> http::Result<Respo
             reply.header("content-type", kind).body(body)
         }
         "broken events" | "broken" => {
-            // The last piece is followed by the end of the connection.
+            // The connection ends after the last piece.
             let kind = if asked["as"] == "broken" { "application/json" } else { "text/event-stream" };
             let reply = reply.header("content-type", kind);
             let reply = if asked["as"] == "broken" { reply.header("content-length", text.len() + 10) } else { reply };
@@ -313,7 +313,7 @@ fn says(asked: &[u8], authorization: Option<&HeaderValue>) -> http::Result<Respo
     }
 }
 
-/// The upstream: echoes, redirects, streams.
+/// The upstream: it echoes, redirects and streams.
 async fn upstream(request: Request<Incoming>) -> Result<Response<ReplyBody>, Infallible> {
     let path = request.uri().path().to_owned();
     let seen = echo(&request);
@@ -351,7 +351,7 @@ async fn upstream(request: Request<Incoming>) -> Result<Response<ReplyBody>, Inf
     Ok(reply.unwrap())
 }
 
-/// Serves the upstream over TLS or not; gives its address.
+/// Serves the upstream with or without TLS, and returns its address.
 async fn serve_upstream(tls: Option<Arc<rustls::ServerConfig>>) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
@@ -377,7 +377,7 @@ async fn serve_upstream(tls: Option<Arc<rustls::ServerConfig>>) -> SocketAddr {
     address
 }
 
-/// A port that sends back what it gets.
+/// Serves a port that echoes bytes.
 async fn serve_echo() -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
@@ -427,7 +427,7 @@ async fn world() -> World {
     put(&mut writers.namespaces, json!({ "metadata": { "name": "team", "labels": { "belay": "dev" } } }));
     put(
         &mut writers.secrets,
-        // The secret with an editor's newline, base64.
+        // The secret with the newline that an editor adds, in base64.
         json!({ "metadata": { "namespace": "belay-system", "name": "models" }, "data": { "token": BASE64_STANDARD.encode(format!("{SECRET}\n")) } }),
     );
 
@@ -478,7 +478,7 @@ impl World {
         TlsConnector::from(Arc::new(config)).connect(name, stream).await.unwrap()
     }
 
-    /// One request on a connection of its own.
+    /// Sends one request on a new connection.
     async fn send(&self, request: Request<Full<Bytes>>) -> Response<Incoming> {
         let io = TokioIo::new(self.connect("http/1.1").await);
         let (mut sender, connection) = hyper::client::conn::http1::handshake(io).await.unwrap();
@@ -486,13 +486,13 @@ impl World {
         sender.send_request(request).await.unwrap()
     }
 
-    /// Has the upstream of models say something in some way, over the model channel.
+    /// Has the model upstream reply with a text in some way.
     async fn say(&self, say: &str, how: &str) -> Response<Incoming> {
         let request = self.asked(say, how).await;
         self.send(request).await
     }
 
-    /// The same over HTTP/2, as a harness asks.
+    /// Does the same over HTTP/2, as a harness does.
     async fn say_over_http2(&self, say: &str, how: &str) -> Response<Incoming> {
         let (mut parts, body) = self.asked(say, how).await.into_parts();
         parts.uri = format!("https://{}{}", wire::SERVER_NAME, wire::FORWARD).parse().unwrap();
@@ -504,13 +504,13 @@ impl World {
         sender.send_request(Request::from_parts(parts, body)).await.unwrap()
     }
 
-    /// A request that has the upstream of models say something in some way.
+    /// Returns a request that has the model upstream reply with a text in some way.
     async fn asked(&self, say: &str, how: &str) -> Request<Full<Bytes>> {
         let url = "https://models.world.test/v1/chat/completions";
         let asked = json!({ "say": say, "as": how }).to_string();
         let messages = json!([{ "role": "user", "content": asked }]);
         let asked = json!({ "model": "m", "max_completion_tokens": 1, "messages": messages }).to_string();
-        // An intent is good for one request with one body.
+        // An intent authorizes one request with one body.
         let mut speaker = self.speaker.lock().await;
         let speaker = match &mut *speaker {
             Some(speaker) => speaker,
@@ -538,7 +538,7 @@ impl World {
         if status == StatusCode::OK { Ok(serde_json::from_slice(&body).unwrap()) } else { Err(rule.unwrap()) }
     }
 
-    /// Opens the log as the harness of attempt 1 does, and records these intents.
+    /// Opens the log as the harness of attempt 1, and records these events.
     async fn harness(&self, events: Vec<RecordEvent>) -> Harness {
         let compiled = self.cluster.compiled(&testing::principal(1)).unwrap();
         let open = OpenRequest { attempt: 1, policy_digest: compiled.digest.clone() };
@@ -557,7 +557,7 @@ impl World {
         self.send(call(channel, url, intent).body(Full::from("hello")).unwrap()).await
     }
 
-    /// A tunnel, or the rule that refused it.
+    /// Opens a tunnel, or returns the rule that denied it.
     async fn tunnel(&self, to: &str, intent: u64) -> Result<TokioIo<hyper::upgrade::Upgraded>, Rule> {
         let request = Request::builder()
             .method("CONNECT")
@@ -594,7 +594,7 @@ fn call(channel: &str, url: &str, intent: u64) -> http::request::Builder {
         .header(wire::INTENT, intent)
 }
 
-/// So many intents for the agent's own traffic to a host.
+/// Returns this number of intents for the agent's own traffic to a host.
 fn direct(to: &str, many: u64) -> Vec<RecordEvent> {
     (1..=many).map(|n| testing::intent(&n.to_string(), Channel::Egress, to, 0)).collect()
 }
@@ -647,12 +647,12 @@ async fn a_tool_call_goes_out_as_itself_and_without_our_headers() {
     }
 }
 
-/// One request an intent, whatever leaves by it.
+/// An intent authorizes one request on every channel.
 mod once;
-/// Tokens that are bound to pods of others.
+/// Tokens that are bound to pods that belong to no attempt.
 mod strangers;
 
-/// While its outcome is not in the log yet, too.
+/// Also while the outcome is not in the log yet.
 #[tokio::test]
 async fn a_call_that_changes_something_is_sent_once() {
     let world = world().await;
@@ -693,7 +693,7 @@ async fn an_intent_carries_its_own_message_to_an_mcp_server_and_no_other() {
     }
 }
 
-/// The pack has a bucket for what outlives a pod; without, nothing is kept.
+/// Results are stored only if the pack has a state bucket.
 #[tokio::test]
 async fn what_an_idempotent_call_answered_is_kept_for_the_tasks_own_attempts() {
     let mut world = world().await;
@@ -728,7 +728,7 @@ async fn what_an_idempotent_call_answered_is_kept_for_the_tasks_own_attempts() {
     }
     let other = world.post("operator", wire::RESULT_GET, &get("a", &digest)).await;
     assert!(other.is_err(), "a result is its task's alone: {other:?}");
-    // A task that undoes nothing is given no arguments of what undoes.
+    // A task that is not a rollback gets no arguments of compensations.
     let undo = world.post("harness-1", wire::STATE_GET, &get("a", &digest)).await;
     assert_eq!(undo, Err(Rule::ToolRollback));
 
@@ -755,7 +755,7 @@ async fn a_model_call_gets_its_credential_and_the_caller_never_sees_it() {
     assert_eq!((reply.status(), rule(&reply)), (StatusCode::BAD_GATEWAY, Some(Rule::UpstreamCredential)));
 }
 
-/// What comes of a reply: its status and rule, the pieces of its body, and why it ended before it was over.
+/// Returns the status and the rule of a reply, the pieces of its body, and whether it ended early.
 async fn came(reply: Response<Incoming>) -> (u16, Option<Rule>, Vec<Bytes>, bool) {
     let (status, rule) = (reply.status().as_u16(), rule(&reply));
     let (mut body, mut pieces) = (reply.into_body(), Vec::new());
@@ -784,25 +784,25 @@ async fn a_reply_that_repeats_the_credential_is_withheld_whatever_part_of_it_doe
         let (status, rule, pieces, _) = came(world.say(say, how).await).await;
         assert_eq!((status, rule), (403, Some(Rule::UpstreamSecret)), "{how}");
         assert!(!String::from_utf8_lossy(&pieces.concat()).contains("sk-live"), "{how}");
-        // The control: another text in the same place passes.
+        // The control: another text in the same place is passed on.
         let other = say.replace("KEY", "sk-live-9fQ2xZ7b-rT5mK1wF");
         let (status, rule, pieces, broke) = came(world.say(&other, how).await).await;
         assert_eq!((rule, broke), (None, false), "{how}: {status} {pieces:?}");
         eventually(|| world.incidents().iter().any(|i| i["rule"] == "upstream.secret")).await;
     }
     let world = world().await;
-    // What cannot be looked through is withheld, too; trailers go nowhere.
+    // A reply that cannot be searched is withheld, too. Trailers are not passed on.
     for how in ["gzip", "gzip unsaid"] {
         assert_eq!(rule(&world.say("x", how).await), Some(Rule::UpstreamReply), "{how}");
     }
     let (status, _, pieces, broke) = came(world.say("KEY", "trailer").await).await;
     assert_eq!((status, pieces.concat(), broke), (200, b"{}".to_vec(), false));
-    // What a stream has passed on cannot be taken back; it ends where the credential is.
+    // Events that were passed on cannot be taken back. The stream ends before the credential.
     let (status, _, pieces, broke) = came(world.say("data: a\n\n|data: KEY\n\n|data: b\n\n", "events").await).await;
     assert_eq!((status, pieces.concat(), broke), (200, b"data: a\n\n".to_vec(), true));
 }
 
-/// All that has come of a reply reaches whoever asked, however soon it ends after that, and over HTTP/2 why it has ended.
+/// The caller gets all bytes of a reply that have arrived, even if it ends right after them, and over HTTP/2 the reason of the end.
 #[tokio::test]
 async fn what_came_of_a_reply_that_ends_early_is_passed_on_and_why_it_ended_is_told() {
     let world = world().await;
@@ -811,7 +811,7 @@ async fn what_came_of_a_reply_that_ends_early_is_passed_on_and_why_it_ended_is_t
         ("", "broken events", "", Some("broke-off")),
         ("{\"a\":", "broken", "{\"a\":", Some("broke-off")),
         ("data: a\n\n|data: KEY\n\n|data: b\n\n", "events", "data: a\n\n", Some("repeated")),
-        // The control: one that is whole.
+        // The control: a complete reply.
         ("data: a\n\n|data: b\n\n", "events", "data: a\n\ndata: b\n\n", None),
         ("{}", "body", "{}", None),
     ] {
@@ -838,7 +838,7 @@ async fn what_came_of_a_reply_that_ends_early_is_passed_on_and_why_it_ended_is_t
     }
 }
 
-/// Whoever could go on to have the right guess among others found out is stopped.
+/// A pod that could go on to guess a credential gets no more credentials.
 #[tokio::test]
 async fn a_pod_whose_replies_repeat_a_credential_has_none_any_more() {
     let world = world().await;
@@ -850,7 +850,7 @@ async fn a_pod_whose_replies_repeat_a_credential_has_none_any_more() {
     assert_eq!((reply.status(), rule(&reply)), (StatusCode::FORBIDDEN, Some(Rule::UpstreamCredential)));
 }
 
-/// Over real sockets: a prompt that ends like the credential comes back as any other does.
+/// Over real sockets, a prompt that contains the beginning of the credential is echoed like any other.
 #[tokio::test]
 async fn what_begins_like_the_credential_comes_back_as_anything_else() {
     let world = world().await;
@@ -956,7 +956,7 @@ async fn a_tightened_pack_tells_at_once() {
     assert!(world.forward("egress", "https://docs.world.test/", 1).await.status().is_success());
     put(&mut world.writers.packs, pack(2, &[]));
     assert_eq!(rule(&world.forward("egress", "https://docs.world.test/", 1).await), Some(Rule::EgressHost));
-    // A pack that cannot be read is none.
+    // A pack that cannot be decoded counts as absent.
     let broken = json!({ "metadata": { "name": "dev", "uid": "pack", "generation": 3 }, "spec": { "environment": 7 } });
     put(&mut world.writers.packs, broken);
     let reply = world.forward("egress", "https://docs.world.test/", 1).await;
@@ -976,14 +976,14 @@ async fn identity_follows_the_pods() {
     }
     let two = call("egress", url, 1).header("authorization", "Bearer harness-1");
     assert_eq!(rule(&world.send(two.body(Full::default()).unwrap()).await), Some(Rule::IdentityToken));
-    // The operator's token opens one door, and a harness's all but that one.
+    // The operator's token may only seal logs, and a harness's token may do everything else.
     let mut request = call("egress", url, 1).body(Full::default()).unwrap();
     request.headers_mut().insert("authorization", "Bearer operator".parse().unwrap());
     assert_eq!(rule(&world.send(request).await), Some(Rule::IdentityToken));
     let seal = testing::seal_request();
     assert_eq!(world.post("harness-1", wire::LOG_SEAL, &seal).await, Err(Rule::IdentityToken));
 
-    // A45: the token of a pod at another address.
+    // A45: a token that is presented from an address that is not its pod's.
     put(&mut world.writers.pods, pod(1, "10.244.0.9"));
     assert_eq!(rule(&world.forward("egress", url, 1).await), Some(Rule::IdentitySource));
     assert_eq!(rule(&world.forward("egress", url, 1).await), Some(Rule::IdentitySource));
@@ -993,7 +993,7 @@ async fn identity_follows_the_pods() {
     assert_eq!((&told[0]["peer"], &told[0]["podUid"]), (&json!("127.0.0.1"), &json!("pod-1")));
     assert!(world.bucket.keys().iter().any(|key| key.starts_with(&format!("team/t/{UID}/incidents/"))));
 
-    // The next attempt shuts the first out, and a deleted pod is nobody at once.
+    // The next attempt shuts out the first, and a deleted pod is not identified any more.
     put(&mut world.writers.pods, pod(1, "127.0.0.1"));
     assert!(world.forward("egress", url, 2).await.status().is_success());
     put(&mut world.writers.pods, pod(2, "127.0.0.1"));
@@ -1057,7 +1057,7 @@ async fn tunnels_carry_bytes_and_on_443_only_tls_for_their_host() {
     drop(tunnel);
     eventually(|| world.metrics.tunnels.get() == 0).await;
 
-    // TLS end to end: the gateway sees the ClientHello and no more.
+    // TLS is end to end: the gateway sees only the ClientHello.
     let agent = |name: &'static str| {
         let config = rustls::ClientConfig::builder().with_root_certificates(world.ca.clone()).with_no_client_auth();
         (TlsConnector::from(Arc::new(config)), ServerName::try_from(name).unwrap())
@@ -1070,7 +1070,7 @@ async fn tunnels_carry_bytes_and_on_443_only_tls_for_their_host() {
     let _ = stream.read_to_string(&mut page).await;
     assert!(page.starts_with("HTTP/1.1 200"), "{page}");
 
-    // A37: another name; A39, A40: no TLS at all; and nothing of it reaches the upstream.
+    // A37: another name. A39, A40: not TLS. None of the bytes reaches the upstream.
     let (tls, name) = agent("models.world.test");
     let tunnel = world.tunnel("docs.world.test:443", 5).await.unwrap();
     assert!(tls.connect(name, tunnel).await.is_err());
@@ -1119,7 +1119,7 @@ async fn a_tunnel_ends_with_its_pod_and_with_its_permission() {
     }
 }
 
-/// Raw bytes to the gateway, and what comes back.
+/// Sends raw bytes to the gateway and returns the reply.
 async fn raw(world: &World, bytes: &[u8]) -> String {
     let mut stream = world.connect("http/1.1").await;
     stream.write_all(bytes).await.unwrap();
@@ -1150,12 +1150,12 @@ async fn malformed_connects_are_refused() {
         let reply = raw(&world, format!("CONNECT {line} HTTP/1.1\r\n{host}{head}\r\n").as_bytes()).await;
         assert!(reply.starts_with("HTTP/1.1 40"), "{name}: {reply}");
     }
-    // What the library refused before there was a request is counted, and told of.
+    // What the library rejected before there was a request is counted and reported.
     let misheard = world.metrics.requests.with_label_values(&["other", "denied", "request.malformed"]);
     eventually(|| misheard.get() >= 3).await;
     let told = |incident: &Value| incident["rule"] == "request.malformed";
     eventually(|| world.incidents().iter().any(told)).await;
-    // A58: a head without an end.
+    // A58: a head that is too long.
     let long = format!("GET / HTTP/1.1\r\nx: {}\r\n\r\n", "y".repeat(200 << 10));
     let reply = raw(&world, long.as_bytes()).await;
     assert!(reply.is_empty() || reply.starts_with("HTTP/1.1 4"), "{reply}");

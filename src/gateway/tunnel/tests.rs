@@ -29,11 +29,11 @@ async fn opened(bytes: &[u8], port: u16) -> Result<Vec<u8>, Rule> {
 async fn on_443_a_tunnel_starts_with_a_hello_for_its_host() {
     let good = hello("docs.world.test");
     assert_eq!(opened(&good, 443).await.unwrap(), good);
-    // What follows in the same piece is passed on, too.
+    // Bytes after the ClientHello in the same piece are passed on, too.
     let more = [good.clone(), b"early".to_vec()].concat();
     assert_eq!(opened(&more, 443).await.unwrap(), more);
     assert_eq!(opened(&hello("DOCS.world.test"), 443).await.map(|_| ()), Ok(()));
-    // A37: another name. A38: none, as for an address. A39, A40: no TLS.
+    // A37: another name. A38: no name, because the host is an address. A39, A40: not TLS.
     for bad in [
         hello("evil.world.test"),
         hello("198.51.100.20"),
@@ -42,7 +42,7 @@ async fn on_443_a_tunnel_starts_with_a_hello_for_its_host() {
         b"SSH-2.0-x\r\n".to_vec(),
         vec![0; 100_000],
         good[..good.len() - 1].to_vec(),
-        // A record that promises more than it is allowed to hold.
+        // A record that announces more bytes than it may contain.
         [&[0x16, 3, 1, 0xff, 0xff][..], &[1; 70_000]].concat(),
     ] {
         assert_eq!(opened(&bad, 443).await, Err(Rule::EgressHost));

@@ -33,7 +33,7 @@ fn unpack(packing: Packing, packed: Vec<u8>) -> Result<Vec<u8>, String> {
 }
 
 proptest! {
-    /// Whatever is packed comes out, in whatever pieces it comes.
+    /// Compressed text is restored, whatever pieces it arrives in.
     #[test]
     fn what_was_packed_comes_out(
         text in proptest::collection::vec(any::<u8>(), 0..5_000),
@@ -45,7 +45,7 @@ proptest! {
             1 => (zlib(&text), Packing::Deflate),
             _ => (raw(&text), Packing::Deflate),
         };
-        // Bare DEFLATE that looks like zlib's is not told apart, and no server's first block does.
+        // Bare DEFLATE that looks like zlib is not recognized, and no first block that a server writes looks so.
         prop_assume!(packing == Packing::Gzip || packed[0] & 0x0f != 8 || packed[0] == 0x78);
         let pieces: Vec<_> = packed.chunks(piece).map(|piece| Ok::<_, std::io::Error>(Frame::data(Bytes::copy_from_slice(piece)))).collect();
         let body = Unpacked::new(StreamBody::new(futures::stream::iter(pieces)), packing);
@@ -73,7 +73,7 @@ fn nothing_is_nothing_and_members_follow_each_other() {
     assert_eq!(unpack(Packing::Gzip, [gzip(b"a"), gzip(b"b")].concat()).unwrap(), b"ab");
 }
 
-/// 80 MiB in 80 KiB: what comes at a time is short, and it ends where it is too long.
+/// 80 KiB become 80 MiB. Each piece is short, and the body ends with an error when it is too long.
 #[tokio::test]
 async fn a_bomb_is_short_at_any_time_and_ends() {
     for (of, ends) in [(LARGEST / 2, false), (LARGEST + 1, true)] {
@@ -91,7 +91,7 @@ async fn a_bomb_is_short_at_any_time_and_ends() {
     }
 }
 
-/// Each event of a stream that is packed as it comes is there as soon as its bytes are.
+/// Each event of a compressed stream is available as soon as its bytes have arrived.
 #[tokio::test]
 async fn events_do_not_wait_for_each_other() {
     let (sender, receiver) = futures::channel::mpsc::unbounded();

@@ -1,7 +1,7 @@
 use super::*;
 use crate::gateway::testing;
 
-/// Remembers what was written.
+/// Records what was written.
 #[derive(Default)]
 struct Written(Mutex<Vec<Usage>>);
 
@@ -36,7 +36,7 @@ async fn a_running_task_is_written_once_at_half_of_a_limit() {
         status.running(&task(None), calls(n)).await;
     }
     assert_eq!(*written.0.lock().unwrap(), [calls(2)]);
-    // Another replica has written it.
+    // Another replica has written the usage.
     let other = UsageStatus::new(written.clone(), testing::metrics());
     other.running(&task(Some(calls(2))), calls(3)).await;
     assert_eq!(written.0.lock().unwrap().len(), 1);

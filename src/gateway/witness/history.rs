@@ -1,9 +1,11 @@
-//! What a log says so far, and what may come next: a tree, the state of its task, and what the gateway has to know of it besides.
+//! The state of a log and the checks of its next segment: the Merkle tree, the state of the task, and what else the gateway needs from the
+//! log.
 //!
-//! Guarantees: [`History::extended`] takes an unbroken tree, the attempt's own signature, and records that break none of the
-//! [rules](crate::evidence::state::rule) that the witness asks: whatever it takes, and docs/evidence-format.md asks for, verifies, but for
-//! what the table of rules leaves to the verifier. Non-goals: repair, as a segment holds whole or not at all; judging what the gateway judges
-//! before a call leaves.
+//! Guarantees: [`History::extended`] accepts a segment only if the tree is unbroken, the attempt has signed it, and its records violate
+//! none of the [rules](crate::evidence::state::rule) that the witness checks. A log that it accepts is valid by docs/evidence-format.md,
+//! except for the rules that the table of rules leaves to the verifier.
+//!
+//! Non-goals: repair, because a segment is accepted as a whole or not at all; the checks that the gateway makes before a call leaves.
 
 use std::sync::Arc;
 
@@ -27,43 +29,43 @@ use crate::{
 
 pub use crate::evidence::state::{IntentFacts, Undoes};
 
-/// Records in one segment: it is checked under the log's lock.
+/// Maximum number of records in one segment, because a segment is checked under the log's lock.
 const RECORDS: usize = 4096;
 
-/// What the log says of a call that people are asked about.
+/// The state of the log before a call that needs approval.
 #[derive(Clone, Copy, Debug)]
 pub struct Before {
-    /// How many calls like it were made by an approval.
+    /// Number of calls like it that an approval has allowed.
     pub made: i64,
     /// The counters.
     pub usage: Usage,
-    /// The most sensitive data that the task has handled.
+    /// The highest sensitivity of data that the task has handled.
     pub seen: Sensitivity,
 }
 
-/// A log, as far as its next segment is judged by it.
+/// The state of a log, as far as the checks of its next segment need it.
 #[derive(Clone, Debug)]
 pub struct History {
     origin: Arc<str>,
     tree: Tree,
     state: TaskState,
-    /// Counts `attempt.opened` and `task.closed`: who signs changes with them.
+    /// Number of `attempt.opened` and `task.closed` records. The signer changes with each of them.
     incarnation: u64,
     refused: Refusals,
-    /// When the attempt was first opened, and when it wrote its newest record, by its own clock.
+    /// When the attempt first opened the log and when it wrote its newest record, by its own clock.
     lasted: Option<(Timestamp, Timestamp)>,
-    /// How the attempt was closed; none before it is.
+    /// The reason of the attempt's `attempt.closed`, if there is one.
     parting: Option<Arc<str>>,
     /// How the task ended.
     outcome: Option<Arc<TaskClosed>>,
-    /// The class of the task, empty without.
+    /// The task class, empty if the task has none.
     task_class: Arc<str>,
-    /// Whether any attempt had tools whose calls are undone by calls.
+    /// Whether any attempt had tools with a compensation.
     undoable: bool,
 }
 
 impl History {
-    /// The log with this origin line, before its first record.
+    /// Returns the log with this origin line, before its first record.
     pub fn new(origin: &str) -> Self {
         Self {
             origin: origin.into(),
@@ -79,49 +81,49 @@ impl History {
         }
     }
 
-    /// Asks for one rule no more.
+    /// Disables the check of one rule.
     #[cfg(test)]
     pub(crate) fn switch_off(&mut self, rule: crate::evidence::state::LogRule) {
         self.state = self.state.clone().without(rule);
     }
 
-    /// The tree.
+    /// Returns the tree.
     pub fn tree(&self) -> &Tree {
         &self.tree
     }
 
-    /// The state of the task.
+    /// Returns the state of the task.
     pub fn state(&self) -> &TaskState {
         &self.state
     }
 
-    /// What was refused.
+    /// Returns the numbers of denials.
     pub fn refused(&self) -> Refusals {
         self.refused
     }
 
-    /// The class of the task, empty without.
+    /// Returns the task class, empty if the task has none.
     pub fn task_class(&self) -> Arc<str> {
         self.task_class.clone()
     }
 
-    /// Who signs the log's end, by their number: another harness, though it be of the same attempt, is another.
+    /// Returns the number of the signer of the log's end. Another harness is another signer, even within the same attempt.
     pub fn incarnation(&self) -> u64 {
         self.incarnation
     }
 
-    /// How the task ended, once its log is sealed.
+    /// Returns how the task ended, once its log is sealed.
     pub fn outcome(&self) -> Option<TaskClosed> {
         self.outcome.as_deref().cloned()
     }
 
-    /// Whether any attempt had tools whose calls are undone by calls.
+    /// Returns whether any attempt had tools with a compensation.
     pub fn undoable(&self) -> bool {
         self.undoable
     }
 
-    /// What the log is to be sealed with, where whoever seals it says this of its last attempt. What was presumed is borne out by the log or
-    /// is not known; and where the log says otherwise, it is not known either.
+    /// Returns the `task.closed` to seal the log with, given what the caller says about the last attempt. An end that the caller only
+    /// presumes becomes unknown unless the log confirms it. An end that the log contradicts becomes unknown, too.
     pub fn verdict(&self, closed: TaskClosed, attempt: i64, presumed: bool) -> TaskClosed {
         let of_it = attempt == self.state.attempt();
         let parting = self.parting.as_deref().filter(|_| of_it && !self.state.is_open());
@@ -131,24 +133,24 @@ impl History {
         closed.borne_out(presumed, of_it, parting, time_over)
     }
 
-    /// What there was before a call that people are asked about.
+    /// Returns the state of the log before a call that needs approval.
     pub fn before(&self, call: &Exact) -> Before {
         Before { made: self.state.approvals().made(call), usage: self.state.usage(), seen: self.state.seen() }
     }
 
-    /// The log with this segment at its end.
+    /// Returns the log extended by this segment.
     ///
     /// # Errors
-    /// [`Rule::LogSegment`] and others, by the first thing that does not hold.
+    /// Returns [`Rule::LogSegment`] or another rule, for the first check that fails.
     pub fn extended(&self, segment: &Segment) -> Result<Self, Refused> {
         let records = segment.decode().map_err(|e| broken(e.to_string()))?;
         self.extended_by(segment, &records)
     }
 
-    /// The log with this segment, whose records these are, at its end.
+    /// Returns the log extended by this segment, whose decoded records are `records`.
     ///
     /// # Errors
-    /// As [`History::extended`].
+    /// See [`History::extended`].
     pub fn extended_by(&self, segment: &Segment, records: &[Record]) -> Result<Self, Refused> {
         if self.state.has_ended() {
             return Err(Refused::denied(Rule::TaskClosed, "the task has ended: its log takes no more records"));
@@ -179,7 +181,7 @@ impl History {
         Ok(next)
     }
 
-    /// The attempt signed what the harness wrote, and nobody else anything; cosignatures are the witness's business.
+    /// Verifies the attempt's signature on the harness's records. A segment of the gateway needs none. The witness verifies cosignatures.
     fn signed(&self, segment: &Segment, writer: Actor) -> Result<(), Refused> {
         if writer == Actor::Gateway {
             return Ok(());
@@ -200,7 +202,7 @@ impl History {
         Ok(())
     }
 
-    /// Remembers what the gateway has to know of a record, by the state before it.
+    /// Updates what else the gateway needs from the log. Must run before the state applies the record.
     fn follow(&mut self, record: &Record) {
         let time = fits::time(&record.time).unwrap_or(Timestamp::UNIX_EPOCH);
         match &record.event {

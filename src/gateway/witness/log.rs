@@ -1,8 +1,10 @@
-//! One log in memory: what its bucket is known to have, and the segments that are on their way there.
+//! One log in memory: the records that its bucket is known to have, and the segments that are queued for the bucket.
 //!
-//! Promises: segments go to the bucket in the order in which they were taken, several of them in one object; what was taken is let
-//! go of only when it lies there, or when the bucket has gone another way, of which whoever waits is told. Those that nobody
-//! waits for wait for each other, for [`LINGER`]. Refuses: taking more than [`RECORDS`], [`BYTES`] or [`SEGMENTS`] ahead of the bucket.
+//! Guarantees: segments are stored in the order in which they were taken, several of them in one object. A segment is dropped from memory
+//! only when it is in the bucket, or when the bucket has another segment in its position; waiting requests are told so. Segments that no
+//! request waits for are delayed by up to [`LINGER`], so that they are stored together.
+//!
+//! Rejects: segments beyond [`RECORDS`], [`BYTES`] or [`SEGMENTS`] ahead of the bucket.
 //!
 //! ```text
 //! hold ─▶ held, held, held ─▶ batch ─▶ (put) ─▶ advance
@@ -26,48 +28,48 @@ use tokio::{
 use super::History;
 use crate::{evidence::segment::Segment, gateway::refusal::Refused, policy::rule::Rule};
 
-/// Records of one log that may be on their way: what a segment may have.
+/// Maximum number of queued records of one log: the maximum of a segment.
 const RECORDS: usize = 4096;
-/// Their bytes. One segment may always be on its way.
+/// Maximum number of their bytes. One segment is always accepted.
 const BYTES: usize = 4 << 20;
-/// Segments on their way: with each a whole [`History`] is kept.
+/// Maximum number of queued segments, because a whole [`History`] is kept with each of them.
 const SEGMENTS: usize = 64;
-/// So many do not wait for others any more.
+/// Number of queued segments from which on they are stored without delay.
 const ENOUGH: usize = 16;
-/// For so long reads and model calls may leave by what is on its way.
+/// Maximum age of the oldest queued segment for reads and model calls to leave by queued intents.
 const OLDEST: Duration = Duration::from_secs(5);
 
-/// How long a segment waits for others for which nobody waits, as a read does not: each put costs, in time and in money.
+/// Maximum delay of a segment that no request waits for, such as that of a read, because each object costs time and money.
 const LINGER: Duration = Duration::from_millis(250);
 
-/// How long a call waits for its intent to be taken.
+/// How long a call waits until its intent is taken.
 const ARRIVAL: Duration = Duration::from_millis(100);
 
-/// Intents that are remembered to have been used, before those are forgotten that the log no longer knows: more than it knows.
+/// Maximum number of used intents in memory, before those that the log no longer knows are removed. It is more than the log knows.
 pub const SENT: usize = 8192;
 
-/// What has left by one intent.
+/// The use of one intent.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Sent {
-    /// How many requests.
+    /// Number of requests that left.
     pub times: u32,
-    /// One was not counted, because its upstream had done nothing.
+    /// Whether one request was not counted because its upstream did nothing.
     pub again: bool,
 }
 
 /// One log.
 #[derive(Default)]
 pub struct Log {
-    /// What has left, by its intents.
+    /// Used intents, by sequence number.
     pub sent: Mutex<HashMap<u64, Sent>>,
-    /// Whoever holds it may take a segment, or look for what other replicas have stored.
+    /// The writer's lock. Its holder may take a segment or look for segments of other replicas.
     pub writer: tokio::sync::Mutex<()>,
     state: Mutex<State>,
     progress: watch::Sender<Progress>,
-    /// Records that somebody waits for to be in the bucket.
+    /// Number of records that requests wait for to be in the bucket.
     wanted: AtomicU64,
     hurry: Notify,
-    /// The newest attempt of which records have lost their place.
+    /// The newest attempt whose records have lost their position.
     forked: AtomicI64,
 }
 
@@ -77,11 +79,11 @@ struct State {
     /// The newest checkpoint in the bucket, cosigned.
     checkpoint: String,
     held: VecDeque<Held>,
-    /// Somebody puts what is held.
+    /// Whether a task is storing the held segments.
     storing: bool,
 }
 
-/// A segment on its way, and the log after it.
+/// A queued segment, and the log after it.
 struct Held {
     segment: Segment,
     after: Arc<History>,
@@ -100,39 +102,39 @@ impl Held {
     }
 }
 
-/// What whoever waits for a segment is told.
+/// The progress of a log, as waiting requests see it.
 #[derive(Clone, Debug, Default)]
 struct Progress {
-    /// Records that have been taken.
+    /// Number of records that have been taken.
     newest: u64,
-    /// Records in the bucket.
+    /// Number of records in the bucket.
     stored: u64,
-    /// How often segments that were held were given up: the bucket has gone another way.
+    /// How often held segments were dropped because the bucket has another segment in their position.
     lost: u64,
-    /// How often a put has failed, and why the last time.
+    /// Number of failed attempts to store a segment, and the last failure.
     failed: (u64, Option<Refused>),
 }
 
-/// Segments that become one object.
+/// Segments that are stored as one object.
 pub struct Batch {
-    /// Them, under the last one's checkpoint.
+    /// The joined segment, with the checkpoint of the last one.
     pub segment: Segment,
-    /// The log after them.
+    /// The log after it.
     pub after: Arc<History>,
 }
 
-/// Whether a segment is among those on their way.
+/// Whether a segment is queued.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Among {
-    /// This very one.
+    /// The same segment is queued.
     Same,
-    /// Another one is in its place.
+    /// Another segment is queued in its position.
     Other,
-    /// None is in its place.
+    /// No segment is queued in its position.
     None,
 }
 
-/// The bucket has gone another way than the segments that were held.
+/// Another replica stored a different segment at this position.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Lost;
 
@@ -141,23 +143,23 @@ impl Log {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The log with all that has been taken.
+    /// Returns the log with all segments that have been taken.
     pub fn newest(&self) -> Option<Arc<History>> {
         let state = self.state();
         state.held.back().map(|held| held.after.clone()).or_else(|| state.stored.clone())
     }
 
-    /// The log as the bucket is known to have it.
+    /// Returns the log as the bucket is known to have it.
     pub fn stored(&self) -> Option<Arc<History>> {
         self.state().stored.clone()
     }
 
-    /// The newest checkpoint that is known to be in the bucket.
+    /// Returns the newest checkpoint that is known to be in the bucket.
     pub fn checkpoint(&self) -> String {
         self.state().checkpoint.clone()
     }
 
-    /// Whether a segment is on its way.
+    /// Returns whether a segment is queued.
     pub fn among(&self, segment: &Segment) -> Among {
         let state = self.state();
         let Some(held) = state.held.iter().find(|held| held.end() > segment.first) else { return Among::None };
@@ -169,10 +171,10 @@ impl Log {
         }
     }
 
-    /// Takes a segment, after which the log is `after`; says whether nobody puts them so far, and the caller has to.
+    /// Queues a segment, after which the log is `after`. Returns whether the caller must start storing, because no task does so.
     ///
     /// # Errors
-    /// [`Rule::Busy`] if too much is on its way.
+    /// Returns [`Rule::Busy`] if too much is queued.
     pub fn hold(&self, segment: Segment, after: History) -> Result<bool, Refused> {
         let mut state = self.state();
         let held = Held::new(segment, after);
@@ -191,13 +193,13 @@ impl Log {
         Ok(starts)
     }
 
-    /// Waits a moment for a record that is not there yet: a call may be as fast as its intent.
+    /// Waits a moment for a record that is not there yet, because a call may arrive before its intent.
     pub async fn arrival(&self, seq: u64) {
         let mut progress = self.progress.subscribe();
         let _ = tokio::time::timeout(ARRIVAL, progress.wait_for(|now| now.newest.max(now.stored) > seq)).await;
     }
 
-    /// Waits until somebody waits for the next segment, or it has waited long enough for others.
+    /// Waits until the first queued segment is due: a request waits for it, enough segments are queued, or it has waited for `LINGER`.
     pub async fn due(&self) {
         loop {
             let (since, first, count) = {
@@ -215,8 +217,8 @@ impl Log {
         }
     }
 
-    /// The next object: as many of the segments that are held as go into one. Nothing once there are none: another [`Log::hold`] will say
-    /// that nobody puts them.
+    /// Returns the next object: as many queued segments as one object may have. Returns `None` if there are none; the next [`Log::hold`]
+    /// then tells its caller to start storing.
     pub fn batch(&self) -> Option<Batch> {
         let mut state = self.state();
         let Some(first) = state.held.front() else {
@@ -241,7 +243,7 @@ impl Log {
         Some(batch)
     }
 
-    /// The log as it was found in the bucket by somebody who knew nothing of it.
+    /// Sets the log as it was rebuilt from the bucket, unless it is known already. Returns the known log.
     pub fn begin(&self, stored: Arc<History>) -> Arc<History> {
         let mut state = self.state();
         let stored = state.stored.get_or_insert(stored).clone();
@@ -249,8 +251,8 @@ impl Log {
         stored
     }
 
-    /// The bucket has one segment more, after which the log is `stored`, under this checkpoint. Gives the segments that were held and have
-    /// lost their place to it, with all that went on from them: calls may have left by them.
+    /// Records that the bucket has one more segment, after which the log is `stored`, under this checkpoint. Returns the held segments that
+    /// have lost their position to it, with all later ones: calls may have left by their intents.
     pub fn advance(&self, stored: Arc<History>, by: &Segment, checkpoint: String) -> Vec<Segment> {
         let mut state = self.state();
         let size = stored.tree().size();
@@ -271,7 +273,7 @@ impl Log {
         lost
     }
 
-    /// Says how far the log is. Under the state's lock, so that it is never said backwards.
+    /// Publishes the progress. The caller holds the state's lock, so that the progress never goes backwards.
     fn tell(&self, state: &State, lost: bool) {
         let size = |head: Option<&Arc<History>>| head.map_or(0, |head| head.tree().size());
         let stored = size(state.stored.as_ref());
@@ -282,22 +284,23 @@ impl Log {
         });
     }
 
-    /// Whether records of this attempt that calls may have left by have lost their place: no call of it leaves here any more.
+    /// Returns whether records of this attempt by which calls may have left have lost their position. No more calls of the attempt leave at
+    /// this replica.
     pub fn is_forked(&self, attempt: i64) -> bool {
         attempt <= self.forked.load(Ordering::Relaxed)
     }
 
-    /// Whether what is held is young enough for reads and model calls to leave by it.
+    /// Returns whether the queued segments are young enough for reads and model calls to leave by them.
     pub fn is_fresh(&self) -> bool {
         self.state().held.front().is_none_or(|held| held.since.elapsed() < OLDEST)
     }
 
-    /// A put has failed.
+    /// Records that storing a segment failed.
     pub fn failed(&self, why: Refused) {
         self.progress.send_modify(|progress| progress.failed = (progress.failed.0 + 1, Some(why)));
     }
 
-    /// Follows what becomes of the segments that are held now.
+    /// Subscribes to the progress of the segments that are held now.
     pub fn follow(&self) -> Follow<'_> {
         let progress = self.progress.subscribe();
         let from = progress.borrow().clone();
@@ -305,7 +308,7 @@ impl Log {
     }
 }
 
-/// Whoever waits for segments to lie in the bucket.
+/// A subscription to the progress of a log.
 pub struct Follow<'l> {
     log: &'l Log,
     progress: watch::Receiver<Progress>,
@@ -313,10 +316,10 @@ pub struct Follow<'l> {
 }
 
 impl Follow<'_> {
-    /// Waits until the bucket has this many records. `Err(Lost)` says to look again.
+    /// Waits until the bucket has this many records. `Err(Lost)` means that the caller must read the log again.
     ///
     /// # Errors
-    /// The refusal with which a put has failed since.
+    /// Returns the failure of an attempt to store a segment since the subscription.
     pub async fn stored(mut self, size: u64) -> Result<Result<(), Lost>, Refused> {
         self.log.wanted.fetch_max(size, Ordering::Relaxed);
         self.log.hurry.notify_one();

@@ -15,7 +15,7 @@ use crate::{
     verify,
 };
 
-/// A bucket, and two replicas of the gateway in front of it.
+/// A bucket, and two replicas of the gateway that use it.
 struct Setup {
     bucket: Arc<Memory>,
     key: Vec<u8>,
@@ -54,7 +54,7 @@ async fn a_run_over_two_replicas_verifies() {
         assert_eq!(reply.size, harness.tree.size());
         Note::parse(&reply.checkpoint.unwrap()).unwrap().verify_cosignature(&testing::verifier(&key)).unwrap();
     }
-    // The pod dies; the second attempt finds the counters where the first left them, at the replica that knows less.
+    // The pod dies. The second attempt gets the counters of the first, from the replica that knows fewer records.
     let reply = open(&b, 2).await.unwrap();
     assert_eq!((reply.size, reply.state.usage, reply.open_calls), (harness.tree.size(), harness.usage, 0));
     let frontier = reply.frontier.iter().map(|h| BASE64.decode(h).unwrap().try_into().unwrap()).collect();
@@ -77,10 +77,10 @@ async fn a_run_over_two_replicas_verifies() {
     assert_eq!(report.verdict, verify::Verdict::Valid, "{report:?}");
 }
 
-/// The UID of a task that undoes the other.
+/// The UID of a task that rolls back the other.
 const ROLLBACK: &str = "6f9c3c1e-0000-4000-8000-00000000000b";
 
-/// What `write` is undone by, and the digest of its arguments.
+/// Returns a policy in which `write` has a compensation, and the commitment to the compensation's arguments.
 fn undone() -> (PolicyConfig, String) {
     let mut policy = testing::policy();
     let call = Compensation { contract: "search".into(), arguments: BTreeMap::new(), within_seconds: None };
@@ -88,14 +88,14 @@ fn undone() -> (PolicyConfig, String) {
     (policy, "5a".repeat(32))
 }
 
-/// An opening record by this policy, with this plan.
+/// Returns an opening record with this policy and this plan.
 fn opened_by(harness: &Harness, policy: &PolicyConfig, plan: Option<Plan>) -> Event {
     let Event::AttemptOpened(mut opened) = harness.opened() else { panic!("another event") };
     (opened.policy, opened.rollback) = (policy.clone(), plan);
     Event::AttemptOpened(opened)
 }
 
-/// The log of a task that has written twice and is sealed, at `a`; where it lies.
+/// Writes the log of a task that has written twice, at replica `a`. Returns its place.
 async fn ended(a: &Arc<Witness>) -> Place {
     let (policy, digest) = undone();
     let mut harness = Harness::new(1);
@@ -122,7 +122,7 @@ async fn a_rollback_goes_by_the_plan_that_the_other_log_makes() {
     let mut policy = testing::policy();
     (policy.task.uid, policy.allowed_effects) = (ROLLBACK.into(), vec![SideEffect::Read, SideEffect::Write]);
     policy.task.rollback_of = Some(RollbackOf { name: "t".into(), uid: testing::UID.into() });
-    // What undoes is a call of the contract `search`, which changes something here.
+    // The compensation is a call of the contract `search`, which changes something here.
     policy.tools[0].side_effect = SideEffect::Write;
     let look =
         crate::policy::config::Tool { name: "look".into(), side_effect: SideEffect::Read, ..policy.tools[0].clone() };
@@ -183,7 +183,7 @@ async fn a_rollback_goes_by_the_plan_that_the_other_log_makes() {
     (harness.tree, harness.usage) = (tree, usage);
     append(&harness.next(vec![intent("10", Channel::Tool, "look", 0), outcome("10", 0)])).await.unwrap();
 
-    // Whoever opens it next goes on from there, at any replica.
+    // The next attempt continues from there, at any replica.
     let request = OpenRequest { attempt: 2, policy_digest: digest.clone() };
     let undoing =
         a.open(&at, &principal(2), &request, &digest, Some(&of), kept()).await.unwrap().state.undoing.unwrap();
@@ -207,13 +207,14 @@ async fn a_call_is_undone_by_one_rollback_and_in_time() {
     assert!(refused.reason.contains("r-one (UID one) has taken it and has not ended"), "{}", refused.reason);
 }
 
-/// Where the log of the task with this UID lies.
+/// Returns where the log of the task with this UID is stored.
 fn log_at(uid: &str) -> Place {
     let location = Location { prefix: format!("team/t/{uid}/"), ..place().location };
     Place { location, task_uid: uid.into(), ..place() }
 }
 
-/// A rollback that has ended and certainly did nothing about a call leaves it to another; one that may have undone it does not.
+/// If a rollback has ended and certainly did nothing about a call, another rollback may take the call. If it may have compensated the call,
+/// no other rollback may.
 #[tokio::test]
 async fn what_a_rollback_left_another_may_take() {
     let Setup { a, b, .. } = setup();
@@ -262,7 +263,7 @@ async fn what_a_rollback_left_another_may_take() {
     assert!(refused.reason.contains("may have undone it"), "{}", refused.reason);
 }
 
-/// What the pack says of what is kept.
+/// The salt, and that the pack has no place for results.
 fn kept() -> (Salt, bool) {
     (testing::salt(), false)
 }
@@ -282,7 +283,7 @@ async fn what_is_kept_is_there_unlocked() {
     assert!(bucket.objects.lock().unwrap().values().all(|(_, retention)| retention.is_none()));
 }
 
-/// All replicas have one salt for a task, and another for another.
+/// All replicas use one salt for a task, and each task has its own.
 #[tokio::test]
 async fn a_salt_is_made_once_and_lies_where_it_can_be_destroyed() {
     let Setup { bucket, a, b, .. } = setup();
@@ -299,7 +300,7 @@ async fn a_salt_is_made_once_and_lies_where_it_can_be_destroyed() {
     assert!(stored.1.is_none(), "it is locked");
     assert_eq!(Salt::try_from(String::from_utf8(stored.0.to_vec()).unwrap()).unwrap(), salt);
 
-    // Without a bucket of its own it follows from the witness's key.
+    // Without a state bucket the salt is derived from the witness's key.
     let derived = a.salt(&of("u", false)).await.unwrap();
     assert_eq!(b.salt(&of("u", false)).await.unwrap(), derived);
     assert!(derived != salt && derived != a.salt(&of("v", false)).await.unwrap());
@@ -348,7 +349,7 @@ async fn the_same_segment_again_is_answered_the_same_by_any_replica() {
         let again = append(witness, &first).await.unwrap();
         assert_eq!((again.size, &again.checkpoint), (reply.size, &reply.checkpoint));
     }
-    // Both at once, as a harness does whose first try has timed out.
+    // Send to both at once, as a harness does whose first attempt has timed out.
     let third = harness.next(vec![denied()]);
     let (l, r) = tokio::join!(append(&a, &third), append(&b, &third));
     assert_eq!(l.unwrap().checkpoint, r.unwrap().checkpoint);
@@ -382,7 +383,7 @@ async fn without_the_bucket_nothing_is_acknowledged() {
     append(&a, &first).await.unwrap();
 }
 
-/// Appends two segments, the second changed, and gives the rule that refused it.
+/// Appends two segments, of which the second is changed, and returns the rule that rejected it.
 async fn refused(
     events: Vec<Event>,
     change: impl Fn(&mut Harness, &mut AppendRequest),
@@ -593,7 +594,8 @@ fn edit(harness: &Harness, change: impl Fn(&mut crate::evidence::record::Attempt
     Event::AttemptOpened(opened)
 }
 
-/// By which rule a log of these events is refused, if it is. Each `attempt.opened` among them stands for a harness that opens the log again.
+/// Returns the rule that rejects a log of these events, if one does. Each `attempt.opened` among the events stands for a harness that opens
+/// the log again.
 fn rule_against(harness: &mut Harness, opened: &Event, events: &[Event]) -> Option<Rule> {
     let mut parts = events.split(|event| matches!(event, Event::AttemptOpened(_)));
     let extended = parts.try_fold(History::new(&note::origin(testing::UID)), |history, part| {
@@ -712,7 +714,7 @@ async fn a_bucket_that_was_written_by_somebody_else_is_not_gone_on_from() {
     let mut harness = Harness::new(1);
     let opened = harness.opened();
     append(&a, &harness.next(vec![opened])).await.unwrap();
-    // Well formed, signed by the attempt, cosigned by another witness.
+    // The segment is well formed, signed by the attempt, and cosigned by another witness.
     let other = testing::replica(&testing::witness_key(), &Arc::new(Memory::default()));
     let mut segment = Segment::parse(harness.next(vec![denied()]).segment.as_bytes()).unwrap();
     segment.note.cosign(&other.signer, 1);
@@ -737,7 +739,7 @@ async fn lost_containment_is_recorded_and_no_call_follows_it() {
     append(&b, &harness.next(vec![outcome("1", 0), outcome("2", 0)])).await.unwrap();
 }
 
-/// The pack asks for 30 days that nobody can shorten.
+/// The pack requires a retention of 30 days in a mode that cannot be shortened.
 #[tokio::test(start_paused = true)]
 async fn nothing_begins_in_a_bucket_that_does_not_lock() {
     let Setup { bucket, a, .. } = setup();
@@ -746,12 +748,12 @@ async fn nothing_begins_in_a_bucket_that_does_not_lock() {
     let opened = harness.opened();
     let first = harness.next(vec![opened]);
     assert_eq!(append(&a, &first).await.err(), Some(Rule::Evidence));
-    // Nor once the object is found there: cosigned anew in another second, what is put again has other bytes.
+    // It is rejected as well when the object exists already. After another second a new cosignature makes other bytes.
     std::thread::sleep(Duration::from_millis(1100));
     for _ in 0..5 {
         assert_eq!(append(&a, &first).await.err(), Some(Rule::Evidence));
     }
-    // Locked by somebody who mends it, the same segment passes.
+    // Once an administrator has locked the object, the same segment is accepted.
     let retention = place().retention;
     bucket.objects.lock().unwrap().values_mut().for_each(|(_, lock)| *lock = retention);
     bucket.keeps_open.store(false, Ordering::SeqCst);
@@ -793,7 +795,7 @@ async fn an_attempt_that_is_over_does_not_open_again(#[case] reason: &str, #[cas
     assert_eq!(open(&b, 2).await.err(), None, "another attempt");
 }
 
-/// What a harness may write of approvals, idempotency keys and data that was seen, whatever it has become.
+/// What even a compromised harness can write about approvals, idempotency keys and handled data.
 #[test]
 fn one_call_by_an_approval_and_one_effect_under_a_key() {
     use crate::{
@@ -902,7 +904,7 @@ fn one_call_by_an_approval_and_one_effect_under_a_key() {
     let read = |id: &str| look(id, Effect::Applied);
     let listed = |id: &str| vec![intent(id, Channel::Listing, "look", 0), ended(id, Effect::Applied)];
     let told = |id: &str, effect, by| vec![resolved(id, effect, by)];
-    // Stands for the harness that opens the log then.
+    // Stands for another harness that opens the log at this point.
     let anew = || vec![Harness::new(1).opened()];
     let resolutions: Vec<(Vec<Vec<Event>>, Option<Rule>)> = vec![
         (vec![lost("1"), read("2"), told("1", Effect::Applied, "2")], None),
@@ -912,12 +914,12 @@ fn one_call_by_an_approval_and_one_effect_under_a_key() {
         (vec![read("2"), lost("1"), told("1", Effect::Applied, "2")], Some(Rule::LogSegment)),
         (vec![lost("1"), lost("2"), told("1", Effect::Applied, "2")], Some(Rule::LogSegment)),
         (vec![read("1"), read("2"), told("1", Effect::Applied, "2")], Some(Rule::LogSegment)),
-        // What did not succeed has told nothing.
+        // A read that did not succeed resolves nothing.
         (vec![lost("1"), look("2", Effect::NotApplied), told("1", Effect::Applied, "2")], Some(Rule::LogSegment)),
         (vec![lost("1"), look("2", Effect::Unknown), told("1", Effect::Applied, "2")], Some(Rule::LogSegment)),
         (vec![lost("1"), vec![asks("2")], told("1", Effect::Applied, "2")], Some(Rule::LogSegment)),
         (vec![lost("1"), listed("2"), told("1", Effect::Applied, "2")], Some(Rule::LogSegment)),
-        // It has an outcome after all.
+        // The call gets an outcome after the read.
         (
             vec![
                 vec![by("1", None)],
@@ -948,16 +950,16 @@ fn one_call_by_an_approval_and_one_effect_under_a_key() {
             ],
             None,
         ),
-        // It was lost with the first harness, and the read is younger than that.
+        // The call was lost with the first harness, and the read is later.
         (vec![vec![by("1", None)], anew(), read("2"), anew(), told("1", Effect::Applied, "2")], None),
-        // A name has one call.
+        // A name belongs to one call.
         (vec![lost("1"), lost("1")], Some(Rule::LogSegment)),
         (vec![read("1"), anew(), read("1")], Some(Rule::LogSegment)),
         (
             vec![lost("1"), read("2"), told("1", Effect::Applied, "2"), told("1", Effect::NotApplied, "2")],
             Some(Rule::LogSegment),
         ),
-        // The harness of a call without an outcome is gone when another opens the log.
+        // A call without an outcome is lost only when another harness opens the log.
         (vec![vec![by("1", None)], read("2"), told("1", Effect::Applied, "2")], Some(Rule::LogSegment)),
         (vec![vec![by("1", None)], anew(), read("2"), told("1", Effect::Applied, "2")], None),
         (vec![lost("1"), anew(), read("2"), told("1", Effect::NotApplied, "2")], None),
@@ -999,7 +1001,7 @@ fn one_call_by_an_approval_and_one_effect_under_a_key() {
     }
 }
 
-/// A digest, by what is told apart by it.
+/// Returns a hash of a short text, so that tests can name commitments.
 fn wide(short: &str) -> String {
     hex::encode(canonical::sha256(short.as_bytes()))
 }
@@ -1012,7 +1014,7 @@ fn read(call: &str) -> Event {
     intent(call, Channel::Tool, "search", 0)
 }
 
-/// A log that is open at `a`, and then its bucket goes away.
+/// Opens a log at `a` and then takes its bucket down.
 async fn opened_and_down(setup: &Setup) -> Harness {
     let mut harness = Harness::new(1);
     let opened = harness.opened();
@@ -1043,7 +1045,7 @@ async fn only_reads_and_model_calls_may_leave_before_the_bucket_has_its_intent()
     }
     let stored = harness.next(vec![outcome("1", 0)]);
     assert_eq!(append(a, &stored).await.unwrap_err(), Rule::Evidence, "it is not stored, and that is said");
-    // Nobody asks again, and what was taken is stored all the same.
+    // Nothing is sent again, and the taken segments are stored anyway.
     bucket.down.store(false, Ordering::SeqCst);
     a.settle().await;
     assert_eq!(b.intent(&place(), 2).await.unwrap().call, "2");
@@ -1067,7 +1069,7 @@ async fn segments_on_their_way_become_one_object_but_for_another_signer() {
     let mut other = Harness { tree: tree_of_all(&segments[..1]), key: harness.key, ..Harness::new(1) };
     let forked = witnessed(other.next(vec![denied()]));
     assert_eq!(append(a, &forked).await.unwrap_err(), Rule::LogFork);
-    // The harness restarts before the bucket is back: another key, which its own segment begins with.
+    // The harness restarts before the bucket is back. Its first segment begins with another key.
     let mut new = Harness { tree: harness.tree.clone(), usage: harness.usage, ..Harness::new(1) };
     let opened = new.opened();
     append(a, &witnessed(new.next(vec![opened]))).await.unwrap();
@@ -1090,7 +1092,7 @@ async fn segments_on_their_way_become_one_object_but_for_another_signer() {
     assert_eq!(report.verdict, verify::Verdict::Valid, "{report:?}");
 }
 
-/// The tree of the opening and these.
+/// Returns the tree over the opening record and these segments.
 fn tree_of_all(segments: &[AppendRequest]) -> crate::evidence::merkle::Tree {
     let opening = segments[0].first;
     assert_eq!(opening, 1);
@@ -1122,7 +1124,7 @@ async fn what_was_on_its_way_when_the_log_went_another_is_refused_when_it_comes_
     assert_eq!(a.intent(&place(), 1).await.unwrap_err().rule, Rule::IntentMissing);
     append(a, &second.next(vec![denied(), read("2")])).await.unwrap();
     assert_eq!(a.intent(&place(), 3).await.unwrap().call, "2", "the next attempt's calls leave");
-    // A read may have left by it: it is kept beside the log.
+    // A read may have left by its intent, so the segment is stored beside the log.
     let objects = bucket.objects.lock().unwrap().clone();
     let told: Vec<_> =
         objects.iter().filter(|(key, _)| key.contains("/incidents/")).map(|(_, (body, _))| body).collect();
@@ -1133,7 +1135,8 @@ async fn what_was_on_its_way_when_the_log_went_another_is_refused_when_it_comes_
     assert_eq!(report.summary.incidents, 2, "{report:?}");
 }
 
-/// A harness that sends one segment to a replica and another in its place to the other gets one read out by it, and that is on record.
+/// A harness sends one segment to one replica and a different segment in the same position to the other. Only one read leaves by it, and an
+/// incident is recorded.
 #[tokio::test(start_paused = true)]
 async fn who_forks_its_own_log_is_let_out_no_more() {
     let setup = setup();
@@ -1161,7 +1164,7 @@ async fn a_replica_takes_no_segment_before_those_that_come_first() {
     let (first, second) = (harness.next(vec![read("1")]), harness.next(vec![outcome("1", 0)]));
     append(a, &witnessed(first.clone())).await.unwrap();
     bucket.down.store(false, Ordering::SeqCst);
-    // The other replica does not know of it yet: whoever is told so sends both.
+    // The other replica does not know the first segment yet. Its error has the harness send both.
     let refused = b.append(&place(), &principal(1), &witnessed(second.clone()), Ok(&digest()), None).await.unwrap_err();
     assert!(refused.is_retryable() && refused.rule == Rule::Evidence, "{refused}");
     assert!(b.intent(&place(), 1).await.unwrap_err().is_retryable(), "it may be on its way");
@@ -1192,7 +1195,7 @@ async fn only_so_much_is_on_its_way() {
     setup.bucket.down.store(false, Ordering::SeqCst);
     setup.a.settle().await;
     assert_eq!(setup.bucket.keys().len(), 2);
-    // However short they are.
+    // The number of segments is bounded as well, however short they are.
     let setup = self::setup();
     let mut harness = opened_and_down(&setup).await;
     for _ in 0..64 {

@@ -41,7 +41,7 @@ fn agents() -> Value {
     json!({"model": "m-1", "messages": [{"role": "user", "content": "hi"}], "max_completion_tokens": 50})
 }
 
-/// Its intent, as the harness records it.
+/// The intent of the request, as the harness records it.
 fn intent(compiled: &Compiled, body: &Value) -> IntentFacts {
     let price = &compiled.policy.models.prices[0];
     let known = Model::named("m-1", Some(price));
@@ -86,7 +86,7 @@ fn what_the_harness_has_set_aside_for_leaves() {
     let compiled = compiled(Some(1_000_000));
     let intent = intent(&compiled, &agents());
     assert_eq!(judge(&compiled, &intent, &agents().to_string()), Ok(()));
-    // A token less, and a millionth less, and it does not.
+    // One token or one millionth less is not enough.
     for less in [Spent { tokens: 1, cost_micros: 0 }, Spent { tokens: 0, cost_micros: 1 }] {
         let reserved = Spent {
             tokens: intent.reserved.tokens - less.tokens,
@@ -139,7 +139,7 @@ fn a_path_of_no_api_leads_to_no_provider() {
     assert_eq!(judge(&compiled, &intent, &agents().to_string()), Err(Rule::ModelRequest));
 }
 
-/// The prices of another policy than the attempt's do not count, its tokens do.
+/// If the attempt began with another policy, the newest policy's prices are not checked, but the tokens are.
 #[test]
 fn who_has_begun_by_another_pack_has_its_prices() {
     let compiled = compiled(Some(1_000_000));
@@ -159,7 +159,7 @@ fn a_model_without_a_price_does_not_leave_where_cost_is_limited() {
     }
 }
 
-/// Each model is asked at its own endpoint: another provider learns nothing of what is said to it, nor does its key pay for it.
+/// Each model is called at its own endpoint, so that no other provider gets its prompts or uses its credential.
 #[test]
 fn a_model_is_asked_at_no_endpoint_of_another() {
     let mut policy = compiled(None).policy.clone();
@@ -181,7 +181,7 @@ fn a_model_is_asked_at_no_endpoint_of_another() {
     }
 }
 
-/// What a harness adds that is no longer ours: accounts that pay, cookies, and parts of the API that the pack does not allow.
+/// A compromised harness may add headers: accounts to bill, cookies, and parts of the API that the pack does not allow.
 #[test]
 fn headers_leave_by_list() {
     let compiled = compiled(None);
@@ -214,8 +214,8 @@ fn headers_leave_by_list() {
     assert_eq!(left, expected);
 }
 
-/// What a harness makes of a request and lets out leaves, and what it refuses does not: over requests that are made of the types that providers
-/// publish, and changed. BELAY_REQUESTS: how many.
+/// The gateway allows what a harness prepares and allows, and denies what a harness denies, over requests that are generated from the
+/// providers' published types and then changed. BELAY_REQUESTS sets their number.
 #[test]
 fn harness_and_gateway_agree_on_each_request() {
     let compiled = compiled(None);
@@ -226,7 +226,7 @@ fn harness_and_gateway_agree_on_each_request() {
         let Some((api, body)) = requests.of(number) else { continue };
         let text = Value::Object(body).to_string();
         let model = |body: &Map<String, Value>| body.get("model").and_then(Value::as_str).map(str::to_owned);
-        // As the harness does it.
+        // As the harness does.
         let made = Written::read(text.as_bytes()).ok().and_then(|written| {
             let model = model(written.judged());
             let endpoint = policy.models.of(api.family(), model.as_deref())?;

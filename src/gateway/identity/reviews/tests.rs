@@ -7,7 +7,7 @@ use k8s_openapi::api::authentication::v1::UserInfo;
 
 use super::*;
 
-/// An API server that knows the tokens that start with `good`.
+/// An API server that accepts tokens that start with `good`.
 #[derive(Default)]
 struct Api {
     asked: AtomicUsize,
@@ -92,7 +92,7 @@ async fn a_bad_token_is_remembered_and_a_flood_of_them_throttled() {
         assert!(reviews.user(&format!("bad{i}"), PEER).await.is_err());
     }
     assert!(api.asked.load(Ordering::SeqCst) <= 12, "{}", api.asked.load(Ordering::SeqCst));
-    // Another peer is not harmed.
+    // Another peer is not affected.
     assert!(reviews.user(&token(now() + 600), "10.0.0.2".parse().unwrap()).await.is_ok());
 }
 

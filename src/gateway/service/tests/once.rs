@@ -1,4 +1,4 @@
-//! An intent is good for one request: on every channel, with the body that it commits to, and not after its outcome.
+//! An intent authorizes one request on every channel, with the body that it commits to, and not after its outcome.
 
 use super::*;
 
@@ -10,7 +10,7 @@ fn message(method: &str, name: &str) -> String {
     json!({"jsonrpc": "2.0", "id": 1, "method": method, "params": {"name": name}}).to_string()
 }
 
-/// With enough set aside where it is a model's.
+/// Returns an intent. A model intent reserves enough tokens.
 fn intent(call: &str, channel: Channel, target: &str) -> RecordEvent {
     testing::intent(call, channel, target, if channel == Channel::Model { testing::ENOUGH } else { 0 })
 }
@@ -19,7 +19,7 @@ async fn send(world: &World, (channel, url, intent): (&str, &str, u64), body: St
     rule(&world.send(call(channel, url, intent).body(Full::from(body)).unwrap()).await)
 }
 
-/// What a harness that is somebody else's sends while the agent's own call is open: the first of each leaves, and nothing more.
+/// A compromised harness sends more requests while the agent's own call is open. Only the first one leaves.
 #[rstest::rstest]
 #[case::model(Channel::Model, "/v1/chat/completions", MODEL, testing::ASKED.into())]
 #[case::read(Channel::Tool, "search", MCP, message("tools/call", "search"))]
@@ -40,7 +40,7 @@ async fn the_second_request_under_an_intent_does_not_leave(
     for _ in 0..3 {
         assert_eq!(send(&world, call(1), body.clone()).await, Some(Rule::IntentMissing));
     }
-    // The other was not used, and is over once its outcome is in the log.
+    // The other intent was not used. It is closed once its outcome is in the log.
     let request = harness.next(vec![testing::outcome("2", 0)]);
     world.post("harness-1", wire::LOG_APPEND, &request).await.unwrap();
     assert_eq!(send(&world, call(2), body).await, Some(Rule::IntentMissing), "after its outcome");
@@ -92,7 +92,7 @@ async fn another_body_than_the_intents_does_not_leave(
     assert_eq!(send(&world, (channel.as_str(), url, 1), own.into()).await, None, "a refusal uses up nothing");
 }
 
-/// A session outlives the listing that opened it, and may still end; it lists nothing more, and does not talk without end.
+/// A session outlives the listing that opened it and may still end. It lists no more tools, and the number of its messages is bounded.
 #[tokio::test]
 async fn a_listings_intent_carries_a_sessions_talk_and_no_more() {
     let world = world().await;

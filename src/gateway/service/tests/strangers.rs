@@ -1,8 +1,8 @@
-//! A token of our audience that is bound to a pod which is no attempt's: whoever had a kubelet mint one for a pod of his own.
+//! A token for the gateway's audience that is bound to a pod of no attempt, as a user can get from a kubelet for a pod of their own.
 
 use super::*;
 
-/// From the pod's own address, with a token that the API server knows.
+/// The request comes from the pod's own address, with a token that the API server knows.
 #[rstest::rstest]
 #[case::of_nobody(json!({}))]
 #[case::of_somebody_else(json!({ "app": "web" }))]
@@ -22,7 +22,7 @@ async fn a_pod_that_is_no_attempts_is_nobody(#[case] labels: Value) {
     assert_eq!(world.tunnel("docs.world.test:80", 1).await.err(), Some(Rule::IdentityToken));
     let open = OpenRequest { attempt: 1, policy_digest: "00".into() };
     assert_eq!(world.post("harness-1", wire::LOG_OPEN, &open).await, Err(Rule::IdentityToken));
-    // The control: the same pod, as the operator labels it.
+    // The control: the same pod with the operator's labels.
     put(&mut world.writers.pods, pod(1, "127.0.0.1"));
     assert_eq!(rule(&world.forward("egress", url, 1).await), None);
 }

@@ -1,5 +1,4 @@
-//! Whatever the witness takes verifies, and what it refuses does not: two readings of the same rules, held against each other over logs that
-//! nobody has thought of.
+//! What the witness accepts verifies, and what it rejects does not: the witness and the verifier are compared over random logs.
 
 use proptest::prelude::*;
 
@@ -9,7 +8,7 @@ use crate::{
     policy::config::{Idempotency, ModelPrice, VerifyRead},
 };
 
-/// A step of a harness that may be wrong in any way: what it does, with which call, by which, and how.
+/// A step of a harness that may be wrong in any way: the kind of event, the call, another call or value, and a variant.
 type Step = (u8, u8, u8, u8);
 
 fn rich() -> PolicyConfig {
@@ -98,7 +97,7 @@ fn event((what, call, by, how): Step) -> Option<Event> {
     }
 }
 
-/// A log as far as it has come, to both.
+/// One log, as the witness and the verifier see it.
 struct Both {
     signer: Signer,
     history: History,
@@ -113,7 +112,7 @@ impl Both {
         Self { signer, history: History::new(&note::origin(testing::UID)), walk, harness: Harness::new(1) }
     }
 
-    /// Tries what may come next; whether the witness has taken it.
+    /// Sends an event to both. Returns whether the witness accepted it.
     fn step(&mut self, event: Event, what: &dyn std::fmt::Debug) -> Result<bool, TestCaseError> {
         let (tree, usage, reserved) = (self.harness.tree.clone(), self.harness.usage, self.harness.reserved.clone());
         let request = self.harness.next(vec![event]);
@@ -129,13 +128,13 @@ impl Both {
                 (self.history, self.walk) = (next, walk);
                 return Ok(true);
             }
-            // The one thing that is worse lost than seen.
+            // The witness accepts records of lost containment, because losing them would be worse than an invalid log.
             Ok(_) => {
                 let broken = report.findings.iter().filter(|one| one.weight == verify::Weight::Broken);
                 let lost = broken.clone().all(|one| one.rule == verify::Check::ContainmentLost);
                 prop_assert!(lost, "the witness takes {what:?}, which does not verify: {:#?}", report.findings);
             }
-            // What its harness has ended by is the witness's to know.
+            // Only the witness checks the reason for which an attempt has ended.
             Err(refused) => {
                 let stays = refused.reason.contains("stay closed") || refused.reason.contains("in a later attempt");
                 prop_assert!(!is_valid || stays, "the witness refuses {what:?}, which verifies: {refused}");
@@ -145,7 +144,7 @@ impl Both {
         Ok(false)
     }
 
-    /// A harness opens the log: another, or one of the next attempt, or of a wrong policy.
+    /// Opens the log as another harness, of the same or of the next attempt, with or without an error in the opening record.
     fn open(&mut self, attempt: i64, how: u8) -> Result<bool, TestCaseError> {
         let (tree, usage) = (self.harness.tree.clone(), self.harness.usage);
         let mut new = Harness { tree, usage, reserved: self.harness.reserved.clone(), ..Harness::new(attempt) };
@@ -197,26 +196,26 @@ proptest! {
     }
 }
 
-/// The property has teeth: steps of each kind are taken where they follow, and refused where they do not.
+/// The property can fail: steps of each kind are accepted in a valid order and rejected otherwise.
 #[test]
 fn the_steps_are_taken_and_refused() {
     let mut both = Both::new();
     both.open(1, 9).unwrap();
     let steps: [(Step, bool); 14] = [
         ((0, 1, 0, 0), true),   // write 1
-        ((0, 1, 0, 0), false),  // a name that is there
-        ((24, 1, 2, 0), false), // resolved, by nothing
-        ((14, 1, 0, 2), true),  // unknown
+        ((0, 1, 0, 0), false),  // the name exists already
+        ((24, 1, 2, 0), false), // there is no read that resolves it
+        ((14, 1, 0, 2), true),  // unknown outcome
         ((2, 2, 0, 0), true),   // look 2
-        ((24, 1, 2, 0), false), // which has not told yet
+        ((24, 1, 2, 0), false), // the read has no outcome yet
         ((14, 2, 0, 0), true),
         ((24, 1, 2, 0), true),
-        ((24, 1, 2, 0), false), // once
-        ((8, 3, 5, 1), true),   // under a key
+        ((24, 1, 2, 0), false), // resolved already
+        ((8, 3, 5, 1), true),   // with an idempotency key
         ((20, 3, 0, 0), true),
         ((28, 3, 5, 1), true), // replayed
         ((28, 3, 5, 0), false),
-        ((29, 0, 0, 0), false), // nothing was denied
+        ((29, 0, 0, 0), false), // a count of zero denials
     ];
     for (step, taken) in steps {
         assert_eq!(both.step(event(step).unwrap(), &step).unwrap(), taken, "{step:?}");

@@ -1,4 +1,4 @@
-//! Every rule of the log that the witness asks refuses a segment; switched off, it does not.
+//! Every log rule that the witness checks rejects a segment that violates it, and accepts it once the rule is disabled.
 
 use super::*;
 use crate::{
