@@ -1,52 +1,55 @@
-//! The harness: a sidecar beside the agent that enforces its contracts and budgets and writes its evidence.
+//! The harness: a container beside the agent that enforces contracts and limits and writes evidence.
 //!
-//! One pipeline for every call: *decide* ([`policy`](crate::policy)) → *reserve* and *record the intent*
-//! ([`journal`]) → *wait until it is stored, or for a read spooled* → *send* ([`link`]) → *record the outcome*. Wire protocols are at the edge:
-//! [`mcp`], [`rest`], [`model`], [`proxy`].
+//! Every call goes through one pipeline: *decide* ([`policy`](crate::policy)) → *reserve* and *record the intent* ([`journal`]) → *wait
+//! until the intent is stored, or spooled for a tool read or a model call* → *send* ([`link`]) → *record the outcome*. The wire protocols
+//! are at the edge: [`mcp`], [`rest`], [`model`], [`proxy`].
 //!
-//! Promises: the agent can reach it on the pod's loopback only; nothing leaves before its intent lies in the evidence
-//! store, or where a tool only reads, in the pod's [`spool`] and in the witness's hands; whatever cannot be decided, recorded or sent is denied. Refuses: a Kubernetes client, credentials of upstreams,
-//! name resolution. It is trusted with one token, whose worth ends with the pod.
+//! Guarantees: the agent reaches the harness on the pod's loopback only. A call leaves after its intent is in the evidence bucket; a tool
+//! read or a model call leaves after its intent is in the pod's [`spool`] and the witness has it. A call that cannot be decided, recorded
+//! or sent is denied.
+//!
+//! Non-goals: a Kubernetes client, credentials of upstreams, and name resolution. The harness holds one token, which is worthless once the
+//! pod ends.
 #![cfg_attr(
     not(test),
     deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, clippy::string_slice)
 )]
 
-/// Asking people before a call leaves.
+/// Approvals that a call waits for before it leaves.
 pub mod approvals;
-/// What every reply of ours is made of.
+/// The response body type.
 pub mod body;
-/// What a tool call may take.
+/// Limits on the time and the bytes of a tool call.
 pub mod bounds;
 /// The attempt's wall time.
 pub mod clock;
-/// Refusals of an agent that asks for much that it may not.
+/// Aggregation of denials when an agent is denied often.
 mod flood;
 /// The pipeline that every call goes through.
 pub mod gate;
-/// The beginning of a connection, before it is HTTP.
+/// The head of a connection's first request, before the HTTP library parses it.
 mod head;
-/// Records, in order, batched into segments and sent to the witness.
+/// The log of the attempt: records in order, batched into segments and sent to the witness.
 pub mod journal;
-/// The connection to the gateway.
+/// The client for the gateway.
 pub mod link;
 /// Tools, as an MCP server to the agent and an MCP client to upstreams.
 pub mod mcp;
 /// Model calls, passed through and metered.
 pub mod model;
-/// One effect for calls that are one.
+/// Idempotency: duplicate calls take effect once.
 pub mod once;
 /// The containment probe.
 pub mod probe;
-/// The agent's own traffic, as an HTTP proxy.
+/// The agent's own connections, through an HTTP proxy.
 pub mod proxy;
-/// HTTP tools, as requests of a template.
+/// HTTP tools, called by request templates.
 pub mod rest;
 /// The two listeners.
 pub mod server;
 /// Segments that are not stored yet.
 pub mod spool;
-/// Rolling back a task.
+/// The rollback of a task.
 pub mod undo;
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
@@ -70,38 +73,38 @@ use crate::{
     wire,
 };
 
-/// Where the harness finds what it needs.
+/// The paths and addresses that the harness starts with.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// The rendered configuration.
+    /// The file with the rendered configuration.
     pub config: PathBuf,
-    /// What the probe wrote.
+    /// The file that the containment probe wrote.
     pub containment: PathBuf,
-    /// The projected token.
+    /// The file with the projected token.
     pub token: PathBuf,
-    /// The folder of segments that are not stored yet.
+    /// The folder with the segments that are not stored yet.
     pub spool: PathBuf,
     /// This pod, from the downward API.
     pub pod: Pod,
-    /// The kubelet of this node, which must not answer: `address:port`.
+    /// The kubelet of this node, as `address:port`. It must not answer.
     pub kubelet: Option<String>,
 }
 
-/// Why the harness could not start or go on.
+/// The reason why the harness could not start or continue.
 #[derive(Debug, thiserror::Error)]
 pub enum HarnessError {
-    /// A file could not be read or is not what it should be.
+    /// A file could not be read or has unexpected content.
     #[error("{path}: {reason}")]
     File {
         /// The file.
         path: PathBuf,
-        /// What was expected and found.
+        /// What was expected and what was found.
         reason: String,
     },
     /// The policy cannot be enforced.
     #[error(transparent)]
     Policy(#[from] crate::policy::decide::CompileError),
-    /// What the pack says to calls cannot be enforced.
+    /// The pack's rules cannot be enforced.
     #[error(transparent)]
     Pack(#[from] crate::policy::access::CompileError),
     /// An output schema cannot be enforced.
@@ -110,21 +113,21 @@ pub enum HarnessError {
     /// The policy has no canonical form.
     #[error(transparent)]
     Canonical(#[from] crate::canonical::CanonicalError),
-    /// The link could not be made.
+    /// The client for the gateway could not be created.
     #[error(transparent)]
     Link(#[from] link::LinkError),
-    /// The gateway refused to open the log.
+    /// The gateway rejected the request to open the log.
     #[error("the gateway refused to open this attempt's evidence log: {rule}: {reason}")]
     Refused {
-        /// By which rule.
+        /// The rule that rejected it.
         rule: Rule,
-        /// Why.
+        /// The reason.
         reason: String,
     },
-    /// The log's head is not one.
+    /// The log's head from the gateway cannot be continued.
     #[error("the gateway's head of the log cannot be continued: {0}")]
     Head(String),
-    /// No key could be made.
+    /// The attempt's key could not be created.
     #[error(transparent)]
     Key(#[from] note::KeyError),
     /// Containment was not proven.
@@ -138,28 +141,28 @@ pub enum HarnessError {
     Evidence(String),
 }
 
-/// How long replies may take to be settled that nobody waits for.
+/// The maximum wait at the end for replies that are read only to settle them.
 const BEHIND: Duration = Duration::from_secs(2);
-/// How long the flush of the last records may take; shorter than the pod's grace period of 30 s.
+/// The maximum wait for the last records to be stored. It is shorter than the pod's grace period of 30 s.
 const FLUSH: Duration = Duration::from_secs(20);
 
 /// Reads a JSON file.
 ///
 /// # Errors
-/// If it is not there or not of this type; the message names the place.
+/// Returns an error if the file does not exist or is not of this type. The error names the file.
 pub fn read_json<T: serde::de::DeserializeOwned>(path: &std::path::Path) -> Result<T, HarnessError> {
     let file = |reason: String| HarnessError::File { path: path.to_owned(), reason };
     let text = std::fs::read(path).map_err(|error| file(error.to_string()))?;
     serde_json::from_slice(&text).map_err(|error| file(format!("not the expected JSON: {error}")))
 }
 
-/// Why a harness is told to end.
+/// The reason why a harness is asked to end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stop {
-    /// The agent's process has ended by itself, and whoever tells us has waited for it.
+    /// The agent's process has ended by itself, and the caller has waited for it.
     AgentEnded,
-    /// A signal. A kubelet sends the same one when the agent has ended, when the agent never ran, and when the pod is deleted, evicted or
-    /// out of time: nothing in the pod tells these apart.
+    /// A signal. A kubelet sends the same signal when the agent has ended, when the agent never ran, and when the pod is deleted, evicted
+    /// or out of time. Nothing in the pod distinguishes these cases.
     Terminated,
 }
 
@@ -168,22 +171,22 @@ pub enum Stop {
 pub enum Ended {
     /// The agent has ended by itself.
     AgentEnded,
-    /// The harness was told to end, in time; what became of the agent is for the pod's status to say.
+    /// The harness was asked to end while its time was not over. The pod's status tells how the agent ended.
     Terminated,
-    /// So many calls were refused that the task is over. The pod has to be told: nothing in it may stop the agent.
+    /// The limit on denials was reached. The agent must be stopped from outside, because nothing in the pod can stop it.
     RefusedEnough,
-    /// The attempt's wall time is over; the same holds.
+    /// The attempt's wall time is over. The agent must be stopped from outside.
     OutOfTime,
-    /// A call that nobody approved in time has ended the task; the same holds.
+    /// A request for approval expired and ended the task. The agent must be stopped from outside.
     Unapproved,
-    /// Evidence could not be stored, or the log not be opened, for so long that the task is to be tried again later.
+    /// Evidence could not be stored, or the log could not be opened, for so long that the task must be retried later.
     Parked,
-    /// The log cannot go on, for this reason: what happened since is in no log, and whatever the agent says of itself is no success.
+    /// The log failed, for this reason. What happened since is in no log, so the agent's own exit code does not count as success.
     LogFailed(String),
 }
 
 impl Ended {
-    /// The exit code by which a harness says so: what the operator reads.
+    /// Returns the exit code that reports this end to the operator.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::AgentEnded | Self::Terminated => 0,
@@ -195,7 +198,7 @@ impl Ended {
         }
     }
 
-    /// The end that an attempt has come to before, by the rule with which the gateway refuses to open it again.
+    /// Returns the end that an earlier harness reached, given the rule with which the gateway rejects opening the log again.
     fn by(rule: Rule) -> Option<Self> {
         match rule {
             Rule::Denials => Some(Self::RefusedEnough),
@@ -206,19 +209,20 @@ impl Ended {
     }
 }
 
-/// Runs the harness until the pod ends it, or the attempt is over: too many calls were refused, its wall time is up, or the task was to
-/// end with a call that nobody approved.
+/// Runs the harness until the pod ends it or the attempt is over. An attempt is over when its limit on denials is reached, when its wall
+/// time is over, or when a request for approval with `onTimeout: EndTask` expires.
 ///
-/// A log that cannot go on ends it at once, whatever the cause: nothing is answered any more as if nothing had happened. It is not closed, as
-/// that is a record, too.
+/// A failed log ends the harness at once, whatever the cause, so that no call is answered as if nothing had happened. The harness does not
+/// write `attempt.closed` in this case, because that is a record, too.
 ///
-/// The task is parked where evidence could not be stored for [`journal::PARK`], or calls were denied for that and the agent has ended.
+/// The task is parked if a record could not be stored for [`journal::PARK`], or if calls were denied because their records were not stored
+/// in time and the agent has ended.
 ///
-/// One that is started again after that says the same again. Where its log was not closed and too many calls were refused before, it
-/// goes on refusing and ends with the pod.
+/// A harness that is restarted after an end reports the same end. If an earlier harness reached the limit on denials but did not close the
+/// log, a restarted harness continues to deny calls and ends with the pod.
 ///
 /// # Errors
-/// If it could not start. Once it serves, failures deny calls instead.
+/// Returns an error if the harness could not start. Once it serves, failures deny calls instead.
 pub async fn serve(options: Options) -> Result<Ended, HarnessError> {
     let mut terminate = signal(SignalKind::terminate())?;
     let config: HarnessConfig = read_json(&options.config)?;
@@ -241,30 +245,30 @@ pub async fn serve(options: Options) -> Result<Ended, HarnessError> {
     run(parts, listeners, || {}, stop).await
 }
 
-/// What a harness is made of, wherever it runs.
+/// The inputs of a harness, in a pod or outside a cluster.
 pub struct Parts {
     /// The rendered configuration.
     pub config: HarnessConfig,
-    /// What the probe has seen.
+    /// The result of the containment probe.
     pub containment: Containment,
-    /// The file of the token.
+    /// The file with the token.
     pub token: PathBuf,
-    /// The folder of segments that are not stored yet.
+    /// The folder with the segments that are not stored yet.
     pub spool: PathBuf,
     /// This pod.
     pub pod: Pod,
-    /// What stands in for a cluster, where there is none.
+    /// What replaces the cluster's isolation and evidence bucket when there is no cluster.
     pub local: Option<Local>,
-    /// How containment is looked at again.
+    /// The containment probe that runs again during the attempt.
     pub looking: Arc<dyn probe::Looking>,
-    /// Whoever follows what is recorded.
+    /// The function that gets each record.
     pub follow: journal::Follow,
 }
 
-/// Runs a harness until `stop`, or until the attempt is over; see [`serve`]. It listens once the log is open, and says so by `serving`.
+/// Runs a harness until `stop` is ready or the attempt is over; see [`serve`]. It listens once the log is open and then calls `serving`.
 ///
 /// # Errors
-/// If it could not start.
+/// Returns an error if the harness could not start.
 pub async fn run<L>(
     options: Parts,
     listeners: impl FnOnce() -> L,
@@ -279,7 +283,7 @@ where
     if !containment.contained {
         return Err(HarnessError::Uncontained(containment.breaches));
     }
-    // The log of this attempt could not go on, and it does not go on from less than has happened.
+    // The log of this attempt has failed before. It must not continue, because it would lack some of what has happened.
     if let Some(reason) = spool::failure(&options.spool) {
         tracing::error!(reason, "the log of this attempt has failed before");
         return Ok(Ended::LogFailed(reason));
@@ -294,12 +298,13 @@ where
     let link = Arc::new(link::Link::new(&config.wiring, token)?);
     let file = |error: std::io::Error| HarnessError::File { path: options.spool.clone(), reason: error.to_string() };
     let (mut spool, left) = spool::Spool::open(&options.spool).map_err(file)?;
-    // Until the log is open there is nothing to end in order: who says stop is heard at once.
+    // There is nothing to close until the log is open, so `stop` ends the harness at once.
     let mut opened = tokio::select! {
         opened = open(&link, attempt, &policy_digest) => opened,
         _ = stop.as_mut() => return Ok(Ended::Terminated),
     };
-    // What a harness before this one has recorded, and perhaps acted on: also where there is no policy any more to go on by.
+    // An earlier harness in this pod recorded these segments and perhaps acted on them. They are sent even if there is no policy to
+    // continue with.
     let size = opened.as_ref().map_or(0, |opened| opened.size);
     let left = left.into_iter().filter(|segment| segment.end() > size);
     let sent = tokio::select! {
@@ -317,7 +322,7 @@ where
         Err(Denial { rule: rule @ Rule::Evidence, reason }) => {
             opened = opened.and(Err(HarnessError::Refused { rule, reason }));
         }
-        // It has happened, and the log will not have it: its counters are lower than the truth.
+        // The records tell what has happened, but the witness rejects them. The log's counters are lower than the real ones.
         Err(Denial { rule, reason }) if opened.is_ok() => {
             let reason = format!("the witness refused what was recorded before a restart: {rule}: {reason}");
             return Ok(log_failed(&options.spool, reason));
@@ -329,7 +334,7 @@ where
             tracing::warn!(%rule, reason, "this attempt is over already");
             return Ok(ended);
         }
-        // Patience was shown in opening it.
+        // `open` and `send_left` have already retried for a while.
         Err(HarnessError::Refused { rule: Rule::Evidence, reason }) => {
             tracing::error!(reason, "the log cannot be opened; the task is to be parked");
             return Ok(Ended::Parked);
@@ -385,7 +390,7 @@ where
     tracing::info!(attempt, "serving");
     serving();
 
-    // The first call of a model need not wait for it.
+    // Prepares the tokenizer now, so that the first model call does not wait for it.
     tokio::task::spawn_blocking(crate::policy::model::estimate::prepare);
     let over_before = journal.open().is_err();
     let mut ended = tokio::select! {
@@ -412,12 +417,12 @@ where
         None => gate.stop(Rule::TaskClosed, "the attempt has ended"),
     }
     served.drain().await;
-    // It ends at once now; what it has to record comes before the end.
+    // Background work ends at once now. Its records must precede the last record.
     if tokio::time::timeout(BEHIND, gate.nothing_behind()).await.is_err() {
         tracing::warn!("replies of models were still read after {BEHIND:?}");
     }
     let reason = match ended {
-        // It takes no record any more.
+        // A failed log takes no more records.
         Ended::LogFailed(reason) => return Ok(log_failed(&options.spool, reason)),
         Ended::AgentEnded => AttemptClosed::AGENT_ENDED,
         Ended::Terminated => AttemptClosed::TERMINATED,
@@ -435,15 +440,15 @@ where
             "the last records could not be stored in {FLUSH:?}; the operator will seal the log without them"
         );
     }
-    // Also where it failed after everything else had ended: what the agent did last is in no log.
+    // The log may have failed after everything else ended. Then the agent's last actions are in no log.
     Ok(match journal.failure() {
         Some(failed) => log_failed(&options.spool, failed.reason),
         None => ended,
     })
 }
 
-/// Has a harness that is started again in this pod know that the log has failed: it would find the counters of the last record that was
-/// stored, and go on from less than was used.
+/// Notes that the log has failed, for a harness that is restarted in this pod. Without the note, that harness would start from the counters
+/// of the last stored record, which are lower than the real usage.
 fn log_failed(spool: &std::path::Path, reason: String) -> Ended {
     if let Err(error) = spool::note_failure(spool, &reason) {
         tracing::error!(%error, "that the log has failed could not be noted for a restart");
@@ -451,7 +456,7 @@ fn log_failed(spool: &std::path::Path, reason: String) -> Ended {
     Ended::LogFailed(reason)
 }
 
-/// Opens the log. The gateway may not have seen the task's objects yet, and may be starting: both pass.
+/// Opens the log. Retries for a while, because the gateway may be starting or may not have seen the task's objects yet.
 async fn open(link: &link::Link, attempt: i64, digest: &str) -> Result<crate::wire::OpenReply, HarnessError> {
     const PATIENCE: Duration = Duration::from_secs(60);
     let started = tokio::time::Instant::now();

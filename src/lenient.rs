@@ -1,10 +1,11 @@
-//! Objects of the API server that may not be what this version expects.
+//! Decoding of the API server's objects that survives objects from newer or older versions.
 //!
-//! Promises: an object that cannot be read has its metadata and says why, so that it stops neither a list nor a watch. Refuses:
-//! managed fields, which are much of most objects and which nobody here reads.
+//! Guarantees: an object that cannot be decoded keeps its metadata and the reason, so that it breaks neither a list nor a watch.
 //!
-//! As [`kube::core::DeserializeGuard`], which copies each object twice on its way: two gateways and an operator read every pod of
-//! every task.
+//! Non-goals: managed fields. They are a large part of most objects, and Belay does not read them.
+//!
+//! Works like [`kube::core::DeserializeGuard`], which copies each object twice. The copies matter because two gateways and an operator read
+//! every pod of every task.
 
 use std::borrow::Cow;
 
@@ -16,7 +17,7 @@ use serde::{
 };
 use serde_json::{Map, Value};
 
-/// An object, or why it cannot be read.
+/// An object, or the reason why it cannot be decoded.
 #[derive(Clone, Debug)]
 pub struct Lenient<K>(pub Result<K, InvalidObject>);
 

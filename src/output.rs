@@ -1,8 +1,10 @@
-//! What a process says of itself, by a thread of its own.
+//! Output of a process, written by a thread of its own.
 //!
-//! Guarantees: whoever says something never waits for whoever reads it: a node whose disk is full, a log that nobody takes; what is lost for
-//! that is counted where it is missing; at the end what is left has a bounded time.
-//! Non-goals: to keep everything. The evidence has it.
+//! Guarantees: a process never waits for the reader of its output, for example when the node's disk is full or nothing reads the log. Texts
+//! that are lost for that reason are counted, and the count is written where they are missing. Writing the rest at the end takes a bounded
+//! time.
+//!
+//! Non-goals: keeping every text. Evidence has every record.
 
 use std::{
     any::Any,
@@ -12,12 +14,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// What is let go of once its text is written, or lost.
+/// A value that is dropped once its text is written or lost.
 pub type Kept = Box<dyn Any + Send>;
 
-/// Longest text that waits, in bytes, besides what is bounded by what is kept for it.
+/// The most bytes of texts that may wait. Texts with kept values do not count, because those values bound them.
 const LONGEST: usize = 4 << 20;
-/// For what is left at the end.
+/// The timeout for writing the rest at the end.
 const LAST: Duration = Duration::from_secs(2);
 
 #[derive(Default)]
@@ -35,7 +37,7 @@ struct Shared {
     changed: Condvar,
 }
 
-/// Where texts are put to be written, each in one piece.
+/// An output to which whole texts are written.
 #[derive(Clone)]
 pub struct Output(Arc<Shared>);
 
@@ -43,36 +45,37 @@ fn missing(lost: u64) -> String {
     format!("{{\"lost\":\"{lost} lines, because nobody read what was written before\"}}\n")
 }
 
-/// Standard output.
+/// Returns the standard output.
 pub fn stdout() -> Output {
     static STDOUT: LazyLock<Output> = LazyLock::new(|| Output::to(io::stdout(), missing));
     STDOUT.clone()
 }
 
-/// Standard error.
+/// Returns the standard error.
 pub fn stderr() -> Output {
     static STDERR: LazyLock<Output> = LazyLock::new(|| Output::to(io::stderr(), missing));
     STDERR.clone()
 }
 
 impl Output {
-    /// Writes to `out`, and in place of so many texts what `missing` makes of that. Without a thread to do so, nothing is written.
+    /// Creates an output that writes to `out`. If texts are lost, it writes what `missing` returns for their number. Writes nothing without
+    /// a thread.
     pub fn to(out: impl Write + Send + 'static, missing: fn(u64) -> String) -> Self {
         let output = Self(Arc::default());
         let writer = output.0.clone();
-        // It ends with the process, which does not wait for it.
+        // The thread ends with the process, which does not wait for it.
         if std::thread::Builder::new().name("output".to_owned()).spawn(move || writer.write(out, missing)).is_err() {
             output.0.lock().gone = true;
         }
         output
     }
 
-    /// Has a text written, whole lines.
+    /// Queues a text of whole lines.
     pub fn say(&self, text: Vec<u8>) {
         self.say_kept(text, vec![]);
     }
 
-    /// Has a text written, and lets go of what was kept for it. Where there is such, that is what bounds how much waits.
+    /// Queues a text, and drops `kept` once it is written. If `kept` is not empty, the caller bounds with it how much waits.
     pub fn say_kept(&self, text: Vec<u8>, kept: Vec<Kept>) {
         let mut waiting = self.0.lock();
         if waiting.gone {
@@ -90,7 +93,7 @@ impl Output {
         self.0.changed.notify_all();
     }
 
-    /// Waits for what is left to be written, but not for long.
+    /// Waits until everything is written, up to a short timeout.
     pub fn end(&self) {
         let until = Instant::now() + LAST;
         let mut waiting = self.0.lock();
@@ -104,7 +107,7 @@ impl Output {
     }
 }
 
-/// For whoever wants a writer.
+/// For APIs that take a writer.
 impl Write for Output {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.say(bytes.to_vec());
@@ -161,7 +164,7 @@ mod tests {
 
     use super::*;
 
-    /// A reader that reads once it is let to.
+    /// A reader that reads only when it gets a message.
     struct Stuck(mpsc::Receiver<()>, mpsc::Sender<Vec<u8>>);
 
     impl Write for Stuck {

@@ -1,7 +1,9 @@
-//! Room for bodies that are held in memory whole, so that there is only so much of them at a time.
+//! Memory for bodies that are held whole, bounded in total.
 //!
-//! Guarantees: whatever is asked for at once, no more bytes are held than there is room for; short bodies never wait for long ones; who
-//! waits, waits in order. Non-goals: what is made of a body, which takes as much again, or twice.
+//! Guarantees: concurrent requests never hold more bytes than the limit. Short bodies never wait for long ones. Waiting requests are served
+//! in order.
+//!
+//! Non-goals: what is made of a body. It takes as much memory again, or twice as much.
 
 use std::sync::Arc;
 
@@ -10,14 +12,14 @@ use http_body_util::{BodyExt, Limited};
 use hyper::body::Body;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// Bytes of a short body. Most requests are.
+/// The longest short body, in bytes. Most requests are short.
 const SHORT: usize = 1 << 20;
-/// Bytes of a body that is too long that are read on and forgotten: whoever still sends does not hear the answer.
+/// The bytes of a body over the limit that are read and discarded, because a client that is still sending does not read the reply.
 const FORGOTTEN: usize = 64 << 20;
-/// Bytes of one unit of room.
+/// The bytes of one unit of memory.
 const UNIT: usize = 16 << 10;
 
-/// Room for bodies.
+/// Memory for bodies.
 #[derive(Debug)]
 pub struct Room {
     short: Lane,
@@ -37,36 +39,36 @@ impl Lane {
     }
 }
 
-/// A part of the room, until it is dropped.
+/// A reserved part of the memory. It is returned on drop.
 #[derive(Debug)]
 pub struct Place {
     _permit: Option<OwnedSemaphorePermit>,
 }
 
-/// Why a body is not read.
+/// The reason why a body was not read.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Unread {
-    /// It is longer than may be.
+    /// The body is longer than the limit.
     #[error("expected a body of at most {most} bytes, found a longer one; send less at once")]
     TooLong {
-        /// What may be.
+        /// The limit, in bytes.
         most: usize,
     },
-    /// It broke off.
+    /// The body broke off.
     #[error("the body cannot be read: {0}")]
     Broken(String),
 }
 
 impl Room {
-    /// Room for so many bytes of short bodies, and so many of others.
+    /// Creates memory of `short` bytes for short bodies and `long` bytes for all others.
     pub fn new(short: usize, long: usize) -> Self {
         Self { short: Lane::new(short), long: Lane::new(long) }
     }
 
-    /// Waits for room for a body of this length, or of `most` bytes where that is not known.
+    /// Waits for memory for a body of this length, or of `most` bytes if the length is unknown.
     ///
     /// # Errors
-    /// If it is longer than that.
+    /// Returns an error if the body is longer than `most`.
     pub async fn place(&self, body: &impl Body, most: usize) -> Result<Place, Unread> {
         let length = match body.size_hint().exact().map(usize::try_from) {
             Some(Ok(length)) if length <= most => length,
@@ -75,15 +77,15 @@ impl Room {
         };
         let lane = if length <= SHORT { &self.short } else { &self.long };
         let units = u32::try_from(length.div_ceil(UNIT).min(lane.units)).unwrap_or(u32::MAX);
-        // It is never closed.
+        // The semaphore is never closed.
         Ok(Place { _permit: lane.places.clone().acquire_many_owned(units).await.ok() })
     }
 
-    /// Reads a body whole, once there is room for it. Of one that is too long nothing is kept, and it is read to its end, as far as that is
-    /// near, so that who sends it comes to read the answer.
+    /// Reads a whole body once there is memory for it. Nothing is kept of a body over the limit. It is read to its end, unless the end is
+    /// too far, so that its sender gets to read the reply.
     ///
     /// # Errors
-    /// If it is too long, or breaks off.
+    /// Returns an error if the body is too long or breaks off.
     pub async fn read<B>(&self, mut body: B, most: usize) -> Result<(Bytes, Place), Unread>
     where
         B: Body<Data = Bytes> + Unpin,
@@ -109,7 +111,7 @@ impl Room {
     }
 }
 
-/// Reads what nobody is to have.
+/// Reads a body and discards it.
 async fn forget<B: Body<Data = Bytes> + Unpin>(mut body: B) {
     let mut read = 0usize;
     while let Some(Ok(frame)) = body.frame().await {
@@ -134,7 +136,7 @@ mod tests {
         Full::new(Bytes::from(vec![b'a'; length]))
     }
 
-    /// Whose length is not said.
+    /// A body of unknown length.
     fn chunked(length: usize) -> impl Body<Data = Bytes, Error = Infallible> + Unpin {
         StreamBody::new(futures::stream::iter(vec![Ok(Frame::data(Bytes::from(vec![b'a'; length])))]))
     }
@@ -163,7 +165,7 @@ mod tests {
         assert_eq!(room.read(chunked(most + 1), most).await.err(), Some(Unread::TooLong { most }));
         assert_eq!(room.read(body(most), most).await.unwrap().0.len(), most);
         assert_eq!(room.read(chunked(most), most).await.unwrap().0.len(), most);
-        // More than there is room for is all of it, and not never.
+        // A body larger than the memory takes all of it, instead of waiting forever.
         assert_eq!(room.read(body(2 * most), 4 * most).await.unwrap().0.len(), 2 * most);
     }
 }

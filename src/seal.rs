@@ -1,8 +1,9 @@
-//! Asks the gateway to end a task's log.
+//! The client that asks the gateway to seal a task's log.
 //!
-//! Promises: the request goes to the gateway's own certificate authority's certificate, with a token that is read anew each time;
-//! asking again is safe, since sealing a sealed log answers the same. Refuses: to guess; what the gateway refuses is reported in
-//! its words.
+//! Guarantees: the request goes only to a server with a certificate of the gateway's own certificate authority. Each request carries a
+//! freshly read token. A request can be repeated, because sealing a sealed log returns the same reply.
+//!
+//! Non-goals: interpreting denials. The caller gets them in the gateway's words.
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
@@ -18,37 +19,37 @@ use tokio_rustls::TlsConnector;
 
 use crate::wire::{self, Refusal, SealReply, SealRequest};
 
-/// For the whole exchange: the gateway writes to the object store meanwhile.
+/// The timeout of the whole exchange, during which the gateway writes to the evidence bucket.
 const TIMEOUT: Duration = Duration::from_secs(30);
-/// Longest reply.
+/// The longest reply, in bytes.
 const LONGEST_REPLY: usize = 64 * 1024;
 
-/// Why a log is not sealed.
+/// The reason why a log is not sealed.
 #[derive(Debug, thiserror::Error)]
 pub enum SealError {
     /// The certificate authority cannot be used.
     #[error("expected the gateway's certificate authority in PEM, found none that can be used: {0}")]
     Authority(String),
-    /// No token.
+    /// The token cannot be read.
     #[error("cannot read the operator's token for the gateway at {path}: {cause}")]
     Token {
-        /// Where it should be.
+        /// The file of the token.
         path: PathBuf,
-        /// Why not.
+        /// The error.
         cause: std::io::Error,
     },
-    /// No way to it.
+    /// The gateway cannot be reached.
     #[error("cannot reach the gateway at {address}: {cause}")]
     Unreachable {
-        /// Where.
+        /// The gateway's address.
         address: String,
-        /// Why not.
+        /// The error.
         cause: String,
     },
-    /// It refuses.
+    /// The gateway denied the request.
     #[error("the gateway does not seal the log: {} ({})", .0.reason, .0.rule)]
     Refused(Refusal),
-    /// It answered something else.
+    /// The gateway sent something that is not a reply of this protocol.
     #[error("the gateway answered {status} with a body that is no answer: {cause}")]
     Answer {
         /// The HTTP status.
@@ -58,9 +59,9 @@ pub enum SealError {
     },
 }
 
-/// Whoever ends a task's log.
+/// A client that seals logs.
 pub trait Seal: Send + Sync {
-    /// Seals a log. Every error may pass with time.
+    /// Seals a log. Every error may be temporary.
     fn seal<'a>(&'a self, request: &'a SealRequest) -> BoxFuture<'a, Result<SealReply, SealError>>;
 }
 
@@ -70,7 +71,7 @@ impl Seal for Gateway {
     }
 }
 
-/// The way to the gateway.
+/// The client for the gateway.
 pub struct Gateway {
     address: String,
     token: PathBuf,
@@ -78,10 +79,11 @@ pub struct Gateway {
 }
 
 impl Gateway {
-    /// At `address`, a `host:port`, with a certificate of this authority, and a token in this file.
+    /// Creates a client for the gateway at `address`, a `host:port`. The gateway must have a certificate of `authority`. The file `token`
+    /// has the token.
     ///
     /// # Errors
-    /// If the authority is not PEM of a certificate.
+    /// Returns an error if `authority` is not a PEM certificate.
     pub fn new(address: String, token: PathBuf, authority: &str) -> Result<Self, SealError> {
         let unusable = |error: &dyn std::fmt::Display| SealError::Authority(error.to_string());
         let mut roots = RootCertStore::empty();
@@ -100,7 +102,7 @@ impl Gateway {
     /// Seals a log.
     ///
     /// # Errors
-    /// See [`SealError`]. All of them may pass with time.
+    /// Returns a [`SealError`]. Every error may be temporary.
     pub async fn seal(&self, request: &SealRequest) -> Result<SealReply, SealError> {
         let token = tokio::fs::read_to_string(&self.token)
             .await
@@ -118,7 +120,7 @@ impl Gateway {
         let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
             .await
             .map_err(|error| self.unreachable(&error))?;
-        // It ends with the sender; what goes wrong on it is what the request reports.
+        // The connection ends with the sender. Its errors are reported by the request.
         tokio::spawn(connection);
         let body = serde_json::to_vec(request).map_err(|error| self.unreachable(&error))?;
         let request = Request::post(wire::LOG_SEAL)

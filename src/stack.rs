@@ -1,29 +1,29 @@
-//! Room for recursion.
+//! Runs a closure on a thread with a stack of 256 MiB.
 //!
-//! Promises: whatever passes our own limits of nesting has room, in a debug build as well. Refuses: to let a panic out; the caller
-//! is told that the work broke off.
+//! Guarantees: work within Belay's limits on nesting does not overflow the stack, in a debug build as well. A panic does not spread: the
+//! caller gets an error.
 
 use std::thread;
 
-/// CEL is compiled and documents are walked by recursion, within limits; this is far beyond them even in a debug build. Of it
-/// only what is used becomes memory.
+/// The size of the stack. Compiling CEL and walking documents recurse within limits, and this is far more than they need even in a debug
+/// build. Only the part that is used takes memory.
 const STACK: usize = 256 << 20;
 
-/// Why there is no result.
+/// The reason why there is no result.
 #[derive(Debug, thiserror::Error)]
 pub enum StackError {
-    /// No thread.
+    /// The thread could not be started.
     #[error("cannot start a thread: {0}")]
     Thread(std::io::Error),
-    /// It panicked.
+    /// The work panicked.
     #[error("the check broke off")]
     BrokeOff,
 }
 
-/// Does this on a thread with a large stack, and waits for it.
+/// Runs `work` on a thread with a large stack and waits for it.
 ///
 /// # Errors
-/// If the thread cannot be started, or panics.
+/// Returns an error if the thread cannot be started or panics.
 pub fn with_room<T: Send>(work: impl FnOnce() -> T + Send) -> Result<T, StackError> {
     thread::scope(|scope| {
         let worker = thread::Builder::new().stack_size(STACK).spawn_scoped(scope, work).map_err(StackError::Thread)?;

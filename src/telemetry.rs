@@ -1,9 +1,11 @@
-//! Logs and traces of our own processes.
+//! Logs and traces of Belay's own processes.
 //!
-//! Promises: one JSON object a line on standard error, from `info` up unless `RUST_LOG` says otherwise; spans to an
-//! OpenTelemetry collector (OTLP over gRPC) where `OTEL_EXPORTER_OTLP_ENDPOINT` names one. Refuses: failing a process
-//! because a collector is away; spans are then dropped. Nothing of an agent's prompts, arguments or credentials is ever
-//! a field here: that is the callers' duty, and evidence has the digests.
+//! Guarantees: the log is one JSON object a line on standard error, from `info` up unless `RUST_LOG` says otherwise. Spans go to an
+//! OpenTelemetry collector (OTLP over gRPC) if `OTEL_EXPORTER_OTLP_ENDPOINT` names one. A missing collector does not fail a process: its
+//! spans are dropped.
+//!
+//! Non-goals: redaction. Callers must never put an agent's prompts, arguments or credentials into a field. Evidence has commitments to
+//! them.
 
 use std::time::Duration;
 
@@ -12,32 +14,33 @@ use opentelemetry_otlp::WithExportConfig;
 use opentelemetry_sdk::{Resource, trace::SdkTracerProvider};
 use tracing_subscriber::{EnvFilter, Layer, layer::SubscriberExt, util::SubscriberInitExt};
 
-/// Names the collector: OpenTelemetry's own variable.
+/// OpenTelemetry's own environment variable for the collector.
 const ENDPOINT: &str = "OTEL_EXPORTER_OTLP_ENDPOINT";
-/// What is logged where `RUST_LOG` does not say. rmcp tells of each request in other people's words; the evidence tells of it without.
+/// The default for `RUST_LOG`. rmcp is off because it logs each request with text that is not Belay's. Evidence records requests without
+/// that text.
 pub const FILTER: &str = "info,rmcp=off";
-/// A collector that does not take the last spans by then does not get them: a process must end in time.
+/// The timeout for exporting the last spans. Later ones are lost, because a process must end in time.
 const FLUSH: Duration = Duration::from_secs(3);
 
-/// The subscriber cannot be installed.
+/// The reason why the subscriber cannot be installed.
 #[derive(Debug, thiserror::Error)]
 pub enum TelemetryError {
-    /// The exporter does not take its settings.
+    /// The exporter rejects its settings.
     #[error(
         "cannot export traces to {endpoint} ({ENDPOINT}): {cause}; expected the URL of an OTLP gRPC collector, such as http://collector:4317"
     )]
     Exporter {
-        /// What the variable says.
+        /// The value of the variable.
         endpoint: String,
-        /// What is wrong with it.
+        /// What is wrong with the value.
         cause: String,
     },
-    /// There is one already.
+    /// A subscriber is already installed.
     #[error("logging was set up twice in one process: {0}")]
     Twice(#[from] tracing_subscriber::util::TryInitError),
 }
 
-/// Keeps telemetry going; sends what is left when dropped.
+/// A guard that keeps telemetry running and exports the remaining spans on drop.
 #[must_use = "dropping it ends the export of traces"]
 pub struct Guard(Option<SdkTracerProvider>);
 
@@ -49,10 +52,10 @@ impl Drop for Guard {
     }
 }
 
-/// Installs the process's subscriber. Call it inside the Tokio runtime: the exporter lives there.
+/// Installs the process's subscriber. Must be called inside the Tokio runtime, because the exporter runs there.
 ///
 /// # Errors
-/// If the collector's URL cannot be used, or there is a subscriber already.
+/// Returns an error if the collector's URL cannot be used or a subscriber is already installed.
 pub fn init(service: &'static str) -> Result<Guard, TelemetryError> {
     let filter = || EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(FILTER));
     let logs = tracing_subscriber::fmt::layer()
@@ -60,11 +63,11 @@ pub fn init(service: &'static str) -> Result<Guard, TelemetryError> {
         .flatten_event(true)
         .with_current_span(true)
         .with_span_list(false)
-        // Whoever tells something never waits for whoever reads it.
+        // Logging never waits for the reader of the log.
         .with_writer(crate::output::stderr)
         .with_filter(filter());
     let provider = std::env::var(ENDPOINT).ok().filter(|e| !e.is_empty()).map(|e| exporter(service, e)).transpose()?;
-    // The exporter's own connection makes spans too; exported, each batch would cause the next.
+    // The exporter's own connection creates spans, too. If they were exported, each batch would cause the next.
     let traces = provider.as_ref().map(|provider| {
         tracing_opentelemetry::layer()
             .with_tracer(provider.tracer(service))
@@ -75,7 +78,7 @@ pub fn init(service: &'static str) -> Result<Guard, TelemetryError> {
 }
 
 fn exporter(service: &'static str, endpoint: String) -> Result<SdkTracerProvider, TelemetryError> {
-    // Headers and timeouts come from the standard variables, which the exporter reads itself.
+    // The exporter itself reads headers and timeouts from the standard environment variables.
     let exporter = opentelemetry_otlp::SpanExporter::builder()
         .with_tonic()
         .with_endpoint(&endpoint)

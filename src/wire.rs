@@ -1,7 +1,7 @@
-//! What harness, operator and gateway say to each other: paths, headers and bodies, exit codes, and nothing else.
+//! The protocol between harness, operator and gateway: paths, headers, bodies and exit codes.
 //!
-//! Every request carries `authorization: Bearer <token>`: a projected, pod-bound ServiceAccount token of audience
-//! [`AUDIENCE`]. A tunnel carries it as `proxy-authorization`.
+//! Every request carries `authorization: Bearer <token>`: a projected, pod-bound ServiceAccount token of audience [`AUDIENCE`]. A tunnel
+//! carries it as `proxy-authorization`.
 
 use std::collections::BTreeSet;
 
@@ -22,72 +22,73 @@ use crate::{
 
 /// The audience that tokens must be issued for.
 pub const AUDIENCE: &str = "belay-gateway";
-/// The name in the gateway's certificate. It is dialled by address, as pods have no DNS.
+/// The name in the gateway's certificate. Clients dial the gateway by address, because pods have no DNS.
 pub const SERVER_NAME: &str = "belay-gateway";
 /// Opens a task's log for an attempt: [`OpenRequest`] → [`OpenReply`].
 pub const LOG_OPEN: &str = "/v1/log/open";
 /// Appends a segment: [`AppendRequest`] → [`AppendReply`].
 pub const LOG_APPEND: &str = "/v1/log/append";
-/// Ends a log: [`SealRequest`] → [`SealReply`]. The operator's alone.
+/// Seals a log: [`SealRequest`] → [`SealReply`]. Only the operator may send it.
 pub const LOG_SEAL: &str = "/v1/log/seal";
-/// Asks people about one exact call: [`ApprovalAsk`] → [`ApprovalReply`].
+/// Requests approval of one exact call: [`ApprovalAsk`] → [`ApprovalReply`].
 pub const APPROVAL: &str = "/v1/approval";
-/// Makes and keeps the arguments that undo a call: [`Keep`] → [`Kept`].
+/// Renders and stores the arguments of a call's compensation: [`Keep`] → [`Kept`].
 pub const STATE_KEEP: &str = "/v1/state/keep";
-/// Gives a rollback the arguments that undo a call of the other task: [`KeptOf`] → [`Undo`].
+/// Returns to a rollback the arguments of a compensation of a call of the other task: [`KeptOf`] → [`Undo`].
 pub const STATE_GET: &str = "/v1/state/get";
-/// Keeps the result of an idempotent call: [`KeepResult`] → [`Kept`].
+/// Stores the result of an idempotent call: [`KeepResult`] → [`Kept`].
 pub const RESULT_KEEP: &str = "/v1/result/keep";
-/// Gives it to another attempt of the same task: [`KeptOf`] → [`KeptResult`].
+/// Returns a stored result to another attempt of the same task: [`KeptOf`] → [`KeptResult`].
 pub const RESULT_GET: &str = "/v1/result/get";
-/// Longest result that is kept, in bytes.
+/// The longest result that is stored, in bytes.
 pub const LONGEST_RESULT: usize = 256 << 10;
-/// Longest body of a request to a model or of the agent's own, in bytes: what the providers themselves take, and no more.
+/// The longest body of a model request or of a plain HTTP request of the agent, in bytes. Providers accept no more either.
 pub const LONGEST_REQUEST: usize = 32 << 20;
 /// Sends one HTTP request to an upstream.
 pub const FORWARD: &str = "/v1/forward";
-/// Calls an HTTP tool: the body is the arguments, as JSON, of which the gateway makes the request by the contract.
+/// Calls an HTTP tool. The body is the arguments as JSON. The gateway renders the request from them by the contract.
 pub const CALL: &str = "/v1/call";
-/// Absolute URL of the upstream, on [`FORWARD`].
+/// The absolute URL of the upstream, on [`FORWARD`].
 pub const TARGET: &str = "belay-target";
-/// [`Channel`](crate::evidence::record::Channel) of a call, on [`FORWARD`] and `CONNECT`.
+/// The [`Channel`](crate::evidence::record::Channel) of a call, on [`FORWARD`] and `CONNECT`.
 pub const CHANNEL: &str = "belay-channel";
-/// Sequence number of the call's intent record, on [`FORWARD`], [`CALL`] and `CONNECT`.
+/// The sequence number of the call's intent record, on [`FORWARD`], [`CALL`] and `CONNECT`.
 pub const INTENT: &str = "belay-intent";
-/// On `CONNECT` and on its reply, [`TOLD`]: the gateway looks at what the agent begins with before anything goes on, and says on the
-/// stream, before anything of the upstream's, what it thinks of that. An empty line lets it through; a line with a [`Refusal`] ends it.
+/// On `CONNECT` with the value [`TOLD`]: asks the gateway to report its verdict on the agent's first bytes. A gateway that does so sets
+/// this header on its reply, too. It checks these bytes before it forwards anything, and writes one line to the stream before anything of
+/// the upstream's. An empty line lets the tunnel through; a line with a [`Refusal`] ends it.
 pub const OPENING: &str = "belay-opening";
 /// The value of [`OPENING`].
 pub const TOLD: &str = "told";
-/// Longest such line.
+/// The longest line with a verdict on a tunnel's first bytes, in bytes.
 pub const LONGEST_WORD: usize = 8 << 10;
-/// The address that was dialled, on replies.
+/// The address that the gateway dialled, on replies.
 pub const UPSTREAM: &str = "belay-upstream-address";
-/// SHA-256 of the certificate that was shown there, hex, on replies over TLS.
+/// The SHA-256 of the certificate that the dialled server showed, hex, on replies over TLS.
 pub const CERTIFICATE: &str = "belay-upstream-certificate";
-/// The rule that refused, on refusals. An upstream cannot set it: the gateway strips it.
+/// The rule that denied the request, on denials. An upstream cannot set it, because the gateway removes it from replies.
 pub const RULE: &str = "belay-rule";
 
-/// The length of a forwarded reply, as its upstream has said it. It may end early.
+/// The length of a forwarded reply, as declared by the upstream. The reply may end early.
 pub const LENGTH: &str = "belay-content-length";
-/// How a forwarded reply ended early, as a trailer: [`Ended`].
+/// The trailer that says how a forwarded reply ended early: [`Ended`].
 pub const ENDED: &str = "belay-ended";
 
 /// How a reply ended early.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ended {
-    /// The upstream broke it off: what has been passed on is all that came.
+    /// The upstream broke off the reply. The bytes that were passed on are all that came.
     BrokeOff,
-    /// It repeats the credential: what follows is withheld.
+    /// The reply repeats the credential. The rest is withheld.
     Repeated,
-    /// The gateway did not wait for more, or could not read it: the upstream may have gone on.
+    /// The gateway stopped waiting for the reply or could not read it. The upstream may have continued.
     GivenUp,
 }
 
 impl Ended {
     const ALL: [Self; 3] = [Self::BrokeOff, Self::Repeated, Self::GivenUp];
 
-    /// The trailer's value.
+    /// Returns the trailer's value.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::BrokeOff => "broke-off",
@@ -96,87 +97,86 @@ impl Ended {
         }
     }
 
-    /// By the trailer's value.
+    /// Returns the variant with this trailer value.
     pub fn named(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|ended| ended.as_str() == name)
     }
 }
 
-/// Bytes of one request or reply that may be under way unread. So many bodies as a connection has at a time do not fill
-/// [`CONNECTION_WINDOW`]: whoever leaves some of them unread holds up nothing else.
+/// The bytes of one request or reply that may be in flight unread. The bodies that a connection can have at a time fit into
+/// [`CONNECTION_WINDOW`], so a reader that leaves some of them unread blocks no others.
 pub const STREAM_WINDOW: u32 = 64 << 10;
-/// Bytes of one connection that may be under way unread.
+/// The bytes of one connection that may be in flight unread.
 pub const CONNECTION_WINDOW: u32 = STREAMS * STREAM_WINDOW;
-/// Requests at a time on one connection.
+/// The number of concurrent requests on one connection.
 pub const STREAMS: u32 = 256;
 
-/// Exit code of the containment probe when containment is unproven.
+/// The exit code of the containment probe when containment is not proven.
 pub const EXIT_UNPROVEN: u8 = 42;
-/// Exit code of the harness once so many calls were refused that the task is over.
+/// The exit code of the harness when the limit on denials was reached.
 pub const EXIT_REFUSED_ENOUGH: u8 = 43;
-/// Exit code of the harness once the attempt's wall time is over.
+/// The exit code of the harness when the attempt's wall time is over.
 pub const EXIT_OUT_OF_TIME: u8 = 44;
-/// Exit code of the harness once a call that nobody approved in time has ended the task.
+/// The exit code of the harness when a request for approval expired and ended the task.
 pub const EXIT_UNAPPROVED: u8 = 45;
-/// Exit code of the harness once evidence could not be stored for so long that the task is to be parked.
+/// The exit code of the harness when evidence could not be stored for so long that the task must be parked.
 pub const EXIT_PARKED: u8 = 46;
-/// Exit code of the harness once its log cannot go on: what happened since is in no log.
+/// The exit code of the harness when its log failed. What happened since is in no log.
 pub const EXIT_LOG_FAILED: u8 = 47;
 
-/// Opens a task's log for an attempt.
+/// The request to open a task's log for an attempt.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct OpenRequest {
-    /// Number of the attempt.
+    /// The number of the attempt.
     pub attempt: i64,
-    /// Digest of the rendered policy that the harness runs by.
+    /// The digest of the rendered policy that the harness enforces.
     pub policy_digest: String,
 }
 
-/// Where the log stands.
+/// The state of an opened log.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct OpenReply {
     /// The log's origin line.
     pub origin: String,
-    /// Records in the log.
+    /// The number of records in the log.
     pub size: u64,
-    /// Roots of the perfect subtrees that make up the log, left to right, base64. See [`merkle`](crate::evidence::merkle).
+    /// The roots of the perfect subtrees that make up the log, left to right, base64. See [`merkle`](crate::evidence::merkle).
     pub frontier: Vec<String>,
-    /// What the attempt goes on from.
+    /// The state that the attempt resumes from.
     pub state: Snapshot,
-    /// What the task's commitments are made with.
+    /// The salt of the task's commitments.
     pub salt: Salt,
-    /// Whether results of idempotent calls are kept outside the pod.
+    /// Whether results of idempotent calls are stored outside the pod.
     #[serde(default)]
     pub keeps_results: bool,
-    /// Tokens and tool calls of intents that never got an outcome stay spent; this is their number, for the record.
+    /// The number of calls whose intents never got an outcome. Their tokens and their tool calls stay spent. For information only.
     pub open_calls: u64,
 }
 
-/// A segment to witness and store: the body's one field is the segment's text, see
-/// [`Segment`](crate::evidence::segment::Segment), with the attempt's signature on its checkpoint.
+/// The request to witness and store a segment. The attempt's signature is on the segment's checkpoint.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct AppendRequest {
-    /// Number of the attempt.
+    /// The number of the attempt.
     pub attempt: i64,
-    /// First sequence number in the segment.
+    /// The first sequence number in the segment.
     pub first: u64,
-    /// The segment's text.
+    /// The segment's text, see [`Segment`](crate::evidence::segment::Segment).
     pub segment: String,
-    /// How far the reply waits.
+    /// The state that the segment must reach before the gateway replies.
     #[serde(default, skip_serializing_if = "Until::is_stored")]
     pub until: Until,
 }
 
-/// How far a segment is to be before there is a reply.
+/// The state that a segment must reach before the gateway replies.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum Until {
-    /// Checked, in its place, and on its way to the bucket: enough for a tool to read.
+    /// The segment is checked, has its place in the log, and is on its way to the bucket. That is enough for a tool read and a model call.
     Witnessed,
-    /// It lies locked in the bucket.
+    /// The segment is in the bucket, under its lock.
     #[default]
     Stored,
 }
@@ -187,22 +187,23 @@ impl Until {
     }
 }
 
-/// The segment is as far as was asked for.
+/// The reply to an append: the segment has reached the requested state.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct AppendReply {
-    /// Records in the log up to its end.
+    /// The number of records in the log up to the segment's end.
     pub size: u64,
-    /// Once it lies in the bucket: a checkpoint there that covers it, with the witness's cosignature.
+    /// For a stored segment: a checkpoint in the bucket that covers it, with the witness's cosignature.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub checkpoint: Option<String>,
 }
 
-/// Asks people about one exact call. Asking again for the same call asks nobody again, and tells where it stands.
+/// The request for approval of one exact call. Repeating it for the same call creates no other ApprovalRequest and returns the current
+/// state.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct ApprovalAsk {
-    /// On whose account.
+    /// Which policy requires the approval: the contract or the pack.
     pub by: AskedBy,
     /// The tool.
     pub tool: String,
@@ -210,154 +211,156 @@ pub struct ApprovalAsk {
     pub effect: SideEffect,
     /// The arguments, RFC 8785 JSON.
     pub arguments: String,
-    /// Their SHA-256, hex.
+    /// The commitment to the arguments, hex.
     pub request_digest: String,
-    /// Seconds for which the reply may wait for a decision.
+    /// How many seconds the gateway may wait for a decision before it replies.
     pub wait: i64,
 }
 
-/// Where the request stands.
+/// The state of an ApprovalRequest.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ApprovalReply {
-    /// Name of the ApprovalRequest.
+    /// The name of the ApprovalRequest.
     pub name: String,
-    /// Its UID.
+    /// The UID of the ApprovalRequest.
     pub uid: String,
-    /// How many must approve.
+    /// The number of approvals that are required.
     pub required: i64,
-    /// By when, RFC 3339.
+    /// The time at which the request expires, RFC 3339.
     pub expires: String,
-    /// Why the pack asks.
+    /// The pack's reasons for requiring approval.
     #[serde(default)]
     pub because: Vec<String>,
-    /// Where it stands.
+    /// The state of the request.
     pub standing: Standing,
-    /// Who has decided what.
+    /// The decisions of approvers so far.
     pub decisions: Vec<Vote>,
 }
 
 impl ApprovalReply {
-    /// Whether its time is over by this clock. A time that cannot be read is.
+    /// Returns whether the request has expired by this clock. A time that cannot be parsed counts as expired.
     pub fn expired(&self) -> bool {
         !self.expires.parse::<jiff::Timestamp>().is_ok_and(|expires| jiff::Timestamp::now() < expires)
     }
 }
 
-/// Ends a log with a `task.closed` record.
+/// The request to seal a log with a `task.closed` record.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct SealRequest {
-    /// Namespace of the task.
+    /// The namespace of the task.
     pub namespace: String,
-    /// Its name.
+    /// The name of the task.
     pub name: String,
-    /// Its UID.
+    /// The UID of the task.
     pub uid: String,
     /// The last attempt.
     pub attempt: i64,
-    /// `bucket` and `prefix` of the task's pack, as the operator resolved them: the pack may be gone by now.
+    /// The `bucket` of the task's pack, as the operator resolved it. The gateway does not read the pack, because it may be deleted by now.
     pub bucket: String,
-    /// See `bucket`.
+    /// The `prefix` of the task's pack. See `bucket`.
     pub prefix: String,
     /// How the task ended.
     pub closed: TaskClosed,
-    /// Nobody has seen how the last attempt's agent ended: `closed` follows from the clock, or from the pod being gone. It is sealed only as
-    /// far as the log bears it out.
+    /// Whether `closed` is presumed: nothing observed how the last attempt's agent ended, and `closed` follows from the clock or from the
+    /// missing pod. The gateway seals the log with a presumed end only as far as the log confirms it.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub presumed: bool,
 }
 
-/// The sealed log. Sealing a sealed log answers the same again and writes nothing.
+/// The sealed log. Sealing a sealed log returns the same reply and writes nothing.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct SealReply {
     /// The log's origin line.
     pub origin: String,
-    /// `s3://bucket/prefix` of the log.
+    /// The location of the log, as `s3://bucket/prefix`.
     pub location: String,
-    /// Endpoint of the object store; absent for AWS.
+    /// The endpoint of the object store; absent for AWS.
     pub endpoint: Option<String>,
-    /// Records in it.
+    /// The number of records in the log.
     pub size: u64,
-    /// Its root, base64.
+    /// The root of the log, base64.
     pub root: String,
-    /// Final counters.
+    /// The final counters.
     pub usage: Usage,
-    /// What was refused in it.
+    /// The number of denials in the log, by channel.
     #[serde(default)]
     pub refused: Refusals,
-    /// What the log is sealed with: what was asked for, or that it is not known, or what it was sealed with before. Absent from a gateway of
+    /// The end that the log is sealed with: the requested one, an unknown one, or the one of an earlier request. Absent from a gateway of
     /// an earlier version.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub closed: Option<TaskClosed>,
-    /// The contracts of the calls that would undo the task, where it has failed. Absent if that could not be told in time.
+    /// The contracts of the compensations that would roll back the failed task. Absent if the gateway could not determine them in time.
     #[serde(default)]
     pub undone_by: Option<BTreeSet<String>>,
 }
 
-/// A call has taken effect: the gateway makes the arguments of the call that undoes it, by its contract, and keeps them.
+/// The request to store a compensation of a call that took effect. The gateway renders the compensation's arguments by the contract and
+/// stores them.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Keep {
-    /// Sequence number of the call's intent.
+    /// The sequence number of the call's intent.
     pub intent: u64,
     /// The call's arguments.
     pub arguments: serde_json::Value,
-    /// What it answered, `null` without.
+    /// The call's result, or `null` if there is none.
     pub result: serde_json::Value,
 }
 
-/// What belongs to a call is kept.
+/// The reply that data of a call is stored.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Kept {
-    /// The commitment to it, hex: to arguments by field, and to a result's bytes.
+    /// The commitment to the stored data, hex: for arguments by field, for a result over its bytes.
     pub digest: String,
 }
 
-/// Asks for the arguments that undo a call of the task that is undone, or for the result of a call of the task's own.
+/// The request for the stored arguments of a compensation, for a call of the task that is rolled back, or for the stored result of one of
+/// the task's own calls.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct KeptOf {
-    /// The call, by its name in its task's log.
+    /// The call's name in the log of its task.
     pub call: String,
-    /// The commitment to what is asked for, hex.
+    /// The commitment to the requested data, hex.
     pub digest: String,
 }
 
-/// The arguments that undo a call.
+/// The arguments of a compensation.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Undo {
-    /// RFC 8785 JSON.
+    /// The arguments, RFC 8785 JSON.
     pub arguments: String,
 }
 
-/// Has the result of an idempotent call kept, for another attempt to give again.
+/// The request to store the result of an idempotent call, so that another attempt can return it again.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct KeepResult {
-    /// Sequence number of the call's intent.
+    /// The sequence number of the call's intent.
     pub intent: u64,
-    /// The result, as the agent gets it: JSON.
+    /// The result as the agent gets it, as JSON.
     pub result: String,
 }
 
-/// The result of a call of an earlier attempt.
+/// The stored result of a call of an earlier attempt.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct KeptResult {
-    /// As it was kept.
+    /// The result, as it was stored.
     pub result: String,
 }
 
-/// Why a request was refused or failed: the body of every reply from the gateway that is not a success.
+/// The reason why a request was denied or failed: the body of every reply of the gateway that is not a success.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Refusal {
-    /// The rule.
+    /// The rule that denied the request.
     pub rule: Rule,
-    /// What was expected, what was found, what to do.
+    /// What was expected, what was found, and what to do.
     pub reason: String,
 }

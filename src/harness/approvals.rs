@@ -1,9 +1,12 @@
-//! Asking people before a call leaves.
+//! Approvals that a call waits for before it leaves.
 //!
-//! Promises: one request for one exact call, however often and by how many calls at once it is made; what people say is in the log before
-//! the call's intent; contract and pack are asked about it at the same time, each for itself; a yes is taken once; a no, a lapsed request
-//! and a gateway that refuses to ask are refusals. While a request is undecided the [`Clock`] stands still. Refuses: knowing who decides
-//! what: the gateway asks, counts the votes, and asks again before the call leaves.
+//! Guarantees: there is one request for one exact call, however often and by however many concurrent callers it is made. The decision is in
+//! the log before the call's intent. Contract and pack request approval at the same time, each separately. An approval is used once. A
+//! denial by an approver, an expired request and a gateway that denies the request all deny the call. The [`Clock`] stops while a request
+//! is pending.
+//!
+//! Non-goals: knowing who may approve what. The gateway creates the request, counts the decisions, and checks them again before the call
+//! leaves.
 
 use std::{
     collections::HashMap,
@@ -29,17 +32,17 @@ use crate::{
     wire::{ApprovalAsk, ApprovalReply},
 };
 
-/// How long the gateway may hold a question: it answers at once when something is decided.
+/// How many seconds the gateway may wait before it replies. It replies at once when there is a decision.
 const HOLD: i64 = 20;
-/// Calls that were refused and are remembered; more are refused without asking.
+/// The number of calls that are remembered. Beyond it, further calls are denied without a request.
 const REMEMBERED: usize = 4_096;
-/// Pause before the gateway is asked again that failed or lags.
+/// The pause before the gateway is asked again after an error or when it lags.
 const PAUSE: Duration = Duration::from_millis(250);
 
-/// What is known of one exact call.
+/// What is known about one exact call.
 type Known = Option<Result<ApprovalReply, Denial>>;
 
-/// A call that people are asked about.
+/// A call that needs approval.
 #[derive(Clone, Debug)]
 pub struct Question {
     /// The tool.
@@ -48,11 +51,11 @@ pub struct Question {
     pub effect: SideEffect,
     /// The arguments, RFC 8785 JSON.
     pub arguments: String,
-    /// Their SHA-256, hex.
+    /// The commitment to the arguments, hex.
     pub digest: String,
 }
 
-/// Where people are asked.
+/// The pending and decided approvals of this attempt.
 pub struct Approvals {
     link: Arc<Link>,
     journal: Arc<Journal>,
@@ -61,33 +64,34 @@ pub struct Approvals {
     ended: Notify,
 }
 
-/// An answer to a call that needs approval.
+/// The result of a request for approval.
 pub enum Answered {
-    /// It may be made.
+    /// The call may be made.
     Approved {
-        /// By the approvals of these names.
+        /// The names of the ApprovalRequests.
         names: Vec<String>,
-        /// For these reasons of the pack's.
+        /// The pack's reasons that the approvers have seen.
         because: Vec<String>,
     },
-    /// Nobody knows yet. What the agent is told.
+    /// There is no decision yet. The text is for the agent.
     Pending(String),
-    /// It may not.
+    /// The call is denied.
     Refused(Denial),
 }
 
 impl Approvals {
-    /// Nothing asked yet.
+    /// Creates the state without any requests.
     pub fn new(link: Arc<Link>, journal: Arc<Journal>, clock: Arc<Clock>) -> Arc<Self> {
         Arc::new(Self { link, journal, clock, asked: Mutex::default(), ended: Notify::new() })
     }
 
-    /// Returns once a request has expired that was to end the task.
+    /// Waits until a request with `onTimeout: EndTask` expires.
     pub async fn ended(&self) {
         self.ended.notified().await;
     }
 
-    /// Asks about one exact call on each of these accounts, or joins those who have, and waits as long as all of them hold calls.
+    /// Requests approval of one exact call for each of these policies, or joins callers that already have, and waits as long as all of them
+    /// hold calls.
     pub async fn ask(self: &Arc<Self>, call: &Question, needs: &[(AskedBy, &Approval)]) -> Answered {
         let hold = needs.iter().map(|(_, approval)| approval.hold_seconds).min().unwrap_or_default();
         let until = tokio::time::Instant::now() + Duration::from_secs(u64::try_from(hold).unwrap_or_default());
@@ -104,7 +108,7 @@ impl Approvals {
             for ((exact, known), (_, approval)) in all.iter_mut().zip(needs) {
                 let decided = match tokio::time::timeout_at(until, known.wait_for(Option::is_some)).await {
                     Ok(Ok(decided)) => decided.clone(),
-                    // Whoever asked is gone, which only happens at the end.
+                    // The watching task is gone, which happens only at the end.
                     Ok(Err(_)) => return Answered::Refused(denial("nobody can be asked any more")),
                     Err(_) => return Answered::Pending(pending(&call.tool, approval)),
                 };
@@ -118,7 +122,7 @@ impl Approvals {
                     None => {}
                 }
             }
-            // Another call like this one was faster: then people are asked anew.
+            // Another caller with the same call has used the approvals, so they are requested anew.
             if replies.len() < needs.len() || !self.take(&all) {
                 continue;
             }
@@ -133,7 +137,7 @@ impl Approvals {
         }
     }
 
-    /// What is known of a call; asked for if nobody has.
+    /// Returns what is known about a call. Requests approval if no caller has.
     fn join(
         self: &Arc<Self>,
         exact: &Exact,
@@ -168,7 +172,7 @@ impl Approvals {
         Ok(known)
     }
 
-    /// Whether what was known is still what is kept, all of it; it is not kept any more then.
+    /// Removes the entries if all of them are still the current ones. Returns whether they were.
     fn take(&self, all: &[(Exact, watch::Receiver<Known>)]) -> bool {
         let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
         let same = all.iter().all(|(exact, known)| asked.get(exact).is_some_and(|kept| kept.same_channel(known)));
@@ -178,7 +182,7 @@ impl Approvals {
         same
     }
 
-    /// Asks until something is decided, and puts that into the log.
+    /// Asks the gateway until there is a decision, and records it.
     async fn watch(self: Arc<Self>, mut ask: ApprovalAsk, on_timeout: OnTimeout, sender: watch::Sender<Known>) {
         let wait = self.clock.wait();
         let decided = loop {
@@ -194,7 +198,7 @@ impl Approvals {
                         ask.wait = HOLD;
                         continue;
                     }
-                    // The gateway has not seen the call yet that was made by it; the next one has another request.
+                    // The approval is used, but the gateway has not seen the call that used it yet. The next call gets another request.
                     if self.journal.look(|task| task.approvals().is_used(&reply.name)) {
                         tokio::time::sleep(PAUSE).await;
                         continue;
@@ -214,11 +218,11 @@ impl Approvals {
         if expired && on_timeout == OnTimeout::EndTask {
             self.ended.notify_one();
         }
-        // Whoever comes later still sees what was decided.
+        // Callers that come later still see the decision.
         sender.closed().await;
     }
 
-    /// Writes what people were asked, or have said.
+    /// Records a request or a decision.
     fn record(&self, said: Said, event: fn(Said) -> Event) -> Result<(), Denial> {
         let record = self.journal.record(|_, task| {
             task.approvals().fits(&said.name, &said.call(), said.standing).map_err(|reason| denial(&reason))?;
@@ -228,7 +232,7 @@ impl Approvals {
     }
 }
 
-/// As it was asked, before anybody decided.
+/// Returns the approval as it was requested, before any decision.
 fn pend(said: &Said) -> Said {
     Said { standing: Standing::Pending, decisions: vec![], ..said.clone() }
 }
@@ -252,7 +256,7 @@ fn denial(reason: &str) -> Denial {
     Denial { rule: Rule::ToolApproval, reason: reason.to_owned() }
 }
 
-/// Why a decided request is no yes.
+/// Returns why a decided request is not an approval.
 fn refusal(reply: &ApprovalReply) -> String {
     use crate::policy::{approval::Answer, shorten::shorten};
     let no = reply.decisions.iter().find(|vote| vote.decision == Answer::Deny);

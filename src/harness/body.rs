@@ -1,4 +1,4 @@
-//! What every reply of ours is made of.
+//! The response body type.
 
 use bytes::Bytes;
 use http_body_util::{BodyExt, combinators::UnsyncBoxBody};
@@ -7,7 +7,7 @@ use crate::flushed::Flushed;
 
 /// Any error of a body.
 pub type BodyError = Box<dyn std::error::Error + Send + Sync>;
-/// A reply's body.
+/// The body of a response.
 pub type Body = UnsyncBoxBody<Bytes, BodyError>;
 
 /// Boxes a body.

@@ -1,25 +1,25 @@
-//! What a tool call may take, of time and of bytes, whatever its upstream speaks.
+//! Limits on the time and the bytes of a tool call, whatever its upstream speaks.
 
 use std::time::Duration;
 
 use crate::policy::{config::Tool, decide::Denial, rule::Rule};
 
-/// How long a tool may take whose contract does not say.
+/// The timeout of a tool whose contract has none.
 const TOOL_REPLY: Duration = Duration::from_secs(120);
-/// Longest reply that is read.
+/// The longest reply that is read, in bytes.
 pub const LONGEST_REPLY: usize = 16 << 20;
 
-/// What a call may take.
+/// The limits of one call.
 #[derive(Clone, Copy, Debug)]
 pub struct Bounds {
-    /// How long the upstream may take.
+    /// The upstream's timeout.
     pub time: Duration,
-    /// Longest reply that is read.
+    /// The longest reply that is read, in bytes.
     pub reply: usize,
 }
 
 impl Bounds {
-    /// What the contract says, and ours where it says nothing.
+    /// Returns the contract's limits, or the defaults for those that it does not set.
     pub fn of(tool: &Tool) -> Self {
         let time = tool.limits.timeout_seconds.and_then(|seconds| u64::try_from(seconds).ok());
         let reply = tool.limits.response_bytes.and_then(|bytes| usize::try_from(bytes).ok());
@@ -29,7 +29,7 @@ impl Bounds {
         }
     }
 
-    /// A reply that is longer than it may be.
+    /// Returns the denial of a reply that is too long.
     pub fn too_long(&self, tool: &Tool) -> Denial {
         let reason =
             format!("the reply of {} is longer than the {} bytes that are taken; ask for less", tool.name, self.reply);
@@ -37,7 +37,7 @@ impl Bounds {
     }
 }
 
-/// An upstream that did not answer in the contract's time. `made`: whether the call itself had gone out.
+/// Returns the denial for an upstream that did not reply in the contract's time. `made` says whether the call itself was sent.
 pub fn late(tool: &Tool, time: Duration, made: bool) -> Denial {
     let reason = match made {
         true => "whether the call took effect is not known: look before it is made again",

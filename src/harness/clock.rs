@@ -1,8 +1,9 @@
-//! What time it is, and the attempt's wall time, which stands still while people are asked.
+//! The current time, and the attempt's wall time, which stops while approvals are pending.
 //!
-//! Promises: what people take is not the agent's, up to the allowance; overlapping waits count once; the time of records, by which
-//! windows close, goes on evenly, though the machine's clock is set. Refuses: to go back, and to survive the harness: one that is started
-//! again begins anew, and the operator's own deadline holds.
+//! Guarantees: the time that approvers take does not count against the agent, up to the allowance. Overlapping waits count once. The time
+//! of records, by which windows close, advances evenly even if the machine's clock is set. It never goes back.
+//!
+//! Non-goals: surviving the harness. A restarted harness begins anew, and the operator's own deadline applies.
 
 use std::{
     sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError},
@@ -12,18 +13,18 @@ use std::{
 use jiff::{SignedDuration, Timestamp};
 use tokio::time::Instant;
 
-/// What the machine's clock said when this one was first looked at.
+/// The machine's time when this clock was first read.
 static BEGAN: LazyLock<(Timestamp, std::time::Instant)> =
     LazyLock::new(|| (Timestamp::now(), std::time::Instant::now()));
 
-/// What time it is: what the machine's clock said when the harness began, and what has passed since.
+/// Returns the current time: the machine's time when this clock was first read, plus the time that has passed since.
 pub fn now() -> Timestamp {
     let (began, since) = *BEGAN;
     let passed = SignedDuration::try_from(since.elapsed()).unwrap_or(SignedDuration::MAX);
     began.checked_add(passed).unwrap_or(Timestamp::MAX)
 }
 
-/// Between two looks at a clock that may stand still.
+/// The interval at which a clock that may be stopped is checked.
 const TICK: Duration = Duration::from_millis(500);
 
 /// The attempt's wall time.
@@ -35,30 +36,30 @@ pub struct Clock {
 
 struct State {
     started: Instant,
-    /// Waits under way, and since when there is one.
+    /// The number of waits in progress. `since` is when the first of them began.
     waits: usize,
     since: Instant,
-    /// Waits that are over.
+    /// The total time of waits that are over.
     waited: Duration,
 }
 
-/// One wait. The clock goes on when the last of them is dropped.
+/// A wait. The clock continues when the last wait is dropped.
 pub struct Wait(Arc<Clock>);
 
 impl Clock {
-    /// A clock that starts now. Of all waiting, `allowance` does not count.
+    /// Starts a clock. Up to `allowance` of all waiting does not count.
     pub fn start(wall: Duration, allowance: Duration) -> Arc<Self> {
         let started = Instant::now();
         let state = Mutex::new(State { started, waits: 0, since: started, waited: Duration::ZERO });
         Arc::new(Self { wall, allowance, state })
     }
 
-    /// Time since the start, waits and all.
+    /// Returns the time since the start, including waits.
     pub fn elapsed(&self) -> Duration {
         self.lock().started.elapsed()
     }
 
-    /// What is left of the wall time.
+    /// Returns the wall time that is left.
     pub fn left(&self) -> Duration {
         let state = self.lock();
         let waiting = if state.waits > 0 { state.since.elapsed() } else { Duration::ZERO };
@@ -66,12 +67,12 @@ impl Clock {
         self.wall.saturating_add(excused).saturating_sub(state.started.elapsed())
     }
 
-    /// Whether the wall time is over.
+    /// Returns whether the wall time is over.
     pub fn is_over(&self) -> bool {
         self.left().is_zero()
     }
 
-    /// Returns once the wall time is over.
+    /// Waits until the wall time is over.
     pub async fn over(&self) {
         loop {
             let left = self.left();

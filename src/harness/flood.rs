@@ -1,8 +1,9 @@
-//! Refusals of an agent that asks for much that it may not.
+//! Aggregation of denials when an agent is denied often.
 //!
-//! Promises: the first refusals have a record each; once they come faster than [`EACH_SECOND`], those of one kind share a record, with
-//! their exact number, and each caller waits until that record is made: who floods is slowed down, and the log does not grow with the
-//! flood. Refuses: to tell apart more than [`KINDS`] kinds of a flood.
+//! Guarantees: the first denials have a record each. When denials come faster than [`EACH_SECOND`], those of one kind share a record with
+//! their exact number, and each caller waits until that record is written. So a flood is slowed down, and the log does not grow with it.
+//!
+//! Non-goals: distinguishing more than [`KINDS`] kinds in one window.
 
 use std::{
     collections::BTreeMap,
@@ -14,29 +15,29 @@ use crate::{
     policy::rule::Rule,
 };
 
-/// Refusals that have a record each at once.
+/// The number of denials that may have a record each at once.
 const AT_ONCE: u32 = 64;
-/// How many more have one a second.
+/// The number of further denials a second that have a record each.
 const EACH_SECOND: u32 = 8;
-/// How long others of their kind are waited for.
+/// How long a shared record waits for more denials of its kind.
 const WINDOW: Duration = Duration::from_millis(500);
-/// Kinds that are told apart in one window. What more there is, is one by its channel and rule.
+/// The number of kinds in one window. Denials of further kinds are merged by channel and rule.
 const KINDS: usize = 32;
-/// The target in the record of the others.
+/// The target in the record of merged kinds.
 const OTHERS: &str = "(others)";
 
-/// What a refusal becomes.
+/// How a denial is recorded.
 #[derive(Debug)]
 pub enum Counted {
-    /// A record of its own.
+    /// In a record of its own.
     Alone(Denied),
-    /// It is counted in a record that is made at this time.
+    /// In a shared record that is written at this time.
     With(Instant),
 }
 
-/// Counts refusals.
+/// The aggregator of denials.
 pub struct Flood {
-    /// How many may have a record of their own now.
+    /// The number of denials that may have a record of their own now.
     left: u32,
     since: Instant,
     waiting: BTreeMap<(&'static str, String, Rule), Denied>,
@@ -44,12 +45,12 @@ pub struct Flood {
 }
 
 impl Flood {
-    /// None has come.
+    /// Creates an aggregator without denials.
     pub fn new(now: Instant) -> Self {
         Self { left: AT_ONCE, since: now, waiting: BTreeMap::new(), due: now }
     }
 
-    /// Takes a refusal.
+    /// Adds a denial.
     pub fn take(&mut self, mut denied: Denied, now: Instant) -> Counted {
         let more = now.duration_since(self.since).as_secs();
         if more > 0 {
@@ -73,12 +74,12 @@ impl Flood {
         Counted::With(self.due)
     }
 
-    /// How many wait for their record that count against the task's limit.
+    /// Returns the number of denials that wait for their record and count against the task's limit.
     pub fn waiting(&self) -> i64 {
         self.waiting.values().filter(|denied| denied.rule != Rule::EgressIgnored).map(|denied| denied.count).sum()
     }
 
-    /// Those that have waited long enough, each with its number; all of them, where their time does not matter.
+    /// Removes and returns the waiting denials, each with its number, if their window is over or `now` is absent.
     pub fn over(&mut self, now: Option<Instant>) -> Vec<Denied> {
         if now.is_some_and(|now| now < self.due) {
             return Vec::new();

@@ -43,21 +43,21 @@ use crate::{
     room::Room,
 };
 
-/// Longest reason of a refusal in its record, in characters.
+/// The longest reason of a denial in its record, in characters.
 const LONGEST_REASON: usize = 2048;
 
-/// What contract and pack have said to a tool's call, and by what.
+/// The arguments of a tool call and the evaluation of contract and pack on them.
 #[derive(Clone)]
 pub struct Judged {
     /// The arguments.
     pub arguments: Arc<Value>,
-    /// What was found, where that takes more than microseconds; all else is asked where the call is put in order.
+    /// The evaluation, if it takes more than microseconds. Faster evaluations run where records are put in order.
     found: Option<Arc<Verdict>>,
-    /// What it may take there, if anything.
+    /// The allowance for evaluating the call where records are put in order, if it may be evaluated there.
     in_order: Option<Allowance>,
 }
 
-/// What was found, and by what counters and results.
+/// The result of an evaluation, with the counters and results that it used.
 struct Verdict {
     usage: Usage,
     seen: Sensitivity,
@@ -65,28 +65,29 @@ struct Verdict {
     answer: Result<(bool, Passed), Denial>,
 }
 
-/// Why a call is not put in order though nothing refuses it: what it was judged by has changed.
+/// The reason of a call that is not put in order though no rule denies it: the inputs of its evaluation have changed.
 const CHANGED: &str = "what this call is judged by changes faster than it can be judged: make it again";
-/// So often a call is judged anew whose judgment takes long.
+/// The number of times that a call with a slow evaluation is evaluated.
 const ROUNDS: usize = 8;
-/// From this round on it may take a little time where it is put in order.
+/// The first round in which a call may use a short allowance where records are put in order.
 const PATIENT: usize = 2;
-/// Bytes of bodies that are held at a time: of short ones, and of others, one of which may be as long as any. The harness's memory is bounded.
+/// The bytes of short bodies and of other bodies that are held at a time. The second fits one body of the maximum length. The harness's
+/// memory is bounded.
 const ROOM: (usize, usize) = (8 << 20, crate::wire::LONGEST_REQUEST);
-/// Calls that are judged at a time, apart.
+/// The number of calls that are evaluated at a time on threads of their own.
 const PLACES: usize = 2;
 
-/// What was decided over a tool's call.
+/// The decision about a tool call.
 pub struct Decided {
-    /// Why it may not leave, if so.
+    /// The denial, if the call is denied.
     pub verdict: Result<(), Denial>,
-    /// The arguments; null where they could not be read or judged.
+    /// The arguments; null if they could not be read or evaluated.
     pub arguments: Value,
-    /// The commitment to them, where there is one.
+    /// The commitment to the arguments, if there is one.
     pub digest: Option<String>,
-    /// Bytes of their canonical form.
+    /// The number of bytes of the arguments' canonical form.
     pub bytes: u64,
-    /// Whether people must say yes to the call first.
+    /// Whether the contract requires approval of the call.
     pub needs_approval: bool,
 }
 
@@ -100,74 +101,75 @@ impl From<Decision<'_>> for Decided {
 /// A call before it leaves.
 #[derive(Clone)]
 pub struct Call {
-    /// Which way it goes.
+    /// The channel of the call.
     pub channel: Channel,
     /// The tool's name, the model path, or `host:port`.
     pub target: String,
     /// What it may change.
     pub effect: Option<SideEffect>,
-    /// Digest of the upstream's definition of an MCP tool.
+    /// The digest of the upstream's definition of an MCP tool.
     pub definition: Option<String>,
     /// The commitment to the request, hex.
     pub request_digest: Option<String>,
-    /// Bytes of the request.
+    /// The number of bytes of the request.
     pub request_bytes: u64,
-    /// The idempotency key under which it is made.
+    /// The idempotency key of the call.
     pub key: Option<String>,
-    /// The approvals by which it is made.
+    /// The names of the approvals that the call uses.
     pub approvals: Vec<String>,
-    /// The pack's reasons for which people have approved it.
+    /// The pack's reasons for which approvers have approved the call.
     pub because: Vec<String>,
-    /// In a rollback: the call that it undoes.
+    /// In a rollback: the call that this call compensates.
     pub undoes: Option<String>,
-    /// What a tool's call is judged by where it is put in order.
+    /// For a tool call: the inputs of its evaluation where records are put in order.
     pub judged: Option<Judged>,
-    /// The rules that were asked and allowed it; the budgets are added.
+    /// The rules that were checked and allowed the call. The rules of the budgets are added.
     pub rules: Vec<Rule>,
-    /// The model that is asked, as it may be recorded.
+    /// The name of the model, as it may be recorded.
     pub model: Option<String>,
-    /// What to set aside.
+    /// The amount to reserve.
     pub reserve: Spent,
 }
 
-/// A call that may leave: its intent is stored, or spooled where a tool reads or a model is asked. Dropped without an outcome, it records that nobody knows.
+/// A call that may leave. Its intent is stored, or spooled for a tool read or a model call. A permit that is dropped without an outcome
+/// records an unknown outcome.
 pub struct Permit {
     gate: Arc<Gate>,
-    /// The intent's sequence number.
+    /// The sequence number of the intent.
     pub intent: u64,
     reserved: Spent,
-    /// Whether it leaves once its intent is witnessed.
+    /// Whether the call leaves once its intent is witnessed.
     early: bool,
     settled: bool,
 }
 
-/// What became of a call.
+/// The outcome of a call.
 #[derive(Clone, Debug)]
 pub struct Settlement {
-    /// Whether its effect took place.
+    /// Whether the call took effect.
     pub effect: Effect,
-    /// The rule by which it failed, if so.
+    /// The rule by which the call failed, if it failed.
     pub rule: Option<Rule>,
-    /// The upstream's HTTP status; 0 without one.
+    /// The upstream's HTTP status; 0 if there is none.
     pub status: u16,
     /// The commitment to the reply, hex.
     pub response_digest: Option<String>,
-    /// Bytes of the reply.
+    /// The number of bytes of the reply.
     pub response_bytes: u64,
-    /// Bytes that the agent sent through a tunnel.
+    /// The number of bytes that the agent sent through a tunnel.
     pub sent_bytes: Option<u64>,
-    /// What it took by the reply's account; the reservation where that is absent.
+    /// The cost by the usage in the reply. If absent, the reservation stays spent.
     pub spent: Option<Spent>,
-    /// Whom the gateway has dialled.
+    /// The upstream that the gateway dialled.
     pub upstream: Option<Peer>,
-    /// How sensitive the result is that the agent gets.
+    /// The sensitivity of the result that the agent gets.
     pub sensitivity: Sensitivity,
-    /// The commitment to the arguments that undo it, once they are kept.
+    /// The commitment to the stored arguments of the call's compensation.
     pub undone_by: Option<String>,
 }
 
 impl Settlement {
-    /// A call whose fate is unknown.
+    /// Returns the settlement of a call with an unknown outcome.
     pub fn unknown(rule: Option<Rule>) -> Self {
         Self {
             effect: Effect::Unknown,
@@ -183,27 +185,27 @@ impl Settlement {
         }
     }
 
-    /// A call that certainly did nothing, and cost nothing.
+    /// Returns the settlement of a call that certainly had no effect and no cost.
     pub fn not_applied(rule: Rule) -> Self {
         Self { effect: Effect::NotApplied, spent: Some(Spent::default()), ..Self::unknown(Some(rule)) }
     }
 }
 
-/// A policy, compiled.
+/// A compiled policy.
 pub struct Compiled {
-    /// What contracts say to calls.
+    /// The contracts.
     pub contracts: Contracts,
-    /// What the pack says to them.
+    /// The pack's rules.
     pub guard: Guard,
-    /// What contracts say of results.
+    /// The contracts' output schemas.
     pub outputs: Outputs,
 }
 
-/// Decides over calls and keeps their records.
+/// Decides about calls and records them.
 pub struct Gate {
     policy: Compiled,
     redactor: Redactor,
-    /// Locked before the journal, never after it.
+    /// Lock order: before the journal, never after it.
     rates: Mutex<Rates>,
     once: Once,
     salt: Salt,
@@ -217,17 +219,17 @@ pub struct Gate {
     refused_enough: Notify,
     places: Arc<Semaphore>,
     room: Room,
-    /// Whoever has it is the next whose model call is paid for.
+    /// Held by the model call that may reserve next.
     turn: tokio::sync::Mutex<()>,
-    /// Told each time that a model call has settled what was held for it.
+    /// Notified each time a call settles its reservation.
     settled: Notify,
-    /// What goes on though nobody waits for it, and ends when calls are denied.
+    /// Background tasks that no caller waits for. They end when calls are denied.
     behind: TaskTracker,
     over: CancellationToken,
 }
 
 impl Gate {
-    /// A gate whose wall time runs by this clock.
+    /// Creates a gate that measures wall time with `clock`.
     pub fn new(
         policy: Compiled,
         once: Once,
@@ -263,10 +265,10 @@ impl Gate {
         }
     }
 
-    /// Has something judged on a thread of its own: whatever is not quick, and whatever is long.
+    /// Runs an evaluation on a thread of its own, because it is slow or its input is long.
     ///
     /// # Errors
-    /// [`Rule::Busy`] if there is no answer in time.
+    /// Returns [`Rule::Busy`] if there is no result in time.
     pub async fn apart<T: Send + 'static>(
         self: &Arc<Self>,
         time: Duration,
@@ -277,8 +279,8 @@ impl Gate {
         judged.map_err(|unjudged| Denial { rule: Rule::Busy, reason: unjudged.to_string() })
     }
 
-    /// Decides over a tool call by what is known now: here, where that takes microseconds, or else apart. `length` is in how many bytes the
-    /// arguments came.
+    /// Decides about a tool call by the current state. Runs on this thread if the decision takes microseconds, otherwise on a thread of its
+    /// own. `length` is the number of bytes in which the arguments came.
     pub async fn decide(self: &Arc<Self>, tool: &str, arguments: Value, length: usize) -> Decided {
         if length <= quick::SHORT && self.policy.contracts.is_quick(tool) {
             return self.decide_here(tool, Arguments::Parsed(arguments)).into();
@@ -296,10 +298,10 @@ impl Gate {
         })
     }
 
-    /// What contract and pack say to a call now, for [`Gate::permit`] to take.
+    /// Evaluates contract and pack for a call by the current state, for [`Gate::permit`].
     ///
     /// # Errors
-    /// [`Rule::Busy`] if there is no answer in time.
+    /// Returns [`Rule::Busy`] if there is no result in time.
     async fn judge_anew(
         self: &Arc<Self>,
         call: &Call,
@@ -317,7 +319,7 @@ impl Gate {
         found.await
     }
 
-    /// Whether people must say yes by the contract, and what the pack says.
+    /// Returns whether the contract requires approval, and the pack's decision.
     fn answer(
         &self,
         tool: &Tool,
@@ -325,22 +327,22 @@ impl Gate {
         arguments: &Value,
         (usage, seen, results): (Usage, Sensitivity, &Results),
     ) -> Result<(bool, Passed), Denial> {
-        // How many refusals there were is looked at where calls are decided over, and where they are put in order.
+        // The limit on denials is checked when calls are decided and when their intents are put in order.
         let known = Known { usage, ignored: 0, results };
         let by_contract = self.policy.contracts.again(&tool.name, arguments, known)?;
         Ok((by_contract, self.policy.guard.judge(Asked { tool, effect, usage, seen }, arguments)?))
     }
 
-    /// Whether calls of a tool with arguments of this length are judged where they are put in order.
+    /// Returns whether calls of a tool with arguments of this length are evaluated where records are put in order.
     fn is_quick(&self, tool: &str, length: usize) -> bool {
         length <= quick::SHORT && self.policy.contracts.is_quick(tool) && self.policy.guard.is_quick()
     }
 
-    /// As [`Gate::permit`], for a tool's call with arguments of this length: what takes time is judged before, and again as long as what it
-    /// is judged by changes meanwhile. Nothing that others need is held for that.
+    /// Works like [`Gate::permit`], for a tool call with arguments of this length. A slow evaluation happens before the call is put in
+    /// order, and is repeated while its inputs change. No lock that other calls need is held meanwhile.
     ///
     /// # Errors
-    /// The rule that refuses it.
+    /// Returns the rule that denies the call.
     pub async fn permit_tool(
         self: &Arc<Self>,
         mut call: Call,
@@ -351,7 +353,7 @@ impl Gate {
         let arguments = Arc::new(arguments);
         let mut judged = Judged { arguments: arguments.clone(), found: None, in_order: None };
         if self.is_quick(&call.target, length) {
-            // Microseconds, however busy the machine is.
+            // This takes microseconds of the thread's time, however busy the machine is.
             judged.in_order = Some(Allowance::CALL);
             call.judged = Some(judged);
             return self.permit(call).await;
@@ -371,7 +373,7 @@ impl Gate {
         self.results.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// What was found of a call, if it is what would be found now.
+    /// Returns the earlier result of an evaluation if an evaluation now would return the same.
     fn still<'v>(
         &self,
         target: &str,
@@ -387,25 +389,25 @@ impl Gate {
         holds.then_some(found)
     }
 
-    /// The compiled output schemas.
+    /// Returns the compiled output schemas.
     pub fn outputs(&self) -> &Outputs {
         &self.policy.outputs
     }
 
-    /// The compiled contracts.
+    /// Returns the compiled contracts.
     pub fn contracts(&self) -> &Contracts {
         &self.policy.contracts
     }
 
-    /// What the pack says to calls.
+    /// Returns the pack's rules.
     pub fn guard(&self) -> &Guard {
         &self.policy.guard
     }
 
-    /// What the pack says to a call now. It is asked again where the call's intent is put in order.
+    /// Evaluates the pack's rules for a call by the current state. They are evaluated again when the call's intent is put in order.
     ///
     /// # Errors
-    /// The rule that refuses it.
+    /// Returns the rule that denies the call.
     pub async fn judge(
         self: &Arc<Self>,
         tool: &Tool,
@@ -424,32 +426,32 @@ impl Gate {
         self.apart(Bounds::of(tool).time, move |gate| judge(gate, &of, &arguments)).await?
     }
 
-    /// What this task undoes, if it is a rollback.
+    /// Returns the plan of the task that this task rolls back, if it is a rollback.
     pub fn rollback_plan(&self) -> Option<Plan> {
         self.journal.look(|task| task.rollback().map(|undoing| undoing.plan.clone()))
     }
 
-    /// Whether this task is a rollback.
+    /// Returns whether this task is a rollback.
     pub fn is_rollback(&self) -> bool {
         self.journal.look(|task| task.rollback().is_some())
     }
 
-    /// Where a step of the rollback stands, if this task is one.
+    /// Returns the state of a step of the rollback, if this task is one.
     pub fn standing(&self, undoes: &str) -> Option<Standing> {
         self.journal.look(|task| task.rollback().map(|undoing| undoing.standing(undoes)))
     }
 
-    /// The log.
+    /// Returns the log.
     pub fn journal(&self) -> &Journal {
         &self.journal
     }
 
-    /// The connection to the gateway.
+    /// Returns the client for the gateway.
     pub fn link(&self) -> &Arc<Link> {
         &self.link
     }
 
-    /// Denies everything from now on. The first reason stays.
+    /// Denies everything from now on. Later calls do not replace the first reason.
     pub fn stop(&self, rule: Rule, reason: &str) {
         let mut stopped = self.stopped.lock().unwrap_or_else(PoisonError::into_inner);
         stopped.get_or_insert_with(|| Denial { rule, reason: reason.to_owned() });
@@ -457,51 +459,51 @@ impl Gate {
         self.over.cancel();
     }
 
-    /// Returns once everything is denied.
+    /// Waits until everything is denied.
     pub fn over(&self) -> impl Future<Output = ()> + Send + use<> {
         self.over.clone().cancelled_owned()
     }
 
-    /// Has something go on though nobody waits for it. It ends when [`Gate::over`] returns.
+    /// Runs work in the background, where no caller waits for it. The work must end when [`Gate::over`] returns.
     pub fn behind(&self, work: impl Future<Output = ()> + Send + 'static) {
-        // Without a runtime the process is ending, and what was set aside stays spent.
+        // Without a runtime the process is ending, and the reservation stays spent.
         if let Ok(runtime) = tokio::runtime::Handle::try_current() {
             self.behind.spawn_on(work, &runtime);
         }
     }
 
-    /// Waits until all that goes on behind has ended, once everything is denied.
+    /// Waits until all background work has ended. Call it once everything is denied.
     pub async fn nothing_behind(&self) {
         self.behind.close();
         self.behind.wait().await;
     }
 
-    /// Room for bodies.
+    /// Returns the memory for bodies.
     pub fn room(&self) -> &Room {
         &self.room
     }
 
-    /// What commitments are made with.
+    /// Returns the salt of the task's commitments.
     pub fn salt(&self) -> &Salt {
         &self.salt
     }
 
-    /// What takes out of a text what is not recorded.
+    /// Returns the redactor, which removes from texts what must not be recorded.
     pub fn redactor(&self) -> &Redactor {
         &self.redactor
     }
 
-    /// Calls by their idempotency keys.
+    /// Returns the idempotency state.
     pub fn once(&self) -> &Once {
         &self.once
     }
 
-    /// Where people are asked.
+    /// Returns the approvals.
     pub fn approvals(&self) -> &Arc<Approvals> {
         &self.approvals
     }
 
-    /// Decides over a tool call by what is known now, on this thread.
+    /// Decides about a tool call by the current state, on this thread.
     fn decide_here(&self, tool: &str, arguments: Arguments<'_>) -> Decision<'_> {
         let results = self.results();
         let (usage, ignored) = self.journal.look(|task| (task.usage(), task.ignored()));
@@ -513,7 +515,7 @@ impl Gate {
         }
     }
 
-    /// Keeps what a tool answered, for preconditions of later calls to look at.
+    /// Stores a tool's result for preconditions of later calls.
     pub fn keep(&self, tool: &str, result: &serde_json::Value) {
         let mut results = self.results.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(with) = self.policy.contracts.with_result(&results, tool, result) {
@@ -521,23 +523,24 @@ impl Gate {
         }
     }
 
-    /// Returns once so many calls were refused that the task is over.
+    /// Waits until the limit on denials is reached.
     pub async fn refused_enough(&self) {
         self.refused_enough.notified().await;
     }
 
-    /// Whether calls are taken at all.
+    /// Checks whether any call may be made.
     ///
     /// # Errors
-    /// Why not.
+    /// Returns the reason if no call may be made.
     pub fn open(&self) -> Result<(), Denial> {
         self.running()?;
         Ok(self.journal.open()?)
     }
 
-    /// Waits, in the order of those who ask, for what would fit but for what calls under way hold. What can never fit does not wait.
+    /// Waits, in the order of arrival, while the amount would fit if calls in flight settled. Does not wait for an amount that can never
+    /// fit.
     async fn turn_for(&self, asked: Spent) -> tokio::sync::MutexGuard<'_, ()> {
-        /// How often it is looked at anew whether the attempt still runs.
+        /// How often to check whether the attempt still runs.
         const LOOK: Duration = Duration::from_millis(500);
         let turn = self.turn.lock().await;
         loop {
@@ -549,7 +552,7 @@ impl Gate {
         }
     }
 
-    /// Whether the attempt goes on; refusals aside, which the journal counts under its lock.
+    /// Checks whether the attempt continues. Does not check the limit on denials, which the journal counts under its lock.
     fn running(&self) -> Result<(), Denial> {
         if let Some(denial) = self.journal.failure() {
             return Err(denial);
@@ -564,15 +567,15 @@ impl Gate {
         Ok(())
     }
 
-    /// Reserves what a call needs, records its intent and waits until that is stored; for a tool that reads and for a model, until it is
-    /// spooled.
+    /// Reserves the budget for a call, records its intent, and waits until the intent is stored; for a tool read or a model call, until it
+    /// is spooled.
     ///
     /// # Errors
-    /// The rule that refuses it. The refusal is not recorded yet: see [`Gate::deny`].
+    /// Returns the rule that denies the call. The denial is not recorded yet: see [`Gate::deny`].
     pub async fn permit(self: &Arc<Self>, call: Call) -> Result<Permit, Denial> {
         self.journal.room().await;
         let reserved = call.reserve;
-        // Until it is set aside, nobody else's is.
+        // No other model call reserves before this one has reserved.
         let turn = match call.channel {
             Channel::Model => Some(self.turn_for(reserved).await),
             _ => None,
@@ -591,15 +594,15 @@ impl Gate {
         }
     }
 
-    /// Records the intent of a call, where contract, pack, rate and log let it follow.
+    /// Records the intent of a call if contract, pack, rate limit and log allow it.
     fn intend(&self, mut call: Call) -> Result<u64, Denial> {
         let is_tool = call.channel == Channel::Tool;
         let now = u64::try_from(self.clock.elapsed().as_millis()).unwrap_or(u64::MAX);
-        // What is no tool's call does not wait for those that are judged.
+        // Only tool calls have rates: other calls do not wait for this lock.
         let mut rates = is_tool.then(|| self.rates.lock().unwrap_or_else(PoisonError::into_inner));
         let target = call.target.clone();
         let intent = self.journal.record(|seq, task| {
-            // Asked where records are put in order: no intent can follow what stopped the attempt.
+            // This check runs where records are put in order, so that no intent follows what stopped the attempt.
             self.running()?;
             task.budget().open()?;
             let mut rules = std::mem::take(&mut call.rules);
@@ -609,7 +612,7 @@ impl Gate {
             let mut assessment = None;
             match call.channel {
                 Channel::Tool => {
-                    // That no call is left stands above when the next may be made.
+                    // The call limit comes before the rate, because no wait helps against it.
                     let none_left = |reason| Denial { rule: Rule::ToolLimitCalls, reason };
                     task.calls_left(&call.target).map_err(none_left)?;
                     rates.as_ref().map_or(Ok(()), |rates| rates.check(&call.target, now))?;
@@ -647,7 +650,7 @@ impl Gate {
         Ok(intent)
     }
 
-    /// Asks contract and pack about a tool's call where its intent is put in order. Gives what the pack finds of it.
+    /// Evaluates contract and pack for a tool call where its intent is put in order. Returns the pack's assessment.
     fn judge_in_order(&self, call: &Call, task: &TaskState) -> Result<Option<Assessment>, Denial> {
         let digest = call.request_digest.as_deref();
         let unusable = |reason| Denial { rule: Rule::ToolApproval, reason };
@@ -658,13 +661,13 @@ impl Gate {
             let reason = format!("no contract of this task has a tool {:?}", shorten(&call.target));
             return Err(Denial { rule: Rule::ToolKnown, reason });
         };
-        // Much may have been called since it was decided over: in the time that a listing, a twin or people took.
+        // Other calls may have been made since the decision: while a listing, a duplicate call or an approval was pending.
         let results = self.results();
         let now_known = (task.usage(), task.seen(), &results);
         let found = judged.found.as_deref().and_then(|found| self.still(&call.target, found, now_known));
         let (by_contract, passed) = match (found, judged.in_order) {
             (Some(found), _) => found.answer.clone()?,
-            // Everybody waits for this: it is short, or not done here.
+            // All other calls wait for this evaluation, so it must be short.
             (None, Some(allowance)) => meter::within(allowance, || {
                 let answer = self.answer(tool, effect, &judged.arguments, (task.usage(), task.seen(), &results));
                 let changed = |_| Denial { rule: Rule::Busy, reason: CHANGED.to_owned() };
@@ -675,7 +678,7 @@ impl Gate {
         if by_contract && !by.contains(&AskedBy::Contract) {
             return Err(unusable("the contract requires approval by now; make the call again to ask for it".into()));
         }
-        // What has happened since people were asked may be a reason that they have not seen.
+        // What happened after the approval was requested may be a reason that the approvers have not seen.
         let asked_for = |because: &&String| by.contains(&AskedBy::Pack) && call.because.contains(because);
         if let Some(because) = passed.because.iter().find(|because| !asked_for(because)) {
             return Err(unusable(format!(
@@ -688,16 +691,16 @@ impl Gate {
         Ok(passed.assessment)
     }
 
-    /// Records what a read has told of a call whose fate was unknown.
+    /// Records what a read found out about a call with an unknown outcome.
     ///
     /// # Errors
-    /// If the log has ended.
+    /// Returns an error if the log has ended.
     pub fn resolve(&self, call: &str, effect: Effect, by: u64) -> Result<(), Denial> {
         let resolved = Resolved { call: call.to_owned(), effect, by: call_id(by) };
         self.journal.record(|_, _| Ok(Event::Resolved(resolved))).map(|_| ())
     }
 
-    /// Records a refusal, and gives it back for the agent to be told. Once too many were refused, that is the reason.
+    /// Records a denial and returns it for the agent. Once the limit on denials is reached, returns that reason instead.
     pub async fn deny(&self, channel: Channel, target: &str, digest: Option<String>, denial: Denial) -> Denial {
         self.journal.room().await;
         let denied = Denied {
@@ -719,7 +722,7 @@ impl Gate {
                     self.count_waiting(None);
                 } else {
                     tokio::time::sleep_until(due.into()).await;
-                    // Whoever comes first does it for all.
+                    // The first waiting caller records the denials of all.
                     self.count_waiting(Some(Instant::now()));
                 }
                 let above = self.journal.failure().or_else(|| self.journal.open().err().map(Denial::from));
@@ -728,7 +731,7 @@ impl Gate {
         }
     }
 
-    /// Records the refusals that share a record: those whose time is over, or all.
+    /// Records the denials that share a record: those whose window is over, or all if `now` is absent.
     pub fn count_waiting(&self, now: Option<Instant>) {
         let over = self.flood().over(now);
         over.into_iter().for_each(|denied| drop(self.count(denied)));
@@ -742,7 +745,7 @@ impl Gate {
         self.redactor.text(&shorten_to(reason, LONGEST_REASON), &self.salt)
     }
 
-    /// Records refusals; gives the reason that stands above theirs, once so many were refused that the task is over.
+    /// Records denials. Returns the reason that replaces theirs if the limit on denials is reached or the log has failed.
     fn count(&self, mut denied: Denied) -> Option<Denial> {
         let mut over = false;
         let mut above = None;
@@ -758,7 +761,7 @@ impl Gate {
                 _ => budget.count_denials(denied.count),
             };
             over = budget.open().is_err();
-            // As it is recorded, for those who read the harness's own log.
+            // The harness's own log shows the same texts as the record.
             let Denied { channel, target, rule, reason, count, .. } = &denied;
             tracing::info!(channel = channel.as_str(), target, %rule, reason, count, "refused");
             Ok(Event::Denied(denied))
@@ -773,7 +776,7 @@ impl Gate {
         above
     }
 
-    /// Stops everything if the repeated probe saw that the pod is not contained any more, and records what it saw.
+    /// Records the result of a repeated containment probe. Denies everything if the pod is no longer isolated.
     pub fn contained(&self, containment: Containment) {
         if !containment.contained {
             let breaches = containment.breaches.join(", ");
@@ -786,12 +789,12 @@ impl Gate {
 }
 
 impl Permit {
-    /// What commitments are made with.
+    /// Returns the salt of the task's commitments.
     pub fn salt(&self) -> &Salt {
         &self.gate.salt
     }
 
-    /// Records what became of the call, and settles its reservation.
+    /// Records the outcome of the call and settles its reservation.
     pub fn settle(mut self, settlement: Settlement) {
         self.record(settlement);
     }
@@ -824,7 +827,7 @@ impl Permit {
         self.gate.settled.notify_waiters();
         match result {
             Ok(_) if self.early => {}
-            // The less time, the less often it is not known what a call has changed.
+            // Recording the outcome soon makes it less likely that a restart leaves the outcome unknown.
             Ok(outcome) => self.gate.journal.soon(outcome),
             Err(denial) => {
                 tracing::error!(intent = self.intent, reason = denial.reason, "an outcome could not be recorded");

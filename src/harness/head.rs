@@ -1,10 +1,10 @@
-//! The head of a connection's first request, before the HTTP library has it.
+//! The head of a connection's first request, before the HTTP library parses it.
 //!
-//! Guarantees: a request that the library would refuse by itself, with a bare status and in no record, is answered with its rule and a
-//! reason, and told to whoever keeps the record; so are requests that two readers would end at different places, TLS, SOCKS and HTTP/2.
-//! What is let through are the bytes as they came. How long a head may take, how long it may be and how often it is looked at is bounded.
-//! Non-goals: to be the parser that requests are served by; later requests of a connection, of which the library tells when it has
-//! refused one.
+//! Guarantees: a request that the library would reject by itself, with a bare status and without a record, gets a reply with a rule and a
+//! reason, and is reported so that it can be recorded. The same holds for requests that two parsers would end at different places, and for
+//! TLS, SOCKS and HTTP/2. Accepted bytes pass unchanged. The time, the length and the number of parses of a head are bounded.
+//!
+//! Non-goals: being the parser that serves requests, and later requests of a connection: the library reports when it has rejected one.
 
 use std::time::Duration;
 
@@ -17,46 +17,46 @@ use crate::{
     policy::{decide::Denial, rule::Rule},
 };
 
-/// Longest head.
+/// The longest head, in bytes.
 const LONGEST: usize = 64 << 10;
-/// Headers of a request, as the library takes them.
+/// The most headers of a request, as in the library.
 const HEADERS: usize = 100;
 /// How often a head is parsed: once its first line is there, once it is whole, and a few times more for empty lines before it.
 const LOOKS: usize = 8;
-/// Longest beginning of a line that tells what was asked for.
+/// The longest part of a line that is used to find out what was requested, in bytes.
 const LONGEST_LINE: usize = 1024;
 
-/// What a connection begins with.
+/// The beginning of a connection.
 #[derive(Debug)]
 pub enum First {
-    /// Nothing, or not in time.
+    /// No bytes, or none in time.
     Silence,
-    /// A request's head, and perhaps more.
+    /// The head of a request, and perhaps more bytes.
     Head(Bytes),
-    /// Something that is no request.
+    /// Something that is not a valid request.
     Refused(Misheard),
 }
 
-/// What is no request, as far as it is known.
+/// What is known of an invalid request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Misheard {
-    /// The way that it would have gone.
+    /// The channel of the call, had it been valid.
     pub channel: Channel,
-    /// What was asked for.
+    /// The target of the request.
     pub target: String,
-    /// The answer's status.
+    /// The status of the reply.
     pub status: StatusCode,
     /// What was expected, and what was found.
     pub reason: String,
 }
 
 impl Misheard {
-    /// As it is denied.
+    /// Returns the denial of the request.
     pub fn denial(&self) -> Denial {
         Denial { rule: Rule::Request, reason: self.reason.clone() }
     }
 
-    /// The answer, to be sent as it is.
+    /// Returns the whole reply, to be sent as it is.
     pub fn answer(&self, denial: &Denial) -> String {
         let text = format!("{}\n", denial.told("request"));
         format!(
@@ -69,14 +69,14 @@ impl Misheard {
     }
 }
 
-/// What is wrong.
+/// The status and the reason for rejecting a head.
 type Wrong = (StatusCode, String);
 
 fn bad(reason: impl Into<String>) -> Wrong {
     (StatusCode::BAD_REQUEST, reason.into())
 }
 
-/// Reads a connection's first head.
+/// Reads the head of a connection's first request.
 pub async fn first(stream: &mut (impl AsyncRead + Unpin), within: Duration) -> First {
     let mut head = BytesMut::with_capacity(4096);
     let read = match tokio::time::timeout(within, read(stream, &mut head)).await {
@@ -123,11 +123,11 @@ async fn read(stream: &mut (impl AsyncRead + Unpin), head: &mut BytesMut) -> Res
     }
 }
 
-/// Whether bytes may be the beginning of a request, by the first that is no end of a line.
+/// Checks whether the bytes may begin a request, by the first byte that is not part of a line end.
 fn is_http(head: &[u8]) -> Result<(), Wrong> {
     let Some(first) = head.iter().find(|byte| !matches!(byte, b'\r' | b'\n')) else { return Ok(()) };
     match first {
-        // RFC 9110 `tchar`, of which methods are made.
+        // Methods consist of `tchar` of RFC 9110.
         byte if byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(byte) => Ok(()),
         0x16 => Err(bad("expected an HTTP/1.1 request, found a TLS handshake; speak plain HTTP to this address")),
         4 | 5 => Err(bad("expected an HTTP/1.1 request, found SOCKS; this is an HTTP proxy")),
@@ -135,7 +135,7 @@ fn is_http(head: &[u8]) -> Result<(), Wrong> {
     }
 }
 
-/// Whether a head is whole; what is wrong with it, if anything is.
+/// Returns whether a head is whole, or what is wrong with it.
 fn judge(head: &[u8]) -> Result<bool, Wrong> {
     let mut headers = [httparse::EMPTY_HEADER; HEADERS];
     let mut request = httparse::Request::new(&mut headers);
@@ -151,7 +151,7 @@ fn judge(head: &[u8]) -> Result<bool, Wrong> {
     }
 }
 
-/// Whether a request says one thing to every reader: where it goes, and where it ends.
+/// Checks that every parser reads the request in the same way: its target, and where it ends.
 fn agrees(request: &httparse::Request<'_, '_>) -> Result<(), Wrong> {
     let target = request.path.unwrap_or_default();
     if let Err(error) = Uri::try_from(target) {
@@ -181,7 +181,7 @@ fn agrees(request: &httparse::Request<'_, '_>) -> Result<(), Wrong> {
     }
 }
 
-/// What a head that cannot be read asks for: what stands between its method and its version.
+/// Returns what an unreadable head requests: the text between its method and its version.
 fn asked_for(head: &[u8]) -> (Channel, String) {
     const UNKNOWN: &str = "(no request)";
     let line = head.split(|byte| *byte == b'\n').find(|line| !line.trim_ascii().is_empty()).unwrap_or_default();
@@ -197,7 +197,7 @@ fn asked_for(head: &[u8]) -> (Channel, String) {
     let (channel, target) = match host {
         _ if method == "CONNECT" => (Channel::Egress, target),
         Some(host) => (Channel::Egress, host.split(['/', '?', '#']).next().unwrap_or_default()),
-        // What is asked after the path is nobody's business.
+        // The query is private to the agent, so it is not recorded.
         None if target.starts_with('/') => {
             let path = target.split(['?', '#']).next().unwrap_or_default();
             (if path.starts_with("/v1/") { Channel::Model } else { Channel::Tool }, path)

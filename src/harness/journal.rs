@@ -1,13 +1,14 @@
-//! Records, in order, batched into segments and sent to the witness.
+//! The log of an attempt: records in order, batched into segments and sent to the witness.
 //!
-//! Promises: budgets and records change under one lock, so that a record's counters are those of its place in the log;
-//! [`Journal::stored`] returns only when the record lies in the evidence store, [`Journal::spooled`] when it is in the spool and on
-//! its way to the witness, without whom no call passes the gateway: for a tool's read and a model's call that is enough as long as the store is
-//! not far behind; no record is dropped. When the store is slow the callers wait. A log that cannot go on, because the witness refuses it for good or
-//! a record has no form, stays so: [`Journal::failed`] returns, and every later record, and every wait for one, is refused with the first reason.
+//! Guarantees: budgets and records change under one lock, so that a record's counters are those of its place in the log.
+//! [`Journal::stored`] returns only when the record is in the evidence bucket. [`Journal::spooled`] returns when the record is in the spool
+//! and on its way to the witness. The gateway lets no call through that the witness does not have, so this is enough for a tool read and a
+//! model call while the bucket is not far behind. No record is dropped: callers wait when the bucket is slow. A log that fails, because the
+//! witness rejects it for good or a record cannot be written, stays failed: [`Journal::failed`] returns, and every later record and every
+//! wait for one gets the first reason.
 //!
 //! ```text
-//! record ─▶ queue ─▶ cut, sign, spool ─▶ witnessed ─▶ stored ─▶ let go
+//! record ─▶ queue ─▶ cut, sign, spool ─▶ witnessed ─▶ stored ─▶ removed
 //!                            ▲              │ fails     │ fails
 //!                            └── again ◀────┴───────────┘
 //! ```
@@ -53,28 +54,28 @@ use crate::{
     wire::{AppendReply, AppendRequest, Until},
 };
 
-/// Records in one segment at most: what a witness checks in a few milliseconds.
+/// The maximum number of records in one segment. A witness checks that many in a few milliseconds.
 const BATCH: usize = 256;
-/// How long the store may take over a record before reads and model calls wait for it as well.
+/// How far the bucket may be behind before tool reads and model calls wait for it, too.
 const BEHIND: Duration = Duration::from_secs(5);
-/// How long a record that nobody waits for waits for others: a read's outcome goes with the next intent.
+/// How long a record that no caller waits for may wait for others. A read's outcome goes into one segment with the next intent.
 const CUT_LINGER: Duration = Duration::from_millis(20);
-/// How long it takes until records that nobody waits for are asked to be stored.
+/// How long it takes until the witness is asked to store records that no caller waits for.
 const LINGER: Duration = Duration::from_millis(100);
-/// Records that may wait for the store. Beyond it callers wait with them.
+/// The number of records that may wait for the bucket. Beyond it, callers wait as well.
 const BACKLOG: u64 = 2_048;
 /// How long a call waits for its intent to be stored before it is denied.
 const STORE_PATIENCE: Duration = Duration::from_secs(60);
-/// How long a record may wait for the store until the task is parked: longer than a call waits.
+/// How long a record may wait for the bucket until the task is parked. It is longer than a call waits.
 pub const PARK: Duration = Duration::from_secs(120);
-/// Between two tries to keep a segment for which there is no room.
+/// The pause before a segment that did not fit into the spool is written again.
 const ROOM: Duration = Duration::from_secs(1);
-/// Pauses between two tries to send segments: the first, and the longest.
+/// The pauses before segments are sent again: the first and the longest.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 
-/// Whoever takes segments: the gateway, at the other end of a [`Link`].
+/// A receiver of segments: the gateway, at the other end of a [`Link`].
 pub trait Witness: Send + Sync {
-    /// Takes a segment, or says again that it has it.
+    /// Appends a segment. Appending the same segment again returns the same reply.
     fn append<'a>(&'a self, request: &'a AppendRequest) -> BoxFuture<'a, Result<AppendReply, CallError>>;
 }
 
@@ -84,9 +85,9 @@ impl Witness for Link {
     }
 }
 
-/// What a journal starts from.
+/// The inputs of a journal.
 pub struct Start {
-    /// The attempt.
+    /// The number of the attempt.
     pub attempt: i64,
     /// The log so far.
     pub tree: Tree,
@@ -96,21 +97,21 @@ pub struct Start {
     pub origin: String,
     /// The state of the task so far.
     pub state: TaskState,
-    /// Where segments are until they are stored.
+    /// The spool, which holds segments until they are stored.
     pub spool: Spool,
-    /// Whoever follows what is recorded, as it is.
+    /// The function that gets each record as it is written.
     pub follow: Follow,
 }
 
-/// Is given each record as it is written, after its documents; it counts only once it is stored.
+/// A function that gets each record as it is written, with its documents. The record counts only once it is stored.
 pub type Follow = Box<dyn Fn(&Record, &Encoded) + Send + Sync>;
 
-/// Whoever follows the pod's log sees the records there: a line each, on standard output.
+/// Returns a function that writes each record and its documents to standard output, one line each, so that the pod's log shows them.
 pub fn on_stdout() -> Follow {
     Box::new(|_, entry| {
         let line = |text: &Vec<u8>| [text.as_slice(), b"\n"].concat();
         let shown: Vec<u8> = entry.documents.iter().chain([&entry.record]).flat_map(line).collect();
-        // Records are put in order meanwhile: nobody waits for who reads them.
+        // Records are being put in order meanwhile, so this must not wait for a reader.
         crate::output::stdout().say(shown);
     })
 }
@@ -120,14 +121,14 @@ pub struct Journal {
     attempt: i64,
     state: Mutex<State>,
     work: Notify,
-    /// Records that somebody waits for to be spooled.
+    /// The number of records that must be spooled because a caller waits for them.
     wanted: AtomicU64,
-    /// Records that somebody waits for to be stored.
+    /// The number of records that must be stored because a caller waits for them.
     wanted_stored: AtomicU64,
     progress: watch::Sender<Progress>,
-    /// Why the log cannot go on: [`Progress::failed`], for those who hold the lock, under which nobody asks for `progress`.
+    /// Why the log failed. The same as [`Progress::failed`], for callers that hold the lock, under which `progress` must not be used.
     failed: OnceLock<Denial>,
-    /// A call was denied because its record was not stored in time.
+    /// Whether a call was denied because its record was not stored in time.
     kept_waiting: AtomicBool,
     follow: Follow,
 }
@@ -135,25 +136,25 @@ pub struct Journal {
 struct State {
     next: u64,
     queue: Vec<Encoded>,
-    /// When the first in the queue was put there.
+    /// When the first record of the queue was put there.
     since: Instant,
     task: TaskState,
 }
 
 #[derive(Clone, Debug, Default)]
 struct Progress {
-    /// Records that are in the spool or stored.
+    /// The number of records that are in the spool or stored.
     spooled: u64,
-    /// Since when the oldest of those that are not stored waits.
+    /// When the oldest segment that is not stored was cut.
     behind: Option<Instant>,
-    /// Records that lie in the store.
+    /// The number of records that are in the bucket.
     stored: u64,
-    /// Why no more will.
+    /// Why no more records will be stored.
     failed: Option<Denial>,
 }
 
 impl Journal {
-    /// Starts the task that stores segments.
+    /// Starts the background task that sends segments.
     pub fn start(start: Start, witness: Arc<dyn Witness>) -> Arc<Self> {
         let size = start.tree.size();
         let journal = Arc::new(Self {
@@ -173,15 +174,15 @@ impl Journal {
         journal
     }
 
-    /// Appends what `event` makes of the next sequence number and the task's state. If it makes a denial, or the record breaks a
-    /// [rule](crate::evidence::state::rule) of the log, nothing is appended and nothing has changed.
+    /// Appends the record that `event` returns for the next sequence number and the task's state. If `event` returns a denial, or the
+    /// record breaks a [rule](crate::evidence::state::rule) of the log, nothing is appended and nothing has changed.
     ///
     /// # Errors
-    /// The closure's denial, that of the rule, or [`Rule::Evidence`] once the log cannot go on. A record of what has happened already that
-    /// cannot be written is such an end: what happened is in no log.
+    /// Returns the closure's denial, the denial of the broken rule, or [`Rule::Evidence`] if the log has failed. A record of something that
+    /// has already happened and cannot be written makes the log fail, because what happened is in no log.
     pub fn record(&self, event: impl FnOnce(u64, &TaskState) -> Result<Event, Denial>) -> Result<u64, Denial> {
         let mut state = self.lock();
-        // Under the lock, so that nothing is put in order after what ended the log.
+        // This check is under the lock, so that no record follows the failure.
         if let Some(denial) = self.failure() {
             return Err(denial);
         }
@@ -197,13 +198,13 @@ impl Journal {
             event,
         };
         let unwritable = |state: MutexGuard<'_, State>, why: &dyn std::fmt::Display| {
-            // Whoever is told by `progress` may ask for the lock.
+            // Watchers of `progress` may take the lock.
             drop(state);
             Err(self.fail(Denial { rule: Rule::Evidence, reason: format!("record {seq} cannot be written: {why}") }))
         };
         if let Some(Violation { rule, message }) = state.task.check(&record).into_iter().next() {
             return match rule {
-                // The log has ended in order: what comes later is in none, and a call without an outcome stays unknown.
+                // The log has its last record. What comes later is in no log, and a call without an outcome stays unknown.
                 LogRule::AttemptOpen => Err(Denial { rule: Rule::TaskClosed, reason: message }),
                 _ if record.event.is_of_the_past() => unwritable(state, &format_args!("{rule}: {message}")),
                 _ => Err(Denial { rule: rule.denial(), reason: message }),
@@ -220,7 +221,7 @@ impl Journal {
         }
         state.queue.push(entry);
         state.next = seq.saturating_add(1);
-        // Whoever waits for a record says so, and needs no other call; the first has a time by which it goes.
+        // Callers that wait for a record notify the task themselves. The first record of the queue starts the timer.
         let tell = state.queue.len() == 1 || state.queue.len() >= BATCH;
         drop(state);
         if tell {
@@ -229,27 +230,27 @@ impl Journal {
         Ok(seq)
     }
 
-    /// Waits until a record lies in the evidence store.
+    /// Waits until a record is in the evidence bucket.
     ///
     /// # Errors
-    /// [`Rule::Evidence`] if that takes too long or cannot be any more.
+    /// Returns [`Rule::Evidence`] if that takes too long or the log has failed.
     pub async fn stored(&self, seq: u64) -> Result<(), Denial> {
         self.want(seq.saturating_add(1));
         let mut progress = self.progress.subscribe();
         let waiting = progress.wait_for(|progress| progress.stored > seq || progress.failed.is_some());
         match tokio::time::timeout(STORE_PATIENCE, waiting).await {
-            // By a record that is stored a call may leave, though what comes after it never will be: but not from a log that has failed.
+            // A call may leave when its record is stored, even if later records never will be, but not when the log has failed.
             Ok(Ok(progress)) => progress.failed.clone().map_or(Ok(()), Err),
             Ok(Err(_)) => Err(gone()),
             Err(_) => Err(self.slow()),
         }
     }
 
-    /// Waits until a record is in the spool and on its way to the witness: enough for a call that reads or asks a model, which the gateway lets pass once
-    /// the witness holds its intent. Where the store is [`BEHIND`], until it lies there.
+    /// Waits until a record is in the spool and on its way to the witness. That is enough for a tool read or a model call, because the
+    /// gateway lets it through only once the witness has its intent. If the bucket is [`BEHIND`], waits until the record is stored.
     ///
     /// # Errors
-    /// See [`Journal::stored`].
+    /// Returns the errors of [`Journal::stored`].
     pub async fn spooled(&self, seq: u64) -> Result<(), Denial> {
         self.soon(seq);
         let mut progress = self.progress.subscribe();
@@ -264,17 +265,17 @@ impl Journal {
         if late { self.stored(seq).await } else { Ok(()) }
     }
 
-    /// Has a record spooled at once: it does not wait for others.
+    /// Spools a record at once, without waiting for others.
     pub fn soon(&self, seq: u64) {
         if self.wanted.fetch_max(seq.saturating_add(1), Ordering::Relaxed) <= seq {
             self.work.notify_one();
         }
     }
 
-    /// Waits until everything that has been recorded so far lies in the evidence store.
+    /// Waits until everything that has been recorded so far is in the evidence bucket.
     ///
     /// # Errors
-    /// See [`Journal::stored`].
+    /// Returns the errors of [`Journal::stored`].
     pub async fn caught_up(&self) -> Result<(), Denial> {
         let last = self.lock().next.checked_sub(1);
         match last {
@@ -283,7 +284,7 @@ impl Journal {
         }
     }
 
-    /// Has so many records stored as soon as that can be.
+    /// Stores this many records as soon as possible.
     fn want(&self, size: u64) {
         self.wanted.fetch_max(size, Ordering::Relaxed);
         if self.wanted_stored.fetch_max(size, Ordering::Relaxed) < size {
@@ -291,7 +292,7 @@ impl Journal {
         }
     }
 
-    /// Waits until few enough records wait for the store.
+    /// Waits until few enough records wait for the bucket.
     pub async fn room(&self) {
         let mut progress = self.progress.subscribe();
         let waiting = |progress: &Progress| self.lock().next.saturating_sub(progress.stored);
@@ -302,7 +303,7 @@ impl Journal {
         let _ = progress.wait_for(fits).await;
     }
 
-    /// Returns once a record has waited for the store for [`PARK`].
+    /// Waits until a record has waited for the bucket for [`PARK`].
     pub async fn stalled(&self) {
         let mut progress = self.progress.subscribe();
         loop {
@@ -320,60 +321,61 @@ impl Journal {
         }
     }
 
-    /// Returns, with the reason, once the log cannot go on.
+    /// Waits until the log fails, and returns the reason.
     pub async fn failed(&self) -> Denial {
         let mut progress = self.progress.subscribe();
         let failed = progress.wait_for(|progress| progress.failed.is_some()).await;
         failed.ok().and_then(|progress| progress.failed.clone()).unwrap_or_else(gone)
     }
 
-    /// Why the log cannot go on, if so.
+    /// Returns why the log has failed, if it has.
     pub fn failure(&self) -> Option<Denial> {
         self.failed.get().cloned()
     }
 
-    /// Whether a call was denied because its record was not stored in time.
+    /// Returns whether a call was denied because its record was not stored in time.
     pub fn has_kept_waiting(&self) -> bool {
         self.kept_waiting.load(Ordering::Relaxed)
     }
 
-    /// The denial of a call whose record was not stored in time.
+    /// Returns the denial of a call whose record was not stored in time.
     fn slow(&self) -> Denial {
         self.kept_waiting.store(true, Ordering::Relaxed);
         let reason = format!("the record was not stored within {STORE_PATIENCE:?}; nothing leaves unrecorded");
         Denial { rule: Rule::Evidence, reason }
     }
 
-    /// What the log says now of the task.
+    /// Calls `look` with the current state of the task.
     pub fn look<T>(&self, look: impl FnOnce(&TaskState) -> T) -> T {
         look(&self.lock().task)
     }
 
-    /// Whether the budget takes calls at all.
+    /// Checks whether the budget allows any call.
     ///
     /// # Errors
-    /// See [`Budget::open`].
+    /// Returns the errors of [`Budget::open`].
     pub fn open(&self) -> Result<(), Exhausted> {
         self.lock().task.budget().open()
     }
 
-    /// What is not spent, for a model of this price. Some of it may be held for calls under way.
+    /// Returns the budget that is not spent, for a model of this price. A part of it may be reserved for calls in flight.
     pub fn left<'p>(&self, price: Option<&'p ModelPrice>) -> Left<'p> {
         let budget = self.lock().task.budget();
         Left { tokens: budget.tokens_unspent(), cost: budget.cost_unspent().zip(price) }
     }
 
-    /// Whether so much can be reserved for a model call.
+    /// Returns whether this amount can be reserved for a model call.
     pub fn fits(&self, asked: Spent) -> Fits {
         self.lock().task.budget().fits(asked)
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        // A panic elsewhere cannot leave the counters half changed: every change is one assignment.
+        // A panic elsewhere cannot leave the counters half changed, because every change is one assignment.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The next records, at most [`BATCH`], if somebody waits for one of them or they have waited long enough; else by when they have.
+    /// Returns the next records, at most [`BATCH`], if a caller waits for one of them or they have waited long enough. Otherwise returns
+    /// the time at which they have.
     fn take(&self) -> Result<Vec<Encoded>, Option<Instant>> {
         let wanted = self.wanted.load(Ordering::Relaxed);
         let mut state = self.lock();
@@ -389,14 +391,14 @@ impl Journal {
         Ok(state.queue.drain(..count).collect())
     }
 
-    /// Has the witness hold segment after segment, and asks beside that for what is held to be stored. The same bytes are sent again and
-    /// again until it has them or refuses them: appending twice is appending once.
+    /// Sends segment after segment to the witness and, at the same time, asks it to store the segments that it has. Sends the same bytes
+    /// again until the witness has them or rejects them, because appending twice is appending once.
     async fn send(self: Arc<Self>, mut outbox: Outbox, witness: Arc<dyn Witness>) {
         let (first, longest) = PAUSES;
         let mut pause = first;
         let (mut holding, mut storing): (Sending, Sending) = (Fuse::terminated(), Fuse::terminated());
         loop {
-            // By when there is something to do at the latest.
+            // The time at which the loop must run again, if any.
             let mut due: Option<Instant> = None;
             if outbox.sent == outbox.units.len() && outbox.cut.is_none() {
                 match self.take() {
@@ -459,7 +461,7 @@ impl Journal {
                 }
                 Err(error) => {
                     tracing::warn!(%error, "the log is not stored yet");
-                    // Whoever answers next may not have what was held.
+                    // The replica that replies next may not have the segments that this one had.
                     (holding, storing) = (Fuse::terminated(), Fuse::terminated());
                     outbox.sent = 0;
                     tokio::time::sleep(pause).await;
@@ -469,18 +471,18 @@ impl Journal {
         }
     }
 
-    /// Ends the log. The first reason stays, and is given back.
+    /// Marks the log as failed. Returns the first reason, which later failures do not replace.
     fn fail(&self, denial: Denial) -> Denial {
         tracing::error!(rule = %denial.rule, reason = denial.reason, "the log cannot go on");
         let first = self.failed.get_or_init(|| denial).clone();
         self.progress.send_modify(|progress| progress.failed = Some(first.clone()));
-        // Whoever sends has nothing to send any more.
+        // Wakes the sending task, which has nothing to send any more.
         self.work.notify_one();
         first
     }
 }
 
-/// A segment on its way to the witness.
+/// A segment that is being sent to the witness.
 type Sending = Fuse<BoxFuture<'static, Result<AppendReply, CallError>>>;
 
 /// Segments that are not stored yet.
@@ -490,15 +492,15 @@ struct Outbox {
     signer: Signer,
     origin: String,
     spool: Spool,
-    /// A segment that is not in the spool yet, and the log after it.
+    /// A segment that is not in the spool yet, and the tree after it.
     cut: Option<(Unit, Tree)>,
-    /// In order.
+    /// The segments in the spool, in order.
     units: VecDeque<Unit>,
-    /// How many of them the witness holds.
+    /// The number of these segments that the witness has.
     sent: usize,
 }
 
-/// One of them.
+/// A segment in the outbox.
 struct Unit {
     request: AppendRequest,
     end: u64,
@@ -513,7 +515,7 @@ impl Unit {
 }
 
 impl Outbox {
-    /// Makes a segment of these records, signed, to be kept.
+    /// Cuts a signed segment from these records. It must be spooled next.
     fn cut(&mut self, entries: Vec<Encoded>) -> Result<(), Denial> {
         let lost = |reason: String| Denial { rule: Rule::Evidence, reason };
         let (first, mut tree) = (self.tree.size(), self.tree.clone());
@@ -527,7 +529,8 @@ impl Outbox {
         Ok(())
     }
 
-    /// Keeps the segment that was cut, if there is one; says so. Where there is no room, those that are stored make some.
+    /// Writes the cut segment to the spool, if there is one, and returns whether there was one. If there is no room, removes stored
+    /// segments first.
     fn keep(&mut self) -> std::io::Result<bool> {
         let Some((unit, tree)) = self.cut.take() else { return Ok(false) };
         let text = unit.request.segment.as_bytes();
@@ -545,12 +548,12 @@ impl Outbox {
         kept.map(|()| true)
     }
 
-    /// The oldest and the newest of those that the witness holds.
+    /// Returns the oldest and the newest segment that the witness has.
     fn held(&self) -> Option<(&Unit, &Unit)> {
         self.units.front().zip(self.sent.checked_sub(1).and_then(|last| self.units.get(last)))
     }
 
-    /// The store has the log up to this size.
+    /// Removes the segments up to this size, because the bucket has them.
     fn stored(&mut self, size: u64) {
         while self.units.front().is_some_and(|unit| unit.end <= size) {
             self.units.pop_front();
@@ -569,10 +572,11 @@ impl Outbox {
     }
 }
 
-/// Has segments stored that a harness before this one has left; says whether there were any.
+/// Stores the segments that an earlier harness has left. Returns whether there were any.
 ///
 /// # Errors
-/// [`Rule::Evidence`] if the witness cannot be had for [`STORE_PATIENCE`]; another rule if it refuses them: what has happened is in no log.
+/// Returns [`Rule::Evidence`] if the witness cannot be reached for [`STORE_PATIENCE`], and another rule if it rejects them. In the second
+/// case, what has happened is in no log.
 pub async fn send_left(link: &Link, attempt: i64, left: impl Iterator<Item = Segment>) -> Result<bool, Denial> {
     let lost = |reason: String| Denial { rule: Rule::Evidence, reason };
     let started = Instant::now();
@@ -599,7 +603,7 @@ pub async fn send_left(link: &Link, attempt: i64, left: impl Iterator<Item = Seg
     Ok(any)
 }
 
-/// The name of a call: unique in the log, as sequence numbers are.
+/// Returns the name of a call. It is unique in the log, as sequence numbers are.
 pub fn call_id(intent: u64) -> String {
     format!("c{intent}")
 }

@@ -1,9 +1,9 @@
-//! The connection to the gateway: TLS to a fixed address under a fixed name, and the pod's token on every request.
+//! The client for the gateway: TLS to a fixed address with a fixed server name, and the pod's token on every request.
 //!
-//! One HTTP/2 connection for all but tunnels, so that a call goes to the replica that has just witnessed its intent. Any other will
-//! do as well, once the bucket has it.
+//! All requests except tunnels share one HTTP/2 connection, so that a call goes to the replica that has just witnessed its intent. Once the
+//! intent is in the bucket, any other replica can take the call as well.
 
-/// Replies that the gateway carries.
+/// Replies that the gateway forwards.
 mod reply;
 
 use std::{
@@ -44,32 +44,33 @@ use crate::{
     },
 };
 
-/// How long it is tried to keep, or to get, arguments that undo a call.
+/// How long requests for stored arguments and results are retried.
 const STATE_PATIENCE: Duration = Duration::from_secs(30);
-/// How long a connection to the gateway may take: it is in the same cluster.
+/// The timeout of a connection to the gateway, which is in the same cluster.
 const CONNECT: Duration = Duration::from_secs(5);
-/// Bytes of a reply's head, each header counted with 32 more: what the gateway takes from upstreams, and room for its own.
+/// The most bytes of a reply's head, with 32 more counted for each header: as many as the gateway accepts from upstreams, and room for its
+/// own headers.
 const LARGEST_HEAD: u32 = 128 << 10;
-/// Between two pings of the gateway, and for its answer: a replica whose node is gone says nothing.
+/// The interval of pings to the gateway, and the timeout of a ping. A replica whose node is gone does not close the connection.
 const PING: Duration = Duration::from_secs(5);
-/// How long the gateway may take over a request about the log.
+/// The timeout of the gateway's replies about the log.
 const LOG_REPLY: Duration = Duration::from_secs(30);
-/// How much longer the gateway may take than the upstream: its word on what has become of the call is to be heard.
+/// How much longer than the upstream the gateway may take, so that the harness learns from the gateway what became of the call.
 const WORD: Duration = Duration::from_secs(15);
-/// How long a failing gateway is tried again before a call is given up: longer than a replica's restart takes to notice.
+/// How long a failing gateway is retried before a call is given up: longer than it takes to notice a replica's restart.
 const PATIENCE: Duration = Duration::from_secs(15);
-/// How long a token read from its file is used: kubelet replaces it long before it expires.
+/// How long a token that was read from its file is used. The kubelet replaces it long before it expires.
 const TOKEN_AGE: Duration = Duration::from_secs(30);
-/// Longest reply to a request about the log, in which a task's idempotency keys are, and longest refusal.
+/// The longest denial, and the longest reply about the log, which contains the task's idempotency keys, in bytes.
 const LONGEST_REPLY: usize = 2 << 20;
 
-/// The link could not be set up.
+/// The reason why the client could not be created.
 #[derive(Debug, thiserror::Error)]
 pub enum LinkError {
-    /// The address is not one.
+    /// The address is malformed.
     #[error("wiring.gateway: expected address:port, found {0:?}")]
     Address(String),
-    /// The certificate authority is not one.
+    /// The certificate authority is malformed.
     #[error("wiring.gatewayCa: expected PEM certificates: {0}")]
     Authority(String),
     /// TLS could not be configured.
@@ -77,39 +78,39 @@ pub enum LinkError {
     Tls(#[from] rustls::Error),
 }
 
-/// A request that brought no result.
+/// The reason why a request got no result.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum CallError {
-    /// The gateway answered no.
+    /// The gateway denied the request.
     #[error("{}: {}", .0.rule, .0.reason)]
     Refused(Denial),
-    /// No answer.
+    /// The gateway did not reply.
     #[error("the gateway cannot be reached: {0}")]
     Unreachable(String),
 }
 
-/// How a forwarded request ended without a reply from the upstream.
+/// The reason why a forwarded request got no reply from the upstream.
 #[derive(Clone, Debug)]
 pub struct Undelivered {
-    /// Why.
+    /// The denial.
     pub denial: Denial,
-    /// Whether it is certain that the upstream did not get it.
+    /// Whether it is certain that the upstream did not get the request.
     pub certain: bool,
-    /// Who was dialled, if somebody was.
+    /// The server that the gateway dialled, if it dialled one.
     pub upstream: Option<Peer>,
 }
 
 /// A tunnel that the gateway has opened.
 pub struct Tunnel {
-    /// What goes through it.
+    /// The stream of the tunnel.
     pub stream: Upgraded,
-    /// Who was dialled.
+    /// The server that the gateway dialled.
     pub upstream: Option<Peer>,
-    /// Whether the gateway says first whether it lets anything through: see [`wire::OPENING`].
+    /// Whether the gateway first reports its verdict on the agent's first bytes: see [`wire::OPENING`].
     pub tells: bool,
 }
 
-/// A connection to the gateway.
+/// A client for the gateway.
 pub struct Link {
     address: std::net::SocketAddr,
     tls: TlsConnector,
@@ -119,10 +120,10 @@ pub struct Link {
 }
 
 impl Link {
-    /// A link by this wiring. Nothing is dialled yet.
+    /// Creates a client from this wiring. Does not connect yet.
     ///
     /// # Errors
-    /// If the wiring is malformed.
+    /// Returns an error if the wiring is malformed.
     pub fn new(wiring: &Wiring, token: PathBuf) -> Result<Self, LinkError> {
         let address = wiring.gateway.parse().map_err(|_| LinkError::Address(wiring.gateway.clone()))?;
         let mut roots = RootCertStore::empty();
@@ -158,7 +159,7 @@ impl Link {
     /// Opens the log for an attempt.
     ///
     /// # Errors
-    /// If the gateway refuses or cannot be reached.
+    /// Returns an error if the gateway rejects the request or cannot be reached.
     pub async fn open(&self, attempt: i64, digest: &str) -> Result<OpenReply, CallError> {
         self.post(wire::LOG_OPEN, &OpenRequest { attempt, policy_digest: digest.to_owned() }).await
     }
@@ -166,49 +167,50 @@ impl Link {
     /// Appends a segment.
     ///
     /// # Errors
-    /// If the gateway refuses or cannot be reached.
+    /// Returns an error if the gateway rejects the segment or cannot be reached.
     pub async fn append(&self, request: &AppendRequest) -> Result<AppendReply, CallError> {
         self.post(wire::LOG_APPEND, request).await
     }
 
-    /// Asks people about one exact call.
+    /// Requests approval of one exact call.
     ///
     /// # Errors
-    /// If the gateway refuses or cannot be reached.
+    /// Returns an error if the gateway denies the request or cannot be reached.
     pub async fn approval(&self, ask: &ApprovalAsk) -> Result<ApprovalReply, CallError> {
         self.post(wire::APPROVAL, ask).await
     }
 
-    /// Has the arguments of the call that undoes another made and kept; gives their digest. Tried again for a while where nobody answers.
+    /// Renders and stores the arguments of a call's compensation. Returns the commitment to them. Retries for a while if the gateway cannot
+    /// be reached.
     ///
     /// # Errors
-    /// If the gateway refuses or cannot be reached.
+    /// Returns an error if the gateway denies the request or cannot be reached.
     pub async fn keep(&self, keep: &Keep) -> Result<String, CallError> {
         let kept: Kept = self.post_patiently(wire::STATE_KEEP, keep).await?;
         Ok(kept.digest)
     }
 
-    /// The arguments that were kept to undo a call. Tried again for a while where nobody answers.
+    /// Returns the stored arguments of a compensation. Retries for a while if the gateway cannot be reached.
     ///
     /// # Errors
-    /// If the gateway refuses or cannot be reached.
+    /// Returns an error if the gateway denies the request or cannot be reached.
     pub async fn kept(&self, of: &KeptOf) -> Result<String, CallError> {
         let undo: Undo = self.post_patiently(wire::STATE_GET, of).await?;
         Ok(undo.arguments)
     }
 
-    /// Has the result of an idempotent call kept outside the pod. Tried again for a while where nobody answers.
+    /// Stores the result of an idempotent call outside the pod. Retries for a while if the gateway cannot be reached.
     ///
     /// # Errors
-    /// If the gateway refuses or cannot be reached.
+    /// Returns an error if the gateway denies the request or cannot be reached.
     pub async fn keep_result(&self, keep: &KeepResult) -> Result<(), CallError> {
         self.post_patiently::<_, Kept>(wire::RESULT_KEEP, keep).await.map(|_| ())
     }
 
-    /// The result of a call of an earlier harness, as it was kept. Tried again for a while where nobody answers.
+    /// Returns the stored result of a call of an earlier harness. Retries for a while if the gateway cannot be reached.
     ///
     /// # Errors
-    /// If the gateway refuses or cannot be reached.
+    /// Returns an error if the gateway denies the request or cannot be reached.
     pub async fn kept_result(&self, of: &KeptOf) -> Result<String, CallError> {
         let kept: KeptResult = self.post_patiently(wire::RESULT_GET, of).await?;
         Ok(kept.result)
@@ -266,11 +268,11 @@ impl Link {
             .unwrap_or_else(|_| Err(unreachable(&format!("no answer within {LOG_REPLY:?}"))))
     }
 
-    /// Sends one request to an upstream, which may be silent for so long before its reply begins. Tried again only while it is certain that the
-    /// gateway did not get it.
+    /// Sends one request to an upstream, which may take up to `silence` before its reply begins. Retries only while it is certain that the
+    /// gateway did not get the request, or while the gateway itself asks for a retry.
     ///
     /// # Errors
-    /// If the gateway refused it or the upstream did not answer.
+    /// Returns an error if the gateway denied the request or the upstream did not reply.
     pub async fn forward(
         &self,
         (channel, intent): (Channel, u64),
@@ -285,10 +287,11 @@ impl Link {
         self.deliver(Uri::from_static("https://belay-gateway/v1/forward"), intent, &parts, (body, silence)).await
     }
 
-    /// Calls an HTTP tool with these arguments, JSON. Tried again only while it is certain that the gateway did not get it.
+    /// Calls an HTTP tool with these arguments, JSON. Retries only while it is certain that the gateway did not get the request, or while
+    /// the gateway itself asks for a retry.
     ///
     /// # Errors
-    /// If the gateway refused it or the upstream did not answer.
+    /// Returns an error if the gateway denied the request or the upstream did not reply.
     pub async fn call(
         &self,
         intent: u64,
@@ -322,7 +325,7 @@ impl Link {
             again.headers_mut().insert(AUTHORIZATION, bearer);
             let exchange = tokio::time::timeout(patience, self.client.request(again));
             match exchange.await {
-                // The gateway itself says that it did not send it, and to come again.
+                // The gateway itself says that it did not send the request and that a retry may succeed.
                 Ok(Ok(reply))
                     if is_transient(reply.status())
                         && reply.headers().contains_key(wire::RULE)
@@ -347,17 +350,17 @@ impl Link {
         }
     }
 
-    /// A reply that carries a rule is the gateway's own; any other is the upstream's.
+    /// Separates the gateway's own replies, which carry a rule, from the upstream's.
     async fn judge(&self, reply: Response<Incoming>) -> Result<Response<Carried>, Undelivered> {
         let Some(rule) = reply.headers().get(wire::RULE) else { return Ok(reply::reply(reply)) };
-        // One that we do not know may be of a call whose reply never came.
+        // An unknown rule may belong to a call whose reply never came.
         let rule = serde_json::from_slice(format!("\"{}\"", rule.to_str().unwrap_or_default()).as_bytes());
         let rule = rule.unwrap_or(Rule::UpstreamReply);
         let upstream = Peer::of(reply.headers());
         let body = Limited::new(reply.into_body(), LONGEST_REPLY).collect().await;
         let refusal = body.ok().and_then(|body| serde_json::from_slice::<Refusal>(&body.to_bytes()).ok());
         let refusal = refusal.unwrap_or(Refusal { rule, reason: "refused without a reason".into() });
-        // Only a request whose reply never came, or is withheld, may have done something.
+        // Only a request whose reply never came or is withheld may have had an effect.
         let certain = !matches!(refusal.rule, Rule::UpstreamReply | Rule::UpstreamSecret);
         Err(Undelivered { denial: Denial { rule: refusal.rule, reason: refusal.reason }, certain, upstream })
     }
@@ -365,7 +368,7 @@ impl Link {
     /// Opens a tunnel to `host:port`.
     ///
     /// # Errors
-    /// If the gateway refused it or the upstream cannot be reached.
+    /// Returns an error if the gateway denied the tunnel or the upstream cannot be reached.
     pub async fn tunnel(&self, intent: u64, authority: &str) -> Result<Tunnel, Undelivered> {
         let lost = |error: &dyn std::fmt::Display| undelivered(Rule::UpstreamConnect, error.to_string(), true);
         let uri: Uri = authority.parse().map_err(|error| undelivered(Rule::EgressHost, format!("{error}"), true))?;
@@ -419,10 +422,10 @@ impl Link {
 }
 
 impl OpenReply {
-    /// The frontier as hashes.
+    /// Decodes the frontier into hashes.
     ///
     /// # Errors
-    /// If one is not 32 bytes in base64.
+    /// Returns an error if an entry is not 32 bytes in base64.
     pub fn decoded_frontier(&self) -> Result<Vec<Hash>, String> {
         use base64::{Engine, prelude::BASE64_STANDARD};
         let decode = |text: &String| {
@@ -433,23 +436,23 @@ impl OpenReply {
     }
 }
 
-/// Whom the gateway has dialled.
+/// The server that the gateway dialled.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Peer {
     /// The address.
     pub address: String,
-    /// SHA-256 of the certificate that it showed, hex, over TLS of the gateway's own.
+    /// The SHA-256 of the certificate that it showed, hex, if the gateway connected with TLS.
     pub certificate: Option<String>,
 }
 
 impl Peer {
-    /// By a reply's headers.
+    /// Parses the peer from a reply's headers.
     pub fn of(headers: &HeaderMap) -> Option<Self> {
         let text = |name| headers.get(name)?.to_str().ok().map(str::to_owned);
         Some(Self { address: text(wire::UPSTREAM)?, certificate: text(wire::CERTIFICATE) })
     }
 
-    /// By a reply's headers, in which it is not any more then: agents are not told.
+    /// Parses the peer from a reply's headers and removes it from them, because agents must not see it.
     pub fn taken(headers: &mut HeaderMap) -> Option<Self> {
         let peer = Self::of(headers);
         headers.remove(wire::UPSTREAM);
@@ -462,12 +465,12 @@ fn undelivered(rule: Rule, reason: String, certain: bool) -> Undelivered {
     Undelivered { denial: Denial { rule, reason }, certain, upstream: None }
 }
 
-/// Refusals that pass: the gateway is busy, or has not caught up.
+/// Returns whether a denial is temporary: the gateway is busy or has not caught up.
 fn is_transient(status: http::StatusCode) -> bool {
     matches!(status, http::StatusCode::SERVICE_UNAVAILABLE | http::StatusCode::TOO_MANY_REQUESTS)
 }
 
-/// An error with its causes: hyper's own text hides them.
+/// Returns an error's text with its causes, which hyper's own text hides.
 fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
@@ -490,7 +493,7 @@ async fn dial(address: std::net::SocketAddr, tls: &TlsConnector) -> std::io::Res
         .unwrap_or_else(|_| Err(std::io::Error::new(std::io::ErrorKind::TimedOut, "no connection in time")))
 }
 
-/// Dials the one address that there is, whatever the URI says.
+/// A connector that dials the gateway's address, whatever the URI says.
 #[derive(Clone)]
 struct Dialer {
     address: std::net::SocketAddr,
@@ -512,7 +515,7 @@ impl tower::Service<Uri> for Dialer {
     }
 }
 
-/// A TLS stream that hyper's pool can keep.
+/// A TLS stream for hyper's pool.
 struct Secured(TokioIo<TlsStream<TcpStream>>);
 
 impl Connection for Secured {

@@ -1,12 +1,11 @@
-//! Tools, as an MCP server to the agent: one pipeline for each call, whatever the upstream speaks.
+//! Tools, as an MCP server to the agent. Each call goes through one pipeline, whatever the upstream speaks.
 //!
-//! What the agent sees of a tool, its name, description and schemas, is the contract's. Nothing that an upstream lists is
-//! passed on.
+//! What the agent sees of a tool, its name, description and schemas, comes from the contract. Nothing that an upstream lists is passed on.
 //!
-//! MCP versions spoken, with the agent and with upstreams alike, over streamable HTTP: 2024-11-05, 2025-03-26, 2025-06-18 and
-//! 2025-11-25, which begin with `initialize`, and 2026-07-28, in which each request stands for itself after
-//! `server/discover`. The agent's side is stateless in all of them: no session that could be lost, no stream of the server's
-//! own. With upstreams the newest version that both know is taken, one session an upstream ([`upstream`]).
+//! Supported MCP versions, with the agent and with upstreams alike, over streamable HTTP: 2024-11-05, 2025-03-26, 2025-06-18 and
+//! 2025-11-25, which begin with `initialize`, and 2026-07-28, in which each request is independent after `server/discover`. The agent's
+//! side is stateless in all of them: there is no session that could be lost and no stream of the server's own. With upstreams, the newest
+//! version that both know is used, with one session for each upstream ([`upstream`]).
 
 use std::{
     collections::BTreeMap,
@@ -56,25 +55,26 @@ pub mod upstream;
 
 use upstream::{Ready, Upstreams};
 
-/// How long what an upstream listed is gone by.
+/// How long an upstream's listing is used.
 pub const LISTING_AGE: Duration = Duration::from_secs(60);
 
-/// Longest call and answer of which the arguments are made that undo it, in bytes of JSON.
+/// The longest call and result from which a compensation is rendered, in bytes of JSON.
 const LONGEST_UNDO: usize = 1 << 20;
-/// Longest result that is looked at where it came, in bytes of JSON.
+/// The longest result that is checked on the thread where it came, in bytes of JSON.
 const LONG_RESULT: usize = 64 << 10;
-/// Between two questions whether people have decided on a call that undoes another.
+/// The pause before a compensation that waits for approval is called again.
 const ASK_AGAIN: Duration = Duration::from_secs(1);
 
-/// Arguments of a call that were read before rmcp reads what is around them, and in how many bytes all of it came. Taken once.
+/// The arguments of a call, parsed before rmcp parses the message around them, with the number of bytes in which the whole message came.
+/// They can be taken once.
 #[derive(Clone)]
 pub struct Read(Arc<Mutex<Option<Measured>>>);
 
-/// Arguments, and in how many bytes they came.
+/// Arguments, and the number of bytes in which they came.
 type Measured = (Map<String, Value>, usize);
 
 impl Read {
-    /// Arguments that came in a text of this length.
+    /// Stores arguments that came in a text of this length.
     pub fn new(arguments: Map<String, Value>, length: usize) -> Self {
         Self(Arc::new(Mutex::new(Some((arguments, length)))))
     }
@@ -84,12 +84,12 @@ impl Read {
     }
 }
 
-/// In a request's extensions: whether the call in it has come to its pipeline, which records what becomes of it.
+/// An extension of a request: whether its call has reached the pipeline, which records what becomes of it.
 #[derive(Clone, Default)]
 pub struct Reached(Arc<std::sync::atomic::AtomicBool>);
 
 impl Reached {
-    /// Whether it has.
+    /// Returns whether the call has reached the pipeline.
     pub fn get(&self) -> bool {
         self.0.load(std::sync::atomic::Ordering::SeqCst)
     }
@@ -102,50 +102,50 @@ pub struct Tools {
     upstreams: Arc<Upstreams>,
 }
 
-/// How a call will go out.
+/// The prepared request of a call.
 enum Route {
     Mcp(McpUpstream, Ready),
     Http(Bytes),
 }
 
-/// A way out for a call, and what its intent says of it.
+/// A prepared request, with the facts about it for the intent.
 struct Way {
     route: Route,
     effect: SideEffect,
     definition: Option<String>,
 }
 
-/// Whether a call is to be made.
+/// Whether a call must be made.
 enum Turned {
-    /// Each call is one of its own.
+    /// The tool is not idempotent: each call is made.
     Each,
-    /// It is, and no other like it at the same time.
+    /// The call must be made, and no duplicate can be made at the same time.
     Mine(Turn),
-    /// It was, and this came of it.
+    /// The call was made before, with this result.
     Made(CallToolResult),
 }
 
-/// What a call came to.
+/// The result of a call.
 struct Came {
     result: CallToolResult,
-    /// Its intent, if it was made.
+    /// The sequence number of the call's intent, if it was made.
     intent: Option<u64>,
-    /// Whether people have still to decide on it.
+    /// Whether an approval is pending.
     pending: bool,
 }
 
 impl Came {
-    /// An answer to a call that was not made now.
+    /// Returns the result of a call that was not made now.
     fn unmade(result: CallToolResult) -> Self {
         Self { result, intent: None, pending: false }
     }
 }
 
-/// Why a call does not leave.
+/// The reason why a call does not leave.
 enum Halt {
-    /// It is refused.
+    /// The call is denied.
     Denied(Denial),
-    /// People have not decided yet. What the agent is told.
+    /// An approval is pending. The text is for the agent.
     Pending(String),
 }
 
@@ -156,22 +156,22 @@ impl From<Denial> for Halt {
 }
 
 impl Tools {
-    /// A server for the gate's contracts. `used` is what the log says of the attempt so far.
-    /// What an upstream listed is good for `fresh`.
+    /// Creates a server for the gate's contracts. `used` is what the log says of the attempt so far. An upstream's listing is used for
+    /// `fresh`.
     pub fn new(gate: Arc<Gate>, used: &BTreeMap<String, ToolUsage>, fresh: Duration) -> Self {
         let upstreams = Arc::new(Upstreams::new(gate.clone(), used, fresh));
         Self { gate, upstreams }
     }
 
-    /// The gate that calls go through.
+    /// Returns the gate that calls go through.
     pub fn gate(&self) -> &Arc<Gate> {
         &self.gate
     }
 
-    /// Undoes a call of another task by a call of this contract with these arguments, as planned.
+    /// Compensates a call of another task with a call of this contract and these arguments, as planned.
     ///
     /// # Errors
-    /// Why it is not undone, or not for certain.
+    /// Returns why the call is not compensated, or not for certain.
     pub async fn undo(&self, undoes: &str, undo: &Undo, args: Map<String, Value>) -> Result<(), String> {
         let tool = self.gate.contracts().tools().find(|tool| tool.contract == undo.contract);
         let tool = tool.ok_or_else(|| format!("the rollback does not have the contract {}", undo.contract))?;
@@ -183,7 +183,7 @@ impl Tools {
         };
         let standing = self.gate.standing(undoes);
         match (came, standing) {
-            // Though the answer was lost, or is withheld, it is known.
+            // The outcome is in the log even if the result was lost or withheld.
             (_, Some(Standing::Undone)) => Ok(()),
             (Err(denial), _) => Err(format!("{}: {}", denial.rule, denial.reason)),
             (Ok(came), _) if came.result.is_error == Some(true) => Err(format!("{} answered with an error", tool.name)),
@@ -193,7 +193,7 @@ impl Tools {
         }
     }
 
-    /// Makes a call of arguments that came in `length` bytes.
+    /// Makes a call with arguments that came in `length` bytes.
     async fn call(
         &self,
         name: &str,
@@ -202,7 +202,7 @@ impl Tools {
     ) -> Result<Came, Denial> {
         let Decided { verdict, arguments, digest, bytes, needs_approval } =
             self.gate.decide(name, Value::Object(args), length).await;
-        // What was decided on is what is sent.
+        // The arguments that were decided on are the ones that are sent.
         let (Value::Object(args), Some(digest)) = (arguments, digest.clone()) else {
             let reason = "the arguments are no JSON object".to_owned();
             let denial = verdict.err().unwrap_or(Denial { rule: Rule::RequestJson, reason });
@@ -217,7 +217,7 @@ impl Tools {
             let denial = Denial { rule: Rule::ToolKnown, reason };
             return Err(self.gate.deny(Channel::Tool, name, Some(digest), denial).await);
         };
-        // Held until the call is settled: of calls that are one, one is made.
+        // The key is held until the call is settled, so that only one of several duplicates is made.
         let turn = match self.once(tool, &args, &digest).await {
             Ok(Turned::Made(result)) => return Ok(Came::unmade(result)),
             Ok(Turned::Mine(turn)) => Some(turn),
@@ -230,8 +230,8 @@ impl Tools {
         let allowed = self.allow(tool, &args, (&digest, bytes, length), (key.clone(), undoes), needs_approval).await;
         let (route, permit) = match allowed {
             Ok(allowed) => allowed,
-            // No refusal: nothing is counted. No error either, at which some agents give up; but where the tool promises a structure,
-            // clients look for that in all else.
+            // This is not a denial, so nothing is counted. It is not an error either, because some agents give up after an error. But if
+            // the tool has an output schema, clients expect structured content in every result that is not an error.
             Err(Halt::Pending(told)) => {
                 let told = vec![ContentBlock::text(told)];
                 let error = tool.output.is_some();
@@ -252,7 +252,8 @@ impl Tools {
         if let Some(said) = &answered {
             self.gate.keep(&tool.name, said);
         }
-        // What the upstream itself calls an error may or may not have been done: it is neither undone by a call, nor does it undo one.
+        // A call that the upstream reports as an error may or may not have had an effect. It gets no compensation, and as a compensation it
+        // does not count as applied.
         let error = result.as_ref().is_ok_and(|result| result.is_error == Some(true));
         if error && undoing && settlement.effect == Effect::Applied {
             settlement.effect = Effect::Unknown;
@@ -268,13 +269,13 @@ impl Tools {
         let unknown = settlement.effect == Effect::Unknown;
         permit.settle(settlement);
         let result = match result {
-            // The call is over, and what came of it is refused.
+            // The call is over, and its result is denied.
             Err(denial) if denial.rule == Rule::UpstreamSecret => {
                 Err(self.gate.deny(Channel::Tool, name, Some(digest), denial).await)
             }
             result => result,
         };
-        // What became of the call is in no log: nobody goes on as if it were.
+        // The outcome of the call is in no log, so the result is not returned as if it were.
         if let Some(failed) = self.gate.journal().failure() {
             return Err(failed);
         }
@@ -288,8 +289,9 @@ impl Tools {
         }
     }
 
-    /// Has the arguments of the call that undoes this one kept outside the pod, before anybody learns that it was made; gives their digest.
-    /// What cannot be made or kept is left to people: the call has taken effect, and nothing would come of stopping here.
+    /// Stores the arguments of this call's compensation outside the pod, before anything else learns that the call was made. Returns their
+    /// commitment. A call whose compensation cannot be rendered or stored is left for manual action: it has taken effect, so stopping here
+    /// would not help.
     async fn keep_undo(&self, tool: &Tool, intent: u64, arguments: &Value, result: Option<Value>) -> Option<String> {
         let keep = Keep { intent, arguments: arguments.clone(), result: result.unwrap_or_default() };
         let size = serde_json::to_vec(&keep).map_or(usize::MAX, |text| text.len());
@@ -307,12 +309,12 @@ impl Tools {
         .ok()
     }
 
-    /// Records what became of a call whose reply never came, as the read that its contract names tells; gives that in words.
+    /// Records the outcome of a call that got no reply, as the read that its contract names reports it. Returns the outcome in words.
     ///
     /// # Errors
-    /// Why it is still not known.
+    /// Returns why the outcome is still unknown.
     async fn resolve(&self, tool: &Tool, read: &VerifyRead, arguments: &Value, call: &str) -> Result<String, String> {
-        // From now on, not from when it was sent: the upstream had all that time, and may be at it still.
+        // The time counts from now on and not from when the call was sent, because the upstream may still be at work.
         let settled = Instant::now() + Duration::from_secs(u64::try_from(read.settle_seconds).unwrap_or_default());
         loop {
             let last = Instant::now() >= settled;
@@ -325,7 +327,7 @@ impl Tools {
             let (effect, words) = match self.applied(tool, arguments, found).await {
                 Ok(true) => (Effect::Applied, "it took effect: do not repeat it"),
                 Ok(false) if last => (Effect::NotApplied, "it did not take effect: it may be made again"),
-                // The upstream may be at it still.
+                // The upstream may still be at work.
                 Ok(false) => {
                     tokio::time::sleep_until(settled.into()).await;
                     continue;
@@ -337,10 +339,10 @@ impl Tools {
         }
     }
 
-    /// Whether what was read says that a call took effect.
+    /// Returns whether the result of the read says that a call took effect.
     ///
     /// # Errors
-    /// Why it says neither.
+    /// Returns why the result says neither.
     async fn applied(&self, tool: &Tool, arguments: &Value, read: Value) -> Result<bool, String> {
         let (name, arguments) = (tool.name.clone(), arguments.clone());
         let judged =
@@ -348,7 +350,7 @@ impl Tools {
         judged.await.unwrap_or_else(|denial| Err(denial.reason))
     }
 
-    /// Whose turn it is, where the contract says what makes two calls one.
+    /// Waits for the call's idempotency key, if its contract has idempotency.
     async fn once(&self, tool: &Tool, args: &Map<String, Value>, digest: &str) -> Result<Turned, Denial> {
         let Some(of) = &tool.idempotency else { return Ok(Turned::Each) };
         let uid = &self.gate.contracts().policy().task.uid;
@@ -362,7 +364,7 @@ impl Tools {
         })?;
         let once = self.gate.once();
         let turn = once.turn(key).await;
-        // Of this attempt or an earlier one: its contract may name a read that tells.
+        // The call may be of this attempt or of an earlier one. Its contract may name a read that finds out its outcome.
         if let Some((read, call)) = tool.verify.as_ref().zip(Once::unknown(self.gate.journal(), of, &turn, digest)) {
             let arguments = Value::Object(args.clone());
             if let Err(why) = self.resolve(tool, read, &arguments, &call).await {
@@ -373,10 +375,10 @@ impl Tools {
         Ok(made.map_or(Turned::Mine(turn), Turned::Made))
     }
 
-    /// Everything else that is asked before a call leaves, once its contract allows it. Gives its way, once its intent is stored.
+    /// Makes all other checks before a call that its contract allows leaves. Returns the call's route once its intent is stored.
     ///
     /// # Errors
-    /// The first rule that does not hold, not recorded yet, or that people have not decided.
+    /// Returns the first rule that denies the call, which is not recorded yet, or a pending approval.
     async fn allow(
         &self,
         tool: &Tool,
@@ -387,7 +389,7 @@ impl Tools {
     ) -> Result<(Route, Permit), Halt> {
         let name = tool.name.as_str();
         let mut rules = TOOL_RULES.to_vec();
-        // Asked first of all, see [`Contracts::decide`](crate::policy::decide::Contracts::decide).
+        // This rule is checked first, see [`Contracts::decide`](crate::policy::decide::Contracts::decide).
         rules.extend(tool.limits.request_bytes.map(|_| Rule::ToolRequestBytes));
         let mut way = self.route(tool, args, &mut rules).await?;
         let access = &self.gate.contracts().policy().access;
@@ -399,11 +401,11 @@ impl Tools {
         let by_contract = tool.approval.as_ref().filter(|_| needs_approval).map(|of| (AskedBy::Contract, of));
         let by_pack = access.approval.as_ref().filter(|_| !passed.because.is_empty()).map(|of| (AskedBy::Pack, of));
         let needs: Vec<_> = by_contract.into_iter().chain(by_pack).collect();
-        // Last of what is asked: people are not bothered with what something else refuses.
+        // Approval comes last, so that approvers do not get calls that another rule denies.
         let (mut approvals, mut because) = (Vec::new(), Vec::new());
         if !needs.is_empty() {
             self.gate.open()?;
-            // The gateway judges by what is stored.
+            // The gateway decides by what is stored.
             self.gate.journal().caught_up().await?;
             let call = Question {
                 tool: name.to_owned(),
@@ -413,7 +415,7 @@ impl Tools {
             };
             match self.gate.approvals().ask(&call, &needs).await {
                 Answered::Approved { names, because: reasons } => {
-                    // People take their time, in which an upstream may change its mind about the tool.
+                    // Approvers take time, and the upstream may have changed the tool's definition meanwhile.
                     way = self.route(tool, args, &mut Vec::new()).await?;
                     (approvals, because) = (names, reasons);
                 }
@@ -443,10 +445,10 @@ impl Tools {
         Ok((way.route, permit))
     }
 
-    /// How a call would go out now, with the rules that were asked for that.
+    /// Returns the route that a call would take now, and adds the rules that were checked for it.
     ///
     /// # Errors
-    /// The first rule that does not hold.
+    /// Returns the first rule that denies the call.
     async fn route(&self, tool: &Tool, args: &Map<String, Value>, rules: &mut Vec<Rule>) -> Result<Way, Denial> {
         let name = tool.name.as_str();
         let (route, effect, definition) = match &tool.upstream {
@@ -455,7 +457,7 @@ impl Tools {
                     |error: &dyn std::fmt::Display| Denial { rule: Rule::ToolUrl, reason: error.to_string() };
                 let request = Request::parse(http).map_err(|error| malformed(&error))?;
                 rules.push(Rule::ToolUrl);
-                // The gateway makes the request, of the same arguments; what makes none is refused here.
+                // The gateway renders the request from the same arguments. Arguments that render no request are denied here.
                 request.render(args)?;
                 (Route::Http(text(args)?.into()), tool.side_effect, None)
             }
@@ -481,8 +483,8 @@ impl Tools {
         Ok(Way { route, effect, definition })
     }
 
-    /// The result as the agent gets it, and how sensitive it is. What is long, or takes long to compare, is looked at apart; what cannot be
-    /// looked at in time is withheld.
+    /// Returns the result as the agent gets it, and its sensitivity. A result that is long or slow to check is checked on a thread of its
+    /// own. A result that cannot be checked in time is withheld.
     async fn looked_at(
         &self,
         tool: &Tool,
@@ -509,38 +511,38 @@ impl Tools {
     }
 }
 
-/// A result as the agent gets it, and what became of the call.
+/// A result as the agent gets it, and the call's settlement.
 type Looked = (Result<CallToolResult, Denial>, Settlement);
 
 fn look(gate: &Gate, tool: &Tool, result: Result<CallToolResult, Denial>, settlement: Settlement) -> Looked {
     let (result, mut settlement) = fits(gate, tool, result, settlement);
     settlement.sensitivity = match &result {
         Ok(result) => gate.guard().result(tool, result),
-        // What an upstream says of an error is in the reason.
+        // The reason may contain the upstream's text of an error.
         Err(denial) if settlement.effect != Effect::NotApplied => gate.guard().result(tool, &denial.reason),
         Err(_) => Sensitivity::default(),
     };
     (result, settlement)
 }
 
-/// Arguments, and in how many bytes they come.
+/// Returns arguments with the number of bytes of their JSON.
 fn sized(args: Map<String, Value>) -> (Map<String, Value>, usize) {
     let length = serde_json::to_vec(&args).map_or(usize::MAX, |text| text.len());
     (args, length)
 }
 
-/// The result as the agent gets it, if it fits the contract's output schema, and its digest.
+/// Returns the result as the agent gets it, if it matches the contract's output schema, and adds its commitment to the settlement.
 fn fits(gate: &Gate, tool: &Tool, result: Result<CallToolResult, Denial>, mut settlement: Settlement) -> Looked {
     let Ok(mut result) = result else { return (result, settlement) };
     let outputs = gate.outputs();
-    // What the upstream itself calls an error has the shape of an error.
+    // A result that the upstream reports as an error need not match the output schema.
     let misfit = if result.is_error == Some(true) || !outputs.has(&tool.name) {
         None
     } else {
         match result.structured_content.clone().or_else(|| only_json(&result)) {
             Some(value) => {
                 let misfit = outputs.check(&tool.name, &value).err();
-                // Clients that were promised a schema look for it here.
+                // Clients that know the output schema look for the value here.
                 result.structured_content = Some(value);
                 misfit
             }
@@ -559,14 +561,14 @@ fn fits(gate: &Gate, tool: &Tool, result: Result<CallToolResult, Denial>, mut se
     (Err(Denial { rule: Rule::ToolOutput, reason }), settlement)
 }
 
-/// Arguments as RFC 8785 JSON.
+/// Returns arguments as RFC 8785 JSON.
 fn text(args: &Map<String, Value>) -> Result<String, Denial> {
     let unreadable = |reason: String| Denial { rule: Rule::RequestJson, reason };
     let text = canonical::to_bytes(args).map_err(|error| unreadable(error.to_string()))?;
     String::from_utf8(text).map_err(|error| unreadable(error.to_string()))
 }
 
-/// The JSON that is a result's only content, where it can be read in one way.
+/// Returns the JSON that is a result's only content, if it can be parsed in one way only.
 fn only_json(result: &CallToolResult) -> Option<Value> {
     match result.content.as_slice() {
         [ContentBlock::Text(text)] => json::parse(text.text.as_bytes()).ok(),
@@ -574,8 +576,8 @@ fn only_json(result: &CallToolResult) -> Option<Value> {
     }
 }
 
-/// What a successful result says to preconditions: its structured content, or else its only block of text, as JSON where
-/// it is.
+/// Returns the value that a successful result has for preconditions: its structured content, or else its only text block, parsed if it is
+/// JSON.
 fn said(result: &CallToolResult) -> Option<Value> {
     if result.is_error == Some(true) {
         return None;
@@ -613,12 +615,12 @@ impl ServerHandler for Tools {
         if let Some(reached) = parts.and_then(|parts| parts.extensions.get::<Reached>()) {
             reached.0.store(true, std::sync::atomic::Ordering::SeqCst);
         }
-        // They were read already, and are not read again.
+        // The arguments were parsed before and are not parsed again.
         let args = match parts.and_then(|parts| parts.extensions.get::<Read>()).and_then(Read::take) {
             Some(args) => args,
             None => sized(request.arguments.unwrap_or_default()),
         };
-        // A refusal is a result and not a protocol error: the model has to see it, not the client library.
+        // A denial is a result and not a protocol error, because the model must see it and not only the client library.
         let came = self.call(&request.name, args, None).await.map(|came| came.result);
         let result = came.unwrap_or_else(|denial| CallToolResult::error(vec![ContentBlock::text(denial.told("call"))]));
         Ok(CallToolResponse::Complete(result))

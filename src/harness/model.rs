@@ -1,18 +1,17 @@
 //! Model calls, passed through and metered.
 //!
-//! The body is sent as the agent wrote it, but for what has to be set in it; its cost is bounded and reserved before it leaves, and
-//! settled from the reply's own account where that can be true. What a provider refuses costs nothing, what breaks off at the provider its prompt
-//! and what came. A reply that whoever asked did not read to its end, or did not wait for, is read on for a while; one that gives no account
-//! stays charged in full.
-//! Streams pass chunk by chunk, and end where their protocol ends.
+//! The body is sent as the agent wrote it, except for the members that must be set. Its cost is bounded and reserved before it leaves, and
+//! settled from the usage that the reply reports, if that usage can be true. A call that the provider rejects costs nothing. A reply that
+//! breaks off at the provider costs its prompt and what came. A reply that its client did not read to the end, or did not wait for, is read
+//! on for a while. A reply without usage stays charged in full. Streams pass chunk by chunk, and end where their protocol ends.
 
 /// Headers between an agent and a provider.
 mod headers;
-/// Replies, read along.
+/// Metering of replies while they pass.
 mod meter;
-/// Refusals in the shape of each API.
+/// Denials in the shape of each API.
 mod refusal;
-/// The account of a stream, kept from who did not ask for it.
+/// Removal of the usage event from a stream whose client did not ask for it.
 mod unasked;
 
 use std::sync::Arc;
@@ -55,7 +54,7 @@ use crate::{
     wire::LONGEST_REQUEST,
 };
 
-/// The tokens of a request that is no longer are counted where it is read: in milliseconds.
+/// The longest request whose tokens are counted on the current thread, in bytes: that takes milliseconds.
 const COUNTED_HERE: usize = 32 << 10;
 
 /// Handles one model call.
@@ -67,7 +66,7 @@ pub async fn handle(gate: Arc<Gate>, api: Api, request: Request<Incoming>) -> Re
         let denial = gate.deny(Channel::Model, &path, None, Denial { rule: Rule::ModelRequest, reason }).await;
         return refusal_as(api, &denial, refusal::wrong_method(&parts.headers));
     }
-    // What is held of it has its place until the reply begins.
+    // The body keeps its memory until the reply begins.
     let (body, _place) = match gate.room().read(body, LONGEST_REQUEST).await {
         Ok(read) => read,
         Err(unread) => {
@@ -88,8 +87,10 @@ pub async fn handle(gate: Arc<Gate>, api: Api, request: Request<Incoming>) -> Re
     }
 }
 
+/// Makes the call.
+///
 /// # Errors
-/// A refusal that is not recorded yet. One that follows an intent is recorded as its outcome and answered.
+/// Returns a denial that is not recorded yet. A denial that follows an intent is recorded as the intent's outcome and returned as a reply.
 async fn call(
     gate: &Arc<Gate>,
     api: Api,
@@ -98,7 +99,7 @@ async fn call(
     body: &[u8],
 ) -> Result<Response<Body>, Denial> {
     gate.open()?;
-    // What is got has no body, and needs none.
+    // A list of models is requested with GET, which has no body.
     let text = if api == Api::Models { b"{}" } else { body };
     let written =
         Written::read(text).map_err(|ambiguous| Denial { rule: Rule::RequestJson, reason: ambiguous.to_string() })?;
@@ -166,8 +167,8 @@ async fn call(
     })
 }
 
-/// What a call's reply begins with. It goes on behind for a while if whoever asked has gone: the model goes on, too, and its account is
-/// known once it has ended. Absent if the attempt is over before.
+/// Returns the beginning of the call's reply. If the client has gone, the call continues in the background for a while, because the model
+/// continues, too, and its usage is known once it has ended. Returns `None` if the attempt ends before.
 async fn waited_for(
     gate: &Gate,
     replied: impl Future<Output = Response<Body>> + Send + 'static,
@@ -183,19 +184,19 @@ async fn waited_for(
             } => return,
             () = over => return,
         };
-        // One that nobody waits for any more is read on by its own.
+        // If no client waits for the reply any more, dropping it reads it on in the background.
         let _ = told.send(reply);
     });
     heard.await.ok()
 }
 
-/// The answer to a call that brought no reply.
+/// Settles a call that got no reply, and returns the error reply for the agent.
 async fn undone(permit: Permit, undelivered: Undelivered, told: &Told, api: Api) -> Response<Body> {
     let Undelivered { denial, certain, upstream } = undelivered;
     let settlement =
         if certain { Settlement::not_applied(denial.rule) } else { Settlement::unknown(Some(denial.rule)) };
     permit.settle(Settlement { upstream, ..settlement });
-    // The call is over, and what came of it is refused.
+    // The call is over, and its reply is denied.
     let denial = match denial.rule {
         Rule::UpstreamSecret => told.gate.deny(Channel::Model, &told.path, Some(told.digest.clone()), denial).await,
         _ => denial,
@@ -203,7 +204,7 @@ async fn undone(permit: Permit, undelivered: Undelivered, told: &Told, api: Api)
     refusal(api, &denial)
 }
 
-/// The tokens of a prompt. Those of a long one are counted on a thread apart: nobody else waits for them, and few are counted at a time.
+/// Counts the tokens of a prompt. Long prompts are counted on a separate thread, so that no other call waits for them, and few at a time.
 async fn prompt_of(api: Api, body: &Map<String, Value>, length: usize, model: &Model) -> Result<Prompt, Denial> {
     static PLACES: Semaphore = Semaphore::const_new(2);
     if length <= COUNTED_HERE {
@@ -222,7 +223,8 @@ async fn prompt_of(api: Api, body: &Map<String, Value>, length: usize, model: &M
     counted.await.map_err(|error| uncounted(error.to_string()))
 }
 
-/// The refusal of a call whose cost nobody can tell. What the catalogue lists is no pack's word: currencies, contracts and tiers differ.
+/// Returns the denial of a call whose cost is unknown. The catalogue's list prices are only a hint, because currencies, contracts and tiers
+/// differ.
 fn unpriced(model: Option<&str>) -> Denial {
     let listed = model.and_then(|name| Model::named(name, None).listed).map_or_else(String::new, |(input, output)| {
         let date = catalogue::date();
@@ -238,9 +240,9 @@ fn unpriced(model: Option<&str>) -> Denial {
     }
 }
 
-/// The endpoint that a call goes to.
+/// Returns the endpoint that a call goes to.
 fn endpoint<'p>(policy: &'p PolicyConfig, api: Api, headers: &HeaderMap, model: Option<&str>) -> Option<Chosen<'p>> {
-    // Lists of models are asked for at one path by the libraries of both; only one of them names a version.
+    // The libraries of both families request lists of models at the same path. Only one of them sends a version.
     let anthropic = || headers.contains_key("anthropic-version").then_some(Family::Anthropic);
     match api.family() {
         Some(family) => policy.models.of(Some(family), model),

@@ -1,8 +1,8 @@
-//! One effect for calls that are one: the idempotency ledger as the harness keeps it, with results to give again.
+//! Idempotency: the harness's view of the idempotency ledger, with results to return again.
 //!
-//! Promises: of calls with one key one is under way at a time, and the others wait for it; what was made is answered from its result,
-//! recorded before the agent gets it; what the witness would refuse is never written. Results of another harness come from the bucket of
-//! the pack's `state`, by the digest that the log has. Refuses: a second effect where a result is not to be had: that is a denial.
+//! Guarantees: of calls with one key, one is in flight at a time, and the others wait for it. A call that was made is answered with its
+//! stored result, and the replay is recorded before the agent gets it. Nothing is recorded that the witness would reject. Results of
+//! another harness come from the state bucket, by the commitment in the log. A duplicate call whose result is not available is denied.
 
 use std::{
     collections::HashMap,
@@ -31,12 +31,12 @@ use crate::{
     wire::{KeepResult, KeptOf, LONGEST_RESULT},
 };
 
-/// Longest results together that are kept here.
+/// The most bytes of results that are kept here in total.
 const LONGEST_RESULTS: usize = 8 << 20;
-/// The log goes by the time of the record, which is written a little later: a key lapses here later than there.
+/// The log uses the time of the record, which is written a little later, so a key expires here later than there.
 const SLACK: SignedDuration = SignedDuration::from_secs(1);
 
-/// A result, as the agent got it.
+/// A result as the agent got it.
 #[derive(Clone)]
 struct Kept {
     result: CallToolResult,
@@ -49,30 +49,30 @@ struct Results {
     size: usize,
 }
 
-/// Who has which key, and the results that there are. What was made under which key follows from the log.
+/// The keys that are in use, and the stored results. The log says which calls were made with which keys.
 pub struct Once {
     turns: Mutex<HashMap<String, Weak<tokio::sync::Mutex<()>>>>,
     results: Mutex<Results>,
-    /// Whether results are kept outside the pod as well.
+    /// Whether results are stored outside the pod as well.
     outside: bool,
-    /// What commitments are made with.
+    /// The salt of the task's commitments.
     salt: Salt,
 }
 
-/// A key that a call has to itself.
+/// A lease on an idempotency key, which only one call holds at a time.
 pub struct Turn {
-    /// The key.
+    /// The idempotency key.
     pub key: String,
     _guard: OwnedMutexGuard<()>,
 }
 
 impl Once {
-    /// No key is taken.
+    /// Creates the state without any keys in use.
     pub fn new(outside: bool, salt: Salt) -> Self {
         Self { turns: Mutex::default(), results: Mutex::default(), outside, salt }
     }
 
-    /// Waits until no other call with this key is under way.
+    /// Waits until no other call with this key is in flight.
     pub async fn turn(&self, key: String) -> Turn {
         let turn = {
             let mut turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
@@ -87,10 +87,10 @@ impl Once {
         Turn { key, _guard: turn.lock_owned().await }
     }
 
-    /// Whether a call may be made under a key, by what the ledger says now.
+    /// Checks whether a call may be made with a key, by the current ledger.
     ///
     /// # Errors
-    /// [`Rule::ToolIdempotency`] if it may not.
+    /// Returns [`Rule::ToolIdempotency`] if it may not.
     pub fn free(ledger: &Ledger, tool: &str, of: &Idempotency, key: &str, digest: &str) -> Result<(), Denial> {
         match ledger.find(key, digest, of, now()) {
             Found::Free => Ok(()),
@@ -98,7 +98,7 @@ impl Once {
         }
     }
 
-    /// The call that was made under a key and of which nobody knows whether it took effect.
+    /// Returns the call that was made with a key and has an unknown outcome, if there is one.
     pub fn unknown(journal: &Journal, of: &Idempotency, turn: &Turn, digest: &str) -> Option<String> {
         journal.look(|task| match task.ledger().find(&turn.key, digest, of, now()) {
             Found::Unknown(made) => Some(made.call.clone()),
@@ -106,10 +106,10 @@ impl Once {
         })
     }
 
-    /// The result that there is of the call that was made under a key; `None` if the call is to be made.
+    /// Returns the stored result of the call that was made with a key, or `None` if the call must be made.
     ///
     /// # Errors
-    /// [`Rule::ToolIdempotency`] if it may not be made, and [`Rule::Evidence`] if the answer cannot be recorded.
+    /// Returns [`Rule::ToolIdempotency`] if the call may not be made, and [`Rule::Evidence`] if the replay cannot be recorded.
     pub async fn answer(
         &self,
         (journal, link): (&Journal, &Link),
@@ -148,7 +148,7 @@ impl Once {
         journal.room().await;
         let record = journal.record(|_, task| {
             task.budget().open()?;
-            // Its window may have closed since.
+            // The idempotency window may have closed meanwhile.
             match task.ledger().find(&turn.key, digest, of, clock::now()) {
                 Found::Made(_) => Ok(Event::Replayed(replayed)),
                 found => Err(refusal(&tool.name, &found)),
@@ -158,10 +158,10 @@ impl Once {
         Ok(Some(kept.result))
     }
 
-    /// The result of a call of another harness.
+    /// Fetches the result of a call of another harness.
     ///
     /// # Errors
-    /// What is the matter with it, to go on from "its result".
+    /// Returns why the result is not available, as the end of a sentence that begins with "its result".
     async fn fetch(&self, link: &Link, made: &Entry) -> Result<Kept, String> {
         let Some(digest) = made.response_digest.clone() else { return Err("was not given to the agent".into()) };
         if !self.outside {
@@ -173,8 +173,8 @@ impl Once {
         Ok(Kept { result, digest })
     }
 
-    /// Keeps a result to be given again, if it is not too long: here, and for other attempts outside the pod. It has to be there before the
-    /// outcome is recorded, by which it may be given again. Where it cannot be kept the call is not repeated all the same.
+    /// Stores a result so that it can be returned again, if it is not too long: here, and outside the pod for other attempts. This must
+    /// come before the outcome is recorded, because that record allows replays. A call whose result cannot be stored is still not repeated.
     pub async fn keep(&self, link: &Link, intent: u64, result: &CallToolResult, digest: Option<&String>) {
         let text = serde_json::to_string(result).ok().filter(|text| text.len() <= LONGEST_RESULT);
         let Some((digest, text)) = digest.zip(text) else { return };
@@ -194,7 +194,7 @@ impl Once {
     }
 }
 
-/// The result that was kept, if it is the one that was committed to: as text, and as it would be given.
+/// Parses a stored result if its commitment matches, both for the text and for the result as it would be returned.
 fn result_of(text: &str, digest: &str, salt: &Salt) -> Option<CallToolResult> {
     let is = |bytes: &[u8]| salt.bytes(bytes) == digest;
     let result: CallToolResult = serde_json::from_str(text).ok().filter(|_| is(text.as_bytes()))?;

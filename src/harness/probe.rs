@@ -1,9 +1,8 @@
-//! The containment probe: both controls, several times in a row.
+//! The containment probe: checks positive and negative controls in several consecutive rounds.
 //!
-//! Silence proves nothing by itself, so each round has a positive control (the gateway's port must answer) and negative
-//! ones (the gateway's canary, the API server and the kubelet must not). How long a silence must be is learned from the
-//! positive control of the same round: what is allowed answers within [`Timing::floor`], or within ten times what the
-//! gateway just took.
+//! Silence proves nothing by itself, so each round has a positive control (the gateway's port must answer) and negative ones (the gateway's
+//! canary, the API server and the kubelet must not answer). How long a silence must be depends on the positive control of the same round: a
+//! reachable target answers within [`Timing::floor`], or within ten times what the gateway just took.
 
 use std::{sync::Arc, time::Duration};
 
@@ -14,28 +13,28 @@ use tokio::{net::TcpStream, time::Instant};
 use super::gate::Gate;
 use crate::{evidence::record::Containment, policy::config::Probe};
 
-/// When a round holds and when a probe gives up.
+/// The thresholds of a probe: when a round holds and when the probe gives up.
 #[derive(Clone, Copy, Debug, serde::Serialize, serde::Deserialize)]
 pub struct Timing {
     /// Consecutive rounds in which both controls must hold.
     pub rounds: u32,
-    /// Shortest silence that counts.
+    /// The shortest silence that counts.
     pub floor: Duration,
-    /// How long the positive control may take.
+    /// The timeout of the positive control.
     pub answer: Duration,
-    /// When to give up: CNIs are known to take seconds.
+    /// When to give up. CNIs are known to take seconds.
     pub patience: Duration,
 }
 
 impl Timing {
-    /// Before the agent starts.
+    /// The probe before the agent starts.
     pub const START: Self = Self {
         rounds: 3,
         floor: Duration::from_millis(40),
         answer: Duration::from_secs(1),
         patience: Duration::from_secs(30),
     };
-    /// During the run: the gateway may be restarting, so the positive control gets longer.
+    /// The probe during the attempt. The gateway may be restarting, so the positive control gets more time.
     pub const REPEAT: Self = Self {
         rounds: 1,
         floor: Duration::from_millis(200),
@@ -44,7 +43,7 @@ impl Timing {
     };
 }
 
-/// What the probe dials.
+/// The addresses that the probe dials.
 #[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
 pub struct Targets {
     reachable: String,
@@ -52,7 +51,7 @@ pub struct Targets {
 }
 
 impl Targets {
-    /// The rendered targets, and the kubelet of this node where it is known.
+    /// Creates the targets from the rendered ones and the kubelet of this node, if it is known.
     pub fn new(probe: &Probe, kubelet: Option<String>) -> Self {
         let mut unreachable = probe.unreachable.clone();
         unreachable.extend(kubelet);
@@ -60,7 +59,7 @@ impl Targets {
     }
 }
 
-/// Probes until both controls have held for enough rounds, or patience ends.
+/// Probes until both controls have held for enough rounds or the patience ends.
 pub async fn run(targets: &Targets, timing: Timing) -> Containment {
     let started = Instant::now();
     let mut rounds = 0;
@@ -75,7 +74,7 @@ pub async fn run(targets: &Targets, timing: Timing) -> Containment {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
-    // Without anything that must stay silent a probe could not fail, so it does.
+    // Without a target that must stay silent, a probe could not fail, so it fails here.
     if targets.unreachable.is_empty() {
         breaches.push("there is no negative control: nothing to try that must not answer".into());
     }
@@ -89,7 +88,7 @@ pub async fn run(targets: &Targets, timing: Timing) -> Containment {
     }
 }
 
-/// What else was seen and must not be is a breach too, each once.
+/// Adds breaches that were seen by other means, each once.
 pub fn distrust(seen: &mut Containment, breaches: impl IntoIterator<Item = String>) {
     seen.breaches.extend(breaches.into_iter().collect::<std::collections::BTreeSet<_>>());
     seen.contained &= seen.breaches.is_empty();
@@ -108,42 +107,42 @@ async fn round(targets: &Targets, timing: Timing) -> Vec<String> {
     join_all(tries).await.into_iter().flatten().collect()
 }
 
-/// Whether a TCP connection comes about. A reset also says that packets pass, but not to whom: a policy that rejects
-/// instead of dropping answers so, and both keep the agent out.
+/// Returns whether a TCP connection is established. A reset also proves that packets pass, but not to whom: a policy that rejects instead
+/// of dropping answers with a reset, and both keep the agent out.
 async fn connects(target: &str, within: Duration) -> bool {
     matches!(tokio::time::timeout(within, TcpStream::connect(target)).await, Ok(Ok(_)))
 }
 
-/// Probes from where the agent is.
+/// A probe that dials from where the agent is.
 pub trait Looking: Send + Sync {
     /// Probes once.
     fn look(&self, timing: Timing) -> BoxFuture<'_, Containment>;
 }
 
-/// From here: in a pod, harness and agent have one network.
+/// Probes from this process: in a pod, harness and agent share one network.
 impl Looking for Targets {
     fn look(&self, timing: Timing) -> BoxFuture<'_, Containment> {
         Box::pin(run(self, timing))
     }
 }
 
-/// Probes at random moments for as long as the attempt runs, and stops everything when containment is lost.
+/// Probes at random times while the attempt runs, and denies everything once isolation is lost.
 pub async fn repeat(gate: Arc<Gate>, from: Arc<dyn Looking>) {
     loop {
         tokio::time::sleep(random_pause()).await;
         let mut seen = from.look(Timing::REPEAT).await;
         if !seen.contained {
-            // One failure of the positive control may be a gateway's restart. A breach in between is seen again.
+            // One failure of the positive control may be a restart of the gateway. A real breach is seen again.
             seen = from.look(Timing { patience: Duration::from_secs(10), ..Timing::REPEAT }).await;
         }
         gate.contained(seen);
     }
 }
 
-/// Between 20 s and 60 s, so that the agent cannot tell when.
+/// Returns a pause between 20 s and 60 s, so that the agent cannot predict the probe.
 fn random_pause() -> Duration {
     let mut byte = [0u8; 2];
-    // Without randomness the shortest pause is the safe one.
+    // Without randomness, the shortest pause is the safe one.
     let _ = SystemRandom::new().fill(&mut byte);
     Duration::from_millis(20_000 + u64::from(u16::from_le_bytes(byte)) * 40_000 / 65_536)
 }

@@ -1,11 +1,11 @@
-//! The agent's own traffic, as an HTTP proxy: `CONNECT` tunnels and absolute-form requests.
+//! The agent's own traffic, through an HTTP proxy: `CONNECT` tunnels and absolute-form requests.
 //!
-//! The class's list is asked here, so that what is refused leaves no intent behind, and asked again by the gateway, which
-//! has the last word and is the only one to resolve the name.
+//! The class's list of egress hosts is checked here, so that a denied call leaves no intent behind. The gateway checks it again. Its
+//! decision is final, and only the gateway resolves the name.
 //!
-//! Guarantees: whatever either of them refuses, before a tunnel is open or by what it begins with, is in the log by its rule and counts
-//! as a refusal, and its answer's first line says why; what went out and what came back is known in bytes, of a tunnel by its outcome, of
-//! a request with its URL and headers. Non-goals: to know what is in a tunnel.
+//! Guarantees: whatever harness or gateway denies, before a tunnel is open or because of its first bytes, is in the log with its rule and
+//! counts as a denial, and the first line of the reply says why. The bytes that were sent and received are known: of a tunnel from its
+//! outcome, of a request including its URL and headers. Non-goals: knowing what is in a tunnel.
 
 use std::{
     convert::Infallible,
@@ -38,13 +38,13 @@ use crate::{
     wire,
 };
 
-/// A piece of a tunnel that is passed on.
+/// The size of a piece of a tunnel that is passed on, in bytes.
 const PIECE: usize = 16 << 10;
-/// Longest reason in an answer's first line.
+/// The longest reason in a reply's first line, in characters.
 const LONGEST_PHRASE: usize = 200;
-/// What a TLS connection begins with.
+/// The first byte of a TLS connection.
 const TLS_HANDSHAKE: u8 = 0x16;
-/// TLS's alert `access_denied`, fatal.
+/// The fatal TLS alert `access_denied`.
 const ACCESS_DENIED: [u8; 7] = [0x15, 3, 1, 0, 2, 2, 49];
 
 /// Opens a tunnel.
@@ -63,17 +63,17 @@ pub async fn connect(gate: Arc<Gate>, request: Request<Incoming>) -> Response<Bo
     Response::new(boxed(Empty::new().map_err(|error: Infallible| match error {})))
 }
 
-/// How a tunnel came to its end before both sides were done.
+/// The reason why a tunnel ended before both sides were done.
 enum End {
-    /// Of one of them.
+    /// One side broke off.
     Broken(std::io::Error),
-    /// Nothing went on: the gateway did not say why.
+    /// Nothing was passed on, and the gateway did not say why.
     Unsaid,
-    /// Nothing went on, by this rule.
+    /// Nothing was passed on, because of this denial.
     Refused(Denial),
 }
 
-/// A tunnel's life after `200`. What of it the gateway refuses is a refusal like any other: it is recorded, and counted.
+/// Carries a tunnel after the `200`. A denial by the gateway is recorded and counted like any other.
 async fn carry(gate: Arc<Gate>, permit: Permit, target: String, request: Request<Incoming>, tunnel: Tunnel) {
     let Tunnel { stream, upstream, tells } = tunnel;
     let (sent, received) = (AtomicU64::new(0), AtomicU64::new(0));
@@ -92,7 +92,7 @@ async fn carry(gate: Arc<Gate>, permit: Permit, target: String, request: Request
         ..Settlement::unknown(None)
     };
     let nothing = Settlement { status: 0, sent_bytes: Some(0), ..ended(Effect::NotApplied) };
-    // Agents that reset what they are done with are common. What they sent was answered, or is in doubt.
+    // Agents often reset connections that they are done with. What they sent was answered, or its outcome is unknown.
     match over {
         Ok(()) => permit.settle(ended(Effect::Applied)),
         Err(End::Broken(error)) => {
@@ -111,7 +111,7 @@ async fn carry(gate: Arc<Gate>, permit: Permit, target: String, request: Request
     }
 }
 
-/// Passes bytes both ways, once the gateway lets them.
+/// Passes bytes both ways, once the gateway allows it.
 async fn through(
     agent: impl AsyncRead + AsyncWrite,
     gateway: impl AsyncRead + AsyncWrite,
@@ -125,7 +125,7 @@ async fn through(
     let up = async {
         let over = pump(agent_reads, gateway_writes, sent, Some(&first)).await;
         if over.is_err() && !open.load(Ordering::Relaxed) {
-            // Why is still to be said.
+            // The gateway's verdict is still to come.
             std::future::pending::<()>().await;
         }
         over.map_err(End::Broken)
@@ -139,14 +139,14 @@ async fn through(
     };
     let over = tokio::try_join!(up, down).map(|_| ());
     if matches!(over, Err(End::Refused(_))) && first.load(Ordering::Relaxed) == TLS_HANDSHAKE {
-        // What the agent's TLS shows as `access denied`: it has its 200, and reads no other answer.
+        // The agent's TLS library shows this alert as `access denied`. The agent already has its 200 and reads no other reply.
         let _ = agent_writes.write_all(&ACCESS_DENIED).await;
         let _ = agent_writes.shutdown().await;
     }
     over
 }
 
-/// What the gateway says of a tunnel's beginning.
+/// Reads the gateway's verdict on a tunnel's first bytes.
 async fn verdict(gateway: &mut (impl AsyncBufRead + Unpin)) -> Result<(), End> {
     let mut line = Vec::new();
     let _ = gateway.take(length(wire::LONGEST_WORD)).read_until(b'\n', &mut line).await;
@@ -159,7 +159,7 @@ async fn verdict(gateway: &mut (impl AsyncBufRead + Unpin)) -> Result<(), End> {
     }
 }
 
-/// Passes bytes on until there are no more, and says so; counts them, and keeps the first.
+/// Passes bytes on until there are no more, and then shuts the other side down. Counts the bytes and stores the first one.
 async fn pump(
     reads: impl AsyncRead,
     writes: impl AsyncWrite,
@@ -181,7 +181,7 @@ async fn pump(
         writes.flush().await?;
         counter.fetch_add(length(read), Ordering::Relaxed);
     };
-    // The other side may still have something to say.
+    // The other side may still have something to send.
     writes.shutdown().await.and(over)
 }
 
@@ -189,8 +189,8 @@ fn length(bytes: usize) -> u64 {
     u64::try_from(bytes).unwrap_or(u64::MAX)
 }
 
-/// Records a call that was not made, or of which nobody knows; gives the reason. What the gateway has decided against counts as what is
-/// refused here does.
+/// Records a call that was not made or has an unknown outcome, and returns the reason. A denial by the gateway's egress rules counts like a
+/// denial by the harness.
 async fn undone(gate: &Gate, permit: Permit, target: &str, undelivered: Undelivered) -> Denial {
     let Undelivered { denial, certain, upstream } = undelivered;
     let settlement =
@@ -204,7 +204,7 @@ async fn undone(gate: &Gate, permit: Permit, target: &str, undelivered: Undelive
     }
 }
 
-/// A reply on its way to the agent. It is settled at its end, or where it is given up.
+/// A reply on its way to the agent. It is settled at its end or when it is given up.
 struct Passing {
     body: Carried,
     permit: Option<Permit>,
@@ -261,7 +261,7 @@ impl Drop for Passing {
     }
 }
 
-/// Bytes of headers, as HTTP/1.1 writes them.
+/// Returns the number of bytes of headers, as HTTP/1.1 writes them.
 fn of_headers(headers: &HeaderMap) -> usize {
     headers.iter().map(|(name, value)| name.as_str().len().saturating_add(value.len()).saturating_add(4)).sum()
 }
@@ -288,7 +288,7 @@ pub async fn forward(gate: Arc<Gate>, request: Request<Incoming>) -> Response<Bo
     };
     let silence = gate.contracts().policy().silence();
     let digest = gate.salt().bytes(&body);
-    // What is in a URL and in headers leaves as well.
+    // The URL and the headers leave the pod as well, so they count.
     let line = parts.method.as_str().len().saturating_add(uri.to_string().len()).saturating_add(" HTTP/1.1\r\n ".len());
     let bytes = line.saturating_add(of_headers(&parts.headers)).saturating_add(body.len());
     let (authority, permit) = match permit(&gate, &target, &parts.headers, (Some(digest), bytes)).await {
@@ -309,7 +309,7 @@ pub async fn forward(gate: Arc<Gate>, request: Request<Incoming>) -> Response<Bo
     ] {
         outgoing.headers_mut().remove(hop);
     }
-    // Names of ours are ours alone.
+    // Header names that begin with `belay-` are reserved for Belay.
     let ours: Vec<HeaderName> =
         outgoing.headers().keys().filter(|name| name.as_str().starts_with("belay-")).cloned().collect();
     for name in ours {
@@ -391,7 +391,7 @@ fn refusal(denial: &Denial) -> Response<Body> {
     let text = format!("{}\n", denial.told("connection"));
     let mut reply = Response::new(boxed(Full::from(text).map_err(|error: Infallible| match error {})));
     *reply.status_mut() = StatusCode::FORBIDDEN;
-    // Of the answer to CONNECT most clients show this, and no more.
+    // Most clients show only the first line of the reply to CONNECT.
     let phrase: String = format!("Belay refused: {}: {}", denial.rule, denial.reason)
         .chars()
         .take(LONGEST_PHRASE)

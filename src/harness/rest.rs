@@ -1,10 +1,11 @@
-//! HTTP tools: one call, and its reply as an MCP result.
+//! HTTP tools: sends one call and converts its reply into an MCP result.
 //!
-//! Promises: what is sent is the arguments that were decided on, of which the gateway makes the request; a reply becomes what a
-//! model can read: JSON as structured content and as its text, other text as text, pictures and sounds as MCP content;
-//! a status of 400 and more is an error result that names it. What became of the call follows from the status: 2xx applied,
-//! 4xx not applied, all else unknown, as is a reply that breaks off or is not what it says. Refuses: following redirects, and
-//! other kinds of replies.
+//! Guarantees: the harness sends the arguments that were decided on, and the gateway renders the request from them. A reply becomes
+//! something that a model can read: JSON becomes structured content and text, other text becomes text, images and audio become MCP content.
+//! A status of 400 or above becomes an error result that names the status. The outcome follows from the status: 2xx is applied, 4xx is not
+//! applied, everything else is unknown. A reply that breaks off or is not what it declares is unknown, too.
+//!
+//! Non-goals: redirects and other kinds of replies.
 
 use std::sync::Arc;
 
@@ -25,14 +26,14 @@ use crate::{
     policy::{config::Tool, decide::Denial, rule::Rule, shorten::shorten},
 };
 
-/// A reply, whole.
+/// A whole reply.
 struct Reply {
     status: StatusCode,
     kind: Option<String>,
     body: Bytes,
 }
 
-/// Makes a call of these arguments, JSON; gives the result and what became of it.
+/// Calls the tool with these arguments, JSON. Returns the result and the call's settlement.
 pub async fn call(
     link: &Arc<Link>,
     tool: &Tool,
@@ -45,7 +46,7 @@ pub async fn call(
     let exchanged = tokio::time::timeout(bounds.time, exchange).await;
     let result = match exchanged {
         Ok(Ok(reply)) => result(tool, &reply).inspect_err(|denial| {
-            // A body that is not what it says may be of a call that did not end well.
+            // A body that is not what it declares may come from a call that did not end well.
             if denial.rule == Rule::UpstreamReply {
                 settlement.effect = Effect::Unknown;
             }
@@ -106,7 +107,7 @@ async fn exchange(
     }
 }
 
-/// A reply as an MCP result.
+/// Converts a reply into an MCP result.
 fn result(tool: &Tool, reply: &Reply) -> Result<CallToolResult, Denial> {
     let essence = reply.kind.as_deref().unwrap_or_default().split(';').next().unwrap_or_default();
     let essence = essence.trim().to_ascii_lowercase();
@@ -130,9 +131,9 @@ fn result(tool: &Tool, reply: &Reply) -> Result<CallToolResult, Denial> {
     }
     if is_json {
         let value = parsed()?;
-        // Written from what was parsed: text and structure cannot say two things.
+        // The text is written from the parsed value, so that text and structure cannot differ.
         let mut result = CallToolResult::success(vec![ContentBlock::text(value.to_string())]);
-        // Clients before 2026-07-28 take objects only.
+        // Clients before 2026-07-28 accept objects only.
         result.structured_content = Some(value).filter(Value::is_object);
         return Ok(result);
     }

@@ -1,8 +1,8 @@
-//! The two listeners: the agent's, on the pod's loopback, and the kubelet's, which says only whether the first is there.
+//! The two listeners: the agent's on the pod's loopback, and the kubelet's, which only says whether the first is there.
 //!
-//! Guarantees: agents are served on threads of their own. Whatever a request makes them do, wall time, signals, the containment probe and
-//! the journal go on, which run where [`serve`] was called; and so does the kubelet's listener. A request is only read as far as a
-//! contract lets its arguments be long.
+//! Guarantees: agents are served on threads of their own. Whatever their requests cost, wall time, signals, the containment probe, the
+//! journal and the kubelet's listener continue, because they run where [`serve`] was called. A request is read only as far as the contracts
+//! allow arguments to be long.
 
 use std::{
     convert::Infallible,
@@ -50,34 +50,35 @@ use crate::{
     },
 };
 
-/// The agent's listener: the pod's loopback and nothing else.
+/// The agent's listener. It is on the pod's loopback only.
 pub const AGENT: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 9900);
 /// The kubelet's listener. It serves no data.
 pub const HEALTH: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED), 9901);
-/// Connections at once; an agent that opens more waits.
+/// The maximum number of concurrent connections. Further connections wait.
 const CONNECTIONS: usize = 512;
-/// How long a request's head may take.
+/// The timeout for a request's head.
 const HEAD: Duration = Duration::from_secs(10);
-/// Longest request head.
+/// The longest request head, in bytes.
 const LONGEST_HEAD: usize = 64 << 10;
-/// Longest body of an MCP request.
+/// The longest body of an MCP request, in bytes.
 const LONGEST_BODY: usize = 16 << 20;
-/// Longest body that is read where it came.
+/// The longest body that is parsed on the thread that received it, in bytes.
 const SHORT_BODY: usize = 128 << 10;
-/// Longer bodies that are read at a time, whatever is judged meanwhile.
+/// The number of longer bodies that are parsed at a time, independent of evaluations.
 const READINGS: usize = 2;
-/// Threads on which agents are served.
+/// The number of threads that serve agents.
 const THREADS: usize = 2;
-/// Their stacks: what is judged there recurses. They are taken page by page.
+/// The size of their stacks. Evaluation on them recurses. The memory is taken page by page.
 const STACK: usize = 16 << 20;
-/// For whoever was refused to read why: with something unread a connection is reset, and the answer with it.
+/// How long a rejected client may take to read the reason. If unread bytes remain, the connection is reset and the reply is lost.
 const LINGER: Duration = Duration::from_secs(1);
-/// Longest answer of the MCP library's that is looked into.
+/// The longest reply of the MCP library that is inspected, in bytes.
 const LONGEST_ANSWER: usize = 64 << 10;
-/// What is served.
+/// The paths that are served.
 const SERVED: &str = "/mcp, an HTTP proxy, and of models, with /v1 before it or without: POST /chat/completions, /responses, /responses/input_tokens, \
                       /messages, /messages/count_tokens, /embeddings, /moderations, GET /models";
-/// What model APIs have besides, which is not served: it keeps things at the provider, or has it run what no contract and no limit bounds.
+/// The first path segments of model APIs that are not served. They store data at the provider, or let it run what no contract and no limit
+/// bounds.
 const UNSERVED: [&str; 24] = [
     "assistants",
     "audio",
@@ -104,17 +105,17 @@ const UNSERVED: [&str; 24] = [
     "vector_stores",
     "videos",
 ];
-/// How long calls under way may go on once the agent has ended.
+/// How long calls in flight may continue after the agent has ended.
 const DRAIN: Duration = Duration::from_secs(5);
 
-/// What is being served.
+/// The running listeners.
 pub struct Serving {
     stop: CancellationToken,
     connections: TaskTracker,
 }
 
 impl Serving {
-    /// Takes no more connections, and waits a little for those that are open.
+    /// Stops accepting connections, and waits a short time for those that are open.
     pub async fn drain(self) {
         self.stop.cancel();
         self.connections.close();
@@ -124,25 +125,25 @@ impl Serving {
     }
 }
 
-/// Where the two are heard.
+/// The two listening sockets.
 pub struct Listeners {
-    /// The agent's.
+    /// The agent's socket.
     pub agent: TcpListener,
-    /// The kubelet's, where there is one.
+    /// The kubelet's socket, if there is one.
     pub health: Option<TcpListener>,
 }
 
 impl Listeners {
-    /// Those of a pod.
+    /// Binds the sockets of a pod.
     ///
     /// # Errors
-    /// If a port is taken.
+    /// Returns an error if a port is taken.
     pub async fn bind(agent: SocketAddr, health: SocketAddr) -> std::io::Result<Self> {
         Ok(Self { agent: TcpListener::bind(agent).await?, health: Some(TcpListener::bind(health).await?) })
     }
 }
 
-/// Where agents are served. It lasts as long as the process, which need not wait for it.
+/// Returns the runtime that serves agents. It lasts as long as the process, which does not wait for it.
 fn threads() -> Handle {
     static THREADS_OF_AGENTS: LazyLock<std::io::Result<Runtime>> = LazyLock::new(|| {
         Builder::new_multi_thread()
@@ -161,23 +162,23 @@ fn threads() -> Handle {
     }
 }
 
-/// Places of those that read long bodies.
+/// Returns the semaphore for parsing long bodies.
 fn readings() -> Arc<Semaphore> {
     static PLACES: LazyLock<Arc<Semaphore>> = LazyLock::new(|| Arc::new(Semaphore::new(READINGS)));
     PLACES.clone()
 }
 
-/// A listener that is heard on other threads.
+/// Moves a listener to another runtime.
 fn moved(listener: TcpListener, threads: &Handle) -> std::io::Result<TcpListener> {
     let listener = listener.into_std()?;
     let _there = threads.enter();
     TcpListener::from_std(listener)
 }
 
-/// Serves the agent, and tells the kubelet so.
+/// Serves the agent and the kubelet.
 ///
 /// # Errors
-/// If the agent's listener cannot be heard.
+/// Returns an error if the agent's listener cannot be used.
 pub fn serve(tools: Tools, listeners: Listeners) -> std::io::Result<Serving> {
     let Listeners { agent, health } = listeners;
     let threads = threads();
@@ -186,7 +187,7 @@ pub fn serve(tools: Tools, listeners: Listeners) -> std::io::Result<Serving> {
     let connections = TaskTracker::new();
 
     let mut config = StreamableHttpServerConfig::default();
-    // Every call stands for itself: there is no session to lose when the agent or the harness starts again.
+    // Every call is independent: there is no session to lose when the agent or the harness restarts.
     config.legacy_session_mode = false;
     config.json_response = true;
     config.cancellation_token = stop.child_token();
@@ -208,7 +209,7 @@ pub fn serve(tools: Tools, listeners: Listeners) -> std::io::Result<Serving> {
     Ok(Serving { stop, connections })
 }
 
-/// Takes connections. What is no request is refused by the gate, where there is one.
+/// Accepts connections. If there is a gate, it denies what is not a valid request.
 async fn accept<F, R>(
     (listener, gate): (TcpListener, Option<Arc<Gate>>),
     stop: CancellationToken,
@@ -272,7 +273,7 @@ async fn accept<F, R>(
             };
             if let Err(error) = ended {
                 tracing::debug!(%error, "a connection of the agent's broke off");
-                // A later request of the connection, of which no more is known.
+                // A later request of the connection was invalid. Nothing else is known about it.
                 if let Some(gate) = gate.filter(|_| error.is_parse()) {
                     let reason = format!("expected an HTTP/1.1 request, found one that cannot be read: {error}");
                     let denial = Denial { rule: Rule::Request, reason };
@@ -284,7 +285,7 @@ async fn accept<F, R>(
     }
 }
 
-/// Answers what is no request, once that is on record.
+/// Replies to an invalid request, after the denial is recorded.
 async fn turn_away(gate: &Gate, misheard: &Misheard, mut reads: OwnedReadHalf, mut writes: OwnedWriteHalf) {
     let denial = gate.deny(misheard.channel, &misheard.target, None, misheard.denial()).await;
     let rest = async {
@@ -312,7 +313,7 @@ async fn route(
         return model::handle(gate, api, request).await;
     }
     if path == "/mcp" {
-        // Clients ask for a stream of the server's own, and end sessions: that there are none is no refusal of a call.
+        // Clients request a stream of the server's own and delete sessions. Replying that there are none is not a denial of a call.
         if !matches!(*request.method(), Method::POST | Method::GET | Method::DELETE) {
             return unknown(&gate, &request, StatusCode::METHOD_NOT_ALLOWED).await;
         }
@@ -328,7 +329,7 @@ async fn route(
             _ => reply.map(|body| boxed(body.map_err(|error: Infallible| match error {}))),
         };
     }
-    // Bound to a name of its own: the guard is not held while it is answered.
+    // A variable of its own, so that the guard is not held while the request is handled.
     let rolls_back = gate.is_rollback();
     if path == undo::PATH && request.method() == Method::POST && rolls_back {
         return undo::handle(&tools).await;
@@ -336,7 +337,7 @@ async fn route(
     unknown(&gate, &request, StatusCode::NOT_FOUND).await
 }
 
-/// Refuses a request for what is not there.
+/// Denies a request for a path or a method that is not served.
 async fn unknown(gate: &Gate, request: &Request<Incoming>, status: StatusCode) -> Response<Body> {
     let path = request.uri().path();
     let reason = format!("expected one of {SERVED}; found {} {}", request.method(), shorten(path));
@@ -358,21 +359,21 @@ async fn unknown(gate: &Gate, request: &Request<Incoming>, status: StatusCode) -
     reply
 }
 
-/// What was posted to the MCP server.
+/// A message that was posted to the MCP server.
 struct Posted {
-    /// The tool that is called; the path where that is no call, or cannot be said.
+    /// The tool that is called, or the path if the message is no call or its tool is unknown.
     target: String,
     body: Bytes,
     id: Value,
-    /// Whether it is a call, or may be one.
+    /// Whether the message is a call or may be one.
     is_call: bool,
 }
 
 impl Posted {
-    /// By its JSON, if it can be read.
+    /// Creates it from the message's JSON.
     fn of(body: &Bytes, value: &Value) -> Self {
         let method = value.get("method");
-        // An answer is no call.
+        // A JSON-RPC response is not a call.
         let answers = value.get("result").is_some() || value.get("error").is_some();
         let tool = value.pointer("/params/name").and_then(Value::as_str).filter(|_| method.is_some());
         let id = value.get("id").filter(|id| id.is_string() || id.is_i64()).cloned();
@@ -386,8 +387,7 @@ impl Posted {
     }
 }
 
-/// A request to the MCP server that was answered without being a call, though it was meant to be one, or could have been: the library
-/// has refused it. It is recorded, and answered with a rule.
+/// Records a message that the MCP library rejected although it was meant as a call or may have been one. Returns a reply with a rule.
 async fn unmade<B>(gate: &Gate, posted: Posted, reply: Response<B>) -> Response<Body>
 where
     B: hyper::body::Body<Data = Bytes, Error = Infallible> + Send + 'static,
@@ -395,7 +395,7 @@ where
     let (mut parts, body) = reply.into_parts();
     let streams =
         parts.headers.get(header::CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().starts_with(b"text/event"));
-    // What a client may ask for and is not there (prompts, resources, another version) is answered as the protocol says.
+    // Requests for missing features (prompts, resources, another version) get the protocol's own reply.
     let refuses = matches!(parts.status.as_u16(), 403 | 406 | 411 | 413 | 415);
     if streams || !(posted.is_call || refuses) {
         return Response::from_parts(parts, boxed(body.map_err(|error: Infallible| match error {})));
@@ -413,7 +413,7 @@ where
     let digest = Some(gate.salt().bytes(&posted.body));
     let denial = gate.deny(Channel::Tool, &posted.target, digest, denial).await;
     if parsed.is_object() || said.is_empty() {
-        // It has its form, and its reason in it.
+        // The library's reply is a JSON-RPC error with a reason, or has no body, so it stays.
         return Response::from_parts(parts, boxed(Full::from(said).map_err(|error: Infallible| match error {})));
     }
     let refusal = refusal(&posted.id, &denial);
@@ -422,10 +422,10 @@ where
     Response::from_parts(parts, refusal.into_body())
 }
 
-/// The request with its body read, if that is JSON that can be read in one way only: rmcp keeps the last of two members of
-/// one name, and what it would take for a call must be what anybody else would. And what it is, where it is posted.
+/// Returns the request with its body read, and the posted message, if the body is JSON that can be parsed in one way only. rmcp keeps the
+/// last of two members with one name, and what it takes for a call must be the same for every other parser.
 ///
-/// The arguments of a call are taken out, as they were read: they are read once.
+/// The arguments of a call are taken out as they were parsed, so that they are parsed once.
 async fn readable(
     gate: &Arc<Gate>,
     request: Request<Incoming>,
@@ -439,7 +439,7 @@ async fn readable(
             return Err(refusal(&Value::Null, &denial));
         }
     };
-    // What is not posted has no body, and is not rmcp's to act on.
+    // A request that is not a POST has no body, and rmcp does not act on one.
     if parts.method != Method::POST {
         return Ok((Request::from_parts(parts, Full::from(body)), None));
     }
@@ -478,7 +478,7 @@ async fn readable(
         }
         Err(ambiguous) => ambiguous,
     };
-    // Only what certainly is no call goes unrecorded.
+    // Only a message that certainly is not a call goes unrecorded.
     let loose = loosely(&body);
     let mut denial = Denial { rule: Rule::RequestJson, reason: ambiguous.to_string() };
     if loose.get("method").is_none_or(|method| method == "tools/call") {
@@ -490,23 +490,23 @@ async fn readable(
     Err(refusal(id.unwrap_or(&Value::Null), &denial))
 }
 
-/// What of a message tells which call it is, however it is to be read.
+/// Parses what identifies the call of a message, even if the message can be parsed in more than one way.
 fn loosely(body: &[u8]) -> Value {
-    // What has too many values is not made one.
+    // A long message could have too many values to build.
     if body.len() > SHORT_BODY { Value::Null } else { serde_json::from_slice(body).unwrap_or_default() }
 }
 
-/// A message that was posted, as it was read.
+/// A posted message, as it was parsed.
 struct Message {
     posted: Posted,
-    /// A call's arguments, and what is around them.
+    /// The arguments of a call, and the message without them.
     call: Option<(Read, Vec<u8>)>,
 }
 
-/// Reads a message.
+/// Parses a message.
 ///
 /// # Errors
-/// If the text is not JSON, or could be read in two ways.
+/// Returns an error if the text is not JSON or can be parsed in two ways.
 fn read(body: &Bytes) -> Result<Message, Ambiguous> {
     let mut message = json::parse(body)?;
     let posted = Posted::of(body, &message);
@@ -519,7 +519,7 @@ fn read(body: &Bytes) -> Result<Message, Ambiguous> {
     Ok(Message { posted, call: Some((Read::new(arguments, body.len()), around)) })
 }
 
-/// -32700: what was sent cannot be read.
+/// Returns the JSON-RPC error -32700: the message cannot be parsed.
 fn refusal(id: &Value, denial: &Denial) -> Response<Body> {
     let message = denial.told("request");
     let error = serde_json::json!({"jsonrpc": "2.0", "id": id, "error": {"code": -32700, "message": message}});

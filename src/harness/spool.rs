@@ -1,10 +1,11 @@
 //! Segments that are not stored yet, on a volume that outlives the process.
 //!
-//! Promises: [`Spool::keep`] returns when the segment is written, or else as if it had not been called; a harness that starts again
-//! finds what the one before it had kept, whole. Refuses: judging what is in there, and a file that is broken anywhere but at its end, where a process may have been killed.
+//! Guarantees: when [`Spool::keep`] returns, either the segment is written or the spool is as before. A restarted harness finds every whole
+//! segment that an earlier harness has written. A file that is broken is rejected, except at its end, where a process may have been killed.
 //!
-//! What the volume is worth: it is in memory, and ends with the pod; `belay run` has a folder, which ends with the run. So nothing is synced:
-//! that is for what outlives the machine, and a call would wait for the disk. Before a call leaves, the witness holds its segment as well.
+//! Non-goals: checking the segments' contents, and durability. The volume is in memory and ends with the pod; with `belay run` it is a
+//! folder that ends with the run. Nothing is synced, because only data that outlives the machine needs it, and a call would wait for the
+//! disk. Before a call leaves, the witness has its segment as well.
 
 use std::{
     fs::{File, OpenOptions},
@@ -14,13 +15,13 @@ use std::{
 
 use crate::evidence::segment::Segment;
 
-/// The file, in the spool's folder.
+/// The file of segments, in the spool's folder.
 const FILE: &str = "segments.jsonl";
-/// The file that says why the log cannot go on, in the same folder.
+/// The file that holds the reason why the log failed, in the same folder.
 const FAILED: &str = "failed";
-/// How every segment begins.
+/// The first bytes of every segment.
 const START: &[u8] = b"{\"checkpoint\":";
-/// Bytes of segments that are stored by now, beyond which they are removed.
+/// The most bytes of stored segments that the file keeps before they are removed.
 const STALE: u64 = 1 << 20;
 
 /// The spool.
@@ -28,15 +29,15 @@ pub struct Spool {
     path: PathBuf,
     file: File,
     size: u64,
-    /// Something lies behind that: a part of a segment for which there was no room.
+    /// Whether a part of a segment for which there was no room follows the first `size` bytes.
     torn: bool,
 }
 
 impl Spool {
-    /// Opens the spool in a folder, and gives the segments that are in it, in order.
+    /// Opens the spool in a folder. Returns it with the segments that are in it, in order.
     ///
     /// # Errors
-    /// If it cannot be read or written, or is broken.
+    /// Returns an error if the file cannot be read or written, or is broken.
     pub fn open(folder: &Path) -> Result<(Self, Vec<Segment>)> {
         let path = folder.join(FILE);
         let text = match std::fs::read(&path) {
@@ -48,15 +49,15 @@ impl Spool {
             .map_err(|reason| Error::new(ErrorKind::InvalidData, format!("{}: {reason}", path.display())))?;
         let file = OpenOptions::new().create(true).append(true).open(&path)?;
         let mut spool = Self { path, file, size: 0, torn: false };
-        // Without what was cut off.
+        // Removes a segment that is cut off at the end.
         spool.only(segments.iter().map(Segment::to_bytes))?;
         Ok((spool, segments))
     }
 
-    /// Keeps the text of a segment.
+    /// Writes the text of a segment.
     ///
     /// # Errors
-    /// If it cannot be written. It is not kept then, and the next takes its place.
+    /// Returns an error if the segment cannot be written. It is not kept then, and the next segment takes its place.
     pub fn keep(&mut self, segment: &[u8]) -> Result<()> {
         if self.torn {
             self.file.set_len(self.size)?;
@@ -69,18 +70,18 @@ impl Spool {
         Ok(())
     }
 
-    /// Lets go of all but these, once that is worth it.
+    /// Removes all segments but these, once enough bytes can be removed.
     ///
     /// # Errors
-    /// If that cannot be written; they are kept.
+    /// Returns an error if the new file cannot be written. The old segments are kept then.
     pub fn forget<T: AsRef<[u8]>>(&mut self, but: impl Iterator<Item = T> + Clone) -> Result<()> {
         self.let_go(but, STALE)
     }
 
-    /// Lets go of all but these, as there is no room.
+    /// Removes all segments but these, because there is no room.
     ///
     /// # Errors
-    /// See [`Spool::forget`].
+    /// Returns the errors of [`Spool::forget`].
     pub fn make_room<T: AsRef<[u8]>>(&mut self, but: impl Iterator<Item = T> + Clone) -> Result<()> {
         self.let_go(but, 0)
     }
@@ -93,15 +94,15 @@ impl Spool {
         Ok(())
     }
 
-    /// Lets go of everything.
+    /// Removes all segments.
     ///
     /// # Errors
-    /// If that cannot be written.
+    /// Returns an error if the new file cannot be written.
     pub fn clear(&mut self) -> Result<()> {
         self.only(std::iter::empty::<&[u8]>())
     }
 
-    /// Another file takes this one's place whole.
+    /// Replaces the file as a whole with one that has only these texts.
     fn only<T: AsRef<[u8]>>(&mut self, texts: impl Iterator<Item = T>) -> Result<()> {
         let new = self.path.with_extension("new");
         let write = || {
@@ -113,7 +114,7 @@ impl Spool {
             Ok(file)
         };
         self.file = write().inspect_err(|_: &Error| {
-            // The old one is whole, and needs the room.
+            // The old file is whole and needs the room.
             let _ = std::fs::remove_file(&new);
         })?;
         self.torn = false;
@@ -122,18 +123,17 @@ impl Spool {
     }
 }
 
-/// Notes that the log of this attempt cannot go on, for a harness that starts again.
+/// Notes that the log of this attempt has failed, for a harness that restarts.
 ///
 /// # Errors
-/// If that cannot be written.
+/// Returns an error if the note cannot be written.
 pub fn note_failure(folder: &Path, reason: &str) -> Result<()> {
     let mut file = File::create(folder.join(FAILED))?;
     file.write_all(reason.as_bytes())?;
     file.sync_all()
 }
 
-/// Why the log of this attempt cannot go on, if a harness before this one has noted so. One whose reason cannot be read has noted it all the
-/// same.
+/// Returns why the log of this attempt has failed, if an earlier harness has noted it. A note that cannot be read counts as well.
 pub fn failure(folder: &Path) -> Option<String> {
     match std::fs::read(folder.join(FAILED)) {
         Ok(reason) => Some(String::from_utf8_lossy(&reason).into_owned()),
@@ -142,7 +142,7 @@ pub fn failure(folder: &Path) -> Option<String> {
     }
 }
 
-/// The segments of a text. One that is cut off at its end never left.
+/// Parses the segments of a text. A segment that is cut off at the end is left out: it was never sent.
 fn segments(text: &[u8]) -> std::result::Result<Vec<Segment>, String> {
     let lines = text.iter().rposition(|byte| *byte == b'\n').map_or(0, |last| last + 1);
     let text = text.get(..lines).unwrap_or_default();
@@ -169,7 +169,7 @@ fn segments(text: &[u8]) -> std::result::Result<Vec<Segment>, String> {
     Ok(segments)
 }
 
-/// A segment that has all the records that its checkpoint counts.
+/// Parses a segment that has all records that its checkpoint counts.
 fn whole(text: &[u8]) -> std::result::Result<Segment, String> {
     let segment = Segment::parse(text).map_err(|error| error.to_string())?;
     let size = segment.note.checkpoint().map_err(|error| error.to_string())?.size;

@@ -1,8 +1,8 @@
-//! Rolling back a task: the calls of its plan, newest first.
+//! The rollback of a task: makes the compensations of its plan, newest call first.
 //!
-//! Promises: each goes through the same pipeline as an agent's call, with the arguments that were kept and no others; one that fails does
-//! not keep the others from being made; what is left to people is named with its reason. Refuses: to run in an attempt that is no
-//! rollback. Asked twice, it makes no call twice.
+//! Guarantees: each compensation goes through the same pipeline as an agent's call, with the stored arguments and no others. A failed
+//! compensation does not stop the others. Calls that are left for manual action are listed with the reason. An attempt that is not a
+//! rollback makes none. A repeated request makes no call twice.
 
 use std::{net::SocketAddr, path::Path, time::Duration};
 
@@ -22,40 +22,40 @@ use crate::{
     wire::KeptOf,
 };
 
-/// Where the harness is asked to roll back. It answers when it is done, which may take as long as people do to approve.
+/// The path of the request to roll back. The reply comes when the rollback is done, which may take as long as approvers need.
 pub const PATH: &str = "/rollback";
-/// Longest answer: a line for each step.
+/// The longest reply, in bytes. It has one entry for each step.
 const LONGEST: usize = 8 << 20;
-/// So often calls are tried that fail and certainly did nothing.
+/// How often compensations are made that failed and certainly had no effect.
 const ROUNDS: u32 = 3;
-/// Between two tries.
+/// The pause between two rounds.
 const BETWEEN_ROUNDS: Duration = Duration::from_secs(5);
-/// Between two questions to a harness that is being started again.
+/// The pause between two requests to a harness that is restarting.
 const ASK_AGAIN: Duration = Duration::from_secs(1);
-/// So often it is asked.
+/// How often the request is repeated.
 const QUESTIONS: u32 = 60;
-/// Longest text for the kubelet to keep, which cuts what is longer than 4 KiB.
+/// The longest text for the pod's status. The kubelet cuts texts above 4 KiB.
 const LONGEST_MESSAGE: usize = 4000;
 
-/// What a rollback came to.
+/// The result of a rollback.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Report {
-    /// Calls that are undone, by their names in the other task's log.
+    /// The calls that are compensated, by their names in the other task's log.
     pub undone: Vec<String>,
-    /// Calls that are left to people.
+    /// The calls that are left for manual action.
     pub left: Vec<Left>,
 }
 
-/// A call that is left to people.
+/// A call that is left for manual action.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Left {
-    /// The call.
+    /// The name of the call.
     pub call: String,
-    /// Its tool.
+    /// The tool of the call.
     pub tool: String,
-    /// Why, or how to undo it.
+    /// The reason, or how to undo the call manually.
     pub why: String,
-    /// Whether that was so from the start.
+    /// Whether the plan left the call for manual action from the start.
     pub by_people: bool,
 }
 
@@ -66,7 +66,7 @@ impl std::fmt::Display for Report {
     }
 }
 
-/// Rolls back, and answers with the [`Report`].
+/// Rolls back and replies with the [`Report`].
 pub async fn handle(tools: &Tools) -> Response<Body> {
     let Some(report) = run(tools).await else {
         return reply(StatusCode::NOT_FOUND, "this task is no rollback\n".into());
@@ -84,7 +84,7 @@ fn reply(status: StatusCode, text: Bytes) -> Response<Body> {
     reply
 }
 
-/// Makes the calls that are due, and those that fail and are still due some more times. `None` if there is nothing to roll back.
+/// Makes the compensations that are due, and repeats those that failed and are still due. Returns `None` if this task is not a rollback.
 async fn run(tools: &Tools) -> Option<Report> {
     let mut report = round(tools).await?;
     for _ in 1..ROUNDS {
@@ -127,7 +127,7 @@ async fn round(tools: &Tools) -> Option<Report> {
     Some(report)
 }
 
-/// The arguments that were kept, if they are those of the plan.
+/// Returns the stored arguments of a compensation, if they match the plan's commitment.
 async fn arguments(tools: &Tools, call: &str, undo: &Undo) -> Result<Map<String, Value>, String> {
     let of = KeptOf { call: call.to_owned(), digest: undo.request_digest.clone() };
     let kept = tools.gate().link().kept(&of).await.map_err(|error| error.to_string())?;
@@ -139,11 +139,11 @@ async fn arguments(tools: &Tools, call: &str, undo: &Undo) -> Result<Map<String,
     }
 }
 
-/// Has the harness of this pod roll back, and says what came of it: to whoever reads the log, and for the pod's status. It is asked again
-/// where it does not answer: it may have been started again, and goes on then.
+/// Asks the harness of this pod to roll back, and writes the result for the pod's status. Asks again if the harness does not reply, because
+/// it may be restarting and continues then.
 ///
 /// # Errors
-/// If the harness cannot be asked.
+/// Returns an error if the harness cannot be asked.
 pub async fn ask(harness: SocketAddr, message: &Path) -> std::io::Result<Report> {
     let mut questions: u32 = 0;
     let report = loop {

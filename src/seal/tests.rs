@@ -11,7 +11,7 @@ use tokio_rustls::TlsAcceptor;
 use super::*;
 use crate::{evidence::record::TaskClosed, policy::rule::Rule};
 
-/// A gateway with a certificate for `name` that answers this; its address and authority.
+/// Starts a gateway with a certificate for `name` that returns this reply. Returns its address and authority.
 pub(crate) async fn gateway(name: &str, status: u16, body: String) -> (String, String) {
     let key = KeyPair::generate().unwrap();
     let certificate = CertificateParams::new(vec![name.to_owned()]).unwrap().self_signed(&key).unwrap();
@@ -19,7 +19,7 @@ pub(crate) async fn gateway(name: &str, status: u16, body: String) -> (String, S
     (serve(vec![certificate.der().clone()], private, status, body).await, certificate.pem())
 }
 
-/// A gateway with this certificate that answers this; its address.
+/// Starts a gateway with this certificate that returns this reply. Returns its address.
 pub(crate) async fn serve(
     chain: Vec<CertificateDer<'static>>,
     key: PrivateKeyDer<'static>,

@@ -1,7 +1,8 @@
-//! Time is nobody's: generated calls, of generated contracts, beside a ticker and a signal where the harness's own work is done.
+//! No generated call delays the harness's own work: generated calls of generated contracts run beside a ticker and a signal on the
+//! harness's own thread.
 //!
-//! `BELAY_CALLS=1000000 cargo test --release --no-default-features --features harness --lib generated_call -- --nocapture` takes as many calls
-//! as that, and says the worst that it saw.
+//! `BELAY_CALLS=1000000 cargo test --release --no-default-features --features harness --lib generated_call -- --nocapture` runs this many
+//! calls and prints the worst delays.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -32,7 +33,7 @@ mod ticker;
 
 use ticker::{Watched, inside, outside};
 
-/// Numbers that are the same each time.
+/// Pseudo-random numbers that are the same in each run.
 struct Dice(u64);
 
 impl Dice {
@@ -57,7 +58,7 @@ impl Dice {
     }
 }
 
-/// An expression of the grammar's parts, in each other.
+/// Returns an expression of nested parts of the grammar.
 fn grown(dice: &mut Dice, depth: u32, variables: &[&str]) -> String {
     if depth == 0 || dice.is(5) {
         return (*dice.one(variables)).to_owned();
@@ -86,7 +87,7 @@ fn grown(dice: &mut Dice, depth: u32, variables: &[&str]) -> String {
     }
 }
 
-/// One that a contract may have. Those that people write are among them.
+/// Returns an expression that a contract may have. Some are handwritten.
 fn expression(dice: &mut Dice, result: bool) -> String {
     const WRITTEN: [&str; 14] = [
         "args.n.all(x, args.n.exists_one(y, x == y))",
@@ -119,7 +120,7 @@ fn expression(dice: &mut Dice, result: bool) -> String {
     "true".to_owned()
 }
 
-/// A schema that a contract may have.
+/// Returns a schema that a contract may have.
 fn input(dice: &mut Dice) -> Value {
     let more = dice
         .one(&[
@@ -190,7 +191,7 @@ fn contract(dice: &mut Dice, number: usize) -> Tool {
     made
 }
 
-/// Arguments: most are short, few are as long as arguments may be.
+/// Returns arguments. Most are short; a few are as long as arguments may be.
 fn arguments(dice: &mut Dice) -> Value {
     let most = match dice.below(1000) {
         0..=899 => 12,
@@ -210,15 +211,15 @@ fn arguments(dice: &mut Dice) -> Value {
     made
 }
 
-/// No generated call delays what a harness does by itself: not by its schema, its preconditions, its approval's condition, by what tells
-/// whether it took effect, by the arguments that undo it, by its result.
+/// No generated call delays the harness's own work: not by its schema, its preconditions, its approval's condition, the check of whether it
+/// took effect, the arguments of its compensation, or its result.
 #[test]
 #[expect(clippy::print_stdout, reason = "how many came to what is what is asked for")]
 fn no_generated_call_delays_what_is_the_harnesss_own() {
     let calls: u64 = std::env::var("BELAY_CALLS").map_or(1_500, |calls| calls.parse().expect("BELAY_CALLS: a number"));
     let (outside, inside) = (outside(), inside());
     let own = inside.handle().clone();
-    // It does nothing else: what the test makes is made on its own thread.
+    // This thread does nothing else. The test generates its input on its own thread.
     std::thread::spawn(move || inside.block_on(std::future::pending::<()>()));
     let _own = own.enter();
     let mut dice = Dice(0x5EED_0F7E_11A1);
@@ -235,7 +236,7 @@ fn no_generated_call_delays_what_is_the_harnesss_own() {
         made += batch.len() as u64;
         outside.block_on(async {
             let batch = Arc::new(Mutex::new(batch.into_iter()));
-            // As many at once as an agent likes.
+            // An agent may make any number of concurrent calls.
             let workers: Vec<_> = (0..8)
                 .map(|_| {
                     let (batch, gate) = (batch.clone(), gate.clone());
@@ -261,7 +262,7 @@ fn no_generated_call_delays_what_is_the_harnesss_own() {
     watched.is_in_time();
 }
 
-/// What comes of one call, judged as its pipeline judges it.
+/// Evaluates one call as its pipeline does, and returns the result.
 async fn judged(gate: &Arc<Gate>, name: &str, args: Value, kind: u64) -> &'static str {
     let length = serde_json::to_vec(&args).unwrap().len();
     let five = Duration::from_secs(5);
@@ -289,13 +290,13 @@ fn as_denial(answer: Result<(), String>) -> Result<(), Denial> {
     answer.map_err(|reason| Denial { rule: Rule::ToolPrecondition, reason })
 }
 
-/// Whether it is within what a contract may have.
+/// Returns whether a contract may have this expression.
 #[cfg(feature = "kube")]
 fn may_be(source: &str) -> bool {
     crate::plan::condition::check_among(source, &["args", "task", "principal", "usage", "results", "result"]).is_ok()
 }
 
-/// In builds without what judges contracts: as deep as that lets them be, which is what the generator makes.
+/// Builds without the checks of contracts use the depth limit alone, which the generator keeps.
 #[cfg(not(feature = "kube"))]
 fn may_be(source: &str) -> bool {
     Contracts::compile(&small(vec![])).is_ok() && crate::policy::expression::Expression::compile(source).is_ok()
@@ -311,7 +312,7 @@ fn tool(name: &str) -> Tool {
     made
 }
 
-/// A store that takes everything at once.
+/// A witness that accepts everything at once.
 struct Takes;
 
 impl journal::Witness for Takes {
@@ -323,7 +324,7 @@ impl journal::Witness for Takes {
     }
 }
 
-/// A gate, as a harness has it.
+/// Creates a gate as a harness has it.
 fn gate(policy: PolicyConfig) -> Arc<Gate> {
     let _ = rustls::crypto::ring::default_provider().install_default();
     let folder = tempfile::tempdir().unwrap();

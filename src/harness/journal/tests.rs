@@ -1,4 +1,4 @@
-//! Every rule of the log that the harness asks keeps a record from being written; switched off, it does not.
+//! Each rule of the log that the harness checks keeps a record from being written. With the rule switched off, the record is written.
 
 use futures::future::BoxFuture;
 
@@ -11,7 +11,7 @@ use crate::evidence::{
     },
 };
 
-/// A store that takes everything at once.
+/// A witness that accepts everything at once.
 struct Takes;
 
 impl Witness for Takes {
@@ -20,7 +20,7 @@ impl Witness for Takes {
     }
 }
 
-/// What a harness says that goes on before the last record of a case, and is about to write it.
+/// Writes the last record of a case, in a harness that resumes from the state before it.
 fn written(case: &Case, off: Option<LogRule>) -> Result<u64, Denial> {
     let (state, last) = case.last(User::Harness);
     let folder = tempfile::tempdir().unwrap();
@@ -48,9 +48,9 @@ async fn a_lie_about_each_rule_is_not_written_and_is_once_the_rule_is_switched_o
         let is_past = case.records().last().unwrap().event.is_of_the_past();
         let denial = written(&case, None).expect_err(rule.as_str());
         assert!(denial.reason.contains(&expected), "{rule}: expected {expected}, found {denial:?}");
-        // What has happened cannot be refused: a log that cannot tell it has failed.
+        // A record of what has happened cannot be rejected: a log that cannot take it has failed.
         let refusal = match rule {
-            // But what comes after the end, which the log has told.
+            // A record after the end is an exception, because the log has ended in order.
             LogRule::AttemptOpen => Rule::TaskClosed,
             _ if is_past => Rule::Evidence,
             _ => rule.denial(),

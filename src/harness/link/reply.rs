@@ -1,7 +1,7 @@
-//! Replies that the gateway carries.
+//! Replies that the gateway forwards.
 //!
-//! Guarantees: all that has come of a reply is read before its end is told, and how it ended is told apart: at the upstream, by the gateway, or
-//! because the gateway is gone. Non-goals: to look into it.
+//! Guarantees: everything that came of a reply is read before its end is reported. The end says whether the upstream ended the reply, the
+//! gateway ended it, or the connection to the gateway was lost. Non-goals: looking into the reply.
 
 use std::{
     pin::Pin,
@@ -17,21 +17,21 @@ use crate::{
     wire::{self, Ended},
 };
 
-/// Why a reply has ended before it was over.
+/// The reason why a reply ended early.
 #[derive(Debug, thiserror::Error)]
 pub enum EndedError {
-    /// The upstream broke it off: what has come is all that there was.
+    /// The upstream broke off the reply. The bytes that came are all that there were.
     #[error("the upstream broke off its reply")]
     BrokeOff,
-    /// It repeats the credential that it was asked for with.
+    /// The reply repeats the credential of its request.
     #[error("the reply repeats the credential that the request was made with, and its rest is withheld")]
     Repeated,
-    /// The gateway has stopped to read it.
+    /// The gateway stopped reading the reply.
     #[error(
         "the upstream was silent for longer than the class allows (upstreamTimeoutSeconds), or its reply could not be read"
     )]
     GivenUp,
-    /// The connection to the gateway has ended.
+    /// The connection to the gateway ended.
     #[error("the connection to the gateway has ended: {0}")]
     Lost(#[from] hyper::Error),
 }
@@ -47,14 +47,14 @@ impl From<Ended> for EndedError {
 }
 
 impl EndedError {
-    /// The refusal of what is left of a reply that the gateway has ended because of what is in it.
+    /// Returns the denial of the rest of a reply, if the gateway ended the reply because of its content.
     pub fn denial(error: &(dyn std::error::Error + 'static)) -> Option<Denial> {
         let mut causes = std::iter::successors(Some(error), |error| error.source());
         causes.any(|error| matches!(error.downcast_ref(), Some(Self::Repeated))).then(withheld)
     }
 }
 
-/// Of a reply that the gateway has ended because of what is in it.
+/// Returns the denial of a reply that the gateway ended because of its content.
 pub fn withheld() -> Denial {
     let reason = "the reply repeats the credential that the request was made with, and its rest is withheld; whether the call took effect is not known";
     Denial { rule: Rule::UpstreamSecret, reason: reason.to_owned() }
@@ -64,11 +64,11 @@ pub fn withheld() -> Denial {
 #[derive(Debug)]
 pub struct Carried {
     body: Incoming,
-    /// Bytes that are still to come, by the upstream's word.
+    /// The number of bytes that are still to come, as declared by the upstream.
     left: Option<u64>,
 }
 
-/// The upstream's reply, as it was sent.
+/// Returns the upstream's reply as it was sent.
 pub(super) fn reply(mut reply: Response<Incoming>) -> Response<Carried> {
     let length = reply.headers_mut().remove(wire::LENGTH);
     let left = length.as_ref().and_then(|length| length.to_str().ok()?.parse().ok());
@@ -78,7 +78,7 @@ pub(super) fn reply(mut reply: Response<Incoming>) -> Response<Carried> {
     reply.map(|body| Carried { body, left })
 }
 
-/// How a reply ended, by its trailers. One that is not known is no whole reply, whatever it is.
+/// Returns how a reply ended, from its trailers. A reply with an unknown value counts as incomplete.
 fn ended(trailers: &HeaderMap) -> Option<EndedError> {
     let ended = trailers.get(wire::ENDED)?;
     Some(ended.to_str().ok().and_then(Ended::named).unwrap_or(Ended::GivenUp).into())

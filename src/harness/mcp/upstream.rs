@@ -1,8 +1,10 @@
-//! The MCP client: sessions with upstreams, what they list, and calls.
+//! The MCP client: sessions with upstreams, their listings, and calls.
 //!
-//! Promises: no upstream waits for another; a call goes out only under a definition of its tool that was listed within the last
-//! minute, is the contract's pin or else the first that this attempt saw, and is in the call's intent; a listing is a call of
-//! its own in the log. Refuses: what upstreams ask for by themselves, and rmcp's cache of lists, which outlives failures.
+//! Guarantees: no upstream waits for another. A call leaves only with a definition of its tool that was listed within the last minute, that
+//! has the contract's pin or else is the first that this attempt saw, and that is in the call's intent. A listing is a call of its own in
+//! the log.
+//!
+//! Non-goals: requests that upstreams send by themselves, and rmcp's cache of lists, which outlives failures.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -52,22 +54,22 @@ use crate::{
     },
 };
 
-/// Longest words of an upstream in a reason, in characters.
+/// The longest text of an upstream in a reason, in characters.
 const LONGEST_WORDS: usize = 1024;
-/// Under which key of `_meta` a message's intent travels from the pipeline to the transport. Removed before it leaves.
+/// The key in `_meta` with which a message's intent goes from the pipeline to the transport. It is removed before the message leaves.
 const INTENT_META: &str = "belay.dev/intent";
-/// Pages of a list that are read.
+/// The maximum number of pages of a list.
 const PAGES: usize = 64;
 
 type Session = RunningService<RoleClient, ()>;
 
-/// MCP servers, by endpoint.
+/// The MCP servers, by endpoint.
 pub struct Upstreams {
     gate: Arc<Gate>,
-    /// How long what a server listed is gone by.
+    /// How long a server's listing is used.
     fresh: Duration,
     servers: Mutex<HashMap<String, Arc<Server>>>,
-    /// The first definition that this attempt saw of each tool.
+    /// The digest of the first definition of each tool that this attempt saw.
     first: Mutex<BTreeMap<String, String>>,
     facts: Arc<Mutex<HashMap<u64, Facts>>>,
 }
@@ -75,7 +77,7 @@ pub struct Upstreams {
 /// One MCP server.
 #[derive(Default)]
 struct Server {
-    /// Held by whoever opens a session or lists.
+    /// Held while a session is opened or tools are listed.
     opening: AsyncMutex<()>,
     state: Mutex<State>,
 }
@@ -86,7 +88,7 @@ struct State {
     listing: Option<Listing>,
 }
 
-/// What a server listed.
+/// The tools that a server listed.
 struct Listing {
     at: Instant,
     tools: HashMap<String, Definition>,
@@ -101,7 +103,7 @@ impl Server {
         self.state().session.clone().filter(|session| !session.is_transport_closed())
     }
 
-    /// The session and what it lists of a tool, if that is fresh.
+    /// Returns the session and the tool's definition in the listing, if the listing is fresh.
     fn fresh(&self, tool: &str, age: Duration) -> Option<(Arc<Session>, Option<Definition>)> {
         let session = self.session()?;
         let state = self.state();
@@ -109,7 +111,7 @@ impl Server {
         Some((session, listing.tools.get(tool).cloned()))
     }
 
-    /// A session that failed is not used again: the next call opens another.
+    /// Drops a session that failed, so that the next call opens another.
     fn drop_session(&self, failed: &Arc<Session>) {
         let mut state = self.state();
         if state.session.as_ref().is_some_and(|session| Arc::ptr_eq(session, failed)) {
@@ -118,15 +120,15 @@ impl Server {
     }
 }
 
-/// A call that may go out, but for its intent.
+/// A call that may leave once it has an intent.
 pub struct Ready {
     server: Arc<Server>,
     session: Arc<Session>,
-    /// What the upstream says of the tool.
+    /// The upstream's definition of the tool.
     pub definition: Definition,
 }
 
-/// What the transport saw of a message.
+/// Facts that the transport saw about a message.
 #[derive(Clone)]
 struct Facts {
     status: u16,
@@ -136,14 +138,14 @@ struct Facts {
     stops: Stops,
 }
 
-/// What ends the reading of a reply, and who is told of it: rmcp would go on waiting.
+/// The reasons to stop reading a reply, with those to notify, because rmcp would continue to wait.
 #[derive(Clone)]
 struct Stops {
-    /// Longest reply that is read.
+    /// The longest reply that is read, in bytes.
     most: usize,
-    /// Told of a longer one.
+    /// Notified about a longer reply.
     too_long: Arc<Notify>,
-    /// Told of one that the gateway withholds.
+    /// Notified about a reply that the gateway withholds.
     withheld: Arc<Notify>,
 }
 
@@ -166,16 +168,16 @@ impl Facts {
 }
 
 impl Upstreams {
-    /// Upstreams behind this gate. `used` is what the log says of the attempt so far.
+    /// Creates the upstreams of this gate. `used` is what the log says of the attempt so far.
     pub fn new(gate: Arc<Gate>, used: &BTreeMap<String, ToolUsage>, fresh: Duration) -> Self {
         let first = used.iter().filter_map(|(tool, used)| Some((tool.clone(), used.definition.clone()?))).collect();
         Self { gate, fresh, servers: Mutex::default(), first: Mutex::new(first), facts: Arc::default() }
     }
 
-    /// Makes a call ready: a session, and a definition of the tool that is fresh and the one that was approved.
+    /// Prepares a call: a session, and a definition of the tool that is fresh and approved.
     ///
     /// # Errors
-    /// [`Rule::ToolChanged`] if it is another or gone; by the rule that failed if the upstream cannot be asked.
+    /// Returns [`Rule::ToolChanged`] if the definition is another one or is gone, and the rule that failed if the upstream cannot be asked.
     pub async fn ready(&self, tool: &Tool, mcp: &McpUpstream, time: Duration) -> Result<Ready, Denial> {
         let server = {
             let mut servers = self.servers.lock().unwrap_or_else(PoisonError::into_inner);
@@ -197,11 +199,11 @@ impl Upstreams {
         Ok(Ready { server, session, definition })
     }
 
-    /// The definition, if it is the one that was approved.
+    /// Returns the definition if it is the approved one.
     fn approved(&self, tool: &Tool, mcp: &McpUpstream, found: Option<Definition>) -> Result<Definition, Denial> {
         let changed = |reason: String| Denial { rule: Rule::ToolChanged, reason };
         if let Some(found) = &found {
-            // Whoever reads the log compares it with what the server lists.
+            // Readers of the log compare this digest with what the server lists, so it must not be redacted.
             self.gate.redactor().learn(&found.digest);
         }
         let Some(found) = found else {
@@ -267,7 +269,7 @@ impl Upstreams {
             {
                 return Ok((session, tools));
             }
-            // A session may have ended with the server that it was of.
+            // The session may have ended with the server.
             let session = self.open(&mcp.url, intent).await?;
             let tools = list_over(&session, intent).await?;
             Ok::<_, String>((session, tools))
@@ -298,7 +300,7 @@ impl Upstreams {
         Err(denial)
     }
 
-    /// Makes a call; gives the result and what became of it.
+    /// Makes a call. Returns the result and the call's settlement.
     pub async fn call(
         &self,
         tool: &Tool,
@@ -315,7 +317,7 @@ impl Upstreams {
         params.arguments = Some(args);
         params.meta = Some(marked(intent));
         let answer = tokio::select! {
-            // The session ends by it: asked first, as that is the reason.
+            // These come first because they are the reason why the session ends.
             biased;
             () = too_long.notified() => Err(bounds.too_long(tool)),
             () = withheld.notified() => Err(link::withheld()),
@@ -329,8 +331,8 @@ impl Upstreams {
         let mut settlement = Settlement { status: facts.status, upstream: facts.upstream, ..Settlement::unknown(None) };
         let denial = match answer {
             Ok(mut result) => {
-                // An upstream of an older protocol says nothing of it, and an agent of a newer one needs it. rmcp takes it
-                // out again for agents that do not know it.
+                // Upstreams with an older protocol do not set this, and agents with a newer protocol need it. rmcp removes it for agents
+                // that do not know it.
                 result.result_type = Some(ResultType::COMPLETE);
                 settlement.effect = Effect::Applied;
                 return (Ok(result), settlement);
@@ -375,7 +377,7 @@ impl Upstreams {
     }
 }
 
-/// The definitions of a server's tools, all pages.
+/// Returns the definitions of a server's tools, from all pages.
 async fn list_over(session: &Session, intent: u64) -> Result<HashMap<String, Definition>, String> {
     let mut tools = HashMap::new();
     let mut cursor = None;
@@ -407,7 +409,7 @@ async fn list_over(session: &Session, intent: u64) -> Result<HashMap<String, Def
     Err(format!("expected a list of at most {PAGES} pages, found more"))
 }
 
-/// An error in which there may be an upstream's own words.
+/// Quotes an error that may contain an upstream's text.
 fn quoted(error: &impl std::fmt::Display) -> String {
     format!("{:?}", shorten_to(&error.to_string(), LONGEST_WORDS))
 }
@@ -418,11 +420,11 @@ fn marked(intent: u64) -> RequestMetaObject {
     meta
 }
 
-/// rmcp's transport, over the link.
+/// rmcp's transport over the link to the gateway.
 #[derive(Clone)]
 struct Wire {
     link: Arc<Link>,
-    /// The intent under which messages of the session itself travel.
+    /// The intent for messages of the session itself.
     opened_by: u64,
     facts: Arc<Mutex<HashMap<u64, Facts>>>,
 }
@@ -458,7 +460,7 @@ impl Wire {
             request = request.header(name, value);
         }
         let request = request.body(body).map_err(|error| malformed(error.to_string()))?;
-        // Whoever calls has a time of its own.
+        // The caller has a timeout of its own.
         self.link.forward((channel, intent), uri, request, SILENCE).await
     }
 }
@@ -475,7 +477,7 @@ impl StreamableHttpClient for Wire {
         custom_headers: HashMap<HeaderName, HeaderValue>,
     ) -> Result<StreamableHttpPostResponse, StreamableHttpError<Self::Error>> {
         let call = take_intent(&mut message);
-        // Whatever is no call belongs to the session, and may not be one: the gateway looks.
+        // A message that is not a call belongs to the session. The gateway checks that it is no call.
         let (channel, intent) = match call {
             Some((channel, intent)) => (channel, intent),
             None => (Channel::Listing, self.opened_by),
@@ -495,7 +497,7 @@ impl StreamableHttpClient for Wire {
         let reply = match reply {
             Ok(reply) => reply,
             Err(undelivered) => {
-                // A session that could not be opened is a call that did not leave.
+                // If the session could not be opened, the call did not leave.
                 let certain = undelivered.certain || call.is_none();
                 update(&|facts| {
                     facts.undelivered = Some((undelivered.denial.clone(), certain));
@@ -531,7 +533,7 @@ impl StreamableHttpClient for Wire {
             .map_err(|undelivered| StreamableHttpError::Client(WireError(undelivered.denial)))
     }
 
-    /// Upstreams have nothing to say that no call asked for.
+    /// Upstreams get no stream, because they may send nothing that no call requested.
     async fn get_stream(
         &self,
         _: Arc<str>,
@@ -544,7 +546,7 @@ impl StreamableHttpClient for Wire {
     }
 }
 
-/// The intent of a call or a listing, taken out of the message: it is between the pipeline and the transport.
+/// Removes the intent of a call or a listing from the message and returns it. It is only for the transport.
 fn take_intent(message: &mut ClientJsonRpcMessage) -> Option<(Channel, u64)> {
     let ClientJsonRpcMessage::Request(request) = message else { return None };
     let (channel, params, extensions) = match &mut request.request {
@@ -600,7 +602,7 @@ async fn read_reply(
     if status.is_success() {
         return Err(StreamableHttpError::UnexpectedContentType(kind));
     }
-    // A server of the `initialize` era answers the newer discovery with a plain refusal; rmcp goes on from an error reply.
+    // A server that speaks only `initialize` replies to the newer discovery with a plain HTTP error. rmcp continues after a JSON-RPC error.
     if !in_session
         && status.is_client_error()
         && let ClientJsonRpcMessage::Request(request) = message
@@ -615,7 +617,7 @@ async fn read_reply(
     Err(StreamableHttpError::UnexpectedServerResponse(format!("HTTP {status}").into()))
 }
 
-/// A body that breaks off once it is longer than it may be, and says so.
+/// Returns a body that breaks off, and notifies, once it is longer than the limit.
 fn bounded(body: Carried, stops: Stops) -> impl futures::Stream<Item = Result<Bytes, std::io::Error>> + Send {
     let mut left = stops.most;
     BodyDataStream::new(body).map(move |chunk| {

@@ -4,7 +4,7 @@ use http::{HeaderMap, HeaderValue, header};
 
 use crate::policy::model::{headers, members::Terms};
 
-/// What of the agent's headers goes to the provider. Credentials do not: the gateway has the real ones.
+/// Returns the agent's headers that go to the provider. Credentials are left out, because the gateway has the real ones.
 pub(super) fn passed_on(given: &HeaderMap, terms: Terms<'_>) -> HeaderMap {
     let mut passed = HeaderMap::new();
     for (name, value) in given {
@@ -19,7 +19,7 @@ pub(super) fn passed_on(given: &HeaderMap, terms: Terms<'_>) -> HeaderMap {
     passed
 }
 
-/// Leaves of a reply's headers what the agent may see.
+/// Removes from a reply's headers those that the agent may not see.
 pub(super) fn passed_back(given: &mut HeaderMap) {
     let hidden: Vec<_> = given.keys().filter(|name| !headers::has(headers::REPLY, name.as_str())).cloned().collect();
     for name in hidden {

@@ -1,8 +1,10 @@
-//! Replies of models, read along and settled.
+//! Replies of models, metered while they pass and then settled.
 //!
-//! Guarantees: a reply that whoever asked has stopped reading is read on for a while, so that its provider's account is known; after that, or
-//! once the attempt ends, what was set aside stays spent. Non-goals: to stop a model. Some do when their reader is gone, and some do not, and none
-//! says how much it had thought until then.
+//! Guarantees: a reply that its client has stopped reading is read on for a while, so that the usage that the provider reports is known.
+//! After that, or once the attempt ends, the reservation stays spent.
+//!
+//! Non-goals: stopping a model. Some models stop when their reader is gone and some do not, and none reports how much it had thought until
+//! then.
 
 use std::{sync::Arc, time::Duration};
 
@@ -32,26 +34,26 @@ use crate::{
     },
 };
 
-/// Longest part of a reply that is kept to find its usage in: a whole JSON reply, or one line of a stream.
+/// The longest part of a reply that is kept to find its usage, in bytes: a whole JSON reply, or one line of a stream.
 const LONGEST_SCAN: usize = 16 << 20;
 
-/// The media type of a stream, whose letters may be of either case.
+/// The media type of a stream. It is compared without case.
 const EVENTS: &str = "text/event-stream";
-/// How long a reply is read on that nobody wants any more, and how much of it.
+/// How long a reply is read on that no client wants any more. `READ_ON_BYTES` limits how much of it is read.
 pub(super) const READ_ON: Duration = Duration::from_secs(15);
 const READ_ON_BYTES: u64 = 16 << 20;
 
-/// Whom to tell of a reply that the gateway has ended, and which call it was.
+/// The data of a call that is needed to deny the rest of its reply.
 #[derive(Clone)]
 pub(super) struct Told {
     pub(super) gate: Arc<Gate>,
     pub(super) path: String,
     pub(super) digest: String,
-    /// Whether the agent has asked for an account of a stream of chat completions, or does not get one.
+    /// Whether the agent has asked for the usage of a stream of chat completions. If not, it does not get one.
     pub(super) has_asked: bool,
 }
 
-/// The reply, which is settled when it has passed, or when either side hangs up.
+/// Returns the reply. It is settled when it has passed or when either side hangs up.
 pub(super) fn meter(
     reply: Response<Carried>,
     permit: Permit,
@@ -78,7 +80,7 @@ pub(super) fn meter(
         scan: Vec::new(),
         looked: 0,
         reported: Reported::default(),
-        // Whoever reads a reply of known length stops at its last byte, and never asks for its end.
+        // A reader of a reply of known length stops at its last byte and never polls for its end.
         length: hyper::body::Body::size_hint(&body).exact(),
         came: Came::Unread,
     };
@@ -93,24 +95,24 @@ pub(super) fn meter(
     Response::from_parts(parts, boxed(StreamBody::new(stream)))
 }
 
-/// A reply on its way. Dropped with what is left of it when whoever asked hangs up.
+/// A reply on its way to the client. If the client hangs up, it is dropped with the rest.
 struct Passing {
     body: Option<BodyDataStream<Carried>>,
     meter: Option<Meter>,
-    /// What keeps the account from an agent that did not ask for it.
+    /// The filter that removes the usage from a stream whose client did not ask for it.
     unasked: Option<Unasked>,
-    /// How it ends, once its last bytes have been passed on.
+    /// The end of the reply, while its last bytes are being passed on.
     end: Option<Option<Next>>,
     told: Told,
-    /// Whether whoever asked still reads it.
+    /// Whether the client still reads the reply.
     is_wanted: bool,
 }
 
-/// What comes next of a reply.
+/// The next frame of a reply.
 type Next = Result<Frame<Bytes>, BodyError>;
 
 impl Passing {
-    /// What comes next of it.
+    /// Returns the next frame of the reply.
     async fn next(&mut self) -> Option<Next> {
         if let Some(end) = self.end.take() {
             return end;
@@ -146,13 +148,13 @@ impl Passing {
         Some(Ok(Frame::data(rest.into())))
     }
 
-    /// What is passed on last of a reply that broke off.
+    /// Returns the last frame of a reply that broke off.
     async fn broke_off(&mut self, error: EndedError) -> Next {
         let ended = EndedError::denial(&error);
         let streamed = self.meter.as_ref().is_some_and(|meter| meter.streamed);
         if let Some(mut meter) = self.meter.take() {
             meter.rule = ended.as_ref().map(|denial| denial.rule);
-            // What has ended on our side of the provider, it may have said to its end.
+            // If the reply broke off between the provider and the harness, the provider may have sent it to its end.
             if meter.came == Came::Unread && matches!(error, EndedError::BrokeOff) {
                 meter.came = Came::Broken;
             }
@@ -161,7 +163,7 @@ impl Passing {
             let Told { gate, path, digest, .. } = &self.told;
             let denial = gate.deny(Channel::Model, path, Some(digest.clone()), denial).await;
             if let Some(api) = Api::of_path(path).filter(|_| streamed) {
-                // Whole events have passed so far, and this is the last.
+                // Only whole events have passed so far, and this is the last one.
                 self.body = None;
                 return Ok(Frame::data(refusal::event(api, &denial).into()));
             }
@@ -169,11 +171,11 @@ impl Passing {
         Err(error.into())
     }
 
-    /// Reads what is left, for its account.
+    /// Reads the rest of the reply for its usage.
     async fn read_on(mut self) {
         let over = self.told.gate.over();
         let read = async {
-            // The rest is no news once the meter is gone, knows the end, or has seen more than was set aside.
+            // The rest adds nothing once the meter is gone, knows the end, or has seen as much output as was reserved.
             while self.meter.as_ref().is_some_and(Meter::wants_more) && self.next().await.is_some() {}
         };
         tokio::select! {
@@ -193,7 +195,7 @@ impl Drop for Passing {
     }
 }
 
-/// Reads along. Dropped at the end of the reply, or when the agent or the provider hangs up.
+/// A meter that reads along. It is dropped at the end of the reply, or when the agent or the provider hangs up.
 struct Meter {
     permit: Option<Permit>,
     /// Why the gateway has ended the reply.
@@ -206,7 +208,7 @@ struct Meter {
     hasher: Sha256,
     bytes: u64,
     scan: Vec<u8>,
-    /// So much of it has no end of a line.
+    /// How many bytes of `scan` are known to have no line end.
     looked: usize,
     reported: Reported,
     length: Option<u64>,
@@ -214,7 +216,7 @@ struct Meter {
 }
 
 impl Meter {
-    /// Whether more of the reply would tell what it costs.
+    /// Returns whether more of the reply could change what it costs.
     fn wants_more(&self) -> bool {
         let had_it_all = self.reported.least_output() >= self.reserved.bound.output;
         self.came == Came::Unread && self.status.is_success() && !had_it_all && self.bytes < READ_ON_BYTES
@@ -227,7 +229,7 @@ impl Meter {
             self.scan.extend_from_slice(chunk);
         }
         if self.streamed {
-            // Each byte is looked at once, however long a line is.
+            // Each byte is scanned once, however long a line is.
             let from = std::mem::take(&mut self.looked);
             let ends = |scan: &[u8], from: usize| {
                 let rest = scan.get(from..).unwrap_or_default();
@@ -247,13 +249,14 @@ impl Meter {
             }
             self.looked = self.scan.len();
         }
-        // Many clients hang up there, and do not wait for the end of the connection's reply.
+        // Many clients hang up at this point and do not wait for the end of the body.
         if self.reported.ended || (!self.streamed && self.length == Some(self.bytes)) {
             self.came = Came::Whole;
         }
     }
 
-    /// The body is over. A stream may end well before its protocol does, as what a proxy cuts off: it is whole if it is accounted for.
+    /// Notes that the body is over. A proxy may cut off a stream well before its protocol ends, so a stream is whole only if its usage is
+    /// known or its protocol has ended.
     fn over(&mut self) {
         let is_whole = !self.streamed || !self.status.is_success() || self.reported.ended || self.reported.is_accounted;
         self.came = if is_whole { Came::Whole } else { Came::Broken };
@@ -266,7 +269,7 @@ impl Drop for Meter {
         if !self.streamed {
             match serde_json::from_slice(&self.scan) {
                 Ok(reply) => self.reported.see(&reply),
-                // It was written whole before its first byte came.
+                // A JSON reply was written as a whole before its first byte came, so its declared length counts.
                 Err(_) => {
                     self.reported.written =
                         self.length.and_then(|length| i64::try_from(length).ok()).unwrap_or(i64::MAX);

@@ -1,8 +1,9 @@
-//! Refusals, as the client libraries of each API show them to people, and as they decide whether to try again.
+//! Denials in the form that the client libraries of each API show to users and use to decide about retries.
 //!
-//! Guarantees: each has the shape of its API's errors, and a status by which the official client libraries do not try again what cannot
-//! pass: they do that at 408, 409, 429 and from 500 on, unless `x-should-retry` says otherwise, which is said as well.
-//! Non-goals: errors of providers, which pass as they are.
+//! Guarantees: a denial has the shape of its API's errors, and a status at which the official client libraries do not retry what cannot
+//! succeed. They retry at 408, 409, 429 and from 500 on, unless `x-should-retry` says otherwise. The denial sets this header as well.
+//!
+//! Non-goals: errors of providers, which pass unchanged.
 
 use std::convert::Infallible;
 
@@ -20,15 +21,15 @@ use crate::{
     },
 };
 
-/// What the client libraries go by first.
+/// The header that the client libraries check first.
 const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
 
-/// A refusal.
+/// Returns the reply for a denial.
 pub(in crate::harness) fn refusal(api: Api, denial: &Denial) -> Response<Body> {
     refusal_as(api, denial, status(denial.rule))
 }
 
-/// A refusal with a status of its own.
+/// Returns the reply for a denial, with this status.
 pub(in crate::harness) fn refusal_as(api: Api, denial: &Denial, status: StatusCode) -> Response<Body> {
     let body = error(api, denial, status).to_string();
     let mut reply = Response::new(boxed(Full::from(body).map_err(|error: Infallible| match error {})));
@@ -50,13 +51,13 @@ pub(in crate::harness) fn refusal_as(api: Api, denial: &Denial, status: StatusCo
     reply
 }
 
-/// The status of a refusal of a method. Who asks for a WebSocket, as Codex does before anything else, goes on without one at the first: at 400
-/// it gives up, and at others it tries for half a minute.
+/// Returns the status of a denial because of the method. A client that requests a WebSocket, as Codex does first, continues without one
+/// only after 426. After 400 it gives up, and after other statuses it retries for half a minute.
 pub(super) fn wrong_method(headers: &HeaderMap) -> StatusCode {
     if headers.contains_key(header::UPGRADE) { StatusCode::UPGRADE_REQUIRED } else { StatusCode::METHOD_NOT_ALLOWED }
 }
 
-/// The status of a refusal by a rule.
+/// Returns the status of a denial by a rule.
 fn status(rule: Rule) -> StatusCode {
     match (rule.again(), rule.whose()) {
         (Again::Soon, _) => StatusCode::TOO_MANY_REQUESTS,
@@ -68,11 +69,12 @@ fn status(rule: Rule) -> StatusCode {
     }
 }
 
-/// The body of a refusal, in the shape of the API's errors.
+/// Returns the body of a denial, in the shape of the API's errors.
 fn error(api: Api, denial: &Denial, status: StatusCode) -> Value {
     let (message, code) = (denial.told("call"), status.as_u16());
     match api {
-        // Their client libraries have the provider hold a conversation without being asked to, and send it whole where they are told so.
+        // Anthropic's client libraries let the provider hold a conversation unasked. After this error they send the whole conversation
+        // instead.
         Api::Messages if member(denial) == Some("thread") => json!({
             "type": "error",
             "error": {
@@ -111,7 +113,7 @@ fn error(api: Api, denial: &Denial, status: StatusCode) -> Value {
     }
 }
 
-/// The member of the request that the reason names, if it names one.
+/// Returns the member of the request that the reason names, if it names one.
 fn member(denial: &Denial) -> Option<&str> {
     let is_about_one = matches!(denial.rule, Rule::ModelRequest);
     let named = denial.reason.split('`').nth(1).filter(|_| is_about_one)?;
@@ -119,7 +121,7 @@ fn member(denial: &Denial) -> Option<&str> {
     (!named.is_empty() && named.chars().all(plain)).then_some(named)
 }
 
-/// What ends a stream of events that has begun: the error as the API's own streams tell of one.
+/// Returns the last event of a stream that has begun: the denial, as the API's own streams report an error.
 pub(super) fn event(api: Api, denial: &Denial) -> String {
     let error = error(api, denial, status(denial.rule));
     match api {

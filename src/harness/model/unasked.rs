@@ -1,25 +1,26 @@
-//! The event with a stream's account, kept from who did not ask for it.
+//! Removal of the usage event from a stream whose client did not ask for it.
 //!
-//! Belay asks a provider to account for each stream of chat completions. Such an account comes in an event without choices, and agents that did
-//! not ask for one read the first choice of each.
+//! Belay asks a provider to report the usage of each stream of chat completions. The usage comes in an event without choices, and agents
+//! that did not ask for it read the first choice of each event.
 //!
-//! Guarantees: everything else passes byte for byte, an event as soon as it is whole. Non-goals: accounts beside choices, which readers pass over.
+//! Guarantees: everything else passes byte for byte, each event as soon as it is whole. Non-goals: usage beside choices, which clients
+//! ignore.
 
 use memchr::memmem;
 use serde_json::Value;
 
-/// Bytes of one event that are looked at: an account is far shorter.
+/// The longest event that is checked, in bytes. A usage event is far shorter.
 const LONGEST: usize = 64 << 10;
 
-/// A stream of chat completions without the event that accounts for it.
+/// A stream of chat completions without its usage event.
 #[derive(Debug, Default)]
 pub(super) struct Unasked {
-    /// What has come of an event that is not whole.
+    /// The part of an incomplete event that has come so far.
     held: Vec<u8>,
 }
 
 impl Unasked {
-    /// What is passed on once this has come.
+    /// Adds a chunk and returns the bytes to pass on.
     pub(super) fn pass(&mut self, chunk: &[u8]) -> Vec<u8> {
         self.held.extend_from_slice(chunk);
         let mut passed = Vec::new();
@@ -35,19 +36,19 @@ impl Unasked {
         passed
     }
 
-    /// What is left once the stream is over.
+    /// Returns the remaining bytes once the stream is over.
     pub(super) fn rest(self) -> Vec<u8> {
         if is_account(&self.held) { vec![] } else { self.held }
     }
 }
 
-/// Where the first event ends.
+/// Returns where the first event ends.
 fn end(held: &[u8]) -> Option<usize> {
     let ends = [&b"\n\n"[..], b"\n\r\n", b"\r\r"];
     ends.into_iter().filter_map(|end| Some(memmem::find(held, end)?.saturating_add(end.len()))).min()
 }
 
-/// Whether an event is an account, and nothing else.
+/// Returns whether an event has the usage and nothing else.
 fn is_account(event: &[u8]) -> bool {
     let lines = event.split(|byte| matches!(byte, b'\n' | b'\r'));
     let mut data = lines.filter_map(|line| line.strip_prefix(b"data:"));
@@ -67,7 +68,7 @@ mod tests {
     const OTHERS: [&str; 8] = [
         r#"data: {"choices":[{"delta":{"content":"a"}}],"usage":null}"#,
         r#"data: {"choices":[{"delta":{"content":"{\"choices\":[],\"usage\":{}}"}}]}"#,
-        // What Azure begins with.
+        // Azure sends this event first.
         r#"data: {"choices":[],"prompt_filter_results":[]}"#,
         r#"data: {"choices":[],"usage":null}"#,
         r#"data: {"choices":[{"finish_reason":"stop"}],"usage":{"prompt_tokens":7}}"#,

@@ -6,7 +6,7 @@ use crate::evidence::{
     note::{self, Checkpoint, Note, Signer},
 };
 
-/// Segments of this many records each, of a log.
+/// Returns the segments of a log, with this many records each.
 fn log(sizes: &[usize]) -> Vec<Segment> {
     let signer = Signer::generate(&note::attempt_key_name("uid", 1)).unwrap();
     let mut tree = Tree::new();
@@ -33,7 +33,7 @@ fn what_was_kept_is_found_again_and_what_was_let_go_of_is_not() {
     assert!(none.is_empty());
     segments.iter().for_each(|segment| spool.keep(&segment.to_bytes()).unwrap());
     assert_eq!(kept(folder.path()), segments);
-    // The one that was opened since has taken the file's place, as a second harness does: it goes on from there.
+    // The spool that was opened after it has replaced the file, as a second harness does, and continues from there.
     let (mut spool, _) = Spool::open(folder.path()).unwrap();
     spool.keep(&segments[2].to_bytes()).unwrap();
     assert_eq!(kept(folder.path()).len(), 4);
@@ -48,7 +48,7 @@ fn what_there_was_no_room_for_leaves_nothing_behind() {
     let (mut spool, _) = Spool::open(folder.path()).unwrap();
     for segment in &segments {
         let text = segment.to_bytes();
-        // As a disk that is full leaves it.
+        // A full disk leaves a part of a segment.
         spool.file.write_all(&text[..text.len() / 2]).unwrap();
         spool.torn = true;
         spool.keep(&text).unwrap();
@@ -81,7 +81,7 @@ fn it_does_not_grow_with_what_is_stored() {
     }
 }
 
-/// As [`kept`], without taking the file's place.
+/// Works like [`kept`], but does not replace the file.
 fn kept_by(folder: &Path) -> Vec<Segment> {
     segments(&std::fs::read(folder.join(FILE)).unwrap()).unwrap()
 }

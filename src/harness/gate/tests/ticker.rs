@@ -1,4 +1,4 @@
-//! Whether a harness's own work goes on: a ticker and a signal on the thread that does it.
+//! A check that the harness's own work continues: a ticker and a signal on its thread.
 
 use std::{
     sync::{
@@ -11,22 +11,22 @@ use std::{
 use tokio::runtime::{Builder, Runtime};
 
 const TICK: Duration = Duration::from_millis(100);
-/// What the ticker may be late by.
+/// The maximum delay of the ticker.
 const LATE: Duration = Duration::from_millis(100);
-/// What a signal may take to be heard.
+/// The maximum time until a signal is received.
 const HEARD: Duration = Duration::from_secs(1);
 
-/// Where agents, upstreams and the gateway are: not where the harness's own work is done.
+/// Creates the runtime of agents, upstreams and the gateway. The harness's own work does not run here.
 pub(crate) fn outside() -> Runtime {
     Builder::new_multi_thread().worker_threads(2).thread_stack_size(16 << 20).enable_all().build().unwrap()
 }
 
-/// The thread that a harness's process has for its own work.
+/// Creates the single-threaded runtime that a harness's process has for its own work.
 pub(crate) fn inside() -> Runtime {
     Builder::new_current_thread().enable_all().build().unwrap()
 }
 
-/// The worst lateness so far, in microseconds.
+/// The longest delay so far, in microseconds.
 #[derive(Clone, Default)]
 struct Worst(Arc<AtomicU64>);
 
@@ -40,8 +40,7 @@ impl Worst {
     }
 }
 
-/// A ticker, and a signal that is raised again and again, beside the harness's own work; and the machine's own lateness, by a thread that
-/// does nothing else.
+/// A ticker and a repeated signal beside the harness's own work. A thread that does nothing else measures the machine's own delay.
 pub(crate) struct Watched {
     ticks: Worst,
     signals: Worst,
@@ -50,7 +49,7 @@ pub(crate) struct Watched {
 }
 
 impl Watched {
-    /// Called where the harness's own work is done.
+    /// Starts the measurement. Must be called in the runtime of the harness's own work.
     pub(crate) fn begin() -> Self {
         let watched = Self {
             ticks: Worst::default(),
@@ -94,7 +93,7 @@ impl Watched {
         watched
     }
 
-    /// What was seen. The machine may be late by itself, with other tests beside this one.
+    /// Asserts that the delays are within their limits. The machine itself may be slow, because other tests run beside this one.
     #[expect(clippy::print_stdout, reason = "the worst is what is asked for")]
     pub(crate) fn is_in_time(&self) {
         self.over.store(true, Ordering::Relaxed);

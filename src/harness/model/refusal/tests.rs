@@ -4,7 +4,7 @@ fn denial(rule: Rule, reason: &str) -> Denial {
     Denial { rule, reason: reason.into() }
 }
 
-/// As the official client libraries of both providers decide: the header first, then the status.
+/// Returns whether the official client libraries of both providers would retry: they check the header first, then the status.
 fn is_tried_again(reply: &Response<Body>) -> bool {
     match reply.headers().get("x-should-retry").map(HeaderValue::as_bytes) {
         Some(b"true") => true,
@@ -24,7 +24,7 @@ fn a_client_tries_again_what_time_can_change_and_nothing_else() {
             let reply = refusal(api, &denial(*rule, "r"));
             let helps = rule.again() != Again::Never;
             assert_eq!(is_tried_again(&reply), helps, "{rule}");
-            // Clients that do not know the header do as well, but where the upstream's certificate is wrong.
+            // Clients that do not know the header decide in the same way, except when the upstream's certificate is wrong.
             assert_eq!(by_status(&reply), helps || *rule == Rule::UpstreamTls, "{rule}: {}", reply.status());
             assert_eq!(reply.headers().contains_key(header::RETRY_AFTER), helps, "{rule}");
             assert_eq!(reply.headers()[crate::wire::RULE], rule.as_str());
@@ -56,7 +56,7 @@ fn a_refusal_has_the_shape_of_its_apis_errors() {
     }
 }
 
-/// Codex begins each conversation with a WebSocket, and goes on without one at this status alone.
+/// Codex begins each conversation with a WebSocket, and continues without one only after this status.
 #[test]
 fn who_wants_a_websocket_is_told_to_go_on_without() {
     let headers = |pairs: &[(&'static str, &'static str)]| {
@@ -67,7 +67,7 @@ fn who_wants_a_websocket_is_told_to_go_on_without() {
     assert_eq!(wrong_method(&headers(&[("accept", "text/event-stream")])), StatusCode::METHOD_NOT_ALLOWED);
 }
 
-/// By these words Anthropic's tool runner sends the conversation again, whole.
+/// These words make Anthropic's tool runner send the whole conversation again.
 #[test]
 fn a_client_is_told_that_no_thread_is_held() {
     let details = |api, rule, reason: &str| error(api, &denial(rule, reason), status(rule))["error"]["details"].clone();
