@@ -1,14 +1,15 @@
-//! The custom resources of group `belay.dev`: data and validation rules, nothing else.
+//! Defines the custom resources of the group `belay.dev`: data and validation rules only.
 //!
-//! Promises: every list and string has a bound, every refusal that the API server can make is in the schema, and
-//! a field that nothing acts on is not here. Refuses: behaviour. Meaning is given to these types by
-//! [`plan`](crate::plan), which turns them into validated plain data.
+//! Guarantees: Every list and every string has a bound. The schema contains every check that the API server can make. Every field has an
+//! effect.
+//!
+//! Non-goals: Behaviour. [`plan`](crate::plan) turns these types into validated plain data and gives them their meaning.
 
 #![allow(clippy::duplicated_attributes, reason = "kube's derive takes one printcolumn a column, and they look alike")]
 
 pub mod agent_task;
 pub mod approval_request;
-/// The reference pages of the kinds.
+/// Generates the reference pages of the kinds.
 pub mod docs;
 pub mod policy_pack;
 pub mod readiness;
@@ -23,13 +24,13 @@ use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomRe
 use kube::CustomResourceExt;
 use schemars::Schema;
 
-/// A field of a list's items whose default is the code's alone. What the API server fills in inside a list is drift to tools that compare
-/// whole lists, such as Argo CD: they know no schema.
+/// Removes the default of a field inside a list's items from the schema, so that only the code applies it. The API server would write the
+/// default into the list. Tools that compare whole lists and do not know the schema, such as Argo CD, would report that as drift.
 fn without_default(schema: &mut Schema) {
     schema.remove("default");
 }
 
-/// Every custom resource definition, in the order in which `crds/` lists them.
+/// Returns every custom resource definition, in the order in which `crds/` lists them.
 pub fn all_crds() -> Vec<CustomResourceDefinition> {
     vec![AgentTask::crd(), ToolContract::crd(), PolicyPack::crd(), ApprovalRequest::crd()]
 }

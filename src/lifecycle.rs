@@ -1,10 +1,13 @@
-//! From what is seen of a task's pods to what comes next: what an end means, whether there is another attempt, what the log is sealed with.
+//! Decides what happens to a task from the observed state of its pods: what the end of a pod means, whether another attempt starts, and how
+//! the log is sealed.
 //!
-//! Promises: pure functions, which the operator asks about pods of a cluster and `belay run` about the one attempt that it runs itself: the
-//! same end is of the same class wherever it came about. Refuses: clients and clocks.
+//! Guarantees: The functions are pure. The operator calls them for pods of a cluster, and `belay run` calls them for the one attempt that
+//! it runs itself, so the same end has the same failure class in both.
+//!
+//! Non-goals: Clients and clocks.
 #![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing))]
 
-/// What to do next: a pure function.
+/// Decides what to do next: a pure function.
 pub mod decide;
-/// What a pod's status means.
+/// Interprets the status of a pod.
 pub mod observe;

@@ -1,4 +1,4 @@
-//! Sandbox orchestration: `AgentTask`s become attempts, and ends become sealed evidence.
+//! The operator: creates attempts for `AgentTask`s, and asks the gateway to seal the evidence of ended tasks.
 //!
 //! ```text
 //! watch ─▶ observe ─▶ decide ─┬─▶ resolve ─▶ validate ─▶ plan ─▶ apply      an attempt begins
@@ -6,10 +6,15 @@
 //!                             └─▶ status
 //! ```
 //!
-//! Guarantees: killed at any point it converges, without a second pod for the same attempt; only the leader acts, and every replica
-//! answers the webhook; a cluster without the operator goes on running what runs; a leader whose watches are old says so and makes way, one
-//! that could not renew its Lease stops before another may lead, and both begin anew by themselves, within seconds of the API server's return.
-//! Non-goals: to decide before every cache is filled, and to write what has not changed.
+//! Guarantees:
+//!
+//! - An operator that is killed at any point converges after a restart, without a second pod for the same attempt.
+//! - Only the leader acts. Every replica answers the webhook.
+//! - Running attempts continue in a cluster without the operator.
+//! - A leader whose watches are old reports that and lets another replica lead. A leader that cannot renew its Lease stops before another
+//!   replica can lead. Both start again on their own, within seconds of the API server's return.
+//!
+//! Non-goals: Decisions before every cache is filled. Writes that change nothing.
 
 use std::{
     net::SocketAddr,
@@ -38,108 +43,110 @@ use crate::{
     seal,
 };
 
-/// Writes, counted and guarded.
+/// Writes to the API server, with counters and UID preconditions.
 pub mod api;
-/// Makes an attempt's objects.
+/// Creates the objects of an attempt.
 pub mod apply;
-/// Pauses after errors.
+/// Computes pauses after errors.
 pub mod backoff;
-/// The secrets of the system namespace.
+/// Creates the Secrets of the system namespace.
 pub mod bootstrap;
-/// What the cluster says, kept by watches.
+/// Keeps the observed state of the cluster in caches, by watches.
 pub mod cache;
-/// Who changes pods on their way in.
+/// Finds the mutating admission that may have changed a pod.
 pub mod injectors;
-/// What we remember between two looks.
+/// Remembers the operator's own writes between two reconciliations.
 pub mod memory;
-/// Metrics.
+/// Defines the operator's metrics.
 pub mod metrics;
-/// Whether contracts and packs are in order.
+/// Reports in their statuses whether contracts and packs are valid.
 pub mod ready;
-/// One look at one task.
+/// Reconciles one task.
 pub mod reconcile;
-/// What a task refers to.
+/// Looks up what a task refers to.
 pub mod resolve;
-/// What a task's status says.
+/// Computes the status of a task.
 pub mod status;
-/// What the cluster adds to every task.
+/// Finds the settings of the cluster that are the same for every task.
 pub mod surroundings;
-/// What is wrong, said when it is applied.
+/// Serves the admission webhook.
 pub mod webhook;
 
 #[cfg(test)]
 mod tests;
 
-/// Looks at a time. Each waits for the API server most of the time.
+/// The number of concurrent reconciliations. Each spends most of its time waiting for the API server.
 const CONCURRENCY: u16 = 64;
-/// Name of the Lease.
+/// The name of the Lease.
 const LEASE: &str = "belay-operator";
-/// Seconds that a leader is believed after its last sign of life.
+/// Seconds after a renewal for which the Lease is valid.
 const LEASE_SECONDS: u64 = 15;
-/// Seconds before that in which it renews.
+/// Seconds before the end of the Lease in which the leader renews it.
 const LEASE_GRACE_SECONDS: u64 = 5;
-/// A leader that could not renew its Lease stops this long after it last did: before another may lead.
+/// The time after its last renewal at which a leader that cannot renew its Lease stops. It is shorter than the Lease, so that the leader
+/// stops before another replica can lead.
 const LEASE_BELIEVED: Duration = Duration::from_secs(LEASE_SECONDS - 2);
-/// For how long one tries to get the Lease, before it begins anew: one that failed for a while waits long between tries.
+/// The time after which an attempt to get the Lease starts again, because the client of an attempt that has failed for a while waits long
+/// between its tries.
 const LEASE_TRY: Duration = Duration::from_secs(10);
-/// A leader one of whose watches is as old as this makes way for another.
+/// The age of a watch at which a leader lets another replica lead.
 const BLIND: Duration = Duration::from_secs(60);
-/// How often a leader asks itself whether it still may and can lead.
+/// How often a leader checks whether it may and can still lead.
 const DOUBT: Duration = Duration::from_secs(1);
-/// Before a replica that stopped leading begins anew; one that made way lets another lead first.
+/// The pause before a replica that stopped leading starts again.
 const AGAIN: Duration = Duration::from_secs(1);
-/// See there.
+/// The pause before a replica starts again after it let another replica lead. It is longer, so that the other replica leads first.
 const MADE_WAY: Duration = Duration::from_secs(5);
-/// An API server that has answered for so long is not why something failed.
+/// The time for which the API server must have answered without interruption before it is ruled out as the cause of a failure.
 const SETTLED: jiff::SignedDuration = jiff::SignedDuration::from_secs(30);
-/// How often the serving certificates are looked at.
+/// How often the serving certificates are checked.
 const CERTIFICATE_CHECK: Duration = Duration::from_secs(12 * 3600);
-/// How often memories of tasks that are gone are dropped.
+/// How often the memories of deleted tasks are dropped.
 const TIDY: Duration = Duration::from_secs(300);
-/// For what is under way when the process is told to end.
+/// The time for work in progress when the process is stopped.
 const DRAIN: Duration = Duration::from_secs(10);
 
-/// What the operator is told by its command line.
+/// The operator's settings, from its command line.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// Namespace of operator and gateway.
+    /// The namespace of operator and gateway.
     pub system_namespace: String,
-    /// `host:port` of the gateway, for sealing logs; its Service's address when absent, which needs no DNS.
+    /// The `host:port` of the gateway, for sealing logs. If absent, the address of its Service, which needs no DNS.
     pub gateway: Option<String>,
-    /// Image of the harness.
+    /// The image of the harness.
     pub image: String,
-    /// Address for health and metrics.
+    /// The address for health checks and metrics.
     pub admin_listen: SocketAddr,
-    /// File with the operator's token for the gateway.
+    /// The file with the operator's token for the gateway.
     pub token: PathBuf,
-    /// Processor request of the harness.
+    /// The CPU request of the harness.
     pub harness_cpu: String,
-    /// Memory limit of the harness.
+    /// The memory limit of the harness.
     pub harness_memory: String,
-    /// Who we are in the Lease.
+    /// The identity of this replica in the Lease.
     pub identity: String,
-    /// Endpoint of the evidence store as the gateway has it; absent for AWS.
+    /// The endpoint of the object store, as the gateway has it. Absent for AWS.
     pub s3_endpoint: Option<String>,
-    /// The webhook, where there is one.
+    /// The settings of the webhook, if there is one.
     pub webhook: Option<webhook::Options>,
 }
 
 /// Why the operator ended.
 #[derive(Debug, thiserror::Error)]
 pub enum OperatorError {
-    /// The way to the API server.
+    /// The API server cannot be used.
     #[error("cannot use the API server: {0}")]
     Client(#[from] kube::Error),
-    /// No kubeconfig and no ServiceAccount.
+    /// There is neither a kubeconfig nor a ServiceAccount.
     #[error("cannot find the API server: {0}")]
     Config(#[from] kube::config::InferConfigError),
-    /// The admin port.
+    /// The admin port failed.
     #[error(transparent)]
     Admin(#[from] admin::AdminError),
-    /// Metrics.
+    /// The metrics cannot be registered.
     #[error("cannot register metrics: {0}")]
     Metrics(#[from] prometheus::Error),
-    /// The Lease.
+    /// The Lease cannot be used.
     #[error("cannot use Lease {LEASE}: {0}")]
     Lease(#[from] kube_lease_manager::LeaseManagerError),
     /// The gateway has no address.
@@ -147,31 +154,32 @@ pub enum OperatorError {
         "expected Service belay-gateway with a cluster address in the system namespace, found none: install the chart whole"
     )]
     NoGateway,
-    /// The Lease went to another.
+    /// Another replica holds the Lease, or it was not renewed in time.
     #[error("Lease {LEASE} went to another replica, or could not be renewed in time: only the leader may act")]
     LeaseLost,
-    /// What is watched is old.
+    /// A watch is old.
     #[error("{0}; making way for another replica")]
     Blind(String),
-    /// The webhook's port.
+    /// The webhook's port failed.
     #[error(transparent)]
     Webhook(#[from] webhook::WebhookError),
-    /// The secrets.
+    /// The Secrets cannot be created or used.
     #[error(transparent)]
     Bootstrap(#[from] bootstrap::BootstrapError),
-    /// The gateway's authority.
+    /// The client of the gateway cannot be created, for example because the certificate authority is not valid.
     #[error(transparent)]
     Seal(#[from] seal::SealError),
     /// A watch ended.
     #[error("a watch ended before its cache was filled")]
     Watch,
-    /// The controller ended by itself.
+    /// The controller ended on its own.
     #[error("the controller ended though nobody asked it to")]
     Ended,
 }
 
 impl OperatorError {
-    /// Whether it is over some time, so that the same process begins anew. Kubernetes would start it again, but later each time.
+    /// Checks whether the error is temporary, so that the same process can start again. Kubernetes would also restart the process, but
+    /// after a longer pause each time.
     fn passes(&self, contact: &Contact) -> bool {
         let settled = contact.now().duration_since(contact.since()) > SETTLED;
         match self {
@@ -182,7 +190,8 @@ impl OperatorError {
     }
 }
 
-/// Runs until `stop` resolves, or something fails that a restart may cure. A replica that cannot lead any more begins anew.
+/// Runs until `stop` resolves, or until an error that a restart of the process may fix. A replica that cannot lead any more starts again in
+/// the same process.
 ///
 /// # Errors
 /// See [`OperatorError`].
@@ -191,7 +200,7 @@ pub async fn run(settings: Settings, stop: impl Future<Output = ()> + Send) -> R
     serve(config, settings, stop).await
 }
 
-/// Runs against this API server.
+/// Runs the operator against this API server.
 pub(crate) async fn serve(
     config: kube::Config,
     settings: Settings,
@@ -240,7 +249,7 @@ pub(crate) async fn serve(
             () = &mut stop => return Ok(()),
             () = tokio::time::sleep(if matches!(error, OperatorError::Blind(_)) { MADE_WAY } else { AGAIN }) => {}
         }
-        // What is watched is watched anew, and what was remembered may have been another leader's to change meanwhile.
+        // Watch everything again, and forget what was remembered, because another leader may have changed it in the meantime.
         replica.contact.forget();
         replica.memories.retain(|_| false);
         let (stores, anew) = cache::watch(&replica.client, replica.memories.clone(), &replica.metrics);
@@ -249,7 +258,7 @@ pub(crate) async fn serve(
     }
 }
 
-/// What every replica has, whether it leads or not.
+/// The state that every replica has, whether it leads or not.
 struct Replica {
     settings: Settings,
     client: Client,
@@ -262,7 +271,7 @@ struct Replica {
     contact: Arc<Contact>,
 }
 
-/// Ends what it runs with itself.
+/// A running task that is aborted on drop.
 struct Running<T>(tokio::task::JoinHandle<T>);
 
 impl<T> Drop for Running<T> {
@@ -272,7 +281,7 @@ impl<T> Drop for Running<T> {
 }
 
 impl Replica {
-    /// Waits for the Lease and leads, until there is a reason not to.
+    /// Waits for the Lease and leads until there is a reason to stop.
     async fn term(
         &self,
         mut streams: cache::Streams,
@@ -299,7 +308,7 @@ impl Replica {
                             Ok(_) => break,
                             Err(_) => return Err(OperatorError::LeaseLost),
                         },
-                        // One that waits for its turn waits on; one that was without an answer begins anew.
+                        // A replica that waits for its turn continues to wait. One that got no answer from the API server starts again.
                         () = &mut patience => {
                             if self.contact.now().duration_since(self.contact.since()) < SETTLED {
                                 return Err(OperatorError::LeaseLost);
@@ -317,7 +326,7 @@ impl Replica {
                     Err(error) if error.passes(&self.contact) => tokio::time::sleep(AGAIN).await,
                     Err(error) => return Err(error),
                 },
-                // What the webhook judges by. The controller goes on with the same streams.
+                // The webhook needs these caches. The controller continues with the same streams.
                 never = streams.follow_references(), if self.settings.webhook.is_some() => match never {},
             }
         };
@@ -329,7 +338,7 @@ impl Replica {
             _ = lost.wait_for(|leading| !*leading) => Err(OperatorError::LeaseLost),
             doubt = self.doubt() => Err(doubt),
         };
-        // Without a receiver the Lease is given up, so that the next leader need not wait for it to end.
+        // Without a receiver the Lease is released, so that the next leader does not wait until it expires.
         drop((leading, lost));
         let mut lease_task = lease_task;
         if result.is_ok() || matches!(result, Err(OperatorError::Blind(_))) {
@@ -338,7 +347,7 @@ impl Replica {
         result
     }
 
-    /// Why this replica must not lead any longer.
+    /// Waits until this replica must stop leading, and returns the reason.
     async fn doubt(&self) -> OperatorError {
         let led = Instant::now();
         loop {
@@ -356,14 +365,14 @@ impl Replica {
     }
 }
 
-/// What this replica does.
+/// The role of this replica.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Role {
-    /// Waits for the Lease.
+    /// The replica waits for the Lease.
     Standby,
-    /// Leads, and fills its caches.
+    /// The replica leads and fills its caches.
     Filling,
-    /// Leads.
+    /// The replica leads.
     Leading,
 }
 
@@ -385,7 +394,7 @@ async fn lead(
     let trust = webhook::keep_trust(client.clone(), authority.clone());
     let (surroundings, gateway_moved) = surroundings::follow(client, settings, authority, api_servers);
     let counted = metrics::TasksByPhase::new(stores.tasks.clone())?;
-    // Those that were counted by the same process when it led before, if it did.
+    // The collector of the same process from the last time that it led, if any.
     let _ = registry.unregister(Box::new(counted.clone()));
     registry.register(Box::new(counted))?;
     let writer = api::Writer::new(client.clone(), metrics.clone());
@@ -402,7 +411,7 @@ async fn lead(
         #[cfg(test)]
         believes_caches: false,
     });
-    // The streams fill the stores while they are polled, so that the controller waits inside each look, not before it runs.
+    // The streams fill the stores only while they are polled, so each reconciliation waits for the caches, not the start of the controller.
     let (filled, is_filled) = watch::channel(false);
     let (stopped, stopping) = tokio::sync::oneshot::channel::<()>();
     let controller = control(streams, gateway_moved, context, is_filled, async {
@@ -430,7 +439,7 @@ async fn lead(
     Ok(())
 }
 
-/// Runs the controller until it is told to stop.
+/// Runs the controller until it is stopped.
 async fn control(
     streams: cache::Streams,
     gateway_moved: impl Stream<Item = ()> + Send + 'static,
@@ -456,7 +465,7 @@ async fn control(
             move |task, context| {
                 let mut filled = filled.clone();
                 async move {
-                    // An empty cache is no statement about the cluster. The sender lives as long as the controller.
+                    // An empty cache says nothing about the cluster. The sender lives as long as the controller.
                     let _ = filled.wait_for(|filled| *filled).await;
                     reconcile::reconcile(task, context).await
                 }
@@ -466,7 +475,7 @@ async fn control(
         )
         .for_each(|outcome| {
             match outcome {
-                // Both are told where they arise; a task that is gone when its turn comes is no error.
+                // Both kinds of errors are reported where they occur. A task that is gone when its turn comes is not an error.
                 Ok(_) | Err(controller::Error::ReconcilerFailed(..) | controller::Error::ObjectNotFound(_)) => {}
                 Err(error) => tracing::warn!(%error, "a watch was interrupted and is started again"),
             }
@@ -475,7 +484,8 @@ async fn control(
         .await;
 }
 
-/// Generation and deletion. Whether a deletion counts as a generation is for the API server to say; it is not needed here.
+/// Returns a value that changes with the task's generation and its deletion. It does not depend on whether the API server counts a deletion
+/// as a new generation.
 fn task_changes(task: &cache::GuardedTask) -> Option<u64> {
     let metadata = task.meta();
     let generation = metadata.generation.unwrap_or_default().unsigned_abs();

@@ -1,8 +1,12 @@
-//! A task, its contracts and its pack become what is to be: policy, pod, NetworkPolicy, ConfigMap.
+//! Renders a task, its contracts and its pack into the objects of an attempt: policy, pod, NetworkPolicy, ConfigMap.
 //!
-//! Promises: the same input gives the same bytes, in the operator and in the gateway; everything that is wrong is found in
-//! one pass and named by its field; what is not understood is refused. Refuses: clients, clocks, and repair of
-//! bad input, but for one thing: an input schema that is silent about unknown properties refuses them.
+//! Guarantees: The same input gives the same bytes, in the operator and in the gateway. One pass finds everything that is wrong and names
+//! it by its field.
+//!
+//! Rejects: Input that this version does not understand.
+//!
+//! Non-goals: Clients, clocks, and the repair of bad input. The one exception is an input schema that does not mention unknown properties:
+//! the rendered schema is closed, so that it rejects them.
 //!
 //! ```text
 //! pack_for ─▶ config::render_policy ─▶ validated::validate ─▶ pod, network_policy, config_map (cannot fail)
@@ -18,51 +22,51 @@ use kube::{
 
 use crate::api::PolicyPack;
 
-/// What a pack says to tool calls.
+/// Renders a pack's rules for tool calls.
 pub mod access;
-/// What runs in the agent's place, whatever runs it.
+/// Describes the agent of an attempt, whatever runs it.
 pub mod agent;
-/// Contracts and packs by themselves.
+/// Checks contracts and packs on their own.
 pub mod alone;
-/// ApprovalRequests as plain data.
+/// Reads ApprovalRequests as plain data.
 pub mod approval;
-/// CEL preconditions: that they compile, name only what exists and stay shallow.
+/// Checks CEL preconditions: they compile, name only variables that exist, and are not nested too deeply.
 pub mod condition;
-/// The rendered policy.
+/// Renders the policy.
 pub mod config;
-/// The ConfigMap of an attempt.
+/// Builds the ConfigMap of an attempt.
 pub mod config_map;
-/// Where a task's evidence goes.
+/// Says where a task's evidence is stored.
 pub mod evidence;
 #[cfg(test)]
 pub(crate) mod fixtures;
-/// Whether a pod is the pod that was planned.
+/// Checks whether a pod is the pod that was planned.
 pub mod intact;
-/// Labels, annotations and other names that are shared.
+/// Defines the labels, annotations and other names that components share.
 pub mod names;
-/// The NetworkPolicy of an attempt, and the proof that it was read back.
+/// Builds the NetworkPolicy of an attempt, and proves that it was read back.
 pub mod network_policy;
-/// The task as the owner of its attempts' objects.
+/// Describes the task as the owner of its attempts' objects.
 pub mod owner;
-/// The pod of an attempt.
+/// Builds the pod of an attempt.
 pub mod pod;
-/// Kubernetes quantities.
+/// Reads Kubernetes quantities.
 pub mod quantity;
-/// The task that undoes another.
+/// Builds rollback tasks.
 pub mod rollback;
-/// Input schemas: valid, self-contained, closed.
+/// Checks and closes input schemas: valid, self-contained, closed.
 pub mod schema;
 #[cfg(test)]
 mod tests;
-/// Types of CEL expressions.
+/// Infers the types of CEL expressions.
 pub mod types;
-/// A task in order, as types that hold nothing else.
+/// Validates tasks, with types that can hold only a valid task.
 pub mod validated;
 
-/// One thing that is wrong, and what to do about it.
+/// One problem of an object, and what to do about it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Finding {
-    /// Path of the field. A field of another object than the task is preceded by its kind and name: `ToolContract/read-log spec.input`.
+    /// The path of the field. The kind and name of the object come first if it is not the task: `ToolContract/read-log spec.input`.
     pub field: String,
     /// What was expected.
     pub expected: String,
@@ -73,7 +77,7 @@ pub struct Finding {
 }
 
 impl Finding {
-    /// A finding, in the order in which it is read.
+    /// Creates a finding. The arguments have the order in which the finding is displayed.
     pub fn new(
         field: impl Into<String>,
         expected: impl Into<String>,
@@ -83,7 +87,7 @@ impl Finding {
         Self { field: field.into(), expected: expected.into(), found: found.into(), fix: fix.into() }
     }
 
-    /// An object that is there, and is not what its type says: newer than this version, or older.
+    /// Creates the finding about an object that exists and that this version cannot decode, because the object is newer or older.
     pub fn unreadable(field: impl Into<String>, what: &str, error: impl Into<String>) -> Self {
         Self::new(
             field,
@@ -93,7 +97,7 @@ impl Finding {
         )
     }
 
-    /// The finding, with the field as the object itself has it: `ToolContract/read-log spec.input` is `spec.input`.
+    /// Returns the finding with the field's path inside the object: `ToolContract/read-log spec.input` becomes `spec.input`.
     #[must_use]
     pub fn own(mut self) -> Self {
         if let Some((_, field)) = self.field.split_once(" spec") {
@@ -111,12 +115,12 @@ impl fmt::Display for Finding {
 
 impl std::error::Error for Finding {}
 
-/// The one pack that governs a namespace with these labels.
+/// Returns the one pack that governs a namespace with these labels.
 ///
-/// A pack whose selector cannot be read selects nothing: it must not take the other packs' namespaces down with it.
+/// A pack whose selector cannot be read selects nothing, so that it does not affect the namespaces of other packs.
 ///
 /// # Errors
-/// If no pack selects the namespace, or more than one does: which one was meant is not for us to guess.
+/// Returns an error if no pack or more than one pack selects the namespace. Belay does not guess which one was meant.
 pub fn pack_for<'a, P: Borrow<PolicyPack>>(
     namespace_labels: &BTreeMap<String, String>,
     packs: &'a [P],
@@ -124,7 +128,7 @@ pub fn pack_for<'a, P: Borrow<PolicyPack>>(
     pack_among(namespace_labels, packs.iter().map(Borrow::borrow))
 }
 
-/// [`pack_for`] over packs that lie elsewhere.
+/// Like [`pack_for`], for packs that are not in a slice.
 ///
 /// # Errors
 /// See [`pack_for`].

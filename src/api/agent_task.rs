@@ -1,4 +1,4 @@
-//! `AgentTask`: one objective, worked on by one agent image, on somebody's behalf.
+//! `AgentTask`: one objective, which one agent works on for one principal.
 
 use std::collections::BTreeMap;
 
@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::policy::config::{RollbackOf, Usage};
 
-/// That a member of the spec is as it was: there or not, and the same.
+/// The CEL expression that is true if a field of the spec has not changed: it is present or absent as before, and its value is the same.
 macro_rules! same {
     ($member:literal) => {
         concat!(
@@ -20,8 +20,8 @@ macro_rules! same {
     ($first:literal, $($more:literal),+) => { concat!(same!($first), $(" && ", same!($more)),+) };
 }
 
-/// Every member of the spec that decides something, as it was. A member that is not here may be changed: it must not be in what the evidence
-/// says of a task.
+/// The CEL expression that is true if no field of the spec that decides something has changed. A field that is not listed here stays
+/// mutable, so the evidence of a task must not depend on it.
 const IMMUTABLE: &str = same!(
     "objective",
     "workflowClass",
@@ -231,7 +231,7 @@ pub struct Limits {
     /// The number of tool calls.
     #[schemars(range(min = 0, max = 1_000_000))]
     pub tool_calls: i64,
-    /// Tokens of model calls, prompts and replies together.
+    /// The number of tokens of model calls, prompts and replies together.
     #[schemars(range(min = 0, max = 1_000_000_000_000_i64))]
     pub tokens: i64,
     /// The number of denials that ends the task, with failure class `Policy`. No limit if neither the task nor the class sets one.
@@ -265,7 +265,7 @@ pub struct Retry {
 }
 
 impl Retry {
-    /// Enough for a drain and a bad node; few enough that a broken cluster shows.
+    /// Three retries are enough for a drain and a bad node, and few enough that a broken cluster becomes visible.
     fn default_infrastructure() -> i64 {
         3
     }
@@ -279,7 +279,7 @@ impl Default for Retry {
 
 /// The observed state of the task. The gateway writes `usage`. The operator writes all other fields.
 ///
-/// Until the operator has looked, `observedGeneration` is -1. `kubectl wait`, Flux and Argo CD wait for a later one.
+/// Until the operator has processed the task, `observedGeneration` is -1. `kubectl wait`, Flux and Argo CD wait for a later one.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 #[schemars(extend("default" = { "observedGeneration": -1 }))]
@@ -308,10 +308,10 @@ pub struct AgentTaskStatus {
     /// What the task has used of its limits. The gateway writes it from witnessed evidence.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub usage: Option<Usage>,
-    /// Standard conditions. `Ready` is true once the task has succeeded and its evidence is sealed, for tools that wait for that, and
-    /// `Stalled` where nothing but a person helps: it has failed, or is not valid. `Complete` is true for success alone, `Failed` for
-    /// failure; `EvidenceSealed` for either end. `Accepted` says whether spec, contracts and pack are in order, `Contained` whether the newest
-    /// attempt's pod reaches the gateway and nothing else.
+    /// Standard conditions. `Ready` is true if the task has succeeded and its evidence is sealed. Tools that wait for a task use it.
+    /// `Stalled` is present if only a person can help: the task has failed or is not valid. `Complete` is true if the task has succeeded,
+    /// `Failed` if it has failed, and `EvidenceSealed` if its evidence is sealed after either. `Accepted` says whether spec, contracts and
+    /// pack are valid together. `Contained` says whether the pod of the newest attempt reaches the gateway and nothing else.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,
@@ -328,7 +328,7 @@ pub struct AgentTaskStatus {
 pub enum Phase {
     /// Not started: the task is not accepted yet, or waits for its pod.
     Pending,
-    /// An attempt is under way.
+    /// An attempt is running.
     Running,
     /// The evidence bucket or the gateway has been unavailable for long. The task continues by itself when it is available again.
     Parked,
@@ -349,7 +349,7 @@ pub enum FailureClass {
     Dependency,
     /// The agent exited with an error or ran out of memory.
     Agent,
-    /// Wall time.
+    /// The wall time is over.
     Budget,
     /// The task was deleted before it ended.
     Cancelled,
@@ -361,7 +361,7 @@ pub enum FailureClass {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Attempt {
-    /// From 1.
+    /// The number of the attempt, from 1.
     pub number: i64,
     /// The pod's name.
     #[schemars(length(max = 253))]
@@ -372,13 +372,13 @@ pub struct Attempt {
     /// When the pod was created.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub started_at: Option<Time>,
-    /// When the operator saw its end.
+    /// When the operator saw the end of the attempt.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub finished_at: Option<Time>,
     /// The failure class. Absent while the attempt runs and if it succeeded.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failure_class: Option<FailureClass>,
-    /// The reason of its end, in one word.
+    /// The reason of the end, in one word.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 128))]
     pub reason: Option<String>,

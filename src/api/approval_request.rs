@@ -1,4 +1,4 @@
-//! `ApprovalRequest`: one exact call that waits for people.
+//! `ApprovalRequest`: one exact call that waits for approval.
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::{CustomResource, KubeSchema};
@@ -76,10 +76,10 @@ pub struct ApprovalRequestSpec {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct ApprovalTask {
-    /// The name.
+    /// The name of the task.
     #[schemars(length(min = 1, max = 253))]
     pub name: String,
-    /// Its UID.
+    /// The UID of the task.
     #[schemars(length(min = 1, max = 64))]
     pub uid: String,
     /// The attempt that made the call first.

@@ -41,7 +41,7 @@ use crate::policy::{
 )]
 #[serde(rename_all = "camelCase")]
 pub struct PolicyPackSpec {
-    /// The environment's name, such as `dev`, `stage` or `prod`. Recorded with every run.
+    /// The environment's name, such as `dev`, `stage` or `prod`. The evidence of each attempt has it.
     #[schemars(length(min = 1, max = 63), regex(pattern = r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$"))]
     pub environment: String,
     /// The namespaces that this pack governs.
@@ -155,7 +155,7 @@ pub struct Risk {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 1_000_000))]
     pub approve_at: Option<i64>,
-    /// From this score on calls are denied.
+    /// From this score on, a call is denied.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1, max = 1_000_000))]
     pub deny_at: Option<i64>,
@@ -256,10 +256,10 @@ pub struct Credential {
     /// The Secret's name.
     #[schemars(length(min = 1, max = 253))]
     pub secret: String,
-    /// The key in it.
+    /// The key in the Secret.
     #[schemars(length(min = 1, max = 253))]
     pub key: String,
-    /// The header to set, lower case; `authorization` when absent.
+    /// The header to set, in lower case. `authorization` if absent.
     #[serde(default = "Credential::default_header")]
     #[schemars(transform = without_default, length(min = 1, max = 64), regex(pattern = r"^[a-z][a-z0-9-]*$"))]
     pub header: String,
@@ -330,9 +330,9 @@ pub struct ModelEndpoint {
     /// Names of models as requests have them, or prefixes with `*`.
     #[schemars(length(min = 1, max = 64), inner(length(min = 1, max = 253), regex(pattern = r"^[^\s\x00-\x1f*]*\*?$")), extend("x-kubernetes-list-type" = "set"))]
     pub models: Vec<String>,
-    /// Whose API it speaks: `openai` or `anthropic`.
+    /// The API that the endpoint speaks: `openai` or `anthropic`.
     pub api: Family,
-    /// Its base URL, as the provider writes it.
+    /// The base URL of the endpoint, as the provider writes it.
     #[schemars(
         length(min = 8, max = 2048),
         regex(pattern = r"^https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?(/[^\s#?]*)?(\?[^\s#]*)?$")

@@ -1,10 +1,10 @@
-//! What the API server is told about our kinds.
+//! Checks the schemas that the API server gets.
 
 use serde_json::Value;
 
 use super::all_crds;
 
-/// Every value in a schema that is below a list's items, with its path.
+/// Collects every value of a schema that is below the items of a list, with its path.
 fn below_lists<'a>(schema: &'a Value, path: &str, in_list: bool, found: &mut Vec<(String, &'a Value)>) {
     let Some(members) = schema.as_object() else { return };
     for (name, member) in members {
@@ -23,7 +23,7 @@ fn below_lists<'a>(schema: &'a Value, path: &str, in_list: bool, found: &mut Vec
     }
 }
 
-/// Argo CD compares lists whole and knows no schema: what the API server fills in inside of one is drift, for ever.
+/// Argo CD compares whole lists and does not know the schema. It reports every default that the API server writes into a list as drift.
 #[test]
 fn no_list_has_defaults_inside() {
     for crd in all_crds() {
@@ -36,7 +36,7 @@ fn no_list_has_defaults_inside() {
     }
 }
 
-/// A member of a task's spec that may be changed is one that was left out of the rule on purpose.
+/// A new field of a task's spec must be in the immutability rule.
 #[test]
 fn every_member_of_a_tasks_spec_is_immutable() {
     let crd = serde_json::to_value(&all_crds()[0]).unwrap();

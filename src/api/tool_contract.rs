@@ -252,7 +252,7 @@ pub struct McpUpstream {
     /// The server's endpoint.
     #[schemars(length(min = 8, max = 2048), regex(pattern = r"^https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?(/[^\s#]*)?$"))]
     pub url: String,
-    /// The tool's name there.
+    /// The tool's name on the server.
     #[schemars(length(min = 1, max = 128))]
     pub tool: String,
     /// Pins the server's own definition of the tool. Rule `tool.changed` denies calls while the server lists another definition, or none.
@@ -334,7 +334,7 @@ pub struct Precondition {
     pub message: String,
 }
 
-/// A JSON Schema inside a structural schema: an object whose inside the API server keeps but does not judge.
+/// Returns the structural schema of a field that contains a JSON Schema: an object whose content the API server stores without checking it.
 fn json_schema_object(_: &mut SchemaGenerator) -> Schema {
     json_schema!({ "type": "object", "x-kubernetes-preserve-unknown-fields": true, "maxProperties": 64 })
 }

@@ -1,9 +1,15 @@
-//! What to do next about a task, from what is seen of it: a pure function.
+//! Decides what to do next about a task, from its observed state. The decision is a pure function.
 //!
-//! Guarantees: a new attempt starts only when no pod of the task can act any more, under a number that was never used; an end is
-//! recorded before anything acts on it; what ends an attempt, deletes a pod or seals a log was read from the API server in this very look,
-//! or else it is to be read first; what the clock alone says is presumed, and the pod's own word replaces it; the last word is the sealed
-//! log. Non-goals: clocks and clients; the same observation always gives the same decision.
+//! Guarantees:
+//!
+//! - A new attempt starts only when no pod of the task can act any more, and under a number that was never used.
+//! - An end is recorded before anything acts on it.
+//! - An attempt is ended, a pod deleted or a log sealed only because of state that was read from the API server in this reconciliation. If
+//!   the state is older, the decision is to read it first.
+//! - An end that follows only from the clock is presumed, and what the pod itself reports replaces it. The sealed log has precedence over
+//!   both.
+//!
+//! Non-goals: Clocks and clients. The same observation always gives the same decision.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -20,58 +26,59 @@ use crate::{
     plan::pod::START_ALLOWANCE_SECONDS,
 };
 
-/// For how long a pod may fail to pull an image or to be configured: long enough for a registry's hiccup.
+/// How long a pod may fail to pull an image or to be configured, in seconds. A registry can recover from a short failure in this time.
 const STUCK_SECONDS: i64 = 60;
-/// Beyond the wall time, at which the harness stops every call by itself, closes its log and ends.
+/// Seconds after the wall time in which the harness, which then stops every call by itself, closes its log and ends.
 const CLOSING_SECONDS: i64 = 5;
-/// After a break in which the API server did not answer, nothing is concluded for so long from what a pod does not say: kubelets were cut off
-/// as well, and tell what happened meanwhile within some seconds of its return.
+/// Seconds after an interruption in which the API server did not answer. During this time, nothing is concluded from what a pod does not
+/// report: kubelets were cut off as well, and report within some seconds of the API server's return what happened in the meantime.
 pub const SETTLING_SECONDS: i64 = 45;
-/// Longest pause before another attempt.
+/// The longest pause before another attempt, in seconds.
 const MAX_PAUSE_SECONDS: i64 = 60;
-/// A task keeps this many attempts in its status.
+/// The number of attempts that a task's status keeps.
 pub const MAX_ATTEMPTS: usize = 64;
 
-/// What is seen of a task.
+/// The observed state of a task.
 #[derive(Clone, Debug)]
 pub struct Observed<'a> {
-    /// The task's UID: spreads the pauses of tasks that failed together.
+    /// The task's UID. It spreads the pauses of tasks that failed together.
     pub uid: &'a str,
-    /// Whether its deletion was asked for.
+    /// Whether the deletion of the task was requested.
     pub deleting: bool,
-    /// Whether our finalizer is on it.
+    /// Whether the task has Belay's finalizer.
     pub finalizer: bool,
-    /// Its phase.
+    /// The task's phase.
     pub phase: Option<Phase>,
-    /// Whether its evidence is sealed.
+    /// Whether the task's evidence is sealed.
     pub sealed: bool,
-    /// Whether the task was just read from the API server.
+    /// Whether the task was read from the API server just now.
     pub live: bool,
-    /// Whether another task undoes it if it fails.
+    /// Whether a rollback task is created if the task fails.
     pub rolls_back: bool,
-    /// How often it may be tried again.
+    /// How often the task may be retried.
     pub retry: &'a Retry,
-    /// Seconds that an attempt may run.
+    /// The seconds that an attempt may run.
     pub wall_time_seconds: i64,
-    /// The attempts that its status has.
+    /// The attempts in the task's status.
     pub history: &'a [Attempt],
-    /// How many attempts failed by which class, as its status has it.
+    /// The number of failed attempts by failure class, as the task's status has it.
     pub failures: &'a BTreeMap<String, i64>,
-    /// Its pods.
+    /// The task's pods.
     pub pods: &'a [PodView],
-    /// Attempts that have a NetworkPolicy: made before the pod, they outlive it, until a status has a later attempt.
+    /// The attempts that have a NetworkPolicy. The NetworkPolicy is created before the pod and outlives it, until a status has a later
+    /// attempt.
     pub claims: &'a [i64],
-    /// A claim whose pod was certainly never made.
+    /// An attempt with a NetworkPolicy whose pod was certainly never created.
     pub reusable: Option<i64>,
-    /// Attempts whose pod was looked up at the API server in this look: what is not among the pods is not there.
+    /// The attempts whose pod was looked up at the API server in this reconciliation. If such a pod is not among `pods`, it does not exist.
     pub looked_up: &'a BTreeSet<i64>,
-    /// Since when the API server has answered without a break.
+    /// The time since which the API server has answered without interruption.
     pub in_touch_since: Timestamp,
-    /// Now, by the API server's clock.
+    /// The current time, by the API server's clock.
     pub now: Timestamp,
 }
 
-/// What is to be read from the API server before something is decided.
+/// An object that must be read from the API server before a decision.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unread {
     /// The task.
@@ -80,41 +87,42 @@ pub enum Unread {
     Pod(i64),
 }
 
-/// What to do next.
+/// The next step for a task.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Next {
-    /// Nothing, for ever.
+    /// Do nothing. The task needs no more work.
     Nothing,
-    /// Nothing until then: an attempt failed, and the next must wait.
+    /// Wait until this time. An attempt failed, and the next one must wait.
     Pause(Timestamp),
-    /// Make this attempt's objects.
+    /// Create the objects of this attempt.
     Start(i64),
-    /// An attempt is under way. Look again then.
+    /// An attempt is running. Check it again at a later time.
     Run {
-        /// Its number.
+        /// The number of the attempt.
         attempt: i64,
-        /// When something may have to be done though nothing changes.
+        /// The time at which something may be due even if no object changes.
         until: Option<Timestamp>,
     },
-    /// These pods must go: UIDs and names of those that were not told yet. The rest is waited for.
+    /// Delete these pods, given by UID and name, whose deletion was not requested yet, and wait until all other pods that must end have
+    /// ended.
     EndPods(Vec<(String, String)>),
-    /// What is known is old: read this, and decide again.
+    /// The known state is old. Read this object and decide again.
     Confirm(Unread),
     /// Seal the log.
     Seal {
-        /// The last attempt.
+        /// The number of the last attempt.
         attempt: i64,
-        /// How the task ended.
+        /// The end of the task.
         closed: TaskClosed,
-        /// Nobody has seen how it ended: the log has the last word.
+        /// No component saw the end, so the log has precedence.
         presumed: bool,
     },
-    /// Let go of a deleted task.
+    /// Remove the finalizer of a deleted task.
     Release,
 }
 
 impl Next {
-    /// One word for it, in traces.
+    /// Returns one word for the step, for traces.
     pub fn as_str(&self) -> &'static str {
         match self {
             Self::Nothing => "nothing",
@@ -129,18 +137,18 @@ impl Next {
     }
 }
 
-/// The attempts as they are now known, and what to do.
+/// The updated attempts and the next step.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Decision {
-    /// Oldest first.
+    /// The attempts, oldest first.
     pub attempts: Vec<Attempt>,
-    /// How many attempts have failed, by class.
+    /// The number of failed attempts, by failure class.
     pub failures: BTreeMap<String, i64>,
-    /// What to do.
+    /// The next step.
     pub next: Next,
 }
 
-/// Decides.
+/// Decides what to do next about a task.
 pub fn decide(observed: &Observed<'_>) -> Decision {
     let before = || (observed.history.to_vec(), failures(observed));
     let ended = matches!(observed.phase, Some(Phase::Succeeded | Phase::Failed)) && observed.sealed;
@@ -162,7 +170,8 @@ pub fn decide(observed: &Observed<'_>) -> Decision {
     Decision { attempts, failures, next }
 }
 
-/// Failures by class before this look. A status that was written before they were counted has those that it keeps.
+/// Returns the failures by class before this reconciliation. For a status that was written before failures were counted, it counts the
+/// attempts in the status.
 fn failures(observed: &Observed<'_>) -> BTreeMap<String, i64> {
     let mut failures = observed.failures.clone();
     if failures.is_empty() {
@@ -181,11 +190,11 @@ fn count(failures: &mut BTreeMap<String, i64>, class: FailureClass, more: i64) {
     *count = count.saturating_add(more).max(0);
 }
 
-/// The status's attempts and failures, brought up to date from the pods. `Err` says what must be read first.
+/// Returns the status's attempts and failures, updated from the pods. `Err` says what must be read first.
 fn attempts(observed: &Observed<'_>) -> Result<(Vec<Attempt>, BTreeMap<String, i64>), Unread> {
     let mut attempts = observed.history.to_vec();
     let mut failures = failures(observed);
-    // One that is not kept any more was recorded and counted once.
+    // An attempt that the status has dropped was recorded and counted once.
     let oldest = attempts.first().filter(|_| attempts.len() >= MAX_ATTEMPTS).map_or(0, |oldest| oldest.number);
     for pod in observed.pods {
         if pod.attempt > oldest && attempts.iter().all(|attempt| attempt.number != pod.attempt) {
@@ -225,18 +234,18 @@ fn attempts(observed: &Observed<'_>) -> Result<(Vec<Attempt>, BTreeMap<String, i
             attempt.failure_class = end.class;
             attempt.reason = Some(end.reason.to_owned());
             attempt.presumed = presumed;
-            // Nobody's failure of the task's.
+            // An altered pod is not a failure of the task.
             let counted = end.class.filter(|_| end.reason != POD_ALTERED);
             counted.into_iter().for_each(|class| count(&mut failures, class, 1));
         }
     }
-    // Keeping the newest keeps the numbers growing; which old ones failed how is in the evidence.
+    // Keep the newest attempts, so that the numbers keep growing. The evidence says how the dropped attempts failed.
     let excess = attempts.len().saturating_sub(MAX_ATTEMPTS);
     attempts.drain(..excess);
     Ok((attempts, failures))
 }
 
-/// What a pod says at its end of an attempt of which that was presumed: it holds, or is replaced.
+/// Applies the end that a pod reports to an attempt whose end was presumed: the presumed end is confirmed or replaced.
 fn own_word(
     attempt: &mut Attempt,
     pod: &PodView,
@@ -251,7 +260,7 @@ fn own_word(
     let out_of_time = attempt.failure_class == Some(FailureClass::Budget)
         && later(pod.agent_started, wall(pod, observed).saturating_sub(CLOSING_SECONDS)) <= pod.agent_finished
         && pod.agent_finished.is_some();
-    // It was running when it was told to end, for the reason that was presumed.
+    // The agent was still running when the pod was stopped for the presumed reason.
     if end.reason == "PodDeleted" || out_of_time {
         return Ok(());
     }
@@ -262,16 +271,16 @@ fn own_word(
     Ok(())
 }
 
-/// The end of a pod, by its own account, or, presumed, because its time is up.
+/// Returns the end of a pod: the one that the pod reports, or a presumed one because its time is over.
 fn pod_end(pod: &PodView, observed: &Observed<'_>) -> Result<Option<(End, bool)>, Unread> {
     let unread = || Err(Unread::Pod(pod.attempt));
-    // Whatever ran there was not what was asked for, and is no success.
+    // Whatever ran in the pod was not what the task asked for, so it is not a success.
     if pod.altered.is_some() {
         let altered = End { class: Some(FailureClass::Infrastructure), reason: POD_ALTERED, exit_code: None };
         return if pod.live { Ok(Some((altered, false))) } else { unread() };
     }
     if let Some(end) = &pod.end {
-        // Its deletion was asked for, and how its agent ends is not known yet.
+        // The deletion of the pod was requested, and the end of its agent is not known yet.
         let presumed = !pod.terminal && end.class == Some(FailureClass::Infrastructure) && end.exit_code.is_none();
         return if pod.live { Ok(Some((end.clone(), presumed))) } else { unread() };
     }
@@ -283,7 +292,7 @@ fn pod_end(pod: &PodView, observed: &Observed<'_>) -> Result<Option<(End, bool)>
     }
 }
 
-/// When a pod's end is due though nothing about it changes, and as what.
+/// Returns when the end of a pod is due even if its status does not change, and the failure class and reason of that end.
 fn overdue(pod: &PodView, observed: &Observed<'_>) -> Option<(Timestamp, (FailureClass, &'static str))> {
     let infrastructure = |reason| (FailureClass::Infrastructure, reason);
     let wall = later(pod.agent_started, wall(pod, observed)).map(|at| (at, (FailureClass::Budget, "DeadlineExceeded")));
@@ -295,14 +304,14 @@ fn overdue(pod: &PodView, observed: &Observed<'_>) -> Option<(Timestamp, (Failur
     Some((later(Some(observed.in_touch_since), SETTLING_SECONDS).map_or(at, |settled| at.max(settled)), end))
 }
 
-/// Seconds after its agent's start at which a pod's time is up, whatever its harness says: its wall time, and what its calls may wait for
-/// people.
+/// Returns the seconds after the start of the agent at which a pod's time is over, whatever its harness reports: the wall time plus the
+/// time for which calls may wait for approval.
 fn wall(pod: &PodView, observed: &Observed<'_>) -> i64 {
     let lifetime = pod.lifetime.map(|seconds| seconds.saturating_sub(START_ALLOWANCE_SECONDS));
     lifetime.unwrap_or(observed.wall_time_seconds).saturating_add(CLOSING_SECONDS)
 }
 
-/// A task that goes on.
+/// Returns the next step for a task that is not being deleted.
 fn pursue(observed: &Observed<'_>, attempts: &[Attempt], failures: &BTreeMap<String, i64>) -> Next {
     let Some(last) = attempts.last() else {
         return start(observed, 0);
@@ -327,7 +336,7 @@ fn pursue(observed: &Observed<'_>, attempts: &[Attempt], failures: &BTreeMap<Str
     }
 }
 
-/// A task that is being deleted.
+/// Returns the next step for a task that is being deleted.
 fn cleanup(observed: &Observed<'_>, attempts: &[Attempt], sealed: bool) -> Next {
     if let Some(next) = end_pods(observed, |_| true) {
         return next;
@@ -339,7 +348,7 @@ fn cleanup(observed: &Observed<'_>, attempts: &[Attempt], sealed: bool) -> Next 
     }
 }
 
-/// Ends those pods that are still there, if any is.
+/// Returns the step that ends the matching pods that still run, or `None` if none runs.
 fn end_pods(observed: &Observed<'_>, which: impl Fn(&PodView) -> bool) -> Option<Next> {
     let running: Vec<_> = observed.pods.iter().filter(|pod| !pod.terminal && which(pod)).collect();
     let untold = || running.iter().filter(|pod| !pod.deleting);
@@ -353,8 +362,8 @@ fn end_pods(observed: &Observed<'_>, which: impl Fn(&PodView) -> bool) -> Option
     (!running.is_empty()).then_some(Next::EndPods(untold))
 }
 
-/// A new attempt after this one. What was claimed since and is no attempt yet may have a pod that a blind cache does not show, and a status
-/// that is old may not have the attempt after this one.
+/// Returns the step that starts a new attempt after `last`. An attempt that was claimed since, and that is not in the status yet, may have
+/// a pod that a stale cache does not show. An old status may not have the attempt after `last`.
 fn start(observed: &Observed<'_>, last: i64) -> Next {
     if last > 0 && !observed.live {
         return Next::Confirm(Unread::Task);
@@ -367,13 +376,13 @@ fn start(observed: &Observed<'_>, last: i64) -> Next {
     }
 }
 
-/// A number that no pod of this task has had. What was claimed without a pod to show for it may have had one.
+/// Returns a number that no pod of this task has had. An attempt with a NetworkPolicy and without a pod may have had a pod.
 fn next_number(observed: &Observed<'_>, last: i64) -> i64 {
     let claimed = observed.claims.iter().copied().filter(|claim| Some(*claim) != observed.reusable).max();
     last.max(claimed.unwrap_or_default()).saturating_add(1)
 }
 
-/// When the next attempt may start, if there may be one.
+/// Returns when the next attempt may start, or `None` if no retry is left.
 fn pause(
     observed: &Observed<'_>,
     attempts: &[Attempt],
@@ -382,13 +391,13 @@ fn pause(
 ) -> Option<Timestamp> {
     let altered = attempts.last().and_then(|last| last.reason.as_deref()) == Some(POD_ALTERED);
     let allowed = match class {
-        // It would fail again in the same way.
+        // The attempt would fail again in the same way.
         _ if attempts.last()?.reason.as_deref() == Some(LOG_FAILED) => return None,
-        // The administrator's to mend, and no failure of the task's.
+        // The administrator must fix it, and it is not a failure of the task.
         _ if altered => i64::MAX,
         FailureClass::Agent => observed.retry.agent,
         FailureClass::Infrastructure => observed.retry.infrastructure,
-        // It was nobody's fault of the task's, and is over some time.
+        // The dependency failed, not the task, and it recovers at some time: retry without limit.
         FailureClass::Dependency => i64::MAX,
         FailureClass::Policy | FailureClass::Budget | FailureClass::Cancelled | FailureClass::Unknown => 0,
     };
@@ -402,8 +411,8 @@ fn pause(
         return None;
     }
     let last = attempts.last()?.finished_at.as_ref().map(|time| time.0)?;
-    // The first again at once: most often it was the node. Then 2, 4, 8, … seconds, and up to half as much more. What was away for
-    // minutes is given them from the first.
+    // The first retry starts at once, because the most common cause is the node. Later retries wait 2, 4, 8, … seconds, plus up to half as
+    // much. A dependency that was unavailable for minutes gets the longest pause from the first retry on.
     let seconds = match failures {
         _ if class == FailureClass::Dependency => MAX_PAUSE_SECONDS,
         ..=1 => 0,
@@ -412,7 +421,7 @@ fn pause(
     later(Some(last), seconds.saturating_add(spread(observed.uid, seconds / 2)))
 }
 
-/// A number from 0 to `most` that is the task's own.
+/// Returns a number from 0 to `most` that depends on the task's UID only.
 fn spread(uid: &str, most: i64) -> i64 {
     let hash = uid.bytes().fold(0_i64, |hash, byte| (hash * 31 + i64::from(byte)) % 1_000_003);
     hash.checked_rem(most.saturating_add(1)).unwrap_or_default()
@@ -427,7 +436,7 @@ fn seal(observed: &Observed<'_>, attempts: &[Attempt], attempt: i64) -> Next {
         _ => {}
     }
     let failed = last.is_none_or(|last| last.failure_class.is_some());
-    // Whether it is being deleted decides what it is sealed as, and whether another task undoes it.
+    // Whether the task is being deleted decides how it is sealed, and whether a rollback task is created.
     if !observed.live && (observed.deleting || failed && observed.rolls_back) {
         return Next::Confirm(Unread::Task);
     }
@@ -444,20 +453,21 @@ fn seal(observed: &Observed<'_>, attempts: &[Attempt], attempt: i64) -> Next {
         Some(Attempt { failure_class: None, reason, .. }) => {
             outcome("Succeeded", None, reason.as_deref().unwrap_or("AgentSucceeded"))
         }
-        // A deleted task whose last attempt had failed might have been tried again: it was cancelled.
+        // A deleted task whose last attempt failed might have had a retry, so it was cancelled.
         Some(Attempt { failure_class: Some(class), reason, .. }) if !observed.deleting => {
             outcome("Failed", Some(*class), reason.as_deref().unwrap_or("PodFailed"))
         }
         _ => outcome("Failed", Some(FailureClass::Cancelled), "Deleted"),
     };
     let cancelled = closed.failure_class == class_name(FailureClass::Cancelled);
-    // It was being stopped and says that all is well: times have whole seconds, and nobody knows whether it was done before.
+    // The pod was being stopped, and its agent reports success. Times have whole seconds, so it is unknown whether the agent finished
+    // before.
     let may_be_done = closed.failure_class == class_name(FailureClass::Infrastructure) && closed.exit_code == Some(0);
     let presumed = !cancelled && (may_be_done || last.is_some_and(|last| last.presumed));
     Next::Seal { attempt, closed, presumed }
 }
 
-/// The class's name in records, status and metrics.
+/// Returns the name of the failure class in records, status and metrics.
 pub fn class_name(class: FailureClass) -> &'static str {
     match class {
         FailureClass::Policy => "Policy",
@@ -470,7 +480,7 @@ pub fn class_name(class: FailureClass) -> &'static str {
     }
 }
 
-/// The class of that name.
+/// Returns the failure class with this name.
 pub fn class_of(name: &str) -> Option<FailureClass> {
     use FailureClass::{Agent, Budget, Cancelled, Dependency, Infrastructure, Policy, Unknown};
     [Policy, Infrastructure, Dependency, Agent, Budget, Cancelled, Unknown]
@@ -478,12 +488,12 @@ pub fn class_of(name: &str) -> Option<FailureClass> {
         .find(|class| class_name(*class) == name)
 }
 
-/// Some seconds later.
+/// Returns the time `seconds` after `since`.
 pub fn later(since: Option<Timestamp>, seconds: i64) -> Option<Timestamp> {
     since.and_then(|since| since.checked_add(SignedDuration::from_secs(seconds)).ok())
 }
 
-/// How long it is until then, at least a little.
+/// Returns the duration until `until`, at least 50 ms.
 pub fn wait(until: Timestamp, now: Timestamp) -> Duration {
     const LEAST: Duration = Duration::from_millis(50);
     Duration::try_from(until.duration_since(now)).unwrap_or_default().max(LEAST)

@@ -1,7 +1,9 @@
-//! What a pod's status means for its attempt.
+//! Interprets the status of a pod for its attempt.
 //!
-//! Promises: every end of a pod has a class and a one-word reason from a closed set; what a pod was told from outside is never
-//! taken for the agent's own doing. Refuses: messages of kubelets and runtimes, but for one that nothing else tells apart.
+//! Guarantees: Every end of a pod has a failure class and a one-word reason from a closed set. A stop that was requested from outside is
+//! never attributed to the agent.
+//!
+//! Non-goals: Messages of kubelets and container runtimes, except for one that is the only way to tell two causes apart.
 
 use std::collections::BTreeMap;
 
@@ -19,68 +21,68 @@ use crate::{
     wire,
 };
 
-/// The reason of an attempt whose log could not go on. Its harness may have refused calls, and its agent may have used tokens, that no record
-/// counts: another attempt would go on from less than was used, and what the witness refuses once it refuses again. So it is not tried again,
-/// whatever the task says of its class.
+/// The reason of an attempt whose log could not be continued. Its harness may have denied calls, and its agent may have used tokens, that
+/// no record counts. Another attempt would continue from less than what was used, and the witness would reject the same segment again. So
+/// Belay does not retry, whatever the task's `retry` says about the failure class.
 pub const LOG_FAILED: &str = "LogFailed";
 
-/// By how much more a node's clock may be behind than is seen: how long a kubelet takes to begin with a pod.
+/// How much further behind a node's clock may be than the observed difference: the time that a kubelet takes to accept a pod.
 const SKEW: SignedDuration = SignedDuration::from_secs(3);
 
-/// A pod, as far as decisions go.
+/// The part of a pod's state that decisions depend on.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PodView {
-    /// Its attempt.
+    /// The number of the pod's attempt.
     pub attempt: i64,
-    /// Its name.
+    /// The pod's name.
     pub name: String,
-    /// Its UID.
+    /// The pod's UID.
     pub uid: String,
-    /// When it was created.
+    /// When the pod was created.
     pub created: Option<Timestamp>,
-    /// Whether its deletion was asked for.
+    /// Whether the pod's deletion was requested.
     pub deleting: bool,
-    /// Whether nothing in it runs any more.
+    /// Whether no container of the pod runs any more.
     pub terminal: bool,
-    /// What the probe said, once it did.
+    /// The result of the containment probe, once it has ended.
     pub contained: Option<bool>,
-    /// When the kubelet took it.
+    /// When the kubelet accepted the pod.
     pub accepted: Option<Timestamp>,
     /// When the agent started.
     pub agent_started: Option<Timestamp>,
     /// When the agent finished.
     pub agent_finished: Option<Timestamp>,
-    /// Seconds from its acceptance for which the kubelet lets it live.
+    /// Seconds from acceptance after which the kubelet ends the pod.
     pub lifetime: Option<i64>,
-    /// Why it does not get on, and since when.
+    /// Why the pod makes no progress, and since when.
     pub stuck: Option<Stuck>,
-    /// SHA-256 of the images that it runs, hex, by container.
+    /// The SHA-256 digests of the images that the pod runs, in hex, by container.
     pub images: BTreeMap<String, String>,
-    /// What about it is not as planned.
+    /// How the pod differs from the planned pod.
     pub altered: Option<String>,
-    /// How it ended, once it did.
+    /// How the pod ended, once it has ended.
     pub end: Option<End>,
-    /// Whether this was just read from the API server, or is the last that will ever be said of the pod.
+    /// Whether this status was read from the API server just now, or is the last one that the pod will ever have.
     pub live: bool,
 }
 
-/// A pod that does not get on.
+/// A pod that makes no progress.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Stuck {
-    /// One word.
+    /// The reason, in one word.
     pub reason: &'static str,
-    /// Since when.
+    /// When the pod stopped making progress.
     pub since: Option<Timestamp>,
-    /// Whether waiting a while more is hopeless.
+    /// Whether the attempt fails if the pod stays stuck. If not, the operator waits without limit.
     pub fatal: bool,
 }
 
 /// How a pod ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct End {
-    /// The class of the failure; none is success.
+    /// The failure class. `None` means success.
     pub class: Option<FailureClass>,
-    /// One word.
+    /// The reason, in one word.
     pub reason: &'static str,
     /// The agent's exit code, if it has one.
     pub exit_code: Option<i32>,
@@ -92,7 +94,7 @@ impl End {
     }
 }
 
-/// Reads a pod. `None` if it carries no attempt, so that it is not ours.
+/// Reads a pod. Returns `None` if the pod has no attempt label, because then it is not a pod of Belay.
 pub fn pod(pod: &Pod) -> Option<PodView> {
     let attempt = pod.labels().get(names::ATTEMPT)?.parse().ok()?;
     let empty = PodStatus::default();
@@ -134,11 +136,12 @@ pub fn pod(pod: &Pod) -> Option<PodView> {
     })
 }
 
-/// Reason of an attempt whose pod was not the pod that was planned.
+/// The reason of an attempt whose pod was not the planned pod.
 pub const POD_ALTERED: &str = "PodAltered";
 
-/// How far the node's clock is behind the API server's, at least: a kubelet takes no pod before it is made and scheduled. Without this, a
-/// node whose clock is behind would make wall times shorter. One that is ahead makes them longer, until its kubelet ends the pod itself.
+/// Returns the minimum time by which the node's clock is behind the API server's clock: a kubelet does not accept a pod before it is
+/// created and scheduled. Without this correction, a node whose clock is behind would shorten wall times. A node whose clock is ahead
+/// extends them, until its kubelet ends the pod itself.
 fn behind(pod: &Pod, status: &PodStatus) -> SignedDuration {
     let scheduled = status.conditions.iter().flatten().find(|one| one.type_ == "PodScheduled" && one.status == "True");
     let scheduled = scheduled.and_then(|one| one.last_transition_time.as_ref());
@@ -153,7 +156,8 @@ fn by_the_api_server(time: Timestamp, behind: SignedDuration) -> Timestamp {
     time.checked_add(behind).unwrap_or(time)
 }
 
-/// What a tag means may change; a digest does not. The kubelet tells it once it has made the container.
+/// Returns the image digests, by container. A tag can change its image, a digest cannot. The kubelet reports the digest once it has created
+/// the container.
 fn images(status: &PodStatus) -> BTreeMap<String, String> {
     let all = status.init_container_statuses.iter().chain(&status.container_statuses).flatten();
     all.filter_map(|container| {
@@ -171,7 +175,7 @@ fn state(status: &ContainerStatus) -> Option<&ContainerState> {
     status.state.as_ref()
 }
 
-/// The pod's end, if it has come to one that counts.
+/// Returns the end of the pod, if it has one that counts.
 fn end(pod: &Pod, status: &PodStatus, agent_ran: bool, behind: SignedDuration) -> Option<End> {
     use FailureClass::{Agent, Budget, Infrastructure};
     let phase = status.phase.as_deref().unwrap_or_default();
@@ -179,16 +183,16 @@ fn end(pod: &Pod, status: &PodStatus, agent_ran: bool, behind: SignedDuration) -
     let agent = find(&status.container_statuses, names::AGENT)
         .and_then(state)
         .and_then(|state| state.terminated.as_ref())
-        // A pod that is stopped before its agent ran reports an end all the same; there was no agent to end.
+        // A pod that is stopped before its agent ran also reports an end of the agent container. No agent ended then.
         .filter(|_| agent_ran);
     let exit_code = agent.map(|ended| ended.exit_code);
-    // The harness has closed its log and said so; kubelet starts it again, and nothing in the pod stops the agent. One that was done
-    // is not asked to do it all again because the last of its records are late.
+    // The harness has closed its log and reported so. The kubelet restarts the harness, and nothing in the pod stops the agent. An agent
+    // that succeeded does not run again only because its last records were late.
     let parked_after_success = |class| class == FailureClass::Dependency && exit_code == Some(0);
     if let Some((class, reason)) = harness_ended(status).filter(|(class, _)| !parked_after_success(*class)) {
         return Some(End::new(class, reason, exit_code));
     }
-    // While the harness finishes its log the attempt is still under way.
+    // The attempt runs until the harness has finished its log.
     if !over {
         return None;
     }
@@ -196,8 +200,8 @@ fn end(pod: &Pod, status: &PodStatus, agent_ran: bool, behind: SignedDuration) -
         status.conditions.iter().flatten().find(|one| one.type_ == "DisruptionTarget" && one.status == "True");
     let before_deletion = match (deletion_asked(pod), agent.and_then(|ended| ended.finished_at.as_ref())) {
         (None, _) => true,
-        // Both have whole seconds. In the same one, being stopped from outside is the safe reading: it is no success. A clock that is behind
-        // is known by less than it is.
+        // Both times have whole seconds. If they are equal, the safe reading is that the agent was stopped from outside, which is not a
+        // success. The observed difference of a clock that is behind is smaller than the real one.
         (Some(asked), Some(finished)) => {
             let margin = if behind.is_zero() { SignedDuration::ZERO } else { SKEW };
             by_the_api_server(finished.0, behind.saturating_add(margin)) < asked
@@ -265,15 +269,15 @@ fn end(pod: &Pod, status: &PodStatus, agent_ran: bool, behind: SignedDuration) -
     })
 }
 
-/// Whether the agent has ended and a container that nobody planned has not: the pod would not end, nor be told to, though the attempt is
-/// over. The kubelet ends the harness after the containers beside the agent; ours is the agent alone.
+/// Checks whether the agent has ended and an unplanned container still runs. Such a pod would not end, and nothing would stop it, although
+/// the attempt is over. The kubelet ends the harness after the regular containers, and Belay plans only one of them: the agent.
 fn held_up(status: &PodStatus) -> bool {
     let ended = |one: &ContainerStatus| state(one).is_some_and(|state| state.terminated.is_some());
     let mut beside = status.container_statuses.iter().flatten().filter(|one| one.name != names::AGENT);
     find(&status.container_statuses, names::AGENT).is_some_and(ended) && beside.any(|one| !ended(one))
 }
 
-/// Why the harness says that the attempt is over, by its exit code of now or of before it was started again.
+/// Returns why the harness ended the attempt, from its current exit code or from the one before its restart.
 fn harness_ended(status: &PodStatus) -> Option<(FailureClass, &'static str)> {
     let harness = find(&status.init_container_statuses, names::HARNESS)?;
     let ends =
@@ -288,13 +292,13 @@ fn harness_ended(status: &PodStatus) -> Option<(FailureClass, &'static str)> {
     })
 }
 
-/// When deletion was asked for: the timestamp on a pod is when its grace ends.
+/// Returns when the deletion was requested. The pod's deletion timestamp is the end of its grace period.
 fn deletion_asked(pod: &Pod) -> Option<Timestamp> {
     let grace = SignedDuration::from_secs(pod.metadata.deletion_grace_period_seconds.unwrap_or_default());
     pod.metadata.deletion_timestamp.as_ref().and_then(|time| time.0.checked_sub(grace).ok())
 }
 
-/// Why a pod that has not ended does not get on.
+/// Returns why a pod that has not ended makes no progress.
 fn stuck(status: &PodStatus) -> Option<Stuck> {
     let condition = |kind: &str| status.conditions.iter().flatten().find(|one| one.type_ == kind);
     let since = |kind: &str| condition(kind).and_then(|one| one.last_transition_time.as_ref()).map(|time| time.0);
@@ -304,7 +308,7 @@ fn stuck(status: &PodStatus) -> Option<Stuck> {
             Some("SchedulingGated") => "SchedulingGated",
             _ => "Unschedulable",
         };
-        // A cluster that makes room later is an ordinary one: this waits for as long as it takes.
+        // Clusters that make room later are common, so the operator waits without limit.
         return Some(Stuck { reason, since: since("PodScheduled"), fatal: false });
     }
     let waiting = |statuses: &Option<Vec<ContainerStatus>>| {
@@ -323,7 +327,7 @@ fn stuck(status: &PodStatus) -> Option<Stuck> {
         })
     };
     let init = waiting(&status.init_container_statuses).map(|reason| (reason, accepted));
-    // The agent's image is pulled once the init containers are through.
+    // The agent's image is pulled after the init containers have completed.
     let agent = || waiting(&status.container_statuses).map(|reason| (reason, since("Initialized").or(accepted)));
     init.or_else(agent).map(|(reason, since)| Stuck { reason, since, fatal: true })
 }

@@ -1,4 +1,4 @@
-//! The writes: each one counted, bounded in time, and guarded by UID.
+//! Writes to the API server: each write is counted, has a timeout, and has the object's UID as a precondition.
 
 use std::{future::Future, time::Duration};
 
@@ -20,38 +20,38 @@ use crate::{
     plan::names::{FIELD_MANAGER, FINALIZER, TASK_UID},
 };
 
-/// For one request. The client has no timeout of its own for a server that takes a request and never answers.
+/// The timeout of one request. The client itself has none for a server that accepts a request and never answers.
 const TIMEOUT: Duration = Duration::from_secs(15);
 
 /// Why a request failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ApiError {
-    /// The API server, or the way to it.
+    /// The API server returned an error, or the connection to it failed.
     #[error("cannot {verb} {kind} `{name}`: {cause}")]
     Kube {
-        /// What was asked.
+        /// The verb of the request.
         verb: &'static str,
-        /// Of which kind.
+        /// The kind of the object.
         kind: String,
-        /// Of which object.
+        /// The name of the object.
         name: String,
-        /// What was answered.
+        /// The error.
         cause: Box<kube::Error>,
     },
-    /// No answer.
+    /// The API server did not answer in time.
     #[error("cannot {verb} {kind} `{name}`: no answer in {} s", TIMEOUT.as_secs())]
     Timeout {
-        /// What was asked.
+        /// The verb of the request.
         verb: &'static str,
-        /// Of which kind.
+        /// The kind of the object.
         kind: String,
-        /// Of which object.
+        /// The name of the object.
         name: String,
     },
 }
 
 impl ApiError {
-    /// The HTTP status, where there was an answer.
+    /// Returns the HTTP status, if there was an answer.
     pub fn code(&self) -> Option<u16> {
         match self {
             Self::Kube { cause, .. } => match cause.as_ref() {
@@ -62,12 +62,12 @@ impl ApiError {
         }
     }
 
-    /// Whether the API server said that it did not do it.
+    /// Checks whether the API server answered that it rejected the request.
     pub fn is_refusal(&self) -> bool {
         self.code().is_some_and(|code| (400..500).contains(&code))
     }
 
-    /// The API server's own words, without what a client adds.
+    /// Returns the API server's message, without the client's additions.
     pub fn message(&self) -> String {
         match self {
             Self::Kube { cause, .. } => match cause.as_ref() {
@@ -87,7 +87,7 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// Over this client.
+    /// Creates a writer with this client.
     pub fn new(client: Client, metrics: Metrics) -> Self {
         Self { client, metrics }
     }
@@ -109,11 +109,12 @@ impl Writer {
         bounded::<K, T>(verb, name, request).await
     }
 
-    /// Creates a ConfigMap, which is immutable: whether it was not there. One that is there already is kept if it is the same. One of the
-    /// task's that is not the same is deleted, and the error returned, for the next try to find its place free.
+    /// Creates a ConfigMap, which is immutable. Returns `true` if it was created, and `false` if the same ConfigMap already exists. A
+    /// ConfigMap of the same task with other content is deleted, and the conflict is returned as an error, so that the next try can create
+    /// it.
     ///
     /// # Errors
-    /// If it was in the way, or is a stranger's; if the API server refuses it or does not answer.
+    /// Returns an error if another ConfigMap has the name, or if the API server rejects the request or does not answer.
     pub async fn create_config_map(&self, namespace: &str, object: &ConfigMap) -> Result<bool, ApiError> {
         let (name, api) = (object.name_any(), self.api::<ConfigMap>(namespace));
         let error = match self.write::<ConfigMap, _>("create", &name, api.create(&created_by_us(), object)).await {
@@ -124,7 +125,7 @@ impl Writer {
             return Err(error);
         }
         let live = bounded::<ConfigMap, _>("get", &name, api.get(&name)).await?;
-        // Another task's is let go by the garbage collector, a stranger's is not ours to delete.
+        // The garbage collector deletes a ConfigMap of another task. One with an unknown owner must not be deleted here.
         if live.owner_references() != object.owner_references() {
             return Err(error);
         }
@@ -135,11 +136,11 @@ impl Writer {
         Err(error)
     }
 
-    /// Creates a NetworkPolicy, or applies it over what is there. Most often there is none, and then creating asks less of the API
-    /// server. What it says that it wrote.
+    /// Creates a NetworkPolicy, or applies it to an existing one. Usually there is none, and a create is less work for the API server than
+    /// an apply. Returns the NetworkPolicy from the API server's answer.
     ///
     /// # Errors
-    /// If the API server refuses it or does not answer.
+    /// Returns an error if the API server rejects the request or does not answer.
     pub async fn apply_network_policy(
         &self,
         namespace: &str,
@@ -155,10 +156,10 @@ impl Writer {
         }
     }
 
-    /// Removes a ConfigMap of a task's attempt. One that is gone, or another's under the same name, is no error.
+    /// Deletes a ConfigMap of a task's attempt. It is not an error if the ConfigMap is gone or one of another owner has the name.
     ///
     /// # Errors
-    /// If the API server refuses or does not answer.
+    /// Returns an error if the API server rejects the request or does not answer.
     pub async fn delete_config_map(&self, namespace: &str, name: &str, task_uid: &str) -> Result<(), ApiError> {
         let api = self.api::<ConfigMap>(namespace);
         let live = bounded::<ConfigMap, _>("get", name, api.get_metadata_opt(name)).await?;
@@ -168,27 +169,27 @@ impl Writer {
         }
     }
 
-    /// Removes a NetworkPolicy. One that is gone, or another under the same name, is no error.
+    /// Deletes a NetworkPolicy. It is not an error if the NetworkPolicy is gone or another one has the name.
     ///
     /// # Errors
-    /// If the API server refuses or does not answer.
+    /// Returns an error if the API server rejects the request or does not answer.
     pub async fn delete_network_policy(&self, namespace: &str, name: &str, uid: &str) -> Result<(), ApiError> {
         self.delete::<NetworkPolicy>(namespace, name, Some(uid.to_owned())).await
     }
 
-    /// The NetworkPolicy as the API server has it.
+    /// Reads the NetworkPolicy from the API server.
     ///
     /// # Errors
-    /// If it is gone, or the API server does not answer.
+    /// Returns an error if the NetworkPolicy is gone, or the API server does not answer.
     pub async fn get_network_policy(&self, namespace: &str, name: &str) -> Result<NetworkPolicy, ApiError> {
         bounded::<NetworkPolicy, _>("get", name, self.api::<NetworkPolicy>(namespace).get(name)).await
     }
 
-    /// Creates a pod. One that is there already is not touched. The pod, and the whole answer: it may have fields that this version does
+    /// Creates a pod. An existing pod is not changed. Returns the pod and the whole answer, which may have fields that this version does
     /// not know.
     ///
     /// # Errors
-    /// If the API server refuses it or does not answer.
+    /// Returns an error if the API server rejects the pod or does not answer.
     pub async fn create_pod(&self, namespace: &str, pod: &Pod) -> Result<(Pod, Value), ApiError> {
         let made = async {
             let answer = self.post_pod(namespace, pod, &created_by_us()).await?;
@@ -197,10 +198,10 @@ impl Writer {
         self.write::<Pod, _>("create", &pod.name_any(), made).await
     }
 
-    /// What would come of creating a pod. Nothing is made.
+    /// Creates a pod in a dry run and returns the API server's answer. Nothing is stored.
     ///
     /// # Errors
-    /// If the API server refuses it or does not answer.
+    /// Returns an error if the API server rejects the pod or does not answer.
     pub async fn rehearse_pod(&self, namespace: &str, pod: &Pod) -> Result<Value, ApiError> {
         let parameters = PostParams { dry_run: true, ..created_by_us() };
         bounded::<Pod, _>("rehearse", &pod.name_any(), self.post_pod(namespace, pod, &parameters)).await
@@ -215,10 +216,10 @@ impl Writer {
         self.client.request(request).await
     }
 
-    /// Objects of a kind that this version may not know, in the first of these places in which there are any.
+    /// Returns the objects of a kind that this version may not know, from the first of these paths that exists.
     ///
     /// # Errors
-    /// If the API server refuses it or does not answer.
+    /// Returns an error if the API server rejects the request or does not answer.
     pub async fn list_any(&self, paths: &[&str]) -> Result<Vec<Value>, kube::Error> {
         for path in paths {
             let request = http::Request::get(*path).body(Vec::new()).map_err(kube::Error::HttpError)?;
@@ -235,10 +236,10 @@ impl Writer {
         Ok(Vec::new())
     }
 
-    /// Creates a task. One that is there already, for the same, is as good.
+    /// Creates a task. It is not an error if a task with the same spec already exists.
     ///
     /// # Errors
-    /// If another has its name; if the API server refuses it or does not answer.
+    /// Returns an error if another task has the name, or if the API server rejects the request or does not answer.
     pub async fn create_task(&self, task: &AgentTask) -> Result<(), ApiError> {
         let (name, api) = (task.name_any(), self.api::<AgentTask>(&task.namespace().unwrap_or_default()));
         match self.write::<AgentTask, _>("create", &name, api.create(&created_by_us(), task)).await {
@@ -251,26 +252,26 @@ impl Writer {
         }
     }
 
-    /// The task as the API server has it.
+    /// Reads the task from the API server.
     ///
     /// # Errors
-    /// If it does not answer.
+    /// Returns an error if the API server does not answer.
     pub async fn get_task(&self, namespace: &str, name: &str) -> Result<Option<AgentTask>, ApiError> {
         bounded::<AgentTask, _>("get", name, self.api::<AgentTask>(namespace).get_opt(name)).await
     }
 
-    /// The pod as the API server has it.
+    /// Reads the pod from the API server.
     ///
     /// # Errors
-    /// If it does not answer.
+    /// Returns an error if the API server does not answer.
     pub async fn get_pod(&self, namespace: &str, name: &str) -> Result<Option<Pod>, ApiError> {
         bounded::<Pod, _>("get", name, self.api::<Pod>(namespace).get_opt(name)).await
     }
 
-    /// Asks for a pod's end. One that is gone, or another under the same name, is no error.
+    /// Requests the deletion of a pod. It is not an error if the pod is gone or another one has the name.
     ///
     /// # Errors
-    /// If the API server refuses or does not answer.
+    /// Returns an error if the API server rejects the request or does not answer.
     pub async fn delete_pod(&self, namespace: &str, name: &str, uid: &str) -> Result<(), ApiError> {
         self.delete::<Pod>(namespace, name, Some(uid.to_owned())).await
     }
@@ -293,12 +294,12 @@ impl Writer {
         }
     }
 
-    /// Adds our finalizer, or removes it. The task as it is then.
+    /// Adds or removes Belay's finalizer. Returns the updated task.
     ///
-    /// The resource version guards the list against another writer's finalizers, the UID against a namesake.
+    /// The resource version protects the finalizers of other writers. The UID protects another task with the same name.
     ///
     /// # Errors
-    /// If the task changed meanwhile, or the API server refuses or does not answer.
+    /// Returns an error if the task was changed in the meantime, or if the API server rejects the request or does not answer.
     pub async fn set_finalizer(&self, task: &AgentTask, present: bool) -> Result<AgentTask, ApiError> {
         let (namespace, name) = (task.namespace().unwrap_or_default(), task.name_any());
         let mut finalizers: Vec<_> = task.finalizers().iter().filter(|one| *one != FINALIZER).cloned().collect();
@@ -316,10 +317,10 @@ impl Writer {
         self.write::<AgentTask, _>("patch", &name, api.patch(&name, &parameters, &patch)).await
     }
 
-    /// Applies the status of a contract or a pack. The version that it has then.
+    /// Applies the status of a contract or a pack. Returns its new resource version.
     ///
     /// # Errors
-    /// If it is gone, or the API server refuses or does not answer.
+    /// Returns an error if the object is gone, or if the API server rejects the request or does not answer.
     pub async fn apply_readiness<K>(
         &self,
         namespace: Option<&str>,
@@ -348,10 +349,10 @@ impl Writer {
         Ok(applied.metadata.resource_version)
     }
 
-    /// Applies our part of the status. The task as it is then.
+    /// Applies the operator's fields of the status. Returns the updated task.
     ///
     /// # Errors
-    /// If the task is gone, or the API server refuses or does not answer.
+    /// Returns an error if the task is gone, or if the API server rejects the request or does not answer.
     pub async fn apply_status(
         &self,
         namespace: &str,

@@ -1,8 +1,13 @@
-//! Makes an attempt's objects, in the order that containment needs.
+//! Creates the objects of an attempt, in the order that isolation needs.
 //!
-//! Guarantees: finalizer, ConfigMap and NetworkPolicy are there, and the policy was read back, before the pod is asked for; a pod that
-//! is there already is adopted, never made twice; a number that somebody has begun with is not begun with again; what is not as planned
-//! about a pod is told at once. Non-goals: to use a namesake's pod, or a policy that is not as planned.
+//! Guarantees:
+//!
+//! - The finalizer, the ConfigMap and the NetworkPolicy exist, and the NetworkPolicy was read back, before the pod is created.
+//! - An existing pod is adopted and never created twice.
+//! - An attempt number that was started before is not started again.
+//! - Differences between a pod and its plan are reported at once.
+//!
+//! Rejects: A pod with the same name and another owner, and a NetworkPolicy that is not as planned.
 
 use k8s_openapi::api::{core::v1::Pod, networking::v1::NetworkPolicy};
 use kube::ResourceExt;
@@ -22,33 +27,33 @@ use crate::{
     },
 };
 
-/// Why an attempt was not made.
+/// Why an attempt was not created.
 #[derive(Debug, thiserror::Error)]
 pub enum ApplyError {
-    /// A request before the pod's failed: there is certainly no pod.
+    /// A request before the creation of the pod failed, so there is certainly no pod.
     #[error(transparent)]
     Before(ApiError),
-    /// The pod was refused: there is certainly none.
+    /// The API server rejected the pod, so there is certainly no pod.
     #[error(transparent)]
     PodRefused(ApiError),
-    /// Nobody knows whether there is a pod.
+    /// It is unknown whether there is a pod.
     #[error(transparent)]
     PodUnknown(ApiError),
-    /// The policy is not as planned.
+    /// The NetworkPolicy is not as planned.
     #[error(transparent)]
     Altered(#[from] Altered),
-    /// Somebody has begun with this attempt, and we do not remember it: what we watch is old, or we are new here.
+    /// This attempt was started before, and the operator does not remember it: its caches are old, or this process is new.
     #[error(
         "expected attempt {number} to be new, found its ConfigMap: it was begun with before, and is looked for at the API server"
     )]
     Begun {
-        /// The attempt.
+        /// The number of the attempt.
         number: i64,
     },
     /// The configuration has no canonical form.
     #[error(transparent)]
     Canonical(#[from] CanonicalError),
-    /// The pod is not the pod that was planned. If it was made, it was told to end.
+    /// The pod is not as planned. If it was created, its deletion was requested.
     #[error(
         "expected the task's pod as it was planned, found that {}; it was changed when it was created, by {by}. Leave it out there: by \
          an objectSelector with {} NotIn ({}), or by a namespaceSelector that does not select namespace `{namespace}`. Until then no \
@@ -58,41 +63,41 @@ pub enum ApplyError {
         names::MANAGER
     )]
     PodAltered {
-        /// The namespace.
+        /// The namespace of the pod.
         namespace: String,
-        /// What is not as planned.
+        /// How the pod differs from its plan.
         differences: Vec<String>,
-        /// Who may have changed it.
+        /// The mutating admission that may have changed it.
         by: String,
     },
-    /// Somebody else's pod has the name.
+    /// A pod with another owner has the name.
     #[error(
         "expected no Pod `{name}` but this task's, found one of another owner; delete it, or give the task another name"
     )]
     Namesake {
-        /// The name.
+        /// The name of the pod.
         name: String,
     },
 }
 
 impl ApplyError {
-    /// Whether there is certainly no pod of this attempt.
+    /// Checks whether there is certainly no pod of this attempt.
     pub fn leaves_no_pod(&self) -> bool {
         !matches!(self, Self::PodUnknown(_) | Self::Begun { .. })
     }
 }
 
-/// What was made.
+/// The result of starting an attempt.
 pub struct Started {
     /// The pod.
     pub pod: Pod,
-    /// What is not as planned about it.
+    /// How the pod differs from its plan.
     pub differences: Vec<String>,
-    /// The task, where the finalizer had to be added.
+    /// The updated task, if the finalizer had to be added.
     pub task: Option<AgentTask>,
 }
 
-/// Makes one attempt. `ours`: we have begun with it before, and there is certainly no pod of it.
+/// Creates the objects of one attempt. `ours`: this operator started the attempt before, and there is certainly no pod of it.
 ///
 /// # Errors
 /// See [`ApplyError`].
@@ -112,7 +117,7 @@ pub async fn start(
         let present = task.finalizers().iter().any(|one| one == names::FINALIZER);
         if present { Ok(None) } else { writer.set_finalizer(task, true).await.map(Some) }
     };
-    // The three do not depend on each other, and the pod depends on all. Each is seen to its end, whatever becomes of the others.
+    // The three requests do not depend on each other, and the pod depends on all of them. Each is completed even if another one fails.
     let (finalizer, config_map, proof) = tokio::join!(
         finalizer,
         writer.create_config_map(&namespace, &config_map),
@@ -126,8 +131,8 @@ pub async fn start(
     Ok(Started { pod, differences, task: task_now })
 }
 
-/// What would not be as planned about an attempt's pod. Nothing is made: where a pod was changed on its way in, the next is made when
-/// that is over.
+/// Returns how an attempt's pod would differ from its plan, by a dry run. Nothing is created. After a pod was changed by admission, the
+/// next one is created only when this returns no difference.
 ///
 /// # Errors
 /// See [`ApplyError`].
@@ -140,18 +145,18 @@ pub async fn rehearse(
 ) -> Result<Vec<String>, ApplyError> {
     let attempt = validated.attempt(surroundings, number)?;
     let planned = network_policy::build(&attempt);
-    // The policy is not there yet, and need not be: nor will the pod be.
+    // The NetworkPolicy does not exist yet. It does not need to, because the dry run creates no pod.
     let pod = pod::build(&attempt, &network_policy::prove(&planned, &planned)?);
     match writer.rehearse_pod(&task.namespace().unwrap_or_default(), &pod).await {
         Ok(answer) => Ok(intact::differences(&pod, &answer)),
-        // A webhook that cannot be rehearsed with. What it does is seen when the pod is made.
+        // A webhook does not support dry run. Its changes are found when the pod is created.
         Err(error) if error.message().contains("does not support dry run") => Ok(Vec::new()),
         Err(error) if error.is_refusal() => Err(ApplyError::PodRefused(error)),
         Err(error) => Err(ApplyError::Before(error)),
     }
 }
 
-/// The first differences, and how many more there are.
+/// Returns the first differences, and the number of the others.
 fn told(differences: &[String]) -> String {
     const SHOWN: usize = 8;
     let more = differences.len().saturating_sub(SHOWN);
@@ -159,11 +164,11 @@ fn told(differences: &[String]) -> String {
     if more == 0 { shown } else { format!("{shown}; and {more} more") }
 }
 
-/// Makes the attempt's NetworkPolicy, or makes it again, and reads it back: from the watch, which those that enforce it follow too, or
-/// from the API server where the watch is late.
+/// Creates the attempt's NetworkPolicy, or restores it, and reads it back: from the watch, which the components that enforce it also
+/// follow, or from the API server if the watch is late.
 ///
 /// # Errors
-/// If the API server refuses it or does not answer, or what is read back is not as planned.
+/// Returns an error if the API server rejects the NetworkPolicy or does not answer, or if what is read back is not as planned.
 pub async fn wall(
     writer: &Writer,
     stores: &Stores,
@@ -191,18 +196,18 @@ async fn create(
     let name = pod.name_any();
     let error = match writer.create_pod(namespace, pod).await {
         Ok((made, answer)) => return Ok((made, intact::differences(pod, &answer))),
-        // There is a pod of that name, or there may be one.
+        // There is, or may be, a pod with this name.
         Err(error) if error.code() == Some(409) || !error.is_refusal() => error,
         Err(error) => return Err(ApplyError::PodRefused(error)),
     };
     match writer.get_pod(namespace, &name).await {
         Ok(Some(live)) if live.labels().get(names::TASK_UID) == task.uid().as_ref() => {
-            // It may be of an older plan: it carries its own.
+            // The pod may have an older plan. It carries the digests of its own plan.
             let altered = intact::altered(&live);
             Ok((live, altered.into_iter().collect()))
         }
         Ok(Some(_)) => Err(ApplyError::Namesake { name }),
-        // Refused because of one that has gone since: this request made none.
+        // Rejected because of a pod that is gone by now, so this request created none.
         Ok(None) if error.code() == Some(409) => Err(ApplyError::PodRefused(error)),
         _ => Err(ApplyError::PodUnknown(error)),
     }

@@ -1,25 +1,26 @@
-//! Pauses after errors: for each task its own, longer each time, reset by success.
+//! Computes pauses after errors: separate for each task, longer after each error, and reset by a success.
 
 use std::{
     hash::{BuildHasher, RandomState},
     time::Duration,
 };
 
-/// After the first error.
+/// The pause after the first error.
 const FIRST: Duration = Duration::from_millis(200);
-/// At most, before jitter.
+/// The longest pause, before jitter.
 const LONGEST: Duration = Duration::from_secs(60);
-/// At most, before jitter, where the API server did not answer: whoever waits for it goes on soon after it is back.
+/// The longest pause if the API server did not answer, before jitter. It is short, so that tasks continue soon after the API server
+/// returns.
 const LONGEST_AWAY: Duration = Duration::from_secs(8);
 
-/// The pause after this many errors in a row: doubled each time, and up to half as much again, so that tasks that failed
-/// together do not come back together.
+/// Returns the pause after this many errors in a row. It doubles with each error and grows by up to half, so that tasks that failed
+/// together are not retried together.
 ///
-/// `away`: it was no answer that was an error, but that there was none.
+/// `away`: the error is that there was no answer, not an answer with an error.
 pub fn pause(errors: u32, away: bool) -> Duration {
     let longest = if away { LONGEST_AWAY } else { LONGEST };
     let doubled = FIRST.saturating_mul(2_u32.saturating_pow(errors.saturating_sub(1))).min(longest);
-    // A fresh hasher's keys are the standard library's own source of randomness.
+    // The keys of a new hasher are the standard library's own source of randomness.
     let jitter = RandomState::new().hash_one(errors) % 500;
     doubled + doubled.saturating_mul(u32::try_from(jitter).unwrap_or_default()) / 1000
 }

@@ -1,7 +1,8 @@
-//! The secrets of the system namespace: made once, never overwritten.
+//! Creates the Secrets of the system namespace once, and never overwrites them.
 //!
-//! Promises: a key that exists is kept; only serving certificates are renewed, under the same authority. Refuses: to start beside
-//! a witness key whose public half was published otherwise, since evidence was signed by the other.
+//! Guarantees: An existing key is kept. Only serving certificates are renewed, under the same authority.
+//!
+//! Rejects: A witness key whose public half differs from the published one, because the published key has signed evidence.
 
 use std::collections::BTreeMap;
 
@@ -25,15 +26,15 @@ use crate::{
     wire::SERVER_NAME,
 };
 
-/// Secret with the gateway's certificate and key, and the authority's certificate.
+/// The Secret with the gateway's certificate and key, and the authority's certificate.
 pub const GATEWAY_TLS: &str = "belay-gateway-tls";
-/// Secret with the webhook's certificate and key, and the authority's certificate.
+/// The Secret with the webhook's certificate and key, and the authority's certificate.
 pub const WEBHOOK_TLS: &str = "belay-webhook-tls";
-/// Secret with the authority's certificate and key. The operator's alone.
+/// The Secret with the authority's certificate and key. Only the operator uses it.
 pub const GATEWAY_CA: &str = "belay-gateway-ca";
-/// Secret with the witness's private key.
+/// The Secret with the witness's private key.
 pub const WITNESS: &str = "belay-witness";
-/// ConfigMap with the witness's public key.
+/// The ConfigMap with the witness's public key.
 pub const WITNESS_KEY: &str = "belay-witness-key";
 
 const TLS_CERT: &str = "tls.crt";
@@ -42,63 +43,64 @@ const CA_CERT: &str = "ca.crt";
 const CA_KEY: &str = "ca.key";
 const WITNESS_PK8: &str = "witness.pk8";
 const VKEY: &str = "vkey";
-/// Annotation: when the serving certificate ends.
+/// Annotation: when the serving certificate expires.
 const NOT_AFTER: &str = "belay.dev/not-after";
 
-/// The authority lives as long as an installation may: every running harness trusts it by value.
+/// The lifetime of the authority, in days. It is as long as an installation may live, because every running harness has a copy of the
+/// certificate.
 const CA_DAYS: i64 = 3650;
-/// The serving certificate.
+/// The lifetime of a serving certificate, in days.
 const SERVING_DAYS: i64 = 365;
-/// Renewed when less is left.
+/// A serving certificate is renewed if it expires in less than this many days.
 const RENEW_DAYS: i64 = 30;
 
-/// Why the secrets are not there.
+/// Why the Secrets are not available.
 #[derive(Debug, thiserror::Error)]
 pub enum BootstrapError {
-    /// The API server.
+    /// The API server returned an error, or the connection to it failed.
     #[error("cannot {verb} {name}: {cause}")]
     Kube {
-        /// What was asked.
+        /// The verb of the request.
         verb: &'static str,
-        /// Of which object.
+        /// The name of the object.
         name: &'static str,
-        /// What was answered.
+        /// The error.
         cause: Box<kube::Error>,
     },
-    /// An object is there and is not what it should be.
+    /// An object exists and does not have the expected content.
     #[error(
         "expected {expected} in {name}, found {found}; restore it from a backup, or delete it to have a new one made"
     )]
     Content {
-        /// Which object.
+        /// The name of the object.
         name: &'static str,
-        /// What should be there.
+        /// The expected content.
         expected: &'static str,
-        /// What is there.
+        /// The content that was found.
         found: String,
     },
-    /// The published key is another.
+    /// The published key is not the public half of the witness key.
     #[error(
         "expected the public half of Secret {WITNESS} in ConfigMap {WITNESS_KEY} (`{expected}`), found `{found}`; evidence was \
          signed by the key that was published: restore that Secret, or, if it is lost, keep the published key with the old \
          evidence and delete the ConfigMap"
     )]
     Witness {
-        /// The key that we have.
+        /// The public half of the witness key.
         expected: String,
-        /// The key that was published.
+        /// The published key.
         found: String,
     },
-    /// No certificate can be made.
+    /// A certificate cannot be created.
     #[error("cannot make a certificate: {0}")]
     Certificate(#[from] rcgen::Error),
-    /// No key can be made.
+    /// The witness's key cannot be created.
     #[error("cannot make the witness's key: {0}")]
     Key(#[from] note::KeyError),
 }
 
-/// Makes what is absent and renews what ends soon; the webhook's certificate only if there is a webhook. The authority's
-/// certificate, PEM.
+/// Creates the missing objects and renews certificates that expire soon. The webhook's certificate is created only if there is a webhook.
+/// Returns the authority's certificate in PEM.
 ///
 /// # Errors
 /// See [`BootstrapError`].
@@ -114,7 +116,7 @@ pub async fn ensure(client: &Client, namespace: &str, webhook: bool, now: Timest
     Ok(authority.certificate)
 }
 
-/// The name by which the API server calls the webhook.
+/// Returns the name by which the API server calls the webhook.
 pub fn webhook_name(namespace: &str) -> String {
     format!("{WEBHOOK}.{namespace}.svc")
 }
@@ -152,22 +154,22 @@ fn params(now: Timestamp, days: i64, name: &str, names: Vec<String>) -> Result<C
     let mut params = CertificateParams::new(names)?;
     params.distinguished_name = DistinguishedName::new();
     params.distinguished_name.push(DnType::CommonName, name);
-    // A day early, for clocks that are behind ours.
+    // A day early, for clocks that are behind.
     let (begins, ends) = (date(now, -1), date(now, days));
     params.not_before = date_time_ymd(begins.0, begins.1, begins.2);
     params.not_after = date_time_ymd(ends.0, ends.1, ends.2);
     Ok(params)
 }
 
-/// The calendar date some days from now.
+/// Returns the calendar date that is this many days from now.
 fn date(now: Timestamp, days: i64) -> (i32, u8, u8) {
     let at = now.checked_add(SignedDuration::from_hours(days.saturating_mul(24))).unwrap_or(now);
     let date = at.to_zoned(jiff::tz::TimeZone::UTC).date();
-    // Months and days of calendar dates always fit.
+    // Months and days of calendar dates always fit into these types.
     (i32::from(date.year()), u8::try_from(date.month()).unwrap_or(1), u8::try_from(date.day()).unwrap_or(1))
 }
 
-/// The Secret `name` with a certificate for `host`.
+/// Creates or renews the Secret `name` with a certificate for `host`.
 async fn serving(
     secrets: &Api<Secret>,
     authority: &Authority,
@@ -196,7 +198,7 @@ async fn serving(
     match existing {
         None => create(secrets, name, made).await.map(drop),
         Some(existing) => {
-            // Only over what was read: two leaders at once must not give two certificates to two replicas.
+            // Patch only the version that was read, because two simultaneous leaders must not give different certificates to two replicas.
             made.metadata.resource_version = existing.resource_version();
             made.type_ = existing.type_;
             let parameters = PatchParams { field_manager: Some(FIELD_MANAGER.to_owned()), ..PatchParams::default() };
@@ -208,12 +210,12 @@ async fn serving(
     }
 }
 
-/// Whether the serving certificate is of this authority and lasts.
+/// Checks whether the serving certificate is from this authority and does not expire soon.
 fn is_fresh(secret: &Secret, name: &'static str, authority: &Authority, now: Timestamp) -> bool {
     let renew = now.checked_add(SignedDuration::from_hours(RENEW_DAYS * 24)).unwrap_or(now);
     let lasts = match secret.annotations().get(NOT_AFTER) {
         Some(not_after) => not_after.parse().is_ok_and(|not_after: Timestamp| not_after > renew),
-        // Not one of ours: the administrator's own, who renews it.
+        // A certificate without the annotation is the administrator's own, who also renews it.
         None => true,
     };
     let has = |key: &str| secret.data.as_ref().is_some_and(|data| data.contains_key(key));
@@ -263,7 +265,7 @@ where
     api.get_opt(name).await.map_err(|cause| BootstrapError::Kube { verb: "get", name, cause: Box::new(cause) })
 }
 
-/// Creates it. If another replica was faster, its object is ours.
+/// Creates the object. If another replica was faster, returns its object.
 async fn create<K>(api: &Api<K>, name: &'static str, object: K) -> Result<K, BootstrapError>
 where
     K: Clone + serde::Serialize + serde::de::DeserializeOwned + std::fmt::Debug,

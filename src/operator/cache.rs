@@ -1,8 +1,9 @@
-//! What the cluster says, kept by watches.
+//! Keeps the observed state of the cluster in caches, by watches.
 //!
-//! Guarantees: one object that cannot be read never stops a watch, and neither does another watch; nothing is decided before every store is
-//! filled; how a pod that is gone ended is kept, where the API server has told. Non-goals: to keep what nobody asks for: managed fields, and
-//! nearly all of pods' specs.
+//! Guarantees: One object that cannot be decoded never stops a watch, and neither does another watch. Nothing is decided before every store
+//! is filled. The last status of a deleted pod is kept, if the API server reported it.
+//!
+//! Non-goals: Data that nothing uses, such as managed fields and nearly all of a pod's spec.
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -41,13 +42,13 @@ use crate::{
     plan::{intact, names},
 };
 
-/// How long the watch may lag before the API server is asked instead.
+/// How long the watch may lag before the operator asks the API server instead.
 const PATIENCE: Duration = Duration::from_millis(500);
 
-/// A task, or why it cannot be read.
+/// A task, or the reason why it cannot be decoded.
 pub type GuardedTask = Lenient<AgentTask>;
 
-/// All that is watched.
+/// The caches of everything that is watched.
 #[derive(Clone)]
 pub struct Stores {
     /// Tasks.
@@ -56,54 +57,55 @@ pub struct Stores {
     pub contracts: Store<Lenient<ToolContract>>,
     /// Packs.
     pub packs: Store<Lenient<PolicyPack>>,
-    /// Namespaces: their labels.
+    /// The labels of the namespaces.
     pub namespaces: Store<PartialObjectMeta<Namespace>>,
-    /// Our pods.
+    /// Belay's pods.
     pub pods: Store<Lenient<Pod>>,
-    /// Our NetworkPolicies.
+    /// Belay's NetworkPolicies.
     pub network_policies: Store<Lenient<NetworkPolicy>>,
-    /// Attempts that have a pod.
+    /// The attempts that have a pod.
     pub with_pod: Attempts,
-    /// Attempts that have a NetworkPolicy.
+    /// The attempts that have a NetworkPolicy.
     pub with_network_policy: Attempts,
-    /// Told at each change of a contract or a pack.
+    /// Notified at each change of a contract or a pack.
     pub references_changed: Arc<Notify>,
-    /// Told at each change of our NetworkPolicies.
+    /// Notified at each change of Belay's NetworkPolicies.
     pub network_policies_changed: Arc<Notify>,
 }
 
 impl Stores {
-    /// Waits until all are filled.
+    /// Waits until all stores are filled.
     ///
     /// # Errors
-    /// If a watch has ended.
+    /// Returns an error if a watch has ended.
     pub async fn ready(&self) -> Result<(), WriterDropped> {
         let (tasks, pods, policies) = (&self.tasks, &self.pods, &self.network_policies);
         tokio::try_join!(tasks.wait_until_ready(), pods.wait_until_ready(), policies.wait_until_ready())?;
         self.references_ready().await
     }
 
-    /// Waits until what tasks refer to is there: contracts, packs, namespaces.
+    /// Waits until the stores of what tasks refer to are filled: contracts, packs, namespaces.
     ///
     /// # Errors
-    /// If a watch has ended.
+    /// Returns an error if a watch has ended.
     pub async fn references_ready(&self) -> Result<(), WriterDropped> {
         let (contracts, packs, namespaces) = (&self.contracts, &self.packs, &self.namespaces);
         tokio::try_join!(contracts.wait_until_ready(), packs.wait_until_ready(), namespaces.wait_until_ready())?;
         Ok(())
     }
 
-    /// A pod of ours, by its name.
+    /// Returns one of Belay's pods by its name.
     pub fn pod(&self, namespace: &str, name: &str) -> Option<Arc<Lenient<Pod>>> {
         self.pods.get(&ObjectRef::new(name).within(namespace))
     }
 
-    /// A NetworkPolicy of ours, by its name.
+    /// Returns one of Belay's NetworkPolicies by its name.
     pub fn network_policy(&self, namespace: &str, name: &str) -> Option<Arc<Lenient<NetworkPolicy>>> {
         self.network_policies.get(&ObjectRef::new(name).within(namespace))
     }
 
-    /// A NetworkPolicy that was just written, as the watch shows it at that version or a later one; none if it does not in time.
+    /// Returns a NetworkPolicy that was written just now, as the watch shows it at that version or a later one. Returns `None` if the watch
+    /// does not show it in time.
     pub async fn read_back(&self, written: &NetworkPolicy) -> Option<NetworkPolicy> {
         let (namespace, name) = (written.namespace().unwrap_or_default(), written.name_any());
         let shown = async {
@@ -120,7 +122,7 @@ impl Stores {
         timeout(PATIENCE, shown).await.ok()
     }
 
-    /// Tasks that have not ended and to which this applies.
+    /// Returns the tasks that have not ended and for which `applies` is true.
     fn tasks_where(&self, applies: impl Fn(&AgentTask) -> bool) -> Vec<ObjectRef<GuardedTask>> {
         let open = |task: &AgentTask| {
             !matches!(task.status.as_ref().and_then(|status| status.phase), Some(Phase::Succeeded | Phase::Failed))
@@ -133,43 +135,44 @@ impl Stores {
             .collect()
     }
 
-    /// Tasks that name a contract.
+    /// Returns the tasks that name a contract.
     pub fn tasks_of_contract(&self, contract: &impl ResourceExt) -> Vec<ObjectRef<GuardedTask>> {
         let (namespace, name) = (contract.namespace(), contract.name_any());
         self.tasks_where(|task| task.namespace() == namespace && task.spec.tools.contains(&name))
     }
 
-    /// Tasks that a pack may concern: its selector may have begun or ceased to select any namespace.
+    /// Returns the tasks that a change of a pack may affect. That is every task, because the selector of the pack may have started or
+    /// stopped selecting any namespace.
     pub fn tasks_of_packs(&self) -> Vec<ObjectRef<GuardedTask>> {
         self.tasks_where(|_| true)
     }
 
-    /// Tasks of a namespace.
+    /// Returns the tasks of a namespace.
     pub fn tasks_of_namespace(&self, namespace: &str) -> Vec<ObjectRef<GuardedTask>> {
         self.tasks_where(|task| task.namespace().as_deref() == Some(namespace))
     }
 }
 
-/// Which attempts of a task have an object of one kind, as the store of that kind has it. Their numbers have gaps: a task that is parked for a
-/// week has had thousands, and has objects of the newest.
+/// The attempts of each task that have an object of one kind, according to the store of that kind. The numbers have gaps: a task that was
+/// parked for a week has had thousands of attempts, and only the newest ones have objects.
 #[derive(Clone, Default)]
 pub struct Attempts(Arc<Mutex<Listed>>);
 
 #[derive(Default)]
 struct Listed {
     by_task: HashMap<String, BTreeSet<i64>>,
-    /// What a list has brought that is not whole yet.
+    /// The objects of a list that is not complete yet.
     arriving: HashMap<String, BTreeSet<i64>>,
 }
 
 impl Attempts {
-    /// Those of this task, by its UID.
+    /// Returns the attempts of the task with this UID.
     pub fn of(&self, task_uid: &str) -> BTreeSet<i64> {
         let listed = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         listed.by_task.get(task_uid).cloned().unwrap_or_default()
     }
 
-    /// Follows a watch, as the store does.
+    /// Applies an event of a watch, as the store does.
     pub fn follow<K: Resource>(&self, event: &watcher::Event<K>) {
         let mut listed = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let Listed { by_task, arriving } = &mut *listed;
@@ -199,34 +202,34 @@ impl Attempts {
     }
 }
 
-/// The task that an object of an attempt belongs to, by its UID, and the attempt.
+/// Returns the UID of the task that an object of an attempt belongs to, and the attempt's number.
 fn attempt_of(metadata: &ObjectMeta) -> Option<(String, i64)> {
     let labels = metadata.labels.as_ref()?;
     Some((labels.get(names::TASK_UID)?.clone(), labels.get(names::ATTEMPT)?.parse().ok()?))
 }
 
-/// The watches' changes, to be merged into one controller. What goes wrong with one is said and is its own affair: it waits and begins anew, and
-/// holds up no other.
+/// The changes of all watches, which one controller merges. An error of one watch is logged and does not stop the others: that watch waits
+/// and starts again.
 pub struct Streams {
-    /// Tasks that exist.
+    /// Changes of tasks that exist.
     pub tasks: Changes<GuardedTask>,
-    /// Contracts that came, changed or went.
+    /// Contracts that were created, changed or deleted.
     pub contracts: Changes<Lenient<ToolContract>>,
-    /// Packs.
+    /// Changes of packs.
     pub packs: Changes<Lenient<PolicyPack>>,
-    /// Namespaces.
+    /// Changes of namespaces.
     pub namespaces: Changes<PartialObjectMeta<Namespace>>,
-    /// Pods.
+    /// Changes of pods.
     pub pods: Changes<Lenient<Pod>>,
-    /// NetworkPolicies.
+    /// Changes of NetworkPolicies.
     pub network_policies: Changes<Lenient<NetworkPolicy>>,
 }
 
-/// Objects of one kind, each time that they change. No item is an error: a controller pauses all of its streams for an error of any.
+/// Objects of one kind, each time they change. No item is an error, because a controller pauses all of its streams for an error of one.
 pub type Changes<K> = BoxStream<'static, watcher::Result<K>>;
 
 impl Streams {
-    /// Keeps contracts, packs and namespaces current for ever, for who looks them up and does not act.
+    /// Keeps the caches of contracts, packs and namespaces up to date forever, for a replica that looks them up and does not act.
     pub async fn follow_references(&mut self) -> Infallible {
         tokio::join!(drain(&mut self.contracts), drain(&mut self.packs), drain(&mut self.namespaces)).0
     }
@@ -237,7 +240,7 @@ async fn drain<K>(changes: &mut Changes<K>) -> Infallible {
     std::future::pending().await
 }
 
-/// What a watch brings. That it was interrupted is said, and left out.
+/// Returns the changes of a watch. Interruptions are logged and left out.
 fn changes<T: Send + 'static>(
     kind: &'static str,
     watch: impl Stream<Item = watcher::Result<T>> + Send + 'static,
@@ -289,7 +292,7 @@ pub fn watch(client: &Client, memories: Arc<Memories>, metrics: &Metrics) -> (St
         .modify(|pod| {
             if let Ok(pod) = &mut pod.0 {
                 intact::remember(pod);
-                // Of the spec, only how long it may live is looked at.
+                // The operator uses only this field of the spec: how long the pod may live.
                 pod.spec = pod.spec.as_ref().map(|spec| PodSpec {
                     active_deadline_seconds: spec.active_deadline_seconds,
                     ..PodSpec::default()
@@ -365,7 +368,7 @@ where
     watcher(Api::<Lenient<K>>::all(client.clone()), config).backoff(contact::pauses()).inspect(report::<K>(metrics))
 }
 
-/// Counts and logs objects that cannot be read: once each time that they change, since an unchanged one sends no event.
+/// Counts and logs objects that cannot be decoded, once each time they change, because an unchanged object sends no event.
 fn report<K: Resource<DynamicType = ()>>(metrics: &Metrics) -> impl Fn(&Events<Lenient<K>>) + Send + 'static + use<K> {
     let counter = metrics.undecodable.clone();
     move |event| {
@@ -383,7 +386,7 @@ fn report<K: Resource<DynamicType = ()>>(metrics: &Metrics) -> impl Fn(&Events<L
     }
 }
 
-/// An object of an attempt that is, or was, and its task's UID.
+/// Returns the metadata of an attempt's object that an event is about, even if it was deleted, and the UID of its task.
 fn touched<K: Resource>(event: &Events<K>) -> Option<(&str, &ObjectMeta)> {
     let Ok(watcher::Event::Apply(object) | watcher::Event::InitApply(object) | watcher::Event::Delete(object)) = event
     else {
@@ -393,7 +396,7 @@ fn touched<K: Resource>(event: &Events<K>) -> Option<(&str, &ObjectMeta)> {
     Some((task, object.meta()))
 }
 
-/// Whether an object is the one of this write, at that version or a later one. Versions are numbers that grow.
+/// Checks whether an object is the written one, at that version or a later one. Versions are increasing numbers.
 fn includes(shown: &ObjectMeta, written: &ObjectMeta) -> bool {
     let version = |metadata: &ObjectMeta| metadata.resource_version.as_deref().and_then(memory::number);
     shown.uid == written.uid && version(written).is_some_and(|written| version(shown) >= Some(written))

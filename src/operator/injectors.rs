@@ -1,7 +1,9 @@
-//! Who changes pods on their way in: the mutating admission that applies to a pod of ours.
+//! Finds the mutating admission that may have changed a pod of Belay when it was created.
 //!
-//! Guarantees: whoever is named selects pods that are created, this namespace and these labels. Non-goals: to say which of several it was,
-//! which only the API server's audit log knows; plugins that are part of the API server; match conditions.
+//! Guarantees: Every webhook or policy in the result selects the creation of pods, this namespace and these labels.
+//!
+//! Non-goals: To find out which of several made the change, because only the API server's audit log has that. Plugins that are part of the
+//! API server. Match conditions.
 
 use std::collections::BTreeMap;
 
@@ -23,7 +25,7 @@ const BINDINGS: [&str; 2] = [
 
 type Labels = BTreeMap<String, String>;
 
-/// Those who may have changed a pod with these labels, in words.
+/// Describes, in words, the mutating admission that may have changed a pod with these labels.
 pub async fn of_pod(writer: &Writer, namespace: &Labels, pod: &Labels) -> String {
     let read = async {
         let (webhooks, policies, bindings) =
@@ -38,7 +40,7 @@ pub async fn of_pod(writer: &Writer, namespace: &Labels, pod: &Labels) -> String
     }
 }
 
-/// Webhooks, and policies that are bound, that apply.
+/// Returns the webhooks and the bound policies that apply.
 fn matching(
     webhooks: &[Value],
     policies: &[Value],
@@ -81,7 +83,7 @@ fn list<'a>(of: &'a Value, pointer: &str) -> impl Iterator<Item = &'a Value> + u
     of.pointer(pointer).and_then(Value::as_array).into_iter().flatten()
 }
 
-/// Whether one of the rules is about pods that are created.
+/// Checks whether one of the rules applies to the creation of pods.
 fn rules(of: &Value, pointer: &str) -> bool {
     let has = |rule: &Value, key: &str, wanted: &[&str]| {
         list(rule, key).filter_map(Value::as_str).any(|one| wanted.contains(&one))
@@ -94,7 +96,7 @@ fn rules(of: &Value, pointer: &str) -> bool {
 }
 
 fn selects(of: &Value, namespace: &Labels, pod: &Labels) -> bool {
-    // One that cannot be read is named rather than left out.
+    // A selector that cannot be parsed counts as a match, so that its webhook or policy is named.
     let matches = |key: &str, labels: &Labels| selector(of, key).is_none_or(|selector| selector.matches(labels));
     matches("namespaceSelector", namespace) && matches("objectSelector", pod)
 }
@@ -104,7 +106,7 @@ fn selector(of: &Value, key: &str) -> Option<Selector> {
     Selector::try_from(selector).ok()
 }
 
-/// It, and by what it selects the namespace.
+/// Returns the name with the selectors that select the namespace.
 fn told(who: String, of: &[&Value]) -> String {
     let by: Vec<_> =
         of.iter().filter_map(|one| selector(one, "namespaceSelector")).map(|one| one.to_string()).collect();

@@ -1,7 +1,7 @@
-//! What the operator remembers of a task between two looks at it, because the caches may be behind its own writes.
+//! Remembers the operator's own writes for a task between two reconciliations, because the caches may be older than these writes.
 //!
-//! Promises: losing it is safe. All that a decision needs lies in the cluster; this saves writes that would be repeated, and attempt
-//! numbers that would be skipped.
+//! Guarantees: Losing the memory is safe. The cluster has everything that a decision needs. The memory only avoids repeated writes and
+//! skipped attempt numbers.
 
 use std::{
     collections::HashMap,
@@ -14,89 +14,89 @@ use tokio::time::Instant;
 
 use crate::{api::AgentTask, lifecycle::observe::PodView};
 
-/// For how long our own writes are believed over caches that do not show them.
+/// How long the operator trusts its own writes over caches that do not show them.
 pub const BELIEVED: Duration = Duration::from_secs(10);
 
-/// Of one task.
+/// What is remembered about one task.
 #[derive(Clone, Default)]
 pub struct Memory {
-    /// Errors in a row.
+    /// The number of errors in a row.
     pub errors: u32,
-    /// The last error's text, to log it once.
+    /// The text of the last error, so that the same error is logged once.
     pub last_error: Option<String>,
-    /// When it was first seen; gone once its first pod was made.
+    /// When the task was first seen. `None` once its first pod was created.
     pub first_seen: Option<Instant>,
-    /// The task as our last write left it.
+    /// The task as the operator's last write left it.
     pub latest: Option<Arc<AgentTask>>,
-    /// The pod that we made and the cache does not show yet.
+    /// The pod that the operator created and that the cache does not show yet.
     pub pod: Option<(PodView, Instant)>,
-    /// The newest of its pods that is gone, as the API server last showed it: how it ended may be said nowhere else.
+    /// The newest of the task's deleted pods, as the API server last showed it. There may be no other information about its end.
     pub gone: Option<PodView>,
-    /// The attempt whose NetworkPolicy we made and the cache does not show yet.
+    /// The attempt whose NetworkPolicy the operator created and the cache does not show yet.
     pub claim: Option<(i64, Instant)>,
-    /// The attempt that we began and whose pod was certainly not made.
+    /// The attempt that the operator started and whose pod was certainly not created.
     pub reusable: Option<i64>,
 }
 
-/// Of all tasks, by UID.
+/// What is remembered about all tasks, by UID.
 #[derive(Default)]
 pub struct Memories(Mutex<HashMap<String, Memory>>);
 
 impl Memories {
     fn lock(&self) -> MutexGuard<'_, HashMap<String, Memory>> {
-        // The map is whole after every operation: a panic elsewhere leaves nothing half done in it.
+        // Each operation leaves the map consistent, so a panic elsewhere does not leave a partial change.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Of this task, as it is now.
+    /// Returns a copy of what is remembered about this task.
     pub fn get(&self, uid: &str) -> Memory {
         self.lock().get(uid).cloned().unwrap_or_default()
     }
 
-    /// Changes it.
+    /// Changes what is remembered about this task.
     pub fn update<T>(&self, uid: &str, change: impl FnOnce(&mut Memory) -> T) -> T {
         change(self.lock().entry(uid.to_owned()).or_default())
     }
 
-    /// A task appeared.
+    /// Records that a task was seen.
     pub fn see(&self, uid: &str) {
         self.lock()
             .entry(uid.to_owned())
             .or_insert_with(|| Memory { first_seen: Some(Instant::now()), ..Memory::default() });
     }
 
-    /// The cache shows this pod, or showed it: from now on the cache is believed.
+    /// Records that the cache shows or has shown this pod. From now on, the cache is trusted.
     pub fn pod_cached(&self, task_uid: &str, pod_uid: &str) {
         if let Some(memory) = self.lock().get_mut(task_uid) {
             memory.pod.take_if(|(pod, _)| pod.uid == pod_uid);
         }
     }
 
-    /// A pod is gone, and this is the last that was said of it.
+    /// Records the last status of a pod that is gone.
     pub fn pod_gone(&self, task_uid: &str, pod: PodView) {
         self.update(task_uid, |memory| {
             if memory.gone.as_ref().is_none_or(|gone| gone.attempt <= pod.attempt) {
-                // Nothing of it runs any more, and nothing else will ever be said of it.
+                // No container of the pod runs any more, and its status is final.
                 memory.gone = Some(PodView { terminal: true, live: true, ..pod });
             }
         });
     }
 
-    /// The cache shows an attempt's NetworkPolicy, or showed it: if it is not there any more, it was deleted.
+    /// Records that the cache shows or has shown an attempt's NetworkPolicy. If the NetworkPolicy is missing later, it was deleted.
     pub fn policy_cached(&self, task_uid: &str, attempt: &str) {
         if let Some(memory) = self.lock().get_mut(task_uid) {
             memory.claim.take_if(|(claimed, _)| claimed.to_string() == attempt);
         }
     }
 
-    /// All went well.
+    /// Resets the errors after a success.
     pub fn reset_errors(&self, uid: &str) {
         if let Some(memory) = self.lock().get_mut(uid) {
             (memory.errors, memory.last_error) = (0, None);
         }
     }
 
-    /// Something went wrong: how often in a row, and whether it is the same as the last.
+    /// Records an error. Returns the number of errors in a row, and whether the error is the same as the last one.
     pub fn error(&self, uid: &str, text: &str) -> (u32, bool) {
         self.update(uid, |memory| {
             memory.errors = memory.errors.saturating_add(1);
@@ -111,12 +111,12 @@ impl Memories {
         self.lock().remove(uid);
     }
 
-    /// Forgets those that are no more.
+    /// Forgets tasks that do not exist any more.
     pub fn retain(&self, exists: impl Fn(&str) -> bool) {
         self.lock().retain(|uid, _| exists(uid));
     }
 
-    /// The cache shows this version: what was remembered up to it is of no more use.
+    /// Records that the cache shows this version of the task, so that the remembered task up to this version is not needed any more.
     pub fn cached(&self, uid: &str, version: Option<&str>) {
         let cached = version.and_then(number);
         if let Some(memory) = self.lock().get_mut(uid) {
@@ -124,7 +124,7 @@ impl Memories {
         }
     }
 
-    /// The newer of the cached task and the one that our last write left.
+    /// Returns the newer of the cached task and the task that the operator's last write left.
     pub fn newest(&self, cached: Arc<AgentTask>) -> Arc<AgentTask> {
         let Some(uid) = cached.uid() else { return cached };
         let latest = self.lock().get(&uid).and_then(|memory| memory.latest.clone());
@@ -132,7 +132,7 @@ impl Memories {
     }
 }
 
-/// Resource versions of one kind are numbers that grow. Where they are not numbers the cache is believed.
+/// Parses a resource version. The versions of one kind are increasing numbers. If they are not numbers, the cache is trusted.
 pub fn number(version: &str) -> Option<u64> {
     version.parse().ok()
 }

@@ -1,4 +1,4 @@
-//! The operator's metrics. Labels are closed sets: no task, namespace or image is ever one.
+//! Defines the operator's metrics. The values of labels are bounded: a task, a namespace or an image is never a label.
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -15,36 +15,36 @@ use crate::{
     lenient::Lenient,
 };
 
-/// From milliseconds to half a minute.
+/// Buckets from milliseconds to half a minute.
 const SECONDS: [f64; 13] = [0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 30.0];
 
-/// All of them.
+/// All metrics of the operator, except [`TasksByPhase`].
 #[derive(Clone)]
 pub struct Metrics {
-    /// Reconciliations by result: `ok`, `error`.
+    /// Reconciliations, by result: `ok`, `error`.
     pub reconciles: IntCounterVec,
-    /// How long they took, by result.
+    /// The duration of reconciliations in seconds, by result.
     pub reconcile_seconds: HistogramVec,
-    /// Attempts that ended, by what they were for (`agent`, `rollback`), the task's class, and failure class; `None` is success.
+    /// Ended attempts, by kind (`agent`, `rollback`), task class and failure class. `None` means success.
     pub attempts: IntCounterVec,
-    /// From the first sight of a task to its first pod.
+    /// Seconds from when a task is first seen to the creation of its first pod.
     pub apply_to_pod: Histogram,
-    /// Requests that write, by verb and kind.
+    /// Write requests to the API server, by verb and kind.
     pub writes: IntCounterVec,
-    /// NetworkPolicies that were deleted or changed under a living pod, and made again.
+    /// NetworkPolicies that were deleted or changed while their pod ran, and were created again.
     pub policies_restored: IntCounter,
-    /// Objects that could not be read, by kind.
+    /// Objects that could not be decoded, by kind.
     pub undecodable: IntCounterVec,
-    /// Objects that the webhook judged, by kind and result: `allowed`, `warned`, `denied`.
+    /// Objects that the webhook checked, by kind and result: `allowed`, `warned`, `denied`.
     pub reviews: IntCounterVec,
-    /// Whether this replica leads.
+    /// 1 if this replica leads.
     pub leader: prometheus::IntGauge,
 }
 
-/// The registry of an operator's process: its metrics, and the ages of its watches. One that leads adds [`TasksByPhase`].
+/// Returns the registry of an operator process, with its metrics and the ages of its watches. A leader also registers [`TasksByPhase`].
 ///
 /// # Errors
-/// Never in practice: the names are valid, and differ.
+/// Returns an error if the metrics cannot be registered, which does not happen in practice: their names are valid and unique.
 pub fn registry(contact: &Arc<Contact>) -> Result<(Registry, Metrics), prometheus::Error> {
     let registry = Registry::new();
     let metrics = Metrics::new(&registry)?;
@@ -53,10 +53,10 @@ pub fn registry(contact: &Arc<Contact>) -> Result<(Registry, Metrics), prometheu
 }
 
 impl Metrics {
-    /// Makes and registers them.
+    /// Creates and registers the metrics.
     ///
     /// # Errors
-    /// If one is registered already.
+    /// Returns an error if a metric is already registered.
     pub fn new(registry: &Registry) -> Result<Self, prometheus::Error> {
         let counter = |name: &str, help: &str, labels: &[&str]| {
             let metric = IntCounterVec::new(Opts::new(name, help), labels)?;
@@ -104,7 +104,7 @@ impl Metrics {
     }
 }
 
-/// Tasks by phase and class, counted when they are asked for.
+/// Tasks by phase and task class. They are counted when the metrics are read.
 #[derive(Clone)]
 pub struct TasksByPhase {
     store: Store<Lenient<AgentTask>>,
@@ -112,10 +112,10 @@ pub struct TasksByPhase {
 }
 
 impl TasksByPhase {
-    /// Over this store.
+    /// Creates the collector for this store.
     ///
     /// # Errors
-    /// Never in practice: the name is valid.
+    /// Returns an error if the name of the metric is not valid, which does not happen in practice.
     pub fn new(store: Store<Lenient<AgentTask>>) -> Result<Self, prometheus::Error> {
         let gauge =
             IntGaugeVec::new(Opts::new("belay_operator_tasks", "Tasks by phase and class."), &["phase", "task_class"])?;
@@ -135,7 +135,7 @@ impl Collector for TasksByPhase {
             let class = task.0.as_ref().ok().and_then(|task| counted_as(task)).unwrap_or_default();
             *counts.entry((phase_name(&task), class.to_owned())).or_insert(0) += 1;
         }
-        // Tasks go, and so do their classes.
+        // Reset the gauge, because tasks and their task classes disappear.
         self.gauge.reset();
         for ((phase, class), count) in counts {
             self.gauge.with_label_values(&[phase, &class]).set(count);
@@ -144,7 +144,7 @@ impl Collector for TasksByPhase {
     }
 }
 
-/// The class that a task is counted by: its own, once its pack is known to have it.
+/// Returns the task class that a task counts for: its own, once a pack with this task class has accepted the task.
 pub fn counted_as(task: &AgentTask) -> Option<&str> {
     let attempts = task.status.as_ref().and_then(|status| status.attempt).unwrap_or_default();
     task.spec.task_class.as_deref().filter(|_| attempts > 0)
@@ -168,7 +168,7 @@ mod tests {
     use super::*;
     use crate::admin::reference;
 
-    /// Everything that the process registers, each vector with one child, so that the registry tells it.
+    /// Registers every metric of the process, each vector with one child, so that the registry returns it.
     #[test]
     fn the_reference_has_every_metric() {
         let (registry, metrics) = registry(&Arc::new(Contact::default())).unwrap();

@@ -1,8 +1,9 @@
-//! Whether contracts and packs are in order, said in their statuses.
+//! Reports in their statuses whether contracts and packs are valid.
 //!
-//! Guarantees: what is said of an object is what `belay lint` and the webhook say of it by itself; a status is written when it changed, and
-//! by the leader alone; each object is judged once for each of its generations. Non-goals: what follows from two objects, such as two packs
-//! for one namespace; the tasks that are concerned say that.
+//! Guarantees: The status of an object reports what `belay lint` and the webhook report about the object on its own. Only the leader writes
+//! a status, and only if it has changed. Each generation of an object is checked once.
+//!
+//! Non-goals: Problems that involve two objects, such as two packs for one namespace. The statuses of the affected tasks report them.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -27,19 +28,19 @@ use crate::{
     plan::{Finding, alone},
 };
 
-/// What was last said of an object.
+/// The last reported state of an object.
 struct Told {
     generation: Option<i64>,
     ready: Ready,
-    /// The version that our last write made. The cache may be behind it.
+    /// The resource version that the operator's last write created. The cache may be older.
     version: Option<u64>,
 }
 
-/// What was last said, by UID.
+/// The last reported states, by UID.
 #[derive(Default)]
 pub struct Statuses(HashMap<String, Told>);
 
-/// Keeps all statuses, for as long as it is polled. The caches must be filled.
+/// Keeps all statuses up to date while it is polled. The caches must be filled before.
 pub async fn keep(stores: &Stores, writer: &Writer, contact: &Contact) -> Infallible {
     let (mut statuses, mut errors, mut known) = (Statuses::default(), 0, None);
     loop {
@@ -62,10 +63,10 @@ pub async fn keep(stores: &Stores, writer: &Writer, contact: &Contact) -> Infall
 }
 
 impl Statuses {
-    /// Writes the statuses that are not what they should be.
+    /// Writes the statuses that are not up to date.
     ///
     /// # Errors
-    /// If one could not be written; the others are.
+    /// Returns an error if a status could not be written. All others are written.
     pub async fn pass(&mut self, stores: &Stores, writer: &Writer, now: Timestamp) -> Result<(), ApiError> {
         let mut there = HashSet::new();
         let contracts = self.tell(&stores.contracts, writer, now, "a contract", alone::contract, |one| &one.status);
@@ -77,7 +78,7 @@ impl Statuses {
         Ok(())
     }
 
-    /// The UIDs of those that there are.
+    /// Writes the statuses of one kind, and returns the UIDs of all its objects.
     async fn tell<K>(
         &mut self,
         store: &Store<Lenient<K>>,
@@ -107,7 +108,7 @@ impl Statuses {
             };
             let before = match &object.0 {
                 Ok(read) => status(read).clone().unwrap_or_default(),
-                // What its status says cannot be read either; what was written of this generation stays.
+                // The status of such an object cannot be decoded either. A status that was written for this generation stays.
                 Err(_) if told.is_some() => continue,
                 Err(_) => Readiness::default(),
             };
@@ -116,7 +117,7 @@ impl Statuses {
             if before != after {
                 match writer.apply_readiness::<K>(meta.namespace.as_deref(), name, uid, &after).await {
                     Ok(written) => told.version = written.as_deref().and_then(memory::number),
-                    // Gone, or another under the same name: there is nobody to tell.
+                    // The object is gone, or another object has its name, so there is no status to write.
                     Err(error) if matches!(error.code(), Some(404 | 409)) => {}
                     Err(error) => {
                         outcome = Err(error);
@@ -125,7 +126,7 @@ impl Statuses {
                 }
             }
             self.0.insert(uid.clone(), told);
-            // Judging takes a while, and others wait for their turn.
+            // The checks take a while, and other tasks of the runtime must not wait for all of them.
             tokio::task::yield_now().await;
         }
         outcome.map(|()| there)

@@ -1,8 +1,14 @@
-//! One look at one task: observe, decide, act, tell.
+//! Reconciles one task: observe, decide, act, report.
 //!
-//! Guarantees: a task that rests costs no request; status is written when it changed and never to a namesake; the same error is logged
-//! once; what ends an attempt, deletes a pod, seals a log or starts a rollback was read from the API server in the same look, and where it
-//! cannot be read nothing is concluded. Non-goals: to act on what a cache alone says.
+//! Guarantees:
+//!
+//! - A task for which nothing is due causes no request.
+//! - The status is written only if it has changed, and never to another task with the same name.
+//! - The same error is logged once.
+//! - An attempt is ended, a pod deleted, a log sealed or a rollback started only because of state that was read from the API server in the
+//!   same reconciliation. If the state cannot be read, nothing is concluded.
+//!
+//! Non-goals: Actions that are based on a cache alone.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -50,51 +56,51 @@ use crate::{
     wire::SealRequest,
 };
 
-/// Looked at again after this long, though nothing seems to change: a missed event costs no more.
+/// The pause after which a task is reconciled again even if nothing seems to change. It bounds the delay that a missed event causes.
 const BACKSTOP: Duration = Duration::from_secs(600);
-/// Looked at again after this long, where another task is waited for.
+/// The pause after which a task that waits for another task is reconciled again.
 const SOON: Duration = Duration::from_secs(2);
-/// How long a pod may take to start before the status says that it is pending. Most start sooner, and save a write.
+/// Seconds that a pod may take to start before the status says that it is pending. Most pods start sooner, which saves a write.
 const PENDING_AFTER_SECONDS: i64 = 5;
 
-/// All that a look needs.
+/// Everything that a reconciliation needs.
 pub struct Context {
-    /// What the cluster says.
+    /// The caches of the cluster's state.
     pub stores: Stores,
-    /// What we remember.
+    /// What the operator remembers of its own writes.
     pub memories: Arc<Memories>,
-    /// Writes.
+    /// Writes to the API server.
     pub writer: Writer,
-    /// The way to the gateway.
+    /// The client of the gateway.
     pub gateway: Arc<dyn Seal>,
-    /// What the cluster adds to every task.
+    /// The settings of the cluster that are the same for every task.
     pub surroundings: watch::Receiver<Option<Surroundings>>,
-    /// How we stand to the API server, and what time it is there.
+    /// The state of the connection to the API server, and the API server's clock.
     pub contact: Arc<Contact>,
-    /// Metrics.
+    /// The operator's metrics.
     pub metrics: Metrics,
-    /// Namespace of operator and gateway.
+    /// The namespace of operator and gateway.
     pub system_namespace: String,
-    /// Endpoint of the evidence store, for those who verify a log before it is sealed; absent for AWS.
+    /// The endpoint of the object store, for users who verify a log before it is sealed. Absent for AWS.
     pub s3_endpoint: Option<String>,
-    /// Takes what the caches say for what was just read, as an operator without the guarantees above would.
+    /// Treats cached state as if it was just read, as an operator without the guarantees above would do.
     #[cfg(test)]
     pub believes_caches: bool,
 }
 
-/// Why a look did not come to its end. All are tried again.
+/// Why a reconciliation was not completed. All of these errors are retried.
 #[derive(Debug, thiserror::Error)]
 pub enum ReconcileError {
     /// A request failed.
     #[error(transparent)]
     Api(#[from] ApiError),
-    /// An attempt was not made.
+    /// The attempt was not created.
     #[error(transparent)]
     Apply(#[from] ApplyError),
-    /// The log is not sealed.
+    /// The log was not sealed.
     #[error(transparent)]
     Seal(#[from] SealError),
-    /// Nobody knows where the evidence is.
+    /// The location of the evidence is not known.
     #[error(
         "expected the place of the task's evidence in its status, on its NetworkPolicies or in the pack of its namespace, found \
          none; restore the PolicyPack"
@@ -103,7 +109,7 @@ pub enum ReconcileError {
 }
 
 impl ReconcileError {
-    /// Whether the API server did not answer.
+    /// Checks whether the API server did not answer.
     fn is_silence(&self) -> bool {
         let silent = |error: &ApiError| error.code().is_none_or(|code| matches!(code, 502..=504));
         match self {
@@ -116,7 +122,7 @@ impl ReconcileError {
     }
 }
 
-/// Looks at a task.
+/// Reconciles a task.
 ///
 /// # Errors
 /// See [`ReconcileError`].
@@ -155,7 +161,7 @@ pub async fn reconcile(task: Arc<GuardedTask>, context: Arc<Context>) -> Result<
     result
 }
 
-/// When to look again after an error, which is logged if it is another than the last.
+/// Returns when to reconcile again after an error. Logs the error if it differs from the last one.
 pub fn after_error(task: &GuardedTask, error: &ReconcileError, context: &Context) -> Action {
     let metadata = kube::Resource::meta(task);
     let text = error.to_string();
@@ -166,7 +172,7 @@ pub fn after_error(task: &GuardedTask, error: &ReconcileError, context: &Context
     Action::requeue(backoff::pause(errors, error.is_silence()))
 }
 
-/// A task that this version cannot read: said once, in its status.
+/// Reports once, in its status, that this version cannot decode a task.
 async fn refuse_unreadable(context: &Context, invalid: &InvalidObject, uid: &str) -> Result<Action, ReconcileError> {
     if context.memories.get(uid).last_error.as_deref() == Some(&invalid.error) {
         return Ok(Action::await_change());
@@ -185,7 +191,7 @@ async fn refuse_unreadable(context: &Context, invalid: &InvalidObject, uid: &str
     let (namespace, name) =
         (metadata.namespace.as_deref().unwrap_or_default(), metadata.name.as_deref().unwrap_or_default());
     match context.writer.apply_status(namespace, name, Some(uid), &status).await {
-        // What it answers cannot be read either.
+        // The answer has a task that this version cannot decode either, so only an error status counts as an error.
         Err(error) if error.code().is_some() => return Err(error.into()),
         _ => {}
     }
@@ -193,33 +199,33 @@ async fn refuse_unreadable(context: &Context, invalid: &InvalidObject, uid: &str
     Ok(Action::await_change())
 }
 
-/// One look.
+/// One reconciliation.
 struct Pass<'a> {
     context: &'a Context,
     task: Arc<AgentTask>,
     owner: Owner,
     memory: Memory,
-    /// How many attempts have failed, by class.
+    /// The number of failed attempts by failure class.
     failures: BTreeMap<String, i64>,
     now: Timestamp,
 }
 
-/// What is seen of a task in one look.
+/// The observed state of a task in one reconciliation.
 pub(super) struct Seen {
     pub(super) pods: Vec<PodView>,
-    /// Attempts that have a NetworkPolicy.
+    /// The attempts that have a NetworkPolicy.
     pub(super) claims: Vec<i64>,
-    /// Attempts whose pod was looked up in this look.
+    /// The attempts whose pod was looked up in this reconciliation.
     pub(super) looked_up: BTreeSet<i64>,
-    /// Whether the task was read in this look.
+    /// Whether the task was read in this reconciliation.
     pub(super) live: bool,
 }
 
 impl Seen {
-    /// The pod of this attempt is this one, or none.
+    /// Records the result of looking up the attempt's pod: this pod, or none.
     pub(super) fn look_up(&mut self, attempt: i64, live: Option<PodView>) {
         self.looked_up.insert(attempt);
-        // What the cache has of another is old news. What was last said of one that is gone stays said.
+        // Any other pod that the cache has for this attempt is outdated. The last status of a deleted pod is kept.
         self.pods
             .retain(|pod| pod.attempt != attempt || pod.live && live.as_ref().is_none_or(|live| live.uid != pod.uid));
         self.pods.extend(live.map(|live| PodView { live: true, ..live }));
@@ -245,13 +251,13 @@ impl Pass<'_> {
                         self.task = self.context.memories.newest(Arc::new(live));
                         seen.live = true;
                     }
-                    // There is nobody to decide anything for, and its pods go with it.
+                    // The task is gone, and its pods are deleted with it. There is nothing to decide.
                     _ => break (Vec::new(), Next::Nothing),
                 },
-                // What was just read is not old: never twice in one look.
+                // What was read in this reconciliation is not old, so nothing is read twice.
                 Unread::Pod(_) | Unread::Task => break (attempts, next),
             }
-            // The answer told the time as well.
+            // The answer also had the current time.
             self.now = self.context.contact.now();
         };
         Span::current().record("next", next.as_str());
@@ -260,9 +266,9 @@ impl Pass<'_> {
         Ok(action)
     }
 
-    /// Removes what attempts have left that are over: configuration and NetworkPolicy of each before the newest that is on record, and of all
-    /// once the task has ended; the pods of those that were parked, of which there may be thousands. The newest number stays taken, by its
-    /// NetworkPolicy and its configuration, until a status has one that is higher.
+    /// Deletes the objects of attempts that are over: the ConfigMap and NetworkPolicy of each attempt before the newest one in the status,
+    /// and of all attempts once the task has ended. Also deletes the pods of parked attempts, because there may be thousands of them. The
+    /// ConfigMap and NetworkPolicy of the newest attempt keep its number in use until a status has a higher one.
     async fn clear(&self, seen: &Seen) -> Result<(), ReconcileError> {
         if self.task.metadata.deletion_timestamp.is_some() {
             return Ok(());
@@ -278,7 +284,7 @@ impl Pass<'_> {
                 continue;
             }
             let name = names::of_attempt(name, attempt);
-            // The configuration first: without it a pod that was asked for long ago, and is made only now, starts nothing.
+            // The ConfigMap is deleted first. Without it, a pod that was requested long ago and is created only now cannot start.
             writer.delete_config_map(namespace, &name, &self.owner.uid).await?;
             if pod.is_none() {
                 let live = writer.get_pod(namespace, &name).await?;
@@ -299,7 +305,7 @@ impl Pass<'_> {
         Ok(())
     }
 
-    /// The task's pods, and the attempts that have a NetworkPolicy, as far as they are known without asking.
+    /// Returns the task's pods and the attempts that have a NetworkPolicy, as far as they are known without a request.
     fn observe(&self) -> Seen {
         let stores = &self.context.stores;
         let recent = |made: Instant| made.elapsed() < BELIEVED;
@@ -335,7 +341,7 @@ impl Pass<'_> {
         false
     }
 
-    /// When to look again though nothing changes: soon, where our memory stands in for the cache.
+    /// Returns when to reconcile again even if nothing changes. The pause is short if memory replaces the cache.
     fn backstop(&self) -> Duration {
         let believed = self.memory.pod.as_ref().is_some_and(|(_, made)| made.elapsed() < BELIEVED);
         if believed { BELIEVED } else { BACKSTOP }
@@ -345,7 +351,7 @@ impl Pass<'_> {
         labels.get(names::TASK_UID) == Some(&self.owner.uid)
     }
 
-    /// An attempt's NetworkPolicy, as the cache has it.
+    /// Returns an attempt's NetworkPolicy from the cache.
     fn network_policy(&self, attempt: i64) -> Option<NetworkPolicy> {
         let name = names::of_attempt(&self.owner.name, attempt);
         let live = self.context.stores.network_policy(&self.owner.namespace, &name)?;
@@ -382,7 +388,7 @@ impl Pass<'_> {
             .and_then(|pod| pod.contained);
         match next {
             Next::Nothing => Ok(Action::await_change()),
-            // Decided only until it is confirmed, see `run`.
+            // A confirmation reaches this point only if the object was already read, see `run`.
             Next::Confirm(_) => Ok(Action::requeue(BELIEVED)),
             Next::Run { attempt, until } => self.attend(pods, &attempts, attempt, until, contained).await,
             Next::Pause(until) => {
@@ -410,7 +416,7 @@ impl Pass<'_> {
         }
     }
 
-    /// An attempt is under way: its NetworkPolicy stays, its status is told.
+    /// Handles a running attempt: keeps its NetworkPolicy in place and updates the status.
     async fn attend(
         &mut self,
         pods: &[PodView],
@@ -437,7 +443,7 @@ impl Pass<'_> {
         Ok(Action::requeue(again))
     }
 
-    /// Makes the attempt's NetworkPolicy again if it was deleted or changed.
+    /// Creates the attempt's NetworkPolicy again if it was deleted or changed.
     async fn guard(&self, attempt: i64) -> Result<(), ReconcileError> {
         let system_namespace = &self.context.system_namespace;
         let live = self.network_policy(attempt);
@@ -500,7 +506,7 @@ impl Pass<'_> {
             }
         }
         if !attempts.is_empty() {
-            // The end of the one before is on record before the next begins.
+            // Record the end of the previous attempt before the next one starts.
             let why = ended_message(attempts);
             self.tell(attempts, contained, Stage::Waiting("Retrying", &why)).await?;
         }
@@ -536,7 +542,7 @@ impl Pass<'_> {
         }
     }
 
-    /// No attempt was made: why, where the API server or whoever changes pods in it has an answer to that.
+    /// Reports why no attempt was created, if the API server or a mutating admission is the reason.
     async fn not_made(
         &mut self,
         attempts: &[Attempt],
@@ -545,7 +551,7 @@ impl Pass<'_> {
         error: ApplyError,
     ) -> Result<Action, ReconcileError> {
         let error = match error {
-            // Pods pass it as they are planned. This one did not, as it came out of mutating admission.
+            // The policy admits pods as they are planned. It rejected this pod as mutating admission had changed it.
             ApplyError::PodRefused(refusal) if refusal.message().contains(names::OWN_POLICY) => {
                 self.altered(attempt, vec![format!("the API server refuses what became of it ({})", refusal.message())])
                     .await
@@ -563,8 +569,8 @@ impl Pass<'_> {
         Err(error.into())
     }
 
-    /// Ends a pod that was changed on its way in, before what is in it has begun. The attempt has failed through nobody's fault of the
-    /// task's; the next one waits until its pod would be as planned.
+    /// Deletes a pod that admission changed, before its containers have started. The failed attempt is not a failure of the task. The next
+    /// attempt waits until its pod would be as planned.
     async fn refuse(
         &mut self,
         attempts: &[Attempt],
@@ -601,7 +607,7 @@ impl Pass<'_> {
         refused
     }
 
-    /// An attempt's pod that is not as planned, and who may have changed it.
+    /// Returns the error about an attempt's pod that is not as planned, with the mutating admission that may have changed it.
     async fn altered(&self, attempt: i64, differences: Vec<String>) -> ApplyError {
         let Owner { namespace, name, uid } = &self.owner;
         let labels = |namespace: &PartialObjectMeta<Namespace>| namespace.labels().clone();
@@ -611,7 +617,7 @@ impl Pass<'_> {
         ApplyError::PodAltered { namespace: namespace.clone(), differences, by }
     }
 
-    /// Why a task waits after an attempt. That a pod was not as planned is told until the next is.
+    /// Returns why a task waits after an attempt. If the last pod was not as planned, that stays the reason until a pod is as planned.
     fn waits_for(&self, pods: &[PodView], attempts: &[Attempt], otherwise: &'static str) -> (&'static str, String) {
         let Some(last) = attempts.last().filter(|last| last.reason.as_deref() == Some(POD_ALTERED)) else {
             return (otherwise, ended_message(attempts));
@@ -624,7 +630,7 @@ impl Pass<'_> {
         (POD_ALTERED, why.unwrap_or_else(|| ended_message(attempts)))
     }
 
-    /// That the task runs which this one undoes. One that is gone has ended; its log tells.
+    /// Returns a message if the task that this rollback rolls back still runs. A task that is gone has ended, and its log shows how.
     fn undone_runs(&self) -> Option<String> {
         let of = self.task.spec.rollback_of.as_ref()?;
         let live = self.context.stores.tasks.get(&ObjectRef::new(&of.name).within(&self.owner.namespace))?;
@@ -636,7 +642,7 @@ impl Pass<'_> {
         })
     }
 
-    /// Makes the task that undoes this one, if it has failed and there is something to undo.
+    /// Creates the rollback task of this task if it has failed and there is something to roll back.
     async fn roll_back(&self, closed: &TaskClosed, by: Option<BTreeSet<String>>) -> Result<(), ReconcileError> {
         if !closed.has_failed() || self.task.spec.rollback != RollbackWhen::OnFailure {
             return Ok(());
@@ -644,14 +650,14 @@ impl Pass<'_> {
         let contracts = self.context.stores.contracts.state();
         let contracts: Vec<&ToolContract> = contracts.iter().filter_map(|one| one.0.as_ref().ok()).collect();
         let operator = format!("system:serviceaccount:{}:{}", self.context.system_namespace, names::OPERATOR);
-        // What could not be told in time is taken from the contracts as they are now.
+        // If the gateway could not compute the compensations in time, use the contracts as they are now.
         let by = by.unwrap_or_else(|| rollback::contracts(&self.task, &contracts));
         let task = rollback::task(&self.task, by, &contracts, &self.task.spec.principal, &operator);
         let Some(task) = task else { return Ok(()) };
         let (namespace, name, by) = (&self.owner.namespace, &self.owner.name, task.name_any());
         match self.context.writer.create_task(&task).await {
             Ok(()) => tracing::info!(namespace, task = name, by, "a task that undoes this one is made"),
-            // The task has ended all the same; who has the name, or why it is refused, is for people to see to.
+            // The task ends anyway. An administrator must find out who uses the name, or why the task was rejected.
             Err(error) if error.is_refusal() && error.code() != Some(429) => {
                 tracing::error!(namespace, task = name, by, %error, "no task could be made that undoes this one");
             }
@@ -687,7 +693,7 @@ impl Pass<'_> {
         if self.task.metadata.deletion_timestamp.is_some() {
             return self.release().await;
         }
-        // The log has the last word: it may have been sealed before with another, or not bear out what was presumed.
+        // The log has precedence: it may have been sealed before with another end, or it may not confirm a presumed end.
         let closed = match reply.closed {
             Some(sealed) => sealed,
             None if presumed => closed.unknown(),
@@ -714,7 +720,7 @@ impl Pass<'_> {
         Ok(Action::await_change())
     }
 
-    /// Where the evidence goes: fixed when the task started, by what was written down first.
+    /// Returns the location of the evidence. It is fixed when the task starts, so the oldest source comes first.
     fn location(&self) -> Option<Location> {
         let Owner { namespace, name, uid } = &self.owner;
         let told =
@@ -743,7 +749,7 @@ impl Pass<'_> {
         contained: Option<bool>,
         stage: Stage<'_>,
     ) -> Result<(), ReconcileError> {
-        // Before the first pod nothing is fixed.
+        // Before the first pod, the location is not fixed.
         let evidence = if attempts.is_empty() || self.status().evidence.is_some() {
             None
         } else {
@@ -759,7 +765,7 @@ impl Pass<'_> {
         self.tell_with(attempts, contained, stage, evidence).await
     }
 
-    /// Writes the status if it changed.
+    /// Writes the status if it has changed.
     async fn tell_with(
         &mut self,
         attempts: &[Attempt],
@@ -777,7 +783,7 @@ impl Pass<'_> {
         let Owner { namespace, name, uid } = &self.owner;
         let task = match self.context.writer.apply_status(namespace, name, Some(uid), &after).await {
             Ok(task) => Arc::new(task),
-            // Gone: there is nobody to tell.
+            // The task is gone, so there is no status to write.
             Err(error) if error.code() == Some(404) => return Ok(()),
             Err(error) => return Err(error.into()),
         };

@@ -1,4 +1,4 @@
-//! What a task refers to, from the caches.
+//! Looks up what a task refers to in the caches.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -24,7 +24,7 @@ pub struct Resolved {
 }
 
 impl Resolved {
-    /// Looks everything up. What is missing is for validation to say.
+    /// Looks everything up. Validation reports what is missing.
     pub fn of(task: &AgentTask, stores: &Stores) -> Self {
         let namespace = task.namespace().unwrap_or_default();
         let labels = stores.namespaces.get(&ObjectRef::new(&namespace));
@@ -37,20 +37,20 @@ impl Resolved {
         }
     }
 
-    /// The pack that governs the task's namespace.
+    /// Returns the pack that governs the task's namespace.
     ///
     /// # Errors
-    /// If none does, or several do.
+    /// Returns an error if no pack or more than one pack governs it.
     pub fn pack(&self) -> Result<&PolicyPack, Finding> {
         pack_among(&self.labels, self.packs.iter().filter_map(|pack| pack.0.as_ref().ok()))
     }
 
-    /// The contracts that can be read.
+    /// Returns the contracts that can be decoded.
     fn contracts(&self) -> Vec<&ToolContract> {
         self.contracts.iter().filter_map(|contract| contract.0.as_ref().ok()).collect()
     }
 
-    /// What is not there, and may come: contracts, and one pack for the namespace.
+    /// Returns findings about what does not exist yet and may still be created: contracts, and one pack for the namespace.
     pub fn missing(&self, task: &AgentTask) -> Vec<Finding> {
         let there = |name: &String| self.contracts.iter().any(|contract| contract.meta().name.as_ref() == Some(name));
         let namespace = task.namespace().unwrap_or_default();
@@ -59,10 +59,10 @@ impl Resolved {
         absent.chain(self.pack().err()).collect()
     }
 
-    /// Judges the task: what the operator, who acts on it, and the webhook say alike.
+    /// Validates the task. The operator and the webhook use the same validation, so they report the same findings.
     ///
     /// # Errors
-    /// Everything that is wrong, at once.
+    /// Returns everything that is wrong, at once.
     pub fn validate(&self, task: &AgentTask, system_namespace: &str) -> Result<Validated, Vec<Finding>> {
         let unreadable = self.unreadable();
         if !unreadable.is_empty() {
@@ -72,7 +72,7 @@ impl Resolved {
         validate(task, &self.contracts(), pack, system_namespace)
     }
 
-    /// What cannot be read.
+    /// Returns findings about contracts that cannot be decoded.
     fn unreadable(&self) -> Vec<Finding> {
         let unreadable = self.contracts.iter().filter_map(|contract| contract.0.as_ref().err());
         unreadable

@@ -1,7 +1,9 @@
-//! What a task's status says. A pure function of what it said before and what is known now.
+//! Computes the status of a task: a pure function of the previous status and of what is known now.
 //!
-//! Promises: the same knowledge gives the same status, so that a second pass changes nothing; a condition's transition time moves
-//! only with its status. Refuses: `status.usage`, which is the gateway's.
+//! Guarantees: The same input gives the same status, so that a second reconciliation changes nothing. The transition time of a condition
+//! changes only with its status.
+//!
+//! Non-goals: `status.usage`, because the gateway writes it.
 
 use std::collections::BTreeMap;
 
@@ -18,78 +20,78 @@ use crate::{
     plan::Finding,
 };
 
-/// Condition: the task's spec, contracts and pack are in order.
+/// Condition: the task's spec, contracts and pack are valid.
 pub const ACCEPTED: &str = "Accepted";
 /// Condition: the newest attempt's pod reaches the gateway and nothing else.
 pub const CONTAINED: &str = "Contained";
 /// Condition: the task has succeeded.
 pub const COMPLETE: &str = "Complete";
-/// Condition, there once it is true: the task has failed.
+/// Condition that is present once it is true: the task has failed.
 pub const FAILED: &str = "Failed";
-/// Condition: the evidence has its last record.
+/// Condition: the evidence is sealed.
 pub const EVIDENCE_SEALED: &str = "EvidenceSealed";
 
-/// Reason of [`ACCEPTED`]: all is in order.
+/// Reason of [`ACCEPTED`]: everything is valid.
 pub const VALID: &str = "Valid";
-/// Reason of [`ACCEPTED`]: something is wrong, the message says what.
+/// Reason of [`ACCEPTED`]: something is wrong, and the message says what.
 pub const INVALID: &str = "Invalid";
-/// Reason of [`COMPLETE`] and of the status: an attempt is under way.
+/// Reason of [`COMPLETE`] and of the status: an attempt is running.
 pub const RUNNING: &str = "Running";
-/// Reason of [`COMPLETE`] and of the status: what every task depends on was away for long.
+/// Reason of [`COMPLETE`] and of the status: a dependency of every task was unavailable for long.
 pub const PARKED: &str = "Parked";
 /// Reason of [`EVIDENCE_SEALED`]: the log is sealed.
 pub const SEALED: &str = "Sealed";
-/// Reason of [`EVIDENCE_SEALED`]: the log is not ended yet.
+/// Reason of [`EVIDENCE_SEALED`]: the log is not sealed yet.
 pub const OPEN: &str = "Open";
-/// Reason of [`EVIDENCE_SEALED`]: the gateway does not seal it; tried again.
+/// Reason of [`EVIDENCE_SEALED`]: the gateway did not seal the log. The operator retries.
 pub const SEAL_FAILED: &str = "SealFailed";
-/// Reason of [`CONTAINED`]: the probe has not spoken yet.
+/// Reason of [`CONTAINED`]: the containment probe has not ended yet.
 pub const UNPROVEN_YET: &str = "ProbePending";
-/// Reason of [`CONTAINED`]: both controls held.
+/// Reason of [`CONTAINED`]: the probe reached the gateway and nothing else.
 pub const PROVEN: &str = "ProbePassed";
-/// Reason of [`CONTAINED`], and of the status: the cluster does not enforce the NetworkPolicy, or that it does cannot be shown.
+/// Reason of [`CONTAINED`] and of the status: the cluster does not enforce the NetworkPolicy, or the probe could not prove that it does.
 pub const CONTAINMENT_UNPROVEN: &str = "ContainmentUnproven";
 
-/// Most findings in a condition: a person corrects these first.
+/// The maximum number of findings in a condition. A user corrects these first.
 pub const SHOWN_FINDINGS: usize = 5;
-/// Longest message, in characters. The API server takes 32 KiB.
+/// The maximum length of a message, in characters. The API server accepts 32 KiB.
 const LONGEST_MESSAGE: usize = 4096;
 
-/// What is known.
+/// What is known about a task.
 #[derive(Clone, Debug)]
 pub struct Story<'a> {
-    /// Generation that it speaks of.
+    /// The generation of the task.
     pub generation: Option<i64>,
     /// The attempts.
     pub attempts: &'a [Attempt],
-    /// How many have failed, by class.
+    /// The number of failed attempts by failure class.
     pub failures: &'a BTreeMap<String, i64>,
-    /// What the newest pod's probe said.
+    /// The result of the newest pod's containment probe.
     pub contained: Option<bool>,
-    /// Where the evidence goes, once that is fixed.
+    /// Where the evidence is stored, once that is fixed.
     pub evidence: Option<EvidenceStatus>,
-    /// How far it is.
+    /// The stage of the task.
     pub stage: Stage<'a>,
 }
 
-/// How far a task is.
+/// The stage of a task.
 #[derive(Clone, Debug)]
 pub enum Stage<'a> {
-    /// Something is wrong with it.
+    /// The task is not valid.
     Refused(&'a [Finding]),
-    /// It is in order and waits: one word for what, and the whole story.
+    /// The task is valid and waits: the reason in one word, and the message.
     Waiting(&'static str, &'a str),
-    /// What it depends on is away: the whole story.
+    /// A dependency is unavailable: the message.
     Parked(&'a str),
     /// The agent runs.
     Running,
-    /// It ended; the log is not sealed, because.
+    /// The task ended and its log is not sealed: the end, and why the log is not sealed.
     Sealing(&'a TaskClosed, &'a str),
-    /// It ended and the log is sealed.
+    /// The task ended and its log is sealed: the end, and the denials.
     Ended(&'a TaskClosed, Refusals),
 }
 
-/// The status that tells the story, given what was told before.
+/// Returns the new status, given the previous status.
 pub fn tell(before: &AgentTaskStatus, story: &Story<'_>, now: Timestamp) -> AgentTaskStatus {
     let mut status = AgentTaskStatus {
         phase: Some(phase(before, story)),
@@ -160,28 +162,28 @@ pub fn tell(before: &AgentTaskStatus, story: &Story<'_>, now: Timestamp) -> Agen
     status
 }
 
-/// Whether the task's log has its last record.
+/// Checks whether the task's log is sealed.
 pub fn is_sealed(status: &AgentTaskStatus) -> bool {
     status.conditions.iter().any(|one| one.type_ == EVIDENCE_SEALED && one.status == "True")
 }
 
-/// Whether nothing more is done for the task.
+/// Checks whether the task needs no more work.
 pub fn has_ended(status: &AgentTaskStatus) -> bool {
     is_sealed(status) && matches!(status.phase, Some(Phase::Succeeded | Phase::Failed))
 }
 
-/// Whether something is ready, needs a person, or is on its way: and why.
+/// Whether an object is ready, becomes ready, or needs a person, with the message.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Ready {
-    /// It is.
+    /// The object is ready.
     Yes,
-    /// It will be by itself, or may be.
+    /// The object becomes ready without a person, or may do so.
     NotYet(String),
-    /// Nothing but a person helps.
+    /// Only a person can resolve the problem.
     Stalled(String),
 }
 
-/// How a task stands to those who wait for it.
+/// Returns whether a task is ready, for tools that wait for it.
 fn readiness(story: &Story<'_>) -> Ready {
     match &story.stage {
         Stage::Refused(findings) => Ready::Stalled(told(findings, SHOWN_FINDINGS)),
@@ -192,7 +194,7 @@ fn readiness(story: &Story<'_>) -> Ready {
     }
 }
 
-/// Sets [`READY`] and [`STALLED`] by the rules of kstatus, which Flux and Argo CD follow: what stalls is said while it does.
+/// Sets [`READY`] and [`STALLED`] by the rules of kstatus, which Flux and Argo CD follow: `Stalled` is present only while it is true.
 pub fn set_readiness(
     conditions: &mut Vec<Condition>,
     generation: Option<i64>,
@@ -219,7 +221,7 @@ fn has_succeeded(closed: &TaskClosed) -> bool {
     closed.phase == "Succeeded"
 }
 
-/// What a person reads of a task's end.
+/// Returns the message about a task's end, for users.
 fn ended(closed: &TaskClosed) -> &str {
     if closed.failure_class == TaskClosed::UNKNOWN {
         "VerdictUnknown: nobody has seen how the agent ended, and the evidence log does not bear out what the clock says. Nothing was undone. \
@@ -252,7 +254,7 @@ fn reason(before: &AgentTaskStatus, story: &Story<'_>) -> String {
     }
 }
 
-/// The first findings, and how many more there are.
+/// Returns the first findings, and the number of the others.
 pub fn told(findings: &[Finding], most: usize) -> String {
     let mut lines: Vec<_> = findings.iter().take(most).map(Finding::to_string).collect();
     let more = findings.len().saturating_sub(most);
@@ -293,7 +295,8 @@ fn set_condition(
     }
 }
 
-/// Whether `after` is worth a write. The gateway's part does not count, nor do fractions of seconds, which the API server drops.
+/// Checks whether `after` needs a write. The gateway's field does not count, and neither do fractions of seconds, which the API server
+/// drops.
 pub fn changed(before: &AgentTaskStatus, after: &AgentTaskStatus) -> bool {
     let plain = |status: &AgentTaskStatus| {
         let mut status = AgentTaskStatus { usage: None, ..status.clone() };
@@ -308,7 +311,7 @@ pub fn changed(before: &AgentTaskStatus, after: &AgentTaskStatus) -> bool {
     plain(before) != plain(after)
 }
 
-/// Attempts that `after` has ended and `before` had not: their classes, none for success.
+/// Returns the failure class of each attempt that ended in `after` and had not ended in `before`. `None` means success.
 pub fn newly_ended<'a>(
     before: &'a AgentTaskStatus,
     after: &'a AgentTaskStatus,

@@ -1,4 +1,5 @@
-//! What the cluster adds to every task: where the gateway is, and what an agent must not reach.
+//! Finds the settings of the cluster that are the same for every task: the gateway's address, and the addresses that an agent must not
+//! reach.
 
 use futures::{Stream, StreamExt};
 use k8s_openapi::api::{core::v1::Service, discovery::v1::EndpointSlice};
@@ -16,16 +17,16 @@ use crate::plan::{
     validated::{Surroundings, authority},
 };
 
-/// Addresses of the API server: the Service's, which every pod is told, and the first real one behind it, because a
-/// NetworkPolicy is judged after the Service's address was translated.
+/// Returns the addresses of the API server: the address of its Service, which every pod gets, and the first endpoint behind it. The
+/// endpoint matters because a NetworkPolicy is evaluated after the Service's address is translated.
 ///
 /// # Errors
-/// If the EndpointSlice `kubernetes` cannot be read.
+/// Returns an error if the EndpointSlice `kubernetes` cannot be read.
 pub async fn api_servers(client: &Client, cluster_url: &http::Uri) -> Result<Vec<String>, kube::Error> {
     let env = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
     let port = env("KUBERNETES_SERVICE_PORT").and_then(|port| port.parse().ok()).unwrap_or(443);
     let mut addresses: Vec<_> = env("KUBERNETES_SERVICE_HOST").map(|host| authority(&host, port)).into_iter().collect();
-    // API servers keep it themselves, under this name.
+    // API servers maintain this EndpointSlice themselves.
     let slice = Api::<EndpointSlice>::namespaced(client.clone(), "default").get_opt("kubernetes").await?;
     let real = slice.and_then(|slice| {
         let port = slice.ports.iter().flatten().find_map(|port| port.port)?;
@@ -34,7 +35,7 @@ pub async fn api_servers(client: &Client, cluster_url: &http::Uri) -> Result<Vec
     });
     addresses.extend(real);
     if addresses.is_empty() {
-        // Outside a cluster: the address by which this very process reaches it.
+        // Outside a cluster: the address by which this process reaches the API server.
         let port = cluster_url.port_u16().unwrap_or(443);
         addresses.extend(cluster_url.host().map(|host| authority(host.trim_matches(['[', ']']), port)));
     }
@@ -42,17 +43,17 @@ pub async fn api_servers(client: &Client, cluster_url: &http::Uri) -> Result<Vec
     Ok(addresses)
 }
 
-/// Where the gateway is now: `address:port` of its Service.
+/// Returns the current `address:port` of the gateway's Service.
 ///
 /// # Errors
-/// If Services cannot be listed.
+/// Returns an error if Services cannot be listed.
 pub async fn gateway(client: &Client, namespace: &str) -> Result<Option<String>, kube::Error> {
     let only = ListParams::default().fields(&format!("metadata.name={}", names::GATEWAY));
     let services = Api::<Service>::namespaced(client.clone(), namespace).list(&only).await?;
     Ok(services.items.first().and_then(address).map(|address| authority(&address, names::GATEWAY_PORT)))
 }
 
-/// Follows the gateway's Service. Each item says that the surroundings have changed; they are in the channel.
+/// Watches the gateway's Service. Each item of the stream says that the settings in the channel have changed.
 pub fn follow(
     client: &Client,
     settings: &Settings,
@@ -95,7 +96,7 @@ pub fn follow(
     (receiver, changes)
 }
 
-/// The Service's cluster address. A headless one has none, and pods have no DNS to find its pods by.
+/// Returns the Service's cluster address. A headless Service has none, and agent pods have no DNS to find its pods.
 fn address(service: &Service) -> Option<String> {
     let address = service.spec.as_ref()?.cluster_ip.clone().filter(|address| !matches!(address.as_str(), "" | "None"));
     if address.is_none() {

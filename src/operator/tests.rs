@@ -83,7 +83,7 @@ impl Scene {
         Self::over(cluster, 200, &serde_json::to_string(&seal::tests::reply()).unwrap()).await
     }
 
-    /// An operator that has just started, and whose gateway answers this.
+    /// Creates an operator that has just started and whose gateway gives this answer.
     async fn over(cluster: Cluster, status: u16, answer: &str) -> Self {
         let (address, authority) = seal::tests::gateway(wire::SERVER_NAME, status, answer.to_owned()).await;
         let token = seal::tests::token();
@@ -134,7 +134,7 @@ impl Scene {
         scene
     }
 
-    /// Everything that the cluster holds reaches the caches.
+    /// Copies all objects of the cluster to the caches.
     fn sync(&mut self) {
         let Stores { with_pod, with_network_policy, .. } = &self.context.stores;
         self.cluster.fill(&mut self.stores.tasks, "agenttasks", |_| {});
@@ -174,7 +174,7 @@ impl Scene {
         outcome
     }
 
-    /// The caches are up to date, and the operator looks.
+    /// Brings the caches up to date and reconciles.
     async fn step(&mut self) -> Result<Action, ReconcileError> {
         self.sync();
         self.look().await
@@ -222,7 +222,7 @@ fn container(name: &str, state: Value) -> Value {
     json!({ "name": name, "image": "i", "imageID": "i", "ready": false, "restartCount": 0, "state": state })
 }
 
-/// Lets a look go on until it has made the NetworkPolicy, and then the watch show that.
+/// Reconciles until the NetworkPolicy is created, and then lets the watch show it.
 async fn look_beside_a_watch(scene: &mut Scene) -> Result<Action, ReconcileError> {
     scene.sync();
     let look = tokio::spawn(reconcile(scene.task().unwrap(), scene.context.clone()));
@@ -268,7 +268,7 @@ async fn what_the_watch_showed_before_the_write_is_not_what_was_written() {
     scene.sync();
     let written = serde_json::from_value(scene.cluster.get(POLICY).unwrap()).unwrap();
     assert_eq!(scene.context.stores.read_back(&written).await.as_ref(), Some(&written));
-    // Another under the same name, and a later version of the same, of which the watch says nothing yet.
+    // The watch does not show another object with the same name yet, and neither a later version of this object.
     for (field, value) in [("uid", "other"), ("resourceVersion", "1000000")] {
         let mut unseen = scene.cluster.get(POLICY).unwrap();
         unseen["metadata"][field] = json!(value);
@@ -300,7 +300,7 @@ async fn a_whole_task_costs_eight_writes_and_then_none() {
     assert!(position(&format!("POST {POLICIES}")) < read_back);
     assert_eq!(requests.len(), 5, "{requests:?}");
 
-    // While the pod starts, nothing is written: neither with caches that are behind, nor with caches that are not.
+    // While the pod starts, nothing is written, with old caches and with up-to-date caches.
     scene.look().await.unwrap();
     scene.step().await.unwrap();
     scene.pod_status(POD, json!({ "phase": "Pending" }));
@@ -316,7 +316,7 @@ async fn a_whole_task_costs_eight_writes_and_then_none() {
     scene.step().await.unwrap();
     assert_eq!(scene.cluster.requests(), Vec::<String>::new());
 
-    // A success costs one read: what is sealed was seen.
+    // A success costs one read, because the sealed state must be read.
     scene.end_agent(POD, 0);
     scene.step().await.unwrap();
     let removed = [format!("GET {CONFIG_MAP}"), format!("DELETE {CONFIG_MAP}"), format!("DELETE {POLICY}")];
@@ -351,7 +351,7 @@ async fn a_restarted_operator_makes_no_second_pod() {
     let mut scene = Scene::new().await;
     scene.step().await.unwrap();
     let pod = scene.cluster.get(POD);
-    // Killed before it wrote any status.
+    // The operator is killed before it wrote any status.
     let mut scene = Scene::over(scene.cluster, 200, &serde_json::to_string(&seal::tests::reply()).unwrap()).await;
     scene.cluster.requests();
     scene.step().await.unwrap();
@@ -390,7 +390,7 @@ async fn a_pod_that_is_there_already_is_adopted() {
     let scene = Scene::new().await;
     let labels = json!({ names::TASK_UID: fixtures::task().metadata.uid, names::ATTEMPT: "1" });
     scene.cluster.put(POD, json!({ "apiVersion": "v1", "kind": "Pod", "metadata": { "name": "triage-1", "namespace": "team-a", "uid": "first", "labels": labels } }));
-    // The caches do not show it yet.
+    // The caches do not show the pod yet.
     scene.look().await.unwrap();
     assert_eq!(scene.cluster.get(POD).unwrap()["metadata"]["uid"], "first");
     assert_eq!(scene.cluster.get(POD_2), None);
@@ -454,7 +454,7 @@ async fn a_policy_that_is_deleted_or_changed_is_made_again() {
     scene.context.memories.update(&fixtures::task().metadata.uid.unwrap(), |memory| memory.claim = None);
     scene.cluster.requests();
     scene.cluster.remove(POLICY);
-    // The pack is gone as well: what is needed was written down.
+    // The pack is gone as well, but the location of the evidence was recorded.
     scene.cluster.remove(PACK);
     scene.step().await.unwrap();
     assert_eq!(scene.cluster.requests(), [format!("POST {POLICIES}"), format!("GET {POLICY}")]);
@@ -514,7 +514,7 @@ async fn a_lost_pod_is_followed_by_another_and_never_by_two() {
     scene.step().await.unwrap();
     scene.run_agent(POD);
     scene.step().await.unwrap();
-    // The cache lags behind: the pod is there, and nothing is done.
+    // The cache is old: the pod still exists, and nothing is done.
     let pod = scene.cluster.get(POD).unwrap();
     scene.cluster.remove(POD);
     scene.sync();
@@ -522,7 +522,7 @@ async fn a_lost_pod_is_followed_by_another_and_never_by_two() {
     scene.cluster.requests();
     scene.look().await.unwrap();
     assert_eq!(scene.cluster.requests(), [format!("GET {POD}")]);
-    // It is really gone.
+    // The pod is gone.
     scene.cluster.remove(POD);
     scene.step().await.unwrap();
     let requests = scene.cluster.requests();
@@ -552,7 +552,7 @@ async fn what_was_begun_with_before_is_looked_for_first() {
     let mut scene = Scene::new().await;
     scene.step().await.unwrap();
     let (pod, config_map) = (scene.cluster.get(POD).unwrap(), scene.cluster.get(CONFIG_MAP).unwrap());
-    // Another process, to which the API server shows what was before that, and shows it still after the next.
+    // In another process, the API server shows the state from before the attempt, and still does after the next reconciliation.
     let cluster = Cluster::default();
     let before = Scene::new().await;
     for path in [TASK, PACK, CONTRACT, &CONTRACT.replace("tickets", "read-log"), "/api/v1/namespaces/team-a"] {
@@ -563,7 +563,7 @@ async fn what_was_begun_with_before_is_looked_for_first() {
     let error = scene.look().await.unwrap_err().to_string();
     assert!(error.contains("begun with before"), "{error}");
     assert_eq!(scene.cluster.get(POD), None);
-    // The pod is there, and is taken for what it is.
+    // The pod exists and is adopted.
     scene.cluster.put(POD, pod);
     scene.cluster.requests();
     scene.look().await.unwrap();
@@ -592,7 +592,7 @@ async fn a_task_is_kept_while_its_evidence_cannot_be_sealed() {
     }
     assert_eq!(scene.cluster.writes(), Vec::<String>::new());
     assert_eq!(scene.cluster.get(TASK).unwrap()["metadata"]["finalizers"], json!([names::FINALIZER]));
-    // The gateway is back.
+    // The gateway is available again.
     let mut scene = Scene::over(scene.cluster, 200, &serde_json::to_string(&seal::tests::reply()).unwrap()).await;
     scene.step().await.unwrap();
     assert_eq!(scene.cluster.writes(), [format!("PATCH {TASK}")]);
@@ -612,7 +612,7 @@ async fn an_agent_that_fails_is_final_without_retries() {
     assert_eq!(scene.cluster.get(POD_2), None);
 }
 
-/// A task of which a call can be undone, and whose agent has ended so.
+/// Creates a task with a compensation whose agent ended with this exit code.
 async fn undoable(exit: i32, rollback: &str) -> Scene {
     let scene = Scene::new().await;
     scene.cluster.edit(PACK, |pack| pack["spec"]["state"] = json!({ "bucket": "state" }));
@@ -656,7 +656,7 @@ async fn others_are_left_as_they_are(#[case] exit: i32, #[case] rollback: &str) 
     assert_eq!(scene.cluster.get(ROLLBACK), None);
 }
 
-/// Somebody has the name: the task ends all the same.
+/// Another task has the name of the rollback task, and the task ends anyway.
 #[tokio::test]
 async fn a_name_that_is_taken_does_not_keep_a_task_from_its_end() {
     let mut scene = undoable(7, "OnFailure").await;

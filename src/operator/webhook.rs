@@ -1,12 +1,14 @@
-//! The admission webhook: what `belay lint` says offline and the operator would say later, said at `kubectl apply`.
+//! Serves the admission webhook, which reports at `kubectl apply` what `belay lint` reports offline and the operator would report later.
 //!
 //! ```text
 //! API server ─▶ TLS ─▶ AdmissionReview ─▶ judge ─▶ allowed, allowed with a warning, or denied with every finding
 //! ```
 //!
-//! Promises: every replica answers, from its own caches and by the functions that lint and operator use; what is not there yet is a
-//! warning, because GitOps applies in any order; what is on its way out, and what keeps its spec, passes. Refuses: to be a wall.
-//! The API server goes on without it (`failurePolicy: Ignore`), and operator and gateway check everything again.
+//! Guarantees: Every replica answers from its own caches, with the functions that lint and operator use. An object that does not exist yet
+//! causes a warning, because GitOps applies objects in any order. Objects that are being deleted, and updates that keep the spec, pass.
+//!
+//! Non-goals: To be a security control. The API server continues without the webhook (`failurePolicy: Ignore`), and operator and gateway
+//! check everything again.
 
 use std::{
     convert::Infallible,
@@ -31,41 +33,42 @@ use tokio_rustls::TlsAcceptor;
 pub use self::{judge::Judge, trust::keep as keep_trust};
 use crate::{certificate, stack};
 
-/// What is said about an object.
+/// Evaluates an object.
 mod judge;
-/// Whom the API server believes to be the webhook.
+/// Keeps the certificate authority in the webhook's configuration.
 mod trust;
 
 #[cfg(test)]
 mod tests;
 
-/// The one path.
+/// The only path.
 const PATH: &str = "/validate";
-/// Most bytes of a review: an API server takes objects of 1.5 MiB, and an update holds two.
+/// The maximum size of a review, in bytes. An API server accepts objects of 1.5 MiB, and an update contains two.
 const LARGEST: usize = 3 << 20;
-/// Reviews at a time. Each may take ten times its bytes of memory, of which the chart gives 256 MiB.
+/// The number of concurrent reviews. Each may take ten times its size in memory, and the chart gives the container 256 MiB.
 const REVIEWS: usize = 4;
-/// For one review: the API server waits no longer.
+/// The timeout of one review. The API server waits no longer.
 const TIMEOUT: Duration = Duration::from_secs(5);
-/// Connections at a time: some of each API server.
+/// The number of concurrent connections. Each API server has a few.
 const CONNECTIONS: usize = 256;
-/// For the TLS handshake.
+/// The timeout of the TLS handshake.
 const HANDSHAKE: Duration = Duration::from_secs(5);
-/// For a request's head, and between requests. API servers give up idle connections after 90 s: theirs must not be closed first.
+/// The timeout for a request's headers, and between requests. API servers close idle connections after 90 s, and the webhook must not close
+/// them first.
 const HEADER: Duration = Duration::from_secs(120);
-/// After a failed accept, which means that the process has no file left to open.
+/// The pause after a failed accept, which means that the process cannot open more files.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// Where it listens, and with what.
+/// The address and the certificate of the webhook.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Address.
+    /// The address to listen on.
     pub listen: SocketAddr,
-    /// Folder with `tls.crt` and `tls.key`: a Secret that the leader makes.
+    /// The directory with `tls.crt` and `tls.key`, from a Secret that the leader creates.
     pub tls_dir: PathBuf,
 }
 
-/// The port cannot be opened.
+/// The error if the port cannot be opened.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot listen on {address} for the admission webhook: {cause}")]
 pub struct WebhookError {
@@ -73,10 +76,10 @@ pub struct WebhookError {
     cause: std::io::Error,
 }
 
-/// Opens the port; the returned future serves it for ever.
+/// Opens the port. The returned future serves it forever.
 ///
 /// # Errors
-/// If the address cannot be bound.
+/// Returns an error if the address cannot be bound.
 pub async fn serve(
     options: &Options,
     judge: Judge,
@@ -99,7 +102,7 @@ async fn listen(listener: TcpListener, folder: PathBuf, judge: Judge) -> Infalli
     }
 }
 
-/// Waits until there is a certificate: the leader makes the Secret, and the kubelet takes a minute to bring it.
+/// Waits until there is a certificate. The leader creates the Secret, and the kubelet takes up to a minute to mount it.
 async fn load(folder: &Path) -> (ServerConfig, impl Future<Output = Infallible> + Send + 'static + use<>) {
     let mut told = false;
     loop {
@@ -113,7 +116,7 @@ async fn load(folder: &Path) -> (ServerConfig, impl Future<Output = Infallible> 
     }
 }
 
-/// Who calls meanwhile is not kept waiting.
+/// Closes connections that arrive before there is a certificate, so that clients do not wait.
 async fn turn_away(listener: &TcpListener) -> Infallible {
     loop {
         if listener.accept().await.is_err() {
@@ -140,7 +143,7 @@ async fn accept(listener: &TcpListener, acceptor: TlsAcceptor, judge: Judge) -> 
 
 async fn connection(stream: TcpStream, acceptor: TlsAcceptor, judge: Judge, reviews: Arc<Semaphore>) {
     let _ = stream.set_nodelay(true);
-    // A peer that does not trust us: the API server's log says so.
+    // If the client does not trust the certificate, the API server's log says so.
     let Ok(Ok(stream)) = tokio::time::timeout(HANDSHAKE, acceptor.accept(stream)).await else { return };
     let service = service_fn(move |request: Request<Incoming>| {
         let (judge, reviews) = (judge.clone(), reviews.clone());
@@ -167,7 +170,7 @@ async fn respond(request: Request<Incoming>, judge: Judge, reviews: Arc<Semaphor
     }
 }
 
-/// Reads a review and answers it, on a thread where contracts may take their time and their stack.
+/// Reads a review and answers it, on a blocking thread with a large stack, because contracts may need much time and stack.
 async fn review(
     request: Request<Incoming>,
     judge: Judge,

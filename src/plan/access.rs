@@ -1,7 +1,9 @@
-//! What a pack says to tool calls, checked and rendered.
+//! Checks and renders a pack's rules for tool calls.
 //!
-//! Promises: what is rendered compiles, and can come to asking people only where the pack says whom; a tool that the pack never
-//! lets the task's principal call is found before the task runs. Refuses: deciding over calls, see [`access`].
+//! Guarantees: What is rendered compiles. A call can require approval only if the pack says who approves. A tool that the pack never allows
+//! the task's principal to call is found before the task runs.
+//!
+//! Non-goals: Decisions about calls, see [`access`].
 
 use std::collections::BTreeSet;
 
@@ -17,10 +19,10 @@ use crate::{
     },
 };
 
-/// What expressions of a pack see.
+/// The variables of a pack's expressions.
 pub const VARIABLES: [&str; 7] = ["args", "task", "principal", "usage", "tool", "effect", "data"];
 
-/// A pack's word on tool calls, with everything that is wrong with it.
+/// Renders a pack's rules for tool calls, and collects everything that is wrong with them.
 pub fn render(pack: &PolicyPack, findings: &mut Vec<Finding>) -> Access {
     let spec = &pack.spec;
     let at = |field: &str| format!("PolicyPack/{} spec.{field}", pack.name_any());
@@ -58,14 +60,14 @@ pub fn render(pack: &PolicyPack, findings: &mut Vec<Finding>) -> Access {
             "add a rule with decision Allow for what is to stay possible",
         ));
     }
-    // Nobody is asked where nothing requires it: then it says nothing. That it is there where something does is the CRD's rule; without
-    // it such calls are denied.
+    // Without a rule or a risk score that requires approval, the pack's `approval` has no effect. If one requires approval, a rule of the
+    // CRD demands `approval`. Without it, such calls are denied.
     let approval = spec.approval.as_ref().map(|approval| approval::render(approval, &at, findings));
     rendered.approval = approval.filter(|_| rendered.may_ask());
     rendered
 }
 
-/// Whether patterns and expressions are what they should be, and names are given once.
+/// Checks whether patterns and expressions compile, and whether names are unique.
 fn compiles(rendered: &Access, at: &impl Fn(&str) -> String, findings: &mut Vec<Finding>) {
     for (index, pattern) in rendered.classification.iter().enumerate() {
         if let Err(error) = Detectors::compile(std::slice::from_ref(pattern)) {
@@ -77,7 +79,7 @@ fn compiles(rendered: &Access, at: &impl Fn(&str) -> String, findings: &mut Vec<
             ));
         }
     }
-    // Each may be small enough, and all together not.
+    // Each pattern may be small enough on its own, and all together too large.
     if findings.is_empty()
         && let Err(error) = Detectors::compile(&rendered.classification)
     {
@@ -136,7 +138,8 @@ fn thresholds(rendered: &Access, at: &impl Fn(&str) -> String, findings: &mut Ve
     }
 }
 
-/// Tools of a task that its principal can never call under its pack. A task that runs already is not ended by that: its calls are denied.
+/// Finds the tools of a task that its principal can never call under its pack. This does not end a task that runs already: its calls are
+/// denied.
 pub fn unreachable(policy: &PolicyConfig, findings: &mut Vec<Finding>) {
     let (principal, class) = (&policy.task.principal, &policy.task.workflow_class);
     for tool in &policy.tools {

@@ -1,41 +1,43 @@
-//! What runs in the agent's place, as plain data: the pod's container and the sandbox of `belay run` are made of the same.
+//! Describes the agent of an attempt as plain data. The pod's container and the sandbox of `belay run` are built from it.
 //!
-//! Promises: Belay's variables come first and the user's cannot take their place; what a runtime leaves writable and nobody has
-//! declared is among what is to be covered. Refuses: to know who runs it.
+//! Guarantees: Belay's variables come first, and the task's variables cannot replace them. Paths that a runtime leaves writable, and that
+//! the task does not declare, are among the paths to cover.
+//!
+//! Non-goals: Knowledge of what runs the agent.
 
 use super::{
     quantity::Quantity,
     validated::{OPEN_PATHS, ReadOnlyMount, Scope, Validated, Workload},
 };
 
-/// Port of the harness for agents, on localhost.
+/// The harness's port for agents, on localhost.
 pub const PORT: u16 = 9900;
-/// User of the agent, whatever its image says: never the harness's.
+/// The agent's user, whatever its image says. It is never the harness's user.
 pub const UID: i64 = 1000;
 
 /// The agent of one attempt.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Agent<'a> {
-    /// What to run.
+    /// What runs in the agent container.
     pub workload: &'a Workload,
-    /// Its environment, in order.
+    /// The environment variables, in order.
     pub env: Vec<(String, String)>,
-    /// Processors.
+    /// CPU.
     pub cpu: &'a Quantity,
-    /// Bytes of memory.
+    /// Memory, in bytes.
     pub memory: &'a Quantity,
-    /// Bytes on disk.
+    /// Ephemeral storage, in bytes.
     pub ephemeral_storage: &'a Quantity,
-    /// What it sees.
+    /// The read-only mounts.
     pub mounts: &'a [ReadOnlyMount],
-    /// Where it may write.
+    /// The directories that the agent may write to.
     pub write_scopes: &'a [Scope],
-    /// Open paths that the task declares nothing for.
+    /// The open paths that the task does not declare.
     pub covered: Vec<&'static str>,
 }
 
 impl Validated {
-    /// The agent of the attempt of this number.
+    /// Returns the agent of the attempt with this number.
     pub fn agent(&self, number: i64) -> Agent<'_> {
         Agent {
             workload: &self.workload,

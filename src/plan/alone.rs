@@ -1,8 +1,9 @@
-//! Contracts and packs by themselves, whatever names them.
+//! Checks contracts and packs on their own, whatever refers to them.
 //!
-//! Promises: what makes a contract or a pack useless under every task is found, everything in one pass, by the field as the object
-//! itself has it; `belay lint` and the admission webhook say the same. Refuses: other objects; what follows from two is for
-//! [`validated`] to say.
+//! Guarantees: One pass finds everything that makes a contract or a pack useless for every task, and names it by its field inside the
+//! object. `belay lint` and the admission webhook report the same findings.
+//!
+//! Non-goals: Other objects. [`validated`] reports what follows from two objects together.
 
 use kube::core::Selector;
 
@@ -12,7 +13,7 @@ use crate::{
     policy::template::Request,
 };
 
-/// What is wrong with a contract.
+/// Returns what is wrong with a contract.
 pub fn contract(contract: &ToolContract) -> Vec<Finding> {
     let input = match config::check_contract(contract) {
         Ok(tool) => tool.input,
@@ -43,9 +44,9 @@ pub fn contract(contract: &ToolContract) -> Vec<Finding> {
         .collect()
 }
 
-/// What in a contract works, and lets more pass than was probably meant.
+/// Returns warnings about a contract that works, but probably allows more than its author meant.
 pub fn advice(contract: &ToolContract) -> Vec<Finding> {
-    /// Of these the arguments are checked, and none has a segment's end in it.
+    /// Formats that the harness checks and whose values contain no segment separator.
     const FORMATS: [&str; 5] = ["uuid", "date", "date-time", "ipv4", "ipv6"];
     let Some(request) =
         contract.spec.upstream.http.as_ref().and_then(|http| Request::parse(&config::of_http(http)).ok())
@@ -73,7 +74,7 @@ pub fn advice(contract: &ToolContract) -> Vec<Finding> {
         .collect()
 }
 
-/// What is wrong with a pack.
+/// Returns what is wrong with a pack.
 pub fn pack(pack: &PolicyPack) -> Vec<Finding> {
     let mut findings = config::check_pack(pack);
     findings.extend(pack.spec.workflow_classes.iter().flat_map(validated::check_class));
@@ -91,7 +92,7 @@ pub fn pack(pack: &PolicyPack) -> Vec<Finding> {
     findings.into_iter().map(Finding::own).collect()
 }
 
-/// Expressions of a pack that hold for no call.
+/// Finds the expressions of a pack that are true for no call.
 fn never_true(pack: &PolicyPack) -> Vec<Finding> {
     let rules = pack.spec.rules.iter().enumerate();
     let rules = rules.filter_map(|(index, rule)| Some((format!("spec.rules[{index}].when"), rule.when.as_deref()?)));

@@ -1,4 +1,4 @@
-//! What manifests say of approvals, checked and rendered, and ApprovalRequests as plain data, for whoever has to know where one stands.
+//! Checks and renders the approvals of manifests, and reads ApprovalRequests as plain data.
 
 use super::{Finding, condition};
 use crate::{
@@ -9,7 +9,7 @@ use crate::{
     },
 };
 
-/// Who must say yes. Bounds are asked again: rendered contracts may come from elsewhere than an API server.
+/// Renders who must approve. The bounds are checked again, because contracts do not always come from an API server.
 pub fn render(
     approval: &tool_contract::Approval,
     at: &impl Fn(&str) -> String,
@@ -52,13 +52,13 @@ pub fn render(
     }
 }
 
-/// What was asked, as far as its standing goes.
+/// Returns the part of the request that its state depends on.
 pub fn asked(spec: &ApprovalRequestSpec) -> Asked<'_> {
     let barred = [Some(spec.principal.as_str()), spec.requester.as_deref()];
     Asked { required: spec.required, barred, expires: spec.expires_at.0 }
 }
 
-/// What people have said.
+/// Returns the decisions of the approvers.
 pub fn votes(request: &ApprovalRequest) -> &[Vote] {
     request.status.as_ref().map_or(&[], |status| &status.decisions)
 }

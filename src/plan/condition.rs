@@ -1,7 +1,9 @@
-//! CEL preconditions, judged before any call depends on them.
+//! Checks CEL preconditions before any call depends on them.
 //!
-//! Promises: what passes compiles, names only variables that a harness binds, and is shallow enough to be evaluated on a
-//! small stack. Refuses: types. An expression that yields no boolean denies when it is evaluated.
+//! Guarantees: An accepted expression compiles, names only variables that a harness binds, and is shallow enough to be evaluated on a small
+//! stack.
+//!
+//! Non-goals: Types. An expression whose value is not a boolean denies the call when it is evaluated.
 
 use std::collections::BTreeSet;
 
@@ -10,39 +12,39 @@ use cel::{
     common::ast::{EntryExpr, Expr, IdedExpr},
 };
 
-/// What a harness binds, see [`Precondition`](crate::api::tool_contract::Precondition).
+/// The variables that a harness binds, see [`Precondition`](crate::api::tool_contract::Precondition).
 pub const VARIABLES: [&str; 5] = ["args", "task", "principal", "usage", "results"];
 
-/// Deepest nesting or longest chain of operators. Evaluation recurses; this many fit the 2 MiB stack of tokio's workers.
+/// The deepest nesting or longest chain of operators. Evaluation recurses, and this depth fits into the 2 MiB stack of tokio's workers.
 pub const MAX_DEPTH: usize = 64;
 
-/// Deepest nesting of loops (`all`, `exists`, `map`, …): what they run over comes from the agent.
+/// The deepest nesting of loops (`all`, `exists`, `map`, …). The lists that they loop over come from the agent.
 pub const MAX_LOOPS: usize = 2;
 
-/// Longest expression, as in the CRD: rendered contracts may come from elsewhere than an API server.
+/// The longest expression, as in the CRD. It is checked again, because contracts do not always come from an API server.
 pub const MAX_LENGTH: usize = 4096;
 
-/// Why an expression is not a usable precondition.
+/// Why an expression cannot be used as a precondition.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ConditionError {
-    /// It is too long to be compiled safely.
+    /// The expression is too long to be compiled safely.
     #[error("{found} characters, more than {MAX_LENGTH}")]
     Length {
-        /// Its length.
+        /// The length of the expression.
         found: usize,
     },
-    /// It nests or chains too much.
+    /// The expression has too many nested or chained operators.
     #[error("more than {MAX_DEPTH} operators or {MAX_LOOPS} loops in each other")]
     Depth,
-    /// It is not CEL.
+    /// The expression is not valid CEL.
     #[error("no CEL: {0}")]
     Syntax(String),
-    /// It names something that is not bound.
+    /// The expression names a variable that is not bound.
     #[error("unknown variable `{0}`")]
     Variable(String),
 }
 
-/// Compiles the expression and checks what can be known before evaluation.
+/// Compiles the expression and makes all checks that are possible before evaluation.
 ///
 /// # Errors
 /// See [`ConditionError`].
@@ -50,7 +52,7 @@ pub fn check(source: &str) -> Result<(), ConditionError> {
     check_among(source, &VARIABLES)
 }
 
-/// Like [`check`], where other variables are bound.
+/// Like [`check`], for an expression with other variables.
 ///
 /// # Errors
 /// See [`ConditionError`].
@@ -174,8 +176,8 @@ mod tests {
         assert!(matches!(check(source), Err(ConditionError::Syntax(_))), "{source:?}: {:?}", check(source));
     }
 
-    /// In release builds the parser's own limit is far within the 2 MiB stack of tokio's workers (measured: 256 of each are
-    /// fine). Frames of debug builds are some ten times larger, hence the large stack here.
+    /// In release builds, the parser's own limit is far within the 2 MiB stack of tokio's workers (measured: 256 of each are fine). Frames
+    /// of debug builds are about ten times larger, so this stack is large.
     fn on_a_large_stack(check: impl FnOnce() + Send + 'static) {
         std::thread::Builder::new().stack_size(256 << 20).spawn(check).unwrap().join().unwrap();
     }

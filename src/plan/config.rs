@@ -1,8 +1,9 @@
-//! The rendered policy: what a task may do, from its own spec, its contracts and its pack.
+//! Renders the policy: what a task may do, from its own spec, its contracts and its pack.
 //!
-//! Promises: operator and gateway render the same bytes from the same objects; tools are sorted by name; nothing is wider than
-//! the class allows. Refuses: the workload (image, mounts, resources), which decides nothing; see
-//! [`validated`](crate::plan::validated).
+//! Guarantees: The operator and the gateway render the same bytes from the same objects. Tools are sorted by name. Nothing exceeds what the
+//! class allows.
+//!
+//! Non-goals: Image, mounts and resources, because they decide nothing about calls. See [`validated`](crate::plan::validated).
 
 use std::{
     borrow::Borrow,
@@ -38,10 +39,11 @@ use crate::{
     },
 };
 
-/// Renders the policy of a task. `contracts` may hold more than the task names, and of other namespaces: they are passed over.
+/// Renders the policy of a task. `contracts` may hold contracts that the task does not name, and contracts of other namespaces. They are
+/// ignored.
 ///
 /// # Errors
-/// Everything that is wrong, at once.
+/// Returns everything that is wrong, at once.
 pub fn render_policy<C: Borrow<ToolContract>>(
     task: &AgentTask,
     contracts: &[C],
@@ -90,10 +92,10 @@ pub fn render_policy<C: Borrow<ToolContract>>(
     })
 }
 
-/// The class that the task names.
+/// Returns the class that the task names.
 ///
 /// # Errors
-/// If the pack has no such class.
+/// Returns an error if the pack has no such class.
 pub fn class_of<'p>(task: &AgentTask, pack: &'p PolicyPack) -> Result<&'p WorkflowClass, Finding> {
     let wanted = &task.spec.workflow_class;
     pack.spec.workflow_classes.iter().find(|class| &class.name == wanted).ok_or_else(|| {
@@ -107,8 +109,8 @@ pub fn class_of<'p>(task: &AgentTask, pack: &'p PolicyPack) -> Result<&'p Workfl
     })
 }
 
-/// The kind of work that the task names is one of the pack's: it labels metrics, and those must stay few. A rollback, which has that of
-/// what it undoes, goes on without.
+/// Checks whether the task's task class is one of the pack's. It is a label of metrics, so the number of values must stay small. A rollback
+/// inherits the task class of the original task, and runs without it if the pack no longer has it.
 fn task_class(task: &AgentTask, pack: &PolicyPack, findings: &mut Vec<Finding>) -> Option<String> {
     let wanted = task.spec.task_class.as_ref()?;
     if pack.spec.task_classes.contains(wanted) {
@@ -187,14 +189,15 @@ fn limits(task: &AgentTask, class: &WorkflowClass, findings: &mut Vec<Finding>) 
     }
 }
 
-/// Seconds that calls of an attempt may wait for people without using its wall time: a day where nobody says.
+/// Returns the seconds for which calls of an attempt may wait for approval without using its wall time: one day if neither task nor class
+/// sets it.
 fn approval_wait(task: &AgentTask, class: &WorkflowClass, findings: &mut Vec<Finding>) -> i64 {
     const DAY: i64 = 86_400;
     let both = (task.spec.limits.approval_wait_seconds, class.limits.approval_wait_seconds);
     lesser("approvalWaitSeconds", both, 0, class, |count| count.to_string(), findings).unwrap_or(DAY)
 }
 
-/// A limit that may be absent: the class's holds then.
+/// Checks an optional limit of the task against the class's limit, which applies if the task sets none.
 fn lesser(
     field: &str,
     (asked, most): (Option<i64>, Option<i64>),
@@ -218,7 +221,7 @@ fn lesser(
     asked.or(most)
 }
 
-/// A sum in millionths. One that cannot be read is a finding, and as good as nothing.
+/// Parses an amount of money in millionths. An amount that cannot be parsed is a finding and counts as 0.
 fn sum(text: Option<&str>, field: impl Fn() -> String, findings: &mut Vec<Finding>) -> Option<i64> {
     text.map(|text| {
         price::parse(text).unwrap_or_else(|| {
@@ -268,7 +271,7 @@ fn tools<C: Borrow<ToolContract>>(
     by_tool.into_values().map(|(_, tool)| tool).collect()
 }
 
-/// A contract that a task names, and that is not there.
+/// Creates the finding about a contract that a task names and that does not exist.
 pub fn contract_missing(index: usize, name: &str, namespace: &str) -> Finding {
     Finding::new(
         format!("spec.tools[{index}]"),
@@ -278,7 +281,7 @@ pub fn contract_missing(index: usize, name: &str, namespace: &str) -> Finding {
     )
 }
 
-/// One tool, or what is wrong with its contract.
+/// Renders one tool. Returns `None` if anything is wrong with its contract.
 fn tool(
     task: &AgentTask,
     contract: &ToolContract,
@@ -298,7 +301,7 @@ fn tool(
             "drop the tool from the task, or choose a class that allows the effect",
         ));
     }
-    // A URL that is none is found with the contract itself.
+    // An invalid URL is found with the contract itself.
     if let Some(authority) = authority_of(&spec.upstream)
         && let Err(denied) = egress::allow(egress, &authority, EgressUse::Tools)
     {
@@ -325,10 +328,10 @@ fn tool(
     tool.filter(|_| findings.len() == before)
 }
 
-/// Checks a contract by itself, whatever names it, and gives the tool as it is enforced.
+/// Checks a contract on its own, whatever names it, and returns the tool as it is enforced.
 ///
 /// # Errors
-/// Everything that is wrong, at once.
+/// Returns everything that is wrong, at once.
 pub fn check_contract(contract: &ToolContract) -> Result<Tool, Vec<Finding>> {
     let (name, spec) = (contract.name_any(), &contract.spec);
     let at = |field: &str| format!("ToolContract/{name} spec.{field}");
@@ -390,14 +393,14 @@ pub fn check_contract(contract: &ToolContract) -> Result<Tool, Vec<Finding>> {
     })
 }
 
-/// What makes two calls one.
+/// Renders which calls are duplicates.
 fn idempotency(
     of: &tool_contract::Idempotency,
     spec: &ToolContractSpec,
     at: &impl Fn(&str) -> String,
     findings: &mut Vec<Finding>,
 ) -> Idempotency {
-    /// What the request's own headers and the gateway's are for.
+    /// Headers that the request itself or the gateway uses.
     const TAKEN: [&str; 12] = [
         "accept",
         "accept-encoding",
@@ -447,7 +450,7 @@ fn idempotency(
     Idempotency { argument: of.argument.clone(), header: of.header.clone(), window_seconds: of.window_seconds }
 }
 
-/// What tells whether a call took effect.
+/// Renders the read that shows whether a call took effect.
 fn verify_read(
     read: &tool_contract::VerifyRead,
     spec: &ToolContractSpec,
@@ -481,7 +484,7 @@ fn verify_read(
     }
 }
 
-/// Tools that verify others by one that the task does not have, or that is no plain read.
+/// Finds tools whose `verify` names a tool that the task does not have, or one that is not a read without approval.
 fn verifiable(tools: &[Tool], findings: &mut Vec<Finding>) {
     for tool in tools {
         let Some(read) = &tool.verify else { continue };
@@ -500,7 +503,7 @@ fn verifiable(tools: &[Tool], findings: &mut Vec<Finding>) {
     }
 }
 
-/// How a call is undone.
+/// Renders how a call is undone.
 fn rollback(
     rollback: &tool_contract::Rollback,
     spec: &ToolContractSpec,
@@ -539,7 +542,7 @@ fn rollback(
     }))
 }
 
-/// Tools that are undone by calls, where there is no place to keep the arguments of these.
+/// Finds tools with a compensation if the pack has no bucket for the arguments of compensations.
 fn undoable(tools: &[Tool], pack: &PolicyPack, findings: &mut Vec<Finding>) {
     if pack.spec.state.is_some() {
         return;
@@ -557,11 +560,11 @@ fn undoable(tools: &[Tool], pack: &PolicyPack, findings: &mut Vec<Finding>) {
     }
 }
 
-/// Host and port of a contract's upstream, where it is well formed.
+/// Returns the host and port of a contract's upstream, if the upstream is well formed.
 pub fn authority_of(upstream: &tool_contract::Upstream) -> Option<Authority> {
     match (&upstream.mcp, &upstream.http) {
         (Some(mcp), None) => authority(&mcp.url).ok(),
-        // The template's host is literal; its path is no URL yet.
+        // The template's host is literal. Its path is not a URL yet.
         (None, Some(http)) => Request::parse(&of_http(http)).ok().map(|request| request.authority().clone()),
         _ => None,
     }
@@ -571,7 +574,7 @@ pub(super) fn of_http(http: &tool_contract::HttpUpstream) -> HttpUpstream {
     HttpUpstream { method: http.method, url: http.url.clone(), query: http.query.clone() }
 }
 
-/// The contract's one upstream, well formed.
+/// Renders the contract's one upstream, if it is well formed.
 fn upstream(spec: &ToolContractSpec, at: &impl Fn(&str) -> String, findings: &mut Vec<Finding>) -> Option<Upstream> {
     match (&spec.upstream.mcp, &spec.upstream.http) {
         (Some(mcp), None) => {
@@ -622,7 +625,7 @@ fn upstream(spec: &ToolContractSpec, at: &impl Fn(&str) -> String, findings: &mu
     }
 }
 
-/// Whether every argument that the schema lets pass has its place in the request, and every place its argument.
+/// Checks whether every argument that the schema allows has a place in the request, and every place has an argument.
 fn places(http: &HttpUpstream, input: &serde_json::Value, at: &impl Fn(&str) -> String, findings: &mut Vec<Finding>) {
     let Ok(request) = Request::parse(http) else { return };
     let properties = input.get("properties").and_then(|properties| properties.as_object());
@@ -706,12 +709,13 @@ fn tool_limits(spec: &ToolContractSpec, at: &impl Fn(&str) -> String, findings: 
     }
 }
 
-/// A limit as far as records count: beyond that nothing ever comes, and a larger number is not the same to every reader of the policy.
+/// Caps a limit at the largest number that records can count to. No count reaches it, and readers of the policy may parse a larger number
+/// differently.
 fn countable(limit: i64) -> i64 {
     limit.min(LARGEST_WHOLE)
 }
 
-/// What is wrong with the classes of a pack by themselves, whatever task names them.
+/// Checks the classes, rules and buckets of a pack on their own, whatever task names them.
 pub fn check_pack(pack: &PolicyPack) -> Vec<Finding> {
     let mut findings = Vec::new();
     for class in &pack.spec.workflow_classes {
@@ -730,17 +734,18 @@ pub fn check_pack(pack: &PolicyPack) -> Vec<Finding> {
     findings
 }
 
-/// A URL in the clear of a host whose calls are made with a credential. The gateway sends none so, but to where it stays on the machine.
+/// An `http://` URL on a host whose calls are made with a credential. The gateway sends no credential over an unencrypted connection,
+/// unless the connection stays on the machine.
 pub struct InTheClear {
-    /// Whom it names.
+    /// The host of the URL.
     pub host: Hostname,
     /// The class that has the credential.
     pub class: String,
-    /// The pack's entry, and what is wrong there.
+    /// The finding about the pack's entry.
     pub finding: Finding,
 }
 
-/// Model endpoints and contracts that a pack's classes would have called in the clear with a credential.
+/// Finds the model endpoints and contracts that a pack's classes would call over unencrypted connections with a credential.
 pub fn in_the_clear(pack: &PolicyPack, contracts: &[&ToolContract]) -> Vec<InTheClear> {
     let Models { openai, anthropic, endpoints, .. } = &pack.spec.models;
     let models = [("openai", openai.as_ref()), ("anthropic", anthropic.as_ref())].into_iter();
@@ -781,8 +786,8 @@ pub fn in_the_clear(pack: &PolicyPack, contracts: &[&ToolContract]) -> Vec<InThe
     found
 }
 
-/// The pack's model endpoints, as far as the class may reach them. A class that lists hosts for models and reaches no
-/// endpoint is a mistake; one that lists none has no models.
+/// Renders the pack's model endpoints that the class may reach. A class that lists hosts for models and reaches no endpoint is a mistake. A
+/// class that lists no host for models has no models.
 fn models(
     pack: &PolicyPack,
     class: &WorkflowClass,
@@ -817,7 +822,7 @@ fn models(
     models
 }
 
-/// Where model calls go by a pack's bases that are more than a host, for people to read.
+/// Describes, for users, where model calls go for each of the pack's base URLs that is more than a host.
 pub fn bases(pack: &PolicyPack) -> Vec<String> {
     let Models { openai, anthropic, endpoints, .. } = &pack.spec.models;
     let one = |field: String, family: Family, base: &str| {
@@ -844,7 +849,7 @@ fn endpoint(declared: &policy_pack::ModelEndpoint) -> ModelEndpoint {
     }
 }
 
-/// Each once, and always in the same order.
+/// Returns each capability once, in a fixed order.
 fn sorted(allow: &[Capability]) -> Vec<Capability> {
     allow.iter().copied().collect::<BTreeSet<_>>().into_iter().collect()
 }
@@ -870,12 +875,12 @@ fn prices(pack: &PolicyPack, findings: &mut Vec<Finding>) -> Vec<ModelPrice> {
     prices
 }
 
-/// The credential of a host with which calls of a principal's tasks are made.
+/// Returns the credential of a host that is used for calls of this principal's tasks.
 pub fn credential_for<'p>(rule: &'p EgressRule, principal: &str) -> Option<&'p Credential> {
     rule.credentials.iter().find(|one| policy::access::is_one_of(&one.principals, principal))
 }
 
-/// The hosts that a class lists, for a principal's tasks, or by themselves.
+/// Renders the hosts that a class lists: for tasks of a principal, or for the class on its own if there is no principal.
 fn egress_hosts(
     pack: &PolicyPack,
     class: &WorkflowClass,
@@ -916,7 +921,7 @@ fn egress_hosts(
     hosts
 }
 
-/// The hosts whose refusals do not count.
+/// Renders the hosts whose denials do not count.
 fn ignored_hosts(pack: &PolicyPack, class: &WorkflowClass, findings: &mut Vec<Finding>) -> Vec<String> {
     for (index, host) in class.ignored_hosts.iter().enumerate() {
         if let Err(error) = IgnoredHost::parse(host) {
@@ -931,7 +936,7 @@ fn ignored_hosts(pack: &PolicyPack, class: &WorkflowClass, findings: &mut Vec<Fi
     class.ignored_hosts.iter().map(|host| host.to_ascii_lowercase()).collect()
 }
 
-/// Whether the class lists the URL's host and port for this use, as the gateway will decide it; what was found otherwise.
+/// Checks whether the class lists the URL's host and port for this use, as the gateway will decide it. Returns the reason if it does not.
 fn allows(egress: &[EgressHost], url: &str, purpose: EgressUse) -> Result<(), String> {
     let authority = authority(url).map_err(|reason| format!("`{url}`: {reason}"))?;
     egress::allow(egress, &authority, purpose).map(|_| ()).map_err(|denied| format!("`{url}`: {}", denied.reason))

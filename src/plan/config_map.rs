@@ -6,10 +6,10 @@ use k8s_openapi::api::core::v1::ConfigMap;
 
 use super::validated::Attempt;
 
-/// The key in it, and the file's name.
+/// The key of the configuration in the ConfigMap, and the file's name.
 pub const KEY: &str = "config.json";
 
-/// Immutable: a harness that starts again reads what it read before.
+/// Builds the ConfigMap. It is immutable, so that a restarted harness reads the same configuration.
 pub fn build(attempt: &Attempt<'_>) -> ConfigMap {
     ConfigMap {
         metadata: attempt.task.owner.metadata(attempt.number),

@@ -1,38 +1,38 @@
-//! Where a task's evidence goes.
+//! Says where a task's evidence is stored.
 
 use std::fmt;
 
 use crate::api::policy_pack::EvidencePolicy;
 
-/// Bucket and prefix of a pack, fixed when a task starts: the pack may be changed or deleted before the task ends.
+/// The bucket and prefix of a pack. They are fixed when a task starts, because the pack may be changed or deleted before the task ends.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Location {
     /// The bucket.
     pub bucket: String,
-    /// The pack's prefix, empty without one.
+    /// The pack's prefix. Empty if the pack has none.
     pub prefix: String,
 }
 
 impl Location {
-    /// Where the pack sends evidence.
+    /// Returns where the pack stores evidence.
     pub fn of(policy: &EvidencePolicy) -> Self {
         Self { bucket: policy.bucket.clone(), prefix: policy.prefix.clone().unwrap_or_default() }
     }
 
-    /// Reads what [`Display`](fmt::Display) wrote.
+    /// Parses the output of [`Display`](fmt::Display).
     pub fn parse(text: &str) -> Option<Self> {
         let (bucket, prefix) = text.strip_prefix("s3://")?.split_once('/')?;
         (!bucket.is_empty()).then(|| Self { bucket: bucket.to_owned(), prefix: prefix.to_owned() })
     }
 
-    /// `s3://bucket/prefix/namespace/task/uid`: the log of one task.
+    /// Returns the location of one task's log: `s3://bucket/prefix/namespace/task/uid`.
     pub fn of_log(&self, namespace: &str, task: &str, uid: &str) -> String {
         let Self { bucket, prefix } = self;
         let parts = [prefix.as_str(), namespace, task, uid];
         format!("s3://{bucket}/{}", parts.iter().filter(|part| !part.is_empty()).copied().collect::<Vec<_>>().join("/"))
     }
 
-    /// The inverse of [`of_log`](Self::of_log).
+    /// Returns the location of a log's bucket and prefix. This is the inverse of [`of_log`](Self::of_log).
     pub fn from_log(text: &str, namespace: &str, task: &str, uid: &str) -> Option<Self> {
         let (bucket, path) = text.strip_prefix("s3://")?.split_once('/')?;
         let prefix = path.strip_suffix(&format!("{namespace}/{task}/{uid}"))?;

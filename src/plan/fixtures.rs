@@ -1,4 +1,4 @@
-//! A task, its contracts and its pack, in order; tests break one thing each.
+//! A valid task with its contracts and its pack. Each test breaks one part.
 
 use crate::api::{AgentTask, PolicyPack, ToolContract};
 

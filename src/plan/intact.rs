@@ -1,10 +1,11 @@
-//! Whether a pod is the pod that was planned.
+//! Checks whether a pod is the pod that was planned.
 //!
-//! Guarantees: each difference in what runs, what it sees and how it is confined is named, in words for people; a difference that is
-//! not known to be harmless counts. What API servers, Kubernetes' own admission and schedulers add is known here by name. A pod
-//! carries the digests of its plan, so that it can be judged when the plan's sources have changed.
-//! Non-goals: who did it; the values of environment variables, which may be secret; what a runtime reads from annotations that
-//! nobody here has heard of.
+//! Guarantees: Every difference in what the pod runs, what it sees and how it is isolated is described, in words for users. A difference
+//! that is not known to be harmless counts. The additions of API servers, Kubernetes' own admission and schedulers are known by name. A pod
+//! carries the digests of its plan, so that it can be checked after the sources of the plan have changed.
+//!
+//! Non-goals: Who made the change. The values of environment variables, which may be secret. Annotations that a runtime reads and that this
+//! module does not know.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -16,10 +17,10 @@ use serde_json::{Map, Value};
 use super::{names, quantity::Quantity};
 use crate::canonical;
 
-/// Of [`Plan`]. Another number is another way to compute the digests: pods of another version are not judged by them.
+/// The version of [`Plan`]. Another version computes the digests in another way, so pods of another version are not checked by them.
 const VERSION: u32 = 1;
 
-/// Where a pod runs and in which order, which is the scheduler's business; and what it owes for that.
+/// Fields that decide where and in which order a pod runs, and the overhead of that. They belong to the scheduler.
 const PLACE: [&str; 13] = [
     "affinity",
     "imagePullSecrets",
@@ -36,7 +37,7 @@ const PLACE: [&str; 13] = [
     "topologySpreadConstraints",
 ];
 
-/// Annotations under these domains, or that begin so, tell runtimes, network plugins and the kubelet what to do with a pod.
+/// Domains or prefixes of annotations that tell runtimes, network plugins and the kubelet what to do with a pod.
 const ACTING: [&str; 16] = [
     "antrea.io",
     "cdi.k8s.io",
@@ -56,7 +57,7 @@ const ACTING: [&str; 16] = [
     "seccomp.security.alpha.kubernetes.io",
 ];
 
-/// Of a container, what its process is and what it sees. The rest of it is compared when the pod is made, and not again.
+/// Fields of a container that decide what its process is and what it sees. The other fields are compared only when the pod is created.
 const OF_CONTAINERS: [&str; 12] = [
     "args",
     "command",
@@ -72,7 +73,7 @@ const OF_CONTAINERS: [&str; 12] = [
     "workingDir",
 ];
 
-/// Of a pod, likewise.
+/// Fields of a pod that decide what its processes are and what they see.
 const OF_PODS: [&str; 13] = [
     "automountServiceAccountToken",
     "dnsConfig",
@@ -89,29 +90,29 @@ const OF_PODS: [&str; 13] = [
     "shareProcessNamespace",
 ];
 
-/// Digests of what was planned, in an annotation of the pod.
+/// The digests of the planned spec, in an annotation of the pod.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Plan {
     version: u32,
-    /// Containers of every kind, by name.
+    /// The containers of every kind, by name.
     containers: BTreeMap<String, String>,
-    /// Init containers in their order.
+    /// The names of the init containers, in order.
     order: Vec<String>,
-    /// Volumes, by name.
+    /// The volumes, by name.
     volumes: BTreeMap<String, String>,
-    /// What is the pod's own.
+    /// The digest of the pod's own fields.
     pod: String,
 }
 
-/// The digests of a spec, for [`names::PLAN`].
+/// Returns the digests of a spec, for [`names::PLAN`].
 pub fn plan(spec: &PodSpec) -> String {
     serde_json::to_string(&Plan::of(spec)).unwrap_or_default()
 }
 
-/// Annotation of pods in caches, which keep no containers: what was not as planned about them. See [`remember`].
+/// Annotation of pods in caches, which do not keep containers: how the containers differed from the plan. See [`remember`].
 const ALTERED: &str = "belay.dev/altered";
 
-/// Writes down what is not as planned about a pod, for when its spec is left out.
+/// Records in an annotation how a pod differs from the plan, for a cache that drops the pod's spec.
 pub fn remember(pod: &mut Pod) {
     match altered(pod) {
         Some(altered) => drop(pod.annotations_mut().insert(ALTERED.to_owned(), altered)),
@@ -119,7 +120,8 @@ pub fn remember(pod: &mut Pod) {
     }
 }
 
-/// What is not as planned about a pod, by the digests that it carries; none for a pod that is as planned, or that carries none.
+/// Returns how a pod differs from the plan, by the digests that it carries. Returns `None` for a pod that is as planned, or that carries no
+/// digests.
 pub fn altered(live: &Pod) -> Option<String> {
     if live.spec.as_ref().is_none_or(|spec| spec.containers.is_empty()) {
         return live.annotations().get(ALTERED).cloned();
@@ -149,7 +151,8 @@ pub fn altered(live: &Pod) -> Option<String> {
     (!found.is_empty()).then(|| found.join("; "))
 }
 
-/// Field managers other than Belay's that have written a pod's spec since it was created. Admission leaves no such trace.
+/// Returns the field managers other than Belay's that have written the pod's spec since it was created. Changes by admission leave no such
+/// trace.
 fn writers(live: &Pod) -> BTreeSet<String> {
     let fields = live.metadata.managed_fields.iter().flatten();
     let of_spec = fields.filter(|one| one.subresource.as_deref() != Some("status"));
@@ -159,7 +162,7 @@ fn writers(live: &Pod) -> BTreeSet<String> {
 impl Plan {
     fn of(spec: &PodSpec) -> Self {
         let mut spec = serde_json::to_value(spec).unwrap_or_default();
-        // Multi-category security confines the pod further.
+        // Multi-category security isolates the pod further.
         spec.get_mut("securityContext").and_then(Value::as_object_mut).map(|one| one.remove("seLinuxOptions"));
         tidy(&mut spec);
         let named = |lists: &[&str], keep: Option<&[&str]>| {
@@ -176,7 +179,8 @@ impl Plan {
     }
 }
 
-/// Half a SHA-256 of an object, or of these of its fields: 128 bits, as nobody who could choose them is kept out by it.
+/// Returns half of the SHA-256 of an object, or of some of its fields. 128 bits are enough, because the digest is not a defence against
+/// anyone who can choose the fields.
 fn digest(value: &Value, keep: Option<&[&str]>) -> String {
     let fields = value.as_object().into_iter().flatten();
     let kept: BTreeMap<_, _> = fields.filter(|(key, _)| keep.is_none_or(|keep| keep.contains(&key.as_str()))).collect();
@@ -197,7 +201,8 @@ fn changed(kind: &str, told: &BTreeMap<String, String>, now: &BTreeMap<String, S
     found.extend(removed.map(|name| format!("{kind} `{name}` was removed")));
 }
 
-/// What is not as planned about a pod as the API server answered it, one sentence each; none for a pod that is as planned.
+/// Returns how a pod, as the API server returned it, differs from the planned pod, in one sentence for each difference. Returns an empty
+/// list for a pod that is as planned.
 pub fn differences(planned: &Pod, live: &Value) -> Vec<String> {
     let mut found = Vec::new();
     let mut planned = serde_json::to_value(planned).unwrap_or_default();
@@ -222,9 +227,9 @@ pub fn differences(planned: &Pod, live: &Value) -> Vec<String> {
                 });
             }
             _ if PLACE.contains(&key) && planned.get(key).is_none() => {}
-            // The older name of the same field.
+            // The deprecated name of the same field.
             "serviceAccount" if live.get(key) == planned.get("serviceAccountName") => {}
-            // Multi-category security confines the pod further, and OpenShift gives each namespace its own.
+            // Multi-category security isolates the pod further, and OpenShift gives each namespace its own category.
             "securityContext" => {
                 let more = |path: &str| path.starts_with("securityContext.seLinuxOptions");
                 values("the pod", key, planned.get(key), live.get(key), &more, &mut found);
@@ -237,7 +242,7 @@ pub fn differences(planned: &Pod, live: &Value) -> Vec<String> {
 
 fn metadata(planned: &Value, live: &Value, found: &mut Vec<String>) {
     let map = |of: &Value, key: &str| of.get(key).and_then(Value::as_object).cloned().unwrap_or_default();
-    // Others may label and annotate it for themselves.
+    // Other components may add their own labels and annotations.
     let ours = |key: &str| domain(key) == "belay.dev";
     for (list, word) in [("labels", "label"), ("annotations", "annotation")] {
         let refused = |key: &str| ours(key) || list == "annotations" && acts(key);
@@ -262,7 +267,7 @@ fn domain(key: &str) -> &str {
     key.split_once('/').map_or(key, |(domain, _)| domain)
 }
 
-/// Whether an annotation is known to change how a pod is run, or what it reaches.
+/// Checks whether an annotation is known to change how a pod runs or what it reaches.
 fn acts(key: &str) -> bool {
     let of = |name: &str, known: &str| {
         let below = name.strip_suffix(known).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'));
@@ -281,7 +286,7 @@ fn containers(kind: &str, list: &str, planned: &Value, live: &Value, found: &mut
     });
     let names = |of: &Value| items(of, list).map(|one| text(one, "name").to_owned()).collect::<Vec<_>>();
     let (planned, live) = (names(planned), names(live));
-    // Init containers run one after the other.
+    // The order of init containers matters, because they run one after the other.
     if list == "initContainers" && !live.iter().filter(|name| planned.contains(name)).eq(&planned) {
         found.push(format!("the init containers run in another order than {}", planned.join(", ")));
     }
@@ -325,7 +330,7 @@ fn container(of: &str, planned: &Value, live: &Value, found: &mut Vec<String>) {
                     },
                 );
             }
-            // What is not bounded may be, as LimitRanges do; what is bounded stays so.
+            // A LimitRange may add missing limits and requests. Existing ones must stay.
             "resources" => {
                 let bounds =
                     |path: &str| path.starts_with("resources.limits") || path.starts_with("resources.requests");
@@ -343,12 +348,13 @@ fn container(of: &str, planned: &Value, live: &Value, found: &mut Vec<String>) {
     }
 }
 
-/// What the API server and `AlwaysPullImages` fill in.
+/// Checks whether the value is a default of the API server or of `AlwaysPullImages`.
 fn is_default(value: &str) -> bool {
     matches!(value, "/dev/termination-log" | "File" | "Always" | "IfNotPresent")
 }
 
-/// Two lists whose items have names. A name that is there once more than planned was added: of variables the last counts.
+/// Compares two lists whose items have names. If a name occurs more often than planned, an item was added: the last of several variables
+/// with the same name takes effect.
 fn listed(
     word: &str,
     key: &str,
@@ -369,7 +375,7 @@ fn listed(
     found.extend(left.into_iter().map(|planned| format!("{word} `{}` was removed", text(planned, key))));
 }
 
-/// Two values, field by field. What may be added at its path is no difference.
+/// Compares two values, field by field. A field that may be added at its path is not a difference.
 fn values(
     of: &str,
     path: &str,
@@ -409,7 +415,7 @@ fn text<'a>(of: &'a Value, key: &str) -> &'a str {
     of.get(key).and_then(Value::as_str).unwrap_or_default()
 }
 
-/// Takes out what says nothing, and writes quantities in one way: an API server drops the one and rewrites the other.
+/// Removes empty values and writes quantities in one form, because an API server drops empty values and rewrites quantities.
 fn tidy(value: &mut Value) {
     match value {
         Value::Object(fields) => {

@@ -1,7 +1,8 @@
-//! The NetworkPolicy of one attempt: nothing in, nothing out but the gateway's pods on one port.
+//! Builds the NetworkPolicy of one attempt: no ingress, and egress only to one port of the gateway's pods.
 //!
-//! Promises: a pod is built only with a [`Proof`] that the API server holds the policy as planned. Refuses: trust in the CNI;
-//! that the policy is enforced is the containment probe's to show.
+//! Guarantees: A pod is built only with a [`Proof`] that the API server has the policy as planned.
+//!
+//! Non-goals: Whether the CNI enforces the policy. The containment probe tests that.
 
 use std::collections::BTreeMap;
 
@@ -16,31 +17,31 @@ use kube::ResourceExt;
 use super::{evidence::Location, names, owner::Owner, validated::Attempt};
 use crate::canonical;
 
-/// A NetworkPolicy that was read back and found to be as planned: its name and the digest of its spec.
+/// Proof that a NetworkPolicy was read back and is as planned: its name and the digest of its spec.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Proof(String);
 
 impl Proof {
-    /// `<name>@sha256:<digest of the spec as read back>`.
+    /// Returns `<name>@sha256:<digest of the spec as read back>`.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 }
 
-/// The API server holds something else than was planned.
+/// The error if the API server has another policy than the planned one.
 #[derive(Debug, thiserror::Error)]
 #[error("expected NetworkPolicy `{name}` as it was applied, found another spec; something else writes it")]
 pub struct Altered {
     name: String,
 }
 
-/// The policy.
+/// Builds the NetworkPolicy of an attempt.
 pub fn build(attempt: &Attempt<'_>) -> NetworkPolicy {
     let Attempt { task, surroundings, number, .. } = attempt;
     rebuild(&task.owner, *number, &surroundings.system_namespace, &task.evidence)
 }
 
-/// The policy, from what is known of an attempt when contracts and pack may have gone.
+/// Builds the NetworkPolicy of an attempt from what is known even if contracts and pack are gone.
 pub fn rebuild(task: &Owner, attempt: i64, system_namespace: &str, evidence: &Location) -> NetworkPolicy {
     let mut metadata = task.metadata(attempt);
     metadata.annotations = Some(BTreeMap::from([(names::EVIDENCE.to_owned(), evidence.to_string())]));
@@ -76,15 +77,15 @@ fn spec(uid: &str, attempt: i64, system_namespace: &str) -> NetworkPolicySpec {
     }
 }
 
-/// Whether a live policy is the one of this attempt, as planned.
+/// Checks whether a live policy is the planned one of this attempt.
 pub fn is_intact(live: &NetworkPolicy, uid: &str, attempt: i64, system_namespace: &str) -> bool {
     live.spec.as_ref() == Some(&spec(uid, attempt, system_namespace))
 }
 
-/// Compares what was read back with what was planned.
+/// Compares the policy that was read back with the planned one.
 ///
 /// # Errors
-/// If they differ.
+/// Returns an error if they differ.
 pub fn prove(planned: &NetworkPolicy, read_back: &NetworkPolicy) -> Result<Proof, Altered> {
     let name = planned.name_any();
     match canonical::digest(&read_back.spec) {

@@ -1,4 +1,4 @@
-//! The task as the owner of its attempts' objects: their names, labels and owner reference.
+//! Describes the task as the owner of its attempts' objects: their names, labels and owner reference.
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference};
 use kube::{Resource, ResourceExt};
@@ -6,19 +6,19 @@ use kube::{Resource, ResourceExt};
 use super::names;
 use crate::api::AgentTask;
 
-/// Which task.
+/// The identity of a task.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Owner {
-    /// Its namespace.
+    /// The task's namespace.
     pub namespace: String,
-    /// Its name.
+    /// The task's name.
     pub name: String,
-    /// Its UID.
+    /// The task's UID.
     pub uid: String,
 }
 
 impl Owner {
-    /// This task.
+    /// Returns the identity of this task.
     pub fn of(task: &AgentTask) -> Self {
         Self {
             namespace: task.namespace().unwrap_or_default(),
@@ -27,7 +27,7 @@ impl Owner {
         }
     }
 
-    /// Metadata of everything that belongs to one attempt.
+    /// Returns the metadata of all objects of one attempt.
     pub(super) fn metadata(&self, attempt: i64) -> ObjectMeta {
         ObjectMeta {
             name: Some(names::of_attempt(&self.name, attempt)),

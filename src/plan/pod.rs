@@ -1,12 +1,12 @@
-//! The pod of one attempt: probe, harness, agent.
+//! Builds the pod of one attempt: probe, harness, agent.
 //!
-//! Promises: Pod Security `restricted`, no added capability, no token and no name server in reach of the agent, all limits set,
-//! and a NetworkPolicy that was read back first (the [`Proof`] in the signature). The agent writes where its task says and nowhere
-//! else: what runtimes leave open, `/tmp` and `/dev/shm`, is covered by an empty read-only volume.
+//! Guarantees: The pod has Pod Security `restricted`, no added capability, no token and no name server that the agent can reach, and all
+//! limits set. Its NetworkPolicy was read back first (the [`Proof`] in the signature). The agent can write only where its task says: an
+//! empty read-only volume covers the paths that runtimes leave open, `/tmp` and `/dev/shm`.
 //!
-//! The token: the volume is mounted in the harness container alone, which is what keeps it from the agent. Its mode is 0444
-//! without `fsGroup`: kubelet writes projected tokens as root's, gives them to a UID only if all containers share one, and `fsGroup`
-//! would add its group to the agent's process as well, so that neither would separate what the mount does not.
+//! The token's volume is mounted in the harness container only. The mount alone keeps the token from the agent. Its mode is 0444 without
+//! `fsGroup`: the kubelet writes projected tokens as root and gives them to a UID only if all containers share it, and `fsGroup` would add
+//! its group to the agent's process as well. Neither would separate more than the mount does.
 
 use std::collections::BTreeMap;
 
@@ -27,37 +27,37 @@ use super::{
 };
 use crate::wire;
 
-/// Seconds beyond the wall time that the kubelet lets a pod live: for image pulls, the probe and the harness's last segment.
-/// The wall time itself is measured from the agent's start, by harness and operator.
+/// Seconds beyond the wall time for which the kubelet lets a pod live: for image pulls, the probe and the harness's last segment. The
+/// harness and the operator measure the wall time itself from the agent's start.
 pub const START_ALLOWANCE_SECONDS: i64 = 300;
-/// Seconds between SIGTERM and SIGKILL: enough for the harness to get its last segment witnessed.
+/// Seconds between SIGTERM and SIGKILL: enough for the witness to cosign the harness's last segment.
 const GRACE_SECONDS: i64 = 30;
-/// User of probe and harness, distroless' `nonroot`.
+/// The user of probe and harness, `nonroot` of distroless images.
 const HARNESS_UID: i64 = 65532;
-/// Seconds that a token lives; the kubelet renews it at four fifths.
+/// The lifetime of a token in seconds. The kubelet renews it after four fifths of it.
 const TOKEN_SECONDS: i64 = 3600;
-/// Port of the harness for the kubelet.
+/// The harness's port for the kubelet.
 const KUBELET_PORT: u16 = 9901;
-/// Seconds that the harness has for its first answer: it opens the log at the gateway first.
+/// Seconds within which the harness must answer for the first time. It opens the log at the gateway before it answers.
 const START_PROBES: i32 = 60;
 
 const CONFIG_DIR: &str = "/etc/belay";
 const TOKEN_DIR: &str = "/var/run/belay";
-/// Not under `/run`: in many images `/var/run` is a link to it, and this mount would hide the token's.
+/// Not under `/run`: in many images, `/var/run` is a link to `/run`, and this mount would hide the token's mount.
 const RUN_DIR: &str = "/var/lib/belay";
 const SPOOL_DIR: &str = "/var/spool/belay";
-/// The volume over what is open and not declared.
+/// The volume that covers open paths that the task does not declare.
 const COVER: &str = "cover";
 
-/// What well-known injectors read as "not this one", as labels: a mesh's proxy, a tracer or a log agent reaches nothing behind the wall,
-/// and a pod that has one all the same is not the pod that was planned.
+/// Labels that tell well-known injectors to skip this pod. A mesh's proxy, a tracer or a log agent could not reach anything because of the
+/// NetworkPolicy, and a pod that has one anyway is not the planned pod.
 const NOT_INJECTED_LABELS: [(&str, &str); 4] = [
     ("sidecar.istio.io/inject", "false"),
     ("istio.io/dataplane-mode", "none"),
     ("kuma.io/sidecar-injection", "disabled"),
     ("admission.datadoghq.com/enabled", "false"),
 ];
-/// Likewise, as annotations.
+/// Annotations with the same purpose.
 const NOT_INJECTED_ANNOTATIONS: [(&str, &str); 12] = [
     ("sidecar.istio.io/inject", "false"),
     ("linkerd.io/inject", "disabled"),
@@ -73,7 +73,7 @@ const NOT_INJECTED_ANNOTATIONS: [(&str, &str); 12] = [
     ("instrumentation.opentelemetry.io/inject-python", "false"),
 ];
 
-/// The pod.
+/// Builds the pod of an attempt.
 pub fn build(attempt: &Attempt<'_>, network_policy: &Proof) -> Pod {
     let task = attempt.task;
     let spec = PodSpec {
@@ -136,7 +136,7 @@ fn harness(attempt: &Attempt<'_>) -> Container {
     Container {
         name: names::HARNESS.to_owned(),
         image: Some(attempt.surroundings.image.clone()),
-        // A native sidecar: it is up before the agent starts, and it outlives it.
+        // A native sidecar starts before the agent and outlives it.
         restart_policy: Some("Always".to_owned()),
         command: Some(vec!["/belay-harness".to_owned()]),
         args: Some(strings(&[
@@ -252,7 +252,8 @@ fn volumes(attempt: &Attempt<'_>) -> Vec<Volume> {
             ..Volume::default()
         },
         empty_dir("run", "1Mi", Some("Memory")),
-        // In memory: like the disk's, it outlives the container and ends with the pod; a sync of it costs no read a disk's milliseconds.
+        // In memory: like a directory on disk, it outlives the container and ends with the pod. A sync to memory does not cost a read the
+        // milliseconds that a sync to disk costs.
         empty_dir("spool", "16Mi", Some("Memory")),
     ];
     if !task.agent(attempt.number).covered.is_empty() {
@@ -298,7 +299,8 @@ fn empty_dir(name: &str, size: &str, medium: Option<&str>) -> Volume {
     }
 }
 
-/// Probe and harness: a small request, so that a task's room is the agent's; memory and disk bounded.
+/// Returns the resources of probe and harness. The requests are small, so that most of the pod's resources go to the agent. Memory and disk
+/// have limits.
 fn system_resources(attempt: &Attempt<'_>) -> ResourceRequirements {
     let quantity = |value: &str| ApiQuantity(value.to_owned());
     let memory = quantity(&attempt.surroundings.harness_memory);
@@ -343,7 +345,7 @@ fn mount(volume: &str, path: &str, read_only: bool) -> VolumeMount {
     }
 }
 
-/// A variable whose value is taken as it is: Kubernetes reads `$$` as `$`, and `$(NAME)` as a reference.
+/// Returns a variable whose value is used literally. Kubernetes reads `$$` as `$`, and `$(NAME)` as a reference.
 fn plain(name: &str, value: &str) -> EnvVar {
     EnvVar { name: name.to_owned(), value: Some(value.replace('$', "$$")), value_from: None }
 }

@@ -1,30 +1,30 @@
-//! Kubernetes quantities, as far as the custom resources take them: compared, and handed on as they were written.
+//! Reads the Kubernetes quantities that the custom resources accept. Quantities can be compared, and they keep their original text.
 
 use std::cmp::Ordering;
 
-/// A quantity that is more than zero, in thousandths of its unit, and its spelling.
+/// A quantity above zero, in thousandths of its unit, with its original text.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Quantity {
     milli: u128,
     text: String,
 }
 
-/// Why a text is not a quantity.
+/// The error for text that is not a quantity.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("`{0}`")]
 pub struct QuantityError(String);
 
 impl Quantity {
-    /// Reads digits, up to three decimals, and one of `m k M G T Ki Mi Gi Ti`.
+    /// Parses digits with up to three decimals and an optional unit: one of `m k M G T Ki Mi Gi Ti`.
     ///
     /// # Errors
-    /// If it is something else, or zero.
+    /// Returns an error if the text is anything else, or zero.
     pub fn parse(text: &str) -> Result<Self, QuantityError> {
         let error = || QuantityError(text.to_owned());
         let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
         let (number, unit) = text.split_at_checked(end).ok_or_else(error)?;
         let milli_of_unit: u128 = match unit {
-            // Half a thousandth of a processor is rounded by Kubernetes; nobody means it.
+            // Kubernetes rounds fractions of a thousandth, so they are rejected as mistakes.
             "m" if !number.contains('.') => 1,
             "" => 1000,
             "k" => 1000 * 1000,
@@ -53,17 +53,17 @@ impl Quantity {
         Ok(Self { milli, text: text.to_owned() })
     }
 
-    /// The value in thousandths of the unit: of a processor, of a byte.
+    /// Returns the value in thousandths of the unit, such as a CPU or a byte.
     pub fn milli(&self) -> u128 {
         self.milli
     }
 
-    /// The value in whole units, such as bytes; as many as fit.
+    /// Returns the value in whole units, such as bytes, saturating at `u64::MAX`.
     pub fn whole(&self) -> u64 {
         u64::try_from(self.milli / 1000).unwrap_or(u64::MAX)
     }
 
-    /// As it was written.
+    /// Returns the original text.
     pub fn as_str(&self) -> &str {
         &self.text
     }

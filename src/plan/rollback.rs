@@ -1,4 +1,5 @@
-//! The task that undoes another: made of it and its contracts, by the operator when it has failed and by `belay rollback`.
+//! Builds the rollback task of a task, from the task and its contracts. The operator creates it when the task has failed, `belay rollback`
+//! on request.
 
 use std::{borrow::Borrow, collections::BTreeSet};
 
@@ -13,24 +14,24 @@ use crate::{
     policy::config::RollbackOf,
 };
 
-/// Ends the name of such a task.
+/// The ending of a rollback task's name.
 const ENDING: &str = "-rollback";
-/// Longest name of a task.
+/// The longest name of a task.
 const LONGEST_NAME: usize = 52;
 
-/// Name of the task that undoes another of that name and UID.
+/// Returns the name of the rollback task of the task with this name and UID.
 pub fn name(of: &str, uid: &str) -> String {
     if of.len().saturating_add(ENDING.len()) <= LONGEST_NAME {
         return format!("{of}{ENDING}");
     }
-    // Two names may begin alike.
+    // Two long names may have the same beginning, so the UID is part of the name.
     let apart = format!("-{}{ENDING}", uid.get(..8).unwrap_or(uid));
     let cut = of.get(..LONGEST_NAME.saturating_sub(apart.len())).unwrap_or(of).trim_end_matches('-');
     format!("{cut}{apart}")
 }
 
-/// The contracts of the calls that would undo a task, by its contracts as they are now. `contracts` may hold more than the task names, and of
-/// other namespaces.
+/// Returns the contracts of the compensations of a task, by its contracts as they are now. `contracts` may hold contracts that the task
+/// does not name, and contracts of other namespaces.
 pub fn contracts<C: Borrow<ToolContract>>(of: &AgentTask, contracts: &[C]) -> BTreeSet<String> {
     let named = of_namespace(of, contracts).filter(|contract| of.spec.tools.contains(&contract.name_any()));
     named.filter_map(|contract| Some(contract.spec.rollback.as_ref()?.call.as_ref()?.contract.clone())).collect()
@@ -44,9 +45,9 @@ fn of_namespace<'c, C: Borrow<ToolContract>>(
     contracts.iter().map(Borrow::borrow).filter(move |contract| contract.namespace() == namespace)
 }
 
-/// The task that undoes another by calls of these contracts: in the same class, on behalf of this principal, asked for by this user, within
-/// the same limits but for denials. What its contracts verify by comes along. `None` if there is no such call, or it is a rollback itself.
-/// `all` may hold contracts of other namespaces.
+/// Builds the rollback task of a task, with compensations by these contracts. It has the same class, acts for this principal, is requested
+/// by this user, and has the same limits except for denials. Its tools include the read tools of the contracts' `verify`. Returns `None` if
+/// there is no compensation, or if the task is a rollback itself. `all` may hold contracts of other namespaces.
 pub fn task<C: Borrow<ToolContract>>(
     of: &AgentTask,
     by: BTreeSet<String>,
@@ -60,7 +61,7 @@ pub fn task<C: Borrow<ToolContract>>(
     let undoing = of_namespace(of, all).filter(|contract| by.contains(&contract.name_any()));
     let reads: BTreeSet<&str> =
         undoing.filter_map(|contract| Some(contract.spec.verify.as_ref()?.tool.as_str())).collect();
-    // Of several contracts for one tool that of the task that is undone, or else the first.
+    // If several contracts describe the tool, use the one that the original task names, or else the first one.
     let reader = |tool: &str| {
         let names = of_namespace(of, all).filter(|one| one.spec.tool == tool).map(ResourceExt::name_any);
         names.min_by_key(|name| (!of.spec.tools.contains(name), name.clone()))

@@ -1,7 +1,9 @@
-//! Input and output schemas of contracts: JSON Schema draft 2020-12, self-contained, closed.
+//! Checks the input and output schemas of contracts: JSON Schema draft 2020-12, self-contained, closed.
 //!
-//! Promises: a schema that passes compiles, refers to nothing outside itself, and refuses properties that it does not name
-//! unless it says otherwise. Refuses: other drafts, remote references, `$id` (it would move what a reference means).
+//! Guarantees: A schema that passes compiles, refers to nothing outside itself, and rejects properties that it does not name unless it says
+//! otherwise.
+//!
+//! Rejects: Other drafts, remote references, and `$id`, because it would change the meaning of references.
 
 use std::collections::HashSet;
 
@@ -10,13 +12,13 @@ use serde_json::{Map, Value};
 
 use crate::policy::json::pointer_token;
 
-/// The only dialect; a schema may name it or name none.
+/// The only dialect. A schema may name this dialect or none.
 pub const DIALECT: &str = "https://json-schema.org/draft/2020-12/schema";
 
-/// Deepest nesting. JSON from an API server is at most 128 deep; a schema of a tool's arguments needs a tenth.
+/// The deepest nesting. JSON from an API server is at most 128 levels deep. A schema of a tool's arguments needs a tenth of that.
 const MAX_DEPTH: usize = 64;
 
-/// Keywords whose schemas judge the same instance as the schema they stand in.
+/// Keywords whose schemas apply to the same instance as the schema that contains them.
 const IN_PLACE: [&str; 11] = [
     "allOf",
     "anyOf",
@@ -31,12 +33,12 @@ const IN_PLACE: [&str; 11] = [
     "$recursiveRef",
 ];
 
-/// Why a schema cannot be used: the JSON Pointer of the place, and what is there.
+/// Why a schema cannot be used: the JSON Pointer of the problem, and what is there.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SchemaError {
-    /// JSON Pointer into the schema; empty at its root.
+    /// The JSON Pointer into the schema. Empty at its root.
     pub pointer: String,
-    /// What was expected there.
+    /// What was expected.
     pub expected: String,
     /// What was found.
     pub found: String,
@@ -48,13 +50,13 @@ impl SchemaError {
     }
 }
 
-/// The schema as it is enforced: checked, and closed where it was silent.
+/// Returns the schema as it is enforced: checked, and closed where it says nothing about other properties.
 ///
-/// An object that names `properties` and does not say `additionalProperties` or `unevaluatedProperties` refuses all others. Where
-/// objects are composed (`allOf`, `$ref`, …) the whole is closed, not each part. The root is closed even if it names none.
+/// An object with `properties` and without `additionalProperties` and `unevaluatedProperties` rejects all other properties. If objects are
+/// composed (`allOf`, `$ref`, …), the whole is closed, not each part. The root is closed even if it has no `properties`.
 ///
 /// # Errors
-/// Everything that is wrong with it.
+/// Returns everything that is wrong with the schema.
 pub fn close(schema: &Value) -> Result<Value, Vec<SchemaError>> {
     check(schema)?;
     let mut closed = schema.clone();
@@ -63,10 +65,10 @@ pub fn close(schema: &Value) -> Result<Value, Vec<SchemaError>> {
     Ok(closed)
 }
 
-/// Whether a schema may be enforced as it is written: an object's, self-contained, of the one dialect.
+/// Checks whether a schema can be enforced as it is written: it describes an object, is self-contained and has the one dialect.
 ///
 /// # Errors
-/// Everything that is wrong with it.
+/// Returns everything that is wrong with the schema.
 pub fn check(schema: &Value) -> Result<(), Vec<SchemaError>> {
     let mut errors = Vec::new();
     let Some(root) = schema.as_object() else {
@@ -106,7 +108,7 @@ fn compiles(schema: &Value) -> Result<(), Vec<SchemaError>> {
     }
 }
 
-/// Refuses what points outside, everywhere: a keyword's name inside `enum` or `const` is rare enough to be refused as well.
+/// Rejects references to the outside everywhere. A keyword's name inside `enum` or `const` is rare, so it is rejected as well.
 fn references(value: &Value, pointer: &str, depth: usize, errors: &mut Vec<SchemaError>) {
     if depth > MAX_DEPTH {
         errors.push(SchemaError::new(pointer, format!("at most {MAX_DEPTH} levels"), "more"));
@@ -124,7 +126,7 @@ fn references(value: &Value, pointer: &str, depth: usize, errors: &mut Vec<Schem
                             shorten(&format!("\"{target}\"")),
                         ))
                     }
-                    // `properties` may well have an argument called `$id`; a string there can only be the keyword.
+                    // `properties` may contain an argument called `$id`, but a string value can only be the keyword.
                     ("$id", Value::String(_)) => {
                         errors.push(SchemaError::new(
                             &here,
@@ -145,7 +147,7 @@ fn references(value: &Value, pointer: &str, depth: usize, errors: &mut Vec<Schem
     }
 }
 
-/// Closes the schema of an instance of its own, and those of the instances inside it.
+/// Closes a schema and the schemas of the instances inside its instance.
 fn close_at(schema: &mut Value, root: &Value, is_root: bool) {
     let Some(map) = schema.as_object_mut() else { return };
     let says = map.contains_key("additionalProperties") || map.contains_key("unevaluatedProperties");
@@ -157,7 +159,7 @@ fn close_at(schema: &mut Value, root: &Value, is_root: bool) {
     descend(map, root);
 }
 
-/// Visits the schemas of instances inside this one; parts that judge this same instance are passed through, not closed.
+/// Visits the schemas of the instances inside this one. Parts that apply to this instance itself are traversed, but not closed.
 fn descend(map: &mut Map<String, Value>, root: &Value) {
     for (key, inner) in map.iter_mut() {
         match key.as_str() {
@@ -174,7 +176,7 @@ fn descend(map: &mut Map<String, Value>, root: &Value) {
             "prefixItems" => {
                 inner.as_array_mut().into_iter().flatten().for_each(|schema| close_at(schema, root, false))
             }
-            // `not` and `if` only ask: closing something inside them would turn their answer round.
+            // `not` and `if` only test. Closing a schema inside them would invert their result.
             "allOf" | "anyOf" | "oneOf" => {
                 inner
                     .as_array_mut()
@@ -199,7 +201,7 @@ fn descend(map: &mut Map<String, Value>, root: &Value) {
     }
 }
 
-/// Whether the schema, or a part that judges the same instance, names properties.
+/// Checks whether the schema, or a part that applies to the same instance, has `properties`.
 fn names_properties<'s>(map: &'s Map<String, Value>, root: &'s Value, visited: &mut HashSet<&'s str>) -> bool {
     if map.contains_key("properties") {
         return true;
@@ -220,7 +222,7 @@ fn names_properties<'s>(map: &'s Map<String, Value>, root: &'s Value, visited: &
     let Some(target) = target.filter(|target| visited.insert(target)) else { return false };
     match target.strip_prefix('#').and_then(|pointer| root.pointer(pointer)) {
         Some(found) => found.as_object().is_some_and(|map| names_properties(map, root, visited)),
-        // An anchor, which is not looked up here: assume that it names some, and close.
+        // An anchor is not looked up here. Assume that its target has `properties`, and close the schema.
         None => true,
     }
 }
@@ -229,7 +231,7 @@ fn brief(value: &Value) -> String {
     shorten(&value.to_string())
 }
 
-/// Keeps a hostile schema from filling conditions.
+/// Shortens text, so that a hostile schema cannot fill the conditions of a status.
 fn shorten(text: &str) -> String {
     const LONGEST: usize = 160;
     match text.char_indices().nth(LONGEST) {

@@ -96,7 +96,7 @@ fn endpoints_that_a_class_reaches_are_rendered_and_what_they_may_do() {
     let models = config::render_policy(&task(), &contracts(), &pack).unwrap().models;
     let urls: Vec<_> = models.endpoints.iter().map(|entry| entry.url.as_str()).collect();
     assert_eq!(urls, ["https://models.world.test/v1?a=b", "https://models.world.test"]);
-    // Each once, in an order that does not hang on the pack's.
+    // Each capability once, in an order that does not depend on the pack's order.
     assert_eq!(serde_json::to_value(&models.endpoints[0].allow).unwrap(), json!(["mcp", "web_search"]));
     assert_eq!(serde_json::to_value(&models.allow).unwrap(), json!(["files", "stored"]));
     assert_eq!(serde_json::to_value(models.unknown_members).unwrap(), "Pass");
@@ -104,12 +104,12 @@ fn endpoints_that_a_class_reaches_are_rendered_and_what_they_may_do() {
     let usage: Vec<_> = models.endpoints.iter().map(|entry| entry.stream_usage.is_ask()).collect();
     assert_eq!((usage, models.stream_usage.is_ask()), (vec![false, true], true));
     assert_eq!((models.prices[0].context_tokens, models.prices[0].max_output_tokens), (Some(4096), Some(512)));
-    // What a pack does not say is not in a policy, whose digest stays what it was.
+    // Fields that the pack does not set are not in the policy, so its digest does not change.
     let policy = config::render_policy(&task(), &contracts(), &self::pack()).unwrap();
     assert_eq!(serde_json::to_value(&policy.models).unwrap(), json!({"openai": "https://models.world.test"}));
 }
 
-/// Calls are made with the first credential that is for the principal; without one nothing goes there.
+/// Calls are made with the first credential for the principal. Without one, no call leaves.
 #[rstest::rstest]
 #[case::nobody_in_particular(json!([{"secret": "any", "key": "k"}]), Some("any/k"), false)]
 #[case::by_name(json!([{"secret": "a", "key": "k", "principals": ["alice@example.test"]}]), Some("a/k"), false)]
@@ -134,7 +134,7 @@ fn credentials_are_principals(
     assert_eq!((host.credential.as_deref(), host.barred), (expected, barred));
 }
 
-/// A pack that forbids what a task is for stops its calls, not its evidence: the gateway still has a policy to go by.
+/// A pack that forbids everything stops the task's calls, not its evidence: the gateway still has a policy.
 #[test]
 fn a_pack_that_forbids_everything_is_still_rendered() {
     let mut pack = pack();
@@ -244,7 +244,7 @@ fn idempotency(argument: Option<&str>, header: Option<&str>) -> Option<Idempoten
     Some(Idempotency { argument: argument.map(Into::into), header: header.map(Into::into), window_seconds: 60 })
 }
 
-/// Waiting for people is given time where people are asked, and nowhere else.
+/// The approval wait is set only if calls may require approval.
 #[test]
 fn people_are_given_a_day_unless_somebody_says() {
     let wait = |approval: bool, asked: Option<i64>, most: Option<i64>| {
@@ -266,7 +266,7 @@ fn people_are_given_a_day_unless_somebody_says() {
 
 type Break = fn(&mut AgentTask, &mut Vec<ToolContract>, &mut PolicyPack);
 
-/// What is broken, and the field that must be named.
+/// What is broken, and the field that a finding must name.
 const BROKEN: &[(&str, &str, Break)] = &[
     ("unknown class", "spec.workflowClass", |t, _, _| t.spec.workflow_class = "other".into()),
     ("wall time", "spec.limits.wallTimeSeconds", |t, _, _| t.spec.limits.wall_time_seconds = 3601),
@@ -511,7 +511,7 @@ fn every_wrong_field_is_named() {
     insta::assert_snapshot!("findings", messages.join("\n"));
 }
 
-/// A task sets what Belay does not: what SDKs read besides is its own.
+/// A task may set every variable that Belay does not set, including other variables of SDKs.
 #[test]
 fn variables_of_sdks_are_the_tasks_own_but_for_those_that_belay_sets() {
     let (mut task, contracts, pack) = (task(), contracts(), pack());
@@ -549,7 +549,7 @@ fn a_class_without_models_has_none() {
 }
 
 proptest::proptest! {
-    /// Whatever is accepted never mounts over a reserved path, and no two paths overlap.
+    /// Accepted paths never hide a reserved path, and no two of them overlap.
     #[test]
     fn accepted_paths_never_overlap(paths in proptest::collection::vec("(/(a|b|etc|proc|run|belay|var|\\.\\.|))|(/(a|b|run)){1,3}", 1..5)) {
         let mut task = task();
@@ -567,7 +567,7 @@ proptest::proptest! {
     }
 }
 
-/// The contract `tickets` with a call that undoes it, and that call's contract, which verifies by another.
+/// The contract `tickets` with a compensation, and the compensation's contract, which verifies by another tool.
 fn undone() -> Vec<ToolContract> {
     let mut all = contracts();
     let (mut close, mut look) = (all[0].clone(), all[1].clone());
@@ -581,7 +581,7 @@ fn undone() -> Vec<ToolContract> {
         settle_seconds: 10,
     });
     (look.metadata.name, look.spec.tool) = (Some("look".into()), "look_at_ticket".into());
-    // Another namespace's contract of the same name verifies by another tool; a second one here is for the same.
+    // A contract of the same name in another namespace verifies by another tool. A second contract here describes the same tool.
     let (mut elsewhere, mut again) = (close.clone(), look.clone());
     (elsewhere.metadata.namespace, again.metadata.name) = (Some("team-b".into()), Some("look-2".into()));
     elsewhere.spec.verify.as_mut().unwrap().tool = "a_read_log".into();
@@ -605,7 +605,7 @@ fn a_task_is_undone_by_a_task_with_what_undoes() {
     assert_eq!(long("5d0e9c1a-0000"), format!("{}-5d0e9c1a-rollback", "a".repeat(34)));
     assert_ne!(long("5d0e9c1a-0000"), long("5d0e9c1b-0000"));
 
-    // It is in order, and what runs is Belay's own image.
+    // The rollback task is valid and runs Belay's own image.
     let mut pack = pack();
     pack.spec.state = Some(StatePolicy { bucket: "state".into(), prefix: None });
     let validated = validate(&made, &undone(), &pack, "belay-system").unwrap();
@@ -645,7 +645,7 @@ fn state_is_not_locked_away_with_the_evidence() {
     assert_eq!(config::check_pack(&pack)[0].field, "spec.state.bucket");
 }
 
-/// Metrics are labelled by it: it is one of the pack's.
+/// The task class is a label of metrics, so it must be one of the pack's.
 #[test]
 fn a_task_class_is_one_of_the_packs() {
     let (mut task, contracts, mut pack) = (task(), contracts(), pack());

@@ -1,7 +1,9 @@
-//! Types of CEL conditions, as far as they can be known before a call.
+//! Infers the types of CEL conditions, as far as they are known before a call.
 //!
-//! Promises: what is found would decide nothing of any call that gets there, because it has no value or is no yes or no. Refuses: to
-//! guess. What the input schema leaves open has any type, and `has()` may ask for whatever it likes.
+//! Guarantees: A reported expression can never decide about a call, because its evaluation gives no value, or a value that is not a
+//! boolean.
+//!
+//! Non-goals: Guesses. What the input schema leaves open can have any type, and `has()` accepts every field.
 
 use std::collections::BTreeMap;
 
@@ -11,15 +13,15 @@ use cel::{
 };
 use serde_json::Value;
 
-/// Fields of `task`, all text, as the harness binds them.
+/// The fields of `task`, all strings, as the harness binds them.
 const TASK: [&str; 7] = ["namespace", "name", "uid", "objective", "workflowClass", "taskClass", "principal"];
-/// Fields of `usage`, all integers.
+/// The fields of `usage`, all integers.
 const USAGE: [&str; 4] = ["toolCalls", "tokens", "denials", "costMicros"];
-/// Fields of `data`, all text.
+/// The fields of `data`, all strings.
 const DATA: [&str; 2] = ["arguments", "seen"];
-/// Functions that need text.
+/// Functions that need a string.
 const ON_TEXT: [&str; 3] = ["startsWith", "endsWith", "matches"];
-/// All functions of a harness: those of the `cel` crate but for `optional.…`, whose name is no variable of ours.
+/// All functions of a harness: those of the `cel` crate, except `optional.…`, because `optional` is not one of Belay's variables.
 const FUNCTIONS: [&str; 24] = [
     "contains",
     "size",
@@ -56,7 +58,7 @@ enum Type {
     Number,
     Text,
     List(Box<Type>),
-    /// Named fields; others are there only if it is open.
+    /// An object with named fields. It can have other fields only if it is open.
     Object {
         fields: BTreeMap<String, Type>,
         open: bool,
@@ -84,7 +86,7 @@ impl Type {
         Self::Object { fields: names.into_iter().map(|name| (name.to_owned(), of.clone())).collect(), open: false }
     }
 
-    /// What a schema says of its instances.
+    /// Returns the type of a schema's instances.
     fn of_schema(schema: &Value, depth: usize) -> Self {
         const DEEPEST: usize = 32;
         let composed =
@@ -118,21 +120,20 @@ impl Type {
     }
 }
 
-/// Why a condition can never hold.
+/// Checks whether a condition can be true for some call.
 ///
-/// `input` is the closed schema of the arguments, and the expression has passed
-/// [`condition::check`](crate::plan::condition::check).
+/// `input` is the closed schema of the arguments. The expression must have passed [`condition::check`](crate::plan::condition::check).
 ///
 /// # Errors
-/// What is wrong with it, as words to follow "found".
+/// Returns what is wrong with the expression, in words that follow "found".
 pub fn check(source: &str, input: &Value) -> Result<(), String> {
     let mut scope = common();
-    // By tool; what tools answer is theirs to say.
+    // `results` has an entry for each tool, and contracts do not say what the tools return.
     scope.extend([("args".to_owned(), Type::of_schema(input, 0)), ("results".to_owned(), Type::Any)]);
     check_in(source, scope)
 }
 
-/// Why an expression over a call and what was read after it can never hold.
+/// Checks whether an expression over a call and the result of a read after it can be true.
 ///
 /// # Errors
 /// See [`check`].
@@ -141,7 +142,7 @@ pub fn check_read(source: &str, input: &Value) -> Result<(), String> {
     check_in(source, scope.into())
 }
 
-/// Why an expression of a pack, which is for many tools, can never hold.
+/// Checks whether an expression of a pack, which applies to many tools, can be true.
 ///
 /// # Errors
 /// See [`check`].
@@ -195,7 +196,7 @@ fn infer(expression: &IdedExpr, scope: &mut BTreeMap<String, Type>) -> Result<Ty
             let same = items.first().filter(|first| items.iter().all(|item| item == *first));
             Type::List(Box::new(same.cloned().unwrap_or(Type::Any)))
         }
-        // Its keys may be computed.
+        // The keys of the map may be computed.
         Expr::Map(_) => Type::Object { fields: BTreeMap::new(), open: true },
         Expr::Call(call) => call_type(call, scope)?,
         Expr::Comprehension(loop_) => {
@@ -276,7 +277,7 @@ fn call_type(call: &CallExpr, scope: &mut BTreeMap<String, Type>) -> Result<Type
             Type::Bool
         }
         (op::SUBSTRACT | op::MULTIPLY | op::DIVIDE | op::MODULO | op::NEGATE, args) => {
-            // Timestamps and durations subtract too, but nothing known has such a type.
+            // Timestamps and durations can also be subtracted, but no known value has such a type.
             all(&Type::Number, args, &sign(name))?;
             if args.contains(&Type::Any) { Type::Any } else { Type::Number }
         }

@@ -1,7 +1,8 @@
-//! A task that was found to be in order, as types that cannot hold anything else.
+//! Validates a task, with types that can hold only a valid task.
 //!
-//! Promises: who holds a [`Validated`] can build every object without a further question, and every wrong field was named at
-//! once. Refuses: paths that hide something of the system's, names that Belay gives itself, more room than the class has.
+//! Guarantees: A [`Validated`] has everything that is needed to build every object. Validation names every wrong field at once.
+//!
+//! Rejects: Paths that hide parts of the system, names that Belay sets itself, and resources above the class's resources.
 
 use std::borrow::Borrow;
 
@@ -14,17 +15,18 @@ use crate::{
     policy::config::{HarnessConfig, PolicyConfig, Probe, Wiring},
 };
 
-/// What a class gives where it states no ceiling: enough for an interpreter and its libraries, and never everything.
+/// The resources of a class that sets none: enough for an interpreter and its libraries, and not all of a node.
 pub const DEFAULT_CPU: &str = "1";
 /// See [`DEFAULT_CPU`].
 pub const DEFAULT_MEMORY: &str = "1Gi";
 /// See [`DEFAULT_CPU`].
 pub const DEFAULT_EPHEMERAL_STORAGE: &str = "1Gi";
 
-/// Most bytes of a rendered policy. A ConfigMap holds 1 MiB, and the first record of each attempt holds the policy as well.
+/// The maximum size of a rendered policy, in bytes. A ConfigMap holds 1 MiB, and the first record of each attempt contains the policy as
+/// well.
 pub const MAX_POLICY_BYTES: usize = 512 * 1024;
 
-/// Trees that are the system's, the image's or Belay's. Neither mounts nor write scopes may touch them.
+/// Directories of the system, the image or Belay. Mounts and write scopes must not overlap with them.
 const RESERVED_PATHS: [&str; 18] = [
     "/bin",
     "/boot",
@@ -46,11 +48,11 @@ const RESERVED_PATHS: [&str; 18] = [
     "/var/spool/belay",
 ];
 
-/// Directories that a runtime makes writable for everybody even where the root is read-only. They are covered unless they are
-/// declared, which they can be as a whole only: nothing can be mounted within a read-only cover.
+/// Directories that a runtime makes writable for everyone even if the root is read-only. They are covered unless the task declares them. A
+/// task can declare them only as a whole, because nothing can be mounted inside a read-only cover.
 pub const OPEN_PATHS: [&str; 2] = ["/dev/shm", "/tmp"];
 
-/// Names of environment variables that Belay sets, upper case; what else begins like them is the task's to set.
+/// Environment variables that Belay sets, in upper case. The task may set other variables that start with the same letters.
 const RESERVED_ENV: [&str; 7] = [
     "OPENAI_BASE_URL",
     "OPENAI_API_KEY",
@@ -60,10 +62,10 @@ const RESERVED_ENV: [&str; 7] = [
     "HTTPS_PROXY",
     "NO_PROXY",
 ];
-/// The beginning of Belay's own, upper case.
+/// The prefix of Belay's own variables, in upper case.
 const RESERVED_ENV_PREFIX: &str = "BELAY_";
 
-/// A task in order.
+/// A valid task.
 #[derive(Clone, Debug)]
 pub struct Validated {
     pub(super) owner: Owner,
@@ -80,45 +82,45 @@ pub struct Validated {
     policy_digest: String,
 }
 
-/// What runs in the agent's place.
+/// What runs in the agent container.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Workload {
     /// An agent.
     Agent {
-        /// Its image.
+        /// The image.
         image: String,
-        /// Its entrypoint; the image's own when empty.
+        /// The entrypoint. The image's own if empty.
         command: Vec<String>,
-        /// Its arguments.
+        /// The arguments.
         args: Vec<String>,
     },
-    /// Belay's own image, which has the harness undo another task and waits for that.
+    /// Belay's own image. It tells the harness to roll back another task and waits for the result.
     Rollback,
 }
 
-/// Name of an environment variable that Belay does not set itself.
+/// The name of an environment variable that Belay does not set itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EnvName(pub(super) String);
 
 impl EnvName {
-    /// As it is written.
+    /// Returns the name.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 }
 
-/// Absolute path in the agent container that hides nothing and overlaps with no other.
+/// An absolute path in the agent container that hides nothing and overlaps with no other path.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AgentPath(pub(super) String);
 
 impl AgentPath {
-    /// As it is written.
+    /// Returns the path.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 }
 
-/// Room of the agent container, within the class's.
+/// The resources of the agent container, within the class's resources.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AgentResources {
     pub(super) cpu: Quantity,
@@ -126,16 +128,16 @@ pub struct AgentResources {
     pub(super) ephemeral_storage: Quantity,
 }
 
-/// A mount and its one source.
+/// A read-only mount and its one source.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ReadOnlyMount {
-    /// Where.
+    /// The path in the agent container.
     pub path: AgentPath,
-    /// What.
+    /// The source of the mount.
     pub source: Source,
 }
 
-/// What is mounted.
+/// The source of a mount.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Source {
     /// A ConfigMap, by name.
@@ -144,35 +146,35 @@ pub enum Source {
     Secret(String),
 }
 
-/// Where the agent may write, and how much.
+/// A directory that the agent may write to, and its size.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Scope {
-    /// Where.
+    /// The path in the agent container.
     pub path: AgentPath,
-    /// Most bytes.
+    /// The maximum size, in bytes.
     pub size: Quantity,
 }
 
-/// What the cluster adds: the same for every task.
+/// Settings of the cluster, the same for every task.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Surroundings {
-    /// Namespace of operator and gateway. No task runs there: its Secrets are the gateway's.
+    /// The namespace of operator and gateway. No task runs there, because its Secrets belong to the gateway.
     pub system_namespace: String,
-    /// Image of the harness.
+    /// The image of the harness.
     pub image: String,
-    /// Cluster address of the gateway, without a port.
+    /// The cluster address of the gateway, without a port.
     pub gateway: String,
-    /// Certificate authority of the gateway, PEM.
+    /// The certificate authority of the gateway, in PEM.
     pub gateway_ca: String,
-    /// `address:port` of API servers, which an agent must not reach.
+    /// The `address:port` of each API server. An agent must not reach them.
     pub api_servers: Vec<String>,
-    /// Processor request of the harness.
+    /// The CPU request of the harness.
     pub harness_cpu: String,
-    /// Memory limit of the harness.
+    /// The memory limit of the harness.
     pub harness_memory: String,
 }
 
-/// One attempt of a task in order: all that its objects are built from.
+/// One attempt of a valid task: everything that its objects are built from.
 #[derive(Clone, Debug)]
 pub struct Attempt<'a> {
     pub(super) task: &'a Validated,
@@ -182,25 +184,25 @@ pub struct Attempt<'a> {
 }
 
 impl Validated {
-    /// The rendered policy.
+    /// Returns the rendered policy.
     pub fn policy(&self) -> &PolicyConfig {
         &self.policy
     }
 
-    /// Digest of the rendered policy, lower-case hex.
+    /// Returns the digest of the rendered policy, in lower-case hex.
     pub fn policy_digest(&self) -> &str {
         &self.policy_digest
     }
 
-    /// Where the evidence goes.
+    /// Returns where the evidence is stored.
     pub fn evidence(&self) -> &Location {
         &self.evidence
     }
 
-    /// One attempt.
+    /// Returns one attempt of the task.
     ///
     /// # Errors
-    /// Only if the surroundings have no canonical form, which strings always have.
+    /// Returns an error only if the surroundings have no canonical form. Strings always have one.
     pub fn attempt<'a>(&'a self, surroundings: &'a Surroundings, number: i64) -> Result<Attempt<'a>, CanonicalError> {
         let at = |port: u16| authority(&surroundings.gateway, port);
         let mut unreachable = vec![at(names::CANARY_PORT)];
@@ -220,18 +222,18 @@ impl Validated {
 }
 
 impl Attempt<'_> {
-    /// Name of its pod, NetworkPolicy and ConfigMap.
+    /// Returns the name of the attempt's pod, NetworkPolicy and ConfigMap.
     pub fn name(&self) -> String {
         names::of_attempt(&self.task.owner.name, self.number)
     }
 
-    /// From 1.
+    /// Returns the attempt's number, from 1.
     pub fn number(&self) -> i64 {
         self.number
     }
 }
 
-/// `address:port`, with the brackets that an IPv6 address needs.
+/// Returns `address:port`, with brackets around an IPv6 address.
 pub fn authority(address: &str, port: u16) -> String {
     if address.contains(':') { format!("[{address}]:{port}") } else { format!("{address}:{port}") }
 }
@@ -239,7 +241,7 @@ pub fn authority(address: &str, port: u16) -> String {
 /// Validates a task against its contracts and the pack that governs it.
 ///
 /// # Errors
-/// Everything that is wrong, at once.
+/// Returns everything that is wrong, at once.
 pub fn validate<C: Borrow<ToolContract>>(
     task: &AgentTask,
     contracts: &[C],
@@ -269,7 +271,7 @@ pub fn validate<C: Borrow<ToolContract>>(
         access::unreachable(policy, &mut findings);
     }
     let digest = policy.as_ref().and_then(|policy| digest(policy, &mut findings));
-    // Without a class there are no ceilings to compare with; that it is missing is found already.
+    // Without a class there are no limits to compare with. The missing class is already a finding.
     let resources = config::class_of(task, pack).ok().and_then(|class| resources(task, class, &mut findings));
     let env = env(task, &mut findings);
     let mut paths = Vec::new();
@@ -342,7 +344,7 @@ fn resources(task: &AgentTask, class: &WorkflowClass, findings: &mut Vec<Finding
                 "ask for less, or have the class's ceiling raised in the pack",
             ));
         }
-        // What waits for a rollback needs next to nothing, whatever the class gives.
+        // The container of a rollback task only waits, so it needs very little, whatever the class allows.
         let idle = if field == "cpu" { "50m" } else { "32Mi" };
         let idle = Quantity::parse(idle).ok().filter(|idle| task.spec.agent.is_none() && *idle < ceiling);
         Some(asked.or(idle).unwrap_or(ceiling))
@@ -353,7 +355,7 @@ fn resources(task: &AgentTask, class: &WorkflowClass, findings: &mut Vec<Finding
     Some(AgentResources { cpu: cpu?, memory: memory?, ephemeral_storage: storage? })
 }
 
-/// What is wrong with the room that a class gives, whatever task names it.
+/// Checks the resources of a class on their own, whatever task names the class.
 pub fn check_class(class: &WorkflowClass) -> Vec<Finding> {
     let mut findings = Vec::new();
     let most = &class.resources;
@@ -468,7 +470,7 @@ fn write_scopes(
     scopes
 }
 
-/// Checks a path against the reserved ones and all before it.
+/// Checks a path against the reserved paths and all earlier paths.
 fn agent_path(path: &str, field: String, taken: &mut Vec<(String, String)>, findings: &mut Vec<Finding>) -> AgentPath {
     let plain = path.starts_with('/')
         && path.len() > 1
@@ -512,7 +514,7 @@ fn agent_path(path: &str, field: String, taken: &mut Vec<(String, String)>, find
     AgentPath(path.to_owned())
 }
 
-/// Whether one is the other, or lies in it.
+/// Checks whether one path is the other or lies inside it.
 fn overlap(one: &str, other: &str) -> bool {
     let inside = |inner: &str, outer: &str| {
         inner.strip_prefix(outer).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))

@@ -50,7 +50,7 @@ fn record(number: i64, end: Option<(Option<FailureClass>, &str)>) -> Attempt {
     }
 }
 
-/// What is seen of a task, by default one that nothing has happened to.
+/// The observed state of a task. By default, nothing has happened to the task yet.
 #[derive(Debug)]
 struct Case {
     deleting: bool,
@@ -62,7 +62,7 @@ struct Case {
     pods: Vec<PodView>,
     claims: Vec<i64>,
     reusable: Option<i64>,
-    /// Every pod was looked up: those that are not here are not there.
+    /// Whether every pod was looked up, so that a pod that is not here does not exist.
     looked_up: bool,
     live: bool,
     rolls_back: bool,
@@ -120,7 +120,7 @@ impl Case {
 }
 
 fn seal_of(attempt: i64, phase: &str, class: &str, reason: &str, exit_code: Option<i32>) -> Next {
-    // What the pod has run is told as long as the pod is there, as its exit code is.
+    // The images are known as long as the pod exists, as the exit code is.
     let images = exit_code.map(|_| pod(attempt).images).unwrap_or_default();
     let closed =
         TaskClosed { phase: phase.into(), failure_class: class.into(), reason: reason.into(), exit_code, images };
@@ -173,7 +173,7 @@ fn success_is_sealed_and_then_settled() {
     case.sealed = true;
     case.history = case.decide_at(at(0)).attempts;
     assert_eq!(case.next(), Next::Nothing);
-    // Its pod may be deleted by anybody now.
+    // Anyone may delete its pod now.
     case.pods.clear();
     assert_eq!(case.next(), Next::Nothing);
 }
@@ -197,7 +197,7 @@ fn the_first_retry_is_at_once_and_the_next_ones_wait() {
     assert_eq!(third.next(), seal_of(3, "Failed", "Infrastructure", "ContainmentUnproven", None));
 }
 
-/// What is in no record is not counted, and another attempt would go on from less.
+/// Calls that are in no record are not counted, so another attempt would continue from less than what was used.
 #[test]
 fn an_attempt_whose_log_could_not_go_on_is_the_last() {
     for (reason, is_last) in [("LogFailed", true), ("NodeLost", false)] {
@@ -327,7 +327,7 @@ fn deletion_of_a_success_that_is_not_sealed_seals_it_as_one() {
 #[test]
 fn deletion_of_what_never_started_lets_go() {
     assert_eq!(Case { deleting: true, ..Case::default() }.next(), Next::Release);
-    // Something was claimed and may have run: its log is ended.
+    // A NetworkPolicy exists and a pod may have run, so the log is sealed.
     let claimed = Case { deleting: true, claims: vec![1], ..Case::default() };
     assert_eq!(claimed.next(), seal_of(1, "Failed", "Cancelled", "Deleted", None));
 }
@@ -378,7 +378,7 @@ fn any_case() -> impl Strategy<Value = Case> {
 }
 
 proptest! {
-    /// Whatever is seen: an attempt begins only if nothing lives, and never under a number that may have been used.
+    /// In every state, an attempt starts only if no pod runs, and never under a number that may have been used.
     #[test]
     fn an_attempt_begins_alone_and_under_a_new_number(case in any_case()) {
         if let Next::Start(number) = case.next() {
@@ -390,7 +390,7 @@ proptest! {
         }
     }
 
-    /// The log ends, and the task is let go, only when nothing lives.
+    /// The log is sealed, and the finalizer removed, only if no pod runs.
     #[test]
     fn nothing_lives_when_the_log_ends(case in any_case()) {
         if matches!(case.next(), Next::Seal { .. } | Next::Release) {
@@ -410,7 +410,7 @@ proptest! {
     }
 }
 
-/// What ran in a pod that is not as planned was not what was asked for, however it ended: it is no success, and nobody's failure.
+/// A pod that is not as planned did not run what the task asked for, however it ended. It is not a success, and not a failure of the task.
 #[test]
 fn a_pod_that_is_not_as_planned_is_tried_again_and_is_no_success() {
     let altered = |pod: PodView| PodView { altered: Some("container `mesh` was added".into()), ..pod };
@@ -420,14 +420,14 @@ fn a_pod_that_is_not_as_planned_is_tried_again_and_is_no_success() {
         assert_eq!((last.failure_class, last.reason.as_deref()), (Some(Infrastructure), Some(POD_ALTERED)));
         assert!(!matches!(decision.next, Next::Seal { .. }), "{decision:?}");
     }
-    // However often: it waits, longer each time, and does not fail.
+    // However often it happens, the task waits, longer each time, and does not fail.
     let history: Vec<_> = (1..=9).map(|number| record(number, Some((Some(Infrastructure), POD_ALTERED)))).collect();
     let case = Case { history, claims: (1..=9).collect(), ..Case::default() };
     assert!(matches!(case.next(), Next::Pause(_)), "{:?}", case.next());
     assert_eq!(case.decide_at(at(200)).next, Next::Start(10));
 }
 
-/// Whatever would end an attempt, delete a pod or seal a log waits for that to be read, and nothing else does.
+/// A step that would end an attempt, delete a pod or seal a log waits until the state is read. No other step waits.
 #[test]
 fn what_was_not_just_read_decides_nothing_that_cannot_be_undone() {
     let old = |pod: PodView| PodView { live: false, ..pod };
@@ -444,12 +444,13 @@ fn what_was_not_just_read_decides_nothing_that_cannot_be_undone() {
         let read = Case { pods: vec![pod], ..case };
         assert!(matches!(read.next(), Next::EndPods(_) | Next::Seal { .. } | Next::Start(2)), "{:?}", read.next());
     }
-    // A pod that must go, of an attempt before, and of a task that is deleted.
+    // A pod of an earlier attempt that must end, and a pod of a deleted task.
     let case = Case { pods: vec![old(pod(1)), pod(2)], ..Case::default() };
     assert_eq!(case.next(), Next::Confirm(Unread::Pod(1)));
     let case = Case { deleting: true, pods: vec![pod(1)], live: false, ..Case::default() };
     assert_eq!(case.next(), Next::Confirm(Unread::Task));
-    // A failure that another task undoes is sealed by what the task is now; a success, and what nothing undoes, need no more reading.
+    // A failure with a rollback is sealed by the current state of the task. A success, and a failure without a rollback, need no other
+    // read.
     let failed = |rolls_back| Case {
         pods: vec![ended(1, Some(Agent), "NonZeroExit")],
         live: false,
@@ -461,12 +462,13 @@ fn what_was_not_just_read_decides_nothing_that_cannot_be_undone() {
     assert!(matches!(failed(false).next(), Next::Seal { .. }));
     let well = Case { pods: vec![ended(1, None, "AgentSucceeded")], live: false, ..Case::default() };
     assert!(matches!(well.next(), Next::Seal { .. }));
-    // At rest nothing is read.
+    // Nothing is read while nothing is due.
     let rests = Case { pods: vec![old(pod(1))], live: false, looked_up: false, ..Case::default() };
     assert!(matches!(rests.next(), Next::Run { .. }));
 }
 
-/// The watch of NetworkPolicies may be well while that of pods is blind, and an operator may end between a pod and its status.
+/// The watch of NetworkPolicies may work while the watch of pods is stale, and an operator may end between the creation of a pod and the
+/// status update.
 #[test]
 fn a_claim_without_a_pod_is_looked_up_before_another_attempt_starts() {
     let case = Case { claims: vec![1], looked_up: false, ..Case::default() };
@@ -477,12 +479,12 @@ fn a_claim_without_a_pod_is_looked_up_before_another_attempt_starts() {
     let case = Case { history: vec![failed], claims: vec![1, 2], looked_up: false, ..Case::default() };
     assert_eq!(case.decide_at(at(200)).next, Next::Confirm(Unread::Pod(2)));
     assert_eq!(Case { looked_up: true, ..case }.decide_at(at(200)).next, Next::Start(3));
-    // What was certainly never made, and attempts that are known, are not asked for.
+    // A pod that was certainly never created is not looked up, and neither is a known attempt.
     let case = Case { claims: vec![1], reusable: Some(1), looked_up: false, ..Case::default() };
     assert_eq!(case.next(), Next::Start(1));
 }
 
-/// Kubelets that were cut off as well have not told yet what happened meanwhile.
+/// Kubelets that were cut off as well have not yet reported what happened in the meantime.
 #[test]
 fn after_a_break_nothing_is_concluded_from_silence() {
     let over = PodView { agent_started: Some(at(-70)), ..pod(1) };
@@ -507,13 +509,13 @@ fn what_the_clock_says_is_presumed_until_the_pod_has_spoken() {
         };
         case.decide_at(at(1))
     };
-    // It had ended well all the while.
+    // The agent had succeeded before its time was over.
     let well = ended(1, None, "AgentSucceeded");
     let well = PodView { agent_started: Some(at(-70)), agent_finished: Some(at(-50)), ..well };
     let decision = then(Some(well.clone()));
     assert_eq!(decision.next, seal_of(1, "Succeeded", "", "AgentSucceeded", Some(0)));
     assert_eq!(decision.failures["Budget"], 0);
-    // It ran until it was stopped, or until after its time.
+    // The agent ran until it was stopped, or until after its time.
     let end = End { class: Some(Infrastructure), reason: "PodDeleted", exit_code: Some(143) };
     let stopped = PodView { end: Some(end), agent_finished: Some(at(1)), ..well.clone() };
     let late = PodView { agent_finished: Some(at(-5)), ..well };
@@ -524,13 +526,13 @@ fn what_the_clock_says_is_presumed_until_the_pod_has_spoken() {
             matches!(&decision.next, Next::Seal { closed, presumed: false, .. } if closed.reason == "DeadlineExceeded")
         );
     }
-    // Nobody has seen.
+    // No component saw the end.
     assert!(
         matches!(&then(None).next, Next::Seal { closed, presumed: true, .. } if closed.reason == "DeadlineExceeded")
     );
 }
 
-/// 64 attempts that are kept, all of them parked, leave no room for the failures before them: those stay counted.
+/// The status keeps 64 attempts. If all are parked, they displace the earlier failures, which stay counted.
 #[test]
 fn a_retry_budget_does_not_refill() {
     let parked = (3..=70).map(|number| record(number, Some((Some(Dependency), "EvidenceUnavailable"))));
@@ -539,11 +541,11 @@ fn a_retry_budget_does_not_refill() {
     let failures = BTreeMap::from([("Agent".to_owned(), 2), ("Dependency".to_owned(), 68)]);
     let case = Case { history: history.clone(), failures, ..Case::default() };
     assert!(matches!(case.next(), Next::Seal { attempt: 71, .. }), "{:?}", case.next());
-    // The control: what is kept shows one failure only.
+    // The control: the kept attempts show one failure only.
     assert!(matches!(Case { history, ..Case::default() }.next(), Next::Start(72)));
 }
 
-/// The first attempts failed, and their pods are still there for people to look at; then the bucket is away for 70 attempts.
+/// The first attempts failed, and their pods still exist for debugging. Then the bucket is unavailable for 70 attempts.
 #[test]
 fn seventy_parked_attempts_leave_every_other_budget_as_it_was() {
     let retry = Retry { agent: 1, infrastructure: 1 };
@@ -551,7 +553,7 @@ fn seventy_parked_attempts_leave_every_other_budget_as_it_was() {
     let mut now = at(0);
     let mut attempt = |number: i64, class, reason, stays: bool| {
         case.pods.push(ended(number, Some(class), reason));
-        // Looked at more than once.
+        // Reconciled more than once.
         for _ in 0..2 {
             let Decision { attempts, failures, .. } = case.decide_at(now);
             (case.history, case.failures) = (attempts, failures);
@@ -572,7 +574,7 @@ fn seventy_parked_attempts_leave_every_other_budget_as_it_was() {
     );
     let counts = [("Agent".to_owned(), 1), ("Dependency".to_owned(), 70), ("Infrastructure".to_owned(), 2)];
     assert_eq!(case.failures, BTreeMap::from(counts));
-    // And the agent's own budget, in the same place.
+    // The same holds for retries after failures of the agent.
     case.failures.insert("Infrastructure".to_owned(), 1);
     case.history.pop();
     case.history.push(record(73, Some((Some(Agent), "NonZeroExit"))));

@@ -141,7 +141,7 @@ fn an_agent_that_ended_well_has_failed_if_too_much_was_refused_it() {
     assert_eq!(view.end.unwrap().class, Some(FailureClass::Policy));
 }
 
-/// Its calls were denied because they could not be recorded: no failure of its own, and no reason to do again what was done.
+/// The agent's calls were denied because they could not be recorded. That is not a failure of the agent, and finished work is not repeated.
 #[rstest::rstest]
 #[case::failed(1, Some(FailureClass::Dependency), "EvidenceUnavailable")]
 #[case::was_done(0, None, "AgentSucceeded")]
@@ -189,7 +189,7 @@ fn a_pod_without_an_attempt_is_not_ours() {
     assert_eq!(pod(&Pod::default()), None);
 }
 
-/// A container that nobody planned keeps the pod from its end: the attempt ends with its agent.
+/// A container that was not planned keeps the pod from ending. The attempt ends with its agent.
 #[rstest::rstest]
 #[case::success(r#"{ terminated: { exitCode: 0, reason: Completed, startedAt: "2026-01-01T00:00:05Z", finishedAt: "2026-01-01T00:00:30Z" } }"#, "running: {}", Some((None, "AgentSucceeded")))]
 #[case::failure(r#"{ terminated: { exitCode: 3, reason: Error, startedAt: "2026-01-01T00:00:05Z", finishedAt: "2026-01-01T00:00:30Z" } }"#, "running: {}", Some((Some(FailureClass::Agent), "NonZeroExit")))]

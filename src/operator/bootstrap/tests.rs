@@ -15,7 +15,7 @@ fn data(cluster: &Cluster, name: &str, key: &str) -> Vec<u8> {
     secret.data.unwrap()[key].0.clone()
 }
 
-/// A gateway that serves what was made is the one that the operator talks to.
+/// Checks whether the operator accepts a gateway that serves the created certificate.
 async fn serves(cluster: &Cluster, authority: &str) -> bool {
     let chain = CertificateDer::pem_slice_iter(&data(cluster, GATEWAY_TLS, TLS_CERT)).map(Result::unwrap).collect();
     let key = PrivateKeyDer::from_pem_slice(&data(cluster, GATEWAY_TLS, TLS_KEY)).unwrap();

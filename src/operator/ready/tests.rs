@@ -1,4 +1,4 @@
-//! Statuses against an API server in memory.
+//! Tests the statuses against an API server in memory.
 
 use std::sync::Arc;
 
@@ -30,7 +30,7 @@ struct Scene {
 }
 
 impl Scene {
-    /// A pack and a contract that are in order and that nobody has looked at, and an operator that has just begun to lead.
+    /// Creates a valid pack and a valid contract without a status, and an operator that has just started to lead.
     fn new() -> Self {
         let cluster = Cluster::default();
         let contract = fixtures::contracts().into_iter().find(|one| one.metadata.name.as_deref() == Some("tickets"));
@@ -65,7 +65,7 @@ impl Scene {
         self.cluster.fill(&mut self.packs, "policypacks", |_| {});
     }
 
-    /// What is written once the caches are up to date.
+    /// Brings the caches up to date and returns the requests of one pass.
     async fn step(&mut self) -> Vec<String> {
         self.sync();
         self.cluster.requests();
@@ -103,7 +103,7 @@ async fn what_is_in_order_is_said_once() {
         assert_eq!(scene.cluster.get(path).unwrap()["status"]["observedGeneration"], 1);
         assert_eq!(scene.condition(path, "Stalled"), Value::Null);
     }
-    // With caches that are behind, with caches that are not, and by the next leader.
+    // Nothing is written with old caches, with up-to-date caches, or by the next leader.
     scene.statuses.pass(&scene.stores, &scene.writer, Timestamp::now()).await.unwrap();
     assert_eq!(scene.cluster.requests(), Vec::<String>::new());
     assert_eq!(scene.step().await, Vec::<String>::new());
@@ -162,7 +162,7 @@ async fn one_that_is_refused_keeps_none_of_the_others_from_theirs() {
     assert_eq!(scene.condition(PACK, "Ready")["status"], "True");
     scene.cluster.heal();
     assert_eq!(scene.step().await, [status_of(CONTRACT)]);
-    // One that is gone is nobody's fault.
+    // A deleted object is not an error.
     scene.change(PACK, |_| {});
     scene.sync();
     scene.cluster.remove(PACK);

@@ -48,7 +48,7 @@ fn a_life_is_told() {
     insta::assert_yaml_snapshot!("life", [refused, waiting, running, sealing, ended]);
 }
 
-/// An agent that catches its errors ends well without having done a thing.
+/// An agent that catches its errors may succeed without having done anything.
 #[test]
 fn what_was_refused_is_said_of_an_agent_that_has_ended_well() {
     let (one, good) = ([attempt(1)], closed("Succeeded", "", "AgentSucceeded"));
@@ -130,7 +130,7 @@ fn any_stage() -> impl Strategy<Value = u8> {
 }
 
 proptest! {
-    /// Telling the same story again, at any later time, changes nothing: no status is written in a loop.
+    /// The same input at any later time changes nothing, so no status is written in a loop.
     #[test]
     fn a_story_told_twice_changes_nothing(
         first in any_stage(), second in any_stage(), contained in proptest::option::of(any::<bool>()), attempts in 0..3_i64, later in 0..100_000_i64
@@ -155,7 +155,7 @@ proptest! {
     }
 }
 
-/// What an object is to Argo CD and to Flux, in each phase. `e2e/checks/gitops` asks both of what this snapshot has.
+/// The health of an object in Argo CD and Flux, in each phase. `e2e/checks/gitops` asks both tools about the objects of this snapshot.
 #[test]
 fn phases_are_told_to_those_who_deploy_by_git() {
     let task = |case: &str, argo: &str, flux: &str, status: Value| {
@@ -204,14 +204,14 @@ fn phases_are_told_to_those_who_deploy_by_git() {
             phases.push(json!({ "case": case, "argo": argo, "flux": flux, "object": object }));
         }
     }
-    // The phases, and nothing of what they are phases of.
+    // Keep the status of each object, and drop its spec.
     for phase in &mut phases {
         phase["object"].as_object_mut().unwrap().remove("spec");
     }
     insta::assert_snapshot!("phases", serde_json::to_string_pretty(&phases).unwrap());
 }
 
-/// The API server gives objects this status when they are made.
+/// The API server gives new objects this status.
 #[test]
 fn what_is_new_is_seen_by_nobody() {
     for crd in &crate::api::all_crds()[..3] {

@@ -1,4 +1,5 @@
-//! An API server in memory: just what the operator asks of one, lists and watches among it, every request on record, and errors on demand.
+//! An API server in memory with the parts that the operator uses, including lists and watches. It records every request and returns errors
+//! on demand.
 
 use std::{
     collections::BTreeMap,
@@ -25,7 +26,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use tokio::{sync::Notify, time::Instant};
 
-/// A body that may last, as a watch's does.
+/// A body that may last long, such as the body of a watch.
 pub(in crate::operator) type Body = UnsyncBoxBody<Bytes, io::Error>;
 
 #[derive(Default)]
@@ -34,26 +35,26 @@ struct State {
     requests: Vec<String>,
     version: u64,
     changes: Changes,
-    /// What time it is; this machine's where nobody has set it.
+    /// The current time. The time of this machine if it is not set.
     now: Option<Timestamp>,
     faults: Vec<(String, StatusCode, &'static str)>,
-    /// What is done to an object on its way into the store.
+    /// A change to each object before it is stored, as mutating admission makes it.
     mutate: Option<fn(&str, &mut Value)>,
-    /// What is answered to those who only want to know what would be answered.
+    /// The error message that answers dry runs.
     rehearsals: Option<&'static str>,
 }
 
-/// What lists and watches show. It may be older than what is.
+/// The state that lists and watches show. It may be older than the stored state.
 #[derive(Default)]
 struct Changes {
     events: Vec<Change>,
-    /// How many of them are shown.
+    /// The number of events that are shown.
     told: usize,
     held: bool,
     shown: BTreeMap<String, Value>,
-    /// Watches cannot go on from before this version.
+    /// Watches cannot continue from versions before this one.
     compacted: u64,
-    /// How often all connections were cut.
+    /// The number of times that all connections were cut.
     cuts: u64,
     news: Arc<Notify>,
 }
@@ -86,7 +87,7 @@ impl Changes {
         self.news.notify_waiters();
     }
 
-    /// The version of what is shown.
+    /// Returns the version of the state that is shown.
     fn version(&self) -> u64 {
         self.told.checked_sub(1).map_or(1, |last| self.events[last].version)
     }
@@ -105,14 +106,14 @@ impl Cluster {
         Client::new(service, "default")
     }
 
-    /// Puts an object there, as somebody else.
+    /// Stores an object, as another client.
     pub(in crate::operator) fn put(&self, path: &str, mut object: Value) {
         let mut state = self.0.lock().unwrap();
         state.stamp(path, &mut object);
         state.keep(path, object);
     }
 
-    /// Changes an object, as somebody else.
+    /// Changes an object, as another client.
     pub(in crate::operator) fn edit(&self, path: &str, change: impl FnOnce(&mut Value)) {
         let mut state = self.0.lock().unwrap();
         let mut object = state.objects.get(path).cloned().unwrap();
@@ -125,26 +126,26 @@ impl Cluster {
         self.0.lock().unwrap().remove(path).unwrap();
     }
 
-    /// What time it is.
+    /// Sets the current time.
     pub(in crate::operator) fn set_time(&self, now: Timestamp) {
         self.0.lock().unwrap().now = Some(now);
     }
 
-    /// Lists and watches show nothing new, or everything.
+    /// Stops lists and watches from showing changes, or shows all changes again.
     pub(in crate::operator) fn hold(&self, held: bool) {
         let mut state = self.0.lock().unwrap();
         state.changes.held = held;
         state.changes.tell();
     }
 
-    /// Ends all watches, in the middle of what they say.
+    /// Ends all watches, even in the middle of an event.
     pub(in crate::operator) fn cut(&self) {
         let mut state = self.0.lock().unwrap();
         state.changes.cuts += 1;
         state.changes.news.notify_waiters();
     }
 
-    /// No watch can go on from before what is shown.
+    /// Makes watches expire that continue from before the state that is shown.
     pub(in crate::operator) fn compact(&self) {
         let mut state = self.0.lock().unwrap();
         state.changes.compacted = state.changes.version();
@@ -154,12 +155,12 @@ impl Cluster {
         self.0.lock().unwrap().objects.get(path).cloned()
     }
 
-    /// Requests whose `METHOD path` begins so are answered with this status, until it is taken back.
+    /// Answers requests whose `METHOD path` has this prefix with this status, until `heal` is called.
     pub(in crate::operator) fn fail(&self, prefix: &str, status: u16) {
         self.fail_with(prefix, status, "on demand");
     }
 
-    /// The same, in these words.
+    /// Like `fail`, with this message.
     pub(in crate::operator) fn fail_with(&self, prefix: &str, status: u16, message: &'static str) {
         self.0.lock().unwrap().faults.push((prefix.to_owned(), StatusCode::from_u16(status).unwrap(), message));
     }
@@ -172,33 +173,33 @@ impl Cluster {
         self.0.lock().unwrap().mutate = Some(mutate);
     }
 
-    /// Whoever only wants to know what would be answered is told this, as a bad request.
+    /// Rejects dry runs as bad requests with this message.
     pub(in crate::operator) fn answer_rehearsals(&self, message: &'static str) {
         self.0.lock().unwrap().rehearsals = Some(message);
     }
 
-    /// The paths of all objects that there are.
+    /// Returns the paths of all objects.
     pub(in crate::operator) fn paths(&self) -> Vec<String> {
         self.0.lock().unwrap().objects.keys().cloned().collect()
     }
 
-    /// Drops what only watches would ask for: where there are none, a week of it takes room.
+    /// Drops the history that only watches need. A test of a week without watches would need much memory for it.
     pub(in crate::operator) fn drop_changes(&self) {
         let mut state = self.0.lock().unwrap();
         (state.changes.events, state.changes.told) = (Vec::new(), 0);
     }
 
-    /// The requests since the last call.
+    /// Returns the requests since the last call.
     pub(in crate::operator) fn requests(&self) -> Vec<String> {
         std::mem::take(&mut self.0.lock().unwrap().requests)
     }
 
-    /// The requests since the last call that write.
+    /// Returns the write requests since the last call.
     pub(in crate::operator) fn writes(&self) -> Vec<String> {
         self.requests().into_iter().filter(|request| !request.starts_with("GET")).collect()
     }
 
-    /// Fills a store, and whoever follows it, with every object under this part of a path.
+    /// Fills a store, and the component that follows it, with every object of a kind.
     pub(in crate::operator) fn fill<K>(&self, writer: &mut Writer<K>, plural: &str, follow: impl Fn(&Event<K>))
     where
         K: kube::Resource<DynamicType = ()> + DeserializeOwned + Clone,
@@ -248,7 +249,7 @@ impl Cluster {
         }
     }
 
-    /// What changes in a collection after a version, until time is over or all connections are cut.
+    /// Streams the changes of a collection after a version, until the timeout or until all connections are cut.
     fn watch(&self, path: &str, from: u64, lasts: Duration) -> Response<Body> {
         struct Watch {
             cluster: Cluster,
@@ -262,7 +263,7 @@ impl Cluster {
             let state = self.0.lock().unwrap();
             if from < state.changes.compacted {
                 let gone = refusal(StatusCode::GONE, "too old resource version");
-                // API servers say so within the watch; what stands before some of them does not.
+                // API servers report this inside the watch. Some proxies in front of them do not.
                 if state.changes.cuts % 4 == 3 {
                     return gone;
                 }
@@ -306,7 +307,7 @@ impl Cluster {
                         let mark = json!({ "kind": "Bookmark", "apiVersion": "v1", "metadata": { "resourceVersion": version } });
                         return Some((line("BOOKMARK", &mark), (watch, plural)));
                     }
-                    // Made before anything else can change.
+                    // Created under the lock, so that no change can be missed.
                     changes.news.clone().notified_owned()
                 };
                 let _ = tokio::time::timeout_at(watch.ends, news).await;
@@ -319,7 +320,7 @@ impl Cluster {
 type Answer = Result<Value, (StatusCode, &'static str)>;
 
 impl State {
-    /// The collections of all namespaces, as far as they are shown.
+    /// Returns the objects of a kind in all namespaces, as far as they are shown.
     fn list(&self, path: &str) -> Value {
         let plural = format!("/{}/", path.rsplit('/').next().unwrap());
         let items: Vec<_> =
@@ -442,7 +443,7 @@ pub(in crate::operator) fn reply(status: StatusCode, body: &Value) -> Response<B
     Response::builder().status(status).body(body.boxed_unsync()).unwrap()
 }
 
-/// A store and the one who fills it.
+/// Creates a store and its writer.
 pub(in crate::operator) fn store<K>() -> (Store<K>, Writer<K>)
 where
     K: kube::Resource<DynamicType = ()> + Clone + 'static,
@@ -450,7 +451,7 @@ where
     reflector::store()
 }
 
-/// JSON merge patch, RFC 7396.
+/// Applies a JSON merge patch (RFC 7396).
 fn merge(object: &mut Value, patch: Value) {
     match patch {
         Value::Object(fields) => {

@@ -1,4 +1,4 @@
-//! Pods that somebody changes on their way in.
+//! Pods that mutating admission changes when they are created.
 
 use super::*;
 
@@ -11,12 +11,12 @@ fn inject(path: &str, object: &mut Value) {
 
 const PODS: &str = "POST /api/v1/namespaces/team-a/pods";
 
-/// Everything that was asked for about pods.
+/// Returns the requests about pods since the last call.
 fn about_pods(scene: &Scene) -> Vec<String> {
     scene.cluster.requests().into_iter().filter(|request| request.contains("/pods")).collect()
 }
 
-/// The watch has shown the pod, and that it is gone.
+/// Makes the watch show the pod and then its deletion.
 fn it_is_gone(scene: &Scene) {
     let uid = fixtures::task().metadata.uid.unwrap();
     scene.context.memories.update(&uid, |memory| memory.pod = None);
@@ -47,12 +47,12 @@ async fn a_pod_that_is_not_the_planned_one_ends_at_once_and_is_told() {
     }
     assert_eq!(scene.status()["attempts"][0]["failureClass"], "Infrastructure");
 
-    // It may still be ending: that is waited for.
+    // The pod may still be ending, and the operator waits for that.
     scene.step().await.unwrap();
     assert_eq!(scene.cluster.writes(), Vec::<String>::new());
     it_is_gone(&scene);
 
-    // Until that is over no pod is made, nothing else of an attempt either, and the status is not written again.
+    // Until the injector is gone, no pod and no other object of an attempt is created, and the status is not written again.
     for _ in 0..3 {
         scene.step().await.unwrap_err();
         assert_eq!(scene.cluster.writes(), [PODS]);
@@ -60,7 +60,7 @@ async fn a_pod_that_is_not_the_planned_one_ends_at_once_and_is_told() {
     assert_eq!(scene.cluster.get(POD_2), None);
     assert_eq!(scene.condition("Complete")["message"], message);
 
-    // A restarted operator knows no less.
+    // A restarted operator behaves in the same way.
     let mut scene = Scene::over(scene.cluster, 200, &serde_json::to_string(&seal::tests::reply()).unwrap()).await;
     scene.step().await.unwrap_err();
     assert_eq!(scene.cluster.writes(), [PODS]);
@@ -73,7 +73,8 @@ async fn a_pod_that_is_not_the_planned_one_ends_at_once_and_is_told() {
     assert_eq!(scene.status()["phase"], "Succeeded");
 }
 
-/// Killed after the pod was made and before it was looked at, or changed while it ran: the pod carries its own plan.
+/// The operator is killed after it created the pod and before it compared it, or the pod was changed while it ran. The pod carries the
+/// digests of its own plan.
 #[rstest::rstest]
 #[case::runs(false)]
 #[case::succeeded(true)]
@@ -92,7 +93,7 @@ async fn a_pod_that_is_found_altered_is_no_success(#[case] succeeded: bool) {
     assert_eq!(scene.status()["attempts"][0]["reason"], "PodAltered");
     assert_eq!(scene.status()["phase"], "Pending");
     assert_eq!(scene.condition("EvidenceSealed")["status"], "False");
-    // One that has ended stays for people to look at, and is followed by the next.
+    // A pod that has ended stays for debugging, and the next attempt starts.
     assert_eq!(scene.cluster.get(POD).is_some(), succeeded);
     if !succeeded {
         let message = scene.condition("Complete")["message"].as_str().unwrap().to_owned();
@@ -115,7 +116,8 @@ async fn an_injector_that_cannot_be_rehearsed_with_is_met_again() {
     assert_eq!(scene.status()["reason"], "PodAltered");
 }
 
-/// The policy for the operator itself refuses what an injector makes of a pod: there was none, and it is told as the same.
+/// The policy that restricts the operator rejects a pod as an injector changed it. No pod was created, and the reason is the same as for an
+/// altered pod.
 #[tokio::test]
 async fn a_pod_that_the_operators_own_policy_refuses_is_told_as_altered() {
     let mut scene = Scene::new().await;

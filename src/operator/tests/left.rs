@@ -1,18 +1,18 @@
-//! What attempts that are over leave behind: objects, and counts of failures.
+//! What remains of attempts that are over: objects, and counts of failures.
 
 use serde_json::{Value, json};
 
 use super::{CONFIG_MAP, POD, POLICY, Scene, TASK, container};
 use crate::{plan::names, wire};
 
-/// More than a status keeps, so that no later attempt finds anything else. A week has some 3,500: BELAY_PARKED_ATTEMPTS makes as many.
+/// More attempts than a status keeps, so that later attempts change nothing. A week has about 3,500: BELAY_PARKED_ATTEMPTS sets the number.
 const PARKED: i64 = 150;
 
 fn numbered(path: &str, number: i64) -> String {
     path.replace("triage-1", &format!("triage-{number}"))
 }
 
-/// The harness could not write evidence, and says so; its agent goes on, or has ended with it.
+/// The status of a pod whose harness reports that it could not write evidence. Its agent runs or has ended.
 fn parked(agent_ended: bool) -> Value {
     let times = json!({ "exitCode": 1, "startedAt": "2026-01-01T00:00:05Z", "finishedAt": "2026-01-01T00:00:09Z" });
     let agent = if agent_ended { json!({ "terminated": times }) } else { json!({ "running": {} }) };
@@ -27,7 +27,7 @@ fn parked(agent_ended: bool) -> Value {
 }
 
 impl Scene {
-    /// The newest attempt ended an hour ago.
+    /// Moves the end of the newest attempt one hour back.
     fn pass_an_hour(&self) {
         self.cluster.edit(TASK, |task| {
             let newest = task["status"]["attempts"].as_array_mut().unwrap().last_mut().unwrap();
@@ -37,14 +37,14 @@ impl Scene {
         self.cluster.drop_changes();
     }
 
-    /// What the task has in the cluster beside itself.
+    /// Returns the task's objects in the cluster, without the task itself.
     fn left(&self) -> Vec<String> {
         let of_attempts = |path: &String| path.contains("/triage-");
         self.cluster.paths().into_iter().filter(of_attempts).collect()
     }
 }
 
-/// The bucket is away for long. Before that the agent failed once, and after it once more.
+/// The bucket is unavailable for long. The agent fails once before that, and once after it.
 #[tokio::test]
 async fn a_task_that_is_parked_for_a_week_leaves_few_objects_and_no_new_retries() {
     let mut scene = Scene::new().await;
@@ -55,7 +55,7 @@ async fn a_task_that_is_parked_for_a_week_leaves_few_objects_and_no_new_retries(
     scene.pass_an_hour();
     let attempts = std::env::var("BELAY_PARKED_ATTEMPTS").map_or(PARKED, |attempts| attempts.parse().unwrap());
     let mut left = Vec::new();
-    // What is waited for here is a watch that nobody fills.
+    // The test only waits for a watch that shows nothing, so the waiting time is skipped.
     tokio::time::pause();
     for number in 2..=attempts {
         scene.step().await.unwrap();
@@ -79,11 +79,11 @@ async fn a_task_that_is_parked_for_a_week_leaves_few_objects_and_no_new_retries(
         scene.step().await.unwrap();
     }
     assert_eq!((&scene.status()["phase"], &scene.status()["failureClass"]), (&json!("Failed"), &json!("Agent")));
-    // What its agent said is for people to read, until the task is deleted.
+    // The agent's output stays available until the task is deleted.
     assert_eq!(scene.left(), [POD.to_owned(), numbered(POD, last)]);
 }
 
-/// A pod that the cache does not show keeps its wall for as long as it lives.
+/// A pod that the cache does not show keeps its NetworkPolicy as long as it lives.
 #[tokio::test]
 async fn a_wall_stays_while_its_pod_lives() {
     let mut scene = Scene::new().await;
@@ -93,7 +93,7 @@ async fn a_wall_stays_while_its_pod_lives() {
     scene.context.memories.retain(|_| false);
     scene.step().await.unwrap();
     assert!(scene.cluster.get(&numbered(POD, 2)).is_some());
-    // It was asked for before, and is made only now.
+    // The pod was requested before and is created only now.
     scene.run_agent(&numbered(POD, 2));
     scene.sync();
     scene.cluster.put(POD, pod);
@@ -102,7 +102,7 @@ async fn a_wall_stays_while_its_pod_lives() {
     assert!(scene.cluster.requests().contains(&format!("GET {POD}")));
     assert!(scene.cluster.get(POLICY).is_some());
     assert!(scene.cluster.get(CONFIG_MAP).is_none(), "it would find its configuration, and start");
-    // It is seen, and ended; then nothing is left of it.
+    // The pod is seen and ended. After that, none of its objects remains.
     for _ in 0..3 {
         scene.step().await.unwrap();
     }
@@ -110,7 +110,7 @@ async fn a_wall_stays_while_its_pod_lives() {
     assert!(scene.cluster.get(&numbered(POLICY, 2)).is_some());
 }
 
-/// Somebody else's ConfigMap that has the name of an attempt's is not Belay's to delete.
+/// Belay does not delete a ConfigMap of another owner that has the name of an attempt's ConfigMap.
 #[tokio::test]
 async fn a_strangers_configuration_is_left_alone() {
     let mut scene = Scene::new().await;
@@ -123,7 +123,7 @@ async fn a_strangers_configuration_is_left_alone() {
     assert!(scene.cluster.get(POLICY).is_none());
 }
 
-/// The operator ended between the last word about a task and what it left.
+/// The operator ended after the last status of a task and before it deleted the remaining objects.
 #[tokio::test]
 async fn what_an_ended_task_left_is_removed_later() {
     let mut scene = Scene::new().await;

@@ -1,9 +1,10 @@
-//! Orders of events: an agent that ends before, at or after its wall time, or never; a harness that closes its log, or cannot; an API server
-//! that is away, and kubelets that tell late what happened meanwhile; watches that stay blind; pods that are deleted and evicted; reads that
-//! fail; operators that are restarted; nodes whose clocks differ. Whatever the order, what is sealed is what was, or says that it is not known.
+//! Random orders of events: an agent that ends before, at or after its wall time, or never; a harness that closes its log or cannot; an API
+//! server that is unavailable, and kubelets that report late what happened in the meantime; watches that stay stale; pods that are deleted
+//! and evicted; reads that fail; operators that are restarted; nodes with different clocks. In every order, the sealed end is the real end,
+//! or it is `Unknown`.
 //!
-//! Here the reconciler's decisions are driven, and what it takes for seen; in [`reconciler`] all of it, with its requests and watches. With
-//! live reads turned off both must be seen to go wrong: otherwise the world is too kind.
+//! This module tests the reconciler's decisions and its view of the state. [`reconciler`] tests the whole reconciler, with its requests and
+//! watches. Without live reads, both must fail. Otherwise the simulation is too easy.
 
 use std::collections::BTreeSet;
 
@@ -24,12 +25,12 @@ use crate::{
 
 mod reconciler;
 
-/// Wall time of the agent, in seconds.
+/// The wall time of the agent, in seconds.
 const WALL: i64 = 60;
-/// No order takes longer.
+/// The longest duration of an order, in seconds.
 const HORIZON: i64 = 3000;
 
-/// SplitMix64: the same seed is the same order.
+/// SplitMix64. The same seed gives the same order.
 struct Random(pub u64);
 
 impl Random {
@@ -53,11 +54,11 @@ impl Random {
 /// How an agent really ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Truth {
-    /// By itself.
+    /// The agent ended on its own.
     Ended { code: i64 },
-    /// Its time was over, and it was stopped for it.
+    /// The agent was stopped because its wall time was over.
     OutOfTime,
-    /// It was stopped from outside before.
+    /// The agent was stopped from outside before that.
     Stopped,
 }
 
@@ -69,7 +70,7 @@ struct SimPod {
     start: i64,
     length: i64,
     code: i64,
-    /// What it exits with when it is told to end.
+    /// The exit code if it is stopped.
     code_stopped: i64,
     stop_takes: i64,
     harness_works: bool,
@@ -77,19 +78,19 @@ struct SimPod {
     evicted_at: Option<i64>,
     deleted_at: Option<i64>,
     clock: i64,
-    /// What really is.
+    /// The real state.
     started: bool,
     pub truth: Option<(Truth, i64, i64)>,
     harness_exit: bool,
-    /// How its log was closed, and when.
+    /// How and when the log of the pod was closed.
     pub log: Option<(&'static str, i64)>,
     deadline_hit: bool,
-    /// When the API server was asked to delete it.
+    /// When its deletion was requested.
     asked: Option<i64>,
     evicting: bool,
-    /// What the kubelet has to tell, and when it can.
+    /// When the kubelet can report its unreported changes.
     untold: Option<i64>,
-    /// What the API server shows.
+    /// The pod as the API server shows it.
     pub shown: Value,
     gone_at: Option<i64>,
     pub gone: bool,
@@ -99,12 +100,12 @@ struct World {
     pub now: i64,
     pub random: Random,
     outages: Vec<(i64, i64)>,
-    /// The caches show nothing new until then.
+    /// Periods in which the caches show nothing new.
     blind: Vec<(i64, i64)>,
     restarts: Vec<i64>,
     pub deleted_at: Option<i64>,
     pub pods: Vec<SimPod>,
-    /// Nothing happens to it but that it runs.
+    /// Whether nothing disturbs the task.
     pub calm: bool,
 }
 
@@ -140,7 +141,7 @@ impl World {
         self.restarts.contains(&self.now)
     }
 
-    /// The operator makes the pod of an attempt.
+    /// Creates the pod of an attempt, as the operator requested.
     fn make(&mut self, number: i64) {
         let (calm, random) = (self.calm, &mut self.random);
         let length = match random.range(0, 9) {
@@ -180,18 +181,18 @@ impl World {
         self.pods.push(SimPod { shown: pod.show(false), ..pod });
     }
 
-    /// The API server is asked to delete a pod.
+    /// Handles a request to delete a pod.
     fn delete(&mut self, uid: &str) {
         let now = self.now;
         if let Some(pod) = self.pods.iter_mut().find(|pod| pod.uid == uid && !pod.gone && pod.asked.is_none()) {
             pod.asked = Some(now);
-            // The object has it at once, whatever its kubelet has told.
+            // The object shows the deletion at once, whatever its kubelet has reported.
             pod.shown["metadata"]["deletionTimestamp"] = json!(time(now + 30).to_string());
             pod.shown["metadata"]["deletionGracePeriodSeconds"] = json!(30);
         }
     }
 
-    /// One second passes.
+    /// Advances the simulation by one second.
     fn tick(&mut self) {
         self.now += 1;
         let (now, away) = (self.now, self.away());
@@ -221,7 +222,7 @@ impl World {
                 let kubelet_stops = now >= began + WALL + 300;
                 pod.deadline_hit |= kubelet_stops;
                 let stopped = pod.asked.is_some_and(|at| now >= at + pod.stop_takes) || kubelet_stops;
-                // What ends by itself ends before what is told to.
+                // An agent that ends on its own ends before it is stopped.
                 if now >= began + pod.length && pod.asked.is_none_or(|at| began + pod.length < at) {
                     pod.truth = Some((Truth::Ended { code: pod.code }, began + pod.length, pod.code));
                 } else if stopped {
@@ -243,7 +244,7 @@ impl World {
             if changed {
                 pod.untold = Some(now + random.range(0, 3));
             }
-            // A kubelet that was cut off tells within some seconds of the API server's return.
+            // A kubelet that was cut off reports within some seconds of the API server's return.
             if pod.untold.is_some_and(|at| now >= at) && !away && (!returned || random.percent(12)) {
                 pod.untold = None;
                 pod.shown = pod.show(true);
@@ -263,14 +264,14 @@ impl World {
         }
     }
 
-    /// How the task really ended: by its last attempt.
+    /// Returns how the task really ended, by its last attempt.
     fn truth(&self) -> Option<Truth> {
         self.pods.last().and_then(|pod| pod.truth).map(|(truth, ..)| truth)
     }
 }
 
 impl SimPod {
-    /// What the kubelet tells, by its own clock.
+    /// Returns the pod as its kubelet reports it, by the node's clock.
     fn show(&self, taken: bool) -> Value {
         let by_node = |at: i64| time(at + self.clock).to_string();
         let began = self.made + self.start;
@@ -327,17 +328,17 @@ impl SimPod {
     }
 }
 
-/// What became of an order.
+/// The result of an order.
 #[derive(Debug, Default)]
 struct Told {
     pub sealed: Option<TaskClosed>,
     pub rolled_back: bool,
-    /// Pods that the operator deleted though they had ended and that was not recorded.
+    /// The number of pods that the operator deleted although they had ended and their end was not recorded.
     pub early: u32,
     pub seconds: i64,
 }
 
-/// What is wrong with it.
+/// Checks the result of an order.
 fn judge(world: &World, told: &Told) -> Result<(), String> {
     let Some(sealed) = &told.sealed else {
         return if told.seconds < HORIZON { Ok(()) } else { Err("never sealed".to_owned()) };
@@ -349,10 +350,10 @@ fn judge(world: &World, told: &Told) -> Result<(), String> {
     let right = match (sealed.phase.as_str(), sealed.failure_class.as_str()) {
         ("Succeeded", _) => well,
         (_, "Unknown" | "Cancelled") => true,
-        // An agent whose time was over before it ended by itself is out of time, though it ended before it was stopped for it.
+        // An agent whose time was over before it ended on its own is out of time, even if it ended before it was stopped.
         (_, "Budget") => match truth {
             Some(Truth::OutOfTime) => true,
-            // It was being stopped for something else while its harness saw the time pass.
+            // The agent was being stopped for another reason when its harness saw that the time was over.
             Some(Truth::Stopped) => world.pods.last().is_some_and(|pod| {
                 let ran = pod.truth.is_some_and(|(_, until, _)| until - (pod.made + pod.start) >= WALL);
                 pod.harness_exit && ran
@@ -379,7 +380,7 @@ fn judge(world: &World, told: &Told) -> Result<(), String> {
     Ok(())
 }
 
-/// What the witness makes of it.
+/// Returns the end that the witness seals.
 fn seal(world: &World, attempt: i64, closed: TaskClosed, presumed: bool) -> TaskClosed {
     let pod = world.pods.iter().find(|pod| pod.number == attempt);
     let log = pod.and_then(|pod| pod.log);
@@ -387,7 +388,7 @@ fn seal(world: &World, attempt: i64, closed: TaskClosed, presumed: bool) -> Task
     closed.borne_out(presumed, pod.is_some_and(|pod| pod.started), log.map(|(reason, _)| reason), over)
 }
 
-/// The reconciler's decisions alone, over what it would have seen.
+/// Runs the reconciler's decisions alone, on the state that it would have observed.
 fn decisions(seed: u64, believes_caches: bool) -> (World, Told) {
     let mut world = World::new(seed);
     let mut told = Told::default();
@@ -401,7 +402,7 @@ fn decisions(seed: u64, believes_caches: bool) -> (World, Told) {
         world.tick();
         let (now, away) = (world.now, world.away());
         told.seconds = now;
-        // The watch's failure is noticed, mostly.
+        // Most operators notice the failure of a watch.
         if away && notices {
             broken = true;
         } else if broken && !away {
@@ -412,7 +413,7 @@ fn decisions(seed: u64, believes_caches: bool) -> (World, Told) {
             let fresh: Vec<_> = world.pods.iter().filter(|pod| !pod.gone).map(SimPod::view).collect();
             news = fresh != cached;
             for was in cached.iter().filter(|was| fresh.iter().all(|pod| pod.uid != was.uid)) {
-                // A watch that was not blind says how what is gone was last.
+                // A watch that was not stale reports the last status of a deleted pod.
                 let last = world.pods.iter().find(|pod| pod.uid == was.uid).map(SimPod::view);
                 gone = last.filter(|last| last.terminal).map(|last| PodView { live: true, ..last }).or(gone);
             }
@@ -429,7 +430,7 @@ fn decisions(seed: u64, believes_caches: bool) -> (World, Told) {
         if !news && now < again && !world.random.percent(3) {
             continue;
         }
-        // One look.
+        // One reconciliation.
         let mut pods = cached.clone();
         for pod in made.iter().map(|(pod, _)| pod).chain(&gone) {
             if pods.iter().all(|known| known.uid != pod.uid) {
@@ -518,7 +519,7 @@ fn decisions(seed: u64, believes_caches: bool) -> (World, Told) {
                 if deleted || record(&mut world) {
                     for (uid, _) in untold {
                         let pod = world.pods.iter().find(|pod| pod.uid == uid && !pod.gone);
-                        // What the API server itself knew to be over.
+                        // The API server already knew that this pod had ended.
                         told.early += u32::from(!deleted && pod.is_some_and(|pod| pod.view().terminal));
                         world.delete(&uid);
                     }
@@ -557,14 +558,14 @@ fn no_order_of_events_makes_a_verdict_a_guess() {
             *ends.entry(format!("{} {}", closed.failure_class, closed.reason)).or_default() += 1;
         }
     }
-    // Not by never saying anything.
+    // The operator must not reach this by reporting `Unknown` too often.
     assert!(unknown * 20 < sealed, "{unknown} of {sealed} are not known: {ends:?}");
     for end in [" AgentSucceeded", "Budget DeadlineExceeded", "Agent NonZeroExit"] {
         assert!(ends.get(end).is_some_and(|count| count * 100 > orders), "{end}: {ends:?}");
     }
 }
 
-/// The control: an operator that takes what it remembers for what is goes wrong in this world.
+/// The control: an operator that trusts its memory instead of reads fails in this simulation.
 #[test]
 fn whoever_believes_caches_guesses() {
     let wrong: Vec<_> = (0..3000)

@@ -1,7 +1,8 @@
-//! What is said about an object that is applied.
+//! Evaluates an object that is applied.
 //!
-//! Promises: contracts and packs are judged by themselves, as lint does it, and tasks with what they refer to, as the operator does
-//! it. Refuses: to hold up a deletion, a finalizer or a label, and to deny a task for what may still come.
+//! Guarantees: Contracts and packs are checked on their own, as lint does. Tasks are checked together with what they refer to, as the
+//! operator does. Deletions and changes of finalizers and labels always pass. A task is never denied because of an object that may still be
+//! created.
 
 use futures::FutureExt;
 use http::StatusCode;
@@ -21,21 +22,21 @@ use crate::{
     plan::{Finding, alone, config},
 };
 
-/// Most findings in a message: more than anybody corrects at a time.
+/// The maximum number of findings in a message. Users do not correct more at a time.
 const MOST_FINDINGS: usize = 20;
 
-/// What is said about one object.
+/// The decision about one object.
 #[derive(Debug, PartialEq)]
 pub(super) enum Verdict {
-    /// Nothing.
+    /// The object is allowed.
     Allowed,
-    /// What is not known yet, or good to know.
+    /// The object is allowed, with warnings about what is not known yet or worth knowing.
     Warned(Vec<String>),
-    /// What is wrong.
+    /// The object is denied, with these findings.
     Denied(Vec<Finding>),
 }
 
-/// What a replica judges by.
+/// The caches and settings that a replica evaluates objects with.
 #[derive(Clone)]
 pub struct Judge {
     stores: watch::Receiver<Stores>,
@@ -44,15 +45,15 @@ pub struct Judge {
 }
 
 impl Judge {
-    /// By these caches.
+    /// Creates a judge with these caches.
     pub fn new(stores: watch::Receiver<Stores>, system_namespace: String, metrics: Metrics) -> Self {
         Self { stores, system_namespace, metrics }
     }
 
-    /// Answers a review, JSON for JSON.
+    /// Answers a review in JSON with a review in JSON.
     ///
     /// # Errors
-    /// If it is no review.
+    /// Returns an error if the body is not a review.
     pub(super) fn answer(&self, body: &[u8]) -> Result<Vec<u8>, String> {
         let refuse = |found: String| {
             format!(
@@ -71,7 +72,7 @@ impl Judge {
         serde_json::to_vec(&response(&request, verdict).into_review()).map_err(|error| error.to_string())
     }
 
-    /// Judges what is asked about.
+    /// Evaluates the object of a request.
     pub(super) fn judge(&self, request: &AdmissionRequest<DynamicObject>) -> Verdict {
         let Some(object) = news(request) else { return Verdict::Allowed };
         match request.kind.kind.as_str() {
@@ -92,7 +93,7 @@ impl Judge {
     }
 
     fn task(&self, task: &AgentTask) -> Verdict {
-        // An empty cache is no statement about the cluster.
+        // An empty cache says nothing about the cluster.
         let stores = self.stores.borrow().clone();
         if !matches!(stores.references_ready().now_or_never(), Some(Ok(()))) {
             let why = "the webhook does not know all contracts and packs yet, so that the task was not judged: see its status";
@@ -121,7 +122,7 @@ impl Judge {
     }
 }
 
-/// The object, if it is new or has another spec. A finalizer must come off whatever is wrong with the rest.
+/// Returns the object if it is new or its spec has changed. A finalizer can be removed even if the rest of the object is not valid.
 fn news(request: &AdmissionRequest<DynamicObject>) -> Option<&DynamicObject> {
     let object = request.object.as_ref().filter(|object| object.metadata.deletion_timestamp.is_none())?;
     let changed = match request.operation {
@@ -134,7 +135,7 @@ fn news(request: &AdmissionRequest<DynamicObject>) -> Option<&DynamicObject> {
     changed.then_some(object)
 }
 
-/// What a pack's bases of models become, where they are more than a host: whoever writes one sees where calls go.
+/// Warns where model calls go for base URLs of a pack that are more than a host, so that the author of a base URL can check it.
 fn leads_to(pack: &DynamicObject) -> Verdict {
     match read::<PolicyPack>(pack, "a pack").map(|pack| config::bases(&pack)) {
         Ok(bases) if !bases.is_empty() => Verdict::Warned(bases),

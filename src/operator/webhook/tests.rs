@@ -1,4 +1,4 @@
-//! Each kind, in order, broken and with parts that are missing, as it is created, changed and deleted; and the wire.
+//! Tests each kind: valid, broken and with missing parts, at creation, update and deletion; and the connection.
 
 use k8s_openapi::api::{
     admissionregistration::v1::ValidatingWebhookConfiguration,
@@ -38,20 +38,20 @@ use crate::{
     plan::fixtures,
 };
 
-/// What the caches hold besides the namespace `team-a`, whose pack is `dev`.
+/// What the caches hold in addition to the namespace `team-a`, whose pack is `dev`.
 #[derive(Clone, Copy, PartialEq)]
 enum Cache {
-    /// Contracts and pack.
+    /// The contracts and the pack.
     Whole,
-    /// The pack.
+    /// The pack only.
     NoContracts,
-    /// Contracts.
+    /// The contracts only.
     NoPack,
-    /// Contracts, the pack and another that selects the same.
+    /// The contracts, the pack and another pack that selects the same namespace.
     TwoPacks,
-    /// Contracts, one of which cannot be read, and the pack.
+    /// The contracts, one of which cannot be decoded, and the pack.
     Unreadable,
-    /// What was there before the first list had come.
+    /// The state before the first list is complete.
     Filling,
 }
 
@@ -125,7 +125,7 @@ fn pack() -> Value {
     serde_json::to_value(fixtures::pack()).unwrap()
 }
 
-/// The object with another value at a JSON Pointer.
+/// Returns the object with another value at a JSON Pointer.
 fn with(mut object: Value, pointer: &str, value: Value) -> Value {
     let (parent, key) = pointer.rsplit_once('/').unwrap();
     match object.pointer_mut(parent).unwrap() {
@@ -164,7 +164,7 @@ fn verdict_of(judge: &Judge, operation: &str, object: Value, old: Value) -> Verd
     stack::with_room(|| judge.judge(&request)).unwrap()
 }
 
-/// The findings of a refusal.
+/// Returns the findings of a denial.
 fn denied(verdict: Verdict) -> Vec<String> {
     match verdict {
         Verdict::Denied(findings) => findings.iter().map(ToString::to_string).collect(),
@@ -240,7 +240,7 @@ fn what_is_wrong_is_denied_with_every_finding(#[case] object: Value, #[case] exp
     for (found, expected) in found.iter().zip(expected) {
         assert!(found.starts_with(expected), "expected {expected}, found {found}");
     }
-    // The same for who makes a good one bad, and for who leaves a bad one bad.
+    // The same holds for an update that breaks a valid object, and for one that leaves an invalid object invalid.
     let good = match object["kind"].as_str() {
         Some("AgentTask") => task(),
         Some("ToolContract") => contract(),
@@ -291,7 +291,7 @@ fn whoever_applies_a_pack_is_told_where_its_bases_lead() {
     let Verdict::Warned(warnings) = verdict(Cache::Whole, "CREATE", based(url), Value::Null) else { panic!() };
     let goes = "https://models.world.test/openai/deployments/d/chat/completions?api-version=1";
     assert!(warnings.len() == 1 && warnings[0].ends_with(goes), "{warnings:?}");
-    // The control: one that is a host says all itself.
+    // The control: a base URL that is only a host needs no warning.
     assert_eq!(verdict(Cache::Whole, "CREATE", based("https://models.world.test"), Value::Null), Verdict::Allowed);
 }
 
@@ -382,7 +382,7 @@ fn what_is_no_review_is_refused(#[case] body: Value, #[case] found: &str) {
     assert!(why.starts_with(&expected), "{why}");
 }
 
-/// A webhook with the certificate that the leader made, and the authority that the API server is told of.
+/// Starts a webhook with the certificate that the leader created, and returns the authority that the API server gets.
 async fn served() -> (std::net::SocketAddr, String, tempfile::TempDir) {
     let _ = ring::default_provider().install_default();
     let cluster = Cluster::default();
@@ -399,7 +399,7 @@ async fn served() -> (std::net::SocketAddr, String, tempfile::TempDir) {
     (address, authority, folder)
 }
 
-/// Asks as an API server does: with its authority, and by the name of the Service.
+/// Sends a request as an API server does: with its authority, to the name of the Service.
 async fn ask(address: std::net::SocketAddr, authority: &str, head: &str, body: &[u8]) -> String {
     let mut roots = RootCertStore::empty();
     roots.add(CertificateDer::from_pem_slice(authority.as_bytes()).unwrap()).unwrap();
@@ -412,7 +412,7 @@ async fn ask(address: std::net::SocketAddr, authority: &str, head: &str, body: &
         body.len()
     );
     stream.write_all(head.as_bytes()).await.unwrap();
-    // Who is refused early is not listened to until the end.
+    // The webhook may reject a request before it has read the whole body.
     let _ = stream.write_all(body).await;
     let mut answer = Vec::new();
     let _ = stream.read_to_end(&mut answer).await;

@@ -1,7 +1,9 @@
-//! Whom the API server believes to be the webhook: `caBundle` of its configuration.
+//! Keeps the certificate authority in `caBundle` of the webhook's configuration, so that the API server trusts the webhook.
 //!
-//! Promises: it is the authority of our certificates, soon after the configuration is applied, and again after somebody changed it.
-//! Refuses: to make a configuration, or to write anything else of one: the chart does.
+//! Guarantees: `caBundle` is the authority of the webhook's certificate soon after the configuration is applied, and again after another
+//! client changed it.
+//!
+//! Non-goals: To create a configuration, or to write any other field of it. The chart does that.
 
 use std::{convert::Infallible, pin::pin, time::Duration};
 
@@ -16,10 +18,10 @@ use serde_json::{Value, json};
 
 use crate::plan::names::{FIELD_MANAGER, WEBHOOK};
 
-/// Before a write that failed is tried again.
+/// The pause before a failed write is retried.
 const PAUSE: Duration = Duration::from_secs(10);
 
-/// Keeps `caBundle` at this authority, PEM, for ever. The leader's work.
+/// Keeps `caBundle` at this authority, in PEM, forever. Only the leader runs it.
 pub async fn keep(client: Client, authority: String) -> Infallible {
     let configurations = Api::<ValidatingWebhookConfiguration>::all(client);
     let ours = watcher::Config::default().fields(&format!("metadata.name={WEBHOOK}"));
@@ -48,7 +50,7 @@ pub async fn keep(client: Client, authority: String) -> Infallible {
     }
 }
 
-/// What has to change, if anything has: a strategic merge patch, in which webhooks are told apart by name, over what was read.
+/// Returns the necessary change, if any: a strategic merge patch of the version that was read. Webhooks are identified by name in it.
 pub(super) fn patch(configuration: &ValidatingWebhookConfiguration, authority: &str) -> Option<Value> {
     let bundle = ByteString(authority.as_bytes().to_vec());
     let stale =

@@ -16,13 +16,13 @@ fn planned() -> Pod {
     pod::build(&attempt, &network_policy::prove(&policy, &policy).unwrap())
 }
 
-/// The answer of an API server that nobody injects into, as Kubernetes 1.36 gave it to a dry run of the pod beside it.
+/// The answer of a Kubernetes 1.36 API server without injectors to a dry run of the planned pod next to it.
 fn answered() -> (Pod, Value) {
     let planned = serde_json::from_str(include_str!("planned.json")).unwrap();
     (planned, serde_json::from_str(include_str!("answered.json")).unwrap())
 }
 
-/// Lays a change over the answer, by JSON Pointer: `/-` at the end adds to a list.
+/// Applies a change to the answer, by JSON Pointer. `/-` at the end appends to a list.
 fn with(mut answer: Value, at: &str, value: Value) -> Value {
     match at.strip_suffix("/-") {
         Some(list) => answer.pointer_mut(list).unwrap().as_array_mut().unwrap().push(value),
@@ -44,7 +44,7 @@ fn what_an_api_server_makes_of_it_is_as_planned() {
     let (planned, answer) = answered();
     assert_eq!(differences(&planned, &answer), Vec::<String>::new());
     assert_eq!(altered(&serde_json::from_value(answer).unwrap()), None);
-    // As we plan it now, and as its own answer.
+    // The pod as it is planned now, compared with itself.
     let planned = self::planned();
     assert_eq!(differences(&planned, &serde_json::to_value(&planned).unwrap()), Vec::<String>::new());
     assert_eq!(altered(&planned), None);
@@ -75,7 +75,7 @@ fn where_it_runs_and_what_it_owes_are_others_business(#[case] at: &str, #[case] 
     assert_eq!(differences(&planned, &with(answer, at, value)), Vec::<String>::new());
 }
 
-/// Each case, what is said of it when the pod is made, and what is said of it later, by its own digests.
+/// Each case has a change, what is reported when the pod is created, and what is reported later, by the pod's own digests.
 #[rstest::rstest]
 #[case::sidecar("/spec/containers/-", json!({"name": "mesh", "image": "localhost/box:1"}),
     "container `mesh` (image `localhost/box:1`) was added", "container `mesh` was added")]
@@ -140,7 +140,7 @@ fn what_runs_or_what_it_sees_is_not(#[case] at: &str, #[case] value: Value, #[ca
     assert!(found.contains(later), "{found}");
 }
 
-/// What only an injector that is there when the pod is made can do.
+/// Changes that only an injector can make while the pod is created.
 #[rstest::rstest]
 #[case::memory("/spec/containers/0/resources/limits/memory", json!("64Gi"), "`resources.limits.memory` of container `agent` was changed")]
 #[case::device("/spec/containers/0/resources/claims", json!([{"name": "gpu"}]), "`resources.claims` of container `agent` was added")]
@@ -163,7 +163,7 @@ fn what_is_told_when_it_is_made(#[case] at: &str, #[case] value: Value, #[case] 
     let (planned, answer) = answered();
     let found = differences(&planned, &with(answer, at, value));
     assert!(found.iter().any(|one| one.starts_with(told)), "{found:?}");
-    // Secrets may be values of variables, which are never told.
+    // Values of variables may be secrets, so they are never reported.
     assert!(!found.concat().contains("secret"), "{found:?}");
 }
 
@@ -193,7 +193,7 @@ fn what_is_taken_away_is_told() {
     );
 }
 
-/// A pod of an operator that did not write plans down, or wrote them otherwise, goes on.
+/// A pod of an operator version that recorded no plan, or recorded it differently, continues.
 #[test]
 fn a_pod_without_a_plan_is_not_judged_by_one() {
     let (_, answer) = answered();
@@ -216,7 +216,7 @@ fn a_cache_that_keeps_no_containers_remembers() {
     remember(&mut live);
     live.spec = None;
     assert_eq!((altered(&live), told.as_deref()), (told.clone(), Some("container `mesh` was added")));
-    // What somebody else wrote there is not believed.
+    // An annotation that another component wrote is ignored.
     let mut intact = planned();
     intact.annotations_mut().insert(ALTERED.into(), "a lie".into());
     remember(&mut intact);
@@ -239,8 +239,8 @@ fn who_wrote_a_pod_since_is_told() {
     );
 }
 
-/// The digests of one pod, as they were when their version was given. Whoever changes how they are computed, or takes a Kubernetes with
-/// new defaults, gives the next version a number of its own: pods that run while the operator is upgraded must not be taken for altered.
+/// The digests of one pod, as they were when the version was set. A change of their computation, or a Kubernetes version with new defaults,
+/// needs a new version number: pods that run while the operator is upgraded must not count as altered.
 #[test]
 fn digests_of_a_version_stay() {
     let (planned, answer) = answered();
@@ -250,7 +250,7 @@ fn digests_of_a_version_stay() {
     assert_eq!(planned.annotations()[names::PLAN], plan(answer.spec.as_ref().unwrap()));
 }
 
-/// Any one field of the answer that is changed to anything is told, or is among those that are known.
+/// Collects the paths of all values, so that each field of the answer can be changed.
 fn paths(value: &Value, at: &str, into: &mut Vec<String>) {
     match value {
         Value::Object(fields) => {

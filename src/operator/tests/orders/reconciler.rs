@@ -1,8 +1,8 @@
-//! The same worlds, and the operator's own controller, caches, watches, clock and pauses in them, in virtual time: nothing of ours is left out but
-//! the Lease. Its requests are refused, cut, answered late or done without an answer; the API server is killed or stands still, forgets
-//! history, and shows what is old.
+//! The same simulation with the operator's own controller, caches, watches, clock and pauses, in virtual time. Only the Lease is left out.
+//! The operator's requests are rejected, cut, answered late, or executed without an answer. The API server is killed or hangs, drops its
+//! history, and shows old state.
 //!
-//! A scheduler's jitter comes from the standard library, so that a seed gives a world again and not each moment in it.
+//! The jitter comes from the standard library, so a seed reproduces the events of an order, but not their exact timing.
 
 use std::{
     collections::BTreeMap,
@@ -44,12 +44,12 @@ use crate::{
 const PODS: &str = "/api/v1/namespaces/team-a/pods";
 const TASKS: &str = "/apis/belay.dev/v1alpha1/namespaces/team-a/agenttasks";
 
-/// What an outage does to requests.
+/// The effect of an outage on requests.
 #[derive(Clone, Copy, PartialEq)]
 enum Away {
-    /// No connection is taken, and those that were end.
+    /// The API server accepts no connection, and existing connections end.
     Killed,
-    /// Requests are taken, and answered when it is over.
+    /// The API server accepts requests and answers them after the outage.
     Stands,
 }
 
@@ -57,15 +57,15 @@ struct Sim {
     world: World,
     told: Told,
     away: Away,
-    /// Chances of its own, so that what the world does depends on no request.
+    /// Random numbers of its own, so that the simulation does not depend on requests.
     chance: Random,
-    /// An attempt of which a pod was asked for though it had had one, or the agent of another was running.
+    /// An attempt whose pod was requested although the attempt had had one, or although the agent of another attempt ran.
     twice: Option<i64>,
-    /// An attempt whose wall was taken down while its agent ran, or still could.
+    /// An attempt whose NetworkPolicy was deleted while its agent ran or could still run.
     open: Option<i64>,
-    /// The operator is one that takes what it presumes for what it knows.
+    /// Whether the operator treats presumed ends as known ends.
     believes: bool,
-    /// As the pods were planned: what is shown of them is put upon that.
+    /// The planned pods. The reported status is added to them.
     planned: BTreeMap<String, Value>,
 }
 
@@ -73,22 +73,22 @@ struct Sim {
 struct Server {
     sim: Arc<Mutex<Sim>>,
     cluster: Cluster,
-    /// Told each second.
+    /// Sends the time each second.
     tick: watch::Sender<i64>,
 }
 
-/// What becomes of a request.
+/// The outcome of a request.
 enum Fate {
     Answered,
     Refused,
-    /// It is done, and whoever asked is not told.
+    /// The request is executed, and the client gets no answer.
     Unheard,
 }
 
 impl Server {
     fn new(seed: u64) -> Self {
         let (mut world, mut chance) = (World::new(seed), Random(!seed));
-        // The world's own blindness is of caches; here it is of what the API server shows.
+        // In the simulation, periods of blindness affect caches. Here they affect what the API server shows.
         let away = if chance.percent(50) { Away::Killed } else { Away::Stands };
         let retry = json!({ "agent": i64::from(world.random.percent(30)), "infrastructure": world.random.range(0, 2) });
         let cluster = Cluster::default();
@@ -137,7 +137,7 @@ impl Server {
         Client::new(Listening(contact).layer(service), "default")
     }
 
-    /// What is asked of an API server that stands still is done when it goes on, whether somebody still waits or not.
+    /// Handles a request. An API server that hangs executes a request after the outage, even if no client waits any more.
     async fn take(&self, request: Request<kube::client::Body>) -> io::Result<Response<cluster::Body>> {
         let reset = || Err(io::Error::from(io::ErrorKind::ConnectionReset));
         let (away, how) = {
@@ -189,7 +189,7 @@ impl Server {
         let mut answer = match (&method, path.strip_prefix(PODS)) {
             (&Method::POST, Some("")) if !dry => self.make(request).await,
             (&Method::DELETE, Some(name)) => self.end(name.trim_start_matches('/'), &path),
-            // It is not run: what it undoes is another world's.
+            // The rollback task is not run here.
             (&Method::POST, None) if path == TASKS => {
                 self.sim.lock().unwrap().told.rolled_back = true;
                 let body = http_body_util::BodyExt::collect(request.into_body()).await.unwrap().to_bytes();
@@ -206,7 +206,7 @@ impl Server {
         Ok(answer)
     }
 
-    /// A pod is made, and the world has another.
+    /// Creates a pod, and adds it to the simulation.
     async fn make(&self, request: Request<kube::client::Body>) -> Response<cluster::Body> {
         let body = http_body_util::BodyExt::collect(request.into_body()).await.unwrap().to_bytes();
         let planned: Value = serde_json::from_slice(&body).unwrap();
@@ -230,7 +230,7 @@ impl Server {
         cluster::reply(StatusCode::CREATED, &self.cluster.get(&path).unwrap())
     }
 
-    /// A pod is told to end.
+    /// Deletes a pod.
     fn end(&self, name: &str, path: &str) -> Response<cluster::Body> {
         let Some(object) = self.cluster.get(path) else {
             return cluster::refusal(StatusCode::NOT_FOUND, "not found");
@@ -251,7 +251,7 @@ impl Server {
         cluster::reply(StatusCode::OK, &object)
     }
 
-    /// What kubelets have told by now.
+    /// Shows what the kubelets have reported by now.
     fn show(&self) {
         let sim = self.sim.lock().unwrap();
         for pod in &sim.world.pods {
@@ -270,7 +270,7 @@ impl Server {
         }
     }
 
-    /// One second passes.
+    /// Advances the simulation by one second.
     fn pass(&self) {
         let (was_away, away, now) = {
             let mut sim = self.sim.lock().unwrap();
@@ -312,7 +312,7 @@ impl Server {
     }
 }
 
-/// A status without a word of what is presumed in it.
+/// Removes the marks of presumed ends from a status.
 async fn certain(request: Request<kube::client::Body>) -> Request<kube::client::Body> {
     let (head, body) = request.into_parts();
     let body = http_body_util::BodyExt::collect(body).await.unwrap().to_bytes();
@@ -323,7 +323,7 @@ async fn certain(request: Request<kube::client::Body>) -> Request<kube::client::
     Request::from_parts(head, serde_json::to_vec(&body).unwrap().into())
 }
 
-/// A pod as it was planned, with what its kubelet has told.
+/// Returns a planned pod with the status that its kubelet has reported.
 fn shown(planned: &Value, pod: &SimPod) -> Value {
     let mut object = planned.clone();
     for field in ["uid", "creationTimestamp", "deletionTimestamp", "deletionGracePeriodSeconds"] {
@@ -335,7 +335,7 @@ fn shown(planned: &Value, pod: &SimPod) -> Value {
     object
 }
 
-/// The gateway: asks the API server who asks, and keeps what a log was first sealed with.
+/// The gateway. It is unavailable together with the API server, and keeps the first end that a log was sealed with.
 struct Witness(Server);
 
 impl Seal for Witness {
@@ -361,7 +361,7 @@ impl Seal for Witness {
     }
 }
 
-/// The operator, as one that leads runs.
+/// The operator as the leader runs it.
 struct Operator {
     contact: Arc<Contact>,
     running: JoinHandle<()>,
@@ -407,7 +407,7 @@ async fn lead(stores: Stores, streams: cache::Streams, context: Arc<Context>) {
     tokio::join!(control(streams, stream::pending(), context, is_filled, never), fill);
 }
 
-/// One order of events, to its end.
+/// Runs one order of events to its end.
 async fn order(server: &Server, believes_caches: bool) {
     server.sim.lock().unwrap().believes = believes_caches;
     let mut operator = Operator::begin(server, believes_caches);
@@ -423,14 +423,14 @@ async fn order(server: &Server, believes_caches: bool) {
         if over || now >= HORIZON {
             return;
         }
-        // One that is killed in the middle of whatever it does, and one that cannot see and makes way.
+        // An operator that is killed at any moment, or one whose watches are old and that lets another replica lead.
         if restarts || !believes_caches && operator.contact.fresh(BLIND).is_err() {
             operator = Operator::begin(server, believes_caches);
         }
     }
 }
 
-/// What is wrong with it in the end.
+/// Runs an order and checks its result.
 fn run(server: &Server, believes_caches: bool) -> Result<(), String> {
     let virtually = runtime::Builder::new_current_thread().enable_all().start_paused(true).build().unwrap();
     virtually.block_on(order(server, believes_caches));
@@ -445,7 +445,7 @@ fn run(server: &Server, believes_caches: bool) -> Result<(), String> {
     }
 }
 
-/// Whether the task says what its log was sealed with.
+/// Checks whether the task's status matches the end that its log was sealed with.
 fn agrees(cluster: &Cluster, told: &Told) -> Result<(), String> {
     let Some(task) = cluster.get(TASK) else { return Ok(()) };
     let (status, sealed) = (&task["status"], told.sealed.as_ref().ok_or("it has ended, and its log was not sealed")?);
@@ -494,14 +494,15 @@ fn no_order_makes_the_reconciler_guess() {
     let ends = ends.into_inner().unwrap();
     let unknown: u64 =
         ends.iter().filter(|(end, _)| end.starts_with(TaskClosed::UNKNOWN)).map(|(_, count)| count).sum();
-    // Not by never saying anything.
+    // The operator must not reach this by reporting `Unknown` too often.
     assert!(unknown * 20 < orders, "{ends:?}");
     for end in [" AgentSucceeded", "Budget DeadlineExceeded", "Agent NonZeroExit"] {
         assert!(ends.get(end).is_some_and(|count| count * 100 > orders), "{end}: {ends:?}");
     }
 }
 
-/// The control: the API server is away for some seconds, and what it shows is old for minutes. Who believes that guesses, who asks does not.
+/// The control: the API server is unavailable for some seconds, and shows old state for minutes. An operator that trusts caches reports
+/// wrong ends, and one that reads does not.
 #[test]
 fn a_reconciler_that_believes_caches_guesses() {
     let short = |seed, believes_caches| {
@@ -520,7 +521,7 @@ fn a_reconciler_that_believes_caches_guesses() {
     }
 }
 
-/// However long it was away, and in whichever way.
+/// This holds for every duration and kind of outage.
 #[test]
 fn a_task_made_when_the_api_server_is_back_has_its_pod_within_30_seconds() {
     for seed in 0..40 {
