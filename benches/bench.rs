@@ -1,7 +1,8 @@
-//! `make bench [ONLY=prefix]`, as far as it needs a cluster; `evidence` is beside this, and `decision` a package of its own.
+//! `make bench [ONLY=prefix]`, the part that needs a cluster. `evidence` is a target beside this one, and `decision` is a package of its
+//! own.
 //!
-//! Figures are compared with something measured in the same run, the two sides in turn. It fails on an error, never on a
-//! figure. It measures the release that the cluster runs; the client beside it shares the two cores, so bursts are
+//! Measures are compared with a baseline from the same run, and the two sides take turns. The program fails on an error, but not on a
+//! missed goal. It measures the release that runs in the cluster. The client shares the two cores with it, so the figures for bursts are
 //! pessimistic.
 #![allow(clippy::print_stdout, reason = "a program that prints a table")]
 #![allow(missing_docs, reason = "a program, not a library")]

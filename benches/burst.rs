@@ -1,5 +1,5 @@
-//! 200 tasks posted at once by 8 clients: from apply to the pod created, beside plain pods posted the same way. The pods
-//! ask for more processors than there are, so nothing but the API server and the operator is measured.
+//! Measures the time from apply until the pod is created, for 200 tasks that 8 clients post at once. The baseline is plain pods posted in
+//! the same way. The pods request more CPU than there is, so that only the API server and the operator are measured.
 
 use std::{path::Path, sync::Arc, time::Instant};
 
@@ -21,8 +21,8 @@ use crate::{
 
 const TASKS: usize = 200;
 const CLIENTS: usize = 8;
-/// How often it counts: the two sides take turns, and a burst begins when all of the last one is gone. One more comes before and
-/// does not count: after an installation the API server has its caches and types to fill, for plain pods as for tasks.
+/// The number of rounds that count. The two sides take turns, and a burst begins when the previous one is gone. One more round comes first
+/// and does not count: after an installation, the API server must fill its caches and load its types, for plain pods as for tasks.
 const ROUNDS: usize = 3;
 const CPU: &str = "900";
 
@@ -52,12 +52,12 @@ pub async fn burst() -> anyhow::Result<Vec<Measure>> {
     ])
 }
 
-/// Posts all of a kind and gives back, for each, how long its pod took to be seen.
+/// Posts all objects of a kind, and returns for each the time until its pod was seen.
 async fn post(cluster: &Arc<Cluster>, kind: &str, suffix: &'static str) -> anyhow::Result<Vec<f64>> {
     let clients = (0..CLIENTS).map(|client| {
         let (cluster, kind) = (cluster.clone(), kind.to_owned());
         tokio::spawn(async move {
-            // A connection of its own, as 8 people would have.
+            // A connection of its own, as 8 users would have.
             let api = Client::try_default().await?;
             let mut posted = Vec::new();
             for n in (client..TASKS).step_by(CLIENTS) {
@@ -101,8 +101,8 @@ fn pod(name: &str) -> anyhow::Result<Pod> {
     }))?)
 }
 
-/// Resident memory of the leading operator: the largest of the processes of that name on this machine, as a standby has
-/// no stores.
+/// Returns the resident memory of the leading operator: the largest of the processes of that name on this machine, because a standby has no
+/// stores.
 fn operator_rss() -> anyhow::Result<f64> {
     let mut largest: Option<f64> = None;
     for entry in std::fs::read_dir("/proc")?.flatten() {

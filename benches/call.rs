@@ -1,10 +1,11 @@
-//! A tool's read through harness and gateway, beside the same request made directly: what the two add, so many at a time.
+//! Measures what harness and gateway add to a tool's read, compared with the same request made directly, at several numbers of concurrent
+//! calls.
 //!
-//! The harness is its own binary, the gateway its own service in another process, with TLS between them; the client, who is the
-//! agent, and the upstream are here. All of it shares this machine's cores, the direct requests as well, whose share is much smaller:
-//! with more at a time than there are cores, what is added is mostly the wait for a core. So the same request takes the same way
-//! through two nginx as well, with TLS between them, that only pass it on: the baseline. Evidence goes to the test cluster's S3
-//! (`S3_ENDPOINT`), or to a folder whose files are synced.
+//! The harness runs as its own binary. The gateway's service runs in another process, with TLS between them. The client, which is the
+//! agent, and the upstream run in this process. All of them share the cores of this machine. The direct requests do too, but use much less.
+//! With more concurrent calls than cores, the added time is mostly the wait for a core. Therefore the same request also goes through two
+//! nginx that only pass it on, with TLS between them: this is the baseline. Evidence goes to the test cluster's S3 (`S3_ENDPOINT`), or to a
+//! folder whose files are synced.
 
 mod gateway;
 mod nginx;
@@ -28,25 +29,25 @@ use tokio::net::{TcpListener, TcpStream};
 
 use crate::{Measure, percentile, processor};
 
-/// Set for the process that is the gateway: where its files are, and the upstream's address.
+/// Environment variables of the gateway's process: the folder of its files, and the address of the upstream.
 const FOLDER: &str = "BELAY_BENCH_FOLDER";
 const UPSTREAM: &str = "BELAY_BENCH_UPSTREAM";
-/// So many calls at a time.
+/// The numbers of concurrent calls.
 const AT_A_TIME: [usize; 3] = [1, 10, 100];
-/// How long each side is measured, in turns.
+/// The duration of one turn of a side, and the number of turns.
 const TURN: Duration = Duration::from_secs(2);
 const TURNS: usize = 3;
-/// The harness's port for the agent.
+/// The address on which the harness serves the agent.
 const HARNESS: &str = "127.0.0.1:9900";
 
-/// The gateway's process, if this is it.
+/// Runs the gateway if this process is the gateway's, and returns whether it was.
 pub async fn gateway() -> anyhow::Result<bool> {
     let (Ok(folder), Ok(upstream)) = (std::env::var(FOLDER), std::env::var(UPSTREAM)) else { return Ok(false) };
     gateway::serve(Path::new(&folder), upstream.parse()?).await?;
     Ok(true)
 }
 
-/// A process of ours, which ends with us.
+/// A child process that is killed when this value is dropped.
 struct Process(Child);
 
 impl Drop for Process {
@@ -57,20 +58,20 @@ impl Drop for Process {
 }
 
 impl Process {
-    /// A field of its status, in MB.
+    /// Returns a field of its status, in MB.
     fn memory(&self, field: &str) -> anyhow::Result<f64> {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.0.id()))?;
         let line = status.lines().find_map(|line| line.strip_prefix(field)).context("no such field")?;
         Ok(line.trim_matches([':', ' ', '\t', 'k', 'B']).trim().parse::<f64>()? * 1024.0 / 1e6)
     }
 
-    /// Seconds of processor that it has used.
+    /// Returns the CPU time that it has used, in seconds.
     fn processor(&self) -> anyhow::Result<f64> {
         processor::seconds(&self.0.id().to_string())
     }
 }
 
-/// The two ways in which a read is made.
+/// The two upstream types of a read.
 #[derive(Clone, Copy)]
 enum Way {
     Http,
@@ -92,7 +93,7 @@ impl Way {
         }
     }
 
-    /// An agent has one way to call a tool, whatever that is behind it.
+    /// Returns the agent's request, which is the same MCP call for both types.
     fn through(self) -> anyhow::Result<Request<Full<Bytes>>> {
         message("/mcp", &called(if matches!(self, Self::Http) { "get" } else { "find" }))
     }
@@ -116,7 +117,7 @@ pub async fn call() -> anyhow::Result<Vec<Measure>> {
     let upstream = serve_upstream().await?;
     let gateway = start_gateway(folder.path(), upstream)?;
     wait_for(|| folder.path().join("ready").exists()).await.context("the gateway does not start")?;
-    // In memory, as a pod's is.
+    // In memory, as in a pod.
     let spool = tempfile::tempdir_in("/dev/shm")?;
     let harness = start_harness(folder.path(), spool.path())?;
     wait_for(|| std::net::TcpStream::connect(HARNESS).is_ok()).await.context("the harness does not start")?;
@@ -128,7 +129,7 @@ pub async fn call() -> anyhow::Result<Vec<Measure>> {
         for count in AT_A_TIME {
             let (mut direct, mut through, mut passed) = (Vec::new(), Vec::new(), Vec::new());
             let (mut busy, mut seconds) = (0.0, 0.0);
-            // Connections, sessions and caches are not what is measured.
+            // Warm up first, so that connections, sessions and caches are not measured.
             together(harness_address, way.through()?, count, TURN / 4).await?;
             together(control, way.direct()?, count, TURN / 4).await?;
             for _ in 0..TURNS {
@@ -169,7 +170,7 @@ fn start_gateway(folder: &Path, upstream: SocketAddr) -> anyhow::Result<Process>
 
 fn start_harness(folder: &Path, spool: &Path) -> anyhow::Result<Process> {
     let log = |name: &str| std::fs::File::create(folder.join(name));
-    // What a release logs.
+    // Without RUST_LOG the harness logs as a release does.
     let child = Command::new(env!("CARGO_BIN_EXE_belay-harness"))
         .env_remove("RUST_LOG")
         .arg("serve")
@@ -196,7 +197,7 @@ async fn wait_for(ready: impl Fn() -> bool) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// So many clients, each with one request at a time, for so long. Milliseconds that each request took.
+/// Runs `count` clients for `time`, each with one request at a time. Returns the duration of each request in milliseconds.
 async fn together(
     to: SocketAddr,
     request: Request<Full<Bytes>>,
@@ -239,7 +240,7 @@ async fn connect(to: SocketAddr) -> anyhow::Result<SendRequest<Full<Bytes>>> {
     Ok(sender)
 }
 
-/// An API and an MCP server that have one item.
+/// Starts an API and an MCP server that have one item.
 async fn serve_upstream() -> anyhow::Result<SocketAddr> {
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     let address = listener.local_addr()?;

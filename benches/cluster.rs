@@ -1,4 +1,4 @@
-//! A namespace and a pack of the benchmark's own, and a clock on pods.
+//! A namespace and a pack for one benchmark, and a clock that observes pods.
 
 use std::{
     collections::HashMap,
@@ -52,7 +52,7 @@ impl Cluster {
         }});
         packs.patch(&namespace, &PatchParams::apply("bench"), &Patch::Apply(pack)).await?;
         let clock = Clock::start(Api::namespaced(client.clone(), &namespace)).await?;
-        // The operator's caches have to have seen the pack.
+        // The operator's caches must have received the pack.
         tokio::time::sleep(Duration::from_secs(1)).await;
         Ok(Self { client, namespace, clock })
     }
@@ -65,7 +65,7 @@ impl Cluster {
         Api::namespaced(self.client.clone(), &self.namespace)
     }
 
-    /// A task that asks for this much of a processor.
+    /// Returns a task that requests this much CPU.
     pub fn task(&self, name: &str, image: &str, cpu: &str) -> Value {
         json!({"apiVersion": "belay.dev/v1alpha1", "kind": "AgentTask", "metadata": {"name": name}, "spec": {
             "objective": "be measured", "workflowClass": "bench", "principal": "bench",
@@ -75,7 +75,7 @@ impl Cluster {
         }})
     }
 
-    /// Deletes every task, and waits until they are gone.
+    /// Deletes all tasks and waits until they are gone.
     pub async fn end_tasks(&self) -> anyhow::Result<()> {
         let tasks: Api<AgentTask> = self.api();
         tasks.delete_collection(&DeleteParams::default(), &Default::default()).await?;
@@ -87,7 +87,7 @@ impl Cluster {
         Ok(())
     }
 
-    /// Waits until the namespace is empty, garbage collected too, and the controllers have had a moment to come to rest.
+    /// Waits until the namespace is empty, including garbage collection, and the controllers have had a moment to become idle.
     pub async fn settle(&self) -> anyhow::Result<()> {
         let end = Instant::now() + Duration::from_secs(120);
         loop {
@@ -104,13 +104,13 @@ impl Cluster {
         }
     }
 
-    /// Takes everything away, tasks first.
+    /// Deletes everything, tasks first.
     pub async fn clean(&self) -> anyhow::Result<()> {
         self.end_tasks().await?;
         let end = Instant::now() + Duration::from_secs(120);
         let namespaces: Api<Namespace> = Api::all(self.client.clone());
         namespaces.delete(&self.namespace, &DeleteParams::default()).await?;
-        // The next run wants the name.
+        // The next run needs the name.
         while namespaces.get_opt(&self.namespace).await?.is_some() {
             anyhow::ensure!(Instant::now() < end, "namespace {} does not go away", self.namespace);
             tokio::time::sleep(Duration::from_millis(500)).await;
@@ -120,7 +120,7 @@ impl Cluster {
     }
 }
 
-/// When pods were first seen, and first seen ready, over one long-lived watch.
+/// When pods were first seen and first seen ready, over one long-lived watch.
 #[derive(Clone, Default)]
 pub struct Clock(Arc<Mutex<HashMap<String, Seen>>>);
 
@@ -159,7 +159,7 @@ impl Clock {
         Ok(clock)
     }
 
-    /// Waits until `wanted` can tell a moment of this pod.
+    /// Waits until `wanted` returns a time for this pod.
     pub async fn wait(&self, pod: &str, wanted: impl Fn(&Seen) -> Option<Instant>) -> anyhow::Result<Instant> {
         let end = Instant::now() + Duration::from_secs(120);
         loop {

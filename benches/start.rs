@@ -1,8 +1,9 @@
-//! From apply to the pod Ready, containment proof and opened evidence log included, against the same pod made by hand.
+//! Measures the time from apply until the pod is Ready, including the containment proof and the opened evidence log. The baseline is the
+//! same pod created by hand.
 //!
-//! The pod by hand is the attempt's own pod with the probe and what only the operator can give (labels, owner, token)
-//! taken out, and with a sidecar that answers the same startup probe from the same kind of sandbox but does nothing
-//! else. What the harness does before it is ready, opening the log and storing its first record, counts on our side only.
+//! The pod by hand is a copy of the attempt's own pod without the probe and without what only the operator can provide (labels, owner,
+//! token). A sidecar in the same kind of sandbox answers the same startup probe and does nothing else. The work of the harness before it is
+//! ready, such as opening the log and storing its first record, counts for Belay only.
 
 use std::time::{Duration, Instant};
 
@@ -16,14 +17,14 @@ use serde_json::{Value, json};
 use crate::{Measure, cluster::Cluster, percentile};
 
 const RUNS: usize = 10;
-/// Any image with busybox: what is measured is the start, not the agent.
+/// Any image with busybox works, because the benchmark measures the start, not the agent.
 const IMAGE: &str = "localhost/box:1";
 
 pub async fn ready() -> anyhow::Result<Vec<Measure>> {
     let cluster = Cluster::new("start").await?;
     let (mut ours, mut by_hand) = (Vec::new(), Vec::new());
     let mut template = None;
-    // One more than is counted: the first pair warms caches, and gives the pod that is copied.
+    // One pair more than is counted: the first pair warms caches, and its pod is the one that is copied.
     for run in 0..=RUNS {
         let (name, elapsed) = task(&cluster, run).await?;
         let pods: Api<Pod> = cluster.api();
@@ -71,7 +72,7 @@ async fn make(cluster: &Cluster, template: &Value, run: usize) -> anyhow::Result
     Ok(millis(at - started))
 }
 
-/// Both sides start on an idle node.
+/// Deletes a pod and waits, so that both sides start on an idle node.
 async fn end(pods: &Api<Pod>, name: &str) -> anyhow::Result<()> {
     pods.delete(name, &DeleteParams::default().grace_period(0)).await?;
     while pods.get_opt(name).await?.is_some() {

@@ -1,8 +1,9 @@
-//! The `belay` command: `approvals`, `approve`, `completion`, `contract`, `deny`, `disclose`, `incident`, `init`, `lint`, `man`, `prove`, `rollback`, `run`, `verify` and `watch`, also as `kubectl belay`.
+//! The `belay` command: `approvals`, `approve`, `completion`, `contract`, `deny`, `disclose`, `incident`, `init`, `lint`, `man`, `prove`,
+//! `rollback`, `run`, `verify` and `watch`, also as `kubectl belay`.
 //!
-//! Promises: one exit code a meaning, and nothing from a log, a task or a cluster reaches the terminal but through
-//! `terminal::Safe`. Refuses: to change anything, anywhere, but the folders that `init`, `--save` and `--out` name, one person's decision
-//! that `approve` or `deny` adds to one request, the one task that `rollback` makes, and what `run` runs.
+//! Guarantees: each exit code has one meaning. Text from a log, a task or a cluster reaches the terminal only through `terminal::Safe`. The
+//! command changes nothing except the folders that `init`, `--save` and `--out` name, the one decision that `approve` or `deny` adds to one
+//! request, the one task that `rollback` creates, and what `run` runs.
 
 use std::{
     ffi::OsString,
@@ -20,15 +21,15 @@ use crate::{
 
 /// `belay approvals`, `belay approve` and `belay deny`.
 mod approve;
-/// Where the cluster is and which namespace is meant.
+/// The connection to the cluster, and the namespace.
 mod cluster;
 /// `belay completion`.
 mod completion;
 /// `belay contract`.
 mod contract;
-/// Where a task's evidence is.
+/// The location of a task's evidence.
 mod evidence;
-/// Folders that are filled for people.
+/// Folders that commands fill with files.
 mod folder;
 /// `belay incident`.
 mod incident;
@@ -40,32 +41,32 @@ mod lint;
 mod man;
 /// `belay prove` and `belay disclose`.
 mod prove;
-/// The page of the commands.
+/// The reference page of the commands.
 pub mod reference;
 /// `belay rollback`.
 mod rollback;
 /// `belay run`.
 mod run;
-/// Text that is safe to show, and colours.
+/// Text that is safe to show, and colors.
 mod terminal;
 /// `belay verify`.
 mod verify;
 /// `belay watch`.
 mod watch;
 
-/// Usage, input or output is wrong: nothing is said about the evidence or the task.
+/// The exit code for wrong usage, input or output: it says nothing about the evidence or the task.
 const EXIT_ERROR: u8 = 2;
 
-/// Something kept the command from its work.
+/// Why a command could not do its work.
 #[derive(Debug, thiserror::Error)]
 pub enum CliError {
-    /// What was expected, what was found, what to do.
+    /// A message: what was expected, what was found, what to do.
     #[error("{0}")]
     Message(String),
-    /// Several such, a line each.
+    /// Several messages, one a line.
     #[error("{}", .0.join("\n"))]
     Listed(Vec<String>),
-    /// The reader of our output has gone, as in `belay watch … | head`.
+    /// The reader of the output is gone, as in `belay watch … | head`.
     #[error("cannot write: {0}")]
     Output(#[from] io::Error),
 }
@@ -75,7 +76,7 @@ impl CliError {
         Self::Message(message.into())
     }
 
-    /// A part that is not in this build.
+    /// Returns the error for a part that is not in this build.
     #[cfg(not(all(feature = "s3", feature = "mcp-client")))]
     fn left_out(what: &str) -> Self {
         Self::new(format!(
@@ -111,13 +112,14 @@ enum Command {
     Watch(watch::Args),
 }
 
-/// Whether this is a process between `belay run` and a sandbox, which has one descriptor from there to hand on: the open filter of system calls.
+/// Returns whether this process runs between `belay run` and a sandbox. Such a process inherits one descriptor that it passes on: the open
+/// system call filter.
 pub fn hands_on(args: &[OsString]) -> bool {
     args.get(1).is_some_and(|first| first == sandbox::view::VIEW)
 }
 
-/// Runs the command line and gives the exit code. Called as `kubectl-belay`, it speaks as `kubectl belay`. `inherited` are the descriptors that
-/// this process was started with.
+/// Runs the command line and returns the exit code. If the program is called `kubectl-belay`, the help says `kubectl belay`. `inherited`
+/// are the file descriptors with which this process was started.
 pub async fn run(args: impl IntoIterator<Item = OsString>, inherited: io::Result<Vec<Descriptor>>) -> ExitCode {
     let args: Vec<OsString> = args.into_iter().collect();
     if let Some(code) = within(&args, &inherited).await {
@@ -127,7 +129,7 @@ pub async fn run(args: impl IntoIterator<Item = OsString>, inherited: io::Result
     let command = if plugin { Cli::command().bin_name("kubectl belay") } else { Cli::command() };
     let cli = match command.try_get_matches_from(args).and_then(|matches| Cli::from_arg_matches(&matches)) {
         Ok(cli) => cli,
-        // Help and version too; if they cannot be printed, there is nobody to tell.
+        // Help and version also arrive here. If they cannot be printed, nothing can be reported.
         Err(e) => {
             let _ = e.print();
             return ExitCode::from(u8::try_from(e.exit_code()).unwrap_or(EXIT_ERROR));
@@ -166,12 +168,12 @@ pub async fn run(args: impl IntoIterator<Item = OsString>, inherited: io::Result
     }
 }
 
-/// Says what went wrong. Whoever does not read it does not keep the process.
+/// Reports an error. A reader that does not read it does not block the process.
 fn last_words(error: &str) {
     crate::output::stderr().say(format!("error: {}\n", terminal::Safe(error)).into_bytes());
 }
 
-/// The subcommands by which `belay run` runs itself, within its sandbox and beside it: nobody else has a use for them.
+/// Runs the hidden subcommands by which `belay run` runs itself, in its sandbox and beside it. Users have no use for them.
 async fn within(args: &[OsString], inherited: &io::Result<Vec<Descriptor>>) -> Option<ExitCode> {
     let done = match args.get(1)?.to_str()? {
         sandbox::hold::HOLD => sandbox::hold::hold().map(|()| 0).map_err(|error| error.to_string()),

@@ -1,11 +1,13 @@
-//! How one process stands to the API server: when it was last heard of, on which watch, and what time it is there.
+//! Tracks how a process stands to the API server: when the last answer came, on which watch, and what time it is there.
 //!
-//! Guarantees: an answer that does not come is an error within seconds, and so is a connection that nobody serves any more; the age of each
-//! watch is that of what came last on it, a bookmark or the head of a new watch as well; the time is the API server's, not this machine's;
-//! a watch that failed is tried again within seconds, however long the API server was away. Non-goals: to say what an answer means.
+//! Guarantees: a missing answer is an error within seconds, and so is a connection that is no longer served. The age of each watch is that
+//! of the last thing that came on it, including a bookmark and the response headers of a new watch. The time is the API server's, not this
+//! machine's. A failed watch is retried within seconds, however long the API server was unreachable.
 //!
-//! A watch lasts [`WATCH_SECONDS`] and is then begun anew where it stood. So each is heard of that often though nothing happens: the API server
-//! sends a bookmark shortly before it ends a watch, and answers the next.
+//! Non-goals: interpreting answers.
+//!
+//! A watch lasts [`WATCH_SECONDS`] and is then started again where it stopped. So each watch brings something that often, even if nothing
+//! happens: the API server sends a bookmark shortly before it ends a watch, and answers the next request.
 
 use std::{
     collections::BTreeMap,
@@ -34,38 +36,38 @@ use prometheus::{
 use tokio::time::{Instant, Sleep, sleep};
 use tower::{BoxError, Layer, Service};
 
-/// How long one watch lasts before it is begun anew.
+/// The duration of one watch in seconds, before it is started again.
 pub const WATCH_SECONDS: u32 = 20;
-/// A watch of which nothing was heard for so long is old: two of them should have been begun meanwhile.
+/// The age at which a watch is old: two new watches should have started meanwhile.
 pub const OLD: Duration = Duration::from_secs(45);
-/// For a connection to be made.
+/// The time to connect.
 const CONNECT: Duration = Duration::from_secs(5);
-/// For the head of an answer.
+/// The time to the headers of an answer.
 const HEAD: Duration = Duration::from_secs(15);
-/// For the next part of an answer; what a watch brings may take until it ends.
+/// The time to the next part of an answer. On a watch, that time lasts until the watch ends.
 const PART: Duration = Duration::from_secs(15);
-/// Beyond a watch's end.
+/// The time beyond the end of a watch.
 const MARGIN: Duration = Duration::from_secs(10);
-/// The first pause after a watch failed, and the longest, before jitter.
+/// The first pause after a watch failed, and the longest, both before jitter.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(3));
-/// A watch that went well for so long has the first pause again.
+/// A watch that worked for this long starts with the first pause again.
 const WELL: Duration = Duration::from_secs(30);
-/// How far the clock may be ahead of an answer's date before it is set back: answers take a while, and dates have whole seconds.
+/// How far the clock may be ahead of an answer's date before it is set back: answers take time, and dates have whole seconds.
 const AHEAD: SignedDuration = SignedDuration::from_secs(3);
 
-/// How the process stands to the API server.
+/// The state of the contact with the API server.
 pub struct Contact(Mutex<State>);
 
 struct State {
-    /// What time it was when.
+    /// A time of the API server, and when it was read.
     clock: (Timestamp, Instant),
-    /// Since when every answer has come.
+    /// The time since which every answer has come.
     since: Instant,
-    /// Whether the last thing that was asked for did not come.
+    /// Whether the answer to the last request did not come.
     broken: bool,
-    /// When each kind that is watched was last heard of.
+    /// When something last came on the watch of each kind.
     heard: BTreeMap<String, Instant>,
-    /// When the request was sent by which the Lease was last written.
+    /// When the request was sent that last wrote the Lease.
     lease: Option<Instant>,
 }
 
@@ -79,41 +81,41 @@ impl Default for Contact {
 
 impl Contact {
     fn lock(&self) -> MutexGuard<'_, State> {
-        // Every change is one assignment: a panic elsewhere leaves nothing half done.
+        // Every change is one assignment, so a panic elsewhere leaves no partial state.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What time it is, by the API server as far as it has told.
+    /// Returns the current time, by the API server's clock as far as it is known.
     pub fn now(&self) -> Timestamp {
         self.lock().now()
     }
 
-    /// Since when the API server has answered without a break: now, while it does not.
+    /// Returns the time since which the API server has answered without a break. If it does not answer, that is now.
     pub fn since(&self) -> Timestamp {
         let state = self.lock();
         let ago = if state.broken { Duration::ZERO } else { state.since.elapsed() };
         earlier(state.now(), ago)
     }
 
-    /// When the Lease was last written, by the time at which that was asked for.
+    /// Returns when the Lease was last written, by the time at which the request was sent.
     pub fn lease(&self) -> Option<Instant> {
         self.lock().lease
     }
 
-    /// The kinds that are watched, and how long ago each was heard of.
+    /// Returns the watched kinds with the age of each watch.
     pub fn ages(&self) -> Vec<(String, Duration)> {
         self.lock().heard.iter().map(|(kind, at)| (kind.clone(), at.elapsed())).collect()
     }
 
-    /// Nothing is watched any more: what was, and is not, is not old.
+    /// Forgets all watches: a watch that has been stopped is not old.
     pub fn forget(&self) {
         self.lock().heard.clear();
     }
 
-    /// Whether no watch is older than that.
+    /// Checks that no watch is older than `oldest`.
     ///
     /// # Errors
-    /// Which is the oldest, and how old.
+    /// Returns an error that names the oldest watch and its age.
     pub fn fresh(&self, oldest: Duration) -> Result<(), String> {
         match self.ages().into_iter().max_by_key(|(_, age)| *age) {
             Some((kind, age)) if age > oldest => Err(format!(
@@ -161,22 +163,22 @@ fn earlier(time: Timestamp, by: Duration) -> Timestamp {
     SignedDuration::try_from(by).ok().and_then(|by| time.checked_sub(by).ok()).unwrap_or(time)
 }
 
-/// A client of the API server that keeps this up to date.
+/// Returns a client of the API server that keeps the contact up to date.
 ///
 /// # Errors
-/// If the configuration cannot be used.
+/// Returns an error if the configuration cannot be used.
 pub fn client(config: Config, contact: Arc<Contact>) -> Result<Client, kube::Error> {
     let mut config = config;
     config.connect_timeout = Some(CONNECT);
     Ok(ClientBuilder::try_from(config)?.with_layer(&Listening(contact)).build())
 }
 
-/// How everything is watched.
+/// Returns the configuration of every watch.
 pub fn watching() -> watcher::Config {
     watcher::Config::default().timeout(WATCH_SECONDS)
 }
 
-/// The pauses of one watch that fails: short ones, since each asks little, and a person waits for what it brings.
+/// Returns the pauses of one failing watch. They are short, because each retry costs little and a user waits for what it brings.
 pub fn pauses() -> impl Backoff + 'static {
     Pauses { failures: 0, last: None }
 }
@@ -201,19 +203,20 @@ impl Iterator for Pauses {
 }
 
 impl Backoff for Pauses {
-    /// Of no effect: that a list has begun resets it too, so that one that fails each time would never wait long. Time resets it.
+    /// Does nothing. The runtime also resets when a list has started, so a watch that fails each time would never wait long. Time resets it
+    /// instead.
     fn reset(&mut self) {}
 }
 
-/// From 0 to 1.
+/// Returns a random number from 0 to 1.
 fn jitter() -> f64 {
     use std::hash::{BuildHasher, RandomState};
-    // A fresh hasher's keys are the standard library's own source of randomness.
+    // The keys of a new hasher come from the standard library's source of randomness.
     let random = RandomState::new().hash_one(0_u8) % 1000;
     f64::from(u32::try_from(random).unwrap_or_default()) / 1000.0
 }
 
-/// Hears what goes through a client.
+/// A layer that observes the requests and answers of a client.
 #[derive(Clone)]
 pub struct Listening(pub Arc<Contact>);
 
@@ -225,18 +228,18 @@ impl<S> Layer<S> for Listening {
     }
 }
 
-/// A client's service that is heard.
+/// A client's service that is observed.
 #[derive(Clone)]
 pub struct Listener<S> {
     inner: S,
     contact: Arc<Contact>,
 }
 
-/// What a request is for, as far as it is told apart.
+/// What a request is for, as far as that matters here.
 struct Asked {
-    /// The kind that is to be watched.
+    /// The kind to watch.
     watched: Option<String>,
-    /// The Lease is written.
+    /// Whether it writes the Lease.
     lease: bool,
     reads: bool,
 }
@@ -286,7 +289,7 @@ where
             let date = answer.headers().get(DATE).and_then(|date| date.to_str().ok());
             let date = date.and_then(|date| rfc2822::parse(date).ok()).map(|date| date.timestamp());
             match answer.status() {
-                // Its own words, or those of what stands before it, that it is not there.
+                // The API server, or a proxy in front of it, says that it is unavailable.
                 StatusCode::BAD_GATEWAY | StatusCode::SERVICE_UNAVAILABLE | StatusCode::GATEWAY_TIMEOUT
                     if asked.reads =>
                 {
@@ -305,7 +308,7 @@ where
             let watch = Duration::from_secs(WATCH_SECONDS.into()).saturating_add(MARGIN);
             let patience = if asked.watched.is_some() { watch } else { PART };
             let silence = Box::pin(sleep(patience));
-            // What says that there is no watch is no news of one.
+            // An answer that says that there is no watch is not an event of one.
             let watched = asked.watched.filter(|_| answer.status().is_success());
             Ok(answer.map(|inner| Heard { inner, contact, watched, patience, silence }))
         })
@@ -320,7 +323,7 @@ fn silence(of: &str, patience: Duration) -> BoxError {
     .into()
 }
 
-/// The body of an answer that is heard.
+/// The body of an observed answer.
 pub struct Heard<B> {
     inner: B,
     contact: Arc<Contact>,
@@ -375,17 +378,17 @@ where
     }
 }
 
-/// The ages of watches, told when they are asked for.
+/// A collector that reports the ages of watches when it is scraped.
 pub struct WatchAges {
     contact: Arc<Contact>,
     gauge: GaugeVec,
 }
 
 impl WatchAges {
-    /// Under this name.
+    /// Creates the collector of a metric of this name.
     ///
     /// # Errors
-    /// If the name is none for a metric.
+    /// Returns an error if the name is not valid for a metric.
     pub fn new(name: &str, contact: Arc<Contact>) -> Result<Self, prometheus::Error> {
         let help = "Seconds since the newest event, bookmark or beginning of the watch of a kind.";
         Ok(Self { contact, gauge: GaugeVec::new(Opts::new(name, help), &["kind"])? })

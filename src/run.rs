@@ -1,14 +1,16 @@
-//! `belay run`: a task on this machine, without a cluster.
+//! `belay run`: runs a task on this machine, without a cluster.
 //!
 //! ```text
 //! one process: gateway ◀─loopback, TLS─ harness ◀─ the harness's socket, made in the sandbox's network ─ agent in a sandbox
 //! ```
 //!
-//! Promises: nothing is decided here. Task, contracts and pack are judged by `plan`, the pod of an attempt is seen through
-//! `lifecycle::observe`, what comes next is `lifecycle::decide`'s, calls are decided by the harness and again by the gateway, the log is
-//! witnessed and sealed by the gateway's own path. This module is what a kubelet and an API server are to those. Refuses: to run an
-//! agent without a sandbox, or before it is shown to hold; and to pass for a cluster: the witness has another name, and the first record
-//! of each attempt says what stood in for what.
+//! Guarantees: this module makes no decision of its own, and plays the parts of the kubelet and the API server. `plan` validates the task,
+//! the contracts and the pack. `lifecycle::observe` reads the pod of an attempt, and `lifecycle::decide` decides what comes next. The
+//! harness decides about calls, and the gateway decides again. The gateway witnesses and seals the log with the same code as in a cluster.
+//! An agent never runs without a sandbox, or before the probe has proved its containment.
+//!
+//! Non-goals: evidence that passes for a cluster's. The witness has another name, and the first record of each attempt says what stood in
+//! for the cluster.
 
 use std::{
     path::{Path, PathBuf},
@@ -45,144 +47,145 @@ use crate::{
     wire::{SealReply, SealRequest},
 };
 
-/// One attempt, as a kubelet runs it.
+/// Runs one attempt, as a kubelet does.
 mod attempt;
-/// The real gateway, on loopback.
+/// Starts the real gateway, on loopback.
 pub mod gateway;
-/// What a run is made of.
+/// The objects of a run, and the stores that stand in for the API server.
 pub mod objects;
 /// The containment probe.
 pub mod probe;
-/// What an agent's command is in its sandbox.
+/// Resolves an agent's command and environment in its sandbox.
 pub mod program;
-/// Where the agent runs.
+/// The sandbox of an agent.
 pub mod sandbox;
-/// Where evidence goes.
+/// The store of the evidence.
 pub mod store;
-/// Servers of the user's own.
+/// Servers that the user starts for the run.
 pub mod upstream;
 
-/// Tries of sealing a log, and what lies between two: a store that is full or away may come back.
+/// The number of times that sealing is tried, and the pause between two tries: a store that is full or unreachable may recover.
 const SEALS: u32 = 5;
 const SEAL_PAUSE: Duration = Duration::from_secs(2);
 
-/// Why nothing could be run, or not be brought to its end.
+/// Why a task could not be run, or not to its end.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
-    /// The task will not do.
+    /// The task is not valid.
     #[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))]
     Findings(Vec<Finding>),
-    /// The system has no randomness.
+    /// The operating system gave no randomness.
     #[error("the operating system gave no randomness")]
     Random,
-    /// There is no sandbox, or none that works.
+    /// There is no sandbox, or it does not work.
     #[error("{0}")]
     Sandbox(String),
-    /// A server of the user's own does not serve.
+    /// A server that the user started for the run does not serve.
     #[error("--upstream {0}")]
     Upstream(String),
     /// The gateway does not start.
     #[error("the gateway does not start: {0}")]
     Gateway(String),
-    /// A file or folder of this run.
+    /// A file or a folder of this run cannot be used.
     #[error("cannot use {path}: {cause}")]
     File {
-        /// Which.
+        /// The path.
         path: PathBuf,
-        /// Why not.
+        /// The cause.
         cause: std::io::Error,
     },
-    /// The log could not be ended.
+    /// The log could not be sealed.
     #[error("the log could not be ended, and is as far as it came: {0}")]
     Seal(#[from] seal::SealError),
-    /// Something has no canonical form, which strings always have.
+    /// A value has no canonical form. Strings always have one.
     #[error(transparent)]
     Canonical(#[from] crate::canonical::CanonicalError),
 }
 
-/// The place of an agent's line among those that are not written yet. There are so many, and whoever writes a line gives it back.
+/// A permit of one waiting output line of the agent. The number of permits is bounded. The receiver returns the permit when it drops the
+/// line.
 #[derive(Clone, Debug)]
 pub struct Slot(#[expect(dead_code, reason = "it is given back when it is dropped")] Arc<OwnedSemaphorePermit>);
 
-/// What happens, as it happens.
+/// An event of a run, sent while it happens.
 #[derive(Clone, Debug)]
 pub enum Told {
-    /// What is done now, before there is an agent.
+    /// A step before the agent starts.
     Step(String),
     /// An agent starts.
     Started {
-        /// The attempt.
+        /// The number of the attempt.
         attempt: i64,
     },
-    /// Something was recorded. It counts once it is stored.
+    /// A record was written. It counts once it is stored.
     Record(Box<Record>),
-    /// A line of the agent's own.
+    /// The agent wrote a line of output.
     Said {
-        /// On standard error.
+        /// Whether the line was written to standard error.
         error: bool,
         /// The line.
         line: String,
-        /// Whether it goes on in the next one, as it is longer than is told at a time.
+        /// Whether the line continues in the next event, because it is longer than the maximum of one event.
         goes_on: bool,
-        /// Its place among those that are not written yet.
+        /// Its permit among the lines that wait to be written.
         slot: Slot,
     },
-    /// So many lines of the agent's are lost, because nobody read those before.
+    /// This many output lines of the agent are lost, because the earlier ones were not read in time.
     Lost(u64),
-    /// People are asked.
+    /// An approval was requested.
     Asked(Box<ApprovalRequest>),
-    /// Why a call has not been made, before the record of that.
+    /// The reason why a call was not made. It is sent before the record of that.
     Unmade {
-        /// The call, by its name in the log.
+        /// The ID of the call in the log.
         call: String,
-        /// Why, for people.
+        /// The reason, for the user.
         reason: String,
     },
-    /// Evidence cannot be kept, and why. It is tried again.
+    /// Evidence could not be stored, for this reason. Storing it is tried again.
     Trouble(String),
-    /// Another attempt will start then.
+    /// The next attempt starts at this time.
     Pause(Timestamp),
 }
 
-/// All that a run needs.
+/// The input of a run.
 pub struct Options {
-    /// What it is made of.
+    /// The task and the other objects.
     pub objects: Objects,
     /// The sandbox.
     pub runtime: Runtime,
-    /// Programs and libraries of the agent: an unpacked image; the machine's own when absent.
+    /// The agent's programs and libraries: an unpacked image, or the machine's own if absent.
     pub root: Option<Image>,
-    /// Further folders of the machine that the agent sees at the same place.
+    /// More folders of the machine that the agent sees, at the same path.
     pub read_only: Vec<PathBuf>,
-    /// The folder of the task, which the agent sees.
+    /// The folder of the task. The agent sees it.
     pub workspace: PathBuf,
-    /// Files and folders that it must not see there.
+    /// Files and folders that the agent does not see in those folders.
     pub hidden: Vec<PathBuf>,
-    /// Where evidence goes, for the first record.
+    /// The location of the evidence, for the first record.
     pub store: String,
-    /// Hosts to which somebody gave an address, for the first record.
+    /// The hosts whose addresses the user gave, for the first record.
     pub resolved: Vec<String>,
-    /// A folder of this run's own, for what ends with it.
+    /// A folder that belongs to this run, for files that are not needed afterwards.
     pub folder: PathBuf,
-    /// This program.
+    /// The path of this program.
     pub belay: PathBuf,
 }
 
 /// How a task ended.
 #[derive(Clone, Debug)]
 pub struct Outcome {
-    /// What the last record says.
+    /// The content of the last record.
     pub closed: TaskClosed,
     /// The sealed log.
     pub sealed: SealReply,
-    /// Why the last attempt could not be run, where it could not.
+    /// Why the last attempt could not run, if it could not.
     pub trouble: Option<String>,
 }
 
-/// Whether there is anything to run: what the operator would refuse is refused.
+/// Checks whether the task can be run: it must be valid for the operator, and name an agent and a command.
 ///
 /// # Errors
-/// Everything that is wrong, at once.
+/// Returns all findings at once.
 pub fn validate(objects: &Objects, image: Option<&Image>) -> Result<Validated, RunError> {
     let task = &objects.task;
     let validated = validated::validate(task, &objects.contracts, &objects.pack, objects::SYSTEM_NAMESPACE);
@@ -203,7 +206,7 @@ pub fn validate(objects: &Objects, image: Option<&Image>) -> Result<Validated, R
                 "add one, such as `command: [python3, agent.py]`; the task's folder is the agent's own, as /workspace. Or unpack the image to an OCI bundle, which says it, for --root",
             )]))
         }
-        // Whose arguments they take the place of, an unpacked image no longer says.
+        // Kubernetes would put these arguments in place of the image's own, but an unpacked image does not say where its own begin.
         Some(agent) if !agent.args.is_empty() => Err(RunError::Findings(vec![Finding::new(
             "spec.agent.args",
             "the whole command, since a bundle does not say where its own ends and its arguments begin",
@@ -214,10 +217,10 @@ pub fn validate(objects: &Objects, image: Option<&Image>) -> Result<Validated, R
     }
 }
 
-/// Runs the task to its end, or until `stop`: then the agent is stopped first, and the log ended.
+/// Runs the task until it ends or until `stop`. After `stop`, the agent is stopped first and the log is sealed afterwards.
 ///
 /// # Errors
-/// If it could not be run to a sealed log. What is in the store verifies as what it is.
+/// Returns an error if the run did not end with a sealed log. Whatever is in the store still verifies as what it is.
 pub async fn run(
     options: Options,
     api: Arc<Api>,
@@ -261,7 +264,7 @@ pub async fn run(
             looked_up: &pods.iter().map(|pod| pod.attempt).chain(history.last().map(|last| last.number)).collect(),
             live: true,
             rolls_back: false,
-            // Its pods are told by no kubelet that could be cut off.
+            // No kubelet that could lose its connection reports these pods.
             in_touch_since: Timestamp::UNIX_EPOCH,
             now,
         });
@@ -284,9 +287,9 @@ pub async fn run(
                 }
             }
             Next::Seal { attempt, closed, .. } => break Some((attempt, closed)),
-            // A task that was stopped before its first attempt has no log to end, and gets one that says so.
+            // A task that is stopped before its first attempt has no log yet, and gets one that says so.
             Next::Release => break Some((0, cancelled())),
-            // A pod of ours has always ended when it is looked at.
+            // A pod of a local run has always ended when it is observed.
             Next::Nothing | Next::Run { .. } | Next::EndPods(_) | Next::Confirm(_) => break None,
         }
     };
@@ -328,13 +331,13 @@ fn cancelled() -> TaskClosed {
     }
 }
 
-/// The objects' times.
+/// Converts a timestamp to the type of Kubernetes objects.
 fn time(at: Timestamp) -> Time {
     Time(at)
 }
 
-/// Has everything in a folder of this run's be readable for an agent, whatever the mask of whoever calls: in a sandbox it may be another user,
-/// and outside nobody else gets at the folder.
+/// Makes everything in a folder of this run readable for the agent, whatever the umask of the caller is. In a sandbox the agent may be
+/// another user, and outside the sandbox no other user can reach the folder.
 fn open_to_agent(folder: &Path) -> std::io::Result<()> {
     use std::os::unix::fs::PermissionsExt;
     let is = std::fs::symlink_metadata(folder)?.file_type();
@@ -349,7 +352,7 @@ fn open_to_agent(folder: &Path) -> std::io::Result<()> {
     Ok(())
 }
 
-/// Writes a file that nobody else reads.
+/// Writes a file that only its owner can read.
 fn write_private(path: &Path, text: &str) -> Result<(), RunError> {
     use std::{io::Write, os::unix::fs::OpenOptionsExt};
     let mut options = std::fs::OpenOptions::new();

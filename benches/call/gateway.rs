@@ -1,5 +1,5 @@
-//! The gateway for [`super`]: its own service, witness, dialler and listener, in a process of its own. The objects of the cluster are in
-//! memory, tokens are the bench's, and the one name of the internet leads to loopback.
+//! The gateway for [`super`]: the real service, witness, dialer and listener, in a process of its own. The objects of the cluster are in
+//! memory, any token is accepted, and the one public name resolves to an address that is connected to loopback.
 
 use std::{
     collections::HashMap,
@@ -52,10 +52,10 @@ use tokio_util::sync::CancellationToken;
 
 const UID: &str = "6f9c3c1e-0000-4000-8000-0000000000be";
 const POD: &str = "bench-1";
-/// Where the one name of the internet is said to be.
+/// The address to which the one public name resolves.
 const OUTSIDE: IpAddr = IpAddr::V4(Ipv4Addr::new(198, 51, 100, 20));
 
-/// The API server, of whom nothing is asked but tokens.
+/// An API server that only reviews tokens.
 struct Api;
 
 impl Review for Api {
@@ -95,7 +95,7 @@ impl Create for Api {
     }
 }
 
-/// The internet: one name, one address, one server behind it.
+/// The internet: one name, one address and one server.
 struct Internet(SocketAddr);
 
 impl Resolve for Internet {
@@ -110,7 +110,7 @@ impl Connect for Internet {
     }
 }
 
-/// A real S3 where there is one, else a folder whose files are synced.
+/// A real S3 if there is one, else a folder whose files are synced.
 struct Bucket(Mutex<HashMap<String, Arc<dyn Store>>>, std::path::PathBuf);
 
 impl Buckets for Bucket {
@@ -157,7 +157,7 @@ where
     Ok(writer.as_reader())
 }
 
-/// The task's objects: two tools that read, one by HTTP and one by MCP.
+/// Returns the objects of the task, with two tools that read: one over HTTP and one over MCP.
 fn cluster() -> anyhow::Result<Cluster> {
     let contract = |name: &str, upstream: Value| {
         json!({
@@ -190,7 +190,7 @@ fn cluster() -> anyhow::Result<Cluster> {
             }],
             "evidence": {
                 "bucket": std::env::var("S3_BUCKET").unwrap_or_else(|_| "evidence".into()),
-                // Of each run's own: a log that has begun is gone on from.
+                // Each run has its own prefix, because an existing log would be continued.
                 "prefix": format!("bench-{}", jiff::Timestamp::now().as_millisecond()),
                 "mode": "Governance", "retentionDays": 1,
             },
@@ -219,7 +219,7 @@ fn cluster() -> anyhow::Result<Cluster> {
     Ok(Cluster::new(stores, Arc::new(Api)))
 }
 
-/// Writes what a harness needs into the folder, and serves. The internet is at `upstream`.
+/// Writes the files that a harness needs to the folder, and serves. The internet is at `upstream`.
 pub async fn serve(folder: &Path, upstream: SocketAddr) -> anyhow::Result<()> {
     let cluster = Arc::new(cluster()?);
     let metrics = Metrics::new(&prometheus::Registry::new())?;
@@ -264,7 +264,7 @@ pub async fn serve(folder: &Path, upstream: SocketAddr) -> anyhow::Result<()> {
         standing: Standing::Live,
     };
     let policy = cluster.compiled(&principal).map_err(|refused| anyhow!("{refused}"))?.policy.clone();
-    // Nobody is there (RFC 5737).
+    // An address that nobody uses (RFC 5737).
     let outside = "192.0.2.1:443".to_owned();
     let probe = Probe { reachable: address.clone(), unreachable: vec![outside.clone()] };
     let wiring = Wiring { attempt: 1, gateway: address.clone(), gateway_ca: certified.cert.pem(), probe };

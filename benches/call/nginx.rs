@@ -1,4 +1,4 @@
-//! Two nginx that only pass requests on, over one machine and with TLS between them: the way of [`super`] without Belay.
+//! Two nginx on one machine that only pass requests on, with TLS between them: the path of [`super`] without Belay.
 
 use std::{
     net::{SocketAddr, TcpListener},
@@ -10,7 +10,7 @@ use anyhow::Context;
 
 use super::{Process, wait_for};
 
-/// Starts both; gives them and where to ask.
+/// Starts both. Returns the processes and the address for requests.
 pub async fn start(folder: &Path, upstream: SocketAddr) -> anyhow::Result<([Process; 2], SocketAddr)> {
     let certified = rcgen::generate_simple_self_signed(["exit".to_owned()])?;
     std::fs::write(folder.join("exit.crt"), certified.cert.pem())?;

@@ -1,8 +1,8 @@
-//! `make bench ONLY=evidence`: what it takes to write evidence, beside Tessera writing the same entries, and to verify it. It needs no
+//! `make bench ONLY=evidence`: measures writing evidence, compared with Tessera writing the same entries, and verifying it. It needs no
 //! cluster.
 //!
-//! Written is as a harness does it ([`write`]), in a process of its own; what is verified ([`verify`]) was written so too, with the gateway's
-//! own witness at the other end. Per core means: by the seconds of processor that were used, whichever core they were of.
+//! Writing ([`write`]) is done as by a harness, in a process of its own. The log for verifying ([`verify`]) was written in the same way,
+//! with the gateway's own witness at the other end. Figures per core divide by the CPU seconds that were used, on whichever core.
 #![allow(clippy::print_stdout, reason = "a program that prints a table")]
 
 #[path = "../measure.rs"]
@@ -15,7 +15,7 @@ mod write;
 
 use std::path::Path;
 
-/// Of this package.
+/// The target folder of this package.
 const TARGET: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/target");
 
 #[tokio::main]

@@ -1,7 +1,8 @@
-//! The task whose evidence it is: its policy, and its calls with what became of them, as the harness records them.
+//! The task of the measured evidence: its policy, and its calls with their outcomes, as the harness records them.
 //!
-//! Of twenty calls ten are reads over MCP, nine reads over HTTP, and one is an idempotent write, of which a log has 4,096 at most. The pack
-//! classes data, has rules and weighs risk, as that for prod does; so every call is judged, and judged again by whoever verifies.
+//! Of twenty calls, ten are reads over MCP, nine are reads over HTTP, and one is an idempotent write, of which a log has at most 4,096. The
+//! pack classifies data and has rules and a risk score, as the pack for prod does. So every call is evaluated, and the verifier evaluates
+//! it again.
 
 use anyhow::{Context, anyhow};
 use belay::{
@@ -22,7 +23,7 @@ pub const NAMESPACE: &str = "team";
 pub const NAME: &str = "triage-inc-4711";
 pub const POD: &str = "triage-inc-4711-1";
 
-/// What the task may do.
+/// Returns the policy of the task.
 pub fn policy() -> anyhow::Result<PolicyConfig> {
     let tool = |name: &str, effect: &str, upstream: Value, input: Value| {
         json!({
@@ -76,7 +77,7 @@ pub fn policy() -> anyhow::Result<PolicyConfig> {
     }))?)
 }
 
-/// The attempt's first record, under this key.
+/// Returns the attempt's first record, under this key.
 pub fn opened(key: String) -> anyhow::Result<AttemptOpened> {
     let pod = Pod {
         name: POD.into(),
@@ -96,13 +97,13 @@ pub fn opened(key: String) -> anyhow::Result<AttemptOpened> {
     Ok(AttemptOpened { key, policy: policy()?, pod, containment, rollback: None, local: None })
 }
 
-/// A call as it is recorded, but for its name.
+/// A call as it is recorded, but without its ID.
 pub struct Call {
     pub intent: Intent,
     pub outcome: Outcome,
 }
 
-/// What makes calls: the harness's own decision over each.
+/// Makes calls, with the harness's own decision about each.
 pub struct Calls {
     contracts: Contracts,
     guard: Guard,
@@ -118,7 +119,7 @@ impl Calls {
         Ok(Self { contracts, guard: Guard::compile(&policy)?, results, salt: Salt::new([7; 32]) })
     }
 
-    /// The call of this number.
+    /// Returns the call with this number.
     pub fn call(&self, number: usize) -> anyhow::Result<Call> {
         let (tool, arguments) = match number % 20 {
             0 => {

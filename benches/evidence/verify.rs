@@ -1,5 +1,5 @@
-//! Records that are verified, a second and core, of one log that is in memory: by the tree alone (leaves, tree, checkpoints and their
-//! signatures), and all that `belay verify` does, which decides again over each call. Both in turns.
+//! Measures verified records, per second and core, of one log in memory. One measure is the tree alone: leaves, tree, checkpoints and their
+//! signatures. The other is all that `belay verify` does, which includes deciding about each call again. Both take turns.
 
 use std::path::Path;
 
@@ -17,12 +17,12 @@ use belay::{
 
 use crate::{measure::Measure, processor, task::UID, write};
 
-/// Calls in the log, of two records each.
+/// The number of calls in the log, with two records each.
 const CALLS: usize = 75_000;
 const TURNS: usize = 5;
-/// How often a turn checks the tree: the clock of processors has no fine hands.
+/// How often a turn verifies the tree. It is more than once because the CPU clock has a low resolution.
 const TREES: usize = 5;
-/// Records a second and core.
+/// The goals in records per second and core: the tree alone, and the whole verification.
 const GOALS: [f64; 2] = [1_000_000.0, 100_000.0];
 
 pub async fn verify(folder: &Path) -> anyhow::Result<Vec<Measure>> {
@@ -58,13 +58,13 @@ pub async fn verify(folder: &Path) -> anyhow::Result<Vec<Measure>> {
     ])
 }
 
-/// The records in the tree of these segments, whose checkpoints hold.
+/// Verifies the checkpoints of these segments, and returns the number of records in the tree.
 fn tree(segments: &[Segment], witness: &VerifierKey, attempt: &VerifierKey) -> anyhow::Result<u64> {
     let mut tree = Tree::new();
     for (index, segment) in segments.iter().enumerate() {
         tree = segment.extend(&tree)?;
         segment.note.verify_cosignature(witness)?;
-        // The last one is the gateway's own.
+        // The gateway's own checkpoint is last, and has no signature of the attempt.
         if index + 1 < segments.len() {
             segment.note.verify(attempt)?;
         }

@@ -1,10 +1,11 @@
-//! Records that are durable, a second: the harness's own journal and spool, beside Tessera's driver for a file system.
+//! Measures durable records per second: the harness's own journal and spool, compared with Tessera's driver for a file system.
 //!
-//! So many callers at a time record an intent, wait until it is in the spool and synced, and record the outcome, which goes with what comes
-//! next. On the way a record is written canonically, shown as in a pod's log, hashed, put into the tree and into a segment, whose checkpoint
-//! is signed. Whoever takes the segments at the other end has them at once: what wire and witness take is `call`'s to measure. Tessera gets
-//! the same entries, from as many callers that wait in the same way, on the same file system; it is in turns with ours. Entries are
-//! then in files that are synced each, which a reader can take as they are: ours are served so once a log has ended.
+//! Several callers at a time record an intent, wait until it is in the spool and synced, and record the outcome, which is written with the
+//! next records. On the way, a record is encoded canonically, printed as in a pod's log, hashed, and added to the tree and to a segment
+//! whose checkpoint is signed. The receiver of the segments acknowledges them at once, because `call` measures the wire and the witness.
+//! Tessera gets the same entries, from as many callers that wait in the same way, on the same file system, and takes turns with Belay.
+//! Tessera's entries are then in files that are each synced and that a reader can use as they are. Belay's are served in that form once a
+//! log has ended.
 
 use std::{
     path::Path,
@@ -45,39 +46,39 @@ use crate::{
     task::{self, Call, Calls, NAME, NAMESPACE, POD, UID},
 };
 
-/// Set for a process that writes: what, see [`Work`].
+/// The environment variable of a process that writes. Its value is a [`Work`].
 const WORK: &str = "BELAY_BENCH_WORK";
-/// So many callers at a time.
+/// The numbers of concurrent callers.
 const AT_A_TIME: [usize; 2] = [16, 256];
-/// Calls of each in a turn, of two records each.
+/// The number of calls of each caller in a turn, with two records each, and the number of turns.
 const CALLS: usize = 200;
 const TURNS: usize = 3;
-/// Records a second and core.
+/// The goal in records per second and core.
 const GOAL: f64 = 50_000.0;
-/// Where the writer is told what it took.
+/// The file to which the writer reports what it took.
 const TOOK: &str = "took.json";
 
-/// What a process is to write.
+/// The work of a writer process.
 #[derive(Serialize, Deserialize)]
 enum Work {
-    /// So many calls of each of so many callers, into the spool.
+    /// Writes `calls` calls of each of `callers` callers to the spool.
     Spool { callers: usize, calls: usize },
-    /// A log of so many calls, witnessed and sealed.
+    /// Writes a log of `calls` calls, witnessed and sealed.
     Log { calls: usize },
 }
 
-/// What writing took.
+/// The time that writing took.
 #[derive(Serialize, Deserialize)]
 struct Took {
-    /// Seconds by the clock.
+    /// Seconds of wall time.
     seconds: f64,
-    /// Seconds of processor.
+    /// Seconds of CPU time.
     processor: f64,
-    /// Milliseconds of each wait.
+    /// The duration of each wait, in milliseconds.
     waits: Vec<f64>,
 }
 
-/// The writer's process, if this is it: it works in the folder that it is in.
+/// Does the work in the current folder if this process is a writer, and returns whether it was.
 pub async fn child() -> anyhow::Result<bool> {
     let Ok(work) = std::env::var(WORK) else { return Ok(false) };
     match serde_json::from_str(&work)? {
@@ -90,7 +91,7 @@ pub async fn child() -> anyhow::Result<bool> {
     Ok(true)
 }
 
-/// Has a process of our own do it in a new folder. What it shows is in the file `records` there, as in a pod's log.
+/// Starts a writer process in a new folder. Its output goes to the file `records` there, as to a pod's log.
 fn run(folder: &Path, work: &Work) -> anyhow::Result<()> {
     std::fs::create_dir(folder)?;
     let status = Command::new(std::env::current_exe()?)
@@ -103,14 +104,14 @@ fn run(folder: &Path, work: &Work) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A log of so many calls that ends in order, in a new folder; gives the store that it is in, its prefix there, and the witness's key.
+/// Writes a log of `calls` calls that ends in order, to a new folder. Returns the store, the log's prefix in it, and the witness's key.
 pub fn written(folder: &Path, calls: usize) -> anyhow::Result<(Dir, String, VerifierKey)> {
     run(folder, &Work::Log { calls })?;
     let key = std::fs::read_to_string(folder.join("witness.vkey"))?.trim().parse()?;
     Ok((Dir::new(folder.join("bucket")), place().location.prefix, key))
 }
 
-/// Both sides in turn.
+/// Measures both sides in turns.
 pub fn write(folder: &Path) -> anyhow::Result<Vec<Measure>> {
     let tessera = std::env::var("BELAY_TESSERA").context("BELAY_TESSERA names no program; `make bench` builds it")?;
     let mut measures = Vec::new();
@@ -121,7 +122,7 @@ pub fn write(folder: &Path) -> anyhow::Result<Vec<Measure>> {
             let (mine, other) = (at("belay"), at("tessera"));
             run(&mine, &Work::Spool { callers, calls: CALLS })?;
             ours.push(serde_json::from_slice::<Took>(&std::fs::read(mine.join(TOOK))?)?);
-            // But for the policy and the record that opens the attempt.
+            // All lines but the policy and the record that opens the attempt.
             let shown = std::fs::read_to_string(mine.join("records"))?;
             let entries: Vec<&str> = shown.lines().skip(2).collect();
             ensure!(entries.len() == 2 * callers * CALLS, "expected two records a call, found {}", entries.len());
@@ -150,7 +151,7 @@ pub fn write(folder: &Path) -> anyhow::Result<Vec<Measure>> {
     Ok(measures)
 }
 
-/// Tessera, with the entries in this folder.
+/// Runs Tessera with the entries in this folder.
 fn peer(program: &str, folder: &Path, callers: usize) -> anyhow::Result<Took> {
     let output = Command::new(program)
         .args([folder.join("log"), folder.join("entries")])
@@ -168,7 +169,7 @@ fn denied(denial: Denial) -> anyhow::Error {
     anyhow!("{}: {}", denial.rule, denial.reason)
 }
 
-/// A journal whose spool is in the folder that we are in, and which is open.
+/// Starts a journal with its spool in the current folder, and opens the attempt.
 async fn journal(witness: Arc<dyn journal::Witness>) -> anyhow::Result<Arc<Journal>> {
     let signer = Signer::generate(&note::attempt_key_name(UID, 1))?;
     let key = signer.verifier().to_string();
@@ -188,7 +189,7 @@ async fn journal(witness: Arc<dyn journal::Witness>) -> anyhow::Result<Arc<Journ
     Ok(journal)
 }
 
-/// Records that a call is about to leave, as the gate does.
+/// Records an intent, as the gate does.
 async fn intend(journal: &Journal, intent: Intent) -> Result<u64, Denial> {
     journal.room().await;
     journal.record(|seq, task| {
@@ -197,7 +198,7 @@ async fn intend(journal: &Journal, intent: Intent) -> Result<u64, Denial> {
     })
 }
 
-/// Records what became of it.
+/// Records the outcome.
 fn settle(journal: &Journal, intent: u64, outcome: Outcome) -> Result<u64, Denial> {
     journal.record(|_, _| Ok(Event::Outcome(Outcome { call: call_id(intent), ..outcome })))
 }
@@ -222,7 +223,7 @@ async fn spool(callers: usize, calls: usize) -> anyhow::Result<Took> {
     Ok(Took { seconds, processor, waits })
 }
 
-/// One caller's calls, one after the other: how long each waited, and the last outcome.
+/// Makes the calls of one caller, one after the other. Returns the duration of each wait, and the last outcome.
 async fn caller(journal: Arc<Journal>, calls: Vec<Call>) -> Result<(Vec<f64>, u64), Denial> {
     let (mut waits, mut last) = (Vec::with_capacity(calls.len()), 0);
     for Call { intent, outcome } in calls {
@@ -235,7 +236,7 @@ async fn caller(journal: Arc<Journal>, calls: Vec<Call>) -> Result<(Vec<f64>, u6
     Ok((waits, last))
 }
 
-/// Whoever has every segment at once.
+/// A witness that acknowledges every segment at once.
 struct AtOnce;
 
 impl journal::Witness for AtOnce {
@@ -250,7 +251,7 @@ impl journal::Witness for AtOnce {
     }
 }
 
-/// The gateway's witness, who is asked without a wire between.
+/// The gateway's witness, called without a network between.
 struct Gateway {
     witness: Arc<Witness>,
     digest: String,
@@ -269,7 +270,7 @@ impl journal::Witness for Gateway {
     }
 }
 
-/// A folder as the one bucket.
+/// A folder in place of every bucket.
 struct Folder(Dir);
 
 impl Buckets for Folder {

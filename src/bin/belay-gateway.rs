@@ -1,4 +1,4 @@
-//! The gateway's process: options, telemetry, run.
+//! The gateway's process: parses the options, starts telemetry, and runs.
 
 use belay::{
     gateway::{options::Options, run},
@@ -9,7 +9,7 @@ use clap::Parser;
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
     let options = Options::parse();
-    // Two providers in one process, or none, would be a panic at the first handshake.
+    // With two providers in one process, or none, the first handshake would panic.
     rustls::crypto::ring::default_provider()
         .install_default()
         .map_err(|_| anyhow::anyhow!("another TLS provider was installed before"))?;

@@ -1,4 +1,4 @@
-//! The harness's entry point: `serve` beside the agent, `probe` before it.
+//! The harness's process: `serve` runs beside the agent, `probe` runs before it.
 
 use std::{io::Write, path::PathBuf, process::ExitCode};
 
@@ -12,7 +12,7 @@ use belay::{
 };
 use clap::{Parser, Subcommand};
 
-/// Enforces an agent's contracts and budgets and writes its evidence.
+/// Enforces an agent's contracts and limits and writes its evidence.
 #[derive(Parser)]
 #[command(version)]
 struct Args {
@@ -22,36 +22,36 @@ struct Args {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Proves that this pod reaches the gateway and nothing else.
+    /// Checks that this pod reaches the gateway and nothing else.
     Probe {
-        /// The rendered configuration.
+        /// File with the rendered configuration.
         #[arg(long)]
         config: PathBuf,
-        /// Where to write what was seen.
+        /// File to write the result to.
         #[arg(long)]
         out: PathBuf,
         /// Address of this node, whose kubelet must not answer.
         #[arg(long, env = "HOST_IP")]
         host_ip: Option<std::net::IpAddr>,
     },
-    /// Has the harness of this pod roll back another task, and waits for that. In the agent's place.
+    /// Requests the rollback of another task from the harness of this pod, and waits for it. Runs in place of the agent.
     Undo {
-        /// Where the kubelet looks for what the pod's status is to say.
+        /// File from which the kubelet reads the termination message of the container.
         #[arg(long, default_value = "/dev/termination-log")]
         message: PathBuf,
     },
     /// Serves the agent.
     Serve {
-        /// The rendered configuration.
+        /// File with the rendered configuration.
         #[arg(long)]
         config: PathBuf,
-        /// What the probe wrote.
+        /// File that the probe wrote.
         #[arg(long)]
         containment: PathBuf,
-        /// The projected token.
+        /// File with the projected token.
         #[arg(long)]
         token: PathBuf,
-        /// The folder of evidence that is not stored yet.
+        /// Folder of the spool: evidence that is not stored yet.
         #[arg(long)]
         spool: PathBuf,
         /// Address of this node, whose kubelet must not answer.
@@ -63,7 +63,7 @@ enum Command {
         /// This pod's UID.
         #[arg(long, env = "POD_UID")]
         pod_uid: String,
-        /// This node.
+        /// Name of this node.
         #[arg(long, env = "NODE_NAME")]
         node_name: String,
         /// The pod's runtime class.
@@ -80,12 +80,12 @@ fn kubelet(host_ip: Option<std::net::IpAddr>) -> Option<String> {
 }
 
 fn main() -> anyhow::Result<ExitCode> {
-    // Before anything is opened: what lies beyond standard error is whoever's started this container.
+    // Before anything is opened: descriptors beyond standard error belong to whatever started this container.
     let inherited = belay::inherited::descriptors();
-    // Wall time, signals, the probe and the journal have this thread to themselves: agents are served on others.
+    // The wall time, signals, the probe and the journal have this thread to themselves. Agents are served on other threads.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let code = runtime.block_on(run(inherited));
-    // A disk that does not answer keeps a thread, and must not keep us; nor does who does not read what we say.
+    // Neither a disk that does not answer, which blocks a thread, nor a reader that does not read the output must block the exit.
     runtime.shutdown_background();
     belay::output::stdout().end();
     belay::output::stderr().end();

@@ -5,7 +5,7 @@ use std::{ffi::OsString, process::ExitCode};
 use belay::inherited::Descriptor;
 
 fn main() -> ExitCode {
-    // Before anything is opened, and before there is a thread or a child: what lies beyond standard error is somebody else's.
+    // Before anything is opened, and before there is a thread or a child process: descriptors beyond standard error belong to the caller.
     let inherited = belay::inherited::descriptors();
     let args: Vec<OsString> = std::env::args_os().collect();
     if !belay::cli::hands_on(&args) {
@@ -14,11 +14,11 @@ fn main() -> ExitCode {
     run(args, inherited)
 }
 
-/// Threads beside the first, which shows what happens and hears who types.
+/// The number of threads in addition to the first one, which draws the screen and reads the keyboard.
 const THREADS: usize = 2;
 
 fn run(args: Vec<OsString>, inherited: std::io::Result<Vec<Descriptor>>) -> ExitCode {
-    // rustls takes no guesses between providers. Only fails if there is one already.
+    // rustls needs one explicit provider. Installing fails only if there is one already.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(THREADS).enable_all().build();
     let runtime = match runtime {
@@ -30,7 +30,7 @@ fn run(args: Vec<OsString>, inherited: std::io::Result<Vec<Descriptor>>) -> Exit
         }
     };
     let code = runtime.block_on(belay::cli::run(args, inherited));
-    // A disk that does not answer keeps a thread, and must not keep us.
+    // A disk that does not answer blocks a thread, and must not block the exit.
     runtime.shutdown_background();
     code
 }

@@ -1,5 +1,6 @@
-//! Writes the custom resource definitions into a folder, one file each, and the generated documents into another: what model requests may have
-//! in them, the rules of the log, and the reference of the kinds and of the command line. `make generate` runs it; `make lint` checks for drift.
+//! Writes the custom resource definitions to a folder, one file each, and the generated documents to another: which fields model requests
+//! may have, the rules of the log, and the reference of the kinds and of the command line. `make generate` runs it; `make lint` checks for
+//! drift.
 
 use std::{
     fs,

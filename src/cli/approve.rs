@@ -1,8 +1,8 @@
-//! `belay approvals`, `belay approve` and `belay deny`: calls that wait for people, and what a person says of one.
+//! `belay approvals`, `belay approve` and `belay deny`: the calls that wait for approval, and an approver's decision about one.
 //!
-//! Promises: all of what is decided on is shown before the decision is written, and it is written on nothing else; what admission
-//! would refuse is refused here, with the reason. Refuses: to change or take back a decision, to decide in another's name, and to
-//! judge by rules of its own: [`standing`] says where a request stands.
+//! Guarantees: everything that the decision is about is shown before the decision is written, and the decision is written to nothing else.
+//! A decision that admission would deny is denied here, with the reason. A decision is never changed or withdrawn, and never made in
+//! another user's name. [`standing`] alone evaluates the state of a request.
 
 use std::{
     fmt::Write as _,
@@ -33,14 +33,14 @@ use crate::{
 #[cfg(test)]
 mod tests;
 
-/// Longest reason, in characters, as in the CRD.
+/// The maximum length of a reason, in characters, as in the CRD.
 const LONGEST_REASON: usize = 1024;
-/// Others may decide at the same time; so often it is tried again.
+/// The maximum number of tries: other approvers may decide at the same time.
 const TRIES: usize = 5;
-/// Requests that are asked for at once.
+/// The number of requests on a page.
 const PAGE: u32 = 100;
 
-/// A request as it is read: one that this version does not understand stops nothing but itself.
+/// The API of requests. A request that this version does not understand does not affect the others.
 type Requests = Api<DeserializeGuard<ApprovalRequest>>;
 
 /// List the calls that wait for approval.
@@ -119,7 +119,7 @@ struct Decision {
     cluster: Cluster,
 }
 
-/// A reason that the API server will take.
+/// Parses a reason that the API server accepts.
 fn reason(text: &str) -> Result<String, String> {
     let text = text.trim();
     match text.chars().count() {
@@ -129,7 +129,7 @@ fn reason(text: &str) -> Result<String, String> {
     }
 }
 
-/// Lists and gives the exit code.
+/// Lists the requests and returns the exit code.
 pub(super) async fn list(args: &List, out: &mut dyn Write, notes: &mut dyn Write) -> Result<u8, CliError> {
     let (client, namespace) = args.cluster.connect().await?;
     let paint = Paint::new(std::io::stdout().is_terminal());
@@ -137,12 +137,12 @@ pub(super) async fn list(args: &List, out: &mut dyn Write, notes: &mut dyn Write
     listed(&requests, &namespace, args.all, paint, out, notes).await
 }
 
-/// Approves and gives the exit code.
+/// Approves the request and returns the exit code.
 pub(super) async fn approve(args: &Approve, out: &mut dyn Write, notes: &mut dyn Write) -> Result<u8, CliError> {
     decide(&args.decision, Answer::Approve, out, notes).await
 }
 
-/// Denies and gives the exit code.
+/// Denies the request and returns the exit code.
 pub(super) async fn deny(args: &Deny, out: &mut dyn Write, notes: &mut dyn Write) -> Result<u8, CliError> {
     decide(&args.decision, Answer::Deny, out, notes).await
 }
@@ -196,7 +196,7 @@ async fn listed(
     Ok(0)
 }
 
-/// What somebody says of one request.
+/// An approver's decision about one request.
 struct Ballot<'a> {
     namespace: &'a str,
     name: &'a str,
@@ -204,7 +204,7 @@ struct Ballot<'a> {
     reason: Option<&'a str>,
 }
 
-/// Who somebody is, as the API server authenticates them.
+/// A user, as the API server authenticates them.
 #[derive(Debug, PartialEq, Eq)]
 struct Person {
     name: String,
@@ -212,7 +212,7 @@ struct Person {
 }
 
 impl Ballot<'_> {
-    /// Shows what is decided, writes the decision and says what came of it.
+    /// Shows the request, writes the decision and reports the result.
     async fn cast(
         &self,
         client: Client,
@@ -246,9 +246,9 @@ impl Ballot<'_> {
                 Ok(DeserializeGuard(Err(e))) => {
                     return Err(CliError::new(not_understood(self.namespace, self.name, &e.error)));
                 }
-                // Somebody else decided meanwhile, which may leave nothing to decide.
+                // Another approver decided meanwhile, so there may be nothing left to decide.
                 Err(kube::Error::Api(status)) if status.is_conflict() => request = self.read(&requests).await?,
-                // Admission or RBAC, which know better.
+                // Admission or RBAC denied it. They have the last word.
                 Err(kube::Error::Api(status)) if status.is_forbidden() => {
                     writeln!(notes, "refused: {}", Safe(&status.message))?;
                     return Ok(1);
@@ -281,7 +281,7 @@ impl Ballot<'_> {
         }
     }
 
-    /// Adds the decision to those that were read, if they still are all.
+    /// Adds the decision to the decisions that were read, if the request has not changed since.
     async fn write(
         &self,
         requests: &Requests,
@@ -299,7 +299,7 @@ impl Ballot<'_> {
     }
 }
 
-/// Who we are.
+/// Returns the current user.
 async fn whoami(client: Client) -> Result<Person, CliError> {
     let reviews: Api<SelfSubjectReview> = Api::all(client);
     let review = reviews.create(&PostParams::default(), &SelfSubjectReview::default()).await.map_err(|e| {
@@ -322,7 +322,7 @@ fn stands(request: &ApprovalRequest, now: Timestamp) -> Standing {
     standing(&asked(&request.spec), votes(request), now)
 }
 
-/// How many approvals count: as many as would be enough.
+/// Returns how many approvals count: the highest required number for which they would be enough.
 fn approvals(request: &ApprovalRequest) -> i64 {
     let yes: Vec<_> = votes(request).iter().filter(|vote| vote.decision == Answer::Approve).cloned().collect();
     let enough = |required: &i64| {
@@ -332,7 +332,7 @@ fn approvals(request: &ApprovalRequest) -> i64 {
     (1..).take_while(enough).last().unwrap_or_default()
 }
 
-/// Where a request stands, in words. Not safe to show yet.
+/// Returns the state of a request, in words. The text is not safe to show yet.
 fn words(request: &ApprovalRequest, now: Timestamp) -> String {
     let (has, needs) = (approvals(request), request.spec.required);
     let count = format!("{has} of {needs} approval{}", if needs == 1 { "" } else { "s" });
@@ -347,8 +347,8 @@ fn words(request: &ApprovalRequest, now: Timestamp) -> String {
     }
 }
 
-/// Why a decision would not be taken, or would change nothing. That the request shows the call's own arguments the gateway checks, which takes no
-/// approval of another.
+/// Returns why a decision would be denied or would change nothing. The gateway checks that the request shows the arguments of the call, and
+/// accepts no approval of other arguments.
 fn refusal(request: &ApprovalRequest, person: &Person, answer: Answer, now: Timestamp) -> Option<String> {
     let spec = &request.spec;
     if let Some(own) = votes(request).iter().find(|vote| vote.by == person.name) {
@@ -405,7 +405,7 @@ fn verb(answer: Answer) -> &'static str {
     }
 }
 
-/// Everything that a person needs to decide. Nothing is cut: what is not shown may be what matters.
+/// Returns everything that an approver needs to decide. Nothing is cut, because the part that is not shown may be the one that matters.
 pub(super) fn describe(request: &ApprovalRequest, now: Timestamp, paint: Paint) -> String {
     let spec = &request.spec;
     let (name, words) = (request.name_any(), words(request, now));
@@ -451,7 +451,7 @@ pub(super) fn describe(request: &ApprovalRequest, now: Timestamp, paint: Paint) 
     text
 }
 
-/// Arguments as people read them, if that says the same; otherwise as they are.
+/// Returns the arguments indented if that has the same canonical form, and otherwise as they are.
 fn arguments(text: &str) -> String {
     let same = |value: &Value| canonical::to_bytes(value).is_ok_and(|bytes| bytes == text.as_bytes());
     let value: Option<Value> = serde_json::from_str(text).ok().filter(same);

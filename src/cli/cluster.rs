@@ -1,4 +1,4 @@
-//! Where the cluster is and which namespace is meant: as kubectl has it.
+//! The connection to the cluster, and the namespace, as kubectl determines them.
 
 use std::path::PathBuf;
 
@@ -9,7 +9,7 @@ use kube::{
 
 use super::CliError;
 
-/// How to reach the cluster.
+/// Options for reaching the cluster.
 #[derive(Clone, Debug, Default, clap::Args)]
 pub(super) struct Cluster {
     /// Namespace of the task or request [default: that of the kubeconfig's context]
@@ -24,7 +24,7 @@ pub(super) struct Cluster {
 }
 
 impl Cluster {
-    /// A client, and the namespace that is meant.
+    /// Returns a client and the namespace.
     pub(super) async fn connect(&self) -> Result<(Client, String), CliError> {
         let options = KubeConfigOptions { context: self.context.clone(), ..KubeConfigOptions::default() };
         let unreachable = |e: &dyn std::fmt::Display| {
@@ -44,7 +44,7 @@ impl Cluster {
     }
 }
 
-/// What the API server said, in one line.
+/// Returns the API server's message, in one line.
 pub(super) fn explain(error: &kube::Error) -> String {
     match error {
         kube::Error::Api(status) => status.message.clone(),

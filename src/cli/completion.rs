@@ -1,7 +1,9 @@
-//! `belay completion`: what a shell needs to complete our commands and flags.
+//! `belay completion`: prints the scripts with which a shell completes commands and flags.
 //!
-//! Promises: the script follows from the command line itself, and so knows all that this version knows. Refuses: to install itself, to ask
-//! a cluster for names, and to give `kubectl belay` a script that kubectl would never ask.
+//! Guarantees: the script is generated from the command line itself, and so covers everything that this version has.
+//!
+//! Non-goals: installing itself, and asking a cluster for names. For `kubectl belay` there is no script for a shell, because kubectl would
+//! never call it.
 
 use std::io::Write;
 
@@ -39,8 +41,8 @@ enum For {
     Kubectl,
 }
 
-/// Has bash complete what kubectl asks about: the words after `kubectl belay`, the last of them unfinished. The last line is for kubectl: 4 says
-/// that files are no answer, 0 that they are.
+/// Makes bash complete what kubectl asks about: the words after `kubectl belay`, of which the last is unfinished. The last line is for
+/// kubectl: 4 means that files are no answer, and 0 that they are.
 const ASKED_BY_KUBECTL: &str = r#"
 COMP_WORDS=(belay "$@") COMP_CWORD=$#
 _belay belay "${COMP_WORDS[COMP_CWORD]}" "${COMP_WORDS[COMP_CWORD-1]}"

@@ -1,8 +1,8 @@
-//! `belay contract init`: what an MCP server lists becomes drafts of contracts, for a person to read.
+//! `belay contract init`: drafts contracts from the tools that an MCP server lists, for review.
 //!
-//! Promises: a draft is never wider than what was listed, says what of the list could not be kept, and passes `belay lint`.
-//! Refuses: to call a tool, to overwrite a file, to believe a server that calls its own tool harmless without saying that it
-//! was the server who said so.
+//! Guarantees: a draft is never wider than the listed tool. It says which parts of the listed tool it lacks, and it passes `belay lint`. No
+//! tool is called and no file is overwritten. If the server says that its own tool is harmless, the draft says that this is the server's
+//! claim.
 
 use std::{io::Write, path::PathBuf, time::Duration};
 
@@ -23,10 +23,10 @@ mod list;
 #[cfg(all(test, feature = "mcp-client"))]
 mod tests;
 
-/// How long a server may take over all of it.
+/// The time that the server has for the whole list.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Work on ToolContracts.
+/// Work with ToolContracts.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     #[command(subcommand)]
@@ -78,7 +78,7 @@ struct Init {
     token: Option<String>,
 }
 
-/// Runs the command and gives the exit code.
+/// Runs the command and returns the exit code.
 pub(super) async fn run(args: &Args, out: &mut dyn Write, notes: &mut dyn Write) -> Result<u8, CliError> {
     let Command::Init(args) = &args.command;
     let tools = tokio::time::timeout(PATIENCE, list(&args.mcp, args.token.as_deref())).await.map_err(|_| {
@@ -105,7 +105,7 @@ pub(super) async fn run(args: &Args, out: &mut dyn Write, notes: &mut dyn Write)
             }
         }
     }
-    // What is not the server's to mend, such as an address where the gateway wants a name.
+    // Report what the server cannot fix, such as an address where the gateway expects a name.
     for draft in &drafts {
         let path = format!("{}.yaml", draft.name).into();
         let outcome =

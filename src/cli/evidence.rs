@@ -1,4 +1,4 @@
-//! Where a task's evidence is: a task in the cluster, a folder, or a bucket; and the witness's key for it.
+//! Finds a task's evidence: in the bucket of a task in the cluster, in a folder, or in a named bucket. Also finds the witness's key.
 
 use std::{
     fs,
@@ -24,22 +24,22 @@ use crate::{
     verify::Expected,
 };
 
-/// What a folder of a log has in it.
+/// The folder in a log that contains the segments.
 const SEGMENTS: &str = "segments";
-/// Folders between that of all evidence and one of a log.
+/// The number of folder levels between the evidence folder and the folder of a log.
 const DEEPEST: usize = 2;
-/// Logs that are named where one was expected.
+/// The maximum number of logs that an error lists.
 const MOST_LOGS: usize = 10;
-/// The witness's public key in a downloaded log.
+/// The file with the witness's public key in a downloaded log.
 const KEY_FILE: &str = "witness.vkey";
-/// Where the operator publishes it.
+/// The namespace where the operator publishes the witness's key.
 const KEY_NAMESPACE: &str = "belay-system";
-/// See [`KEY_NAMESPACE`].
+/// The ConfigMap with the witness's key.
 const KEY_CONFIG_MAP: &str = "belay-witness-key";
-/// See [`KEY_NAMESPACE`].
+/// The entry of that ConfigMap.
 const KEY_ENTRY: &str = "vkey";
 
-/// Which log is meant, and the key for it.
+/// Options that select the log and its key.
 #[derive(Debug, clap::Args)]
 pub(super) struct Source {
     /// Name of a task, a folder, or s3://bucket/prefix
@@ -68,14 +68,14 @@ pub(super) struct Source {
 }
 
 impl Source {
-    /// The witness's key, where the log is not there to name one.
+    /// Returns the given key of the witness, for cases in which there is no log with a key.
     pub(super) fn given_key(&self) -> Result<VerifierKey, CliError> {
         let given = self.witness_key.as_ref();
         given_key(given.ok_or_else(|| CliError::new("expected --witness-key: a proof cannot vouch for itself"))?)
     }
 }
 
-/// Where a witness's key is from.
+/// Where a witness's key comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum KeySource {
     /// The command line.
@@ -86,17 +86,17 @@ pub(super) enum KeySource {
     Cluster,
 }
 
-/// A log and what it is held against.
+/// A log and what it is verified against.
 pub(super) struct Evidence {
-    /// Where it lies.
+    /// The location of the log.
     pub(super) place: String,
     /// The log.
     pub(super) log: Log,
     /// The witness's key.
     pub(super) key: VerifierKey,
-    /// Where that is from.
+    /// Where the key comes from.
     pub(super) source: KeySource,
-    /// What is known of the log from elsewhere.
+    /// What is known about the log from elsewhere.
     pub(super) expected: Expected,
 }
 
@@ -111,7 +111,7 @@ pub(super) async fn find(args: &Source) -> Result<Evidence, CliError> {
     }
     match task(args).await {
         Ok(found) => Ok(found),
-        // A name may be that of a task that ran here, without a cluster.
+        // The name may be that of a task that ran on this machine, without a cluster.
         Err(error) => match logs_here(args) {
             logs if logs.is_empty() => Err(error),
             logs => Err(CliError::new(format!(
@@ -122,7 +122,7 @@ pub(super) async fn find(args: &Source) -> Result<Evidence, CliError> {
     }
 }
 
-/// Logs of runs on this machine of a task of that name.
+/// Returns the logs on this machine of runs of a task of that name.
 fn logs_here(args: &Source) -> Vec<PathBuf> {
     let Some(state) = state_folder() else { return Vec::new() };
     let namespace = args.cluster.namespace.as_deref().unwrap_or("default");
@@ -133,7 +133,7 @@ fn logs_here(args: &Source) -> Vec<PathBuf> {
     logs_below(&state.join("evidence").join(namespace).join(&args.target))
 }
 
-/// Where `belay run` keeps what is its user's.
+/// Returns the folder in which `belay run` stores the user's state.
 pub(super) fn state_folder() -> Option<PathBuf> {
     let own = std::env::var_os("XDG_STATE_HOME").filter(|path| Path::new(path).is_absolute()).map(PathBuf::from);
     let own = own.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".local/state")));
@@ -170,7 +170,7 @@ async fn bucket(args: &Source, location: &Location) -> Result<Evidence, CliError
     let key = given_key(given)?;
     let log = read_bucket(args, location, args.endpoint.as_deref()).await?;
     not_empty(&log, &location.to_string())?;
-    // The gateway names a log's folder after its task's UID.
+    // The gateway names the folder of a log after the UID of its task.
     let uid = location.prefix.trim_end_matches('/').rsplit('/').next().unwrap_or_default();
     let looks_like_uid = uid.len() == 36 && uid.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-');
     let expected = if looks_like_uid { Expected::Origin(origin(uid)) } else { Expected::Anything };
@@ -195,7 +195,7 @@ async fn task(args: &Source) -> Result<Evidence, CliError> {
         )));
     };
     let uid = task.metadata.uid.unwrap_or_default();
-    // A log that is not sealed yet has no head to compare with, and is incomplete.
+    // A log that is not sealed has no head to compare with, and is incomplete.
     let expected =
         if status.root.is_empty() { Expected::Origin(origin(&uid)) } else { Expected::Head(head(&status, &uid)?) };
     let (key, source) = match &args.witness_key {
@@ -209,7 +209,7 @@ async fn task(args: &Source) -> Result<Evidence, CliError> {
     Ok(Evidence { place: location.to_string(), log, key, source, expected })
 }
 
-/// The head in the task's status, which must be of this task's log.
+/// Returns the head in the task's status, which must belong to this task's log.
 fn head(status: &EvidenceStatus, uid: &str) -> Result<Checkpoint, CliError> {
     let text = format!("{}\n{}\n{}\n", status.origin, status.size, status.root);
     let head = Checkpoint::parse(&text).map_err(|e| CliError::new(format!("status.evidence is {e}")))?;
@@ -256,7 +256,7 @@ async fn read_bucket(args: &Source, location: &Location, endpoint: Option<&str>)
     Log::read(&store, &location.prefix, true).await.map_err(|e| CliError::new(e.to_string()))
 }
 
-/// A wrong path must not pass for an unfinished log.
+/// Returns an error for a location without a log, because a wrong path must not pass for an unfinished log.
 fn not_empty(log: &Log, place: &str) -> Result<(), CliError> {
     if log.segments.is_empty() && log.odd.is_empty() && log.versions.as_ref().is_none_or(Vec::is_empty) {
         let message = format!(
@@ -277,13 +277,13 @@ fn given_key(given: &str) -> Result<VerifierKey, CliError> {
     }
 }
 
-/// Logs in folders below one, as evidence lies: `<namespace>/<task>/<uid>`, the newest first.
+/// Returns the logs below a folder, at the depth of `<namespace>/<task>/<uid>` or less, the newest first.
 fn logs_below(directory: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
     let mut folders = vec![(directory.to_owned(), 0)];
     while let Some((folder, depth)) = folders.pop() {
         let below = fs::read_dir(&folder).into_iter().flatten().flatten().filter(|entry| {
-            // Whoever has filled the folder may have put links there.
+            // Whoever filled the folder may have put links there.
             entry.file_type().is_ok_and(|is| is.is_dir())
         });
         for path in below.map(|entry| entry.path()) {
@@ -303,13 +303,13 @@ fn read_key(file: &Path) -> Result<VerifierKey, CliError> {
     text.trim().parse().map_err(|e| CliError::new(format!("{}: {e}", file.display())))
 }
 
-/// The key that lies with the log. Whoever has filled the folder may have put anything there.
+/// Reads the key that lies with the log. Whoever filled the folder may have put anything there.
 fn key_inside(file: &Path) -> Result<VerifierKey, CliError> {
     let text = folder::key(file).map_err(|e| CliError::new(format!("{}: {e}", file.display())))?;
     text.trim().parse().map_err(|e| CliError::new(format!("{}: {e}", file.display())))
 }
 
-/// Writes the log and the key into a new folder.
+/// Writes the log and the key to a new folder.
 pub(super) async fn save(evidence: &Evidence, folder: &Path) -> Result<(), CliError> {
     let failed = |e: &dyn std::fmt::Display| CliError::new(format!("cannot save to {}: {e}", folder.display()));
     if fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_some()) {

@@ -1,6 +1,6 @@
-//! Folders that we fill for people.
+//! Folders that commands fill with files.
 //!
-//! Promises: all files or none, as far as what is there already decides. Refuses: to overwrite anything.
+//! Guarantees: all files are written or none, as far as the existing files decide that in advance. Nothing is overwritten.
 
 use std::{
     fs::{self, File},
@@ -10,10 +10,11 @@ use std::{
 
 use super::CliError;
 
-/// Writes those of these files that are not there yet into a folder, which is made where there is none. Gives the names of those that are.
+/// Writes those of these files that do not exist yet to a folder, and creates the folder if it does not exist. Returns the names of those
+/// that exist.
 ///
 /// # Errors
-/// If all are there, or one cannot be written.
+/// Returns an error if all exist, or if one cannot be written.
 pub(super) fn complete<'a>(
     folder: &Path,
     files: impl Iterator<Item = (&'a str, &'a str)> + Clone,
@@ -31,7 +32,7 @@ pub(super) fn complete<'a>(
     Ok(kept)
 }
 
-/// Writes new files, by name and text, into a folder, which is made where there is none.
+/// Writes new files, given by name and text, to a folder, and creates the folder if it does not exist.
 pub(super) fn fill<'a>(
     folder: &Path,
     files: impl Iterator<Item = (impl AsRef<Path>, &'a str)> + Clone,

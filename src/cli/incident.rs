@@ -1,7 +1,7 @@
-//! `belay incident`: the whole run as a timeline, for people.
+//! `belay incident`: reports a task as a timeline.
 //!
-//! Promises: every line names the record that it is from; the log is verified first, and what that found is on top; the page needs no network and
-//! runs no script. Refuses: to add anything that the log does not say.
+//! Guarantees: every line names the record that it comes from. The log is verified first, and the report starts with the result. The page
+//! needs no network and runs no script. The report adds nothing that the log does not say.
 
 use std::io::Write;
 
@@ -45,11 +45,11 @@ enum Output {
     Html,
 }
 
-/// Writes the timeline and gives the exit code.
+/// Writes the report and returns the exit code.
 pub(super) async fn run(args: &Args, out: &mut dyn Write) -> Result<u8, CliError> {
     let evidence = evidence::find(&args.source).await?;
     let report = verify::verify(&evidence.log, &evidence.key, &evidence.expected);
-    // As far as it can be read: what cannot is a finding.
+    // Read the segments as far as possible: the verification has a finding for the first unreadable one.
     let mut segments = Vec::new();
     for bytes in evidence.log.segments.values() {
         let Ok(segment) = Segment::read(bytes) else { break };

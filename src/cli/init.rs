@@ -1,8 +1,9 @@
-//! `belay init`: a folder that `belay run` runs at once, to begin from.
+//! `belay init`: creates a folder that `belay run` runs at once.
 //!
-//! Guarantees: what is written is examples/hello, as the tests run it, but for the model that `--model` names and the task's name, which is the
-//! folder's. A file that is there already stays as it is, and is said to.
-//! Non-goals: to change a file that somebody else has written so that it fits the others.
+//! Guarantees: the files are those of examples/hello, which the tests run, except for the model that `--model` names and the name of the
+//! task, which is the folder's. An existing file stays as it is, and the output says so.
+//!
+//! Non-goals: changing an existing file so that it fits the others.
 
 use std::{
     io::Write,
@@ -23,9 +24,9 @@ const PACK: &str = include_str!("../../examples/hello/policy-pack.yaml");
 const AGENT: &str = include_str!("../../examples/hello/agent.py");
 const AGENT_MESSAGES: &str = include_str!("../../examples/hello/agent_messages.py");
 const STANDIN: &str = include_str!("../../examples/hello/standin.py");
-/// The pack's file.
+/// The file of the pack.
 const PACK_FILE: &str = "policy-pack.yaml";
-/// Longest name that is made of a folder's: names of pods are made of it in turn.
+/// The maximum length of a task name that is made from a folder's name, because pod names are made from it in turn.
 const LONGEST_NAME: usize = 40;
 
 /// Make a folder with a task, contracts, a pack and an agent, which `belay run` runs at once.
@@ -60,7 +61,7 @@ pub(super) struct Args {
     model_name: Option<String>,
 }
 
-/// Runs the command and gives the exit code.
+/// Runs the command and returns the exit code.
 pub(super) fn run(args: &Args, out: &mut dyn Write) -> Result<u8, CliError> {
     let model =
         args.model.clone().map(|provider| Model::new(provider, args.model_name.as_deref(), &|host| addresses(host)));
@@ -88,25 +89,25 @@ pub(super) fn run(args: &Args, out: &mut dyn Write) -> Result<u8, CliError> {
     Ok(0)
 }
 
-/// A text as one word of a shell's, as plain as it can be.
+/// Returns a text as one word for a shell, quoted only if needed.
 fn word(text: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "-._/+:@%".contains(c);
     if !text.is_empty() && text.chars().all(plain) { text.to_owned() } else { quoted(text) }
 }
 
-/// A text in a shell's quotes.
+/// Returns a text in a shell's quotes.
 fn quoted(text: &str) -> String {
     format!("'{}'", text.replace('\'', r"'\''"))
 }
 
-/// The addresses that this machine's programs find for a name; none where they find none.
+/// Returns the addresses that programs of this machine find for a name, or none.
 fn addresses(host: &Hostname) -> Vec<IpAddr> {
     (host.as_str(), 0).to_socket_addrs().map(|found| found.map(|one| one.ip()).collect()).unwrap_or_default()
 }
 
-/// A name for the task: that of its folder, as names of objects are written.
+/// Returns the name of the task: the folder's name as a valid object name.
 fn task_name(folder: &Path) -> String {
-    // The folder may not be there yet, and `.` has no name by itself.
+    // The folder may not exist yet, and `.` has no name of its own.
     let whole = std::path::absolute(folder).unwrap_or_else(|_| folder.to_owned());
     let whole = std::fs::canonicalize(&whole).unwrap_or(whole);
     let name = whole.file_name().map(|name| name.to_string_lossy().to_lowercase()).unwrap_or_default();
@@ -118,7 +119,7 @@ fn task_name(folder: &Path) -> String {
     if name.is_empty() { "hello".to_owned() } else { name.to_owned() }
 }
 
-/// Name, content, and what it is.
+/// Returns the name, the content and the description of each file.
 fn files(model: Option<&Model>, task_name: &str) -> [(&'static str, String, &'static str); 5] {
     let agent = if model.is_some_and(Model::speaks_messages) { AGENT_MESSAGES } else { AGENT };
     let task = TASK.replacen("  name: hello\n", &format!("  name: {task_name}\n"), 1);

@@ -1,7 +1,9 @@
-//! `belay lint`: manifests, offline, before anybody applies them.
+//! `belay lint`: checks manifests offline, before they are applied.
 //!
-//! Promises: reads what it is given and nothing else; the same findings as operator, gateway and API server, with file and line.
-//! Refuses: to pass over a folder in which there is nothing to check, and to change anything.
+//! Guarantees: the command reads the given files and nothing else, and changes nothing. Its findings are the same as those of the operator,
+//! the gateway and the API server, with file and line.
+//!
+//! Rejects: paths without anything to check.
 
 use std::{
     fs,
@@ -26,7 +28,7 @@ mod schema;
 #[cfg(test)]
 mod tests;
 
-/// Largest file that is read: an API server takes 1.5 MiB an object.
+/// The maximum size of a file. An API server accepts 1.5 MiB for an object.
 const LARGEST: u64 = 64 << 20;
 
 /// Check AgentTasks, ToolContracts and PolicyPacks together, offline, with file and line.
@@ -64,7 +66,7 @@ pub(super) struct Args {
     /// Warnings count as errors
     #[arg(long)]
     strict: bool,
-    /// How findings are shown
+    /// Format of the output
     #[arg(short, long, value_enum, default_value_t = Output::Text)]
     output: Output,
 }
@@ -79,7 +81,7 @@ enum Output {
     Github,
 }
 
-/// Lints, prints, and gives the exit code.
+/// Checks the files, prints the findings and returns the exit code.
 pub(super) fn run(args: &Args, out: &mut dyn Write, notes: &mut dyn Write) -> Result<u8, CliError> {
     let mut sources = Vec::new();
     for path in &args.paths {
@@ -133,7 +135,7 @@ fn print(diagnostics: &[Diagnostic], output: Output, out: &mut dyn Write) -> Res
     Ok(())
 }
 
-/// Text of a workflow command of GitHub Actions: `%` is its escape, and a newline would end it.
+/// Escapes text for a workflow command of GitHub Actions: `%` is its escape character, and a newline would end the command.
 fn escape(text: &str) -> String {
     Safe(&text.replace('%', "%25").replace('\r', "%0D").replace('\n', "%0A")).to_string()
 }
@@ -164,7 +166,7 @@ pub(super) fn gather(path: &Path, sources: &mut Vec<Source>) -> Result<(), CliEr
             || path.extension().and_then(|extension| extension.to_str()).is_some_and(|extension| {
                 ["yaml", "yml", "json"].iter().any(|known| extension.eq_ignore_ascii_case(known))
             });
-        // A link to a folder may lead in a circle; what it leads to can be named.
+        // A link to a folder may form a loop. A user can name its target instead.
         if kind.is_dir() {
             gather(&path, sources)?;
         } else if manifest

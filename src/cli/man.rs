@@ -1,6 +1,8 @@
 //! `belay man`: manual pages.
 //!
-//! Promises: a page for `belay` and for each of its commands, which says what `--help` says and nothing else. Refuses: to install them.
+//! Guarantees: `belay` and each of its commands have a page that says the same as `--help`.
+//!
+//! Non-goals: installing the pages.
 
 use std::{
     fs,
@@ -30,7 +32,7 @@ pub(super) struct Args {
     out: Option<PathBuf>,
 }
 
-/// Writes pages.
+/// Writes the pages.
 pub(super) fn run(args: &Args, command: Command, out: &mut dyn Write) -> Result<u8, CliError> {
     let mut command = command.disable_help_subcommand(true);
     command.build();
@@ -52,7 +54,7 @@ fn write_all(command: &Command, folder: &Path) -> io::Result<()> {
     command.get_subcommands().filter(|one| !one.is_hide_set()).try_for_each(|one| write_all(one, folder))
 }
 
-/// `belay-run` of `belay run`.
+/// Returns the name of the page: `belay-run` for `belay run`.
 fn name(command: &Command) -> &str {
     command.get_display_name().unwrap_or_else(|| command.get_name())
 }
@@ -60,7 +62,7 @@ fn name(command: &Command) -> &str {
 fn write_page(command: &Command, out: &mut dyn Write) -> io::Result<()> {
     let mut page = Vec::new();
     render(command, &mut page)?;
-    // In ASCII, which every troff reads.
+    // Write ASCII, which every troff reads.
     let page = String::from_utf8_lossy(&page);
     let ascii = |c: char| if c.is_ascii() { c.to_string() } else { format!("\\[u{:04X}]", u32::from(c)) };
     out.write_all(page.chars().map(ascii).collect::<String>().as_bytes())
@@ -88,7 +90,7 @@ fn render(command: &Command, out: &mut dyn Write) -> io::Result<()> {
     roff.to_writer(out)
 }
 
-/// What stands below a line such as `Examples:` is a section, in which indented lines are as they are.
+/// Writes the text below a line such as `Examples:` as a section, in which indented lines stay as they are.
 fn sections(text: &str, roff: &mut Roff) {
     let mut filled = true;
     for line in text.lines() {

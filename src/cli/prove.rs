@@ -1,4 +1,4 @@
-//! `belay prove` and `belay disclose`: one decision by itself, and one field of it.
+//! `belay prove` and `belay disclose`: export one record with its proof, and one field of a call's arguments.
 
 use std::{
     fs,
@@ -23,7 +23,7 @@ use crate::{
     verify::{self, Verdict},
 };
 
-/// How the file of a proof ends.
+/// The file extension of a proof.
 pub(super) const PROOF: &str = "tlog-proof";
 
 /// Export one record with the proof that it is in the log, as a C2SP tlog-proof
@@ -38,12 +38,12 @@ Examples:
 pub(super) struct Args {
     #[command(flatten)]
     source: Source,
-    /// Number of the record, as `belay verify` and `belay incident` name it
+    /// Number of the record, as `belay verify` and `belay incident` show it
     #[arg(long, value_name = "N")]
     record: u64,
 }
 
-/// Writes the proof and gives the exit code.
+/// Writes the proof and returns the exit code.
 pub(super) async fn run(args: &Args, out: &mut dyn Write) -> Result<u8, CliError> {
     let evidence = evidence::find(&args.source).await?;
     let report = verify::verify(&evidence.log, &evidence.key, &evidence.expected);
@@ -70,7 +70,7 @@ fn segments(log: &Log) -> Result<Vec<Segment>, CliError> {
     log.segments.iter().map(parse).collect()
 }
 
-/// Checks a proof, and shows what it proves.
+/// Checks a proof and shows what it proves.
 pub(super) fn check(file: &Path, key: &VerifierKey, out: &mut dyn Write) -> Result<u8, CliError> {
     let text = fs::read_to_string(file).map_err(|e| CliError::new(format!("cannot read {}: {e}", file.display())))?;
     match text.parse::<Proof>().and_then(|proof| proof.record(key)) {
@@ -109,7 +109,7 @@ pub(super) struct Disclose {
     salt: PathBuf,
 }
 
-/// Writes the opening and gives the exit code.
+/// Writes the opening and returns the exit code.
 pub(super) fn disclose(args: &Disclose, out: &mut dyn Write) -> Result<u8, CliError> {
     let read = |file: &Path| {
         fs::read_to_string(file).map_err(|e| CliError::new(format!("cannot read {}: {e}", file.display())))
@@ -130,7 +130,7 @@ pub(super) fn disclose(args: &Disclose, out: &mut dyn Write) -> Result<u8, CliEr
     Ok(0)
 }
 
-/// Says which records commit to what an opening discloses; whether there is one.
+/// Reports which records commit to what an opening discloses, and returns whether there is one.
 pub(super) fn opened(log: &Log, file: &Path, out: &mut dyn Write) -> Result<bool, CliError> {
     let place = file.display();
     let text = fs::read(file).map_err(|e| CliError::new(format!("cannot read {place}: {e}")))?;
@@ -161,7 +161,7 @@ pub(super) fn opened(log: &Log, file: &Path, out: &mut dyn Write) -> Result<bool
     Ok(found)
 }
 
-/// What a record commits to as arguments.
+/// Returns a description of a record and its commitment to arguments, if it has one.
 fn commits(record: &Record) -> Option<(String, &String)> {
     match &record.event {
         Event::Intent(intent) => {

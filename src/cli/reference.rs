@@ -1,6 +1,6 @@
-//! The command line as people read it: `docs/reference/cli.md`.
+//! The reference page of the command line: `docs/reference/cli.md`.
 //!
-//! Guarantees: the page has every command that `belay --help` lists, and what its own `--help` prints, on any machine.
+//! Guarantees: the page has every command that `belay --help` lists, with the output of its `--help`. It is the same on any machine.
 
 use std::fmt::Write;
 
@@ -14,7 +14,7 @@ This page has what `belay COMMAND --help` prints. As a plugin of kubectl, `belay
 `belay man --out DIR` writes the same as manual pages. `belay completion` prints completions for a shell.
 ";
 
-/// The whole page.
+/// Returns the whole page.
 pub fn markdown() -> String {
     let mut belay = super::Cli::command().disable_help_subcommand(true);
     belay.build();
@@ -26,7 +26,7 @@ pub fn markdown() -> String {
 fn page(text: &mut String, command: Command) {
     let name = command.get_bin_name().unwrap_or_else(|| command.get_name()).to_owned();
     let below: Vec<Command> = command.get_subcommands().filter(|one| !one.is_hide_set()).cloned().collect();
-    // What the environment of whoever generates this has set is nobody else's.
+    // The values of environment variables of whoever generates the page must not appear in it.
     let help = command.mut_args(|arg| arg.hide_env_values(true)).render_long_help().to_string();
     let _ = write!(text, "\n## {name}\n\n```text\n");
     for line in help.trim_end().lines() {
@@ -56,7 +56,7 @@ mod tests {
         }
     }
 
-    /// The words of a line of the shell, up to where another command or a file begins.
+    /// Splits a line of the shell into words, up to where another command or a redirection begins.
     fn words(line: &str) -> Vec<String> {
         let (mut words, mut word, mut quote) = (Vec::new(), None::<String>, None);
         for c in line.chars() {
@@ -75,7 +75,7 @@ mod tests {
         words
     }
 
-    /// Every `belay` in the console blocks of a document, with continued lines put together.
+    /// Returns every `belay` command in the console blocks of a document, with continued lines joined.
     fn commands(markdown: &str) -> Vec<Vec<String>> {
         let blocks = markdown.split("```console\n").skip(1).filter_map(|block| block.split("```").next());
         let lines = blocks.flat_map(|block| {

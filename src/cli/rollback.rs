@@ -1,7 +1,9 @@
-//! `belay rollback`: the task that undoes an ended one, made once, and what came of it.
+//! `belay rollback`: creates the task that rolls back an ended task, once, and reports its state.
 //!
-//! Promises: a task is rolled back by one task of a name that follows from its own; asking again makes no other, and tells what came of
-//! it. Refuses: to undo anything itself.
+//! Guarantees: a task is rolled back by one task, whose name is derived from the name and the UID of the first. Running the command again
+//! creates no other task and reports the state of this one.
+//!
+//! Non-goals: making compensations itself.
 
 use std::io::Write;
 
@@ -50,7 +52,7 @@ pub(super) struct Args {
     cluster: Cluster,
 }
 
-/// Makes the task, or tells of it, and gives the exit code.
+/// Creates the task or reports its state, and returns the exit code.
 pub(super) async fn run(args: &Args, out: &mut dyn Write, notes: &mut dyn Write) -> Result<u8, CliError> {
     let (client, namespace) = args.cluster.connect().await?;
     let tasks: Api<AgentTask> = Api::namespaced(client.clone(), &namespace);
@@ -99,7 +101,7 @@ pub(super) async fn run(args: &Args, out: &mut dyn Write, notes: &mut dyn Write)
     Ok(0)
 }
 
-/// Where a rollback stands, by its status and what its pod has said at its end.
+/// Reports the state of a rollback, from its status and the last message of its pod.
 async fn tell(task: &AgentTask, pods: &Api<Pod>, out: &mut dyn Write) -> Result<u8, CliError> {
     let status = task.status.clone().unwrap_or_default();
     let phase = status.phase.unwrap_or(Phase::Pending);
@@ -117,7 +119,7 @@ async fn tell(task: &AgentTask, pods: &Api<Pod>, out: &mut dyn Write) -> Result<
     Ok(u8::from(phase == Phase::Failed))
 }
 
-/// What the container in the agent's place has said at its end.
+/// Returns the last message of the container in the agent's place.
 fn said(pod: &Pod) -> Option<String> {
     let statuses = pod.status.as_ref()?.container_statuses.as_ref()?;
     let agent = statuses.iter().find(|status| status.name == names::AGENT)?;

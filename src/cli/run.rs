@@ -1,8 +1,9 @@
-//! `belay run`: a task on this machine, shown as it happens.
+//! `belay run`: runs a task on this machine and shows it live.
 //!
-//! Promises: nothing starts before all that can be found wrong has been said; whatever the agent and its upstreams say reaches the terminal
-//! through `Safe` alone; the exit code says how the task ended. Refuses: to ask anybody where there is no terminal, and to be root's
-//! if it need not: the sandbox's walls are the same, but what is behind them is the whole machine.
+//! Guarantees: everything that can be found wrong is reported before anything starts. Text from the agent and its upstreams reaches the
+//! terminal only through `Safe`. The exit code says how the task ended. Without a terminal nothing is asked.
+//!
+//! Non-goals: running as root where that is not needed. The isolation is the same, but an escape would reach the whole machine.
 
 use std::{
     collections::HashMap,
@@ -43,18 +44,18 @@ use crate::{
     },
 };
 
-/// Whether options and files fit.
+/// Checks the options against the files.
 mod before;
-/// Objects from files.
+/// Reads the objects from files.
 mod files;
-/// What is shown, and asked.
+/// The output and the questions.
 mod front;
-/// What options say.
+/// The values of options.
 mod given;
-/// What is this user's.
+/// What is stored for the user.
 mod home;
 
-/// The log could not be ended: it is incomplete.
+/// The exit code for a log that could not be sealed: it is incomplete.
 const EXIT_UNSEALED: u8 = 3;
 /// Run a task on this machine: no cluster, the same decisions.
 ///
@@ -179,14 +180,14 @@ enum Sandbox {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Output {
-    /// Text for people
+    /// Human-readable text
     Text,
     /// One JSON object a line
     Json,
 }
 
 impl Args {
-    /// Whether what is sent to the host stays on this machine: as the gateway's dialer has it.
+    /// Returns whether traffic to the host stays on this machine, by the same rule as the gateway's dialer.
     fn stays_here(&self, host: &Hostname) -> bool {
         let mut resolved =
             self.resolve.iter().filter(|one| one.host == *host).map(|one| one.address.ip().is_loopback());
@@ -194,7 +195,7 @@ impl Args {
     }
 }
 
-/// Runs, and gives the exit code.
+/// Runs the task and returns the exit code.
 pub(super) async fn run(args: &Args) -> Result<u8, CliError> {
     let asked =
         files::Asked { task: &args.task, contracts: &args.contracts, packs: &args.packs, pack: args.pack.as_deref() };
@@ -316,7 +317,7 @@ pub(super) async fn run(args: &Args) -> Result<u8, CliError> {
         None => evidence.join(log.trim_end_matches('/')).display().to_string(),
     };
     if args.store.is_none() {
-        // For whoever is given the folder; whoever checks it here has the key itself.
+        // For recipients of the folder. A user who verifies it here has the key itself.
         let noted = fs::create_dir_all(&log)
             .and_then(|()| home::publish(&Path::new(&log).join("witness.vkey"), &format!("{witness}\n")));
         noted.map_err(|e| {
@@ -332,7 +333,7 @@ pub(super) async fn run(args: &Args) -> Result<u8, CliError> {
         api: api.clone(),
     };
     let mut front = Front::new(args.output, &task, &mut person);
-    // A task of its own: it goes on however much there is to show.
+    // A task of its own, so that the run continues however much there is to show.
     let running = tokio::spawn(run::run(options, api, serving, tell, stop.clone()));
     let broke = |error: tokio::task::JoinError| {
         Err(RunError::Sandbox(format!("the run broke off: {error}; please report this")))
@@ -382,7 +383,7 @@ fn exit_code(outcome: &Outcome) -> u8 {
 fn trouble(error: RunError) -> CliError {
     match error {
         RunError::Findings(findings) => CliError::Listed(findings.iter().map(ToString::to_string).collect()),
-        // What a program has said, in its lines.
+        // The output of a program, one message a line.
         other => CliError::Listed(other.to_string().lines().map(str::to_owned).collect()),
     }
 }
@@ -418,7 +419,7 @@ fn buckets(args: &Args) -> Result<Place, CliError> {
     }))))
 }
 
-/// The first asks for an end in order, the second takes what there is.
+/// Cancels `stop` on the first signal, and exits on the second.
 async fn signals(stop: CancellationToken) {
     let caught = |kind| signal(kind).ok();
     let (Some(mut interrupt), Some(mut terminate), Some(mut hangup)) =

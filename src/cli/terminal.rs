@@ -1,17 +1,16 @@
-//! Text that is safe to show, and colours.
+//! Text that is safe to show, and colors.
 //!
-//! Targets, reasons and names come from agents and upstreams. Control characters in them could rewrite the screen or run
-//! commands in some terminals; invisible and right-to-left ones could make a line read as another. They are shown as
-//! escapes.
+//! Targets, reasons and names come from agents and upstreams. Control characters in them could rewrite the screen or run commands in some
+//! terminals. Invisible and right-to-left characters could make a line read as another. All of them are shown as escapes.
 
 use std::{fmt, sync::LazyLock};
 
 use regex::Regex;
 
-/// Combining marks on one letter that are shown as they are: more than any script needs.
+/// The maximum number of combining marks on one letter that are shown as they are. No script needs more.
 const MARKS: usize = 4;
 
-/// Shows a text with everything that is not plainly visible as `\u{…}`.
+/// Displays a text with everything that is not plainly visible as `\u{…}`.
 pub(super) struct Safe<'a>(pub(super) &'a str);
 
 impl fmt::Display for Safe<'_> {
@@ -27,10 +26,10 @@ impl fmt::Display for Safe<'_> {
     }
 }
 
-/// Each character, and whether it cannot be shown as it is where it stands. A mark belongs to the letter before it: without one it would
-/// change what is not of the text, and a pile of them covers the lines around it.
+/// Returns each character, and whether it must be escaped at its position. A mark belongs to the letter before it. Without a letter it
+/// would change text around it, and many marks would cover the lines around them.
 fn told(text: &str) -> impl Iterator<Item = (char, bool)> {
-    // Marks that the next may still join; none after what is no letter or hidden.
+    // The number of marks that may still follow. It is 0 after a character that is not a letter or that is hidden.
     let mut room = 0;
     text.chars().map(move |c| {
         let hides = match is_mark(c) {
@@ -49,9 +48,9 @@ fn told(text: &str) -> impl Iterator<Item = (char, bool)> {
     })
 }
 
-/// Whether a character moves the cursor, reorders its neighbours or cannot be seen: controls and formats, what Unicode lets renderers leave
-/// out (`Default_Ignorable_Code_Point`: fillers, joiners, variation selectors, tags), spaces but the plain one, the blank of Braille, and what has
-/// no meaning but by agreement.
+/// Returns whether a character moves the cursor, reorders its neighbors or is invisible. These are: controls and formats, characters that
+/// Unicode lets renderers leave out (`Default_Ignorable_Code_Point`: fillers, joiners, variation selectors, tags), all spaces but the plain
+/// one, the blank of Braille, and private-use characters.
 pub(super) fn hidden(c: char) -> bool {
     static HIDDEN: LazyLock<Option<Regex>> = LazyLock::new(|| {
         Regex::new(r"^[\p{Cc}\p{Cf}\p{Co}\p{Z}\p{Default_Ignorable_Code_Point}\u{2800}\u{fffc}--\u{20}]").ok()
@@ -62,23 +61,23 @@ pub(super) fn hidden(c: char) -> bool {
     matches(&HIDDEN, c)
 }
 
-/// Whether it is written onto the one before it.
+/// Returns whether the character combines with the one before it.
 fn is_mark(c: char) -> bool {
     static MARK: LazyLock<Option<Regex>> = LazyLock::new(|| Regex::new(r"^\p{M}").ok());
     !c.is_ascii() && matches(&MARK, c)
 }
 
-/// Without the table everything is hidden.
+/// If the table could not be compiled, every character matches.
 fn matches(table: &LazyLock<Option<Regex>>, c: char) -> bool {
     table.as_ref().is_none_or(|table| table.is_match(c.encode_utf8(&mut [0; 4])))
 }
 
-/// How often something was, beside its name: nothing where that was once.
+/// Returns how often something happened, for display after its name. It is empty if that was once.
 pub(super) fn times(count: i64) -> String {
     if count == 1 { String::new() } else { format!(", {count} times") }
 }
 
-/// JSON text in which hidden characters are escaped as well. Outside of strings JSON has none but newlines and spaces.
+/// Returns JSON text in which hidden characters are escaped as well. Outside of strings, JSON has none but newlines and spaces.
 pub(super) fn safe_json(json: &str) -> String {
     let mut safe = String::with_capacity(json.len());
     let mut units = [0; 2];
@@ -94,20 +93,20 @@ pub(super) fn safe_json(json: &str) -> String {
     safe
 }
 
-/// Colours, or none.
+/// Colors, or none.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Paint {
     on: bool,
 }
 
 impl Paint {
-    /// Colours if `on`, and if the environment does not ask for none (no-color.org).
+    /// Uses colors if `on`, unless the environment disables them (no-color.org).
     pub(super) fn new(on: bool) -> Self {
         let unwanted = std::env::var_os("NO_COLOR").is_some_and(|v| !v.is_empty());
         Self { on: on && !unwanted }
     }
 
-    /// No colours.
+    /// Uses no colors.
     #[cfg(test)]
     pub(super) fn none() -> Self {
         Self { on: false }
@@ -117,27 +116,27 @@ impl Paint {
         if self.on { format!("\x1b[{code}m{text}\x1b[0m") } else { text.to_string() }
     }
 
-    /// Allowed, done.
+    /// Colors what was allowed or done.
     pub(super) fn good(self, text: impl fmt::Display) -> String {
         self.wrap("32", text)
     }
 
-    /// Denied, broken.
+    /// Colors what was denied or is broken.
     pub(super) fn bad(self, text: impl fmt::Display) -> String {
         self.wrap("31", text)
     }
 
-    /// Worth a look.
+    /// Colors what needs attention.
     pub(super) fn warn(self, text: impl fmt::Display) -> String {
         self.wrap("33", text)
     }
 
-    /// Names.
+    /// Highlights names.
     pub(super) fn strong(self, text: impl fmt::Display) -> String {
         self.wrap("1", text)
     }
 
-    /// Details.
+    /// Dims details.
     pub(super) fn dim(self, text: impl fmt::Display) -> String {
         self.wrap("2", text)
     }
@@ -168,7 +167,7 @@ mod tests {
             let c = char::from_u32(code).unwrap();
             assert_eq!(Safe(&format!("a{c}b")).to_string(), format!("a\\u{{{code:x}}}b"));
         }
-        // The control: what people write with is shown.
+        // The control: letters and signs that people write with are shown.
         for plain in ["Grüße, 中文 日本語 한국어", "हिन्दी ภาษาไทย עברית العربية", "e\u{301} ↺ ✓ €", "a|b`c`"]
         {
             assert_eq!(Safe(plain).to_string(), plain);

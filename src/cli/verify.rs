@@ -1,4 +1,4 @@
-//! `belay verify`: find a log, read it, verify it, say what was found.
+//! `belay verify`: finds a log, reads it, verifies it and reports what was found.
 
 use std::{
     io::{IsTerminal, Write},
@@ -49,23 +49,23 @@ pub(super) struct Args {
     /// Format of the output
     #[arg(short, long, value_enum, default_value_t = Output::Text)]
     output: Output,
-    /// Keep a copy of the log in this new or empty folder
+    /// Save a copy of the log to this new or empty folder
     #[arg(long, value_name = "DIR")]
     save: Option<PathBuf>,
-    /// Report which record commits to the field that `belay disclose` has opened
+    /// Report which record commits to the field that `belay disclose` opened
     #[arg(long, value_name = "FILE")]
     opening: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Output {
-    /// Text for people
+    /// Human-readable text
     Text,
     /// JSON for programs
     Json,
 }
 
-/// The report as JSON.
+/// The report, as JSON.
 #[derive(Serialize)]
 #[serde(rename_all = "camelCase")]
 struct Document<'a> {
@@ -75,7 +75,7 @@ struct Document<'a> {
     report: &'a Report,
 }
 
-/// Verifies and gives the exit code.
+/// Verifies the log and returns the exit code.
 pub(super) async fn run(args: &Args, out: &mut dyn Write) -> Result<u8, CliError> {
     let target = Path::new(&args.source.target);
     if target.extension().is_some_and(|extension| extension == prove::PROOF) {
@@ -106,7 +106,7 @@ pub(super) async fn run(args: &Args, out: &mut dyn Write) -> Result<u8, CliError
     Ok(if disclosed { exit_code(report.verdict) } else { exit_code(Verdict::Invalid) })
 }
 
-/// What a verdict is to a shell.
+/// Returns the exit code of a verdict.
 pub(super) fn exit_code(verdict: Verdict) -> u8 {
     match verdict {
         Verdict::Valid => 0,

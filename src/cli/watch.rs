@@ -1,7 +1,7 @@
-//! `belay watch`: a task, live, until it ends.
+//! `belay watch`: shows a task live until it ends.
 //!
-//! Two sources: the AgentTask itself, and the harness's own output in each attempt's pod, where it prints every record of
-//! the evidence. What is shown is a convenience: the evidence is in the bucket, and `belay verify` judges it.
+//! It has two sources: the AgentTask itself, and the output of the harness in each attempt's pod, which prints every record of the
+//! evidence. The display is a convenience. The evidence is in the bucket, and `belay verify` verifies it.
 
 use std::io::IsTerminal;
 
@@ -33,9 +33,9 @@ mod logs;
 pub(super) mod screen;
 pub(super) mod view;
 
-/// The bars are drawn again so often, for the clock in them.
+/// The time between two redraws of the bars, for the clock in them.
 const TICK: Duration = Duration::from_secs(1);
-/// Records that wait to be shown. The follower waits when there are more.
+/// The maximum number of records that wait to be shown. The follower waits when there are more.
 const WAITING: usize = 256;
 
 /// Watch a task live: every call, every denial, the budgets, and how it ends.
@@ -63,7 +63,7 @@ pub(super) struct Args {
     no_color: bool,
 }
 
-/// Watches and gives the exit code.
+/// Watches the task and returns the exit code.
 pub(super) async fn run(args: &Args) -> Result<u8, CliError> {
     let (client, namespace) = args.cluster.connect().await?;
     let tasks = Api::<DeserializeGuard<AgentTask>>::namespaced(client.clone(), &namespace);
@@ -99,12 +99,12 @@ pub(super) async fn run(args: &Args) -> Result<u8, CliError> {
     let mut end = None;
     let code = loop {
         tokio::select! {
-            // Records first: they are older than the status that they led to.
+            // Records first, because they are older than the status that they led to.
             biased;
             event = records.recv() => match event {
                 Some(Event::Record { attempt, record }) => view.record(attempt, &record),
                 Some(Event::Notice(notice)) => view.notice(&notice),
-                // The follower ends after the task has.
+                // The follower ends after the task has ended.
                 None => break end.unwrap_or(1),
             },
             update = updates.next(), if end.is_none() => match update {
@@ -124,7 +124,7 @@ pub(super) async fn run(args: &Args) -> Result<u8, CliError> {
                     end = Some(1);
                     progress.send_modify(|p| p.ended = true);
                 }
-                // It goes on by itself after a pause that grows.
+                // The watch continues by itself after a growing pause.
                 Some(Err(e)) => view.notice(&format!("the API server: {e}; trying again")),
                 None => break 1,
             },

@@ -25,7 +25,7 @@ fn whole(status: u16, date: &str, body: &Value) -> Reply {
     Response::builder().status(status).header(DATE, date).body(body).unwrap()
 }
 
-/// A watch that brings this and then nothing, and never ends.
+/// A watch that brings these events and then nothing, and never ends.
 fn watch(date: &str, events: Vec<Value>) -> Reply {
     let events = events.into_iter().map(|event| Ok(Frame::data(Bytes::from(format!("{event}\n")))));
     let body = StreamBody::new(futures::stream::iter(events).chain(futures::stream::pending()));
@@ -46,7 +46,7 @@ fn dated() -> Timestamp {
     "2026-11-25T12:00:00Z".parse().unwrap()
 }
 
-/// A client of an API server that answers so; no answer is an error of the connection.
+/// A client of an API server that gives this answer. No answer is a connection error.
 fn client_of(
     contact: &Arc<Contact>,
     answer: impl Fn(&Request<RequestBody>) -> Option<Reply> + Send + Sync + Clone + 'static,
@@ -102,7 +102,7 @@ async fn a_break_begins_with_the_first_answer_that_does_not_come_and_ends_with_t
     assert_eq!(since(&contact), 7);
 }
 
-/// Whatever becomes of all watches, each is back within half a minute, and says its age until then.
+/// However all watches fail, each is back within half a minute and reports its age until then.
 #[rstest::rstest]
 #[case::refused(|_: &Request<RequestBody>| None)]
 #[case::silent(|request: &Request<RequestBody>| is_watch(request).then(|| watch("", vec![])))]
@@ -129,7 +129,7 @@ async fn a_watch_is_back_within_half_a_minute(
     assert!(contact.fresh(OLD).is_ok());
 
     away.store(true, Ordering::Relaxed);
-    // What it hears until then is of a connection from before.
+    // Until then, events come on a connection that was made before.
     let _ = tokio::time::timeout(Duration::from_secs(seconds), async { while events.next().await.is_some() {} }).await;
     away.store(false, Ordering::Relaxed);
     let back = Instant::now();
@@ -147,7 +147,7 @@ async fn a_watch_that_is_not_heard_of_is_old() {
     });
     let mut events = Box::pin(watcher(Api::<Pod>::all(client), watching()).backoff(pauses()));
     while !matches!(events.next().await, Some(Ok(watcher::Event::Apply(_)))) {}
-    // Nobody polls it: that is what a controller does which pauses.
+    // The watch is not polled, as by a controller that pauses.
     tokio::time::advance(OLD + Duration::from_secs(1)).await;
     let old = contact.fresh(OLD).unwrap_err();
     assert!(old.contains("pods") && old.contains("46 s"), "{old}");
@@ -159,7 +159,7 @@ async fn a_watch_that_is_not_heard_of_is_old() {
     assert!(contact.fresh(OLD).is_ok());
 }
 
-/// That it may not be watched, or not from there, is no news of it, however often it is said.
+/// An answer that a kind may not be watched, or not from that version, is not an event of the watch, however often it comes.
 #[rstest::rstest]
 #[case::forbidden(403)]
 #[case::expired(410)]
@@ -203,12 +203,12 @@ async fn a_bookmark_is_news() {
     }
 }
 
-/// A connection that nobody serves any more, over a real socket: it is given up, though it is never closed.
+/// A connection over a real socket that is no longer served is given up, although it is never closed.
 #[tokio::test]
 async fn a_half_open_connection_is_given_up() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
-    // It takes requests and never answers.
+    // It accepts requests and never answers.
     let server = tokio::spawn(async move {
         let mut held = Vec::new();
         loop {
@@ -227,7 +227,7 @@ async fn a_half_open_connection_is_given_up() {
     server.abort();
 }
 
-/// The same in the middle of an answer.
+/// The same, in the middle of an answer.
 #[tokio::test]
 async fn an_answer_that_stops_half_way_is_given_up() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

@@ -1,8 +1,9 @@
-//! One attempt, as a kubelet runs it: probe, harness, agent, and a pod's status that says what became of them.
+//! Runs one attempt, as a kubelet does: the probe, the harness and the agent. A pod's status says how they ended.
 //!
-//! Promises: no byte of the agent runs before its containment is proven and the attempt's first record is stored; the agent is stopped
-//! before its harness, whatever stops it; whatever ends, the sandbox ends with it. Refuses: to judge an end, which is
-//! `lifecycle::observe`'s.
+//! Guarantees: the agent does not start before its containment is proved and the attempt's first record is stored. The agent is stopped
+//! before its harness, whatever stops it. However the attempt ends, the sandbox ends with it.
+//!
+//! Non-goals: evaluating the end of an attempt, which `lifecycle::observe` does.
 
 use std::{fs, path::Path, process::ExitStatus, sync::Arc, time::Duration};
 
@@ -50,18 +51,19 @@ use crate::{
     wire,
 };
 
-/// Longest line of an agent's that is told, in bytes; a longer one comes in parts.
+/// The maximum length of an output line in one event, in bytes. A longer line is sent in parts.
 const LINE: u64 = 8 << 10;
-/// Lines of an agent's that wait to be written, in KiB: beyond it they are lost, since an agent must not wait for our reader.
+/// The maximum size of output lines that wait to be written, in KiB. Lines beyond it are lost, because an agent must not wait for the
+/// reader.
 const WAITING: usize = 4 << 10;
-/// For an agent to be gone that was killed. What the kernel holds fast is not waited for.
+/// The time to wait for a killed agent to be gone. A process that the kernel does not release is not waited for.
 const GONE: Duration = Duration::from_secs(10);
-/// For what an agent has said to be read once it has ended.
+/// The time to read the rest of an agent's output after its end.
 const LAST_WORDS: Duration = Duration::from_secs(1);
-/// Beyond wall time and approvals, in which the harness ends an attempt by itself.
+/// The time beyond the wall time and the approvals before the agent is killed. The harness normally ends the attempt by itself before.
 const CLOSING: Duration = Duration::from_secs(10);
 
-/// What an attempt has around it.
+/// The environment of an attempt.
 pub(super) struct Surroundings<'a> {
     pub(super) options: &'a Options,
     pub(super) validated: &'a Validated,
@@ -73,13 +75,13 @@ pub(super) struct Surroundings<'a> {
 
 /// An attempt that has ended.
 pub(super) struct Over {
-    /// Its pod, as the API server would have it.
+    /// The pod, as the API server would have it.
     pub(super) pod: Pod,
-    /// What kept it from running, where something did.
+    /// Why the attempt could not run, if it could not.
     pub(super) trouble: Option<String>,
 }
 
-/// How the containers ended.
+/// The ends of the containers.
 #[derive(Default)]
 struct Ends {
     probe: Option<i32>,
@@ -96,7 +98,7 @@ struct AgentEnd {
 
 impl Surroundings<'_> {
     fn step(&self, what: impl Into<String>) {
-        // Whoever is told may be gone.
+        // The receiver may be gone.
         let _ = self.tell.send(Told::Step(what.into()));
     }
 
@@ -110,11 +112,11 @@ impl Surroundings<'_> {
         write_private(&token, &self.api.token_of(&pod)?)?;
         let ends = match self.contained(number, &pod, (&token, &folder), stop).await {
             Ok(ends) => ends,
-            // The sandbox did not come about: nothing ran. It is a failure of the machine's, told in its own words.
+            // The sandbox could not be made, so nothing ran. This is a failure of the machine, reported in its own words.
             Err(RunError::Sandbox(trouble)) => Ends { probe: Some(1), trouble: Some(trouble), ..Ends::default() },
             Err(error) => return Err(error),
         };
-        // What was in there is stored by now, or lost as it is with a pod.
+        // The records in the spool are stored by now, or lost as they are lost with a pod.
         let _ = fs::remove_dir_all(&folder);
         let trouble = ends.trouble.clone();
         status(&mut pod, ends, stop.is_cancelled());
@@ -153,7 +155,7 @@ impl Surroundings<'_> {
         ends
     }
 
-    /// Harness and agent, until both have ended.
+    /// Runs the harness and the agent until both have ended.
     async fn side_by_side(
         &self,
         number: i64,
@@ -172,7 +174,7 @@ impl Surroundings<'_> {
         let end = async move { end.await.unwrap_or(Stop::Terminated) };
         let mut harness = tokio::spawn(async move { harness::run(parts, listeners, ready, end).await });
         tokio::select! {
-            // It ended before it listened.
+            // The harness ended before it listened.
             ended = &mut harness => return Ok(without_agent(said(ended))),
             () = stop.cancelled() => {
                 harness.abort();
@@ -199,13 +201,13 @@ impl Surroundings<'_> {
         let plan = self.validated.agent(number);
         let longest = Duration::from_secs(u64::try_from(self.validated.lifetime_seconds).unwrap_or_default()) + CLOSING;
         let pid = agent.id().unwrap_or_default();
-        // What lies in a write scope has its own size; a sandbox with a kernel of its own has it in its memory.
+        // A write scope has a size of its own. A sandbox with its own kernel holds the write scopes in its own memory.
         let scopes = plan.write_scopes.iter().map(|scope| scope.size.whole()).sum::<u64>();
         let apart = self.options.runtime.kind == Kind::Gvisor;
         let memory = plan.memory.whole().saturating_add(if apart { scopes } else { 0 });
         let mut harness_ended = None;
         let mut reason = "Completed";
-        // Whoever ends the agent makes an end of its own no longer knowable.
+        // Once something else stops the agent, it is not known how the agent would have ended.
         let mut why = Stop::Terminated;
         let status = tokio::select! {
             status = agent.wait() => {
@@ -228,12 +230,12 @@ impl Surroundings<'_> {
                 kill(&mut agent).await
             }
         };
-        // The agent is gone before its harness stops listening to it.
+        // The agent is gone before its harness stops listening.
         self.options.runtime.clear(&folder.join("agent"));
         for word in words {
             let _ = tokio::time::timeout(LAST_WORDS, word).await;
         }
-        // One that has ended already needs no telling.
+        // A harness that has ended does not receive this.
         let _ = over.send(why);
         let harness_ended = match harness_ended {
             Some(ended) => ended,
@@ -245,13 +247,13 @@ impl Surroundings<'_> {
         Ok(ends)
     }
 
-    /// Tells what is recorded.
+    /// Returns a function that reports each record.
     fn follow(&self) -> Follow {
         let tell = self.tell.clone();
         Box::new(move |record, _| drop(tell.send(Told::Record(Box::new(record.clone())))))
     }
 
-    /// Tells what an agent says, line by line.
+    /// Reports an agent's output, line by line.
     fn listen(
         &self,
         from: Option<impl AsyncRead + Unpin + Send + 'static>,
@@ -273,7 +275,7 @@ impl Surroundings<'_> {
                 };
                 let goes_on = !ended && !line.ends_with(b"\n");
                 if goes_on {
-                    // A character is not cut in two.
+                    // Keep a character whole: the rest of it goes to the next event.
                     rest = line.split_off(whole_characters(&line));
                 }
                 let line = String::from_utf8_lossy(&line).trim_end_matches(['\r', '\n']).to_owned();
@@ -306,7 +308,7 @@ impl Surroundings<'_> {
         }
     }
 
-    /// The pod, before anything in it runs.
+    /// Returns the pod as it is before anything runs in it.
     fn pod(&self, number: i64) -> Result<Pod, RunError> {
         let task = &self.options.objects.task;
         let (name, uid) = (task.name_any(), task.uid().unwrap_or_default());
@@ -344,7 +346,7 @@ impl Surroundings<'_> {
         }
     }
 
-    /// All that the agent is given.
+    /// Returns everything that the agent is given.
     fn cell(&self, agent: &Agent<'_>, folder: &Path) -> Result<Cell, RunError> {
         let options = self.options;
         let made = folder.join("root");
@@ -383,7 +385,7 @@ impl Surroundings<'_> {
         })
     }
 
-    /// Says what somebody who knows other sandboxes would not expect of this one.
+    /// Reports what a user of other sandboxes would not expect.
     fn say_what_is_special(&self, agent: &Agent<'_>, workspace: &Workspace) {
         if let Workspace { at, taken_by: Some(path) } = workspace {
             self.step(format!(
@@ -396,7 +398,7 @@ impl Surroundings<'_> {
         }
     }
 
-    /// Writes what is mounted from an object into a folder.
+    /// Writes the content of a mounted ConfigMap or Secret to a folder.
     fn mount(&self, source: &Source, folder: &Path) -> Result<(), RunError> {
         let objects = &self.options.objects;
         let absent = |kind: &str, name: &str| {
@@ -439,16 +441,16 @@ fn secret_entries(secret: &Secret) -> Vec<(String, Vec<u8>)> {
 }
 
 async fn kill(agent: &mut Child) -> std::io::Result<ExitStatus> {
-    // One that has ended meanwhile is waited for all the same.
+    // An agent that has already ended is still waited for.
     let _ = agent.start_kill();
     let gone = tokio::time::timeout(GONE, agent.wait()).await;
     gone.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()))
 }
 
-/// So many bytes of a text are whole characters, where its end may be part of one.
+/// Returns how many bytes of a text are whole characters. The end of the text may be a part of one.
 fn whole_characters(text: &[u8]) -> usize {
     let first = text.len().saturating_sub(3);
-    // The last byte that begins a character, if what follows it is not all of it.
+    // The last byte that begins a character.
     let begins = |at: &usize| text.get(*at).is_some_and(|byte| byte & 0xC0 != 0x80);
     let last = (first..text.len()).rev().find(begins);
     match last.filter(|at| *at > 0) {
@@ -460,14 +462,14 @@ fn whole_characters(text: &[u8]) -> usize {
     }
 }
 
-/// As a shell says it: 128 and the signal.
+/// Returns the exit code as a shell reports it: 128 plus the signal for a process that a signal ended.
 fn exit_code(status: &std::io::Result<ExitStatus>) -> i32 {
     use std::os::unix::process::ExitStatusExt;
     let Ok(status) = status else { return 255 };
     status.code().or_else(|| status.signal().map(|signal| signal.saturating_add(128))).unwrap_or(255)
 }
 
-/// What became of the harness.
+/// Returns how the harness ended.
 fn said(ended: Result<Result<Ended, HarnessError>, tokio::task::JoinError>) -> Result<Ended, String> {
     match ended {
         Ok(ended) => ended.map_err(|error| error.to_string()),
@@ -475,7 +477,7 @@ fn said(ended: Result<Result<Ended, HarnessError>, tokio::task::JoinError>) -> R
     }
 }
 
-/// The exit code that the harness's own process has for it.
+/// Returns the exit code that the harness's own process would have.
 fn code(ended: &Result<Ended, String>) -> i32 {
     i32::from(ended.as_ref().map_or(1, |ended| ended.exit_code()))
 }
@@ -484,7 +486,7 @@ fn without_agent(ended: Result<Ended, String>) -> Ends {
     Ends { probe: Some(0), harness: Some(code(&ended)), agent: None, trouble: trouble(&ended) }
 }
 
-/// What a person has to be told of how the harness ended, beside the class and the reason.
+/// Returns what the user needs to know about the harness's end, beside the failure class and the reason.
 fn trouble(ended: &Result<Ended, String>) -> Option<String> {
     match ended {
         Err(error) => Some(error.clone()),
@@ -495,7 +497,7 @@ fn trouble(ended: &Result<Ended, String>) -> Option<String> {
     }
 }
 
-/// Writes into the pod's status what a kubelet writes there.
+/// Writes the containers' ends to the pod's status, as a kubelet does.
 fn status(pod: &mut Pod, ends: Ends, deleted: bool) {
     let now = Timestamp::now();
     let terminated = |code: i32, reason: &str, started: Option<Timestamp>| ContainerState {
@@ -523,7 +525,7 @@ fn status(pod: &mut Pod, ends: Ends, deleted: bool) {
         container(names::AGENT, terminated(agent.code, reason, Some(agent.started)))
     });
     if deleted {
-        // Asked for before the agent's end: what was stopped is no success.
+        // The deletion was requested before the agent ended: a stopped agent did not succeed.
         pod.metadata.deletion_timestamp = Some(time(now));
     }
     let status = pod.status.get_or_insert_default();
@@ -553,7 +555,7 @@ mod tests {
                 assert_eq!(whole_characters(&text.as_bytes()[..cut]), 2, "{text} at {cut}");
             }
         }
-        // What is no text is told as it is.
+        // Bytes that are not text are reported as they are.
         assert_eq!(whole_characters(b"ab\xff"), 3);
         assert_eq!((whole_characters(b""), whole_characters(b"\xe2"), whole_characters(&[0x80; 9])), (0, 1, 9));
     }

@@ -1,7 +1,7 @@
-//! The gateway of a run: the real one, on loopback, with a certificate that is made for it.
+//! The gateway of a run: the real gateway, on loopback, with a certificate that is made for it.
 //!
-//! Promises: authorises, dials, witnesses and stores by the code that a cluster runs. Refuses: to listen anywhere but on loopback, and to
-//! dial what is not public, unless somebody gave a host that address by name.
+//! Guarantees: it authorizes, dials, witnesses and stores with the same code as in a cluster. It listens on loopback only. It does not dial
+//! addresses that are not public, unless the user gave a host such an address by name.
 
 use std::{collections::HashMap, net::SocketAddr, path::PathBuf, sync::Arc};
 
@@ -36,37 +36,37 @@ use crate::{
     wire,
 };
 
-/// What a gateway is told.
+/// The settings of the gateway.
 pub struct Settings {
-    /// The witness's key.
+    /// The key of the witness.
     pub signer: Signer,
-    /// Hosts that have these addresses, because somebody says so.
+    /// Hosts whose addresses the user gave.
     pub resolved: HashMap<Hostname, SocketAddr>,
-    /// Name servers; the system's where there are none.
+    /// Name servers, or the system's if empty.
     pub nameservers: Vec<SocketAddr>,
-    /// Authorities to trust for upstreams beside the web's, PEM.
+    /// A PEM file of certificate authorities to trust for upstreams, in addition to the web's.
     pub upstream_ca: Option<PathBuf>,
-    /// Who is told why a call has not been made.
+    /// The receiver of the reasons why calls were not made.
     pub tell: UnboundedSender<Told>,
 }
 
-/// A gateway that serves.
+/// A running gateway.
 pub struct Serving {
     /// Its address.
     pub address: SocketAddr,
-    /// The canary's.
+    /// The address of the canary.
     pub canary: SocketAddr,
-    /// Its authority, PEM.
+    /// Its certificate authority, as PEM.
     pub ca: String,
     witness: Arc<Witness>,
     stop: CancellationToken,
     serving: Vec<JoinHandle<()>>,
 }
 
-/// Starts one.
+/// Starts a gateway.
 ///
 /// # Errors
-/// If it cannot listen, or the settings cannot be used.
+/// Returns an error if it cannot listen or if the settings cannot be used.
 pub async fn start(api: &Arc<Api>, kept: Kept, settings: Settings) -> Result<Serving, RunError> {
     let failed = |error: &dyn std::fmt::Display| RunError::Gateway(error.to_string());
     if !settings.signer.verifier().is_self_witness() {
@@ -83,7 +83,7 @@ pub async fn start(api: &Arc<Api>, kept: Kept, settings: Settings) -> Result<Ser
             None => None,
         };
     let roots = dial::roots(ca.as_deref()).map_err(|error| failed(&error))?;
-    // On a machine without a name server what has an address by hand still works.
+    // On a machine without a name server, hosts whose addresses the user gave still work.
     let resolve: Arc<dyn Resolve> = match Dns::new(&settings.nameservers) {
         Ok(dns) => Arc::new(dns),
         Err(error) => Arc::new(NoDns(error.to_string())),
@@ -105,7 +105,7 @@ pub async fn start(api: &Arc<Api>, kept: Kept, settings: Settings) -> Result<Ser
     });
     let tell = settings.tell;
     let gateway = Arc::new(gateway.telling(Box::new(move |intent, refused| {
-        // Whoever is told may be gone.
+        // The receiver may be gone.
         let _ = tell.send(Told::Unmade { call: call_id(intent), reason: refused.reason.clone() });
     })));
     let (tls, ca) = certificate()?;
@@ -122,7 +122,7 @@ pub async fn start(api: &Arc<Api>, kept: Kept, settings: Settings) -> Result<Ser
 }
 
 impl Serving {
-    /// Stops when what is on its way to the store lies there.
+    /// Waits until everything in transit to the store is stored, and stops.
     pub async fn end(self) {
         self.witness.settle().await;
         self.stop.cancel();
@@ -130,7 +130,7 @@ impl Serving {
     }
 }
 
-/// A certificate of its own authority, for the name that harnesses ask for.
+/// Creates a certificate with an authority of its own, for the server name that harnesses expect.
 fn certificate() -> Result<(ServerConfig, String), RunError> {
     let failed = |error: &dyn std::fmt::Display| RunError::Gateway(format!("cannot make a certificate: {error}"));
     let made = rcgen::generate_simple_self_signed([wire::SERVER_NAME.to_owned()]).map_err(|error| failed(&error))?;
@@ -142,7 +142,7 @@ fn certificate() -> Result<(ServerConfig, String), RunError> {
     Ok((tls, made.cert.pem()))
 }
 
-/// No name server: no name has an address.
+/// A resolver for machines without a name server. No name has an address.
 struct NoDns(String);
 
 impl Resolve for NoDns {

@@ -1,8 +1,9 @@
-//! The objects that a run is made of, and the stores in which the gateway finds them as it would find a cluster's.
+//! The objects of a run, and the stores from which the gateway reads them as it reads those of a cluster.
 //!
-//! Promises: gateway and harness see task, contracts and pack as the API server would have them: with UIDs, generations and a namespace
-//! whose labels say which pack governs it; one token is one pod's, and no other token is anybody's. Refuses: to answer about what is
-//! not among the files.
+//! Guarantees: the gateway and the harness see the task, the contracts and the pack as the API server would return them: with UIDs,
+//! generations, and a namespace whose labels select the pack. A token belongs to one pod or to the operator, and no other token is valid.
+//!
+//! Non-goals: objects that are not among the files.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -39,40 +40,40 @@ use crate::{
     wire,
 };
 
-/// Namespace of operator and gateway, where there are such.
+/// The namespace of the operator and the gateway in a cluster.
 pub const SYSTEM_NAMESPACE: &str = "belay-system";
 
-/// What a run is made of, as it was read.
+/// The objects of a run, as they were read.
 #[derive(Clone, Debug)]
 pub struct Objects {
     /// The task.
     pub task: AgentTask,
     /// All contracts.
     pub contracts: Vec<ToolContract>,
-    /// The pack that governs its namespace.
+    /// The pack that governs the namespace of the task.
     pub pack: PolicyPack,
     /// The namespace.
     pub namespace: Namespace,
-    /// ConfigMaps of the namespace, for mounts.
+    /// The ConfigMaps of the namespace, for mounts.
     pub config_maps: Vec<ConfigMap>,
-    /// Secrets of the namespace, for mounts.
+    /// The Secrets of the namespace, for mounts.
     pub secrets: Vec<Secret>,
-    /// Secrets for upstreams, which the gateway alone reads.
+    /// The Secrets for upstreams, which only the gateway reads.
     pub credentials: Vec<Secret>,
 }
 
-/// Text that is not guessed: 32 random bytes, hex.
+/// Returns a text that cannot be guessed: 32 random bytes, as hex.
 ///
 /// # Errors
-/// If the system has no randomness.
+/// Returns an error if the operating system gives no randomness.
 pub fn random_token() -> Result<String, RunError> {
     random::<32>().map(hex::encode)
 }
 
-/// A random UID (RFC 9562, version 4).
+/// Returns a random UID (RFC 9562, version 4).
 ///
 /// # Errors
-/// If the system has no randomness.
+/// Returns an error if the operating system gives no randomness.
 pub fn random_uid() -> Result<String, RunError> {
     let mut bytes = random::<16>()?;
     bytes[6] = bytes[6] & 0x0f | 0x40;
@@ -88,7 +89,7 @@ fn random<const N: usize>() -> Result<[u8; N], RunError> {
     Ok(bytes)
 }
 
-/// A store that is written here.
+/// A reflector store that this module writes.
 struct Written<K>(Mutex<Writer<Lenient<K>>>)
 where
     K: Resource<DynamicType = ()> + Clone + 'static;
@@ -110,7 +111,7 @@ impl<K: Resource<DynamicType = ()> + Clone + std::fmt::Debug + Send + Sync + 'st
     }
 }
 
-/// The API server's part.
+/// The stand-in for the API server.
 pub struct Api {
     tasks: Written<AgentTask>,
     contracts: Written<ToolContract>,
@@ -124,7 +125,7 @@ pub struct Api {
 }
 
 impl Api {
-    /// With these objects in it. What people are asked is told.
+    /// Creates the stores of these objects. New approval requests are sent to `tell`.
     pub fn new(objects: &Objects, tell: UnboundedSender<Told>) -> Self {
         Self {
             tasks: Written::of([objects.task.clone()]),
@@ -139,7 +140,7 @@ impl Api {
         }
     }
 
-    /// What the gateway watches.
+    /// Returns the stores that the gateway watches.
     pub fn stores(&self) -> Stores {
         Stores {
             pods: self.pods.reader(),
@@ -152,20 +153,20 @@ impl Api {
         }
     }
 
-    /// A pod as it is now.
+    /// Stores the current state of a pod.
     pub fn apply_pod(&self, pod: Pod) {
         self.pods.apply(pod);
     }
 
-    /// The task as it is now.
+    /// Stores the current state of the task.
     pub fn apply_task(&self, task: AgentTask) {
         self.tasks.apply(task);
     }
 
-    /// A new token, which is this pod's.
+    /// Returns a new token that belongs to this pod.
     ///
     /// # Errors
-    /// If the system has no randomness.
+    /// Returns an error if the operating system gives no randomness.
     pub fn token_of(&self, pod: &Pod) -> Result<String, RunError> {
         let namespace = pod.namespace().unwrap_or_default();
         let bound = [
@@ -179,10 +180,10 @@ impl Api {
         })
     }
 
-    /// A new token, which is the operator's.
+    /// Returns a new token that belongs to the operator.
     ///
     /// # Errors
-    /// If the system has no randomness.
+    /// Returns an error if the operating system gives no randomness.
     pub fn operator_token(&self) -> Result<String, RunError> {
         self.token(UserInfo { username: Some(operator()), ..UserInfo::default() })
     }
@@ -193,7 +194,7 @@ impl Api {
         Ok(token)
     }
 
-    /// Adds somebody's decision to a request, as admission would: one a person.
+    /// Adds an approver's decision to a request. As at admission, an approver has one decision.
     pub fn decide(&self, name: &str, by: &str, decision: Answer, reason: Option<String>) {
         let store = self.approvals.reader();
         let known = store.state().into_iter().filter_map(|guarded| guarded.0.as_ref().ok().cloned());
@@ -206,7 +207,7 @@ impl Api {
     }
 }
 
-/// The operator's name.
+/// Returns the user name of the operator.
 pub fn operator() -> String {
     format!("system:serviceaccount:{SYSTEM_NAMESPACE}:{}", names::OPERATOR)
 }
@@ -226,7 +227,7 @@ impl Review for Api {
 }
 
 impl Fetch for Api {
-    /// The stores are never behind.
+    /// The stores are always current, so nothing more is fetched.
     fn pod<'a>(&'a self, _: &'a str, _: &'a str) -> BoxFuture<'a, Result<Option<Pod>, String>> {
         Box::pin(async { Ok(None) })
     }
@@ -246,7 +247,7 @@ impl Create for Api {
             request.metadata.namespace = Some(namespace);
             request.metadata.uid = Some(random_uid().map_err(|error| error.to_string())?);
             self.approvals.apply(request.clone());
-            // Whoever would be told may be gone: then nobody decides, and the request expires.
+            // The receiver may be gone. Then no approver decides, and the request expires.
             let _ = self.tell.send(Told::Asked(Box::new(request.clone())));
             Ok(request)
         })
@@ -254,13 +255,13 @@ impl Create for Api {
 }
 
 impl WriteUsage for Api {
-    /// The counters are in every record that is told.
+    /// Does nothing, because every reported record contains the counters.
     fn write<'a>(&'a self, _: &'a str, _: &'a str, _: &'a str, _: Usage) -> BoxFuture<'a, Result<(), String>> {
         Box::pin(async { Ok(()) })
     }
 }
 
-/// Labels that a selector selects.
+/// Returns labels that match a selector.
 pub fn labels_for(
     selector: &k8s_openapi::apimachinery::pkg::apis::meta::v1::LabelSelector,
 ) -> BTreeMap<String, String> {

@@ -1,10 +1,10 @@
-//! The containment probe of a run: the harness's own, from within the sandbox, and its controls from outside.
+//! The containment probe of a run: the harness's own probe, from within the sandbox, with controls from outside.
 //!
-//! Promises: before the agent starts, `belay` itself runs in the sandbox that the agent gets and finds the harness, and neither gateway nor
-//! canary nor anything public; in the same moment both are there for whoever is outside, so that their silence is the sandbox's
-//! doing; it has no descriptor, terminal, capability or key of whoever calls, and of a folder that is shown to it as the agent's are, it
-//! neither reaches the sockets and FIFOs of whoever is outside, whenever those were made, nor sees what is hidden, whenever that is put
-//! there again. Refuses: to take a probe that did not run for silence.
+//! Guarantees: before the agent starts, `belay` itself runs in the sandbox that the agent gets. It reaches the harness, and neither the
+//! gateway, the canary nor a public address. At the same time a process outside reaches the gateway and the canary, so their silence is due
+//! to the sandbox. The probe has no file descriptor, terminal, capability or key of the caller. It is shown a folder in the same way as the
+//! agent's folders. There it does not reach sockets and FIFOs of processes outside, whenever they were created, and does not see hidden
+//! files, whenever they are replaced. A probe that did not run is an error, never a sign of isolation.
 
 use std::{
     collections::BTreeSet,
@@ -34,30 +34,30 @@ use crate::{
     policy::config::Probe,
 };
 
-/// What a sandbox is shown, from outside and from within.
+/// What a sandbox is shown, seen from outside and from within.
 mod shown;
 
-/// The hidden subcommand of `belay` that probes.
+/// The hidden subcommand of `belay` that runs the probe.
 pub const PROBE: &str = "__probe";
-/// Where `belay` and its libraries are in the sandbox that it probes.
+/// The folder of `belay` and its libraries in the sandbox that it probes.
 const PLACE: &str = "/.belay";
-/// Somebody public, a resolver, and a cloud's metadata: nobody is asked anything, a connection is enough.
+/// Other addresses: a public host, a resolver, and the metadata service of a cloud. The probe only connects and sends nothing.
 const PUBLIC: [&str; 3] = ["1.1.1.1:443", "8.8.8.8:53", "169.254.169.254:80"];
-/// Before the agent starts. Nothing has to settle here, as a cluster's network has.
+/// The timing before the agent starts. Nothing has to settle here, unlike the network of a cluster.
 const START: Timing = Timing { patience: Duration::from_secs(3), ..Timing::START };
-/// For the whole of it, a slow start of the sandbox included.
+/// The time limit of the whole probe, including a slow start of the sandbox.
 const LONGEST: Duration = Duration::from_secs(60);
 
-/// What the hidden subcommand is asked.
+/// The argument of the hidden subcommand.
 #[derive(Serialize, Deserialize)]
 struct Question {
     targets: Targets,
     timing: Timing,
-    /// Where it runs in a sandbox as the agent's: what to look for there.
+    /// What to check for inside, if the probe runs in a sandbox like the agent's.
     inside: Option<Inside>,
 }
 
-/// What answers outside, and must not inside.
+/// Addresses that answer outside and must not answer inside.
 #[derive(Clone, Debug)]
 pub struct Controls {
     /// The gateway and the canary.
@@ -65,13 +65,13 @@ pub struct Controls {
 }
 
 impl Controls {
-    /// As the wiring of an attempt has them.
+    /// Returns them in the form of an attempt's wiring.
     pub fn wiring(&self) -> Probe {
         let outside = self.outside.iter().map(SocketAddr::to_string);
         Probe { reachable: server::AGENT.to_string(), unreachable: outside.chain(PUBLIC.map(str::to_owned)).collect() }
     }
 
-    /// Which of them do not answer whoever is outside.
+    /// Returns those that do not answer from outside.
     async fn silent(&self) -> Vec<String> {
         let mut silent = Vec::new();
         for address in &self.outside {
@@ -85,10 +85,10 @@ impl Controls {
     }
 }
 
-/// What the probe saw from within a sandbox like the agent's.
+/// Runs the probe in a sandbox like the agent's, and returns what it saw.
 ///
 /// # Errors
-/// If it did not run.
+/// Returns an error if the probe did not run.
 pub async fn from_within(
     (runtime, cell): (&Runtime, &Cell),
     hold: &Hold,
@@ -119,13 +119,13 @@ pub async fn from_within(
     Ok(seen)
 }
 
-/// Looks again while the agent runs, from the namespace of its network.
+/// Repeats the probe while the agent runs, from the network namespace of the agent.
 pub struct Again {
-    /// Who holds the namespace.
+    /// The process that holds the namespace.
     pub pid: u32,
     /// The controls.
     pub controls: Controls,
-    /// This program.
+    /// The path of this program.
     pub belay: PathBuf,
 }
 
@@ -168,15 +168,15 @@ fn question(targets: &Targets, timing: Timing, inside: Option<Inside>) -> Result
         .map_err(|e| RunError::Sandbox(e.to_string()))
 }
 
-/// The last line that is an answer.
+/// Returns the last line that parses as an answer.
 fn read(said: &[u8]) -> Option<Containment> {
     said.split(|byte| *byte == b'\n').rev().find_map(|line| serde_json::from_slice(line).ok())
 }
 
-/// What the hidden subcommand does with its question, and its answer.
+/// Runs the hidden subcommand on its question, and returns the answer.
 ///
 /// # Errors
-/// If it is none.
+/// Returns an error if the question cannot be parsed.
 pub async fn answer(question: &str, inherited: &std::io::Result<Vec<Descriptor>>) -> Result<String, String> {
     let Question { targets, timing, inside } = serde_json::from_str(question).map_err(|error| error.to_string())?;
     let mut seen = probe::run(&targets, timing).await;
@@ -186,7 +186,8 @@ pub async fn answer(question: &str, inherited: &std::io::Result<Vec<Descriptor>>
     serde_json::to_string(&seen).map_err(|error| error.to_string())
 }
 
-/// How `belay` is started where nothing but it and its own libraries is certain to be there: those that it has loaded now.
+/// Returns the command and the binds that start `belay` in a sandbox that may lack everything else: `belay` and the libraries that it has
+/// loaded now.
 fn ourselves(belay: &Path) -> std::io::Result<(Vec<String>, Vec<Bind>)> {
     let maps = fs::read_to_string("/proc/self/maps")?;
     let loaded: BTreeSet<&str> = maps.lines().filter_map(|line| Some(line.get(line.find('/')?..)?.trim())).collect();

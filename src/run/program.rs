@@ -1,7 +1,8 @@
-//! What an agent's command is in its sandbox: which program, where, and with which variables.
+//! Resolves an agent's command in its sandbox: the program, the working folder and the environment.
 //!
-//! Guarantees: what is looked at before a run is what the run has: both are made here.
-//! Non-goals: to run anything.
+//! Guarantees: the check before a run and the run itself use the same values, because both take them from here.
+//!
+//! Non-goals: running anything.
 
 use std::{
     collections::BTreeMap,
@@ -17,18 +18,18 @@ use super::{
 };
 use crate::plan::{Finding, agent::Agent, validated::Validated, validated::Workload};
 
-/// Where the agent finds the task's folder, unless the task has something else there.
+/// The paths of the task's folder in the sandbox. The second is used if the task has something else at the first.
 const WORKSPACE: [&str; 2] = ["/workspace", "/task"];
-/// How the agent finds programs.
+/// The agent's default `PATH`.
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
-/// Where the agent sees the task's folder, and what of the task's own has taken the usual place.
+/// The path of the task's folder in the sandbox, and the path of the task that has taken the usual place.
 pub(super) struct Workspace {
     pub(super) at: &'static str,
     pub(super) taken_by: Option<String>,
 }
 
-/// Where the agent sees the task's folder.
+/// Returns the path of the task's folder in the sandbox.
 pub(super) fn workspace(agent: &Agent<'_>) -> Result<Workspace, RunError> {
     let mounts = agent.mounts.iter().map(|mount| mount.path.as_str());
     let declared: Vec<&str> = mounts.chain(agent.write_scopes.iter().map(|scope| scope.path.as_str())).collect();
@@ -44,7 +45,7 @@ pub(super) fn workspace(agent: &Agent<'_>) -> Result<Workspace, RunError> {
     Ok(Workspace { at, taken_by: usual.and_then(|usual| taken(usual)).map(|path| (*path).to_owned()) })
 }
 
-/// What is run: the task's command and arguments, or an unpacked image's.
+/// Returns the command: the task's command and arguments, or else those of an unpacked image.
 pub(super) fn command(agent: &Agent<'_>, image: Option<&Image>) -> Vec<String> {
     let mut command = match agent.workload {
         Workload::Agent { command, args, .. } => command.iter().chain(args).cloned().collect(),
@@ -56,24 +57,24 @@ pub(super) fn command(agent: &Agent<'_>, image: Option<&Image>) -> Vec<String> {
     command
 }
 
-/// Its variables: what is said later counts, by the image and by the task.
+/// Returns the environment. The image's variables override the defaults, and the task's override the image's.
 pub(super) fn environment(agent: &Agent<'_>, image: Option<&Image>) -> Vec<(String, String)> {
-    // Python writes to a pipe when it pleases: lines of its would come after the calls that followed them.
+    // Python buffers its output to a pipe: its lines would appear after the calls that followed them.
     let own = [("PATH", PATH), ("HOME", "/"), ("LANG", "C.UTF-8"), ("PYTHONUNBUFFERED", "1")].into_iter();
     let own = own.chain(image.into_iter().flat_map(|image| image.process.variables()));
     let own = own.map(|(name, value)| (name.to_owned(), value.to_owned()));
     own.chain(agent.env.iter().cloned()).collect::<BTreeMap<_, _>>().into_iter().collect()
 }
 
-/// Its working folder.
+/// Returns the working folder.
 pub(super) fn folder(image: Option<&Image>, workspace: &str) -> String {
     image.and_then(|image| image.process.cwd.as_deref()).unwrap_or(workspace).to_owned()
 }
 
-/// What is wrong with the command; nothing if it is a program in the sandbox.
+/// Returns what is wrong with the command, or `None` if it is a program in the sandbox.
 ///
 /// # Errors
-/// If there is no place for the task's folder.
+/// Returns an error if there is no path left for the task's folder.
 pub fn wrong(
     validated: &Validated,
     image: Option<&Image>,

@@ -1,4 +1,4 @@
-//! Where an agent runs on a machine without a cluster: gVisor where it is installed, else bubblewrap.
+//! The sandbox of an agent on a machine without a cluster: gVisor if it is installed, else bubblewrap.
 //!
 //! ```text
 //! hold: a network namespace with a loopback interface and nothing else; the harness's socket is made there and handed out
@@ -6,9 +6,10 @@
 //!   └─ agent, each in a mount namespace of its own in which `belay` mounts what it is shown
 //! ```
 //!
-//! Promises: no interface but loopback, no process, file or device of the machine but what a [`Cell`] names, no descriptor, signal, limit or
-//! charm of whoever calls, no privileges, and an end with whoever started it; what a sandbox is told follows from its cell alone, by a pure function for each runtime. Refuses: to run
-//! anything without a sandbox.
+//! Guarantees: a sandbox has no network interface but loopback. It sees no process, file or device of the machine except what a [`Cell`]
+//! names. It inherits no file descriptor, signal disposition, limit or OOM score from the caller, and has no privileges. It ends when the
+//! process that started it ends. A pure function for each runtime derives the sandbox's arguments from its cell alone. Nothing runs without
+//! a sandbox.
 
 use std::{
     fs, io,
@@ -21,36 +22,36 @@ use tokio::process::{Child, Command};
 
 use super::RunError;
 
-/// bubblewrap's arguments.
+/// The arguments of bubblewrap.
 mod bubblewrap;
-/// Whether a command is a program there.
+/// Checks whether a command is a program in the sandbox.
 pub mod command;
-/// gVisor's bundle.
+/// The OCI bundle for gVisor.
 mod gvisor;
-/// A network namespace, and who holds it.
+/// The network namespace, and the process that holds it.
 pub mod hold;
 /// The programs and libraries that an agent has.
 pub mod root;
-/// System calls that no agent needs.
+/// The filter of system calls that no agent needs.
 mod seccomp;
-/// What a sandbox is shown of the machine's files.
+/// Mounts the machine's files that a sandbox sees.
 pub mod view;
-/// What a sandbox uses, looked at again and again.
+/// Measures repeatedly what a sandbox uses.
 pub mod watch;
 
-/// Files that one process may have open.
+/// The maximum number of files that one process may have open.
 const OPEN_FILES: u64 = 4096;
-/// Processes and threads of an agent.
+/// The maximum number of processes and threads of an agent.
 pub const PROCESSES: u64 = 1024;
-/// Oldest bubblewrap that has all that is asked of it: `--size`, `--disable-userns`.
+/// The oldest bubblewrap with all options that this module uses: `--size`, `--disable-userns`.
 const OLDEST_BUBBLEWRAP: (u64, u64) = (0, 8);
-/// Programs of util-linux that put a sandbox where it belongs.
+/// Programs of util-linux that start a sandbox in its namespaces and with its limits.
 const TOOLS: [&str; 4] = ["unshare", "nsenter", "prlimit", "setpriv"];
 
-/// Which sandbox.
+/// The kind of a sandbox.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// gVisor: a kernel of its own.
+    /// gVisor, which has its own kernel.
     Gvisor,
     /// bubblewrap: namespaces and a filter of system calls.
     Bubblewrap,
@@ -59,32 +60,32 @@ pub enum Kind {
 /// A sandbox that is installed.
 #[derive(Clone, Debug)]
 pub struct Runtime {
-    /// Which.
+    /// Its kind.
     pub kind: Kind,
     /// Its program.
     pub program: PathBuf,
-    /// Name and version, for the evidence.
+    /// Its name and version, for the evidence.
     pub version: String,
 }
 
-/// A folder or file of the machine, to be seen in the sandbox and not to be changed.
+/// A folder or a file of the machine that the sandbox sees read-only.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Bind {
-    /// Where it is.
+    /// Its path on the machine.
     pub from: PathBuf,
-    /// Where it is seen.
+    /// Its path in the sandbox.
     pub to: String,
-    /// Files and folders that are not to be seen there: what of them is below, or around, `from`.
+    /// Files and folders that the sandbox does not see there. Each is below `from` or contains it.
     pub hidden: Vec<PathBuf>,
 }
 
 impl Bind {
-    /// The whole of it.
+    /// Returns a bind that hides nothing.
     pub fn new(from: impl Into<PathBuf>, to: impl Into<String>) -> Self {
         Self { from: from.into(), to: to.into(), hidden: Vec::new() }
     }
 
-    /// Without what of these is in it.
+    /// Hides those of these files and folders that concern this bind.
     #[must_use]
     pub fn without(mut self, hidden: &[PathBuf]) -> Self {
         let from = &self.from;
@@ -93,22 +94,22 @@ impl Bind {
     }
 }
 
-/// Something of a root.
+/// An entry of a root file system.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Entry {
     /// A folder or file.
     Bind(Bind),
     /// A symbolic link.
     Link {
-        /// What it says.
+        /// The target of the link.
         target: String,
-        /// Where it is.
+        /// The path of the link.
         at: String,
     },
 }
 
 impl Entry {
-    /// Without what of these is in it.
+    /// Hides those of these files and folders that concern this entry.
     #[must_use]
     pub fn without(self, hidden: &[PathBuf]) -> Self {
         match self {
@@ -118,30 +119,30 @@ impl Entry {
     }
 }
 
-/// All that runs in a sandbox, and all that is there.
+/// Everything that runs in a sandbox and everything that the sandbox contains.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Cell {
-    /// What to run.
+    /// The command.
     pub command: Vec<String>,
     /// Its environment.
     pub env: Vec<(String, String)>,
-    /// Its folder.
+    /// Its working folder.
     pub cwd: String,
-    /// Programs and libraries, in order.
+    /// Programs and libraries, in mount order.
     pub root: Vec<Entry>,
-    /// What else it sees, in order.
+    /// Other files and folders that it sees, in mount order.
     pub binds: Vec<Bind>,
-    /// Where it may write, and how many bytes.
+    /// The paths that it may write to, with the maximum number of bytes.
     pub scopes: Vec<(String, u64)>,
     /// Empty folders that stay empty.
     pub covered: Vec<String>,
 }
 
 impl Runtime {
-    /// The one that is asked for, or the best that is installed.
+    /// Returns the wanted sandbox, or else the best that is installed.
     ///
     /// # Errors
-    /// If there is none, with what to install.
+    /// Returns an error that says what to install if no usable sandbox is installed.
     pub fn find(wanted: Option<Kind>) -> Result<Self, RunError> {
         if let Some(missing) = TOOLS.into_iter().find(|tool| on_path(tool).is_none()) {
             return Err(RunError::Sandbox(format!(
@@ -170,19 +171,20 @@ impl Runtime {
         Ok(Self { kind, program, version: format!("{} {version}", kind.name()) })
     }
 
-    /// Starts a cell in the network namespace that `hold` holds. `folder` is this cell's own, empty and nobody else's; `belay` is this program.
+    /// Starts a cell in the network namespace that `hold` holds. `folder` is empty and belongs to this cell alone. `belay` is the path of
+    /// this program.
     ///
     /// # Errors
-    /// If it cannot be prepared or started.
+    /// Returns an error if the cell cannot be prepared or started.
     pub fn start(&self, cell: &Cell, hold: &hold::Hold, (belay, folder): (&Path, &Path)) -> Result<Child, RunError> {
         let failed = |error: io::Error| RunError::Sandbox(format!("cannot prepare {}: {error}", folder.display()));
         fs::create_dir_all(folder).map_err(failed)?;
         let mut limits = vec![format!("--nofile={OPEN_FILES}:{OPEN_FILES}")];
-        // Whatever whoever calls may have: no agent goes before other programs.
+        // An agent gets no priority over other programs, whatever the caller has.
         limits.extend(["--core=0:0", "--rtprio=0:0", "--nice=0:0"].map(str::to_owned));
-        // A sandbox with a kernel of its own has sockets and FIFOs of its own too.
+        // A sandbox with its own kernel also has its own sockets and FIFOs.
         let viewed = view::prepare(cell, folder, self.kind == Kind::Gvisor).map_err(failed)?;
-        // Open for as long as it takes to hand it over.
+        // The file stays open until the child process has inherited it.
         let mut filter = None;
         let sandbox = match self.kind {
             Kind::Bubblewrap => {
@@ -211,9 +213,9 @@ impl Runtime {
         started
     }
 
-    /// Takes away what a cell that has ended left in its folder.
+    /// Removes what an ended cell left in its folder.
     pub fn clear(&self, folder: &Path) {
-        // What cannot be removed lies in a folder of this run's, which nobody reads again.
+        // Files that cannot be removed stay in a folder of this run, which is not read again.
         let _ = fs::remove_dir_all(folder);
     }
 }
@@ -226,7 +228,7 @@ impl Kind {
         }
     }
 
-    /// Its name in the evidence.
+    /// Returns the name in the evidence.
     pub fn name(self) -> &'static str {
         match self {
             Self::Gvisor => "gvisor",
@@ -236,7 +238,7 @@ impl Kind {
 }
 
 impl Cell {
-    /// The same, with another command and more to see.
+    /// Returns this cell with another command and more binds.
     #[must_use]
     pub fn running(&self, command: Vec<String>, more: Vec<Bind>) -> Self {
         let binds = self.binds.iter().cloned().chain(more).collect();
@@ -249,7 +251,7 @@ fn new_enough(version: &str) -> bool {
     (parts.next().unwrap_or(0), parts.next().unwrap_or(0)) >= OLDEST_BUBBLEWRAP
 }
 
-/// The first program of that name on PATH.
+/// Returns the first executable of that name on PATH.
 fn on_path(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH")?;
     let executable =

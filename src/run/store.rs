@@ -1,7 +1,7 @@
-//! Where a run's evidence lies: a folder, or buckets.
+//! The store of a run's evidence: a folder, or buckets.
 //!
-//! Promises: the bucket that the pack names for evidence is the one place that was asked for; every other, such as that of state, is a
-//! folder of the user's own; when the place of evidence fails, whoever is at the terminal is told why, at once. Refuses: to call a folder
+//! Guarantees: the bucket that the pack names for evidence is the place that the user chose. Every other bucket, such as the state bucket,
+//! is a folder of the user. When the place of the evidence fails, the terminal shows the reason at once. A folder is never reported as
 //! locked.
 
 use std::{
@@ -19,7 +19,7 @@ use crate::{
     gateway::witness::Buckets,
 };
 
-/// Where evidence goes.
+/// The place of the evidence.
 pub enum Place {
     /// A folder.
     Folder(PathBuf),
@@ -27,19 +27,19 @@ pub enum Place {
     Buckets(Arc<dyn Buckets>),
 }
 
-/// The buckets that a gateway writes to.
+/// The buckets that the gateway writes to.
 pub struct Kept {
-    /// Where evidence goes.
+    /// The place of the evidence.
     pub place: Place,
-    /// The bucket of evidence, by its name in the pack.
+    /// The name of the evidence bucket in the pack.
     pub evidence: String,
-    /// The folder in which each other bucket is one: what outlives an attempt and is no evidence.
+    /// The folder that contains a folder for each other bucket. They hold data that outlives an attempt and is not evidence.
     pub state: PathBuf,
-    /// Who is told why evidence cannot be kept.
+    /// Reports why evidence cannot be stored.
     pub troubles: Troubles,
 }
 
-/// Tells why evidence cannot be kept: once for each reason in a row, however often it is tried.
+/// Reports why evidence cannot be stored. The same reason is reported once in a row, however often storing is tried.
 #[derive(Clone)]
 pub struct Troubles {
     tell: UnboundedSender<Told>,
@@ -47,19 +47,19 @@ pub struct Troubles {
 }
 
 impl Troubles {
-    /// Told by this.
+    /// Creates a reporter that sends to `tell`.
     pub fn new(tell: UnboundedSender<Told>) -> Self {
         Self { tell, last: Arc::default() }
     }
 
     fn of(&self, error: &StoreError) {
-        // What is not there yet is no trouble.
+        // An object that does not exist yet is not a failure.
         if matches!(error, StoreError::NotFound { .. }) {
             return;
         }
         let (text, mut last) = (error.to_string(), self.last.lock().unwrap_or_else(PoisonError::into_inner));
         if *last != text {
-            // Whoever would be told may be gone.
+            // The receiver may be gone.
             let _ = self.tell.send(Told::Trouble(text.clone()));
             *last = text;
         }
@@ -70,7 +70,7 @@ impl Troubles {
     }
 }
 
-/// A store, and who is told of its troubles.
+/// A store whose failures are reported.
 struct Watched {
     store: Arc<dyn Store>,
     troubles: Troubles,

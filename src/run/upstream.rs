@@ -1,8 +1,9 @@
-//! An upstream of the user's own: a server that is started for a run, and ends with it.
+//! A server that the user starts for a run as an upstream. It ends with the run.
 //!
-//! Promises: it is told a port of loopback (`PORT`), it is waited for, and the run's gateway dials it there; it ends when the run does,
-//! even where the run is killed. Refuses: to pass for a part of the sandbox. It may do what its user may, and is started only because the
-//! command line says so: never by what a file says.
+//! Guarantees: the server is given a port of loopback (`PORT`). Belay waits for it, and the run's gateway dials it there. It ends when the
+//! run ends, even if the run is killed. It is started only because the command line says so, and never because a file says so.
+//!
+//! Non-goals: a sandbox. The server may do what its user may do.
 
 use std::{
     fs,
@@ -23,18 +24,18 @@ use tokio::{
 use super::RunError;
 use crate::policy::hostname::Hostname;
 
-/// The hidden subcommand of `belay` that keeps one.
+/// The hidden subcommand of `belay` that runs such a server.
 pub const KEEP: &str = "__keep";
-/// Until it has to listen: it may have to be compiled first.
+/// The time that the server has until it listens: it may have to be compiled first.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// Between two looks whether it listens.
+/// The time between two checks whether it listens.
 const LOOK: Duration = Duration::from_millis(20);
-/// From SIGTERM to SIGKILL.
+/// The time from SIGTERM to SIGKILL.
 const GRACE: Duration = Duration::from_secs(2);
-/// Last lines of what it has said, where it fails.
+/// The number of last output lines that are shown if it fails.
 const SAID: usize = 8;
 
-/// A server that runs.
+/// A running server.
 pub struct Upstream {
     host: Hostname,
     command: String,
@@ -44,13 +45,14 @@ pub struct Upstream {
 }
 
 impl Upstream {
-    /// Starts it, and waits until it listens. `belay` is this program; what the server says goes to a file in `folder`.
+    /// Starts the server and waits until it listens. `belay` is the path of this program. The output of the server goes to a file in
+    /// `folder`.
     ///
     /// # Errors
-    /// If it ends, or does not listen in time, with what it has said.
+    /// Returns an error with the last output if the server ends, or does not listen in time.
     pub async fn start(belay: &Path, host: &Hostname, command: &str, folder: &Path) -> Result<Self, RunError> {
         let failed = |error: io::Error| RunError::Upstream(format!("{host}: cannot start `{command}`: {error}"));
-        // Free a moment ago; whoever takes it in between makes the command fail, which says so.
+        // The port was free a moment ago. If another process takes it meanwhile, the command fails and says so.
         let free = TcpListener::bind("127.0.0.1:0").await.and_then(|listener| listener.local_addr());
         let address = free.map_err(failed)?;
         let log = folder.join(format!("upstream-{host}.log"));
@@ -79,17 +81,17 @@ impl Upstream {
         Ok(upstream)
     }
 
-    /// Its host.
+    /// Returns its host.
     pub fn host(&self) -> &Hostname {
         &self.host
     }
 
-    /// Where it listens.
+    /// Returns the address on which it listens.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// That it has ended by itself, where it has.
+    /// Returns a message if the server has ended by itself.
     pub fn trouble(&mut self) -> Option<String> {
         let status = self.child.try_wait().ok().flatten()?;
         let Self { host, command, .. } = &*self;
@@ -99,7 +101,7 @@ impl Upstream {
         ))
     }
 
-    /// Ends it.
+    /// Ends the server.
     pub async fn end(mut self) {
         drop(self.child.stdin.take());
         let _ = tokio::time::timeout(GRACE * 2, self.child.wait()).await;
@@ -116,11 +118,11 @@ impl Upstream {
     }
 }
 
-/// What the hidden subcommand does: runs the command in a process group of its own until that ends, or until standard input does, which
-/// ends with the run. Gives the command's exit code.
+/// Runs the hidden subcommand: the command runs in its own process group until it ends, or until standard input ends, which ends with the
+/// run. Returns the exit code of the command.
 ///
 /// # Errors
-/// If there is no shell to run it.
+/// Returns an error if there is no shell to run it.
 pub fn keep(command: &str) -> io::Result<u8> {
     let mut child = std::process::Command::new("sh");
     let mut child = child.args(["-c", command]).stdin(Stdio::null()).process_group(0).spawn()?;
@@ -134,12 +136,12 @@ pub fn keep(command: &str) -> io::Result<u8> {
         let _ = kill_process_group(group, Signal::KILL);
     });
     let status = child.wait()?;
-    // Whoever it has left behind.
+    // Processes that the command left behind.
     let _ = kill_process_group(group, Signal::KILL);
     Ok(code(status))
 }
 
-/// As a shell says it.
+/// Returns the exit code as a shell reports it.
 fn code(status: ExitStatus) -> u8 {
     let code = status.code().or_else(|| status.signal().map(|signal| signal.saturating_add(128)));
     code.and_then(|code| u8::try_from(code).ok()).unwrap_or(u8::MAX)

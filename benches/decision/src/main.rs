@@ -1,11 +1,10 @@
-//! `make bench ONLY=decision`: the whole decision over one tool call, at 10, 100 and 1,000 contracts, beside Cedar and
-//! Regorus deciding the same rules on the same bytes. It needs no cluster.
+//! `make bench ONLY=decision`: measures the whole decision about one tool call, at 10, 100 and 1,000 contracts. Cedar and Regorus decide
+//! with the same rules on the same bytes for comparison. It needs no cluster.
 //!
-//! Belay's side is what the harness does before it records an intent: strict JSON, schema, preconditions, budget and the
-//! digest of the arguments. The others do less: they read JSON as their libraries do, know no budget and hash nothing. Each
-//! contract's rules are a policy of their own, found by the tool's name in a map, so that none of the peers has to ask a
-//! thousand policies for one call. All sides must agree on every input before anything is measured; then sides and sizes
-//! take turns, call by call.
+//! Belay's side is what the harness does before it records an intent: strict JSON, schema, preconditions, budget and the digest of the
+//! arguments. The others do less: they parse JSON as their libraries do, have no budget and hash nothing. The rules of each contract are a
+//! separate policy, looked up in a map by the tool's name, so that the other engines do not evaluate a thousand policies for one call.
+//! Before anything is measured, all sides must agree on every input. Then sides and sizes take turns, call by call.
 #![allow(clippy::print_stdout, reason = "a program that prints a table")]
 
 #[path = "../../measure.rs"]
@@ -24,21 +23,22 @@ use measure::{Measure, percentile};
 use serde_json::{Value, json};
 
 const SIZES: [usize; 3] = [10, 100, 1_000];
-/// Calls a side and size.
+/// The number of calls for each side and size.
 const CALLS: usize = 40_000;
-/// Calls before those, which are not counted.
+/// The number of calls before those, which are not counted.
 const WARM_UP: usize = 2_000;
-/// The 99th percentile of a decision, in microseconds.
+/// The goal for the 99th percentile of a decision, in microseconds.
 const GOAL: f64 = 50.0;
-/// How much more a decision may take at 1,000 contracts than at 10: colder caches, and nothing that grows.
+/// The goal for the time at 1,000 contracts relative to that at 10. It allows for colder caches, and for nothing that grows with the number
+/// of contracts.
 const FLAT: f64 = 1.5;
 
-/// One side: whether it allows the call.
+/// An engine that decides whether a call is allowed.
 trait Side {
     fn allows(&self, tool: &str, args: &str) -> bool;
 }
 
-/// The most that a contract's `count` may be: each has its own.
+/// Returns the maximum of `count` in a contract. Each contract has its own.
 fn most(n: usize) -> usize {
     10 + n % 7
 }
@@ -219,7 +219,7 @@ impl Side for Regorus {
     }
 }
 
-/// The calls, as bytes, and whether they are to be allowed: three of four are.
+/// Returns the calls as bytes, and whether they are to be allowed. Three of four are.
 fn inputs(size: usize) -> Vec<(String, String, bool)> {
     let note = "The checkout service answers 503 since 09:40; the last deploy was at 09:38. ".repeat(4);
     let mut inputs = Vec::new();
@@ -244,7 +244,7 @@ fn inputs(size: usize) -> Vec<(String, String, bool)> {
     inputs
 }
 
-/// The sides at one number of contracts, what they are asked, and how long each took.
+/// The sides at one number of contracts, with their inputs and the times that each side took.
 struct Bout {
     size: usize,
     sides: [Box<dyn Side>; 3],
@@ -252,7 +252,7 @@ struct Bout {
     took: [Vec<f64>; 3],
 }
 
-/// In the order of [`Bout::sides`].
+/// The names, in the order of [`Bout::sides`].
 const NAMES: [&str; 3] = ["belay", "cedar", "regorus"];
 
 impl Bout {
@@ -274,7 +274,7 @@ impl Bout {
 
     fn round(&mut self, call: usize) {
         let (tool, args, _) = &self.inputs[call % self.inputs.len()];
-        // Whoever comes first finds colder caches: each in turn.
+        // The first side finds colder caches, so the sides take turns to be first.
         for turn in 0..self.sides.len() {
             let at = (call + turn) % self.sides.len();
             let begun = Instant::now();

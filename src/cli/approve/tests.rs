@@ -145,7 +145,7 @@ fn nothing_hidden_gets_to_the_terminal() {
     value["metadata"]["name"] = nasty.into();
     let shown = describe(&typed(value), before(), Paint::none());
     assert!(!shown.chars().any(|c| c != '\n' && hidden(c)), "{shown}");
-    // Not a line more than there would be otherwise: nothing looks like another line of ours.
+    // There is no extra line: no text can look like another line of Belay.
     assert_eq!(shown.lines().count(), 12, "{shown}");
 }
 
@@ -170,16 +170,16 @@ fn a_reason_is_one_that_the_api_server_takes(#[case] text: &str, #[case] expecte
     }
 }
 
-/// An API server with these requests. It knows us as ana, and checks versions.
+/// An API server with these requests. It authenticates the client as ana, and checks versions.
 #[derive(Clone, Default)]
 struct Server(Arc<Mutex<State>>);
 
 #[derive(Default)]
 struct State {
     requests: Vec<Value>,
-    /// Decisions of others that arrive just before each of our writes.
+    /// Decisions of other approvers that arrive just before each write.
     meanwhile: Vec<&'static str>,
-    /// What admission says to any write.
+    /// The answer of admission to any write.
     admission: Option<&'static str>,
     writes: Vec<Value>,
 }

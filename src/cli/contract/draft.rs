@@ -1,4 +1,4 @@
-//! A listed tool becomes the text of a contract. No network here.
+//! Converts a listed tool to the text of a contract. It uses no network.
 
 use std::collections::BTreeSet;
 
@@ -11,16 +11,16 @@ use crate::{
     policy::{config::SideEffect, definition::Definition},
 };
 
-/// Longest description that a contract may have, as in the CRD.
+/// The maximum length of a contract's description, as in the CRD.
 const LONGEST_DESCRIPTION: usize = 4096;
-/// Longest name of a tool, as in the CRD.
+/// The maximum length of a tool's name, as in the CRD.
 const LONGEST_TOOL: usize = 128;
-/// Longest name that a draft gives its contract.
+/// The maximum length of the name that a draft gives to its contract.
 const LONGEST_NAME: usize = 63;
-/// Most fields at the top of an input schema, as in the CRD.
+/// The maximum number of fields at the top of an input schema, as in the CRD.
 const MOST_FIELDS: usize = 64;
 
-/// Words of ours and of JSON Schema that need no quotes.
+/// Words of Belay and of JSON Schema that need no quotes.
 const BARE: [&str; 11] = [
     "belay.dev/v1alpha1",
     "ToolContract",
@@ -35,15 +35,15 @@ const BARE: [&str; 11] = [
     "boolean",
 ];
 
-/// The text of a contract.
+/// A draft of a contract.
 pub(super) struct Draft {
-    /// `metadata.name`, also that of its file.
+    /// `metadata.name`, which is also the name of the file.
     pub(super) name: String,
     /// YAML with comments.
     pub(super) text: String,
 }
 
-/// A draft a tool, and why a tool has none.
+/// Returns a draft for each tool, and the reasons why other tools have none.
 pub(super) fn drafts(tools: &[Tool], url: &str, namespace: Option<&str>) -> (Vec<Draft>, Vec<String>) {
     let (mut names, mut tool_names) = (BTreeSet::new(), BTreeSet::new());
     let (mut drafts, mut left_out) = (Vec::new(), Vec::new());
@@ -84,7 +84,7 @@ fn draft(tool: &Tool, name: String, tool_name: String, url: &str, namespace: Opt
     }
     let head = [("apiVersion", json!("belay.dev/v1alpha1")), ("kind", json!("ToolContract")), ("metadata", metadata)];
     let mut upstream = json!({"url": url, "tool": tool.name});
-    // What a person reviews is what is pinned.
+    // Pin the definition that a person reviews.
     if let (Ok(definition), Some(upstream)) = (
         serde_json::to_value(tool).map_err(drop).and_then(|tool| Definition::of(&tool).map_err(drop)),
         upstream.as_object_mut(),
@@ -108,8 +108,8 @@ fn draft(tool: &Tool, name: String, tool_name: String, url: &str, namespace: Opt
     Draft { name, text }
 }
 
-/// Block YAML with every string in JSON's quotes: what a server wrote can neither end its line nor become something else than
-/// text, whichever version of YAML reads it.
+/// Writes block YAML with every string in JSON's quotes. So text from a server can neither end its line nor become anything else than text,
+/// whatever version of YAML reads it.
 fn yaml(key: &str, value: &Value, depth: usize, text: &mut String) {
     let indent = "  ".repeat(depth);
     match value {
@@ -121,7 +121,7 @@ fn yaml(key: &str, value: &Value, depth: usize, text: &mut String) {
     }
 }
 
-/// A key, bare where every YAML reads it as the same text.
+/// Returns a key, unquoted only if every YAML version reads it as the same text.
 fn name(key: &str) -> String {
     const WORDS: [&str; 9] = ["y", "n", "yes", "no", "on", "off", "true", "false", "null"];
     let plain = key.chars().all(|c| c.is_ascii_alphanumeric())
@@ -137,13 +137,13 @@ fn scalar(value: &Value) -> String {
     }
 }
 
-/// What a call may change, and why that is thought.
+/// Returns the side effect of a call, and the reason for it.
 fn side_effect(tool: &Tool) -> (SideEffect, String) {
     let hints = tool.annotations.as_ref();
     let hint = |hint: Option<bool>| hint == Some(true);
     let destructive = hints.and_then(|hints| hints.destructive_hint);
     if hint(hints.and_then(|hints| hints.read_only_hint)) {
-        // A tool that says both contradicts itself, and the worse is believed.
+        // A tool that claims both contradicts itself, so the worse claim counts.
         if hint(destructive) {
             let reason = "write, because the server says both readOnlyHint and destructiveHint.";
             return (SideEffect::Write, reason.to_owned());
@@ -177,9 +177,9 @@ fn description(tool: &Tool) -> (String, Option<String>) {
     }
 }
 
-/// The schema as it will be enforced, and what of the listed one is not in it.
+/// Returns the schema as it will be enforced, and which parts of the listed schema it lacks.
 fn input(listed: &Map<String, Value>) -> (Value, Vec<String>) {
-    /// More that is wrong than a person would mend.
+    /// The maximum number of repairs. A user would not repair more.
     const MOST: usize = 64;
     let mut schema = Value::Object(listed.clone());
     let mut dropped = Vec::new();
@@ -228,7 +228,7 @@ fn input(listed: &Map<String, Value>) -> (Value, Vec<String>) {
     without_arguments(dropped, format!("the listed schema cannot be used{why}"))
 }
 
-/// Takes out what a JSON Pointer leads to. An item of a list takes its list with it: the others have their places.
+/// Removes what a JSON Pointer leads to. For an item of a list the whole list is removed, because the positions of the other items matter.
 fn remove(schema: &mut Value, pointer: &str) -> bool {
     let mut pointer = pointer;
     while let Some((parent, key)) = pointer.rsplit_once('/') {
@@ -257,7 +257,7 @@ fn agent_name(listed: &str) -> String {
     listed.chars().map(|c| if c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '-') { c } else { '_' }).collect()
 }
 
-/// The name, with a number behind it if it is taken.
+/// Returns the name, with a number appended if it is taken.
 fn unique(name: &str, separator: &str, longest: usize, taken: &mut BTreeSet<String>) -> String {
     let mut candidate = name.to_owned();
     let mut number = 1_u32;

@@ -1,4 +1,4 @@
-//! What an MCP server lists.
+//! Lists the tools of an MCP server.
 
 use rmcp::{
     ServiceExt,
@@ -8,10 +8,10 @@ use rmcp::{
 
 use crate::cli::CliError;
 
-/// Most tools that are drafted: nobody reviews more, and a server may list pages without end.
+/// The maximum number of tools that are drafted: a user would not review more, and a server may list pages without end.
 const MOST_TOOLS: usize = 1000;
 
-/// All tools of a server, page by page.
+/// Returns all tools of a server, page by page.
 pub(super) async fn list(url: &str, token: Option<&str>) -> Result<Vec<Tool>, CliError> {
     let failed = |what: &str, error: &dyn std::fmt::Display| {
         // rmcp puts the Rust type of its transport before the reason.
@@ -45,7 +45,7 @@ pub(super) async fn list(url: &str, token: Option<&str>) -> Result<Vec<Tool>, Cl
             break;
         }
     }
-    // The list is here; a session that does not close is the server's affair.
+    // The list is complete. A session that does not close is the server's problem.
     let _ = session.cancel().await;
     Ok(tools)
 }

@@ -1,4 +1,4 @@
-//! Drafts of a real MCP server's tools, over HTTP; what they say, and that they lint.
+//! Tests of drafts from a real MCP server over HTTP: their content, and that they pass the linter.
 
 use std::{fs, sync::Arc};
 
@@ -18,7 +18,7 @@ use crate::{
     cli::lint::{self, Source},
 };
 
-/// A server whose tools come two a page.
+/// A server that lists two tools a page.
 #[derive(Clone)]
 struct Server(Vec<Tool>);
 
@@ -40,7 +40,7 @@ impl ServerHandler for Server {
     }
 }
 
-/// Its URL.
+/// Starts the server and returns its URL.
 async fn serve(tools: Vec<Tool>) -> String {
     let _ = rustls::crypto::ring::default_provider().install_default();
     let server = Server(tools);
@@ -78,7 +78,7 @@ fn contracts(text: &str) -> Vec<ToolContract> {
     serde_saphyr::from_multiple(text).unwrap()
 }
 
-/// What a server would list that is sloppy, outdated or hostile.
+/// Tools that a sloppy, outdated or hostile server would list.
 fn unpleasant() -> Vec<Tool> {
     let point = json!({"type": "object", "properties": {"x": {"type": "number"}, "y": {"type": "number"}, "on": {}}, "required": ["x", "y"]});
     let old = json!({"$schema": "http://json-schema.org/draft-07/schema#", "type": "object", "properties": {"a": {"type": "array", "items": [{"type": "string"}]}}});

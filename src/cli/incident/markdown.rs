@@ -1,4 +1,4 @@
-//! The story as Markdown.
+//! The incident report as Markdown.
 
 use std::io::{self, Write};
 
@@ -8,9 +8,9 @@ use crate::{
     verify::{Verdict, Weight},
 };
 
-/// A text that is not ours, in a cell of a table or elsewhere. Renderers find links, people, footnotes, entities and HTML in plain text, each its
-/// own kinds, some of them behind a backslash, too: only in a code span is everything what it is. So whatever is not plain words is in one, and
-/// what would end it or the cell is told.
+/// Returns a text from outside for a cell of a table or another place. Renderers find links, user names, footnotes, entities and HTML in
+/// plain text. Each finds its own kinds, some of them even behind a backslash. Only in a code span does everything stay as it is. So text
+/// that is not plain words goes into a code span, and characters that would end the span or the cell are escaped.
 fn cell(text: &str) -> String {
     if is_plain(text) {
         return text.to_owned();
@@ -27,17 +27,17 @@ fn cell(text: &str) -> String {
     code
 }
 
-/// Whether a text means nothing in Markdown of any kind: words and numbers, points and colons behind which there is no word.
+/// Returns whether a text has no meaning in any kind of Markdown: words and numbers, and dots and colons that no word follows directly.
 fn is_plain(text: &str) -> bool {
     let follows = |at: usize| text.get(at..).and_then(|rest| rest.chars().next());
     let before = |at: usize| text.get(..at).and_then(|all| all.chars().next_back());
     let digits = |at: usize| [before(at), follows(at + 1)].into_iter().all(|c| c.is_some_and(|c| c.is_ascii_digit()));
-    // What begins a line is no list, no number of one, and no rule.
+    // The first character must not start a list or a horizontal rule.
     let begins = |c: char| c.is_alphanumeric();
     text.chars().next().is_none_or(begins)
         && text.char_indices().all(|(at, c)| match c {
             '.' | ':' if digits(at) => true,
-            // A number and a point begin a list.
+            // A number and a dot start a list.
             '.' | ':' => {
                 let words = text.get(..at).is_some_and(|all| all.chars().any(|c| !c.is_ascii_digit()));
                 words && follows(at + 1).is_none_or(|next| next == ' ')
@@ -47,7 +47,7 @@ fn is_plain(text: &str) -> bool {
         })
 }
 
-/// Writes the story.
+/// Writes the report.
 pub(super) fn write(story: &Story<'_>, out: &mut dyn Write) -> io::Result<()> {
     let summary = &story.report.summary;
     let named = |name: &Option<String>| cell(&Safe(name.as_deref().unwrap_or("?")).to_string());
@@ -131,7 +131,7 @@ pub(super) fn write(story: &Story<'_>, out: &mut dyn Write) -> io::Result<()> {
     writeln!(out, "One record by itself, with its proof: `belay prove … --record N`.")
 }
 
-/// How the task ended.
+/// Returns how the task ended.
 pub(super) fn outcome(story: &Story<'_>) -> String {
     match &story.report.summary.closed {
         Some(closed) => format!("{} ({})", Safe(&closed.phase), Safe(&closed.reason)),
@@ -143,7 +143,7 @@ pub(super) fn outcome(story: &Story<'_>) -> String {
 mod tests {
     use super::*;
 
-    /// What renderers of GitHub, GitLab and others make links, people, footnotes or markup of.
+    /// Texts that renderers of GitHub, GitLab and others turn into links, user names, footnotes or markup.
     const ACTIVE: [&str; 22] = [
         "http://evil.test/click",
         "https://evil.test",
@@ -174,10 +174,10 @@ mod tests {
         for active in ACTIVE {
             assert_eq!(cell(active), format!("`{active}`"), "{active}");
         }
-        // Nothing ends the code or the cell.
+        // Nothing ends the code span or the cell.
         assert_eq!(cell("a`|`http://evil.test"), "`a\\u{60}\\u{7c}\\u{60}http://evil.test`");
         assert_eq!(cell("\\|http://evil.test"), "`\\\\u{7c}http://evil.test`");
-        // The control: words are words.
+        // The control: words stay words.
         for plain in ["", "search", "attempt 2", "10:00, of 3", "Grüße", "a: b. c", "7.5 of 10 (75%)"] {
             assert_eq!(cell(plain), plain);
         }

@@ -1,4 +1,4 @@
-//! The story as one page: no script, no network, nothing but itself.
+//! The incident report as one page, without a script, a network or other files.
 
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
@@ -12,12 +12,12 @@ use crate::{
 };
 
 const STYLE: &str = include_str!("page.css");
-/// A curve's box, in its own units.
+/// The width of a curve's box, in its own units.
 const WIDTH: f64 = 340.0;
-/// See [`WIDTH`].
+/// The height of a curve's box, in its own units.
 const HEIGHT: f64 = 88.0;
 
-/// The page.
+/// Returns the page.
 pub(super) fn page(story: &Story<'_>) -> Markup {
     let summary = &story.report.summary;
     let named = |name: &Option<String>| Safe(name.as_deref().unwrap_or("?")).to_string();
@@ -89,7 +89,7 @@ pub(super) fn page(story: &Story<'_>) -> Markup {
                 @for record in &story.records {
                     details {
                         summary { "record " (record.seq) " " code { (record.kind) } }
-                        // Inside: a browser that is led here opens what is around it.
+                        // The anchor is inside, because a browser that follows a link to it opens the elements around it.
                         pre id={"r" (record.seq)} { (record.json) }
                         p { "Proof: " @if record.proof.is_empty() { "it is the whole tree" } @for hash in &record.proof { code { (hash) } " " } }
                     }
@@ -103,7 +103,7 @@ pub(super) fn page(story: &Story<'_>) -> Markup {
     }
 }
 
-/// The number of a record, leading to it where the page has it whole, as it has the first ones.
+/// Returns the number of a record. It links to the record if the page has it in full, as it has the first ones.
 fn leading(record: u64, story: &Story) -> Markup {
     let is_here = story.records.last().is_some_and(|last| record <= last.seq);
     html! { @if is_here { a href={"#r" (record)} { (record) } } @else { (record) } }
@@ -122,12 +122,12 @@ fn tone(tone: Tone) -> &'static str {
     }
 }
 
-/// The time of day of an RFC 3339 time; whatever else it may be, as it is.
+/// Returns the time of day of an RFC 3339 time. Any other text is returned as it is.
 fn clock(time: &str) -> &str {
     time.split_once('T').map_or(time, |(_, clock)| clock.trim_end_matches('Z'))
 }
 
-/// A budget as steps over time, with its limit as a line.
+/// Draws a limit's use as steps over time, with the limit as a line.
 fn drawn(curve: &Curve) -> Markup {
     let top = curve.points.iter().map(|(_, used)| *used).fold(1.0, f64::max);
     let y = |used: f64| HEIGHT - 4.0 - used / top * (HEIGHT - 12.0);

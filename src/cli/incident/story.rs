@@ -1,4 +1,4 @@
-//! What a log tells, in the order in which people ask.
+//! The content of an incident report, in the order in which readers need it.
 
 use std::collections::BTreeMap;
 
@@ -16,10 +16,10 @@ use crate::{
     verify::Report,
 };
 
-/// Records that a page shows whole, with their proofs; `belay prove` has the others.
+/// The maximum number of records that a page shows in full, with their proofs. `belay prove` exports the others.
 const WHOLE: usize = 2000;
 
-/// How a line feels.
+/// How a line is highlighted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Tone {
     Plain,
@@ -31,31 +31,31 @@ pub(super) enum Tone {
 /// One line of the timeline.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Step {
-    /// The records that it is from.
+    /// The records that it comes from.
     pub(super) records: Vec<u64>,
-    /// When, by the writer's clock.
+    /// The time, by the writer's clock.
     pub(super) time: String,
     pub(super) attempt: i64,
     pub(super) tone: Tone,
-    /// In a word: what was decided, or what happened.
+    /// One word for what was decided or what happened.
     pub(super) word: &'static str,
     pub(super) what: String,
     pub(super) detail: String,
-    /// The rules that decided it.
+    /// The rules of the decision.
     pub(super) rules: Vec<String>,
 }
 
-/// A counter against its limit.
+/// A counter over time, against its limit.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Curve {
     pub(super) name: &'static str,
     pub(super) used: String,
     pub(super) limit: String,
-    /// Time from 0 to 1, and used from 0 to 1 or more.
+    /// Pairs of a time from 0 to 1, and a use from 0 to 1 or more.
     pub(super) points: Vec<(f64, f64)>,
 }
 
-/// Where calls went, or would have gone.
+/// A target of calls that were made or denied.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Peer {
     pub(super) channel: &'static str,
@@ -67,17 +67,17 @@ pub(super) struct Peer {
     pub(super) bytes: u64,
 }
 
-/// A record, whole.
+/// A record in full.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Whole {
     pub(super) seq: u64,
     pub(super) kind: &'static str,
     pub(super) json: String,
-    /// The hashes that lead from it to the root, base64.
+    /// The hashes that lead from it to the root, in base64.
     pub(super) proof: Vec<String>,
 }
 
-/// All of it.
+/// The whole incident report.
 pub(super) struct Story<'r> {
     pub(super) report: &'r Report,
     pub(super) place: String,
@@ -92,7 +92,7 @@ pub(super) struct Story<'r> {
 }
 
 impl<'r> Story<'r> {
-    /// Of a log's segments with their records, and what verification found of it.
+    /// Builds the report from a log's segments with their records, and from the result of the verification.
     pub(super) fn of(report: &'r Report, segments: &[(Segment, Vec<Record>)], place: &str, key: &str) -> Self {
         let records: Vec<&Record> = segments.iter().flat_map(|(_, records)| records).collect();
         let policy = records.iter().rev().find_map(|record| match &record.event {
@@ -117,7 +117,7 @@ impl<'r> Story<'r> {
     }
 
     fn tell(&mut self, records: &[&Record]) {
-        // An intent's line is told with what became of it.
+        // The line of an intent also shows its outcome.
         let mut open: BTreeMap<&str, usize> = BTreeMap::new();
         for record in records {
             match &record.event {
@@ -142,7 +142,7 @@ impl<'r> Story<'r> {
     }
 }
 
-/// A record as a line.
+/// Returns a record as a line.
 fn step(record: &Record) -> Step {
     let safe = |text: &str| Safe(text).to_string();
     let (tone, word, what, detail, rules) = match &record.event {
@@ -232,7 +232,7 @@ fn step(record: &Record) -> Step {
     }
 }
 
-/// An intent's line once its outcome is there.
+/// Adds the outcome to an intent's line.
 fn ended(step: &mut Step, record: &Record, outcome: &Outcome) {
     step.records.push(record.seq);
     let took = step.time.parse::<Timestamp>().ok().zip(record.time.parse::<Timestamp>().ok());
@@ -249,7 +249,7 @@ fn target(intent: &Intent) -> String {
     format!("{} {}{effect}", intent.channel.as_str(), intent.target)
 }
 
-/// What an intent says of itself.
+/// Returns the details of an intent.
 fn about(intent: &Intent) -> String {
     let mut about = Vec::new();
     if let Some(found) = &intent.assessment {
@@ -291,7 +291,7 @@ fn people(count: i64) -> String {
     if count == 1 { "one person".to_owned() } else { format!("{count} people") }
 }
 
-/// How much of each budget was used, over time.
+/// Returns the use of each limit over time.
 fn curves(report: &Report, records: &[&Record]) -> Vec<Curve> {
     let Some(limits) = report.summary.limits else { return vec![] };
     let times: Vec<i64> =
@@ -360,7 +360,7 @@ fn network(records: &[&Record]) -> Vec<Peer> {
     peers.into_values().collect()
 }
 
-/// Where a call went, and the certificate that was shown there; the whole of it is in the record.
+/// Returns the address of a call, and the start of the digest of the certificate that was shown there. The record has the whole digest.
 fn address(outcome: &Outcome) -> Option<String> {
     let address = Safe(outcome.upstream.as_ref()?).to_string();
     let certificate = outcome.certificate.as_ref().map(|digest| digest.chars().take(16).collect::<String>());

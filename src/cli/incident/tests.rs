@@ -15,7 +15,7 @@ struct Line {
     args: Args,
 }
 
-/// What `belay incident` writes of a log, and its exit code.
+/// Returns the output of `belay incident` for a log, and its exit code.
 async fn incident(script: &Script, output: &str, without: Option<&str>) -> (u8, String) {
     let folder = tempfile::tempdir().unwrap();
     let store = Dir::new(folder.path());
@@ -37,7 +37,7 @@ async fn the_run_as_a_timeline() {
     insta::assert_snapshot!(text.collect::<Vec<_>>().join("\n"));
 }
 
-/// Each line of the page leads to a record of it, and nothing leads out.
+/// Each line of the page links to a record on it, and no link leads out.
 #[tokio::test]
 async fn a_page_by_itself() {
     let (code, page) = incident(&Script::good(), "html", None).await;
@@ -63,7 +63,7 @@ async fn what_does_not_hold_is_on_top() {
     assert!(code == 3 && text.contains("INCOMPLETE") && text.contains("end.missing"), "{text}");
 }
 
-/// What an agent wrote is text, on the page and in the table.
+/// Text that an agent wrote stays text, on the page and in the table.
 #[tokio::test]
 async fn hostile_text_is_text() {
     let mut script = Script::good();

@@ -1,7 +1,8 @@
-//! The model that a new folder's agent asks, and what of the folder follows from it.
+//! The model of a new folder's agent, and what follows from it for the files.
 //!
-//! Guarantees: what is written names the model's host once as an endpoint and once in the egress list, and a key is only ever named.
-//! Non-goals: to ask the provider anything; whether the model is there shows in the first run.
+//! Guarantees: the pack names the model's host once as an endpoint and once in the egress list. A key appears only by its name.
+//!
+//! Non-goals: contacting the provider. Whether the model exists shows in the first run.
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
@@ -15,12 +16,12 @@ use crate::policy::{
     hostname::{Hostname, HostnameError},
 };
 
-/// What this machine is called in a pack, whose hosts have a domain. Servers that look at the name they are asked by, as Ollama does, take those
-/// of `localhost` (RFC 6761).
+/// The name of this machine in a pack, whose hosts must have a domain. Servers that check the requested name, as Ollama does, accept names
+/// below `localhost` (RFC 6761).
 const HERE: &str = "model.localhost";
-/// What another machine is called in a pack that is known by its address alone: packs have names. No public name ends so.
+/// The name in a pack of another machine that is known only by its address. No public name has this ending.
 const THERE: &str = "model.internal";
-/// Ends of names that no public server knows.
+/// Endings of names that public name servers do not know.
 const OURS: [&str; 12] = [
     "corp",
     "home",
@@ -36,45 +37,45 @@ const OURS: [&str; 12] = [
     "vpn",
 ];
 
-/// Whose model, as `--model` has it.
+/// The provider of the model, as `--model` names it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Provider {
     OpenAi,
     Anthropic,
     Ollama,
-    /// The base URL of a server that speaks OpenAI's API.
+    /// A server that speaks OpenAI's API, with its base URL.
     Compatible(Base),
 }
 
-/// A base URL, read.
+/// A parsed base URL.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Base {
     asked: Asked,
     port: u16,
     is_tls: bool,
-    /// Path and query.
+    /// The path and the query.
     rest: String,
 }
 
-/// Whom a URL names.
+/// The host of a URL.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Asked {
     Name(Hostname),
     Address(IpAddr),
 }
 
-/// How the gateway of a laptop gets to a host.
+/// How the gateway of `belay run` finds a host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Way {
-    /// By its name, as everybody does.
+    /// By its name, through public name servers.
     Public,
-    /// By this address, which `--resolve` gives it.
+    /// By this address, which `--resolve` passes.
     At(IpAddr),
-    /// By an address that `--resolve` has to give it, and that is not known here.
+    /// By an address that `--resolve` must pass and that is not known here.
     Unknown,
 }
 
-/// A host as a pack has it.
+/// A host in a pack.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Place {
     host: String,
@@ -116,7 +117,7 @@ impl Base {
             );
         }
         let asked = match host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>() {
-            // Where servers listen that say so; whoever asks, asks this machine.
+            // Servers print this address when they listen on all interfaces. The client connects to this machine.
             Ok(IpAddr::V4(Ipv4Addr::UNSPECIFIED)) => Asked::Address(Ipv4Addr::LOCALHOST.into()),
             Ok(IpAddr::V6(Ipv6Addr::UNSPECIFIED)) => Asked::Address(Ipv6Addr::LOCALHOST.into()),
             Ok(address) => Asked::Address(address),
@@ -128,7 +129,7 @@ impl Base {
             })?),
         };
         let port = uri.port_u16().unwrap_or(if is_tls { 443 } else { 80 });
-        // A whole URL of a call is a base as well. Which version it is, is a part of what agents ask for.
+        // The whole URL of a call is accepted as a base. The version is a part of the path that agents request.
         let path = uri.path().trim_end_matches('/');
         if path.ends_with("/messages") {
             return Err(format!(
@@ -146,7 +147,7 @@ impl Base {
         Ok(Self { asked, port, is_tls, rest })
     }
 
-    /// Where it is. `find` says which addresses a name has for this machine's programs.
+    /// Returns the host in the pack and how to find it. `find` returns the addresses that a name has for programs of this machine.
     fn place(&self, find: &dyn Fn(&Hostname) -> Vec<IpAddr>) -> Place {
         let name = match &self.asked {
             Asked::Address(address) => {
@@ -160,7 +161,7 @@ impl Base {
             let host = if within("localhost") { name.as_str() } else { HERE };
             return Place { host: host.to_owned(), way: Way::At(Ipv4Addr::LOCALHOST.into()) };
         }
-        // A pack takes no name without a domain, and the gateway's name servers know none.
+        // A pack rejects a name without a domain, and the gateway's name servers know none.
         let bare = !name.as_str().contains('.');
         let host = if bare { format!("{name}.internal") } else { name.to_string() };
         let mut found = find(name);
@@ -176,7 +177,7 @@ impl Base {
     }
 }
 
-/// A model, and where it is.
+/// A model and its location.
 #[derive(Clone, Debug)]
 pub(super) struct Model {
     provider: Provider,
@@ -186,10 +187,10 @@ pub(super) struct Model {
 }
 
 impl Model {
-    /// `find` says which addresses a name has for this machine's programs.
+    /// Creates a model. `find` returns the addresses that a name has for programs of this machine.
     ///
     /// # Errors
-    /// If nobody says which model of the server it is.
+    /// Returns an error if the name of the model is missing and the provider has no usual one, or if the name is not valid.
     pub(super) fn new(
         provider: Provider,
         name: Option<&str>,
@@ -212,7 +213,7 @@ impl Model {
             Provider::Ollama => Base::read("http://localhost:11434")?,
             Provider::Compatible(base) => base.clone(),
         };
-        // Whose name everybody knows is not asked for.
+        // Well-known hosts are not looked up.
         let place = match &provider {
             Provider::OpenAi | Provider::Anthropic => base.place(&|_| Vec::new()),
             Provider::Ollama | Provider::Compatible(_) => base.place(find),
@@ -220,7 +221,7 @@ impl Model {
         Ok(Self { provider, name: name.to_owned(), base, place })
     }
 
-    /// The base URL in the pack.
+    /// Returns the base URL in the pack.
     fn url(&self) -> String {
         let Base { port, is_tls, rest, .. } = &self.base;
         let host = &self.place.host;
@@ -229,7 +230,7 @@ impl Model {
         format!("{scheme}://{place}{rest}")
     }
 
-    /// The variable with the key, where the provider wants one. Keys go out over TLS only.
+    /// Returns the variable with the key, if the provider needs one. Keys are sent over TLS only.
     fn key(&self) -> Option<&'static str> {
         match &self.provider {
             Provider::OpenAi => Some("OPENAI_API_KEY"),
@@ -239,17 +240,17 @@ impl Model {
         }
     }
 
-    /// Whether it is on this machine, and is asked in the clear.
+    /// Returns whether the model is on this machine and is called without TLS.
     fn is_here_in_the_clear(&self) -> bool {
         !self.base.is_tls && matches!(self.place.way, Way::At(address) if address.is_loopback())
     }
 
-    /// Whether its agent speaks Anthropic's API.
+    /// Returns whether the agent speaks Anthropic's API.
     pub(super) fn speaks_messages(&self) -> bool {
         self.provider == Provider::Anthropic
     }
 
-    /// Its lines in the pack: the endpoint, and the host in the class's egress.
+    /// Returns the model's lines in the pack: the endpoint, and the host in the class's egress.
     fn lines(&self) -> (String, String) {
         let api = if self.speaks_messages() { "anthropic" } else { "openai" };
         let endpoint = format!("    {api}: {}\n", self.url());
@@ -273,7 +274,7 @@ impl Model {
         (endpoint, egress)
     }
 
-    /// The pack, for this model in place of the stand-in.
+    /// Returns the pack with this model in place of the stand-in.
     pub(super) fn pack(&self, standin: &str) -> String {
         let (endpoint, egress) = self.lines();
         let (before, rest) = standin.split_once("  # For a real model").unwrap_or((standin, ""));
@@ -286,12 +287,12 @@ impl Model {
         format!("{before}  models:\n{endpoint}{rest}")
     }
 
-    /// The agent, which is told the model's name.
+    /// Returns the agent, which reads the model's name from its environment.
     pub(super) fn agent(&self, with_standin: &str) -> String {
         with_standin.replacen(r#"os.environ.get("MODEL", "stand-in")"#, r#"os.environ["MODEL"]"#, 1)
     }
 
-    /// The shop alone: this model needs nobody to stand in for it.
+    /// Returns the stand-in for the shop alone, because the model is real.
     pub(super) fn standin(&self, with_model: &str) -> String {
         let without = |text: String, from: &str, to: &str| match text.split_once(from) {
             Some((before, rest)) => {
@@ -309,7 +310,7 @@ impl Model {
         without(shop, "def model(messages):\n", "\n\n\n")
     }
 
-    /// The task, with the model's name where its agent looks for it, and limits that a real model needs.
+    /// Returns the task with the model's name in the environment, and with limits that a real model needs.
     pub(super) fn task(&self, standin: &str) -> String {
         let environment = format!("    env:\n      - {{name: MODEL, value: {:?}}}\n    resources:", self.name);
         standin.replacen("    resources:", &environment, 1).replacen(
@@ -319,7 +320,7 @@ impl Model {
         )
     }
 
-    /// What `belay run` needs beside the task.
+    /// Returns the options that `belay run` needs beside the task.
     pub(super) fn options(&self) -> String {
         let Place { host, way } = &self.place;
         let port = self.base.port;
@@ -332,7 +333,7 @@ impl Model {
         key.into_iter().chain(place).collect()
     }
 
-    /// What whoever runs it has to know or do first.
+    /// Returns notes about what the user must know or do first.
     pub(super) fn notes(&self) -> Vec<String> {
         let Place { host, way } = &self.place;
         let mut notes = Vec::new();
@@ -357,7 +358,7 @@ impl Model {
         notes
     }
 
-    /// What a pack that was there already needs for this model.
+    /// Returns the lines that an existing pack needs for this model.
     pub(super) fn wanted_of_a_pack(&self) -> String {
         let (endpoint, egress) = self.lines();
         let indented = |text: &str| text.lines().map(|line| format!("  {line}\n")).collect::<String>();

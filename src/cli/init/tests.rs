@@ -1,4 +1,4 @@
-//! What is written where, and what stays.
+//! Tests of what is written where, and of what stays.
 
 use std::fs;
 
@@ -37,7 +37,7 @@ fn a_task_is_named_after_its_folder(#[case] folder: &str, #[case] expected: &str
     assert!(task.contains(&format!("\n  name: {expected}\n")), "{task}");
 }
 
-/// The command that is said can be pasted, whatever the folder is called.
+/// The printed command can be pasted, whatever the folder is called.
 #[rstest]
 #[case("hello", "hello/task.yaml", "python3 hello/standin.py")]
 #[case("my agent", "my agent/task.yaml", "python3 'my agent/standin.py'")]
@@ -59,14 +59,14 @@ fn what_is_there_stays_and_the_rest_is_written() {
     fs::create_dir(&folder).unwrap();
     fs::write(folder.join("agent.py"), "print('mine')").unwrap();
     fs::write(folder.join("policy-pack.yaml"), "# mine").unwrap();
-    // A link that leads nowhere is somebody's as well.
+    // A dangling link also belongs to the user.
     std::os::unix::fs::symlink("/nonexistent/there", folder.join("standin.py")).unwrap();
     let told = said(&args(&folder, Some("http://192.168.1.5:8000/v1"))).unwrap();
     let kept: Vec<_> = told.lines().filter(|line| line.ends_with("was there, and is kept as it is")).collect();
     assert_eq!(kept.len(), 3, "{told}");
     assert_eq!(fs::read_to_string(folder.join("agent.py")).unwrap(), "print('mine')");
     assert!(folder.join("task.yaml").is_file() && folder.join("contracts.yaml").is_file());
-    // A pack that stays does not know the model: what it needs is said.
+    // A pack that stays does not know the model: the output says what it needs.
     assert!(told.contains("openai: http://model.internal:8000") && told.contains("- host: model.internal"), "{told}");
 
     let all = said(&args(&folder, None)).unwrap_err();

@@ -1,11 +1,12 @@
-//! Files in, findings out: no file, clock or network is touched here.
+//! Checks files and returns findings, without access to files, the clock or the network.
 //!
 //! ```text
 //! sources ─▶ document ─▶ schema ─▶ plan, contract and pack by themselves ─▶ plan, each task with what it names ─▶ diagnostics
 //! ```
 //!
-//! Promises: what operator, gateway and API server would refuse is found with its line, once, and everything in one pass.
-//! Refuses: to take what is not among the files for wrong. A namespace, pack or field that lies elsewhere is said in a note.
+//! Guarantees: what the operator, the gateway and the API server would reject is found with its line, once, and all in one pass.
+//!
+//! Non-goals: treating objects that are not among the files as errors. If a namespace, a pack or a field may be elsewhere, a note says so.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
@@ -34,31 +35,31 @@ use crate::{
     policy::config::{EgressUse, SideEffect},
 };
 
-/// Where operator and gateway are, unless somebody installed them elsewhere: no task may run there.
+/// The default namespace of the operator and the gateway, in which no task may run.
 const SYSTEM_NAMESPACE: &str = "belay-system";
-/// Names under which `kustomize` looks for its own file.
+/// The names under which `kustomize` looks for its own file.
 const KUSTOMIZATIONS: [&str; 3] = ["kustomization.yaml", "kustomization.yml", "Kustomization"];
 
 /// A file that was read.
 pub(in crate::cli) struct Source {
-    /// As it was given or found.
+    /// The path, as it was given or found.
     pub(in crate::cli) path: PathBuf,
     /// Its bytes.
     pub(in crate::cli) bytes: Vec<u8>,
 }
 
-/// How bad it is.
+/// The severity of a finding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub(in crate::cli) enum Severity {
-    /// It will be refused, or deny what it was meant to allow.
+    /// The object will be rejected, or will deny what it was meant to allow.
     Error,
-    /// It works, and is probably not what was meant.
+    /// The object works, but is probably not what was meant.
     Warning,
 }
 
 impl Severity {
-    /// The word in a message.
+    /// Returns the word for messages.
     pub(super) fn as_str(self) -> &'static str {
         match self {
             Self::Error => "error",
@@ -67,18 +68,18 @@ impl Severity {
     }
 }
 
-/// One thing that is wrong, where, and what to do about it.
+/// One finding: what is wrong, where, and what to do.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub(in crate::cli) struct Diagnostic {
     /// The file.
     pub(in crate::cli) file: String,
-    /// From 1.
+    /// The line, from 1.
     pub(in crate::cli) line: u64,
-    /// From 1.
+    /// The column, from 1.
     pub(in crate::cli) column: u64,
-    /// How bad it is.
+    /// The severity.
     pub(in crate::cli) severity: Severity,
-    /// Path of the field in its document.
+    /// The path of the field in its document.
     pub(in crate::cli) field: String,
     /// What was expected there.
     pub(in crate::cli) expected: String,
@@ -89,7 +90,7 @@ pub(in crate::cli) struct Diagnostic {
 }
 
 impl Diagnostic {
-    /// All but the place and how bad it is.
+    /// Returns the message without the position and the severity.
     pub(super) fn message(&self) -> String {
         format!("{}: expected {}, found {}; {}", self.field, self.expected, self.found, self.mend)
     }
@@ -102,23 +103,23 @@ impl fmt::Display for Diagnostic {
     }
 }
 
-/// What came of it.
+/// The result of a check.
 #[derive(Debug, Default)]
 pub(in crate::cli) struct Outcome {
-    /// In the order of files and lines.
+    /// The findings, in the order of files and lines.
     pub(in crate::cli) diagnostics: Vec<Diagnostic>,
-    /// What could not be checked, and against what was checked instead.
+    /// What could not be checked, and what was checked instead.
     pub(in crate::cli) notes: Vec<String>,
-    /// AgentTasks, ToolContracts and PolicyPacks that were looked at.
+    /// The number of AgentTasks, ToolContracts and PolicyPacks that were checked.
     pub(in crate::cli) objects: usize,
 }
 
-/// Checks everything together. `namespace` is that of objects that name none.
+/// Checks all files together. `namespace` is the namespace of objects that name none.
 ///
 /// # Errors
-/// Only if our own CRDs have no usable schema.
+/// Returns an error only if one of Belay's CRDs has no usable schema.
 pub(in crate::cli) fn lint(sources: &[Source], namespace: &str) -> Result<Outcome, String> {
-    // ApprovalRequests are the gateway's to make: nobody applies one.
+    // Only the gateway creates ApprovalRequests. They are not applied from files.
     let applied = |crd: &&CustomResourceDefinition| crd.spec.names.kind != ApprovalRequest::kind(&());
     let kinds: Vec<Kind> = all_crds().iter().filter(applied).map(Kind::of).collect::<Result<_, _>>()?;
     let mut found = Found { sources, list: Vec::new(), taken: HashSet::new() };
@@ -173,7 +174,7 @@ struct Entry<'n> {
     prefix: String,
 }
 
-/// One of our objects.
+/// An object of one of Belay's kinds.
 struct Object<'n> {
     entry: Entry<'n>,
     kind: String,
@@ -188,7 +189,7 @@ enum Typed {
     Pack(Box<PolicyPack>),
 }
 
-/// Kinds of objects, to take them apart.
+/// The typed kinds, to select objects by their type.
 trait Kinded: Sized {
     fn of(typed: &Typed) -> Option<&Self>;
 }
@@ -212,11 +213,11 @@ fn typed<'o, 'n, T: Kinded>(objects: &'o [Object<'n>]) -> Vec<(&'o Object<'n>, &
     objects.iter().filter_map(|object| Some((object, T::of(object.typed.as_ref()?)?))).collect()
 }
 
-/// Findings so far.
+/// The findings so far.
 struct Found<'s> {
     sources: &'s [Source],
     list: Vec<(usize, Place, Severity, Finding)>,
-    /// Fields about which something was said already. What follows from it is not said as well.
+    /// Fields that already have a finding. Consequences of it are not reported as well.
     taken: HashSet<(usize, Place, String)>,
 }
 
@@ -241,12 +242,12 @@ impl<'s> Found<'s> {
         }
     }
 
-    /// Adds a finding of `plan`, whose field says where it is.
+    /// Adds a finding of `plan`. Its field gives the position.
     fn add_at_field(&mut self, entry: &Entry<'_>, severity: Severity, finding: Finding) {
         self.add(entry, entry.node.at_path(&finding.field), severity, finding);
     }
 
-    /// One of ours, checked by itself; nothing if it is another's.
+    /// Checks one object of Belay by itself. Returns `None` for an object of another group.
     fn object<'n>(&mut self, kinds: &[Kind], entry: Entry<'n>, set: Option<&str>, default: &str) -> Option<Object<'n>> {
         let node = entry.node;
         let version = node.text("apiVersion").unwrap_or_default();
@@ -268,7 +269,7 @@ impl<'s> Found<'s> {
             } else {
                 return None;
             };
-            // Somebody else may have a kind of that name in a group that is not like ours.
+            // Another project may have a kind of that name in a group that does not resemble Belay's.
             let stranger = kind.is_some() && !group.is_empty() && nearest(group, &[our_group]).is_none();
             let severity = if stranger { Severity::Warning } else { Severity::Error };
             self.add_at_field(&entry, severity, finding);
@@ -303,7 +304,7 @@ impl<'s> Found<'s> {
         Some(Object { entry, kind: name.to_owned(), namespace, name: object_name, typed })
     }
 
-    /// Reads an object as its type. That it cannot be is said only where the schema has not said why.
+    /// Deserializes an object to its type. A failure is reported only if the schema check has not reported why.
     fn typed<T: DeserializeOwned>(&mut self, entry: &Entry<'_>, value: Value) -> Option<T> {
         let error = match serde_json::from_value(value) {
             Ok(typed) => return Some(typed),
@@ -337,12 +338,12 @@ impl<'s> Found<'s> {
         }
     }
 
-    /// Adds what an object by itself is found to be.
+    /// Adds the findings about an object by itself.
     fn alone(&mut self, object: &Object<'_>, findings: Vec<Finding>) {
         findings.into_iter().for_each(|finding| self.add_at_field(&object.entry, Severity::Error, finding));
     }
 
-    /// Each task with the contracts that it names and the pack that will govern it.
+    /// Checks each task with the contracts that it names and the pack that governs it.
     fn tasks(
         &mut self,
         objects: &[Object<'_>],
@@ -368,7 +369,7 @@ impl<'s> Found<'s> {
                 }
                 Some(labels) => match pack_among(labels, all.iter().copied()) {
                     Ok(pack) => vec![pack],
-                    // The one that cannot be read may be the one.
+                    // The pack that cannot be read may be the right one.
                     Err(_) if broken_pack => vec![&generous],
                     Err(finding) => {
                         self.add_at_field(&object.entry, Severity::Error, finding);
@@ -413,7 +414,7 @@ impl<'s> Found<'s> {
         notes.into_iter().collect()
     }
 
-    /// Which object a finding about a task is about.
+    /// Returns the object that a finding about a task belongs to.
     fn attribute<'o, 'n>(
         &self,
         task: &'o Object<'n>,
@@ -438,7 +439,7 @@ impl<'s> Found<'s> {
         }
     }
 
-    /// Whether it is said to be missing only because it cannot be read, which has been said.
+    /// Returns whether a contract counts as missing only because it cannot be read, which is already reported.
     fn of_unreadable(&self, object: &Object<'_>, objects: &[Object<'_>], task: &AgentTask, finding: &Finding) -> bool {
         let index = finding.field.strip_prefix("spec.tools[").and_then(|rest| rest.strip_suffix(']'));
         let name = index.and_then(|index| task.spec.tools.get(index.parse::<usize>().ok()?));
@@ -452,12 +453,12 @@ impl<'s> Found<'s> {
         })
     }
 
-    /// Contracts that no task names. Where there are no tasks at all they are created by people, and nothing is unused.
+    /// Finds contracts that no task names. If there are no tasks at all, users create them elsewhere, and no contract counts as unused.
     fn unused(&mut self, objects: &[Object<'_>], contracts: &[(&Object<'_>, &ToolContract)]) {
         let tasks: Vec<_> = objects.iter().filter(|object| object.kind == "AgentTask").collect();
         for (object, _) in contracts {
             let mut around = tasks.iter().filter(|task| task.namespace == object.namespace).peekable();
-            // A task that cannot be read may name it.
+            // A task that cannot be read may name the contract.
             let unused = around.peek().is_some()
                 && around.all(|task| {
                     task.typed
@@ -499,7 +500,7 @@ fn within(namespace: &str) -> String {
     if namespace.is_empty() { String::new() } else { format!(" in namespace `{namespace}`") }
 }
 
-/// A Namespace's name and labels.
+/// Returns the name and the labels of a Namespace.
 fn labels_of_namespace(node: &Node) -> Option<(String, BTreeMap<String, String>)> {
     if node.text("kind") != Some("Namespace") || node.text("apiVersion") != Some("v1") {
         return None;
@@ -508,7 +509,7 @@ fn labels_of_namespace(node: &Node) -> Option<(String, BTreeMap<String, String>)
     Some((metadata.name?, metadata.labels.unwrap_or_default()))
 }
 
-/// A pack that allows whatever the task and its contracts ask for: what is wrong under it is wrong under any.
+/// Returns a pack that allows everything that the task and its contracts ask for: a finding under this pack holds under any pack.
 fn generous(task: &AgentTask, contracts: &[&ToolContract]) -> PolicyPack {
     let hosts = contracts.iter().filter_map(|contract| config::authority_of(&contract.spec.upstream));
     let egress = hosts.map(|at| EgressRule {
@@ -557,9 +558,9 @@ fn generous(task: &AgentTask, contracts: &[&ToolContract]) -> PolicyPack {
     )
 }
 
-/// What kustomizations among the files say about others.
+/// What kustomizations among the files say about other files.
 struct Kustomizations {
-    /// The namespace that a folder's kustomization sets.
+    /// The namespace that the kustomization of a folder sets.
     namespaces: BTreeMap<PathBuf, String>,
     /// Files that are patches, not whole objects.
     patches: BTreeSet<PathBuf>,
@@ -585,7 +586,7 @@ impl Kustomizations {
         all
     }
 
-    /// The namespace that the nearest kustomization around a file sets. It replaces the file's own, as kustomize does it.
+    /// Returns the namespace that the nearest kustomization around a file sets. It replaces the file's own namespace, as kustomize does.
     fn namespace_of(&self, path: &Path) -> Option<&str> {
         plain(path).ancestors().skip(1).find_map(|folder| self.namespaces.get(folder)).map(String::as_str)
     }
@@ -595,7 +596,7 @@ fn is_kustomization(path: &Path) -> bool {
     path.file_name().and_then(|name| name.to_str()).is_some_and(|name| KUSTOMIZATIONS.contains(&name))
 }
 
-/// The task as admission makes it, which records who created it.
+/// Returns the task as admission changes it: with a record of who created it.
 fn as_admitted(task: &AgentTask) -> AgentTask {
     let mut task = task.clone();
     let principal = task.spec.principal.clone();
@@ -603,7 +604,7 @@ fn as_admitted(task: &AgentTask) -> AgentTask {
     task
 }
 
-/// A path without `.` and `..`.
+/// Returns a path without `.` and `..`.
 fn plain(path: &Path) -> PathBuf {
     let mut plain = PathBuf::new();
     for component in path.components() {

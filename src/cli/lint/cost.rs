@@ -1,7 +1,9 @@
-//! What may take long to judge, as far as a contract shows it by itself.
+//! Finds what may take too long to evaluate, as far as a contract alone shows it.
 //!
-//! Guarantees: a loop in a loop over an argument, items that are compared with each other and patterns that look back are told where nothing
-//! bounds what they look at. Non-goals: errors. Whatever takes too long is denied when it is judged; this says so beforehand.
+//! Guarantees: nested loops over an argument, `uniqueItems` and patterns with lookaround or backreferences are reported if nothing bounds
+//! their input.
+//!
+//! Non-goals: errors. A call that takes too long to evaluate is denied anyway; these findings warn of that earlier.
 
 use cel::{
     Program,
@@ -11,7 +13,7 @@ use serde_json::Value;
 
 use crate::{api::ToolContract, plan::Finding, policy::json::pointer_token};
 
-/// What of a contract may take long.
+/// Returns the parts of a contract that may take too long.
 pub(super) fn contract(contract: &ToolContract) -> Vec<Finding> {
     let spec = &contract.spec;
     let mut found = Vec::new();
@@ -46,7 +48,7 @@ pub(super) fn contract(contract: &ToolContract) -> Vec<Finding> {
     found
 }
 
-/// The arguments that loops in loops go over, by their paths.
+/// Collects the paths of the arguments that nested loops iterate over.
 fn loops(expression: &IdedExpr, depth: usize, over: &mut Vec<Vec<String>>) {
     match &expression.expr {
         Expr::Unspecified | Expr::Literal(_) | Expr::Ident(_) => {}
@@ -79,7 +81,7 @@ fn entered(entry: &EntryExpr, depth: usize, over: &mut Vec<Vec<String>>) {
     }
 }
 
-/// The path of `args.a.b`.
+/// Returns the path of `args.a.b`.
 fn argument(expression: &IdedExpr) -> Option<Vec<String>> {
     match &expression.expr {
         Expr::Ident(name) if name == "args" => Some(vec![]),
@@ -92,7 +94,7 @@ fn argument(expression: &IdedExpr) -> Option<Vec<String>> {
     }
 }
 
-/// Whether a schema bounds what lies at a path. What the schema does not say plainly is not told.
+/// Returns whether a schema bounds what lies at a path. If the schema does not say it plainly, it counts as bounded.
 fn has_bound(schema: &Value, path: &[String]) -> bool {
     let mut at = schema;
     for name in path {
@@ -108,7 +110,7 @@ fn has_bound(schema: &Value, path: &[String]) -> bool {
             .any(|keyword| at.get(keyword).is_some())
 }
 
-/// Items that are compared with each other, and patterns that look back, over what has no bound.
+/// Finds `uniqueItems` and patterns with lookaround or backreferences over input without a bound.
 fn unbounded(schema: &Value, field: &str, pointer: &str, found: &mut Vec<Finding>) {
     let Value::Object(members) = schema else {
         if let Value::Array(schemas) = schema {
@@ -135,7 +137,7 @@ fn unbounded(schema: &Value, field: &str, pointer: &str, found: &mut Vec<Finding
     }
 }
 
-/// Whether a pattern is one that never looks back.
+/// Checks that a pattern has no lookaround or backreferences.
 fn regex_syntax_only(pattern: &str) -> Result<(), regex::Error> {
     regex::Regex::new(pattern).map(|_| ())
 }

@@ -1,8 +1,10 @@
-//! YAML and JSON with the place of everything in it.
+//! YAML and JSON documents with the position of everything in them.
 //!
-//! Promises: what is read is what `kubectl` would send (duplicate keys refused, `yes`, `on` and `y` booleans, even as keys,
-//! aliases and merges expanded), and every field knows its line and column. Refuses: more nesting, nodes or expansion than a manifest needs
-//! (serde-saphyr's budget), so that no input exhausts stack or memory.
+//! Guarantees: the content is what `kubectl` would send. Aliases and merges are expanded, and `yes`, `on` and `y` are booleans, even as
+//! keys. Every field has its line and column.
+//!
+//! Rejects: duplicate keys, and more nesting, nodes or expansion than a manifest needs (serde-saphyr's budget), so that no input exhausts
+//! the stack or the memory.
 
 use std::fmt;
 
@@ -23,7 +25,7 @@ pub(in crate::cli) struct Place {
 }
 
 impl Place {
-    /// Where a file begins, for what has no better place.
+    /// The start of a file, for findings without a better position.
     pub(in crate::cli) const START: Self = Self { line: 1, column: 1 };
 
     fn of(location: serde_saphyr::Location) -> Self {
@@ -31,7 +33,7 @@ impl Place {
     }
 }
 
-/// A value and where it stands.
+/// A value and its position.
 #[derive(Clone, Debug)]
 pub(in crate::cli) struct Node {
     pub(in crate::cli) at: Place,
@@ -55,20 +57,20 @@ struct Key {
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum KeyKind {
     Text,
-    /// Text only because JSON has no other keys: `y:` becomes `"true"`.
+    /// A boolean that is text only because JSON has no other keys: `y:` becomes `"true"`.
     Boolean,
-    /// A list, an object or nothing.
+    /// A list, an object or null.
     None,
 }
 
-/// Text that is no YAML: where and why.
+/// A text that is not YAML: the position and the reason.
 #[derive(Debug)]
 pub(in crate::cli) struct Broken {
     pub(in crate::cli) at: Place,
     pub(in crate::cli) reason: String,
 }
 
-/// The documents of a file; empty ones are left out.
+/// Parses the documents of a file. Empty documents are left out.
 pub(in crate::cli) fn read(bytes: &[u8]) -> Result<Vec<Node>, Broken> {
     let text = std::str::from_utf8(bytes).map_err(|error| {
         let before = bytes.get(..error.valid_up_to()).unwrap_or_default();
@@ -98,7 +100,7 @@ pub(in crate::cli) fn read(bytes: &[u8]) -> Result<Vec<Node>, Broken> {
     Ok(nodes.into_iter().filter(|node| !matches!(node.content, Content::Scalar(Value::Null))).collect())
 }
 
-/// A tab that indents ends what stands before it, and is blamed on that.
+/// Returns the position of a tab that indents a line. The parser ends the value before it, and reports the error there.
 fn tab_from(text: &str, from: Place, reason: &str) -> Option<Place> {
     let mut lines = (1..).zip(text.lines()).filter(|(line, _)| reason.contains("tab") && *line >= from.line);
     let indented = |text: &str| {
@@ -108,7 +110,7 @@ fn tab_from(text: &str, from: Place, reason: &str) -> Option<Place> {
 }
 
 impl Node {
-    /// The plain value.
+    /// Returns the plain value.
     pub(in crate::cli) fn value(&self) -> Value {
         match &self.content {
             Content::Scalar(value) => value.clone(),
@@ -119,7 +121,7 @@ impl Node {
         }
     }
 
-    /// The items, if it is a sequence.
+    /// Returns the items if it is a sequence, else an empty list.
     pub(in crate::cli) fn items(&self) -> &[Self] {
         match &self.content {
             Content::Sequence(items) => items,
@@ -127,19 +129,19 @@ impl Node {
         }
     }
 
-    /// A field and where its key stands.
+    /// Returns a field and the position of its key.
     fn entry(&self, key: &str) -> Option<(Place, &Self)> {
         let Content::Mapping(entries) = &self.content else { return None };
         let (key, node) = entries.iter().find(|(other, _)| other.name == key)?;
         Some((key.at, node))
     }
 
-    /// A field.
+    /// Returns a field.
     pub(in crate::cli) fn get(&self, key: &str) -> Option<&Self> {
         self.entry(key).map(|(_, node)| node)
     }
 
-    /// A field that is text.
+    /// Returns a field that is text.
     pub(in crate::cli) fn text(&self, key: &str) -> Option<&str> {
         match &self.get(key)?.content {
             Content::Scalar(Value::String(text)) => Some(text),
@@ -147,7 +149,8 @@ impl Node {
         }
     }
 
-    /// Keys that are booleans to YAML 1.1, which is what `kubectl` reads, and hardly to who wrote them: their paths.
+    /// Returns the positions and the paths of keys that are booleans in YAML 1.1, which `kubectl` reads. Their authors hardly meant
+    /// booleans.
     pub(in crate::cli) fn boolean_keys(&self) -> Vec<(Place, String)> {
         let mut found = Vec::new();
         self.collect_keys(KeyKind::Boolean, "", &mut found);
@@ -174,8 +177,8 @@ impl Node {
         }
     }
 
-    /// Where a JSON Pointer leads, and the same path as people write it. A last part that is not there stands where it
-    /// would have to be added.
+    /// Returns the position of a JSON Pointer and the same path in the usual notation. If the last part does not exist, its position is
+    /// where it would have to be added.
     pub(in crate::cli) fn at_pointer(&self, pointer: &str) -> (Place, String) {
         let (mut node, mut place, mut path) = (Some(self), self.at, String::new());
         for part in pointer.split('/').skip(1) {
@@ -204,8 +207,8 @@ impl Node {
         }
     }
 
-    /// Where a path as people write it leads (`spec.tools[0]`, `spec.input.anyOf.0.a.b`, `workflowClasses[triage]`), as far
-    /// as it is there.
+    /// Returns the position of a path in the usual notation (`spec.tools[0]`, `spec.input.anyOf.0.a.b`, `workflowClasses[triage]`), as far
+    /// as the path exists.
     pub(in crate::cli) fn at_path(&self, path: &str) -> Place {
         let (mut node, mut place, mut rest) = (self, self.at, path);
         while !rest.is_empty() {
@@ -223,7 +226,7 @@ impl Node {
                         let whole = after.is_empty() || after.starts_with(['.', '[']);
                         whole.then_some((key.at, inner, after))
                     })
-                    // A key may have dots of its own.
+                    // A key may contain dots.
                     .min_by_key(|(_, _, after)| after.len()),
             };
             let Some((at, inner, after)) = found else { break };
@@ -233,7 +236,7 @@ impl Node {
     }
 }
 
-/// `[3]…`, `[name]…` or `3.…`: what is between the brackets, and what follows.
+/// Splits `[3]…`, `[name]…` or `3.…` into the index and the rest.
 fn index(path: &str) -> Option<(&str, &str)> {
     match path.strip_prefix('[') {
         Some(path) => path.split_once(']'),

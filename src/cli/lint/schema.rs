@@ -1,7 +1,9 @@
-//! What the API server says of an object by itself: the CRD's structural schema, strictly, and its CEL rules.
+//! Checks an object by itself as the API server does: the CRD's structural schema, strictly, and its CEL rules.
 //!
-//! Promises: types, bounds, patterns, required and unknown fields, list keys and `x-kubernetes-validations` are those of
-//! [`api`](crate::api), the very definitions that are installed. Refuses: rules about updates, which need the old object.
+//! Guarantees: types, bounds, patterns, required and unknown fields, list keys and `x-kubernetes-validations` are those of
+//! [`api`](crate::api), the same definitions that are installed.
+//!
+//! Non-goals: rules about updates, which need the old object.
 
 use std::collections::HashSet;
 
@@ -19,16 +21,16 @@ use serde_json::{Map, Value, json};
 use super::document::{Node, Place};
 use crate::{plan::Finding, policy::json::pointer_token};
 
-/// Longest value that a message shows.
+/// The maximum length of a value in a message.
 const LONGEST: usize = 80;
-/// Names of objects, as the API server takes them.
+/// Valid names of objects, as in the API server.
 const NAME: &str = r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*$";
-/// Names of namespaces.
+/// Valid names of namespaces.
 const NAMESPACE: &str = r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$";
-/// Values of labels.
+/// Valid values of labels.
 const LABEL: &str = r"^(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?$";
 
-/// The schema of one kind, ready to judge objects.
+/// The schema of one kind, compiled for checks.
 pub(super) struct Kind {
     pub(super) name: String,
     pub(super) api_version: String,
@@ -38,10 +40,10 @@ pub(super) struct Kind {
 }
 
 impl Kind {
-    /// The schema of a CRD.
+    /// Compiles the schema of a CRD.
     ///
     /// # Errors
-    /// If the CRD has no schema that can be used: ours always have one.
+    /// Returns an error if the CRD has no usable schema. Belay's CRDs always have one.
     pub(super) fn of(crd: &CustomResourceDefinition) -> Result<Self, String> {
         let unusable = |error: &dyn std::fmt::Display| format!("CRD {}: {error}", crd.spec.names.kind);
         let version = crd.spec.versions.first().ok_or_else(|| unusable(&"no version"))?;
@@ -68,7 +70,7 @@ impl Kind {
         })
     }
 
-    /// Everything that is wrong with an object, each with its place.
+    /// Returns everything that is wrong with an object, with positions.
     pub(super) fn check(&self, node: &Node, object: &Value) -> Vec<(Place, Finding)> {
         let mut found = Vec::new();
         for error in self.validator.iter_errors(object) {
@@ -78,7 +80,7 @@ impl Kind {
             let (place, field) = node.at_pointer(pointer);
             found.push((place, Finding { field, ..finding }));
         });
-        // As on the API server: rules may count on the schema.
+        // As on the API server, rules may rely on the schema.
         if found.is_empty()
             && let Err(errors) = cel::Validator::new().validate_compiled(&self.rules, object, None)
         {
@@ -184,11 +186,12 @@ impl Kind {
     }
 }
 
-/// A broken rule of a CRD: what was expected is the rule's own message.
+/// Converts a broken rule of a CRD to a finding. The rule's own message says what was expected.
 fn explain_rule(error: &cel::ValidationError, node: &Node) -> (Place, Finding) {
     let object = node.value();
     let value = |field: &str| object.pointer(&format!("/{}", field.replace(['.', '['], "/").replace(']', "")));
-    // What a rule is about: that which all it looks at has in common, as `self.metadata.name.size() <= 52` looks at the name.
+    // The field that a rule is about: the common part of everything that it reads. For example, `self.metadata.name.size() <= 52` is about
+    // the name.
     let words = |text: &'_ str| {
         let path = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '.').next().unwrap_or_default();
         path.split('.').map(str::to_owned).collect::<Vec<_>>()
@@ -216,7 +219,7 @@ fn explain_rule(error: &cel::ValidationError, node: &Node) -> (Place, Finding) {
     )
 }
 
-/// The API server's own part of an object.
+/// Returns the schema of the metadata, the part of an object that the API server itself defines.
 fn metadata(namespaced: bool) -> Value {
     let settings = schemars::generate::SchemaSettings::openapi3().with(|settings| settings.inline_subschemas = true);
     let schema = settings.into_generator().into_root_schema_for::<ObjectMeta>();
@@ -247,7 +250,7 @@ fn metadata(namespaced: bool) -> Value {
     schema
 }
 
-/// Makes a structural schema a JSON Schema that judges as strictly as the API server does.
+/// Makes a structural schema a JSON Schema that is as strict as the API server.
 fn make_strict(schema: &mut Value) {
     let Some(map) = schema.as_object_mut() else { return };
     let is = |map: &Map<String, Value>, key: &str| map.get(key).and_then(Value::as_bool).unwrap_or(false);
@@ -268,7 +271,7 @@ fn make_strict(schema: &mut Value) {
     if closed {
         map.insert("additionalProperties".into(), Value::Bool(false));
     }
-    // A null where there is a default is replaced by it.
+    // A null is replaced by the default, if there is one.
     if is(map, "nullable") || map.contains_key("default") {
         if let Some(kind) = map.get("type").and_then(Value::as_str).map(str::to_owned) {
             map.insert("type".into(), json!([kind, "null"]));
@@ -279,7 +282,7 @@ fn make_strict(schema: &mut Value) {
     }
 }
 
-/// Items of a list that is a set, or a map by some of their fields: each once.
+/// Finds duplicate items of lists that are sets, or maps with key fields.
 fn list_keys(schema: &Value, value: &Value, pointer: &str, find: &mut dyn FnMut(&str, Finding)) {
     match value {
         Value::Object(fields) => {
@@ -332,7 +335,7 @@ fn schema_of_values(schema: &Value) -> Option<&Value> {
     schema.get("additionalProperties").filter(|schema| schema.is_object())
 }
 
-/// The schema of what a JSON Pointer leads to.
+/// Returns the schema of the value at a JSON Pointer.
 fn schema_at<'s>(schema: &'s Value, pointer: &str) -> Option<&'s Value> {
     pointer.split('/').skip(1).try_fold(schema, |schema, part| {
         let part = part.replace("~1", "/").replace("~0", "~");
@@ -341,20 +344,20 @@ fn schema_at<'s>(schema: &'s Value, pointer: &str) -> Option<&'s Value> {
     })
 }
 
-/// The first sentence of a field's documentation.
+/// Returns the first sentence of a field's documentation.
 fn meaning(schema: &Value) -> Option<String> {
     let text = schema.get("description")?.as_str()?;
     let first = text.split("\n\n").next()?.split(". ").next()?.trim_end_matches('.').replace('\n', " ");
     Some(shorten_to(&first, 160))
 }
 
-/// The name that was probably meant: one or two letters off, or other capitals.
+/// Returns the name that was probably meant: one that differs by one or two letters, or by case.
 pub(super) fn nearest<'n>(name: &str, known: &[&'n str]) -> Option<&'n str> {
     let near = |other: &&&str| distance(&name.to_lowercase(), &other.to_lowercase()) <= 2.min(name.len() / 2);
     known.iter().filter(near).min_by_key(|other| distance(name, other)).copied()
 }
 
-/// How many letters have to be put in, taken out or replaced.
+/// Returns how many letters must be inserted, removed or replaced.
 fn distance(one: &str, other: &str) -> usize {
     const LONGEST_NAME: usize = 64;
     let other: Vec<char> = other.chars().take(LONGEST_NAME).collect();
@@ -373,12 +376,12 @@ fn distance(one: &str, other: &str) -> usize {
     row.last().copied().unwrap_or_default()
 }
 
-/// A bound as people write it: `604800`, and not `604800.0`, which it is in a CRD.
+/// Returns a bound in the usual notation: `604800`, although a CRD has `604800.0`.
 fn whole(limit: &Value) -> String {
     limit.as_f64().map_or_else(|| limit.to_string(), |limit| limit.to_string())
 }
 
-/// A value as a message shows it.
+/// Returns a value in the form in which messages show it.
 pub(super) fn brief(value: &Value) -> String {
     match value {
         Value::Object(_) => "an object".to_owned(),

@@ -1,4 +1,4 @@
-//! Broken files, each with the one thing that is said about it, and good ones about which nothing is.
+//! Broken files, each with its one finding, and good ones without findings.
 
 use std::path::Path;
 
@@ -22,7 +22,7 @@ fn lint_texts(texts: &[(&str, &str)]) -> Outcome {
     on_a_large_stack(&sources, "default").unwrap()
 }
 
-/// `file`, linted together with `good.yaml`, has this one finding. The text is a part of what was found, `;` and a part of the mend.
+/// `file`, linted together with `good.yaml`, has this one finding. The text is a part of what was found, `;` and a part of the fix.
 #[rstest::rstest]
 #[case("yaml-unclosed.yaml", 13, "YAML", "; correct it")]
 #[case("yaml-tab.yaml", 8, "YAML", "tab; correct it")]
@@ -154,13 +154,13 @@ fn a_key_that_would_go_out_in_the_clear_is_a_warning() {
     assert_eq!((one.file.as_str(), one.line, one.severity), ("pack.yaml", line, Severity::Warning));
     assert_eq!(one.field, "spec.workflowClasses[0].egress[0].credentials");
     assert!(one.found.contains("spec.models.openai is `http://shop.test`") && one.mend.contains("--resolve"), "{one}");
-    // Of contracts it holds as well.
+    // The same holds for contracts.
     let (_, found) = with("https://shop.test", key);
     assert!(matches!(found.as_slice(), [one] if one.found.contains("ToolContract read-order")), "{found:#?}");
     assert!(with("http://shop.test", "").1.is_empty(), "without a key nothing goes out");
 }
 
-/// A pack that selects what another selects leaves tasks of both without one: said where the tasks are.
+/// If two packs select the same namespace, its tasks have no pack: the finding is where the tasks are.
 #[test]
 fn two_packs_for_one_namespace() {
     let outcome = lint_paths(&["e2e/lint/good.yaml", "e2e/lint/pack-overlap.yaml"]);
@@ -247,7 +247,7 @@ fn patches_are_passed_over() {
     assert!(!lint_texts(&files).diagnostics.is_empty());
 }
 
-/// Without its Namespace a task is in order if any pack admits it, and what none admits is said for each.
+/// A task whose Namespace is not among the files is valid if any pack admits it. If no pack admits it, there is a finding for each.
 #[test]
 fn an_unknown_namespace_is_tried_with_every_pack() {
     let pack = |name: &str, calls: u32| {
@@ -265,7 +265,7 @@ fn an_unknown_namespace_is_tried_with_every_pack() {
     let outcome = lint_texts(&[("t.yaml", TASK), ("c.yaml", CONTRACT), ("p.yaml", &tight)]);
     let [one] = outcome.diagnostics.as_slice() else { panic!("{outcome:#?}") };
     assert_eq!((one.field.as_str(), one.line), ("spec.limits.toolCalls", 10));
-    // And without any pack what no pack could allow is still found.
+    // Without any pack, the linter still finds what no pack could allow.
     let outcome = lint_texts(&[("t.yaml", TASK)]);
     assert_eq!(outcome.diagnostics.first().map(|one| one.field.as_str()), Some("spec.tools[0]"));
     assert!(outcome.notes.iter().any(|note| note.contains("no PolicyPack")), "{:?}", outcome.notes);
@@ -308,7 +308,7 @@ fn others_are_passed_over_and_namesakes_are_pointed_at() {
     assert_eq!(outcome.diagnostics.iter().map(|one| one.severity).collect::<Vec<_>>(), [Severity::Error]);
 }
 
-/// The command, as a pipeline runs it.
+/// Runs the command as a pipeline does.
 fn command(args: &[&str]) -> (Result<u8, CliError>, String, String) {
     #[derive(clap::Parser)]
     struct Cli {
@@ -348,7 +348,7 @@ fn speaks_three_ways_and_gives_exit_codes() {
     }
 }
 
-/// Text of manifests with a few bytes changed: most of it is still read.
+/// The text of manifests with a few bytes changed. Most of it can still be read.
 fn mutated() -> impl Strategy<Value = Vec<u8>> {
     let good = fs::read(Path::new(ROOT).join("e2e/lint/good.yaml")).unwrap();
     let change = (

@@ -1,8 +1,9 @@
-//! What options and files say of each other, before anything starts.
+//! Checks the options against the files, before anything starts.
 //!
-//! Guarantees: a host that an option names and no list has, and a key that would go out in the clear, end the run before it begins; a key that
-//! nothing uses is said to be one.
-//! Non-goals: what `belay lint` finds in files by themselves.
+//! Guarantees: a host that an option names and that no egress list has, or a key that would be sent without TLS, stops the run before it
+//! begins. A key that nothing uses is reported.
+//!
+//! Non-goals: what `belay lint` finds in the files alone.
 
 use std::collections::BTreeSet;
 
@@ -17,7 +18,7 @@ use crate::{
     run::objects::Objects,
 };
 
-/// Hosts that options give an address, and that no call can go to.
+/// Returns an error for each host that has an address by option but that no call can reach.
 pub(super) fn unlisted(objects: &Objects, resolve: &[Resolved], upstream: &[Server]) -> Vec<String> {
     let Ok(class) = config::class_of(&objects.task, &objects.pack) else { return Vec::new() };
     let named = resolve.iter().map(|one| ("--resolve", &one.host));
@@ -39,8 +40,8 @@ fn unknown(option: &str, host: &Hostname, class: &WorkflowClass) -> String {
     )
 }
 
-/// Keys that would go out in the clear, with their place in the pack: those of hosts of which `stays_here` does not say that what is sent there
-/// stays on this machine. `warnings` are what `belay lint` says.
+/// Returns the keys that would be sent without TLS, with their position in the pack. Hosts for which `stays_here` is true are left out,
+/// because traffic to them stays on this machine. `warnings` are the findings of `belay lint`.
 pub(super) fn in_the_clear(
     objects: &Objects,
     warnings: &[Diagnostic],
@@ -60,7 +61,7 @@ pub(super) fn in_the_clear(
     said.collect()
 }
 
-/// Keys that options give, and that no host of the task's class is reached with.
+/// Returns the keys that options give and that no host of the task's class uses.
 pub(super) fn unused(objects: &Objects, given: &[Credential]) -> Vec<String> {
     let Ok(class) = config::class_of(&objects.task, &objects.pack) else { return Vec::new() };
     let principal = &objects.task.spec.principal;

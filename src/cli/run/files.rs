@@ -1,7 +1,7 @@
-//! From files to what a run is made of.
+//! Reads the objects of a run from files.
 //!
-//! Promises: what `belay lint` finds wrong is said with file and line before anything starts; files that hold Secrets are known, so that the
-//! agent does not see them. Refuses: to guess which pack or which task was meant.
+//! Guarantees: errors that `belay lint` finds are reported with file and line before anything starts. Files that contain Secrets are known,
+//! so that the agent does not see them. The pack and the task are never guessed.
 
 use std::{
     collections::BTreeMap,
@@ -27,40 +27,40 @@ use crate::{
     run::objects::{self, Objects},
 };
 
-/// Label of Secrets that the gateway alone reads.
+/// The label of Secrets that only the gateway reads.
 const UPSTREAM: &str = "belay.dev/upstream-credential";
-/// Who asks for a task here: nobody whom admission would know.
+/// The requester of a task here. No user that admission authenticates has this name.
 const REQUESTER: &str = "system:belay-run";
 
-/// What was read.
+/// The objects that were read.
 pub(super) struct Loaded {
-    /// What the run is made of.
+    /// The objects of the run.
     pub(super) objects: Objects,
-    /// Files with Secrets in them.
+    /// The files that contain Secrets.
     pub(super) secret_files: Vec<PathBuf>,
-    /// What works, and is probably not what was meant.
+    /// Findings of the linter that are not errors.
     pub(super) warnings: Vec<Diagnostic>,
 }
 
-/// What was asked for.
+/// The files and the pack that the command line names.
 pub(super) struct Asked<'a> {
     /// The file with the task.
     pub(super) task: &'a Path,
-    /// Where contracts are; beside the task when empty.
+    /// The paths of contracts, or the task's folder if empty.
     pub(super) contracts: &'a [PathBuf],
-    /// Where packs are; beside the task when empty.
+    /// The paths of packs, or the task's folder if empty.
     pub(super) packs: &'a [PathBuf],
-    /// Which pack.
+    /// The name of the pack.
     pub(super) pack: Option<&'a str>,
 }
 
-/// A manifest, and the file that it is in.
+/// A manifest and its file.
 struct Manifest<'s> {
     file: &'s Path,
     value: Value,
 }
 
-/// Reads, and checks as `belay lint` does. What is wrong is in the error, a line each.
+/// Reads the files, and checks them as `belay lint` does. An error has one line for each finding.
 pub(super) fn load(asked: &Asked<'_>) -> Result<Loaded, CliError> {
     let sources = sources(asked)?;
     let manifests = manifests(&sources);
@@ -70,7 +70,7 @@ pub(super) fn load(asked: &Asked<'_>) -> Result<Loaded, CliError> {
     };
     let found = of(asked.task, "AgentTask");
     let [task] = found.as_slice() else {
-        // What is broken is better said by its place.
+        // A finding with its position is a better message for a broken file.
         wrong(&sources, None)?;
         return Err(CliError::new(format!(
             "{}: expected one AgentTask, found {}; name the file of the task that is to run",
@@ -85,7 +85,7 @@ pub(super) fn load(asked: &Asked<'_>) -> Result<Loaded, CliError> {
     let mut task: AgentTask = task.typed(&namespace)?;
     task.metadata.uid = Some(objects::random_uid().map_err(|error| CliError::new(error.to_string()))?);
     task.metadata.generation = Some(1);
-    // Nobody at this terminal could say yes to a task that they have asked for; that it was asked for here, the evidence says.
+    // The user at this terminal could not approve calls of a task that they requested. The evidence says that the task was requested here.
     task.annotations_mut().entry(names::REQUESTED_BY.to_owned()).or_insert_with(|| REQUESTER.to_owned());
     let mut contracts: Vec<ToolContract> = all(&manifests, "ToolContract", &namespace)?;
     contracts.retain(|contract| contract.namespace().as_deref() == Some(&namespace));
@@ -121,7 +121,7 @@ pub(super) fn load(asked: &Asked<'_>) -> Result<Loaded, CliError> {
     Ok(Loaded { objects, secret_files, warnings })
 }
 
-/// The credentials that calls of this task would be made with, by host.
+/// Returns the credentials that calls of this task would use, with their hosts.
 fn wanted_credentials(objects: &Objects) -> Vec<(String, Credential)> {
     let Ok(class) = config::class_of(&objects.task, &objects.pack) else { return Vec::new() };
     let wanted = class.egress.iter().filter_map(|rule| {
@@ -135,14 +135,14 @@ fn value_of<'o>(objects: &'o Objects, one: &Credential) -> Option<&'o ByteString
     objects.credentials.iter().find(|secret| secret.name_any() == one.secret)?.data.as_ref()?.get(&one.key)
 }
 
-/// The credentials that calls of this task would be made with, and that are not there.
+/// Returns the credentials that calls of this task would use and that are missing.
 pub(super) fn missing_credentials(objects: &Objects) -> Vec<(String, Credential)> {
     let mut wanted = wanted_credentials(objects);
     wanted.retain(|(_, one)| value_of(objects, one).is_none());
     wanted
 }
 
-/// Why the gateway would not use those that are there.
+/// Returns why the gateway would not use credentials that exist.
 pub(super) fn unfit_credentials(objects: &Objects) -> Vec<String> {
     let found = wanted_credentials(objects).into_iter().filter_map(|(host, one)| {
         let value = trimmed(value_of(objects, &one)?.0.clone());
@@ -170,7 +170,7 @@ pub(super) fn add_credential(objects: &mut Objects, secret: &str, key: &str, val
     }
 }
 
-/// As the API server stores it: `stringData` in `data`.
+/// Moves `stringData` to `data`, as the API server stores it.
 fn whole(mut secret: Secret) -> Secret {
     for (key, text) in secret.string_data.take().unwrap_or_default() {
         secret.data.get_or_insert_default().insert(key, ByteString(text.into_bytes()));
@@ -195,7 +195,7 @@ fn sources(asked: &Asked<'_>) -> Result<Vec<Source>, CliError> {
         for path in if paths.is_empty() { &beside } else { paths } {
             gather(path, &mut found)?;
         }
-        // What lies beside the task does not count where its place was named.
+        // Files beside the task do not count as packs or contracts if the command line names other paths for these.
         let elsewhere = if others == "PolicyPack" { asked.packs } else { asked.contracts };
         let only_others = |source: &Source| {
             let manifests = manifests(std::slice::from_ref(source));
@@ -213,7 +213,7 @@ fn sources(asked: &Asked<'_>) -> Result<Vec<Source>, CliError> {
     Ok(all)
 }
 
-/// The folder that a file is in.
+/// Returns the folder of a file.
 pub(super) fn folder_of(file: &Path) -> PathBuf {
     match file.parent() {
         Some(folder) if !folder.as_os_str().is_empty() => folder.to_owned(),
@@ -221,7 +221,7 @@ pub(super) fn folder_of(file: &Path) -> PathBuf {
     }
 }
 
-/// Other tasks beside this one are none of this run's business; what else is wrong is. Gives what is not wrong, and still worth a word.
+/// Runs the linter and returns the warnings. Errors in other tasks beside this one do not matter to this run. Other errors do.
 fn wrong(sources: &[Source], task: Option<(&Path, &[Manifest<'_>])>) -> Result<Vec<Diagnostic>, CliError> {
     let outcome = lint::on_a_large_stack(sources, "default")?;
     let of_another = |file: &str| {
@@ -238,7 +238,7 @@ fn wrong(sources: &[Source], task: Option<(&Path, &[Manifest<'_>])>) -> Result<V
 fn manifests(sources: &[Source]) -> Vec<Manifest<'_>> {
     let mut all = Vec::new();
     for source in sources {
-        // What cannot be read is found by lint.
+        // The linter reports files that cannot be read.
         for node in document::read(&source.bytes).unwrap_or_default() {
             let value = node.value();
             match value
@@ -266,7 +266,7 @@ impl Manifest<'_> {
         self.value.pointer(pointer).and_then(Value::as_str)
     }
 
-    /// The object, in that namespace unless it names one.
+    /// Returns the object. If it names no namespace, it gets this one.
     fn typed<T: DeserializeOwned + Resource>(&self, namespace: &str) -> Result<T, CliError> {
         let mut object: T = serde_json::from_value(self.value.clone())
             .map_err(|error| CliError::new(format!("{}: {error}; correct it", self.file.display())))?;
@@ -285,8 +285,8 @@ fn all<T: DeserializeOwned + Resource>(
     manifests.iter().filter(|one| one.is(kind)).map(|one| one.typed(namespace)).collect()
 }
 
-/// The pack that governs the namespace: by the namespace's labels where its manifest is there, else the one that there is, or the one that
-/// is asked for.
+/// Returns the pack that governs the namespace, and the namespace's labels. If the command line names a pack, it is that one. Else, if the
+/// Namespace is among the files, its labels select the pack. Else it is the only pack.
 fn choose(
     mut packs: Vec<PolicyPack>,
     namespace: Option<&Namespace>,

@@ -1,7 +1,8 @@
-//! What a run shows, and whom it asks.
+//! The output of a run, and the questions to the approver at the terminal.
 //!
-//! Promises: records, words of the agent's and questions come in the order in which they happened; text goes through `Safe`; JSON is a line an
-//! event; nobody waits for who reads it ([`Output`](crate::output::Output)): what is lost for that is counted. Refuses: to ask where nobody is, and to take silence for a yes.
+//! Guarantees: records, output of the agent and questions appear in the order in which they happened. Text goes through `Safe`. JSON output
+//! is one line for each event. Nothing waits for the reader of the output (see [`Output`](crate::output::Output)): lost lines are counted.
+//! Without a terminal nothing is asked, and silence is never an approval.
 
 use std::{
     io::{self, BufRead, IsTerminal},
@@ -37,34 +38,34 @@ use crate::{
     run::{Outcome, RunError, Told, objects::Api},
 };
 
-/// Why an attempt ends whose wall time is over.
+/// The reason of an attempt whose wall time is over.
 const OUT_OF_TIME: &str = "DeadlineExceeded";
-/// Between two drawings of the panel.
+/// The time between two redraws of the panel.
 const TICK: Duration = Duration::from_millis(500);
 
-/// Whoever decides at this terminal.
+/// The approver at this terminal.
 pub(super) struct Person {
     /// Their name.
     pub(super) name: String,
-    /// Tools whose calls they have said yes to beforehand.
+    /// The tools whose calls they have approved in advance.
     pub(super) beforehand: Vec<String>,
-    /// Where they decide.
+    /// Where their decisions are stored.
     pub(super) api: Arc<Api>,
 }
 
-/// What is shown, and how.
+/// The output and its state.
 pub(super) struct Front<'p> {
     output: Form,
     view: View,
     screen: Screen<Vec<u8>>,
     out: Output,
-    /// The places of lines that are to be written next.
+    /// The permits of lines that are written next.
     slots: Vec<Kept>,
     paint: Paint,
     terminal: bool,
     task: AgentTask,
     person: &'p mut Person,
-    /// Requests that wait for an answer, the one that is asked about first.
+    /// The requests that wait for an answer. The first one is asked about.
     questions: Vec<ApprovalRequest>,
     answers: Option<UnboundedReceiver<String>>,
 }
@@ -78,7 +79,7 @@ impl<'p> Front<'p> {
         let (namespace, name) = (task.namespace().unwrap_or_default(), task.name_any());
         let mut view = View::new(&namespace, &name, paint);
         view.task(task);
-        // Without somebody to type there are no answers.
+        // Without a terminal there are no answers.
         let answers = (terminal && io::stdin().is_terminal()).then(lines);
         Self {
             output,
@@ -95,7 +96,7 @@ impl<'p> Front<'p> {
         }
     }
 
-    /// Shows what is told until the run has ended.
+    /// Shows events until the run has ended.
     pub(super) async fn show(
         &mut self,
         running: impl Future<Output = Result<Outcome, RunError>>,
@@ -176,7 +177,7 @@ impl<'p> Front<'p> {
         self.out.say_kept(format!("{line}\n").into_bytes(), kept);
     }
 
-    /// Somebody has to say yes or no.
+    /// Handles a request for approval.
     fn asked(&mut self, request: &ApprovalRequest) {
         let spec = &request.spec;
         let barred =
@@ -233,7 +234,7 @@ impl<'p> Front<'p> {
         self.questions.remove(0);
     }
 
-    /// What nobody has answered in time is not asked about any more.
+    /// Removes the requests that have expired without an answer.
     fn overdue(&mut self) {
         let now = Timestamp::now();
         self.questions.retain(|request| request.spec.expires_at.0 > now);
@@ -251,10 +252,10 @@ impl<'p> Front<'p> {
         self.show_lines(&panel);
     }
 
-    /// Has the lines written that there are, and the panel drawn below them.
+    /// Writes the pending lines and draws the panel below them.
     fn show_lines(&mut self, panel: &[String]) {
         let lines = self.view.take_lines();
-        // Into memory, which takes everything.
+        // Writing to memory does not fail.
         let _ = self.screen.show(&lines, panel);
         let text = std::mem::take(self.screen.out());
         if !text.is_empty() {
@@ -262,7 +263,7 @@ impl<'p> Front<'p> {
         }
     }
 
-    /// Says how it ended, and waits for what is left to be read, but not for long.
+    /// Reports how the run ended, and waits a short time for the rest to be read.
     pub(super) fn end(&mut self, ended: &Result<Outcome, RunError>, log: &str, check: &str) {
         if self.output == Form::Json {
             let line = match ended {
@@ -317,13 +318,13 @@ fn missing_as_json(lines: u64) -> String {
     format!("{}\n", json!({"event": "lost", "lines": lines}))
 }
 
-/// A record as JSON. The policy, which the first has with it, is in the evidence.
+/// Returns a record as JSON. The policy that the first record refers to is in the evidence.
 fn brief(record: &Record) -> serde_json::Value {
     debug_assert!(!matches!(&record.event, Event::AttemptOpened(opened) if opened.key.is_empty()));
     serde_json::to_value(record).unwrap_or_default()
 }
 
-/// The next answer, or none ever.
+/// Returns the next answer, or never.
 async fn next(answers: &mut Option<UnboundedReceiver<String>>) -> Option<String> {
     match answers {
         Some(answers) => answers.recv().await,
@@ -331,7 +332,7 @@ async fn next(answers: &mut Option<UnboundedReceiver<String>>) -> Option<String>
     }
 }
 
-/// What is typed, line by line. The thread ends with the process: nothing wakes it but another line.
+/// Reads lines from the keyboard. The thread ends with the process, because only another line wakes it.
 fn lines() -> UnboundedReceiver<String> {
     let (sender, receiver) = mpsc::unbounded_channel();
     std::thread::spawn(move || {

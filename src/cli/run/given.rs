@@ -1,6 +1,6 @@
-//! What options say.
+//! The values of options.
 //!
-//! Promises: a value that is none is refused where it is written. Refuses: a credential itself, which whoever lists processes would see.
+//! Rejects: invalid values, when the command line is parsed; and a credential itself, because all who list processes would see it.
 
 use std::{
     fs,
@@ -11,17 +11,17 @@ use std::{
 
 use crate::{cli::CliError, policy::hostname::Hostname};
 
-/// `HOST=` and what follows, where there is a `=`.
+/// Splits `HOST=REST`, if there is a `=`.
 fn of_host(text: &str) -> Option<Result<(Hostname, &str), String>> {
     let (host, rest) = text.split_once('=')?;
     Some(Hostname::parse(host).map(|host| (host, rest)).map_err(|error| error.to_string()))
 }
 
-/// `HOST=ADDRESS[:PORT]`.
+/// An option `HOST=ADDRESS[:PORT]`.
 #[derive(Clone, Debug)]
 pub(super) struct Resolved {
     pub(super) host: Hostname,
-    /// With port 0 where none was given.
+    /// The address, with port 0 if none was given.
     pub(super) address: SocketAddr,
 }
 
@@ -38,14 +38,14 @@ impl FromStr for Resolved {
 }
 
 impl Resolved {
-    /// As it is recorded.
+    /// Returns the form in which it is recorded.
     pub(super) fn text(&self) -> String {
         let Self { host, address } = self;
         if address.port() == 0 { format!("{host}={}", address.ip()) } else { format!("{host}={address}") }
     }
 }
 
-/// `SECRET/KEY=env:VARIABLE` or `SECRET/KEY=file:PATH`.
+/// An option `SECRET/KEY=env:VARIABLE` or `SECRET/KEY=file:PATH`.
 #[derive(Clone, Debug)]
 pub(super) struct Credential {
     pub(super) secret: String,
@@ -97,7 +97,7 @@ impl Credential {
     }
 }
 
-/// `HOST=COMMAND`.
+/// An option `HOST=COMMAND`.
 #[derive(Clone, Debug)]
 pub(super) struct Server {
     pub(super) host: Hostname,

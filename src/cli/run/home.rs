@@ -1,6 +1,8 @@
-//! What `belay run` keeps of its user's: the witness's key, and a folder for as long as a run lives.
+//! What `belay run` stores for its user: the witness's key, and a folder for the duration of a run.
 //!
-//! Promises: nobody else may read either; what runs that were killed have left goes. Refuses: a key that others may have seen.
+//! Guarantees: no other user can read either. Files of killed runs are removed.
+//!
+//! Rejects: a key that other users may have read.
 
 use std::{
     fs,
@@ -13,9 +15,9 @@ use crate::{
     evidence::note::{SELF_WITNESS_NAME, Signer, generate_pkcs8},
 };
 
-/// Where things of this user's are.
+/// The location of the user's state.
 pub(super) struct Home {
-    /// What is kept.
+    /// The folder that outlives runs.
     pub(super) state: PathBuf,
 }
 
@@ -27,7 +29,7 @@ impl Home {
         Ok(Self { state })
     }
 
-    /// The witness's key, made when it is first needed.
+    /// Returns the witness's key. It is generated when it is first needed.
     pub(super) fn signer(&self) -> Result<Signer, CliError> {
         use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
         let file = self.state.join("witness.pk8");
@@ -62,8 +64,8 @@ impl Home {
     }
 }
 
-/// Writes a file in whole or not at all. In a folder in which others may write too, it is this file, and never one to which a link of theirs
-/// leads: a new one takes the place of whatever has the name.
+/// Writes a whole file or nothing. In a folder where other users may write too, it never writes through a link of theirs: a new file
+/// replaces whatever has the name.
 pub(super) fn publish(path: &Path, text: &str) -> io::Result<()> {
     let mut random = [0_u8; 8];
     ring::rand::SecureRandom::fill(&ring::rand::SystemRandom::new(), &mut random)
@@ -76,18 +78,18 @@ pub(super) fn publish(path: &Path, text: &str) -> io::Result<()> {
     done.inspect_err(|_| drop(fs::remove_file(&new)))
 }
 
-/// A folder that ends with the run.
+/// A folder that is removed at the end of the run.
 pub(super) struct Folder {
     pub(super) path: PathBuf,
-    /// Locked for as long as the run lives.
+    /// A lock that is held for the duration of the run.
     _lock: fs::File,
 }
 
-/// The file by which a folder's run is known to live.
+/// The lock file, which shows that the run of a folder is alive.
 const LOCK: &str = "lock";
 
 impl Folder {
-    /// One of its own among those of all runs. What runs that were killed have left goes.
+    /// Creates a folder for this run among those of all runs, and removes those of killed runs.
     pub(super) fn make(runs: &Path, uid: &str) -> Result<Self, CliError> {
         use std::os::unix::fs::DirBuilderExt;
         let path = runs.join(uid);
@@ -98,7 +100,7 @@ impl Folder {
         for other in
             fs::read_dir(runs).map_err(failed)?.flatten().map(|entry| entry.path()).filter(|other| *other != path)
         {
-            // One without a lock is being made just now.
+            // A folder without a lock file is just being created.
             if fs::File::open(other.join(LOCK)).is_ok_and(|lock| lock.try_lock().is_ok()) {
                 let _ = fs::remove_dir_all(other);
             }
@@ -131,14 +133,14 @@ mod tests {
             assert!(fs::symlink_metadata(&ours).unwrap().is_file(), "{other}");
             fs::remove_file(&ours).unwrap();
         }
-        // A name of somebody's file stays that: the control writes to it.
+        // A hard link is replaced, and its file keeps the content. The control writes through a link.
         fs::hard_link(&theirs, &ours).unwrap();
         publish(&ours, "key").unwrap();
         assert_eq!(fs::read_to_string(&theirs).unwrap(), "what they have");
         symlink("theirs", folder.path().join("control")).unwrap();
         fs::write(folder.path().join("control"), "key").unwrap();
         assert_eq!(fs::read_to_string(&theirs).unwrap(), "key");
-        // Nothing is left of what could not be written.
+        // Nothing remains of a file that could not be written.
         fs::create_dir(folder.path().join("taken")).unwrap();
         assert!(publish(&folder.path().join("taken"), "key").is_err());
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 4);

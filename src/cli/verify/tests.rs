@@ -26,7 +26,7 @@ async fn verify(args: &[&str]) -> (Result<u8, CliError>, String) {
     (code, String::from_utf8(out).unwrap())
 }
 
-/// A log in a folder, and its witness's key.
+/// Saves a log to a folder, and returns the folder and the witness's key.
 async fn saved(script: &Script) -> (tempfile::TempDir, String) {
     let folder = tempfile::tempdir().unwrap();
     let store = Dir::new(folder.path());
@@ -110,7 +110,7 @@ async fn a_copy_verifies_by_itself() {
     let key_file = copy.path().join("copy/witness.vkey");
     let (code, _) = verify(&[place, "--witness-key", key_file.to_str().unwrap()]).await;
     assert_eq!(code.unwrap(), 0);
-    // A second log does not go into the same folder.
+    // A second log is not written to the same folder.
     let (code, _) = verify(&[folder.path().to_str().unwrap(), "--witness-key", &key, "--save", place]).await;
     assert!(code.unwrap_err().to_string().contains("new or empty folder"));
 }
@@ -127,7 +127,7 @@ async fn what_cannot_be_judged_is_an_error() {
     let empty = tempfile::tempdir().unwrap();
     let (code, _) = verify(&[empty.path().to_str().unwrap(), "--witness-key", &key]).await;
     assert!(code.unwrap_err().to_string().contains("found no segments"));
-    // The folder of all evidence, of a namespace, of a task: which logs are below is said, and none behind a link.
+    // For the folder of all evidence, of a namespace or of a task, the error names the logs below it, but none behind a link.
     let log = empty.path().join("default/tidy/0f0e");
     std::fs::create_dir_all(log.join("segments")).unwrap();
     std::os::unix::fs::symlink(empty.path().join("default"), empty.path().join("again")).unwrap();
@@ -177,7 +177,7 @@ async fn nothing_in_a_log_reaches_the_terminal_as_it_is() {
     }
 }
 
-/// Runs a `belay` command that writes to a file, and gives that.
+/// Runs a `belay` command that writes to a file, and returns the file.
 async fn written(folder: &Path, name: &str, args: &[&str]) -> PathBuf {
     #[derive(Debug, Parser)]
     enum Commands {

@@ -1,4 +1,4 @@
-//! A report for people: the verdict first, then what the log says, then what does not hold.
+//! A report as text: the verdict first, then what the log says, then the findings.
 
 use std::{
     fmt::Display,
@@ -13,7 +13,7 @@ use crate::{
     verify::{Finding, Report, Summary, Verdict, Weight},
 };
 
-/// What is shown.
+/// The content of the report.
 pub(super) struct Shown<'a> {
     pub(super) report: &'a Report,
     pub(super) place: &'a str,
@@ -62,7 +62,7 @@ pub(super) fn write(out: &mut dyn Write, shown: &Shown<'_>, paint: Paint) -> io:
     Ok(())
 }
 
-/// The log in one line.
+/// Returns the totals of the log in one line.
 fn totals(summary: &Summary) -> String {
     let usage = summary.usage;
     [

@@ -1,7 +1,7 @@
-//! The harness's own output: each line that is a record of the evidence, attempt after attempt.
+//! The harness's output: each line that is a record of the evidence, one attempt after the other.
 //!
-//! A pod that is not there yet, a container that has not started, a stream that breaks: all are tried again until a newer
-//! attempt or the end of the task says that no more will come. Records that were shown already are left out.
+//! A missing pod, a container that has not started and a broken stream are retried. Retries stop when a newer attempt or the end of the
+//! task shows that nothing more will come. Records that were already shown are left out.
 
 use std::collections::VecDeque;
 
@@ -16,30 +16,30 @@ use tokio::{
 use super::super::cluster::explain;
 use crate::evidence::record::{DOCUMENTS, Record};
 
-/// The harness's container.
+/// The container of the harness.
 const CONTAINER: &str = "harness";
-/// A pod that starts is asked for its output so often.
+/// The pause between two requests for the output of a starting pod.
 const PAUSE: Duration = Duration::from_millis(500);
-/// An attempt that is over has this long to say its last words.
+/// The time in which the last output of an ended attempt is still read.
 const GRACE: Duration = Duration::from_secs(3);
 
-/// How far the task is, by its status.
+/// The progress of a task, from its status.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Progress {
-    /// Its newest attempt; 0 before the first.
+    /// The number of the newest attempt, or 0 before the first.
     pub(super) newest: i64,
-    /// Whether it has ended.
+    /// Whether the task has ended.
     pub(super) ended: bool,
 }
 
 impl Progress {
-    /// Whether nothing more will come of this attempt.
+    /// Returns whether nothing more will come from this attempt.
     fn is_past(self, attempt: i64) -> bool {
         self.ended || self.newest > attempt
     }
 }
 
-/// What was read.
+/// An event for the view.
 #[derive(Debug)]
 pub(super) enum Event {
     /// A record.
@@ -49,11 +49,11 @@ pub(super) enum Event {
         /// The record.
         record: Box<Record>,
     },
-    /// Something that the reader should know.
+    /// A notice for the user.
     Notice(String),
 }
 
-/// Nobody listens any more.
+/// The receiver is gone.
 struct Gone;
 
 /// Follows every attempt until the task has ended.
@@ -84,14 +84,14 @@ pub(super) async fn follow(
     }
 }
 
-/// One attempt's pod.
+/// The follower of one attempt's pod.
 struct Follower<'a> {
     pods: &'a Api<Pod>,
     name: String,
     attempt: i64,
-    /// The first record that was not shown yet.
+    /// The number of the first record that is not shown yet.
     next: u64,
-    /// The last lines.
+    /// The last lines, which may contain the documents of the next record.
     before: VecDeque<String>,
     events: &'a mpsc::Sender<Event>,
 }
@@ -103,7 +103,7 @@ impl Follower<'_> {
             let past = progress.borrow_and_update().is_past(self.attempt);
             match self.read(!past, progress).await? {
                 Ok(()) => told = None,
-                // 404: no pod yet, or no longer. 400: its container has not started.
+                // 404: there is no pod yet, or no longer. 400: its container has not started.
                 Err(kube::Error::Api(status)) if matches!(status.code, 404 | 400) => {}
                 Err(kube::Error::Api(status)) if matches!(status.code, 401 | 403) => {
                     self.notice(format!("only the status is shown: {}", status.message)).await?;
@@ -125,7 +125,7 @@ impl Follower<'_> {
         }
     }
 
-    /// Reads the pod's output from its start, and goes on with it until it ends or the attempt is over.
+    /// Reads the pod's output from its start and follows it until it ends or the attempt is over.
     async fn read(
         &mut self,
         follow: bool,
@@ -139,7 +139,7 @@ impl Follower<'_> {
         let mut lines = std::pin::pin!(stream.lines());
         let attempt = self.attempt;
         let mut over = std::pin::pin!(async {
-            // An error means that nobody listens, which sending finds out.
+            // An error means that the receiver is gone. Sending notices that.
             let _ = progress.wait_for(|p| p.is_past(attempt)).await;
             sleep(GRACE).await;
         });
@@ -150,7 +150,7 @@ impl Follower<'_> {
             };
             match line {
                 Ok(Some(line)) => self.line(&line).await?,
-                // A stream that breaks is read again from its start.
+                // A broken stream is read again from its start.
                 Ok(None) | Err(_) => return Ok(Ok(())),
             }
         }
@@ -179,8 +179,8 @@ impl Follower<'_> {
     }
 }
 
-/// The record in a line, if it is one of this attempt; `before` are the lines before it, newest last, of which its documents are the
-/// newest. Everything else that the harness prints is its own log.
+/// Parses the record in a line, if it is one of this attempt. `before` are the lines before it, the newest last, and its documents are the
+/// newest of them. All other output of the harness is its own log.
 fn parse(line: &str, before: &VecDeque<String>, attempt: i64) -> Option<Box<Record>> {
     let decode = |skip| Record::decode(line.as_bytes(), &mut before.iter().skip(skip).map(String::as_bytes)).ok();
     let record = (0..=before.len()).rev().find_map(decode)?;

@@ -1,25 +1,25 @@
-//! Lines that scroll by, and on a terminal a panel below them that is drawn over and over.
+//! Lines that scroll, and on a terminal a panel below them that is redrawn.
 
 use std::io::{self, Write};
 
-/// Columns where the terminal does not say.
+/// The number of columns if the terminal does not report it.
 const DEFAULT_WIDTH: usize = 80;
 
-/// Columns of the terminal.
+/// Returns the number of columns of the terminal.
 pub(in crate::cli) fn width() -> usize {
     terminal_size::terminal_size().map_or(DEFAULT_WIDTH, |(width, _)| usize::from(width.0))
 }
 
-/// Standard output.
+/// A screen on standard output.
 pub(in crate::cli) struct Screen<W: Write> {
     out: W,
     terminal: bool,
-    /// Lines of the panel that are on the screen now.
+    /// The number of lines of the panel that are on the screen now.
     drawn: usize,
 }
 
 impl<W: Write> Screen<W> {
-    /// Without a terminal there is no panel.
+    /// Creates a screen. Without a terminal it has no panel.
     pub(in crate::cli) fn new(out: W, terminal: bool) -> Self {
         Self { out, terminal, drawn: 0 }
     }
@@ -32,10 +32,10 @@ impl<W: Write> Screen<W> {
             }
             return if lines.is_empty() { Ok(()) } else { self.out.flush() };
         }
-        // One write, so that the terminal never shows half of it.
+        // One write, so that the terminal never shows a part of it.
         let mut text = String::new();
         if self.drawn > 0 {
-            // Up to the panel's first line, and clear from there.
+            // Move up to the panel's first line, and clear from there.
             text.push_str(&format!("\x1b[{}A\r\x1b[J", self.drawn));
         }
         for line in lines.iter().chain(panel) {
@@ -47,12 +47,12 @@ impl<W: Write> Screen<W> {
         self.out.flush()
     }
 
-    /// Where it writes to.
+    /// Returns the writer.
     pub(in crate::cli) fn out(&mut self) -> &mut W {
         &mut self.out
     }
 
-    /// Whatever is not written yet.
+    /// Flushes the writer.
     pub(in crate::cli) fn flush(&mut self) -> io::Result<()> {
         self.out.flush()
     }

@@ -1,6 +1,6 @@
-//! What a task's life looks like: lines for what happened, a panel for how things stand.
+//! The view of a task: lines for what happened, and a panel for the current state.
 //!
-//! Pure: takes the task and its records, gives text. Everything that comes from outside goes through `Safe`.
+//! Guarantees: this module is pure. It takes the task and its records and returns text. All text from outside goes through `Safe`.
 
 use std::collections::BTreeMap;
 
@@ -22,32 +22,33 @@ use crate::{
     },
 };
 
-/// Cells of a budget's bar.
+/// The width of a limit's bar, in cells.
 const BAR: usize = 24;
-/// From this part of a limit on a bar is worth a look.
+/// The part of a limit from which on its bar is highlighted.
 const NEARLY: f64 = 0.8;
-/// Calls that wait for their outcome. A pod that dies leaves some; a hostile log must not fill the memory with them.
+/// The maximum number of calls that wait for their outcome. A pod that dies leaves some, and a hostile log must not fill the memory with
+/// them.
 const MAX_OPEN: usize = 10_000;
 
-/// A task as it is shown.
+/// The state of a task as it is shown.
 pub(in crate::cli) struct View {
     name: String,
     paint: Paint,
     zone: TimeZone,
-    /// Lines that were not shown yet.
+    /// Lines that are not shown yet.
     lines: Vec<String>,
     introduced: bool,
     last_notice: String,
     phase: Option<Phase>,
     reason: String,
     attempt: i64,
-    /// The attempts whose end was told.
+    /// The attempts whose end has been shown.
     ended: BTreeMap<i64, String>,
     conditions: BTreeMap<String, String>,
     usage: Usage,
     limits: Option<Limits>,
     open: BTreeMap<String, Call>,
-    /// Why calls were not made whose outcome is not told yet.
+    /// Why calls were not made, for calls whose outcome is not shown yet.
     unmade: BTreeMap<String, String>,
     started: Option<Timestamp>,
     /// When the newest attempt began, for its wall time.
@@ -58,7 +59,7 @@ pub(in crate::cli) struct View {
     deleted: bool,
 }
 
-/// A call that has left.
+/// A call whose intent is in the log.
 struct Call {
     channel: Channel,
     target: String,
@@ -67,7 +68,7 @@ struct Call {
 }
 
 impl View {
-    /// A task that nothing is known of.
+    /// Creates the view of a task about which nothing is known yet.
     pub(in crate::cli) fn new(namespace: &str, name: &str, paint: Paint) -> Self {
         Self {
             name: format!("{namespace}/{name}"),
@@ -93,12 +94,12 @@ impl View {
         }
     }
 
-    /// The lines since the last time.
+    /// Returns the lines since the last time.
     pub(in crate::cli) fn take_lines(&mut self) -> Vec<String> {
         std::mem::take(&mut self.lines)
     }
 
-    /// Takes the task in, and tells what changed.
+    /// Updates the view from the task, and adds lines for what changed.
     pub(in crate::cli) fn task(&mut self, task: &AgentTask) {
         let now = Timestamp::now();
         if !self.introduced {
@@ -114,7 +115,7 @@ impl View {
             approval_wait_seconds: spec.approval_wait_seconds.unwrap_or_default(),
         });
         let Some(status) = &task.status else { return };
-        // What these two say to tools, the others say to people.
+        // Ready and Stalled are for tools. The other conditions say the same to users.
         for condition in status.conditions.iter().filter(|one| one.type_ != READY && one.type_ != STALLED) {
             self.condition(now, condition);
         }
@@ -126,7 +127,7 @@ impl View {
             self.attempt_ended(now, attempt);
         }
         if let Some(usage) = status.usage {
-            // The gateway writes them a little later than the harness prints them.
+            // The gateway writes the counters a little later than the harness prints them.
             self.usage.tool_calls = self.usage.tool_calls.max(usage.tool_calls);
             self.usage.denials = self.usage.denials.max(usage.denials);
         }
@@ -142,12 +143,12 @@ impl View {
         }
     }
 
-    /// The task is gone.
+    /// Marks the task as deleted.
     pub(in crate::cli) fn deleted(&mut self) {
         self.deleted = true;
     }
 
-    /// Something about the watching itself. The same thing twice in a row is said once.
+    /// Adds a line about the watching itself. The same text twice in a row is shown once.
     pub(in crate::cli) fn notice(&mut self, notice: &str) {
         if self.last_notice != notice {
             notice.clone_into(&mut self.last_notice);
@@ -156,24 +157,24 @@ impl View {
         }
     }
 
-    /// A line as it is, already safe to show.
+    /// Adds a line as it is. It must already be safe to show.
     pub(in crate::cli) fn line(&mut self, line: String) {
         self.lines.push(line);
     }
 
-    /// Why a call was not made, which the line of its outcome will say.
+    /// Remembers why a call was not made, for the line of its outcome.
     pub(in crate::cli) fn unmade(&mut self, call: &str, reason: String) {
         if self.unmade.len() < MAX_OPEN {
             self.unmade.insert(call.to_owned(), reason);
         }
     }
 
-    /// A line of the agent's own.
+    /// Adds a line of the agent's output.
     pub(in crate::cli) fn said(&mut self, line: &str) {
         self.lines.push(format!("{}  {}", self.paint.dim("   agent"), Safe(line)));
     }
 
-    /// Takes a record in.
+    /// Updates the view from a record.
     pub(in crate::cli) fn record(&mut self, attempt: i64, record: &Record) {
         self.last_notice.clear();
         let time = record.time.parse::<Timestamp>().ok();
@@ -227,12 +228,12 @@ impl View {
                 let text = format!("■ attempt {attempt} closed: {}", Safe(&closed.reason));
                 self.push(at, &text);
             }
-            // The gateway writes it, and no pod prints it.
+            // The gateway writes this record, and no pod prints it.
             Event::TaskClosed(_) => {}
         }
     }
 
-    /// The last line.
+    /// Adds the last line.
     pub(in crate::cli) fn finish(&mut self) {
         let now = Timestamp::now();
         let paint = self.paint;
@@ -272,7 +273,7 @@ impl View {
         }
     }
 
-    /// How things stand, at most `width` columns wide. Empty once the task is over.
+    /// Returns the panel with the current state, at most `width` columns wide. It is empty once the task has ended.
     pub(in crate::cli) fn panel(&self, width: usize) -> Vec<String> {
         let Some(limits) = self.limits.filter(|_| !self.is_over()) else { return Vec::new() };
         let paint = self.paint;
@@ -282,7 +283,7 @@ impl View {
             format!("{phase}, attempt {}, {} denied, {} under way", self.attempt, self.usage.denials, self.open.len());
         let head = self.cost().map_or(head.clone(), |cost| format!("{head}, cost {cost}"));
         let rule = "─".repeat(width.min(64));
-        // A line that is too wide for its window would wrap, and the panel would not be where it was drawn.
+        // A line that is wider than the window would wrap, and the panel would not be where it was drawn.
         let fit = |text: String| text.chars().take(width.saturating_sub(1)).collect::<String>();
         let mut panel = vec![paint.dim(fit(rule)), paint.strong(fit(head))];
         for (name, used, limit) in [
@@ -314,7 +315,7 @@ impl View {
         format!("{bar}{rest}")
     }
 
-    /// What models cost so far, of how much, where it is counted.
+    /// Returns the cost of the models so far and its limit, if the cost is counted.
     fn cost(&self) -> Option<String> {
         let used = self.usage.cost_micros;
         match self.limits.and_then(|limits| limits.cost_micros) {
@@ -382,7 +383,7 @@ impl View {
         self.models = opened.policy.models.clone();
         self.attempt = self.attempt.max(attempt);
         self.attempt_started = Some(at);
-        // What an earlier pod left open stays so.
+        // A call that an earlier pod left open stays without an outcome.
         self.open.clear();
         let paint = self.paint;
         let pod = &opened.pod;
@@ -450,7 +451,7 @@ impl View {
         }
     }
 
-    /// Who has answered a model call with an error, where it is the provider's own.
+    /// Returns which provider answered a model call with an error, if the answer is the provider's own.
     fn answered(&self, known: Option<&Call>, outcome: &Outcome) -> Option<String> {
         let known = known.filter(|known| known.channel == Channel::Model && outcome.rule.is_none())?;
         if !(400..600).contains(&outcome.status) {
@@ -481,7 +482,7 @@ impl View {
     }
 }
 
-/// A call's channel and target, in columns.
+/// Formats a call's channel and target, in columns.
 fn call(channel: Channel, target: &str) -> String {
     format!("{:<7} {:<28}", channel.as_str(), Safe(target).to_string())
 }

@@ -1,8 +1,10 @@
-//! A folder that the probe is shown as the agent is shown the task's, with all in it that must lead nowhere; and who looks from within.
+//! A folder that the probe is shown as the agent is shown the task's folder. It contains everything that must lead nowhere, and the checks
+//! from within.
 //!
-//! Guarantees: each thing works for whoever is outside, in the moment of the probe, or the probe proves nothing; some of it is made once
-//! the sandbox runs, and what is hidden is replaced all the time. Non-goals: to look at the agent's own folders, in which there
-//! need be nothing of it.
+//! Guarantees: each thing works from outside at the time of the probe, or the probe proves nothing. Some of it is created only after the
+//! sandbox has started, and the hidden file is replaced all the time.
+//!
+//! Non-goals: examining the agent's own folders, which need not contain any of this.
 
 use std::{
     collections::BTreeSet,
@@ -25,29 +27,29 @@ use serde::{Deserialize, Serialize};
 
 use crate::run::{open_to_agent, sandbox::Bind};
 
-/// Files in the open and the half-hidden part of the folder, and what is in those that may be seen.
+/// The names of the open and the half-hidden part of the folder and of their files, and the content of those files.
 const OPEN: &str = "open";
 const HIDING: &str = "hiding";
 const PLAIN: &str = "plain";
 const HIDDEN: &str = "hidden";
 const WORD: &str = "belay";
-/// The sockets and FIFOs: those that were there before, and those that come once the sandbox runs.
+/// The suffixes of sockets and FIFOs: those created before the sandbox starts, and those created after.
 const TIMES: [&str; 2] = ["before", "later"];
-/// Between two times that what is hidden is replaced outside, and that it is looked for inside.
+/// The pause between two replacements of the hidden file outside, and between two checks inside.
 const PAUSE: Duration = Duration::from_millis(5);
-/// Looks inside.
+/// The number of checks inside.
 const LOOKS: u32 = 20;
 
-/// The folder, and what holds its ends.
+/// The folder, and the open ends of its sockets and FIFOs.
 pub(super) struct Outside {
     folder: PathBuf,
-    /// Held, and held once more where that is one's own: a lock.
+    /// A held lock. A sandbox with its own locks can take it once more.
     lock: File,
-    /// Of what was there before.
+    /// The ends of the sockets and FIFOs that were created before the sandbox.
     _ends: Vec<(UnixListener, File)>,
 }
 
-/// Where the folder is for whoever is inside.
+/// The path of the folder inside the sandbox.
 #[derive(Serialize, Deserialize)]
 pub(super) struct Inside {
     pub(super) folder: PathBuf,
@@ -67,13 +69,13 @@ impl Outside {
         Ok(Self { folder: folder.to_owned(), lock, _ends: held })
     }
 
-    /// How it is shown.
+    /// Returns the bind that shows the folder.
     pub(super) fn bind(&self, inside: &Inside) -> Bind {
         let hidden = self.folder.join(HIDING).join(HIDDEN);
         Bind::new(&self.folder, inside.folder.display().to_string()).without(&[hidden])
     }
 
-    /// Changes it for as long as it is asked to; the error that ends that.
+    /// Changes the folder until the future is dropped, or returns the error that ended the changes.
     pub(super) async fn change(&self) -> io::Error {
         let change = async || -> io::Result<std::convert::Infallible> {
             let _later = ends(&self.folder.join(OPEN), TIMES[1])?;
@@ -91,7 +93,7 @@ impl Outside {
         }
     }
 
-    /// What does not lead anywhere from outside either.
+    /// Returns what does not work from outside either.
     pub(super) fn silent(&self) -> Vec<String> {
         let open = self.folder.join(OPEN);
         let mut silent = reached(&open, &TIMES[..1]).map_or_else(
@@ -115,15 +117,15 @@ impl Outside {
     }
 }
 
-/// A socket that somebody listens at, and a FIFO that somebody holds, with a word in it.
+/// Creates a socket with a listener, and a FIFO that is open and has a word in it.
 fn ends(folder: &Path, when: &str) -> io::Result<(UnixListener, File)> {
-    // Names of sockets are short, those of folders need not be.
+    // Paths of sockets must be short, but the path of the folder may be long.
     let short = File::open(folder)?;
     let at = format!("/proc/self/fd/{}/socket-{when}", short.as_raw_fd());
     let socket = UnixListener::bind(&at)?;
     let fifo = folder.join(format!("fifo-{when}"));
     mknodat(CWD, &fifo, FileType::Fifo, Mode::from_raw_mode(0o600), 0)?;
-    // In a sandbox with a kernel of its own an agent is another user: it is to be kept out by the wall, not by a mode.
+    // In a sandbox with its own kernel the agent is another user. The isolation must keep it out, not the mode.
     for (path, mode) in [(Path::new(&at), 0o777), (fifo.as_path(), 0o666)] {
         fs::set_permissions(path, fs::Permissions::from_mode(mode))?;
     }
@@ -132,7 +134,7 @@ fn ends(folder: &Path, when: &str) -> io::Result<(UnixListener, File)> {
     Ok((socket, held))
 }
 
-/// What leads to somebody: sockets, and FIFOs by either end.
+/// Returns what leads to a process: sockets, and FIFOs by either end.
 fn reached(folder: &Path, times: &[&str]) -> Result<Vec<String>, String> {
     let short = File::open(folder).map_err(|error| format!("{}: {error}", folder.display()))?;
     let at = |name: &str| format!("/proc/self/fd/{}/{name}", short.as_raw_fd());
@@ -148,7 +150,7 @@ fn reached(folder: &Path, times: &[&str]) -> Result<Vec<String>, String> {
         if open(false).and_then(|mut end| end.read(&mut word)).is_ok_and(|read| read > 0) {
             reached.push(format!("FIFO {fifo} by reading"));
         }
-        // Without a reader there is nobody to open it for.
+        // A FIFO without a reader cannot be opened for writing.
         if open(true).is_ok() {
             reached.push(format!("FIFO {fifo} by writing"));
         }
@@ -157,12 +159,12 @@ fn reached(folder: &Path, times: &[&str]) -> Result<Vec<String>, String> {
 }
 
 impl Inside {
-    /// All that holds here and must not.
+    /// Returns everything that works here and must not.
     pub(super) async fn breaches(&self) -> Vec<String> {
         let (open, hiding) = (self.folder.join(OPEN), self.folder.join(HIDING));
         let mut breaches = Vec::new();
         for part in [&open, &hiding] {
-            // What shows nothing hides nothing.
+            // A folder that is not shown at all proves nothing about what is hidden in it.
             if fs::read_to_string(part.join(PLAIN)).ok().as_deref() != Some(WORD) {
                 breaches.push(format!("{} is not shown, so that nothing is proven by it", part.join(PLAIN).display()));
             }
@@ -176,7 +178,7 @@ impl Inside {
         let names = || -> BTreeSet<OsString> {
             fs::read_dir(&hiding).into_iter().flatten().flatten().map(|entry| entry.file_name()).collect()
         };
-        // What was there when the sandbox started may be.
+        // Names that existed when the sandbox started may be visible.
         let (first, mut seen) = (names(), Vec::new());
         for _ in 0..LOOKS {
             leads(reached(&open, &TIMES));
@@ -204,12 +206,12 @@ impl Inside {
     }
 }
 
-/// What a process may that no agent's may, by its status.
+/// Returns what a process may do that an agent must not, from its status.
 fn status(text: &str) -> Vec<String> {
     let value = |name: &str| text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).map(str::trim);
     let mut breaches = Vec::new();
     for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
-        // What a kernel does not say, it does not have: a sandbox's own knows fewer.
+        // A set that the kernel does not report does not exist: gVisor's kernel has fewer.
         if value(set).is_some_and(|set| set.bytes().any(|digit| digit != b'0')) {
             breaches.push(format!("{set} is {} and must be empty", value(set).unwrap_or_default()));
         }
@@ -221,7 +223,7 @@ fn status(text: &str) -> Vec<String> {
         breaches.push("new privileges may be had".to_owned());
     }
     for set in ["SigIgn", "SigBlk"] {
-        // SIGPIPE is this program's own to ignore; two are the C library's own, and nobody else can set them.
+        // This program ignores SIGPIPE itself. Two signals belong to the C library, and nothing else can set them.
         const OWN: u64 = (1 << 12) | (0b11 << 31);
         let mask = value(set).and_then(|mask| u64::from_str_radix(mask, 16).ok()).unwrap_or(0) & !OWN;
         if mask != 0 {
@@ -235,7 +237,7 @@ fn status(text: &str) -> Vec<String> {
 mod tests {
     use super::*;
 
-    /// Whoever is not in a sandbox reaches all of it: each thing that is looked for can be found.
+    /// Outside a sandbox everything is reached: each thing that the probe checks for can be found.
     #[tokio::test]
     async fn where_nothing_holds_everything_is_found() {
         let folder = tempfile::tempdir().unwrap();

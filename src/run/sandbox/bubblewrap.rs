@@ -1,19 +1,21 @@
-//! bubblewrap's arguments: a pure function of the cell.
+//! The arguments of bubblewrap, as a pure function of the cell.
 //!
-//! Promises: the root is a new file system in memory, of which everything is read-only in the end but the write scopes; an environment
-//! and an identity of its own; no capability, and no way to get one by another user namespace. Refuses: network namespaces. The one that
-//! the sandbox is started in has nothing but loopback.
+//! Guarantees: the root is a new file system in memory, and everything in it ends up read-only except the write scopes. The sandbox has its
+//! own environment and identity. It has no capability, and cannot get one through another user namespace.
+//!
+//! Non-goals: network namespaces. The namespace in which the sandbox is started has nothing but loopback.
 
 use super::{Cell, Entry};
 use crate::plan::agent::UID;
 
-/// Room of a folder that is to stay empty: a page.
+/// The size of a folder that stays empty: one page, in bytes.
 const NOTHING: &str = "4096";
 
-/// Where the kernel lists the keys of whom a process runs for: the caller's. A kernel without keyrings has neither.
+/// The files in which the kernel lists the keys of the user that a process runs for, which is the caller. A kernel without keyrings has
+/// neither.
 pub(super) const KEYS: [&str; 2] = ["/proc/keys", "/proc/key-users"];
 
-/// The arguments. `filter` is the open file of the filter of system calls; `keys` are those of [`KEYS`] that there are.
+/// Returns the arguments. `filter` is the open file of the system call filter. `keys` are those of [`KEYS`] that exist.
 pub(super) fn arguments(cell: &Cell, filter: i32, keys: &[&str]) -> Vec<String> {
     let mut all = Vec::new();
     let mut add = |words: &[&str]| all.extend(words.iter().map(|word| (*word).to_owned()));
@@ -30,7 +32,7 @@ pub(super) fn arguments(cell: &Cell, filter: i32, keys: &[&str]) -> Vec<String> 
             Entry::Link { target, at } => add(&["--symlink", target, at]),
         }
     }
-    // Run by root, an agent is whom the kernel's settings belong to, capabilities or not; bubblewrap itself looks at the folder only.
+    // If root runs the agent, the agent owns the kernel's settings, even without capabilities. bubblewrap itself only checks the folder.
     add(&["--proc", "/proc", "--ro-bind", "/proc/sys", "/proc/sys"]);
     for path in ["/proc/irq", "/proc/bus", "/proc/sysrq-trigger"] {
         add(&["--ro-bind-try", path, path]);
@@ -48,7 +50,7 @@ pub(super) fn arguments(cell: &Cell, filter: i32, keys: &[&str]) -> Vec<String> 
     for bind in &cell.binds {
         add(&["--ro-bind", &bind.from.to_string_lossy(), &bind.to]);
     }
-    // Once there is a place in them for what is bound below.
+    // Only now, because the mount points for the binds below had to be created in them.
     for path in &cell.covered {
         add(&["--remount-ro", path]);
     }

@@ -1,8 +1,9 @@
-//! Whether a command is a program in the sandbox, looked at before anything starts.
+//! Checks whether a command is a program in the sandbox, before anything starts.
 //!
-//! Guarantees: what is said to be missing is not there for the agent either, whichever links lead to it, and for a script whoever is to run it is
-//! looked for as well; nothing is started, and no file is read but the first line of the program.
-//! Non-goals: libraries that a program needs, and what changes before the agent starts.
+//! Guarantees: a program that is reported as missing is missing for the agent too, whatever links lead to it. For a script, the interpreter
+//! is checked as well. Nothing is started, and nothing but the first line of the program is read.
+//!
+//! Non-goals: the libraries that a program needs, and changes before the agent starts.
 
 use std::{
     collections::VecDeque,
@@ -12,39 +13,39 @@ use std::{
     path::{Component, Path, PathBuf},
 };
 
-/// Links that one path may lead through, as the kernel has it.
+/// The maximum number of symbolic links on one path, as in the kernel.
 const LINKS: usize = 40;
-/// Longest first line of a script that the kernel reads.
+/// The maximum length of a script's first line that the kernel reads, in bytes.
 const FIRST_LINE: usize = 256;
 
-/// What a sandbox shows of this machine's files.
+/// The files of this machine that a sandbox shows.
 #[derive(Clone, Debug, Default)]
 pub struct Shown {
-    /// A place in the sandbox, and what of this machine is there. A longer place covers a shorter one.
+    /// Pairs of a path in the sandbox and the path on this machine that is mounted there. A longer path covers a shorter one.
     pub binds: Vec<(PathBuf, PathBuf)>,
-    /// Places of which nothing is known before the agent starts.
+    /// Paths whose content is unknown before the agent starts.
     pub unknown: Vec<PathBuf>,
     /// The working folder.
     pub cwd: PathBuf,
-    /// Where programs are looked for.
+    /// The sandbox's `PATH`.
     pub path: String,
 }
 
-/// Why there is no program.
+/// Why a command is not a program.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Missing {
-    /// Nothing is at this place, which is shown.
+    /// Nothing is at this path, although the sandbox shows it.
     Nothing(PathBuf),
-    /// The sandbox does not show this place.
+    /// The sandbox does not show this path.
     Unshown(PathBuf),
-    /// It cannot be run.
+    /// The file cannot be executed. The text says what it is.
     NoProgram(&'static str),
-    /// Links lead in a circle.
+    /// The links form a loop.
     Circle,
 }
 
 impl Shown {
-    /// What is wrong with a command, for people; nothing if it is a program.
+    /// Returns what is wrong with a command, for the user, or `None` if it is a program.
     pub fn wrong(&self, command: &str) -> Option<String> {
         let found = match self.find(command) {
             Ok(found) => found?,
@@ -55,7 +56,7 @@ impl Shown {
         Some(format!("`{command}`, a script that is to be run by {said}"))
     }
 
-    /// The file of this machine that a command runs; nothing where that is not known.
+    /// Returns the file of this machine that a command runs, or `None` if that is unknown.
     fn find(&self, command: &str) -> Result<Option<PathBuf>, String> {
         if command.contains('/') {
             let place = self.cwd.join(command);
@@ -83,7 +84,7 @@ impl Shown {
         Err(format!("`{command}`, which is in none of the sandbox's {}{here}", self.path))
     }
 
-    /// Follows a place in the sandbox to a program of this machine.
+    /// Resolves a path in the sandbox to a program of this machine.
     fn program(&self, place: &Path) -> Result<Option<PathBuf>, Missing> {
         let Some(file) = self.follow(place)? else { return Ok(None) };
         let is = fs::metadata(&file).map_err(|_| Missing::Nothing(place.to_owned()))?;
@@ -94,7 +95,7 @@ impl Shown {
         }
     }
 
-    /// The file of this machine behind a place in the sandbox, by the links that the sandbox sees.
+    /// Resolves a path in the sandbox to a file of this machine, with the links as the sandbox sees them.
     fn follow(&self, place: &Path) -> Result<Option<PathBuf>, Missing> {
         let mut rest: VecDeque<PathBuf> = parts(place);
         let mut at = PathBuf::from("/");
@@ -109,7 +110,7 @@ impl Shown {
                 return Ok(None);
             }
             let Some(file) = self.on_this_machine(&next) else {
-                // A folder that is there because something below it is.
+                // The folder exists because a bind below it does.
                 if self.binds.iter().any(|(to, _)| to.starts_with(&next)) {
                     at = next;
                     continue;
@@ -145,7 +146,7 @@ impl Shown {
         Some(if below.as_os_str().is_empty() { from.clone() } else { from.join(below) })
     }
 
-    /// Who runs a script, by its first line.
+    /// Returns the interpreter of a script, from its first line.
     fn interpreter(&self, script: &Path) -> Option<String> {
         let mut first = Vec::new();
         let file = fs::File::open(script).ok()?;
@@ -154,7 +155,7 @@ impl Shown {
         let line = std::str::from_utf8(line).ok()?.trim();
         let mut words = line.split_whitespace();
         let program = words.next()?.to_owned();
-        // Who looks for it on PATH, as the sandbox has it.
+        // `env` looks up the program on the sandbox's PATH.
         let looks = program.ends_with("/env");
         let named = words.find(|word| !word.starts_with('-') && !word.contains('='));
         Some(named.filter(|_| looks).map_or(program, str::to_owned))
@@ -177,7 +178,7 @@ impl Shown {
                     (false, Some(_)) => format!(", a link to {}", at.display()),
                     (false, None) => format!(", which leads to {}", at.display()),
                 };
-                // Of a link the end counts: what is between may be links again.
+                // The end of the chain of links matters: those in between may be links again.
                 let end = fs::canonicalize(at).unwrap_or_else(|_| at.clone());
                 let mut advice = self.advice(at);
                 if self.on_this_machine(&end).is_none() && folder_of(&end) != folder_of(at) {
@@ -198,7 +199,7 @@ impl Shown {
     }
 }
 
-/// What has to be shown for a program to run: what a `bin` lies in, since libraries lie beside it.
+/// Returns the folder that a program needs to be shown: the parent of a `bin` folder, because libraries lie beside it.
 fn folder_of(file: &Path) -> PathBuf {
     let folder = file.parent().unwrap_or(file);
     let whole = folder.parent().filter(|_| folder.ends_with("bin")).filter(|whole| whole.parent().is_some());

@@ -1,7 +1,8 @@
-//! gVisor's bundle: an OCI configuration, and a folder with a place for everything that is mounted.
+//! The OCI bundle for gVisor: a configuration, and a root folder with a mount point for everything that is mounted.
 //!
-//! Promises: the configuration is a pure function of the cell; the network is that of the namespace in which it is started, which has
-//! nothing but loopback. Refuses: host devices, the host's unix sockets and FIFOs, and writes to anything but the cell's scopes.
+//! Guarantees: the configuration is a pure function of the cell. The network is that of the namespace in which gVisor is started, which has
+//! nothing but loopback. The sandbox has no host devices, and no Unix sockets or FIFOs of the host. It writes to nothing but the cell's
+//! write scopes.
 
 use std::{
     fs, io,
@@ -14,22 +15,22 @@ use serde_json::{Value, json};
 use super::{Bind, Cell, Entry};
 use crate::{plan::agent::UID, run::open_to_agent};
 
-/// The folder of the root, in the bundle.
+/// The root folder in the bundle.
 const ROOT: &str = "rootfs";
 
-/// The arguments, for a bundle in this folder.
+/// Returns the arguments of `runsc` for a bundle in this folder.
 pub(super) fn arguments(folder: &Path) -> Vec<String> {
     let at = |name: &str| folder.join(name).display().to_string();
     [
         "--root",
         &at("state"),
-        // The namespace's own: loopback, and the harness there.
+        // The network of the namespace: loopback, where the harness listens.
         "--network=host",
         "--rootless",
         "--ignore-cgroups",
-        // What is not mounted does not exist, and nothing is written to the bundle.
+        // Only mounted files exist, and nothing is written to the bundle.
         "--overlay2=root:memory",
-        // What is the machine's leads to none of its processes.
+        // Sockets and FIFOs of the machine lead to none of its processes.
         "--host-uds=none",
         "--host-fifo=none",
         "run",
@@ -41,7 +42,7 @@ pub(super) fn arguments(folder: &Path) -> Vec<String> {
     .to_vec()
 }
 
-/// Makes the bundle: of the cell as it is, and as it is viewed.
+/// Writes the bundle, from the cell and from the cell as the view shows it.
 pub(super) fn prepare((cell, viewed): (&Cell, &Cell), folder: &Path) -> io::Result<()> {
     let root = folder.join(ROOT);
     for name in ["proc", "dev", "sys"] {
@@ -62,7 +63,7 @@ pub(super) fn prepare((cell, viewed): (&Cell, &Cell), folder: &Path) -> io::Resu
         fs::create_dir_all(inside(path))?;
     }
     for bind in &cell.binds {
-        // What lies in something else that is bound has its place there.
+        // A bind inside another bind has its mount point in that one.
         if !cell.binds.iter().any(|other| bind.to.starts_with(&format!("{}/", other.to))) {
             place(bind, &inside(&bind.to))?;
         }
@@ -71,7 +72,7 @@ pub(super) fn prepare((cell, viewed): (&Cell, &Cell), folder: &Path) -> io::Resu
     fs::write(folder.join("config.json"), config(viewed, &root).to_string())
 }
 
-/// A folder for a folder, a file for a file.
+/// Creates a mount point: a folder for a folder, a file for a file.
 fn place(bind: &Bind, at: &PathBuf) -> io::Result<()> {
     if bind.from.is_dir() {
         return fs::create_dir_all(at);
@@ -91,7 +92,8 @@ fn config(cell: &Cell, root: &Path) -> Value {
         Entry::Bind(one) => Some(bind(one)),
         Entry::Link { .. } => None,
     }));
-    // What has something bound below it is a folder of the root, which is read-only: in a file system of its own there were no place for that.
+    // A covered folder with a bind below it is a folder of the read-only root: a file system of its own would have no mount point for the
+    // bind.
     let below = |path: &String| cell.binds.iter().any(|bind| bind.to.starts_with(&format!("{path}/")));
     mounts.extend(cell.covered.iter().filter(|path| !below(path)).map(|path| memory(path, 4096, "ro")));
     mounts.extend(cell.scopes.iter().map(|(path, size)| memory(path, *size, "rw")));

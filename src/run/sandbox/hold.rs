@@ -1,8 +1,8 @@
-//! A network namespace with a loopback interface and nothing else, for as long as somebody holds it.
+//! A network namespace with a loopback interface and nothing else. It lasts as long as a process holds it.
 //!
-//! Promises: the harness's socket is made in there, and handed out to the harness, which stays outside: a socket belongs to the namespace
-//! in which it was made. So the agent dials 127.0.0.1:9900 as in a pod, and there is nothing else to dial. The namespace ends with
-//! whoever asked for it. Refuses: any other interface, and forwarding.
+//! Guarantees: the harness's socket is created in the namespace and passed to the harness, which stays outside. This works because a socket
+//! belongs to the namespace in which it was created. So the agent dials 127.0.0.1:9900 as in a pod, and there is nothing else to dial. The
+//! namespace ends with the process that requested it. It has no other interface and forwards nothing.
 
 use std::{
     io::{self, IoSlice, IoSliceMut, Read},
@@ -25,12 +25,12 @@ use tokio::process::{Child, Command};
 
 use crate::{harness::server, run::RunError};
 
-/// The hidden subcommand of `belay` that holds.
+/// The hidden subcommand of `belay` that holds the namespace.
 pub const HOLD: &str = "__hold";
-/// Index of the loopback interface: the first in every namespace.
+/// The index of the loopback interface, which is the first in every namespace.
 const LOOPBACK: i32 = 1;
 
-/// Whoever holds the namespace: a process of ours, which ends when its standard input does.
+/// The process that holds the namespace. It is a `belay` process that ends when its standard input ends.
 pub struct Hold {
     child: Child,
     pid: u32,
@@ -38,10 +38,10 @@ pub struct Hold {
 }
 
 impl Hold {
-    /// A new namespace, and the harness's socket in it. `belay` is this program.
+    /// Creates a namespace, and the harness's socket in it. `belay` is the path of this program.
     ///
     /// # Errors
-    /// If the machine does not let users have namespaces, with what to do.
+    /// Returns an error that says what to do if the machine does not let users create namespaces.
     pub async fn start(belay: &Path) -> Result<(Self, TcpListener), RunError> {
         let failed = |error: io::Error| RunError::Sandbox(format!("cannot hold a network namespace: {error}"));
         let (ours, theirs) = UnixStream::pair().map_err(failed)?;
@@ -64,22 +64,22 @@ impl Hold {
         }
     }
 
-    /// The process that holds it.
+    /// Returns the ID of the process that holds it.
     pub fn pid(&self) -> u32 {
         self.pid
     }
 
-    /// Lets go of it.
+    /// Ends the process that holds the namespace.
     pub async fn end(mut self) {
-        // It has nothing to lose; whatever still runs in the namespace keeps that until it ends.
+        // The process has no state to lose. Processes that still run in the namespace keep it until they end.
         let _ = tokio::time::timeout(GONE, self.child.kill()).await;
     }
 }
 
-/// For it to be gone: what the kernel holds fast is not waited for.
+/// The time to wait for the process to be gone. A process that the kernel does not release is not waited for.
 const GONE: Duration = Duration::from_secs(10);
 
-/// What most often keeps users from having namespaces.
+/// Returns a hint about the most likely reason why users cannot create namespaces.
 fn hint() -> &'static str {
     let restricted = std::fs::read_to_string("/proc/sys/kernel/apparmor_restrict_unprivileged_userns");
     if restricted.is_ok_and(|value| value.trim() == "1") {
@@ -92,7 +92,7 @@ fn hint() -> &'static str {
     "; in a container, it has to be allowed to make user namespaces"
 }
 
-/// One socket, from whoever is at the other end.
+/// Receives one socket from the other end.
 fn receive(from: &UnixStream) -> io::Result<TcpListener> {
     let (mut byte, mut space) = ([0_u8; 1], [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))]);
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
@@ -104,10 +104,10 @@ fn receive(from: &UnixStream) -> io::Result<TcpListener> {
     sockets.flatten().next().map(TcpListener::from).ok_or_else(|| io::Error::other("it was refused"))
 }
 
-/// What the hidden subcommand does: raises loopback, listens, hands the socket out, and holds the namespace.
+/// Runs the hidden subcommand: raises loopback, listens, passes the socket on, and holds the namespace.
 ///
 /// # Errors
-/// If it cannot.
+/// Returns an error if one of these steps fails.
 pub fn hold() -> io::Result<()> {
     raise_loopback()?;
     let listener = TcpListener::bind(server::AGENT)?;
@@ -120,11 +120,11 @@ pub fn hold() -> io::Result<()> {
     }
     sendmsg(&input, &[IoSlice::new(b"s")], &mut ancillary, SendFlags::empty())?;
     drop(listener);
-    // Ends with whoever holds the other end, however that ends.
+    // The read ends when the process at the other end ends, however it ends.
     input.lock().read_to_end(&mut Vec::new()).map(drop)
 }
 
-/// Sets IFF_UP of the loopback interface: rtnetlink(7), RTM_NEWLINK with an ifinfomsg.
+/// Sets IFF_UP on the loopback interface, see rtnetlink(7): RTM_NEWLINK with an ifinfomsg.
 fn raise_loopback() -> io::Result<()> {
     const RTM_NEWLINK: u16 = 16;
     const REQUEST_AND_ACK: u16 = 1 | 4;
@@ -134,7 +134,7 @@ fn raise_loopback() -> io::Result<()> {
     message.extend(RTM_NEWLINK.to_ne_bytes());
     message.extend(REQUEST_AND_ACK.to_ne_bytes());
     message.extend([0; 8]);
-    // Family, padding and type: any.
+    // Family, padding and device type: unspecified.
     message.extend([0; 4]);
     message.extend(LOOPBACK.to_ne_bytes());
     message.extend(IFF_UP.to_ne_bytes());
@@ -144,7 +144,7 @@ fn raise_loopback() -> io::Result<()> {
     send(&kernel, &message, SendFlags::empty())?;
     let mut answer = [0_u8; 256];
     let (length, _) = recv(&kernel, &mut answer[..], RecvFlags::empty())?;
-    // An nlmsghdr, and the error that it acknowledges with.
+    // The answer is an nlmsghdr, followed by the error code.
     let code = answer
         .get(..length)
         .and_then(|answer| answer.get(16..20))

@@ -1,8 +1,10 @@
-//! The programs and libraries that an agent has: the machine's own, or an unpacked image's.
+//! The programs and libraries of an agent: the machine's own, or those of an unpacked image.
 //!
-//! Promises: of the machine, what it needs to run programs and to check certificates, and nothing about who uses it: no home, no
-//! accounts, no keys, no configuration of services; of an image that lies in an OCI bundle, what it says to run, where and in which
-//! environment, as a kubelet takes it. Refuses: to be written to, and whatever else a bundle asks for: users, mounts, privileges.
+//! Guarantees: of the machine, the agent sees what it needs to run programs and to check certificates. It sees nothing about the machine's
+//! users: no home folders, accounts, keys or configuration of services. From an image in an OCI bundle, Belay takes the command, the
+//! working folder and the environment, as a kubelet does. The root is read-only.
+//!
+//! Non-goals: everything else that a bundle asks for: users, mounts, privileges.
 
 use std::{
     fs, io,
@@ -14,12 +16,12 @@ use serde::Deserialize;
 use super::{Bind, Entry};
 use crate::run::{RunError, open_to_agent};
 
-/// What an OCI bundle says of itself.
+/// The configuration file of an OCI bundle.
 const BUNDLE: &str = "config.json";
 
-/// Where programs and libraries are.
+/// The folders of programs and libraries.
 const PROGRAMS: [&str; 6] = ["/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64"];
-/// What of `/etc` programs need, none of it secret: `/etc/ssl` as a whole has private keys.
+/// The parts of `/etc` that programs need. None is secret. `/etc/ssl` as a whole contains private keys.
 const SETTINGS: [&str; 10] = [
     "/etc/alternatives",
     "/etc/ca-certificates",
@@ -32,7 +34,7 @@ const SETTINGS: [&str; 10] = [
     "/etc/ssl/certs",
     "/etc/ssl/openssl.cnf",
 ];
-/// Files that say who is there and how names are found: nobody but the agent, and by no server.
+/// Files that define accounts and name resolution: the agent is the only account, and no name server is used.
 const OWN: [(&str, &str); 4] = [
     ("passwd", "agent:x:1000:1000:agent:/:/bin/sh\n"),
     ("group", "agent:x:1000:\n"),
@@ -40,15 +42,15 @@ const OWN: [(&str, &str); 4] = [
     ("nsswitch.conf", "passwd: files\ngroup: files\nhosts: files\n"),
 ];
 
-/// What of the machine is shown, if it is there.
+/// Returns the paths of the machine that are shown, if they exist.
 pub fn shown() -> impl Iterator<Item = &'static str> {
     PROGRAMS.into_iter().chain(SETTINGS)
 }
 
-/// The machine's own. What is made for it lies in `folder`.
+/// Returns the machine's own programs and libraries. Files that are generated for them lie in `folder`.
 ///
 /// # Errors
-/// If that cannot be written.
+/// Returns an error if `folder` cannot be written.
 pub fn host(folder: &Path) -> io::Result<Vec<Entry>> {
     let mut root = Vec::new();
     for path in shown() {
@@ -67,31 +69,31 @@ pub fn host(folder: &Path) -> io::Result<Vec<Entry>> {
 /// An unpacked image.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Image {
-    /// Its folder, as it was named.
+    /// Its folder, as the user named it.
     pub folder: PathBuf,
     /// Its programs and libraries.
     root: PathBuf,
-    /// What it says of running it: nothing, unless it lies in a bundle.
+    /// What the image says about running it: nothing, unless it lies in a bundle.
     pub process: Process,
 }
 
-/// What an image says of running it.
+/// What an image says about running it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(default)]
 pub struct Process {
-    /// The command: entry point and arguments are one here.
+    /// The command: the entry point and its arguments in one list.
     pub args: Vec<String>,
-    /// `NAME=VALUE`.
+    /// The environment, as `NAME=VALUE`.
     env: Vec<String>,
     /// The working folder.
     pub cwd: Option<String>,
 }
 
-/// What is read of a bundle's configuration.
+/// The parts of a bundle's configuration that Belay reads.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Configuration {
-    /// By which it is known to be one.
+    /// The member that identifies the file as a bundle's configuration.
     #[serde(rename = "ociVersion")]
     _version: String,
     root: Root,
@@ -105,14 +107,14 @@ struct Root {
 }
 
 impl Image {
-    /// The image in this folder: an OCI bundle, as `umoci unpack` makes one, or the bare root.
+    /// Opens the image in this folder: an OCI bundle, as `umoci unpack` creates it, or a bare root.
     ///
     /// # Errors
-    /// If it is a bundle that cannot be read, or has no root.
+    /// Returns an error if it is a bundle that cannot be read or that has no root.
     pub fn open(folder: PathBuf) -> Result<Self, RunError> {
         let file = folder.join(BUNDLE);
         let told = match fs::read(&file) {
-            // An image may have a file of that name, which is none of ours.
+            // An image may contain an unrelated file of this name.
             Ok(text) => serde_json::from_slice(&text).ok(),
             Err(error) if error.kind() == io::ErrorKind::NotFound => None,
             Err(cause) => return Err(RunError::File { path: file, cause }),
@@ -120,7 +122,7 @@ impl Image {
         let Some(Configuration { root, process, .. }) = told else {
             return Ok(Self { root: folder.clone(), folder, process: Process::default() });
         };
-        // A path from the top stays one.
+        // An absolute path stays absolute.
         let root = folder.join(root.path);
         match fs::canonicalize(&root) {
             Ok(root) => Ok(Self { folder, root, process }),
@@ -128,22 +130,22 @@ impl Image {
         }
     }
 
-    /// The folder of its programs and libraries.
+    /// Returns the folder of its programs and libraries.
     pub fn root(&self) -> &PathBuf {
         &self.root
     }
 
-    /// Its programs and libraries.
+    /// Returns its programs and libraries.
     ///
     /// # Errors
-    /// If they cannot be read.
+    /// Returns an error if they cannot be read.
     pub fn entries(&self) -> io::Result<Vec<Entry>> {
         image(&self.root)
     }
 }
 
 impl Process {
-    /// Its variables.
+    /// Returns its environment variables.
     pub fn variables(&self) -> impl Iterator<Item = (&str, &str)> {
         self.env.iter().filter_map(|one| one.split_once('='))
     }
@@ -152,7 +154,7 @@ impl Process {
 fn image(folder: &Path) -> io::Result<Vec<Entry>> {
     let mut names: Vec<_> = fs::read_dir(folder)?.collect::<Result<Vec<_>, _>>()?;
     names.sort_by_key(fs::DirEntry::file_name);
-    // Those are the sandbox's to make.
+    // The sandbox makes these folders itself.
     let own = |name: &str| ["dev", "proc", "sys", "tmp"].contains(&name);
     let mut root = Vec::new();
     for one in names {
@@ -163,7 +165,7 @@ fn image(folder: &Path) -> io::Result<Vec<Entry>> {
     Ok(root)
 }
 
-/// What is there, as it is there: a link stays one.
+/// Returns the entry for a path. A link stays a link.
 fn entry(from: &Path, to: &str) -> Option<Entry> {
     let target = fs::read_link(from).ok().and_then(|target| target.to_str().map(str::to_owned));
     match target {
@@ -212,7 +214,7 @@ mod tests {
         assert_eq!(image.process.cwd.as_deref(), Some("/work"));
         assert_eq!(image.entries().unwrap(), bare.entries().unwrap());
 
-        // A file of the image's own.
+        // A file of that name that belongs to the image.
         fs::write(path.join("image").join(BUNDLE), "{}").unwrap();
         assert_eq!(Image::open(path.join("image")).unwrap().process, Process::default());
         fs::remove_dir_all(path.join("image")).unwrap();

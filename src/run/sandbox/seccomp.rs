@@ -1,9 +1,11 @@
-//! A filter of system calls for sandboxes that share the machine's kernel: classic BPF, by seccomp(2).
+//! A filter of system calls for sandboxes that share the machine's kernel: classic BPF, see seccomp(2).
 //!
-//! Promises: sockets of the families that programs use, and no other (a virtual machine's `AF_VSOCK` knows no network namespaces); no
-//! keyrings, no BPF, no tracing, no modules, no new mounts and no loading of kernels; no memory that outlives whoever uses it and that
-//! nobody could count (System V's segments, queues and semaphores; a segment of a page is as good as a lock, and allowed); a program for
-//! another architecture than this one is ended. Refuses: nothing that would have been refused anyway without saying so: what is filtered answers EPERM.
+//! Guarantees: programs get sockets of the families that programs normally use, and no others. For example, `AF_VSOCK` of virtual machines
+//! ignores network namespaces. The filter denies keyrings, BPF, tracing, kernel modules, new mounts and loading kernels. It also denies
+//! memory that outlives its user and that cannot be counted: System V segments, queues and semaphores. A segment of at most a page is
+//! allowed, because databases use it as a lock. A program for another architecture is killed.
+//!
+//! Non-goals: silent failures. A filtered call returns EPERM, and `clone3` returns ENOSYS.
 
 use std::{fs, io, os::fd::AsRawFd, path::Path};
 
@@ -17,29 +19,29 @@ const ALLOW: u32 = 0x7fff_0000;
 const KILL: u32 = 0x8000_0000;
 /// SECCOMP_RET_ERRNO with EPERM.
 const DENY: u32 = 0x0005_0001;
-/// SECCOMP_RET_ERRNO with ENOSYS: programs ask the older call then.
+/// SECCOMP_RET_ERRNO with ENOSYS: programs then use the older call.
 const UNKNOWN: u32 = 0x0005_0026;
-/// Where in `seccomp_data` things are.
+/// Offsets in `seccomp_data`.
 const NUMBER: u32 = 0;
 const ARCHITECTURE: u32 = 4;
 const FIRST_ARGUMENT: u32 = 16;
-/// Of 64 bits, the lower half first.
+/// The lower half of 64 bits. The upper half follows.
 const SECOND_ARGUMENT: u32 = 24;
 
-/// Largest segment of System V's shared memory, in bytes: what databases lock with.
+/// The maximum size of a System V shared memory segment, in bytes. Databases use small ones as locks.
 const SEGMENT: u32 = 4096;
 /// AF_UNIX, AF_INET, AF_INET6 and AF_NETLINK.
 const FAMILIES: [u32; 4] = [1, 2, 10, 16];
 
-/// What the numbers of an architecture are.
+/// The system call numbers of an architecture.
 struct Numbers {
-    /// AUDIT_ARCH.
+    /// The AUDIT_ARCH value.
     architecture: u32,
     socket: u32,
     clone3: u32,
     shmget: u32,
     denied: &'static [u32],
-    /// From here on numbers are another ABI's.
+    /// The first number of another ABI.
     foreign: u32,
 }
 
@@ -65,7 +67,7 @@ const NUMBERS: Numbers = Numbers {
     socket: 198,
     clone3: 435,
     shmget: 194,
-    // The same, without those that this architecture does not have.
+    // The same calls, without those that this architecture does not have.
     denied: &[
         117, 116, 92, 41, 51, 89, 40, 39, 224, 225, 142, 105, 106, 60, 217, 218, 219, 97, 239, 241, 264, 265, 268, 270,
         271, 272, 273, 104, 294, 280, 282, 425, 426, 427, 428, 429, 430, 431, 432, 433, 442, 190, 186, 447,
@@ -73,11 +75,11 @@ const NUMBERS: Numbers = Numbers {
     foreign: 0x4000_0000,
 };
 
-/// Of others nothing is known: every program is ended there.
+/// The numbers of other architectures are not known here: every program is killed.
 #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
 const NUMBERS: Numbers = Numbers { architecture: 0, socket: 0, clone3: 0, shmget: 0, denied: &[], foreign: 0 };
 
-/// The program, as seccomp(2) takes it.
+/// Returns the filter program in the form that seccomp(2) takes.
 fn program() -> Vec<u8> {
     let mut all: Vec<(u16, u8, u8, u32)> = vec![
         (LOAD, 0, 0, ARCHITECTURE),
@@ -86,7 +88,7 @@ fn program() -> Vec<u8> {
         (LOAD, 0, 0, NUMBER),
         (JUMP_IF_AT_LEAST, 0, 1, NUMBERS.foreign),
         (RETURN, 0, 0, KILL),
-        // Its flags, which may ask for namespaces, are in memory, where no filter looks.
+        // The flags of `clone3` may request namespaces, but they are in memory, which a filter cannot read.
         (JUMP_IF_EQUAL, 0, 1, NUMBERS.clone3),
         (RETURN, 0, 0, UNKNOWN),
     ];
@@ -115,14 +117,14 @@ fn program() -> Vec<u8> {
     all.into_iter().flat_map(bytes).collect()
 }
 
-/// The program in a file of that folder, open.
+/// Writes the program to a file in that folder and opens it.
 pub(super) fn file(folder: &Path) -> io::Result<fs::File> {
     let path = folder.join("seccomp.bpf");
     fs::write(&path, program())?;
     fs::File::open(path)
 }
 
-/// Has the file stay open in what is started next, and says under which number.
+/// Lets the next process that is started inherit the file, and returns its descriptor.
 pub(super) fn inherit(file: &fs::File) -> io::Result<i32> {
     fcntl_setfd(file, FdFlags::empty())?;
     Ok(file.as_raw_fd())
@@ -132,7 +134,7 @@ pub(super) fn inherit(file: &fs::File) -> io::Result<i32> {
 mod tests {
     use super::*;
 
-    /// What the program says of a system call.
+    /// Returns what the program decides about a system call.
     fn run(architecture: u32, number: u32, argument: u32) -> u32 {
         run_with(architecture, number, argument, 0)
     }

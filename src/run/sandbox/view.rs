@@ -1,16 +1,17 @@
-//! What a sandbox is shown of the machine's files: mounted by `belay` itself, in a mount namespace that ends with the sandbox.
+//! Mounts the machine's files that a sandbox sees, in a mount namespace that ends with the sandbox.
 //!
 //! ```text
 //! folder ─▶ overlay of it, read-only ─▶ shown whole, where nothing in it is hidden
-//!                                   └─▶ else a folder of our own with its entries, one by one, without what is hidden
+//!                                   └─▶ else a new folder with its entries, one by one, without hidden ones
 //! ```
 //!
-//! Guarantees: a socket or a FIFO of the machine is nobody's in an overlay: its place is seen, and leads to no process, whenever it was
-//! made; a lock there is the overlay's. What is hidden has no place in a sandbox that a change of its name outside could uncover, and
-//! neither have copies of it that are made beside it later. What is mounted on the machine while a sandbox runs does not appear in it. A
-//! kernel's own file systems are never shown. What cannot be shown so is not shown, and nothing starts.
-//! Non-goals: to follow every change. A folder with something hidden in it is shown with the entries that it had when the sandbox
-//! started, and a file that is replaced by another of its name may be seen as it was.
+//! Guarantees: in an overlay, a socket or a FIFO of the machine leads to no process, whenever it was created; only its name is visible. A
+//! lock on a file there is a lock of the overlay. A hidden file has no path in a sandbox that a rename outside could uncover. Neither have
+//! copies that are made beside it later. A file system that is mounted on the machine while a sandbox runs does not appear in it. The
+//! kernel's own file systems are never shown. If something cannot be shown with these guarantees, nothing starts.
+//!
+//! Non-goals: following every change. A folder with something hidden in it is shown with the entries that it had when the sandbox started.
+//! A file that is replaced by another of the same name may still be seen as it was.
 
 use std::{
     collections::BTreeSet,
@@ -32,14 +33,14 @@ use serde::{Deserialize, Serialize};
 
 use super::{Bind, Cell, Entry};
 
-/// The hidden subcommand of `belay` that shows, and then runs the sandbox.
+/// The hidden subcommand of `belay` that mounts the view and then runs the sandbox.
 pub const VIEW: &str = "__view";
-/// In a cell's folder: what to show, and where it is shown.
+/// The names in a cell's folder of the plan and of the folder where the view is mounted.
 const PLAN: &str = "view.json";
 const STAGE: &str = "view";
-/// Entries of a folder of which something is hidden, each of which is a mount.
+/// The maximum number of entries in a folder that contains something hidden. Each entry is a mount.
 const MOST: usize = 4096;
-/// What the kernel says of itself, and no files of anybody's.
+/// File systems that show the state of the kernel and hold no files of users.
 const KERNELS: [&str; 18] = [
     "autofs",
     "binfmt_misc",
@@ -60,26 +61,26 @@ const KERNELS: [&str; 18] = [
     "sysfs",
     "tracefs",
 ];
-/// At least so likely to be ended for want of memory as this: before whatever else its user runs, the harness among it.
+/// The minimum OOM score adjustment of an agent. The kernel then kills the agent before other processes of its user, including the harness.
 const OOM_SCORE: i32 = 500;
 
-/// What to show.
+/// The content of the plan file.
 #[derive(Serialize, Deserialize)]
 struct Plan {
-    /// Whether sockets and FIFOs lead nowhere by themselves in that sandbox.
+    /// Whether sockets and FIFOs lead nowhere in that sandbox without an overlay.
     apart: bool,
     shown: Vec<Shown>,
 }
 
-/// A folder or a file, without some of what is in it.
+/// A folder or a file, and what is hidden in it.
 #[derive(Clone, Serialize, Deserialize)]
 struct Shown {
     from: PathBuf,
     hidden: Vec<PathBuf>,
 }
 
-/// Writes down what the cell is to see, and gives the cell as it is to be run within that view. `apart` says whether sockets and FIFOs lead
-/// nowhere by themselves in that sandbox.
+/// Writes the plan of what the cell sees, and returns the cell with the paths in that view. `apart` says whether sockets and FIFOs lead
+/// nowhere in that sandbox without an overlay.
 pub(super) fn prepare(cell: &Cell, folder: &Path, apart: bool) -> io::Result<Cell> {
     fs::create_dir_all(folder.join(STAGE))?;
     let mut plan = Plan { apart, shown: Vec::new() };
@@ -102,21 +103,21 @@ fn place(index: usize) -> String {
     format!("at-{index}")
 }
 
-/// What the hidden subcommand does: shows what is written down in that folder, gives up what else was inherited, and becomes the command. In
-/// a mount namespace of its own, in which it may mount.
+/// Runs the hidden subcommand: mounts what the plan in that folder lists, resets what else was inherited, and becomes the command. It runs
+/// in a mount namespace of its own in which it may mount.
 ///
 /// # Errors
-/// What could not be shown, and why. Nothing has started then.
+/// Returns an error if something could not be shown. Nothing has started then.
 pub async fn enter(folder: &Path, command: &[OsString]) -> Result<std::convert::Infallible, String> {
     let failed = |what: &dyn std::fmt::Display| format!("cannot show files in the sandbox: {what}");
-    // Folders that are made here are an agent's to see, whoever it is in its sandbox.
+    // The agent must see the folders that are created here, whichever user it is in its sandbox.
     rustix::process::umask(Mode::from_raw_mode(0o022));
     let text = fs::read(folder.join(PLAN)).map_err(|error| failed(&error))?;
     let plan: Plan = serde_json::from_slice(&text).map_err(|error| failed(&error))?;
     let stage = folder.join(STAGE);
     mount("tmpfs", &stage, "tmpfs", MountFlags::NOSUID | MountFlags::NODEV, c"mode=755")
         .map_err(|error| failed(&error))?;
-    // Options of a mount have no room for every name that a folder may have: from here on names are ours.
+    // Mount options have no room for every folder name, so the names below are short ones relative to this folder.
     std::env::set_current_dir(&stage).map_err(|error| failed(&error))?;
     let mounts = fs::read("/proc/self/mountinfo").map_err(|error| failed(&error))?;
     fs::create_dir(NOTHING).map_err(|error| failed(&error))?;
@@ -129,14 +130,15 @@ pub async fn enter(folder: &Path, command: &[OsString]) -> Result<std::convert::
     let [program, arguments @ ..] = command else { return Err(failed(&"there is no command")) };
     let mut next = std::process::Command::new(program);
     if signals("SigBlk:").map_err(|error| failed(&error))? != 0 {
-        // Nothing safe in Rust unblocks a signal; GNU's env does.
+        // Safe Rust cannot unblock a signal. GNU's `env` can.
         next = std::process::Command::new("env");
         next.arg("--default-signal").arg(program);
     }
     Err(failed(&next.args(arguments).exec()))
 }
 
-/// Gives up what a process inherits that is no descriptor: signals that are ignored, and a charm against the want of memory. A signal whose stream lives till then is as by default in the next program.
+/// Resets what a process inherits beside file descriptors: ignored signals and a low OOM score. A signal whose stream is alive at `exec`
+/// has its default disposition in the next program.
 async fn disinherit() -> io::Result<Vec<tokio::signal::unix::Signal>> {
     let score = fs::read_to_string("/proc/self/oom_score_adj")?;
     if score.trim().parse::<i32>().is_ok_and(|score| score < OOM_SCORE) {
@@ -144,25 +146,25 @@ async fn disinherit() -> io::Result<Vec<tokio::signal::unix::Signal>> {
     }
     let ignored = signals("SigIgn:")?;
     let numbers = (1..=64_i32).filter(|number| (ignored >> (number - 1)) & 1 == 1);
-    // Those that nobody can catch nobody can ignore either.
+    // A signal that cannot be caught cannot be ignored either.
     let caught = numbers
         .filter_map(|number| tokio::signal::unix::signal(tokio::signal::unix::SignalKind::from_raw(number)).ok());
     Ok(caught.collect())
 }
 
-/// A set of signals of this process: proc_pid_status(5).
+/// Returns a set of signals of this process, see proc_pid_status(5).
 fn signals(set: &str) -> io::Result<u64> {
     let status = fs::read_to_string("/proc/self/status")?;
     let mask = status.lines().find_map(|line| u64::from_str_radix(line.strip_prefix(set)?.trim(), 16).ok());
     mask.ok_or_else(|| io::Error::other(format!("expected {set} in /proc/self/status, found none")))
 }
 
-/// The empty folder.
+/// The name of the empty folder.
 const NOTHING: &str = "none";
 
-/// Where views are made: the working folder.
+/// The working folder, in which views are made.
 struct Stage {
-    /// Where something is mounted, and of which kind.
+    /// The mount points and the types of their file systems.
     mounts: Vec<(PathBuf, String)>,
     apart: bool,
     overlays: usize,
@@ -198,7 +200,7 @@ impl Stage {
         self.folder(from, hidden, at)
     }
 
-    /// Shows a folder at a place that is not there yet.
+    /// Shows a folder at a path that does not exist yet.
     fn folder(&mut self, from: &Path, hidden: &[PathBuf], at: &Path) -> Result<(), String> {
         let unusable = |error: io::Error| format!("cannot show {} in the sandbox: {error}", from.display());
         if hidden.iter().any(|hidden| from.starts_with(hidden)) {
@@ -221,7 +223,7 @@ impl Stage {
         self.arrange(from, from, (hidden, &below), at)
     }
 
-    /// What is seen of `from` by `source`: whole, where nothing in it is to be taken apart, else entry by entry.
+    /// Shows `from` through `source`: as a whole if nothing in it is hidden or mounted, else entry by entry.
     fn arrange(
         &mut self,
         source: &Path,
@@ -254,7 +256,7 @@ impl Stage {
             if is.is_symlink() {
                 symlink(fs::read_link(&inside).map_err(unusable)?, &at).map_err(unusable)?;
             } else if is.is_dir() && !mounts.is_empty() {
-                // Nothing lies over it, since something is mounted beside it or in it.
+                // No overlay covers it, because something is mounted beside it or in it.
                 self.folder(&path, hidden, &at)?;
             } else if is.is_dir() {
                 self.arrange(&inside, &path, (hidden, mounts), &at)?;
@@ -265,7 +267,7 @@ impl Stage {
         Ok(())
     }
 
-    /// A read-only overlay of a folder below which nothing is mounted.
+    /// Mounts a read-only overlay of a folder that has no mounts below it.
     fn overlay(&mut self, from: &Path) -> Result<PathBuf, String> {
         let (lower, over) = (format!("l-{}", self.overlays), format!("o-{}", self.overlays));
         self.overlays += 1;
@@ -282,27 +284,28 @@ impl Stage {
         })
     }
 
-    /// The kind of file system that a path lies in, where that is the kernel's.
+    /// Returns the type of the file system that contains the path, if it is one of the kernel's.
     fn kernels(&self, path: &Path) -> Option<&str> {
         let over = self.mounts.iter().filter(|(at, _)| path.starts_with(at));
-        // Of several at one place, the last is seen.
+        // Of several mounts at one path, the last is visible.
         let (_, kind) = over.max_by_key(|(at, _)| at.components().count())?;
         KERNELS.contains(&kind.as_str()).then_some(kind.as_str())
     }
 }
 
-/// Binds a file or a folder to a place that is not there yet.
+/// Binds a file or a folder to a path that does not exist yet.
 fn bind(from: &Path, at: &Path, folder: bool) -> io::Result<()> {
     if folder {
         fs::create_dir(at)?;
     } else {
         fs::File::create_new(at)?;
     }
-    // What is mounted below comes along: a namespace with fewer rights cannot take it off.
+    // Mounts below come along, because a namespace with fewer rights cannot remove them.
     Ok(mount_bind_recursive(from, at)?)
 }
 
-/// Whether a file beside a hidden one is what editors and people leave of it: `.key.swp`, `key~`, `#key#`, `key.bak`, `key,v`.
+/// Returns whether a file beside a hidden one looks like a copy of it that an editor or a user left: `.key.swp`, `key~`, `#key#`,
+/// `key.bak`, `key,v`.
 fn resembles(hidden: &Path, other: &Path) -> bool {
     let name = |path: &Path| path.file_name().map(|name| name.as_bytes().to_vec()).unwrap_or_default();
     if hidden.parent() != other.parent() || hidden.is_dir() {
@@ -319,7 +322,7 @@ fn resembles(hidden: &Path, other: &Path) -> bool {
     }
 }
 
-/// Mount points and kinds of file systems: proc_pid_mountinfo(5).
+/// Parses mount points and file system types, see proc_pid_mountinfo(5).
 fn mounted(text: &[u8]) -> Vec<(PathBuf, String)> {
     let lines = text.split(|byte| *byte == b'\n');
     let mount = |line: &[u8]| {
@@ -331,7 +334,7 @@ fn mounted(text: &[u8]) -> Vec<(PathBuf, String)> {
     lines.filter_map(mount).collect()
 }
 
-/// Without the kernel's escapes: three octal digits.
+/// Decodes the kernel's escapes: a backslash and three octal digits.
 fn plain(escaped: &[u8]) -> Vec<u8> {
     let mut plain = Vec::with_capacity(escaped.len());
     let mut rest = escaped;
@@ -348,10 +351,10 @@ fn plain(escaped: &[u8]) -> Vec<u8> {
     plain
 }
 
-/// Every path by which a file is reached when it is asked for by this one: itself, and each symbolic link on the way. Whoever replaces a link
-/// by what it leads to has put it there.
+/// Returns every path through which this path reaches its file: each symbolic link on the way, and the file itself. A link counts because
+/// replacing it by its target would put the file at its path.
 pub fn names(path: &Path) -> Vec<PathBuf> {
-    /// Links on one way, as the kernel counts them.
+    /// The maximum number of links on one path, as in the kernel.
     const LINKS: usize = 40;
     let Ok(path) = std::path::absolute(path) else { return Vec::new() };
     let parts =
@@ -366,7 +369,7 @@ pub fn names(path: &Path) -> Vec<PathBuf> {
         match fs::read_link(&next) {
             Ok(target) if found.len() < LINKS => {
                 found.push(next);
-                // A target from the top begins there: joined, it takes the place of all that was before.
+                // An absolute target starts at the root: `join` then drops the earlier parts.
                 rest.extend(parts(&target));
             }
             _ => at = next,
@@ -376,10 +379,10 @@ pub fn names(path: &Path) -> Vec<PathBuf> {
     found
 }
 
-/// Other names of these files (hard links) below these folders. Nothing is looked for where no file has another name.
+/// Returns other names (hard links) of these files below these folders. If no file has another name, no folder is read.
 ///
 /// # Errors
-/// If a folder cannot be read in which one could be.
+/// Returns an error if a folder that could contain one cannot be read.
 pub fn other_names(files: &[PathBuf], folders: &[&Path]) -> io::Result<Vec<PathBuf>> {
     use std::os::unix::fs::MetadataExt;
     let several = files.iter().filter_map(|file| fs::symlink_metadata(file).ok());
@@ -393,7 +396,7 @@ pub fn other_names(files: &[PathBuf], folders: &[&Path]) -> io::Result<Vec<PathB
             fs::read_dir(&folder).map_err(|error| io::Error::other(format!("{}: {error}", folder.display())))?
         {
             let entry = entry?;
-            // What is gone meanwhile has no name.
+            // A file that has been removed meanwhile has no name.
             let Ok(is) = entry.metadata() else { continue };
             if is.is_dir() {
                 folders.push(entry.path());
@@ -461,7 +464,7 @@ mod tests {
         symlink(top.join("vault"), top.join("there")).unwrap();
         let expected = ["there", "vault/key", "vault/..data", "vault/..2026/key"].map(|name| top.join(name));
         assert_eq!(names(&top.join("there/../there/key")).into_iter().skip(1).collect::<Vec<_>>(), expected);
-        // One that is not there has the name that it is asked for by; one that never ends, ends.
+        // A missing file has the name it was looked up by, and a loop of links ends.
         assert_eq!(names(&top.join("none/./at")), [top.join("none/at")]);
         symlink("loop", top.join("loop")).unwrap();
         assert_eq!(names(&top.join("loop")).last(), Some(&top.join("loop")));

@@ -1,10 +1,12 @@
-//! What a sandbox uses, looked at again and again: for machines that give users no control groups.
+//! Measures repeatedly what a sandbox uses, for machines that do not give users control groups.
 //!
-//! Guarantees: a sandbox whose processes together hold more memory than the agent was given is ended within a moment of being seen:
-//! what they have mapped, what of it is swapped out, what lies in anonymous files that one of them has open, mapped or not
-//! (`memfd_create`), and the tables by which it is mapped.
-//! Non-goals: to pretend. Between two looks more may be used; buffers of pipes and sockets, and an anonymous file that is on its way through
-//! a socket and open nowhere, are the kernel's and are not counted. Files in a write scope are bounded by the scope's own size.
+//! Guarantees: a sandbox is ended soon after a measurement finds that its processes together hold more memory than the agent was given.
+//! What counts is mapped memory, what of it is swapped out, page tables, and anonymous files (`memfd_create`) that a process has open,
+//! whether they are mapped or not.
+//!
+//! Non-goals: an exact bound. More may be used between two measurements. Buffers of pipes and sockets belong to the kernel and do not
+//! count. Neither does an anonymous file that is in transit through a socket and not open anywhere. Files in a write scope are bounded by
+//! the scope's own size.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -14,27 +16,27 @@ use std::{
     time::Duration,
 };
 
-/// Between two looks.
+/// The time between two measurements.
 const PAUSE: Duration = Duration::from_millis(200);
-/// How the kernel names files that lie in memory and have no name: by `memfd_create`, and of mappings that are shared.
+/// The prefixes by which the kernel names files in memory that have no path: from `memfd_create`, and of shared mappings.
 const NAMELESS: [&str; 4] = ["/memfd:", "/dev/zero (deleted)", "/SYSV", "/secretmem"];
-/// What `st_blocks` counts in.
+/// The unit of `st_blocks`, in bytes.
 const BLOCK: u64 = 512;
 
-/// Why a sandbox was ended.
+/// The limit that a sandbox exceeded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Beyond {
-    /// Its memory.
+    /// The memory.
     Memory,
-    /// Its processes.
+    /// The number of processes.
     Processes,
 }
 
-/// Returns once the processes below this one use more than that.
+/// Returns once the process and those below it use more than the given memory or number of processes.
 pub async fn until_beyond(pid: u32, memory: u64, processes: u64) -> Beyond {
     loop {
         tokio::time::sleep(PAUSE).await;
-        // A machine has hundreds of processes, and the threads here serve the agent: it would wait meanwhile.
+        // A machine has hundreds of processes. The threads of this runtime serve the agent, which would wait meanwhile.
         let Ok((held, count)) = tokio::task::spawn_blocking(move || used(pid)).await else { continue };
         if held > memory {
             return Beyond::Memory;
@@ -45,7 +47,7 @@ pub async fn until_beyond(pid: u32, memory: u64, processes: u64) -> Beyond {
     }
 }
 
-/// Bytes and processes of this one and all below it. A page that several of them have is shared out among them.
+/// Returns the bytes and the number of processes of this process and all below it. A page that several processes map is divided among them.
 fn used(top: u32) -> (u64, u64) {
     let mut parents: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
     let all = fs::read_dir("/proc").into_iter().flatten().flatten();
@@ -61,27 +63,27 @@ fn used(top: u32) -> (u64, u64) {
     }
     let mut files = BTreeMap::new();
     family.iter().for_each(|pid| files.extend(open(*pid)));
-    // Of a file that is counted whole, what is mapped is not counted again.
+    // Mapped pages of a file that is counted as a whole do not count again.
     let inodes: BTreeSet<u64> = files.keys().map(|(_, inode)| *inode).collect();
     let mapped = |pid: &u32| if inodes.is_empty() { 0 } else { shared(*pid, &inodes) };
     let held = family.iter().map(|pid| memory(*pid).saturating_sub(mapped(pid))).sum::<u64>();
     (held.saturating_add(files.values().sum()), u64::try_from(family.len()).unwrap_or(u64::MAX))
 }
 
-/// `/proc/PID/stat`: the name in parentheses may have anything in it.
+/// Reads the parent from `/proc/PID/stat`. The name in parentheses may contain any character.
 fn parent(pid: u32) -> Option<u32> {
-    // At once: what has no length is read in small pieces otherwise, and there are many.
+    // Read at once: a file of unknown length is otherwise read in small pieces, and there are many processes.
     let mut stat = [0; 1024];
     let length = fs::File::open(format!("/proc/{pid}/stat")).ok()?.read(&mut stat).ok()?;
     let stat = String::from_utf8_lossy(stat.get(..length)?);
     stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
 }
 
-/// Bytes of what it has mapped, and of the tables for that.
+/// Returns the bytes that a process has mapped, and those of its page tables.
 fn memory(pid: u32) -> u64 {
     let read = |file: &str| fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default();
     let (rollup, status) = (read("smaps_rollup"), read("status"));
-    // Shared pages count by their part where that may be read, and in whole where not.
+    // Shared pages count proportionally if `smaps_rollup` is readable, and fully if it is not.
     let held = match kilobytes(&rollup, "Pss:") {
         Some(held) => held.saturating_add(kilobytes(&rollup, "SwapPss:").unwrap_or(0)),
         None => kilobytes(&status, "VmRSS:").unwrap_or(0).saturating_add(kilobytes(&status, "VmSwap:").unwrap_or(0)),
@@ -89,7 +91,7 @@ fn memory(pid: u32) -> u64 {
     held.saturating_add(kilobytes(&status, "VmPTE:").unwrap_or(0)).saturating_mul(1024)
 }
 
-/// Nameless files that it has open, and their bytes: whole pages that are there, whatever their length.
+/// Returns the nameless files that a process has open, and their bytes: the pages that exist, whatever the file's length is.
 fn open(pid: u32) -> Vec<((u64, u64), u64)> {
     let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
     let files = descriptors.filter_map(|one| {
@@ -105,12 +107,12 @@ fn open(pid: u32) -> Vec<((u64, u64), u64)> {
     files.collect()
 }
 
-/// Bytes that it has mapped of nameless files with these inodes.
+/// Returns the bytes that a process has mapped of nameless files with these inodes.
 fn shared(pid: u32, inodes: &BTreeSet<u64>) -> u64 {
     let Ok(text) = fs::read_to_string(format!("/proc/{pid}/smaps")) else { return 0 };
     let (mut bytes, mut counts) = (0_u64, false);
     for line in text.lines() {
-        // `ADDRESSES RIGHTS OFFSET DEVICE INODE NAME` opens a mapping; what is said of it is `Name: VALUE`.
+        // `ADDRESSES RIGHTS OFFSET DEVICE INODE NAME` starts a mapping. Its attributes follow as `Name: VALUE`.
         let mut words = line.split_ascii_whitespace();
         if words.next().is_some_and(|first| !first.ends_with(':')) {
             let inode = words.nth(3).and_then(|inode| inode.parse().ok());
@@ -125,7 +127,7 @@ fn shared(pid: u32, inodes: &BTreeSet<u64>) -> u64 {
     bytes
 }
 
-/// What a line of that name says, in kilobytes.
+/// Returns the value of the line of that name, in kilobytes.
 fn kilobytes(text: &str, name: &str) -> Option<u64> {
     text.lines().find_map(|line| line.strip_prefix(name)?.trim().strip_suffix("kB")?.trim().parse().ok())
 }
@@ -150,11 +152,11 @@ mod tests {
     fn memory_that_nobody_has_mapped_counts_once_however_often_it_is_open() {
         const MUCH: u64 = 64 << 20;
         let create = |name: &str| File::from(rustix::fs::memfd_create(name, rustix::fs::MemfdFlags::CLOEXEC).unwrap());
-        // Of this process alone: tests beside this one have others.
+        // Measure this process alone, because tests that run beside this one have such files too.
         let own = || open(std::process::id()).into_iter().collect::<BTreeMap<_, _>>().values().sum::<u64>();
         let before = own();
         let mut file = create("much");
-        // One that is long and has nothing in it is not much.
+        // A long file without content uses little memory.
         let long = create("long");
         long.set_len(1 << 40).unwrap();
         file.write_all(&vec![1; usize::try_from(MUCH).unwrap()]).unwrap();

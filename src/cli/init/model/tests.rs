@@ -1,4 +1,4 @@
-//! Bases that people paste, and what becomes of them.
+//! Tests of base URLs as users paste them.
 
 use rstest::rstest;
 
@@ -69,7 +69,7 @@ fn a_base_url_becomes_a_host_of_the_pack_and_an_address(#[case] text: &str, #[ca
     let options = model.options();
     let resolved = options.split(" --resolve ").nth(1).unwrap_or_default();
     assert_eq!(resolved, resolve, "{options}");
-    // A pack takes the host, and `--resolve` the same one.
+    // A pack accepts the host, and `--resolve` accepts the same one.
     let host = &model.place.host;
     assert!(host.contains('.') && Hostname::parse(host).is_ok_and(|name| name.as_str() == host), "{host}");
     let (endpoint, egress) = model.lines();
@@ -93,8 +93,8 @@ fn what_is_none_is_refused(#[case] text: &str, #[case] word: &str) {
     assert!(said.contains(word) && !said.contains("secret"), "{said}");
 }
 
-/// https is asked with a key wherever it is, and the certificate has to be for the name in the pack; in the clear no key goes further than
-/// this machine.
+/// With https, the key is sent wherever the server is, and the certificate must be for the name in the pack. Without TLS, a key does not
+/// leave this machine.
 #[rstest]
 #[case::public("https://openrouter.ai/api/v1", true, &[], "          credentials:")]
 #[case::here_in_tls("https://127.0.0.1:8443/v1", true, &["certificate", "model.localhost", "--upstream-ca"], "          credentials:")]
@@ -120,7 +120,7 @@ fn a_server_is_asked_for_a_model_by_its_name() {
     assert_eq!(Model::new(provider(), Some("qwen3:8b"), &find).unwrap().name, "qwen3:8b");
 }
 
-/// What stands in for the shop has no script for a model, and the agent no name of one.
+/// Beside a real model, the stand-in has no script for a model, and the agent has no stand-in's name.
 #[test]
 fn beside_a_real_model_nothing_stands_in_for_one() {
     for provider in ["openai", "anthropic", "ollama", "http://localhost:8000"] {

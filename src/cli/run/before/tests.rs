@@ -1,4 +1,4 @@
-//! Options that fit the files, and those that do not.
+//! Tests of options that fit the files, and of options that do not.
 
 use rstest::rstest;
 
@@ -37,7 +37,7 @@ fn an_address_is_for_a_host_that_is_listed(#[case] resolve: &str, #[case] listed
     assert_eq!(said.is_empty(), listed, "{said:?}");
     let server = unlisted(&objects(), &[], &[resolve.replace("127.0.0.1", "python3 x.py ").parse().unwrap()]);
     assert_eq!(server.is_empty(), listed, "{server:?}");
-    // What there is, is said.
+    // The message lists the known hosts.
     for line in said.iter().chain(&server) {
         assert!(line.contains("*.world.test, files.world.test, models.world.test"), "{line}");
     }
@@ -56,7 +56,7 @@ fn a_key_that_nothing_uses_is_said_to_be_one(#[case] given: &str, #[case] used: 
     for rule in others.pack.spec.workflow_classes.iter_mut().flat_map(|class| &mut class.egress) {
         rule.credentials.iter_mut().for_each(|one| one.principals = vec!["alice@example.test".to_owned()]);
     }
-    // It is another principal's.
+    // The key belongs to another principal.
     assert_eq!(unused(&others, &[given.parse().unwrap()]).len(), 1);
 }
 
@@ -83,7 +83,7 @@ fn a_key_goes_over_tls_or_nowhere_else(#[case] url: &str, #[case] here: bool, #[
     let words =
         ["pack.yaml:17:11: ", "https alone", "spec.models.openai", "--resolve models.world.test=127.0.0.1:PORT"];
     assert!(said.iter().all(|line| words.iter().all(|word| line.contains(word))), "{said:?}");
-    // Of another class's hosts nothing is said.
+    // Hosts of another class are not reported.
     objects.task.spec.workflow_class = "another".to_owned();
     assert!(in_the_clear(&objects, &[], &|_| here).is_empty());
 }

@@ -19,8 +19,8 @@ enum Answer {
     Broken,
 }
 
-/// An API server that gives these answers one after the other and then says that there is no such pod, and what it was
-/// asked for.
+/// An API server that gives these answers one after the other and then says that there is no such pod. Also returns the requests that it
+/// gets.
 fn server(answers: Vec<Answer>) -> (Api<Pod>, Arc<Mutex<Vec<String>>>) {
     let asked = Arc::new(Mutex::new(Vec::new()));
     let seen = asked.clone();
@@ -43,7 +43,7 @@ fn server(answers: Vec<Answer>) -> (Api<Pod>, Arc<Mutex<Vec<String>>>) {
     (Api::namespaced(kube::Client::new(service, "team-a"), "team-a"), asked)
 }
 
-/// Output of an attempt's harness: records among its own log.
+/// The output of an attempt's harness: records among the lines of its own log.
 fn output(attempt: i64, seqs: std::ops::Range<u64>) -> String {
     let mut text = "{\"level\":\"INFO\",\"message\":\"starting\"}\nnot json\n".to_owned();
     for record in Script::good().segments.iter().flatten() {
@@ -58,7 +58,7 @@ fn output(attempt: i64, seqs: std::ops::Range<u64>) -> String {
     text
 }
 
-/// Follows a task that ends once its second attempt was asked for, and gives what came out.
+/// Follows a task that ends once its second attempt is requested, and returns the events.
 async fn watch(answers: Vec<Answer>) -> Vec<String> {
     let (pods, asked) = server(answers);
     let (progress, seen) = watch::channel(Progress::default());
@@ -92,10 +92,10 @@ async fn pods_come_late_break_and_go() {
         Answer::Status(404),
         Answer::Status(400),
         Answer::Output(output(1, 0..3)),
-        // The stream broke, and the pod was deleted soon after.
+        // The stream breaks, and the pod is deleted soon after.
         Answer::Output(output(1, 0..7)),
         Answer::Status(404),
-        // The second attempt's pod.
+        // The pod of the second attempt.
         Answer::Status(404),
         Answer::Output(output(2, 0..9)),
         Answer::Output(output(2, 0..12)),

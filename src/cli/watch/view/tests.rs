@@ -27,7 +27,7 @@ fn task(status: serde_json::Value) -> AgentTask {
     .unwrap()
 }
 
-/// Lines without their clocks.
+/// The lines without their times.
 fn lines(view: &mut View) -> Vec<String> {
     view.take_lines()
         .into_iter()
@@ -59,7 +59,7 @@ fn a_task_from_start_to_end() {
     })));
     view.finish();
     let shown = view.take_lines().into_iter().map(|l| l.trim_end().to_owned() + "\n").collect::<String>();
-    // Lines about the status carry the time of this test.
+    // Lines about the status have the time of this test.
     let shown = shown
         .lines()
         .map(|l| if l.contains('●') { format!("NOW       {}", &l[10..]) } else { l.to_owned() })
@@ -182,7 +182,7 @@ fn a_notice_is_said_once() {
     assert_eq!(lines(&mut view), ["  … the API server: no"]);
 }
 
-/// Why a call was not made is said with its outcome, and an error that a provider answers is said to be the provider's.
+/// The line of an outcome says why a call was not made, and says of a provider's error that it is the provider's.
 #[test]
 fn an_outcome_says_why() {
     use crate::verify::tests::script::intent;
@@ -216,7 +216,7 @@ fn an_outcome_says_why() {
         assert!(said.contains(word), "{word}: {said}");
     }
     assert!(!said.chars().any(|c| c != '\n' && hidden(c)), "{said:?}");
-    // What has worked needs no reason.
+    // A call that worked needs no reason.
     view.record(1, &record(1, asked()));
     view.record(1, &record(1, outcome("c-9", 5)));
     assert!(!view.take_lines().join("\n").contains("provider"));

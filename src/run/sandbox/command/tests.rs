@@ -8,7 +8,7 @@ fn program(path: &Path, text: &str) {
     fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
 }
 
-/// A machine with a Python of somebody's own, and a task's folder.
+/// A machine where a user has a Python of their own, and a folder of a task.
 fn machine(folder: &Path) -> Shown {
     let at = |path: &str| folder.join(path);
     program(&at("usr/bin/python3"), "\x7fELF");
@@ -54,7 +54,7 @@ fn a_program_is_looked_for_as_the_sandbox_sees_it() {
         "./direct",
         "/facts/run",
     ] {
-        // A name alone is looked for on PATH, where the script is not.
+        // A bare name is looked up on PATH, where the script is not.
         let said = shown.wrong(good);
         assert_eq!(said.is_none(), good != "script", "{good}: {said:?}");
     }
@@ -78,7 +78,7 @@ fn a_program_is_looked_for_as_the_sandbox_sees_it() {
         let said = shown.wrong(bad).unwrap_or_else(|| panic!("{bad} passes"));
         assert!(words.iter().all(|word| said.contains(word)), "{bad}: {said}");
     }
-    // The end of the link is what is to be shown, and the folder of its `bin`.
+    // The advice names the end of the link, and the parent of its `bin` folder.
     let advice = format!("add --ro {}/home/me/.pyenv", folder.display());
     let said = shown.wrong("theirs/bin/python").unwrap();
     assert!(said.contains(&advice) && said.ends_with("/usr/bin/python3 -m venv"), "{said}");
