@@ -1,7 +1,9 @@
-//! The administrative port of our own processes: `/healthz`, `/readyz` and `/metrics` over plain HTTP.
+//! The administrative port of Belay's processes: `/healthz`, `/readyz` and `/metrics` over plain HTTP.
 //!
-//! Promises: `/healthz` answers as long as the process schedules work; `/readyz` says why it is not ready; `/metrics` is
-//! Prometheus text. Refuses: everything else, and bodies. It tells nothing about tasks: NetworkPolicies keep agents off it.
+//! Guarantees: `/healthz` answers as long as the process schedules work; `/readyz` says why the process is not ready; `/metrics` is
+//! Prometheus text.
+//! Rejects: every other path and method. Request bodies are not read. The port says nothing about tasks, and NetworkPolicies keep agents
+//! from reaching it.
 
 use std::{convert::Infallible, future::Future, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -16,14 +18,14 @@ use tokio::{
     sync::Semaphore,
 };
 
-/// Connections at a time: the kubelet, Prometheus, and a person or two.
+/// The maximum number of concurrent connections. The clients are the kubelet, Prometheus, and one or two people.
 const CONNECTIONS: usize = 64;
-/// For a request's head, and between requests.
+/// The time limit for a request's head, and for the wait between two requests.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(15);
-/// After a failed accept, which means that the process has no file left to open.
+/// The pause after a failed accept. A failed accept means that the process has no file descriptor left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// The port cannot be opened.
+/// The error of a port that cannot be opened.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot listen on {address} for health and metrics: {cause}")]
 pub struct AdminError {
@@ -31,10 +33,10 @@ pub struct AdminError {
     cause: std::io::Error,
 }
 
-/// Opens the port; the returned future serves it for ever.
+/// Opens the port. The returned future serves it forever.
 ///
 /// # Errors
-/// If the address cannot be bound.
+/// Returns an error if the address cannot be bound.
 pub async fn serve<R>(
     address: SocketAddr,
     registry: Registry,
@@ -57,7 +59,7 @@ where
             tokio::time::sleep(ACCEPT_PAUSE).await;
             continue;
         };
-        // Without a slot the connection is dropped: health checks ask again.
+        // Without a free slot the connection is dropped, because health checks retry.
         let Ok(slot) = slots.clone().try_acquire_owned() else { continue };
         let (registry, ready) = (registry.clone(), ready.clone());
         tokio::spawn(async move {
@@ -72,7 +74,7 @@ async fn connection<R: Fn() -> Result<(), String>>(stream: TcpStream, registry: 
         let reply = respond(request.method(), request.uri().path(), registry, ready);
         async move { Ok::<_, Infallible>(reply) }
     });
-    // A peer that breaks the protocol loses its connection; there is nothing to tell anybody.
+    // A peer that breaks the protocol loses its connection. There is nowhere to report the error.
     let _ = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEADER_TIMEOUT)
@@ -111,7 +113,7 @@ fn reply(status: StatusCode, content_type: &'static str, body: String) -> Respon
     reply
 }
 
-/// Metrics as `docs/reference/metrics.md` has them, beside those that a process registers.
+/// Compares `docs/reference/metrics.md` with the metrics that a process registers.
 #[cfg(test)]
 pub(crate) mod reference {
     use std::{collections::BTreeMap, fs, path::Path};
@@ -122,16 +124,17 @@ pub(crate) mod reference {
         proto::MetricType,
     };
 
-    /// Type and labels of each metric.
+    /// The type and the labels of each metric.
     type Listed = BTreeMap<String, (String, Vec<String>)>;
 
-    /// Gives a vector a child: a registry tells nothing of one without.
+    /// Creates one child of a vector, because a registry does not report a vector without children.
     pub(crate) fn touch<B: MetricVecBuilder>(metrics: &MetricVec<B>) {
         let labels = metrics.desc()[0].variable_labels.len();
         metrics.with_label_values(&vec!["x"; labels]);
     }
 
-    /// What is registered is what the page has, and nothing else. `ages` are those of watches, of which a registry tells once there are some.
+    /// Asserts that the page lists exactly the registered metrics. `ages` collects the ages of watches; a registry reports them only once a
+    /// watch exists.
     pub(crate) fn is_complete(prefix: &str, registry: &Registry, ages: &dyn Collector) {
         let mut registered: Listed = registry.gather().iter().map(of_family).collect();
         for desc in ages.desc() {
@@ -157,7 +160,7 @@ pub(crate) mod reference {
         (family.name().to_owned(), (kind.to_owned(), labels))
     }
 
-    /// `| name | type | labels | meaning |`, of which the names are code.
+    /// Parses rows of the form `| name | type | labels | meaning |`, where names are in backticks.
     fn rows(page: &str) -> Listed {
         let mut listed = Listed::new();
         for line in page.lines() {

@@ -1,9 +1,9 @@
-//! Judgments apart from whoever waits for them.
+//! Runs evaluations on separate threads, so that a caller waits for a limited time only.
 //!
-//! Guarantees: work runs on a thread of its own, within an allowance ([`meter`](crate::policy::meter)); whoever asked has an answer in the
-//! time that was given, or learns that there is none; work that does not end in spite of all keeps its place, and where no place is left
-//! nothing is judged, which refuses calls; no work keeps a process from ending.
-//! Non-goals: to end a thread. Nothing can.
+//! Guarantees: work runs on its own thread, within an allowance ([`meter`](crate::policy::meter)). The caller gets an answer within the
+//! given time, or an error that says that there is none. Work that does not end keeps its place. If no place is left, nothing is evaluated,
+//! and calls are denied. No work keeps a process from exiting.
+//! Non-goals: ending a thread, because that is not possible.
 
 use std::{sync::Arc, time::Duration};
 
@@ -14,31 +14,32 @@ use tokio::{
 
 use crate::policy::meter::{self, Allowance};
 
-/// Longest that anybody waits for a judgment.
+/// The longest time that a caller waits for an evaluation.
 pub const LONGEST: Duration = Allowance::CALL.time;
-/// What is left to a judgment whose time is over, to come to its end.
+/// The time that an evaluation has to return after its time is over.
 const GRACE: Duration = Duration::from_secs(1);
-/// For an evaluation that recurses, also where nothing was made small by a compiler. It is taken page by page.
+/// The stack size of the thread. It is enough for a recursive evaluation in a build without optimizations. The memory is committed page by
+/// page.
 const STACK: usize = 64 << 20;
 
-/// Why there is no answer.
+/// Why an evaluation has no answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Unjudged {
-    /// Others are judged all the time.
+    /// Other evaluations took all places for the whole time.
     #[error("other calls were judged for {0:?}, and this one is not: make it again, and fewer at a time")]
     Busy(Duration),
-    /// It took too long.
+    /// The evaluation took too long.
     #[error("it takes more than {0:?} to judge this call: send less")]
     Late(Duration),
-    /// It broke off, or could not begin.
+    /// The evaluation broke off, or its thread could not start.
     #[error("this call could not be judged: please report this")]
     Broken,
 }
 
-/// Has work done on a thread of its own, once one of the places is free.
+/// Runs work on its own thread, once a place is free.
 ///
 /// # Errors
-/// Why there is no answer: it is a refusal.
+/// Returns the reason if there is no answer. The caller must deny the call.
 pub async fn judge<T: Send + 'static>(
     places: &Arc<Semaphore>,
     time: Duration,
@@ -51,7 +52,7 @@ pub async fn judge<T: Send + 'static>(
     let (answer, answered) = oneshot::channel();
     let thread = std::thread::Builder::new().name("judging".to_owned()).stack_size(STACK).spawn(move || {
         let _place = place;
-        // Whoever asked may be gone.
+        // The caller may be gone.
         let _ = answer.send(meter::within(Allowance::CALL.within(left), work));
     });
     thread.map_err(|_| Unjudged::Broken)?;

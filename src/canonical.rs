@@ -1,8 +1,11 @@
 //! RFC 8785 canonical JSON, and SHA-256 over it.
 //!
-//! Promises: [`to_bytes`] gives the one form of a value, members in order of their names' UTF-16 code units, numbers as ECMAScript writes
-//! them. Refuses: two members of one name, and raw JSON, of which nobody knows whether it is canonical. Every record is written and checked
-//! in this form, so nothing is allocated for a member, and what is in order already is not moved.
+//! Guarantees: [`to_bytes`] returns the one canonical form of a value: members are ordered by the UTF-16 code units of their names, and
+//! numbers are written as in ECMAScript.
+//! Rejects: two members with the same name, and raw JSON, because raw JSON may not be canonical.
+//!
+//! Every record is written and checked in this form. So the writer does not allocate for a member whose name is plain ASCII, and does not
+//! move members that are already in order.
 
 use std::{cell::RefCell, io};
 
@@ -10,29 +13,29 @@ use serde::Serialize;
 use serde_json::ser::{CompactFormatter, Formatter, Serializer};
 use sha2::{Digest, Sha256};
 
-/// Whole numbers up to this one are doubles as they are; ECMAScript has no others.
+/// The largest integer that is written as it is. ECMAScript numbers are doubles, and larger integers may not have an exact double.
 const LARGEST: u64 = 1 << 53;
 
-/// The largest whole number that a record has: beyond it there are some that a double does not have, and readers would not agree on it.
+/// The largest integer in a record. Some larger integers have no exact double, so readers could disagree about them.
 pub const LARGEST_WHOLE: i64 = (1 << 53) - 1;
 
-/// A value that has no canonical form: one that JSON cannot write, or two of whose members have one name.
+/// A value without a canonical form: JSON cannot represent it, or two of its members have the same name.
 #[derive(Debug, thiserror::Error)]
 #[error("this value has no canonical JSON (RFC 8785) form: {0}")]
 pub struct CanonicalError(#[from] serde_json::Error);
 
-/// The value's one and only byte form.
+/// Returns the canonical bytes of a value.
 ///
 /// # Errors
-/// If the value cannot be written as JSON.
+/// Returns an error if the value cannot be written as JSON.
 pub fn to_bytes<T: Serialize>(value: &T) -> Result<Vec<u8>, CanonicalError> {
     written(value, false)
 }
 
-/// The canonical form of a value whose numbers are all whole, of an amount of at most [`LARGEST_WHOLE`].
+/// Returns the canonical bytes of a value whose numbers are all integers with an absolute value of at most [`LARGEST_WHOLE`].
 ///
 /// # Errors
-/// If it has another number, or cannot be written as JSON.
+/// Returns an error if the value has any other number or cannot be written as JSON.
 pub fn to_whole<T: Serialize>(value: &T) -> Result<Vec<u8>, CanonicalError> {
     written(value, true)
 }
@@ -43,40 +46,40 @@ fn written<T: Serialize>(value: &T, whole: bool) -> Result<Vec<u8>, CanonicalErr
     Ok(text.into_inner().bytes)
 }
 
-/// What is said of a number that no record has.
+/// Returns the message for a number that no record may have.
 pub fn beyond(found: impl std::fmt::Display) -> String {
     format!("expected whole numbers up to 2^53 - 1, found {found}")
 }
 
-/// SHA-256 of the canonical form.
+/// Returns the SHA-256 of the canonical form.
 ///
 /// # Errors
-/// If the value cannot be written as JSON.
+/// Returns an error if the value cannot be written as JSON.
 pub fn digest<T: Serialize>(value: &T) -> Result<[u8; 32], CanonicalError> {
     Ok(sha256(&to_bytes(value)?))
 }
 
-/// SHA-256 of bytes as they are.
+/// Returns the SHA-256 of the given bytes.
 pub fn sha256(bytes: &[u8]) -> [u8; 32] {
     Sha256::digest(bytes).into()
 }
 
-/// Whether a text is a SHA-256 as records have it: 64 lower-case hex digits.
+/// Checks whether a text is a SHA-256 digest in the form of records: 64 lower-case hex digits.
 pub fn is_digest(text: &str) -> bool {
     text.len() == 64 && text.bytes().all(|digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f'))
 }
 
-/// What is written so far.
+/// The bytes written so far, and the members of the objects that are still open.
 #[derive(Default)]
 struct Text {
     bytes: Vec<u8>,
-    /// Where the objects that are not closed begin, each with how many members there were before it.
+    /// For each open object: the position where its members begin, and the number of members recorded before it.
     open: Vec<(usize, usize)>,
-    /// Their members, the innermost object's last.
+    /// The members of the open objects. Those of the innermost object come last.
     members: Vec<Member>,
 }
 
-/// Where a member is: its name with quotation marks, a colon, its value.
+/// The positions of a member: the start of its quoted name, the colon, and the end of its value.
 #[derive(Clone, Copy, Default)]
 struct Member {
     start: usize,
@@ -85,12 +88,12 @@ struct Member {
 }
 
 impl Member {
-    /// The name, as it is between the quotation marks.
+    /// Returns the name as it is written between the quotation marks.
     fn name<'b>(&self, bytes: &'b [u8]) -> &'b [u8] {
         bytes.get(self.start + 1..self.colon.saturating_sub(1)).unwrap_or_default()
     }
 
-    /// The name in UTF-16, by which members are ordered.
+    /// Returns the name in UTF-16, by which members are ordered.
     fn units(&self, bytes: &[u8]) -> Vec<u16> {
         let quoted = bytes.get(self.start..self.colon).unwrap_or_default();
         serde_json::from_slice(quoted).map_or_else(|_| Vec::new(), |name: String| name.encode_utf16().collect())
@@ -98,12 +101,12 @@ impl Member {
 }
 
 impl Text {
-    /// Ends the innermost object: its members in their order, each name once.
+    /// Closes the innermost object: sorts its members and rejects duplicate names.
     fn close(&mut self) -> io::Result<()> {
         let Self { bytes, open, members } = self;
         let (start, first) = open.pop().unwrap_or_default();
         let mine = members.get_mut(first..).unwrap_or_default();
-        // Names in ASCII without escapes are in the same order as they are written.
+        // ASCII names without escapes sort by their written bytes as they sort by UTF-16.
         let plain = |name: &[u8]| name.is_ascii() && !name.contains(&b'\\');
         let plain = mine.iter().all(|member| plain(member.name(bytes)));
         if !plain || !mine.is_sorted_by(|a, b| a.name(bytes) < b.name(bytes)) {
@@ -130,7 +133,7 @@ impl Text {
     }
 }
 
-/// Where `serde_json` writes to.
+/// The writer that `serde_json` writes to.
 struct Output<'t>(&'t RefCell<Text>);
 
 impl io::Write for Output<'_> {
@@ -149,21 +152,21 @@ impl io::Write for Output<'_> {
     }
 }
 
-/// How it writes: what is not here is as `serde_json` writes it without spaces.
+/// The formatter. Methods that it does not override write as `serde_json` does without spaces.
 struct Canonical<'t> {
     text: &'t RefCell<Text>,
-    /// Whether other numbers are refused than records have.
+    /// Whether to reject numbers that no record may have.
     whole: bool,
 }
 
 impl Canonical<'_> {
-    /// Refuses a number beyond the largest that a record has.
+    /// Rejects a number that is larger than any record may have.
     fn fits(&self, amount: impl TryInto<i64> + std::fmt::Display + Copy) -> io::Result<()> {
         let fits = !self.whole || amount.try_into().is_ok_and(|amount: i64| amount <= LARGEST_WHOLE);
         if fits { Ok(()) } else { Err(io::Error::new(io::ErrorKind::InvalidData, beyond(amount))) }
     }
 
-    /// Notes that something of the newest member is here.
+    /// Stores the current position in one field of the newest member.
     fn mark(&self, of: fn(&mut Member) -> &mut usize) {
         let mut text = self.text.borrow_mut();
         let here = text.bytes.len();
@@ -247,7 +250,7 @@ impl Formatter for Canonical<'_> {
     }
 }
 
-/// A double as ECMAScript writes it.
+/// Writes a double as ECMAScript does.
 fn double<W: ?Sized + io::Write>(writer: &mut W, value: f64) -> io::Result<()> {
     writer.write_all(ryu_js::Buffer::new().format_finite(value).as_bytes())
 }
@@ -273,7 +276,7 @@ mod tests {
         let again: Vec<String> = text(&value).split("\":\"").map(str::to_owned).collect();
         let ends = ["Carriage", "One", "Control", "Latin", "Euro", "Emoji", "Hebrew"];
         assert!(again.iter().skip(1).zip(ends).all(|(found, expected)| found.starts_with(expected)), "{again:?}");
-        // Where one name begins as another, a quotation mark is no part of it.
+        // The closing quotation mark must not take part in the comparison if one name is a prefix of another.
         assert_eq!(text(&json!({"a!": 1, "a": {"c": [{}], "b": 2}})), r#"{"a":{"b":2,"c":[{}]},"a!":1}"#);
     }
 
@@ -332,7 +335,7 @@ mod tests {
     }
 
     proptest! {
-        /// Byte for byte what another implementation writes.
+        /// The output equals that of another implementation, byte for byte.
         #[test]
         fn another_implementation_writes_the_same(value in value()) {
             let expected = serde_json_canonicalizer::to_vec(&value).unwrap();

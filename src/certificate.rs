@@ -1,7 +1,8 @@
-//! A serving certificate, from a folder that changes under us.
+//! Serves a TLS certificate from a folder and reloads it when the files change.
 //!
-//! Promises: a renewed certificate is served within seconds, without a restart; one that cannot be read, or does not fit
-//! its key, is not taken, and the last good one serves on. Refuses: starting without one.
+//! Guarantees: a renewed certificate is served within seconds, without a restart. A certificate that cannot be read or does not match its
+//! key is not used, and the last good one stays in use.
+//! Rejects: starting without a usable certificate.
 
 use std::{
     path::PathBuf,
@@ -17,10 +18,10 @@ use rustls::{
 };
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 
-/// Between two looks at the folder: the kubelet itself takes a minute to bring a new Secret.
+/// The interval between two reads of the folder. The kubelet itself takes a minute to update a mounted Secret.
 pub const LOOK: Duration = Duration::from_secs(10);
 
-/// No certificate to serve.
+/// A certificate or key that cannot be used.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot use {file}: {problem}")]
 pub struct CertificateError {
@@ -28,7 +29,7 @@ pub struct CertificateError {
     problem: String,
 }
 
-/// What is served now.
+/// The certificate that is served now.
 #[derive(Debug)]
 struct Current(RwLock<Arc<CertifiedKey>>);
 
@@ -38,11 +39,11 @@ impl ResolvesServerCert for Current {
     }
 }
 
-/// Loads `tls.crt` and `tls.key`; gives the server's TLS configuration, and what keeps it current for ever and reports whether
-/// the last look was good.
+/// Loads `tls.crt` and `tls.key`. Returns the server's TLS configuration and a future that never ends. The future keeps the certificate
+/// current and reports whether the last read succeeded.
 ///
 /// # Errors
-/// If either file cannot be used, or they do not belong together.
+/// Returns an error if either file cannot be used or if the key does not match the certificate.
 pub fn serve(
     folder: PathBuf,
     report: impl Fn(bool) + Send + 'static,
@@ -78,7 +79,7 @@ pub fn serve(
     Ok((config, follow))
 }
 
-/// Certificate chain and key, PEM.
+/// A certificate chain and its key, both in PEM.
 type Files = (Vec<u8>, Vec<u8>);
 
 fn read(folder: &std::path::Path) -> Result<Files, CertificateError> {

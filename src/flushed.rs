@@ -1,7 +1,8 @@
-//! Bodies that break off after what came before has been written.
+//! Bodies whose frames are written before the error that ends them.
 //!
-//! Guarantees: hyper has written out all frames of a body over HTTP/1.1 before it is told of the error that ends it, as far as the peer's window
-//! lets it. By itself it ends the connection with them in its buffer. Non-goals: HTTP/2, which forgets what waits of a stream that is reset.
+//! Guarantees: over HTTP/1.1, hyper writes all frames of a body before it sees the error that ends the body, as far as the peer's window
+//! allows. Without this wrapper hyper closes the connection while the frames are still in its buffer.
+//! Non-goals: HTTP/2, which discards the pending data of a stream that is reset.
 
 use std::{
     pin::Pin,
@@ -10,7 +11,7 @@ use std::{
 
 use hyper::body::{Body, Frame, SizeHint};
 
-/// A body whose error waits a turn.
+/// A body that returns its error one poll later.
 pub struct Flushed<B: Body> {
     body: B,
     failed: Option<B::Error>,
@@ -39,7 +40,7 @@ where
         match ready!(Pin::new(&mut this.body).poll_frame(cx)) {
             Some(Err(error)) => {
                 this.failed = Some(error);
-                // Whoever has nothing to write flushes, and asks again.
+                // hyper flushes when it has nothing to write, and then polls again.
                 cx.waker().wake_by_ref();
                 Poll::Pending
             }
@@ -71,14 +72,14 @@ mod tests {
 
     type Whatever = UnsyncBoxBody<Bytes, std::io::Error>;
 
-    /// Two frames at once, and the end of the connection.
+    /// Returns a body of two frames and an error.
     fn broken() -> Whatever {
         let frame = |text: &'static str| Ok(Frame::data(Bytes::from_static(text.as_bytes())));
         let end = Err(std::io::Error::other("it ends here"));
         StreamBody::new(futures::stream::iter([frame("one "), frame("two"), end]).boxed()).boxed_unsync()
     }
 
-    /// What a client gets of a reply with this body.
+    /// Returns what a client receives of a reply with this body.
     async fn got(body: fn() -> Whatever) -> Option<String> {
         let (client, server) = tokio::io::duplex(64 << 10);
         let service = service_fn(move |_: Request<Incoming>| async move { Ok::<_, Infallible>(Response::new(body())) });

@@ -1,40 +1,41 @@
-//! What a process was given by whoever started it.
+//! Lists the file descriptors that a process inherited.
 //!
-//! Guarantees: descriptors are listed as they were at the start of the process, before it has opened any of its own; once they are kept
-//! from children, no process that this one starts has any of them. Non-goals: to close them, since whoever passed them here may need
-//! that they stay open for as long as this process lives (the lock of a jobserver, the end of a pipe).
+//! Guarantees: descriptors are listed as they were at the start of the process, before it opened any of its own. Once they are kept from
+//! children, no process that this one starts has any of them.
+//! Non-goals: closing descriptors, because the process that passed them may need them to stay open for as long as this process lives (the
+//! lock of a jobserver, the end of a pipe).
 
 use std::{fs, io};
 
-/// Standard input, output and error: those are declared.
+/// The highest of the standard descriptors: input, output and error. Those are expected.
 const STANDARD: i32 = 2;
-/// Where a process finds its descriptors.
+/// The folder that lists the descriptors of a process.
 const DESCRIPTORS: &str = "/proc/self/fd";
 
-/// A descriptor that nobody declared.
+/// A descriptor that is not expected.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Descriptor {
-    /// Its number.
+    /// The descriptor's number.
     pub number: i32,
-    /// What it is of, as the kernel names it.
+    /// What the descriptor refers to, as the kernel names it.
     pub of: String,
 }
 
-/// Every descriptor of this process but standard input, output and error. Asked first of all, it is what was inherited.
+/// Returns every descriptor of this process except standard input, output and error. If this is called first, these are the inherited ones.
 ///
 /// # Errors
-/// If there is no `/proc` that could say it.
+/// Returns an error if `/proc` is not available.
 pub fn descriptors() -> io::Result<Vec<Descriptor>> {
     let entries = fs::read_dir(DESCRIPTORS)?;
     let mut numbers: Vec<i32> = entries.flatten().filter_map(|one| one.file_name().to_str()?.parse().ok()).collect();
     numbers.sort_unstable();
-    // The one by which they were listed is closed by now, and has no link any more.
+    // The descriptor that the listing itself used is closed by now and has no link any more.
     let of = |number: i32| fs::read_link(format!("{DESCRIPTORS}/{number}")).ok();
     let all = numbers.into_iter().filter(|number| *number > STANDARD);
     Ok(all.filter_map(|number| Some(Descriptor { number, of: of(number)?.display().to_string() })).collect())
 }
 
-/// Each of them as a breach of containment.
+/// Returns each descriptor as a breach of containment. A failed listing is a breach, too.
 pub fn breaches(inherited: &io::Result<Vec<Descriptor>>) -> Vec<String> {
     match inherited {
         Ok(all) => {
@@ -46,7 +47,7 @@ pub fn breaches(inherited: &io::Result<Vec<Descriptor>>) -> Vec<String> {
     }
 }
 
-/// Has every descriptor but standard input, output and error end where another program starts.
+/// Marks every descriptor except standard input, output and error as close-on-exec.
 #[cfg(feature = "run")]
 pub fn keep_from_children() {
     close_fds::set_fds_cloexec(STANDARD + 1, &[]);

@@ -1,75 +1,75 @@
-//! Belay puts AI agents on a rope: a Kubernetes operator, a harness, a policy gateway and evidence that verifies.
+//! Belay runs AI agents under enforced limits: a Kubernetes operator, a harness, a policy gateway, and evidence that can be verified.
 //!
-//! Data flows one way: [`api`] → [`policy`] → [`plan`] → [`operator`], and
-//! [`api`] → [`policy`] → [`harness`] → [`gateway`] → [`evidence`] → [`verify`]. Features are walls: the harness is built
-//! without a Kubernetes client, the verifier without Kubernetes or S3.
+//! Data flows in one direction: [`api`] → [`policy`] → [`plan`] → [`operator`], and
+//! [`api`] → [`policy`] → [`harness`] → [`gateway`] → [`evidence`] → [`verify`]. Cargo features separate the parts: the harness is built
+//! without a Kubernetes client, and the verifier without Kubernetes or S3.
 #![doc(html_no_source)]
 
-/// Health, readiness and metrics of our own processes.
+/// Health, readiness and metrics endpoints of Belay's processes.
 #[cfg(feature = "net")]
 pub mod admin;
-/// Judgments on threads of their own.
+/// Evaluations on separate threads, with a time limit.
 #[cfg(any(feature = "gateway", feature = "harness"))]
 pub mod apart;
-/// The custom resources: data and validation rules.
+/// The custom resources: data types and validation rules.
 #[cfg(feature = "kube")]
 pub mod api;
 /// RFC 8785 canonical JSON and its SHA-256.
 pub mod canonical;
-/// The serving certificates of gateway and webhook.
+/// The serving certificates of the gateway and the webhook.
 #[cfg(any(feature = "gateway", feature = "operator"))]
 pub mod certificate;
 /// The `belay` command.
 #[cfg(feature = "cli")]
 pub mod cli;
-/// How a process stands to the API server.
+/// The connection of a process to the API server.
 #[cfg(any(feature = "gateway", feature = "operator"))]
 pub mod contact;
-/// Records, Merkle log, checkpoints, segments, stores.
+/// Records, Merkle logs, checkpoints, segments and stores.
 pub mod evidence;
-/// Bodies that break off after what came before has been written.
+/// Bodies whose frames are written before the error that ends them.
 #[cfg(feature = "net")]
 pub mod flushed;
-/// The only way out of an agent's pod, and the witness of its evidence.
+/// The only way out of an agent's pod, and the witness of the evidence.
 #[cfg(feature = "gateway")]
 pub mod gateway;
-/// The sidecar that enforces contracts and budgets.
+/// The sidecar that enforces contracts and limits.
 #[cfg(feature = "harness")]
 pub mod harness;
-/// What a process was given by whoever started it.
+/// The file descriptors that a process inherited.
 pub mod inherited;
-/// Objects that may not be what this version expects.
+/// Decoding that survives objects from newer or older versions.
 #[cfg(feature = "kube")]
 pub mod lenient;
-/// From what is seen of a task's pods to what comes next.
+/// Decisions about the next step of a task, from the observed state of its pods.
 #[cfg(feature = "kube")]
 pub mod lifecycle;
 /// The reconciler: resolve, validate, plan, apply, status.
 #[cfg(feature = "operator")]
 pub mod operator;
-/// What processes say, by threads of their own.
+/// The output of a process, written by a separate thread.
 pub mod output;
-/// A validated task becomes the objects that run it.
+/// Turns a validated task into the objects that run it.
 #[cfg(feature = "kube")]
 pub mod plan;
-/// Pure decisions.
+/// Pure decisions about tasks and calls.
 pub mod policy;
-/// Room for bodies that are held in memory whole.
+/// Limits the memory for bodies that are held in memory as a whole.
 #[cfg(feature = "net")]
 pub mod room;
-/// A task on this machine, without a cluster.
+/// Runs a task on this machine, without a cluster.
 #[cfg(feature = "run")]
 pub mod run;
-/// Has the gateway end a task's log.
+/// Asks the gateway to seal a task's log.
 #[cfg(feature = "net")]
 pub mod seal;
-/// Room for recursion.
+/// Runs recursive work on a thread with a large stack.
 #[cfg(feature = "kube")]
 pub mod stack;
-/// Logs and traces of our own processes.
+/// Logs and traces of Belay's processes.
 #[cfg(feature = "telemetry")]
 pub mod telemetry;
-/// Recomputes a log from its leaves and reports what does not hold.
+/// Recomputes a log from its leaves and reports every violation.
 pub mod verify;
-/// What harness, operator and gateway say to each other.
+/// The protocol between harness, operator and gateway.
 pub mod wire;

@@ -1,11 +1,11 @@
-//! Recomputes a log from its leaves and reports what does not hold.
+//! Verifies a log: recomputes it from its leaves and reports every violation.
 //!
-//! Promises: nothing in the log is believed because the log says so. The one thing taken on trust is the witness's public
-//! key. `verify` is pure: the same bytes give the same report, on any machine, offline. `VALID` means that every byte of
-//! every segment is covered by a signature that holds, every record follows from the ones before it, and the last one ends
-//! the task. Refuses: storage, networks, clocks, and to call anything valid that it could not check to the end.
+//! Guarantees: nothing in the log is trusted because the log says so. The only trusted input is the witness's public key. `verify` is pure:
+//! the same bytes give the same report, on any machine, offline. `VALID` means that a valid signature covers every byte of every segment,
+//! that every record follows from the records before it, and that the last record ends the task.
+//! Non-goals: storage, networks and clocks. `verify` never calls a log valid that it could not check to the end.
 //!
-//! What it cannot see: calls that never reached the harness, a witness key in the wrong hands, and whether an upstream did
+//! Verification cannot detect calls that never reached the harness, a witness key in the wrong hands, and whether an upstream really did
 //! what it answered.
 #![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing))]
 
@@ -13,20 +13,20 @@ use crate::evidence::{log::Log, note::Checkpoint, note::VerifierKey};
 
 mod chain;
 mod history;
-/// What a verification found.
+/// The results of a verification.
 pub mod report;
 mod storage;
 
 pub use chain::Walk;
 pub use report::{Check, Finding, Report, Summary, Verdict, Weight};
 
-/// What is known of the log from elsewhere.
+/// What the caller knows about the log from another source.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum Expected {
-    /// Nothing: any task's log will do.
+    /// Nothing: the log may be of any task.
     #[default]
     Anything,
-    /// The log must be the one of this origin.
+    /// The log must have this origin.
     Origin(String),
     /// The log must end with exactly this head.
     Head(Checkpoint),

@@ -1,7 +1,7 @@
 //! Envelopes of the Dead Simple Signing Envelope, DSSE v1, with Ed25519.
 //!
-//! Promises: what is signed is the payload with its type, so that it passes for nothing else. Refuses: more than one signature, and any text that
-//! is not the one form that [`Envelope::sign`] writes.
+//! Guarantees: the signature covers the payload together with its type, so that it cannot pass for anything else.
+//! Rejects: more than one signature, and any text that is not in the one form that [`Envelope::sign`] writes.
 
 use base64::{Engine, engine::general_purpose::STANDARD as BASE64};
 use serde::{Deserialize, Serialize};
@@ -12,28 +12,28 @@ use crate::canonical::{self, CanonicalError};
 /// An envelope that cannot be read, or whose signature does not hold.
 #[derive(Debug, thiserror::Error)]
 pub enum EnvelopeError {
-    /// It is no envelope.
+    /// The text is not an envelope.
     #[error("expected a DSSE envelope: {0}")]
     Form(String),
-    /// Its payload is of another type.
+    /// The payload has another type.
     #[error("expected a payload of type {expected}, found {found:?}")]
     Type {
-        /// The type that was asked for.
+        /// The expected type.
         expected: String,
-        /// The one that is there.
+        /// The type in the envelope.
         found: String,
     },
-    /// It is not signed by the key.
+    /// The envelope is not signed by the key alone.
     #[error("expected one signature by {expected}, found {found}")]
     Signature {
         /// The key.
         expected: String,
-        /// What is there.
+        /// What was found.
         found: String,
     },
 }
 
-/// An envelope.
+/// A signed envelope.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Envelope {
@@ -49,13 +49,13 @@ struct Signature {
     sig: String,
 }
 
-/// What is signed.
+/// Returns the bytes that are signed.
 fn authenticated(payload_type: &str, payload: &[u8]) -> Vec<u8> {
     let start = format!("DSSEv1 {} {payload_type} {} ", payload_type.len(), payload.len());
     [start.as_bytes(), payload].concat()
 }
 
-/// A key's name in envelopes: that in notes, and its ID.
+/// Returns a key's name in envelopes: its name in notes, and its ID.
 pub fn key_id(key: &VerifierKey) -> String {
     format!("{}+{}", key.name(), hex::encode(key.id()))
 }
@@ -71,20 +71,20 @@ impl Envelope {
         }
     }
 
-    /// The envelope's text: canonical JSON and a newline.
+    /// Returns the envelope's text: canonical JSON and a newline.
     ///
     /// # Errors
-    /// None in practice: it is text alone.
+    /// Returns no error in practice, because the envelope consists of text alone.
     pub fn to_bytes(&self) -> Result<Vec<u8>, CanonicalError> {
         let mut text = canonical::to_bytes(self)?;
         text.push(b'\n');
         Ok(text)
     }
 
-    /// Reads an envelope and gives its payload, if it is of this type and signed by this key alone.
+    /// Reads an envelope. Returns its payload if it has this type and is signed by this key alone.
     ///
     /// # Errors
-    /// What does not hold.
+    /// Returns what does not hold.
     pub fn open(text: &[u8], payload_type: &str, key: &VerifierKey) -> Result<Vec<u8>, EnvelopeError> {
         let form = |error: &dyn std::fmt::Display| EnvelopeError::Form(error.to_string());
         let envelope: Self = serde_json::from_slice(text).map_err(|error| form(&error))?;
@@ -117,7 +117,7 @@ mod tests {
 
     use super::*;
 
-    /// The example of the specification, but for its key.
+    /// The example of the specification, without its key.
     #[test]
     fn what_is_signed_is_as_the_specification_says() {
         assert_eq!(
@@ -136,7 +136,7 @@ mod tests {
     }
 
     proptest! {
-        /// Nothing but the bytes that were signed is accepted.
+        /// Only the bytes that were signed are accepted.
         #[test]
         fn every_changed_byte_shows(at in any::<prop::sample::Index>(), byte in any::<u8>()) {
             let signer = Signer::generate("a.example").unwrap();

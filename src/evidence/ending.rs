@@ -1,7 +1,9 @@
-//! What is written once a log has ended: the log as C2SP tlog-tiles, and a signed summary of it.
+//! Makes what is written once a log has ended: the log as C2SP tlog-tiles, and a signed summary of it.
 //!
-//! Promises: both follow from the records alone, so that whoever has the log makes the same and compares. Refuses: storage. The summary is an
-//! in-toto Statement about the tree's root, in a DSSE envelope that the witness signs.
+//! Guarantees: both follow from the records alone, so that anyone with the log can make the same and compare.
+//! Non-goals: storage.
+//!
+//! The summary is an in-toto Statement about the tree's root, in a DSSE envelope that the witness signs.
 
 use std::collections::BTreeMap;
 
@@ -19,18 +21,18 @@ use crate::policy::{
     rule::Rule,
 };
 
-/// Where the tiles lie, under the log's prefix.
+/// The folder of the tiles under the log's prefix.
 pub const FOLDER: &str = "tlog/";
-/// The summary's name under the log's prefix.
+/// The key of the summary under the log's prefix.
 pub const SUMMARY: &str = "summary.dsse.json";
-/// DSSE's type of in-toto Statements.
+/// The payload type of in-toto Statements in DSSE.
 pub const PAYLOAD_TYPE: &str = "application/vnd.in-toto+json";
-/// In-toto's type of Statements.
+/// The type of Statements in in-toto.
 const STATEMENT: &str = "https://in-toto.io/Statement/v1";
-/// What the predicate is.
+/// The type of the predicate.
 const PREDICATE: &str = "https://belay.dev/execution/v1";
 
-/// An in-toto Statement: how a task's execution went.
+/// An in-toto Statement about the execution of a task.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Statement {
@@ -48,75 +50,75 @@ struct Subject {
     digest: BTreeMap<String, String>,
 }
 
-/// How a task's execution went, by its log.
+/// The execution of a task, by its log.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Execution {
     /// The task's namespace and name.
     pub task: String,
-    /// On whose behalf.
+    /// The user or team on whose behalf the task acts.
     pub principal: String,
     /// The workflow class.
     pub workflow_class: String,
-    /// The class of the task, empty without.
+    /// The task class, empty if there is none.
     pub task_class: String,
-    /// The pack; absent where no attempt was opened.
+    /// The pack; absent if no attempt was opened.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pack: Option<PackIdentity>,
     /// Digests of the policies, in the order of the attempts.
     pub policy_digests: Vec<String>,
-    /// Records in the log.
+    /// The number of records in the log.
     pub records: u64,
-    /// Time of the first record.
+    /// The time of the first record.
     pub started: String,
-    /// Time of the last.
+    /// The time of the last record.
     pub ended: String,
-    /// Attempts that were opened.
+    /// The number of attempts that were opened.
     pub attempts: u64,
-    /// How it ended.
+    /// How the task ended.
     pub outcome: Option<TaskClosed>,
     /// The counters at the end.
     pub usage: Usage,
-    /// What became of calls.
+    /// The number of calls by outcome.
     pub calls: Calls,
-    /// Refusals by rule.
+    /// The number of denials by rule.
     pub denials: BTreeMap<Rule, u64>,
-    /// Approvals that were decided, by how.
+    /// The number of decided approvals by their state.
     pub approvals: BTreeMap<String, u64>,
 }
 
-/// Calls, by whether they took effect.
+/// The number of calls by outcome.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Calls {
-    /// They did.
+    /// Calls that took effect.
     pub applied: u64,
-    /// They did not.
+    /// Calls that did not take effect.
     pub not_applied: u64,
-    /// Nobody knows.
+    /// Calls with an unknown outcome.
     pub unknown: u64,
-    /// They have no outcome.
+    /// Calls without an outcome.
     pub open: u64,
 }
 
-/// What a log comes to.
+/// The tiles and the summary of a log, collected segment by segment.
 #[derive(Clone, Debug, Default)]
 pub struct Ending {
     tiles: Tiles,
-    /// That of the last segment.
+    /// The note of the last segment.
     note: Option<Note>,
     execution: Execution,
-    /// Calls without an outcome, and those of which nobody knows.
+    /// Calls without an outcome, and calls with an unknown outcome.
     pending: BTreeMap<String, Option<Effect>>,
     attempt: i64,
     closed: bool,
 }
 
 impl Ending {
-    /// Takes the next segment in, whose records these are; gives the files that are whole with it, under the log's prefix.
+    /// Adds the next segment, whose records are `records`. Returns the files that are complete with it, under the log's prefix.
     ///
     /// # Errors
-    /// If a record is longer than an entry can be.
+    /// Returns an error if a record is longer than an entry can be.
     pub fn take(&mut self, segment: &Segment, records: &[Record]) -> Result<Vec<File>, EncodeError> {
         let mut files = Vec::new();
         for bytes in &segment.records {
@@ -179,7 +181,7 @@ impl Ending {
         match effect {
             Effect::Applied => calls.applied = calls.applied.saturating_add(1),
             Effect::NotApplied => calls.not_applied = calls.not_applied.saturating_add(1),
-            // A read may tell later.
+            // A later read may resolve the call.
             Effect::Unknown => {
                 self.pending.insert(call.to_owned(), Some(effect));
                 return;
@@ -188,8 +190,8 @@ impl Ending {
         self.pending.remove(call);
     }
 
-    /// The other files, the checkpoint last, and the statement about its origin and root, which whoever took the segments has checked.
-    /// `None` if the log has not ended.
+    /// Returns the remaining files, the checkpoint last, and the statement about the checkpoint's origin and root. The caller must have
+    /// checked the segments. `None` if the log has not ended.
     pub fn finish(mut self) -> Option<(Vec<File>, Statement)> {
         let note = self.note.filter(|_| self.closed)?;
         let head = note.checkpoint().ok()?;

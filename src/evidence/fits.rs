@@ -1,7 +1,8 @@
-//! What a record has to be by itself, and by the policy under which it was written: for the witness, who signs it, and for the verifier alike.
+//! Checks a single record, by itself and against the policy under which it was written. The witness, which signs the record, and the
+//! verifier use the same checks.
 //!
-//! Guarantees: what the witness takes by these the verifier takes, as they are the same. Non-goals: what follows from the records before, which
-//! each of them keeps in its own way.
+//! Guarantees: the verifier accepts what the witness accepted by these checks, because the checks are the same.
+//! Non-goals: what follows from earlier records, which [`state`](super::state) checks.
 
 use jiff::Timestamp;
 
@@ -14,16 +15,16 @@ use crate::{
     },
 };
 
-/// The years in which records are written. Readers' calendars end at different moments of the year 9999.
+/// The years in which records are written. The calendars of readers end at different moments of the year 9999.
 const YEARS: std::ops::RangeInclusive<i16> = 1970..=9998;
 
-/// A record's time: RFC 3339 in UTC to the millisecond, in a year in which records are written.
+/// Parses a record's time: RFC 3339 in UTC to the millisecond, in a year in which records are written.
 pub fn time(text: &str) -> Option<Timestamp> {
     let time: Timestamp = text.parse().ok()?;
     (format!("{time:.3}") == text && has_year(text)).then_some(time)
 }
 
-/// When an approval expires: RFC 3339 in UTC to the second or finer.
+/// Parses the expiry of an approval: RFC 3339 in UTC to the second or finer.
 pub fn expiry(text: &str) -> Option<Timestamp> {
     let time: Timestamp = text.parse().ok()?;
     let digits = text.get(19..).and_then(|rest| rest.strip_suffix('Z'))?;
@@ -39,17 +40,17 @@ fn has_year(text: &str) -> bool {
     text.get(..4).and_then(|year| year.parse().ok()).is_some_and(|year| YEARS.contains(&year))
 }
 
-/// What is said of a time that is none.
+/// Returns the message for a text that is not a time of a record.
 pub fn no_time(found: &str) -> String {
     format!("expected an RFC 3339 time to the millisecond, of a year from 1970 to 9998, found {found:?}")
 }
 
-/// What in a record is to be a digest and is none.
+/// Returns the first text in a record that must be a digest and is not.
 pub fn undigested(event: &Event) -> Option<&String> {
     commitments(event).into_iter().find(|found| !canonical::is_digest(found))
 }
 
-/// Why the policy does not give this tool call, if so.
+/// Returns why the policy does not allow this tool call, if so.
 pub fn misfit(intent: &Intent, policy: &PolicyConfig) -> Option<String> {
     if intent.channel != Channel::Tool {
         return None;
@@ -90,14 +91,14 @@ pub fn misfit(intent: &Intent, policy: &PolicyConfig) -> Option<String> {
     Some(format!("expected the definition of {} to be {expected}, found {}", tool.name, found.unwrap_or("none")))
 }
 
-/// Why the cost that a model call set aside does not follow from the policy's prices, if so. How its tokens divide between
-/// prompt and reply is not in the log: the cost lies between that of all the one and all the other.
+/// Returns why the cost that a model call reserved does not follow from the policy's prices, if so. The log does not say how the tokens
+/// divide into prompt and reply. So the cost must lie between that of all tokens as prompt and that of all tokens as reply.
 pub fn mispriced(intent: &Intent, policy: &PolicyConfig) -> Option<String> {
     if intent.channel != Channel::Model {
         return (intent.reserved_cost_micros != 0).then(|| "expected no cost but of models, found some".to_owned());
     }
     let model = intent.model.as_deref().unwrap_or_default();
-    // What no provider charges for needs no price: lists of models, counts of tokens.
+    // What no provider charges for needs no price: lists of models and counts of tokens.
     if (intent.reserved_tokens, intent.reserved_cost_micros) == (0, 0) {
         return None;
     }
@@ -114,7 +115,7 @@ pub fn mispriced(intent: &Intent, policy: &PolicyConfig) -> Option<String> {
     })
 }
 
-/// The commitments and digests in a record that are no more than that.
+/// Returns the commitments and digests in a record for which only their form can be checked.
 fn commitments(event: &Event) -> Vec<&String> {
     match event {
         Event::Intent(intent) => intent.request_digest.iter().collect(),

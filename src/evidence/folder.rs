@@ -1,9 +1,9 @@
-//! A log in a folder that somebody else may have filled.
+//! Reads a log from a folder that an untrusted party may have filled.
 //!
-//! Guarantees: reading ends, whatever lies there. No link is followed below the folder, nothing but regular files is opened, nothing longer
-//! than [`LONGEST`] is read. Everything under the folders of a log is seen, whatever its name: what is no object of a log is given as
-//! [`Log::odd`], with what was found, for the verifier to name. Non-goals: judging what was read, which is [`verify`](crate::verify)'s; folders that change
-//! while they are read.
+//! Guarantees: reading ends, whatever is in the folder. It follows no link below the folder, opens only regular files, and reads nothing
+//! longer than [`LONGEST`]. It sees everything under the folders of a log, whatever its name. What is not an object of a log goes to
+//! [`Log::odd`], with what was found, so that the verifier can name it.
+//! Non-goals: evaluating what was read, which [`verify`](crate::verify) does; folders that change while they are read.
 
 use std::{
     fs, io,
@@ -20,32 +20,32 @@ use super::{
     store::dir::UNFINISHED,
 };
 
-/// Longest object, in bytes: longer than anything that a witness writes.
+/// The maximum length of an object in bytes. It is longer than anything that a witness writes.
 pub const LONGEST: u64 = 1 << 28;
-/// Longest key, in bytes.
+/// The maximum length of a key in bytes.
 const LONGEST_KEY: u64 = 4096;
 
-/// A file that is not read.
+/// Why a file was not read.
 #[derive(Debug, thiserror::Error)]
 pub enum Unopened {
-    /// It is no regular file, or too long.
+    /// The file is not a regular file, or it is too long.
     #[error("expected a regular file of at most {LONGEST} bytes, found {0}")]
     Odd(String),
-    /// The system does not let us.
+    /// The system does not allow it.
     #[error(transparent)]
     Io(#[from] io::Error),
 }
 
-/// The bytes of a regular file: whatever else lies there, this does not wait.
+/// Returns the bytes of a regular file. Does not block, whatever is at the path.
 ///
 /// # Errors
-/// If it is something else, longer than `most` bytes, or cannot be read.
+/// Returns an error if the path is not a regular file, is longer than `most` bytes, or cannot be read.
 pub fn read_plain(path: &Path, most: u64) -> Result<Vec<u8>, Unopened> {
     let kind = fs::symlink_metadata(path)?.file_type();
     if !kind.is_file() {
         return Err(Unopened::Odd(named(kind)));
     }
-    // It may have become something else by now.
+    // The path may have become something else by now.
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let file = fs::File::from(rustix::fs::open(path, flags, rustix::fs::Mode::empty()).map_err(io::Error::from)?);
     let metadata = file.metadata()?;
@@ -60,7 +60,7 @@ pub fn read_plain(path: &Path, most: u64) -> Result<Vec<u8>, Unopened> {
     if found > most { Err(Unopened::Odd(format!("one of {found} bytes"))) } else { Ok(bytes) }
 }
 
-/// What lies there, in words.
+/// Returns the kind of a file in words.
 fn named(kind: fs::FileType) -> String {
     use std::os::unix::fs::FileTypeExt;
     let named = [
@@ -73,10 +73,10 @@ fn named(kind: fs::FileType) -> String {
     named.into_iter().find(|(is, _)| *is).map_or("something else", |(_, name)| name).to_owned()
 }
 
-/// A witness's key beside a log.
+/// Reads the witness's key from a file beside a log.
 ///
 /// # Errors
-/// As [`read_plain`].
+/// Returns the errors of [`read_plain`].
 pub fn key(path: &Path) -> Result<String, Unopened> {
     Ok(String::from_utf8_lossy(&read_plain(path, LONGEST_KEY)?).into_owned())
 }
@@ -84,7 +84,7 @@ pub fn key(path: &Path) -> Result<String, Unopened> {
 /// Reads the log in a folder.
 ///
 /// # Errors
-/// Names what cannot be read. What is not there is no error, and neither is what no log has.
+/// Returns the path that cannot be read, with the reason. Missing files are not an error, and neither are files that no log has.
 pub fn read(folder: &Path) -> Result<Log, (PathBuf, io::Error)> {
     let mut log = Log::default();
     for name in [segment::FOLDER, INCIDENTS, ending::FOLDER, ending::SUMMARY] {
@@ -102,7 +102,7 @@ pub fn read(folder: &Path) -> Result<Log, (PathBuf, io::Error)> {
     Ok(log)
 }
 
-/// Reads all that lies in a folder of the log; a folder in it is no object itself.
+/// Reads everything in a folder of the log. Its subfolders are not objects.
 fn within(folder: &Path, prefix: &str, log: &mut Log) -> Result<(), (PathBuf, io::Error)> {
     let mut folders = vec![(folder.to_owned(), prefix.to_owned())];
     while let Some((folder, prefix)) = folders.pop() {

@@ -1,7 +1,7 @@
-//! A whole log, as it lies in a store.
+//! Reads a whole log from a store.
 //!
-//! Promises: `Log::read` asks for every version, so that nothing that was replaced or hidden is missed. Refuses: judging
-//! what it read, which is [`verify`](crate::verify)'s.
+//! Guarantees: `Log::read` lists every version, so that it misses nothing that was replaced or hidden.
+//! Non-goals: evaluating what it read, which [`verify`](crate::verify) does.
 
 use std::collections::BTreeMap;
 
@@ -13,38 +13,39 @@ use super::{
     store::{Store, StoreError, StoredObject},
 };
 
-/// Where incidents lie, under the log's prefix.
+/// The folder of incidents under the log's prefix.
 pub const INCIDENTS: &str = "incidents/";
-/// Objects that are read at a time.
+/// The number of objects that are read at the same time.
 const PARALLEL: usize = 8;
 
-/// A log's objects. Keys are relative to the log's prefix.
+/// The objects of a log. Keys are relative to the log's prefix.
 #[derive(Clone, Debug, Default)]
 pub struct Log {
-    /// Bytes of each segment that a plain read gives.
+    /// The bytes of each segment that a plain read returns.
     pub segments: BTreeMap<String, Bytes>,
-    /// Bytes of each incident: what the gateway refused outside any log.
+    /// The bytes of each incident: a request that the gateway denied outside any log.
     pub incidents: BTreeMap<String, Bytes>,
-    /// Bytes of what was written once the log had ended, see [`ending`].
+    /// The bytes of each object that was written once the log had ended, see [`ending`].
     pub ending: BTreeMap<String, Bytes>,
-    /// What lies where objects lie and is none, by its key, with what was expected and found: in a folder somebody else may have put there what
-    /// he liked.
+    /// Everything that is in the place of an object and is not one, by its key, with what was expected and found. An untrusted party may
+    /// have put anything into a folder.
     pub odd: BTreeMap<String, String>,
-    /// Every version of every object. `None` for a store that keeps no versions and has no locks.
+    /// Every version of every object. `None` for a store without versions and locks.
     pub versions: Option<Vec<StoredObject>>,
 }
 
 impl Log {
-    /// Reads the segments, the incidents and the ending under the prefix, which ends with a slash or is empty. `locks`: whether the store keeps versions
-    /// and locks at all.
+    /// Reads the segments, the incidents and the ending under the prefix, which ends with a slash or is empty. `locks` says whether the
+    /// store has versions and locks at all.
     ///
     /// # Errors
-    /// If the store fails. An object that is hidden by a delete marker is no error; it is absent from the bytes.
+    /// Returns an error if the store fails. An object that is hidden by a delete marker is not an error; its bytes are absent.
     pub async fn read(store: &dyn Store, prefix: &str, locks: bool) -> Result<Self, StoreError> {
         let mut versions: Vec<StoredObject> = Vec::new();
         for folder in [segment::FOLDER, INCIDENTS, ending::FOLDER, ending::SUMMARY] {
             for object in store.list_versions(&format!("{prefix}{folder}")).await? {
-                // Stores list what begins so: other objects whose names go on are none of the log's.
+                // Stores list by the beginning of the key. Other objects whose names begin like an object of the log do not belong to the
+                // log.
                 if let Some(key) = object.key.strip_prefix(prefix).filter(|key| Self::has(key)) {
                     versions.push(StoredObject { key: key.to_owned(), ..object });
                 }
@@ -66,13 +67,13 @@ impl Log {
         Ok(log)
     }
 
-    /// Whether objects with this key are a log's.
+    /// Returns whether an object with this key belongs to a log.
     pub fn has(key: &str) -> bool {
         [segment::FOLDER, INCIDENTS, ending::FOLDER].iter().any(|folder| key.starts_with(folder))
             || key == ending::SUMMARY
     }
 
-    /// The objects among which one with this key lies.
+    /// Returns the group of objects to which an object with this key belongs.
     pub fn of(&mut self, key: &str) -> &mut BTreeMap<String, Bytes> {
         if key.starts_with(segment::FOLDER) {
             &mut self.segments
@@ -83,7 +84,7 @@ impl Log {
         }
     }
 
-    /// Every object's key and bytes.
+    /// Returns the key and the bytes of every object.
     pub fn objects(&self) -> impl Iterator<Item = (&str, &Bytes)> {
         self.segments.iter().chain(&self.incidents).chain(&self.ending).map(|(key, bytes)| (key.as_str(), bytes))
     }

@@ -1,41 +1,41 @@
-//! RFC 6962 Merkle trees over SHA-256, that only grow.
+//! Append-only RFC 6962 Merkle trees over SHA-256.
 //!
-//! Promises: a `Tree` needs no more than its frontier to go on, so that a writer which has lost everything can extend a
-//! log from 64 hashes at most. Refuses: hashing anything but the bytes it is given; what a leaf means is the caller's.
+//! Guarantees: a `Tree` needs only its frontier to grow. So a writer that has lost everything else can extend a log from at most 64 hashes.
+//! Non-goals: the meaning of leaves. A tree hashes the bytes that it is given.
 
 use sha2::{Digest, Sha256};
 
 /// A node or root of a tree.
 pub type Hash = [u8; 32];
 
-/// RFC 6962 prefix of leaves: a leaf can never pass for a node.
+/// The RFC 6962 prefix of leaves, with which a leaf can never pass for a node.
 const LEAF: u8 = 0;
-/// RFC 6962 prefix of inner nodes.
+/// The RFC 6962 prefix of inner nodes.
 const NODE: u8 = 1;
 
-/// The leaf of a record, over the record's bytes as they are stored.
+/// Returns the leaf of a record, over the record's bytes as they are stored.
 pub fn leaf_hash(record: &[u8]) -> Hash {
     Sha256::new().chain_update([LEAF]).chain_update(record).finalize().into()
 }
 
-/// The parent of two nodes.
+/// Returns the parent of two nodes.
 fn node_hash(left: &Hash, right: &Hash) -> Hash {
     Sha256::new().chain_update([NODE]).chain_update(left).chain_update(right).finalize().into()
 }
 
-/// A frontier that no tree of that size has.
+/// A frontier that does not fit the size of its tree.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error("a tree of {size} leaves has a frontier of {expected} hashes, found {found}")]
 pub struct FrontierError {
-    /// The size that was named.
+    /// The given size.
     pub size: u64,
-    /// One hash for each bit that is set in the size.
+    /// The expected number of hashes: one for each bit that is set in the size.
     pub expected: u32,
-    /// The hashes that were given.
+    /// The number of given hashes.
     pub found: usize,
 }
 
-/// A tree, as its size and the roots of the perfect subtrees that make it up, left to right.
+/// A tree: its size, and the roots of the perfect subtrees that it consists of, left to right.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Tree {
     size: u64,
@@ -43,15 +43,15 @@ pub struct Tree {
 }
 
 impl Tree {
-    /// The empty tree.
+    /// Returns the empty tree.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// The tree of that size and frontier.
+    /// Returns the tree with this size and frontier.
     ///
     /// # Errors
-    /// If the frontier has not one hash for each bit set in the size.
+    /// Returns an error if the frontier does not have one hash for each bit that is set in the size.
     pub fn from_frontier(size: u64, frontier: Vec<Hash>) -> Result<Self, FrontierError> {
         let expected = size.count_ones();
         if usize::try_from(expected).is_ok_and(|n| n == frontier.len()) {
@@ -61,7 +61,7 @@ impl Tree {
         }
     }
 
-    /// Adds a leaf, as [`leaf_hash`] gave it.
+    /// Adds a leaf that [`leaf_hash`] returned.
     pub fn push(&mut self, leaf: Hash) {
         let mut root = leaf;
         // The size's trailing ones are the perfect subtrees that this leaf completes, smallest last.
@@ -74,12 +74,12 @@ impl Tree {
         self.size = self.size.saturating_add(1);
     }
 
-    /// Leaves in the tree.
+    /// Returns the number of leaves.
     pub fn size(&self) -> u64 {
         self.size
     }
 
-    /// The RFC 6962 root; SHA-256 of nothing for the empty tree.
+    /// Returns the RFC 6962 root. That of the empty tree is the SHA-256 of nothing.
     pub fn root(&self) -> Hash {
         let mut subtrees = self.frontier.iter().rev();
         match subtrees.next() {
@@ -88,7 +88,7 @@ impl Tree {
         }
     }
 
-    /// Roots of the perfect subtrees, left to right: what [`Tree::from_frontier`] takes.
+    /// Returns the roots of the perfect subtrees, left to right, as [`Tree::from_frontier`] takes them.
     pub fn frontier(&self) -> &[Hash] {
         &self.frontier
     }
@@ -102,13 +102,13 @@ impl FromIterator<Hash> for Tree {
     }
 }
 
-/// The root over these leaves.
+/// Returns the root over these leaves.
 pub fn root_of(leaves: &[Hash]) -> Hash {
     leaves.iter().copied().collect::<Tree>().root()
 }
 
-/// The hashes that lead from leaf `index` to the root over `leaves`, nearest first (RFC 6962, 2.1.1). `None` if there is
-/// no such leaf.
+/// Returns the hashes that lead from leaf `index` to the root over `leaves`, nearest first (RFC 6962, 2.1.1). `None` if there is no such
+/// leaf.
 pub fn inclusion_proof(leaves: &[Hash], index: usize) -> Option<Vec<Hash>> {
     if index >= leaves.len() {
         return None;
@@ -128,7 +128,7 @@ pub fn inclusion_proof(leaves: &[Hash], index: usize) -> Option<Vec<Hash>> {
     Some(path)
 }
 
-/// Whether `proof` leads from this leaf at `index` to `root`, in a tree of `size` leaves.
+/// Checks whether `proof` leads from this leaf at `index` to `root`, in a tree of `size` leaves.
 pub fn verify_inclusion(leaf: Hash, index: u64, size: u64, proof: &[Hash], root: &Hash) -> bool {
     if index >= size {
         return false;

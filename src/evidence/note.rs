@@ -1,12 +1,12 @@
-//! C2SP signed notes, tlog checkpoints and witness cosignatures, Ed25519 by ring.
+//! C2SP signed notes, tlog checkpoints and witness cosignatures, with Ed25519 by ring.
 //!
-//! Promises: `Note::verify` and `Note::verify_cosignature` succeed only if a signature by exactly that key is there
-//! and every signature under its name and ID is good. Refuses: other signature types, extension lines in checkpoints, and
-//! any text that is not byte for byte what `Display` would write.
+//! Guarantees: `Note::verify` and `Note::verify_cosignature` succeed only if there is a signature by exactly that key, and every signature
+//! under its name and ID is valid.
+//! Rejects: other signature types, extension lines in checkpoints, and any text that is not byte for byte what `Display` would write.
 //!
-//! Two kinds of keys, told apart by the type byte in key IDs: a *log* key (`0x01`) signs the note's text; a *witness* key
-//! (`0x04`) signs it together with a time, and vouches that the log grew and never changed. The name says which one a
-//! `Signer` is: `WITNESS_NAME` and `SELF_WITNESS_NAME` are witnesses', every other a log's.
+//! There are two kinds of keys, which differ in the type byte of their key IDs. A *log* key (`0x01`) signs the note's text. A *witness* key
+//! (`0x04`) signs the text together with a time, and vouches that the log grew and never changed. The name of a `Signer` determines its
+//! kind: `WITNESS_NAME` and `SELF_WITNESS_NAME` belong to witnesses, every other name belongs to a log.
 
 use std::{fmt, str::FromStr};
 
@@ -19,21 +19,21 @@ use sha2::{Digest, Sha256};
 
 use super::merkle::Hash;
 
-/// Name of the witness's key.
+/// The name of the witness's key.
 pub const WITNESS_NAME: &str = "belay.dev/witness";
-/// Name of the key of a witness that is its own: `belay run` has it in the hands of whoever ran the agent.
+/// The name of a self-witness's key. In `belay run`, the party that runs the agent has the witness's key.
 pub const SELF_WITNESS_NAME: &str = "belay.dev/self-witness";
-/// C2SP asks verifiers to accept this many signatures; ours never have more than two.
+/// The maximum number of signatures. C2SP asks verifiers to accept this many; Belay's notes never have more than two.
 const MAX_SIGNATURES: usize = 16;
-/// Starts a signature line: em dash and space.
+/// The start of a signature line: em dash and space.
 const SIGNATURE_START: &str = "\u{2014} ";
 
-/// The origin line of a task's log.
+/// Returns the origin of a task's log.
 pub fn origin(task_uid: &str) -> String {
     format!("belay.dev/task/{task_uid}")
 }
 
-/// Name of the key that signs an attempt's checkpoints.
+/// Returns the name of the key that signs an attempt's checkpoints.
 pub fn attempt_key_name(task_uid: &str, attempt: i64) -> String {
     format!("{}/{attempt}", origin(task_uid))
 }
@@ -41,26 +41,26 @@ pub fn attempt_key_name(task_uid: &str, attempt: i64) -> String {
 /// A note that cannot be read, or whose signatures do not hold.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum NoteError {
-    /// Not of the signed-note form.
+    /// The text does not have the form of a signed note.
     #[error("not a signed note: {0}")]
     Syntax(&'static str),
     /// The note's text is not a checkpoint.
     #[error("not a checkpoint: {0}")]
     Checkpoint(&'static str),
-    /// No signature by that key.
+    /// There is no signature by that key.
     #[error("expected a signature by {name}+{id}, found {found}", id = hex::encode(.id), found = if .found.is_empty() { "none" } else { .found })]
     Missing {
         /// The key's name.
         name: String,
-        /// Its ID.
+        /// The key's ID.
         id: [u8; 4],
-        /// The keys that did sign, for the message.
+        /// The keys that signed, for the message.
         found: String,
     },
-    /// A signature under that key's name and ID that does not verify.
+    /// A signature under that key's name and ID does not verify.
     #[error("the signature by {0} does not verify: the text or the signature was changed, or another key made it")]
     Forged(String),
-    /// A log key where a witness key is needed, or the other way round.
+    /// The key is a log key where a witness key is needed, or the other way round.
     #[error("expected {expected}, found {name}, which is another type of key")]
     KeyType {
         /// The type that is needed.
@@ -73,21 +73,21 @@ pub enum NoteError {
 /// A key that cannot be made or read.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum KeyError {
-    /// A name that C2SP does not allow.
+    /// The name is not one that C2SP allows.
     #[error("a key name must be non-empty, without spaces, control characters and `+`; found {0:?}")]
     Name(String),
-    /// Not a PKCS#8 Ed25519 key.
+    /// The document is not a PKCS#8 Ed25519 key.
     #[error("expected an Ed25519 private key in PKCS#8 DER, found something else ({0})")]
     Pkcs8(String),
     /// The system has no randomness.
     #[error("the operating system gave no randomness for a new key")]
     Random,
-    /// Not a verifier key.
+    /// The text is not a verifier key.
     #[error("expected a C2SP verifier key `<name>+<8 hex digits>+<base64>`: {0}")]
     Verifier(&'static str),
 }
 
-/// What a key's signatures mean: its C2SP type byte.
+/// The meaning of a key's signatures, which is its C2SP type byte.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum KeyType {
     /// Signs a note's text.
@@ -96,12 +96,12 @@ enum KeyType {
     Witness = 4,
 }
 
-/// Whether a key may have this name.
+/// Returns whether a key may have this name.
 fn valid_name(name: &str) -> bool {
     !name.is_empty() && !name.chars().any(|c| c == '+' || c.is_whitespace() || c.is_control())
 }
 
-/// The first four bytes of SHA-256 over name, newline, type and public key.
+/// Returns the key ID: the first four bytes of SHA-256 over name, newline, type and public key.
 fn key_id(name: &str, kind: KeyType, public: &[u8]) -> [u8; 4] {
     let digest: Hash =
         Sha256::new().chain_update(name).chain_update([b'\n', kind as u8]).chain_update(public).finalize().into();
@@ -109,15 +109,15 @@ fn key_id(name: &str, kind: KeyType, public: &[u8]) -> [u8; 4] {
     [a, b, c, d]
 }
 
-/// What a witness signs.
+/// Returns the text that a witness signs.
 fn cosigned_text(time: u64, text: &str) -> String {
     format!("cosignature/v1\ntime {time}\n{text}")
 }
 
-/// A new Ed25519 private key, PKCS#8 DER, for [`Signer::from_pkcs8`].
+/// Returns a new Ed25519 private key in PKCS#8 DER, for [`Signer::from_pkcs8`].
 ///
 /// # Errors
-/// If the system has no randomness.
+/// Returns an error if the system has no randomness.
 pub fn generate_pkcs8() -> Result<Vec<u8>, KeyError> {
     let document = Ed25519KeyPair::generate_pkcs8(&SystemRandom::new()).map_err(|_| KeyError::Random)?;
     Ok(document.as_ref().to_vec())
@@ -130,18 +130,18 @@ pub struct Signer {
 }
 
 impl Signer {
-    /// A new key that is never written down.
+    /// Returns a new key, which is never stored.
     ///
     /// # Errors
-    /// If the name is not allowed or the system has no randomness.
+    /// Returns an error if the name is not allowed or the system has no randomness.
     pub fn generate(name: &str) -> Result<Self, KeyError> {
         Self::from_pkcs8(name, &generate_pkcs8()?)
     }
 
-    /// The key in this PKCS#8 document, as [`generate_pkcs8`] or `openssl genpkey` makes it.
+    /// Returns the key in this PKCS#8 document, as [`generate_pkcs8`] or `openssl genpkey` makes it.
     ///
     /// # Errors
-    /// If the name is not allowed or the document is not an Ed25519 key.
+    /// Returns an error if the name is not allowed or the document is not an Ed25519 key.
     pub fn from_pkcs8(name: &str, document: &[u8]) -> Result<Self, KeyError> {
         if !valid_name(name) {
             return Err(KeyError::Name(name.to_owned()));
@@ -152,23 +152,23 @@ impl Signer {
         Ok(Self { key, verifier: VerifierKey { name: name.to_owned(), kind, public } })
     }
 
-    /// The public half.
+    /// Returns the public half.
     pub fn verifier(&self) -> VerifierKey {
         self.verifier.clone()
     }
 
-    /// A signature over a message that begins as no note, no cosignature and no label of [`Signer::derived`] does.
+    /// Signs a message. The message must not begin like a note, a cosignature, or a label of [`Signer::derived`].
     pub(super) fn sign(&self, message: &[u8]) -> Vec<u8> {
         self.key.sign(message).as_ref().to_vec()
     }
 
-    /// A secret that follows from this key and a label, and from nothing else: Ed25519's signatures are deterministic, and nobody else can
-    /// make this one. No label is a note's text.
+    /// Returns a secret that follows from this key and a label alone. Ed25519 signatures are deterministic, and nobody without the key can
+    /// make this one. No label is the text of a note.
     pub fn derived(&self, label: &str) -> [u8; 32] {
         Sha256::digest(self.key.sign(label.as_bytes()).as_ref()).into()
     }
 
-    /// A signature line over these bytes.
+    /// Returns a signature line over a message.
     fn signature(&self, kind: KeyType, time: Option<u64>, message: &str) -> Signature {
         let mut bytes = time.map(|t| t.to_be_bytes().to_vec()).unwrap_or_default();
         bytes.extend_from_slice(self.key.sign(message.as_bytes()).as_ref());
@@ -183,7 +183,7 @@ impl fmt::Debug for Signer {
     }
 }
 
-/// A public key: C2SP's vkey text is its [`Display`](fmt::Display) and [`FromStr`].
+/// A public key. Its [`Display`](fmt::Display) and [`FromStr`] are C2SP's vkey text.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VerifierKey {
     name: String,
@@ -192,27 +192,27 @@ pub struct VerifierKey {
 }
 
 impl VerifierKey {
-    /// The name in signature lines.
+    /// Returns the name in signature lines.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// The ID in signature lines.
+    /// Returns the ID in signature lines.
     pub fn id(&self) -> [u8; 4] {
         key_id(&self.name, self.kind, &self.public)
     }
 
-    /// Whether this is a witness's key.
+    /// Returns whether this is a witness's key.
     pub fn is_witness(&self) -> bool {
         self.kind == KeyType::Witness
     }
 
-    /// Whether this is the key of a witness that is whoever ran the agent.
+    /// Returns whether this is the key of a self-witness, which the party that ran the agent has.
     pub fn is_self_witness(&self) -> bool {
         self.is_witness() && self.name == SELF_WITNESS_NAME
     }
 
-    /// Whether this key made that Ed25519 signature.
+    /// Checks whether this key made an Ed25519 signature over a message.
     pub(super) fn made(&self, message: &[u8], signature: &[u8]) -> bool {
         UnparsedPublicKey::new(&ED25519, &self.public).verify(message, signature).is_ok()
     }
@@ -230,7 +230,7 @@ impl FromStr for VerifierKey {
     type Err = KeyError;
 
     fn from_str(text: &str) -> Result<Self, KeyError> {
-        // Base64 may have a plus sign in it; names and IDs have none.
+        // Base64 may contain a plus sign, names and IDs do not.
         let mut parts = text.splitn(3, '+');
         let (Some(name), Some(id), Some(key)) = (parts.next(), parts.next(), parts.next()) else {
             return Err(KeyError::Verifier("it needs two plus signs"));
@@ -253,22 +253,22 @@ impl FromStr for VerifierKey {
     }
 }
 
-/// The head of a log: the text of its note.
+/// The head of a log, which is the text of a note.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Checkpoint {
-    /// The log.
+    /// The log's origin.
     pub origin: String,
-    /// Records in it.
+    /// The number of records in the log.
     pub size: u64,
-    /// Its root.
+    /// The log's root.
     pub root: Hash,
 }
 
 impl Checkpoint {
-    /// Reads the text of a note.
+    /// Parses the text of a note.
     ///
     /// # Errors
-    /// If it is not exactly origin, size and root, each on a line of its own.
+    /// Returns an error if the text is not exactly origin, size and root, each on a line of its own.
     pub fn parse(text: &str) -> Result<Self, NoteError> {
         let body = text.strip_suffix('\n').ok_or(NoteError::Checkpoint("it does not end with a newline"))?;
         let mut lines = body.split('\n');
@@ -292,7 +292,7 @@ impl Checkpoint {
         Ok(Self { origin: origin.to_owned(), size, root })
     }
 
-    /// The root, base64, as it is written in notes and status.
+    /// Returns the root in base64, as it is written in notes and in status.
     pub fn root_base64(&self) -> String {
         BASE64.encode(self.root)
     }
@@ -309,14 +309,14 @@ impl fmt::Display for Checkpoint {
 pub struct Signature {
     /// The key's name.
     pub name: String,
-    /// Its ID.
+    /// The key's ID.
     pub id: [u8; 4],
-    /// What follows the ID: for a log key the signature, for a witness time and signature.
+    /// The bytes after the ID: the signature of a log key, or the time and the signature of a witness.
     pub bytes: Vec<u8>,
 }
 
 impl Signature {
-    /// Whether it claims to be by that key.
+    /// Returns whether the line claims to be by that key.
     pub fn claims(&self, key: &VerifierKey) -> bool {
         self.name == key.name && self.id == key.id()
     }
@@ -332,10 +332,10 @@ pub struct Note {
 }
 
 impl Note {
-    /// Reads a note. It may have no signatures yet; C2SP's have at least one.
+    /// Parses a note. The note may have no signatures yet, while those of C2SP have at least one.
     ///
     /// # Errors
-    /// If it is not of the signed-note form, byte for byte.
+    /// Returns an error if the text does not have the form of a signed note, byte for byte.
     pub fn parse(note: &str) -> Result<Self, NoteError> {
         if note.chars().any(|c| c < ' ' && c != '\n') {
             return Err(NoteError::Syntax("it has control characters"));
@@ -367,13 +367,13 @@ impl Note {
         Ok(Self { text: text.to_owned(), signatures })
     }
 
-    /// The checkpoint as a note that nobody has signed. The gateway's own segments start from it: they carry the
-    /// witness's cosignature alone.
+    /// Returns the checkpoint as a note without signatures. The gateway's own segments start from it, because they carry the witness's
+    /// cosignature alone.
     pub fn unsigned(checkpoint: &Checkpoint) -> Self {
         Self { text: checkpoint.to_string(), signatures: Vec::new() }
     }
 
-    /// The checkpoint with a log's signature (type 1, whatever the signer's name).
+    /// Returns the checkpoint with a log's signature (type 1, whatever the signer's name).
     pub fn sign(checkpoint: &Checkpoint, signer: &Signer) -> Self {
         let mut note = Self::unsigned(checkpoint);
         note.signatures.push(signer.signature(KeyType::Log, None, &note.text));
@@ -390,7 +390,7 @@ impl Note {
     /// Checks the log key's signature on the text.
     ///
     /// # Errors
-    /// If there is none by that key, or one that does not verify.
+    /// Returns an error if there is no signature by that key, or one that does not verify.
     pub fn verify(&self, key: &VerifierKey) -> Result<(), NoteError> {
         if key.is_witness() {
             return Err(NoteError::KeyType { expected: "a log's key (type 1)", name: key.to_string() });
@@ -403,11 +403,11 @@ impl Note {
         Ok(())
     }
 
-    /// Checks the witness's cosignature and gives its time, in seconds since 1970. With several by the same key, the
+    /// Checks the witness's cosignature and returns its time, in seconds since 1970. If there are several by the same key, returns the
     /// earliest time.
     ///
     /// # Errors
-    /// If there is none by that key, or one that does not verify.
+    /// Returns an error if there is no signature by that key, or one that does not verify.
     pub fn verify_cosignature(&self, key: &VerifierKey) -> Result<u64, NoteError> {
         if !key.is_witness() {
             return Err(NoteError::KeyType { expected: "a witness's key (type 4)", name: key.to_string() });
@@ -425,15 +425,15 @@ impl Note {
         Ok(earliest)
     }
 
-    /// The checkpoint in the text. Says nothing about who signed it.
+    /// Returns the checkpoint in the text. Does not check who signed it.
     ///
     /// # Errors
-    /// If the text is not a checkpoint.
+    /// Returns an error if the text is not a checkpoint.
     pub fn checkpoint(&self) -> Result<Checkpoint, NoteError> {
         Checkpoint::parse(&self.text)
     }
 
-    /// The signatures that claim to be by that key: at least one.
+    /// Returns the signatures that claim to be by that key, at least one.
     fn by(&self, key: &VerifierKey) -> Result<Vec<&Signature>, NoteError> {
         let found: Vec<_> = self.signatures.iter().filter(|s| s.claims(key)).collect();
         if found.is_empty() {

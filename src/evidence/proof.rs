@@ -1,7 +1,7 @@
-//! One record by itself, with what proves that it is in a log: a C2SP tlog-proof.
+//! Proves that a single record is in a log, with a C2SP tlog-proof.
 //!
-//! Promises: [`Proof::record`] gives a record only if the witness has signed a log that has it at that place. Refuses: to say anything of the
-//! records around it; for that the whole log is verified.
+//! Guarantees: [`Proof::record`] returns a record only if the witness signed a log that has the record at that index.
+//! Non-goals: statements about the records around it. They need a verification of the whole log.
 
 use std::{fmt, str::FromStr};
 
@@ -12,55 +12,56 @@ use super::{
     note::{Checkpoint, Note, NoteError, VerifierKey},
 };
 
-/// The first line.
+/// The first line of a proof.
 const VERSION: &str = "c2sp.org/tlog-proof@v1";
 
-/// A proof that cannot be read, or proves nothing.
+/// A proof that cannot be read or does not hold.
 #[derive(Debug, thiserror::Error)]
 pub enum ProofError {
-    /// It is no proof.
+    /// The text is not a proof.
     #[error("expected a C2SP tlog-proof: {0}")]
     Form(&'static str),
-    /// Its checkpoint does not hold.
+    /// The proof's checkpoint does not hold.
     #[error("its checkpoint: {0}")]
     Note(#[from] NoteError),
-    /// The record is not where it is said to be.
+    /// The record is not at the index that the proof names.
     #[error("expected the record at {index} of {size} to lead to the root {root}, found that it does not")]
     Inclusion {
-        /// The place.
+        /// The index of the record.
         index: u64,
-        /// Records in the log.
+        /// The number of records in the log.
         size: u64,
         /// The checkpoint's root.
         root: String,
     },
 }
 
-/// A record, the hashes that lead from it to a root, and the checkpoint of that.
+/// A record, the hashes that lead from the record to a root, and the checkpoint with that root.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Proof {
-    /// The record's bytes: the format's extra data.
+    /// The record's bytes, which are the extra data of the format.
     record: Vec<u8>,
     index: u64,
     hashes: Vec<Hash>,
     checkpoint: Note,
 }
 
-/// A record that is proven.
+/// A record with a proof that holds.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Proven {
-    /// Its bytes.
+    /// The record's bytes.
     pub record: Vec<u8>,
-    /// Its number.
+    /// The record's index in the log.
     pub index: u64,
-    /// The log that it is in.
+    /// The head of the log.
     pub head: Checkpoint,
-    /// When the witness signed that, in seconds since 1970.
+    /// When the witness signed the head, in seconds since 1970.
     pub witnessed: u64,
 }
 
 impl Proof {
-    /// Of the record with this number, among all records of a log in order, under the log's last note. `None` if there is none.
+    /// Returns the proof of the record with this index. `records` are all records of the log in order, and `checkpoint` is the log's last
+    /// note. `None` if the log has no such record.
     pub fn of(records: &[Vec<u8>], index: u64, checkpoint: Note) -> Option<Self> {
         let at = usize::try_from(index).ok()?;
         let leaves: Vec<Hash> = records.iter().map(|record| leaf_hash(record)).collect();
@@ -68,10 +69,10 @@ impl Proof {
         Some(Self { record: records.get(at)?.clone(), index, hashes, checkpoint })
     }
 
-    /// The record, if the witness of this key has signed a log that has it.
+    /// Returns the record if the witness with this key signed a log that has it.
     ///
     /// # Errors
-    /// What does not hold.
+    /// Returns what does not hold.
     pub fn record(self, witness: &VerifierKey) -> Result<Proven, ProofError> {
         let witnessed = self.checkpoint.verify_cosignature(witness)?;
         let head = self.checkpoint.checkpoint()?;

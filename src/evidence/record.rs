@@ -1,9 +1,9 @@
-//! What happened: the entries of a task's log.
+//! The records of a task's log.
 //!
-//! A record is canonical JSON of one `Record`, at most [`LONGEST`] bytes. Prompts, arguments and replies are never in it, only
-//! [commitments](crate::policy::commit) to them and their sizes. What a record is too small for, the policy and the plan of a rollback, are documents: canonical JSON that lies beside
-//! the record, which names it by its SHA-256. Every call that leaves has an `Event::Intent` before and an `Event::Outcome` after; every refusal has an
-//! `Event::Denied`.
+//! A record is the canonical JSON of one `Record` and has at most [`LONGEST`] bytes. Prompts, arguments and replies are never in a record,
+//! only [commitments](crate::policy::commit) to them and their sizes. The policy and the plan of a rollback are too large for a record.
+//! They are documents: canonical JSON beside the record, which names each document by its SHA-256. Every call that is sent has an
+//! `Event::Intent` before it and an `Event::Outcome` after it. Every denial has an `Event::Denied`.
 
 use std::collections::BTreeMap;
 
@@ -25,26 +25,26 @@ use crate::{
 /// The record format that this crate writes and reads.
 pub const VERSION: u8 = 1;
 
-/// Longest record in bytes: entries of C2SP's tlog-tiles have their length in 16 bits.
+/// The maximum length of a record in bytes: entries of C2SP's tlog-tiles have their length in 16 bits.
 pub const LONGEST: usize = 65_535;
 
 /// A record that cannot be written.
 #[derive(Debug, thiserror::Error)]
 pub enum EncodeError {
-    /// It has no canonical form.
+    /// The record has no canonical form.
     #[error(transparent)]
     Canonical(#[from] CanonicalError),
-    /// It is too long.
+    /// The record is too long.
     #[error("expected a record of at most {LONGEST} bytes, found {0}")]
     Long(usize),
 }
 
-/// A record as it is written, and the documents that it names, in the order in which it does.
+/// A record as it is written, and the documents that it names, in the order in which it names them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Encoded {
-    /// Canonical JSON.
+    /// The record in canonical JSON.
     pub record: Vec<u8>,
-    /// Canonical JSON, each.
+    /// The documents, each in canonical JSON.
     pub documents: Vec<Vec<u8>>,
 }
 
@@ -54,13 +54,13 @@ pub struct Encoded {
 pub struct Record {
     /// Format version, [`VERSION`].
     pub v: u8,
-    /// Index in the log, from 0.
+    /// The index in the log, from 0.
     pub seq: u64,
-    /// When, by the writer's clock: RFC 3339, UTC, milliseconds.
+    /// The time by the writer's clock: RFC 3339, UTC, milliseconds.
     pub time: String,
-    /// The attempt, from 1.
+    /// The number of the attempt, from 1.
     pub attempt: i64,
-    /// Who wrote it.
+    /// The writer of the record.
     pub actor: Actor,
     /// The counters after this record.
     pub usage: Usage,
@@ -69,7 +69,7 @@ pub struct Record {
     pub event: Event,
 }
 
-/// Who wrote a record.
+/// The writer of a record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Actor {
@@ -83,43 +83,43 @@ pub enum Actor {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind")]
 pub enum Event {
-    /// An attempt's harness has started. The first record of each attempt; a harness that restarted writes it again.
+    /// An attempt's harness started. This is the first record of each attempt. A harness that restarts writes it again.
     #[serde(rename = "attempt.opened")]
     AttemptOpened(Box<AttemptOpened>),
-    /// A call is allowed and about to leave.
+    /// A call is allowed and is about to be sent.
     #[serde(rename = "call.intent")]
     Intent(Intent),
-    /// A call was answered with the result of one that was made before, and did not leave.
+    /// A call was answered with the result of an earlier call and was not sent.
     #[serde(rename = "call.replayed")]
     Replayed(Replayed),
-    /// What became of a call that left.
+    /// The outcome of a call that was sent.
     #[serde(rename = "call.outcome")]
     Outcome(Outcome),
-    /// Whether a call took effect was not known, and a read has told.
+    /// A read resolved a call whose outcome was unknown.
     #[serde(rename = "call.resolved")]
     Resolved(Resolved),
-    /// A call was refused, and did not leave.
+    /// A call was denied and was not sent.
     #[serde(rename = "call.denied")]
     Denied(Denied),
-    /// People are asked whether a call may be made.
+    /// The approval of a call is requested.
     #[serde(rename = "approval.requested")]
     ApprovalRequested(Approval),
-    /// They have decided, or their time is over.
+    /// The approvers have decided, or the request has expired.
     #[serde(rename = "approval.decided")]
     ApprovalDecided(Approval),
     /// The containment probe ran again during the attempt.
     #[serde(rename = "containment.checked")]
     ContainmentChecked(Containment),
-    /// The harness has ended in order.
+    /// The harness ended in an orderly way.
     #[serde(rename = "attempt.closed")]
     AttemptClosed(AttemptClosed),
-    /// The task has ended. The last record of a complete log, written by the gateway when the operator says so.
+    /// The task has ended. This is the last record of a complete log. The gateway writes it when the operator asks for it.
     #[serde(rename = "task.closed")]
     TaskClosed(TaskClosed),
 }
 
 impl Event {
-    /// Whether it tells what has happened already. What is about to happen can still be refused.
+    /// Returns whether the event reports something that has already happened. Something that is only about to happen can still be denied.
     pub fn is_of_the_past(&self) -> bool {
         match self {
             Self::Intent(_)
@@ -136,7 +136,7 @@ impl Event {
         }
     }
 
-    /// The record's `kind`.
+    /// Returns the record's `kind`.
     pub fn kind(&self) -> &'static str {
         match self {
             Self::AttemptOpened(_) => "attempt.opened",
@@ -154,63 +154,64 @@ impl Event {
     }
 }
 
-/// Under what an attempt runs.
+/// The conditions under which an attempt runs.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct AttemptOpened {
-    /// The Ed25519 key that signs the attempt's checkpoints: a C2SP verifier key.
+    /// The public half of the Ed25519 key that signs the attempt's checkpoints, as a C2SP verifier key.
     pub key: String,
-    /// The policy, whole, by the digest that the gateway confirmed: a document.
+    /// The whole policy, whose digest the gateway confirmed. It is a document.
     #[serde(rename = "policyDigest", serialize_with = "by_digest")]
     pub policy: PolicyConfig,
     /// The pod.
     pub pod: Pod,
     /// What the probe saw before the agent started.
     pub containment: Containment,
-    /// What a rollback is to undo, as the log of the other task has it: a document.
+    /// The plan of a rollback, made from the log of the other task. It is a document.
     #[serde(default, rename = "rollbackDigest", serialize_with = "by_digest", skip_serializing_if = "Option::is_none")]
     pub rollback: Option<Plan>,
-    /// What stood in for a cluster, where there was none.
+    /// What replaced the cluster, if the attempt ran without one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub local: Option<Local>,
 }
 
-/// A machine on which an attempt ran without a cluster: what a reader has to know of the walls that were there.
+/// The machine on which an attempt ran without a cluster. It tells a reader which isolation was in place.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Local {
     /// The sandbox and its version.
     pub sandbox: String,
-    /// The agent's root: `host` for the machine's own programs and libraries, read-only, else the folder of an unpacked image.
+    /// The agent's root: `host` for the machine's own programs and libraries, read-only, or else the folder of an unpacked image.
     pub root: String,
-    /// Where evidence went: `folder`, which has no locks, or `s3://bucket`.
+    /// Where the evidence was written: `folder`, which has no locks, or `s3://bucket`.
     pub store: String,
-    /// Hosts to which somebody gave an address, `HOST=ADDRESS`: it was dialled unchecked.
+    /// Hosts with an address that a user chose, as `HOST=ADDRESS`. The address was dialled without checks.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub resolved: Vec<String>,
 }
 
 impl Local {
-    /// As [`root`](Self::root): the machine's own programs.
+    /// The [`root`](Self::root) that stands for the machine's own programs.
     pub const HOST: &str = "host";
-    /// As [`store`](Self::store): a folder.
+    /// The [`store`](Self::store) that stands for a folder.
     pub const FOLDER: &str = "folder";
 }
 
-/// In a record there is a document's SHA-256, hex.
+/// Serializes a document as its SHA-256 in hex, which is what a record holds.
 fn by_digest<T: Serialize, S: serde::Serializer>(document: &T, to: S) -> Result<S::Ok, S::Error> {
     let digest = canonical::digest(document).map_err(serde::ser::Error::custom)?;
     to.serialize_str(&hex::encode(digest))
 }
 
-/// The documents of `attempt.opened`, in their order.
+/// The names of the documents of `attempt.opened`, in their order.
 pub const DOCUMENTS: [&str; 2] = ["policyDigest", "rollbackDigest"];
 
 impl Record {
-    /// The record as it is written.
+    /// Returns the record as it is written.
     ///
     /// # Errors
-    /// If it has no canonical form, a number beyond [`LARGEST_WHOLE`](canonical::LARGEST_WHOLE), or is longer than [`LONGEST`].
+    /// Returns an error if the record has no canonical form, has a number beyond [`LARGEST_WHOLE`](canonical::LARGEST_WHOLE), or is longer
+    /// than [`LONGEST`].
     pub fn encode(&self) -> Result<Encoded, EncodeError> {
         let record = canonical::to_whole(self)?;
         if record.len() > LONGEST {
@@ -226,7 +227,7 @@ impl Record {
         Ok(Encoded { record, documents })
     }
 
-    /// Why a record cannot be judged by this version, if it says itself that it is of a later one.
+    /// Returns why this version cannot evaluate a record, if the record says itself that it is of a later version.
     pub fn newer(bytes: &[u8]) -> Option<Unread> {
         let value: Value = serde_json::from_slice(bytes).ok()?;
         let v = value.get("v").and_then(Value::as_u64)?;
@@ -234,9 +235,9 @@ impl Record {
         later.then(|| Unread::Newer(format!("expected version {VERSION}, found {v}: use a belay that knows it")))
     }
 
-    /// Why a document cannot be judged by this version: a record's bytes name it as its `place`th, and it is an object that is not, byte for
-    /// byte, what this version would write of what it reads there. What decides over calls grows with belay, and the form of records does
-    /// not.
+    /// Returns why this version cannot evaluate a document. It cannot if the record names the document under the name at `place` in
+    /// [`DOCUMENTS`], and the document is an object that differs from what this version would write after reading it. Documents hold what
+    /// Belay decides by. They grow with new versions of Belay, while the form of records does not.
     pub fn newer_document(bytes: &[u8], place: usize, document: &[u8]) -> Option<Unread> {
         let record: Value = serde_json::from_slice(bytes).ok()?;
         let its = hex::encode(canonical::sha256(document));
@@ -248,7 +249,7 @@ impl Record {
         unknown(name, value, document).map(Unread::Newer)
     }
 
-    /// How many documents it names.
+    /// Returns the number of documents that the record names.
     pub fn documents(&self) -> usize {
         match &self.event {
             Event::AttemptOpened(opened) => 1 + usize::from(opened.rollback.is_some()),
@@ -256,11 +257,11 @@ impl Record {
         }
     }
 
-    /// Reads a record, which takes the documents that it names from the front of `documents`.
+    /// Reads a record. Takes the documents that the record names from the front of `documents`.
     ///
     /// # Errors
-    /// What was expected and found, if it is not a record of this version, whole, with its documents: a field that [`Record`] does not
-    /// have is refused.
+    /// Returns what was expected and found if the bytes are not a complete record of this version with its documents. A field that
+    /// [`Record`] does not have is rejected.
     pub fn decode(bytes: &[u8], documents: &mut dyn Iterator<Item = &[u8]>) -> Result<Self, Unread> {
         if bytes.len() > LONGEST {
             return Err(EncodeError::Long(bytes.len()).to_string().into());
@@ -290,8 +291,8 @@ impl Record {
         Ok(record)
     }
 
-    /// Reads a record that names no documents. Those of calls, which most are, are read twice, once for what every record has and once for
-    /// what is theirs: where serde finds out by itself what a flattened event is, it keeps every member of it in between, twice.
+    /// Reads a record that names no documents. Intents and outcomes, which most records are, are parsed twice: once for the members of
+    /// every record and once for their own. Otherwise serde would determine the flattened event itself and buffer every member twice.
     fn typed(bytes: &[u8]) -> serde_json::Result<Self> {
         #[derive(Deserialize)]
         struct Common<'b> {
@@ -312,7 +313,7 @@ impl Record {
         Ok(Self { v, seq, time, attempt, actor, usage, event })
     }
 
-    /// Reads a record with its documents, where it may name some: each stands where its digest is.
+    /// Reads a record that may name documents. Puts each document in the place of its digest.
     fn with_documents<'d>(
         bytes: &[u8],
         documents: &mut dyn Iterator<Item = &'d [u8]>,
@@ -340,7 +341,7 @@ impl Record {
     }
 }
 
-/// Why a document is none that a record of this version may name so.
+/// Returns why a document is not one that a record of this version may name under this name.
 fn unknown(name: &str, value: Value, document: &[u8]) -> Option<String> {
     let problem = match name {
         "policyDigest" => unlike::<PolicyConfig>(value, document),
@@ -350,10 +351,10 @@ fn unknown(name: &str, value: Value, document: &[u8]) -> Option<String> {
     problem.map(|problem| format!("the document {} is none that this version of belay knows: {problem}", its()))
 }
 
-/// Why a document is not one of a form, written as that is.
+/// Returns why a document is not a `T` in the form in which this version writes it.
 fn unlike<T: Serialize + serde::de::DeserializeOwned>(value: Value, document: &[u8]) -> Option<String> {
     let again = serde_json::from_value::<T>(value).map_err(|error| error.to_string());
-    // Serde takes more than it writes: a list for an object, `null` for what is not there, a default that is left out.
+    // Serde reads more than it writes: a list for an object, `null` for an absent member, a member that has a default and is left out.
     match again.and_then(|read| canonical::to_bytes(&read).map_err(|error| error.to_string())) {
         Ok(again) if again == document => None,
         Ok(_) => Some("it has fields or values that are not written so".to_owned()),
@@ -364,10 +365,10 @@ fn unlike<T: Serialize + serde::de::DeserializeOwned>(value: Value, document: &[
 /// A record that cannot be read.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Unread {
-    /// It is none of the version that it says it is: what was expected and found.
+    /// The record does not have the form of its version: what was expected and found.
     #[error("{0}")]
     Wrong(String),
-    /// A later version may know it: this one cannot judge it.
+    /// A later version may be able to read the record. This version cannot evaluate it.
     #[error("{0}")]
     Newer(String),
 }
@@ -379,7 +380,8 @@ impl From<String> for Unread {
 }
 
 impl Unread {
-    /// Says better what is wrong with a record, where its bytes tell: that it is of a later version, or has a number that none has.
+    /// Returns a more exact error if the record's bytes show one: the record is of a later version, or has a number that no record may
+    /// have.
     fn explained(self, bytes: &[u8]) -> Self {
         if let Some(newer) = Record::newer(bytes) {
             return newer;
@@ -392,7 +394,7 @@ impl Unread {
     }
 }
 
-/// A number that no record has.
+/// Returns the first number that no record may have.
 fn beyond(value: &Value) -> Option<&serde_json::Number> {
     match value {
         Value::Number(number) => {
@@ -410,15 +412,15 @@ fn beyond(value: &Value) -> Option<&serde_json::Number> {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Pod {
-    /// Its name.
+    /// The pod's name.
     pub name: String,
-    /// Its UID.
+    /// The pod's UID.
     pub uid: String,
-    /// Its node.
+    /// The pod's node.
     pub node: String,
-    /// Its runtime class, empty for the cluster's default.
+    /// The pod's runtime class, empty for the cluster's default.
     pub runtime_class: String,
-    /// Name and digest of the NetworkPolicy, as the operator read it back.
+    /// The name and the digest of the NetworkPolicy, as the operator read it back.
     pub network_policy: String,
 }
 
@@ -428,26 +430,26 @@ pub struct Pod {
 pub struct Containment {
     /// Whether both controls held.
     pub contained: bool,
-    /// Consecutive rounds in which they did.
+    /// The number of consecutive rounds in which both controls held.
     pub rounds: u32,
-    /// Milliseconds from the first round to the last.
+    /// Milliseconds from the first of these rounds to the last.
     pub millis: u64,
     /// The address that answered.
     pub reachable: String,
-    /// The addresses that did not.
+    /// The addresses that did not answer.
     pub unreachable: Vec<String>,
-    /// What was seen that should not have been; empty when contained.
+    /// What the probe saw and should not have seen; empty if the pod is contained.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub breaches: Vec<String>,
 }
 
-/// Which way a call goes.
+/// The kind of a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Channel {
     /// A tool call, over MCP or plain HTTP.
     Tool,
-    /// The list of an MCP upstream's tools, which their definitions are taken from. It counts as no tool call.
+    /// A listing of an MCP upstream's tools, from which their definitions are taken. It does not count as a tool call.
     Listing,
     /// A model call.
     Model,
@@ -456,7 +458,7 @@ pub enum Channel {
 }
 
 impl Channel {
-    /// The name in records, headers and metrics.
+    /// Returns the name in records, headers and metrics.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Tool => "tool",
@@ -466,29 +468,29 @@ impl Channel {
         }
     }
 
-    /// Whether a call leaves once its intent is witnessed. Any other leaves once it is stored: it may change something that no later record
-    /// tells of.
+    /// Returns whether a call may be sent once its intent is witnessed. Any other call is sent once its intent is stored, because it may
+    /// change something that no later record mentions.
     pub fn leaves_witnessed(self, effect: Option<SideEffect>) -> bool {
         self == Self::Model || (self == Self::Tool && effect == Some(SideEffect::Read))
     }
 }
 
-/// Refused calls, by the way that they would have gone.
+/// The number of denied calls by channel.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
 pub struct Refusals {
-    /// To models.
+    /// Denied model calls.
     pub model: u64,
-    /// To tools.
+    /// Denied tool calls.
     pub tool: u64,
-    /// For lists of tools.
+    /// Denied listings.
     pub listing: u64,
-    /// Of the agent's own traffic.
+    /// Denied connections of the agent's own traffic.
     pub egress: u64,
 }
 
 impl Refusals {
-    /// Counts what a record says, unless nobody is to hear of it.
+    /// Counts the denials of a record, unless they are of an ignored host.
     pub fn add(&mut self, denied: &Denied) {
         if denied.rule == Rule::EgressIgnored {
             return;
@@ -502,7 +504,8 @@ impl Refusals {
         *of = of.saturating_add(denied.calls());
     }
 
-    /// What whoever reads how a task ended should know: an agent that catches its errors ends well without having done a thing.
+    /// Returns the counts in words; `None` if no call was denied. They belong beside the end of a task: an agent that catches its errors
+    /// can succeed without having done anything.
     pub fn in_words(&self) -> Option<String> {
         let counted = |count: u64, one: &str| match count {
             0 => None,
@@ -520,114 +523,116 @@ impl Refusals {
     }
 }
 
-/// A call that is about to leave.
+/// A call that is about to be sent.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Intent {
-    /// Identifies the call in its outcome: unique in the log.
+    /// The name of the call, unique in the log. The outcome refers to it.
     pub call: String,
-    /// Which way it goes.
+    /// The channel of the call.
     pub channel: Channel,
-    /// The tool's name, the model path, `host:port`, or for a listing the name of the tool that it was made for.
+    /// The tool's name, the model path, `host:port`, or, for a listing, the name of the tool that it was made for.
     pub target: String,
-    /// What it may change; absent for models, listings and direct traffic. A tool's is its contract's, or a tighter one where the
-    /// upstream itself says that the tool changes something.
+    /// The side effect; absent for models, listings and direct traffic. It is that of the tool's contract, or a stricter one if the
+    /// upstream says that the tool changes something.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub effect: Option<SideEffect>,
-    /// Digest of the upstream's definition of an MCP tool that is in force, see
-    /// [`definition`](crate::policy::definition).
+    /// The digest of the upstream's definition of an MCP tool that is in force, see [`definition`](crate::policy::definition).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub definition: Option<String>,
-    /// The [commitment](crate::policy::commit) to the request: a tool's arguments by field, a model's body as sent. Absent for tunnels.
+    /// The [commitment](crate::policy::commit) to the request: to a tool's arguments by field, to a model's body as sent. Absent for
+    /// tunnels.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub request_digest: Option<String>,
-    /// Bytes of the request; of one through the proxy with its URL and headers. 0 for tunnels, of which the outcome has them.
+    /// Bytes of the request, with URL and headers if it goes through the proxy. 0 for tunnels, whose bytes are in the outcome.
     pub request_bytes: u64,
-    /// The rules that were asked and allowed it.
+    /// The rules that were evaluated and allowed the call.
     pub rules: Vec<Rule>,
-    /// The idempotency key under which it is made, see [`ledger`](crate::policy::ledger).
+    /// The idempotency key of the call, see [`ledger`](crate::policy::ledger).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub key: Option<String>,
-    /// The approvals by which it is made: at most one on account of the contract, and one of the pack.
+    /// The names of the call's approvals: at most one that the contract requires and one that the pack requires.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub approvals: Vec<String>,
-    /// In a rollback: the call that it undoes, by its name in the other task's log.
+    /// In a rollback: the call that this call compensates, by its name in the other task's log.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub undoes: Option<String>,
-    /// What the pack found of a tool call.
+    /// What the pack found about a tool call.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub assessment: Option<Assessment>,
-    /// The model that is asked, by which its price is found.
+    /// The requested model, which determines the price.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub model: Option<String>,
-    /// Tokens set aside until the outcome.
+    /// Tokens reserved until the outcome.
     pub reserved_tokens: i64,
-    /// Cost set aside until the outcome, in millionths of the pack's currency unit.
+    /// Cost reserved until the outcome, in millionths of the pack's currency unit.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub reserved_cost_micros: i64,
 }
 
-/// Whether a call's effect took place.
+/// Whether a call took effect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Effect {
-    /// The upstream answered that it did it.
+    /// The upstream answered that it executed the call.
     Applied,
-    /// It certainly did not: the request did not leave, or the upstream refused it.
+    /// The call certainly did not take effect: the request was not sent, or the upstream rejected it.
     NotApplied,
-    /// Nobody knows: sent, and no answer.
+    /// Not known: the request was sent and got no answer.
     Unknown,
 }
 
-/// What became of a call.
+/// The outcome of a call.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Outcome {
-    /// The intent's call.
+    /// The name of the call, as in its intent.
     pub call: String,
-    /// Whether its effect took place.
+    /// Whether the call took effect.
     pub effect: Effect,
-    /// The rule by which the gateway refused it or the upstream failed, if so.
+    /// The rule by which the gateway denied the call or the upstream failed, if any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rule: Option<Rule>,
     /// The upstream's HTTP status; 0 without one.
     pub status: u16,
-    /// The commitment to the reply's bytes as the agent got them, or would have but for `rule`; absent without a reply and for tunnels.
+    /// The commitment to the bytes of the reply that the agent got, or would have got without `rule`. Absent without a reply and for
+    /// tunnels.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub response_digest: Option<String>,
-    /// Bytes of the reply; of a tunnel and of a request through the proxy all that came back, heads included.
+    /// Bytes of the reply. For a tunnel and for a request through the proxy: all bytes that came back, including heads.
     pub response_bytes: u64,
-    /// Of a tunnel: bytes that the agent sent through it. Of other calls the intent has them.
+    /// For a tunnel: the bytes that the agent sent through it. For other calls the intent has them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sent_bytes: Option<u64>,
-    /// Tokens by the reply's own account, or the reservation where it gave none.
+    /// Tokens by the usage that the reply reports, or the reservation if it reports none.
     pub tokens: i64,
-    /// What they cost, in millionths of the pack's currency unit.
+    /// The cost of these tokens, in millionths of the pack's currency unit.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub cost_micros: i64,
     /// The address that the gateway dialled.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub upstream: Option<String>,
-    /// SHA-256 of the certificate that the upstream showed to the gateway, hex; absent without TLS, and for tunnels, in which it is the agent's.
+    /// SHA-256, hex, of the certificate that the upstream showed to the gateway. Absent without TLS, and for tunnels, whose TLS is the
+    /// agent's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub certificate: Option<String>,
-    /// How sensitive the result is that the agent got.
+    /// The sensitivity of the result that the agent got.
     #[serde(default, skip_serializing_if = "Sensitivity::is_unclassified")]
     pub sensitivity: Sensitivity,
-    /// The commitment to the arguments of the call that undoes this one by its contract. They are kept outside the log.
+    /// The commitment to the arguments of this call's compensation, as its contract describes it. The arguments are stored outside the log.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub undone_by: Option<String>,
 }
 
 impl Outcome {
-    /// The digest of the result that the agent got: there was a reply, and no rule withheld it.
+    /// Returns the digest of the result that the agent got. `None` if there was no reply or a rule withheld it.
     pub fn given(&self) -> Option<&String> {
         self.response_digest.as_ref().filter(|_| self.rule.is_none())
     }
 }
 
 impl Effect {
-    /// The name in records and metrics.
+    /// Returns the name in records and metrics.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Applied => "applied",
@@ -636,7 +641,7 @@ impl Effect {
         }
     }
 
-    /// What the ledger keeps of a call that ended so; nothing where it certainly did nothing.
+    /// Returns what the ledger stores about a call with this effect. `None` if the call certainly did nothing.
     pub fn fate(self) -> Option<Fate> {
         match self {
             Self::Applied => Some(Fate::Applied),
@@ -646,50 +651,50 @@ impl Effect {
     }
 }
 
-/// A call that was made before, and its result given again.
+/// A call that was answered with the result of an earlier call.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Replayed {
-    /// The call whose result it is.
+    /// The earlier call.
     pub call: String,
     /// The tool.
     pub target: String,
-    /// The idempotency key of both.
+    /// The idempotency key of both calls.
     pub key: String,
-    /// The commitment to the arguments of both.
+    /// The commitment to the arguments of both calls.
     pub request_digest: String,
-    /// The commitment to the result, as the call's outcome has it.
+    /// The commitment to the result, as in the outcome of the earlier call.
     pub response_digest: String,
 }
 
-/// What a read has told of a call whose fate was unknown.
+/// The resolution of a call whose outcome was unknown, by a read.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Resolved {
     /// The call.
     pub call: String,
-    /// Whether its effect took place: `applied` or `not_applied`.
+    /// Whether the call took effect: `applied` or `not_applied`.
     pub effect: Effect,
-    /// The call that has read it, after the other and of the tool that the contract's `verify` names.
+    /// The read that resolved it: a later call of the tool that the contract's `verify` names.
     pub by: String,
 }
 
-/// A refusal.
+/// A denial.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Denied {
-    /// Which way the call would have gone.
+    /// The channel of the denied call.
     pub channel: Channel,
-    /// What was asked for: at most 256 characters, control characters escaped.
+    /// The requested target: at most 256 characters, control characters escaped.
     pub target: String,
-    /// The rule that refused it.
+    /// The rule that denied the call.
     pub rule: Rule,
-    /// What the agent was told.
+    /// The reason that the agent was given.
     pub reason: String,
-    /// The commitment to the request, where there was one.
+    /// The commitment to the request, if there was one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub request_digest: Option<String>,
-    /// How many calls of this channel, target and rule were refused, where they came too fast for a record each.
+    /// How many calls of this channel, target and rule were denied. More than 1 if they came too fast for one record each.
     #[serde(default = "one", skip_serializing_if = "is_one")]
     pub count: i64,
 }
@@ -703,53 +708,53 @@ fn is_one(count: &i64) -> bool {
 }
 
 impl Denied {
-    /// Counts one more of its kind: the record is of no request any more.
+    /// Counts one more denial of the same kind. The record then no longer refers to one request.
     pub fn more(&mut self) {
         self.count = self.count.saturating_add(1);
         self.request_digest = None;
     }
 
-    /// How many calls it counts.
+    /// Returns how many calls the record counts.
     pub fn calls(&self) -> u64 {
         u64::try_from(self.count).unwrap_or_default()
     }
 
-    /// Whether it can be: it counts one call, or several and names the request of none.
+    /// Returns whether the record is valid: it counts one call, or it counts several and has no request digest.
     pub fn is_countable(&self) -> bool {
         self.count == 1 || (self.count > 1 && self.request_digest.is_none())
     }
 }
 
-/// Where people's approval of one exact call stands.
+/// The state of the approval of one exact call.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Approval {
-    /// Name of the ApprovalRequest, which follows from the call.
+    /// The name of the ApprovalRequest, which follows from the call.
     pub name: String,
-    /// Its UID.
+    /// The UID of the ApprovalRequest.
     pub uid: String,
-    /// On whose account people are asked.
+    /// Which policy requires the approval: the contract or the pack.
     pub by: AskedBy,
     /// The tool.
     pub tool: String,
     /// The commitment to the arguments.
     pub request_digest: String,
-    /// How many people must approve.
+    /// How many approvers must approve.
     pub required: i64,
-    /// By when, RFC 3339.
+    /// When the request expires, RFC 3339.
     pub expires: String,
-    /// Why the pack asks, as people saw it.
+    /// The pack's reasons to require approval, as the approvers saw them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub because: Vec<String>,
-    /// Where it stands.
+    /// The state of the request.
     pub standing: Standing,
-    /// Who has decided what.
+    /// The decisions, each with its approver.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub decisions: Vec<Vote>,
 }
 
 impl Approval {
-    /// The call that it is for.
+    /// Returns the call that the approval is for.
     pub fn call(&self) -> Exact {
         Exact { by: self.by, tool: self.tool.clone(), digest: self.request_digest.clone() }
     }
@@ -759,33 +764,34 @@ impl Approval {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct AttemptClosed {
-    /// `agentEnded`, `terminated`, `wallTime`, `denials`, `unapproved` or `parked`. Only after the first two may the same attempt open again.
+    /// `agentEnded`, `terminated`, `wallTime`, `denials`, `unapproved` or `parked`. The same attempt may open again only after the first
+    /// two.
     pub reason: String,
 }
 
 impl AttemptClosed {
-    /// The agent has ended by itself, while its wall time was not over, and whoever ran it has waited for it. A pod's harness cannot know
-    /// this: `belay run` does.
+    /// The agent ended by itself within its wall time, and the process that ran it waited for its end. The harness in a pod cannot know
+    /// this; `belay run` does.
     pub const AGENT_ENDED: &str = "agentEnded";
-    /// The harness was told to end while the attempt's wall time was not over. The agent had ended, or never ran, or its pod was deleted or
-    /// evicted: the pod's status says which, and this word does not.
+    /// The harness was told to end within the attempt's wall time. The agent had ended or never ran, or its pod was deleted or evicted. The
+    /// pod's status says which of these happened; this value does not.
     pub const TERMINATED: &str = "terminated";
     /// The attempt's wall time was over.
     pub const WALL_TIME: &str = "wallTime";
-    /// So many calls were refused that the task is over.
+    /// So many calls were denied that the task is over.
     pub const DENIALS: &str = "denials";
-    /// A call that nobody approved in time has ended the task.
+    /// A call that was not approved in time ended the task.
     pub const UNAPPROVED: &str = "unapproved";
-    /// Evidence could not be stored for long.
+    /// Evidence could not be stored for a long time.
     pub const PARKED: &str = "parked";
 
-    /// Whether the harness ended while the attempt had wall time left, by its own clock, and for no reason of its own: whoever holds that
-    /// the attempt ran out of time is contradicted by this. It does not say that the agent has succeeded.
+    /// Returns whether the harness ended within the attempt's wall time, by its own clock, and not for a reason of its own. This
+    /// contradicts the statement that the attempt ran out of time. It does not say that the agent succeeded.
     pub fn is_in_time(&self) -> bool {
         matches!(self.reason.as_str(), Self::AGENT_ENDED | Self::TERMINATED)
     }
 
-    /// The rule by which the attempt is over for good. An attempt that was only told to end may open again: its harness was started again.
+    /// Returns the rule by which the attempt is over for good. An attempt that was only told to end may open again if its harness restarts.
     pub fn rule(&self) -> Option<Rule> {
         match self.reason.as_str() {
             Self::AGENT_ENDED | Self::TERMINATED => None,
@@ -798,40 +804,44 @@ impl AttemptClosed {
     }
 }
 
-/// How a task ended, by the operator's word.
+/// How a task ended, as the operator reports it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct TaskClosed {
     /// `Succeeded` or `Failed`.
     pub phase: String,
-    /// The failure class, empty on success; `Unknown` where it is not known how the agent ended.
+    /// The failure class, empty on success. `Unknown` if it is not known how the agent ended.
     pub failure_class: String,
-    /// One word for why.
+    /// The reason in one word.
     pub reason: String,
-    /// The agent's exit code in its last attempt, where it had one.
+    /// The agent's exit code in the last attempt, if it had one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub exit_code: Option<i32>,
-    /// SHA-256 of the images that the kubelet ran in its last attempt, hex, by container: as far as it has told.
+    /// SHA-256, hex, of the images that the kubelet ran in the last attempt, by container, as far as the kubelet reported them.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub images: BTreeMap<String, String>,
 }
 
 impl TaskClosed {
-    /// The failure class of a task of which it is not known how its agent ended.
+    /// The failure class of a task for which it is not known how its agent ended.
     pub const UNKNOWN: &str = "Unknown";
-    /// The reason of such an end.
+    /// The reason of a task for which it is not known how its agent ended.
     pub const VERDICT_UNKNOWN: &str = "VerdictUnknown";
 
-    /// The end of a task of which nobody knows how its agent ended.
+    /// Returns the end of a task for which it is not known how its agent ended.
     pub fn unknown(self) -> Self {
         let (phase, failure_class) = ("Failed".to_owned(), Self::UNKNOWN.to_owned());
         Self { phase, failure_class, reason: Self::VERDICT_UNKNOWN.to_owned(), ..self }
     }
 
-    /// What a task is sealed with, where whoever seals it says this. `began` is whether its last attempt opened
-    /// the log, without which no agent runs, `parting` how it was closed, if it was, and `time_over` whether its records reach beyond its time.
-    /// What was presumed, because nobody has seen the agent's end, is borne out by the log or is not known: but that its time was over, the
-    /// log itself tells. Where the log says otherwise of what was seen, it is not known either.
+    /// Returns the end with which a task is sealed if the party that seals it reports this end.
+    ///
+    /// `presumed` says that nobody saw the agent's end. `began` says whether the last attempt opened the log; no agent runs before that.
+    /// `parting` is the reason with which the attempt was closed, if it was. `time_over` says whether its records reach beyond its wall
+    /// time.
+    ///
+    /// The log must confirm a presumed end, or else the end is unknown. There is one exception: if the attempt was closed because its wall
+    /// time was over, that is the end, because the log itself reports it. An observed end is unknown, too, if the log contradicts it.
     pub fn borne_out(self, presumed: bool, began: bool, parting: Option<&str>, time_over: bool) -> Self {
         let in_time = |parting: &str| AttemptClosed { reason: parting.to_owned() }.is_in_time();
         let holds = match (self.phase.as_str(), self.failure_class.as_str()) {
@@ -848,13 +858,13 @@ impl TaskClosed {
                 Some(parting) if !in_time(parting) => false,
                 _ => time_over,
             },
-            // Its agent may have ended well before its pod was gone, and nobody has seen.
+            // The agent may have succeeded before its pod was gone, and nobody saw it.
             _ => !began || parting.is_some_and(|parting| !in_time(parting)),
         };
         if holds { self } else { self.unknown() }
     }
 
-    /// Whether the task has failed in a way that is known, so that what it did may be undone.
+    /// Returns whether the task failed in a known way, so that it may be rolled back.
     pub fn has_failed(&self) -> bool {
         self.phase == "Failed" && self.failure_class != Self::UNKNOWN && self.failure_class != "Cancelled"
     }

@@ -1,8 +1,9 @@
-//! What undoing a task takes, from its log, and how far that has come, from the log of its rollback.
+//! Finds in a task's log how to roll the task back, and in the rollback's log how far the rollback has come.
 //!
-//! Promises: pure. Each call that may have changed something is a [`Step`], newest first: undone by a call whose arguments were kept, or
-//! left to people with the reason. A step's call is made as it is planned, and not again once it took effect or nobody knows whether it
-//! did. Refuses: to guess, whether a call took effect or how it could be undone.
+//! Guarantees: all functions are pure. Each call that may have changed something is a [`Step`], newest first. A step has either a
+//! compensation whose arguments were stored, or manual action with the reason. A compensation is made as planned. It is not made again once
+//! it took effect or its outcome is unknown.
+//! Non-goals: guessing whether a call took effect or how it could be compensated.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -19,20 +20,20 @@ use crate::policy::{
     shorten::shorten,
 };
 
-/// What is to be undone, as it is recorded.
+/// The recorded plan of a rollback.
 pub mod plan;
 
-/// Steps of a plan at most: it is one record, and has to fit into a segment.
+/// The maximum number of steps in a plan. A plan is one document and must fit into a segment.
 pub const STEPS: usize = 4096;
 
-/// Reads a log, record by record, for what undoing it takes.
+/// Reads a log, record by record, and collects what its rollback needs.
 #[derive(Debug, Default)]
 pub struct Planner {
-    /// How calls of each tool are undone, by the newest attempt's policy.
+    /// How calls of each tool are compensated, by the newest attempt's policy.
     tools: BTreeMap<String, Option<Rollback>>,
-    /// Calls that may have changed something, by their places in the log.
+    /// Calls that may have changed something, by the sequence numbers of their intents.
     calls: BTreeMap<u64, Made>,
-    /// Their places by their names.
+    /// The sequence numbers of these intents, by the names of the calls.
     places: BTreeMap<String, u64>,
 }
 
@@ -42,13 +43,13 @@ struct Made {
     tool: String,
     rollback: Option<Rollback>,
     applied: bool,
-    /// When its outcome was recorded, and the digest of what undoes it.
+    /// When the outcome was recorded. `undone_by` is the commitment to the arguments of the compensation.
     ended: String,
     undone_by: Option<String>,
 }
 
 impl Planner {
-    /// Takes the next record in.
+    /// Adds the next record.
     pub fn take(&mut self, record: &Record) {
         match &record.event {
             Event::AttemptOpened(opened) => {
@@ -94,7 +95,7 @@ impl Planner {
         Some(made)
     }
 
-    /// The contracts of the calls that undo others.
+    /// Returns the contracts of the compensations.
     pub fn contracts(&self) -> BTreeSet<String> {
         let contract = |made: &Made| match made.by() {
             By::Call(undo) => Some(undo.contract),
@@ -103,7 +104,7 @@ impl Planner {
         self.calls.values().filter_map(contract).collect()
     }
 
-    /// The steps, newest first. Beyond [`STEPS`] the oldest are one, for people.
+    /// Returns the steps, newest first. Beyond [`STEPS`], the oldest calls are one step with manual action.
     pub fn steps(self) -> Vec<Step> {
         let older = self.calls.len().saturating_sub(STEPS);
         let step = |made: Made| Step { by: made.by(), call: made.call, tool: made.tool };
@@ -135,19 +136,19 @@ impl Made {
     }
 }
 
-/// A time and some seconds. One that cannot be read is long ago.
+/// Returns a time plus some seconds. A time that cannot be read counts as 1970.
 fn after(time: &str, seconds: i64) -> String {
     let time: Timestamp = time.parse().unwrap_or(Timestamp::UNIX_EPOCH);
     format!("{:.3}", time.checked_add(SignedDuration::from_secs(seconds)).unwrap_or(time))
 }
 
-/// How far the calls of a plan have come.
+/// The progress of a rollback.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Undoing {
-    /// What is undone.
+    /// The plan of the rollback.
     pub plan: Plan,
-    /// The calls that were made, by the calls that they undo.
+    /// The compensations that were made, by the calls that they compensate.
     #[serde(default)]
     made: BTreeMap<String, Try>,
 }
@@ -155,42 +156,43 @@ pub struct Undoing {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 struct Try {
-    /// The call that undoes.
+    /// The name of the compensation's call.
     by: String,
-    /// What became of it; nothing while it is under way.
+    /// Whether the compensation took effect. `None` while it has no outcome.
     effect: Option<Effect>,
 }
 
-/// Where one step stands.
+/// The state of one step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Standing {
-    /// Its call is to be made.
+    /// The compensation is still to be made.
     Due,
-    /// Its call took effect.
+    /// The compensation took effect.
     Undone,
-    /// Its call was made, and nobody knows whether it took effect.
+    /// The compensation was made, and its outcome is unknown.
     Unknown,
 }
 
-/// A call that is about to leave.
+/// A call that is about to be sent.
 #[derive(Clone, Copy, Debug)]
 pub struct Leaving<'a> {
-    /// Which way.
+    /// The channel.
     pub channel: Channel,
-    /// What it may change.
+    /// The side effect.
     pub effect: Option<SideEffect>,
-    /// The call that it undoes.
+    /// The call that it compensates.
     pub undoes: Option<&'a str>,
     /// The contract of its tool.
     pub contract: &'a str,
-    /// SHA-256 of its arguments, hex.
+    /// The commitment to its arguments, hex.
     pub digest: &'a str,
 }
 
-/// Whether a call may leave, by what its task undoes: a rollback makes the calls of its plan and reads, and nothing else undoes anything.
+/// Checks whether a call may be sent, given what its task rolls back. A rollback makes the calls of its plan and reads. No other task
+/// compensates anything.
 ///
 /// # Errors
-/// What was expected, and what was found.
+/// Returns what was expected and what was found.
 pub fn lets(undoing: Option<&Undoing>, call: Leaving<'_>, now: Timestamp) -> Result<(), String> {
     let Leaving { channel, effect, undoes, contract, digest } = call;
     let reads = matches!((channel, effect), (Channel::Listing, _) | (Channel::Tool, Some(SideEffect::Read)));
@@ -207,10 +209,10 @@ pub fn lets(undoing: Option<&Undoing>, call: Leaving<'_>, now: Timestamp) -> Res
     }
 }
 
-/// Whether a call may still be undone. A time that is not in the form of a record's is over.
+/// Checks whether a call may still be compensated. A deadline that does not have the form of a record's time has passed.
 ///
 /// # Errors
-/// Until when it could be.
+/// Returns the deadline if it has passed.
 pub fn in_time(undoes: &str, until: Option<&str>, now: Timestamp) -> Result<(), String> {
     match until {
         Some(until) if fits::time(until).is_none_or(|until| now > until) => {
@@ -221,12 +223,12 @@ pub fn in_time(undoes: &str, until: Option<&str>, now: Timestamp) -> Result<(), 
 }
 
 impl Undoing {
-    /// A plan of which nothing has been done.
+    /// Returns the progress of a plan before its first call.
     pub fn new(plan: Plan) -> Self {
         Self { plan, made: BTreeMap::new() }
     }
 
-    /// The planned call that undoes another.
+    /// Returns the planned compensation of a call.
     pub fn undo(&self, undoes: &str) -> Option<&Undo> {
         self.plan.steps.iter().find(|step| step.call == undoes).and_then(|step| match &step.by {
             By::Call(undo) => Some(undo),
@@ -234,7 +236,7 @@ impl Undoing {
         })
     }
 
-    /// Where a step stands. A call under way counts as one of which nobody knows.
+    /// Returns the state of a step. A compensation without an outcome counts as unknown.
     pub fn standing(&self, undoes: &str) -> Standing {
         match self.made.get(undoes).map(|made| made.effect) {
             None => Standing::Due,
@@ -243,7 +245,7 @@ impl Undoing {
         }
     }
 
-    /// Whether a call may be made now: of this contract, with arguments of this digest, to undo that call.
+    /// Checks whether a call of this contract, with arguments of this digest, may be made now to compensate the call `undoes`.
     fn check(&self, undoes: &str, contract: &str, digest: &str, now: Timestamp) -> Result<(), String> {
         let Some(undo) = self.undo(undoes) else {
             return Err(format!("expected a call that the plan undoes by a call, found {undoes:?}"));
@@ -264,12 +266,12 @@ impl Undoing {
         }
     }
 
-    /// A call is about to undo another; it was [let](lets).
+    /// Records that a compensation is about to be sent. [`lets`] must have allowed it.
     pub fn intend(&mut self, undoes: &str, by: &str) {
         self.made.insert(undoes.to_owned(), Try { by: by.to_owned(), effect: None });
     }
 
-    /// What became of a call. One that certainly did nothing may be made again.
+    /// Records the outcome of a compensation. A compensation that certainly did nothing may be made again.
     pub fn settle(&mut self, by: &str, effect: Effect) {
         match effect {
             Effect::NotApplied => self.made.retain(|_, made| made.by != by),
@@ -277,7 +279,7 @@ impl Undoing {
         }
     }
 
-    /// Steps that are undone, of how many, and what is left to people with its reason.
+    /// Returns the number of compensated steps, and the steps that need manual action, each with its reason.
     pub fn summary(&self) -> (usize, Vec<(&Step, String)>) {
         let left = self.plan.steps.iter().filter_map(|step| {
             let why = match (&step.by, self.standing(&step.call)) {

@@ -1,12 +1,12 @@
 //! The unit of storage: some records, and the checkpoint over the log up to the last of them.
 //!
-//! A segment is text: a line `{"checkpoint":"<signed note>"}`, then one record a line, each line canonical JSON (RFC 8785)
-//! that ends with a newline. Where records name documents, their digests are in the first line, `"documents":["<SHA-256, hex>",…]`, and
-//! the documents follow it, one a line, before the records.
+//! A segment is text. Its first line is `{"checkpoint":"<signed note>"}`. After it there is one record per line. Each line is canonical
+//! JSON (RFC 8785) and ends with a newline. If records name documents, the first line has their digests as `"documents":["<SHA-256,
+//! hex>",…]`, and the documents are the lines between the first line and the records, one per line.
 //!
-//! Promises: `Segment::parse` accepts exactly the bytes that `Segment::to_bytes` writes, so that a segment has one
-//! form and no byte of it goes unchecked; a canonical form also has no duplicate keys. Refuses: judging signatures and
-//! meaning, which is the gateway's and the verifier's.
+//! Guarantees: `Segment::parse` accepts exactly the bytes that `Segment::to_bytes` writes. So a segment has only one form, and every byte
+//! of it is checked. The canonical form also excludes duplicate keys.
+//! Non-goals: checking signatures and meaning, which the gateway and the verifier do.
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -18,34 +18,34 @@ use super::{
 };
 use crate::canonical;
 
-/// Where a log's segments lie, under the log's prefix.
+/// The folder of a log's segments under the log's prefix.
 pub const FOLDER: &str = "segments/";
-/// Levels to which a line is nested at most. Readers give up at different ones.
+/// The maximum number of levels to which a line is nested. Readers have different limits of their own.
 const DEEPEST: usize = 100;
-/// How a segment's key ends.
+/// The end of a segment's key.
 const SUFFIX: &str = ".jsonl";
 
 /// A segment that cannot be read, or does not extend the log.
 #[derive(Debug, thiserror::Error)]
 pub enum SegmentError {
-    /// A line that is not what it must be. Lines count from 1.
+    /// A line is not what it must be. Lines count from 1.
     #[error("line {line}: {problem}")]
     Line {
         /// The line.
         line: usize,
-        /// The record that it is, by its place in the segment.
+        /// The record in this line, by its index in the segment.
         record: Option<usize>,
         /// What was expected and found.
         problem: String,
     },
-    /// A record that a later version may know.
+    /// A later version may be able to read this record.
     #[error("line {line}: {problem}")]
     Newer {
         /// The line, from 1.
         line: usize,
-        /// The record that it is, by its place in the segment.
+        /// The record in this line, by its index in the segment.
         record: usize,
-        /// What is not known.
+        /// What this version does not know.
         problem: String,
     },
     /// The checkpoint's note cannot be read.
@@ -59,18 +59,18 @@ pub enum SegmentError {
         /// The segment's first record.
         found: u64,
     },
-    /// The checkpoint is not that of these records.
+    /// The checkpoint does not match the records.
     #[error("line 1: expected a checkpoint of {} records with root {}, found one of {} with {}", .expected.size, .expected.root_base64(), .found.size, .found.root_base64())]
     Checkpoint {
-        /// What the records add up to.
+        /// The checkpoint that follows from the records.
         expected: Box<Checkpoint>,
-        /// What the segment says.
+        /// The checkpoint in the segment.
         found: Box<Checkpoint>,
     },
 }
 
 impl SegmentError {
-    /// The record that is wrong, by its place in the segment, where one is to blame.
+    /// Returns the wrong record, by its index in the segment, if the error is about one record.
     pub fn record(&self) -> Option<usize> {
         match self {
             Self::Line { record, .. } => *record,
@@ -85,16 +85,16 @@ impl SegmentError {
 pub struct Segment {
     /// The signed checkpoint.
     pub note: Note,
-    /// Sequence number of the first record.
+    /// The sequence number of the first record.
     pub first: u64,
-    /// The canonical bytes of each document that the records name, in the order in which they do.
+    /// The canonical bytes of each document, in the order in which the records name them.
     pub documents: Vec<Vec<u8>>,
     /// The canonical bytes of each record, without newline.
     pub records: Vec<Vec<u8>>,
 }
 
 impl Segment {
-    /// A segment of these records from `first` on.
+    /// Returns a segment of these records, which start at `first`.
     pub fn new(note: Note, first: u64, entries: Vec<Encoded>) -> Self {
         let mut segment = Self { note, first, documents: Vec::new(), records: Vec::new() };
         for entry in entries {
@@ -104,10 +104,10 @@ impl Segment {
         segment
     }
 
-    /// Reads a segment: form, canonical bytes, digests of documents, and unbroken sequence numbers.
+    /// Reads a segment. Checks its form, canonical bytes, digests of documents, and unbroken sequence numbers.
     ///
     /// # Errors
-    /// Names the first line that is wrong.
+    /// Returns an error that names the first wrong line.
     pub fn parse(text: &[u8]) -> Result<Self, SegmentError> {
         let (mut segment, lines) = Self::head(text)?;
         segment.fill(lines, |line, _| {
@@ -119,15 +119,15 @@ impl Segment {
         Ok(segment)
     }
 
-    /// Reads a segment with its records, typed, in one go.
+    /// Reads a segment and decodes its records in one pass.
     ///
     /// # Errors
-    /// As [`Segment::parse`] and [`Segment::decode`].
+    /// Returns the errors of [`Segment::parse`] and [`Segment::decode`].
     pub fn read(text: &[u8]) -> Result<(Self, Vec<Record>), SegmentError> {
         let (mut segment, lines) = Self::head(text)?;
         let records = segment.fill(lines, |line, documents| {
             let bytes = whole_line(line)?;
-            // What a record's own canonical form is equal to is canonical.
+            // A line that equals the canonical form of its record is canonical.
             let record = Record::decode(bytes, documents)?;
             Ok((bytes, record.seq, record))
         })?;
@@ -136,7 +136,7 @@ impl Segment {
         Ok((segment, records))
     }
 
-    /// The checkpoint and the documents, and the lines after them, which count from 1.
+    /// Reads the checkpoint and the documents. Returns them and the remaining lines, numbered from 1.
     fn head(text: &[u8]) -> Result<(Self, impl Iterator<Item = (usize, &[u8])>), SegmentError> {
         let mut lines = text.split_inclusive(|b| *b == b'\n').enumerate().map(|(i, line)| (i + 1, line));
         let (number, header) = lines.next().ok_or_else(|| broken(1, "expected a checkpoint, found nothing"))?;
@@ -168,8 +168,8 @@ impl Segment {
         Ok((Self { note, first: 0, documents, records: Vec::new() }, lines))
     }
 
-    /// Reads the records; `each` reads a line, with the documents that no record before it has named: its bytes without newline, its
-    /// sequence number, and what else it is.
+    /// Reads the records. `each` reads one line and may take documents that no earlier record named. It returns the line's bytes without
+    /// the newline, its sequence number, and the decoded value.
     fn fill<'t, T>(
         &mut self,
         lines: impl Iterator<Item = (usize, &'t [u8])>,
@@ -197,23 +197,23 @@ impl Segment {
         }
     }
 
-    /// Records in the log after it.
+    /// Returns the number of records in the log up to the end of this segment.
     pub fn end(&self) -> u64 {
         self.first.saturating_add(u64::try_from(self.records.len()).unwrap_or(u64::MAX))
     }
 
-    /// Whether the records of another segment are among this one's, at their place.
+    /// Checks whether this segment has the records of another segment at their place.
     pub fn holds(&self, other: &Self) -> bool {
         let from = other.first.checked_sub(self.first).and_then(|from| usize::try_from(from).ok());
         let there = from.and_then(|from| self.records.get(from..)?.get(..other.records.len()));
         there == Some(other.records.as_slice())
     }
 
-    /// The segment's text: what [`Segment::parse`] reads.
+    /// Returns the segment's text, which [`Segment::parse`] reads.
     pub fn to_bytes(&self) -> Vec<u8> {
         let documents = (!self.documents.is_empty())
             .then(|| self.documents.iter().map(|document| hex::encode(canonical::sha256(document))).collect());
-        // Strings have a canonical form: RFC 8785 writes them as `serde_json` does, and the keys are in order.
+        // These strings have a canonical form: RFC 8785 writes strings as `serde_json` does, and the keys are in order.
         let header = serde_json::json!(Header { checkpoint: self.note.to_string(), documents }).to_string();
         let mut text = header.into_bytes();
         text.push(b'\n');
@@ -224,10 +224,11 @@ impl Segment {
         text
     }
 
-    /// The records, typed.
+    /// Decodes the records.
     ///
     /// # Errors
-    /// If one is not a record of this version, whole, with its documents: see [`Record::decode`]; if there is a document that none names.
+    /// Returns an error if a line is not a complete record of this version with its documents (see [`Record::decode`]), or if there is a
+    /// document that no record names.
     pub fn decode(&self) -> Result<Vec<Record>, SegmentError> {
         let mut documents = self.documents.iter().map(Vec::as_slice);
         let decode = |(record, bytes): (usize, &Vec<u8>)| {
@@ -239,8 +240,8 @@ impl Segment {
         Ok(records)
     }
 
-    /// The first record that says itself that it is of a later version, or else the first document of the first record that is of none that
-    /// is known: by it the segment is not to be judged, whatever the others are.
+    /// Returns the first record that says itself that it is of a later version, or else the first document of the first record whose form
+    /// this version does not know. Such a record or document makes the segment one of a later version, whatever its other records are.
     pub fn newer(&self) -> Option<SegmentError> {
         let newer = |record: usize, bytes: &Vec<u8>| {
             Some(unreadable(self.documents.len() + 2 + record, record, Record::newer(bytes)?))
@@ -256,17 +257,18 @@ impl Segment {
             .or_else(|| documents.find_map(|(place, document)| unknown(place, document)))
     }
 
-    /// Records have named so many documents: all there are.
+    /// Checks that there are no more documents than the records have named.
     fn all_named(&self, named: usize) -> Result<(), SegmentError> {
         let Some(document) = self.documents.get(named) else { return Ok(()) };
         let digest = hex::encode(canonical::sha256(document));
         Err(broken(named + 2, format!("expected a document that a record names, found {digest}")))
     }
 
-    /// The log's tree with this segment's records at its end.
+    /// Returns the log's tree with this segment's records at its end.
     ///
     /// # Errors
-    /// If the segment does not start where `tree` ends, or its checkpoint's size or root is not that of the result.
+    /// Returns an error if the segment does not start where `tree` ends, or if its checkpoint does not have the size and root of the
+    /// result.
     pub fn extend(&self, tree: &Tree) -> Result<Tree, SegmentError> {
         if self.first != tree.size() {
             return Err(SegmentError::Position { expected: tree.size(), found: self.first });
@@ -281,19 +283,19 @@ impl Segment {
         Ok(tree)
     }
 
-    /// Where the segment lies under the log's prefix: `segments/0000000000.jsonl`.
+    /// Returns the key of a segment under the log's prefix, such as `segments/0000000000.jsonl`.
     pub fn key(first: u64) -> String {
         format!("{FOLDER}{first:010}{SUFFIX}")
     }
 
-    /// The first sequence number in a key that [`Segment::key`] made.
+    /// Returns the first sequence number of a segment from a key that [`Segment::key`] made.
     pub fn first_of(key: &str) -> Option<u64> {
         let first = key.strip_prefix(FOLDER)?.strip_suffix(SUFFIX)?.parse().ok()?;
         (Self::key(first) == key).then_some(first)
     }
 }
 
-/// A segment's first line.
+/// The first line of a segment.
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Header {
@@ -302,12 +304,12 @@ struct Header {
     documents: Option<Vec<String>>,
 }
 
-/// A line's bytes without newline.
+/// Returns a line's bytes without the newline.
 fn whole_line(line: &[u8]) -> Result<&[u8], String> {
     line.strip_suffix(b"\n").ok_or_else(|| "expected a newline at its end; the segment is cut off".to_owned())
 }
 
-/// How deep lists and objects are nested in JSON.
+/// Returns how deep lists and objects are nested in JSON.
 fn levels(json: &[u8]) -> usize {
     let (mut level, mut deepest, mut text, mut escaped) = (0_usize, 0, false, false);
     for byte in json {
@@ -326,7 +328,7 @@ fn levels(json: &[u8]) -> usize {
     deepest
 }
 
-/// A line's bytes without newline, and its value.
+/// Returns a line's bytes without the newline, and its value.
 fn canonical_line(line: &[u8]) -> Result<(&[u8], Value), String> {
     let bytes = whole_line(line)?;
     let levels = levels(bytes);
@@ -341,7 +343,7 @@ fn canonical_line(line: &[u8]) -> Result<(&[u8], Value), String> {
     }
 }
 
-/// A name by which `serde_json` means something else, where it comes first in its object.
+/// Returns a name that has a special meaning for `serde_json` if it comes first in its object.
 fn reserved(value: &Value) -> Option<&str> {
     match value {
         Value::Object(members) => members.iter().find_map(|(name, value)| match name.starts_with("$serde_json::") {
@@ -353,7 +355,7 @@ fn reserved(value: &Value) -> Option<&str> {
     }
 }
 
-/// What is wrong with a line that is a record.
+/// Returns the error for a line with a record.
 fn unreadable(line: usize, record: usize, unread: Unread) -> SegmentError {
     match unread {
         Unread::Wrong(problem) => SegmentError::Line { line, record: Some(record), problem },
@@ -361,7 +363,7 @@ fn unreadable(line: usize, record: usize, unread: Unread) -> SegmentError {
     }
 }
 
-/// What is wrong with a line that is no record.
+/// Returns the error for a line without a record.
 fn broken(line: usize, problem: impl Into<String>) -> SegmentError {
     SegmentError::Line { line, record: None, problem: problem.into() }
 }

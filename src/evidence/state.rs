@@ -1,12 +1,13 @@
-//! The meaning of a task's log: whether a record may follow, and what it does to the task's state.
+//! The meaning of a task's log: which record may follow, and how a record changes the task's state.
 //!
-//! The rules are written once, here, for everybody who asks them: the harness before it writes a record, the witness before it signs one,
-//! the verifier afterwards. [`rule`] is the table of the rules and of who asks which.
+//! The rules are written once, here, for all their users: the harness before it writes a record, the witness before it signs one, and the
+//! verifier afterwards. [`rule`] is the table of the rules and of the users that check them.
 //!
-//! Guarantees: [`TaskState::check`] changes nothing and finds every violation; [`TaskState::apply`] takes every record, also one that
-//! violates a rule, so that one wrong record is one finding and not a hundred; a clone is cheap, because what grows is shared; a bounded
-//! state ([`User::Harness`], [`User::Witness`]) takes bounded memory. Non-goals: bytes, signatures and trees (see
-//! [`segment`](super::segment)); rules that need more than the log, such as the arguments of a call.
+//! Guarantees: [`TaskState::check`] changes nothing and finds every violation. [`TaskState::apply`] accepts every record, even one that
+//! violates a rule, so that one wrong record is one finding and not a hundred. A clone is cheap, because growing data is shared. A bounded
+//! state ([`User::Harness`], [`User::Witness`]) takes bounded memory.
+//! Non-goals: bytes, signatures and trees (see [`segment`](super::segment)); rules that need more than the log, such as the arguments of a
+//! call.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -30,9 +31,9 @@ use crate::policy::{
     rule::Rule,
 };
 
-/// Approval requests and votes.
+/// Approval requests and decisions.
 mod approvals;
-/// Attempts: opening, closing, and who may write between.
+/// Attempts: opening, closing, and who may write in between.
 mod attempts;
 /// Calls: intents, outcomes, replays and resolutions.
 mod calls;
@@ -49,52 +50,52 @@ pub struct TaskState {
     /// The rule that a test has switched off.
     #[cfg(test)]
     off: Option<LogRule>,
-    /// The log's origin line.
+    /// The log's origin.
     origin: Arc<str>,
-    /// The newest attempt that any record names.
+    /// The newest attempt that a record names.
     named_attempt: i64,
     /// The newest attempt that was opened.
     attempt: i64,
-    /// Between `attempt.opened` and `attempt.closed`.
+    /// Whether the newest attempt is between `attempt.opened` and `attempt.closed`.
     is_open: bool,
-    /// The attempt has seen its containment broken.
+    /// Whether the attempt has seen its containment broken.
     containment_lost: bool,
-    /// The rule by which the attempt has ended for good.
+    /// The rule by which the attempt ended for good.
     terminated_by: Option<Rule>,
-    /// `task.closed` was seen.
+    /// Whether the log has `task.closed`.
     ended: bool,
     /// The key that signs the newest attempt's checkpoints.
     key: Option<Arc<VerifierKey>>,
     policy: Option<Arc<Policy>>,
     usage: Usage,
-    /// Of what is counted as used, what is set aside for calls under way.
+    /// The part of `usage` that is reserved for open calls.
     held: Spent,
-    /// Refusals that end nothing, among those that are counted.
+    /// The number of counted denials that do not count towards the limit on denials.
     ignored: i64,
-    /// Calls of each tool over all attempts, and the definition by which the newest attempt called it first.
+    /// Calls of each tool over all attempts, and the definition with which the newest attempt first called the tool.
     tools: OrdMap<String, ToolUsage>,
     approvals: Arc<Approvals>,
     ledger: Arc<Ledger>,
-    /// What a rollback undoes, and how far that has come.
+    /// The plan and the progress of a rollback.
     rollback: Option<Arc<Undoing>>,
     /// The most sensitive data that the task has handled.
     seen: Sensitivity,
-    /// The places of all intents, by the print of their calls' names.
+    /// The sequence numbers of all intents, by the fingerprints of their calls' names.
     named: HashMap<u128, u64>,
     /// Calls without an outcome, by their names.
     open_calls: HashMap<String, Arc<IntentFacts>>,
-    /// Calls of unknown fate, by their names.
+    /// Calls with an unknown outcome, by their names.
     unknown: OrdMap<String, Unknown>,
-    /// Calls by the places of their intents; the recent ones where memory is bounded.
+    /// Calls by the sequence numbers of their intents. Where memory is bounded, only recent calls.
     calls: OrdMap<u64, Arc<IntentFacts>>,
 }
 
-/// A policy as records are judged by it.
+/// The policy against which records are checked.
 struct Policy {
     config: PolicyConfig,
-    /// Its digest, hex; empty where it has none.
+    /// The digest of the policy, hex; empty if it has none.
     digest: Arc<str>,
-    /// What its pack says to calls, for users that ask.
+    /// The pack's compiled rules, for users that evaluate them.
     guard: Option<Guard>,
 }
 
@@ -104,56 +105,56 @@ impl std::fmt::Debug for Policy {
     }
 }
 
-/// A call of unknown fate: by its outcome, or because its harness is gone.
+/// A call with an unknown outcome: its outcome says so, or its harness is gone.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Unknown {
     /// The tool.
     pub target: String,
-    /// The idempotency key under which it was made.
+    /// The idempotency key of the call.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub key: Option<String>,
-    /// The record from which on its fate is unknown: a read that tells comes after it.
+    /// The sequence number of the record since which the outcome is unknown. Only a read after it can resolve the call.
     pub since: u64,
 }
 
-/// What another harness of a task goes on from. Approvals are not in it: what people decided is asked for anew.
+/// The state from which another harness of a task continues. It has no approvals, because the harness requests decisions again.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Snapshot {
     /// The newest attempt that was opened; 0 before the first.
     #[serde(default)]
     pub attempt: i64,
-    /// The counters of the last record.
+    /// The counters after the last record.
     pub usage: Usage,
-    /// How many of its refusals end nothing.
+    /// The number of denials that do not count towards the limit on denials.
     #[serde(default)]
     pub ignored: i64,
-    /// What the log says of each tool, by its name.
+    /// What the log says about each tool, by the tool's name.
     #[serde(default)]
     pub tools: BTreeMap<String, ToolUsage>,
     /// Calls by their idempotency keys.
     #[serde(default)]
     pub ledger: Ledger,
-    /// Calls of unknown fate that have a key, by their names.
+    /// Calls with an unknown outcome and an idempotency key, by their names.
     #[serde(default)]
     pub unknown: BTreeMap<String, Unknown>,
     /// The most sensitive data that the task has handled.
     #[serde(default)]
     pub seen: Sensitivity,
-    /// What a rollback undoes, and how far that has come.
+    /// The plan and the progress of a rollback.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub undoing: Option<Undoing>,
 }
 
-/// What is found of one record.
+/// The findings about one record.
 struct Findings<'s> {
     state: &'s TaskState,
     violations: Vec<Violation>,
 }
 
 impl Findings<'_> {
-    /// Whether the state's user asks for a rule.
+    /// Returns whether the state's user checks a rule.
     fn asks(&self, rule: LogRule) -> bool {
         self.state.asks(rule)
     }
@@ -164,21 +165,21 @@ impl Findings<'_> {
         }
     }
 
-    /// Asks for a rule; the message is made where it does not hold.
+    /// Checks a rule. The message is made only if the rule does not hold.
     fn expect(&mut self, rule: LogRule, holds: bool, message: impl FnOnce() -> String) {
         if !holds {
             self.violated(rule, message());
         }
     }
 
-    /// Asks for a rule whose check says itself what does not hold.
+    /// Checks a rule whose check gives the message itself.
     fn expect_ok<T>(&mut self, rule: LogRule, result: Result<T, String>) -> Option<T> {
         result.map_err(|message| self.violated(rule, message)).ok()
     }
 }
 
 impl TaskState {
-    /// The state before the first record of the log with this origin line.
+    /// Returns the state before the first record of the log with this origin.
     pub fn new(user: User, origin: &str) -> Self {
         Self {
             user,
@@ -208,7 +209,7 @@ impl TaskState {
         }
     }
 
-    /// The state from which an attempt's harness goes on.
+    /// Returns the state from which an attempt's harness continues.
     pub fn resume(origin: &str, snapshot: Snapshot) -> Self {
         let Snapshot { attempt, usage, ignored, tools, ledger, unknown, seen, undoing } = snapshot;
         Self {
@@ -225,12 +226,12 @@ impl TaskState {
         }
     }
 
-    /// What a harness of this attempt goes on from, when it opens the log now: what is open stays open for ever.
+    /// Returns the state from which a harness of this attempt continues if it opens the log now. Calls that are open now stay open forever.
     pub fn snapshot(&self, attempt: i64) -> Snapshot {
         let mut ledger = (*self.ledger).clone();
         ledger.abandon();
         let of = |(name, used): (&String, &ToolUsage)| {
-            // Definitions are each attempt's own.
+            // Definitions belong to one attempt.
             let definition = used.definition.clone().filter(|_| attempt == self.attempt);
             (name.clone(), ToolUsage { definition, ..used.clone() })
         };
@@ -248,7 +249,7 @@ impl TaskState {
         }
     }
 
-    /// The same state without one rule, for tests that ask whether the rule is tested.
+    /// Returns the same state without one rule, for tests that check whether the rule is tested.
     #[cfg(test)]
     #[must_use]
     pub(crate) fn without(self, rule: LogRule) -> Self {
@@ -263,12 +264,12 @@ impl TaskState {
         rule.is_asked_by(self.user)
     }
 
-    /// Whether what is kept is bounded.
+    /// Returns whether the memory of the state is bounded.
     fn is_bounded(&self) -> bool {
         self.user != User::Verifier
     }
 
-    /// Everything that does not hold of a record at this place, in the order of the rules.
+    /// Returns everything that does not hold about a record at this place, in the order of the rules.
     pub fn check(&self, record: &Record) -> Vec<Violation> {
         let mut found = Findings { state: self, violations: Vec::new() };
         let kind = record.event.kind();
@@ -305,7 +306,8 @@ impl TaskState {
         found.violations
     }
 
-    /// Takes a record in, whether it violates a rule or not. What follows is judged by what follows from its event, and not by its counters.
+    /// Applies a record, whether it violates a rule or not. Later records are checked against what follows from the record's event, and not
+    /// against its counters.
     pub fn apply(&mut self, record: &Record) {
         let usage = self.usage_after(&record.event);
         if !matches!(record.event, Event::TaskClosed(_)) {
@@ -330,7 +332,7 @@ impl TaskState {
         self.usage = usage;
     }
 
-    /// The counters after an event, as its record has to have them.
+    /// Returns the counters after an event. The record of the event must have them.
     pub fn usage_after(&self, event: &Event) -> Usage {
         let mut usage = self.usage;
         match event {
@@ -356,7 +358,7 @@ impl TaskState {
         usage
     }
 
-    /// Each writer writes its own kinds.
+    /// Checks that each writer writes only its own kinds of records.
     fn check_writer(&self, record: &Record, found: &mut Findings<'_>) {
         let kind = record.event.kind();
         match (record.actor, &record.event) {
@@ -383,99 +385,99 @@ impl TaskState {
         }
     }
 
-    /// The policy of the newest attempt.
+    /// Returns the policy of the newest attempt.
     fn config(&self) -> Option<&PolicyConfig> {
         self.policy.as_deref().map(|policy| &policy.config)
     }
 
-    /// A tool by the policy of the newest attempt.
+    /// Returns a tool from the policy of the newest attempt.
     fn tool(&self, name: &str) -> Option<&Tool> {
         self.config()?.tool(name)
     }
 
-    /// The newest attempt that was opened, 0 before the first.
+    /// Returns the newest attempt that was opened, 0 before the first.
     pub fn attempt(&self) -> i64 {
         self.attempt
     }
 
-    /// Whether the newest attempt is between its opening and its end.
+    /// Returns whether the newest attempt is between its opening and its end.
     pub fn is_open(&self) -> bool {
         self.is_open
     }
 
-    /// Whether the task has ended.
+    /// Returns whether the task has ended.
     pub fn has_ended(&self) -> bool {
         self.ended
     }
 
-    /// Whether the attempt has seen its containment broken: no call of it leaves any more.
+    /// Returns whether the attempt has seen its containment broken. No call of the attempt is sent after that.
     pub fn containment_lost(&self) -> bool {
         self.containment_lost
     }
 
-    /// The rule by which this attempt has come to an end from which it does not open again.
+    /// Returns the rule by which this attempt ended for good. It does not open again.
     pub fn terminated_by(&self, attempt: i64) -> Option<Rule> {
         self.terminated_by.filter(|_| attempt == self.attempt)
     }
 
-    /// The key that signs the newest attempt's checkpoints.
+    /// Returns the key that signs the newest attempt's checkpoints.
     pub fn key(&self) -> Option<&VerifierKey> {
         self.key.as_deref()
     }
 
-    /// The limits of the newest attempt.
+    /// Returns the limits of the newest attempt.
     pub fn limits(&self) -> Option<Limits> {
         self.config().map(|policy| policy.limits)
     }
 
-    /// The counters after the last record.
+    /// Returns the counters after the last record.
     pub fn usage(&self) -> Usage {
         self.usage
     }
 
-    /// The counters against the limits of the newest attempt. Without one nothing is left.
+    /// Returns the budget: the limits of the newest attempt without what is used. Before the first attempt nothing is left.
     pub fn budget(&self) -> Budget {
         let limits = self.limits().unwrap_or_default();
         Budget::resume(limits, self.usage).ignoring(self.ignored).holding(self.held)
     }
 
-    /// How many of the refusals end nothing.
+    /// Returns the number of denials that do not count towards the limit on denials.
     pub fn ignored(&self) -> i64 {
         self.ignored
     }
 
-    /// What the log says of approvals.
+    /// Returns what the log says about approvals.
     pub fn approvals(&self) -> &Approvals {
         &self.approvals
     }
 
-    /// Calls by their idempotency keys.
+    /// Returns the calls by their idempotency keys.
     pub fn ledger(&self) -> &Ledger {
         &self.ledger
     }
 
-    /// The most sensitive data that the task has handled.
+    /// Returns the most sensitive data that the task has handled.
     pub fn seen(&self) -> Sensitivity {
         self.seen
     }
 
-    /// What a rollback undoes, and how far that has come.
+    /// Returns the plan and the progress of a rollback.
     pub fn rollback(&self) -> Option<&Undoing> {
         self.rollback.as_deref()
     }
 
-    /// Calls without an outcome, by their names.
+    /// Returns the calls without an outcome, by their names.
     pub fn open_calls(&self) -> &HashMap<String, Arc<IntentFacts>> {
         &self.open_calls
     }
 
-    /// The intent with this sequence number; where memory is bounded, if it is recent.
+    /// Returns the intent with this sequence number. Where memory is bounded, only a recent intent is found.
     pub fn intent(&self, seq: u64) -> Option<&IntentFacts> {
         self.calls.get(&seq).map(Arc::as_ref)
     }
 }
 
-/// The counters in words.
+/// Returns the counters in words.
 fn counters(usage: &Usage) -> String {
     let cost =
         if usage.cost_micros == 0 { String::new() } else { format!(", a cost of {}", price::show(usage.cost_micros)) };

@@ -1,7 +1,7 @@
-//! Where segments lie: objects that are written once.
+//! Stores for segments: objects that are written once.
 //!
-//! Promises: `Store::put_new` never replaces an object, and when it succeeds the bytes are durable and, where the store
-//! has locks, locked. Refuses: deleting and replacing; no store here can.
+//! Guarantees: `Store::put_new` never replaces an object. When it succeeds, the bytes are durable and, if the store has locks, locked.
+//! Non-goals: deleting and replacing objects. No store here can do that.
 
 use std::{fmt, str::FromStr};
 
@@ -9,9 +9,9 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use jiff::SignedDuration;
 
-/// A folder: for development and for downloaded logs.
+/// A folder as a store, for development and for downloaded logs.
 pub mod dir;
-/// A bucket with Object Lock.
+/// A bucket with Object Lock as a store.
 #[cfg(feature = "s3")]
 pub mod s3;
 
@@ -20,7 +20,7 @@ pub mod s3;
 pub struct Location {
     /// The bucket.
     pub bucket: String,
-    /// The prefix, with a slash at its end unless empty.
+    /// The prefix, with a slash at its end unless it is empty.
     pub prefix: String,
 }
 
@@ -30,7 +30,7 @@ impl fmt::Display for Location {
     }
 }
 
-/// Not an S3 location.
+/// A text that is not an S3 location.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error("expected s3://bucket/prefix, found {0:?}")]
 pub struct LocationError(String);
@@ -49,7 +49,7 @@ impl FromStr for Location {
     }
 }
 
-/// The prefix of a task's log: `<prefix>/<namespace>/<task>/<uid>/`.
+/// Returns the prefix of a task's log: `<prefix>/<namespace>/<task>/<uid>/`.
 pub fn log_prefix(pack_prefix: Option<&str>, namespace: &str, task: &str, uid: &str) -> String {
     match pack_prefix {
         Some(prefix) if !prefix.is_empty() => format!("{prefix}/{namespace}/{task}/{uid}/"),
@@ -57,29 +57,29 @@ pub fn log_prefix(pack_prefix: Option<&str>, namespace: &str, task: &str, uid: &
     }
 }
 
-/// S3 Object Lock's two modes.
+/// A mode of S3 Object Lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 pub enum Mode {
-    /// Nobody can delete or shorten.
+    /// Nobody can delete the object or shorten the lock.
     Compliance,
-    /// Holders of `s3:BypassGovernanceRetention` can.
+    /// Holders of `s3:BypassGovernanceRetention` can delete the object or shorten the lock.
     Governance,
 }
 
-/// How long an object is locked, from its writing.
+/// How long an object is locked after it is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Retention {
-    /// How hard.
+    /// The mode of the lock.
     pub mode: Mode,
-    /// For how many days.
+    /// The length of the lock in days.
     pub days: i64,
 }
 
 impl Retention {
-    /// What a store makes of its clock between being asked and writing.
+    /// The tolerance for the time that passes, by the store's clock, between a request and the write.
     const SLACK: SignedDuration = SignedDuration::from_mins(1);
 
-    /// Whether an object is locked as this asks for, by the store's own clock.
+    /// Checks whether an object is locked as required, by the store's own clock.
     pub fn holds(&self, object: &StoredObject) -> bool {
         let hard = object.mode == Some(self.mode) || object.mode == Some(Mode::Compliance);
         let (Some(written), Some(until)) = (object.written, object.retain_until) else { return false };
@@ -91,28 +91,28 @@ impl Retention {
 /// One version of an object.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StoredObject {
-    /// Its whole key.
+    /// The full key.
     pub key: String,
-    /// Its version; `null` where the bucket keeps none.
+    /// The version ID; `null` if the bucket has no versions.
     pub version_id: String,
-    /// Bytes; 0 for a delete marker.
+    /// The size in bytes; 0 for a delete marker.
     pub size: u64,
     /// When it was written, by the store's clock.
     pub written: Option<jiff::Timestamp>,
-    /// Until when it is locked.
+    /// When the lock ends.
     pub retain_until: Option<jiff::Timestamp>,
-    /// How hard it is locked.
+    /// The mode of the lock.
     pub mode: Option<Mode>,
-    /// Whether a plain read gives this version.
+    /// Whether a plain read returns this version.
     pub is_latest: bool,
     /// Whether it is a delete marker: somebody tried to hide the object.
     pub delete_marker: bool,
 }
 
-/// A store that fails.
+/// An error of a store.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
-    /// No such object.
+    /// The object does not exist.
     #[error("there is no object {key} in {place}")]
     NotFound {
         /// The object.
@@ -120,7 +120,7 @@ pub enum StoreError {
         /// The bucket or folder.
         place: String,
     },
-    /// The store refuses the caller.
+    /// The store denies the caller access.
     #[error("{place} refuses to {action} {key}: {detail}; check the credentials and their permissions")]
     Forbidden {
         /// What was tried.
@@ -129,10 +129,10 @@ pub enum StoreError {
         key: String,
         /// The bucket or folder.
         place: String,
-        /// The store's words.
+        /// The store's message.
         detail: String,
     },
-    /// The store cannot be reached, or fails: trying again may help.
+    /// The store cannot be reached, or fails. Another try may help.
     #[error("cannot {action} {key} in {place}: {detail}")]
     Unavailable {
         /// What was tried.
@@ -141,24 +141,24 @@ pub enum StoreError {
         key: String,
         /// The bucket or folder.
         place: String,
-        /// The store's words.
+        /// The store's message.
         detail: String,
     },
-    /// The store has taken an object, and does not lock it as it was asked to.
+    /// The store accepted an object and did not lock it as requested.
     #[error(
         "expected {key} to be locked for {days} days ({mode:?}), found {found}; evidence needs a bucket with Object Lock, and a user who may set it"
     )]
     Unlocked {
         /// The object.
         key: String,
-        /// How hard.
+        /// The requested mode.
         mode: Mode,
-        /// For how long.
+        /// The requested number of days.
         days: i64,
-        /// What the store says of it.
+        /// What the store reports about the lock.
         found: String,
     },
-    /// A key that no log has: it would lead out of the folder.
+    /// The key is not one of a log, because it would lead out of the folder.
     #[error("{0:?} is not a key: expected names joined by single slashes")]
     Key(String),
 }
@@ -166,18 +166,18 @@ pub enum StoreError {
 /// Why an object was not written.
 #[derive(Debug, thiserror::Error)]
 pub enum PutError {
-    /// There is another one under that key (HTTP 412): somebody else extended the log.
+    /// Another object exists under that key (HTTP 412): another writer extended the log.
     #[error("there is already another object under this key")]
     Exists,
-    /// The store failed. The object may or may not have been written: put the same bytes again to find out.
+    /// The store failed. The object may or may not have been written. Put the same bytes again to find out.
     #[error(transparent)]
     Store(#[from] StoreError),
 }
 
-/// Objects that are written once. Keys are whole keys in the bucket or folder.
+/// A store of objects that are written once. Keys are full keys in the bucket or folder.
 pub trait Store: Send + Sync {
-    /// Writes a new object and gives its version. [`PutError::Exists`] if there is one under that key, even the same.
-    /// Callers want [`Store::put_new`].
+    /// Writes a new object and returns its version. Returns [`PutError::Exists`] if an object exists under that key, even the same one.
+    /// Callers should use [`Store::put_new`].
     fn create<'a>(
         &'a self,
         key: &'a str,
@@ -185,20 +185,20 @@ pub trait Store: Send + Sync {
         retention: Option<&'a Retention>,
     ) -> BoxFuture<'a, Result<String, PutError>>;
 
-    /// The object's bytes.
+    /// Returns the object's bytes.
     fn get<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<Bytes, StoreError>>;
 
-    /// Every version of every object under the prefix, delete markers among them, with their locks.
+    /// Returns every version of every object under the prefix, including delete markers, with their locks.
     fn list_versions<'a>(&'a self, prefix: &'a str) -> BoxFuture<'a, Result<Vec<StoredObject>, StoreError>>;
 
-    /// The object on top and its lock, as the store has it now; nothing where the store, a folder, has no locks at all.
+    /// Returns the newest version of the object with its lock, as the store has it now. `None` if the store, a folder, has no locks at all.
     fn lock<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<Option<StoredObject>, StoreError>>;
 
-    /// The keys under the prefix, sorted.
+    /// Returns the keys under the prefix, sorted.
     fn list<'a>(&'a self, prefix: &'a str) -> BoxFuture<'a, Result<Vec<String>, StoreError>>;
 
-    /// Writes a new object and gives its version. Writing the same bytes again succeeds: when a reply is lost, the next
-    /// try finds the object there, reads it back, and knows it for its own.
+    /// Writes a new object and returns its version. Writing the same bytes again succeeds: after a lost reply, the next try finds the
+    /// object, reads it back, and recognizes it.
     fn put_new<'a>(
         &'a self,
         key: &'a str,
@@ -217,10 +217,10 @@ pub trait Store: Send + Sync {
         })
     }
 
-    /// Reads back whether an object is locked as it was asked to be.
+    /// Reads the lock of an object back and checks that it is as requested.
     ///
     /// # Errors
-    /// [`StoreError::Unlocked`] if it is not.
+    /// Returns [`StoreError::Unlocked`] if it is not.
     fn locked<'a>(&'a self, key: &'a str, asked: &'a Retention) -> BoxFuture<'a, Result<(), StoreError>> {
         Box::pin(async move {
             let Some(object) = self.lock(key).await?.filter(|object| !asked.holds(object)) else {

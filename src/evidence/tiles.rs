@@ -1,29 +1,30 @@
-//! A log in the layout of C2SP tlog-tiles: what any of its readers and auditors takes.
+//! Writes a log in the layout of C2SP tlog-tiles, which any reader or auditor of that format can use.
 //!
-//! Promises: the files of a log follow from its records alone, byte for byte, and each is given as soon as nothing changes it any more.
-//! Refuses: storage.
+//! Guarantees: the files of a log follow from its records alone, byte for byte. Each file is returned as soon as nothing changes it any
+//! more.
+//! Non-goals: storage.
 
 use super::{
     merkle::{Hash, leaf_hash, root_of},
     record::EncodeError,
 };
 
-/// Hashes in a whole tile, and entries in a whole bundle.
+/// The number of hashes in a full tile, and of entries in a full bundle.
 const WIDTH: usize = 256;
 
-/// A file of the log: its path, and its bytes.
+/// A file of the log: its path and its bytes.
 pub type File = (String, Vec<u8>);
 
 /// One level of tiles.
 #[derive(Clone, Debug, Default)]
 struct Level {
-    /// Whole tiles so far.
+    /// The number of full tiles so far.
     whole: u64,
-    /// Hashes of the next.
+    /// The hashes of the next tile.
     hashes: Vec<Hash>,
 }
 
-/// The tiles that are not whole yet.
+/// The tiles that are not full yet.
 #[derive(Clone, Debug, Default)]
 pub struct Tiles {
     bundle: Vec<u8>,
@@ -31,10 +32,10 @@ pub struct Tiles {
 }
 
 impl Tiles {
-    /// Adds a record; gives the files that are whole with it.
+    /// Adds a record. Returns the files that are full with it.
     ///
     /// # Errors
-    /// If it is longer than an entry can be.
+    /// Returns an error if the record is longer than an entry can be.
     pub fn push(&mut self, record: &[u8]) -> Result<Vec<File>, EncodeError> {
         let length = u16::try_from(record.len()).map_err(|_| EncodeError::Long(record.len()))?;
         self.bundle.extend(length.to_be_bytes());
@@ -63,7 +64,7 @@ impl Tiles {
         self.hash(at.saturating_add(1), root_of(&hashes), whole);
     }
 
-    /// The files that are not whole, as they are at the end.
+    /// Returns the files that are not full, as they are at the end of the log.
     pub fn finish(self) -> Vec<File> {
         let mut files = Vec::new();
         for (at, level) in self.levels.iter().enumerate().filter(|(_, level)| !level.hashes.is_empty()) {
@@ -77,7 +78,7 @@ impl Tiles {
     }
 }
 
-/// A tile's number in a path: `x001/x234/067` for 1 234 067.
+/// Returns a tile's number as it is in a path: `x001/x234/067` for 1 234 067.
 fn number(of: u64) -> String {
     let (mut path, mut rest) = (format!("{:03}", of % 1000), of / 1000);
     while rest > 0 {
@@ -141,7 +142,7 @@ mod tests {
 
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(24))]
-        /// The tree of what level 0 has is the log's.
+        /// The tree over the hashes of level 0 is the log's tree.
         #[test]
         fn tiles_have_the_hashes_of_the_tree(count in 1..2000_u64) {
             let files = files(count);

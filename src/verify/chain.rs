@@ -1,7 +1,7 @@
-//! From bytes to records: segments, tree, checkpoints and signatures.
+//! Verifies the way from bytes to records: segments, tree, checkpoints and signatures.
 //!
-//! A segment whose place or content does not hold ends the walk: what comes after it hangs in the air. A signature that
-//! does not hold does not, so that one wrong key shows as what it is.
+//! A segment with a wrong place or wrong content ends the walk, because nothing after it can be checked. An invalid signature does not end
+//! the walk, so that one wrong key is reported as exactly that.
 
 use std::collections::BTreeSet;
 
@@ -25,34 +25,34 @@ use crate::{
     },
 };
 
-/// Why the walk cannot go on.
+/// Why the walk cannot continue.
 struct SegmentProblem {
     rule: Check,
     record: Option<u64>,
     message: String,
 }
 
-/// A verification that is under way: what a log's segments come to so far. [`verify`](super::verify) is all of it in one; of logs that begin
-/// alike, the beginning is verified once and the rest from a clone.
+/// A verification in progress: the results of the segments so far. [`verify`](super::verify) does a whole verification at once. For logs
+/// with the same beginning, a caller verifies the beginning once and each rest from a clone.
 #[derive(Clone)]
 pub struct Walk {
     witness: VerifierKey,
     expected: Expected,
     report: Report,
-    /// Whether every segment so far was reached.
+    /// Whether the walk has reached every segment so far.
     whole: bool,
-    /// Whether what follows is of a later version, and is not judged.
+    /// Whether the rest of the log is of a later version and is not checked.
     newer: bool,
     tree: Tree,
     head: Option<Checkpoint>,
     history: History,
     ending: Ending,
-    /// What the records come to, as far as nothing changes it any more.
+    /// The files that follow from the records and that later records cannot change.
     files: Vec<File>,
 }
 
 impl Walk {
-    /// At the beginning of a log.
+    /// Returns a walk at the beginning of a log.
     pub fn new(witness: &VerifierKey, expected: &Expected) -> Self {
         let mut report = Report::default();
         report.summary.self_witnessed = witness.is_self_witness();
@@ -70,13 +70,13 @@ impl Walk {
         }
     }
 
-    /// Asks for one rule no more.
+    /// Switches one rule off.
     #[cfg(test)]
     pub(crate) fn switch_off(&mut self, rule: crate::evidence::state::LogRule) {
         self.history.switch_off(rule);
     }
 
-    /// Takes the object under the next key in. One that is no segment by its key is none of the chain's.
+    /// Checks the object under the next key. The walk ignores an object whose key is not the key of a segment.
     pub fn segment(&mut self, key: &str, bytes: &[u8]) {
         if !self.whole || Segment::first_of(key).is_none() {
             return;
@@ -87,7 +87,7 @@ impl Walk {
         }
     }
 
-    /// The report, when all segments of the log have been taken in.
+    /// Returns the report once all segments of the log have been checked.
     pub fn finish(mut self, log: &Log) -> Report {
         self.history.finish(self.whole, &mut self.report);
         self.report.summary.records = self.tree.size();
@@ -100,7 +100,7 @@ impl Walk {
         self.report
     }
 
-    /// The log has an end, the expected one.
+    /// Checks that the log has an end, and that it is the expected one.
     fn end(&mut self) {
         if self.head.is_none() {
             self.report.add(Check::LogEmpty, None, None, "expected at least one segment, found none");
@@ -126,7 +126,7 @@ impl Walk {
             let record = e.record().and_then(|n| u64::try_from(n).ok());
             SegmentProblem { rule, record: record.map(|n| next.saturating_add(n)), message: e.to_string() }
         };
-        // In one go where all is well, else step by step: what is said of a log does not depend on how it is read.
+        // A valid segment is read in one pass, any other step by step. The findings do not depend on the way of reading.
         let (segment, records) = match Segment::read(bytes) {
             Ok((segment, records)) => (segment, Ok(records)),
             Err(_) => {
@@ -151,7 +151,7 @@ impl Walk {
         let checkpoint = segment.note.checkpoint().map_err(|e| form(Check::SegmentForm, &e.into()))?;
         self.origin(&checkpoint, key);
         let records = records.map_err(|e| match e {
-            // Whoever has signed it is the witness, so that it is no forgery: it is only not for us to judge.
+            // The witness signed the segment, so it is not a forgery. This verifier only cannot evaluate it.
             SegmentError::Newer { .. } => match segment.note.verify_cosignature(&self.witness) {
                 Ok(_) => {
                     self.newer = true;
@@ -168,7 +168,7 @@ impl Walk {
         let writer = records.first().map(|r| (r.actor, r.attempt));
         let report = &mut self.report;
         for (place, record) in records.iter().enumerate() {
-            // Its key signs the whole segment.
+            // The key in `attempt.opened` signs the whole segment.
             if place > 0 && matches!(record.event, Event::AttemptOpened(_)) {
                 let message = "expected attempt.opened as the first record of its segment, found records before it";
                 report.add(Check::AttemptOpen, Some(key), Some(record.seq), message);
@@ -198,7 +198,7 @@ impl Walk {
         Ok(())
     }
 
-    /// One log, and the expected one.
+    /// Checks that all checkpoints have one origin, the expected one.
     fn origin(&mut self, checkpoint: &Checkpoint, key: &str) {
         let expected = match (&self.head, &self.expected) {
             (Some(head), _) => Some(&head.origin),
@@ -213,7 +213,7 @@ impl Walk {
         self.report.summary.origin.get_or_insert_with(|| checkpoint.origin.clone());
     }
 
-    /// The witness signed every checkpoint, the attempt its own, and nobody else any.
+    /// Checks that the witness signed the checkpoint, that the attempt signed its own, and that no other key signed it.
     fn signatures(&mut self, segment: &Segment, writer: Actor, key: &str) {
         let report = &mut self.report;
         match segment.note.verify_cosignature(&self.witness) {
@@ -241,7 +241,7 @@ impl Walk {
     }
 }
 
-/// What was written once the log had ended is what its records come to.
+/// Checks that the tiles and the summary are those that follow from the records.
 fn ended(log: &Log, witness: &VerifierKey, (ending, mut files): (Ending, Vec<File>), report: &mut Report) {
     let Some((last, statement)) = ending.finish() else {
         for key in log.ending.keys() {

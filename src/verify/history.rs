@@ -1,5 +1,5 @@
-//! What the records say, one after the other: each is checked against the [state](crate::evidence::state) of the task before it, and what it
-//! says goes into the summary.
+//! Checks the records one after the other against the [state](crate::evidence::state) of the task before them, and adds what they say to
+//! the summary.
 
 use super::report::{AttemptSummary, Check, Report, RollbackSummary};
 use crate::{
@@ -11,16 +11,16 @@ use crate::{
     policy::{budget::Spent, price},
 };
 
-/// What is known after some records.
+/// The state after the records so far.
 #[derive(Clone, Default)]
 pub(super) struct History {
-    /// The state of the task; none before the first record.
+    /// The state of the task. `None` before the first record.
     state: Option<TaskState>,
     #[cfg(test)]
     off: Option<LogRule>,
 }
 
-/// The report, and the record to blame.
+/// The report, and the record that findings are about.
 struct Blame<'a> {
     report: &'a mut Report,
     object: &'a str,
@@ -71,18 +71,18 @@ impl From<LogRule> for Check {
 }
 
 impl History {
-    /// Asks for one rule no more.
+    /// Switches one rule off.
     #[cfg(test)]
     pub(super) fn switch_off(&mut self, rule: LogRule) {
         self.off = Some(rule);
     }
 
-    /// The key that signs the newest attempt's checkpoints.
+    /// Returns the key that signs the newest attempt's checkpoints.
     pub(super) fn key(&self) -> Option<&VerifierKey> {
         self.state.as_ref()?.key()
     }
 
-    /// Takes one record of the log with this origin line in.
+    /// Checks one record of the log with this origin and applies it.
     pub(super) fn record(&mut self, record: &Record, origin: &str, object: &str, report: &mut Report) {
         let state = self.state.get_or_insert_with(|| {
             let state = TaskState::new(User::Verifier, origin);
@@ -108,7 +108,7 @@ impl History {
         }
     }
 
-    /// Ends the log. `whole`: whether its last segment was reached.
+    /// Ends the log. `whole` says whether the walk has reached its last segment.
     pub(super) fn finish(&self, whole: bool, report: &mut Report) {
         let Some(state) = &self.state else { return };
         let mut open: Vec<_> = state.open_calls().values().collect();
@@ -136,7 +136,7 @@ impl History {
     }
 }
 
-/// Adds what a record says to the summary, by the state before it.
+/// Adds what a record says to the summary. `state` is the state before the record.
 fn summarize(state: &TaskState, record: &Record, blame: &mut Blame<'_>) {
     let summary = &mut blame.report.summary;
     *summary.kinds.entry(record.event.kind()).or_default() += 1;
@@ -206,7 +206,8 @@ fn summarize_attempt(record: &Record, opened: &AttemptOpened, blame: &mut Blame<
     }
 }
 
-/// A reply may cost more than was set aside: model APIs count tokens in their own way. `state` is that after the outcome.
+/// Reports a reply that exceeded a limit because it cost more than its reservation. Model APIs count tokens in their own way. `state` is
+/// the state after the outcome.
 fn tell_overrun(state: &TaskState, outcome: &Outcome, reserved: Spent, blame: &mut Blame<'_>) {
     let Some(limits) = state.limits() else { return };
     let usage = state.usage();

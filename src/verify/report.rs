@@ -1,4 +1,4 @@
-//! What a verification found: findings, a verdict that follows from them, and a summary.
+//! The results of a verification: findings, a verdict that follows from them, and a summary.
 
 use std::{collections::BTreeMap, fmt};
 
@@ -15,18 +15,18 @@ use crate::{
     },
 };
 
-/// A hostile log must not fill the reader's memory: findings beyond these are counted only.
+/// The maximum number of findings in a report. Further findings are only counted, so that a hostile log cannot fill the reader's memory.
 const MAX_FINDINGS: usize = 1000;
 
-/// How much a finding weighs.
+/// The weight of a finding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Weight {
-    /// Worth knowing; nothing is wrong with the log.
+    /// Worth knowing. Nothing is wrong with the log.
     Note,
-    /// The log is not at its end.
+    /// The log does not have its end.
     Incomplete,
-    /// The log goes on in a way that this verifier does not know: it cannot judge it.
+    /// The log continues in a later version, which this verifier cannot evaluate.
     Newer,
     /// The log is not what Belay writes.
     Broken,
@@ -34,7 +34,7 @@ pub enum Weight {
 
 macro_rules! checks {
     ($($(#[$doc:meta])* $variant:ident = $id:literal $weight:ident),+ $(,)?) => {
-        /// What must hold, by its stable identifier.
+        /// A condition that a log must meet, with its stable identifier.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
         pub enum Check {
             $($(#[$doc])* #[serde(rename = $id)] $variant),+
@@ -44,12 +44,12 @@ macro_rules! checks {
             /// Every check.
             pub const ALL: &[Check] = &[$(Check::$variant),+];
 
-            /// The stable identifier.
+            /// Returns the stable identifier.
             pub fn as_str(self) -> &'static str {
                 match self { $(Check::$variant => $id),+ }
             }
 
-            /// What it means when it does not hold.
+            /// Returns the weight of a finding of this check.
             pub fn weight(self) -> Weight {
                 match self { $(Check::$variant => Weight::$weight),+ }
             }
@@ -58,89 +58,91 @@ macro_rules! checks {
 }
 
 checks! {
-    /// Every object under `segments/` is a segment, by its key.
+    /// Every object under `segments/` has the key of a segment.
     StoreKey = "store.key" Broken,
-    /// In a folder, every object is a regular file of a length that objects have.
+    /// In a folder, every object is a regular file that is not too long for an object.
     StoreObject = "store.object" Broken,
-    /// Every segment has exactly one version.
+    /// Every object has exactly one version.
     StoreVersions = "store.versions" Broken,
     /// No object is hidden by a delete marker.
     StoreDeleted = "store.deleted" Broken,
-    /// Every segment is locked until after it was written.
+    /// Every object except incidents has a lock that ends after the object was written.
     StoreRetention = "store.retention" Broken,
-    /// Every incident's name is the digest of its bytes.
+    /// The name of every incident is the digest of its bytes.
     StoreIncident = "store.incident" Broken,
-    /// A segment can be read, and its form is the canonical one.
+    /// Every segment can be read and is in canonical form.
     SegmentForm = "segment.form" Broken,
-    /// A segment's key names its first record.
+    /// The key of every segment names its first record.
     SegmentKey = "segment.key" Broken,
     /// Segments follow each other without gap or overlap, from record 0.
     SegmentOrder = "segment.order" Broken,
-    /// The checkpoint is that of the records up to it, recomputed from the leaves.
+    /// Every checkpoint matches the records up to it, recomputed from the leaves.
     CheckpointRoot = "checkpoint.root" Broken,
-    /// All checkpoints are of one log, the expected one.
+    /// All checkpoints have the same origin, the expected one.
     CheckpointOrigin = "checkpoint.origin" Broken,
-    /// The witness cosigned the checkpoint.
+    /// The witness cosigned every checkpoint.
     CheckpointWitness = "checkpoint.witness" Broken,
-    /// The attempt's key, as its newest `attempt.opened` has it, signed the checkpoint.
+    /// The key in the newest `attempt.opened` signed the checkpoint.
     CheckpointAttempt = "checkpoint.attempt" Broken,
-    /// Nobody else signed the checkpoint.
+    /// No other key signed the checkpoint.
     CheckpointSignatures = "checkpoint.signatures" Broken,
     /// The log ends with the head that the task's status names.
     LogHead = "log.head" Broken,
-    /// There is a log.
+    /// The log has at least one segment.
     LogEmpty = "log.empty" Incomplete,
-    /// Every line is a record of a version that this verifier knows, whole.
+    /// Every line is a complete record of a version that this verifier knows.
     RecordForm = "record.form" Broken,
-    /// No record is of a later version than this verifier knows, and every policy is one that it knows.
+    /// No record is of a later version than this verifier knows, and this verifier knows the form of every policy.
     RecordVersion = "record.version" Newer,
     /// Every record's time is RFC 3339 in UTC, to the millisecond.
     RecordTime = "record.time" Broken,
-    /// A segment's records have one writer, and each writer writes only its own kinds.
+    /// All records of a segment have one writer, and each writer writes only its own kinds of records.
     RecordActor = "record.actor" Broken,
-    /// Attempts never go back, and a segment's records are of one attempt.
+    /// The attempt numbers never decrease, and all records of a segment are of one attempt.
     AttemptOrder = "attempt.order" Broken,
-    /// Every attempt starts with `attempt.opened`, the first record of its segment, and ends with `attempt.closed`.
+    /// Every attempt starts with `attempt.opened`, the first record of its segment, and writes nothing after `attempt.closed` until it
+    /// opens again.
     AttemptOpen = "attempt.open" Broken,
-    /// The attempt's key is one, and named after the attempt.
+    /// The attempt's key is a valid key and is named after the attempt.
     AttemptKey = "attempt.key" Broken,
-    /// The policy's digest is that of the policy.
+    /// The expressions and patterns of the policy's pack compile.
     AttemptPolicy = "attempt.policy" Broken,
-    /// The policy is one for this task.
+    /// The policy is for this task.
     AttemptTask = "attempt.task" Broken,
     /// The pod was contained before the agent started.
     AttemptContained = "attempt.contained" Broken,
     /// The pod stayed contained while the agent ran.
     ContainmentBroken = "containment.broken" Note,
-    /// No call goes out after the containment was seen lost.
+    /// No call is sent after the containment was lost.
     ContainmentLost = "containment.lost" Broken,
     /// Each call has one intent.
     CallUnique = "call.unique" Broken,
-    /// Each outcome has its intent, in the same attempt, and each intent at most one; what was unknown is resolved by the contract's read.
+    /// Each outcome has an intent in the same attempt, each intent has at most one outcome, and only the read that the contract names
+    /// resolves an unknown outcome.
     CallOutcome = "call.outcome" Broken,
-    /// Each tool call is of a tool in the policy, with that tool's effect, which is allowed.
+    /// Each tool call is of a tool in the policy, with a side effect that the contract and the class allow.
     CallPolicy = "call.policy" Broken,
-    /// Under one idempotency key one effect, as far as anybody knows, and no result but that call's.
+    /// As far as the log shows, at most one call with the same idempotency key took effect, and a replay gives the result of that call.
     CallIdempotency = "call.idempotency" Broken,
-    /// Calls that people must approve were approved, each by enough of them, before it, for that very call, and once.
+    /// Calls that require approval were approved by enough approvers, before the call, for exactly that call, and for one call only.
     CallApproval = "call.approval" Broken,
-    /// The pack lets each tool call pass, for what was recorded of its data, rules and risk.
+    /// The pack allows each tool call, by what was recorded about its data, rules and risk.
     CallAccess = "call.access" Broken,
-    /// A rollback makes the calls of its plan, each in time, as planned and once, and nothing else undoes anything.
+    /// A rollback makes the calls of its plan, each in time, as planned and once. No other call compensates anything.
     CallRollback = "call.rollback" Broken,
-    /// Every call has an outcome; one without may or may not have had its effect.
+    /// Every call has an outcome. A call without one may or may not have taken effect.
     CallOpen = "call.open" Note,
     /// The counters follow from the events.
     UsageCount = "usage.count" Broken,
-    /// Nothing was allowed beyond the limits in force.
+    /// No call was allowed beyond the limits in force.
     UsageLimit = "usage.limit" Broken,
-    /// No reply cost more than what was left: model APIs count tokens in their own way.
+    /// No reply cost more than the remaining budget. A reply can do so, because model APIs count tokens in their own way.
     UsageOverrun = "usage.overrun" Note,
-    /// Once the task has ended, tiles and summary are there.
+    /// Once the task has ended, the tiles and the summary exist.
     EndMissing = "end.missing" Incomplete,
-    /// Tiles are those of the records, and there are none but those of a log that has ended.
+    /// The tiles match the records, and only a log that has ended has tiles.
     EndTiles = "end.tiles" Broken,
-    /// The summary is what the records come to, signed by the witness.
+    /// The summary matches the records and is signed by the witness.
     EndSummary = "end.summary" Broken,
     /// Nothing follows `task.closed`.
     TaskAfterEnd = "task.afterEnd" Broken,
@@ -154,32 +156,32 @@ impl fmt::Display for Check {
     }
 }
 
-/// Something that does not hold, or is worth knowing.
+/// A violation, or something that is worth knowing.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Finding {
-    /// The record, where one is to blame.
+    /// The record that the finding is about, if any.
     pub record: Option<u64>,
-    /// The object, where one is to blame.
+    /// The object that the finding is about, if any.
     pub object: Option<String>,
-    /// What does not hold.
+    /// The check that found it.
     pub rule: Check,
-    /// How much that weighs.
+    /// The weight of the check.
     pub weight: Weight,
-    /// What was expected and what was found. May quote the log: escape it before it reaches a terminal.
+    /// What was expected and what was found. The text may quote the log: escape it before you print it to a terminal.
     pub message: String,
 }
 
-/// The result in one word.
+/// The verdict about a log.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "UPPERCASE")]
 pub enum Verdict {
-    /// Everything holds, to the end.
+    /// Everything holds, up to the end of the log.
     #[default]
     Valid,
-    /// Everything holds, but the task has not ended, or its end is missing.
+    /// Everything holds, but the task has not ended, or the end of the log is missing.
     Incomplete,
-    /// Everything holds up to what is of a later version than this verifier knows. It is signed by the witness, and to be judged by a
-    /// later verifier.
+    /// Everything holds up to a part of a later version than this verifier knows. The witness signed that part, and a later verifier can
+    /// check it.
     Newer,
     /// Something does not hold.
     Invalid,
@@ -196,22 +198,22 @@ impl fmt::Display for Verdict {
     }
 }
 
-/// What a verification found.
+/// The results of a verification.
 #[derive(Clone, Debug, Default, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Report {
-    /// The result in one word.
+    /// The verdict.
     pub verdict: Verdict,
     /// What does not hold, in the order in which it was found; at most 1000.
     pub findings: Vec<Finding>,
-    /// Findings beyond those.
+    /// The number of further findings.
     pub more_findings: u64,
-    /// What the log says, as far as it could be read. Trust it only as far as the verdict goes.
+    /// What the log says, as far as it could be read. Trust it only as far as the verdict allows.
     pub summary: Summary,
 }
 
 impl Report {
-    /// Adds a finding; the verdict follows.
+    /// Adds a finding and updates the verdict.
     pub(super) fn add(&mut self, rule: Check, object: Option<&str>, record: Option<u64>, message: impl Into<String>) {
         let weight = rule.weight();
         self.verdict = match (weight, self.verdict) {
@@ -229,23 +231,23 @@ impl Report {
     }
 }
 
-/// What the log says.
+/// A summary of what the log says.
 #[derive(Clone, Debug, Default, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Summary {
-    /// The log's origin line.
+    /// The log's origin.
     pub origin: Option<String>,
     /// The task's namespace.
     pub namespace: Option<String>,
-    /// Its name.
+    /// The task's name.
     pub task: Option<String>,
-    /// On whose behalf.
+    /// The user or team on whose behalf the task acts.
     pub principal: Option<String>,
-    /// Segments that were read.
+    /// The number of segments that were read.
     pub segments: u64,
-    /// Records that were read.
+    /// The number of records that were read.
     pub records: u64,
-    /// The recomputed root over them, base64.
+    /// The recomputed root over these records, base64.
     pub root: Option<String>,
     /// Time of the first record, by its writer's clock.
     pub started: Option<String>,
@@ -253,7 +255,7 @@ pub struct Summary {
     pub ended: Option<String>,
     /// Unix time of the witness's last cosignature.
     pub witnessed: Option<u64>,
-    /// Records by kind.
+    /// The number of records of each kind.
     pub kinds: BTreeMap<&'static str, u64>,
     /// The attempts, oldest first.
     pub attempts: Vec<AttemptSummary>,
@@ -261,28 +263,28 @@ pub struct Summary {
     pub usage: Usage,
     /// The limits of the newest attempt.
     pub limits: Option<Limits>,
-    /// Refusals by rule.
+    /// The number of denials by rule.
     pub denials: BTreeMap<Rule, u64>,
-    /// What became of the calls.
+    /// The number of calls by outcome.
     pub effects: Effects,
     /// How the task ended.
     pub closed: Option<TaskClosed>,
-    /// Locks of the segments; absent where the store has none.
+    /// The locks of the log's objects; absent if the store has no locks.
     pub locks: Option<Locks>,
-    /// Incidents that the gateway recorded beside the log.
+    /// The number of incidents that the gateway recorded beside the log.
     pub incidents: u64,
-    /// How far a rollback has come.
+    /// The progress of a rollback.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rollback: Option<RollbackSummary>,
-    /// Whether the witness is whoever ran the agent, by the name of its key.
+    /// Whether the party that ran the agent is also the witness, by the name of the witness's key.
     pub self_witnessed: bool,
-    /// What stood in for a cluster in the newest attempt, where there was none.
+    /// What replaced the cluster in the newest attempt, if it ran without one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub local: Option<Local>,
 }
 
 impl Summary {
-    /// What a reader has to know beside the verdict, of logs that no cluster vouches for: nothing else is said of other logs.
+    /// Returns what a reader must know besides the verdict about a log that no cluster vouches for. For other logs the list is empty.
     pub fn reservations(&self) -> Vec<&'static str> {
         let in_folder = self.local.as_ref().is_some_and(|local| local.store == Local::FOLDER);
         let unlocked = in_folder || self.locks.as_ref().is_some_and(|locks| locks.mode.is_none());
@@ -291,60 +293,60 @@ impl Summary {
     }
 }
 
-/// How far a rollback has come.
+/// The progress of a rollback.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct RollbackSummary {
-    /// The log of the task that is undone.
+    /// The origin of the log of the task that is rolled back.
     pub of: String,
-    /// Calls that are undone.
+    /// The number of compensated calls.
     pub undone: usize,
-    /// Calls that are left to people, each with its tool and the reason.
+    /// The calls that need manual action, each with its tool and the reason.
     pub left: Vec<String>,
 }
 
-/// One attempt.
+/// A summary of one attempt.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct AttemptSummary {
-    /// Its number.
+    /// The attempt's number.
     pub number: i64,
-    /// The pod.
+    /// The pod's name.
     pub pod: String,
-    /// Its node.
+    /// The pod's node.
     pub node: String,
-    /// Its runtime class, empty for the cluster's default.
+    /// The pod's runtime class, empty for the cluster's default.
     pub runtime_class: String,
-    /// Digest of the policy that it ran by.
+    /// The digest of the policy under which the attempt ran.
     pub policy_digest: String,
-    /// When it was opened, by its own clock.
+    /// When the attempt was opened, by the harness's clock.
     pub opened: String,
-    /// How often: more than once if its harness restarted.
+    /// How often the attempt was opened: more than once if its harness restarted.
     pub openings: u64,
-    /// Why it closed, if in order.
+    /// The reason in `attempt.closed`; absent without that record.
     pub closed: Option<String>,
 }
 
-/// What became of the calls.
+/// The number of calls by outcome.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Effects {
-    /// Upstream said that it did it.
+    /// Calls that took effect, by the upstream's answer or by a later read.
     pub applied: u64,
-    /// Certainly not done.
+    /// Calls that certainly did not take effect.
     pub not_applied: u64,
-    /// Sent, and no answer.
+    /// Calls that were sent and got no answer.
     pub unknown: u64,
-    /// No outcome in the log: done or not, nobody knows.
+    /// Calls without an outcome in the log. Whether they took effect is not known.
     pub open: u64,
 }
 
-/// Locks of the segments.
+/// The locks of the log's objects.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Locks {
-    /// The weakest mode of any segment.
+    /// The weakest mode of any lock.
     pub mode: Option<Mode>,
-    /// The earliest end of any segment's lock.
+    /// The earliest end of any lock.
     pub until: Option<jiff::Timestamp>,
 }

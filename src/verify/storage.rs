@@ -1,4 +1,4 @@
-//! How the log lies in its store: one locked version of each segment, and nothing hidden.
+//! Checks how the log is stored: each object has one version, is locked unless it is an incident, and is not hidden.
 
 use std::collections::BTreeMap;
 
@@ -10,7 +10,8 @@ use crate::evidence::{
     store::{Mode, StoredObject},
 };
 
-/// Adds what does not hold to the report. `newer`: the log is of a later version, which may name its objects as it likes.
+/// Adds a finding for everything that does not hold. `newer` says that the log is of a later version, which may name its objects
+/// differently.
 pub(super) fn check(log: &Log, newer: bool, report: &mut Report) {
     for key in log.segments.keys().filter(|key| !newer && Segment::first_of(key).is_none()) {
         report.add(
@@ -50,7 +51,7 @@ fn check_versions(versions: &[StoredObject], report: &mut Report) {
         let hidden = versions.iter().any(|v| v.delete_marker);
         let objects: Vec<_> = versions.into_iter().filter(|v| !v.delete_marker).collect();
         if let [object] = objects.as_slice() {
-            // Stores differ in what they tell of the lock of a version that another one hides; that is a finding anyway.
+            // Stores differ in what they report about the lock of a hidden version. A hidden version is a finding anyway.
             if !hidden && !key.starts_with(INCIDENTS) {
                 check_lock(object, &mut locks, report);
             }
@@ -73,7 +74,7 @@ fn check_lock(object: &StoredObject, locks: &mut Locks, report: &mut Report) {
         let message = format!("expected a lock that ends after the object was written, found {found}");
         report.add(Check::StoreRetention, Some(&object.key), None, message);
     }
-    // The weakest lock of all is the log's.
+    // The log's lock is the weakest lock of its objects.
     if object.mode != Some(Mode::Compliance) && locks.mode.is_some() {
         locks.mode = object.mode;
     }

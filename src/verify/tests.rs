@@ -51,7 +51,7 @@ fn broken(report: &Report) -> Vec<Check> {
 fn a_good_log_is_valid() {
     let script = Script::good();
     let report = run(&script, &script.write());
-    // The call that the first pod took with it is told, and no fault of the log.
+    // The call that was lost with the first pod is reported, and is not a fault of the log.
     assert_eq!(report.findings.iter().map(|f| (f.rule, f.record)).collect::<Vec<_>>(), [(Check::CallOpen, Some(6))]);
     assert_eq!(report.verdict, Verdict::Valid);
     let summary = &report.summary;
@@ -79,7 +79,7 @@ fn a_log_with_listings_tighter_effects_and_limits_that_hold_is_valid() {
     let listing = record(2, intent("e", Channel::Listing, "other", 0));
     script.segments[4].extend([listing, record(2, intent("f", Channel::Tool, "search", 0))]);
     script.count();
-    // The upstream itself says that it changes something.
+    // The upstream itself says that the tool changes something.
     change_intent(&mut script, 10, |i| i.effect = Some(SideEffect::Write));
     let report = run(&script, &script.write());
     assert_eq!((report.verdict, broken(&report)), (Verdict::Valid, vec![]), "{:?}", report.findings);
@@ -100,7 +100,7 @@ fn refusals_of_ignored_hosts_end_nothing() {
             o.policy.ignored_hosts = vec!["telemetry.world.test".into()];
         });
     }
-    // The control is a refusal that counts: see `a_call_after_the_last_denial`.
+    // The control is a denial that counts: see `a_call_after_the_last_denial`.
     script.at(4).event = ignored();
     let report = run(&script, &script.write());
     assert_eq!((report.verdict, broken(&report)), (Verdict::Valid, vec![]), "{:?}", report.findings);
@@ -206,7 +206,8 @@ fn lies_of_the_writers_are_found(#[case] rule: Check, #[case] at: Option<u64>, #
     assert!(found.first() == Some(&at), "expected {rule} at {at:?}, found {:#?}", report.findings);
 }
 
-/// Whoever writes another form says so, and the witness has signed it: it is for a later verifier to judge. Without the witness it is nothing.
+/// A writer with a later form says so, and the witness has signed the log, so it is up to a later verifier. Without the witness's signature
+/// the log is invalid.
 #[test]
 fn a_log_that_goes_on_in_a_later_version_is_neither_valid_nor_forged() {
     let mut script = Script::good();
@@ -218,7 +219,7 @@ fn a_log_that_goes_on_in_a_later_version_is_neither_valid_nor_forged() {
     assert!(found.contains(&(Check::RecordVersion, Some(3))), "{found:?}");
     let other = Script::good().witness.verifier();
     assert_eq!(verify(&log, &other, &Expected::Anything).verdict, Verdict::Invalid);
-    // What was wrong before it stays wrong.
+    // A violation before the later version stays a violation.
     script.at(1).time = "yesterday".into();
     assert_eq!(run(&script, &script.write()).verdict, Verdict::Invalid);
 }
@@ -236,7 +237,7 @@ fn opened_with(script: &Script, change: impl FnOnce(&mut crate::evidence::record
     Event::AttemptOpened(opened)
 }
 
-/// The second attempt may spend 500, a model costs 1 for a token of prompt and 2 for one of reply, and it is asked.
+/// The second attempt may spend 500. The model costs 1 for a prompt token and 2 for a reply token. The attempt calls this model.
 fn priced(script: &mut Script, model: &str, tokens: i64, cost: i64) {
     script.at(7).event = opened_with(script, |o| {
         o.policy.limits.cost_micros = Some(500);
@@ -265,7 +266,7 @@ fn a_priced_call_is_valid_and_an_overrun_is_a_note() {
     assert_eq!(report.summary.usage.cost_micros, 520);
 }
 
-/// What others could do to the stored objects: without the keys, or with some of them.
+/// What other parties could do to the stored objects, without the keys or with some of them.
 #[rstest]
 #[case::foreign_object(Check::StoreKey, |_: &Script, log: &mut Log| { log.segments.insert("segments/notes.txt".into(), Bytes::new()); })]
 #[case::incident_renamed(Check::StoreIncident, |_: &Script, log: &mut Log| { log.incidents.insert("incidents/00.json".into(), Bytes::from_static(b"{}")); })]
@@ -354,7 +355,7 @@ fn edit_text(log: &mut Log, change: impl FnOnce(String) -> String) {
     log.segments.insert(key, text.into());
 }
 
-/// Changes the policy that the first record names, and its digest wherever it is.
+/// Changes the policy that the first record names, and its digest wherever it occurs.
 fn edit_policy(log: &mut Log, change: impl FnOnce(&mut serde_json::Value)) {
     edit(log, 0, |segment| {
         let mut policy = serde_json::from_slice(&segment.documents[0]).unwrap();
@@ -376,7 +377,7 @@ fn resign(segment: &mut Segment, checkpoint: &note::Checkpoint, script: &Script)
 fn a_field_that_no_record_has_is_refused() {
     let script = Script::good();
     let mut log = script.write();
-    // A last segment with a smuggled field, its root and signatures right.
+    // A last segment with a smuggled field, and with a matching root and matching signatures.
     let mut last = segment(&log, 12);
     let text = String::from_utf8(last.records[0].clone()).unwrap().replace("\"v\":1", "\"v\":1,\"w\":0");
     last.records[0] = text.into_bytes();
@@ -398,7 +399,7 @@ fn a_log_that_is_not_at_its_end_is_incomplete() {
     let script = Script::good();
     let mut log = script.write();
     log.segments.remove(&Segment::key(12));
-    // What was written once it had ended betrays that its end was taken away.
+    // The tiles and the summary show that the end of the log was removed.
     assert!(broken(&run(&script, &log)).contains(&Check::EndTiles));
     log.ending.clear();
     let report = run(&script, &log);
@@ -505,7 +506,7 @@ proptest! {
         prop_assert_eq!(run(&script, &log).verdict, Verdict::Invalid, "its end is still there");
         log.ending.clear();
         prop_assert_eq!(run(&script, &log).verdict, Verdict::Incomplete);
-        // And a part of the next one.
+        // The log also gets a part of the next segment.
         let bytes = script.write().segments[&keys[0]].clone();
         log.segments.insert(keys[0].clone(), bytes.slice(..at.index(bytes.len())));
         prop_assert_ne!(run(&script, &log).verdict, Verdict::Valid);
@@ -520,7 +521,7 @@ proptest! {
     }
 }
 
-/// Attempt 2 calls `write` by an approval: asked for, given, and used.
+/// Attempt 2 calls `write` with an approval that is requested, given and used.
 fn approved() -> Script {
     let mut script = Script::good();
     change_opened(&mut script, 7, |o| {
@@ -586,7 +587,7 @@ fn an_approval_that_was_not_given_shows(#[case] at: u64, #[case] lie: fn(&mut Sc
     assert_eq!(report.verdict, Verdict::Invalid);
 }
 
-/// Attempt 2 calls `write`, which is idempotent, and gives its result again.
+/// Attempt 2 calls `write`, which is idempotent, and then replays its result.
 fn replayed() -> Script {
     let mut script = Script::good();
     change_opened(&mut script, 7, |o| {
@@ -611,7 +612,7 @@ fn change_replayed(script: &mut Script, change: impl Fn(&mut record::Replayed)) 
     change(replayed);
 }
 
-/// Repeats that the writers could lie about.
+/// Replays that the writers could lie about.
 #[rstest]
 #[case::no_key(8, |s: &mut Script| change_intent(s, 8, |i| i.key = None))]
 #[case::another_key(8, |s: &mut Script| change_intent(s, 8, |i| i.key = Some("ee".repeat(32))))]
@@ -649,7 +650,7 @@ fn what_was_resolved_counts_as_what_it_was() {
     assert_eq!((effects.applied, effects.not_applied, effects.unknown), (4, 0, 0));
 }
 
-/// Attempt 1 was lost with its call of `write`, and a read of attempt 2 tells.
+/// Attempt 1 was lost with its call of `write`, and a read of attempt 2 resolves the call.
 #[rstest]
 #[case(Effect::Applied, (4, 0, 1, 0))]
 #[case(Effect::NotApplied, (3, 1, 1, 0))]
@@ -685,7 +686,7 @@ fn a_resolution_that_follows_from_nothing_shows(#[case] lie: fn(&mut Script)) {
     assert_eq!(report.verdict, Verdict::Invalid);
 }
 
-/// What a read has said is known by its outcome alone: one that was lost itself has told nothing.
+/// Only the outcome of a read shows what it said. A read that was lost itself resolves nothing.
 #[test]
 fn a_read_that_was_resolved_itself_resolves_nothing() {
     let mut script = resolved();
@@ -703,7 +704,7 @@ fn a_read_that_was_resolved_itself_resolves_nothing() {
     assert!(found.starts_with(&[(Check::CallOutcome, Some(15))]), "{:?}", report.findings);
 }
 
-/// A harness that was started again finds its call without an outcome, and a read tells: from then on there is none.
+/// A harness that restarted finds its call without an outcome, and a read resolves the call. After that the call has no outcome.
 #[test]
 fn no_outcome_follows_what_a_read_has_told() {
     let mut script = resolved();
@@ -716,7 +717,7 @@ fn no_outcome_follows_what_a_read_has_told() {
     assert_eq!(broken(&run(&script, &script.write())), [Check::CallOutcome]);
 }
 
-/// Attempt 2's `write` passes a pack that lets `write` change things and finds more risk where data was seen.
+/// Attempt 2's `write` passes a pack that allows `write` to change things and finds more risk where data was seen.
 fn assessed() -> Script {
     let mut script = Script::good();
     change_opened(&mut script, 7, |o| {
@@ -746,7 +747,7 @@ fn assessed() -> Script {
             risk: Some(Score { score: 20, terms: vec!["change".into(), "seen".into()] }),
         });
     });
-    // What attempt 1 read is what attempt 2 has seen.
+    // What attempt 1 read counts as seen in attempt 2.
     let Event::Outcome(outcome) = &mut script.at(3).event else { panic!() };
     outcome.sensitivity = Sensitivity::Internal;
     script
@@ -756,7 +757,7 @@ fn change_assessment(script: &mut Script, change: impl Fn(&mut Assessment)) {
     change_intent(script, 8, |i| change(i.assessment.as_mut().unwrap()));
 }
 
-/// What the pack is said to have found, and has not.
+/// Assessments that are not what the pack finds.
 #[rstest]
 #[case::nothing(|s: &mut Script| change_intent(s, 8, |i| i.assessment = None))]
 #[case::no_rule(|s: &mut Script| change_assessment(s, |a| a.rules.clear()))]
@@ -780,7 +781,7 @@ fn an_assessment_that_the_pack_does_not_make_shows(#[case] lie: fn(&mut Script))
     assert_eq!(report.verdict, Verdict::Invalid);
 }
 
-/// A result is as sensitive as its contract says, at least.
+/// A result is at least as sensitive as its contract says.
 #[test]
 fn a_result_that_is_less_than_its_contract_says_shows() {
     let mut script = Script::good();
@@ -802,7 +803,8 @@ fn a_result_that_is_less_than_its_contract_says_shows() {
     assert_eq!(broken(&run(&script, &script.write())), [Check::CallAccess]);
 }
 
-/// A rollback: the second attempt undoes one of two calls of another task, the first did not come to it.
+/// A rollback of two calls of another task: the second attempt compensates one call. The compensation of the other is lost with the first
+/// attempt's pod.
 fn rollback() -> Script {
     let mut script = Script::good();
     let other = "6f9c3c1e-0000-4000-8000-0000000000ff";
@@ -819,7 +821,7 @@ fn rollback() -> Script {
             o.rollback = Some(plan.clone());
         });
     }
-    // A rollback asks no model, and the first attempt's write goes with its pod.
+    // A rollback calls no model, and the first attempt's `write` is lost with its pod.
     script.at(2).event = intent("b", Channel::Listing, "search", 0);
     script.at(5).event = outcome("b", 0);
     change_intent(&mut script, 6, |i| i.undoes = Some("c9".into()));
@@ -874,7 +876,7 @@ fn nothing_is_undone_by_what_is_no_rollback() {
     assert!(broken(&report).contains(&Check::CallRollback), "{:?}", report.findings);
 }
 
-/// Its end is written after the log has ended: until it is, that is what is missing.
+/// The tiles and the summary are written after the log has ended. Until then the verifier reports them as missing.
 #[rstest]
 #[case("tlog/checkpoint")]
 #[case("tlog/tile/entries/000.p/13")]
@@ -892,7 +894,7 @@ fn an_end_that_is_not_all_there_is_incomplete(#[case] missing: &str) {
     );
 }
 
-/// What the summary says of a log, and the tree that it is about.
+/// The summary has the facts of this log, and names the log's tree.
 #[test]
 fn the_summary_is_of_this_log() {
     let script = Script::good();
@@ -911,8 +913,8 @@ fn the_summary_is_of_this_log() {
     assert_eq!(said["outcome"]["phase"], "Succeeded");
 }
 
-/// Somebody with the keys of all attempts writes history anew from any record on, and so that everything follows: but the witness has
-/// signed another one.
+/// A thief with the keys of all attempts rewrites history from any record on, and makes everything that follows fit. But the witness has
+/// signed another history.
 #[rstest]
 #[case(Script::good())]
 #[case(approved())]

@@ -4,7 +4,7 @@ use rustix::fs::{CWD, Mode, mknodat};
 
 use super::*;
 
-/// A folder with the log's folders, and one plain object.
+/// Returns a folder with the log's folders and one plain object.
 fn folder() -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     for name in ["segments", "tlog", "incidents"] {
@@ -33,7 +33,7 @@ fn whatever_lies_there_is_seen_and_nothing_is_waited_for() {
         fs::write(at(plain), plain).unwrap();
     }
     fs::write(folder.path().join("segments").join(std::ffi::OsStr::from_bytes(b"\xff")), "x").unwrap();
-    // Whose writing was broken off, and what is none of the log's business.
+    // A file whose writing broke off, and something that is not part of a log.
     fs::write(at("segments/.unfinished-1-2-0000000009.jsonl"), "half").unwrap();
     fifo("rollback");
     let log = read(folder.path()).unwrap();

@@ -17,7 +17,7 @@ const WITNESS_TIME: u64 = 0x6b04_c924;
 const COSIGNED: &str = "belay.dev/task/0b4f\n20852163\nCsUYapGGPo4dkMgIAUqom/Xajj7h2fB2MPA3j2jxq2I=\n\n\
     — belay.dev/witness Ijvg8AAAAABrBMkkjL4BfzNq9DH1x2ucmJEmhZcEhFZO+7+HdEU+HnnS/+PKkBMk8HNwg+LBxeJ/MC6TQyiz0A0NtvC2uPAZd3MaCw==\n";
 
-/// A key from its 32-byte seed.
+/// Returns a key from its 32-byte seed.
 fn signer(name: &str, seed: &str) -> Signer {
     let mut document = hex::decode("302e020100300506032b657004220420").unwrap();
     document.extend(BASE64.decode(seed).unwrap());
@@ -55,7 +55,7 @@ fn cosignature_of_the_reference_implementation_is_read_verified_and_made_again()
 
 #[test]
 fn checkpoint_of_the_specification_is_read() {
-    // c2sp.org/tlog-cosignature's example.
+    // The example of c2sp.org/tlog-cosignature.
     let text = "example.com/behind-the-sofa\n20852163\nCsUYapGGPo4dkMgIAUqom/Xajj7h2fB2MPA3j2jxq2I=\n\n\
         — example.com/behind-the-sofa Az3grlgtzPICa5OS8npVmf1Myq/5IZniMp+ZJurmRDeOoRDe4URYN7u5/Zhcyv2q1gGzGku9nTo+zyWE+xeMcTOAYQ8=\n\
         — witness.example.com/w1 jWbPPwAAAABkGFDLEZMHwSRaJNiIDoe9DYn/zXcrtPHeolMI5OWXEhZCB9dlrDJsX3b2oyin1nPZqhf5nNo0xUe+mbIUBkBIfZ+qnA==\n";

@@ -1,50 +1,50 @@
-//! What is to be undone, as the log of a rollback says it first. Data and nothing else.
+//! The plan of a rollback, which the first record of the rollback's log names. Data types only.
 
 use serde::{Deserialize, Serialize};
 
-/// What is to be undone.
+/// The plan of a rollback.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Plan {
-    /// The origin line of the log of the task that is undone.
+    /// The origin of the log of the task that is rolled back.
     pub origin: String,
-    /// Records in it. It has ended.
+    /// The number of records in that log, which has ended.
     pub size: u64,
-    /// Its root, base64.
+    /// The root of that log, base64.
     pub root: String,
-    /// Its calls that may have changed something, newest first.
+    /// The calls in that log that may have changed something, newest first.
     pub steps: Vec<Step>,
 }
 
-/// One call to undo.
+/// One call to compensate.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Step {
-    /// The call, by its name in that log.
+    /// The call, by its name in the other log.
     pub call: String,
-    /// Its tool.
+    /// The tool of the call.
     pub tool: String,
-    /// What undoes it.
+    /// How the call is compensated.
     pub by: By,
 }
 
-/// What undoes a call.
+/// How a call is compensated.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum By {
-    /// Another call.
+    /// By a compensation.
     Call(Undo),
-    /// People, for the reason or by the instructions that this text gives.
+    /// By manual action. The text gives the reason or the instructions.
     People(String),
 }
 
-/// A call that undoes another.
+/// A compensation.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Undo {
-    /// Name of its ToolContract.
+    /// The name of its ToolContract.
     pub contract: String,
-    /// SHA-256 of its arguments in canonical form, hex.
+    /// The commitment to its arguments, hex.
     pub request_digest: String,
     /// Until when it may be made, RFC 3339.
     #[serde(default, skip_serializing_if = "Option::is_none")]

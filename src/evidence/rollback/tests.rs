@@ -10,7 +10,7 @@ use crate::{
 
 const DIGEST: &str = "5a5a";
 
-/// A policy in which `write` is undone so.
+/// Returns a policy in which `write` has this rollback.
 fn undone_by(rollback: Option<Rollback>) -> PolicyConfig {
     let mut policy = policy();
     policy.tools.iter_mut().filter(|tool| tool.name == "write").for_each(|tool| tool.rollback.clone_from(&rollback));
@@ -22,7 +22,7 @@ fn call(within_seconds: Option<i64>) -> Option<Rollback> {
     Some(Rollback::Call(Compensation { contract: "close".into(), arguments, within_seconds }))
 }
 
-/// The steps of a log with these events, under this policy.
+/// Returns the steps of a log with these events, under this policy.
 fn steps(policy: PolicyConfig, events: Vec<Event>) -> Vec<Step> {
     let Event::AttemptOpened(mut first) = opened(&signer(), 1) else { panic!("another event") };
     first.policy = policy;
@@ -110,7 +110,7 @@ fn what_a_rollback_lets_pass(#[case] call: Leaving<'_>, #[case] expected: Option
         (Some(found), Some(expected)) => assert!(found.contains(expected), "{found}"),
         other => panic!("{other:?}"),
     }
-    // Elsewhere all that undoes nothing passes, and nothing that undoes.
+    // Outside a rollback, a call passes exactly if it compensates nothing.
     assert_eq!(lets(None, call, Timestamp::now()).is_err(), call.undoes.is_some());
 }
 
@@ -126,7 +126,7 @@ fn too_late_is_too_late() {
 }
 
 proptest! {
-    /// Whatever is tried in whatever order: a step whose call took effect, or may have, has no other.
+    /// Whatever is tried in whatever order: a step whose call took effect, or may have taken effect, has no other call.
     #[test]
     fn each_step_takes_effect_once(tries in proptest::collection::vec((0usize..4, 0usize..4), 0..64)) {
         let names = ["1", "2", "3", "4"];

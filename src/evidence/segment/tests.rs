@@ -23,7 +23,7 @@ fn record(seq: u64) -> Record {
     }
 }
 
-/// A segment of the records `first..first + count` on top of the records before them.
+/// Returns a segment of the records `first..first + count`, and the tree of the records before them.
 fn segment(first: u64, count: u64) -> (Tree, Segment) {
     let bytes = |seq| canonical::to_bytes(&record(seq)).unwrap();
     let before: Tree = (0..first).map(|seq| merkle::leaf_hash(&bytes(seq))).collect();
@@ -119,13 +119,13 @@ proptest! {
         let _ = Segment::parse(lines.as_bytes());
     }
 
-    /// Reading with records accepts what parsing and decoding accept, and nothing else.
+    /// Reading with records accepts exactly what parsing and decoding accept.
     #[test]
     fn reading_in_one_go_is_parsing_and_decoding(at in any::<prop::sample::Index>(), byte in any::<u8>(), to in any::<prop::sample::Index>()) {
         let mut text = if byte % 2 == 0 { segment(3, 4).1 } else { opened() }.to_bytes();
         let changed = at.index(text.len());
         text[changed] = byte;
-        // Or a line somewhere else, or twice.
+        // Also moves or repeats a line.
         let mut lines: Vec<_> = text.split_inclusive(|b| *b == b'\n').collect();
         let moved = lines[at.index(lines.len())];
         for text in [text.clone(), { lines.insert(to.index(lines.len()), moved); lines.concat() }] {
@@ -147,7 +147,7 @@ proptest! {
     }
 }
 
-/// A record that names a policy, and one that does not.
+/// Returns a segment of two records: one names a policy, the other names no document.
 fn opened() -> Segment {
     let key = Signer::generate("belay.dev/task/0b4f/1").unwrap();
     let record = |seq, event| Record { event, ..record(seq) };
@@ -182,7 +182,7 @@ fn documents_go_with_the_record_that_names_them() {
     }
 }
 
-/// What a document says is read as strictly as a record.
+/// Documents are read as strictly as records.
 #[rstest]
 #[case::a_field_more(|policy: &mut Value| policy["extra"] = 1.into(), "none that this version of belay knows")]
 #[case::a_field_that_is_left_out_otherwise(|policy: &mut Value| policy["task"]["taskClass"] = Value::Null, "is none that this version of belay knows")]

@@ -1,4 +1,4 @@
-//! Approvals: what is asked for, and what follows from the votes.
+//! Approvals: which records about them may follow, and what follows from the decisions.
 
 use std::sync::Arc;
 
@@ -11,7 +11,7 @@ use crate::{
 };
 
 impl TaskState {
-    /// What is said of an approval fits what was said before, what the policy asks for, and who has decided.
+    /// Checks that a record about an approval fits earlier records, the policy, and the decisions that it lists.
     pub(super) fn check_approval(&self, approval: &Approval, found: &mut Findings<'_>) {
         let fits = self.approvals.fits(&approval.name, &approval.call(), approval.standing);
         found.expect_ok(LogRule::ApprovalRequest, fits);
@@ -34,7 +34,7 @@ impl TaskState {
         }
         let barred = [Some(policy.task.principal.as_str()), policy.task.requester.as_deref()];
         let asked = approval::Asked { required: needs.required, barred, expires };
-        // What has expired is the gateway's clock's to say. By the votes alone:
+        // Only the gateway's clock can say whether a request has expired. This is the state by the decisions alone.
         let voted = approval::standing(&asked, decisions, Timestamp::MIN);
         if *standing != voted && !(*standing == Standing::Expired && voted != Standing::Denied) {
             return Err(format!("expected approval {name} to be {voted:?} by its decisions, found it {standing:?}"));
@@ -43,7 +43,7 @@ impl TaskState {
     }
 
     pub(super) fn apply_approval(&mut self, approval: &Approval) {
-        // What does not fit changes nothing.
+        // A record that does not fit changes nothing.
         let _ = Arc::make_mut(&mut self.approvals).seen(&approval.name, &approval.call(), approval.standing);
     }
 }

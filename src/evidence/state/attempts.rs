@@ -1,4 +1,4 @@
-//! Attempts: who may write when, and under which key and policy.
+//! Attempts: who may write when, and with which key and policy.
 
 use std::sync::Arc;
 
@@ -13,17 +13,17 @@ use crate::{
 };
 
 impl TaskState {
-    /// Attempts go up, and do nothing before they open and after they close.
+    /// Checks that attempt numbers never decrease, and that an attempt writes nothing before it opens and after it closes.
     pub(super) fn check_attempt(&self, record: &Record, found: &mut Findings<'_>) {
         let kind = record.event.kind();
-        // A task that ends without an attempt has none to name.
+        // A task that ends without an attempt has no attempt to name.
         let least =
             if matches!(record.event, Event::TaskClosed(_)) { self.named_attempt } else { self.named_attempt.max(1) };
         found.expect(LogRule::AttemptOrder, record.attempt >= least, || {
             format!("expected attempt {least} or a later one, found {}", record.attempt)
         });
         match &record.event {
-            // An attempt may fail before its harness opens it; the end of the task names it all the same.
+            // An attempt may fail before its harness opens it. The end of the task names it nevertheless.
             Event::AttemptOpened(_) | Event::TaskClosed(_) => {}
             _ if record.attempt != self.named_attempt => found.violated(
                 LogRule::AttemptOpen,
@@ -58,7 +58,7 @@ impl TaskState {
         found.expect(LogRule::RollbackPlan, origin == expected.as_deref(), || {
             format!("expected a plan to undo {expected:?}, found one for {origin:?}")
         });
-        // Whether it is what the other task's log makes is for whoever has both logs.
+        // Only a party with both logs can check that the plan is the one that follows from the other task's log.
         if let Some(undoing) = &self.rollback {
             found.expect(LogRule::RollbackPlan, opened.rollback.as_ref() == Some(&undoing.plan), || {
                 "expected the plan that the rollback began with, found another".to_owned()
@@ -66,7 +66,7 @@ impl TaskState {
         }
     }
 
-    /// The key of an attempt, as its opening has it.
+    /// Returns the key of an attempt from its opening, if the key has the right name and type.
     fn key_of(&self, attempt: i64, key: &str) -> Result<VerifierKey, String> {
         let key: VerifierKey = key.parse().map_err(|error: note::KeyError| error.to_string())?;
         let expected = format!("{}/{attempt}", self.origin);
@@ -79,14 +79,14 @@ impl TaskState {
     pub(super) fn apply_opened(&mut self, record: &Record, opened: &AttemptOpened) {
         if self.attempt != record.attempt {
             self.attempt = record.attempt;
-            // Definitions are each attempt's own.
+            // Definitions belong to one attempt.
             let forget = |(name, used): (&String, &ToolUsage)| (name.clone(), ToolUsage { definition: None, ..*used });
             self.tools = self.tools.iter().map(forget).collect();
         }
         (self.is_open, self.containment_lost, self.terminated_by) = (true, false, None);
-        // Whatever does not hold about the key: an older one must not go on signing.
+        // An invalid key removes the older one, too, because the older one must not sign any more.
         self.key = self.key_of(record.attempt, &opened.key).ok().map(Arc::new);
-        // A harness that was started again, and most retries, go by the same.
+        // A restarted harness and most retries have the same policy: it is not compiled again.
         if self.config() != Some(&opened.policy) {
             self.policy = Some(Arc::new(Policy {
                 config: opened.policy.clone(),
@@ -94,7 +94,7 @@ impl TaskState {
                 guard: self.asks(LogRule::CallAssessment).then(|| Guard::compile(&opened.policy).ok()).flatten(),
             }));
         }
-        // Those who were to say what became of open calls are gone.
+        // The harness that would have reported the outcomes of open calls is gone.
         self.held = Spent::default();
         Arc::make_mut(&mut self.ledger).abandon();
         let lost = self.open_calls.values().filter(|call| !self.unknown.contains_key(&call.call));

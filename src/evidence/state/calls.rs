@@ -1,4 +1,4 @@
-//! Calls: what an intent needs, what an outcome settles, what a replay and a resolution may say.
+//! Calls: what an intent requires, what an outcome settles, and what a replay and a resolution may say.
 
 use std::sync::Arc;
 
@@ -21,92 +21,92 @@ use crate::{
     },
 };
 
-/// Intents that are remembered for calls to refer to, where memory is bounded. A harness has a handful open at a time, and keeps MCP
-/// sessions under the intents that opened them.
+/// The number of intents to which other records can refer, where memory is bounded. A harness has a handful of open calls at a time, and
+/// keeps MCP sessions under the intents that opened them.
 const RECENT: usize = 4096;
-/// Intents that may be open at once: each takes memory until its outcome.
+/// The maximum number of open intents. Each takes memory until its outcome.
 const OPEN: usize = 4096;
-/// Tools that are counted: more than a task may name.
+/// The maximum number of tools that are counted. A task may name fewer.
 const TOOLS: usize = 4096;
-/// Calls of unknown fate that are remembered for reads to resolve, where memory is bounded.
+/// The maximum number of calls with an unknown outcome that a read can resolve, where memory is bounded.
 const UNKNOWN: usize = 65_536;
-/// Bytes of the name of a call, a target, a key or a definition.
+/// The maximum length in bytes of the name of a call, a target, a key or a definition.
 const NAME: usize = 4096;
 
-/// A call that has an intent, with what its attempt and its task were like before it.
+/// A call that has an intent, with the state of its attempt and its task before the intent.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct IntentFacts {
-    /// Its place in the log.
+    /// The sequence number of the intent.
     pub seq: u64,
-    /// The call.
+    /// The name of the call.
     pub call: String,
-    /// The attempt that means to make it.
+    /// The attempt that makes the call.
     pub attempt: i64,
-    /// Which way.
+    /// The channel.
     pub channel: Channel,
-    /// To what.
+    /// The target.
     pub target: String,
-    /// What it may change.
+    /// The side effect.
     pub effect: Option<SideEffect>,
     /// The digest of the upstream's definition of an MCP tool.
     pub definition: Option<String>,
-    /// The digest of the request.
+    /// The commitment to the request.
     pub request_digest: Option<String>,
-    /// The idempotency key under which it is made.
+    /// The idempotency key of the call.
     pub key: Option<String>,
-    /// The approvals by which it is made.
+    /// The names of the call's approvals.
     pub approvals: Vec<String>,
-    /// The model that is asked, as it may be recorded.
+    /// The requested model, in the form in which it may be recorded.
     pub model: Option<String>,
-    /// What is set aside for it.
+    /// The tokens and the cost reserved for the call.
     pub reserved: Spent,
-    /// What the pack found of it.
+    /// What the pack found about the call.
     pub assessment: Option<Assessment>,
-    /// The digest of the policy by which its attempt runs.
+    /// The digest of the policy under which the attempt runs.
     pub policy: Arc<str>,
-    /// Where an HTTP tool is, by that policy.
+    /// The upstream of an HTTP tool, by that policy.
     pub http: Option<Arc<HttpUpstream>>,
-    /// What it undoes.
+    /// The call that it compensates.
     pub undoes: Option<Undoes>,
-    /// The counters before it.
+    /// The counters before the call.
     pub usage: Usage,
-    /// The most sensitive data that the task had handled before it.
+    /// The most sensitive data that the task had handled before the call.
     pub seen: Sensitivity,
-    /// Whether it still waits for its outcome.
+    /// Whether the call still waits for its outcome.
     pub open: bool,
     /// What its outcome says.
     pub became: Option<Effect>,
 }
 
 impl IntentFacts {
-    /// Whether its call leaves before it lies in the bucket.
+    /// Returns whether the call may be sent before its intent is stored in the bucket.
     pub fn leaves_witnessed(&self) -> bool {
         self.channel.leaves_witnessed(self.effect)
     }
 
-    /// Whether no contract says that it changes something.
+    /// Returns whether no contract says that the call changes something.
     pub fn changes_nothing(&self) -> bool {
         !matches!(self.effect, Some(SideEffect::Write | SideEffect::External))
     }
 }
 
-/// A call of another task that a call undoes.
+/// A call of another task that a call compensates.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Undoes {
-    /// The call.
+    /// The name of the compensated call.
     pub call: String,
-    /// Until when, RFC 3339.
+    /// Until when it may be compensated, RFC 3339.
     pub until: Option<String>,
 }
 
 impl Unknown {
-    /// A call whose fate is unknown from a record on.
+    /// Returns the entry of a call whose outcome is unknown since a record.
     pub(super) fn of(call: &IntentFacts, since: u64) -> Self {
         Self { target: call.target.clone(), key: call.key.clone(), since }
     }
 }
 
-/// A call's name, in as little as tells it from others.
+/// Returns a fingerprint of a call's name, the first 128 bits of its SHA-256, which distinguishes it from other names.
 fn print(call: &str) -> u128 {
     canonical::sha256(call.as_bytes()).first_chunk().map_or(0, |first| u128::from_be_bytes(*first))
 }
@@ -156,7 +156,7 @@ impl TaskState {
         self.check_approved(intent, found);
     }
 
-    /// A hostile harness does not fill its readers' memory.
+    /// Checks the bounds that keep a hostile harness from filling the memory of readers.
     fn check_bounds(&self, intent: &Intent, found: &mut Findings<'_>) {
         let names = [Some(&intent.call), Some(&intent.target), intent.key.as_ref(), intent.definition.as_ref()];
         found.expect(LogRule::CallBounds, names.into_iter().flatten().all(|name| name.len() <= NAME), || {
@@ -171,14 +171,14 @@ impl TaskState {
         });
     }
 
-    /// What the task's and the contract's limits leave.
+    /// Checks the limits of the task and of the contract.
     fn check_limits(&self, intent: &Intent, found: &mut Findings<'_>) {
         let budget = self.budget();
         if intent.channel == Channel::Tool {
             found.expect_ok(LogRule::LimitToolCalls, budget.clone().reserve_tool_call().map_err(|e| e.to_string()));
             found.expect_ok(LogRule::LimitTool, self.calls_left(&intent.target));
         }
-        // A reply may have cost more than was left; only what asks for more is refused then.
+        // A reply may have cost more than was left. After that, only calls that reserve more are denied.
         let (tokens, cost) = (intent.reserved_tokens, intent.reserved_cost_micros);
         for (rule, tokens, cost) in [(LogRule::LimitTokens, tokens, 0), (LogRule::LimitCost, 0, cost)] {
             if tokens > 0 || cost > 0 {
@@ -188,10 +188,10 @@ impl TaskState {
         found.expect_ok(LogRule::LimitDenials, budget.open().map_err(|e| e.to_string()));
     }
 
-    /// Whether the contract of a tool allows one more call over the task.
+    /// Checks that the contract of a tool allows one more call over the task.
     ///
     /// # Errors
-    /// How many it allows, and how many are made.
+    /// Returns how many calls the contract allows, and how many are made.
     pub fn calls_left(&self, tool: &str) -> Result<(), String> {
         let most = self.tool(tool).and_then(|tool| tool.limits.calls);
         let made = self.tools.get(tool).map_or(0, |used| used.calls);
@@ -201,7 +201,7 @@ impl TaskState {
         }
     }
 
-    /// A call has the key that its contract makes, and no other call was made under it.
+    /// Checks that a call has the key that its contract makes, and that no other call was made under this key.
     fn check_key(&self, time: Timestamp, intent: &Intent, found: &mut Findings<'_>) {
         let of = self.idempotency(&intent.target).filter(|_| intent.channel == Channel::Tool);
         let (of, key) = match (of, &intent.key) {
@@ -213,7 +213,7 @@ impl TaskState {
             }
         };
         let digest = intent.request_digest.as_deref().unwrap_or_default();
-        // A key of one argument cannot be made again from the log, which has no arguments.
+        // A key of one argument cannot be made again from the log, because the log has no arguments.
         if of.argument.is_none() {
             let uid = self.config().map_or("", |policy| policy.task.uid.as_str());
             let expected = ledger::made_of(uid, &intent.target, digest);
@@ -227,7 +227,7 @@ impl TaskState {
         });
     }
 
-    /// A tool call has the approvals that it needs, and passes the pack.
+    /// Checks that a tool call has the approvals that it requires, and that the pack allows it.
     fn check_approved(&self, intent: &Intent, found: &mut Findings<'_>) {
         let Intent { target, effect, .. } = intent;
         let given = self.approvals.usable(&intent.approvals, target, intent.request_digest.as_deref());
@@ -240,7 +240,7 @@ impl TaskState {
         found.expect(LogRule::ApprovalByContract, !always || given.contains(&AskedBy::Contract), || {
             needs(AskedBy::Contract)
         });
-        // That there is no such tool is a finding of its own.
+        // An unknown tool is a finding of its own.
         let Some((tool, effect)) = tool.zip(*effect) else { return };
         let Some(guard) = self.policy.as_deref().and_then(|policy| policy.guard.as_ref()) else { return };
         let asked = Asked { tool, effect, usage: self.usage, seen: self.seen };
@@ -249,12 +249,12 @@ impl TaskState {
         found.expect(LogRule::ApprovalByPack, !by_pack || given.contains(&AskedBy::Pack), || needs(AskedBy::Pack));
     }
 
-    /// The definition by which the newest attempt called a tool first.
+    /// Returns the definition with which the newest attempt first called a tool.
     fn definition(&self, tool: &str) -> Option<&String> {
         self.tools.get(tool)?.definition.as_ref()
     }
 
-    /// What makes calls of a tool one, by the newest policy.
+    /// Returns the idempotency rule of a tool, by the newest policy.
     fn idempotency(&self, tool: &str) -> Option<&Idempotency> {
         self.tool(tool)?.idempotency.as_ref()
     }
@@ -284,7 +284,7 @@ impl TaskState {
         self.held.cost_micros = self.held.cost_micros.saturating_add(intent.reserved_cost_micros.max(0));
         if intent.channel == Channel::Tool {
             if !intent.approvals.is_empty() {
-                // What may not be used is not.
+                // An approval that may not be used stays unused.
                 let digest = intent.request_digest.as_deref();
                 let _ = Arc::make_mut(&mut self.approvals).used(&intent.approvals, &intent.target, digest);
             }
@@ -304,7 +304,7 @@ impl TaskState {
             self.open_calls.insert(intent.call.clone(), facts.clone());
             self.calls.insert(record.seq, facts);
         }
-        // Settled ones go first: an open one is still to be referred to.
+        // Settled calls are removed first, because later records still refer to open calls.
         while self.is_bounded() && self.calls.len() > RECENT {
             let oldest = self.calls.iter().find(|(_, call)| !call.open).or(self.calls.iter().next());
             match oldest.map(|(seq, _)| *seq) {
@@ -386,14 +386,14 @@ impl TaskState {
             Arc::make_mut(undoing).settle(&outcome.call, outcome.effect);
         }
         self.end(&call, Some(outcome.effect));
-        // What was lost with its harness has an outcome after all.
+        // A call that was lost with its harness has an outcome after all.
         self.unknown.remove(&outcome.call);
         if outcome.effect == Effect::Unknown {
             self.lose(Unknown::of(&call, record.seq), &outcome.call);
         }
     }
 
-    /// A call waits for its outcome no more.
+    /// Marks a call as no longer waiting for its outcome.
     fn end(&mut self, call: &IntentFacts, became: Option<Effect>) {
         if let Some(call) = self.calls.get_mut(&call.seq) {
             let call = Arc::make_mut(call);
@@ -401,7 +401,8 @@ impl TaskState {
         }
     }
 
-    /// Nobody knows what became of a call. Where its contract names a read that tells, one may.
+    /// Records that the outcome of a call is unknown. A read may resolve the call if its contract names one. Where memory is bounded, other
+    /// calls are not recorded.
     pub(super) fn lose(&mut self, unknown: Unknown, call: &str) {
         let told_of = || self.tool(&unknown.target).is_some_and(|tool| tool.verify.is_some());
         if !self.is_bounded() || (self.unknown.len() < UNKNOWN && told_of()) {
@@ -409,7 +410,7 @@ impl TaskState {
         }
     }
 
-    /// A result that was given again is that of the call which was made under the key.
+    /// Checks that a replayed result is that of the call that was made under the key.
     pub(super) fn check_replayed(&self, time: Timestamp, replayed: &Replayed, found: &mut Findings<'_>) {
         let Replayed { call, target, key, request_digest, response_digest } = replayed;
         let held = self.idempotency(target).map(|of| self.ledger.find(key, request_digest, of, time));
@@ -428,11 +429,11 @@ impl TaskState {
         });
     }
 
-    /// The call that a read resolves: of unknown fate, of whichever attempt. The read was made after that was known, it succeeded, and it is
-    /// of the tool that the contract names.
+    /// Returns the call that a read resolves. Its outcome must be unknown, in whichever attempt. The read must come after that, must have
+    /// succeeded, and must be of the tool that the contract names.
     ///
     /// # Errors
-    /// What was expected, and what was found.
+    /// Returns what was expected and what was found.
     pub fn resolution(&self, resolved: &Resolved) -> Result<&Unknown, String> {
         let Resolved { call, effect, by } = resolved;
         let wrong =
@@ -440,7 +441,7 @@ impl TaskState {
         let unknown =
             self.unknown.get(call).ok_or_else(|| wrong(&format!("call {call}, whose fate was not unknown")))?;
         let reader = self.tool(&unknown.target).and_then(|tool| tool.verify.as_ref()).map(|read| &read.tool);
-        // What did not succeed has told nothing.
+        // A read that did not succeed says nothing.
         let told = self.named.get(&print(by)).and_then(|seq| self.intent(*seq)).is_some_and(|read| {
             read.seq > unknown.since
                 && read.channel == Channel::Tool

@@ -1,4 +1,4 @@
-//! A lie for every rule, told to each of the rule's users: `cases` is for their tests, too.
+//! A lie for every rule, checked as each of the rule's users. [`case`] is also for the tests of these users.
 
 use std::collections::BTreeMap;
 
@@ -33,7 +33,7 @@ impl Case {
         self.segments.iter().flatten()
     }
 
-    /// The state before the last record, and that record.
+    /// Returns the state before the last record, and that record.
     pub(crate) fn last(&self, user: User) -> (TaskState, Record) {
         let mut state = TaskState::new(user, &note::origin(UID));
         let mut records: Vec<_> = self.records().cloned().collect();
@@ -45,7 +45,7 @@ impl Case {
         (state, last)
     }
 
-    /// What is said to be expected of the last record. What was found may differ each time: keys.
+    /// Returns what the violation of the last record expects. The part after "found" may differ each time, such as keys.
     pub(crate) fn expected(&self, user: User) -> String {
         let (state, last) = self.last(user);
         let found = state.check(&last);
@@ -74,7 +74,7 @@ impl Liar {
         Self { policy, keys: keys.into_iter().collect() }
     }
 
-    /// One whose attempts run by another policy.
+    /// Returns a liar whose attempts run under a changed policy.
     fn by(change: &dyn Fn(&mut PolicyConfig)) -> Self {
         let mut liar = Self::new();
         change(&mut liar.policy);
@@ -88,14 +88,14 @@ impl Liar {
         Event::AttemptOpened(it)
     }
 
-    /// A log of these events in attempts, without an opening, and how the last record is changed once all are counted.
+    /// Returns a log of these events in their attempts, without an opening. `change` changes the last record after all are counted.
     fn writes(self, rule: LogRule, events: Vec<(i64, Event)>, change: impl FnOnce(&mut Record)) -> Case {
         let mut segments: Segments = Vec::new();
         for (attempt, event) in events {
             let ends = matches!(event, Event::TaskClosed(_));
             let record = record(attempt, event);
             match segments.last_mut() {
-                // One end after the other is the same writer's.
+                // Two ends in sequence have the same writer.
                 Some(last) if ends && matches!(last[0].event, Event::TaskClosed(_)) => last.push(record),
                 _ => segments.push(vec![record]),
             }
@@ -105,7 +105,7 @@ impl Liar {
         Case { rule, segments, keys: self.keys }
     }
 
-    /// A log of an attempt with these events.
+    /// Returns a log of one attempt with these events.
     fn tells(self, rule: LogRule, events: Vec<Event>) -> Case {
         self.tells_but(rule, events, |_| ())
     }
@@ -116,7 +116,7 @@ impl Liar {
         self.writes(rule, events, change)
     }
 
-    /// A log whose first record is a wrong opening.
+    /// Returns a log whose first record is a wrong opening.
     fn opens(self, rule: LogRule, change: impl FnOnce(&mut AttemptOpened)) -> Case {
         let opening = self.opening(1, change);
         self.writes(rule, vec![(1, opening)], |_| ())
@@ -175,13 +175,13 @@ fn assessed(seen: Sensitivity, rules: &[&str]) -> Option<Assessment> {
     Some(Assessment { arguments: Sensitivity::default(), seen, rules, risk: None })
 }
 
-/// A log that breaks this rule, and no other.
+/// Returns a log that breaks this rule and no other.
 pub(crate) fn case(rule: LogRule) -> Case {
     let (new, by) = (Liar::new, Liar::by);
     let search = |call: &str| tool(call, "search", |_| ());
     let write = |call: &str| tool(call, "write", |_| ());
     let once = |policy: &mut PolicyConfig| {
-        // The harness writes its records now, and those before it are older.
+        // The harness writes its records now, and those before are older. The window must reach back to them.
         policy.tools[2].idempotency = Some(Idempotency { argument: None, header: None, window_seconds: 1 << 40 });
     };
     let approved = |policy: &mut PolicyConfig| policy.tools[2].approval = Some(approval(&["ana"]));
@@ -305,8 +305,8 @@ pub(crate) fn case(rule: LogRule) -> Case {
     }
 }
 
-/// Each rule is asked by those whom the table names, and by nobody else; and its lie breaks no other, so that a test of it fails once the
-/// rule is switched off.
+/// The users in the table check each rule, and no other user does. The lie about a rule breaks no other rule, so that its test fails once
+/// the rule is switched off.
 #[test]
 fn every_rule_is_asked_by_those_whom_the_table_names() {
     for rule in LogRule::ALL.iter().copied() {
@@ -316,7 +316,7 @@ fn every_rule_is_asked_by_those_whom_the_table_names() {
             let found: Vec<_> = state.check(&last).into_iter().map(|violation| violation.rule).collect();
             let others: Vec<_> = found.iter().filter(|found| **found != rule).collect();
             assert!(found.contains(&rule) == rule.is_asked_by(user), "{rule} {user:?}: {found:?}");
-            // What the pack says includes which data the task has seen.
+            // The pack's assessment includes the data that the task has seen.
             let same = [LogRule::DataSeen, LogRule::CallAssessment];
             assert!(others.iter().all(|_| same.contains(&rule)), "{rule} {user:?}: {found:?}");
             let found = state.without(rule).check(&last);
@@ -325,7 +325,7 @@ fn every_rule_is_asked_by_those_whom_the_table_names() {
     }
 }
 
-/// Calls of earlier attempts count, whoever goes on.
+/// Calls of earlier attempts count for whichever harness continues.
 #[test]
 fn calls_of_earlier_attempts_count() {
     let case = case(LogRule::LimitTool);
@@ -341,7 +341,7 @@ fn calls_of_earlier_attempts_count() {
     assert_eq!(found.iter().map(|found| found.rule).collect::<Vec<_>>(), [LogRule::LimitTool]);
 }
 
-/// A harness that goes on from a snapshot judges a repeat, a resolution and a limit as the witness does, who has seen everything.
+/// A harness that continues from a snapshot evaluates a repeat, a resolution and a limit like the witness, which has seen the whole log.
 #[test]
 fn a_snapshot_is_enough_for_the_next_harness() {
     let mut policy = crate::verify::tests::script::policy();
@@ -367,7 +367,7 @@ fn a_snapshot_is_enough_for_the_next_harness() {
     let steps = vec![
         (open(1), true),
         ((1, keyed("a")), true),
-        // Its harness is gone.
+        // The harness of the call is gone.
         (open(2), true),
         ((2, keyed("b")), false),
         ((2, resolved("a")), false),

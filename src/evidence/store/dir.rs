@@ -1,8 +1,8 @@
 //! A folder as a store.
 //!
-//! Promises: an object is whole or absent, never replaced, and on disk when `Store::create` returns. Refuses to
-//! pretend: a folder has no locks and keeps no versions, so whoever can write to it can rewrite it. Retention is ignored
-//! and `Store::list_versions` shows none.
+//! Guarantees: an object is complete or absent, is never replaced, and is on disk when `Store::create` returns.
+//! Non-goals: protection of objects. A folder has no locks and no versions, so that anyone who can write to it can rewrite it. Retention is
+//! ignored, and `Store::list_versions` reports none.
 
 use std::{
     fs, io,
@@ -16,25 +16,25 @@ use futures::future::BoxFuture;
 
 use super::{PutError, Retention, Store, StoreError, StoredObject};
 
-/// How the name of a file that is still being written starts. Keys cannot: see [`Dir::path`].
+/// The beginning of the name of a file that is still being written. No key can begin like that, see [`Dir::path`].
 pub(in crate::evidence) const UNFINISHED: &str = ".unfinished-";
 
-/// Tells apart the unfinished files of writers in this process.
+/// Distinguishes the unfinished files of writers in this process.
 static WRITERS: AtomicU64 = AtomicU64::new(0);
 
-/// A folder.
+/// A folder as a store.
 #[derive(Clone, Debug)]
 pub struct Dir {
     root: PathBuf,
 }
 
 impl Dir {
-    /// A store in this folder, which is created with the first object.
+    /// Returns a store in this folder. The folder is created with the first object.
     pub fn new(root: impl Into<PathBuf>) -> Self {
         Self { root: root.into() }
     }
 
-    /// The file of a key. Keys come from names in a cluster: one must not lead out of the folder.
+    /// Returns the file of a key. Keys come from names in a cluster, and a key must not lead out of the folder.
     fn path(&self, key: &str) -> Result<PathBuf, StoreError> {
         let plain = |part: &str| !part.is_empty() && !part.starts_with('.') && !part.contains(['\\', '\0']);
         if key.split('/').all(plain) { Ok(self.root.join(key)) } else { Err(StoreError::Key(key.to_owned())) }
@@ -64,7 +64,7 @@ impl Dir {
 
     fn objects(&self, prefix: &str) -> Result<Vec<StoredObject>, StoreError> {
         let mut found = Vec::new();
-        // Only below the prefix's last whole folder can its keys be.
+        // Keys with this prefix can only be below the last complete folder in the prefix.
         let start = match prefix.rsplit_once('/') {
             Some((folder, _)) => self.path(folder)?,
             None => self.root.clone(),
@@ -99,17 +99,17 @@ impl Dir {
         Ok(found)
     }
 
-    /// The key of a file; none for files that this store does not write.
+    /// Returns the key of a file. `None` for files that this store does not write.
     fn key(&self, path: &Path) -> Option<String> {
         let key = path.strip_prefix(&self.root).ok()?.to_str()?.to_owned();
         self.path(&key).is_ok().then_some(key)
     }
 }
 
-/// What S3 calls the version of an object in a bucket that keeps none.
+/// The version ID that S3 uses in a bucket without versions.
 const VERSION: &str = "null";
 
-/// Writes the file beside its place, then links it there: the link fails if there is one already.
+/// Writes the file beside its place, then links it into its place. The link fails if a file is there already.
 fn write_new(path: &Path, body: &[u8]) -> io::Result<()> {
     let (Some(folder), Some(name)) = (path.parent(), path.file_name().and_then(|n| n.to_str())) else {
         return Err(io::Error::other("the path has no folder"));
@@ -123,13 +123,13 @@ fn write_new(path: &Path, body: &[u8]) -> io::Result<()> {
         file.sync_all()?;
         fs::hard_link(&unfinished, path)
     })();
-    // Whatever happened, the name beside it has served; if it cannot be removed, it is not listed either.
+    // The unfinished name is not needed any more, whatever happened. If it cannot be removed, it is not listed either.
     let _ = fs::remove_file(&unfinished);
     written?;
     fs::File::open(folder)?.sync_all()
 }
 
-/// Files block: they are read and written on tokio's threads for that.
+/// Runs file access on tokio's threads for blocking work.
 async fn blocking<T: Send + 'static, E: Send + From<StoreError> + 'static>(
     work: impl FnOnce() -> Result<T, E> + Send + 'static,
 ) -> Result<T, E> {

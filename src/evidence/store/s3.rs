@@ -1,8 +1,10 @@
-//! A bucket with Object Lock.
+//! A bucket with Object Lock as a store.
 //!
-//! Promises: every put is conditional (`If-None-Match: *`), carries its SHA-256 and its retention, by the store's own clock, and is
-//! whole or absent; every call ends in bounded time. Refuses: to make or change buckets, and to trust a bucket's default retention.
-//! A delete marker hides an object but removes nothing: `Store::list_versions` shows both, and an auditor asks for it.
+//! Guarantees: every put is conditional (`If-None-Match: *`), carries its SHA-256 and its retention, by the store's own clock, and is
+//! complete or absent. Every call ends in bounded time.
+//! Non-goals: creating or changing buckets, and trusting a bucket's default retention.
+//!
+//! A delete marker hides an object but removes nothing. `Store::list_versions` reports both, and auditors use it.
 
 use std::{
     error::Error as _,
@@ -39,22 +41,22 @@ use jiff::Timestamp;
 use super::{Mode, PutError, Retention, Store, StoreError, StoredObject};
 use crate::canonical;
 
-/// A store that does not accept a connection by then is down.
+/// The time limit for a connection. A store that does not accept a connection by then is down.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
-/// One try of one call. A segment is small; a store that takes longer is worth another try.
+/// The time limit of one try of a call. A segment is small, so a store that takes longer is worth another try.
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(10);
-/// One call with its retries. The agent waits for it before each effect.
+/// The time limit of a call with its retries. The agent waits for it before each side effect.
 const OPERATION_TIMEOUT: Duration = Duration::from_secs(25);
-/// Tries of one call: the SDK waits with jitter between them.
+/// The number of tries of a call. The SDK waits with jitter between them.
 const ATTEMPTS: u32 = 3;
-/// Retention is asked for version by version: so many questions at a time.
+/// The number of requests for retention at the same time. Retention is requested version by version.
 const PARALLEL: usize = 8;
-/// Region in signatures where nobody names one. Stores that are not AWS take any.
+/// The region in signatures if none is configured. Stores other than AWS accept any region.
 const DEFAULT_REGION: &str = "us-east-1";
 
-/// Retention counts days of this length: no calendar, no time zone.
+/// The length of a day in a retention, without calendar and time zone.
 const SECONDS_A_DAY: i64 = 86_400;
-/// The header that says until when.
+/// The header with the end of the lock.
 const RETAIN_UNTIL: &str = "x-amz-object-lock-retain-until-date";
 
 /// How to reach a bucket.
@@ -62,22 +64,22 @@ const RETAIN_UNTIL: &str = "x-amz-object-lock-retain-until-date";
 pub struct Options {
     /// The bucket.
     pub bucket: String,
-    /// URL of a store that is not AWS.
+    /// The URL of a store that is not AWS.
     pub endpoint: Option<String>,
-    /// `https://endpoint/bucket/key` rather than `https://bucket.endpoint/key`.
+    /// Whether to use `https://endpoint/bucket/key` rather than `https://bucket.endpoint/key`.
     pub path_style: bool,
-    /// Region; `AWS_REGION` or `us-east-1` otherwise.
+    /// The region; `AWS_REGION` or `us-east-1` if absent.
     pub region: Option<String>,
-    /// PEM certificates to trust beside the system's, for a store with a private authority.
+    /// PEM certificates to trust in addition to the system's, for a store with a private certificate authority.
     pub ca: Option<Vec<u8>>,
 }
 
-/// The options make no client.
+/// The error of options from which no client can be made.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot use the certificates for the object store: {0}; expected PEM")]
 pub struct OptionsError(String);
 
-/// A bucket.
+/// A bucket as a store.
 #[derive(Clone, Debug)]
 pub struct S3 {
     client: Client,
@@ -86,8 +88,8 @@ pub struct S3 {
     clock: Clock,
 }
 
-/// The store's clock, as its replies tell it. The SDK signs by it, so that a machine whose own clock is wrong is let in all the same;
-/// what it then asked to lock would be locked for too short a time.
+/// The store's clock, as the store's replies report it. The SDK signs by it, so a machine with a wrong clock gets access all the same. A
+/// lock that ends by that machine's clock could be too short.
 #[derive(Clone, Debug, Default)]
 struct Clock(Arc<AtomicI64>);
 
@@ -116,7 +118,7 @@ impl Intercept for Clock {
     }
 }
 
-/// Until when an object is locked. Said anew with each try: the refusal of the one before may have told what time it is.
+/// Sets until when an object is locked. Each try sets it again, because the rejection of the last try may have reported the store's time.
 #[derive(Debug)]
 struct Locked {
     days: i64,
@@ -142,11 +144,11 @@ impl Intercept for Locked {
 }
 
 impl S3 {
-    /// A client of the bucket. Credentials come from `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY`, or else from the
-    /// SDK's default chain (profiles, web identity, container and instance roles). Nothing is sent yet.
+    /// Returns a client of the bucket. Credentials come from `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY`, or else from the SDK's
+    /// default chain (profiles, web identity, container and instance roles). Nothing is sent yet.
     ///
     /// # Errors
-    /// If the certificates cannot be read.
+    /// Returns an error if the certificates cannot be read.
     pub async fn connect(options: Options) -> Result<Self, OptionsError> {
         let mut trust = TrustStore::default();
         if let Some(pem) = options.ca {
@@ -177,14 +179,14 @@ impl S3 {
         let mut config = aws_sdk_s3::config::Builder::from(&shared)
             .force_path_style(options.path_style)
             .interceptor(clock.clone())
-            // The SHA-256 is ours and explicit: no CRC32 beside it, which not every store takes.
+            // The SHA-256 is set explicitly. Not every store accepts an additional CRC32.
             .request_checksum_calculation(RequestChecksumCalculation::WhenRequired);
         config.set_endpoint_url(options.endpoint.or_else(|| shared.endpoint_url().map(str::to_owned)));
         let credentials = shared.credentials_provider();
         Ok(Self { client: Client::from_conf(config.build()), bucket: options.bucket, credentials, clock })
     }
 
-    /// Whether there are credentials to sign with: without them every call fails, and not in a way that says so.
+    /// Returns whether there are credentials to sign with. Without them every call fails, with an error that does not say so.
     pub async fn has_credentials(&self) -> bool {
         match &self.credentials {
             Some(provider) => provider.provide_credentials().await.is_ok(),
@@ -192,7 +194,7 @@ impl S3 {
         }
     }
 
-    /// An SDK error in our words.
+    /// Converts an SDK error to a store error.
     fn error<E>(&self, action: &'static str, key: &str, error: SdkError<E, HttpResponse>) -> StoreError
     where
         E: ProvideErrorMetadata + std::error::Error + 'static,
@@ -202,7 +204,7 @@ impl S3 {
             (Some(code), Some(message), _) => format!("{code}: {message}"),
             (Some(code), None, _) => code.to_owned(),
             (None, _, Some(status)) => format!("HTTP {status}"),
-            // A bare `dispatch failure` helps nobody: the chain of causes names the address and what went wrong.
+            // `dispatch failure` alone helps nobody. The chain of causes names the address and the problem.
             (None, ..) if error.source().is_some() => DisplayErrorContext(&error).to_string(),
             (None, ..) => error.to_string(),
         };
@@ -246,7 +248,7 @@ impl S3 {
         match put.send().await {
             Ok(done) => Ok(done.version_id.unwrap_or_else(|| NO_VERSION.to_owned())),
             Err(e) => match e.raw_response().map(|r| r.status().as_u16()) {
-                // 409 is AWS's answer to two conditional puts at the same moment: one of them has won or will.
+                // AWS answers two conditional puts at the same moment with 409: one of them has won or will win.
                 Some(412) => Err(PutError::Exists),
                 Some(409) if e.code() == Some("ConditionalRequestConflict") => Err(PutError::Exists),
                 _ => Err(self.error("write", key, e).into()),
@@ -302,7 +304,7 @@ impl S3 {
             }
             let next = (page.next_key_marker, page.next_version_id_marker);
             if next.0.is_none() || next == (key_marker, version_marker) {
-                // To stop here would hide versions, to go on would never end.
+                // Stopping here would hide versions, and continuing would never end.
                 let detail = "the listing is cut off and does not say where it goes on".to_owned();
                 return Err(self.unavailable("list", prefix, detail));
             }
@@ -314,8 +316,8 @@ impl S3 {
         futures::stream::iter(found).map(|object| self.with_lock(object)).buffered(PARALLEL).try_collect().await
     }
 
-    /// The object with its lock, which listings do not have. By `HEAD`, as versitygw answers `GetObjectRetention` in a form
-    /// that the SDK cannot read; its `HEAD` knows the lock of the version on top only.
+    /// Returns the object with its lock, which listings do not have. Uses `HEAD`, because versitygw answers `GetObjectRetention` in a form
+    /// that the SDK cannot read. The `HEAD` of versitygw reports the lock of the newest version only.
     async fn with_lock(&self, object: StoredObject) -> Result<StoredObject, StoreError> {
         if object.delete_marker {
             return Ok(object);
@@ -356,10 +358,10 @@ impl S3 {
     }
 }
 
-/// What S3 calls the version of an object in a bucket that keeps none.
+/// The version ID that S3 uses in a bucket without versions.
 const NO_VERSION: &str = "null";
 
-/// The SDK's time as ours.
+/// Converts the SDK's time.
 fn timestamp(time: &DateTime) -> Option<Timestamp> {
     Timestamp::from_second(time.secs()).ok()
 }

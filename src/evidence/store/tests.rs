@@ -3,7 +3,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use super::*;
 use crate::evidence::store::dir::Dir;
 
-/// A store that writes, and loses the reply of the first put.
+/// A store that writes, but loses the reply of the first put.
 struct LostReply {
     inner: Dir,
     puts: AtomicU32,

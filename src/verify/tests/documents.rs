@@ -1,10 +1,11 @@
-//! Policies and plans of which this version does not know what they are: whoever writes such a log says nothing that is false, and nobody here can judge it.
+//! Policies and plans in a form that this version does not know. Such a log says nothing false, but this version cannot evaluate it.
 
 use serde_json::{Value, json};
 
 use super::*;
 
-/// The script, told with another first document: named by its digest, or by that of the one before.
+/// Returns the script's log with a changed last document in its first record. The record names the document by its new digest if `named`,
+/// and by the old digest otherwise.
 fn with_document(script: &Script, named: bool, change: impl FnOnce(&mut Value)) -> Log {
     let mut written = forge::written(&script.segments);
     let entry = &mut written[0].entries[0];
@@ -24,7 +25,7 @@ fn sign(script: &Script, written: Vec<forge::Unsigned>) -> Log {
     forge::sign(written, &note::origin(UID), &script.keys, Witness::By(&script.witness), &Before::default())
 }
 
-/// Whether serde reads it, and makes of it something else, or does not: it is of a later version. What is no object is nothing.
+/// A policy is of a later version if serde cannot read it, or if serde writes it differently. Something that is not an object is invalid.
 #[rstest]
 #[case::as_it_is(Verdict::Valid, |_: &mut Value| {})]
 #[case::another_member(Verdict::Newer, |p: &mut Value| p["later"] = true.into())]
@@ -48,7 +49,7 @@ fn a_policy_that_is_not_known_is_newer(#[case] expected: Verdict, #[case] change
     let script = Script::good();
     let report = run(&script, &with_document(&script, true, change));
     assert_eq!(report.verdict, expected, "{:?}", report.findings);
-    // Nobody else has signed it.
+    // The witness with this key has not signed the log.
     let other = Signer::generate(WITNESS_NAME).unwrap().verifier();
     let log = with_document(&script, true, change);
     assert_eq!(verify(&log, &other, &Expected::Anything).verdict, Verdict::Invalid);
@@ -73,7 +74,7 @@ fn a_plan_that_is_not_known_is_newer(#[case] expected: Verdict, #[case] change: 
     assert_eq!(report.verdict, expected, "{:?}", report.findings);
 }
 
-/// What makes a segment one of a later version does not depend on its other records, nor on a document that nobody names.
+/// Whether a segment is of a later version depends neither on its other records nor on a document that no record names.
 #[test]
 fn what_is_said_of_a_document_depends_on_nothing_else() {
     let script = Script::good();
@@ -84,7 +85,7 @@ fn what_is_said_of_a_document_depends_on_nothing_else() {
     joined.segments[0].extend(next);
     joined.at(2).time = "yesterday".into();
     assert_eq!(run(&joined, &with_document(&joined, true, later)).verdict, Verdict::Newer, "it is not judged");
-    // A record that has its policy in itself names none.
+    // A record that contains its policy names no document.
     let mut written = forge::written(&script.segments);
     let entry = &mut written[0].entries[0];
     let mut record: Value = serde_json::from_slice(&entry.record).unwrap();

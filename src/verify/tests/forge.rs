@@ -1,7 +1,7 @@
-//! Writes logs with whatever keys one has, and history anew as a thief of keys would: he changes one record, makes all that follows fit it,
-//! and signs what he can.
+//! Writes logs with any set of keys, and rewrites history as a thief of keys would: the thief changes one record, makes all later records
+//! fit it, and signs as far as the stolen keys allow.
 //!
-//! The tests of this crate forge the logs of [`script`](super::script); `e2e/evidence` takes this file in as its own, for logs of real runs.
+//! The tests of this crate forge the logs of [`script`](super::script). `e2e/evidence` includes this file for logs of real runs.
 
 use std::collections::BTreeMap;
 
@@ -38,18 +38,18 @@ pub(crate) type Segments = Vec<Vec<Record>>;
 /// Keys of attempts, by their numbers.
 pub(crate) type Keys = BTreeMap<i64, Signer>;
 
-/// What there is of the witness on what is signed anew.
+/// The witness's signature on rewritten segments.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Witness<'a> {
-    /// What it has signed before, of another text.
+    /// The witness's old signature, which is over another text.
     Left,
-    /// Nothing.
+    /// No signature.
     Dropped,
     /// Signatures by this key.
     By(&'a Signer),
 }
 
-/// A log before history was written anew: the notes of its segments, by their first records, and its summary.
+/// A log before its history was rewritten: the notes of its segments, by their first records, and its summary.
 #[derive(Default)]
 pub(crate) struct Before {
     notes: BTreeMap<u64, Note>,
@@ -64,7 +64,7 @@ impl Before {
     }
 }
 
-/// Numbers all records and works out their counters.
+/// Numbers all records and computes their counters.
 pub(crate) fn count(segments: &mut Segments) {
     let mut usage = Usage::default();
     let mut reserved = BTreeMap::new();
@@ -89,14 +89,14 @@ pub(crate) fn count(segments: &mut Segments) {
     }
 }
 
-/// A segment as it is written, but for its note.
+/// A segment as it is written, without its note.
 pub(crate) struct Unsigned {
     actor: Actor,
     attempt: i64,
     pub(crate) entries: Vec<Encoded>,
 }
 
-/// Writes records.
+/// Encodes records.
 pub(crate) fn written(segments: &Segments) -> Vec<Unsigned> {
     let each = segments.iter().map(|records| Unsigned {
         actor: records[0].actor,
@@ -106,7 +106,7 @@ pub(crate) fn written(segments: &Segments) -> Vec<Unsigned> {
     each.collect()
 }
 
-/// Hashes and signs. What is as it was in the log before keeps its signatures.
+/// Hashes and signs segments. A segment that is unchanged keeps its signatures.
 pub(crate) fn sign(segments: Vec<Unsigned>, origin: &str, keys: &Keys, witness: Witness<'_>, before: &Before) -> Log {
     let mut tree = Tree::new();
     let mut log = Log::default();
@@ -134,7 +134,7 @@ pub(crate) fn sign(segments: Vec<Unsigned>, origin: &str, keys: &Keys, witness: 
     log
 }
 
-/// Writes what the log comes to, if it has ended; with a key its summary, too, and with what was there before else.
+/// Writes the tiles of the log, if it has ended. With a key it signs a new summary, without one it writes the earlier summary.
 pub(crate) fn end(log: &mut Log, summary: Result<&Signer, Option<&Bytes>>) {
     let (mut ending, mut files) = (Ending::default(), Vec::new());
     for bytes in log.segments.values() {
@@ -155,7 +155,7 @@ pub(crate) fn end(log: &mut Log, summary: Result<&Signer, Option<&Bytes>>) {
     }
 }
 
-/// An object as a store with locks has it.
+/// Returns an object as a store with locks has it.
 fn stored(key: &str, size: usize) -> StoredObject {
     StoredObject {
         key: key.to_owned(),
@@ -178,32 +178,32 @@ pub(crate) fn put(log: &mut Log, segment: &Segment) {
     log.segments.insert(key, bytes);
 }
 
-/// What is done to a record. All but lies about numbers and counters goes with the numbers and counters that follow from it.
+/// A change to a record. The numbers and counters that follow are recomputed, unless the change is a lie about numbers and counters.
 #[derive(Clone, Debug)]
 pub(crate) enum Rewrite {
-    /// A value in it, or in a document that it names, is another.
+    /// A value in the record, or in a document that it names, is changed.
     Changed(String),
-    /// A member or item is left out that need not be there.
+    /// An optional member or item is left out.
     LeftOut(String),
-    /// It is not there.
+    /// The record is removed.
     Removed,
-    /// It is there twice.
+    /// The record is repeated.
     Repeated,
-    /// It and the next have changed places.
+    /// The record and the next one are swapped.
     Swapped,
-    /// What took effect did not, and what did not did.
+    /// An applied call is shown as not applied, and any other call as applied.
     Flipped,
-    /// A call was made that was refused.
+    /// A denied call is shown as made.
     Allowed,
-    /// A call was refused that was made.
+    /// A call that was made is shown as denied.
     Refused,
-    /// From here on less was used.
+    /// From this record on, less is shown as used.
     Lowered,
-    /// The task has ended well after it, and nothing else followed.
+    /// The task is shown as succeeded after this record, and the rest is removed.
     Ended,
 }
 
-/// Words that mean something: one is another of its line.
+/// Words with a meaning. Each is replaced by another word of its line.
 const WORDS: [&[&str]; 7] = [
     &["applied", "not_applied", "unknown"],
     &["read", "write", "external"],
@@ -214,7 +214,7 @@ const WORDS: [&[&str]; 7] = [
     &["harness", "gateway"],
 ];
 
-/// Another value of that type.
+/// Returns another value of the same type.
 fn another(value: &Value) -> Option<Value> {
     Some(match value {
         Value::Bool(flag) => (!flag).into(),
@@ -224,7 +224,7 @@ fn another(value: &Value) -> Option<Value> {
                 let at = words.iter().position(|word| word == text)?;
                 Some(words[(at + 1) % words.len()].to_owned())
             });
-            // The last digit is another: names stay names, times times, and digests digests.
+            // Changes the last digit, so that names stay names, times stay times, and digests stay digests.
             let digit = || {
                 let at = text.rfind(|c: char| c.is_ascii_digit())?;
                 let digit = if text[at..].starts_with('1') { "2" } else { "1" };
@@ -236,7 +236,7 @@ fn another(value: &Value) -> Option<Value> {
     })
 }
 
-/// The record as JSON, with its documents where their digests are: what [`Record`] is read from.
+/// Returns the record as JSON, with its documents in the place of their digests, in the form from which [`Record`] is read.
 fn whole(record: &Record) -> Value {
     let mut value = serde_json::to_value(record).unwrap();
     let documents = record.encode().unwrap().documents;
@@ -247,7 +247,7 @@ fn whole(record: &Record) -> Value {
     value
 }
 
-/// Pointers to all that is in a value.
+/// Collects JSON Pointers to everything in a value.
 fn pointers(value: &Value, at: &str, found: &mut Vec<String>) {
     let mut inner = |name: &str, value: &Value| {
         let at = format!("{at}/{}", name.replace('~', "~0").replace('/', "~1"));
@@ -261,7 +261,7 @@ fn pointers(value: &Value, at: &str, found: &mut Vec<String>) {
     }
 }
 
-/// Everything that can be done to each record.
+/// Returns every change that is possible for each record.
 pub(crate) fn rewrites(segments: &Segments) -> Vec<(usize, Rewrite)> {
     let each = segments.iter().flatten().enumerate().flat_map(|(at, record)| {
         let mut within = Vec::new();
@@ -282,12 +282,12 @@ pub(crate) fn rewrites(segments: &Segments) -> Vec<(usize, Rewrite)> {
     each.filter(|(at, rewrite)| rewritten(segments, *at, rewrite).is_some()).collect()
 }
 
-/// The records after that was done to the one at `at`. `None` if it cannot be, or changes nothing.
+/// Returns the records after a change to the record at `at`. `None` if the change is not possible or changes nothing.
 pub(crate) fn rewritten(segments: &Segments, at: usize, rewrite: &Rewrite) -> Option<Segments> {
     let (segment, place) = position(segments, at)?;
     let record = &segments[segment][place];
     let with = |event| Record { event, ..record.clone() };
-    // One at a time, as most cannot be done to most records, and a log is long.
+    // Clones only if needed, because most changes are not possible for most records, and a log is long.
     let changed = |record: Record| {
         let mut segments = segments.clone();
         segments[segment][place] = record;
@@ -340,7 +340,7 @@ pub(crate) fn rewritten(segments: &Segments, at: usize, rewrite: &Rewrite) -> Op
             segments
         }
         Rewrite::Removed => {
-            // Without its last record a log is one that goes on.
+            // A log without its last record is a log that still goes on.
             position(segments, at + 1)?;
             let mut segments = segments.clone();
             segments[segment].remove(place);
@@ -380,7 +380,7 @@ pub(crate) fn rewritten(segments: &Segments, at: usize, rewrite: &Rewrite) -> Op
     (rewritten != *segments).then_some(rewritten)
 }
 
-/// The segment of a record, and its place there.
+/// Returns the segment of a record, and the record's place in it.
 pub(crate) fn position(segments: &Segments, at: usize) -> Option<(usize, usize)> {
     segments.iter().enumerate().flat_map(|(n, records)| (0..records.len()).map(move |place| (n, place))).nth(at)
 }

@@ -1,4 +1,4 @@
-//! Every rule of the log that the verifier asks is asked of whole logs; switched off, it is not.
+//! Tests that the verifier checks each of its rules on whole logs, and does not check a rule that is switched off.
 
 use super::*;
 use crate::evidence::state::{LogRule, User, tests::case};

@@ -1,4 +1,4 @@
-//! A small log, written by a liar with good keys: whatever the script says is hashed, signed and cosigned.
+//! A small log, written by a liar with good keys: everything in the script is hashed, signed and cosigned.
 
 use std::collections::BTreeMap;
 
@@ -116,7 +116,7 @@ pub(crate) fn contained() -> Containment {
     }
 }
 
-/// A key that signs the first attempt.
+/// Returns a key that signs the first attempt.
 pub(crate) fn signer() -> Signer {
     Signer::generate(&note::attempt_key_name(UID, 1)).unwrap()
 }
@@ -206,7 +206,7 @@ pub(crate) fn task_closed() -> Event {
     })
 }
 
-/// A record whose number and counters come later.
+/// Returns a record whose number and counters are set later.
 pub(crate) fn record(attempt: i64, event: Event) -> Record {
     let actor = if matches!(event, Event::TaskClosed(_)) { Actor::Gateway } else { Actor::Harness };
     let (v, seq, time) = (VERSION, 0, "2026-11-23T10:00:00.000Z".to_owned());
@@ -214,7 +214,7 @@ pub(crate) fn record(attempt: i64, event: Event) -> Record {
 }
 
 impl Script {
-    /// Two attempts: the first is lost with its pod during a call, the second ends well.
+    /// Returns two attempts: the first is lost with its pod during a call, the second succeeds.
     pub(crate) fn good() -> Self {
         let keys: Keys =
             [1, 2].map(|n| (n, Signer::generate(&note::attempt_key_name(UID, n)).unwrap())).into_iter().collect();
@@ -240,12 +240,12 @@ impl Script {
         script
     }
 
-    /// The record of that number.
+    /// Returns the record with this number.
     pub(crate) fn at(&mut self, seq: usize) -> &mut Record {
         self.segments.iter_mut().flatten().nth(seq).unwrap()
     }
 
-    /// Numbers all records and works out their counters.
+    /// Numbers all records and computes their counters.
     pub(crate) fn count(&mut self) {
         forge::count(&mut self.segments);
     }
@@ -271,7 +271,7 @@ pub(crate) fn change_intent(script: &mut Script, seq: usize, change: impl FnOnce
     change(intent);
 }
 
-/// Nobody knows what became of attempt 2's call of `write`, until a call of `search` tells.
+/// Returns a log in which the outcome of attempt 2's call of `write` is unknown until a call of `search` resolves it.
 pub(crate) fn resolved() -> Script {
     let mut script = Script::good();
     change_opened(&mut script, 7, |o| {

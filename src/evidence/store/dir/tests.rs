@@ -6,7 +6,7 @@ async fn an_object_is_written_once() {
     let store = Dir::new(folder.path());
     assert_eq!(store.list("").await.unwrap(), Vec::<String>::new());
     store.put_new("ns/task/segments/0000000000.jsonl", Bytes::from_static(b"one"), None).await.unwrap();
-    // A lost reply: the same bytes again are a success.
+    // After a lost reply, writing the same bytes again succeeds.
     store.put_new("ns/task/segments/0000000000.jsonl", Bytes::from_static(b"one"), None).await.unwrap();
     let second = store.put_new("ns/task/segments/0000000000.jsonl", Bytes::from_static(b"two"), None).await;
     assert!(matches!(second, Err(PutError::Exists)), "{second:?}");

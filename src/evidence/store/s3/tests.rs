@@ -1,4 +1,4 @@
-//! Against a real store: `BELAY_TEST_S3=http://127.0.0.1:7070 cargo test --lib s3:: -- --ignored`, with its root identity in
+//! Tests against a real store: `BELAY_TEST_S3=http://127.0.0.1:7070 cargo test --lib s3:: -- --ignored`, with the store's root identity in
 //! `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY`.
 
 use aws_sdk_s3::types::{BucketVersioningStatus, VersioningConfiguration};
@@ -29,7 +29,7 @@ const LOCK: Retention = Retention { mode: Mode::Compliance, days: 1 };
 async fn an_object_is_written_once_and_locked() {
     let store = bucket().await;
     let written = store.put_new(KEY, Bytes::from_static(b"one"), Some(&LOCK)).await.unwrap();
-    // A lost reply: the same bytes again are the same object.
+    // After a lost reply, writing the same bytes again gives the same object.
     assert_eq!(store.put_new(KEY, Bytes::from_static(b"one"), Some(&LOCK)).await.unwrap(), written);
     let second = store.put_new(KEY, Bytes::from_static(b"two"), Some(&LOCK)).await;
     assert!(matches!(second, Err(PutError::Exists)), "{second:?}");
@@ -100,7 +100,7 @@ async fn a_log_in_a_bucket_is_verified_with_its_locks() {
     assert_eq!(report.verdict, Verdict::Valid, "{:?}", report.findings);
     let locks = report.summary.locks.unwrap();
     assert!(locks.mode == Some(Mode::Compliance) && locks.until.is_some());
-    // Hidden, not removed: a plain listing would show a shorter log.
+    // The object is hidden, not removed: a plain listing would show a shorter log.
     store.client.delete_object().bucket(&store.bucket).key("prod/segments/0000000012.jsonl").send().await.unwrap();
     let report = verdict().await;
     assert_eq!(report.verdict, Verdict::Invalid);
