@@ -1,9 +1,10 @@
 """The documents, as a reader meets them: `documents.py check` reads them, `documents.py run` runs their commands.
 
 `check` needs nothing but Python: README.md is short, every relative link leads somewhere, every page is linked, every `make` target that a page
-names exists, and every command in a `console` block is run by `run` or stands in `elsewhere`, with the test that covers it. `run` runs the
-commands as they are written, page by page, and holds what they print against what the page says: `…` stands for anything, and
-`# exit code N` at the end of a command for how it ends. Both end with `N passed, N failed`.
+names exists, and every command in a `console` block is run by `run` or stands in `elsewhere`, with the test that covers it. Every test that
+e2e/README.md names for a promise exists, and every stage of e2e/test is in its table and in e2e/stage-times. `run` runs the commands as they
+are written, page by page, and holds what they print against what the page says: `…` stands for anything, and `# exit code N` at the end of a
+command for how it ends. Both end with `N passed, N failed`.
 """
 
 import argparse
@@ -27,12 +28,14 @@ README_LINES, README_WIDTH = 150, 160
 # Long enough for a build of `belay` on a machine that does other things as well: seconds.
 PATIENCE = 3600
 ANYTHING = "…"
+# The page with the tables of stages and of promises.
+TESTS = ROOT / "e2e/README.md"
 
 
 def pages():
     """Every document that people read."""
     top = [ROOT / name for name in ("README.md", "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md")]
-    return top + sorted((ROOT / "docs").rglob("*.md")) + [ROOT / "examples/README.md"]
+    return top + sorted((ROOT / "docs").rglob("*.md")) + [ROOT / "examples/README.md", TESTS]
 
 
 def name(page):
@@ -127,6 +130,81 @@ def broken(page, link):
     return None
 
 
+def rows(heading):
+    """The rows of the tables below a heading of e2e/README.md, with the numbers of their lines: the text of each cell."""
+    found, level = [], 0
+    for number, line in enumerate(TESTS.read_text().splitlines(), 1):
+        if match := re.match(r"(#+) +(.*)", line):
+            if match[2] == heading:
+                level = len(match[1])
+            elif len(match[1]) <= level:
+                level = 0
+        elif level and line.startswith("|"):
+            found.append((number, [cell.strip() for cell in line.strip("|").split("|")]))
+    # Without the first two lines of each table.
+    rules = {number for number, cells in found if set("".join(cells)) <= set("-: ")}
+    return [(number, cells) for number, cells in found if number not in rules and number + 1 not in rules]
+
+
+def rust_tests(text):
+    """The names of the tests in a Rust file: functions with a test's attribute, and the entries of `with_both!`."""
+    found, marked = set(), False
+    for line in text.splitlines():
+        if re.match(r" *#\[((tokio|rstest)::)?(test|rstest)\b", line):
+            marked = True
+        elif match := re.match(r" *(?:async )?fn (\w+)", line):
+            if marked:
+                found.add(match[1])
+            marked = False
+    for block in re.findall(r"^with_both! \{\n(.*?)^\}", text, re.M | re.S):
+        found.update(re.findall(r"^    (\w+) => ", block, re.M))
+    return found
+
+
+def unheld(reference):
+    """What is wrong with `PATH`, `PATH::TEST` in Rust, or `PATH::WORDS` of a case of another file; or nothing."""
+    path, _, test = reference.partition("::")
+    if not (ROOT / path).exists():
+        return f"expected a file or a folder at {path}, found none"
+    if not test:
+        return None
+    if not (ROOT / path).is_file():
+        return f"expected a file before `::`, found the folder {path}"
+    text = (ROOT / path).read_text()
+    if test in (rust_tests(text) if path.endswith(".rs") else text):
+        return None
+    return f"expected a test {test} in {path}, found none"
+
+
+def check_tests(tally):
+    """The tables of e2e/README.md."""
+    mend = "name the test that holds this promise, or move the promise to `Promises without a test`"
+    promises = rows("Promises and their tests")
+    tally.check(name(TESTS), None if promises else "expected a table below `Promises and their tests`, found none")
+    for number, cells in promises:
+        references = re.findall(r"`([^`]+)`", cells[-1])
+        row = f"{name(TESTS)}:{number}: {cells[0]}"
+        wrong = [found for found in map(unheld, references) if found] if references else ["expected a test in the last column, found none"]
+        tally.check(row, f"{'; '.join(wrong)}: {mend}" if wrong else None)
+
+    script = (ROOT / "e2e/test").read_text()
+    stages = set(re.findall(r"^stage_(\w+)\(\)", script, re.M))
+    all_stages = set(" ".join(re.findall(r"^(?:LINT|ALL)=\((?:\"[^\"]*\")?(.*)\)$", script, re.M)).split())
+    times = (ROOT / "e2e/stage-times").read_text().splitlines()
+    timed = [line.split() for line in times if line and not line.startswith("#")]
+    for listed, expected, where, mend in (
+        ([cells[0].strip("`") for _, cells in rows("Stages")], stages, name(TESTS), "write its row below `Stages`"),
+        ([line[0] for line in timed], all_stages, "e2e/stage-times", "write its line, with `-` for what is not measured"),
+    ):
+        for stage in sorted(expected | set(listed)):
+            count = listed.count(stage)
+            known = "remove it: e2e/test has no such stage" if stage not in expected else mend
+            tally.check(f"{where}: stage {stage}", None if count == 1 and stage in expected else f"found it {count} times: {known}")
+    for line in timed:
+        good = len(line) == 3 and all(re.fullmatch(r"\d+|-", figure) for figure in line[1:])
+        tally.check(f"e2e/stage-times: {line[0]}", None if good else f"expected `STAGE SECONDS SECONDS`, or `-`, found {' '.join(line)}")
+
+
 def check():
     tally = Tally()
     lines = (ROOT / "README.md").read_text().splitlines()
@@ -161,6 +239,8 @@ def check():
     texts = [entry.text for entry in listed]
     for twice in {text for text in texts if texts.count(text) > 1}:
         tally.check(f"e2e/docs/elsewhere: $ {twice}", "it is there twice")
+
+    check_tests(tally)
     tally.end()
 
 
