@@ -246,13 +246,57 @@ enum Part<'t> {
     Hidden(&'t str),
 }
 
-/// Splits a text into parts that are shown or hidden: its quotations, and the words between them. Adjacent hidden words are one part.
+/// Splits a text into parts that are shown or hidden: its quotations, and the words between them. Adjacent hidden words are one part. If text
+/// touches a quotation, the whole of it is hidden unless it reads as one name, because quotation marks inside a secret would otherwise cut it
+/// into short names.
 fn parts_of<'t>(text: &'t str, reads: impl Fn(&str) -> bool) -> Vec<Part<'t>> {
     let mut parts = Vec::new();
     let mut rest = text;
     while !rest.is_empty() {
-        let (plain, quoted, after) = next_quotation(rest);
+        let (plain, run, after) = next_run(rest);
         words(plain, &reads, &mut parts);
+        if is_one_quotation(run) || reads(run) {
+            quotations(run, &reads, &mut parts);
+        } else {
+            parts.push(Part::Hidden(run));
+        }
+        rest = after;
+    }
+    parts
+}
+
+/// Returns the text before the next run without spaces that contains a quotation, the run, and the text after it. Spaces inside quotations do
+/// not end a run.
+fn next_run(text: &str) -> (&str, &str, &str) {
+    let (plain, quoted, mut rest) = next_quotation(text);
+    if quoted.is_none() {
+        return (text, "", "");
+    }
+    let start = plain.trim_end_matches(|c: char| !c.is_whitespace()).len();
+    loop {
+        let (plain, quoted, after) = next_quotation(rest);
+        let end = plain.find(char::is_whitespace);
+        if let Some(end) = end.or(quoted.is_none().then_some(plain.len())) {
+            let (_, after) = rest.split_at(end);
+            let (before, run) = text.split_at(text.len() - after.len()).0.split_at(start);
+            return (before, run, after);
+        }
+        rest = after;
+    }
+}
+
+/// Returns whether a run is a single quotation, with nothing but punctuation around it.
+fn is_one_quotation(run: &str) -> bool {
+    let (plain, _, after) = next_quotation(run);
+    plain.chars().chain(after.chars()).all(|c| is_punctuation(c) && !matches!(c, '"' | '\'' | '`'))
+}
+
+/// Splits a run into its quotations and the words between them.
+fn quotations<'t>(run: &'t str, reads: &impl Fn(&str) -> bool, parts: &mut Vec<Part<'t>>) {
+    let mut rest = run;
+    while !rest.is_empty() {
+        let (plain, quoted, after) = next_quotation(rest);
+        words(plain, reads, parts);
         if let Some((mark, inner, end)) = quoted {
             let is_name = !inner.contains(char::is_whitespace) && reads(inner);
             parts.extend([Part::Shown(mark), if is_name { Part::Shown(inner) } else { Part::Hidden(inner) }]);
@@ -260,7 +304,6 @@ fn parts_of<'t>(text: &'t str, reads: impl Fn(&str) -> bool) -> Vec<Part<'t>> {
         }
         rest = after;
     }
-    parts
 }
 
 /// Returns the text before the next quotation, the quotation with its quotation marks, and the text after it. A quotation without an end

@@ -282,9 +282,12 @@ fn quoted_in(name: &str, at: &Place<'_>) -> String {
     }
 }
 
+/// Returns a name that the agent wrote, in quotation marks that it cannot end.
 fn shown(name: &str) -> String {
     match name.len() {
-        ..=LONGEST_NAME => format!("`{}`", shorten_to(name, usize::MAX)),
+        ..=LONGEST_NAME => {
+            format!("`{}`", shorten_to(name, usize::MAX).replace('\\', r"\\").replace('`', r"\`"))
+        }
         long => format!("a name of {long} bytes"),
     }
 }

@@ -54,6 +54,9 @@ fn text(text: &str) -> String {
 #[case::words("it says \"my name is Ana\"", "it says \"#\"")]
 #[case::single("('my name' was unexpected)", "('#' was unexpected)")]
 #[case::escaped(r#"it says "a \"b c\" d" there"#, r##"it says "#" there"##)]
+#[case::cut("found `8becd25`,d`5b,58be,`8be,8becd25``132 there", "found # there")]
+#[case::escaped_name(r"`8becd25\`,d\`5b,58be` is unknown", "`#` is unknown")]
+#[case::touching(r#"found ["read","write"], expected [10,"a b"]"#, r##"found ["read","write"], expected #"##)]
 #[case::open("it says \"and never ends", "it says \"#")]
 #[case::neighbours("found AKIAIOSFODNN7EXAMPLE AKIAIOSFODNN7EXAMPLF there", "found # there")]
 #[case::sensitive("pay with 4111 1111 1111 1111", "#")]
@@ -127,6 +130,12 @@ fn no_secret_is_shown() {
         let quoted = |secret: &str| shown(secret, &format!("\"{}\"", secret.escape_debug()));
         let hex = hex::encode(&bytes);
         assert!(!shown(&hex, &hex), "{hex}");
+        // Quotation marks inside a secret, in any number, do not cut it into names.
+        let marks: Vec<&str> =
+            ["`", "\"", "'", "``", "`,`"].into_iter().cycle().skip(length).take(length / 3).collect();
+        let pieces = hex.as_bytes().chunks(6).map(|piece| String::from_utf8_lossy(piece).into_owned());
+        let cut: String = pieces.zip(marks.iter().chain(&[""; 64])).map(|(piece, mark)| piece + mark).collect();
+        assert!(!shown(&cut, &cut), "{cut}");
         for secret in [hex, format!("{bytes:?}"), String::from_utf8_lossy(&bytes).into_owned()] {
             assert!(!quoted(&secret), "{secret}");
         }
