@@ -845,4 +845,4 @@ impl Drop for Permit {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

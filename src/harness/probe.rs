@@ -148,37 +148,4 @@ fn random_pause() -> Duration {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const QUICK: Timing = Timing {
-        rounds: 2,
-        floor: Duration::from_millis(20),
-        answer: Duration::from_millis(200),
-        patience: Duration::from_millis(200),
-    };
-
-    async fn listener() -> (tokio::net::TcpListener, String) {
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap().to_string();
-        (listener, address)
-    }
-
-    #[tokio::test]
-    async fn both_controls_must_hold() {
-        let (_open, open) = listener().await;
-        let (closed_listener, closed) = listener().await;
-        drop(closed_listener);
-        for (reachable, unreachable, contained) in [
-            (&open, vec![closed.clone()], true),
-            (&open, vec![closed.clone(), open.clone()], false),
-            (&closed, vec![closed.clone()], false),
-            (&open, vec![], false),
-        ] {
-            let targets = Targets { reachable: reachable.clone(), unreachable };
-            let seen = run(&targets, QUICK).await;
-            assert_eq!(seen.contained, contained, "{seen:?}");
-            assert_eq!(seen.breaches.is_empty(), contained, "{seen:?}");
-        }
-    }
-}
+mod tests;

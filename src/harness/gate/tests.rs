@@ -326,6 +326,11 @@ impl journal::Witness for Takes {
 
 /// Creates a gate as a harness has it.
 fn gate(policy: PolicyConfig) -> Arc<Gate> {
+    gate_followed_by(policy, Box::new(|_, _| ()))
+}
+
+/// Creates a gate as a harness has it. `follow` gets each record of its log.
+pub(in crate::harness) fn gate_followed_by(policy: PolicyConfig, follow: journal::Follow) -> Arc<Gate> {
     let _ = rustls::crypto::ring::default_provider().install_default();
     let folder = tempfile::tempdir().unwrap();
     let ca = rcgen::generate_simple_self_signed(["gateway".to_owned()]).unwrap().cert.pem();
@@ -341,7 +346,7 @@ fn gate(policy: PolicyConfig) -> Arc<Gate> {
         origin: note::origin(uid),
         state: TaskState::new(User::Harness, &note::origin(uid)),
         spool,
-        follow: Box::new(|_, _| ()),
+        follow,
     };
     let key = start.signer.verifier().to_string();
     let journal = Journal::start(start, Arc::new(Takes));
