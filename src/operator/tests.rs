@@ -35,6 +35,7 @@ use crate::{
 
 pub(super) mod cluster;
 mod injected;
+mod leads;
 mod left;
 mod orders;
 

@@ -452,7 +452,7 @@ where
 }
 
 /// Applies a JSON merge patch (RFC 7396).
-fn merge(object: &mut Value, patch: Value) {
+pub(in crate::operator) fn merge(object: &mut Value, patch: Value) {
     match patch {
         Value::Object(fields) => {
             if !object.is_object() {
