@@ -260,29 +260,4 @@ fn on_path(name: &str) -> Option<PathBuf> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    pub(super) fn cell() -> Cell {
-        let bind = |from: &str, to: &str| Bind::new(from, to);
-        Cell {
-            command: vec!["python3".into(), "agent.py".into()],
-            env: vec![("A".into(), "1 2".into())],
-            cwd: "/workspace".into(),
-            root: vec![Entry::Bind(bind("/usr", "/usr")), Entry::Link { target: "usr/bin".into(), at: "/bin".into() }],
-            binds: vec![bind("/home/me/task", "/workspace"), bind("/home/me/facts", "/workspace/facts")],
-            scopes: vec![("/out".into(), 4096)],
-            covered: vec!["/dev/shm".into(), "/tmp".into()],
-        }
-    }
-
-    #[rstest::rstest]
-    #[case("0.8.0", true)]
-    #[case("0.11.0", true)]
-    #[case("1.0", true)]
-    #[case("0.6.1", false)]
-    #[case("unknown", false)]
-    fn an_old_bubblewrap_is_refused(#[case] version: &str, #[case] good: bool) {
-        assert_eq!(new_enough(version), good);
-    }
-}
+mod tests;
