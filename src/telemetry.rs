@@ -91,30 +91,4 @@ fn exporter(service: &'static str, endpoint: String) -> Result<SdkTracerProvider
 }
 
 #[cfg(test)]
-mod tests {
-    use opentelemetry::trace::Tracer;
-    use tokio::{io::AsyncReadExt, net::TcpListener};
-
-    use super::*;
-
-    #[tokio::test(flavor = "multi_thread")]
-    async fn spans_are_sent_to_the_collector() {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let endpoint = format!("http://{}", listener.local_addr().unwrap());
-        let provider = exporter("belay-test", endpoint).unwrap();
-        provider.tracer("belay-test").in_span("a span", |_| ());
-        let flushing = tokio::task::spawn_blocking(move || drop(Guard(Some(provider))));
-        let (mut stream, _) = listener.accept().await.unwrap();
-        let mut preface = [0; 14];
-        stream.read_exact(&mut preface).await.unwrap();
-        assert_eq!(&preface, b"PRI * HTTP/2.0");
-        drop(stream);
-        flushing.await.unwrap();
-    }
-
-    #[tokio::test]
-    async fn a_collector_that_is_no_url_is_named() {
-        let error = exporter("belay-test", "no url".to_owned()).unwrap_err().to_string();
-        assert!(error.contains("no url") && error.contains(ENDPOINT), "{error}");
-    }
-}
+mod tests;
