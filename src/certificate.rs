@@ -106,3 +106,6 @@ fn key_of(folder: &std::path::Path, (chain, key): &Files) -> Result<CertifiedKey
     certified.keys_match().map_err(|e| wrong("tls.key", format!("expected the key of tls.crt: {e}")))?;
     Ok(certified)
 }
+
+#[cfg(test)]
+mod tests;

@@ -142,3 +142,6 @@ async fn write(witness: Arc<Witness>, mut waiting: mpsc::Receiver<(Place, Incide
         metrics.incidents.with_label_values(&[result]).inc();
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -291,3 +291,6 @@ impl Buckets for S3Buckets {
         self.options.endpoint.clone()
     }
 }
+
+#[cfg(test)]
+mod tests;

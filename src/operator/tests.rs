@@ -468,6 +468,47 @@ async fn a_policy_that_is_deleted_or_changed_is_made_again() {
     assert_eq!(scene.cluster.requests(), Vec::<String>::new());
 }
 
+/// The metric is one to alert on: it counts what somebody else did to the NetworkPolicy of a living pod, and nothing that Belay does.
+#[tokio::test]
+async fn the_metric_of_restored_policies_counts_those_and_nothing_else() {
+    let restored = |scene: &Scene| scene.context.metrics.policies_restored.get();
+    let mut scene = Scene::new().await;
+    scene.step().await.unwrap();
+    scene.step().await.unwrap();
+    scene.run_agent(POD);
+    scene.step().await.unwrap();
+    // A label of somebody else opens nothing.
+    scene.cluster.edit(POLICY, |policy| policy["metadata"]["labels"]["team"] = json!("a"));
+    scene.step().await.unwrap();
+    assert_eq!(restored(&scene), 0, "one that is made and watched is not restored");
+    scene.context.memories.update(&fixtures::task().metadata.uid.unwrap(), |memory| memory.claim = None);
+    for times in [1, 2] {
+        scene.cluster.remove(POLICY);
+        scene.step().await.unwrap();
+        scene.step().await.unwrap();
+        assert_eq!(restored(&scene), times, "deleted, and restored once");
+    }
+    scene.cluster.edit(POLICY, |policy| policy["spec"]["egress"] = json!([{}]));
+    scene.step().await.unwrap();
+    assert_eq!(restored(&scene), 3, "changed");
+    // Until it is there again, it is not restored.
+    scene.cluster.remove(POLICY);
+    scene.cluster.fail(&format!("POST {POLICIES}"), 500);
+    scene.step().await.unwrap_err();
+    assert_eq!(restored(&scene), 3);
+    scene.cluster.heal();
+    scene.step().await.unwrap();
+    assert_eq!(restored(&scene), 4);
+    // The operator deletes it itself when the pod has ended.
+    scene.end_agent(POD, 0);
+    for _ in 0..4 {
+        scene.step().await.unwrap();
+    }
+    assert_eq!(scene.status()["phase"], "Succeeded");
+    assert!(scene.cluster.get(POLICY).is_none());
+    assert_eq!(restored(&scene), 4, "what Belay deletes is not restored");
+}
+
 #[tokio::test]
 async fn what_is_wrong_is_told_once_and_cured_by_what_was_missing() {
     let mut scene = Scene::new().await;

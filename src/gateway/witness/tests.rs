@@ -1217,5 +1217,6 @@ async fn reads_do_not_leave_by_what_has_been_on_its_way_for_long() {
     assert!(setup.a.intent(&place(), 1).await.is_ok());
 }
 
+mod counted;
 mod differential;
 mod rules;
