@@ -160,7 +160,7 @@ async fn a_loss_that_is_seen_twice_denies_every_call_for_good() {
     assert!(futures::poll!(&mut over).is_pending());
 
     // What waits for the end of the attempt, such as a model call, is told at once.
-    over.await;
+    tokio::time::timeout(Duration::from_secs(600), over).await.expect("a loss ends nothing");
     assert_eq!(checks(), [true, true, false]);
     let intents = records.lock().unwrap().iter().filter(|(kind, _)| *kind == "call.intent").count();
     let patience: Vec<_> = probe.looks.lock().unwrap().iter().map(|(_, timing)| timing.patience.as_secs()).collect();
