@@ -1,5 +1,5 @@
-//! What the pack says to calls: principals, data, risk, over MCP and over HTTP, through a real client, judged by the harness and again by
-//! the gateway's own steps.
+//! The pack's access rules: principals, data and risk, over MCP and over HTTP, through a real client. The harness evaluates each call, and
+//! the gateway's own steps evaluate it again.
 
 use belay::{
     evidence::record::Intent,
@@ -25,7 +25,8 @@ fn rule(name: &str, decision: RuleDecision) -> AccessRule {
     }
 }
 
-/// Tools of both kinds that write, read, and answer with confidential data; the card in an argument is not shown.
+/// Returns tools over MCP and over HTTP: one writes, one returns confidential data, and one needs approval. All of them redact the argument
+/// `card`.
 fn tools() -> Vec<Tool> {
     let secret = DataClass { result: Sensitivity::Confidential, ..DataClass::default() };
     let kinds = [
@@ -42,7 +43,8 @@ fn tools() -> Vec<Tool> {
     both.collect()
 }
 
-/// A pack that allows all, forbids `forbidden` texts, has `asked` ones approved, and scores what was seen.
+/// Returns the access rules of a pack that allows every call, denies the text `forbidden`, requires approval for the text `asked`, and has
+/// a risk score that depends on the data that the task has seen.
 fn access() -> Access {
     let when = |rule: AccessRule, when: &str| AccessRule { when: Some(when.into()), ..rule };
     let forbidden = AccessRule {
@@ -150,7 +152,7 @@ async fn a_principal_without_a_rule_calls_nothing() {
     }
 }
 
-/// What one tool answered makes the next call riskier, whichever way either goes.
+/// The result of one tool raises the risk score of the next call, whichever of the two goes over MCP and which over HTTP.
 #[rstest::rstest]
 #[case("mcp.records", "http.write")]
 #[case("http.records", "mcp.write")]
@@ -178,7 +180,7 @@ async fn data_that_was_seen_makes_a_change_need_a_person(#[case] reads: &str, #[
         _ => None,
     });
     assert_eq!(of.collect::<Vec<_>>(), [Sensitivity::Confidential]);
-    // A card besides is too much.
+    // A card number in the arguments raises the score beyond `deny_at`.
     let (error, text) = harness.tool(writes, json!({"text": "x", "card": "4111111111111111"})).await;
     assert!(
         error && text.contains("access.risk") && text.contains("90 (change 10 + secrets-seen 20 + card 60)"),
@@ -186,7 +188,7 @@ async fn data_that_was_seen_makes_a_change_need_a_person(#[case] reads: &str, #[
     );
 }
 
-/// Contract and pack both want a person: both are asked at once, and the call is made by both.
+/// Contract and pack both require approval: both requests exist at the same time, and the call needs both approvals.
 #[rstest::rstest]
 #[case("mcp.twice")]
 #[case("http.twice")]
@@ -227,7 +229,7 @@ async fn one_no_of_two_is_enough(#[case] name: &str) {
     assert!(made(&harness.records().await).is_empty());
 }
 
-/// People see all but what the contract redacts, and what is sent is the whole.
+/// Approvers see the arguments except those that the contract redacts. The upstream gets all arguments.
 #[rstest::rstest]
 #[case("mcp.write")]
 #[case("http.write")]
@@ -247,7 +249,7 @@ async fn what_is_redacted_is_not_shown_and_is_sent(#[case] name: &str) {
     assert!(!serde_json::to_string(&harness.records().await).unwrap().contains("4111111111111111"));
 }
 
-/// The pack was tightened, and the harness has not heard of it: the gateway has.
+/// The pack was tightened, and only the gateway knows it: the gateway denies the call.
 #[rstest::rstest]
 #[case("mcp.write", Rule::AccessRule)]
 #[case("http.write", Rule::AccessRule)]
@@ -263,7 +265,7 @@ async fn the_gateway_judges_for_itself(#[case] name: &str, #[case] expected: Rul
     assert!(!sent.iter().any(|sent| sent.contains("hello")), "{sent:?}");
 }
 
-/// Another attempt's harness knows what the task has seen.
+/// The harness of the next attempt knows which data the task has seen.
 #[tokio::test]
 async fn what_was_seen_outlives_the_harness() {
     let harness = guarded_harness().await;

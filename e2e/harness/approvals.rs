@@ -1,4 +1,5 @@
-//! Calls that people must approve: over MCP and over HTTP, through a real client, with the gateway's own asking, counting and comparing.
+//! Calls that need approval, over MCP and over HTTP, through a real client. The gateway's own steps create the requests, count the
+//! decisions and compare the calls.
 
 use belay::policy::{
     approval::{Answer, Approvers, Standing},
@@ -19,7 +20,7 @@ pub const MANY: Limits = Limits {
 
 pub const YES: Answer = Answer::Approve;
 
-/// One person's yes, for a call that is held so long.
+/// Returns the approval settings of a contract: one approver, and a call that is held for `hold_seconds`.
 pub fn approval_held(hold_seconds: i64) -> Approval {
     Approval { hold_seconds, ..approval() }
 }
@@ -35,7 +36,8 @@ fn approval() -> Approval {
     }
 }
 
-/// The same tool over MCP and over HTTP: held, told at once that it is pending, needing two, short-lived, only at times.
+/// Returns a policy with five tools over MCP and over HTTP. The call is held, is reported as pending at once, needs two approvers, expires
+/// after a second, or needs approval only for a long text.
 fn asking(limits: Limits) -> PolicyConfig {
     let kinds = [
         ("held", approval()),
@@ -62,7 +64,7 @@ async fn asking_harness() -> Harness {
     harness_of(asking(MANY), vec![]).await
 }
 
-/// What the log says of approvals, and by which one each tool call was made.
+/// Returns what the log says about approvals, and by which approvals each tool call was made.
 fn said(records: &[Record]) -> Vec<String> {
     let mut names: Vec<String> = vec![];
     let mut number = |name: &str| {
@@ -90,13 +92,13 @@ fn said(records: &[Record]) -> Vec<String> {
 }
 
 impl Harness {
-    /// How many calls reached an upstream.
+    /// Returns how many calls reached an upstream.
     fn effects(&self) -> usize {
         let call = |seen: &&String| seen.contains("\"tools/call\"") || seen.starts_with("POST http://api.test");
         self.gateway.saw().iter().filter(call).count()
     }
 
-    /// The names of undecided requests, once there are so many.
+    /// Waits until there are `count` undecided requests, and returns their names.
     async fn undecided(&self, count: usize) -> Vec<String> {
         self.undecided_within(count, Duration::from_secs(4)).await
     }
@@ -125,7 +127,7 @@ impl Harness {
     }
 }
 
-/// Polls until the harness has heard of a decision.
+/// Repeats a call until the harness knows the decision about it.
 async fn until_decided(harness: &Harness, name: &str, args: &Value) -> (bool, String) {
     for _ in 0..200 {
         let (error, text) = harness.tool(name, args.clone()).await;
@@ -271,7 +273,7 @@ async fn of_twins_one_is_made_by_one_approval(#[case] name: &str) {
     harness.says(&["asked 1", "approved 1", "made by 1", "asked 2", "approved 2", "made by 2"]).await;
 }
 
-/// What was approved is what is sent, whatever became of the request since: the gateway compares them itself.
+/// The gateway itself compares a call with the request that was approved. If the request has changed since, the gateway denies the call.
 #[rstest::rstest]
 #[case("mcp.polled")]
 #[case("http.polled")]
@@ -325,7 +327,7 @@ async fn a_decision_is_in_the_log_with_who_made_it() {
     assert_eq!((decided.name, decided.request_digest), (request.name_any(), request.spec.digest));
 }
 
-/// The tool that people approved is not the one that there is now.
+/// The upstream's definition of the tool changes while the call waits for approval, so the call is denied.
 #[tokio::test]
 async fn a_tool_that_changed_while_people_were_asked_is_not_called() {
     let harness = asking_harness().await;

@@ -1,5 +1,5 @@
-//! Secrets that agents and upstreams let slip, in every place where they can say something and in every way in which they can write it:
-//! none of them is in the log, in what is spooled, logged or traced, or in a metric, and every decision still follows from the log.
+//! Secrets that agents and upstreams reveal, in every place where they can write text and in every encoding. No secret is in the log, in
+//! the spool, in the logs and spans of the process, or in the reasons of denials. Every decision still follows from the log.
 
 use std::{
     collections::BTreeSet,
@@ -21,7 +21,7 @@ use super::{
     *,
 };
 
-/// What our processes log.
+/// A buffer of what the process logs.
 #[derive(Clone, Default)]
 struct Logged(Arc<Mutex<Vec<u8>>>);
 
@@ -34,7 +34,7 @@ impl Write for Logged {
     }
 }
 
-/// Logs and spans of this process, as its subscriber would write them from now on.
+/// Returns the buffer of this process's logs and spans. The first call installs the subscriber, which filters as Belay's does.
 fn logged() -> Logged {
     static LOGGED: OnceLock<Logged> = OnceLock::new();
     let begun = || {
@@ -52,8 +52,8 @@ fn logged() -> Logged {
     LOGGED.get_or_init(begun).clone()
 }
 
-/// An upstream that says what it was told to say, wherever it can: an MCP server at `/mcp` whose list and calls fail by it, one at
-/// `/answers` whose answers are it, an API and a model.
+/// Starts an upstream that repeats the text `said` wherever it can: an MCP server at `/mcp` whose listings fail with it, one at `/answers`
+/// whose results and errors contain it, an API and a model.
 async fn parrot(said: Arc<Mutex<String>>) -> SocketAddr {
     async fn mcp(fails: bool, said: String, asked: Value) -> Json<Value> {
         let ok = |result: Value| json!({"jsonrpc": "2.0", "id": asked["id"], "result": result});
@@ -171,7 +171,7 @@ fn canary_policy() -> PolicyConfig {
 }
 
 impl Harness {
-    /// Lets a text slip in one of so many places; gives what was answered.
+    /// Puts a text in one of the [`PLACES`] of a call or of a reply. Returns what the agent gets.
     async fn slip(&self, place: usize, said: &Mutex<String>, text: &str) -> String {
         *said.lock().unwrap() = text.to_owned();
         let call = |name: &str, args: Value| json!({"jsonrpc": "2.0", "id": text, "method": "tools/call", "params": {"name": name, "arguments": args, "_meta": {"x": text}}});
@@ -250,7 +250,7 @@ impl Harness {
                 String::new()
             }
             _ => {
-                // Over three calls.
+                // The two halves and the whole text, in three concurrent calls.
                 let parts = [first, second, text].map(|part| tell(part, json!({part: part})));
                 futures::future::join_all(parts).await.join(" ")
             }
@@ -258,16 +258,16 @@ impl Harness {
     }
 }
 
-/// The places of [`Harness::slip`].
+/// The number of places of [`Harness::slip`].
 const PLACES: usize = 24;
 
-/// What an agent is told in a reply.
+/// Returns the text that a reply has for the agent.
 fn told(reply: &Value) -> String {
     let places = ["/result/content/0/text", "/error/message"].map(|at| reply.pointer(at).and_then(Value::as_str));
     places.into_iter().flatten().next().or(reply.as_str()).unwrap_or_default().to_owned()
 }
 
-/// Sends bytes that need be no HTTP; gives what is answered, if that is soon.
+/// Sends bytes that do not have to be HTTP. Returns the reply, or an empty text if none arrives within two seconds.
 async fn raw(address: SocketAddr, text: &str) -> String {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
@@ -291,16 +291,16 @@ async fn no_secret_is_in_anything_that_we_write() {
     for (which, secret) in secrets().iter().enumerate() {
         for (way, text) in written(secret).into_iter().enumerate() {
             forbidden.extend(marks(&text));
-            // Each secret and each way in turn comes to every place.
+            // Each text goes to two places, so that over all texts each secret and each encoding reaches every place.
             slips.extend([0, 13].map(|more| ((which + way + more) % PLACES, text.clone())));
         }
     }
-    // Many at a time: whoever is refused so often is answered slowly.
+    // Many at a time, because the harness delays its answers to an agent that is denied often.
     let (harness, said) = (&harness, &said);
     let answers =
         futures::stream::iter(slips).map(|(place, text)| async move { harness.slip(place, said, &text).await });
     let answers: Vec<String> = answers.buffer_unordered(256).collect().await;
-    // In a flood of refusals few have a record each: all of them would have to be fit for one.
+    // In a flood of denials, few get a record of their own. Any of them could have got one, so all of their reasons are checked.
     let (redactor, salt) = (harness.gate.redactor(), harness.gate.salt());
     let refusals = answers.iter().filter(|answer| answer.contains("Belay refused"));
     let reasons: String = refusals.map(|reason| redactor.text(reason, salt)).collect();
@@ -325,7 +325,7 @@ async fn no_secret_is_in_anything_that_we_write() {
     assert!(records.len() > 1_000, "{}", records.len());
 }
 
-/// All of them, whole and in halves, where above each comes to two places only.
+/// Checks every text, whole and in halves. The test above sends each text to two places only.
 #[test]
 fn no_secret_reads_as_a_name() {
     let policy = canary_policy();

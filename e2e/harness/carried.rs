@@ -1,4 +1,5 @@
-//! What goes through as it is, whatever its form: MCP that its server packs unasked, uploads of the agent's own, and pauses.
+//! Traffic that passes in any form: MCP that a server compresses although the client did not ask for it, the agent's own uploads, and
+//! pauses in replies.
 
 use std::{
     io::Write,
@@ -18,7 +19,7 @@ async fn serve(router: axum::Router) -> SocketAddr {
     address
 }
 
-/// An MCP server of one tool, which answers in this form, and packs each answer if it does.
+/// Starts an MCP server with one tool. It answers with JSON or with an event stream, and compresses its answers if `packs` is true.
 async fn packing(packs: bool, as_events: bool) -> SocketAddr {
     let answer = move |asked: Value| {
         let result = match asked["method"].as_str().unwrap() {
@@ -50,7 +51,7 @@ async fn packing(packs: bool, as_events: bool) -> SocketAddr {
     serve(axum::Router::new().route("/mcp", post)).await
 }
 
-/// Plain is the control.
+/// The uncompressed forms are the control.
 #[tokio::test]
 async fn a_tool_server_that_packs_unasked_is_listed_and_called() {
     for (packs, as_events) in [(false, false), (true, false), (false, true), (true, true)] {
@@ -67,7 +68,7 @@ async fn a_tool_server_that_packs_unasked_is_listed_and_called() {
     }
 }
 
-/// As large as a model's request, and told by what number if it is larger.
+/// An upload may be as long as a model request. The denial of a longer one names the limit.
 #[tokio::test]
 async fn an_upload_over_plain_http_may_be_as_long_as_a_request_to_a_model() {
     static CAME: AtomicUsize = AtomicUsize::new(0);
@@ -100,7 +101,7 @@ async fn an_upload_over_plain_http_may_be_as_long_as_a_request_to_a_model() {
     assert!(refused.reason.contains("33554432"), "{refused:?}");
 }
 
-/// The client libraries of models wait for ten minutes, and so does whoever says nothing else.
+/// The client libraries of models wait for ten minutes. So does Belay, unless the class sets `upstreamTimeoutSeconds`.
 #[test]
 fn a_thought_of_ten_minutes_is_waited_for_unless_the_class_says_less() {
     let policy = policy(LIMITS);
@@ -109,8 +110,8 @@ fn a_thought_of_ten_minutes_is_waited_for_unless_the_class_says_less() {
     assert_eq!(hasty.silence(), Duration::from_secs(2));
 }
 
-/// Silence between two pieces of a reply is silence: what was to wait for ten minutes ends by the class's word, which says so. The control says
-/// its pieces in time.
+/// A pause between two pieces of a reply counts as silence. The class's `upstreamTimeoutSeconds` ends a reply that would otherwise wait for
+/// ten minutes, and the error names the field. The control sends its pieces in time.
 #[tokio::test]
 async fn a_reply_that_falls_silent_ends_by_the_classs_time() {
     let pieces = |pause: Duration| {
@@ -137,7 +138,7 @@ async fn a_reply_that_falls_silent_ends_by_the_classs_time() {
     let (error, text) = waited.expect("it gave up nowhere");
     assert!(error && text.contains("upstream.reply") && text.contains("upstreamTimeoutSeconds"), "{text}");
 
-    // And a model's stream, which has no place for words of ours: it is no whole one.
+    // A model's stream has no place for an error message of Belay's. It breaks off, so that it does not look whole.
     let silent = json!({
         "model": "m", "stream": true, "messages": [], "max_tokens": 9, "metadata": {"fails": "never ends"},
     });

@@ -1,5 +1,5 @@
-//! Ways around a record: what is refused by the HTTP and MCP libraries, what is refused within a tunnel, bytes that nobody counted, and
-//! arguments that are another path to some servers. Each with its control, in which the same gets through where nobody looks.
+//! Ways around a record: requests that the HTTP and MCP libraries reject, denials inside a tunnel, bytes that nobody counts, and arguments
+//! that some servers route as another path. Each has a control, in which the same bytes get through without Belay.
 
 use std::{
     process::Stdio,
@@ -14,16 +14,17 @@ use tokio::{
 
 use super::*;
 
-/// For whatever is waited for.
+/// The longest wait of these tests.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Sends bytes, and gives all that comes back.
+/// Sends bytes, and returns everything that comes back.
 async fn raw(to: SocketAddr, bytes: &[u8]) -> String {
     let exchange = async {
         let mut stream = TcpStream::connect(to).await.unwrap();
-        // Who is refused may not be read to the end.
+        // A server may reject a request before it has read all of it, so a write error is no failure.
         let _ = stream.write_all(bytes).await;
-        // Who hangs up before the answer is not answered; who has not said all ends here.
+        // A client that closes its side before the answer gets none. Only an incomplete request needs the close, because its server waits
+        // for the rest.
         if !bytes.windows(4).any(|four| four == b"\r\n\r\n") {
             let _ = stream.shutdown().await;
         }
@@ -57,7 +58,7 @@ fn outcomes(records: &[Record]) -> Vec<(&Intent, &Outcome)> {
     records.iter().filter_map(outcome).map(|outcome| (intents[outcome.call.as_str()], outcome)).collect()
 }
 
-/// A server that takes whatever comes for a request, as some do, and says what it took.
+/// Starts a server that accepts any bytes as a request, as some servers do. Its answer says how many bytes it read.
 async fn lenient() -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
@@ -128,7 +129,7 @@ async fn what_is_no_request_is_answered_recorded_and_counted() {
         assert_eq!((denied.rule, denied.channel), (Rule::Request, *channel), "{what}: {denied:?}");
     }
     assert_eq!(records.last().unwrap().usage.denials, i64::try_from(all.len()).unwrap());
-    // And who speaks HTTP is served.
+    // The control: a valid request is served.
     let (error, text) = harness.tool("say", json!({"text": "hello"})).await;
     assert!(!error, "{text}");
 }
@@ -192,7 +193,7 @@ async fn requests_for_what_is_not_there_are_recorded() {
         assert!(reply.starts_with("HTTP/1.1 40") && reply.contains("request.malformed"), "{method} {path}: {reply}");
         expected.push((Rule::Request, channel));
     }
-    // What clients ask for by the protocol, and is not there by the protocol, is none.
+    // The protocol lets clients send these requests, and lets servers not support them, so they are no denials.
     for method in ["GET", "DELETE"] {
         let head = format!(
             "{method} /mcp HTTP/1.1\r\nhost: 127.0.0.1\r\naccept: text/event-stream\r\nconnection: close\r\n\r\n"
@@ -204,7 +205,7 @@ async fn requests_for_what_is_not_there_are_recorded() {
     assert_eq!(found, expected);
 }
 
-/// A call, with these headers and around this.
+/// Returns a call with the given headers and body.
 fn posted(headers: &str, body: &str) -> Vec<u8> {
     let length = body.len();
     format!(
@@ -261,12 +262,12 @@ async fn calls_that_the_mcp_library_refuses_are_recorded() {
     let expected = |rule| matches!(rule, Rule::Request | Rule::ToolRequestBytes);
     assert!(found.iter().all(|denied| expected(denied.rule) && denied.request_digest.is_some()), "{found:#?}");
     assert!(harness.gateway.saw().is_empty(), "a refused call left the harness");
-    // The control: the same call, as the protocol has it.
+    // The control: the same call in the form that the protocol requires.
     let reply = raw(harness.address, &posted(&both, &plain)).await;
     assert!(reply.contains("echo: hello"), "{reply}");
 }
 
-/// An upstream of the agent's own: answers each connection with `bytes` of `x` once it has seen something, and counts what it got.
+/// An upstream of the agent's own. It sends its answer after the first bytes of a connection, and counts the bytes that it gets.
 struct Upstream {
     address: SocketAddr,
     got: Arc<AtomicU64>,
@@ -296,7 +297,7 @@ async fn upstream(answer: Vec<u8>) -> Upstream {
     Upstream { address, got, firsts }
 }
 
-/// A real ClientHello.
+/// Returns a real ClientHello for a host name.
 fn hello(name: &str) -> Vec<u8> {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let config = rustls::ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
@@ -307,7 +308,7 @@ fn hello(name: &str) -> Vec<u8> {
     bytes
 }
 
-/// What comes back over a tunnel that begins with these bytes, once it is open.
+/// Opens a tunnel and sends these bytes. Returns what comes back.
 async fn tunnelled(harness: &Harness, bytes: &[u8]) -> Vec<u8> {
     let exchange = async {
         let mut stream = BufReader::new(TcpStream::connect(harness.address).await.unwrap());
@@ -372,9 +373,9 @@ async fn what_is_refused_in_a_tunnel_is_on_record_and_counts() {
     }
     assert_eq!(records.last().unwrap().usage.denials, i64::try_from(refused.len()).unwrap());
     assert_eq!(upstream.got.load(Ordering::SeqCst), direct, "something of it went on to the host");
-    // Whoever opens a tunnel and says nothing has asked for nothing.
+    // A tunnel on which the agent sends nothing is no denial.
     assert_eq!(tunnelled(&harness, b"").await, b"");
-    // The control: what is TLS for the host goes through, and so does what comes back.
+    // The control: TLS for the host goes through, and so does the reply.
     assert_eq!(tunnelled(&harness, &good).await, b"hi");
     let records = harness.stored(1 + 3 * refused.len() + 4).await;
     assert_eq!(refusals(&records).len(), refused.len());
@@ -444,7 +445,7 @@ async fn a_refused_tunnel_says_why_in_its_first_line() {
     );
 }
 
-/// PEP 3333: `PATH_INFO` is decoded before anything routes by it.
+/// A server that decodes `PATH_INFO` before it routes, as PEP 3333 says.
 const WSGI: &str = r#"
 import json, re, sys
 from wsgiref.simple_server import make_server, WSGIRequestHandler
@@ -511,7 +512,8 @@ async fn an_argument_in_a_path_is_one_segment_to_a_server_that_decodes_first() {
     for id in others {
         let encoded = percent_encoding::utf8_percent_encode(id, percent_encoding::NON_ALPHANUMERIC);
         let request = format!("GET /orders/{encoded} HTTP/1.1\r\nhost: shop.test\r\nconnection: close\r\n\r\n");
-        // What the harness would send if it only encoded: it is another resource to this server for some of these.
+        // The request that the harness would send if it only encoded the argument. For this server, some of these requests name another
+        // resource.
         led_elsewhere += usize::from(raw(address, request.as_bytes()).await.contains("ANOTHER"));
         let (error, text) = harness.tool("order", json!({"id": id})).await;
         assert!(error && text.contains("tool.url") && text.contains("\"id\""), "{id:?}: {text}");

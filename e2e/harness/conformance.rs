@@ -1,8 +1,9 @@
 //! The conformance table: each field of a contract, allowed, denied and at its edge, over MCP and over HTTP. Real clients (rmcp, the
-//! official Python and TypeScript SDKs) make the calls through the harness and the gateway's own steps; real servers answer them
-//! (`server-everything` and `server-filesystem` over MCP, an HTTP API on loopback); what the evidence says is compared row by row.
+//! official Python and TypeScript SDKs) make the calls through the harness and the gateway's own steps. Real servers answer them
+//! (`server-everything` and `server-filesystem` over MCP, an HTTP API on loopback). The test compares what the agent sees and what the
+//! evidence says with each row.
 //!
-//! A field that the contract's schema has and the table has not fails [`every_field_has_its_rows`].
+//! [`every_field_has_its_rows`] fails if the contract's schema has a field that the table does not have.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -45,29 +46,29 @@ enum Over {
 use Over::{Http, Mcp};
 use Side::{Allowed, Denied, Edge};
 
-/// What the agent gets.
+/// What the agent sees.
 #[derive(Clone, Copy, Debug)]
 enum Seen {
-    /// A result with this in it.
+    /// A result that contains this text.
     Text(&'static str),
-    /// A refusal by this rule.
+    /// A denial by this rule.
     Refused(Rule),
-    /// Word that people have not decided yet.
+    /// A message that approvers have not decided yet.
     Pending,
 }
 
-/// What the evidence says last of the row's tool.
+/// What the evidence says last about the row's tool.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Told {
     Denied(Rule),
     Made(Effect, Option<Rule>),
-    /// It was made, nobody knew, and a read told.
+    /// The call was made, its outcome was unknown, and a read resolved it.
     Resolved(Effect),
     Replayed,
     Asked,
 }
 
-/// Everything that is known of a row once its call has been made.
+/// The evidence of a row after its call.
 struct Evidence {
     intent: Option<Intent>,
     outcome: Option<Outcome>,
@@ -79,12 +80,12 @@ struct Row {
     side: Side,
     over: Over,
     tool: Tool,
-    /// The name that is called, where it is not the tool's.
+    /// The name that is called, if it is not the tool's name.
     called: Option<String>,
-    /// Calls of the same tool that are made before, whatever comes of them.
+    /// Earlier calls of the same tool. Their results do not matter.
     before: Vec<Value>,
     args: Value,
-    /// What people say when they are asked.
+    /// The decision of the approver, if the row has one.
     people: Option<Answer>,
     seen: Seen,
     told: Told,
@@ -107,7 +108,7 @@ fn files(tool: &str) -> Upstream {
     Upstream::Mcp(McpUpstream { url: "http://files.test/mcp".into(), tool: tool.into(), digest: None })
 }
 
-/// A row as it is where nothing is said: the tool answers with the message that it was given.
+/// Returns a row with defaults: the tool answers with the message that it gets.
 fn row(field: &'static str, side: Side, over: Over) -> Row {
     let upstream = match over {
         Mcp => everything("echo"),
@@ -137,7 +138,7 @@ fn limited(limits: ToolLimits, row: Row) -> Row {
     Row { tool: Tool { limits, ..row.tool }, ..row }
 }
 
-/// A tool that takes so long.
+/// Returns an upstream whose call takes `milliseconds`, with its arguments.
 fn slow(over: Over, milliseconds: u64) -> (Upstream, Value) {
     match over {
         Mcp => (
@@ -148,7 +149,7 @@ fn slow(over: Over, milliseconds: u64) -> (Upstream, Value) {
     }
 }
 
-/// A tool that answers with structure.
+/// Returns an upstream with a structured result, with its arguments.
 fn structured(over: Over) -> (Upstream, Value) {
     match over {
         Mcp => (everything("get-structured-content"), json!({"location": "Chicago"})),
@@ -168,13 +169,13 @@ fn approval(hold_seconds: i64) -> Option<Approval> {
     Some(approvals::approval_held(hold_seconds))
 }
 
-/// Whether people were asked about arguments that they are not shown.
+/// Returns whether the approval request hides the message.
 fn redacted(evidence: &Evidence) -> bool {
     let shown = evidence.request.as_ref().map(|request| request.spec.arguments.as_str());
     shown == Some(r#"{"message":"[redacted]"}"#)
 }
 
-/// The table. `echo` is the digest of `server-everything`'s own definition of that tool.
+/// Returns the table. `echo` is the digest of `server-everything`'s own definition of that tool.
 fn table(echo: &str) -> Vec<Row> {
     let mut rows = Vec::new();
     for over in [Mcp, Http] {
@@ -183,7 +184,7 @@ fn table(echo: &str) -> Vec<Row> {
 
         add(row("tool", Allowed));
         add(refused(Row { called: Some(format!("TOOL.DENIED.{over:?}")), ..row("tool", Denied) }, Rule::ToolKnown));
-        // Cyrillic, where the contract has Latin.
+        // Cyrillic letters where the contract has Latin letters.
         let alike = format!("t\u{43e}\u{43e}l.edge.{over:?}").to_lowercase();
         add(refused(Row { called: Some(alike), ..row("tool", Edge) }, Rule::ToolKnown));
 
@@ -247,7 +248,7 @@ fn table(echo: &str) -> Vec<Row> {
         add(limited(rate(1), row("limits.perMinute", Allowed)));
         add(refused(second(limited(rate(1), row("limits.perMinute", Denied))), Rule::ToolRate));
         add(second(limited(rate(2), row("limits.perMinute", Edge))));
-        // Nothing to wait for: the call limit is named before the rate.
+        // The call limit is named before the rate, because waiting does not help.
         let both = ToolLimits { calls: Some(1), ..rate(1) };
         add(refused(second(limited(both, row("limits.calls", Denied))), Rule::ToolLimitCalls));
 
@@ -266,7 +267,7 @@ fn table(echo: &str) -> Vec<Row> {
         let taken = |bytes| ToolLimits { request_bytes: Some(bytes), ..ToolLimits::default() };
         add(limited(taken(100), row("limits.requestBytes", Allowed)));
         add(refused(limited(taken(15), row("limits.requestBytes", Denied)), Rule::ToolRequestBytes));
-        // {"message":"hi"}
+        // `{"message":"hi"}` has 16 bytes.
         add(limited(taken(16), row("limits.requestBytes", Edge)));
 
         let given = |bytes| ToolLimits { response_bytes: Some(bytes), ..ToolLimits::default() };
@@ -288,7 +289,7 @@ fn table(echo: &str) -> Vec<Row> {
         };
         add(polite("args.message != 'rude'", row("preconditions", Allowed)));
         add(refused(polite("args.message == 'please'", row("preconditions", Denied)), Rule::ToolPrecondition));
-        // What cannot be evaluated does not hold.
+        // A precondition that cannot be evaluated is not true.
         add(refused(polite("args.tone == 'soft'", row("preconditions", Edge)), Rule::ToolPrecondition));
 
         let once = |row: Row, first: Value| {
@@ -305,7 +306,7 @@ fn table(echo: &str) -> Vec<Row> {
         let twin = json!({"message": "hi", "order": 1});
         add(Row { told: Told::Replayed, ..once(row("idempotency", Edge), twin) });
 
-        // Read back from an upstream that answers with what it is given; neither yes nor no if that says neither.
+        // The upstream of the read returns its arguments. If `truth` is neither `done` nor `not`, the expression is neither true nor false.
         let lost = |row: Row, truth: &str| {
             let said = if over == Mcp { "result" } else { "result.body" };
             let verify = VerifyRead {
@@ -323,7 +324,7 @@ fn table(echo: &str) -> Vec<Row> {
         let unknown = Told::Made(Effect::Unknown, Some(Rule::ToolTimeout));
         add(Row { told: unknown, ..lost(row("verify", Edge), "perhaps") });
 
-        // The call itself is made in any case; what is refused is to undo it by arguments that cannot be made.
+        // The call itself is made in every row. In the row `Denied`, the arguments of its compensation cannot be evaluated.
         let undone = |row: Row, how| Row { tool: Tool { rollback: Some(how), ..row.tool }, ..row };
         let by_call = |text: &str| {
             let arguments = BTreeMap::from([("text".to_owned(), text.to_owned())]);
@@ -352,7 +353,7 @@ fn table(echo: &str) -> Vec<Row> {
         add(refused(outside, Rule::ToolEffect));
         let edge = row("sideEffect", Edge);
         add(match over {
-            // The contract says read, and the server itself that it writes: it is taken at its word.
+            // The contract says read, and the server itself says that the tool writes. The server's statement counts.
             Mcp => {
                 let args = json!({"path": "written.txt", "content": "by the edge"});
                 let read = Tool { side_effect: SideEffect::Read, upstream: files("write_file"), ..edge.tool };
@@ -361,7 +362,7 @@ fn table(echo: &str) -> Vec<Row> {
                 };
                 Row { tool: read, args, seen: Seen::Text("written.txt"), also, ..edge }
             }
-            // Nobody says what an HTTP tool does but its contract.
+            // Only its contract says what an HTTP tool changes.
             Http => {
                 let also = |evidence: &Evidence| {
                     evidence.intent.as_ref().is_some_and(|intent| intent.effect == Some(SideEffect::Read))
@@ -393,14 +394,14 @@ fn table(echo: &str) -> Vec<Row> {
         add(Row { also: redacted, ..hidden(row("redact", Allowed), "/message", Answer::Approve) });
         let no = hidden(row("redact", Denied), "/message", Answer::Deny);
         add(Row { also: redacted, ..refused(no, Rule::ToolApproval) });
-        // A pointer to nothing hides nothing.
+        // A pointer to nothing redacts nothing.
         let whole = |evidence: &Evidence| !redacted(evidence) && evidence.request.is_some();
         add(Row { also: whole, ..hidden(row("redact", Edge), "/nothing", Answer::Approve) });
     }
     rows
 }
 
-/// The task of the table: every row's tool, and those that `verify` reads with. Its pack denies restricted arguments.
+/// Returns the policy of the table's task: every row's tool, and the tools that `verify` reads with. The pack denies restricted arguments.
 fn policy_of(rows: &[Row]) -> PolicyConfig {
     let limits = Limits {
         wall_time_seconds: 300,
@@ -433,7 +434,7 @@ fn policy_of(rows: &[Row]) -> PolicyConfig {
     policy
 }
 
-/// What `server-everything` says of its `echo`, by its digest, as the evidence of a call of it has it.
+/// Returns the digest of `server-everything`'s definition of `echo`, as the intent of a call has it.
 async fn digest_of_echo(everything: SocketAddr) -> String {
     let one = row("tool", Allowed, Mcp);
     let name = one.name();
@@ -444,7 +445,7 @@ async fn digest_of_echo(everything: SocketAddr) -> String {
     found.intent.unwrap().definition.unwrap()
 }
 
-/// Makes all calls in one session of a client that others wrote.
+/// Makes all calls in one session of a third-party client.
 async fn made_by(kind: &str, harness: &Harness, calls: &[(String, Value)]) -> Vec<(bool, String)> {
     if kind == "rmcp" {
         let mut results = Vec::new();
@@ -459,7 +460,7 @@ async fn made_by(kind: &str, harness: &Harness, calls: &[(String, Value)]) -> Ve
     results.map(|one| (one["isError"] == true, one["text"].as_str().unwrap().to_owned())).collect()
 }
 
-/// People who say what each tool's row says, until the calls are made.
+/// Decides about each request as the row of its tool says. It never returns.
 async fn people(harness: &Harness, answers: &BTreeMap<String, Answer>) {
     loop {
         for request in harness.gateway.requests().into_iter().filter(|request| request.status.is_none()) {
@@ -471,14 +472,14 @@ async fn people(harness: &Harness, answers: &BTreeMap<String, Answer>) {
     }
 }
 
-/// What the log says of a tool's last call.
+/// Returns what the log says about a tool's last call.
 fn evidence(
     harness: &Harness,
     records: &[Record],
     requests: &[ApprovalRequest],
     name: &str,
 ) -> (Option<Told>, Evidence) {
-    // Of a name that reads as none there is the commitment.
+    // If the name does not look like a name, the record has the commitment to it.
     let refused = harness.gate.redactor().name(name, harness.gate.salt());
     let mut found = Evidence {
         intent: None,
@@ -530,7 +531,7 @@ async fn the_table_holds(#[case] kind: &str) {
         () = people(&harness, &answers) => unreachable!(),
     };
     assert_eq!(results.len(), calls.len());
-    // The last outcomes are on their way.
+    // The last outcomes may not be stored yet.
     harness.gate.journal().caught_up().await.unwrap();
     let (records, requests) = (harness.records().await, harness.gateway.requests());
     let mut wrong = Vec::new();
@@ -554,7 +555,7 @@ async fn the_table_holds(#[case] kind: &str) {
     assert_eq!(std::fs::read_to_string(folder.path().join("written.txt")).unwrap(), "by the edge");
 }
 
-/// Paths of the file server are absolute.
+/// Makes the paths of the rows absolute, as the file server requires.
 fn in_folder(mut rows: Vec<Row>, folder: &Path) -> Vec<Row> {
     for row in &mut rows {
         if let Some(name) = row.args.get("path").and_then(Value::as_str).map(str::to_owned) {
@@ -564,7 +565,7 @@ fn in_folder(mut rows: Vec<Row>, folder: &Path) -> Vec<Row> {
     rows
 }
 
-/// Fields that decide nothing over a call.
+/// Fields that have no influence on calls.
 const SAYS_NOTHING_TO_A_CALL: [&str; 1] = ["description"];
 
 #[test]

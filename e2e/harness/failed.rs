@@ -1,5 +1,5 @@
-//! A log that cannot go on ends the run: the agent is stopped at once, nothing is answered as if nothing had happened, and whatever the agent
-//! says of itself is no success.
+//! A log that cannot continue ends the attempt: the agent is stopped at once, no call gets a normal answer, and the attempt does not
+//! succeed, whatever the agent reports.
 
 use std::path::Path;
 
@@ -8,7 +8,7 @@ use tokio::{sync::oneshot, task::JoinHandle};
 
 use super::*;
 
-/// A harness that runs as its main function runs it.
+/// A harness that runs as in its main function.
 struct Running {
     address: SocketAddr,
     stop: oneshot::Sender<Stop>,
@@ -16,13 +16,13 @@ struct Running {
 }
 
 impl Running {
-    /// How it has ended. Nobody has told it to.
+    /// Waits until the harness has ended by itself, and returns how it ended.
     async fn end(self) -> Ended {
         tokio::time::timeout(Duration::from_secs(60), self.ended).await.expect("it goes on").unwrap().unwrap()
     }
 }
 
-/// Starts one beside a gateway, whose spool is this. `None` for one that ends before it serves.
+/// Starts a harness that uses this gateway and has its spool in `folder`. If the harness ends before it serves, returns how it ended.
 async fn run(gateway: &Gateway, policy: &PolicyConfig, folder: &Path) -> Result<Running, Ended> {
     let token = folder.join("token");
     std::fs::write(&token, "the-token\n").unwrap();
@@ -63,7 +63,7 @@ async fn run(gateway: &Gateway, policy: &PolicyConfig, folder: &Path) -> Result<
     }
 }
 
-/// Calls a tool as an agent does; its text, or that of the refusal, or why there was no answer.
+/// Calls a tool as an agent does. Returns its text, or as an error the text of the denial or the reason why there was no answer.
 async fn say(address: SocketAddr) -> Result<String, String> {
     let config = StreamableHttpClientTransportConfig::with_uri(format!("http://{address}/mcp"));
     let transport = StreamableHttpClientTransport::with_client(gateway::Plain::default(), config);
@@ -95,18 +95,18 @@ async fn a_log_that_the_witness_refuses_ends_the_run(#[case] status: StatusCode,
     let (gateway, policy) = beside().await;
     let folder = tempfile::tempdir().unwrap();
     let running = run(&gateway, &policy, folder.path()).await.unwrap_or_else(|ended| panic!("{ended:?}"));
-    // The control: it works, and goes on.
+    // The control: the harness works and continues.
     assert_eq!(say(running.address).await.as_deref(), Ok("echo: a"));
     assert!(!running.ended.is_finished());
     gateway.refuses(Some((status, rule)));
-    // The end of an upstream's session is no call.
+    // The request that ends an upstream's session is not a call.
     let calls = || gateway.saw().iter().filter(|saw| saw.contains("tools/call")).count();
     assert_eq!(calls(), 1);
     let refused = say(running.address).await.unwrap_err();
     assert_eq!(calls(), 1, "nothing leaves: {refused}");
     let Ended::LogFailed(reason) = running.end().await else { panic!("it ended as if all were well") };
     assert!(reason.contains(rule.as_str()), "{reason}");
-    // The witness would have it now, and so it is no accident that the same pod does not go on.
+    // The witness would accept the segment now. The same pod must not continue all the same.
     gateway.refuses(None);
     let again = run(&gateway, &policy, folder.path()).await.err();
     assert_eq!(again, Some(Ended::LogFailed(reason)));
@@ -114,7 +114,7 @@ async fn a_log_that_the_witness_refuses_ends_the_run(#[case] status: StatusCode,
     assert!(!gateway.records().iter().any(|record| matches!(record.event, Event::AttemptClosed(_))));
 }
 
-/// The agent is done, and its last record is what the witness refuses: it has not succeeded.
+/// The agent has ended, and the witness rejects its last record: the attempt has not succeeded.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_agent_whose_last_record_is_refused_has_not_succeeded() {
     for refuses in [false, true] {
@@ -130,7 +130,7 @@ async fn an_agent_whose_last_record_is_refused_has_not_succeeded() {
     }
 }
 
-/// What a harness recorded before it was killed, and the witness refuses, has happened all the same.
+/// What a harness recorded before it was killed has happened, even if the witness rejects the records.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_was_left_and_is_refused_ends_the_run_too() {
     for refuses in [false, true] {
@@ -151,7 +151,7 @@ async fn what_was_left_and_is_refused_ends_the_run_too() {
     }
 }
 
-/// An account of more than a record can have is none: the reservation stays spent, and the log goes on.
+/// Usage that a record cannot have is not counted: the reservation stays spent, and the log continues.
 #[rstest::rstest]
 #[case::of_a_call(json!({"prompt_tokens": 7, "completion_tokens": 5}), Some(12))]
 #[case::both(json!({"prompt_tokens": 9_007_199_254_740_991_i64, "completion_tokens": 9_007_199_254_740_991_i64}), None)]

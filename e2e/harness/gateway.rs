@@ -1,5 +1,5 @@
-//! The gateway's own log, authorisation, dialling and forwarding, over TLS, and nobody asked who is calling. Names are fixed, and
-//! lead to servers on loopback.
+//! The gateway's own log, authorization, dialing and forwarding, over TLS, without authentication of the caller. Names are fixed, and lead
+//! to servers on loopback.
 
 use std::{
     collections::HashMap,
@@ -80,10 +80,10 @@ use sse_stream::Sse;
 use tokio::{io::AsyncWriteExt, net::TcpStream};
 use tower::Service;
 
-/// How long a tunnel may be silent.
+/// The longest silence of a tunnel.
 const SILENCE: Duration = Duration::from_secs(600);
 
-/// The stand-in.
+/// A gateway for the tests.
 pub struct Gateway {
     pub address: SocketAddr,
     pub ca: String,
@@ -94,13 +94,13 @@ struct Log {
     records: Mutex<Vec<Record>>,
     history: Mutex<History>,
     fails: AtomicBool,
-    /// Segments are refused, so.
+    /// The status and the rule with which every segment is rejected.
     refuses: Mutex<Option<(StatusCode, Rule)>>,
-    /// Those that begin behind so many records are.
+    /// Segments that begin with this record or a later one are rejected.
     refuses_beyond: Mutex<Option<u64>>,
-    /// Segments are taken, and not stored.
+    /// The evidence bucket is away: segments are accepted, but not stored.
     away: AtomicBool,
-    /// There is a bucket for results.
+    /// Whether there is a bucket for results.
     keeps_results: AtomicBool,
     saw: Mutex<Vec<String>>,
     compiled: Mutex<Compiled>,
@@ -112,7 +112,7 @@ struct Log {
     undoing: Mutex<Option<Undoing>>,
 }
 
-/// The API server's ApprovalRequests, and the people who decide on them.
+/// The API server's ApprovalRequests, which approvers decide about.
 struct People(Mutex<Writer<Lenient<ApprovalRequest>>>);
 
 impl People {
@@ -140,7 +140,7 @@ impl Create for People {
     }
 }
 
-/// Names, their pretended public addresses, and the loopback servers behind those.
+/// Host names with servers on loopback. A name has a pretended public address, which leads to its server.
 struct Names(Vec<(String, SocketAddr)>);
 
 impl Names {
@@ -164,7 +164,7 @@ impl Connect for Names {
 }
 
 impl Gateway {
-    /// One for a task with this policy, whose upstreams have these names.
+    /// Starts a gateway for a task with this policy. `names` are its upstreams.
     pub async fn start(policy: &PolicyConfig, names: Vec<(String, SocketAddr)>) -> Self {
         let certified = rcgen::generate_simple_self_signed([wire::SERVER_NAME.to_owned()]).unwrap();
         let key = rustls_pki_types::PrivateKeyDer::try_from(certified.signing_key.serialize_der()).unwrap();
@@ -230,12 +230,12 @@ impl Gateway {
         Self { address, ca: certified.cert.pem(), state }
     }
 
-    /// What has been witnessed.
+    /// Returns the witnessed records.
     pub fn records(&self) -> Vec<Record> {
         self.state.records.lock().unwrap().clone()
     }
 
-    /// Requests as they would have gone to upstreams, headers and bodies.
+    /// Returns the requests as they were sent to upstreams, with headers and bodies.
     pub fn saw(&self) -> Vec<String> {
         self.state.saw.lock().unwrap().clone()
     }
@@ -244,12 +244,12 @@ impl Gateway {
         self.state.fails.store(fails, Ordering::SeqCst);
     }
 
-    /// Has every segment refused so, or none.
+    /// Makes the gateway reject every segment with this status and rule, or none.
     pub fn refuses(&self, so: Option<(StatusCode, Rule)>) {
         *self.state.refuses.lock().unwrap() = so;
     }
 
-    /// Has segments refused that begin with this record or a later one.
+    /// Makes the gateway reject segments that begin with this record or a later one.
     pub fn refuses_beyond(&self, first: Option<u64>) {
         *self.state.refuses_beyond.lock().unwrap() = first;
     }
@@ -258,19 +258,19 @@ impl Gateway {
         self.state.away.store(away, Ordering::SeqCst);
     }
 
-    /// From now on results are kept outside the pod, or not.
+    /// Sets whether results are kept outside the pod from now on.
     pub fn keep_results(&self, keep: bool) {
         self.state.keeps_results.store(keep, Ordering::SeqCst);
     }
 
-    /// What people are asked, oldest first.
+    /// Returns the ApprovalRequests, oldest first.
     pub fn requests(&self) -> Vec<ApprovalRequest> {
         let mut requests = self.state.people.requests();
         requests.sort_by_key(|request| (request.spec.repeats, request.name_any()));
         requests
     }
 
-    /// Somebody decides, as the API server's admission lets them.
+    /// Adds an approver's decision to a request, as the API server's admission would allow it.
     pub fn decide(&self, name: &str, by: &str, decision: Answer) {
         let mut request = self.requests().into_iter().find(|request| request.name_any() == name).unwrap();
         let vote = Vote { by: by.into(), decision, reason: Some("because".into()) };
@@ -278,7 +278,7 @@ impl Gateway {
         self.state.people.apply(request);
     }
 
-    /// Something else than what was asked for is written into a request, which the API server would refuse.
+    /// Changes the requests in a way that the API server would reject.
     pub fn forge(&self, change: impl Fn(&mut ApprovalRequest)) {
         for mut request in self.requests() {
             change(&mut request);
@@ -286,12 +286,12 @@ impl Gateway {
         }
     }
 
-    /// What is kept, by its digest.
+    /// Returns the stored arguments of compensations and the stored results, by their commitments.
     pub fn kept(&self) -> std::sync::MutexGuard<'_, HashMap<String, String>> {
         self.state.kept.lock().unwrap()
     }
 
-    /// Has the next log begin with what undoing the one so far takes, and this be its policy.
+    /// Begins a new log that rolls back the log so far: with the plan of the compensations, and with this policy.
     pub fn rolls_back(&self, policy: &PolicyConfig) {
         let mut planner = Planner::default();
         self.records().iter().for_each(|record| planner.take(record));
@@ -304,13 +304,13 @@ impl Gateway {
         self.goes_by(policy);
     }
 
-    /// Has the gateway go by another policy than the harness from now on.
+    /// Makes the gateway use another policy than the harness from now on.
     pub fn goes_by(&self, policy: &PolicyConfig) {
         *self.state.compiled.lock().unwrap() = compiled(policy);
     }
 }
 
-/// Opens a tunnel, by the gateway's own steps. One to a name that there is not ends at once.
+/// Opens a tunnel, with the gateway's own steps. A tunnel to an unknown name ends at once.
 async fn tunnel(log: &Arc<Log>, request: &mut Request<hyper::body::Incoming>) -> Response {
     let to = authorize::authority(request.uri().authority().unwrap().as_str(), None).unwrap();
     let tells = request.headers().contains_key(wire::OPENING) && tunnel::is_looked_at(&to);
@@ -337,12 +337,12 @@ async fn tunnel(log: &Arc<Log>, request: &mut Request<hyper::body::Incoming>) ->
     reply
 }
 
-/// What commitments are made with.
+/// Returns the salt of all commitments.
 pub fn salt() -> Salt {
     Salt::new([7; 32])
 }
 
-/// A cluster in which there is the task, and no object but what people are asked.
+/// Returns a cluster that has the task and the ApprovalRequests, and no other object.
 fn cluster(policy: &PolicyConfig) -> (Cluster, Arc<People>) {
     let task: AgentTask = serde_json::from_value(serde_json::json!({
         "apiVersion": "belay.dev/v1alpha1", "kind": "AgentTask",
@@ -367,7 +367,7 @@ fn cluster(policy: &PolicyConfig) -> (Cluster, Arc<People>) {
     (Cluster::new(stores, Arc::new(Nothing)), Arc::new(People(Mutex::new(people))))
 }
 
-/// Nothing is fetched.
+/// A `Fetch` that finds no object.
 struct Nothing;
 
 impl Fetch for Nothing {
@@ -500,7 +500,7 @@ async fn call(State(log): State<Arc<Log>>, request: Request<Body>) -> Response {
     called(&log, request).await.unwrap_or_else(|refused| refusal(&refused))
 }
 
-/// What the gateway's service does once it knows who asks: the intent, and the request without what is between the two.
+/// Does what the gateway's service does once it knows the caller: returns the intent, and the request without the caller's token.
 async fn intended(log: &Log, request: Request<Body>) -> Result<(IntentFacts, Parts, Bytes), Refused> {
     let (mut parts, body) = request.into_parts();
     assert_eq!(parts.headers[header::AUTHORIZATION], "Bearer the-token");
@@ -513,7 +513,7 @@ async fn intended(log: &Log, request: Request<Body>) -> Result<(IntentFacts, Par
         if intent.is_some() {
             break;
         }
-        // A read is as fast as its intent.
+        // A read can be as fast as its intent.
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
     let intent = intent.ok_or_else(|| Refused::denied(Rule::IntentMissing, "a call came before its intent"))?;
@@ -522,7 +522,7 @@ async fn intended(log: &Log, request: Request<Body>) -> Result<(IntentFacts, Par
 
 async fn forwarded(log: &Log, request: Request<Body>) -> Result<Response, Refused> {
     let (intent, parts, body) = intended(log, request).await?;
-    // As agents wrote it: no text, it may be.
+    // The agent wrote some of it, so it may not be UTF-8.
     let header = |name: &str| String::from_utf8_lossy(parts.headers[name].as_bytes()).into_owned();
     let channel = match header(wire::CHANNEL).as_str() {
         "tool" => Channel::Tool,
@@ -584,7 +584,7 @@ async fn send(log: &Log, (target, channel): (&Target, Channel), request: Request
     let silence = log.compiled.lock().unwrap().policy.silence();
     let manner = forward::Manner { silence, unpacks: channel != Channel::Egress };
     let reply = forward::forward(&log.dialer, Some(&log.pool), target, None, request.map(full), (manner, ())).await?;
-    // As a harness asks.
+    // The harness asks over HTTP/2.
     Ok(Carried::reply(reply, http::Version::HTTP_2).map(Body::new))
 }
 
@@ -593,7 +593,7 @@ fn refusal(refused: &Refused) -> Response {
     (refused.status, [(wire::RULE, refused.rule.as_str())], axum::Json(body)).into_response()
 }
 
-/// rmcp's client over plain HTTP: what an agent in the pod has.
+/// rmcp's client over plain HTTP, as an agent in the pod has it.
 #[derive(Clone)]
 pub struct Plain(Client<HttpConnector, Full<Bytes>>);
 

@@ -1,4 +1,4 @@
-//! Hosts that client libraries call by themselves: nothing goes there, all of it is recorded, and it ends no task.
+//! Hosts that client libraries connect to by themselves. Belay denies and records these connections, and they end no task.
 
 use belay::{
     evidence::record::{Event, Refusals},
@@ -11,7 +11,7 @@ use serde_json::json;
 
 use super::{LIMITS, Limits, SocketAddr, connect, denied, harness_of, policy, start};
 
-/// A request for plain HTTP, as a client sends it to a proxy.
+/// Sends a plain HTTP request to the proxy, as a client does. Returns the status and the rule of the denial.
 async fn get(address: SocketAddr, url: &str) -> (u16, Option<String>) {
     let stream = tokio::net::TcpStream::connect(address).await.unwrap();
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.unwrap();
@@ -39,11 +39,11 @@ async fn connections_to_ignored_hosts_are_denied_and_do_not_end_the_task() {
     let (error, text) = harness.tool("say", json!({"text": "hello"})).await;
     assert!(!error, "and end nothing: {text}");
 
-    // Not in the next attempt either, which goes on from the log.
+    // They do not end the next attempt either, which continues from the log.
     let next = start(harness.gateway.clone(), &policy, 2, harness.mcp.clone(), harness.api.clone()).await;
     let (error, text) = next.tool("say", json!({"text": "again"})).await;
     assert!(!error, "{text}");
-    // The control: two to hosts that nobody has listed do.
+    // The control: two denials for hosts that are not listed end the task.
     for target in ["evil.test.example:443", "a.b.ingest.test.example:443"] {
         assert_eq!(connect(next.address, target).await.1.as_deref(), Some("egress.host"), "{target}");
     }
@@ -52,7 +52,8 @@ async fn connections_to_ignored_hosts_are_denied_and_do_not_end_the_task() {
     assert!(error && text.contains("budget.denials"), "{text}");
 }
 
-/// Libraries ask by address for the cloud that they are in. Whatever is listed, nothing goes there.
+/// Client libraries connect to addresses to find out which cloud they are in. Belay denies these connections, even if `ignoredHosts` has
+/// the address.
 #[tokio::test]
 async fn connections_to_ignored_addresses_are_denied_and_do_not_end_the_task() {
     let mut policy = policy(Limits { denials: Some(2), ..LIMITS });
@@ -86,7 +87,7 @@ async fn connections_to_ignored_addresses_are_denied_and_do_not_end_the_task() {
     assert_eq!(refusals.in_words(), None, "the last line of a run says nothing of them");
     let (error, text) = harness.tool("say", json!({"text": "hello"})).await;
     assert!(!error, "and they end nothing: {text}");
-    // The control: other addresses, and the same in a spelling that hides it, count as any host does.
+    // The control: other addresses, and a listed address in another spelling, count as any host does.
     for target in ["169.254.169.253:80", "2852039166:80"] {
         assert_eq!(connect(harness.address, target).await.1.as_deref(), Some("egress.host"), "{target}");
     }

@@ -1,4 +1,5 @@
-//! What the probe of a pod finds of whoever started its container: a runtime that leaves descriptors open is no wall.
+//! Descriptors that the containment probe inherits from the process that starts it. A container runtime that leaves descriptors open does
+//! not isolate.
 
 use std::{fs, net::TcpListener, os::unix::process::ExitStatusExt, process::Command};
 
@@ -10,7 +11,7 @@ use belay::{
 
 use crate::{LIMITS, policy};
 
-/// What a shell leaves open of its own goes first; then what is tried is opened.
+/// Closes the shell's own descriptors, opens the descriptor of the case, and starts the probe.
 const STARTED: &str = r#"
 for path in /proc/$$/fd/*; do fd=${path##*/}; if [ "$fd" -gt 2 ]; then eval "exec $fd>&-"; fi; done
 program=$1 config=$2 out=$3; eval "exec $4"
@@ -29,7 +30,7 @@ fn a_descriptor_of_whoever_starts_the_probe_is_a_breach() {
     let config = HarnessConfig { policy: policy(LIMITS), wiring };
     fs::write(at("config.json"), serde_json::to_vec(&config).unwrap()).unwrap();
     let address = open.local_addr().unwrap();
-    // The control comes first: nothing is open, and that is contained.
+    // The control comes first: no descriptor is open, and the probe finds no breach.
     for (opened, expected) in [
         ("", None),
         ("9</", Some("descriptor 9 is open, of /, and must not be")),

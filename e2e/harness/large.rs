@@ -1,4 +1,4 @@
-//! Replies that are late, packed or long, and requests that are: what providers and their client libraries take for granted.
+//! Replies that are late, compressed or long, and requests that are long: providers and their client libraries rely on them.
 
 use std::{io::Write, net::SocketAddr, time::Duration};
 
@@ -29,7 +29,7 @@ use super::{Harness, LIMITS, denied, harness_of, policy, tool};
 
 const HOST: &str = "packed.test";
 
-/// An upstream that packs what it says, whatever it was asked for, as its path says.
+/// Starts an upstream that compresses its replies as its path says, whatever encoding the client accepts.
 async fn packing() -> SocketAddr {
     let router = Router::new()
         .route(
@@ -116,7 +116,7 @@ fn outcomes(records: &[Record]) -> Vec<Outcome> {
     records.iter().filter_map(outcome).collect()
 }
 
-/// Plain is the control: whatever it is packed by, a reply reads the same, and its account is found.
+/// A reply reads the same and its usage is found, whatever its compression. The plain reply is the control.
 #[tokio::test]
 async fn a_reply_that_is_packed_unasked_reads_like_one_that_is_not() {
     for how in ["plain", "gzip", "zlib", "raw"] {
@@ -147,7 +147,7 @@ async fn a_reply_whose_packing_is_broken_or_a_bomb_is_never_a_whole_one() {
         let reply = client.request(request).await.unwrap();
         let status = reply.status();
         let came = reply.into_body().collect().await.map(|came| came.to_bytes());
-        // It breaks off, or had broken off before its head was on its way.
+        // The reply breaks off, or it broke off before its head was sent.
         assert!(came.is_err() || status == StatusCode::BAD_GATEWAY, "{how}: {status} {came:?}");
         let (error, text) = harness.tool("item", json!({})).await;
         assert!(error, "{how}: {text}");
@@ -169,7 +169,7 @@ fn asks(how: &str) -> Value {
     json!({"model": "m", "messages": [], "max_tokens": 100, "metadata": {"fails": how}})
 }
 
-/// The class's time is gone by at both ends, and in the refusal; the control is within it.
+/// Harness and gateway both use the class's timeout, and the error names it. The control answers in time.
 #[tokio::test]
 async fn an_upstream_may_be_silent_for_as_long_as_the_class_says() {
     let harness = harness_of(patient(Some(2)), vec![]).await;
@@ -183,14 +183,14 @@ async fn an_upstream_may_be_silent_for_as_long_as_the_class_says() {
     assert!(message.contains("No policy refused it"), "{message}");
 }
 
-/// A request with a picture of so many bytes.
+/// Returns a request with a picture of `length` characters of base64.
 fn shows(length: usize) -> Value {
     let url = format!("data:image/png;base64,{}", "A".repeat(length));
     let content = json!([{"type": "image_url", "image_url": {"url": url}}]);
     json!({"model": "m", "max_tokens": 5, "messages": [{"role": "user", "content": content}]})
 }
 
-/// Whatever its budget, a request may be as long as providers take, and is told of it if it is longer.
+/// Whatever the budget, a request may be as long as providers accept. The denial of a longer one names the limit.
 #[tokio::test]
 async fn a_request_may_be_as_long_as_providers_take() {
     let harness = harness_of(patient(None), vec![]).await;
@@ -209,7 +209,7 @@ async fn a_request_may_be_as_long_as_providers_take() {
     assert_eq!(denied(&harness.stored(5).await), [Rule::ModelRequest; 2]);
 }
 
-/// Several at once are no more than there is room for, and all of them are answered.
+/// Concurrent long requests wait until there is room for them. All requests get an answer.
 #[tokio::test]
 async fn long_requests_at_once_wait_for_each_other_and_short_ones_do_not() {
     let harness = std::sync::Arc::new(harness_of(patient(None), vec![]).await);

@@ -1,5 +1,5 @@
-//! Real clients against the harness: MCP clients (rmcp's, the official Python and TypeScript SDKs, the conformance suite), HTTP, a
-//! proxy client. Behind it are the gateway's own witnessing, authorisation and forwarding, and servers on loopback.
+//! Real clients against the harness: MCP clients (rmcp's, the official Python and TypeScript SDKs, the conformance suite), HTTP clients,
+//! and a client of the proxy. Behind the harness are the gateway's own witnessing, authorization and forwarding, and servers on loopback.
 
 mod access;
 mod approvals;
@@ -90,7 +90,7 @@ struct Harness {
     folder: tempfile::TempDir,
 }
 
-/// How long what an upstream listed is gone by, in these tests.
+/// How long the harness uses an upstream's listing in these tests.
 const LISTING_AGE: Duration = Duration::from_secs(2);
 const LIMITS: Limits = Limits {
     wall_time_seconds: 60,
@@ -130,7 +130,7 @@ fn over_http(method: HttpMethod, path: &str, query: &[&str]) -> Upstream {
     Upstream::Http(HttpUpstream { method, url: format!("http://api.test{path}"), query })
 }
 
-/// A host that a class may reach, for one use.
+/// Returns a host that a class may reach, for one use.
 fn host(host: &str, ports: &[u16], uses: EgressUse) -> EgressHost {
     EgressHost { host: host.into(), ports: ports.to_vec(), uses: vec![uses], credential: None, barred: false }
 }
@@ -196,7 +196,7 @@ fn policy(limits: Limits) -> PolicyConfig {
     }
 }
 
-/// A harness, its gateway and its upstreams; `more` are upstreams besides.
+/// Starts a harness, its gateway and its upstreams. `more` are additional upstreams.
 async fn harness_of(policy: PolicyConfig, more: Vec<(String, SocketAddr)>) -> Harness {
     let _ = rustls::crypto::ring::default_provider().install_default();
     let (tools, mcp) = upstreams::mcp().await;
@@ -212,7 +212,7 @@ async fn harness_of(policy: PolicyConfig, more: Vec<(String, SocketAddr)>) -> Ha
     start(gateway, &policy, 1, mcp, api).await
 }
 
-/// What the probe of an attempt has found: that it is contained.
+/// Returns the result of a containment probe that found no breach.
 fn contained() -> Containment {
     Containment {
         contained: true,
@@ -224,7 +224,7 @@ fn contained() -> Containment {
     }
 }
 
-/// A harness of an attempt, as its main function starts one.
+/// Starts a harness for an attempt, as its main function does.
 async fn start(
     gateway: Arc<Gateway>,
     policy: &PolicyConfig,
@@ -296,14 +296,14 @@ async fn harness() -> Harness {
 }
 
 impl Harness {
-    /// Calls a tool as an agent's MCP client does: whether it is an error, and its text.
+    /// Calls a tool as an agent's MCP client does. Returns whether the result is an error, and its text.
     async fn tool(&self, name: &str, args: Value) -> (bool, String) {
         let result = self.result(name, args).await;
         let text = serde_json::to_value(&result.content).unwrap()[0]["text"].as_str().unwrap_or_default().to_owned();
         (result.is_error == Some(true), text)
     }
 
-    /// Calls a tool as an agent's MCP client does.
+    /// Calls a tool as an agent's MCP client does. Returns the whole result.
     async fn result(&self, name: &str, args: Value) -> CallToolResult {
         let config = StreamableHttpClientTransportConfig::with_uri(format!("http://{}/mcp", self.address));
         let transport = StreamableHttpClientTransport::with_client(gateway::Plain::default(), config);
@@ -334,14 +334,14 @@ impl Harness {
         )
     }
 
-    /// All records that there are, stored.
+    /// Waits until all records are stored, and returns them.
     async fn records(&self) -> Vec<Record> {
-        // A log that has ended has all that it will have.
+        // A log that has ended gets no more records, so its error does not matter.
         let _ = self.gate.journal().caught_up().await;
         self.gateway.records()
     }
 
-    /// The stored records once there are at least `count`.
+    /// Waits until at least `count` records are stored, and returns all records.
     async fn stored(&self, count: usize) -> Vec<Record> {
         for _ in 0..100 {
             let records = self.gateway.records();
@@ -373,7 +373,7 @@ async fn an_allowed_call_reaches_the_upstream_between_its_intent_and_its_outcome
     assert!(!error, "{text}");
     assert_eq!(text, "echo: hello");
     let records = harness.stored(5).await;
-    // The upstream's tools are listed first, which is no tool call.
+    // The harness lists the upstream's tools first, which is not a tool call.
     assert_eq!(kinds(&records), ["attempt.opened", "call.intent", "call.outcome", "call.intent", "call.outcome"]);
     assert_eq!(records[2].usage.tool_calls, 0);
     let Event::Outcome(outcome) = &records[4].event else { panic!() };
@@ -423,10 +423,10 @@ async fn a_call_that_could_be_read_in_two_ways_is_refused_and_recorded() {
         assert_eq!(status, StatusCode::BAD_REQUEST, "{params}: {reply}");
         assert!(reply["error"]["message"].as_str().unwrap().contains("request.json"), "{reply}");
     }
-    // Read in one way, by JavaScript in another.
+    // One reading in JSON, but another one in JavaScript.
     let (_, reply) = harness.post_text("/mcp", call(r#"{"name":"say","arguments":{"text":-0}}"#)).await;
     assert!(reply.to_string().contains("request.json"), "{reply}");
-    // No call, so nothing to record.
+    // This is no call, so there is nothing to record.
     let list = r#"{"jsonrpc":"2.0","id":1,"id":1,"method":"tools/list"}"#;
     assert_eq!(harness.post_text("/mcp", list.into()).await.0, StatusCode::BAD_REQUEST);
     let model = r#"{"model":"m","messages":[],"max_tokens":1,"max_tokens":100000}"#;
@@ -525,7 +525,7 @@ async fn money_is_reserved_for_the_longest_reply_and_settled_by_the_account() {
     assert!((4_990..=5_000).contains(&intent.reserved_cost_micros), "{intent:?}");
     assert!(intent.rules.ends_with(&[Rule::Tokens, Rule::Cost]), "{intent:?}");
     assert_eq!(intent.model.as_deref(), Some("m"));
-    // 7 tokens of prompt at 1 and 5 of reply at 10.
+    // 7 tokens of the prompt cost 1 each, and 5 tokens of the reply cost 10 each.
     assert_eq!(records[4].usage.cost_micros, 57);
 }
 
@@ -571,7 +571,7 @@ async fn a_streamed_reply_streams_and_is_metered() {
     assert_eq!(records[2].usage.tokens, 12);
 }
 
-/// Calls at once do not refuse each other what they only hold: they wait, each for its turn. What can never fit does not wait.
+/// A call that would fit without the reservations of concurrent calls waits for its turn. A call that can never fit does not wait.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_call_that_fits_but_for_what_others_hold_waits_for_them() {
     let harness = Arc::new(harness_with(Limits { tokens: 1_000, ..LIMITS }).await);
@@ -603,7 +603,8 @@ async fn a_call_that_fits_but_for_what_others_hold_waits_for_them() {
     held.abort();
 }
 
-/// Whoever asked has gone before the reply began: a guardrail has tripped, or a person has pressed a key. The model goes on, and so does its account.
+/// The client has gone before the reply began, because a guardrail was triggered or a person pressed a key. The model continues, so the
+/// call is settled by its usage.
 #[tokio::test]
 async fn a_call_that_nobody_waits_for_is_charged_what_it_cost() {
     for stream in [false, true] {
@@ -626,7 +627,7 @@ async fn a_call_that_nobody_waits_for_is_charged_what_it_cost() {
     }
 }
 
-/// Belay asks for an account of each stream. An agent that did not ask for one reads `choices[0]` of every event.
+/// Belay requests the usage of each stream. An agent that did not request it reads `choices[0]` of every event.
 #[tokio::test]
 async fn the_account_of_a_stream_goes_to_who_has_asked_for_it() {
     for (options, asked) in [
@@ -655,16 +656,16 @@ async fn the_account_of_a_stream_goes_to_who_has_asked_for_it() {
     }
 }
 
-/// A provider's bad day, or a client that has heard enough, does not end the task's budget: what is charged is what came of the call.
+/// A provider's failure, or a client that stops reading, does not use up the task's budget: a call costs what has arrived.
 #[rstest::rstest]
 #[case::refused("overloaded", "", 0)]
-// The prompt, and two times five bytes.
+// The prompt, and two pieces of five bytes each.
 #[case::hung_up("hangs up", "", 10)]
-// Where proxies cut off a stream, its body ends as if it were whole.
+// If a proxy cuts off a stream, its body ends as if it were whole.
 #[case::ended_before_its_protocol_does("ends early", "", 10)]
 #[case::an_error_in_place_of_the_rest("says so", "", 5)]
 #[case::done_and_left_open("lingers", "[DONE]", 12)]
-// Whoever stops reading pays for what was set aside, at least: the model goes on.
+// If the client stops reading, the call costs at least its reservation, because the model continues.
 #[case::unread("rambles", "hello", 20)]
 #[tokio::test]
 async fn what_breaks_off_is_charged_for_what_came(#[case] fails: &str, #[case] until: &str, #[case] output: i64) {
@@ -760,7 +761,7 @@ async fn nothing_leaves_while_the_store_is_away_and_everything_is_there_when_it_
     assert_eq!(kinds(&records), ["attempt.opened", "call.intent", "call.outcome", "call.intent", "call.outcome"]);
 }
 
-/// A policy under which `look` reads as well.
+/// Returns a policy with the additional tool `look`, which reads.
 fn reading() -> PolicyConfig {
     let mut policy = policy(LIMITS);
     policy.tools.push(tool("look", over_http(HttpMethod::Get, "/items/{id}", &[]), SideEffect::Read));
@@ -792,7 +793,7 @@ async fn a_model_call_does_not_wait_for_the_bucket() {
         let asked = json!({"model": "m", "messages": [{"role": "user", "content": "hi"}], "stream": stream});
         let (status, reply) = harness.post("/v1/chat/completions", asked).await;
         assert_eq!(status, StatusCode::OK, "{reply}");
-        // The control: it is witnessed, and without that nothing leaves.
+        // The control: the intent is witnessed, and no call leaves without that.
         let intents = |harness: &Harness| {
             harness.gateway.records().iter().filter(|record| record.event.kind() == "call.intent").count()
         };
@@ -816,7 +817,7 @@ async fn what_a_harness_leaves_in_its_spool_the_next_one_has_stored() {
     };
     tokio::time::sleep(Duration::from_millis(400)).await;
     calling.abort();
-    // It is killed here, as far as its spool is concerned, and started again.
+    // As far as the spool is concerned, the harness is killed here and started again.
     let killed = tempfile::tempdir().unwrap();
     std::fs::copy(harness.folder.path().join("segments.jsonl"), killed.path().join("segments.jsonl")).unwrap();
     let (_, left) = Spool::open(killed.path()).unwrap();

@@ -1,5 +1,5 @@
-//! Requests to models: what reaches a provider, as what, and where; and what of it is on record. The provider here takes whatever comes, so that
-//! each refusal is Belay's; what passes is the control.
+//! Requests to models: what reaches a provider, in which form and at which URL, and what is recorded. The provider here accepts every
+//! request, so each denial is Belay's. Requests that pass are the control.
 
 use std::sync::Mutex;
 
@@ -15,7 +15,7 @@ use bytes::Bytes;
 
 use super::*;
 
-/// A request as it came to the provider.
+/// A request as the provider got it.
 #[derive(Clone, Debug)]
 struct Came {
     method: String,
@@ -26,7 +26,7 @@ struct Came {
 
 type All = Arc<Mutex<Vec<Came>>>;
 
-/// A provider that takes everything.
+/// Starts a provider that accepts every request.
 async fn provider() -> (SocketAddr, All) {
     let all = All::default();
     let router = Router::new().fallback(take).with_state(all.clone());
@@ -67,7 +67,7 @@ struct World {
     all: All,
 }
 
-/// A harness whose pack has these endpoints, in a world in which one provider has all names.
+/// Returns a harness whose pack has these endpoints. One provider answers for all host names.
 async fn world(models: ModelEndpoints, limits: Limits) -> World {
     let (address, all) = provider().await;
     let mut policy = policy(limits);
@@ -112,7 +112,7 @@ impl World {
         http::Response::from_parts(parts, body.collect().await.unwrap().to_bytes())
     }
 
-    /// Intents and outcomes of model calls.
+    /// Returns the intents and the outcomes of model calls.
     async fn calls(&self, count: usize) -> Vec<(Intent, Outcome)> {
         let records = self.harness.stored(1 + 2 * count).await;
         let intents = records.iter().filter_map(|record| match &record.event {
@@ -145,7 +145,7 @@ fn refusals(records: &[Record]) -> Vec<Denied> {
 #[tokio::test]
 async fn what_the_agent_wrote_goes_out_as_it_wrote_it() {
     let world = plain().await;
-    // Order, forms of numbers, escapes, spaces: and a limit that is a whole number, however it is written.
+    // The order of members, the forms of numbers, escapes and spaces stay as written. A limit is a whole number in any notation.
     let odd = r#""z":{"reasoning":1.0,"answer":50.0,"huge":1.7976931348623157e308,"beyond":18446744073709551617,"text":"cut \ud83d","e":"\u00e9\/"}"#;
     let requests = [
         (
@@ -168,7 +168,7 @@ async fn what_the_agent_wrote_goes_out_as_it_wrote_it() {
         assert_eq!(status, StatusCode::OK, "{path}: {reply}");
         assert_eq!(&world.last().body, text, "{path}");
     }
-    // What has to be set is, and nothing else changes.
+    // Belay adds a missing limit, and changes nothing else.
     for (path, text) in &requests {
         let [with, without] = [text.replace("\"max_", "\"_"), text.clone()];
         let bare = with
@@ -182,7 +182,7 @@ async fn what_the_agent_wrote_goes_out_as_it_wrote_it() {
         let kept = bare.trim_end_matches(['}', ' ']);
         assert!(came.starts_with(kept) && came.len() < bare.len() + 40, "{path}: {came}");
     }
-    // The control: two readings are none.
+    // The control: a request that can be read in two ways is denied.
     let (status, _) = world
         .harness
         .post_text("/v1/messages", r#"{"model":"m","max_tokens":1,"max_tokens":2,"messages":[]}"#.into())
@@ -382,7 +382,7 @@ async fn calls_go_where_bases_lead_as_providers_write_them() {
     for (intent, _) in world.calls(7).await {
         assert!(["/v1/chat/completions", "/v1/messages"].contains(&intent.target.as_str()), "{}", intent.target);
     }
-    // A class of one API has no other.
+    // A class with an endpoint for one API does not serve the other.
     let only = ModelEndpoints { anthropic: None, ..both() };
     let world = super::models::world(only, MANY).await;
     let (status, reply) =
@@ -393,7 +393,7 @@ async fn calls_go_where_bases_lead_as_providers_write_them() {
 
 #[tokio::test]
 async fn what_is_beside_the_three_apis_is_served_charged_and_recorded() {
-    // Money is limited, and only models `m*` have a price.
+    // The cost is limited, and only models `m*` have a price.
     let prices = vec![ModelPrice {
         model: "m*".into(),
         input_micros: 1_000_000,
@@ -432,7 +432,7 @@ async fn what_is_beside_the_three_apis_is_served_charged_and_recorded() {
         assert_eq!(intent.reserved_tokens > 0, *tokens > 0, "{intent:?}");
         assert!(intent.request_digest.is_some() && outcome.response_digest.is_some());
     }
-    // What costs has to have a price, and what is in it is judged.
+    // A call that costs money needs a price, and its content is checked.
     for (path, body, rule) in [
         ("/v1/embeddings", json!({"model": "other", "input": "x"}), "model.price"),
         ("/v1/embeddings", json!({"model": "m", "input": [{"image": "https://evil.test"}]}), "model.request"),

@@ -1,4 +1,4 @@
-//! Calls that are one: over MCP and over HTTP, through a real client, with what the gateway lets pass and what the log says.
+//! Duplicate calls, over MCP and over HTTP, through a real client, with what the gateway lets pass and what the log says.
 
 use belay::policy::config::Idempotency;
 use futures::StreamExt;
@@ -14,7 +14,7 @@ const MANY: Limits = Limits {
     approval_wait_seconds: 0,
 };
 
-/// By all arguments, by one, and with a header.
+/// Returns a policy with tools that are idempotent by all arguments, by one argument, or with a header.
 fn idempotent() -> PolicyConfig {
     use HttpMethod::Post;
     let by = |argument: Option<&str>, header: Option<&str>| {
@@ -48,7 +48,7 @@ async fn idempotent_harness() -> Harness {
 }
 
 impl Harness {
-    /// Calls that reached an upstream.
+    /// Returns the calls that reached an upstream.
     fn made(&self) -> Vec<String> {
         let call = |seen: &String| seen.contains("\"tools/call\"") || seen.starts_with("POST http://api.test");
         self.gateway.saw().into_iter().filter(call).collect()
@@ -74,7 +74,7 @@ async fn the_same_call_again_has_the_same_result_and_no_second_effect(#[case] na
     assert_eq!((harness.made().len(), harness.replayed()), (1, 1));
     assert_eq!(harness.gate.journal().look(|task| task.usage()).tool_calls, 1, "a repeat was counted");
 
-    // Another call is another.
+    // A call with other arguments is no duplicate.
     let (error, text) = harness.tool(name, json!({"text": "hello", "id": 8})).await;
     assert!(!error, "{text}");
     assert_eq!(harness.made().len(), 2);
@@ -139,7 +139,7 @@ async fn a_key_lapses_with_its_window() {
     assert_eq!(harness.made().len(), 2);
 }
 
-/// What the gateway has of the result by the time of the second attempt.
+/// What the gateway has of the result when the second attempt begins.
 #[derive(Clone, Copy, PartialEq)]
 enum Has {
     It,
@@ -193,7 +193,7 @@ async fn another_attempt_is_given_the_result_or_refused_and_makes_no_second_call
     }
 }
 
-/// 10^4 twins, 300 of them at a time, while the first is still under way at its upstream: one effect.
+/// 10^4 duplicates, 300 of them at a time, while the first call is still under way at its upstream: one call takes effect.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn of_ten_thousand_twins_one_is_made() {
     const TWINS: usize = 10_000;

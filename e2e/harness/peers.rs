@@ -1,5 +1,5 @@
-//! Peers that others wrote: the official Python and TypeScript SDKs, LangGraph and curl as agents, the conformance suite, and MCP's reference server
-//! `server-everything` as an upstream. `peers/install` puts them into the cache, pinned.
+//! Third-party peers: the official Python and TypeScript SDKs, LangGraph and curl as agents, the conformance suite, and MCP's reference
+//! servers `server-everything` and `server-filesystem` as upstreams. `peers/install` puts pinned versions of them into the cache.
 
 use std::{
     path::PathBuf,
@@ -9,12 +9,12 @@ use std::{
 
 use super::*;
 
-/// Where the peers are.
+/// The paths of the installed peers.
 struct Peers {
     python: PathBuf,
     modules: PathBuf,
     langgraph: PathBuf,
-    /// Node modules of the test world: the file server.
+    /// The Node modules of the test world, which have the file server.
     world: PathBuf,
 }
 
@@ -42,12 +42,12 @@ impl Peers {
     }
 }
 
-/// Runs a program while the tests' runtime goes on.
+/// Runs a program without blocking the runtime of the tests.
 async fn run(mut command: Command) -> Output {
     tokio::task::spawn_blocking(move || command.output().unwrap()).await.unwrap()
 }
 
-/// Has a client make these calls; gives what it saw, as both scripts print it.
+/// Runs a client that makes these calls. Returns what the client saw, as both scripts print it.
 pub async fn client(mut command: Command, url: &str, calls: &Value) -> Value {
     command.arg(url).arg(calls.to_string());
     let output = run(command).await;
@@ -56,7 +56,7 @@ pub async fn client(mut command: Command, url: &str, calls: &Value) -> Value {
     serde_json::from_str(&out).unwrap_or_else(|error| panic!("{error}: {out}{err}"))
 }
 
-/// MCP's reference server on loopback, ended with the test.
+/// MCP's reference server on loopback. It ends with the test.
 pub struct Everything(std::process::Child, pub SocketAddr);
 
 impl Everything {
@@ -81,7 +81,7 @@ async fn listening(address: SocketAddr) {
     panic!("nothing listens on {address}");
 }
 
-/// MCP's reference file server over a folder, through PyPI's `mcp-proxy`, ended with the test.
+/// MCP's reference file server over a folder, through PyPI's `mcp-proxy`. It ends with the test.
 pub struct Files(std::process::Child, pub SocketAddr);
 
 impl Files {
@@ -109,13 +109,13 @@ impl Files {
 
 impl Drop for Files {
     fn drop(&mut self) {
-        // It ends its server when it is asked to, and not when it is killed.
+        // `mcp-proxy` ends its server when it gets SIGTERM, but not when it is killed.
         let _ = Command::new("kill").arg(self.0.id().to_string()).status();
         let _ = self.0.wait();
     }
 }
 
-/// A client that others wrote, for [`client`].
+/// Returns a third-party client for [`client`].
 pub fn client_of(sdk: &str) -> Command {
     match sdk {
         "python" => {
@@ -244,7 +244,7 @@ async fn the_conformance_suite_passes_but_for_what_is_no_harness_s_to_do() {
     assert!(out.contains("tools-call-simple-text: 1 passed"), "{out}");
 }
 
-/// A tool that somebody must approve.
+/// Returns a policy with a tool that needs approval.
 fn guarded(hold_seconds: i64) -> PolicyConfig {
     let mut pay = tool("pay", over_mcp("echo"), SideEffect::Write);
     pay.input = json!({"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]});
@@ -253,7 +253,7 @@ fn guarded(hold_seconds: i64) -> PolicyConfig {
     PolicyConfig { tools: vec![pay], ..policy(limits) }
 }
 
-/// The agent is told that its call is pending, and its model calls again: budgets are used once.
+/// The agent is told that its call is pending, and its model repeats the call: the budget counts one call.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_langgraph_agent_gets_its_call_approved() {
     let harness = harness_of(guarded(1), vec![]).await;
@@ -265,7 +265,7 @@ async fn a_langgraph_agent_gets_its_call_approved() {
         .env("OPENAI_API_KEY", "belay")
         .env("MODEL", "scripted");
     let approve = async {
-        // Long enough for the model to hear "pending" more than once.
+        // Long enough for the model to get `pending` more than once.
         let asked = harness.undecided_within(1, Duration::from_secs(60)).await;
         tokio::time::sleep(Duration::from_secs(3)).await;
         harness.gateway.decide(&asked[0], "ana", approvals::YES);
@@ -277,7 +277,7 @@ async fn a_langgraph_agent_gets_its_call_approved() {
     assert!(denied(&harness.records().await).is_empty());
 }
 
-/// A shell agent: it holds the line for as long as the contract does.
+/// A shell agent: it keeps its connection open for as long as the contract holds the call.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_plain_curl_gets_its_call_approved() {
     let harness = harness_of(guarded(30), vec![]).await;

@@ -1,11 +1,11 @@
-//! Providers that are not OpenAI, and refuse what OpenAI takes. Each is a stand-in with the rule of a real one, and its control is the same
-//! provider under a pack that does not know it.
+//! Providers other than OpenAI that reject what OpenAI accepts. Each is a stand-in with the rule of a real provider. The control is the
+//! same provider under a pack that does not know it.
 
 use belay::policy::config::StreamUsage;
 
 use super::*;
 
-/// A provider of chat completions, and its rule: what it says to a request, by status.
+/// Starts a provider of chat completions. Its rule returns the usage of a request, or the error.
 async fn provider(rule: fn(&Value) -> Result<Value, Value>) -> SocketAddr {
     let app = axum::Router::new().fallback(move |axum::Json(body): axum::Json<Value>| async move {
         let json = [(http::header::CONTENT_TYPE, "application/json")];
@@ -29,7 +29,7 @@ async fn provider(rule: fn(&Value) -> Result<Value, Value>) -> SocketAddr {
     address
 }
 
-/// A harness whose one provider this is.
+/// Returns a harness with one provider, which has this rule. `pack` changes the endpoints of its pack.
 async fn before(rule: fn(&Value) -> Result<Value, Value>, pack: impl FnOnce(&mut ModelEndpoints)) -> Harness {
     let mut policy = policy(Limits { tokens: 1_000_000, ..LIMITS });
     policy.models.openai = Some("http://provider.test/v1".into());
@@ -38,7 +38,7 @@ async fn before(rule: fn(&Value) -> Result<Value, Value>, pack: impl FnOnce(&mut
     harness_of(policy, vec![("provider.test".to_owned(), provider(rule).await)]).await
 }
 
-/// As servers do whose requests may have no member that they do not know.
+/// The rule of servers that reject members that they do not know.
 fn without_stream_options(body: &Value) -> Result<Value, Value> {
     match body.get("stream_options") {
         None => Ok(json!({"prompt_tokens": 5, "completion_tokens": 2})),
@@ -46,7 +46,7 @@ fn without_stream_options(body: &Value) -> Result<Value, Value> {
     }
 }
 
-/// As vLLM does with `--max-model-len 4096`, which takes a token for each word of the prompt.
+/// The rule of vLLM with `--max-model-len 4096`, at one token for each word of the prompt.
 fn with_a_window_of_4096(body: &Value) -> Result<Value, Value> {
     let words = body["messages"][0]["content"].as_str().unwrap_or_default().split_whitespace().count();
     let words = u64::try_from(words).unwrap();
@@ -107,12 +107,12 @@ async fn a_server_with_a_small_window_serves_calls_that_name_no_limit() {
         let (status, reply) = harness.post("/v1/chat/completions", call).await;
         assert_eq!(status, StatusCode::OK, "{words} words: {reply}");
     }
-    // A limit that is named stays the provider's to judge.
+    // If the agent sets a limit, Belay leaves the decision about it to the provider.
     let named = json!({"model": "mine", "messages": [{"role": "user", "content": prompt}], "max_tokens": 4_096});
     assert_eq!(harness.post("/v1/chat/completions", named).await.0, StatusCode::UNPROCESSABLE_ENTITY);
 }
 
-/// A deployment has whatever name its owner gave it, and a model behind it that thinks takes the newer limit alone.
+/// A deployment has any name that its owner gave it, and a reasoning model behind it accepts the newer limit only.
 #[tokio::test]
 async fn a_deployment_on_azure_gets_the_limit_that_its_models_take() {
     fn thinks(body: &Value) -> Result<Value, Value> {
@@ -134,7 +134,8 @@ async fn a_deployment_on_azure_gets_the_limit_that_its_models_take() {
     assert_eq!(status, StatusCode::OK, "{reply}");
 }
 
-/// What has been through a tokenizer is a number a token, and OpenAI takes 300,000 in one request. One that has more is told by how many.
+/// Tokenized input has one number for each token, and OpenAI accepts 300,000 tokens in one request. The denial of a longer request says how
+/// many it has.
 #[tokio::test]
 async fn embeddings_of_300_000_tokens_pass() {
     fn embeds(body: &Value) -> Result<Value, Value> {

@@ -1,4 +1,4 @@
-//! Rolling back: what a run has done is undone by another, over MCP and over HTTP.
+//! Rollbacks, over MCP and over HTTP: one task makes the compensations of another task's calls.
 
 use std::collections::BTreeMap;
 
@@ -12,14 +12,15 @@ use belay::{
 
 use super::{approvals::MANY, *};
 
-/// Undone by `echo` of what was said and answered.
+/// Returns a compensation by `unsay`, with the text of the call that it undoes.
 fn by_echo(of: &str) -> Option<Rollback> {
     let said = format!("'undo {of} ' + args.text");
     let arguments = BTreeMap::from([("text".to_owned(), said)]);
     Some(Rollback::Call(Compensation { contract: "unsay".into(), arguments, within_seconds: None }))
 }
 
-/// `say` and `tell` are undone by `unsay`, which the agent does not have; `shout` by people, and of `hum` nothing is said.
+/// Returns the policy of an agent's task. The compensation of `say` and `tell` is `unsay`, which the agent does not have. `shout` is undone
+/// by hand, and the contract of `hum` does not say how to undo it.
 fn agents() -> PolicyConfig {
     let change = |name: &str, rollback| Tool { rollback, ..tool(name, over_mcp("echo"), SideEffect::Write) };
     let mut tell = tool("tell", over_http(HttpMethod::Post, "/items", &[]), SideEffect::Write);
@@ -35,7 +36,7 @@ fn agents() -> PolicyConfig {
     policy
 }
 
-/// The task that undoes it.
+/// Returns the policy of the task that rolls back the agent's task.
 fn undoing(upstream: Upstream) -> PolicyConfig {
     let mut policy = policy(MANY);
     policy.task.rollback_of = Some(RollbackOf { name: "t".into(), uid: "the-other".into() });
@@ -43,7 +44,7 @@ fn undoing(upstream: Upstream) -> PolicyConfig {
     policy
 }
 
-/// The run of an agent that has called each of its tools, some twice.
+/// Runs an agent's task that has called each of its tools, `say` twice.
 async fn ran() -> Harness {
     let harness = harness_of(agents(), vec![]).await;
     for (name, args) in [
@@ -61,7 +62,7 @@ async fn ran() -> Harness {
     harness
 }
 
-/// A harness that rolls back what another did.
+/// Starts a harness that rolls back what another harness did.
 async fn rolling_back(of: Harness, policy: &PolicyConfig, attempt: i64) -> Harness {
     start(of.gateway.clone(), policy, attempt, of.mcp.clone(), of.api.clone()).await
 }
@@ -104,7 +105,7 @@ async fn calls_are_undone_newest_first_and_the_rest_is_left_to_people(#[case] up
     }
     assert_eq!(saw.len(), 3);
 
-    // Asked again it makes no call again, and neither does the next attempt.
+    // A second request makes no call again, and neither does the next attempt.
     let (_, again) = harness.post("/rollback", Value::Null).await;
     assert_eq!(again, report);
     harness.records().await;
@@ -114,7 +115,7 @@ async fn calls_are_undone_newest_first_and_the_rest_is_left_to_people(#[case] up
     assert_eq!(undone(&next.records().await).len(), 3);
 }
 
-/// What an agent in a rollback's place would try.
+/// What an agent would try in place of a rollback.
 #[tokio::test]
 async fn nothing_else_leaves() {
     let ran = ran().await;
@@ -137,12 +138,12 @@ async fn an_agents_attempt_rolls_nothing_back() {
     let (status, text) = ran.post("/rollback", Value::Null).await;
     assert_eq!(status, StatusCode::NOT_FOUND);
     assert!(text.as_str().unwrap().contains("rule: request.malformed"), "{text}");
-    // It is a request like any other for what is not there.
+    // It is denied and recorded like any request for something that does not exist.
     let refused = ran.records().await.iter().filter(|record| record.event.kind() == "call.denied").count();
     assert_eq!(refused, 1);
 }
 
-/// One fails, the others are undone all the same; a failed one is tried again by the next attempt.
+/// If one compensation fails, the others are still made. The next attempt repeats the failed one.
 #[tokio::test]
 async fn what_fails_is_left_and_tried_again() {
     let ran = ran().await;
@@ -181,7 +182,7 @@ async fn kept_arguments_that_were_changed_are_not_sent() {
     assert!(harness.gateway.saw().iter().all(|sent| !sent.contains("burn")));
 }
 
-/// An expression that cannot be evaluated leaves the call to people, and the agent's call is none the worse.
+/// If the expression of a compensation cannot be evaluated, the call is left for a person to undo. The agent's call itself is not affected.
 #[tokio::test]
 async fn what_cannot_be_made_is_left_to_people() {
     let mut policy = agents();
@@ -206,7 +207,8 @@ async fn what_cannot_be_made_is_left_to_people() {
     assert_eq!(names(&report), [("say", "the arguments that undo it could not be made or kept")]);
 }
 
-/// What an upstream calls an error may or may not have been done. Nothing undoes it, and it undoes nothing.
+/// A call that the upstream answered with an error may have taken effect or not. It has no compensation. A compensation with such an answer
+/// does not count as made, and is not repeated.
 #[tokio::test]
 async fn an_error_is_neither_undone_nor_does_it_undo() {
     let mut policy = agents();
@@ -234,7 +236,7 @@ async fn an_error_is_neither_undone_nor_does_it_undo() {
     assert_eq!(undone(&next.records().await).len(), 3, "nothing is called again");
 }
 
-/// Arguments are made of what was answered as well.
+/// The arguments of a compensation can also depend on the result of the call.
 #[tokio::test]
 async fn what_was_answered_is_undone() {
     let mut policy = agents();
@@ -250,7 +252,7 @@ async fn what_was_answered_is_undone() {
     assert_eq!(kept, [r#"{"text":"undo INC-7"}"#]);
 }
 
-/// People are asked for what undoes like for anything else.
+/// A compensation can need approval, as any other call can.
 #[tokio::test]
 async fn what_undoes_may_need_approval() {
     let ran = ran().await;

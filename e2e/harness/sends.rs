@@ -1,4 +1,4 @@
-//! A harness that is somebody else's by now, with the real one's token and link: what it sends under the intents of the agent's own calls.
+//! A compromised harness, with the token and the link of the real one: what it sends under the intents of the agent's own calls.
 
 use std::time::Duration;
 
@@ -15,7 +15,7 @@ use super::{Harness, StatusCode, harness};
 
 const SILENCE: Duration = Duration::from_secs(60);
 
-/// The agent's own call is the control: it leaves, and its digest is the one that the gateway asks for.
+/// The agent's own call is the control: it leaves, and its commitment is the one that the gateway requires.
 #[tokio::test]
 async fn nothing_leaves_by_the_intent_of_a_model_call_that_is_over() {
     let harness = harness().await;
@@ -47,7 +47,7 @@ async fn nothing_leaves_by_the_intent_of_a_model_call_that_is_over() {
     assert_eq!(harness.gateway.saw(), own, "nothing more reached an upstream");
 }
 
-/// What somebody else's harness has in its records: that it sends this body, and what it likes about its cost.
+/// Writes an intent as a compromised harness can: with the commitment to this body, and with any model and reservation.
 async fn intends(harness: &Harness, path: &str, body: &str, model: &str, reserve: Spent) -> Permit {
     let call = Call {
         channel: Channel::Model,
@@ -68,7 +68,7 @@ async fn intends(harness: &Harness, path: &str, body: &str, model: &str, reserve
     harness.gate.permit(call).await.unwrap()
 }
 
-/// By what rule a request with this body is refused under an intent, if so.
+/// Sends a request with this body under an intent. Returns the rule by which the request is denied, if it is denied.
 async fn sends(harness: &Harness, intent: u64, path: &str, body: &str) -> Option<Rule> {
     let mut request = Request::new(Bytes::from(body.to_owned()));
     *request.method_mut() = Method::POST;
@@ -100,7 +100,7 @@ async fn a_harness_that_lies_about_a_model_call_gets_no_further_than_the_gateway
         ("a longer prompt", chat, json!({"user": "x".repeat(50_000)}), enough, Some(Rule::IntentMissing)),
         ("pictures", chat, json!({"messages": picture}), enough, Some(Rule::IntentMissing)),
         ("nothing set aside", chat, json!({}), Spent::default(), Some(Rule::IntentMissing)),
-        // As little as so many tokens can cost, where most of them are the reply's.
+        // 200 tokens cost at least 200. Here, the 25 tokens of the reply alone can cost 250.
         (
             "too little money",
             chat,

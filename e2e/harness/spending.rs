@@ -1,10 +1,10 @@
-//! What model calls set aside and what they are charged, through harness and gateway.
+//! What model calls reserve and what they cost, through harness and gateway.
 
 use std::time::Instant;
 
 use super::*;
 
-/// A streamed reply, read until these words have come, and left.
+/// Reads a streamed reply until these words have arrived, and hangs up.
 async fn left_at(harness: &Harness, fails: &str, words: &str) {
     let body = json!({
         "model": "m", "stream": true, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 400,
@@ -22,7 +22,7 @@ async fn left_at(harness: &Harness, fails: &str, words: &str) {
     }
 }
 
-/// The model's own limit, in the member that its provider looks at.
+/// A request without an output limit gets the model's own limit, in the member that its provider reads.
 #[tokio::test]
 async fn an_unnamed_limit_is_the_models_own() {
     let harness = harness_with(Limits { tokens: 1_000_000, ..LIMITS }).await;
@@ -45,7 +45,7 @@ async fn an_unnamed_limit_is_the_models_own() {
     }
 }
 
-/// The pack knows its own models.
+/// The pack describes models that the catalogue does not have.
 #[tokio::test]
 async fn the_pack_says_what_the_list_does_not() {
     let mut policy = policy(Limits { tokens: 1_000_000, ..LIMITS });
@@ -58,7 +58,7 @@ async fn the_pack_says_what_the_list_does_not() {
     assert!(sent.contains(r#""max_completion_tokens":20000"#), "{sent}");
 }
 
-/// 300 kB of a picture in a budget of 5,000 tokens; the same as text are more than it has.
+/// 300 kB of a picture fit into a budget of 5,000 tokens. The same data as text needs more than the budget.
 #[tokio::test]
 async fn a_picture_is_no_text() {
     let harness = harness().await;
@@ -79,24 +79,24 @@ async fn a_picture_is_no_text() {
     assert_eq!(status, StatusCode::OK, "{reply}");
     let records = harness.stored(4).await;
     let Event::Intent(intent) = &records[2].event else { panic!("{records:#?}") };
-    // 4 tiles of 800 by 600: 765.
+    // 800 by 600 pixels are 4 tiles: 765 tokens.
     assert!((765 + 50..1_000).contains(&intent.reserved_tokens), "{intent:?}");
 }
 
-/// Whoever asked hangs up: the rest is read for its account, and nobody pays for what was set aside.
+/// The client hangs up. Belay reads the rest of the reply for its usage, and the call does not cost its reservation.
 #[tokio::test]
 async fn a_reply_that_nobody_reads_is_charged_by_its_account() {
     let harness = harness().await;
     left_at(&harness, "takes its time", "hello").await;
     let records = harness.stored(3).await;
     assert_eq!(records[2].usage.tokens, 12, "{records:#?}");
-    // The next call has the rest of the budget at once.
+    // The next call can use the rest of the budget at once.
     let (status, _) =
         harness.post("/v1/chat/completions", json!({"model": "m", "messages": [], "max_tokens": 4_900})).await;
     assert_eq!(status, StatusCode::OK);
 }
 
-/// The attempt ends while a reply is read on: its outcome is on record before the end, with what was set aside.
+/// The attempt ends while Belay reads the rest of a reply. The outcome is recorded before the end, and costs the reservation.
 #[tokio::test]
 async fn the_end_of_the_attempt_ends_what_is_read_on() {
     let harness = harness().await;
@@ -115,7 +115,7 @@ async fn the_end_of_the_attempt_ends_what_is_read_on() {
     assert_eq!(outcome.tokens, intent.reserved_tokens);
 }
 
-/// A provider that says nothing was used, though much came and went.
+/// The provider reports that no tokens were used, although much was sent in both directions.
 #[tokio::test]
 async fn an_account_of_nothing_is_not_believed() {
     let harness = harness().await;
@@ -126,11 +126,11 @@ async fn an_account_of_nothing_is_not_believed() {
     let (status, _) = harness.post("/v1/chat/completions", body).await;
     assert_eq!(status, StatusCode::OK);
     let records = harness.stored(3).await;
-    // A sixteenth of 3,200 bytes each way.
+    // A sixteenth of 3,200 bytes in each direction.
     assert!((400..420).contains(&records[2].usage.tokens), "{}", records[2].usage.tokens);
 }
 
-/// A thought that the total has, and the count of the reply has not.
+/// The total includes reasoning tokens, and the count of the reply does not.
 #[tokio::test]
 async fn a_thought_beside_the_reply_is_charged() {
     let harness = harness().await;
@@ -141,7 +141,7 @@ async fn a_thought_beside_the_reply_is_charged() {
     assert_eq!(harness.stored(3).await[2].usage.tokens, 912);
 }
 
-/// A refusal says what is spent, what is held, what is needed, and who can change it.
+/// A denial says how much is spent, how much is reserved, how much the call needs, and who can change the limit.
 #[tokio::test]
 async fn a_refusal_tells_what_there_is() {
     let harness = harness_with(Limits { tokens: 3_000, ..LIMITS }).await;

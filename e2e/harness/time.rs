@@ -1,5 +1,5 @@
-//! Time is nobody's: agents that make a harness judge for hours, and peers that say nothing, beside a ticker and a signal where the harness's
-//! own work is done. Generated calls are in `src/harness/gate/tests.rs`.
+//! No agent and no peer can stop the harness: agents whose calls take hours to evaluate, and peers that never answer. A ticker and a signal
+//! run on the thread of the harness's own work meanwhile. Generated calls are in `src/harness/gate/tests.rs`.
 
 use std::{
     io::{Read, Write},
@@ -23,7 +23,7 @@ use futures::future::BoxFuture;
 use super::*;
 use crate::ticker::{Watched, inside, outside};
 
-/// An agent's own HTTP, on a thread of its own.
+/// Sends a call over HTTP as an agent does. It blocks its thread.
 fn posted(address: SocketAddr, body: &str) -> String {
     let mut stream = TcpStream::connect(address).unwrap();
     let head = format!(
@@ -41,8 +41,8 @@ fn called(name: &str, args: &Value) -> String {
     json!({"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": name, "arguments": args}}).to_string()
 }
 
-/// The pipeline as a whole: while calls are judged that take hours, others pass, and the journal goes on. So do bodies as long as they may
-/// be, of whatever JSON.
+/// The pipeline as a whole: while calls that take hours are evaluated, other calls pass, and the log continues. The same holds for bodies
+/// of the maximum length, with any JSON.
 #[test]
 fn long_judgments_and_long_bodies_are_nobodys_delay() {
     let (outside, inside) = (outside(), inside());
@@ -88,11 +88,11 @@ fn long_judgments_and_long_bodies_are_nobodys_delay() {
         let many: Vec<u32> = (0..12_000).collect();
         let post = |body: String| tokio::task::spawn_blocking(move || posted(address, &body));
 
-        // Before anything is judged: a call that is longer than its contract takes.
+        // A call that is longer than its contract allows is denied before anything is evaluated.
         let refused = post(called("short", &json!({"names": many}))).await.unwrap();
         assert!(refused.contains("tool.requestBytes"), "{refused}");
 
-        // Six that take hours, and meanwhile one that takes nothing.
+        // Six calls that take hours, and meanwhile one that takes no time.
         let long: Vec<_> = (0..6).map(|_| post(called("uniq", &json!({"names": many})))).collect();
         tokio::time::sleep(Duration::from_millis(300)).await;
         let quick = post(called("plain", &json!({}))).await.unwrap();
@@ -104,13 +104,13 @@ fn long_judgments_and_long_bodies_are_nobodys_delay() {
             assert!(rules.iter().any(|rule| told.contains(rule)), "{told}");
         }
 
-        // As long as a body may be, and of as many values as can be.
+        // Bodies of the maximum length, with as many values as possible.
         for body in long_bodies {
             let told = post(body).await.unwrap();
             assert!(told.contains("Belay refused"), "{}", &told[..told.len().min(400)]);
         }
         watched.is_in_time();
-        // Everything is in the log: what passed and each refusal.
+        // Everything is in the log: the call that passed, and each denial.
         let records = harness.records().await;
         let denied: u64 = records.iter().map(|record| match &record.event {
             Event::Denied(denied) => u64::try_from(denied.count).unwrap(),
@@ -118,11 +118,10 @@ fn long_judgments_and_long_bodies_are_nobodys_delay() {
         }).sum();
         assert!(denied >= 8, "{denied}");
     });
-    // The control: the same tools, of little.
     let _ = outside;
 }
 
-/// Nobody looks.
+/// A containment probe that never returns.
 struct Blind;
 
 impl Looking for Blind {
@@ -136,7 +135,7 @@ async fn stopped(after: Duration) -> Stop {
     Stop::Terminated
 }
 
-/// A harness whose gateway takes connections and never says a word hears who stops it.
+/// A harness reacts to a stop even if its gateway accepts connections and never answers.
 #[test]
 fn a_gateway_that_says_nothing_keeps_no_harness() {
     let (outside, inside) = (outside(), inside());
@@ -179,7 +178,7 @@ fn a_gateway_that_says_nothing_keeps_no_harness() {
         let ended = harness::run(parts(address), listeners, || panic!("it serves"), stop).await;
         assert!(matches!(ended, Ok(Ended::Terminated)), "{ended:?}");
         assert!(started.elapsed() < Duration::from_secs(10), "{:?}", started.elapsed());
-        // The control: one that answers, and the same harness serves until it is stopped.
+        // The control: with a gateway that answers, the same harness serves until it is stopped.
         let served = AtomicBool::new(false);
         let stop = stopped(Duration::from_secs(2));
         let serving = || served.store(true, Ordering::Relaxed);

@@ -1,8 +1,8 @@
-//! What an agent is told of a call that is refused, and what the log says of it: the same, and in words.
+//! What an agent is told about a denied call, and what the log says about it: the same, and in words.
 
 use super::*;
 
-/// The reasons of all refusals on record.
+/// Returns the reasons of all recorded denials.
 fn reasons(records: &[Record]) -> Vec<String> {
     let reason = |record: &Record| match &record.event {
         Event::Denied(denied) => Some(denied.reason.clone()),
@@ -14,7 +14,7 @@ fn reasons(records: &[Record]) -> Vec<String> {
 #[tokio::test]
 async fn a_tool_without_arguments_says_that_it_takes_none() {
     let mut policy = policy(LIMITS);
-    // As a contract's `input: {type: object}` is rendered.
+    // The operator renders a contract's `input: {type: object}` like this.
     let input = json!({"type": "object", "additionalProperties": false});
     policy.tools.push(Tool { input, ..tool("ping", over_mcp("echo"), SideEffect::Read) });
     let harness = harness_of(policy, vec![]).await;

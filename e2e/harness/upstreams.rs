@@ -39,10 +39,10 @@ pub struct Tools {
     pub listed: Arc<Mutex<Vec<Tool>>>,
 }
 
-/// What the API was asked: method, path and query, body.
+/// The requests that the API got: method, path and query, body.
 pub type Asked = Arc<Mutex<Vec<(String, String, String)>>>;
 
-/// The tools that the server lists at first.
+/// Returns the tools that the server lists at first.
 pub fn listed() -> Vec<Tool> {
     let tool = |name: &'static str| {
         let schema = json!({"type": "object", "properties": {"text": {"type": "string"}}});
@@ -73,7 +73,7 @@ impl ServerHandler for Tools {
         ServerConfig::new(ServerCapabilities::builder().enable_tools().build())
     }
 
-    /// Two pages, so that whoever lists has to turn one.
+    /// Returns the tools in two pages, so that every client has to request the second page.
     async fn list_tools(
         &self,
         page: Option<PaginatedRequestParams>,
@@ -136,7 +136,7 @@ impl ServerHandler for Tools {
     }
 }
 
-/// Starts the MCP server: sessions and event streams at `/mcp`, neither at `/json`.
+/// Starts the MCP server. `/mcp` has sessions and event streams, `/json` has neither.
 pub async fn mcp() -> (SocketAddr, Tools) {
     let tools = Tools { calls: Arc::default(), listed: Arc::new(Mutex::new(listed())) };
     let service = |stateless: bool| {
@@ -178,7 +178,7 @@ pub async fn api() -> (SocketAddr, Asked) {
     let router = Router::new()
         .route("/items/{id}", any(echo))
         .route("/items", any(echo))
-        // Whatever else is asked for was not meant.
+        // Requests for other paths are recorded too, so that tests can find them.
         .fallback(echo)
         .route("/weather", post(|Json(asked): Json<Value>| async move { Json(asked["is"].clone()) }))
         .route(
@@ -228,7 +228,7 @@ pub async fn model() -> SocketAddr {
     serve(Router::new().fallback(completion).layer(axum::extract::DefaultBodyLimit::disable())).await
 }
 
-/// A model that calls the tool `pay` until it has an answer.
+/// Returns the reply of a model that calls the tool `pay` until it has a result.
 fn scripted(messages: &[Value]) -> Value {
     let content = messages.last().map_or(&Value::Null, |message| &message["content"]);
     let parts = content.as_array().into_iter().flatten().filter_map(|part| part["text"].as_str());
@@ -253,14 +253,14 @@ async fn completion(body: Bytes) -> Response {
     if let ("scripted", Some(messages)) = (asked["model"].as_str().unwrap_or_default(), asked["messages"].as_array()) {
         return Json(scripted(messages)).into_response();
     }
-    // Whoever asks may have it lie.
+    // A request can choose the usage that the model reports.
     let usage = asked.pointer("/metadata/usage").cloned();
     let usage = usage.unwrap_or_else(|| json!({"prompt_tokens": 7, "completion_tokens": 5}));
     let delta = || format!("data: {}\n\n", json!({"choices": [{"delta": {"content": "hello"}}]}));
     let events = |events: futures::stream::BoxStream<'static, Result<String, std::io::Error>>| {
         ([(header::CONTENT_TYPE, "text/event-stream")], Body::from_stream(events)).into_response()
     };
-    // And fail, in one of the ways in which providers do.
+    // A request can also choose one of the ways in which providers fail.
     match asked.pointer("/metadata/fails").and_then(Value::as_str) {
         Some("overloaded") => {
             let error = json!({"type": "error", "error": {"type": "overloaded_error", "message": "try again"}});
@@ -281,13 +281,13 @@ async fn completion(body: Bytes) -> Response {
             let error = format!("data: {}\n\n", json!({"error": {"code": 502, "message": "gone"}}));
             return events(futures::stream::iter([Ok(delta()), Ok(error)]).boxed());
         }
-        // It has said all, and keeps the reply open.
+        // The reply is complete, but the connection stays open.
         Some("lingers") => {
             let account = format!("data: {}\n\n", json!({"choices": [], "usage": usage}));
             let all = futures::stream::iter([Ok(delta()), Ok(account), Ok("data: [DONE]\n\n".to_owned())]);
             return events(all.chain(futures::stream::pending()).boxed());
         }
-        // It says something, and the rest later or never.
+        // A part of the reply arrives at once, and the rest later or never.
         Some("takes its time") => {
             let later = futures::stream::once(async move {
                 tokio::time::sleep(Duration::from_millis(500)).await;
@@ -304,7 +304,7 @@ async fn completion(body: Bytes) -> Response {
             let all = Body::from_stream(futures::stream::iter([Ok::<_, Infallible>(all)]));
             return ([(header::CONTENT_TYPE, "Text/Event-Stream; charset=utf-8")], all).into_response();
         }
-        // It goes on and on.
+        // The reply never ends.
         Some("rambles") => {
             return events(
                 futures::stream::repeat_with(move || Ok(delta()))
@@ -329,7 +329,7 @@ async fn completion(body: Bytes) -> Response {
     ([(header::CONTENT_TYPE, "text/event-stream")], body).into_response()
 }
 
-/// A listener that takes connections and never says a word.
+/// Starts a listener that accepts connections and never answers.
 pub async fn silent() -> SocketAddr {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();

@@ -1,4 +1,4 @@
-//! Calls whose reply never comes, and the read that tells what became of them: over MCP and over HTTP, through a real client.
+//! Calls whose reply never arrives, and the read that resolves their outcome: over MCP and over HTTP, through a real client.
 
 use std::collections::BTreeMap;
 
@@ -9,7 +9,8 @@ use belay::{
 
 use super::*;
 
-/// `change` takes as long as its argument says and its contract gives it a second; `look` answers with what its argument says.
+/// Returns a policy in which `change` takes as long as its argument says, and its contract allows one second. `look` returns what its
+/// argument says.
 fn verified(limits: Limits) -> PolicyConfig {
     let read = |of: &str| VerifyRead {
         tool: format!("{of}.look"),
@@ -54,7 +55,7 @@ fn resolved(records: &[Record]) -> Vec<Effect> {
     records.iter().filter_map(effect).collect()
 }
 
-/// The truth is what `look` says: seen at once, only after a while, or not to be told.
+/// The read returns `truth`. `true` counts at once, `false` counts only after `settle_seconds`, and any other value resolves nothing.
 #[rstest::rstest]
 #[case::mcp_applied("mcp", json!({"there": true}), Some(Effect::Applied), "it took effect: do not repeat it")]
 #[case::http_applied("http", json!({"there": true}), Some(Effect::Applied), "it took effect: do not repeat it")]
@@ -83,12 +84,12 @@ async fn a_read_tells_what_became_of_a_call(
     tokio::time::sleep(Duration::from_millis(200)).await;
     assert_eq!(resolved(&harness.records().await), Vec::from_iter(expected));
 
-    // The key is free again only where nothing was done.
+    // The key is free again only if the call had no effect.
     let (_, again) = harness.tool(&format!("{of}.change"), args).await;
     assert_eq!(again.contains("tool.idempotency"), expected != Some(Effect::NotApplied), "{again}");
 }
 
-/// Reads are calls like others: without budget for one, nobody knows.
+/// A read counts as any call does: without budget for it, the outcome stays unknown.
 #[tokio::test]
 async fn a_read_that_is_refused_leaves_it_unknown() {
     let harness = harness_of(verified(Limits { tool_calls: 1, ..MANY }), vec![]).await;
@@ -107,8 +108,8 @@ async fn a_call_that_is_answered_needs_no_read() {
     assert_eq!(harness.gate.journal().look(|task| task.usage()).tool_calls, 1);
 }
 
-/// A harness is lost with a call under way. The next attempt makes the same call, and the read tells what became of it first: `made` is
-/// how often it reaches its upstream in all.
+/// A harness is lost while a call is under way. The next attempt repeats the call, and the read first resolves the outcome of the earlier
+/// one. `made` is how often the call reaches its upstream in total.
 #[rstest::rstest]
 #[case::applied("mcp", json!({"there": true}), Some(Effect::Applied), 1)]
 #[case::not_applied("http", json!({"there": false}), Some(Effect::NotApplied), 2)]
@@ -122,7 +123,7 @@ async fn a_read_tells_what_became_of_a_call_of_an_earlier_attempt(
 ) {
     let (name, args) = (format!("{of}.change"), json!({"ms": 800, "truth": truth}));
     let Harness { gateway, mcp, api, .. } = harness_of(verified(MANY), vec![]).await;
-    // All that the harness runs on is gone at once, as when its pod is.
+    // Everything that the harness runs on ends at once, as it does when its pod is gone.
     let pod = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
     let (at, upstreams) = (gateway.clone(), (mcp.clone(), api.clone()));
     let (called, lost) = (name.clone(), args.clone());
