@@ -1,4 +1,4 @@
-//! Secrets, and ways to write them: what must be in nothing that we keep or say.
+//! Secrets, and ways to write them. They must not be in anything that Belay stores or prints.
 
 use std::{collections::BTreeSet, io::Write};
 
@@ -9,7 +9,7 @@ use flate2::{
 };
 use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 
-/// Secrets and personal data. What reads as a word is not among them: nothing tells it from one.
+/// Returns secrets and personal data. None of them looks like a word, because nothing distinguishes such a secret from a word.
 pub fn secrets() -> Vec<String> {
     let key = |n: u8, alphabet: &[u8], length: usize| -> String {
         let bytes = hex::decode(belay::policy::commit::Salt::new([n; 32]).bytes(b"canary")).unwrap();
@@ -63,7 +63,7 @@ fn each(text: &str, write: impl Fn(u8) -> String) -> String {
     text.bytes().map(write).collect()
 }
 
-/// A secret, written in so many ways.
+/// Returns a secret in 40 encodings.
 pub fn written(secret: &str) -> Vec<String> {
     let bytes = secret.as_bytes();
     let gzip = compressed(secret, GzEncoder::new(vec![], Compression::best()), |with| with.finish().unwrap());
@@ -128,24 +128,25 @@ pub fn written(secret: &str) -> Vec<String> {
     ways
 }
 
-/// What must be nowhere: the secret as it was written, without marks that a text around it escapes or drops, and each half of it.
+/// Returns the texts that must not be found anywhere: the encoded secret, its halves, and the longest run of letters and digits of each,
+/// because the text around a secret can escape or drop other characters.
 pub fn marks(written: &str) -> BTreeSet<String> {
     let (first, second) = halves(written);
     let mut marks: BTreeSet<String> = [written, first, second].map(str::to_owned).into();
     let longest =
         |text: &str| text.split(|c: char| !c.is_ascii_alphanumeric()).max_by_key(|run| run.len()).map(str::to_owned);
     marks.extend([written, first, second].into_iter().filter_map(longest));
-    // What is shorter tells little, and is in much else.
+    // A shorter text reveals little, and occurs in many other texts.
     marks.retain(|mark| mark.len() >= 12);
     marks
 }
 
-/// The first half and the second.
+/// Returns the first and the second half of a text.
 pub fn halves(text: &str) -> (&str, &str) {
     text.split_at(text.floor_char_boundary(text.len() / 2))
 }
 
-/// The first of these marks that is in a text, and what is around it.
+/// Returns the first of these marks that a text contains, and the text around it.
 pub fn found(text: &str, marks: &BTreeSet<String>) -> Option<(String, String)> {
     let (mark, at) = marks.iter().find_map(|mark| Some((mark, text.find(mark.as_str())?)))?;
     let around = text.floor_char_boundary(at.saturating_sub(300))..text.ceil_char_boundary((at + 200).min(text.len()));

@@ -1,4 +1,5 @@
-//! Logs in folders that somebody else has filled: both verifiers say the same, and neither waits for what lies there.
+//! Logs in folders that an untrusted party has filled: both verifiers give the same verdict, and no file in the folder makes one of them
+//! wait.
 
 use std::{
     ffi::OsStr,
@@ -17,10 +18,10 @@ use rstest::rstest;
 
 use crate::second::{PYTHON, SCRIPT};
 
-/// For a verifier to end: however slow the machine, none of these takes a second.
+/// Longest time for a verifier to end. None of these logs takes a second, even on a slow machine.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// A folder with a real log, and what was done to it.
+/// Returns a folder with a real log, which `with` has changed.
 fn filled(with: impl Fn(&Path)) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("e2e/evidence/corpus/agentfails-fails");
@@ -51,7 +52,7 @@ fn write(folder: &Path, name: &str) {
     fs::write(at, "x").unwrap();
 }
 
-/// The second verifier's exit code on a folder.
+/// Returns the exit code of the second verifier for a folder.
 fn second(folder: &Path) -> i32 {
     let (out, begun) = (tempfile::tempfile().unwrap(), Instant::now());
     let mut process =
@@ -67,7 +68,7 @@ fn second(folder: &Path) -> i32 {
     panic!("the second verifier waits for what lies in the folder");
 }
 
-/// What `belay verify` reads there, by the exit code of its verdict.
+/// Returns the exit code for the verdict of `belay verify` on a folder.
 fn first(folder: &Path) -> i32 {
     let folder = folder.to_owned();
     let (tell, told) = std::sync::mpsc::channel();

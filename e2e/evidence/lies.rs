@@ -1,5 +1,5 @@
-//! What the policy of a log does not let follow, told by a liar with all keys: both verifiers name it INVALID, and the second by the rule of the format that it
-//! breaks. The stories without a lie are VALID to both.
+//! What the policy of a log does not allow, written by a liar with all keys: both verifiers say `INVALID`, and the second names the rule of
+//! the format that is broken. The stories without a lie are `VALID` to both.
 
 use belay::{
     evidence::{
@@ -70,7 +70,7 @@ fn replayed(segments: &mut Segments, change: impl Fn(&mut Replayed)) {
     change(replayed);
 }
 
-/// What was decided of a request.
+/// Changes the decision about an approval request.
 fn decided(segments: &mut Segments, name: &str, change: impl Fn(&mut Approval)) {
     let record = record(segments, |event| matches!(event, Event::ApprovalDecided(of) if of.name == name));
     let Event::ApprovalDecided(approval) = &mut record.event else { unreachable!() };
@@ -81,7 +81,7 @@ fn without(segments: &mut Segments, is: impl Fn(&Event) -> bool) {
     segments.iter_mut().for_each(|records| records.retain(|record| !is(&record.event)));
 }
 
-/// Puts what a story's teller has not said after the outcome of a call.
+/// Inserts an event that the story does not have, after the outcome of a call.
 fn after(segments: &mut Segments, call: &str, event: Event) {
     let ends = |record: &Record| matches!(&record.event, Event::Outcome(outcome) if outcome.call == call);
     let records = segments.iter_mut().find(|records| records.iter().any(ends)).unwrap();
@@ -203,7 +203,7 @@ fn what_a_plan_does_not_let_follow_is_invalid_to_both(#[case] lie: Lie) {
     assert_lie(&rich::ROLLBACK, 17, lie);
 }
 
-/// A no is not taken back, and one that was asked for again stays what it was.
+/// A denied request never becomes approved or expired. A `pending` after the denial changes nothing.
 #[test]
 fn a_no_stays_one() {
     let story = &*rich::TASK;
@@ -239,7 +239,7 @@ fn intent_of(segments: &mut Segments, call: &str, found: &mut Option<Assessment>
     found.clone_from(&intent.assessment);
 }
 
-/// Changes the plan of one opening.
+/// Changes the plan in one opening. `turn` is the number of the opening.
 fn segments_opened(segments: &mut Segments, turn: usize, change: fn(&mut Option<Plan>)) {
     let mut openings = segments.iter_mut().flatten().filter_map(|record| match &mut record.event {
         Event::AttemptOpened(opened) => Some(opened),

@@ -1,8 +1,8 @@
-//! Logs of real runs, and what somebody could do to them: whatever it is, `belay verify` finds and names it, and the second verifier, which
-//! was written from docs/evidence-format.md alone, says the same of it.
+//! Logs of real runs, and what an attacker could do to them. `belay verify` finds and names every change. The second verifier, which was
+//! written from docs/evidence-format.md alone, gives the same verdict.
 //!
-//! Every log in `corpus` was left by an end-to-end test, see its README. `BELAY_MUTANTS` says how many of all mutants are tried, as many of
-//! each kind, 2,000 by default, or `all`, which takes a release build and some minutes: `make fuzz`.
+//! Every log in `corpus` was left by an end-to-end test, see its README. `BELAY_MUTANTS` is the number of mutants to try, in equal shares
+//! for each kind: 2,000 by default. `all` tries all mutants, which takes a release build and some minutes: `make fuzz`.
 
 use std::{
     collections::BTreeMap,
@@ -13,7 +13,7 @@ use std::{
     time::Instant,
 };
 
-// What `forge` knows as parts of its own crate.
+// The modules that `forge` uses as parts of its own crate.
 use belay::{canonical, evidence, policy};
 use belay::{
     evidence::{
@@ -50,22 +50,22 @@ mod second;
 mod structured;
 mod sweep;
 
-/// How many mutants are tried, and of how many of those the second verifier is asked, which is a hundred times slower.
+/// Returns how many mutants are tried, and how many of them go to the second verifier, which is a hundred times slower.
 fn wanted() -> (usize, usize) {
     match std::env::var("BELAY_MUTANTS").as_deref() {
-        // Of some kinds there are fewer than their share: 10,000 at least.
+        // Some kinds have fewer mutants than their share, so 13,000 means at least 10,000.
         Ok("all") => (usize::MAX, 13_000),
         Ok(wanted) => (wanted.parse().unwrap(), wanted.parse::<usize>().unwrap() / 10),
         Err(_) => (2_000, 200),
     }
 }
 
-/// One of so many is taken to get a share of them. An odd number, so that bits and kinds take turns.
+/// Returns the step that takes a share of all mutants. It is odd, so that the bits and kinds that it takes alternate.
 fn every(count: usize, share: usize) -> usize {
     (count / share.max(1)) | 1
 }
 
-/// How far all of it has come.
+/// The progress of a test.
 struct Progress {
     total: usize,
     done: AtomicUsize,
@@ -85,12 +85,12 @@ impl Progress {
     }
 }
 
-/// For people who wait.
+/// Prints a line for people who wait.
 fn say(what: impl Display) {
     let _ = writeln!(std::io::stderr(), "{what}");
 }
 
-/// Does the work on two cores, each half with a second verifier of its own.
+/// Divides the work between two threads, each with a second verifier of its own.
 fn halves<T: Send>(work: impl Fn(usize, &mut Second) -> T + Sync) -> Vec<T> {
     thread::scope(|scope| {
         let halves = [0, 1].map(|half| {
@@ -101,24 +101,24 @@ fn halves<T: Send>(work: impl Fn(usize, &mut Second) -> T + Sync) -> Vec<T> {
     })
 }
 
-/// The first rule that does not hold.
+/// Returns the first rule that does not hold.
 fn broken(report: &Report) -> Option<Check> {
     report.findings.iter().find(|finding| finding.weight == Weight::Broken).map(|finding| finding.rule)
 }
 
-/// What came of mutants of one kind.
+/// The results for the mutants of one kind.
 #[derive(Default)]
 struct Tally {
     tried: usize,
     found: usize,
     asked: usize,
     rules: BTreeMap<&'static str, usize>,
-    /// What was not found, not named, or judged otherwise by the second verifier.
+    /// Mutants that were not found, that were not named, or that got another verdict from the second verifier.
     wrong: Vec<String>,
 }
 
 impl Tally {
-    /// Tries a mutant; `second` is asked, too.
+    /// Tries a mutant. If `second` is present, the second verifier tries it, too.
     fn take(&mut self, mutant: &Mutant, second: Option<&mut Second>) {
         let (log, report) = mutant.run.verify(&mutant.changes);
         let expected = if mutant.is_cut { Verdict::Incomplete } else { Verdict::Invalid };
@@ -149,7 +149,7 @@ impl Tally {
         self
     }
 
-    /// A line of the table: the rules that found the most last.
+    /// Returns a line of the table. The rules that found the most mutants come first.
     fn line(&self, name: &str, all: usize) -> String {
         let Self { tried, found, asked, .. } = self;
         let mut rules: Vec<_> = self.rules.iter().collect();
@@ -170,7 +170,7 @@ fn honest_logs_are_valid_to_both() {
     }
 }
 
-/// Nobody signs where a segment ends, nor the order of signatures: whoever changes that changes no record, and no verdict.
+/// No signature covers where a segment ends, or the order of signatures. To change one of them changes no record and no verdict.
 #[test]
 fn segments_that_are_joined_are_the_same_log() {
     let mut second = Second::start();
@@ -230,19 +230,19 @@ fn whatever_is_done_to_a_log_is_found_and_named() {
     assert!(all.asked >= asked * 5 / 6);
 }
 
-/// What somebody says who can sign all of it.
+/// What a liar who can sign everything writes.
 #[derive(Debug)]
 enum Lie<'s> {
     /// The truth.
     None,
-    /// A record is rewritten.
+    /// A rewritten record.
     Rewritten(&'s (usize, Rewrite)),
-    /// A record has a member that no record has so.
+    /// A record with a member that no record has in this form.
     Member(usize, &'static str, &'static str, Value),
 }
 
 impl Lie<'_> {
-    /// All that can be said instead of what a log says.
+    /// Returns the truth, and all lies about a story.
     fn each(story: &Story) -> Vec<Lie<'_>> {
         let records: Vec<_> = story.segments.iter().flatten().collect();
         let rewritten = story.rewrites.iter().map(Lie::Rewritten);
@@ -279,8 +279,8 @@ impl Lie<'_> {
     }
 }
 
-/// Signatures are not all there is to a verifier. Liars who have all keys, the witness's too, write what they like, and both judge it alike, but for
-/// expressions and patterns, which the evidence format leaves to `belay verify`.
+/// A verifier checks more than signatures. Liars who have all keys, even the witness's, write what they like, and both verifiers give the
+/// same verdict, except for expressions and patterns, which the evidence format leaves to `belay verify`.
 #[test]
 fn what_liars_with_all_keys_write_is_judged_alike() {
     let (_, asked) = wanted();
@@ -302,7 +302,7 @@ fn what_liars_with_all_keys_write_is_judged_alike() {
             let what = format!("{}: {lie:?}: {verdict} to the second: {findings}: {report:#?}", story.origin);
             let is_more = structured::is_said(&report, &verdict, &log);
             match lie {
-                // Who writes the mutants writes well: it is not his hand that betrays him.
+                // The code that writes the mutants writes valid logs, so a mutant is not found by the way it is written.
                 Lie::None => assert!(report.verdict == Verdict::Valid && verdict == "VALID", "{what}"),
                 Lie::Rewritten(_) => assert!(verdict == report.verdict.to_string() || is_more, "{what}"),
                 Lie::Member(..) => assert!(report.verdict == Verdict::Invalid && verdict == "INVALID", "{what}"),
@@ -321,7 +321,7 @@ fn what_liars_with_all_keys_write_is_judged_alike() {
     });
 }
 
-/// What the evidence format says of calls whose fate was unknown, and of keys.
+/// What the evidence format says about calls with an unknown outcome, and about keys.
 #[rstest]
 #[case::resolved("VALID", |_: &mut Script| {})]
 #[case::a_key_that_comes_back("VALID", |script: &mut Script| {
@@ -366,12 +366,12 @@ fn rules_hold_for_both(#[case] expected: &str, #[case] lie: fn(&mut Script)) {
     );
 }
 
-/// Its harness was started again before the outcome of the call.
+/// Makes the harness restart before the outcome of the call.
 fn lost(script: &mut Script) {
     script.at(9).event = script.at(7).event.clone();
 }
 
-/// Whoever wants to read it whole can.
+/// The second verifier stays short enough to be read as a whole.
 #[test]
 fn the_second_verifier_is_short() {
     for file in [&*SCRIPT, &SCRIPT.with_file_name("belay_records.py")] {

@@ -1,7 +1,7 @@
-//! Everything that somebody could do to a log of a real run.
+//! Everything that an attacker could do to a log of a real run.
 //!
-//! Without keys he flips bits, cuts objects off, and drops, repeats, swaps and renames lines and objects. A thief of a pod's key writes history
-//! anew, see [`forge`]: the keys of these runs are gone, so he has one of his own and gets it into the log as well as he can.
+//! Without keys, attackers flip bits, cut objects off, and drop, repeat, swap and rename lines and objects. A thief of a pod's key rewrites
+//! history, see [`forge`]. The keys of these runs are gone, so the thief has another key, and gets it into the log as well as possible.
 
 use std::collections::BTreeMap;
 
@@ -20,24 +20,24 @@ use crate::{
     runs::{Changes, RUNS, Run},
 };
 
-/// What was done to a log.
+/// A changed log.
 pub struct Mutant {
     pub run: &'static Run,
     pub what: String,
     pub changes: Changes,
-    /// Nothing but the end is missing, without a trace.
+    /// Whether nothing but the end is missing, without a trace.
     pub is_cut: bool,
-    /// What is named in place of what was changed.
+    /// The object that the report names in place of the changed one.
     instead: Option<&'static String>,
 }
 
-/// Makes a mutant: most are only counted.
+/// Makes a mutant. Most mutants are only counted, and never made.
 pub type Deed = Box<dyn FnOnce() -> Mutant>;
 pub type Deeds = Box<dyn Iterator<Item = Deed>>;
 
-/// All mutants of a run that are made alike, without keys.
+/// Returns all mutants of a run that are made in one way, without keys.
 type Keyless = fn(&'static Run) -> Deeds;
-/// All that are.
+/// Returns all mutants of a run that are made in one way.
 type Of = Box<dyn Fn(&'static Run) -> Deeds + Send + Sync>;
 
 /// A way to make mutants.
@@ -47,12 +47,12 @@ pub struct Kind {
 }
 
 impl Kind {
-    /// All of this kind, of all runs.
+    /// Returns all mutants of this kind, of all runs.
     pub fn all(&self) -> impl Iterator<Item = Deed> {
         RUNS.iter().flat_map(&self.of)
     }
 
-    /// All kinds.
+    /// Returns all kinds.
     pub fn each() -> Vec<Self> {
         let keyless: [(&str, Keyless); 8] = [
             ("a bit is flipped", flips),
@@ -75,7 +75,7 @@ impl Kind {
 }
 
 impl Mutant {
-    /// Whether the report names what was changed: the first object of it, as what follows hangs in the air. What is gone cannot be named
+    /// Returns whether the report names the first changed object. The objects after it depend on it. A deleted object cannot be named
     /// itself.
     pub fn is_named_in(&self, report: &Report) -> bool {
         let first = self.changes.iter().find_map(|(name, change)| change.as_ref().map(|_| name));
@@ -92,7 +92,7 @@ fn deed(run: &'static Run, make: impl FnOnce() -> (String, Changes) + 'static) -
     })
 }
 
-/// One object has other bytes.
+/// Returns the change of one object's bytes.
 fn change(name: &str, bytes: impl Into<Bytes>) -> Changes {
     Changes::from([(name.to_owned(), Some(bytes.into()))])
 }
@@ -118,7 +118,7 @@ fn cuts(run: &'static Run) -> Deeds {
 
 type Lines = Vec<&'static [u8]>;
 
-/// What can be done to each line of each segment.
+/// Returns the mutants in which one line of a segment is changed.
 fn lines(run: &'static Run, deeds: fn(&Lines, usize) -> Vec<Lines>) -> Deeds {
     Box::new(run.log.segments.iter().flat_map(move |(name, bytes)| {
         let lines: Lines = bytes.split_inclusive(|byte| *byte == b'\n').collect();
@@ -152,7 +152,8 @@ fn moves(run: &'static Run) -> Deeds {
             (format!("{name} of another name"), changes)
         };
         let deleted = move || (format!("{name} deleted"), Changes::from([gone()]));
-        // Without a file of its end a log is one whose end is not all written. There are no other files under tlog/, but beside it there may be.
+        // A log that lacks a file of its end is incomplete, because its end may not be written yet. A log has no other files under tlog/,
+        // but there may be other files beside tlog/.
         let ends = !name.starts_with(segment::FOLDER);
         let again = move || (format!("{name} as segment 9999"), change("segments/0000009999.jsonl", bytes.clone()));
         let cut = move |deed: Deed, is_cut: bool| -> Deed { Box::new(move || Mutant { is_cut, ..deed() }) };
@@ -167,7 +168,7 @@ fn exchanges(run: &'static Run) -> Deeds {
         let of = move |what: String, theirs: &'static Bytes| deed(run, move || (what, change(name, theirs.clone())));
         let mine = run.log.objects().filter(move |(from, _)| *from != name);
         let mine = mine.map(move |(from, theirs)| of(format!("{name} has what is in {from}"), theirs));
-        // How another log begins is well in itself: it is what follows that does not.
+        // The first segment of another log is valid in itself. The next segment does not fit it.
         let mut segments = run.log.segments.keys();
         let instead = segments.next().filter(|first| *first == name).and_then(|_| segments.next());
         let theirs = other.log.objects().filter(move |(from, theirs)| *from == name && *theirs != bytes);
@@ -179,7 +180,7 @@ fn exchanges(run: &'static Run) -> Deeds {
     }))
 }
 
-/// The end taken away: what was written once it was there betrays that, and so it is taken away, too.
+/// Takes the end of a log away. The files that are written after the end reveal that, so another mutant lacks them, too.
 fn tails(run: &'static Run) -> Deeds {
     Box::new((0..run.log.segments.len()).flat_map(move |keep| {
         let tail = move || run.log.segments.keys().skip(keep).map(|name| (name.clone(), None));
@@ -193,7 +194,7 @@ fn tails(run: &'static Run) -> Deeds {
     }))
 }
 
-/// A rewrite in a few words.
+/// Describes a rewrite in a few words.
 fn named(rewrite: &Rewrite) -> &'static str {
     match rewrite {
         Rewrite::Changed(_) => "a value is another",
@@ -209,22 +210,22 @@ fn named(rewrite: &Rewrite) -> &'static str {
     }
 }
 
-/// How the thief gets the key that he signs with into the log.
+/// How the thief gets the signing key into the log.
 #[derive(Clone, Copy, Debug)]
 enum Hand {
-    /// Not at all.
+    /// The key is not in the log.
     Signs,
-    /// It is in `attempt.opened` instead of the one that was there.
+    /// The key replaces the one in `attempt.opened`.
     Opens,
-    /// Another `attempt.opened` is there: the harness was started again, it says.
+    /// The key is in another `attempt.opened`, as if the harness had restarted.
     Reopens,
 }
 
-/// History written anew, record by record.
+/// Returns the mutants that rewrite history, record by record.
 fn forgeries(run: &'static Run, kind: &'static str) -> Deeds {
     let rewrites = run.story.rewrites.iter().filter(move |(_, rewrite)| named(rewrite) == kind);
     Box::new(rewrites.flat_map(move |(at, rewrite)| {
-        // Where the log goes on otherwise, what was there may be left lying beside it.
+        // If the rewritten log ends in another way, the old objects may be left beside the new ones.
         let beside: &'static [bool] = if matches!(rewrite, Rewrite::Ended) { &[false, true] } else { &[false] };
         let hands = [Hand::Signs, Hand::Opens, Hand::Reopens];
         let witnesses = [Witness::Left, Witness::Dropped, Witness::By(&run.story.witness)];
@@ -246,7 +247,7 @@ fn forgeries(run: &'static Run, kind: &'static str) -> Deeds {
 }
 
 impl Hand {
-    /// Gets the key into the log from the attempt of a record on.
+    /// Gets the key into the log, from the attempt of a record on.
     fn reaches(self, segments: &mut Segments, at: usize, run: &Run) {
         let opens = |record: &Record| matches!(record.event, Event::AttemptOpened(_));
         let records: Vec<&Record> = segments.iter().flatten().collect();
@@ -260,7 +261,7 @@ impl Hand {
     }
 }
 
-/// Opens the attempt that the record `newest` has opened again, before a segment. Gives the number of the record that does.
+/// Opens the attempt of the record `newest` again, before a segment. Returns the number of the record that does.
 fn reopen(segments: &mut Segments, segment: usize, newest: usize) -> usize {
     let records: Vec<&Record> = segments.iter().flatten().collect();
     let at = segments[..segment].iter().flatten().count();
@@ -271,7 +272,7 @@ fn reopen(segments: &mut Segments, segment: usize, newest: usize) -> usize {
     at
 }
 
-/// What it takes to make one log another. `beside`: nothing is taken away.
+/// Returns the changes that turn one log into another. If `beside` is true, no object is removed.
 fn difference(before: &Log, after: &Log, beside: bool) -> Changes {
     let [before, after] = [before, after].map(|log| log.objects().collect::<BTreeMap<_, _>>());
     let gone = before.keys().filter(|name| !beside && !after.contains_key(*name));

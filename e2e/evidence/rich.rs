@@ -1,7 +1,7 @@
-//! Two logs in which all that the evidence format lets follow from a policy comes to pass, and whose policies and plan have every member that there is: what no
-//! real run has all at once.
+//! Two logs in which everything happens that the evidence format lets follow from a policy, and whose policies and plan have every member.
+//! No real run has all of this.
 //!
-//! The policy is written without defaults: a member that is new does not compile here until it has a value, see `sweep`.
+//! The policy is written without defaults: this file does not compile until a new member has a value, see `sweep`.
 
 use std::{collections::BTreeMap, sync::LazyLock};
 
@@ -36,7 +36,7 @@ use crate::{
     script::{UID, attempt_closed, contained, opened, record, task_closed},
 };
 
-/// The task that the rollback undoes.
+/// The uid of the task that is rolled back.
 const OTHER: &str = "6f9c3c1e-0000-4000-8000-0000000000ff";
 
 fn approval(when: Option<&str>, required: i64, on_timeout: OnTimeout) -> Approval {
@@ -127,7 +127,7 @@ fn tools() -> Vec<Tool> {
     vec![find, note, pay]
 }
 
-/// A policy with every member, but for `rollbackOf`, which a policy has in a rollback.
+/// Returns a policy with every member except `rollbackOf`, which only the policy of a rollback has.
 fn policy() -> PolicyConfig {
     let rule = |name: &str, decision| AccessRule {
         name: name.into(),
@@ -251,12 +251,12 @@ fn policy() -> PolicyConfig {
     }
 }
 
-/// A digest of anything.
+/// Returns the SHA-256 digest of a text.
 fn digest(of: &str) -> String {
     hex::encode(belay::canonical::sha256(of.as_bytes()))
 }
 
-/// Writes records, a second after each other, with what follows from those before.
+/// Writes records, one second apart, with what follows from the earlier records.
 struct Teller {
     policy: PolicyConfig,
     attempt: i64,
@@ -281,7 +281,7 @@ impl Teller {
         self.say(Event::AttemptOpened(opened));
     }
 
-    /// A call of a tool, as its contract has it.
+    /// Returns the intent of a tool call, as the tool's contract requires it.
     fn tool(&self, call: &str, target: &str, arguments: &str) -> Intent {
         let tool = self.policy.tool(target).unwrap();
         let key = match &tool.idempotency {
@@ -313,7 +313,7 @@ impl Teller {
         }
     }
 
-    /// A call of no tool.
+    /// Returns the intent of a call on another channel.
     fn other(call: &str, channel: Channel, target: &str) -> Intent {
         Intent {
             call: call.into(),
@@ -360,7 +360,7 @@ impl Teller {
         self.say(Event::Outcome(outcome));
     }
 
-    /// People are asked for a call of `pay`, and say yes.
+    /// Records the approval request for a call of `pay`, and its approval.
     fn approve(&mut self, name: &str, by: AskedBy, arguments: &str) {
         let required = if by == AskedBy::Contract { 2 } else { 1 };
         let vote = |by: &str| Vote { by: by.into(), decision: Answer::Approve, reason: Some("Fine.".into()) };
@@ -378,7 +378,7 @@ impl Teller {
         };
         let decided = Asked {
             standing: Standing::Approved,
-            // The principal's own word does not count.
+            // The decision of the principal does not count.
             decisions: ["jane@example.com", "ana", "bob"].map(vote)[..=required as usize].to_vec(),
             ..asked.clone()
         };
@@ -408,7 +408,7 @@ fn keys() -> Keys {
     [1, 2].map(|n| (n, Signer::generate(&note::attempt_key_name(UID, n)).unwrap())).into_iter().collect()
 }
 
-/// A task that does all that its policy lets it do.
+/// A task that does everything that its policy allows.
 pub static TASK: LazyLock<Story> = LazyLock::new(task);
 
 /// The rollback of another task.
@@ -444,7 +444,7 @@ fn task() -> Story {
         request_digest: digest("one"),
         response_digest: digest("p1"),
     }));
-    // Nobody knows, until a read tells that it did nothing: then it is made again.
+    // The outcome is unknown, until a read shows that the call had no effect. Then the call is made again.
     let noted = tell.tool("n1", "note", "x");
     tell.intend(noted);
     tell.end("n1", |o| (o.effect, o.response_digest, o.status) = (Effect::Unknown, None, 0));
@@ -468,22 +468,22 @@ fn task() -> Story {
     tell.end("e1", |o| {
         (o.response_digest, o.sent_bytes, o.sensitivity) = (None, Some(7), Sensitivity::default());
     });
-    // Its harness is lost with the call.
+    // The harness is lost while this call is under way.
     tell.pay("p2", "two");
     tell.open(2, &keys[&2], None);
-    // The upstream tells repeats by the key.
+    // The upstream recognizes repeats by the key.
     tell.pay("p3", "two");
     tell.end("p3", |o| {
         (o.effect, o.rule, o.response_digest) = (Effect::NotApplied, Some(Rule::UpstreamReply), None);
     });
     tell.pay("p4", "two");
     tell.end("p4", |o| o.certificate = Some(digest("certificate")));
-    // Its window is over.
+    // The window of the key is over.
     tell.second += 600;
     let noted = tell.tool("n3", "note", "x");
     tell.intend(noted);
     tell.end("n3", |_| {});
-    // A server says of its read that it changes something.
+    // The server says that a tool changes something, and the contract says that the tool reads.
     let read = Intent { effect: Some(SideEffect::Write), ..tell.tool("f3", "find", "y") };
     tell.intend(read);
     tell.end("f3", |_| {});

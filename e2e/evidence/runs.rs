@@ -1,4 +1,4 @@
-//! Logs of real runs: those in `corpus`.
+//! Logs of real runs, from `corpus`.
 
 use std::{collections::BTreeMap, path::Path, sync::LazyLock};
 
@@ -15,10 +15,10 @@ use bytes::Bytes;
 
 use crate::forge::{self, Before, Keys, Rewrite, Segments, Unsigned, Witness};
 
-/// Objects that are other than before, or gone.
+/// Changed objects, by their names. `None` is a removed object.
 pub type Changes = BTreeMap<String, Option<Bytes>>;
 
-/// All of them.
+/// All runs.
 pub static RUNS: LazyLock<Vec<Run>> = LazyLock::new(|| {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("e2e/evidence/corpus");
     let each = std::fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().path());
@@ -34,18 +34,18 @@ pub struct Run {
     pub log: Log,
     pub before: Before,
     pub key: VerifierKey,
-    /// Verifications of the log up to each of its segments.
+    /// The states of the verification, before each segment and at the end.
     walks: Vec<Walk>,
     pub story: Story,
 }
 
-/// What a log says, and a liar who tells it. Of keys as they signed it he has some of the same names.
+/// What a log says, and a liar who writes it. The liar's keys are not the real keys, but have some of the same names.
 pub struct Story {
     pub origin: String,
     pub segments: Segments,
     pub keys: Keys,
     pub witness: Signer,
-    /// What can be done to each record.
+    /// The possible rewrites of each record.
     pub rewrites: Vec<(usize, Rewrite)>,
 }
 
@@ -55,7 +55,7 @@ impl Story {
         Self { origin, segments, keys, witness, rewrites }
     }
 
-    /// Puts his keys where those of the attempts were.
+    /// Replaces the keys of the attempts by the liar's keys.
     pub fn opens<'r>(&self, records: impl Iterator<Item = &'r mut Record>) {
         for record in records {
             if let (Event::AttemptOpened(opened), Some(key)) = (&mut record.event, self.keys.get(&record.attempt)) {
@@ -64,7 +64,7 @@ impl Story {
         }
     }
 
-    /// Tells it, or another one, as if it were his: all is signed by him.
+    /// Writes this story or another one, signed with the liar's keys.
     pub fn told(&self, mut segments: Segments, change: impl FnOnce(&mut [Unsigned])) -> Log {
         self.opens(segments.iter_mut().flatten());
         let mut written = forge::written(&segments);
@@ -106,8 +106,8 @@ impl Run {
         }
     }
 
-    /// The log after these changes, and what `belay verify` says of it: [`verify`](belay::verify::verify), but for what comes before the first
-    /// changed segment, which has been verified already.
+    /// Returns the log after these changes, and what `belay verify` says about it. This is [`verify`](belay::verify::verify), but what
+    /// comes before the first changed segment has been verified already.
     pub fn verify(&self, changes: &Changes) -> (Log, Report) {
         let mut log = self.log.clone();
         for (name, change) in changes.iter().filter(|(name, _)| Log::has(name)) {

@@ -13,11 +13,11 @@ use std::{
 use base64::{Engine, prelude::BASE64_STANDARD};
 use belay::evidence::{log::Log, note::VerifierKey};
 
-/// Where it lies.
+/// The path of its script.
 pub static SCRIPT: LazyLock<PathBuf> =
     LazyLock::new(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/verifier/belay_verify.py"));
 
-/// The Python that has what it needs.
+/// The Python interpreter that has its dependencies.
 pub static PYTHON: LazyLock<PathBuf> = LazyLock::new(|| {
     let install = Path::new(env!("CARGO_MANIFEST_DIR")).join("e2e/evidence/install");
     let installed = Command::new(install).stderr(Stdio::inherit()).output().unwrap();
@@ -25,7 +25,7 @@ pub static PYTHON: LazyLock<PathBuf> = LazyLock::new(|| {
     PathBuf::from(String::from_utf8(installed.stdout).unwrap().trim())
 });
 
-/// Longest that it may take over one log: a hang, not a slow machine.
+/// Longest time for one log. More is a hang, not a slow machine.
 const PATIENCE: Duration = Duration::from_secs(120);
 
 pub struct Second {
@@ -49,7 +49,7 @@ impl Second {
         Self { process, input, output }
     }
 
-    /// Its verdict on a log, and what it has found.
+    /// Returns its verdict on a log, and its findings.
     pub fn verdict(&mut self, log: &Log, key: &VerifierKey) -> (String, String) {
         let objects: BTreeMap<_, _> =
             log.objects().map(|(name, bytes)| (name, BASE64_STANDARD.encode(bytes))).collect();

@@ -1,7 +1,7 @@
-"""What strangers make of logs of real runs, each a folder as `belay verify --save` leaves it.
+"""Reads logs of real runs with third-party tools. Each log is a folder as `belay verify --save` writes it.
 
-Usage: strangers.py FSCK FOLDER. Every log in FOLDER is read by Tessera's fsck, by securesystemslib and in-toto-attestation, and by the second
-verifier; and so are copies with one byte changed, which each of them has to refuse.
+Usage: strangers.py FSCK FOLDER. Tessera's fsck, securesystemslib with in-toto-attestation, and the second verifier read every log in FOLDER.
+They also read copies with one byte changed, which each of them must reject.
 """
 
 import base64
@@ -30,7 +30,7 @@ def objects(folder):
 
 
 def fsck(tool, log, key):
-    """Tessera's fsck over the log as tlog-tiles: whether it is content. It says so, and exits with 0 whatever it finds."""
+    """Returns whether Tessera's fsck accepts the log as tlog-tiles. Only its output says so: it exits with 0 whatever it finds."""
     with tempfile.TemporaryDirectory() as place:
         place = pathlib.Path(place)
         for name, content in log.items():
@@ -43,12 +43,12 @@ def fsck(tool, log, key):
         try:
             done = subprocess.run([tool, *args], capture_output=True, text=True, timeout=20)
         except subprocess.TimeoutExpired:
-            return False  # It hangs on some large logs that were changed; on what was not it takes a fraction of a second.
+            return False  # It hangs on some large changed logs. An unchanged log takes a fraction of a second.
         return "Successfully fsck'd" in done.stderr and "fsck failed" not in done.stderr
 
 
 def summary(log, key):
-    """securesystemslib over the envelope, in-toto-attestation over the statement in it: whether they accept both."""
+    """Returns whether securesystemslib accepts the envelope, and in-toto-attestation the statement in it."""
     name, key_id, public = key.split("+", 2)
     signer = SSlibKey(f"{name}+{key_id}", "ed25519", "ed25519", {"public": base64.b64decode(public)[1:].hex()})
     try:
@@ -58,7 +58,7 @@ def summary(log, key):
         statement.validate()
         root = base64.b64decode(log["tlog/checkpoint"].split(b"\n")[2]).hex()
         return statement.pb.subject[0].digest["sha256"] == root
-    except Exception as refusal:  # Each library has its own.
+    except Exception as refusal:  # Each library has its own exceptions.
         print(f"        {type(refusal).__name__}: {refusal}", file=sys.stderr)
         return False
 

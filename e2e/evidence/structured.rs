@@ -1,8 +1,9 @@
-//! Mutants that are made of what a log is made of: records, JSON, numbers, times, names, versions, segments, notes, summaries and objects, each
-//! changed by a roll of the dice. Whoever has made them has all keys and signs what he has written, so that nothing is found by signatures
-//! alone: what one verifier takes and the other does not shows as that.
+//! Mutants that are made from the parts of a log: records, JSON, numbers, times, names, versions, segments, notes, summaries and objects,
+//! each changed at random. Their author has all keys and signs everything, so that signatures alone find nothing. A mutant that one
+//! verifier accepts and the other does not shows up.
 //!
-//! `BELAY_STRUCTURED` says how many, 400 by default, and `BELAY_SEED` which: the same seed makes the same. `make fuzz` makes 5,000.
+//! `BELAY_STRUCTURED` is the number of mutants, 400 by default. `BELAY_SEED` chooses them: the same seed makes the same mutants. `make
+//! fuzz` makes 5,000.
 
 use std::{
     collections::BTreeMap,
@@ -31,10 +32,10 @@ use crate::{
     script::{self, Script},
 };
 
-/// Longest that a verifier may take over a log of a few hundred records: a hang, not a slow machine.
+/// Longest time of a verifier for a log of a few hundred records. More is a hang, not a slow machine.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// SplitMix64: the same everywhere.
+/// SplitMix64, which is the same on every machine.
 struct Dice(u64);
 
 impl Dice {
@@ -55,7 +56,7 @@ impl Dice {
     }
 }
 
-/// What is done, by its name.
+/// Makes a mutant and describes it, or returns `None` if the change does not apply.
 type Deed = fn(&Story, &mut Dice) -> Option<(String, Log)>;
 
 const KINDS: [(&str, Deed); 12] = [
@@ -73,12 +74,12 @@ const KINDS: [(&str, Deed); 12] = [
     ("an object", object),
 ];
 
-/// Tells the story with one record's bytes changed, or those of its segment's.
+/// Writes the story after `change` has changed its written segments.
 fn told(story: &Story, change: impl FnOnce(&mut [Unsigned])) -> Log {
     story.told(story.segments.clone(), change)
 }
 
-/// A record at random: its segment and place, its text, and what it is.
+/// Picks a record at random. Returns its segment, its place and its JSON.
 fn pick(story: &Story, dice: &mut Dice) -> (usize, usize, Value) {
     let all: usize = story.segments.iter().map(Vec::len).sum();
     let (segment, place) = forge::position(&story.segments, dice.below(all)).unwrap();
@@ -86,7 +87,7 @@ fn pick(story: &Story, dice: &mut Dice) -> (usize, usize, Value) {
     (segment, place, serde_json::from_slice(&bytes).unwrap())
 }
 
-/// Every place in a value, as JSON Pointers.
+/// Finds every place in a value, as JSON Pointers.
 pub fn places(value: &Value, at: &str, found: &mut Vec<String>) {
     found.push(at.to_owned());
     match value {
@@ -105,7 +106,7 @@ fn place(value: &Value, dice: &mut Dice, fits: impl Fn(&Value) -> bool) -> Optio
     (!all.is_empty()).then(|| dice.one(&all).clone())
 }
 
-/// The story with a record that is this now.
+/// Writes the story with another record in this place.
 fn with(story: &Story, (segment, place): (usize, usize), record: &Value) -> Log {
     let bytes = canonical::to_bytes(record).unwrap();
     with_bytes(story, (segment, place), bytes)
@@ -142,7 +143,7 @@ const NUMBERS: [&str; 24] = [
     "0.5",
 ];
 
-/// A number as a reader of JSON has it.
+/// Returns an unusual number, as a JSON parser reads it.
 fn odd_number(dice: &mut Dice) -> Value {
     let text: &&str = dice.one(&NUMBERS);
     serde_json::from_str(text).unwrap()
@@ -244,7 +245,7 @@ fn order(story: &Story, dice: &mut Dice) -> Option<(String, Log)> {
         }
     }
     segments.retain(|records| !records.is_empty());
-    // Half of them have counters and numbers that are right.
+    // Half of the mutants have correct counters and sequence numbers.
     if dice.below(2) == 0 {
         forge::count(&mut segments);
     }
@@ -339,7 +340,7 @@ fn name(story: &Story, dice: &mut Dice) -> Option<(String, Log)> {
     Some((what, with(story, (segment, at), &record)))
 }
 
-/// A later version, honestly told or not: all that follows may be of another form.
+/// Gives a record another version, true or not. The rest of a record of a later version may have another form.
 fn version(story: &Story, dice: &mut Dice) -> Option<(String, Log)> {
     let (segment, at, record) = pick(story, dice);
     let versions =
@@ -360,7 +361,7 @@ fn version(story: &Story, dice: &mut Dice) -> Option<(String, Log)> {
     Some((format!("{segment}.{at}: {how} of version {v}"), with(story, (segment, at), &later)))
 }
 
-/// The policy or plan of an attempt is another, by its own digest.
+/// Replaces the policy or the plan of an attempt, in most cases with its own digest.
 fn document(story: &Story, dice: &mut Dice) -> Option<(String, Log)> {
     let openings = story.segments.iter().enumerate().filter(|(_, of)| matches!(of[0].event, Event::AttemptOpened(_)));
     let opening = *dice.one(&openings.map(|(n, _)| n).collect::<Vec<_>>());
@@ -394,7 +395,7 @@ fn document(story: &Story, dice: &mut Dice) -> Option<(String, Log)> {
             what
         }
         4 => {
-            // The policy, its tools, a tool and its schema are levels themselves.
+            // The policy, its list of tools, a tool and its schema are levels, too.
             let depth = *dice.one(&[1, 90, 95, 96, 97, 98, 120, 122, 123]);
             let within = if which == 0 { "/tools/0/input" } else { "/steps/0" };
             document.pointer_mut(within)?.as_object_mut()?.insert("x".into(), nested(depth));
@@ -427,7 +428,7 @@ fn document(story: &Story, dice: &mut Dice) -> Option<(String, Log)> {
     Some((format!("{how}: {what}, by the digest of another: {keeps_digest}"), log))
 }
 
-/// JSON that is written otherwise, or is none.
+/// Writes JSON in another form, or something that is not JSON.
 fn raw(story: &Story, dice: &mut Dice) -> Option<(String, Log)> {
     let (segment, at, record) = pick(story, dice);
     let text = canonical::to_bytes(&record).unwrap();
@@ -502,7 +503,7 @@ fn raw(story: &Story, dice: &mut Dice) -> Option<(String, Log)> {
     Some((format!("{segment}.{at}: {how}: {what}"), with_bytes(story, (segment, at), bytes)))
 }
 
-/// A segment's lines, which nobody has signed but by what they come to.
+/// Changes the lines of a segment. No signature covers the lines, only what they contain.
 fn segment(story: &Story, dice: &mut Dice) -> Option<(String, Log)> {
     let mut log = told(story, |_| {});
     let keys: Vec<String> = log.segments.keys().cloned().collect();
@@ -550,7 +551,7 @@ fn segment(story: &Story, dice: &mut Dice) -> Option<(String, Log)> {
     Some((format!("{how}: {key}"), log))
 }
 
-/// The signatures of a segment's note.
+/// Changes the signatures of a segment's note.
 fn note(story: &Story, dice: &mut Dice) -> Option<(String, Log)> {
     let mut log = told(story, |_| {});
     let keys: Vec<String> = log.segments.keys().cloned().collect();
@@ -597,7 +598,7 @@ fn note(story: &Story, dice: &mut Dice) -> Option<(String, Log)> {
     Some((format!("{how}: {key}"), log))
 }
 
-/// Objects that are there, gone, elsewhere, or of other bytes.
+/// Adds, removes or changes an object.
 fn object(story: &Story, dice: &mut Dice) -> Option<(String, Log)> {
     let mut log = told(story, |_| {});
     let keys: Vec<String> = log.objects().map(|(key, _)| key.to_owned()).collect();
@@ -673,7 +674,7 @@ fn object(story: &Story, dice: &mut Dice) -> Option<(String, Log)> {
             format!("bit of byte {at}")
         }
         _ => {
-            // The summary's envelope, member by member.
+            // Changes one member of the summary's envelope.
             let summary = log.ending.get("summary.dsse.json")?.clone();
             let mut envelope: Value = serde_json::from_slice(&summary).ok()?;
             let pointer = place(&envelope, dice, |_| true)?;
@@ -689,7 +690,7 @@ fn object(story: &Story, dice: &mut Dice) -> Option<(String, Log)> {
     Some((format!("{how}: {key}: {what}"), log))
 }
 
-/// What `belay verify` says, which neither panics nor takes for ever.
+/// Returns the report of `belay verify`, which must neither panic nor hang.
 pub fn first(log: &Log, key: &VerifierKey, what: &str) -> Report {
     let begun = Instant::now();
     let report = catch_unwind(AssertUnwindSafe(|| verify(log, key, &Expected::Anything)));
@@ -697,8 +698,8 @@ pub fn first(log: &Log, key: &VerifierKey, what: &str) -> Report {
     report.unwrap_or_else(|_| panic!("belay verify has panicked over {what}"))
 }
 
-/// Whether that the two differ is what the format leaves to `belay verify` alone: whether the policy's patterns and expressions can be compiled, and what
-/// those of them come to that do not look at the arguments.
+/// Returns whether the verdicts differ only in what the format leaves to `belay verify`: whether the policy's patterns and expressions
+/// compile, and the values of those that do not depend on the arguments.
 pub fn is_said(report: &Report, second: &str, log: &Log) -> bool {
     let mut texts = Vec::new();
     for bytes in log.segments.values() {
@@ -735,7 +736,7 @@ fn structured_mutants_are_judged_alike() {
         for turn in (half as u64..count).step_by(2) {
             let mut dice = Dice(seed.wrapping_mul(0x1_0000_0001).wrapping_add(turn));
             let (kind, deed) = KINDS[turn as usize / 2 % KINDS.len()];
-            // Some cannot be done to some records.
+            // Some changes do not apply to some records.
             let (story, what, log) = loop {
                 let story = *dice.one(&stories);
                 if let Some((what, log)) = deed(story, &mut dice) {
@@ -768,7 +769,7 @@ fn structured_mutants_are_judged_alike() {
     sum.iter().for_each(|((kind, said, other), count)| say(format_args!("{kind:<26}{said:<12}{other:<34}{count:>6}")));
     let (shown, all) = (wrong[..wrong.len().min(12)].join("\n"), wrong.len());
     assert!(wrong.is_empty(), "{all} are judged otherwise, such as {shown}");
-    // The dice fall on all kinds, and on every verdict: a generator of nothing but rubbish would show nothing.
+    // The mutants are of all kinds, and get every verdict. A generator of garbage alone would show nothing.
     let verdicts: std::collections::BTreeSet<&str> = sum.keys().map(|(_, said, _)| said.as_str()).collect();
     assert!(
         count < 200 || ["VALID", "INVALID", "INCOMPLETE", "NEWER"].iter().all(|one| verdicts.contains(one)),

@@ -1,7 +1,8 @@
-//! Every place of a policy and of a plan that have every member, changed in every way that readers of JSON could take otherwise: both verifiers say the same of
-//! each. And the table of docs/evidence-format.md has every member that there is, so that another verifier knows it, too.
+//! Changes every place of a policy and of a plan that have every member, in every way that JSON parsers could read differently. Both
+//! verifiers give the same verdict on each change. The table of docs/evidence-format.md has every member, so that other verifiers know it,
+//! too.
 //!
-//! `BELAY_SWEEP` says how many of all changes are tried, 600 by default, or `all`: `make fuzz`.
+//! `BELAY_SWEEP` is the number of changes to try, 600 by default. `all` tries all of them: `make fuzz`.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -19,7 +20,7 @@ use crate::{
 
 const FORMAT: &str = "docs/evidence-format.md";
 
-/// The rows of the table: members by name, each with its type.
+/// The rows of the table: the members of each object by name, each with its type.
 type Table = BTreeMap<String, BTreeMap<String, String>>;
 
 fn table() -> Table {
@@ -30,7 +31,7 @@ fn table() -> Table {
         section.lines().skip_while(|line| !line.starts_with('|')).skip(2).take_while(|line| line.starts_with('|'));
     let row = |line: &str| {
         let (object, members) = line.trim_matches(['|', ' ']).split_once(" | ").unwrap();
-        // Between backticks stand members, and after each what it is.
+        // Members are between backticks, and their types follow them.
         let parts: Vec<&str> = members.split('`').collect();
         let members = parts[1..].chunks(2).map(|pair| {
             let of = pair[1].trim_start_matches('?').strip_prefix(": ").unwrap_or("text");
@@ -46,16 +47,16 @@ fn table() -> Table {
     rows.map(row).collect()
 }
 
-/// A type's name in a list or alone. What stands under any name has none of the table.
+/// Returns a type's name, alone or in a list. The table has no row for objects whose members can have any name.
 fn named(of: &str) -> &str {
     of.trim_matches(['[', ']'])
 }
 
-/// What is new in an object, and what of it was seen.
+/// Compares objects with the table, and remembers the members that it has seen.
 struct Compared<'t> {
     table: &'t Table,
     seen: BTreeSet<(String, String)>,
-    /// Reads the whole document, as Belay does.
+    /// Reads the whole document as Belay does, and returns the error, if there is one.
     read: fn(Value) -> Option<String>,
 }
 
@@ -82,7 +83,7 @@ impl Compared<'_> {
                 _ => {}
             }
         }
-        // Members that are left out here are known by what serde says of one that nobody has.
+        // An object can lack members that its type has. The error of serde for an unknown member lists them.
         let mut other = whole.clone();
         other.pointer_mut(at).unwrap()["\u{1}"] = Value::Null;
         let Some(message) = (self.read)(other).filter(|message| message.starts_with("unknown field")) else { return };
@@ -97,13 +98,13 @@ fn read<T: serde::de::DeserializeOwned>(value: Value) -> Option<String> {
     serde_json::from_value::<T>(value).err().map(|error| error.to_string())
 }
 
-/// The documents of a story's first record.
+/// Returns the documents of a story's first record.
 fn documents(story: &Story) -> Vec<Value> {
     let documents = story.segments[0][0].encode().unwrap().documents;
     documents.iter().map(|document| serde_json::from_slice(document).unwrap()).collect()
 }
 
-/// Whoever gives a policy another member tells the format, and with it everybody who verifies.
+/// A new member of a policy must be in the evidence format, so that everybody who verifies knows it.
 #[test]
 fn the_format_has_every_member_of_a_policy_and_of_a_plan() {
     let table = table();
@@ -120,7 +121,7 @@ fn the_format_has_every_member_of_a_policy_and_of_a_plan() {
     assert!(compared.seen.len() > 100, "{}", compared.seen.len());
 }
 
-/// All that is put in place of a value, or into it.
+/// Returns everything that replaces a value or is added to it. `None` removes the value.
 fn odd(value: &Value, table: &Table) -> Vec<(String, Option<Value>)> {
     let mut all = vec![("removed".to_owned(), None)];
     let numbers = [
@@ -158,7 +159,7 @@ fn odd(value: &Value, table: &Table) -> Vec<(String, Option<Value>)> {
     ]);
     match value {
         Value::Object(fields) => {
-            // As serde takes structs, and enums.
+            // serde also reads a list as a struct or an enum.
             others.push(fields.values().cloned().collect());
             let with = |name: &str, value: Value| {
                 let mut fields = fields.clone();
@@ -180,7 +181,7 @@ fn odd(value: &Value, table: &Table) -> Vec<(String, Option<Value>)> {
                 json!("x"),
                 json!({"x": 1}),
             ];
-            // What objects like this one have beside.
+            // The other members of objects like this one.
             let like =
                 table.values().filter(|row| !fields.is_empty() && fields.keys().all(|name| row.contains_key(name)));
             let more: BTreeSet<_> = like.flat_map(BTreeMap::keys).filter(|name| !fields.contains_key(*name)).collect();
@@ -208,7 +209,7 @@ fn odd(value: &Value, table: &Table) -> Vec<(String, Option<Value>)> {
     all
 }
 
-/// A document in which one place is another.
+/// Returns a document with another value in one place.
 fn changed(document: &Value, at: &str, value: Option<Value>) -> Option<Value> {
     let mut document = document.clone();
     match value {
@@ -224,7 +225,7 @@ fn changed(document: &Value, at: &str, value: Option<Value>) -> Option<Value> {
     Some(document)
 }
 
-/// The documents of all openings are these now, by their own digests.
+/// Writes the story with this document in all openings, by its own digest.
 fn told(story: &Story, place: usize, document: &Value) -> belay::evidence::log::Log {
     let bytes = canonical::to_bytes(document).unwrap();
     let name = belay::evidence::record::DOCUMENTS[place];
