@@ -1,16 +1,16 @@
-"""What checks in Python count and end with: `N passed, N failed`."""
+"""Counts the checks of a Python script, and ends it with `N passed, N failed`."""
 
 import sys
 
 
 class Tally:
-    """Checks, said one a line as they are made."""
+    """A count of checks. Each check prints one line."""
 
     def __init__(self):
         self.passed = self.failed = 0
 
     def check(self, what, wrong):
-        """`wrong` is what is wrong, or nothing."""
+        """Counts a check. `wrong` is what is wrong, or nothing. Returns whether the check has passed."""
         if wrong:
             self.failed += 1
             print(f"FAILED  {what}: {wrong}", flush=True)
@@ -21,5 +21,5 @@ class Tally:
 
     def end(self):
         print(f"{self.passed} passed, {self.failed} failed")
-        # Nothing at all is no success.
+        # A script without checks has not succeeded.
         sys.exit(self.failed > 0 or not self.passed)

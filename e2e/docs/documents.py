@@ -1,10 +1,10 @@
-"""The documents, as a reader meets them: `documents.py check` reads them, `documents.py run` runs their commands.
+"""Checks the documents: `documents.py check` reads them, `documents.py run` runs their commands.
 
-`check` needs nothing but Python: README.md is short, every relative link leads somewhere, every page is linked, every `make` target that a page
-names exists, and every command in a `console` block is run by `run` or stands in `elsewhere`, with the test that covers it. Every test that
-e2e/README.md names for a promise exists, and every stage of e2e/test is in its table and in e2e/stage-times. `run` runs the commands as they
-are written, page by page, and holds what they print against what the page says: `…` stands for anything, and `# exit code N` at the end of a
-command for how it ends. Both end with `N passed, N failed`.
+`check` needs only Python. It checks that README.md is short, that every relative link has a target, that every page is linked, and that the
+Makefile has every `make` target that a page names. `run` must run every command in a `console` block, or `elsewhere` must name the test that
+covers it. Every test that e2e/README.md names for a promise must exist, and every stage of e2e/test must be in the table of e2e/README.md and
+in e2e/stage-times. `run` runs the commands as they are written, page by page, and compares their output with the page: `…` stands for any
+text, and `# exit code N` at the end of a command is its expected exit code. Both end with `N passed, N failed`.
 """
 
 import argparse
@@ -24,9 +24,9 @@ sys.path.insert(0, str(ROOT / "e2e"))
 from tally import Tally  # noqa: E402
 
 HERE = pathlib.Path(__file__).resolve().parent
-# A stranger reads it in five minutes, on a screen of usual width.
+# A new reader needs five minutes for README.md, on a screen of usual width.
 README_LINES, README_WIDTH = 150, 160
-# Long enough for a build of `belay` on a machine that does other things as well: seconds.
+# In seconds: enough for a build of `belay` on a busy machine.
 PATIENCE = 3600
 ANYTHING = "…"
 # The page with the tables of stages and of promises.
@@ -34,7 +34,7 @@ TESTS = ROOT / "e2e/README.md"
 
 
 def pages():
-    """Every document that people read."""
+    """Returns every document that people read."""
     top = [ROOT / name for name in ("README.md", "SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md")]
     return top + sorted((ROOT / "docs").rglob("*.md")) + [ROOT / "examples/README.md", TESTS]
 
@@ -44,7 +44,7 @@ def name(page):
 
 
 class Command:
-    """One command of a page, and what it prints there."""
+    """A command of a page, and the output that the page shows."""
 
     def __init__(self, page, line, text):
         self.page, self.line, self.text, self.prints = page, line, text, []
@@ -54,18 +54,18 @@ class Command:
 
     @property
     def bare(self):
-        """Without what is said about it."""
+        """The command without its comment."""
         return re.sub(r"\s+#.*", "", self.text)
 
     @property
     def code(self):
-        """How it ends."""
+        """The expected exit code."""
         found = re.search(r"# exit code (\d+)", self.text)
         return int(found.group(1)) if found else 0
 
 
 def commands(page):
-    """The commands of its console blocks, in order."""
+    """Returns the commands of a page's console blocks, in order."""
     found, inside, continued = [], False, False
     for number, line in enumerate(page.read_text().splitlines(), 1):
         if line.startswith("```"):
@@ -82,7 +82,7 @@ def commands(page):
 
 
 class Elsewhere:
-    """A command that `run` cannot run: which test covers it, and why."""
+    """A command that `run` cannot run, with the test that covers it and the reason."""
 
     def __init__(self, line, text):
         self.line, self.text, self.by, self.why = line, text, "", ""
@@ -101,7 +101,7 @@ def elsewhere():
 
 
 def anchor(heading):
-    """As GitHub makes one of a heading."""
+    """Returns the anchor that GitHub makes from a heading."""
     text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).strip().lower()
     kept = (c for c in text if c in "-_ " or unicodedata.category(c)[0] in "LN")
     return "".join(kept).replace(" ", "-")
@@ -121,7 +121,7 @@ def anchors(page):
 
 
 def broken(page, link):
-    """What is wrong with a link, or nothing."""
+    """Returns what is wrong with a link, or nothing."""
     path, _, fragment = link.partition("#")
     target = (page.parent / path).resolve() if path else page
     if not target.exists():
@@ -132,7 +132,7 @@ def broken(page, link):
 
 
 def rows(heading):
-    """The rows of the tables below a heading of e2e/README.md, with the numbers of their lines: the text of each cell."""
+    """Returns the rows of the tables below a heading of e2e/README.md: the number of the line, and the text of each cell."""
     found, level = [], 0
     for number, line in enumerate(TESTS.read_text().splitlines(), 1):
         if match := re.match(r"(#+) +(.*)", line):
@@ -142,13 +142,13 @@ def rows(heading):
                 level = 0
         elif level and line.startswith("|"):
             found.append((number, [cell.strip() for cell in line.strip("|").split("|")]))
-    # Without the first two lines of each table.
+    # Without the two lines of each table's head.
     rules = {number for number, cells in found if set("".join(cells)) <= set("-: ")}
     return [(number, cells) for number, cells in found if number not in rules and number + 1 not in rules]
 
 
 def rust_tests(text):
-    """The names of the tests in a Rust file: functions with a test's attribute, and the entries of `with_both!`."""
+    """Returns the names of the tests in a Rust file: functions with a test's attribute, and the entries of `with_both!`."""
     found, marked = set(), False
     for line in text.splitlines():
         if re.match(r" *#\[((tokio|rstest)::)?(test|rstest)\b", line):
@@ -163,7 +163,7 @@ def rust_tests(text):
 
 
 def unheld(reference):
-    """What is wrong with `PATH`, `PATH::TEST` in Rust, or `PATH::WORDS` of a case of another file; or nothing."""
+    """Returns what is wrong with a reference, or nothing: `PATH`, `PATH::TEST` in Rust, or `PATH::WORDS` of a case in another file."""
     path, _, test = reference.partition("::")
     if not (ROOT / path).exists():
         return f"expected a file or a folder at {path}, found none"
@@ -178,7 +178,7 @@ def unheld(reference):
 
 
 def check_tests(tally):
-    """The tables of e2e/README.md."""
+    """Checks the tables of e2e/README.md, and e2e/stage-times."""
     mend = "name the test that holds this promise, or move the promise to `Promises without a test`"
     promises = rows("Promises and their tests")
     tally.check(name(TESTS), None if promises else "expected a table below `Promises and their tests`, found none")
@@ -246,12 +246,12 @@ def check():
 
 
 def plain(text):
-    """Without colours, and with one space for many."""
+    """Returns a text without colours, in which each run of spaces is one space."""
     return re.sub(r"\s+", " ", re.sub(r"\x1b\[[0-9;]*m", "", text)).strip()
 
 
 def lacks(printed, wanted):
-    """The lines of the page that the command has not printed."""
+    """Returns the lines of the page that the command has not printed."""
     lines = [plain(line) for line in printed.splitlines()]
     missing = []
     for line in map(plain, wanted):
@@ -264,7 +264,7 @@ def lacks(printed, wanted):
 
 
 class Reader:
-    """Somebody with a clone, a home and an empty folder, who types what a page says."""
+    """A reader with a clone, a home and an empty folder, who types what a page says."""
 
     def __init__(self, scratch):
         self.folder, home = scratch / "workspace", scratch / "home"
@@ -272,7 +272,7 @@ class Reader:
         shutil.copytree(HERE / "workspace", self.folder)
         for part in ("policy-packs", "config", "examples"):
             shutil.copytree(ROOT / part, self.folder / part, ignore=shutil.ignore_patterns(".venv"))
-        # What an auditor has been given.
+        # The log and the key that an auditor gets.
         shutil.copytree(ROOT / "e2e/evidence/corpus/approval-triage", self.folder / "evidence")
         shutil.copy(self.folder / "evidence/witness.vkey", self.folder)
         real = pathlib.Path.home()
@@ -289,8 +289,8 @@ class Reader:
 
     @staticmethod
     def builder(folder):
-        """A folder with a `cargo` that installs the build of `make hello`: a release build would compile every dependency again, only to
-        run a few times."""
+        """Returns a folder with a `cargo` that installs the build of `make hello`. A release build would compile every dependency
+        again, to run only a few times."""
         folder.mkdir()
         cargo = folder / "cargo"
         script = f"""#!/bin/sh
@@ -302,7 +302,7 @@ exec {shlex.quote(shutil.which("cargo") or "cargo")} "$@"
         return folder
 
     def types(self, command):
-        """What is wrong with what came of it, or nothing."""
+        """Runs a command. Returns what is wrong with its exit code or its output, or nothing."""
         mine = command.bare.startswith(("make ", "cargo "))
         if not mine or command.bare not in self.known:
             at = ROOT if mine else self.at
@@ -316,7 +316,7 @@ exec {shlex.quote(shutil.which("cargo") or "cargo")} "$@"
                 self.at = pathlib.Path(after.read_text().strip())
             self.known[command.bare] = (ran.returncode, ran.stdout)
         code, printed = self.known[command.bare]
-        # Not as ours: other tests say how many have passed, too.
+        # Indented, because other tests also print how many checks have passed.
         print(f"--- {command}", *(f"  | {line}" for line in printed.splitlines()), sep="\n", flush=True)
         if code != command.code:
             return f"expected exit code {command.code}, found {code}"
@@ -326,7 +326,7 @@ exec {shlex.quote(shutil.which("cargo") or "cargo")} "$@"
 
 def run():
     tally = Tally()
-    # The laptop's guide installs the `belay` that all others use.
+    # The laptop guide installs the `belay` that the other pages use.
     first = ROOT / "docs/guides/laptop.md"
     covered = {entry.text for entry in elsewhere()}
     with tempfile.TemporaryDirectory(prefix="belay-documents-") as scratch:
