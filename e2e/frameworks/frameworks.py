@@ -1,8 +1,8 @@
-"""Agent frameworks of other people, unmodified, through `belay run`: `frameworks.py [--matrix FILE] NAME=FOLDER…`.
+"""Runs third-party agent frameworks, unmodified, through `belay run`: `frameworks.py [--matrix FILE] NAME=FOLDER…`.
 
-Each has a folder here with its documentation's first example (agent.py or agent.mjs), and FOLDER has the framework itself. The model is
-e2e/model, with gpt-4o's limits. A part counts where the agent says that it has done it and the model's account shows it; and for each run
-Belay's counter is compared with what the model would bill. Ends with `N passed, N failed`; --matrix writes the page for docs/.
+Each framework has a folder here with the first example of its documentation (agent.py or agent.mjs). FOLDER has the framework itself. The
+model is e2e/model, with gpt-4o's limits. A part passes if the agent reports it as done and the model's account shows it. For each run, a
+check compares Belay's counter with what the model would bill. Ends with `N passed, N failed`; --matrix writes the page for docs/.
 """
 
 import argparse
@@ -24,17 +24,17 @@ PARTS = ["tools", "streaming", "parallel", "together", "structured"]
 @dataclass
 class Framework:
     title: str
-    package: str  # the one whose version is the framework's
+    package: str  # the version of this package is the framework's version
     apis: str
-    # What a user sets so that it runs in a sandbox without a home and without the internet: nothing that changes what it does.
+    # Settings that it needs in a sandbox without a home folder and without the internet. None changes what the framework does.
     env: dict = field(default_factory=dict)
     model: str = "gpt-4o"
-    # Parts of its own, beside the usual ones.
+    # The framework's own parts, in addition to PARTS.
     more: tuple = ()
-    # Usual parts that it does not have, and why.
+    # The members of PARTS that the framework does not have, and why.
     lacks: dict = field(default_factory=dict)
     scopes: tuple = ("/tmp",)
-    # What a user has to know.
+    # What a user must know.
     notes: tuple = ()
     node: bool = False
     memory: str = "2Gi"
@@ -67,7 +67,7 @@ FRAMEWORKS = {
         "mini-swe-agent",
         "mini-swe-agent",
         "chat completions",
-        # Else it asks a person for its settings.
+        # Without this, it asks the user for its settings.
         {"MSWEA_CONFIGURED": "true"},
         lacks={
             "streaming": "it does not stream",
@@ -80,7 +80,7 @@ FRAMEWORKS = {
         "Claude Agent SDK (Claude Code)",
         "claude-agent-sdk",
         "Messages",
-        # Without the second, tools of one's own are found by a search that the model has to make.
+        # Without ENABLE_TOOL_SEARCH=false, the model must search for custom tools before it can call them.
         {"CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1", "ENABLE_TOOL_SEARCH": "false"},
         model=CLAUDE,
         more=("shell",),
@@ -117,7 +117,7 @@ FRAMEWORKS = {
 
 
 def version(name, framework):
-    """What is pinned."""
+    """Returns the pinned version of a framework."""
     if framework.node:
         lock = json.loads((HERE / name / "package-lock.json").read_text())
         return lock["packages"][f"node_modules/{framework.package}"]["version"]
@@ -126,7 +126,7 @@ def version(name, framework):
 
 
 class Run(belay.Ran):
-    """One run of one framework, and what it showed."""
+    """One run of one framework, and its results."""
 
     def __init__(self, name, folder, node, logs):
         self.name, self.framework, self.log = name, FRAMEWORKS[name], logs / f"{name}.log"
@@ -145,12 +145,12 @@ class Run(belay.Ran):
         self.write(self.log)
 
     def of(self, part):
-        """The requests of a part that were answered."""
+        """Returns the requests of a part that the model answered."""
         mine = [line for line in self.account() if f"[{part}]" in json.dumps(line["request"])]
         return [line for line in mine if line["status"] == 200 and line["end"] in ("whole", "left")]
 
     def shows(self, part):
-        """What the account lacks of a part, or nothing."""
+        """Returns what the account lacks for a part, or None."""
         lines = self.of(part)
         if not lines:
             return "the model has no request of it"
@@ -167,7 +167,7 @@ class Run(belay.Ran):
         return None
 
     def parts(self):
-        """Each part: None where it was done, or why not."""
+        """Returns each part with None if it passed, or with the reason if it failed."""
         told = {}
         for line in self.said():
             found = re.match(r"PART (\w+) (ok|failed ?)(.*)", line)
@@ -183,7 +183,7 @@ class Run(belay.Ran):
 
 
 def check(tally, run):
-    """Prints what was found, and counts."""
+    """Prints and counts the results of a run."""
     before = tally.failed
     for part, wrong in run.parts().items():
         tally.check(f"{run.name}: {part}", wrong)
@@ -203,7 +203,7 @@ COLUMNS = {"tools": "tools", "streaming": "streams", "parallel": "tools in paral
 
 
 def matrix(runs):
-    """The page: nothing in it changes from run to run by itself."""
+    """Returns the page. Runs with the same results and versions give the same page."""
     head = ["framework", "version", "API", *COLUMNS.values(), "counted as billed"]
     lines = [
         "# Agent frameworks under Belay",

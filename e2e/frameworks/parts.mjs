@@ -1,4 +1,4 @@
-// What parts.py is to Python: the prompts, and one line said for each part.
+// The prompts, and one line of output for each part, as parts.py has them for Python.
 export const TOOLS = "[tools] Use get_weather for Tokyo.";
 export const STREAMING = "[streaming] Use get_weather for Tokyo.";
 export const PARALLEL = "[parallel] Use get_weather and get_time for Tokyo.";
@@ -14,7 +14,7 @@ export function holds(found, what) {
 
 export const ended = (text) => holds(String(text).includes("THE END"), `the model's last words, found ${text}`);
 
-// Does each part, whatever became of those before it.
+// Runs each part, even if earlier parts failed.
 export async function main(parts) {
   let failed = 0;
   for (const [name, does] of Object.entries(parts)) {

@@ -1,6 +1,6 @@
-"""What each framework is asked to do, in the words of its own documentation's first example: tools, streaming, two tools in one turn, two
-calls of the model at once, and an answer in a schema. Each prompt begins with the name of its part, by which the run finds the requests
-in the model's account: what an agent says of itself is not enough."""
+"""What each framework must do, as in the first example of its own documentation: tools, streaming, two tools in one turn, two model calls
+at once, and an answer in a schema. Each prompt begins with the name of its part, by which the run finds the requests in the model's account.
+The agent's own report is not enough."""
 
 import asyncio
 import inspect
@@ -10,7 +10,7 @@ import traceback
 TOOLS = "[tools] Use get_weather for Tokyo."
 STREAMING = "[streaming] Use get_weather for Tokyo."
 PARALLEL = "[parallel] Use get_weather and get_time for Tokyo."
-# Each takes a while, so that they are there at the same time.
+# Each reply takes 2 s, so that the two calls overlap.
 TOGETHER = ["[together] Say hello to Tokyo. take 2000 ms", "[together] Say goodbye to Tokyo. take 2000 ms"]
 STRUCTURED = "[structured] Describe Tokyo."
 
@@ -18,7 +18,7 @@ PARTS = []
 
 
 def part(does):
-    """A part by the name of what does it."""
+    """Registers a part under the name of its function."""
     PARTS.append(does)
     return does
 
@@ -32,14 +32,14 @@ def time_of(city):
 
 
 def ended(text):
-    """The model's last words have come."""
+    """Checks that the text has the model's last words."""
     assert "THE END" in str(text), f"expected the model's last words, found {text!r}"
 
 
 def main():
-    """Does each part, whatever became of those before it."""
+    """Runs each part, even if earlier parts failed."""
     failed = 0
-    # One for all parts: clients keep their connections.
+    # All parts use one event loop, because clients keep their connections.
     loop = asyncio.new_event_loop()
     for does in PARTS:
         try:

@@ -1,5 +1,5 @@
-// Reads the objects of a snapshot as those who deploy by git do: Flux by its kstatus library, Argo CD by the health check that config/argocd
-// gives it, in the sandbox that Argo CD runs such checks in. Each object must be to them what it is to a person.
+// Command gitops checks how GitOps tools read the objects of a snapshot: Flux with its kstatus library, and Argo CD with the health check
+// in config/argocd, which runs in the same sandbox as in Argo CD. Both tools must report the health that the snapshot expects of each object.
 //
 // usage: gitops SNAPSHOT ARGOCD-CM
 package main
@@ -16,7 +16,7 @@ import (
 	"sigs.k8s.io/yaml"
 )
 
-// One object, and what it should be to each of the two.
+// phase is one object, with the health that Argo CD and Flux should report.
 type phase struct {
 	Case   string                    `json:"case"`
 	Argo   string                    `json:"argo"`
@@ -72,7 +72,7 @@ func run(snapshot, configMap string) error {
 	return nil
 }
 
-// The snapshot's objects. What stands before its second line of dashes is insta's.
+// read returns the objects of the snapshot. The text before the second line of dashes is the header that insta writes.
 func read(path string) ([]phase, error) {
 	text, err := os.ReadFile(path)
 	if err != nil {
@@ -86,6 +86,7 @@ func read(path string) ([]phase, error) {
 	return phases, nil
 }
 
+// flux returns the status that kstatus computes for an object.
 func flux(object *unstructured.Unstructured) (string, error) {
 	result, err := status.Compute(object)
 	if err != nil {
@@ -94,8 +95,8 @@ func flux(object *unstructured.Unstructured) (string, error) {
 	return result.Status.String(), nil
 }
 
-// As Argo CD's util/lua does: no library but the base and tables, the object as the global `obj`, a table with a status as the answer. An object
-// that is being deleted is Progressing to it, whatever the check says.
+// argo runs a health check as Argo CD's util/lua does: with the libraries package, base and table only, the object as the global `obj`, and
+// a table with a status as the answer. For an object that is being deleted, Argo CD reports Progressing, whatever the check says.
 func argo(object *unstructured.Unstructured, check string) (string, error) {
 	if object.GetDeletionTimestamp() != nil {
 		return "Progressing", nil
@@ -121,7 +122,7 @@ func argo(object *unstructured.Unstructured, check string) (string, error) {
 	return answer.RawGetString("status").String(), nil
 }
 
-// JSON as Lua has it.
+// value converts a JSON value to a Lua value.
 func value(machine *lua.LState, of any) lua.LValue {
 	switch of := of.(type) {
 	case map[string]any:

@@ -1,7 +1,7 @@
-"""The three APIs: what a request asks, and the exact bodies and sequences of events that answer it.
+"""The three APIs: how each one reads a request, and the exact bodies and event sequences of its replies.
 
-Each API has `read`, which refuses what the provider refuses, `whole`, the reply in one piece, and `events`, the reply as a stream: pairs of
-the event's bytes and how many tokens of output it brings.
+Each API has these methods: `read` rejects what the provider rejects. `whole` returns the reply in one piece. `events` yields the reply as a
+stream, in pairs of an event's bytes and the number of output tokens in it.
 """
 
 import itertools
@@ -22,7 +22,7 @@ def fresh(prefix):
 
 @dataclass
 class Reply:
-    """What the model says to a request, cut at its limit."""
+    """The model's reply to a request, cut at the output limit."""
 
     body: dict
     model: str
@@ -31,12 +31,12 @@ class Reply:
     items: list
     stop: str  # "end", "tools" or "length"
     choices: int = 1
-    # What the account leaves out: "" for nothing, "low" (reasoning), "zero" (everything), "none" (there is no account).
+    # What the reported usage leaves out: "" for nothing, "low" (reasoning), "zero" (all tokens), "none" (there is no usage).
     lie: str = ""
 
     @property
     def output(self):
-        """Tokens of output, all choices and reasoning together: what the provider bills."""
+        """The output tokens of all choices, with reasoning: what the provider bills."""
         return self.choices * (self.reasoning + sum(map(cost, self.items)))
 
 
@@ -45,7 +45,7 @@ def cost(item):
 
 
 def reply_to(asked, body, limit, prompt, reasoning, choices=1):
-    """The model's answer within its limit."""
+    """Returns the model's reply within the output limit."""
     left = limit - min(reasoning, limit)
     items, stop = [], "end"
     for item in decide(asked):
@@ -68,7 +68,7 @@ def data(event, name=None):
 
 
 def text_of(content):
-    """The text of a message's content, in any API's form."""
+    """Returns the text of a message's content, in the form of any API."""
     if isinstance(content, str):
         return content
     return "\n".join(part.get("text", "") for part in content or [] if isinstance(part, dict))
@@ -208,7 +208,7 @@ class Chat:
             return data(one | ({"usage": None} if asked else {}))
 
         for index in range(reply.choices):
-            # Reasoning is done, and not shown.
+            # The reasoning counts as output, but its text is not in the reply.
             yield chunk(index, {"role": "assistant", "content": "", "refusal": None}), reply.reasoning
             at = itertools.count()
             for item in reply.items:
@@ -236,7 +236,7 @@ class Chat:
 
 class Responses:
     members = rules.RESPONSES
-    # Items of answers by their ids: what `store` keeps.
+    # The items of earlier replies by their ids, which `store` keeps.
     memory = {}
     hosted = {"web_search", "web_search_preview", "file_search", "code_interpreter", "image_generation", "mcp", "tool_search"}
     clients = {"local_shell", "shell", "apply_patch", "computer", "computer_use_preview"}
@@ -291,7 +291,7 @@ class Responses:
         return reply_to(asked, body, limit, prompt, thinks(asked, 64) if reasons else 0), fetched
 
     def remembered(self, reference):
-        """An item of an earlier answer, which the provider has kept unless it was told not to."""
+        """Returns an item of an earlier reply. The provider keeps items unless the request sets `store` to false."""
         item = self.memory.get(reference.get("id"))
         if item is None:
             message = f"Item with id '{reference.get('id')}' not found. Items are not persisted when `store` is set to false."
@@ -300,7 +300,7 @@ class Responses:
 
     @staticmethod
     def turn(turns, role):
-        """Items of the same turn of the model's are one."""
+        """Returns the turn of an item. Consecutive items of the assistant are one turn."""
         if role != "assistant" or not turns or turns[-1].role != "assistant":
             turns.append(Turn(role))
         return turns[-1]
@@ -340,7 +340,7 @@ class Responses:
 
     @staticmethod
     def item(item, done):
-        """An item of output, as it is at its beginning and at its end."""
+        """Returns an output item, as it is when it begins or when it is done."""
         status = "completed" if done else "in_progress"
         if isinstance(item, Text):
             part = {"type": "output_text", "text": item.text, "annotations": [], "logprobs": []}
@@ -372,7 +372,7 @@ class Responses:
         return call | ({"namespace": item.tool.namespace} if item.tool.namespace else {})
 
     def response(self, reply, items):
-        """The object `response` at its end."""
+        """Returns the object `response`, as it is at the end of the reply."""
         body = reply.body
         incomplete = reply.stop == "length"
         output = list(items)
@@ -467,14 +467,14 @@ class Responses:
 
 class Messages:
     members = rules.MESSAGES
-    # Conversations that the provider holds, by the id of their last reply.
+    # The conversations that the provider stores, by the id of their last reply.
     threads = {}
     parts = set(
         "text image document tool_use tool_result thinking redacted_thinking search_result server_tool_use web_search_tool_result".split()
     )
 
     def resumed(self, body):
-        """The whole conversation, where the request has only what is new of it."""
+        """Returns the request with the whole conversation. A request that continues a stored conversation has only the new messages."""
         thread = body.get("thread") or {}
         if thread.get("type") != "continue":
             return body
@@ -521,7 +521,7 @@ class Messages:
                 turns.append(Turn("tool"))
             texts = [part["text"] for part in content if part["type"] == "text"]
             if texts or not results:
-                # Reminders that clients put before what the person says are not the person's.
+                # Clients put reminders before the user's text. The reminders do not come from the user.
                 person = [text for text in texts if not text.lstrip().startswith("<system-reminder>")]
                 turns.append(Turn(role, "\n".join(person), [call["name"] for call in calls]))
         if open_calls:

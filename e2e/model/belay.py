@@ -1,4 +1,4 @@
-"""Runs an agent under `belay run` against the model of this folder, and says what Belay recorded beside what the model's account has."""
+"""Runs an agent under `belay run` against the model of this folder, and collects Belay's records and the model's account."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from collections import defaultdict
 sys.path.append(str(pathlib.Path(__file__).resolve().parents[1]))
 
 import server  # noqa: E402
-from tally import Tally  # noqa: E402, F401: for those who use this module
+from tally import Tally  # noqa: E402, F401: the users of this module import it from here
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SECOND_VERIFIER = ROOT / "docs/verifier/belay_verify.py"
@@ -54,10 +54,10 @@ def task(name, command, env, scopes, memory, tokens):
 
 
 class Ran:
-    """A run that is over."""
+    """A finished run."""
 
     def __init__(self, name, command, workspace, *, env=None, shown=(), scopes=(), memory="2Gi", tokens=2_000_000, patience=360, port=None):
-        """`port` is that of another model on this machine: its account is not known."""
+        """`port` is the port of another model on this machine, whose account is not known."""
         self.tokens = tokens
         provider = server.serve(0)
         threading.Thread(target=provider.serve_forever, daemon=True).start()
@@ -77,7 +77,7 @@ class Ran:
         self.lines = provider.account.lines
 
     def verify(self, home):
-        """What both verifiers say of the log."""
+        """Collects the verdicts of both verifiers on the log."""
         log = next((home / "evidence").glob("default/*/*"), "no log")
         self.verdicts = []
         for program in ([os.environ["BELAY"], "verify"], ["/usr/bin/python3", str(SECOND_VERIFIER)]):
@@ -95,27 +95,27 @@ class Ran:
         return [record for record in self.all_records() if record["kind"] == kind]
 
     def account(self):
-        """The model's lines of calls that have a cost."""
+        """Returns the lines of the model's account for calls that have a cost."""
         return [line for line in self.lines if line["api"] in ("chat", "responses", "messages")]
 
     def denied(self):
         return [(record["target"], record["rule"], record["reason"]) for record in self.records("call.denied")]
 
     def counter(self):
-        """Belay's counter at the end."""
+        """Returns Belay's token counter at the end of the run."""
         return self.all_records()[-1]["usage"]["tokens"] if self.all_records() else 0
 
     def billed(self):
         return sum(line["billed"] for line in self.account())
 
     def calls(self):
-        """Belay's calls of models: what was held, what was charged, and how many bytes were asked."""
+        """Returns the intent (reservation, length of the request) and the outcome (counted tokens) of each model call."""
         outcomes = {record["call"]: record for record in self.records("call.outcome")}
         intents = [record for record in self.records("call.intent") if record["channel"] == "model"]
         return [(intent, outcomes.get(intent["call"])) for intent in intents]
 
     def by_size(self):
-        """Calls of Belay beside lines of the account. What links them is the length of the request; those of one length are together."""
+        """Groups Belay's calls and the lines of the account by the length of the request, because only the length links them."""
         groups = defaultdict(lambda: ([], []))
         for intent, outcome in self.calls():
             groups[intent["requestBytes"]][0].append((intent, outcome))

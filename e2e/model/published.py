@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Writes `published.json`: the types of requests in the SDKs for Python of OpenAI and Anthropic, which `src/policy/model/requests.rs` is compared
-with. `e2e/model/publish` runs it with pinned versions. A type is its members; a form is a name ("string"), or an object with one member:
-`ref` (a type), `any` (one of several forms), `list`, `map`, or `literal` (these values)."""
+"""Writes `published.json`: the request types of the Python SDKs of OpenAI and Anthropic. Tests compare `src/policy/model/requests.rs` with
+them. `e2e/model/publish` runs this script with pinned versions. A type is its members. A form is a name ("string"), or an object with one
+member: `ref` (a type), `any` (one of several forms), `list`, `map`, or `literal` (these values)."""
 import collections.abc
 import importlib
 import json
@@ -41,7 +41,7 @@ def expr(t):
     n = getattr(t, "__name__", str(t))
     if n.endswith("SequenceNotStr") or o is not None and getattr(o, "__name__", "") == "SequenceNotStr": return {"list": expr(get_args(t)[0])}
     if n in ("datetime", "date"): return "string"
-    # Responses' own objects that the SDK takes in place of dicts.
+    # Objects of responses, which the SDK accepts in place of dicts.
     if hasattr(t, "model_fields"): return "skip"
     if n in ("PathLike", "IOBase", "IO") or o is typing.IO or str(o).endswith("PathLike'>"): return "string"
     if isinstance(t, typing.ForwardRef): return {"forward": t.__forward_arg__}
@@ -83,6 +83,6 @@ apis = {
 }
 doc = {"source": {"openai": openai.__version__, "anthropic": anthropic.__version__}, "apis": apis}
 
-# A type a line, for changes to be read.
+# One type a line, so that a diff is readable.
 lines = [f"{json.dumps(name)}:{json.dumps(form, separators=(',', ':'))}" for name, form in sorted(types.items())]
 print('{"source":' + json.dumps(doc["source"]) + ',\n"apis":' + json.dumps(apis) + ',\n"types":{\n' + ",\n".join(lines) + "\n}}")

@@ -1,11 +1,11 @@
-"""What providers take and what they refuse, in their own words: members, limits, and the shape of errors."""
+"""What providers accept and reject, with their own messages: members, limits, and the shape of errors."""
 
 import base64
 import json
 import re
 import struct
 
-# (context, output, reasons); names with a date or a fault after them are the same model's.
+# The context window, the output limit, and whether the model reasons. A name with a date or a fault at its end means the same model.
 OPENAI = {
     "gpt-4o": (128_000, 16_384, False),
     "gpt-4o-mini": (128_000, 16_384, False),
@@ -20,7 +20,7 @@ ANTHROPIC = {
 }
 EMBEDDINGS = {"text-embedding-3-small": (8_192, 0, False)}
 
-# Of the SDKs' own types (openai 3.57, anthropic 2.14); the self-test compares.
+# The members of the SDKs' own types (openai 3.57, anthropic 2.14). test_model.py compares them.
 CHAT = set(
     "audio frequency_penalty function_call functions logit_bias logprobs max_completion_tokens max_tokens messages metadata modalities model "
     "moderation n parallel_tool_calls prediction presence_penalty prompt_cache_key prompt_cache_options prompt_cache_retention "
@@ -33,13 +33,13 @@ RESPONSES = set(
     "prompt_cache_retention reasoning safety_identifier service_tier store stream stream_options temperature text tool_choice tools "
     "top_logprobs top_p truncation user".split()
 )
-# What Codex sends with each request, and the SDKs do not know.
+# Codex sends this member with each request. The SDKs do not know it.
 RESPONSES.add("client_metadata")
 MESSAGES = set(
     "cache_control container diagnostics inference_geo max_tokens messages metadata model output_config service_tier speed stop_sequences "
     "stream system thinking tool_choice tools user_profile_id workspace_id temperature top_p top_k".split()
 )
-# What a header `anthropic-beta` adds.
+# The header `anthropic-beta` allows these members, too.
 MESSAGES_BETA = MESSAGES | set(
     "billing_policy compaction context_management fallback_credit_token fallbacks mcp_servers thread output_format".split()
 )
@@ -51,7 +51,7 @@ CLIENT_TOOLS = {"bash", "text_editor", "computer", "memory"}
 
 
 class Refused(Exception):
-    """A request that the provider does not take."""
+    """A request that the provider rejects."""
 
     def __init__(self, status, message, param=None, code=None, kind="invalid_request_error", details=None):
         super().__init__(message)
@@ -59,7 +59,7 @@ class Refused(Exception):
 
 
 def error(api, status, message, param=None, code=None, kind="invalid_request_error", details=None):
-    """The body of an error, in the API's shape."""
+    """Returns the body of an error, in the API's shape."""
     if api in ("messages", "count_tokens"):
         kinds = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error", 529: "overloaded_error"}
         kind = kinds.get(status, "api_error" if status >= 500 else "invalid_request_error")
@@ -69,7 +69,7 @@ def error(api, status, message, param=None, code=None, kind="invalid_request_err
 
 
 def model_of(api, body):
-    """The model's limits."""
+    """Returns the limits of the request's model."""
     name = body.get("model")
     if not isinstance(name, str):
         raise Refused(400, "model: Field required" if api == "messages" else "you must provide a model parameter")
@@ -86,7 +86,7 @@ def model_of(api, body):
 
 
 def members(api, body, known):
-    """Members that the API does not know are refused."""
+    """Rejects members that the API does not know."""
     for name in body:
         if name in known:
             continue
@@ -98,7 +98,7 @@ def members(api, body, known):
 
 
 def output_limit(api, body, most, reasons, model):
-    """The limit that holds for this request's output."""
+    """Returns the limit for the output of this request."""
     if api == "messages":
         limit = body.get("max_tokens")
         if limit is None:
@@ -134,7 +134,7 @@ def output_limit(api, body, most, reasons, model):
 
 
 def strict_schema(schema, where):
-    """What OpenAI asks of a schema with `strict: true`."""
+    """Checks what OpenAI requires of a schema with `strict: true`."""
     if not isinstance(schema, dict) or not schema:
         return
     if schema.get("type") == "object" or "properties" in schema:
@@ -164,12 +164,12 @@ def tool_name(api, name):
 
 
 def answered(called, results):
-    """Calls of tools that have no result, as each API has it."""
+    """Returns the tool calls that have no result. Each API rejects a request with such calls."""
     return [call for call in called if call not in results]
 
 
 def picture(data):
-    """Tokens of a picture: OpenAI's tiles of 512 pixels, by the size that a PNG says."""
+    """Returns the tokens of a picture by OpenAI's tiles of 512 pixels. The size is the one in the PNG's header."""
     try:
         raw = base64.b64decode(data[:64] + "=" * (-len(data[:64]) % 4))
         wide, high = struct.unpack(">II", raw[16:24]) if raw[:4] == b"\x89PNG" else (1024, 1024)
@@ -179,7 +179,7 @@ def picture(data):
 
 
 def prompt_tokens(value):
-    """What the provider charges for a prompt: a token for five bytes of text, and pictures by their size."""
+    """Returns what the provider charges for a prompt (a token for five bytes of text, and pictures by their size), and the URLs in it."""
     total = 0
     fetched = []
 
@@ -212,7 +212,7 @@ def prompt_tokens(value):
 
 
 def loads(raw):
-    """The body, refused as providers refuse what is no JSON."""
+    """Parses the body of a request. Rejects a body that is not a JSON object, as providers do."""
     try:
         body = json.loads(raw)
     except ValueError:

@@ -1,12 +1,12 @@
-"""What the model says: decided by the request alone, so that the same request has the same answer.
+"""What the model says. Only the request decides it, so the same request always has the same answer.
 
-A person's message asks for something by name:
-  - the name of an offered tool: the tool is called, all that are named in one turn (one a turn where parallel calls are off);
-  - `code in backticks`: run by the tool that takes a command, one piece a turn;
-  - "write N words": an answer that long;
-  - "think for N tokens": reasoning that long, of a model that reasons;
-  - "take N ms": so long before anything is said.
-Then comes the answer: by the tool that is forced, in the schema that is asked for with its keys in the schema's order, or as text.
+A user's message can ask for these things by name:
+  - the name of an offered tool: the model calls all named tools in one turn (one a turn if parallel calls are off);
+  - `code in backticks`: the model runs it with the tool that takes a command, one piece a turn;
+  - "write N words": an answer of N words;
+  - "think for N tokens": reasoning of N tokens, if the model reasons;
+  - "take N ms": a wait of N ms before the reply.
+The answer comes last: with the forced tool, in the requested schema with the keys in the schema's order, or as text.
 """
 
 import json
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 COMMANDS = ("command", "cmd", "commands", "script", "code")
 
-# Tools by which frameworks have the last answer given.
+# The tools with which frameworks ask for the final answer.
 FINAL = ("final_result", "final_answer", "StructuredOutput")
 
 
@@ -29,7 +29,7 @@ class Tool:
 
 @dataclass
 class Turn:
-    """One message of the conversation: its role, its text, and the names of tools that it calls."""
+    """One message of the conversation: its role, its text, and the names of the tools that it calls."""
 
     role: str
     text: str = ""
@@ -38,7 +38,7 @@ class Turn:
 
 @dataclass
 class Asked:
-    """A request of any of the three APIs, as far as the model needs to know it."""
+    """The parts of a request that the model needs, for any of the three APIs."""
 
     turns: list[Turn]
     tools: list[Tool]
@@ -59,7 +59,7 @@ class Call:
 
 
 def example(schema, prompt, root=None, depth=0):
-    """A value that the schema allows, from what the prompt mentions. Keys are in the schema's order, as constrained decoders write them."""
+    """Returns a value that the schema allows, with words of the prompt. The keys are in the schema's order, as with constrained decoders."""
     root = schema if root is None else root
     if not isinstance(schema, dict) or depth > 12:
         return {}
@@ -89,17 +89,17 @@ def example(schema, prompt, root=None, depth=0):
         value = int(found.group()) if found else 1
         return min(max(value, schema.get("minimum", value)), schema.get("maximum", value))
     if kind == "boolean":
-        # What guardrails ask ("is this off topic?") is not so, unless the prompt says that it is.
+        # The answer to the question of a guardrail ("is this off topic?") is no, unless the prompt contains "say yes".
         return "say yes" in prompt
     if kind == "null":
         return None
-    # The last name that the prompt mentions.
+    # The last capitalized word that does not begin a sentence, such as the name of a city.
     names = re.findall(r"(?m)(?<!^)(?<![.!?`] )\b[A-Z][a-z]+\b", prompt)
     return (names[-1] if names else "something")[: schema.get("maxLength", 100)].ljust(schema.get("minLength", 0), ".")
 
 
 def named(asked):
-    """The last message of a person's that asks for something by name, what it asks for, and how many turns the model has had since."""
+    """Returns the last user message that asks for something by name, the tools and the code that it names, and the model's turns since."""
     for at in range(len(asked.turns) - 1, -1, -1):
         turn = asked.turns[at]
         if turn.role != "user":
@@ -114,18 +114,18 @@ def named(asked):
 
 
 def plain(name):
-    """A tool's name without the server that some clients put before it."""
+    """Returns a tool's name without the name of the server that some clients put before it."""
     return name.rsplit("__", 1)[-1]
 
 
 def decide(asked):
-    """What the model says next: some text, then calls."""
+    """Returns what the model says next: text, then calls."""
     prompt = "\n".join(turn.text for turn in asked.turns if turn.role == "user")
     if asked.forced and asked.forced != "any":
         tool = next(tool for tool in asked.tools if tool.name == asked.forced)
         return [Call(tool, json.dumps(example(tool.schema, prompt)))]
     text, wanted, (code, shells), had = named(asked)
-    # A message that names tools wants those; code in it is for the shell that it names.
+    # If a message names tools, the model calls these. Code in the message is then only for a shell that the message names.
     named_shell = next((tool for tool in wanted if tool in shells), None)
     shell = named_shell or (None if wanted else next(iter(shells), None))
     if shell and code:
@@ -134,7 +134,7 @@ def decide(asked):
     else:
         called = [name for turn in had for name in turn.calls]
         missing = [tool for tool in wanted if tool.name not in called]
-        # Where calls come back as text, turns count.
+        # Some clients send calls back as text, so the number of turns counts, too.
         if missing and len(had) < len(wanted):
             some = missing if asked.parallel and not had else missing[:1]
             return [Text("I look.")] + [Call(tool, json.dumps(example(tool.schema, prompt))) for tool in some]
@@ -155,7 +155,7 @@ def decide(asked):
 
 
 def with_code(tool, code, prompt):
-    """The arguments of a shell: the code where it belongs, and only what else is required."""
+    """Returns the arguments of a shell: the code in the argument for the command, and of the other arguments only the required ones."""
     required = tool.schema.get("required", [])
     arguments = {}
     for name, schema in tool.schema.get("properties", {}).items():
@@ -167,12 +167,12 @@ def with_code(tool, code, prompt):
 
 
 def thinks(asked, at_rest):
-    """How many tokens of reasoning come first."""
+    """Returns the number of reasoning tokens before the answer."""
     prompt = next((turn.text for turn in reversed(asked.turns) if turn.role == "user"), "")
     found = re.search(r"think for (\d+) tokens", prompt)
     return int(found.group(1)) if found else at_rest
 
 
 def pieces(text):
-    """The tokens of a text."""
+    """Returns the tokens of a text, which have four characters each."""
     return [text[at : at + 4] for at in range(0, len(text), 4)]

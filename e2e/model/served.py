@@ -1,4 +1,4 @@
-"""Servers of models on this machine."""
+"""Model servers on this machine."""
 
 import json
 import os
@@ -8,16 +8,16 @@ import subprocess
 import time
 import urllib.request
 
-# It fetches nothing, and takes whoever asks: it listens on this machine alone.
+# The proxy downloads nothing. It accepts every client, because it listens on this machine only.
 LITELLM = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true"}
 
 
 class Served:
-    """A server of a model on this machine, until it is no longer needed."""
+    """A model server on this machine, which runs until `end` is called."""
 
     def __init__(self, command, path, log, env=None, authority=None):
-        """It has the port for PORT in its command and in its environment, and serves once something answers at `path`: over TLS where there is
-        an authority, a file."""
+        """Starts the server and waits until it answers at `path`. The port replaces PORT in the command, and is in the environment variable
+        PORT. With `authority`, a file of CA certificates, the server uses TLS."""
         context = ssl.create_default_context(cafile=authority) if authority else None
         self.address = f"{'https' if authority else 'http'}://127.0.0.1"
         with socket.socket() as free:
@@ -47,7 +47,8 @@ class Served:
 
 
 def litellm(program, folder, name, address, log, key="none", authority=None):
-    """LiteLLM's proxy, of a virtual environment, before the model of this name at this base URL. Its configuration is written into `folder`."""
+    """Starts LiteLLM's proxy from the virtual environment `program`, in front of the model `name` at the base URL `address`. Writes the
+    configuration of the proxy into `folder`."""
     config = folder / "litellm.yaml"
     model = {"model_name": name, "litellm_params": {"model": f"openai/{name}", "api_base": address, "api_key": key}}
     config.write_text(json.dumps({"model_list": [model], "litellm_settings": {"telemetry": False}}))

@@ -1,21 +1,22 @@
-"""A model provider that fails on purpose and keeps books: `PORT=… python3 server.py [--account FILE] [--key KEY]`.
+"""A model provider that fails on purpose and records each request: `PORT=… python3 server.py [--account FILE] [--key KEY]`.
 
-Guarantees: speaks chat completions, Responses and Messages, whole and streamed, in the exact shapes and sequences of events of their
-providers, with gpt-4o's limits and its peers'; says the same to the same request (script.py); fails as the model's name or the header
-`openai-fault` says, and in no other way; writes one line of JSON for each request to the account: what it was asked, what it produced and
-sent, and what a provider would bill. `GET /account` reads the same.
-Non-goals: to be fast, to be a language model, to keep a conversation, to fetch what a message refers to (the account lists it).
+Guarantees: The server has chat completions, Responses and Messages, whole and streamed, in the exact shapes and event sequences of their
+providers, with the limits of gpt-4o and its peers. The same request always has the same answer (script.py). The server fails only as the
+model's name or the header `openai-fault` says. For each request, it writes one line of JSON to the account: the request, what the server
+produced and sent, and what a provider would bill. `GET /account` returns the same lines.
+Non-goals: To be fast; to be a language model; to keep conversations, other than stored items and threads (apis.py); to fetch what a message
+refers to (the account lists it).
 
-Faults, after the name of any model: `gpt-4o-fault-503`. `x2` after one lets only the first two requests for that name fail. Several are
-joined by `+`: `gpt-4o-fault-pace-20+cut-900`.
-  429 500 503 529 …   that status, with an error in the API's shape (429 and 503 with Retry-After: 1)
-  html-502            that status, with a page of HTML, as proxies send it
-  drop                the connection is closed before any reply
-  cut-N               the connection is closed after N bytes of the body
-  error-N             the stream says after N tokens that it has failed, and ends
-  none, low, zero     the account is missing, leaves out reasoning, or is all zeros
-  slow-MS             so long before the head; `pace-MS`: between events; `end-MS`: between the last event and the body's end
-  gzip                the body is compressed, whatever was asked for
+A fault follows the name of any model: `gpt-4o-fault-503`. With `x2` after a fault, only the first two requests with that name fail. `+`
+joins several faults: `gpt-4o-fault-pace-20+cut-900`.
+  429 500 503 529 …   replies with that status and an error in the API's shape (429 and 503 with Retry-After: 1)
+  html-502            replies with that status and an HTML page, as proxies do
+  drop                closes the connection before any reply
+  cut-N               closes the connection after N bytes of the body
+  error-N             ends the stream with an error after N tokens
+  none, low, zero     the usage is missing, leaves out reasoning, or is all zeros
+  slow-MS             waits MS ms before the head; `pace-MS`: between events; `end-MS`: between the last event and the end of the body
+  gzip                compresses the body, whatever the client accepts
 """
 
 import argparse
@@ -46,13 +47,13 @@ PATHS = {
     "/v1/embeddings": "embeddings",
     "/v1/moderations": "moderations",
 }
-# What the largest request of each provider may have.
+# The largest request that each provider accepts, in bytes.
 LONGEST = {"messages": 32 << 20}
 LONGEST_OF_OTHERS = 64 << 20
 
 
 class Account:
-    """What was really produced, one line a request."""
+    """The record of what the server really produced, one line a request."""
 
     def __init__(self, path):
         self.lock, self.lines, self.file = threading.Lock(), [], open(path, "a") if path else None
@@ -66,18 +67,18 @@ class Account:
                 self.file.flush()
 
     def times(self, name):
-        """How often this name has failed before."""
+        """Counts a request with this name, and returns the count."""
         with self.lock:
             self.failed[name] = self.failed.get(name, 0) + 1
             return self.failed[name]
 
 
 class Cut(Exception):
-    """The connection ends here, on purpose."""
+    """Ends the connection on purpose."""
 
 
 def faults_of(name):
-    """`503x2+cut-9` as {"503": None, "cut": 9} and {"503": 2}."""
+    """Parses faults: `503x2+cut-9` is {"503": None, "cut": 9} and {"503": 2}."""
     found, first = {}, {}
     for one in filter(None, name.split("+")):
         kind, _, times = one.partition("x")
@@ -90,14 +91,14 @@ def faults_of(name):
 
 class Provider(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    # Heads and bodies are written at once.
+    # The head and the body are written together.
     wbufsize = 1 << 16
     disable_nagle_algorithm = True
 
     def log_message(self, *_):
         pass
 
-    # -------------------------------------------------------------------------------------------------- what is asked
+    # ------------------------------------------------------------------------------------------------------- requests
 
     def do_GET(self):
         path = urllib.parse.urlsplit(self.path).path
@@ -119,7 +120,7 @@ class Provider(BaseHTTPRequestHandler):
         elif path.removeprefix("/v1/models/") in names:
             reply = model(path.removeprefix("/v1/models/"))
         else:
-            # Of a WebSocket Codex goes on without at this status.
+            # With status 426, Codex continues without a WebSocket.
             self.note["status"] = 426 if "upgrade" in self.headers else 404
             reply = rules.error("messages" if anthropic else "chat", self.note["status"], f"Unknown request URL: GET {path}", code="unknown_url")
         self.server.account.add(self.note)
@@ -157,11 +158,11 @@ class Provider(BaseHTTPRequestHandler):
             self.note["end"] = "cut"
             self.hang_up()
         except OSError:
-            # Whoever asked has gone.
+            # The client has closed the connection.
             self.note["end"] = "left"
             self.close_connection = True
         except Exception:
-            # A mistake of ours, and no fault that a test asked for.
+            # A bug in this server, and not a fault that a test requested.
             traceback.print_exc()
             self.note.update(status=500, end="mistake")
             self.send(500, rules.error(api, 500, "the model itself has failed", kind="server_error"))
@@ -204,13 +205,13 @@ class Provider(BaseHTTPRequestHandler):
         self.note.update(prompt=reply.prompt, reasoning=reply.reasoning, would=reply.output, fetched=fetched)
         self.note["calls"] = [item.tool.name for item in reply.items if hasattr(item, "tool")]
         self.note["stream"] = bool(body.get("stream"))
-        # As long as the prompt says.
+        # The prompt says how long the reply takes, up to 5 s.
         takes = re.search(rb"take (\d+) ms", raw)
         time.sleep(min(int(takes.group(1)) if takes else 0, 5000) / 1000)
         if body.get("stream"):
             self.stream(APIS[api], reply, faults)
         else:
-            # All of it was produced before its first byte.
+            # The whole reply was produced before its first byte was sent.
             self.note.update(produced=reply.output, billed=reply.prompt + reply.output)
             self.send(200, APIS[api].whole(reply), {}, faults)
 
@@ -218,7 +219,7 @@ class Provider(BaseHTTPRequestHandler):
         return "anthropic-beta" in self.headers or "beta=true" in self.path
 
     def allowed(self, api):
-        """Who asks, as each provider wants to know it."""
+        """Checks the key and the version header, as each provider does."""
         anthropic = api in ("messages", "count_tokens")
         key = self.headers.get("x-api-key") or (self.headers.get("authorization") or "").removeprefix("Bearer ")
         if self.server.key and key != self.server.key:
@@ -237,7 +238,7 @@ class Provider(BaseHTTPRequestHandler):
         return found | of_header
 
     def fail(self, api, faults):
-        """Faults that come instead of a reply."""
+        """Makes the faults that replace a reply."""
         if "drop" in faults:
             raise Cut
         if "html" in faults:
@@ -271,7 +272,7 @@ class Provider(BaseHTTPRequestHandler):
         raise Refused(400, message, "messages", "context_length_exceeded")
 
     def small(self, api, body, context):
-        """The endpoints that have no conversation."""
+        """Returns the reply of an endpoint that has no conversation."""
         if api == "count_tokens":
             rules.members(api, body, rules.COUNT_BETA if self.beta() else rules.COUNT)
             prompt, _ = rules.prompt_tokens([body.get("system"), body.get("messages"), body.get("tools")])
@@ -295,7 +296,7 @@ class Provider(BaseHTTPRequestHandler):
         rows = [{"object": "embedding", "index": index, "embedding": vector} for index, _ in enumerate(inputs)]
         return {"object": "list", "data": rows, "model": body["model"], "usage": {"prompt_tokens": prompt, "total_tokens": prompt}}
 
-    # ----------------------------------------------------------------------------------------------------- what is said
+    # ---------------------------------------------------------------------------------------------------------- replies
 
     def head(self, status, headers):
         self.send_response(status)
@@ -306,7 +307,7 @@ class Provider(BaseHTTPRequestHandler):
         self.end_headers()
 
     def send(self, status, body, headers=None, faults=()):
-        """A reply in one piece."""
+        """Sends a reply in one piece."""
         raw = body if isinstance(body, bytes) else json.dumps(body, ensure_ascii=False).encode()
         headers = {"content-type": "application/json"} | (headers or {})
         if "gzip" in faults:
@@ -322,7 +323,7 @@ class Provider(BaseHTTPRequestHandler):
             raise Cut
 
     def stream(self, api, reply, faults):
-        """A reply event by event, in chunks. The prompt is billed from the first one on."""
+        """Sends a reply event by event, in chunks. The prompt is billed as soon as the head is sent."""
         headers = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "transfer-encoding": "chunked"}
         pack = gzip_stream() if "gzip" in faults else None
         self.head(200, headers | ({"content-encoding": "gzip"} if pack else {}))
@@ -358,7 +359,8 @@ class Provider(BaseHTTPRequestHandler):
             self.note["sent"] += len(raw)
 
     def gone(self):
-        """Sees at once that whoever asked has left, as writes into a socket's buffer would not."""
+        """Raises an error if the client has closed the connection. A write would not notice that at once, because it goes to the
+        socket's buffer."""
         self.connection.setblocking(False)
         try:
             if self.connection.recv(1, socket.MSG_PEEK) == b"":
@@ -369,7 +371,7 @@ class Provider(BaseHTTPRequestHandler):
             self.connection.setblocking(True)
 
     def hang_up(self):
-        """Ends the connection with what was written so far."""
+        """Sends what was written so far, and ends the connection."""
         self.close_connection = True
         try:
             self.wfile.flush()
@@ -379,11 +381,11 @@ class Provider(BaseHTTPRequestHandler):
 
 
 class Answered(Cut):
-    """A fault was the reply; the connection stays."""
+    """The fault was the reply. The connection stays open."""
 
 
 def rules_set(body):
-    """Whether the request names its output limit: only then does it count against the context."""
+    """Returns whether the request sets an output limit. Only such a limit counts against the context."""
     return any(body.get(name) is not None for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"))
 
 

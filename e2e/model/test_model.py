@@ -1,6 +1,6 @@
-"""The model's own test: the official SDKs see what their providers would send, and the account is what they received.
+"""Tests the model itself: the official SDKs get what their providers would send, and the account has what the SDKs received.
 
-`python test_model.py`, of a Python with openai and anthropic (sdks-requirements.txt). Ends with `N passed, N failed`.
+Run it as `python test_model.py`, with a Python that has openai and anthropic (sdks-requirements.txt). Ends with `N passed, N failed`.
 """
 
 import json
@@ -32,7 +32,7 @@ LONG = [{"role": "user", "content": "write 300 words"}]
 
 
 class Verdict(pydantic.BaseModel):
-    # Not in alphabetical order: what is thought comes before what is answered.
+    # The members are not in alphabetical order: the reasoning comes before the answer.
     reasoning: str
     answer: typing.Literal["yes", "no"]
     score: int
@@ -48,7 +48,7 @@ class Model(unittest.TestCase):
         cls.anthropic = anthropic.Anthropic(base_url=cls.url, api_key="k", max_retries=0)
 
     def last(self):
-        """The account of the last request, once it is there."""
+        """Waits for the account of the last request, and returns it."""
         for _ in range(500):
             if len(self.provider.account.lines) > self.before:
                 return self.provider.account.lines[-1]
@@ -67,7 +67,7 @@ class Model(unittest.TestCase):
         except urllib.error.HTTPError as error:
             return error.code, error.read(), error.headers
 
-    # ------------------------------------------------------------------------------------------------ what is said
+    # ----------------------------------------------------------------------------------------------------- replies
 
     def test_tools_in_parallel(self):
         chat = self.openai.chat.completions.create(model="gpt-4o", messages=ASK, tools=CHAT_TOOLS)
@@ -105,7 +105,7 @@ class Model(unittest.TestCase):
         self.assertIn("THE END", runner.until_done().content[0].text)
         self.assertEqual(len(self.last()["request"]["messages"]), 1)
         self.assertGreater(self.last()["prompt"], 30)
-        # And one that is lost is not made up.
+        # The provider rejects a conversation that it does not have.
         result = {"type": "tool_result", "tool_use_id": "toolu_1", "content": "sun"}
         thread = {"type": "continue", "previous_message_id": "msg_lost"}
         messages = [{"role": "user", "content": [result]}]
@@ -180,7 +180,7 @@ class Model(unittest.TestCase):
         charged = self.anthropic.messages.create(model="claude-haiku-4-5", max_tokens=50, messages=ASK).usage.input_tokens
         self.assertEqual(counted, charged)
 
-    # ------------------------------------------------------------------------------------------------ what is refused
+    # ----------------------------------------------------------------------------------------------------- rejections
 
     def test_limits_as_the_providers_say_them(self):
         for field in ("max_tokens", "max_completion_tokens"):
@@ -223,7 +223,7 @@ class Model(unittest.TestCase):
         self.assertEqual(of(completion_create_params.CompletionCreateParamsStreaming), rules.CHAT)
         self.assertEqual(of(response_create_params.ResponseCreateParamsStreaming), rules.RESPONSES - {"client_metadata"})
         self.assertEqual(of(embedding_create_params.EmbeddingCreateParams), rules.EMBED)
-        # Headers and query parameters are no members.
+        # The SDKs' types also have headers and query parameters, which are not members of the body.
         sampling = {"temperature", "top_p", "top_k"}
         messages = of(message_create_params.MessageCreateParamsStreaming) | sampling
         self.assertEqual(messages - {"workspace_id", "user_profile_id"}, rules.MESSAGES - {"workspace_id", "user_profile_id"})
@@ -231,7 +231,7 @@ class Model(unittest.TestCase):
         self.assertEqual(beta - {"betas", "workspace_id"}, rules.MESSAGES_BETA - {"workspace_id"})
         self.assertLessEqual(of(MessageCountTokensParams), rules.COUNT)
 
-    # ------------------------------------------------------------------------------------------------ what fails
+    # ---------------------------------------------------------------------------------------------------- faults
 
     def test_statuses(self):
         for status, kind in ((429, openai.RateLimitError), (500, openai.InternalServerError), (503, openai.InternalServerError)):

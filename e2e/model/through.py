@@ -1,13 +1,13 @@
-"""What Belay counts of model calls, beside what the model really produced: `through.py sdks|storm|local …`.
+"""Compares what Belay counts for model calls with what the model really produced: `through.py sdks|storm|local …`.
 
-For each call Belay's record says what was held and what was charged, and the model's account what a provider would bill. What is checked is
-what docs/model-budgets.md says:
-  - a whole reply with an account is charged that, reasoning included, and so is one that the agent has left; a refusal costs nothing, and
-    a connection that ends without a reply what was held;
-  - a stream that broke off costs its prompt at least, and a token for each byte that was sent and came at most; another reply what it
-    would have cost at least, as it was written whole before its first byte;
-  - one without an account costs what was held, and one whose account is nothing a sixteenth of the text at least;
-  - the counter never passes the limit, and no call is refused while what it needs is neither spent nor held.
+For each call, Belay's records have the reservation and the counted tokens, and the model's account has what a provider would bill. The
+checks follow docs/model-budgets.md:
+  - A whole reply with usage costs its usage, with reasoning, also if the agent stopped reading. An error costs nothing. A connection that
+    ends without a reply costs the reservation.
+  - A stream that broke off costs at least its prompt, and at most one token for each byte of the request and of the reply. A broken reply
+    that is not a stream costs at least what the whole reply costs, because the model wrote it before its first byte was sent.
+  - A reply without usage costs the reservation. A reply whose usage is zero costs at least a sixteenth of its text.
+  - The counter never exceeds the limit. No call is denied while the tokens that it needs are neither spent nor reserved.
 """
 
 import argparse
@@ -23,14 +23,14 @@ import tiny
 from served import Served, litellm
 
 HERE = pathlib.Path(__file__).resolve().parent
-# Of a provider that accounts for nothing, one token is counted for so many bytes of text.
+# If a provider reports zero usage, Belay counts one token for this many bytes of text.
 BYTES_A_TOKEN = 16
-# What a prompt is held for beside its text.
+# The tokens that a reservation can have for a prompt in addition to its text.
 OF_A_REQUEST = 128
 
 
 def kind_of(line):
-    """What a call was, as far as its charge goes."""
+    """Returns the kind of a call, on which its cost depends."""
     if "drop" in line["faults"]:
         return "no reply"
     if line["status"] >= 400:
@@ -40,52 +40,53 @@ def kind_of(line):
     if line["end"] == "left":
         return "unread"
     if "-fault-slow-2000" in line["request"]["model"]:
-        # The agents that ask for this do not wait for its head.
+        # The agents that request this fault do not wait for the head of the reply.
         return "not waited for"
     lies = {"none", "zero"} & set(line["faults"])
     return f"account {lies.pop()}" if lies else "whole"
 
 
 def bounds_of(line, intent, outcome):
-    """The least and the most that may be charged for a call."""
+    """Returns the least and the most that Belay may count for a call."""
     kind, held = kind_of(line), intent["reservedTokens"]
     if kind == "refused":
         return 0, 0
     if kind == "no reply":
-        # Nobody knows what the model has done.
+        # Belay does not know what the model did.
         return held, held
     if kind == "whole":
         return line["billed"], line["billed"]
     if kind == "account none":
         return held, held
     if kind == "whole, and broken off on its way":
-        # It was written whole before its first byte came.
+        # The model wrote the whole reply before its first byte was sent.
         return line["billed"], held
     if kind == "account zero":
-        # A token of this model's is four bytes; of reasoning nobody sees any.
+        # A token of this model has four bytes. The reply does not show the reasoning.
         return (line["produced"] - line["reasoning"]) * 4 // BYTES_A_TOKEN, held
     if kind == "broken off":
         return line["prompt"], min(held, intent["requestBytes"] + OF_A_REQUEST + outcome["responseBytes"])
     if kind == "not waited for":
-        # It is read on for its account.
+        # Belay reads on until it has the usage.
         return line["billed"], line["billed"]
     return line["prompt"], held
 
 
 def given_up(calls, count):
-    """Whoever asked may give up before the model has been asked. Such a call has an outcome and no reply, and the model knows nothing of it."""
+    """Separates the calls that the client gave up before they reached the model. Such a call has an outcome but no reply, and the model's
+    account does not have it."""
     unasked = [call for call in calls if call[1] and call[1]["status"] == 0][: max(count, 0)]
     return [call for call in calls if call not in unasked], unasked
 
 
 def judge(tally, name, ran):
-    """All that is promised of a run."""
+    """Checks all guarantees for a run: the cost of each call, the counter, the limit, and the log."""
     kinds, excess, mistakes = collections.Counter(), collections.Counter(), []
     for calls, lines in ran.by_size():
         calls, unasked = given_up(calls, len(calls) - len(lines))
         kinds["given up before the model was asked"] += len(unasked)
         mistakes += [f"charged beyond what is held: {call}" for call in unasked if call[1]["tokens"] > call[0]["reservedTokens"]]
-        # Of those of one size it is not known which is which: their sum is checked, against what it can be at least and at most.
+        # Nothing tells apart the calls of one size, so the check compares their sum with the lowest and the highest possible sum.
         if len(calls) != len(lines) or not all(outcome for _, outcome in calls):
             mistakes.append(f"the model had {len(lines)} requests, and Belay's evidence has {len(calls)}: {brief(calls, lines)}")
             continue
@@ -114,7 +115,7 @@ def brief(calls, lines):
 
 
 def patience_of_refusals(tally, name, ran):
-    """That a call was refused for the budget only where what was spent left no room for it, whatever others held."""
+    """Checks that Belay denied a call for the budget only if the spent tokens left no room for it, whatever other calls had reserved."""
     most = max(intent["reservedTokens"] for intent, _ in ran.calls())
     held, spent, early = {}, 0, []
     for record in ran.all_records():
@@ -140,7 +141,7 @@ def sdks(tally, given):
 
 
 def with_modules(agents, given, does):
-    """The agents' folder with the SDKs for Node in it."""
+    """Calls `does` with a copy of the agents' folder that has the SDKs for Node."""
     with tempfile.TemporaryDirectory() as home:
         space = pathlib.Path(home) / "workspace"
         shutil.copytree(agents, space)
@@ -162,7 +163,8 @@ def storm(tally, given):
     for number in range(given.runs):
         seed = given.seed + number
         at_once = [1, 2, 4, 8, 16][number % 5]
-        # Of three runs one has faults that are drawn, one has them with too little for all of its calls, and one is cut at every byte in turn.
+        # Of three runs, one has random faults, one has random faults and a budget that is too small for all its calls, and one has
+        # replies that are cut at each byte in turn.
         tight, sweep = number % 3 == 1, number % 3 == 2
         tokens = given.calls * 150 if tight else 1_000_000_000
         name = f"storm {seed}, {at_once} at once{', too little' if tight else ''}{f', cut from byte {cut}' if sweep else ''}"
@@ -188,7 +190,7 @@ def storm(tally, given):
 
 
 def local(tally, given):
-    """llama.cpp's server with a model of random numbers, and LiteLLM's proxy before it."""
+    """Tests llama.cpp's server with a model of random numbers, and LiteLLM's proxy in front of it."""
     with tempfile.TemporaryDirectory() as home:
         weights = pathlib.Path(home) / "tiny.gguf"
         weights.write_bytes(tiny.model())

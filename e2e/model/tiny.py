@@ -1,6 +1,6 @@
-"""A language model of random numbers, small enough to make in a moment, for llama.cpp: `tiny.py FILE`.
+"""Writes a language model of random numbers for llama.cpp: `tiny.py FILE`. The model is small, so that this takes a moment.
 
-It speaks gibberish, of bytes: what matters is that a real server samples it, streams it, constrains it and counts it.
+The model writes gibberish. What matters is that a real server samples, streams, constrains and counts its output.
 """
 
 import array
@@ -10,7 +10,7 @@ import struct
 import sys
 
 WIDTH, LAYERS, HEADS, INNER, CONTEXT = 64, 1, 4, 128, 4096
-# Three marks, each byte, so that any text can be read, and the letters that it writes.
+# Three special tokens, one token for each byte, so that the model can read any text, and the characters that it writes.
 LETTERS = [chr(code) for code in range(0x21, 0x7F)] + ["\u2581"]
 TOKENS = ["<unk>", "<s>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(256)] + LETTERS
 KINDS = [2, 3, 3] + [6] * 256 + [1] * len(LETTERS)
@@ -24,7 +24,7 @@ def text(value):
 
 
 def some(kind, value):
-    """A value of the file's header, after its type."""
+    """Returns the bytes of a value in the file's header, without its type."""
     if kind == STRING:
         return text(value)
     if kind == ARRAY:
@@ -57,7 +57,7 @@ def header():
 
 
 def tensors():
-    """Names and sizes, the innermost first."""
+    """Yields the name and the sizes of each tensor, the innermost size first."""
     yield "token_embd.weight", (WIDTH, len(TOKENS))
     for layer in range(LAYERS):
         yield f"blk.{layer}.attn_norm.weight", (WIDTH,)
@@ -72,7 +72,7 @@ def tensors():
 
 
 def model():
-    """The file: magic, header, table of tensors, and their numbers, each at a multiple of the alignment."""
+    """Returns the file: magic, header, table of tensors, and the numbers of each tensor at a multiple of the alignment."""
     numbers = random.Random(1)
     table, data = b"", b""
     count = 0
@@ -81,7 +81,7 @@ def model():
         for one in shape:
             size *= one
         values = [1.0] * size if "norm" in name else [numbers.gauss(0, 0.05) for _ in range(size)]
-        # The first number of each token's is large and passes through, and speaks against all that is no letter.
+        # The first number of each token is large and reaches the output, where it rules out all tokens that are not characters.
         for token in range(len(TOKENS)) if name in ("token_embd.weight", "output.weight") else ():
             values[token * WIDTH] = 5.0 if name == "token_embd.weight" or KINDS[token] == 1 else -5.0
         table += text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, 0, len(data))

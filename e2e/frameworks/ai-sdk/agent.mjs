@@ -1,4 +1,4 @@
-// Vercel's AI SDK: generateText and streamText with tools, and typed answers, of both makers.
+// Vercel's AI SDK: generateText and streamText with tools, and typed answers, with both providers.
 import { anthropic } from "@ai-sdk/anthropic";
 import { openai } from "@ai-sdk/openai";
 import { generateText, Output, stepCountIs, streamText, tool } from "ai";
@@ -12,7 +12,7 @@ const tools = {
   get_time: tool({ description: "The time in a city.", inputSchema, execute: async ({ city }) => parts.timeOf(city) }),
 };
 const City = z.object({ thought: z.string(), name: z.string(), people: z.number().int() });
-// By itself it lets OpenAI keep the conversation, and refers to what was kept: of that Belay cannot know the size.
+// By default, the SDK lets OpenAI store the conversation, and refers to stored items. Belay cannot know the size of these items.
 const providerOptions = { openai: { store: false } };
 const ask = (model, prompt) => ({ model, prompt, tools, stopWhen: stepCountIs(5), maxRetries: 0, providerOptions });
 

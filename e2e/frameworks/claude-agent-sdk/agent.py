@@ -1,4 +1,4 @@
-"""Claude Agent SDK, which runs Claude Code: tools of one's own, its shell, streams, and answers in a schema."""
+"""Claude Agent SDK, which runs Claude Code: custom tools, its shell, streams, and answers in a schema."""
 
 import asyncio
 import os

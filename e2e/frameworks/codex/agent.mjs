@@ -1,4 +1,4 @@
-// OpenAI Codex, its command: it works in a shell (each of its calls is a stream), and answers in a schema.
+// The command of OpenAI Codex: it works in a shell (each of its model calls is a stream), and answers in a schema.
 import { spawnSync } from "node:child_process";
 import { mkdirSync, readFileSync, writeFileSync } from "node:fs";
 import * as parts from "./parts.mjs";
@@ -13,9 +13,9 @@ const schema = {
 function codex(prompt, ...more) {
   mkdirSync("/tmp/codex", { recursive: true });
   const address = `openai_base_url=${process.env.OPENAI_BASE_URL}`;
-  // Its own sandbox cannot be made inside another, and Belay's is around it.
+  // Codex cannot create its own sandbox inside Belay's, which contains it already.
   const open = "--dangerously-bypass-approvals-and-sandbox";
-  // A search that the provider makes is not the agent's to make.
+  // The provider would make this search, and Belay denies it.
   const alone = "web_search=disabled";
   const args = ["node_modules/@openai/codex/bin/codex.js", "exec", "--skip-git-repo-check", open, "-C", "/tmp", "-c", address, "-c", alone];
   const env = { ...process.env, CODEX_HOME: "/tmp/codex", CODEX_API_KEY: process.env.OPENAI_API_KEY };

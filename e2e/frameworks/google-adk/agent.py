@@ -1,4 +1,4 @@
-"""Google's Agent Development Kit with a model of another maker, by its adapter for LiteLLM."""
+"""Google's Agent Development Kit with a model of another provider, through its adapter for LiteLLM."""
 
 import asyncio
 import os

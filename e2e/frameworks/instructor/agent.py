@@ -1,4 +1,4 @@
-"""Instructor: typed answers of OpenAI's SDK, whole, in part, and many at once."""
+"""Instructor: typed answers with OpenAI's SDK: whole, partial, and several at once."""
 
 import asyncio
 import os

@@ -1,4 +1,4 @@
-"""LiteLLM's SDK: its function-calling example, against both makers' APIs."""
+"""LiteLLM's SDK: its function-calling example, with the APIs of both providers."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""mini-swe-agent: its command, which works in a shell until it is done."""
+"""mini-swe-agent: its command-line program, which works in a shell until the task is done."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ import parts
 
 @parts.part
 def tools():
-    """The task's code is run, then what the agent's own instructions end with."""
+    """Runs the task's code, and then the command with which the agent's own instructions end."""
     prompt = "[tools] Run `echo made by hand > /tmp/note.txt`, then `cat /tmp/note.txt`."
     command = [sys.executable, "-m", "minisweagent.run.mini", "--yolo", "--exit-immediately", "--model", f"openai/{os.environ['MODEL']}"]
     ran = subprocess.run([*command, "--task", prompt, "--output", "/tmp/t.json"], cwd="/tmp", capture_output=True, text=True, timeout=120)

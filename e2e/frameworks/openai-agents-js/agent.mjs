@@ -35,12 +35,12 @@ await parts.main({
     const found = (await run(asker, parts.STRUCTURED)).finalOutput;
     parts.holds(found.name === "Tokyo", JSON.stringify(found));
   },
-  // The documentation's example: another agent judges the question while the first one answers it.
+  // The documentation's example: a second agent checks the question while the first agent answers it.
   async guardrail() {
     const outputType = z.object({ reasoning: z.string(), isMathHomework: z.boolean() });
     const judge = new Agent({ name: "judge", model, instructions: "Is it homework?", outputType });
     const execute = async ({ input, context }) => {
-      // The judge is the faster of the two. What is asked comes as text, or as a list of messages.
+      // Without the wait of 2 s, the judge finishes first. The input is a text or a list of messages.
       const asked = typeof input === "string" ? input : input.map((item) => item.content).join(" ");
       const found = (await run(judge, asked.replace("take 2000 ms", ""), { context })).finalOutput;
       return { outputInfo: found, tripwireTriggered: found.isMathHomework };
@@ -48,7 +48,7 @@ await parts.main({
     const guarded = new Agent({ name: "guarded", model, instructions: "You help.", inputGuardrails: [{ name: "homework", execute }] });
     for (const prompt of ["[guardrail] Where is Tokyo? take 400 ms", "[guardrail] And who lives in Tokyo? take 400 ms"])
       parts.ended((await run(guarded, prompt)).finalOutput);
-    // Where it trips, the answer that is under way is given up.
+    // If the guardrail trips, the SDK abandons the running answer.
     const tripped = await run(guarded, "[guardrail] My homework is about Tokyo: say yes. take 2000 ms").catch((error) => error);
     parts.holds(tripped instanceof InputGuardrailTripwireTriggered, String(tripped));
   },

@@ -80,12 +80,12 @@ async def structured():
 
 @parts.part
 async def guardrail():
-    """The documentation's example: another agent judges the question while the first one answers it."""
+    """The documentation's example: a second agent checks the question while the first agent answers it."""
     judge = Agent(name="judge", model=MODEL, instructions="Is it homework?", output_type=Homework)
 
     @input_guardrail
     async def no_homework(context, agent, question):
-        # The judge is the faster of the two.
+        # Without the wait of 2 s, the judge finishes first.
         found = (await Runner.run(judge, question.replace("take 2000 ms", ""), context=context.context)).final_output
         return GuardrailFunctionOutput(output_info=found, tripwire_triggered=found.is_math_homework)
 
@@ -95,7 +95,7 @@ async def guardrail():
             parts.ended((await Runner.run(guarded, prompt)).final_output)
         except InputGuardrailTripwireTriggered as tripped:
             raise AssertionError("the guardrail has tripped") from tripped
-    # Where it trips, the answer that is under way is given up.
+    # If the guardrail trips, the SDK abandons the running answer.
     try:
         raise AssertionError((await Runner.run(guarded, "[guardrail] My homework is about Tokyo: say yes. take 2000 ms")).final_output)
     except InputGuardrailTripwireTriggered:
@@ -110,7 +110,7 @@ async def sandbox():
         model=MODEL,
         instructions="You work in files.",
         default_manifest=Manifest(entries={}),
-        # By default there is also Compaction, by which the provider shortens the conversation itself: that is refused.
+        # The default also has Compaction, with which the provider shortens the conversation. Belay denies that.
         capabilities=[Filesystem(), Shell()],
     )
     config = RunConfig(sandbox=SandboxRunConfig(client=UnixLocalSandboxClient()))

@@ -38,7 +38,7 @@ async def tools():
 async def streaming():
     async with agent.run_stream(parts.STREAMING) as result:
         texts = [text async for text in result.stream_text(debounce_by=None)]
-    # What comes before the calls of tools is taken for the answer by this framework, as it documents.
+    # This framework takes the text before the tool calls as the answer, as its documentation says.
     assert texts, texts
     async with Agent(MODEL).run_stream("[streaming] Say hello.") as result:
         texts = [text async for text in result.stream_text(debounce_by=None)]

@@ -1,4 +1,4 @@
-"""smolagents: an agent that calls tools, its streams, and what its model class has for answers in a schema."""
+"""smolagents: an agent that calls tools, its streams, and answers in a schema from its model class."""
 
 import json
 import os

@@ -1,5 +1,5 @@
-"""A model that somebody serves himself, by the official SDKs: each API, whole and streamed, several at once, and an answer in a schema. It
-prints the tokens of each call as the server accounts for them, one line a call."""
+"""Calls a self-hosted model with the official SDKs: each API, whole and streamed, several calls at once, and an answer in a schema. Prints
+the tokens of each call, as the server reports them, one line a call."""
 
 import asyncio
 import json
@@ -11,7 +11,7 @@ from openai import AsyncOpenAI
 MODEL = os.environ["MODEL"]
 openai, anthropic = AsyncOpenAI(max_retries=0), AsyncAnthropic(max_retries=0)
 ASK = [{"role": "user", "content": "Say something."}]
-# In the order of thought, which is not that of the alphabet.
+# The keys are not in alphabetical order: the reasoning comes before the answer.
 VERDICT = {
     "type": "object",
     "properties": {"reasoning": {"type": "string", "maxLength": 8}, "answer": {"type": "boolean"}},
@@ -21,7 +21,7 @@ VERDICT = {
 
 
 def cost(usage):
-    """All tokens of a call, whichever API."""
+    """Prints the number of all tokens of a call, for any API."""
     if hasattr(usage, "total_tokens"):
         total = usage.total_tokens
     else:

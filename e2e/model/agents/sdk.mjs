@@ -1,4 +1,4 @@
-// The official SDKs of OpenAI and Anthropic for Node: what sdk.py does.
+// Calls models with the official SDKs of OpenAI and Anthropic for Node, as sdk.py does for Python.
 import Anthropic from "@anthropic-ai/sdk";
 import OpenAI from "openai";
 
@@ -22,7 +22,7 @@ function holds(found, what) {
   if (!found) throw new Error(`expected it to be so: ${what}`);
 }
 
-// As a server does it whose user has closed the page.
+// Cancels a call after 300 ms, as a server does when its user closes the page.
 async function cancelled(call, model) {
   const controller = new AbortController();
   setTimeout(() => controller.abort(), 300);

@@ -1,4 +1,5 @@
-"""The official Python SDKs of OpenAI and Anthropic: streamed, many at once, left in the middle, and tried again by themselves."""
+"""Calls models with the official Python SDKs of OpenAI and Anthropic: streamed, many at once, abandoned in the middle, and retried by the
+SDKs themselves."""
 
 import asyncio
 import os
@@ -42,7 +43,7 @@ async def messages(model=CLAUDE, leave=None):
 
 
 async def cancelled(call):
-    """As a server does it whose user has closed the page."""
+    """Cancels a call after 0.3 s, as a server does when its user closes the page."""
     task = asyncio.create_task(call)
     await asyncio.sleep(0.3)
     task.cancel()
@@ -54,7 +55,7 @@ async def cancelled(call):
 
 
 async def main():
-    # The end of a stream, as each SDK sees it, many times: none may be charged for more than it was.
+    # Each SDK reads many streams to what it takes as their end. No stream may be charged for more than it cost.
     for _ in range(20):
         assert await chat() > 50 and await responses() > 50 and await messages() > 50
     print("PART streaming", flush=True)
@@ -69,7 +70,7 @@ async def main():
         await cancelled(call(f"{model}-fault-pace-20"))
         await cancelled(call(f"{model}-fault-slow-2000"))
     print("PART left", flush=True)
-    # And all goes on afterwards.
+    # Calls still succeed after all this.
     assert await chat() > 50
     print("DONE", flush=True)
 

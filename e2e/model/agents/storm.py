@@ -1,7 +1,9 @@
-"""Many calls of a model that fails on purpose, of all three APIs, some at once, some left before their end: `storm.py SEED CALLS AT_ONCE [FROM]`. With FROM the faults are
-not drawn: the replies are cut, each one byte later than the one before it of its API, from that byte on.
+"""Makes many calls to a model that fails on purpose: `storm.py SEED CALLS AT_ONCE [FROM]`. The calls use all three APIs. AT_ONCE calls run
+at a time. Some calls are abandoned before their end. Without FROM, the faults are random. With FROM, every reply is cut: the first reply of
+each API at byte FROM, and each later reply one byte after the previous reply of its API.
 
-It runs in Belay's sandbox, without any library, so that each call is one request and nothing asks again. It prints one line of JSON a call.
+The script runs in Belay's sandbox and uses no library, so each call is one request and nothing retries. It prints one line of JSON for each
+call.
 """
 
 import http.client
@@ -13,7 +15,7 @@ import threading
 import urllib.parse
 
 OPENAI, ANTHROPIC = os.environ["OPENAI_BASE_URL"], os.environ["ANTHROPIC_BASE_URL"]
-# Words of one token each, so that no provider charges less for them than the model of these tests.
+# Each word is one token, so no provider charges less for the words than the model of these tests.
 WORDS = "the sun is out and the day is long so we go to the old town by bus and see a big red boat on the sea".split()
 FAULTS = [
     *(["", ""] * 6),
@@ -26,7 +28,7 @@ APIS = ["chat", "responses", "messages"]
 
 
 def one(random_, number, start):
-    """The request that is made, and after how many events it is left."""
+    """Returns the URL and the body of a request, and the number of events after which it is abandoned (None: never)."""
     api = random_.choice(APIS) if start is None else APIS[number % len(APIS)]
     fault = random_.choice(FAULTS)
     stream = random_.random() < 0.7
@@ -63,7 +65,7 @@ def one(random_, number, start):
 
 
 def call(path, body, leaves):
-    """What came: the status, how it ended, and after how many events."""
+    """Makes a call. Returns the status, how the call ended, and after how many events."""
     url = urllib.parse.urlsplit(path)
     connection = http.client.HTTPConnection(url.hostname, url.port, timeout=120)
     events = 0
