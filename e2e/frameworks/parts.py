@@ -1,6 +1,6 @@
 """What each framework must do, as in the first example of its own documentation: tools, streaming, two tools in one turn, two model calls
-at once, and an answer in a schema. Each prompt begins with the name of its part, by which the run finds the requests in the model's account.
-The agent's own report is not enough."""
+at once, and an answer in a schema. Each prompt begins with the name of its part, by which the run finds the requests in the model's
+account. The agent's own report is not enough."""
 
 import asyncio
 import inspect

@@ -1,5 +1,5 @@
 // Command gitops checks how GitOps tools read the objects of a snapshot: Flux with its kstatus library, and Argo CD with the health check
-// in config/argocd, which runs in the same sandbox as in Argo CD. Both tools must report the health that the snapshot expects of each object.
+// in config/argocd, which runs in the same sandbox as in Argo CD. Both tools must report the health that the snapshot expects.
 //
 // usage: gitops SNAPSHOT ARGOCD-CM
 package main

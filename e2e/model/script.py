@@ -59,7 +59,7 @@ class Call:
 
 
 def example(schema, prompt, root=None, depth=0):
-    """Returns a value that the schema allows, with words of the prompt. The keys are in the schema's order, as with constrained decoders."""
+    """Returns a value that the schema allows, with words of the prompt. Keys are in the schema's order, as with constrained decoders."""
     root = schema if root is None else root
     if not isinstance(schema, dict) or depth > 12:
         return {}
