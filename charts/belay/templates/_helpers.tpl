@@ -4,7 +4,7 @@
 {{- end }}
 {{- end }}
 
-{{/* The labels that select. They must never change: agents' NetworkPolicies name the gateway's. Takes the component's name. */}}
+{{/* The selector labels. They must never change, because agents' NetworkPolicies refer to the gateway's. Takes the component's name. */}}
 {{- define "belay.selector" -}}
 app.kubernetes.io/name: belay-{{ . }}
 {{- end }}
@@ -26,7 +26,7 @@ system:serviceaccount:{{ .Release.Namespace }}:belay-operator
 system:serviceaccount:{{ .Release.Namespace }}:belay-gateway
 {{- end }}
 
-{{/* What both pods have in common. Takes a list of the root context and the component's name. */}}
+{{/* The fields that both pods share. Takes a list of the root context and the component's name. */}}
 {{- define "belay.podSpec" -}}
 {{- $root := index . 0 -}}
 {{- $component := index . 1 -}}
@@ -97,12 +97,12 @@ readinessProbe:
   failureThreshold: 2
 {{- end }}
 
-{{/* A list of strings inside CEL's brackets. */}}
+{{/* The strings of a list, quoted and separated by commas, for a list in CEL. */}}
 {{- define "belay.celStrings" -}}
 {{- range $i, $s := . }}{{ if $i }}, {{ end }}{{ $s | squote }}{{ end }}
 {{- end }}
 
-{{/* Who may read metrics: by default everybody but agents. */}}
+{{/* The NetworkPolicy peers that may read metrics: by default every pod that is not an agent's pod. */}}
 {{- define "belay.metricsFrom" -}}
 {{- if .Values.networkPolicy.metricsFrom -}}
 {{ toYaml .Values.networkPolicy.metricsFrom }}
