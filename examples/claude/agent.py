@@ -1,4 +1,4 @@
-"""An agent on Anthropic's SDK: the tool-use loop, with the tools of MCP. Model and tools are where its environment says."""
+"""An agent with Anthropic's SDK: the tool-use loop, with MCP tools. The environment has the addresses of the model and the tools."""
 
 import asyncio
 import os
@@ -9,7 +9,7 @@ from mcp.client.streamable_http import streamablehttp_client
 
 
 async def use(shop, call):
-    """What a tool says; that a call was refused is an answer like another."""
+    """Calls a tool and returns its result. If Belay denies the call, the denial is the result."""
     result = await shop.call_tool(call.name, call.input)
     text = "".join(part.text for part in result.content if part.type == "text")
     return {"type": "tool_result", "tool_use_id": call.id, "content": text, "is_error": result.isError}

@@ -1,6 +1,6 @@
-"""An agent on LangGraph. Model and tools are where its environment says.
+"""An agent with LangGraph. The environment has the addresses of the model and the tools.
 
-It knows nothing of approvals: a tool that says "pending" is a tool that says something to the model.
+The agent has no code for approvals: if a tool returns "pending", the model reads that like every other result.
 """
 
 import asyncio

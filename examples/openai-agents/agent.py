@@ -1,4 +1,4 @@
-"""An agent on the OpenAI Agents SDK. Model and tools are where its environment says."""
+"""An agent with the OpenAI Agents SDK. The environment has the addresses of the model and the tools."""
 
 import asyncio
 import os
@@ -6,17 +6,17 @@ import os
 from agents import Agent, Runner, set_tracing_disabled
 from agents.mcp import MCPServerStreamableHttp
 
-# A call may wait for its evidence to be stored, or for a person.
+# In seconds. A call can wait until its evidence is stored, or for an approver.
 PATIENCE = 120
 
 
 async def main():
-    # The SDK would send traces to a host of OpenAI's that the policy does not list: the evidence tells more.
+    # The SDK would send traces to a host of OpenAI that the pack does not list. The evidence has more detail.
     set_tracing_disabled(True)
     shop = MCPServerStreamableHttp(
         {"url": os.environ["BELAY_MCP_URL"], "timeout": PATIENCE},
         client_session_timeout_seconds=PATIENCE,
-        # The model is told why a call was refused, so that it can do something else.
+        # Tells the model why a call was denied, so that it can do something else.
         failure_error_function=lambda context, error: f"failed: {error}",
     )
     async with shop:
