@@ -1,4 +1,4 @@
-//! People say yes: an unmodified agent on the OpenAI Agents SDK opens its ticket once somebody who may has approved that very ticket.
+//! Approvals: an unmodified agent on the OpenAI Agents SDK opens its ticket only after an approver has approved that exact ticket.
 
 use belay::api::{AgentTask, ApprovalRequest, PolicyPack, agent_task::Phase};
 use k8s_openapi::api::rbac::v1::RoleBinding;
@@ -17,7 +17,7 @@ fn tickets() -> usize {
     std::fs::read_to_string(in_world("tickets.jsonl")).unwrap().lines().count()
 }
 
-/// A kubeconfig that speaks as somebody else, for our own command line.
+/// A kubeconfig that impersonates another user, for the `belay` command.
 struct As {
     folder: tempfile::TempDir,
 }
@@ -44,7 +44,7 @@ impl As {
     }
 }
 
-/// The demo's task in a namespace of its own, with more in the contract of its tickets.
+/// Applies the demo's task in a namespace of its own, with `more` in the spec of the contract `open-ticket`.
 async fn triage(world: &World, more: &str) {
     triage_by(world, more, TASK).await;
 }
@@ -58,13 +58,13 @@ async fn triage_by(world: &World, more: &str, task: &str) {
     world.kubectl_apply(&contracts.replace(marker, &asking));
     let authority = std::fs::read_to_string(in_world("ca.crt")).unwrap();
     world.config_map("world-ca", &[("ca.crt", &authority)]).await;
-    // The ticket service opens a ticket once.
+    // The ticket service does not open a ticket that exists, so each test starts without tickets.
     std::fs::write(in_world("tickets.jsonl"), "").unwrap();
     approvers(world).await;
     world.kubectl_apply(&own(task));
 }
 
-/// Whoever is in the group may decide.
+/// Binds the group `oncall` to the role of approvers.
 async fn approvers(world: &World) {
     let approvers = json!({
         "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "RoleBinding", "metadata": {"name": "approvers"},
@@ -110,7 +110,7 @@ async fn an_agents_ticket_waits_for_the_right_person() {
     assert_eq!((request.spec.principal.as_str(), request.spec.tool.as_str()), ("oncall@example.com", "open_ticket"));
     let requester = request.spec.requester.clone().expect("who asked for the task is not known");
 
-    // On whose behalf the agent acts, who asked for the task, and who is not asked may not.
+    // Neither the task's principal nor its requester may approve the call.
     for user in ["oncall@example.com", requester.as_str()] {
         let (code, text) = As::new(user).belay(&["approve", &name, "-n", &world.namespace]);
         assert!(code != 0 && text.contains("expected an approval by somebody else"), "{user}: {text}");
@@ -150,8 +150,8 @@ async fn a_task_may_end_when_nobody_approves_in_time() {
     world.clean().await;
 }
 
-/// The pack asks, not the contract; its approvers see why, and not what the contract redacts. The ticket service takes the one credential
-/// that the pack has for this principal.
+/// The pack requires the approval, not the contract. Approvers see the reasons, but not the arguments that the contract redacts. The
+/// gateway sends the one credential that the pack has for this principal to the ticket service.
 #[tokio::test]
 async fn a_pack_has_people_asked_and_a_credential_for_the_principal() {
     let mut class = class(
@@ -208,7 +208,8 @@ async fn a_pack_has_people_asked_and_a_credential_for_the_principal() {
     world.clean().await;
 }
 
-/// LangGraph's agent, unmodified but for its environment: it is told "pending", and calls again until somebody has approved.
+/// LangGraph's agent is unmodified except for its environment. It gets the answer "pending", and calls again until an approver has
+/// approved.
 #[tokio::test]
 async fn a_langgraph_agents_ticket_is_approved() {
     let world = World::governed("langgraph", "dev").await;
@@ -218,7 +219,7 @@ async fn a_langgraph_agents_ticket_is_approved() {
     assert_ne!(task, TASK);
     triage_by(&world, "approval: {approvers: {groups: [oncall]}, holdSeconds: 2}", &task).await;
     let request = asked(&world).await;
-    // Long enough to be told "pending" more than once.
+    // Long enough for the agent to get the answer "pending" more than once.
     tokio::time::sleep(std::time::Duration::from_secs(6)).await;
     assert_eq!(tickets(), 0);
     assert_eq!(approved_by_ana(&world).await, request.name_any());
@@ -230,7 +231,7 @@ async fn a_langgraph_agents_ticket_is_approved() {
     world.clean().await;
 }
 
-/// An agent that is one `curl`: it holds the line while a person is asked about a tool that is an HTTP request.
+/// The agent is one `curl`. It keeps the connection open while an approver decides about a tool whose upstream is an HTTP request.
 #[tokio::test]
 async fn a_plain_curl_waits_for_its_approval() {
     let egress = json!([{"host": "docs.world.test", "uses": ["Tools"]}]);

@@ -1,5 +1,6 @@
-//! What an attack found on a laptop, tried in a pod, under gVisor and runc: ways around a record, a call that stops time, memory that is not
-//! mapped, descriptors that nobody declared. Each kind has its control, in which the same is let through where it does no harm.
+//! Attacks that were first found on a laptop, repeated in a pod, under gVisor and runc: calls without a record, evaluations that take too
+//! long, memory that is not mapped, and file descriptors that nobody declared. Each kind has a control: the same attempt in a harmless form
+//! succeeds.
 
 use belay::api::agent_task::Phase;
 use k8s_openapi::api::core::v1::Pod;
@@ -9,7 +10,7 @@ use serde_json::{Value, json};
 use crate::support::{World, class, phase};
 
 const CHANNELS: &str = include_str!("../escape/channels.py");
-/// An agent that calls `name` with this many distinct numbers, for as long as it is let.
+/// An agent that calls `uniq` with the numbers below its argument: once if the argument is 3, otherwise until it is ended.
 const JUDGED: &str = r#"
 import json, os, sys, time, urllib.request
 def call():
@@ -27,7 +28,7 @@ else:
             except OSError: time.sleep(0.1)
     for _ in range(4): threading.Thread(target=again).start()
 "#;
-/// Memory that no process maps, in pieces of 16 MiB.
+/// An agent that holds memory that no process maps, in pieces of 16 MiB.
 const UNMAPPED: &str = r#"
 import os, sys
 files = [os.memfd_create("m") for _ in range(int(sys.argv[1]))]
@@ -41,7 +42,7 @@ for number in map(int, os.listdir("/proc/self/fd")):
     except OSError: pass
 "#;
 
-/// A class of this runtime, and the contracts that its tasks name.
+/// Creates a namespace with a class of this runtime and the contracts that the tasks name.
 async fn world(runtime: &str) -> World {
     let hosts = json!([
         {"host": "tickets.world.test", "uses": ["Direct"]},
@@ -79,11 +80,11 @@ struct Ran {
     phase: Option<Phase>,
     reason: String,
     said: String,
-    /// What its evidence says, in sum.
+    /// The summary in the report of `belay verify`.
     summary: Value,
 }
 
-/// Runs an agent to its end.
+/// Runs an agent, and returns after its task has ended.
 async fn ran(world: &World, name: &str, agent: &[&str], more: Value) -> Ran {
     let mut spec = json!({
         "workflowClass": "attacked", "tools": ["greet", "uniq"],
@@ -100,7 +101,7 @@ async fn ran(world: &World, name: &str, agent: &[&str], more: Value) -> Ran {
     Ran {
         phase: phase(&task),
         reason: task.status.and_then(|status| status.reason).unwrap_or_default(),
-        // One that was out of time is gone.
+        // The pod of a task that ran out of time is deleted.
         said: world.api::<Pod>().logs(&format!("{name}-1"), &agents).await.unwrap_or_default(),
         summary: report["summary"].clone(),
     }
@@ -121,7 +122,7 @@ async fn attacked(runtime: &str) {
     assert_eq!(phase, Some(Phase::Succeeded), "{runtime}: {said}");
     let beyond = |line: &&str| {
         let number = line.split(' ').nth(1).and_then(|number| number.parse::<u32>().ok());
-        // That of the folder that is read is gone when its link is asked for.
+        // `listdir` itself has a descriptor of the folder, which is closed before its link is read.
         number.is_some_and(|number| number > 2) && !line.contains("/proc/")
     };
     let inherited: Vec<_> = said.lines().filter(beyond).collect();
@@ -129,12 +130,13 @@ async fn attacked(runtime: &str) {
     world.clean().await;
 }
 
-/// What is refused within a tunnel or by a library is on record and counts, no argument is another path, and an honest tunnel passes.
+/// Checks that denials within a tunnel or by an HTTP library have records and count, that no argument changes the path of a URL, and that
+/// an honest tunnel works.
 async fn channels(world: &World, runtime: &str) {
     let environment = json!([
         {"name": "TO", "value": "127.0.0.1:9900"},
         {"name": "HOST", "value": "tickets.world.test"},
-        // The beginning of a handshake, as a server of TLS answers.
+        // The first bytes of a TLS server's handshake.
         {"name": "MARK", "value": "1603"},
         {"name": "FILL", "value": "0"},
     ]);
@@ -158,7 +160,7 @@ async fn channels(world: &World, runtime: &str) {
     );
 }
 
-/// Calls that cost more to judge than anybody waits for: wall time, journal and seal go on.
+/// Checks that calls whose evaluation takes too long do not stop the wall time, the log or the seal.
 async fn time_goes_on(world: &World, runtime: &str) {
     let calls = async |name: &str, count: &str| {
         ran(world, name, &["/attack/judged.py", count], json!({"limits": {"wallTimeSeconds": 15}})).await

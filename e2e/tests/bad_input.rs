@@ -1,4 +1,4 @@
-//! Twenty malformed manifests of each kind: refused by the API server, or turned into a condition that names the field.
+//! Twenty malformed manifests of each kind: the API server rejects each, or the operator sets a condition that names the field.
 
 use std::{
     collections::BTreeMap,
@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 
 use crate::support::{World, agent_image, class, condition, phase, system_logs};
 
-/// One manifest: what is set where, and the word that the answer must have. `null` removes.
+/// One malformed manifest: the JSON pointer, the value to set there (`null` removes the field), and a word that the answer must contain.
 type Case = (&'static str, Value, &'static str);
 
 fn set(manifest: &mut Value, pointer: &str, value: Value) {
@@ -168,7 +168,7 @@ fn packs() -> Vec<Case> {
     ]
 }
 
-/// Posts each; those that the API server takes must turn up as a condition of a task that needs them.
+/// Creates each manifest. If the API server accepts it, a task that needs it must get a condition that names the field.
 async fn refused<K>(world: &World, good: Value, cases: Vec<Case>, through_a_task: bool)
 where
     K: kube::Resource<DynamicType = ()>,
@@ -239,13 +239,13 @@ async fn malformed_manifests_are_refused_with_the_field_named() {
     refused::<ToolContract>(&world, good_contract(), contracts(), true).await;
     refused::<PolicyPack>(&world, good_pack(), packs(), false).await;
 
-    // And none of it stopped the operator from serving a good one.
+    // The operator still runs a valid task.
     world.task("good", json!({"agent": {"command": ["python3", "-S", "-c"], "args": ["print(1)"]}})).await;
     let task = world.ended("good", 90).await;
     assert_eq!(phase(&task), Some(belay::api::agent_task::Phase::Succeeded), "{:?}", task.status);
     world.clean().await;
 
-    // Whatever it had to say about any of them, it said once.
+    // The operator logs each warning or error only once.
     let mut said: BTreeMap<String, usize> = BTreeMap::new();
     for line in system_logs("belay-operator", since).await {
         let Ok(mut line) = serde_json::from_str::<Value>(&line) else { continue };

@@ -1,6 +1,5 @@
-//! Secrets that an agent on a cluster lets slip, wherever it can say something and in every way in which it can be written: none of them is
-//! in the evidence bucket, in what our components log, in metrics, in the status of the task or in an Event; and every decision still
-//! follows from the log.
+//! An agent on a cluster puts secrets into everything that it can say, in every way to write them. None of the secrets is in the evidence
+//! bucket, in the logs of Belay's components, in metrics, in the task's status or in an Event. Every decision still follows from the log.
 
 use std::{collections::BTreeSet, io::Write};
 
@@ -27,7 +26,8 @@ use crate::{
 
 const SLIP: &str = include_str!("../canaries/slip.py");
 
-/// A namespace with tools that read, write, repeat what they are told when they fail, and need what they do not get.
+/// Creates a namespace with tools that read, that write, that repeat their arguments when they fail, and that have a precondition that is
+/// false.
 async fn world() -> World {
     let credentials = |secret: &str| json!([{"secret": secret, "key": "token"}]);
     let egress = json!([
@@ -52,7 +52,7 @@ async fn world() -> World {
     world
 }
 
-/// Everything of a task in the bucket of the evidence. What runs before this one have left there is locked.
+/// Returns all objects of a task in the evidence bucket. Objects of earlier runs are locked, and stay.
 async fn bucket(world: &World, task: &AgentTask) -> String {
     let prefix = log_prefix(Some("e2e"), &world.namespace, &task.name_any(), &task.uid().unwrap());
     let (client, bucket) = (store("S3_ENDPOINT", "S3_ACCESS_KEY", "S3_SECRET_KEY"), setting("S3_BUCKET"));
@@ -69,7 +69,7 @@ async fn bucket(world: &World, task: &AgentTask) -> String {
     text
 }
 
-/// Metrics of all our pods.
+/// Returns the metrics of all pods in the system namespace.
 async fn metrics(world: &World) -> String {
     let pods: Api<Pod> = Api::namespaced(world.client.clone(), SYSTEM);
     let mut text = String::new();
@@ -117,7 +117,7 @@ async fn no_secret_is_in_anything_that_we_keep_or_say() {
     let task = world.ended("canaries", 600).await;
     assert_eq!(phase(&task), Some(Phase::Succeeded), "{:?}", task.status);
 
-    // No copy of it is left: other people's tools would be busy for long with each of its many objects, changed.
+    // This does not save a copy for the stage `evidence`: the log has so many objects that a tool which changes each would take too long.
     let (code, report) = world.report("canaries");
     assert_eq!((code, report["verdict"].as_str()), (0, Some("VALID")), "{report:#}");
     let number = |at: &str| report.pointer(at).and_then(Value::as_u64).unwrap_or_default();

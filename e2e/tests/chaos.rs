@@ -1,10 +1,10 @@
-//! The API server dies, stands still, gets slow and forgets every watch, at random moments of tasks that end before, about and after
-//! their time: no verdict is wrong, nothing that succeeded is rolled back, no pod goes before its end is on record, and a task that is
-//! made when the API server is back has its pod within seconds.
+//! The API server is killed, stopped, slowed down and made to expire every watch, at random moments of tasks that end before, near and
+//! after their deadline. No verdict is wrong. No task that succeeded is rolled back. No pod is deleted before its end is recorded. A task
+//! that is created when the API server is back gets its pod within seconds.
 //!
-//! What each agent really did is read from its container's log, which the node keeps for us beyond the pod's life: an oracle that needs
-//! neither the API server nor Belay. By itself this is a sample; `make chaos` (`BELAY_CHAOS=full`) runs 200 tasks through 50 outages. The seed is
-//! printed; `BELAY_CHAOS_SEED` gives it, and with it the plan of tasks and outages, but not the machine's timing.
+//! The test learns what each agent really did from its container's log, of which it keeps a link beyond the pod's life. This needs neither
+//! the API server nor Belay. By default the test runs a sample; `make chaos` (`BELAY_CHAOS=full`) runs 200 tasks through 50 outages. The
+//! test prints its seed. `BELAY_CHAOS_SEED` sets the seed, and with it the plan of tasks and outages, but not the machine's timing.
 
 use std::{
     collections::BTreeMap,
@@ -31,16 +31,17 @@ use serde_json::{Value, json};
 
 use crate::support::{World, class, merge, phase, setting, ticket_contract};
 
-/// Seconds that an agent may run.
+/// The wall time of each task, in seconds.
 const WALL: f64 = 30.0;
-/// So near to its time's end, either verdict is right: an interpreter takes some seconds of it before its first word.
+/// If an agent ends within this many seconds of its deadline, either verdict is right: an interpreter needs some seconds before it prints
+/// its first line.
 const NEAR: f64 = 6.0;
-/// A task that is made when the API server is back has its pod within these many seconds.
+/// The time within which a task that is created when the API server is back must have its pod, in seconds.
 const BACK_WITHIN: f64 = 30.0;
-/// Tasks at a time: what two cores hold.
+/// Running tasks at a time: as many as two cores can run.
 const AT_A_TIME: usize = 10;
 
-/// Random numbers that a seed gives again (SplitMix64).
+/// A reproducible random number generator (SplitMix64).
 struct Random(u64);
 
 impl Random {
@@ -64,13 +65,13 @@ impl Random {
     }
 }
 
-/// What is done to the API server, and for how many seconds.
+/// An outage of the API server, and its length in seconds.
 #[derive(Clone, Copy, Debug)]
 enum Outage {
     Killed(f64),
     Stopped(f64),
     Slow(f64),
-    /// Killed and started at once, with all history compacted: each watch has to list anew.
+    /// Killed and started at once, with the whole history compacted: each watch must list again.
     Expired,
 }
 
@@ -90,17 +91,17 @@ struct Planned {
     rolls_back: bool,
 }
 
-/// What an attempt's agent did, by its own log.
+/// What an attempt's agent did, as its own log says.
 #[derive(Clone, Debug, Default)]
 struct Facts {
     started: Option<f64>,
-    /// Exit code, and when.
+    /// The exit code and the time.
     ended: Option<(i32, f64)>,
     ticket: bool,
 }
 
 impl Facts {
-    /// It was done well before its time was up.
+    /// Whether the agent succeeded clearly before its deadline.
     fn succeeded(&self) -> bool {
         let in_time = |at: f64| self.started.is_some_and(|started| at < started + WALL - NEAR);
         matches!(self.ended, Some((0, at)) if in_time(at))
@@ -146,7 +147,7 @@ fn tasks(count: usize, random: &mut Random) -> Vec<Planned> {
     all
 }
 
-/// The API server's process, and that it runs again whatever becomes of the test.
+/// The API server's process. Dropping it starts the API server again, even if the test fails.
 struct ApiServer;
 
 impl ApiServer {
@@ -161,7 +162,7 @@ impl ApiServer {
 
     fn up() {
         let up = concat!(env!("CARGO_MANIFEST_DIR"), "/e2e/cluster/up");
-        // It starts processes that outlive it, in the namespaces that it knows: nothing of ours is inherited.
+        // `up` starts processes that outlive it, in its own network namespaces: they must not inherit this test's settings.
         let done = Command::new(up)
             .env_remove("KUBECONFIG")
             .env_remove("BELAY_KUBECONFIG")
@@ -170,7 +171,7 @@ impl ApiServer {
         assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
     }
 
-    /// Forgets all history in the store, so that no watch can go on where it was.
+    /// Compacts etcd's whole history, so that no watch can continue where it was.
     fn compact() {
         let etcd = |path: &str, body: Value| {
             let url = format!("http://127.0.0.1:2379{path}");
@@ -233,7 +234,7 @@ fn now() -> f64 {
     seconds(Timestamp::now())
 }
 
-/// Keeps agents' logs by second links to their files while the kubelet deletes the first.
+/// Keeps the logs of agents by hard links, because the kubelet deletes the files with the pods.
 fn keep_logs(namespace: &str) -> (PathBuf, Arc<AtomicBool>) {
     let from = PathBuf::from(setting("CACHE")).join("cluster/pod-logs");
     let kept = PathBuf::from(setting("CACHE")).join("cluster/chaos-logs");
@@ -257,7 +258,7 @@ fn keep_logs(namespace: &str) -> (PathBuf, Arc<AtomicBool>) {
     (kept, stop)
 }
 
-/// What the agents did, by `pod_uid`.
+/// Reads what the agents did from their logs, keyed by the UID of the pod.
 fn facts(kept: &PathBuf) -> BTreeMap<String, Facts> {
     let mut all = BTreeMap::new();
     for log in std::fs::read_dir(kept).into_iter().flatten().flatten() {
@@ -279,7 +280,7 @@ fn facts(kept: &PathBuf) -> BTreeMap<String, Facts> {
     all
 }
 
-/// The agent: opens a ticket when it can, and says when it starts and how it ends, last of all.
+/// Returns the agent's program. It prints when it starts, tries to open a ticket until that works, and prints how it ends as its last line.
 fn agent(name: &str, planned: Planned) -> String {
     let code = if planned.ends == Ends::Fails { 3 } else { 0 };
     let call = json!({
@@ -327,7 +328,7 @@ async fn world() -> World {
     world
 }
 
-/// Makes a task, however often that takes. When it was there.
+/// Creates a task, with as many tries as it takes. Returns the time at which it existed.
 async fn make(world: &World, name: &str, planned: Planned) -> f64 {
     let rollback = if planned.rolls_back { RollbackWhen::OnFailure } else { RollbackWhen::OnRequest };
     let manifest = json!({
@@ -365,7 +366,7 @@ fn has_ended(task: &AgentTask) -> bool {
     matches!(phase(task), Some(Phase::Succeeded | Phase::Failed))
 }
 
-/// Deletions of pods by the operator: pod and time.
+/// Returns the operator's deletions of pods from the audit log: the pod and the time.
 fn deletions(namespace: &str, since: Timestamp) -> Vec<(String, f64)> {
     let log = std::fs::read_to_string(setting("BELAY_AUDIT_LOG")).expect("the API server keeps no audit log");
     let events = log
@@ -387,7 +388,7 @@ fn deletions(namespace: &str, since: Timestamp) -> Vec<(String, f64)> {
         .collect()
 }
 
-/// What is wrong about an attempt's verdict, given what its agent did.
+/// Returns what is wrong with an attempt's verdict, given what its agent did.
 fn judge(attempt: &Attempt, facts: &Facts) -> Option<String> {
     let wrong = |why: &str| {
         Some(format!(
@@ -406,7 +407,7 @@ fn judge(attempt: &Attempt, facts: &Facts) -> Option<String> {
         {
             wrong("its agent did not end so")
         }
-        // Out of time is out of time.
+        // A budget failure is wrong only if the agent ended clearly in time.
         Some(FailureClass::Budget)
             if facts.ended.is_some_and(|(_, at)| facts.started.is_some_and(|started| at < started + WALL - NEAR)) =>
         {
@@ -489,7 +490,7 @@ async fn no_verdict_is_wrong_while_the_api_server_comes_and_goes() {
     let (kept, stop) = keep_logs(&world.namespace);
     let _up = ApiServer;
     let name = |index: usize| format!("t{index}");
-    // What is made is made in turn, by whoever asks: those below and, when the API server is back, the outages.
+    // The index of the next task. Two loops create tasks: `making`, and `suffering` after each outage.
     let next = Arc::new(tokio::sync::Mutex::new(0_usize));
     let mut figures = Figures { tasks: count, outages: outages.len(), ..Figures::default() };
     let done = Arc::new(AtomicBool::new(false));
@@ -507,7 +508,7 @@ async fn no_verdict_is_wrong_while_the_api_server_comes_and_goes() {
             if *made >= count {
                 return;
             }
-            // Nobody answers: some are made all the same, when somebody does.
+            // If the list fails, the API server is down: a task is created nevertheless, and `make` waits for the API server.
             if *made < due && running.is_none_or(|running| running < AT_A_TIME) {
                 let index = *made;
                 *made += 1;
@@ -545,7 +546,7 @@ async fn no_verdict_is_wrong_while_the_api_server_comes_and_goes() {
     };
     let ((), back) = tokio::join!(making, suffering);
 
-    // All that was begun comes to its end, rollbacks too.
+    // All tasks must end, rollbacks included.
     let end = Instant::now() + Duration::from_secs(900);
     let ended = loop {
         let tasks = list(&world).await.unwrap_or_default();

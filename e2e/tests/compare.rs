@@ -1,7 +1,8 @@
-//! The demo on the cluster, and the demo by `belay run`: the same files, and two logs that are equal record by record.
+//! The demo on the cluster and the demo with `belay run`: the same files give two logs that are equal record by record.
 //!
-//! What may differ is in [`ELSEWHERE`], each with its reason; all else is compared as it was written, and a member that only one of the two
-//! has is a difference. Digests of arguments and results are salted: those of tool calls are opened, and compared by what they commit to.
+//! [`ELSEWHERE`] lists what may differ, each with a reason. Everything else is compared as it was written, and a member that only one of
+//! the two logs has is a difference. The commitments to arguments and results are salted. The test opens those of tool calls, and compares
+//! the content.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -23,10 +24,10 @@ use crate::{
 };
 
 const TASK: &str = include_str!("../demo/manifests/task.yaml");
-/// The front of the pretend internet.
+/// The address of the pretend internet's front proxy.
 const FRONT: &str = "198.51.100.20";
 
-/// What may differ: in records of a kind (`*`: all), a member by its JSON pointer, how, and why.
+/// What may differ: the record kind (`*`: all kinds), the JSON pointer of a member, which side has it, and the reason.
 const ELSEWHERE: [(&str, &str, Has, &str); 16] = [
     ("*", "/time", Has::Both, "when it was"),
     ("attempt.opened", "/key", Has::Both, "each start of a harness has a key of its own"),
@@ -71,8 +72,8 @@ const ELSEWHERE: [(&str, &str, Has, &str); 16] = [
     ("task.closed", "/images", Has::Cluster, "digests of the images that a kubelet pulled"),
 ];
 
-/// Tools of the agent's own, which say what its kernel says: without a network a connection is unreachable, behind a NetworkPolicy it times
-/// out. The model is told, so that its calls are longer or shorter by these words, and by nothing else.
+/// The agent's own tools. Their results depend on the kernel: without a network a connection is unreachable, behind a NetworkPolicy it
+/// times out. The model gets these results, so its calls differ in length by exactly their bytes.
 const OWN: [&str; 2] = ["connect_directly", "write_file"];
 
 #[derive(Clone, Copy, PartialEq)]
@@ -82,18 +83,18 @@ enum Has {
     Laptop,
 }
 
-/// A run of the demo.
+/// One run of the demo.
 #[derive(Clone)]
 struct Run {
     side: Has,
-    /// Its log, with the policy in the record that names it.
+    /// The records of its log. The record `attempt.opened` has the policy as a member.
     records: Vec<Value>,
     salt: Salt,
-    /// What the agent said.
+    /// The lines that the agent printed.
     said: Vec<String>,
 }
 
-/// The records of a downloaded log.
+/// Reads the records of a downloaded log.
 fn records(log: &Path) -> Vec<Value> {
     let files = fs::read_dir(log.join("segments")).unwrap().map(|file| file.unwrap().path());
     let mut all = Vec::new();
@@ -111,7 +112,7 @@ fn records(log: &Path) -> Vec<Value> {
     all
 }
 
-/// The demo on the cluster, run once for all of these tests.
+/// Runs the demo on the cluster, once for all tests of this module.
 async fn on_the_cluster() -> &'static Run {
     static RUN: OnceCell<Run> = OnceCell::const_new();
     RUN.get_or_init(|| async {
@@ -136,7 +137,7 @@ async fn on_the_cluster() -> &'static Run {
     .await
 }
 
-/// The demo's task here, with these contracts, by its own image, on an internet without tickets.
+/// Runs the demo's task on this machine, with these contracts and the demo's own image. The ticket service has no tickets before.
 fn on_a_laptop(laptop: &Laptop, sandbox: &str, contracts: &str) -> Run {
     fs::write(in_world("tickets.jsonl"), "").unwrap();
     let bundle = setting("BELAY_AGENT_BUNDLE");
@@ -160,7 +161,7 @@ fn on_a_laptop(laptop: &Laptop, sandbox: &str, contracts: &str) -> Run {
     Run { side: Has::Laptop, records: records(&log), salt, said: ran.said() }
 }
 
-/// What the story has the agent ask of tools, in its order, see `e2e/world/story.py`.
+/// Returns the tool calls of the demo in their order, see `e2e/world/story.py`.
 fn asked() -> Vec<(&'static str, Value)> {
     let body = "payments-db refuses connections since 09:14: its pool of 20 is spent. Runbook: raise the pool, then restart checkout.";
     let ticket = |severity: &str| json!({"title": "checkout: payments-db connections exhausted", "severity": severity, "body": body, "idempotency_key": "checkout-0914"});
@@ -175,7 +176,7 @@ fn asked() -> Vec<(&'static str, Value)> {
     ]
 }
 
-/// What the upstreams answer to those that are allowed: the same is asked of them again, in the same order, without Belay.
+/// Returns the upstreams' answers to the allowed calls. It sends the same calls again, in the same order, without Belay.
 fn answered() -> Vec<(String, Vec<u8>)> {
     fs::write(in_world("tickets.jsonl"), "").unwrap();
     let allowed =
@@ -192,7 +193,7 @@ fn answered() -> Vec<(String, Vec<u8>)> {
             .unwrap();
         let reply: Value = serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{output:?}"));
         let mut result: CallToolResult = serde_json::from_value(reply["result"].clone()).unwrap();
-        // As newer versions of the protocol have it, and the harness with all.
+        // Newer versions of the protocol have this member, and the harness adds it for all versions.
         result.result_type = Some(ResultType::COMPLETE);
         (format!("answer {index}, of {tool}"), serde_json::to_vec(&result).unwrap())
     });
@@ -200,7 +201,7 @@ fn answered() -> Vec<(String, Vec<u8>)> {
 }
 
 impl Run {
-    /// Bytes of its kernel's own words that the model was told before its call of this number.
+    /// Returns the bytes of kernel-dependent results that the model got before its call of this number.
     fn words(&self, before: usize) -> i64 {
         let calls = self.said.iter().filter_map(|line| line.strip_prefix("→ ")?.split(' ').next());
         let results = self.said.iter().filter_map(|line| line.strip_prefix("← "));
@@ -208,7 +209,7 @@ impl Run {
         own.map(|(_, result)| i64::try_from(result.len()).unwrap()).sum()
     }
 
-    /// The records without what is of that time and place.
+    /// Returns the records without the members that depend on the time and the machine.
     fn normalised(&self, answers: &[(String, Vec<u8>)]) -> Vec<Value> {
         let committed = asked()
             .into_iter()
@@ -227,7 +228,7 @@ impl Run {
             }
             let channel = channels.get(&call).cloned().unwrap_or_else(|| text("channel"));
 
-            // Commitments: by what they commit to, or else by which of them are the same.
+            // Replaces a commitment by its content if that is known, and otherwise by a number that shows which commitments are equal.
             for name in ["requestDigest", "responseDigest"] {
                 let Some(digest) = record[name].as_str().map(str::to_owned) else { continue };
                 let content = known.get(&digest).cloned().unwrap_or_else(|| {
@@ -240,7 +241,7 @@ impl Run {
                 record[name] = content.into();
             }
 
-            // Counters, from nothing: what was spent before is in the records before.
+            // Subtracts from each counter what earlier records account for.
             let number = |name: &str| record[name].as_i64().unwrap_or_default();
             let (bytes, reserved, tokens) = (number("requestBytes"), number("reservedTokens"), number("tokens"));
             spent += tokens;
@@ -249,16 +250,17 @@ impl Run {
             match (channel.as_str(), kind.as_str()) {
                 ("model", "call.intent") => {
                     record["requestBytes"] = (bytes - self.words(models)).into();
-                    // The longer the prompt, the more; and the same for the reply.
+                    // The reservation grows with the bytes of the prompt. The part for the reply is constant.
                     record["reservedTokens"] = (reserved - bytes).into();
                     models += 1;
                 }
-                // In bytes, of which the model counts four as one, rounded up.
+                // Compared in bytes: the model counts four bytes as one token, and rounds up.
                 ("model", "call.outcome") => record["tokens"] = (tokens * 4 - self.words(models - 1)).into(),
                 _ => {}
             }
 
-            // A kubelet's signal says nothing of the agent; `belay run` has waited for it.
+            // On a cluster the kubelet ends the harness by a signal, which does not tell how the agent ended. `belay run` waits for the
+            // agent.
             let ended = if self.side == Has::Laptop { "agentEnded" } else { "terminated" };
             if kind == "attempt.closed" && record["reason"] == ended {
                 record["reason"] = "in time".into();
@@ -283,7 +285,7 @@ impl Run {
     }
 }
 
-/// Members of a value that have none of their own, by their pointers.
+/// Collects the leaves of a value, keyed by their JSON pointers.
 fn leaves(value: &Value, pointer: &str, all: &mut BTreeMap<String, Value>) {
     match value {
         Value::Object(members) if !members.is_empty() => {
@@ -298,7 +300,7 @@ fn leaves(value: &Value, pointer: &str, all: &mut BTreeMap<String, Value>) {
     }
 }
 
-/// What two logs do not have in common: a line for each member.
+/// Returns the differences between two logs, one line for each member.
 fn differences(cluster: &[Value], laptop: &[Value]) -> Vec<String> {
     let mut all = Vec::new();
     let nothing = Value::Object(Map::new());
@@ -310,9 +312,9 @@ fn differences(cluster: &[Value], laptop: &[Value]) -> Vec<String> {
             let (one, other) = (left.get(pointer), right.get(pointer));
             let of_a_model = left.get("/responseDigest").is_some_and(|of| of.to_string().contains("of a model"));
             let slack = match pointer.as_str() {
-                // A model rounds up to four bytes.
+                // The model rounds up to a multiple of four bytes.
                 "/tokens" if of_a_model => 3,
-                // Names and addresses differ, and are other tokens than their bytes tell.
+                // Names and addresses differ, and their number of tokens does not follow from their bytes.
                 "/reservedTokens" => 32,
                 _ => 0,
             };
@@ -337,10 +339,10 @@ async fn decides_the_same(sandbox: &str) {
     let found = differences(&one, &other);
     assert!(found.is_empty(), "{found:#?}\non the cluster: {:#?}\nhere: {:#?}", cluster.said, laptop.said);
     eprintln!("{sandbox}: {} records are equal", one.len());
-    // What tools were asked and what they answered was opened, on both sides.
+    // The commitments to all arguments and results of tools were opened, on both sides.
     let closed = |record: &&Value| record.to_string().contains("of a tool");
     assert_eq!(one.iter().find(closed), None);
-    // It is the demo, and not two runs in which nothing happened.
+    // The log is the demo's, and not that of two runs in which nothing happened.
     let denied: Vec<_> =
         one.iter().filter(|record| record["kind"] == "call.denied").map(|record| &record["rule"]).collect();
     assert_eq!(denied, ["tool.unknown", "tool.precondition", "egress.host", "budget.toolCalls"]);
@@ -357,7 +359,7 @@ async fn the_demo_here_in_bubblewrap_decides_as_on_the_cluster() {
     decides_the_same("bwrap").await;
 }
 
-/// The comparison sees what it is there to see.
+/// The control: the comparison finds a contract that differs.
 #[tokio::test]
 async fn another_contract_shows() {
     let cluster = on_the_cluster().await;
@@ -372,7 +374,7 @@ async fn another_contract_shows() {
     let found = differences(&cluster.normalised(&answers), &run.normalised(&answers));
     let tells = |text: &str| found.iter().any(|one| one.contains(text));
     assert!(tells("record 0, /policy/tools/0/preconditions/0/cel"), "{found:#?}");
-    // What was denied on the cluster is allowed here.
+    // With the other contract, a call that was denied on the cluster is allowed on this machine.
     assert!(tells(r#"record 12, /kind: "call.denied" on the cluster, "call.intent" here"#), "{found:#?}");
     assert!(tells(r#"record 12, /rule: "tool.precondition" on the cluster, nothing here"#), "{found:#?}");
 }

@@ -1,4 +1,4 @@
-//! `kubectl belay` at a prompt: the real kubectl asks what completes it.
+//! Completion of `kubectl belay`: the real kubectl calls the completion of its plugin.
 
 use std::{fs, os::unix::fs::PermissionsExt, process::Command};
 

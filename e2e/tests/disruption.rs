@@ -1,4 +1,5 @@
-//! The demo, disturbed: losing a pod of any kind on the way changes nothing in its result but the number of attempts.
+//! The demo with a disruption: the loss of an agent's pod, an operator or a gateway changes nothing in its result but the number of
+//! attempts.
 
 use std::{
     path::PathBuf,
@@ -17,10 +18,10 @@ use crate::support::{SYSTEM, World, phase, setting};
 
 const CONTRACTS: &str = include_str!("../demo/manifests/contracts.yaml");
 const TASK: &str = include_str!("../demo/manifests/task.yaml");
-/// What the demo is denied, each time that it runs to its end.
+/// The rules of the demo's denials.
 const DENIED: [&str; 4] = ["tool.unknown", "tool.precondition", "egress.host", "budget.toolCalls"];
 
-/// What is deleted on the way.
+/// The pod that the test deletes during the run.
 #[derive(Clone, Copy, PartialEq)]
 enum Victim {
     Attempt,
@@ -28,7 +29,7 @@ enum Victim {
     Gateway,
 }
 
-/// The world's tickets. The tests run one after the other, as its tickets are everybody's.
+/// Returns the file with the ticket service's tickets. All tests share it, so they run one after the other.
 fn tickets() -> PathBuf {
     PathBuf::from(setting("CACHE")).join("world/tickets.jsonl")
 }

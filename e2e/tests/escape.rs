@@ -1,5 +1,5 @@
-//! What an agent tries that wants out, from inside its container, under gVisor and under runc; and the control, in which
-//! the same tries succeed in a pod that nobody contains.
+//! An agent tries to get out of its container, under gVisor and under runc. In the control, the same attempts succeed in a pod without
+//! isolation.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -26,15 +26,15 @@ use crate::support::{SYSTEM, World, agent_image, as_kubelet, class, phase, setti
 const PROBE: &str = include_str!("../escape/probe.py");
 const LISTEN: &str = include_str!("../escape/listen.py");
 
-/// Cases of the adversarial list that this test must have seen.
+/// The cases of the adversarial list that the probe must have tried.
 const CASES: &[&str] = &[
     "A1", "A7", "A8", "A9", "A10", "A11", "A12", "A13", "A14", "A15", "A16", "A17", "A18", "A19", "A23", "A24", "A43",
     "A45", "A51",
 ];
-/// Names that resolve to where nobody may go, all on the class's list.
+/// Names that resolve to forbidden addresses. The class lists all of them.
 const BAD_HOSTS: &[&str] = &["loopback", "private", "cgnat", "metadata", "mixed", "node", "api", "v6-mapped"];
 
-/// One try, as the probe prints it.
+/// One attempt, as the probe prints it.
 #[derive(Clone, Debug, serde::Deserialize)]
 struct Try {
     case: String,
@@ -48,7 +48,7 @@ fn tries(logs: &str) -> Vec<Try> {
     logs.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
 }
 
-/// Listeners where nobody real is, for as long as it lives.
+/// Listeners at addresses that have no server in this test environment. They end when this is dropped.
 struct Listeners(Vec<Child>);
 
 impl Listeners {
@@ -63,7 +63,8 @@ impl Listeners {
             "tcp 169.254.169.254 80",
             "tcp 2001:4860:4860::8888 443",
         ];
-        // The test cluster's etcd listens on the node's loopback; somebody on its port stands in for one that does not.
+        // The test cluster's etcd listens on the node's loopback only. A listener on its port stands in for an etcd that listens on the
+        // node's address.
         let node = ["tcp 10.200.0.10 2379", "tcp 10.200.0.10 80", "tcp 10.200.0.10 443"];
         Self([("belay-world", &world[..]), ("belay-node", &node[..])].map(|(netns, words)| listen(netns, words)).into())
     }
@@ -99,7 +100,7 @@ async fn service_address(world: &World, namespace: &str, name: &str) -> String {
     services.get(name).await.unwrap().spec.unwrap().cluster_ip.unwrap()
 }
 
-/// What the probe is told, contained or not.
+/// Returns the probe's environment variables, which are the same with and without isolation.
 async fn environment(world: &World) -> BTreeMap<&'static str, String> {
     let gateway = service_address(world, SYSTEM, "belay-gateway").await;
     let api = service_address(world, "default", "kubernetes").await;
@@ -111,8 +112,8 @@ async fn environment(world: &World) -> BTreeMap<&'static str, String> {
     ])
 }
 
-/// The cluster's DNS address, with an echo behind it: this test cluster has no DNS of its own. In a namespace that these tests
-/// share, since they share the address.
+/// Serves an echo at the cluster's DNS address, because this test cluster has no DNS. The namespace is shared by these tests, because they
+/// share the address.
 async fn cluster_dns() -> World {
     let world = World::new("dns", json!([class("none", "runc", json!([]))])).await;
     world.config_map("listen", &[("listen.py", LISTEN)]).await;
@@ -164,7 +165,7 @@ async fn wait_for_pod(world: &World, name: &str, seconds: u64, wanted: impl Fn(&
     }
 }
 
-/// A token as the harness of `pod` has it: bound to that pod, for the gateway.
+/// Returns a token like that of the harness in `pod`: bound to that pod, with the gateway's audience.
 async fn token_of(world: &World, pod: &Pod) -> String {
     let node = pod.spec.as_ref().and_then(|spec| spec.node_name.as_deref()).unwrap();
     let accounts: Api<ServiceAccount> = Api::namespaced(as_kubelet(node).await, &world.namespace);
@@ -182,7 +183,7 @@ fn env_list(environment: &BTreeMap<&'static str, String>) -> Value {
     environment.iter().map(|(name, value)| json!({"name": name, "value": value})).collect()
 }
 
-/// The whole list, from inside a task's agent container on one runtime.
+/// Runs all attempts in a task's agent container on one runtime.
 async fn contained(runtime: &'static str) {
     let hosts: Value = BAD_HOSTS
         .iter()
@@ -193,7 +194,7 @@ async fn contained(runtime: &'static str) {
     let dns = cluster_dns().await;
     world.config_map("probe", &[("probe.py", PROBE), ("x", "not to be changed")]).await;
 
-    // Another task, whose token is stolen and whose pod is aimed at.
+    // A second task: the attacker has its token, and tries to reach its pod.
     let spec = |args: Value, environment: &BTreeMap<&'static str, String>| {
         json!({
             "workflowClass": "escape",
@@ -233,7 +234,7 @@ async fn contained(runtime: &'static str) {
     if runtime == "runc" {
         replayed_where_it_belongs(&victim, &environment);
     }
-    // The stolen token is told beside the log of whom it was stolen from.
+    // The use of the stolen token is an incident of the task that the token was stolen from.
     let (code, report) = world.verify("victim");
     assert_eq!((code, report["verdict"].as_str()), (3, Some("INCOMPLETE")), "{runtime}: it still runs: {report:#}");
     assert!(report["summary"]["incidents"].as_u64() >= Some(1), "{runtime}: no incident of A45: {report:#}");
@@ -243,7 +244,7 @@ async fn contained(runtime: &'static str) {
     dns.clean().await;
 }
 
-/// Each try that came to the proxy has its refusal in the log, under the rule that is meant for it.
+/// Checks that each attempt through the proxy has a denial in the log, under the expected rule.
 async fn recorded(world: &World, runtime: &str, tries: &[Try]) {
     let records = world.records("attacker-1").await;
     let mut rules: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
@@ -277,8 +278,8 @@ async fn recorded(world: &World, runtime: &str, tries: &[Try]) {
     }
 }
 
-/// The control of A45: the very token is nobody else's when it comes from its own pod's address. (gVisor keeps that address inside
-/// its sandbox, where no test gets in.)
+/// The control of A45: the gateway accepts the same token from its own pod's address. Only runc has this control, because gVisor keeps the
+/// address inside its sandbox, where a test cannot run.
 fn replayed_where_it_belongs(victim: &Pod, environment: &BTreeMap<&'static str, String>) {
     let uid = victim.metadata.uid.clone().unwrap();
     let pid = std::fs::read_dir("/proc").unwrap().flatten().find(|process| {
@@ -305,8 +306,8 @@ async fn nothing_escapes_from_runc() {
     contained("runc").await;
 }
 
-/// Without policies, as root, with the raw capability, a token and a harness in the same process namespace: every case gets
-/// through, so each can fail.
+/// The control: without NetworkPolicies, as root, with the capability NET_RAW, a token and a harness in the same process namespace, every
+/// attempt succeeds. So each attempt can fail.
 #[tokio::test]
 async fn the_same_tries_escape_from_a_pod_that_nobody_contains() {
     let world = World::new("control", json!([class("escape", "runc", json!([]))])).await;
@@ -335,7 +336,8 @@ async fn the_same_tries_escape_from_a_pod_that_nobody_contains() {
                 }],
                 "volumes": [
                     {"name": "in", "configMap": {"name": "probe"}}, {"name": "probe", "emptyDir": {}}, {"name": "scope", "emptyDir": {}},
-                    // Of another audience: nobody may project the gateway's. What is tried is to read it.
+                    // The token has another audience, because admission allows nobody to project one with the gateway's. The attempt is to
+                    // read it.
                     {"name": "token", "projected": {"sources": [{"serviceAccountToken": {"audience": "control", "path": "token"}}]}},
                 ],
                 "initContainers": [{
@@ -372,14 +374,14 @@ async fn the_same_tries_escape_from_a_pod_that_nobody_contains() {
     dns.clean().await;
 }
 
-/// Tries that cannot get through on this test cluster whatever the policies, each with the reason.
+/// Returns whether an attempt cannot succeed on this test cluster even without policies. Each has its reason.
 fn excused(runtime: &str, one: &Try) -> bool {
     match one.tried.as_str() {
-        // The pod network is IPv4 only, and so is Felix here.
+        // The pod network has IPv4 only, and so has Felix on this cluster.
         "tcp [2001:4860:4860::8888]:443" => true,
-        // This test cluster has no DNS, and its API Service no port 80.
+        // This test cluster has no DNS, and the Service of its API server has no port 80.
         "CONNECT kubernetes.default.svc:443" | "GET http://api.world.test/" => true,
-        // gVisor has packet sockets only with its own flag.
+        // gVisor has packet sockets only with a flag that is not set.
         "packet socket" | "raw icmp socket" => runtime == "gvisor",
         _ => false,
     }

@@ -1,5 +1,5 @@
-//! Pods that somebody changes on their way in: refused with who and what, without a byte of the agent, and made when that is over.
-//! Each case has its control: the same task without the injector succeeds.
+//! Mutating admission changes an agent's pod. Belay rejects the pod, says who changed what, runs no byte of the agent, and creates a pod
+//! again when the injector is gone. In each control, the same task succeeds without the injector.
 
 use std::time::{Duration, Instant};
 
@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use crate::support::{World, class, condition, phase, setting};
 
-/// An injector by admission that ships with Kubernetes, for the namespaces of one test, and a world to inject into.
+/// A MutatingAdmissionPolicy as an injector, for the namespace of one test, and that namespace.
 struct Injected {
     world: World,
     policy: String,
@@ -38,7 +38,7 @@ impl Injected {
         assert!(done.status.success(), "kubectl {command:?}: {}", String::from_utf8_lossy(&done.stderr));
     }
 
-    /// Puts the injector up and waits until the API server goes by it.
+    /// Creates the injector, and waits until the API server applies it.
     async fn inject(&self, mutation: Value) {
         self.put(mutation);
         self.rehearsed("the injector does not inject", |made, asked| made != asked).await;
@@ -66,7 +66,7 @@ impl Injected {
         self.rehearsed("the injector does not stop", |made, asked| made == asked).await;
     }
 
-    /// Waits until a pod of somebody else's comes out so.
+    /// Waits until a dry run of a pod gives the wanted result.
     async fn rehearsed(&self, otherwise: &str, wanted: impl Fn(&Value, &Value) -> bool) {
         let confined = json!({"allowPrivilegeEscalation": false, "capabilities": {"drop": ["ALL"]}});
         let asked = json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "rehearsal", "labels": {"a": "b"}, "annotations": {"a": "b"}}, "spec": {
@@ -79,7 +79,7 @@ impl Injected {
         }});
         let parameters = PostParams { dry_run: true, ..PostParams::default() };
         let pod: Pod = serde_json::from_value(asked.clone()).unwrap();
-        // Names alone: what else the API server fills in is no matter here.
+        // Only names and the image are compared, because the API server fills in defaults.
         let summary = |pod: &Value| {
             let names = |list: &str| {
                 pod["spec"][list].as_array().map(|all| all.iter().map(|one| one["name"].clone()).collect::<Vec<_>>())
@@ -104,7 +104,7 @@ impl Injected {
         }
     }
 
-    /// A task that succeeds within seconds, if it may.
+    /// Creates a task that succeeds within seconds if its pod may run.
     async fn task(&self, name: &str) {
         self.world.task(name, json!({"agent": {"command": ["python3", "-S", "-c"], "args": ["print('done')"]}})).await;
     }
@@ -117,7 +117,7 @@ impl Injected {
         task
     }
 
-    /// The control; the injected pod, refused; and its successor, once the injector is away.
+    /// Runs the control, then checks that the changed pod is rejected, and that the task succeeds after the injector is gone.
     async fn refused(self, mutation: Value, told: &[&str]) {
         self.task("control").await;
         self.succeeds("control").await;
@@ -134,7 +134,7 @@ impl Injected {
         {
             assert!(message.contains(told), "expected {told} in: {message}");
         }
-        // It stays so, makes no further pod, and is not busy with it.
+        // The task stays as it is: the operator creates no other pod, and writes little.
         let since = jiff::Timestamp::now();
         tokio::time::sleep(Duration::from_secs(8)).await;
         let task = self.world.wait("injected", "there", 1, |_| true).await;
@@ -142,7 +142,8 @@ impl Injected {
         assert!(made <= 1, "{:?}", task.status);
         assert_eq!((phase(&task), reason(&task).as_deref()), (Some(Phase::Pending), Some("PodAltered")));
         let posts = audited(&self.world.namespace, since);
-        // A pod that the API server itself refuses costs four writes a try, and the first tries come a second or two apart.
+        // A pod that the API server itself rejects costs four writes for each attempt to create it. The first of these are a second or two
+        // apart.
         assert!(posts.len() <= 16, "{posts:?}");
         let pods = self.world.api::<Pod>().list(&Default::default()).await.unwrap().items;
         let ran =
@@ -160,7 +161,7 @@ impl Injected {
     }
 }
 
-/// What the operator has asked to be made, changed or deleted in a namespace since then. Rehearsals are on record, too.
+/// Returns the operator's creations, changes and deletions in a namespace since then, from the audit log. Dry runs are in the log, too.
 fn audited(namespace: &str, since: jiff::Timestamp) -> Vec<String> {
     let log = std::fs::read_to_string(setting("BELAY_AUDIT_LOG")).expect("the API server keeps no audit log");
     let events = log.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
@@ -177,7 +178,7 @@ fn patch(operations: &str) -> Value {
     json!({"patchType": "JSONPatch", "jsonPatch": {"expression": operations}})
 }
 
-/// A container of one of a pod's lists, as an expression; `more` are fields of it.
+/// Returns a CEL expression for a container of a list of the pod; `more` are further fields.
 fn container(list: &str, name: &str, more: &str) -> String {
     let of = format!("Object.spec.{list}");
     let confined = format!(
@@ -250,13 +251,13 @@ async fn an_ephemeral_volume() {
         .await
         .refused(
             patch(&format!("[JSONPatch{{op: 'add', path: '/spec/volumes/-', value: {volume}}}]")),
-            // Refused by the policy for the operator itself, so that no pod comes of it.
+            // The admission policy for the operator rejects this pod, so no pod is created.
             &["expected volumes of the kinds configMap, secret and emptyDir", "data"],
         )
         .await;
 }
 
-/// What does not change what runs or what it sees is others' business.
+/// Changes that affect neither what runs in the pod nor what it sees are accepted.
 #[tokio::test]
 async fn a_label_an_annotation_and_a_toleration_are_no_matter() {
     let injected = Injected::new("label").await;
@@ -280,7 +281,7 @@ async fn a_label_an_annotation_and_a_toleration_are_no_matter() {
     injected.world.clean().await;
 }
 
-/// An injector that cannot do what it is to do has the API server refuse the pod: that names it, and is told as it is.
+/// If the injector fails, the API server rejects the pod, and its message names the injector. The task's status has that message.
 #[tokio::test]
 async fn an_injector_that_fails() {
     let injected = Injected::new("fails").await;

@@ -1,4 +1,4 @@
-//! `belay run` within reach of the pretend internet and of the object store: evidence in a bucket, with locks and without.
+//! `belay run` with the pretend internet and the object store: evidence in a bucket, with and without Object Lock.
 
 use std::{
     fs,
@@ -32,18 +32,18 @@ pub struct Laptop {
 pub struct Ran {
     pub code: i32,
     pub events: Vec<Value>,
-    /// Shown where a run has come out as it must not.
+    /// Shown if a test of the run fails.
     #[expect(dead_code, reason = "shown by Debug")]
     pub stderr: String,
 }
 
 impl Ran {
-    /// Where its evidence is.
+    /// Returns the location of its evidence.
     pub fn log(&self) -> &str {
         self.events.last().and_then(|event| event["evidence"].as_str()).unwrap_or_else(|| panic!("{self:#?}"))
     }
 
-    /// What the agent has said.
+    /// Returns the lines that the agent printed.
     pub fn said(&self) -> Vec<String> {
         self.events.iter().filter_map(|event| event["line"].as_str().map(str::to_owned)).collect()
     }
@@ -63,7 +63,7 @@ impl Laptop {
         self.folder.path().join(name)
     }
 
-    /// `belay`, from where the repository is.
+    /// Returns the command `belay`, run from the repository's root.
     fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_belay"));
         command
@@ -82,7 +82,7 @@ impl Laptop {
         self.command(args).output().unwrap()
     }
 
-    /// `belay run` with the pack `dev`, and all that it takes to reach the pretend internet.
+    /// Returns `belay run` with the pack `dev`, and with the options to reach the pretend internet.
     fn running(&self, more: &[&str]) -> Command {
         let (map, authority) = (self.path("world-ca.yaml"), in_world("ca.crt"));
         let usual = [
@@ -98,7 +98,7 @@ impl Laptop {
         ended(&mut self.running(more))
     }
 
-    /// A task that needs nothing of this internet, with its evidence in a bucket.
+    /// Returns `belay run` of a task that needs no internet, with its evidence in a bucket.
     fn with_evidence_in(&self, bucket: &str) -> Command {
         let task = json!({
             "apiVersion": "belay.dev/v1alpha1", "kind": "AgentTask", "metadata": {"name": "hello"},
@@ -136,13 +136,13 @@ async fn a_bucket_with_locks_locks_what_a_laptop_writes() {
     let ran = ended(&mut laptop.with_evidence_in(&bucket));
     assert_eq!(ran.code, 0, "{ran:#?}");
     assert_eq!(ran.said(), ["hello"]);
-    // By the very command that it names.
+    // The run names the command that verifies it, and the command works.
     let check = ran.events.last().unwrap()["verify"].as_str().unwrap().to_owned();
     let verified = laptop.belay(&check.split(' ').skip(1).collect::<Vec<_>>());
     assert!(first_line(&verified).starts_with("VALID, self-witnessed  "), "{check}: {verified:?}");
     assert_eq!(verified.status.code(), Some(0));
 
-    // Each object, as the pack says: by Compliance, for a day.
+    // Each object is locked as the pack says: in Compliance mode, for a day.
     let place: Location = ran.log().parse().unwrap();
     let client = store("S3_ENDPOINT", "S3_ACCESS_KEY", "S3_SECRET_KEY");
     let versions = client.list_object_versions().bucket(&bucket).prefix(&place.prefix).send().await.unwrap();
@@ -150,7 +150,7 @@ async fn a_bucket_with_locks_locks_what_a_laptop_writes() {
     let mut names = Vec::new();
     for version in versions.versions() {
         let (key, id) = (version.key().unwrap(), version.version_id().unwrap());
-        // Not by `GetObjectRetention`, which this store answers in a form that the SDK cannot read.
+        // This does not use `GetObjectRetention`, because this store answers it in a form that the SDK cannot read.
         let head = client.head_object().bucket(&bucket).key(key).version_id(id).send().await.unwrap();
         assert_eq!(head.object_lock_mode(), Some(&ObjectLockMode::Compliance), "{key}");
         let until = *head.object_lock_retain_until_date().unwrap();
@@ -164,7 +164,7 @@ async fn a_bucket_with_locks_locks_what_a_laptop_writes() {
     }
 }
 
-/// Such a bucket counts as one that is away: no agent runs whose evidence anybody could delete, and whoever waits is told why.
+/// A bucket without Object Lock counts as unavailable: no agent runs if its evidence could be deleted, and the run says why it waits.
 #[tokio::test]
 async fn a_bucket_without_locks_is_refused() {
     let laptop = Laptop::new();
@@ -173,7 +173,7 @@ async fn a_bucket_without_locks_is_refused() {
     let mut said: Vec<String> = Vec::new();
     for line in BufReader::new(run.stdout.take().unwrap()).lines().map(Result::unwrap) {
         if line.contains(r#""event":"trouble""#) && !said.iter().any(|line| line.contains("trouble")) {
-            // Nobody has to wait until it is given up.
+            // The test does not wait until the run gives up.
             assert!(Command::new("kill").args(["-INT", &id]).status().unwrap().success());
         }
         said.push(line);

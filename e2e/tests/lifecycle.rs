@@ -1,4 +1,4 @@
-//! Life and death of tasks: what converges, what is sealed, and how little is written for it.
+//! The life of tasks: how they converge, that their logs are sealed, and how few writes they cost.
 
 use std::{
     collections::BTreeMap,
@@ -32,7 +32,7 @@ fn failure(task: &AgentTask) -> (Option<FailureClass>, Option<String>) {
     (status.failure_class, status.reason)
 }
 
-/// Writes of our components since `since`, as the API server's audit log has them: `user verb resource/name`.
+/// Returns the writes of Belay's components since `since`, from the API server's audit log, as `user verb resource/name`.
 fn writes(since: jiff::Timestamp, about: &str) -> Vec<String> {
     let log = std::fs::read_to_string(setting("BELAY_AUDIT_LOG")).expect("the API server keeps no audit log");
     let mut found = Vec::new();
@@ -46,7 +46,7 @@ fn writes(since: jiff::Timestamp, about: &str) -> Vec<String> {
         }
         let name = event["objectRef"]["name"].as_str().unwrap_or_default();
         let namespace = event["objectRef"]["namespace"].as_str().unwrap_or_default();
-        // A TokenReview names no task: the test that counts them is alone on the cluster.
+        // A TokenReview names no task, so this counts all of them: no other test runs on the cluster at the same time.
         if resource == "tokenreviews" || namespace == about {
             let sub = event["objectRef"]["subresource"].as_str().unwrap_or_default();
             let user = user.rsplit(':').next().unwrap_or_default();
@@ -56,7 +56,7 @@ fn writes(since: jiff::Timestamp, about: &str) -> Vec<String> {
     found
 }
 
-/// The audit log is written in batches of its own.
+/// Waits until the API server has written its audit log, which it writes in batches.
 async fn settle() {
     tokio::time::sleep(Duration::from_secs(3)).await;
 }
@@ -76,7 +76,7 @@ async fn a_task_succeeds_is_sealed_verifies_and_costs_at_most_ten_writes() {
     assert!(!all.is_empty(), "the audit log shows no write of ours: the count shows nothing");
     assert!(all.len() <= 10, "{} writes: {all:#?}", all.len());
 
-    // A second reconcile of a settled task writes nothing: wake it by its pack, and by a new operator.
+    // A second reconciliation of an ended task writes nothing. A change of its pack and a restart of the operator cause the reconciliation.
     let since = jiff::Timestamp::now();
     let packs: Api<belay::api::PolicyPack> = Api::all(world.client.clone());
     let touch = json!({"metadata": {"annotations": {"e2e/touched": "yes"}}});
@@ -89,7 +89,7 @@ async fn a_task_succeeds_is_sealed_verifies_and_costs_at_most_ten_writes() {
     world.clean().await;
 }
 
-/// Deletes every pod of one of our Deployments and waits for new ones to be ready.
+/// Deletes all pods of one of Belay's Deployments, and waits until the new ones are ready.
 async fn restart(world: &World, name: &str) {
     let pods: Api<Pod> = Api::namespaced(world.client.clone(), SYSTEM);
     let select = ListParams::default().labels(&format!("app.kubernetes.io/name={name}"));
@@ -170,7 +170,7 @@ async fn too_many_refused_calls_end_a_task_for_good() {
     world.clean().await;
 }
 
-/// Refused far faster than each could have a record of its own, then failed, then tried again: all are counted.
+/// Denials come faster than each could have its own record, then the attempt fails, and the task is retried. All denials are counted.
 #[tokio::test]
 async fn a_flood_of_refusals_is_counted_to_the_last_and_the_task_tried_again() {
     let world = world("flood").await;
@@ -206,7 +206,7 @@ async fn deleting_a_running_task_ends_its_pod_seals_its_evidence_and_lets_go() {
     world.task("gone", python("import time; time.sleep(300)")).await;
     let task = world.wait("gone", "running", 60, |task| phase(task) == Some(Phase::Running)).await;
     let uid = task.uid().unwrap();
-    // Running says that the pod is there; the log starts when its harness does.
+    // The phase `Running` says that the pod exists. The log starts only when the harness does.
     tokio::time::sleep(Duration::from_secs(3)).await;
     world.api::<AgentTask>().delete("gone", &DeleteParams::default()).await.unwrap();
     let end = Instant::now() + Duration::from_secs(90);
@@ -214,7 +214,7 @@ async fn deleting_a_running_task_ends_its_pod_seals_its_evidence_and_lets_go() {
         assert!(Instant::now() < end, "the deleted task does not go away");
         tokio::time::sleep(Duration::from_millis(300)).await;
     }
-    // An ended pod is the garbage collector's to remove.
+    // The garbage collector removes an ended pod, so it may still exist.
     let pod = world.api::<Pod>().get_opt("gone-1").await.unwrap();
     let phase = pod.and_then(|pod| pod.status?.phase);
     assert!(matches!(phase.as_deref(), None | Some("Succeeded" | "Failed")), "its pod still runs: {phase:?}");
@@ -242,7 +242,7 @@ async fn deleting_a_running_task_ends_its_pod_seals_its_evidence_and_lets_go() {
 #[tokio::test]
 async fn a_cluster_that_does_not_enforce_ends_in_containment_unproven() {
     let world = world("unproven").await;
-    // Policies add up: this one opens what ours closes, as a network that enforces nothing would.
+    // NetworkPolicies are additive: this one allows what Belay's policy blocks, like a network that enforces nothing.
     let open = json!({
         "apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": {"name": "open"},
         "spec": {"podSelector": {}, "policyTypes": ["Egress"], "egress": [{}]},

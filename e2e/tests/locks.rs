@@ -1,4 +1,4 @@
-//! Evidence cannot be deleted or shortened with the gateway's own credentials, on two stores.
+//! The gateway's own credentials can neither delete evidence nor shorten its lock, on two stores.
 
 use aws_sdk_s3::{
     Client,
@@ -10,7 +10,7 @@ use aws_smithy_http_client::tls;
 
 use crate::support::setting;
 
-/// A store, by the settings that name it.
+/// Returns a client of the store that these settings name.
 pub fn store(endpoint: &str, key: &str, secret: &str) -> Client {
     let provider = tls::Provider::Rustls(tls::rustls_provider::CryptoMode::Ring);
     let http = aws_smithy_http_client::Builder::new().tls_provider(provider).build_https();

@@ -1,7 +1,7 @@
-//! Belay on a real cluster: what a user would notice, asserted from outside.
+//! Belay on a real cluster: tests from outside, of what a user sees.
 //!
-//! Run by `make test` inside the test cluster's network, with the chart installed. Each test has a namespace of its own
-//! and leaves nothing behind. They run one after the other: two cores hold one sandboxed agent and its cluster.
+//! `e2e/test` runs them inside the test cluster's network, with the chart installed. Each test has a namespace of its own and leaves
+//! nothing behind. They run one after the other, because two cores can run only one sandboxed agent beside the cluster.
 #![allow(clippy::print_stderr, reason = "progress of long tests")]
 
 mod approval;

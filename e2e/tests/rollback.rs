@@ -1,4 +1,4 @@
-//! A task undoes what another did: by itself when that has failed, and when somebody asks for it.
+//! Rollbacks: automatic after a task has failed, and on request.
 
 use belay::api::{AgentTask, agent_task::Phase};
 use kube::{Api, ResourceExt, api::PostParams};
@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use crate::support::{World, belay, class, in_world, merge, phase, ticket_contract};
 
-/// The tickets of a test, by their titles; whether each is closed, and why.
+/// Returns the tickets of a test: the title, and the reason for closing if the ticket is closed.
 fn tickets(of: &str) -> Vec<(String, Option<String>)> {
     let text = std::fs::read_to_string(in_world("tickets.jsonl")).unwrap();
     let tickets = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
@@ -15,7 +15,7 @@ fn tickets(of: &str) -> Vec<(String, Option<String>)> {
     of_test.map(|ticket| (title(&ticket), ticket["closed"].as_str().map(str::to_owned))).collect()
 }
 
-/// A namespace in which tickets are opened and closed again, and somebody is told, which nothing undoes.
+/// Creates a namespace with tools that open and close tickets, and a tool that notifies somebody, which has no compensation.
 async fn world(name: &str) -> World {
     let egress = json!([{"host": "tickets.world.test", "uses": ["Tools"], "credentials": [{"secret": "world-ticket-key", "key": "token"}]}]);
     let world = World::new(name, json!([class("tickets", "gvisor", egress)])).await;
@@ -38,7 +38,7 @@ async fn world(name: &str) -> World {
     world
 }
 
-/// A task whose agent, a shell script, calls these tools and ends so.
+/// Runs a task whose agent is a shell script that makes these calls and exits with this code.
 async fn task(world: &World, name: &str, calls: &[(&str, String)], exit: i32) {
     let call = |(tool, title): &(&str, String)| {
         let message = json!({
@@ -64,7 +64,7 @@ async fn task(world: &World, name: &str, calls: &[(&str, String)], exit: i32) {
         .await;
 }
 
-/// The calls that a rollback's log undoes, in its order, as its harness showed them.
+/// Returns the calls that a rollback compensated, in the order of its log, as its harness printed the records.
 async fn undone(world: &World, rollback: &AgentTask) -> Vec<String> {
     let pod = rollback.status.as_ref().unwrap().attempts.last().unwrap().pod.clone();
     let records = world.records(&pod).await;
@@ -103,7 +103,7 @@ async fn a_task_that_fails_is_undone() {
     let text = String::from_utf8_lossy(&told.stdout).into_owned();
     assert!(told.status.success() && text.contains("2 of 2 calls undone"), "{text}");
 
-    // Whoever rolls back again under another name finds everything taken.
+    // A second rollback under another name finds that all calls are compensated.
     let mut again = AgentTask::new("again", rollback.spec.clone());
     again.metadata.namespace = Some(world.namespace.clone());
     Api::<AgentTask>::namespaced(world.client.clone(), &world.namespace)

@@ -1,4 +1,4 @@
-//! Talking to the cluster: apply, wait, read, clean up.
+//! Helpers that apply manifests, wait, read results and clean up.
 
 use std::{
     collections::BTreeMap,
@@ -18,19 +18,19 @@ use serde_json::{Value, json};
 /// The system namespace of the chart under test.
 pub const SYSTEM: &str = "belay-system";
 
-/// A client, once a test. rustls needs its provider installed first.
+/// Returns a client, one for each test. rustls needs its provider installed first.
 pub async fn client() -> Client {
     let _ = rustls::crypto::ring::default_provider().install_default();
     Client::try_default().await.expect("no cluster: run these tests with `make test`")
 }
 
-/// As the operator: admission policies keep everybody else, administrators too, off what holds an agent. Tests that break it
-/// break it like this.
+/// Returns a client that impersonates the operator. Admission policies keep all other users, administrators included, from changing the
+/// objects of an agent, so tests that break these objects need it.
 pub async fn as_operator() -> Client {
     impersonating(format!("system:serviceaccount:{SYSTEM}:belay-operator"), "system:masters").await
 }
 
-/// As a node's kubelet: nobody else gets a token of the gateway's audience.
+/// Returns a client that impersonates a node's kubelet: nobody else gets a token with the gateway's audience.
 pub async fn as_kubelet(node: &str) -> Client {
     impersonating(format!("system:node:{node}"), "system:nodes").await
 }
@@ -43,7 +43,7 @@ async fn impersonating(user: String, group: &str) -> Client {
     Client::try_from(config).expect("the client that just worked")
 }
 
-/// Lines that one of our components has logged since then, all replicas together.
+/// Returns the log lines of one of Belay's components since then, from all replicas.
 pub async fn system_logs(component: &str, since: jiff::Timestamp) -> Vec<String> {
     let pods: Api<Pod> = Api::namespaced(client().await, SYSTEM);
     let select = ListParams::default().labels(&format!("app.kubernetes.io/name={component}"));
@@ -56,30 +56,30 @@ pub async fn system_logs(component: &str, since: jiff::Timestamp) -> Vec<String>
     lines
 }
 
-/// The image of the demo agent: any Python would do.
+/// Returns the image of the demo's agent. Any image with Python would work.
 pub fn agent_image() -> String {
     std::env::var("BELAY_AGENT_IMAGE").unwrap_or_else(|_| "localhost/belay-demo-agent:dev".into())
 }
 
-/// A setting that the test runner exports.
+/// Returns a setting that the test runner exports.
 pub fn setting(name: &str) -> String {
     std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set: run these tests with `make test`"))
 }
 
-/// A file of the pretend internet.
+/// Returns the path of a file of the pretend internet.
 pub fn in_world(file: &str) -> std::path::PathBuf {
     std::path::Path::new(&setting("BELAY_WORLD")).join(file)
 }
 
-/// A namespace and a pack of the test's own. Both go when it ends well; when it fails they stay to be looked at, until the
-/// next run of the same test.
+/// A namespace and a pack for one test. Both are deleted if the test succeeds. If it fails they stay for inspection, until the next run of
+/// the same test.
 pub struct World {
     pub client: Client,
     pub namespace: String,
 }
 
 impl World {
-    /// With classes of the test's own.
+    /// Creates a namespace with a pack that has these classes.
     pub async fn new(name: &str, classes: Value) -> Self {
         let namespace = format!("belay-e2e-{name}");
         let world = Self::governed(name, &namespace).await;
@@ -102,7 +102,7 @@ impl World {
         world
     }
 
-    /// Under the packs of an environment.
+    /// Creates a namespace that the pack of an environment governs.
     pub async fn governed(name: &str, environment: &str) -> Self {
         let world = Self { client: client().await, namespace: format!("belay-e2e-{name}") };
         world.clean().await;
@@ -120,7 +120,7 @@ impl World {
         world
     }
 
-    /// The demo's own namespace, with all that the demo needs but its task, and no tickets.
+    /// Creates the demo's own namespace with everything that the demo needs but its task, and deletes all tickets.
     pub async fn demo() -> Self {
         let world = Self { client: client().await, namespace: "belay-demo".into() };
         world.clean().await;
@@ -132,7 +132,7 @@ impl World {
         world
     }
 
-    /// Applies manifests as a person would.
+    /// Applies manifests with `kubectl apply`, as a user does.
     pub fn kubectl_apply(&self, manifests: &str) {
         let mut kubectl = Command::new("kubectl")
             .args(["apply", "-n", &self.namespace, "-f", "-"])
@@ -151,11 +151,11 @@ impl World {
         Api::namespaced(self.client.clone(), &self.namespace)
     }
 
-    /// Applies a task whose spec is `spec` over a small default.
+    /// Applies a task. `spec` is merged over small defaults.
     pub async fn task(&self, name: &str, spec: Value) -> AgentTask {
         let mut whole = json!({
             "objective": "be watched", "workflowClass": "gvisor", "principal": "e2e",
-            // Two of these have to fit on a node of two cores, beside Belay and whatever else runs there.
+            // Two of these must fit on a node with two cores, beside Belay and everything else on the node.
             "agent": {"image": agent_image(), "resources": {"cpu": "200m", "memory": "128Mi"}},
             "limits": {"wallTimeSeconds": 300, "toolCalls": 5, "tokens": 1000},
         });
@@ -178,7 +178,7 @@ impl World {
             .expect("cannot apply the ConfigMap");
     }
 
-    /// Waits for a task to be as wanted, and says how it stands when it does not become so.
+    /// Waits until a task is as wanted, and panics with its status if that takes too long.
     pub async fn wait(&self, name: &str, what: &str, seconds: u64, wanted: impl Fn(&AgentTask) -> bool) -> AgentTask {
         let tasks: Api<AgentTask> = self.api();
         let end = Instant::now() + Duration::from_secs(seconds);
@@ -208,7 +208,7 @@ impl World {
             .unwrap_or_else(|error| panic!("no logs of {pod}/{container}: {error}"))
     }
 
-    /// The records of an attempt, as its harness showed them.
+    /// Returns the records of an attempt, as its harness printed them.
     pub async fn records(&self, pod: &str) -> Vec<Value> {
         let logs = self.logs(pod, "harness").await;
         logs.lines()
@@ -217,8 +217,8 @@ impl World {
             .collect()
     }
 
-    /// What `belay verify` says of a task, see [`World::report`]. The first time that it is content, a copy of the log stays for strangers to
-    /// read.
+    /// Runs `belay verify` of a task, see [`World::report`]. The first time that the log is valid, it saves a copy for the stage
+    /// `evidence`.
     pub fn verify(&self, task: &str) -> (i32, Value) {
         let (code, report) = self.report(task);
         let copy = format!("{}/{}-{task}", setting("BELAY_EVIDENCE"), self.namespace);
@@ -228,7 +228,7 @@ impl World {
         (code, report)
     }
 
-    /// `belay verify` of a task: exit code and report.
+    /// Runs `belay verify` of a task, and returns the exit code and the report.
     pub fn report(&self, task: &str) -> (i32, Value) {
         let output = belay(&["verify", task, "-n", &self.namespace, "--output", "json"]);
         let report = serde_json::from_slice(&output.stdout).unwrap_or_else(|error| {
@@ -240,7 +240,7 @@ impl World {
     pub async fn clean(&self) {
         let packs: Api<PolicyPack> = Api::all(self.client.clone());
         let tasks: Api<AgentTask> = self.api();
-        // Tasks first: their finalizer wants the pack and the gateway.
+        // Tasks are deleted first, because their finalizer needs the pack and the gateway.
         for task in tasks.list(&Default::default()).await.map(|list| list.items).unwrap_or_default() {
             let _ = tasks.delete(&task.name_any(), &DeleteParams::default()).await;
         }
@@ -259,13 +259,13 @@ pub fn phase(task: &AgentTask) -> Option<Phase> {
     task.status.as_ref()?.phase
 }
 
-/// The message of a condition, if it has this status.
+/// Returns the reason and the message of a condition, if it has this status.
 pub fn condition(task: &AgentTask, kind: &str, status: &str) -> Option<String> {
     let conditions = &task.status.as_ref()?.conditions;
     conditions.iter().find(|c| c.type_ == kind && c.status == status).map(|c| format!("{}: {}", c.reason, c.message))
 }
 
-/// Runs our own command line with the store's credentials.
+/// Runs `belay` with the credentials of the store.
 pub fn belay(args: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_belay"))
         .args(args)
@@ -276,7 +276,7 @@ pub fn belay(args: &[&str]) -> Output {
         .expect("belay does not run")
 }
 
-/// Lays `over` over `under`, object by object.
+/// Merges `over` into `under`, object by object.
 pub fn merge(under: &mut Value, over: Value) {
     match (under, over) {
         (Value::Object(under), Value::Object(over)) => {
@@ -288,7 +288,7 @@ pub fn merge(under: &mut Value, over: Value) {
     }
 }
 
-/// A contract for a tool of the ticket service, whose arguments are texts; `more` lies over its spec.
+/// Returns a contract for a tool of the ticket service whose arguments are strings; `more` is merged over its spec.
 pub fn ticket_contract(name: &str, upstream: &str, arguments: &[&str], more: Value) -> String {
     let text = |name: &&str| ((*name).to_owned(), json!({"type": "string"}));
     let mut spec = json!({
@@ -301,7 +301,7 @@ pub fn ticket_contract(name: &str, upstream: &str, arguments: &[&str], more: Val
         .to_string()
 }
 
-/// A class that allows what the tests need, on a runtime.
+/// Returns a class that allows what the tests need, on a runtime.
 pub fn class(name: &str, runtime: &str, egress: Value) -> Value {
     json!({
         "name": name, "runtimeClassName": runtime, "egress": egress,
