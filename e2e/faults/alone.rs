@@ -1,6 +1,7 @@
-//! Stories in namespaces of their own: the test runs this program again for each, in new ones, and there that very test tells it.
+//! Runs stories (runs of one test) in namespaces of their own: the test starts this program again for each story, in new namespaces, and
+//! there the same test runs the story.
 //!
-//! Many worlds at a time have the same addresses that way, and end with their first process, whatever became of the others.
+//! So many worlds can use the same addresses at the same time, and the processes of a world end with its first process.
 
 use std::{
     future::Future,
@@ -12,16 +13,16 @@ use std::{
     time::Duration,
 };
 
-/// Which story of a test is to be told, in the environment of whoever tells it.
+/// The environment variable with the number of the story that this process runs.
 const STORY: &str = "BELAY_FAULTS_STORY";
-/// Before what came of it, on a line.
+/// The prefix of the output line with a story's result.
 const CAME: &str = "belay-faults: ";
-/// For one story, whatever it waits for.
+/// The time limit of one story.
 const PATIENCE: Duration = Duration::from_secs(240);
-/// Worlds at a time that keep a processor busy.
+/// The maximum number of worlds at a time in [`each`], because they keep a processor busy.
 const BUSY: usize = 4;
 
-/// Tells a story in a world of its own.
+/// Runs one story in a world of its own.
 pub fn once(story: impl AsyncFnOnce()) {
     if std::env::var_os(STORY).is_some() {
         return tell(async {
@@ -34,7 +35,7 @@ pub fn once(story: impl AsyncFnOnce()) {
     }
 }
 
-/// Tells the stories 1, 2, 3 and so on, each in a world of its own, up to the first that says that there was nothing to do for it.
+/// Runs the stories 1, 2, 3 and so on, each in a world of its own, until one returns that it had nothing to do.
 pub fn each(story: impl AsyncFn(usize) -> bool) {
     if let Ok(number) = std::env::var(STORY) {
         return tell(story(number.parse().unwrap()));
@@ -66,14 +67,14 @@ pub fn each(story: impl AsyncFn(usize) -> bool) {
     println!("{name}: {told} stories");
 }
 
-/// The test that runs now.
+/// Returns the name of the running test.
 fn name() -> String {
     let name = std::thread::current().name().unwrap_or("main").to_owned();
     assert_ne!(name, "main", "tests have their names on threads of their own: run with --test-threads=2 or more");
     name
 }
 
-/// Tells one story here.
+/// Runs one story in this process.
 fn tell(story: impl Future<Output = bool>) {
     let _ = rustls::crypto::ring::default_provider().install_default();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
@@ -81,7 +82,7 @@ fn tell(story: impl Future<Output = bool>) {
     println!("{CAME}{}", came.expect("the story did not end"));
 }
 
-/// Has one story told in namespaces of its own; what came of it, or all that was said.
+/// Runs one story in namespaces of its own. Returns its result, or its output if it failed.
 fn apart(name: &str, number: usize) -> Result<bool, String> {
     let told = Command::new("unshare")
         .args(["--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--"])
@@ -93,16 +94,17 @@ fn apart(name: &str, number: usize) -> Result<bool, String> {
         .output()
         .map_err(|error| format!("no namespaces: {error}"))?;
     let said = String::from_utf8_lossy(&told.stdout);
-    // The name of the test stands on the same line.
+    // The line starts with the name of the test.
     let came = said.lines().find_map(|line| Some(line.split_once(CAME)?.1 == "true"));
     came.filter(|_| told.status.success()).ok_or_else(|| {
         let said = format!("{said}\n{}", String::from_utf8_lossy(&told.stderr));
-        // Not at the beginning of a line: results are counted there.
+        // The lines are indented, because `e2e/test` counts results at the beginning of a line.
         said.lines().map(|line| format!("  | {line}\n")).collect()
     })
 }
 
-/// The one authority in each world, of nobody. To read all of the machine's takes most of the time that some processes take to start.
+/// The only certificate authority in each world, which signs nothing. Some processes spend most of their start on reading all authorities
+/// of a machine.
 static AUTHORITY: LazyLock<&str> = LazyLock::new(|| {
     let authority = rcgen::generate_simple_self_signed(["nobody.test".to_owned()]).unwrap();
     let path = concat!(env!("CARGO_TARGET_TMPDIR"), "/authority.pem");
@@ -110,7 +112,7 @@ static AUTHORITY: LazyLock<&str> = LazyLock::new(|| {
     path
 });
 
-/// One of [`BUSY`] places, across all tests.
+/// One of [`BUSY`] places, which all tests share.
 struct Place;
 
 static TAKEN: (Mutex<usize>, Condvar) = (Mutex::new(0), Condvar::new());

@@ -1,4 +1,4 @@
-//! The API server, as far as a gateway asks one: a task, its pod, contracts and pack, which never change, and whose token is whose.
+//! The part of the API server that a gateway uses: a task, its pod, contracts and pack, which never change, and reviews of tokens.
 
 use axum::{
     Json,
@@ -12,18 +12,18 @@ use serde_json::{Value, json};
 
 use super::upstream::HOST;
 
-/// The task's UID.
+/// The UID of the task.
 pub const UID: &str = "6f9c3c1e-0000-4000-8000-000000000001";
-/// Bucket of the evidence.
+/// The evidence bucket.
 pub const EVIDENCE: &str = "belay-evidence";
-/// Bucket of results, and of the salt.
+/// The state bucket, with idempotent results and the salt.
 pub const STATE: &str = "belay-state";
-/// For how long evidence is locked. More than a year, as clocks are stepped by one.
+/// The retention of evidence. It is more than a year, because the tests step clocks by a year.
 pub const RETENTION_DAYS: i64 = 400;
-/// What harness and operator present.
+/// The tokens of the harness and the operator.
 pub const TOKENS: [&str; 2] = ["harness", "operator"];
 
-/// The task.
+/// Returns the task.
 pub fn task() -> Value {
     json!({
         "apiVersion": "belay.dev/v1alpha1", "kind": "AgentTask",
@@ -36,7 +36,7 @@ pub fn task() -> Value {
     })
 }
 
-/// Its tools: one that reads, one that writes, one that is paid once an order, and one over MCP.
+/// Returns the contracts of the task: a tool that reads, one that writes, one that is idempotent for each order, and one over MCP.
 pub fn contracts() -> Vec<Value> {
     let contract = |tool: &str, effect: &str, upstream: Value, more: Value| {
         let mut spec = json!({
@@ -64,7 +64,7 @@ pub fn contracts() -> Vec<Value> {
     ]
 }
 
-/// The pack.
+/// Returns the pack.
 pub fn pack() -> Value {
     json!({
         "apiVersion": "belay.dev/v1alpha1", "kind": "PolicyPack",
@@ -104,9 +104,9 @@ pub async fn answer(request: Request<Body>) -> Response {
             let body = body.collect().await.unwrap().to_bytes();
             Json(reviewed(serde_json::from_slice(&body).unwrap())).into_response()
         }
-        // Usage, for people.
+        // The gateway writes the usage to the task's status.
         Method::PATCH => Json(task()).into_response(),
-        // Nothing ever changes.
+        // A watch has no events, because nothing changes.
         Method::GET if watches => {
             Body::from_stream(futures::stream::pending::<Result<Vec<u8>, std::io::Error>>()).into_response()
         }

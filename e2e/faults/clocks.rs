@@ -1,4 +1,4 @@
-//! Clocks that are stepped by a year, of the harness or the gateway, while an agent works.
+//! The clock of the harness or the gateway is stepped by a year while an agent works.
 
 use serde_json::json;
 
@@ -8,14 +8,14 @@ use super::{
     world::{Setting, Told, World},
 };
 
-/// The agent works, a clock is stepped, and the agent works on.
+/// Lets the agent work, steps a clock, and lets the agent work again.
 async fn stepped(whose: &str, offset: &str) -> (World, Judged) {
     let world = World::new(Setting { clocks: true, ..Setting::default() }).await;
     world.begin();
     world.work().await;
     world.clock(whose, offset);
     world.work().await;
-    // What was paid within a day is paid.
+    // The order was paid within the idempotency window of a day, so it is not paid again.
     let order = json!({"order": "7"});
     let told = world.call("pay", order).await;
     assert!(matches!(told, Told::Result(_)), "{told:?}");
@@ -24,7 +24,7 @@ async fn stepped(whose: &str, offset: &str) -> (World, Judged) {
     (world, judged)
 }
 
-/// Locks are as long as the pack says, by the store's clock.
+/// `judge` checks that locks are as long as the pack says, by the store's clock.
 #[rstest::rstest]
 #[case::forwards("+1y")]
 #[case::backwards("-1y")]
@@ -34,7 +34,7 @@ fn the_gateways_clock_is_stepped(#[case] offset: &str) {
     });
 }
 
-/// An attempt's time goes on evenly.
+/// The times of an attempt's records do not go backwards.
 #[rstest::rstest]
 #[case::forwards("+1y")]
 #[case::backwards("-1y")]
@@ -45,7 +45,7 @@ fn the_harnesss_clock_is_stepped(#[case] offset: &str) {
     });
 }
 
-/// A gateway that begins with a wrong clock has asked nobody yet.
+/// A gateway that starts with a wrong clock has not yet seen any other clock.
 #[rstest::rstest]
 #[case::ahead("+1y")]
 #[case::behind("-1y")]

@@ -1,4 +1,4 @@
-//! A spool on a file system that is full: nothing leaves unrecorded, nothing is lost, and with room it goes on.
+//! A spool on a full file system: no call leaves without a record, nothing is lost, and calls continue when there is room.
 
 use std::{fs::File, io::Write, path::PathBuf, time::Duration};
 
@@ -10,10 +10,10 @@ use super::{
     world::{Setting, Told, World},
 };
 
-/// Of the spool's file system.
+/// The size of the spool's file system.
 const SIZE: u64 = 1 << 20;
 
-/// What fills a file system but for a little room, and takes every inode: nothing can be made beside the spool to take its place either.
+/// Files that fill a file system except for `room` bytes, and take every inode, so that no file can be created to replace the spool.
 struct Ballast(Vec<PathBuf>);
 
 impl Ballast {
@@ -43,7 +43,7 @@ async fn with_a_small_spool() -> World {
     world
 }
 
-/// With more or less room, segments are cut off elsewhere.
+/// The room decides which segment no longer fits.
 #[rstest::rstest]
 fn calls_wait_for_room(#[values(0, 4096, 16_384)] room: u64) {
     once(async || {
@@ -69,7 +69,7 @@ fn a_task_parks_while_there_is_no_room_for_long() {
     once(async || {
         let world = with_a_small_spool().await;
         let ballast = Ballast::new(&world, 0);
-        // The spool's last page takes some of them.
+        // Some of the calls still fit into the spool's last page.
         let calls = (0..12).map(|_| world.call("note", json!({"n": world.n()})));
         let told = futures::future::join_all(calls).await;
         let waited = |told: &&Told| matches!(told, Told::Refused(rule, _) if rule == "evidence.unavailable");
@@ -83,7 +83,7 @@ fn a_task_parks_while_there_is_no_room_for_long() {
     });
 }
 
-/// One that is killed on a full disk, with its segments on their way, loses none of them.
+/// A harness that is killed on a full file system before its segments are stored loses none of them.
 #[test]
 fn a_harness_that_is_killed_without_room_comes_back_with_it() {
     once(async || {

@@ -1,4 +1,4 @@
-//! What must hold of a world, whatever happened in it.
+//! Checks what must be true in a world, whatever happened in it.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -26,16 +26,16 @@ use super::{
     world::{Told, World},
 };
 
-/// Rules by which a call is refused of which it is not certain that nothing came of it.
+/// The rules of refused calls that may have had an effect.
 const UNCERTAIN: [&str; 3] = ["upstream.reply", "upstream.connect", "tool.timeout"];
 
-/// A log as it lies in the store, judged.
+/// A log in the store that was checked.
 pub struct Judged {
-    /// Its records.
+    /// The records of the log.
     pub records: Vec<Record>,
 }
 
-/// Ends the task and judges what is left of it.
+/// Ends the task, and checks its log, locks and effects.
 pub async fn judge(world: &World) -> Judged {
     let sealed = world.end().await;
     let prefix = log_prefix(None, "team", "t", api::UID);
@@ -55,7 +55,7 @@ pub async fn judge(world: &World) -> Judged {
     Judged { records: records.into_iter().map(|(_, record)| record).collect() }
 }
 
-/// The verifier has nothing to say, and the log ends as the operator was told.
+/// Checks that the verifier has no findings, and that the log ends as the gateway told the operator.
 fn valid(world: &World, log: &Log, sealed: SealReply) {
     let root: Hash = BASE64_STANDARD.decode(&sealed.root).unwrap().try_into().unwrap();
     let head = Checkpoint { origin: sealed.origin, size: sealed.size, root };
@@ -63,17 +63,17 @@ fn valid(world: &World, log: &Log, sealed: SealReply) {
     assert_eq!(report.verdict, Verdict::Valid, "{:#?}", report.findings);
 }
 
-/// Every object is locked for as long as the pack says, from when the store wrote it, by the store's clock.
+/// Checks that every object is locked for as long as the pack says, from its time of writing by the store's clock.
 fn locked(log: &Log) {
     for object in log.versions.iter().flatten() {
         let locked = object.retain_until.unwrap().duration_since(object.written.unwrap());
-        // Both clocks in whole seconds.
+        // The margin of a minute covers times in whole seconds.
         let least = SignedDuration::from_hours(24 * api::RETENTION_DAYS) - SignedDuration::from_mins(1);
         assert!(locked >= least, "{} is locked for {locked:#} only", object.key);
     }
 }
 
-/// Nothing that was acknowledged is lost: no object that the store took, and no record that the gateway took.
+/// Checks that nothing acknowledged is lost: neither an object that the store acknowledged, nor a record that the gateway acknowledged.
 fn acknowledged(world: &World, log: &Log, segments: &BTreeMap<String, Segment>, prefix: &str) {
     let objects: BTreeMap<&str, &bytes::Bytes> = log.objects().collect();
     for put in world.store.seen().iter().filter(|put| put.method == http::Method::PUT && put.told.is_some()) {
@@ -90,7 +90,7 @@ fn acknowledged(world: &World, log: &Log, segments: &BTreeMap<String, Segment>, 
     }
 }
 
-/// No effect without its intent, which was there before; and what agent and log say of each call is so.
+/// Checks that every effect has an intent that was stored before it, and that what the agent and the log say of each call is true.
 fn effects(world: &World, records: &[(&String, Record)], salt: &Salt, prefix: &str) {
     let effects = world.effects.all();
     let mut told: BTreeMap<String, Instant> = BTreeMap::new();
@@ -100,7 +100,7 @@ fn effects(world: &World, records: &[(&String, Record)], salt: &Salt, prefix: &s
             told.entry(exchange.path).or_insert(at);
         }
     }
-    // When the gateway knew that the store has it: a reply that was lost is made up for by reading.
+    // Returns when the gateway knew that an object is stored. If the reply to a write is lost, the gateway reads the object.
     let stored = |key: &str| told.get(&format!("/{}/{prefix}{key}", api::EVIDENCE)).copied();
     let mut intents: Vec<(&String, &Intent)> = records
         .iter()
@@ -118,7 +118,8 @@ fn effects(world: &World, records: &[(&String, Record)], salt: &Salt, prefix: &s
     for effect in &effects {
         let digest = salt.value(&effect.args).unwrap();
         let is = |(key, intent): &(&String, &Intent)| {
-            // The spool may be lost just then: the witness had it as well, or it would not be in the log.
+            // If the harness forgets its spool, the spool cannot be checked. But the witness had the intent as well, otherwise it would not
+            // be in the log.
             let held = world.forgets || effect.spool.contains(&digest);
             let spooled = intent.effect == Some(SideEffect::Read) && held;
             intent.target == effect.tool
@@ -130,7 +131,7 @@ fn effects(world: &World, records: &[(&String, Record)], salt: &Salt, prefix: &s
         let (_, intent) = intents.swap_remove(at);
         assert_ne!(came(&intent.call), Some(Came::NotApplied), "{effect:#?} is said not to have been");
     }
-    // What is left has no effect.
+    // The intents that are left have no effect.
     for (_, intent) in intents {
         assert_ne!(came(&intent.call), Some(Came::Applied), "{intent:#?} is said to have had an effect, and had none");
     }
@@ -138,7 +139,7 @@ fn effects(world: &World, records: &[(&String, Record)], salt: &Salt, prefix: &s
         let count = effects.iter().filter(|effect| effect.tool == call.tool && effect.args == call.args).count();
         match &call.told {
             Told::Result(_) => assert_eq!(count, 1, "{call:#?}"),
-            // A call that is one with another may be refused for what that one did.
+            // A duplicate call may be refused because of the effect of the first call.
             Told::Refused(rule, _) if UNCERTAIN.contains(&rule.as_str()) || call.tool == "pay" => {
                 assert!(count <= 1, "{call:#?} had {count} effects")
             }
@@ -149,7 +150,7 @@ fn effects(world: &World, records: &[(&String, Record)], salt: &Salt, prefix: &s
 }
 
 impl Judged {
-    /// Times of the harness's records, in order.
+    /// Returns the times of the harness's records in the order of the log.
     pub fn times(&self) -> Vec<Timestamp> {
         let times = self.records.iter().filter(|record| !matches!(record.event, Event::TaskClosed(_)));
         times.map(|record| record.time.parse().unwrap()).collect()

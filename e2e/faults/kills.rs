@@ -1,4 +1,4 @@
-//! SIGKILL at each step that something is persisted in, while an agent works, and at every other request between them.
+//! SIGKILL of gateway or harness while an agent works, at each step that persists something and at every other request between them.
 
 use http::Method;
 
@@ -9,7 +9,7 @@ use super::{
     world::{Setting, World},
 };
 
-/// The agent works, the task ends, and all holds; says whether anybody was killed in the meantime.
+/// Lets the agent work, ends the task and checks the world. Returns whether a process was killed.
 async fn ends_well(world: &World, killed: impl Fn() -> bool) -> bool {
     world.begin();
     world.work().await;
@@ -17,7 +17,7 @@ async fn ends_well(world: &World, killed: impl Fn() -> bool) -> bool {
     killed()
 }
 
-/// Of the store are asked: segments, tiles, summary, results and the salt, written and read.
+/// The requests to the store read and write segments, tiles, the summary, results and the salt.
 #[test]
 fn the_gateway_is_killed_before_each_request_to_the_store() {
     each(async |n| {
@@ -30,7 +30,8 @@ fn the_gateway_is_killed_before_each_request_to_the_store() {
     });
 }
 
-/// What it wrote is there, and nobody was told. (To be killed after a read is to be killed before the next request.)
+/// The object is stored, but the gateway gets no reply. (There is no such case for reads: a kill after a read is a kill before the next
+/// request.)
 #[test]
 fn the_gateway_is_killed_after_each_object_is_written() {
     each(async |n| {
@@ -42,8 +43,8 @@ fn the_gateway_is_killed_after_each_object_is_written() {
     });
 }
 
-/// Of the gateway are asked: to open the log, segments, held and stored, calls, and results to be kept. Without the spool it has all that
-/// was acknowledged.
+/// The requests to the gateway open the log, append segments that are held and stored, make calls and store results. In the case
+/// `with_its_spool` the spool is lost as well, and the gateway has everything that was acknowledged.
 #[rstest::rstest]
 #[case::before(Moment::Before, false)]
 #[case::after(Moment::After, false)]
@@ -53,12 +54,12 @@ fn the_harness_is_killed_at_each_request_to_the_gateway(#[case] moment: Moment, 
         let world = World::new(Setting { forgets, ..Setting::default() }).await;
         let harness = world.harness.clone();
         world.log.plan(move |asked| (asked.number == n).then(|| Fault::Killed(moment, vec![harness.clone()])));
-        // The last of them may be while it ends, after which it is not started again.
+        // The last request may come while the harness ends, and then it is not started again.
         ends_well(&world, || world.log.seen().len() >= n).await
     });
 }
 
-/// On entering the n-th system call of a kind on the spool's files: what it is to do is not done.
+/// The harness is killed on entry to the n-th system call of a kind on the spool's files, so this call does nothing.
 #[rstest::rstest]
 #[case::write("write")]
 #[case::replaced("rename")]
@@ -70,7 +71,7 @@ fn the_harness_is_killed_at_each_step_of_the_spool(#[case] call: &str) {
     });
 }
 
-/// Both at once: what only they held is in the spool.
+/// Both are killed at once: what only they had in memory is in the spool.
 #[test]
 fn both_are_killed_after_each_object_is_written() {
     each(async |n| {

@@ -1,4 +1,4 @@
-//! A process that is started again when it has ended, as a kubelet does, until it is told to end.
+//! A process that is restarted when it ends, as a kubelet does, until a test ends it.
 
 use std::{
     fs::{File, OpenOptions},
@@ -8,13 +8,13 @@ use std::{
     time::Duration,
 };
 
-/// Between two looks.
+/// The time between two polls.
 const LOOK: Duration = Duration::from_millis(20);
 
-/// What starts it, by how often it was started before.
+/// Returns the command that starts the process, given the number of earlier starts.
 type Make = Box<dyn Fn(usize) -> Command + Send + Sync>;
 
-/// One process after another.
+/// A process, and its successors after restarts.
 #[derive(Clone)]
 pub struct Process(Arc<Inner>);
 
@@ -32,19 +32,19 @@ struct State {
 }
 
 impl Process {
-    /// Not started yet. What it says goes to this file.
+    /// Returns a process that is not started yet. Its stderr goes to `log`.
     pub fn new(log: PathBuf, make: impl Fn(usize) -> Command + Send + Sync + 'static) -> Self {
         Self(Arc::new(Inner { make: Box::new(make), log, state: Mutex::default() }))
     }
 
-    /// Starts it, and again whenever it has ended.
+    /// Starts the process, and restarts it whenever it ends.
     pub fn keep(&self) {
         self.start(&mut self.0.state.lock().unwrap());
         let process = self.clone();
         tokio::spawn(async move {
             loop {
                 tokio::time::sleep(LOOK).await;
-                // Under one lock: what is stopped in between stays stopped.
+                // The poll and the restart hold the lock, so a process that a test has stopped stays stopped.
                 let mut state = process.0.state.lock().unwrap();
                 let Some(child) = &mut state.child else { return };
                 if let Some(status) = child.try_wait().unwrap() {
@@ -63,7 +63,7 @@ impl Process {
         state.starts += 1;
     }
 
-    /// SIGKILL. When this returns it is gone; it is started again.
+    /// Kills the process with SIGKILL and waits for its end. It is restarted.
     pub fn kill(&self) {
         if let Some(child) = &mut self.0.state.lock().unwrap().child {
             child.kill().unwrap();
@@ -71,7 +71,7 @@ impl Process {
         }
     }
 
-    /// SIGKILL, for good.
+    /// Kills the process with SIGKILL, without a restart.
     pub fn stop(&self) {
         if let Some(mut child) = self.0.state.lock().unwrap().child.take() {
             child.kill().unwrap();
@@ -79,10 +79,10 @@ impl Process {
         }
     }
 
-    /// SIGTERM, for good: waits until it has ended.
+    /// Ends the process with SIGTERM, without a restart, and waits for its end.
     pub async fn end(&self) -> ExitStatus {
         let mut child = self.0.state.lock().unwrap().child.take().unwrap();
-        // One that is only just being executed does not know the signal yet, and ends by it.
+        // A process that has just been started has no handler for the signal yet, and ends by it.
         let _ = Command::new("kill").args(["-TERM", &child.id().to_string()]).status();
         loop {
             if let Some(status) = child.try_wait().unwrap() {
@@ -92,17 +92,17 @@ impl Process {
         }
     }
 
-    /// How often it was started.
+    /// Returns how often the process was started.
     pub fn starts(&self) -> usize {
         self.0.state.lock().unwrap().starts
     }
 
-    /// Whether it has ever ended with this exit code.
+    /// Returns whether the process has ever ended with this exit code.
     pub fn has_ended_with(&self, code: u8) -> bool {
         self.0.state.lock().unwrap().ends.iter().any(|status| status.code() == Some(code.into()))
     }
 
-    /// What it said.
+    /// Returns what the process wrote to stderr.
     pub fn said(&self) -> String {
         std::fs::read_to_string(&self.0.log).unwrap_or_default()
     }

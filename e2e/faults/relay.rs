@@ -1,6 +1,7 @@
-//! A wire that a test can disturb: HTTP is passed on, and noted.
+//! A relay that a test can disturb: it forwards HTTP and records the requests.
 //!
-//! Each connection to it is one to whoever is behind it, of the same HTTP version, and ends with that one: who dies is seen to have died.
+//! For each connection to it, the relay opens a connection of the same HTTP version to the server behind it, and closes both together. So
+//! the client sees when the server dies.
 
 use std::{
     net::SocketAddr,
@@ -28,57 +29,57 @@ use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 use super::process::Process;
 
-/// Whether what was asked for is done already.
+/// When a fault happens, relative to the request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Moment {
-    /// It was not passed on, and will not be.
+    /// The request was not forwarded, and will not be.
     Before,
-    /// It is done, and nobody is told.
+    /// The server has answered, and the answer is not forwarded.
     After,
 }
 
-/// What happens to a request.
+/// What happens to a request instead of an undisturbed answer.
 #[derive(Clone)]
 pub enum Fault {
-    /// It is answered so, and not passed on.
+    /// The relay answers with this status, and does not forward the request.
     Status(u16),
-    /// It is passed on after so long.
+    /// The relay forwards the request after this time.
     Slow(Duration),
-    /// It is never answered, nor passed on.
+    /// The request is neither forwarded nor answered.
     Silence,
-    /// Its connection breaks.
+    /// The connection breaks.
     Broken(Moment),
-    /// These are killed.
+    /// These processes are killed.
     Killed(Moment, Vec<Process>),
 }
 
-/// A request that came.
+/// A request that the relay received.
 #[derive(Clone, Debug)]
 pub struct Exchange {
-    /// How many there were before it, and itself.
+    /// The number of the request, from 1.
     pub number: usize,
-    /// How many wrote something, with it.
+    /// The number of `PUT` requests so far, this one included.
     pub writes: usize,
-    /// Its method.
+    /// The method.
     pub method: Method,
-    /// Its path, as [`path_of`] has it, without a query.
+    /// The path without a query, as [`path_of`] returns it.
     pub path: String,
-    /// Its body.
+    /// The body.
     pub body: Bytes,
-    /// When whoever asked was told that it is done, if so.
+    /// When the relay forwarded the answer, if that was a success.
     pub told: Option<Instant>,
 }
 
-/// The store's name where it has one.
+/// The store's host name, for worlds with [`Setting::as_aws`](super::world::Setting::as_aws).
 pub const STORE: &str = "s3.test";
 
-/// What is to happen to a request.
+/// Returns what happens to a request.
 type Plan = Box<dyn Fn(&Exchange) -> Option<Fault> + Send>;
 
-/// Both ends of TLS.
+/// The two sides of TLS.
 pub type Tls = (TlsAcceptor, TlsConnector);
 
-/// A wire.
+/// A relay between a client and a server.
 #[derive(Clone)]
 pub struct Relay(Arc<Inner>);
 
@@ -93,25 +94,25 @@ struct State {
     seen: Vec<Exchange>,
 }
 
-/// Sends over one connection.
+/// The sender of one connection to the server.
 #[derive(Clone)]
 enum Sender {
     One(Arc<tokio::sync::Mutex<http1::SendRequest<Full<Bytes>>>>),
     Two(http2::SendRequest<Full<Bytes>>),
 }
 
-/// One end.
+/// A connection with or without TLS.
 trait Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static {}
 
 impl<S: AsyncRead + AsyncWrite + Unpin + Send + 'static> Stream for S {}
 
-/// The connection is to break.
+/// The error that closes the connection.
 #[derive(Debug, thiserror::Error)]
 #[error("the wire broke")]
 struct Broke;
 
 impl Relay {
-    /// From one address to another: HTTP/2 over TLS, or HTTP/1.1 without.
+    /// Starts a relay from one address to another: HTTP/2 over TLS, or HTTP/1.1 without TLS.
     pub async fn start(from: SocketAddr, to: SocketAddr, tls: Option<Tls>) -> Self {
         let state = State { plan: Box::new(|_| None), seen: Vec::new() };
         let relay = Self(Arc::new(Inner { to, tls, state: Mutex::new(state) }));
@@ -125,23 +126,23 @@ impl Relay {
         relay
     }
 
-    /// From now on this happens to requests.
+    /// Sets what happens to requests from now on.
     pub fn plan(&self, plan: impl Fn(&Exchange) -> Option<Fault> + Send + 'static) {
         self.0.state.lock().unwrap().plan = Box::new(plan);
     }
 
-    /// From now on nothing happens to requests.
+    /// Lets all requests through from now on.
     pub fn heal(&self) {
         self.plan(|_| None);
     }
 
-    /// All that came.
+    /// Returns all requests so far.
     pub fn seen(&self) -> Vec<Exchange> {
         self.0.state.lock().unwrap().seen.clone()
     }
 
     async fn connection(&self, stream: TcpStream) {
-        // Where nobody is behind it, nobody is here.
+        // If the server cannot be reached, the client's connection is closed.
         let Ok(behind) = TcpStream::connect(self.0.to).await else { return };
         let _ = (stream.set_nodelay(true), behind.set_nodelay(true));
         let Some((acceptor, connector)) = &self.0.tls else { return self.pass(stream, behind).await };
@@ -171,7 +172,7 @@ impl Relay {
         tokio::select! {
             _ = relayed.as_mut() => {}
             _ = ended => {
-                // What it has answered before is still passed on.
+                // Answers that came before the end are still forwarded.
                 relayed.as_mut().graceful_shutdown();
                 let _ = relayed.await;
             }
@@ -217,14 +218,14 @@ impl Relay {
     }
 }
 
-/// The path, with the bucket in it also where that is in the host's name.
+/// Returns the path. If the bucket is in the host name, the path starts with it.
 fn path_of(head: &http::request::Parts) -> String {
     let host = head.headers.get(http::header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
     let bucket = host.split_once(&format!(".{STORE}")).map(|(bucket, _)| format!("/{bucket}"));
     bucket.unwrap_or_default() + head.uri.path()
 }
 
-/// Breaks, and kills, if this is the moment for it.
+/// Breaks the connection and kills processes if the fault is for this moment.
 fn broken(fault: Option<&Fault>, moment: Moment) -> Result<(), Broke> {
     match fault {
         Some(Fault::Broken(when)) if *when == moment => Err(Broke),
@@ -236,7 +237,7 @@ fn broken(fault: Option<&Fault>, moment: Moment) -> Result<(), Broke> {
     }
 }
 
-/// As S3 says it.
+/// Returns an error response of S3 with this status.
 fn answer(status: u16) -> Response<Full<Bytes>> {
     let code = match status {
         403 => "AccessDenied",

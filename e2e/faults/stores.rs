@@ -1,4 +1,5 @@
-//! A store that denies, is busy, full, slow, silent, gone, or takes what it says nothing of: calls wait for it, and go on when it is back.
+//! A store that denies, is busy, full, slow, silent or gone, or does not acknowledge what it stored: calls wait for it, and continue when
+//! it is back.
 
 use std::{
     sync::atomic::{AtomicU64, Ordering},
@@ -21,14 +22,14 @@ use super::{
     world::{Setting, Told, World},
 };
 
-/// For so long nothing is to be had from it: longer than the SDK tries.
+/// The length of an outage. It is longer than the SDK retries.
 const OUTAGE: Duration = Duration::from_secs(4);
-/// Between two looks at what takes minutes.
+/// The time between two polls of what takes minutes.
 const LOOK: Duration = Duration::from_secs(1);
-/// What a store that fails at random fails at.
+/// The number of faults of a store that fails at random.
 const FAULTS: u64 = 25;
 
-/// What changes something does not leave while the store does not answer, and does once it does.
+/// Checks that a call with a side effect waits while the store is away, and leaves when it is back.
 async fn waits(world: &World, breaks: impl FnOnce(&World), heals: impl FnOnce(&World)) {
     world.insist("note").await;
     breaks(world);
@@ -92,7 +93,7 @@ fn calls_are_as_slow_as_the_store() {
     });
 }
 
-/// The agent waits for a minute; then the call is denied, and certainly not made. With the store the task goes on.
+/// The call waits for a minute. Then it is denied, and certainly has no effect. When the store is back, the task continues.
 #[test]
 fn a_call_is_denied_while_the_store_is_gone_for_long() {
     once(async || {
@@ -111,8 +112,8 @@ fn a_call_is_denied_while_the_store_is_gone_for_long() {
     });
 }
 
-/// After two minutes the harness gives up the attempt and says so by its exit code; started again, it does not serve. What it had written
-/// down is stored once the store is back, and with the attempt's end.
+/// After two minutes the harness gives up the attempt and says so by its exit code. If it is restarted, it does not serve. When the store
+/// is back, the harness stores the records that it had written down, with the attempt's end.
 #[test]
 fn an_attempt_is_given_up_while_the_store_is_gone_for_longer() {
     once(async || {
@@ -138,8 +139,8 @@ fn an_attempt_is_given_up_while_the_store_is_gone_for_longer() {
     });
 }
 
-/// Any request may meet any fault, at random, and so may both processes, until there were [`FAULTS`] of them: a log that is read again
-/// from its start would else never be read to its end.
+/// Any request can have any fault at random, and both processes can be killed. There are at most [`FAULTS`] faults, because otherwise a
+/// gateway that reads the log again from its start would never come to the end.
 #[rstest::rstest]
 fn a_store_that_fails_at_random(#[values(1, 2)] seed: u64) {
     once(async || {
@@ -168,7 +169,7 @@ fn a_store_that_fails_at_random(#[values(1, 2)] seed: u64) {
     });
 }
 
-/// xorshift64: the same seed, the same faults.
+/// Returns a random number by xorshift64: the same seed gives the same faults.
 fn random(state: &AtomicU64) -> u64 {
     let step = |mut x: u64| {
         x ^= x << 13;
@@ -176,6 +177,6 @@ fn random(state: &AtomicU64) -> u64 {
         x ^ (x << 17)
     };
     let next = state.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |x| Some(step(x)));
-    // The first few are as small as the seed.
+    // Two more steps, because the first values are as small as the seed.
     step(step(next.unwrap_or_default())) >> 20
 }

@@ -1,5 +1,5 @@
-//! The upstream that counts: an HTTP API and an MCP server whose every call is an effect, noted with its time and with what lay in the
-//! harness's spool just then.
+//! The upstream that counts: an HTTP API and an MCP server. Every call is an effect, recorded with its time and with the content of the
+//! harness's spool at that time.
 
 use std::{
     path::PathBuf,
@@ -26,25 +26,25 @@ use rmcp::{
 };
 use serde_json::{Value, json};
 
-/// The name by which contracts know it.
+/// The host name in the contracts.
 pub const HOST: &str = "tools.test";
-/// Where that is.
+/// The address of the host.
 pub const ADDRESS: std::net::Ipv4Addr = std::net::Ipv4Addr::new(198, 51, 100, 20);
 
 /// A call that took effect.
 #[derive(Clone, Debug)]
 pub struct Effect {
-    /// The tool, by its contract.
+    /// The tool.
     pub tool: String,
-    /// Its arguments.
+    /// The arguments.
     pub args: Value,
-    /// When.
+    /// The time of the call.
     pub at: Instant,
-    /// What the spool had then.
+    /// The content of the spool at that time.
     pub spool: Arc<str>,
 }
 
-/// All of them.
+/// All calls that took effect.
 #[derive(Clone)]
 pub struct Effects {
     all: Arc<Mutex<Vec<Effect>>>,
@@ -52,7 +52,7 @@ pub struct Effects {
 }
 
 impl Effects {
-    /// Starts the upstream. The harness's spool is this file.
+    /// Starts the upstream. `spool` is the file of the harness's spool.
     pub async fn start(spool: PathBuf) -> Self {
         let effects = Self { all: Arc::default(), spool };
         let mut config = StreamableHttpServerConfig::default();
@@ -77,12 +77,12 @@ impl Effects {
         effects
     }
 
-    /// All so far.
+    /// Returns all effects so far.
     pub fn all(&self) -> Vec<Effect> {
         self.all.lock().unwrap().clone()
     }
 
-    /// How many there are of a tool.
+    /// Returns the number of effects of a tool.
     pub fn count(&self, tool: &str) -> usize {
         self.all.lock().unwrap().iter().filter(|effect| effect.tool == tool).count()
     }

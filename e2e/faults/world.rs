@@ -1,8 +1,8 @@
-//! A world: a store, a gateway and a harness, wires between them, a name server, an upstream that counts, and an agent.
+//! A world: a store, a gateway and a harness, relays between them, a name server, an upstream that counts, and an agent.
 //!
 //! ```text
-//! agent ─▶ harness ─▶ log (wire) ─▶ gateway ─▶ store (wire) ─▶ versitygw
-//!                                      └─────▶ upstream
+//! agent ─▶ harness ─▶ log (relay) ─▶ gateway ─▶ store (relay) ─▶ versitygw
+//!                                       └─────▶ upstream
 //! ```
 
 use std::{
@@ -56,7 +56,7 @@ const fn port(port: u16) -> SocketAddr {
     SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), port)
 }
 
-/// Where everything is, in each world.
+/// The addresses in each world.
 const API: SocketAddr = port(6443);
 const DNS: SocketAddr = port(5353);
 const S3: SocketAddr = port(7070);
@@ -66,38 +66,38 @@ const GATEWAY: SocketAddr = port(8443);
 const GATEWAY_WIRE: SocketAddr = port(8445);
 const SILENT: SocketAddr = port(9);
 const HARNESS: SocketAddr = belay::harness::server::AGENT;
-/// The store's identity and region, in the environment of each world.
+/// The store's access key and region, as environment variables of each world.
 pub const KEYS: [(&str, &str); 3] =
     [("AWS_ACCESS_KEY_ID", "belay-root"), ("AWS_SECRET_ACCESS_KEY", "belay-secret"), ("AWS_REGION", "us-east-1")];
-/// What the gateway shows where it has no key, and the role that it takes on by it.
+/// The gateway's web identity token if it has no access key, and the role that it assumes with the token.
 const IDENTITY: &str = "the-gateway";
 const ROLE: &str = "arn:aws:iam::000000000000:role/belay-gateway";
-/// Where Debian has the library that moves clocks.
+/// The path of Debian's library that changes clocks.
 const FAKETIME: &str = "/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1";
-/// For a process to begin.
+/// The time limit for the start of a process.
 const START: Duration = Duration::from_secs(60);
 
-/// What is out of the ordinary in a world.
+/// The settings of a world that differ from the ordinary.
 #[derive(Default)]
 pub struct Setting {
-    /// What strace does to the first harness on its spool, such as `write:signal=KILL:when=3`.
+    /// The fault that strace injects into system calls of the first harness on its spool, such as `write:signal=KILL:when=3`.
     pub inject: Option<String>,
-    /// Bytes of the spool's file system, where that is small; it has few inodes, too.
+    /// The size in bytes of a small file system for the spool. It also has few inodes.
     pub spool: Option<u64>,
-    /// The spool is lost with each harness, as it is with a pod.
+    /// The spool is lost with each harness, as it is lost with a pod.
     pub forgets: bool,
-    /// Gateway and harness have clocks that can be moved.
+    /// The clocks of gateway and harness can be changed.
     pub clocks: bool,
-    /// The store is reached as AWS is: a bucket is in the host's name, and who asks is told by a web identity.
+    /// The gateway uses the store as it uses AWS: the bucket is in the host name, and the credentials come from a web identity.
     pub as_aws: bool,
 }
 
-/// What the agent was told of a call.
+/// The answer to the agent's call.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Told {
-    /// This came of it.
+    /// The result.
     Result(String),
-    /// Belay refused it, or does not know what became of it: the rule, and all that was said.
+    /// Belay denied the call or does not know its outcome: the rule, and the whole text.
     Refused(String, String),
     /// The connection broke.
     Nothing,
@@ -110,19 +110,19 @@ pub struct Call {
     pub tool: String,
     /// Its arguments.
     pub args: Value,
-    /// What it was told.
+    /// The answer.
     pub told: Told,
 }
 
 type Client = RunningService<RoleClient, ()>;
 
-/// A world.
+/// A world of one story.
 pub struct World {
-    /// Calls that took effect.
+    /// The calls that took effect.
     pub effects: Effects,
-    /// The wire between gateway and store.
+    /// The relay between gateway and store.
     pub store: Relay,
-    /// The wire between harness and gateway.
+    /// The relay between harness and gateway.
     pub log: Relay,
     /// The store.
     pub s3: Process,
@@ -144,7 +144,7 @@ pub struct World {
 }
 
 impl World {
-    /// Everything but gateway and harness, which are to be begun.
+    /// Starts a world without gateway and harness; [`World::begin`] starts these.
     pub async fn new(setting: Setting) -> Self {
         run("ip", &["link", "set", "lo", "up"]);
         run("ip", &["address", "add", &format!("{}/32", upstream::ADDRESS), "dev", "lo"]);
@@ -192,7 +192,7 @@ impl World {
         }
     }
 
-    /// An ordinary world, begun.
+    /// Starts a world with the default settings, with gateway and harness.
     pub async fn begun() -> Self {
         let world = Self::new(Setting::default()).await;
         world.begin();
@@ -205,12 +205,12 @@ impl World {
         self.harness.keep();
     }
 
-    /// A number that no call has had.
+    /// Returns a number that no call has had.
     pub fn n(&self) -> u64 {
         self.n.fetch_add(1, Ordering::SeqCst)
     }
 
-    /// Makes a call, as an agent does that waits for its harness.
+    /// Makes a call, as an agent that waits for its harness.
     pub async fn call(&self, tool: &str, args: Value) -> Told {
         let client = self.client().await;
         let mut params = CallToolRequestParams::new(tool.to_owned());
@@ -234,7 +234,7 @@ impl World {
         told
     }
 
-    /// The agent's MCP client: another once a call got no answer, when there is a harness.
+    /// Returns the agent's MCP client. After a call without an answer this is a new client, as soon as a harness listens.
     async fn client(&self) -> Arc<Client> {
         let mut known = self.client.lock().await;
         let started = Instant::now();
@@ -242,7 +242,7 @@ impl World {
             if let Some(client) = &*known {
                 return client.clone();
             }
-            // A client takes more to make than a connection.
+            // It is costly to create a client, so a plain connection shows first whether a harness listens.
             if TcpStream::connect(HARNESS).await.is_ok() {
                 let transport = StreamableHttpClientTransport::from_uri(format!("http://{HARNESS}/mcp"));
                 *known = ().serve(transport).await.ok().map(Arc::new);
@@ -253,7 +253,7 @@ impl World {
         }
     }
 
-    /// Makes calls of a tool, each another, until one is answered.
+    /// Makes calls of a tool with different numbers until one has a result.
     pub async fn insist(&self, tool: &str) -> String {
         for _ in 0..20 {
             if let Told::Result(said) = self.call(tool, json!({"n": self.n()})).await {
@@ -263,7 +263,7 @@ impl World {
         panic!("no call of {tool} was answered: {:#?}", self.calls());
     }
 
-    /// What the agent does in most of these stories.
+    /// Makes the calls that the agent makes in most stories.
     pub async fn work(&self) {
         self.insist("look").await;
         self.insist("note").await;
@@ -275,12 +275,12 @@ impl World {
         tokio::join!(self.insist("look"), self.insist("note"));
     }
 
-    /// All calls so far.
+    /// Returns all calls so far.
     pub fn calls(&self) -> Vec<Call> {
         self.calls.lock().unwrap().clone()
     }
 
-    /// The agent has ended: so does the harness, and the operator has the log sealed.
+    /// Ends the harness, as after the end of its agent, and has the log sealed, as the operator does.
     pub async fn end(&self) -> SealReply {
         self.harness.end().await;
         let operator = seal::Gateway::new(GATEWAY.to_string(), self.folder.path().join("operator"), &self.ca).unwrap();
@@ -310,12 +310,12 @@ impl World {
         }
     }
 
-    /// A bucket, without the wire.
+    /// Returns a client of a bucket that does not use the relay.
     pub async fn bucket(&self, name: &str) -> S3 {
         bucket(name).await
     }
 
-    /// Moves the clocks of gateway or harness: `+1y`, `-1y`.
+    /// Changes the clock of gateway or harness by an offset: `+1y`, `-1y`.
     pub fn clock(&self, whose: &str, offset: &str) {
         move_clock(self.folder.path(), whose, offset);
     }
@@ -335,7 +335,7 @@ impl Drop for World {
         for process in [&self.harness, &self.gateway, &self.s3] {
             process.stop();
         }
-        // Its file system could not be removed with the folder.
+        // The folder of the world cannot be removed while the spool's file system is mounted.
         let _ = Command::new("umount").arg(&self.spool).stderr(std::process::Stdio::null()).status();
     }
 }
@@ -349,7 +349,7 @@ fn text(path: &Path) -> String {
     path.to_str().unwrap().to_owned()
 }
 
-/// The gateway's certificate, in its folder and at both ends of the wire.
+/// Creates the gateway's certificate in its folder, and returns it with both sides of TLS for the relay.
 fn certified(folder: &Path) -> (String, Tls) {
     let certified = rcgen::generate_simple_self_signed([wire::SERVER_NAME.to_owned()]).unwrap();
     std::fs::create_dir(folder).unwrap();
@@ -366,7 +366,7 @@ fn certified(folder: &Path) -> (String, Tls) {
     (certified.cert.pem(), (Arc::new(server).into(), Arc::new(client).into()))
 }
 
-/// Files of gateway, harness and operator.
+/// Writes the files of gateway, harness and operator.
 fn configure(folder: &Path, ca: &str) {
     let write = |name: &str, content: String| std::fs::write(folder.join(name), content).unwrap();
     api::TOKENS.iter().for_each(|token| write(token, (*token).to_owned()));
@@ -375,7 +375,7 @@ fn configure(folder: &Path, ca: &str) {
     let pack: PolicyPack = serde_json::from_value(api::pack()).unwrap();
     let contracts: Vec<ToolContract> =
         api::contracts().into_iter().map(|contract| serde_json::from_value(contract).unwrap()).collect();
-    // As the operator renders it.
+    // The operator renders the policy in the same way.
     let policy = render_policy(&task, &contracts, &pack).unwrap();
     let probe = Probe { reachable: GATEWAY_WIRE.to_string(), unreachable: vec![SILENT.to_string()] };
     let containment = Containment {
@@ -409,13 +409,13 @@ fn clock_of(folder: &Path, whose: &str) -> PathBuf {
 }
 
 fn move_clock(folder: &Path, whose: &str, offset: &str) {
-    // Whole or as before: it is read all the time.
+    // The file is replaced by a rename, because the processes read it all the time.
     let (at, new) = (clock_of(folder, whose), folder.join("clock.new"));
     std::fs::write(&new, format!("{offset}\n")).unwrap();
     std::fs::rename(new, at).unwrap();
 }
 
-/// A process's clock is the file's; what measures how long something took goes on evenly, as on a real machine.
+/// Makes a process take its clock from the file. The monotonic clock is not changed, as on a real machine.
 fn with_clock(command: &mut Command, clock: &Path) {
     command.env("LD_PRELOAD", FAKETIME).env("FAKETIME_TIMESTAMP_FILE", clock);
     for (name, value) in [("FAKETIME_NO_CACHE", "1"), ("FAKETIME_DONT_FAKE_MONOTONIC", "1"), ("NO_FAKE_STAT", "1")] {
@@ -465,7 +465,7 @@ fn harness(folder: &Path, spool: &Path, setting: Setting) -> Process {
         let mut command = match &setting.inject {
             Some(inject) if starts == 0 => {
                 let mut command = Command::new("strace");
-                // The harness is our own child, as without it.
+                // With `-D` the harness is this process's child, as it is without strace.
                 command.args(["-D", "-q", "-o", "/dev/null"]);
                 let calls = inject.split(':').next().unwrap_or_default();
                 for file in ["segments.jsonl", "segments.new"] {
@@ -515,7 +515,7 @@ async fn bucket(name: &str) -> S3 {
     S3::connect(options).await.unwrap()
 }
 
-/// Makes both, once the store answers.
+/// Creates both buckets as soon as the store answers.
 async fn buckets() {
     let [(_, access), (_, secret), (_, region)] = KEYS;
     let config = aws_sdk_s3::Config::builder()
@@ -536,7 +536,7 @@ async fn buckets() {
     }
 }
 
-/// The store and its buckets get names, in this world's own file of hosts.
+/// Gives names to the store and its buckets, in this world's own hosts file.
 fn name_the_store(folder: &Path) {
     let names = [String::new(), format!("{}.", api::EVIDENCE), format!("{}.", api::STATE)].map(|bucket| bucket + STORE);
     let hosts = folder.join("hosts");
@@ -544,7 +544,7 @@ fn name_the_store(folder: &Path) {
     run("mount", &["--bind", &text(&hosts), "/etc/hosts"]);
 }
 
-/// AWS's service that gives keys for a web identity: for the gateway's token, the store's own, which are good without a session.
+/// Serves AWS STS: for the gateway's token and role it returns the store's own access key, which is valid without a session.
 async fn identities() {
     let answer = async |form: String| {
         let [(_, access), (_, secret), _] = KEYS;
@@ -568,7 +568,7 @@ async fn identities() {
     axum::serve(listener, Router::new().fallback(any(answer))).await.unwrap();
 }
 
-/// The one name that there is.
+/// Serves DNS: every name has the address of the upstream.
 async fn names() {
     let socket = UdpSocket::bind(DNS).await.unwrap();
     let mut buffer = [0; 1500];

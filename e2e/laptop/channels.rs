@@ -1,5 +1,6 @@
-//! Ways around a record, under both sandboxes: what is refused within a tunnel or by a library is in the log and counts, the bytes of a
-//! tunnel are known, and no argument is another path. And the control, in which all of it gets through where nobody stands before it.
+//! Attempts to make calls without a record, under both sandboxes: denials within a tunnel or by an HTTP library are in the log and count,
+//! the bytes of a tunnel are known, and no argument changes the path of a URL. In the control there is no harness, and every attempt
+//! succeeds.
 
 use std::{
     io::{Read, Write},
@@ -12,12 +13,12 @@ use serde_json::Value;
 use crate::world::{self, World, once};
 
 const AGENT: &str = include_str!("../escape/channels.py");
-/// What a tunnel to `allowed.test` leads to.
+/// The server of `allowed.test`.
 const OPEN: &str = "127.0.0.1:8443";
-/// Of each kind, how many tries there are.
+/// The number of attempts of each kind.
 const KINDS: [(&str, usize); 4] = [("tunnel", 9), ("head", 11), ("path", 9), ("control", 1)];
 
-/// A server that takes anything, and says `through`.
+/// Starts a server that accepts anything and answers `through`.
 fn open() {
     let listener = TcpListener::bind(OPEN).unwrap();
     std::thread::spawn(move || {
@@ -108,7 +109,7 @@ fn tunnels_that_are_refused_end_a_task(world: &World, sandbox: &str) {
     world.is_valid(&world.log());
 }
 
-/// What is wrong is told in lines.
+/// Error messages are printed in lines.
 #[test]
 fn findings_and_what_an_upstream_said_come_in_lines() {
     once(|world| {

@@ -1,10 +1,10 @@
-//! How runs end: well, stopped, killed, beyond their room, on a full disk. Each leaves a log that verifies as what it is, and nobody behind.
+//! Ends of runs: success, a signal, SIGKILL, a limit, a full disk. Each leaves a log that verifies as what it is, and no process.
 
 use std::{fs, process::Command, thread::sleep, time::Duration};
 
 use crate::world::{self, SANDBOXES, World, ended, once, processes, until};
 
-/// What an agent may, may not, and is told; what it never sees.
+/// Checks what an agent may do, what is denied, what it is told, and what it never sees.
 fn an_ordinary_run(world: &World, sandbox: &str) {
     world.agent(
         r#"
@@ -29,7 +29,7 @@ except OSError as error: say(error)
         assert!(!said.lines().any(|line| line.split(' ').any(|word| word == private)), "{private} in {said}");
     }
     assert_eq!(world.asked.lock().unwrap().as_slice(), [("GET".into(), "/greet/you".into(), String::new())]);
-    // The gateway has a key, and nobody else: not the agent, in whose folder it lies, and not the evidence.
+    // Only the gateway has the credential: neither the agent, whose folder has the file, nor the evidence.
     assert!(!said.contains("sesame"), "{said}");
     assert!(!String::from_utf8_lossy(&world.all_that_is_kept()).contains("sesame"));
 
@@ -43,7 +43,7 @@ except OSError as error: say(error)
     let denied: Vec<_> =
         ran.records("call.denied").iter().map(|record| record["rule"].as_str().unwrap().to_owned()).collect();
     assert_eq!(denied, ["tool.precondition", "tool.unknown"]);
-    // It has ended well, and whoever reads the last line knows all the same.
+    // The run succeeded, and its last line still counts the denials.
     assert_eq!(
         (ran.last()["closed"]["phase"].as_str(), &ran.last()["refused"]["tool"]),
         (Some("Succeeded"), &2.into())
@@ -52,7 +52,7 @@ except OSError as error: say(error)
     world.nobody_is_left();
 }
 
-/// The first asks for an end in order.
+/// Checks that a first signal ends the run in order.
 fn stopped(world: &World, sandbox: &str, signal: &str) {
     world.agent("say(call('greet', name='you'))\nsay('begun')\ntime.sleep(300)", "");
     let mut child = world.start(sandbox, &[]);
@@ -61,7 +61,7 @@ fn stopped(world: &World, sandbox: &str, signal: &str) {
     let ran = ended(child.wait_with_output().unwrap());
     assert_eq!(ran.code, 130, "{ran:#?}");
     assert_eq!(ran.last()["closed"]["failureClass"], "Cancelled", "{ran:#?}");
-    // The agent was gone before the log was closed: nothing comes after that.
+    // The agent ended before the log was sealed, so no record follows.
     assert_eq!(ran.records("attempt.closed").len(), 1);
     world.is_valid(&world.log());
     world.nobody_is_left();
@@ -77,14 +77,14 @@ fn killed(world: &World, sandbox: &str) {
     let (first, second) = world.verify(&world.log());
     assert!(first.starts_with("INCOMPLETE, self-witnessed"), "{first}");
     assert_eq!(second, "INCOMPLETE, self-witnessed");
-    // What it has left goes with the next run.
+    // The next run removes what the killed run left.
     world.agent("say('again')", "");
     fs::remove_dir_all(world.log()).unwrap();
     assert_eq!(world.run(sandbox, &[]).code, 0);
     assert_eq!(fs::read_dir(world.state().join("belay/runs")).unwrap().count(), 0);
 }
 
-/// An end, by its class.
+/// Checks the exit code and the reason of an end.
 fn ends(world: &World, sandbox: &str, (python, more): (&str, &str), (code, reason): (i32, &str)) {
     world.agent(python, more);
     let ran = world.run(sandbox, &[]);
@@ -139,7 +139,7 @@ say(os.path.getsize('/out/x') <= 1 << 20)";
         assert_eq!(ran.said(), "No space left on device\nTrue\n", "{ran:#?}");
     };
     a_full_disk => |world: &World, sandbox| {
-        // Room for the first record and a little more.
+        // There is room for the first record and little more.
         let folder = world.task().join("evidence");
         fs::create_dir(&folder).unwrap();
         world::run("mount", &["-t", "tmpfs", "-o", "size=128k", "tmpfs", folder.to_str().unwrap()]);
@@ -149,7 +149,7 @@ say(os.path.getsize('/out/x') <= 1 << 20)";
         assert!([3, 6].contains(&ran.code), "{ran:#?}");
         assert!(ran.last()["error"].as_str().is_some_and(|error| error.contains("evidence.unavailable")), "{ran:#?}");
         world.nobody_is_left();
-        // Not one call left that is not in the log.
+        // No call left without a record in the log.
         let log = folder.join("default/hello");
         let log = fs::read_dir(log).unwrap().next().unwrap().unwrap().path();
         let (first, _) = world.verify(&log);
@@ -179,7 +179,7 @@ fn a_program_that_is_not_there() {
             let ran = world.run(sandbox, &[]);
             assert_eq!(ran.code, 2, "{ran:#?}");
             assert!(ran.stderr.contains("no-such-program") && ran.events.is_empty(), "{ran:#?}");
-            // What looks like a program and is none shows in the sandbox.
+            // A file that only looks like a program fails in the sandbox.
             world.write("broken", "\x7fELF");
             world::run("chmod", &["755", world.task().join("broken").to_str().unwrap()]);
             world.write("task.yaml", &world::task().replace("python3, -B, agent.py", "./broken"));
@@ -190,7 +190,7 @@ fn a_program_that_is_not_there() {
     });
 }
 
-/// Without a terminal's process group: what is sent to all of it is for the runner alone.
+/// A signal to the whole process group reaches only `belay run`, because the agent is not in its group.
 #[test]
 fn an_interrupt_of_the_whole_group_is_an_end_in_order() {
     once(|world| {

@@ -1,4 +1,4 @@
-//! What an agent tries that wants out, under both sandboxes; and the control, in which the same tries get through.
+//! An agent tries to get out, under both sandboxes. In the control, the same attempts succeed without a sandbox.
 
 use std::{
     collections::BTreeSet,
@@ -17,23 +17,23 @@ use crate::world::{self, SANDBOXES, World, once};
 
 const ESCAPE: &str = include_str!("escape.py");
 const UPSTREAM: &str = include_str!("upstream.py");
-/// Somebody at each of these, where nobody real is.
+/// Listeners at addresses that have no server in this world.
 const SOMEBODY: &str = "tcp 8.8.8.8 443 udp 8.8.8.8 443 tcp 8.8.8.8 53 udp 8.8.8.8 53 tcp 8.8.8.8 853 tcp 2001:4860:4860::8888 443 \
                         tcp 169.254.169.254 80 tcp 127.0.0.1 7777 proxy 127.0.0.1 7778";
 const ADDRESSES: [&str; 3] = ["8.8.8.8/32", "169.254.169.254/32", "2001:4860:4860::8888/128"];
-/// Cases of the adversarial list that each side must have seen.
+/// The cases of the adversarial list that both sides must have tried.
 const CASES: [&str; 28] = [
     "A1", "A7", "A8", "A9", "A10", "A11", "A12", "A13", "A15", "A23", "A24", "A28", "A29", "A30", "A31", "A32", "A33",
     "A34", "A35", "A36", "A43", "A44", "A47", "A48", "A49", "A50", "A51", "A14",
 ];
 
-/// One try.
+/// One attempt.
 #[derive(Debug)]
 struct Try {
     case: String,
     tried: String,
     escaped: bool,
-    /// Shown where a try has come out as it must not.
+    /// Shown if a test of the attempt fails.
     #[expect(dead_code, reason = "shown by Debug")]
     how: String,
 }
@@ -52,7 +52,7 @@ fn tries(said: &str) -> Vec<Try> {
         .collect()
 }
 
-/// The internet of this world, for as long as it lives.
+/// Starts the internet of this world, which ends with the returned process.
 fn internet() -> Child {
     for address in ADDRESSES {
         world::run("ip", &["address", "add", address, "dev", "lo"]);
@@ -71,7 +71,7 @@ fn internet() -> Child {
     child
 }
 
-/// Names that lead to where nobody may go.
+/// Starts a name server whose names resolve to forbidden addresses.
 fn names() {
     let socket = std::net::UdpSocket::bind("127.0.0.1:5353").unwrap();
     std::thread::spawn(move || {
@@ -100,7 +100,7 @@ fn names() {
     });
 }
 
-/// What it is told of the machine.
+/// Returns environment variables about the machine for the attempts.
 fn told(world: &World, neighbour: u32) -> [(&'static str, String); 3] {
     let secret = world.state().join("secret");
     fs::create_dir_all(world.state()).unwrap();
@@ -142,13 +142,13 @@ fn the_control_gets_out() {
     });
 }
 
-/// The names by which refusals of the proxy's are recorded.
+/// Checks that no attempt succeeds, and that the log has the denials of the proxy under their rules.
 fn an_agent_does_not(world: &World, sandbox: &str) {
     let internet = internet();
     names();
     let neighbour = Command::new("sleep").arg("100").spawn().unwrap();
     world.agent("", "");
-    // With no proxy in its environment an agent gets nowhere either (A14): all but what it asks of the proxy goes directly.
+    // This also covers A14, an agent that ignores the proxy variables: all attempts but those of the proxy connect directly.
     let env: String = told(world, neighbour.id())
         .iter()
         .map(|(name, value)| format!("      - {{name: {name}, value: \"{value}\"}}\n"))
@@ -163,12 +163,12 @@ fn an_agent_does_not(world: &World, sandbox: &str) {
     let ran = world.run(sandbox, &["--nameserver", "127.0.0.1:5353"]);
     assert_eq!(ran.code, 0, "{ran:#?}");
     let all = tries(&ran.said());
-    // gVisor's user namespaces are its own kernel's, and lead nowhere.
+    // A user namespace in gVisor is one of gVisor's own kernel, and gives no access to the machine.
     let harmless = |one: &&Try| sandbox == SANDBOXES[1] && one.tried == "unshare";
     let out: Vec<_> = all.iter().filter(|one| one.escaped && !harmless(one)).collect();
     assert!(out.is_empty(), "{sandbox} lets out: {out:#?}");
     assert_eq!(cases(&all), CASES.into_iter().filter(|case| *case != "A14").collect());
-    // What was asked of the harness is on record, by its rule.
+    // The requests to the harness are in the log, with the rule.
     let denied: Vec<_> =
         ran.records("call.denied").iter().map(|one| one["rule"].as_str().unwrap().to_owned()).collect();
     let not_applied: Vec<_> =
@@ -176,7 +176,7 @@ fn an_agent_does_not(world: &World, sandbox: &str) {
     for rule in ["egress.host", "egress.port", "egress.address", "request.malformed"] {
         assert!(denied.iter().any(|one| one == rule), "expected {rule} among {denied:?}");
     }
-    // What the gateway refuses counts as a refusal, and is the outcome of a call as well.
+    // A denial by the gateway counts as a denial, and is also the outcome of a call.
     let twice = not_applied.iter().filter(|rule| rule.starts_with("egress.")).count();
     let refused = denied.len() + not_applied.len() - twice;
     let by_proxy = ["A15", "A24", "A28", "A29", "A30", "A31", "A32", "A33", "A34", "A35", "A36"];
@@ -192,7 +192,7 @@ fn an_agent_does_not(world: &World, sandbox: &str) {
     drop(internet);
 }
 
-/// A27: where an upstream sends the gateway, it does not go. Whoever follows gets there.
+/// A27: the gateway does not follow a redirect of an upstream. In the control, a client that follows it succeeds.
 fn nobody_is_led_elsewhere(world: &World, sandbox: &str) {
     world.agent("say(call('greet', name='elsewhere'))", "");
     let ran = world.run(sandbox, &[]);

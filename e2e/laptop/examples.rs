@@ -1,4 +1,4 @@
-//! What a newcomer begins with: `belay init`, and each folder of examples/, with models that follow a script behind the real names.
+//! The start of a new user: `belay init`, and each folder of examples/, with scripted models under the real host names.
 
 use std::{
     fs,
@@ -14,21 +14,21 @@ use serde_json::json;
 use crate::world::{Ran, World, ended, until};
 
 const SHOP: &str = "tools.test=python3 standin.py";
-/// What the makers of models want to see, and what agents never see.
+/// The credential that the providers require, and that agents never see.
 const KEY: &str = "sk-example-0123456789";
 
 fn examples() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("examples")
 }
 
-/// `belay` in a folder beside the task's.
+/// Returns the command `belay`, run in another folder than the task's.
 fn belay(world: &World, folder: &Path, args: &[&str]) -> Command {
     let mut command = world.belay(args);
     command.current_dir(folder);
     command
 }
 
-/// Which calls were refused, by which rule.
+/// Returns the denied calls with their rules.
 fn denied(ran: &Ran) -> Vec<(String, String)> {
     let text = |value: &serde_json::Value| value.as_str().unwrap_or_default().to_owned();
     ran.records("call.denied").iter().map(|one| (text(&one["target"]), text(&one["rule"]))).collect()
@@ -38,12 +38,12 @@ fn outcomes(ran: &Ran) -> Vec<String> {
     ran.records("call.outcome").iter().map(|one| one["effect"].as_str().unwrap_or_default().to_owned()).collect()
 }
 
-/// Two commands: an agent on its rope.
+/// Checks the two commands of a first run.
 fn hello(world: &World, sandbox: &str) {
     let home = world.task().parent().unwrap().to_owned();
     let made = belay(world, &home, &["init", "hello"]).output().unwrap();
     assert!(made.status.success(), "{made:?}");
-    // The command that it says is the one that works.
+    // `belay init` prints a command, and this command works.
     let said = String::from_utf8(made.stdout).unwrap();
     assert!(said.contains("belay run hello/task.yaml --upstream shop.test='python3 hello/standin.py'"), "{said}");
     let upstream = "shop.test=python3 hello/standin.py";
@@ -54,7 +54,7 @@ fn hello(world: &World, sandbox: &str) {
     let rules: Vec<_> = refused.iter().map(|(_, rule)| rule.as_str()).collect();
     assert_eq!(rules, ["tool.precondition", "tool.unknown", "egress.host"], "{refused:?}");
     assert!(ran.said().contains("Refunded 50 of 80."), "{ran:#?}");
-    // The shop gave fifty back, once.
+    // The shop refunded 50.
     assert!(ran.said().contains(r#""refunded":50"#) || ran.said().contains(r#""refunded": 50"#), "{ran:#?}");
     let resolved = ran.records("attempt.opened")[0]["local"]["resolved"][0].as_str().unwrap().to_owned();
     assert!(resolved.starts_with("shop.test=127.0.0.1:"), "{resolved}");
@@ -67,7 +67,7 @@ fn hello(world: &World, sandbox: &str) {
     assert!(said.contains("task.yaml") && said.contains("found them all"), "{said}");
 }
 
-/// Nothing is wrong with what lies there.
+/// `belay lint` has no findings in the examples.
 #[test]
 fn the_examples_lint() {
     let lints = |paths: &[&str]| {
@@ -81,8 +81,8 @@ fn the_examples_lint() {
     }
 }
 
-/// The same agent with a real model's shape: what `init` writes lints, and the command that it says needs nothing but the key. `more` puts a
-/// script in the model's place.
+/// Checks the same agent with the API of a real model: the files of `belay init` have no lint findings, and the command that it prints
+/// needs only the credential. `more` puts a script in the model's place.
 fn hello_with(world: &World, model: &[&str], more: &[String], sandbox: &str) {
     let home = world.task().parent().unwrap().to_owned();
     let made = belay(world, &home, &[&["init", "hello", "--model"], model].concat()).output().unwrap();
@@ -111,7 +111,7 @@ fn hello_with_anthropic(world: &World, sandbox: &str) {
     world.nobody_is_left();
 }
 
-/// A server of one's own, which runs already and wants no key.
+/// Checks a model server of the user's own, which runs already and needs no credential.
 fn hello_with_a_server(world: &World, sandbox: &str) {
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let [python, script] = storyteller();
@@ -127,13 +127,13 @@ fn hello_with_a_server(world: &World, sandbox: &str) {
     world.nobody_is_left();
 }
 
-/// Whoever plays models: the Python that has what it needs, and its script.
+/// Returns the command of the scripted model: a Python with the packages that it needs, and the script.
 fn storyteller() -> [String; 2] {
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("e2e/laptop/models.py");
     [std::env::var("BELAY_WORLD_PYTHON").unwrap(), script.display().to_string()]
 }
 
-/// Options that put a script behind a model's real name.
+/// Returns the options that put a script behind a model's real host name.
 fn behind(world: &World, host: &str, story: &str) -> Vec<String> {
     let CertifiedKey { cert, signing_key } = generate_simple_self_signed([host.to_owned()]).unwrap();
     let tls = world.task().parent().unwrap().join("tls");
@@ -145,7 +145,7 @@ fn behind(world: &World, host: &str, story: &str) -> Vec<String> {
     vec!["--upstream".to_owned(), model, "--upstream-ca".to_owned(), tls.join("crt.pem").display().to_string()]
 }
 
-/// A server that does not serve is said to be the trouble; one that is asked to end, or whose run is killed, leaves nobody.
+/// Checks that an error of an upstream's command is reported, and that a killed run leaves no process of the command behind.
 fn servers(world: &World, sandbox: &str) {
     let said = |upstream: &str| {
         let args = ["run", "task.yaml", "--sandbox", sandbox, "--upstream", upstream];
@@ -168,13 +168,13 @@ fn servers(world: &World, sandbox: &str) {
     world.nobody_is_left();
 }
 
-/// An example, as its README has it, but for who plays the model.
+/// Runs an example as its README says, but with a scripted model.
 fn example(world: &World, name: &str, sandbox: &str) -> Ran {
     let folder = world.task();
     for entry in fs::read_dir(examples().join(name)).unwrap().map(|entry| entry.unwrap().path()) {
         fs::copy(&entry, folder.join(entry.file_name().unwrap())).unwrap();
     }
-    // Its virtual environment is made once, elsewhere: the link leads there, and the sandbox is shown the place.
+    // The virtual environment is created once, in another folder. The link leads there, and `--ro` shows that folder in the sandbox.
     let environments = PathBuf::from(std::env::var("BELAY_EXAMPLES").unwrap());
     let mut more = Vec::new();
     if let Ok(environment) = environments.join(name).canonicalize() {
@@ -192,7 +192,7 @@ fn example(world: &World, name: &str, sandbox: &str) -> Ran {
     command.args(["--upstream", &shop, "--credential", credential]).args(model).args(more).env("KEY", KEY);
     let ran = ended(command.output().unwrap());
     assert_eq!(ran.code, 0, "{ran:#?}");
-    // A46: the model was given the key, and the agent was not.
+    // A46: the model got the credential, and the agent did not.
     assert!(ran.said().contains("THE END") && !ran.said().contains(KEY), "{ran:#?}");
     let tasks = world.state().join("belay/evidence/default").join(name);
     let log = fs::read_dir(tasks).unwrap().next().unwrap().unwrap().path();
@@ -202,18 +202,18 @@ fn example(world: &World, name: &str, sandbox: &str) -> Ran {
     ran
 }
 
-/// Reads, is refused what is too much, gives what it may.
+/// Checks that the agent reads, that a refund that is too large is denied, and that an allowed refund is made.
 fn support(world: &World, name: &str, sandbox: &str) {
     let ran = example(world, name, sandbox);
     assert_eq!(denied(&ran), [("refund".to_owned(), "tool.precondition".to_owned())], "{ran:#?}");
-    // Four turns of the model, one read, one refund.
+    // These are four model calls, one read and one refund.
     let applied = outcomes(&ran).iter().filter(|effect| *effect == "applied").count();
     assert_eq!(applied, 6, "{ran:#?}");
     let read = ran.records("call.intent").iter().filter(|one| one["target"] == json!("refund")).count();
     assert_eq!(read, 1, "{ran:#?}");
 }
 
-/// Does what it is told, and the walls hold.
+/// Checks that the agent runs the commands of the script, and that the sandbox and the rules hold.
 fn shell(world: &World, sandbox: &str) {
     let ran = example(world, "shell", sandbox);
     let said = ran.said();

@@ -1,6 +1,7 @@
-//! What a sandbox inherits of whoever calls `belay run`, and what leads out of the folders that it sees: nothing but what is declared.
+//! What a sandbox inherits from the caller of `belay run`, and where sockets and files in the folders that it sees lead: only to what is
+//! declared.
 //!
-//! Each story has its control: the same agent in a plain bubblewrap, which has what it must not have.
+//! Each story has a control: the same agent in a plain bubblewrap gets what it must not get.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -16,17 +17,17 @@ use std::{
 
 use crate::world::{self, Ran, World, ended, until};
 
-/// Whoever calls, with much that is theirs.
+/// The program of a caller with many descriptors and settings of its own.
 const CALLER: &str = include_str!("inherited.py");
 const SERVICE: &str = "127.0.0.1:7801";
 
-/// A task with time enough: what is shown here is not how fast a machine is.
+/// Writes a task with much time, because these tests do not depend on the speed of the machine.
 fn agent(world: &World, python: &str, more: &str) {
     world.agent(python, more);
     change(world, "wallTimeSeconds: 30", "wallTimeSeconds: 300");
 }
 
-/// Has its agent be told this.
+/// Adds arguments to the agent's command.
 fn told(world: &World, arguments: &str) {
     change(world, "agent.py]", &format!("agent.py, {arguments}]"));
 }
@@ -37,7 +38,7 @@ fn change(world: &World, from: &str, to: &str) {
     world.write("task.yaml", &task.replace(from, to));
 }
 
-/// A service of the machine's loopback, which answers whoever has a connection.
+/// Starts a service on the machine's loopback that writes to every connection.
 fn service() {
     let listener = TcpListener::bind(SERVICE).unwrap();
     std::thread::spawn(move || {
@@ -50,7 +51,7 @@ fn service() {
     });
 }
 
-/// By whoever calls with what they have.
+/// Runs a command by the caller [`CALLER`].
 fn called(world: &World, command: &[&str]) -> Output {
     let file = world.task().parent().unwrap().join("bashrc");
     fs::write(&file, "theirs").unwrap();
@@ -66,7 +67,7 @@ fn called(world: &World, command: &[&str]) -> Output {
         .unwrap()
 }
 
-/// A plain bubblewrap, as people use it: the control.
+/// Returns the command of a plain bubblewrap, as people use it: the control.
 fn plain(world: &World, binds: &[&str]) -> Vec<String> {
     let task = world.task().display().to_string();
     let mut all: Vec<String> = [
@@ -103,7 +104,7 @@ fn run_by(world: &World, sandbox: &str) -> Ran {
     ended(called(world, &[env!("CARGO_BIN_EXE_belay"), "run", "task.yaml", "--output", "json", "--sandbox", sandbox]))
 }
 
-/// What an agent finds of its caller's.
+/// An agent that prints what it has inherited from the caller.
 const LOOKS: &str = r#"
 import array, fcntl, resource, signal, socket
 found = []
@@ -179,7 +180,7 @@ fn the_control_has_what_its_caller_has() {
         ] {
             assert!(all.contains(expected), "expected {expected} in:\n{all}");
         }
-        // Whom the machine lets have more than others, and who is last to be ended for want of memory.
+        // These depend on the machine: whether it allows a real-time priority, and a lower OOM score.
         let may = |program: &str, args: &[&str]| {
             Command::new(program).args(args).output().is_ok_and(|ran| ran.status.success())
         };
@@ -202,7 +203,7 @@ fn nothing_of_the_callers(world: &World, sandbox: &str) {
     world.nobody_is_left();
 }
 
-/// The same for somebody who is not root, and has programs of their own to run.
+/// The same for a user who is not root, with programs in a folder of the user.
 fn nothing_of_a_users(world: &World, sandbox: &str) {
     const SOMEBODY: u32 = 1000;
     service();
@@ -242,7 +243,7 @@ fn nothing_of_a_users(world: &World, sandbox: &str) {
     world.nobody_is_left();
 }
 
-/// A server of the user's own has what its user may have, and none of what whoever calls has open.
+/// The command of an upstream runs with the user's rights, but inherits no descriptor of the caller.
 #[test]
 fn a_server_of_the_users_own_has_no_descriptor_of_the_callers() {
     world::once(|world| {
@@ -276,7 +277,7 @@ while True: s.accept()
     });
 }
 
-/// What an agent finds of sockets, FIFOs and devices in the folders that it sees, for as long as it is told to look.
+/// An agent that looks for two seconds for sockets, FIFOs, devices and locks in the folders that it sees.
 const REACHES: &str = r#"
 import fcntl, socket, stat
 found = set()
@@ -316,7 +317,7 @@ for _ in range(40):
 say("found " + json.dumps(sorted(found)))
 "#;
 
-/// Ends of the machine's processes in a folder, and what holds them.
+/// Creates sockets, a FIFO and a device of the machine in a folder, and returns what keeps them open.
 fn ends(folder: &Path, when: &str) -> Vec<Box<dyn std::any::Any>> {
     fs::create_dir_all(folder).unwrap();
     let socket = UnixListener::bind(folder.join(format!("socket-{when}"))).unwrap();
@@ -326,16 +327,17 @@ fn ends(folder: &Path, when: &str) -> Vec<Box<dyn std::any::Any>> {
     let mut held = OpenOptions::new().read(true).write(true).open(&fifo).unwrap();
     held.write_all(b"the machine's").unwrap();
     let device = folder.join(format!("device-{when}"));
-    // Root alone makes devices.
+    // Only root can create devices, so this may fail.
     let _ = Command::new("mknod").args(["-m", "666"]).arg(&device).args(["c", "1", "5"]).output().unwrap();
-    // For anybody: a sandbox's user is to be kept out by the sandbox.
+    // Everybody may use them, so that only the sandbox keeps the agent out.
     for name in [format!("socket-{when}"), format!("datagrams-{when}")] {
         fs::set_permissions(folder.join(name), fs::Permissions::from_mode(0o777)).unwrap();
     }
     vec![Box::new(socket), Box::new(datagrams), Box::new(held)]
 }
 
-/// The folder of the task, one below it, one with a Secret in it, a link to one, and one beside it that is shown too.
+/// Creates the places of sockets and FIFOs: the folder of the task, a folder below it, and a folder beside it that the agent sees too. A
+/// link leads to the folder below.
 fn places(world: &World) -> Vec<PathBuf> {
     let beside = world.task().parent().unwrap().join("beside");
     fs::create_dir_all(beside.join("deep")).unwrap();
@@ -397,7 +399,7 @@ fn nobody_outside(world: &World, sandbox: &str) {
     seen.extend(ran.events.iter().map(ToString::to_string));
     ran.events = seen.iter().map(|line| serde_json::from_str(line).unwrap()).collect();
     assert_eq!(ran.code, 0, "{ran:#?}");
-    // A device in a folder is gVisor's own, by its number: the machine's is never opened.
+    // gVisor opens a device of its own with the same number, and never the machine's.
     let reached: Vec<_> = found(&ran.said())
         .into_iter()
         .filter(|one| sandbox == world::SANDBOXES[0] || !one.starts_with("device "))
@@ -406,7 +408,7 @@ fn nobody_outside(world: &World, sandbox: &str) {
     world.is_valid(&world.log());
 }
 
-/// Programs that talk to each other by sockets and FIFOs of their own still do.
+/// Programs of the agent can still use sockets and FIFOs of their own.
 fn ones_own_still_work(world: &World, sandbox: &str) {
     agent(
         world,
@@ -430,7 +432,7 @@ say("memory")
     assert_eq!(ran.said(), "socket\nfifo x\nmanager 1\nmemory\n", "{ran:#?}");
 }
 
-/// Looks for words of secrets in all that it sees.
+/// An agent that searches everything it sees for the secret.
 const SEARCHES: &str = r#"
 found = set()
 say("looking")
@@ -445,7 +447,7 @@ for _ in range(60):
 say("found " + json.dumps(sorted(found)))
 "#;
 
-/// Everything that hides something in the folder is replaced in the ways of editors, of keys that rotate, and of people.
+/// Replaces each hidden file or folder, in the ways of editors, of rotated credentials and of people.
 fn replace(task: &Path, state: &Path) {
     let secret = fs::read_to_string(task.join("pack.yaml")).unwrap();
     let write = |name: &str| fs::write(task.join(name), &secret).unwrap();
@@ -454,7 +456,7 @@ fn replace(task: &Path, state: &Path) {
         write(".new");
         renamed(".new", name);
     };
-    // By rename, twice; a copy beside it; what vim and emacs leave; away and back.
+    // By rename, twice; by copies beside it; by the files that vim and emacs leave; and away and back.
     exchange("pack.yaml");
     exchange("pack.yaml");
     exchange("key.txt");
@@ -463,30 +465,30 @@ fn replace(task: &Path, state: &Path) {
     }
     renamed("pack.yaml", "away.yaml");
     renamed("away.yaml", "pack.yaml");
-    // Removed, and made anew.
+    // By removal and a new file.
     fs::remove_file(task.join("key.txt")).unwrap();
     write("key.txt");
-    // As a kubelet does: a new folder, and a link that is exchanged.
+    // As a kubelet does: by a new folder, and a link that is replaced.
     fs::create_dir(task.join("mounted/..new")).unwrap();
     fs::write(task.join("mounted/..new/token"), &secret).unwrap();
     symlink("..new", task.join("mounted/..tmp")).unwrap();
     fs::rename(task.join("mounted/..tmp"), task.join("mounted/..data")).unwrap();
-    // A link that becomes what it led to.
+    // By a file in place of a link to it.
     fs::remove_file(task.join("mounted/token")).unwrap();
     fs::write(task.join("mounted/token"), &secret).unwrap();
-    // A folder around it.
+    // By a new name of the folder that has the file.
     renamed("nested", "nested-elsewhere");
-    // The folder of what Belay keeps itself.
+    // By a move of Belay's own state folder, and back.
     fs::write(state.join("belay/note"), &secret).unwrap();
     fs::rename(state, task.join("state-elsewhere")).unwrap();
     fs::rename(task.join("state-elsewhere"), state).unwrap();
-    // Something is mounted.
+    // By a mount.
     fs::create_dir_all(task.join("shown/media")).unwrap();
     world::run("mount", &["-t", "tmpfs", "none", task.join("shown/media").to_str().unwrap()]);
     fs::write(task.join("shown/media/stick"), &secret).unwrap();
 }
 
-/// A folder with secrets of all kinds in it.
+/// Writes secrets of all kinds into the task's folder, and returns the folder.
 fn secrets(world: &World) -> PathBuf {
     let task = fs::canonicalize(world.task()).unwrap();
     let secret = "sesame-opens-nothing-else";
@@ -577,7 +579,7 @@ fn what_is_hidden_stays_hidden(world: &World, sandbox: &str) {
     assert_eq!(ran.code, 0, "{ran:#?}");
     assert_eq!(found(&ran.said()), Vec::<String>::new(), "{sandbox}");
     world.is_valid(&PathBuf::from(ran.last()["evidence"].as_str().unwrap()));
-    // What is not hidden is there: a folder is not emptied to be safe.
+    // Files that need not be hidden are visible: Belay does not empty the folder.
     fs::remove_file(task.join("other.yaml")).unwrap();
     agent(world, "say(open('/workspace/shown/plain').read()); say(sorted(os.listdir('/workspace')))", "");
     let ran = ended(
@@ -603,7 +605,7 @@ fn what_is_hidden_stays_hidden(world: &World, sandbox: &str) {
     }
 }
 
-/// Memory that is held and mapped nowhere, in each of these ways.
+/// Checks that an agent that holds memory without mapping it is ended, for each of these ways.
 fn unmapped(world: &World, sandbox: &str) {
     for (name, python) in [
         (
@@ -625,7 +627,7 @@ fn unmapped(world: &World, sandbox: &str) {
     ] {
         agent(world, python, "");
         let ran = world.run(sandbox, &[]);
-        // A file is as long as it is there: gVisor's have pages once those are written.
+        // In gVisor, a file that is only allocated has no pages until they are written.
         if sandbox == world::SANDBOXES[1] && name.starts_with("allocated") && ran.code == 0 {
             continue;
         }
@@ -634,7 +636,7 @@ fn unmapped(world: &World, sandbox: &str) {
     }
 }
 
-/// System V's memory is nobody's to see: there is a page of it, and no more.
+/// System V shared memory cannot be measured, so the sandbox allows a page in all of it, and no more.
 #[test]
 fn memory_of_system_v_is_not_to_be_had() {
     world::once(|world| {
@@ -646,21 +648,21 @@ fn memory_of_system_v_is_not_to_be_had() {
             "",
         );
         assert_eq!(world.run("bwrap", &[]).said(), "True\nTrue\nFalse\nFalse\nFalse\nFalse\n");
-        // The control has as much as it likes.
+        // The control has no limit.
         let command = plain(world, &[]);
         let output = Command::new(&command[0]).args(&command[1..]).output().unwrap();
         assert_eq!(String::from_utf8_lossy(&output.stdout), "True\n".repeat(6));
     });
 }
 
-/// A sandbox that is not what it should be: the program of that name, and what it does before it becomes the real one.
+/// Runs with a broken sandbox: a program with the sandbox's name runs the code `breaks`, then the real sandbox.
 fn broken(world: &World, sandbox: &str, breaks: &str) -> Ran {
     let found = Command::new("sh").args(["-c", &format!("command -v {sandbox}")]).output().unwrap();
     let real = String::from_utf8(found.stdout).unwrap().trim().to_owned();
     let bin = world.task().parent().unwrap().join("bin");
     fs::create_dir_all(&bin).unwrap();
     let program = bin.join(sandbox);
-    // Asked for its version, it is what it is.
+    // With `--version` the program breaks nothing.
     let breaks = breaks.replace('\n', "\n    ");
     let text = format!(
         "#!/usr/bin/python3\nimport os, signal, socket, sys\nsignal.signal(signal.SIGXFSZ, signal.SIG_DFL)\nreal, args = {real:?}, sys.argv[1:]\nif '--version' not in args:\n    {breaks}\nos.execv(real, [real, *args])\n"
@@ -675,7 +677,7 @@ fn broken(world: &World, sandbox: &str, breaks: &str) -> Ran {
     ran
 }
 
-/// The real folder of the probe, in place of its view.
+/// Code that shows the probe's real folder in place of its view.
 const UNVIEWED: &str =
     "at = args.index('/.belay/shown') - 1; args[at] = os.path.join(os.path.dirname(args[at]), '../../shown')";
 
@@ -718,12 +720,12 @@ fn a_sandbox_that_does_not_hold_is_no_sandbox() {
         let flag = |name: &str, to: &str| {
             format!("args = ['{name}={to}' if one.startswith('{name}') else one for one in args]")
         };
-        // Each of these flags is a wall of its own: without it the machine's processes are reached, whoever the sandbox's user is.
+        // Each of these flags is a control of its own: without it the sandbox reaches the machine's processes, whatever its user.
         a_breach_is_seen(world, "runsc", &flag("--host-uds", "all"), &["socket socket-before of the machine's leads"]);
-        // Here the sandbox itself waits for the other end of a FIFO: a probe that does not come back proves nothing.
+        // With this flag the sandbox itself waits for the other end of a FIFO: a probe that does not return proves nothing.
         let ran = broken(world, "runsc", &flag("--host-fifo", "open"));
         assert!(ran.code == 6 && !ran.said().contains("the agent has run"), "{ran:#?}");
-        // The control: such a program that breaks nothing.
+        // The control: the same program without a break.
         for sandbox in world::SANDBOXES {
             let ran = broken(world, sandbox, "pass");
             assert!(ran.said().contains("the agent has run"), "{ran:#?}");
@@ -731,7 +733,7 @@ fn a_sandbox_that_does_not_hold_is_no_sandbox() {
     });
 }
 
-/// What cannot be shown safely is refused before anything runs, with what to do.
+/// Folders that cannot be shown safely are rejected before anything runs, and the message says what to do.
 #[test]
 fn what_cannot_be_shown_is_said() {
     world::once(|world| {
@@ -751,7 +753,7 @@ fn what_cannot_be_shown_is_said() {
         assert!(all.contains("which is all of this machine"), "{all}");
         let kernels = said(&["--ro", "/proc/sys"]);
         assert!(kernels.contains("which is the kernel's own (proc)"), "{kernels}");
-        // A folder with a great many files beside a Secret.
+        // A folder with very many files beside a Secret.
         for n in 0..4200 {
             fs::write(world.task().join(format!("f{n}")), "").unwrap();
         }
@@ -760,7 +762,7 @@ fn what_cannot_be_shown_is_said() {
     });
 }
 
-/// Folders with something mounted in them are shown with it, as it was at the start.
+/// Checks that the agent sees a folder together with what was mounted in it at the start.
 fn mounted_folders(world: &World, sandbox: &str) {
     let data = world.task().join("data");
     fs::create_dir_all(data.join("inner/deep")).unwrap();
@@ -789,7 +791,7 @@ with_both! {
     mounts => mounted_folders;
 }
 
-/// A link where others may write is not followed when the witness's key is noted beside a log.
+/// When Belay writes the witness's public key beside a log, it does not follow a link, because others may write in that folder.
 #[test]
 fn a_key_is_not_written_where_a_link_leads() {
     world::once(|world| {

@@ -1,7 +1,7 @@
-//! `belay run` on this machine: a real gateway, harness and sandbox, agents that try to get out, and runs that do not end well.
+//! `belay run` on this machine: a real gateway, harness and sandbox, agents that try to get out, and runs that end badly.
 //!
-//! Each story is told in namespaces of its own, in which the addresses of the internet are somebody's on loopback, and in which whoever
-//! is left behind is seen.
+//! Each story runs in namespaces of its own. There the internet's addresses are on loopback, and every process that a run leaves behind is
+//! visible.
 
 #[macro_use]
 mod world;

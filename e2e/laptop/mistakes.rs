@@ -2,7 +2,7 @@
 
 use crate::world::{self, World, once};
 
-/// What is said, and the exit code 2.
+/// Returns the error output of a command that must exit with 2.
 fn message(world: &World, args: &[&str], path: Option<&str>) -> String {
     let mut command = world.belay(args);
     if let Some(path) = path {
@@ -44,7 +44,7 @@ fn each_gets_one_message_that_says_what_to_do() {
         said(&["run", "task.yaml", "--root", "no-such-folder"], &["expected a folder", "no-such-folder"]);
         said(&["run", "task.yaml", "--workspace", "task.yaml"], &["expected a folder", "task.yaml"]);
         with(&[("objective:", "objektive:")]);
-        // A line for each thing that is wrong: what is missing, and what is there in its place.
+        // Two lines for two errors: the field that is missing, and the unknown field in its place.
         let both = message(world, &run, None);
         assert!(both.contains("`objektive`; write `objective`"), "{both}");
         assert_eq!(both.lines().filter(|line| line.starts_with("error: task.yaml:")).count(), 2, "{both}");
@@ -61,14 +61,14 @@ fn each_gets_one_message_that_says_what_to_do() {
         with(&[("metadata: {name: hello}", "metadata: {name: hello")]);
         said(&run, &["task.yaml:"]);
 
-        // No key for what the pack's class names one for.
+        // A credential that the pack's class names is missing.
         with(&[]);
         let pack = std::fs::read_to_string(world.task().join("pack.yaml")).unwrap();
         world.write("pack.yaml", pack.split("---").next().unwrap());
         said(&run, &["keyed.test", "--credential tools-key/token=env:"]);
         world.write("pack.yaml", &pack);
 
-        // No sandbox, and no way around it.
+        // No sandbox is installed, and there is no way to run without one.
         let folder = tempfile::tempdir().unwrap();
         for tool in ["unshare", "nsenter", "prlimit", "setpriv"] {
             std::os::unix::fs::symlink(format!("/usr/bin/{tool}"), folder.path().join(tool)).unwrap();
@@ -78,7 +78,7 @@ fn each_gets_one_message_that_says_what_to_do() {
         let nothing = message(world, &["run", "task.yaml"], Some("/nonexistent"));
         assert!(nothing.contains("util-linux"), "{nothing}");
 
-        // Somebody else could have the witness's key.
+        // Others could read the witness's key.
         assert_eq!(world.run("bwrap", &[]).code, 0);
         world::run("chmod", &["644", world.state().join("belay/witness.pk8").to_str().unwrap()]);
         said(&run, &["witness.pk8", "0600"]);

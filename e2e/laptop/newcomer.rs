@@ -1,10 +1,11 @@
-//! What stopped people on their way from a clone to an agent of their own: each is said before the run, with what to do, or works.
+//! Obstacles of new users on the way from a clone to an agent of their own: each is reported before the run, with what to do, or does not
+//! exist any more.
 
 use std::{fs, os::unix::fs::symlink};
 
 use crate::world::{self, UPSTREAM, World, ended, once};
 
-/// What a run says that does not begin, and that it has not begun.
+/// Returns the error output of a run that must not start.
 fn said(world: &World, more: &[&str]) -> String {
     let resolve = format!("tools.test={UPSTREAM}");
     let args = [&["run", "task.yaml", "--sandbox", "bwrap", "--resolve", &resolve][..], more].concat();
@@ -26,11 +27,11 @@ fn mistakes_are_said_before_the_run() {
             let said = said(world, more);
             assert!(words.iter().all(|word| said.contains(word)), "expected {words:?} in {said}");
         };
-        // Hosts that no list has.
+        // Hosts that no class lists.
         with("command: [python3, -B, agent.py]");
         says(&["--resolve", "tols.test=127.0.0.1:1"], &["--resolve tols.test", "tools.test", "keyed.test"]);
         says(&["--upstream", "shop.test=exit 1"], &["--upstream shop.test", "class `small`"]);
-        // Commands that are no programs where the agent is.
+        // Commands that do not exist in the sandbox.
         with("command: [pyhton3, agent.py]");
         says(&[], &["spec.agent.command", "`pyhton3`", "/usr/bin"]);
         with("command: [.venv/bin/python, agent.py]");
@@ -43,7 +44,7 @@ fn mistakes_are_said_before_the_run() {
         symlink(&python, world.task().join(".venv/bin/python")).unwrap();
         let root = elsewhere.path().join("pyenv");
         says(&[], &["a link to", python.to_str().unwrap(), "does not show", &format!("--ro {}", root.display())]);
-        // With what was said to be missing it runs.
+        // The run succeeds with the option that the message names.
         let resolve = format!("tools.test={UPSTREAM}");
         let shown = ["--resolve", &resolve, "--ro", root.to_str().unwrap()];
         let args = [&["run", "task.yaml", "-o", "json", "--sandbox", "bwrap"][..], &shown].concat();
@@ -52,8 +53,8 @@ fn mistakes_are_said_before_the_run() {
     });
 }
 
-/// A server on this machine with a key, in the clear, as vLLM and LiteLLM are started: it gets the key, and the agent does not. One on another
-/// machine gets nothing, which is said with the place in the pack.
+/// A server on this machine that needs a credential and has no TLS, as vLLM and LiteLLM are started: the server gets the credential, and
+/// the agent does not. A server on another machine gets nothing, and the message names the place in the pack.
 fn keys_in_the_clear(world: &World, sandbox: &str) {
     let pack = fs::read_to_string(world.task().join("pack.yaml")).unwrap();
     let keyed = "        - host: tools.test\n          ports: [80]\n          uses: [Tools]\n          credentials: [{secret: tools-key, key: token}]\n";
@@ -79,7 +80,7 @@ fn keys_in_the_clear(world: &World, sandbox: &str) {
     world.nobody_is_left();
 }
 
-/// A call that was not made says why in the run's own lines, and so does what is special about the folder; lines of Python's come in order.
+/// Checks that the run's output says why a call was not made, what is special about the agent's folder, and has the agent's lines in order.
 fn what_is_shown(world: &World, sandbox: &str) {
     world.agent(
         "print('before'); print(call('greet', name='you')); print('after', os.getcwd())",

@@ -1,4 +1,4 @@
-//! What the options of `belay run` give: other folders, and somebody who is not root.
+//! Options of `belay run`: other folders, and a user who is not root.
 
 use std::{
     fs,
@@ -9,10 +9,10 @@ use std::{
 
 use crate::world::{self, World, ended};
 
-/// Whoever runs things on a laptop.
+/// The UID of an ordinary user.
 const SOMEBODY: u32 = 1000;
 
-/// The folders that are named, at their places, without what nobody but Belay may read there, and not to be written to.
+/// Checks that named folders are at their places and read-only, without the files that only Belay may read.
 fn other_folders(world: &World, sandbox: &str) {
     let folder = |name: &str| {
         let path = world.task().parent().unwrap().join(name);
@@ -22,7 +22,7 @@ fn other_folders(world: &World, sandbox: &str) {
     let (data, own) = (folder("data"), folder("own"));
     fs::write(data.join("facts"), "42").unwrap();
     fs::write(data.join("key"), "sesame-opens-nothing-else").unwrap();
-    // All that Belay keeps lies below a folder that is shown.
+    // Belay's state folder is below a folder that the agent sees.
     let state = data.join("state");
     let python = format!(
         r#"
@@ -55,11 +55,11 @@ for path in ("{data}/facts", "{data}/more", "/workspace/notes", "/tmp/more"):
         &key,
     ];
     let mut command = world.belay(&args);
-    // Where somebody's buckets are is nothing to a run that uses none.
+    // The run uses no bucket, so the endpoint of the user's buckets does not matter.
     command.env("XDG_STATE_HOME", &state).env("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9");
     let ran = ended(command.output().unwrap());
     assert_eq!(ran.code, 0, "{ran:#?}");
-    // Nothing is in what must not be seen, or it cannot be read.
+    // Hidden files are empty or cannot be read.
     let expected = format!(
         "{data}/facts: '42'\n{data}/key: ''\n{data}/state/belay/witness.pk8: ''\n\
          /workspace/task.yaml: ''\n/workspace/notes: 'mine'\n{}",
@@ -70,11 +70,11 @@ for path in ("{data}/facts", "{data}/more", "/workspace/notes", "/tmp/more"):
     world.is_valid(&PathBuf::from(ran.last()["evidence"].as_str().unwrap()));
 }
 
-/// A user without any privilege of their own gets the same walls and the same log.
+/// Checks that a user without privileges gets the same isolation and the same log.
 fn as_a_user(world: &World, sandbox: &str) {
     let top = world.task().parent().unwrap().to_owned();
     fs::set_permissions(&top, fs::Permissions::from_mode(0o755)).unwrap();
-    // Programs that lie where a user could not read them here.
+    // The test's programs are in folders that the user cannot read, so they are copied.
     let bin = top.join("bin");
     fs::create_dir(&bin).unwrap();
     fs::copy(env!("CARGO_BIN_EXE_belay"), bin.join("belay")).unwrap();

@@ -1,10 +1,11 @@
-//! Approvals on a laptop: asked at the prompt, said beforehand, or nobody there.
+//! Approvals on a laptop: at the prompt, beforehand by an option, or with nobody there.
 
 use std::process::{Command, Stdio};
 
 use crate::world::{self, once};
 
-/// Types at a terminal: `question` is answered with `answer`. Gives the exit code, then all that was on the screen.
+/// A program that runs a command at a terminal and answers `question` with `answer`. It prints the exit code, then everything that was on
+/// the screen.
 const TERMINAL: &str = r#"
 import os, pty, sys
 question, answer, command = sys.argv[1].encode(), sys.argv[2].encode(), sys.argv[3:]
@@ -107,7 +108,7 @@ fn nobody_there_is_no_yes() {
         assert!(ran.said().contains("rule: tool.approval"), "{ran:#?}");
         assert_eq!(world.asked.lock().unwrap().len(), 0);
         world.is_valid(&world.log());
-        // Whoever the agent acts for does not say yes to it either.
+        // The principal cannot approve the call either.
         std::fs::remove_dir_all(world.log()).unwrap();
         let ran = world.run("bwrap", &["--approve", "refund", "--as", "alice@example.com"]);
         assert!(ran.said().contains("rule: tool.approval"), "{ran:#?}");

@@ -1,4 +1,4 @@
-//! What an agent finds out about a provider's key from an upstream that repeats what it is asked, or the key itself.
+//! What an agent learns about a provider's credential from an upstream that repeats the request, or the credential itself.
 
 use std::{fs, path::Path};
 
@@ -28,7 +28,7 @@ spec:
   evidence: {bucket: evidence, mode: Compliance, retentionDays: 1}
 ";
 
-/// Everything that an agent can see of a reply, by itself: its head, and the sizes of its chunks.
+/// Functions for an agent that return everything that is visible of a reply: its head, and the sizes of its chunks.
 const ASKING: &str = r#"
 import socket, urllib.parse
 where = urllib.parse.urlsplit(os.environ["OPENAI_BASE_URL"])
@@ -79,7 +79,7 @@ fn asked(world: &World, sandbox: &str, key: &str, python: &str, limits: &str) ->
     ended(command.output().unwrap())
 }
 
-/// The attack on commit e4d8270 read the key letter by letter out of the sizes of chunks.
+/// Checks an attack that worked on commit e4d8270: it read the credential letter by letter from the sizes of chunks.
 fn guesses(world: &World, sandbox: &str) {
     let python = format!(
         r#"
@@ -99,7 +99,7 @@ say(f"told apart: {{told}} of {{pairs}}")
     world.nobody_is_left();
 }
 
-/// An upstream that tells the key: it is withheld, recorded, counted, and the task is over.
+/// Checks an upstream that repeats the credential: the reply is withheld, recorded and counted, and the task ends.
 fn told(world: &World, sandbox: &str) {
     let python = r#"
 for model, text in (("m", "hello"), ("validator", "KEY"), ("m", "KEY"), ("letters", "KEY"), ("m", "hello")):
@@ -114,7 +114,7 @@ time.sleep(20)
     assert!(said.contains("rule: upstream.secret"), "{ran:#?}");
     assert!(!said.contains(KEY), "{said}");
     let denied: Vec<_> = ran.records("call.denied").iter().map(|record| record["rule"].clone()).collect();
-    // Once three are counted the task is over: what it asks then is one more refusal.
+    // After three counted denials the task ends, so a further request is one more denial.
     assert_eq!(denied.get(..3), Some(&vec![json!("upstream.secret"); 3][..]), "{ran:#?}");
     assert!(denied.iter().skip(3).all(|rule| rule == "budget.denials"), "{ran:#?}");
     let outcomes = ran.records("call.outcome");

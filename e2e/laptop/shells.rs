@@ -1,4 +1,4 @@
-//! Real shells complete our commands, and real troff shows their pages.
+//! Real shells complete the commands of `belay`, and a real troff renders the manual pages.
 
 use std::{
     fs,
@@ -16,7 +16,7 @@ fn belay(args: &[&str]) -> Vec<u8> {
     run(Command::new(env!("CARGO_BIN_EXE_belay")).args(args)).stdout
 }
 
-/// A folder with the script for a shell.
+/// Returns a folder with the completion script of a shell.
 fn script(shell: &str, name: &str) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     fs::write(folder.path().join(name), belay(&["completion", shell])).unwrap();
@@ -27,7 +27,7 @@ fn lines(output: &Output) -> Vec<String> {
     String::from_utf8_lossy(&output.stdout).lines().map(str::to_owned).collect()
 }
 
-/// Asks bash to complete the last of these words.
+/// Returns how bash completes the last of these words.
 fn by_bash(words: &[&str]) -> Vec<String> {
     let folder = script("bash", "belay");
     let program = r#"source "$1"; shift; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1))
@@ -58,7 +58,7 @@ fn fish_completes_commands_flags_and_values() {
     assert_eq!(ask("belay run --sandbox b"), ["bwrap"]);
 }
 
-/// zsh completes at a prompt alone: it is given one.
+/// zsh completes only at a prompt, so the test gives it one.
 #[test]
 fn zsh_completes_commands_and_flags() {
     let folder = script("zsh", "_belay");
@@ -84,7 +84,7 @@ fn zsh_completes_commands_and_flags() {
     assert!(said.contains("belay run --sandbox"), "{said}");
 }
 
-/// kubectl asks an executable beside it, and reads a directive after the answers.
+/// kubectl runs an executable beside the plugin for completion, and reads a directive after the answers.
 #[test]
 fn kubectl_completes_its_plugin() {
     let folder = script("kubectl", "kubectl_complete-belay");
@@ -104,7 +104,7 @@ fn kubectl_completes_its_plugin() {
     assert_eq!(run(Command::new(&plugin).args(["completion", "kubectl"])).stdout, belay(&["completion", "kubectl"]));
 }
 
-/// As a terminal shows it. There is nothing that troff would warn of.
+/// Returns the page as a terminal shows it. troff must have no warnings.
 fn page(file: &Path) -> String {
     let output = run(Command::new("groff").args(["-man", "-ww", "-Tutf8", "-P-cbou"]).arg(file));
     assert_eq!(String::from_utf8_lossy(&output.stderr), "", "{}", file.display());
@@ -124,7 +124,7 @@ fn each_command_has_a_page() {
     let top = page(&pages.join("belay.1"));
     for command in commands {
         let said = page(&pages.join(format!("belay-{command}.1")));
-        // Lines are filled by more spaces.
+        // troff fills lines with additional spaces.
         let words = said.split_whitespace().collect::<Vec<_>>().join(" ");
         for part in [format!("belay-{command} - "), format!("belay {command} "), "SEE ALSO belay(1)".into()] {
             assert!(words.contains(&part), "expected {part} in {said}");
@@ -133,7 +133,7 @@ fn each_command_has_a_page() {
     }
     page(&pages.join("belay-contract-init.1"));
     let run = page(&pages.join("belay-run.1"));
-    // Columns as `--help` has them.
+    // The columns are those of `--help`.
     assert!(
         run.contains("EXIT CODES\n") && run.contains("       0    the task succeeded\n       1    its agent failed"),
         "{run}"

@@ -1,5 +1,5 @@
-//! Time is nobody's: whatever an agent, an upstream, a name server or a reader of our output does, a run ends in its wall time and hears who
-//! stops it. Each has a control, in which the same does no harm.
+//! Whatever an agent, an upstream, a name server or a reader of the output does, a run ends in its wall time and reacts to signals. Each
+//! case has a control, in which the same does no harm.
 
 use std::{
     io::{Read, Write},
@@ -13,10 +13,10 @@ use crate::world::{self, PATIENCE, Ran, World, ended, until};
 
 /// The wall time of these runs, in seconds.
 const WALL: u64 = 4;
-/// For a run to end whose wall time is over: the calls under way have 5 s, and this may be a slow machine with much else to do.
+/// The time limit for the end of a run whose wall time is over: running calls have 5 s, and the machine may be slow and busy.
 const SOON: Duration = Duration::from_secs(WALL + 30);
 
-/// What people write for "each once", with nothing that bounds it.
+/// Contracts with the expression that people write for "each once", without a bound on its input.
 const CONTRACTS: &str = "\
 ---
 apiVersion: belay.dev/v1alpha1
@@ -85,7 +85,7 @@ fn agent(world: &World, python: &str) {
     world.write("task.yaml", &task);
 }
 
-/// Waits for an end, which may not come.
+/// Waits for the end of a process for at most this time.
 fn wait(child: &mut Child, most: Duration) -> ExitStatus {
     let started = Instant::now();
     loop {
@@ -100,7 +100,7 @@ fn wait(child: &mut Child, most: Duration) -> ExitStatus {
     }
 }
 
-/// The run is out of time, in time, and what is left verifies.
+/// Checks that a run ends at its wall time, and that its log verifies.
 fn out_of_time(world: &World, sandbox: &str, python: &str, more: &[&str]) -> Ran {
     with_contracts(world);
     agent(world, python);
@@ -114,11 +114,11 @@ fn out_of_time(world: &World, sandbox: &str, python: &str, more: &[&str]) -> Ran
     ran
 }
 
-/// The same, and all is well.
+/// Checks that the same run with enough time succeeds.
 fn well(world: &World, sandbox: &str, python: &str, more: &[&str]) -> Ran {
     with_contracts(world);
     agent(world, python);
-    // Time enough for a judgment that takes all that it may.
+    // There is time enough for an evaluation that takes as long as it may.
     let task = std::fs::read_to_string(world.task().join("task.yaml")).unwrap();
     world.write("task.yaml", &task.replace(&format!("wallTimeSeconds: {WALL},"), "wallTimeSeconds: 60,"));
     let ran = world.run(sandbox, more);
@@ -126,7 +126,7 @@ fn well(world: &World, sandbox: &str, python: &str, more: &[&str]) -> Ran {
     ran
 }
 
-/// Calls without end, of which each would take hours to judge.
+/// An agent that makes calls without end. Each would take hours to evaluate.
 const MANY: &str = r#"
 import threading
 def on():
@@ -142,7 +142,7 @@ fn judged(world: &World, sandbox: &str, call: &str) {
     out_of_time(world, sandbox, &MANY.replace("CALL", call), &[]);
 }
 
-/// Whoever says stop is heard while calls are judged.
+/// Checks that a signal ends the run while calls are evaluated.
 fn heard(world: &World, sandbox: &str, signal: &str) {
     with_contracts(world);
     agent(world, &format!("say('begun')\n{}", MANY.replace("CALL", "call('uniq', names=list(range(12000)))")));
@@ -152,7 +152,7 @@ fn heard(world: &World, sandbox: &str, signal: &str) {
     until(&mut child, "begun");
     sleep(Duration::from_secs(1));
     world::run("kill", &[&format!("-{signal}"), &child.id().to_string()]);
-    // The agent is gone at once; what was under way may have its few seconds.
+    // The agent ends at once. Running calls may take a few seconds.
     let started = Instant::now();
     while world::processes().values().any(|line| line.contains("agent.py") && !line.contains("belay")) {
         assert!(started.elapsed() < Duration::from_secs(5), "the agent goes on");
@@ -165,10 +165,10 @@ fn heard(world: &World, sandbox: &str, signal: &str) {
     world.nobody_is_left();
 }
 
-/// An agent that says more than anybody reads.
+/// An agent that prints more than anybody reads.
 const LOUD: &str = "import itertools\nfor n in itertools.count(): print(n, 'x' * 4000)";
 
-/// A reader that never reads: the run ends in time all the same.
+/// Checks that the run ends in time if nobody reads its output.
 fn unread(world: &World, sandbox: &str, more: &[&str], both: bool) {
     with_contracts(world);
     agent(world, LOUD);
@@ -184,14 +184,14 @@ fn unread(world: &World, sandbox: &str, more: &[&str], both: bool) {
     assert_eq!(status.code(), Some(5), "{status:?}");
     world.is_valid(&world.log());
     world.nobody_is_left();
-    // It was the pipe that was full: there is as much in it as it holds.
+    // The pipe was full: it holds as much as it can.
     let mut text = Vec::new();
     let mut reader = reader;
     reader.read_to_end(&mut text).unwrap();
     assert!(text.len() >= 60_000, "{}", text.len());
 }
 
-/// A reader that reads too late is told what it has missed; who stops the run is heard meanwhile.
+/// Checks that a reader that reads too late is told how many lines are lost, and that a signal ends the run meanwhile.
 fn read_late(world: &World, sandbox: &str) {
     with_contracts(world);
     agent(world, LOUD);
@@ -212,7 +212,7 @@ fn read_late(world: &World, sandbox: &str) {
     world.is_valid(&world.log());
 }
 
-/// Whoever stops reading at all does not stop the run.
+/// Checks that a reader that closes the pipe does not end the run.
 fn gone(world: &World, sandbox: &str) {
     with_contracts(world);
     agent(world, "for n in range(200): print('x' * 4000)\nsay(call('greet', name='you'))");
@@ -223,7 +223,7 @@ fn gone(world: &World, sandbox: &str) {
     world.is_valid(&world.log());
 }
 
-/// A server that is connected to and says nothing, or a byte now and then.
+/// Starts a server that accepts connections and writes nothing, or a byte now and then.
 fn silent(dripping: bool) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
@@ -274,7 +274,7 @@ fn names(world: &World, sandbox: &str) {
     let ran = ended(output);
     assert!(started.elapsed() < SOON, "{:?}", started.elapsed());
     assert_eq!((ran.code, ran.last()["closed"]["reason"].as_str()), (5, Some("DeadlineExceeded")), "{ran:#?}");
-    // It was asked: the control is that names that are known lead on, as everywhere here.
+    // The name server was asked. The control is every other test, in which names resolve.
     server.set_read_timeout(Some(PATIENCE)).unwrap();
     assert!(server.recv(&mut [0; 512]).is_ok());
     world.is_valid(&world.log());

@@ -1,4 +1,4 @@
-//! A machine of its own for a story: its namespaces, a home, a task's folder, and an upstream.
+//! The world of one story (a run of one test): namespaces of its own, a home, a task's folder, and an upstream.
 
 use std::{
     collections::BTreeMap,
@@ -13,17 +13,17 @@ use std::{
 
 use serde_json::Value;
 
-/// The test's own story, in the environment of whoever tells it.
+/// The environment variable that is set in the process that runs the story.
 const STORY: &str = "BELAY_LAPTOP_STORY";
-/// For whatever is waited for.
+/// The time limit for a wait.
 pub const PATIENCE: Duration = Duration::from_secs(20);
-/// Where the upstream listens; the world's names lead there by `--resolve`.
+/// The upstream's address. `--resolve` maps the world's names to it.
 pub const UPSTREAM: &str = "127.0.0.1:8099";
 
-/// The sandboxes that stories are told with.
+/// The sandboxes that stories use.
 pub const SANDBOXES: [&str; 2] = ["bwrap", "runsc"];
 
-/// Tells a story in namespaces of its own: the test runs this program again.
+/// Runs a story in namespaces of its own: the test starts this program again.
 pub fn once(story: impl FnOnce(&World)) {
     if std::env::var_os(STORY).is_some() {
         run("ip", &["link", "set", "lo", "up"]);
@@ -38,7 +38,7 @@ pub fn once(story: impl FnOnce(&World)) {
         .env(STORY, "1")
         .output()
         .unwrap();
-    // Not at the beginning of a line: results are counted there.
+    // The lines are indented, because `e2e/test` counts results at the beginning of a line.
     let said = format!("{}{}", String::from_utf8_lossy(&told.stdout), String::from_utf8_lossy(&told.stderr));
     let said: String = said.lines().map(|line| format!("  | {line}\n")).collect();
     assert!(told.status.success(), "{said}");
@@ -69,10 +69,10 @@ pub fn run(program: &str, args: &[&str]) {
     assert!(ran.status.success(), "{program} {args:?}: {}", String::from_utf8_lossy(&ran.stderr));
 }
 
-/// A machine.
+/// The world of one story.
 pub struct World {
     folder: tempfile::TempDir,
-    /// What the upstream was asked: method, path, and the credential that came with it.
+    /// The requests that the upstream got: method, path, and credential.
     pub asked: Arc<Mutex<Vec<(String, String, String)>>>,
 }
 
@@ -80,19 +80,19 @@ pub struct World {
 #[derive(Debug)]
 pub struct Ran {
     pub code: i32,
-    /// What `--output json` has said.
+    /// The events of `--output json`.
     pub events: Vec<Value>,
     pub stderr: String,
 }
 
 impl Ran {
-    /// The records of a kind.
+    /// Returns the records of a kind.
     pub fn records(&self, kind: &str) -> Vec<&Value> {
         let all = self.events.iter().filter(|event| event["event"] == "record").map(|event| &event["record"]);
         all.filter(|record| record["kind"] == kind).collect()
     }
 
-    /// What the agent has said, on either stream.
+    /// Returns what the agent printed to either stream.
     pub fn said(&self) -> String {
         let lines = self.events.iter().filter(|event| event["event"] == "said");
         lines.map(|event| format!("{}\n", event["line"].as_str().unwrap())).collect()
@@ -115,7 +115,7 @@ impl World {
         world
     }
 
-    /// The folder of the task.
+    /// Returns the folder of the task.
     pub fn task(&self) -> PathBuf {
         self.folder.path().join("task")
     }
@@ -128,13 +128,13 @@ impl World {
         fs::write(self.task().join(name), text).unwrap();
     }
 
-    /// A task whose agent is this Python, with more in its spec.
+    /// Writes a task whose agent is this Python program; `more` is added to its spec.
     pub fn agent(&self, python: &str, more: &str) {
         self.write("agent.py", &format!("{PREAMBLE}\n{python}\n"));
         self.write("task.yaml", &format!("{TASK}{more}"));
     }
 
-    /// `belay run`, not started.
+    /// Returns the command `belay` with these arguments, not started.
     pub fn belay(&self, args: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_belay"));
         command.current_dir(self.task()).args(args).env("XDG_STATE_HOME", self.state()).env("USER", "carol");
@@ -148,14 +148,14 @@ impl World {
         ended(output)
     }
 
-    /// Starts to run it.
+    /// Starts a run of `task.yaml`.
     pub fn start(&self, sandbox: &str, more: &[&str]) -> Child {
         let resolve = format!("tools.test={UPSTREAM}");
         let usual = ["run", "task.yaml", "--output", "json", "--sandbox", sandbox, "--resolve", &resolve];
         self.belay(&[&usual[..], more].concat()).spawn().unwrap()
     }
 
-    /// The one log that there is.
+    /// Returns the folder of the only log.
     pub fn log(&self) -> PathBuf {
         let tasks = self.state().join("belay/evidence/default/hello");
         let mut logs = fs::read_dir(tasks).unwrap().map(|entry| entry.unwrap().path());
@@ -164,7 +164,7 @@ impl World {
         log
     }
 
-    /// What both verifiers say of a log: the first line, and the word of the second.
+    /// Returns what both verifiers say about a log: the first line of each.
     pub fn verify(&self, log: &Path) -> (String, String) {
         let said = self.belay(&["verify", log.to_str().unwrap()]).output().unwrap();
         let second = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/verifier/belay_verify.py");
@@ -176,14 +176,14 @@ impl World {
         (line(&said), line(&other))
     }
 
-    /// That the log is whole, and what it is.
+    /// Checks that both verifiers find the log valid and self-witnessed.
     pub fn is_valid(&self, log: &Path) {
         let (first, second) = self.verify(log);
         assert!(first.starts_with("VALID, self-witnessed, unlocked store  "), "{first}");
         assert_eq!(second, "VALID, self-witnessed");
     }
 
-    /// That nobody is left: in this world's namespace there are this process and its own.
+    /// Checks that the run has left no process in this world's namespace.
     pub fn nobody_is_left(&self) {
         let started = Instant::now();
         loop {
@@ -204,7 +204,7 @@ impl World {
         }
     }
 
-    /// Everything that is in the state folder.
+    /// Returns the content of all files in the state folder.
     pub fn all_that_is_kept(&self) -> Vec<u8> {
         fn gather(folder: &Path, all: &mut Vec<u8>) {
             for entry in fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()) {
@@ -217,7 +217,7 @@ impl World {
     }
 }
 
-/// Processes of this namespace that live, by their command lines.
+/// Returns the command lines of the processes in this namespace.
 pub fn processes() -> BTreeMap<u32, String> {
     let pids = fs::read_dir("/proc").unwrap().filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok());
     let line = |pid: u32| fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default().replace('\0', " ");
@@ -232,10 +232,10 @@ pub fn ended(output: Output) -> Ran {
     Ran { code: output.status.code().unwrap_or(-1), events, stderr }
 }
 
-/// Reads events until one has this in it.
+/// Reads events until one contains this text.
 pub fn until(child: &mut Child, text: &str) -> Vec<String> {
     let mut seen = Vec::new();
-    // Byte by byte: what comes after is somebody else's to read.
+    // This reads byte by byte, because the caller reads what comes after.
     let stdout = child.stdout.as_mut().unwrap();
     let mut line = Vec::new();
     let mut byte = [0];
@@ -255,7 +255,7 @@ pub fn until(child: &mut Child, text: &str) -> Vec<String> {
     panic!("expected {text} in {seen:#?}\n{stderr}");
 }
 
-/// An HTTP server that says what it was asked, and the credential that it was given.
+/// Serves HTTP: it answers with the path and the credential of the request.
 fn upstream(listener: &TcpListener, asked: &Mutex<Vec<(String, String, String)>>) {
     for stream in listener.incoming() {
         let Ok(mut stream) = stream else { continue };
@@ -277,7 +277,7 @@ fn upstream(listener: &TcpListener, asked: &Mutex<Vec<(String, String, String)>>
         let path = rest.split(' ').next().unwrap_or_default().to_owned();
         let key = header("authorization");
         let reply = serde_json::json!({"path": path, "key": key}).to_string();
-        // Whoever follows it, asks again.
+        // A client that follows this redirect makes a second request.
         let status = match path.strip_suffix("/elsewhere") {
             Some(here) => format!("302 Found\r\nlocation: http://{UPSTREAM}{here}/there"),
             None => "200 OK".to_owned(),
@@ -291,7 +291,7 @@ fn upstream(listener: &TcpListener, asked: &Mutex<Vec<(String, String, String)>>
     }
 }
 
-/// What agents of these stories begin with: calls of tools, without any library.
+/// The start of the agents' programs: calls of tools without a library.
 const PREAMBLE: &str = r#"
 import json, os, sys, time, urllib.error, urllib.request
 
@@ -323,7 +323,7 @@ spec:
   limits: {wallTimeSeconds: 30, toolCalls: 5, tokens: 1000}
 ";
 
-/// What a task of these stories says by itself.
+/// Returns the manifest of the ordinary task.
 pub fn task() -> &'static str {
     TASK
 }
