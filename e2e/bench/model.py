@@ -1,9 +1,9 @@
-"""What Belay adds to the calls of a model, beside what LiteLLM's proxy adds: `ONLY=PREFIX BELAY=PROGRAM model.py --litellm FOLDER --logs FOLDER`.
+"""The latency that Belay adds to model calls, compared with LiteLLM's proxy: `ONLY=PREFIX BELAY=PROGRAM model.py --litellm FOLDER --logs FOLDER`.
 
 One client (agent/client.py) calls one model (paced.py, over TLS) in three ways, in turn: directly, from the sandbox of `belay run` with a
-credential that the gateway adds and looks for in each reply, and through LiteLLM's proxy as it starts by default. What is added is the
-difference to the direct calls of the same run at the same percentile: to the first token of a stream, to each later one, and to a whole
-reply. All share this machine's cores. It fails on an error, never on a figure.
+credential that the gateway adds and looks for in each reply, and through LiteLLM's proxy with its default settings. The added latency is
+the difference to the direct calls of the same run at the same percentile: for the first token of a stream, for each later token, and for
+a whole reply. All processes share this machine's cores. The benchmark fails on an error, never on a figure.
 """
 
 import argparse
@@ -21,13 +21,13 @@ sys.path.insert(0, str(HERE.parent / "model"))
 import belay
 from served import Served, litellm
 
-# What sandboxes see as this machine sees it.
+# This path is the same in the sandbox and on this machine.
 PYTHON = "/usr/bin/python3"
 KEY = "sk-bench-Zm9yIG5vYm9keSBlbHNl"
 TOKENS = 25
-# How many calls at once, how many in all in a round, and what of that which LiteLLM adds is aimed at.
+# By calls at a time: the number of calls in a round, and the goal as a share of what LiteLLM adds.
 AT_ONCE = {1: (40, 0.2), 32: (256, 0.1)}
-# What a measure is called, by the kind of call and the token.
+# The names of measures, by the kind of call and the token.
 NAMES = {("stream", "first"): "first", ("stream", "later"): "later", ("whole", "first"): "whole"}
 PACK = belay.PACK.replace("http://model.test", "https://model.test").replace(
     "ports: [80], uses: [Models]", "ports: [443], uses: [Models], credentials: [{secret: model, key: token}]"
@@ -35,7 +35,7 @@ PACK = belay.PACK.replace("http://model.test", "https://model.test").replace(
 
 
 def phases(only):
-    """What the client is asked for, where its measures have such names."""
+    """Returns the client's arguments for the measures whose names start with `only`."""
 
     names = [(kind, at_once, f"model.{at_once}.{name}") for at_once in AT_ONCE for (kind, _), name in NAMES.items()]
     wanted = dict.fromkeys((kind, at_once) for kind, at_once, name in names if name.startswith(only) or only.startswith(name))
@@ -49,7 +49,7 @@ def client(program, asked):
 
 
 def certificate(folder):
-    """Of the model, which is its own authority: a file with it, and one with its key as well."""
+    """Creates the model's self-signed certificate. Returns a file with the certificate, and a file with the key and the certificate."""
     alone, both = folder / "model.crt", folder / "model.pem"
     command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=model.test"
     command += " -addext basicConstraints=critical,CA:FALSE -addext subjectAltName=DNS:model.test,IP:127.0.0.1"
@@ -59,7 +59,7 @@ def certificate(folder):
 
 
 def plainly(server, authority):
-    """From this machine, as any program."""
+    """Returns a way to run the client on this machine, as any program."""
 
     def way(asked):
         env = os.environ | {"OPENAI_BASE_URL": f"{server.address}/v1", "OPENAI_API_KEY": KEY, "SSL_CERT_FILE": str(authority)}
@@ -72,7 +72,7 @@ def plainly(server, authority):
 
 
 def through_belay(server, authority):
-    """From Belay's sandbox, as its agent."""
+    """Returns a way to run the client in Belay's sandbox, as its agent."""
 
     def way(asked):
         with tempfile.TemporaryDirectory() as folder:
@@ -81,7 +81,7 @@ def through_belay(server, authority):
             (home / "task.yaml").write_text(json.dumps(belay.task("bench", client(PYTHON, asked), {}, [], "1Gi", 900_000_000)))
             command = [os.environ["BELAY"], "run", "task.yaml", "--workspace", HERE / "agent", "--sandbox", "bwrap", "--output", "json"]
             command += ["--resolve", f"model.test=127.0.0.1:{server.port}", "--upstream-ca", authority, "--credential", "model/token=env:KEY"]
-            # Into a file: nobody else is busy with it meanwhile.
+            # The events go to a file, so that no other process is busy with them during the measurement.
             with open(home / "events", "w+") as events:
                 ran = subprocess.run(
                     [*command, "--evidence", home / "evidence"],
@@ -106,10 +106,10 @@ def through_belay(server, authority):
 
 
 def rounds(ways, count, asked):
-    """What was measured in milliseconds: by the way, how many at once, and what of."""
+    """Returns the samples in milliseconds, by the way, the number of calls at a time, and the measure."""
     samples = {name: collections.defaultdict(list) for name in ways}
     for number in range(count):
-        # Each is first in its turn.
+        # The ways take turns at being first.
         for name in sorted(ways, key=lambda name: (list(ways).index(name) + number) % len(ways)):
             print(f"bench: round {number + 1} of {count}, {name}", file=sys.stderr, flush=True)
             for line in ways[name](asked):
@@ -122,19 +122,19 @@ def rounds(ways, count, asked):
 
 
 def percentile(samples, percent):
-    """By nearest rank."""
+    """Returns a percentile by nearest rank."""
     ranked = sorted(samples)
     return ranked[max(-(-len(ranked) * percent // 100) - 1, 0)]
 
 
 def measures(samples):
-    """As benches/measure.rs has them: what Belay adds is the value, what LiteLLM adds the baseline."""
+    """Returns measures in the format of benches/measure.rs: the value is what Belay adds, the baseline is what LiteLLM adds."""
     for at_once, what in sorted(samples["belay"]):
         for percent in (50, 99):
             direct, belays, others = (percentile(samples[way][at_once, what], percent) for way in ("direct", "belay", "litellm"))
             added, baseline = belays - direct, others - direct
             _, goal = AT_ONCE[at_once]
-            # Where LiteLLM seems to add nothing, too few were measured, or others were busy.
+            # If LiteLLM seems to add nothing, there were too few calls, or the machine was busy.
             ratio = added / baseline if baseline > 0 else None
             n = len(samples["belay"][at_once, what])
             name = f"model.{at_once}.{what}-added-p{percent}"
@@ -142,7 +142,7 @@ def measures(samples):
 
 
 def report(samples):
-    """Prints a table, and adds the measures to the file; what they are the differences of goes beside them."""
+    """Prints a table, and appends the measures to the file. Prints the absolute figures to stderr."""
     for at_once, what in sorted(samples["belay"]):
         figures = [f"{way} {percentile(of[at_once, what], 50):.2f}, {percentile(of[at_once, what], 99):.2f}" for way, of in samples.items()]
         print(f"bench: model.{at_once}.{what}, ms at p50, p99: {'; '.join(figures)}", file=sys.stderr)

@@ -1,10 +1,11 @@
 """A model that answers chat completions at a pace, cheaply: `PORT=… python3 paced.py KEY CERTIFICATE`.
 
-Guarantees: the events of OpenAI's chat completions, as many tokens as `max_tokens` says, of which the first comes after FIRST and each
-other PACE later; each token is the time at which it was sent, by the clock that all processes of a machine share, and the first is also
-when its request was there, so that whoever reads knows the delay of each without knowing the pace. Unstreamed the whole comes after FIRST.
-`GET` answers that it is there.
-Non-goals: any other request, and any check but that of the key. What fails on purpose is e2e/model/server.py; it has a thread a call.
+Guarantees: it sends the events of OpenAI's chat completions, with as many tokens as `max_tokens` says. The first token comes after FIRST,
+and each other token PACE later. Each token is the time at which it was sent, by the monotonic clock that all processes of a machine share.
+The first token also has the time at which its request arrived. So a client knows the delay of each token without knowing the pace. A reply
+that is not streamed comes after FIRST as a whole. `GET` answers that the model is up.
+Non-goals: other requests, and any check except that of the key. The model that fails on purpose is e2e/model/server.py, which uses a thread
+for each call.
 """
 
 import asyncio
@@ -17,7 +18,7 @@ import sys
 import time
 
 PACE = 0.020
-# Drawn, so that calls that began together do not stay together.
+# Random, so that calls that start together do not stay together.
 FIRST = (0.030, 0.070)
 BASE = {"id": "chatcmpl-AbCdEfGhIjKlMnOpQrStUvWxYz012", "created": 1764400000, "model": "gpt-4o", "service_tier": "default", "system_fingerprint": "fp_model"}
 HEAD = b"HTTP/1.1 200 OK\r\nx-request-id: req_0123456789abcdef\r\nopenai-processing-ms: 12\r\ncontent-type: "
@@ -47,7 +48,7 @@ BEFORE, AFTER = TOKEN.split(b"TOKEN")
 
 
 class Model(asyncio.Protocol):
-    """One connection."""
+    """The server's side of one connection."""
 
     def connection_made(self, transport):
         self.transport, self.buffer, self.loop = transport, b"", asyncio.get_running_loop()

@@ -1,6 +1,6 @@
-"""Lets each text of texts.json.gz slip at two places where an agent in a pod can say something, and says nothing itself.
+"""Puts each text of texts.json.gz at two of the places where an agent in a pod can say something. Prints nothing itself.
 
-What is answered does not matter, and is not shown: the container's own log is the agent's, and not looked at.
+The answers do not matter and are not printed. The container's log belongs to the agent, and the test does not read it.
 """
 
 import gzip
@@ -58,7 +58,7 @@ def conflict(first, second, text):
     ticket(first[:200], body=second, idempotency_key=text[:200])
 
 
-# (first half, second half, whole)
+# The places. Each function gets the first half, the second half and the whole of a text.
 PLACES = [
     lambda f, s, t: call(t, {}, t),
     lambda f, s, t: call("query_tickets", {"service": f, t: s}),
@@ -89,7 +89,7 @@ def slip(place, text):
     try:
         PLACES[place](text[:half], text[half:], text)
     except (OSError, http.client.HTTPException, ValueError):
-        pass  # What cannot be sent cannot be recorded, either.
+        pass  # A text that cannot be sent cannot be recorded either.
 
 
 with gzip.open(os.environ["TEXTS"], "rt", encoding="utf-8") as file:
@@ -97,5 +97,5 @@ with gzip.open(os.environ["TEXTS"], "rt", encoding="utf-8") as file:
 with ThreadPoolExecutor(48) as pool:
     for which, text in enumerate(texts):
         for more in (0, 11):
-            # Forty texts are of one secret: each secret and each way in turn comes to every place.
+            # Forty texts are about one secret: every secret, and every way to write it, comes to each place in turn.
             pool.submit(slip, (which // 40 + which % 40 + more) % len(PLACES), text)

@@ -1,6 +1,7 @@
-# Ways around a record: within tunnels, around the HTTP library and the MCP one, and by arguments that are another path to some servers.
-# TO is where all of it goes: the harness, or, as the control, servers that nobody stands before. HOST is the one that is allowed, MARK what
-# only it says, in hex, and FILL how much follows an honest greeting.
+# Attempts to make calls without a record: within tunnels, around the HTTP and the MCP library, and by arguments that change the path of a
+# URL on some servers.
+# TO is the address that all attempts use: the harness, or, in the control, a server without Belay. HOST is the allowed host, MARK is the
+# hex of bytes that only this host sends, and FILL is the number of bytes after an honest greeting.
 import json, os, socket, ssl, sys
 
 PROXY = ("127.0.0.1", int(os.environ["TO"].rsplit(":", 1)[1]))
@@ -15,7 +16,7 @@ def raw(data, to=PROXY, wait=20):
     try:
         with socket.create_connection(to, timeout=wait) as s:
             s.sendall(data)
-            # Who hangs up before the answer is not answered.
+            # The connection stays open, because a client that closes it gets no answer.
             while MARK not in back and (piece := s.recv(65536)):
                 back += piece
     except OSError:
@@ -98,6 +99,6 @@ post = b"POST /mcp HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\ncontent-t
 for id in paths:
     reply = raw(post % len(body(id)) + body(id), direct)
     tell("path", id, MARK in reply or b"tool.url" not in reply)
-# And what is allowed goes through, with its bytes.
+# The control: an allowed tunnel works, and carries its bytes.
 tell("control", "TLS for its host", MARK in tunnel(good + b"x" * FILL))
 print(json.dumps({"done": True}), flush=True)

@@ -1,5 +1,5 @@
-"""What stands at the addresses that an escaping agent aims at, so that a control run finds somebody: `listen.py udp|tcp
-ADDRESS PORT …`, as many as wanted. TCP says hello in HTTP, UDP echoes. Ends with its standard input."""
+"""Listens at the addresses that an escaping agent tries, so that the control finds a server: `listen.py udp|tcp ADDRESS PORT …`,
+for any number of addresses. TCP answers hello in HTTP, UDP echoes. Ends when its standard input ends."""
 
 import socket
 import socketserver
@@ -44,7 +44,7 @@ for kind, host, port in zip(words[::3], words[1::3], words[2::3]):
     try:
         threading.Thread(target=server((host, int(port)), handler).serve_forever, daemon=True).start()
     except OSError as error:
-        # Somebody real is there already, which serves as well.
+        # A real server already listens there, which serves as well.
         print(f"{kind} {host}:{port}: {error}", file=sys.stderr)
 print("listening", flush=True)
 sys.stdin.read()

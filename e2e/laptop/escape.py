@@ -1,8 +1,9 @@
-"""What an agent tries that wants out, from within the sandbox of `belay run`; one JSON line a try: {"case", "tried", "escaped", "how"}.
+"""Attempts of an agent to get out of the sandbox of `belay run`. Prints one JSON line for each: {"case", "tried", "escaped", "how"}.
 
-The same file runs outside of any sandbox, as the control: there every try must get through, or it shows nothing. From its environment it
-knows PROXY (host:port; the harness, or in the control a proxy that lets everything pass), LOOPBACK (host:port of somebody on the
-machine's own loopback), SECRET (a file of the machine's), NEIGHBOUR (a process outside) and WRITABLE (where the control may write).
+As the control, the same file runs without a sandbox: there every attempt must succeed, otherwise it shows nothing. Its environment has
+PROXY (host:port of the harness, or in the control of a proxy that allows everything), LOOPBACK (host:port of a server on the machine's
+own loopback), SECRET (a file of the machine), NEIGHBOUR (a process outside the sandbox), WORKSPACE (the agent's folder) and WRITABLE
+(a folder that may be written to).
 """
 
 import ctypes
@@ -16,7 +17,7 @@ import socket
 import subprocess
 import threading
 
-WAIT = 1.5  # seconds; whoever is there answers within milliseconds
+WAIT = 1.5  # seconds; a server answers within milliseconds
 env = os.environ.get
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -26,7 +27,7 @@ def report(case, tried, escaped, how=""):
 
 
 def attempt(case, tried, work):
-    """Reports what `work` gives; an OSError is a failure to get out."""
+    """Reports the result of `work`. An error of the operating system or of a subprocess means that the attempt failed."""
     try:
         how = work()
         report(case, tried, how is not False, how)
@@ -54,7 +55,7 @@ def made(kind, protocol=0, family=socket.AF_INET):
 
 
 def asked(request):
-    """By the proxy, byte for byte."""
+    """Sends a request to the proxy, byte for byte. Returns the first line of the answer if the status is 200."""
     host, _, port = env("PROXY").partition(":")
     with socket.create_connection((host, int(port)), WAIT) as s:
         s.settimeout(10)
@@ -81,7 +82,7 @@ def syscall(number, *arguments):
 
 
 def race():
-    """As fast as it goes, from the first instruction on."""
+    """Connects as fast as possible, from the first instruction on."""
     host, _, port = env("LOOPBACK").partition(":")
     for _ in range(2000):
         with socket.socket() as s:
@@ -149,6 +150,6 @@ attempt("A50", "setuid", lambda: os.setuid(0) or os.getuid() == 0 and "root")
 for path in ["/usr/belay-was-here", "/etc/belay-was-here", "/belay-was-here", env("WORKSPACE") + "/belay-was-here", "/dev/shm/belay-was-here"]:
     attempt("A51", path, lambda: write(path))
 attempt("A48", "mount", lambda: libc.mount(b"none", env("WORKSPACE").encode(), b"tmpfs", 0, None) == 0)
-# Last: what is in a user namespace of its own fails at all else.
+# This is the last, because everything else fails in a user namespace of its own.
 attempt("A48", "unshare", lambda: syscall({"x86_64": 272, "aarch64": 97}[platform.machine()], 0x10000000))
 print(json.dumps({"done": True}), flush=True)

@@ -1,5 +1,5 @@
-"""The scripted model of e2e/world with other stories, on 127.0.0.1:$PORT, over TLS where there is a certificate: `models.py STORY [CERTIFICATE
-KEY]`. Whatever model is asked for tells the story, if the key is the one in $KEY, or nobody wants one."""
+"""The scripted model of e2e/world with other stories, on 127.0.0.1:$PORT, with TLS if there is a certificate: `models.py STORY [CERTIFICATE
+KEY]`. Every model name gets the story. If $KEY is set, a request needs that key."""
 
 import os
 import pathlib
@@ -35,7 +35,7 @@ class Everybody:
 
 
 class Keyed(BaseHTTPMiddleware):
-    """As the makers of models do it."""
+    """Checks the key as providers do."""
 
     async def dispatch(self, request, call_next):
         keys = {request.headers.get("authorization"), request.headers.get("x-api-key")}

@@ -1,4 +1,4 @@
-"""A model behind TLS that repeats what it is asked, or the credential that it is asked with, as validators, proxies and debuggers do:
+"""A model behind TLS that repeats the request, or the credential of the request, as validators, proxies and debuggers do:
 `repeating.py CERTIFICATE KEY`, on 127.0.0.1:$PORT."""
 
 import json

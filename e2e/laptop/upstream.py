@@ -1,5 +1,5 @@
-"""Somebody behind each address that this is given as `tcp ADDRESS PORT` or `udp ADDRESS PORT`: whoever connects is let in, datagrams come
-back; `proxy ADDRESS PORT` says 200 to everything. Says `ready`, and ends with its standard input."""
+"""Servers at the addresses of its arguments. `tcp ADDRESS PORT` accepts connections, `udp ADDRESS PORT` echoes datagrams, and
+`proxy ADDRESS PORT` answers 200 to everything. Prints `ready`, and ends when its standard input ends."""
 
 import socket
 import sys

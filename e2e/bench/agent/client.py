@@ -1,9 +1,9 @@
-"""Calls a model and says how late it heard of each token: `client.py TOKENS KIND:AT_ONCE:CALLS …`, KIND `stream` or `whole`.
+"""Calls a model and prints the delay of each token: `client.py TOKENS KIND:AT_ONCE:CALLS …`, with KIND `stream` or `whole`.
 
-The same program asks each way, directly, through a proxy, and from Belay's sandbox: what differs is OPENAI_BASE_URL. A call's line on stdout
-is its kind and how many there were at once, then microseconds: how long its first token (or whole reply) took beside the model's own time,
-and the delay of each later one.
-Nothing is parsed while anything is measured. Each connection is kept, and its first call is not counted.
+The same program calls directly, through a proxy, and from Belay's sandbox: only OPENAI_BASE_URL differs. It prints one line for each call:
+its kind and the number of calls at a time, then in microseconds the time of its first token (or whole reply) without the model's own time,
+and the delay of each later token.
+Nothing is parsed during the measurement. Each connection is reused, and its first call is not counted.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ import time
 import urllib.parse
 
 BASE = urllib.parse.urlsplit(os.environ["OPENAI_BASE_URL"])
-# So long as an agent's: some hundred tokens, which whoever counts them has to count.
+# A prompt as long as an agent's: some hundred tokens, which a proxy that counts tokens must count.
 SYSTEM = "You read tickets of a shop's customers and say in one short paragraph what each wants, what was tried, and who should go on with it. "
 TICKET = "Ticket {}: the tent that I ordered on the 3rd came without its poles, and the shop's page says that parts cannot be ordered alone. "
 TOKEN = re.compile(rb'"content": ?" ?(?:(\d{9,})\.)?(\d{9,})')
@@ -36,7 +36,7 @@ def request(kind, tokens, number):
 
 
 class Connection(asyncio.Protocol):
-    """One connection, and one call at a time on it."""
+    """The client's side of one connection, with one call at a time."""
 
     def connection_made(self, transport):
         self.transport, self.pieces, self.length, self.done = transport, [], None, None
@@ -73,7 +73,7 @@ class Connection(asyncio.Protocol):
 
 
 def body_of(pieces):
-    """The body without its framing, and for each byte's place when it came: [(end, time), …]."""
+    """Returns the head, the body without its framing, and when each part of the body came: [(end, time), …]."""
     raw, ends = b"", []
     for now, data in pieces:
         raw += data
@@ -88,7 +88,7 @@ def body_of(pieces):
         if not size:
             return head, plain, places
         at = line + 2
-        # A chunk may have come in several pieces.
+        # A chunk can come in several pieces.
         while ends[cursor][0] < at + size:
             if ends[cursor][0] > at:
                 places.append((len(plain) + ends[cursor][0] - at, ends[cursor][1]))
@@ -99,14 +99,14 @@ def body_of(pieces):
 
 
 def delays(kind, tokens, began, pieces):
-    """Microseconds by which each token was late."""
+    """Returns the delay of each token in microseconds."""
     head, body, places = body_of(pieces)
     found = list((TOKEN if kind == "stream" else WHOLE).finditer(body))
     if b" 200 " not in head.split(b"\r\n")[0] or len(found) != (tokens if kind == "stream" else 1):
         sys.exit(f"error: expected {tokens} tokens, found {len(found)}: {(head + body)[:2000]!r}")
     late, cursor = [], 0
     for token in found:
-        # A token is there once its event is.
+        # A token has arrived when its whole event has.
         end = body.find(b"\n\n", token.end()) + 2 if kind == "stream" else len(body)
         while places[cursor][0] < end:
             cursor += 1
@@ -116,13 +116,13 @@ def delays(kind, tokens, began, pieces):
 
 
 async def phase(kind, at_once, calls, tokens):
-    """So many calls, so many at once."""
+    """Makes `calls` calls, `at_once` at a time."""
     loop, done = asyncio.get_running_loop(), []
     tls = ssl.create_default_context() if BASE.scheme == "https" else None
 
     async def worker(number):
         _, connection = await loop.create_connection(Connection, BASE.hostname, BASE.port, ssl=tls)
-        # Not all at the same moment.
+        # The workers do not start at the same moment.
         await asyncio.sleep(0.5 * number / at_once)
         await connection.call(request(kind, tokens, number))
         for turn in range(1, calls // at_once + 1):
