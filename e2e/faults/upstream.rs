@@ -52,7 +52,7 @@ pub struct Effects {
 }
 
 impl Effects {
-    /// Starts the upstream. `spool` is the file of the harness's spool.
+    /// Starts the upstream. `spool` is the path of the harness's spool file.
     pub async fn start(spool: PathBuf) -> Self {
         let effects = Self { all: Arc::default(), spool };
         let mut config = StreamableHttpServerConfig::default();

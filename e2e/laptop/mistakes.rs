@@ -1,4 +1,4 @@
-//! Mistakes of newcomers: each gets one message that says what is wrong, where, and what to do; nothing runs.
+//! Mistakes of new users: each gets one message that says what is wrong, where, and what to do. Nothing runs.
 
 use crate::world::{self, World, once};
 

@@ -353,7 +353,7 @@ time.sleep(300)
     };
 }
 
-/// A control for all of it: what a run takes that has nothing in its way.
+/// The control of all cases: a run without any of these obstacles succeeds.
 #[test]
 fn nothing_in_the_way() {
     world::once(|world| {

@@ -19,7 +19,7 @@ use crate::{
     support::{in_world, setting},
 };
 
-/// The name server of the pretend internet.
+/// The address of the pretend internet's name server.
 const NAMES: &str = "198.51.100.53";
 
 /// A laptop with a state folder of its own.
