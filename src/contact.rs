@@ -1,8 +1,9 @@
 //! Tracks how a process stands to the API server: when the last answer came, on which watch, and what time it is there.
 //!
 //! Guarantees: a missing answer is an error within seconds, and so is a connection that is no longer served. The age of each watch is that
-//! of the last thing that came on it, including a bookmark and the response headers of a new watch. The time is the API server's, not this
-//! machine's. A failed watch is retried within seconds, however long the API server was unreachable.
+//! of the last thing that came on it, including a bookmark and the response headers of a new watch. Before the first, it is that of the first
+//! request. The time is the API server's, not this machine's. A failed watch is retried within seconds, however long the API server was
+//! unreachable.
 //!
 //! Non-goals: interpreting answers.
 //!
@@ -65,7 +66,7 @@ struct State {
     since: Instant,
     /// Whether the answer to the last request did not come.
     broken: bool,
-    /// When something last came on the watch of each kind.
+    /// When something last came on the watch of each kind, or when it was first requested.
     heard: BTreeMap<String, Instant>,
     /// When the request was sent that last wrote the Lease.
     lease: Option<Instant>,
@@ -123,6 +124,14 @@ impl Contact {
                 age.as_secs()
             )),
             _ => Ok(()),
+        }
+    }
+
+    /// Starts the age of a watch that was not known: one that never begins must become old, too.
+    fn watching(&self, kind: &str) {
+        let mut state = self.lock();
+        if !state.heard.contains_key(kind) {
+            state.heard.insert(kind.to_owned(), Instant::now());
         }
     }
 
@@ -273,6 +282,9 @@ where
 
     fn call(&mut self, request: Request<RequestBody>) -> Self::Future {
         let (asked, sent, contact) = (Asked::by(&request), Instant::now(), self.contact.clone());
+        if let Some(kind) = &asked.watched {
+            contact.watching(kind);
+        }
         let answer = self.inner.call(request);
         Box::pin(async move {
             let answer = match tokio::time::timeout(HEAD, answer).await {

@@ -763,7 +763,8 @@ impl Gate {
             over = budget.open().is_err();
             // The harness's own log shows the same texts as the record.
             let Denied { channel, target, rule, reason, count, .. } = &denied;
-            tracing::info!(channel = channel.as_str(), target, %rule, reason, count, "refused");
+            // Each line has a member `target` of its own, the module.
+            tracing::info!(channel = channel.as_str(), to = target, %rule, reason, count, "refused");
             Ok(Event::Denied(denied))
         });
         if let Err(failed) = record {
@@ -845,4 +846,4 @@ impl Drop for Permit {
 }
 
 #[cfg(test)]
-pub(super) mod tests;
+pub(crate) mod tests;

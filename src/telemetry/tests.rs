@@ -43,6 +43,20 @@ async fn a_process_that_logs() {
             span.in_scope(|| tracing::error!(reason = TEXT, "in a span"));
             tracing::debug!("nobody asked for this");
         }
+        #[cfg(feature = "harness")]
+        "denial" => {
+            use crate::{
+                evidence::record::Channel,
+                harness::gate::tests::gate_followed_by,
+                policy::{
+                    decide::{Denial, tests::policy},
+                    rule::Rule,
+                },
+            };
+            let gate = gate_followed_by(policy(vec![]), Box::new(|_, _| ()));
+            let denial = Denial { rule: Rule::EgressHost, reason: TEXT.to_owned() };
+            gate.deny(Channel::Egress, "evil.test:443", None, denial).await;
+        }
         other => panic!("{other}"),
     }
     drop(guard);
@@ -93,4 +107,14 @@ fn each_line_of_the_log_is_one_json_object_whatever_it_says() {
     let asked = logged("texts", Some("debug"));
     assert_eq!((asked.len(), asked.last().unwrap()["level"].as_str()), (4, Some("DEBUG")));
     assert_eq!(logged("texts", Some("error")).len(), 1);
+}
+
+#[cfg(feature = "harness")]
+#[test]
+fn a_denial_is_logged_with_what_was_denied_and_why() {
+    let lines = logged("denial", None);
+    let line = lines.iter().find(|line| line["message"] == "refused").unwrap();
+    assert_eq!((&line["rule"], &line["channel"]), (&"egress.host".into(), &"egress".into()), "{line}");
+    assert!(line["reason"].as_str().unwrap().contains("three"), "{line}");
+    assert!(line.to_string().contains("evil.test:443"), "{line}");
 }

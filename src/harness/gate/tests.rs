@@ -330,7 +330,7 @@ fn gate(policy: PolicyConfig) -> Arc<Gate> {
 }
 
 /// Creates a gate as a harness has it. `follow` gets each record of its log.
-pub(in crate::harness) fn gate_followed_by(policy: PolicyConfig, follow: journal::Follow) -> Arc<Gate> {
+pub(crate) fn gate_followed_by(policy: PolicyConfig, follow: journal::Follow) -> Arc<Gate> {
     let _ = rustls::crypto::ring::default_provider().install_default();
     let folder = tempfile::tempdir().unwrap();
     let ca = rcgen::generate_simple_self_signed(["gateway".to_owned()]).unwrap().cert.pem();

@@ -223,6 +223,16 @@ async fn a_leader_gives_up_once_a_watch_is_60_seconds_old_and_not_before() {
     assert_eq!(term.server.holder(), None, "another replica need not wait until the Lease expires");
 }
 
+/// A watch that never began brings as little news as one that ended.
+#[tokio::test(start_paused = true)]
+async fn a_leader_whose_watch_never_begins_gives_up_as_well() {
+    let server = Server::default();
+    server.deaf.store(true, Ordering::Relaxed);
+    let mut term = Term::begin(server).await;
+    let ended = timeout(Duration::from_secs(180), &mut term.running).await.expect("it leads on").unwrap();
+    assert!(matches!(ended, Err(OperatorError::Blind(_))), "{ended:?}");
+}
+
 /// A Lease that cannot be renewed counts for 13 s of its 15 s, so no other replica can lead meanwhile.
 #[tokio::test(start_paused = true)]
 async fn a_leader_that_cannot_renew_its_lease_stops_before_another_can_lead() {
