@@ -28,6 +28,7 @@ mod time;
 mod told;
 mod upstreams;
 mod verify;
+mod versions;
 
 use std::{
     net::SocketAddr,
@@ -848,4 +849,40 @@ async fn after_wall_time_everything_is_refused() {
     assert!(error && text.contains("budget.wallTime"), "{text}");
     harness.gate.stop(Rule::ContainmentLost, "too late to matter");
     assert_eq!(denied(&harness.stored(2).await), [Rule::WallTime]);
+}
+
+/// What the probe finds reaches the agent: calls that wait are answered, and no call of any channel follows.
+#[tokio::test]
+async fn a_lost_containment_ends_the_calls_that_wait_and_denies_all_others() {
+    let harness = Arc::new(harness().await);
+    let body = json!({"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 600, "metadata": {"fails": "is silent"}});
+    let waits = {
+        let (harness, body) = (harness.clone(), body.clone());
+        tokio::spawn(async move { harness.post("/v1/chat/completions", body).await })
+    };
+    harness.stored(2).await;
+    // A probe that finds the pod contained changes nothing.
+    harness.gate.contained(contained());
+    let (error, text) = harness.tool("say", json!({"text": "hello"})).await;
+    assert!(!error && !waits.is_finished(), "{text}");
+
+    let breaches = vec!["10.96.0.1:443 answered, and must not".to_owned()];
+    harness.gate.contained(Containment { contained: false, breaches, ..contained() });
+    let (status, reply) = tokio::time::timeout(Duration::from_secs(5), waits).await.expect("it waits on").unwrap();
+    assert_eq!(status, StatusCode::FORBIDDEN, "{reply}");
+    assert!(reply.to_string().contains("containment.lost"), "{reply}");
+    let (calls, left) = (harness.mcp.calls.load(Ordering::SeqCst), harness.gateway.saw().len());
+    let (error, text) = harness.tool("say", json!({"text": "hello"})).await;
+    assert!(error && text.contains("containment.lost") && text.contains("10.96.0.1:443 answered"), "{text}");
+    let (status, reply) = harness.post("/v1/chat/completions", body).await;
+    assert_eq!(status, StatusCode::FORBIDDEN, "{reply}");
+    let (status, rule) = connect(harness.address, "docs.test.example:443").await;
+    assert_eq!((status, rule.as_deref()), (StatusCode::FORBIDDEN, Some("containment.lost")));
+    assert_eq!((harness.mcp.calls.load(Ordering::SeqCst), harness.gateway.saw().len()), (calls, left), "a call left");
+    let records = harness.records().await;
+    let lost =
+        records.iter().position(|record| matches!(&record.event, Event::ContainmentChecked(seen) if !seen.contained));
+    let after = &records[lost.unwrap() + 1..];
+    assert!(after.iter().all(|record| record.event.kind() != "call.intent"), "{after:#?}");
+    assert_eq!(denied(after), [Rule::ContainmentLost; 3]);
 }
