@@ -9,7 +9,7 @@ use std::{
 use anyhow::Context;
 use belay::{
     api::{AgentTask, PolicyPack},
-    plan::names::TASK_UID,
+    render::names::TASK_UID,
 };
 use futures::TryStreamExt;
 use k8s_openapi::api::{

@@ -3,7 +3,7 @@
 //! Guarantees: Every list and every string has a bound. The schema contains every check that the API server can make. Every field has an
 //! effect.
 //!
-//! Non-goals: Behaviour. [`plan`](crate::plan) turns these types into validated plain data and gives them their meaning.
+//! Non-goals: Behaviour. [`render`](crate::render) turns these types into validated plain data and gives them their meaning.
 
 #![allow(clippy::duplicated_attributes, reason = "kube's derive takes one printcolumn a column, and they look alike")]
 

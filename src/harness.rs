@@ -1,8 +1,8 @@
 //! The harness: a container beside the agent that enforces contracts and limits and writes evidence.
 //!
 //! Every call goes through one pipeline: *decide* ([`policy`](crate::policy)) → *reserve* and *record the intent* ([`journal`]) → *wait
-//! until the intent is stored, or spooled for a tool read or a model call* → *send* ([`link`]) → *record the outcome*. The wire protocols
-//! are at the edge: [`mcp`], [`rest`], [`model`], [`proxy`].
+//! until the intent is stored, or spooled for a tool read or a model call* → *send* ([`gateway_client`]) → *record the outcome*. The wire protocols
+//! are at the edge: [`mcp`], [`http_tool`], [`model`], [`proxy`].
 //!
 //! Guarantees: the agent reaches the harness on the pod's loopback only. A call leaves after its intent is in the evidence bucket; a tool
 //! read or a model call leaves after its intent is in the pod's [`spool`] and the witness has it. A call that cannot be decided, recorded
@@ -23,34 +23,34 @@ pub mod body;
 pub mod bounds;
 /// The attempt's wall time.
 pub mod clock;
+/// The rollback of a task.
+pub mod compensation;
+/// Idempotency: duplicate calls take effect once.
+pub mod dedup;
 /// Aggregation of denials when an agent is denied often.
 mod flood;
 /// The pipeline that every call goes through.
 pub mod gate;
+/// The client for the gateway.
+pub mod gateway_client;
 /// The head of a connection's first request, before the HTTP library parses it.
 mod head;
+/// HTTP tools, called by request templates.
+pub mod http_tool;
 /// The log of the attempt: records in order, batched into segments and sent to the witness.
 pub mod journal;
-/// The client for the gateway.
-pub mod link;
 /// Tools, as an MCP server to the agent and an MCP client to upstreams.
 pub mod mcp;
 /// Model calls, passed through and metered.
 pub mod model;
-/// Idempotency: duplicate calls take effect once.
-pub mod once;
 /// The containment probe.
 pub mod probe;
 /// The agent's own connections, through an HTTP proxy.
 pub mod proxy;
-/// HTTP tools, called by request templates.
-pub mod rest;
 /// The two listeners.
 pub mod server;
 /// Segments that are not stored yet.
 pub mod spool;
-/// The rollback of a task.
-pub mod undo;
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
@@ -64,7 +64,7 @@ use crate::{
         state::TaskState,
     },
     policy::{
-        access::Guard,
+        access::AccessPolicy,
         config::HarnessConfig,
         decide::{Contracts, Denial},
         output::Outputs,
@@ -115,7 +115,7 @@ pub enum HarnessError {
     Canonical(#[from] crate::canonical::CanonicalError),
     /// The client for the gateway could not be created.
     #[error(transparent)]
-    Link(#[from] link::LinkError),
+    GatewayClient(#[from] gateway_client::LinkError),
     /// The gateway rejected the request to open the log.
     #[error("the gateway refused to open this attempt's evidence log: {rule}: {reason}")]
     Refused {
@@ -289,13 +289,13 @@ where
         return Ok(Ended::LogFailed(reason));
     }
     let contracts = Contracts::compile(&config.policy)?;
-    let (guard, outputs) = (Guard::compile(&config.policy)?, Outputs::compile(&config.policy.tools)?);
+    let (guard, outputs) = (AccessPolicy::compile(&config.policy)?, Outputs::compile(&config.policy.tools)?);
     let policy = gate::Compiled { contracts, guard, outputs };
     let policy_digest = config.policy.digest()?;
     let attempt = config.wiring.attempt;
     let uid = config.policy.task.uid.clone();
 
-    let link = Arc::new(link::Link::new(&config.wiring, token)?);
+    let link = Arc::new(gateway_client::GatewayClient::new(&config.wiring, token)?);
     let file = |error: std::io::Error| HarnessError::File { path: options.spool.clone(), reason: error.to_string() };
     let (mut spool, left) = spool::Spool::open(&options.spool).map_err(file)?;
     // There is nothing to close until the log is open, so `stop` ends the harness at once.
@@ -380,7 +380,7 @@ where
     let limits = config.policy.limits;
     let clock = clock::Clock::start(seconds(limits.wall_time_seconds), seconds(limits.approval_wait_seconds));
     let approvals = approvals::Approvals::new(link.clone(), journal.clone(), clock.clone());
-    let once = once::Once::new(opened.keeps_results, opened.salt.clone());
+    let once = dedup::Deduplicator::new(opened.keeps_results, opened.salt.clone());
     let gate = gate::Gate::new(policy, once, opened.salt, journal.clone(), link, clock.clone(), approvals.clone());
     let tools = mcp::Tools::new(Arc::new(gate), &definitions, mcp::LISTING_AGE);
     let gate = tools.gate().clone();
@@ -457,7 +457,11 @@ fn log_failed(spool: &std::path::Path, reason: String) -> Ended {
 }
 
 /// Opens the log. Retries for a while, because the gateway may be starting or may not have seen the task's objects yet.
-async fn open(link: &link::Link, attempt: i64, digest: &str) -> Result<crate::wire::OpenReply, HarnessError> {
+async fn open(
+    link: &gateway_client::GatewayClient,
+    attempt: i64,
+    digest: &str,
+) -> Result<crate::wire::OpenReply, HarnessError> {
     const PATIENCE: Duration = Duration::from_secs(60);
     let started = tokio::time::Instant::now();
     let mut pause = Duration::from_millis(50);
@@ -467,18 +471,22 @@ async fn open(link: &link::Link, attempt: i64, digest: &str) -> Result<crate::wi
             Err(error) => error,
         };
         let transient = match &error {
-            link::CallError::Refused(denial) => {
+            gateway_client::CallError::Refused(denial) => {
                 matches!(
                     denial.rule,
                     Rule::ConfigDigest | Rule::IdentityAttempt | Rule::IdentitySource | Rule::Evidence
                 )
             }
-            link::CallError::Unreachable(_) => true,
+            gateway_client::CallError::Unreachable(_) => true,
         };
         if !transient || started.elapsed() > PATIENCE {
             return Err(match error {
-                link::CallError::Refused(denial) => HarnessError::Refused { rule: denial.rule, reason: denial.reason },
-                link::CallError::Unreachable(reason) => HarnessError::Refused { rule: Rule::Evidence, reason },
+                gateway_client::CallError::Refused(denial) => {
+                    HarnessError::Refused { rule: denial.rule, reason: denial.reason }
+                }
+                gateway_client::CallError::Unreachable(reason) => {
+                    HarnessError::Refused { rule: Rule::Evidence, reason }
+                }
             });
         }
         tracing::info!(%error, "the log is not open yet");

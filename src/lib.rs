@@ -1,6 +1,6 @@
 //! Belay runs AI agents under enforced limits: a Kubernetes operator, a harness, a policy gateway, and evidence that can be verified.
 //!
-//! Data flows in one direction: [`api`] → [`policy`] → [`plan`] → [`operator`], and
+//! Data flows in one direction: [`api`] → [`policy`] → [`render`] → [`operator`], and
 //! [`api`] → [`policy`] → [`harness`] → [`gateway`] → [`evidence`] → [`verify`]. Cargo features separate the parts: the harness is built
 //! without a Kubernetes client, and the verifier without Kubernetes or S3.
 #![doc(html_no_source)]
@@ -44,16 +44,16 @@ pub mod lenient;
 /// Decisions about the next step of a task, from the observed state of its pods.
 #[cfg(feature = "kube")]
 pub mod lifecycle;
-/// The reconciler: resolve, validate, plan, apply, status.
+/// The reconciler: resolve, validate, render, apply, status.
 #[cfg(feature = "operator")]
 pub mod operator;
 /// The output of a process, written by a separate thread.
 pub mod output;
-/// Turns a validated task into the objects that run it.
-#[cfg(feature = "kube")]
-pub mod plan;
 /// Pure decisions about tasks and calls.
 pub mod policy;
+/// Turns a validated task into the objects that run it.
+#[cfg(feature = "kube")]
+pub mod render;
 /// Limits the memory for bodies that are held in memory as a whole.
 #[cfg(feature = "net")]
 pub mod room;

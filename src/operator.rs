@@ -53,10 +53,10 @@ pub mod backoff;
 pub mod bootstrap;
 /// Keeps the observed state of the cluster in caches, by watches.
 pub mod cache;
+/// Remembers the operator's own writes between two reconciliations.
+pub mod expectations;
 /// Finds the mutating admission that may have changed a pod.
 pub mod injectors;
-/// Remembers the operator's own writes between two reconciliations.
-pub mod memory;
 /// Defines the operator's metrics.
 pub mod metrics;
 /// Reports in their statuses whether contracts and packs are valid.
@@ -218,7 +218,7 @@ pub(crate) async fn serve(
     })
     .await?;
     tokio::spawn(admin);
-    let memories = Arc::new(memory::Memories::default());
+    let memories = Arc::new(expectations::Expectations::default());
     let (stores, mut streams) = cache::watch(&client, memories.clone(), &metrics);
     let (newest, stores) = watch::channel(stores);
     if let Some(options) = &settings.webhook {
@@ -265,7 +265,7 @@ struct Replica {
     cluster_url: http::Uri,
     registry: Registry,
     metrics: metrics::Metrics,
-    memories: Arc<memory::Memories>,
+    memories: Arc<expectations::Expectations>,
     stores: cache::Stores,
     role: watch::Sender<Role>,
     contact: Arc<Contact>,
@@ -499,7 +499,7 @@ async fn keep_certificates(client: &Client, namespace: &str, webhook: bool) -> R
     }
 }
 
-async fn tidy(stores: &cache::Stores, memories: &memory::Memories) {
+async fn tidy(stores: &cache::Stores, memories: &expectations::Expectations) {
     loop {
         tokio::time::sleep(TIDY).await;
         let uids: std::collections::HashSet<_> = stores.tasks.state().iter().filter_map(|task| task.uid()).collect();

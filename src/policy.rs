@@ -14,6 +14,8 @@ pub mod budget;
 pub mod commit;
 /// The rendered configuration: everything that the decisions of a harness and a gateway depend on.
 pub mod config;
+/// Determines which schemas and expressions are cheap enough to evaluate inline.
+pub mod cost;
 /// Decides whether one tool call is allowed or denied, and by which rule.
 pub mod decide;
 /// Reads an upstream's definition of a tool: its digest, and whether it tightens a contract.
@@ -36,8 +38,6 @@ pub mod model;
 pub mod output;
 /// Computes the cost of model calls.
 pub mod price;
-/// Determines which schemas and expressions are cheap enough to evaluate inline.
-pub mod quick;
 /// Limits the calls of each tool per minute.
 pub mod rate;
 /// Determines which parts of untrusted text may be recorded.

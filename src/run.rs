@@ -4,7 +4,7 @@
 //! one process: gateway ◀─loopback, TLS─ harness ◀─ the harness's socket, made in the sandbox's network ─ agent in a sandbox
 //! ```
 //!
-//! Guarantees: this module makes no decision of its own, and plays the parts of the kubelet and the API server. `plan` validates the task,
+//! Guarantees: this module makes no decision of its own, and plays the parts of the kubelet and the API server. `render` validates the task,
 //! the contracts and the pack. `lifecycle::observe` reads the pod of an attempt, and `lifecycle::decide` decides what comes next. The
 //! harness decides about calls, and the gateway decides again. The gateway witnesses and seals the log with the same code as in a cluster.
 //! An agent never runs without a sandbox, or before the probe has proved its containment.
@@ -25,7 +25,7 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc::UnboundedSender};
 use tokio_util::sync::CancellationToken;
 
 use self::{
-    attempt::Surroundings,
+    attempt::RunContext,
     objects::{Api, Objects},
     sandbox::{Runtime, root::Image},
 };
@@ -39,7 +39,7 @@ use crate::{
         decide::{self, Decision, Next, Observed},
         observe::{self, PodView},
     },
-    plan::{
+    render::{
         Finding,
         validated::{self, Validated},
     },
@@ -109,7 +109,7 @@ pub struct Slot(#[expect(dead_code, reason = "it is given back when it is droppe
 
 /// An event of a run, sent while it happens.
 #[derive(Clone, Debug)]
-pub enum Told {
+pub enum RunEvent {
     /// A step before the agent starts.
     Step(String),
     /// An agent starts.
@@ -225,7 +225,7 @@ pub async fn run(
     options: Options,
     api: Arc<Api>,
     gateway: gateway::Serving,
-    tell: UnboundedSender<Told>,
+    tell: UnboundedSender<RunEvent>,
     stop: CancellationToken,
 ) -> Result<Outcome, RunError> {
     let validated = validate(&options.objects, options.root.as_ref())?;
@@ -239,7 +239,7 @@ pub async fn run(
     write_private(&token, &api.operator_token()?)?;
     let operator = seal::Gateway::new(gateway.address.to_string(), token, &gateway.ca)?;
     let surroundings =
-        Surroundings { options: &options, validated: &validated, api: &api, gateway: &gateway, local, tell: &tell };
+        RunContext { options: &options, validated: &validated, api: &api, gateway: &gateway, local, tell: &tell };
 
     let mut history: Vec<Attempt> = Vec::new();
     let mut failures = std::collections::BTreeMap::new();
@@ -280,7 +280,7 @@ pub async fn run(
                 pods = observe::pod(&ended.pod).map(|pod| PodView { live: true, ..pod }).into_iter().collect();
             }
             Next::Pause(until) => {
-                let _ = tell.send(Told::Pause(until));
+                let _ = tell.send(RunEvent::Pause(until));
                 tokio::select! {
                     () = tokio::time::sleep(decide::wait(until, now)) => {}
                     () = stop.cancelled() => {}

@@ -24,7 +24,7 @@ pub enum StackError {
 ///
 /// # Errors
 /// Returns an error if the thread cannot be started or panics.
-pub fn with_room<T: Send>(work: impl FnOnce() -> T + Send) -> Result<T, StackError> {
+pub fn with_large_stack<T: Send>(work: impl FnOnce() -> T + Send) -> Result<T, StackError> {
     thread::scope(|scope| {
         let worker = thread::Builder::new().stack_size(STACK).spawn_scoped(scope, work).map_err(StackError::Thread)?;
         worker.join().map_err(|_| StackError::BrokeOff)

@@ -13,7 +13,7 @@ use crate::{
         state::Snapshot,
     },
     policy::{
-        approval::{AskedBy, Standing, Vote},
+        approval::{ApprovalSource, ApprovalState, Vote},
         commit::Salt,
         config::{SideEffect, Usage},
         rule::Rule,
@@ -32,13 +32,13 @@ pub const LOG_APPEND: &str = "/v1/log/append";
 pub const LOG_SEAL: &str = "/v1/log/seal";
 /// Requests approval of one exact call: [`ApprovalAsk`] → [`ApprovalReply`].
 pub const APPROVAL: &str = "/v1/approval";
-/// Renders and stores the arguments of a call's compensation: [`Keep`] → [`Kept`].
+/// Renders and stores the arguments of a call's compensation: [`PutState`] → [`Kept`].
 pub const STATE_KEEP: &str = "/v1/state/keep";
-/// Returns to a rollback the arguments of a compensation of a call of the other task: [`KeptOf`] → [`Undo`].
+/// Returns to a rollback the arguments of a compensation of a call of the other task: [`StateRef`] → [`Undo`].
 pub const STATE_GET: &str = "/v1/state/get";
 /// Stores the result of an idempotent call: [`KeepResult`] → [`Kept`].
 pub const RESULT_KEEP: &str = "/v1/result/keep";
-/// Returns a stored result to another attempt of the same task: [`KeptOf`] → [`KeptResult`].
+/// Returns a stored result to another attempt of the same task: [`StateRef`] → [`KeptResult`].
 pub const RESULT_GET: &str = "/v1/result/get";
 /// The longest result that is stored, in bytes.
 pub const LONGEST_RESULT: usize = 256 << 10;
@@ -204,7 +204,7 @@ pub struct AppendReply {
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct ApprovalAsk {
     /// Which policy requires the approval: the contract or the pack.
-    pub by: AskedBy,
+    pub by: ApprovalSource,
     /// The tool.
     pub tool: String,
     /// What the call may change.
@@ -233,7 +233,7 @@ pub struct ApprovalReply {
     #[serde(default)]
     pub because: Vec<String>,
     /// The state of the request.
-    pub standing: Standing,
+    pub standing: ApprovalState,
     /// The decisions of approvers so far.
     pub decisions: Vec<Vote>,
 }
@@ -301,7 +301,7 @@ pub struct SealReply {
 /// stores them.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct Keep {
+pub struct PutState {
     /// The sequence number of the call's intent.
     pub intent: u64,
     /// The call's arguments.
@@ -322,7 +322,7 @@ pub struct Kept {
 /// the task's own calls.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct KeptOf {
+pub struct StateRef {
     /// The call's name in the log of its task.
     pub call: String,
     /// The commitment to the requested data, hex.

@@ -21,7 +21,7 @@ use belay::{
         cluster::{ATTEMPT_LABEL, Cluster, Fetch, Stores, TASK_LABEL, TASK_UID_LABEL},
         dial::{Connect, Dialer, roots},
         identity::{
-            Principal, Standing,
+            HarnessIdentity, Standing,
             reviews::{Review, Reviews},
         },
         incidents::Incidents,
@@ -254,7 +254,7 @@ pub async fn serve(folder: &Path, upstream: SocketAddr) -> anyhow::Result<()> {
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     let address = listener.local_addr()?.to_string();
 
-    let principal = Principal {
+    let principal = HarnessIdentity {
         namespace: "team".into(),
         task: "bench".into(),
         task_uid: UID.into(),

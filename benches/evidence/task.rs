@@ -8,10 +8,10 @@ use anyhow::{Context, anyhow};
 use belay::{
     evidence::record::{AttemptOpened, Channel, Containment, Effect, Intent, Outcome, Pod},
     policy::{
-        access::{Asked, Guard},
+        access::{AccessPolicy, AccessRequest},
         commit::Salt,
         config::{PolicyConfig, Sensitivity, SideEffect, Usage},
-        decide::{Arguments, Contracts, Known, Results, TOOL_RULES},
+        decide::{Arguments, Contracts, DecisionInputs, Results, TOOL_RULES},
         ledger,
         rule::Rule,
     },
@@ -106,7 +106,7 @@ pub struct Call {
 /// Makes calls, with the harness's own decision about each.
 pub struct Calls {
     contracts: Contracts,
-    guard: Guard,
+    guard: AccessPolicy,
     results: Results,
     salt: Salt,
 }
@@ -116,7 +116,7 @@ impl Calls {
         let policy = policy()?;
         let contracts = Contracts::compile(&policy)?;
         let results = contracts.no_results();
-        Ok(Self { contracts, guard: Guard::compile(&policy)?, results, salt: Salt::new([7; 32]) })
+        Ok(Self { contracts, guard: AccessPolicy::compile(&policy)?, results, salt: Salt::new([7; 32]) })
     }
 
     /// Returns the call with this number.
@@ -131,11 +131,11 @@ impl Calls {
             }
             _ => ("item_get", json!({"id": number.to_string()})),
         };
-        let known = Known { usage: Usage::default(), ignored: 0, results: &self.results };
+        let known = DecisionInputs { usage: Usage::default(), ignored: 0, results: &self.results };
         let decision = self.contracts.decide(tool, Arguments::Parsed(arguments), known, &self.salt);
         let tool = decision.verdict.map_err(|denial| anyhow!("{denial:?}"))?;
         let effect = tool.side_effect;
-        let asked = Asked { tool, effect, usage: Usage::default(), seen: Sensitivity::default() };
+        let asked = AccessRequest { tool, effect, usage: Usage::default(), seen: Sensitivity::default() };
         let passed = self.guard.judge(asked, &decision.arguments).map_err(|denial| anyhow!("{denial:?}"))?;
         let reads = effect == SideEffect::Read;
         let over_mcp = tool.name != "item_get";

@@ -24,13 +24,13 @@ use belay::{
         store::{Location, Store, StoreError, dir::Dir, log_prefix},
     },
     gateway::{
-        identity::{Principal, Standing},
+        identity::{HarnessIdentity, Standing},
         metrics::Metrics,
-        witness::{Buckets, Place, Witness},
+        witness::{Buckets, LogLocation, Witness},
     },
     harness::{
+        gateway_client::CallError,
         journal::{self, Journal, Start, call_id},
-        link::CallError,
         spool::Spool,
     },
     policy::decide::Denial,
@@ -191,7 +191,7 @@ async fn journal(witness: Arc<dyn journal::Witness>) -> anyhow::Result<Arc<Journ
 
 /// Records an intent, as the gate does.
 async fn intend(journal: &Journal, intent: Intent) -> Result<u64, Denial> {
-    journal.room().await;
+    journal.wait_for_capacity().await;
     journal.record(|seq, task| {
         task.budget().open()?;
         Ok(Event::Intent(Intent { call: call_id(seq), ..intent }))
@@ -284,13 +284,13 @@ impl Buckets for Folder {
     }
 }
 
-fn place() -> Place {
+fn place() -> LogLocation {
     let prefix = log_prefix(None, NAMESPACE, NAME, UID);
-    Place { location: Location { bucket: "evidence".into(), prefix }, task_uid: UID.into(), retention: None }
+    LogLocation { location: Location { bucket: "evidence".into(), prefix }, task_uid: UID.into(), retention: None }
 }
 
-fn principal() -> Principal {
-    Principal {
+fn principal() -> HarnessIdentity {
+    HarnessIdentity {
         namespace: NAMESPACE.into(),
         task: NAME.into(),
         task_uid: UID.into(),

@@ -10,7 +10,7 @@ use belay::{
     },
     policy::{
         access::Assessment,
-        approval::{Answer, Standing},
+        approval::{Answer, ApprovalState},
         config::{PolicyConfig, Sensitivity, SideEffect, Tool, Upstream},
     },
     verify::{Expected, verify},
@@ -148,7 +148,7 @@ type Lie = fn(&mut Segments);
 #[case::fewer_required(14, |s: &mut Segments| decided(s, "c-p1", |a| a.required = 1))]
 #[case::asked_about_another_call(14, |s: &mut Segments| decided(s, "c-p1", |a| a.request_digest = "0".repeat(64)))]
 #[case::of_a_tool_that_needs_none(14, |s: &mut Segments| decided(s, "c-p1", |a| a.tool = "find".into()))]
-#[case::expired(14, |s: &mut Segments| decided(s, "c-p1", |a| a.standing = Standing::Expired))]
+#[case::expired(14, |s: &mut Segments| decided(s, "c-p1", |a| a.standing = ApprovalState::Expired))]
 #[case::not_asked_for_the_pack(14, |s: &mut Segments| intent(s, "p1", |i| drop(i.approvals.pop())))]
 #[case::not_asked_for_the_contract(14, |s: &mut Segments| intent(s, "p1", |i| drop(i.approvals.remove(0))))]
 #[case::an_approval_twice(14, |s: &mut Segments| intent(s, "p4", |i| i.approvals[0] = "c-p3".into()))]
@@ -216,17 +216,17 @@ fn a_no_stays_one() {
     let of = |name: &str, standing, answer| {
         let mut approval = Approval { name: name.into(), standing, ..said.clone().unwrap() };
         approval.decisions.iter_mut().for_each(|vote| vote.decision = answer);
-        if standing == Standing::Pending {
+        if standing == ApprovalState::Pending {
             approval.decisions.clear();
         }
         Event::ApprovalDecided(approval)
     };
     for (expected, then) in
-        [("VALID", Standing::Pending), ("INVALID", Standing::Approved), ("INVALID", Standing::Expired)]
+        [("VALID", ApprovalState::Pending), ("INVALID", ApprovalState::Approved), ("INVALID", ApprovalState::Expired)]
     {
         let mut segments = story.segments.clone();
         after(&mut segments, "f1", of("other", then, Answer::Approve));
-        after(&mut segments, "f1", of("other", Standing::Denied, Answer::Deny));
+        after(&mut segments, "f1", of("other", ApprovalState::Denied, Answer::Deny));
         forge::count(&mut segments);
         let (first, second, findings) = judged(story, segments);
         assert_eq!((first.as_str(), second.as_str()), (expected, expected), "{then:?}: {findings}");

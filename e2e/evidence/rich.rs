@@ -15,7 +15,7 @@ use belay::{
     },
     policy::{
         access::{Assessment, Score},
-        approval::{Answer, Approvers, AskedBy, Standing, Vote},
+        approval::{Answer, ApprovalSource, ApprovalState, Approvers, Vote},
         config::{
             Access, AccessRule, Approval, Compensation, DataClass, DataPattern, EgressHost, EgressUse, HttpMethod,
             HttpUpstream, Idempotency, Limits, McpUpstream, ModelEndpoint, ModelEndpoints, ModelPrice, OnTimeout,
@@ -306,7 +306,7 @@ impl Teller {
             approvals: vec![],
             undoes: None,
             assessment: (!self.policy.access.is_empty()).then_some(assessment),
-            rules: vec![Rule::ToolKnown, Rule::ToolSchema],
+            rules: vec![Rule::ToolUnknown, Rule::ToolSchema],
             model: None,
             reserved_tokens: 0,
             reserved_cost_micros: 0,
@@ -327,7 +327,7 @@ impl Teller {
             approvals: vec![],
             undoes: None,
             assessment: None,
-            rules: vec![Rule::ToolKnown],
+            rules: vec![Rule::ToolUnknown],
             model: None,
             reserved_tokens: 0,
             reserved_cost_micros: 0,
@@ -361,8 +361,8 @@ impl Teller {
     }
 
     /// Records the approval request for a call of `pay`, and its approval.
-    fn approve(&mut self, name: &str, by: AskedBy, arguments: &str) {
-        let required = if by == AskedBy::Contract { 2 } else { 1 };
+    fn approve(&mut self, name: &str, by: ApprovalSource, arguments: &str) {
+        let required = if by == ApprovalSource::Contract { 2 } else { 1 };
         let vote = |by: &str| Vote { by: by.into(), decision: Answer::Approve, reason: Some("Fine.".into()) };
         let asked = Asked {
             name: name.into(),
@@ -372,12 +372,16 @@ impl Teller {
             request_digest: digest(arguments),
             required,
             expires: "2026-11-23T10:01:00Z".into(),
-            because: if by == AskedBy::Pack { vec!["rule asks".into(), "risk 10 (big 10)".into()] } else { vec![] },
-            standing: Standing::Pending,
+            because: if by == ApprovalSource::Pack {
+                vec!["rule asks".into(), "risk 10 (big 10)".into()]
+            } else {
+                vec![]
+            },
+            standing: ApprovalState::Pending,
             decisions: vec![],
         };
         let decided = Asked {
-            standing: Standing::Approved,
+            standing: ApprovalState::Approved,
             // The decision of the principal does not count.
             decisions: ["jane@example.com", "ana", "bob"].map(vote)[..=required as usize].to_vec(),
             ..asked.clone()
@@ -387,7 +391,7 @@ impl Teller {
     }
 
     fn pay(&mut self, call: &str, arguments: &str) {
-        let approvals = [(AskedBy::Contract, "c"), (AskedBy::Pack, "p")];
+        let approvals = [(ApprovalSource::Contract, "c"), (ApprovalSource::Pack, "p")];
         for (by, name) in approvals {
             self.approve(&format!("{name}-{call}"), by, arguments);
         }

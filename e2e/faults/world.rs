@@ -24,8 +24,8 @@ use belay::{
         record::{Containment, TaskClosed},
         store::s3::{Options, S3},
     },
-    plan::config::render_policy,
     policy::config::{HarnessConfig, Probe, Wiring},
+    render::config::render_policy,
     seal,
     wire::{self, SealReply, SealRequest},
 };

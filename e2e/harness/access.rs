@@ -5,7 +5,7 @@ use belay::{
     evidence::record::Intent,
     policy::{
         access::{Assessment, Score},
-        approval::{Answer, AskedBy},
+        approval::{Answer, ApprovalSource},
         config::{Access, AccessRule, DataClass, DataPattern, Risk, RiskTerm, RuleDecision, Sensitivity},
     },
 };
@@ -169,7 +169,7 @@ async fn data_that_was_seen_makes_a_change_need_a_person(#[case] reads: &str, #[
     let ((error, text), ()) = tokio::join!(harness.tool(writes, json!({"text": "after"})), approve);
     assert!(!error, "{text}");
     let request = harness.gateway.requests().remove(0);
-    assert_eq!(request.spec.requested_by, AskedBy::Pack);
+    assert_eq!(request.spec.requested_by, ApprovalSource::Pack);
     assert_eq!(request.spec.because, ["risk 30 (change 10 + secrets-seen 20)"]);
     let records = harness.records().await;
     let intents = made(&records);
@@ -207,7 +207,7 @@ async fn contract_and_pack_are_asked_each_for_itself(#[case] name: &str) {
     let requests = harness.gateway.requests();
     let mut by: Vec<_> = requests.iter().map(|request| request.spec.requested_by).collect();
     by.sort();
-    assert_eq!(by, [AskedBy::Contract, AskedBy::Pack]);
+    assert_eq!(by, [ApprovalSource::Contract, ApprovalSource::Pack]);
     assert_eq!(made(&harness.records().await)[0].approvals.len(), 2);
 }
 
@@ -220,7 +220,7 @@ async fn one_no_of_two_is_enough(#[case] name: &str) {
     let decide = async {
         harness.undecided_within(2, Duration::from_secs(4)).await;
         for request in harness.gateway.requests() {
-            let yes = request.spec.requested_by == AskedBy::Contract;
+            let yes = request.spec.requested_by == ApprovalSource::Contract;
             harness.gateway.decide(&request.name_any(), "ana", if yes { Answer::Approve } else { Answer::Deny });
         }
     };

@@ -2,7 +2,7 @@
 //! decisions and compare the calls.
 
 use belay::policy::{
-    approval::{Answer, Approvers, Standing},
+    approval::{Answer, ApprovalState, Approvers},
     config::{Approval, OnTimeout},
 };
 use kube::ResourceExt;
@@ -321,7 +321,7 @@ async fn a_decision_is_in_the_log_with_who_made_it() {
         _ => None,
     });
     let decided = decided.unwrap();
-    assert_eq!((decided.standing, decided.required), (Standing::Approved, 1));
+    assert_eq!((decided.standing, decided.required), (ApprovalState::Approved, 1));
     assert_eq!(decided.decisions.iter().map(|vote| vote.by.as_str()).collect::<Vec<_>>(), ["ana"]);
     let request = harness.gateway.requests().remove(0);
     assert_eq!((decided.name, decided.request_digest), (request.name_any(), request.spec.digest));

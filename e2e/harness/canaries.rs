@@ -316,7 +316,7 @@ async fn no_secret_is_in_anything_that_we_write() {
     }
     let rules: BTreeSet<_> = denied(&records).into_iter().collect();
     for rule in
-        [Rule::ToolKnown, Rule::ToolSchema, Rule::ToolPrecondition, Rule::EgressHost, Rule::RequestJson, Rule::Tokens]
+        [Rule::ToolUnknown, Rule::ToolSchema, Rule::ToolPrecondition, Rule::EgressHost, Rule::RequestJson, Rule::Tokens]
     {
         assert!(rules.contains(&rule), "nothing was refused by {rule}: {rules:?}");
     }
@@ -329,7 +329,7 @@ async fn no_secret_is_in_anything_that_we_write() {
 #[test]
 fn no_secret_reads_as_a_name() {
     let policy = canary_policy();
-    let redactor = Redactor::new(&policy, Guard::compile(&policy).unwrap().detectors());
+    let redactor = Redactor::new(&policy, AccessPolicy::compile(&policy).unwrap().detectors());
     let salt = Salt::new([1; 32]);
     let mut shown = Vec::new();
     for text in secrets().iter().flat_map(|secret| written(secret)) {

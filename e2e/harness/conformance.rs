@@ -183,10 +183,10 @@ fn table(echo: &str) -> Vec<Row> {
         let mut add = |row: Row| rows.push(row);
 
         add(row("tool", Allowed));
-        add(refused(Row { called: Some(format!("TOOL.DENIED.{over:?}")), ..row("tool", Denied) }, Rule::ToolKnown));
+        add(refused(Row { called: Some(format!("TOOL.DENIED.{over:?}")), ..row("tool", Denied) }, Rule::ToolUnknown));
         // Cyrillic letters where the contract has Latin letters.
         let alike = format!("t\u{43e}\u{43e}l.edge.{over:?}").to_lowercase();
-        add(refused(Row { called: Some(alike), ..row("tool", Edge) }, Rule::ToolKnown));
+        add(refused(Row { called: Some(alike), ..row("tool", Edge) }, Rule::ToolUnknown));
 
         match over {
             Mcp => {

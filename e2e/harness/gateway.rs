@@ -40,7 +40,7 @@ use belay::{
         cluster::{Cluster, Compiled, Fetch, Stores},
         dial::{Connect, Dialer, roots},
         forward,
-        identity::{Principal, Standing},
+        identity::{HarnessIdentity, Standing},
         pool::Pool,
         refusal::Refused,
         resolve::Resolve,
@@ -49,7 +49,7 @@ use belay::{
     },
     lenient::Lenient,
     policy::{
-        approval::{Answer, Exact, Vote},
+        approval::{Answer, CallKey, Vote},
         commit::Salt,
         config::{PolicyConfig, TaskIdentity},
         egress::Blocked,
@@ -429,10 +429,10 @@ async fn append(State(log): State<Arc<Log>>, axum::Json(request): axum::Json<App
     axum::Json(AppendReply { size: history.tree().size(), checkpoint: Some(segment.note.to_string()) }).into_response()
 }
 
-async fn keep(State(log): State<Arc<Log>>, axum::Json(keep): axum::Json<wire::Keep>) -> Response {
+async fn keep(State(log): State<Arc<Log>>, axum::Json(keep): axum::Json<wire::PutState>) -> Response {
     let intent = log.history.lock().unwrap().state().intent(keep.intent).cloned().unwrap();
     let compiled = log.compiled.lock().unwrap();
-    if let Err(refused) = authorize::called(&compiled, intent.attempt, &intent)
+    if let Err(refused) = authorize::resolve_tool(&compiled, intent.attempt, &intent)
         .and_then(|_| authorize::are_intended(&intent, &salt(), &keep.arguments))
     {
         return refusal(&refused);
@@ -448,7 +448,7 @@ async fn keep(State(log): State<Arc<Log>>, axum::Json(keep): axum::Json<wire::Ke
     }
 }
 
-async fn kept(State(log): State<Arc<Log>>, axum::Json(of): axum::Json<wire::KeptOf>) -> Response {
+async fn kept(State(log): State<Arc<Log>>, axum::Json(of): axum::Json<wire::StateRef>) -> Response {
     match log.kept.lock().unwrap().get(&of.digest).cloned() {
         Some(arguments) => axum::Json(wire::Undo { arguments }).into_response(),
         None => refusal(&Refused::denied(Rule::ToolRollback, "not kept")),
@@ -463,7 +463,7 @@ async fn keep_result(State(log): State<Arc<Log>>, axum::Json(keep): axum::Json<w
     axum::Json(wire::Kept { digest }).into_response()
 }
 
-async fn kept_result(State(log): State<Arc<Log>>, axum::Json(of): axum::Json<wire::KeptOf>) -> Response {
+async fn kept_result(State(log): State<Arc<Log>>, axum::Json(of): axum::Json<wire::StateRef>) -> Response {
     match log.kept.lock().unwrap().get(&of.digest).cloned() {
         Some(result) => axum::Json(wire::KeptResult { result }).into_response(),
         None => refusal(&Refused::denied(Rule::ToolIdempotency, "not kept")),
@@ -473,10 +473,10 @@ async fn kept_result(State(log): State<Arc<Log>>, axum::Json(of): axum::Json<wir
 async fn approval(State(log): State<Arc<Log>>, axum::Json(ask): axum::Json<ApprovalAsk>) -> Response {
     let compiled = Arc::new(compiled(&log.compiled.lock().unwrap().policy));
     let places = Arc::new(tokio::sync::Semaphore::new(2));
-    let call = Exact { by: ask.by, tool: ask.tool.clone(), digest: ask.request_digest.clone() };
+    let call = CallKey { by: ask.by, tool: ask.tool.clone(), digest: ask.request_digest.clone() };
     let before = log.history.lock().unwrap().before(&call);
     let TaskIdentity { namespace, name, uid, .. } = &compiled.policy.task;
-    let principal = Principal {
+    let principal = HarnessIdentity {
         namespace: namespace.clone(),
         pod: "t-1".into(),
         pod_uid: "pod".into(),
@@ -538,7 +538,7 @@ async fn forwarded(log: &Log, request: Request<Body>) -> Result<Response, Refuse
         authorize::listed(&compiled, channel, to, |_| false)?;
         authorize::intended(&compiled, intent.attempt, channel, to, (&intent, &salt()))?;
         if authorize::is_message(&compiled, channel, &parts.method, &intent) {
-            if let Some(arguments) = authorize::says(&compiled, channel, (&intent, &salt()), &body)? {
+            if let Some(arguments) = authorize::parse_mcp_message(&compiled, channel, (&intent, &salt()), &body)? {
                 judged(log, &compiled, &intent, &arguments)?;
             }
         } else {

@@ -46,16 +46,16 @@ use belay::{
     harness::{
         approvals::Approvals,
         clock::Clock,
+        dedup::Deduplicator,
         gate::{Compiled, Gate},
+        gateway_client::GatewayClient,
         journal,
-        link::Link,
         mcp::Tools,
-        once::Once,
         server,
         spool::Spool,
     },
     policy::{
-        access::Guard,
+        access::AccessPolicy,
         config::{
             Access, DataClass, EgressHost, EgressUse, HttpMethod, HttpUpstream, Limits, McpUpstream, ModelEndpoints,
             ModelPrice, PackIdentity, PolicyConfig, Precondition, Probe, SideEffect, TaskIdentity, Tool, ToolLimits,
@@ -243,13 +243,13 @@ async fn start(
         gateway_ca: gateway.ca.clone(),
         probe: Probe { reachable: gateway.address.to_string(), unreachable: vec![] },
     };
-    let link = Arc::new(Link::new(&wiring, token).unwrap());
+    let link = Arc::new(GatewayClient::new(&wiring, token).unwrap());
     let limits = policy.limits;
     let opened = link.open(attempt, "digest").await.unwrap();
     let signer = Signer::generate(&note::attempt_key_name("uid", attempt)).unwrap();
     let key = signer.verifier().to_string();
     let (used, salt) = (opened.state.tools.clone(), opened.salt.clone());
-    let once = Once::new(opened.keeps_results, salt.clone());
+    let once = Deduplicator::new(opened.keeps_results, salt.clone());
     let rollback = opened.state.undoing.as_ref().map(|undoing| undoing.plan.clone());
     let tree = Tree::from_frontier(opened.size, opened.decoded_frontier().unwrap()).unwrap();
     let (spool, _) = Spool::open(folder.path()).unwrap();
@@ -275,7 +275,7 @@ async fn start(
     let first = journal.record(|_, _| Ok(Event::AttemptOpened(Box::new(opened)))).unwrap();
     journal.stored(first).await.unwrap();
     let contracts = Contracts::compile(policy).unwrap();
-    let (guard, outputs) = (Guard::compile(policy).unwrap(), Outputs::compile(&policy.tools).unwrap());
+    let (guard, outputs) = (AccessPolicy::compile(policy).unwrap(), Outputs::compile(&policy.tools).unwrap());
     let compiled = Compiled { contracts, guard, outputs };
     let seconds = |count: i64| Duration::from_secs(u64::try_from(count).unwrap());
     let clock = Clock::start(seconds(limits.wall_time_seconds), seconds(limits.approval_wait_seconds));
@@ -392,7 +392,7 @@ async fn an_allowed_call_reaches_the_upstream_between_its_intent_and_its_outcome
 async fn refusals_name_their_rule_to_the_agent_and_to_the_log() {
     let harness = harness().await;
     for (tool, args, rule) in [
-        ("nothing", json!({}), Rule::ToolKnown),
+        ("nothing", json!({}), Rule::ToolUnknown),
         ("pay", json!({"text": "a"}), Rule::ToolEffect),
         ("say", json!({}), Rule::ToolSchema),
         ("say", json!({"text": "a", "admin": true}), Rule::ToolSchema),
@@ -402,7 +402,7 @@ async fn refusals_name_their_rule_to_the_agent_and_to_the_log() {
         assert!(error && text.contains(rule.as_str()), "{text}");
     }
     let records = harness.stored(6).await;
-    let expected = [Rule::ToolKnown, Rule::ToolEffect, Rule::ToolSchema, Rule::ToolSchema, Rule::ToolPrecondition];
+    let expected = [Rule::ToolUnknown, Rule::ToolEffect, Rule::ToolSchema, Rule::ToolSchema, Rule::ToolPrecondition];
     assert_eq!(denied(&records), expected);
     assert_eq!(records[5].usage, Usage { denials: 5, ..Usage::default() });
     assert!(harness.gateway.saw().is_empty(), "a refused call left the harness");

@@ -202,7 +202,7 @@ async fn official_sdks_call_the_reference_server(#[case] sdk: &str) {
     }
     assert!(seen["results"][2]["structured"]["temperature"].is_number(), "{seen}");
     let records = harness.stored(1 + 2 + 2 * 5 + 4).await;
-    let rules = [Rule::ToolSchema, Rule::ToolLimitCalls, Rule::ToolUrl, Rule::ToolKnown];
+    let rules = [Rule::ToolSchema, Rule::ToolLimitCalls, Rule::ToolUrl, Rule::ToolUnknown];
     assert_eq!(denied(&records), rules);
     let definition = |record: &Record| match &record.event {
         Event::Intent(intent) if intent.target == "sum" => intent.definition.clone(),

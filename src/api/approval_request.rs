@@ -5,7 +5,7 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::policy::approval::{Approvers, AskedBy, Vote};
+use crate::policy::approval::{ApprovalSource, Approvers, Vote};
 
 /// One exact call that waits for approval. The gateway creates it, and nobody can change its spec. Approvers write their decisions into its
 /// status, with `kubectl belay approve` and `deny` or by editing it. It is valid for one call, until it expires.
@@ -45,7 +45,7 @@ pub struct ApprovalRequestSpec {
     #[schemars(length(min = 1, max = 1024))]
     pub requester: Option<String>,
     /// Which policy requires the approval: the tool's contract or the pack. A call can need both.
-    pub requested_by: AskedBy,
+    pub requested_by: ApprovalSource,
     /// Why the pack requires approval: the rules that require it, the risk score and its terms.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 129), inner(length(max = 8_192)))]

@@ -5,7 +5,7 @@ use std::{io::Write, path::PathBuf, process::ExitCode};
 use anyhow::Context;
 use belay::{
     evidence::record::Pod,
-    harness::{self, Options, probe, server, undo},
+    harness::{self, Options, compensation, probe, server},
     inherited,
     policy::config::HarnessConfig,
     wire,
@@ -110,7 +110,8 @@ async fn run(inherited: std::io::Result<Vec<belay::inherited::Descriptor>>) -> a
             Ok(ExitCode::from(wire::EXIT_UNPROVEN))
         }
         Command::Undo { message } => {
-            let report = undo::ask(server::AGENT, &message).await.context("cannot have the harness roll back")?;
+            let report =
+                compensation::ask(server::AGENT, &message).await.context("cannot have the harness roll back")?;
             writeln!(std::io::stdout(), "{report}")?;
             Ok(if report.left.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
         }

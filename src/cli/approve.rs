@@ -26,8 +26,8 @@ use super::{
 use crate::{
     api::ApprovalRequest,
     canonical,
-    plan::approval::{asked, votes},
-    policy::approval::{Answer, Asked, Standing, Vote, standing},
+    policy::approval::{Answer, ApprovalState, ApprovalTerms, Vote, standing},
+    render::approval::{asked, votes},
 };
 
 #[cfg(test)]
@@ -183,7 +183,7 @@ async fn listed(
         }
     }
     let now = Timestamp::now();
-    found.retain(|request| all || stands(request, now) == Standing::Pending);
+    found.retain(|request| all || stands(request, now) == ApprovalState::Pending);
     found.sort_by_key(|request| request.spec.expires_at.0);
     for request in &found {
         writeln!(out, "{}", describe(request, now, paint))?;
@@ -318,7 +318,7 @@ fn not_understood(namespace: &str, name: &str, error: &dyn std::fmt::Display) ->
     format!("ApprovalRequest {namespace}/{name} is not one that this belay understands: {error}")
 }
 
-fn stands(request: &ApprovalRequest, now: Timestamp) -> Standing {
+fn stands(request: &ApprovalRequest, now: Timestamp) -> ApprovalState {
     standing(&asked(&request.spec), votes(request), now)
 }
 
@@ -326,8 +326,8 @@ fn stands(request: &ApprovalRequest, now: Timestamp) -> Standing {
 fn approvals(request: &ApprovalRequest) -> i64 {
     let yes: Vec<_> = votes(request).iter().filter(|vote| vote.decision == Answer::Approve).cloned().collect();
     let enough = |required: &i64| {
-        let asked = Asked { required: *required, expires: Timestamp::MAX, ..asked(&request.spec) };
-        standing(&asked, &yes, Timestamp::MIN) == Standing::Approved
+        let asked = ApprovalTerms { required: *required, expires: Timestamp::MAX, ..asked(&request.spec) };
+        standing(&asked, &yes, Timestamp::MIN) == ApprovalState::Approved
     };
     (1..).take_while(enough).last().unwrap_or_default()
 }
@@ -337,13 +337,13 @@ fn words(request: &ApprovalRequest, now: Timestamp) -> String {
     let (has, needs) = (approvals(request), request.spec.required);
     let count = format!("{has} of {needs} approval{}", if needs == 1 { "" } else { "s" });
     match stands(request, now) {
-        Standing::Pending => format!("pending, {count}"),
-        Standing::Approved => format!("approved, {count}"),
-        Standing::Denied => {
+        ApprovalState::Pending => format!("pending, {count}"),
+        ApprovalState::Approved => format!("approved, {count}"),
+        ApprovalState::Denied => {
             let by: Vec<_> = votes(request).iter().filter(|vote| vote.decision == Answer::Deny).collect();
             format!("denied by {}", by.iter().map(|vote| vote.by.as_str()).collect::<Vec<_>>().join(", "))
         }
-        Standing::Expired => format!("expired, {count}"),
+        ApprovalState::Expired => format!("expired, {count}"),
     }
 }
 
@@ -358,8 +358,8 @@ fn refusal(request: &ApprovalRequest, person: &Person, answer: Answer, now: Time
         ));
     }
     match (stands(request, now), answer) {
-        (Standing::Pending, _) | (Standing::Approved, Answer::Deny) => {}
-        (Standing::Approved, Answer::Approve) | (Standing::Denied | Standing::Expired, _) => {
+        (ApprovalState::Pending, _) | (ApprovalState::Approved, Answer::Deny) => {}
+        (ApprovalState::Approved, Answer::Approve) | (ApprovalState::Denied | ApprovalState::Expired, _) => {
             return Some(format!(
                 "expected a request that is not decided, found it {}; there is nothing left to decide",
                 words(request, now)
@@ -410,9 +410,9 @@ pub(super) fn describe(request: &ApprovalRequest, now: Timestamp, paint: Paint) 
     let spec = &request.spec;
     let (name, words) = (request.name_any(), words(request, now));
     let standing = match stands(request, now) {
-        Standing::Pending => paint.warn(Safe(&words)),
-        Standing::Approved => paint.good(Safe(&words)),
-        Standing::Denied | Standing::Expired => paint.bad(Safe(&words)),
+        ApprovalState::Pending => paint.warn(Safe(&words)),
+        ApprovalState::Approved => paint.good(Safe(&words)),
+        ApprovalState::Denied | ApprovalState::Expired => paint.bad(Safe(&words)),
     };
     let mut text = format!("{}  {standing}\n", paint.strong(Safe(&name)));
     let mut line = |name: &str, value: String| {

@@ -106,7 +106,7 @@ pub(super) fn run(args: &Args, out: &mut dyn Write, notes: &mut dyn Write) -> Re
 }
 
 pub(super) fn on_a_large_stack(sources: &[Source], namespace: &str) -> Result<Outcome, CliError> {
-    let outcome = stack::with_room(|| lint(sources, namespace)).map_err(|error| match error {
+    let outcome = stack::with_large_stack(|| lint(sources, namespace)).map_err(|error| match error {
         StackError::Thread(_) => CliError::new(error.to_string()),
         StackError::BrokeOff => CliError::new(format!("{error}; please report the files that it was given")),
     })?;

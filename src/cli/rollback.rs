@@ -20,7 +20,7 @@ use super::{
 };
 use crate::{
     api::{AgentTask, ToolContract, agent_task::Phase},
-    plan::{names, rollback},
+    render::{names, rollback},
 };
 
 /// Roll back an ended task, as far as its contracts say how.

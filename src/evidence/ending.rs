@@ -16,7 +16,7 @@ use super::{
     tiles::{File, Tiles},
 };
 use crate::policy::{
-    approval::Standing,
+    approval::ApprovalState,
     config::{PackIdentity, Usage},
     rule::Rule,
 };
@@ -161,10 +161,10 @@ impl Ending {
             Event::Denied(denied) => count(&mut of.denials, denied.rule, denied.calls()),
             Event::ApprovalDecided(approval) => {
                 let how = match approval.standing {
-                    Standing::Pending => "pending",
-                    Standing::Approved => "approved",
-                    Standing::Denied => "denied",
-                    Standing::Expired => "expired",
+                    ApprovalState::Pending => "pending",
+                    ApprovalState::Approved => "approved",
+                    ApprovalState::Denied => "denied",
+                    ApprovalState::Expired => "expired",
                 };
                 count(&mut of.approvals, how.to_owned(), 1);
             }

@@ -15,7 +15,7 @@ use crate::{
     canonical::{self, CanonicalError},
     policy::{
         access::Assessment,
-        approval::{AskedBy, Exact, Standing, Vote},
+        approval::{ApprovalSource, ApprovalState, CallKey, Vote},
         config::{PolicyConfig, Sensitivity, SideEffect, Usage, is_zero},
         ledger::Fate,
         rule::Rule,
@@ -734,7 +734,7 @@ pub struct Approval {
     /// The UID of the ApprovalRequest.
     pub uid: String,
     /// Which policy requires the approval: the contract or the pack.
-    pub by: AskedBy,
+    pub by: ApprovalSource,
     /// The tool.
     pub tool: String,
     /// The commitment to the arguments.
@@ -747,7 +747,7 @@ pub struct Approval {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub because: Vec<String>,
     /// The state of the request.
-    pub standing: Standing,
+    pub standing: ApprovalState,
     /// The decisions, each with its approver.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub decisions: Vec<Vote>,
@@ -755,8 +755,8 @@ pub struct Approval {
 
 impl Approval {
     /// Returns the call that the approval is for.
-    pub fn call(&self) -> Exact {
-        Exact { by: self.by, tool: self.tool.clone(), digest: self.request_digest.clone() }
+    pub fn call(&self) -> CallKey {
+        CallKey { by: self.by, tool: self.tool.clone(), digest: self.request_digest.clone() }
     }
 }
 

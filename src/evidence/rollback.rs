@@ -164,7 +164,7 @@ struct Try {
 
 /// The state of one step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Standing {
+pub enum CompensationState {
     /// The compensation is still to be made.
     Due,
     /// The compensation took effect.
@@ -237,11 +237,11 @@ impl Undoing {
     }
 
     /// Returns the state of a step. A compensation without an outcome counts as unknown.
-    pub fn standing(&self, undoes: &str) -> Standing {
+    pub fn standing(&self, undoes: &str) -> CompensationState {
         match self.made.get(undoes).map(|made| made.effect) {
-            None => Standing::Due,
-            Some(Some(Effect::Applied)) => Standing::Undone,
-            Some(_) => Standing::Unknown,
+            None => CompensationState::Due,
+            Some(Some(Effect::Applied)) => CompensationState::Undone,
+            Some(_) => CompensationState::Unknown,
         }
     }
 
@@ -258,9 +258,9 @@ impl Undoing {
         }
         in_time(undoes, undo.until.as_deref(), now)?;
         match self.standing(undoes) {
-            Standing::Due => Ok(()),
-            Standing::Undone => Err(format!("{undoes} is undone already")),
-            Standing::Unknown => {
+            CompensationState::Due => Ok(()),
+            CompensationState::Undone => Err(format!("{undoes} is undone already")),
+            CompensationState::Unknown => {
                 Err(format!("{undoes} has a call that undoes it, and whether that took effect is not known"))
             }
         }
@@ -284,9 +284,9 @@ impl Undoing {
         let left = self.plan.steps.iter().filter_map(|step| {
             let why = match (&step.by, self.standing(&step.call)) {
                 (By::People(why), _) => why.clone(),
-                (By::Call(_), Standing::Undone) => return None,
-                (By::Call(_), Standing::Due) => "it was not undone".to_owned(),
-                (By::Call(_), Standing::Unknown) => "whether it was undone is not known".to_owned(),
+                (By::Call(_), CompensationState::Undone) => return None,
+                (By::Call(_), CompensationState::Due) => "it was not undone".to_owned(),
+                (By::Call(_), CompensationState::Unknown) => "whether it was undone is not known".to_owned(),
             };
             Some((step, why))
         });

@@ -22,7 +22,7 @@ use super::{
     rollback::Undoing,
 };
 use crate::policy::{
-    access::Guard,
+    access::AccessPolicy,
     approval::Approvals,
     budget::{Budget, Spent},
     config::{Limits, PolicyConfig, Sensitivity, Tool, ToolUsage, Usage},
@@ -96,7 +96,7 @@ struct Policy {
     /// The digest of the policy, hex; empty if it has none.
     digest: Arc<str>,
     /// The pack's compiled rules, for users that evaluate them.
-    guard: Option<Guard>,
+    guard: Option<AccessPolicy>,
 }
 
 impl std::fmt::Debug for Policy {

@@ -18,7 +18,7 @@ use tokio::sync::Semaphore;
 use super::{
     authorize::Needed,
     cluster::{Cluster, Compiled, TASK_LABEL, TASK_UID_LABEL},
-    identity::Principal,
+    identity::HarnessIdentity,
     refusal::Refused,
     witness::{Before, IntentFacts},
 };
@@ -26,15 +26,15 @@ use crate::{
     apart,
     api::{AgentTask, ApprovalRequest, ApprovalRequestSpec, approval_request::ApprovalTask},
     canonical::{self, CanonicalError},
-    plan,
     policy::{
         access,
-        approval::{self, Asked, AskedBy, Exact, LONGEST_ARGUMENTS, Standing},
+        approval::{self, ApprovalSource, ApprovalState, ApprovalTerms, CallKey, LONGEST_ARGUMENTS},
         commit::Salt,
         config::{Approval, PolicyConfig},
         json,
         rule::Rule,
     },
+    render,
     wire::{ApprovalAsk, ApprovalReply},
 };
 
@@ -73,12 +73,12 @@ pub async fn ask(
     cluster: &Cluster,
     create: &dyn Create,
     compiled: &Arc<Compiled>,
-    (principal, places): (&Principal, &Arc<Semaphore>),
+    (principal, places): (&HarnessIdentity, &Arc<Semaphore>),
     (ask, salt): (&ApprovalAsk, &Salt),
     before: Before,
 ) -> Result<ApprovalReply, Refused> {
     let (call, approval, arguments) = asked_for(&compiled.policy, ask, salt)?;
-    let because = if ask.by == AskedBy::Pack {
+    let because = if ask.by == ApprovalSource::Pack {
         // The pack's patterns and expressions look at all arguments, so do not evaluate them on the runtime's own threads.
         let (compiled, ask, arguments) = (compiled.clone(), ask.clone(), arguments.clone());
         let found = apart::judge(places, apart::LONGEST, move || because(&compiled, &ask, before, &arguments)).await;
@@ -86,7 +86,7 @@ pub async fn ask(
     } else {
         vec![]
     };
-    let Principal { namespace, task, task_uid, .. } = principal;
+    let HarnessIdentity { namespace, task, task_uid, .. } = principal;
     let name = approval::name(task, task_uid, &call, &because, before.made);
     let owner = cluster.task(namespace, task, task_uid).ok_or_else(|| {
         Refused::retry(Rule::ToolApproval, format!("the task {namespace}/{task} is not known yet; ask again"))
@@ -118,7 +118,7 @@ pub async fn ask(
             }
         };
         let mut newest = others.iter().filter_map(|other| cluster.approval(namespace, &other.name_any()));
-        let known = newest.find(|other| standing(other, approval) == Standing::Denied).unwrap_or(known);
+        let known = newest.find(|other| standing(other, approval) == ApprovalState::Denied).unwrap_or(known);
         if !is_for(&known, &compiled.policy, &call, &arguments) {
             return Err(Refused::denied(
                 Rule::ToolApproval,
@@ -126,7 +126,7 @@ pub async fn ask(
             ));
         }
         let standing = standing(&known, approval);
-        if standing != Standing::Pending || tokio::time::Instant::now() >= until {
+        if standing != ApprovalState::Pending || tokio::time::Instant::now() >= until {
             return Ok(ApprovalReply {
                 name: known.name_any(),
                 uid: known.uid().unwrap_or_default(),
@@ -134,7 +134,7 @@ pub async fn ask(
                 expires: known.spec.expires_at.0.to_string(),
                 because: known.spec.because.clone(),
                 standing,
-                decisions: plan::approval::votes(&known).to_vec(),
+                decisions: render::approval::votes(&known).to_vec(),
             });
         }
         tokio::time::sleep(STEP).await;
@@ -166,13 +166,14 @@ pub fn approved(
         let Some(approval) = compiled.policy.approval(&intent.target, by) else {
             return denied(format!("{} needs no approval by the {}, and was given {name}", intent.target, by.as_str()));
         };
-        let call = Exact { by, tool: intent.target.clone(), digest: intent.request_digest.clone().unwrap_or_default() };
+        let call =
+            CallKey { by, tool: intent.target.clone(), digest: intent.request_digest.clone().unwrap_or_default() };
         if !is_for(&request, &compiled.policy, &call, arguments) {
             return denied(format!("expected ApprovalRequest {name} to be for this call, found one for another"));
         }
         match standing(&request, approval) {
-            Standing::Approved => {
-                let unseen = |because: &&String| by == AskedBy::Pack && !request.spec.because.contains(because);
+            ApprovalState::Approved => {
+                let unseen = |because: &&String| by == ApprovalSource::Pack && !request.spec.because.contains(because);
                 if let Some(because) = needed.because.iter().find(unseen) {
                     return denied(format!(
                         "expected an approval that says why it was asked for, {because}; found {name}, which was asked for before that"
@@ -183,8 +184,8 @@ pub fn approved(
             other => return denied(format!("expected ApprovalRequest {name} to be approved, found it {other:?}")),
         }
     }
-    let by_contract = needed.by_contract.then_some(AskedBy::Contract);
-    let by_pack = (!needed.because.is_empty()).then_some(AskedBy::Pack);
+    let by_contract = needed.by_contract.then_some(ApprovalSource::Contract);
+    let by_pack = (!needed.because.is_empty()).then_some(ApprovalSource::Pack);
     match by_contract.into_iter().chain(by_pack).find(|by| !given.contains(by)) {
         None => Ok(()),
         Some(by) => denied(format!(
@@ -200,7 +201,7 @@ fn asked_for<'p>(
     policy: &'p PolicyConfig,
     ask: &ApprovalAsk,
     salt: &Salt,
-) -> Result<(Exact, &'p Approval, Value), Refused> {
+) -> Result<(CallKey, &'p Approval, Value), Refused> {
     let denied = |reason: String| Refused::denied(Rule::ToolApproval, reason);
     let approval = policy.tool(&ask.tool).and_then(|_| policy.approval(&ask.tool, ask.by)).ok_or_else(|| {
         denied(format!("the {} asks people about no call of the tool {:?}", ask.by.as_str(), ask.tool))
@@ -218,14 +219,14 @@ fn asked_for<'p>(
     if canonical != ask.arguments.as_bytes() || salt.value(&value).map_err(unwritable)? != ask.request_digest {
         return Err(denied("expected arguments in canonical form, of the digest that is named".into()));
     }
-    Ok((Exact { by: ask.by, tool: ask.tool.clone(), digest: ask.request_digest.clone() }, approval, value))
+    Ok((CallKey { by: ask.by, tool: ask.tool.clone(), digest: ask.request_digest.clone() }, approval, value))
 }
 
 /// Returns the reasons for which the pack requires approval, which approvers see.
 fn because(compiled: &Compiled, ask: &ApprovalAsk, before: Before, arguments: &Value) -> Result<Vec<String>, Refused> {
     let Some(tool) = compiled.policy.tool(&ask.tool) else { return Ok(vec![]) };
     let effect = ask.effect.max(tool.side_effect);
-    let asked = access::Asked { tool, effect, usage: before.usage, seen: before.seen };
+    let asked = access::AccessRequest { tool, effect, usage: before.usage, seen: before.seen };
     let passed = compiled.guard.judge(asked, arguments);
     let because = passed.map_err(|denial| Refused::denied(denial.rule, denial.reason))?.because;
     if because.is_empty() {
@@ -237,15 +238,15 @@ fn because(compiled: &Compiled, ask: &ApprovalAsk, before: Before, arguments: &V
 
 fn spec(
     policy: &PolicyConfig,
-    principal: &Principal,
-    call: &Exact,
+    principal: &HarnessIdentity,
+    call: &CallKey,
     approval: &Approval,
     arguments: &Value,
     repeats: i64,
     because: Vec<String>,
 ) -> Result<ApprovalRequestSpec, Refused> {
     let expires = Timestamp::now().checked_add(SignedDuration::from_secs(approval.timeout_seconds));
-    let Principal { task, task_uid, attempt, .. } = principal;
+    let HarnessIdentity { task, task_uid, attempt, .. } = principal;
     Ok(ApprovalRequestSpec {
         task: ApprovalTask { name: task.clone(), uid: task_uid.clone(), attempt: *attempt },
         principal: policy.task.principal.clone(),
@@ -262,7 +263,7 @@ fn spec(
     })
 }
 
-fn request(owner: &AgentTask, principal: &Principal, name: &str, spec: ApprovalRequestSpec) -> ApprovalRequest {
+fn request(owner: &AgentTask, principal: &HarnessIdentity, name: &str, spec: ApprovalRequestSpec) -> ApprovalRequest {
     let mut request = ApprovalRequest::new(name, spec);
     request.metadata.labels = Some(
         [(TASK_LABEL, &principal.task), (TASK_UID_LABEL, &principal.task_uid)]
@@ -291,7 +292,7 @@ fn shown(policy: &PolicyConfig, tool: &str, arguments: &Value) -> Result<String,
 }
 
 /// Checks that a request is this task's, for this call, and shows its arguments.
-fn is_for(request: &ApprovalRequest, policy: &PolicyConfig, call: &Exact, arguments: &Value) -> bool {
+fn is_for(request: &ApprovalRequest, policy: &PolicyConfig, call: &CallKey, arguments: &Value) -> bool {
     let spec = &request.spec;
     spec.task.uid == policy.task.uid
         && spec.principal == policy.task.principal
@@ -303,8 +304,8 @@ fn is_for(request: &ApprovalRequest, policy: &PolicyConfig, call: &Exact, argume
 }
 
 /// Returns the state of a request now. The number of approvals is at least what contract or pack require now.
-fn standing(request: &ApprovalRequest, approval: &Approval) -> Standing {
-    let asked = plan::approval::asked(&request.spec);
-    let asked = Asked { required: approval.required.max(asked.required), ..asked };
-    approval::standing(&asked, plan::approval::votes(request), Timestamp::now())
+fn standing(request: &ApprovalRequest, approval: &Approval) -> ApprovalState {
+    let asked = render::approval::asked(&request.spec);
+    let asked = ApprovalTerms { required: approval.required.max(asked.required), ..asked };
+    approval::standing(&asked, render::approval::votes(request), Timestamp::now())
 }

@@ -23,15 +23,15 @@ use crate::{
     canonical,
     evidence::record::Channel,
     policy::{
-        access::{Asked, Passed},
+        access::{AccessDecision, AccessRequest},
         commit::Salt,
         config::{EgressUse, SideEffect, Tool, Upstream},
+        cost,
         decide::Denial,
         egress,
         hostname::{Authority, AuthorityError, Hostname},
         json,
         model::api::Api,
-        quick,
         rule::Rule,
         template::Request,
     },
@@ -178,7 +178,7 @@ pub fn intended(
         (Channel::Egress, _) if intent.target == compiled.redactor.authority(to.authority(), salt) => is_open(intent),
         (Channel::Egress, _) => elsewhere(),
         (Channel::Tool, Destination::Url(target, method)) => {
-            let tool = called(compiled, attempt, intent)?;
+            let tool = resolve_tool(compiled, attempt, intent)?;
             let Upstream::Mcp(mcp) = &tool.upstream else {
                 return missing(format!(
                     "expected a call of {} at {}, where its request is made, found a request",
@@ -242,7 +242,7 @@ pub fn intended(
 ///
 /// # Errors
 /// Returns [`Rule::IntentMissing`] if the intent is for something else or has its outcome, or a tool rule if the policy has changed.
-pub fn called<'c>(compiled: &'c Compiled, attempt: i64, intent: &IntentFacts) -> Result<&'c Tool, Refused> {
+pub fn resolve_tool<'c>(compiled: &'c Compiled, attempt: i64, intent: &IntentFacts) -> Result<&'c Tool, Refused> {
     let missing = |reason: String| Err(Refused::denied(Rule::IntentMissing, reason));
     if intent.attempt != attempt || intent.channel != Channel::Tool {
         return missing(format!(
@@ -253,7 +253,7 @@ pub fn called<'c>(compiled: &'c Compiled, attempt: i64, intent: &IntentFacts) ->
     }
     let Some(tool) = compiled.policy.tool(&intent.target) else {
         return Err(Refused::denied(
-            Rule::ToolKnown,
+            Rule::ToolUnknown,
             format!("no contract of the task is for the tool {:?} any more", intent.target),
         ));
     };
@@ -302,7 +302,7 @@ pub fn request(
     intent: &IntentFacts,
     arguments: &Value,
 ) -> Result<(Target, HttpRequest<Bytes>), Refused> {
-    let tool = called(compiled, attempt, intent)?;
+    let tool = resolve_tool(compiled, attempt, intent)?;
     let Upstream::Http(http) = &tool.upstream else {
         let reason = format!("expected an HTTP tool, found {}, whose calls go to an MCP server", tool.name);
         return Err(Refused::denied(Rule::IntentMissing, reason));
@@ -411,13 +411,13 @@ pub struct Needed {
 pub fn judge(compiled: &Compiled, intent: &IntentFacts, arguments: &Value) -> Result<Needed, Refused> {
     let denied = |denial: Denial| Refused::denied(denial.rule, denial.reason);
     let (Some(tool), Some(effect)) = (compiled.policy.tool(&intent.target), intent.effect) else {
-        return Err(Refused::denied(Rule::ToolKnown, format!("no contract is for {:?} any more", intent.target)));
+        return Err(Refused::denied(Rule::ToolUnknown, format!("no contract is for {:?} any more", intent.target)));
     };
     let length = canonical::to_bytes(arguments).map_err(|e| Refused::malformed(e.to_string()))?.len();
     compiled.contracts.is_short(&intent.target, length).map_err(denied)?;
-    let by_contract = compiled.contracts.recheck(&intent.target, arguments).map_err(denied)?;
-    let asked = Asked { tool, effect, usage: intent.usage, seen: intent.seen };
-    let Passed { assessment, because } = compiled.guard.judge(asked, arguments).map_err(denied)?;
+    let by_contract = compiled.contracts.check_stateless(&intent.target, arguments).map_err(denied)?;
+    let asked = AccessRequest { tool, effect, usage: intent.usage, seen: intent.seen };
+    let AccessDecision { assessment, because } = compiled.guard.judge(asked, arguments).map_err(denied)?;
     // If the pack has changed since the attempt began, the assessments may differ, and the newest pack decides.
     if *intent.policy == *compiled.digest && assessment != intent.assessment {
         return Err(Refused::denied(
@@ -429,8 +429,8 @@ pub fn judge(compiled: &Compiled, intent: &IntentFacts, arguments: &Value) -> Re
 }
 
 /// Returns whether [`judge`] takes microseconds for arguments whose encoding has `length` bytes.
-pub fn is_quick(compiled: &Compiled, intent: &IntentFacts, length: usize) -> bool {
-    length <= quick::SHORT && compiled.contracts.is_quick(&intent.target) && compiled.guard.is_quick()
+pub fn is_bounded_cost(compiled: &Compiled, intent: &IntentFacts, length: usize) -> bool {
+    length <= cost::SHORT && compiled.contracts.is_bounded_cost(&intent.target) && compiled.guard.is_bounded_cost()
 }
 
 /// Returns whether a request is a message to an MCP server, which [`says`] checks.
@@ -446,7 +446,7 @@ pub fn is_message(compiled: &Compiled, channel: Channel, method: &Method, intent
 ///
 /// # Errors
 /// Returns [`Rule::IntentMissing`] if the message is something else, or [`Rule::Request`] if it is not a message.
-pub fn says(
+pub fn parse_mcp_message(
     compiled: &Compiled,
     channel: Channel,
     (intent, salt): (&IntentFacts, &Salt),
@@ -516,11 +516,11 @@ struct Said {
     #[serde(default)]
     method: Option<String>,
     #[serde(default)]
-    params: Option<SaidOf>,
+    params: Option<JsonRpcParams>,
 }
 
 #[derive(serde::Deserialize)]
-struct SaidOf {
+struct JsonRpcParams {
     #[serde(default)]
     name: Option<String>,
     #[serde(default)]

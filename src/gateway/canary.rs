@@ -18,7 +18,7 @@ const CONNECTIONS: usize = 256;
 const PAUSE: Duration = Duration::from_millis(100);
 
 /// Serves without end.
-pub async fn sing(listener: TcpListener) -> Infallible {
+pub async fn serve(listener: TcpListener) -> Infallible {
     let slots = Arc::new(Semaphore::new(CONNECTIONS));
     loop {
         let Ok((mut stream, _)) = listener.accept().await else {
@@ -48,7 +48,7 @@ mod tests {
     async fn says_its_line_and_closes() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        tokio::spawn(sing(listener));
+        tokio::spawn(serve(listener));
         for _ in 0..3 {
             let mut heard = Vec::new();
             TcpStream::connect(address).await.unwrap().read_to_end(&mut heard).await.unwrap();

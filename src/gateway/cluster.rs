@@ -32,10 +32,10 @@ use kube::{
 use serde::de::DeserializeOwned;
 
 use super::{
-    identity::{self, BoundPod, PodFacts, Principal, Reviewed, TaskFacts},
+    identity::{self, BoundPod, HarnessIdentity, PodFacts, Reviewed, TaskFacts},
     metrics::Metrics,
     refusal::Refused,
-    witness::{Place, Salted},
+    witness::{LogLocation, SaltLocation},
 };
 use crate::{
     api::{
@@ -46,14 +46,14 @@ use crate::{
     contact,
     evidence::store::{Location, Mode, Retention, log_prefix},
     lenient::Lenient,
-    plan::{self, intact},
     policy::{
-        access::Guard,
+        access::AccessPolicy,
         config::{PolicyConfig, RollbackOf},
         decide::Contracts,
         redact::Redactor,
         rule::Rule,
     },
+    render::{self, intact},
 };
 
 /// Label with the task's name, on every object that belongs to a task.
@@ -135,7 +135,7 @@ pub struct Compiled {
     /// Its contracts, compiled.
     pub contracts: Contracts,
     /// The pack's rules and risk score, compiled.
-    pub guard: Guard,
+    pub guard: AccessPolicy,
     /// Redacts texts before they are recorded.
     pub redactor: Redactor,
     /// The credential of each egress host of the policy, in the same order.
@@ -191,7 +191,7 @@ impl Cluster {
     ///
     /// # Errors
     /// See [`identity::decide`].
-    pub async fn identify(&self, reviewed: &Reviewed, peer: IpAddr) -> Result<Principal, Refused> {
+    pub async fn identify(&self, reviewed: &Reviewed, peer: IpAddr) -> Result<HarnessIdentity, Refused> {
         let known = self.decide(reviewed, peer, &Fetched::default());
         let (Err(refused), Some(bound)) = (&known, &reviewed.pod) else { return known };
         // A denial by the stores may be outdated, except that a task which has ended stays ended.
@@ -201,7 +201,7 @@ impl Cluster {
         self.decide(reviewed, peer, &self.fetched(bound).await)
     }
 
-    fn decide(&self, reviewed: &Reviewed, peer: IpAddr, fetched: &Fetched) -> Result<Principal, Refused> {
+    fn decide(&self, reviewed: &Reviewed, peer: IpAddr, fetched: &Fetched) -> Result<HarnessIdentity, Refused> {
         let pod = fetched.pod.clone().or_else(|| {
             let bound = reviewed.pod.as_ref()?;
             get(&self.stores.pods, &bound.namespace, &bound.name)
@@ -300,15 +300,15 @@ impl Cluster {
         let labels = guarded.0.as_ref().map_err(|_| unknown())?.metadata.labels.clone().unwrap_or_default();
         let guarded = self.stores.packs.state();
         let packs: Vec<&PolicyPack> = guarded.iter().filter_map(|pack| pack.0.as_ref().ok()).collect();
-        plan::pack_for(&labels, &packs).map(read).map_err(|finding| finding.to_string())
+        render::pack_for(&labels, &packs).map(read).map_err(|finding| finding.to_string())
     }
 
     /// Returns the compiled policy of a task.
     ///
     /// # Errors
     /// Returns [`Rule::ConfigDigest`], which may be retried: the stores may lag, or the contract or the pack may be fixed later.
-    pub fn compiled(&self, principal: &Principal) -> Result<Arc<Compiled>, Refused> {
-        let Principal { namespace, task: name, task_uid, .. } = principal;
+    pub fn compiled(&self, principal: &HarnessIdentity) -> Result<Arc<Compiled>, Refused> {
+        let HarnessIdentity { namespace, task: name, task_uid, .. } = principal;
         let unready = |reason: String| {
             Refused::retry(Rule::ConfigDigest, format!("no policy can be compiled for {namespace}/{name}: {reason}"))
         };
@@ -344,7 +344,7 @@ impl Cluster {
     }
 
     /// Returns where the evidence of a task is stored, if its pack is known.
-    pub fn place(&self, namespace: &str, task: &str, uid: &str) -> Option<Place> {
+    pub fn place(&self, namespace: &str, task: &str, uid: &str) -> Option<LogLocation> {
         self.pack(namespace, |pack| place(&pack.spec.evidence, namespace, task, uid)).ok()
     }
 
@@ -385,8 +385,8 @@ impl Cluster {
     /// Checks that a caller that was identified before may still make calls, by the stores alone.
     ///
     /// # Errors
-    /// See [`identity::decide`] and [`Principal::may_call`].
-    pub fn still(&self, reviewed: &Reviewed, peer: IpAddr) -> Result<(), Refused> {
+    /// See [`identity::decide`] and [`HarnessIdentity::may_call`].
+    pub fn recheck_caller(&self, reviewed: &Reviewed, peer: IpAddr) -> Result<(), Refused> {
         self.decide(reviewed, peer, &Fetched::default())?.may_call()
     }
 
@@ -400,11 +400,11 @@ impl Cluster {
 }
 
 fn compile(task: &AgentTask, contracts: &[&ToolContract], pack: &PolicyPack) -> Result<Compiled, String> {
-    let policy = plan::config::render_policy(task, contracts, pack)
+    let policy = render::config::render_policy(task, contracts, pack)
         .map_err(|findings| findings.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))?;
-    let class = plan::config::class_of(task, pack).map_err(|e| e.to_string())?;
+    let class = render::config::class_of(task, pack).map_err(|e| e.to_string())?;
     // One for each egress host of the policy, which is rendered from the same list.
-    let credential = |rule| plan::config::credential_for(rule, &task.spec.principal).cloned();
+    let credential = |rule| render::config::credential_for(rule, &task.spec.principal).cloned();
     let credentials = class.egress.iter().map(credential).collect();
     Ok(Compiled { state: pack.spec.state.clone(), ..Compiled::new(policy, credentials, pack.spec.evidence.clone())? })
 }
@@ -427,7 +427,7 @@ impl Compiled {
         credentials: Vec<Option<Credential>>,
         evidence: EvidencePolicy,
     ) -> Result<Self, String> {
-        let guard = Guard::compile(&policy).map_err(|e| e.to_string())?;
+        let guard = AccessPolicy::compile(&policy).map_err(|e| e.to_string())?;
         Ok(Self {
             digest: policy.digest().map_err(|e| e.to_string())?,
             contracts: Contracts::compile(&policy).map_err(|e| e.to_string())?,
@@ -441,18 +441,18 @@ impl Compiled {
     }
 
     /// Returns where the task's log is stored.
-    pub fn place(&self) -> Place {
+    pub fn place(&self) -> LogLocation {
         let task = &self.policy.task;
         place(&self.evidence, &task.namespace, &task.name, &task.uid)
     }
 
     /// Returns where the log of the task that this one rolls back is stored.
-    pub fn undone(&self) -> Option<Place> {
+    pub fn rollback_target_log(&self) -> Option<LogLocation> {
         self.policy.task.rollback_of.as_ref().filter(|of| !of.name.contains('/')).map(|of| self.place_of(of))
     }
 
     /// Returns where the log of another task of the namespace is stored.
-    pub fn place_of(&self, task: &RollbackOf) -> Place {
+    pub fn place_of(&self, task: &RollbackOf) -> LogLocation {
         place(&self.evidence, &self.policy.task.namespace, &task.name, &task.uid)
     }
 
@@ -462,7 +462,7 @@ impl Compiled {
     }
 
     /// Returns where the arguments of compensations are stored, for the calls of this task or of the one that it rolls back.
-    pub fn undos(&self) -> Option<Location> {
+    pub fn compensation_location(&self) -> Option<Location> {
         let task = &self.policy.task;
         let of = task.rollback_of.as_ref().filter(|of| !of.name.contains('/'));
         let (name, uid) = of.map_or((&task.name, &task.uid), |of| (&of.name, &of.uid));
@@ -470,11 +470,11 @@ impl Compiled {
     }
 
     /// Returns where the salt of the task's commitments is. A rollback uses the salt of the task that it rolls back.
-    pub fn salt(&self) -> Salted {
+    pub fn salt(&self) -> SaltLocation {
         let task = &self.policy.task;
         let of = task.rollback_of.as_ref().filter(|of| !of.name.contains('/'));
         let (name, uid) = of.map_or((&task.name, &task.uid), |of| (&of.name, &of.uid));
-        Salted { task_uid: uid.clone(), location: self.kept(name, uid, "salt") }
+        SaltLocation { task_uid: uid.clone(), location: self.kept(name, uid, "salt") }
     }
 
     /// Returns where the results of this task's idempotent calls are stored.
@@ -489,8 +489,8 @@ impl Compiled {
     }
 }
 
-fn place(evidence: &EvidencePolicy, namespace: &str, task: &str, uid: &str) -> Place {
-    Place {
+fn place(evidence: &EvidencePolicy, namespace: &str, task: &str, uid: &str) -> LogLocation {
+    LogLocation {
         location: Location {
             bucket: evidence.bucket.clone(),
             prefix: log_prefix(evidence.prefix.as_deref(), namespace, task, uid),

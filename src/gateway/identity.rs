@@ -83,7 +83,7 @@ pub enum Standing {
 
 /// An identified harness.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Principal {
+pub struct HarnessIdentity {
     /// The task's namespace.
     pub namespace: String,
     /// The task's name.
@@ -106,7 +106,7 @@ pub enum Caller {
     /// The operator, which may only seal logs.
     Operator,
     /// The harness of an attempt.
-    Harness(Principal),
+    Harness(HarnessIdentity),
 }
 
 /// Identifies the bearer of a reviewed token from `peer`. `pod` is the pod that the token is bound to and `task` is that pod's task, if the
@@ -119,7 +119,7 @@ pub fn decide(
     peer: IpAddr,
     pod: Option<&PodFacts>,
     task: Option<&TaskFacts>,
-) -> Result<Principal, Refused> {
+) -> Result<HarnessIdentity, Refused> {
     let bound = reviewed.pod.as_ref().ok_or_else(|| {
         token(format!(
             "expected a token bound to a pod, found an unbound one of {}; mount it by a projected volume",
@@ -166,7 +166,7 @@ pub fn decide(
     if task.finished {
         return Err(Refused::denied(Rule::TaskClosed, format!("the task {}/{} has ended", pod.namespace, pod.task)));
     }
-    Ok(Principal {
+    Ok(HarnessIdentity {
         namespace: pod.namespace.clone(),
         task: pod.task.clone(),
         task_uid: pod.task_uid.clone(),
@@ -181,7 +181,7 @@ fn token(reason: String) -> Refused {
     Refused::denied(Rule::IdentityToken, reason)
 }
 
-impl Principal {
+impl HarnessIdentity {
     /// Checks whether new calls may leave.
     ///
     /// # Errors

@@ -19,7 +19,7 @@ use tokio::sync::mpsc;
 
 use super::{
     metrics::Metrics,
-    witness::{Place, Witness},
+    witness::{LogLocation, Witness},
 };
 use crate::{canonical, evidence::log::INCIDENTS, policy::rule::Rule};
 
@@ -85,7 +85,7 @@ impl Incident {
 
 /// The reporter of incidents.
 pub struct Incidents {
-    queue: mpsc::Sender<(Place, Incident)>,
+    queue: mpsc::Sender<(LogLocation, Incident)>,
     told: Mutex<HashSet<(String, Rule)>>,
     metrics: Metrics,
 }
@@ -104,7 +104,7 @@ impl Incidents {
     }
 
     /// Reports an incident, unless one of this pod and rule has been reported.
-    pub fn tell(&self, place: Place, incident: Incident) {
+    pub fn tell(&self, place: LogLocation, incident: Incident) {
         let key = (incident.pod_uid.clone(), incident.rule);
         {
             let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
@@ -121,7 +121,7 @@ impl Incidents {
     }
 }
 
-async fn write(witness: Arc<Witness>, mut waiting: mpsc::Receiver<(Place, Incident)>, metrics: Metrics) {
+async fn write(witness: Arc<Witness>, mut waiting: mpsc::Receiver<(LogLocation, Incident)>, metrics: Metrics) {
     while let Some((place, incident)) = waiting.recv().await {
         let Ok(bytes) = canonical::to_bytes(&incident) else { continue };
         let name = format!("{INCIDENTS}{}.json", hex::encode(canonical::sha256(&bytes)));

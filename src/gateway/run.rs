@@ -49,12 +49,12 @@ use crate::{
             s3::{self, S3},
         },
     },
-    plan::names,
     policy::egress::Blocked,
+    render::names,
 };
 
 /// Time after SIGTERM until Services no longer list this pod. Connections that still arrive are served.
-const LAME: Duration = Duration::from_secs(3);
+const DRAIN_DELAY: Duration = Duration::from_secs(3);
 /// Time after that for requests and tunnels to end.
 const GRACE: Duration = Duration::from_secs(20);
 /// Interval between two checks of the buckets.
@@ -135,7 +135,7 @@ pub async fn run(options: Options) -> Result<(), RunError> {
         }
     };
     let admin = admin::serve(options.admin_listen, registry, ready).await?;
-    let canary = canary::sing(bind(options.canary_listen).await?);
+    let canary = canary::serve(bind(options.canary_listen).await?);
     let loaded = metrics.certificate_ok.clone();
     let (mut tls, certificate) = certificate::serve(options.tls_dir.clone(), move |good| loaded.set(i64::from(good)))?;
     tls.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
@@ -174,7 +174,7 @@ pub async fn run(options: Options) -> Result<(), RunError> {
         terminated().await?;
         tracing::info!("stopping");
         listening.store(false, Ordering::Release);
-        tokio::time::sleep(LAME).await;
+        tokio::time::sleep(DRAIN_DELAY).await;
         stop.cancel();
         tokio::time::sleep(GRACE).await;
         end.cancel();

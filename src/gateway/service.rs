@@ -34,14 +34,14 @@ use super::{
     credentials::{Injected, Known},
     dial::Dialer,
     forward::{self, Lent, Manner},
-    identity::{Caller, Principal, Reviewed, reviews::Reviews},
+    identity::{Caller, HarnessIdentity, Reviewed, reviews::Reviews},
     incidents::{Incident, Incidents},
     metrics::Metrics,
     pool::Pool,
     refusal::Refused,
     tunnel,
     usage::UsageStatus,
-    witness::{IntentFacts, Place, Witness},
+    witness::{IntentFacts, LogLocation, Witness},
 };
 use crate::{
     apart,
@@ -51,7 +51,7 @@ use crate::{
         record::Channel,
         store::{Location, log_prefix},
     },
-    policy::{approval::Exact, commit::Salt, config::SILENCE, quick, redact, rule::Rule},
+    policy::{approval::CallKey, commit::Salt, config::SILENCE, cost, redact, rule::Rule},
     room::{self, Room, Unread},
     wire::{self, AppendRequest, ApprovalAsk, OpenRequest, Refusal, SealRequest},
 };
@@ -200,7 +200,7 @@ pub type Tell = Box<dyn Fn(u64, &Refused) + Send + Sync>;
 /// A harness's request after its caller was identified.
 struct Asked {
     reviewed: Reviewed,
-    principal: Principal,
+    principal: HarnessIdentity,
     peer: IpAddr,
 }
 
@@ -363,7 +363,7 @@ impl Gateway {
     /// Runs work for a pod on a thread of its own, when the pod's turn comes.
     async fn apart<T: Send + 'static>(
         &self,
-        principal: &Principal,
+        principal: &HarnessIdentity,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T, Refused> {
         let places = self.shared(principal, |share| &share.judged);
@@ -373,7 +373,11 @@ impl Gateway {
     }
 
     /// Takes a permit from the pod's share.
-    fn share(&self, principal: &Principal, of: fn(&Share) -> &Arc<Semaphore>) -> Result<OwnedSemaphorePermit, Refused> {
+    fn share(
+        &self,
+        principal: &HarnessIdentity,
+        of: fn(&Share) -> &Arc<Semaphore>,
+    ) -> Result<OwnedSemaphorePermit, Refused> {
         self.shared(principal, of).try_acquire_owned().map_err(|_| Refused {
             status: StatusCode::TOO_MANY_REQUESTS,
             rule: Rule::Busy,
@@ -381,7 +385,7 @@ impl Gateway {
         })
     }
 
-    fn shared<T>(&self, principal: &Principal, of: fn(&Share) -> &Arc<T>) -> Arc<T> {
+    fn shared<T>(&self, principal: &HarnessIdentity, of: fn(&Share) -> &Arc<T>) -> Arc<T> {
         let mut shares = self.shares.lock().unwrap_or_else(PoisonError::into_inner);
         if shares.len() >= PODS {
             shares.retain(|_, share| share.matters());
@@ -402,13 +406,13 @@ impl Gateway {
         let _share = self.share(&principal, |share| &share.log)?;
         let body: OpenRequest = json(request, LARGEST_OPEN).await?;
         let compiled = self.compiled_as(&principal, &body.policy_digest).await?;
-        let (place, of) = (compiled.place(), compiled.undone());
+        let (place, of) = (compiled.place(), compiled.rollback_target_log());
         let kept = (self.parts.witness.salt(&compiled.salt()).await?, compiled.results().is_some());
         reply(&self.parts.witness.open(&place, &principal, &body, &compiled.digest, of.as_ref(), kept).await?)
     }
 
     /// Returns the compiled policy, after waiting up to [`LAG`] for it to have the digest of the harness's policy.
-    async fn compiled_as(&self, principal: &Principal, digest: &str) -> Result<Arc<Compiled>, Refused> {
+    async fn compiled_as(&self, principal: &HarnessIdentity, digest: &str) -> Result<Arc<Compiled>, Refused> {
         let started = Instant::now();
         loop {
             let compiled = self.parts.cluster.compiled(principal);
@@ -428,7 +432,7 @@ impl Gateway {
         let Asked { principal, .. } = asked;
         let _share = self.share(&principal, |share| &share.log)?;
         let body: AppendRequest = json(request, LARGEST_APPEND).await?;
-        let Principal { namespace, task, task_uid, .. } = &principal;
+        let HarnessIdentity { namespace, task, task_uid, .. } = &principal;
         // Accept records of what happened even while no policy can be compiled. Only a new attempt needs one.
         let compiled = self.parts.cluster.compiled(&principal);
         let place = match &compiled {
@@ -436,7 +440,7 @@ impl Gateway {
             Err(unready) => self.parts.cluster.place(namespace, task, task_uid).ok_or_else(|| unready.clone())?,
         };
         let digest = compiled.as_ref().map(|compiled| compiled.digest.as_str()).map_err(Clone::clone);
-        let of = compiled.as_ref().ok().and_then(|compiled| compiled.undone());
+        let of = compiled.as_ref().ok().and_then(|compiled| compiled.rollback_target_log());
         let (appended, usage) = self.parts.witness.append(&place, &principal, &body, digest, of.as_ref()).await?;
         if let Some(task) = self.parts.cluster.task(&principal.namespace, &principal.task, &principal.task_uid) {
             let status = self.parts.usage.clone();
@@ -452,7 +456,7 @@ impl Gateway {
         let body: ApprovalAsk = json(request, LARGEST_QUESTION).await?;
         let Parts { cluster, requests, witness, .. } = &self.parts;
         let compiled = cluster.compiled(&principal)?;
-        let call = Exact { by: body.by, tool: body.tool.clone(), digest: body.request_digest.clone() };
+        let call = CallKey { by: body.by, tool: body.tool.clone(), digest: body.request_digest.clone() };
         let before = witness.before(&compiled.place(), &call).await?;
         let salt = witness.salt(&compiled.salt()).await?;
         let places = self.shared(&principal, |share| &share.judged);
@@ -463,7 +467,7 @@ impl Gateway {
     /// Returns where data of a task's calls is stored.
     fn state(
         &self,
-        principal: &Principal,
+        principal: &HarnessIdentity,
         of: fn(&Compiled) -> Option<Location>,
         rule: Rule,
     ) -> Result<(Arc<Compiled>, Location), Refused> {
@@ -486,7 +490,7 @@ impl Gateway {
             return Err(refused(format!("expected a result of at most {most} bytes, found {found}")));
         }
         let intent = self.parts.witness.intent(&compiled.place(), intent).await?;
-        authorize::called(&compiled, principal.attempt, &intent)?;
+        authorize::resolve_tool(&compiled, principal.attempt, &intent)?;
         if intent.key.is_none() {
             return Err(refused(format!("expected a call under an idempotency key, found {} without", intent.call)));
         }
@@ -503,7 +507,7 @@ impl Gateway {
         reply(&wire::KeptResult { result: self.text(&at, &of, Rule::ToolIdempotency).await? })
     }
 
-    async fn text(&self, at: &Location, of: &wire::KeptOf, rule: Rule) -> Result<String, Refused> {
+    async fn text(&self, at: &Location, of: &wire::StateRef, rule: Rule) -> Result<String, Refused> {
         let text = self.parts.witness.kept(at, &of.call, &of.digest).await?.ok_or_else(|| {
             Refused::denied(rule, format!("expected what belongs to {} in {at}, found nothing", of.call))
         })?;
@@ -514,11 +518,11 @@ impl Gateway {
     /// is trusted for the call's result.
     async fn keep(&self, request: Request<Incoming>, asked: Asked) -> Served {
         let Asked { principal, .. } = &asked;
-        let (compiled, at) = self.state(principal, Compiled::undos, Rule::ToolRollback)?;
+        let (compiled, at) = self.state(principal, Compiled::compensation_location, Rule::ToolRollback)?;
         let _share = self.share(principal, |share| &share.log)?;
-        let wire::Keep { intent, arguments, result } = json(request, LARGEST_KEEP).await?;
+        let wire::PutState { intent, arguments, result } = json(request, LARGEST_KEEP).await?;
         let intent = self.parts.witness.intent(&compiled.place(), intent).await?;
-        authorize::called(&compiled, principal.attempt, &intent)?;
+        authorize::resolve_tool(&compiled, principal.attempt, &intent)?;
         if compiled.policy.task.rollback_of.is_some() {
             return Err(Refused::denied(Rule::ToolRollback, "expected an agent's task: a rollback is not undone"));
         }
@@ -538,10 +542,10 @@ impl Gateway {
     }
 
     async fn kept(&self, request: Request<Incoming>, asked: Asked) -> Served {
-        let (compiled, at) = self.state(&asked.principal, Compiled::undos, Rule::ToolRollback)?;
+        let (compiled, at) = self.state(&asked.principal, Compiled::compensation_location, Rule::ToolRollback)?;
         let _share = self.share(&asked.principal, |share| &share.log)?;
         let of = json(request, LARGEST_OPEN).await?;
-        if compiled.undone().is_none() {
+        if compiled.rollback_target_log().is_none() {
             return Err(Refused::denied(Rule::ToolRollback, "expected a rollback, found another task"));
         }
         reply(&wire::Undo { arguments: self.text(&at, &of, Rule::ToolRollback).await? })
@@ -554,7 +558,7 @@ impl Gateway {
         if ![namespace, name, uid, bucket].into_iter().all(|part| plain(part)) {
             return Err(Refused::malformed("expected namespace, name, uid and bucket without slashes"));
         }
-        let place = Place {
+        let place = LogLocation {
             location: Location {
                 bucket: bucket.clone(),
                 prefix: log_prefix(Some(prefix.trim_matches('/')), namespace, name, uid),
@@ -596,11 +600,11 @@ impl Gateway {
             let (compiled, intent, body) = (compiled.clone(), intent.clone(), body.clone());
             let to = target.clone();
             // No rule that a tenant wrote is evaluated for a model request.
-            let is_short = body.len() <= if channel == Channel::Model { SHORT_REQUEST } else { quick::SHORT };
+            let is_short = body.len() <= if channel == Channel::Model { SHORT_REQUEST } else { cost::SHORT };
             let read = move || {
                 let of = (&intent, &salt);
                 if is_message {
-                    return Ok((authorize::says(&compiled, channel, of, &body)?, None));
+                    return Ok((authorize::parse_mcp_message(&compiled, channel, of, &body)?, None));
                 }
                 authorize::is_intended(channel, &intent, &salt, &body)?;
                 let is_model = channel == Channel::Model;
@@ -625,7 +629,7 @@ impl Gateway {
     /// Waits for room for a body, in the pod's share and in the room of all pods.
     async fn places(
         &self,
-        principal: &Principal,
+        principal: &HarnessIdentity,
         body: &Incoming,
         most: usize,
     ) -> Result<(room::Place, room::Place), Refused> {
@@ -648,7 +652,7 @@ impl Gateway {
         let (parts, body) = request.into_parts();
         let compiled = self.parts.cluster.compiled(principal)?;
         let mut intent = self.intent(&compiled, &parts.headers).await?;
-        authorize::called(&compiled, principal.attempt, &intent)?;
+        authorize::resolve_tool(&compiled, principal.attempt, &intent)?;
         let started = Instant::now();
         let body = forward::whole(body, LARGEST_MESSAGE, BODY_TIME).await?;
         if started.elapsed() > PROMPT {
@@ -662,7 +666,7 @@ impl Gateway {
             let (target, request) = authorize::request(compiled, attempt, intent, &arguments)?;
             Ok::<_, Refused>((arguments, target, request))
         };
-        let (arguments, target, request) = if body.len() <= quick::SHORT {
+        let (arguments, target, request) = if body.len() <= cost::SHORT {
             made(&compiled, &intent, &salt, &body)?
         } else {
             let (compiled, intent, body) = (compiled.clone(), intent.clone(), body.clone());
@@ -681,7 +685,7 @@ impl Gateway {
     /// Checks that contract, pack and approvers allow a call with these arguments, whose encoding has `length` bytes.
     async fn judged(
         &self,
-        principal: &Principal,
+        principal: &HarnessIdentity,
         compiled: &Arc<Compiled>,
         intent: &IntentFacts,
         (arguments, length): (serde_json::Value, usize),
@@ -691,7 +695,7 @@ impl Gateway {
             span.record("data", assessment.arguments.as_str());
             span.record("risk", assessment.risk.as_ref().map(|risk| risk.score));
         }
-        let (needed, arguments) = if authorize::is_quick(compiled, intent, length) {
+        let (needed, arguments) = if authorize::is_bounded_cost(compiled, intent, length) {
             (authorize::judge(compiled, intent, &arguments)?, arguments)
         } else {
             // Tenants write contracts, whose expressions may take long, so do not evaluate them on the runtime's own threads.
@@ -741,7 +745,7 @@ impl Gateway {
         (compiled, intent): (Arc<Compiled>, IntentFacts),
     ) -> Served {
         let witness = &self.parts.witness;
-        if let Some((of, undoes)) = compiled.undone().zip(intent.undoes.as_ref()) {
+        if let Some((of, undoes)) = compiled.rollback_target_log().zip(intent.undoes.as_ref()) {
             let log = |task: &_| compiled.place_of(task);
             witness.undo(&of, undoes, &compiled.as_rollback(), log).await?;
         }
@@ -786,7 +790,7 @@ impl Gateway {
     /// salt of the task's commitments.
     async fn authorized(
         &self,
-        principal: &Principal,
+        principal: &HarnessIdentity,
         channel: Channel,
         to: Destination<'_>,
         headers: &HeaderMap,
@@ -882,7 +886,7 @@ impl Gateway {
         let silence = cluster.compiled(&asked.principal).map_or(SILENCE, |compiled| compiled.policy.silence());
         traffic.sent.fetch_add(u64::try_from(opening.len()).unwrap_or_default(), Ordering::Relaxed);
         let still = || {
-            cluster.still(&asked.reviewed, asked.peer)?;
+            cluster.recheck_caller(&asked.reviewed, asked.peer)?;
             let compiled = cluster.compiled(&asked.principal)?;
             authorize::listed(&compiled, Channel::Egress, Destination::Tunnel(to), |_| false).map(|_| ())
         };

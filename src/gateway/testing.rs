@@ -9,9 +9,9 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 
 use super::{
-    identity::{Principal, Standing},
+    identity::{HarnessIdentity, Standing},
     metrics::Metrics,
-    witness::{Buckets, Place, Witness},
+    witness::{Buckets, LogLocation, Witness},
 };
 use crate::{
     evidence::{
@@ -173,16 +173,16 @@ pub fn verifier(key: &[u8]) -> VerifierKey {
     Signer::from_pkcs8(WITNESS_NAME, key).unwrap().verifier()
 }
 
-pub fn place() -> Place {
-    Place {
+pub fn place() -> LogLocation {
+    LogLocation {
         location: Location { bucket: "evidence".into(), prefix: format!("team/t/{UID}/") },
         task_uid: UID.into(),
         retention: Some(Retention { mode: Mode::Compliance, days: 30 }),
     }
 }
 
-pub fn principal(attempt: i64) -> Principal {
-    Principal {
+pub fn principal(attempt: i64) -> HarnessIdentity {
+    HarnessIdentity {
         namespace: "team".into(),
         task: "t".into(),
         task_uid: UID.into(),

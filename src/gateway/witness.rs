@@ -28,7 +28,7 @@ use futures::{StreamExt, future::BoxFuture};
 use jiff::Timestamp;
 use ring::rand::SystemRandom;
 
-use super::{identity::Principal, metrics::Metrics, refusal::Refused};
+use super::{identity::HarnessIdentity, metrics::Metrics, refusal::Refused};
 use crate::{
     canonical::{self, CanonicalError},
     evidence::{
@@ -38,14 +38,14 @@ use crate::{
         merkle::leaf_hash,
         note::{self, Checkpoint, Note, Signer, VerifierKey},
         record::{Actor, Channel, Event, Record, TaskClosed, VERSION},
-        rollback::{self, Plan, Planner, Standing, Undoing},
+        rollback::{self, CompensationState, Plan, Planner, Undoing},
         segment::{self, Segment},
         state::Snapshot,
         store::{Location, PutError, Retention, Store, StoreError},
         tiles::File,
     },
     policy::{
-        approval::Exact,
+        approval::CallKey,
         commit::Salt,
         config::{RollbackOf, Usage},
         rule::Rule,
@@ -59,7 +59,7 @@ pub mod history;
 /// One log in memory.
 mod log;
 
-use log::{Among, Batch, Log, Sent};
+use log::{Batch, Log, PendingMatch, Sent};
 
 pub use history::{Before, History, IntentFacts, Undoes};
 
@@ -99,7 +99,7 @@ pub trait Buckets: Send + Sync {
 
 /// Where the salt of a task's commitments is: in the pack's state bucket, or, without one, derived from the witness's key.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct Salted {
+pub struct SaltLocation {
     /// The task's UID.
     pub task_uid: String,
     /// Folder of the salt in the state bucket.
@@ -108,7 +108,7 @@ pub struct Salted {
 
 /// Where a log is stored, and how long its segments are locked.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Place {
+pub struct LogLocation {
     /// Bucket and prefix. The prefix ends with a slash.
     pub location: Location,
     /// The task's UID.
@@ -117,7 +117,7 @@ pub struct Place {
     pub retention: Option<Retention>,
 }
 
-impl Place {
+impl LogLocation {
     fn key(&self, first: u64) -> String {
         format!("{}{}", self.location.prefix, Segment::key(first))
     }
@@ -135,24 +135,24 @@ pub struct Witness {
     buckets: Arc<dyn Buckets>,
     metrics: Metrics,
     logs: Mutex<HashMap<(String, String), Cached>>,
-    salts: Mutex<HashMap<Salted, Salt>>,
+    salts: Mutex<HashMap<SaltLocation, Salt>>,
 }
 
 /// The lock of a log's writer. Its holder may take segments.
 type Writer<'l> = tokio::sync::MutexGuard<'l, ()>;
 
 /// The state of a segment after [`Witness::take`].
-enum Took {
+enum Admission {
     /// The segment is queued for the bucket. The usage is the counters after it.
-    Held(Taken, Usage),
+    Held(Receipt, Usage),
     /// The segment is in the bucket under this checkpoint.
     Stored(String, Usage),
 }
 
 /// Whether a segment was taken by this request or by an earlier one.
-enum Taken {
-    Anew,
-    Before,
+enum Receipt {
+    New,
+    Duplicate,
 }
 
 /// A segment as it is stored in the bucket.
@@ -175,11 +175,11 @@ impl Witness {
     /// Returns a denial with the violated rule, or [`Rule::Evidence`] if the bucket cannot be read.
     pub async fn open(
         &self,
-        place: &Place,
-        principal: &Principal,
+        place: &LogLocation,
+        principal: &HarnessIdentity,
         request: &OpenRequest,
         digest: &str,
-        of: Option<&Place>,
+        of: Option<&LogLocation>,
         (salt, keeps_results): (Salt, bool),
     ) -> Result<OpenReply, Refused> {
         own_attempt(principal, request.attempt)?;
@@ -215,7 +215,7 @@ impl Witness {
     ///
     /// # Errors
     /// Returns [`Rule::ToolRollback`] if the log has not ended, or [`Rule::Evidence`] if the bucket cannot be read.
-    pub async fn plan(&self, of: &Place) -> Result<Plan, Refused> {
+    pub async fn plan(&self, of: &LogLocation) -> Result<Plan, Refused> {
         let refused = |reason: String| Refused::denied(Rule::ToolRollback, reason);
         let mut planner = Planner::default();
         let history = self.read(of, |record| planner.take(record)).await?;
@@ -243,10 +243,10 @@ impl Witness {
     /// Returns [`Rule::ToolRollback`] if it is too late or another rollback has the call, or [`Rule::Evidence`] if the bucket fails.
     pub async fn undo(
         &self,
-        of: &Place,
+        of: &LogLocation,
         undoes: &Undoes,
         by: &RollbackOf,
-        log: impl Fn(&RollbackOf) -> Place,
+        log: impl Fn(&RollbackOf) -> LogLocation,
     ) -> Result<(), Refused> {
         let Undoes { call, until } = undoes;
         let refused = |reason: String| Err(Refused::denied(Rule::ToolRollback, reason));
@@ -270,7 +270,7 @@ impl Witness {
             }
             let other = self.rebuilt(&log(&holder)).await?;
             let standing = other.state().rollback().map(|undoing| undoing.standing(call));
-            if !other.state().has_ended() || standing != Some(Standing::Due) {
+            if !other.state().has_ended() || standing != Some(CompensationState::Due) {
                 return refused(format!(
                     "expected {call} to be undone by nobody else, found that {} (UID {}) has taken it and {}",
                     holder.name,
@@ -287,7 +287,7 @@ impl Witness {
     ///
     /// # Errors
     /// Returns [`Rule::Evidence`] if the bucket fails.
-    pub async fn salt(&self, at: &Salted) -> Result<Salt, Refused> {
+    pub async fn salt(&self, at: &SaltLocation) -> Result<Salt, Refused> {
         let salts = || self.salts.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(salt) = salts().get(at) {
             return Ok(salt.clone());
@@ -366,11 +366,11 @@ impl Witness {
     /// fails: the same segment may then be sent again.
     pub async fn append(
         self: &Arc<Self>,
-        place: &Place,
-        principal: &Principal,
+        place: &LogLocation,
+        principal: &HarnessIdentity,
         request: &AppendRequest,
         digest: Result<&str, Refused>,
-        of: Option<&Place>,
+        of: Option<&LogLocation>,
     ) -> Result<(AppendReply, Usage), Refused> {
         let started = Instant::now();
         let appended = self.try_append(place, principal, request, digest, of).await;
@@ -380,8 +380,8 @@ impl Witness {
         };
         self.metrics.append_seconds.with_label_values(&[until]).observe(started.elapsed().as_secs_f64());
         let result = match &appended {
-            Ok((_, _, Taken::Anew)) => "written",
-            Ok((_, _, Taken::Before)) => "replayed",
+            Ok((_, _, Receipt::New)) => "written",
+            Ok((_, _, Receipt::Duplicate)) => "replayed",
             Err(refused) if refused.is_retryable() => "failed",
             Err(_) => "refused",
         };
@@ -391,12 +391,12 @@ impl Witness {
 
     async fn try_append(
         self: &Arc<Self>,
-        place: &Place,
-        principal: &Principal,
+        place: &LogLocation,
+        principal: &HarnessIdentity,
         request: &AppendRequest,
         digest: Result<&str, Refused>,
-        of: Option<&Place>,
-    ) -> Result<(AppendReply, Usage, Taken), Refused> {
+        of: Option<&LogLocation>,
+    ) -> Result<(AppendReply, Usage, Receipt), Refused> {
         own_attempt(principal, request.attempt)?;
         let (segment, records) = Segment::read(request.segment.as_bytes())
             .map_err(|e| Refused::denied(Rule::LogSegment, format!("the segment cannot be read: {e}")))?;
@@ -407,10 +407,10 @@ impl Witness {
             // Subscribe before the log is read, so that no progress is missed.
             let follow = log.follow();
             let (taken, usage) = match self.take(place, &log, (&segment, &records), of).await? {
-                Took::Held(taken, usage) => (taken, usage),
-                Took::Stored(checkpoint, usage) => {
+                Admission::Held(taken, usage) => (taken, usage),
+                Admission::Stored(checkpoint, usage) => {
                     self.is_locked(place, &segment).await?;
-                    return Ok((AppendReply { size: end, checkpoint: Some(checkpoint) }, usage, Taken::Before));
+                    return Ok((AppendReply { size: end, checkpoint: Some(checkpoint) }, usage, Receipt::Duplicate));
                 }
             };
             if request.until == Until::Witnessed {
@@ -428,24 +428,26 @@ impl Witness {
     /// Takes a segment, or finds it queued or in the bucket.
     async fn take(
         self: &Arc<Self>,
-        place: &Place,
+        place: &LogLocation,
         log: &Arc<Log>,
         (segment, records): (&Segment, &[Record]),
-        of: Option<&Place>,
-    ) -> Result<Took, Refused> {
+        of: Option<&LogLocation>,
+    ) -> Result<Admission, Refused> {
         let _writer = log.writer.lock().await;
         let history = match log.newest() {
             Some(head) if head.tree().size() == segment.first => head,
             newest => {
                 match (log.among(segment), newest) {
-                    (Among::Same, Some(newest)) => return Ok(Took::Held(Taken::Before, newest.state().usage())),
-                    (Among::Other, _) => return Err(forked(segment)),
+                    (PendingMatch::Same, Some(newest)) => {
+                        return Ok(Admission::Held(Receipt::Duplicate, newest.state().usage()));
+                    }
+                    (PendingMatch::Other, _) => return Err(forked(segment)),
                     _ => {}
                 }
                 let stored = self.catch_up(place, log).await?;
                 if segment.first < stored.tree().size() {
                     let checkpoint = self.replayed(place, segment, &stored).await?;
-                    return Ok(Took::Stored(checkpoint, stored.state().usage()));
+                    return Ok(Admission::Stored(checkpoint, stored.state().usage()));
                 }
                 log.newest().unwrap_or(stored)
             }
@@ -471,16 +473,16 @@ impl Witness {
         }
         let usage = next.state().usage();
         let task_class = next.task_class();
-        if log.hold(segment.clone(), next)? {
+        if log.enqueue(segment.clone(), next)? {
             // The request may be cancelled. The segment is stored anyway.
             tokio::spawn(self.clone().store_held(place.clone(), log.clone()));
         }
         records.iter().for_each(|record| self.metrics.recorded(&task_class, &record.event));
-        Ok(Took::Held(Taken::Anew, usage))
+        Ok(Admission::Held(Receipt::New, usage))
     }
 
     /// Stores held segments until there are none.
-    async fn store_held(self: Arc<Self>, place: Place, log: Arc<Log>) {
+    async fn store_held(self: Arc<Self>, place: LogLocation, log: Arc<Log>) {
         let (first, longest) = PAUSES;
         let mut pause = first;
         loop {
@@ -512,7 +514,7 @@ impl Witness {
     }
 
     /// Waits until no segment is queued. Returns the log as the bucket has it, and the writer's lock.
-    async fn settled<'l>(&self, place: &Place, log: &'l Log) -> Result<(Writer<'l>, Arc<History>), Refused> {
+    async fn settled<'l>(&self, place: &LogLocation, log: &'l Log) -> Result<(Writer<'l>, Arc<History>), Refused> {
         let size = |head: Option<Arc<History>>| head.map_or(0, |head| head.tree().size());
         let settling = async {
             loop {
@@ -551,9 +553,9 @@ impl Witness {
     ///
     /// # Errors
     /// Returns [`Rule::Evidence`] if the bucket fails.
-    pub async fn seal(self: &Arc<Self>, place: &Place, request: &SealRequest) -> Result<SealReply, Refused> {
+    pub async fn seal(self: &Arc<Self>, place: &LogLocation, request: &SealRequest) -> Result<SealReply, Refused> {
         let log = self.log(place);
-        let place = &Place { retention: self.retention(place).await?, ..place.clone() };
+        let place = &LogLocation { retention: self.retention(place).await?, ..place.clone() };
         for _ in 0..SEAL_TRIES {
             let (writer, history) = self.settled(place, &log).await?;
             let sealed = if history.state().has_ended() {
@@ -598,7 +600,7 @@ impl Witness {
 
     /// Writes the derived objects of a log that has ended: tiles and checkpoint, and then the summary, whose presence shows that all of
     /// them are there.
-    async fn end(self: Arc<Self>, place: Place) -> Result<(), Refused> {
+    async fn end(self: Arc<Self>, place: LogLocation) -> Result<(), Refused> {
         let store = self.store(&place).await?;
         let key = |name: &str| format!("{}{name}", place.location.prefix);
         match store.get(&key(ending::SUMMARY)).await {
@@ -639,14 +641,14 @@ impl Witness {
     }
 
     /// Returns the contracts of the calls that would roll back a task, or `None` if the log is too long to read in time.
-    async fn undone_by(&self, place: &Place) -> Result<Option<BTreeSet<String>>, Refused> {
+    async fn undone_by(&self, place: &LogLocation) -> Result<Option<BTreeSet<String>>, Refused> {
         let mut planner = Planner::default();
         let read = tokio::time::timeout(PLAN_TIME, self.read(place, |record| planner.take(record))).await;
         read.ok().transpose().map(|read| read.map(|_| planner.contracts()))
     }
 
     /// Returns the retention to seal with: the pack's, or, if the pack is gone, the longest retention of the log's own segments.
-    async fn retention(&self, place: &Place) -> Result<Option<Retention>, Refused> {
+    async fn retention(&self, place: &LogLocation) -> Result<Option<Retention>, Refused> {
         if place.retention.is_some() {
             return Ok(place.retention);
         }
@@ -662,7 +664,7 @@ impl Witness {
     /// Returns the segment that ends this log: one record, signed by the witness alone.
     fn last_segment(
         &self,
-        place: &Place,
+        place: &LogLocation,
         request: &SealRequest,
         history: &History,
     ) -> Result<(Segment, History), Refused> {
@@ -690,7 +692,7 @@ impl Witness {
     ///
     /// # Errors
     /// Returns [`Rule::TaskClosed`] after the end of the log, or [`Rule::Evidence`] if the bucket cannot be read.
-    pub async fn before(&self, place: &Place, call: &Exact) -> Result<Before, Refused> {
+    pub async fn before(&self, place: &LogLocation, call: &CallKey) -> Result<Before, Refused> {
         let log = self.log(place);
         let _writer = log.writer.lock().await;
         let stored = self.catch_up(place, &log).await?;
@@ -708,7 +710,7 @@ impl Witness {
     ///
     /// # Errors
     /// Returns [`Rule::IntentMissing`] if a request has already left by this intent, or if the call has its outcome.
-    pub fn claim(&self, place: &Place, intent: &IntentFacts) -> Result<(), Refused> {
+    pub fn claim(&self, place: &LogLocation, intent: &IntentFacts) -> Result<(), Refused> {
         let refused = |reason: String| Err(Refused::denied(Rule::IntentMissing, reason));
         let log = self.log(place);
         let head = log.newest();
@@ -735,7 +737,7 @@ impl Witness {
     }
 
     /// Undoes [`Witness::claim`], because no request left by the intent.
-    pub fn release(&self, place: &Place, intent: &IntentFacts) {
+    pub fn release(&self, place: &LogLocation, intent: &IntentFacts) {
         let log = self.log(place);
         let mut sent = log.sent.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(sent) = sent.get_mut(&intent.seq) {
@@ -745,7 +747,7 @@ impl Witness {
 
     /// Allows a call to be sent again because its upstream reported that it did nothing. Works once for each intent, so that an upstream
     /// cannot have a call sent without end.
-    pub fn again(&self, place: &Place, intent: &IntentFacts) {
+    pub fn again(&self, place: &LogLocation, intent: &IntentFacts) {
         let log = self.log(place);
         let mut sent = log.sent.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(sent) = sent.get_mut(&intent.seq).filter(|sent| !sent.again) {
@@ -759,7 +761,7 @@ impl Witness {
     /// # Errors
     /// Returns [`Rule::IntentMissing`] if there is none, [`Rule::TaskClosed`] after the end of the log, or [`Rule::Evidence`] if the bucket
     /// cannot be read.
-    pub async fn intent(&self, place: &Place, seq: u64) -> Result<IntentFacts, Refused> {
+    pub async fn intent(&self, place: &LogLocation, seq: u64) -> Result<IntentFacts, Refused> {
         let log = self.log(place);
         let has = |head: Option<Arc<History>>, fits: fn(&IntentFacts) -> bool| {
             head.filter(|head| head.state().intent(seq).is_some_and(fits))
@@ -818,7 +820,7 @@ impl Witness {
     ///
     /// # Errors
     /// Returns an error if the store fails.
-    pub async fn put_beside(&self, place: &Place, name: &str, body: Bytes) -> Result<(), StoreError> {
+    pub async fn put_beside(&self, place: &LogLocation, name: &str, body: Bytes) -> Result<(), StoreError> {
         let store = self.buckets.bucket(&place.location.bucket).await?;
         let key = format!("{}{name}", place.location.prefix);
         match store.put_new(&key, body, place.retention.as_ref()).await {
@@ -828,7 +830,7 @@ impl Witness {
     }
 
     /// Returns the cached log of a place, or adds an empty one.
-    fn log(&self, place: &Place) -> Arc<Log> {
+    fn log(&self, place: &LogLocation) -> Arc<Log> {
         let key = (place.location.bucket.clone(), place.location.prefix.clone());
         let now = Instant::now();
         let mut logs = self.logs.lock().unwrap_or_else(PoisonError::into_inner);
@@ -850,7 +852,7 @@ impl Witness {
     }
 
     /// Returns the log as the bucket has it now. The caller must hold the writer's lock.
-    async fn catch_up(&self, place: &Place, log: &Log) -> Result<Arc<History>, Refused> {
+    async fn catch_up(&self, place: &LogLocation, log: &Log) -> Result<Arc<History>, Refused> {
         let mut history = match log.stored() {
             Some(stored) => stored,
             None => log.begin(Arc::new(self.rebuilt(place).await?)),
@@ -866,7 +868,7 @@ impl Witness {
     }
 
     /// Writes held segments that have lost their position beside the log as incidents, because calls may have left by their intents.
-    async fn lost(&self, place: &Place, segments: Vec<Segment>) {
+    async fn lost(&self, place: &LogLocation, segments: Vec<Segment>) {
         for segment in segments {
             let first = segment.first;
             self.metrics.appends.with_label_values(&["lost"]).inc();
@@ -885,12 +887,12 @@ impl Witness {
     }
 
     /// Reads the log from its first segment on.
-    async fn rebuilt(&self, place: &Place) -> Result<History, Refused> {
+    async fn rebuilt(&self, place: &LogLocation) -> Result<History, Refused> {
         self.read(place, |_| ()).await
     }
 
     /// Reads the log from its first segment on, and passes each record to `each`.
-    async fn read(&self, place: &Place, mut each: impl FnMut(&Record) + Send) -> Result<History, Refused> {
+    async fn read(&self, place: &LogLocation, mut each: impl FnMut(&Record) + Send) -> Result<History, Refused> {
         let firsts = self.firsts(place).await?;
         let mut segments = futures::stream::iter(firsts).map(|first| self.stored(place, first)).buffered(PARALLEL);
         let mut history = History::new(&note::origin(&place.task_uid));
@@ -904,7 +906,7 @@ impl Witness {
     }
 
     /// Returns the first record of each segment in the bucket, in order.
-    async fn firsts(&self, place: &Place) -> Result<Vec<u64>, Refused> {
+    async fn firsts(&self, place: &LogLocation) -> Result<Vec<u64>, Refused> {
         let folder = format!("{}{}", place.location.prefix, segment::FOLDER);
         let keys = self.store(place).await?.list(&folder).await.map_err(|e| self.failed(&e))?;
         let names = keys.iter().filter_map(|key| key.strip_prefix(&place.location.prefix));
@@ -912,7 +914,7 @@ impl Witness {
     }
 
     /// Reads a stored segment and verifies the witness's cosignature on it.
-    async fn stored(&self, place: &Place, first: u64) -> Result<Option<Stored>, Refused> {
+    async fn stored(&self, place: &LogLocation, first: u64) -> Result<Option<Stored>, Refused> {
         let key = place.key(first);
         let bytes = match self.store(place).await?.get(&key).await {
             Ok(bytes) => bytes,
@@ -927,12 +929,12 @@ impl Witness {
         Ok(Some(Stored { note: segment.note.to_string(), segment }))
     }
 
-    fn stored_after(&self, history: &History, segment: &Segment, place: &Place) -> Result<History, Refused> {
+    fn stored_after(&self, history: &History, segment: &Segment, place: &LogLocation) -> Result<History, Refused> {
         history.extended(segment).map_err(|refused| broken(&place.key(segment.first), refused.reason))
     }
 
     /// Returns the checkpoint over a segment that is already in the bucket, alone or joined with others in one object.
-    async fn replayed(&self, place: &Place, segment: &Segment, history: &History) -> Result<String, Refused> {
+    async fn replayed(&self, place: &LogLocation, segment: &Segment, history: &History) -> Result<String, Refused> {
         let mut stored = self.stored(place, segment.first).await?;
         if stored.is_none() {
             let before = self.firsts(place).await?.into_iter().filter(|first| *first < segment.first).max();
@@ -949,7 +951,7 @@ impl Witness {
         }
     }
 
-    async fn put(&self, place: &Place, segment: &Segment) -> Result<(), PutError> {
+    async fn put(&self, place: &LogLocation, segment: &Segment) -> Result<(), PutError> {
         let store = self.buckets.bucket(&place.location.bucket).await?;
         let body = Bytes::from(segment.to_bytes());
         store.put_new(&place.key(segment.first), body, place.retention.as_ref()).await.map(drop)
@@ -957,13 +959,13 @@ impl Witness {
 
     /// Checks, before any call leaves, that the store locks the object with an attempt's policy, with which every attempt begins, as the
     /// pack asks, whoever stored it. Otherwise only an auditor would notice a store that ignores retention.
-    async fn is_locked(&self, place: &Place, segment: &Segment) -> Result<(), Refused> {
+    async fn is_locked(&self, place: &LogLocation, segment: &Segment) -> Result<(), Refused> {
         let Some(asked) = place.retention.as_ref().filter(|_| !segment.documents.is_empty()) else { return Ok(()) };
         let locked = self.store(place).await?.locked(&place.key(segment.first), asked).await;
         locked.map_err(|error| self.failed(&error))
     }
 
-    async fn store(&self, place: &Place) -> Result<Arc<dyn Store>, Refused> {
+    async fn store(&self, place: &LogLocation) -> Result<Arc<dyn Store>, Refused> {
         self.buckets.bucket(&place.location.bucket).await.map_err(|e| self.failed(&e))
     }
 
@@ -990,7 +992,7 @@ fn admit(
     segment: &Segment,
     records: &[Record],
     request: &AppendRequest,
-    principal: &Principal,
+    principal: &HarnessIdentity,
     digest: Result<&str, Refused>,
 ) -> Result<(), Refused> {
     let refused = |rule, reason: String| Err(Refused::denied(rule, reason));
@@ -1049,7 +1051,7 @@ fn plain(name: &str) -> Result<(), Refused> {
     Err(Refused::malformed(format!("expected a name of letters and digits, found {:?}", shorten(name))))
 }
 
-fn own_attempt(principal: &Principal, attempt: i64) -> Result<(), Refused> {
+fn own_attempt(principal: &HarnessIdentity, attempt: i64) -> Result<(), Refused> {
     if principal.attempt == attempt {
         return Ok(());
     }

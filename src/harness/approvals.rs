@@ -18,13 +18,13 @@ use tokio::sync::{Notify, watch};
 
 use super::{
     clock::Clock,
+    gateway_client::{CallError, GatewayClient},
     journal::Journal,
-    link::{CallError, Link},
 };
 use crate::{
     evidence::record::{Approval as Said, Event},
     policy::{
-        approval::{AskedBy, Exact, LONGEST_ARGUMENTS, PENDING, Standing},
+        approval::{ApprovalSource, ApprovalState, CallKey, LONGEST_ARGUMENTS, PENDING},
         config::{Approval, OnTimeout, SideEffect},
         decide::Denial,
         rule::Rule,
@@ -57,10 +57,10 @@ pub struct Question {
 
 /// The pending and decided approvals of this attempt.
 pub struct Approvals {
-    link: Arc<Link>,
+    link: Arc<GatewayClient>,
     journal: Arc<Journal>,
     clock: Arc<Clock>,
-    asked: Mutex<HashMap<Exact, watch::Receiver<Known>>>,
+    asked: Mutex<HashMap<CallKey, watch::Receiver<Known>>>,
     ended: Notify,
 }
 
@@ -81,7 +81,7 @@ pub enum Answered {
 
 impl Approvals {
     /// Creates the state without any requests.
-    pub fn new(link: Arc<Link>, journal: Arc<Journal>, clock: Arc<Clock>) -> Arc<Self> {
+    pub fn new(link: Arc<GatewayClient>, journal: Arc<Journal>, clock: Arc<Clock>) -> Arc<Self> {
         Arc::new(Self { link, journal, clock, asked: Mutex::default(), ended: Notify::new() })
     }
 
@@ -92,13 +92,13 @@ impl Approvals {
 
     /// Requests approval of one exact call for each of these policies, or joins callers that already have, and waits as long as all of them
     /// hold calls.
-    pub async fn ask(self: &Arc<Self>, call: &Question, needs: &[(AskedBy, &Approval)]) -> Answered {
+    pub async fn ask(self: &Arc<Self>, call: &Question, needs: &[(ApprovalSource, &Approval)]) -> Answered {
         let hold = needs.iter().map(|(_, approval)| approval.hold_seconds).min().unwrap_or_default();
         let until = tokio::time::Instant::now() + Duration::from_secs(u64::try_from(hold).unwrap_or_default());
         loop {
             let mut all = Vec::new();
             for (by, approval) in needs {
-                let exact = Exact { by: *by, tool: call.tool.clone(), digest: call.digest.clone() };
+                let exact = CallKey { by: *by, tool: call.tool.clone(), digest: call.digest.clone() };
                 match self.join(&exact, approval, call) {
                     Ok(known) => all.push((exact, known)),
                     Err(denial) => return Answered::Refused(denial),
@@ -113,7 +113,7 @@ impl Approvals {
                     Err(_) => return Answered::Pending(pending(&call.tool, approval)),
                 };
                 match decided {
-                    Some(Ok(reply)) if reply.standing == Standing::Approved => replies.push(reply),
+                    Some(Ok(reply)) if reply.standing == ApprovalState::Approved => replies.push(reply),
                     Some(Ok(reply)) => return Answered::Refused(denial(&refusal(&reply))),
                     Some(Err(refused)) => {
                         self.take(&[(exact.clone(), known.clone())]);
@@ -140,7 +140,7 @@ impl Approvals {
     /// Returns what is known about a call. Requests approval if no caller has.
     fn join(
         self: &Arc<Self>,
-        exact: &Exact,
+        exact: &CallKey,
         approval: &Approval,
         call: &Question,
     ) -> Result<watch::Receiver<Known>, Denial> {
@@ -173,7 +173,7 @@ impl Approvals {
     }
 
     /// Removes the entries if all of them are still the current ones. Returns whether they were.
-    fn take(&self, all: &[(Exact, watch::Receiver<Known>)]) -> bool {
+    fn take(&self, all: &[(CallKey, watch::Receiver<Known>)]) -> bool {
         let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
         let same = all.iter().all(|(exact, known)| asked.get(exact).is_some_and(|kept| kept.same_channel(known)));
         if same {
@@ -194,7 +194,7 @@ impl Approvals {
                     {
                         break Err(denial);
                     }
-                    if reply.standing == Standing::Pending {
+                    if reply.standing == ApprovalState::Pending {
                         ask.wait = HOLD;
                         continue;
                     }
@@ -213,7 +213,7 @@ impl Approvals {
             }
         };
         drop(wait);
-        let expired = decided.as_ref().is_ok_and(|reply| reply.standing == Standing::Expired);
+        let expired = decided.as_ref().is_ok_and(|reply| reply.standing == ApprovalState::Expired);
         sender.send_replace(Some(decided));
         if expired && on_timeout == OnTimeout::EndTask {
             self.ended.notify_one();
@@ -234,7 +234,7 @@ impl Approvals {
 
 /// Returns the approval as it was requested, before any decision.
 fn pend(said: &Said) -> Said {
-    Said { standing: Standing::Pending, decisions: vec![], ..said.clone() }
+    Said { standing: ApprovalState::Pending, decisions: vec![], ..said.clone() }
 }
 
 fn said(ask: &ApprovalAsk, reply: &ApprovalReply) -> Said {

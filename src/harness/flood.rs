@@ -28,7 +28,7 @@ const OTHERS: &str = "(others)";
 
 /// How a denial is recorded.
 #[derive(Debug)]
-pub enum Counted {
+pub enum DenialCount {
     /// In a record of its own.
     Alone(Denied),
     /// In a shared record that is written at this time.
@@ -51,7 +51,7 @@ impl Flood {
     }
 
     /// Adds a denial.
-    pub fn take(&mut self, mut denied: Denied, now: Instant) -> Counted {
+    pub fn take(&mut self, mut denied: Denied, now: Instant) -> DenialCount {
         let more = now.duration_since(self.since).as_secs();
         if more > 0 {
             let more = u32::try_from(more).unwrap_or(u32::MAX).saturating_mul(EACH_SECOND);
@@ -59,7 +59,7 @@ impl Flood {
         }
         if self.left > 0 && self.waiting.is_empty() {
             self.left -= 1;
-            return Counted::Alone(denied);
+            return DenialCount::Alone(denied);
         }
         if self.waiting.is_empty() {
             self.due = now + WINDOW;
@@ -71,7 +71,7 @@ impl Flood {
             denied.target = OTHERS.to_owned();
         }
         self.waiting.entry(of).and_modify(|first| first.more()).or_insert(denied);
-        Counted::With(self.due)
+        DenialCount::With(self.due)
     }
 
     /// Returns the number of denials that wait for their record and count against the task's limit.
@@ -96,7 +96,7 @@ mod tests {
         Denied {
             channel: Channel::Tool,
             target: target.into(),
-            rule: Rule::ToolKnown,
+            rule: Rule::ToolUnknown,
             reason: "no such tool".into(),
             request_digest: Some("d".into()),
             count: 1,
@@ -107,13 +107,13 @@ mod tests {
     fn first_ones_stand_alone_and_others_share_a_record_with_their_number() {
         let start = Instant::now();
         let mut flood = Flood::new(start);
-        let alone = (0..1_000).filter(|_| matches!(flood.take(denied("a"), start), Counted::Alone(_))).count();
+        let alone = (0..1_000).filter(|_| matches!(flood.take(denied("a"), start), DenialCount::Alone(_))).count();
         assert_eq!(alone, 64);
         assert!(flood.over(Some(start)).is_empty(), "before its time");
         let shared = flood.over(Some(start + WINDOW));
         assert_eq!(shared, [Denied { count: 936, request_digest: None, ..denied("a") }]);
         assert_eq!(flood.waiting(), 0);
-        assert!(matches!(flood.take(denied("a"), start + Duration::from_secs(1)), Counted::Alone(_)));
+        assert!(matches!(flood.take(denied("a"), start + Duration::from_secs(1)), DenialCount::Alone(_)));
     }
 
     #[test]
@@ -121,7 +121,7 @@ mod tests {
         let start = Instant::now();
         let mut flood = Flood::new(start);
         let targets = (0..5_000).map(|n| format!("t{n}"));
-        let alone = targets.filter(|target| matches!(flood.take(denied(target), start), Counted::Alone(_))).count();
+        let alone = targets.filter(|target| matches!(flood.take(denied(target), start), DenialCount::Alone(_))).count();
         let shared = flood.over(None);
         assert_eq!(shared.len(), KINDS + 1);
         let sum: i64 = shared.iter().map(|denied| denied.count).sum();

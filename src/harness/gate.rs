@@ -13,28 +13,28 @@ use super::{
     approvals::Approvals,
     bounds::Bounds,
     clock::Clock,
-    flood::{Counted, Flood},
+    dedup::Deduplicator,
+    flood::{DenialCount, Flood},
+    gateway_client::{GatewayClient, Peer},
     journal::{Journal, call_id},
-    link::{Link, Peer},
-    once::Once,
 };
 use crate::{
     apart,
     evidence::{
         record::{Channel, Containment, Denied, Effect, Event, Intent, Outcome, Resolved},
-        rollback::{Plan, Standing},
+        rollback::{CompensationState, Plan},
         state::TaskState,
     },
     policy::{
-        access::{Asked, Assessment, Guard, Passed},
-        approval::AskedBy,
+        access::{AccessDecision, AccessPolicy, AccessRequest, Assessment},
+        approval::ApprovalSource,
         budget::{Fits, Spent},
         commit::Salt,
         config::{Sensitivity, SideEffect, Tool, Usage},
-        decide::{Arguments, Contracts, Decision, Denial, Known, Results},
+        cost,
+        decide::{Arguments, Contracts, Decision, DecisionInputs, Denial, Results},
         meter::{self, Allowance},
         output::Outputs,
-        quick,
         rate::Rates,
         redact::Redactor,
         rule::Rule,
@@ -62,7 +62,7 @@ struct Verdict {
     usage: Usage,
     seen: Sensitivity,
     results: Arc<Results>,
-    answer: Result<(bool, Passed), Denial>,
+    answer: Result<(bool, AccessDecision), Denial>,
 }
 
 /// The reason of a call that is not put in order though no rule denies it: the inputs of its evaluation have changed.
@@ -196,7 +196,7 @@ pub struct Compiled {
     /// The contracts.
     pub contracts: Contracts,
     /// The pack's rules.
-    pub guard: Guard,
+    pub guard: AccessPolicy,
     /// The contracts' output schemas.
     pub outputs: Outputs,
 }
@@ -207,10 +207,10 @@ pub struct Gate {
     redactor: Redactor,
     /// Lock order: before the journal, never after it.
     rates: Mutex<Rates>,
-    once: Once,
+    once: Deduplicator,
     salt: Salt,
     journal: Arc<Journal>,
-    link: Arc<Link>,
+    link: Arc<GatewayClient>,
     clock: Arc<Clock>,
     approvals: Arc<Approvals>,
     stopped: Mutex<Option<Denial>>,
@@ -232,10 +232,10 @@ impl Gate {
     /// Creates a gate that measures wall time with `clock`.
     pub fn new(
         policy: Compiled,
-        once: Once,
+        once: Deduplicator,
         salt: Salt,
         journal: Arc<Journal>,
-        link: Arc<Link>,
+        link: Arc<GatewayClient>,
         clock: Arc<Clock>,
         approvals: Arc<Approvals>,
     ) -> Self {
@@ -282,7 +282,7 @@ impl Gate {
     /// Decides about a tool call by the current state. Runs on this thread if the decision takes microseconds, otherwise on a thread of its
     /// own. `length` is the number of bytes in which the arguments came.
     pub async fn decide(self: &Arc<Self>, tool: &str, arguments: Value, length: usize) -> Decided {
-        if length <= quick::SHORT && self.policy.contracts.is_quick(tool) {
+        if length <= cost::SHORT && self.policy.contracts.is_bounded_cost(tool) {
             return self.decide_here(tool, Arguments::Parsed(arguments)).into();
         }
         let time = self.contracts().policy().tool(tool).map_or(apart::LONGEST, |tool| Bounds::of(tool).time);
@@ -326,16 +326,16 @@ impl Gate {
         effect: SideEffect,
         arguments: &Value,
         (usage, seen, results): (Usage, Sensitivity, &Results),
-    ) -> Result<(bool, Passed), Denial> {
+    ) -> Result<(bool, AccessDecision), Denial> {
         // The limit on denials is checked when calls are decided and when their intents are put in order.
-        let known = Known { usage, ignored: 0, results };
-        let by_contract = self.policy.contracts.again(&tool.name, arguments, known)?;
-        Ok((by_contract, self.policy.guard.judge(Asked { tool, effect, usage, seen }, arguments)?))
+        let known = DecisionInputs { usage, ignored: 0, results };
+        let by_contract = self.policy.contracts.check_stateful(&tool.name, arguments, known)?;
+        Ok((by_contract, self.policy.guard.judge(AccessRequest { tool, effect, usage, seen }, arguments)?))
     }
 
     /// Returns whether calls of a tool with arguments of this length are evaluated where records are put in order.
-    fn is_quick(&self, tool: &str, length: usize) -> bool {
-        length <= quick::SHORT && self.policy.contracts.is_quick(tool) && self.policy.guard.is_quick()
+    fn is_bounded_cost(&self, tool: &str, length: usize) -> bool {
+        length <= cost::SHORT && self.policy.contracts.is_bounded_cost(tool) && self.policy.guard.is_bounded_cost()
     }
 
     /// Works like [`Gate::permit`], for a tool call with arguments of this length. A slow evaluation happens before the call is put in
@@ -352,7 +352,7 @@ impl Gate {
     ) -> Result<Permit, Denial> {
         let arguments = Arc::new(arguments);
         let mut judged = Judged { arguments: arguments.clone(), found: None, in_order: None };
-        if self.is_quick(&call.target, length) {
+        if self.is_bounded_cost(&call.target, length) {
             // This takes microseconds of the thread's time, however busy the machine is.
             judged.in_order = Some(Allowance::CALL);
             call.judged = Some(judged);
@@ -400,7 +400,7 @@ impl Gate {
     }
 
     /// Returns the pack's rules.
-    pub fn guard(&self) -> &Guard {
+    pub fn guard(&self) -> &AccessPolicy {
         &self.policy.guard
     }
 
@@ -414,12 +414,12 @@ impl Gate {
         effect: SideEffect,
         arguments: &Value,
         length: usize,
-    ) -> Result<Passed, Denial> {
+    ) -> Result<AccessDecision, Denial> {
         let judge = move |gate: &Self, tool: &Tool, arguments: &Value| {
             let (usage, seen) = gate.journal.look(|task| (task.usage(), task.seen()));
-            gate.policy.guard.judge(Asked { tool, effect, usage, seen }, arguments)
+            gate.policy.guard.judge(AccessRequest { tool, effect, usage, seen }, arguments)
         };
-        if self.policy.guard.is_silent() || (length <= quick::SHORT && self.policy.guard.is_quick()) {
+        if self.policy.guard.is_silent() || (length <= cost::SHORT && self.policy.guard.is_bounded_cost()) {
             return judge(self, tool, arguments);
         }
         let (of, arguments) = (tool.clone(), arguments.clone());
@@ -437,7 +437,7 @@ impl Gate {
     }
 
     /// Returns the state of a step of the rollback, if this task is one.
-    pub fn standing(&self, undoes: &str) -> Option<Standing> {
+    pub fn standing(&self, undoes: &str) -> Option<CompensationState> {
         self.journal.look(|task| task.rollback().map(|undoing| undoing.standing(undoes)))
     }
 
@@ -447,7 +447,7 @@ impl Gate {
     }
 
     /// Returns the client for the gateway.
-    pub fn link(&self) -> &Arc<Link> {
+    pub fn link(&self) -> &Arc<GatewayClient> {
         &self.link
     }
 
@@ -494,7 +494,7 @@ impl Gate {
     }
 
     /// Returns the idempotency state.
-    pub fn once(&self) -> &Once {
+    pub fn once(&self) -> &Deduplicator {
         &self.once
     }
 
@@ -507,7 +507,7 @@ impl Gate {
     fn decide_here(&self, tool: &str, arguments: Arguments<'_>) -> Decision<'_> {
         let results = self.results();
         let (usage, ignored) = self.journal.look(|task| (task.usage(), task.ignored()));
-        let known = Known { usage, ignored, results: &results };
+        let known = DecisionInputs { usage, ignored, results: &results };
         let decision = self.policy.contracts.decide(tool, arguments, known, &self.salt);
         match self.running() {
             Ok(()) => decision,
@@ -573,7 +573,7 @@ impl Gate {
     /// # Errors
     /// Returns the rule that denies the call. The denial is not recorded yet: see [`Gate::deny`].
     pub async fn permit(self: &Arc<Self>, call: Call) -> Result<Permit, Denial> {
-        self.journal.room().await;
+        self.journal.wait_for_capacity().await;
         let reserved = call.reserve;
         // No other model call reserves before this one has reserved.
         let turn = match call.channel {
@@ -659,7 +659,7 @@ impl Gate {
         let judged = tool.zip(call.effect).zip(call.judged.as_ref());
         let Some(((tool, effect), judged)) = judged else {
             let reason = format!("no contract of this task has a tool {:?}", shorten(&call.target));
-            return Err(Denial { rule: Rule::ToolKnown, reason });
+            return Err(Denial { rule: Rule::ToolUnknown, reason });
         };
         // Other calls may have been made since the decision: while a listing, a duplicate call or an approval was pending.
         let results = self.results();
@@ -675,18 +675,18 @@ impl Gate {
             })?,
             (None, None) => return Err(Denial { rule: Rule::Busy, reason: CHANGED.to_owned() }),
         };
-        if by_contract && !by.contains(&AskedBy::Contract) {
+        if by_contract && !by.contains(&ApprovalSource::Contract) {
             return Err(unusable("the contract requires approval by now; make the call again to ask for it".into()));
         }
         // What happened after the approval was requested may be a reason that the approvers have not seen.
-        let asked_for = |because: &&String| by.contains(&AskedBy::Pack) && call.because.contains(because);
+        let asked_for = |because: &&String| by.contains(&ApprovalSource::Pack) && call.because.contains(because);
         if let Some(because) = passed.because.iter().find(|because| !asked_for(because)) {
             return Err(unusable(format!(
                 "the pack requires approval by now, for {because}; make the call again to ask for it"
             )));
         }
         if let Some((key, of)) = call.key.as_deref().zip(tool.idempotency.as_ref()) {
-            Once::free(task.ledger(), &call.target, of, key, digest.unwrap_or_default())?;
+            Deduplicator::free(task.ledger(), &call.target, of, key, digest.unwrap_or_default())?;
         }
         Ok(passed.assessment)
     }
@@ -702,7 +702,7 @@ impl Gate {
 
     /// Records a denial and returns it for the agent. Once the limit on denials is reached, returns that reason instead.
     pub async fn deny(&self, channel: Channel, target: &str, digest: Option<String>, denial: Denial) -> Denial {
-        self.journal.room().await;
+        self.journal.wait_for_capacity().await;
         let denied = Denied {
             channel,
             target: shorten(&self.redactor.name(target, &self.salt)),
@@ -713,8 +713,8 @@ impl Gate {
         };
         let counted = self.flood().take(denied, Instant::now());
         match counted {
-            Counted::Alone(denied) => self.count(denied).unwrap_or(denial),
-            Counted::With(due) => {
+            DenialCount::Alone(denied) => self.count(denied).unwrap_or(denial),
+            DenialCount::With(due) => {
                 let limit = self.policy.contracts.policy().limits.denials;
                 let counted = self.journal.look(|task| task.usage().denials.saturating_sub(task.ignored()));
                 let reached = |limit| counted.saturating_add(self.flood().waiting()) >= limit;
@@ -829,7 +829,7 @@ impl Permit {
         match result {
             Ok(_) if self.early => {}
             // Recording the outcome soon makes it less likely that a restart leaves the outcome unknown.
-            Ok(outcome) => self.gate.journal.soon(outcome),
+            Ok(outcome) => self.gate.journal.flush(outcome),
             Err(denial) => {
                 tracing::error!(intent = self.intent, reason = denial.reason, "an outcome could not be recorded");
             }

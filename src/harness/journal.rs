@@ -33,7 +33,7 @@ use tokio::{
 
 use super::{
     clock,
-    link::{CallError, Link},
+    gateway_client::{CallError, GatewayClient},
     spool::Spool,
 };
 use crate::{
@@ -73,15 +73,15 @@ const ROOM: Duration = Duration::from_secs(1);
 /// The pauses before segments are sent again: the first and the longest.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 
-/// A receiver of segments: the gateway, at the other end of a [`Link`].
+/// A receiver of segments: the gateway, at the other end of a [`GatewayClient`].
 pub trait Witness: Send + Sync {
     /// Appends a segment. Appending the same segment again returns the same reply.
     fn append<'a>(&'a self, request: &'a AppendRequest) -> BoxFuture<'a, Result<AppendReply, CallError>>;
 }
 
-impl Witness for Link {
+impl Witness for GatewayClient {
     fn append<'a>(&'a self, request: &'a AppendRequest) -> BoxFuture<'a, Result<AppendReply, CallError>> {
-        Link::append(self, request).boxed()
+        GatewayClient::append(self, request).boxed()
     }
 }
 
@@ -169,7 +169,7 @@ impl Journal {
             follow: start.follow,
         });
         let Start { attempt, tree, signer, origin, spool, .. } = start;
-        let outbox = Outbox { attempt, tree, signer, origin, spool, cut: None, units: VecDeque::new(), sent: 0 };
+        let outbox = Outbox { attempt, tree, signer, origin, spool, unspooled: None, units: VecDeque::new(), sent: 0 };
         tokio::spawn(journal.clone().send(outbox, witness));
         journal
     }
@@ -252,7 +252,7 @@ impl Journal {
     /// # Errors
     /// Returns the errors of [`Journal::stored`].
     pub async fn spooled(&self, seq: u64) -> Result<(), Denial> {
-        self.soon(seq);
+        self.flush(seq);
         let mut progress = self.progress.subscribe();
         let now = Instant::now();
         let behind = |since: Instant| now.duration_since(since) > BEHIND;
@@ -266,7 +266,7 @@ impl Journal {
     }
 
     /// Spools a record at once, without waiting for others.
-    pub fn soon(&self, seq: u64) {
+    pub fn flush(&self, seq: u64) {
         if self.wanted.fetch_max(seq.saturating_add(1), Ordering::Relaxed) <= seq {
             self.work.notify_one();
         }
@@ -293,7 +293,7 @@ impl Journal {
     }
 
     /// Waits until few enough records wait for the bucket.
-    pub async fn room(&self) {
+    pub async fn wait_for_capacity(&self) {
         let mut progress = self.progress.subscribe();
         let waiting = |progress: &Progress| self.lock().next.saturating_sub(progress.stored);
         if waiting(&progress.borrow()) > BACKLOG / 2 {
@@ -400,10 +400,10 @@ impl Journal {
         loop {
             // The time at which the loop must run again, if any.
             let mut due: Option<Instant> = None;
-            if outbox.sent == outbox.units.len() && outbox.cut.is_none() {
+            if outbox.sent == outbox.units.len() && outbox.unspooled.is_none() {
                 match self.take() {
                     Ok(records) => {
-                        if let Err(denial) = outbox.cut(records) {
+                        if let Err(denial) = outbox.seal_segment(records) {
                             self.fail(denial);
                             return;
                         }
@@ -428,10 +428,10 @@ impl Journal {
                 && let Some((oldest, newest)) = outbox.held()
             {
                 let wanted = self.wanted_stored.load(Ordering::Relaxed) > oldest.request.first;
-                if wanted || oldest.cut.elapsed() >= LINGER {
+                if wanted || oldest.sealed_at.elapsed() >= LINGER {
                     storing = newest.send(Until::Stored, &witness);
                 } else {
-                    let linger = oldest.cut + LINGER;
+                    let linger = oldest.sealed_at + LINGER;
                     due = Some(due.map_or(linger, |due| due.min(linger)));
                 }
             }
@@ -493,21 +493,21 @@ struct Outbox {
     origin: String,
     spool: Spool,
     /// A segment that is not in the spool yet, and the tree after it.
-    cut: Option<(Unit, Tree)>,
+    unspooled: Option<(PendingSegment, Tree)>,
     /// The segments in the spool, in order.
-    units: VecDeque<Unit>,
+    units: VecDeque<PendingSegment>,
     /// The number of these segments that the witness has.
     sent: usize,
 }
 
 /// A segment in the outbox.
-struct Unit {
+struct PendingSegment {
     request: AppendRequest,
     end: u64,
-    cut: Instant,
+    sealed_at: Instant,
 }
 
-impl Unit {
+impl PendingSegment {
     fn send(&self, until: Until, witness: &Arc<dyn Witness>) -> Sending {
         let (request, witness) = (AppendRequest { until, ..self.request.clone() }, witness.clone());
         async move { witness.append(&request).await }.boxed().fuse()
@@ -516,7 +516,7 @@ impl Unit {
 
 impl Outbox {
     /// Cuts a signed segment from these records. It must be spooled next.
-    fn cut(&mut self, entries: Vec<Encoded>) -> Result<(), Denial> {
+    fn seal_segment(&mut self, entries: Vec<Encoded>) -> Result<(), Denial> {
         let lost = |reason: String| Denial { rule: Rule::Evidence, reason };
         let (first, mut tree) = (self.tree.size(), self.tree.clone());
         entries.iter().for_each(|entry| tree.push(leaf_hash(&entry.record)));
@@ -525,14 +525,14 @@ impl Outbox {
         let segment =
             String::from_utf8(segment.to_bytes()).map_err(|e| lost(format!("a segment is not UTF-8: {e}")))?;
         let request = AppendRequest { attempt: self.attempt, first, segment, until: Until::default() };
-        self.cut = Some((Unit { request, end: tree.size(), cut: Instant::now() }, tree));
+        self.unspooled = Some((PendingSegment { request, end: tree.size(), sealed_at: Instant::now() }, tree));
         Ok(())
     }
 
     /// Writes the cut segment to the spool, if there is one, and returns whether there was one. If there is no room, removes stored
     /// segments first.
     fn keep(&mut self) -> std::io::Result<bool> {
-        let Some((unit, tree)) = self.cut.take() else { return Ok(false) };
+        let Some((unit, tree)) = self.unspooled.take() else { return Ok(false) };
         let text = unit.request.segment.as_bytes();
         let kept = self.spool.keep(text).or_else(|_| {
             self.spool.make_room(self.units.iter().map(|unit| unit.request.segment.as_bytes()))?;
@@ -543,13 +543,13 @@ impl Outbox {
                 self.tree = tree;
                 self.units.push_back(unit);
             }
-            Err(_) => self.cut = Some((unit, tree)),
+            Err(_) => self.unspooled = Some((unit, tree)),
         }
         kept.map(|()| true)
     }
 
     /// Returns the oldest and the newest segment that the witness has.
-    fn held(&self) -> Option<(&Unit, &Unit)> {
+    fn held(&self) -> Option<(&PendingSegment, &PendingSegment)> {
         self.units.front().zip(self.sent.checked_sub(1).and_then(|last| self.units.get(last)))
     }
 
@@ -566,7 +566,7 @@ impl Outbox {
 
     fn tell(&self, progress: &mut Progress) {
         let oldest = self.units.front();
-        progress.behind = oldest.map(|unit| unit.cut);
+        progress.behind = oldest.map(|unit| unit.sealed_at);
         progress.stored = oldest.map_or(self.tree.size(), |unit| unit.request.first);
         progress.spooled = self.tree.size();
     }
@@ -577,7 +577,11 @@ impl Outbox {
 /// # Errors
 /// Returns [`Rule::Evidence`] if the witness cannot be reached for [`STORE_PATIENCE`], and another rule if it rejects them. In the second
 /// case, what has happened is in no log.
-pub async fn send_left(link: &Link, attempt: i64, left: impl Iterator<Item = Segment>) -> Result<bool, Denial> {
+pub async fn send_left(
+    link: &GatewayClient,
+    attempt: i64,
+    left: impl Iterator<Item = Segment>,
+) -> Result<bool, Denial> {
     let lost = |reason: String| Denial { rule: Rule::Evidence, reason };
     let started = Instant::now();
     let mut any = false;

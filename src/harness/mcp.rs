@@ -27,19 +27,19 @@ use serde_json::{Map, Value};
 use super::{
     approvals::{Answered, Question},
     bounds::Bounds,
+    dedup::{Deduplicator, KeyLease},
     gate::{Call, Decided, Gate, Permit, Settlement},
+    http_tool,
     journal::call_id,
-    once::{Once, Turn},
-    rest,
 };
 use crate::{
     canonical,
     evidence::{
         record::{Channel, Effect},
-        rollback::{Standing, Undo},
+        rollback::{CompensationState, Undo},
     },
     policy::{
-        approval::AskedBy,
+        approval::ApprovalSource,
         budget::Spent,
         config::{McpUpstream, Sensitivity, SideEffect, Tool, ToolUsage, Upstream, VerifyRead},
         decide::{Denial, TOOL_RULES},
@@ -47,7 +47,7 @@ use crate::{
         rule::Rule,
         template::Request,
     },
-    wire::Keep,
+    wire::PutState,
 };
 
 /// Sessions with upstreams.
@@ -109,24 +109,24 @@ enum Route {
 }
 
 /// A prepared request, with the facts about it for the intent.
-struct Way {
+struct PreparedCall {
     route: Route,
     effect: SideEffect,
     definition: Option<String>,
 }
 
 /// Whether a call must be made.
-enum Turned {
+enum Dedup {
     /// The tool is not idempotent: each call is made.
-    Each,
+    NotIdempotent,
     /// The call must be made, and no duplicate can be made at the same time.
-    Mine(Turn),
+    Execute(KeyLease),
     /// The call was made before, with this result.
-    Made(CallToolResult),
+    Replay(CallToolResult),
 }
 
 /// The result of a call.
-struct Came {
+struct CallResult {
     result: CallToolResult,
     /// The sequence number of the call's intent, if it was made.
     intent: Option<u64>,
@@ -134,7 +134,7 @@ struct Came {
     pending: bool,
 }
 
-impl Came {
+impl CallResult {
     /// Returns the result of a call that was not made now.
     fn unmade(result: CallToolResult) -> Self {
         Self { result, intent: None, pending: false }
@@ -142,14 +142,14 @@ impl Came {
 }
 
 /// The reason why a call does not leave.
-enum Halt {
+enum NotSent {
     /// The call is denied.
     Denied(Denial),
     /// An approval is pending. The text is for the agent.
     Pending(String),
 }
 
-impl From<Denial> for Halt {
+impl From<Denial> for NotSent {
     fn from(denial: Denial) -> Self {
         Self::Denied(denial)
     }
@@ -184,7 +184,7 @@ impl Tools {
         let standing = self.gate.standing(undoes);
         match (came, standing) {
             // The outcome is in the log even if the result was lost or withheld.
-            (_, Some(Standing::Undone)) => Ok(()),
+            (_, Some(CompensationState::Undone)) => Ok(()),
             (Err(denial), _) => Err(format!("{}: {}", denial.rule, denial.reason)),
             (Ok(came), _) if came.result.is_error == Some(true) => Err(format!("{} answered with an error", tool.name)),
             (Ok(_), _) => {
@@ -199,7 +199,7 @@ impl Tools {
         name: &str,
         (args, length): (Map<String, Value>, usize),
         undoes: Option<&str>,
-    ) -> Result<Came, Denial> {
+    ) -> Result<CallResult, Denial> {
         let Decided { verdict, arguments, digest, bytes, needs_approval } =
             self.gate.decide(name, Value::Object(args), length).await;
         // The arguments that were decided on are the ones that are sent.
@@ -214,14 +214,14 @@ impl Tools {
         };
         let Some(tool) = tool else {
             let reason = "no contract of this task is for it".to_owned();
-            let denial = Denial { rule: Rule::ToolKnown, reason };
+            let denial = Denial { rule: Rule::ToolUnknown, reason };
             return Err(self.gate.deny(Channel::Tool, name, Some(digest), denial).await);
         };
         // The key is held until the call is settled, so that only one of several duplicates is made.
         let turn = match self.once(tool, &args, &digest).await {
-            Ok(Turned::Made(result)) => return Ok(Came::unmade(result)),
-            Ok(Turned::Mine(turn)) => Some(turn),
-            Ok(Turned::Each) => None,
+            Ok(Dedup::Replay(result)) => return Ok(CallResult::unmade(result)),
+            Ok(Dedup::Execute(turn)) => Some(turn),
+            Ok(Dedup::NotIdempotent) => None,
             Err(denial) => return Err(self.gate.deny(Channel::Tool, name, Some(digest), denial).await),
         };
         let key = turn.as_ref().map(|turn| turn.key.clone());
@@ -232,25 +232,27 @@ impl Tools {
             Ok(allowed) => allowed,
             // This is not a denial, so nothing is counted. It is not an error either, because some agents give up after an error. But if
             // the tool has an output schema, clients expect structured content in every result that is not an error.
-            Err(Halt::Pending(told)) => {
+            Err(NotSent::Pending(told)) => {
                 let told = vec![ContentBlock::text(told)];
                 let error = tool.output.is_some();
                 let told = if error { CallToolResult::error(told) } else { CallToolResult::success(told) };
-                return Ok(Came { pending: true, ..Came::unmade(told) });
+                return Ok(CallResult { pending: true, ..CallResult::unmade(told) });
             }
-            Err(Halt::Denied(denial)) => return Err(self.gate.deny(Channel::Tool, name, Some(digest), denial).await),
+            Err(NotSent::Denied(denial)) => {
+                return Err(self.gate.deny(Channel::Tool, name, Some(digest), denial).await);
+            }
         };
         let (bounds, intent) = (Bounds::of(tool), permit.intent);
         let undone = !self.gate.is_rollback() && tool.compensation().is_some();
         let arguments = (tool.verify.is_some() || undone).then(|| Value::Object(args.clone()));
         let (result, settlement) = match route {
             Route::Mcp(mcp, ready) => self.upstreams.call(tool, &mcp, ready, args, permit.intent, bounds).await,
-            Route::Http(arguments) => rest::call(self.gate.link(), tool, arguments, permit.intent, bounds).await,
+            Route::Http(arguments) => http_tool::call(self.gate.link(), tool, arguments, permit.intent, bounds).await,
         };
         let (result, mut settlement) = self.looked_at(tool, result, settlement).await;
-        let answered = result.as_ref().ok().and_then(said);
-        if let Some(said) = &answered {
-            self.gate.keep(&tool.name, said);
+        let answered = result.as_ref().ok().and_then(structured_output);
+        if let Some(structured_output) = &answered {
+            self.gate.keep(&tool.name, structured_output);
         }
         // A call that the upstream reports as an error may or may not have had an effect. It gets no compensation, and as a compensation it
         // does not count as applied.
@@ -285,7 +287,7 @@ impl Tools {
                 let words = told.unwrap_or_else(|why| why);
                 Err(Denial { rule: denial.rule, reason: format!("{}. {words}", denial.reason) })
             }
-            (result, _) => result.map(|result| Came { result, intent: Some(intent), pending: false }),
+            (result, _) => result.map(|result| CallResult { result, intent: Some(intent), pending: false }),
         }
     }
 
@@ -293,7 +295,7 @@ impl Tools {
     /// commitment. A call whose compensation cannot be rendered or stored is left for manual action: it has taken effect, so stopping here
     /// would not help.
     async fn keep_undo(&self, tool: &Tool, intent: u64, arguments: &Value, result: Option<Value>) -> Option<String> {
-        let keep = Keep { intent, arguments: arguments.clone(), result: result.unwrap_or_default() };
+        let keep = PutState { intent, arguments: arguments.clone(), result: result.unwrap_or_default() };
         let size = serde_json::to_vec(&keep).map_or(usize::MAX, |text| text.len());
         let kept = match size {
             ..=LONGEST_UNDO => self.gate.link().keep(&keep).await.map_err(|error| error.to_string()),
@@ -319,7 +321,7 @@ impl Tools {
         loop {
             let last = Instant::now() >= settled;
             let came = Box::pin(self.call(&read.tool, sized(read.arguments(arguments)), None)).await;
-            let (found, by) = match came.map(|came| (said(&came.result), came.intent)) {
+            let (found, by) = match came.map(|came| (structured_output(&came.result), came.intent)) {
                 Ok((Some(found), Some(by))) => (found, by),
                 Ok(_) => return Err(format!("{} did not tell what became of it", read.tool)),
                 Err(denial) => return Err(format!("{} could not be asked: {}", read.tool, denial.reason)),
@@ -351,8 +353,8 @@ impl Tools {
     }
 
     /// Waits for the call's idempotency key, if its contract has idempotency.
-    async fn once(&self, tool: &Tool, args: &Map<String, Value>, digest: &str) -> Result<Turned, Denial> {
-        let Some(of) = &tool.idempotency else { return Ok(Turned::Each) };
+    async fn once(&self, tool: &Tool, args: &Map<String, Value>, digest: &str) -> Result<Dedup, Denial> {
+        let Some(of) = &tool.idempotency else { return Ok(Dedup::NotIdempotent) };
         let uid = &self.gate.contracts().policy().task.uid;
         let key = ledger::key(uid, &tool.name, of, args, (digest, self.gate.salt())).ok_or_else(|| Denial {
             rule: Rule::ToolIdempotency,
@@ -365,14 +367,16 @@ impl Tools {
         let once = self.gate.once();
         let turn = once.turn(key).await;
         // The call may be of this attempt or of an earlier one. Its contract may name a read that finds out its outcome.
-        if let Some((read, call)) = tool.verify.as_ref().zip(Once::unknown(self.gate.journal(), of, &turn, digest)) {
+        if let Some((read, call)) =
+            tool.verify.as_ref().zip(Deduplicator::unknown(self.gate.journal(), of, &turn, digest))
+        {
             let arguments = Value::Object(args.clone());
             if let Err(why) = self.resolve(tool, read, &arguments, &call).await {
                 tracing::warn!(call, why, "whether a call took effect is still not known");
             }
         }
         let made = once.answer((self.gate.journal(), self.gate.link()), tool, of, &turn, digest).await?;
-        Ok(made.map_or(Turned::Mine(turn), Turned::Made))
+        Ok(made.map_or(Dedup::Execute(turn), Dedup::Replay))
     }
 
     /// Makes all other checks before a call that its contract allows leaves. Returns the call's route once its intent is stored.
@@ -386,7 +390,7 @@ impl Tools {
         (digest, bytes, length): (&str, u64, usize),
         (key, undoes): (Option<String>, Option<String>),
         needs_approval: bool,
-    ) -> Result<(Route, Permit), Halt> {
+    ) -> Result<(Route, Permit), NotSent> {
         let name = tool.name.as_str();
         let mut rules = TOOL_RULES.to_vec();
         // This rule is checked first, see [`Contracts::decide`](crate::policy::decide::Contracts::decide).
@@ -398,8 +402,9 @@ impl Tools {
         rules.extend(tool.approval.as_ref().or(access.approval.as_ref()).map(|_| Rule::ToolApproval));
         let arguments = Value::Object(args.clone());
         let passed = self.gate.judge(tool, way.effect, &arguments, length).await?;
-        let by_contract = tool.approval.as_ref().filter(|_| needs_approval).map(|of| (AskedBy::Contract, of));
-        let by_pack = access.approval.as_ref().filter(|_| !passed.because.is_empty()).map(|of| (AskedBy::Pack, of));
+        let by_contract = tool.approval.as_ref().filter(|_| needs_approval).map(|of| (ApprovalSource::Contract, of));
+        let by_pack =
+            access.approval.as_ref().filter(|_| !passed.because.is_empty()).map(|of| (ApprovalSource::Pack, of));
         let needs: Vec<_> = by_contract.into_iter().chain(by_pack).collect();
         // Approval comes last, so that approvers do not get calls that another rule denies.
         let (mut approvals, mut because) = (Vec::new(), Vec::new());
@@ -419,7 +424,7 @@ impl Tools {
                     way = self.route(tool, args, &mut Vec::new()).await?;
                     (approvals, because) = (names, reasons);
                 }
-                Answered::Pending(told) => return Err(Halt::Pending(told)),
+                Answered::Pending(told) => return Err(NotSent::Pending(told)),
                 Answered::Refused(denial) => return Err(denial.into()),
             }
         }
@@ -449,7 +454,12 @@ impl Tools {
     ///
     /// # Errors
     /// Returns the first rule that denies the call.
-    async fn route(&self, tool: &Tool, args: &Map<String, Value>, rules: &mut Vec<Rule>) -> Result<Way, Denial> {
+    async fn route(
+        &self,
+        tool: &Tool,
+        args: &Map<String, Value>,
+        rules: &mut Vec<Rule>,
+    ) -> Result<PreparedCall, Denial> {
         let name = tool.name.as_str();
         let (route, effect, definition) = match &tool.upstream {
             Upstream::Http(http) => {
@@ -480,7 +490,7 @@ impl Tools {
                 (Route::Mcp(mcp.clone(), ready), effect, Some(digest))
             }
         };
-        Ok(Way { route, effect, definition })
+        Ok(PreparedCall { route, effect, definition })
     }
 
     /// Returns the result as the agent gets it, and its sensitivity. A result that is long or slow to check is checked on a thread of its
@@ -493,7 +503,7 @@ impl Tools {
     ) -> Looked {
         let length =
             result.as_ref().map_or(0, |result| serde_json::to_vec(result).map_or(usize::MAX, |text| text.len()));
-        if self.gate.outputs().is_quick(tool, length) && length <= LONG_RESULT {
+        if self.gate.outputs().is_bounded_cost(tool, length) && length <= LONG_RESULT {
             return look(&self.gate, tool, result, settlement);
         }
         let (tool, seen) = (tool.clone(), settlement.clone());
@@ -515,7 +525,7 @@ impl Tools {
 type Looked = (Result<CallToolResult, Denial>, Settlement);
 
 fn look(gate: &Gate, tool: &Tool, result: Result<CallToolResult, Denial>, settlement: Settlement) -> Looked {
-    let (result, mut settlement) = fits(gate, tool, result, settlement);
+    let (result, mut settlement) = check_output(gate, tool, result, settlement);
     settlement.sensitivity = match &result {
         Ok(result) => gate.guard().result(tool, result),
         // The reason may contain the upstream's text of an error.
@@ -532,7 +542,12 @@ fn sized(args: Map<String, Value>) -> (Map<String, Value>, usize) {
 }
 
 /// Returns the result as the agent gets it, if it matches the contract's output schema, and adds its commitment to the settlement.
-fn fits(gate: &Gate, tool: &Tool, result: Result<CallToolResult, Denial>, mut settlement: Settlement) -> Looked {
+fn check_output(
+    gate: &Gate,
+    tool: &Tool,
+    result: Result<CallToolResult, Denial>,
+    mut settlement: Settlement,
+) -> Looked {
     let Ok(mut result) = result else { return (result, settlement) };
     let outputs = gate.outputs();
     // A result that the upstream reports as an error need not match the output schema.
@@ -578,7 +593,7 @@ fn only_json(result: &CallToolResult) -> Option<Value> {
 
 /// Returns the value that a successful result has for preconditions: its structured content, or else its only text block, parsed if it is
 /// JSON.
-fn said(result: &CallToolResult) -> Option<Value> {
+fn structured_output(result: &CallToolResult) -> Option<Value> {
     if result.is_error == Some(true) {
         return None;
     }

@@ -31,7 +31,7 @@ use self::{
 use super::{
     body::Body,
     gate::{Call, Gate, Permit, Settlement},
-    link::Undelivered,
+    gateway_client::DeliveryError,
 };
 use crate::{
     evidence::record::Channel,
@@ -191,8 +191,8 @@ async fn waited_for(
 }
 
 /// Settles a call that got no reply, and returns the error reply for the agent.
-async fn undone(permit: Permit, undelivered: Undelivered, told: &Told, api: Api) -> Response<Body> {
-    let Undelivered { denial, certain, upstream } = undelivered;
+async fn undone(permit: Permit, undelivered: DeliveryError, told: &Told, api: Api) -> Response<Body> {
+    let DeliveryError { denial, certain, upstream } = undelivered;
     let settlement =
         if certain { Settlement::not_applied(denial.rule) } else { Settlement::unknown(Some(denial.rule)) };
     permit.settle(Settlement { upstream, ..settlement });

@@ -28,7 +28,7 @@ use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWri
 use super::{
     body::{Body, BodyError, boxed},
     gate::{Call, Gate, Permit, Settlement},
-    link::{Carried, Peer, Tunnel, Undelivered},
+    gateway_client::{Carried, DeliveryError, Peer, Tunnel},
 };
 use crate::{
     evidence::record::{Channel, Effect},
@@ -191,8 +191,8 @@ fn length(bytes: usize) -> u64 {
 
 /// Records a call that was not made or has an unknown outcome, and returns the reason. A denial by the gateway's egress rules counts like a
 /// denial by the harness.
-async fn undone(gate: &Gate, permit: Permit, target: &str, undelivered: Undelivered) -> Denial {
-    let Undelivered { denial, certain, upstream } = undelivered;
+async fn undone(gate: &Gate, permit: Permit, target: &str, undelivered: DeliveryError) -> Denial {
+    let DeliveryError { denial, certain, upstream } = undelivered;
     let settlement =
         if certain { Settlement::not_applied(denial.rule) } else { Settlement::unknown(Some(denial.rule)) };
     permit.settle(Settlement { upstream, ..settlement });

@@ -33,10 +33,11 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
     body::{Body, boxed},
+    compensation,
     gate::Gate,
     head::{self, First, Misheard},
     mcp::{Reached, Read, Tools},
-    model, proxy, undo,
+    model, proxy,
 };
 use crate::{
     apart,
@@ -331,8 +332,8 @@ async fn route(
     }
     // A variable of its own, so that the guard is not held while the request is handled.
     let rolls_back = gate.is_rollback();
-    if path == undo::PATH && request.method() == Method::POST && rolls_back {
-        return undo::handle(&tools).await;
+    if path == compensation::PATH && request.method() == Method::POST && rolls_back {
+        return compensation::handle(&tools).await;
     }
     unknown(&gate, &request, StatusCode::NOT_FOUND).await
 }

@@ -23,7 +23,7 @@ use super::observe::{End, LOG_FAILED, POD_ALTERED, PodView};
 use crate::{
     api::agent_task::{Attempt, FailureClass, Phase, Retry},
     evidence::record::TaskClosed,
-    plan::pod::START_ALLOWANCE_SECONDS,
+    render::pod::START_ALLOWANCE_SECONDS,
 };
 
 /// How long a pod may fail to pull an image or to be configured, in seconds. A registry can recover from a short failure in this time.

@@ -17,7 +17,7 @@ use kube::ResourceExt;
 use crate::{
     api::agent_task::FailureClass,
     canonical,
-    plan::{intact, names},
+    render::{intact, names},
     wire,
 };
 
@@ -55,7 +55,7 @@ pub struct PodView {
     /// Seconds from acceptance after which the kubelet ends the pod.
     pub lifetime: Option<i64>,
     /// Why the pod makes no progress, and since when.
-    pub stuck: Option<Stuck>,
+    pub stuck: Option<WaitingReason>,
     /// The SHA-256 digests of the images that the pod runs, in hex, by container.
     pub images: BTreeMap<String, String>,
     /// How the pod differs from the planned pod.
@@ -68,7 +68,7 @@ pub struct PodView {
 
 /// A pod that makes no progress.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Stuck {
+pub struct WaitingReason {
     /// The reason, in one word.
     pub reason: &'static str,
     /// When the pod stopped making progress.
@@ -299,7 +299,7 @@ fn deletion_asked(pod: &Pod) -> Option<Timestamp> {
 }
 
 /// Returns why a pod that has not ended makes no progress.
-fn stuck(status: &PodStatus) -> Option<Stuck> {
+fn stuck(status: &PodStatus) -> Option<WaitingReason> {
     let condition = |kind: &str| status.conditions.iter().flatten().find(|one| one.type_ == kind);
     let since = |kind: &str| condition(kind).and_then(|one| one.last_transition_time.as_ref()).map(|time| time.0);
     let accepted = status.start_time.as_ref().map(|time| time.0);
@@ -309,7 +309,7 @@ fn stuck(status: &PodStatus) -> Option<Stuck> {
             _ => "Unschedulable",
         };
         // Clusters that make room later are common, so the operator waits without limit.
-        return Some(Stuck { reason, since: since("PodScheduled"), fatal: false });
+        return Some(WaitingReason { reason, since: since("PodScheduled"), fatal: false });
     }
     let waiting = |statuses: &Option<Vec<ContainerStatus>>| {
         statuses.iter().flatten().find_map(|one| {
@@ -329,7 +329,7 @@ fn stuck(status: &PodStatus) -> Option<Stuck> {
     let init = waiting(&status.init_container_statuses).map(|reason| (reason, accepted));
     // The agent's image is pulled after the init containers have completed.
     let agent = || waiting(&status.container_statuses).map(|reason| (reason, since("Initialized").or(accepted)));
-    init.or_else(agent).map(|(reason, since)| Stuck { reason, since, fatal: true })
+    init.or_else(agent).map(|(reason, since)| WaitingReason { reason, since, fatal: true })
 }
 
 #[cfg(test)]

@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use super::metrics::Metrics;
 use crate::{
     api::{AgentTask, AgentTaskStatus, readiness::Readiness},
-    plan::names::{FIELD_MANAGER, FINALIZER, TASK_UID},
+    render::names::{FIELD_MANAGER, FINALIZER, TASK_UID},
 };
 
 /// The timeout of one request. The client itself has none for a server that accepts a request and never answers.

@@ -19,11 +19,11 @@ use super::{
 use crate::{
     api::AgentTask,
     canonical::CanonicalError,
-    plan::{
+    render::{
         config_map, intact, names,
         network_policy::{self, Altered, Proof},
         pod,
-        validated::{Surroundings, Validated},
+        validated::{Installation, Validated},
     },
 };
 
@@ -106,7 +106,7 @@ pub async fn start(
     stores: &Stores,
     task: &AgentTask,
     validated: &Validated,
-    surroundings: &Surroundings,
+    surroundings: &Installation,
     number: i64,
     ours: bool,
 ) -> Result<Started, ApplyError> {
@@ -140,7 +140,7 @@ pub async fn rehearse(
     writer: &Writer,
     task: &AgentTask,
     validated: &Validated,
-    surroundings: &Surroundings,
+    surroundings: &Installation,
     number: i64,
 ) -> Result<Vec<String>, ApplyError> {
     let attempt = validated.attempt(surroundings, number)?;

@@ -22,7 +22,7 @@ use rcgen::{
 
 use crate::{
     evidence::note::{self, Signer, WITNESS_NAME},
-    plan::names::{FIELD_MANAGER, MANAGED_BY, MANAGER, WEBHOOK},
+    render::names::{FIELD_MANAGER, MANAGED_BY, MANAGER, WEBHOOK},
     wire::SERVER_NAME,
 };
 

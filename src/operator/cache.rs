@@ -31,7 +31,7 @@ use serde::de::DeserializeOwned;
 use tokio::{sync::Notify, time::timeout};
 
 use super::{
-    memory::{self, Memories},
+    expectations::{self, Expectations},
     metrics::Metrics,
 };
 use crate::{
@@ -39,7 +39,7 @@ use crate::{
     contact,
     lenient::Lenient,
     lifecycle::observe,
-    plan::{intact, names},
+    render::{intact, names},
 };
 
 /// How long the watch may lag before the operator asks the API server instead.
@@ -255,7 +255,7 @@ fn changes<T: Send + 'static>(
 }
 
 /// Prepares the watches. They run while the streams are polled.
-pub fn watch(client: &Client, memories: Arc<Memories>, metrics: &Metrics) -> (Stores, Streams) {
+pub fn watch(client: &Client, memories: Arc<Expectations>, metrics: &Metrics) -> (Stores, Streams) {
     let all = contact::watching;
     let ours = || contact::watching().labels(&format!("{}={}", names::MANAGED_BY, names::MANAGER));
     let (of_pods, of_policies) = (memories.clone(), memories.clone());
@@ -398,11 +398,11 @@ fn touched<K: Resource>(event: &Events<K>) -> Option<(&str, &ObjectMeta)> {
 
 /// Checks whether an object is the written one, at that version or a later one. Versions are increasing numbers.
 fn includes(shown: &ObjectMeta, written: &ObjectMeta) -> bool {
-    let version = |metadata: &ObjectMeta| metadata.resource_version.as_deref().and_then(memory::number);
+    let version = |metadata: &ObjectMeta| metadata.resource_version.as_deref().and_then(expectations::number);
     shown.uid == written.uid && version(written).is_some_and(|written| version(shown) >= Some(written))
 }
 
-fn seen(memories: &Memories, task: &GuardedTask) {
+fn seen(memories: &Expectations, task: &GuardedTask) {
     let Some(uid) = &task.meta().uid else { return };
     if task.0.as_ref().is_ok_and(|task| task.status.as_ref().is_none_or(|status| status.phase.is_none())) {
         memories.see(uid);

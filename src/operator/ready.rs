@@ -18,14 +18,14 @@ use super::{
     api::{ApiError, Writer},
     backoff,
     cache::Stores,
-    memory,
+    expectations,
     status::{self, Ready},
 };
 use crate::{
     api::readiness::Readiness,
     contact::Contact,
     lenient::Lenient,
-    plan::{Finding, alone},
+    render::{Finding, standalone},
 };
 
 /// The last reported state of an object.
@@ -69,9 +69,10 @@ impl Statuses {
     /// Returns an error if a status could not be written. All others are written.
     pub async fn pass(&mut self, stores: &Stores, writer: &Writer, now: Timestamp) -> Result<(), ApiError> {
         let mut there = HashSet::new();
-        let contracts = self.tell(&stores.contracts, writer, now, "a contract", alone::contract, |one| &one.status);
+        let contracts =
+            self.tell(&stores.contracts, writer, now, "a contract", standalone::contract, |one| &one.status);
         let contracts = contracts.await.map(|some| there.extend(some));
-        let packs = self.tell(&stores.packs, writer, now, "a pack", alone::pack, |one| &one.status);
+        let packs = self.tell(&stores.packs, writer, now, "a pack", standalone::pack, |one| &one.status);
         let packs = packs.await.map(|some| there.extend(some));
         contracts.and(packs)?;
         self.0.retain(|uid, _| there.contains(uid));
@@ -97,7 +98,7 @@ impl Statuses {
             let (Some(uid), Some(name)) = (&meta.uid, &meta.name) else { continue };
             there.push(uid.clone());
             let told = self.0.get(uid).filter(|told| told.generation == meta.generation);
-            let version = meta.resource_version.as_deref().and_then(memory::number);
+            let version = meta.resource_version.as_deref().and_then(expectations::number);
             if meta.deletion_timestamp.is_some() || told.is_some_and(|told| told.version > version) {
                 continue;
             }
@@ -116,7 +117,7 @@ impl Statuses {
             let mut told = Told { generation: meta.generation, ready, version: None };
             if before != after {
                 match writer.apply_readiness::<K>(meta.namespace.as_deref(), name, uid, &after).await {
-                    Ok(written) => told.version = written.as_deref().and_then(memory::number),
+                    Ok(written) => told.version = written.as_deref().and_then(expectations::number),
                     // The object is gone, or another object has its name, so there is no status to write.
                     Err(error) if matches!(error.code(), Some(404 | 409)) => {}
                     Err(error) => {

@@ -34,11 +34,11 @@ use super::{
     apply::{self, ApplyError},
     backoff,
     cache::{GuardedTask, Stores},
+    expectations::{EXPECTATION_TTL, Expectations, Memory},
     injectors,
-    memory::{BELIEVED, Memories, Memory},
     metrics::Metrics,
     resolve::Resolved,
-    status::{self, Stage, Story},
+    status::{self, Progress, StatusInput},
 };
 use crate::{
     api::{
@@ -51,7 +51,7 @@ use crate::{
         decide::{self, Decision, Next, Observed, Unread, later, wait},
         observe::{self, POD_ALTERED, PodView},
     },
-    plan::{Finding, evidence::Location, names, network_policy, owner::Owner, rollback, validated::Surroundings},
+    render::{Finding, evidence::Location, names, network_policy, owner::Owner, rollback, validated::Installation},
     seal::{Seal, SealError},
     wire::SealRequest,
 };
@@ -68,13 +68,13 @@ pub struct Context {
     /// The caches of the cluster's state.
     pub stores: Stores,
     /// What the operator remembers of its own writes.
-    pub memories: Arc<Memories>,
+    pub memories: Arc<Expectations>,
     /// Writes to the API server.
     pub writer: Writer,
     /// The client of the gateway.
     pub gateway: Arc<dyn Seal>,
     /// The settings of the cluster that are the same for every task.
-    pub surroundings: watch::Receiver<Option<Surroundings>>,
+    pub surroundings: watch::Receiver<Option<Installation>>,
     /// The state of the connection to the API server, and the API server's clock.
     pub contact: Arc<Contact>,
     /// The operator's metrics.
@@ -136,7 +136,7 @@ pub async fn reconcile(task: Arc<GuardedTask>, context: Arc<Context>) -> Result<
     let result = match &task.0 {
         Ok(task) => {
             let task = context.memories.newest(Arc::new(task.clone()));
-            Pass {
+            Reconciliation {
                 context: &context,
                 owner: Owner::of(&task),
                 memory: context.memories.get(&uid),
@@ -179,13 +179,13 @@ async fn refuse_unreadable(context: &Context, invalid: &InvalidObject, uid: &str
     }
     let finding = [Finding::unreadable("spec", "a task", invalid.error.clone())];
     let metadata = &invalid.metadata;
-    let story = Story {
+    let story = StatusInput {
         generation: metadata.generation,
         attempts: &[],
         failures: &BTreeMap::new(),
         contained: None,
         evidence: None,
-        stage: Stage::Refused(&finding),
+        stage: Progress::Refused(&finding),
     };
     let status = status::tell(&AgentTaskStatus::default(), &story, context.contact.now());
     let (namespace, name) =
@@ -200,7 +200,7 @@ async fn refuse_unreadable(context: &Context, invalid: &InvalidObject, uid: &str
 }
 
 /// One reconciliation.
-struct Pass<'a> {
+struct Reconciliation<'a> {
     context: &'a Context,
     task: Arc<AgentTask>,
     owner: Owner,
@@ -232,7 +232,7 @@ impl Seen {
     }
 }
 
-impl Pass<'_> {
+impl Reconciliation<'_> {
     async fn run(&mut self) -> Result<Action, ReconcileError> {
         let mut seen = self.observe();
         let (attempts, next) = loop {
@@ -308,7 +308,7 @@ impl Pass<'_> {
     /// Returns the task's pods and the attempts that have a NetworkPolicy, as far as they are known without a request.
     fn observe(&self) -> Seen {
         let stores = &self.context.stores;
-        let recent = |made: Instant| made.elapsed() < BELIEVED;
+        let recent = |made: Instant| made.elapsed() < EXPECTATION_TTL;
         let remembered = self.memory.pod.as_ref().filter(|(_, made)| recent(*made)).map(|(pod, _)| pod.clone());
         let claimed = self.memory.claim.filter(|(_, made)| recent(*made)).map(|(attempt, _)| attempt);
         let pod = |attempt| {
@@ -343,8 +343,8 @@ impl Pass<'_> {
 
     /// Returns when to reconcile again even if nothing changes. The pause is short if memory replaces the cache.
     fn backstop(&self) -> Duration {
-        let believed = self.memory.pod.as_ref().is_some_and(|(_, made)| made.elapsed() < BELIEVED);
-        if believed { BELIEVED } else { BACKSTOP }
+        let believed = self.memory.pod.as_ref().is_some_and(|(_, made)| made.elapsed() < EXPECTATION_TTL);
+        if believed { EXPECTATION_TTL } else { BACKSTOP }
     }
 
     fn owns(&self, labels: &std::collections::BTreeMap<String, String>) -> bool {
@@ -389,20 +389,20 @@ impl Pass<'_> {
         match next {
             Next::Nothing => Ok(Action::await_change()),
             // A confirmation reaches this point only if the object was already read, see `run`.
-            Next::Confirm(_) => Ok(Action::requeue(BELIEVED)),
-            Next::Run { attempt, until } => self.attend(pods, &attempts, attempt, until, contained).await,
+            Next::Confirm(_) => Ok(Action::requeue(EXPECTATION_TTL)),
+            Next::Run { attempt, until } => self.monitor(pods, &attempts, attempt, until, contained).await,
             Next::Pause(until) => {
                 let (reason, why) = self.waits_for(pods, &attempts, "Retrying");
                 let parked = attempts.last().and_then(|last| last.failure_class) == Some(FailureClass::Dependency);
-                let stage = if parked { Stage::Parked(&why) } else { Stage::Waiting(reason, &why) };
-                self.tell(&attempts, contained, stage).await?;
+                let stage = if parked { Progress::Parked(&why) } else { Progress::Waiting(reason, &why) };
+                self.report_status(&attempts, contained, stage).await?;
                 Ok(Action::requeue(wait(until, self.now)))
             }
             Next::Start(attempt) => self.start(&attempts, contained, attempt).await,
             Next::EndPods(untold) => {
                 if self.task.metadata.deletion_timestamp.is_none() {
                     let (reason, why) = self.waits_for(pods, &attempts, "Stopping");
-                    self.tell(&attempts, contained, Stage::Waiting(reason, &why)).await?;
+                    self.report_status(&attempts, contained, Progress::Waiting(reason, &why)).await?;
                 }
                 for (uid, name) in untold {
                     self.context.writer.delete_pod(&self.owner.namespace, &name, &uid).await?;
@@ -417,7 +417,7 @@ impl Pass<'_> {
     }
 
     /// Handles a running attempt: keeps its NetworkPolicy in place and updates the status.
-    async fn attend(
+    async fn monitor(
         &mut self,
         pods: &[PodView],
         attempts: &[Attempt],
@@ -425,30 +425,30 @@ impl Pass<'_> {
         until: Option<Timestamp>,
         contained: Option<bool>,
     ) -> Result<Action, ReconcileError> {
-        self.guard(attempt).await?;
+        self.ensure_network_policy(attempt).await?;
         let pod = attempts.last().and_then(|last| pods.iter().find(|pod| pod.uid == last.pod_uid));
         let running = pod.is_some_and(|pod| pod.agent_started.is_some());
         let told = self.status().attempts.iter().any(|one| one.number == attempt);
         let due = later(pod.and_then(|pod| pod.created), PENDING_AFTER_SECONDS).filter(|due| *due > self.now);
         let stage = match pod.and_then(|pod| pod.stuck.as_ref()) {
-            _ if running => Stage::Running,
-            Some(stuck) => Stage::Waiting(stuck.reason, ""),
-            None => Stage::Waiting("PodStarting", ""),
+            _ if running => Progress::Running,
+            Some(stuck) => Progress::Waiting(stuck.reason, ""),
+            None => Progress::Waiting("PodStarting", ""),
         };
         let again =
             [until, due].into_iter().flatten().min().map_or(BACKSTOP, |at| wait(at, self.now)).min(self.backstop());
         if running || told || due.is_none() || attempts.len() > 1 {
-            self.tell(attempts, contained, stage).await?;
+            self.report_status(attempts, contained, stage).await?;
         }
         Ok(Action::requeue(again))
     }
 
     /// Creates the attempt's NetworkPolicy again if it was deleted or changed.
-    async fn guard(&self, attempt: i64) -> Result<(), ReconcileError> {
+    async fn ensure_network_policy(&self, attempt: i64) -> Result<(), ReconcileError> {
         let system_namespace = &self.context.system_namespace;
         let live = self.network_policy(attempt);
         let intact = |live: &NetworkPolicy| network_policy::is_intact(live, &self.owner.uid, attempt, system_namespace);
-        let just_made = self.memory.claim.is_some_and(|(made, at)| made == attempt && at.elapsed() < BELIEVED);
+        let just_made = self.memory.claim.is_some_and(|(made, at)| made == attempt && at.elapsed() < EXPECTATION_TTL);
         if live.as_ref().is_some_and(intact) || live.is_none() && just_made {
             return Ok(());
         }
@@ -472,14 +472,14 @@ impl Pass<'_> {
         attempt: i64,
     ) -> Result<Action, ReconcileError> {
         if let Some(why) = self.undone_runs() {
-            self.tell(attempts, contained, Stage::Waiting("UndoneTaskRuns", &why)).await?;
+            self.report_status(attempts, contained, Progress::Waiting("UndoneTaskRuns", &why)).await?;
             return Ok(Action::requeue(SOON));
         }
         let resolved = Resolved::of(&self.task, &self.context.stores);
         let validated = match resolved.validate(&self.task, &self.context.system_namespace) {
             Ok(validated) => validated,
             Err(findings) => {
-                self.tell(attempts, contained, Stage::Refused(&findings)).await?;
+                self.report_status(attempts, contained, Progress::Refused(&findings)).await?;
                 return Ok(Action::requeue(BACKSTOP));
             }
         };
@@ -490,7 +490,7 @@ impl Pass<'_> {
                 names::GATEWAY,
                 self.context.system_namespace
             );
-            self.tell(attempts, contained, Stage::Waiting("GatewayAbsent", &why)).await?;
+            self.report_status(attempts, contained, Progress::Waiting("GatewayAbsent", &why)).await?;
             return Ok(Action::requeue(BACKSTOP));
         };
         let refused_before = attempts.last().and_then(|last| last.reason.as_deref()) == Some(POD_ALTERED);
@@ -508,7 +508,7 @@ impl Pass<'_> {
         if !attempts.is_empty() {
             // Record the end of the previous attempt before the next one starts.
             let why = ended_message(attempts);
-            self.tell(attempts, contained, Stage::Waiting("Retrying", &why)).await?;
+            self.report_status(attempts, contained, Progress::Waiting("Retrying", &why)).await?;
         }
         let memories = &self.context.memories;
         memories.update(&self.owner.uid, |memory| {
@@ -564,7 +564,7 @@ impl Pass<'_> {
             _ => None,
         };
         if let Some((reason, why)) = told {
-            self.tell(attempts, contained, Stage::Waiting(reason, &why)).await?;
+            self.report_status(attempts, contained, Progress::Waiting(reason, &why)).await?;
         }
         Err(error.into())
     }
@@ -686,7 +686,7 @@ impl Pass<'_> {
             Ok(reply) => reply,
             Err(error) => {
                 let why = error.to_string();
-                self.tell(attempts, contained, Stage::Sealing(&closed, &why)).await?;
+                self.report_status(attempts, contained, Progress::Sealing(&closed, &why)).await?;
                 return Err(error);
             }
         };
@@ -707,7 +707,7 @@ impl Pass<'_> {
             size: i64::try_from(reply.size).unwrap_or(i64::MAX),
             root: reply.root,
         };
-        self.tell_with(attempts, contained, Stage::Ended(&closed, reply.refused), Some(evidence)).await?;
+        self.report_status_with(attempts, contained, Progress::Ended(&closed, reply.refused), Some(evidence)).await?;
         Ok(Action::await_change())
     }
 
@@ -743,11 +743,11 @@ impl Pass<'_> {
             .map_or_else(|| std::borrow::Cow::Owned(AgentTaskStatus::default()), std::borrow::Cow::Borrowed)
     }
 
-    async fn tell(
+    async fn report_status(
         &mut self,
         attempts: &[Attempt],
         contained: Option<bool>,
-        stage: Stage<'_>,
+        stage: Progress<'_>,
     ) -> Result<(), ReconcileError> {
         // Before the first pod, the location is not fixed.
         let evidence = if attempts.is_empty() || self.status().evidence.is_some() {
@@ -762,19 +762,19 @@ impl Pass<'_> {
                 root: String::new(),
             })
         };
-        self.tell_with(attempts, contained, stage, evidence).await
+        self.report_status_with(attempts, contained, stage, evidence).await
     }
 
     /// Writes the status if it has changed.
-    async fn tell_with(
+    async fn report_status_with(
         &mut self,
         attempts: &[Attempt],
         contained: Option<bool>,
-        stage: Stage<'_>,
+        stage: Progress<'_>,
         evidence: Option<EvidenceStatus>,
     ) -> Result<(), ReconcileError> {
         let (generation, failures) = (self.task.metadata.generation, &self.failures);
-        let story = Story { generation, attempts, failures, contained, evidence, stage };
+        let story = StatusInput { generation, attempts, failures, contained, evidence, stage };
         let before = self.status().into_owned();
         let after = status::tell(&before, &story, self.now);
         if !status::changed(&before, &after) {

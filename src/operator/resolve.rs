@@ -8,7 +8,7 @@ use super::cache::Stores;
 use crate::{
     api::{AgentTask, PolicyPack, ToolContract},
     lenient::Lenient,
-    plan::{
+    render::{
         Finding,
         config::contract_missing,
         pack_among,

@@ -17,7 +17,7 @@ use crate::{
     },
     evidence::record::{Refusals, TaskClosed},
     lifecycle::decide::class_of,
-    plan::Finding,
+    render::Finding,
 };
 
 /// Condition: the task's spec, contracts and pack are valid.
@@ -59,7 +59,7 @@ const LONGEST_MESSAGE: usize = 4096;
 
 /// What is known about a task.
 #[derive(Clone, Debug)]
-pub struct Story<'a> {
+pub struct StatusInput<'a> {
     /// The generation of the task.
     pub generation: Option<i64>,
     /// The attempts.
@@ -71,12 +71,12 @@ pub struct Story<'a> {
     /// Where the evidence is stored, once that is fixed.
     pub evidence: Option<EvidenceStatus>,
     /// The stage of the task.
-    pub stage: Stage<'a>,
+    pub stage: Progress<'a>,
 }
 
 /// The stage of a task.
 #[derive(Clone, Debug)]
-pub enum Stage<'a> {
+pub enum Progress<'a> {
     /// The task is not valid.
     Refused(&'a [Finding]),
     /// The task is valid and waits: the reason in one word, and the message.
@@ -92,7 +92,7 @@ pub enum Stage<'a> {
 }
 
 /// Returns the new status, given the previous status.
-pub fn tell(before: &AgentTaskStatus, story: &Story<'_>, now: Timestamp) -> AgentTaskStatus {
+pub fn tell(before: &AgentTaskStatus, story: &StatusInput<'_>, now: Timestamp) -> AgentTaskStatus {
     let mut status = AgentTaskStatus {
         phase: Some(phase(before, story)),
         reason: Some(reason(before, story)),
@@ -109,7 +109,7 @@ pub fn tell(before: &AgentTaskStatus, story: &Story<'_>, now: Timestamp) -> Agen
         set_condition(&mut status.conditions, story.generation, now, kind, value, reason, message);
     };
     match &story.stage {
-        Stage::Refused(findings) => set(ACCEPTED, "False", INVALID, &told(findings, SHOWN_FINDINGS)),
+        Progress::Refused(findings) => set(ACCEPTED, "False", INVALID, &told(findings, SHOWN_FINDINGS)),
         _ => set(ACCEPTED, "True", VALID, ""),
     }
     if !story.attempts.is_empty() {
@@ -129,13 +129,13 @@ pub fn tell(before: &AgentTaskStatus, story: &Story<'_>, now: Timestamp) -> Agen
         }
     }
     match &story.stage {
-        Stage::Sealing(closed, problem) => {
+        Progress::Sealing(closed, problem) => {
             let why =
                 format!("the last attempt has ended ({}), and its evidence is not sealed: {problem}", closed.reason);
             set(COMPLETE, "False", SEAL_FAILED, &why);
             set(EVIDENCE_SEALED, "False", SEAL_FAILED, problem);
         }
-        Stage::Ended(closed, refused) => {
+        Progress::Ended(closed, refused) => {
             let refused = refused.in_words().map(|refused| format!("; {refused}")).unwrap_or_default();
             let why = format!("{}{refused}", ended(closed));
             if has_succeeded(closed) {
@@ -146,17 +146,17 @@ pub fn tell(before: &AgentTaskStatus, story: &Story<'_>, now: Timestamp) -> Agen
             }
             set(EVIDENCE_SEALED, "True", SEALED, "");
         }
-        Stage::Waiting(reason, message) => set(COMPLETE, "False", reason, message),
-        Stage::Parked(message) => set(COMPLETE, "False", PARKED, message),
+        Progress::Waiting(reason, message) => set(COMPLETE, "False", reason, message),
+        Progress::Parked(message) => set(COMPLETE, "False", PARKED, message),
         _ if story.attempts.is_empty() => {}
         _ => set(COMPLETE, "False", RUNNING, ""),
     }
-    if !story.attempts.is_empty() && !matches!(story.stage, Stage::Sealing(..) | Stage::Ended(..)) {
+    if !story.attempts.is_empty() && !matches!(story.stage, Progress::Sealing(..) | Progress::Ended(..)) {
         set(EVIDENCE_SEALED, "False", OPEN, "");
     }
     let readiness = readiness(story);
     set_readiness(&mut status.conditions, story.generation, now, &reason(before, story), &readiness);
-    if let Stage::Ended(closed, _) = &story.stage {
+    if let Progress::Ended(closed, _) = &story.stage {
         status.failure_class = class_of(&closed.failure_class);
     }
     status
@@ -184,13 +184,15 @@ pub enum Ready {
 }
 
 /// Returns whether a task is ready, for tools that wait for it.
-fn readiness(story: &Story<'_>) -> Ready {
+fn readiness(story: &StatusInput<'_>) -> Ready {
     match &story.stage {
-        Stage::Refused(findings) => Ready::Stalled(told(findings, SHOWN_FINDINGS)),
-        Stage::Ended(closed, _) if has_succeeded(closed) => Ready::Yes,
-        Stage::Ended(closed, _) => Ready::Stalled(ended(closed).to_owned()),
-        Stage::Waiting(_, why) | Stage::Parked(why) | Stage::Sealing(_, why) => Ready::NotYet((*why).to_owned()),
-        Stage::Running => Ready::NotYet(String::new()),
+        Progress::Refused(findings) => Ready::Stalled(told(findings, SHOWN_FINDINGS)),
+        Progress::Ended(closed, _) if has_succeeded(closed) => Ready::Yes,
+        Progress::Ended(closed, _) => Ready::Stalled(ended(closed).to_owned()),
+        Progress::Waiting(_, why) | Progress::Parked(why) | Progress::Sealing(_, why) => {
+            Ready::NotYet((*why).to_owned())
+        }
+        Progress::Running => Ready::NotYet(String::new()),
     }
 }
 
@@ -232,25 +234,25 @@ fn ended(closed: &TaskClosed) -> &str {
     }
 }
 
-fn phase(before: &AgentTaskStatus, story: &Story<'_>) -> Phase {
+fn phase(before: &AgentTaskStatus, story: &StatusInput<'_>) -> Phase {
     match &story.stage {
-        Stage::Refused(_) | Stage::Waiting(..) => Phase::Pending,
-        Stage::Parked(_) => Phase::Parked,
-        Stage::Running => Phase::Running,
-        Stage::Sealing(..) => before.phase.unwrap_or(Phase::Running),
-        Stage::Ended(closed, _) if has_succeeded(closed) => Phase::Succeeded,
-        Stage::Ended(..) => Phase::Failed,
+        Progress::Refused(_) | Progress::Waiting(..) => Phase::Pending,
+        Progress::Parked(_) => Phase::Parked,
+        Progress::Running => Phase::Running,
+        Progress::Sealing(..) => before.phase.unwrap_or(Phase::Running),
+        Progress::Ended(closed, _) if has_succeeded(closed) => Phase::Succeeded,
+        Progress::Ended(..) => Phase::Failed,
     }
 }
 
-fn reason(before: &AgentTaskStatus, story: &Story<'_>) -> String {
+fn reason(before: &AgentTaskStatus, story: &StatusInput<'_>) -> String {
     match &story.stage {
-        Stage::Refused(_) => INVALID.to_owned(),
-        Stage::Waiting(reason, _) => (*reason).to_owned(),
-        Stage::Parked(_) => PARKED.to_owned(),
-        Stage::Running => RUNNING.to_owned(),
-        Stage::Sealing(closed, _) => before.reason.clone().unwrap_or_else(|| closed.reason.clone()),
-        Stage::Ended(closed, _) => closed.reason.clone(),
+        Progress::Refused(_) => INVALID.to_owned(),
+        Progress::Waiting(reason, _) => (*reason).to_owned(),
+        Progress::Parked(_) => PARKED.to_owned(),
+        Progress::Running => RUNNING.to_owned(),
+        Progress::Sealing(closed, _) => before.reason.clone().unwrap_or_else(|| closed.reason.clone()),
+        Progress::Ended(closed, _) => closed.reason.clone(),
     }
 }
 

@@ -12,9 +12,9 @@ use tokio::sync::watch;
 
 use super::Settings;
 use crate::contact;
-use crate::plan::{
+use crate::render::{
     names,
-    validated::{Surroundings, authority},
+    validated::{Installation, authority},
 };
 
 /// Returns the addresses of the API server: the address of its Service, which every pod gets, and the first endpoint behind it. The
@@ -59,7 +59,7 @@ pub fn follow(
     settings: &Settings,
     gateway_ca: String,
     api_servers: Vec<String>,
-) -> (watch::Receiver<Option<Surroundings>>, impl Stream<Item = ()> + Send + 'static + use<>) {
+) -> (watch::Receiver<Option<Installation>>, impl Stream<Item = ()> + Send + 'static + use<>) {
     let (sender, receiver) = watch::channel(None);
     let (namespace, image) = (settings.system_namespace.clone(), settings.image.clone());
     let (cpu, memory) = (settings.harness_cpu.clone(), settings.harness_memory.clone());
@@ -76,7 +76,7 @@ pub fn follow(
             }
         };
         let changed = address.is_some_and(|address| {
-            let next = address.map(|gateway| Surroundings {
+            let next = address.map(|gateway| Installation {
                 system_namespace: namespace.clone(),
                 image: image.clone(),
                 gateway,

@@ -21,14 +21,14 @@ use self::cluster::{Cluster, store};
 use super::{
     api::Writer as ApiWriter,
     cache::{Attempts, GuardedTask, Stores},
-    memory::Memories,
+    expectations::Expectations,
     metrics::Metrics,
     reconcile::{Context, ReconcileError, after_error, reconcile},
 };
 use crate::{
     api::{PolicyPack, ToolContract},
     lenient::Lenient,
-    plan::{fixtures, names},
+    render::{fixtures, names},
     seal::{self, Gateway},
     wire,
 };
@@ -108,7 +108,7 @@ impl Scene {
                 references_changed: Arc::default(),
                 network_policies_changed: Arc::default(),
             },
-            memories: Arc::new(Memories::default()),
+            memories: Arc::new(Expectations::default()),
             writer: ApiWriter::new(cluster.client(), metrics.clone()),
             gateway: Arc::new(Gateway::new(address, token.path().into(), &authority).unwrap()),
             surroundings: watch::channel(Some(fixtures::surroundings())).1,

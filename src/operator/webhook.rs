@@ -187,7 +187,7 @@ async fn review(
     })?;
     let body = body.to_bytes();
     let work = move || {
-        let answer = stack::with_room(|| judge.answer(&body));
+        let answer = stack::with_large_stack(|| judge.answer(&body));
         drop(slot);
         answer
     };

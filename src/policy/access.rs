@@ -1,6 +1,6 @@
 //! Evaluates what a pack says about one tool call: how sensitive its data is, whether its principal may make it, and how risky it is.
 //!
-//! Guarantees: [`Guard::judge`] is a pure function of pack, call and log, so harness and gateway reach the same decision. [`Guard::replay`]
+//! Guarantees: [`AccessPolicy::judge`] is a pure function of pack, call and log, so harness and gateway reach the same decision. [`AccessPolicy::replay`]
 //! reproduces the decision from a record, which has no arguments. If a pack has rules, a call needs at least one rule that lets it pass. No
 //! other rule and no score overrides a `Deny`. An expression that cannot be evaluated counts against the call: a `Deny` or
 //! `RequireApproval` rule applies, an `Allow` rule does not apply, and a risk term adds its points.
@@ -34,7 +34,7 @@ pub struct CompileError {
 
 /// The facts about a call that a pack evaluates.
 #[derive(Clone, Copy)]
-pub struct Asked<'a> {
+pub struct AccessRequest<'a> {
     /// The tool.
     pub tool: &'a Tool,
     /// The side effect of the call: the contract's, or a tighter one from the upstream's definition of the tool.
@@ -73,7 +73,7 @@ pub struct Score {
 
 /// A call that a pack lets pass.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Passed {
+pub struct AccessDecision {
     /// The assessment. Absent if neither the pack nor the contracts say anything about data, principals and risk.
     pub assessment: Option<Assessment>,
     /// The reasons why approvers must approve the call first. Empty if the pack does not require approval.
@@ -81,7 +81,7 @@ pub struct Passed {
 }
 
 /// The compiled policy of a pack for the calls of one task.
-pub struct Guard {
+pub struct AccessPolicy {
     pack: String,
     principal: String,
     base: Context<'static, 'static>,
@@ -115,7 +115,7 @@ pub fn is_one_of(patterns: &[String], text: &str) -> bool {
     patterns.is_empty() || patterns.iter().any(fits)
 }
 
-impl Guard {
+impl AccessPolicy {
     /// Compiles the pack's policy for calls.
     ///
     /// # Errors
@@ -164,10 +164,10 @@ impl Guard {
         if self.detectors.is_empty() { tool.data.result } else { found().max(tool.data.result) }
     }
 
-    /// Returns whether all expressions evaluate in microseconds when the arguments are at most [`super::quick::SHORT`] bytes. The patterns
+    /// Returns whether all expressions evaluate in microseconds when the arguments are at most [`super::cost::SHORT`] bytes. The patterns
     /// of the classification are always fast, because they never backtrack.
-    pub fn is_quick(&self) -> bool {
-        self.expressions().all(Expression::is_quick)
+    pub fn is_bounded_cost(&self) -> bool {
+        self.expressions().all(Expression::is_bounded_cost)
     }
 
     /// Returns whether the pack says nothing about any call.
@@ -184,26 +184,26 @@ impl Guard {
     ///
     /// # Errors
     /// Returns [`Rule::AccessRule`] or [`Rule::RiskScore`] if the pack denies the call.
-    pub fn judge(&self, asked: Asked<'_>, arguments: &Value) -> Result<Passed, Denial> {
+    pub fn judge(&self, asked: AccessRequest<'_>, arguments: &Value) -> Result<AccessDecision, Denial> {
         if self.is_silent {
-            return Ok(Passed { assessment: None, because: vec![] });
+            return Ok(AccessDecision { assessment: None, because: vec![] });
         }
         let class = self.detectors.of(arguments).max(asked.tool.data.arguments);
         let mut context = self.context(asked, class);
         if self.sees("args") {
             context.add_variable_as_val("args", expression::json(arguments));
         }
-        self.weigh(asked, class, |_, expression| expression.holds(&context))
+        self.evaluate(asked, class, |_, expression| expression.holds(&context))
     }
 
     /// Evaluates a call again from its record. For an expression that reads the arguments, the recorded result is used.
     ///
     /// # Errors
     /// Returns an error if the pack denies the call, or if the record differs from the assessment that this pack makes.
-    pub fn replay(&self, asked: Asked<'_>, recorded: Option<&Assessment>) -> Result<Passed, String> {
+    pub fn replay(&self, asked: AccessRequest<'_>, recorded: Option<&Assessment>) -> Result<AccessDecision, String> {
         let nothing = Assessment { arguments: Sensitivity::default(), seen: asked.seen, rules: vec![], risk: None };
         if self.is_silent && recorded.is_none() {
-            return Ok(Passed { assessment: None, because: vec![] });
+            return Ok(AccessDecision { assessment: None, because: vec![] });
         }
         let said = recorded.unwrap_or(&nothing);
         let class = said.arguments;
@@ -212,7 +212,7 @@ impl Guard {
             return Err(format!("expected arguments of a class that contract or pack give, found {}", class.as_str()));
         }
         let context = self.context(asked, class);
-        let again = self.weigh(asked, class, |named, expression| match named {
+        let again = self.evaluate(asked, class, |named, expression| match named {
             _ if !expression.sees("args") => expression.holds(&context),
             Named::Rule(name) => Ok(said.rules.iter().any(|rule| rule == name)),
             Named::Term(name) => Ok(said.risk.iter().flat_map(|risk| &risk.terms).any(|term| term == name)),
@@ -225,7 +225,7 @@ impl Guard {
     }
 
     /// Returns the variables that expressions see, except for the arguments. A map that no expression reads is not built.
-    fn context<'a>(&'a self, asked: Asked<'a>, class: Sensitivity) -> Context<'a, 'a> {
+    fn context<'a>(&'a self, asked: AccessRequest<'a>, class: Sensitivity) -> Context<'a, 'a> {
         let mut context = self.base.new_inner_scope();
         context.add_variable_as_val("tool", expression::text(asked.tool.name.as_str()));
         context.add_variable_as_val("effect", expression::text(asked.effect.as_str()));
@@ -251,12 +251,12 @@ impl Guard {
     }
 
     /// Evaluates the rules, then the risk score. `holds` gives the value of each expression.
-    fn weigh(
+    fn evaluate(
         &self,
-        asked: Asked<'_>,
+        asked: AccessRequest<'_>,
         class: Sensitivity,
         holds: impl Fn(Named<'_>, &Expression) -> Result<bool, String>,
-    ) -> Result<Passed, Denial> {
+    ) -> Result<AccessDecision, Denial> {
         let mut because = Vec::new();
         let mut matched = Vec::new();
         for Ruled { rule, when } in &self.rules {
@@ -313,12 +313,12 @@ impl Guard {
         }
         let risk = risk.map(|(_, score, _)| score);
         let assessment = Assessment { arguments: class, seen: asked.seen, rules: matched, risk };
-        Ok(Passed { assessment: Some(assessment), because })
+        Ok(AccessDecision { assessment: Some(assessment), because })
     }
 }
 
 /// Returns the reason why the pack's rules deny every call of a tool, whatever its arguments, or `None` if a call may pass.
-pub fn never(access: &Access, principal: &str, tool: &Tool) -> Option<String> {
+pub fn always_denied(access: &Access, principal: &str, tool: &Tool) -> Option<String> {
     // If the upstream's definition makes a read a write, an `Allow` rule for writes lets the call pass.
     let may_be_write = tool.side_effect == SideEffect::Read && matches!(tool.upstream, Upstream::Mcp(_));
     let allows = |rule: &AccessRule| {

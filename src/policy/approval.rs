@@ -25,14 +25,14 @@ const REQUESTS: usize = 65_536;
 /// The policy that requires the approval: the contract or the pack.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[cfg_attr(feature = "kube", derive(schemars::JsonSchema))]
-pub enum AskedBy {
+pub enum ApprovalSource {
     /// The tool's contract.
     Contract,
     /// The pack, by a rule or by the risk score.
     Pack,
 }
 
-impl AskedBy {
+impl ApprovalSource {
     /// Returns the name that manifests and records use.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -86,7 +86,7 @@ pub struct Vote {
 /// The state of an approval request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Standing {
+pub enum ApprovalState {
     /// Not enough approvers have decided.
     Pending,
     /// Enough approvers have approved the call.
@@ -99,7 +99,7 @@ pub enum Standing {
 
 /// The facts about a request that its state depends on.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Asked<'a> {
+pub struct ApprovalTerms<'a> {
     /// The number of approvals that the request needs.
     pub required: i64,
     /// The users whose approval does not count: the principal, and the user who created the task.
@@ -109,26 +109,26 @@ pub struct Asked<'a> {
 }
 
 /// Returns the state of a request at a time. A denial is final. An approval must be used before the request expires.
-pub fn standing(asked: &Asked<'_>, votes: &[Vote], now: Timestamp) -> Standing {
+pub fn standing(asked: &ApprovalTerms<'_>, votes: &[Vote], now: Timestamp) -> ApprovalState {
     if votes.iter().any(|vote| vote.decision == Answer::Deny) {
-        return Standing::Denied;
+        return ApprovalState::Denied;
     }
     if now >= asked.expires {
-        return Standing::Expired;
+        return ApprovalState::Expired;
     }
     let mut yes: Vec<&str> = votes.iter().map(|vote| vote.by.as_str()).collect();
     yes.retain(|by| !asked.barred.contains(&Some(by)));
     yes.sort_unstable();
     yes.dedup();
     let yes = i64::try_from(yes.len()).unwrap_or(i64::MAX);
-    if yes >= asked.required.max(1) { Standing::Approved } else { Standing::Pending }
+    if yes >= asked.required.max(1) { ApprovalState::Approved } else { ApprovalState::Pending }
 }
 
 /// One exact call, and the policy that requires its approval.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Exact {
+pub struct CallKey {
     /// The policy that requires the approval.
-    pub by: AskedBy,
+    pub by: ApprovalSource,
     /// The tool.
     pub tool: String,
     /// The commitment to the arguments, hex.
@@ -137,8 +137,8 @@ pub struct Exact {
 
 /// Returns the name of the request for one exact call. Every caller gets the same name. The name changes after the call was made, and if
 /// the reasons for the approval change.
-pub fn name(task: &str, uid: &str, call: &Exact, because: &[String], repeats: i64) -> String {
-    let Exact { by, tool, digest } = call;
+pub fn name(task: &str, uid: &str, call: &CallKey, because: &[String], repeats: i64) -> String {
+    let CallKey { by, tool, digest } = call;
     let of = format!("{uid}\n{}\n{tool}\n{digest}\n{repeats}\n{}", by.as_str(), because.join("\n"));
     let hash = hex::encode(canonical::sha256(of.as_bytes()));
     format!("{task}-{}", hash.get(..12).unwrap_or(&hash))
@@ -160,19 +160,19 @@ pub fn redacted(arguments: &Value, pointers: &[String]) -> Value {
 pub struct Approvals {
     requests: BTreeMap<String, Request>,
     /// How many calls with the same arguments were made with an approval.
-    made: BTreeMap<Exact, i64>,
+    made: BTreeMap<CallKey, i64>,
 }
 
 #[derive(Clone, Debug)]
 struct Request {
-    call: Exact,
-    standing: Standing,
+    call: CallKey,
+    standing: ApprovalState,
     used: bool,
 }
 
 impl Approvals {
     /// Returns how many calls like this one were made with an approval.
-    pub fn made(&self, call: &Exact) -> i64 {
+    pub fn made(&self, call: &CallKey) -> i64 {
         self.made.get(call).copied().unwrap_or_default()
     }
 
@@ -180,7 +180,7 @@ impl Approvals {
     ///
     /// # Errors
     /// Returns an error if the state contradicts the earlier records of the log.
-    pub fn fits(&self, name: &str, call: &Exact, standing: Standing) -> Result<(), String> {
+    pub fn fits(&self, name: &str, call: &CallKey, standing: ApprovalState) -> Result<(), String> {
         match self.requests.get(name) {
             None if self.requests.len() >= REQUESTS => Err(format!("expected at most {REQUESTS} approval requests")),
             Some(known) if known.call != *call => {
@@ -188,7 +188,8 @@ impl Approvals {
             }
             // A denial is final. Whether an approval has expired depends on the clock of the observer.
             Some(known)
-                if known.standing == Standing::Denied && matches!(standing, Standing::Approved | Standing::Expired) =>
+                if known.standing == ApprovalState::Denied
+                    && matches!(standing, ApprovalState::Approved | ApprovalState::Expired) =>
             {
                 Err(format!("expected approval {name} to stay denied, found it {standing:?}"))
             }
@@ -200,14 +201,14 @@ impl Approvals {
     ///
     /// # Errors
     /// Returns an error if the state contradicts the earlier records of the log. Nothing changes then.
-    pub fn seen(&mut self, name: &str, call: &Exact, standing: Standing) -> Result<(), String> {
+    pub fn seen(&mut self, name: &str, call: &CallKey, standing: ApprovalState) -> Result<(), String> {
         self.fits(name, call, standing)?;
         match self.requests.get_mut(name) {
             None => {
                 self.requests.insert(name.to_owned(), Request { call: call.clone(), standing, used: false });
             }
             // A restarted harness asks again.
-            Some(_) if standing == Standing::Pending => {}
+            Some(_) if standing == ApprovalState::Pending => {}
             Some(known) => known.standing = standing,
         }
         Ok(())
@@ -228,13 +229,13 @@ impl Approvals {
     /// # Errors
     /// Returns an error if an approval is missing, not given, already used, or for another call, or if two approvals are for the same
     /// policy.
-    pub fn usable(&self, names: &[String], tool: &str, digest: Option<&str>) -> Result<Vec<AskedBy>, String> {
+    pub fn usable(&self, names: &[String], tool: &str, digest: Option<&str>) -> Result<Vec<ApprovalSource>, String> {
         let mut by = Vec::new();
         for name in names {
             let Some(request) = self.requests.get(name) else {
                 return Err(format!("expected approval {name} to be in the log before the call, found none"));
             };
-            if request.standing != Standing::Approved {
+            if request.standing != ApprovalState::Approved {
                 return Err(format!("expected approval {name} to be given, found it {:?}", request.standing));
             }
             if request.used {
@@ -255,7 +256,7 @@ impl Approvals {
     ///
     /// # Errors
     /// Returns an error if the call may not be made. See [`Approvals::usable`].
-    pub fn used(&mut self, names: &[String], tool: &str, digest: Option<&str>) -> Result<Vec<AskedBy>, String> {
+    pub fn used(&mut self, names: &[String], tool: &str, digest: Option<&str>) -> Result<Vec<ApprovalSource>, String> {
         let by = self.usable(names, tool, digest)?;
         for name in names {
             if let Some(request) = self.requests.get_mut(name) {
@@ -284,32 +285,37 @@ mod tests {
     }
 
     #[rstest]
-    #[case::nobody(1, &[], 0, Standing::Pending)]
-    #[case::one(1, &["ana"], 0, Standing::Approved)]
-    #[case::one_of_two(2, &["ana"], 0, Standing::Pending)]
-    #[case::two(2, &["ana", "bob"], 0, Standing::Approved)]
-    #[case::one_twice(2, &["ana", "ana"], 0, Standing::Pending)]
-    #[case::principal(1, &["agent-owner"], 0, Standing::Pending)]
-    #[case::requester(1, &["ci"], 0, Standing::Pending)]
-    #[case::one_no(1, &["ana", "bob", "!eve"], 0, Standing::Denied)]
-    #[case::the_principal_may_say_no(1, &["!agent-owner"], 0, Standing::Denied)]
-    #[case::late(1, &[], 100, Standing::Expired)]
-    #[case::yes_but_late(1, &["ana"], 100, Standing::Expired)]
-    #[case::no_and_late(1, &["!ana"], 100, Standing::Denied)]
-    #[case::none_required_is_one(0, &[], 0, Standing::Pending)]
-    fn where_it_stands(#[case] required: i64, #[case] votes: &[&str], #[case] now: i64, #[case] expected: Standing) {
+    #[case::nobody(1, &[], 0, ApprovalState::Pending)]
+    #[case::one(1, &["ana"], 0, ApprovalState::Approved)]
+    #[case::one_of_two(2, &["ana"], 0, ApprovalState::Pending)]
+    #[case::two(2, &["ana", "bob"], 0, ApprovalState::Approved)]
+    #[case::one_twice(2, &["ana", "ana"], 0, ApprovalState::Pending)]
+    #[case::principal(1, &["agent-owner"], 0, ApprovalState::Pending)]
+    #[case::requester(1, &["ci"], 0, ApprovalState::Pending)]
+    #[case::one_no(1, &["ana", "bob", "!eve"], 0, ApprovalState::Denied)]
+    #[case::the_principal_may_say_no(1, &["!agent-owner"], 0, ApprovalState::Denied)]
+    #[case::late(1, &[], 100, ApprovalState::Expired)]
+    #[case::yes_but_late(1, &["ana"], 100, ApprovalState::Expired)]
+    #[case::no_and_late(1, &["!ana"], 100, ApprovalState::Denied)]
+    #[case::none_required_is_one(0, &[], 0, ApprovalState::Pending)]
+    fn where_it_stands(
+        #[case] required: i64,
+        #[case] votes: &[&str],
+        #[case] now: i64,
+        #[case] expected: ApprovalState,
+    ) {
         let expires = Timestamp::from_second(100).unwrap();
-        let asked = Asked { required, barred: [Some("agent-owner"), Some("ci")], expires };
+        let asked = ApprovalTerms { required, barred: [Some("agent-owner"), Some("ci")], expires };
         let votes: Vec<Vote> = votes.iter().map(|text| vote(text)).collect();
         assert_eq!(standing(&asked, &votes, Timestamp::from_second(now).unwrap()), expected);
     }
 
-    fn call(by: AskedBy, tool: &str, digest: &str) -> Exact {
-        Exact { by, tool: tool.into(), digest: digest.into() }
+    fn call(by: ApprovalSource, tool: &str, digest: &str) -> CallKey {
+        CallKey { by, tool: tool.into(), digest: digest.into() }
     }
 
-    fn pay(digest: &str) -> Exact {
-        call(AskedBy::Contract, "pay", digest)
+    fn pay(digest: &str) -> CallKey {
+        call(ApprovalSource::Contract, "pay", digest)
     }
 
     #[rstest]
@@ -330,8 +336,8 @@ mod tests {
         assert!(base.starts_with("t-") && base.len() == 14, "{base}");
         for other in [
             name("t", "uid2", &pay("d"), &[], 0),
-            name("t", "uid", &call(AskedBy::Pack, "pay", "d"), &[], 0),
-            name("t", "uid", &call(AskedBy::Contract, "pay2", "d"), &[], 0),
+            name("t", "uid", &call(ApprovalSource::Pack, "pay", "d"), &[], 0),
+            name("t", "uid", &call(ApprovalSource::Contract, "pay2", "d"), &[], 0),
             name("t", "uid", &pay("d2"), &[], 0),
             name("t", "uid", &pay("d"), &["risk 30".into()], 0),
             name("t", "uid", &pay("d"), &[], 1),
@@ -345,16 +351,19 @@ mod tests {
         let mut log = Approvals::default();
         let a = ["a".to_owned()];
         assert!(log.used(&a, "pay", Some("d")).is_err(), "never asked for");
-        log.seen("a", &pay("d"), Standing::Pending).unwrap();
+        log.seen("a", &pay("d"), ApprovalState::Pending).unwrap();
         assert!(log.used(&a, "pay", Some("d")).is_err(), "pending");
-        assert!(log.seen("a", &pay("e"), Standing::Approved).is_err(), "another call");
-        assert!(log.seen("a", &call(AskedBy::Pack, "pay", "d"), Standing::Approved).is_err(), "on another account");
-        log.seen("a", &pay("d"), Standing::Approved).unwrap();
+        assert!(log.seen("a", &pay("e"), ApprovalState::Approved).is_err(), "another call");
+        assert!(
+            log.seen("a", &call(ApprovalSource::Pack, "pay", "d"), ApprovalState::Approved).is_err(),
+            "on another account"
+        );
+        log.seen("a", &pay("d"), ApprovalState::Approved).unwrap();
         assert!(log.used(&a, "pay", Some("e")).is_err(), "other arguments");
         assert!(log.used(&a, "mail", Some("d")).is_err(), "another tool");
         assert!(log.used(&a, "pay", None).is_err(), "no digest");
         assert_eq!(log.made(&pay("d")), 0);
-        assert_eq!(log.used(&a, "pay", Some("d")), Ok(vec![AskedBy::Contract]));
+        assert_eq!(log.used(&a, "pay", Some("d")), Ok(vec![ApprovalSource::Contract]));
         assert!(log.used(&a, "pay", Some("d")).is_err(), "twice");
         assert_eq!(log.made(&pay("d")), 1);
     }
@@ -363,14 +372,17 @@ mod tests {
     fn contract_and_pack_are_asked_each_for_itself() {
         let mut log = Approvals::default();
         let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>();
-        log.seen("a", &pay("d"), Standing::Approved).unwrap();
-        log.seen("b", &pay("d"), Standing::Approved).unwrap();
-        log.seen("p", &call(AskedBy::Pack, "pay", "d"), Standing::Pending).unwrap();
+        log.seen("a", &pay("d"), ApprovalState::Approved).unwrap();
+        log.seen("b", &pay("d"), ApprovalState::Approved).unwrap();
+        log.seen("p", &call(ApprovalSource::Pack, "pay", "d"), ApprovalState::Pending).unwrap();
         assert!(log.used(&names(&["a", "p"]), "pay", Some("d")).is_err(), "one of the two is pending");
         assert!(!log.is_used("a"), "all or none");
-        log.seen("p", &call(AskedBy::Pack, "pay", "d"), Standing::Approved).unwrap();
+        log.seen("p", &call(ApprovalSource::Pack, "pay", "d"), ApprovalState::Approved).unwrap();
         assert!(log.usable(&names(&["a", "b"]), "pay", Some("d")).is_err(), "both of one");
-        assert_eq!(log.used(&names(&["a", "p"]), "pay", Some("d")), Ok(vec![AskedBy::Contract, AskedBy::Pack]));
+        assert_eq!(
+            log.used(&names(&["a", "p"]), "pay", Some("d")),
+            Ok(vec![ApprovalSource::Contract, ApprovalSource::Pack])
+        );
         assert!(log.is_used("a") && log.is_used("p"));
         assert_eq!(log.usable(&[], "pay", Some("d")), Ok(vec![]));
     }
@@ -379,17 +391,17 @@ mod tests {
     fn a_no_is_not_taken_back() {
         let mut log = Approvals::default();
         let a = ["a".to_owned()];
-        log.seen("a", &pay("d"), Standing::Denied).unwrap();
-        assert!(log.seen("a", &pay("d"), Standing::Approved).is_err());
-        assert!(log.seen("a", &pay("d"), Standing::Expired).is_err());
-        log.seen("a", &pay("d"), Standing::Pending).unwrap();
+        log.seen("a", &pay("d"), ApprovalState::Denied).unwrap();
+        assert!(log.seen("a", &pay("d"), ApprovalState::Approved).is_err());
+        assert!(log.seen("a", &pay("d"), ApprovalState::Expired).is_err());
+        log.seen("a", &pay("d"), ApprovalState::Pending).unwrap();
         assert!(log.used(&a, "pay", Some("d")).is_err(), "asking again is no yes");
         let mut log = Approvals::default();
-        log.seen("a", &pay("d"), Standing::Approved).unwrap();
-        log.seen("a", &pay("d"), Standing::Expired).unwrap();
+        log.seen("a", &pay("d"), ApprovalState::Approved).unwrap();
+        log.seen("a", &pay("d"), ApprovalState::Expired).unwrap();
         assert!(log.used(&a, "pay", Some("d")).is_err());
-        log.seen("a", &pay("d"), Standing::Pending).unwrap();
-        log.seen("a", &pay("d"), Standing::Approved).unwrap();
+        log.seen("a", &pay("d"), ApprovalState::Pending).unwrap();
+        log.seen("a", &pay("d"), ApprovalState::Approved).unwrap();
         log.used(&a, "pay", Some("d")).unwrap();
     }
 
@@ -403,13 +415,13 @@ mod tests {
                 .iter()
                 .map(|(by, yes)| Vote { by: by.to_string(), decision: if *yes { Answer::Approve } else { Answer::Deny }, reason: None })
                 .collect();
-            let asked = Asked { required, barred: [Some("0"), None], expires: Timestamp::from_second(100).unwrap() };
+            let asked = ApprovalTerms { required, barred: [Some("0"), None], expires: Timestamp::from_second(100).unwrap() };
             let people: std::collections::BTreeSet<_> = votes.iter().map(|v| &v.by).filter(|by| *by != "0").collect();
             let expected = now < 100
                 && votes.iter().all(|vote| vote.decision == Answer::Approve)
                 && people.len() as i64 >= required.max(1);
             let found = standing(&asked, &votes, Timestamp::from_second(now).unwrap());
-            prop_assert_eq!(found == Standing::Approved, expected);
+            prop_assert_eq!(found == ApprovalState::Approved, expected);
         }
     }
 }

@@ -9,7 +9,7 @@ use std::{collections::BTreeMap, time::Duration};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    approval::{Approvers, AskedBy},
+    approval::{ApprovalSource, Approvers},
     model::{api::Family, table::Capability},
 };
 use crate::canonical;
@@ -194,10 +194,10 @@ impl PolicyConfig {
     }
 
     /// Returns who must approve a call of the tool, by the contract or by the pack.
-    pub fn approval(&self, tool: &str, by: AskedBy) -> Option<&Approval> {
+    pub fn approval(&self, tool: &str, by: ApprovalSource) -> Option<&Approval> {
         match by {
-            AskedBy::Contract => self.tool(tool)?.approval.as_ref(),
-            AskedBy::Pack => self.access.approval.as_ref(),
+            ApprovalSource::Contract => self.tool(tool)?.approval.as_ref(),
+            ApprovalSource::Pack => self.access.approval.as_ref(),
         }
     }
 

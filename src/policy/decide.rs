@@ -18,8 +18,9 @@ use super::{
     budget::{Budget, Exhausted},
     commit::Salt,
     config::{PolicyConfig, Tool, Usage},
+    cost,
     expression::{self, Expression},
-    json, meter, quick,
+    json, meter,
     rule::Rule,
     shape::{Misfit, Shape},
     shorten::{shorten, shorten_to},
@@ -82,7 +83,7 @@ impl From<Exhausted> for Denial {
 
 /// The rules that an allowed tool call has passed, in the order of their evaluation.
 pub const TOOL_RULES: [Rule; 5] =
-    [Rule::RequestJson, Rule::ToolKnown, Rule::ToolEffect, Rule::ToolSchema, Rule::ToolPrecondition];
+    [Rule::RequestJson, Rule::ToolUnknown, Rule::ToolEffect, Rule::ToolSchema, Rule::ToolPrecondition];
 
 /// A call's arguments.
 #[derive(Clone, Debug)]
@@ -95,7 +96,7 @@ pub enum Arguments<'a> {
 
 /// The facts that a decision depends on besides the contracts and the call.
 #[derive(Clone, Copy)]
-pub struct Known<'a> {
+pub struct DecisionInputs<'a> {
     /// The counters.
     pub usage: Usage,
     /// Results of earlier calls.
@@ -140,7 +141,7 @@ struct Compiled {
     /// The arguments of the compensation, by name.
     undo: Option<Vec<(String, Expression)>>,
     /// Whether evaluation takes microseconds if the arguments are short.
-    is_quick: bool,
+    is_bounded_cost: bool,
     /// Whether any expression reads the arguments, the counters or the results.
     uses_args: bool,
     uses_usage: bool,
@@ -176,7 +177,7 @@ impl Contracts {
                 approval_when: None,
                 applied: None,
                 undo: None,
-                is_quick: quick::schema(&tool.input),
+                is_bounded_cost: cost::schema(&tool.input),
                 uses_args: false,
                 uses_usage: false,
                 uses_results: false,
@@ -187,7 +188,7 @@ impl Contracts {
                     name: name.to_owned(),
                     reason,
                 })?;
-                compiled.is_quick &= expression.is_quick();
+                compiled.is_bounded_cost &= expression.is_bounded_cost();
                 compiled.uses_args |= expression.sees("args");
                 compiled.uses_usage |= expression.sees("usage");
                 compiled.uses_results |= expression.sees("results");
@@ -282,7 +283,7 @@ impl Contracts {
     }
 
     /// Decides whether a call is allowed.
-    pub fn decide(&self, name: &str, arguments: Arguments<'_>, known: Known<'_>, salt: &Salt) -> Decision<'_> {
+    pub fn decide(&self, name: &str, arguments: Arguments<'_>, known: DecisionInputs<'_>, salt: &Salt) -> Decision<'_> {
         let unreadable = |text: &[u8], reason: String| Decision {
             verdict: Err(Denial { rule: Rule::RequestJson, reason }),
             arguments: Value::Null,
@@ -361,14 +362,14 @@ impl Contracts {
     ///
     /// # Errors
     /// Returns the first rule that fails.
-    pub fn recheck(&self, name: &str, arguments: &Value) -> Result<bool, Denial> {
-        let known = Known { usage: Usage::default(), ignored: 0, results: &self.nothing };
+    pub fn check_stateless(&self, name: &str, arguments: &Value) -> Result<bool, Denial> {
+        let known = DecisionInputs { usage: Usage::default(), ignored: 0, results: &self.nothing };
         self.judge(name, arguments, known, is_of_the_call).map(|(_, needs_approval)| needs_approval)
     }
 
-    /// Returns whether calls of a tool are evaluated in microseconds if the arguments are at most [`quick::SHORT`] bytes.
-    pub fn is_quick(&self, name: &str) -> bool {
-        self.tools.get(name).is_none_or(|compiled| compiled.is_quick)
+    /// Returns whether calls of a tool are evaluated in microseconds if the arguments are at most [`cost::SHORT`] bytes.
+    pub fn is_bounded_cost(&self, name: &str) -> bool {
+        self.tools.get(name).is_none_or(|compiled| compiled.is_bounded_cost)
     }
 
     /// Returns whether the decision of a tool's contract may change with the counters, and whether it may change with the results of other
@@ -382,7 +383,7 @@ impl Contracts {
     ///
     /// # Errors
     /// Returns the first rule that fails.
-    pub fn again(&self, name: &str, arguments: &Value, known: Known<'_>) -> Result<bool, Denial> {
+    pub fn check_stateful(&self, name: &str, arguments: &Value, known: DecisionInputs<'_>) -> Result<bool, Denial> {
         self.tools
             .get(name)
             .ok_or_else(|| self.unknown(name))?
@@ -394,7 +395,7 @@ impl Contracts {
         &self,
         name: &str,
         arguments: &Value,
-        known: Known<'_>,
+        known: DecisionInputs<'_>,
         asked: impl Fn(&Expression) -> bool,
     ) -> Result<(&Tool, bool), Denial> {
         let deny = |rule, reason| Err(Denial { rule, reason });
@@ -432,7 +433,7 @@ impl Contracts {
             false => self.tools.keys().take(16).map(String::as_str).collect::<Vec<_>>().join(", "),
         };
         let reason = format!("no contract of this task has a tool {:?}; it has {names}", shorten(name));
-        Denial { rule: Rule::ToolKnown, reason }
+        Denial { rule: Rule::ToolUnknown, reason }
     }
 }
 
@@ -458,7 +459,7 @@ impl Compiled {
     fn conditions(
         &self,
         arguments: &Value,
-        known: Known<'_>,
+        known: DecisionInputs<'_>,
         asked: impl Fn(&Expression) -> bool,
     ) -> Result<bool, Denial> {
         let preconditions = || self.preconditions.iter().filter(|condition| asked(&condition.expression));
@@ -472,7 +473,7 @@ impl Compiled {
     fn asked<'c>(
         &'c self,
         arguments: &Value,
-        known: Known<'_>,
+        known: DecisionInputs<'_>,
         preconditions: impl Iterator<Item = &'c Condition>,
         when: Option<&Expression>,
     ) -> Result<bool, Denial> {
@@ -603,16 +604,20 @@ pub(crate) mod tests {
 
     fn denied(contracts: &Contracts, tool: &str, args: Value, usage: Usage) -> Option<Rule> {
         let results = contracts.no_results();
-        let decision =
-            contracts.decide(tool, Arguments::Parsed(args), Known { usage, ignored: 0, results: &results }, &salt());
+        let decision = contracts.decide(
+            tool,
+            Arguments::Parsed(args),
+            DecisionInputs { usage, ignored: 0, results: &results },
+            &salt(),
+        );
         decision.verdict.err().map(|denial| denial.rule)
     }
 
     #[rstest]
     #[case::allowed("open_ticket", json!({"title": "a"}), 0, None)]
     #[case::allowed_with_severity("open_ticket", json!({"title": "a", "severity": "high"}), 2, None)]
-    #[case::unknown("delete_ticket", json!({}), 0, Some(Rule::ToolKnown))]
-    #[case::look_alike("open_tickеt", json!({"title": "a"}), 0, Some(Rule::ToolKnown))]
+    #[case::unknown("delete_ticket", json!({}), 0, Some(Rule::ToolUnknown))]
+    #[case::look_alike("open_tickеt", json!({"title": "a"}), 0, Some(Rule::ToolUnknown))]
     #[case::missing("open_ticket", json!({}), 0, Some(Rule::ToolSchema))]
     #[case::smuggled("open_ticket", json!({"title": "a", "admin": true}), 0, Some(Rule::ToolSchema))]
     #[case::wrong_type("open_ticket", json!({"title": 1}), 0, Some(Rule::ToolSchema))]
@@ -637,7 +642,7 @@ pub(crate) mod tests {
     #[case::look_alike_name(r#"{"title":"a","severity":"low","\u0455everity":"critical"}"#, Some(Rule::ToolSchema))]
     fn arguments_are_read_from_their_bytes(#[case] text: &str, #[case] denied_by: Option<Rule>) {
         let contracts = Contracts::compile(&policy(vec![SideEffect::Write])).unwrap();
-        let known = Known { usage: Usage::default(), ignored: 0, results: &contracts.no_results() };
+        let known = DecisionInputs { usage: Usage::default(), ignored: 0, results: &contracts.no_results() };
         let decision = contracts.decide("open_ticket", Arguments::Text(text.as_bytes()), known, &salt());
         assert_eq!(decision.verdict.err().map(|denial| denial.rule), denied_by);
         assert_eq!(decision.digest.len(), 64);
@@ -664,7 +669,7 @@ pub(crate) mod tests {
             for args in
                 [json!({"title": "s3cret"}), json!({"title": "s3cret s3cret s3cret"}), json!({"title": ["s3cret"]})]
             {
-                let known = Known { usage: Usage::default(), ignored: 0, results: &contracts.no_results() };
+                let known = DecisionInputs { usage: Usage::default(), ignored: 0, results: &contracts.no_results() };
                 let denial =
                     contracts.decide("open_ticket", Arguments::Parsed(args), known, &salt()).verdict.unwrap_err();
                 assert!(!denial.reason.contains("s3cret"), "{denial:?}");
@@ -675,7 +680,7 @@ pub(crate) mod tests {
     #[test]
     fn the_digest_is_of_what_the_arguments_mean() {
         let contracts = Contracts::compile(&policy(vec![SideEffect::Write])).unwrap();
-        let known = Known { usage: Usage::default(), ignored: 0, results: &contracts.no_results() };
+        let known = DecisionInputs { usage: Usage::default(), ignored: 0, results: &contracts.no_results() };
         let digest =
             |text: &str| contracts.decide("open_ticket", Arguments::Text(text.as_bytes()), known, &salt()).digest;
         let one = digest(r#"{"title":"a","severity":"low"}"#);
@@ -693,7 +698,7 @@ pub(crate) mod tests {
         }];
         let contracts = Contracts::compile(&policy).unwrap();
         let allowed = |results: &Results| {
-            let known = Known { usage: Usage::default(), ignored: 0, results };
+            let known = DecisionInputs { usage: Usage::default(), ignored: 0, results };
             contracts.decide("open_ticket", Arguments::Parsed(json!({"title": "a"})), known, &salt()).verdict.is_ok()
         };
         let none = contracts.no_results();
@@ -750,7 +755,7 @@ pub(crate) mod tests {
             hold_seconds: 0,
         });
         let contracts = Contracts::compile(&policy).unwrap();
-        let known = Known { usage: Usage::default(), ignored: 0, results: &contracts.no_results() };
+        let known = DecisionInputs { usage: Usage::default(), ignored: 0, results: &contracts.no_results() };
         let decision = contracts.decide("open_ticket", Arguments::Parsed(arguments), known, &salt());
         assert_eq!(decision.needs_approval, expected, "{decision:?}");
     }

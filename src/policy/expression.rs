@@ -17,7 +17,7 @@ use serde_json::Value;
 
 use super::{
     config::{TaskIdentity, Usage},
-    meter, quick,
+    cost, meter,
     shorten::shorten,
 };
 
@@ -28,7 +28,7 @@ mod metered;
 pub struct Expression {
     metered: IdedExpr,
     names: BTreeSet<String>,
-    is_quick: bool,
+    is_bounded_cost: bool,
 }
 
 impl Expression {
@@ -40,15 +40,15 @@ impl Expression {
         let program = Program::compile(source).map_err(|error| error.to_string())?;
         let references = program.references();
         let names = references.variables().into_iter().map(str::to_owned).collect();
-        let is_quick = quick::expression(source, references.functions());
+        let is_bounded_cost = cost::expression(source, references.functions());
         let mut metered = program.expression().clone();
         metered::meter(&mut metered);
-        Ok(Self { metered, names, is_quick })
+        Ok(Self { metered, names, is_bounded_cost })
     }
 
-    /// Returns whether the expression takes microseconds if the arguments are short. See [`quick`].
-    pub fn is_quick(&self) -> bool {
-        self.is_quick
+    /// Returns whether the expression takes microseconds if the arguments are short. See [`cost`].
+    pub fn is_bounded_cost(&self) -> bool {
+        self.is_bounded_cost
     }
 
     /// Returns whether the expression reads a variable.

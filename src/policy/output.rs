@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use super::{
     config::Tool,
-    quick,
+    cost,
     shape::{Misfit, Shape},
 };
 
@@ -43,8 +43,8 @@ impl Outputs {
     }
 
     /// Returns whether results of this many bytes are checked in microseconds.
-    pub fn is_quick(&self, tool: &Tool, length: usize) -> bool {
-        tool.output.as_ref().is_none_or(|schema| length <= quick::SHORT && quick::schema(schema))
+    pub fn is_bounded_cost(&self, tool: &Tool, length: usize) -> bool {
+        tool.output.as_ref().is_none_or(|schema| length <= cost::SHORT && cost::schema(schema))
     }
 
     /// Returns whether the tool's contract has an output schema.

@@ -39,10 +39,10 @@ impl Rates {
     /// Checks whether a call may be made `now`, in milliseconds of any single clock.
     ///
     /// # Errors
-    /// Returns [`Rule::ToolRate`] if the bucket does not hold a call; [`Rule::ToolKnown`] if there is no such tool.
+    /// Returns [`Rule::ToolRate`] if the bucket does not hold a call; [`Rule::ToolUnknown`] if there is no such tool.
     pub fn check(&self, tool: &str, now: u64) -> Result<(), Denial> {
         let Some(bucket) = self.0.get(tool) else {
-            return Err(Denial { rule: Rule::ToolKnown, reason: "no contract of this task is for this tool".into() });
+            return Err(Denial { rule: Rule::ToolUnknown, reason: "no contract of this task is for this tool".into() });
         };
         let Some(bucket) = bucket else { return Ok(()) };
         let short = MINUTE.saturating_sub(bucket.level_at(now));
@@ -96,7 +96,7 @@ mod tests {
     #[test]
     fn a_tool_that_there_is_not_has_no_rate() {
         assert_eq!(call(&mut rates(None), 0), None);
-        assert_eq!(Rates::default().check("t", 0).unwrap_err().rule, Rule::ToolKnown);
+        assert_eq!(Rates::default().check("t", 0).unwrap_err().rule, Rule::ToolUnknown);
     }
 
     #[test]

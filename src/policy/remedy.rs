@@ -60,7 +60,7 @@ impl Rule {
         match self {
             Self::ModelRequest | Self::Request | Self::RequestJson | Self::ToolSchema | Self::Busy => Whose::Agent,
             Self::WallTime | Self::ToolCalls | Self::Tokens | Self::Cost | Self::Denials => Whose::Task,
-            Self::ToolKnown => Whose::Tools,
+            Self::ToolUnknown => Whose::Tools,
             Self::ToolPrecondition
             | Self::ToolUrl
             | Self::ToolChanged
@@ -183,7 +183,7 @@ mod tests {
                 ["Belay could not make this call. rule: upstream.connect. r. ", "No policy", "failed", "later"],
             ),
             (
-                Rule::ToolKnown,
+                Rule::ToolUnknown,
                 ["Belay refused this call. rule: tool.unknown. r. ", "ToolContract", "spec.tools", "policy"],
             ),
             (Rule::EgressAddress, ["Belay refused this call. ", "runs Belay", "a decision of policy", "refused again"]),

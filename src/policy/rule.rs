@@ -106,7 +106,7 @@ impl<'de> Deserialize<'de> for Rule {
 
 rules! {
     /// The tool is in one of the task's contracts.
-    ToolKnown = "tool.unknown",
+    ToolUnknown = "tool.unknown",
     /// The arguments fit the contract's input schema.
     ToolSchema = "tool.schema",
     /// Every precondition of the contract holds.

@@ -24,7 +24,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Options, RunError, Slot, Told,
+    Options, RunError, RunEvent, Slot,
     gateway::Serving,
     objects::{self, Api},
     open_to_agent,
@@ -34,20 +34,20 @@ use super::{
         self, Bind, Cell, Kind,
         hold::Hold,
         root,
-        watch::{self, Beyond},
+        watch::{self, LimitExceeded},
     },
     time, write_private,
 };
 use crate::{
     evidence::record::{self, Local},
     harness::{self, Ended, HarnessError, Stop, journal::Follow, server::Listeners},
-    plan::{
+    policy::config::{HarnessConfig, Wiring},
+    render::{
         agent::Agent,
         names,
         pod::START_ALLOWANCE_SECONDS,
         validated::{Source, Validated},
     },
-    policy::config::{HarnessConfig, Wiring},
     wire,
 };
 
@@ -64,17 +64,17 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 const CLOSING: Duration = Duration::from_secs(10);
 
 /// The environment of an attempt.
-pub(super) struct Surroundings<'a> {
+pub(super) struct RunContext<'a> {
     pub(super) options: &'a Options,
     pub(super) validated: &'a Validated,
     pub(super) api: &'a Arc<Api>,
     pub(super) gateway: &'a Serving,
     pub(super) local: Local,
-    pub(super) tell: &'a UnboundedSender<Told>,
+    pub(super) tell: &'a UnboundedSender<RunEvent>,
 }
 
 /// An attempt that has ended.
-pub(super) struct Over {
+pub(super) struct AttemptResult {
     /// The pod, as the API server would have it.
     pub(super) pod: Pod,
     /// Why the attempt could not run, if it could not.
@@ -83,7 +83,7 @@ pub(super) struct Over {
 
 /// The ends of the containers.
 #[derive(Default)]
-struct Ends {
+struct ContainerExits {
     probe: Option<i32>,
     harness: Option<i32>,
     agent: Option<AgentEnd>,
@@ -96,14 +96,14 @@ struct AgentEnd {
     reason: &'static str,
 }
 
-impl Surroundings<'_> {
+impl RunContext<'_> {
     fn step(&self, what: impl Into<String>) {
         // The receiver may be gone.
-        let _ = self.tell.send(Told::Step(what.into()));
+        let _ = self.tell.send(RunEvent::Step(what.into()));
     }
 
     /// Runs one attempt to its end.
-    pub(super) async fn attempt(&self, number: i64, stop: &CancellationToken) -> Result<Over, RunError> {
+    pub(super) async fn attempt(&self, number: i64, stop: &CancellationToken) -> Result<AttemptResult, RunError> {
         let folder = self.options.folder.join(format!("attempt-{number}"));
         fs::create_dir_all(folder.join("spool")).map_err(|cause| RunError::File { path: folder.clone(), cause })?;
         let mut pod = self.pod(number)?;
@@ -113,14 +113,16 @@ impl Surroundings<'_> {
         let ends = match self.contained(number, &pod, (&token, &folder), stop).await {
             Ok(ends) => ends,
             // The sandbox could not be made, so nothing ran. This is a failure of the machine, reported in its own words.
-            Err(RunError::Sandbox(trouble)) => Ends { probe: Some(1), trouble: Some(trouble), ..Ends::default() },
+            Err(RunError::Sandbox(trouble)) => {
+                ContainerExits { probe: Some(1), trouble: Some(trouble), ..ContainerExits::default() }
+            }
             Err(error) => return Err(error),
         };
         // The records in the spool are stored by now, or lost as they are lost with a pod.
         let _ = fs::remove_dir_all(&folder);
         let trouble = ends.trouble.clone();
         status(&mut pod, ends, stop.is_cancelled());
-        Ok(Over { pod, trouble })
+        Ok(AttemptResult { pod, trouble })
     }
 
     async fn contained(
@@ -129,7 +131,7 @@ impl Surroundings<'_> {
         pod: &Pod,
         (token, folder): (&Path, &Path),
         stop: &CancellationToken,
-    ) -> Result<Ends, RunError> {
+    ) -> Result<ContainerExits, RunError> {
         let Options { runtime, belay, .. } = self.options;
         let (hold, listener) = Hold::start(belay).await?;
         let cell = self.cell(&self.validated.agent(number), folder)?;
@@ -138,7 +140,11 @@ impl Surroundings<'_> {
         let containment = probe::from_within((runtime, &cell), &hold, &controls, (belay, folder)).await?;
         if !containment.contained {
             let trouble = format!("containment is not proven: {}", containment.breaches.join("; "));
-            return Ok(Ends { probe: Some(i32::from(wire::EXIT_UNPROVEN)), trouble: Some(trouble), ..Ends::default() });
+            return Ok(ContainerExits {
+                probe: Some(i32::from(wire::EXIT_UNPROVEN)),
+                trouble: Some(trouble),
+                ..ContainerExits::default()
+            });
         }
         let parts = harness::Parts {
             config: self.config(number, &controls),
@@ -162,7 +168,7 @@ impl Surroundings<'_> {
         parts: harness::Parts,
         (listener, cell, hold, folder): (std::net::TcpListener, &Cell, &Hold, &Path),
         stop: &CancellationToken,
-    ) -> Result<Ends, RunError> {
+    ) -> Result<ContainerExits, RunError> {
         self.step("opening the evidence log");
         let (serves, serving) = oneshot::channel();
         let (over, end) = oneshot::channel();
@@ -178,11 +184,11 @@ impl Surroundings<'_> {
             ended = &mut harness => return Ok(without_agent(said(ended))),
             () = stop.cancelled() => {
                 harness.abort();
-                return Ok(Ends { probe: Some(0), harness: Some(1), ..Ends::default() });
+                return Ok(ContainerExits { probe: Some(0), harness: Some(1), ..ContainerExits::default() });
             }
             Ok(()) = serving => {}
         }
-        let mut ends = Ends { probe: Some(0), ..Ends::default() };
+        let mut ends = ContainerExits { probe: Some(0), ..ContainerExits::default() };
         let agent = self.options.runtime.start(cell, hold, (&self.options.belay, &folder.join("agent")));
         let mut agent = match agent {
             Ok(agent) => agent,
@@ -194,7 +200,7 @@ impl Surroundings<'_> {
             }
         };
         let started = Timestamp::now();
-        let _ = self.tell.send(Told::Started { attempt: number });
+        let _ = self.tell.send(RunEvent::Started { attempt: number });
         let room = Arc::new(Semaphore::new(WAITING));
         let words =
             [self.listen(agent.stdout.take(), false, room.clone()), self.listen(agent.stderr.take(), true, room)];
@@ -223,8 +229,8 @@ impl Surroundings<'_> {
             beyond = watch::until_beyond(pid, memory, sandbox::PROCESSES) => {
                 let trouble;
                 (reason, trouble) = match beyond {
-                    Beyond::Memory => ("OOMKilled", format!("the agent held more than {} of memory", plan.memory.as_str())),
-                    Beyond::Processes => ("Error", format!("the agent had more than {} processes", sandbox::PROCESSES)),
+                    LimitExceeded::Memory => ("OOMKilled", format!("the agent held more than {} of memory", plan.memory.as_str())),
+                    LimitExceeded::Processes => ("Error", format!("the agent had more than {} processes", sandbox::PROCESSES)),
                 };
                 ends.trouble = Some(trouble);
                 kill(&mut agent).await
@@ -250,7 +256,7 @@ impl Surroundings<'_> {
     /// Returns a function that reports each record.
     fn follow(&self) -> Follow {
         let tell = self.tell.clone();
-        Box::new(move |record, _| drop(tell.send(Told::Record(Box::new(record.clone())))))
+        Box::new(move |record, _| drop(tell.send(RunEvent::Record(Box::new(record.clone())))))
     }
 
     /// Reports an agent's output, line by line.
@@ -283,15 +289,15 @@ impl Surroundings<'_> {
                 match room.clone().try_acquire_many_owned(size) {
                     Ok(slot) => {
                         if lost > 0 {
-                            let _ = tell.send(Told::Lost(std::mem::take(&mut lost)));
+                            let _ = tell.send(RunEvent::Lost(std::mem::take(&mut lost)));
                         }
-                        let _ = tell.send(Told::Said { error, line, goes_on, slot: Slot(Arc::new(slot)) });
+                        let _ = tell.send(RunEvent::Said { error, line, goes_on, slot: Slot(Arc::new(slot)) });
                     }
                     Err(_) => lost = lost.saturating_add(1),
                 }
             }
             if lost > 0 {
-                let _ = tell.send(Told::Lost(lost));
+                let _ = tell.send(RunEvent::Lost(lost));
             }
         })
     }
@@ -482,8 +488,8 @@ fn code(ended: &Result<Ended, String>) -> i32 {
     i32::from(ended.as_ref().map_or(1, |ended| ended.exit_code()))
 }
 
-fn without_agent(ended: Result<Ended, String>) -> Ends {
-    Ends { probe: Some(0), harness: Some(code(&ended)), agent: None, trouble: trouble(&ended) }
+fn without_agent(ended: Result<Ended, String>) -> ContainerExits {
+    ContainerExits { probe: Some(0), harness: Some(code(&ended)), agent: None, trouble: trouble(&ended) }
 }
 
 /// Returns what the user needs to know about the harness's end, beside the failure class and the reason.
@@ -498,7 +504,7 @@ fn trouble(ended: &Result<Ended, String>) -> Option<String> {
 }
 
 /// Writes the containers' ends to the pod's status, as a kubelet does.
-fn status(pod: &mut Pod, ends: Ends, deleted: bool) {
+fn status(pod: &mut Pod, ends: ContainerExits, deleted: bool) {
     let now = Timestamp::now();
     let terminated = |code: i32, reason: &str, started: Option<Timestamp>| ContainerState {
         terminated: Some(ContainerStateTerminated {
@@ -539,7 +545,7 @@ mod tests {
     use super::*;
     use crate::{api::agent_task::FailureClass, lifecycle::observe};
 
-    fn end(ends: Ends, deleted: bool) -> (Option<FailureClass>, &'static str) {
+    fn end(ends: ContainerExits, deleted: bool) -> (Option<FailureClass>, &'static str) {
         let mut pod = Pod::default();
         pod.metadata.labels = Some(names::labels("t", "uid", 1));
         status(&mut pod, ends, deleted);
@@ -567,7 +573,8 @@ mod tests {
     #[test]
     fn an_end_here_means_what_it_means_in_a_cluster() {
         use FailureClass::{Agent, Budget, Dependency, Infrastructure, Policy};
-        let ends = |harness: u8, agent| Ends { probe: Some(0), harness: Some(harness.into()), agent, trouble: None };
+        let ends =
+            |harness: u8, agent| ContainerExits { probe: Some(0), harness: Some(harness.into()), agent, trouble: None };
         for (ends, expected) in [
             (ends(0, agent(0, "Completed")), (None, "AgentSucceeded")),
             (ends(0, agent(3, "Completed")), (Some(Agent), "NonZeroExit")),
@@ -578,10 +585,10 @@ mod tests {
             (ends(wire::EXIT_PARKED, agent(137, "Completed")), (Some(Dependency), "EvidenceUnavailable")),
             (ends(wire::EXIT_LOG_FAILED, agent(0, "Completed")), (Some(Infrastructure), "LogFailed")),
             (
-                Ends { probe: Some(wire::EXIT_UNPROVEN.into()), ..Ends::default() },
+                ContainerExits { probe: Some(wire::EXIT_UNPROVEN.into()), ..ContainerExits::default() },
                 (Some(Infrastructure), "ContainmentUnproven"),
             ),
-            (Ends { probe: Some(1), ..Ends::default() }, (Some(Infrastructure), "ProbeFailed")),
+            (ContainerExits { probe: Some(1), ..ContainerExits::default() }, (Some(Infrastructure), "ProbeFailed")),
             (ends(1, None), (Some(Infrastructure), "PodFailed")),
         ] {
             assert_eq!(end(ends, false), expected);

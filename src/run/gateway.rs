@@ -12,7 +12,7 @@ use tokio::{net::TcpListener, sync::mpsc::UnboundedSender, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    RunError, Told,
+    RunError, RunEvent,
     objects::{self, Api},
     store::Kept,
 };
@@ -47,7 +47,7 @@ pub struct Settings {
     /// A PEM file of certificate authorities to trust for upstreams, in addition to the web's.
     pub upstream_ca: Option<PathBuf>,
     /// The receiver of the reasons why calls were not made.
-    pub tell: UnboundedSender<Told>,
+    pub tell: UnboundedSender<RunEvent>,
 }
 
 /// A running gateway.
@@ -106,7 +106,7 @@ pub async fn start(api: &Arc<Api>, kept: Kept, settings: Settings) -> Result<Ser
     let tell = settings.tell;
     let gateway = Arc::new(gateway.telling(Box::new(move |intent, refused| {
         // The receiver may be gone.
-        let _ = tell.send(Told::Unmade { call: call_id(intent), reason: refused.reason.clone() });
+        let _ = tell.send(RunEvent::Unmade { call: call_id(intent), reason: refused.reason.clone() });
     })));
     let (tls, ca) = certificate()?;
     let own = async || TcpListener::bind("127.0.0.1:0").await.map_err(|error| failed(&error));
@@ -115,7 +115,7 @@ pub async fn start(api: &Arc<Api>, kept: Kept, settings: Settings) -> Result<Ser
     let (address, canary) = (at(&listener)?, at(&singer)?);
     let serving = vec![
         tokio::spawn(listen::serve(listener, Arc::new(tls), gateway, metrics, stop.clone())),
-        tokio::spawn(async move { match canary::sing(singer).await {} }),
+        tokio::spawn(async move { match canary::serve(singer).await {} }),
         tokio::spawn(telling),
     ];
     Ok(Serving { address, canary, ca, witness, stop, serving })

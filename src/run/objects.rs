@@ -22,7 +22,7 @@ use kube::{
 use ring::rand::{SecureRandom, SystemRandom};
 use tokio::sync::mpsc::UnboundedSender;
 
-use super::{RunError, Told};
+use super::{RunError, RunEvent};
 use crate::{
     api::{AgentTask, ApprovalRequest, PolicyPack, ToolContract},
     gateway::{
@@ -32,11 +32,11 @@ use crate::{
         usage::WriteUsage,
     },
     lenient::Lenient,
-    plan::names,
     policy::{
         approval::{Answer, Vote},
         config::Usage,
     },
+    render::names,
     wire,
 };
 
@@ -121,12 +121,12 @@ pub struct Api {
     approvals: Written<ApprovalRequest>,
     secrets: Written<Secret>,
     tokens: Mutex<HashMap<String, UserInfo>>,
-    tell: UnboundedSender<Told>,
+    tell: UnboundedSender<RunEvent>,
 }
 
 impl Api {
     /// Creates the stores of these objects. New approval requests are sent to `tell`.
-    pub fn new(objects: &Objects, tell: UnboundedSender<Told>) -> Self {
+    pub fn new(objects: &Objects, tell: UnboundedSender<RunEvent>) -> Self {
         Self {
             tasks: Written::of([objects.task.clone()]),
             contracts: Written::of(objects.contracts.iter().cloned()),
@@ -248,7 +248,7 @@ impl Create for Api {
             request.metadata.uid = Some(random_uid().map_err(|error| error.to_string())?);
             self.approvals.apply(request.clone());
             // The receiver may be gone. Then no approver decides, and the request expires.
-            let _ = self.tell.send(Told::Asked(Box::new(request.clone())));
+            let _ = self.tell.send(RunEvent::Asked(Box::new(request.clone())));
             Ok(request)
         })
     }

@@ -16,7 +16,7 @@ use super::{
         root::{self, Image},
     },
 };
-use crate::plan::{Finding, agent::Agent, validated::Validated, validated::Workload};
+use crate::render::{Finding, agent::Agent, validated::Validated, validated::Workload};
 
 /// The paths of the task's folder in the sandbox. The second is used if the task has something else at the first.
 const WORKSPACE: [&str; 2] = ["/workspace", "/task"];

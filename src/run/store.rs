@@ -13,7 +13,7 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use tokio::sync::mpsc::UnboundedSender;
 
-use super::Told;
+use super::RunEvent;
 use crate::{
     evidence::store::{PutError, Retention, Store, StoreError, StoredObject, dir::Dir},
     gateway::witness::Buckets,
@@ -42,13 +42,13 @@ pub struct Kept {
 /// Reports why evidence cannot be stored. The same reason is reported once in a row, however often storing is tried.
 #[derive(Clone)]
 pub struct Troubles {
-    tell: UnboundedSender<Told>,
+    tell: UnboundedSender<RunEvent>,
     last: Arc<Mutex<String>>,
 }
 
 impl Troubles {
     /// Creates a reporter that sends to `tell`.
-    pub fn new(tell: UnboundedSender<Told>) -> Self {
+    pub fn new(tell: UnboundedSender<RunEvent>) -> Self {
         Self { tell, last: Arc::default() }
     }
 
@@ -60,7 +60,7 @@ impl Troubles {
         let (text, mut last) = (error.to_string(), self.last.lock().unwrap_or_else(PoisonError::into_inner));
         if *last != text {
             // The receiver may be gone.
-            let _ = self.tell.send(Told::Trouble(text.clone()));
+            let _ = self.tell.send(RunEvent::Trouble(text.clone()));
             *last = text;
         }
     }

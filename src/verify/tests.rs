@@ -24,7 +24,7 @@ use crate::{
     },
     policy::{
         access::{Assessment, Score},
-        approval::{Answer, AskedBy, Standing, Vote},
+        approval::{Answer, ApprovalSource, ApprovalState, Vote},
         config::{
             AccessRule, HttpMethod, HttpUpstream, Idempotency, ModelPrice, Risk, RiskTerm, RollbackOf, RuleDecision,
             Sensitivity, SideEffect, Upstream,
@@ -532,7 +532,7 @@ fn approved() -> Script {
     let said = |standing, decisions| record::Approval {
         name: "t-1".into(),
         uid: "u".into(),
-        by: AskedBy::Contract,
+        by: ApprovalSource::Contract,
         tool: "write".into(),
         request_digest: "ab".repeat(32),
         required: 2,
@@ -541,8 +541,8 @@ fn approved() -> Script {
         standing,
         decisions,
     };
-    let asked = Event::ApprovalRequested(said(Standing::Pending, vec![]));
-    let decided = Event::ApprovalDecided(said(Standing::Approved, vec![vote("ana"), vote("bob")]));
+    let asked = Event::ApprovalRequested(said(ApprovalState::Pending, vec![]));
+    let decided = Event::ApprovalDecided(said(ApprovalState::Approved, vec![vote("ana"), vote("bob")]));
     script.segments[4].splice(1..1, [record(2, asked), record(2, decided)]);
     change_intent(&mut script, 10, |i| i.approvals = vec!["t-1".into()]);
     script.count();
@@ -567,7 +567,7 @@ fn change_decided(script: &mut Script, change: impl Fn(&mut record::Approval)) {
 #[case::a_no_among_them(9, |s: &mut Script| change_decided(s, |a| a.decisions[1].decision = Answer::Deny))]
 #[case::fewer_than_the_contract(9, |s: &mut Script| change_decided(s, |a| a.required = 1))]
 #[case::for_another_call(9, |s: &mut Script| change_decided(s, |a| a.request_digest = "cd".repeat(32)))]
-#[case::on_another_account(9, |s: &mut Script| change_decided(s, |a| a.by = AskedBy::Pack))]
+#[case::on_another_account(9, |s: &mut Script| change_decided(s, |a| a.by = ApprovalSource::Pack))]
 #[case::of_another_tool(9, |s: &mut Script| change_decided(s, |a| a.tool = "search".into()))]
 #[case::twice(11, |s: &mut Script| {
     s.segments[4].push(record(2, intent("e", Channel::Tool, "write", 0)));

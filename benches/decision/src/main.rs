@@ -17,7 +17,7 @@ use belay::policy::{
     budget::Budget,
     commit::Salt,
     config::{PolicyConfig, Usage},
-    decide::{Arguments, Contracts, Known, Results},
+    decide::{Arguments, Contracts, DecisionInputs, Results},
 };
 use measure::{Measure, percentile};
 use serde_json::{Value, json};
@@ -89,7 +89,7 @@ impl Belay {
 impl Side for Belay {
     fn allows(&self, tool: &str, args: &str) -> bool {
         let usage = Usage { tool_calls: 7, ..Usage::default() };
-        let known = Known { usage, ignored: 0, results: &self.results };
+        let known = DecisionInputs { usage, ignored: 0, results: &self.results };
         let decision = black_box(self.contracts.decide(tool, Arguments::Text(args.as_bytes()), known, &self.salt));
         let mut budget = Budget::resume(self.contracts.policy().limits, usage);
         decision.verdict.is_ok() && budget.reserve_tool_call().is_ok()

@@ -7,8 +7,8 @@ use serde_json::{Map, Value, json};
 
 use crate::{
     cli::terminal::Safe,
-    plan::schema,
     policy::{config::SideEffect, definition::Definition},
+    render::schema,
 };
 
 /// The maximum length of a contract's description, as in the CRD.

@@ -12,7 +12,7 @@ use crate::{
         record::{Channel, Effect, Event, Intent, Outcome, Record},
         segment::Segment,
     },
-    policy::{approval::Standing, config::Usage, price},
+    policy::{approval::ApprovalState, config::Usage, price},
     verify::Report,
 };
 
@@ -195,10 +195,10 @@ fn step(record: &Record) -> Step {
                 .collect();
             let by = if by.is_empty() { "by nobody".to_owned() } else { format!("by {}", by.join(", ")) };
             let (tone, word) = match asked.standing {
-                Standing::Approved => (Tone::Good, "approved"),
-                Standing::Denied => (Tone::Bad, "refused"),
-                Standing::Expired => (Tone::Bad, "expired"),
-                Standing::Pending => (Tone::Warn, "pending"),
+                ApprovalState::Approved => (Tone::Good, "approved"),
+                ApprovalState::Denied => (Tone::Bad, "refused"),
+                ApprovalState::Expired => (Tone::Bad, "expired"),
+                ApprovalState::Pending => (Tone::Warn, "pending"),
             };
             (tone, word, asked.tool.clone(), format!("{by}; {}", asked.name), vec![])
         }

@@ -31,8 +31,8 @@ use crate::{
         all_crds,
         policy_pack::{EgressRule, EvidencePolicy, Models, RetentionMode, StatePolicy, WorkflowClass},
     },
-    plan::{Finding, alone, config, names, pack_among, validated},
     policy::config::{EgressUse, SideEffect},
+    render::{Finding, config, names, pack_among, standalone, validated},
 };
 
 /// The default namespace of the operator and the gateway, in which no task may run.
@@ -148,13 +148,13 @@ pub(in crate::cli) fn lint(sources: &[Source], namespace: &str) -> Result<Outcom
     found.twice(&objects);
     let (contracts, packs) = (typed::<ToolContract>(&objects), typed::<PolicyPack>(&objects));
     for (object, contract) in &contracts {
-        found.alone(object, alone::contract(contract));
-        for finding in alone::advice(contract).into_iter().chain(cost::contract(contract)) {
+        found.alone(object, standalone::contract(contract));
+        for finding in standalone::advice(contract).into_iter().chain(cost::contract(contract)) {
             found.add_at_field(&object.entry, Severity::Warning, finding);
         }
     }
     for (object, pack) in &packs {
-        found.alone(object, alone::pack(pack));
+        found.alone(object, standalone::pack(pack));
         let plain: Vec<&ToolContract> = contracts.iter().map(|(_, contract)| *contract).collect();
         for one in config::in_the_clear(pack, &plain) {
             found.add_at_field(&object.entry, Severity::Warning, one.finding.own());
@@ -242,7 +242,7 @@ impl<'s> Found<'s> {
         }
     }
 
-    /// Adds a finding of `plan`. Its field gives the position.
+    /// Adds a finding of `render`. Its field gives the position.
     fn add_at_field(&mut self, entry: &Entry<'_>, severity: Severity, finding: Finding) {
         self.add(entry, entry.node.at_path(&finding.field), severity, finding);
     }

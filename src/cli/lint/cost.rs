@@ -11,7 +11,7 @@ use cel::{
 };
 use serde_json::Value;
 
-use crate::{api::ToolContract, plan::Finding, policy::json::pointer_token};
+use crate::{api::ToolContract, policy::json::pointer_token, render::Finding};
 
 /// Returns the parts of a contract that may take too long.
 pub(super) fn contract(contract: &ToolContract) -> Vec<Finding> {

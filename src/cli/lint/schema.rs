@@ -19,7 +19,7 @@ use kube::core::cel;
 use serde_json::{Map, Value, json};
 
 use super::document::{Node, Place};
-use crate::{plan::Finding, policy::json::pointer_token};
+use crate::{policy::json::pointer_token, render::Finding};
 
 /// The maximum length of a value in a message.
 const LONGEST: usize = 80;

@@ -13,8 +13,8 @@ use super::given::{Credential, Resolved, Server};
 use crate::{
     api::{ToolContract, policy_pack::WorkflowClass},
     cli::lint::Diagnostic,
-    plan::config,
     policy::{egress::HostPattern, hostname::Hostname},
+    render::config,
     run::objects::Objects,
 };
 

@@ -23,7 +23,7 @@ use super::super::{
 use crate::{
     api::{AgentTask, PolicyPack, ToolContract, policy_pack::Credential},
     gateway::{credentials::trimmed, forms::Forms},
-    plan::{config, names, pack_for},
+    render::{config, names, pack_for},
     run::objects::{self, Objects},
 };
 

@@ -35,7 +35,7 @@ use crate::{
     evidence::record::{Event, Record},
     output::{Kept, Output},
     policy::approval::Answer,
-    run::{Outcome, RunError, Told, objects::Api},
+    run::{Outcome, RunError, RunEvent, objects::Api},
 };
 
 /// The reason of an attempt whose wall time is over.
@@ -100,7 +100,7 @@ impl<'p> Front<'p> {
     pub(super) async fn show(
         &mut self,
         running: impl Future<Output = Result<Outcome, RunError>>,
-        told: &mut UnboundedReceiver<Told>,
+        told: &mut UnboundedReceiver<RunEvent>,
     ) -> Result<Outcome, RunError> {
         let mut running = std::pin::pin!(running);
         let mut tick = interval(TICK);
@@ -121,16 +121,16 @@ impl<'p> Front<'p> {
         ended
     }
 
-    fn told(&mut self, told: Told) {
-        if let Told::Asked(request) = &told {
+    fn told(&mut self, told: RunEvent) {
+        if let RunEvent::Asked(request) = &told {
             self.asked(request);
         }
         if self.output == Form::Json {
             return self.told_as_json(told);
         }
         match told {
-            Told::Step(step) => self.view.notice(&step),
-            Told::Started { attempt } => {
+            RunEvent::Step(step) => self.view.notice(&step),
+            RunEvent::Started { attempt } => {
                 self.task.status = Some(AgentTaskStatus {
                     phase: Some(Phase::Running),
                     attempt: Some(attempt),
@@ -138,25 +138,25 @@ impl<'p> Front<'p> {
                 });
                 self.view.task(&self.task);
             }
-            Told::Record(record) => self.view.record(record.attempt, &record),
-            Told::Said { line, slot, .. } => {
+            RunEvent::Record(record) => self.view.record(record.attempt, &record),
+            RunEvent::Said { line, slot, .. } => {
                 self.view.said(&line);
                 self.slots.push(Box::new(slot));
             }
-            Told::Lost(lines) => self.view.notice(missing(lines).trim_end()),
-            Told::Asked(_) => {}
-            Told::Unmade { call, reason } => self.view.unmade(&call, reason),
-            Told::Trouble(trouble) => self.view.notice(&trouble),
-            Told::Pause(until) => self.view.notice(&format!("another attempt at {until:.0}")),
+            RunEvent::Lost(lines) => self.view.notice(missing(lines).trim_end()),
+            RunEvent::Asked(_) => {}
+            RunEvent::Unmade { call, reason } => self.view.unmade(&call, reason),
+            RunEvent::Trouble(trouble) => self.view.notice(&trouble),
+            RunEvent::Pause(until) => self.view.notice(&format!("another attempt at {until:.0}")),
         }
     }
 
-    fn told_as_json(&mut self, told: Told) {
+    fn told_as_json(&mut self, told: RunEvent) {
         let line = match &told {
-            Told::Step(step) => json!({"event": "step", "step": step}),
-            Told::Started { attempt } => json!({"event": "started", "attempt": attempt}),
-            Told::Record(record) => json!({"event": "record", "record": brief(record)}),
-            Told::Said { error, line, goes_on, .. } => {
+            RunEvent::Step(step) => json!({"event": "step", "step": step}),
+            RunEvent::Started { attempt } => json!({"event": "started", "attempt": attempt}),
+            RunEvent::Record(record) => json!({"event": "record", "record": brief(record)}),
+            RunEvent::Said { error, line, goes_on, .. } => {
                 let mut said =
                     json!({"event": "said", "stream": if *error { "stderr" } else { "stdout" }, "line": line});
                 if let Some(said) = said.as_object_mut().filter(|_| *goes_on) {
@@ -164,14 +164,16 @@ impl<'p> Front<'p> {
                 }
                 said
             }
-            Told::Lost(lines) => json!({"event": "lost", "lines": lines}),
-            Told::Asked(request) => json!({"event": "approval", "name": request.name_any(), "request": request.spec}),
-            Told::Unmade { call, reason } => json!({"event": "unmade", "call": call, "reason": reason}),
-            Told::Trouble(trouble) => json!({"event": "trouble", "trouble": trouble}),
-            Told::Pause(until) => json!({"event": "pause", "until": until.to_string()}),
+            RunEvent::Lost(lines) => json!({"event": "lost", "lines": lines}),
+            RunEvent::Asked(request) => {
+                json!({"event": "approval", "name": request.name_any(), "request": request.spec})
+            }
+            RunEvent::Unmade { call, reason } => json!({"event": "unmade", "call": call, "reason": reason}),
+            RunEvent::Trouble(trouble) => json!({"event": "trouble", "trouble": trouble}),
+            RunEvent::Pause(until) => json!({"event": "pause", "until": until.to_string()}),
         };
         let kept: Vec<Kept> = match told {
-            Told::Said { slot, .. } => vec![Box::new(slot)],
+            RunEvent::Said { slot, .. } => vec![Box::new(slot)],
             _ => vec![],
         };
         self.out.say_kept(format!("{line}\n").into_bytes(), kept);

@@ -15,7 +15,7 @@ use crate::{
     },
     evidence::record::{AttemptOpened, Channel, Denied, Effect, Event, Intent, Outcome, Record},
     policy::{
-        approval::Standing,
+        approval::ApprovalState,
         config::{Limits, ModelEndpoints, Usage},
         model::api::Api,
         price,
@@ -213,7 +213,7 @@ impl View {
                 let by: Vec<&str> = asked.decisions.iter().map(|vote| vote.by.as_str()).collect();
                 let by = if by.is_empty() { String::new() } else { format!(" by {}", Safe(&by.join(", "))) };
                 let text = format!("  {} {:?}{by}", Safe(&asked.tool), asked.standing);
-                let good = asked.standing == Standing::Approved;
+                let good = asked.standing == ApprovalState::Approved;
                 self.push(at, &if good { paint.good(text) } else { paint.bad(text) });
             }
             Event::ContainmentChecked(seen) if seen.contained => {

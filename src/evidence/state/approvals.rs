@@ -7,7 +7,7 @@ use jiff::Timestamp;
 use super::{Findings, LogRule, TaskState};
 use crate::{
     evidence::{fits, record::Approval},
-    policy::approval::{self, Standing},
+    policy::approval::{self, ApprovalState},
 };
 
 impl TaskState {
@@ -33,10 +33,10 @@ impl TaskState {
             return Err(format!("expected {expected} to have to approve, found {found}"));
         }
         let barred = [Some(policy.task.principal.as_str()), policy.task.requester.as_deref()];
-        let asked = approval::Asked { required: needs.required, barred, expires };
+        let asked = approval::ApprovalTerms { required: needs.required, barred, expires };
         // Only the gateway's clock can say whether a request has expired. This is the state by the decisions alone.
         let voted = approval::standing(&asked, decisions, Timestamp::MIN);
-        if *standing != voted && !(*standing == Standing::Expired && voted != Standing::Denied) {
+        if *standing != voted && !(*standing == ApprovalState::Expired && voted != ApprovalState::Denied) {
             return Err(format!("expected approval {name} to be {voted:?} by its decisions, found it {standing:?}"));
         }
         Ok(())

@@ -9,7 +9,7 @@ use crate::{
         record::{AttemptOpened, Event, Record},
         rollback::Undoing,
     },
-    policy::{access::Guard, budget::Spent, config::ToolUsage},
+    policy::{access::AccessPolicy, budget::Spent, config::ToolUsage},
 };
 
 impl TaskState {
@@ -51,7 +51,10 @@ impl TaskState {
             format!("expected the policy of {}, found one of task UID {uid}", self.origin)
         });
         if found.asks(LogRule::AttemptPolicy) {
-            found.expect_ok(LogRule::AttemptPolicy, Guard::compile(&opened.policy).map_err(|error| error.to_string()));
+            found.expect_ok(
+                LogRule::AttemptPolicy,
+                AccessPolicy::compile(&opened.policy).map_err(|error| error.to_string()),
+            );
         }
         let origin = opened.rollback.as_ref().map(|plan| plan.origin.as_str());
         let expected = opened.policy.task.rollback_of.as_ref().map(|of| note::origin(&of.uid));
@@ -91,7 +94,7 @@ impl TaskState {
             self.policy = Some(Arc::new(Policy {
                 config: opened.policy.clone(),
                 digest: opened.policy.digest().unwrap_or_default().into(),
-                guard: self.asks(LogRule::CallAssessment).then(|| Guard::compile(&opened.policy).ok()).flatten(),
+                guard: self.asks(LogRule::CallAssessment).then(|| AccessPolicy::compile(&opened.policy).ok()).flatten(),
             }));
         }
         // The harness that would have reported the outcomes of open calls is gone.

@@ -13,8 +13,8 @@ use crate::{
         rollback::{self, Leaving},
     },
     policy::{
-        access::{Asked, Assessment},
-        approval::AskedBy,
+        access::{AccessRequest, Assessment},
+        approval::ApprovalSource,
         budget::Spent,
         config::{HttpUpstream, Idempotency, Sensitivity, SideEffect, Upstream, Usage},
         ledger::{self, Found},
@@ -232,21 +232,23 @@ impl TaskState {
         let Intent { target, effect, .. } = intent;
         let given = self.approvals.usable(&intent.approvals, target, intent.request_digest.as_deref());
         let given = found.expect_ok(LogRule::ApprovalUsed, given).unwrap_or_default();
-        let needs = |by: AskedBy| {
+        let needs = |by: ApprovalSource| {
             format!("expected a call of {target} to be approved on account of the {}, found none", by.as_str())
         };
         let tool = self.tool(target);
         let always = tool.and_then(|tool| tool.approval.as_ref()).is_some_and(|needs| needs.when.is_none());
-        found.expect(LogRule::ApprovalByContract, !always || given.contains(&AskedBy::Contract), || {
-            needs(AskedBy::Contract)
+        found.expect(LogRule::ApprovalByContract, !always || given.contains(&ApprovalSource::Contract), || {
+            needs(ApprovalSource::Contract)
         });
         // An unknown tool is a finding of its own.
         let Some((tool, effect)) = tool.zip(*effect) else { return };
         let Some(guard) = self.policy.as_deref().and_then(|policy| policy.guard.as_ref()) else { return };
-        let asked = Asked { tool, effect, usage: self.usage, seen: self.seen };
+        let asked = AccessRequest { tool, effect, usage: self.usage, seen: self.seen };
         let passed = found.expect_ok(LogRule::CallAssessment, guard.replay(asked, intent.assessment.as_ref()));
         let by_pack = passed.is_some_and(|passed| !passed.because.is_empty());
-        found.expect(LogRule::ApprovalByPack, !by_pack || given.contains(&AskedBy::Pack), || needs(AskedBy::Pack));
+        found.expect(LogRule::ApprovalByPack, !by_pack || given.contains(&ApprovalSource::Pack), || {
+            needs(ApprovalSource::Pack)
+        });
     }
 
     /// Returns the definition with which the newest attempt first called a tool.

@@ -11,7 +11,7 @@ use crate::{
     },
     policy::{
         access::Assessment,
-        approval::{AskedBy, Standing},
+        approval::{ApprovalSource, ApprovalState},
         config::{AccessRule, DataPattern, Idempotency, ModelPrice, RuleDecision},
         ledger,
     },
@@ -157,13 +157,13 @@ fn asked(change: impl FnOnce(&mut record::Approval)) -> Event {
     let mut approval = record::Approval {
         name: "t-1".into(),
         uid: "u".into(),
-        by: AskedBy::Contract,
+        by: ApprovalSource::Contract,
         tool: "write".into(),
         request_digest: hex("ab"),
         required: 1,
         expires: "2026-11-23T10:01:00Z".into(),
         because: vec![],
-        standing: Standing::Pending,
+        standing: ApprovalState::Pending,
         decisions: vec![],
     };
     change(&mut approval);

@@ -162,7 +162,7 @@ fn facts(channel: Channel, target: &str, effect: Option<SideEffect>) -> IntentFa
     Channel::Tool,
     "https://tools.world.test/mcp",
     facts(Channel::Tool, "drop", Some(SideEffect::Write)),
-    Err(Rule::ToolKnown)
+    Err(Rule::ToolUnknown)
 )]
 #[case::harmless_by_its_own_word(
     Channel::Tool,
@@ -460,7 +460,8 @@ fn a_pin_is_asked_for_again() {
 )]
 #[case::resource_in_a_listing(Channel::Listing, r#"{"id":1,"method":"resources/read"}"#, Err(Rule::IntentMissing))]
 fn messages(#[case] channel: Channel, #[case] body: &str, #[case] expected: Result<(), Rule>) {
-    let found = says(&compiled(), channel, (&facts(channel, "write", None), &testing::salt()), body.as_bytes());
+    let found =
+        parse_mcp_message(&compiled(), channel, (&facts(channel, "write", None), &testing::salt()), body.as_bytes());
     assert_eq!(found.as_ref().map(|_| ()).map_err(|e| e.rule), expected);
     let arguments = found.ok().flatten();
     assert_eq!(arguments, (expected.is_ok() && channel == Channel::Tool).then(|| json!({})));
@@ -625,8 +626,8 @@ fn contract_and_pack_are_asked_again(
 
 /// Only fast evaluations run inline.
 #[rstest]
-#[case::plain(quick::SHORT, |p: &mut PolicyConfig| p.tools[1].preconditions = vec![condition("args.n < 5")], true)]
-#[case::long_arguments(quick::SHORT + 1, |_: &mut PolicyConfig| (), false)]
+#[case::plain(cost::SHORT, |p: &mut PolicyConfig| p.tools[1].preconditions = vec![condition("args.n < 5")], true)]
+#[case::long_arguments(cost::SHORT + 1, |_: &mut PolicyConfig| (), false)]
 #[case::a_schema_with_a_pattern(9, |p: &mut PolicyConfig| p.tools[1].input = json!({"properties": {"n": {"pattern": "^(a+)+$"}}}), false)]
 #[case::a_loop(9, |p: &mut PolicyConfig| p.tools[1].preconditions = vec![condition("args.n.all(x, x > 1)")], false)]
 #[case::a_loop_of_the_packs(9, |p: &mut PolicyConfig| p.access.rules = vec![rule("all", RuleDecision::Allow, Some("args.n.all(x, x > 1)"))], false)]
@@ -635,7 +636,7 @@ fn only_what_is_quick_is_judged_where_it_is(
     #[case] change: fn(&mut PolicyConfig),
     #[case] expected: bool,
 ) {
-    assert_eq!(is_quick(&with(change), &to_write(&json!({"n": 1})), length), expected);
+    assert_eq!(is_bounded_cost(&with(change), &to_write(&json!({"n": 1})), length), expected);
 }
 
 /// The evaluation uses the counters and the data that the log had before the call.
@@ -685,7 +686,7 @@ fn an_effect_is_the_contracts_or_what_a_server_makes_of_it(
             over_http(&mut policy.tools[1]);
         }
     });
-    let found = called(&compiled, 1, &IntentFacts { effect: Some(named), ..to_write(&json!({})) });
+    let found = resolve_tool(&compiled, 1, &IntentFacts { effect: Some(named), ..to_write(&json!({})) });
     assert_eq!(found.map(|_| ()).map_err(|e| e.rule), if expected { Ok(()) } else { Err(Rule::ToolEffect) });
 }
 

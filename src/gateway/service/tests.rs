@@ -715,7 +715,7 @@ async fn what_an_idempotent_call_answered_is_kept_for_the_tasks_own_attempts() {
     let digest = testing::salt().bytes(b"{}");
     let kept = world.post("harness-1", wire::RESULT_KEEP, &keep(1, "{}")).await.unwrap();
     assert_eq!(kept["digest"], digest);
-    let get = |call: &str, digest: &str| wire::KeptOf { call: call.into(), digest: digest.into() };
+    let get = |call: &str, digest: &str| wire::StateRef { call: call.into(), digest: digest.into() };
     let found = world.post("harness-1", wire::RESULT_GET, &get("a", &digest)).await.unwrap();
     assert_eq!(found["result"], "{}");
     for of in [get("b", &digest), get("a", "00"), get("../a", &digest)] {

@@ -21,7 +21,7 @@ use crate::{
     },
     gateway::refusal::Refused,
     policy::{
-        approval::Exact,
+        approval::CallKey,
         config::{Limits, Sensitivity, Usage},
         rule::Rule,
     },
@@ -134,7 +134,7 @@ impl History {
     }
 
     /// Returns the state of the log before a call that needs approval.
-    pub fn before(&self, call: &Exact) -> Before {
+    pub fn before(&self, call: &CallKey) -> Before {
         Before { made: self.state.approvals().made(call), usage: self.state.usage(), seen: self.state.seen() }
     }
 

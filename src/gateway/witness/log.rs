@@ -68,7 +68,7 @@ pub struct Log {
     progress: watch::Sender<Progress>,
     /// Number of records that requests wait for to be in the bucket.
     wanted: AtomicU64,
-    hurry: Notify,
+    flush: Notify,
     /// The newest attempt whose records have lost their position.
     forked: AtomicI64,
 }
@@ -125,7 +125,7 @@ pub struct Batch {
 
 /// Whether a segment is queued.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Among {
+pub enum PendingMatch {
     /// The same segment is queued.
     Same,
     /// Another segment is queued in its position.
@@ -160,14 +160,14 @@ impl Log {
     }
 
     /// Returns whether a segment is queued.
-    pub fn among(&self, segment: &Segment) -> Among {
+    pub fn among(&self, segment: &Segment) -> PendingMatch {
         let state = self.state();
-        let Some(held) = state.held.iter().find(|held| held.end() > segment.first) else { return Among::None };
+        let Some(held) = state.held.iter().find(|held| held.end() > segment.first) else { return PendingMatch::None };
         let same = held.segment.note.text == segment.note.text && held.segment.records == segment.records;
         match (same, held.segment.first <= segment.first) {
-            (true, _) => Among::Same,
-            (false, true) => Among::Other,
-            (false, false) => Among::None,
+            (true, _) => PendingMatch::Same,
+            (false, true) => PendingMatch::Other,
+            (false, false) => PendingMatch::None,
         }
     }
 
@@ -175,7 +175,7 @@ impl Log {
     ///
     /// # Errors
     /// Returns [`Rule::Busy`] if too much is queued.
-    pub fn hold(&self, segment: Segment, after: History) -> Result<bool, Refused> {
+    pub fn enqueue(&self, segment: Segment, after: History) -> Result<bool, Refused> {
         let mut state = self.state();
         let held = Held::new(segment, after);
         let sum = |of: fn(&Held) -> usize| state.held.iter().chain([&held]).map(of).sum::<usize>();
@@ -187,7 +187,7 @@ impl Log {
         state.held.push_back(held);
         let starts = !std::mem::replace(&mut state.storing, true);
         if state.held.len() >= ENOUGH {
-            self.hurry.notify_one();
+            self.flush.notify_one();
         }
         self.tell(&state, false);
         Ok(starts)
@@ -211,13 +211,13 @@ impl Log {
                 return;
             }
             tokio::select! {
-                () = self.hurry.notified() => {}
+                () = self.flush.notified() => {}
                 () = tokio::time::sleep_until(since + LINGER) => return,
             }
         }
     }
 
-    /// Returns the next object: as many queued segments as one object may have. Returns `None` if there are none; the next [`Log::hold`]
+    /// Returns the next object: as many queued segments as one object may have. Returns `None` if there are none; the next [`Log::enqueue`]
     /// then tells its caller to start storing.
     pub fn batch(&self) -> Option<Batch> {
         let mut state = self.state();
@@ -322,7 +322,7 @@ impl Follow<'_> {
     /// Returns the failure of an attempt to store a segment since the subscription.
     pub async fn stored(mut self, size: u64) -> Result<Result<(), Lost>, Refused> {
         self.log.wanted.fetch_max(size, Ordering::Relaxed);
-        self.log.hurry.notify_one();
+        self.log.flush.notify_one();
         let from = self.from;
         let over = |now: &Progress| now.stored >= size || now.lost > from.lost || now.failed.0 > from.failed.0;
         let Ok(now) = self.progress.wait_for(over).await else { return Ok(Err(Lost)) };

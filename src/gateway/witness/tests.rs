@@ -5,7 +5,7 @@ use crate::{
     evidence::{
         log,
         record::{Channel, Effect, Intent, Outcome},
-        rollback::Standing,
+        rollback::CompensationState,
         store::Mode,
     },
     gateway::testing::{
@@ -96,7 +96,7 @@ fn opened_by(harness: &Harness, policy: &PolicyConfig, plan: Option<Plan>) -> Ev
 }
 
 /// Writes the log of a task that has written twice, at replica `a`. Returns its place.
-async fn ended(a: &Arc<Witness>) -> Place {
+async fn ended(a: &Arc<Witness>) -> LogLocation {
     let (policy, digest) = undone();
     let mut harness = Harness::new(1);
     let applied = |call| {
@@ -114,7 +114,7 @@ async fn ended(a: &Arc<Witness>) -> Place {
 async fn a_rollback_goes_by_the_plan_that_the_other_log_makes() {
     let Setup { a, b, .. } = setup();
     let of = ended(&a).await;
-    let at = Place {
+    let at = LogLocation {
         location: Location { prefix: format!("team/t/{ROLLBACK}/"), ..of.location.clone() },
         task_uid: ROLLBACK.into(),
         ..of.clone()
@@ -187,7 +187,7 @@ async fn a_rollback_goes_by_the_plan_that_the_other_log_makes() {
     let request = OpenRequest { attempt: 2, policy_digest: digest.clone() };
     let undoing =
         a.open(&at, &principal(2), &request, &digest, Some(&of), kept()).await.unwrap().state.undoing.unwrap();
-    assert_eq!((undoing.standing("2"), undoing.standing("1")), (Standing::Undone, Standing::Due));
+    assert_eq!((undoing.standing("2"), undoing.standing("1")), (CompensationState::Undone, CompensationState::Due));
 }
 
 #[tokio::test]
@@ -195,7 +195,7 @@ async fn a_call_is_undone_by_one_rollback_and_in_time() {
     let Setup { a, b, .. } = setup();
     let undoes = |call: &str, until: Option<&str>| Undoes { call: call.into(), until: until.map(Into::into) };
     let rollback = |uid: &str| RollbackOf { name: format!("r-{uid}"), uid: uid.into() };
-    let nowhere = |of: &RollbackOf| Place { task_uid: of.uid.clone(), ..log_at(&of.uid) };
+    let nowhere = |of: &RollbackOf| LogLocation { task_uid: of.uid.clone(), ..log_at(&of.uid) };
     a.undo(&place(), &undoes("c7", Some("2126-01-01T00:00:00.000Z")), &rollback("one"), nowhere).await.unwrap();
     b.undo(&place(), &undoes("c7", None), &rollback("one"), nowhere).await.unwrap();
     b.undo(&place(), &undoes("c8", None), &rollback("two"), nowhere).await.unwrap();
@@ -208,9 +208,9 @@ async fn a_call_is_undone_by_one_rollback_and_in_time() {
 }
 
 /// Returns where the log of the task with this UID is stored.
-fn log_at(uid: &str) -> Place {
+fn log_at(uid: &str) -> LogLocation {
     let location = Location { prefix: format!("team/t/{uid}/"), ..place().location };
-    Place { location, task_uid: uid.into(), ..place() }
+    LogLocation { location, task_uid: uid.into(), ..place() }
 }
 
 /// If a rollback has ended and certainly did nothing about a call, another rollback may take the call. If it may have compensated the call,
@@ -289,7 +289,7 @@ async fn a_salt_is_made_once_and_lies_where_it_can_be_destroyed() {
     let Setup { bucket, a, b, .. } = setup();
     let of = |uid: &str, stored: bool| {
         let location = Location { bucket: "state".into(), prefix: format!("team/t/{uid}/salt/") };
-        Salted { task_uid: uid.into(), location: stored.then_some(location) }
+        SaltLocation { task_uid: uid.into(), location: stored.then_some(location) }
     };
     let stored = of("u", true);
     let (one, two) = tokio::join!(a.salt(&stored), b.salt(&stored));
@@ -667,7 +667,7 @@ async fn a_task_that_never_ran_is_sealed_too_and_a_gone_pack_leaves_its_retentio
     let mut harness = Harness::new(1);
     let opened = harness.opened();
     append(&a, &harness.next(vec![opened])).await.unwrap();
-    a.seal(&Place { retention: None, ..place() }, &seal_request()).await.unwrap();
+    a.seal(&LogLocation { retention: None, ..place() }, &seal_request()).await.unwrap();
     let expected = Some(Retention { mode: Mode::Compliance, days: 30 });
     assert!(bucket.objects.lock().unwrap().values().all(|(_, r)| *r == expected));
 }
@@ -802,7 +802,7 @@ fn one_call_by_an_approval_and_one_effect_under_a_key() {
         evidence::record::{self, Effect},
         policy::{
             access::Assessment,
-            approval::{Answer, AskedBy, Standing, Vote},
+            approval::{Answer, ApprovalSource, ApprovalState, Vote},
             config::{Approval, Idempotency, Sensitivity, VerifyRead},
         },
     };
@@ -810,7 +810,7 @@ fn one_call_by_an_approval_and_one_effect_under_a_key() {
     let said = |standing| record::Approval {
         name: "a".into(),
         uid: "u".into(),
-        by: AskedBy::Contract,
+        by: ApprovalSource::Contract,
         tool: "write".into(),
         request_digest: wide("d"),
         required: 1,
@@ -818,9 +818,9 @@ fn one_call_by_an_approval_and_one_effect_under_a_key() {
         because: vec![],
         standing,
         decisions: match standing {
-            Standing::Approved => vote(Answer::Approve),
-            Standing::Denied => vote(Answer::Deny),
-            Standing::Pending | Standing::Expired => vec![],
+            ApprovalState::Approved => vote(Answer::Approve),
+            ApprovalState::Denied => vote(Answer::Deny),
+            ApprovalState::Pending | ApprovalState::Expired => vec![],
         },
     };
     let decided = |standing| Event::ApprovalDecided(said(standing));
@@ -863,7 +863,8 @@ fn one_call_by_an_approval_and_one_effect_under_a_key() {
         Event::Outcome(ended)
     };
     let [plain, internal, secret] = [Sensitivity::Unclassified, Sensitivity::Internal, Sensitivity::Restricted];
-    let (yes, no, asked) = (Standing::Approved, Standing::Denied, Event::ApprovalRequested(said(Standing::Pending)));
+    let (yes, no, asked) =
+        (ApprovalState::Approved, ApprovalState::Denied, Event::ApprovalRequested(said(ApprovalState::Pending)));
     let table: Vec<(Vec<Event>, Option<Rule>)> = vec![
         (vec![asked.clone(), decided(yes), by("1", Some("a"))], None),
         (vec![asked.clone(), by("1", Some("a"))], Some(Rule::ToolApproval)),

@@ -17,7 +17,7 @@ use crate::{
         record::{AttemptOpened, Pod},
         state::User,
     },
-    harness::{journal, link::CallError, spool::Spool},
+    harness::{gateway_client::CallError, journal, spool::Spool},
     policy::{
         approval::Approvers,
         config::{
@@ -293,7 +293,7 @@ fn as_denial(answer: Result<(), String>) -> Result<(), Denial> {
 /// Returns whether a contract may have this expression.
 #[cfg(feature = "kube")]
 fn may_be(source: &str) -> bool {
-    crate::plan::condition::check_among(source, &["args", "task", "principal", "usage", "results", "result"]).is_ok()
+    crate::render::condition::check_among(source, &["args", "task", "principal", "usage", "results", "result"]).is_ok()
 }
 
 /// Builds without the checks of contracts use the depth limit alone, which the generator keeps.
@@ -336,7 +336,7 @@ pub(crate) fn gate_followed_by(policy: PolicyConfig, follow: journal::Follow) ->
     let ca = rcgen::generate_simple_self_signed(["gateway".to_owned()]).unwrap().cert.pem();
     let probe = Probe { reachable: "r".into(), unreachable: vec![] };
     let wiring = Wiring { attempt: 1, gateway: "127.0.0.1:1".into(), gateway_ca: ca, probe };
-    let link = Arc::new(Link::new(&wiring, folder.path().join("token")).unwrap());
+    let link = Arc::new(GatewayClient::new(&wiring, folder.path().join("token")).unwrap());
     let (spool, _) = Spool::open(folder.path()).unwrap();
     let uid = &policy.task.uid;
     let start = journal::Start {
@@ -376,9 +376,9 @@ pub(crate) fn gate_followed_by(policy: PolicyConfig, follow: journal::Follow) ->
     let approvals = Approvals::new(link.clone(), journal.clone(), clock.clone());
     let compiled = Compiled {
         contracts: Contracts::compile(&policy).unwrap(),
-        guard: Guard::compile(&policy).unwrap(),
+        guard: AccessPolicy::compile(&policy).unwrap(),
         outputs: Outputs::compile(&policy.tools).unwrap(),
     };
-    let once = Once::new(false, salt());
+    let once = Deduplicator::new(false, salt());
     Arc::new(Gate::new(compiled, once, salt(), journal, link, clock, approvals))
 }

@@ -42,7 +42,7 @@ use crate::{
     harness::{
         bounds::{Bounds, LONGEST_REPLY, late},
         gate::{Call, Gate, Settlement},
-        link::{self, Carried, EndedError, Link, Peer, Undelivered},
+        gateway_client::{self, Carried, DeliveryError, EndedError, GatewayClient, Peer},
     },
     policy::{
         budget::Spent,
@@ -71,7 +71,7 @@ pub struct Upstreams {
     servers: Mutex<HashMap<String, Arc<Server>>>,
     /// The digest of the first definition of each tool that this attempt saw.
     first: Mutex<BTreeMap<String, String>>,
-    facts: Arc<Mutex<HashMap<u64, Facts>>>,
+    facts: Arc<Mutex<HashMap<u64, Exchange>>>,
 }
 
 /// One MCP server.
@@ -130,7 +130,7 @@ pub struct Ready {
 
 /// Facts that the transport saw about a message.
 #[derive(Clone)]
-struct Facts {
+struct Exchange {
     status: u16,
     upstream: Option<Peer>,
     undelivered: Option<(Denial, bool)>,
@@ -161,7 +161,7 @@ impl Stops {
     }
 }
 
-impl Facts {
+impl Exchange {
     fn new(most: usize) -> Self {
         Self { status: 0, upstream: None, undelivered: None, sent: false, stops: Stops::new(most) }
     }
@@ -254,13 +254,13 @@ impl Upstreams {
             because: vec![],
             undoes: None,
             judged: None,
-            rules: vec![Rule::ToolKnown],
+            rules: vec![Rule::ToolUnknown],
             model: None,
             reserve: Spent::default(),
         };
         let permit = self.gate.permit(call).await?;
         let intent = permit.intent;
-        let facts = Facts::new(LONGEST_REPLY);
+        let facts = Exchange::new(LONGEST_REPLY);
         let withheld = facts.stops.withheld.clone();
         self.note(intent, facts);
         let listed = async {
@@ -276,7 +276,7 @@ impl Upstreams {
         };
         let listed = tokio::select! {
             biased;
-            () = withheld.notified() => Ok(Err(link::withheld().reason)),
+            () = withheld.notified() => Ok(Err(gateway_client::withheld().reason)),
             listed = tokio::time::timeout(time, listed) => listed,
         };
         let facts = self.taken(intent);
@@ -310,7 +310,7 @@ impl Upstreams {
         intent: u64,
         bounds: Bounds,
     ) -> (Result<CallToolResult, Denial>, Settlement) {
-        let facts = Facts::new(bounds.reply);
+        let facts = Exchange::new(bounds.reply);
         let Stops { too_long, withheld, .. } = facts.stops.clone();
         self.note(intent, facts);
         let mut params = CallToolRequestParams::new(mcp.tool.clone());
@@ -320,7 +320,7 @@ impl Upstreams {
             // These come first because they are the reason why the session ends.
             biased;
             () = too_long.notified() => Err(bounds.too_long(tool)),
-            () = withheld.notified() => Err(link::withheld()),
+            () = withheld.notified() => Err(gateway_client::withheld()),
             answer = tokio::time::timeout(bounds.time, ready.session.call_tool(params)) => match answer {
                 Ok(Ok(result)) => Ok(result),
                 Ok(Err(error)) => Err(Denial { rule: Rule::UpstreamReply, reason: format!("no result: {}", quoted(&error)) }),
@@ -359,7 +359,7 @@ impl Upstreams {
     }
 
     async fn open(&self, url: &str, intent: u64) -> Result<Arc<Session>, String> {
-        let wire = Wire { link: self.gate.link().clone(), opened_by: intent, facts: self.facts.clone() };
+        let wire = GatewayTransport { link: self.gate.link().clone(), opened_by: intent, facts: self.facts.clone() };
         let config = StreamableHttpClientTransportConfig::with_uri(url.to_owned());
         let transport = StreamableHttpClientTransport::with_client(wire, config);
         let session =
@@ -367,13 +367,13 @@ impl Upstreams {
         Ok(Arc::new(session))
     }
 
-    fn note(&self, intent: u64, facts: Facts) {
+    fn note(&self, intent: u64, facts: Exchange) {
         self.facts.lock().unwrap_or_else(PoisonError::into_inner).insert(intent, facts);
     }
 
-    fn taken(&self, intent: u64) -> Facts {
+    fn taken(&self, intent: u64) -> Exchange {
         let facts = self.facts.lock().unwrap_or_else(PoisonError::into_inner).remove(&intent);
-        facts.unwrap_or_else(|| Facts::new(LONGEST_REPLY))
+        facts.unwrap_or_else(|| Exchange::new(LONGEST_REPLY))
     }
 }
 
@@ -422,11 +422,11 @@ fn marked(intent: u64) -> RequestMetaObject {
 
 /// rmcp's transport over the link to the gateway.
 #[derive(Clone)]
-struct Wire {
-    link: Arc<Link>,
+struct GatewayTransport {
+    link: Arc<GatewayClient>,
     /// The intent for messages of the session itself.
     opened_by: u64,
-    facts: Arc<Mutex<HashMap<u64, Facts>>>,
+    facts: Arc<Mutex<HashMap<u64, Exchange>>>,
 }
 
 /// A message that could not be delivered.
@@ -434,7 +434,7 @@ struct Wire {
 #[error("{}: {}", .0.rule, .0.reason)]
 struct WireError(Denial);
 
-impl Wire {
+impl GatewayTransport {
     async fn exchange(
         &self,
         method: Method,
@@ -443,8 +443,8 @@ impl Wire {
         session: Option<&str>,
         headers: HashMap<HeaderName, HeaderValue>,
         body: Bytes,
-    ) -> Result<Response<Carried>, Undelivered> {
-        let malformed = |reason: String| Undelivered {
+    ) -> Result<Response<Carried>, DeliveryError> {
+        let malformed = |reason: String| DeliveryError {
             denial: Denial { rule: Rule::Request, reason },
             certain: true,
             upstream: None,
@@ -465,7 +465,7 @@ impl Wire {
     }
 }
 
-impl StreamableHttpClient for Wire {
+impl StreamableHttpClient for GatewayTransport {
     type Error = WireError;
 
     async fn post_message(
@@ -483,7 +483,7 @@ impl StreamableHttpClient for Wire {
             None => (Channel::Listing, self.opened_by),
         };
         let body = serde_json::to_vec(&message)?.into();
-        let update = |change: &dyn Fn(&mut Facts)| {
+        let update = |change: &dyn Fn(&mut Exchange)| {
             let mut facts = self.facts.lock().unwrap_or_else(PoisonError::into_inner);
             if let Some(facts) = facts.get_mut(&intent) {
                 change(facts);

@@ -21,7 +21,7 @@ use crate::{
     harness::{
         body::{Body, BodyError, boxed},
         gate::{Gate, Permit, Settlement},
-        link::{Carried, EndedError, Peer},
+        gateway_client::{Carried, EndedError, Peer},
     },
     policy::{
         budget::Spent,

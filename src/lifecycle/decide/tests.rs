@@ -3,7 +3,7 @@ use proptest::prelude::*;
 use std::collections::BTreeMap;
 
 use super::*;
-use crate::lifecycle::observe::Stuck;
+use crate::lifecycle::observe::WaitingReason;
 
 const NOW: i64 = 1_700_000_000;
 
@@ -283,9 +283,9 @@ fn a_claim_without_a_pod_uses_up_its_number() {
 }
 
 #[rstest::rstest]
-#[case::pull(PodView { agent_started: None, stuck: Some(Stuck { reason: "ImagePull", since: Some(at(-60)), fatal: true }), ..pod(1) }, Some("ImagePull"))]
-#[case::pull_for_a_moment(PodView { agent_started: None, stuck: Some(Stuck { reason: "ImagePull", since: Some(at(-59)), fatal: true }), ..pod(1) }, None)]
-#[case::unschedulable(PodView { agent_started: None, accepted: None, stuck: Some(Stuck { reason: "Unschedulable", since: Some(at(-9999)), fatal: false }), ..pod(1) }, None)]
+#[case::pull(PodView { agent_started: None, stuck: Some(WaitingReason { reason: "ImagePull", since: Some(at(-60)), fatal: true }), ..pod(1) }, Some("ImagePull"))]
+#[case::pull_for_a_moment(PodView { agent_started: None, stuck: Some(WaitingReason { reason: "ImagePull", since: Some(at(-59)), fatal: true }), ..pod(1) }, None)]
+#[case::unschedulable(PodView { agent_started: None, accepted: None, stuck: Some(WaitingReason { reason: "Unschedulable", since: Some(at(-9999)), fatal: false }), ..pod(1) }, None)]
 #[case::never_started(PodView { agent_started: None, accepted: Some(at(-300)), ..pod(1) }, Some("StartTimeout"))]
 fn a_pod_that_does_not_get_on(#[case] pod: PodView, #[case] reason: Option<&str>) {
     let case = Case { pods: vec![pod], ..Case::default() };
@@ -434,7 +434,7 @@ fn what_was_not_just_read_decides_nothing_that_cannot_be_undone() {
     let over = PodView { agent_started: Some(at(-70)), ..pod(1) };
     let stuck = PodView {
         agent_started: None,
-        stuck: Some(Stuck { reason: "ImagePull", since: Some(at(-61)), fatal: true }),
+        stuck: Some(WaitingReason { reason: "ImagePull", since: Some(at(-61)), fatal: true }),
         ..pod(1)
     };
     let unstarted = PodView { agent_started: None, accepted: Some(at(-301)), ..pod(1) };

@@ -1,5 +1,5 @@
 use super::*;
-use crate::plan::fixtures::read;
+use crate::render::fixtures::read;
 
 fn view(status: &str, deletion: &str) -> PodView {
     let yaml = format!(
@@ -169,7 +169,7 @@ fn an_agent_that_ended_is_under_way_while_its_harness_closes_the_log() {
 #[case::starting(r#"{ phase: Pending, containerStatuses: [ { name: agent, image: i, imageID: "", ready: false, restartCount: 0, state: { waiting: { reason: PodInitializing } } } ] }"#, None)]
 fn stuck_pods(#[case] status: &str, #[case] expected: Option<(&'static str, u8, bool)>) {
     let stuck = view(status, "").stuck;
-    let expected = expected.map(|(reason, second, fatal)| Stuck {
+    let expected = expected.map(|(reason, second, fatal)| WaitingReason {
         reason,
         since: Some(format!("2026-01-01T00:00:{second:02}Z").parse().unwrap()),
         fatal,

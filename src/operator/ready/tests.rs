@@ -14,7 +14,7 @@ use crate::{
         metrics::Metrics,
         tests::cluster::{Cluster, store},
     },
-    plan::fixtures,
+    render::fixtures,
 };
 
 const PACK: &str = "/apis/belay.dev/v1alpha1/policypacks/dev";
@@ -119,7 +119,7 @@ async fn what_is_wrong_is_said_as_lint_says_it_until_it_is_corrected() {
     scene.change(CONTRACT, |contract| contract["spec"]["input"] = json!({ "type": "string" }));
     assert_eq!(scene.step().await, [status_of(CONTRACT)]);
     let contract: ToolContract = serde_json::from_value(scene.cluster.get(CONTRACT).unwrap()).unwrap();
-    let findings: Vec<_> = alone::contract(&contract).iter().map(ToString::to_string).collect();
+    let findings: Vec<_> = standalone::contract(&contract).iter().map(ToString::to_string).collect();
     let (ready, stalled) = (scene.condition(CONTRACT, "Ready"), scene.condition(CONTRACT, "Stalled"));
     assert_eq!((&ready["status"], &ready["reason"]), (&json!("False"), &json!("Invalid")));
     assert_eq!(ready["message"], findings.join("\n"));

@@ -2,7 +2,7 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 
 use super::*;
-use crate::{operator::ready, plan::fixtures};
+use crate::{operator::ready, render::fixtures};
 
 fn at(seconds: i64) -> Timestamp {
     Timestamp::from_second(1_700_000_000 + seconds).unwrap()
@@ -31,20 +31,20 @@ fn closed(phase: &str, class: &str, reason: &str) -> TaskClosed {
     }
 }
 
-fn story<'a>(attempts: &'a [Attempt], contained: Option<bool>, stage: Stage<'a>) -> Story<'a> {
+fn story<'a>(attempts: &'a [Attempt], contained: Option<bool>, stage: Progress<'a>) -> StatusInput<'a> {
     static NONE: BTreeMap<String, i64> = BTreeMap::new();
-    Story { generation: Some(1), attempts, failures: &NONE, contained, evidence: None, stage }
+    StatusInput { generation: Some(1), attempts, failures: &NONE, contained, evidence: None, stage }
 }
 
 #[test]
 fn a_life_is_told() {
     let (one, findings) = ([attempt(1)], [Finding::new("spec.tools[0]", "a contract", "nothing", "apply it")]);
     let (good, empty) = (closed("Succeeded", "", "AgentSucceeded"), AgentTaskStatus::default());
-    let refused = tell(&empty, &story(&[], None, Stage::Refused(&findings)), at(0));
-    let waiting = tell(&refused, &story(&one, None, Stage::Waiting("Unschedulable", "")), at(1));
-    let running = tell(&waiting, &story(&one, Some(true), Stage::Running), at(2));
-    let sealing = tell(&running, &story(&one, Some(true), Stage::Sealing(&good, "no gateway")), at(3));
-    let ended = tell(&sealing, &story(&one, Some(true), Stage::Ended(&good, Refusals::default())), at(4));
+    let refused = tell(&empty, &story(&[], None, Progress::Refused(&findings)), at(0));
+    let waiting = tell(&refused, &story(&one, None, Progress::Waiting("Unschedulable", "")), at(1));
+    let running = tell(&waiting, &story(&one, Some(true), Progress::Running), at(2));
+    let sealing = tell(&running, &story(&one, Some(true), Progress::Sealing(&good, "no gateway")), at(3));
+    let ended = tell(&sealing, &story(&one, Some(true), Progress::Ended(&good, Refusals::default())), at(4));
     insta::assert_yaml_snapshot!("life", [refused, waiting, running, sealing, ended]);
 }
 
@@ -59,7 +59,7 @@ fn what_was_refused_is_said_of_an_agent_that_has_ended_well() {
             "AgentSucceeded; refused: 12 model calls, 1 connection",
         ),
     ] {
-        let story = story(&one, Some(true), Stage::Ended(&good, refused));
+        let story = story(&one, Some(true), Progress::Ended(&good, refused));
         let status = tell(&AgentTaskStatus::default(), &story, at(4));
         let complete = status.conditions.iter().find(|one| one.type_ == COMPLETE).unwrap();
         assert_eq!((complete.reason.as_str(), complete.message.as_str()), ("Succeeded", message));
@@ -72,7 +72,7 @@ fn a_parked_task_says_so() {
     let mut away = attempt(1);
     away.failure_class = Some(FailureClass::Dependency);
     let why = "attempt 1 ended: EvidenceUnavailable";
-    let status = tell(&AgentTaskStatus::default(), &story(&[away], Some(true), Stage::Parked(why)), at(0));
+    let status = tell(&AgentTaskStatus::default(), &story(&[away], Some(true), Progress::Parked(why)), at(0));
     assert_eq!((status.phase, status.reason.as_deref()), (Some(Phase::Parked), Some(PARKED)));
     let complete = status.conditions.iter().find(|one| one.type_ == COMPLETE).unwrap();
     assert_eq!((complete.status.as_str(), complete.reason.as_str(), complete.message.as_str()), ("False", PARKED, why));
@@ -85,7 +85,7 @@ fn containment_that_was_not_proven_is_said() {
     let failed = closed("Failed", "Infrastructure", CONTAINMENT_UNPROVEN);
     let status = tell(
         &AgentTaskStatus::default(),
-        &story(&[lost], Some(false), Stage::Ended(&failed, Refusals::default())),
+        &story(&[lost], Some(false), Progress::Ended(&failed, Refusals::default())),
         at(0),
     );
     assert_eq!(status.phase, Some(Phase::Failed));
@@ -98,7 +98,7 @@ fn containment_that_was_not_proven_is_said() {
 #[test]
 fn five_findings_are_shown() {
     let findings: Vec<_> = (0..8).map(|n| Finding::new(format!("spec.f{n}"), "x", "y", "z")).collect();
-    let status = tell(&AgentTaskStatus::default(), &story(&[], None, Stage::Refused(&findings)), at(0));
+    let status = tell(&AgentTaskStatus::default(), &story(&[], None, Progress::Refused(&findings)), at(0));
     let message = &status.conditions[0].message;
     assert!(
         message.contains("spec.f4") && !message.contains("spec.f5") && message.ends_with("and 3 more"),
@@ -109,7 +109,7 @@ fn five_findings_are_shown() {
 #[test]
 fn usage_is_never_ours() {
     let before = AgentTaskStatus { usage: Some(Default::default()), ..AgentTaskStatus::default() };
-    let after = tell(&before, &story(&[], None, Stage::Running), at(0));
+    let after = tell(&before, &story(&[], None, Progress::Running), at(0));
     assert_eq!(after.usage, None);
     assert!(!changed(&AgentTaskStatus { usage: before.usage, ..after.clone() }, &after));
 }
@@ -140,12 +140,12 @@ proptest! {
         let good = closed("Succeeded", "", "AgentSucceeded");
         let bad = closed("Failed", "Budget", "DeadlineExceeded");
         let stage = |n: u8| match n {
-            0 => Stage::Refused(&findings),
-            1 => Stage::Waiting("Unschedulable", "why"),
-            2 => Stage::Running,
-            3 => Stage::Sealing(&bad, "no gateway"),
-            4 => Stage::Ended(&bad, Refusals::default()),
-            _ => Stage::Ended(&good, Refusals::default()),
+            0 => Progress::Refused(&findings),
+            1 => Progress::Waiting("Unschedulable", "why"),
+            2 => Progress::Running,
+            3 => Progress::Sealing(&bad, "no gateway"),
+            4 => Progress::Ended(&bad, Refusals::default()),
+            _ => Progress::Ended(&good, Refusals::default()),
         };
         let before = tell(&AgentTaskStatus::default(), &story(&attempts, None, stage(first)), at(0));
         let once = tell(&before, &story(&attempts, contained, stage(second)), at(1));
@@ -172,20 +172,25 @@ fn phases_are_told_to_those_who_deploy_by_git() {
     let (none, one) = (Refusals::default(), [attempt(1)]);
     let mut phases = vec![
         task("that the operator has not seen", "Progressing", "InProgress", json!({ "observedGeneration": -1 })),
-        task("that is not valid", "Degraded", "Failed", told(&[], Stage::Refused(&findings))),
-        task("that waits for a node", "Progressing", "InProgress", told(&one, Stage::Waiting("Unschedulable", ""))),
-        task("that runs", "Progressing", "InProgress", told(&one, Stage::Running)),
-        task("that is tried again", "Progressing", "InProgress", told(&one, Stage::Waiting("Retrying", "why"))),
-        task("that is parked", "Suspended", "InProgress", told(&one, Stage::Parked("why"))),
-        task("whose log is not sealed", "Progressing", "InProgress", told(&one, Stage::Sealing(&good, "no gateway"))),
-        task("that has succeeded", "Healthy", "Current", told(&one, Stage::Ended(&good, none))),
-        task("that has failed", "Degraded", "Failed", told(&one, Stage::Ended(&bad, none))),
-        task("whose end nobody knows", "Degraded", "Failed", told(&one, Stage::Ended(&unknown, none))),
+        task("that is not valid", "Degraded", "Failed", told(&[], Progress::Refused(&findings))),
+        task("that waits for a node", "Progressing", "InProgress", told(&one, Progress::Waiting("Unschedulable", ""))),
+        task("that runs", "Progressing", "InProgress", told(&one, Progress::Running)),
+        task("that is tried again", "Progressing", "InProgress", told(&one, Progress::Waiting("Retrying", "why"))),
+        task("that is parked", "Suspended", "InProgress", told(&one, Progress::Parked("why"))),
+        task(
+            "whose log is not sealed",
+            "Progressing",
+            "InProgress",
+            told(&one, Progress::Sealing(&good, "no gateway")),
+        ),
+        task("that has succeeded", "Healthy", "Current", told(&one, Progress::Ended(&good, none))),
+        task("that has failed", "Degraded", "Failed", told(&one, Progress::Ended(&bad, none))),
+        task("whose end nobody knows", "Degraded", "Failed", told(&one, Progress::Ended(&unknown, none))),
     ];
-    let mut deleted = task("that is deleted", "Progressing", "Terminating", told(&one, Stage::Running));
+    let mut deleted = task("that is deleted", "Progressing", "Terminating", told(&one, Progress::Running));
     deleted["object"]["metadata"]["deletionTimestamp"] = json!(at(1));
     let mut changed =
-        task("that has changed since", "Progressing", "InProgress", told(&one, Stage::Ended(&good, none)));
+        task("that has changed since", "Progressing", "InProgress", told(&one, Progress::Ended(&good, none)));
     changed["object"]["metadata"]["generation"] = json!(2);
     phases.extend([deleted, changed]);
     let (contract, pack) = (fixtures::contracts().remove(0), fixtures::pack());

@@ -29,7 +29,7 @@ use tower::Layer;
 use super::cluster::{self, Cluster};
 use crate::{
     contact::{Contact, Listening},
-    operator::{LEASE, OperatorError, Replica, Role, Settings, cache, memory, metrics, serve},
+    operator::{LEASE, OperatorError, Replica, Role, Settings, cache, expectations, metrics, serve},
     seal,
 };
 
@@ -148,7 +148,7 @@ impl Term {
         let contact = Arc::new(Contact::default());
         let client = server.client(contact.clone());
         let (registry, metrics) = metrics::registry(&contact).unwrap();
-        let memories = Arc::new(memory::Memories::default());
+        let memories = Arc::new(expectations::Expectations::default());
         let (stores, streams) = cache::watch(&client, memories.clone(), &metrics);
         let replica = Replica {
             settings: settings(&token),

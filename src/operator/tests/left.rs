@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use super::{CONFIG_MAP, POD, POLICY, Scene, TASK, container};
-use crate::{plan::names, wire};
+use crate::{render::names, wire};
 
 /// More attempts than a status keeps, so that later attempts change nothing. A week has about 3,500: BELAY_PARKED_ATTEMPTS sets the number.
 const PARKED: i64 = 150;

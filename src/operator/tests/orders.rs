@@ -20,7 +20,7 @@ use crate::{
         observe::{self, PodView},
     },
     operator::reconcile::Seen,
-    plan::names,
+    render::names,
 };
 
 mod reconciler;

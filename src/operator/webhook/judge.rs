@@ -19,7 +19,7 @@ use tokio::sync::watch;
 use crate::{
     api::{AgentTask, PolicyPack, ToolContract},
     operator::{cache::Stores, metrics::Metrics, resolve::Resolved, status},
-    plan::{Finding, alone, config},
+    render::{Finding, config, standalone},
 };
 
 /// The maximum number of findings in a message. Users do not correct more at a time.
@@ -76,8 +76,8 @@ impl Judge {
     pub(super) fn judge(&self, request: &AdmissionRequest<DynamicObject>) -> Verdict {
         let Some(object) = news(request) else { return Verdict::Allowed };
         match request.kind.kind.as_str() {
-            "ToolContract" => by_itself(object, "a contract", alone::contract),
-            "PolicyPack" => match by_itself(object, "a pack", alone::pack) {
+            "ToolContract" => by_itself(object, "a contract", standalone::contract),
+            "PolicyPack" => match by_itself(object, "a pack", standalone::pack) {
                 Verdict::Allowed => leads_to(object),
                 wrong => wrong,
             },

@@ -35,7 +35,7 @@ use crate::{
         metrics::Metrics,
         tests::cluster::{self, Cluster},
     },
-    plan::fixtures,
+    render::fixtures,
 };
 
 /// What the caches hold in addition to the namespace `team-a`, whose pack is `dev`.
@@ -161,7 +161,7 @@ fn verdict(cache: Cache, operation: &str, object: Value, old: Value) -> Verdict 
 fn verdict_of(judge: &Judge, operation: &str, object: Value, old: Value) -> Verdict {
     let review: AdmissionReview<DynamicObject> = serde_json::from_value(review(operation, object, old)).unwrap();
     let request: AdmissionRequest<DynamicObject> = review.try_into().unwrap();
-    stack::with_room(|| judge.judge(&request)).unwrap()
+    stack::with_large_stack(|| judge.judge(&request)).unwrap()
 }
 
 /// Returns the findings of a denial.
@@ -335,7 +335,7 @@ fn of_other_kinds_it_says_that_it_knows_nothing() {
 }
 
 fn answer(body: &[u8]) -> Result<Value, String> {
-    let answered = stack::with_room(|| judge(Cache::Whole).answer(body)).unwrap();
+    let answered = stack::with_large_stack(|| judge(Cache::Whole).answer(body)).unwrap();
     answered.map(|bytes| serde_json::from_slice(&bytes).unwrap())
 }
 

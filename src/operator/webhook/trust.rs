@@ -16,7 +16,7 @@ use kube::{
 };
 use serde_json::{Value, json};
 
-use crate::plan::names::{FIELD_MANAGER, WEBHOOK};
+use crate::render::names::{FIELD_MANAGER, WEBHOOK};
 
 /// The pause before a failed write is retried.
 const PAUSE: Duration = Duration::from_secs(10);

@@ -96,14 +96,14 @@ struct Now {
 
 const NOW: Now = Now { tool: "mail", effect: SideEffect::Write, calls: 0, seen: Sensitivity::Unclassified };
 
-fn asked<'p>(policy: &'p PolicyConfig, now: &Now) -> Asked<'p> {
+fn asked<'p>(policy: &'p PolicyConfig, now: &Now) -> AccessRequest<'p> {
     let usage = Usage { tool_calls: now.calls, ..Usage::default() };
-    Asked { tool: policy.tool(now.tool).unwrap(), effect: now.effect, usage, seen: now.seen }
+    AccessRequest { tool: policy.tool(now.tool).unwrap(), effect: now.effect, usage, seen: now.seen }
 }
 
-fn judge(access: Access, now: &Now, arguments: Value) -> Result<Passed, Denial> {
+fn judge(access: Access, now: &Now, arguments: Value) -> Result<AccessDecision, Denial> {
     let policy = policy(access);
-    Guard::compile(&policy).unwrap().judge(asked(&policy, now), &arguments)
+    AccessPolicy::compile(&policy).unwrap().judge(asked(&policy, now), &arguments)
 }
 
 /// The decision of a pack's rules about a call: pass, ask or deny.
@@ -139,7 +139,7 @@ fn judge(access: Access, now: &Now, arguments: Value) -> Result<Passed, Denial> 
 #[case::no_results(&["a allow - - - results.x == 1"], NOW, "deny")]
 fn by_rules(#[case] of: &[&str], #[case] now: Now, #[case] expected: &str) {
     let found = match judge(rules(of), &now, json!({"to": "x"})) {
-        Ok(Passed { because, .. }) if because.is_empty() => "pass",
+        Ok(AccessDecision { because, .. }) if because.is_empty() => "pass",
         Ok(_) => "ask",
         Err(denial) => {
             assert_eq!(denial.rule, Rule::AccessRule);
@@ -196,7 +196,7 @@ fn a_refusal_names_the_rule_and_says_what_it_says() {
 fn data_is_as_sensitive_as_pattern_or_contract_say() {
     let card = DataPattern { name: "card".into(), pattern: r"\d{16}".into(), sensitivity: Sensitivity::Restricted };
     let policy = policy(Access { classification: vec![card], ..Access::default() });
-    let guard = Guard::compile(&policy).unwrap();
+    let guard = AccessPolicy::compile(&policy).unwrap();
     let judged = |arguments| guard.judge(asked(&policy, &NOW), &arguments).unwrap().assessment.unwrap().arguments;
     assert_eq!(judged(json!({"to": "4111111111111111"})), Sensitivity::Restricted);
     assert_eq!(judged(json!({"to": "ana"})), Sensitivity::Unclassified);
@@ -210,9 +210,9 @@ fn data_is_as_sensitive_as_pattern_or_contract_say() {
 fn where_nobody_says_anything_nothing_is_recorded() {
     let mut policy = policy(Access::default());
     policy.tools.pop();
-    let guard = Guard::compile(&policy).unwrap();
+    let guard = AccessPolicy::compile(&policy).unwrap();
     let passed = guard.judge(asked(&policy, &NOW), &json!({})).unwrap();
-    assert_eq!(passed, Passed { assessment: None, because: vec![] });
+    assert_eq!(passed, AccessDecision { assessment: None, because: vec![] });
     assert_eq!(guard.replay(asked(&policy, &NOW), None), Ok(passed));
     let made_up = Assessment { arguments: Sensitivity::Internal, seen: NOW.seen, rules: vec![], risk: None };
     assert!(guard.replay(asked(&policy, &NOW), Some(&made_up)).is_err());
@@ -229,19 +229,19 @@ fn where_nobody_says_anything_nothing_is_recorded() {
 #[case(&["a allow", "d deny ana*"], Some("rule d denies"))]
 #[case(&["a allow", "d deny ana* - - args.x"], None)]
 fn a_tool_that_can_never_be_called(#[case] of: &[&str], #[case] expected: Option<&str>) {
-    let found = never(&rules(of), "ana@example.test", &tool("mail", DataClass::default()));
+    let found = always_denied(&rules(of), "ana@example.test", &tool("mail", DataClass::default()));
     assert_eq!(found.is_some(), expected.is_some(), "{found:?}");
     assert!(found.unwrap_or_default().contains(expected.unwrap_or_default()));
 }
 
 #[test]
 fn a_pack_that_cannot_be_enforced_does_not_compile() {
-    assert!(Guard::compile(&policy(rules(&["a allow - - - args."]))).is_err());
+    assert!(AccessPolicy::compile(&policy(rules(&["a allow - - - args."]))).is_err());
     let mut access = risky();
     access.risk.as_mut().unwrap().terms[0].when = "(".into();
-    assert!(Guard::compile(&policy(access)).is_err());
+    assert!(AccessPolicy::compile(&policy(access)).is_err());
     let pattern = DataPattern { name: "p".into(), pattern: "(".into(), sensitivity: Sensitivity::Internal };
-    assert!(Guard::compile(&policy(Access { classification: vec![pattern], ..Access::default() })).is_err());
+    assert!(AccessPolicy::compile(&policy(Access { classification: vec![pattern], ..Access::default() })).is_err());
 }
 
 /// False assessments in a record that replay detects without the arguments.
@@ -267,7 +267,7 @@ fn a_record_is_judged_again(#[case] lie: fn(&mut Assessment), #[case] expected: 
     .map(rule)
     .into();
     let policy = policy(access);
-    let guard = Guard::compile(&policy).unwrap();
+    let guard = AccessPolicy::compile(&policy).unwrap();
     let now = Now { seen: Sensitivity::Confidential, ..NOW };
     let passed = guard.judge(asked(&policy, &now), &json!({"to": "long"})).unwrap();
     let mut recorded = passed.assessment.clone().unwrap();
@@ -294,9 +294,9 @@ proptest! {
         let now = Now { effect, calls, ..NOW };
         let arguments = json!({"to": to});
         let policy = policy(access.clone());
-        let found = Guard::compile(&policy).unwrap().judge(asked(&policy, &now), &arguments);
+        let found = AccessPolicy::compile(&policy).unwrap().judge(asked(&policy, &now), &arguments);
         if let Ok(passed) = &found {
-            let again = Guard::compile(&policy).unwrap().replay(asked(&policy, &now), passed.assessment.as_ref());
+            let again = AccessPolicy::compile(&policy).unwrap().replay(asked(&policy, &now), passed.assessment.as_ref());
             prop_assert_eq!(again.as_ref(), Ok(passed));
         }
         let mut tighter = access;

@@ -9,7 +9,7 @@ use serde_json::json;
 
 use super::*;
 use crate::policy::{
-    access::{Asked, Guard},
+    access::{AccessPolicy, AccessRequest},
     config::*,
 };
 
@@ -529,7 +529,7 @@ fn denied<'p>(policy: &PolicyConfig, tool: &str, text: &[u8], state: State) -> R
         Some(args) if args.one_way(0) => args,
         _ => return Err(Rule::RequestJson),
     };
-    let Some(plain) = CONTRACTS.iter().find(|plain| plain.name == tool) else { return Err(Rule::ToolKnown) };
+    let Some(plain) = CONTRACTS.iter().find(|plain| plain.name == tool) else { return Err(Rule::ToolUnknown) };
     if !policy.allowed_effects.contains(&plain.effect) {
         return Err(Rule::ToolEffect);
     }
@@ -760,7 +760,7 @@ fn generated_calls_are_decided_as_the_reference_decides() {
         contracts(Limits { denials: None, ..limits }, vec![SideEffect::Read]),
     ];
     let compiled = policies.each_ref().map(|policy| Contracts::compile(policy).unwrap());
-    let guards = policies.each_ref().map(|policy| Guard::compile(policy).unwrap());
+    let guards = policies.each_ref().map(|policy| AccessPolicy::compile(policy).unwrap());
     let answers = [
         (Looked::Never, None),
         (Looked::Up { owner: "ana", open: true }, Some(json!({"owner": "ana", "open": true, "n": 1}))),
@@ -796,12 +796,12 @@ fn generated_calls_are_decided_as_the_reference_decides() {
         let state = State { usage, looked: answers[answer].0, seen: data };
         let (tool, text) = call(&mut dice);
         let expected = reference(&policies[which], &tool, &text, state);
-        let known = Known { usage, ignored: 0, results: &results[which][answer] };
+        let known = DecisionInputs { usage, ignored: 0, results: &results[which][answer] };
         let decision = compiled[which].decide(&tool, Arguments::Text(&text), known, &salt);
         let found = match &decision.verdict {
             Err(denial) => Comes::Denied(denial.rule),
             Ok(tool) => {
-                let asked = Asked { tool, effect: tool.side_effect, usage, seen: data };
+                let asked = AccessRequest { tool, effect: tool.side_effect, usage, seen: data };
                 match guards[which].judge(asked, &decision.arguments) {
                     Err(denial) => Comes::Denied(denial.rule),
                     Ok(passed) => {
@@ -818,7 +818,7 @@ fn generated_calls_are_decided_as_the_reference_decides() {
         // The gateway has only the call. It denies no call that is allowed, and it requires approval if the call alone determines that.
         if let Comes::Passes { by_contract, .. } = found {
             let again = canonical::to_bytes(&decision.arguments).map(|text| json::parse(&text).map(json::whole));
-            let again = compiled[which].recheck(&tool, &again.unwrap().unwrap());
+            let again = compiled[which].check_stateless(&tool, &again.unwrap().unwrap());
             assert_eq!(again, Ok(by_contract), "call {n}: {tool:?} with {written:?}");
         }
         *seen.entry(found).or_default() += 1;
@@ -827,7 +827,7 @@ fn generated_calls_are_decided_as_the_reference_decides() {
     for rule in [
         Rule::Denials,
         Rule::RequestJson,
-        Rule::ToolKnown,
+        Rule::ToolUnknown,
         Rule::ToolEffect,
         Rule::ToolSchema,
         Rule::ToolPrecondition,

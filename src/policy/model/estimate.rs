@@ -68,8 +68,15 @@ pub fn prepare() {
 
 /// Estimates the prompt of a request to this model.
 pub fn prompt(api: Api, body: &Map<String, Value>, model: &Model) -> Prompt {
-    let mut count =
-        Count { model, is_quick: false, tokens: 0, bytes: 0, uncounted: 0, others: OF_A_REQUEST, room: MOST_COUNTED };
+    let mut count = Count {
+        model,
+        is_bounded_cost: false,
+        tokens: 0,
+        bytes: 0,
+        uncounted: 0,
+        others: OF_A_REQUEST,
+        room: MOST_COUNTED,
+    };
     count.body(body);
     if api == Api::Messages && body.get("tools").and_then(Value::as_array).is_some_and(|tools| !tools.is_empty()) {
         count.add(OF_TOOLS);
@@ -80,7 +87,7 @@ pub fn prompt(api: Api, body: &Map<String, Value>, model: &Model) -> Prompt {
 /// Returns a quick minimum of the prompt of a request. The gateway uses it to check a reservation that the harness may have made with an
 /// older catalogue. Pictures, and the tokens around texts, count half.
 pub fn least(body: &Map<String, Value>, model: &Model) -> i64 {
-    let mut count = Count { model, is_quick: true, tokens: 0, bytes: 0, uncounted: 0, others: 0, room: 0 };
+    let mut count = Count { model, is_bounded_cost: true, tokens: 0, bytes: 0, uncounted: 0, others: 0, room: 0 };
     count.body(body);
     (count.bytes / LONGEST_TOKEN).saturating_add(count.others / 2)
 }
@@ -88,7 +95,7 @@ pub fn least(body: &Map<String, Value>, model: &Model) -> i64 {
 struct Count<'m> {
     model: &'m Model,
     /// Whether texts are not tokenized and files are not opened.
-    is_quick: bool,
+    is_bounded_cost: bool,
     /// The tokens that the tokenizer has counted, and the bytes of their text.
     tokens: i64,
     bytes: i64,
@@ -133,7 +140,7 @@ impl Count<'_> {
 
     fn text(&mut self, text: &str) {
         let bytes = length(text.len());
-        if self.is_quick {
+        if self.is_bounded_cost {
             self.bytes = self.bytes.saturating_add(bytes);
         } else if text.len() <= self.room {
             self.room = self.room.saturating_sub(text.len());
@@ -294,7 +301,7 @@ impl Count<'_> {
     }
 
     fn sound(&mut self, sound: Option<&Value>) {
-        if self.is_quick {
+        if self.is_bounded_cost {
             return;
         }
         let data = sound.and_then(|sound| sound.get("data")).and_then(Value::as_str);
@@ -304,7 +311,7 @@ impl Count<'_> {
     }
 
     fn file(&mut self, part: &Map<String, Value>) {
-        if self.is_quick {
+        if self.is_bounded_cost {
             return;
         }
         match part.get("source") {

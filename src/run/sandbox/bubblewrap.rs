@@ -6,7 +6,7 @@
 //! Non-goals: network namespaces. The namespace in which the sandbox is started has nothing but loopback.
 
 use super::{Cell, Entry};
-use crate::plan::agent::UID;
+use crate::render::agent::UID;
 
 /// The size of a folder that stays empty: one page, in bytes.
 const NOTHING: &str = "4096";
@@ -29,7 +29,7 @@ pub(super) fn arguments(cell: &Cell, filter: i32, keys: &[&str]) -> Vec<String> 
     for entry in &cell.root {
         match entry {
             Entry::Bind(bind) => add(&["--ro-bind", &bind.from.to_string_lossy(), &bind.to]),
-            Entry::Link { target, at } => add(&["--symlink", target, at]),
+            Entry::GatewayClient { target, at } => add(&["--symlink", target, at]),
         }
     }
     // If root runs the agent, the agent owns the kernel's settings, even without capabilities. bubblewrap itself only checks the folder.

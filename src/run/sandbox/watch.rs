@@ -25,7 +25,7 @@ const BLOCK: u64 = 512;
 
 /// The limit that a sandbox exceeded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Beyond {
+pub enum LimitExceeded {
     /// The memory.
     Memory,
     /// The number of processes.
@@ -33,16 +33,16 @@ pub enum Beyond {
 }
 
 /// Returns once the process and those below it use more than the given memory or number of processes.
-pub async fn until_beyond(pid: u32, memory: u64, processes: u64) -> Beyond {
+pub async fn until_beyond(pid: u32, memory: u64, processes: u64) -> LimitExceeded {
     loop {
         tokio::time::sleep(PAUSE).await;
         // A machine has hundreds of processes. The threads of this runtime serve the agent, which would wait meanwhile.
         let Ok((held, count)) = tokio::task::spawn_blocking(move || used(pid)).await else { continue };
         if held > memory {
-            return Beyond::Memory;
+            return LimitExceeded::Memory;
         }
         if count > processes {
-            return Beyond::Processes;
+            return LimitExceeded::Processes;
         }
     }
 }

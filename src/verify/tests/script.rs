@@ -156,7 +156,7 @@ pub(crate) fn intent(call: &str, channel: Channel, target: &str, reserved_tokens
         approvals: vec![],
         undoes: None,
         assessment: None,
-        rules: vec![Rule::ToolKnown, Rule::ToolSchema],
+        rules: vec![Rule::ToolUnknown, Rule::ToolSchema],
         model: None,
         reserved_tokens,
         reserved_cost_micros: 0,

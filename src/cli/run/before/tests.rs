@@ -3,7 +3,7 @@
 use rstest::rstest;
 
 use super::*;
-use crate::{cli::lint::Severity, plan::fixtures};
+use crate::{cli::lint::Severity, render::fixtures};
 
 fn objects() -> Objects {
     let mut pack = fixtures::pack();

@@ -28,7 +28,7 @@ use crate::{
         api::Writer,
         cache::{self, Stores},
         control,
-        memory::Memories,
+        expectations::Expectations,
         metrics::Metrics,
         reconcile::Context,
         tests::{
@@ -36,7 +36,7 @@ use crate::{
             cluster::{self, Cluster},
         },
     },
-    plan::{fixtures, names},
+    render::{fixtures, names},
     seal::{self, Seal, SealError},
     wire::{SealReply, SealRequest},
 };
@@ -371,7 +371,7 @@ impl Operator {
     fn begin(server: &Server, believes_caches: bool) -> Self {
         let contact = Arc::new(Contact::default());
         let client = server.client(contact.clone());
-        let memories = Arc::new(Memories::default());
+        let memories = Arc::new(Expectations::default());
         let metrics = Metrics::new(&Registry::new()).unwrap();
         let (stores, streams) = cache::watch(&client, memories.clone(), &metrics);
         let context = Context {

@@ -88,13 +88,13 @@ mod tests {
     #[case("args.text + args.text == 'aa'", false)]
     #[case("args.text.matches('(a*)*b')", false)]
     fn no_loop_is_quick(#[case] source: &str, #[case] quick: bool) {
-        assert_eq!(Expression::compile(source).unwrap().is_quick(), quick, "{source}");
+        assert_eq!(Expression::compile(source).unwrap().is_bounded_cost(), quick, "{source}");
     }
 
     #[test]
     fn nothing_long_is_quick() {
         let long = format!("args.name != '{}'", "a".repeat(LONGEST_EXPRESSION));
-        assert!(!Expression::compile(&long).unwrap().is_quick());
+        assert!(!Expression::compile(&long).unwrap().is_bounded_cost());
         assert!(!schema(&json!({"enum": ["a".repeat(LONGEST_SCHEMA)]})));
     }
 

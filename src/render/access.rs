@@ -143,7 +143,7 @@ fn thresholds(rendered: &Access, at: &impl Fn(&str) -> String, findings: &mut Ve
 pub fn unreachable(policy: &PolicyConfig, findings: &mut Vec<Finding>) {
     let (principal, class) = (&policy.task.principal, &policy.task.workflow_class);
     for tool in &policy.tools {
-        let Some(why) = access::never(&policy.access, principal, tool) else { continue };
+        let Some(why) = access::always_denied(&policy.access, principal, tool) else { continue };
         findings.push(Finding::new(
             format!("ToolContract/{} spec.tool", tool.contract),
             format!("a tool that the pack lets `{principal}` call in class `{class}`"),

@@ -15,8 +15,8 @@ use tokio::sync::OwnedMutexGuard;
 
 use super::{
     clock,
+    gateway_client::GatewayClient,
     journal::{Journal, call_id},
-    link::Link,
 };
 use crate::{
     evidence::record::{Event, Replayed},
@@ -28,7 +28,7 @@ use crate::{
         rule::Rule,
         shorten::shorten,
     },
-    wire::{KeepResult, KeptOf, LONGEST_RESULT},
+    wire::{KeepResult, LONGEST_RESULT, StateRef},
 };
 
 /// The most bytes of results that are kept here in total.
@@ -50,7 +50,7 @@ struct Results {
 }
 
 /// The keys that are in use, and the stored results. The log says which calls were made with which keys.
-pub struct Once {
+pub struct Deduplicator {
     turns: Mutex<HashMap<String, Weak<tokio::sync::Mutex<()>>>>,
     results: Mutex<Results>,
     /// Whether results are stored outside the pod as well.
@@ -60,20 +60,20 @@ pub struct Once {
 }
 
 /// A lease on an idempotency key, which only one call holds at a time.
-pub struct Turn {
+pub struct KeyLease {
     /// The idempotency key.
     pub key: String,
     _guard: OwnedMutexGuard<()>,
 }
 
-impl Once {
+impl Deduplicator {
     /// Creates the state without any keys in use.
     pub fn new(outside: bool, salt: Salt) -> Self {
         Self { turns: Mutex::default(), results: Mutex::default(), outside, salt }
     }
 
     /// Waits until no other call with this key is in flight.
-    pub async fn turn(&self, key: String) -> Turn {
+    pub async fn turn(&self, key: String) -> KeyLease {
         let turn = {
             let mut turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
             if turns.len() >= KEYS {
@@ -84,7 +84,7 @@ impl Once {
             turns.insert(key.clone(), Arc::downgrade(&turn));
             turn
         };
-        Turn { key, _guard: turn.lock_owned().await }
+        KeyLease { key, _guard: turn.lock_owned().await }
     }
 
     /// Checks whether a call may be made with a key, by the current ledger.
@@ -99,7 +99,7 @@ impl Once {
     }
 
     /// Returns the call that was made with a key and has an unknown outcome, if there is one.
-    pub fn unknown(journal: &Journal, of: &Idempotency, turn: &Turn, digest: &str) -> Option<String> {
+    pub fn unknown(journal: &Journal, of: &Idempotency, turn: &KeyLease, digest: &str) -> Option<String> {
         journal.look(|task| match task.ledger().find(&turn.key, digest, of, now()) {
             Found::Unknown(made) => Some(made.call.clone()),
             _ => None,
@@ -112,10 +112,10 @@ impl Once {
     /// Returns [`Rule::ToolIdempotency`] if the call may not be made, and [`Rule::Evidence`] if the replay cannot be recorded.
     pub async fn answer(
         &self,
-        (journal, link): (&Journal, &Link),
+        (journal, link): (&Journal, &GatewayClient),
         tool: &Tool,
         of: &Idempotency,
-        turn: &Turn,
+        turn: &KeyLease,
         digest: &str,
     ) -> Result<Option<CallToolResult>, Denial> {
         let made = journal.look(|task| match task.ledger().find(&turn.key, digest, of, now()) {
@@ -145,7 +145,7 @@ impl Once {
             request_digest: digest.to_owned(),
             response_digest: kept.digest,
         };
-        journal.room().await;
+        journal.wait_for_capacity().await;
         let record = journal.record(|_, task| {
             task.budget().open()?;
             // The idempotency window may have closed meanwhile.
@@ -162,12 +162,12 @@ impl Once {
     ///
     /// # Errors
     /// Returns why the result is not available, as the end of a sentence that begins with "its result".
-    async fn fetch(&self, link: &Link, made: &Entry) -> Result<Kept, String> {
+    async fn fetch(&self, link: &GatewayClient, made: &Entry) -> Result<Kept, String> {
         let Some(digest) = made.response_digest.clone() else { return Err("was not given to the agent".into()) };
         if !self.outside {
             return Err("is not kept any more".into());
         }
-        let of = KeptOf { call: made.call.clone(), digest: digest.clone() };
+        let of = StateRef { call: made.call.clone(), digest: digest.clone() };
         let text = link.kept_result(&of).await.map_err(|error| format!("cannot be had: {error}"))?;
         let result = result_of(&text, &digest, &self.salt).ok_or("is not as it was kept")?;
         Ok(Kept { result, digest })
@@ -175,7 +175,7 @@ impl Once {
 
     /// Stores a result so that it can be returned again, if it is not too long: here, and outside the pod for other attempts. This must
     /// come before the outcome is recorded, because that record allows replays. A call whose result cannot be stored is still not repeated.
-    pub async fn keep(&self, link: &Link, intent: u64, result: &CallToolResult, digest: Option<&String>) {
+    pub async fn keep(&self, link: &GatewayClient, intent: u64, result: &CallToolResult, digest: Option<&String>) {
         let text = serde_json::to_string(result).ok().filter(|text| text.len() <= LONGEST_RESULT);
         let Some((digest, text)) = digest.zip(text) else { return };
         {

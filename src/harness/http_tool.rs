@@ -19,7 +19,7 @@ use serde_json::Value;
 use super::{
     bounds::{Bounds, late},
     gate::Settlement,
-    link::{EndedError, Link, Peer},
+    gateway_client::{EndedError, GatewayClient, Peer},
 };
 use crate::{
     evidence::record::Effect,
@@ -35,7 +35,7 @@ struct Reply {
 
 /// Calls the tool with these arguments, JSON. Returns the result and the call's settlement.
 pub async fn call(
-    link: &Arc<Link>,
+    link: &Arc<GatewayClient>,
     tool: &Tool,
     arguments: Bytes,
     intent: u64,
@@ -62,7 +62,7 @@ pub async fn call(
 }
 
 async fn exchange(
-    link: &Link,
+    link: &GatewayClient,
     tool: &Tool,
     arguments: Bytes,
     intent: u64,

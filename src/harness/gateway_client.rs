@@ -39,8 +39,8 @@ use crate::{
     evidence::{merkle::Hash, record::Channel},
     policy::{config::Wiring, decide::Denial, rule::Rule},
     wire::{
-        self, AppendReply, AppendRequest, ApprovalAsk, ApprovalReply, Keep, KeepResult, Kept, KeptOf, KeptResult,
-        OpenReply, OpenRequest, Refusal, Undo,
+        self, AppendReply, AppendRequest, ApprovalAsk, ApprovalReply, KeepResult, Kept, KeptResult, OpenReply,
+        OpenRequest, PutState, Refusal, StateRef, Undo,
     },
 };
 
@@ -91,7 +91,7 @@ pub enum CallError {
 
 /// The reason why a forwarded request got no reply from the upstream.
 #[derive(Clone, Debug)]
-pub struct Undelivered {
+pub struct DeliveryError {
     /// The denial.
     pub denial: Denial,
     /// Whether it is certain that the upstream did not get the request.
@@ -111,7 +111,7 @@ pub struct Tunnel {
 }
 
 /// A client for the gateway.
-pub struct Link {
+pub struct GatewayClient {
     address: std::net::SocketAddr,
     tls: TlsConnector,
     client: Client<Dialer, Full<Bytes>>,
@@ -119,7 +119,7 @@ pub struct Link {
     cached: Mutex<Option<(Instant, HeaderValue)>>,
 }
 
-impl Link {
+impl GatewayClient {
     /// Creates a client from this wiring. Does not connect yet.
     ///
     /// # Errors
@@ -185,7 +185,7 @@ impl Link {
     ///
     /// # Errors
     /// Returns an error if the gateway denies the request or cannot be reached.
-    pub async fn keep(&self, keep: &Keep) -> Result<String, CallError> {
+    pub async fn keep(&self, keep: &PutState) -> Result<String, CallError> {
         let kept: Kept = self.post_patiently(wire::STATE_KEEP, keep).await?;
         Ok(kept.digest)
     }
@@ -194,7 +194,7 @@ impl Link {
     ///
     /// # Errors
     /// Returns an error if the gateway denies the request or cannot be reached.
-    pub async fn kept(&self, of: &KeptOf) -> Result<String, CallError> {
+    pub async fn kept(&self, of: &StateRef) -> Result<String, CallError> {
         let undo: Undo = self.post_patiently(wire::STATE_GET, of).await?;
         Ok(undo.arguments)
     }
@@ -211,7 +211,7 @@ impl Link {
     ///
     /// # Errors
     /// Returns an error if the gateway denies the request or cannot be reached.
-    pub async fn kept_result(&self, of: &KeptOf) -> Result<String, CallError> {
+    pub async fn kept_result(&self, of: &StateRef) -> Result<String, CallError> {
         let kept: KeptResult = self.post_patiently(wire::RESULT_GET, of).await?;
         Ok(kept.result)
     }
@@ -279,7 +279,7 @@ impl Link {
         target: &str,
         request: Request<Bytes>,
         silence: Duration,
-    ) -> Result<Response<Carried>, Undelivered> {
+    ) -> Result<Response<Carried>, DeliveryError> {
         let (mut parts, body) = request.into_parts();
         let malformed = |_| undelivered(Rule::Request, "the target cannot be sent".into(), true);
         parts.headers.insert(wire::TARGET, HeaderValue::from_str(target).map_err(malformed)?);
@@ -297,7 +297,7 @@ impl Link {
         intent: u64,
         arguments: Bytes,
         silence: Duration,
-    ) -> Result<Response<Carried>, Undelivered> {
+    ) -> Result<Response<Carried>, DeliveryError> {
         let mut request = Request::new(());
         *request.method_mut() = Method::POST;
         request.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
@@ -311,7 +311,7 @@ impl Link {
         intent: u64,
         parts: &Parts,
         (body, silence): (Bytes, Duration),
-    ) -> Result<Response<Carried>, Undelivered> {
+    ) -> Result<Response<Carried>, DeliveryError> {
         let patience = silence.saturating_add(WORD);
         let started = Instant::now();
         let mut pause = Duration::from_millis(50);
@@ -351,7 +351,7 @@ impl Link {
     }
 
     /// Separates the gateway's own replies, which carry a rule, from the upstream's.
-    async fn judge(&self, reply: Response<Incoming>) -> Result<Response<Carried>, Undelivered> {
+    async fn judge(&self, reply: Response<Incoming>) -> Result<Response<Carried>, DeliveryError> {
         let Some(rule) = reply.headers().get(wire::RULE) else { return Ok(reply::reply(reply)) };
         // An unknown rule may belong to a call whose reply never came.
         let rule = serde_json::from_slice(format!("\"{}\"", rule.to_str().unwrap_or_default()).as_bytes());
@@ -362,14 +362,14 @@ impl Link {
         let refusal = refusal.unwrap_or(Refusal { rule, reason: "refused without a reason".into() });
         // Only a request whose reply never came or is withheld may have had an effect.
         let certain = !matches!(refusal.rule, Rule::UpstreamReply | Rule::UpstreamSecret);
-        Err(Undelivered { denial: Denial { rule: refusal.rule, reason: refusal.reason }, certain, upstream })
+        Err(DeliveryError { denial: Denial { rule: refusal.rule, reason: refusal.reason }, certain, upstream })
     }
 
     /// Opens a tunnel to `host:port`.
     ///
     /// # Errors
     /// Returns an error if the gateway denied the tunnel or the upstream cannot be reached.
-    pub async fn tunnel(&self, intent: u64, authority: &str) -> Result<Tunnel, Undelivered> {
+    pub async fn tunnel(&self, intent: u64, authority: &str) -> Result<Tunnel, DeliveryError> {
         let lost = |error: &dyn std::fmt::Display| undelivered(Rule::UpstreamConnect, error.to_string(), true);
         let uri: Uri = authority.parse().map_err(|error| undelivered(Rule::EgressHost, format!("{error}"), true))?;
         let started = Instant::now();
@@ -461,8 +461,8 @@ impl Peer {
     }
 }
 
-fn undelivered(rule: Rule, reason: String, certain: bool) -> Undelivered {
-    Undelivered { denial: Denial { rule, reason }, certain, upstream: None }
+fn undelivered(rule: Rule, reason: String, certain: bool) -> DeliveryError {
+    DeliveryError { denial: Denial { rule, reason }, certain, upstream: None }
 }
 
 /// Returns whether a denial is temporary: the gateway is busy or has not caught up.

@@ -3,7 +3,7 @@
 //! Guarantees: The operator and the gateway render the same bytes from the same objects. Tools are sorted by name. Nothing exceeds what the
 //! class allows.
 //!
-//! Non-goals: Image, mounts and resources, because they decide nothing about calls. See [`validated`](crate::plan::validated).
+//! Non-goals: Image, mounts and resources, because they decide nothing about calls. See [`validated`](crate::render::validated).
 
 use std::{
     borrow::Borrow,

@@ -4,7 +4,7 @@ use super::{Finding, condition};
 use crate::{
     api::{ApprovalRequest, ApprovalRequestSpec, tool_contract},
     policy::{
-        approval::{Asked, Vote},
+        approval::{ApprovalTerms, Vote},
         config::Approval,
     },
 };
@@ -53,9 +53,9 @@ pub fn render(
 }
 
 /// Returns the part of the request that its state depends on.
-pub fn asked(spec: &ApprovalRequestSpec) -> Asked<'_> {
+pub fn asked(spec: &ApprovalRequestSpec) -> ApprovalTerms<'_> {
     let barred = [Some(spec.principal.as_str()), spec.requester.as_deref()];
-    Asked { required: spec.required, barred, expires: spec.expires_at.0 }
+    ApprovalTerms { required: spec.required, barred, expires: spec.expires_at.0 }
 }
 
 /// Returns the decisions of the approvers.

@@ -122,7 +122,7 @@ impl Type {
 
 /// Checks whether a condition can be true for some call.
 ///
-/// `input` is the closed schema of the arguments. The expression must have passed [`condition::check`](crate::plan::condition::check).
+/// `input` is the closed schema of the arguments. The expression must have passed [`condition::check`](crate::render::condition::check).
 ///
 /// # Errors
 /// Returns what is wrong with the expression, in words that follow "found".
@@ -339,7 +339,7 @@ mod tests {
     use super::*;
 
     fn input() -> Value {
-        crate::plan::schema::close(&json!({
+        crate::render::schema::close(&json!({
             "type": "object",
             "properties": {
                 "path": {"type": "string"}, "count": {"type": "integer"}, "force": {"type": "boolean"},
@@ -364,7 +364,7 @@ mod tests {
     #[case("args.tags.exists_one(t, t == 'x') && {'a': 1}['a'] == 1")]
     #[case("timestamp('2026-01-01T00:00:00Z') < timestamp('2027-01-01T00:00:00Z')")]
     fn accepts(#[case] source: &str) {
-        assert_eq!(crate::plan::condition::check(source), Ok(()), "{source}");
+        assert_eq!(crate::render::condition::check(source), Ok(()), "{source}");
         assert_eq!(check(source, &input()), Ok(()), "{source}");
     }
 
@@ -390,7 +390,7 @@ mod tests {
     #[case("args.path + 1 == 'x'", "`+` between text and a number")]
     #[case("principal.name == 'x'", "`.name` of text")]
     fn refuses(#[case] source: &str, #[case] word: &str) {
-        assert_eq!(crate::plan::condition::check(source), Ok(()), "{source}");
+        assert_eq!(crate::render::condition::check(source), Ok(()), "{source}");
         let found = check(source, &input()).unwrap_err();
         assert!(found.contains(word), "{source}: {found}");
     }

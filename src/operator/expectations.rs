@@ -15,7 +15,7 @@ use tokio::time::Instant;
 use crate::{api::AgentTask, lifecycle::observe::PodView};
 
 /// How long the operator trusts its own writes over caches that do not show them.
-pub const BELIEVED: Duration = Duration::from_secs(10);
+pub const EXPECTATION_TTL: Duration = Duration::from_secs(10);
 
 /// What is remembered about one task.
 #[derive(Clone, Default)]
@@ -40,9 +40,9 @@ pub struct Memory {
 
 /// What is remembered about all tasks, by UID.
 #[derive(Default)]
-pub struct Memories(Mutex<HashMap<String, Memory>>);
+pub struct Expectations(Mutex<HashMap<String, Memory>>);
 
-impl Memories {
+impl Expectations {
     fn lock(&self) -> MutexGuard<'_, HashMap<String, Memory>> {
         // Each operation leaves the map consistent, so a panic elsewhere does not leave a partial change.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)

@@ -2,7 +2,7 @@ use k8s_openapi::api::core::v1::Pod;
 use serde_json::{Value, json};
 
 use super::*;
-use crate::plan::{
+use crate::render::{
     fixtures::{contracts, pack, surroundings, task},
     network_policy, pod,
     validated::validate,

@@ -26,8 +26,6 @@ use crate::api::PolicyPack;
 pub mod access;
 /// Describes the agent of an attempt, whatever runs it.
 pub mod agent;
-/// Checks contracts and packs on their own.
-pub mod alone;
 /// Reads ApprovalRequests as plain data.
 pub mod approval;
 /// Checks CEL preconditions: they compile, name only variables that exist, and are not nested too deeply.
@@ -56,6 +54,8 @@ pub mod quantity;
 pub mod rollback;
 /// Checks and closes input schemas: valid, self-contained, closed.
 pub mod schema;
+/// Checks contracts and packs on their own.
+pub mod standalone;
 #[cfg(test)]
 mod tests;
 /// Infers the types of CEL expressions.

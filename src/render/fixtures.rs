@@ -2,7 +2,7 @@
 
 use crate::api::{AgentTask, PolicyPack, ToolContract};
 
-use super::validated::Surroundings;
+use super::validated::Installation;
 
 pub(crate) fn task() -> AgentTask {
     read(
@@ -85,8 +85,8 @@ pub(crate) fn pack() -> PolicyPack {
     )
 }
 
-pub(crate) fn surroundings() -> Surroundings {
-    Surroundings {
+pub(crate) fn surroundings() -> Installation {
+    Installation {
         system_namespace: "belay-system".into(),
         image: "localhost/belay:dev".into(),
         gateway: "10.96.7.7".into(),

@@ -157,7 +157,7 @@ pub struct Scope {
 
 /// Settings of the cluster, the same for every task.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Surroundings {
+pub struct Installation {
     /// The namespace of operator and gateway. No task runs there, because its Secrets belong to the gateway.
     pub system_namespace: String,
     /// The image of the harness.
@@ -178,7 +178,7 @@ pub struct Surroundings {
 #[derive(Clone, Debug)]
 pub struct Attempt<'a> {
     pub(super) task: &'a Validated,
-    pub(super) surroundings: &'a Surroundings,
+    pub(super) surroundings: &'a Installation,
     pub(super) number: i64,
     pub(super) config: String,
 }
@@ -203,7 +203,7 @@ impl Validated {
     ///
     /// # Errors
     /// Returns an error only if the surroundings have no canonical form. Strings always have one.
-    pub fn attempt<'a>(&'a self, surroundings: &'a Surroundings, number: i64) -> Result<Attempt<'a>, CanonicalError> {
+    pub fn attempt<'a>(&'a self, surroundings: &'a Installation, number: i64) -> Result<Attempt<'a>, CanonicalError> {
         let at = |port: u16| authority(&surroundings.gateway, port);
         let mut unreachable = vec![at(names::CANARY_PORT)];
         unreachable.extend(surroundings.api_servers.iter().cloned());

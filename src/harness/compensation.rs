@@ -18,8 +18,8 @@ use super::{
     mcp::Tools,
 };
 use crate::{
-    evidence::rollback::{By, Standing, Undo},
-    wire::KeptOf,
+    evidence::rollback::{By, CompensationState, Undo},
+    wire::StateRef,
 };
 
 /// The path of the request to roll back. The reply comes when the rollback is done, which may take as long as approvers need.
@@ -88,7 +88,7 @@ fn reply(status: StatusCode, text: Bytes) -> Response<Body> {
 async fn run(tools: &Tools) -> Option<Report> {
     let mut report = round(tools).await?;
     for _ in 1..ROUNDS {
-        let due = |left: &Left| standing(tools, &left.call) == Some(Standing::Due) && !left.by_people;
+        let due = |left: &Left| standing(tools, &left.call) == Some(CompensationState::Due) && !left.by_people;
         if !report.left.iter().any(due) {
             break;
         }
@@ -98,7 +98,7 @@ async fn run(tools: &Tools) -> Option<Report> {
     Some(report)
 }
 
-fn standing(tools: &Tools, call: &str) -> Option<Standing> {
+fn standing(tools: &Tools, call: &str) -> Option<CompensationState> {
     tools.gate().standing(call)
 }
 
@@ -108,8 +108,8 @@ async fn round(tools: &Tools) -> Option<Report> {
     for step in plan.steps {
         let undone = match (&step.by, standing(tools, &step.call)) {
             (By::People(why), _) => Err(why.clone()),
-            (By::Call(_), Some(Standing::Undone)) => Ok(()),
-            (By::Call(_), Some(Standing::Unknown)) => Err("whether it was undone is not known".into()),
+            (By::Call(_), Some(CompensationState::Undone)) => Ok(()),
+            (By::Call(_), Some(CompensationState::Unknown)) => Err("whether it was undone is not known".into()),
             (By::Call(undo), _) => match arguments(tools, &step.call, undo).await {
                 Ok(arguments) => tools.undo(&step.call, undo, arguments).await,
                 Err(reason) => Err(reason),
@@ -129,7 +129,7 @@ async fn round(tools: &Tools) -> Option<Report> {
 
 /// Returns the stored arguments of a compensation, if they match the plan's commitment.
 async fn arguments(tools: &Tools, call: &str, undo: &Undo) -> Result<Map<String, Value>, String> {
-    let of = KeptOf { call: call.to_owned(), digest: undo.request_digest.clone() };
+    let of = StateRef { call: call.to_owned(), digest: undo.request_digest.clone() };
     let kept = tools.gate().link().kept(&of).await.map_err(|error| error.to_string())?;
     let arguments: Value = serde_json::from_str(&kept).map_err(|error| format!("what was kept is no JSON: {error}"))?;
     let found = tools.gate().salt().value(&arguments).map_err(|error| error.to_string())?;
