@@ -241,16 +241,15 @@ fn table(echo: &str) -> Vec<Row> {
         let hello = || json!({"message": "hello"});
         add(limited(calls(1), row("limits.calls", Allowed)));
         let second = |row: Row| Row { before: vec![hello()], ..row };
-        add(refused(second(limited(calls(1), row("limits.calls", Denied))), Rule::ToolLimitCalls));
+        // The call limit comes before the rate, because no wait helps against it.
+        let both = ToolLimits { per_minute: Some(1), ..calls(1) };
+        add(refused(second(limited(both, row("limits.calls", Denied))), Rule::ToolLimitCalls));
         add(second(limited(calls(2), row("limits.calls", Edge))));
 
         let rate = |rate| ToolLimits { per_minute: Some(rate), ..ToolLimits::default() };
         add(limited(rate(1), row("limits.perMinute", Allowed)));
         add(refused(second(limited(rate(1), row("limits.perMinute", Denied))), Rule::ToolRate));
         add(second(limited(rate(2), row("limits.perMinute", Edge))));
-        // The call limit is named before the rate, because waiting does not help.
-        let both = ToolLimits { calls: Some(1), ..rate(1) };
-        add(refused(second(limited(both, row("limits.calls", Denied))), Rule::ToolLimitCalls));
 
         let timed = |seconds, row: Row, takes| {
             let limits = ToolLimits { timeout_seconds: Some(seconds), ..ToolLimits::default() };

@@ -54,7 +54,7 @@ async fn a_process_that_logs() {
                 },
             };
             let gate = gate_followed_by(policy(vec![]), Box::new(|_, _| ()));
-            let denial = Denial { rule: Rule::EgressHost, reason: TEXT.to_owned() };
+            let denial = Denial { rule: Rule::EgressHost, reason: "no class lists this host".to_owned() };
             gate.deny(Channel::Egress, "evil.test:443", None, denial).await;
         }
         other => panic!("{other}"),
@@ -115,6 +115,5 @@ fn a_denial_is_logged_with_what_was_denied_and_why() {
     let lines = logged("denial", None);
     let line = lines.iter().find(|line| line["message"] == "refused").unwrap();
     assert_eq!((&line["rule"], &line["channel"]), (&"egress.host".into(), &"egress".into()), "{line}");
-    assert!(line["reason"].as_str().unwrap().contains("three"), "{line}");
-    assert!(line.to_string().contains("evil.test:443"), "{line}");
+    assert_eq!((&line["reason"], &line["to"]), (&"no class lists this host".into(), &"evil.test:443".into()), "{line}");
 }
