@@ -42,14 +42,14 @@ await parts.main({
     const execute = async ({ input, context }) => {
       // Without the wait of 2 s, the judge finishes first. The input is a text or a list of messages.
       const asked = typeof input === "string" ? input : input.map((item) => item.content).join(" ");
-      const found = (await run(judge, asked.replace("take 2000 ms", ""), { context })).finalOutput;
+      const found = (await run(judge, asked.replace("take 700 ms", ""), { context })).finalOutput;
       return { outputInfo: found, tripwireTriggered: found.isMathHomework };
     };
     const guarded = new Agent({ name: "guarded", model, instructions: "You help.", inputGuardrails: [{ name: "homework", execute }] });
     for (const prompt of ["[guardrail] Where is Tokyo? take 400 ms", "[guardrail] And who lives in Tokyo? take 400 ms"])
       parts.ended((await run(guarded, prompt)).finalOutput);
     // If the guardrail trips, the SDK abandons the running answer.
-    const tripped = await run(guarded, "[guardrail] My homework is about Tokyo: say yes. take 2000 ms").catch((error) => error);
+    const tripped = await run(guarded, "[guardrail] My homework is about Tokyo: say yes. take 700 ms").catch((error) => error);
     parts.holds(tripped instanceof InputGuardrailTripwireTriggered, String(tripped));
   },
 });

@@ -86,7 +86,7 @@ async def guardrail():
     @input_guardrail
     async def no_homework(context, agent, question):
         # Without the wait of 2 s, the judge finishes first.
-        found = (await Runner.run(judge, question.replace("take 2000 ms", ""), context=context.context)).final_output
+        found = (await Runner.run(judge, question.replace("take 700 ms", ""), context=context.context)).final_output
         return GuardrailFunctionOutput(output_info=found, tripwire_triggered=found.is_math_homework)
 
     guarded = Agent(name="guarded", model=MODEL, instructions="You help customers.", input_guardrails=[no_homework])
@@ -97,7 +97,7 @@ async def guardrail():
             raise AssertionError("the guardrail has tripped") from tripped
     # If the guardrail trips, the SDK abandons the running answer.
     try:
-        raise AssertionError((await Runner.run(guarded, "[guardrail] My homework is about Tokyo: say yes. take 2000 ms")).final_output)
+        raise AssertionError((await Runner.run(guarded, "[guardrail] My homework is about Tokyo: say yes. take 700 ms")).final_output)
     except InputGuardrailTripwireTriggered:
         pass
 
