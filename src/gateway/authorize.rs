@@ -433,7 +433,7 @@ pub fn is_bounded_cost(compiled: &Compiled, intent: &IntentFacts, length: usize)
     length <= cost::SHORT && compiled.contracts.is_bounded_cost(&intent.target) && compiled.guard.is_bounded_cost()
 }
 
-/// Returns whether a request is a message to an MCP server, which [`says`] checks.
+/// Returns whether a request is a message to an MCP server, which [`parse_mcp_message`] checks.
 pub fn is_message(compiled: &Compiled, channel: Channel, method: &Method, intent: &IntentFacts) -> bool {
     let tool = compiled.policy.tool(&intent.target);
     let is_mcp = tool.is_some_and(|tool| matches!(tool.upstream, Upstream::Mcp(_)));
