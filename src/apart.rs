@@ -50,12 +50,17 @@ pub async fn judge<T: Send + 'static>(
     let place = place.map_err(|_| Unjudged::Broken)?;
     let left = until.saturating_duration_since(Instant::now());
     let (answer, answered) = oneshot::channel();
+    // The work waits until the thread is detached. glibc's `pthread_detach` reads the thread's descriptor after it has marked it. If the thread
+    // ended in between, its stack would be unmapped, because it is larger than glibc's cache, and the process would crash.
+    let (detached, begin) = std::sync::mpsc::channel::<()>();
     let thread = std::thread::Builder::new().name("judging".to_owned()).stack_size(STACK).spawn(move || {
         let _place = place;
+        let _ = begin.recv();
         // The caller may be gone.
         let _ = answer.send(meter::within(Allowance::CALL.within(left), work));
     });
-    thread.map_err(|_| Unjudged::Broken)?;
+    drop(thread.map_err(|_| Unjudged::Broken)?);
+    drop(detached);
     match timeout_at(until + GRACE, answered).await {
         Ok(answer) => answer.map_err(|_| Unjudged::Broken),
         Err(_) => Err(Unjudged::Late(time)),
