@@ -1,4 +1,4 @@
-//! Each version of MCP that begins with `initialize`, by itself: with an agent that says it, and with an upstream that speaks no other.
+//! Tests each version of MCP that begins with `initialize`: with an agent that requests it, and with an upstream that speaks no other.
 
 use std::sync::Mutex;
 
@@ -10,6 +10,8 @@ use axum::{
 use super::*;
 
 const VERSION: &str = "mcp-protocol-version";
+/// The versions that begin with `initialize`, and the newest of them.
+const VERSIONS: [&str; 4] = ["2024-11-05", "2025-03-26", "2025-06-18", NEWEST];
 const NEWEST: &str = "2025-11-25";
 
 /// The version that a client names in each request after `initialize`: a header that came with 2025-06-18.
@@ -43,13 +45,14 @@ fn request(id: u32, method: &str, params: Value) -> Value {
     json!({"jsonrpc": "2.0", "id": id, "method": method, "params": params})
 }
 
-#[rstest::rstest]
-#[case("2024-11-05")]
-#[case("2025-03-26")]
-#[case("2025-06-18")]
-#[case("2025-11-25")]
 #[tokio::test]
-async fn an_agent_of_each_version_is_answered_in_it_and_calls_tools(#[case] version: &'static str) {
+async fn an_agent_of_each_version_is_answered_in_it_and_calls_tools() {
+    for version in VERSIONS {
+        agent_of(version).await;
+    }
+}
+
+async fn agent_of(version: &'static str) {
     let harness = harness().await;
     let (status, reply) = said(&harness, None, &initialize(version)).await;
     assert_eq!((status, &reply["id"]), (StatusCode::OK, &json!(0)), "{reply}");
@@ -162,13 +165,14 @@ fn answered(version: &'static str, log: &Got, headers: &HeaderMap, asked: &Value
     axum::Json(json!({"jsonrpc": "2.0", "id": asked["id"], "result": result})).into_response()
 }
 
-#[rstest::rstest]
-#[case("2024-11-05")]
-#[case("2025-03-26")]
-#[case("2025-06-18")]
-#[case("2025-11-25")]
 #[tokio::test]
-async fn an_upstream_of_each_version_is_listed_and_called_in_it(#[case] version: &'static str) {
+async fn an_upstream_of_each_version_is_listed_and_called_in_it() {
+    for version in VERSIONS {
+        upstream_is_called_in(version).await;
+    }
+}
+
+async fn upstream_is_called_in(version: &'static str) {
     let mut policy = policy(LIMITS);
     let upstream = McpUpstream { url: "http://old.test/mcp".into(), tool: "echo".into(), digest: None };
     policy.tools.push(tool("old", Upstream::Mcp(upstream), SideEffect::Write));

@@ -251,8 +251,8 @@ impl Tools {
         };
         let (result, mut settlement) = self.looked_at(tool, result, settlement).await;
         let answered = result.as_ref().ok().and_then(structured_output);
-        if let Some(structured_output) = &answered {
-            self.gate.keep(&tool.name, structured_output);
+        if let Some(output) = &answered {
+            self.gate.keep(&tool.name, output);
         }
         // A call that the upstream reports as an error may or may not have had an effect. It gets no compensation, and as a compensation it
         // does not count as applied.

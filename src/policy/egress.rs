@@ -32,7 +32,7 @@ pub struct EgressDenied {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum HostPattern {
     /// The name.
-    CallKey(Hostname),
+    Exact(Hostname),
     /// `*.` and the domain.
     OneBelow(Hostname),
 }
@@ -45,14 +45,14 @@ impl HostPattern {
     pub fn parse(text: &str) -> Result<Self, HostnameError> {
         match text.strip_prefix("*.") {
             Some(domain) => Hostname::parse(domain).map(Self::OneBelow),
-            None => Hostname::parse(text).map(Self::CallKey),
+            None => Hostname::parse(text).map(Self::Exact),
         }
     }
 
     /// Checks whether the pattern covers the host.
     pub fn matches(&self, host: &Hostname) -> bool {
         match self {
-            Self::CallKey(name) => name == host,
+            Self::Exact(name) => name == host,
             Self::OneBelow(domain) => host.is_one_below(domain),
         }
     }

@@ -100,7 +100,7 @@ pub enum Entry {
     /// A folder or file.
     Bind(Bind),
     /// A symbolic link.
-    GatewayClient {
+    Link {
         /// The target of the link.
         target: String,
         /// The path of the link.
@@ -114,7 +114,7 @@ impl Entry {
     pub fn without(self, hidden: &[PathBuf]) -> Self {
         match self {
             Self::Bind(bind) => Self::Bind(bind.without(hidden)),
-            link @ Self::GatewayClient { .. } => link,
+            link @ Self::Link { .. } => link,
         }
     }
 }

@@ -34,7 +34,7 @@ const PRIVATE: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 0, 0, 5));
 /// The upstream's handling of a request.
 #[derive(Clone, Copy)]
 enum Reply {
-    PutState,
+    Keep,
     /// Announces a timeout of one second.
     Briefly,
     Challenge,
@@ -85,9 +85,9 @@ impl Upstream {
             }
             read.clear();
             self.requests.fetch_add(1, Ordering::SeqCst);
-            let reply = self.replies.lock().unwrap().pop().unwrap_or(Reply::PutState);
+            let reply = self.replies.lock().unwrap().pop().unwrap_or(Reply::Keep);
             let (more, body, goes_on) = match reply {
-                Reply::PutState => ("", "ok", true),
+                Reply::Keep => ("", "ok", true),
                 Reply::Briefly => ("keep-alive: timeout=1\r\n", "ok", true),
                 Reply::Challenge => ("www-authenticate: NTLM\r\n", "ok", true),
                 Reply::Leave => ("", "ok", false),
@@ -186,7 +186,7 @@ async fn after_an_error_a_challenge_or_an_end_another_is_opened() {
 
 #[tokio::test]
 async fn a_request_that_was_written_is_never_written_again() {
-    let way = Way::to(&[Reply::PutState, Reply::Vanish]).await;
+    let way = Way::to(&[Reply::Keep, Reply::Vanish]).await;
     assert_eq!(way.post().await.unwrap(), "ok");
     assert_eq!(way.post().await.unwrap_err().rule, Rule::UpstreamReply);
     assert_eq!(way.upstream.seen(), (1, 2), "the second request came once");

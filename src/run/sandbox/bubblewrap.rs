@@ -29,7 +29,7 @@ pub(super) fn arguments(cell: &Cell, filter: i32, keys: &[&str]) -> Vec<String> 
     for entry in &cell.root {
         match entry {
             Entry::Bind(bind) => add(&["--ro-bind", &bind.from.to_string_lossy(), &bind.to]),
-            Entry::GatewayClient { target, at } => add(&["--symlink", target, at]),
+            Entry::Link { target, at } => add(&["--symlink", target, at]),
         }
     }
     // If root runs the agent, the agent owns the kernel's settings, even without capabilities. bubblewrap itself only checks the folder.

@@ -52,7 +52,7 @@ pub(super) fn prepare((cell, viewed): (&Cell, &Cell), folder: &Path) -> io::Resu
     for entry in &cell.root {
         match entry {
             Entry::Bind(bind) => place(bind, &inside(&bind.to))?,
-            Entry::GatewayClient { target, at } => {
+            Entry::Link { target, at } => {
                 let at = inside(at);
                 at.parent().map_or(Ok(()), fs::create_dir_all)?;
                 symlink(target, at)?;
@@ -90,7 +90,7 @@ fn config(cell: &Cell, root: &Path) -> Value {
     let mut mounts = vec![json!({"destination": "/proc", "type": "proc", "source": "proc"})];
     mounts.extend(cell.root.iter().filter_map(|entry| match entry {
         Entry::Bind(one) => Some(bind(one)),
-        Entry::GatewayClient { .. } => None,
+        Entry::Link { .. } => None,
     }));
     // A covered folder with a bind below it is a folder of the read-only root: a file system of its own would have no mount point for the
     // bind.

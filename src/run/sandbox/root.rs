@@ -169,7 +169,7 @@ fn image(folder: &Path) -> io::Result<Vec<Entry>> {
 fn entry(from: &Path, to: &str) -> Option<Entry> {
     let target = fs::read_link(from).ok().and_then(|target| target.to_str().map(str::to_owned));
     match target {
-        Some(target) if to.matches('/').count() == 1 => Some(Entry::GatewayClient { target, at: to.to_owned() }),
+        Some(target) if to.matches('/').count() == 1 => Some(Entry::Link { target, at: to.to_owned() }),
         _ => fs::canonicalize(from).ok().map(|from| Entry::Bind(Bind::new(from, to))),
     }
 }
@@ -186,7 +186,7 @@ mod tests {
             .iter()
             .map(|entry| match entry {
                 Entry::Bind(bind) => (bind.to.as_str(), bind.from.starts_with(folder.path())),
-                Entry::GatewayClient { at, .. } => (at.as_str(), false),
+                Entry::Link { at, .. } => (at.as_str(), false),
             })
             .collect();
         assert!(seen.contains(&("/usr", false)) && seen.contains(&("/etc/passwd", true)), "{seen:?}");

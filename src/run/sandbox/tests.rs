@@ -6,10 +6,7 @@ pub(super) fn cell() -> Cell {
         command: vec!["python3".into(), "agent.py".into()],
         env: vec![("A".into(), "1 2".into())],
         cwd: "/workspace".into(),
-        root: vec![
-            Entry::Bind(bind("/usr", "/usr")),
-            Entry::GatewayClient { target: "usr/bin".into(), at: "/bin".into() },
-        ],
+        root: vec![Entry::Bind(bind("/usr", "/usr")), Entry::Link { target: "usr/bin".into(), at: "/bin".into() }],
         binds: vec![bind("/home/me/task", "/workspace"), bind("/home/me/facts", "/workspace/facts")],
         scopes: vec![("/out".into(), 4096)],
         covered: vec!["/dev/shm".into(), "/tmp".into()],

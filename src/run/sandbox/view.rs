@@ -91,7 +91,7 @@ pub(super) fn prepare(cell: &Cell, folder: &Path, apart: bool) -> io::Result<Cel
     };
     let root = cell.root.iter().map(|entry| match entry {
         Entry::Bind(bind) => Entry::Bind(viewed(bind)),
-        Entry::GatewayClient { .. } => entry.clone(),
+        Entry::Link { .. } => entry.clone(),
     });
     let root = root.collect();
     let binds = cell.binds.iter().map(viewed).collect();
