@@ -142,6 +142,15 @@ fn judged(world: &World, sandbox: &str, call: &str) {
     out_of_time(world, sandbox, &MANY.replace("CALL", call), &[]);
 }
 
+/// Checks that the agent ends at once after a signal.
+fn agent_ends() {
+    let started = Instant::now();
+    while world::processes().values().any(|line| line.contains("agent.py") && !line.contains("belay")) {
+        assert!(started.elapsed() < Duration::from_secs(5), "the agent goes on");
+        sleep(Duration::from_millis(20));
+    }
+}
+
 /// Checks that a signal ends the run while calls are evaluated.
 fn heard(world: &World, sandbox: &str, signal: &str) {
     with_contracts(world);
@@ -154,10 +163,7 @@ fn heard(world: &World, sandbox: &str, signal: &str) {
     world::run("kill", &[&format!("-{signal}"), &child.id().to_string()]);
     // The agent ends at once. Running calls may take a few seconds.
     let started = Instant::now();
-    while world::processes().values().any(|line| line.contains("agent.py") && !line.contains("belay")) {
-        assert!(started.elapsed() < Duration::from_secs(5), "the agent goes on");
-        sleep(Duration::from_millis(20));
-    }
+    agent_ends();
     let ran = ended(child.wait_with_output().unwrap());
     assert!(started.elapsed() < Duration::from_secs(30), "{:?}", started.elapsed());
     assert_eq!((ran.code, ran.last()["closed"]["failureClass"].as_str()), (130, Some("Cancelled")), "{ran:#?}");
@@ -194,16 +200,22 @@ fn unread(world: &World, sandbox: &str, more: &[&str], both: bool) {
 /// Checks that a reader that reads too late is told how many lines are lost, and that a signal ends the run meanwhile.
 fn read_late(world: &World, sandbox: &str) {
     with_contracts(world);
-    agent(world, LOUD);
+    // It prints more than Belay and the pipe hold, says so to the upstream, and goes on.
+    agent(
+        world,
+        "for n in range(2500): print(n, 'x' * 4000)\ncall('greet', name='you')\nwhile True: print('x' * 4000)",
+    );
+    let long = std::fs::read_to_string(world.task().join("task.yaml")).unwrap();
+    world.write("task.yaml", &long.replace(&format!("wallTimeSeconds: {WALL}"), "wallTimeSeconds: 300"));
     let mut child = world.start(sandbox, &[]);
     until(&mut child, "\"started\"");
-    sleep(Duration::from_secs(3));
+    let started = Instant::now();
+    while world.asked.lock().unwrap().is_empty() {
+        assert!(started.elapsed() < Duration::from_secs(120), "the agent has not printed enough");
+        sleep(Duration::from_millis(100));
+    }
     world::run("kill", &["-TERM", &child.id().to_string()]);
-    sleep(Duration::from_secs(1));
-    assert!(
-        !world::processes().values().any(|line| line.contains("agent.py") && !line.contains("belay")),
-        "SIGTERM is not heard"
-    );
+    agent_ends();
     let ran = ended(child.wait_with_output().unwrap());
     let lost: u64 =
         ran.events.iter().filter(|event| event["event"] == "lost").filter_map(|event| event["lines"].as_u64()).sum();
