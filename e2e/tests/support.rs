@@ -104,8 +104,7 @@ impl World {
 
     /// Creates a namespace that the pack of an environment governs.
     pub async fn governed(name: &str, environment: &str) -> Self {
-        let world = Self { client: client().await, namespace: format!("belay-e2e-{name}") };
-        world.clean().await;
+        let world = Self { client: client().await, namespace: format!("belay-e2e-{name}") }.fresh().await;
         let manifest = json!({
             "apiVersion": "v1", "kind": "Namespace",
             "metadata": {"name": world.namespace, "labels": {
@@ -122,8 +121,7 @@ impl World {
 
     /// Creates the demo's own namespace with everything that the demo needs but its task, and deletes all tickets.
     pub async fn demo() -> Self {
-        let world = Self { client: client().await, namespace: "belay-demo".into() };
-        world.clean().await;
+        let world = Self { client: client().await, namespace: "belay-demo".into() }.fresh().await;
         world.kubectl_apply(include_str!("../demo/manifests/namespace.yaml"));
         world.kubectl_apply(include_str!("../demo/manifests/contracts.yaml"));
         let authority = std::fs::read_to_string(in_world("ca.crt")).expect("the world is not up");
@@ -237,21 +235,35 @@ impl World {
         (output.status.code().unwrap_or(-1), report)
     }
 
+    /// Deletes the tasks, the pack and the namespace. Does not wait until the namespace is gone, because each test has its own.
     pub async fn clean(&self) {
         let packs: Api<PolicyPack> = Api::all(self.client.clone());
         let tasks: Api<AgentTask> = self.api();
-        // Tasks are deleted first, because their finalizer needs the pack and the gateway.
-        for task in tasks.list(&Default::default()).await.map(|list| list.items).unwrap_or_default() {
+        let list = async || tasks.list(&ListParams::default()).await.map(|list| list.items).unwrap_or_default();
+        for task in list().await {
             let _ = tasks.delete(&task.name_any(), &DeleteParams::default()).await;
+        }
+        let end = Instant::now() + Duration::from_secs(90);
+        // The finalizers of tasks need the pack, the contracts and the gateway.
+        while !list().await.is_empty() {
+            assert!(Instant::now() < end, "the tasks of {} do not go away", self.namespace);
+            tokio::time::sleep(Duration::from_millis(200)).await;
         }
         let namespaces: Api<Namespace> = Api::all(self.client.clone());
         let _ = namespaces.delete(&self.namespace, &DeleteParams::default()).await;
+        let _ = packs.delete(&self.namespace, &DeleteParams::default()).await;
+    }
+
+    /// Deletes what an earlier run has left, and waits until it is gone.
+    async fn fresh(self) -> Self {
+        self.clean().await;
+        let namespaces: Api<Namespace> = Api::all(self.client.clone());
         let end = Instant::now() + Duration::from_secs(90);
         while namespaces.get_opt(&self.namespace).await.ok().flatten().is_some() {
             assert!(Instant::now() < end, "namespace {} does not go away", self.namespace);
             tokio::time::sleep(Duration::from_millis(300)).await;
         }
-        let _ = packs.delete(&self.namespace, &DeleteParams::default()).await;
+        self
     }
 }
 
