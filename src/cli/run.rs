@@ -274,6 +274,7 @@ pub(super) async fn run(args: &Args) -> Result<u8, CliError> {
     hidden.extend(others);
     let folder = Folder::make(&home.state.join("runs"), &uid)?;
 
+    #[expect(clippy::disallowed_methods, reason = "permits bound what the agent prints, and limits bound its calls")]
     let (tell, mut told) = mpsc::unbounded_channel();
     let api = Arc::new(Api::new(&objects, tell.clone()));
     let kept = Kept {
@@ -434,6 +435,7 @@ async fn signals(stop: CancellationToken) {
             _ = hangup.recv() => {}
         }
         if stop.is_cancelled() {
+            #[expect(clippy::disallowed_methods, reason = "a second signal asks to end at once")]
             std::process::exit(130);
         }
         stop.cancel();

@@ -14,7 +14,7 @@ use jiff::Timestamp;
 use kube::ResourceExt;
 use serde_json::json;
 use tokio::{
-    sync::mpsc::{self, UnboundedReceiver},
+    sync::mpsc::{self, Receiver, UnboundedReceiver},
     time::{MissedTickBehavior, interval},
 };
 
@@ -67,7 +67,7 @@ pub(super) struct Front<'p> {
     person: &'p mut Person,
     /// The requests that wait for an answer. The first one is asked about.
     questions: Vec<ApprovalRequest>,
-    answers: Option<UnboundedReceiver<String>>,
+    answers: Option<Receiver<String>>,
 }
 
 impl<'p> Front<'p> {
@@ -327,7 +327,7 @@ fn brief(record: &Record) -> serde_json::Value {
 }
 
 /// Returns the next answer, or never.
-async fn next(answers: &mut Option<UnboundedReceiver<String>>) -> Option<String> {
+async fn next(answers: &mut Option<Receiver<String>>) -> Option<String> {
     match answers {
         Some(answers) => answers.recv().await,
         None => std::future::pending().await,
@@ -335,12 +335,12 @@ async fn next(answers: &mut Option<UnboundedReceiver<String>>) -> Option<String>
 }
 
 /// Reads lines from the keyboard. The thread ends with the process, because only another line wakes it.
-fn lines() -> UnboundedReceiver<String> {
-    let (sender, receiver) = mpsc::unbounded_channel();
+fn lines() -> Receiver<String> {
+    let (sender, receiver) = mpsc::channel(16);
     std::thread::spawn(move || {
         for line in io::stdin().lock().lines() {
             let Ok(line) = line else { return };
-            if sender.send(line).is_err() {
+            if sender.blocking_send(line).is_err() {
                 return;
             }
         }

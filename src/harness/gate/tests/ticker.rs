@@ -76,10 +76,10 @@ impl Watched {
         });
         let (signals, over) = (watched.signals.clone(), watched.over.clone());
         let mut heard = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::user_defined1()).unwrap();
-        let (raised, mut was_raised) = tokio::sync::mpsc::unbounded_channel();
+        let (raised, mut was_raised) = tokio::sync::mpsc::channel(64);
         std::thread::spawn(move || {
             while !over.load(Ordering::Relaxed) {
-                let _ = raised.send(Instant::now());
+                let _ = raised.try_send(Instant::now());
                 raise();
                 std::thread::sleep(Duration::from_secs(1));
             }
