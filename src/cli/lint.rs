@@ -13,8 +13,11 @@ use std::{
 
 use clap::ValueEnum;
 
-use self::check::Outcome;
-pub(super) use self::check::{Diagnostic, Severity, Source, lint};
+use self::diagnostic::Outcome;
+pub(super) use self::{
+    check::lint,
+    diagnostic::{Diagnostic, Severity, Source},
+};
 use super::{
     CliError,
     terminal::{Safe, safe_json},
@@ -23,8 +26,14 @@ use crate::stack::{self, StackError};
 
 mod check;
 mod cost;
+mod diagnostic;
 pub(super) mod document;
+mod found;
+mod kustomize;
+mod object;
 mod schema;
+mod single;
+mod tasks;
 #[cfg(test)]
 mod tests;
 
