@@ -7,6 +7,8 @@
 //! witness rejects it for good or a record cannot be written, stays failed: [`Journal::failed`] returns, and every later record and every
 //! wait for one gets the first reason.
 //!
+//! Non-goals: the content of records, and the rules of the log, which are in [`state`](crate::evidence::state).
+//!
 //! ```text
 //! record ─▶ queue ─▶ cut, sign, spool ─▶ witnessed ─▶ stored ─▶ removed
 //!                            ▲              │ fails     │ fails
@@ -14,7 +16,6 @@
 //! ```
 
 use std::{
-    collections::VecDeque,
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -22,10 +23,7 @@ use std::{
     time::Duration,
 };
 
-use futures::{
-    FutureExt,
-    future::{BoxFuture, Fuse, FusedFuture},
-};
+use futures::{FutureExt, future::BoxFuture};
 use tokio::{
     sync::{Notify, watch},
     time::Instant,
@@ -38,10 +36,9 @@ use super::{
 };
 use crate::{
     evidence::{
-        merkle::{Tree, leaf_hash},
-        note::{Checkpoint, Note, Signer},
+        merkle::Tree,
+        note::Signer,
         record::{Actor, Encoded, Event, Record, VERSION},
-        segment::Segment,
         state::{LogRule, TaskState, Violation},
     },
     policy::{
@@ -51,8 +48,13 @@ use crate::{
         model::request::Left,
         rule::Rule,
     },
-    wire::{AppendReply, AppendRequest, Until},
+    wire::{AppendReply, AppendRequest},
 };
+
+mod outbox;
+
+use outbox::Outbox;
+pub use outbox::send_left;
 
 /// The maximum number of records in one segment. A witness checks that many in a few milliseconds.
 const BATCH: usize = 256;
@@ -60,18 +62,12 @@ const BATCH: usize = 256;
 const BEHIND: Duration = Duration::from_secs(5);
 /// How long a record that no caller waits for may wait for others. A read's outcome goes into one segment with the next intent.
 const CUT_LINGER: Duration = Duration::from_millis(20);
-/// How long it takes until the witness is asked to store records that no caller waits for.
-const LINGER: Duration = Duration::from_millis(100);
 /// The number of records that may wait for the bucket. Beyond it, callers wait as well.
 const BACKLOG: u64 = 2_048;
 /// How long a call waits for its intent to be stored before it is denied.
 const STORE_PATIENCE: Duration = Duration::from_secs(60);
 /// How long a record may wait for the bucket until the task is parked. It is longer than a call waits.
 pub const PARK: Duration = Duration::from_secs(120);
-/// The pause before a segment that did not fit into the spool is written again.
-const ROOM: Duration = Duration::from_secs(1);
-/// The pauses before segments are sent again: the first and the longest.
-const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 
 /// A receiver of segments: the gateway, at the other end of a [`GatewayClient`].
 pub trait Witness: Send + Sync {
@@ -169,7 +165,7 @@ impl Journal {
             follow: start.follow,
         });
         let Start { attempt, tree, signer, origin, spool, .. } = start;
-        let outbox = Outbox { attempt, tree, signer, origin, spool, unspooled: None, units: VecDeque::new(), sent: 0 };
+        let outbox = Outbox::new(attempt, tree, (signer, origin), spool);
         tokio::spawn(journal.clone().send(outbox, witness));
         journal
     }
@@ -391,86 +387,6 @@ impl Journal {
         Ok(state.queue.drain(..count).collect())
     }
 
-    /// Sends segment after segment to the witness and, at the same time, asks it to store the segments that it has. Sends the same bytes
-    /// again until the witness has them or rejects them, because appending twice is appending once.
-    async fn send(self: Arc<Self>, mut outbox: Outbox, witness: Arc<dyn Witness>) {
-        let (first, longest) = PAUSES;
-        let mut pause = first;
-        let (mut holding, mut storing): (Sending, Sending) = (Fuse::terminated(), Fuse::terminated());
-        loop {
-            // The time at which the loop must run again, if any.
-            let mut due: Option<Instant> = None;
-            if outbox.sent == outbox.units.len() && outbox.unspooled.is_none() {
-                match self.take() {
-                    Ok(records) => {
-                        if let Err(denial) = outbox.seal_segment(records) {
-                            self.fail(denial);
-                            return;
-                        }
-                    }
-                    Err(linger) => due = linger,
-                }
-            }
-            match outbox.keep() {
-                Ok(false) => {}
-                Ok(true) => self.progress.send_modify(|progress| outbox.tell(progress)),
-                Err(error) => {
-                    tracing::warn!(%error, "the spool cannot be written; nothing leaves until it can");
-                    due = Some(Instant::now() + ROOM);
-                }
-            }
-            if holding.is_terminated()
-                && let Some(unit) = outbox.units.get(outbox.sent)
-            {
-                holding = unit.send(Until::Witnessed, &witness);
-            }
-            if storing.is_terminated()
-                && let Some((oldest, newest)) = outbox.held()
-            {
-                let wanted = self.wanted_stored.load(Ordering::Relaxed) > oldest.request.first;
-                if wanted || oldest.sealed_at.elapsed() >= LINGER {
-                    storing = newest.send(Until::Stored, &witness);
-                } else {
-                    let linger = oldest.sealed_at + LINGER;
-                    due = Some(due.map_or(linger, |due| due.min(linger)));
-                }
-            }
-            let lingered = async {
-                match due {
-                    Some(until) => tokio::time::sleep_until(until).await,
-                    None => std::future::pending().await,
-                }
-            };
-            let sent = tokio::select! {
-                sent = &mut holding => sent.map(|_| outbox.sent += 1),
-                sent = &mut storing => sent.map(|reply| outbox.stored(reply.size)),
-                () = self.work.notified() => continue,
-                () = lingered => continue,
-            };
-            match sent {
-                Ok(()) => {
-                    pause = first;
-                    self.progress.send_modify(|progress| outbox.tell(progress));
-                }
-                Err(CallError::Refused(denial)) if denial.rule != Rule::Evidence => {
-                    self.fail(Denial {
-                        rule: Rule::Evidence,
-                        reason: format!("the witness refused the log: {}: {}", denial.rule, denial.reason),
-                    });
-                    return;
-                }
-                Err(error) => {
-                    tracing::warn!(%error, "the log is not stored yet");
-                    // The replica that replies next may not have the segments that this one had.
-                    (holding, storing) = (Fuse::terminated(), Fuse::terminated());
-                    outbox.sent = 0;
-                    tokio::time::sleep(pause).await;
-                    pause = (pause * 2).min(longest);
-                }
-            }
-        }
-    }
-
     /// Marks the log as failed. Returns the first reason, which later failures do not replace.
     fn fail(&self, denial: Denial) -> Denial {
         tracing::error!(rule = %denial.rule, reason = denial.reason, "the log cannot go on");
@@ -480,131 +396,6 @@ impl Journal {
         self.work.notify_one();
         first
     }
-}
-
-/// A segment that is being sent to the witness.
-type Sending = Fuse<BoxFuture<'static, Result<AppendReply, CallError>>>;
-
-/// Segments that are not stored yet.
-struct Outbox {
-    attempt: i64,
-    tree: Tree,
-    signer: Signer,
-    origin: String,
-    spool: Spool,
-    /// A segment that is not in the spool yet, and the tree after it.
-    unspooled: Option<(PendingSegment, Tree)>,
-    /// The segments in the spool, in order.
-    units: VecDeque<PendingSegment>,
-    /// The number of these segments that the witness has.
-    sent: usize,
-}
-
-/// A segment in the outbox.
-struct PendingSegment {
-    request: AppendRequest,
-    end: u64,
-    sealed_at: Instant,
-}
-
-impl PendingSegment {
-    fn send(&self, until: Until, witness: &Arc<dyn Witness>) -> Sending {
-        let (request, witness) = (AppendRequest { until, ..self.request.clone() }, witness.clone());
-        async move { witness.append(&request).await }.boxed().fuse()
-    }
-}
-
-impl Outbox {
-    /// Cuts a signed segment from these records. It must be spooled next.
-    fn seal_segment(&mut self, entries: Vec<Encoded>) -> Result<(), Denial> {
-        let lost = |reason: String| Denial { rule: Rule::Evidence, reason };
-        let (first, mut tree) = (self.tree.size(), self.tree.clone());
-        entries.iter().for_each(|entry| tree.push(leaf_hash(&entry.record)));
-        let checkpoint = Checkpoint { origin: self.origin.clone(), size: tree.size(), root: tree.root() };
-        let segment = Segment::new(Note::sign(&checkpoint, &self.signer), first, entries);
-        let segment =
-            String::from_utf8(segment.to_bytes()).map_err(|e| lost(format!("a segment is not UTF-8: {e}")))?;
-        let request = AppendRequest { attempt: self.attempt, first, segment, until: Until::default() };
-        self.unspooled = Some((PendingSegment { request, end: tree.size(), sealed_at: Instant::now() }, tree));
-        Ok(())
-    }
-
-    /// Writes the cut segment to the spool, if there is one, and returns whether there was one. If there is no room, removes stored
-    /// segments first.
-    fn keep(&mut self) -> std::io::Result<bool> {
-        let Some((unit, tree)) = self.unspooled.take() else { return Ok(false) };
-        let text = unit.request.segment.as_bytes();
-        let kept = self.spool.keep(text).or_else(|_| {
-            self.spool.make_room(self.units.iter().map(|unit| unit.request.segment.as_bytes()))?;
-            self.spool.keep(text)
-        });
-        match kept {
-            Ok(()) => {
-                self.tree = tree;
-                self.units.push_back(unit);
-            }
-            Err(_) => self.unspooled = Some((unit, tree)),
-        }
-        kept.map(|()| true)
-    }
-
-    /// Returns the oldest and the newest segment that the witness has.
-    fn held(&self) -> Option<(&PendingSegment, &PendingSegment)> {
-        self.units.front().zip(self.sent.checked_sub(1).and_then(|last| self.units.get(last)))
-    }
-
-    /// Removes the segments up to this size, because the bucket has them.
-    fn stored(&mut self, size: u64) {
-        while self.units.front().is_some_and(|unit| unit.end <= size) {
-            self.units.pop_front();
-            self.sent = self.sent.saturating_sub(1);
-        }
-        if let Err(error) = self.spool.forget(self.units.iter().map(|unit| unit.request.segment.as_bytes())) {
-            tracing::warn!(%error, "the spool cannot be cleared");
-        }
-    }
-
-    fn tell(&self, progress: &mut Progress) {
-        let oldest = self.units.front();
-        progress.behind = oldest.map(|unit| unit.sealed_at);
-        progress.stored = oldest.map_or(self.tree.size(), |unit| unit.request.first);
-        progress.spooled = self.tree.size();
-    }
-}
-
-/// Stores the segments that an earlier harness has left. Returns whether there were any.
-///
-/// # Errors
-/// Returns [`Rule::Evidence`] if the witness cannot be reached for [`STORE_PATIENCE`], and another rule if it rejects them. In the second
-/// case, what has happened is in no log.
-pub async fn send_left(
-    link: &GatewayClient,
-    attempt: i64,
-    left: impl Iterator<Item = Segment>,
-) -> Result<bool, Denial> {
-    let lost = |reason: String| Denial { rule: Rule::Evidence, reason };
-    let started = Instant::now();
-    let mut any = false;
-    for segment in left {
-        let text = String::from_utf8(segment.to_bytes()).map_err(|e| lost(e.to_string()))?;
-        let request = AppendRequest { attempt, first: segment.first, segment: text, until: Until::Stored };
-        let (mut pause, longest) = PAUSES;
-        any = true;
-        tracing::info!(first = segment.first, end = segment.end(), "storing what was left");
-        while let Err(error) = link.append(&request).await {
-            match error {
-                CallError::Refused(denial) if denial.rule != Rule::Evidence => {
-                    tracing::error!(rule = %denial.rule, reason = denial.reason, "what was left is refused");
-                    return Err(denial);
-                }
-                error if started.elapsed() > STORE_PATIENCE => return Err(lost(error.to_string())),
-                error => tracing::warn!(%error, "what was left is not stored yet"),
-            }
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(longest);
-        }
-    }
-    Ok(any)
 }
 
 /// Returns the name of a call. It is unique in the log, as sequence numbers are.
