@@ -27,8 +27,6 @@ pub mod clock;
 pub mod compensation;
 /// Idempotency: duplicate calls take effect once.
 pub mod dedup;
-/// Aggregation of denials when an agent is denied often.
-mod flood;
 /// The pipeline that every call goes through.
 pub mod gate;
 /// The client for the gateway.

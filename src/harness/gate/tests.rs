@@ -15,7 +15,7 @@ use crate::{
         merkle::Tree,
         note::{self, Signer},
         record::{AttemptOpened, Pod},
-        state::User,
+        state::{TaskState, User},
     },
     harness::{gateway_client::CallError, journal, spool::Spool},
     policy::{
