@@ -1,8 +1,9 @@
 //! The harness: a container beside the agent that enforces contracts and limits and writes evidence.
 //!
 //! Every call goes through one pipeline: *decide* ([`policy`](crate::policy)) → *reserve* and *record the intent* ([`journal`]) → *wait
-//! until the intent is stored, or spooled for a tool read or a model call* → *send* ([`gateway_client`]) → *record the outcome*. The wire protocols
-//! are at the edge: [`mcp`], [`http_tool`], [`model`], [`proxy`].
+//! until the intent is stored, or spooled for a tool read or a model call* → *send* ([`gateway_client`]) → *record the outcome*. The
+//! protocols of agents are at one edge: [`mcp`], [`model`], [`proxy`]. Those of tools' upstreams are at the other: `upstream`. [`tools`] is
+//! the pipeline of tool calls between them.
 //!
 //! Guarantees: the agent reaches the harness on the pod's loopback only. A call leaves after its intent is in the evidence bucket; a tool
 //! read or a model call leaves after its intent is in the pod's [`spool`] and the witness has it. A call that cannot be decided, recorded
@@ -33,11 +34,9 @@ pub mod gate;
 pub mod gateway_client;
 /// The head of a connection's first request, before the HTTP library parses it.
 mod head;
-/// HTTP tools, called by request templates.
-pub mod http_tool;
 /// The log of the attempt: records in order, batched into segments and sent to the witness.
 pub mod journal;
-/// Tools, as an MCP server to the agent and an MCP client to upstreams.
+/// The MCP server that the agent sees.
 pub mod mcp;
 /// Model calls, passed through and metered.
 pub mod model;
@@ -49,6 +48,10 @@ pub mod proxy;
 pub mod server;
 /// Segments that are not stored yet.
 pub mod spool;
+/// The pipeline of all tool calls.
+pub mod tools;
+/// Upstreams of tools.
+mod upstream;
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
@@ -380,7 +383,7 @@ where
     let approvals = approvals::Approvals::new(link.clone(), journal.clone(), clock.clone());
     let once = dedup::Deduplicator::new(opened.keeps_results, opened.salt.clone());
     let gate = gate::Gate::new(policy, once, opened.salt, journal.clone(), link, clock.clone(), approvals.clone());
-    let tools = mcp::Tools::new(Arc::new(gate), &definitions, mcp::LISTING_AGE);
+    let tools = tools::Tools::new(Arc::new(gate), &definitions, upstream::LISTING_AGE);
     let gate = tools.gate().clone();
     let listeners = listeners().await?;
     let reprobing = tokio::spawn(probe::repeat(gate.clone(), options.looking));

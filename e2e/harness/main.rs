@@ -49,10 +49,9 @@ use belay::{
         dedup::Deduplicator,
         gate::{Compiled, Gate},
         gateway_client::GatewayClient,
-        journal,
-        mcp::Tools,
-        server,
+        journal, server,
         spool::Spool,
+        tools::Tools,
     },
     policy::{
         access::AccessPolicy,

@@ -15,7 +15,7 @@ use serde_json::{Map, Value};
 
 use super::{
     body::{Body, boxed},
-    mcp::Tools,
+    tools::Tools,
 };
 use crate::{
     evidence::rollback::{By, CompensationState, Undo},

@@ -36,8 +36,9 @@ use super::{
     compensation,
     gate::Gate,
     head::{self, First, Misheard},
-    mcp::{Reached, Read, Tools},
+    mcp::{McpServer, Reached, Read},
     model, proxy,
+    tools::Tools,
 };
 use crate::{
     apart,
@@ -192,7 +193,7 @@ pub fn serve(tools: Tools, listeners: Listeners) -> std::io::Result<Serving> {
     config.legacy_session_mode = false;
     config.json_response = true;
     config.cancellation_token = stop.child_token();
-    let (agents, undoing) = (tools.clone(), tools);
+    let (agents, undoing) = (McpServer::new(tools.clone()), tools);
     let mcp = StreamableHttpService::new(move || Ok(agents.clone()), Arc::new(LocalSessionManager::default()), config);
 
     let slots = Arc::new(Semaphore::new(CONNECTIONS));
@@ -299,7 +300,7 @@ async fn turn_away(gate: &Gate, misheard: &Misheard, mut reads: OwnedReadHalf, m
 
 async fn route(
     tools: Tools,
-    mcp: StreamableHttpService<Tools, LocalSessionManager>,
+    mcp: StreamableHttpService<McpServer, LocalSessionManager>,
     request: Request<Incoming>,
 ) -> Response<Body> {
     let gate = tools.gate().clone();

@@ -1,4 +1,4 @@
-//! HTTP tools: sends one call and converts its reply into an MCP result.
+//! HTTP upstreams: sends one call and converts its reply into an MCP result.
 //!
 //! Guarantees: the harness sends the arguments that were decided on, and the gateway renders the request from them. A reply becomes
 //! something that a model can read: JSON becomes structured content and text, other text becomes text, images and audio become MCP content.
@@ -14,51 +14,93 @@ use bytes::Bytes;
 use http::{StatusCode, header::CONTENT_TYPE};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use rmcp::model::{CallToolResult, ContentBlock};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
-use super::{
-    bounds::{Bounds, late},
-    gate::Settlement,
-    gateway_client::{EndedError, GatewayClient, Peer},
-};
+use super::{Prepared, Upstream, text};
 use crate::{
     evidence::record::Effect,
-    policy::{config::Tool, decide::Denial, rule::Rule, shorten::shorten},
+    harness::{
+        bounds::{Bounds, late},
+        gate::Settlement,
+        gateway_client::{EndedError, GatewayClient, Peer},
+    },
+    policy::{
+        config::{HttpUpstream, Tool},
+        decide::Denial,
+        rule::Rule,
+        shorten::shorten,
+        template::Request,
+    },
 };
+
+/// The request's arguments, as JSON in its canonical form. The gateway renders the request from them.
+pub struct Ready(Bytes);
+
+/// The HTTP upstreams.
+pub struct Http {
+    link: Arc<GatewayClient>,
+}
+
+impl Http {
+    /// Creates the upstreams at the other end of this link.
+    pub fn new(link: Arc<GatewayClient>) -> Self {
+        Self { link }
+    }
+}
+
+impl Upstream for Http {
+    type Ready = Ready;
+    type Terms = HttpUpstream;
+
+    async fn prepare(
+        &self,
+        tool: &Tool,
+        http: &HttpUpstream,
+        args: &Map<String, Value>,
+        rules: &mut Vec<Rule>,
+    ) -> Result<Prepared<Ready>, Denial> {
+        let malformed = |error: &dyn std::fmt::Display| Denial { rule: Rule::ToolUrl, reason: error.to_string() };
+        let request = Request::parse(http).map_err(|error| malformed(&error))?;
+        rules.push(Rule::ToolUrl);
+        // The gateway renders the request from the same arguments. Arguments that render no request are denied here.
+        request.render(args)?;
+        Ok(Prepared { ready: Ready(text(args)?.into()), effect: tool.side_effect, definition: None })
+    }
+
+    async fn call(
+        &self,
+        tool: &Tool,
+        Ready(arguments): Ready,
+        _: Map<String, Value>,
+        intent: u64,
+        bounds: Bounds,
+    ) -> (Result<CallToolResult, Denial>, Settlement) {
+        let mut settlement = Settlement::unknown(None);
+        let exchange = exchange(&self.link, tool, arguments, intent, bounds, &mut settlement);
+        let exchanged = tokio::time::timeout(bounds.time, exchange).await;
+        let result = match exchanged {
+            Ok(Ok(reply)) => result(tool, &reply).inspect_err(|denial| {
+                // A body that is not what it declares may come from a call that did not end well.
+                if denial.rule == Rule::UpstreamReply {
+                    settlement.effect = Effect::Unknown;
+                }
+            }),
+            Ok(Err(denial)) => Err(denial),
+            Err(_) => {
+                settlement.effect = Effect::Unknown;
+                Err(late(tool, bounds.time, true))
+            }
+        };
+        settlement.rule = result.as_ref().err().map(|denial| denial.rule);
+        (result, settlement)
+    }
+}
 
 /// A whole reply.
 struct Reply {
     status: StatusCode,
     kind: Option<String>,
     body: Bytes,
-}
-
-/// Calls the tool with these arguments, JSON. Returns the result and the call's settlement.
-pub async fn call(
-    link: &Arc<GatewayClient>,
-    tool: &Tool,
-    arguments: Bytes,
-    intent: u64,
-    bounds: Bounds,
-) -> (Result<CallToolResult, Denial>, Settlement) {
-    let mut settlement = Settlement::unknown(None);
-    let exchange = exchange(link, tool, arguments, intent, bounds, &mut settlement);
-    let exchanged = tokio::time::timeout(bounds.time, exchange).await;
-    let result = match exchanged {
-        Ok(Ok(reply)) => result(tool, &reply).inspect_err(|denial| {
-            // A body that is not what it declares may come from a call that did not end well.
-            if denial.rule == Rule::UpstreamReply {
-                settlement.effect = Effect::Unknown;
-            }
-        }),
-        Ok(Err(denial)) => Err(denial),
-        Err(_) => {
-            settlement.effect = Effect::Unknown;
-            Err(late(tool, bounds.time, true))
-        }
-    };
-    settlement.rule = result.as_ref().err().map(|denial| denial.rule);
-    (result, settlement)
 }
 
 async fn exchange(

@@ -1,0 +1,398 @@
+//! MCP upstreams: sessions with servers, their listings, and calls.
+//!
+//! Guarantees: no upstream waits for another. With each server, the newest version of MCP that both know is used, in one session. A call
+//! leaves only with a definition of its tool that was listed within the last minute, that has the contract's pin or else is the first that
+//! this attempt saw, and that is in the call's intent. A listing is a call of its own in the log.
+//!
+//! Non-goals: the bytes of messages, see [`transport`]; rmcp's cache of lists, which outlives failures.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use rmcp::{
+    RoleClient, ServiceExt,
+    model::{
+        CallToolRequestParams, CallToolResult, ClientRequest, Extensions, ListToolsRequest, PaginatedRequestParams,
+        ResultType, ServerResult,
+    },
+    service::RunningService,
+    transport::{StreamableHttpClientTransport, streamable_http_client::StreamableHttpClientTransportConfig},
+};
+use serde_json::{Map, Value};
+use tokio::sync::Mutex as AsyncMutex;
+
+use super::{Prepared, Upstream};
+use crate::{
+    evidence::record::{Channel, Effect},
+    harness::{
+        bounds::{Bounds, LONGEST_REPLY, late},
+        gate::{Call, Gate, Settlement},
+        gateway_client,
+    },
+    policy::{
+        budget::Spent,
+        config::{McpUpstream, Tool, ToolUsage},
+        decide::Denial,
+        definition::Definition,
+        rule::Rule,
+        shorten::{shorten, shorten_to},
+    },
+};
+
+mod transport;
+
+use transport::{Exchange, Exchanges, GatewayTransport, Stops, marked};
+
+/// How long an upstream's listing is used.
+pub const LISTING_AGE: Duration = Duration::from_secs(60);
+/// The longest text of an upstream in a reason, in characters.
+const LONGEST_WORDS: usize = 1024;
+/// The maximum number of pages of a list.
+const PAGES: usize = 64;
+
+type Session = RunningService<RoleClient, ()>;
+
+/// The MCP servers, by endpoint.
+pub struct Servers {
+    gate: Arc<Gate>,
+    /// How long a server's listing is used.
+    fresh: Duration,
+    servers: Mutex<HashMap<String, Arc<Server>>>,
+    /// The digest of the first definition of each tool that this attempt saw.
+    first: Mutex<BTreeMap<String, String>>,
+    facts: Exchanges,
+}
+
+/// One MCP server.
+#[derive(Default)]
+struct Server {
+    /// Held while a session is opened or tools are listed.
+    opening: AsyncMutex<()>,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    session: Option<Arc<Session>>,
+    listing: Option<Listing>,
+}
+
+/// The tools that a server listed.
+struct Listing {
+    at: Instant,
+    tools: HashMap<String, Definition>,
+}
+
+impl Server {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn session(&self) -> Option<Arc<Session>> {
+        self.state().session.clone().filter(|session| !session.is_transport_closed())
+    }
+
+    /// Returns the session and the tool's definition in the listing, if the listing is fresh.
+    fn fresh(&self, tool: &str, age: Duration) -> Option<(Arc<Session>, Option<Definition>)> {
+        let session = self.session()?;
+        let state = self.state();
+        let listing = state.listing.as_ref().filter(|listing| listing.at.elapsed() < age)?;
+        Some((session, listing.tools.get(tool).cloned()))
+    }
+
+    /// Drops a session that failed, so that the next call opens another.
+    fn drop_session(&self, failed: &Arc<Session>) {
+        let mut state = self.state();
+        if state.session.as_ref().is_some_and(|session| Arc::ptr_eq(session, failed)) {
+            *state = State::default();
+        }
+    }
+}
+
+/// A call that may leave once it has an intent.
+pub struct Ready {
+    server: Arc<Server>,
+    session: Arc<Session>,
+    /// The name of the tool in the upstream.
+    name: String,
+}
+
+impl Upstream for Servers {
+    type Ready = Ready;
+    type Terms = McpUpstream;
+
+    async fn prepare(
+        &self,
+        tool: &Tool,
+        mcp: &McpUpstream,
+        _: &Map<String, Value>,
+        rules: &mut Vec<Rule>,
+    ) -> Result<Prepared<Ready>, Denial> {
+        let (ready, definition) = self.ready(tool, mcp, Bounds::of(tool).time).await?;
+        rules.push(Rule::ToolChanged);
+        let name = tool.name.as_str();
+        let effect = definition.tightens(tool.side_effect);
+
+        if !self.gate.contracts().policy().allowed_effects.contains(&effect) {
+            return Err(Denial {
+                rule: Rule::ToolEffect,
+                reason: format!(
+                    "the contract of {name} says {}, but the upstream itself says that the tool changes something, and the \
+                             workflow class does not allow {}",
+                    tool.side_effect.as_str(),
+                    effect.as_str()
+                ),
+            });
+        }
+
+        Ok(Prepared { ready, effect, definition: Some(definition.digest) })
+    }
+
+    async fn call(
+        &self,
+        tool: &Tool,
+        ready: Ready,
+        args: Map<String, Value>,
+        intent: u64,
+        bounds: Bounds,
+    ) -> (Result<CallToolResult, Denial>, Settlement) {
+        let facts = Exchange::new(bounds.reply);
+        let Stops { too_long, withheld, .. } = facts.stops.clone();
+        self.note(intent, facts);
+        let mut params = CallToolRequestParams::new(ready.name);
+        params.arguments = Some(args);
+        params.meta = Some(marked(intent));
+        let answer = tokio::select! {
+            // These come first because they are the reason why the session ends.
+            biased;
+            () = too_long.notified() => Err(bounds.too_long(tool)),
+            () = withheld.notified() => Err(gateway_client::withheld()),
+            answer = tokio::time::timeout(bounds.time, ready.session.call_tool(params)) => match answer {
+                Ok(Ok(result)) => Ok(result),
+                Ok(Err(error)) => Err(Denial { rule: Rule::UpstreamReply, reason: format!("no result: {}", quoted(&error)) }),
+                Err(_) => Err(late(tool, bounds.time, true)),
+            },
+        };
+        let facts = self.taken(intent);
+        let mut settlement = Settlement { status: facts.status, upstream: facts.upstream, ..Settlement::unknown(None) };
+        let denial = match answer {
+            Ok(mut result) => {
+                // Upstreams with an older protocol do not set this, and agents with a newer protocol need it. rmcp removes it for agents
+                // that do not know it.
+                result.result_type = Some(ResultType::COMPLETE);
+                settlement.effect = Effect::Applied;
+                return (Ok(result), settlement);
+            }
+            Err(denial) => denial,
+        };
+        ready.server.drop_session(&ready.session);
+        let denial = match facts.undelivered {
+            Some((denial, certain)) => {
+                if certain {
+                    settlement.effect = Effect::NotApplied;
+                }
+                denial
+            }
+            None => {
+                if !facts.sent {
+                    settlement.effect = Effect::NotApplied;
+                }
+                denial
+            }
+        };
+        settlement.rule = Some(denial.rule);
+        (Err(denial), settlement)
+    }
+}
+
+impl Servers {
+    /// Creates the servers of this gate. `used` is what the log says of the attempt so far.
+    pub fn new(gate: Arc<Gate>, used: &BTreeMap<String, ToolUsage>, fresh: Duration) -> Self {
+        let first = used.iter().filter_map(|(tool, used)| Some((tool.clone(), used.definition.clone()?))).collect();
+        Self { gate, fresh, servers: Mutex::default(), first: Mutex::new(first), facts: Arc::default() }
+    }
+
+    /// Prepares a call: a session, and a definition of the tool that is fresh and approved.
+    ///
+    /// # Errors
+    /// Returns [`Rule::ToolChanged`] if the definition is another one or is gone, and the rule that failed if the upstream cannot be asked.
+    async fn ready(&self, tool: &Tool, mcp: &McpUpstream, time: Duration) -> Result<(Ready, Definition), Denial> {
+        let server = {
+            let mut servers = self.servers.lock().unwrap_or_else(PoisonError::into_inner);
+            servers.entry(mcp.url.clone()).or_default().clone()
+        };
+        let found = match server.fresh(&mcp.tool, self.fresh) {
+            Some(found) => found,
+            None => {
+                let late = |_| late(tool, time, false);
+                let _opening = tokio::time::timeout(time, server.opening.lock()).await.map_err(late)?;
+                match server.fresh(&mcp.tool, self.fresh) {
+                    Some(found) => found,
+                    None => self.list(&server, tool, mcp, time).await?,
+                }
+            }
+        };
+        let (session, definition) = found;
+        let definition = self.approved(tool, mcp, definition)?;
+        Ok((Ready { server, session, name: mcp.tool.clone() }, definition))
+    }
+
+    /// Returns the definition if it is the approved one.
+    fn approved(&self, tool: &Tool, mcp: &McpUpstream, found: Option<Definition>) -> Result<Definition, Denial> {
+        let changed = |reason: String| Denial { rule: Rule::ToolChanged, reason };
+        if let Some(found) = &found {
+            // Readers of the log compare this digest with what the server lists, so it must not be redacted.
+            self.gate.redactor().learn(&found.digest);
+        }
+        let Some(found) = found else {
+            return Err(changed(format!(
+                "expected {} to list a tool {:?}, found none; have the contract `{}` name one that is there",
+                mcp.url, mcp.tool, tool.contract
+            )));
+        };
+        if let Some(pin) = &mcp.digest {
+            if *pin != found.digest {
+                return Err(changed(format!(
+                    "expected the definition of {:?} with digest {pin}, which the contract `{}` pins, found {}; have somebody read \
+                     what {} lists now, and set spec.upstream.mcp.digest to that if it is right",
+                    mcp.tool, tool.contract, found.digest, mcp.url
+                )));
+            }
+            return Ok(found);
+        }
+        let mut first = self.first.lock().unwrap_or_else(PoisonError::into_inner);
+        let first = first.entry(tool.name.clone()).or_insert_with(|| found.digest.clone());
+        if *first != found.digest {
+            return Err(changed(format!(
+                "expected the definition of {:?} with digest {first}, which this attempt saw first, found {}; have somebody read what \
+                 {} lists now, and set spec.upstream.mcp.digest of the contract `{}` to the one that is right",
+                mcp.tool, found.digest, mcp.url, tool.contract
+            )));
+        }
+        Ok(found)
+    }
+
+    /// Lists a server's tools, over its session or a new one.
+    async fn list(
+        &self,
+        server: &Arc<Server>,
+        tool: &Tool,
+        mcp: &McpUpstream,
+        time: Duration,
+    ) -> Result<(Arc<Session>, Option<Definition>), Denial> {
+        let call = Call {
+            channel: Channel::Listing,
+            target: tool.name.clone(),
+            effect: None,
+            definition: None,
+            request_digest: None,
+            request_bytes: 0,
+            key: None,
+            approvals: vec![],
+            because: vec![],
+            undoes: None,
+            judged: None,
+            rules: vec![Rule::ToolUnknown],
+            model: None,
+            reserve: Spent::default(),
+        };
+        let permit = self.gate.permit(call).await?;
+        let intent = permit.intent;
+        let facts = Exchange::new(LONGEST_REPLY);
+        let withheld = facts.stops.withheld.clone();
+        self.note(intent, facts);
+        let listed = async {
+            if let Some(session) = server.session()
+                && let Ok(tools) = list_over(&session, intent).await
+            {
+                return Ok((session, tools));
+            }
+            // The session may have ended with the server.
+            let session = self.open(&mcp.url, intent).await?;
+            let tools = list_over(&session, intent).await?;
+            Ok::<_, String>((session, tools))
+        };
+        let listed = tokio::select! {
+            biased;
+            () = withheld.notified() => Ok(Err(gateway_client::withheld().reason)),
+            listed = tokio::time::timeout(time, listed) => listed,
+        };
+        let facts = self.taken(intent);
+        let seen = Settlement { status: facts.status, upstream: facts.upstream, ..Settlement::unknown(None) };
+        let denial = match listed {
+            Ok(Ok((session, tools))) => {
+                permit.settle(Settlement { effect: Effect::Applied, ..seen });
+                let definition = tools.get(&mcp.tool).cloned();
+                *server.state() =
+                    State { session: Some(session.clone()), listing: Some(Listing { at: Instant::now(), tools }) };
+                return Ok((session, definition));
+            }
+            Ok(Err(reason)) => match facts.undelivered {
+                Some((denial, _)) => denial,
+                None => Denial { rule: Rule::UpstreamReply, reason },
+            },
+            Err(_) => late(tool, time, false),
+        };
+        *server.state() = State::default();
+        permit.settle(Settlement { effect: Effect::NotApplied, rule: Some(denial.rule), ..seen });
+        Err(denial)
+    }
+
+    async fn open(&self, url: &str, intent: u64) -> Result<Arc<Session>, String> {
+        let wire = GatewayTransport { link: self.gate.link().clone(), opened_by: intent, facts: self.facts.clone() };
+        let config = StreamableHttpClientTransportConfig::with_uri(url.to_owned());
+        let transport = StreamableHttpClientTransport::with_client(wire, config);
+        let session =
+            ().serve(transport).await.map_err(|error| format!("no MCP session with {url}: {}", quoted(&error)))?;
+        Ok(Arc::new(session))
+    }
+
+    fn note(&self, intent: u64, facts: Exchange) {
+        self.facts.lock().unwrap_or_else(PoisonError::into_inner).insert(intent, facts);
+    }
+
+    fn taken(&self, intent: u64) -> Exchange {
+        let facts = self.facts.lock().unwrap_or_else(PoisonError::into_inner).remove(&intent);
+        facts.unwrap_or_else(|| Exchange::new(LONGEST_REPLY))
+    }
+}
+
+/// Returns the definitions of a server's tools, from all pages.
+async fn list_over(session: &Session, intent: u64) -> Result<HashMap<String, Definition>, String> {
+    let mut tools = HashMap::new();
+    let mut cursor = None;
+    for _ in 0..PAGES {
+        let mut params = PaginatedRequestParams::default().with_cursor(cursor);
+        params.meta = Some(marked(intent));
+        let request =
+            ListToolsRequest { method: Default::default(), params: Some(params), extensions: Extensions::default() };
+        let page = match session.send_request(ClientRequest::ListToolsRequest(request)).await {
+            Ok(ServerResult::ListToolsResult(page)) => page,
+            Ok(_) => return Err("expected a list of tools, found another result".to_owned()),
+            Err(error) => return Err(format!("the upstream does not list its tools: {}", quoted(&error))),
+        };
+        for tool in &page.tools {
+            let value = serde_json::to_value(tool).map_err(|error| error.to_string())?;
+            let definition = Definition::of(&value).map_err(|error| error.to_string())?;
+            if tools.insert(tool.name.to_string(), definition).is_some() {
+                return Err(format!(
+                    "expected each tool once in the upstream's list, found {:?} twice",
+                    shorten(&tool.name)
+                ));
+            }
+        }
+        cursor = page.next_cursor;
+        if cursor.is_none() {
+            return Ok(tools);
+        }
+    }
+    Err(format!("expected a list of at most {PAGES} pages, found more"))
+}
+
+/// Quotes an error that may contain an upstream's text.
+fn quoted(error: &impl std::fmt::Display) -> String {
+    format!("{:?}", shorten_to(&error.to_string(), LONGEST_WORDS))
+}
