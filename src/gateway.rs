@@ -18,6 +18,8 @@ pub mod body;
 pub mod canary;
 /// The gateway's view of the API server's objects.
 pub mod cluster;
+/// The compiled policy of a task.
+pub mod compiled;
 /// Credentials for upstreams, which pods never see.
 pub mod credentials;
 /// Connections to checked addresses.

@@ -18,7 +18,7 @@ use belay::{
     },
     gateway::{
         approvals::Create,
-        cluster::{ATTEMPT_LABEL, Cluster, Fetch, Stores, TASK_LABEL, TASK_UID_LABEL},
+        cluster::{Cluster, Fetch, Stores},
         dial::{Connect, Dialer, roots},
         identity::{
             HarnessIdentity, Standing,
@@ -38,6 +38,7 @@ use belay::{
         egress::Blocked,
         hostname::Hostname,
     },
+    render::names,
     wire,
 };
 use futures::future::BoxFuture;
@@ -199,7 +200,7 @@ fn cluster() -> anyhow::Result<Cluster> {
     let pod = json!({
         "metadata": {
             "namespace": "team", "name": POD, "uid": POD,
-            "labels": {TASK_LABEL: "bench", TASK_UID_LABEL: UID, ATTEMPT_LABEL: "1"},
+            "labels": {names::TASK: "bench", names::TASK_UID: UID, names::ATTEMPT: "1"},
         },
         "status": {"phase": "Running", "podIP": "127.0.0.1", "podIPs": [{"ip": "127.0.0.1"}]},
     });

@@ -17,7 +17,8 @@ use tokio::sync::Semaphore;
 
 use super::{
     authorize::Needed,
-    cluster::{Cluster, Compiled, TASK_LABEL, TASK_UID_LABEL},
+    cluster::Cluster,
+    compiled::Compiled,
     identity::HarnessIdentity,
     refusal::Refused,
     witness::{Before, IntentFacts},
@@ -34,7 +35,7 @@ use crate::{
         json,
         rule::Rule,
     },
-    render,
+    render::{self, names},
     wire::{ApprovalAsk, ApprovalReply},
 };
 
@@ -266,7 +267,7 @@ fn spec(
 fn request(owner: &AgentTask, principal: &HarnessIdentity, name: &str, spec: ApprovalRequestSpec) -> ApprovalRequest {
     let mut request = ApprovalRequest::new(name, spec);
     request.metadata.labels = Some(
-        [(TASK_LABEL, &principal.task), (TASK_UID_LABEL, &principal.task_uid)]
+        [(names::TASK, &principal.task), (names::TASK_UID, &principal.task_uid)]
             .map(|(key, value)| (key.to_owned(), value.clone()))
             .into(),
     );

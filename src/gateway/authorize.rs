@@ -17,7 +17,7 @@ use http::{
 };
 use serde_json::{Map, Value};
 
-use super::{cluster::Compiled, refusal::Refused, witness::IntentFacts};
+use super::{compiled::Compiled, refusal::Refused, witness::IntentFacts};
 use crate::{
     api::policy_pack::Credential,
     canonical,

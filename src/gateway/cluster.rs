@@ -1,10 +1,10 @@
-//! The gateway's view of the cluster: watched stores, and what follows from them for one task.
+//! The gateway's view of the cluster: watched stores, and the objects in them that concern one task.
 //!
 //! Guarantees: decisions use the newest objects that the API server has sent, so that a stricter pack or a deleted pod takes effect at
 //! once. An object that cannot be decoded counts as absent and stops no watch. Before a caller is denied because the stores lag, the API
 //! server is asked once.
 //!
-//! Non-goals: writing anything.
+//! Non-goals: writing anything; what follows from the objects, for a caller ([`identity`]) and for a policy ([`compiled`]).
 
 use std::{
     collections::HashMap,
@@ -17,10 +17,7 @@ use std::{
 };
 
 use futures::{StreamExt, future::BoxFuture};
-use k8s_openapi::{
-    api::core::v1::{Namespace, Pod, Secret},
-    apimachinery::pkg::apis::meta::v1::ObjectMeta,
-};
+use k8s_openapi::api::core::v1::{Namespace, Pod, Secret};
 use kube::{
     Api, Client, Resource, ResourceExt,
     runtime::{
@@ -32,36 +29,21 @@ use kube::{
 use serde::de::DeserializeOwned;
 
 use super::{
-    identity::{self, BoundPod, HarnessIdentity, PodFacts, Reviewed, TaskFacts},
+    compiled::{self, Cache, Compiled},
+    identity::{self, BoundPod, HarnessIdentity, PodFacts, Reviewed, TaskFacts, pod_facts},
     metrics::Metrics,
     refusal::Refused,
-    witness::{LogLocation, SaltLocation},
+    witness::LogLocation,
 };
 use crate::{
-    api::{
-        AgentTask, ApprovalRequest, PolicyPack, ToolContract,
-        agent_task::Phase,
-        policy_pack::{Credential, EvidencePolicy, RetentionMode, StatePolicy},
-    },
+    api::{AgentTask, ApprovalRequest, PolicyPack, ToolContract, agent_task::Phase},
     contact,
-    evidence::store::{Location, Mode, Retention, log_prefix},
+    evidence::store::Retention,
     lenient::Lenient,
-    policy::{
-        access::AccessPolicy,
-        config::{PolicyConfig, RollbackOf},
-        decide::Contracts,
-        redact::Redactor,
-        rule::Rule,
-    },
-    render::{self, intact},
+    policy::rule::Rule,
+    render::{self, intact, names},
 };
 
-/// Label with the task's name, on every object that belongs to a task.
-pub const TASK_LABEL: &str = "belay.dev/task";
-/// Label with the task's UID.
-pub const TASK_UID_LABEL: &str = "belay.dev/task-uid";
-/// Label with the attempt's number.
-pub const ATTEMPT_LABEL: &str = "belay.dev/attempt";
 /// Label selector of the Secrets that upstreams may get.
 pub const CREDENTIAL_SELECTOR: &str = "belay.dev/upstream-credential=true";
 
@@ -74,8 +56,6 @@ const FETCHED_FOR: Duration = Duration::from_secs(1);
 const FETCHED: usize = 1024;
 /// Time limit for the API server.
 const FETCH_TIMEOUT: Duration = Duration::from_secs(3);
-/// Maximum number of compiled policies in memory.
-const COMPILED: usize = 4096;
 
 /// A store that holds undecodable objects, too, which count as absent.
 pub type Guarded<K> = Store<Lenient<K>>;
@@ -126,42 +106,19 @@ struct Fetched {
     task: Option<Arc<AgentTask>>,
 }
 
-/// The compiled policy of a task: what it may do now.
-pub struct Compiled {
-    /// The policy, as the operator renders it.
-    pub policy: PolicyConfig,
-    /// Its digest.
-    pub digest: String,
-    /// Its contracts, compiled.
-    pub contracts: Contracts,
-    /// The pack's rules and risk score, compiled.
-    pub guard: AccessPolicy,
-    /// Redacts texts before they are recorded.
-    pub redactor: Redactor,
-    /// The credential of each egress host of the policy, in the same order.
-    pub credentials: Vec<Option<Credential>>,
-    /// Where evidence goes.
-    pub evidence: EvidencePolicy,
-    /// Where arguments of compensations, idempotent results and salts are stored.
-    pub state: Option<StatePolicy>,
-}
-
-/// The objects that a policy was compiled from: UID and generation of each.
-type Sources = Vec<(String, i64)>;
-
 /// The cluster.
 pub struct Cluster {
     stores: Stores,
     fetch: Arc<dyn Fetch>,
     synced: AtomicBool,
     fetched: Mutex<HashMap<String, (Instant, Fetched)>>,
-    compiled: Mutex<HashMap<String, (Sources, Arc<Compiled>)>>,
+    compiled: Cache,
 }
 
 impl Cluster {
     /// Returns a view of the cluster in these stores.
     pub fn new(stores: Stores, fetch: Arc<dyn Fetch>) -> Self {
-        Self { stores, fetch, synced: AtomicBool::new(false), fetched: Mutex::default(), compiled: Mutex::default() }
+        Self { stores, fetch, synced: AtomicBool::new(false), fetched: Mutex::default(), compiled: Cache::default() }
     }
 
     /// Waits until every store has been filled once.
@@ -258,7 +215,7 @@ impl Cluster {
         let of_pods = self.stores.pods.state().into_iter().filter_map(|pod| {
             let pod = pod.0.as_ref().ok()?;
             let of_task = pod.metadata.namespace.as_deref() == Some(&namespace)
-                && pod.labels().get(TASK_UID_LABEL).is_some_and(|label| *label == uid);
+                && pod.labels().get(names::TASK_UID).is_some_and(|label| *label == uid);
             of_task.then(|| pod_facts(pod)).flatten().map(|facts| facts.attempt)
         });
         TaskFacts {
@@ -325,34 +282,19 @@ impl Cluster {
             .filter_map(|tool| self.stores.contracts.get(&ObjectRef::new(tool).within(&namespace)))
             .collect();
         let contracts: Vec<&ToolContract> = guarded.iter().filter_map(|contract| contract.0.as_ref().ok()).collect();
-        let source = |meta: &ObjectMeta| (meta.uid.clone().unwrap_or_default(), meta.generation.unwrap_or_default());
-        let mut sources = vec![source(&task.metadata), source(&pack.metadata)];
-        sources.extend(contracts.iter().map(|contract| source(&contract.metadata)));
-        let uid = task.uid().unwrap_or_default();
-        let mut cache = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((from, compiled)) = cache.get(&uid)
-            && *from == sources
-        {
-            return Ok(compiled.clone());
-        }
-        let compiled = Arc::new(compile(task, &contracts, pack)?);
-        if cache.len() >= COMPILED {
-            cache.clear();
-        }
-        cache.insert(uid, (sources, compiled.clone()));
-        Ok(compiled)
+        self.compiled.compiled(task, &contracts, pack)
     }
 
     /// Returns where the evidence of a task is stored, if its pack is known.
     pub fn place(&self, namespace: &str, task: &str, uid: &str) -> Option<LogLocation> {
-        self.pack(namespace, |pack| place(&pack.spec.evidence, namespace, task, uid)).ok()
+        self.pack(namespace, |pack| compiled::place(&pack.spec.evidence, namespace, task, uid)).ok()
     }
 
     /// Returns the retention of a namespace's evidence, if its pack is known and uses that bucket.
     pub fn retention(&self, namespace: &str, bucket: &str) -> Option<Retention> {
         let given = |pack: &PolicyPack| {
             let evidence = &pack.spec.evidence;
-            (evidence.bucket == bucket).then(|| retention(evidence))
+            (evidence.bucket == bucket).then(|| compiled::retention(evidence))
         };
         self.pack(namespace, given).ok().flatten()
     }
@@ -399,133 +341,6 @@ impl Cluster {
     }
 }
 
-fn compile(task: &AgentTask, contracts: &[&ToolContract], pack: &PolicyPack) -> Result<Compiled, String> {
-    let policy = render::config::render_policy(task, contracts, pack)
-        .map_err(|findings| findings.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))?;
-    let class = render::config::class_of(task, pack).map_err(|e| e.to_string())?;
-    // One for each egress host of the policy, which is rendered from the same list.
-    let credential = |rule| render::config::credential_for(rule, &task.spec.principal).cloned();
-    let credentials = class.egress.iter().map(credential).collect();
-    Ok(Compiled { state: pack.spec.state.clone(), ..Compiled::new(policy, credentials, pack.spec.evidence.clone())? })
-}
-
-fn retention(evidence: &EvidencePolicy) -> Retention {
-    let mode = match evidence.mode {
-        RetentionMode::Compliance => Mode::Compliance,
-        RetentionMode::Governance => Mode::Governance,
-    };
-    Retention { mode, days: evidence.retention_days }
-}
-
-impl Compiled {
-    /// Compiles a policy.
-    ///
-    /// # Errors
-    /// Returns the reason why the policy cannot be enforced.
-    pub fn new(
-        policy: PolicyConfig,
-        credentials: Vec<Option<Credential>>,
-        evidence: EvidencePolicy,
-    ) -> Result<Self, String> {
-        let guard = AccessPolicy::compile(&policy).map_err(|e| e.to_string())?;
-        Ok(Self {
-            digest: policy.digest().map_err(|e| e.to_string())?,
-            contracts: Contracts::compile(&policy).map_err(|e| e.to_string())?,
-            redactor: Redactor::new(&policy, guard.detectors()),
-            guard,
-            credentials,
-            evidence,
-            state: None,
-            policy,
-        })
-    }
-
-    /// Returns where the task's log is stored.
-    pub fn place(&self) -> LogLocation {
-        let task = &self.policy.task;
-        place(&self.evidence, &task.namespace, &task.name, &task.uid)
-    }
-
-    /// Returns where the log of the task that this one rolls back is stored.
-    pub fn rollback_target_log(&self) -> Option<LogLocation> {
-        self.policy.task.rollback_of.as_ref().filter(|of| !of.name.contains('/')).map(|of| self.place_of(of))
-    }
-
-    /// Returns where the log of another task of the namespace is stored.
-    pub fn place_of(&self, task: &RollbackOf) -> LogLocation {
-        place(&self.evidence, &self.policy.task.namespace, &task.name, &task.uid)
-    }
-
-    /// Returns the task itself as a reference to a rollback.
-    pub fn as_rollback(&self) -> RollbackOf {
-        RollbackOf { name: self.policy.task.name.clone(), uid: self.policy.task.uid.clone() }
-    }
-
-    /// Returns where the arguments of compensations are stored, for the calls of this task or of the one that it rolls back.
-    pub fn compensation_location(&self) -> Option<Location> {
-        let task = &self.policy.task;
-        let of = task.rollback_of.as_ref().filter(|of| !of.name.contains('/'));
-        let (name, uid) = of.map_or((&task.name, &task.uid), |of| (&of.name, &of.uid));
-        self.kept(name, uid, "rollback")
-    }
-
-    /// Returns where the salt of the task's commitments is. A rollback uses the salt of the task that it rolls back.
-    pub fn salt(&self) -> SaltLocation {
-        let task = &self.policy.task;
-        let of = task.rollback_of.as_ref().filter(|of| !of.name.contains('/'));
-        let (name, uid) = of.map_or((&task.name, &task.uid), |of| (&of.name, &of.uid));
-        SaltLocation { task_uid: uid.clone(), location: self.kept(name, uid, "salt") }
-    }
-
-    /// Returns where the results of this task's idempotent calls are stored.
-    pub fn results(&self) -> Option<Location> {
-        self.kept(&self.policy.task.name, &self.policy.task.uid, "results")
-    }
-
-    fn kept(&self, task: &str, uid: &str, folder: &str) -> Option<Location> {
-        let state = self.state.as_ref()?;
-        let prefix = log_prefix(state.prefix.as_deref(), &self.policy.task.namespace, task, uid);
-        Some(Location { bucket: state.bucket.clone(), prefix: format!("{prefix}{folder}/") })
-    }
-}
-
-fn place(evidence: &EvidencePolicy, namespace: &str, task: &str, uid: &str) -> LogLocation {
-    LogLocation {
-        location: Location {
-            bucket: evidence.bucket.clone(),
-            prefix: log_prefix(evidence.prefix.as_deref(), namespace, task, uid),
-        },
-        task_uid: uid.to_owned(),
-        retention: Some(retention(evidence)),
-    }
-}
-
-/// Returns the facts of an attempt's pod that identification needs, or `None` if the pod lacks one of Belay's labels.
-pub fn pod_facts(pod: &Pod) -> Option<PodFacts> {
-    let label = |key: &str| pod.metadata.labels.as_ref()?.get(key).cloned();
-    let status = pod.status.as_ref();
-    let addresses = status
-        .and_then(|s| s.pod_ips.as_ref())
-        .into_iter()
-        .flatten()
-        .map(|ip| ip.ip.as_str())
-        .chain(status.and_then(|s| s.pod_ip.as_deref()))
-        .filter_map(|ip| ip.parse().ok())
-        .collect();
-    Some(PodFacts {
-        namespace: pod.metadata.namespace.clone()?,
-        name: pod.metadata.name.clone()?,
-        uid: pod.metadata.uid.clone()?,
-        addresses,
-        task: label(TASK_LABEL)?,
-        task_uid: label(TASK_UID_LABEL)?,
-        attempt: label(ATTEMPT_LABEL)?.parse().ok().filter(|n| *n >= 1)?,
-        ending: pod.metadata.deletion_timestamp.is_some(),
-        finished: status.and_then(|s| s.phase.as_deref()).is_some_and(|p| matches!(p, "Succeeded" | "Failed")),
-        altered: intact::altered(pod),
-    })
-}
-
 /// Returns the object, if it exists and can be decoded.
 fn get<K>(store: &Guarded<K>, namespace: &str, name: &str) -> Option<Arc<K>>
 where
@@ -538,7 +353,7 @@ where
 /// Watches all objects without end. The returned future ends only if a watch does, which must end the process.
 pub fn watch(client: &Client, system_namespace: &str, metrics: &Metrics) -> (Stores, BoxFuture<'static, ()>) {
     let any = contact::watching;
-    let addressed = any().labels(TASK_LABEL).fields(WITH_ADDRESS);
+    let addressed = any().labels(names::TASK).fields(WITH_ADDRESS);
     let (pods, a) = follow::<Pod>(Api::all(client.clone()), addressed, metrics, |pod| {
         intact::remember(pod);
         pod.spec = None;

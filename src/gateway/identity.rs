@@ -9,7 +9,13 @@
 
 use std::net::IpAddr;
 
-use crate::{gateway::refusal::Refused, policy::rule::Rule};
+use k8s_openapi::api::core::v1::Pod;
+
+use crate::{
+    gateway::refusal::Refused,
+    policy::rule::Rule,
+    render::{intact, names},
+};
 
 /// Reviews of tokens.
 pub mod reviews;
@@ -107,6 +113,32 @@ pub enum Caller {
     Operator,
     /// The harness of an attempt.
     Harness(HarnessIdentity),
+}
+
+/// Returns the facts of an attempt's pod that identification needs, or `None` if the pod lacks one of Belay's labels.
+pub(super) fn pod_facts(pod: &Pod) -> Option<PodFacts> {
+    let label = |key: &str| pod.metadata.labels.as_ref()?.get(key).cloned();
+    let status = pod.status.as_ref();
+    let addresses = status
+        .and_then(|s| s.pod_ips.as_ref())
+        .into_iter()
+        .flatten()
+        .map(|ip| ip.ip.as_str())
+        .chain(status.and_then(|s| s.pod_ip.as_deref()))
+        .filter_map(|ip| ip.parse().ok())
+        .collect();
+    Some(PodFacts {
+        namespace: pod.metadata.namespace.clone()?,
+        name: pod.metadata.name.clone()?,
+        uid: pod.metadata.uid.clone()?,
+        addresses,
+        task: label(names::TASK)?,
+        task_uid: label(names::TASK_UID)?,
+        attempt: label(names::ATTEMPT)?.parse().ok().filter(|n| *n >= 1)?,
+        ending: pod.metadata.deletion_timestamp.is_some(),
+        finished: status.and_then(|s| s.phase.as_deref()).is_some_and(|p| matches!(p, "Succeeded" | "Failed")),
+        altered: intact::altered(pod),
+    })
 }
 
 /// Identifies the bearer of a reviewed token from `peer`. `pod` is the pod that the token is bound to and `task` is that pod's task, if the

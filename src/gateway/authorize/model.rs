@@ -14,7 +14,7 @@ use http::{
 use serde_json::Value;
 
 use crate::{
-    gateway::{authorize::Target, cluster::Compiled, refusal::Refused, witness::IntentFacts},
+    gateway::{authorize::Target, compiled::Compiled, refusal::Refused, witness::IntentFacts},
     policy::{
         budget::Spent,
         commit::Salt,

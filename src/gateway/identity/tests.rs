@@ -1,4 +1,5 @@
 use rstest::rstest;
+use serde_json::{Value, json};
 
 use super::*;
 
@@ -87,4 +88,30 @@ fn an_ending_pod_makes_no_calls() {
     assert_eq!(principal.may_call(), Ok(()));
     principal.standing = Standing::Ending;
     assert_eq!(principal.may_call().unwrap_err().rule, Rule::IdentityAttempt);
+}
+
+/// Returns an attempt's pod as the API server sends it.
+fn object() -> Value {
+    json!({
+        "metadata": {
+            "namespace": "team", "name": "t-1", "uid": "pod-1",
+            "labels": { names::TASK: "t", names::TASK_UID: "task-uid", names::ATTEMPT: "1" },
+        },
+        "status": { "phase": "Running", "podIP": "10.0.0.7" },
+    })
+}
+
+#[test]
+fn a_pod_without_our_labels_is_none_of_ours() {
+    assert!(pod_facts(&serde_json::from_value(object()).unwrap()).is_some());
+    for label in [names::TASK, names::TASK_UID, names::ATTEMPT] {
+        let mut without = object();
+        without["metadata"]["labels"].as_object_mut().unwrap().remove(label);
+        assert_eq!(pod_facts(&serde_json::from_value(without).unwrap()), None, "{label}");
+    }
+    for attempt in ["0", "-1", "x", "1e3"] {
+        let mut other = object();
+        other["metadata"]["labels"][names::ATTEMPT] = json!(attempt);
+        assert_eq!(pod_facts(&serde_json::from_value(other).unwrap()), None, "{attempt}");
+    }
 }

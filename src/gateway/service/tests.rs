@@ -26,7 +26,7 @@ use crate::{
     api::AgentTask,
     evidence::{record::Event as RecordEvent, store::Store},
     gateway::{
-        cluster::{ATTEMPT_LABEL, Fetch, Stores, TASK_LABEL, TASK_UID_LABEL},
+        cluster::{Fetch, Stores},
         dial::{Connect, Dialer},
         identity::reviews::Review,
         listen,
@@ -36,6 +36,7 @@ use crate::{
     },
     lenient::Lenient,
     policy::{config::Usage, egress::Blocked, hostname::Hostname},
+    render::names,
 };
 
 /// An API server that knows the tokens `harness-<attempt>` and `operator`, has no objects, and counts reviews.
@@ -124,7 +125,7 @@ fn pod(attempt: i64, address: &str) -> Value {
     json!({
         "metadata": {
             "namespace": "team", "name": format!("t-{attempt}"), "uid": format!("pod-{attempt}"),
-            "labels": { TASK_LABEL: "t", TASK_UID_LABEL: UID, ATTEMPT_LABEL: attempt.to_string() },
+            "labels": { names::TASK: "t", names::TASK_UID: UID, names::ATTEMPT: attempt.to_string() },
         },
         "status": { "phase": "Running", "podIP": address, "podIPs": [{ "ip": address }] },
     })

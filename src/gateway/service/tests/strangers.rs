@@ -6,10 +6,10 @@ use super::*;
 #[rstest::rstest]
 #[case::of_nobody(json!({}))]
 #[case::of_somebody_else(json!({ "app": "web" }))]
-#[case::of_no_attempt(json!({ TASK_LABEL: "t", TASK_UID_LABEL: UID }))]
-#[case::of_no_task(json!({ ATTEMPT_LABEL: "1", TASK_UID_LABEL: UID }))]
-#[case::of_no_uid(json!({ ATTEMPT_LABEL: "1", TASK_LABEL: "t" }))]
-#[case::of_an_attempt_without_a_number(json!({ TASK_LABEL: "t", TASK_UID_LABEL: UID, ATTEMPT_LABEL: "one" }))]
+#[case::of_no_attempt(json!({ names::TASK: "t", names::TASK_UID: UID }))]
+#[case::of_no_task(json!({ names::ATTEMPT: "1", names::TASK_UID: UID }))]
+#[case::of_no_uid(json!({ names::ATTEMPT: "1", names::TASK: "t" }))]
+#[case::of_an_attempt_without_a_number(json!({ names::TASK: "t", names::TASK_UID: UID, names::ATTEMPT: "one" }))]
 #[tokio::test]
 async fn a_pod_that_is_no_attempts_is_nobody(#[case] labels: Value) {
     let mut world = world().await;
