@@ -14,6 +14,8 @@ pub mod approvals;
 pub mod authorize;
 /// Streaming bodies.
 pub mod body;
+/// The buckets, by name.
+pub mod buckets;
 /// The canary: the port that connections reach unless a NetworkPolicy blocks them.
 pub mod canary;
 /// The gateway's view of the API server's objects.
@@ -49,6 +51,8 @@ pub mod resolve;
 pub mod run;
 /// The handling of one request.
 pub mod service;
+/// Salts, data of calls, and claims of rollbacks.
+pub mod state;
 /// Tunnels: the agent's own connections.
 pub mod tunnel;
 /// Decompression of replies that are compressed although the request did not ask for it.

@@ -18,6 +18,7 @@ use belay::{
     },
     gateway::{
         approvals::Create,
+        buckets::Buckets,
         cluster::{Cluster, Fetch, Stores},
         dial::{Connect, Dialer, roots},
         identity::{
@@ -29,8 +30,9 @@ use belay::{
         metrics::Metrics,
         resolve::Resolve,
         service::{Gateway, Parts},
+        state::StateStore,
         usage::{UsageStatus, WriteUsage},
-        witness::{Buckets, Witness},
+        witness::Witness,
     },
     lenient::Lenient,
     policy::{
@@ -224,17 +226,16 @@ fn cluster() -> anyhow::Result<Cluster> {
 pub async fn serve(folder: &Path, upstream: SocketAddr) -> anyhow::Result<()> {
     let cluster = Arc::new(cluster()?);
     let metrics = Metrics::new(&prometheus::Registry::new())?;
-    let witness = Arc::new(Witness::new(
-        Signer::from_pkcs8(WITNESS_NAME, &note::generate_pkcs8()?)?,
-        Arc::new(Bucket(Mutex::default(), folder.join("bucket"))),
-        metrics.clone(),
-    ));
+    let buckets = Arc::new(Bucket(Mutex::default(), folder.join("bucket")));
+    let signer = Signer::from_pkcs8(WITNESS_NAME, &note::generate_pkcs8()?)?;
+    let witness = Arc::new(Witness::new(signer, buckets.clone(), metrics.clone()));
     let (incidents, telling) = Incidents::new(witness.clone(), metrics.clone());
     tokio::spawn(telling);
     let internet = Arc::new(Internet(upstream));
     let gateway = Arc::new(Gateway::new(Parts {
         cluster: cluster.clone(),
         reviews: Reviews::new(Arc::new(Api), metrics.token_reviews.clone()),
+        state: StateStore::new(buckets, witness.clone(), metrics.clone()),
         witness,
         dialer: Dialer::new(internet.clone(), Blocked::default(), internet, roots(None)?),
         pool: Arc::default(),

@@ -24,9 +24,10 @@ use belay::{
         store::{Location, Store, StoreError, dir::Dir, log_prefix},
     },
     gateway::{
+        buckets::Buckets,
         identity::{HarnessIdentity, Standing},
         metrics::Metrics,
-        witness::{Buckets, LogLocation, Witness},
+        witness::{LogLocation, Witness},
     },
     harness::{
         gateway_client::CallError,

@@ -13,7 +13,7 @@ use std::{
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::ResourceExt;
 
-use super::witness::{LogLocation, SaltLocation};
+use super::{state::SaltLocation, witness::LogLocation};
 use crate::{
     api::{
         AgentTask, PolicyPack, ToolContract,

@@ -26,6 +26,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
+    buckets::Buckets,
     canary,
     cluster::{self, Cluster},
     dial::{self, Dialer, Network},
@@ -36,8 +37,9 @@ use super::{
     options::Options,
     resolve::{Dns, ResolverError},
     service::{Gateway, Parts},
+    state::StateStore,
     usage::UsageStatus,
-    witness::{Buckets, Witness},
+    witness::Witness,
 };
 use crate::{
     admin, certificate,
@@ -142,12 +144,13 @@ pub async fn run(options: Options) -> Result<(), RunError> {
 
     let stop = CancellationToken::new();
     let end = CancellationToken::new();
-    let witness =
-        Arc::new(Witness::new(witness_key(&options.witness_key)?, Arc::new(buckets(&options)?), metrics.clone()));
+    let buckets: Arc<dyn Buckets> = Arc::new(buckets(&options)?);
+    let witness = Arc::new(Witness::new(witness_key(&options.witness_key)?, buckets.clone(), metrics.clone()));
     let (incidents, telling) = Incidents::new(witness.clone(), metrics.clone());
     let gateway = Arc::new(Gateway::new(Parts {
         reviews: Reviews::new(Arc::new(client.clone()), metrics.token_reviews.clone()),
         witness: witness.clone(),
+        state: StateStore::new(buckets, witness.clone(), metrics.clone()),
         dialer: dialer(&options)?,
         pool: Arc::default(),
         requests: Arc::new(client.clone()),

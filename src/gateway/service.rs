@@ -40,6 +40,7 @@ use super::{
     metrics::Metrics,
     pool::Pool,
     refusal::Refused,
+    state::StateStore,
     tunnel,
     usage::UsageStatus,
     witness::{IntentFacts, LogLocation, Witness},
@@ -111,6 +112,8 @@ pub struct Parts {
     pub reviews: Reviews,
     /// The witness.
     pub witness: Arc<Witness>,
+    /// Salts, data of calls and claims of rollbacks.
+    pub state: StateStore,
     /// Connects to upstreams.
     pub dialer: Dialer,
     /// Idle connections to upstreams, kept for reuse.
@@ -408,7 +411,7 @@ impl Gateway {
         let body: OpenRequest = json(request, LARGEST_OPEN).await?;
         let compiled = self.compiled_as(&principal, &body.policy_digest).await?;
         let (place, of) = (compiled.place(), compiled.rollback_target_log());
-        let kept = (self.parts.witness.salt(&compiled.salt()).await?, compiled.results().is_some());
+        let kept = (self.parts.state.salt(&compiled.salt()).await?, compiled.results().is_some());
         reply(&self.parts.witness.open(&place, &principal, &body, &compiled.digest, of.as_ref(), kept).await?)
     }
 
@@ -455,11 +458,11 @@ impl Gateway {
         principal.may_call()?;
         let _share = self.share(&principal, |share| &share.questions)?;
         let body: ApprovalAsk = json(request, LARGEST_QUESTION).await?;
-        let Parts { cluster, requests, witness, .. } = &self.parts;
+        let Parts { cluster, requests, witness, state, .. } = &self.parts;
         let compiled = cluster.compiled(&principal)?;
         let call = CallKey { by: body.by, tool: body.tool.clone(), digest: body.request_digest.clone() };
         let before = witness.before(&compiled.place(), &call).await?;
-        let salt = witness.salt(&compiled.salt()).await?;
+        let salt = state.salt(&compiled.salt()).await?;
         let places = self.shared(&principal, |share| &share.judged);
         let asking = (&principal, &places);
         reply(&approvals::ask(cluster, requests.as_ref(), &compiled, asking, (&body, &salt), before).await?)
@@ -495,8 +498,8 @@ impl Gateway {
         if intent.key.is_none() {
             return Err(refused(format!("expected a call under an idempotency key, found {} without", intent.call)));
         }
-        let digest = self.parts.witness.salt(&compiled.salt()).await?.bytes(result.as_bytes());
-        self.parts.witness.keep(&at, &intent.call, &digest, result.into()).await?;
+        let digest = self.parts.state.salt(&compiled.salt()).await?.bytes(result.as_bytes());
+        self.parts.state.keep(&at, &intent.call, &digest, result.into()).await?;
         reply(&wire::Kept { digest })
     }
 
@@ -509,7 +512,7 @@ impl Gateway {
     }
 
     async fn text(&self, at: &Location, of: &wire::StateRef, rule: Rule) -> Result<String, Refused> {
-        let text = self.parts.witness.kept(at, &of.call, &of.digest).await?.ok_or_else(|| {
+        let text = self.parts.state.kept(at, &of.call, &of.digest).await?.ok_or_else(|| {
             Refused::denied(rule, format!("expected what belongs to {} in {at}, found nothing", of.call))
         })?;
         String::from_utf8(text).map_err(|e| Refused::malformed(e.to_string()))
@@ -527,7 +530,7 @@ impl Gateway {
         if compiled.policy.task.rollback_of.is_some() {
             return Err(Refused::denied(Rule::ToolRollback, "expected an agent's task: a rollback is not undone"));
         }
-        let salt = self.parts.witness.salt(&compiled.salt()).await?;
+        let salt = self.parts.state.salt(&compiled.salt()).await?;
         authorize::are_intended(&intent, &salt, &arguments)?;
         // Tenants write these expressions, so evaluate them on a thread of their own, as calls are.
         let target = intent.target.clone();
@@ -538,7 +541,7 @@ impl Gateway {
             made.map_err(|error| error.to_string())
         });
         let (digest, made) = made.await?.map_err(|reason| Refused::denied(Rule::ToolRollback, reason))?;
-        self.parts.witness.keep(&at, &intent.call, &digest, made).await?;
+        self.parts.state.keep(&at, &intent.call, &digest, made).await?;
         reply(&wire::Kept { digest })
     }
 
@@ -660,7 +663,7 @@ impl Gateway {
             // The intent may have been used or closed meanwhile.
             intent = self.intent(&compiled, &parts.headers).await?;
         }
-        let salt = self.parts.witness.salt(&compiled.salt()).await?;
+        let salt = self.parts.state.salt(&compiled.salt()).await?;
         let attempt = principal.attempt;
         let made = move |compiled: &Compiled, intent: &IntentFacts, salt: &Salt, body: &[u8]| {
             let arguments = authorize::arguments(intent, salt, body)?;
@@ -748,7 +751,7 @@ impl Gateway {
         let witness = &self.parts.witness;
         if let Some((of, undoes)) = compiled.rollback_target_log().zip(intent.undoes.as_ref()) {
             let log = |task: &_| compiled.place_of(task);
-            witness.undo(&of, undoes, &compiled.as_rollback(), log).await?;
+            self.parts.state.undo(&of, undoes, &compiled.as_rollback(), log).await?;
         }
         witness.claim(&compiled.place(), &intent)?;
         let in_session = request.headers().contains_key(SESSION);
@@ -799,7 +802,7 @@ impl Gateway {
         let compiled = self.parts.cluster.compiled(principal)?;
         let credential = authorize::listed(&compiled, channel, to, |host| self.parts.dialer.stays_here(host))?;
         let intent = self.intent(&compiled, headers).await?;
-        let salt = self.parts.witness.salt(&compiled.salt()).await?;
+        let salt = self.parts.state.salt(&compiled.salt()).await?;
         authorize::intended(&compiled, principal.attempt, channel, to, (&intent, &salt))?;
         Span::current().record("host", compiled.redactor.host(&to.authority().host, &salt));
         Ok((credential, compiled, intent, salt))

@@ -9,9 +9,11 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 
 use super::{
+    buckets::Buckets,
     identity::{HarnessIdentity, Standing},
     metrics::Metrics,
-    witness::{Buckets, LogLocation, Witness},
+    state::StateStore,
+    witness::{LogLocation, Witness},
 };
 use crate::{
     evidence::{
@@ -21,14 +23,15 @@ use crate::{
             Actor, AttemptOpened, Channel, Containment, Denied, Effect, Event, Intent, Outcome, Pod, Record,
             TaskClosed, VERSION,
         },
+        rollback::Plan,
         segment::Segment,
         store::{Location, Mode, PutError, Retention, Store, StoreError, StoredObject},
     },
     policy::{
         commit::Salt,
         config::{
-            Access, DataClass, Limits, McpUpstream, ModelEndpoints, PackIdentity, PolicyConfig, Sensitivity,
-            SideEffect, TaskIdentity, Tool, ToolLimits, Upstream, Usage,
+            Access, Compensation, DataClass, Limits, McpUpstream, ModelEndpoints, PackIdentity, PolicyConfig, Rollback,
+            Sensitivity, SideEffect, TaskIdentity, Tool, ToolLimits, Upstream, Usage,
         },
         rule::Rule,
     },
@@ -167,6 +170,11 @@ pub fn witness_key() -> Vec<u8> {
 pub fn replica(key: &[u8], bucket: &Arc<Memory>) -> Arc<Witness> {
     let signer = Signer::from_pkcs8(WITNESS_NAME, key).unwrap();
     Arc::new(Witness::new(signer, Arc::new(OneBucket(bucket.clone())), metrics()))
+}
+
+/// Returns the state store of a replica.
+pub fn state(witness: &Arc<Witness>, bucket: &Arc<Memory>) -> StateStore {
+    StateStore::new(Arc::new(OneBucket(bucket.clone())), witness.clone(), metrics())
 }
 
 pub fn verifier(key: &[u8]) -> VerifierKey {
@@ -437,4 +445,37 @@ pub fn seal_request() -> SealRequest {
         },
         presumed: false,
     }
+}
+
+/// The UID of a task that rolls back the other.
+pub const ROLLBACK: &str = "6f9c3c1e-0000-4000-8000-00000000000b";
+
+/// Returns a policy in which `write` has a compensation, and the commitment to the compensation's arguments.
+fn undone() -> (PolicyConfig, String) {
+    let mut policy = policy();
+    let call = Compensation { contract: "search".into(), arguments: BTreeMap::new(), within_seconds: None };
+    policy.tools[1].rollback = Some(Rollback::Call(call));
+    (policy, "5a".repeat(32))
+}
+
+/// Returns an opening record with this policy and this plan.
+pub fn opened_by(harness: &Harness, policy: &PolicyConfig, plan: Option<Plan>) -> Event {
+    let Event::AttemptOpened(mut opened) = harness.opened() else { panic!("another event") };
+    (opened.policy, opened.rollback) = (policy.clone(), plan);
+    Event::AttemptOpened(opened)
+}
+
+/// Writes the log of a task that has written twice, at replica `a`. Returns its place.
+pub async fn ended(a: &Arc<Witness>) -> LogLocation {
+    let (policy, digest) = undone();
+    let mut harness = Harness::new(1);
+    let applied = |call| {
+        let Event::Outcome(of) = outcome(call, 0) else { panic!("another event") };
+        Event::Outcome(Outcome { undone_by: Some(digest.clone()), ..of })
+    };
+    let write = |call| intent(call, Channel::Tool, "write", 0);
+    let events = vec![opened_by(&harness, &policy, None), write("1"), applied("1"), write("2"), applied("2")];
+    let by = policy.digest().unwrap();
+    a.append(&place(), &principal(1), &harness.next(events), Ok(&by), None).await.unwrap();
+    place()
 }

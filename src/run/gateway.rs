@@ -28,6 +28,7 @@ use crate::{
         metrics::Metrics,
         resolve::{Dns, Resolve},
         service::{Gateway, Parts},
+        state::StateStore,
         usage::UsageStatus,
         witness::Witness,
     },
@@ -73,7 +74,8 @@ pub async fn start(api: &Arc<Api>, kept: Kept, settings: Settings) -> Result<Ser
         return Err(failed(&format!("expected a witness's key named {SELF_WITNESS_NAME}, found another's")));
     }
     let metrics = Metrics::new(&Registry::new()).map_err(|error| failed(&error))?;
-    let witness = Arc::new(Witness::new(settings.signer, Arc::new(kept), metrics.clone()));
+    let buckets = Arc::new(kept);
+    let witness = Arc::new(Witness::new(settings.signer, buckets.clone(), metrics.clone()));
     let (incidents, telling) = Incidents::new(witness.clone(), metrics.clone());
     let ca =
         match &settings.upstream_ca {
@@ -94,6 +96,7 @@ pub async fn start(api: &Arc<Api>, kept: Kept, settings: Settings) -> Result<Ser
         cluster: Arc::new(Cluster::new(api.stores(), api.clone())),
         reviews: Reviews::new(api.clone(), metrics.token_reviews.clone()),
         witness: witness.clone(),
+        state: StateStore::new(buckets, witness.clone(), metrics.clone()),
         dialer,
         pool: Arc::default(),
         requests: api.clone(),

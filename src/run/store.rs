@@ -16,7 +16,7 @@ use tokio::sync::mpsc::UnboundedSender;
 use super::RunEvent;
 use crate::{
     evidence::store::{PutError, Retention, Store, StoreError, StoredObject, dir::Dir},
-    gateway::witness::Buckets,
+    gateway::buckets::Buckets,
 };
 
 /// The place of the evidence.

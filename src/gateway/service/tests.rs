@@ -443,6 +443,7 @@ async fn world() -> World {
     let gateway = Arc::new(Gateway::new(Parts {
         cluster: cluster.clone(),
         reviews: Reviews::new(api.clone(), metrics.token_reviews.clone()),
+        state: testing::state(&witness, &bucket),
         witness,
         dialer: Dialer::new(Arc::new(Names), Blocked::default(), Arc::new(wires), ca.root.clone()),
         pool: Arc::default(),

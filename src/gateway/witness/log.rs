@@ -25,7 +25,7 @@ use tokio::{
     time::Instant,
 };
 
-use super::History;
+use super::history::History;
 use crate::{evidence::segment::Segment, gateway::refusal::Refused, policy::rule::Rule};
 
 /// Maximum number of queued records of one log: the maximum of a segment.
