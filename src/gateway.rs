@@ -5,6 +5,16 @@
 //! checked. Replicas share no state but the bucket and the API server, so the loss of a replica loses nothing.
 //!
 //! Denies: every request that the gateway is not sure about. The gateway gives no credential to a pod and follows no redirect.
+//!
+//! ```text
+//! listen ─▶ service ─┬─▶ service/log ─────▶ witness, approvals
+//!                    ├─▶ service/state ───▶ state
+//!                    ├─▶ service/calls ───▶ authorize, approvals ─▶ forward ─▶ dial
+//!                    └─▶ service/tunnels ─▶ authorize ─▶ tunnel ─▶ dial
+//!
+//! cluster ─▶ identity, compiled      who a caller is and what it may do, by the objects of the API server
+//! witness, state ─▶ buckets          logs, and what is stored beside them
+//! ```
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, clippy::unreachable)]
 #![cfg_attr(test, allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing))]
 
@@ -40,6 +50,8 @@ pub mod listen;
 pub mod metrics;
 /// The command-line options of the gateway.
 pub mod options;
+/// The quotas of each pod.
+mod pod_quota;
 /// Idle connections to upstreams, kept for reuse.
 pub mod pool;
 /// Why a request was not served.

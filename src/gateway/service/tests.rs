@@ -3,7 +3,10 @@
 use std::{
     collections::HashMap,
     net::{Ipv4Addr, SocketAddr},
-    sync::atomic::AtomicUsize,
+    sync::{
+        Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 
 use base64::{Engine, prelude::BASE64_STANDARD};
@@ -11,6 +14,7 @@ use bytes::Bytes;
 use futures::{StreamExt, future::BoxFuture};
 use http_body_util::{BodyExt, Full, StreamBody};
 use hyper::body::Frame;
+use hyper_util::rt::TokioIo;
 use k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewStatus, UserInfo};
 use kube::runtime::{reflector::store::Writer, watcher::Event};
 use rustls::pki_types::{PrivateKeyDer, ServerName};
@@ -30,6 +34,7 @@ use crate::{
         dial::{Connect, Dialer},
         identity::reviews::Review,
         listen,
+        pod_quota::CALLS,
         resolve::Resolve,
         testing::{self, Harness, Memory, UID},
         usage::WriteUsage,
@@ -37,6 +42,7 @@ use crate::{
     lenient::Lenient,
     policy::{config::Usage, egress::Blocked, hostname::Hostname},
     render::names,
+    wire::OpenRequest,
 };
 
 /// An API server that knows the tokens `harness-<attempt>` and `operator`, has no objects, and counts reviews.
