@@ -58,6 +58,7 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{
+    ends::AttemptEnd,
     evidence::{
         merkle::Tree,
         note::{self, Signer},
@@ -71,7 +72,6 @@ use crate::{
         output::Outputs,
         rule::Rule,
     },
-    wire,
 };
 
 /// The paths and addresses that the harness starts with.
@@ -170,42 +170,19 @@ pub enum Stop {
 /// How the harness ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Ended {
-    /// The agent has ended by itself.
-    AgentEnded,
-    /// The harness was asked to end while its time was not over. The pod's status tells how the agent ended.
-    Terminated,
-    /// The limit on denials was reached. The agent must be stopped from outside, because nothing in the pod can stop it.
-    RefusedEnough,
-    /// The attempt's wall time is over. The agent must be stopped from outside.
-    OutOfTime,
-    /// A request for approval expired and ended the task. The agent must be stopped from outside.
-    Unapproved,
-    /// Evidence could not be stored, or the log could not be opened, for so long that the task must be retried later.
-    Parked,
+    /// With this end, which the log has, unless the records that were last could not be stored. The agent must be stopped from outside if
+    /// it still runs, because nothing in the pod can stop it.
+    By(AttemptEnd),
     /// The log failed, for this reason. What happened since is in no log, so the agent's own exit code does not count as success.
     LogFailed(String),
 }
 
 impl Ended {
-    /// Returns the exit code that reports this end to the operator.
-    pub fn exit_code(&self) -> u8 {
+    /// Returns the end, without the reason of a failed log.
+    pub fn end(&self) -> AttemptEnd {
         match self {
-            Self::AgentEnded | Self::Terminated => 0,
-            Self::RefusedEnough => wire::EXIT_REFUSED_ENOUGH,
-            Self::OutOfTime => wire::EXIT_OUT_OF_TIME,
-            Self::Unapproved => wire::EXIT_UNAPPROVED,
-            Self::Parked => wire::EXIT_PARKED,
-            Self::LogFailed(_) => wire::EXIT_LOG_FAILED,
-        }
-    }
-
-    /// Returns the end that an earlier harness reached, given the rule with which the gateway rejects opening the log again.
-    fn by(rule: Rule) -> Option<Self> {
-        match rule {
-            Rule::Denials => Some(Self::RefusedEnough),
-            Rule::WallTime => Some(Self::OutOfTime),
-            Rule::ToolApproval => Some(Self::Unapproved),
-            _ => None,
+            Self::By(end) => *end,
+            Self::LogFailed(_) => AttemptEnd::LogFailed,
         }
     }
 }
@@ -302,7 +279,7 @@ where
     // There is nothing to close until the log is open, so `stop` ends the harness at once.
     let mut opened = tokio::select! {
         opened = open(&link, attempt, &policy_digest) => opened,
-        _ = stop.as_mut() => return Ok(Ended::Terminated),
+        _ = stop.as_mut() => return Ok(Ended::By(AttemptEnd::Terminated)),
     };
     // An earlier harness in this pod recorded these segments and perhaps acted on them. They are sent even if there is no policy to
     // continue with.
@@ -310,13 +287,13 @@ where
     let left = left.into_iter().filter(|segment| segment.end() > size);
     let sent = tokio::select! {
         sent = journal::send_left(&link, attempt, left) => sent,
-        _ = stop.as_mut() => return Ok(Ended::Terminated),
+        _ = stop.as_mut() => return Ok(Ended::By(AttemptEnd::Terminated)),
     };
     match sent {
         Ok(true) if opened.is_ok() => {
             opened = tokio::select! {
                 opened = open(&link, attempt, &policy_digest) => opened,
-                _ = stop.as_mut() => return Ok(Ended::Terminated),
+                _ = stop.as_mut() => return Ok(Ended::By(AttemptEnd::Terminated)),
             };
         }
         Ok(_) => {}
@@ -331,14 +308,14 @@ where
         Err(_) => {}
     }
     let opened = match opened {
-        Err(HarnessError::Refused { rule, reason }) if let Some(ended) = Ended::by(rule) => {
+        Err(HarnessError::Refused { rule, reason }) if let Some(ended) = AttemptEnd::of_rule(rule).map(Ended::By) => {
             tracing::warn!(%rule, reason, "this attempt is over already");
             return Ok(ended);
         }
         // `open` and `send_left` have already retried for a while.
         Err(HarnessError::Refused { rule: Rule::Evidence, reason }) => {
             tracing::error!(reason, "the log cannot be opened; the task is to be parked");
-            return Ok(Ended::Parked);
+            return Ok(Ended::By(AttemptEnd::Parked));
         }
         opened => opened?,
     };
@@ -374,7 +351,7 @@ where
         .map_err(|denial| HarnessError::Evidence(denial.reason))?;
     tokio::select! {
         stored = journal.stored(first) => stored.map_err(|denial| HarnessError::Evidence(denial.reason))?,
-        _ = stop.as_mut() => return Ok(Ended::Terminated),
+        _ = stop.as_mut() => return Ok(Ended::By(AttemptEnd::Terminated)),
     }
 
     let seconds = |count: i64| Duration::from_secs(u64::try_from(count).unwrap_or(0));
@@ -396,22 +373,22 @@ where
     let over_before = journal.open().is_err();
     let mut ended = tokio::select! {
         why = stop.as_mut() => match why {
-            Stop::AgentEnded => Ended::AgentEnded,
-            Stop::Terminated => Ended::Terminated,
+            Stop::AgentEnded => Ended::By(AttemptEnd::AgentEnded),
+            Stop::Terminated => Ended::By(AttemptEnd::Terminated),
         },
-        () = gate.refused_enough(), if !over_before => Ended::RefusedEnough,
-        () = clock.over() => Ended::OutOfTime,
-        () = approvals.ended() => Ended::Unapproved,
-        () = journal.stalled() => Ended::Parked,
+        () = gate.refused_enough(), if !over_before => Ended::By(AttemptEnd::TooManyDenials),
+        () = clock.over() => Ended::By(AttemptEnd::WallTime),
+        () = approvals.ended() => Ended::By(AttemptEnd::Unapproved),
+        () = journal.stalled() => Ended::By(AttemptEnd::Parked),
         failed = journal.failed() => Ended::LogFailed(failed.reason),
     };
     tracing::info!(?ended, "closing the log");
     reprobing.abort();
     if journal.open().is_err() {
-        ended = Ended::RefusedEnough;
+        ended = Ended::By(AttemptEnd::TooManyDenials);
     }
-    if matches!(ended, Ended::AgentEnded | Ended::Terminated) && journal.has_kept_waiting() {
-        ended = Ended::Parked;
+    if ended.end().is_in_time() && journal.has_kept_waiting() {
+        ended = Ended::By(AttemptEnd::Parked);
     }
     match journal.failure() {
         Some(failed) => gate.stop(failed.rule, &failed.reason),
@@ -422,19 +399,16 @@ where
     if tokio::time::timeout(BEHIND, gate.nothing_behind()).await.is_err() {
         tracing::warn!("replies of models were still read after {BEHIND:?}");
     }
-    let reason = match ended {
+    let end = match ended {
         // A failed log takes no more records.
         Ended::LogFailed(reason) => return Ok(log_failed(&options.spool, reason)),
-        Ended::AgentEnded => AttemptClosed::AGENT_ENDED,
-        Ended::Terminated => AttemptClosed::TERMINATED,
-        Ended::RefusedEnough => AttemptClosed::DENIALS,
-        Ended::OutOfTime => AttemptClosed::WALL_TIME,
-        Ended::Unapproved => AttemptClosed::UNAPPROVED,
-        Ended::Parked => AttemptClosed::PARKED,
+        Ended::By(end) => end,
     };
     gate.count_waiting(None);
-    let closed = journal.record(|_, _| Ok(Event::AttemptClosed(AttemptClosed { reason: reason.into() })));
-    if let Ok(last) = closed
+    let closed = end
+        .closed()
+        .map(|reason| journal.record(|_, _| Ok(Event::AttemptClosed(AttemptClosed { reason: reason.to_owned() }))));
+    if let Some(Ok(last)) = closed
         && tokio::time::timeout(FLUSH, journal.stored(last)).await.is_err()
     {
         tracing::error!(

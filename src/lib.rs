@@ -25,6 +25,8 @@ pub mod cli;
 /// The connection of a process to the API server.
 #[cfg(any(feature = "gateway", feature = "operator"))]
 pub mod contact;
+/// The ends of attempts and what follows from them.
+pub mod ends;
 /// Records, Merkle logs, checkpoints, segments and stores.
 pub mod evidence;
 /// Bodies whose frames are written before the error that ends them.

@@ -34,6 +34,7 @@ use crate::{
         ApprovalRequest,
         agent_task::{AgentTaskStatus, Attempt},
     },
+    ends::FailureClass,
     evidence::record::{Local, Record, TaskClosed},
     lifecycle::{
         decide::{self, Decision, Next, Observed},
@@ -322,13 +323,7 @@ pub async fn run(
 }
 
 fn cancelled() -> TaskClosed {
-    TaskClosed {
-        phase: "Failed".to_owned(),
-        failure_class: decide::class_name(crate::api::agent_task::FailureClass::Cancelled).to_owned(),
-        reason: "Deleted".to_owned(),
-        exit_code: None,
-        images: std::collections::BTreeMap::new(),
-    }
+    TaskClosed::failed(FailureClass::Cancelled, "Deleted")
 }
 
 /// Converts a timestamp to the type of Kubernetes objects.

@@ -111,19 +111,6 @@ pub const CONNECTION_WINDOW: u32 = STREAMS * STREAM_WINDOW;
 /// The number of concurrent requests on one connection.
 pub const STREAMS: u32 = 256;
 
-/// The exit code of the containment probe when containment is not proven.
-pub const EXIT_UNPROVEN: u8 = 42;
-/// The exit code of the harness when the limit on denials was reached.
-pub const EXIT_REFUSED_ENOUGH: u8 = 43;
-/// The exit code of the harness when the attempt's wall time is over.
-pub const EXIT_OUT_OF_TIME: u8 = 44;
-/// The exit code of the harness when a request for approval expired and ended the task.
-pub const EXIT_UNAPPROVED: u8 = 45;
-/// The exit code of the harness when evidence could not be stored for so long that the task must be parked.
-pub const EXIT_PARKED: u8 = 46;
-/// The exit code of the harness when its log failed. What happened since is in no log.
-pub const EXIT_LOG_FAILED: u8 = 47;
-
 /// The request to open a task's log for an attempt.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]

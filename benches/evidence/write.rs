@@ -315,7 +315,7 @@ async fn log(calls: usize) -> anyhow::Result<()> {
         let intent = intend(&journal, intent).await.map_err(denied)?;
         settle(&journal, intent, outcome).map_err(denied)?;
     }
-    let closed = AttemptClosed { reason: AttemptClosed::AGENT_ENDED.into() };
+    let closed = AttemptClosed { reason: "agentEnded".into() };
     let last = journal.record(|_, _| Ok(Event::AttemptClosed(closed))).map_err(denied)?;
     journal.stored(last).await.map_err(denied)?;
     let sealed = SealRequest {

@@ -7,8 +7,8 @@ use std::{
 };
 
 use belay::{
+    ends::AttemptEnd,
     evidence::{log::Log, store::log_prefix},
-    wire,
 };
 use bytes::Bytes;
 use serde_json::json;
@@ -122,7 +122,7 @@ fn an_attempt_is_given_up_while_the_store_is_gone_for_longer() {
         world.s3.stop();
         world.call("note", json!({"n": world.n()})).await;
         let started = Instant::now();
-        while !world.harness.has_ended_with(wire::EXIT_PARKED) {
+        while !world.harness.has_ended_with(AttemptEnd::Parked.exit_code()) {
             assert!(started.elapsed() < Duration::from_secs(180), "{}", world.harness.said());
             tokio::time::sleep(LOOK).await;
         }

@@ -3,7 +3,10 @@
 
 use std::path::Path;
 
-use belay::harness::{self, Ended, HarnessError, Parts, Stop, probe::Targets};
+use belay::{
+    ends::AttemptEnd,
+    harness::{self, Ended, HarnessError, Parts, Stop, probe::Targets},
+};
 use tokio::{sync::oneshot, task::JoinHandle};
 
 use super::*;
@@ -110,7 +113,7 @@ async fn a_log_that_the_witness_refuses_ends_the_run(#[case] status: StatusCode,
     gateway.refuses(None);
     let again = run(&gateway, &policy, folder.path()).await.err();
     assert_eq!(again, Some(Ended::LogFailed(reason)));
-    assert_eq!(again.unwrap().exit_code(), belay::wire::EXIT_LOG_FAILED);
+    assert_eq!(again.unwrap().end(), AttemptEnd::LogFailed);
     assert!(!gateway.records().iter().any(|record| matches!(record.event, Event::AttemptClosed(_))));
 }
 
@@ -126,7 +129,7 @@ async fn an_agent_whose_last_record_is_refused_has_not_succeeded() {
         running.stop.send(Stop::AgentEnded).unwrap();
         let ended = running.ended.await.unwrap().unwrap();
         assert_eq!(matches!(ended, Ended::LogFailed(_)), refuses, "{ended:?}");
-        assert_eq!(ended.exit_code() == 0, !refuses);
+        assert_eq!(ended.end().exit_code() == 0, !refuses);
     }
 }
 

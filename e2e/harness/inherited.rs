@@ -4,9 +4,9 @@
 use std::{fs, net::TcpListener, os::unix::process::ExitStatusExt, process::Command};
 
 use belay::{
+    ends,
     evidence::record::Containment,
     policy::config::{HarnessConfig, Probe, Wiring},
-    wire,
 };
 
 use crate::{LIMITS, policy};
@@ -43,7 +43,7 @@ fn a_descriptor_of_whoever_starts_the_probe_is_a_breach() {
         let started = command.arg(at("config.json")).arg(at("seen.json")).arg(opened).output().unwrap();
         let seen: Containment = serde_json::from_slice(&fs::read(at("seen.json")).unwrap_or_default())
             .unwrap_or_else(|error| panic!("{error}: {started:?}"));
-        let code = i32::from(if expected.is_none() { 0 } else { wire::EXIT_UNPROVEN });
+        let code = i32::from(if expected.is_none() { 0 } else { ends::AttemptEnd::ContainmentUnproven.exit_code() });
         assert_eq!((started.status.code(), started.status.signal()), (Some(code), None), "{opened}: {started:?}");
         assert_eq!(seen.contained, expected.is_none(), "{opened}: {seen:?}");
         if let Some(expected) = expected {

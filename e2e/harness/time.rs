@@ -12,6 +12,7 @@ use std::{
 };
 
 use belay::{
+    ends::AttemptEnd,
     harness::{
         self, Ended, Parts, Stop,
         probe::{Looking, Timing},
@@ -176,14 +177,14 @@ fn a_gateway_that_says_nothing_keeps_no_harness() {
         let stop = stopped(Duration::from_secs(1));
         let started = Instant::now();
         let ended = harness::run(parts(address), listeners, || panic!("it serves"), stop).await;
-        assert!(matches!(ended, Ok(Ended::Terminated)), "{ended:?}");
+        assert!(matches!(ended, Ok(Ended::By(AttemptEnd::Terminated))), "{ended:?}");
         assert!(started.elapsed() < Duration::from_secs(10), "{:?}", started.elapsed());
         // The control: with a gateway that answers, the same harness serves until it is stopped.
         let served = AtomicBool::new(false);
         let stop = stopped(Duration::from_secs(2));
         let serving = || served.store(true, Ordering::Relaxed);
         let ended = harness::run(parts(gateway.address.to_string()), listeners, serving, stop).await;
-        assert!(matches!(ended, Ok(Ended::Terminated)), "{ended:?}");
+        assert!(matches!(ended, Ok(Ended::By(AttemptEnd::Terminated))), "{ended:?}");
         assert!(served.load(Ordering::Relaxed));
     });
 }

@@ -18,9 +18,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-use belay::api::{
-    AgentTask,
-    agent_task::{Attempt, FailureClass, Phase, RollbackWhen},
+use belay::{
+    api::{
+        AgentTask,
+        agent_task::{Attempt, Phase, RollbackWhen},
+    },
+    ends::FailureClass,
 };
 use jiff::Timestamp;
 use kube::{

@@ -5,9 +5,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use belay::api::{
-    AgentTask,
-    agent_task::{FailureClass, Phase},
+use belay::{
+    api::{AgentTask, agent_task::Phase},
+    ends::FailureClass,
 };
 use k8s_openapi::api::{core::v1::Pod, networking::v1::NetworkPolicy};
 use kube::{

@@ -7,7 +7,10 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::policy::config::{RollbackOf, Usage};
+use crate::{
+    ends::FailureClass,
+    policy::config::{RollbackOf, Usage},
+};
 
 /// The CEL expression that is true if a field of the spec has not changed: it is present or absent as before, and its value is the same.
 macro_rules! same {
@@ -336,25 +339,6 @@ pub enum Phase {
     Succeeded,
     /// No retry is left, and the evidence is sealed.
     Failed,
-}
-
-/// The cause of a failure. Each class has one rule for retries.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
-pub enum FailureClass {
-    /// The task asks for something that its pack does not allow, or its agent was denied too often.
-    Policy,
-    /// Eviction, preemption, a lost node, a failed image pull, isolation that could not be proven.
-    Infrastructure,
-    /// The evidence bucket or the gateway was unavailable for long. The task is parked and retried without end.
-    Dependency,
-    /// The agent exited with an error or ran out of memory.
-    Agent,
-    /// The wall time is over.
-    Budget,
-    /// The task was deleted before it ended.
-    Cancelled,
-    /// The end of the attempt is not known: the clock and the log disagree, or the log says nothing. A person decides.
-    Unknown,
 }
 
 /// One attempt: one pod.

@@ -4,11 +4,11 @@ use std::{io::Write, path::PathBuf, process::ExitCode};
 
 use anyhow::Context;
 use belay::{
+    ends::AttemptEnd,
     evidence::record::Pod,
     harness::{self, Options, compensation, probe, server},
     inherited,
     policy::config::HarnessConfig,
-    wire,
 };
 use clap::{Parser, Subcommand};
 
@@ -107,7 +107,7 @@ async fn run(inherited: std::io::Result<Vec<belay::inherited::Descriptor>>) -> a
                 return Ok(ExitCode::SUCCESS);
             }
             tracing::error!(breaches = ?seen.breaches, "containment is not proven; the agent must not start");
-            Ok(ExitCode::from(wire::EXIT_UNPROVEN))
+            Ok(ExitCode::from(AttemptEnd::ContainmentUnproven.exit_code()))
         }
         Command::Undo { message } => {
             let report =
@@ -129,7 +129,7 @@ async fn run(inherited: std::io::Result<Vec<belay::inherited::Descriptor>>) -> a
         } => {
             let pod = Pod { name: pod_name, uid: pod_uid, node: node_name, runtime_class, network_policy };
             let options = Options { config, containment, token, spool, pod, kubelet: kubelet(host_ip) };
-            Ok(ExitCode::from(harness::serve(options).await?.exit_code()))
+            Ok(ExitCode::from(harness::serve(options).await?.end().exit_code()))
         }
     }
 }

@@ -27,13 +27,12 @@ use self::{
 };
 use super::{CliError, EXIT_ERROR, terminal::Safe};
 use crate::{
-    api::agent_task::FailureClass,
+    ends::FailureClass,
     evidence::{
         record::Local,
         store::{Location, log_prefix},
     },
     gateway::options::NameServer,
-    lifecycle::decide::class_of,
     policy::hostname::Hostname,
     run::{
         self, Options, Outcome, RunError, gateway,
@@ -368,17 +367,10 @@ pub(super) async fn run(args: &Args) -> Result<u8, CliError> {
 }
 
 fn exit_code(outcome: &Outcome) -> u8 {
-    if outcome.closed.phase == "Succeeded" {
+    if outcome.closed.has_succeeded() {
         return 0;
     }
-    match class_of(&outcome.closed.failure_class) {
-        Some(FailureClass::Agent) => 1,
-        Some(FailureClass::Policy) => 4,
-        Some(FailureClass::Budget) => 5,
-        Some(FailureClass::Infrastructure | FailureClass::Dependency) => 6,
-        Some(FailureClass::Cancelled) => 130,
-        Some(FailureClass::Unknown) | None => EXIT_ERROR,
-    }
+    outcome.closed.class().map_or(EXIT_ERROR, FailureClass::exit_code)
 }
 
 fn trouble(error: RunError) -> CliError {

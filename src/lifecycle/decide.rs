@@ -19,9 +19,10 @@ use std::{
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 
-use super::observe::{End, LOG_FAILED, POD_ALTERED, PodView};
+use super::observe::{End, PodView};
 use crate::{
-    api::agent_task::{Attempt, FailureClass, Phase, Retry},
+    api::agent_task::{Attempt, Phase, Retry},
+    ends::{AttemptEnd, FailureClass, POD_ALTERED, Retries},
     evidence::record::TaskClosed,
     render::pod::START_ALLOWANCE_SECONDS,
 };
@@ -186,7 +187,7 @@ fn failures(observed: &Observed<'_>) -> BTreeMap<String, i64> {
 }
 
 fn count(failures: &mut BTreeMap<String, i64>, class: FailureClass, more: i64) {
-    let count = failures.entry(class_name(class).to_owned()).or_default();
+    let count = failures.entry(class.name().to_owned()).or_default();
     *count = count.saturating_add(more).max(0);
 }
 
@@ -389,23 +390,22 @@ fn pause(
     failures: &BTreeMap<String, i64>,
     class: FailureClass,
 ) -> Option<Timestamp> {
-    let altered = attempts.last().and_then(|last| last.reason.as_deref()) == Some(POD_ALTERED);
-    let allowed = match class {
-        // The attempt would fail again in the same way.
-        _ if attempts.last()?.reason.as_deref() == Some(LOG_FAILED) => return None,
+    let reason = attempts.last()?.reason.as_deref();
+    let altered = reason == Some(POD_ALTERED);
+    let allowed = match class.retries() {
+        _ if reason == AttemptEnd::LogFailed.status().map(|(_, reason)| reason) => return None,
         // The administrator must fix it, and it is not a failure of the task.
         _ if altered => i64::MAX,
-        FailureClass::Agent => observed.retry.agent,
-        FailureClass::Infrastructure => observed.retry.infrastructure,
-        // The dependency failed, not the task, and it recovers at some time: retry without limit.
-        FailureClass::Dependency => i64::MAX,
-        FailureClass::Policy | FailureClass::Budget | FailureClass::Cancelled | FailureClass::Unknown => 0,
+        Retries::Never => 0,
+        Retries::Agent => observed.retry.agent,
+        Retries::Infrastructure => observed.retry.infrastructure,
+        Retries::Unlimited => i64::MAX,
     };
     let failures = if altered {
         let altered = attempts.iter().filter(|attempt| attempt.reason.as_deref() == Some(POD_ALTERED)).count();
         i64::try_from(altered).unwrap_or(i64::MAX)
     } else {
-        failures.get(class_name(class)).copied().unwrap_or_default()
+        failures.get(class.name()).copied().unwrap_or_default()
     };
     if failures > allowed {
         return None;
@@ -414,7 +414,7 @@ fn pause(
     // The first retry starts at once, because the most common cause is the node. Later retries wait 2, 4, 8, … seconds, plus up to half as
     // much. A dependency that was unavailable for minutes gets the longest pause from the first retry on.
     let seconds = match failures {
-        _ if class == FailureClass::Dependency => MAX_PAUSE_SECONDS,
+        _ if class.retries() == Retries::Unlimited => MAX_PAUSE_SECONDS,
         ..=1 => 0,
         n => 2_i64.saturating_pow(u32::try_from(n - 1).unwrap_or(u32::MAX)).min(MAX_PAUSE_SECONDS),
     };
@@ -442,50 +442,23 @@ fn seal(observed: &Observed<'_>, attempts: &[Attempt], attempt: i64) -> Next {
     }
     let exit_code = pod.and_then(|pod| pod.end.as_ref()).and_then(|end| end.exit_code);
     let images = pod.map(|pod| pod.images.clone()).unwrap_or_default();
-    let outcome = |phase: &str, class: Option<FailureClass>, reason: &str| TaskClosed {
-        phase: phase.to_owned(),
-        failure_class: class.map(|class| class_name(class).to_owned()).unwrap_or_default(),
-        reason: reason.to_owned(),
-        exit_code,
-        images: images.clone(),
-    };
     let closed = match last {
         Some(Attempt { failure_class: None, reason, .. }) => {
-            outcome("Succeeded", None, reason.as_deref().unwrap_or("AgentSucceeded"))
+            TaskClosed::succeeded(reason.as_deref().unwrap_or("AgentSucceeded"))
         }
         // A deleted task whose last attempt failed might have had a retry, so it was cancelled.
         Some(Attempt { failure_class: Some(class), reason, .. }) if !observed.deleting => {
-            outcome("Failed", Some(*class), reason.as_deref().unwrap_or("PodFailed"))
+            TaskClosed::failed(*class, reason.as_deref().unwrap_or("PodFailed"))
         }
-        _ => outcome("Failed", Some(FailureClass::Cancelled), "Deleted"),
+        _ => TaskClosed::failed(FailureClass::Cancelled, "Deleted"),
     };
-    let cancelled = closed.failure_class == class_name(FailureClass::Cancelled);
+    let closed = TaskClosed { exit_code, images, ..closed };
+    let cancelled = closed.class() == Some(FailureClass::Cancelled);
     // The pod was being stopped, and its agent reports success. Times have whole seconds, so it is unknown whether the agent finished
     // before.
-    let may_be_done = closed.failure_class == class_name(FailureClass::Infrastructure) && closed.exit_code == Some(0);
+    let may_be_done = closed.class() == Some(FailureClass::Infrastructure) && closed.exit_code == Some(0);
     let presumed = !cancelled && (may_be_done || last.is_some_and(|last| last.presumed));
     Next::Seal { attempt, closed, presumed }
-}
-
-/// Returns the name of the failure class in records, status and metrics.
-pub fn class_name(class: FailureClass) -> &'static str {
-    match class {
-        FailureClass::Policy => "Policy",
-        FailureClass::Infrastructure => "Infrastructure",
-        FailureClass::Dependency => "Dependency",
-        FailureClass::Agent => "Agent",
-        FailureClass::Budget => "Budget",
-        FailureClass::Cancelled => "Cancelled",
-        FailureClass::Unknown => "Unknown",
-    }
-}
-
-/// Returns the failure class with this name.
-pub fn class_of(name: &str) -> Option<FailureClass> {
-    use FailureClass::{Agent, Budget, Cancelled, Dependency, Infrastructure, Policy, Unknown};
-    [Policy, Infrastructure, Dependency, Agent, Budget, Cancelled, Unknown]
-        .into_iter()
-        .find(|class| class_name(*class) == name)
 }
 
 /// Returns the time `seconds` after `since`.

@@ -15,16 +15,10 @@ use k8s_openapi::{
 use kube::ResourceExt;
 
 use crate::{
-    api::agent_task::FailureClass,
     canonical,
+    ends::{AttemptEnd, FailureClass},
     render::{intact, names},
-    wire,
 };
-
-/// The reason of an attempt whose log could not be continued. Its harness may have denied calls, and its agent may have used tokens, that
-/// no record counts. Another attempt would continue from less than what was used, and the witness would reject the same segment again. So
-/// Belay does not retry, whatever the task's `retry` says about the failure class.
-pub const LOG_FAILED: &str = "LogFailed";
 
 /// How much further behind a node's clock may be than the observed difference: the time that a kubelet takes to accept a pod.
 const SKEW: SignedDuration = SignedDuration::from_secs(3);
@@ -136,9 +130,6 @@ pub fn pod(pod: &Pod) -> Option<PodView> {
     })
 }
 
-/// The reason of an attempt whose pod was not the planned pod.
-pub const POD_ALTERED: &str = "PodAltered";
-
 /// Returns the minimum time by which the node's clock is behind the API server's clock: a kubelet does not accept a pod before it is
 /// created and scheduled. Without this correction, a node whose clock is behind would shorten wall times. A node whose clock is ahead
 /// extends them, until its kubelet ends the pod itself.
@@ -249,10 +240,11 @@ fn end(pod: &Pod, status: &PodStatus, agent_ran: bool, behind: SignedDuration) -
         .and_then(state)
         .and_then(|state| state.terminated.as_ref())
         .map(|ended| ended.exit_code);
+    let unproven = AttemptEnd::ContainmentUnproven;
+    if let Some((class, reason)) = unproven.status().filter(|_| probe == Some(i32::from(unproven.exit_code()))) {
+        return Some(End::new(class, reason, None));
+    }
     Some(match (probe, told) {
-        (Some(code), _) if code == i32::from(wire::EXIT_UNPROVEN) => {
-            End::new(Infrastructure, "ContainmentUnproven", None)
-        }
         (_, "Evicted" | "Preempting" | "Terminated" | "NodeShutdown") => End::new(Infrastructure, "Evicted", None),
         (_, "NodeLost") => End::new(Infrastructure, "NodeLost", None),
         (
@@ -282,14 +274,7 @@ fn harness_ended(status: &PodStatus) -> Option<(FailureClass, &'static str)> {
     let harness = find(&status.init_container_statuses, names::HARNESS)?;
     let ends =
         [&harness.state, &harness.last_state].into_iter().flatten().filter_map(|state| state.terminated.as_ref());
-    ends.filter_map(|ended| u8::try_from(ended.exit_code).ok()).find_map(|code| match code {
-        wire::EXIT_REFUSED_ENOUGH => Some((FailureClass::Policy, "TooManyDenials")),
-        wire::EXIT_OUT_OF_TIME => Some((FailureClass::Budget, "DeadlineExceeded")),
-        wire::EXIT_UNAPPROVED => Some((FailureClass::Policy, "ApprovalExpired")),
-        wire::EXIT_PARKED => Some((FailureClass::Dependency, "EvidenceUnavailable")),
-        wire::EXIT_LOG_FAILED => Some((FailureClass::Infrastructure, LOG_FAILED)),
-        _ => None,
-    })
+    ends.filter_map(|ended| AttemptEnd::of_exit_code(u8::try_from(ended.exit_code).ok()?)).find_map(AttemptEnd::status)
 }
 
 /// Returns when the deletion was requested. The pod's deletion timestamp is the end of its grace period.

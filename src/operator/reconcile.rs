@@ -31,9 +31,10 @@ use super::{
 use crate::{
     api::{
         AgentTask, AgentTaskStatus,
-        agent_task::{Attempt, FailureClass, RollbackWhen},
+        agent_task::{Attempt, RollbackWhen},
     },
     contact::Contact,
+    ends::FailureClass,
     lifecycle::{
         decide::{self, Decision, Next, Observed, Unread, wait},
         observe::{self, PodView},

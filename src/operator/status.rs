@@ -12,11 +12,11 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 
 use crate::{
     api::{
-        agent_task::{AgentTaskStatus, Attempt, EvidenceStatus, FailureClass, Phase},
+        agent_task::{AgentTaskStatus, Attempt, EvidenceStatus, Phase},
         readiness::{READY, STALLED},
     },
+    ends::FailureClass,
     evidence::record::{Refusals, TaskClosed},
-    lifecycle::decide::class_of,
     render::Finding,
 };
 
@@ -138,7 +138,7 @@ pub fn tell(before: &AgentTaskStatus, story: &StatusInput<'_>, now: Timestamp) -
         Progress::Ended(closed, refused) => {
             let refused = refused.in_words().map(|refused| format!("; {refused}")).unwrap_or_default();
             let why = format!("{}{refused}", ended(closed));
-            if has_succeeded(closed) {
+            if closed.has_succeeded() {
                 set(COMPLETE, "True", &closed.phase, &why);
             } else {
                 set(COMPLETE, "False", &closed.phase, &why);
@@ -157,7 +157,7 @@ pub fn tell(before: &AgentTaskStatus, story: &StatusInput<'_>, now: Timestamp) -
     let readiness = readiness(story);
     set_readiness(&mut status.conditions, story.generation, now, &reason(before, story), &readiness);
     if let Progress::Ended(closed, _) = &story.stage {
-        status.failure_class = class_of(&closed.failure_class);
+        status.failure_class = closed.class();
     }
     status
 }
@@ -187,7 +187,7 @@ pub enum Ready {
 fn readiness(story: &StatusInput<'_>) -> Ready {
     match &story.stage {
         Progress::Refused(findings) => Ready::Stalled(told(findings, SHOWN_FINDINGS)),
-        Progress::Ended(closed, _) if has_succeeded(closed) => Ready::Yes,
+        Progress::Ended(closed, _) if closed.has_succeeded() => Ready::Yes,
         Progress::Ended(closed, _) => Ready::Stalled(ended(closed).to_owned()),
         Progress::Waiting(_, why) | Progress::Parked(why) | Progress::Sealing(_, why) => {
             Ready::NotYet((*why).to_owned())
@@ -219,13 +219,9 @@ pub fn set_readiness(
     }
 }
 
-fn has_succeeded(closed: &TaskClosed) -> bool {
-    closed.phase == "Succeeded"
-}
-
 /// Returns the message about a task's end, for users.
 fn ended(closed: &TaskClosed) -> &str {
-    if closed.failure_class == TaskClosed::UNKNOWN {
+    if closed.class() == Some(FailureClass::Unknown) {
         "VerdictUnknown: nobody has seen how the agent ended, and the evidence log does not bear out what the clock says. Nothing was undone. \
          Read the log (belay watch, belay verify) and decide: to undo what the task did, use belay rollback; to have it done again, create \
          the task anew"
@@ -240,7 +236,7 @@ fn phase(before: &AgentTaskStatus, story: &StatusInput<'_>) -> Phase {
         Progress::Parked(_) => Phase::Parked,
         Progress::Running => Phase::Running,
         Progress::Sealing(..) => before.phase.unwrap_or(Phase::Running),
-        Progress::Ended(closed, _) if has_succeeded(closed) => Phase::Succeeded,
+        Progress::Ended(closed, _) if closed.has_succeeded() => Phase::Succeeded,
         Progress::Ended(..) => Phase::Failed,
     }
 }

@@ -39,6 +39,7 @@ use super::{
     time, write_private,
 };
 use crate::{
+    ends::AttemptEnd,
     evidence::record::{self, Local},
     harness::{self, Ended, HarnessError, Stop, journal::Follow, server::Listeners},
     policy::config::{HarnessConfig, Wiring},
@@ -48,7 +49,6 @@ use crate::{
         pod::START_ALLOWANCE_SECONDS,
         validated::{Source, Validated},
     },
-    wire,
 };
 
 /// The maximum length of an output line in one event, in bytes. A longer line is sent in parts.
@@ -141,7 +141,7 @@ impl RunContext<'_> {
         if !containment.contained {
             let trouble = format!("containment is not proven: {}", containment.breaches.join("; "));
             return Ok(ContainerExits {
-                probe: Some(i32::from(wire::EXIT_UNPROVEN)),
+                probe: Some(i32::from(AttemptEnd::ContainmentUnproven.exit_code())),
                 trouble: Some(trouble),
                 ..ContainerExits::default()
             });
@@ -485,7 +485,7 @@ fn said(ended: Result<Result<Ended, HarnessError>, tokio::task::JoinError>) -> R
 
 /// Returns the exit code that the harness's own process would have.
 fn code(ended: &Result<Ended, String>) -> i32 {
-    i32::from(ended.as_ref().map_or(1, |ended| ended.exit_code()))
+    i32::from(ended.as_ref().map_or(1, |ended| ended.end().exit_code()))
 }
 
 fn without_agent(ended: Result<Ended, String>) -> ContainerExits {
@@ -543,7 +543,7 @@ fn status(pod: &mut Pod, ends: ContainerExits, deleted: bool) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{api::agent_task::FailureClass, lifecycle::observe};
+    use crate::{ends::FailureClass, lifecycle::observe};
 
     fn end(ends: ContainerExits, deleted: bool) -> (Option<FailureClass>, &'static str) {
         let mut pod = Pod::default();
@@ -573,19 +573,28 @@ mod tests {
     #[test]
     fn an_end_here_means_what_it_means_in_a_cluster() {
         use FailureClass::{Agent, Budget, Dependency, Infrastructure, Policy};
+        let as_end = |end: AttemptEnd, agent| ContainerExits {
+            probe: Some(0),
+            harness: Some(end.exit_code().into()),
+            agent,
+            trouble: None,
+        };
         let ends =
             |harness: u8, agent| ContainerExits { probe: Some(0), harness: Some(harness.into()), agent, trouble: None };
         for (ends, expected) in [
             (ends(0, agent(0, "Completed")), (None, "AgentSucceeded")),
             (ends(0, agent(3, "Completed")), (Some(Agent), "NonZeroExit")),
             (ends(0, agent(137, "OOMKilled")), (Some(Agent), "OOMKilled")),
-            (ends(wire::EXIT_REFUSED_ENOUGH, agent(137, "Completed")), (Some(Policy), "TooManyDenials")),
-            (ends(wire::EXIT_OUT_OF_TIME, agent(137, "Completed")), (Some(Budget), "DeadlineExceeded")),
-            (ends(wire::EXIT_UNAPPROVED, agent(137, "Completed")), (Some(Policy), "ApprovalExpired")),
-            (ends(wire::EXIT_PARKED, agent(137, "Completed")), (Some(Dependency), "EvidenceUnavailable")),
-            (ends(wire::EXIT_LOG_FAILED, agent(0, "Completed")), (Some(Infrastructure), "LogFailed")),
+            (as_end(AttemptEnd::TooManyDenials, agent(137, "Completed")), (Some(Policy), "TooManyDenials")),
+            (as_end(AttemptEnd::WallTime, agent(137, "Completed")), (Some(Budget), "DeadlineExceeded")),
+            (as_end(AttemptEnd::Unapproved, agent(137, "Completed")), (Some(Policy), "ApprovalExpired")),
+            (as_end(AttemptEnd::Parked, agent(137, "Completed")), (Some(Dependency), "EvidenceUnavailable")),
+            (as_end(AttemptEnd::LogFailed, agent(0, "Completed")), (Some(Infrastructure), "LogFailed")),
             (
-                ContainerExits { probe: Some(wire::EXIT_UNPROVEN.into()), ..ContainerExits::default() },
+                ContainerExits {
+                    probe: Some(AttemptEnd::ContainmentUnproven.exit_code().into()),
+                    ..ContainerExits::default()
+                },
                 (Some(Infrastructure), "ContainmentUnproven"),
             ),
             (ContainerExits { probe: Some(1), ..ContainerExits::default() }, (Some(Infrastructure), "ProbeFailed")),

@@ -213,7 +213,7 @@ fn step(record: &Record) -> Step {
             (Tone::Plain, "closed", format!("attempt {}", record.attempt), closed.reason.clone(), vec![])
         }
         Event::TaskClosed(closed) => {
-            let tone = if closed.phase == "Succeeded" { Tone::Good } else { Tone::Bad };
+            let tone = if closed.has_succeeded() { Tone::Good } else { Tone::Bad };
             let code = closed.exit_code.map(|code| format!(", exit code {code}")).unwrap_or_default();
             let class =
                 if closed.failure_class.is_empty() { String::new() } else { format!("{}: ", closed.failure_class) };

@@ -283,7 +283,7 @@ impl<'p> Front<'p> {
                 if let Some(trouble) = trouble {
                     self.view.notice(trouble);
                 }
-                let phase = if closed.phase == "Succeeded" { Phase::Succeeded } else { Phase::Failed };
+                let phase = if closed.has_succeeded() { Phase::Succeeded } else { Phase::Failed };
                 let class =
                     if closed.failure_class.is_empty() { String::new() } else { format!("{}, ", closed.failure_class) };
                 let refused = sealed.refused.in_words().map(|refused| format!("; {refused}")).unwrap_or_default();

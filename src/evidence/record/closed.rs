@@ -8,7 +8,10 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::policy::rule::Rule;
+use crate::{
+    ends::{AttemptEnd, FailureClass},
+    policy::rule::Rule,
+};
 
 /// How an attempt's harness ended.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -20,37 +23,14 @@ pub struct AttemptClosed {
 }
 
 impl AttemptClosed {
-    /// The agent ended by itself within its wall time, and the process that ran it waited for its end. The harness in a pod cannot know
-    /// this; `belay run` does.
-    pub const AGENT_ENDED: &str = "agentEnded";
-    /// The harness was told to end within the attempt's wall time. The agent had ended or never ran, or its pod was deleted or evicted. The
-    /// pod's status says which of these happened; this value does not.
-    pub const TERMINATED: &str = "terminated";
-    /// The attempt's wall time was over.
-    pub const WALL_TIME: &str = "wallTime";
-    /// So many calls were denied that the task is over.
-    pub const DENIALS: &str = "denials";
-    /// A call that was not approved in time ended the task.
-    pub const UNAPPROVED: &str = "unapproved";
-    /// Evidence could not be stored for a long time.
-    pub const PARKED: &str = "parked";
-
-    /// Returns whether the harness ended within the attempt's wall time, by its own clock, and not for a reason of its own. This
-    /// contradicts the statement that the attempt ran out of time. It does not say that the agent succeeded.
-    pub fn is_in_time(&self) -> bool {
-        matches!(self.reason.as_str(), Self::AGENT_ENDED | Self::TERMINATED)
+    /// Returns the end, or `None` if the reason is of another version.
+    pub fn end(&self) -> Option<AttemptEnd> {
+        AttemptEnd::of_closed(&self.reason)
     }
 
     /// Returns the rule by which the attempt is over for good. An attempt that was only told to end may open again if its harness restarts.
     pub fn rule(&self) -> Option<Rule> {
-        match self.reason.as_str() {
-            Self::AGENT_ENDED | Self::TERMINATED => None,
-            Self::WALL_TIME => Some(Rule::WallTime),
-            Self::DENIALS => Some(Rule::Denials),
-            Self::UNAPPROVED => Some(Rule::ToolApproval),
-            Self::PARKED => Some(Rule::Evidence),
-            _ => Some(Rule::TaskClosed),
-        }
+        self.end().map_or(Some(Rule::TaskClosed), AttemptEnd::rule)
     }
 }
 
@@ -73,15 +53,37 @@ pub struct TaskClosed {
 }
 
 impl TaskClosed {
-    /// The failure class of a task for which it is not known how its agent ended.
-    pub const UNKNOWN: &str = "Unknown";
     /// The reason of a task for which it is not known how its agent ended.
     pub const VERDICT_UNKNOWN: &str = "VerdictUnknown";
+    const SUCCEEDED: &str = "Succeeded";
+    const FAILED: &str = "Failed";
 
     /// Returns the end of a task for which it is not known how its agent ended.
     pub fn unknown(self) -> Self {
-        let (phase, failure_class) = ("Failed".to_owned(), Self::UNKNOWN.to_owned());
-        Self { phase, failure_class, reason: Self::VERDICT_UNKNOWN.to_owned(), ..self }
+        let closed = Self::failed(FailureClass::Unknown, Self::VERDICT_UNKNOWN);
+        Self { exit_code: self.exit_code, images: self.images, ..closed }
+    }
+
+    /// Returns the end of a task that succeeded, without exit code and images.
+    pub fn succeeded(reason: &str) -> Self {
+        let (phase, reason) = (Self::SUCCEEDED.to_owned(), reason.to_owned());
+        Self { phase, failure_class: String::new(), reason, exit_code: None, images: BTreeMap::new() }
+    }
+
+    /// Returns the end of a task that failed, without exit code and images.
+    pub fn failed(class: FailureClass, reason: &str) -> Self {
+        let (phase, reason) = (Self::FAILED.to_owned(), reason.to_owned());
+        Self { phase, failure_class: class.name().to_owned(), reason, exit_code: None, images: BTreeMap::new() }
+    }
+
+    /// Returns whether the task succeeded.
+    pub fn has_succeeded(&self) -> bool {
+        self.phase == Self::SUCCEEDED
+    }
+
+    /// Returns the failure class. It is `None` on success, and if the class is of another version.
+    pub fn class(&self) -> Option<FailureClass> {
+        FailureClass::named(&self.failure_class)
     }
 
     /// Returns the end with which a task is sealed if the party that seals it reports this end.
@@ -93,30 +95,31 @@ impl TaskClosed {
     /// The log must confirm a presumed end, or else the end is unknown. There is one exception: if the attempt was closed because its wall
     /// time was over, that is the end, because the log itself reports it. An observed end is unknown, too, if the log contradicts it.
     pub fn borne_out(self, presumed: bool, began: bool, parting: Option<&str>, time_over: bool) -> Self {
-        let in_time = |parting: &str| AttemptClosed { reason: parting.to_owned() }.is_in_time();
-        let holds = match (self.phase.as_str(), self.failure_class.as_str()) {
-            ("Succeeded", _) => {
-                let ends = [AttemptClosed::WALL_TIME, AttemptClosed::DENIALS, AttemptClosed::UNAPPROVED];
-                !parting.is_some_and(|parting| ends.contains(&parting))
-            }
-            _ if !presumed => true,
-            (_, class) if parting == Some(AttemptClosed::WALL_TIME) && class != "Budget" => {
-                return Self { failure_class: "Budget".to_owned(), reason: "DeadlineExceeded".to_owned(), ..self };
-            }
-            (_, "Budget") => match parting {
-                Some(AttemptClosed::WALL_TIME) => true,
-                Some(parting) if !in_time(parting) => false,
-                _ => time_over,
-            },
+        use AttemptEnd::{TooManyDenials, Unapproved, WallTime};
+        let end = parting.and_then(AttemptEnd::of_closed);
+        let in_time = end.is_some_and(AttemptEnd::is_in_time);
+        let budget = self.class() == Some(FailureClass::Budget);
+        let holds = if self.has_succeeded() {
+            !matches!(end, Some(WallTime | TooManyDenials | Unapproved))
+        } else if !presumed {
+            true
+        } else if end == Some(WallTime) && !budget {
+            let (class, reason) = (FailureClass::Budget, "DeadlineExceeded");
+            return Self { failure_class: class.name().to_owned(), reason: reason.to_owned(), ..self };
+        } else if budget {
+            // Of an end that is not the wall time, the log must show that the time was over.
+            end == Some(WallTime) || (parting.is_none() || in_time) && time_over
+        } else {
             // The agent may have succeeded before its pod was gone, and nobody saw it.
-            _ => !began || parting.is_some_and(|parting| !in_time(parting)),
+            !began || parting.is_some() && !in_time
         };
         if holds { self } else { self.unknown() }
     }
 
     /// Returns whether the task failed in a known way, so that it may be rolled back.
     pub fn has_failed(&self) -> bool {
-        self.phase == "Failed" && self.failure_class != Self::UNKNOWN && self.failure_class != "Cancelled"
+        let unknown = [FailureClass::Unknown, FailureClass::Cancelled].map(FailureClass::name);
+        self.phase == Self::FAILED && !unknown.contains(&self.failure_class.as_str())
     }
 }
 

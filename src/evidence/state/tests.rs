@@ -200,7 +200,7 @@ pub(crate) fn case(rule: LogRule) -> Case {
         LogRule::AttemptOpen => new().tells(rule, vec![attempt_closed(), denied("x")]),
         LogRule::AttemptOver => {
             let liar = new();
-            let over = Event::AttemptClosed(AttemptClosed { reason: AttemptClosed::DENIALS.into() });
+            let over = Event::AttemptClosed(AttemptClosed { reason: "denials".into() });
             let again = liar.opening(1, |_| ());
             liar.tells(rule, vec![over, again])
         }

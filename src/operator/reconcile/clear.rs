@@ -9,7 +9,7 @@ use kube::ResourceExt;
 
 use super::{ReconcileError, Reconciliation, Seen};
 use crate::{
-    api::agent_task::FailureClass,
+    ends::FailureClass,
     lifecycle::observe::{self, PodView},
     operator::status,
     render::{names, owner::Owner},

@@ -15,11 +15,9 @@ use crate::{
         AgentTaskStatus,
         agent_task::{Attempt, EvidenceStatus},
     },
+    ends::{FailureClass, POD_ALTERED},
     evidence::note,
-    lifecycle::{
-        decide,
-        observe::{POD_ALTERED, PodView},
-    },
+    lifecycle::observe::PodView,
     operator::{
         metrics,
         status::{self, Progress, StatusInput},
@@ -123,7 +121,7 @@ impl Reconciliation<'_> {
         };
         let kind = if self.task.spec.rollback_of.is_some() { "rollback" } else { "agent" };
         for class in status::newly_ended(&before, &after) {
-            let class = class.map_or("None", decide::class_name);
+            let class = class.map_or("None", FailureClass::name);
             let task_class = metrics::counted_as(&task).unwrap_or_default();
             self.context.metrics.attempts.with_label_values(&[kind, task_class, class]).inc();
         }

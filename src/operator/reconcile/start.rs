@@ -18,8 +18,9 @@ use tokio::time::Instant;
 
 use super::{BACKSTOP, Context, PENDING_AFTER_SECONDS, ReconcileError, Reconciliation, report::ended_message};
 use crate::{
-    api::agent_task::{Attempt, FailureClass},
-    lifecycle::observe::{self, POD_ALTERED, PodView},
+    api::agent_task::Attempt,
+    ends::{FailureClass, POD_ALTERED},
+    lifecycle::observe::{self, PodView},
     operator::{
         apply::{self, ApplyError},
         injectors,

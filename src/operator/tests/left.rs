@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use super::{CONFIG_MAP, POD, POLICY, Scene, TASK, container};
-use crate::{render::names, wire};
+use crate::{ends::AttemptEnd, render::names};
 
 /// More attempts than a status keeps, so that later attempts change nothing. A week has about 3,500: BELAY_PARKED_ATTEMPTS sets the number.
 const PARKED: i64 = 150;
@@ -20,7 +20,7 @@ fn parked(agent_ended: bool) -> Value {
         "phase": if agent_ended { "Failed" } else { "Running" },
         "initContainerStatuses": [
             container(names::PROBE, json!({ "terminated": { "exitCode": 0 } })),
-            container(names::HARNESS, json!({ "terminated": { "exitCode": wire::EXIT_PARKED } })),
+            container(names::HARNESS, json!({ "terminated": { "exitCode": AttemptEnd::Parked.exit_code() } })),
         ],
         "containerStatuses": [container(names::AGENT, agent)],
     })

@@ -14,7 +14,8 @@ use serde_json::{Value, json};
 
 use crate::{
     api::agent_task::{Attempt, Retry},
-    evidence::record::{AttemptClosed, TaskClosed},
+    ends::FailureClass,
+    evidence::record::TaskClosed,
     lifecycle::{
         decide::{self, Decision, Next, Observed, Unread},
         observe::{self, PodView},
@@ -231,12 +232,12 @@ impl World {
                 }
                 if pod.truth.is_none() && pod.harness_works && !pod.harness_exit && now >= began + WALL {
                     pod.harness_exit = true;
-                    pod.log = pod.log_works.then_some((AttemptClosed::WALL_TIME, now));
+                    pod.log = pod.log_works.then_some(("wallTime", now));
                     changed = true;
                 }
                 if let Some((_, at, _)) = pod.truth {
                     if pod.log.is_none() && pod.harness_works && pod.log_works {
-                        pod.log = Some((AttemptClosed::TERMINATED, at));
+                        pod.log = Some(("terminated", at));
                     }
                     changed = true;
                 }
@@ -346,7 +347,7 @@ fn judge(world: &World, told: &Told) -> Result<(), String> {
     let truth = world.truth();
     let well = world.pods.iter().any(|pod| matches!(pod.truth, Some((Truth::Ended { code: 0 }, ..))));
     let last_well = truth == Some(Truth::Ended { code: 0 });
-    let known = sealed.failure_class != TaskClosed::UNKNOWN;
+    let known = sealed.class() != Some(FailureClass::Unknown);
     let right = match (sealed.phase.as_str(), sealed.failure_class.as_str()) {
         ("Succeeded", _) => well,
         (_, "Unknown" | "Cancelled") => true,
@@ -554,7 +555,7 @@ fn no_order_of_events_makes_a_verdict_a_guess() {
         }
         if let Some(closed) = &told.sealed {
             sealed += 1;
-            unknown += u64::from(closed.failure_class == TaskClosed::UNKNOWN);
+            unknown += u64::from(closed.class() == Some(FailureClass::Unknown));
             *ends.entry(format!("{} {}", closed.failure_class, closed.reason)).or_default() += 1;
         }
     }

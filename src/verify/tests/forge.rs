@@ -360,7 +360,7 @@ pub(crate) fn rewritten(segments: &Segments, at: usize, rewrite: &Rewrite) -> Op
             let mut segments = segments[..=segment].to_vec();
             segments[segment].truncate(place + 1);
             if !matches!(record.event, Event::AttemptClosed(_)) {
-                let reason = AttemptClosed::AGENT_ENDED.to_owned();
+                let reason = "agentEnded".to_owned();
                 segments.push(vec![with(Event::AttemptClosed(AttemptClosed { reason }))]);
             }
             segments.push(vec![Record { actor: Actor::Gateway, ..with(Event::TaskClosed(well())) }]);

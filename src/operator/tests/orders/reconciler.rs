@@ -22,7 +22,7 @@ use tower::Layer;
 use super::{HORIZON, Random, SimPod, Told, WALL, World, judge, orders, time};
 use crate::{
     contact::{Contact, Listening},
-    evidence::record::TaskClosed,
+    ends::FailureClass,
     operator::{
         BLIND,
         api::Writer,
@@ -493,7 +493,7 @@ fn no_order_makes_the_reconciler_guess() {
     });
     let ends = ends.into_inner().unwrap();
     let unknown: u64 =
-        ends.iter().filter(|(end, _)| end.starts_with(TaskClosed::UNKNOWN)).map(|(_, count)| count).sum();
+        ends.iter().filter(|(end, _)| end.starts_with(FailureClass::Unknown.name())).map(|(_, count)| count).sum();
     // The operator must not reach this by reporting `Unknown` too often.
     assert!(unknown * 20 < orders, "{ends:?}");
     for end in [" AgentSucceeded", "Budget DeadlineExceeded", "Agent NonZeroExit"] {
