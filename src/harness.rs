@@ -302,7 +302,7 @@ where
         }
         // The records tell what has happened, but the witness rejects them. The log's counters are lower than the real ones.
         Err(Denial { rule, reason }) if opened.is_ok() => {
-            let reason = format!("the witness refused what was recorded before a restart: {rule}: {reason}");
+            let reason = format!("the witness rejected the records from before a restart: {rule}: {reason}");
             return Ok(log_failed(&options.spool, reason));
         }
         Err(_) => {}

@@ -173,7 +173,7 @@ pub enum OperatorError {
     #[error("a watch ended before its cache was filled")]
     Watch,
     /// The controller ended on its own.
-    #[error("the controller ended though nobody asked it to")]
+    #[error("the controller ended without a signal to stop")]
     Ended,
 }
 

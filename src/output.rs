@@ -42,7 +42,7 @@ struct Shared {
 pub struct Output(Arc<Shared>);
 
 fn missing(lost: u64) -> String {
-    format!("{{\"lost\":\"{lost} lines, because nobody read what was written before\"}}\n")
+    format!("{{\"lost\":\"{lost} lines, because earlier output was not read\"}}\n")
 }
 
 /// Returns the standard output.

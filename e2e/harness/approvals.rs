@@ -209,7 +209,7 @@ async fn a_no_stays_a_no(#[case] name: &str) {
 async fn a_request_that_nobody_decides_in_time_is_a_no(#[case] name: &str) {
     let harness = asking_harness().await;
     let (error, text) = harness.tool(name, json!({"text": "hello"})).await;
-    assert!(error && text.contains("nobody approved this call before"), "{text}");
+    assert!(error && text.contains("this call was not approved before"), "{text}");
     harness.says(&["asked 1", "expired 1", "tool.approval"]).await;
     let late = harness.gateway.requests().remove(0).name_any();
     harness.gateway.decide(&late, "ana", Answer::Approve);

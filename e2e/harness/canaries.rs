@@ -302,7 +302,7 @@ async fn no_secret_is_in_anything_that_we_write() {
     let answers: Vec<String> = answers.buffer_unordered(256).collect().await;
     // In a flood of denials, few get a record of their own. Any of them could have got one, so all of their reasons are checked.
     let (redactor, salt) = (harness.gate.redactor(), harness.gate.salt());
-    let refusals = answers.iter().filter(|answer| answer.contains("Belay refused"));
+    let refusals = answers.iter().filter(|answer| answer.contains("Belay denied"));
     let reasons: String = refusals.map(|reason| redactor.text(reason, salt)).collect();
     let records = harness.records().await;
     let log = serde_json::to_string(&records).unwrap();

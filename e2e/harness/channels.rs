@@ -440,7 +440,7 @@ async fn a_refused_tunnel_says_why_in_its_first_line() {
         raw(harness.address, b"CONNECT evil.test.example:443 HTTP/1.1\r\nhost: evil.test.example:443\r\n\r\n").await;
     let first = reply.lines().next().unwrap();
     assert!(
-        first.starts_with("HTTP/1.1 403 Belay refused: egress.host: ") && first.contains("evil.test.example"),
+        first.starts_with("HTTP/1.1 403 Belay denied: egress.host: ") && first.contains("evil.test.example"),
         "{first}"
     );
 }

@@ -180,7 +180,7 @@ async fn an_upstream_may_be_silent_for_as_long_as_the_class_says() {
     assert_eq!(status, StatusCode::BAD_GATEWAY, "{reply}");
     let message = reply["error"]["message"].as_str().unwrap();
     assert!(message.contains("upstream.reply") && message.contains("upstreamTimeoutSeconds"), "{message}");
-    assert!(message.contains("No policy refused it"), "{message}");
+    assert!(message.contains("No policy denied it"), "{message}");
 }
 
 /// Returns a request with a picture of `length` characters of base64.

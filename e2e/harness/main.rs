@@ -599,7 +599,7 @@ async fn a_call_that_fits_but_for_what_others_hold_waits_for_them() {
     assert_eq!(status, StatusCode::FORBIDDEN);
     assert!(!held.is_finished(), "it is refused at once, for what calls under way hold is not enough");
     let reply = reply.to_string();
-    assert!(reply.contains("48 are spent") && reply.contains("held for calls under way"), "{reply}");
+    assert!(reply.contains("48 are spent") && reply.contains("reserved for calls in progress"), "{reply}");
     held.abort();
 }
 

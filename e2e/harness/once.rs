@@ -123,7 +123,7 @@ async fn what_becomes_of_a_repeat_follows_from_what_became_of_the_call(
     let harness = idempotent_harness().await;
     harness.tool(name, args.clone()).await;
     let (_, text) = harness.tool(name, args).await;
-    assert_eq!(text.contains("whether that took effect is not known"), refused, "{text}");
+    assert_eq!(text.contains("its outcome is unknown"), refused, "{text}");
     assert_eq!(harness.made().len(), made);
 }
 
@@ -151,9 +151,9 @@ enum Has {
 #[rstest::rstest]
 #[case::over_mcp("mcp.all", Has::It, None)]
 #[case::over_http("http.all", Has::It, None)]
-#[case::lost("http.all", Has::Nothing, Some("cannot be had"))]
-#[case::forged("http.all", Has::Another, Some("is not as it was kept"))]
-#[case::without_a_bucket("http.all", Has::NoBucket, Some("is not kept any more"))]
+#[case::lost("http.all", Has::Nothing, Some("cannot be read"))]
+#[case::forged("http.all", Has::Another, Some("is not the one that was stored"))]
+#[case::without_a_bucket("http.all", Has::NoBucket, Some("is not stored any more"))]
 #[tokio::test]
 async fn another_attempt_is_given_the_result_or_refused_and_makes_no_second_call(
     #[case] name: &str,

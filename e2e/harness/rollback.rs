@@ -218,7 +218,7 @@ async fn an_error_is_neither_undone_nor_does_it_undo() {
     policy.tools.insert(0, Tool { rollback: Some(Rollback::Call(call)), ..fails });
     let harness = harness_of(policy, vec![]).await;
     let (error, text) = harness.tool("fails", json!({})).await;
-    assert!(error && !text.contains("Belay refused"), "{text}");
+    assert!(error && !text.contains("Belay denied"), "{text}");
     assert!(harness.gateway.kept().is_empty());
 
     let ran = ran().await;

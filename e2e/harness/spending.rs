@@ -153,9 +153,9 @@ async fn a_refusal_tells_what_there_is() {
     for words in [
         "token limit is 3000",
         "0 are spent",
-        "are held for calls under way",
+        "are reserved for calls in progress",
         "this call needs 60",
-        "whoever writes the task",
+        "the author of the task",
     ] {
         assert!(reply.contains(words), "{words}: {reply}");
     }

@@ -108,7 +108,7 @@ fn long_judgments_and_long_bodies_are_nobodys_delay() {
         // Bodies of the maximum length, with as many values as possible.
         for body in long_bodies {
             let told = post(body).await.unwrap();
-            assert!(told.contains("Belay refused"), "{}", &told[..told.len().min(400)]);
+            assert!(told.contains("Belay denied"), "{}", &told[..told.len().min(400)]);
         }
         watched.is_in_time();
         // Everything is in the log: the call that passed, and each denial.

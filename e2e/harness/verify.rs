@@ -57,12 +57,12 @@ fn resolved(records: &[Record]) -> Vec<Effect> {
 
 /// The read returns `truth`. `true` counts at once, `false` counts only after `settle_seconds`, and any other value resolves nothing.
 #[rstest::rstest]
-#[case::mcp_applied("mcp", json!({"there": true}), Some(Effect::Applied), "it took effect: do not repeat it")]
-#[case::http_applied("http", json!({"there": true}), Some(Effect::Applied), "it took effect: do not repeat it")]
-#[case::mcp_not_applied("mcp", json!({"there": false}), Some(Effect::NotApplied), "it may be made again")]
-#[case::http_not_applied("http", json!({"there": false}), Some(Effect::NotApplied), "it may be made again")]
-#[case::mcp_no_answer("mcp", json!({"there": "perhaps"}), None, "does not tell what became of it")]
-#[case::http_no_answer("http", json!({"elsewhere": true}), None, "does not tell what became of it")]
+#[case::mcp_applied("mcp", json!({"there": true}), Some(Effect::Applied), "the call took effect: do not repeat it")]
+#[case::http_applied("http", json!({"there": true}), Some(Effect::Applied), "the call took effect: do not repeat it")]
+#[case::mcp_not_applied("mcp", json!({"there": false}), Some(Effect::NotApplied), "you can make it again")]
+#[case::http_not_applied("http", json!({"there": false}), Some(Effect::NotApplied), "you can make it again")]
+#[case::mcp_no_answer("mcp", json!({"there": "perhaps"}), None, "does not tell the outcome")]
+#[case::http_no_answer("http", json!({"elsewhere": true}), None, "does not tell the outcome")]
 #[tokio::test]
 async fn a_read_tells_what_became_of_a_call(
     #[case] of: &str,
@@ -94,7 +94,7 @@ async fn a_read_tells_what_became_of_a_call(
 async fn a_read_that_is_refused_leaves_it_unknown() {
     let harness = harness_of(verified(Limits { tool_calls: 1, ..MANY }), vec![]).await;
     let (error, text) = harness.tool("http.change", json!({"ms": 20_000, "truth": {"there": true}})).await;
-    assert!(error && text.contains("http.look could not be asked") && text.contains("tool call limit is 1"), "{text}");
+    assert!(error && text.contains("http.look could not be called") && text.contains("tool call limit is 1"), "{text}");
     let records = harness.stored(4).await;
     assert_eq!(denied(&records), [Rule::ToolCalls]);
     assert!(resolved(&records).is_empty());

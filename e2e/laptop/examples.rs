@@ -64,7 +64,7 @@ fn hello(world: &World, sandbox: &str) {
     let again = belay(world, &home, &["init", "hello"]).output().unwrap();
     let said = String::from_utf8_lossy(&again.stderr).into_owned();
     assert_eq!(again.status.code(), Some(2));
-    assert!(said.contains("task.yaml") && said.contains("found them all"), "{said}");
+    assert!(said.contains("task.yaml") && said.contains("found all"), "{said}");
 }
 
 /// `belay lint` has no findings in the examples.

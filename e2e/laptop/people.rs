@@ -58,7 +58,7 @@ fn check(answer: &str, (code, screen): &(String, String), asked: &[(String, Stri
         "refund",
         "\"amount\": 3",
         "group finance",
-        "nobody checks here that carol is one",
+        "this machine does not check that carol is an approver",
         "░",
         "tool calls",
         "Succeeded",

@@ -113,7 +113,7 @@ async fn an_agents_ticket_waits_for_the_right_person() {
     // Neither the task's principal nor its requester may approve the call.
     for user in ["oncall@example.com", requester.as_str()] {
         let (code, text) = As::new(user).belay(&["approve", &name, "-n", &world.namespace]);
-        assert!(code != 0 && text.contains("expected an approval by somebody else"), "{user}: {text}");
+        assert!(code != 0 && text.contains("expected an approval by another user"), "{user}: {text}");
     }
     assert_eq!(tickets(), 0, "a ticket was opened before anybody approved it");
     let (code, text) = As::new("ana").belay(&["approvals", "-n", &world.namespace]);

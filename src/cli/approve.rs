@@ -188,9 +188,9 @@ async fn listed(
     for request in &found {
         writeln!(out, "{}", describe(request, now, paint))?;
     }
-    let what = if all { "asked for" } else { "waits for people" };
+    let what = if all { "" } else { "pending " };
     match found.len() {
-        0 => writeln!(notes, "nothing {what} in namespace {}", Safe(namespace))?,
+        0 => writeln!(notes, "no {what}ApprovalRequests in namespace {}", Safe(namespace))?,
         count => writeln!(notes, "{count} in namespace {}", Safe(namespace))?,
     }
     Ok(0)
@@ -229,12 +229,12 @@ impl Ballot<'_> {
         for _ in 0..TRIES {
             if (request.uid(), &request.spec) != (shown.uid(), &shown.spec) {
                 return Err(CliError::new(format!(
-                    "expected ApprovalRequest {}/{} as it is shown above, found another of that name; look at it, and decide again",
+                    "expected the ApprovalRequest {}/{} that is shown above, found another with that name; read it, and decide again",
                     self.namespace, self.name
                 )));
             }
             if let Some(why) = refusal(&request, &person, self.answer, Timestamp::now()) {
-                writeln!(notes, "refused: {}", Safe(&why))?;
+                writeln!(notes, "not written: {}", Safe(&why))?;
                 return Ok(1);
             }
             match self.write(&requests, &request, &person).await {
@@ -250,12 +250,12 @@ impl Ballot<'_> {
                 Err(kube::Error::Api(status)) if status.is_conflict() => request = self.read(&requests).await?,
                 // Admission or RBAC denied it. They have the last word.
                 Err(kube::Error::Api(status)) if status.is_forbidden() => {
-                    writeln!(notes, "refused: {}", Safe(&status.message))?;
+                    writeln!(notes, "not written: {}", Safe(&status.message))?;
                     return Ok(1);
                 }
                 Err(e) => {
                     return Err(CliError::new(format!(
-                        "cannot write to ApprovalRequest {}/{}: {}; see belay approvals whether it was written",
+                        "cannot write to ApprovalRequest {}/{}: {}; run belay approvals to see whether it was written",
                         self.namespace,
                         self.name,
                         explain(&e)
@@ -264,7 +264,7 @@ impl Ballot<'_> {
             }
         }
         Err(CliError::new(format!(
-            "expected ApprovalRequest {}/{} to hold still for a moment, found it changed {TRIES} times; try again",
+            "expected ApprovalRequest {}/{} to stay unchanged for a moment, found {TRIES} changes; try again",
             self.namespace, self.name
         )))
     }
@@ -315,7 +315,7 @@ async fn whoami(client: Client) -> Result<Person, CliError> {
 }
 
 fn not_understood(namespace: &str, name: &str, error: &dyn std::fmt::Display) -> String {
-    format!("ApprovalRequest {namespace}/{name} is not one that this belay understands: {error}")
+    format!("this belay cannot read ApprovalRequest {namespace}/{name}: {error}")
 }
 
 fn stands(request: &ApprovalRequest, now: Timestamp) -> ApprovalState {
@@ -353,7 +353,7 @@ fn refusal(request: &ApprovalRequest, person: &Person, answer: Answer, now: Time
     let spec = &request.spec;
     if let Some(own) = votes(request).iter().find(|vote| vote.by == person.name) {
         return Some(format!(
-            "expected no decision of {} yet, found {:?}; a decision is neither changed nor taken back",
+            "expected no decision of {} yet, found {:?}; a decision is final",
             person.name, own.decision
         ));
     }
@@ -361,7 +361,7 @@ fn refusal(request: &ApprovalRequest, person: &Person, answer: Answer, now: Time
         (ApprovalState::Pending, _) | (ApprovalState::Approved, Answer::Deny) => {}
         (ApprovalState::Approved, Answer::Approve) | (ApprovalState::Denied | ApprovalState::Expired, _) => {
             return Some(format!(
-                "expected a request that is not decided, found it {}; there is nothing left to decide",
+                "expected an undecided request, found it {}; there is nothing left to decide",
                 words(request, now)
             ));
         }
@@ -369,13 +369,13 @@ fn refusal(request: &ApprovalRequest, person: &Person, answer: Answer, now: Time
     let barred = if spec.principal == person.name {
         Some("on whose behalf the agent acts")
     } else if spec.requester.as_ref() == Some(&person.name) {
-        Some("who asked for the task")
+        Some("who created the task")
     } else {
         None
     };
     if let (Some(who), Answer::Approve) = (barred, answer) {
         return Some(format!(
-            "expected an approval by somebody else than {}, {who}; have another approver decide, or deny it",
+            "expected an approval by another user than {}, {who}; have another approver decide, or deny the call",
             person.name
         ));
     }
@@ -383,7 +383,7 @@ fn refusal(request: &ApprovalRequest, person: &Person, answer: Answer, now: Time
     let member = person.groups.iter().any(|group| approvers.groups.contains(group));
     if !approvers.users.contains(&person.name) && !member {
         return Some(format!(
-            "expected {}, found {}; have one of them decide, or have the ToolContract name you in approval.approvers",
+            "expected an approver ({}), found {}; have an approver decide, or have the ToolContract name you in approval.approvers",
             who_may(request),
             person.name
         ));
@@ -395,7 +395,7 @@ fn who_may(request: &ApprovalRequest) -> String {
     let named = |one: &str, names: &[String]| (!names.is_empty()).then(|| format!("{one} {}", names.join(", ")));
     let approvers = &request.spec.approvers;
     let all: Vec<_> = named("user", &approvers.users).into_iter().chain(named("group", &approvers.groups)).collect();
-    if all.is_empty() { "nobody".to_owned() } else { all.join(" or ") }
+    if all.is_empty() { "no user".to_owned() } else { all.join(" or ") }
 }
 
 fn verb(answer: Answer) -> &'static str {
@@ -426,15 +426,15 @@ pub(super) fn describe(request: &ApprovalRequest, now: Timestamp, paint: Paint) 
     let task = &spec.task;
     line("task", format!("{}, attempt {}, on behalf of {}", Safe(&task.name), task.attempt, Safe(&spec.principal)));
     if let Some(requester) = &spec.requester {
-        line("asked by", Safe(requester).to_string());
+        line("created by", Safe(requester).to_string());
     }
     let again = match spec.repeats {
         0 => String::new(),
-        1 => "; it was approved and made once before".to_owned(),
-        times => format!("; it was approved and made {times} times before"),
+        1 => "; the same call was approved and made once before".to_owned(),
+        times => format!("; the same call was approved and made {times} times before"),
     };
     line("tool", format!("{}{again}", Safe(&spec.tool)));
-    line("asked for", format!("by the {}", spec.requested_by.as_str().to_lowercase()));
+    line("required", format!("by the {}", spec.requested_by.as_str().to_lowercase()));
     for because in &spec.because {
         line("because", Safe(because).to_string());
     }

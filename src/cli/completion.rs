@@ -65,7 +65,7 @@ pub(super) fn run(args: &Args, mut command: Command, plugin: bool, out: &mut dyn
         }
         _ if plugin => {
             return Err(CliError::new(
-                "expected `kubectl belay completion kubectl`, found a shell's name: kubectl completes its plugins by an executable `kubectl_complete-belay` on PATH, whatever the shell; for the command `belay` ask `belay completion SHELL`",
+                "expected `kubectl belay completion kubectl`, found a shell's name: kubectl completes its plugins by an executable `kubectl_complete-belay` on PATH, whatever the shell; for the command `belay`, use `belay completion SHELL`",
             ));
         }
         For::Bash => of(Shell::Bash),

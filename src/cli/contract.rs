@@ -83,7 +83,7 @@ pub(super) async fn run(args: &Args, out: &mut dyn Write, notes: &mut dyn Write)
     let Command::Init(args) = &args.command;
     let tools = tokio::time::timeout(PATIENCE, list(&args.mcp, args.token.as_deref())).await.map_err(|_| {
         CliError::new(format!(
-            "{}: expected its tools within {} s, found no end; try again",
+            "{}: expected the whole list of tools within {} s, found a part; try again",
             args.mcp,
             PATIENCE.as_secs()
         ))

@@ -115,7 +115,7 @@ pub(super) async fn find(args: &Source) -> Result<Evidence, CliError> {
         Err(error) => match logs_here(args) {
             logs if logs.is_empty() => Err(error),
             logs => Err(CliError::new(format!(
-                "{error}; on this machine `belay run` has kept, the newest first:\n{}",
+                "{error}; the logs of `belay run` on this machine, the newest first:\n{}",
                 logs.iter().map(|log| format!("  belay verify {}", log.display())).collect::<Vec<_>>().join("\n")
             ))),
         },
@@ -272,7 +272,7 @@ fn given_key(given: &str) -> Result<VerifierKey, CliError> {
         Ok(key) => Ok(key),
         Err(_) if Path::new(given).is_file() => read_key(Path::new(given)),
         Err(e) => Err(CliError::new(format!(
-            "--witness-key: expected a file or a key (C2SP vkey), found `{given}`, and no such file; a key it is not either: {e}"
+            "--witness-key: expected a file or a key (C2SP vkey), found `{given}`, which is not a file, and not a key: {e}"
         ))),
     }
 }

@@ -23,7 +23,7 @@ pub(super) fn complete<'a>(
     let kept: Vec<_> = files.clone().map(|(name, _)| name).filter(|name| is_there(name)).collect();
     if kept.len() == files.clone().count() {
         return Err(CliError::new(format!(
-            "{}: expected at least one of {} not to be there, found them all; remove what is to be made anew, or name another folder (nothing was written)",
+            "{}: expected at least one of {} to be missing, found all; remove the files to write again, or name another folder (nothing was written)",
             folder.display(),
             kept.join(", ")
         )));

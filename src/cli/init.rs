@@ -70,7 +70,7 @@ pub(super) fn run(args: &Args, out: &mut dyn Write) -> Result<u8, CliError> {
     let kept = folder::complete(&args.folder, files.iter().map(|(name, text, _)| (*name, text.as_str())))?;
     for (name, _, what) in &files {
         let path = args.folder.join(name).display().to_string();
-        let what = if kept.contains(name) { "was there, and is kept as it is" } else { what };
+        let what = if kept.contains(name) { "existed, and is unchanged" } else { what };
         writeln!(out, "{:<30} {what}", Safe(&path).to_string())?;
     }
     let file = |name: &str| Safe(&args.folder.join(name).display().to_string()).to_string();
@@ -81,7 +81,7 @@ pub(super) fn run(args: &Args, out: &mut dyn Write) -> Result<u8, CliError> {
         writeln!(out, "note: {}", Safe(&note))?;
     }
     if let Some(model) = model.filter(|_| kept.contains(&PACK_FILE)) {
-        writeln!(out, "note: {} was there; for this model it needs", file(PACK_FILE))?;
+        writeln!(out, "note: {} existed; for this model it needs", file(PACK_FILE))?;
         for line in model.wanted_of_a_pack().lines() {
             writeln!(out, "{}", Safe(line))?;
         }
@@ -133,9 +133,9 @@ fn files(model: Option<&Model>, task_name: &str) -> [(&'static str, String, &'st
         None => "stands in for a model and a shop, so that no key is needed",
     };
     [
-        ("task.yaml", task, "what the agent is to do, and its limits"),
-        ("contracts.yaml", CONTRACTS.to_owned(), "its tools, and what calls have to be like"),
-        (PACK_FILE, pack, "what tasks like it may do at all"),
+        ("task.yaml", task, "the agent's objective and limits"),
+        ("contracts.yaml", CONTRACTS.to_owned(), "its tools, and the rules for their calls"),
+        (PACK_FILE, pack, "what tasks of its class may do"),
         ("agent.py", agent, "the agent: forty lines that know nothing of Belay"),
         ("standin.py", standin, stands_in),
     ]

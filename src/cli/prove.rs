@@ -49,7 +49,7 @@ pub(super) async fn run(args: &Args, out: &mut dyn Write) -> Result<u8, CliError
     let report = verify::verify(&evidence.log, &evidence.key, &evidence.expected);
     if report.verdict == Verdict::Invalid {
         return Err(CliError::new(format!(
-            "the log in {} is INVALID: nothing of it is proven; see `belay verify`",
+            "the log in {} is INVALID and proves nothing; see `belay verify`",
             evidence.place
         )));
     }

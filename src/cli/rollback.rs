@@ -65,7 +65,7 @@ pub(super) async fn run(args: &Args, out: &mut dyn Write, notes: &mut dyn Write)
         let uid = known.spec.rollback_of.as_ref().map(|of| &of.uid);
         if uid != of.metadata.uid.as_ref() {
             return Err(CliError::new(format!(
-                "expected AgentTask {name} to undo {}, found that it is of another task; delete it, once its evidence is sealed",
+                "expected AgentTask {name} to roll back {}, found a rollback of another task; delete it after its evidence is sealed",
                 args.task
             )));
         }
@@ -83,12 +83,12 @@ pub(super) async fn run(args: &Args, out: &mut dyn Write, notes: &mut dyn Write)
     let contracts = contracts.list(&ListParams::default()).await.map_err(|e| failed("list ToolContracts", &e))?;
     let reviews: Api<SelfSubjectReview> = Api::all(client.clone());
     let review = reviews.create(&PostParams::default(), &SelfSubjectReview::default()).await;
-    let status = review.map_err(|e| failed("ask who you are", &e))?.status.unwrap_or_default();
+    let status = review.map_err(|e| failed("read your user name", &e))?.status.unwrap_or_default();
     let you = status.user_info.and_then(|user| user.username).unwrap_or_default();
     let principal = args.principal.as_deref().unwrap_or(&you);
     let by = rollback::contracts(&of, &contracts.items);
     let Some(task) = rollback::task(&of, by, &contracts.items, principal, &you) else {
-        writeln!(notes, "nothing is undone by a call: no contract of {} has a rollback.call", Safe(&args.task))?;
+        writeln!(notes, "no call can undo anything: no contract of {} has a rollback.call", Safe(&args.task))?;
         for contract in contracts.items.iter().filter(|contract| of.spec.tools.contains(&contract.name_any())) {
             if let Some(how) = contract.spec.rollback.as_ref().and_then(|rollback| rollback.by_hand.as_ref()) {
                 writeln!(notes, "by hand, {}: {}", Safe(&contract.spec.tool), Safe(how))?;
@@ -97,7 +97,7 @@ pub(super) async fn run(args: &Args, out: &mut dyn Write, notes: &mut dyn Write)
         return Ok(1);
     };
     tasks.create(&PostParams::default(), &task).await.map_err(|e| failed(&format!("create AgentTask {name}"), &e))?;
-    writeln!(out, "AgentTask {name} undoes {}; follow it: belay watch {name} -n {namespace}", Safe(&args.task))?;
+    writeln!(out, "AgentTask {name} rolls back {}; follow it: belay watch {name} -n {namespace}", Safe(&args.task))?;
     Ok(0)
 }
 

@@ -72,7 +72,7 @@ pub(super) async fn run(args: &Args) -> Result<u8, CliError> {
     match found.map_err(|e| CliError::new(format!("cannot read AgentTask {namespace}/{name}: {}", explain(&e))))? {
         Some(DeserializeGuard(Ok(_))) => {}
         Some(DeserializeGuard(Err(e))) => {
-            let message = format!("AgentTask {namespace}/{name} is not one that this belay understands: {}", e.error);
+            let message = format!("this belay cannot read AgentTask {namespace}/{name}: {}", e.error);
             return Err(CliError::new(message));
         }
         None => {
@@ -118,7 +118,7 @@ pub(super) async fn run(args: &Args) -> Result<u8, CliError> {
                     };
                     progress.send_replace(Progress { newest: status.attempt.unwrap_or_default(), ended: end.is_some() });
                 }
-                Some(Ok(Some(DeserializeGuard(Err(e))))) => view.notice(&format!("the task is not understood: {}", e.error)),
+                Some(Ok(Some(DeserializeGuard(Err(e))))) => view.notice(&format!("the task cannot be read: {}", e.error)),
                 Some(Ok(None)) => {
                     view.deleted();
                     end = Some(1);

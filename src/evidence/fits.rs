@@ -42,7 +42,7 @@ fn has_year(text: &str) -> bool {
 
 /// Returns the message for a text that is not a time of a record.
 pub fn no_time(found: &str) -> String {
-    format!("expected an RFC 3339 time to the millisecond, of a year from 1970 to 9998, found {found:?}")
+    format!("expected an RFC 3339 time to the millisecond, in a year from 1970 to 9998, found {found:?}")
 }
 
 /// Returns the first text in a record that must be a digest and is not.
@@ -61,14 +61,14 @@ pub fn misfit(intent: &Intent, policy: &PolicyConfig) -> Option<String> {
     let Some(effect) = intent.effect.filter(|effect| *effect >= tool.side_effect) else {
         let found = intent.effect.map_or("none", |e| e.as_str());
         return Some(format!(
-            "expected the effect {} that the contract of {} names or a tighter one, found {found}",
+            "expected the side effect {} of the contract of {} or a stricter one, found {found}",
             tool.side_effect.as_str(),
             tool.name
         ));
     };
     for effect in [tool.side_effect, effect] {
         if !policy.allowed_effects.contains(&effect) {
-            return Some(format!("expected an effect that the class allows, found {}", effect.as_str()));
+            return Some(format!("expected a side effect that the class allows, found {}", effect.as_str()));
         }
     }
     if let Some(most) =
@@ -85,8 +85,8 @@ pub fn misfit(intent: &Intent, policy: &PolicyConfig) -> Option<String> {
         Upstream::Mcp(McpUpstream { digest: None, .. }) if found.is_some() => return None,
         Upstream::Http(_) if found.is_none() => return None,
         Upstream::Mcp(McpUpstream { digest: Some(pin), .. }) => pin.as_str(),
-        Upstream::Mcp(_) => "the upstream listed",
-        Upstream::Http(_) => "none, as an HTTP tool has",
+        Upstream::Mcp(_) => "the one that the upstream lists",
+        Upstream::Http(_) => "none, because it is an HTTP tool",
     };
     Some(format!("expected the definition of {} to be {expected}, found {}", tool.name, found.unwrap_or("none")))
 }
@@ -95,7 +95,8 @@ pub fn misfit(intent: &Intent, policy: &PolicyConfig) -> Option<String> {
 /// divide into prompt and reply. So the cost must lie between that of all tokens as prompt and that of all tokens as reply.
 pub fn mispriced(intent: &Intent, policy: &PolicyConfig) -> Option<String> {
     if intent.channel != Channel::Model {
-        return (intent.reserved_cost_micros != 0).then(|| "expected no cost but of models, found some".to_owned());
+        return (intent.reserved_cost_micros != 0)
+            .then(|| "expected a cost of model calls only, found one of another call".to_owned());
     }
     let model = intent.model.as_deref().unwrap_or_default();
     // What no provider charges for needs no price: lists of models and counts of tokens.

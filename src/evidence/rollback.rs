@@ -199,13 +199,11 @@ pub fn lets(undoing: Option<&Undoing>, call: Leaving<'_>, now: Timestamp) -> Res
     match (undoing, undoes) {
         (None, None) => Ok(()),
         (None, Some(undoes)) => {
-            Err(format!("expected nothing to be undone, as the task is no rollback, found {undoes:?}"))
+            Err(format!("expected no compensation, because the task is not a rollback, found one of {undoes:?}"))
         }
         (Some(undoing), Some(undoes)) if channel == Channel::Tool => undoing.check(undoes, contract, digest, now),
         (Some(_), None) if reads => Ok(()),
-        (Some(_), _) => {
-            Err("expected a rollback to make the calls of its plan and to read, and nothing else".to_owned())
-        }
+        (Some(_), _) => Err("expected a rollback to make reads and the calls of its plan, and nothing else".to_owned()),
     }
 }
 
@@ -215,9 +213,9 @@ pub fn lets(undoing: Option<&Undoing>, call: Leaving<'_>, now: Timestamp) -> Res
 /// Returns the deadline if it has passed.
 pub fn in_time(undoes: &str, until: Option<&str>, now: Timestamp) -> Result<(), String> {
     match until {
-        Some(until) if fits::time(until).is_none_or(|until| now > until) => {
-            Err(format!("expected {undoes} to be undone until {until}; it is later: undo it by hand"))
-        }
+        Some(until) if fits::time(until).is_none_or(|until| now > until) => Err(format!(
+            "expected the compensation of {undoes} until {until}, found a later time; undo {undoes} by hand"
+        )),
         _ => Ok(()),
     }
 }
@@ -248,7 +246,7 @@ impl Undoing {
     /// Checks whether a call of this contract, with arguments of this digest, may be made now to compensate the call `undoes`.
     fn check(&self, undoes: &str, contract: &str, digest: &str, now: Timestamp) -> Result<(), String> {
         let Some(undo) = self.undo(undoes) else {
-            return Err(format!("expected a call that the plan undoes by a call, found {undoes:?}"));
+            return Err(format!("expected a call that has a compensation in the plan, found {undoes:?}"));
         };
         if undo.contract != contract || undo.request_digest != digest {
             return Err(format!(
@@ -260,9 +258,7 @@ impl Undoing {
         match self.standing(undoes) {
             CompensationState::Due => Ok(()),
             CompensationState::Undone => Err(format!("{undoes} is undone already")),
-            CompensationState::Unknown => {
-                Err(format!("{undoes} has a call that undoes it, and whether that took effect is not known"))
-            }
+            CompensationState::Unknown => Err(format!("{undoes} has a compensation, and its outcome is unknown")),
         }
     }
 

@@ -149,7 +149,7 @@ impl Segment {
         })?;
         let note = Note::parse(&header.checkpoint)?;
         if header.documents.as_ref().is_some_and(Vec::is_empty) {
-            return Err(broken(number, "expected no `documents` where there are none"));
+            return Err(broken(number, "expected `documents` to be absent or not empty, found an empty list"));
         }
         let mut documents = Vec::new();
         for expected in header.documents.into_iter().flatten() {

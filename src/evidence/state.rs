@@ -375,12 +375,12 @@ impl TaskState {
 
     fn check_denied(&self, denied: &Denied, found: &mut Findings<'_>) {
         found.expect(LogRule::DenialCount, denied.is_countable(), || {
-            format!("expected one refusal, or several without a digest, found {}", denied.count)
+            format!("expected one denial, or several without a digest, found {}", denied.count)
         });
         if denied.rule == Rule::EgressIgnored {
             let lists = self.config().is_some_and(|policy| !policy.ignored_hosts.is_empty());
             found.expect(LogRule::DenialIgnored, lists && denied.channel == Channel::Egress, || {
-                "expected connections only to be ignored, by a policy that lists some".to_owned()
+                "expected only connections to be ignored, and only if the policy lists hosts to ignore".to_owned()
             });
         }
     }

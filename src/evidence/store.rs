@@ -121,7 +121,7 @@ pub enum StoreError {
         place: String,
     },
     /// The store denies the caller access.
-    #[error("{place} refuses to {action} {key}: {detail}; check the credentials and their permissions")]
+    #[error("{place} denies permission to {action} {key}: {detail}; check the credentials and their permissions")]
     Forbidden {
         /// What was tried.
         action: &'static str,

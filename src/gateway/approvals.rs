@@ -113,7 +113,9 @@ pub async fn ask(
                 let spec = spec(&compiled.policy, principal, &call, approval, &arguments, before.made, because.clone());
                 let request = request(&owner, principal, &name, spec?);
                 let created = tokio::time::timeout(TIMEOUT, create.create(namespace.clone(), request)).await;
-                let failed = |e: String| Refused::retry(Rule::ToolApproval, format!("people cannot be asked: {e}"));
+                let failed = |e: String| {
+                    Refused::retry(Rule::ToolApproval, format!("the ApprovalRequest cannot be created: {e}"))
+                };
                 let created = created.map_err(|_| failed("the API server does not answer".into()))?.map_err(failed)?;
                 own.insert(Arc::new(created)).clone()
             }
@@ -165,7 +167,11 @@ pub fn approved(
         };
         let by = request.spec.requested_by;
         let Some(approval) = compiled.policy.approval(&intent.target, by) else {
-            return denied(format!("{} needs no approval by the {}, and was given {name}", intent.target, by.as_str()));
+            return denied(format!(
+                "{} needs no approval for the {}, and its call names {name}",
+                intent.target,
+                by.as_str()
+            ));
         };
         let call =
             CallKey { by, tool: intent.target.clone(), digest: intent.request_digest.clone().unwrap_or_default() };
@@ -177,7 +183,7 @@ pub fn approved(
                 let unseen = |because: &&String| by == ApprovalSource::Pack && !request.spec.because.contains(because);
                 if let Some(because) = needed.because.iter().find(unseen) {
                     return denied(format!(
-                        "expected an approval that says why it was asked for, {because}; found {name}, which was asked for before that"
+                        "expected an ApprovalRequest that shows the reason {because}, found {name}, which was created without it"
                     ));
                 }
                 given.push(by);
@@ -190,7 +196,7 @@ pub fn approved(
     match by_contract.into_iter().chain(by_pack).find(|by| !given.contains(by)) {
         None => Ok(()),
         Some(by) => denied(format!(
-            "expected an intent of {} by an approval on account of the {}, found one without",
+            "expected an intent of {} with the approval that the {} requires, found one without",
             intent.target,
             by.as_str()
         )),
@@ -205,7 +211,7 @@ fn asked_for<'p>(
 ) -> Result<(CallKey, &'p Approval, Value), Refused> {
     let denied = |reason: String| Refused::denied(Rule::ToolApproval, reason);
     let approval = policy.tool(&ask.tool).and_then(|_| policy.approval(&ask.tool, ask.by)).ok_or_else(|| {
-        denied(format!("the {} asks people about no call of the tool {:?}", ask.by.as_str(), ask.tool))
+        denied(format!("the {} requires no approval for calls of the tool {:?}", ask.by.as_str(), ask.tool))
     })?;
     if ask.arguments.len() > LONGEST_ARGUMENTS {
         return Err(denied(format!(
@@ -218,7 +224,7 @@ fn asked_for<'p>(
     let unwritable = |e: CanonicalError| denied(format!("the arguments: {e}"));
     let canonical = canonical::to_bytes(&value).map_err(unwritable)?;
     if canonical != ask.arguments.as_bytes() || salt.value(&value).map_err(unwritable)? != ask.request_digest {
-        return Err(denied("expected arguments in canonical form, of the digest that is named".into()));
+        return Err(denied("expected arguments in canonical form that match the given digest".into()));
     }
     Ok((CallKey { by: ask.by, tool: ask.tool.clone(), digest: ask.request_digest.clone() }, approval, value))
 }
@@ -231,7 +237,7 @@ fn because(compiled: &Compiled, ask: &ApprovalAsk, before: Before, arguments: &V
     let passed = compiled.guard.judge(asked, arguments);
     let because = passed.map_err(|denial| Refused::denied(denial.rule, denial.reason))?.because;
     if because.is_empty() {
-        let reason = format!("the pack asks nobody about this call of {} by what the log says now", ask.tool);
+        let reason = format!("the pack requires no approval for this call of {}, as the log is now", ask.tool);
         return Err(Refused::denied(Rule::ToolApproval, reason));
     }
     Ok(because)

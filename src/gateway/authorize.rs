@@ -146,7 +146,7 @@ pub fn listed(
         _ => Err(Refused::denied(
             Rule::UpstreamCredential,
             format!(
-                "{} has a credential in the pack, which is sent over https only; write https:// where its URL is, or drop the credential",
+                "{} has a credential in the pack, which the gateway sends over https only; write https:// in its URL, or remove the credential",
                 to.authority()
             ),
         )),
@@ -181,7 +181,7 @@ pub fn intended(
             let tool = resolve_tool(compiled, attempt, intent)?;
             let Upstream::Mcp(mcp) = &tool.upstream else {
                 return missing(format!(
-                    "expected a call of {} at {}, where its request is made, found a request",
+                    "expected a call of {} at {}, where the gateway makes its request, found a request",
                     tool.name,
                     crate::wire::CALL
                 ));
@@ -195,7 +195,7 @@ pub fn intended(
                 return Err(Refused::denied(
                     Rule::ToolChanged,
                     format!(
-                        "expected an intent by the definition {} of {}, found {}",
+                        "expected an intent with the definition {} of {}, found {}",
                         mcp.digest.as_deref().unwrap_or("that was listed"),
                         tool.name,
                         intent.definition.as_deref().unwrap_or("none")
@@ -267,7 +267,7 @@ pub fn resolve_tool<'c>(compiled: &'c Compiled, attempt: i64, intent: &IntentFac
         return Err(Refused::denied(
             Rule::ToolEffect,
             format!(
-                "the tool {} has effect {}; the intent names another than that and what its server may make of it, or the class does not allow it",
+                "the tool {} has side effect {}; the intent names another side effect, or the class does not allow it",
                 tool.name,
                 effect.as_str()
             ),
@@ -276,7 +276,10 @@ pub fn resolve_tool<'c>(compiled: &'c Compiled, attempt: i64, intent: &IntentFac
     if tool.idempotency.is_some() != intent.key.is_some() {
         return Err(Refused::denied(
             Rule::ToolIdempotency,
-            format!("expected an intent of {} by its contract's idempotency, found another", tool.name),
+            format!(
+                "expected an intent of {} with an idempotency key if, and only if, its contract has idempotency",
+                tool.name
+            ),
         ));
     }
     is_open(intent)?;
@@ -309,7 +312,7 @@ pub fn request(
     };
     // The evidence of the attempt says where calls go, by the contract as it was when the attempt began.
     if intent.http.as_deref() != Some(http) {
-        let reason = format!("the contract of {} leads elsewhere than when the attempt began", tool.name);
+        let reason = format!("the contract of {} has another request than when the attempt began", tool.name);
         return Err(Refused::denied(Rule::IntentMissing, reason));
     }
     if intent.definition.is_some() {
@@ -366,7 +369,7 @@ pub fn are_intended(intent: &IntentFacts, salt: &Salt, arguments: &Value) -> Res
     Err(Refused::denied(
         Rule::IntentMissing,
         format!(
-            "expected the arguments of digest {} that the intent names, found others of {digest}",
+            "expected arguments with the digest {} of the intent, found arguments with {digest}",
             intent.request_digest.as_deref().unwrap_or("none")
         ),
     ))
@@ -390,7 +393,7 @@ pub fn is_intended(channel: Channel, intent: &IntentFacts, salt: &Salt, body: &[
         return Ok(());
     }
     missing(format!(
-        "expected the body of digest {} that the intent names, found another of {digest}",
+        "expected a body with the digest {} of the intent, found a body with {digest}",
         intent.request_digest.as_deref().unwrap_or("none")
     ))
 }
@@ -456,7 +459,7 @@ pub fn parse_mcp_message(
         |e: &dyn std::fmt::Display| Refused::malformed(format!("expected one JSON-RPC message to an MCP server: {e}"));
     let message = json::parse(body).map_err(|e| malformed(&e))?;
     if channel == Channel::Tool && has_more(&message) {
-        return Err(malformed(&"a call has name, arguments and _meta, and nothing else"));
+        return Err(malformed(&"a call has only name, arguments and _meta"));
     }
     let message: Said = serde_json::from_value(message).map_err(|e| malformed(&e))?;
     let tool = compiled.policy.tool(&intent.target);
@@ -488,7 +491,7 @@ pub fn parse_mcp_message(
     Err(Refused::denied(
         Rule::IntentMissing,
         format!(
-            "expected a message that the {} intent for {} is for, found {:?} of {:?}",
+            "expected a message that the {} intent for {} allows, found {:?} of {:?}",
             channel.as_str(),
             intent.target,
             message.method.unwrap_or_default(),

@@ -30,7 +30,7 @@ pub type ReplyBody = UnsyncBoxBody<Bytes, BoxError>;
 
 /// The error of a body that was silent for too long.
 #[derive(Debug, thiserror::Error)]
-#[error("nothing came for {0:?}")]
+#[error("no data came for {0:?}")]
 pub struct IdleError(Duration);
 
 /// Returns a body of these bytes.
@@ -95,7 +95,7 @@ const PLACES: usize = 64;
 
 /// The error of a reply that repeats the credential of its request.
 #[derive(Debug, thiserror::Error)]
-#[error("the reply repeats the credential that the request was made with, and ends here")]
+#[error("the reply repeats the credential of the request, and ends here")]
 pub struct RepeatedError;
 
 /// Callback for a reply that repeats the credential.

@@ -35,9 +35,7 @@ pub(super) fn failed(metrics: &Metrics, error: &StoreError) -> Refused {
     metrics.store_errors.with_label_values(&[action]).inc();
     tracing::warn!(%error, "the evidence store failed");
     unavailable(match error {
-        StoreError::Unlocked { .. } => {
-            "the evidence store does not lock what it takes as the pack asks for; nothing leaves"
-        }
+        StoreError::Unlocked { .. } => "the evidence store does not lock objects as the pack requires; no call leaves",
         _ => "the evidence store cannot be written or read; try again",
     })
 }

@@ -74,7 +74,7 @@ impl Injected {
                 ),
             ))
         };
-        let Some(value) = cluster.secret(secret, key).map(trimmed) else { return failed("is not there") };
+        let Some(value) = cluster.secret(secret, key).map(trimmed) else { return failed("does not exist") };
         if value.is_empty() {
             return failed("is empty");
         }
@@ -83,7 +83,8 @@ impl Injected {
         let (Ok(name), Ok(mut whole)) = (name, whole) else { return failed("is not a header value") };
         whole.set_sensitive(true);
         let forms = known.forms(prefix, &value).map_err(|unfit| {
-            let reason = format!("key {key} of Secret {secret} in the system namespace {unfit}; have another one made");
+            let reason =
+                format!("key {key} of Secret {secret} in the system namespace {unfit}; create another credential");
             Refused::upstream(Rule::UpstreamCredential, reason)
         })?;
         Ok(Self { name, value: whole, forms })

@@ -98,7 +98,7 @@ impl Dialer {
         let address = address.map_or_else(|| "ADDRESS".to_owned(), |address| address.to_string());
         if self.can_vouch {
             format!(
-                "; `belay run --resolve {host}={address}` has it dialled there, and --upstream {host}=COMMAND starts a server for it"
+                "; `belay run --resolve {host}={address}` sets its address, and --upstream {host}=COMMAND starts a server for it"
             )
         } else {
             String::new()
@@ -183,10 +183,10 @@ fn unshaken(error: &io::Error) -> String {
     match said {
         // The reply is not a TLS record.
         Some(rustls::Error::InvalidMessage(_)) => {
-            "it answers in another protocol, as a server of plain http does; write http:// where its URL is, or have it serve https".to_owned()
+            "it answers in another protocol, as a server of plain http does; write http:// in its URL, or make it serve https".to_owned()
         }
         _ if error.kind() == io::ErrorKind::UnexpectedEof => {
-            "it ended the connection before TLS began, as some servers of plain http do; if it is one, write http:// where its URL is".to_owned()
+            "it ended the connection before TLS began, as some servers of plain http do; for such a server, write http:// in its URL".to_owned()
         }
         _ => error.to_string(),
     }

@@ -34,7 +34,7 @@ const URL: GeneralPurpose = GeneralPurpose::new(&alphabet::URL_SAFE, NO_PAD);
 pub enum UnfitError {
     /// It is so short that it could be guessed.
     #[error(
-        "is {found} bytes long; expected at least {SHORTEST}, since whoever can make an upstream repeat text could find a shorter one by trying"
+        "is {found} bytes long; expected at least {SHORTEST}, because an attacker who can make an upstream repeat text could guess a shorter one"
     )]
     Short {
         /// Its length.
@@ -47,7 +47,7 @@ pub enum UnfitError {
         found: usize,
     },
     /// Its table cannot be built.
-    #[error("cannot be looked for in replies: {0}")]
+    #[error("cannot be searched for in replies: {0}")]
     Table(String),
 }
 

@@ -180,10 +180,10 @@ async fn exchange(
         // hyper returns the request only if it has written nothing of it.
         Ok(Err(mut error)) => match error.take_message() {
             Some(unsent) => Ok(Exchanged::Unsent(unsent)),
-            None => Err(failed(&format!("gave no reply: {}", chain(error.error())))),
+            None => Err(failed(&format!("sent no reply: {}", chain(error.error())))),
         },
         Err(_) => {
-            Err(failed(&format!("gave no reply in {silence:?}; the class has that time, as upstreamTimeoutSeconds")))
+            Err(failed(&format!("sent no reply in {silence:?}; the class sets that time in upstreamTimeoutSeconds")))
         }
     }
 }
@@ -271,8 +271,8 @@ where
     let unreadable = |reason: String| Refused::upstream(Rule::UpstreamReply, reason);
     let compressed = |how: &str| {
         unreadable(format!(
-            "{host} sent its reply compressed ({how}), though it was asked not to: expected gzip or deflate at most, as another cannot be \
-             looked through for the credential; it is withheld; have the upstream heed accept-encoding"
+            "expected a reply of {host} in gzip, deflate or no compression, found another ({how}), which cannot be searched for the \
+             credential; the reply is withheld; make the upstream respect accept-encoding"
         ))
     };
     if let Some(how) = encoding {
@@ -300,7 +300,7 @@ where
         }
     };
     if COMPRESSED.iter().any(|start| first.starts_with(start)) {
-        return Err(compressed("by how it begins"));
+        return Err(compressed("as its first bytes show"));
     }
     if body.is_end_stream() {
         return Ok(full(first));
@@ -317,7 +317,7 @@ fn repeats(host: &Authority) -> Refused {
     Refused::denied(
         Rule::UpstreamSecret,
         format!(
-            "the reply of {host} repeats the credential that the request was made with, and is withheld; whether the call took effect is not known"
+            "the reply of {host} repeats the credential of the request, and is withheld; it is unknown whether the call took effect"
         ),
     )
 }

@@ -161,7 +161,7 @@ pub fn decide(
     let pod = pod.filter(|pod| pod.namespace == bound.namespace && pod.name == bound.name && pod.uid == bound.uid);
     let Some(pod) = pod else {
         return Err(token(format!(
-            "the token's pod {}/{} with UID {} is not there, or is not the pod of an attempt",
+            "the token's pod {}/{} with UID {} does not exist, or is not the pod of an attempt",
             bound.namespace, bound.name, bound.uid
         )));
     };
@@ -171,7 +171,7 @@ pub fn decide(
     // The log of an altered pod is not opened, so its harness does not become ready and its agent does not start.
     if let Some(altered) = &pod.altered {
         return Err(token(format!(
-            "expected the pod {}/{} as it was planned, found that {altered}",
+            "expected the pod {}/{} as the operator planned it, found that {altered}",
             pod.namespace, pod.name
         )));
     }

@@ -140,7 +140,10 @@ impl PodQuotas {
         };
         match tokio::time::timeout(wait, both).await {
             Ok(places) => places.map_err(|unread| Refused::malformed(unread.to_string())),
-            Err(_) => Err(Refused::retry(Rule::Busy, "there is no room for so long a body now: others are under way")),
+            Err(_) => Err(Refused::retry(
+                Rule::Busy,
+                "there is no memory for a body of this length now: others are in progress",
+            )),
         }
     }
 }

@@ -162,11 +162,11 @@ fn owned(name: &Name, answers: &[Record]) -> Result<Vec<IpAddr>, String> {
         });
         let Some(alias) = aliases.next() else { return Ok(addresses) };
         if aliases.any(|other| other != alias) || !addresses.is_empty() {
-            return Err(format!("{owner} has an alias and something else, which may not be"));
+            return Err(format!("{owner} has an alias and other records, which DNS forbids"));
         }
         owner = alias;
     }
-    Err(format!("the aliases of {name} go in a circle, or are more than {LONGEST_CHAIN}"))
+    Err(format!("the aliases of {name} form a circle, or are more than {LONGEST_CHAIN}"))
 }
 
 #[cfg(test)]

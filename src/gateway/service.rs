@@ -221,7 +221,7 @@ impl Gateway {
         let principal = match caller {
             Caller::Operator if post && path == wire::LOG_SEAL => return self.seal(request).await,
             Caller::Operator => {
-                return Err(Refused::denied(Rule::IdentityToken, "the operator may seal logs, and nothing else"));
+                return Err(Refused::denied(Rule::IdentityToken, "the operator may only seal logs"));
             }
             Caller::Harness(principal) => principal,
         };
@@ -286,7 +286,7 @@ impl Gateway {
 
     /// Counts and reports what the HTTP library rejected before there was a request.
     pub fn misheard(&self, peer: IpAddr, found: &str) {
-        let refused = Refused::malformed(format!("expected a request over TLS, found what is none: {found}"));
+        let refused = Refused::malformed(format!("expected a request over TLS, found none: {found}"));
         self.count(About::Other, Some(&refused));
         self.incident(None, peer, &refused);
     }

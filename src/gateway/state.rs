@@ -100,14 +100,14 @@ impl StateStore {
             let standing = other.state().rollback().map(|undoing| undoing.standing(call));
             if !other.state().has_ended() || standing != Some(CompensationState::Due) {
                 return refused(format!(
-                    "expected {call} to be undone by nobody else, found that {} (UID {}) has taken it and {}",
+                    "expected no other rollback of {call}, found that {} (UID {}) has started one and {}",
                     holder.name,
                     holder.uid,
-                    if other.state().has_ended() { "may have undone it" } else { "has not ended" }
+                    if other.state().has_ended() { "may have made the compensation" } else { "has not ended" }
                 ));
             }
         }
-        refused(format!("expected {call} to be tried by fewer than {ROLLBACKS} rollbacks; undo it by hand"))
+        refused(format!("expected fewer than {ROLLBACKS} rollbacks of {call}; undo {call} by hand"))
     }
 
     /// Returns the salt of a task's commitments, and creates it if there is none. A salt in a bucket can be destroyed, and with it

@@ -27,10 +27,10 @@ pub const LARGEST: u64 = 64 << 20;
 #[derive(Debug, thiserror::Error)]
 pub enum UnpackError {
     /// It is not compressed as it says, or it is cut off.
-    #[error("the reply says that it is packed by {0}, and is not, or is cut off: {1}")]
+    #[error("expected a reply in {0}, as its head says, found another encoding or a reply that is cut off: {1}")]
     Broken(&'static str, std::io::Error),
     /// It is too long once it is decompressed.
-    #[error("expected a reply of at most {LARGEST} bytes once it is unpacked, found a longer one")]
+    #[error("expected a reply of at most {LARGEST} bytes after decompression, found a longer one")]
     TooLong,
 }
 

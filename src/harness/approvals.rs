@@ -109,7 +109,9 @@ impl Approvals {
                 let decided = match tokio::time::timeout_at(until, known.wait_for(Option::is_some)).await {
                     Ok(Ok(decided)) => decided.clone(),
                     // The watching task is gone, which happens only at the end.
-                    Ok(Err(_)) => return Answered::Refused(denial("nobody can be asked any more")),
+                    Ok(Err(_)) => {
+                        return Answered::Refused(denial("the harness ends and requests no approvals any more"));
+                    }
                     Err(_) => return Answered::Pending(pending(&call.tool, approval)),
                 };
                 match decided {
@@ -128,7 +130,7 @@ impl Approvals {
             }
             if let Some(lapsed) = replies.iter().find(|reply| reply.expired()) {
                 return Answered::Refused(denial(&format!(
-                    "approval {} lapsed before the call could be made; it stays denied for this task",
+                    "approval {} expired before the call could be made; the call stays denied for this task",
                     lapsed.name
                 )));
             }
@@ -146,7 +148,7 @@ impl Approvals {
     ) -> Result<watch::Receiver<Known>, Denial> {
         if call.arguments.len() > LONGEST_ARGUMENTS {
             return Err(denial(&format!(
-                "people are shown arguments of at most {LONGEST_ARGUMENTS} bytes, these are {}; send less",
+                "approvers are shown arguments of at most {LONGEST_ARGUMENTS} bytes, found {}; send less",
                 call.arguments.len()
             )));
         }
@@ -156,7 +158,7 @@ impl Approvals {
         }
         let undecided = asked.values().filter(|known| known.borrow().is_none()).count();
         if undecided >= PENDING || asked.len() >= REMEMBERED {
-            return Err(denial(&format!("{undecided} calls wait for people already; wait for one of them")));
+            return Err(denial(&format!("{undecided} calls wait for approvers already; wait for one of them")));
         }
         let (sender, known) = watch::channel(None);
         asked.insert(exact.clone(), known.clone());
@@ -207,7 +209,7 @@ impl Approvals {
                 }
                 Err(CallError::Refused(denial)) => break Err(denial),
                 Err(CallError::Unreachable(reason)) => {
-                    tracing::warn!(reason, "people cannot be asked yet");
+                    tracing::warn!(reason, "approval cannot be requested yet");
                     tokio::time::sleep(PAUSE).await;
                 }
             }
@@ -263,10 +265,10 @@ fn refusal(reply: &ApprovalReply) -> String {
     match no {
         Some(no) => {
             let why = no.reason.as_deref().map(|why| format!(": {}", shorten(why))).unwrap_or_default();
-            format!("{} said no to this call{why}; it stays denied for this task", shorten(&no.by))
+            format!("{} denied this call{why}; it stays denied for this task", shorten(&no.by))
         }
         None => format!(
-            "nobody approved this call before {}; it stays denied for this task (ApprovalRequest {})",
+            "this call was not approved before {}; it stays denied for this task (ApprovalRequest {})",
             reply.expires, reply.name
         ),
     }
@@ -274,8 +276,8 @@ fn refusal(reply: &ApprovalReply) -> String {
 
 fn pending(tool: &str, approval: &Approval) -> String {
     format!(
-        "Belay holds this call of {tool}: it needs the approval of {} person(s), and is pending. It was not made. Make the same call \
-         again, with the same arguments, to wait for the decision; that is not counted. rule: {}.",
+        "Belay holds this call of {tool}: it is pending until {} approver(s) approve it. Belay did not make the call. Make the same \
+         call again, with the same arguments, to wait for the decision; a repeat is not counted. rule: {}.",
         approval.required,
         Rule::ToolApproval
     )

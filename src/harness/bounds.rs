@@ -32,7 +32,7 @@ impl Bounds {
     /// Returns the denial of a reply that is too long.
     pub fn too_long(&self, tool: &Tool) -> Denial {
         let reason =
-            format!("the reply of {} is longer than the {} bytes that are taken; ask for less", tool.name, self.reply);
+            format!("the reply of {} is longer than the limit of {} bytes; request less", tool.name, self.reply);
         Denial { rule: Rule::ToolResponseBytes, reason }
     }
 }
@@ -40,8 +40,8 @@ impl Bounds {
 /// Returns the denial for an upstream that did not reply in the contract's time. `made` says whether the call itself was sent.
 pub fn late(tool: &Tool, time: Duration, made: bool) -> Denial {
     let reason = match made {
-        true => "whether the call took effect is not known: look before it is made again",
-        false => "the call was not made",
+        true => "it is unknown whether the call took effect: check before you make it again",
+        false => "Belay did not make the call",
     };
     Denial { rule: Rule::ToolTimeout, reason: format!("{} did not answer within {time:?}; {reason}", tool.name) }
 }

@@ -62,14 +62,16 @@ pub struct Left {
 impl std::fmt::Display for Report {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{} of {} calls undone", self.undone.len(), self.undone.len().saturating_add(self.left.len()))?;
-        self.left.iter().try_for_each(|left| write!(f, "\nleft to people: {} {}: {}", left.call, left.tool, left.why))
+        self.left
+            .iter()
+            .try_for_each(|left| write!(f, "\nleft for manual action: {} {}: {}", left.call, left.tool, left.why))
     }
 }
 
 /// Rolls back and replies with the [`Report`].
 pub async fn handle(tools: &Tools) -> Response<Body> {
     let Some(report) = run(tools).await else {
-        return reply(StatusCode::NOT_FOUND, "this task is no rollback\n".into());
+        return reply(StatusCode::NOT_FOUND, "this task is not a rollback\n".into());
     };
     match serde_json::to_vec(&report) {
         Ok(text) => reply(StatusCode::OK, text.into()),
@@ -118,7 +120,7 @@ async fn round(tools: &Tools) -> Option<Report> {
         match undone {
             Ok(()) => report.undone.push(step.call),
             Err(why) => {
-                tracing::warn!(call = step.call, tool = step.tool, why, "left to people");
+                tracing::warn!(call = step.call, tool = step.tool, why, "left for manual action");
                 let by_people = matches!(step.by, By::People(_));
                 report.left.push(Left { call: step.call, tool: step.tool, why, by_people });
             }
@@ -131,11 +133,12 @@ async fn round(tools: &Tools) -> Option<Report> {
 async fn arguments(tools: &Tools, call: &str, undo: &Undo) -> Result<Map<String, Value>, String> {
     let of = StateRef { call: call.to_owned(), digest: undo.request_digest.clone() };
     let kept = tools.gate().link().kept(&of).await.map_err(|error| error.to_string())?;
-    let arguments: Value = serde_json::from_str(&kept).map_err(|error| format!("what was kept is no JSON: {error}"))?;
+    let arguments: Value =
+        serde_json::from_str(&kept).map_err(|error| format!("the stored arguments are not JSON: {error}"))?;
     let found = tools.gate().salt().value(&arguments).map_err(|error| error.to_string())?;
     match arguments {
         Value::Object(arguments) if found == undo.request_digest => Ok(arguments),
-        _ => Err(format!("expected arguments of digest {}, found {found}", undo.request_digest)),
+        _ => Err(format!("expected stored arguments with the digest {}, found {found}", undo.request_digest)),
     }
 }
 
@@ -159,7 +162,7 @@ pub async fn ask(harness: SocketAddr, message: &Path) -> std::io::Result<Report>
     let mut told = report.to_string();
     told.truncate(told.floor_char_boundary(LONGEST_MESSAGE));
     if let Err(error) = std::fs::write(message, told) {
-        tracing::warn!(%error, "the pod's status will not say what is left to people");
+        tracing::warn!(%error, "the pod's status will not say what is left for manual action");
     }
     Ok(report)
 }

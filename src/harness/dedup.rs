@@ -131,8 +131,8 @@ impl Deduplicator {
         };
         let kept = kept.map_err(|why| {
             denial(format!(
-                "{} was called with this already, as call {} at {}, and that took effect; its result {why}. Do not repeat it: read what it \
-                 changed",
+                "{} has a call with the same key already, call {} at {}, which took effect; its result {why}. Do not repeat the call: read \
+                 what it changed",
                 shorten(&tool.name),
                 made.call,
                 made.time
@@ -165,11 +165,11 @@ impl Deduplicator {
     async fn fetch(&self, link: &GatewayClient, made: &Entry) -> Result<Kept, String> {
         let Some(digest) = made.response_digest.clone() else { return Err("was not given to the agent".into()) };
         if !self.outside {
-            return Err("is not kept any more".into());
+            return Err("is not stored any more".into());
         }
         let of = StateRef { call: made.call.clone(), digest: digest.clone() };
-        let text = link.kept_result(&of).await.map_err(|error| format!("cannot be had: {error}"))?;
-        let result = result_of(&text, &digest, &self.salt).ok_or("is not as it was kept")?;
+        let text = link.kept_result(&of).await.map_err(|error| format!("cannot be read: {error}"))?;
+        let result = result_of(&text, &digest, &self.salt).ok_or("is not the one that was stored")?;
         Ok(Kept { result, digest })
     }
 
@@ -189,7 +189,7 @@ impl Deduplicator {
         if self.outside
             && let Err(error) = link.keep_result(&KeepResult { intent, result: text }).await
         {
-            tracing::error!(intent, %error, "a result could not be kept: another attempt will be refused it");
+            tracing::error!(intent, %error, "a result could not be stored: another attempt will not get it");
         }
     }
 }
@@ -218,13 +218,15 @@ fn refusal(tool: &str, found: &Found<'_>) -> Denial {
             made.call, made.time
         ),
         Found::Unknown(made) | Found::Open(made) => format!(
-            "{tool} was called with this already, as call {} at {}, and whether that took effect is not known. Look before it is made again",
+            "{tool} has a call with the same key already, call {} at {}, and its outcome is unknown. Check before you make the call again",
             made.call, made.time
         ),
         Found::Full => format!("the task has used its {KEYS} keys; no more calls of {tool}"),
-        Found::Made(made) => format!("{tool} was called with this already, as call {} at {}", made.call, made.time),
+        Found::Made(made) => {
+            format!("{tool} has a call with the same key already, call {} at {}", made.call, made.time)
+        }
         Found::Free => {
-            format!("the time in which the result of {tool} is given again has just ended; make the call again")
+            format!("the time in which Belay replays the result of {tool} has just ended; make the call again")
         }
     })
 }

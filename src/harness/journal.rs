@@ -337,7 +337,7 @@ impl Journal {
     /// Returns the denial of a call whose record was not stored in time.
     fn slow(&self) -> Denial {
         self.kept_waiting.store(true, Ordering::Relaxed);
-        let reason = format!("the record was not stored within {STORE_PATIENCE:?}; nothing leaves unrecorded");
+        let reason = format!("the record was not stored within {STORE_PATIENCE:?}; no call leaves without its record");
         Denial { rule: Rule::Evidence, reason }
     }
 

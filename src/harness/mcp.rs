@@ -72,7 +72,7 @@ impl ServerHandler for McpServer {
         ServerConfig::new(ServerCapabilities::builder().enable_tools().build())
             .with_server_info(Implementation::new("belay", env!("CARGO_PKG_VERSION")))
             .with_instructions(
-                "Every call is checked against its contract. A refusal names the rule; asking again does not help.",
+                "Belay checks every call against its contract. A denial names the rule. The same call is denied again.",
             )
     }
 

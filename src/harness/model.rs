@@ -108,7 +108,7 @@ async fn call(
     let endpoint = endpoint(policy, api, headers, model.as_deref()).ok_or_else(|| Denial {
         rule: Rule::ModelEndpoint,
         reason: format!(
-            "the policy pack has no endpoint for {path} and the model {:?}; it would be under spec.models",
+            "the PolicyPack has no endpoint for {path} and the model {:?}; endpoints are in spec.models",
             model.as_deref().map_or_else(|| "(none)".into(), shorten)
         ),
     })?;
@@ -233,7 +233,7 @@ fn unpriced(model: Option<&str>) -> Denial {
     Denial {
         rule: Rule::ModelPrice,
         reason: format!(
-            "the task's cost is limited, and the policy pack has no price for the model {:?}; whoever keeps the pack can add one under \
+            "the task has a cost limit, and the PolicyPack has no price for the model {:?}; the owner of the PolicyPack can add one in \
              spec.models.prices{listed}",
             model.map_or_else(|| "(none)".into(), shorten)
         ),

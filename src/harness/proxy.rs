@@ -392,7 +392,7 @@ fn refusal(denial: &Denial) -> Response<Body> {
     let mut reply = Response::new(boxed(Full::from(text).map_err(|error: Infallible| match error {})));
     *reply.status_mut() = StatusCode::FORBIDDEN;
     // Most clients show only the first line of the reply to CONNECT.
-    let phrase: String = format!("Belay refused: {}: {}", denial.rule, denial.reason)
+    let phrase: String = format!("Belay denied: {}: {}", denial.rule, denial.reason)
         .chars()
         .take(LONGEST_PHRASE)
         .map(|c| if matches!(c, ' '..='~') { c } else { '?' })

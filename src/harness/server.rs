@@ -407,9 +407,9 @@ where
     let text = String::from_utf8_lossy(&said);
     let why = parsed.pointer("/error/message").and_then(Value::as_str).unwrap_or(text.trim());
     let reason = format!(
-        "expected an MCP message that is a call, found one that is none (HTTP {}): {}",
+        "expected an MCP message that is a call, found another message (HTTP {}): {}",
         parts.status.as_u16(),
-        if why.is_empty() { "it has no id, and would have no answer" } else { why }
+        if why.is_empty() { "it has no id, so it gets no answer" } else { why }
     );
     let denial = Denial { rule: Rule::Request, reason: shorten_to(&reason, 1024) };
     let digest = Some(gate.salt().bytes(&posted.body));

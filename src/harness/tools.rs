@@ -151,7 +151,7 @@ impl Tools {
             self.gate.decide(name, Value::Object(args), length).await;
         // The arguments that were decided on are the ones that are sent.
         let (Value::Object(args), Some(digest)) = (arguments, digest.clone()) else {
-            let reason = "the arguments are no JSON object".to_owned();
+            let reason = "the arguments are not a JSON object".to_owned();
             let denial = verdict.err().unwrap_or(Denial { rule: Rule::RequestJson, reason });
             return Err(self.gate.deny(Channel::Tool, name, digest, denial).await);
         };
@@ -160,7 +160,7 @@ impl Tools {
             Err(denial) => return Err(self.gate.deny(Channel::Tool, name, Some(digest), denial).await),
         };
         let Some(tool) = tool else {
-            let reason = "no contract of this task is for it".to_owned();
+            let reason = "no contract of this task is for the tool".to_owned();
             let denial = Denial { rule: Rule::ToolUnknown, reason };
             return Err(self.gate.deny(Channel::Tool, name, Some(digest), denial).await);
         };
@@ -249,7 +249,7 @@ impl Tools {
             tracing::error!(
                 tool = tool.name,
                 reason = redact::plain(reason),
-                "the arguments that undo a call are not kept: it is left to people"
+                "the arguments of a compensation are not stored: the call is left for manual action"
             );
         })
         .ok()
@@ -267,18 +267,18 @@ impl Tools {
             let came = Box::pin(self.call(&read.tool, sized(read.arguments(arguments)), None)).await;
             let (found, by) = match came.map(|came| (structured_output(&came.result), came.intent)) {
                 Ok((Some(found), Some(by))) => (found, by),
-                Ok(_) => return Err(format!("{} did not tell what became of it", read.tool)),
-                Err(denial) => return Err(format!("{} could not be asked: {}", read.tool, denial.reason)),
+                Ok(_) => return Err(format!("{} did not tell the outcome", read.tool)),
+                Err(denial) => return Err(format!("{} could not be called: {}", read.tool, denial.reason)),
             };
             let (effect, words) = match self.applied(tool, arguments, found).await {
-                Ok(true) => (Effect::Applied, "it took effect: do not repeat it"),
-                Ok(false) if last => (Effect::NotApplied, "it did not take effect: it may be made again"),
+                Ok(true) => (Effect::Applied, "the call took effect: do not repeat it"),
+                Ok(false) if last => (Effect::NotApplied, "the call did not take effect: you can make it again"),
                 // The upstream may still be at work.
                 Ok(false) => {
                     tokio::time::sleep_until(settled.into()).await;
                     continue;
                 }
-                Err(neither) => return Err(format!("{} does not tell what became of it: {neither}", read.tool)),
+                Err(neither) => return Err(format!("{} does not tell the outcome: {neither}", read.tool)),
             };
             self.gate.resolve(call, effect, by).map_err(|denial| denial.reason)?;
             return Ok(format!("{} tells that {words}", read.tool));
@@ -316,7 +316,7 @@ impl Tools {
         {
             let arguments = Value::Object(args.clone());
             if let Err(why) = self.resolve(tool, read, &arguments, &call).await {
-                tracing::warn!(call, why, "whether a call took effect is still not known");
+                tracing::warn!(call, why, "the outcome of a call is still unknown");
             }
         }
         let made = once.answer((self.gate.journal(), self.gate.link()), tool, of, &turn, digest).await?;

@@ -44,7 +44,7 @@ pub enum ApplyError {
     Altered(#[from] Altered),
     /// This attempt was started before, and the operator does not remember it: its caches are old, or this process is new.
     #[error(
-        "expected attempt {number} to be new, found its ConfigMap: it was begun with before, and is looked for at the API server"
+        "expected attempt {number} to be new, found its ConfigMap: the attempt was started before, and the operator looks for it at the API server"
     )]
     Begun {
         /// The number of the attempt.
@@ -55,9 +55,9 @@ pub enum ApplyError {
     Canonical(#[from] CanonicalError),
     /// The pod is not as planned. If it was created, its deletion was requested.
     #[error(
-        "expected the task's pod as it was planned, found that {}; it was changed when it was created, by {by}. Leave it out there: by \
-         an objectSelector with {} NotIn ({}), or by a namespaceSelector that does not select namespace `{namespace}`. Until then no \
-         pod of this task runs",
+        "expected the task's pod as it was planned, found that {}; the pod was changed at its creation, by {by}. Exclude such pods there: \
+         with an objectSelector with {} NotIn ({}), or with a namespaceSelector that does not select namespace `{namespace}`. Until \
+         then no pod of this task runs",
         told(differences),
         names::MANAGED_BY,
         names::MANAGER
@@ -72,7 +72,7 @@ pub enum ApplyError {
     },
     /// A pod with another owner has the name.
     #[error(
-        "expected no Pod `{name}` but this task's, found one of another owner; delete it, or give the task another name"
+        "expected no other Pod `{name}` than this task's, found one of another owner; delete the Pod, or give the task another name"
     )]
     Namesake {
         /// The name of the pod.

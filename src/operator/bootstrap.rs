@@ -308,7 +308,7 @@ fn secret<const N: usize>(name: &str, kind: &str, data: [(&str, Vec<u8>); N], no
 fn text(secret: &Secret, name: &'static str, key: &str, expected: &'static str) -> Result<String, BootstrapError> {
     let bytes = secret.data.as_ref().and_then(|data| data.get(key)).map(|bytes| bytes.0.clone());
     let content = |found: &str| BootstrapError::Content { name, expected, found: found.to_owned() };
-    String::from_utf8(bytes.ok_or_else(|| content("no such key"))?).map_err(|_| content("bytes that are no text"))
+    String::from_utf8(bytes.ok_or_else(|| content("no such key"))?).map_err(|_| content("bytes that are not text"))
 }
 
 #[cfg(test)]

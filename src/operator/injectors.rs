@@ -33,10 +33,10 @@ pub async fn of_pod(writer: &Writer, namespace: &Labels, pod: &Labels) -> String
         Ok::<_, kube::Error>(matching(&webhooks, &policies, &bindings, namespace, pod))
     };
     match read.await.as_deref() {
-        Ok([]) => "an admission plugin of the API server, or mutating admission that is gone by now".to_owned(),
+        Ok([]) => "an admission plugin of the API server, or mutating admission that was removed since".to_owned(),
         Ok([one]) => one.clone(),
         Ok(several) => format!("one of {}", several.join(", ")),
-        Err(error) => format!("somebody whose name could not be read ({error}); see the API server's audit log"),
+        Err(error) => format!("mutating admission that could not be read ({error}); see the API server's audit log"),
     }
 }
 

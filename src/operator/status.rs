@@ -119,7 +119,7 @@ pub fn tell(before: &AgentTaskStatus, story: &StatusInput<'_>, now: Timestamp) -
                 CONTAINED,
                 "False",
                 CONTAINMENT_UNPROVEN,
-                "the containment probe reached what it must not, or not the gateway; see the log of container containment-probe",
+                "the containment probe reached more than the gateway, or did not reach the gateway; see the log of container containment-probe",
             ),
             Some(true) => set(CONTAINED, "True", PROVEN, ""),
             _ if !before.conditions.iter().any(|one| one.type_ == CONTAINED) => {
@@ -222,9 +222,9 @@ pub fn set_readiness(
 /// Returns the message about a task's end, for users.
 fn ended(closed: &TaskClosed) -> &str {
     if closed.class() == Some(FailureClass::Unknown) {
-        "VerdictUnknown: nobody has seen how the agent ended, and the evidence log does not bear out what the clock says. Nothing was undone. \
-         Read the log (belay watch, belay verify) and decide: to undo what the task did, use belay rollback; to have it done again, create \
-         the task anew"
+        "VerdictUnknown: Belay did not see how the agent ended, and the evidence log does not confirm what the clock says. Nothing was undone. \
+         Read the log (belay watch, belay verify) and decide: to undo what the task did, use belay rollback; to repeat it, create the \
+         task again"
     } else {
         &closed.reason
     }

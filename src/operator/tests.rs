@@ -603,7 +603,7 @@ async fn what_was_begun_with_before_is_looked_for_first() {
     let scene = Scene::over(cluster, 200, "{}").await;
     scene.cluster.put(CONFIG_MAP, config_map);
     let error = scene.look().await.unwrap_err().to_string();
-    assert!(error.contains("begun with before"), "{error}");
+    assert!(error.contains("started before"), "{error}");
     assert_eq!(scene.cluster.get(POD), None);
     // The pod exists and is adopted.
     scene.cluster.put(POD, pod);

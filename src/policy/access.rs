@@ -209,7 +209,10 @@ impl AccessPolicy {
         let class = said.arguments;
         let floor = asked.tool.data.arguments;
         if class != floor && (class < floor || !self.detectors.finds(class)) {
-            return Err(format!("expected arguments of a class that contract or pack give, found {}", class.as_str()));
+            return Err(format!(
+                "expected a sensitivity of the arguments that contract or pack give, found {}",
+                class.as_str()
+            ));
         }
         let context = self.context(asked, class);
         let again = self.evaluate(asked, class, |named, expression| match named {
@@ -221,7 +224,7 @@ impl AccessPolicy {
         if again.assessment.as_ref() == recorded {
             return Ok(again);
         }
-        Err(format!("expected the assessment {:?} by the pack, found {recorded:?}", again.assessment))
+        Err(format!("expected the pack's assessment {:?}, found {recorded:?}", again.assessment))
     }
 
     /// Returns the variables that expressions see, except for the arguments. A map that no expression reads is not built.
@@ -269,7 +272,7 @@ impl AccessPolicy {
             }
             match rule.decision {
                 RuleDecision::Deny => {
-                    let told = rule.message.as_deref().unwrap_or("such calls may not be made");
+                    let told = rule.message.as_deref().unwrap_or("such calls are denied");
                     let odd = held.err().map(|neither| format!(" ({neither})")).unwrap_or_default();
                     let reason = format!("rule {} of PolicyPack {}: {told}{odd}", rule.name, self.pack);
                     return Err(Denial { rule: Rule::AccessRule, reason });
@@ -283,7 +286,7 @@ impl AccessPolicy {
             return Err(Denial {
                 rule: Rule::AccessRule,
                 reason: format!(
-                    "no rule of PolicyPack {} lets {} call {} with effect {} and such arguments",
+                    "no rule of PolicyPack {} allows {} to call {} with side effect {} and these arguments",
                     self.pack,
                     self.principal,
                     asked.tool.name,
@@ -302,7 +305,7 @@ impl AccessPolicy {
         if let Some((limits, Score { score, .. }, made)) = &risk {
             if let Some(most) = limits.deny_at.filter(|most| score >= most) {
                 let reason = format!(
-                    "the risk of this call is {score} ({made}); PolicyPack {} denies from {most} on",
+                    "the risk score of this call is {score} ({made}); PolicyPack {} denies calls from {most} on",
                     self.pack
                 );
                 return Err(Denial { rule: Rule::RiskScore, reason });

@@ -184,7 +184,7 @@ impl Approvals {
         match self.requests.get(name) {
             None if self.requests.len() >= REQUESTS => Err(format!("expected at most {REQUESTS} approval requests")),
             Some(known) if known.call != *call => {
-                Err(format!("expected approval {name} to be for the call that it was asked for, found another"))
+                Err(format!("expected approval {name} to be for the call of its first record, found another call"))
             }
             // A denial is final. Whether an approval has expired depends on the clock of the observer.
             Some(known)
@@ -236,16 +236,16 @@ impl Approvals {
                 return Err(format!("expected approval {name} to be in the log before the call, found none"));
             };
             if request.standing != ApprovalState::Approved {
-                return Err(format!("expected approval {name} to be given, found it {:?}", request.standing));
+                return Err(format!("expected approval {name} to be approved, found it {:?}", request.standing));
             }
             if request.used {
-                return Err(format!("expected one call by approval {name}, found a second"));
+                return Err(format!("expected one call with approval {name}, found a second"));
             }
             if request.call.tool != tool || Some(request.call.digest.as_str()) != digest {
                 return Err(format!("expected the call that approval {name} was given for, found another"));
             }
             if by.contains(&request.call.by) {
-                return Err(format!("expected one approval on account of the {}, found two", request.call.by.as_str()));
+                return Err(format!("expected one approval that the {} requires, found two", request.call.by.as_str()));
             }
             by.push(request.call.by);
         }

@@ -37,17 +37,17 @@ pub struct Exhausted {
 fn remedy(rule: &Rule) -> &'static str {
     match rule {
         Rule::Tokens | Rule::Cost => {
-            "a shorter prompt or a lower output limit needs less; the limit is the task's, under spec.limits: whoever writes the task can raise it, \
-             up to what its class in the policy pack allows"
+            "a shorter prompt or a lower output limit needs less; the author of the task can raise the limit in spec.limits, up to the limit of \
+             its class in the PolicyPack"
         }
         _ => {
-            "the limit is the task's, under spec.limits: whoever writes the task can raise it, up to what its class in the policy pack allows"
+            "the author of the task can raise the limit in spec.limits, up to the limit of its class in the PolicyPack"
         }
     }
 }
 
 fn holds(rule: &Rule, held: &i64) -> String {
-    if *held == 0 { String::new() } else { format!(", {} are held for calls under way", shown(rule, held)) }
+    if *held == 0 { String::new() } else { format!(", {} are reserved for calls in progress", shown(rule, held)) }
 }
 
 fn shown(rule: &Rule, count: &i64) -> String {
@@ -298,7 +298,7 @@ mod tests {
         }
         let refused = budget.reserve_model(500, 0).unwrap_err().to_string();
         assert!(
-            refused.contains("0 are spent, 700 are held for calls under way, and this call needs 500"),
+            refused.contains("0 are spent, 700 are reserved for calls in progress, and this call needs 500"),
             "{refused}"
         );
         let _ = budget.settle_model(asked(700, 4_000_000), asked(900, 1));
@@ -319,8 +319,8 @@ mod tests {
         let refused = budget.reserve_tool_call().unwrap_err();
         assert_eq!(
             refused.to_string(),
-            "tool call limit is 3, 3 are spent, and this call needs 1; the limit is the task's, under spec.limits: whoever writes the task can \
-             raise it, up to what its class in the policy pack allows"
+            "tool call limit is 3, 3 are spent, and this call needs 1; the author of the task can raise the limit in spec.limits, up to the \
+             limit of its class in the PolicyPack"
         );
         assert_eq!(budget.usage().tool_calls, 3);
     }
@@ -345,7 +345,7 @@ mod tests {
             refused.starts_with("cost limit is 5, 0 are spent, and this call needs 5.000001; a shorter prompt"),
             "{refused}"
         );
-        assert!(refused.contains("whoever writes the task"), "{refused}");
+        assert!(refused.contains("the author of the task"), "{refused}");
         assert_eq!(budget.usage(), Usage::default());
     }
 

@@ -62,7 +62,7 @@ pub enum CompileError {
         reason: String,
     },
     /// Two tools have the same name.
-    #[error("tool {0} is there twice: give each contract its own spec.tool")]
+    #[error("two contracts are for tool {0}: give each contract its own spec.tool")]
     Duplicate(String),
 }
 
@@ -257,7 +257,7 @@ impl Contracts {
         let applied = applied.ok_or_else(|| format!("the contract of {} has no verify", shorten(tool)))?;
         let length = serde_json::to_vec(read).map_or(usize::MAX, |text| text.len());
         if length > LONGEST_ANSWER {
-            return Err(format!("the answer is {length} bytes of JSON, more than {LONGEST_ANSWER}; have it tell less"));
+            return Err(format!("the answer is {length} bytes of JSON, more than {LONGEST_ANSWER}; return less"));
         }
         let mut context = self.nothing.context.new_inner_scope();
         context.add_variable_as_val("args", expression::json(arguments));
@@ -341,7 +341,7 @@ impl Contracts {
         if bytes <= most {
             return Ok(());
         }
-        let whose = if own.is_some() { "the contract takes" } else { "a call may have" };
+        let whose = if own.is_some() { "the contract allows" } else { "Belay allows" };
         let reason = format!("the arguments are {bytes} bytes of JSON; {whose} {most}; send less");
         Err(Denial { rule: Rule::ToolRequestBytes, reason })
     }
@@ -418,7 +418,7 @@ impl Contracts {
                 }
                 Err(Misfit::Exceeded(exceeded)) => {
                     format!(
-                        "whether the arguments fit the input schema cannot be told: {}",
+                        "the arguments cannot be checked against the input schema: {}",
                         compiled.too_much(&exceeded.to_string())
                     )
                 }
@@ -449,7 +449,7 @@ impl Compiled {
     /// Describes what to do about an evaluation that exceeds its allowance.
     fn too_much(&self, what: &str) -> String {
         format!(
-            "{what}; send less, or have whoever keeps the ToolContract {} bound its arguments by maxItems and maxLength",
+            "{what}; send less, or have the owner of ToolContract {} limit its arguments with maxItems and maxLength",
             self.tool.contract
         )
     }

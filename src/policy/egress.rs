@@ -118,7 +118,7 @@ pub fn allow(entries: &[EgressHost], to: &Authority, purpose: EgressUse) -> Resu
         Some((_, entry, _)) if entry.barred => Err(denied(
             Rule::UpstreamCredential,
             format!(
-                "{host} has credentials for other principals only; have this one added to one of them in the PolicyPack"
+                "{host} has credentials for other principals only; the PolicyPack can add this principal to one of them"
             ),
         )),
         Some((index, _, _)) => Ok(*index),
@@ -155,8 +155,9 @@ pub fn uncounted_address(ignored: &[String], to: &str) -> Option<EgressDenied> {
 }
 
 fn is_ignored(host: &impl fmt::Display) -> EgressDenied {
-    let reason =
-        format!("{host} is one of the workflow class's ignoredHosts: no connection goes there, and none counts");
+    let reason = format!(
+        "{host} is one of the workflow class's ignoredHosts: connections to it are denied and do not count as denials"
+    );
     denied(Rule::EgressIgnored, reason)
 }
 
@@ -255,7 +256,7 @@ impl Blocked {
             Some((address, what)) => Err(denied(
                 Rule::EgressAddress,
                 format!(
-                    "{host} resolves to {address}, which is {what}: only names whose addresses are all public are dialled"
+                    "{host} resolves to {address}, which is {what}: Belay connects only to names whose addresses are all public"
                 ),
             )),
         }

@@ -63,7 +63,7 @@ impl Expression {
     pub fn holds(&self, context: &Context<'_, '_>) -> Result<bool, String> {
         match self.execute(context)? {
             CelValue::Bool(truth) => Ok(truth),
-            _ => Err("it is not a yes or no".into()),
+            _ => Err("the result is not true or false".into()),
         }
     }
 
@@ -74,9 +74,9 @@ impl Expression {
     pub fn value(&self, context: &Context<'_, '_>) -> Result<Value, String> {
         match self.execute(context)?.json() {
             // A member of a value without members evaluates to null as well.
-            Ok(Value::Null) => Err("it comes to nothing".to_owned()),
+            Ok(Value::Null) => Err("the result is null".to_owned()),
             Ok(value) => Ok(value),
-            Err(_) => Err("it does not come to JSON".to_owned()),
+            Err(_) => Err("the result is not JSON".to_owned()),
         }
     }
 
@@ -87,7 +87,7 @@ impl Expression {
             meter::ended_by_itself().map_err(|exceeded| exceeded.to_string())?;
             came.map_err(|error| match error {
                 ExecutionError::NoSuchKey(key) => format!("there is no {}", shorten(&key)),
-                _ => "it cannot be evaluated over these values".into(),
+                _ => "it cannot be evaluated with these values".into(),
             })
         })
     }
@@ -200,9 +200,9 @@ mod tests {
     #[rstest]
     #[case("{'id': args.id, 'all': [args.id, 2]}", Ok(json!({"id": 7, "all": [7, 2]})))]
     #[case("'no. ' + string(args.id)", Ok(json!("no. 7")))]
-    #[case("args.nothing", Err("it comes to nothing"))]
+    #[case("args.nothing", Err("the result is null"))]
     #[case("args.missing", Err("there is no missing"))]
-    #[case("args.id.deeper", Err("it cannot be evaluated over these values"))]
+    #[case("args.id.deeper", Err("it cannot be evaluated with these values"))]
     fn a_value(#[case] source: &str, #[case] expected: Result<Value, &str>) {
         let mut context = Context::with_env(metered::env());
         context.add_variable_as_val("args", json_kept(&json!({"id": 7, "nothing": null})));

@@ -62,7 +62,7 @@ impl Outputs {
             // The place in the schema is the contract author's own text. The place in the result may contain keys of the result.
             Misfit::At { schema, .. } => format!("it does not fit {schema} of the contract's output schema"),
             Misfit::Exceeded(exceeded) => {
-                format!("whether it fits the contract's output schema cannot be told: {exceeded}")
+                format!("it cannot be checked against the contract's output schema: {exceeded}")
             }
         })
     }

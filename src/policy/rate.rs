@@ -49,7 +49,7 @@ impl Rates {
         if short > 0 {
             let seconds = short.div_ceil(bucket.per_minute.max(1)).div_ceil(1000);
             let reason = format!(
-                "the contract allows {} calls a minute; the next may be made in {seconds} s",
+                "the contract allows {} calls a minute; the next call is possible in {seconds} s",
                 bucket.per_minute
             );
             return Err(Denial { rule: Rule::ToolRate, reason });

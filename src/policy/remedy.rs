@@ -39,17 +39,17 @@ impl Whose {
     /// Returns a sentence about who can change the cause, for users.
     fn describe(self) -> &'static str {
         match self {
-            Self::Agent => "The agent can change this by another request",
+            Self::Agent => "The agent can change this with another request",
             Self::Task => {
-                "Whoever makes the task can change this, in spec.limits of the AgentTask, as far as the policy pack's class allows"
+                "The author of the task can raise spec.limits of the AgentTask, up to the limits of its class in the PolicyPack"
             }
             Self::Tools => {
-                "Whoever makes the task can change this, by a ToolContract for the tool that spec.tools of the AgentTask names"
+                "The author of the task can change this: spec.tools of the AgentTask must name a ToolContract for the tool"
             }
-            Self::Contract => "Whoever maintains the tool's ToolContract can change this",
-            Self::Pack => "Whoever maintains the PolicyPack can change this",
-            Self::Upstream => "The upstream did not answer as it should: see to it, or wait",
-            Self::Belay => "Whoever runs Belay here can change this",
+            Self::Contract => "The owner of the tool's ToolContract can change this",
+            Self::Pack => "The owner of the PolicyPack can change this",
+            Self::Upstream => "The upstream did not answer as expected: check the upstream, or wait",
+            Self::Belay => "The administrator of Belay can change this",
         }
     }
 }
@@ -130,9 +130,9 @@ impl Rule {
     fn done_to(self, what: &str) -> String {
         match self {
             // The call may have been made. The message says only that the outcome is unknown.
-            Self::UpstreamReply => format!("Belay has no whole reply to this {what}"),
+            Self::UpstreamReply => format!("Belay did not get the whole reply to this {what}"),
             rule if rule.is_upstreams() => format!("Belay could not make this {what}"),
-            _ => format!("Belay refused this {what}"),
+            _ => format!("Belay denied this {what}"),
         }
     }
 }
@@ -145,16 +145,16 @@ impl Denial {
         let reason = reason.trim_end_matches(['.', ' ', '\n']);
         let whose = rule.whose().describe();
         let kind = match rule {
-            rule if rule.is_upstreams() => " No policy refused it: the upstream failed.",
+            rule if rule.is_upstreams() => " No policy denied it: the upstream failed.",
             rule if rule.is_decided() => {
-                " This is a decision of policy, and no fault of the network or of the provider."
+                " This is a decision of policy, not an error of the network or of the provider."
             }
             _ => "",
         };
         let again = match rule.again() {
-            Again::Never => format!("{whose}; the same again will be refused again"),
-            Again::Soon => "It may be tried again in a moment".to_owned(),
-            Again::Later => format!("{whose}; it may be tried again later"),
+            Again::Never => format!("{whose}. Without a change, a retry fails again"),
+            Again::Soon => "A retry in a moment may succeed".to_owned(),
+            Again::Later => format!("{whose}. A retry may succeed later"),
         };
         format!("{}. rule: {rule}. {reason}.{kind} {again}.", rule.done_to(what))
     }
@@ -167,33 +167,33 @@ mod tests {
     #[test]
     fn a_refusal_says_what_by_which_rule_who_can_change_it_and_whether_to_try_again() {
         for (rule, words) in [
-            (Rule::Tokens, ["rule: budget.tokens. r. ", "spec.limits", "no fault of the network", "refused again"]),
+            (Rule::Tokens, ["rule: budget.tokens. r. ", "spec.limits", "not an error of the network", "fails again"]),
             (
                 Rule::ModelEndpoint,
-                ["rule: model.endpoint. r. ", "PolicyPack", "no fault of the network", "refused again"],
+                ["rule: model.endpoint. r. ", "PolicyPack", "not an error of the network", "fails again"],
             ),
-            (Rule::ModelRequest, ["rule: model.request. r. ", "another request", "no fault", "refused again"]),
-            (Rule::Busy, ["rule: request.busy. r. ", "It may", "tried again", "in a moment"]),
-            (
-                Rule::UpstreamReply,
-                ["rule: upstream.reply. r. ", "the upstream failed", "No policy refused it", "later"],
-            ),
+            (Rule::ModelRequest, ["rule: model.request. r. ", "another request", "not an error", "fails again"]),
+            (Rule::Busy, ["rule: request.busy. r. ", "A retry", "may succeed", "in a moment"]),
+            (Rule::UpstreamReply, ["rule: upstream.reply. r. ", "the upstream failed", "No policy denied it", "later"]),
             (
                 Rule::UpstreamConnect,
                 ["Belay could not make this call. rule: upstream.connect. r. ", "No policy", "failed", "later"],
             ),
             (
                 Rule::ToolUnknown,
-                ["Belay refused this call. rule: tool.unknown. r. ", "ToolContract", "spec.tools", "policy"],
+                ["Belay denied this call. rule: tool.unknown. r. ", "ToolContract", "spec.tools", "policy"],
             ),
-            (Rule::EgressAddress, ["Belay refused this call. ", "runs Belay", "a decision of policy", "refused again"]),
-            (Rule::Evidence, ["rule: evidence.unavailable. r. ", "runs Belay", "tried again", "later"]),
-            (Rule::ToolPrecondition, ["rule: tool.precondition. r. ", "ToolContract", "policy", "refused again"]),
+            (
+                Rule::EgressAddress,
+                ["Belay denied this call. ", "administrator of Belay", "a decision of policy", "fails again"],
+            ),
+            (Rule::Evidence, ["rule: evidence.unavailable. r. ", "administrator of Belay", "A retry", "later"]),
+            (Rule::ToolPrecondition, ["rule: tool.precondition. r. ", "ToolContract", "policy", "fails again"]),
         ] {
             let told = Denial { rule, reason: "r.".into() }.told("call");
             assert!(words.iter().all(|word| told.contains(word)), "{told}");
             // A denial by Belay is not a failure of the upstream, and a failure of the upstream is not a denial.
-            assert!(!(told.contains("Belay refused") && told.contains("No policy refused")), "{told}");
+            assert!(!(told.contains("Belay denied") && told.contains("No policy denied")), "{told}");
             assert_eq!(told.contains("limits of the AgentTask"), rule == Rule::Tokens, "{told}");
         }
     }

@@ -156,7 +156,7 @@ impl<'i> Keyword<'i> for Unique {
         if self.is_valid(instance) {
             Ok(())
         } else {
-            Err(ValidationError::custom("expected a list in which each item is there once, found one twice"))
+            Err(ValidationError::custom("expected a list without duplicates, found an item twice"))
         }
     }
 

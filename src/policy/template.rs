@@ -33,7 +33,7 @@ pub enum TemplateError {
     #[error("expected http:// or https://")]
     Scheme,
     /// The host or port is invalid.
-    #[error("expected a literal host, and a port or none: {0}")]
+    #[error("expected a literal host and an optional port: {0}")]
     Authority(String),
     /// A segment of the path is invalid.
     #[error(
@@ -207,7 +207,7 @@ impl Request {
             separator = '&';
         }
         if url.len() > LONGEST {
-            let reason = format!("the arguments make a URL of {} bytes; at most {LONGEST} are sent", url.len());
+            let reason = format!("the arguments make a URL of {} bytes; expected at most {LONGEST}", url.len());
             return Err(Denial { rule: Rule::ToolUrl, reason });
         }
         if self.method.has_body() {
@@ -265,8 +265,8 @@ fn fits(name: &str, place: &str, (before, value, after): (&str, &str, &str)) -> 
         name,
         &format!(
             "cannot be {place}: found {found}; expected a text without slashes, backslashes, semicolons, question marks, number signs, \
-             control characters and percent escapes, without a dot at its end or a space at either, and without characters that stand \
-             for any of these"
+             control characters and percent escapes, without a dot at its end or a space at either end, and without characters that \
+             some servers take for one of these"
         ),
     ))
 }
@@ -283,8 +283,8 @@ fn misplaced(before: &str, value: &str, after: &str) -> Option<&'static str> {
     let seen = || value.chars().filter(|c| !is_ignorable(*c));
     let (folded, fitted): (String, String) = (seen().nfkc().collect(), seen().map(best_fit).collect());
     [folded, fitted].iter().find_map(|other| shape((before, other, after))).map(|found| match found {
-        "nothing" => "nothing that can be seen",
-        "a control character" => "what stands for a control character",
+        "nothing" => "no visible character",
+        "a control character" => "a character that some servers take for a control character",
         "an escape" => "characters that some servers take for an escape",
         _ => "a character that some servers take for one that ends or moves a segment",
     })

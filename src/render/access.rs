@@ -55,9 +55,9 @@ pub fn render(pack: &PolicyPack, findings: &mut Vec<Finding>) -> Access {
     if !rendered.rules.is_empty() && rendered.rules.iter().all(|rule| rule.decision == RuleDecision::Deny) {
         findings.push(Finding::new(
             at("rules"),
-            "at least one rule that allows calls or requires approval, because with rules all else is denied",
+            "at least one rule that allows calls or requires approval, because a pack with rules denies all other calls",
             "rules that deny only",
-            "add a rule with decision Allow for what is to stay possible",
+            "add a rule with decision Allow for the calls that are to pass",
         ));
     }
     // Without a rule or a risk score that requires approval, the pack's `approval` has no effect. If one requires approval, a rule of the
@@ -109,12 +109,7 @@ fn compiles(rendered: &Access, at: &impl Fn(&str) -> String, findings: &mut Vec<
     let mut seen = BTreeSet::new();
     for (field, name) in patterns.chain(rules).chain(terms) {
         if !seen.insert((field, name)) {
-            findings.push(Finding::new(
-                at(field),
-                "names that are given once",
-                format!("`{name}` twice"),
-                "rename one",
-            ));
+            findings.push(Finding::new(at(field), "unique names", format!("`{name}` twice"), "rename one"));
         }
     }
 }
@@ -127,7 +122,7 @@ fn thresholds(rendered: &Access, at: &impl Fn(&str) -> String, findings: &mut Ve
         findings.push(Finding::new(at(&format!("risk.{field}")), expected, found, fix));
     };
     if let Some((approve, deny)) = risk.approve_at.zip(risk.deny_at).filter(|(approve, deny)| approve >= deny) {
-        let fix = "lower it, or drop it: as it is, nobody is ever asked";
+        let fix = "lower it, or remove it: as it is, no call needs approval";
         wrong("approveAt", format!("less than denyAt, which is {deny}"), approve, fix);
     }
     for (field, limit) in [("approveAt", risk.approve_at), ("denyAt", risk.deny_at)] {
@@ -146,7 +141,7 @@ pub fn unreachable(policy: &PolicyConfig, findings: &mut Vec<Finding>) {
         let Some(why) = access::always_denied(&policy.access, principal, tool) else { continue };
         findings.push(Finding::new(
             format!("ToolContract/{} spec.tool", tool.contract),
-            format!("a tool that the pack lets `{principal}` call in class `{class}`"),
+            format!("a tool that the pack allows `{principal}` to call in class `{class}`"),
             format!("`{}`: {why}", tool.name),
             "drop the tool from the task, or have the pack's rules changed",
         ));

@@ -37,7 +37,7 @@ pub enum ConditionError {
     #[error("more than {MAX_DEPTH} operators or {MAX_LOOPS} loops in each other")]
     Depth,
     /// The expression is not valid CEL.
-    #[error("no CEL: {0}")]
+    #[error("text that is not CEL: {0}")]
     Syntax(String),
     /// The expression names a variable that is not bound.
     #[error("unknown variable `{0}`")]

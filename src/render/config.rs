@@ -68,7 +68,7 @@ pub fn render_policy<C: Borrow<ToolContract>>(
                 format!("metadata.annotations[{}]", names::REQUESTED_BY),
                 "the user who created the task, who may not approve its calls",
                 "nothing",
-                "create the task anew: admission adds it, on clusters without MutatingAdmissionPolicy put your user name there yourself",
+                "create the task again: admission adds it; on clusters without MutatingAdmissionPolicy, add your user name yourself",
             ));
         }
     }
@@ -168,9 +168,9 @@ fn limits(task: &AgentTask, class: &WorkflowClass, findings: &mut Vec<Finding>) 
         if !(least..=most).contains(&asked) {
             findings.push(Finding::new(
                 format!("spec.limits.{field}"),
-                format!("{least} to {most}, the ceiling of class `{}`", class.name),
+                format!("{least} to {most}, the limit of class `{}`", class.name),
                 asked.to_string(),
-                "ask for less, or have the class's ceiling raised in the pack",
+                "correct it, or have the class's limit raised in the pack",
             ));
         }
     }
@@ -209,13 +209,13 @@ fn lesser(
     if let Some(asked) = asked.filter(|asked| !(least..=most.unwrap_or(i64::MAX)).contains(asked)) {
         let ceiling = most.map_or_else(
             || " or more".to_owned(),
-            |most| format!(" to {}, the ceiling of class `{}`", show(most), class.name),
+            |most| format!(" to {}, the limit of class `{}`", show(most), class.name),
         );
         findings.push(Finding::new(
             format!("spec.limits.{field}"),
             format!("{}{ceiling}", show(least)),
             show(asked),
-            "ask for less, or have the class's ceiling raised in the pack",
+            "correct it, or have the class's limit raised in the pack",
         ));
     }
     asked.or(most)
@@ -276,7 +276,7 @@ pub fn contract_missing(index: usize, name: &str, namespace: &str) -> Finding {
     Finding::new(
         format!("spec.tools[{index}]"),
         format!("the name of a ToolContract in namespace `{namespace}`"),
-        format!("`{name}`, which is not there"),
+        format!("`{name}`, which does not exist"),
         "apply that ToolContract, or drop the tool",
     )
 }
@@ -312,7 +312,7 @@ fn tool(
             Finding::new(
                 field,
                 format!("a host for which class `{}` has a credential for `{}`", class.name, task.spec.principal),
-                format!("`{url}`, whose credentials are for others"),
+                format!("`{url}`, whose credentials are for other principals"),
                 "have the principal added to one of the host's credentials in the pack, or drop the tool",
             )
         } else {
@@ -429,9 +429,9 @@ fn idempotency(
         if spec.upstream.http.is_none() {
             findings.push(Finding::new(
                 at("idempotency.header"),
-                "none, as MCP has no headers for calls",
+                "none, because MCP has no headers for calls",
                 format!("`{header}`"),
-                "drop it; an MCP tool that tells repeats has an argument for that",
+                "remove it; an MCP tool that deduplicates has an argument for the key",
             ));
         }
         if TAKEN.contains(&header.as_str()) || header.starts_with("belay-") || header.starts_with("proxy-") {
@@ -550,10 +550,7 @@ fn undoable(tools: &[Tool], pack: &PolicyPack, findings: &mut Vec<Finding>) {
     for tool in tools.iter().filter(|tool| tool.compensation().is_some()) {
         findings.push(Finding::new(
             format!("ToolContract/{} spec.rollback.call", tool.contract),
-            format!(
-                "a `state` bucket in PolicyPack `{}`, in which the arguments of such calls are kept",
-                pack.name_any()
-            ),
+            format!("a `state` bucket in PolicyPack `{}`, which stores the arguments of such calls", pack.name_any()),
             "none",
             "have spec.state added to the pack, or say byHand how the call is undone",
         ));
@@ -726,7 +723,7 @@ pub fn check_pack(pack: &PolicyPack) -> Vec<Finding> {
     if pack.spec.state.as_ref().is_some_and(|state| state.bucket == pack.spec.evidence.bucket) {
         findings.push(Finding::new(
             "spec.state.bucket",
-            "another bucket than that of the evidence, which locks what is in it",
+            "another bucket than the evidence bucket, which locks its objects",
             format!("`{}`", pack.spec.evidence.bucket),
             "name a bucket without Object Lock",
         ));
@@ -773,10 +770,10 @@ pub fn in_the_clear(pack: &PolicyPack, contracts: &[&ToolContract]) -> Vec<InThe
             }
             let finding = Finding::new(
                 format!("PolicyPack/{} spec.workflowClasses[{index}].egress[{entry}].credentials", pack.name_any()),
-                "a credential for https alone, since the gateway sends none in the clear",
+                "a credential for https only, because the gateway sends no credential over plain http",
                 format!("one for {}, whose URL in {at} is `{url}`", to.host),
                 format!(
-                    "write https:// there, or drop the credential; a server on this machine is sent it by `belay run --resolve {}=127.0.0.1:PORT`",
+                    "write https:// there, or remove the credential; for a server on this machine, use `belay run --resolve {}=127.0.0.1:PORT`",
                     to.host
                 ),
             );
@@ -943,7 +940,7 @@ fn allows(egress: &[EgressHost], url: &str, purpose: EgressUse) -> Result<(), St
 }
 
 fn authority(url: &str) -> Result<Authority, String> {
-    let uri: http::Uri = url.parse().map_err(|error| format!("no URL ({error})"))?;
+    let uri: http::Uri = url.parse().map_err(|error| format!("not a URL ({error})"))?;
     let default_port = match uri.scheme_str() {
         Some("https") => 443,
         Some("http") => 80,

@@ -76,7 +76,7 @@ pub fn check(schema: &Value) -> Result<(), Vec<SchemaError>> {
     };
     if root.get("type").and_then(Value::as_str) != Some("object") {
         let found = root.get("type").map_or_else(|| "nothing".to_owned(), brief);
-        errors.push(SchemaError::new("/type", "\"object\", because a tool's arguments and results are one", found));
+        errors.push(SchemaError::new("/type", "\"object\", because a tool's arguments and results are objects", found));
     }
     match root.get("$schema") {
         Some(Value::String(dialect)) if dialect.trim_end_matches('#') == DIALECT => {}

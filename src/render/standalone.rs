@@ -28,11 +28,11 @@ pub fn contract(contract: &ToolContract) -> Vec<Finding> {
     let either = "an expression that can be `true` or `false`";
     let verify = spec.verify.iter().map(|read| {
         let wrong = types::check_read(&read.applied, &input);
-        ("spec.verify.applied".to_owned(), either, wrong, "it never tells what became of a call")
+        ("spec.verify.applied".to_owned(), either, wrong, "it never tells the outcome of a call")
     });
     let when = spec.approval.iter().filter_map(|approval| approval.when.as_deref()).map(|when| {
         let wrong = types::check(when, &input);
-        ("spec.approval.when".to_owned(), either, wrong, "people are asked about every call")
+        ("spec.approval.when".to_owned(), either, wrong, "every call needs approval")
     });
     preconditions
         .chain(verify)
@@ -68,7 +68,7 @@ pub fn advice(contract: &ToolContract) -> Vec<Finding> {
                 format!("spec.input.properties.{name}"),
                 "a `pattern`, an `enum` or `format: uuid`, because the argument is a part of the path",
                 "a text of any form",
-                "say what it looks like, such as `pattern: \"^[A-Za-z0-9-]{1,64}$\"`, or the agent chooses what it reads or changes",
+                "describe its form, such as `pattern: \"^[A-Za-z0-9-]{1,64}$\"`; without it, the agent chooses what the call reads or changes",
             )
         })
         .collect()
@@ -81,7 +81,7 @@ pub fn pack(pack: &PolicyPack) -> Vec<Finding> {
     if let Err(error) = Selector::try_from(pack.spec.namespace_selector.clone()) {
         findings.push(Finding::new(
             "spec.namespaceSelector",
-            "a label selector that can be read",
+            "a valid label selector",
             error.to_string(),
             "correct it: as it is, the pack governs nothing",
         ));
@@ -99,7 +99,7 @@ fn never_true(pack: &PolicyPack) -> Vec<Finding> {
     let terms = pack.spec.risk.iter().flat_map(|risk| risk.terms.iter().enumerate());
     let terms = terms.map(|(index, term)| (format!("spec.risk.terms[{index}].when"), term.when.as_str()));
     let wrong = rules.chain(terms).filter_map(|(field, source)| Some((field, types::check_pack(source).err()?)));
-    let mend = "correct the expression: as it is, it counts against every call, or lets none pass";
+    let mend = "correct the expression: as it is, it counts against every call, or allows none";
     wrong
         .map(|(field, found)| Finding::new(field, "an expression that can be `true` or `false`", found, mend))
         .collect()

@@ -233,7 +233,7 @@ fn field(of: &Type, name: &str) -> Result<Type, String> {
             None => {
                 let known: Vec<_> = fields.keys().map(|name| format!("`{name}`")).collect();
                 let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
-                Err(format!("`{name}`, which is not there; there is {known}"))
+                Err(format!("`{name}`, which does not exist; there is {known}"))
             }
         },
         other => Err(format!("`.{name}` of {}, which has no fields", other.name())),
@@ -321,7 +321,7 @@ fn call_type(call: &CallExpr, scope: &mut BTreeMap<String, Type>) -> Result<Type
             Type::Bool
         }
         (name, _) if !known(name) => {
-            return Err(format!("a function `{name}`, which is not there"));
+            return Err(format!("a function `{name}`, which does not exist"));
         }
         _ => Type::Any,
     })
@@ -369,11 +369,11 @@ mod tests {
     }
 
     #[rstest::rstest]
-    #[case("args.pth == 'x'", "`pth`, which is not there")]
-    #[case("args.inner.b == 'x'", "`b`, which is not there")]
-    #[case("args['pth'] == 'x'", "`pth`, which is not there")]
+    #[case("args.pth == 'x'", "`pth`, which does not exist")]
+    #[case("args.inner.b == 'x'", "`b`, which does not exist")]
+    #[case("args['pth'] == 'x'", "`pth`, which does not exist")]
     #[case("usage.calls < 3", "`toolCalls`")]
-    #[case("task.owner == 'x'", "`owner`, which is not there")]
+    #[case("task.owner == 'x'", "`owner`, which does not exist")]
     #[case("args.count == '5'", "a number compared with text")]
     #[case("args.path < 5", "`<` between text and a number")]
     #[case("args.path", "text, which is never `true`")]

@@ -253,8 +253,8 @@ pub fn validate<C: Borrow<ToolContract>>(
     if namespace == system_namespace {
         findings.push(Finding::new(
             "metadata.namespace",
-            "a namespace of the tasks' own",
-            format!("`{namespace}`, in which the gateway keeps its credentials"),
+            "a namespace for tasks",
+            format!("`{namespace}`, which has the gateway's credentials"),
             "apply the task in another namespace",
         ));
     }
@@ -332,16 +332,16 @@ fn resources(task: &AgentTask, class: &WorkflowClass, findings: &mut Vec<Finding
                 format!("spec.agent.resources.{field}"),
                 "a quantity above zero, such as `500m` or `512Mi`",
                 found.to_string(),
-                "correct it, or leave it out to get what the class gives",
+                "correct it, or leave it out to get the class's value",
             ));
         });
         let (ceiling, asked) = (ceiling?, asked.ok()?);
         if let Some(asked) = asked.as_ref().filter(|asked| **asked > ceiling) {
             findings.push(Finding::new(
                 format!("spec.agent.resources.{field}"),
-                format!("at most `{}`, the ceiling of class `{}`", ceiling.as_str(), class.name),
+                format!("at most `{}`, the limit of class `{}`", ceiling.as_str(), class.name),
                 format!("`{}`", asked.as_str()),
-                "ask for less, or have the class's ceiling raised in the pack",
+                "correct it, or have the class's limit raised in the pack",
             ));
         }
         // The container of a rollback task only waits, so it needs very little, whatever the class allows.

@@ -496,9 +496,9 @@ fn without_agent(ended: Result<Ended, String>) -> ContainerExits {
 fn trouble(ended: &Result<Ended, String>) -> Option<String> {
     match ended {
         Err(error) => Some(error.clone()),
-        Ok(Ended::LogFailed(reason)) => Some(format!(
-            "the evidence log could not go on, so that the run is no success whatever the agent did: {reason}"
-        )),
+        Ok(Ended::LogFailed(reason)) => {
+            Some(format!("the evidence log could not continue, so the run did not succeed: {reason}"))
+        }
         Ok(_) => None,
     }
 }

@@ -77,8 +77,9 @@ impl Controls {
         for address in &self.outside {
             let answers = tokio::time::timeout(Duration::from_secs(2), TcpStream::connect(address)).await;
             if !matches!(answers, Ok(Ok(_))) {
-                silent
-                    .push(format!("{address} does not answer from outside, so that its silence inside proves nothing"));
+                silent.push(format!(
+                    "{address} does not answer outside the sandbox, so its silence inside proves nothing"
+                ));
             }
         }
         silent

@@ -245,12 +245,7 @@ impl Walk {
 fn ended(log: &Log, witness: &VerifierKey, (ending, mut files): (Ending, Vec<File>), report: &mut Report) {
     let Some((last, statement)) = ending.finish() else {
         for key in log.ending.keys() {
-            report.add(
-                Check::EndTiles,
-                Some(key),
-                None,
-                "expected nothing here before the task has ended, found something",
-            );
+            report.add(Check::EndTiles, Some(key), None, "expected no such file before the task has ended, found one");
         }
         return;
     };
@@ -258,15 +253,28 @@ fn ended(log: &Log, witness: &VerifierKey, (ending, mut files): (Ending, Vec<Fil
     for (key, expected) in &files {
         match log.ending.get(key) {
             Some(found) if *found == expected => {}
-            Some(_) => {
-                report.add(Check::EndTiles, Some(key), None, "expected what the records come to, found something else")
-            }
-            None => report.add(Check::EndMissing, Some(key), None, "expected what the records come to, found nothing"),
+            Some(_) => report.add(
+                Check::EndTiles,
+                Some(key),
+                None,
+                "expected the content that follows from the records, found another",
+            ),
+            None => report.add(
+                Check::EndMissing,
+                Some(key),
+                None,
+                "expected the file that follows from the records, found none",
+            ),
         }
     }
     let expected: BTreeSet<&str> = files.iter().map(|(key, _)| key.as_str()).chain([SUMMARY]).collect();
     for key in log.ending.keys().filter(|key| !expected.contains(key.as_str())) {
-        report.add(Check::EndTiles, Some(key), None, "expected no such file by the records, found one");
+        report.add(
+            Check::EndTiles,
+            Some(key),
+            None,
+            "expected no such file, because none follows from the records, found one",
+        );
     }
     let Some(summary) = log.ending.get(SUMMARY) else {
         return report.add(Check::EndMissing, Some(SUMMARY), None, "expected a summary, found none");
@@ -277,7 +285,7 @@ fn ended(log: &Log, witness: &VerifierKey, (ending, mut files): (Ending, Vec<Fil
             Check::EndSummary,
             Some(SUMMARY),
             None,
-            "expected what the records come to, found something else",
+            "expected the content that follows from the records, found another",
         ),
         (Err(error), _) => report.add(Check::EndSummary, Some(SUMMARY), None, error.to_string()),
     }

@@ -45,7 +45,7 @@ fn check_versions(versions: &[StoredObject], report: &mut Report) {
     for (key, versions) in by_key {
         for marker in versions.iter().filter(|v| v.delete_marker) {
             let message =
-                format!("expected no delete marker, found {}: somebody tried to hide the object", marker.version_id);
+                format!("expected no delete marker, found {}: a user tried to hide the object", marker.version_id);
             report.add(Check::StoreDeleted, Some(key), None, message);
         }
         let hidden = versions.iter().any(|v| v.delete_marker);

@@ -71,13 +71,13 @@ fn an_expired_one_says_what_it_had() {
 #[case::listed("ana", &[], &[], Answer::Approve, None)]
 #[case::listed_denies("ana", &[], &[], Answer::Deny, None)]
 #[case::member("bob", &["x", "finance"], &["ana"], Answer::Approve, None)]
-#[case::stranger("eve", &["x"], &[], Answer::Approve, Some("user ana, alice, ci or group finance, found eve"))]
-#[case::stranger_denies("eve", &[], &[], Answer::Deny, Some("have one of them decide"))]
+#[case::stranger("eve", &["x"], &[], Answer::Approve, Some("user ana, alice, ci or group finance), found eve"))]
+#[case::stranger_denies("eve", &[], &[], Answer::Deny, Some("have an approver decide"))]
 #[case::principal("alice", &[], &[], Answer::Approve, Some("on whose behalf the agent acts"))]
 #[case::principal_denies("alice", &[], &[], Answer::Deny, None)]
-#[case::requester("ci", &["finance"], &[], Answer::Approve, Some("who asked for the task"))]
+#[case::requester("ci", &["finance"], &[], Answer::Approve, Some("who created the task"))]
 #[case::requester_denies("ci", &[], &[], Answer::Deny, None)]
-#[case::again("ana", &[], &["ana"], Answer::Approve, Some("found Approve; a decision is neither changed nor taken back"))]
+#[case::again("ana", &[], &["ana"], Answer::Approve, Some("found Approve; a decision is final"))]
 #[case::other_mind("ana", &[], &["ana"], Answer::Deny, Some("found Approve"))]
 #[case::denied("ana", &[], &["!bob"], Answer::Approve, Some("found it denied by bob"))]
 #[case::denied_twice("ana", &[], &["!bob"], Answer::Deny, Some("nothing left to decide"))]
@@ -114,9 +114,9 @@ fn shows_all_that_is_decided_on() {
     let expected = "\
 refund-1  denied by bob
   task       refund, attempt 2, on behalf of alice
-  asked by   ci
-  tool       pay; it was approved and made 2 times before
-  asked for  by the pack
+  created by ci
+  tool       pay; the same call was approved and made 2 times before
+  required   by the pack
   because    rule payments
   because    risk 40 (change 40)
   arguments  {
@@ -313,7 +313,7 @@ async fn admission_has_the_last_word() {
     let server = Server::with(vec![request(1, &[])]);
     server.0.lock().unwrap().admission = Some("no:\u{1b}[2J");
     let (code, _, notes) = server.cast("refund-1", Answer::Deny, None).await;
-    assert_eq!((code.unwrap(), notes.as_str()), (1, "refused: no:\\u{1b}[2J\n"));
+    assert_eq!((code.unwrap(), notes.as_str()), (1, "not written: no:\\u{1b}[2J\n"));
 }
 
 #[tokio::test]
@@ -346,7 +346,7 @@ async fn lists_what_waits_the_most_urgent_first() {
     let (code, out, notes) = server.list(false).await;
     assert_eq!(code.unwrap(), 0);
     assert_eq!(heads(&out), ["soon  pending, 0 of 2 approvals", "later  pending, 1 of 2 approvals"]);
-    assert!(notes.contains("left out: ApprovalRequest payments/odd\\u{1b} is not one"), "{notes}");
+    assert!(notes.contains("left out: this belay cannot read ApprovalRequest payments/odd\\u{1b}"), "{notes}");
     assert!(notes.ends_with("2 in namespace payments\n"), "{notes}");
     let (_, out, _) = server.list(true).await;
     let names: Vec<_> = heads(&out).iter().map(|line| line.split(' ').next().unwrap().to_owned()).collect();
@@ -359,6 +359,6 @@ async fn nothing_to_list_is_said() {
     let (code, out, notes) = server.list(false).await;
     assert_eq!(
         (code.unwrap(), out.as_str(), notes.as_str()),
-        (0, "", "nothing waits for people in namespace payments\n")
+        (0, "", "no pending ApprovalRequests in namespace payments\n")
     );
 }

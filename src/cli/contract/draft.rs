@@ -65,8 +65,7 @@ fn draft(tool: &Tool, name: String, tool_name: String, url: &str, namespace: Opt
         format!(
             "DRAFT, made by `belay contract init` from what {url} lists. A person must review each line before it is applied:"
         ),
-        "the server wrote the description, which the agent will read, and the schema, and nobody has checked either."
-            .to_owned(),
+        "the server wrote the schema, and the description, which the agent will read. Both are unchecked.".to_owned(),
     ];
     if tool_name != tool.name {
         comments
@@ -214,7 +213,7 @@ fn input(listed: &Map<String, Value>) -> (Value, Vec<String>) {
                         error.found
                     )
                 } else {
-                    format!("{what}. What it forbade is allowed now: write it anew.")
+                    format!("{what}. Arguments that it forbade are allowed now: write it again.")
                 });
                 mended = true;
             }

@@ -37,7 +37,7 @@ pub(super) async fn list(url: &str, token: Option<&str>) -> Result<Vec<Tool>, Cl
         tools.extend(page.tools);
         if tools.len() > MOST_TOOLS {
             return Err(CliError::new(format!(
-                "{url}: expected at most {MOST_TOOLS} tools, found more; a contract a tool is for people to read"
+                "{url}: expected at most {MOST_TOOLS} tools, found more; a person must read one contract for each tool"
             )));
         }
         cursor = page.next_cursor;

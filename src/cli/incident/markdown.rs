@@ -54,8 +54,10 @@ pub(super) fn write(story: &Story<'_>, out: &mut dyn Write) -> io::Result<()> {
     writeln!(out, "# {}/{}: {}\n", named(&summary.namespace), named(&summary.task), cell(&outcome(story)))?;
     let told = match story.report.verdict {
         Verdict::Valid => "The evidence is **VALID**: complete, and every signature and counter holds.",
-        Verdict::Incomplete => "The evidence is **INCOMPLETE**: what is there holds, and its end is not there.",
-        Verdict::Newer => "The evidence is **NEWER** than this belay, which cannot judge it: use a later one.",
+        Verdict::Incomplete => "The evidence is **INCOMPLETE**: everything holds so far, but the log has no end.",
+        Verdict::Newer => {
+            "The evidence is **NEWER** than this belay, which cannot verify all of it: use a later belay."
+        }
         Verdict::Invalid => "The evidence is **INVALID**: do not rely on what follows.",
     };
     writeln!(out, "{told}\n")?;
@@ -66,7 +68,7 @@ pub(super) fn write(story: &Story<'_>, out: &mut dyn Write) -> io::Result<()> {
         cell(&story.class),
         cell(&story.pack)
     )?;
-    writeln!(out, "- asked to: {}", cell(&story.objective))?;
+    writeln!(out, "- objective: {}", cell(&story.objective))?;
     for curve in &story.curves {
         writeln!(out, "- {}: {} of {}", curve.name, curve.used, curve.limit)?;
     }
@@ -104,7 +106,7 @@ pub(super) fn write(story: &Story<'_>, out: &mut dyn Write) -> io::Result<()> {
     }
     writeln!(
         out,
-        "\n## Network\n\n| Way | Target | Addresses | Sent | Denied | Bytes out | Bytes back |\n| --- | --- | --- | --- | --- | --- | --- |"
+        "\n## Network\n\n| Channel | Target | Addresses | Sent | Denied | Bytes out | Bytes back |\n| --- | --- | --- | --- | --- | --- | --- |"
     )?;
     for peer in &story.network {
         let addresses = cell(&peer.addresses.join(", "));

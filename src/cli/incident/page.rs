@@ -24,8 +24,8 @@ pub(super) fn page(story: &Story<'_>) -> Markup {
     let title = format!("{}/{}: {}", named(&summary.namespace), named(&summary.task), outcome(story));
     let (verdict, told) = match story.report.verdict {
         Verdict::Valid => ("good", "Complete: every byte, signature and counter holds."),
-        Verdict::Incomplete => ("warn", "What is there holds. Its end is not there."),
-        Verdict::Newer => ("warn", "It goes on in a way that this belay does not know: use a later one."),
+        Verdict::Incomplete => ("warn", "Everything holds so far, but the log has no end."),
+        Verdict::Newer => ("warn", "A part is in a later version that this belay does not know: use a later belay."),
         Verdict::Invalid => ("bad", "Something does not hold: do not rely on what follows."),
     };
     let findings: Vec<_> = story.report.findings.iter().filter(|finding| finding.weight != Weight::Note).collect();
@@ -57,7 +57,7 @@ pub(super) fn page(story: &Story<'_>) -> Markup {
                 section.tiles {
                     (tile("attempts", &summary.attempts.len().to_string(), ""))
                     (tile("took effect", &summary.effects.applied.to_string(), ""))
-                    (tile("without a known effect", &(summary.effects.unknown + summary.effects.open).to_string(), ""))
+                    (tile("unknown outcome", &(summary.effects.unknown + summary.effects.open).to_string(), ""))
                     (tile("denied", &summary.usage.denials.to_string(), ""))
                     (tile("records", &summary.records.to_string(), ""))
                 }
@@ -77,7 +77,7 @@ pub(super) fn page(story: &Story<'_>) -> Markup {
                 }
                 h2 { "Network" }
                 table {
-                    thead { tr { th { "Way" } th { "Target" } th { "Addresses" } th.number { "Sent" } th.number { "Denied" } th.number { "Bytes out" } th.number { "Bytes back" } } }
+                    thead { tr { th { "Channel" } th { "Target" } th { "Addresses" } th.number { "Sent" } th.number { "Denied" } th.number { "Bytes out" } th.number { "Bytes back" } } }
                     tbody { @for peer in &story.network { tr.(if peer.denied > 0 { "bad" } else { "plain" }) {
                         td { (peer.channel) } td { b { (peer.target) } } td { (peer.addresses.join(", ")) }
                         td.number { (peer.sent) } td.number { (peer.denied) } td.number { (peer.up) } td.number { (peer.bytes) }

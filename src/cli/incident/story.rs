@@ -166,18 +166,18 @@ fn step(record: &Record) -> Step {
         Event::Outcome(outcome) => (Tone::Warn, "outcome", outcome.call.clone(), became(outcome), vec![]),
         Event::Replayed(again) => {
             let what = format!("{} again", again.target);
-            (Tone::Plain, "replayed", what, format!("the result of {} was given again", again.call), vec![])
+            (Tone::Plain, "replayed", what, format!("the result of {} was replayed", again.call), vec![])
         }
         Event::Resolved(told) => {
             let (tone, word) = effect(told.effect);
-            (tone, "resolved", told.call.clone(), format!("{word}, as {} tells", told.by), vec![])
+            (tone, "resolved", told.call.clone(), format!("{word}, according to {}", told.by), vec![])
         }
         Event::Denied(denied) => {
             let what = format!("{} {}{}", denied.channel.as_str(), denied.target, times(denied.count));
             (Tone::Bad, "denied", what, denied.reason.clone(), vec![denied.rule.as_str().to_owned()])
         }
         Event::ApprovalRequested(asked) => {
-            let what = format!("{} needs {} to say yes", asked.tool, people(asked.required));
+            let what = format!("{} needs the approval of {}", asked.tool, people(asked.required));
             let because = match asked.because.as_slice() {
                 [] => String::new(),
                 because => format!("because of {}; ", because.join(", ")),
@@ -193,7 +193,7 @@ fn step(record: &Record) -> Step {
                     None => vote.by.clone(),
                 })
                 .collect();
-            let by = if by.is_empty() { "by nobody".to_owned() } else { format!("by {}", by.join(", ")) };
+            let by = if by.is_empty() { "by no approver".to_owned() } else { format!("by {}", by.join(", ")) };
             let (tone, word) = match asked.standing {
                 ApprovalState::Approved => (Tone::Good, "approved"),
                 ApprovalState::Denied => (Tone::Bad, "refused"),
@@ -259,8 +259,8 @@ fn about(intent: &Intent) -> String {
     if !intent.approvals.is_empty() {
         about.push(format!("approved by {}", intent.approvals.join(", ")));
     }
-    about.extend(intent.undoes.as_ref().map(|call| format!("undoes {call}")));
-    about.extend((intent.reserved_tokens > 0).then(|| format!("{} tokens set aside", intent.reserved_tokens)));
+    about.extend(intent.undoes.as_ref().map(|call| format!("compensates {call}")));
+    about.extend((intent.reserved_tokens > 0).then(|| format!("{} tokens reserved", intent.reserved_tokens)));
     about.join(", ")
 }
 
@@ -279,7 +279,7 @@ fn effect(effect: Effect) -> (Tone, &'static str) {
     match effect {
         Effect::Applied => (Tone::Good, "took effect"),
         Effect::NotApplied => (Tone::Warn, "did not take effect"),
-        Effect::Unknown => (Tone::Bad, "nobody knows whether it took effect"),
+        Effect::Unknown => (Tone::Bad, "unknown whether it took effect"),
     }
 }
 
@@ -288,7 +288,7 @@ fn addresses(count: usize) -> String {
 }
 
 fn people(count: i64) -> String {
-    if count == 1 { "one person".to_owned() } else { format!("{count} people") }
+    if count == 1 { "one approver".to_owned() } else { format!("{count} approvers") }
 }
 
 /// Returns the use of each limit over time.

@@ -123,7 +123,9 @@ impl Base {
             Ok(address) => Asked::Address(address),
             Err(_) => Asked::Name(Hostname::parse(host).map_err(|error| match error {
                 HostnameError::Address => {
-                    format!("expected an address in full in a base URL, such as 127.0.0.1, found {host:?}; write it so")
+                    format!(
+                        "expected a full address in a base URL, such as 127.0.0.1, found {host:?}; write it in full"
+                    )
                 }
                 error => format!("{error}: {host:?} in the base URL; name the server by its address instead"),
             })?),
@@ -133,8 +135,8 @@ impl Base {
         let path = uri.path().trim_end_matches('/');
         if path.ends_with("/messages") {
             return Err(format!(
-                "expected the base URL of a server that speaks OpenAI's API, found {text:?}, which is of Anthropic's; \
-                 `--model anthropic` is Anthropic's own, and a pack names another server in `spec.models.anthropic`"
+                "expected the base URL of a server that speaks OpenAI's API, found {text:?}, which is for Anthropic's API; \
+                 use `--model anthropic` for Anthropic, and `spec.models.anthropic` of the pack for another server"
             ));
         }
         let ends = ["/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings", "/v1/models", "/v1"];
@@ -339,7 +341,7 @@ impl Model {
         let mut notes = Vec::new();
         if *way == Way::Unknown {
             notes.push(format!(
-                "this machine finds no address of {host} now: put the server's in place of ADDRESS, since the gateway asks public name servers"
+                "this machine finds no address of {host} now: replace ADDRESS with the server's address, because the gateway uses public name servers"
             ));
         }
         if *way == Way::Public {
@@ -347,12 +349,12 @@ impl Model {
         }
         if self.base.is_tls {
             notes.push(format!(
-                "the gateway asks for {host}, and takes no certificate for another name: the server needs one for it, and --upstream-ca FILE \
-                 has the authority that has signed it, unless the web knows that one"
+                "the server needs a certificate for {host}, because the gateway accepts no other name; if no public authority signed it, give the \
+                 authority with --upstream-ca FILE"
             ));
         } else if !self.is_here_in_the_clear() {
             notes.push(format!(
-                "{host} is asked in the clear: others on the way can read and change what goes there, and no key does; with a key it has to be https"
+                "calls to {host} are not encrypted: others on the network can read and change them, and the gateway adds no key; a key requires https"
             ));
         }
         notes

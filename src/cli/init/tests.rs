@@ -62,7 +62,7 @@ fn what_is_there_stays_and_the_rest_is_written() {
     // A dangling link also belongs to the user.
     std::os::unix::fs::symlink("/nonexistent/there", folder.join("standin.py")).unwrap();
     let told = said(&args(&folder, Some("http://192.168.1.5:8000/v1"))).unwrap();
-    let kept: Vec<_> = told.lines().filter(|line| line.ends_with("was there, and is kept as it is")).collect();
+    let kept: Vec<_> = told.lines().filter(|line| line.ends_with("existed, and is unchanged")).collect();
     assert_eq!(kept.len(), 3, "{told}");
     assert_eq!(fs::read_to_string(folder.join("agent.py")).unwrap(), "print('mine')");
     assert!(folder.join("task.yaml").is_file() && folder.join("contracts.yaml").is_file());
@@ -70,5 +70,5 @@ fn what_is_there_stays_and_the_rest_is_written() {
     assert!(told.contains("openai: http://model.internal:8000") && told.contains("- host: model.internal"), "{told}");
 
     let all = said(&args(&folder, None)).unwrap_err();
-    assert!(all.contains("found them all") && all.contains("nothing was written"), "{all}");
+    assert!(all.contains("found all") && all.contains("nothing was written"), "{all}");
 }

@@ -118,7 +118,7 @@ impl Found<'_> {
                 let finding = Finding::new(
                     "metadata.name",
                     format!("a ToolContract that a task{} names", within(&object.namespace)),
-                    format!("`{}`, which none does", object.name),
+                    format!("`{}`, which no task names", object.name),
                     "add it to a task's spec.tools, or remove it",
                 );
                 self.add_at_field(&object.entry, Severity::Warning, finding);

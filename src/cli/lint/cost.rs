@@ -34,9 +34,9 @@ pub(super) fn contract(contract: &ToolContract) -> Vec<Finding> {
         if let Some(path) = over.first() {
             found.push(Finding::new(
                 field,
-                "a bound to what a loop in a loop goes over",
+                "a limit on the items of a nested loop",
                 format!("args.{}, which may have any number of items", path.join(".")),
-                "give it `maxItems` in spec.input: a call that takes too long to judge is denied",
+                "give it `maxItems` in spec.input: a call that takes too long to evaluate is denied",
             ));
         }
     }
@@ -120,15 +120,15 @@ fn unbounded(schema: &Value, field: &str, pointer: &str, found: &mut Vec<Finding
         return;
     };
     let mut add = |keyword: &str, expected: &str, by: &str| {
-        let mend = format!("add `{by}` beside it: a call that takes too long to judge is denied");
+        let mend = format!("add `{by}` beside it: a call that takes too long to evaluate is denied");
         found.push(Finding::new(field, expected, format!("`{keyword}` at {pointer}/{keyword} without"), mend));
     };
     if members.get("uniqueItems") == Some(&Value::Bool(true)) && !members.contains_key("maxItems") {
-        add("uniqueItems", "a bound to how many items are compared with each other", "maxItems");
+        add("uniqueItems", "a limit on the number of items that are compared with each other", "maxItems");
     }
     let looks_back = |pattern: &Value| pattern.as_str().is_some_and(|pattern| regex_syntax_only(pattern).is_err());
     if members.get("pattern").is_some_and(looks_back) && !members.contains_key("maxLength") {
-        add("pattern", "a bound to a text over which a pattern looks around or back", "maxLength");
+        add("pattern", "a limit on the text that a pattern with lookaround or backreferences reads", "maxLength");
     }
     for (name, inner) in
         members.iter().filter(|(name, _)| !["enum", "const", "default", "examples"].contains(&name.as_str()))

@@ -88,14 +88,14 @@ pub(in crate::cli) fn read(bytes: &[u8]) -> Result<Vec<Node>, Broken> {
         let reason = reason
             .lines()
             .next()
-            .unwrap_or("no YAML")
+            .unwrap_or("text that is not YAML")
             .replace(&format!(" at line {}, column {}", at.line, at.column), "");
         Broken { at: tab_from(text, at, &reason).unwrap_or(at), reason: reason.trim().to_owned() }
     })?;
     let mut nameless = Vec::new();
     nodes.iter().for_each(|node| node.collect_keys(KeyKind::None, "", &mut nameless));
     if let Some((at, _)) = nameless.first() {
-        return Err(Broken { at: *at, reason: "a key that is no text, as a template's braces are".into() });
+        return Err(Broken { at: *at, reason: "a key that is not text, such as a template's braces".into() });
     }
     Ok(nodes.into_iter().filter(|node| !matches!(node.content, Content::Scalar(Value::Null))).collect())
 }

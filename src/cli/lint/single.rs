@@ -35,7 +35,7 @@ impl Found<'_> {
             let our_group = ours.split('/').next().unwrap_or_default();
             let quoted = |text: &str| if text.is_empty() { "nothing".to_owned() } else { format!("`{text}`") };
             let finding = if kind.is_some() {
-                let mend = "write it so; this document is not checked any further";
+                let mend = "use this version; the document is not checked any further";
                 Finding::new("apiVersion", format!("`{ours}`, the version of {name}"), quoted(version), mend)
             } else if group == our_group {
                 let mend = nearest(name, &names)
@@ -86,8 +86,12 @@ impl Found<'_> {
             Err(error) => error,
         };
         if !self.taken.iter().any(|(file, at, _)| (*file, *at) == (entry.file, entry.node.at)) {
-            let finding =
-                Finding::new("the object", "what this version of Belay can read", error.to_string(), "correct it");
+            let finding = Finding::new(
+                "the object",
+                "an object that this version of Belay can read",
+                error.to_string(),
+                "correct it",
+            );
             self.add_at_field(entry, Severity::Error, finding);
         }
         None

@@ -46,7 +46,7 @@ impl Found<'_> {
                 _ if all.is_empty() => {
                     if !broken_pack {
                         notes.insert(format!(
-                            "{name}: no PolicyPack is among the files, so nothing is said about what a pack would allow"
+                            "{name}: no PolicyPack is among the files, so the limits and rules of a pack are not checked"
                         ));
                     }
                     vec![&generous]
@@ -63,7 +63,7 @@ impl Found<'_> {
                 None => {
                     let names: Vec<_> = all.iter().map(|pack| format!("`{}`", pack.name_any())).collect();
                     notes.insert(format!(
-                        "{name}: Namespace `{}` is not among the files, so one of all packs has to admit the task: {}",
+                        "{name}: Namespace `{}` is not among the files, so at least one of the packs has to admit the task: {}",
                         object.namespace,
                         names.join(", ")
                     ));

@@ -35,7 +35,7 @@ fn unknown(option: &str, host: &Hostname, class: &WorkflowClass) -> String {
     let all: BTreeSet<_> = class.egress.iter().map(|rule| rule.host.as_str()).collect();
     let all = if all.is_empty() { "none".to_owned() } else { all.into_iter().collect::<Vec<_>>().join(", ") };
     format!(
-        "{option} {host}: expected a host that class `{}` of the pack lists in its egress, which are {all}, found another: no call goes there; correct the name, or list it",
+        "{option} {host}: expected a host in the egress of class `{}` of the pack (its hosts: {all}), found another; correct the name, or add the host to the class",
         class.name
     )
 }

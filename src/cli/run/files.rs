@@ -147,7 +147,7 @@ pub(super) fn unfit_credentials(objects: &Objects) -> Vec<String> {
     let found = wanted_credentials(objects).into_iter().filter_map(|(host, one)| {
         let value = trimmed(value_of(objects, &one)?.0.clone());
         let unfit = Forms::of(&one.prefix, &value).err()?;
-        Some(format!("the key {}/{} for {host} {unfit}; have another one made", one.secret, one.key))
+        Some(format!("the key {}/{} for {host} {unfit}; create another key", one.secret, one.key))
     });
     found.collect()
 }

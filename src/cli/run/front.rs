@@ -185,7 +185,7 @@ impl<'p> Front<'p> {
         let barred =
             [Some(spec.principal.as_str()), spec.requester.as_deref()].contains(&Some(self.person.name.as_str()));
         if self.person.beforehand.contains(&spec.tool) && !barred {
-            let reason = "said beforehand, by --approve".to_owned();
+            let reason = "approved in advance with --approve".to_owned();
             self.person.api.decide(&request.name_any(), &self.person.name, Answer::Approve, Some(reason));
             return;
         }
@@ -195,22 +195,25 @@ impl<'p> Front<'p> {
             }
             if barred {
                 self.view.notice(&format!(
-                    "{} may not approve, since the agent acts for them or they asked for the task: say who you are by --as NAME; a no counts",
+                    "{} may not approve, because the agent acts for them or they created the task: name yourself with --as NAME; a denial counts",
                     self.person.name
                 ));
             }
             if !barred && !spec.approvers.users.contains(&self.person.name) {
                 self.view.notice(&format!(
-                    "nobody checks here that {} is one of those who may decide: the record names you, as you say it",
+                    "this machine does not check that {} is an approver: the record has the name that you gave",
                     self.person.name
                 ));
             }
             if spec.required > 1 {
-                self.view.notice(&format!("it needs {} people, and one is here: it can only be denied", spec.required));
+                self.view.notice(&format!(
+                    "the call needs {} approvers, and only one is here: the call can only be denied",
+                    spec.required
+                ));
             }
             if self.answers.is_none() {
                 self.view.notice(&format!(
-                    "nobody is here to ask: it is denied at {:.0}; --approve {} says yes beforehand",
+                    "no approver is here: the call is denied at {:.0}; --approve {} approves it in advance",
                     spec.expires_at.0, spec.tool
                 ));
             }
@@ -313,7 +316,7 @@ impl<'p> Front<'p> {
 }
 
 fn missing(lines: u64) -> String {
-    format!("… {lines} lines of output were dropped because nobody read them\n")
+    format!("… {lines} lines of output were dropped because they were not read\n")
 }
 
 fn missing_as_json(lines: u64) -> String {

@@ -48,7 +48,7 @@ impl Home {
         let mode = fs::metadata(&file).map_err(|e| failed(&e))?.permissions().mode();
         if mode & 0o077 != 0 {
             let message = format!(
-                "expected mode 0600, found {:04o}: others may have it; remove it, and another is made",
+                "expected mode 0600, found {:04o}: others may have the key; remove the file, and belay creates another key",
                 mode & 0o7777
             );
             return Err(failed(&message));

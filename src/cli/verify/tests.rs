@@ -106,7 +106,7 @@ async fn a_copy_verifies_by_itself() {
     assert_eq!(code.unwrap(), 0);
     let (code, text) = verify(&[place]).await;
     assert_eq!(code.unwrap(), 0);
-    assert!(text.contains("the folder's own word"), "{text}");
+    assert!(text.contains("according to the folder"), "{text}");
     let key_file = copy.path().join("copy/witness.vkey");
     let (code, _) = verify(&[place, "--witness-key", key_file.to_str().unwrap()]).await;
     assert_eq!(code.unwrap(), 0);

@@ -39,7 +39,7 @@ pub(super) fn write(out: &mut dyn Write, shown: &Shown<'_>, paint: Paint) -> io:
             out,
             "{}",
             paint.warn(
-                "The witness has signed it, and it goes on in a way that this belay does not know: use a later one."
+                "The witness has signed the log. A part is in a later version that this belay does not know: use a later belay."
             )
         )?,
         Verdict::Invalid => writeln!(
@@ -185,8 +185,8 @@ fn write_summary(out: &mut dyn Write, shown: &Shown<'_>, paint: Paint) -> io::Re
         .unwrap_or_default();
     let source = match shown.source {
         KeySource::Given => "",
-        KeySource::Cluster => "; the cluster's word for it",
-        KeySource::Folder => "; the folder's own word for it: compare it with one that you trust",
+        KeySource::Cluster => "; according to the cluster",
+        KeySource::Folder => "; according to the folder: compare it with a key that you trust",
     };
     row("witness", format!("{}{witnessed}{source}", Safe(&shown.key.to_string())))?;
     if let Some(root) = &summary.root {

@@ -196,7 +196,7 @@ impl View {
                     Effect::NotApplied => paint.warn("not applied"),
                     Effect::Unknown => paint.bad("unknown effect"),
                 };
-                self.push(at, &format!("  {} was {told}, as {} tells", Safe(&resolved.call), Safe(&resolved.by)));
+                self.push(at, &format!("  {} was {told}, according to {}", Safe(&resolved.call), Safe(&resolved.by)));
             }
             Event::Denied(denied) => self.denied(at, denied),
             Event::ApprovalRequested(asked) => {
@@ -415,7 +415,7 @@ impl View {
         let rules: Vec<_> = intent.rules.iter().map(|r| r.as_str()).collect();
         let effect = intent.effect.map(|e| format!(" {}", e.as_str())).unwrap_or_default();
         let reserved = if intent.reserved_tokens > 0 {
-            format!(", {} tokens set aside", intent.reserved_tokens)
+            format!(", {} tokens reserved", intent.reserved_tokens)
         } else {
             String::new()
         };
@@ -463,7 +463,7 @@ impl View {
         let host = base.split("://").nth(1).and_then(|rest| rest.split(['/', '?']).next()).unwrap_or("its host");
         let at = outcome.upstream.as_ref().map(|address| format!(" ({address})")).unwrap_or_default();
         Some(format!(
-            "{} is the provider's own answer{model}, by {host}{at}; Belay has passed it on, and the agent has its reason",
+            "{} is the provider's own answer{model}, by {host}{at}; Belay passed it on, and the agent has the reason",
             outcome.status
         ))
     }

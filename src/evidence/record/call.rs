@@ -90,7 +90,7 @@ impl Refusals {
             counted(self.egress, "connection"),
         ];
         let kinds: Vec<_> = kinds.into_iter().flatten().collect();
-        (!kinds.is_empty()).then(|| format!("refused: {}", kinds.join(", ")))
+        (!kinds.is_empty()).then(|| format!("denied: {}", kinds.join(", ")))
     }
 }
 

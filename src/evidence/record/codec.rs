@@ -183,7 +183,7 @@ fn unknown(name: &str, value: Value, document: &[u8]) -> Option<String> {
         _ => unlike::<Plan>(value, document),
     };
     let its = || hex::encode(canonical::sha256(document));
-    problem.map(|problem| format!("the document {} is none that this version of belay knows: {problem}", its()))
+    problem.map(|problem| format!("this version of belay does not know the document {}: {problem}", its()))
 }
 
 /// Returns why a document is not a `T` in the form in which this version writes it.
@@ -192,7 +192,7 @@ fn unlike<T: Serialize + serde::de::DeserializeOwned>(value: Value, document: &[
     // Serde reads more than it writes: a list for an object, `null` for an absent member, a member that has a default and is left out.
     match again.and_then(|read| canonical::to_bytes(&read).map_err(|error| error.to_string())) {
         Ok(again) if again == document => None,
-        Ok(_) => Some("it has fields or values that are not written so".to_owned()),
+        Ok(_) => Some("it has fields or values that this version writes in another way".to_owned()),
         Err(problem) => Some(problem),
     }
 }

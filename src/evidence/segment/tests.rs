@@ -184,9 +184,9 @@ fn documents_go_with_the_record_that_names_them() {
 
 /// Documents are read as strictly as records.
 #[rstest]
-#[case::a_field_more(|policy: &mut Value| policy["extra"] = 1.into(), "none that this version of belay knows")]
-#[case::a_field_that_is_left_out_otherwise(|policy: &mut Value| policy["task"]["taskClass"] = Value::Null, "is none that this version of belay knows")]
-#[case::none(|policy: &mut Value| *policy = Value::Null, "is none that this version of belay knows")]
+#[case::a_field_more(|policy: &mut Value| policy["extra"] = 1.into(), "this version of belay does not know the document")]
+#[case::a_field_that_is_left_out_otherwise(|policy: &mut Value| policy["task"]["taskClass"] = Value::Null, "this version of belay does not know the document")]
+#[case::none(|policy: &mut Value| *policy = Value::Null, "this version of belay does not know the document")]
 fn a_document_that_this_version_does_not_have_is_refused(#[case] change: fn(&mut Value), #[case] problem: &str) {
     let mut segment = opened();
     let mut policy = serde_json::from_slice(&segment.documents[0]).unwrap();

@@ -26,11 +26,11 @@ impl TaskState {
         let Approval { name, by, tool, standing, decisions, .. } = approval;
         let Some(policy) = self.config() else { return Ok(()) };
         let Some(needs) = policy.tool(tool).and_then(|_| policy.approval(tool, *by)) else {
-            return Err(format!("expected a tool that needs approval by the {}, found {tool}", by.as_str()));
+            return Err(format!("expected a tool for which the {} requires approval, found {tool}", by.as_str()));
         };
         if approval.required != needs.required {
             let (expected, found) = (needs.required, approval.required);
-            return Err(format!("expected {expected} to have to approve, found {found}"));
+            return Err(format!("expected {expected} required approvals, found {found}"));
         }
         let barred = [Some(policy.task.principal.as_str()), policy.task.requester.as_deref()];
         let asked = approval::ApprovalTerms { required: needs.required, barred, expires };

@@ -59,12 +59,12 @@ impl TaskState {
         let origin = opened.rollback.as_ref().map(|plan| plan.origin.as_str());
         let expected = opened.policy.task.rollback_of.as_ref().map(|of| note::origin(&of.uid));
         found.expect(LogRule::RollbackPlan, origin == expected.as_deref(), || {
-            format!("expected a plan to undo {expected:?}, found one for {origin:?}")
+            format!("expected a plan to roll back {expected:?}, found one for {origin:?}")
         });
         // Only a party with both logs can check that the plan is the one that follows from the other task's log.
         if let Some(undoing) = &self.rollback {
             found.expect(LogRule::RollbackPlan, opened.rollback.as_ref() == Some(&undoing.plan), || {
-                "expected the plan that the rollback began with, found another".to_owned()
+                "expected the rollback's first plan, found another".to_owned()
             });
         }
     }

@@ -116,7 +116,7 @@ impl TaskState {
         self.check_bounds(intent, found);
         let Intent { call, channel, target, reserved_tokens: tokens, reserved_cost_micros: cost, .. } = intent;
         found.expect(LogRule::CallReservation, *tokens >= 0 && *cost >= 0, || {
-            format!("expected a reservation of no less than 0, found {tokens} tokens and a cost of {cost}")
+            format!("expected a reservation of at least 0, found {tokens} tokens and a cost of {cost}")
         });
         found.expect(LogRule::CallUnique, !self.named.contains_key(&print(call)), || {
             format!("expected one intent of call {call}, found a second")
@@ -128,7 +128,7 @@ impl TaskState {
         found.expect(
             LogRule::CallAccess,
             is_tool || (intent.assessment.is_none() && intent.approvals.is_empty()),
-            || "expected an assessment and approvals of tool calls only, found one of another".to_owned(),
+            || "expected an assessment and approvals in tool calls only, found one in another call".to_owned(),
         );
         let Some(policy) = self.config() else { return };
         self.check_limits(intent, found);
@@ -143,14 +143,14 @@ impl TaskState {
         if let Some((first, definition)) = self.definition(target).zip(intent.definition.as_ref()) {
             found.expect(LogRule::CallDefinition, first == definition, || {
                 format!(
-                    "expected the definition {first} of {target}, by which the attempt called it first, found {definition}"
+                    "expected the definition {first} of {target}, as in the first call of the attempt, found {definition}"
                 )
             });
         }
         if let Some(assessment) = &intent.assessment {
             let (expected, seen) = (self.seen.as_str(), assessment.seen.as_str());
             found.expect(LogRule::DataSeen, assessment.seen == self.seen, || {
-                format!("expected {expected} data to have been seen, found {seen}")
+                format!("expected {expected} as the sensitivity of the data that the task has seen, found {seen}")
             });
         }
         self.check_approved(intent, found);
@@ -196,7 +196,7 @@ impl TaskState {
         let most = self.tool(tool).and_then(|tool| tool.limits.calls);
         let made = self.tools.get(tool).map_or(0, |used| used.calls);
         match most.filter(|most| made >= *most) {
-            Some(most) => Err(format!("the contract allows {most} calls over the task, and {made} are made")),
+            Some(most) => Err(format!("the contract allows {most} calls in the task, and {made} were made")),
             None => Ok(()),
         }
     }
@@ -233,7 +233,7 @@ impl TaskState {
         let given = self.approvals.usable(&intent.approvals, target, intent.request_digest.as_deref());
         let given = found.expect_ok(LogRule::ApprovalUsed, given).unwrap_or_default();
         let needs = |by: ApprovalSource| {
-            format!("expected a call of {target} to be approved on account of the {}, found none", by.as_str())
+            format!("expected a call of {target} with the approval that the {} requires, found none", by.as_str())
         };
         let tool = self.tool(target);
         let always = tool.and_then(|tool| tool.approval.as_ref()).is_some_and(|needs| needs.when.is_none());
@@ -362,18 +362,18 @@ impl TaskState {
         });
         let (tokens, cost) = (outcome.tokens, outcome.cost_micros);
         found.expect(LogRule::OutcomeAmount, tokens >= 0 && cost >= 0, || {
-            format!("expected no less than 0, found {tokens} tokens and a cost of {cost}")
+            format!("expected tokens and a cost of at least 0, found {tokens} tokens and a cost of {cost}")
         });
         let target = &call.target;
         let tool = self.tool(target);
         let floor = tool.filter(|_| outcome.given().is_some()).map(|tool| tool.data.result).unwrap_or_default();
         found.expect(LogRule::OutcomeData, outcome.sensitivity >= floor, || {
             let (expected, found) = (floor.as_str(), outcome.sensitivity.as_str());
-            format!("expected a result of {target} to be {expected} data at least, found {found}")
+            format!("expected the result of {target} to be at least {expected}, found {found}")
         });
         let undoable = self.rollback.is_none() && tool.is_some_and(|tool| tool.compensation().is_some());
         let holds = outcome.undone_by.is_none() || (undoable && outcome.effect == Effect::Applied);
-        found.expect(LogRule::OutcomeUndo, holds, || format!("expected no call that undoes {target}, found one"));
+        found.expect(LogRule::OutcomeUndo, holds, || format!("expected no compensation of {target}, found one"));
     }
 
     pub(super) fn apply_outcome(&mut self, record: &Record, outcome: &Outcome) {
@@ -439,9 +439,9 @@ impl TaskState {
     pub fn resolution(&self, resolved: &Resolved) -> Result<&Unknown, String> {
         let Resolved { call, effect, by } = resolved;
         let wrong =
-            |found: &str| format!("expected a read to tell what became of a call of unknown fate, found {found}");
+            |found: &str| format!("expected a read that resolves a call with an unknown outcome, found {found}");
         let unknown =
-            self.unknown.get(call).ok_or_else(|| wrong(&format!("call {call}, whose fate was not unknown")))?;
+            self.unknown.get(call).ok_or_else(|| wrong(&format!("call {call}, whose outcome was not unknown")))?;
         let reader = self.tool(&unknown.target).and_then(|tool| tool.verify.as_ref()).map(|read| &read.tool);
         // A read that did not succeed says nothing.
         let told = self.named.get(&print(by)).and_then(|seq| self.intent(*seq)).is_some_and(|read| {
@@ -451,7 +451,7 @@ impl TaskState {
                 && Some(&read.target) == reader
         });
         if !told || *effect == Effect::Unknown {
-            return Err(wrong(&format!("{by}, which is none by {reader:?} after it")));
+            return Err(wrong(&format!("{by}, which is not a later, applied call of {reader:?}")));
         }
         Ok(unknown)
     }

@@ -73,33 +73,33 @@ macro_rules! rules {
 }
 
 rules! {
-    /// A record is of a version that this Belay knows.
+    /// Belay knows the version of the record.
     RecordVersion = "record.version", "section 5", LogSegment, W | V;
-    /// A record's time is RFC 3339 in UTC to the millisecond, of a year from 1970 to 9998.
+    /// The time of a record is an RFC 3339 time in UTC to the millisecond, in a year from 1970 to 9998.
     RecordTime = "record.time", "section 5", LogSegment, W | V;
-    /// Every digest and commitment in a record is 64 hex digits.
+    /// Every digest and commitment in a record has 64 hex digits.
     RecordDigest = "record.digest", "section 5", LogSegment, H | W | V;
-    /// Nothing follows `task.closed`.
+    /// No record follows `task.closed`.
     AfterEnd = "task.after-end", "rule 1", LogSegment, H | W | V;
-    /// The gateway writes `task.closed` and nothing else; the harness writes everything else.
+    /// The gateway writes `task.closed`. The harness writes all other records.
     Writer = "record.writer", "rule 1", LogSegment, W | V;
-    /// The number of the attempt never goes down, and begins at 1.
+    /// The numbers of attempts start at 1 and never decrease.
     AttemptOrder = "attempt.order", "rule 2", IdentityAttempt, H | W | V;
-    /// The harness writes between `attempt.opened` and `attempt.closed` of its own attempt.
+    /// The harness writes only between `attempt.opened` and `attempt.closed` of its own attempt.
     AttemptOpen = "attempt.open", "rule 2", LogSegment, H | W | V;
-    /// An attempt that a limit has ended does not open again.
+    /// An attempt that a limit ended does not open again.
     AttemptOver = "attempt.over", "", LogSegment, H | W;
-    /// The attempt's key is a log key named after origin and attempt.
+    /// The key of an attempt is a log key. Its name has the origin and the attempt's number.
     AttemptKey = "attempt.key", "rule 3", LogSegment, H | W | V;
     /// The pod is contained when its attempt opens.
     AttemptContained = "attempt.contained", "rule 3", ContainmentLost, H | W | V;
-    /// The policy is the one of this log's task.
+    /// The policy belongs to the task of this log.
     AttemptTask = "attempt.task", "rule 3", LogSegment, H | W | V;
     /// The expressions and patterns of the policy's pack compile.
     AttemptPolicy = "attempt.policy", "after rule 17", LogSegment, V;
-    /// A rollback has the plan that it began with, for the task that it undoes; no other task has a plan.
+    /// All attempts of a rollback have the same plan, for the task that it rolls back. Other tasks have no plan.
     RollbackPlan = "rollback.plan", "rule 17", LogSegment, H | W | V;
-    /// The names in an intent, open calls and tools stay within the bounds of a reader's memory.
+    /// The length of names, the number of open calls and the number of tools are limited, because readers hold them in memory.
     CallBounds = "call.bounds", "", LogSegment, H | W;
     /// A reservation is not negative.
     CallReservation = "call.reservation", "rule 4", LogSegment, H | W | V;
@@ -113,55 +113,55 @@ rules! {
     LimitTokens = "limit.tokens", "rule 6", Tokens, H | W | V;
     /// Calls of a tool stay within its contract's `limits.calls`.
     LimitTool = "limit.tool", "rule 8", ToolLimitCalls, H | W | V;
-    /// An attempt calls a tool by one definition.
+    /// All calls of a tool in one attempt have the same definition.
     CallDefinition = "call.definition", "rule 9", ToolChanged, H | W | V;
     /// Reserved cost stays within `limits.costMicros`.
     LimitCost = "limit.cost", "rule 8", Cost, H | W | V;
-    /// No call follows once as many calls were refused as `limits.denials` says.
+    /// No call follows after the number of denials has reached `limits.denials`.
     LimitDenials = "limit.denials", "rule 8", Denials, H | W | V;
-    /// A tool call is of a tool of the policy, with an effect that contract and class allow, its definition and its bytes; a price is the policy's.
+    /// The tool of a call, its side effect, definition and size follow the policy. The cost of a model call follows the policy's prices.
     CallPolicy = "call.policy", "rules 6, 8, 9, 10", LogSegment, H | W | V;
-    /// A call has an idempotency key exactly if its contract makes one, and a key of all arguments is the one that they make.
+    /// A call has an idempotency key if, and only if, its contract has `idempotency`. A key of all arguments follows from their commitment.
     KeyMade = "key.made", "rule 11", LogSegment, H | W | V;
-    /// No other call has the key, but one that did nothing, is older than the window, or is repeated to an upstream that tells repeats.
+    /// No other call has the same key, except one that did nothing, is older than the window, or has an upstream that deduplicates.
     KeyFree = "key.free", "rule 11", ToolIdempotency, H | W | V;
-    /// A rollback makes the calls of its plan, each in time and once, and reads; nothing else undoes anything.
+    /// A rollback makes only reads and the compensations of its plan, each once and before its deadline. Other tasks make no compensations.
     RollbackCall = "rollback.call", "rule 17", ToolRollback, H | W | V;
-    /// The approvals of a call were given for this very call, and are in no other.
+    /// Each approval of a call was given for this exact call, and no other call uses it.
     ApprovalUsed = "approval.used", "rule 14", ToolApproval, H | W | V;
     /// Only tool calls have approvals and an assessment.
     CallAccess = "call.access", "rules 14, 16", LogSegment, H | W | V;
-    /// The assessment says which data the task has seen.
+    /// The assessment has the sensitivity of the data that the task has seen.
     DataSeen = "data.seen", "rule 15", LogSegment, H | W;
-    /// The pack lets the call pass by what its record says of data, rules and risk.
+    /// The pack allows the call, according to the data, the rules and the risk score in its record.
     CallAssessment = "call.assessment", "rules 15, 16", LogSegment, V;
-    /// A tool call has the approval that its contract asks for without a condition.
+    /// A tool call has the approval that its contract requires without a condition.
     ApprovalByContract = "approval.contract", "rule 14", ToolApproval, H | W | V;
-    /// A tool call has the approval that the pack asks for.
+    /// A tool call has the approval that the pack requires.
     ApprovalByPack = "approval.pack", "rules 14, 16", ToolApproval, V;
-    /// An outcome is of an open call of its attempt.
+    /// An outcome belongs to an open call of the same attempt.
     OutcomeOpen = "outcome.open", "rule 5", LogSegment, H | W | V;
-    /// An outcome has no negative tokens and no negative cost.
+    /// The tokens and the cost of an outcome are not negative.
     OutcomeAmount = "outcome.amount", "rule 4", LogSegment, H | W | V;
-    /// A result is at least as sensitive as its contract says.
+    /// A result is at least as sensitive as the contract says.
     OutcomeData = "outcome.data", "rule 15", LogSegment, H | W | V;
-    /// Only an applied call of a tool with a compensation, outside a rollback, names what undoes it.
+    /// An outcome names a compensation only if the call was applied, its tool has a compensation, and the task is not a rollback.
     OutcomeUndo = "outcome.undo", "rule 17", LogSegment, H | W | V;
-    /// A replayed result is that of the call that was made under the key.
+    /// A replayed result is the result of the call with the same key.
     Replayed = "call.replayed", "rule 12", LogSegment, H | W | V;
-    /// A call of unknown fate is resolved by a later, applied read of the tool that its contract names.
+    /// A later, applied read resolves a call with an unknown outcome. The tool of the read is the one that the contract names.
     Resolved = "call.resolved", "rules 5, 13", LogSegment, H | W | V;
-    /// A record of refusals counts one, or several without a digest.
+    /// A record of denials counts one call, or several calls without a digest.
     DenialCount = "denial.count", "section 5", LogSegment, H | W | V;
-    /// Only connections are ignored, by a policy that lists hosts to ignore.
+    /// Only connections are ignored, and only if the policy lists hosts to ignore.
     DenialIgnored = "denial.ignored", "rule 8", LogSegment, H | W | V;
-    /// An approval request is for one call, and a denial of it stays.
+    /// An approval request is for one call. A denied request stays denied.
     ApprovalRequest = "approval.request", "rule 14", LogSegment, H | W | V;
-    /// An approval expires at an RFC 3339 time in UTC.
+    /// The expiry of an approval request is an RFC 3339 time in UTC.
     ApprovalTime = "approval.time", "section 5", LogSegment, H | W | V;
-    /// An approval is one that the policy asks for, and its state follows from the votes.
+    /// The policy requires the approval, and its state follows from the approvers' decisions.
     ApprovalVotes = "approval.votes", "rule 14", LogSegment, H | W | V;
-    /// The counters follow from the events.
+    /// The counters follow from the records.
     Counters = "usage.count", "rule 4", LogSegment, W | V;
 }
 
@@ -177,14 +177,18 @@ impl LogRule {
 const HEAD: &str = "<!-- Generated by crdgen from src/evidence/state/rule.rs. Do not edit: change the rules and run `make generate`. -->
 # Rules of the log
 
-Whether a record may follow is decided by these rules, by what came before it. They are written once, in `src/evidence/state`, for three users: the
-**harness** asks before it writes a record, and refuses the call or ends the log; the **witness** asks before it signs a segment, and the first
-violation refuses the segment; the **verifier** asks afterwards, and every violation is a finding. *Format* says where
-[evidence-format.md](evidence-format.md) asks for the rule. A rule without such a place protects memory, or keeps an ended attempt closed.
+These rules decide whether a record may follow the records before it. `src/evidence/state` defines them once, for three users:
 
-A user without a mark does not ask: the harness fills version, time, writer and counters in itself; the witness records that containment was lost,
-and what followed, because it is worse lost than seen; what the pack says of a call is judged by harness and gateway before the call leaves, and by
-the verifier from the record.
+- The **harness** checks a record before it writes the record. A violation denies the call or ends the log.
+- The **witness** checks a segment before it signs the segment. The first violation rejects the segment.
+- The **verifier** checks the whole log. Every violation is a finding.
+
+*Format* names the part of [evidence-format.md](evidence-format.md) that requires the rule. A rule without such a part limits memory, or
+keeps an ended attempt closed.
+
+A user without a *yes* does not check the rule. The harness fills in version, time, writer and counters itself. The witness signs the record
+of a loss of containment and the records after it, so that the evidence has them. Harness and gateway evaluate the pack before the call
+leaves. The verifier evaluates the pack from the record.
 
 | Rule | What must hold | Format | Harness | Witness | Verifier |
 | --- | --- | --- | --- | --- | --- |

@@ -116,7 +116,8 @@ fn is_as_recorded(
     }
     let price = model.and_then(|model| price::of(&policy.models.prices, model));
     if price.is_none() && policy.limits.cost_micros.is_some() && !api.is_free() {
-        let reason = "expected a model that the pack has a price for, as the task's cost is limited, found another";
+        let reason =
+            "expected a model with a price in the pack, because the task has a cost limit; found another model";
         return Err(Refused::denied(Rule::ModelPrice, reason));
     }
     let Spent { cost_micros, .. } = Spent::of(bound, price);
@@ -128,7 +129,7 @@ fn is_enough(needed: i64, reserved: i64, unit: &str) -> Result<(), Refused> {
         return Ok(());
     }
     Err(missing(format!(
-        "expected an intent that sets {needed} {unit} aside for this request, found one of {reserved}"
+        "expected an intent that reserves {needed} {unit} for this request, found one that reserves {reserved}"
     )))
 }
 

@@ -140,7 +140,7 @@ impl Reviews {
             self.asked.with_label_values(&["throttled"]).inc();
             return Err(Refused::retry(
                 Rule::IdentityToken,
-                format!("{peer} presents new tokens faster than they can be checked; wait some seconds"),
+                format!("{peer} presents new tokens faster than the gateway can check them; wait some seconds"),
             ));
         }
         allowance.left -= 1.0;
@@ -167,7 +167,7 @@ impl Reviews {
     fn unavailable(&self, cause: &str) -> Refused {
         self.asked.with_label_values(&["failed"]).inc();
         tracing::warn!(cause, "a token cannot be reviewed");
-        Refused::retry(Rule::IdentityToken, "the API server cannot be asked about the token; try again")
+        Refused::retry(Rule::IdentityToken, "the API server cannot check the token; try again")
     }
 }
 

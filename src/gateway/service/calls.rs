@@ -211,7 +211,7 @@ impl Gateway {
             return Err(Refused::denied(
                 Rule::UpstreamCredential,
                 format!(
-                    "{found} replies to this pod's calls have repeated a credential: its calls are made with none any more"
+                    "{found} replies to this pod's calls have repeated a credential: its calls get no credentials any more"
                 ),
             ));
         }
@@ -220,8 +220,9 @@ impl Gateway {
         let secret = credential.secret.clone();
         let alarm: Alarm = Box::new(move || {
             repeated.fetch_add(1, Ordering::Relaxed);
-            let reason =
-                format!("a reply repeats the credential of Secret {secret}: replace it, and see to its upstream");
+            let reason = format!(
+                "a reply repeats the credential of Secret {secret}: replace the credential, and check its upstream"
+            );
             tracing::warn!(rule = Rule::UpstreamSecret.as_str(), reason, "withheld");
             gateway.incident(pod.as_ref(), peer, &Refused::denied(Rule::UpstreamSecret, reason));
         });

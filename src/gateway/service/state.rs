@@ -64,7 +64,10 @@ impl Gateway {
         let intent = self.parts.witness.intent(&compiled.place(), intent).await?;
         authorize::resolve_tool(&compiled, principal.attempt, &intent)?;
         if compiled.policy.task.rollback_of.is_some() {
-            return Err(Refused::denied(Rule::ToolRollback, "expected an agent's task: a rollback is not undone"));
+            return Err(Refused::denied(
+                Rule::ToolRollback,
+                "expected an agent's task, found a rollback: a rollback is not rolled back",
+            ));
         }
         let salt = self.parts.state.salt(&compiled.salt()).await?;
         authorize::are_intended(&intent, &salt, &arguments)?;
@@ -100,15 +103,17 @@ impl Gateway {
     ) -> Result<(Arc<Compiled>, Location), Refused> {
         principal.may_call()?;
         let compiled = self.parts.cluster.compiled(principal)?;
-        let state = of(&compiled)
-            .ok_or_else(|| Refused::denied(rule, "expected a state bucket in the pack, found none: nothing is kept"))?;
+        let state = of(&compiled).ok_or_else(|| {
+            Refused::denied(rule, "expected a state bucket in the pack, found none: the gateway stores nothing")
+        })?;
         Ok((compiled, state))
     }
 
     async fn text(&self, at: &Location, of: &wire::StateRef, rule: Rule) -> Result<String, Refused> {
-        let text = self.parts.state.kept(at, &of.call, &of.digest).await?.ok_or_else(|| {
-            Refused::denied(rule, format!("expected what belongs to {} in {at}, found nothing", of.call))
-        })?;
+        let text =
+            self.parts.state.kept(at, &of.call, &of.digest).await?.ok_or_else(|| {
+                Refused::denied(rule, format!("expected an object of {} in {at}, found none", of.call))
+            })?;
         String::from_utf8(text).map_err(|e| Refused::malformed(e.to_string()))
     }
 }

@@ -44,7 +44,7 @@ impl Gateway {
         let to = uri.authority().filter(|_| bare).ok_or_else(|| Refused::malformed("expected CONNECT host:port"))?;
         let to = authorize::authority(to.as_str(), None)?;
         if !to.fits(headers.get_all(HOST).iter().map(HeaderValue::as_bytes)) {
-            let reason = format!("expected Host to be {to}, as CONNECT asks for");
+            let reason = format!("expected Host to be {to}, as in CONNECT");
             return Err(Refused::denied(Rule::EgressHost, reason));
         }
         let tells = headers.contains_key(wire::OPENING) && tunnel::is_looked_at(&to);

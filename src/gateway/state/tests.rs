@@ -39,7 +39,7 @@ async fn a_call_is_undone_by_one_rollback_and_in_time() {
     }
     let refused = b.undo(&place(), &undoes("c7", None), &rollback("two"), nowhere).await.unwrap_err();
     assert_eq!(refused.rule, Rule::ToolRollback);
-    assert!(refused.reason.contains("r-one (UID one) has taken it and has not ended"), "{}", refused.reason);
+    assert!(refused.reason.contains("r-one (UID one) has started one and has not ended"), "{}", refused.reason);
 }
 
 /// Returns where the log of the task with this UID is stored.
@@ -102,7 +102,7 @@ async fn what_a_rollback_left_another_may_take() {
     b.undo(&of, &undoes("2"), &second, log).await.unwrap();
     a.undo(&of, &undoes("2"), &second, log).await.unwrap();
     let refused = b.undo(&of, &undoes("1"), &second, log).await.unwrap_err();
-    assert!(refused.reason.contains("may have undone it"), "{}", refused.reason);
+    assert!(refused.reason.contains("may have made the compensation"), "{}", refused.reason);
 }
 
 #[tokio::test]

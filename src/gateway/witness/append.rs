@@ -158,7 +158,8 @@ impl Witness {
                 None => None,
             };
             if plan.as_ref() != Some(&undoing.plan) {
-                let reason = "expected the plan that the other task's log makes, found another: open the log again";
+                let reason =
+                    "expected the plan that follows from the other task's log, found another: open the log again";
                 return Err(Refused::denied(Rule::ToolRollback, reason));
             }
         }

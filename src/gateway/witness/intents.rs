@@ -66,7 +66,7 @@ impl Witness {
             return refused(format!(
                 "the call {:?} was sent before: each call has an intent of its own{}",
                 intent.call,
-                if talks { ", and an MCP session no more messages than its own: open another" } else { "" }
+                if talks { ", and an MCP session has a limited number of messages: open another session" } else { "" }
             ));
         }
         sent.times += 1;
@@ -130,8 +130,7 @@ impl Witness {
         }
         let size = history.tree().size();
         if history.state().intent(seq).is_some_and(|intent| log.is_forked(intent.attempt)) {
-            let reason =
-                "records of this attempt that calls may have left by have lost their place: no call leaves any more";
+            let reason = "records that may have authorized calls of this attempt lost their place in the log: no call leaves any more";
             return Err(Refused::denied(Rule::LogFork, reason));
         }
         history.state().intent(seq).cloned().ok_or_else(|| {

@@ -181,7 +181,7 @@ impl Log {
         let sum = |of: fn(&Held) -> usize| state.held.iter().chain([&held]).map(of).sum::<usize>();
         let (records, bytes) = (sum(|held| held.segment.records.len()), sum(|held| held.bytes));
         if !state.held.is_empty() && (records > RECORDS || bytes > BYTES || state.held.len() >= SEGMENTS) {
-            let reason = "the bucket is slower than the records that come for it: wait until it has some of them";
+            let reason = "the bucket is slower than the new records: wait until it has stored some of them";
             return Err(Refused::retry(Rule::Busy, reason));
         }
         state.held.push_back(held);

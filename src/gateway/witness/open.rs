@@ -38,7 +38,7 @@ impl Witness {
             return Err(ended());
         }
         if let Some(rule) = history.state().terminated_by(principal.attempt) {
-            return Err(Refused::denied(rule, "the attempt has come to its end by this rule: it does not open again"));
+            return Err(Refused::denied(rule, "this rule ended the attempt: it does not open again"));
         }
         if history.state().attempt() > principal.attempt {
             return Err(superseded(principal.attempt, history.state().attempt()));

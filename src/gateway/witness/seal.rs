@@ -105,7 +105,7 @@ impl Witness {
         {
             Ok(_) => Ok(()),
             Err(PutError::Exists) => {
-                Err(broken(&key(&name), "expected what the records come to, found something else"))
+                Err(broken(&key(&name), "expected the content that follows from the records, found another"))
             }
             Err(PutError::Store(error)) => Err(self.failed(&error)),
         };

@@ -20,7 +20,8 @@ use crate::policy::{
 };
 
 /// The reason of a call that is not put in order though no rule denies it: the inputs of its evaluation have changed.
-pub(super) const CHANGED: &str = "what this call is judged by changes faster than it can be judged: make it again";
+pub(super) const CHANGED: &str =
+    "the state that this call depends on changes faster than Belay can evaluate it: make the call again";
 
 /// A compiled policy.
 pub struct Compiled {

@@ -24,7 +24,7 @@ pub enum EndedError {
     #[error("the upstream broke off its reply")]
     BrokeOff,
     /// The reply repeats the credential of its request.
-    #[error("the reply repeats the credential that the request was made with, and its rest is withheld")]
+    #[error("the reply repeats the credential of the request, and its rest is withheld")]
     Repeated,
     /// The gateway stopped reading the reply.
     #[error(
@@ -56,7 +56,7 @@ impl EndedError {
 
 /// Returns the denial of a reply that the gateway ended because of its content.
 pub fn withheld() -> Denial {
-    let reason = "the reply repeats the credential that the request was made with, and its rest is withheld; whether the call took effect is not known";
+    let reason = "the reply repeats the credential of the request, and its rest is withheld; it is unknown whether the call took effect";
     Denial { rule: Rule::UpstreamSecret, reason: reason.to_owned() }
 }
 

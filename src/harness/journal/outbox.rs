@@ -160,7 +160,7 @@ impl Journal {
                 Ok(false) => {}
                 Ok(true) => self.progress.send_modify(|progress| outbox.tell(progress)),
                 Err(error) => {
-                    tracing::warn!(%error, "the spool cannot be written; nothing leaves until it can");
+                    tracing::warn!(%error, "the spool cannot be written; no call leaves until it can");
                     due = Some(Instant::now() + ROOM);
                 }
             }
@@ -200,7 +200,7 @@ impl Journal {
                 Err(CallError::Refused(denial)) if denial.rule != Rule::Evidence => {
                     self.fail(Denial {
                         rule: Rule::Evidence,
-                        reason: format!("the witness refused the log: {}: {}", denial.rule, denial.reason),
+                        reason: format!("the witness rejected the log: {}: {}", denial.rule, denial.reason),
                     });
                     return;
                 }
@@ -239,7 +239,7 @@ pub async fn send_left(
         while let Err(error) = link.append(&request).await {
             match error {
                 CallError::Refused(denial) if denial.rule != Rule::Evidence => {
-                    tracing::error!(rule = %denial.rule, reason = denial.reason, "what was left is refused");
+                    tracing::error!(rule = %denial.rule, reason = denial.reason, "what was left is rejected");
                     return Err(denial);
                 }
                 error if started.elapsed() > STORE_PATIENCE => return Err(lost(error.to_string())),

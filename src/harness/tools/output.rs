@@ -87,7 +87,7 @@ fn check_output(
                 result.structured_content = Some(value);
                 misfit
             }
-            None => Some("it is no JSON, and the contract has an output schema".to_owned()),
+            None => Some("it is not JSON, and the contract has an output schema".to_owned()),
         }
     };
     let bytes = serde_json::to_vec(&result).unwrap_or_default();

@@ -249,7 +249,7 @@ impl Servers {
         }
         let Some(found) = found else {
             return Err(changed(format!(
-                "expected {} to list a tool {:?}, found none; have the contract `{}` name one that is there",
+                "expected {} to list a tool {:?}, found none; the contract `{}` must name a tool of that list",
                 mcp.url, mcp.tool, tool.contract
             )));
         };

@@ -28,7 +28,7 @@ impl Reconciliation<'_> {
         let phase = live.status.as_ref().and_then(|status| status.phase);
         let over = matches!(phase, Some(Phase::Succeeded | Phase::Failed));
         (!over).then(|| {
-            format!("expected task `{}` to have ended, found that it has not; this one begins after it", of.name)
+            format!("expected task `{}` to have ended, found that it has not; this task starts after its end", of.name)
         })
     }
 

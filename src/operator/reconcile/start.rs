@@ -122,8 +122,11 @@ impl Reconciliation<'_> {
         let error = match error {
             // The policy admits pods as they are planned. It rejected this pod as mutating admission had changed it.
             ApplyError::PodRefused(refusal) if refusal.message().contains(names::OWN_POLICY) => {
-                self.altered(attempt, vec![format!("the API server refuses what became of it ({})", refusal.message())])
-                    .await
+                self.altered(
+                    attempt,
+                    vec![format!("the API server rejects the pod after these changes ({})", refusal.message())],
+                )
+                .await
             }
             error => error,
         };

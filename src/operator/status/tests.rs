@@ -56,7 +56,7 @@ fn what_was_refused_is_said_of_an_agent_that_has_ended_well() {
         (Refusals::default(), "AgentSucceeded"),
         (
             Refusals { model: 12, egress: 1, ..Refusals::default() },
-            "AgentSucceeded; refused: 12 model calls, 1 connection",
+            "AgentSucceeded; denied: 12 model calls, 1 connection",
         ),
     ] {
         let story = story(&one, Some(true), Progress::Ended(&good, refused));

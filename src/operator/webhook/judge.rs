@@ -86,8 +86,8 @@ impl Judge {
                 Err(finding) => Verdict::Denied(vec![finding]),
             },
             other => Verdict::Warned(vec![format!(
-                "expected an AgentTask, ToolContract or PolicyPack, found {other}, of which Belay's webhook knows nothing; leave it \
-                 out of the webhook's rules"
+                "expected an AgentTask, ToolContract or PolicyPack, found {other}, which Belay's webhook does not check; remove it \
+                 from the webhook's rules"
             )]),
         }
     }
@@ -96,7 +96,7 @@ impl Judge {
         // An empty cache says nothing about the cluster.
         let stores = self.stores.borrow().clone();
         if !matches!(stores.references_ready().now_or_never(), Some(Ok(()))) {
-            let why = "the webhook does not know all contracts and packs yet, so that the task was not judged: see its status";
+            let why = "the webhook does not know all contracts and packs yet, so it did not check the task: see the task's status";
             return Verdict::Warned(vec![why.to_owned()]);
         }
         let resolved = Resolved::of(task, &stores);

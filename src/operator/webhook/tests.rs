@@ -194,7 +194,7 @@ fn what_is_in_order_is_created_and_changed(#[case] object: Value, #[case] cache:
 )]
 #[case::cel_types(
     with(contract(), "/spec/preconditions/0/cel", json!("args.titel == 'x'")),
-    &["spec.preconditions[0].cel: expected an expression that can be `true`, found `titel`, which is not there; there is `title` \
+    &["spec.preconditions[0].cel: expected an expression that can be `true`, found `titel`, which does not exist; there is `title` \
        (precondition `few`); correct the expression: as it is, it denies every call"]
 )]
 #[case::two_things(
@@ -207,7 +207,7 @@ fn what_is_in_order_is_created_and_changed(#[case] object: Value, #[case] cache:
 )]
 #[case::pack_selector(
     with(pack(), "/spec/namespaceSelector", json!({ "matchExpressions": [{ "key": "a", "operator": "Near" }] })),
-    &["spec.namespaceSelector: expected a label selector that can be read, found "]
+    &["spec.namespaceSelector: expected a valid label selector, found "]
 )]
 #[case::pack_quantity(
     with(pack(), "/spec/workflowClasses/0/resources/cpu", json!("fast")),
@@ -219,8 +219,8 @@ fn what_is_in_order_is_created_and_changed(#[case] object: Value, #[case] cache:
 )]
 #[case::ceiling(
     with(task(), "/spec/limits/toolCalls", json!(101)),
-    &["spec.limits.toolCalls: expected 0 to 100, the ceiling of class `incident`, found 101; ask for less, or have the class's \
-       ceiling raised in the pack"]
+    &["spec.limits.toolCalls: expected 0 to 100, the limit of class `incident`, found 101; correct it, or have the class's limit \
+       raised in the pack"]
 )]
 #[case::class(
     with(task(), "/spec/workflowClass", json!("inciden")),
@@ -252,9 +252,9 @@ fn what_is_wrong_is_denied_with_every_finding(#[case] object: Value, #[case] exp
 
 #[rstest::rstest]
 #[case::contracts(Cache::NoContracts, &[
-    "spec.tools[0]: expected the name of a ToolContract in namespace `team-a`, found `tickets`, which is not there; apply that \
+    "spec.tools[0]: expected the name of a ToolContract in namespace `team-a`, found `tickets`, which does not exist; apply that \
      ToolContract, or drop the tool",
-    "spec.tools[1]: expected the name of a ToolContract in namespace `team-a`, found `read-log`, which is not there; apply that \
+    "spec.tools[1]: expected the name of a ToolContract in namespace `team-a`, found `read-log`, which does not exist; apply that \
      ToolContract, or drop the tool",
 ])]
 #[case::pack(Cache::NoPack, &[
@@ -266,7 +266,7 @@ fn what_is_wrong_is_denied_with_every_finding(#[case] object: Value, #[case] exp
      namespaceSelectors so that one of them remains",
 ])]
 #[case::everything(Cache::Filling, &[
-    "the webhook does not know all contracts and packs yet, so that the task was not judged: see its status",
+    "the webhook does not know all contracts and packs yet, so it did not check the task: see the task's status",
 ])]
 fn a_task_whose_parts_may_still_come_is_allowed_with_a_warning(#[case] cache: Cache, #[case] expected: &[&str]) {
     for task in [task(), with(task(), "/spec/limits/toolCalls", json!(101))] {
@@ -300,10 +300,7 @@ fn no_task_runs_beside_the_operator() {
     let metrics = Metrics::new(&Registry::new()).unwrap();
     let judge = Judge::new(watch::channel(stores(Cache::Whole)).1, "team-a".to_owned(), metrics);
     let found = denied(verdict_of(&judge, "CREATE", task(), Value::Null));
-    assert!(
-        found[0].starts_with("metadata.namespace: expected a namespace of the tasks' own, found `team-a`"),
-        "{found:?}"
-    );
+    assert!(found[0].starts_with("metadata.namespace: expected a namespace for tasks, found `team-a`"), "{found:?}");
 }
 
 #[rstest::rstest]
@@ -355,7 +352,7 @@ fn answers_are_reviews() {
     let missing = with(task(), "/spec/tools/0", json!("ticket"));
     let missing = answer(review("CREATE", missing, Value::Null).to_string().as_bytes()).unwrap();
     assert_eq!(missing["response"]["allowed"], true);
-    assert!(missing["response"]["warnings"][0].as_str().unwrap().contains("`ticket`, which is not there"));
+    assert!(missing["response"]["warnings"][0].as_str().unwrap().contains("`ticket`, which does not exist"));
 }
 
 #[test]

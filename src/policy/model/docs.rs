@@ -19,7 +19,7 @@ change it. Belay forwards what the agent wrote byte for byte, except for the mem
 
 **Tools that the agent runs pass**, whoever defined them (`bash_*`, `text_editor_*`, `computer_*`, `local_shell`, `apply_patch`, functions). Belay denies what
 makes the **provider** fetch, run, remember or call something on its own, unless the pack allows it by name: in `spec.models.allow` for all endpoints, or in
-`spec.models.endpoints[].allow` for one. Nobody can tell beforehand what this costs beyond the prompt and the output limit. Belay charges it when the provider
+`spec.models.endpoints[].allow` for one. Its cost beyond the prompt and the output limit is not known in advance. Belay charges it when the provider
 reports it. The intent in the evidence then has the rule `model.allowed`.
 
 **A URL that a provider fetches is traffic of the agent.** It passes if the class lists its host and port with the use `Direct`, or if it is a `data:` URL. If that host
@@ -31,7 +31,7 @@ stay denied.
 **Replies that a provider stores.** The Responses API stores a reply for a month unless the request says `store: false`. No request through Belay can read it
 again: `previous_response_id`, `conversation` and references to items are denied, and the agent has no key to read it with. So Belay leaves `store` as the agent wrote
 it. Some client libraries refer to stored items by themselves. They have a switch for it, such as `providerOptions.openai.store: false` in Vercel's AI SDK. With
-`spec.models.storeReplies: Never`, Belay sets `store: false` in each request. In a chat completion, `store: true` keeps the call for others to look at, and needs
+`spec.models.storeReplies: Never`, Belay sets `store: false` in each request. In a chat completion, `store: true` stores the call so that others can read it, and needs
 `stored`.
 
 **Endpoints.** `spec.models.openai` and `spec.models.anthropic` are base URLs as the providers write them. `spec.models.endpoints` has base URLs for some models. The

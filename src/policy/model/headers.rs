@@ -40,7 +40,7 @@ pub static REQUEST: &[Listed] = &[
     listed("x-client-request-id x-request-id", "the call's name in the provider's logs"),
     listed(
         "originator version session_id session-id conversation_id x-codex-* x-app x-title http-referer",
-        "which program asks, and in which of its sessions",
+        "the client program, and its session",
     ),
 ];
 
@@ -51,7 +51,7 @@ pub static REPLY: &[Listed] = &[
     listed("request-id x-request-id x-client-request-id", "the call's name in the provider's logs"),
     listed(
         "openai-* anthropic-* x-ratelimit-* ratelimit-*",
-        "the provider's own: which model answered, how long it took, what is left of its limits",
+        "the provider's own: the model, the time, and the rest of its limits",
     ),
     listed("server-timing", "how long it took"),
     listed("belay-rule", "Belay's own: the rule of a denial"),
@@ -85,12 +85,12 @@ pub static BETAS: &[Row] = &[
     beta("code-execution-* skills-*", Named(CodeExecution, "the provider runs code")),
     beta("files-api-*", Named(Files, "the provider reads files that it stores")),
     beta("tool-search-tool-*", Named(ToolSearch, "the provider searches the tools")),
-    beta("advisor-tool-*", Named(Advisor, "the provider asks another model")),
+    beta("advisor-tool-*", Named(Advisor, "the provider calls another model")),
     beta("server-side-fallback-* fallback-credit-*", Named(Fallbacks, "another model answers")),
     beta("compact-*", Named(Compaction, "the provider shortens the conversation")),
     beta(
         "message-threads-* cache-diagnosis-* agent-memory-*",
-        Named(Stored, "the provider continues from what it stored"),
+        Named(Stored, "the provider continues from calls that it stored"),
     ),
     beta(
         "user-profiles-* managed-agents-* dreaming-* spend-limit-reads-* telemetry-destinations-* webhooks-* admin-* analytics-* \

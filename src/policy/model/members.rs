@@ -97,7 +97,7 @@ impl Walk<'_> {
         let lower = name.to_ascii_lowercase();
         let found = requests::MODELS.iter().find(|(pattern, _)| is_like(pattern, &lower));
         let Some((_, capability)) = found else { return Ok(()) };
-        let why = "this model does more than answer, whatever it is asked; ask another";
+        let why = "this model does more than answer, whatever the request contains; use another model";
         self.named(*capability, why, name, &Place::Member(&Place::Root, "model"))
     }
 
@@ -120,7 +120,7 @@ impl Walk<'_> {
         match fate {
             Fate::Passes(of) | Fate::Bounded(of, _) => self.value(of, value, name, at),
             Fate::Refused(_) | Fate::Named(..) if says_nothing(value) => Ok(()),
-            Fate::Refused(why) => Err(Unbounded(format!("{} is refused: {why}", quoted(name, at)))),
+            Fate::Refused(why) => Err(Unbounded(format!("{} is denied: {why}", quoted(name, at)))),
             Fate::Named(capability, why) => self.named(*capability, why, name, at),
         }
     }
@@ -131,7 +131,7 @@ impl Walk<'_> {
             return Ok(());
         }
         Err(Unbounded(format!(
-            "{} is refused: {why}; or have whoever owns the policy pack allow it by name (spec.models.allow: [{}])",
+            "{} is denied: {why}; or have the owner of the PolicyPack allow it by name (spec.models.allow: [{}])",
             quoted(name, at),
             capability.as_str()
         )))
@@ -144,8 +144,8 @@ impl Walk<'_> {
                 Ok(())
             }
             UnknownMembers::Refuse => Err(Unbounded(format!(
-                "{} is unknown: expected a member that Belay knows of {}, see docs/model-requests.md; leave it out, or have whoever owns the \
-                 policy pack let unknown members pass (spec.models.unknownMembers: Pass)",
+                "{} is unknown: expected a member of {} that Belay knows, see docs/model-requests.md; leave it out, or have the owner of \
+                 the PolicyPack let unknown members pass (spec.models.unknownMembers: Pass)",
                 quoted_in(name, at),
                 shape.is
             ))),
@@ -196,8 +196,8 @@ impl Walk<'_> {
     ) -> Result<(), Unbounded> {
         let unknown = |found: &str| {
             Unbounded(format!(
-                "{} is unknown: expected {} of a type that Belay knows, see docs/model-requests.md; offer what it does as a function or a tool of \
-                 a contract",
+                "{} is unknown: expected {} of a type that Belay knows, see docs/model-requests.md; offer it as a function or as a tool of a \
+                 contract",
                 quoted(found, at),
                 kinds.are
             ))
@@ -214,7 +214,7 @@ impl Walk<'_> {
                     None => Err(unknown("(no type)")),
                 }
             }
-            Some(_) => Err(unknown("(a type that is no text)")),
+            Some(_) => Err(unknown("(a type that is not text)")),
         }
     }
 
@@ -226,8 +226,8 @@ impl Walk<'_> {
         }
         let refused = |reason: String| {
             Unbounded(format!(
-                "the URL at {at} is refused: the provider would fetch it for the agent, and {reason}; send what is there in the request, as a \
-                 data: URL or base64, or have whoever owns the policy pack list the host in the class's egress for `Direct`"
+                "the URL at {at} is denied: the provider would fetch it for the agent, and {reason}; send the content in the request, as a \
+                 data: URL or base64, or have the owner of the PolicyPack list the host in the class's egress for `Direct`"
             ))
         };
         let to = authority(url).map_err(&refused)?;
@@ -260,7 +260,7 @@ impl Of {
             Self::Inline => "a text".to_owned(),
             Self::Object(shape) => format!("{} (an object)", shape.is),
             Self::Kinds(kinds) => format!("{} (an object with a type)", kinds.are),
-            Self::List(each) => format!("a list, of which each is {}", each.in_words()),
+            Self::List(each) => format!("a list in which each item is {}", each.in_words()),
             Self::Either(forms) => forms.iter().map(Self::in_words).collect::<Vec<_>>().join("; or "),
         }
     }
@@ -301,7 +301,7 @@ fn misformed(of: &Of, value: &Value, name: &str, at: &Place<'_>) -> Unbounded {
         Value::Array(_) => "a list",
         Value::Object(_) => "an object",
     };
-    Unbounded(format!("{} is misformed: expected {}, found {found}", quoted(name, at), of.in_words()))
+    Unbounded(format!("{} is malformed: expected {}, found {found}", quoted(name, at), of.in_words()))
 }
 
 /// Returns whether a member is as good as absent. An empty object is not, because it may ask for something with its defaults.
@@ -333,11 +333,12 @@ fn authority(url: &str) -> Result<Authority, String> {
         let start = url.get(..scheme.len()).filter(|start| start.eq_ignore_ascii_case(scheme))?;
         Some((url.get(start.len()..)?, port))
     };
-    let (rest, port) =
-        of_scheme("https://", 443).or_else(|| of_scheme("http://", 80)).ok_or("it is no http, https or data URL")?;
+    let (rest, port) = of_scheme("https://", 443)
+        .or_else(|| of_scheme("http://", 80))
+        .ok_or("it is not an http, https or data URL")?;
     // Some parsers drop such characters, or take one for another.
     if url.chars().any(|letter| letter.is_whitespace() || letter.is_control() || letter == '\\') {
-        return Err("it has spaces, control characters or backslashes, which are read in several ways".to_owned());
+        return Err("it has spaces, control characters or backslashes, which parsers read in different ways".to_owned());
     }
     let end = rest.find(['/', '?', '#']).unwrap_or(rest.len());
     let host = rest.get(..end).unwrap_or_default();

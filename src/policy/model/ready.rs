@@ -28,7 +28,9 @@ pub fn bound(api: Api, body: &Map<String, Value>, model: &Model, pack: Pack<'_>)
     let Bounded { reserved, set, .. } = request::bound(api, body, model, pack, prompt, UNLIMITED)?;
     match set.iter().find(|(name, value)| body.get(*name) != Some(value)) {
         None => Ok(reserved.bound),
-        Some((name, _)) => Err(Unbounded(format!("expected a request that names `{name}`, found none, or another"))),
+        Some((name, _)) => Err(Unbounded(format!(
+            "expected a request with the value of `{name}` that the harness sets, found another value or none"
+        ))),
     }
 }
 

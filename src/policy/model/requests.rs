@@ -55,15 +55,16 @@ mod why {
         "the provider would make pictures, which no limit of tokens bounds; offer it as a tool of a contract";
     pub const MCP: &str = "the provider would call its tools, without their contracts; use BELAY_MCP_URL";
     pub const CONVERSATION: &str = "the provider stores its prompt; send the whole conversation";
-    pub const STORE: &str = "the provider would keep the call for others to look at; leave it out";
+    pub const STORE: &str = "the provider would store the call, and others could read it; leave it out";
     pub const BACKGROUND: &str = "its reply would not pass through Belay; wait for the reply instead";
     pub const COMPACT: &str =
         "the provider would shorten the conversation with calls that no limit here bounds; shorten it in the agent";
     pub const TOOLS: &str = "the provider would search the tools in steps that no limit here bounds; offer fewer tools";
-    pub const OTHER_MODEL: &str = "another model could answer, at another price; ask one model";
-    pub const ADVICE: &str = "the provider would ask another model, at another price; ask it in a call of its own";
+    pub const OTHER_MODEL: &str = "another model could answer, at another price; name one model";
+    pub const ADVICE: &str =
+        "the provider would call another model, at another price; call that model in a call of its own";
     pub const SOURCES: &str =
-        "the provider would read from what it is connected to; offer that as a tool of a contract";
+        "the provider would read from sources that it is connected to; offer them as a tool of a contract";
 }
 
 /// Says how long the provider may reuse its work on the start of the prompt. The provider reads the same prompt.
@@ -145,7 +146,7 @@ static TOOL_CHOICES: [Of; 2] = [Object(&TOOL_CHOICE), Plain];
 // ---- Chat completions ----
 
 static IMAGE_URL: Shape = shape("a picture", &[plain("detail format"), row("url", Passes(Url))]);
-static VIDEO_URL: Shape = shape("a film or a sound", &[row("url", Passes(Url))]);
+static VIDEO_URL: Shape = shape("a video or a sound", &[row("url", Passes(Url))]);
 static INPUT_AUDIO: Shape = shape("a sound", &[plain("format"), row("data", Passes(Inline))]);
 static CHAT_FILE: Shape = shape(
     "a file",
@@ -293,7 +294,7 @@ pub static CHAT_COMPLETIONS: Shape = shape(
         ),
         row(
             "best_of num_return_sequences num_generations use_beam_search",
-            Refused("several replies would be made and charged, and one shown; ask for `n`"),
+            Refused("the model would make and charge several replies, and show one; use `n`"),
         ),
         row(
             "search_parameters enable_search search_options search_settings search_mode search_domain_filter search_recency_filter include_domains exclude_domains web_search return_images return_related_questions",
@@ -337,7 +338,7 @@ static RESPONSE_MESSAGE: Shape = shape(
     "a message",
     &[plain("type role id status phase name"), OF_CODEX, row("content", Passes(Either(&RESPONSE_CONTENT)))],
 );
-static CALLER: Shape = shape("who called", &[plain("type caller_id")]);
+static CALLER: Shape = shape("the caller of a tool", &[plain("type caller_id")]);
 static RESPONSE_CALL: Shape = shape(
     "a call of a tool that the agent runs",
     &[
@@ -349,7 +350,7 @@ static RESPONSE_CALL: Shape = shape(
 );
 static SAFETY_CHECK: Shape = shape("a safety check", &[plain("id code message")]);
 static COMPUTER_CALL: Shape = shape(
-    "what is to be done with a computer",
+    "a call of a computer",
     &[
         plain("type id call_id status"),
         row("pending_safety_checks", Passes(List(&Object(&SAFETY_CHECK)))),
@@ -357,7 +358,7 @@ static COMPUTER_CALL: Shape = shape(
     ],
 );
 static CALL_ACTION: Shape = shape(
-    "what a shell is to do, or a patch",
+    "a call of a shell, or a patch",
     &[
         plain("type id call_id status created_by"),
         data("action operation"),
@@ -366,7 +367,7 @@ static CALL_ACTION: Shape = shape(
     ],
 );
 static CALL_OUTPUT: Shape = shape(
-    "what came of a call",
+    "the output of a call",
     &[
         plain("type id call_id status name namespace created_by"),
         OF_CODEX,
@@ -375,7 +376,7 @@ static CALL_OUTPUT: Shape = shape(
     ],
 );
 static SHELL_OUTPUT: Shape = shape(
-    "what came of a shell's commands",
+    "the output of a shell",
     &[
         plain("type id call_id status max_output_length created_by"),
         data("output"),
@@ -387,7 +388,7 @@ static SCREENSHOT: Shape = shape(
     &[plain("type detail"), row("image_url", Passes(Url)), row("file_id", Named(Files, why::FILE))],
 );
 static COMPUTER_OUTPUT: Shape = shape(
-    "what a computer shows",
+    "the output of a computer",
     &[
         plain("type id call_id status created_by"),
         row("output", Passes(Object(&SCREENSHOT))),
@@ -395,7 +396,7 @@ static COMPUTER_OUTPUT: Shape = shape(
     ],
 );
 static REASONING_ITEM: Shape = shape(
-    "what the model thought",
+    "the model's reasoning",
     &[
         plain("type id status encrypted_content"),
         OF_CODEX,
@@ -496,14 +497,14 @@ pub static RESPONSES: Shape = shape(
             "max_tokens max_completion_tokens max_new_tokens n_predict num_predict",
             Refused("it can be a different output limit than the one that Belay reserves; write max_output_tokens"),
         ),
-        row("n best_of", Refused("several replies would be made and charged; ask for one at a time")),
+        row("n best_of", Refused("the model would make and charge several replies; request one at a time")),
     ],
 );
 
 // ---- Messages ----
 
 static SOURCE: Shape = shape(
-    "where something is from",
+    "the data of a source",
     &[
         plain("type media_type data"),
         row("url", Passes(Url)),
@@ -529,9 +530,9 @@ static MESSAGE_BLOCK: Shape = shape(
     ],
 );
 static CHANGED_TOOL: Shape =
-    shape("a tool that comes or goes", &[plain("type name"), row("definition", Passes(Of::Kinds(&MESSAGE_TOOLS)))]);
+    shape("a tool to add or to remove", &[plain("type name"), row("definition", Passes(Of::Kinds(&MESSAGE_TOOLS)))]);
 static CHANGED_TOOLS: Kinds = kinds(
-    "a tool that comes or goes",
+    "a tool to add or to remove",
     &[
         row("tool_reference tool_definition", Passes(Object(&CHANGED_TOOL))),
         row("mcp_tool_reference mcp_toolset_reference", Named(Mcp, why::MCP)),
@@ -565,10 +566,12 @@ static MESSAGE_BLOCKS: Kinds = kinds(
     ],
 );
 /// What the provider did in an earlier reply. The provider does not repeat it.
-static SERVER_TOOL_USE: Shape =
-    shape("what a provider did", &[plain("type id name"), data("input caller"), row(CACHED, Passes(Object(&CACHE)))]);
+static SERVER_TOOL_USE: Shape = shape(
+    "a call that the provider made",
+    &[plain("type id name"), data("input caller"), row(CACHED, Passes(Object(&CACHE)))],
+);
 static MESSAGE_CONTENT: [Of; 2] = [List(&Of::Kinds(&MESSAGE_BLOCKS)), Plain];
-static EFFORT: Shape = shape("a wish for effort", &[plain("effort")]);
+static EFFORT: Shape = shape("an effort setting", &[plain("effort")]);
 static MESSAGE: Shape = shape(
     "a message",
     &[
@@ -605,13 +608,11 @@ static OUTPUT: Shape = shape(
     "options of the reply's text",
     &[plain("effort"), row("format", Passes(Object(&FORMAT))), row("task_budget", Passes(Object(&BUDGET)))],
 );
-static BINDING: Shape = shape("what thoughts are bound to", &[plain("prefix_mismatch_behavior")]);
-static THINKING: Shape = shape(
-    "a wish for thinking",
-    &[plain("type budget_tokens display"), row("block_binding", Passes(Object(&BINDING)))],
-);
+static BINDING: Shape = shape("a binding of thinking", &[plain("prefix_mismatch_behavior")]);
+static THINKING: Shape =
+    shape("a thinking setting", &[plain("type budget_tokens display"), row("block_binding", Passes(Object(&BINDING)))]);
 static CLEARED: Shape = shape(
-    "what is left out of the conversation",
+    "a rule to clear parts of the conversation",
     &[plain("type clear_tool_inputs exclude_tools"), data("clear_at_least keep trigger")],
 );
 static EDITS: Kinds = kinds(
@@ -623,7 +624,7 @@ static EDITS: Kinds = kinds(
 );
 static CONTEXT: Shape = shape("changes of the conversation", &[row("edits", Passes(List(&Of::Kinds(&EDITS))))]);
 static LAST_MESSAGE: Shape =
-    shape("a wish for diagnostics", &[row("previous_message_id", Named(Stored, why::CONVERSATION))]);
+    shape("a diagnostics setting", &[row("previous_message_id", Named(Stored, why::CONVERSATION))]);
 
 /// `POST /messages`, and `POST /messages/count_tokens`, which counts the prompt of such a request.
 pub static MESSAGES: Shape = shape(
@@ -674,8 +675,8 @@ pub static EMBEDDINGS: Shape = shape(
 );
 
 static MODERATED: Shape =
-    shape("what is moderated", &[plain("type text"), row("image_url", Passes(Object(&IMAGE_URL)))]);
-static MODERATED_PARTS: Kinds = kinds("what is moderated", &[row("text image_url", Passes(Object(&MODERATED)))]);
+    shape("an input for moderation", &[plain("type text"), row("image_url", Passes(Object(&IMAGE_URL)))]);
+static MODERATED_PARTS: Kinds = kinds("an input for moderation", &[row("text image_url", Passes(Object(&MODERATED)))]);
 
 /// `POST /moderations`.
 pub static MODERATIONS: Shape = shape(

@@ -33,7 +33,7 @@ macro_rules! capabilities {
 }
 
 capabilities! {
-    Advisor = "advisor": "It asks another model.",
+    Advisor = "advisor": "It calls another model.",
     Background = "background": "It continues after it has answered the call, and its later reply does not pass through Belay.",
     CodeExecution = "code_execution": "It runs code in a container of its own.",
     Compaction = "compaction": "It shortens the conversation with a model, and stores the result in a form that only it can read.",
@@ -44,7 +44,7 @@ capabilities! {
     HostedShell = "hosted_shell": "It runs a shell in a container of its own.",
     ImageGeneration = "image_generation": "It makes pictures.",
     Mcp = "mcp": "It calls MCP servers and connectors, without any contract.",
-    Stored = "stored": "It continues from what it stored of earlier calls, or stores this call for others than its caller.",
+    Stored = "stored": "It continues from earlier calls that it stored, or stores this call so that others can read it.",
     ToolSearch = "tool_search": "It searches the tools of the request in steps of its own.",
     WebFetch = "web_fetch": "It fetches pages.",
     WebSearch = "web_search": "It searches the web.",

@@ -105,7 +105,7 @@ fn what_does_not_fit_is_named_and_not_repeated() {
 )]
 #[case(json!({"unevaluatedProperties": false}), json!({"c": 1}), "", r#"found "c", expected no arguments: leave it out"#)]
 #[case(json!({"properties": {"a": false}}), json!({"a": "x"}), "/a", "expected nothing, found text: leave it out")]
-#[case(json!({"not": {"required": ["a"]}}), json!({"a": 1}), "", "expected a value that is not as the schema says under `not`, found one that is")]
+#[case(json!({"not": {"required": ["a"]}}), json!({"a": 1}), "", "expected a value that does not match the schema under `not`, found one that does")]
 #[case(json!({"propertyNames": false}), json!({"a": 1}), "", r#"found "a", expected no arguments: leave it out"#)]
 #[case(json!({"propertyNames": {"maxLength": 1}}), json!({"ab": 1}), "", "of the name of a member: expected text of at most 1 character, found more")]
 #[case(json!({"required": ["a"]}), json!({}), "", r#"expected the argument "a", found none"#)]
@@ -120,16 +120,16 @@ fn what_does_not_fit_is_named_and_not_repeated() {
     json!({"oneOf": [{"properties": {"a": {"type": "string"}}}, {"required": ["b"]}]}), json!({"a": 7}), "",
     r#"expected one of 2 forms, found none of them; form 1: at /a: expected text, found a number; form 2: expected the argument "b", found none"#
 )]
-#[case(json!({"properties": {"n": {"oneOf": [{"minimum": 1}, {"minimum": 2}]}}}), json!({"n": 7}), "/n", "expected a value of exactly one of the forms that the contract has for it, found one of several")]
+#[case(json!({"properties": {"n": {"oneOf": [{"minimum": 1}, {"minimum": 2}]}}}), json!({"n": 7}), "/n", "expected a value that matches exactly one form of the contract, found one that matches several")]
 #[case(json!({"properties": {"s": {"enum": ["low", "high"]}}}), json!({"s": "x"}), "/s", r#"expected one of "low", "high", found other text"#)]
 #[case(json!({"properties": {"s": {"const": 5}}}), json!({"s": "x"}), "/s", "expected 5, found another value")]
 #[case(json!({"properties": {"s": {"pattern": "^a+$"}}}), json!({"s": "x"}), "/s", "expected text that matches `^a+$`, found text that does not")]
-#[case(json!({"properties": {"s": {"format": "uuid"}}}), json!({"s": "x"}), "/s", "expected text that is a valid `uuid`, found text that is none")]
+#[case(json!({"properties": {"s": {"format": "uuid"}}}), json!({"s": "x"}), "/s", "expected text that is a valid `uuid`, found text that is not")]
 #[case(json!({"properties": {"s": {"maxLength": 3}}}), json!({"s": "abcd"}), "/s", "expected text of at most 3 characters, found more")]
 #[case(json!({"properties": {"n": {"exclusiveMinimum": 3}}}), json!({"n": 3}), "/n", "expected a number above 3, found none such")]
-#[case(json!({"properties": {"l": {"uniqueItems": true}}}), json!({"l": [1, 1]}), "/l", "expected a list in which each item is there once, found one twice")]
+#[case(json!({"properties": {"l": {"uniqueItems": true}}}), json!({"l": [1, 1]}), "/l", "expected a list without duplicates, found an item twice")]
 #[case(json!({"properties": {"l": {"prefixItems": [true], "items": false}}}), json!({"l": [1, 1]}), "/l/1", "expected nothing, found a number: leave it out")]
-#[case(json!({"properties": {"l": {"contains": {"const": 1}}}}), json!({"l": [2]}), "/l", "expected a list with as many items of the kind that the schema says under `contains`, found fewer or more")]
+#[case(json!({"properties": {"l": {"contains": {"const": 1}}}}), json!({"l": [2]}), "/l", "expected as many items that match `contains` as the schema says, found fewer or more")]
 fn a_misfit_is_told_in_words(#[case] schema: Value, #[case] value: Value, #[case] at: &str, #[case] expected: &str) {
     let Err(Misfit::At { instance, words, .. }) = Shape::compile(&schema).unwrap().check(&value) else { panic!() };
     assert_eq!((instance.as_str(), words.as_str()), (at, expected));

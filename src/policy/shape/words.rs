@@ -51,11 +51,11 @@ fn within(error: &ValidationError<'_>, schema: &Value, whole: &Value, depth: usi
         }
         Kind::Constant { expected_value } => format!("expected {expected_value}, found another value"),
         Kind::Pattern { pattern } => format!("expected text that matches `{pattern}`, found text that does not"),
-        Kind::Format { format } => format!("expected text that is a valid `{format}`, found text that is none"),
+        Kind::Format { format } => format!("expected text that is a valid `{format}`, found text that is not"),
         Kind::Minimum { limit } => format!("expected a number of at least {limit}, found a smaller one"),
         Kind::Maximum { limit } => format!("expected a number of at most {limit}, found a larger one"),
-        Kind::ExclusiveMinimum { limit } => format!("expected a number above {limit}, found none such"),
-        Kind::ExclusiveMaximum { limit } => format!("expected a number below {limit}, found none such"),
+        Kind::ExclusiveMinimum { limit } => format!("expected a number above {limit}, found a number that is not"),
+        Kind::ExclusiveMaximum { limit } => format!("expected a number below {limit}, found a number that is not"),
         Kind::MultipleOf { multiple_of } => format!("expected a multiple of {multiple_of}, found another number"),
         Kind::MinLength { limit } => format!("expected text of at least {}, found less", counted(*limit, "character")),
         Kind::MaxLength { limit } => format!("expected text of at most {}, found more", counted(*limit, "character")),
@@ -63,26 +63,26 @@ fn within(error: &ValidationError<'_>, schema: &Value, whole: &Value, depth: usi
         Kind::MaxItems { limit } => format!("expected a list of at most {}, found more", counted(*limit, "item")),
         Kind::AdditionalItems { limit } => format!("expected a list of at most {limit} items, found more"),
         Kind::UnevaluatedItems { unexpected } => {
-            format!("expected a list with {} fewer: no more are described", counted(length(unexpected), "item"))
+            format!("expected a list with {} fewer: the schema allows no more", counted(length(unexpected), "item"))
         }
         Kind::MinProperties { limit } => format!("expected an object of at least {}, found fewer", counted(*limit, "member")),
         Kind::MaxProperties { limit } => format!("expected an object of at most {}, found more", counted(*limit, "member")),
-        Kind::UniqueItems => "expected a list in which each item is there once, found one twice".to_owned(),
-        Kind::Contains => "expected a list with as many items of the kind that the schema says under `contains`, found fewer or more".to_owned(),
-        Kind::PropertyNames { error } => format!("of the name of a member: {}", within(error, schema, whole, depth)),
+        Kind::UniqueItems => "expected a list without duplicates, found an item twice".to_owned(),
+        Kind::Contains => "expected as many items that match `contains` as the schema says, found fewer or more".to_owned(),
+        Kind::PropertyNames { error } => format!("the name of a member: {}", within(error, schema, whole, depth)),
         Kind::AnyOf { context } | Kind::OneOfNotValid { context } => forms(error, context, schema, whole, depth),
         Kind::OneOfMultipleValid { .. } => {
-            "expected a value of exactly one of the forms that the contract has for it, found one of several".to_owned()
+            "expected a value that matches exactly one form of the contract, found one that matches several".to_owned()
         }
-        Kind::Not { .. } => "expected a value that is not as the schema says under `not`, found one that is".to_owned(),
+        Kind::Not { .. } => "expected a value that does not match the schema under `not`, found one that does".to_owned(),
         Kind::ContentEncoding { content_encoding } => format!("expected text encoded as `{content_encoding}`, found other text"),
         Kind::ContentMediaType { content_media_type } => format!("expected text that holds `{content_media_type}`, found other text"),
         Kind::FromUtf8 { .. } => "expected encoded text that is UTF-8, found other bytes".to_owned(),
         Kind::BacktrackLimitExceeded { .. } | Kind::RegexEngineFailure { .. } => {
-            "expected text of which the schema's `pattern` can be told, found some that takes too long: send a shorter one".to_owned()
+            "expected text that the schema's `pattern` can check in time, found text that takes too long: send a shorter text".to_owned()
         }
         Kind::Custom { message, .. } => message.clone(),
-        Kind::Referencing(_) => "the schema refers to what it does not have: whoever keeps the contract can mend it".to_owned(),
+        Kind::Referencing(_) => "the schema refers to a part that it does not have: the owner of the contract can correct it".to_owned(),
     }
 }
 

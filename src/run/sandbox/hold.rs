@@ -89,7 +89,7 @@ fn hint() -> &'static str {
     if none.is_ok_and(|value| value.trim() == "0") {
         return "; there are no user namespaces here: `sudo sysctl user.max_user_namespaces=10000` allows them";
     }
-    "; in a container, it has to be allowed to make user namespaces"
+    "; a container must be allowed to create user namespaces"
 }
 
 /// Receives one socket from the other end.
@@ -101,7 +101,7 @@ fn receive(from: &UnixStream) -> io::Result<TcpListener> {
         RecvAncillaryMessage::ScmRights(sockets) => Some(sockets),
         _ => None,
     });
-    sockets.flatten().next().map(TcpListener::from).ok_or_else(|| io::Error::other("it was refused"))
+    sockets.flatten().next().map(TcpListener::from).ok_or_else(|| io::Error::other("no socket came"))
 }
 
 /// Runs the hidden subcommand: raises loopback, listens, passes the socket on, and holds the namespace.

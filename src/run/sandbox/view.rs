@@ -278,7 +278,7 @@ impl Stage {
         });
         made.map(|()| PathBuf::from(&over)).map_err(|error| {
             format!(
-                "expected an overlay file system over {}, without which its sockets and FIFOs lead to processes of this machine, found that there is none ({error}); it takes Linux 5.11 or later and a file system that can lie under one; run with gVisor (--sandbox runsc), which needs none, or show another folder",
+                "expected an overlay file system over {}, because its sockets and FIFOs can lead to processes of this machine, found none ({error}); use Linux 5.11 or later and a file system that can be under an overlay, run with gVisor (--sandbox runsc), or show another folder",
                 from.display()
             )
         })

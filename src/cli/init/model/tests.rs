@@ -84,8 +84,8 @@ fn a_base_url_becomes_a_host_of_the_pack_and_an_address(#[case] text: &str, #[ca
 #[case("http://a.test/ x: y", "base URL")]
 #[case("", "base URL")]
 #[case("http://localhost:0", "base URL")]
-#[case("http://127.1:8000", "address in full")]
-#[case("http://0x7f.1:8000", "address in full")]
+#[case("http://127.1:8000", "a full address")]
+#[case("http://0x7f.1:8000", "a full address")]
 #[case("http://gpu_box:8000", "by its address")]
 #[case("http://localhost:8000/v1/messages", "Anthropic")]
 fn what_is_none_is_refused(#[case] text: &str, #[case] word: &str) {
@@ -100,8 +100,8 @@ fn what_is_none_is_refused(#[case] text: &str, #[case] word: &str) {
 #[case::here_in_tls("https://127.0.0.1:8443/v1", true, &["certificate", "model.localhost", "--upstream-ca"], "          credentials:")]
 #[case::there_in_tls("https://gpubox/v1", true, &["certificate", "gpubox.internal"], "          credentials:")]
 #[case::here("http://127.0.0.1:8000/v1", false, &[], "          # credentials:")]
-#[case::there("http://192.168.1.5:8000/v1", false, &["in the clear", "no key"], "")]
-#[case::unknown("http://gpu:8000/v1", false, &["in place of ADDRESS", "in the clear"], "")]
+#[case::there("http://192.168.1.5:8000/v1", false, &["not encrypted", "no key"], "")]
+#[case::unknown("http://gpu:8000/v1", false, &["replace ADDRESS", "not encrypted"], "")]
 fn keys_and_certificates(#[case] url: &str, #[case] key: bool, #[case] notes: &[&str], #[case] line: &str) {
     let model = model(url);
     assert_eq!(model.options().contains("--credential model-key/token=env:MODEL_API_KEY"), key, "{}", model.options());

@@ -80,8 +80,7 @@ fn a_key_goes_over_tls_or_nowhere_else(#[case] url: &str, #[case] here: bool, #[
     };
     let said = in_the_clear(&objects, &[warning], &|_| here);
     assert_eq!(said.len(), errors, "{said:?}");
-    let words =
-        ["pack.yaml:17:11: ", "https alone", "spec.models.openai", "--resolve models.world.test=127.0.0.1:PORT"];
+    let words = ["pack.yaml:17:11: ", "https only", "spec.models.openai", "--resolve models.world.test=127.0.0.1:PORT"];
     assert!(said.iter().all(|line| words.iter().all(|word| line.contains(word))), "{said:?}");
     // Hosts of another class are not reported.
     objects.task.spec.workflow_class = "another".to_owned();

@@ -73,7 +73,7 @@ fn a_task_from_start_to_end() {
     10:00:00  ▶ attempt 1 tidy-1 on node-1 in gvisor
     10:00:00    contained: 1 address silent, the gateway answers, 3 rounds
     10:00:00  ✓ tool    search                       read  passed tool.unknown, tool.schema
-    10:00:00  ✓ model   /v1/chat/completions          passed tool.unknown, tool.schema, 300 tokens set aside
+    10:00:00  ✓ model   /v1/chat/completions          passed tool.unknown, tool.schema, 300 tokens reserved
     10:00:00  ↳ tool    search                       applied 200 in 0 ms, 640 B
     10:00:00  ✗ egress  evil.world.test:443          egress.host  expected a host of the class's list, found another
     10:00:00  ↳ model   /v1/chat/completions         applied 200 in 0 ms, 640 B, 120 tokens

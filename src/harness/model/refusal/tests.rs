@@ -35,7 +35,7 @@ fn a_client_tries_again_what_time_can_change_and_nothing_else() {
 #[test]
 fn a_refusal_has_the_shape_of_its_apis_errors() {
     let of = |api, rule, reason: &str| error(api, &denial(rule, reason), status(rule));
-    let told = of(Api::ChatCompletions, Rule::ModelRequest, "`previous_response_id` is refused: send it all");
+    let told = of(Api::ChatCompletions, Rule::ModelRequest, "`previous_response_id` is denied: send it all");
     assert_eq!(told["error"]["type"], "invalid_request_error");
     assert_eq!(told["error"]["code"], "model.request");
     assert_eq!(told["error"]["param"], "previous_response_id");
@@ -71,16 +71,15 @@ fn who_wants_a_websocket_is_told_to_go_on_without() {
 #[test]
 fn a_client_is_told_that_no_thread_is_held() {
     let details = |api, rule, reason: &str| error(api, &denial(rule, reason), status(rule))["error"]["details"].clone();
-    let told =
-        details(Api::Messages, Rule::ModelRequest, "`thread` at /thread is refused: send the whole conversation");
+    let told = details(Api::Messages, Rule::ModelRequest, "`thread` at /thread is denied: send the whole conversation");
     assert_eq!(told, json!({"error_code": "thread_unsupported_request", "unsupported": ["thread"]}));
     for (api, rule, reason) in [
         (Api::Messages, Rule::ModelRequest, "`threads` is unknown"),
         (Api::Messages, Rule::ModelRequest, "`tools` has a `thread`"),
         (Api::Messages, Rule::ModelRequest, "the request cannot be read"),
         (Api::Messages, Rule::Tokens, "`thread` and all"),
-        (Api::Responses, Rule::ModelRequest, "`thread` at /thread is refused"),
-        (Api::ChatCompletions, Rule::ModelRequest, "`thread` at /thread is refused"),
+        (Api::Responses, Rule::ModelRequest, "`thread` at /thread is denied"),
+        (Api::ChatCompletions, Rule::ModelRequest, "`thread` at /thread is denied"),
     ] {
         assert_eq!(details(api, rule, reason), Value::Null, "{api:?} {rule} {reason}");
     }

@@ -238,7 +238,7 @@ fn what_a_provider_would_do_is_refused_and_can_be_allowed_by_name() {
     ];
     for ((api, body), capability, place) in cases {
         let word = refused(api, body.clone());
-        assert!(word.contains(&format!(" at {place} is refused")), "{place}: {word}");
+        assert!(word.contains(&format!(" at {place} is denied")), "{place}: {word}");
         assert!(word.contains(&format!("spec.models.allow: [{}]", capability.as_str())), "{word}");
         let terms = Terms { allow: &[capability], ..Terms::default() };
         let noted = Noted { allowed: BTreeSet::from([capability]), unknown: vec![] };
@@ -269,31 +269,31 @@ fn a_name_is_quoted_whole_and_once_or_not_at_all() {
 }
 
 #[rstest]
-#[case(Api::ChatCompletions, json!({"max_tokens": 1, "n_predict": 50000}), "`n_predict` at /n_predict is refused")]
+#[case(Api::ChatCompletions, json!({"max_tokens": 1, "n_predict": 50000}), "`n_predict` at /n_predict is denied")]
 #[case(Api::ChatCompletions, json!({"max_new_tokens": 5}), "write max_completion_tokens")]
-#[case(Api::ChatCompletions, json!({"best_of": 100}), "ask for `n`")]
+#[case(Api::ChatCompletions, json!({"best_of": 100}), "use `n`")]
 #[case(Api::ChatCompletions, json!({"prediction": {"type": "content", "content": "x"}}), "rejected predictions")]
-#[case(Api::ChatCompletions, json!({"tools": {"type": "web_search"}}), "`tools` at /tools is misformed: expected a list")]
+#[case(Api::ChatCompletions, json!({"tools": {"type": "web_search"}}), "`tools` at /tools is malformed: expected a list")]
 #[case(Api::ChatCompletions, json!({"extra_body": {"tools": [{"type": "web_search"}]}}), "`tools` in /extra_body is unknown")]
 #[case(Api::ChatCompletions, json!({"tools": [{"type": "function", "function": {"name": "x"}, "tools": [{"type": "mcp"}]}]}), "`tools` in /tools/0 is unknown")]
-#[case(Api::ChatCompletions, json!({"tools": ["web_search"]}), "is misformed")]
+#[case(Api::ChatCompletions, json!({"tools": ["web_search"]}), "is malformed")]
 #[case(Api::ChatCompletions, json!({"tools": [{"type": ["web_search"]}]}), "/tools/0 is unknown")]
 #[case(Api::ChatCompletions, json!({"tools": [{"name": "x"}]}), "/tools/0 is unknown")]
-#[case(Api::ChatCompletions, json!({"messages": "hi"}), "/messages is misformed")]
-#[case(Api::ChatCompletions, json!({"messages": [{"role": "user", "content": {"type": "text"}}]}), "/messages/0/content is misformed")]
+#[case(Api::ChatCompletions, json!({"messages": "hi"}), "/messages is malformed")]
+#[case(Api::ChatCompletions, json!({"messages": [{"role": "user", "content": {"type": "text"}}]}), "/messages/0/content is malformed")]
 #[case(Api::ChatCompletions, json!({"messages": [{"role": "user", "content": [{"type": "telepathy"}]}]}), "`telepathy` at /messages/0/content/0 is unknown")]
-#[case(Api::ChatCompletions, json!({"temperature": {"a": 1}}), "/temperature is misformed")]
-#[case(Api::ChatCompletions, json!({"store": "yes"}), "/store is misformed")]
-#[case(Api::ChatCompletions, json!({"stop": [["a"]]}), "/stop is misformed")]
-#[case(Api::ChatCompletions, json!({"brand~new/": 1}), "`brand~new/` is unknown: expected a member that Belay knows of a request for a chat completion")]
+#[case(Api::ChatCompletions, json!({"temperature": {"a": 1}}), "/temperature is malformed")]
+#[case(Api::ChatCompletions, json!({"store": "yes"}), "/store is malformed")]
+#[case(Api::ChatCompletions, json!({"stop": [["a"]]}), "/stop is malformed")]
+#[case(Api::ChatCompletions, json!({"brand~new/": 1}), "`brand~new/` is unknown: expected a member of a request for a chat completion that Belay knows")]
 #[case(Api::Responses, json!({"tools": [{"type": "function", "name": "x", "tools": [{"type": "mcp"}]}]}), "`tools` in /tools/0 is unknown")]
-#[case(Api::Responses, json!({"input": {"type": "item_reference"}}), "/input is misformed")]
-#[case(Api::Responses, json!({"input": [["a"]]}), "/input/0 is misformed")]
+#[case(Api::Responses, json!({"input": {"type": "item_reference"}}), "/input is malformed")]
+#[case(Api::Responses, json!({"input": [["a"]]}), "/input/0 is malformed")]
 #[case(Api::Responses, json!({"input": [{"type": "teleport"}]}), "`teleport` at /input/0 is unknown")]
 #[case(Api::Responses, json!({"max_output_tokens": 1, "max_tokens": 9}), "write max_output_tokens")]
 #[case(Api::Messages, json!({"workspace_id": "w"}), "the account that pays")]
 #[case(Api::Messages, json!({"tools": [{"type": "custom", "name": "x", "server_url": "https://evil.test"}]}), "`server_url` in /tools/0 is unknown")]
-#[case(Api::Messages, json!({"system": {"type": "text"}}), "/system is misformed")]
+#[case(Api::Messages, json!({"system": {"type": "text"}}), "/system is malformed")]
 fn what_no_table_has_is_refused_by_name_and_place(#[case] api: Api, #[case] body: Value, #[case] word: &str) {
     let refused = refused(api, body);
     assert!(refused.contains(word), "{refused}");
