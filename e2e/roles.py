@@ -28,6 +28,7 @@ ACCOUNTS = {
         "toolcontracts/status": "patch",
         "policypacks": "list watch",
         "policypacks/status": "patch",
+        "approvalrequests": "list watch",
         "namespaces": "list watch",
         "pods": "get list watch create delete",
         "networkpolicies": "get list watch create patch delete",

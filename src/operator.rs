@@ -47,6 +47,8 @@ use crate::{
 pub mod api;
 /// Creates the objects of an attempt.
 pub mod apply;
+/// Tracks the undecided ApprovalRequests of each task.
+pub mod approvals;
 /// Computes pauses after errors.
 pub mod backoff;
 /// Creates the Secrets of the system namespace.
@@ -456,6 +458,7 @@ async fn control(
         .owns_stream(streams.network_policies)
         .watches_stream(streams.contracts, move |contract| contracts.tasks_of_contract(&contract))
         .watches_stream(streams.packs, move |_| packs.tasks_of_packs())
+        .watches_stream(streams.approvals, |request| approvals::task(&request))
         .watches_stream(streams.namespaces.predicate_filter(predicates::labels, cache()), move |namespace| {
             namespaces.tasks_of_namespace(&namespace.name_any())
         })

@@ -16,11 +16,12 @@ import (
 	"sigs.k8s.io/yaml"
 )
 
-// phase is one object, with the health that Argo CD and Flux should report.
+// phase is one object, with the health that Argo CD and Flux should report, and the text that both should show beside it.
 type phase struct {
 	Case   string                    `json:"case"`
 	Argo   string                    `json:"argo"`
 	Flux   string                    `json:"flux"`
+	Says   string                    `json:"says"`
 	Object unstructured.Unstructured `json:"object"`
 }
 
@@ -57,13 +58,21 @@ func run(snapshot, configMap string) error {
 			passed++
 		}
 	}
+	says := func(what, expected, found string) {
+		if !strings.Contains(found, expected) {
+			failed++
+			fmt.Printf("FAILED  %s: expected a message with %q, found %q\n", what, expected, found)
+		}
+	}
 	for _, one := range phases {
 		object := &one.Object
 		what := object.GetKind() + " " + one.Case
-		found, err := flux(object)
+		found, message, err := flux(object)
 		expect("Flux, "+what, one.Flux, found, err)
-		found, err = argo(object, checks.Data["resource.customizations.health.belay.dev_"+object.GetKind()])
+		says("Flux, "+what, one.Says, message)
+		found, message, err = argo(object, checks.Data["resource.customizations.health.belay.dev_"+object.GetKind()])
 		expect("Argo CD, "+what, one.Argo, found, err)
+		says("Argo CD, "+what, one.Says, message)
 	}
 	fmt.Printf("%d passed, %d failed\n", passed, failed)
 	if failed > 0 || passed == 0 {
@@ -86,40 +95,41 @@ func read(path string) ([]phase, error) {
 	return phases, nil
 }
 
-// flux returns the status that kstatus computes for an object.
-func flux(object *unstructured.Unstructured) (string, error) {
+// flux returns the status that kstatus computes for an object, and its message.
+func flux(object *unstructured.Unstructured) (string, string, error) {
 	result, err := status.Compute(object)
 	if err != nil {
-		return "", err
+		return "", "", err
 	}
-	return result.Status.String(), nil
+	return result.Status.String(), result.Message, nil
 }
 
 // argo runs a health check as Argo CD's util/lua does: with the libraries package, base and table only, the object as the global `obj`, and
-// a table with a status as the answer. For an object that is being deleted, Argo CD reports Progressing, whatever the check says.
-func argo(object *unstructured.Unstructured, check string) (string, error) {
+// a table with a status and a message as the answer. For an object that is being deleted, Argo CD reports Progressing, whatever the check
+// says.
+func argo(object *unstructured.Unstructured, check string) (string, string, error) {
 	if object.GetDeletionTimestamp() != nil {
-		return "Progressing", nil
+		return "Progressing", "", nil
 	}
 	if check == "" {
-		return "", fmt.Errorf("no health check for kind %s", object.GetKind())
+		return "", "", fmt.Errorf("no health check for kind %s", object.GetKind())
 	}
 	machine := lua.NewState(lua.Options{SkipOpenLibs: true})
 	defer machine.Close()
 	for name, open := range map[string]lua.LGFunction{lua.LoadLibName: lua.OpenPackage, lua.BaseLibName: lua.OpenBase, lua.TabLibName: lua.OpenTable} {
 		if err := machine.CallByParam(lua.P{Fn: machine.NewFunction(open), NRet: 0, Protect: true}, lua.LString(name)); err != nil {
-			return "", err
+			return "", "", err
 		}
 	}
 	machine.SetGlobal("obj", value(machine, object.Object))
 	if err := machine.DoString(check); err != nil {
-		return "", err
+		return "", "", err
 	}
 	answer, ok := machine.Get(-1).(*lua.LTable)
 	if !ok {
-		return "", fmt.Errorf("expected a table, found %s", machine.Get(-1).Type())
+		return "", "", fmt.Errorf("expected a table, found %s", machine.Get(-1).Type())
 	}
-	return answer.RawGetString("status").String(), nil
+	return answer.RawGetString("status").String(), answer.RawGetString("message").String(), nil
 }
 
 // value converts a JSON value to a Lua value.

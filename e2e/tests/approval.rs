@@ -99,6 +99,20 @@ async fn asked(world: &World) -> ApprovalRequest {
     panic!("nobody was asked; the task: {:#?}, {:?}", task.status, condition(&task, "Accepted", "False"));
 }
 
+/// Returns what the task's status says once it waits for approvers.
+async fn waits(world: &World) -> String {
+    let mut says = None;
+    for _ in 0..150 {
+        let task = world.api::<AgentTask>().get("triage").await.unwrap();
+        says = condition(&task, "Ready", "False");
+        if let Some(says) = says.clone().filter(|says| says.starts_with("WaitingForApproval: ")) {
+            return says;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+    }
+    panic!("the status does not say that the task waits: {says:?}");
+}
+
 #[tokio::test]
 async fn an_agents_ticket_waits_for_the_right_person() {
     let world = World::governed("approval", "dev").await;
@@ -116,6 +130,8 @@ async fn an_agents_ticket_waits_for_the_right_person() {
         assert!(code != 0 && text.contains("expected an approval by another user"), "{user}: {text}");
     }
     assert_eq!(tickets(), 0, "a ticket was opened before anybody approved it");
+    let says = waits(&world).await;
+    assert!(says.contains(&format!("ApprovalRequest {name} (expires at ")), "{says}");
     let (code, text) = As::new("ana").belay(&["approvals", "-n", &world.namespace]);
     assert!(code == 0 && text.contains(&name), "{text}");
     let (code, text) = As::new("ana").belay(&["approve", &name, "--reason", "seen", "-n", &world.namespace]);

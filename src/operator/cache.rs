@@ -31,11 +31,12 @@ use serde::de::DeserializeOwned;
 use tokio::{sync::Notify, time::timeout};
 
 use super::{
+    approvals::Undecided,
     expectations::{self, Expectations},
     metrics::Metrics,
 };
 use crate::{
-    api::{AgentTask, PolicyPack, ToolContract, agent_task::Phase},
+    api::{AgentTask, ApprovalRequest, PolicyPack, ToolContract, agent_task::Phase},
     contact,
     lenient::Lenient,
     lifecycle::observe,
@@ -44,6 +45,8 @@ use crate::{
 
 /// How long the watch may lag before the operator asks the API server instead.
 const PATIENCE: Duration = Duration::from_millis(500);
+/// The number of ApprovalRequests in one part of a list. Each can have 64 KiB of arguments, which the operator drops.
+const APPROVALS_AT_ONCE: u32 = 50;
 
 /// A task, or the reason why it cannot be decoded.
 pub type GuardedTask = Lenient<AgentTask>;
@@ -67,6 +70,8 @@ pub struct Stores {
     pub with_pod: Attempts,
     /// The attempts that have a NetworkPolicy.
     pub with_network_policy: Attempts,
+    /// The undecided ApprovalRequests.
+    pub approvals: Undecided,
     /// Notified at each change of a contract or a pack.
     pub references_changed: Arc<Notify>,
     /// Notified at each change of Belay's NetworkPolicies.
@@ -81,6 +86,7 @@ impl Stores {
     pub async fn ready(&self) -> Result<(), WriterDropped> {
         let (tasks, pods, policies) = (&self.tasks, &self.pods, &self.network_policies);
         tokio::try_join!(tasks.wait_until_ready(), pods.wait_until_ready(), policies.wait_until_ready())?;
+        self.approvals.wait_until_ready().await;
         self.references_ready().await
     }
 
@@ -223,6 +229,8 @@ pub struct Streams {
     pub pods: Changes<Lenient<Pod>>,
     /// Changes of NetworkPolicies.
     pub network_policies: Changes<Lenient<NetworkPolicy>>,
+    /// Changes of ApprovalRequests.
+    pub approvals: Changes<Lenient<ApprovalRequest>>,
 }
 
 /// Objects of one kind, each time they change. No item is an error, because a controller pauses all of its streams for an error of one.
@@ -326,6 +334,13 @@ pub fn watch(client: &Client, memories: Arc<Expectations>, metrics: &Metrics) ->
             changed.notify_waiters();
         })
         .touched_objects();
+    let approvals = Undecided::default();
+    let requests = guarded::<ApprovalRequest>(client, all().page_size(APPROVALS_AT_ONCE), metrics)
+        .inspect({
+            let approvals = approvals.clone();
+            move |event| event.iter().for_each(|event| approvals.follow(event))
+        })
+        .touched_objects();
     let (namespace_store, writer) = reflector::store();
     let namespaces = watcher(Api::<PartialObjectMeta<Namespace>>::all(client.clone()), all())
         .backoff(contact::pauses())
@@ -341,6 +356,7 @@ pub fn watch(client: &Client, memories: Arc<Expectations>, metrics: &Metrics) ->
         network_policies: policy_store,
         with_pod,
         with_network_policy,
+        approvals,
         references_changed,
         network_policies_changed,
     };
@@ -351,6 +367,7 @@ pub fn watch(client: &Client, memories: Arc<Expectations>, metrics: &Metrics) ->
         namespaces: changes("Namespace", namespaces),
         pods: changes("Pod", pods),
         network_policies: changes("NetworkPolicy", policies),
+        approvals: changes("ApprovalRequest", requests),
     };
     (stores, streams)
 }

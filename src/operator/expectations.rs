@@ -9,6 +9,7 @@ use std::{
     time::Duration,
 };
 
+use jiff::Timestamp;
 use kube::ResourceExt;
 use tokio::time::Instant;
 
@@ -36,6 +37,8 @@ pub struct Memory {
     pub claim: Option<(i64, Instant)>,
     /// The attempt that the operator started and whose pod was certainly not created.
     pub reusable: Option<i64>,
+    /// When undecided ApprovalRequests last changed the status.
+    pub approvals_told: Option<Timestamp>,
 }
 
 /// What is remembered about all tasks, by UID.

@@ -37,6 +37,8 @@ pub const VALID: &str = "Valid";
 pub const INVALID: &str = "Invalid";
 /// Reason of [`COMPLETE`] and of the status: an attempt is running.
 pub const RUNNING: &str = "Running";
+/// Reason of [`COMPLETE`], of [`READY`] and of the status: an attempt is running, and ApprovalRequests of the task are undecided.
+pub const WAITING_FOR_APPROVAL: &str = "WaitingForApproval";
 /// Reason of [`COMPLETE`] and of the status: a dependency of every task was unavailable for long.
 pub const PARKED: &str = "Parked";
 /// Reason of [`EVIDENCE_SEALED`]: the log is sealed.
@@ -85,6 +87,8 @@ pub enum Progress<'a> {
     Parked(&'a str),
     /// The agent runs.
     Running,
+    /// The agent runs, and approvers must decide: the message.
+    Undecided(&'a str),
     /// The task ended and its log is not sealed: the end, and why the log is not sealed.
     Sealing(&'a TaskClosed, &'a str),
     /// The task ended and its log is sealed: the end, and the denials.
@@ -148,6 +152,7 @@ pub fn tell(before: &AgentTaskStatus, story: &StatusInput<'_>, now: Timestamp) -
         }
         Progress::Waiting(reason, message) => set(COMPLETE, "False", reason, message),
         Progress::Parked(message) => set(COMPLETE, "False", PARKED, message),
+        Progress::Undecided(message) => set(COMPLETE, "False", WAITING_FOR_APPROVAL, message),
         _ if story.attempts.is_empty() => {}
         _ => set(COMPLETE, "False", RUNNING, ""),
     }
@@ -160,6 +165,12 @@ pub fn tell(before: &AgentTaskStatus, story: &StatusInput<'_>, now: Timestamp) -
         status.failure_class = closed.class();
     }
     status
+}
+
+/// Returns what the status says about undecided ApprovalRequests.
+pub fn undecided(status: &AgentTaskStatus) -> Option<&str> {
+    let ready = status.conditions.iter().find(|one| one.type_ == READY && one.reason == WAITING_FOR_APPROVAL);
+    ready.map(|ready| ready.message.as_str())
 }
 
 /// Checks whether the task's log is sealed.
@@ -189,7 +200,7 @@ fn readiness(story: &StatusInput<'_>) -> Ready {
         Progress::Refused(findings) => Ready::Stalled(told(findings, SHOWN_FINDINGS)),
         Progress::Ended(closed, _) if closed.has_succeeded() => Ready::Yes,
         Progress::Ended(closed, _) => Ready::Stalled(ended(closed).to_owned()),
-        Progress::Waiting(_, why) | Progress::Parked(why) | Progress::Sealing(_, why) => {
+        Progress::Waiting(_, why) | Progress::Parked(why) | Progress::Undecided(why) | Progress::Sealing(_, why) => {
             Ready::NotYet((*why).to_owned())
         }
         Progress::Running => Ready::NotYet(String::new()),
@@ -234,7 +245,7 @@ fn phase(before: &AgentTaskStatus, story: &StatusInput<'_>) -> Phase {
     match &story.stage {
         Progress::Refused(_) | Progress::Waiting(..) => Phase::Pending,
         Progress::Parked(_) => Phase::Parked,
-        Progress::Running => Phase::Running,
+        Progress::Running | Progress::Undecided(_) => Phase::Running,
         Progress::Sealing(..) => before.phase.unwrap_or(Phase::Running),
         Progress::Ended(closed, _) if closed.has_succeeded() => Phase::Succeeded,
         Progress::Ended(..) => Phase::Failed,
@@ -247,6 +258,9 @@ fn reason(before: &AgentTaskStatus, story: &StatusInput<'_>) -> String {
         Progress::Waiting(reason, _) => (*reason).to_owned(),
         Progress::Parked(_) => PARKED.to_owned(),
         Progress::Running => RUNNING.to_owned(),
+        Progress::Undecided(_) => WAITING_FOR_APPROVAL.to_owned(),
+        // The agent has ended, so the task waits for no approvers.
+        Progress::Sealing(..) if before.reason.as_deref() == Some(WAITING_FOR_APPROVAL) => RUNNING.to_owned(),
         Progress::Sealing(closed, _) => before.reason.clone().unwrap_or_else(|| closed.reason.clone()),
         Progress::Ended(closed, _) => closed.reason.clone(),
     }

@@ -20,19 +20,21 @@ use tokio::sync::watch;
 use self::cluster::{Cluster, store};
 use super::{
     api::Writer as ApiWriter,
+    approvals::Undecided,
     cache::{Attempts, GuardedTask, Stores},
     expectations::Expectations,
     metrics::Metrics,
     reconcile::{Context, ReconcileError, after_error, reconcile},
 };
 use crate::{
-    api::{PolicyPack, ToolContract},
+    api::{ApprovalRequest, PolicyPack, ToolContract},
     lenient::Lenient,
     render::{fixtures, names},
     seal::{self, Gateway},
     wire,
 };
 
+mod approvals;
 pub(super) mod cluster;
 mod injected;
 mod leads;
@@ -64,6 +66,7 @@ struct StoreWriters {
     namespaces: Writer<PartialObjectMeta<Namespace>>,
     pods: Writer<Lenient<Pod>>,
     network_policies: Writer<Lenient<NetworkPolicy>>,
+    approvals: Writer<Lenient<ApprovalRequest>>,
 }
 
 impl Scene {
@@ -105,6 +108,7 @@ impl Scene {
                 network_policies,
                 with_pod: Attempts::default(),
                 with_network_policy: Attempts::default(),
+                approvals: Undecided::default(),
                 references_changed: Arc::default(),
                 network_policies_changed: Arc::default(),
             },
@@ -128,6 +132,7 @@ impl Scene {
                 namespaces: namespaces_writer,
                 pods: pods_writer,
                 network_policies: policies_writer,
+                approvals: store().1,
             },
             _token: token,
         };
@@ -137,7 +142,7 @@ impl Scene {
 
     /// Copies all objects of the cluster to the caches.
     fn sync(&mut self) {
-        let Stores { with_pod, with_network_policy, .. } = &self.context.stores;
+        let Stores { with_pod, with_network_policy, approvals, .. } = &self.context.stores;
         self.cluster.fill(&mut self.stores.tasks, "agenttasks", |_| {});
         self.cluster.fill(&mut self.stores.contracts, "toolcontracts", |_| {});
         self.cluster.fill(&mut self.stores.packs, "policypacks", |_| {});
@@ -148,6 +153,7 @@ impl Scene {
         self.cluster.fill(&mut self.stores.network_policies, "networkpolicies", |event| {
             with_network_policy.follow(event);
         });
+        self.cluster.fill(&mut self.stores.approvals, "approvalrequests", |event| approvals.follow(event));
         if let Some(task) = self.task() {
             let metadata = kube::Resource::meta(task.as_ref()).clone();
             let uid = metadata.uid.unwrap();
@@ -179,6 +185,11 @@ impl Scene {
     async fn step(&mut self) -> Result<Action, ReconcileError> {
         self.sync();
         self.look().await
+    }
+
+    /// Returns the current time, by the operator's clock.
+    fn now(&self) -> jiff::Timestamp {
+        self.context.contact.now()
     }
 
     fn pod_status(&self, path: &str, status: Value) {

@@ -127,7 +127,7 @@ fn seal_of(attempt: i64, phase: &str, class: &str, reason: &str, exit_code: Opti
     Next::Seal { attempt, closed, presumed: false }
 }
 
-use FailureClass::{Agent, Budget, Dependency, Infrastructure};
+use FailureClass::{Agent, Budget, Cancelled, Dependency, Infrastructure, Policy, Unknown};
 
 #[test]
 fn a_new_task_starts() {
@@ -580,4 +580,13 @@ fn seventy_parked_attempts_leave_every_other_budget_as_it_was() {
     case.history.push(record(73, Some((Some(Agent), "NonZeroExit"))));
     case.failures.insert("Agent".to_owned(), 2);
     assert!(matches!(case.next(), Next::Seal { attempt: 73, .. }));
+    // The other classes have no retries, and get none.
+    for (class, reason) in
+        [(Policy, "TooManyDenials"), (Budget, "DeadlineExceeded"), (Cancelled, "Deleted"), (Unknown, "VerdictUnknown")]
+    {
+        case.history.pop();
+        case.history.push(record(73, Some((Some(class), reason))));
+        case.failures.insert(class.name().to_owned(), 1);
+        assert!(matches!(case.next(), Next::Seal { attempt: 73, .. }), "{reason}: {:?}", case.next());
+    }
 }

@@ -10,6 +10,7 @@ use super::*;
 use crate::{
     api::{PolicyPack, ToolContract},
     operator::{
+        approvals::Undecided,
         cache::Attempts,
         metrics::Metrics,
         tests::cluster::{Cluster, store},
@@ -46,6 +47,7 @@ impl Scene {
             network_policies: store().0,
             with_pod: Attempts::default(),
             with_network_policy: Attempts::default(),
+            approvals: Undecided::default(),
             references_changed: Arc::default(),
             network_policies_changed: Arc::default(),
         };

@@ -15,7 +15,11 @@ use crate::{
         decide::{later, wait},
         observe::PodView,
     },
-    operator::{apply, expectations::EXPECTATION_TTL, status::Progress},
+    operator::{
+        apply, approvals,
+        expectations::EXPECTATION_TTL,
+        status::{self, Progress},
+    },
     render::network_policy,
 };
 
@@ -34,17 +38,35 @@ impl Reconciliation<'_> {
         let running = pod.is_some_and(|pod| pod.agent_started.is_some());
         let told = self.status().attempts.iter().any(|one| one.number == attempt);
         let due = later(pod.and_then(|pod| pod.created), PENDING_AFTER_SECONDS).filter(|due| *due > self.now);
+        let approval = self.approval(running);
         let stage = match pod.and_then(|pod| pod.stuck.as_ref()) {
-            _ if running => Progress::Running,
+            _ if running => approval.message.as_deref().map_or(Progress::Running, Progress::Undecided),
             Some(stuck) => Progress::Waiting(stuck.reason, ""),
             None => Progress::Waiting("PodStarting", ""),
         };
-        let again =
-            [until, due].into_iter().flatten().min().map_or(BACKSTOP, |at| wait(at, self.now)).min(self.backstop());
+        let again = [until, due, approval.until]
+            .into_iter()
+            .flatten()
+            .min()
+            .map_or(BACKSTOP, |at| wait(at, self.now))
+            .min(self.backstop());
         if running || told || due.is_none() || attempts.len() > 1 {
+            let said = status::undecided(&self.status()).map(str::to_owned);
             self.report_status(attempts, contained, stage).await?;
+            if said != approval.message {
+                self.context.memories.update(&self.owner.uid, |memory| memory.approvals_told = Some(self.now));
+            }
         }
         Ok(Action::requeue(again))
+    }
+
+    /// Returns what the status of a task says about its undecided ApprovalRequests. They matter only while the agent runs.
+    fn approval(&self, running: bool) -> approvals::Report {
+        if !running {
+            return approvals::Report { message: None, until: None };
+        }
+        let requests = self.context.stores.approvals.of(&self.owner.uid);
+        approvals::report(&requests, status::undecided(&self.status()), self.memory.approvals_told, self.now)
     }
 
     /// Creates the attempt's NetworkPolicy again if it was deleted or changed.

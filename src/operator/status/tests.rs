@@ -79,6 +79,28 @@ fn a_parked_task_says_so() {
 }
 
 #[test]
+fn a_task_that_waits_for_approvers_says_so() {
+    let (one, why) = ([attempt(1)], "waits for approvers to decide about ApprovalRequest a");
+    let running = tell(&AgentTaskStatus::default(), &story(&one, Some(true), Progress::Running), at(0));
+    assert_eq!(undecided(&running), None);
+    let status = tell(&running, &story(&one, Some(true), Progress::Undecided(why)), at(1));
+    assert_eq!((status.phase, status.reason.as_deref()), (Some(Phase::Running), Some(WAITING_FOR_APPROVAL)));
+    for kind in [COMPLETE, READY] {
+        let told = status.conditions.iter().find(|one| one.type_ == kind).unwrap();
+        let told = (told.status.as_str(), told.reason.as_str(), told.message.as_str());
+        assert_eq!(told, ("False", WAITING_FOR_APPROVAL, why), "{kind}");
+    }
+    assert!(status.conditions.iter().all(|one| one.type_ != STALLED), "a decision is expected, not a correction");
+    assert_eq!(undecided(&status), Some(why));
+    let again = tell(&status, &story(&one, Some(true), Progress::Running), at(2));
+    assert_eq!((undecided(&again), again.reason.as_deref()), (None, Some(RUNNING)));
+    // The agent ended while approvers had not decided, and the gateway is unavailable.
+    let good = closed("Succeeded", "", "AgentSucceeded");
+    let sealing = tell(&status, &story(&one, Some(true), Progress::Sealing(&good, "no gateway")), at(2));
+    assert_eq!((undecided(&sealing), sealing.reason.as_deref()), (None, Some(RUNNING)));
+}
+
+#[test]
 fn containment_that_was_not_proven_is_said() {
     let mut lost = attempt(1);
     lost.reason = Some(CONTAINMENT_UNPROVEN.into());
@@ -126,7 +148,7 @@ fn ends_are_counted_once() {
 }
 
 fn any_stage() -> impl Strategy<Value = u8> {
-    0..6_u8
+    0..7_u8
 }
 
 proptest! {
@@ -145,6 +167,7 @@ proptest! {
             2 => Progress::Running,
             3 => Progress::Sealing(&bad, "no gateway"),
             4 => Progress::Ended(&bad, Refusals::default()),
+            5 => Progress::Undecided("who"),
             _ => Progress::Ended(&good, Refusals::default()),
         };
         let before = tell(&AgentTaskStatus::default(), &story(&attempts, None, stage(first)), at(0));
@@ -166,6 +189,13 @@ fn phases_are_told_to_those_who_deploy_by_git() {
     let told = |attempts: &[Attempt], stage| {
         serde_json::to_value(tell(&AgentTaskStatus::default(), &story(attempts, Some(true), stage), at(0))).unwrap()
     };
+    // What both tools must show beside the health.
+    let says = |mut phase: Value, says: &str| {
+        phase["says"] = json!(says);
+        phase
+    };
+    let undecided = "waits for approvers to decide about ApprovalRequest triage-5b1c (expires at 2026-01-01T00:00:00Z)";
+    let parked = "attempt 1 ended: EvidenceUnavailable";
     let findings = [Finding::new("spec.tools[0]", "a contract", "nothing", "apply it")];
     let (good, bad) = (closed("Succeeded", "", "AgentSucceeded"), closed("Failed", "Agent", "NonZeroExit"));
     let unknown = bad.clone().unknown();
@@ -175,8 +205,12 @@ fn phases_are_told_to_those_who_deploy_by_git() {
         task("that is not valid", "Degraded", "Failed", told(&[], Progress::Refused(&findings))),
         task("that waits for a node", "Progressing", "InProgress", told(&one, Progress::Waiting("Unschedulable", ""))),
         task("that runs", "Progressing", "InProgress", told(&one, Progress::Running)),
+        says(
+            task("that waits for approvers", "Suspended", "InProgress", told(&one, Progress::Undecided(undecided))),
+            undecided,
+        ),
         task("that is tried again", "Progressing", "InProgress", told(&one, Progress::Waiting("Retrying", "why"))),
-        task("that is parked", "Suspended", "InProgress", told(&one, Progress::Parked("why"))),
+        says(task("that is parked", "Suspended", "InProgress", told(&one, Progress::Parked(parked))), parked),
         task(
             "whose log is not sealed",
             "Progressing",

@@ -30,6 +30,7 @@ use crate::{
     api::{PolicyPack, ToolContract},
     lenient::Lenient,
     operator::{
+        approvals::Undecided,
         bootstrap,
         cache::{Attempts, Stores},
         metrics::Metrics,
@@ -106,6 +107,7 @@ fn stores(cache: Cache) -> Stores {
         network_policies: cluster::store().0,
         with_pod: Attempts::default(),
         with_network_policy: Attempts::default(),
+        approvals: Undecided::default(),
         references_changed: Arc::default(),
         network_policies_changed: Arc::default(),
     }
