@@ -3,6 +3,9 @@
 //! Guarantees: Every list and every string has a bound. The schema contains every check that the API server can make. Every field has an
 //! effect.
 //!
+//! Leaf types that the policy writes in the same way are in [`policy::config`](crate::policy::config) and
+//! [`policy::approval`](crate::policy::approval). The kinds here use them.
+//!
 //! Non-goals: Behaviour. [`render`](crate::render) turns these types into validated plain data and gives them their meaning.
 
 #![allow(clippy::duplicated_attributes, reason = "kube's derive takes one printcolumn a column, and they look alike")]

@@ -9,7 +9,7 @@
 //! the rendered schema is closed, so that it rejects them.
 //!
 //! ```text
-//! pack_for ─▶ config::render_policy ─▶ validated::validate ─▶ pod, network_policy, config_map (cannot fail)
+//! pack_for ─▶ task::render_policy ─▶ validated::validate ─▶ pod, network_policy, config_map (cannot fail)
 //! ```
 #![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing))]
 
@@ -30,10 +30,10 @@ pub mod agent;
 pub mod approval;
 /// Checks CEL preconditions: they compile, name only variables that exist, and are not nested too deeply.
 pub mod condition;
-/// Renders the policy.
-pub mod config;
 /// Builds the ConfigMap of an attempt.
 pub mod config_map;
+/// Checks and renders contracts.
+pub mod contract;
 /// Says where a task's evidence is stored.
 pub mod evidence;
 #[cfg(test)]
@@ -46,6 +46,8 @@ pub mod names;
 pub mod network_policy;
 /// Describes the task as the owner of its attempts' objects.
 pub mod owner;
+/// Checks and renders packs.
+pub mod pack;
 /// Builds the pod of an attempt.
 pub mod pod;
 /// Reads Kubernetes quantities.
@@ -56,6 +58,8 @@ pub mod rollback;
 pub mod schema;
 /// Checks contracts and packs on their own.
 pub mod standalone;
+/// Renders the policy of a task.
+pub mod task;
 #[cfg(test)]
 mod tests;
 /// Infers the types of CEL expressions.

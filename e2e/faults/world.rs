@@ -25,7 +25,7 @@ use belay::{
         store::s3::{Options, S3},
     },
     policy::config::{HarnessConfig, Probe, Wiring},
-    render::config::render_policy,
+    render::task::render_policy,
     seal,
     wire::{self, SealReply, SealRequest},
 };

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes `published.json`: the request types of the Python SDKs of OpenAI and Anthropic. Tests compare `src/policy/model/requests.rs` with
+"""Writes `published.json`: the request types of the Python SDKs of OpenAI and Anthropic. Tests compare `src/policy/model/requests` with
 them. `e2e/model/publish` runs this script with pinned versions. A type is its members. A form is a name ("string"), or an object with one
 member: `ref` (a type), `any` (one of several forms), `list`, `map`, or `literal` (these values)."""
 import collections.abc

@@ -13,7 +13,7 @@ use super::{
 };
 use crate::policy::{
     config::{
-        EgressUse, OutputLimitField, RuleDecision, Sensitivity, SideEffect, StoreReplies, StreamUsage, Tokenizer,
+        AccessRule, DataPattern, EgressUse, OutputLimitField, Risk, SideEffect, StoreReplies, StreamUsage, Tokenizer,
         UnknownMembers,
     },
     model::{api::Family, table::Capability},
@@ -93,87 +93,6 @@ pub struct StatePolicy {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 256), regex(pattern = r"^[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*$"))]
     pub prefix: Option<String>,
-}
-
-/// A pattern for sensitive data. Belay searches each text, number and name of arguments and results separately.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase")]
-pub struct DataPattern {
-    /// The name.
-    #[schemars(length(min = 1, max = 63), regex(pattern = r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$"))]
-    pub name: String,
-    /// A regular expression in the syntax of Rust's `regex` crate, such as `\b\d{4}-\d{4}\b`. Like RE2, it has no look-around and no
-    /// back-references.
-    #[schemars(length(min = 1, max = 512))]
-    pub pattern: String,
-    /// The sensitivity of data that matches.
-    pub sensitivity: Sensitivity,
-}
-
-/// Who may call what. A rule applies to calls that match all of its fields.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase")]
-pub struct AccessRule {
-    /// The name, as the evidence shows it.
-    #[schemars(length(min = 1, max = 63), regex(pattern = r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$"))]
-    pub name: String,
-    /// Principals, or prefixes with `*`, such as `system:serviceaccount:team-a:*`. All principals if empty.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    #[schemars(length(max = 64), inner(length(min = 1, max = 253), regex(pattern = r"^[^*]*\*?$")), extend("x-kubernetes-list-type" = "set"))]
-    pub principals: Vec<String>,
-    /// Names of tools as agents call them, or prefixes with `*`. All tools if empty.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    #[schemars(length(max = 64), inner(length(min = 1, max = 128), regex(pattern = r"^[A-Za-z0-9_.-]*\*?$")), extend("x-kubernetes-list-type" = "set"))]
-    pub tools: Vec<String>,
-    /// Side effects. All side effects if empty.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    #[schemars(length(max = 3), extend("x-kubernetes-list-type" = "set"))]
-    pub effects: Vec<SideEffect>,
-    /// A CEL expression over `args`, `task`, `principal`, `usage`, `tool` (its name), `effect` and `data`. `data.arguments` is the
-    /// sensitivity of the arguments. `data.seen` is the highest sensitivity that the task has handled so far. Both are `'Unclassified'`,
-    /// `'Internal'`, `'Confidential'` or `'Restricted'`. If the expression cannot be evaluated, the rule counts against the call.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(min = 1, max = 4096))]
-    pub when: Option<String>,
-    /// The decision. One `Deny` overrides all other rules.
-    pub decision: RuleDecision,
-    /// The message to the agent if the rule denies.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(length(min = 1, max = 253))]
-    pub message: Option<String>,
-}
-
-/// The risk score of a tool call: the sum of the points of all terms that are true. The evidence has the score, its terms and the decision.
-#[derive(KubeSchema, Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[x_kube(validation = Rule::new("has(self.approveAt) || has(self.denyAt)").message("name a score from which calls need approval (approveAt), are denied (denyAt), or both"))]
-#[serde(rename_all = "camelCase")]
-pub struct Risk {
-    /// The terms of the score.
-    #[schemars(length(min = 1, max = 64), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
-    pub terms: Vec<RiskTerm>,
-    /// From this score on, a call needs approval, as `approval` says.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 1, max = 1_000_000))]
-    pub approve_at: Option<i64>,
-    /// From this score on, a call is denied.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 1, max = 1_000_000))]
-    pub deny_at: Option<i64>,
-}
-
-/// One term of the risk score.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase")]
-pub struct RiskTerm {
-    /// The name, as the evidence shows it.
-    #[schemars(length(min = 1, max = 63), regex(pattern = r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$"))]
-    pub name: String,
-    /// A CEL expression over the same variables as rules. The term counts unless the expression is `false`.
-    #[schemars(length(min = 1, max = 4096))]
-    pub when: String,
-    /// The points that the term adds.
-    #[schemars(range(min = 1, max = 10_000))]
-    pub points: i64,
 }
 
 /// A workflow class.

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::readiness::Readiness;
 use crate::policy::{
     approval::Approvers,
-    config::{DataClass, HttpMethod, OnTimeout, SideEffect},
+    config::{DataClass, HttpUpstream, McpUpstream, OnTimeout, Precondition, SideEffect, ToolLimits},
 };
 
 /// One tool: what the agent sees, where the call goes, and which conditions must be true before it leaves.
@@ -243,95 +243,6 @@ pub struct Upstream {
     /// An HTTP request from a template.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub http: Option<HttpUpstream>,
-}
-
-/// A tool of an MCP server that speaks streamable HTTP.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase")]
-pub struct McpUpstream {
-    /// The server's endpoint.
-    #[schemars(length(min = 8, max = 2048), regex(pattern = r"^https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?(/[^\s#]*)?$"))]
-    pub url: String,
-    /// The tool's name on the server.
-    #[schemars(length(min = 1, max = 128))]
-    pub tool: String,
-    /// Pins the server's own definition of the tool. Rule `tool.changed` denies calls while the server lists another definition, or none.
-    /// The pin is the SHA-256, in lower-case hex, over the RFC 8785 form of an object. The object has the members `name`, `title`,
-    /// `description`, `inputSchema`, `outputSchema` and `annotations`, as far as the server's `tools/list` has them for the tool. Of
-    /// `annotations` it has `title`, `readOnlyHint`, `destructiveHint`, `idempotentHint` and `openWorldHint`. `null` counts as absent.
-    /// Every intent in the evidence names the digest in force, and so does the denial. Without a pin, the first definition that an attempt
-    /// sees holds for that attempt.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(regex(pattern = r"^[0-9a-f]{64}$"))]
-    pub digest: Option<String>,
-}
-
-/// One HTTP request, made from the arguments of the call. A JSON reply becomes the structured content and the text of the result. Other
-/// text becomes its text. Pictures and sounds become MCP content. Other replies are denied. A status of 400 or more is an error result.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase")]
-pub struct HttpUpstream {
-    /// The method. With GET, HEAD and DELETE, every argument must have a place in the URL. With other methods, the arguments without a
-    /// place form the body, a JSON object.
-    pub method: HttpMethod,
-    /// The URL. `{name}` in a segment of the path, at most one in each segment, is the argument of that name: a string, an integer or a
-    /// boolean that `input` requires, percent-encoded as one segment. Rule `tool.url` denies values that a server could read as less or
-    /// more than one segment: `/`, `\`, `;`, `?`, `#`, `..`, escapes such as `%2F`, an empty text, control characters, a dot or a space at
-    /// the end, and equivalents of these. `{+name}` as the last segment stands for several segments with `/` between them, each under the
-    /// same rule. Scheme, host, port and a query in the URL are literal.
-    #[schemars(length(min = 8, max = 2048), regex(pattern = r"^https?://[A-Za-z0-9.-]+(:[0-9]{1,5})?([/?][^\s#]*)?$"))]
-    pub url: String,
-    /// Arguments that go into the query as `name=value`, in this order, if the call has them.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    #[schemars(length(max = 32), inner(length(min = 1, max = 128)), extend("x-kubernetes-list-type" = "set"))]
-    pub query: Vec<String>,
-}
-
-/// Limits on the calls of one tool.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase")]
-pub struct ToolLimits {
-    /// Calls in the whole task, across all attempts (rule `tool.calls`).
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 0, max = 1_000_000))]
-    pub calls: Option<i64>,
-    /// Calls a minute (rule `tool.rate`): a token bucket of this size that refills evenly. It is full when the harness of an attempt
-    /// starts.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 1, max = 60_000))]
-    pub per_minute: Option<i64>,
-    /// Seconds for the call, including a listing of the upstream's tools if it is due (rule `tool.timeout`). 120 if absent. A call without
-    /// a reply in this time has an unknown outcome.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 1, max = 300))]
-    pub timeout_seconds: Option<i64>,
-    /// Bytes of the arguments, as JSON in canonical form (rule `tool.requestBytes`).
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 2, max = 4_194_304))]
-    pub request_bytes: Option<i64>,
-    /// Bytes of the upstream's reply (rule `tool.responseBytes`). 16 MiB if absent. The agent does not get a longer reply.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 1, max = 16_777_216))]
-    pub response_bytes: Option<i64>,
-}
-
-/// A CEL expression over `args`, `task`, `principal`, `usage` and `results` that must be `true`.
-///
-/// `results` maps the name of a tool to the result of its last successful call in this attempt: the structured content, or the only block
-/// of text, parsed if it is JSON. Results longer than 16 KiB are absent. After a restart of the harness, all results are absent. A
-/// condition that needs a result then denies until the tool is called again.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "camelCase")]
-pub struct Precondition {
-    /// The name of the condition in denials and in evidence.
-    #[schemars(length(min = 1, max = 63), regex(pattern = r"^[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?$"))]
-    pub name: String,
-    /// The expression. An error or a value other than `true` denies the call.
-    #[schemars(length(min = 1, max = 4096))]
-    pub cel: String,
-    /// The message to the agent if the condition is not true.
-    #[schemars(length(min = 1, max = 1024))]
-    pub message: String,
 }
 
 /// Returns the structural schema of a field that contains a JSON Schema: an object whose content the API server stores without checking it.

@@ -162,11 +162,11 @@ impl Cache {
 }
 
 fn compile(task: &AgentTask, contracts: &[&ToolContract], pack: &PolicyPack) -> Result<Compiled, String> {
-    let policy = render::config::render_policy(task, contracts, pack)
+    let policy = render::task::render_policy(task, contracts, pack)
         .map_err(|findings| findings.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))?;
-    let class = render::config::class_of(task, pack).map_err(|e| e.to_string())?;
+    let class = render::pack::class_of(task, pack).map_err(|e| e.to_string())?;
     // One for each egress host of the policy, which is rendered from the same list.
-    let credential = |rule| render::config::credential_for(rule, &task.spec.principal).cloned();
+    let credential = |rule| render::pack::credential_for(rule, &task.spec.principal).cloned();
     let credentials = class.egress.iter().map(credential).collect();
     Ok(Compiled { state: pack.spec.state.clone(), ..Compiled::new(policy, credentials, pack.spec.evidence.clone())? })
 }

@@ -27,7 +27,12 @@ use crate::{
         rollback::{self, CompensationState},
         store::{Location, PutError, Store, StoreError},
     },
-    policy::{commit::Salt, config::RollbackOf, rule::Rule, shorten::shorten},
+    policy::{
+        commit::Salt,
+        config::{RollbackOf, strict},
+        rule::Rule,
+        shorten::shorten,
+    },
 };
 
 /// Maximum number of salts in memory.
@@ -92,7 +97,9 @@ impl StateStore {
                 Err(PutError::Store(error)) => return Err(self.failed(&error)),
             }
             let held = store.get(&key).await.map_err(|error| self.failed(&error))?;
-            let holder: RollbackOf = serde_json::from_slice(&held).map_err(|error| broken(&key, error))?;
+            let holder: RollbackOf = serde_json::from_slice::<serde_json::Value>(&held)
+                .and_then(strict::read)
+                .map_err(|error| broken(&key, error))?;
             if holder == *by {
                 return Ok(());
             }

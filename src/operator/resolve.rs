@@ -9,9 +9,8 @@ use crate::{
     api::{AgentTask, PolicyPack, ToolContract},
     lenient::Lenient,
     render::{
-        Finding,
-        config::contract_missing,
-        pack_among,
+        Finding, pack_among,
+        task::contract_missing,
         validated::{Validated, validate},
     },
 };

@@ -14,7 +14,7 @@ use crate::{
     api::PolicyPack,
     policy::{
         access,
-        config::{Access, AccessRule, DataPattern, PolicyConfig, Risk, RiskTerm, RuleDecision},
+        config::{Access, PolicyConfig, RuleDecision},
         sensitivity::Detectors,
     },
 };
@@ -26,30 +26,12 @@ pub const VARIABLES: [&str; 7] = ["args", "task", "principal", "usage", "tool", 
 pub fn render(pack: &PolicyPack, findings: &mut Vec<Finding>) -> Access {
     let spec = &pack.spec;
     let at = |field: &str| format!("PolicyPack/{} spec.{field}", pack.name_any());
-    let patterns = spec.classification.iter().map(|declared| DataPattern {
-        name: declared.name.clone(),
-        pattern: declared.pattern.clone(),
-        sensitivity: declared.sensitivity,
-    });
-    let rules = spec.rules.iter().map(|declared| AccessRule {
-        name: declared.name.clone(),
-        principals: declared.principals.clone(),
-        tools: declared.tools.clone(),
-        effects: declared.effects.clone(),
-        when: declared.when.clone(),
-        decision: declared.decision,
-        message: declared.message.clone(),
-    });
-    let risk = spec.risk.as_ref().map(|risk| Risk {
-        terms: risk
-            .terms
-            .iter()
-            .map(|term| RiskTerm { name: term.name.clone(), when: term.when.clone(), points: term.points })
-            .collect(),
-        approve_at: risk.approve_at,
-        deny_at: risk.deny_at,
-    });
-    let mut rendered = Access { classification: patterns.collect(), rules: rules.collect(), risk, approval: None };
+    let mut rendered = Access {
+        classification: spec.classification.clone(),
+        rules: spec.rules.clone(),
+        risk: spec.risk.clone(),
+        approval: None,
+    };
     compiles(&rendered, &at, findings);
     thresholds(&rendered, &at, findings);
     if !rendered.rules.is_empty() && rendered.rules.iter().all(|rule| rule.decision == RuleDecision::Deny) {

@@ -12,7 +12,7 @@ use cel::{
     common::ast::{EntryExpr, Expr, IdedExpr},
 };
 
-/// The variables that a harness binds, see [`Precondition`](crate::api::tool_contract::Precondition).
+/// The variables that a harness binds, see [`Precondition`](crate::policy::config::Precondition).
 pub const VARIABLES: [&str; 5] = ["args", "task", "principal", "usage", "results"];
 
 /// The deepest nesting or longest chain of operators. Evaluation recurses, and this depth fits into the 2 MiB stack of tokio's workers.

@@ -7,7 +7,7 @@
 
 use kube::core::Selector;
 
-use super::{Finding, config, types, validated};
+use super::{Finding, contract, pack, types, validated};
 use crate::{
     api::{PolicyPack, ToolContract},
     policy::template::Request,
@@ -15,7 +15,7 @@ use crate::{
 
 /// Returns what is wrong with a contract.
 pub fn contract(contract: &ToolContract) -> Vec<Finding> {
-    let input = match config::check_contract(contract) {
+    let input = match contract::check_contract(contract) {
         Ok(tool) => tool.input,
         Err(findings) => return findings.into_iter().map(Finding::own).collect(),
     };
@@ -48,9 +48,7 @@ pub fn contract(contract: &ToolContract) -> Vec<Finding> {
 pub fn advice(contract: &ToolContract) -> Vec<Finding> {
     /// Formats that the harness checks and whose values contain no segment separator.
     const FORMATS: [&str; 5] = ["uuid", "date", "date-time", "ipv4", "ipv6"];
-    let Some(request) =
-        contract.spec.upstream.http.as_ref().and_then(|http| Request::parse(&config::of_http(http)).ok())
-    else {
+    let Some(request) = contract.spec.upstream.http.as_ref().and_then(|http| Request::parse(http).ok()) else {
         return Vec::new();
     };
     let properties = contract.spec.input.get("properties");
@@ -76,7 +74,7 @@ pub fn advice(contract: &ToolContract) -> Vec<Finding> {
 
 /// Returns what is wrong with a pack.
 pub fn pack(pack: &PolicyPack) -> Vec<Finding> {
-    let mut findings = config::check_pack(pack);
+    let mut findings = pack::check_pack(pack);
     findings.extend(pack.spec.workflow_classes.iter().flat_map(validated::check_class));
     if let Err(error) = Selector::try_from(pack.spec.namespace_selector.clone()) {
         findings.push(Finding::new(

@@ -4,7 +4,7 @@ use kube::ResourceExt;
 use serde_json::json;
 
 use super::{
-    Finding, config, config_map,
+    Finding, config_map,
     fixtures::{contracts, pack, surroundings, task},
     names, network_policy, pack_for, pod, rollback,
     validated::{Validated, validate},
@@ -14,9 +14,9 @@ use crate::{
         AgentTask, PolicyPack, ToolContract,
         agent_task::{Agent, EnvVar},
         policy_pack::StatePolicy,
-        tool_contract::{Compensation, HttpUpstream, Idempotency, Rollback, Upstream, VerifyRead},
+        tool_contract::{Compensation, Idempotency, Rollback, Upstream, VerifyRead},
     },
-    policy::config::{EgressUse, HarnessConfig, RollbackOf, SideEffect},
+    policy::config::{EgressUse, HarnessConfig, HttpUpstream, RollbackOf, SideEffect},
 };
 
 fn labels(environment: &str) -> BTreeMap<String, String> {
@@ -50,7 +50,7 @@ fn one_pack_governs_a_namespace() {
 
 #[test]
 fn policy_is_rendered() {
-    let policy = config::render_policy(&task(), &contracts(), &pack()).unwrap();
+    let policy = super::task::render_policy(&task(), &contracts(), &pack()).unwrap();
     insta::assert_json_snapshot!(policy);
 }
 
@@ -61,7 +61,7 @@ fn limits_that_a_task_leaves_out_are_those_of_its_class() {
         (task.spec.limits.denials, task.spec.limits.cost) = asked.map(|(n, sum)| (n, sum.to_owned())).unzip();
         let class = &mut pack.spec.workflow_classes[0].limits;
         (class.denials, class.cost) = most.map(|(n, sum)| (n, sum.to_owned())).unzip();
-        let limits = config::render_policy(&task, &contracts(), &pack).unwrap().limits;
+        let limits = super::task::render_policy(&task, &contracts(), &pack).unwrap().limits;
         limits.denials.zip(limits.cost_micros)
     };
     assert_eq!(limits(None, None), None);
@@ -75,7 +75,7 @@ fn prices_are_rendered_in_their_order() {
     let mut pack = pack();
     let price = |model| serde_json::from_value(json!({"model": model, "input": "1.25", "output": "10"})).unwrap();
     pack.spec.models.prices = vec![price("b*"), price("a")];
-    let prices = config::render_policy(&task(), &contracts(), &pack).unwrap().models.prices;
+    let prices = super::task::render_policy(&task(), &contracts(), &pack).unwrap().models.prices;
     assert_eq!(prices.iter().map(|price| price.model.as_str()).collect::<Vec<_>>(), ["b*", "a"]);
     assert_eq!((prices[0].input_micros, prices[0].output_micros), (1_250_000, 10_000_000));
 }
@@ -93,7 +93,7 @@ fn endpoints_that_a_class_reaches_are_rendered_and_what_they_may_do() {
         "prices": [{"model": "vllm", "input": "0", "output": "0", "contextTokens": 4096, "maxOutputTokens": 512}],
     });
     pack.spec.models = serde_json::from_value(models).unwrap();
-    let models = config::render_policy(&task(), &contracts(), &pack).unwrap().models;
+    let models = super::task::render_policy(&task(), &contracts(), &pack).unwrap().models;
     let urls: Vec<_> = models.endpoints.iter().map(|entry| entry.url.as_str()).collect();
     assert_eq!(urls, ["https://models.world.test/v1?a=b", "https://models.world.test"]);
     // Each capability once, in an order that does not depend on the pack's order.
@@ -105,7 +105,7 @@ fn endpoints_that_a_class_reaches_are_rendered_and_what_they_may_do() {
     assert_eq!((usage, models.stream_usage.is_ask()), (vec![false, true], true));
     assert_eq!((models.prices[0].context_tokens, models.prices[0].max_output_tokens), (Some(4096), Some(512)));
     // Fields that the pack does not set are not in the policy, so its digest does not change.
-    let policy = config::render_policy(&task(), &contracts(), &self::pack()).unwrap();
+    let policy = super::task::render_policy(&task(), &contracts(), &self::pack()).unwrap();
     assert_eq!(serde_json::to_value(&policy.models).unwrap(), json!({"openai": "https://models.world.test"}));
 }
 
@@ -129,7 +129,7 @@ fn credentials_are_principals(
     let mut extra = pack.spec.workflow_classes[0].egress[0].clone();
     (extra.host, extra.credentials) = ("api.test".into(), serde_json::from_value(credentials).unwrap());
     pack.spec.workflow_classes[0].egress.push(extra);
-    let policy = config::render_policy(&task(), &contracts(), &pack).unwrap();
+    let policy = super::task::render_policy(&task(), &contracts(), &pack).unwrap();
     let host = policy.egress.last().unwrap();
     assert_eq!((host.credential.as_deref(), host.barred), (expected, barred));
 }
@@ -142,7 +142,7 @@ fn a_pack_that_forbids_everything_is_still_rendered() {
         {"name": "all", "decision": "Allow"}, {"name": "freeze", "decision": "Deny"},
     ]))
     .unwrap();
-    let policy = config::render_policy(&task(), &contracts(), &pack).unwrap();
+    let policy = super::task::render_policy(&task(), &contracts(), &pack).unwrap();
     assert_eq!(policy.access.rules.len(), 2);
     let found = validate(&task(), &contracts(), &pack, "belay-system").unwrap_err();
     assert!(found.iter().all(|finding| finding.found.contains("rule freeze denies")), "{found:?}");
@@ -150,12 +150,12 @@ fn a_pack_that_forbids_everything_is_still_rendered() {
 
 #[test]
 fn rendering_does_not_depend_on_order() {
-    let policy = config::render_policy(&task(), &contracts(), &pack()).unwrap();
+    let policy = super::task::render_policy(&task(), &contracts(), &pack()).unwrap();
     let mut other = task();
     other.spec.tools.reverse();
     let mut reversed = contracts();
     reversed.reverse();
-    let again = config::render_policy(&other, &reversed, &pack()).unwrap();
+    let again = super::task::render_policy(&other, &reversed, &pack()).unwrap();
     assert_eq!(policy.digest().unwrap(), again.digest().unwrap());
     assert_eq!(policy.digest().unwrap(), valid().policy_digest());
 }
@@ -227,7 +227,7 @@ fn an_http_tool_is_rendered() {
     over_http(&mut contracts, "GET", "https://tickets.world.test/tickets/{title}", &[]);
     contracts[0].spec.output = Some(json!({"type": "object"}));
     contracts[0].spec.limits.calls = Some(3);
-    let policy = config::render_policy(&task(), &contracts, &pack()).unwrap();
+    let policy = super::task::render_policy(&task(), &contracts, &pack()).unwrap();
     let tool = serde_json::to_value(&policy.tools[1]).unwrap();
     assert_eq!(
         tool["upstream"],
@@ -254,7 +254,7 @@ fn people_are_given_a_day_unless_somebody_says() {
             approval.then(|| serde_json::from_value(json!({"approvers": {"groups": ["g"]}})).unwrap());
         task.spec.limits.approval_wait_seconds = asked;
         pack.spec.workflow_classes[0].limits.approval_wait_seconds = most;
-        let policy = config::render_policy(&task, &contracts, &pack).unwrap();
+        let policy = super::task::render_policy(&task, &contracts, &pack).unwrap();
         assert_eq!(policy.task.requester.as_deref(), Some("ci"));
         policy.limits.approval_wait_seconds
     };
@@ -544,7 +544,7 @@ fn everything_wrong_is_found_at_once() {
 fn a_class_without_models_has_none() {
     let mut pack = pack();
     pack.spec.workflow_classes[0].egress.truncate(2);
-    let policy = config::render_policy(&task(), &contracts(), &pack).unwrap();
+    let policy = super::task::render_policy(&task(), &contracts(), &pack).unwrap();
     assert_eq!(policy.models, Default::default());
 }
 
@@ -623,7 +623,7 @@ fn a_task_is_undone_by_a_task_with_what_undoes() {
 
 #[test]
 fn what_undoes_needs_a_place_for_its_arguments() {
-    let findings = config::render_policy(&task(), &undone(), &pack()).unwrap_err();
+    let findings = super::task::render_policy(&task(), &undone(), &pack()).unwrap_err();
     assert_eq!(findings[0].field, "ToolContract/tickets spec.rollback.call");
     assert!(findings[0].to_string().contains("a `state` bucket in PolicyPack `dev`"), "{}", findings[0]);
 }
@@ -642,7 +642,7 @@ fn a_task_has_an_agent_or_undoes_another(#[case] change: fn(&mut AgentTask), #[c
 fn state_is_not_locked_away_with_the_evidence() {
     let mut pack = pack();
     pack.spec.state = Some(StatePolicy { bucket: pack.spec.evidence.bucket.clone(), prefix: None });
-    assert_eq!(config::check_pack(&pack)[0].field, "spec.state.bucket");
+    assert_eq!(super::pack::check_pack(&pack)[0].field, "spec.state.bucket");
 }
 
 /// The task class is a label of metrics, so it must be one of the pack's.
@@ -650,10 +650,10 @@ fn state_is_not_locked_away_with_the_evidence() {
 fn a_task_class_is_one_of_the_packs() {
     let (mut task, contracts, mut pack) = (task(), contracts(), pack());
     task.spec.task_class = Some("triage".into());
-    let findings = config::render_policy(&task, &contracts, &pack).unwrap_err();
+    let findings = super::task::render_policy(&task, &contracts, &pack).unwrap_err();
     assert_eq!(findings.len(), 1);
     assert!(findings[0].to_string().contains("spec.taskClass"), "{}", findings[0]);
     pack.spec.task_classes = vec!["triage".into()];
-    let policy = config::render_policy(&task, &contracts, &pack).unwrap();
+    let policy = super::task::render_policy(&task, &contracts, &pack).unwrap();
     assert_eq!(policy.task.task_class.as_deref(), Some("triage"));
 }

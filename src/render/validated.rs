@@ -8,7 +8,7 @@ use std::borrow::Borrow;
 
 use kube::ResourceExt;
 
-use super::{Finding, access, config, evidence::Location, names, owner::Owner, quantity::Quantity};
+use super::{Finding, access, evidence::Location, names, owner::Owner, pack, quantity::Quantity, task};
 use crate::{
     api::{AgentTask, PolicyPack, ToolContract, policy_pack::WorkflowClass},
     canonical::{self, CanonicalError},
@@ -266,18 +266,18 @@ pub fn validate<C: Borrow<ToolContract>>(
             "set one of them",
         ));
     }
-    let policy = config::render_policy(task, contracts, pack).map_err(|found| findings.extend(found)).ok();
+    let policy = task::render_policy(task, contracts, pack).map_err(|found| findings.extend(found)).ok();
     if let Some(policy) = &policy {
         access::unreachable(policy, &mut findings);
     }
     let digest = policy.as_ref().and_then(|policy| digest(policy, &mut findings));
     // Without a class there are no limits to compare with. The missing class is already a finding.
-    let resources = config::class_of(task, pack).ok().and_then(|class| resources(task, class, &mut findings));
+    let resources = pack::class_of(task, pack).ok().and_then(|class| resources(task, class, &mut findings));
     let env = env(task, &mut findings);
     let mut paths = Vec::new();
     let mounts = mounts(task, &mut paths, &mut findings);
     let write_scopes = write_scopes(task, resources.as_ref(), &mut paths, &mut findings);
-    match (policy, digest, resources, config::class_of(task, pack)) {
+    match (policy, digest, resources, pack::class_of(task, pack)) {
         (Some(policy), Some(policy_digest), Some(resources), Ok(class)) if findings.is_empty() => Ok(Validated {
             owner: Owner::of(task),
             objective: task.spec.objective.clone(),

@@ -24,7 +24,7 @@ use super::{
 };
 use crate::{
     api::{AgentTask, ApprovalRequest, PolicyPack, ToolContract, all_crds},
-    render::{Finding, config, standalone},
+    render::{Finding, pack, standalone},
 };
 
 /// Checks all files together. `namespace` is the namespace of objects that name none.
@@ -69,12 +69,12 @@ pub(in crate::cli) fn lint(sources: &[Source], namespace: &str) -> Result<Outcom
     for (object, pack) in &packs {
         found.alone(object, standalone::pack(pack));
         let plain: Vec<&ToolContract> = contracts.iter().map(|(_, contract)| *contract).collect();
-        for one in config::in_the_clear(pack, &plain) {
+        for one in pack::in_the_clear(pack, &plain) {
             found.add_at_field(&object.entry, Severity::Warning, one.finding.own());
         }
     }
     let mut notes = found.tasks(&objects, &contracts, &packs, &namespaces);
-    notes.extend(packs.iter().flat_map(|(_, pack)| config::bases(pack)));
+    notes.extend(packs.iter().flat_map(|(_, pack)| pack::bases(pack)));
     found.unused(&objects, &contracts);
     let count = objects.len();
     Ok(Outcome { diagnostics: found.sorted(), notes, objects: count })

@@ -20,7 +20,7 @@ use crate::{
         policy_pack::{EgressRule, EvidencePolicy, Models, RetentionMode, StatePolicy, WorkflowClass},
     },
     policy::config::{EgressUse, SideEffect},
-    render::{Finding, config, names, pack_among, validated},
+    render::{Finding, contract, names, pack_among, validated},
 };
 
 /// The default namespace of the operator and the gateway, in which no task may run.
@@ -140,7 +140,7 @@ impl Found<'_> {
 
 /// Returns a pack that allows everything that the task and its contracts ask for: a finding under this pack holds under any pack.
 fn generous(task: &AgentTask, contracts: &[&ToolContract]) -> PolicyPack {
-    let hosts = contracts.iter().filter_map(|contract| config::authority_of(&contract.spec.upstream));
+    let hosts = contracts.iter().filter_map(|contract| contract::authority_of(&contract.spec.upstream));
     let egress = hosts.map(|at| EgressRule {
         host: at.host.to_string(),
         ports: vec![at.port.into()],

@@ -14,13 +14,13 @@ use crate::{
     api::{ToolContract, policy_pack::WorkflowClass},
     cli::lint::Diagnostic,
     policy::{egress::HostPattern, hostname::Hostname},
-    render::config,
+    render::pack,
     run::objects::Objects,
 };
 
 /// Returns an error for each host that has an address by option but that no call can reach.
 pub(super) fn unlisted(objects: &Objects, resolve: &[Resolved], upstream: &[Server]) -> Vec<String> {
-    let Ok(class) = config::class_of(&objects.task, &objects.pack) else { return Vec::new() };
+    let Ok(class) = pack::class_of(&objects.task, &objects.pack) else { return Vec::new() };
     let named = resolve.iter().map(|one| ("--resolve", &one.host));
     let named = named.chain(upstream.iter().map(|one| ("--upstream", &one.host)));
     let unlisted = named.filter(|(_, host)| !lists(class, host));
@@ -50,7 +50,7 @@ pub(super) fn in_the_clear(
     let spec = &objects.task.spec;
     let contracts: Vec<&ToolContract> =
         objects.contracts.iter().filter(|contract| spec.tools.contains(&contract.name_any())).collect();
-    let found = config::in_the_clear(&objects.pack, &contracts);
+    let found = pack::in_the_clear(&objects.pack, &contracts);
     let found = found.into_iter().filter(|one| one.class == spec.workflow_class && !stays_here(&one.host));
     let said = found.map(|one| {
         let finding = one.finding.own();
@@ -63,12 +63,12 @@ pub(super) fn in_the_clear(
 
 /// Returns the keys that options give and that no host of the task's class uses.
 pub(super) fn unused(objects: &Objects, given: &[Credential]) -> Vec<String> {
-    let Ok(class) = config::class_of(&objects.task, &objects.pack) else { return Vec::new() };
+    let Ok(class) = pack::class_of(&objects.task, &objects.pack) else { return Vec::new() };
     let principal = &objects.task.spec.principal;
     let used: BTreeSet<_> = class
         .egress
         .iter()
-        .filter_map(|rule| config::credential_for(rule, principal))
+        .filter_map(|rule| pack::credential_for(rule, principal))
         .map(|one| format!("{}/{}", one.secret, one.key))
         .collect();
     let names = given.iter().map(|one| format!("{}/{}", one.secret, one.key));

@@ -23,7 +23,7 @@ use super::super::{
 use crate::{
     api::{AgentTask, PolicyPack, ToolContract, policy_pack::Credential},
     gateway::{credentials::trimmed, forms::Forms},
-    render::{config, names, pack_for},
+    render::{names, pack, pack_for},
     run::objects::{self, Objects},
 };
 
@@ -123,9 +123,9 @@ pub(super) fn load(asked: &Asked<'_>) -> Result<Loaded, CliError> {
 
 /// Returns the credentials that calls of this task would use, with their hosts.
 fn wanted_credentials(objects: &Objects) -> Vec<(String, Credential)> {
-    let Ok(class) = config::class_of(&objects.task, &objects.pack) else { return Vec::new() };
+    let Ok(class) = pack::class_of(&objects.task, &objects.pack) else { return Vec::new() };
     let wanted = class.egress.iter().filter_map(|rule| {
-        let credential = config::credential_for(rule, &objects.task.spec.principal)?;
+        let credential = pack::credential_for(rule, &objects.task.spec.principal)?;
         Some((rule.host.clone(), credential.clone()))
     });
     wanted.collect()

@@ -19,7 +19,7 @@ use tokio::sync::watch;
 use crate::{
     api::{AgentTask, PolicyPack, ToolContract},
     operator::{cache::Stores, metrics::Metrics, resolve::Resolved, status},
-    render::{Finding, config, standalone},
+    render::{Finding, pack, standalone},
 };
 
 /// The maximum number of findings in a message. Users do not correct more at a time.
@@ -137,7 +137,7 @@ fn news(request: &AdmissionRequest<DynamicObject>) -> Option<&DynamicObject> {
 
 /// Warns where model calls go for base URLs of a pack that are more than a host, so that the author of a base URL can check it.
 fn leads_to(pack: &DynamicObject) -> Verdict {
-    match read::<PolicyPack>(pack, "a pack").map(|pack| config::bases(&pack)) {
+    match read::<PolicyPack>(pack, "a pack").map(|pack| pack::bases(&pack)) {
         Ok(bases) if !bases.is_empty() => Verdict::Warned(bases),
         _ => Verdict::Allowed,
     }

@@ -123,6 +123,7 @@ fn a_conversation_of_150_000_tokens_is_set_aside_for_what_it_is() {
         "SECURITY.md",
         "src/policy/json.rs",
         "src/policy/config.rs",
+        "src/policy/config/tool.rs",
         "crds/policypacks.yaml",
         "docs/evidence-format.md",
     ];

@@ -136,7 +136,7 @@ fn the_tables_know_all_that_providers_publish() {
         roots.iter().for_each(|root| comparison.members(root, api(name).table()));
     }
     let unknown: Vec<_> = comparison.unknown.into_iter().collect();
-    assert!(unknown.is_empty(), "decide on these in src/policy/model/requests.rs:\n{}", unknown.join("\n"));
+    assert!(unknown.is_empty(), "decide on these in src/policy/model/requests:\n{}", unknown.join("\n"));
     assert!(comparison.seen.len() > 200, "only {} types were compared", comparison.seen.len());
 }
 
