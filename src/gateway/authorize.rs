@@ -71,11 +71,13 @@ impl Target {
             _ => return Err(malformed()),
         };
         let authority = uri.authority().ok_or_else(malformed)?;
-        Ok(Self {
-            secure,
-            authority: self::authority(authority.as_str(), Some(if secure { 443 } else { 80 }))?,
-            path: uri.path_and_query().cloned().unwrap_or_else(|| PathAndQuery::from_static("/")),
-        })
+        let path = match uri.path_and_query() {
+            // `http` keeps `?x` as it is, and does not take it for equal to `/?x`, which is what it sends.
+            Some(path) if !path.as_str().starts_with('/') => path.to_string().parse().map_err(|_| malformed())?,
+            Some(path) => path.clone(),
+            None => PathAndQuery::from_static("/"),
+        };
+        Ok(Self { secure, authority: self::authority(authority.as_str(), Some(if secure { 443 } else { 80 }))?, path })
     }
 
     /// Returns the value of `Host`: with the port only if it is not the scheme's default.

@@ -82,6 +82,14 @@ fn targets(#[case] text: &str, #[case] expected: Result<(&str, &str, &str), Rule
 }
 
 #[rstest]
+#[case::no_path("https://a.test", "https://a.test/")]
+#[case::query_without_path("https://a.test?x=1", "https://a.test/?x=1")]
+#[case::port("https://a.test:443/x", "https://A.test/x")]
+fn one_target_in_two_notations_is_equal(#[case] one: &str, #[case] other: &str) {
+    assert_eq!(Target::parse(one).unwrap(), Target::parse(other).unwrap());
+}
+
+#[rstest]
 #[case::tool(Channel::Tool, "https://tools.world.test/mcp", Ok(false))]
 #[case::model(Channel::Model, "https://models.world.test/v1/messages", Ok(true))]
 #[case::model_in_the_clear(Channel::Model, "http://models.world.test/v1/messages", Err(Rule::UpstreamCredential))]
