@@ -29,11 +29,12 @@ chaos: install ## The API server is killed, stopped, slow or without history, 50
 	@e2e/cluster/load "$$(e2e/demo/image)" >/dev/null
 	@e2e/test chaos; status=$$?; grep -A 200 '^chaos: seed .* s$$' $(CACHE)/logs/test-chaos.log | grep -E '^(chaos:|  )'; exit $$status
 
-fuzz: ## Every mutant of real logs and 5,000 structured ones for both verifiers, 10^7 generated calls against the reference, 10^6 that must not delay a ticker, and 10^5 orders of events
+fuzz: ## Every mutant of real logs and 5,000 structured ones for both verifiers, 10^7 generated calls against the reference, 10^6 that must not delay a ticker, 10^5 orders of events, and five parsers by libFuzzer
 	@BELAY_MUTANTS=all BELAY_SWEEP=all BELAY_STRUCTURED=$(or $(BELAY_STRUCTURED),5000) cargo test --release --locked --no-default-features --test evidence -- --nocapture
 	@BELAY_CALLS=10000000 cargo test --release --locked --no-default-features --lib reference
 	@BELAY_CALLS=1000000 cargo test --release --locked --no-default-features --features harness --lib generated_call -- --nocapture
 	@BELAY_ORDERS=100000 cargo test --release --locked --no-default-features --features operator --lib operator::tests::orders
+	@e2e/fuzz/run
 
 models: ## 10,000 model calls under random faults, official SDKs, llama.cpp and LiteLLM: what Belay counts, compared with what was produced
 	@e2e/model/run $(ONLY)
