@@ -148,7 +148,7 @@ async fn a_principal_without_a_rule_calls_nothing() {
     let harness = harness_of(policy, vec![]).await;
     for name in ["mcp.write", "http.write"] {
         let (error, text) = harness.tool(name, json!({"text": "hello"})).await;
-        assert!(error && text.contains("access.rule") && text.contains("lets p call"), "{text}");
+        assert!(error && text.contains("access.rule") && text.contains("allows p to call"), "{text}");
     }
 }
 
@@ -225,7 +225,7 @@ async fn one_no_of_two_is_enough(#[case] name: &str) {
         }
     };
     let ((error, text), ()) = tokio::join!(harness.tool(name, json!({"text": "asked"})), decide);
-    assert!(error && text.contains("tool.approval") && text.contains("ana said no"), "{text}");
+    assert!(error && text.contains("tool.approval") && text.contains("ana denied this call"), "{text}");
     assert!(made(&harness.records().await).is_empty());
 }
 

@@ -195,7 +195,7 @@ async fn a_no_stays_a_no(#[case] name: &str) {
         harness.gateway.decide(&asked[0], "ana", Answer::Deny);
     };
     let ((error, text), ()) = tokio::join!(harness.tool(name, args.clone()), deny);
-    assert!(error && text.contains("tool.approval") && text.contains("ana said no to this call: because"), "{text}");
+    assert!(error && text.contains("tool.approval") && text.contains("ana denied this call: because"), "{text}");
     let (error, again) = harness.tool(name, args).await;
     assert!(error && again == text, "{again}");
     harness.says(&["asked 1", "denied 1", "tool.approval", "tool.approval"]).await;

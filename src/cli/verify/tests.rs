@@ -123,7 +123,7 @@ async fn what_cannot_be_judged_is_an_error() {
     assert!(code.unwrap_err().to_string().contains("expected --witness-key"));
     let (code, _) = verify(&[path, "--witness-key", "nonsense"]).await;
     let said = code.unwrap_err().to_string();
-    assert!(said.contains("found `nonsense`, and no such file"), "{said}");
+    assert!(said.contains("found `nonsense`, which is not a file"), "{said}");
     let empty = tempfile::tempdir().unwrap();
     let (code, _) = verify(&[empty.path().to_str().unwrap(), "--witness-key", &key]).await;
     assert!(code.unwrap_err().to_string().contains("found no segments"));
