@@ -6,7 +6,8 @@ use futures::StreamExt;
 use super::*;
 
 const MANY: Limits = Limits {
-    wall_time_seconds: 120,
+    // Ten thousand calls took a slow machine more than two minutes.
+    wall_time_seconds: 600,
     tool_calls: 20,
     tokens: 0,
     denials: None,
@@ -218,7 +219,8 @@ async fn of_ten_thousand_twins_one_is_made() {
         .buffer_unordered(300)
         .collect()
         .await;
-    assert!(results.iter().all(|result| result.contains("slept") && result == &results[0]), "{:?}", &results[..3]);
+    assert!(results[0].contains("slept"), "{}", results[0]);
+    assert_eq!(results.iter().find(|result| *result != &results[0]), None);
     assert_eq!(harness.made().len(), 1, "an upstream that counts");
     assert_eq!(harness.gate.journal().look(|task| task.usage()).tool_calls, 1);
     assert_eq!(harness.replayed(), TWINS - 1);
