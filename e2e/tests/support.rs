@@ -239,7 +239,7 @@ impl World {
     pub async fn clean(&self) {
         let packs: Api<PolicyPack> = Api::all(self.client.clone());
         let tasks: Api<AgentTask> = self.api();
-        let list = async || tasks.list(&ListParams::default()).await.map(|list| list.items).unwrap_or_default();
+        let list = async || tasks.list(&ListParams::default()).await.expect("cannot list the tasks").items;
         for task in list().await {
             let _ = tasks.delete(&task.name_any(), &DeleteParams::default()).await;
         }
