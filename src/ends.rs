@@ -128,7 +128,7 @@ ends! {
     /// The limit on denials was reached.
     TooManyDenials: 43, Some("denials"), Some(Rule::Denials), Some((FailureClass::Policy, "TooManyDenials"));
     /// The attempt's wall time is over.
-    WallTime: 44, Some("wallTime"), Some(Rule::WallTime), Some((FailureClass::Budget, "DeadlineExceeded"));
+    WallTime: 44, Some("wallTime"), Some(Rule::WallTime), Some(TIME_OVER);
     /// A request for approval expired and ended the task.
     Unapproved: 45, Some("unapproved"), Some(Rule::ToolApproval), Some((FailureClass::Policy, "ApprovalExpired"));
     /// Evidence could not be stored, or the log could not be opened, for so long that the task must be retried later.
@@ -162,6 +162,8 @@ impl AttemptEnd {
     }
 }
 
+/// The failure class and the reason of an attempt whose wall time is over, whoever says so: the harness, the kubelet or the clock.
+pub const TIME_OVER: (FailureClass, &str) = (FailureClass::Budget, "DeadlineExceeded");
 /// The reason of an attempt whose pod was not the planned pod.
 pub const POD_ALTERED: &str = "PodAltered";
 

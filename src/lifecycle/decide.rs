@@ -22,7 +22,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use super::observe::{End, PodView};
 use crate::{
     api::agent_task::{Attempt, Phase, Retry},
-    ends::{AttemptEnd, FailureClass, POD_ALTERED, Retries},
+    ends::{AttemptEnd, FailureClass, POD_ALTERED, Retries, TIME_OVER},
     evidence::record::TaskClosed,
     render::pod::START_ALLOWANCE_SECONDS,
 };
@@ -296,7 +296,7 @@ fn pod_end(pod: &PodView, observed: &Observed<'_>) -> Result<Option<(End, bool)>
 /// Returns when the end of a pod is due even if its status does not change, and the failure class and reason of that end.
 fn overdue(pod: &PodView, observed: &Observed<'_>) -> Option<(Timestamp, (FailureClass, &'static str))> {
     let infrastructure = |reason| (FailureClass::Infrastructure, reason);
-    let wall = later(pod.agent_started, wall(pod, observed)).map(|at| (at, (FailureClass::Budget, "DeadlineExceeded")));
+    let wall = later(pod.agent_started, wall(pod, observed)).map(|at| (at, TIME_OVER));
     let stuck = pod.stuck.as_ref().filter(|stuck| stuck.fatal);
     let stuck = stuck.and_then(|stuck| Some((later(stuck.since, STUCK_SECONDS)?, infrastructure(stuck.reason))));
     let start = later(pod.accepted, START_ALLOWANCE_SECONDS).filter(|_| pod.agent_started.is_none());

@@ -16,7 +16,7 @@ use kube::ResourceExt;
 
 use crate::{
     canonical,
-    ends::{AttemptEnd, FailureClass},
+    ends::{AttemptEnd, FailureClass, TIME_OVER},
     render::{intact, names},
 };
 
@@ -168,7 +168,7 @@ fn state(status: &ContainerStatus) -> Option<&ContainerState> {
 
 /// Returns the end of the pod, if it has one that counts.
 fn end(pod: &Pod, status: &PodStatus, agent_ran: bool, behind: SignedDuration) -> Option<End> {
-    use FailureClass::{Agent, Budget, Infrastructure};
+    use FailureClass::{Agent, Infrastructure};
     let phase = status.phase.as_deref().unwrap_or_default();
     let over = matches!(phase, "Succeeded" | "Failed") || pod.metadata.deletion_timestamp.is_some() || held_up(status);
     let agent = find(&status.container_statuses, names::AGENT)
@@ -202,7 +202,7 @@ fn end(pod: &Pod, status: &PodStatus, agent_ran: bool, behind: SignedDuration) -
     let told = status.reason.as_deref().unwrap_or_default();
     if told == "DeadlineExceeded" {
         return Some(if agent_ran {
-            End::new(Budget, "DeadlineExceeded", exit_code)
+            End::new(TIME_OVER.0, TIME_OVER.1, exit_code)
         } else {
             End::new(Infrastructure, "StartTimeout", None)
         });

@@ -32,6 +32,7 @@ use crate::{
             view::View,
         },
     },
+    ends::TIME_OVER,
     evidence::record::{Event, Record},
     output::{Kept, Output},
     policy::approval::Answer,
@@ -39,7 +40,7 @@ use crate::{
 };
 
 /// The reason of an attempt whose wall time is over.
-const OUT_OF_TIME: &str = "DeadlineExceeded";
+const OUT_OF_TIME: &str = TIME_OVER.1;
 /// The time between two redraws of the panel.
 const TICK: Duration = Duration::from_millis(500);
 

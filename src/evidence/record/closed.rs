@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    ends::{AttemptEnd, FailureClass},
+    ends::{AttemptEnd, FailureClass, TIME_OVER},
     policy::rule::Rule,
 };
 
@@ -104,7 +104,7 @@ impl TaskClosed {
         } else if !presumed {
             true
         } else if end == Some(WallTime) && !budget {
-            let (class, reason) = (FailureClass::Budget, "DeadlineExceeded");
+            let (class, reason) = TIME_OVER;
             return Self { failure_class: class.name().to_owned(), reason: reason.to_owned(), ..self };
         } else if budget {
             // Of an end that is not the wall time, the log must show that the time was over.
