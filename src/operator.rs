@@ -53,6 +53,8 @@ pub mod approvals;
 pub mod backoff;
 /// Creates the Secrets of the system namespace.
 pub mod bootstrap;
+/// What a watch shows of the objects of each task.
+mod by_task;
 /// Keeps the observed state of the cluster in caches, by watches.
 pub mod cache;
 /// Remembers the operator's own writes between two reconciliations.

@@ -8,16 +8,22 @@
 //! only the agent knows.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::BTreeMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use jiff::{SignedDuration, Timestamp};
-use kube::{Resource, api::ObjectMeta, runtime::reflector::ObjectRef, runtime::watcher};
+use kube::{
+    Resource,
+    runtime::{reflector::ObjectRef, watcher},
+};
 use tokio::sync::watch;
 
-use super::cache::GuardedTask;
+use super::{
+    by_task::{ByTask, Entry},
+    cache::GuardedTask,
+};
 use crate::{
     api::ApprovalRequest,
     lenient::Lenient,
@@ -50,16 +56,8 @@ pub struct Times {
 pub struct Undecided(Arc<Shared>);
 
 struct Shared {
-    listed: Mutex<Listed>,
+    listed: Mutex<ByTask<String, Times>>,
     filled: watch::Sender<bool>,
-}
-
-#[derive(Default)]
-struct Listed {
-    /// The requests by the UID of their task.
-    by_task: HashMap<String, Requests>,
-    /// The requests of a list that is not complete yet.
-    arriving: HashMap<String, Requests>,
 }
 
 impl Default for Undecided {
@@ -69,7 +67,7 @@ impl Default for Undecided {
 }
 
 impl Undecided {
-    fn lock(&self) -> MutexGuard<'_, Listed> {
+    fn lock(&self) -> MutexGuard<'_, ByTask<String, Times>> {
         self.0.listed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -81,52 +79,28 @@ impl Undecided {
 
     /// Returns the undecided requests of the task with this UID. They may have expired.
     pub fn of(&self, task_uid: &str) -> Requests {
-        self.lock().by_task.get(task_uid).cloned().unwrap_or_default()
+        self.lock().of(task_uid)
     }
 
     /// Applies an event of the watch.
     pub fn follow(&self, event: &watcher::Event<Lenient<ApprovalRequest>>) {
         let mut listed = self.lock();
-        let Listed { by_task, arriving } = &mut *listed;
-        match event {
-            watcher::Event::Init => arriving.clear(),
-            watcher::Event::InitApply(request) => {
-                apply(arriving, request);
-                // The controller reconciles the task at this event, and not again when the list is complete.
-                apply(by_task, request);
-            }
-            watcher::Event::InitDone => {
-                *by_task = std::mem::take(arriving);
-                self.0.filled.send_replace(true);
-            }
-            watcher::Event::Apply(request) => apply(by_task, request),
-            watcher::Event::Delete(request) => remove(by_task, request.meta()),
+        // The controller reconciles the task at this event, and not again when the list is complete.
+        if let watcher::Event::InitApply(request) = event {
+            entry(request).into_iter().for_each(|entry| listed.set(entry));
+        }
+        listed.follow(event, entry);
+        if matches!(event, watcher::Event::InitDone) {
+            self.0.filled.send_replace(true);
         }
     }
 }
 
-fn apply(by_task: &mut HashMap<String, Requests>, request: &Lenient<ApprovalRequest>) {
-    let (metadata, times) = (request.meta(), request.0.as_ref().ok().and_then(undecided));
-    match (task_uid(metadata), &metadata.name, times) {
-        (Some(task), Some(name), Some(times)) => {
-            by_task.entry(task.to_owned()).or_default().insert(name.clone(), times);
-        }
-        _ => remove(by_task, metadata),
-    }
-}
-
-fn remove(by_task: &mut HashMap<String, Requests>, metadata: &ObjectMeta) {
-    let (Some(task), Some(name)) = (task_uid(metadata), &metadata.name) else { return };
-    if let Some(requests) = by_task.get_mut(task) {
-        requests.remove(name);
-        if requests.is_empty() {
-            by_task.remove(task);
-        }
-    }
-}
-
-fn task_uid(metadata: &ObjectMeta) -> Option<&str> {
-    Some(metadata.labels.as_ref()?.get(names::TASK_UID)?)
+/// Returns what a request says: the UID of its task, its name, and its times if it is undecided.
+fn entry(request: &Lenient<ApprovalRequest>) -> Option<Entry<String, Times>> {
+    let metadata = request.meta();
+    let task = metadata.labels.as_ref()?.get(names::TASK_UID)?;
+    Some((task.clone(), metadata.name.clone()?, request.0.as_ref().ok().and_then(undecided)))
 }
 
 /// Returns the times of a request that approvers have not decided.

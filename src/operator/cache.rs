@@ -6,9 +6,9 @@
 //! Non-goals: Data that nothing uses, such as managed fields and nearly all of a pod's spec.
 
 use std::{
-    collections::{BTreeSet, HashMap},
+    collections::BTreeSet,
     convert::Infallible,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -32,6 +32,7 @@ use tokio::{sync::Notify, time::timeout};
 
 use super::{
     approvals::Undecided,
+    by_task::ByTask,
     expectations::{self, Expectations},
     metrics::Metrics,
 };
@@ -162,49 +163,21 @@ impl Stores {
 /// The attempts of each task that have an object of one kind, according to the store of that kind. The numbers have gaps: a task that was
 /// parked for a week has had thousands of attempts, and only the newest ones have objects.
 #[derive(Clone, Default)]
-pub struct Attempts(Arc<Mutex<Listed>>);
-
-#[derive(Default)]
-struct Listed {
-    by_task: HashMap<String, BTreeSet<i64>>,
-    /// The objects of a list that is not complete yet.
-    arriving: HashMap<String, BTreeSet<i64>>,
-}
+pub struct Attempts(Arc<Mutex<ByTask<i64, ()>>>);
 
 impl Attempts {
+    fn lock(&self) -> MutexGuard<'_, ByTask<i64, ()>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Returns the attempts of the task with this UID.
     pub fn of(&self, task_uid: &str) -> BTreeSet<i64> {
-        let listed = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        listed.by_task.get(task_uid).cloned().unwrap_or_default()
+        self.lock().of(task_uid).into_keys().collect()
     }
 
     /// Applies an event of a watch, as the store does.
     pub fn follow<K: Resource>(&self, event: &watcher::Event<K>) {
-        let mut listed = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let Listed { by_task, arriving } = &mut *listed;
-        match event {
-            watcher::Event::Init => arriving.clear(),
-            watcher::Event::InitDone => *by_task = std::mem::take(arriving),
-            watcher::Event::InitApply(object) => {
-                if let Some((task, number)) = attempt_of(object.meta()) {
-                    arriving.entry(task).or_default().insert(number);
-                }
-            }
-            watcher::Event::Apply(object) => {
-                if let Some((task, number)) = attempt_of(object.meta()) {
-                    by_task.entry(task).or_default().insert(number);
-                }
-            }
-            watcher::Event::Delete(object) => {
-                let Some((task, number)) = attempt_of(object.meta()) else { return };
-                if let Some(numbers) = by_task.get_mut(&task) {
-                    numbers.remove(&number);
-                    if numbers.is_empty() {
-                        by_task.remove(&task);
-                    }
-                }
-            }
-        }
+        self.lock().follow(event, |object| attempt_of(object.meta()).map(|(task, number)| (task, number, Some(()))));
     }
 }
 
