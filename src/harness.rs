@@ -340,7 +340,7 @@ where
     let first = journal
         .record(|_, _| {
             Ok(Event::AttemptOpened(Box::new(AttemptOpened {
-                key,
+                verifier_key: key,
                 policy: config.policy.clone(),
                 pod: options.pod.clone(),
                 containment,

@@ -33,11 +33,11 @@ pub const LOG_SEAL: &str = "/v1/log/seal";
 /// Requests approval of one exact call: [`ApprovalAsk`] → [`ApprovalReply`].
 pub const APPROVAL: &str = "/v1/approval";
 /// Renders and stores the arguments of a call's compensation: [`PutState`] → [`Kept`].
-pub const STATE_KEEP: &str = "/v1/state/keep";
+pub const STATE_PUT: &str = "/v1/state/put";
 /// Returns to a rollback the arguments of a compensation of a call of the other task: [`StateRef`] → [`Undo`].
 pub const STATE_GET: &str = "/v1/state/get";
-/// Stores the result of an idempotent call: [`KeepResult`] → [`Kept`].
-pub const RESULT_KEEP: &str = "/v1/result/keep";
+/// Stores the result of an idempotent call: [`PutResult`] → [`Kept`].
+pub const RESULT_PUT: &str = "/v1/result/put";
 /// Returns a stored result to another attempt of the same task: [`StateRef`] → [`KeptResult`].
 pub const RESULT_GET: &str = "/v1/result/get";
 /// The longest result that is stored, in bytes.
@@ -195,11 +195,11 @@ pub struct ApprovalAsk {
     /// The tool.
     pub tool: String,
     /// What the call may change.
-    pub effect: SideEffect,
+    pub side_effect: SideEffect,
     /// The arguments, RFC 8785 JSON.
     pub arguments: String,
     /// The commitment to the arguments, hex.
-    pub request_digest: String,
+    pub request_commitment: String,
     /// How many seconds the gateway may wait for a decision before it replies.
     pub wait: i64,
 }
@@ -218,9 +218,9 @@ pub struct ApprovalReply {
     pub expires: String,
     /// The pack's reasons for requiring approval.
     #[serde(default)]
-    pub because: Vec<String>,
+    pub reasons: Vec<String>,
     /// The state of the request.
-    pub standing: ApprovalState,
+    pub state: ApprovalState,
     /// The decisions of approvers so far.
     pub decisions: Vec<Vote>,
 }
@@ -281,7 +281,7 @@ pub struct SealReply {
     pub closed: Option<TaskClosed>,
     /// The contracts of the compensations that would roll back the failed task. Absent if the gateway could not determine them in time.
     #[serde(default)]
-    pub undone_by: Option<BTreeSet<String>>,
+    pub compensation_commitment: Option<BTreeSet<String>>,
 }
 
 /// The request to store a compensation of a call that took effect. The gateway renders the compensation's arguments by the contract and
@@ -327,7 +327,7 @@ pub struct Undo {
 /// The request to store the result of an idempotent call, so that another attempt can return it again.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct KeepResult {
+pub struct PutResult {
     /// The sequence number of the call's intent.
     pub intent: u64,
     /// The result as the agent gets it, as JSON.

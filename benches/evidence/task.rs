@@ -6,7 +6,7 @@
 
 use anyhow::{Context, anyhow};
 use belay::{
-    evidence::record::{AttemptOpened, Channel, Containment, Effect, Intent, Outcome, Pod},
+    evidence::record::{AttemptOpened, CallOutcome, Channel, Containment, Intent, Outcome, Pod},
     policy::{
         access::{AccessPolicy, AccessRequest},
         commit::Salt,
@@ -94,7 +94,7 @@ pub fn opened(key: String) -> anyhow::Result<AttemptOpened> {
         unreachable: vec!["10.96.0.1:443".into(), "192.0.2.1:443".into()],
         breaches: vec![],
     };
-    Ok(AttemptOpened { key, policy: policy()?, pod, containment, rollback: None, local: None })
+    Ok(AttemptOpened { verifier_key: key, policy: policy()?, pod, containment, rollback: None, local: None })
 }
 
 /// A call as it is recorded, but without its ID.
@@ -134,10 +134,10 @@ impl Calls {
         let known = DecisionInputs { usage: Usage::default(), ignored: 0, results: &self.results };
         let decision = self.contracts.decide(tool, Arguments::Parsed(arguments), known, &self.salt);
         let tool = decision.verdict.map_err(|denial| anyhow!("{denial:?}"))?;
-        let effect = tool.side_effect;
-        let asked = AccessRequest { tool, effect, usage: Usage::default(), seen: Sensitivity::default() };
+        let side_effect = tool.side_effect;
+        let asked = AccessRequest { tool, side_effect, usage: Usage::default(), seen: Sensitivity::default() };
         let passed = self.guard.judge(asked, &decision.arguments).map_err(|denial| anyhow!("{denial:?}"))?;
-        let reads = effect == SideEffect::Read;
+        let reads = side_effect == SideEffect::Read;
         let over_mcp = tool.name != "item_get";
         let key = match &tool.idempotency {
             Some(of) => {
@@ -157,14 +157,14 @@ impl Calls {
             call: String::new(),
             channel: Channel::Tool,
             target: tool.name.clone(),
-            effect: Some(effect),
-            definition: over_mcp.then(|| self.salt.bytes(tool.name.as_bytes())),
-            request_digest: Some(decision.digest),
+            side_effect: Some(side_effect),
+            definition_digest: over_mcp.then(|| self.salt.bytes(tool.name.as_bytes())),
+            request_commitment: Some(decision.digest),
             request_bytes: decision.bytes,
             rules,
-            key,
+            idempotency_key: key,
             approvals: vec![],
-            undoes: None,
+            compensates: None,
             assessment: passed.assessment,
             model: None,
             reserved_tokens: 0,
@@ -172,10 +172,10 @@ impl Calls {
         };
         let outcome = Outcome {
             call: String::new(),
-            effect: Effect::Applied,
+            outcome: CallOutcome::Applied,
             rule: None,
             status: if reads { 200 } else { 201 },
-            response_digest: Some(self.salt.bytes(reply.as_bytes())),
+            response_commitment: Some(self.salt.bytes(reply.as_bytes())),
             response_bytes: 400 + number as u64 % 4_000,
             sent_bytes: None,
             tokens: 0,
@@ -183,7 +183,7 @@ impl Calls {
             upstream: Some("198.51.100.20:443".into()),
             certificate: None,
             sensitivity: Sensitivity::default(),
-            undone_by: None,
+            compensation_commitment: None,
         };
         Ok(Call { intent, outcome })
     }

@@ -33,7 +33,7 @@ pub async fn verify(folder: &Path) -> anyhow::Result<Vec<Measure>> {
     let Some(Event::AttemptOpened(opened)) = first.into_iter().next().map(|record| record.event) else {
         anyhow::bail!("the log does not begin with attempt.opened")
     };
-    let attempt: VerifierKey = opened.key.parse()?;
+    let attempt: VerifierKey = opened.verifier_key.parse()?;
     let expected = Expected::Origin(note::origin(UID));
 
     let (mut trees, mut wholes, mut records) = (0.0, 0.0, 0);

@@ -48,25 +48,26 @@ TYPES = {"flag": lambda v: type(v) is bool, "true": lambda v: v is True, "text":
          "count": whole(0, 2**53), "cost": whole(1, 2**53), "several": whole(2, 2**53), "size": whole(0, 2**64),
          "integer": whole(1 - 2**63, 2**63), "nonzero": lambda v: TYPES["integer"](v) and v != 0,
          "class": "|".join(CLASSES), "sensitive": "|".join(CLASSES[1:]), "effect": "|".join(EFFECTS),
-         "channel": "tool|listing|model|egress", "standing": "approved|denied|expired|pending",
+         "channel": "tool|listing|model|egress", "state": "approved|denied|expired|pending",
          "time": is_time, "expiry": lambda v: is_time(v, r"(\.[0-9]{1,9})?")}
 FORMS = {  # of records
     "record": "v:count seq:count time:time attempt:count actor:harness|gateway usage:usage kind",
     "usage": "toolCalls:count tokens:count denials:count costMicros?:cost",
-    "attempt.opened": "key policyDigest:hash rollbackDigest?:hash pod:pod containment:containment.checked local?:local",
+    "attempt.opened": "verifierKey policyDigest:hash rollbackDigest?:hash pod:pod containment:containment.checked "
+                      "local?:local",
     "pod": "name uid node runtimeClass networkPolicy", "local": "sandbox root store resolved?:[text]",
-    "call.intent": "call channel:channel target effect?:effect definition? requestDigest?:hash requestBytes:count "
-                   "rules:[rule] key? approvals?:[text] undoes? assessment?:assessment model? "
-                   "reservedTokens:count reservedCostMicros?:cost",
+    "call.intent": "call channel:channel target sideEffect?:effect definitionDigest? "
+                   "requestCommitment?:hash requestBytes:count rules:[rule] idempotencyKey? approvals?:[text] "
+                   "compensates? assessment?:assessment model? reservedTokens:count reservedCostMicros?:cost",
     "assessment": "arguments:class seen:class rules?:[text] risk?:risk", "risk": "score:count terms:[text]",
-    "call.outcome": "call effect:applied|not_applied|unknown rule?:rule status:status responseDigest?:hash "
+    "call.outcome": "call outcome:applied|not_applied|unknown rule?:rule status:status responseCommitment?:hash "
                     "certificate?:hash responseBytes:count sentBytes?:count tokens:count costMicros?:cost upstream? "
-                    "sensitivity?:sensitive undoneBy?:hash",
-    "call.replayed": "call target key requestDigest:hash responseDigest:hash",
-    "call.resolved": "call effect:applied|not_applied by",
-    "call.denied": "channel:channel target rule:rule reason requestDigest?:hash count?:several",
-    "approval.requested": "name uid by:Contract|Pack tool requestDigest:hash required:count expires:expiry "
-                          "because?:[text] standing:standing decisions?:[decision]",
+                    "sensitivity?:sensitive compensationCommitment?:hash",
+    "call.replayed": "call target idempotencyKey requestCommitment:hash responseCommitment:hash",
+    "call.resolved": "call outcome:applied|not_applied by",
+    "call.denied": "channel:channel target rule:rule reason requestCommitment?:hash count?:several",
+    "approval.requested": "name uid requestedBy:Contract|Pack tool requestCommitment:hash required:count "
+                          "expires:expiry reasons?:[text] state:state decisions?:[decision]",
     "decision": "by decision:Approve|Deny reason?",
     "containment.checked": "contained:flag rounds:rounds millis:count reachable unreachable:[text] breaches?:[text]",
     "attempt.closed": "reason", "task.closed": "phase failureClass reason exitCode?:code images?:{hash}",
@@ -107,7 +108,7 @@ FORMS |= {  # of documents: "The policy's form"
                   "message?",
     "accessRisk": "terms:[term] approveAt?:integer denyAt?:integer", "term": "name when points:integer",
     "plan": "origin size:size root steps:[step]", "step": "call tool by:by", "by": "call!:undo people!",
-    "undo": "contract requestDigest until?",
+    "undo": "contract requestCommitment until?",
 }
 TYPES |= {name: FORMS.pop(name) for name in ("use", "capability")}
 
@@ -194,7 +195,7 @@ class History:
             case "call.denied":
                 usage["denials"] += record.get("count", 1)
                 self.denials[record["rule"]] += record.get("count", 1)
-                hold(not record.keys() >= {"count", "requestDigest"}, kind, "a digest or a count", record)
+                hold(not record.keys() >= {"count", "requestCommitment"}, kind, "a digest or a count", record)
                 ignores = record["channel"] == "egress" and "ignoredHosts" in (self.policy or {})
                 hold(record["rule"] != "egress.ignored" or ignores, "rule 8", "a policy that ignores hosts", record)
             case "call.replayed":
@@ -235,7 +236,7 @@ class History:
         self.priced(record)
         tool = self.tool(record["target"]) if channel == "tool" else {}
         self.keyed(record, tool.get("idempotency"))
-        self.undoes(record, tool)
+        self.compensates(record, tool)
         if channel == "tool":
             self.allowed(record, tool)
             asked = {"Contract"} if "approval" in tool and "when" not in tool["approval"] else set()
@@ -247,7 +248,8 @@ class History:
 
     def allowed(self, intent: dict, tool: dict):
         """Rules 6, 8 and 9."""
-        hold, name, effect, definition = self.hold, intent["target"], intent.get("effect"), intent.get("definition")
+        hold, name, effect = self.hold, intent["target"], intent.get("sideEffect")
+        definition = intent.get("definitionDigest")
         need(tool, "rule 6", "a tool of the policy", name)
         tighter = EFFECTS[EFFECTS.index(tool["sideEffect"]):]
         hold(effect in tighter, "rule 6", f"an effect of {tighter}", effect)
@@ -280,7 +282,7 @@ class History:
 
     def keyed(self, intent: dict, of: dict | None):
         """Rule 11."""
-        hold, key, digest = self.hold, intent.get("key"), intent.get("requestDigest", "")
+        hold, key, digest = self.hold, intent.get("idempotencyKey"), intent.get("requestCommitment", "")
         hold((key is None) == (of is None), "rule 11", "a key just of an idempotent tool", key)
         if key is None or of is None:
             return
@@ -289,7 +291,7 @@ class History:
         taken = {key for key, call in self.keys.items() if self.fates[call] != "not_applied"}
         if key in taken:
             before = self.intents[self.keys[key]]
-            again = "header" in of and before.get("requestDigest", "") == digest
+            again = "header" in of and before.get("requestCommitment", "") == digest
             unknown = self.lost.get(before["call"], math.inf) < math.inf
             free = not self.in_window(before, of, intent) or (again and unknown)
             hold(free, "rule 11", f"a key that is free, not that of {before['call']}", key)
@@ -303,12 +305,12 @@ class History:
     def replayed(self, record: dict):
         """Rule 12."""
         call, of = record["call"], self.tool(record["target"]).get("idempotency")
-        holds = of and self.keys.get(record["key"]) == call and self.fates[call] == "applied"
+        holds = of and self.keys.get(record["idempotencyKey"]) == call and self.fates[call] == "applied"
         holds = holds and self.in_window(self.intents[call], of, record)
-        holds = holds and self.intents[call].get("requestDigest", "") == record["requestDigest"]
+        holds = holds and self.intents[call].get("requestCommitment", "") == record["requestCommitment"]
         self.hold(holds, "rule 12", "the call that was made under the key, and applied", record)
         given = self.given.get(call)
-        self.hold(given == record["responseDigest"], "rule 12", f"its result {given}", record["responseDigest"])
+        self.hold(given == record["responseCommitment"], "rule 12", f"its result {given}", record["responseCommitment"])
 
     def resolved(self, record: dict):
         call, by, since = record["call"], record["by"], self.lost.get(record["call"], math.inf)
@@ -320,52 +322,52 @@ class History:
                   f"by a call of {at(verify, 'tool')}", read["target"])
         self.outcomes.setdefault(call, None)
         self.given.pop(call, None)
-        self.lost[call], self.fates[call] = math.inf, record["effect"]
+        self.lost[call], self.fates[call] = math.inf, record["outcome"]
 
     def outcome(self, record: dict):
-        call, effect, hold = record["call"], record["effect"], self.hold
+        call, outcome, hold = record["call"], record["outcome"], self.hold
         intent = self.intents.get(call, {"attempt": None, "reservedTokens": 0, "target": ""})
         hold(intent["attempt"] == record["attempt"], "rule 5", "an intent of the call in the same attempt before", call)
         hold(call not in self.outcomes, "rule 5", "one outcome of a call, and none once it is resolved", call)
-        self.outcomes[call] = self.fates[call] = effect
-        self.lost[call] = record["seq"] if effect == "unknown" else math.inf
+        self.outcomes[call] = self.fates[call] = outcome
+        self.lost[call] = record["seq"] if outcome == "unknown" else math.inf
         self.usage.update(tokens=record["tokens"] - intent["reservedTokens"],
                           costMicros=record.get("costMicros", 0) - intent.get("reservedCostMicros", 0))
         tool, found = self.tool(intent["target"]), CLASSES.index(record.get("sensitivity", CLASSES[0]))
-        if "responseDigest" in record and "rule" not in record:
-            self.given[call] = record["responseDigest"]
+        if "responseCommitment" in record and "rule" not in record:
+            self.given[call] = record["responseCommitment"]
             least = at(tool, "data", "result") or CLASSES[0]
             hold(found >= CLASSES.index(least), "rule 15", f"a result that is {least} at least", CLASSES[found])
         self.seen = max(self.seen, found)
-        undoable = effect == "applied" and self.plan is None and at(tool, "rollback", "call")
-        hold("undoneBy" not in record or undoable, "rule 17", "no call that undoes this one", record)
+        undoable = outcome == "applied" and self.plan is None and at(tool, "rollback", "call")
+        hold("compensationCommitment" not in record or undoable, "rule 17", "no call that undoes this one", record)
 
     def approval(self, record: dict):
         """Rule 14, of requests."""
-        hold, name, standing, by, tool = self.hold, record["name"], record["standing"], record["by"], record["tool"]
+        hold, name, state, by, tool = self.hold, record["name"], record["state"], record["requestedBy"], record["tool"]
         asks = self.tool(tool) if by == "Contract" else self.tool(tool) and self.policy.get("access")
         asks = at(asks, "approval")
         hold(asks and asks["required"] == record["required"], "rule 14", f"what asks, as it does: {show(asks)}", record)
-        call = (by, tool, record["requestDigest"])
-        of, before = self.requests.get(name, (call, standing))
+        call = (by, tool, record["requestCommitment"])
+        of, before = self.requests.get(name, (call, state))
         hold(of == call, "rule 14", f"the call {of} that was asked about", call)
-        hold(before != "denied" or standing in ("denied", "pending"), "rule 14", "a no to stay one", standing)
+        hold(before != "denied" or state in ("denied", "pending"), "rule 14", "a no to stay one", state)
         hold(name in self.requests or len(self.requests) < 65536, "rule 14", "at most 65536 requests", name)
-        if name not in self.requests or (standing != "pending" and before != "denied"):
-            self.requests[name] = call, standing
+        if name not in self.requests or (state != "pending" and before != "denied"):
+            self.requests[name] = call, state
         decisions, task = record.get("decisions", []), self.policy["task"]
         people = {decision["by"] for decision in decisions} - {task["principal"], task.get("requester")}
         voted = "approved" if len(people) >= max(record["required"], 1) else "pending"
         voted = "denied" if any(decision["decision"] == "Deny" for decision in decisions) else voted
-        hold(standing == voted or (standing == "expired" and voted != "denied"), "rule 14", voted, standing)
+        hold(state == voted or (state == "expired" and voted != "denied"), "rule 14", voted, state)
 
     def approved(self, intent: dict, asked: set[str]):
         """Rule 14, of calls."""
         given = set()
         for name in intent.get("approvals", []):
-            (by, *call), standing = self.requests.get(name, ((None,), None))
-            expected = [intent["target"], intent.get("requestDigest")]
-            fits = standing == "approved" and call == expected
+            (by, *call), state = self.requests.get(name, ((None,), None))
+            expected = [intent["target"], intent.get("requestCommitment")]
+            fits = state == "approved" and call == expected
             self.hold(fits and name not in self.used and by not in given, "rule 14",
                       f"an approval that was given, once, for {expected}", name)
             given.add(by)
@@ -403,22 +405,22 @@ class History:
         return "RequireApproval" in decisions or score >= limits.get("approveAt", math.inf)
 
     def is_for(self, rule: dict, intent: dict, tool: dict) -> bool:
-        effects = {intent.get("effect")} | ({tool["sideEffect"]} if rule["decision"] != "Allow" else set())
+        effects = {intent.get("sideEffect")} | ({tool["sideEffect"]} if rule["decision"] != "Allow" else set())
         return (names(rule.get("principals"), self.policy["task"]["principal"])
                 and names(rule.get("tools"), tool["name"])
                 and bool(effects & set(rule.get("effects", EFFECTS))))
 
-    def undoes(self, intent: dict, tool: dict):
+    def compensates(self, intent: dict, tool: dict):
         """Rule 17, of calls."""
-        call, hold = intent.get("undoes"), self.hold
+        call, hold = intent.get("compensates"), self.hold
         if self.plan is None:
             return hold(call is None, "rule 17", "nothing that is undone but in a rollback", call)
         if call is None:
-            reads = (intent["channel"], intent.get("effect")) == ("tool", "read") or intent["channel"] == "listing"
+            reads = (intent["channel"], intent.get("sideEffect")) == ("tool", "read") or intent["channel"] == "listing"
             return hold(reads, "rule 17", "a rollback to read and to undo", intent)
         undo = next((at(step, "by", "call") for step in self.plan["steps"] if step["call"] == call), None)
-        expected = (at(undo, "contract"), at(undo, "requestDigest"))
-        hold(undo and (tool.get("contract"), intent.get("requestDigest", "")) == expected, "rule 17",
+        expected = (at(undo, "contract"), at(undo, "requestCommitment"))
+        hold(undo and (tool.get("contract"), intent.get("requestCommitment", "")) == expected, "rule 17",
              f"the call of the plan {expected}", intent)
         until = at(undo, "until")
         in_time = until is None or is_time(until) and moment(intent["time"]) <= moment(until)

@@ -200,7 +200,7 @@ class Log:
         for record in records:
             self.where = f"{key}: record {record['seq']}"
             if record["kind"] == "attempt.opened":
-                self.key, name = read_key(record["key"]), f"{history.origin}/{record['attempt']}"
+                self.key, name = read_key(record["verifierKey"]), f"{history.origin}/{record['attempt']}"
                 self.hold((self.key.name, self.key.type) == (name, 1), "rule 3", f"a key {name} of type 1", self.key)
             history.record(record, documents)
         self.where, self.peaks, self.root = key, peaks, root
@@ -271,7 +271,7 @@ class Log:
                 "outcome": {n: last[n] for n in last.keys() & {*"phase failureClass reason exitCode images".split()}},
                 "calls": {"notApplied": fates["not_applied"]} | {c: fates[c] for c in ("applied", "unknown", "open")},
                 "denials": history.denials,
-                "approvals": Counter(each("approval.decided", "standing"))}}).encode()
+                "approvals": Counter(each("approval.decided", "state"))}}).encode()
         kind, given = "application/vnd.in-toto+json", json.loads(data)
         same(base64.b64decode(given["payload"]), payload, "payload")
         signature = {"keyid": f"{self.witness.name}+{self.witness.id}", "sig": given["signatures"][0]["sig"]}

@@ -5,7 +5,7 @@ use belay::{
     evidence::{
         log::Log,
         note,
-        record::{Approval, Channel, Effect, Event, Intent, Outcome, Record, Replayed},
+        record::{Approval, CallOutcome, Channel, Event, Intent, Outcome, Record, Replayed},
         rollback::{By, Plan},
     },
     policy::{
@@ -114,10 +114,10 @@ type Lie = fn(&mut Segments);
 #[case::too_many_calls_of_a_tool(8, |s: &mut Segments| tool(s, "pay", |t| t.limits.calls = Some(3)))]
 #[case::calls_of_a_tool_below_nothing(8, |s: &mut Segments| tool(s, "find", |t| t.limits.calls = Some(-1)))]
 #[case::too_many_bytes(8, |s: &mut Segments| tool(s, "pay", |t| t.limits.request_bytes = Some(119)))]
-#[case::another_definition_than_the_pin(9, |s: &mut Segments| intent(s, "f1", |i| i.definition = Some("x".into())))]
-#[case::no_definition(9, |s: &mut Segments| intent(s, "n1", |i| i.definition = None))]
-#[case::a_definition_of_http(9, |s: &mut Segments| intent(s, "p1", |i| i.definition = Some("x".into())))]
-#[case::another_definition_than_before(9, |s: &mut Segments| intent(s, "n2", |i| i.definition = Some("x".into())))]
+#[case::another_definition_than_the_pin(9, |s: &mut Segments| intent(s, "f1", |i| i.definition_digest = Some("x".into())))]
+#[case::no_definition(9, |s: &mut Segments| intent(s, "n1", |i| i.definition_digest = None))]
+#[case::a_definition_of_http(9, |s: &mut Segments| intent(s, "p1", |i| i.definition_digest = Some("x".into())))]
+#[case::another_definition_than_before(9, |s: &mut Segments| intent(s, "n2", |i| i.definition_digest = Some("x".into())))]
 #[case::an_empty_pin(9, |s: &mut Segments| tool(s, "find", |t| { let Upstream::Mcp(mcp) = &mut t.upstream else { panic!() }; mcp.digest = Some(String::new()); }))]
 #[case::cheaper_than_its_price(10, |s: &mut Segments| intent(s, "m1", |i| i.reserved_cost_micros = 99))]
 #[case::dearer_than_its_price(10, |s: &mut Segments| intent(s, "m1", |i| i.reserved_cost_micros = 201))]
@@ -126,18 +126,18 @@ type Lie = fn(&mut Segments);
 #[case::a_model_without_a_name(10, |s: &mut Segments| intent(s, "m1", |i| i.model = None))]
 #[case::a_tool_that_costs(10, |s: &mut Segments| intent(s, "f1", |i| i.reserved_cost_micros = 1))]
 #[case::rounded_down(10, |s: &mut Segments| policy(s, |p| p.models.prices[0].input_micros = 1_500_001))]
-#[case::no_key(11, |s: &mut Segments| intent(s, "p1", |i| i.key = None))]
-#[case::another_key(11, |s: &mut Segments| intent(s, "p1", |i| i.key = Some("x".into())))]
-#[case::a_key_of_a_tool_without(11, |s: &mut Segments| intent(s, "f1", |i| i.key = Some("x".into())))]
+#[case::no_key(11, |s: &mut Segments| intent(s, "p1", |i| i.idempotency_key = None))]
+#[case::another_key(11, |s: &mut Segments| intent(s, "p1", |i| i.idempotency_key = Some("x".into())))]
+#[case::a_key_of_a_tool_without(11, |s: &mut Segments| intent(s, "f1", |i| i.idempotency_key = Some("x".into())))]
 #[case::a_key_whose_fate_is_unknown(11, |s: &mut Segments| without(s, |e| matches!(e, Event::Resolved(_))))]
 #[case::a_key_in_its_window(11, |s: &mut Segments| tool(s, "note", |t| t.idempotency.as_mut().unwrap().window_seconds = 6000))]
 #[case::a_repeat_that_the_upstream_does_not_tell(11, |s: &mut Segments| tool(s, "pay", |t| t.idempotency.as_mut().unwrap().header = None))]
-#[case::a_repeat_of_what_applied(11, |s: &mut Segments| outcome(s, "p3", |o| o.effect = Effect::Applied))]
-#[case::another_result_again(12, |s: &mut Segments| replayed(s, |r| r.response_digest = "0".repeat(64)))]
-#[case::other_arguments_again(12, |s: &mut Segments| replayed(s, |r| r.request_digest = "0".repeat(64)))]
+#[case::a_repeat_of_what_applied(11, |s: &mut Segments| outcome(s, "p3", |o| o.outcome = CallOutcome::Applied))]
+#[case::another_result_again(12, |s: &mut Segments| replayed(s, |r| r.response_commitment = "0".repeat(64)))]
+#[case::other_arguments_again(12, |s: &mut Segments| replayed(s, |r| r.request_commitment = "0".repeat(64)))]
 #[case::another_call_again(12, |s: &mut Segments| replayed(s, |r| r.call = "f1".into()))]
-#[case::another_key_again(12, |s: &mut Segments| replayed(s, |r| r.key = "x".into()))]
-#[case::a_result_that_was_withheld(12, |s: &mut Segments| outcome(s, "p1", |o| (o.rule, o.undone_by) = (Some(belay::policy::rule::Rule::ToolOutput), None)))]
+#[case::another_key_again(12, |s: &mut Segments| replayed(s, |r| r.idempotency_key = "x".into()))]
+#[case::a_result_that_was_withheld(12, |s: &mut Segments| outcome(s, "p1", |o| (o.rule, o.compensation_commitment) = (Some(belay::policy::rule::Rule::ToolOutput), None)))]
 #[case::again_after_its_window(12, |s: &mut Segments| tool(s, "pay", |t| t.idempotency.as_mut().unwrap().window_seconds = 1))]
 #[case::resolved_by_another_tool(13, |s: &mut Segments| tool(s, "note", |t| t.verify.as_mut().unwrap().tool = "pay".into()))]
 #[case::resolved_without_a_read(13, |s: &mut Segments| tool(s, "note", |t| t.verify = None))]
@@ -146,9 +146,9 @@ type Lie = fn(&mut Segments);
 #[case::the_requester(14, |s: &mut Segments| decided(s, "c-p1", |a| a.decisions[2].by = "ci".into()))]
 #[case::a_no(14, |s: &mut Segments| decided(s, "c-p1", |a| a.decisions[0].decision = Answer::Deny))]
 #[case::fewer_required(14, |s: &mut Segments| decided(s, "c-p1", |a| a.required = 1))]
-#[case::asked_about_another_call(14, |s: &mut Segments| decided(s, "c-p1", |a| a.request_digest = "0".repeat(64)))]
+#[case::asked_about_another_call(14, |s: &mut Segments| decided(s, "c-p1", |a| a.request_commitment = "0".repeat(64)))]
 #[case::of_a_tool_that_needs_none(14, |s: &mut Segments| decided(s, "c-p1", |a| a.tool = "find".into()))]
-#[case::expired(14, |s: &mut Segments| decided(s, "c-p1", |a| a.standing = ApprovalState::Expired))]
+#[case::expired(14, |s: &mut Segments| decided(s, "c-p1", |a| a.state = ApprovalState::Expired))]
 #[case::not_asked_for_the_pack(14, |s: &mut Segments| intent(s, "p1", |i| drop(i.approvals.pop())))]
 #[case::not_asked_for_the_contract(14, |s: &mut Segments| intent(s, "p1", |i| drop(i.approvals.remove(0))))]
 #[case::an_approval_twice(14, |s: &mut Segments| intent(s, "p4", |i| i.approvals[0] = "c-p3".into()))]
@@ -174,31 +174,31 @@ type Lie = fn(&mut Segments);
 #[case::a_risk_that_is_denied(16, |s: &mut Segments| policy(s, |p| p.access.risk.as_mut().unwrap().deny_at = Some(10)))]
 #[case::no_assessment(16, |s: &mut Segments| intent(s, "f1", |i| i.assessment = None))]
 #[case::an_assessment_of_a_model(16, |s: &mut Segments| { let mut of = None; intent_of(s, "f1", &mut of); intent(s, "m1", |i| i.assessment = of.clone()); })]
-#[case::undone_where_nothing_is(17, |s: &mut Segments| intent(s, "n3", |i| i.undoes = Some("c9".into())))]
-#[case::what_undoes_a_call_that_nothing_undoes(17, |s: &mut Segments| outcome(s, "f1", |o| o.undone_by = Some("0".repeat(64))))]
-#[case::what_undoes_a_call_that_did_nothing(17, |s: &mut Segments| outcome(s, "p3", |o| o.undone_by = Some("0".repeat(64))))]
+#[case::undone_where_nothing_is(17, |s: &mut Segments| intent(s, "n3", |i| i.compensates = Some("c9".into())))]
+#[case::what_undoes_a_call_that_nothing_undoes(17, |s: &mut Segments| outcome(s, "f1", |o| o.compensation_commitment = Some("0".repeat(64))))]
+#[case::what_undoes_a_call_that_did_nothing(17, |s: &mut Segments| outcome(s, "p3", |o| o.compensation_commitment = Some("0".repeat(64))))]
 fn what_a_policy_does_not_let_follow_is_invalid_to_both(#[case] rule: u8, #[case] lie: Lie) {
     assert_lie(&rich::TASK, rule, lie);
 }
 
 #[rstest]
-#[case::other_arguments(|s: &mut Segments| intent(s, "u1", |i| i.request_digest = Some("0".repeat(64))))]
+#[case::other_arguments(|s: &mut Segments| intent(s, "u1", |i| i.request_commitment = Some("0".repeat(64))))]
 #[case::another_tool(|s: &mut Segments| plan(s, |p| { let By::Call(undo) = &mut p.steps[0].by else { panic!() }; undo.contract = "pay-v1".into(); }))]
-#[case::what_people_are_to_undo(|s: &mut Segments| intent(s, "u1", |i| i.undoes = Some("c8".into())))]
-#[case::what_is_in_no_step(|s: &mut Segments| intent(s, "u1", |i| i.undoes = Some("c5".into())))]
-#[case::undone_twice(|s: &mut Segments| outcome(s, "u1", |o| o.effect = Effect::Applied))]
+#[case::what_people_are_to_undo(|s: &mut Segments| intent(s, "u1", |i| i.compensates = Some("c8".into())))]
+#[case::what_is_in_no_step(|s: &mut Segments| intent(s, "u1", |i| i.compensates = Some("c5".into())))]
+#[case::undone_twice(|s: &mut Segments| outcome(s, "u1", |o| o.outcome = CallOutcome::Applied))]
 #[case::undone_though_nobody_knows(|s: &mut Segments| without(s, |e| matches!(e, Event::Resolved(_))))]
 #[case::late(|s: &mut Segments| plan(s, |p| { let By::Call(undo) = &mut p.steps[0].by else { panic!() }; undo.until = Some("2026-11-18T11:00:00.000Z".into()); }))]
 #[case::until_a_time_that_is_none(|s: &mut Segments| plan(s, |p| { let By::Call(undo) = &mut p.steps[0].by else { panic!() }; undo.until = Some("2027-01-01T00:00:00Z".into()); }))]
-#[case::a_change_that_undoes_nothing(|s: &mut Segments| intent(s, "u5", |i| i.undoes = None))]
-#[case::a_read_that_changes(|s: &mut Segments| intent(s, "f1", |i| i.effect = Some(SideEffect::Write)))]
+#[case::a_change_that_undoes_nothing(|s: &mut Segments| intent(s, "u5", |i| i.compensates = None))]
+#[case::a_read_that_changes(|s: &mut Segments| intent(s, "f1", |i| i.side_effect = Some(SideEffect::Write)))]
 #[case::a_tunnel(|s: &mut Segments| intent(s, "l1", |i| i.channel = Channel::Egress))]
 #[case::no_plan(|s: &mut Segments| segments_opened(s, 0, |r| *r = None))]
 #[case::no_plan_any_more(|s: &mut Segments| segments_opened(s, 1, |r| *r = None))]
 #[case::another_plan(|s: &mut Segments| segments_opened(s, 1, |r| r.as_mut().unwrap().size = 21))]
 #[case::a_plan_of_another(|s: &mut Segments| plan(s, |p| p.origin = note::origin("x")))]
 #[case::no_rollback_by_its_policy(|s: &mut Segments| policy(s, |p| p.task.rollback_of = None))]
-#[case::an_undoing_that_is_undone(|s: &mut Segments| outcome(s, "u5", |o| o.undone_by = Some("0".repeat(64))))]
+#[case::an_undoing_that_is_undone(|s: &mut Segments| outcome(s, "u5", |o| o.compensation_commitment = Some("0".repeat(64))))]
 fn what_a_plan_does_not_let_follow_is_invalid_to_both(#[case] lie: Lie) {
     assert_lie(&rich::ROLLBACK, 17, lie);
 }
@@ -213,10 +213,10 @@ fn a_no_stays_one() {
             said.get_or_insert_with(|| of.clone());
         }
     }
-    let of = |name: &str, standing, answer| {
-        let mut approval = Approval { name: name.into(), standing, ..said.clone().unwrap() };
+    let of = |name: &str, state, answer| {
+        let mut approval = Approval { name: name.into(), state, ..said.clone().unwrap() };
         approval.decisions.iter_mut().for_each(|vote| vote.decision = answer);
-        if standing == ApprovalState::Pending {
+        if state == ApprovalState::Pending {
             approval.decisions.clear();
         }
         Event::ApprovalDecided(approval)

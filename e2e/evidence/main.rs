@@ -252,7 +252,7 @@ impl Lie<'_> {
                 Lie::Member(at, "/usage", "costMicros", 0.into()),
                 Lie::Member(at, "", "reservedCostMicros", 0.into()),
                 Lie::Member(at, "", "approvals", json!([])),
-                Lie::Member(at, "", "because", json!([])),
+                Lie::Member(at, "", "reasons", json!([])),
                 Lie::Member(at, "", "decisions", json!([])),
                 Lie::Member(at, "", "breaches", json!([])),
                 Lie::Member(at, "", "rule", Value::Null),
@@ -350,7 +350,7 @@ fn what_liars_with_all_keys_write_is_judged_alike() {
 })]
 #[case::a_contract_that_the_class_forbids("INVALID", |script: &mut Script| {
     change_opened(script, 7, |opened| opened.policy.allowed_effects = vec![SideEffect::Write]);
-    change_intent(script, 10, |intent| intent.effect = Some(SideEffect::Write));
+    change_intent(script, 10, |intent| intent.side_effect = Some(SideEffect::Write));
 })]
 fn rules_hold_for_both(#[case] expected: &str, #[case] lie: fn(&mut Script)) {
     let mut script = script::resolved();

@@ -9,7 +9,8 @@ use belay::{
     evidence::{
         note::{self, Signer, WITNESS_NAME},
         record::{
-            Approval as Asked, Channel, Containment, Denied, Effect, Event, Intent, Outcome, Record, Replayed, Resolved,
+            Approval as Asked, CallOutcome, Channel, Containment, Denied, Event, Intent, Outcome, Record, Replayed,
+            Resolved,
         },
         rollback::{By, Plan, Step, Undo},
     },
@@ -298,13 +299,13 @@ impl Teller {
             call: call.into(),
             channel: Channel::Tool,
             target: target.into(),
-            effect: Some(tool.side_effect),
-            definition: (!is_pay).then(|| digest(target)),
-            request_digest: Some(digest(arguments)),
+            side_effect: Some(tool.side_effect),
+            definition_digest: (!is_pay).then(|| digest(target)),
+            request_commitment: Some(digest(arguments)),
             request_bytes: 120,
-            key,
+            idempotency_key: key,
             approvals: vec![],
-            undoes: None,
+            compensates: None,
             assessment: (!self.policy.access.is_empty()).then_some(assessment),
             rules: vec![Rule::ToolUnknown, Rule::ToolSchema],
             model: None,
@@ -319,13 +320,13 @@ impl Teller {
             call: call.into(),
             channel,
             target: target.into(),
-            effect: None,
-            definition: None,
-            request_digest: None,
+            side_effect: None,
+            definition_digest: None,
+            request_commitment: None,
             request_bytes: 0,
-            key: None,
+            idempotency_key: None,
             approvals: vec![],
-            undoes: None,
+            compensates: None,
             assessment: None,
             rules: vec![Rule::ToolUnknown],
             model: None,
@@ -342,10 +343,10 @@ impl Teller {
     fn end(&mut self, call: &str, change: impl FnOnce(&mut Outcome)) {
         let mut outcome = Outcome {
             call: call.into(),
-            effect: Effect::Applied,
+            outcome: CallOutcome::Applied,
             rule: None,
             status: 200,
-            response_digest: Some(digest(call)),
+            response_commitment: Some(digest(call)),
             response_bytes: 640,
             sent_bytes: None,
             tokens: 0,
@@ -353,7 +354,7 @@ impl Teller {
             upstream: Some("198.51.100.20:443".into()),
             certificate: None,
             sensitivity: Sensitivity::Confidential,
-            undone_by: None,
+            compensation_commitment: None,
         };
         change(&mut outcome);
         self.seen = self.seen.max(outcome.sensitivity);
@@ -367,21 +368,21 @@ impl Teller {
         let asked = Asked {
             name: name.into(),
             uid: "u".into(),
-            by,
+            requested_by: by,
             tool: "pay".into(),
-            request_digest: digest(arguments),
+            request_commitment: digest(arguments),
             required,
             expires: "2026-11-23T10:01:00Z".into(),
-            because: if by == ApprovalSource::Pack {
+            reasons: if by == ApprovalSource::Pack {
                 vec!["rule asks".into(), "risk 10 (big 10)".into()]
             } else {
                 vec![]
             },
-            standing: ApprovalState::Pending,
+            state: ApprovalState::Pending,
             decisions: vec![],
         };
         let decided = Asked {
-            standing: ApprovalState::Approved,
+            state: ApprovalState::Approved,
             // The decision of the principal does not count.
             decisions: ["jane@example.com", "ana", "bob"].map(vote)[..=required as usize].to_vec(),
             ..asked.clone()
@@ -426,7 +427,7 @@ fn task() -> Story {
     let digest_of_prompt = Some(digest("prompt"));
     tell.intend(Intent {
         model: Some("m-small".into()),
-        request_digest: digest_of_prompt,
+        request_commitment: digest_of_prompt,
         request_bytes: 300,
         reserved_tokens: 100,
         reserved_cost_micros: 150,
@@ -434,28 +435,28 @@ fn task() -> Story {
     });
     tell.end("m1", |o| (o.tokens, o.cost_micros, o.sensitivity) = (60, 90, Sensitivity::default()));
     tell.intend(Teller::other("l1", Channel::Listing, "find"));
-    tell.end("l1", |o| (o.response_digest, o.sensitivity) = (None, Sensitivity::default()));
+    tell.end("l1", |o| (o.response_commitment, o.sensitivity) = (None, Sensitivity::default()));
     let found = tell.tool("f1", "find", "a");
     tell.intend(found);
     tell.end("f1", |o| o.sensitivity = Sensitivity::Internal);
     tell.pay("p1", "one");
-    tell.end("p1", |o| o.undone_by = Some(digest("refund")));
+    tell.end("p1", |o| o.compensation_commitment = Some(digest("refund")));
     let again = tell.tool("p1", "pay", "one");
     tell.say(Event::Replayed(Replayed {
         call: "p1".into(),
         target: "pay".into(),
-        key: again.key.unwrap(),
-        request_digest: digest("one"),
-        response_digest: digest("p1"),
+        idempotency_key: again.idempotency_key.unwrap(),
+        request_commitment: digest("one"),
+        response_commitment: digest("p1"),
     }));
     // The outcome is unknown, until a read shows that the call had no effect. Then the call is made again.
     let noted = tell.tool("n1", "note", "x");
     tell.intend(noted);
-    tell.end("n1", |o| (o.effect, o.response_digest, o.status) = (Effect::Unknown, None, 0));
+    tell.end("n1", |o| (o.outcome, o.response_commitment, o.status) = (CallOutcome::Unknown, None, 0));
     let read = tell.tool("f2", "find", "x");
     tell.intend(read);
     tell.end("f2", |o| o.sensitivity = Sensitivity::Restricted);
-    tell.say(Event::Resolved(Resolved { call: "n1".into(), effect: Effect::NotApplied, by: "f2".into() }));
+    tell.say(Event::Resolved(Resolved { call: "n1".into(), outcome: CallOutcome::NotApplied, by: "f2".into() }));
     let noted = tell.tool("n2", "note", "x");
     tell.intend(noted);
     tell.end("n2", |_| {});
@@ -464,13 +465,13 @@ fn task() -> Story {
         target: "pay".into(),
         rule: Rule::ToolPrecondition,
         reason: "Too much.".into(),
-        request_digest: None,
+        request_commitment: None,
         count: 3,
     }));
     let tunnel = Teller::other("e1", Channel::Egress, "a.world.test:443");
     tell.intend(tunnel);
     tell.end("e1", |o| {
-        (o.response_digest, o.sent_bytes, o.sensitivity) = (None, Some(7), Sensitivity::default());
+        (o.response_commitment, o.sent_bytes, o.sensitivity) = (None, Some(7), Sensitivity::default());
     });
     // The harness is lost while this call is under way.
     tell.pay("p2", "two");
@@ -478,7 +479,7 @@ fn task() -> Story {
     // The upstream recognizes repeats by the key.
     tell.pay("p3", "two");
     tell.end("p3", |o| {
-        (o.effect, o.rule, o.response_digest) = (Effect::NotApplied, Some(Rule::UpstreamReply), None);
+        (o.outcome, o.rule, o.response_commitment) = (CallOutcome::NotApplied, Some(Rule::UpstreamReply), None);
     });
     tell.pay("p4", "two");
     tell.end("p4", |o| o.certificate = Some(digest("certificate")));
@@ -488,7 +489,7 @@ fn task() -> Story {
     tell.intend(noted);
     tell.end("n3", |_| {});
     // The server says that a tool changes something, and the contract says that the tool reads.
-    let read = Intent { effect: Some(SideEffect::Write), ..tell.tool("f3", "find", "y") };
+    let read = Intent { side_effect: Some(SideEffect::Write), ..tell.tool("f3", "find", "y") };
     tell.intend(read);
     tell.end("f3", |_| {});
     tell.say(Event::ContainmentChecked(Containment { rounds: 1, ..contained() }));
@@ -506,7 +507,7 @@ fn rollback() -> Story {
     let undo = |tool: &str, arguments: &str, until: Option<&str>| {
         By::Call(Undo {
             contract: format!("{tool}-v1"),
-            request_digest: digest(arguments),
+            request_commitment: digest(arguments),
             until: until.map(str::to_owned),
         })
     };
@@ -523,30 +524,30 @@ fn rollback() -> Story {
         ],
     };
     let mut tell = Teller { policy, attempt: 1, second: 0, seen: Sensitivity::default(), segments: Segments::new() };
-    let undoes = |tell: &Teller, call: &str, tool: &str, arguments: &str, of: &str| Intent {
-        undoes: Some(of.into()),
+    let compensates = |tell: &Teller, call: &str, tool: &str, arguments: &str, of: &str| Intent {
+        compensates: Some(of.into()),
         ..tell.tool(call, tool, arguments)
     };
     tell.open(1, &keys[&1], Some(&plan));
     tell.intend(Teller::other("l1", Channel::Listing, "note"));
-    tell.end("l1", |o| o.response_digest = None);
-    let first = undoes(&tell, "u1", "note", "nine", "c9");
+    tell.end("l1", |o| o.response_commitment = None);
+    let first = compensates(&tell, "u1", "note", "nine", "c9");
     tell.intend(first);
-    tell.end("u1", |o| (o.effect, o.response_digest) = (Effect::NotApplied, None));
-    let again = undoes(&tell, "u2", "note", "nine", "c9");
+    tell.end("u1", |o| (o.outcome, o.response_commitment) = (CallOutcome::NotApplied, None));
+    let again = compensates(&tell, "u2", "note", "nine", "c9");
     tell.intend(again);
     tell.end("u2", |_| {});
-    let lost = undoes(&tell, "u3", "note", "six", "c6");
+    let lost = compensates(&tell, "u3", "note", "six", "c6");
     tell.intend(lost);
     tell.open(2, &keys[&2], Some(&plan));
     let read = tell.tool("f1", "find", "six");
     tell.intend(read);
     tell.end("f1", |_| {});
-    tell.say(Event::Resolved(Resolved { call: "u3".into(), effect: Effect::NotApplied, by: "f1".into() }));
-    let again = undoes(&tell, "u4", "note", "six", "c6");
+    tell.say(Event::Resolved(Resolved { call: "u3".into(), outcome: CallOutcome::NotApplied, by: "f1".into() }));
+    let again = compensates(&tell, "u4", "note", "six", "c6");
     tell.intend(again);
     tell.end("u4", |_| {});
-    let last = undoes(&tell, "u5", "pay", "seven", "c7");
+    let last = compensates(&tell, "u5", "pay", "seven", "c7");
     tell.intend(last);
     tell.end("u5", |_| {});
     tell.story(keys)

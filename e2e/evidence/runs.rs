@@ -59,7 +59,7 @@ impl Story {
     pub fn opens<'r>(&self, records: impl Iterator<Item = &'r mut Record>) {
         for record in records {
             if let (Event::AttemptOpened(opened), Some(key)) = (&mut record.event, self.keys.get(&record.attempt)) {
-                opened.key = key.verifier().to_string();
+                opened.verifier_key = key.verifier().to_string();
             }
         }
     }
@@ -88,7 +88,7 @@ impl Run {
             segments.push(Segment::read(bytes).unwrap().1);
         }
         let opened = |record: &Record| match &record.event {
-            Event::AttemptOpened(opened) => Some((record.attempt, opened.key.parse::<VerifierKey>().unwrap())),
+            Event::AttemptOpened(opened) => Some((record.attempt, opened.verifier_key.parse::<VerifierKey>().unwrap())),
             _ => None,
         };
         let keys = segments.iter().flatten().filter_map(opened);

@@ -11,7 +11,7 @@ use belay::{
         log::Log,
         merkle::Hash,
         note::Checkpoint,
-        record::{Effect as Came, Event, Intent, Record},
+        record::{CallOutcome as Came, Event, Intent, Record},
         segment::Segment,
         store::{Store, log_prefix},
     },
@@ -105,13 +105,13 @@ fn effects(world: &World, records: &[(&String, Record)], salt: &Salt, prefix: &s
     let mut intents: Vec<(&String, &Intent)> = records
         .iter()
         .filter_map(|(key, record)| match &record.event {
-            Event::Intent(intent) if intent.request_digest.is_some() => Some((*key, intent)),
+            Event::Intent(intent) if intent.request_commitment.is_some() => Some((*key, intent)),
             _ => None,
         })
         .collect();
     let came = |call: &str| {
         records.iter().find_map(|(_, record)| match &record.event {
-            Event::Outcome(outcome) if outcome.call == call => Some(outcome.effect),
+            Event::Outcome(outcome) if outcome.call == call => Some(outcome.outcome),
             _ => None,
         })
     };
@@ -121,9 +121,9 @@ fn effects(world: &World, records: &[(&String, Record)], salt: &Salt, prefix: &s
             // If the harness forgets its spool, the spool cannot be checked. But the witness had the intent as well, otherwise it would not
             // be in the log.
             let held = world.forgets || effect.spool.contains(&digest);
-            let spooled = intent.effect == Some(SideEffect::Read) && held;
+            let spooled = intent.side_effect == Some(SideEffect::Read) && held;
             intent.target == effect.tool
-                && intent.request_digest.as_ref() == Some(&digest)
+                && intent.request_commitment.as_ref() == Some(&digest)
                 && (spooled || stored(key).is_some_and(|stored| stored < effect.at))
         };
         let at = intents.iter().position(is);

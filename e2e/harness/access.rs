@@ -170,7 +170,7 @@ async fn data_that_was_seen_makes_a_change_need_a_person(#[case] reads: &str, #[
     assert!(!error, "{text}");
     let request = harness.gateway.requests().remove(0);
     assert_eq!(request.spec.requested_by, ApprovalSource::Pack);
-    assert_eq!(request.spec.because, ["risk 30 (change 10 + secrets-seen 20)"]);
+    assert_eq!(request.spec.reasons, ["risk 30 (change 10 + secrets-seen 20)"]);
     let records = harness.records().await;
     let intents = made(&records);
     assert_eq!(intents[2].approvals, [request.name_any()]);

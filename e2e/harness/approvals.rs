@@ -78,9 +78,7 @@ fn said(records: &[Record]) -> Vec<String> {
         .iter()
         .filter_map(|record| match &record.event {
             Event::ApprovalRequested(asked) => Some(format!("asked {}", number(&asked.name))),
-            Event::ApprovalDecided(asked) => {
-                Some(format!("{:?} {}", asked.standing, number(&asked.name)).to_lowercase())
-            }
+            Event::ApprovalDecided(asked) => Some(format!("{:?} {}", asked.state, number(&asked.name)).to_lowercase()),
             Event::Intent(intent) if intent.channel == belay::evidence::record::Channel::Tool => {
                 let by: Vec<String> = intent.approvals.iter().map(|name| number(name).to_string()).collect();
                 Some(if by.is_empty() { "made".into() } else { format!("made by {}", by.join(" and ")) })
@@ -321,10 +319,10 @@ async fn a_decision_is_in_the_log_with_who_made_it() {
         _ => None,
     });
     let decided = decided.unwrap();
-    assert_eq!((decided.standing, decided.required), (ApprovalState::Approved, 1));
+    assert_eq!((decided.state, decided.required), (ApprovalState::Approved, 1));
     assert_eq!(decided.decisions.iter().map(|vote| vote.by.as_str()).collect::<Vec<_>>(), ["ana"]);
     let request = harness.gateway.requests().remove(0);
-    assert_eq!((decided.name, decided.request_digest), (request.name_any(), request.spec.digest));
+    assert_eq!((decided.name, decided.request_commitment), (request.name_any(), request.spec.commitment));
 }
 
 /// The upstream's definition of the tool changes while the call waits for approval, so the call is denied.

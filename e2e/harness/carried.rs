@@ -64,7 +64,11 @@ async fn a_tool_server_that_packs_unasked_is_listed_and_called() {
         assert!(!error && text == "it is packed", "packs {packs}, as events {as_events}: {text}");
         let records = harness.stored(5).await;
         let Event::Outcome(outcome) = &records[4].event else { panic!("{records:#?}") };
-        assert_eq!(outcome.effect, belay::evidence::record::Effect::Applied, "packs {packs}, as events {as_events}");
+        assert_eq!(
+            outcome.outcome,
+            belay::evidence::record::CallOutcome::Applied,
+            "packs {packs}, as events {as_events}"
+        );
     }
 }
 

@@ -6,7 +6,7 @@ use std::{
     sync::{Mutex, atomic::AtomicU64},
 };
 
-use belay::evidence::record::{Channel, Denied, Effect, Intent, Outcome};
+use belay::evidence::record::{CallOutcome, Channel, Denied, Intent, Outcome};
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
     net::{TcpListener, TcpStream},
@@ -260,7 +260,7 @@ async fn calls_that_the_mcp_library_refuses_are_recorded() {
     let found = refusals(&records);
     assert_eq!(found.len(), refused.len(), "{found:#?}");
     let expected = |rule| matches!(rule, Rule::Request | Rule::ToolRequestBytes);
-    assert!(found.iter().all(|denied| expected(denied.rule) && denied.request_digest.is_some()), "{found:#?}");
+    assert!(found.iter().all(|denied| expected(denied.rule) && denied.request_commitment.is_some()), "{found:#?}");
     assert!(harness.gateway.saw().is_empty(), "a refused call left the harness");
     // The control: the same call in the form that the protocol requires.
     let reply = raw(harness.address, &posted(&both, &plain)).await;
@@ -368,7 +368,10 @@ async fn what_is_refused_in_a_tunnel_is_on_record_and_counts() {
             (denied.target.as_str(), intent.target.as_str()),
             ("docs.test.example:443", "docs.test.example:443")
         );
-        assert_eq!((outcome.effect, outcome.rule, outcome.status), (Effect::NotApplied, Some(Rule::EgressHost), 0));
+        assert_eq!(
+            (outcome.outcome, outcome.rule, outcome.status),
+            (CallOutcome::NotApplied, Some(Rule::EgressHost), 0)
+        );
         assert_eq!((outcome.sent_bytes, outcome.response_bytes), (Some(0), 0));
     }
     assert_eq!(records.last().unwrap().usage.denials, i64::try_from(refused.len()).unwrap());
@@ -379,9 +382,13 @@ async fn what_is_refused_in_a_tunnel_is_on_record_and_counts() {
     assert_eq!(tunnelled(&harness, &good).await, b"hi");
     let records = harness.stored(1 + 3 * refused.len() + 4).await;
     assert_eq!(refusals(&records).len(), refused.len());
-    let last: Vec<_> =
-        outcomes(&records).into_iter().rev().take(2).map(|(_, outcome)| (outcome.effect, outcome.sent_bytes)).collect();
-    assert_eq!(last, [(Effect::Applied, Some(good.len() as u64)), (Effect::NotApplied, Some(0))]);
+    let last: Vec<_> = outcomes(&records)
+        .into_iter()
+        .rev()
+        .take(2)
+        .map(|(_, outcome)| (outcome.outcome, outcome.sent_bytes))
+        .collect();
+    assert_eq!(last, [(CallOutcome::Applied, Some(good.len() as u64)), (CallOutcome::NotApplied, Some(0))]);
     assert_eq!(upstream.firsts.lock().unwrap().last(), Some(&0x16));
 }
 
@@ -409,7 +416,7 @@ async fn a_tunnels_bytes_are_known_both_ways() {
     let records = harness.stored(3).await;
     let [(intent, outcome)] = outcomes(&records)[..] else { panic!("{records:#?}") };
     assert_eq!((intent.request_bytes, outcome.sent_bytes), (0, Some(sent.len() as u64)));
-    assert_eq!((outcome.response_bytes, outcome.effect), (BACK as u64, Effect::Applied));
+    assert_eq!((outcome.response_bytes, outcome.outcome), (BACK as u64, CallOutcome::Applied));
     assert_eq!(upstream.got.load(Ordering::SeqCst), sent.len() as u64);
 }
 
@@ -430,7 +437,7 @@ async fn a_requests_bytes_are_known_both_ways() {
     let [(intent, outcome)] = outcomes(&records)[..] else { panic!("{records:#?}") };
     assert!((14_000..16_000).contains(&intent.request_bytes), "{intent:?}");
     assert!((213_000..216_000).contains(&outcome.response_bytes), "{outcome:?}");
-    assert!(outcome.response_digest.is_some() && outcome.sent_bytes.is_none(), "{outcome:?}");
+    assert!(outcome.response_commitment.is_some() && outcome.sent_bytes.is_none(), "{outcome:?}");
 }
 
 #[tokio::test]

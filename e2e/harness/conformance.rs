@@ -12,7 +12,7 @@ use std::{
 
 use belay::{
     api::{ApprovalRequest, ToolContract},
-    evidence::record::{Effect, Intent, Outcome},
+    evidence::record::{CallOutcome, Intent, Outcome},
     policy::{
         approval::Answer,
         config::{
@@ -61,9 +61,9 @@ enum Seen {
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Told {
     Denied(Rule),
-    Made(Effect, Option<Rule>),
+    Made(CallOutcome, Option<Rule>),
     /// The call was made, its outcome was unknown, and a read resolved it.
-    Resolved(Effect),
+    Resolved(CallOutcome),
     Replayed,
     Asked,
 }
@@ -98,7 +98,7 @@ impl Row {
     }
 }
 
-const APPLIED: Told = Told::Made(Effect::Applied, None);
+const APPLIED: Told = Told::Made(CallOutcome::Applied, None);
 
 fn everything(tool: &str) -> Upstream {
     Upstream::Mcp(McpUpstream { url: "http://everything.test/mcp".into(), tool: tool.into(), digest: None })
@@ -232,7 +232,7 @@ fn table(echo: &str) -> Vec<Row> {
         let misfit = shaped(row("output", Denied), numbers("colour"));
         add(Row {
             seen: Seen::Refused(Rule::ToolOutput),
-            told: Told::Made(Effect::Applied, Some(Rule::ToolOutput)),
+            told: Told::Made(CallOutcome::Applied, Some(Rule::ToolOutput)),
             ..misfit
         });
         add(shaped(row("output", Edge), Some(json!({"type": "object"}))));
@@ -258,7 +258,7 @@ fn table(echo: &str) -> Vec<Row> {
         add(timed(5, row("limits.timeoutSeconds", Allowed), 10));
         add(Row {
             seen: Seen::Refused(Rule::ToolTimeout),
-            told: Told::Made(Effect::Unknown, Some(Rule::ToolTimeout)),
+            told: Told::Made(CallOutcome::Unknown, Some(Rule::ToolTimeout)),
             ..timed(1, row("limits.timeoutSeconds", Denied), 20_000)
         });
         add(timed(2, row("limits.timeoutSeconds", Edge), 1_000));
@@ -275,7 +275,7 @@ fn table(echo: &str) -> Vec<Row> {
         add(Row {
             seen: Seen::Refused(Rule::ToolResponseBytes),
             told: Told::Made(
-                if over == Mcp { Effect::Unknown } else { Effect::Applied },
+                if over == Mcp { CallOutcome::Unknown } else { CallOutcome::Applied },
                 Some(Rule::ToolResponseBytes),
             ),
             ..limited(given(2_000), long(row("limits.responseBytes", Denied)))
@@ -298,7 +298,8 @@ fn table(echo: &str) -> Vec<Row> {
             let args = json!({"message": "hi", "order": 1});
             Row { tool: Tool { idempotency: Some(of), input, ..row.tool }, before, args, ..row }
         };
-        let keyed = |evidence: &Evidence| evidence.intent.as_ref().is_some_and(|intent| intent.key.is_some());
+        let keyed =
+            |evidence: &Evidence| evidence.intent.as_ref().is_some_and(|intent| intent.idempotency_key.is_some());
         add(Row { also: keyed, ..once(row("idempotency", Allowed), Value::Null) });
         let other = json!({"message": "something else", "order": 1});
         add(refused(once(row("idempotency", Denied), other), Rule::ToolIdempotency));
@@ -318,9 +319,9 @@ fn table(echo: &str) -> Vec<Row> {
             row.args["truth"] = truth.into();
             Row { tool: Tool { verify: Some(verify), ..row.tool }, seen: Seen::Refused(Rule::ToolTimeout), ..row }
         };
-        add(Row { told: Told::Resolved(Effect::Applied), ..lost(row("verify", Allowed), "done") });
-        add(Row { told: Told::Resolved(Effect::NotApplied), ..lost(row("verify", Denied), "not") });
-        let unknown = Told::Made(Effect::Unknown, Some(Rule::ToolTimeout));
+        add(Row { told: Told::Resolved(CallOutcome::Applied), ..lost(row("verify", Allowed), "done") });
+        add(Row { told: Told::Resolved(CallOutcome::NotApplied), ..lost(row("verify", Denied), "not") });
+        let unknown = Told::Made(CallOutcome::Unknown, Some(Rule::ToolTimeout));
         add(Row { told: unknown, ..lost(row("verify", Edge), "perhaps") });
 
         // The call itself is made in every row. In the row `Denied`, the arguments of its compensation cannot be evaluated.
@@ -330,11 +331,12 @@ fn table(echo: &str) -> Vec<Row> {
             Rollback::Call(Compensation { contract: "unsay".into(), arguments, within_seconds: None })
         };
         let of_hi = |evidence: &Evidence| {
-            let digest = evidence.outcome.as_ref().and_then(|outcome| outcome.undone_by.clone());
+            let digest = evidence.outcome.as_ref().and_then(|outcome| outcome.compensation_commitment.clone());
             digest == Some(gateway::salt().value(&json!({"text": "undo hi"})).unwrap())
         };
-        let of_nothing =
-            |evidence: &Evidence| evidence.outcome.as_ref().is_some_and(|outcome| outcome.undone_by.is_none());
+        let of_nothing = |evidence: &Evidence| {
+            evidence.outcome.as_ref().is_some_and(|outcome| outcome.compensation_commitment.is_none())
+        };
         add(Row { also: of_hi, ..undone(row("rollback", Allowed), by_call("'undo ' + args.message")) });
         add(Row { also: of_nothing, ..undone(row("rollback", Denied), by_call("result.nowhere.at")) });
         add(Row { also: of_nothing, ..undone(row("rollback", Edge), Rollback::ByHand("say sorry".into())) });
@@ -357,14 +359,14 @@ fn table(echo: &str) -> Vec<Row> {
                 let args = json!({"path": "written.txt", "content": "by the edge"});
                 let read = Tool { side_effect: SideEffect::Read, upstream: files("write_file"), ..edge.tool };
                 let also = |evidence: &Evidence| {
-                    evidence.intent.as_ref().is_some_and(|intent| intent.effect == Some(SideEffect::Write))
+                    evidence.intent.as_ref().is_some_and(|intent| intent.side_effect == Some(SideEffect::Write))
                 };
                 Row { tool: read, args, seen: Seen::Text("written.txt"), also, ..edge }
             }
             // Only its contract says what an HTTP tool changes.
             Http => {
                 let also = |evidence: &Evidence| {
-                    evidence.intent.as_ref().is_some_and(|intent| intent.effect == Some(SideEffect::Read))
+                    evidence.intent.as_ref().is_some_and(|intent| intent.side_effect == Some(SideEffect::Read))
                 };
                 Row { tool: Tool { side_effect: SideEffect::Read, ..edge.tool }, also, ..edge }
             }
@@ -441,7 +443,7 @@ async fn digest_of_echo(everything: SocketAddr) -> String {
     let (error, text) = harness.tool(&name, json!({"message": "hi"})).await;
     assert!(!error, "{text}");
     let (_, found) = evidence(&harness, &harness.records().await, &[], &name);
-    found.intent.unwrap().definition.unwrap()
+    found.intent.unwrap().definition_digest.unwrap()
 }
 
 /// Makes all calls in one session of a third-party client.
@@ -493,11 +495,11 @@ fn evidence(
                 (found.intent, told) = (Some(intent.clone()), None);
             }
             Event::Outcome(outcome) if found.intent.as_ref().is_some_and(|intent| intent.call == outcome.call) => {
-                told = Some(Told::Made(outcome.effect, outcome.rule));
+                told = Some(Told::Made(outcome.outcome, outcome.rule));
                 found.outcome = Some(outcome.clone());
             }
             Event::Resolved(resolved) if found.intent.as_ref().is_some_and(|intent| intent.call == resolved.call) => {
-                told = Some(Told::Resolved(resolved.effect));
+                told = Some(Told::Resolved(resolved.outcome));
             }
             Event::Replayed(replayed) if replayed.target == name => told = Some(Told::Replayed),
             Event::ApprovalRequested(asked) if asked.tool == name => told = Some(Told::Asked),

@@ -4,7 +4,7 @@
 use std::{sync::atomic::Ordering, time::Instant};
 
 use belay::{
-    evidence::record::{Channel, Effect, Intent, Outcome, Record},
+    evidence::record::{CallOutcome, Channel, Intent, Outcome, Record},
     policy::definition::Definition,
 };
 
@@ -28,7 +28,7 @@ enum Told {
     /// The call was denied.
     Denied(Rule),
     /// The call was made: its side effect, whether its tool has a definition, its outcome, the rule of the outcome, and the HTTP status.
-    Made(SideEffect, bool, Effect, Option<Rule>, u16),
+    Made(SideEffect, bool, CallOutcome, Option<Rule>, u16),
 }
 
 /// Returns the last tool call or denial in the log.
@@ -41,9 +41,15 @@ fn told(records: &[Record]) -> Option<Told> {
     };
     records.iter().rev().find_map(|record| match &record.event {
         Event::Denied(denied) => Some(Told::Denied(denied.rule)),
-        Event::Intent(Intent { channel: Channel::Tool, call, effect, definition, .. }) => {
+        Event::Intent(Intent { channel: Channel::Tool, call, side_effect, definition_digest, .. }) => {
             let outcome = outcome_of(call)?;
-            Some(Told::Made((*effect)?, definition.is_some(), outcome.effect, outcome.rule, outcome.status))
+            Some(Told::Made(
+                (*side_effect)?,
+                definition_digest.is_some(),
+                outcome.outcome,
+                outcome.rule,
+                outcome.status,
+            ))
         }
         _ => None,
     })
@@ -138,7 +144,7 @@ fn contracts() -> PolicyConfig {
 
 #[tokio::test]
 async fn upstreams() {
-    use Effect::{Applied, NotApplied, Unknown};
+    use CallOutcome::{Applied, NotApplied, Unknown};
     use SideEffect::{Read, Write};
     let harness = harness_of(contracts(), vec![]).await;
     let mcp = |effect| Told::Made(effect, true, Applied, None, 200);
@@ -203,7 +209,7 @@ fn listings(records: &[Record]) -> usize {
 #[tokio::test]
 async fn what_was_listed_is_gone_by_for_a_while_and_then_listed_again() {
     let harness = harness_of(contracts(), vec![]).await;
-    let made = || Told::Made(SideEffect::Write, true, Effect::Applied, None, 200);
+    let made = || Told::Made(SideEffect::Write, true, CallOutcome::Applied, None, 200);
     let changed = || Told::Denied(Rule::ToolChanged);
     for _ in 0..3 {
         harness.expect("mcp.echo", json!({}), Ok("echo"), made()).await;
@@ -224,7 +230,7 @@ async fn what_was_listed_is_gone_by_for_a_while_and_then_listed_again() {
 
 #[tokio::test]
 async fn outputs() {
-    use Effect::Applied;
+    use CallOutcome::Applied;
     let harness = harness_of(contracts(), vec![]).await;
     for (name, defined) in [("mcp.weather", true), ("http.weather", false)] {
         let made = |rule| Told::Made(SideEffect::Read, defined, Applied, rule, 200);
@@ -258,7 +264,7 @@ async fn outputs() {
 
 #[tokio::test]
 async fn sizes_and_times() {
-    use Effect::{Applied, Unknown};
+    use CallOutcome::{Applied, Unknown};
     use SideEffect::{Read, Write};
     let harness = harness_of(contracts(), vec![]).await;
     for (prefix, defined) in [("mcp", true), ("http", false)] {
@@ -302,7 +308,7 @@ async fn counts_and_rates() {
         })
         .collect();
     let harness = harness_of(policy.clone(), vec![]).await;
-    let made = |defined| Told::Made(SideEffect::Read, defined, Effect::Applied, None, 200);
+    let made = |defined| Told::Made(SideEffect::Read, defined, CallOutcome::Applied, None, 200);
     for (name, defined) in [("mcp", true), ("http", false)] {
         let name = |tool: &str| format!("{name}.{tool}");
         let none = json!({});
@@ -328,7 +334,7 @@ async fn counts_and_rates() {
 #[tokio::test]
 async fn a63_a_definition_that_changes_is_denied_until_it_is_approved() {
     let harness = harness_of(contracts(), vec![]).await;
-    let made = || Told::Made(SideEffect::Write, true, Effect::Applied, None, 200);
+    let made = || Told::Made(SideEffect::Write, true, CallOutcome::Applied, None, 200);
     let changed = || (Err(Rule::ToolChanged), Told::Denied(Rule::ToolChanged));
     harness.expect("mcp.echo", json!({}), Ok("echo"), made()).await;
     harness.expect("mcp.pinned", json!({}), Ok("echo"), made()).await;
@@ -374,7 +380,7 @@ async fn the_gateway_asks_again() {
         }
     }
     harness.gateway.goes_by(&other);
-    let refused = |effect, defined, rule| Told::Made(effect, defined, Effect::NotApplied, Some(rule), 0);
+    let refused = |effect, defined, rule| Told::Made(effect, defined, CallOutcome::NotApplied, Some(rule), 0);
     let changed = Rule::ToolChanged;
     harness.expect("mcp.echo", json!({}), Err(changed), refused(SideEffect::Write, true, changed)).await;
     let missing = Rule::IntentMissing;

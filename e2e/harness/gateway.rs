@@ -200,9 +200,9 @@ impl Gateway {
             .route(wire::LOG_OPEN, post(open))
             .route(wire::LOG_APPEND, post(append))
             .route(wire::APPROVAL, post(approval))
-            .route(wire::STATE_KEEP, post(keep))
+            .route(wire::STATE_PUT, post(keep))
             .route(wire::STATE_GET, post(kept))
-            .route(wire::RESULT_KEEP, post(keep_result))
+            .route(wire::RESULT_PUT, post(keep_result))
             .route(wire::RESULT_GET, post(kept_result))
             .route(wire::FORWARD, any(forward))
             .route(wire::CALL, post(call))
@@ -456,7 +456,7 @@ async fn kept(State(log): State<Arc<Log>>, axum::Json(of): axum::Json<wire::Stat
     }
 }
 
-async fn keep_result(State(log): State<Arc<Log>>, axum::Json(keep): axum::Json<wire::KeepResult>) -> Response {
+async fn keep_result(State(log): State<Arc<Log>>, axum::Json(keep): axum::Json<wire::PutResult>) -> Response {
     let intent = log.history.lock().unwrap().state().intent(keep.intent).cloned().unwrap();
     assert!(intent.open && intent.key.is_some(), "{intent:?}");
     let digest = salt().bytes(keep.result.as_bytes());
@@ -474,7 +474,7 @@ async fn kept_result(State(log): State<Arc<Log>>, axum::Json(of): axum::Json<wir
 async fn approval(State(log): State<Arc<Log>>, axum::Json(ask): axum::Json<ApprovalAsk>) -> Response {
     let compiled = Arc::new(compiled(&log.compiled.lock().unwrap().policy));
     let places = Arc::new(tokio::sync::Semaphore::new(2));
-    let call = CallKey { by: ask.by, tool: ask.tool.clone(), digest: ask.request_digest.clone() };
+    let call = CallKey { by: ask.by, tool: ask.tool.clone(), digest: ask.request_commitment.clone() };
     let before = log.history.lock().unwrap().before(&call);
     let TaskIdentity { namespace, name, uid, .. } = &compiled.policy.task;
     let principal = HarnessIdentity {

@@ -11,7 +11,7 @@ use axum::{
     routing::{any, get},
 };
 use belay::{
-    evidence::record::{Effect, Event, Outcome, Record},
+    evidence::record::{CallOutcome, Event, Outcome, Record},
     policy::{
         config::{EgressHost, EgressUse, HttpMethod, HttpUpstream, Limits, PolicyConfig, SideEffect, Upstream},
         rule::Rule,
@@ -130,8 +130,8 @@ async fn a_reply_that_is_packed_unasked_reads_like_one_that_is_not() {
         let (error, text) = harness.tool("item", json!({})).await;
         assert!(!error && text.contains('7'), "{how}: {text}");
         let records = harness.stored(7).await;
-        let spent: Vec<_> = outcomes(&records).iter().map(|outcome| (outcome.effect, outcome.tokens)).collect();
-        assert_eq!(spent, [(Effect::Applied, 12), (Effect::Applied, 12), (Effect::Applied, 0)], "{how}");
+        let spent: Vec<_> = outcomes(&records).iter().map(|outcome| (outcome.outcome, outcome.tokens)).collect();
+        assert_eq!(spent, [(CallOutcome::Applied, 12), (CallOutcome::Applied, 12), (CallOutcome::Applied, 0)], "{how}");
     }
 }
 
@@ -153,8 +153,8 @@ async fn a_reply_whose_packing_is_broken_or_a_bomb_is_never_a_whole_one() {
         assert!(error, "{how}: {text}");
         let records = harness.stored(5).await;
         assert_eq!(
-            outcomes(&records).first().map(|outcome| outcome.effect),
-            Some(Effect::Unknown),
+            outcomes(&records).first().map(|outcome| outcome.outcome),
+            Some(CallOutcome::Unknown),
             "{how}: {records:#?}"
         );
     }

@@ -270,7 +270,7 @@ async fn start(
         runtime_class: "gvisor".into(),
         network_policy: "t-1".into(),
     };
-    let opened = AttemptOpened { key, policy: policy.clone(), pod, containment, rollback, local: None };
+    let opened = AttemptOpened { verifier_key: key, policy: policy.clone(), pod, containment, rollback, local: None };
     let first = journal.record(|_, _| Ok(Event::AttemptOpened(Box::new(opened)))).unwrap();
     journal.stored(first).await.unwrap();
     let contracts = Contracts::compile(policy).unwrap();
@@ -377,7 +377,7 @@ async fn an_allowed_call_reaches_the_upstream_between_its_intent_and_its_outcome
     assert_eq!(kinds(&records), ["attempt.opened", "call.intent", "call.outcome", "call.intent", "call.outcome"]);
     assert_eq!(records[2].usage.tool_calls, 0);
     let Event::Outcome(outcome) = &records[4].event else { panic!() };
-    assert_eq!(outcome.effect, belay::evidence::record::Effect::Applied);
+    assert_eq!(outcome.outcome, belay::evidence::record::CallOutcome::Applied);
     assert_eq!(outcome.upstream.as_deref(), Some("198.51.100.1:80"));
     assert_eq!(records[4].usage.tool_calls, 1);
     assert!(

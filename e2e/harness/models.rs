@@ -245,7 +245,7 @@ async fn what_the_client_runs_passes_and_what_the_provider_would_do_is_refused_a
     let found = refusals(&records);
     assert_eq!(found.len(), count);
     assert!(
-        found.iter().all(|denied| denied.rule == Rule::ModelRequest && denied.request_digest.is_some()),
+        found.iter().all(|denied| denied.rule == Rule::ModelRequest && denied.request_commitment.is_some()),
         "{found:#?}"
     );
 }
@@ -430,7 +430,7 @@ async fn what_is_beside_the_three_apis_is_served_charged_and_recorded() {
     for ((intent, outcome), (_, target, tokens)) in calls.iter().zip(&requests) {
         assert_eq!((intent.target.as_str(), outcome.tokens), (*target, *tokens), "{intent:?} {outcome:?}");
         assert_eq!(intent.reserved_tokens > 0, *tokens > 0, "{intent:?}");
-        assert!(intent.request_digest.is_some() && outcome.response_digest.is_some());
+        assert!(intent.request_commitment.is_some() && outcome.response_commitment.is_some());
     }
     // A call that costs money needs a price, and its content is checked.
     for (path, body, rule) in [

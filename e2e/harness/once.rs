@@ -103,7 +103,7 @@ async fn the_key_goes_to_the_upstream_where_the_contract_says() {
     harness.tool("http.header", json!({"text": "hello"})).await;
     let made = harness.made().remove(0);
     let key = harness.records().await.iter().find_map(|record| match &record.event {
-        Event::Intent(intent) => intent.key.clone(),
+        Event::Intent(intent) => intent.idempotency_key.clone(),
         _ => None,
     });
     assert!(made.contains(&format!("\"idempotency-key\": \"{}\"", key.unwrap())), "{made}");
@@ -183,8 +183,8 @@ async fn another_attempt_is_given_the_result_or_refused_and_makes_no_second_call
         None => {
             assert_eq!(second, first);
             let given = |event: &Event| match event {
-                Event::Outcome(outcome) => outcome.response_digest.clone(),
-                Event::Replayed(replayed) => Some(replayed.response_digest.clone()),
+                Event::Outcome(outcome) => outcome.response_commitment.clone(),
+                Event::Replayed(replayed) => Some(replayed.response_commitment.clone()),
                 _ => None,
             };
             let made: Vec<_> = records.iter().filter_map(|record| given(&record.event)).collect();

@@ -205,7 +205,7 @@ async fn official_sdks_call_the_reference_server(#[case] sdk: &str) {
     let rules = [Rule::ToolSchema, Rule::ToolLimitCalls, Rule::ToolUrl, Rule::ToolUnknown];
     assert_eq!(denied(&records), rules);
     let definition = |record: &Record| match &record.event {
-        Event::Intent(intent) if intent.target == "sum" => intent.definition.clone(),
+        Event::Intent(intent) if intent.target == "sum" => intent.definition_digest.clone(),
         _ => None,
     };
     assert_eq!(records.iter().filter_map(definition).next().unwrap().len(), 64);

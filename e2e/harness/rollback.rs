@@ -12,7 +12,7 @@ use belay::{
 
 use super::{approvals::MANY, *};
 
-/// Returns a compensation by `unsay`, with the text of the call that it undoes.
+/// Returns a compensation by `unsay`, with the text of the call that it compensates.
 fn by_echo(of: &str) -> Option<Rollback> {
     let said = format!("'undo {of} ' + args.text");
     let arguments = BTreeMap::from([("text".to_owned(), said)]);
@@ -73,11 +73,11 @@ fn names(of: &Value) -> Vec<(&str, &str)> {
 }
 
 fn undone(records: &[Record]) -> Vec<String> {
-    let undoes = |record: &Record| match &record.event {
-        Event::Intent(Intent { undoes, .. }) => undoes.clone(),
+    let compensates = |record: &Record| match &record.event {
+        Event::Intent(Intent { compensates, .. }) => compensates.clone(),
         _ => None,
     };
-    records.iter().filter_map(undoes).collect()
+    records.iter().filter_map(compensates).collect()
 }
 
 #[rstest::rstest]

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use belay::{
-    evidence::record::Effect,
+    evidence::record::CallOutcome,
     policy::config::{Idempotency, VerifyRead},
 };
 
@@ -47,9 +47,9 @@ const MANY: Limits = Limits {
     approval_wait_seconds: 0,
 };
 
-fn resolved(records: &[Record]) -> Vec<Effect> {
+fn resolved(records: &[Record]) -> Vec<CallOutcome> {
     let effect = |record: &Record| match &record.event {
-        Event::Resolved(resolved) => Some(resolved.effect),
+        Event::Resolved(resolved) => Some(resolved.outcome),
         _ => None,
     };
     records.iter().filter_map(effect).collect()
@@ -57,17 +57,17 @@ fn resolved(records: &[Record]) -> Vec<Effect> {
 
 /// The read returns `truth`. `true` counts at once, `false` counts only after `settle_seconds`, and any other value resolves nothing.
 #[rstest::rstest]
-#[case::mcp_applied("mcp", json!({"there": true}), Some(Effect::Applied), "the call took effect: do not repeat it")]
-#[case::http_applied("http", json!({"there": true}), Some(Effect::Applied), "the call took effect: do not repeat it")]
-#[case::mcp_not_applied("mcp", json!({"there": false}), Some(Effect::NotApplied), "you can make it again")]
-#[case::http_not_applied("http", json!({"there": false}), Some(Effect::NotApplied), "you can make it again")]
+#[case::mcp_applied("mcp", json!({"there": true}), Some(CallOutcome::Applied), "the call took effect: do not repeat it")]
+#[case::http_applied("http", json!({"there": true}), Some(CallOutcome::Applied), "the call took effect: do not repeat it")]
+#[case::mcp_not_applied("mcp", json!({"there": false}), Some(CallOutcome::NotApplied), "you can make it again")]
+#[case::http_not_applied("http", json!({"there": false}), Some(CallOutcome::NotApplied), "you can make it again")]
 #[case::mcp_no_answer("mcp", json!({"there": "perhaps"}), None, "does not tell the outcome")]
 #[case::http_no_answer("http", json!({"elsewhere": true}), None, "does not tell the outcome")]
 #[tokio::test]
 async fn a_read_tells_what_became_of_a_call(
     #[case] of: &str,
     #[case] truth: Value,
-    #[case] expected: Option<Effect>,
+    #[case] expected: Option<CallOutcome>,
     #[case] words: &str,
 ) {
     let harness = harness_of(verified(MANY), vec![]).await;
@@ -77,7 +77,7 @@ async fn a_read_tells_what_became_of_a_call(
     assert!(error && text.contains("tool.timeout") && text.contains(words), "{text}");
     let waited = started.elapsed();
     assert_eq!(
-        expected == Some(Effect::NotApplied),
+        expected == Some(CallOutcome::NotApplied),
         waited >= Duration::from_secs(3),
         "a `false` counts later: {waited:?}"
     );
@@ -86,7 +86,7 @@ async fn a_read_tells_what_became_of_a_call(
 
     // The key is free again only if the call had no effect.
     let (_, again) = harness.tool(&format!("{of}.change"), args).await;
-    assert_eq!(again.contains("tool.idempotency"), expected != Some(Effect::NotApplied), "{again}");
+    assert_eq!(again.contains("tool.idempotency"), expected != Some(CallOutcome::NotApplied), "{again}");
 }
 
 /// A read counts as any call does: without budget for it, the outcome stays unknown.
@@ -111,14 +111,14 @@ async fn a_call_that_is_answered_needs_no_read() {
 /// A harness is lost while a call is under way. The next attempt repeats the call, and the read first resolves the outcome of the earlier
 /// one. `made` is how often the call reaches its upstream in total.
 #[rstest::rstest]
-#[case::applied("mcp", json!({"there": true}), Some(Effect::Applied), 1)]
-#[case::not_applied("http", json!({"there": false}), Some(Effect::NotApplied), 2)]
+#[case::applied("mcp", json!({"there": true}), Some(CallOutcome::Applied), 1)]
+#[case::not_applied("http", json!({"there": false}), Some(CallOutcome::NotApplied), 2)]
 #[case::not_told("http", json!({"there": "perhaps"}), None, 1)]
 #[tokio::test]
 async fn a_read_tells_what_became_of_a_call_of_an_earlier_attempt(
     #[case] of: &str,
     #[case] truth: Value,
-    #[case] expected: Option<Effect>,
+    #[case] expected: Option<CallOutcome>,
     #[case] made: usize,
 ) {
     let (name, args) = (format!("{of}.change"), json!({"ms": 800, "truth": truth}));
@@ -141,7 +141,7 @@ async fn a_read_tells_what_became_of_a_call_of_an_earlier_attempt(
 
     let again = start(gateway, &verified(MANY), 3, mcp, api).await;
     let (error, text) = again.tool(&name, args).await;
-    assert_eq!(error, expected != Some(Effect::NotApplied), "{text}");
+    assert_eq!(error, expected != Some(CallOutcome::NotApplied), "{text}");
     assert!(!error || text.contains("tool.idempotency"), "{text}");
     assert_eq!(resolved(&again.records().await), Vec::from_iter(expected));
     let target = if of == "mcp" { "\"slow\"" } else { "/slow/800" };

@@ -35,7 +35,7 @@ fn denied(ran: &Ran) -> Vec<(String, String)> {
 }
 
 fn outcomes(ran: &Ran) -> Vec<String> {
-    ran.records("call.outcome").iter().map(|one| one["effect"].as_str().unwrap_or_default().to_owned()).collect()
+    ran.records("call.outcome").iter().map(|one| one["outcome"].as_str().unwrap_or_default().to_owned()).collect()
 }
 
 /// Checks the two commands of a first run.

@@ -92,7 +92,7 @@ fn yes_beforehand_is_recorded_as_a_decision() {
         let decided = ran.records("approval.decided");
         assert_eq!(decided.len(), 1, "{ran:#?}");
         assert_eq!(decided[0]["decisions"][0]["by"], "carol");
-        assert_eq!(decided[0]["standing"], "approved");
+        assert_eq!(decided[0]["state"], "approved");
         assert_eq!(world.asked.lock().unwrap().len(), 1);
         world.is_valid(&world.log());
     });

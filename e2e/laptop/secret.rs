@@ -120,7 +120,7 @@ time.sleep(20)
     let outcomes = ran.records("call.outcome");
     let withheld: Vec<_> = outcomes.iter().filter(|one| one["rule"] == "upstream.secret").collect();
     assert_eq!(withheld.len(), 3, "{outcomes:#?}");
-    assert!(withheld.iter().all(|one| one["effect"] == "unknown"), "{withheld:#?}");
+    assert!(withheld.iter().all(|one| one["outcome"] == "unknown"), "{withheld:#?}");
     assert_eq!(ran.last()["closed"]["failureClass"], "Policy", "{ran:#?}");
     assert!(!String::from_utf8_lossy(&world.all_that_is_kept()).contains(KEY));
     world.is_valid(&world.log());

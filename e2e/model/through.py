@@ -109,7 +109,7 @@ def judge(tally, name, ran):
 
 
 def brief(calls, lines):
-    shown = [(intent["reservedTokens"], outcome and {name: outcome.get(name) for name in ("status", "effect", "tokens", "responseBytes")}) for intent, outcome in calls]
+    shown = [(intent["reservedTokens"], outcome and {name: outcome.get(name) for name in ("status", "outcome", "tokens", "responseBytes")}) for intent, outcome in calls]
     account = [{name: line.get(name) for name in ("status", "end", "faults", "prompt", "produced", "billed", "sent")} | {"model": (line["request"] or {}).get("model")} for line in lines]
     return json.dumps([shown, account])
 

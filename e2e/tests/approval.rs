@@ -203,7 +203,7 @@ async fn a_pack_has_people_asked_and_a_credential_for_the_principal() {
     triage(&world, "redact: [/title]").await;
     let request = asked(&world).await;
     let name = request.name_any();
-    assert_eq!(request.spec.because, ["rule tickets-are-seen", "risk 40 (change 40)"]);
+    assert_eq!(request.spec.reasons, ["rule tickets-are-seen", "risk 40 (change 40)"]);
     let shown: Value = serde_json::from_str(&request.spec.arguments).unwrap();
     assert_eq!((&shown["title"], &shown["severity"]), (&json!("[redacted]"), &json!("high")));
     let (code, text) = As::new("ana").belay(&["approvals", "-n", &world.namespace]);

@@ -30,7 +30,7 @@ const FRONT: &str = "198.51.100.20";
 /// What may differ: the record kind (`*`: all kinds), the JSON pointer of a member, which side has it, and the reason.
 const ELSEWHERE: [(&str, &str, Has, &str); 16] = [
     ("*", "/time", Has::Both, "when it was"),
-    ("attempt.opened", "/key", Has::Both, "each start of a harness has a key of its own"),
+    ("attempt.opened", "/verifierKey", Has::Both, "each start of a harness has a key of its own"),
     ("attempt.opened", "/pod/uid", Has::Both, "an id"),
     ("attempt.opened", "/pod/node", Has::Both, "a machine's name"),
     (
@@ -229,7 +229,7 @@ impl Run {
             let channel = channels.get(&call).cloned().unwrap_or_else(|| text("channel"));
 
             // Replaces a commitment by its content if that is known, and otherwise by a number that shows which commitments are equal.
-            for name in ["requestDigest", "responseDigest"] {
+            for name in ["requestCommitment", "responseCommitment"] {
                 let Some(digest) = record[name].as_str().map(str::to_owned) else { continue };
                 let content = known.get(&digest).cloned().unwrap_or_else(|| {
                     let at = unknown.iter().position(|one| *one == digest).unwrap_or_else(|| {
@@ -310,7 +310,7 @@ fn differences(cluster: &[Value], laptop: &[Value]) -> Vec<String> {
         leaves(laptop.get(index).unwrap_or(&nothing), "", &mut right);
         for pointer in left.keys().chain(right.keys()).collect::<BTreeSet<_>>() {
             let (one, other) = (left.get(pointer), right.get(pointer));
-            let of_a_model = left.get("/responseDigest").is_some_and(|of| of.to_string().contains("of a model"));
+            let of_a_model = left.get("/responseCommitment").is_some_and(|of| of.to_string().contains("of a model"));
             let slack = match pointer.as_str() {
                 // The model rounds up to a multiple of four bytes.
                 "/tokens" if of_a_model => 3,

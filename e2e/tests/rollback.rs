@@ -68,7 +68,7 @@ async fn task(world: &World, name: &str, calls: &[(&str, String)], exit: i32) {
 async fn undone(world: &World, rollback: &AgentTask) -> Vec<String> {
     let pod = rollback.status.as_ref().unwrap().attempts.last().unwrap().pod.clone();
     let records = world.records(&pod).await;
-    records.iter().filter_map(|record| Some(record["undoes"].as_str()?.to_owned())).collect()
+    records.iter().filter_map(|record| Some(record["compensates"].as_str()?.to_owned())).collect()
 }
 
 fn valid(world: &World, task: &str) -> Value {

@@ -49,7 +49,7 @@ pub struct ApprovalRequestSpec {
     /// Why the pack requires approval: the rules that require it, the risk score and its terms.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 129), inner(length(max = 8_192)))]
-    pub because: Vec<String>,
+    pub reasons: Vec<String>,
     /// The tool, as the agent calls it.
     #[schemars(length(min = 1, max = 128))]
     pub tool: String,
@@ -59,7 +59,7 @@ pub struct ApprovalRequestSpec {
     pub arguments: String,
     /// The salted commitment to the arguments as they are sent, in hex. The intent in the evidence has the same.
     #[schemars(regex(pattern = r"^[0-9a-f]{64}$"))]
-    pub digest: String,
+    pub commitment: String,
     /// The number of identical calls that were approved and made before this one.
     #[schemars(range(min = 0))]
     pub repeats: i64,

@@ -2,7 +2,7 @@
 //!
 //! Guarantees: everything that the decision is about is shown before the decision is written, and the decision is written to nothing else.
 //! A decision that admission would deny is denied here, with the reason. A decision is never changed or withdrawn, and never made in
-//! another user's name. [`standing`] alone evaluates the state of a request.
+//! another user's name. [`state`] alone evaluates the state of a request.
 
 use std::{
     fmt::Write as _,
@@ -26,7 +26,7 @@ use super::{
 use crate::{
     api::ApprovalRequest,
     canonical,
-    policy::approval::{Answer, ApprovalState, ApprovalTerms, Vote, standing},
+    policy::approval::{Answer, ApprovalState, ApprovalTerms, Vote, state},
     render::approval::{asked, votes},
 };
 
@@ -239,8 +239,8 @@ impl Ballot<'_> {
             }
             match self.write(&requests, &request, &person).await {
                 Ok(DeserializeGuard(Ok(after))) => {
-                    let standing = words(&after, Timestamp::now());
-                    writeln!(out, "your decision is written; it is now {}", paint.strong(Safe(&standing)))?;
+                    let state = words(&after, Timestamp::now());
+                    writeln!(out, "your decision is written; it is now {}", paint.strong(Safe(&state)))?;
                     return Ok(0);
                 }
                 Ok(DeserializeGuard(Err(e))) => {
@@ -319,7 +319,7 @@ fn not_understood(namespace: &str, name: &str, error: &dyn std::fmt::Display) ->
 }
 
 fn stands(request: &ApprovalRequest, now: Timestamp) -> ApprovalState {
-    standing(&asked(&request.spec), votes(request), now)
+    state(&asked(&request.spec), votes(request), now)
 }
 
 /// Returns how many approvals count: the highest required number for which they would be enough.
@@ -327,7 +327,7 @@ fn approvals(request: &ApprovalRequest) -> i64 {
     let yes: Vec<_> = votes(request).iter().filter(|vote| vote.decision == Answer::Approve).cloned().collect();
     let enough = |required: &i64| {
         let asked = ApprovalTerms { required: *required, expires: Timestamp::MAX, ..asked(&request.spec) };
-        standing(&asked, &yes, Timestamp::MIN) == ApprovalState::Approved
+        state(&asked, &yes, Timestamp::MIN) == ApprovalState::Approved
     };
     (1..).take_while(enough).last().unwrap_or_default()
 }
@@ -409,12 +409,12 @@ fn verb(answer: Answer) -> &'static str {
 pub(super) fn describe(request: &ApprovalRequest, now: Timestamp, paint: Paint) -> String {
     let spec = &request.spec;
     let (name, words) = (request.name_any(), words(request, now));
-    let standing = match stands(request, now) {
+    let state = match stands(request, now) {
         ApprovalState::Pending => paint.warn(Safe(&words)),
         ApprovalState::Approved => paint.good(Safe(&words)),
         ApprovalState::Denied | ApprovalState::Expired => paint.bad(Safe(&words)),
     };
-    let mut text = format!("{}  {standing}\n", paint.strong(Safe(&name)));
+    let mut text = format!("{}  {state}\n", paint.strong(Safe(&name)));
     let mut line = |name: &str, value: String| {
         let mut name = name;
         for part in value.split('\n') {
@@ -435,8 +435,8 @@ pub(super) fn describe(request: &ApprovalRequest, now: Timestamp, paint: Paint) 
     };
     line("tool", format!("{}{again}", Safe(&spec.tool)));
     line("required", format!("by the {}", spec.requested_by.as_str().to_lowercase()));
-    for because in &spec.because {
-        line("because", Safe(because).to_string());
+    for reason in &spec.reasons {
+        line("reason", Safe(reason).to_string());
     }
     line("arguments", arguments(&spec.arguments));
     line("may decide", Safe(&who_may(request)).to_string());

@@ -165,11 +165,13 @@ pub(super) fn opened(log: &Log, file: &Path, out: &mut dyn Write) -> Result<bool
 fn commits(record: &Record) -> Option<(String, &String)> {
     match &record.event {
         Event::Intent(intent) => {
-            Some((format!("call.intent {} to {}", intent.call, intent.target), intent.request_digest.as_ref()?))
+            Some((format!("call.intent {} to {}", intent.call, intent.target), intent.request_commitment.as_ref()?))
         }
-        Event::Denied(denied) => Some((format!("call.denied to {}", denied.target), denied.request_digest.as_ref()?)),
+        Event::Denied(denied) => {
+            Some((format!("call.denied to {}", denied.target), denied.request_commitment.as_ref()?))
+        }
         Event::ApprovalDecided(approval) => {
-            Some((format!("approval.decided {}", approval.name), &approval.request_digest))
+            Some((format!("approval.decided {}", approval.name), &approval.request_commitment))
         }
         _ => None,
     }

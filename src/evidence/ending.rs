@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     note::Note,
-    record::{Effect, EncodeError, Event, Record, TaskClosed},
+    record::{CallOutcome, EncodeError, Event, Record, TaskClosed},
     segment::Segment,
     tiles::{File, Tiles},
 };
@@ -109,7 +109,7 @@ pub struct Ending {
     note: Option<Note>,
     execution: Execution,
     /// Calls without an outcome, and calls with an unknown outcome.
-    pending: BTreeMap<String, Option<Effect>>,
+    pending: BTreeMap<String, Option<CallOutcome>>,
     attempt: i64,
     closed: bool,
 }
@@ -156,11 +156,11 @@ impl Ending {
             Event::Intent(intent) => {
                 self.pending.insert(intent.call.clone(), None);
             }
-            Event::Outcome(outcome) => self.ended(&outcome.call, outcome.effect),
-            Event::Resolved(resolved) => self.ended(&resolved.call, resolved.effect),
+            Event::Outcome(outcome) => self.ended(&outcome.call, outcome.outcome),
+            Event::Resolved(resolved) => self.ended(&resolved.call, resolved.outcome),
             Event::Denied(denied) => count(&mut of.denials, denied.rule, denied.calls()),
             Event::ApprovalDecided(approval) => {
-                let how = match approval.standing {
+                let how = match approval.state {
                     ApprovalState::Pending => "pending",
                     ApprovalState::Approved => "approved",
                     ApprovalState::Denied => "denied",
@@ -176,14 +176,14 @@ impl Ending {
         }
     }
 
-    fn ended(&mut self, call: &str, effect: Effect) {
+    fn ended(&mut self, call: &str, outcome: CallOutcome) {
         let calls = &mut self.execution.calls;
-        match effect {
-            Effect::Applied => calls.applied = calls.applied.saturating_add(1),
-            Effect::NotApplied => calls.not_applied = calls.not_applied.saturating_add(1),
+        match outcome {
+            CallOutcome::Applied => calls.applied = calls.applied.saturating_add(1),
+            CallOutcome::NotApplied => calls.not_applied = calls.not_applied.saturating_add(1),
             // A later read may resolve the call.
-            Effect::Unknown => {
-                self.pending.insert(call.to_owned(), Some(effect));
+            CallOutcome::Unknown => {
+                self.pending.insert(call.to_owned(), Some(outcome));
                 return;
             }
         }

@@ -58,8 +58,8 @@ pub fn misfit(intent: &Intent, policy: &PolicyConfig) -> Option<String> {
     let Some(tool) = policy.tool(&intent.target) else {
         return Some(format!("expected a tool of the policy, found {}", intent.target));
     };
-    let Some(effect) = intent.effect.filter(|effect| *effect >= tool.side_effect) else {
-        let found = intent.effect.map_or("none", |e| e.as_str());
+    let Some(effect) = intent.side_effect.filter(|effect| *effect >= tool.side_effect) else {
+        let found = intent.side_effect.map_or("none", |e| e.as_str());
         return Some(format!(
             "expected the side effect {} of the contract of {} or a stricter one, found {found}",
             tool.side_effect.as_str(),
@@ -79,7 +79,7 @@ pub fn misfit(intent: &Intent, policy: &PolicyConfig) -> Option<String> {
             tool.name, intent.request_bytes
         ));
     }
-    let found = intent.definition.as_deref();
+    let found = intent.definition_digest.as_deref();
     let expected = match &tool.upstream {
         Upstream::Mcp(McpUpstream { digest: Some(pin), .. }) if found == Some(pin) => return None,
         Upstream::Mcp(McpUpstream { digest: None, .. }) if found.is_some() => return None,
@@ -119,14 +119,17 @@ pub fn mispriced(intent: &Intent, policy: &PolicyConfig) -> Option<String> {
 /// Returns the commitments and digests in a record for which only their form can be checked.
 fn commitments(event: &Event) -> Vec<&String> {
     match event {
-        Event::Intent(intent) => intent.request_digest.iter().collect(),
-        Event::Outcome(outcome) => {
-            outcome.response_digest.iter().chain(&outcome.undone_by).chain(&outcome.certificate).collect()
-        }
+        Event::Intent(intent) => intent.request_commitment.iter().collect(),
+        Event::Outcome(outcome) => outcome
+            .response_commitment
+            .iter()
+            .chain(&outcome.compensation_commitment)
+            .chain(&outcome.certificate)
+            .collect(),
         Event::TaskClosed(closed) => closed.images.values().collect(),
-        Event::Replayed(replayed) => vec![&replayed.request_digest, &replayed.response_digest],
-        Event::Denied(denied) => denied.request_digest.iter().collect(),
-        Event::ApprovalRequested(approval) | Event::ApprovalDecided(approval) => vec![&approval.request_digest],
+        Event::Replayed(replayed) => vec![&replayed.request_commitment, &replayed.response_commitment],
+        Event::Denied(denied) => denied.request_commitment.iter().collect(),
+        Event::ApprovalRequested(approval) | Event::ApprovalDecided(approval) => vec![&approval.request_commitment],
         _ => vec![],
     }
 }

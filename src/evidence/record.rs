@@ -21,7 +21,7 @@ mod call;
 mod closed;
 mod codec;
 
-pub use call::{Approval, Channel, Denied, Effect, Intent, Outcome, Refusals, Replayed, Resolved};
+pub use call::{Approval, CallOutcome, Channel, Denied, Intent, Outcome, Refusals, Replayed, Resolved};
 pub use closed::{AttemptClosed, TaskClosed};
 pub use codec::{DOCUMENTS, EncodeError, Encoded, LONGEST, Unread};
 
@@ -139,7 +139,7 @@ impl Event {
 #[serde(rename_all = "camelCase")]
 pub struct AttemptOpened {
     /// The public half of the Ed25519 key that signs the attempt's checkpoints, as a C2SP verifier key.
-    pub key: String,
+    pub verifier_key: String,
     /// The whole policy, whose digest the gateway confirmed. It is a document.
     #[serde(rename = "policyDigest", serialize_with = "by_digest")]
     pub policy: PolicyConfig,

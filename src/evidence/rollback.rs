@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 pub use self::plan::{By, Plan, Step, Undo};
 use super::{
     fits,
-    record::{Channel, Effect, Event, Record},
+    record::{CallOutcome, Channel, Event, Record},
 };
 use crate::policy::{
     config::{Rollback, SideEffect},
@@ -43,9 +43,9 @@ struct Made {
     tool: String,
     rollback: Option<Rollback>,
     applied: bool,
-    /// When the outcome was recorded. `undone_by` is the commitment to the arguments of the compensation.
+    /// When the outcome was recorded. `compensation_commitment` is the commitment to the arguments of the compensation.
     ended: String,
-    undone_by: Option<String>,
+    compensation_commitment: Option<String>,
 }
 
 impl Planner {
@@ -57,7 +57,7 @@ impl Planner {
                 self.tools = tools.map(|tool| (tool.name.clone(), tool.rollback.clone())).collect();
             }
             Event::Intent(intent)
-                if intent.channel == Channel::Tool && intent.effect.is_some_and(|of| of != SideEffect::Read) =>
+                if intent.channel == Channel::Tool && intent.side_effect.is_some_and(|of| of != SideEffect::Read) =>
             {
                 self.places.insert(intent.call.clone(), record.seq);
                 let rollback = self.tools.get(&intent.target).cloned().flatten();
@@ -69,29 +69,29 @@ impl Planner {
                         rollback,
                         applied: false,
                         ended: record.time.clone(),
-                        undone_by: None,
+                        compensation_commitment: None,
                     },
                 );
             }
             Event::Outcome(outcome) => {
-                if let Some(made) = self.ended(&outcome.call, outcome.effect) {
+                if let Some(made) = self.ended(&outcome.call, outcome.outcome) {
                     made.ended.clone_from(&record.time);
-                    made.undone_by.clone_from(&outcome.undone_by);
+                    made.compensation_commitment.clone_from(&outcome.compensation_commitment);
                 }
             }
-            Event::Resolved(resolved) => drop(self.ended(&resolved.call, resolved.effect)),
+            Event::Resolved(resolved) => drop(self.ended(&resolved.call, resolved.outcome)),
             _ => {}
         }
     }
 
-    fn ended(&mut self, call: &str, effect: Effect) -> Option<&mut Made> {
+    fn ended(&mut self, call: &str, outcome: CallOutcome) -> Option<&mut Made> {
         let place = self.places.get(call)?;
-        if effect == Effect::NotApplied {
+        if outcome == CallOutcome::NotApplied {
             self.calls.remove(place);
             return None;
         }
         let made = self.calls.get_mut(place)?;
-        made.applied = effect == Effect::Applied;
+        made.applied = outcome == CallOutcome::Applied;
         Some(made)
     }
 
@@ -123,13 +123,13 @@ impl Made {
         if !self.applied {
             return people("whether it took effect is not known");
         }
-        match (&self.rollback, &self.undone_by) {
+        match (&self.rollback, &self.compensation_commitment) {
             (None, _) => people("its contract does not say how"),
             (Some(Rollback::ByHand(how)), _) => people(how),
             (Some(Rollback::Call(_)), None) => people("the arguments that undo it could not be made or kept"),
             (Some(Rollback::Call(compensation)), Some(digest)) => By::Call(Undo {
                 contract: compensation.contract.clone(),
-                request_digest: digest.clone(),
+                request_commitment: digest.clone(),
                 until: compensation.within_seconds.map(|seconds| after(&self.ended, seconds)),
             }),
         }
@@ -159,7 +159,7 @@ struct Try {
     /// The name of the compensation's call.
     by: String,
     /// Whether the compensation took effect. `None` while it has no outcome.
-    effect: Option<Effect>,
+    outcome: Option<CallOutcome>,
 }
 
 /// The state of one step.
@@ -179,9 +179,9 @@ pub struct Leaving<'a> {
     /// The channel.
     pub channel: Channel,
     /// The side effect.
-    pub effect: Option<SideEffect>,
+    pub side_effect: Option<SideEffect>,
     /// The call that it compensates.
-    pub undoes: Option<&'a str>,
+    pub compensates: Option<&'a str>,
     /// The contract of its tool.
     pub contract: &'a str,
     /// The commitment to its arguments, hex.
@@ -194,14 +194,14 @@ pub struct Leaving<'a> {
 /// # Errors
 /// Returns what was expected and what was found.
 pub fn lets(undoing: Option<&Undoing>, call: Leaving<'_>, now: Timestamp) -> Result<(), String> {
-    let Leaving { channel, effect, undoes, contract, digest } = call;
-    let reads = matches!((channel, effect), (Channel::Listing, _) | (Channel::Tool, Some(SideEffect::Read)));
-    match (undoing, undoes) {
+    let Leaving { channel, side_effect, compensates, contract, digest } = call;
+    let reads = matches!((channel, side_effect), (Channel::Listing, _) | (Channel::Tool, Some(SideEffect::Read)));
+    match (undoing, compensates) {
         (None, None) => Ok(()),
-        (None, Some(undoes)) => {
-            Err(format!("expected no compensation, because the task is not a rollback, found one of {undoes:?}"))
+        (None, Some(call)) => {
+            Err(format!("expected no compensation, because the task is not a rollback, found one of {call:?}"))
         }
-        (Some(undoing), Some(undoes)) if channel == Channel::Tool => undoing.check(undoes, contract, digest, now),
+        (Some(undoing), Some(of)) if channel == Channel::Tool => undoing.check(of, contract, digest, now),
         (Some(_), None) if reads => Ok(()),
         (Some(_), _) => Err("expected a rollback to make reads and the calls of its plan, and nothing else".to_owned()),
     }
@@ -211,11 +211,11 @@ pub fn lets(undoing: Option<&Undoing>, call: Leaving<'_>, now: Timestamp) -> Res
 ///
 /// # Errors
 /// Returns the deadline if it has passed.
-pub fn in_time(undoes: &str, until: Option<&str>, now: Timestamp) -> Result<(), String> {
+pub fn in_time(call: &str, until: Option<&str>, now: Timestamp) -> Result<(), String> {
     match until {
-        Some(until) if fits::time(until).is_none_or(|until| now > until) => Err(format!(
-            "expected the compensation of {undoes} until {until}, found a later time; undo {undoes} by hand"
-        )),
+        Some(until) if fits::time(until).is_none_or(|until| now > until) => {
+            Err(format!("expected the compensation of {call} until {until}, found a later time; undo {call} by hand"))
+        }
         _ => Ok(()),
     }
 }
@@ -227,58 +227,60 @@ impl Undoing {
     }
 
     /// Returns the planned compensation of a call.
-    pub fn undo(&self, undoes: &str) -> Option<&Undo> {
-        self.plan.steps.iter().find(|step| step.call == undoes).and_then(|step| match &step.by {
+    pub fn undo(&self, call: &str) -> Option<&Undo> {
+        self.plan.steps.iter().find(|step| step.call == call).and_then(|step| match &step.by {
             By::Call(undo) => Some(undo),
             By::People(_) => None,
         })
     }
 
     /// Returns the state of a step. A compensation without an outcome counts as unknown.
-    pub fn standing(&self, undoes: &str) -> CompensationState {
-        match self.made.get(undoes).map(|made| made.effect) {
+    pub fn state(&self, call: &str) -> CompensationState {
+        match self.made.get(call).map(|made| made.outcome) {
             None => CompensationState::Due,
-            Some(Some(Effect::Applied)) => CompensationState::Undone,
+            Some(Some(CallOutcome::Applied)) => CompensationState::Undone,
             Some(_) => CompensationState::Unknown,
         }
     }
 
-    /// Checks whether a call of this contract, with arguments of this digest, may be made now to compensate the call `undoes`.
-    fn check(&self, undoes: &str, contract: &str, digest: &str, now: Timestamp) -> Result<(), String> {
-        let Some(undo) = self.undo(undoes) else {
-            return Err(format!("expected a call that has a compensation in the plan, found {undoes:?}"));
+    /// Checks whether a call of this contract, with arguments of this digest, may be made now to compensate the call `call`.
+    fn check(&self, call: &str, contract: &str, digest: &str, now: Timestamp) -> Result<(), String> {
+        let Some(undo) = self.undo(call) else {
+            return Err(format!("expected a call that has a compensation in the plan, found {call:?}"));
         };
-        if undo.contract != contract || undo.request_digest != digest {
+        if undo.contract != contract || undo.request_commitment != digest {
             return Err(format!(
-                "expected {undoes} to be undone by {} with arguments of digest {}, found {contract} and {digest}",
-                undo.contract, undo.request_digest
+                "expected {call} to be undone by {} with arguments of digest {}, found {contract} and {digest}",
+                undo.contract, undo.request_commitment
             ));
         }
-        in_time(undoes, undo.until.as_deref(), now)?;
-        match self.standing(undoes) {
+        in_time(call, undo.until.as_deref(), now)?;
+        match self.state(call) {
             CompensationState::Due => Ok(()),
-            CompensationState::Undone => Err(format!("{undoes} is undone already")),
-            CompensationState::Unknown => Err(format!("{undoes} has a compensation, and its outcome is unknown")),
+            CompensationState::Undone => Err(format!("{call} is undone already")),
+            CompensationState::Unknown => Err(format!("{call} has a compensation, and its outcome is unknown")),
         }
     }
 
     /// Records that a compensation is about to be sent. [`lets`] must have allowed it.
-    pub fn intend(&mut self, undoes: &str, by: &str) {
-        self.made.insert(undoes.to_owned(), Try { by: by.to_owned(), effect: None });
+    pub fn intend(&mut self, call: &str, by: &str) {
+        self.made.insert(call.to_owned(), Try { by: by.to_owned(), outcome: None });
     }
 
     /// Records the outcome of a compensation. A compensation that certainly did nothing may be made again.
-    pub fn settle(&mut self, by: &str, effect: Effect) {
-        match effect {
-            Effect::NotApplied => self.made.retain(|_, made| made.by != by),
-            effect => self.made.values_mut().filter(|made| made.by == by).for_each(|made| made.effect = Some(effect)),
+    pub fn settle(&mut self, by: &str, outcome: CallOutcome) {
+        match outcome {
+            CallOutcome::NotApplied => self.made.retain(|_, made| made.by != by),
+            outcome => {
+                self.made.values_mut().filter(|made| made.by == by).for_each(|made| made.outcome = Some(outcome))
+            }
         }
     }
 
     /// Returns the number of compensated steps, and the steps that need manual action, each with its reason.
     pub fn summary(&self) -> (usize, Vec<(&Step, String)>) {
         let left = self.plan.steps.iter().filter_map(|step| {
-            let why = match (&step.by, self.standing(&step.call)) {
+            let why = match (&step.by, self.state(&step.call)) {
                 (By::People(why), _) => why.clone(),
                 (By::Call(_), CompensationState::Undone) => return None,
                 (By::Call(_), CompensationState::Due) => "it was not undone".to_owned(),

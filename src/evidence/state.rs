@@ -40,7 +40,7 @@ mod calls;
 /// The table of rules.
 pub mod rule;
 
-pub use calls::{IntentFacts, Undoes};
+pub use calls::{Compensates, IntentFacts};
 pub use rule::{LogRule, User, Violation};
 
 /// The state of a task after some records.

@@ -79,16 +79,16 @@ pub async fn ask(
     before: Before,
 ) -> Result<ApprovalReply, Refused> {
     let (call, approval, arguments) = asked_for(&compiled.policy, ask, salt)?;
-    let because = if ask.by == ApprovalSource::Pack {
+    let reasons = if ask.by == ApprovalSource::Pack {
         // The pack's patterns and expressions look at all arguments, so do not evaluate them on the runtime's own threads.
         let (compiled, ask, arguments) = (compiled.clone(), ask.clone(), arguments.clone());
-        let found = apart::judge(places, apart::LONGEST, move || because(&compiled, &ask, before, &arguments)).await;
+        let found = apart::judge(places, apart::LONGEST, move || reasons(&compiled, &ask, before, &arguments)).await;
         found.map_err(|unjudged| Refused::retry(Rule::Busy, unjudged.to_string()))??
     } else {
         vec![]
     };
     let HarnessIdentity { namespace, task, task_uid, .. } = principal;
-    let name = approval::name(task, task_uid, &call, &because, before.made);
+    let name = approval::name(task, task_uid, &call, &reasons, before.made);
     let owner = cluster.task(namespace, task, task_uid).ok_or_else(|| {
         Refused::retry(Rule::ToolApproval, format!("the task {namespace}/{task} is not known yet; ask again"))
     })?;
@@ -99,7 +99,7 @@ pub async fn ask(
         let spec = &other.spec;
         spec.requested_by == call.by
             && spec.tool == call.tool
-            && spec.digest == call.digest
+            && spec.commitment == call.digest
             && spec.repeats == before.made
     };
     let mut others = cluster.approvals(namespace, task_uid);
@@ -110,7 +110,7 @@ pub async fn ask(
         let known = match cluster.approval(namespace, &name).or_else(|| own.clone()) {
             Some(known) => known,
             None => {
-                let spec = spec(&compiled.policy, principal, &call, approval, &arguments, before.made, because.clone());
+                let spec = spec(&compiled.policy, principal, &call, approval, &arguments, before.made, reasons.clone());
                 let request = request(&owner, principal, &name, spec?);
                 let created = tokio::time::timeout(TIMEOUT, create.create(namespace.clone(), request)).await;
                 let failed = |e: String| {
@@ -121,22 +121,22 @@ pub async fn ask(
             }
         };
         let mut newest = others.iter().filter_map(|other| cluster.approval(namespace, &other.name_any()));
-        let known = newest.find(|other| standing(other, approval) == ApprovalState::Denied).unwrap_or(known);
+        let known = newest.find(|other| state(other, approval) == ApprovalState::Denied).unwrap_or(known);
         if !is_for(&known, &compiled.policy, &call, &arguments) {
             return Err(Refused::denied(
                 Rule::ToolApproval,
                 format!("expected ApprovalRequest {name} to be for this call, found one for another; delete it"),
             ));
         }
-        let standing = standing(&known, approval);
-        if standing != ApprovalState::Pending || tokio::time::Instant::now() >= until {
+        let state = state(&known, approval);
+        if state != ApprovalState::Pending || tokio::time::Instant::now() >= until {
             return Ok(ApprovalReply {
                 name: known.name_any(),
                 uid: known.uid().unwrap_or_default(),
                 required: approval.required,
                 expires: known.spec.expires_at.0.to_string(),
-                because: known.spec.because.clone(),
-                standing,
+                reasons: known.spec.reasons.clone(),
+                state,
                 decisions: render::approval::votes(&known).to_vec(),
             });
         }
@@ -174,16 +174,16 @@ pub fn approved(
             ));
         };
         let call =
-            CallKey { by, tool: intent.target.clone(), digest: intent.request_digest.clone().unwrap_or_default() };
+            CallKey { by, tool: intent.target.clone(), digest: intent.request_commitment.clone().unwrap_or_default() };
         if !is_for(&request, &compiled.policy, &call, arguments) {
             return denied(format!("expected ApprovalRequest {name} to be for this call, found one for another"));
         }
-        match standing(&request, approval) {
+        match state(&request, approval) {
             ApprovalState::Approved => {
-                let unseen = |because: &&String| by == ApprovalSource::Pack && !request.spec.because.contains(because);
-                if let Some(because) = needed.because.iter().find(unseen) {
+                let unseen = |reason: &&String| by == ApprovalSource::Pack && !request.spec.reasons.contains(reason);
+                if let Some(reason) = needed.reasons.iter().find(unseen) {
                     return denied(format!(
-                        "expected an ApprovalRequest that shows the reason {because}, found {name}, which was created without it"
+                        "expected an ApprovalRequest that shows the reason {reason}, found {name}, which was created without it"
                     ));
                 }
                 given.push(by);
@@ -192,7 +192,7 @@ pub fn approved(
         }
     }
     let by_contract = needed.by_contract.then_some(ApprovalSource::Contract);
-    let by_pack = (!needed.because.is_empty()).then_some(ApprovalSource::Pack);
+    let by_pack = (!needed.reasons.is_empty()).then_some(ApprovalSource::Pack);
     match by_contract.into_iter().chain(by_pack).find(|by| !given.contains(by)) {
         None => Ok(()),
         Some(by) => denied(format!(
@@ -223,24 +223,24 @@ fn asked_for<'p>(
     let value = json::whole(value);
     let unwritable = |e: CanonicalError| denied(format!("the arguments: {e}"));
     let canonical = canonical::to_bytes(&value).map_err(unwritable)?;
-    if canonical != ask.arguments.as_bytes() || salt.value(&value).map_err(unwritable)? != ask.request_digest {
+    if canonical != ask.arguments.as_bytes() || salt.value(&value).map_err(unwritable)? != ask.request_commitment {
         return Err(denied("expected arguments in canonical form that match the given digest".into()));
     }
-    Ok((CallKey { by: ask.by, tool: ask.tool.clone(), digest: ask.request_digest.clone() }, approval, value))
+    Ok((CallKey { by: ask.by, tool: ask.tool.clone(), digest: ask.request_commitment.clone() }, approval, value))
 }
 
 /// Returns the reasons for which the pack requires approval, which approvers see.
-fn because(compiled: &Compiled, ask: &ApprovalAsk, before: Before, arguments: &Value) -> Result<Vec<String>, Refused> {
+fn reasons(compiled: &Compiled, ask: &ApprovalAsk, before: Before, arguments: &Value) -> Result<Vec<String>, Refused> {
     let Some(tool) = compiled.policy.tool(&ask.tool) else { return Ok(vec![]) };
-    let effect = ask.effect.max(tool.side_effect);
-    let asked = access::AccessRequest { tool, effect, usage: before.usage, seen: before.seen };
+    let side_effect = ask.side_effect.max(tool.side_effect);
+    let asked = access::AccessRequest { tool, side_effect, usage: before.usage, seen: before.seen };
     let passed = compiled.guard.judge(asked, arguments);
-    let because = passed.map_err(|denial| Refused::denied(denial.rule, denial.reason))?.because;
-    if because.is_empty() {
+    let reasons = passed.map_err(|denial| Refused::denied(denial.rule, denial.reason))?.reasons;
+    if reasons.is_empty() {
         let reason = format!("the pack requires no approval for this call of {}, as the log is now", ask.tool);
         return Err(Refused::denied(Rule::ToolApproval, reason));
     }
-    Ok(because)
+    Ok(reasons)
 }
 
 fn spec(
@@ -250,7 +250,7 @@ fn spec(
     approval: &Approval,
     arguments: &Value,
     repeats: i64,
-    because: Vec<String>,
+    reasons: Vec<String>,
 ) -> Result<ApprovalRequestSpec, Refused> {
     let expires = Timestamp::now().checked_add(SignedDuration::from_secs(approval.timeout_seconds));
     let HarnessIdentity { task, task_uid, attempt, .. } = principal;
@@ -259,10 +259,10 @@ fn spec(
         principal: policy.task.principal.clone(),
         requester: policy.task.requester.clone(),
         requested_by: call.by,
-        because,
+        reasons,
         tool: call.tool.clone(),
         arguments: shown(policy, &call.tool, arguments).map_err(|e| Refused::denied(Rule::ToolApproval, e))?,
-        digest: call.digest.clone(),
+        commitment: call.digest.clone(),
         repeats,
         approvers: approval.approvers.clone(),
         required: approval.required,
@@ -306,13 +306,13 @@ fn is_for(request: &ApprovalRequest, policy: &PolicyConfig, call: &CallKey, argu
         && spec.requester == policy.task.requester
         && spec.requested_by == call.by
         && spec.tool == call.tool
-        && spec.digest == call.digest
+        && spec.commitment == call.digest
         && shown(policy, &call.tool, arguments).as_ref() == Ok(&spec.arguments)
 }
 
 /// Returns the state of a request now. The number of approvals is at least what contract or pack require now.
-fn standing(request: &ApprovalRequest, approval: &Approval) -> ApprovalState {
+fn state(request: &ApprovalRequest, approval: &Approval) -> ApprovalState {
     let asked = render::approval::asked(&request.spec);
     let asked = ApprovalTerms { required: approval.required.max(asked.required), ..asked };
-    approval::standing(&asked, render::approval::votes(request), Timestamp::now())
+    approval::state(&asked, render::approval::votes(request), Timestamp::now())
 }

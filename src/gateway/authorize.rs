@@ -262,9 +262,9 @@ pub fn resolve_tool<'c>(compiled: &'c Compiled, attempt: i64, intent: &IntentFac
     let effect = tool.side_effect;
     // What an MCP server says about its tool can only turn a read into a write.
     let is_tightened = matches!(tool.upstream, Upstream::Mcp(_))
-        && (effect, intent.effect) == (SideEffect::Read, Some(SideEffect::Write));
+        && (effect, intent.side_effect) == (SideEffect::Read, Some(SideEffect::Write));
     let allowed = |effect| compiled.policy.allowed_effects.contains(effect);
-    let tight = intent.effect.filter(|found| *found == effect || is_tightened);
+    let tight = intent.side_effect.filter(|found| *found == effect || is_tightened);
     if !tight.as_ref().is_some_and(allowed) || !allowed(&effect) {
         return Err(Refused::denied(
             Rule::ToolEffect,
@@ -365,14 +365,14 @@ pub fn arguments(intent: &IntentFacts, salt: &Salt, body: &[u8]) -> Result<Value
 /// Returns [`Rule::IntentMissing`] if they are others.
 pub fn are_intended(intent: &IntentFacts, salt: &Salt, arguments: &Value) -> Result<(), Refused> {
     let digest = salt.value(arguments).map_err(|e| Refused::malformed(e.to_string()))?;
-    if intent.request_digest.as_ref() == Some(&digest) {
+    if intent.request_commitment.as_ref() == Some(&digest) {
         return Ok(());
     }
     Err(Refused::denied(
         Rule::IntentMissing,
         format!(
             "expected arguments with the digest {} of the intent, found arguments with {digest}",
-            intent.request_digest.as_deref().unwrap_or("none")
+            intent.request_commitment.as_deref().unwrap_or("none")
         ),
     ))
 }
@@ -391,12 +391,12 @@ pub fn is_intended(channel: Channel, intent: &IntentFacts, salt: &Salt, body: &[
         };
     }
     let digest = salt.bytes(body);
-    if intent.request_digest.as_ref() == Some(&digest) {
+    if intent.request_commitment.as_ref() == Some(&digest) {
         return Ok(());
     }
     missing(format!(
         "expected a body with the digest {} of the intent, found a body with {digest}",
-        intent.request_digest.as_deref().unwrap_or("none")
+        intent.request_commitment.as_deref().unwrap_or("none")
     ))
 }
 
@@ -406,7 +406,7 @@ pub struct Needed {
     /// Whether the contract requires approval.
     pub by_contract: bool,
     /// The reasons for which the pack requires approval, empty if it does not.
-    pub because: Vec<String>,
+    pub reasons: Vec<String>,
 }
 
 /// Checks that contract and pack allow a call with these arguments. The harness has checked the same before.
@@ -415,14 +415,14 @@ pub struct Needed {
 /// Returns the first rule that the call violates.
 pub fn judge(compiled: &Compiled, intent: &IntentFacts, arguments: &Value) -> Result<Needed, Refused> {
     let denied = |denial: Denial| Refused::denied(denial.rule, denial.reason);
-    let (Some(tool), Some(effect)) = (compiled.policy.tool(&intent.target), intent.effect) else {
+    let (Some(tool), Some(side_effect)) = (compiled.policy.tool(&intent.target), intent.side_effect) else {
         return Err(Refused::denied(Rule::ToolUnknown, format!("no contract is for {:?} any more", intent.target)));
     };
     let length = canonical::to_bytes(arguments).map_err(|e| Refused::malformed(e.to_string()))?.len();
     compiled.contracts.is_short(&intent.target, length).map_err(denied)?;
     let by_contract = compiled.contracts.check_stateless(&intent.target, arguments).map_err(denied)?;
-    let asked = AccessRequest { tool, effect, usage: intent.usage, seen: intent.seen };
-    let AccessDecision { assessment, because } = compiled.guard.judge(asked, arguments).map_err(denied)?;
+    let asked = AccessRequest { tool, side_effect, usage: intent.usage, seen: intent.seen };
+    let AccessDecision { assessment, reasons } = compiled.guard.judge(asked, arguments).map_err(denied)?;
     // If the pack has changed since the attempt began, the assessments may differ, and the newest pack decides.
     if *intent.policy == *compiled.digest && assessment != intent.assessment {
         return Err(Refused::denied(
@@ -430,7 +430,7 @@ pub fn judge(compiled: &Compiled, intent: &IntentFacts, arguments: &Value) -> Re
             format!("expected an intent with the assessment {assessment:?}, found {:?}", intent.assessment),
         ));
     }
-    Ok(Needed { by_contract, because })
+    Ok(Needed { by_contract, reasons })
 }
 
 /// Returns whether [`judge`] takes microseconds for arguments whose encoding has `length` bytes.

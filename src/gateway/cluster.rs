@@ -389,13 +389,13 @@ where
     let writer = Writer::<Lenient<K>>::default();
     let store = writer.as_reader();
     let kind = K::kind(&());
-    let unreadable = metrics.unreadable.with_label_values(&[&*kind]);
+    let undecodable = metrics.undecodable.with_label_values(&[&*kind]);
     let events = watcher(api, config)
         .backoff(contact::pauses())
         .modify(move |guarded| match &mut guarded.0 {
             Ok(object) => trim(object),
             Err(invalid) => {
-                unreadable.inc();
+                undecodable.inc();
                 let (namespace, name) = (&invalid.metadata.namespace, &invalid.metadata.name);
                 tracing::warn!(kind = %K::kind(&()), ?namespace, ?name, error = %invalid.error, "an object cannot be read and counts as absent");
             }

@@ -52,7 +52,7 @@ pub struct Metrics {
     /// Writes of `status.usage` by result (`written`, `failed`).
     pub usage_writes: IntCounterVec,
     /// Objects of the API server that cannot be decoded, by kind. They count as absent.
-    pub unreadable: IntCounterVec,
+    pub undecodable: IntCounterVec,
     /// Whether the serving certificate could be loaded (1) at the last check.
     pub certificate_ok: IntGauge,
 }
@@ -121,14 +121,14 @@ impl Metrics {
             )?,
             tool_calls: counters(
                 "belay_gateway_tool_calls_total",
-                "Tool calls in the evidence, by class of task, effect, and how sensitive their arguments are.",
-                &["task_class", "effect", "sensitivity"],
+                "Tool calls in the evidence, by class of task, side effect, and how sensitive their arguments are.",
+                &["task_class", "side_effect", "sensitivity"],
             )?,
             risk,
             outcomes: counters(
                 "belay_gateway_outcomes_total",
                 "Calls in the evidence that ended, by class of task and whether they took effect.",
-                &["task_class", "effect"],
+                &["task_class", "outcome"],
             )?,
             requests: counters(
                 "belay_gateway_requests_total",
@@ -165,8 +165,8 @@ impl Metrics {
                 "Writes of AgentTask status.usage, by result.",
                 &["result"],
             )?,
-            unreadable: counters(
-                "belay_gateway_unreadable_objects_total",
+            undecodable: counters(
+                "belay_gateway_undecodable_objects_total",
                 "Objects of the API server that could not be read and count as absent, by kind.",
                 &["kind"],
             )?,
@@ -187,8 +187,8 @@ impl Metrics {
                 }
                 let found = intent.assessment.as_ref();
                 let sensitivity = found.map(|found| found.arguments).unwrap_or_default();
-                let effect = intent.effect.map_or("none", SideEffect::as_str);
-                self.tool_calls.with_label_values(&[task_class, effect, sensitivity.as_str()]).inc();
+                let side_effect = intent.side_effect.map_or("none", SideEffect::as_str);
+                self.tool_calls.with_label_values(&[task_class, side_effect, sensitivity.as_str()]).inc();
                 if let Some(risk) = found.and_then(|found| found.risk.as_ref()) {
                     let score = i32::try_from(risk.score).unwrap_or(i32::MAX);
                     self.risk.with_label_values(&[task_class]).observe(score.into());
@@ -198,7 +198,7 @@ impl Metrics {
                 let labels = [task_class, denied.channel.as_str(), "denied", denied.rule.label()];
                 self.decisions.with_label_values(&labels).inc_by(denied.calls());
             }
-            Event::Outcome(outcome) => self.outcomes.with_label_values(&[task_class, outcome.effect.as_str()]).inc(),
+            Event::Outcome(outcome) => self.outcomes.with_label_values(&[task_class, outcome.outcome.as_str()]).inc(),
             _ => {}
         }
     }
@@ -239,7 +239,7 @@ mod tests {
             store_up: _,
             incidents,
             usage_writes,
-            unreadable,
+            undecodable,
             certificate_ok: _,
         } = metrics;
         let counters = [
@@ -252,7 +252,7 @@ mod tests {
             store_errors,
             incidents,
             usage_writes,
-            unreadable,
+            undecodable,
         ];
         counters.iter().for_each(reference::touch);
         [upstream, append_seconds, risk].iter().for_each(reference::touch);

@@ -112,7 +112,7 @@ impl About {
             wire::FORWARD => channel(request.headers()).map_or(Self::Other, Self::Call),
             wire::CALL => Self::Call(Channel::Tool),
             wire::LOG_OPEN | wire::LOG_APPEND | wire::LOG_SEAL | wire::APPROVAL => Self::Log,
-            wire::STATE_KEEP | wire::STATE_GET | wire::RESULT_KEEP | wire::RESULT_GET => Self::Log,
+            wire::STATE_PUT | wire::STATE_GET | wire::RESULT_PUT | wire::RESULT_GET => Self::Log,
             _ => Self::Other,
         }
     }
@@ -236,16 +236,16 @@ impl Gateway {
             wire::CALL if post => self.call(request, asked).await,
             wire::LOG_OPEN if post => self.open(request, asked).await,
             wire::APPROVAL if post => self.approval(request, asked).await,
-            wire::STATE_KEEP if post => self.keep(request, asked).await,
+            wire::STATE_PUT if post => self.keep(request, asked).await,
             wire::STATE_GET if post => self.kept(request, asked).await,
-            wire::RESULT_KEEP if post => self.keep_result(request, asked).await,
+            wire::RESULT_PUT if post => self.keep_result(request, asked).await,
             wire::RESULT_GET if post => self.kept_result(request, asked).await,
             wire::LOG_APPEND if post => self.append(request, asked).await,
             wire::LOG_SEAL => Err(Refused::denied(Rule::IdentityToken, "only the operator may seal a log")),
             _ => Err(Refused {
                 status: StatusCode::NOT_FOUND,
                 ..Refused::malformed(
-                    "expected CONNECT, /v1/forward or a POST to /v1/call, /v1/approval, /v1/{state,result}/{keep,get} or /v1/log/{open,append,seal}",
+                    "expected CONNECT, /v1/forward or a POST to /v1/call, /v1/approval, /v1/{state,result}/{put,get} or /v1/log/{open,append,seal}",
                 )
             }),
         }

@@ -20,7 +20,7 @@ use super::{
     buckets::{Buckets, broken, failed, unavailable},
     metrics::Metrics,
     refusal::Refused,
-    witness::{LogLocation, Undoes, Witness},
+    witness::{Compensates, LogLocation, Witness},
 };
 use crate::{
     evidence::{
@@ -77,11 +77,11 @@ impl StateStore {
     pub async fn undo(
         &self,
         of: &LogLocation,
-        undoes: &Undoes,
+        compensates: &Compensates,
         by: &RollbackOf,
         log: impl Fn(&RollbackOf) -> LogLocation,
     ) -> Result<(), Refused> {
-        let Undoes { call, until } = undoes;
+        let Compensates { call, until } = compensates;
         let refused = |reason: String| Err(Refused::denied(Rule::ToolRollback, reason));
         if let Err(late) = rollback::in_time(call, until.as_deref(), Timestamp::now()) {
             return refused(late);
@@ -104,8 +104,8 @@ impl StateStore {
                 return Ok(());
             }
             let other = self.witness.rebuilt(&log(&holder)).await?;
-            let standing = other.state().rollback().map(|undoing| undoing.standing(call));
-            if !other.state().has_ended() || standing != Some(CompensationState::Due) {
+            let state = other.state().rollback().map(|undoing| undoing.state(call));
+            if !other.state().has_ended() || state != Some(CompensationState::Due) {
                 return refused(format!(
                     "expected no other rollback of {call}, found that {} (UID {}) has started one and {}",
                     holder.name,

@@ -20,7 +20,7 @@ use crate::{
         merkle::{Tree, leaf_hash},
         note::{self, Checkpoint, Note, Signer, VerifierKey, WITNESS_NAME},
         record::{
-            Actor, AttemptOpened, Channel, Containment, Denied, Effect, Event, Intent, Outcome, Pod, Record,
+            Actor, AttemptOpened, CallOutcome, Channel, Containment, Denied, Event, Intent, Outcome, Pod, Record,
             TaskClosed, VERSION,
         },
         rollback::Plan,
@@ -269,7 +269,7 @@ pub fn digest() -> String {
 }
 
 pub fn intent(call: &str, channel: Channel, target: &str, reserved_tokens: i64) -> Event {
-    let effect = match target {
+    let side_effect = match target {
         "search" | "look" => Some(SideEffect::Read),
         "write" => Some(SideEffect::Write),
         _ => None,
@@ -278,9 +278,9 @@ pub fn intent(call: &str, channel: Channel, target: &str, reserved_tokens: i64) 
         call: call.into(),
         channel,
         target: target.into(),
-        effect,
-        definition: effect.map(|_| DEFINITION.into()),
-        request_digest: match channel {
+        side_effect,
+        definition_digest: side_effect.map(|_| DEFINITION.into()),
+        request_commitment: match channel {
             // The commitment to no arguments.
             Channel::Tool => Some(salt().value(&serde_json::json!({})).unwrap()),
             Channel::Model => Some(salt().bytes(ASKED.as_bytes())),
@@ -288,9 +288,9 @@ pub fn intent(call: &str, channel: Channel, target: &str, reserved_tokens: i64) 
             Channel::Listing => None,
         },
         request_bytes: 1,
-        key: None,
+        idempotency_key: None,
         approvals: vec![],
-        undoes: None,
+        compensates: None,
         assessment: None,
         rules: vec![],
         model: (channel == Channel::Model).then(|| "m".into()),
@@ -302,10 +302,10 @@ pub fn intent(call: &str, channel: Channel, target: &str, reserved_tokens: i64) 
 pub fn outcome(call: &str, tokens: i64) -> Event {
     Event::Outcome(Outcome {
         call: call.into(),
-        effect: Effect::Applied,
+        outcome: CallOutcome::Applied,
         rule: None,
         status: 200,
-        response_digest: None,
+        response_commitment: None,
         response_bytes: 1,
         sent_bytes: None,
         tokens,
@@ -313,7 +313,7 @@ pub fn outcome(call: &str, tokens: i64) -> Event {
         upstream: None,
         certificate: None,
         sensitivity: Sensitivity::default(),
-        undone_by: None,
+        compensation_commitment: None,
     })
 }
 
@@ -323,7 +323,7 @@ pub fn denied() -> Event {
         target: "evil.test:443".into(),
         rule: Rule::EgressHost,
         reason: "no".into(),
-        request_digest: None,
+        request_commitment: None,
         count: 1,
     })
 }
@@ -372,7 +372,7 @@ impl Harness {
 
     pub fn opened(&self) -> Event {
         Event::AttemptOpened(Box::new(AttemptOpened {
-            key: self.key.verifier().to_string(),
+            verifier_key: self.key.verifier().to_string(),
             policy: policy(),
             pod: Pod {
                 name: format!("t-{}", self.attempt),
@@ -471,7 +471,7 @@ pub async fn ended(a: &Arc<Witness>) -> LogLocation {
     let mut harness = Harness::new(1);
     let applied = |call| {
         let Event::Outcome(of) = outcome(call, 0) else { panic!("another event") };
-        Event::Outcome(Outcome { undone_by: Some(digest.clone()), ..of })
+        Event::Outcome(Outcome { compensation_commitment: Some(digest.clone()), ..of })
     };
     let write = |call| intent(call, Channel::Tool, "write", 0);
     let events = vec![opened_by(&harness, &policy, None), write("1"), applied("1"), write("2"), applied("2")];

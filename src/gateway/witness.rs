@@ -62,7 +62,7 @@ mod seal;
 
 use log::Log;
 
-pub use history::{Before, History, IntentFacts, Undoes};
+pub use history::{Before, Compensates, History, IntentFacts};
 
 /// Maximum number of logs in memory. The least recently used logs are dropped and are rebuilt from the bucket when needed.
 const CACHED: usize = 4096;

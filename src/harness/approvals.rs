@@ -48,7 +48,7 @@ pub struct Question {
     /// The tool.
     pub tool: String,
     /// What the call may change.
-    pub effect: SideEffect,
+    pub side_effect: SideEffect,
     /// The arguments, RFC 8785 JSON.
     pub arguments: String,
     /// The commitment to the arguments, hex.
@@ -71,7 +71,7 @@ pub enum Answered {
         /// The names of the ApprovalRequests.
         names: Vec<String>,
         /// The pack's reasons that the approvers have seen.
-        because: Vec<String>,
+        reasons: Vec<String>,
     },
     /// There is no decision yet. The text is for the agent.
     Pending(String),
@@ -115,7 +115,7 @@ impl Approvals {
                     Err(_) => return Answered::Pending(pending(&call.tool, approval)),
                 };
                 match decided {
-                    Some(Ok(reply)) if reply.standing == ApprovalState::Approved => replies.push(reply),
+                    Some(Ok(reply)) if reply.state == ApprovalState::Approved => replies.push(reply),
                     Some(Ok(reply)) => return Answered::Refused(denial(&refusal(&reply))),
                     Some(Err(refused)) => {
                         self.take(&[(exact.clone(), known.clone())]);
@@ -134,8 +134,8 @@ impl Approvals {
                     lapsed.name
                 )));
             }
-            let because = replies.iter().flat_map(|reply| reply.because.clone()).collect();
-            return Answered::Approved { names: replies.into_iter().map(|reply| reply.name).collect(), because };
+            let reasons = replies.iter().flat_map(|reply| reply.reasons.clone()).collect();
+            return Answered::Approved { names: replies.into_iter().map(|reply| reply.name).collect(), reasons };
         }
     }
 
@@ -165,9 +165,9 @@ impl Approvals {
         let ask = ApprovalAsk {
             by: exact.by,
             tool: call.tool.clone(),
-            effect: call.effect,
+            side_effect: call.side_effect,
             arguments: call.arguments.clone(),
-            request_digest: call.digest.clone(),
+            request_commitment: call.digest.clone(),
             wait: 0,
         };
         tokio::spawn(self.clone().watch(ask, approval.on_timeout, sender));
@@ -196,7 +196,7 @@ impl Approvals {
                     {
                         break Err(denial);
                     }
-                    if reply.standing == ApprovalState::Pending {
+                    if reply.state == ApprovalState::Pending {
                         ask.wait = HOLD;
                         continue;
                     }
@@ -215,7 +215,7 @@ impl Approvals {
             }
         };
         drop(wait);
-        let expired = decided.as_ref().is_ok_and(|reply| reply.standing == ApprovalState::Expired);
+        let expired = decided.as_ref().is_ok_and(|reply| reply.state == ApprovalState::Expired);
         sender.send_replace(Some(decided));
         if expired && on_timeout == OnTimeout::EndTask {
             self.ended.notify_one();
@@ -227,7 +227,7 @@ impl Approvals {
     /// Records a request or a decision.
     fn record(&self, said: Said, event: fn(Said) -> Event) -> Result<(), Denial> {
         let record = self.journal.record(|_, task| {
-            task.approvals().fits(&said.name, &said.call(), said.standing).map_err(|reason| denial(&reason))?;
+            task.approvals().fits(&said.name, &said.call(), said.state).map_err(|reason| denial(&reason))?;
             Ok(event(said))
         });
         record.map(|_| ())
@@ -236,20 +236,20 @@ impl Approvals {
 
 /// Returns the approval as it was requested, before any decision.
 fn pend(said: &Said) -> Said {
-    Said { standing: ApprovalState::Pending, decisions: vec![], ..said.clone() }
+    Said { state: ApprovalState::Pending, decisions: vec![], ..said.clone() }
 }
 
 fn said(ask: &ApprovalAsk, reply: &ApprovalReply) -> Said {
     Said {
         name: reply.name.clone(),
         uid: reply.uid.clone(),
-        by: ask.by,
+        requested_by: ask.by,
         tool: ask.tool.clone(),
-        request_digest: ask.request_digest.clone(),
+        request_commitment: ask.request_commitment.clone(),
         required: reply.required,
         expires: reply.expires.clone(),
-        because: reply.because.clone(),
-        standing: reply.standing,
+        reasons: reply.reasons.clone(),
+        state: reply.state,
         decisions: reply.decisions.clone(),
     }
 }

@@ -90,7 +90,7 @@ fn reply(status: StatusCode, text: Bytes) -> Response<Body> {
 async fn run(tools: &Tools) -> Option<Report> {
     let mut report = round(tools).await?;
     for _ in 1..ROUNDS {
-        let due = |left: &Left| standing(tools, &left.call) == Some(CompensationState::Due) && !left.by_people;
+        let due = |left: &Left| state(tools, &left.call) == Some(CompensationState::Due) && !left.by_people;
         if !report.left.iter().any(due) {
             break;
         }
@@ -100,15 +100,15 @@ async fn run(tools: &Tools) -> Option<Report> {
     Some(report)
 }
 
-fn standing(tools: &Tools, call: &str) -> Option<CompensationState> {
-    tools.gate().standing(call)
+fn state(tools: &Tools, call: &str) -> Option<CompensationState> {
+    tools.gate().compensation(call)
 }
 
 async fn round(tools: &Tools) -> Option<Report> {
     let plan = tools.gate().rollback_plan()?;
     let mut report = Report::default();
     for step in plan.steps {
-        let undone = match (&step.by, standing(tools, &step.call)) {
+        let undone = match (&step.by, state(tools, &step.call)) {
             (By::People(why), _) => Err(why.clone()),
             (By::Call(_), Some(CompensationState::Undone)) => Ok(()),
             (By::Call(_), Some(CompensationState::Unknown)) => Err("whether it was undone is not known".into()),
@@ -131,14 +131,14 @@ async fn round(tools: &Tools) -> Option<Report> {
 
 /// Returns the stored arguments of a compensation, if they match the plan's commitment.
 async fn arguments(tools: &Tools, call: &str, undo: &Undo) -> Result<Map<String, Value>, String> {
-    let of = StateRef { call: call.to_owned(), digest: undo.request_digest.clone() };
+    let of = StateRef { call: call.to_owned(), digest: undo.request_commitment.clone() };
     let kept = tools.gate().link().kept(&of).await.map_err(|error| error.to_string())?;
     let arguments: Value =
         serde_json::from_str(&kept).map_err(|error| format!("the stored arguments are not JSON: {error}"))?;
     let found = tools.gate().salt().value(&arguments).map_err(|error| error.to_string())?;
     match arguments {
-        Value::Object(arguments) if found == undo.request_digest => Ok(arguments),
-        _ => Err(format!("expected stored arguments with the digest {}, found {found}", undo.request_digest)),
+        Value::Object(arguments) if found == undo.request_commitment => Ok(arguments),
+        _ => Err(format!("expected stored arguments with the digest {}, found {found}", undo.request_commitment)),
     }
 }
 

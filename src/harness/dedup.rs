@@ -28,7 +28,7 @@ use crate::{
         rule::Rule,
         shorten::shorten,
     },
-    wire::{KeepResult, LONGEST_RESULT, StateRef},
+    wire::{LONGEST_RESULT, PutResult, StateRef},
 };
 
 /// The most bytes of results that are kept here in total.
@@ -141,9 +141,9 @@ impl Deduplicator {
         let replayed = Replayed {
             call: made.call,
             target: shorten(&tool.name),
-            key: turn.key.clone(),
-            request_digest: digest.to_owned(),
-            response_digest: kept.digest,
+            idempotency_key: turn.key.clone(),
+            request_commitment: digest.to_owned(),
+            response_commitment: kept.digest,
         };
         journal.wait_for_capacity().await;
         let record = journal.record(|_, task| {
@@ -163,7 +163,7 @@ impl Deduplicator {
     /// # Errors
     /// Returns why the result is not available, as the end of a sentence that begins with "its result".
     async fn fetch(&self, link: &GatewayClient, made: &Entry) -> Result<Kept, String> {
-        let Some(digest) = made.response_digest.clone() else { return Err("was not given to the agent".into()) };
+        let Some(digest) = made.response_commitment.clone() else { return Err("was not given to the agent".into()) };
         if !self.outside {
             return Err("is not stored any more".into());
         }
@@ -187,7 +187,7 @@ impl Deduplicator {
             }
         }
         if self.outside
-            && let Err(error) = link.keep_result(&KeepResult { intent, result: text }).await
+            && let Err(error) = link.keep_result(&PutResult { intent, result: text }).await
         {
             tracing::error!(intent, %error, "a result could not be stored: another attempt will not get it");
         }

@@ -30,7 +30,7 @@ use super::{
 use crate::{
     apart,
     evidence::{
-        record::{Channel, Containment, Effect, Event, Resolved},
+        record::{CallOutcome, Channel, Containment, Event, Resolved},
         rollback::{CompensationState, Plan},
     },
     policy::{
@@ -180,13 +180,13 @@ impl Gate {
     pub async fn judge(
         self: &Arc<Self>,
         tool: &Tool,
-        effect: SideEffect,
+        side_effect: SideEffect,
         arguments: &Value,
         length: usize,
     ) -> Result<AccessDecision, Denial> {
         let judge = move |gate: &Self, tool: &Tool, arguments: &Value| {
             let (usage, seen) = gate.journal.look(|task| (task.usage(), task.seen()));
-            gate.policy.guard.judge(AccessRequest { tool, effect, usage, seen }, arguments)
+            gate.policy.guard.judge(AccessRequest { tool, side_effect, usage, seen }, arguments)
         };
         if self.policy.guard.is_silent() || (length <= cost::SHORT && self.policy.guard.is_bounded_cost()) {
             return judge(self, tool, arguments);
@@ -206,8 +206,8 @@ impl Gate {
     }
 
     /// Returns the state of a step of the rollback, if this task is one.
-    pub fn standing(&self, undoes: &str) -> Option<CompensationState> {
-        self.journal.look(|task| task.rollback().map(|undoing| undoing.standing(undoes)))
+    pub fn compensation(&self, call: &str) -> Option<CompensationState> {
+        self.journal.look(|task| task.rollback().map(|undoing| undoing.state(call)))
     }
 
     /// Returns the log.
@@ -322,8 +322,8 @@ impl Gate {
     ///
     /// # Errors
     /// Returns an error if the log has ended.
-    pub fn resolve(&self, call: &str, effect: Effect, by: u64) -> Result<(), Denial> {
-        let resolved = Resolved { call: call.to_owned(), effect, by: call_id(by) };
+    pub fn resolve(&self, call: &str, outcome: CallOutcome, by: u64) -> Result<(), Denial> {
+        let resolved = Resolved { call: call.to_owned(), outcome, by: call_id(by) };
         self.journal.record(|_, _| Ok(Event::Resolved(resolved))).map(|_| ())
     }
 

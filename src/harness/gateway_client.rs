@@ -39,8 +39,8 @@ use crate::{
     evidence::{merkle::Hash, record::Channel},
     policy::{config::Wiring, decide::Denial, rule::Rule},
     wire::{
-        self, AppendReply, AppendRequest, ApprovalAsk, ApprovalReply, KeepResult, Kept, KeptResult, OpenReply,
-        OpenRequest, PutState, Refusal, StateRef, Undo,
+        self, AppendReply, AppendRequest, ApprovalAsk, ApprovalReply, Kept, KeptResult, OpenReply, OpenRequest,
+        PutResult, PutState, Refusal, StateRef, Undo,
     },
 };
 
@@ -186,7 +186,7 @@ impl GatewayClient {
     /// # Errors
     /// Returns an error if the gateway denies the request or cannot be reached.
     pub async fn keep(&self, keep: &PutState) -> Result<String, CallError> {
-        let kept: Kept = self.post_patiently(wire::STATE_KEEP, keep).await?;
+        let kept: Kept = self.post_patiently(wire::STATE_PUT, keep).await?;
         Ok(kept.digest)
     }
 
@@ -203,8 +203,8 @@ impl GatewayClient {
     ///
     /// # Errors
     /// Returns an error if the gateway denies the request or cannot be reached.
-    pub async fn keep_result(&self, keep: &KeepResult) -> Result<(), CallError> {
-        self.post_patiently::<_, Kept>(wire::RESULT_KEEP, keep).await.map(|_| ())
+    pub async fn keep_result(&self, keep: &PutResult) -> Result<(), CallError> {
+        self.post_patiently::<_, Kept>(wire::RESULT_PUT, keep).await.map(|_| ())
     }
 
     /// Returns the stored result of a call of an earlier harness. Retries for a while if the gateway cannot be reached.

@@ -31,7 +31,7 @@ use super::{
     gateway_client::{Carried, DeliveryError, Peer, Tunnel},
 };
 use crate::{
-    evidence::record::{Channel, Effect},
+    evidence::record::{CallOutcome, Channel},
     policy::{
         budget::Spent, config::EgressUse, decide::Denial, egress, hostname::Authority, rule::Rule, shorten::shorten,
     },
@@ -82,8 +82,8 @@ async fn carry(gate: Arc<Gate>, permit: Permit, target: String, request: Request
         Err(error) => Err(End::Broken(std::io::Error::other(error))),
     };
     let (sent, received) = (sent.into_inner(), received.into_inner());
-    let ended = |effect| Settlement {
-        effect,
+    let ended = |outcome| Settlement {
+        outcome,
         status: 200,
         response_bytes: received,
         sent_bytes: Some(sent),
@@ -91,16 +91,16 @@ async fn carry(gate: Arc<Gate>, permit: Permit, target: String, request: Request
         upstream: upstream.clone(),
         ..Settlement::unknown(None)
     };
-    let nothing = Settlement { status: 0, sent_bytes: Some(0), ..ended(Effect::NotApplied) };
+    let nothing = Settlement { status: 0, sent_bytes: Some(0), ..ended(CallOutcome::NotApplied) };
     // Agents often reset connections that they are done with. What they sent was answered, or its outcome is unknown.
     match over {
-        Ok(()) => permit.settle(ended(Effect::Applied)),
+        Ok(()) => permit.settle(ended(CallOutcome::Applied)),
         Err(End::Broken(error)) => {
             tracing::debug!(%error, "a tunnel broke off");
             permit.settle(ended(match (sent, received) {
-                (_, 1..) => Effect::Applied,
-                (0, 0) => Effect::NotApplied,
-                (1.., 0) => Effect::Unknown,
+                (_, 1..) => CallOutcome::Applied,
+                (0, 0) => CallOutcome::NotApplied,
+                (1.., 0) => CallOutcome::Unknown,
             }));
         }
         Err(End::Unsaid) => permit.settle(Settlement { rule: (sent > 0).then_some(Rule::UpstreamConnect), ..nothing }),
@@ -215,8 +215,8 @@ struct Passing {
 impl Passing {
     fn settle(&mut self) {
         let Some(permit) = self.permit.take() else { return };
-        let response_digest = Some(permit.salt().digested(&self.hasher.clone().finalize().into()));
-        permit.settle(Settlement { response_digest, ..self.settlement.clone() });
+        let response_commitment = Some(permit.salt().digested(&self.hasher.clone().finalize().into()));
+        permit.settle(Settlement { response_commitment, ..self.settlement.clone() });
     }
 }
 
@@ -321,7 +321,7 @@ pub async fn forward(gate: Arc<Gate>, request: Request<Incoming>) -> Response<Bo
             let (mut parts, body) = reply.into_parts();
             let upstream = Peer::taken(&mut parts.headers);
             let settlement = Settlement {
-                effect: Effect::Applied,
+                outcome: CallOutcome::Applied,
                 status: status.as_u16(),
                 response_bytes: length(of_headers(&parts.headers)),
                 spent: Some(Spent::default()),
@@ -366,14 +366,14 @@ async fn permit(
         .permit(Call {
             channel: Channel::Egress,
             target: gate.redactor().authority(&authority, gate.salt()),
-            effect: None,
+            side_effect: None,
             definition: None,
-            request_digest: digest,
+            request_commitment: digest,
             request_bytes: u64::try_from(bytes).unwrap_or(u64::MAX),
             key: None,
             approvals: vec![],
-            because: vec![],
-            undoes: None,
+            reasons: vec![],
+            compensates: None,
             judged: None,
             rules: vec![Rule::EgressHost, Rule::EgressPort, Rule::EgressDirect],
             model: None,

@@ -29,7 +29,7 @@ use super::{
 };
 use crate::{
     evidence::{
-        record::{Channel, Effect},
+        record::{CallOutcome, Channel},
         rollback::{CompensationState, Undo},
     },
     policy::{
@@ -116,17 +116,17 @@ impl Tools {
     ///
     /// # Errors
     /// Returns why the call is not compensated, or not for certain.
-    pub async fn undo(&self, undoes: &str, undo: &Undo, args: Map<String, Value>) -> Result<(), String> {
+    pub async fn undo(&self, call: &str, undo: &Undo, args: Map<String, Value>) -> Result<(), String> {
         let tool = self.gate.contracts().tools().find(|tool| tool.contract == undo.contract);
         let tool = tool.ok_or_else(|| format!("the rollback does not have the contract {}", undo.contract))?;
         let came = loop {
-            match self.call(&tool.name, sized(args.clone()), Some(undoes)).await {
+            match self.call(&tool.name, sized(args.clone()), Some(call)).await {
                 Ok(came) if came.pending => tokio::time::sleep(ASK_AGAIN).await,
                 came => break came,
             }
         };
-        let standing = self.gate.standing(undoes);
-        match (came, standing) {
+        let state = self.gate.compensation(call);
+        match (came, state) {
             // The outcome is in the log even if the result was lost or withheld.
             (_, Some(CompensationState::Undone)) => Ok(()),
             (Err(denial), _) => Err(format!("{}: {}", denial.rule, denial.reason)),
@@ -145,7 +145,7 @@ impl Tools {
         &self,
         name: &str,
         (args, length): (Map<String, Value>, usize),
-        undoes: Option<&str>,
+        compensates: Option<&str>,
     ) -> Result<CallResult, Denial> {
         let Decided { verdict, arguments, digest, bytes, needs_approval } =
             self.gate.decide(name, Value::Object(args), length).await;
@@ -172,9 +172,10 @@ impl Tools {
             Err(denial) => return Err(self.gate.deny(Channel::Tool, name, Some(digest), denial).await),
         };
         let key = turn.as_ref().map(|turn| turn.key.clone());
-        let undoing = undoes.is_some();
-        let undoes = undoes.map(str::to_owned);
-        let allowed = self.allow(tool, &args, (&digest, bytes, length), (key.clone(), undoes), needs_approval).await;
+        let undoing = compensates.is_some();
+        let compensates = compensates.map(str::to_owned);
+        let allowed =
+            self.allow(tool, &args, (&digest, bytes, length), (key.clone(), compensates), needs_approval).await;
         let (ready, permit) = match allowed {
             Ok(allowed) => allowed,
             // This is not a denial, so nothing is counted. It is not an error either, because some agents give up after an error. But if
@@ -201,18 +202,19 @@ impl Tools {
         // A call that the upstream reports as an error may or may not have had an effect. It gets no compensation, and as a compensation it
         // does not count as applied.
         let error = result.as_ref().is_ok_and(|result| result.is_error == Some(true));
-        if error && undoing && settlement.effect == Effect::Applied {
-            settlement.effect = Effect::Unknown;
+        if error && undoing && settlement.outcome == CallOutcome::Applied {
+            settlement.outcome = CallOutcome::Unknown;
         }
-        if let Some(arguments) = arguments.as_ref().filter(|_| undone && !error && settlement.effect == Effect::Applied)
+        if let Some(arguments) =
+            arguments.as_ref().filter(|_| undone && !error && settlement.outcome == CallOutcome::Applied)
         {
-            settlement.undone_by = self.keep_undo(tool, intent, arguments, answered).await;
+            settlement.compensation_commitment = self.keep_undo(tool, intent, arguments, answered).await;
         }
         if let (Some(_), Ok(result)) = (&key, &result) {
-            let digest = settlement.response_digest.as_ref();
+            let digest = settlement.response_commitment.as_ref();
             self.gate.once().keep(self.gate.link(), permit.intent, result, digest).await;
         }
-        let unknown = settlement.effect == Effect::Unknown;
+        let unknown = settlement.outcome == CallOutcome::Unknown;
         permit.settle(settlement);
         let result = match result {
             // The call is over, and its result is denied.
@@ -270,9 +272,9 @@ impl Tools {
                 Ok(_) => return Err(format!("{} did not tell the outcome", read.tool)),
                 Err(denial) => return Err(format!("{} could not be called: {}", read.tool, denial.reason)),
             };
-            let (effect, words) = match self.applied(tool, arguments, found).await {
-                Ok(true) => (Effect::Applied, "the call took effect: do not repeat it"),
-                Ok(false) if last => (Effect::NotApplied, "the call did not take effect: you can make it again"),
+            let (outcome, words) = match self.applied(tool, arguments, found).await {
+                Ok(true) => (CallOutcome::Applied, "the call took effect: do not repeat it"),
+                Ok(false) if last => (CallOutcome::NotApplied, "the call did not take effect: you can make it again"),
                 // The upstream may still be at work.
                 Ok(false) => {
                     tokio::time::sleep_until(settled.into()).await;
@@ -280,7 +282,7 @@ impl Tools {
                 }
                 Err(neither) => return Err(format!("{} does not tell the outcome: {neither}", read.tool)),
             };
-            self.gate.resolve(call, effect, by).map_err(|denial| denial.reason)?;
+            self.gate.resolve(call, outcome, by).map_err(|denial| denial.reason)?;
             return Ok(format!("{} tells that {words}", read.tool));
         }
     }
@@ -332,7 +334,7 @@ impl Tools {
         tool: &Tool,
         args: &Map<String, Value>,
         (digest, bytes, length): (&str, u64, usize),
-        (key, undoes): (Option<String>, Option<String>),
+        (key, compensates): (Option<String>, Option<String>),
         needs_approval: bool,
     ) -> Result<(Ready, Permit), NotSent> {
         let name = tool.name.as_str();
@@ -345,28 +347,28 @@ impl Tools {
         rules.extend(access.risk.as_ref().map(|_| Rule::RiskScore));
         rules.extend(tool.approval.as_ref().or(access.approval.as_ref()).map(|_| Rule::ToolApproval));
         let arguments = Value::Object(args.clone());
-        let passed = self.gate.judge(tool, prepared.effect, &arguments, length).await?;
+        let passed = self.gate.judge(tool, prepared.side_effect, &arguments, length).await?;
         let by_contract = tool.approval.as_ref().filter(|_| needs_approval).map(|of| (ApprovalSource::Contract, of));
         let by_pack =
-            access.approval.as_ref().filter(|_| !passed.because.is_empty()).map(|of| (ApprovalSource::Pack, of));
+            access.approval.as_ref().filter(|_| !passed.reasons.is_empty()).map(|of| (ApprovalSource::Pack, of));
         let needs: Vec<_> = by_contract.into_iter().chain(by_pack).collect();
         // Approval comes last, so that approvers do not get calls that another rule denies.
-        let (mut approvals, mut because) = (Vec::new(), Vec::new());
+        let (mut approvals, mut reasons) = (Vec::new(), Vec::new());
         if !needs.is_empty() {
             self.gate.open()?;
             // The gateway decides by what is stored.
             self.gate.journal().caught_up().await?;
             let call = Question {
                 tool: name.to_owned(),
-                effect: prepared.effect,
+                side_effect: prepared.side_effect,
                 arguments: text(args)?,
                 digest: digest.to_owned(),
             };
             match self.gate.approvals().ask(&call, &needs).await {
-                Answered::Approved { names, because: reasons } => {
+                Answered::Approved { names, reasons: told } => {
                     // Approvers take time, and the upstream may have changed the tool's definition meanwhile.
                     prepared = self.upstreams.prepare(tool, args, &mut Vec::new()).await?;
-                    (approvals, because) = (names, reasons);
+                    (approvals, reasons) = (names, told);
                 }
                 Answered::Pending(told) => return Err(NotSent::Pending(told)),
                 Answered::Refused(denial) => return Err(denial.into()),
@@ -377,14 +379,14 @@ impl Tools {
         let call = Call {
             channel: Channel::Tool,
             target: name.to_owned(),
-            effect: Some(prepared.effect),
+            side_effect: Some(prepared.side_effect),
             definition: prepared.definition,
-            request_digest: Some(digest.to_owned()),
+            request_commitment: Some(digest.to_owned()),
             request_bytes: bytes,
             key,
             approvals,
-            because,
-            undoes,
+            reasons,
+            compensates,
             judged: None,
             rules,
             model: None,

@@ -67,7 +67,7 @@ pub(super) struct Prepared<R> {
     /// The request.
     pub(super) ready: R,
     /// What the call may change.
-    pub(super) effect: SideEffect,
+    pub(super) side_effect: SideEffect,
     /// The digest of the upstream's definition of an MCP tool.
     pub(super) definition: Option<String>,
 }
@@ -125,8 +125,8 @@ impl Upstreams {
 
 impl<R> Prepared<R> {
     fn map<S>(self, kind: impl FnOnce(R) -> S) -> Prepared<S> {
-        let Self { ready, effect, definition } = self;
-        Prepared { ready: kind(ready), effect, definition }
+        let Self { ready, side_effect, definition } = self;
+        Prepared { ready: kind(ready), side_effect, definition }
     }
 }
 

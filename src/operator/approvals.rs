@@ -107,9 +107,9 @@ fn entry(request: &Lenient<ApprovalRequest>) -> Option<Entry<String, Times>> {
 fn undecided(request: &ApprovalRequest) -> Option<Times> {
     let asked = render::approval::asked(&request.spec);
     // Whether the request has expired is a question for later, so the time is one before every expiry.
-    let standing = approval::standing(&asked, render::approval::votes(request), Timestamp::MIN);
+    let state = approval::state(&asked, render::approval::votes(request), Timestamp::MIN);
     let created = request.metadata.creation_timestamp.as_ref().map_or(Timestamp::MIN, |created| created.0);
-    (standing == ApprovalState::Pending).then_some(Times { created, expires: asked.expires })
+    (state == ApprovalState::Pending).then_some(Times { created, expires: asked.expires })
 }
 
 /// Returns the task of a request, by the labels that the gateway sets.

@@ -673,7 +673,7 @@ async fn undoable(exit: i32, rollback: &str) -> Scene {
         contract["spec"]["rollback"] = json!({ "call": { "contract": "close", "arguments": { "id": "result.id" } } });
     });
     scene.cluster.edit(TASK, |task| task["spec"]["rollback"] = rollback.into());
-    let reply = wire::SealReply { undone_by: Some(["close".to_owned()].into()), ..seal::tests::reply() };
+    let reply = wire::SealReply { compensation_commitment: Some(["close".to_owned()].into()), ..seal::tests::reply() };
     let mut scene = Scene::over(scene.cluster, 200, &serde_json::to_string(&reply).unwrap()).await;
     scene.step().await.unwrap();
     scene.end_agent(POD, exit);

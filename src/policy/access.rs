@@ -38,7 +38,7 @@ pub struct AccessRequest<'a> {
     /// The tool.
     pub tool: &'a Tool,
     /// The side effect of the call: the contract's, or a tighter one from the upstream's definition of the tool.
-    pub effect: SideEffect,
+    pub side_effect: SideEffect,
     /// The counters before the call.
     pub usage: Usage,
     /// The most sensitive data that the task has handled before the call.
@@ -77,7 +77,7 @@ pub struct AccessDecision {
     /// The assessment. Absent if neither the pack nor the contracts say anything about data, principals and risk.
     pub assessment: Option<Assessment>,
     /// The reasons why approvers must approve the call first. Empty if the pack does not require approval.
-    pub because: Vec<String>,
+    pub reasons: Vec<String>,
 }
 
 /// The compiled policy of a pack for the calls of one task.
@@ -186,7 +186,7 @@ impl AccessPolicy {
     /// Returns [`Rule::AccessRule`] or [`Rule::RiskScore`] if the pack denies the call.
     pub fn judge(&self, asked: AccessRequest<'_>, arguments: &Value) -> Result<AccessDecision, Denial> {
         if self.is_silent {
-            return Ok(AccessDecision { assessment: None, because: vec![] });
+            return Ok(AccessDecision { assessment: None, reasons: vec![] });
         }
         let class = self.detectors.of(arguments).max(asked.tool.data.arguments);
         let mut context = self.context(asked, class);
@@ -203,7 +203,7 @@ impl AccessPolicy {
     pub fn replay(&self, asked: AccessRequest<'_>, recorded: Option<&Assessment>) -> Result<AccessDecision, String> {
         let nothing = Assessment { arguments: Sensitivity::default(), seen: asked.seen, rules: vec![], risk: None };
         if self.is_silent && recorded.is_none() {
-            return Ok(AccessDecision { assessment: None, because: vec![] });
+            return Ok(AccessDecision { assessment: None, reasons: vec![] });
         }
         let said = recorded.unwrap_or(&nothing);
         let class = said.arguments;
@@ -231,7 +231,7 @@ impl AccessPolicy {
     fn context<'a>(&'a self, asked: AccessRequest<'a>, class: Sensitivity) -> Context<'a, 'a> {
         let mut context = self.base.new_inner_scope();
         context.add_variable_as_val("tool", expression::text(asked.tool.name.as_str()));
-        context.add_variable_as_val("effect", expression::text(asked.effect.as_str()));
+        context.add_variable_as_val("effect", expression::text(asked.side_effect.as_str()));
         if self.sees("usage") {
             context.add_variable_as_val("usage", expression::usage(asked.usage));
         }
@@ -260,10 +260,10 @@ impl AccessPolicy {
         class: Sensitivity,
         holds: impl Fn(Named<'_>, &Expression) -> Result<bool, String>,
     ) -> Result<AccessDecision, Denial> {
-        let mut because = Vec::new();
+        let mut reasons = Vec::new();
         let mut matched = Vec::new();
         for Ruled { rule, when } in &self.rules {
-            if !covers(rule, asked.tool, asked.effect) {
+            if !covers(rule, asked.tool, asked.side_effect) {
                 continue;
             }
             let held = when.as_ref().map_or(Ok(true), |when| holds(Named::Rule(&rule.name), when));
@@ -277,7 +277,7 @@ impl AccessPolicy {
                     let reason = format!("rule {} of PolicyPack {}: {told}{odd}", rule.name, self.pack);
                     return Err(Denial { rule: Rule::AccessRule, reason });
                 }
-                RuleDecision::RequireApproval => because.push(format!("rule {}", rule.name)),
+                RuleDecision::RequireApproval => reasons.push(format!("rule {}", rule.name)),
                 RuleDecision::Allow => {}
             }
             matched.push(rule.name.clone());
@@ -290,7 +290,7 @@ impl AccessPolicy {
                     self.pack,
                     self.principal,
                     asked.tool.name,
-                    asked.effect.as_str()
+                    asked.side_effect.as_str()
                 ),
             });
         }
@@ -311,12 +311,12 @@ impl AccessPolicy {
                 return Err(Denial { rule: Rule::RiskScore, reason });
             }
             if limits.approve_at.is_some_and(|most| *score >= most) {
-                because.push(format!("risk {score} ({made})"));
+                reasons.push(format!("risk {score} ({made})"));
             }
         }
         let risk = risk.map(|(_, score, _)| score);
         let assessment = Assessment { arguments: class, seen: asked.seen, rules: matched, risk };
-        Ok(AccessDecision { assessment: Some(assessment), because })
+        Ok(AccessDecision { assessment: Some(assessment), reasons })
     }
 }
 
@@ -340,9 +340,9 @@ pub fn always_denied(access: &Access, principal: &str, tool: &Tool) -> Option<St
 
 /// Returns whether a rule applies to a tool's calls with this side effect. A `Deny` or `RequireApproval` rule also applies if it lists the
 /// contract's own side effect, so an upstream's definition cannot exempt a call from it.
-fn covers(rule: &AccessRule, tool: &Tool, effect: SideEffect) -> bool {
+fn covers(rule: &AccessRule, tool: &Tool, side_effect: SideEffect) -> bool {
     let own = rule.decision != RuleDecision::Allow && rule.effects.contains(&tool.side_effect);
-    is_one_of(&rule.tools, &tool.name) && (rule.effects.is_empty() || rule.effects.contains(&effect) || own)
+    is_one_of(&rule.tools, &tool.name) && (rule.effects.is_empty() || rule.effects.contains(&side_effect) || own)
 }
 
 /// The rule or the risk term that an expression belongs to.

@@ -1,6 +1,6 @@
 //! Determines whether approvers have approved one exact call.
 //!
-//! Guarantees: [`standing`] depends only on the request, the decisions and the time. One denial by an approver denies the request. Each
+//! Guarantees: [`state`] depends only on the request, the decisions and the time. One denial by an approver denies the request. Each
 //! approver's approval counts once, and an approval by a user on whose behalf the agent acts does not count. [`Approvals`] is the state of
 //! approvals in a log: each approval authorizes one call of the same tool with the same arguments.
 //! Non-goals: authentication. Admission has bound each decision to its user.
@@ -109,7 +109,7 @@ pub struct ApprovalTerms<'a> {
 }
 
 /// Returns the state of a request at a time. A denial is final. An approval must be used before the request expires.
-pub fn standing(asked: &ApprovalTerms<'_>, votes: &[Vote], now: Timestamp) -> ApprovalState {
+pub fn state(asked: &ApprovalTerms<'_>, votes: &[Vote], now: Timestamp) -> ApprovalState {
     if votes.iter().any(|vote| vote.decision == Answer::Deny) {
         return ApprovalState::Denied;
     }
@@ -137,9 +137,9 @@ pub struct CallKey {
 
 /// Returns the name of the request for one exact call. Every caller gets the same name. The name changes after the call was made, and if
 /// the reasons for the approval change.
-pub fn name(task: &str, uid: &str, call: &CallKey, because: &[String], repeats: i64) -> String {
+pub fn name(task: &str, uid: &str, call: &CallKey, reasons: &[String], repeats: i64) -> String {
     let CallKey { by, tool, digest } = call;
-    let of = format!("{uid}\n{}\n{tool}\n{digest}\n{repeats}\n{}", by.as_str(), because.join("\n"));
+    let of = format!("{uid}\n{}\n{tool}\n{digest}\n{repeats}\n{}", by.as_str(), reasons.join("\n"));
     let hash = hex::encode(canonical::sha256(of.as_bytes()));
     format!("{task}-{}", hash.get(..12).unwrap_or(&hash))
 }
@@ -166,7 +166,7 @@ pub struct Approvals {
 #[derive(Clone, Debug)]
 struct Request {
     call: CallKey,
-    standing: ApprovalState,
+    state: ApprovalState,
     used: bool,
 }
 
@@ -180,7 +180,7 @@ impl Approvals {
     ///
     /// # Errors
     /// Returns an error if the state contradicts the earlier records of the log.
-    pub fn fits(&self, name: &str, call: &CallKey, standing: ApprovalState) -> Result<(), String> {
+    pub fn fits(&self, name: &str, call: &CallKey, state: ApprovalState) -> Result<(), String> {
         match self.requests.get(name) {
             None if self.requests.len() >= REQUESTS => Err(format!("expected at most {REQUESTS} approval requests")),
             Some(known) if known.call != *call => {
@@ -188,10 +188,10 @@ impl Approvals {
             }
             // A denial is final. Whether an approval has expired depends on the clock of the observer.
             Some(known)
-                if known.standing == ApprovalState::Denied
-                    && matches!(standing, ApprovalState::Approved | ApprovalState::Expired) =>
+                if known.state == ApprovalState::Denied
+                    && matches!(state, ApprovalState::Approved | ApprovalState::Expired) =>
             {
-                Err(format!("expected approval {name} to stay denied, found it {standing:?}"))
+                Err(format!("expected approval {name} to stay denied, found it {state:?}"))
             }
             _ => Ok(()),
         }
@@ -201,15 +201,15 @@ impl Approvals {
     ///
     /// # Errors
     /// Returns an error if the state contradicts the earlier records of the log. Nothing changes then.
-    pub fn seen(&mut self, name: &str, call: &CallKey, standing: ApprovalState) -> Result<(), String> {
-        self.fits(name, call, standing)?;
+    pub fn seen(&mut self, name: &str, call: &CallKey, state: ApprovalState) -> Result<(), String> {
+        self.fits(name, call, state)?;
         match self.requests.get_mut(name) {
             None => {
-                self.requests.insert(name.to_owned(), Request { call: call.clone(), standing, used: false });
+                self.requests.insert(name.to_owned(), Request { call: call.clone(), state, used: false });
             }
             // A restarted harness asks again.
-            Some(_) if standing == ApprovalState::Pending => {}
-            Some(known) => known.standing = standing,
+            Some(_) if state == ApprovalState::Pending => {}
+            Some(known) => known.state = state,
         }
         Ok(())
     }
@@ -235,8 +235,8 @@ impl Approvals {
             let Some(request) = self.requests.get(name) else {
                 return Err(format!("expected approval {name} to be in the log before the call, found none"));
             };
-            if request.standing != ApprovalState::Approved {
-                return Err(format!("expected approval {name} to be approved, found it {:?}", request.standing));
+            if request.state != ApprovalState::Approved {
+                return Err(format!("expected approval {name} to be approved, found it {:?}", request.state));
             }
             if request.used {
                 return Err(format!("expected one call with approval {name}, found a second"));
@@ -307,7 +307,7 @@ mod tests {
         let expires = Timestamp::from_second(100).unwrap();
         let asked = ApprovalTerms { required, barred: [Some("agent-owner"), Some("ci")], expires };
         let votes: Vec<Vote> = votes.iter().map(|text| vote(text)).collect();
-        assert_eq!(standing(&asked, &votes, Timestamp::from_second(now).unwrap()), expected);
+        assert_eq!(state(&asked, &votes, Timestamp::from_second(now).unwrap()), expected);
     }
 
     fn call(by: ApprovalSource, tool: &str, digest: &str) -> CallKey {
@@ -420,7 +420,7 @@ mod tests {
             let expected = now < 100
                 && votes.iter().all(|vote| vote.decision == Answer::Approve)
                 && people.len() as i64 >= required.max(1);
-            let found = standing(&asked, &votes, Timestamp::from_second(now).unwrap());
+            let found = state(&asked, &votes, Timestamp::from_second(now).unwrap());
             prop_assert_eq!(found == ApprovalState::Approved, expected);
         }
     }

@@ -36,14 +36,14 @@ pub struct Entry {
     /// The ID of the call, from its intent.
     pub call: String,
     /// The commitment to the arguments, in hex.
-    pub request_digest: String,
+    pub request_commitment: String,
     /// The time of the call, in RFC 3339.
     pub time: String,
     /// The state of the call.
     pub fate: Fate,
     /// The commitment to the result that the agent got, in hex. Absent if the agent got no result.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub response_digest: Option<String>,
+    pub response_commitment: Option<String>,
 }
 
 /// What the ledger says about a new call under a key.
@@ -93,7 +93,7 @@ pub struct Ledger(BTreeMap<String, Entry>);
 
 impl Ledger {
     /// Looks up a key. `now` is the current time. A call that is older than the contract's window counts as not made.
-    pub fn find(&self, key: &str, request_digest: &str, of: &Idempotency, now: Timestamp) -> Found<'_> {
+    pub fn find(&self, key: &str, request_commitment: &str, of: &Idempotency, now: Timestamp) -> Found<'_> {
         let entry = self.0.get(key).filter(|entry| {
             let window = jiff::SignedDuration::from_secs(of.window_seconds);
             // A call whose time cannot be parsed never expires.
@@ -102,7 +102,7 @@ impl Ledger {
         match entry {
             None if self.0.len() >= KEYS && !self.0.contains_key(key) => Found::Full,
             None => Found::Free,
-            Some(entry) if entry.request_digest != request_digest => Found::Conflict(entry),
+            Some(entry) if entry.request_commitment != request_commitment => Found::Conflict(entry),
             Some(entry) => match entry.fate {
                 Fate::Applied => Found::Made(entry),
                 Fate::Open => Found::Open(entry),
@@ -114,13 +114,13 @@ impl Ledger {
     }
 
     /// Records that a call is about to be made under a key.
-    pub fn intend(&mut self, key: &str, call: &str, request_digest: &str, time: &str) {
+    pub fn intend(&mut self, key: &str, call: &str, request_commitment: &str, time: &str) {
         let entry = Entry {
             call: call.to_owned(),
-            request_digest: request_digest.to_owned(),
+            request_commitment: request_commitment.to_owned(),
             time: time.to_owned(),
             fate: Fate::Open,
-            response_digest: None,
+            response_commitment: None,
         };
         self.0.insert(key.to_owned(), entry);
     }
@@ -130,7 +130,7 @@ impl Ledger {
     pub fn settle(&mut self, key: &str, call: &str, fate: Option<Fate>, given: Option<&String>) {
         let Some(entry) = self.0.get_mut(key).filter(|entry| entry.call == call) else { return };
         match fate {
-            Some(fate) => (entry.fate, entry.response_digest) = (fate, given.cloned()),
+            Some(fate) => (entry.fate, entry.response_commitment) = (fate, given.cloned()),
             None => drop(self.0.remove(key)),
         }
     }

@@ -592,15 +592,15 @@ fn undone() -> Vec<ToolContract> {
 #[test]
 fn a_task_is_undone_by_a_task_with_what_undoes() {
     let of = task();
-    let undone_by =
+    let compensation_commitment =
         |of: &AgentTask, all: &[ToolContract]| rollback::task(of, rollback::contracts(of, all), all, "bob", "ci");
-    assert_eq!(undone_by(&of, &contracts()), None, "no contract says how");
-    let made = undone_by(&of, &undone()).unwrap();
+    assert_eq!(compensation_commitment(&of, &contracts()), None, "no contract says how");
+    let made = compensation_commitment(&of, &undone()).unwrap();
     assert_eq!(made.spec.tools, ["close", "look"], "what undoes, and one contract for what that verifies by");
     assert_eq!((made.name_any().as_str(), made.namespace().as_deref()), ("triage-rollback", Some("team-a")));
     assert_eq!((made.spec.principal.as_str(), made.spec.limits.tokens), ("bob", 0));
     assert_eq!(made.annotations()[names::REQUESTED_BY], "ci");
-    assert_eq!(undone_by(&made, &undone()), None, "a rollback is not rolled back");
+    assert_eq!(compensation_commitment(&made, &undone()), None, "a rollback is not rolled back");
     let long = |uid: &str| rollback::name(&"a".repeat(52), uid);
     assert_eq!(long("5d0e9c1a-0000"), format!("{}-5d0e9c1a-rollback", "a".repeat(34)));
     assert_ne!(long("5d0e9c1a-0000"), long("5d0e9c1b-0000"));

@@ -83,7 +83,7 @@ pub(crate) fn token() -> tempfile::NamedTempFile {
 
 pub(crate) fn reply() -> SealReply {
     SealReply {
-        undone_by: Some(Default::default()),
+        compensation_commitment: Some(Default::default()),
         closed: None,
         origin: "belay.dev/task/u".into(),
         location: "s3://b/ns/t/u".into(),

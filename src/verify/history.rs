@@ -5,7 +5,7 @@ use super::report::{AttemptSummary, Check, Report, RollbackSummary};
 use crate::{
     evidence::{
         note::VerifierKey,
-        record::{AttemptOpened, Effect, Event, Outcome, Record},
+        record::{AttemptOpened, CallOutcome, Event, Outcome, Record},
         state::{LogRule, TaskState, User},
     },
     policy::{budget::Spent, price},
@@ -114,7 +114,7 @@ impl History {
         let mut open: Vec<_> = state.open_calls().values().collect();
         open.sort_by_key(|call| call.seq);
         for call in open {
-            report.summary.effects.open += 1;
+            report.summary.outcomes.open += 1;
             let message =
                 format!("call {} to {} has no outcome: whether it took effect is not known", call.call, call.target);
             report.add(Check::CallOpen, None, Some(call.seq), message);
@@ -145,21 +145,21 @@ fn summarize(state: &TaskState, record: &Record, blame: &mut Blame<'_>) {
     match &record.event {
         Event::AttemptOpened(opened) => summarize_attempt(record, opened, blame),
         Event::Outcome(outcome) if state.open_calls().contains_key(&outcome.call) => {
-            let effects = &mut summary.effects;
-            match outcome.effect {
-                Effect::Applied => effects.applied += 1,
-                Effect::NotApplied => effects.not_applied += 1,
-                Effect::Unknown => effects.unknown += 1,
+            let outcomes = &mut summary.outcomes;
+            match outcome.outcome {
+                CallOutcome::Applied => outcomes.applied += 1,
+                CallOutcome::NotApplied => outcomes.not_applied += 1,
+                CallOutcome::Unknown => outcomes.unknown += 1,
             }
         }
         Event::Resolved(resolved) if state.resolution(resolved).is_ok() => {
-            let effects = &mut summary.effects;
+            let outcomes = &mut summary.outcomes;
             let was_counted = !state.open_calls().contains_key(&resolved.call);
-            effects.unknown = effects.unknown.saturating_sub(u64::from(was_counted));
-            match resolved.effect {
-                Effect::Applied => effects.applied += 1,
-                Effect::NotApplied => effects.not_applied += 1,
-                Effect::Unknown => {}
+            outcomes.unknown = outcomes.unknown.saturating_sub(u64::from(was_counted));
+            match resolved.outcome {
+                CallOutcome::Applied => outcomes.applied += 1,
+                CallOutcome::NotApplied => outcomes.not_applied += 1,
+                CallOutcome::Unknown => {}
             }
         }
         Event::Denied(denied) => {

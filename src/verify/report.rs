@@ -266,7 +266,7 @@ pub struct Summary {
     /// The number of denials by rule.
     pub denials: BTreeMap<Rule, u64>,
     /// The number of calls by outcome.
-    pub effects: Effects,
+    pub outcomes: Outcomes,
     /// How the task ended.
     pub closed: Option<TaskClosed>,
     /// The locks of the log's objects; absent if the store has no locks.
@@ -330,7 +330,7 @@ pub struct AttemptSummary {
 /// The number of calls by outcome.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
-pub struct Effects {
+pub struct Outcomes {
     /// Calls that took effect, by the upstream's answer or by a later read.
     pub applied: u64,
     /// Calls that certainly did not take effect.

@@ -17,7 +17,7 @@ use crate::{
         ending::{PAYLOAD_TYPE, SUMMARY},
         note,
         note::{Note, Signer, WITNESS_NAME},
-        record::{self, Actor, Channel, Denied, Effect, Event, Record},
+        record::{self, Actor, CallOutcome, Channel, Denied, Event, Record},
         rollback::{By, Plan, Step, Undo},
         segment::Segment,
         store::Mode,
@@ -58,7 +58,7 @@ fn a_good_log_is_valid() {
     assert_eq!((summary.segments, summary.records), (7, 13));
     assert_eq!(summary.origin.as_deref(), Some("belay.dev/task/6f9c3c1e-0000-4000-8000-000000000001"));
     assert_eq!((summary.usage.tool_calls, summary.usage.tokens, summary.usage.denials), (3, 120, 1));
-    assert_eq!((summary.effects.applied, summary.effects.open), (3, 1));
+    assert_eq!((summary.outcomes.applied, summary.outcomes.open), (3, 1));
     assert_eq!(
         summary.attempts.iter().map(|a| (a.number, a.closed.as_deref())).collect::<Vec<_>>(),
         [(1, None), (2, Some("agentEnded"))]
@@ -80,7 +80,7 @@ fn a_log_with_listings_tighter_effects_and_limits_that_hold_is_valid() {
     script.segments[4].extend([listing, record(2, intent("f", Channel::Tool, "search", 0))]);
     script.count();
     // The upstream itself says that the tool changes something.
-    change_intent(&mut script, 10, |i| i.effect = Some(SideEffect::Write));
+    change_intent(&mut script, 10, |i| i.side_effect = Some(SideEffect::Write));
     let report = run(&script, &script.write());
     assert_eq!((report.verdict, broken(&report)), (Verdict::Valid, vec![]), "{:?}", report.findings);
     assert_eq!(report.summary.usage.tool_calls, 4);
@@ -123,7 +123,7 @@ fn a_task_that_never_ran_has_a_valid_log_of_one_record() {
 #[case::time(Check::RecordTime, Some(3), |s: &mut Script| s.at(3).time = "yesterday".into())]
 #[case::time_to_the_second(Check::RecordTime, Some(3), |s: &mut Script| s.at(3).time = "2026-11-23T10:00:00Z".into())]
 #[case::time_elsewhere(Check::RecordTime, Some(3), |s: &mut Script| s.at(3).time = "2026-11-23T10:00:00.000+00:00".into())]
-#[case::a_commitment_that_is_no_digest(Check::RecordForm, Some(6), |s: &mut Script| change_intent(s, 6, |i| i.request_digest = Some("AB".repeat(32))))]
+#[case::a_commitment_that_is_no_digest(Check::RecordForm, Some(6), |s: &mut Script| change_intent(s, 6, |i| i.request_commitment = Some("AB".repeat(32))))]
 #[case::actor_gateway(Check::RecordActor, Some(5), |s: &mut Script| s.at(5).actor = Actor::Gateway)]
 #[case::actor_harness(Check::RecordActor, Some(12), |s: &mut Script| { s.at(12).actor = Actor::Harness; })]
 #[case::gateway_writes_calls(Check::RecordActor, Some(6), |s: &mut Script| s.at(6).actor = Actor::Gateway)]
@@ -137,8 +137,8 @@ fn a_task_that_never_ran_has_a_valid_log_of_one_record() {
 #[case::not_contained(Check::AttemptContained, Some(0), |s: &mut Script| change_opened(s, 0, |o| o.containment.contained = false))]
 #[case::breach_at_opening(Check::AttemptContained, Some(0), |s: &mut Script| change_opened(s, 0, |o| o.containment.breaches = vec!["10.0.0.1:443".into()]))]
 #[case::policy_of_another_task(Check::AttemptTask, Some(0), |s: &mut Script| change_opened(s, 0, |o| { o.policy.task.uid = "other".into(); }))]
-#[case::key_of_another_attempt(Check::AttemptKey, Some(7), |s: &mut Script| { let key = s.keys[&1].verifier().to_string(); change_opened(s, 7, |o| o.key = key); })]
-#[case::key_unreadable(Check::AttemptKey, Some(0), |s: &mut Script| change_opened(s, 0, |o| o.key = "none".into()))]
+#[case::key_of_another_attempt(Check::AttemptKey, Some(7), |s: &mut Script| { let key = s.keys[&1].verifier().to_string(); change_opened(s, 7, |o| o.verifier_key = key); })]
+#[case::key_unreadable(Check::AttemptKey, Some(0), |s: &mut Script| change_opened(s, 0, |o| o.verifier_key = "none".into()))]
 #[case::call_after_containment_was_lost(Check::ContainmentLost, Some(11), |s: &mut Script| {
     s.at(10).event = lost();
     s.segments[5].insert(2, record(2, intent("e", Channel::Tool, "search", 0)));
@@ -150,12 +150,12 @@ fn a_task_that_never_ran_has_a_valid_log_of_one_record() {
 #[case::second_outcome(Check::CallOutcome, Some(4), |s: &mut Script| s.at(4).event = outcome("a", 0))]
 #[case::outcome_in_another_attempt(Check::CallOutcome, Some(9), |s: &mut Script| s.at(9).event = outcome("c", 0))]
 #[case::unknown_tool(Check::CallPolicy, Some(6), |s: &mut Script| change_intent(s, 6, |i| i.target = "shell".into()))]
-#[case::effect_that_the_contract_lacks(Check::CallPolicy, Some(6), |s: &mut Script| change_intent(s, 6, |i| i.effect = Some(SideEffect::Read)))]
-#[case::no_definition(Check::CallPolicy, Some(6), |s: &mut Script| change_intent(s, 6, |i| i.definition = None))]
+#[case::effect_that_the_contract_lacks(Check::CallPolicy, Some(6), |s: &mut Script| change_intent(s, 6, |i| i.side_effect = Some(SideEffect::Read)))]
+#[case::no_definition(Check::CallPolicy, Some(6), |s: &mut Script| change_intent(s, 6, |i| i.definition_digest = None))]
 #[case::another_definition_in_the_attempt(Check::CallPolicy, Some(9), |s: &mut Script| {
     s.segments[4].push(record(2, intent("e", Channel::Tool, "write", 0)));
     s.count();
-    change_intent(s, 9, |i| i.definition = Some("ff".repeat(32)));
+    change_intent(s, 9, |i| i.definition_digest = Some("ff".repeat(32)));
 })]
 #[case::another_definition_than_the_pin(Check::CallPolicy, Some(8), |s: &mut Script| change_opened(s, 7, |o| {
     let Upstream::Mcp(mcp) = &mut o.policy.tools[2].upstream else { panic!() };
@@ -169,7 +169,7 @@ fn a_task_that_never_ran_has_a_valid_log_of_one_record() {
     o.policy.tools[2].limits.calls = Some(1);
 }))]
 #[case::too_many_bytes(Check::CallPolicy, Some(6), |s: &mut Script| change_intent(s, 6, |i| i.request_bytes = 4097))]
-#[case::effect_that_the_class_forbids(Check::CallPolicy, Some(6), |s: &mut Script| change_intent(s, 6, |i| { i.target = "mail".into(); i.effect = Some(SideEffect::External); }))]
+#[case::effect_that_the_class_forbids(Check::CallPolicy, Some(6), |s: &mut Script| change_intent(s, 6, |i| { i.target = "mail".into(); i.side_effect = Some(SideEffect::External); }))]
 #[case::tool_calls_not_counted(Check::UsageCount, Some(6), |s: &mut Script| s.segments.iter_mut().flatten().skip(6).for_each(|r| r.usage.tool_calls -= 1))]
 #[case::denials_not_counted(Check::UsageCount, Some(4), |s: &mut Script| s.at(4).usage.denials = 0)]
 #[case::tokens_shrink(Check::UsageCount, Some(9), |s: &mut Script| s.at(9).usage.tokens = 0)]
@@ -529,16 +529,16 @@ fn approved() -> Script {
         o.policy.task.requester = Some("ci".into());
     });
     let vote = |by: &str| Vote { by: by.into(), decision: Answer::Approve, reason: None };
-    let said = |standing, decisions| record::Approval {
+    let said = |state, decisions| record::Approval {
         name: "t-1".into(),
         uid: "u".into(),
-        by: ApprovalSource::Contract,
+        requested_by: ApprovalSource::Contract,
         tool: "write".into(),
-        request_digest: "ab".repeat(32),
+        request_commitment: "ab".repeat(32),
         required: 2,
         expires: "2026-11-23T10:01:00Z".into(),
-        because: vec![],
-        standing,
+        reasons: vec![],
+        state,
         decisions,
     };
     let asked = Event::ApprovalRequested(said(ApprovalState::Pending, vec![]));
@@ -558,7 +558,7 @@ fn change_decided(script: &mut Script, change: impl Fn(&mut record::Approval)) {
 #[rstest]
 #[case::none_needed(10, |s: &mut Script| change_intent(s, 10, |i| i.approvals.clear()))]
 #[case::another(10, |s: &mut Script| change_intent(s, 10, |i| i.approvals = vec!["t-2".into()]))]
-#[case::other_arguments(10, |s: &mut Script| change_intent(s, 10, |i| i.request_digest = Some("cd".repeat(32))))]
+#[case::other_arguments(10, |s: &mut Script| change_intent(s, 10, |i| i.request_commitment = Some("cd".repeat(32))))]
 #[case::never_given(10, |s: &mut Script| { s.segments[4].remove(2); s.count(); })]
 #[case::too_few(9, |s: &mut Script| change_decided(s, |a| drop(a.decisions.pop())))]
 #[case::one_twice(9, |s: &mut Script| change_decided(s, |a| a.decisions[1].by = "ana".into()))]
@@ -566,8 +566,8 @@ fn change_decided(script: &mut Script, change: impl Fn(&mut record::Approval)) {
 #[case::by_who_asked(9, |s: &mut Script| change_decided(s, |a| a.decisions[1].by = "ci".into()))]
 #[case::a_no_among_them(9, |s: &mut Script| change_decided(s, |a| a.decisions[1].decision = Answer::Deny))]
 #[case::fewer_than_the_contract(9, |s: &mut Script| change_decided(s, |a| a.required = 1))]
-#[case::for_another_call(9, |s: &mut Script| change_decided(s, |a| a.request_digest = "cd".repeat(32)))]
-#[case::on_another_account(9, |s: &mut Script| change_decided(s, |a| a.by = ApprovalSource::Pack))]
+#[case::for_another_call(9, |s: &mut Script| change_decided(s, |a| a.request_commitment = "cd".repeat(32)))]
+#[case::on_another_account(9, |s: &mut Script| change_decided(s, |a| a.requested_by = ApprovalSource::Pack))]
 #[case::of_another_tool(9, |s: &mut Script| change_decided(s, |a| a.tool = "search".into()))]
 #[case::twice(11, |s: &mut Script| {
     s.segments[4].push(record(2, intent("e", Channel::Tool, "write", 0)));
@@ -594,13 +594,13 @@ fn replayed() -> Script {
         o.policy.tools[2].idempotency = Some(Idempotency { argument: None, header: None, window_seconds: 3600 });
     });
     let key = ledger::made_of(UID, "write", &"ab".repeat(32));
-    change_intent(&mut script, 8, |i| i.key = Some(ledger::made_of(UID, "write", &"ab".repeat(32))));
+    change_intent(&mut script, 8, |i| i.idempotency_key = Some(ledger::made_of(UID, "write", &"ab".repeat(32))));
     let again = Event::Replayed(record::Replayed {
         call: "d".into(),
         target: "write".into(),
-        key,
-        request_digest: "ab".repeat(32),
-        response_digest: "cd".repeat(32),
+        idempotency_key: key,
+        request_commitment: "ab".repeat(32),
+        response_commitment: "cd".repeat(32),
     });
     script.segments[5].insert(1, record(2, again));
     script.count();
@@ -614,16 +614,16 @@ fn change_replayed(script: &mut Script, change: impl Fn(&mut record::Replayed)) 
 
 /// Replays that the writers could lie about.
 #[rstest]
-#[case::no_key(8, |s: &mut Script| change_intent(s, 8, |i| i.key = None))]
-#[case::another_key(8, |s: &mut Script| change_intent(s, 8, |i| i.key = Some("ee".repeat(32))))]
-#[case::another_result(10, |s: &mut Script| change_replayed(s, |r| r.response_digest = "ee".repeat(32)))]
+#[case::no_key(8, |s: &mut Script| change_intent(s, 8, |i| i.idempotency_key = None))]
+#[case::another_key(8, |s: &mut Script| change_intent(s, 8, |i| i.idempotency_key = Some("ee".repeat(32))))]
+#[case::another_result(10, |s: &mut Script| change_replayed(s, |r| r.response_commitment = "ee".repeat(32)))]
 #[case::another_call(10, |s: &mut Script| change_replayed(s, |r| r.call = "a".into()))]
-#[case::other_arguments(10, |s: &mut Script| change_replayed(s, |r| r.request_digest = "ee".repeat(32)))]
+#[case::other_arguments(10, |s: &mut Script| change_replayed(s, |r| r.request_commitment = "ee".repeat(32)))]
 #[case::before_it_was_made(9, |s: &mut Script| { s.segments[5].swap(0, 1); s.count(); })]
 #[case::a_second_effect(10, |s: &mut Script| {
     s.at(10).event = intent("e", Channel::Tool, "write", 0);
     s.count();
-    change_intent(s, 10, |i| i.key = Some(ledger::made_of(UID, "write", &"ab".repeat(32))));
+    change_intent(s, 10, |i| i.idempotency_key = Some(ledger::made_of(UID, "write", &"ab".repeat(32))));
 })]
 fn a_second_effect_under_one_key_shows(#[case] at: u64, #[case] lie: fn(&mut Script)) {
     let mut script = replayed();
@@ -646,23 +646,23 @@ fn what_was_resolved_counts_as_what_it_was() {
     let script = resolved();
     let report = run(&script, &script.write());
     assert_eq!(report.verdict, Verdict::Valid, "{:?}", report.findings);
-    let effects = report.summary.effects;
-    assert_eq!((effects.applied, effects.not_applied, effects.unknown), (4, 0, 0));
+    let outcomes = report.summary.outcomes;
+    assert_eq!((outcomes.applied, outcomes.not_applied, outcomes.unknown), (4, 0, 0));
 }
 
 /// Attempt 1 was lost with its call of `write`, and a read of attempt 2 resolves the call.
 #[rstest]
-#[case(Effect::Applied, (4, 0, 1, 0))]
-#[case(Effect::NotApplied, (3, 1, 1, 0))]
+#[case(CallOutcome::Applied, (4, 0, 1, 0))]
+#[case(CallOutcome::NotApplied, (3, 1, 1, 0))]
 fn what_became_of_a_lost_attempts_call_is_resolved_by_the_next(
-    #[case] effect: Effect,
+    #[case] outcome: CallOutcome,
     #[case] expected: (u64, u64, u64, u64),
 ) {
     let mut script = resolved();
-    change_resolved(&mut script, |resolved| (resolved.call, resolved.effect) = ("c".into(), effect));
+    change_resolved(&mut script, |resolved| (resolved.call, resolved.outcome) = ("c".into(), outcome));
     let report = run(&script, &script.write());
     assert_eq!(report.verdict, Verdict::Valid, "{:?}", report.findings);
-    let found = report.summary.effects;
+    let found = report.summary.outcomes;
     assert_eq!((found.applied, found.not_applied, found.unknown, found.open), expected);
 }
 
@@ -675,8 +675,8 @@ fn what_became_of_a_lost_attempts_call_is_resolved_by_the_next(
 #[case::by_itself(|s: &mut Script| change_resolved(s, |r| r.by = "d".into()))]
 #[case::by_a_read_before(|s: &mut Script| change_resolved(s, |r| r.by = "a".into()))]
 #[case::by_a_read_that_failed(|s: &mut Script| lose(s, 11))]
-#[case::by_a_read_of_another_tool(|s: &mut Script| change_intent(s, 10, |i| (i.target, i.effect) = ("write".into(), Some(SideEffect::Write))))]
-#[case::to_nothing(|s: &mut Script| change_resolved(s, |r| r.effect = Effect::Unknown))]
+#[case::by_a_read_of_another_tool(|s: &mut Script| change_intent(s, 10, |i| (i.target, i.side_effect) = ("write".into(), Some(SideEffect::Write))))]
+#[case::to_nothing(|s: &mut Script| change_resolved(s, |r| r.outcome = CallOutcome::Unknown))]
 fn a_resolution_that_follows_from_nothing_shows(#[case] lie: fn(&mut Script)) {
     let mut script = resolved();
     lie(&mut script);
@@ -695,7 +695,7 @@ fn a_read_that_was_resolved_itself_resolves_nothing() {
         o.policy.limits.tool_calls = 9;
     });
     lose(&mut script, 11);
-    let told = Event::Resolved(record::Resolved { call: "e".into(), effect: Effect::Applied, by: "f".into() });
+    let told = Event::Resolved(record::Resolved { call: "e".into(), outcome: CallOutcome::Applied, by: "f".into() });
     let read = [intent("f", Channel::Tool, "search", 0), outcome("f", 0), told];
     script.segments[5].splice(3..3, read.map(|event| record(2, event)));
     script.count();
@@ -811,7 +811,7 @@ fn rollback() -> Script {
     let step = |call: &str| Step {
         call: call.into(),
         tool: "write".into(),
-        by: By::Call(Undo { contract: "write".into(), request_digest: "ab".repeat(32), until: None }),
+        by: By::Call(Undo { contract: "write".into(), request_commitment: "ab".repeat(32), until: None }),
     };
     let steps = vec![step("c9"), step("c4")];
     let plan = Plan { origin: note::origin(other), size: 20, root: "r".into(), steps };
@@ -824,8 +824,8 @@ fn rollback() -> Script {
     // A rollback calls no model, and the first attempt's `write` is lost with its pod.
     script.at(2).event = intent("b", Channel::Listing, "search", 0);
     script.at(5).event = outcome("b", 0);
-    change_intent(&mut script, 6, |i| i.undoes = Some("c9".into()));
-    change_intent(&mut script, 8, |i| i.undoes = Some("c4".into()));
+    change_intent(&mut script, 6, |i| i.compensates = Some("c9".into()));
+    change_intent(&mut script, 8, |i| i.compensates = Some("c4".into()));
     script.count();
     script
 }
@@ -843,17 +843,17 @@ fn a_rollback_by_its_plan_is_valid_and_says_what_is_left() {
 }
 
 #[rstest]
-#[case::of_no_step(8, |s: &mut Script| change_intent(s, 8, |i| i.undoes = Some("c5".into())))]
-#[case::other_arguments(8, |s: &mut Script| change_intent(s, 8, |i| i.request_digest = Some("ac".repeat(32))))]
-#[case::what_may_be_undone_already(8, |s: &mut Script| change_intent(s, 8, |i| i.undoes = Some("c9".into())))]
-#[case::a_change_that_undoes_nothing(8, |s: &mut Script| change_intent(s, 8, |i| i.undoes = None))]
+#[case::of_no_step(8, |s: &mut Script| change_intent(s, 8, |i| i.compensates = Some("c5".into())))]
+#[case::other_arguments(8, |s: &mut Script| change_intent(s, 8, |i| i.request_commitment = Some("ac".repeat(32))))]
+#[case::what_may_be_undone_already(8, |s: &mut Script| change_intent(s, 8, |i| i.compensates = Some("c9".into())))]
+#[case::a_change_that_undoes_nothing(8, |s: &mut Script| change_intent(s, 8, |i| i.compensates = None))]
 #[case::a_model(2, |s: &mut Script| s.at(2).event = intent("b", Channel::Model, "/v1/x", 0))]
 #[case::another_plan(7, |s: &mut Script| change_opened(s, 7, |o| o.rollback.as_mut().unwrap().steps.clear()))]
 #[case::a_plan_of_another(0, |s: &mut Script| change_opened(s, 0, |o| o.rollback.as_mut().unwrap().origin = note::origin("x")))]
 #[case::no_plan(0, |s: &mut Script| change_opened(s, 0, |o| o.rollback = None))]
 #[case::a_call_that_is_undone_itself(9, |s: &mut Script| {
     let Event::Outcome(outcome) = &mut s.at(9).event else { panic!() };
-    outcome.undone_by = Some("ad".repeat(32));
+    outcome.compensation_commitment = Some("ad".repeat(32));
 })]
 fn a_rollback_that_is_none(#[case] at: u64, #[case] lie: fn(&mut Script)) {
     let mut script = rollback();
@@ -871,7 +871,7 @@ fn a_rollback_that_is_none(#[case] at: u64, #[case] lie: fn(&mut Script)) {
 #[test]
 fn nothing_is_undone_by_what_is_no_rollback() {
     let mut script = Script::good();
-    change_intent(&mut script, 8, |i| i.undoes = Some("c4".into()));
+    change_intent(&mut script, 8, |i| i.compensates = Some("c4".into()));
     let report = run(&script, &script.write());
     assert!(broken(&report).contains(&Check::CallRollback), "{:?}", report.findings);
 }

@@ -27,7 +27,7 @@ fn request(required: i64, decisions: &[&str]) -> Value {
         "spec": {
             "task": {"name": "refund", "uid": "t", "attempt": 2},
             "principal": "alice", "requester": "ci", "requestedBy": "Contract", "tool": "pay", "arguments": arguments,
-            "digest": hex::encode(canonical::sha256(arguments.as_bytes())),
+            "commitment": hex::encode(canonical::sha256(arguments.as_bytes())),
             "repeats": 0, "approvers": {"users": ["ana", "alice", "ci"], "groups": ["finance"]},
             "required": required, "expiresAt": EXPIRES,
         },
@@ -109,7 +109,7 @@ fn shows_all_that_is_decided_on() {
     let mut value = request(2, &["ana:the order was cancelled", "!bob"]);
     value["spec"]["repeats"] = 2.into();
     value["spec"]["requestedBy"] = "Pack".into();
-    value["spec"]["because"] = json!(["rule payments", "risk 40 (change 40)"]);
+    value["spec"]["reasons"] = json!(["rule payments", "risk 40 (change 40)"]);
     let shown = describe(&typed(value), before(), Paint::none());
     let expected = "\
 refund-1  denied by bob
@@ -117,8 +117,8 @@ refund-1  denied by bob
   created by ci
   tool       pay; the same call was approved and made 2 times before
   required   by the pack
-  because    rule payments
-  because    risk 40 (change 40)
+  reason     rule payments
+  reason     risk 40 (change 40)
   arguments  {
                \"amount\": 100,
                \"to\": \"x\"
@@ -141,7 +141,7 @@ fn nothing_hidden_gets_to_the_terminal() {
         value["spec"][field] = nasty.into();
     }
     value["spec"]["approvers"]["users"] = json!([nasty]);
-    value["spec"]["because"] = json!([nasty]);
+    value["spec"]["reasons"] = json!([nasty]);
     value["metadata"]["name"] = nasty.into();
     let shown = describe(&typed(value), before(), Paint::none());
     assert!(!shown.chars().any(|c| c != '\n' && hidden(c)), "{shown}");

@@ -56,8 +56,8 @@ pub(super) fn page(story: &Story<'_>) -> Markup {
                 }
                 section.tiles {
                     (tile("attempts", &summary.attempts.len().to_string(), ""))
-                    (tile("took effect", &summary.effects.applied.to_string(), ""))
-                    (tile("unknown outcome", &(summary.effects.unknown + summary.effects.open).to_string(), ""))
+                    (tile("took effect", &summary.outcomes.applied.to_string(), ""))
+                    (tile("unknown outcome", &(summary.outcomes.unknown + summary.outcomes.open).to_string(), ""))
                     (tile("denied", &summary.usage.denials.to_string(), ""))
                     (tile("records", &summary.records.to_string(), ""))
                 }

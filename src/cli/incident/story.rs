@@ -9,7 +9,7 @@ use crate::{
     cli::terminal::{Safe, safe_json, times},
     evidence::{
         merkle::{Hash, inclusion_proof, leaf_hash},
-        record::{Channel, Effect, Event, Intent, Outcome, Record},
+        record::{CallOutcome, Channel, Event, Intent, Outcome, Record},
         segment::Segment,
     },
     policy::{approval::ApprovalState, config::Usage, price},
@@ -135,7 +135,7 @@ impl<'r> Story<'r> {
         for at in open.into_values() {
             if let Some(step) = self.steps.get_mut(at) {
                 let before = if step.detail.is_empty() { String::new() } else { format!("{}; ", step.detail) };
-                step.detail = format!("{before}it has no outcome: {}", effect(Effect::Unknown).1);
+                step.detail = format!("{before}it has no outcome: {}", outcome_words(CallOutcome::Unknown).1);
                 step.tone = Tone::Bad;
             }
         }
@@ -169,7 +169,7 @@ fn step(record: &Record) -> Step {
             (Tone::Plain, "replayed", what, format!("the result of {} was replayed", again.call), vec![])
         }
         Event::Resolved(told) => {
-            let (tone, word) = effect(told.effect);
+            let (tone, word) = outcome_words(told.outcome);
             (tone, "resolved", told.call.clone(), format!("{word}, according to {}", told.by), vec![])
         }
         Event::Denied(denied) => {
@@ -178,11 +178,11 @@ fn step(record: &Record) -> Step {
         }
         Event::ApprovalRequested(asked) => {
             let what = format!("{} needs the approval of {}", asked.tool, people(asked.required));
-            let because = match asked.because.as_slice() {
+            let reasons = match asked.reasons.as_slice() {
                 [] => String::new(),
                 because => format!("because of {}; ", because.join(", ")),
             };
-            (Tone::Warn, "asked", what, format!("{because}{}, until {}", asked.name, asked.expires), vec![])
+            (Tone::Warn, "asked", what, format!("{reasons}{}, until {}", asked.name, asked.expires), vec![])
         }
         Event::ApprovalDecided(asked) => {
             let by: Vec<String> = asked
@@ -194,7 +194,7 @@ fn step(record: &Record) -> Step {
                 })
                 .collect();
             let by = if by.is_empty() { "by no approver".to_owned() } else { format!("by {}", by.join(", ")) };
-            let (tone, word) = match asked.standing {
+            let (tone, word) = match asked.state {
                 ApprovalState::Approved => (Tone::Good, "approved"),
                 ApprovalState::Denied => (Tone::Bad, "refused"),
                 ApprovalState::Expired => (Tone::Bad, "expired"),
@@ -237,7 +237,7 @@ fn ended(step: &mut Step, record: &Record, outcome: &Outcome) {
     step.records.push(record.seq);
     let took = step.time.parse::<Timestamp>().ok().zip(record.time.parse::<Timestamp>().ok());
     let took = took.map(|(from, to)| format!(", {} ms", to.duration_since(from).as_millis())).unwrap_or_default();
-    let (tone, _) = effect(outcome.effect);
+    let (tone, _) = outcome_words(outcome.outcome);
     step.tone = if outcome.rule.is_some() { Tone::Bad } else { tone };
     step.rules.extend(outcome.rule.map(|rule| rule.as_str().to_owned()));
     let before = if step.detail.is_empty() { String::new() } else { format!("{}; ", step.detail) };
@@ -245,7 +245,7 @@ fn ended(step: &mut Step, record: &Record, outcome: &Outcome) {
 }
 
 fn target(intent: &Intent) -> String {
-    let effect = intent.effect.map(|effect| format!(" ({})", effect.as_str())).unwrap_or_default();
+    let effect = intent.side_effect.map(|effect| format!(" ({})", effect.as_str())).unwrap_or_default();
     format!("{} {}{effect}", intent.channel.as_str(), intent.target)
 }
 
@@ -259,13 +259,13 @@ fn about(intent: &Intent) -> String {
     if !intent.approvals.is_empty() {
         about.push(format!("approved by {}", intent.approvals.join(", ")));
     }
-    about.extend(intent.undoes.as_ref().map(|call| format!("compensates {call}")));
+    about.extend(intent.compensates.as_ref().map(|call| format!("compensates {call}")));
     about.extend((intent.reserved_tokens > 0).then(|| format!("{} tokens reserved", intent.reserved_tokens)));
     about.join(", ")
 }
 
 fn became(outcome: &Outcome) -> String {
-    let mut became = vec![effect(outcome.effect).1.to_owned()];
+    let mut became = vec![outcome_words(outcome.outcome).1.to_owned()];
     became.extend((outcome.status > 0).then(|| format!("HTTP {}", outcome.status)));
     became.extend(outcome.upstream.clone());
     became.extend(outcome.sent_bytes.map(|bytes| format!("{bytes} bytes sent")));
@@ -275,11 +275,11 @@ fn became(outcome: &Outcome) -> String {
     became.join(", ")
 }
 
-fn effect(effect: Effect) -> (Tone, &'static str) {
-    match effect {
-        Effect::Applied => (Tone::Good, "took effect"),
-        Effect::NotApplied => (Tone::Warn, "did not take effect"),
-        Effect::Unknown => (Tone::Bad, "unknown whether it took effect"),
+fn outcome_words(outcome: CallOutcome) -> (Tone, &'static str) {
+    match outcome {
+        CallOutcome::Applied => (Tone::Good, "took effect"),
+        CallOutcome::NotApplied => (Tone::Warn, "did not take effect"),
+        CallOutcome::Unknown => (Tone::Bad, "unknown whether it took effect"),
     }
 }
 

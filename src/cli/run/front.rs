@@ -326,7 +326,7 @@ fn missing_as_json(lines: u64) -> String {
 
 /// Returns a record as JSON. The policy that the first record refers to is in the evidence.
 fn brief(record: &Record) -> serde_json::Value {
-    debug_assert!(!matches!(&record.event, Event::AttemptOpened(opened) if opened.key.is_empty()));
+    debug_assert!(!matches!(&record.event, Event::AttemptOpened(opened) if opened.verifier_key.is_empty()));
     serde_json::to_value(record).unwrap_or_default()
 }
 

@@ -55,7 +55,7 @@ async fn a_good_log_is_valid_in_words_and_json() {
     attempt    1  tidy-1 on node-1 in gvisor; never closed: the pod was lost or stopped
     attempt    2  tidy-2 on node-1 in gvisor; agentEnded
     usage      3 of 4 tool calls, 120 of 1000 tokens, 1 denial
-    effects    3 applied, 0 not applied, 0 unknown, 1 without an outcome
+    outcomes   3 applied, 0 not applied, 0 unknown, 1 without an outcome
     denied by  egress.host 1
     locked     not checked: FOLDER is a folder and has no locks
     witness    KEY, last at 2026-11-18T11:06:52Z
@@ -224,7 +224,7 @@ async fn a_field_that_was_disclosed_is_found_in_the_log() {
     let (arguments, salt) = (serde_json::json!({"order": 7, "card": "4111"}), Salt::new([9; 32]));
     let mut script = Script::good();
     let Event::Intent(intent) = &mut script.at(1).event else { panic!() };
-    intent.request_digest = Some(salt.value(&arguments).unwrap());
+    intent.request_commitment = Some(salt.value(&arguments).unwrap());
     let (folder, key) = saved(&script).await;
     let (path, elsewhere) = (folder.path().to_str().unwrap(), tempfile::tempdir().unwrap());
     let [call, kept] = ["call.json", "salt"].map(|name| elsewhere.path().join(name));

@@ -147,12 +147,12 @@ fn write_summary(out: &mut dyn Write, shown: &Shown<'_>, paint: Paint) -> io::Re
         )?,
         None => row("usage", "no attempt was opened".to_owned())?,
     }
-    let effects = summary.effects;
+    let outcomes = summary.outcomes;
     row(
-        "effects",
+        "outcomes",
         format!(
             "{} applied, {} not applied, {} unknown, {} without an outcome",
-            effects.applied, effects.not_applied, effects.unknown, effects.open
+            outcomes.applied, outcomes.not_applied, outcomes.unknown, outcomes.open
         ),
     )?;
     if let Some(rollback) = &summary.rollback {

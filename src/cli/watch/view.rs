@@ -13,7 +13,7 @@ use crate::{
         agent_task::{Attempt, Phase},
         readiness::{READY, STALLED},
     },
-    evidence::record::{AttemptOpened, Channel, Denied, Effect, Event, Intent, Outcome, Record},
+    evidence::record::{AttemptOpened, CallOutcome, Channel, Denied, Event, Intent, Outcome, Record},
     policy::{
         approval::ApprovalState,
         config::{Limits, ModelEndpoints, Usage},
@@ -191,10 +191,10 @@ impl View {
             }
             Event::Outcome(outcome) => self.outcome(at, time, outcome),
             Event::Resolved(resolved) => {
-                let told = match resolved.effect {
-                    Effect::Applied => paint.good("applied"),
-                    Effect::NotApplied => paint.warn("not applied"),
-                    Effect::Unknown => paint.bad("unknown effect"),
+                let told = match resolved.outcome {
+                    CallOutcome::Applied => paint.good("applied"),
+                    CallOutcome::NotApplied => paint.warn("not applied"),
+                    CallOutcome::Unknown => paint.bad("unknown effect"),
                 };
                 self.push(at, &format!("  {} was {told}, according to {}", Safe(&resolved.call), Safe(&resolved.by)));
             }
@@ -212,8 +212,8 @@ impl View {
             Event::ApprovalDecided(asked) => {
                 let by: Vec<&str> = asked.decisions.iter().map(|vote| vote.by.as_str()).collect();
                 let by = if by.is_empty() { String::new() } else { format!(" by {}", Safe(&by.join(", "))) };
-                let text = format!("  {} {:?}{by}", Safe(&asked.tool), asked.standing);
-                let good = asked.standing == ApprovalState::Approved;
+                let text = format!("  {} {:?}{by}", Safe(&asked.tool), asked.state);
+                let good = asked.state == ApprovalState::Approved;
                 self.push(at, &if good { paint.good(text) } else { paint.bad(text) });
             }
             Event::ContainmentChecked(seen) if seen.contained => {
@@ -413,7 +413,7 @@ impl View {
             self.open.insert(intent.call.clone(), call);
         }
         let rules: Vec<_> = intent.rules.iter().map(|r| r.as_str()).collect();
-        let effect = intent.effect.map(|e| format!(" {}", e.as_str())).unwrap_or_default();
+        let effect = intent.side_effect.map(|e| format!(" {}", e.as_str())).unwrap_or_default();
         let reserved = if intent.reserved_tokens > 0 {
             format!(", {} tokens reserved", intent.reserved_tokens)
         } else {
@@ -435,10 +435,10 @@ impl View {
             }
             None => (format!("call {}", Safe(&outcome.call)), String::new()),
         };
-        let effect = match outcome.effect {
-            Effect::Applied => paint.good("applied"),
-            Effect::NotApplied => paint.warn("not applied"),
-            Effect::Unknown => paint.bad("unknown effect"),
+        let effect = match outcome.outcome {
+            CallOutcome::Applied => paint.good("applied"),
+            CallOutcome::NotApplied => paint.warn("not applied"),
+            CallOutcome::Unknown => paint.bad("unknown effect"),
         };
         let status = if outcome.status == 0 { String::new() } else { format!(" {}", outcome.status) };
         let tokens = if outcome.tokens > 0 { format!(", {} tokens", outcome.tokens) } else { String::new() };

@@ -41,8 +41,8 @@ impl Channel {
 
     /// Returns whether a call may be sent once its intent is witnessed. Any other call is sent once its intent is stored, because it may
     /// change something that no later record mentions.
-    pub fn leaves_witnessed(self, effect: Option<SideEffect>) -> bool {
-        self == Self::Model || (self == Self::Tool && effect == Some(SideEffect::Read))
+    pub fn leaves_witnessed(self, side_effect: Option<SideEffect>) -> bool {
+        self == Self::Model || (self == Self::Tool && side_effect == Some(SideEffect::Read))
     }
 }
 
@@ -107,27 +107,27 @@ pub struct Intent {
     /// The side effect; absent for models, listings and direct traffic. It is that of the tool's contract, or a stricter one if the
     /// upstream says that the tool changes something.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub effect: Option<SideEffect>,
+    pub side_effect: Option<SideEffect>,
     /// The digest of the upstream's definition of an MCP tool that is in force, see [`definition`](crate::policy::definition).
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub definition: Option<String>,
+    pub definition_digest: Option<String>,
     /// The [commitment](crate::policy::commit) to the request: to a tool's arguments by field, to a model's body as sent. Absent for
     /// tunnels.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub request_digest: Option<String>,
+    pub request_commitment: Option<String>,
     /// Bytes of the request, with URL and headers if it goes through the proxy. 0 for tunnels, whose bytes are in the outcome.
     pub request_bytes: u64,
     /// The rules that were evaluated and allowed the call.
     pub rules: Vec<Rule>,
     /// The idempotency key of the call, see [`ledger`](crate::policy::ledger).
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub key: Option<String>,
+    pub idempotency_key: Option<String>,
     /// The names of the call's approvals: at most one that the contract requires and one that the pack requires.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub approvals: Vec<String>,
     /// In a rollback: the call that this call compensates, by its name in the other task's log.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub undoes: Option<String>,
+    pub compensates: Option<String>,
     /// What the pack found about a tool call.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub assessment: Option<Assessment>,
@@ -144,7 +144,7 @@ pub struct Intent {
 /// Whether a call took effect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Effect {
+pub enum CallOutcome {
     /// The upstream answered that it executed the call.
     Applied,
     /// The call certainly did not take effect: the request was not sent, or the upstream rejected it.
@@ -160,7 +160,7 @@ pub struct Outcome {
     /// The name of the call, as in its intent.
     pub call: String,
     /// Whether the call took effect.
-    pub effect: Effect,
+    pub outcome: CallOutcome,
     /// The rule by which the gateway denied the call or the upstream failed, if any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rule: Option<Rule>,
@@ -169,7 +169,7 @@ pub struct Outcome {
     /// The commitment to the bytes of the reply that the agent got, or would have got without `rule`. Absent without a reply and for
     /// tunnels.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub response_digest: Option<String>,
+    pub response_commitment: Option<String>,
     /// Bytes of the reply. For a tunnel and for a request through the proxy: all bytes that came back, including heads.
     pub response_bytes: u64,
     /// For a tunnel: the bytes that the agent sent through it. For other calls the intent has them.
@@ -192,17 +192,17 @@ pub struct Outcome {
     pub sensitivity: Sensitivity,
     /// The commitment to the arguments of this call's compensation, as its contract describes it. The arguments are stored outside the log.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub undone_by: Option<String>,
+    pub compensation_commitment: Option<String>,
 }
 
 impl Outcome {
     /// Returns the digest of the result that the agent got. `None` if there was no reply or a rule withheld it.
     pub fn given(&self) -> Option<&String> {
-        self.response_digest.as_ref().filter(|_| self.rule.is_none())
+        self.response_commitment.as_ref().filter(|_| self.rule.is_none())
     }
 }
 
-impl Effect {
+impl CallOutcome {
     /// Returns the name in records and metrics.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -231,11 +231,11 @@ pub struct Replayed {
     /// The tool.
     pub target: String,
     /// The idempotency key of both calls.
-    pub key: String,
+    pub idempotency_key: String,
     /// The commitment to the arguments of both calls.
-    pub request_digest: String,
+    pub request_commitment: String,
     /// The commitment to the result, as in the outcome of the earlier call.
-    pub response_digest: String,
+    pub response_commitment: String,
 }
 
 /// The resolution of a call whose outcome was unknown, by a read.
@@ -245,7 +245,7 @@ pub struct Resolved {
     /// The call.
     pub call: String,
     /// Whether the call took effect: `applied` or `not_applied`.
-    pub effect: Effect,
+    pub outcome: CallOutcome,
     /// The read that resolved it: a later call of the tool that the contract's `verify` names.
     pub by: String,
 }
@@ -264,7 +264,7 @@ pub struct Denied {
     pub reason: String,
     /// The commitment to the request, if there was one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub request_digest: Option<String>,
+    pub request_commitment: Option<String>,
     /// How many calls of this channel, target and rule were denied. More than 1 if they came too fast for one record each.
     #[serde(default = "one", skip_serializing_if = "is_one")]
     pub count: i64,
@@ -282,7 +282,7 @@ impl Denied {
     /// Counts one more denial of the same kind. The record then no longer refers to one request.
     pub fn more(&mut self) {
         self.count = self.count.saturating_add(1);
-        self.request_digest = None;
+        self.request_commitment = None;
     }
 
     /// Returns how many calls the record counts.
@@ -292,7 +292,7 @@ impl Denied {
 
     /// Returns whether the record is valid: it counts one call, or it counts several and has no request digest.
     pub fn is_countable(&self) -> bool {
-        self.count == 1 || (self.count > 1 && self.request_digest.is_none())
+        self.count == 1 || (self.count > 1 && self.request_commitment.is_none())
     }
 }
 
@@ -305,20 +305,20 @@ pub struct Approval {
     /// The UID of the ApprovalRequest.
     pub uid: String,
     /// Which policy requires the approval: the contract or the pack.
-    pub by: ApprovalSource,
+    pub requested_by: ApprovalSource,
     /// The tool.
     pub tool: String,
     /// The commitment to the arguments.
-    pub request_digest: String,
+    pub request_commitment: String,
     /// How many approvers must approve.
     pub required: i64,
     /// When the request expires, RFC 3339.
     pub expires: String,
     /// The pack's reasons to require approval, as the approvers saw them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub because: Vec<String>,
+    pub reasons: Vec<String>,
     /// The state of the request.
-    pub standing: ApprovalState,
+    pub state: ApprovalState,
     /// The decisions, each with its approver.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub decisions: Vec<Vote>,
@@ -327,6 +327,6 @@ pub struct Approval {
 impl Approval {
     /// Returns the call that the approval is for.
     pub fn call(&self) -> CallKey {
-        CallKey { by: self.by, tool: self.tool.clone(), digest: self.request_digest.clone() }
+        CallKey { by: self.requested_by, tool: self.tool.clone(), digest: self.request_commitment.clone() }
     }
 }

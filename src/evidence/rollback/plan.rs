@@ -45,7 +45,7 @@ pub struct Undo {
     /// The name of its ToolContract.
     pub contract: String,
     /// The commitment to its arguments, hex.
-    pub request_digest: String,
+    pub request_commitment: String,
     /// Until when it may be made, RFC 3339.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub until: Option<String>,

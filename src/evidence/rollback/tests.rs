@@ -39,28 +39,28 @@ fn write(call: &str) -> Event {
     intent(call, Channel::Tool, "write", 0)
 }
 
-fn ended(call: &str, effect: Effect, undone_by: Option<&str>) -> Event {
+fn ended(call: &str, how: CallOutcome, commitment: Option<&str>) -> Event {
     let Event::Outcome(of) = outcome(call, 0) else { panic!("another event") };
-    Event::Outcome(Outcome { effect, undone_by: undone_by.map(Into::into), ..of })
+    Event::Outcome(Outcome { outcome: how, compensation_commitment: commitment.map(Into::into), ..of })
 }
 
-fn resolved(call: &str, effect: Effect) -> Event {
-    Event::Resolved(Resolved { call: call.into(), effect, by: "c9".into() })
+fn resolved(call: &str, outcome: CallOutcome) -> Event {
+    Event::Resolved(Resolved { call: call.into(), outcome, by: "c9".into() })
 }
 
 #[rstest]
-#[case::by_a_call(call(None), vec![write("1"), ended("1", Effect::Applied, Some(DIGEST))], Some(By::Call(Undo { contract: "close".into(), request_digest: DIGEST.into(), until: None })))]
-#[case::in_time(call(Some(60)), vec![write("1"), ended("1", Effect::Applied, Some(DIGEST))], Some(By::Call(Undo { contract: "close".into(), request_digest: DIGEST.into(), until: Some("2026-11-23T10:01:00.000Z".into()) })))]
-#[case::not_kept(call(None), vec![write("1"), ended("1", Effect::Applied, None)], Some(By::People("the arguments that undo it could not be made or kept".into())))]
-#[case::by_hand(Some(Rollback::ByHand("ask the bank".into())), vec![write("1"), ended("1", Effect::Applied, None)], Some(By::People("ask the bank".into())))]
-#[case::nobody_says(None, vec![write("1"), ended("1", Effect::Applied, None)], Some(By::People("its contract does not say how".into())))]
-#[case::unknown(call(None), vec![write("1"), ended("1", Effect::Unknown, None)], Some(By::People("whether it took effect is not known".into())))]
+#[case::by_a_call(call(None), vec![write("1"), ended("1", CallOutcome::Applied, Some(DIGEST))], Some(By::Call(Undo { contract: "close".into(), request_commitment: DIGEST.into(), until: None })))]
+#[case::in_time(call(Some(60)), vec![write("1"), ended("1", CallOutcome::Applied, Some(DIGEST))], Some(By::Call(Undo { contract: "close".into(), request_commitment: DIGEST.into(), until: Some("2026-11-23T10:01:00.000Z".into()) })))]
+#[case::not_kept(call(None), vec![write("1"), ended("1", CallOutcome::Applied, None)], Some(By::People("the arguments that undo it could not be made or kept".into())))]
+#[case::by_hand(Some(Rollback::ByHand("ask the bank".into())), vec![write("1"), ended("1", CallOutcome::Applied, None)], Some(By::People("ask the bank".into())))]
+#[case::nobody_says(None, vec![write("1"), ended("1", CallOutcome::Applied, None)], Some(By::People("its contract does not say how".into())))]
+#[case::unknown(call(None), vec![write("1"), ended("1", CallOutcome::Unknown, None)], Some(By::People("whether it took effect is not known".into())))]
 #[case::open(call(None), vec![write("1")], Some(By::People("whether it took effect is not known".into())))]
-#[case::not_applied(call(None), vec![write("1"), ended("1", Effect::NotApplied, None)], None)]
-#[case::read_says_no(call(None), vec![write("1"), ended("1", Effect::Unknown, None), resolved("1", Effect::NotApplied)], None)]
-#[case::read_says_yes(call(None), vec![write("1"), ended("1", Effect::Unknown, None), resolved("1", Effect::Applied)], Some(By::People("the arguments that undo it could not be made or kept".into())))]
-#[case::a_read(call(None), vec![intent("1", Channel::Tool, "search", 0), ended("1", Effect::Applied, None)], None)]
-#[case::a_model(call(None), vec![intent("1", Channel::Model, "/v1/x", 5), ended("1", Effect::Applied, None)], None)]
+#[case::not_applied(call(None), vec![write("1"), ended("1", CallOutcome::NotApplied, None)], None)]
+#[case::read_says_no(call(None), vec![write("1"), ended("1", CallOutcome::Unknown, None), resolved("1", CallOutcome::NotApplied)], None)]
+#[case::read_says_yes(call(None), vec![write("1"), ended("1", CallOutcome::Unknown, None), resolved("1", CallOutcome::Applied)], Some(By::People("the arguments that undo it could not be made or kept".into())))]
+#[case::a_read(call(None), vec![intent("1", Channel::Tool, "search", 0), ended("1", CallOutcome::Applied, None)], None)]
+#[case::a_model(call(None), vec![intent("1", Channel::Model, "/v1/x", 5), ended("1", CallOutcome::Applied, None)], None)]
 fn a_step(#[case] rollback: Option<Rollback>, #[case] events: Vec<Event>, #[case] expected: Option<By>) {
     let found = steps(undone_by(rollback), events);
     assert_eq!(found.into_iter().map(|step| step.by).next(), expected);
@@ -68,7 +68,7 @@ fn a_step(#[case] rollback: Option<Rollback>, #[case] events: Vec<Event>, #[case
 
 #[test]
 fn the_newest_is_first_and_too_many_are_for_people() {
-    let applied = |call: &str| vec![write(call), ended(call, Effect::Applied, Some(DIGEST))];
+    let applied = |call: &str| vec![write(call), ended(call, CallOutcome::Applied, Some(DIGEST))];
     let found = steps(undone_by(call(None)), [applied("1"), applied("2")].concat());
     assert_eq!(found.iter().map(|step| step.call.as_str()).collect::<Vec<_>>(), ["2", "1"]);
     let mut planner = Planner::default();
@@ -81,14 +81,14 @@ fn the_newest_is_first_and_too_many_are_for_people() {
 }
 
 fn plan(calls: &[&str]) -> Plan {
-    let by = || By::Call(Undo { contract: "close".into(), request_digest: DIGEST.into(), until: None });
+    let by = || By::Call(Undo { contract: "close".into(), request_commitment: DIGEST.into(), until: None });
     let step = |call: &&str| Step { call: (*call).into(), tool: "write".into(), by: by() };
     Plan { origin: "o".into(), size: 9, root: String::new(), steps: calls.iter().map(step).collect() }
 }
 
-fn leaving<'a>(undoes: Option<&'a str>) -> Leaving<'a> {
-    let effect = Some(SideEffect::Write);
-    Leaving { channel: Channel::Tool, effect, undoes, contract: "close", digest: DIGEST }
+fn leaving<'a>(compensates: Option<&'a str>) -> Leaving<'a> {
+    let side_effect = Some(SideEffect::Write);
+    Leaving { channel: Channel::Tool, side_effect, compensates, contract: "close", digest: DIGEST }
 }
 
 #[rstest]
@@ -97,10 +97,10 @@ fn leaving<'a>(undoes: Option<&'a str>) -> Leaving<'a> {
 #[case::other_contract(Leaving { contract: "open", ..leaving(Some("1")) }, Some("found open"))]
 #[case::other_arguments(Leaving { digest: "00", ..leaving(Some("1")) }, Some("found close and 00"))]
 #[case::nothing(leaving(None), Some("and nothing else"))]
-#[case::a_read(Leaving { effect: Some(SideEffect::Read), ..leaving(None) }, None)]
-#[case::a_listing(Leaving { channel: Channel::Listing, effect: None, ..leaving(None) }, None)]
-#[case::a_model(Leaving { channel: Channel::Model, effect: None, ..leaving(None) }, Some("and nothing else"))]
-#[case::a_host(Leaving { channel: Channel::Egress, effect: None, ..leaving(None) }, Some("and nothing else"))]
+#[case::a_read(Leaving { side_effect: Some(SideEffect::Read), ..leaving(None) }, None)]
+#[case::a_listing(Leaving { channel: Channel::Listing, side_effect: None, ..leaving(None) }, None)]
+#[case::a_model(Leaving { channel: Channel::Model, side_effect: None, ..leaving(None) }, Some("and nothing else"))]
+#[case::a_host(Leaving { channel: Channel::Egress, side_effect: None, ..leaving(None) }, Some("and nothing else"))]
 #[case::over_another_way(Leaving { channel: Channel::Model, ..leaving(Some("1")) }, Some("and nothing else"))]
 fn what_a_rollback_lets_pass(#[case] call: Leaving<'_>, #[case] expected: Option<&str>) {
     let undoing = Undoing::new(plan(&["2", "1"]));
@@ -111,7 +111,7 @@ fn what_a_rollback_lets_pass(#[case] call: Leaving<'_>, #[case] expected: Option
         other => panic!("{other:?}"),
     }
     // Outside a rollback, a call passes exactly if it compensates nothing.
-    assert_eq!(lets(None, call, Timestamp::now()).is_err(), call.undoes.is_some());
+    assert_eq!(lets(None, call, Timestamp::now()).is_err(), call.compensates.is_some());
 }
 
 #[test]
@@ -138,11 +138,11 @@ proptest! {
                 continue;
             }
             undoing.intend(name, &by);
-            let effect = [Some(Effect::Applied), Some(Effect::NotApplied), Some(Effect::Unknown), None][end];
-            if let Some(effect) = effect {
-                undoing.settle(&by, effect);
+            let outcome = [Some(CallOutcome::Applied), Some(CallOutcome::NotApplied), Some(CallOutcome::Unknown), None][end];
+            if let Some(outcome) = outcome {
+                undoing.settle(&by, outcome);
             }
-            *may_have.entry(name).or_default() += usize::from(effect != Some(Effect::NotApplied));
+            *may_have.entry(name).or_default() += usize::from(outcome != Some(CallOutcome::NotApplied));
         }
         prop_assert!(may_have.values().all(|times| *times <= 1), "{may_have:?}");
         let (undone, left) = undoing.summary();

@@ -13,7 +13,7 @@ use crate::{
 impl TaskState {
     /// Checks that a record about an approval fits earlier records, the policy, and the decisions that it lists.
     pub(super) fn check_approval(&self, approval: &Approval, found: &mut Findings<'_>) {
-        let fits = self.approvals.fits(&approval.name, &approval.call(), approval.standing);
+        let fits = self.approvals.fits(&approval.name, &approval.call(), approval.state);
         found.expect_ok(LogRule::ApprovalRequest, fits);
         let expires = fits::expiry(&approval.expires);
         found.expect(LogRule::ApprovalTime, expires.is_some(), || {
@@ -23,7 +23,7 @@ impl TaskState {
     }
 
     fn voted(&self, approval: &Approval, expires: Timestamp) -> Result<(), String> {
-        let Approval { name, by, tool, standing, decisions, .. } = approval;
+        let Approval { name, requested_by: by, tool, state, decisions, .. } = approval;
         let Some(policy) = self.config() else { return Ok(()) };
         let Some(needs) = policy.tool(tool).and_then(|_| policy.approval(tool, *by)) else {
             return Err(format!("expected a tool for which the {} requires approval, found {tool}", by.as_str()));
@@ -35,15 +35,15 @@ impl TaskState {
         let barred = [Some(policy.task.principal.as_str()), policy.task.requester.as_deref()];
         let asked = approval::ApprovalTerms { required: needs.required, barred, expires };
         // Only the gateway's clock can say whether a request has expired. This is the state by the decisions alone.
-        let voted = approval::standing(&asked, decisions, Timestamp::MIN);
-        if *standing != voted && !(*standing == ApprovalState::Expired && voted != ApprovalState::Denied) {
-            return Err(format!("expected approval {name} to be {voted:?} by its decisions, found it {standing:?}"));
+        let voted = approval::state(&asked, decisions, Timestamp::MIN);
+        if *state != voted && !(*state == ApprovalState::Expired && voted != ApprovalState::Denied) {
+            return Err(format!("expected approval {name} to be {voted:?} by its decisions, found it {state:?}"));
         }
         Ok(())
     }
 
     pub(super) fn apply_approval(&mut self, approval: &Approval) {
         // A record that does not fit changes nothing.
-        let _ = Arc::make_mut(&mut self.approvals).seen(&approval.name, &approval.call(), approval.standing);
+        let _ = Arc::make_mut(&mut self.approvals).seen(&approval.name, &approval.call(), approval.state);
     }
 }

@@ -40,7 +40,7 @@ impl TaskState {
         found.expect(LogRule::AttemptOver, over.is_none(), || {
             format!("expected attempt {} to stay closed: a limit has ended it", record.attempt)
         });
-        found.expect_ok(LogRule::AttemptKey, self.key_of(record.attempt, &opened.key));
+        found.expect_ok(LogRule::AttemptKey, self.key_of(record.attempt, &opened.verifier_key));
         found.expect(
             LogRule::AttemptContained,
             opened.containment.contained && opened.containment.breaches.is_empty(),
@@ -88,7 +88,7 @@ impl TaskState {
         }
         (self.is_open, self.containment_lost, self.terminated_by) = (true, false, None);
         // An invalid key removes the older one, too, because the older one must not sign any more.
-        self.key = self.key_of(record.attempt, &opened.key).ok().map(Arc::new);
+        self.key = self.key_of(record.attempt, &opened.verifier_key).ok().map(Arc::new);
         // A restarted harness and most retries have the same policy: it is not compiled again.
         if self.config() != Some(&opened.policy) {
             self.policy = Some(Arc::new(Policy {

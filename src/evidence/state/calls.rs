@@ -9,7 +9,7 @@ use crate::{
     canonical,
     evidence::{
         fits,
-        record::{Channel, Effect, Intent, Outcome, Record, Replayed, Resolved},
+        record::{CallOutcome, Channel, Intent, Outcome, Record, Replayed, Resolved},
         rollback::{self, Leaving},
     },
     policy::{
@@ -47,11 +47,11 @@ pub struct IntentFacts {
     /// The target.
     pub target: String,
     /// The side effect.
-    pub effect: Option<SideEffect>,
+    pub side_effect: Option<SideEffect>,
     /// The digest of the upstream's definition of an MCP tool.
     pub definition: Option<String>,
     /// The commitment to the request.
-    pub request_digest: Option<String>,
+    pub request_commitment: Option<String>,
     /// The idempotency key of the call.
     pub key: Option<String>,
     /// The names of the call's approvals.
@@ -67,7 +67,7 @@ pub struct IntentFacts {
     /// The upstream of an HTTP tool, by that policy.
     pub http: Option<Arc<HttpUpstream>>,
     /// The call that it compensates.
-    pub undoes: Option<Undoes>,
+    pub compensates: Option<Compensates>,
     /// The counters before the call.
     pub usage: Usage,
     /// The most sensitive data that the task had handled before the call.
@@ -75,24 +75,24 @@ pub struct IntentFacts {
     /// Whether the call still waits for its outcome.
     pub open: bool,
     /// What its outcome says.
-    pub became: Option<Effect>,
+    pub became: Option<CallOutcome>,
 }
 
 impl IntentFacts {
     /// Returns whether the call may be sent before its intent is stored in the bucket.
     pub fn leaves_witnessed(&self) -> bool {
-        self.channel.leaves_witnessed(self.effect)
+        self.channel.leaves_witnessed(self.side_effect)
     }
 
     /// Returns whether no contract says that the call changes something.
     pub fn changes_nothing(&self) -> bool {
-        !matches!(self.effect, Some(SideEffect::Write | SideEffect::External))
+        !matches!(self.side_effect, Some(SideEffect::Write | SideEffect::External))
     }
 }
 
 /// A call of another task that a call compensates.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Undoes {
+pub struct Compensates {
     /// The name of the compensated call.
     pub call: String,
     /// Until when it may be compensated, RFC 3339.
@@ -140,7 +140,7 @@ impl TaskState {
         if !is_tool {
             return;
         }
-        if let Some((first, definition)) = self.definition(target).zip(intent.definition.as_ref()) {
+        if let Some((first, definition)) = self.definition(target).zip(intent.definition_digest.as_ref()) {
             found.expect(LogRule::CallDefinition, first == definition, || {
                 format!(
                     "expected the definition {first} of {target}, as in the first call of the attempt, found {definition}"
@@ -158,7 +158,12 @@ impl TaskState {
 
     /// Checks the bounds that keep a hostile harness from filling the memory of readers.
     fn check_bounds(&self, intent: &Intent, found: &mut Findings<'_>) {
-        let names = [Some(&intent.call), Some(&intent.target), intent.key.as_ref(), intent.definition.as_ref()];
+        let names = [
+            Some(&intent.call),
+            Some(&intent.target),
+            intent.idempotency_key.as_ref(),
+            intent.definition_digest.as_ref(),
+        ];
         found.expect(LogRule::CallBounds, names.into_iter().flatten().all(|name| name.len() <= NAME), || {
             format!("expected names of at most {NAME} bytes")
         });
@@ -204,7 +209,7 @@ impl TaskState {
     /// Checks that a call has the key that its contract makes, and that no other call was made under this key.
     fn check_key(&self, time: Timestamp, intent: &Intent, found: &mut Findings<'_>) {
         let of = self.idempotency(&intent.target).filter(|_| intent.channel == Channel::Tool);
-        let (of, key) = match (of, &intent.key) {
+        let (of, key) = match (of, &intent.idempotency_key) {
             (None, None) => return,
             (Some(of), Some(key)) => (of, key),
             (of, _) => {
@@ -212,7 +217,7 @@ impl TaskState {
                 return found.violated(LogRule::KeyMade, format!("expected {expected} key, found {its}"));
             }
         };
-        let digest = intent.request_digest.as_deref().unwrap_or_default();
+        let digest = intent.request_commitment.as_deref().unwrap_or_default();
         // A key of one argument cannot be made again from the log, because the log has no arguments.
         if of.argument.is_none() {
             let uid = self.config().map_or("", |policy| policy.task.uid.as_str());
@@ -229,8 +234,8 @@ impl TaskState {
 
     /// Checks that a tool call has the approvals that it requires, and that the pack allows it.
     fn check_approved(&self, intent: &Intent, found: &mut Findings<'_>) {
-        let Intent { target, effect, .. } = intent;
-        let given = self.approvals.usable(&intent.approvals, target, intent.request_digest.as_deref());
+        let Intent { target, side_effect, .. } = intent;
+        let given = self.approvals.usable(&intent.approvals, target, intent.request_commitment.as_deref());
         let given = found.expect_ok(LogRule::ApprovalUsed, given).unwrap_or_default();
         let needs = |by: ApprovalSource| {
             format!("expected a call of {target} with the approval that the {} requires, found none", by.as_str())
@@ -241,11 +246,11 @@ impl TaskState {
             needs(ApprovalSource::Contract)
         });
         // An unknown tool is a finding of its own.
-        let Some((tool, effect)) = tool.zip(*effect) else { return };
+        let Some((tool, side_effect)) = tool.zip(*side_effect) else { return };
         let Some(guard) = self.policy.as_deref().and_then(|policy| policy.guard.as_ref()) else { return };
-        let asked = AccessRequest { tool, effect, usage: self.usage, seen: self.seen };
+        let asked = AccessRequest { tool, side_effect, usage: self.usage, seen: self.seen };
         let passed = found.expect_ok(LogRule::CallAssessment, guard.replay(asked, intent.assessment.as_ref()));
-        let by_pack = passed.is_some_and(|passed| !passed.because.is_empty());
+        let by_pack = passed.is_some_and(|passed| !passed.reasons.is_empty());
         found.expect(LogRule::ApprovalByPack, !by_pack || given.contains(&ApprovalSource::Pack), || {
             needs(ApprovalSource::Pack)
         });
@@ -264,36 +269,36 @@ impl TaskState {
     fn leaving<'c>(&'c self, intent: &'c Intent) -> Leaving<'c> {
         Leaving {
             channel: intent.channel,
-            effect: intent.effect,
-            undoes: intent.undoes.as_deref(),
+            side_effect: intent.side_effect,
+            compensates: intent.compensates.as_deref(),
             contract: self.tool(&intent.target).map_or("", |tool| &tool.contract),
-            digest: intent.request_digest.as_deref().unwrap_or_default(),
+            digest: intent.request_commitment.as_deref().unwrap_or_default(),
         }
     }
 
     pub(super) fn apply_intent(&mut self, record: &Record, intent: &Intent) {
         let facts = Arc::new(self.facts(record, intent));
-        if let Some(key) = intent.key.as_ref().filter(|_| facts.channel == Channel::Tool)
+        if let Some(key) = intent.idempotency_key.as_ref().filter(|_| facts.channel == Channel::Tool)
             && self.idempotency(&intent.target).is_some()
         {
-            let digest = intent.request_digest.as_deref().unwrap_or_default();
+            let digest = intent.request_commitment.as_deref().unwrap_or_default();
             Arc::make_mut(&mut self.ledger).intend(key, &intent.call, digest, &record.time);
         }
-        if let Some((undoing, undoes)) = self.rollback.as_mut().zip(intent.undoes.as_ref()) {
-            Arc::make_mut(undoing).intend(undoes, &intent.call);
+        if let Some((undoing, of)) = self.rollback.as_mut().zip(intent.compensates.as_ref()) {
+            Arc::make_mut(undoing).intend(of, &intent.call);
         }
         self.held.tokens = self.held.tokens.saturating_add(intent.reserved_tokens.max(0));
         self.held.cost_micros = self.held.cost_micros.saturating_add(intent.reserved_cost_micros.max(0));
         if intent.channel == Channel::Tool {
             if !intent.approvals.is_empty() {
                 // An approval that may not be used stays unused.
-                let digest = intent.request_digest.as_deref();
+                let digest = intent.request_commitment.as_deref();
                 let _ = Arc::make_mut(&mut self.approvals).used(&intent.approvals, &intent.target, digest);
             }
             let used = self.tools.entry(intent.target.clone()).or_default();
             used.calls = used.calls.saturating_add(1);
             if used.definition.is_none() {
-                used.definition.clone_from(&intent.definition);
+                used.definition.clone_from(&intent.definition_digest);
             }
             if let Some(assessment) = &intent.assessment {
                 self.seen = self.seen.max(assessment.arguments);
@@ -324,10 +329,10 @@ impl TaskState {
             attempt: record.attempt,
             channel: intent.channel,
             target: intent.target.clone(),
-            effect: intent.effect,
-            definition: intent.definition.clone(),
-            request_digest: intent.request_digest.clone(),
-            key: intent.key.clone(),
+            side_effect: intent.side_effect,
+            definition: intent.definition_digest.clone(),
+            request_commitment: intent.request_commitment.clone(),
+            key: intent.idempotency_key.clone(),
             approvals: intent.approvals.clone(),
             model: intent.model.clone(),
             reserved: Spent { tokens: intent.reserved_tokens, cost_micros: intent.reserved_cost_micros },
@@ -337,7 +342,7 @@ impl TaskState {
                 Some(Upstream::Http(http)) => Some(Arc::new(http.clone())),
                 Some(Upstream::Mcp(_)) | None => None,
             },
-            undoes: intent.undoes.clone().map(|call| Undoes {
+            compensates: intent.compensates.clone().map(|call| Compensates {
                 until: self.rollback().and_then(|undoing| undoing.undo(&call)).and_then(|undo| undo.until.clone()),
                 call,
             }),
@@ -372,7 +377,7 @@ impl TaskState {
             format!("expected the result of {target} to be at least {expected}, found {found}")
         });
         let undoable = self.rollback.is_none() && tool.is_some_and(|tool| tool.compensation().is_some());
-        let holds = outcome.undone_by.is_none() || (undoable && outcome.effect == Effect::Applied);
+        let holds = outcome.compensation_commitment.is_none() || (undoable && outcome.outcome == CallOutcome::Applied);
         found.expect(LogRule::OutcomeUndo, holds, || format!("expected no compensation of {target}, found one"));
     }
 
@@ -382,21 +387,21 @@ impl TaskState {
         self.held.cost_micros = self.held.cost_micros.saturating_sub(call.reserved.cost_micros.max(0)).max(0);
         self.seen = self.seen.max(outcome.sensitivity);
         if let Some(key) = &call.key {
-            Arc::make_mut(&mut self.ledger).settle(key, &outcome.call, outcome.effect.fate(), outcome.given());
+            Arc::make_mut(&mut self.ledger).settle(key, &outcome.call, outcome.outcome.fate(), outcome.given());
         }
         if let Some(undoing) = &mut self.rollback {
-            Arc::make_mut(undoing).settle(&outcome.call, outcome.effect);
+            Arc::make_mut(undoing).settle(&outcome.call, outcome.outcome);
         }
-        self.end(&call, Some(outcome.effect));
+        self.end(&call, Some(outcome.outcome));
         // A call that was lost with its harness has an outcome after all.
         self.unknown.remove(&outcome.call);
-        if outcome.effect == Effect::Unknown {
+        if outcome.outcome == CallOutcome::Unknown {
             self.lose(Unknown::of(&call, record.seq), &outcome.call);
         }
     }
 
     /// Marks a call as no longer waiting for its outcome.
-    fn end(&mut self, call: &IntentFacts, became: Option<Effect>) {
+    fn end(&mut self, call: &IntentFacts, became: Option<CallOutcome>) {
         if let Some(call) = self.calls.get_mut(&call.seq) {
             let call = Arc::make_mut(call);
             (call.open, call.became) = (false, became);
@@ -414,8 +419,8 @@ impl TaskState {
 
     /// Checks that a replayed result is that of the call that was made under the key.
     pub(super) fn check_replayed(&self, time: Timestamp, replayed: &Replayed, found: &mut Findings<'_>) {
-        let Replayed { call, target, key, request_digest, response_digest } = replayed;
-        let held = self.idempotency(target).map(|of| self.ledger.find(key, request_digest, of, time));
+        let Replayed { call, target, idempotency_key: key, request_commitment, response_commitment } = replayed;
+        let held = self.idempotency(target).map(|of| self.ledger.find(key, request_commitment, of, time));
         let made = match &held {
             Some(Found::Made(made)) if made.call == *call => made,
             _ => {
@@ -425,9 +430,9 @@ impl TaskState {
                 );
             }
         };
-        let expected = &made.response_digest;
-        found.expect(LogRule::Replayed, expected.as_ref() == Some(response_digest), || {
-            format!("expected the result {expected:?} of call {call}, found {response_digest}")
+        let expected = &made.response_commitment;
+        found.expect(LogRule::Replayed, expected.as_ref() == Some(response_commitment), || {
+            format!("expected the result {expected:?} of call {call}, found {response_commitment}")
         });
     }
 
@@ -437,7 +442,7 @@ impl TaskState {
     /// # Errors
     /// Returns what was expected and what was found.
     pub fn resolution(&self, resolved: &Resolved) -> Result<&Unknown, String> {
-        let Resolved { call, effect, by } = resolved;
+        let Resolved { call, outcome, by } = resolved;
         let wrong =
             |found: &str| format!("expected a read that resolves a call with an unknown outcome, found {found}");
         let unknown =
@@ -447,27 +452,27 @@ impl TaskState {
         let told = self.named.get(&print(by)).and_then(|seq| self.intent(*seq)).is_some_and(|read| {
             read.seq > unknown.since
                 && read.channel == Channel::Tool
-                && read.became == Some(Effect::Applied)
+                && read.became == Some(CallOutcome::Applied)
                 && Some(&read.target) == reader
         });
-        if !told || *effect == Effect::Unknown {
+        if !told || *outcome == CallOutcome::Unknown {
             return Err(wrong(&format!("{by}, which is not a later, applied call of {reader:?}")));
         }
         Ok(unknown)
     }
 
     pub(super) fn apply_resolved(&mut self, resolved: &Resolved) {
-        let Resolved { call, effect, .. } = resolved;
+        let Resolved { call, outcome, .. } = resolved;
         let Ok(Unknown { key, .. }) = self.resolution(resolved).cloned() else { return };
         self.unknown.remove(call);
         if let Some(open) = self.open_calls.remove(call) {
             self.end(&open, None);
         }
         if let Some(key) = key {
-            Arc::make_mut(&mut self.ledger).settle(&key, call, effect.fate(), None);
+            Arc::make_mut(&mut self.ledger).settle(&key, call, outcome.fate(), None);
         }
         if let Some(undoing) = &mut self.rollback {
-            Arc::make_mut(undoing).settle(call, *effect);
+            Arc::make_mut(undoing).settle(call, *outcome);
         }
     }
 }

@@ -157,13 +157,13 @@ fn asked(change: impl FnOnce(&mut record::Approval)) -> Event {
     let mut approval = record::Approval {
         name: "t-1".into(),
         uid: "u".into(),
-        by: ApprovalSource::Contract,
+        requested_by: ApprovalSource::Contract,
         tool: "write".into(),
-        request_digest: hex("ab"),
+        request_commitment: hex("ab"),
         required: 1,
         expires: "2026-11-23T10:01:00Z".into(),
-        because: vec![],
-        standing: ApprovalState::Pending,
+        reasons: vec![],
+        state: ApprovalState::Pending,
         decisions: vec![],
     };
     change(&mut approval);
@@ -185,11 +185,14 @@ pub(crate) fn case(rule: LogRule) -> Case {
         policy.tools[2].idempotency = Some(Idempotency { argument: None, header: None, window_seconds: 1 << 40 });
     };
     let approved = |policy: &mut PolicyConfig| policy.tools[2].approval = Some(approval(&["ana"]));
-    let keyed = |call: &str| tool(call, "write", |of| of.key = Some(ledger::made_of(UID, "write", &hex("ab"))));
+    let keyed =
+        |call: &str| tool(call, "write", |of| of.idempotency_key = Some(ledger::made_of(UID, "write", &hex("ab"))));
     match rule {
         LogRule::RecordVersion => new().tells_but(rule, vec![denied("x")], |record| record.v = 0),
         LogRule::RecordTime => new().tells_but(rule, vec![denied("x")], |record| record.time = "yesterday".into()),
-        LogRule::RecordDigest => new().tells(rule, vec![tool("a", "search", |of| of.request_digest = Some(hex("AB")))]),
+        LogRule::RecordDigest => {
+            new().tells(rule, vec![tool("a", "search", |of| of.request_commitment = Some(hex("AB")))])
+        }
         LogRule::AfterEnd => new().tells(rule, vec![task_closed(), task_closed()]),
         LogRule::Writer => new().tells_but(rule, vec![denied("x")], |record| record.actor = Actor::Gateway),
         LogRule::AttemptOrder => {
@@ -207,7 +210,7 @@ pub(crate) fn case(rule: LogRule) -> Case {
         LogRule::AttemptKey => {
             let liar = new();
             let other = liar.keys[&2].verifier().to_string();
-            liar.opens(rule, |opened| opened.key = other)
+            liar.opens(rule, |opened| opened.verifier_key = other)
         }
         LogRule::AttemptContained => new().opens(rule, |opened| opened.containment.contained = false),
         LogRule::AttemptTask => new().opens(rule, |opened| opened.policy.task.uid = "another".into()),
@@ -235,7 +238,7 @@ pub(crate) fn case(rule: LogRule) -> Case {
             by(&|policy| policy.tools[1].limits.calls = Some(1)).tells(rule, vec![search("a"), search("b")])
         }
         LogRule::CallDefinition => {
-            let other = tool("b", "search", |of| of.definition = Some(hex("0e")));
+            let other = tool("b", "search", |of| of.definition_digest = Some(hex("0e")));
             new().tells(rule, vec![search("a"), other])
         }
         LogRule::LimitCost => {
@@ -247,7 +250,7 @@ pub(crate) fn case(rule: LogRule) -> Case {
         LogRule::CallPolicy => new().tells(rule, vec![tool("a", "search", |of| of.request_bytes = 4097)]),
         LogRule::KeyMade => new().tells(rule, vec![keyed("a")]),
         LogRule::KeyFree => by(&once).tells(rule, vec![keyed("a"), keyed("b")]),
-        LogRule::RollbackCall => new().tells(rule, vec![tool("a", "write", |of| of.undoes = Some("x".into()))]),
+        LogRule::RollbackCall => new().tells(rule, vec![tool("a", "write", |of| of.compensates = Some("x".into()))]),
         LogRule::ApprovalUsed => new().tells(rule, vec![tool("a", "search", |of| of.approvals = vec!["t-9".into()])]),
         LogRule::CallAccess => new().tells(rule, vec![model("a", 0, |of| of.approvals = vec!["t-9".into()])]),
         LogRule::DataSeen | LogRule::CallAssessment => {
@@ -275,7 +278,9 @@ pub(crate) fn case(rule: LogRule) -> Case {
             by(&|policy| policy.tools[1].data.result = Sensitivity::Internal)
                 .tells(rule, vec![assessed, outcome("a", 0)])
         }
-        LogRule::OutcomeUndo => new().tells(rule, vec![write("a"), ended("a", |of| of.undone_by = Some(hex("0f")))]),
+        LogRule::OutcomeUndo => {
+            new().tells(rule, vec![write("a"), ended("a", |of| of.compensation_commitment = Some(hex("0f")))])
+        }
         LogRule::Replayed => new().tells(
             rule,
             vec![
@@ -284,20 +289,20 @@ pub(crate) fn case(rule: LogRule) -> Case {
                 Event::Replayed(record::Replayed {
                     call: "a".into(),
                     target: "write".into(),
-                    key: "k".into(),
-                    request_digest: hex("ab"),
-                    response_digest: hex("cd"),
+                    idempotency_key: "k".into(),
+                    request_commitment: hex("ab"),
+                    response_commitment: hex("cd"),
                 }),
             ],
         ),
         LogRule::Resolved => {
-            let resolved = Resolved { call: "a".into(), effect: record::Effect::Applied, by: "a".into() };
+            let resolved = Resolved { call: "a".into(), outcome: record::CallOutcome::Applied, by: "a".into() };
             new().tells(rule, vec![write("a"), outcome("a", 0), Event::Resolved(resolved)])
         }
         LogRule::DenialCount => new().tells(rule, vec![refused(|of| of.count = 0)]),
         LogRule::DenialIgnored => new().tells(rule, vec![refused(|of| of.rule = Rule::EgressIgnored)]),
         LogRule::ApprovalRequest => {
-            by(&approved).tells(rule, vec![asked(|_| ()), asked(|of| of.request_digest = hex("ef"))])
+            by(&approved).tells(rule, vec![asked(|_| ()), asked(|of| of.request_commitment = hex("ef"))])
         }
         LogRule::ApprovalTime => by(&approved).tells(rule, vec![asked(|of| of.expires = "soon".into())]),
         LogRule::ApprovalVotes => by(&approved).tells(rule, vec![asked(|of| of.required = 2)]),
@@ -352,9 +357,10 @@ fn a_snapshot_is_enough_for_the_next_harness() {
         applied: "result".into(),
         settle_seconds: 1,
     });
-    let keyed = |call: &str| tool(call, "write", |of| of.key = Some(ledger::made_of(UID, "write", &hex("ab"))));
+    let keyed =
+        |call: &str| tool(call, "write", |of| of.idempotency_key = Some(ledger::made_of(UID, "write", &hex("ab"))));
     let resolved =
-        |by: &str| Event::Resolved(Resolved { call: "a".into(), effect: record::Effect::Applied, by: by.into() });
+        |by: &str| Event::Resolved(Resolved { call: "a".into(), outcome: record::CallOutcome::Applied, by: by.into() });
     let open = |attempt: i64| {
         let key = Signer::generate(&note::attempt_key_name(UID, attempt)).unwrap();
         let Event::AttemptOpened(mut it) = opened(&key, attempt) else { panic!() };

@@ -108,17 +108,17 @@ fn lists(#[case] channel: Channel, #[case] url: &str, #[case] expected: Result<b
     assert_eq!(found.map(|credential| credential.is_some()).map_err(|e| e.rule), expected);
 }
 
-fn facts(channel: Channel, target: &str, effect: Option<SideEffect>) -> IntentFacts {
-    let definition = effect.map(|_| testing::DEFINITION.to_owned());
+fn facts(channel: Channel, target: &str, side_effect: Option<SideEffect>) -> IntentFacts {
+    let definition = side_effect.map(|_| testing::DEFINITION.to_owned());
     IntentFacts {
         seq: 1,
         call: "1".into(),
         attempt: 1,
         channel,
         target: target.into(),
-        effect,
+        side_effect,
         definition,
-        request_digest: Some(testing::salt().value(&json!({})).unwrap()),
+        request_commitment: Some(testing::salt().value(&json!({})).unwrap()),
         key: None,
         approvals: vec![],
         model: None,
@@ -126,7 +126,7 @@ fn facts(channel: Channel, target: &str, effect: Option<SideEffect>) -> IntentFa
         assessment: None,
         policy: "of another pack".into(),
         http: None,
-        undoes: None,
+        compensates: None,
         usage: Usage::default(),
         seen: Sensitivity::default(),
         open: true,
@@ -366,9 +366,9 @@ fn methods_of_models(#[case] method: Method, #[case] expected: Result<(), Rule>)
 #[case::end_with_a_body(Channel::Listing, b"prompt", Err(Rule::IntentMissing))]
 fn a_body_is_that_of_the_intent(#[case] channel: Channel, #[case] body: &[u8], #[case] expected: Result<(), Rule>) {
     let digest = testing::salt().bytes(b"prompt");
-    let intent = IntentFacts { request_digest: Some(digest), ..facts(channel, "any", None) };
+    let intent = IntentFacts { request_commitment: Some(digest), ..facts(channel, "any", None) };
     assert_eq!(is_intended(channel, &intent, &testing::salt(), body).map_err(|e| e.rule), expected);
-    let without = IntentFacts { request_digest: None, ..intent };
+    let without = IntentFacts { request_commitment: None, ..intent };
     if channel != Channel::Listing {
         assert!(is_intended(channel, &without, &testing::salt(), body).is_err(), "an intent for no body");
     }
@@ -494,7 +494,7 @@ fn over_http(tool: &mut Tool) {
 fn to_write(arguments: &Value) -> IntentFacts {
     let digest = testing::salt().value(arguments).unwrap();
     let facts = facts(Channel::Tool, "write", Some(SideEffect::Write));
-    IntentFacts { definition: None, request_digest: Some(digest), http: Some(http().into()), ..facts }
+    IntentFacts { definition: None, request_commitment: Some(digest), http: Some(http().into()), ..facts }
 }
 
 #[rstest]
@@ -628,7 +628,7 @@ fn contract_and_pack_are_asked_again(
 ) {
     let compiled = with(change);
     let intent = IntentFacts { assessment, policy: compiled.digest.as_str().into(), ..to_write(&arguments) };
-    let found = judge(&compiled, &intent, &arguments).map(|needed| (needed.by_contract, !needed.because.is_empty()));
+    let found = judge(&compiled, &intent, &arguments).map(|needed| (needed.by_contract, !needed.reasons.is_empty()));
     assert_eq!(found.map_err(|e| e.rule), expected);
 }
 
@@ -694,7 +694,7 @@ fn an_effect_is_the_contracts_or_what_a_server_makes_of_it(
             over_http(&mut policy.tools[1]);
         }
     });
-    let found = resolve_tool(&compiled, 1, &IntentFacts { effect: Some(named), ..to_write(&json!({})) });
+    let found = resolve_tool(&compiled, 1, &IntentFacts { side_effect: Some(named), ..to_write(&json!({})) });
     assert_eq!(found.map(|_| ()).map_err(|e| e.rule), if expected { Ok(()) } else { Err(Rule::ToolEffect) });
 }
 

@@ -240,9 +240,9 @@ impl Gateway {
         (compiled, intent): (Arc<Compiled>, IntentFacts),
     ) -> Served {
         let witness = &self.parts.witness;
-        if let Some((of, undoes)) = compiled.rollback_target_log().zip(intent.undoes.as_ref()) {
+        if let Some((of, compensates)) = compiled.rollback_target_log().zip(intent.compensates.as_ref()) {
             let log = |task: &_| compiled.place_of(task);
-            self.parts.state.undo(&of, undoes, &compiled.as_rollback(), log).await?;
+            self.parts.state.undo(&of, compensates, &compiled.as_rollback(), log).await?;
         }
         witness.claim(&compiled.place(), &intent)?;
         let in_session = request.headers().contains_key(SESSION);

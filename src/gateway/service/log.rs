@@ -91,7 +91,7 @@ impl Gateway {
         let body: ApprovalAsk = json(request, LARGEST_QUESTION).await?;
         let Parts { cluster, requests, witness, state, .. } = &self.parts;
         let compiled = cluster.compiled(&principal)?;
-        let call = CallKey { by: body.by, tool: body.tool.clone(), digest: body.request_digest.clone() };
+        let call = CallKey { by: body.by, tool: body.tool.clone(), digest: body.request_commitment.clone() };
         let before = witness.before(&compiled.place(), &call).await?;
         let salt = state.salt(&compiled.salt()).await?;
         let places = self.quotas.of(&principal, |share| &share.judged);

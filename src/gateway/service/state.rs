@@ -22,7 +22,7 @@ use crate::{
 /// Maximum bytes of a request for stored data, which has two fields.
 const LARGEST_REFERENCE: usize = 16 << 10;
 /// Maximum bytes of a call and its result, from which the arguments of its compensation are made.
-const LARGEST_KEEP: usize = 2 << 20;
+const LARGEST_PUT: usize = 2 << 20;
 
 impl Gateway {
     /// Stores the result of an idempotent call. The harness is trusted for the result, as it is for the record.
@@ -30,7 +30,7 @@ impl Gateway {
         let Asked { principal, .. } = &asked;
         let (compiled, at) = self.state(principal, Compiled::results, Rule::ToolIdempotency)?;
         let _share = self.quotas.permit(principal, |share| &share.log)?;
-        let wire::KeepResult { intent, result } = json(request, LARGEST_KEEP).await?;
+        let wire::PutResult { intent, result } = json(request, LARGEST_PUT).await?;
         let refused = |reason: String| Refused::denied(Rule::ToolIdempotency, reason);
         if result.len() > wire::LONGEST_RESULT {
             let (most, found) = (wire::LONGEST_RESULT, result.len());
@@ -60,7 +60,7 @@ impl Gateway {
         let Asked { principal, .. } = &asked;
         let (compiled, at) = self.state(principal, Compiled::compensation_location, Rule::ToolRollback)?;
         let _share = self.quotas.permit(principal, |share| &share.log)?;
-        let wire::PutState { intent, arguments, result } = json(request, LARGEST_KEEP).await?;
+        let wire::PutState { intent, arguments, result } = json(request, LARGEST_PUT).await?;
         let intent = self.parts.witness.intent(&compiled.place(), intent).await?;
         authorize::resolve_tool(&compiled, principal.attempt, &intent)?;
         if compiled.policy.task.rollback_of.is_some() {

@@ -527,7 +527,7 @@ impl World {
         let seq = speaker.tree.size();
         let mut intent = testing::intent(&seq.to_string(), Channel::Model, "/v1/chat/completions", 2_000);
         if let RecordEvent::Intent(of) = &mut intent {
-            of.request_digest = Some(testing::salt().bytes(asked.as_bytes()));
+            of.request_commitment = Some(testing::salt().bytes(asked.as_bytes()));
         }
         let request = speaker.next(vec![intent]);
         self.post("harness-1", wire::LOG_APPEND, &request).await.unwrap();
@@ -711,17 +711,17 @@ async fn what_an_idempotent_call_answered_is_kept_for_the_tasks_own_attempts() {
         contract
     };
     put(&mut world.writers.contracts, of("write", json!({"idempotency": {}})));
-    let keep = |intent, result: &str| wire::KeepResult { intent, result: result.into() };
+    let keep = |intent, result: &str| wire::PutResult { intent, result: result.into() };
     let key = |call: &str| {
         let RecordEvent::Intent(mut intent) = testing::intent(call, Channel::Tool, "write", 0) else { panic!() };
-        let digest = intent.request_digest.as_deref().unwrap_or_default();
-        intent.key = Some(crate::policy::ledger::made_of(testing::UID, "write", digest));
+        let digest = intent.request_commitment.as_deref().unwrap_or_default();
+        intent.idempotency_key = Some(crate::policy::ledger::made_of(testing::UID, "write", digest));
         RecordEvent::Intent(intent)
     };
     let search = testing::intent("b", Channel::Tool, "search", 0);
     world.harness(vec![key("a"), search]).await;
     let digest = testing::salt().bytes(b"{}");
-    let kept = world.post("harness-1", wire::RESULT_KEEP, &keep(1, "{}")).await.unwrap();
+    let kept = world.post("harness-1", wire::RESULT_PUT, &keep(1, "{}")).await.unwrap();
     assert_eq!(kept["digest"], digest);
     let get = |call: &str, digest: &str| wire::StateRef { call: call.into(), digest: digest.into() };
     let found = world.post("harness-1", wire::RESULT_GET, &get("a", &digest)).await.unwrap();
@@ -732,7 +732,7 @@ async fn what_an_idempotent_call_answered_is_kept_for_the_tasks_own_attempts() {
     }
     let long = "x".repeat(wire::LONGEST_RESULT + 1);
     for (refused, why) in [(keep(2, "{}"), "a call without a key"), (keep(1, &long), "too long")] {
-        assert_eq!(world.post("harness-1", wire::RESULT_KEEP, &refused).await, Err(Rule::ToolIdempotency), "{why}");
+        assert_eq!(world.post("harness-1", wire::RESULT_PUT, &refused).await, Err(Rule::ToolIdempotency), "{why}");
     }
     let other = world.post("operator", wire::RESULT_GET, &get("a", &digest)).await;
     assert!(other.is_err(), "a result is its task's alone: {other:?}");
@@ -743,7 +743,7 @@ async fn what_an_idempotent_call_answered_is_kept_for_the_tasks_own_attempts() {
     let mut pack = pack(2, DIRECT);
     pack["spec"].as_object_mut().unwrap().remove("state");
     put(&mut world.writers.packs, pack);
-    let refused = world.post("harness-1", wire::RESULT_KEEP, &keep(1, "{}")).await;
+    let refused = world.post("harness-1", wire::RESULT_PUT, &keep(1, "{}")).await;
     assert_eq!(refused, Err(Rule::ToolIdempotency), "there is no bucket");
 }
 
@@ -882,7 +882,7 @@ async fn plain_http_of_the_agent_keeps_its_own_authorization() {
     let world = world().await;
     let mut intent = testing::intent("1", Channel::Egress, "docs.world.test:80", 0);
     let RecordEvent::Intent(of) = &mut intent else { panic!() };
-    of.request_digest = Some(testing::salt().bytes(b""));
+    of.request_commitment = Some(testing::salt().bytes(b""));
     world.harness(vec![intent]).await;
     let mut request = call("egress", "http://docs.world.test/page?x=1", 1).body(Full::default()).unwrap();
     *request.method_mut() = Method::GET;

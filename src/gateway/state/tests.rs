@@ -1,6 +1,6 @@
 use super::*;
 use crate::{
-    evidence::record::{Channel, Effect, Event, Intent, Outcome},
+    evidence::record::{CallOutcome, Channel, Event, Intent, Outcome},
     gateway::testing::{
         self, Harness, Memory, ROLLBACK, ended, intent, opened_by, outcome, place, principal, seal_request,
     },
@@ -28,16 +28,19 @@ fn replica(key: &[u8], bucket: &Arc<Memory>) -> StateStore {
 #[tokio::test]
 async fn a_call_is_undone_by_one_rollback_and_in_time() {
     let Setup { a, b, .. } = setup();
-    let undoes = |call: &str, until: Option<&str>| Undoes { call: call.into(), until: until.map(Into::into) };
+    let compensates = |call: &str, until: Option<&str>| Compensates { call: call.into(), until: until.map(Into::into) };
     let rollback = |uid: &str| RollbackOf { name: format!("r-{uid}"), uid: uid.into() };
     let nowhere = |of: &RollbackOf| LogLocation { task_uid: of.uid.clone(), ..log_at(&of.uid) };
-    a.undo(&place(), &undoes("c7", Some("2126-01-01T00:00:00.000Z")), &rollback("one"), nowhere).await.unwrap();
-    b.undo(&place(), &undoes("c7", None), &rollback("one"), nowhere).await.unwrap();
-    b.undo(&place(), &undoes("c8", None), &rollback("two"), nowhere).await.unwrap();
+    a.undo(&place(), &compensates("c7", Some("2126-01-01T00:00:00.000Z")), &rollback("one"), nowhere).await.unwrap();
+    b.undo(&place(), &compensates("c7", None), &rollback("one"), nowhere).await.unwrap();
+    b.undo(&place(), &compensates("c8", None), &rollback("two"), nowhere).await.unwrap();
     for (call, until) in [("c9", Some("2026-01-01T00:00:00Z")), ("c9", Some("soon")), ("../c9", None), ("", None)] {
-        assert!(b.undo(&place(), &undoes(call, until), &rollback("one"), nowhere).await.is_err(), "{call} {until:?}");
+        assert!(
+            b.undo(&place(), &compensates(call, until), &rollback("one"), nowhere).await.is_err(),
+            "{call} {until:?}"
+        );
     }
-    let refused = b.undo(&place(), &undoes("c7", None), &rollback("two"), nowhere).await.unwrap_err();
+    let refused = b.undo(&place(), &compensates("c7", None), &rollback("two"), nowhere).await.unwrap_err();
     assert_eq!(refused.rule, Rule::ToolRollback);
     assert!(refused.reason.contains("r-one (UID one) has started one and has not ended"), "{}", refused.reason);
 }
@@ -72,36 +75,36 @@ async fn what_a_rollback_left_another_may_take() {
         .unwrap()
         .plan;
     let mut harness = Harness::of(ROLLBACK, 1);
-    let undo = |call: &str, undoes: &str| {
+    let undo = |call: &str, compensates: &str| {
         let Event::Intent(of) = intent(call, Channel::Tool, "search", 0) else { panic!("another event") };
-        let request_digest = Some("5a".repeat(32));
-        let (undoes, effect) = (Some(undoes.to_owned()), Some(SideEffect::Write));
-        Event::Intent(Intent { undoes, request_digest, effect, ..of })
+        let request_commitment = Some("5a".repeat(32));
+        let (compensates, effect) = (Some(compensates.to_owned()), Some(SideEffect::Write));
+        Event::Intent(Intent { compensates, request_commitment, side_effect: effect, ..of })
     };
     let ended = |call: &str, effect| {
         let Event::Outcome(of) = outcome(call, 0) else { panic!("another event") };
-        Event::Outcome(Outcome { effect, ..of })
+        Event::Outcome(Outcome { outcome: effect, ..of })
     };
     let events = vec![
         opened_by(&harness, &policy, Some(plan)),
         undo("8", "2"),
-        ended("8", Effect::NotApplied),
+        ended("8", CallOutcome::NotApplied),
         undo("9", "1"),
-        ended("9", Effect::Unknown),
+        ended("9", CallOutcome::Unknown),
     ];
     a.witness.append(&at, &principal(1), &harness.next(events), Ok(&digest), Some(&of)).await.unwrap();
     let first = RollbackOf { name: "r".into(), uid: ROLLBACK.into() };
     let second = RollbackOf { name: "s".into(), uid: "second".into() };
     let log = |task: &RollbackOf| log_at(&task.uid);
-    let undoes = |call: &str| Undoes { call: call.into(), until: None };
+    let compensates = |call: &str| Compensates { call: call.into(), until: None };
     for call in ["1", "2"] {
-        a.undo(&of, &undoes(call), &first, log).await.unwrap();
-        assert!(b.undo(&of, &undoes(call), &second, log).await.is_err(), "the first has not ended");
+        a.undo(&of, &compensates(call), &first, log).await.unwrap();
+        assert!(b.undo(&of, &compensates(call), &second, log).await.is_err(), "the first has not ended");
     }
     a.witness.seal(&at, &SealRequest { uid: ROLLBACK.into(), ..seal_request() }).await.unwrap();
-    b.undo(&of, &undoes("2"), &second, log).await.unwrap();
-    a.undo(&of, &undoes("2"), &second, log).await.unwrap();
-    let refused = b.undo(&of, &undoes("1"), &second, log).await.unwrap_err();
+    b.undo(&of, &compensates("2"), &second, log).await.unwrap();
+    a.undo(&of, &compensates("2"), &second, log).await.unwrap();
+    let refused = b.undo(&of, &compensates("1"), &second, log).await.unwrap_err();
     assert!(refused.reason.contains("may have made the compensation"), "{}", refused.reason);
 }
 

@@ -27,7 +27,7 @@ use crate::{
     },
 };
 
-pub use crate::evidence::state::{IntentFacts, Undoes};
+pub use crate::evidence::state::{Compensates, IntentFacts};
 
 /// Maximum number of records in one segment, because a segment is checked under the log's lock.
 const RECORDS: usize = 4096;

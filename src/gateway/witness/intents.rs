@@ -73,7 +73,7 @@ impl Witness {
         Ok(())
     }
 
-    /// Undoes [`Witness::claim`], because no request left by the intent.
+    /// Compensates [`Witness::claim`], because no request left by the intent.
     pub fn release(&self, place: &LogLocation, intent: &IntentFacts) {
         let log = self.log(place);
         let mut sent = log.sent.lock().unwrap_or_else(PoisonError::into_inner);

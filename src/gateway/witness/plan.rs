@@ -49,7 +49,10 @@ impl Witness {
     }
 
     /// Returns the contracts of the calls that would roll back a task, or `None` if the log is too long to read in time.
-    pub(super) async fn undone_by(&self, place: &LogLocation) -> Result<Option<BTreeSet<String>>, Refused> {
+    pub(super) async fn compensation_commitment(
+        &self,
+        place: &LogLocation,
+    ) -> Result<Option<BTreeSet<String>>, Refused> {
         let mut planner = Planner::default();
         let read = tokio::time::timeout(PLAN_TIME, self.read(place, |record| planner.take(record))).await;
         read.ok().transpose().map(|read| read.map(|_| planner.contracts()))

@@ -70,12 +70,12 @@ impl Witness {
             ended.await.map_err(|e| unavailable(&format!("the log's end could not be written: {e}")))??;
             let closed = sealed.outcome();
             let failed = closed.as_ref().is_some_and(TaskClosed::has_failed);
-            let undone_by = match sealed.undoable() && sealed.state().rollback().is_none() && failed {
-                true => self.undone_by(place).await?,
+            let compensation_commitment = match sealed.undoable() && sealed.state().rollback().is_none() && failed {
+                true => self.compensation_commitment(place).await?,
                 false => Some(BTreeSet::new()),
             };
             return Ok(SealReply {
-                undone_by,
+                compensation_commitment,
                 closed,
                 origin: note::origin(&place.task_uid),
                 location: place.location.to_string(),

@@ -9,7 +9,7 @@ use crate::{
         log,
         merkle::leaf_hash,
         note::{self, Checkpoint, Note},
-        record::{Actor, Channel, Effect, Event, Intent, Outcome, Record},
+        record::{Actor, CallOutcome, Channel, Event, Intent, Outcome, Record},
         rollback::CompensationState,
         store::Mode,
     },
@@ -111,7 +111,7 @@ async fn a_rollback_goes_by_the_plan_that_the_other_log_makes() {
     let mut failed = seal_request();
     (failed.closed.phase, failed.closed.failure_class) = ("Failed".into(), "Agent".into());
     let sealed = a.seal(&of, &failed).await.unwrap();
-    assert_eq!(sealed.undone_by, Some(["search".to_owned()].into()));
+    assert_eq!(sealed.compensation_commitment, Some(["search".to_owned()].into()));
 
     let reply = b.open(&at, &principal(1), &request, &digest, Some(&of), kept()).await.unwrap();
     let plan = reply.state.undoing.unwrap().plan;
@@ -134,10 +134,10 @@ async fn a_rollback_goes_by_the_plan_that_the_other_log_makes() {
     let opened = opened_by(&harness, &policy, Some(plan));
     append(&harness.next(vec![opened])).await.unwrap();
 
-    let undo = |call: &str, undoes: Option<&str>, digest: &str, effect| {
+    let undo = |call: &str, compensates: Option<&str>, digest: &str, side_effect| {
         let Event::Intent(of) = intent(call, Channel::Tool, "search", 0) else { panic!("another event") };
-        let (undoes, request_digest) = (undoes.map(Into::into), Some(digest.to_owned()));
-        Event::Intent(Intent { undoes, request_digest, effect: Some(effect), ..of })
+        let (compensates, request_commitment) = (compensates.map(Into::into), Some(digest.to_owned()));
+        Event::Intent(Intent { compensates, request_commitment, side_effect: Some(side_effect), ..of })
     };
     let (write, right, wrong) = (SideEffect::Write, "5a".repeat(32), "5b".repeat(32));
     let (tree, usage, reserved) = (harness.tree.clone(), harness.usage, harness.reserved.clone());
@@ -164,7 +164,7 @@ async fn a_rollback_goes_by_the_plan_that_the_other_log_makes() {
     let request = OpenRequest { attempt: 2, policy_digest: digest.clone() };
     let undoing =
         a.open(&at, &principal(2), &request, &digest, Some(&of), kept()).await.unwrap().state.undoing.unwrap();
-    assert_eq!((undoing.standing("2"), undoing.standing("1")), (CompensationState::Undone, CompensationState::Due));
+    assert_eq!((undoing.state("2"), undoing.state("1")), (CompensationState::Undone, CompensationState::Due));
 }
 
 /// The salt, and that the pack has no place for results.
@@ -663,7 +663,7 @@ async fn an_attempt_that_is_over_does_not_open_again(#[case] reason: &str, #[cas
 #[test]
 fn one_call_by_an_approval_and_one_effect_under_a_key() {
     use crate::{
-        evidence::record::{self, Effect},
+        evidence::record::{self, CallOutcome},
         policy::{
             access::Assessment,
             approval::{Answer, ApprovalSource, ApprovalState, Vote},
@@ -671,49 +671,49 @@ fn one_call_by_an_approval_and_one_effect_under_a_key() {
         },
     };
     let vote = |decision| vec![Vote { by: "ana".into(), decision, reason: None }];
-    let said = |standing| record::Approval {
+    let said = |state| record::Approval {
         name: "a".into(),
         uid: "u".into(),
-        by: ApprovalSource::Contract,
+        requested_by: ApprovalSource::Contract,
         tool: "write".into(),
-        request_digest: wide("d"),
+        request_commitment: wide("d"),
         required: 1,
         expires: "2026-11-24T00:00:00Z".into(),
-        because: vec![],
-        standing,
-        decisions: match standing {
+        reasons: vec![],
+        state,
+        decisions: match state {
             ApprovalState::Approved => vote(Answer::Approve),
             ApprovalState::Denied => vote(Answer::Deny),
             ApprovalState::Pending | ApprovalState::Expired => vec![],
         },
     };
-    let decided = |standing| Event::ApprovalDecided(said(standing));
-    let unvoted = |standing| Event::ApprovalDecided(record::Approval { decisions: vec![], ..said(standing) });
+    let decided = |state| Event::ApprovalDecided(said(state));
+    let unvoted = |state| Event::ApprovalDecided(record::Approval { decisions: vec![], ..said(state) });
     let call = |id: &str, tool: &str, approval: Option<&str>, key: Option<&str>, digest: &str| {
         let Event::Intent(mut call) = intent(id, Channel::Tool, tool, 0) else { panic!() };
-        (call.approvals, call.key) = (approval.map(Into::into).into_iter().collect(), key.map(Into::into));
-        call.request_digest = Some(wide(digest));
+        (call.approvals, call.idempotency_key) = (approval.map(Into::into).into_iter().collect(), key.map(Into::into));
+        call.request_commitment = Some(wide(digest));
         Event::Intent(call)
     };
     let by = |id: &str, approval| call(id, "write", approval, None, "d");
     let under = |id: &str, digest: &str| call(id, "search", None, Some("k"), digest);
-    let ended = |id: &str, effect| {
+    let ended = |id: &str, became: CallOutcome| {
         let Event::Outcome(mut ended) = outcome(id, 0) else { panic!() };
-        ended.effect = effect;
+        ended.outcome = became;
         Event::Outcome(ended)
     };
     let given = |id: &str, response: Option<&str>, rule| {
         let Event::Outcome(mut ended) = outcome(id, 0) else { panic!() };
-        (ended.response_digest, ended.rule) = (response.map(wide), rule);
+        (ended.response_commitment, ended.rule) = (response.map(wide), rule);
         Event::Outcome(ended)
     };
     let again = |id: &str| {
         Event::Replayed(record::Replayed {
             call: id.into(),
             target: "search".into(),
-            key: "k".into(),
-            request_digest: wide("d"),
-            response_digest: wide("r"),
+            idempotency_key: "k".into(),
+            request_commitment: wide("d"),
+            response_commitment: wide("r"),
         })
     };
     let assessed = |id: &str, arguments, seen| {
@@ -746,10 +746,10 @@ fn one_call_by_an_approval_and_one_effect_under_a_key() {
         (vec![under("1", "d"), again("1")], Some(Rule::LogSegment)),
         (vec![again("1")], Some(Rule::LogSegment)),
         (vec![under("1", "d"), under("2", "d")], Some(Rule::ToolIdempotency)),
-        (vec![under("1", "d"), ended("1", Effect::Applied), under("2", "d")], Some(Rule::ToolIdempotency)),
-        (vec![under("1", "d"), ended("1", Effect::Unknown), under("2", "d")], Some(Rule::ToolIdempotency)),
-        (vec![under("1", "d"), ended("1", Effect::Applied), under("2", "e")], Some(Rule::ToolIdempotency)),
-        (vec![under("1", "d"), ended("1", Effect::NotApplied), under("2", "e")], None),
+        (vec![under("1", "d"), ended("1", CallOutcome::Applied), under("2", "d")], Some(Rule::ToolIdempotency)),
+        (vec![under("1", "d"), ended("1", CallOutcome::Unknown), under("2", "d")], Some(Rule::ToolIdempotency)),
+        (vec![under("1", "d"), ended("1", CallOutcome::Applied), under("2", "e")], Some(Rule::ToolIdempotency)),
+        (vec![under("1", "d"), ended("1", CallOutcome::NotApplied), under("2", "e")], None),
         (vec![call("1", "search", None, None, "d")], Some(Rule::LogSegment)),
         (vec![call("1", "write", None, Some("k"), "d")], Some(Rule::LogSegment)),
         (vec![assessed("1", internal, plain), assessed("2", plain, internal)], None),
@@ -762,36 +762,42 @@ fn one_call_by_an_approval_and_one_effect_under_a_key() {
         (vec![by("1", None), answered("1", secret), assessed("2", plain, plain)], Some(Rule::LogSegment)),
     ];
     let resolved =
-        |id: &str, effect, by: &str| Event::Resolved(record::Resolved { call: id.into(), effect, by: by.into() });
-    let lost = |id: &str| vec![by(id, None), ended(id, Effect::Unknown)];
+        |id: &str, outcome, by: &str| Event::Resolved(record::Resolved { call: id.into(), outcome, by: by.into() });
+    let lost = |id: &str| vec![by(id, None), ended(id, CallOutcome::Unknown)];
     let asks = |id: &str| call(id, "look", None, None, "d");
-    let look = |id: &str, effect| vec![asks(id), ended(id, effect)];
-    let read = |id: &str| look(id, Effect::Applied);
-    let listed = |id: &str| vec![intent(id, Channel::Listing, "look", 0), ended(id, Effect::Applied)];
-    let told = |id: &str, effect, by| vec![resolved(id, effect, by)];
+    let look = |id: &str, became| vec![asks(id), ended(id, became)];
+    let read = |id: &str| look(id, CallOutcome::Applied);
+    let listed = |id: &str| vec![intent(id, Channel::Listing, "look", 0), ended(id, CallOutcome::Applied)];
+    let told = |id: &str, outcome, by| vec![resolved(id, outcome, by)];
     // Stands for another harness that opens the log at this point.
     let anew = || vec![Harness::new(1).opened()];
     let resolutions: Vec<(Vec<Vec<Event>>, Option<Rule>)> = vec![
-        (vec![lost("1"), read("2"), told("1", Effect::Applied, "2")], None),
-        (vec![lost("1"), read("2"), told("1", Effect::NotApplied, "2")], None),
-        (vec![lost("1"), read("2"), told("1", Effect::Unknown, "2")], Some(Rule::LogSegment)),
-        (vec![lost("1"), told("1", Effect::Applied, "2")], Some(Rule::LogSegment)),
-        (vec![read("2"), lost("1"), told("1", Effect::Applied, "2")], Some(Rule::LogSegment)),
-        (vec![lost("1"), lost("2"), told("1", Effect::Applied, "2")], Some(Rule::LogSegment)),
-        (vec![read("1"), read("2"), told("1", Effect::Applied, "2")], Some(Rule::LogSegment)),
+        (vec![lost("1"), read("2"), told("1", CallOutcome::Applied, "2")], None),
+        (vec![lost("1"), read("2"), told("1", CallOutcome::NotApplied, "2")], None),
+        (vec![lost("1"), read("2"), told("1", CallOutcome::Unknown, "2")], Some(Rule::LogSegment)),
+        (vec![lost("1"), told("1", CallOutcome::Applied, "2")], Some(Rule::LogSegment)),
+        (vec![read("2"), lost("1"), told("1", CallOutcome::Applied, "2")], Some(Rule::LogSegment)),
+        (vec![lost("1"), lost("2"), told("1", CallOutcome::Applied, "2")], Some(Rule::LogSegment)),
+        (vec![read("1"), read("2"), told("1", CallOutcome::Applied, "2")], Some(Rule::LogSegment)),
         // A read that did not succeed resolves nothing.
-        (vec![lost("1"), look("2", Effect::NotApplied), told("1", Effect::Applied, "2")], Some(Rule::LogSegment)),
-        (vec![lost("1"), look("2", Effect::Unknown), told("1", Effect::Applied, "2")], Some(Rule::LogSegment)),
-        (vec![lost("1"), vec![asks("2")], told("1", Effect::Applied, "2")], Some(Rule::LogSegment)),
-        (vec![lost("1"), listed("2"), told("1", Effect::Applied, "2")], Some(Rule::LogSegment)),
+        (
+            vec![lost("1"), look("2", CallOutcome::NotApplied), told("1", CallOutcome::Applied, "2")],
+            Some(Rule::LogSegment),
+        ),
+        (
+            vec![lost("1"), look("2", CallOutcome::Unknown), told("1", CallOutcome::Applied, "2")],
+            Some(Rule::LogSegment),
+        ),
+        (vec![lost("1"), vec![asks("2")], told("1", CallOutcome::Applied, "2")], Some(Rule::LogSegment)),
+        (vec![lost("1"), listed("2"), told("1", CallOutcome::Applied, "2")], Some(Rule::LogSegment)),
         // The call gets an outcome after the read.
         (
             vec![
                 vec![by("1", None)],
                 anew(),
                 read("2"),
-                vec![ended("1", Effect::Applied)],
-                told("1", Effect::Applied, "2"),
+                vec![ended("1", CallOutcome::Applied)],
+                told("1", CallOutcome::Applied, "2"),
             ],
             Some(Rule::LogSegment),
         ),
@@ -800,8 +806,8 @@ fn one_call_by_an_approval_and_one_effect_under_a_key() {
                 vec![by("1", None)],
                 anew(),
                 read("2"),
-                vec![ended("1", Effect::Unknown)],
-                told("1", Effect::Applied, "2"),
+                vec![ended("1", CallOutcome::Unknown)],
+                told("1", CallOutcome::Applied, "2"),
             ],
             Some(Rule::LogSegment),
         ),
@@ -809,33 +815,33 @@ fn one_call_by_an_approval_and_one_effect_under_a_key() {
             vec![
                 vec![by("1", None)],
                 anew(),
-                vec![ended("1", Effect::Unknown)],
+                vec![ended("1", CallOutcome::Unknown)],
                 read("2"),
-                told("1", Effect::Applied, "2"),
+                told("1", CallOutcome::Applied, "2"),
             ],
             None,
         ),
         // The call was lost with the first harness, and the read is later.
-        (vec![vec![by("1", None)], anew(), read("2"), anew(), told("1", Effect::Applied, "2")], None),
+        (vec![vec![by("1", None)], anew(), read("2"), anew(), told("1", CallOutcome::Applied, "2")], None),
         // A name belongs to one call.
         (vec![lost("1"), lost("1")], Some(Rule::LogSegment)),
         (vec![read("1"), anew(), read("1")], Some(Rule::LogSegment)),
         (
-            vec![lost("1"), read("2"), told("1", Effect::Applied, "2"), told("1", Effect::NotApplied, "2")],
+            vec![lost("1"), read("2"), told("1", CallOutcome::Applied, "2"), told("1", CallOutcome::NotApplied, "2")],
             Some(Rule::LogSegment),
         ),
         // A call without an outcome is lost only when another harness opens the log.
-        (vec![vec![by("1", None)], read("2"), told("1", Effect::Applied, "2")], Some(Rule::LogSegment)),
-        (vec![vec![by("1", None)], anew(), read("2"), told("1", Effect::Applied, "2")], None),
-        (vec![lost("1"), anew(), read("2"), told("1", Effect::NotApplied, "2")], None),
-        (vec![vec![by("1", None)], read("2"), anew(), told("1", Effect::Applied, "2")], Some(Rule::LogSegment)),
+        (vec![vec![by("1", None)], read("2"), told("1", CallOutcome::Applied, "2")], Some(Rule::LogSegment)),
+        (vec![vec![by("1", None)], anew(), read("2"), told("1", CallOutcome::Applied, "2")], None),
+        (vec![lost("1"), anew(), read("2"), told("1", CallOutcome::NotApplied, "2")], None),
+        (vec![vec![by("1", None)], read("2"), anew(), told("1", CallOutcome::Applied, "2")], Some(Rule::LogSegment)),
         (
             vec![
                 vec![by("1", None)],
                 anew(),
                 read("2"),
-                told("1", Effect::Applied, "2"),
-                vec![ended("1", Effect::Applied)],
+                told("1", CallOutcome::Applied, "2"),
+                vec![ended("1", CallOutcome::Applied)],
             ],
             Some(Rule::LogSegment),
         ),

@@ -6,7 +6,7 @@
 
 use super::evaluation::Judged;
 use crate::{
-    evidence::record::{Channel, Effect},
+    evidence::record::{CallOutcome, Channel},
     harness::gateway_client::Peer,
     policy::{
         budget::Spent,
@@ -23,11 +23,11 @@ pub struct Call {
     /// The tool's name, the model path, or `host:port`.
     pub target: String,
     /// What it may change.
-    pub effect: Option<SideEffect>,
+    pub side_effect: Option<SideEffect>,
     /// The digest of the upstream's definition of an MCP tool.
     pub definition: Option<String>,
     /// The commitment to the request, hex.
-    pub request_digest: Option<String>,
+    pub request_commitment: Option<String>,
     /// The number of bytes of the request.
     pub request_bytes: u64,
     /// The idempotency key of the call.
@@ -35,9 +35,9 @@ pub struct Call {
     /// The names of the approvals that the call uses.
     pub approvals: Vec<String>,
     /// The pack's reasons for which approvers have approved the call.
-    pub because: Vec<String>,
+    pub reasons: Vec<String>,
     /// In a rollback: the call that this call compensates.
-    pub undoes: Option<String>,
+    pub compensates: Option<String>,
     /// For a tool call: the inputs of its evaluation where records are put in order.
     pub judged: Option<Judged>,
     /// The rules that were checked and allowed the call. The rules of the budgets are added.
@@ -52,13 +52,13 @@ pub struct Call {
 #[derive(Clone, Debug)]
 pub struct Settlement {
     /// Whether the call took effect.
-    pub effect: Effect,
+    pub outcome: CallOutcome,
     /// The rule by which the call failed, if it failed.
     pub rule: Option<Rule>,
     /// The upstream's HTTP status; 0 if there is none.
     pub status: u16,
     /// The commitment to the reply, hex.
-    pub response_digest: Option<String>,
+    pub response_commitment: Option<String>,
     /// The number of bytes of the reply.
     pub response_bytes: u64,
     /// The number of bytes that the agent sent through a tunnel.
@@ -70,28 +70,28 @@ pub struct Settlement {
     /// The sensitivity of the result that the agent gets.
     pub sensitivity: Sensitivity,
     /// The commitment to the stored arguments of the call's compensation.
-    pub undone_by: Option<String>,
+    pub compensation_commitment: Option<String>,
 }
 
 impl Settlement {
     /// Returns the settlement of a call with an unknown outcome.
     pub fn unknown(rule: Option<Rule>) -> Self {
         Self {
-            effect: Effect::Unknown,
+            outcome: CallOutcome::Unknown,
             rule,
             status: 0,
-            response_digest: None,
+            response_commitment: None,
             response_bytes: 0,
             sent_bytes: None,
             spent: None,
             upstream: None,
             sensitivity: Sensitivity::default(),
-            undone_by: None,
+            compensation_commitment: None,
         }
     }
 
     /// Returns the settlement of a call that certainly had no effect and no cost.
     pub fn not_applied(rule: Rule) -> Self {
-        Self { effect: Effect::NotApplied, spent: Some(Spent::default()), ..Self::unknown(Some(rule)) }
+        Self { outcome: CallOutcome::NotApplied, spent: Some(Spent::default()), ..Self::unknown(Some(rule)) }
     }
 }

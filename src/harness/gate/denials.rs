@@ -69,7 +69,7 @@ impl Denials {
             target: shorten(&self.redactor.name(target, &self.salt)),
             rule: denial.rule,
             reason: self.recordable(&denial.reason),
-            request_digest: digest,
+            request_commitment: digest,
             count: 1,
         };
         let counted = self.flood().take(denied, Instant::now());
@@ -210,7 +210,7 @@ mod tests {
             target: target.into(),
             rule: Rule::ToolUnknown,
             reason: "no such tool".into(),
-            request_digest: Some("d".into()),
+            request_commitment: Some("d".into()),
             count: 1,
         }
     }
@@ -223,7 +223,7 @@ mod tests {
         assert_eq!(alone, 64);
         assert!(flood.over(Some(start)).is_empty(), "before its time");
         let shared = flood.over(Some(start + WINDOW));
-        assert_eq!(shared, [Denied { count: 936, request_digest: None, ..denied("a") }]);
+        assert_eq!(shared, [Denied { count: 936, request_commitment: None, ..denied("a") }]);
         assert_eq!(flood.waiting(), 0);
         assert!(matches!(flood.take(denied("a"), start + Duration::from_secs(1)), DenialCount::Alone(_)));
     }

@@ -114,12 +114,12 @@ impl Evaluator {
     pub(super) fn evaluate(
         &self,
         target: &str,
-        effect: Option<SideEffect>,
+        side_effect: Option<SideEffect>,
         arguments: &Value,
         (usage, seen, results): (Usage, Sensitivity, Arc<Results>),
     ) -> Option<Verdict> {
         let tool = self.contracts.policy().tool(target)?;
-        let answer = self.answer(tool, effect?, arguments, (usage, seen, &results));
+        let answer = self.answer(tool, side_effect?, arguments, (usage, seen, &results));
         Some(Verdict { usage, seen, results, answer })
     }
 
@@ -130,7 +130,7 @@ impl Evaluator {
     pub(super) fn answer_in_order(
         &self,
         tool: &Tool,
-        effect: SideEffect,
+        side_effect: SideEffect,
         judged: &Judged,
         (usage, seen): (Usage, Sensitivity),
     ) -> Result<(bool, AccessDecision), Denial> {
@@ -141,7 +141,7 @@ impl Evaluator {
             (Some(found), _) => found.answer.clone(),
             // All other calls wait for this evaluation, so it must be short.
             (None, Some(allowance)) => meter::within(allowance, || {
-                let answer = self.answer(tool, effect, &judged.arguments, (usage, seen, &results));
+                let answer = self.answer(tool, side_effect, &judged.arguments, (usage, seen, &results));
                 let changed = |_| Denial { rule: Rule::Busy, reason: CHANGED.to_owned() };
                 meter::ended_by_itself().map_err(changed).and(answer)
             }),
@@ -153,14 +153,14 @@ impl Evaluator {
     fn answer(
         &self,
         tool: &Tool,
-        effect: SideEffect,
+        side_effect: SideEffect,
         arguments: &Value,
         (usage, seen, results): (Usage, Sensitivity, &Results),
     ) -> Result<(bool, AccessDecision), Denial> {
         // The limit on denials is checked when calls are decided and when their intents are put in order.
         let known = DecisionInputs { usage, ignored: 0, results };
         let by_contract = self.contracts.check_stateful(&tool.name, arguments, known)?;
-        Ok((by_contract, self.guard.judge(AccessRequest { tool, effect, usage, seen }, arguments)?))
+        Ok((by_contract, self.guard.judge(AccessRequest { tool, side_effect, usage, seen }, arguments)?))
     }
 
     /// Returns the earlier result of an evaluation if an evaluation now would return the same.

@@ -71,10 +71,10 @@ impl Permit {
         let (upstream, certificate) = settlement.upstream.map_or((None, None), |p| (Some(p.address), p.certificate));
         let mut outcome = Outcome {
             call: call_id(self.intent),
-            effect: settlement.effect,
+            outcome: settlement.outcome,
             rule: settlement.rule,
             status: settlement.status,
-            response_digest: settlement.response_digest,
+            response_commitment: settlement.response_commitment,
             response_bytes: settlement.response_bytes,
             sent_bytes: settlement.sent_bytes,
             tokens: spent.tokens,
@@ -82,7 +82,7 @@ impl Permit {
             upstream,
             certificate,
             sensitivity: settlement.sensitivity,
-            undone_by: settlement.undone_by,
+            compensation_commitment: settlement.compensation_commitment,
         };
         let result = self.gate.journal.record(|_, task| {
             let spent = task.budget().settle_model(reserved, spent);
@@ -120,11 +120,11 @@ impl Gate {
         arguments: &Arc<Value>,
         time: Duration,
     ) -> Result<Option<Arc<Verdict>>, Denial> {
-        let (target, effect, arguments) = (call.target.clone(), call.effect, arguments.clone());
+        let (target, side_effect, arguments) = (call.target.clone(), call.side_effect, arguments.clone());
         let found = self.apart(time, move |gate| {
             let results = gate.policy.results();
             let (usage, seen) = gate.journal.look(|task| (task.usage(), task.seen()));
-            gate.policy.evaluate(&target, effect, &arguments, (usage, seen, results)).map(Arc::new)
+            gate.policy.evaluate(&target, side_effect, &arguments, (usage, seen, results)).map(Arc::new)
         });
         found.await
     }
@@ -188,7 +188,7 @@ impl Gate {
             Channel::Model => Some(self.turn_for(reserved).await),
             _ => None,
         };
-        let early = call.channel.leaves_witnessed(call.effect);
+        let early = call.channel.leaves_witnessed(call.side_effect);
         let intent = self.intend(call)?;
         drop(turn);
         let permit = Permit { gate: self.clone(), intent, reserved, early, settled: false };
@@ -238,13 +238,13 @@ impl Gate {
                 call: call_id(seq),
                 channel: call.channel,
                 target: shorten(&call.target),
-                effect: call.effect,
-                definition: call.definition,
-                request_digest: call.request_digest,
+                side_effect: call.side_effect,
+                definition_digest: call.definition,
+                request_commitment: call.request_commitment,
                 request_bytes: call.request_bytes,
-                key: call.key,
+                idempotency_key: call.key,
                 approvals: call.approvals,
-                undoes: call.undoes,
+                compensates: call.compensates,
                 assessment,
                 rules,
                 model: call.model,
@@ -260,25 +260,25 @@ impl Gate {
 
     /// Evaluates contract and pack for a tool call where its intent is put in order. Returns the pack's assessment.
     fn judge_in_order(&self, call: &Call, task: &TaskState) -> Result<Option<Assessment>, Denial> {
-        let digest = call.request_digest.as_deref();
+        let digest = call.request_commitment.as_deref();
         let unusable = |reason| Denial { rule: Rule::ToolApproval, reason };
         let by = task.approvals().usable(&call.approvals, &call.target, digest).map_err(unusable)?;
         let tool = self.policy.contracts.policy().tool(&call.target);
-        let judged = tool.zip(call.effect).zip(call.judged.as_ref());
-        let Some(((tool, effect), judged)) = judged else {
+        let judged = tool.zip(call.side_effect).zip(call.judged.as_ref());
+        let Some(((tool, side_effect), judged)) = judged else {
             let reason = format!("no contract of this task has a tool {:?}", shorten(&call.target));
             return Err(Denial { rule: Rule::ToolUnknown, reason });
         };
         let known = (task.usage(), task.seen());
-        let (by_contract, passed) = self.policy.answer_in_order(tool, effect, judged, known)?;
+        let (by_contract, passed) = self.policy.answer_in_order(tool, side_effect, judged, known)?;
         if by_contract && !by.contains(&ApprovalSource::Contract) {
             return Err(unusable("the contract requires approval by now; make the call again to ask for it".into()));
         }
         // What happened after the approval was requested may be a reason that the approvers have not seen.
-        let asked_for = |because: &&String| by.contains(&ApprovalSource::Pack) && call.because.contains(because);
-        if let Some(because) = passed.because.iter().find(|because| !asked_for(because)) {
+        let asked_for = |reason: &&String| by.contains(&ApprovalSource::Pack) && call.reasons.contains(reason);
+        if let Some(reason) = passed.reasons.iter().find(|reason| !asked_for(reason)) {
             return Err(unusable(format!(
-                "the pack requires approval by now, for {because}; make the call again to ask for it"
+                "the pack requires approval by now, for {reason}; make the call again to ask for it"
             )));
         }
         if let Some((key, of)) = call.key.as_deref().zip(tool.idempotency.as_ref()) {

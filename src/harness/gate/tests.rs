@@ -351,7 +351,7 @@ pub(crate) fn gate_followed_by(policy: PolicyConfig, follow: journal::Follow) ->
     let key = start.signer.verifier().to_string();
     let journal = Journal::start(start, Arc::new(Takes));
     let opened = AttemptOpened {
-        key,
+        verifier_key: key,
         policy: policy.clone(),
         pod: Pod {
             name: "t-1".into(),

@@ -17,7 +17,7 @@ use sha2::{Digest, Sha256};
 
 use super::{headers::passed_back, refusal, unasked::Unasked};
 use crate::{
-    evidence::record::{Channel, Effect},
+    evidence::record::{CallOutcome, Channel},
     harness::{
         body::{Body, BodyError, boxed},
         gate::{Gate, Permit, Settlement},
@@ -278,23 +278,23 @@ impl Drop for Meter {
         }
         let charged = settle::charge(self.reserved, self.status.is_success(), self.came, &self.reported);
         let spent = charged.map(|tokens| Spent::of(tokens, self.price.as_ref()));
-        let effect = match (self.came, self.status) {
-            (Came::Whole, status) if status.is_success() => Effect::Applied,
-            (Came::Whole, status) if status.is_client_error() => Effect::NotApplied,
-            _ => Effect::Unknown,
+        let outcome = match (self.came, self.status) {
+            (Came::Whole, status) if status.is_success() => CallOutcome::Applied,
+            (Came::Whole, status) if status.is_client_error() => CallOutcome::NotApplied,
+            _ => CallOutcome::Unknown,
         };
         let response = permit.salt().digested(&self.hasher.clone().finalize().into());
         permit.settle(Settlement {
-            effect,
+            outcome,
             rule: self.rule,
             status: self.status.as_u16(),
-            response_digest: Some(response),
+            response_commitment: Some(response),
             response_bytes: self.bytes,
             sent_bytes: None,
             spent,
             upstream: self.upstream.take(),
             sensitivity: Sensitivity::default(),
-            undone_by: None,
+            compensation_commitment: None,
         });
     }
 }

@@ -11,7 +11,7 @@ use rmcp::model::{CallToolResult, ContentBlock};
 use serde_json::Value;
 
 use crate::{
-    evidence::record::Effect,
+    evidence::record::CallOutcome,
     harness::{
         bounds::Bounds,
         gate::{Gate, Settlement},
@@ -61,7 +61,7 @@ fn look(gate: &Gate, tool: &Tool, result: Result<CallToolResult, Denial>, settle
     settlement.sensitivity = match &result {
         Ok(result) => gate.guard().result(tool, result),
         // The reason may contain the upstream's text of an error.
-        Err(denial) if settlement.effect != Effect::NotApplied => gate.guard().result(tool, &denial.reason),
+        Err(denial) if settlement.outcome != CallOutcome::NotApplied => gate.guard().result(tool, &denial.reason),
         Err(_) => Sensitivity::default(),
     };
     (result, settlement)
@@ -91,7 +91,7 @@ fn check_output(
         }
     };
     let bytes = serde_json::to_vec(&result).unwrap_or_default();
-    settlement.response_digest = Some(gate.salt().bytes(&bytes));
+    settlement.response_commitment = Some(gate.salt().bytes(&bytes));
     settlement.response_bytes = u64::try_from(bytes.len()).unwrap_or(u64::MAX);
     let Some(misfit) = misfit else { return (Ok(result), settlement) };
     settlement.rule = Some(Rule::ToolOutput);

@@ -18,7 +18,7 @@ use serde_json::{Map, Value};
 
 use super::{Prepared, Upstream, text};
 use crate::{
-    evidence::record::Effect,
+    evidence::record::CallOutcome,
     harness::{
         bounds::{Bounds, late},
         gate::Settlement,
@@ -64,7 +64,7 @@ impl Upstream for Http {
         rules.push(Rule::ToolUrl);
         // The gateway renders the request from the same arguments. Arguments that render no request are denied here.
         request.render(args)?;
-        Ok(Prepared { ready: Ready(text(args)?.into()), effect: tool.side_effect, definition: None })
+        Ok(Prepared { ready: Ready(text(args)?.into()), side_effect: tool.side_effect, definition: None })
     }
 
     async fn call(
@@ -82,12 +82,12 @@ impl Upstream for Http {
             Ok(Ok(reply)) => result(tool, &reply).inspect_err(|denial| {
                 // A body that is not what it declares may come from a call that did not end well.
                 if denial.rule == Rule::UpstreamReply {
-                    settlement.effect = Effect::Unknown;
+                    settlement.outcome = CallOutcome::Unknown;
                 }
             }),
             Ok(Err(denial)) => Err(denial),
             Err(_) => {
-                settlement.effect = Effect::Unknown;
+                settlement.outcome = CallOutcome::Unknown;
                 Err(late(tool, bounds.time, true))
             }
         };
@@ -115,7 +115,7 @@ async fn exchange(
         Ok(reply) => reply,
         Err(undelivered) => {
             if undelivered.certain {
-                settlement.effect = Effect::NotApplied;
+                settlement.outcome = CallOutcome::NotApplied;
             }
             settlement.upstream = undelivered.upstream;
             return Err(undelivered.denial);
@@ -126,17 +126,17 @@ async fn exchange(
     settlement.upstream = Peer::of(reply.headers());
     let kind = reply.headers().get(CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).map(str::to_owned);
     let by_status = match status.as_u16() {
-        200..=299 => Effect::Applied,
-        400..=499 => Effect::NotApplied,
-        _ => Effect::Unknown,
+        200..=299 => CallOutcome::Applied,
+        400..=499 => CallOutcome::NotApplied,
+        _ => CallOutcome::Unknown,
     };
     match Limited::new(reply.into_body(), bounds.reply).collect().await {
         Ok(body) => {
-            settlement.effect = by_status;
+            settlement.outcome = by_status;
             Ok(Reply { status, kind, body: body.to_bytes() })
         }
         Err(error) if error.is::<LengthLimitError>() => {
-            settlement.effect = by_status;
+            settlement.outcome = by_status;
             Err(bounds.too_long(tool))
         }
         Err(error) => {

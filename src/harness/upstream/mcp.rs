@@ -26,7 +26,7 @@ use tokio::sync::Mutex as AsyncMutex;
 
 use super::{Prepared, Upstream};
 use crate::{
-    evidence::record::{Channel, Effect},
+    evidence::record::{CallOutcome, Channel},
     harness::{
         bounds::{Bounds, LONGEST_REPLY, late},
         gate::{Call, Gate, Settlement},
@@ -134,21 +134,21 @@ impl Upstream for Servers {
         let (ready, definition) = self.ready(tool, mcp, Bounds::of(tool).time).await?;
         rules.push(Rule::ToolChanged);
         let name = tool.name.as_str();
-        let effect = definition.tightens(tool.side_effect);
+        let side_effect = definition.tightens(tool.side_effect);
 
-        if !self.gate.contracts().policy().allowed_effects.contains(&effect) {
+        if !self.gate.contracts().policy().allowed_effects.contains(&side_effect) {
             return Err(Denial {
                 rule: Rule::ToolEffect,
                 reason: format!(
                     "the contract of {name} says {}, but the upstream itself says that the tool changes something, and the \
                              workflow class does not allow {}",
                     tool.side_effect.as_str(),
-                    effect.as_str()
+                    side_effect.as_str()
                 ),
             });
         }
 
-        Ok(Prepared { ready, effect, definition: Some(definition.digest) })
+        Ok(Prepared { ready, side_effect, definition: Some(definition.digest) })
     }
 
     async fn call(
@@ -183,7 +183,7 @@ impl Upstream for Servers {
                 // Upstreams with an older protocol do not set this, and agents with a newer protocol need it. rmcp removes it for agents
                 // that do not know it.
                 result.result_type = Some(ResultType::COMPLETE);
-                settlement.effect = Effect::Applied;
+                settlement.outcome = CallOutcome::Applied;
                 return (Ok(result), settlement);
             }
             Err(denial) => denial,
@@ -192,13 +192,13 @@ impl Upstream for Servers {
         let denial = match facts.undelivered {
             Some((denial, certain)) => {
                 if certain {
-                    settlement.effect = Effect::NotApplied;
+                    settlement.outcome = CallOutcome::NotApplied;
                 }
                 denial
             }
             None => {
                 if !facts.sent {
-                    settlement.effect = Effect::NotApplied;
+                    settlement.outcome = CallOutcome::NotApplied;
                 }
                 denial
             }
@@ -286,14 +286,14 @@ impl Servers {
         let call = Call {
             channel: Channel::Listing,
             target: tool.name.clone(),
-            effect: None,
+            side_effect: None,
             definition: None,
-            request_digest: None,
+            request_commitment: None,
             request_bytes: 0,
             key: None,
             approvals: vec![],
-            because: vec![],
-            undoes: None,
+            reasons: vec![],
+            compensates: None,
             judged: None,
             rules: vec![Rule::ToolUnknown],
             model: None,
@@ -324,7 +324,7 @@ impl Servers {
         let seen = Settlement { status: facts.status, upstream: facts.upstream, ..Settlement::unknown(None) };
         let denial = match listed {
             Ok(Ok((session, tools))) => {
-                permit.settle(Settlement { effect: Effect::Applied, ..seen });
+                permit.settle(Settlement { outcome: CallOutcome::Applied, ..seen });
                 let definition = tools.get(&mcp.tool).cloned();
                 *server.state() =
                     State { session: Some(session.clone()), listing: Some(Listing { at: Instant::now(), tools }) };
@@ -337,7 +337,7 @@ impl Servers {
             Err(_) => late(tool, time, false),
         };
         *server.state() = State::default();
-        permit.settle(Settlement { effect: Effect::NotApplied, rule: Some(denial.rule), ..seen });
+        permit.settle(Settlement { outcome: CallOutcome::NotApplied, rule: Some(denial.rule), ..seen });
         Err(denial)
     }
 

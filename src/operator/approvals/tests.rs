@@ -22,7 +22,7 @@ fn request(name: &str, required: i64, decisions: &[(&str, &str)]) -> Lenient<App
         "spec": {
             "task": { "name": "triage", "uid": "u", "attempt": 1 },
             "principal": "alice", "requester": "ci", "requestedBy": "Contract", "tool": "refund", "arguments": "{}",
-            "digest": "0".repeat(64), "repeats": 0, "approvers": { "users": ["bob", "eve"] }, "required": required, "expiresAt": at(60),
+            "commitment": "0".repeat(64), "repeats": 0, "approvers": { "users": ["bob", "eve"] }, "required": required, "expiresAt": at(60),
         },
         "status": { "decisions": decisions },
     });

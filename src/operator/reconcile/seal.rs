@@ -49,7 +49,7 @@ impl Reconciliation<'_> {
             None if presumed => closed.unknown(),
             None => closed,
         };
-        self.roll_back(&closed, reply.undone_by).await?;
+        self.roll_back(&closed, reply.compensation_commitment).await?;
         let evidence = EvidenceStatus {
             origin: reply.origin,
             location: reply.location,

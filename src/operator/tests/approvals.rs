@@ -41,7 +41,7 @@ impl Scene {
             },
             "spec": {
                 "task": { "name": "triage", "uid": uid, "attempt": 1 },
-                "principal": "alice", "requestedBy": "Contract", "tool": "refund", "arguments": "{}", "digest": "0".repeat(64),
+                "principal": "alice", "requestedBy": "Contract", "tool": "refund", "arguments": "{}", "commitment": "0".repeat(64),
                 "repeats": 0, "approvers": { "users": ["bob"] }, "required": 1,
                 "expiresAt": now.checked_add(SignedDuration::from_secs(lasts)).unwrap(),
             },

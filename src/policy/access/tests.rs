@@ -89,16 +89,16 @@ fn rules(rules: &[&str]) -> Access {
 
 struct Now {
     tool: &'static str,
-    effect: SideEffect,
+    side_effect: SideEffect,
     calls: i64,
     seen: Sensitivity,
 }
 
-const NOW: Now = Now { tool: "mail", effect: SideEffect::Write, calls: 0, seen: Sensitivity::Unclassified };
+const NOW: Now = Now { tool: "mail", side_effect: SideEffect::Write, calls: 0, seen: Sensitivity::Unclassified };
 
 fn asked<'p>(policy: &'p PolicyConfig, now: &Now) -> AccessRequest<'p> {
     let usage = Usage { tool_calls: now.calls, ..Usage::default() };
-    AccessRequest { tool: policy.tool(now.tool).unwrap(), effect: now.effect, usage, seen: now.seen }
+    AccessRequest { tool: policy.tool(now.tool).unwrap(), side_effect: now.side_effect, usage, seen: now.seen }
 }
 
 fn judge(access: Access, now: &Now, arguments: Value) -> Result<AccessDecision, Denial> {
@@ -119,8 +119,8 @@ fn judge(access: Access, now: &Now, arguments: Value) -> Result<AccessDecision, 
 #[case::tools(&["a allow - m*"], NOW, "pass")]
 #[case::effect(&["a allow - - write"], NOW, "pass")]
 #[case::other_effect(&["a allow - - read,external"], NOW, "deny")]
-#[case::tightened_effect(&["a allow - - write"], Now { effect: SideEffect::External, ..NOW }, "deny")]
-#[case::denied_by_the_contracts_own_effect(&["a allow", "d deny - - write"], Now { effect: SideEffect::External, ..NOW }, "deny")]
+#[case::tightened_effect(&["a allow - - write"], Now { side_effect: SideEffect::External, ..NOW }, "deny")]
+#[case::denied_by_the_contracts_own_effect(&["a allow", "d deny - - write"], Now { side_effect: SideEffect::External, ..NOW }, "deny")]
 #[case::condition(&["a allow - - - args.to == 'x'"], NOW, "pass")]
 #[case::no_condition(&["a allow - - - args.to == 'y'"], NOW, "deny")]
 #[case::odd_allow(&["a allow - - - args.nothing == 'x'"], NOW, "deny")]
@@ -139,7 +139,7 @@ fn judge(access: Access, now: &Now, arguments: Value) -> Result<AccessDecision, 
 #[case::no_results(&["a allow - - - results.x == 1"], NOW, "deny")]
 fn by_rules(#[case] of: &[&str], #[case] now: Now, #[case] expected: &str) {
     let found = match judge(rules(of), &now, json!({"to": "x"})) {
-        Ok(AccessDecision { because, .. }) if because.is_empty() => "pass",
+        Ok(AccessDecision { reasons, .. }) if reasons.is_empty() => "pass",
         Ok(_) => "ask",
         Err(denial) => {
             assert_eq!(denial.rule, Rule::AccessRule);
@@ -163,12 +163,12 @@ fn risky() -> Access {
 #[rstest]
 #[case::none(NOW, json!({"to": "x"}), Ok((0, false)))]
 #[case::one(NOW, json!({"to": "long"}), Ok((10, false)))]
-#[case::two(Now { effect: SideEffect::External, ..NOW }, json!({"to": "long"}), Ok((20, true)))]
-#[case::three(Now { effect: SideEffect::External, seen: Sensitivity::Restricted, ..NOW }, json!({"to": "long"}), Err(()))]
+#[case::two(Now { side_effect: SideEffect::External, ..NOW }, json!({"to": "long"}), Ok((20, true)))]
+#[case::three(Now { side_effect: SideEffect::External, seen: Sensitivity::Restricted, ..NOW }, json!({"to": "long"}), Err(()))]
 #[case::what_cannot_be_told_counts(NOW, json!({"cc": 1}), Ok((10, false)))]
 fn by_risk(#[case] now: Now, #[case] arguments: Value, #[case] expected: Result<(i64, bool), ()>) {
     let found = judge(risky(), &now, arguments);
-    let found = found.map(|passed| (passed.assessment.unwrap().risk.unwrap().score, !passed.because.is_empty()));
+    let found = found.map(|passed| (passed.assessment.unwrap().risk.unwrap().score, !passed.reasons.is_empty()));
     let found = found.map_err(|denial| {
         assert_eq!(denial.rule, Rule::RiskScore);
         assert!(denial.reason.contains("30 (external 10 + seen 10 + long 10)"), "{}", denial.reason);
@@ -179,9 +179,9 @@ fn by_risk(#[case] now: Now, #[case] arguments: Value, #[case] expected: Result<
 #[test]
 fn a_person_is_told_why_he_is_asked() {
     let access = Access { rules: vec![rule("outside ask - - external")], ..risky() };
-    let now = Now { effect: SideEffect::External, ..NOW };
+    let now = Now { side_effect: SideEffect::External, ..NOW };
     let passed = judge(access, &now, json!({"to": "long"})).unwrap();
-    assert_eq!(passed.because, ["rule outside", "risk 20 (external 10 + long 10)"]);
+    assert_eq!(passed.reasons, ["rule outside", "risk 20 (external 10 + long 10)"]);
 }
 
 #[test]
@@ -212,7 +212,7 @@ fn where_nobody_says_anything_nothing_is_recorded() {
     policy.tools.pop();
     let guard = AccessPolicy::compile(&policy).unwrap();
     let passed = guard.judge(asked(&policy, &NOW), &json!({})).unwrap();
-    assert_eq!(passed, AccessDecision { assessment: None, because: vec![] });
+    assert_eq!(passed, AccessDecision { assessment: None, reasons: vec![] });
     assert_eq!(guard.replay(asked(&policy, &NOW), None), Ok(passed));
     let made_up = Assessment { arguments: Sensitivity::Internal, seen: NOW.seen, rules: vec![], risk: None };
     assert!(guard.replay(asked(&policy, &NOW), Some(&made_up)).is_err());
@@ -290,8 +290,8 @@ proptest! {
             rule(&format!("r{at} {} - - - {}", ["allow", "ask", "deny"][*decision], WHEN[at % 4]))
         };
         let access = Access { rules: decisions.iter().enumerate().map(of).collect(), ..risky() };
-        let effect = if external { SideEffect::External } else { SideEffect::Write };
-        let now = Now { effect, calls, ..NOW };
+        let side_effect = if external { SideEffect::External } else { SideEffect::Write };
+        let now = Now { side_effect, calls, ..NOW };
         let arguments = json!({"to": to});
         let policy = policy(access.clone());
         let found = AccessPolicy::compile(&policy).unwrap().judge(asked(&policy, &now), &arguments);

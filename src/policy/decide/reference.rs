@@ -270,7 +270,7 @@ enum Comes {
 /// One contract, in plain Rust.
 struct Plain {
     name: &'static str,
-    effect: SideEffect,
+    side_effect: SideEffect,
     schema: fn(&Node) -> bool,
     conditions: fn(&Node, State) -> bool,
     /// Whether the contract requires approval.
@@ -280,7 +280,7 @@ struct Plain {
 const CONTRACTS: [Plain; 6] = [
     Plain {
         name: "open_ticket",
-        effect: SideEffect::Write,
+        side_effect: SideEffect::Write,
         schema: |args| {
             args.only(&["title", "severity", "count", "tags"])
                 && required(args, "title", text_of(1, 20))
@@ -300,14 +300,14 @@ const CONTRACTS: [Plain; 6] = [
     },
     Plain {
         name: "lookup",
-        effect: SideEffect::Read,
+        side_effect: SideEffect::Read,
         schema: |args| args.only(&["id"]) && required(args, "id", integer_of(1.0, 9_007_199_254_740_991.0)),
         conditions: |_, _| true,
         asks: |_| false,
     },
     Plain {
         name: "pay",
-        effect: SideEffect::External,
+        side_effect: SideEffect::External,
         schema: |args| {
             args.only(&["amount", "to"])
                 && required(args, "amount", number_of(0.0, 1e6))
@@ -331,14 +331,14 @@ const CONTRACTS: [Plain; 6] = [
     },
     Plain {
         name: "ping",
-        effect: SideEffect::Read,
+        side_effect: SideEffect::Read,
         schema: |args| args.only(&[]),
         conditions: |_, _| true,
         asks: |_| false,
     },
     Plain {
         name: "odd",
-        effect: SideEffect::Read,
+        side_effect: SideEffect::Read,
         // The values can be anything: if a condition cannot read a value, the call is denied.
         schema: |args| args.only(&["x", "y"]),
         conditions: |args, state| required(args, "x", number_of(1.5, 1e300)) || state.usage.denials == 1,
@@ -346,7 +346,7 @@ const CONTRACTS: [Plain; 6] = [
     },
     Plain {
         name: "yes",
-        effect: SideEffect::Read,
+        side_effect: SideEffect::Read,
         schema: |args| matches!(args, Node::Object(_)),
         conditions: |_, _| false,
         asks: |_| false,
@@ -423,7 +423,7 @@ fn contracts(limits: Limits, allowed_effects: Vec<SideEffect>) -> PolicyConfig {
                 "pay" => Some(approval(None)),
                 _ => None,
             },
-            side_effect: plain.effect,
+            side_effect: plain.side_effect,
             data: DataClass::default(),
             redact: vec![],
         }
@@ -500,8 +500,8 @@ fn pack(plain: &Plain, args: &Node, state: State) -> Result<bool, Rule> {
         return Err(Rule::AccessRule);
     }
     let large =
-        plain.effect == SideEffect::External && args.get("amount").and_then(Node::number).is_none_or(|n| n > 50.0);
-    let reasons = [plain.effect == SideEffect::Write, args.says("high"), state.seen != Sensitivity::Unclassified];
+        plain.side_effect == SideEffect::External && args.get("amount").and_then(Node::number).is_none_or(|n| n > 50.0);
+    let reasons = [plain.side_effect == SideEffect::Write, args.says("high"), state.seen != Sensitivity::Unclassified];
     match reasons.into_iter().filter(|reason| *reason).count() {
         3 => Err(Rule::RiskScore),
         2 => Ok(true),
@@ -530,7 +530,7 @@ fn denied<'p>(policy: &PolicyConfig, tool: &str, text: &[u8], state: State) -> R
         _ => return Err(Rule::RequestJson),
     };
     let Some(plain) = CONTRACTS.iter().find(|plain| plain.name == tool) else { return Err(Rule::ToolUnknown) };
-    if !policy.allowed_effects.contains(&plain.effect) {
+    if !policy.allowed_effects.contains(&plain.side_effect) {
         return Err(Rule::ToolEffect);
     }
     if !(plain.schema)(&args) {
@@ -801,13 +801,13 @@ fn generated_calls_are_decided_as_the_reference_decides() {
         let found = match &decision.verdict {
             Err(denial) => Comes::Denied(denial.rule),
             Ok(tool) => {
-                let asked = AccessRequest { tool, effect: tool.side_effect, usage, seen: data };
+                let asked = AccessRequest { tool, side_effect: tool.side_effect, usage, seen: data };
                 match guards[which].judge(asked, &decision.arguments) {
                     Err(denial) => Comes::Denied(denial.rule),
                     Ok(passed) => {
                         let again = guards[which].replay(asked, passed.assessment.as_ref());
                         assert_eq!(again.as_ref(), Ok(&passed), "call {n}: its record is judged otherwise");
-                        let by_pack = !passed.because.is_empty();
+                        let by_pack = !passed.reasons.is_empty();
                         Comes::Passes { by_contract: decision.needs_approval, by_pack }
                     }
                 }

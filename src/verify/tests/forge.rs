@@ -17,7 +17,7 @@ use crate::{
         merkle::{self, Tree},
         note::{Checkpoint, Note, Signer},
         record::{
-            Actor, AttemptClosed, Channel, DOCUMENTS, Denied, Effect, Encoded, Event, Intent, Outcome, Record,
+            Actor, AttemptClosed, CallOutcome, Channel, DOCUMENTS, Denied, Encoded, Event, Intent, Outcome, Record,
             TaskClosed,
         },
         segment::Segment,
@@ -311,8 +311,9 @@ pub(crate) fn rewritten(segments: &Segments, at: usize, rewrite: &Rewrite) -> Op
         }
         Rewrite::Flipped => {
             let Event::Outcome(outcome) = &record.event else { return None };
-            let effect = if outcome.effect == Effect::Applied { Effect::NotApplied } else { Effect::Applied };
-            changed(with(Event::Outcome(Outcome { effect, ..outcome.clone() })))
+            let effect =
+                if outcome.outcome == CallOutcome::Applied { CallOutcome::NotApplied } else { CallOutcome::Applied };
+            changed(with(Event::Outcome(Outcome { outcome: effect, ..outcome.clone() })))
         }
         Rewrite::Allowed => {
             let Event::Denied(denied) = &record.event else { return None };
@@ -390,14 +391,14 @@ fn allowed(denied: &Denied, call: &str) -> Intent {
         call: call.to_owned(),
         channel: denied.channel,
         target: denied.target.clone(),
-        effect: (denied.channel == Channel::Tool).then_some(SideEffect::Read),
-        definition: None,
-        request_digest: denied.request_digest.clone(),
+        side_effect: (denied.channel == Channel::Tool).then_some(SideEffect::Read),
+        definition_digest: None,
+        request_commitment: denied.request_commitment.clone(),
         request_bytes: 2,
         rules: vec![],
-        key: None,
+        idempotency_key: None,
         approvals: vec![],
-        undoes: None,
+        compensates: None,
         assessment: None,
         model: None,
         reserved_tokens: 0,
@@ -408,10 +409,10 @@ fn allowed(denied: &Denied, call: &str) -> Intent {
 fn done(call: String) -> Outcome {
     Outcome {
         call,
-        effect: Effect::Applied,
+        outcome: CallOutcome::Applied,
         rule: None,
         status: 200,
-        response_digest: None,
+        response_commitment: None,
         response_bytes: 2,
         sent_bytes: None,
         tokens: 0,
@@ -419,7 +420,7 @@ fn done(call: String) -> Outcome {
         upstream: None,
         certificate: None,
         sensitivity: Sensitivity::default(),
-        undone_by: None,
+        compensation_commitment: None,
     }
 }
 
@@ -429,7 +430,7 @@ fn refused(intent: &Intent) -> Denied {
         target: intent.target.clone(),
         rule: Rule::ToolPrecondition,
         reason: "it was refused, says the thief".to_owned(),
-        request_digest: intent.request_digest.clone(),
+        request_commitment: intent.request_commitment.clone(),
         count: 1,
     }
 }

@@ -8,8 +8,8 @@ use crate::{
         log::Log,
         note::{self, Signer, WITNESS_NAME},
         record::{
-            Actor, AttemptClosed, AttemptOpened, Channel, Containment, Denied, Effect, Event, Intent, Outcome, Pod,
-            Record, Resolved, TaskClosed, VERSION,
+            Actor, AttemptClosed, AttemptOpened, CallOutcome, Channel, Containment, Denied, Event, Intent, Outcome,
+            Pod, Record, Resolved, TaskClosed, VERSION,
         },
     },
     policy::{
@@ -124,7 +124,7 @@ pub(crate) fn signer() -> Signer {
 pub(crate) fn opened(key: &Signer, attempt: i64) -> Event {
     let policy = policy();
     Event::AttemptOpened(Box::new(AttemptOpened {
-        key: key.verifier().to_string(),
+        verifier_key: key.verifier().to_string(),
         policy,
         pod: Pod {
             name: format!("tidy-{attempt}"),
@@ -144,17 +144,17 @@ pub(crate) fn intent(call: &str, channel: Channel, target: &str, reserved_tokens
         call: call.to_owned(),
         channel,
         target: target.to_owned(),
-        effect: match target {
+        side_effect: match target {
             "search" => Some(SideEffect::Read),
             "write" => Some(SideEffect::Write),
             _ => None,
         },
-        definition: (channel == Channel::Tool).then(|| "0d".repeat(32)),
-        request_digest: Some("ab".repeat(32)),
+        definition_digest: (channel == Channel::Tool).then(|| "0d".repeat(32)),
+        request_commitment: Some("ab".repeat(32)),
         request_bytes: 120,
-        key: None,
+        idempotency_key: None,
         approvals: vec![],
-        undoes: None,
+        compensates: None,
         assessment: None,
         rules: vec![Rule::ToolUnknown, Rule::ToolSchema],
         model: None,
@@ -166,10 +166,10 @@ pub(crate) fn intent(call: &str, channel: Channel, target: &str, reserved_tokens
 pub(crate) fn outcome(call: &str, tokens: i64) -> Event {
     Event::Outcome(Outcome {
         call: call.to_owned(),
-        effect: Effect::Applied,
+        outcome: CallOutcome::Applied,
         rule: None,
         status: 200,
-        response_digest: Some("cd".repeat(32)),
+        response_commitment: Some("cd".repeat(32)),
         response_bytes: 640,
         sent_bytes: None,
         tokens,
@@ -177,7 +177,7 @@ pub(crate) fn outcome(call: &str, tokens: i64) -> Event {
         upstream: Some("198.51.100.20:443".to_owned()),
         certificate: None,
         sensitivity: Sensitivity::default(),
-        undone_by: None,
+        compensation_commitment: None,
     })
 }
 
@@ -187,7 +187,7 @@ pub(crate) fn denied(target: &str) -> Event {
         target: target.to_owned(),
         rule: Rule::EgressHost,
         reason: "expected a host of the class's list, found another".to_owned(),
-        request_digest: None,
+        request_commitment: None,
         count: 1,
     })
 }
@@ -283,7 +283,7 @@ pub(crate) fn resolved() -> Script {
             settle_seconds: 1,
         });
     });
-    let told = Event::Resolved(Resolved { call: "d".into(), effect: Effect::Applied, by: "e".into() });
+    let told = Event::Resolved(Resolved { call: "d".into(), outcome: CallOutcome::Applied, by: "e".into() });
     let read = [intent("e", Channel::Tool, "search", 0), outcome("e", 0), told];
     script.segments[5].splice(1..1, read.map(|event| record(2, event)));
     lose(&mut script, 9);
@@ -293,5 +293,5 @@ pub(crate) fn resolved() -> Script {
 
 pub(crate) fn lose(script: &mut Script, at: usize) {
     let Event::Outcome(outcome) = &mut script.at(at).event else { panic!() };
-    outcome.effect = Effect::Unknown;
+    outcome.outcome = CallOutcome::Unknown;
 }

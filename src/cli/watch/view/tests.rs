@@ -192,7 +192,7 @@ fn an_outcome_says_why() {
     }
     let failed = |rule, status| {
         let Event::Outcome(one) = outcome("c-9", 0) else { panic!() };
-        Event::Outcome(Outcome { effect: Effect::NotApplied, rule, status, ..one })
+        Event::Outcome(Outcome { outcome: CallOutcome::NotApplied, rule, status, ..one })
     };
     let asked = || {
         let Event::Intent(one) = intent("c-9", Channel::Model, "/v1/chat/completions", 100) else { panic!() };

@@ -34,11 +34,11 @@ fn rich() -> PolicyConfig {
 
 fn event((what, call, by, how): Step) -> Option<Event> {
     let name = |n: u8| n.to_string();
-    let effect = [Effect::Applied, Effect::NotApplied, Effect::Unknown][usize::from(how % 3)];
+    let became = [CallOutcome::Applied, CallOutcome::NotApplied, CallOutcome::Unknown][usize::from(how % 3)];
     let tool = |target: &str, change: &dyn Fn(&mut Intent)| {
         let Event::Intent(mut of) = intent(&name(call), Channel::Tool, target, 0) else { return None };
-        of.effect = of.effect.or(Some(SideEffect::Read));
-        of.definition.get_or_insert_with(|| testing::DEFINITION.into());
+        of.side_effect = of.side_effect.or(Some(SideEffect::Read));
+        of.definition_digest.get_or_insert_with(|| testing::DEFINITION.into());
         change(&mut of);
         Some(Event::Intent(of))
     };
@@ -48,45 +48,45 @@ fn event((what, call, by, how): Step) -> Option<Event> {
     };
     let ended = |change: &dyn Fn(&mut Outcome)| {
         let Event::Outcome(mut of) = outcome(&name(call), i64::from(by)) else { return None };
-        of.effect = effect;
+        of.outcome = became;
         change(&mut of);
         Some(Event::Outcome(of))
     };
-    let key = |of: &mut Intent| of.key = Some(wide(&by.to_string()));
+    let key = |of: &mut Intent| of.idempotency_key = Some(wide(&by.to_string()));
     match what {
         0 | 1 => tool("write", &|_| ()),
         2 | 3 => tool("look", &|_| ()),
         4 => tool("narrow", &|of| of.request_bytes = u64::from(how) * 4),
         5 => tool("unheard", &|_| ()),
         6 => tool("write", &|of| {
-            of.effect = [None, Some(SideEffect::Read), Some(SideEffect::External)][usize::from(how % 3)]
+            of.side_effect = [None, Some(SideEffect::Read), Some(SideEffect::External)][usize::from(how % 3)]
         }),
-        7 => tool("search", &|of| of.definition = (how > 1).then(|| wide(&how.to_string()))),
+        7 => tool("search", &|of| of.definition_digest = (how > 1).then(|| wide(&how.to_string()))),
         8 | 9 => tool("once", &|of| {
             key(of);
-            of.request_digest = Some(wide(if how == 0 { "other" } else { "d" }));
+            of.request_commitment = Some(wide(if how == 0 { "other" } else { "d" }));
         }),
         10 => tool("search", &key),
         11 => tool("once", &|_| ()),
         12 => model(i64::from(how) * 15, i64::from(by) * 50),
         13 => Some(intent(&name(call), [Channel::Egress, Channel::Listing][usize::from(how % 2)], "look", 0)),
         14..=19 => ended(&|_| ()),
-        20 => ended(&|of| of.response_digest = Some(wide("r"))),
+        20 => ended(&|of| of.response_commitment = Some(wide("r"))),
         21 => ended(&|of| of.tokens = i64::from(how) - 2),
-        22 => ended(&|of| of.undone_by = Some(wide("u"))),
-        23 => ended(&|of| of.response_digest = Some("no digest".into())),
-        24..=27 => Some(Event::Resolved(Resolved { call: name(call), effect, by: name(by) })),
+        22 => ended(&|of| of.compensation_commitment = Some(wide("u"))),
+        23 => ended(&|of| of.response_commitment = Some("no digest".into())),
+        24..=27 => Some(Event::Resolved(Resolved { call: name(call), outcome: became, by: name(by) })),
         28 => Some(Event::Replayed(Replayed {
             call: name(call),
             target: "once".into(),
-            key: wide(&by.to_string()),
-            request_digest: wide("d"),
-            response_digest: wide(if how == 0 { "s" } else { "r" }),
+            idempotency_key: wide(&by.to_string()),
+            request_commitment: wide("d"),
+            response_commitment: wide(if how == 0 { "s" } else { "r" }),
         })),
         29 => {
             let Event::Denied(of) = denied() else { return None };
-            let request_digest = (how == 3).then(|| wide("d"));
-            Some(Event::Denied(crate::evidence::record::Denied { count: i64::from(by), request_digest, ..of }))
+            let request_commitment = (how == 3).then(|| wide("d"));
+            Some(Event::Denied(crate::evidence::record::Denied { count: i64::from(by), request_commitment, ..of }))
         }
         30 => Some(Event::ContainmentChecked(contained(how != 0))),
         31 => {
@@ -154,7 +154,7 @@ impl Both {
             match how {
                 0 => opened.containment = contained(false),
                 1 => opened.policy.task.uid = "another".into(),
-                2 => opened.key = Signer::generate("belay.dev/task/other/1").unwrap().verifier().to_string(),
+                2 => opened.verifier_key = Signer::generate("belay.dev/task/other/1").unwrap().verifier().to_string(),
                 _ => {}
             }
         });

@@ -355,8 +355,8 @@ impl Seal for Witness {
             if fate < 10 {
                 return Err(unreachable());
             }
-            let undone_by = sealed.has_failed().then(|| ["close".to_owned()].into());
-            Ok(SealReply { closed: Some(sealed), undone_by, ..seal::tests::reply() })
+            let compensation_commitment = sealed.has_failed().then(|| ["close".to_owned()].into());
+            Ok(SealReply { closed: Some(sealed), compensation_commitment, ..seal::tests::reply() })
         })
     }
 }
