@@ -72,6 +72,7 @@ use crate::{
         output::Outputs,
         rule::Rule,
     },
+    retry,
 };
 
 /// The paths and addresses that the harness starts with.
@@ -439,7 +440,7 @@ async fn open(
 ) -> Result<crate::wire::OpenReply, HarnessError> {
     const PATIENCE: Duration = Duration::from_secs(60);
     let started = tokio::time::Instant::now();
-    let mut pause = Duration::from_millis(50);
+    let mut pauses = retry::pauses(Duration::from_millis(50), Duration::from_secs(2));
     loop {
         let error = match link.open(attempt, digest).await {
             Ok(reply) => return Ok(reply),
@@ -465,7 +466,6 @@ async fn open(
             });
         }
         tracing::info!(%error, "the log is not open yet");
-        tokio::time::sleep(pause).await;
-        pause = (pause * 2).min(Duration::from_secs(2));
+        retry::pause(&mut pauses).await;
     }
 }

@@ -56,6 +56,9 @@ pub mod policy;
 /// Turns a validated task into the objects that run it.
 #[cfg(feature = "kube")]
 pub mod render;
+/// The pauses between the tries of a request.
+#[cfg(feature = "net")]
+pub mod retry;
 /// Limits the memory for bodies that are held in memory as a whole.
 #[cfg(feature = "net")]
 pub mod room;

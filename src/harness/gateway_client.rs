@@ -38,6 +38,7 @@ pub use self::reply::{Carried, EndedError, withheld};
 use crate::{
     evidence::{merkle::Hash, record::Channel},
     policy::{config::Wiring, decide::Denial, rule::Rule},
+    retry,
     wire::{
         self, AppendReply, AppendRequest, ApprovalAsk, ApprovalReply, Kept, KeptResult, OpenReply, OpenRequest,
         PutResult, PutState, Refusal, StateRef, Undo,
@@ -314,7 +315,7 @@ impl GatewayClient {
     ) -> Result<Response<Carried>, DeliveryError> {
         let patience = silence.saturating_add(WORD);
         let started = Instant::now();
-        let mut pause = Duration::from_millis(50);
+        let mut pauses = retry::pauses(Duration::from_millis(50), Duration::from_secs(1));
         loop {
             let bearer = self.bearer().map_err(|error| undelivered(Rule::IdentityToken, error.to_string(), true))?;
             let mut again = Request::new(Full::from(body.clone()));
@@ -331,14 +332,12 @@ impl GatewayClient {
                         && reply.headers().contains_key(wire::RULE)
                         && started.elapsed() < PATIENCE =>
                 {
-                    tokio::time::sleep(pause).await;
-                    pause = (pause * 2).min(Duration::from_secs(1));
+                    retry::pause(&mut pauses).await;
                 }
                 Ok(Ok(reply)) => return self.judge(reply).await,
                 Ok(Err(error)) if error.is_connect() && started.elapsed() < PATIENCE => {
                     tracing::warn!(error = chain(&error), "the gateway cannot be reached; trying again");
-                    tokio::time::sleep(pause).await;
-                    pause = (pause * 2).min(Duration::from_secs(1));
+                    retry::pause(&mut pauses).await;
                 }
                 Ok(Err(error)) => {
                     return Err(undelivered(Rule::UpstreamConnect, chain(&error), error.is_connect()));

@@ -25,10 +25,11 @@ use crate::{
     },
     gateway::{buckets::unavailable, identity::HarnessIdentity, refusal::Refused},
     policy::{config::Usage, rule::Rule},
+    retry,
     wire::{AppendReply, AppendRequest, Until},
 };
 
-/// Delays between attempts to store a segment after a failure: the first and the longest.
+/// Delays between attempts to store a segment after a failure, without their random part: the first and the longest.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 /// Maximum number of attempts to append a segment when other replicas store segments meanwhile.
 const TRIES: u32 = 4;
@@ -175,8 +176,8 @@ impl Witness {
 
     /// Stores held segments until there are none.
     async fn store_held(self: Arc<Self>, place: LogLocation, log: Arc<Log>) {
-        let (first, longest) = PAUSES;
-        let mut pause = first;
+        let fresh = || retry::pauses(PAUSES.0, PAUSES.1);
+        let mut pauses = fresh();
         loop {
             log.due().await;
             let Some(Batch { mut segment, after }) = log.batch() else { return };
@@ -185,7 +186,7 @@ impl Witness {
                 Ok(()) => {
                     let lost = log.advance(after, &segment, segment.note.to_string());
                     self.lost(&place, lost).await;
-                    pause = first;
+                    pauses = fresh();
                     continue;
                 }
                 // Another replica stored a segment first, or an earlier attempt to store this segment succeeded after all.
@@ -200,8 +201,7 @@ impl Witness {
                 Err(PutError::Store(error)) => self.failed(&error),
             };
             log.failed(refused);
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(longest);
+            retry::pause(&mut pauses).await;
         }
     }
 

@@ -30,6 +30,7 @@ use crate::{
         spool::Spool,
     },
     policy::{decide::Denial, rule::Rule},
+    retry,
     wire::{AppendReply, AppendRequest, Until},
 };
 
@@ -37,7 +38,7 @@ use crate::{
 const LINGER: Duration = Duration::from_millis(100);
 /// The pause before a segment that did not fit into the spool is written again.
 const ROOM: Duration = Duration::from_secs(1);
-/// The pauses before segments are sent again: the first and the longest.
+/// The pauses before segments are sent again, without their random part: the first and the longest.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 
 /// A segment that is being sent to the witness.
@@ -139,8 +140,8 @@ impl Journal {
     /// Sends segment after segment to the witness and, at the same time, asks it to store the segments that it has. Sends the same bytes
     /// again until the witness has them or rejects them, because appending twice is appending once.
     pub(super) async fn send(self: Arc<Self>, mut outbox: Outbox, witness: Arc<dyn Witness>) {
-        let (first, longest) = PAUSES;
-        let mut pause = first;
+        let fresh = || retry::pauses(PAUSES.0, PAUSES.1);
+        let mut pauses = fresh();
         let (mut holding, mut storing): (Sending, Sending) = (Fuse::terminated(), Fuse::terminated());
         loop {
             // The time at which the loop must run again, if any.
@@ -194,7 +195,7 @@ impl Journal {
             };
             match sent {
                 Ok(()) => {
-                    pause = first;
+                    pauses = fresh();
                     self.progress.send_modify(|progress| outbox.tell(progress));
                 }
                 Err(CallError::Refused(denial)) if denial.rule != Rule::Evidence => {
@@ -209,8 +210,7 @@ impl Journal {
                     // The replica that replies next may not have the segments that this one had.
                     (holding, storing) = (Fuse::terminated(), Fuse::terminated());
                     outbox.sent = 0;
-                    tokio::time::sleep(pause).await;
-                    pause = (pause * 2).min(longest);
+                    retry::pause(&mut pauses).await;
                 }
             }
         }
@@ -233,7 +233,7 @@ pub async fn send_left(
     for segment in left {
         let text = String::from_utf8(segment.to_bytes()).map_err(|e| lost(e.to_string()))?;
         let request = AppendRequest { attempt, first: segment.first, segment: text, until: Until::Stored };
-        let (mut pause, longest) = PAUSES;
+        let mut pauses = retry::pauses(PAUSES.0, PAUSES.1);
         any = true;
         tracing::info!(first = segment.first, end = segment.end(), "storing what was left");
         while let Err(error) = link.append(&request).await {
@@ -245,8 +245,7 @@ pub async fn send_left(
                 error if started.elapsed() > STORE_PATIENCE => return Err(lost(error.to_string())),
                 error => tracing::warn!(%error, "what was left is not stored yet"),
             }
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(longest);
+            retry::pause(&mut pauses).await;
         }
     }
     Ok(any)
