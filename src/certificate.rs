@@ -4,12 +4,9 @@
 //! key is not used, and the last good one stays in use.
 //! Rejects: starting without a usable certificate.
 
-use std::{
-    path::PathBuf,
-    sync::{Arc, PoisonError, RwLock},
-    time::Duration,
-};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
+use parking_lot::RwLock;
 use rustls::{
     ServerConfig,
     crypto::ring::sign::any_supported_type,
@@ -35,7 +32,7 @@ struct Current(RwLock<Arc<CertifiedKey>>);
 
 impl ResolvesServerCert for Current {
     fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
-        Some(self.0.read().unwrap_or_else(PoisonError::into_inner).clone())
+        Some(self.0.read().clone())
     }
 }
 
@@ -64,7 +61,7 @@ pub fn serve(
             match looked {
                 Ok(None) => report(true),
                 Ok(Some((files, key))) => {
-                    *current.0.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(key);
+                    *current.0.write() = Arc::new(key);
                     last = files;
                     report(true);
                     tracing::info!("serving a renewed certificate");

@@ -16,7 +16,7 @@ use std::{
     future::Future,
     io,
     pin::Pin,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
     task::{Context, Poll, ready},
     time::Duration,
 };
@@ -29,6 +29,7 @@ use kube::{
     client::{Body as RequestBody, ClientBuilder},
     runtime::{utils::Backoff, watcher},
 };
+use parking_lot::{Mutex, MutexGuard};
 use prometheus::{
     GaugeVec, Opts,
     core::{Collector, Desc},
@@ -83,7 +84,7 @@ impl Default for Contact {
 impl Contact {
     fn lock(&self) -> MutexGuard<'_, State> {
         // Every change is one assignment, so a panic elsewhere leaves no partial state.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock()
     }
 
     /// Returns the current time, by the API server's clock as far as it is known.

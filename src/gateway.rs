@@ -54,6 +54,8 @@ pub mod options;
 mod pod_quota;
 /// Idle connections to upstreams, kept for reuse.
 pub mod pool;
+/// Maps of bounded size that keep what was used most recently.
+mod recent;
 /// Why a request was not served.
 pub mod refusal;
 /// Name resolution.

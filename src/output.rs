@@ -10,9 +10,11 @@ use std::{
     any::Any,
     collections::VecDeque,
     io::{self, Write},
-    sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, LazyLock},
     time::{Duration, Instant},
 };
+
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 /// A value that is dropped once its text is written or lost.
 pub type Kept = Box<dyn Any + Send>;
@@ -102,7 +104,7 @@ impl Output {
             if left.is_zero() {
                 return;
             }
-            waiting = self.0.changed.wait_timeout(waiting, left).unwrap_or_else(PoisonError::into_inner).0;
+            self.0.changed.wait_for(&mut waiting, left);
         }
     }
 }
@@ -121,14 +123,14 @@ impl Write for Output {
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, Waiting> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+        self.waiting.lock()
     }
 
     fn write(&self, mut out: impl Write, missing: fn(u64) -> String) {
         loop {
             let mut waiting = self.lock();
             while waiting.texts.is_empty() {
-                waiting = self.changed.wait(waiting).unwrap_or_else(PoisonError::into_inner);
+                self.changed.wait(&mut waiting);
             }
             let texts = std::mem::take(&mut waiting.texts);
             let lost = std::mem::take(&mut waiting.lost);

@@ -10,7 +10,7 @@ use std::{
     collections::HashMap,
     net::IpAddr,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc,
         atomic::{AtomicBool, Ordering},
     },
     time::{Duration, Instant},
@@ -26,6 +26,7 @@ use kube::{
         watcher,
     },
 };
+use parking_lot::Mutex;
 use serde::de::DeserializeOwned;
 
 use super::{
@@ -176,7 +177,7 @@ impl Cluster {
     async fn fetched(&self, bound: &BoundPod) -> Fetched {
         let now = Instant::now();
         {
-            let mut fetched = self.fetched.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut fetched = self.fetched.lock();
             fetched.retain(|_, (at, _)| now.duration_since(*at) < FETCHED_FOR);
             if let Some((_, known)) = fetched.get(&bound.uid) {
                 return known.clone();
@@ -204,7 +205,7 @@ impl Cluster {
             }
             Err(_) => Fetched::default(),
         };
-        let mut fetched = self.fetched.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut fetched = self.fetched.lock();
         fetched.insert(bound.uid.clone(), (Instant::now(), found.clone()));
         found
     }
@@ -230,7 +231,7 @@ impl Cluster {
     pub fn task(&self, namespace: &str, name: &str, uid: &str) -> Option<Arc<AgentTask>> {
         let is_it = |task: &Arc<AgentTask>| task.metadata.uid.as_deref() == Some(uid);
         get(&self.stores.tasks, namespace, name).filter(is_it).or_else(|| {
-            let fetched = self.fetched.lock().unwrap_or_else(PoisonError::into_inner);
+            let fetched = self.fetched.lock();
             fetched.values().filter_map(|(_, f)| f.task.clone()).find(is_it)
         })
     }

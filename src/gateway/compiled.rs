@@ -5,15 +5,16 @@
 //!
 //! Non-goals: finding these objects ([`cluster`](super::cluster)), and decisions by the policy ([`authorize`](super::authorize)).
 
-use std::{
-    collections::HashMap,
-    sync::{Arc, Mutex, PoisonError},
-};
+use std::sync::Arc;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::ResourceExt;
+use moka::{
+    ops::compute::{CompResult, Op},
+    sync::Cache as Map,
+};
 
-use super::{state::SaltLocation, witness::LogLocation};
+use super::{recent::recent, state::SaltLocation, witness::LogLocation};
 use crate::{
     api::{
         AgentTask, PolicyPack, ToolContract,
@@ -128,8 +129,13 @@ impl Compiled {
 type Sources = Vec<(String, i64)>;
 
 /// Compiled policies in memory, by the task's UID.
-#[derive(Default)]
-pub(super) struct Cache(Mutex<HashMap<String, (Sources, Arc<Compiled>)>>);
+pub(super) struct Cache(Map<String, (Arc<Sources>, Arc<Compiled>)>);
+
+impl Default for Cache {
+    fn default() -> Self {
+        Self(recent(COMPILED))
+    }
+}
 
 impl Cache {
     /// Returns the compiled policy of a task by its contracts and its pack. Compiles it if one of the objects has changed.
@@ -146,18 +152,17 @@ impl Cache {
         let mut sources = vec![source(&task.metadata), source(&pack.metadata)];
         sources.extend(contracts.iter().map(|contract| source(&contract.metadata)));
         let uid = task.uid().unwrap_or_default();
-        let mut cache = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((from, compiled)) = cache.get(&uid)
-            && *from == sources
-        {
-            return Ok(compiled.clone());
+        // Calls of one task wait while one of them compiles. Other tasks do not wait.
+        let entry = self.0.entry(uid).and_try_compute_with(|known| match known {
+            Some(known) if *known.value().0 == sources => Ok(Op::Nop),
+            _ => compile(task, contracts, pack).map(|compiled| Op::Put((Arc::new(sources), Arc::new(compiled)))),
+        })?;
+        match entry {
+            CompResult::Inserted(entry) | CompResult::ReplacedWith(entry) | CompResult::Unchanged(entry) => {
+                Ok(entry.into_value().1)
+            }
+            CompResult::StillNone(_) | CompResult::Removed(_) => Err("the policy was not compiled".to_owned()),
         }
-        let compiled = Arc::new(compile(task, contracts, pack)?);
-        if cache.len() >= COMPILED {
-            cache.clear();
-        }
-        cache.insert(uid, (sources, compiled.clone()));
-        Ok(compiled)
     }
 }
 

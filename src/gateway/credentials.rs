@@ -8,16 +8,15 @@
 //! Non-goals: Secrets without the label `belay.dev/upstream-credential: "true"`, and encodings of a credential that `forms` does not
 //! recognize.
 
-use std::{
-    collections::HashMap,
-    sync::{Arc, Mutex, PoisonError},
-};
+use std::sync::Arc;
 
 use http::{HeaderMap, HeaderName, HeaderValue};
+use moka::sync::Cache;
 
 use super::{
     cluster::Cluster,
     forms::{Forms, UnfitError},
+    recent::recent,
     refusal::Refused,
 };
 use crate::{api::policy_pack::Credential, canonical, policy::rule::Rule};
@@ -26,21 +25,22 @@ use crate::{api::policy_pack::Credential, canonical, policy::rule::Rule};
 const REMEMBERED: usize = 64;
 
 /// Search tables of credentials, which are built once, by a digest of prefix and credential.
-#[derive(Default)]
-pub struct Known(Mutex<HashMap<[u8; 32], Arc<Forms>>>);
+pub struct Known(Cache<[u8; 32], Arc<Forms>>);
+
+impl Default for Known {
+    fn default() -> Self {
+        Self(recent(REMEMBERED))
+    }
+}
 
 impl Known {
     fn forms(&self, prefix: &str, secret: &[u8]) -> Result<Arc<Forms>, UnfitError> {
         let key = canonical::sha256(&[prefix.as_bytes(), b"\n", secret].concat());
-        if let Some(known) = self.0.lock().unwrap_or_else(PoisonError::into_inner).get(&key) {
-            return Ok(known.clone());
+        if let Some(known) = self.0.get(&key) {
+            return Ok(known);
         }
         let forms = Arc::new(Forms::of(prefix, secret)?);
-        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if known.len() >= REMEMBERED {
-            known.clear();
-        }
-        known.insert(key, forms.clone());
+        self.0.insert(key, forms.clone());
         Ok(forms)
     }
 }

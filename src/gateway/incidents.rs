@@ -5,20 +5,17 @@
 //!
 //! Non-goals: recording prompts, tokens or anything else that the caller chose, except its address.
 
-use std::{
-    collections::HashSet,
-    net::IpAddr,
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use jiff::Timestamp;
+use moka::sync::Cache;
 use serde::Serialize;
 use tokio::sync::mpsc;
 
 use super::{
     metrics::Metrics,
+    recent::{first, recent},
     witness::{LogLocation, Witness},
 };
 use crate::{canonical, evidence::log::INCIDENTS, policy::rule::Rule};
@@ -86,7 +83,7 @@ impl Incident {
 /// The reporter of incidents.
 pub struct Incidents {
     queue: mpsc::Sender<(LogLocation, Incident)>,
-    told: Mutex<HashSet<(String, Rule)>>,
+    told: Cache<(String, Rule), ()>,
     metrics: Metrics,
 }
 
@@ -94,26 +91,18 @@ impl Incidents {
     /// Returns a reporter and the task that writes its incidents until the reporter is dropped.
     pub fn new(witness: Arc<Witness>, metrics: Metrics) -> (Self, impl Future<Output = ()> + Send + 'static) {
         let (queue, waiting) = mpsc::channel(QUEUE);
-        (Self { queue, told: Mutex::default(), metrics: metrics.clone() }, write(witness, waiting, metrics))
+        (Self { queue, told: recent(REMEMBERED), metrics: metrics.clone() }, write(witness, waiting, metrics))
     }
 
     /// Returns whether no incident of this pod and rule has been reported yet.
     pub fn is_new(&self, pod_uid: &str, rule: Rule) -> bool {
-        let told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
-        !told.contains(&(pod_uid.to_owned(), rule))
+        !self.told.contains_key(&(pod_uid.to_owned(), rule))
     }
 
     /// Reports an incident, unless one of this pod and rule has been reported.
     pub fn tell(&self, place: LogLocation, incident: Incident) {
-        let key = (incident.pod_uid.clone(), incident.rule);
-        {
-            let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
-            if told.len() >= REMEMBERED {
-                told.clear();
-            }
-            if !told.insert(key) {
-                return;
-            }
+        if !first(&self.told, (incident.pod_uid.clone(), incident.rule)) {
+            return;
         }
         if self.queue.try_send((place, incident)).is_err() {
             self.metrics.incidents.with_label_values(&["dropped"]).inc();

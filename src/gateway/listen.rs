@@ -5,16 +5,11 @@
 //!
 //! Rejects: HTTP without TLS.
 
-use std::{
-    collections::HashMap,
-    net::IpAddr,
-    pin::pin,
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::{collections::HashMap, net::IpAddr, pin::pin, sync::Arc, time::Duration};
 
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use parking_lot::Mutex;
 use rustls::ServerConfig;
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::TlsAcceptor;
@@ -53,7 +48,7 @@ struct Slot {
 
 impl Open {
     fn slot(self: &Arc<Self>, peer: IpAddr, metrics: &Metrics) -> Option<Slot> {
-        let mut open = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut open = self.0.lock();
         let total: usize = usize::try_from(metrics.connections.get()).unwrap_or_default();
         let of_peer = open.get(&peer).copied().unwrap_or_default();
         if total >= CONNECTIONS || of_peer >= PER_PEER {
@@ -69,7 +64,7 @@ impl Open {
 impl Drop for Slot {
     fn drop(&mut self) {
         self.metrics.connections.dec();
-        let mut open = self.open.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut open = self.open.0.lock();
         match open.get_mut(&self.peer) {
             Some(count) if *count > 1 => *count -= 1,
             _ => {

@@ -8,7 +8,7 @@
 use std::{
     collections::HashMap,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc,
         atomic::{AtomicU32, Ordering},
     },
     time::Duration,
@@ -16,6 +16,7 @@ use std::{
 
 use http::StatusCode;
 use hyper::body::Incoming;
+use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::{identity::HarnessIdentity, refusal::Refused};
@@ -98,7 +99,7 @@ impl PodQuotas {
 
     /// Returns one of the bounds of a pod.
     pub(super) fn of<T>(&self, principal: &HarnessIdentity, of: fn(&Share) -> &Arc<T>) -> Arc<T> {
-        let mut shares = self.shares.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut shares = self.shares.lock();
         if shares.len() >= PODS {
             shares.retain(|_, share| share.matters());
         }

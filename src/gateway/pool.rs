@@ -11,7 +11,7 @@ use std::{
     collections::HashMap,
     net::SocketAddr,
     pin::Pin,
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     task::{Context, Poll, ready},
     time::{Duration, Instant},
 };
@@ -25,6 +25,7 @@ use hyper::{
     body::{Body, Frame, Incoming, SizeHint},
     client::conn::http1::SendRequest,
 };
+use parking_lot::Mutex;
 
 use super::body::ReplyBody;
 use crate::policy::hostname::Hostname;
@@ -92,7 +93,7 @@ pub struct Pool(Mutex<HashMap<Key, Vec<Waiting>>>);
 impl Pool {
     /// Returns an idle connection to one of these addresses under this name, if there is one.
     pub fn take(&self, addresses: &[SocketAddr], host: &Hostname, secure: bool) -> Option<Connection> {
-        let mut waiting = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut waiting = self.0.lock();
         for address in addresses {
             let key = Key { address: *address, host: host.clone(), secure };
             let Some(stack) = waiting.get_mut(&key) else { continue };
@@ -113,7 +114,7 @@ impl Pool {
         if until <= now || !connection.sender.is_ready() {
             return;
         }
-        let mut waiting = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut waiting = self.0.lock();
         let total: usize = waiting.values().map(Vec::len).sum();
         if total >= ALL {
             waiting.retain(|_, stack| {

@@ -12,13 +12,14 @@ use std::{
     net::SocketAddr,
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
 };
 
 use futures::future::BoxFuture;
+use parking_lot::Mutex;
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
@@ -275,7 +276,7 @@ impl S3Buckets {
 impl Buckets for S3Buckets {
     fn bucket<'a>(&'a self, name: &'a str) -> BoxFuture<'a, Result<Arc<dyn Store>, StoreError>> {
         Box::pin(async move {
-            if let Some(known) = self.clients.lock().unwrap_or_else(PoisonError::into_inner).get(name) {
+            if let Some(known) = self.clients.lock().get(name) {
                 return Ok(known.clone());
             }
             let options = s3::Options { bucket: name.to_owned(), ..self.options.clone() };
@@ -285,7 +286,7 @@ impl Buckets for S3Buckets {
                 place: name.to_owned(),
                 detail: e.to_string(),
             })?);
-            self.clients.lock().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned(), client.clone());
+            self.clients.lock().insert(name.to_owned(), client.clone());
             Ok(client)
         })
     }

@@ -8,17 +8,16 @@
 //!
 //! Non-goals: the check of stored data against the commitment in the log, which its reader makes.
 
-use std::{
-    collections::HashMap,
-    sync::{Arc, Mutex, PoisonError},
-};
+use std::sync::Arc;
 
 use jiff::Timestamp;
+use moka::sync::Cache;
 use ring::rand::SystemRandom;
 
 use super::{
     buckets::{Buckets, broken, failed, unavailable},
     metrics::Metrics,
+    recent::recent,
     refusal::Refused,
     witness::{Compensates, LogLocation, Witness},
 };
@@ -59,13 +58,13 @@ pub struct StateStore {
     metrics: Metrics,
     /// Reads the logs of other rollbacks, and has the key that salts without a bucket are derived from.
     witness: Arc<Witness>,
-    salts: Mutex<HashMap<SaltLocation, Salt>>,
+    salts: Cache<SaltLocation, Salt>,
 }
 
 impl StateStore {
     /// Returns a store that uses these buckets.
     pub fn new(buckets: Arc<dyn Buckets>, witness: Arc<Witness>, metrics: Metrics) -> Self {
-        Self { buckets, metrics, witness, salts: Mutex::default() }
+        Self { buckets, metrics, witness, salts: recent(SALTS) }
     }
 
     /// Takes a call of another task for the rollback `by`, if the gateway's clock says that it is in time. Exactly one rollback compensates
@@ -123,19 +122,14 @@ impl StateStore {
     /// # Errors
     /// Returns [`Rule::Evidence`] if the bucket fails.
     pub async fn salt(&self, at: &SaltLocation) -> Result<Salt, Refused> {
-        let salts = || self.salts.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(salt) = salts().get(at) {
-            return Ok(salt.clone());
+        if let Some(salt) = self.salts.get(at) {
+            return Ok(salt);
         }
         let salt = match &at.location {
             None => Salt::new(self.witness.derived(&format!("belay.dev/salt/{}", at.task_uid))),
             Some(location) => self.stored_salt(location).await?,
         };
-        let mut salts = salts();
-        if salts.len() >= SALTS {
-            salts.clear();
-        }
-        salts.insert(at.clone(), salt.clone());
+        self.salts.insert(at.clone(), salt.clone());
         Ok(salt)
     }
 

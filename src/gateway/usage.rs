@@ -5,20 +5,20 @@
 //!
 //! Non-goals: reliable delivery. Evidence has the counters, and the status is for users; no request waits for it.
 
-use std::{
-    collections::HashSet,
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
 use futures::future::BoxFuture;
 use kube::{
     Api, Client,
     api::{Patch, PatchParams},
 };
+use moka::sync::Cache;
 use serde_json::json;
 
-use super::metrics::Metrics;
+use super::{
+    metrics::Metrics,
+    recent::{first, recent},
+};
 use crate::{
     api::AgentTask,
     policy::{config::Usage, price},
@@ -73,13 +73,13 @@ pub struct UsageStatus {
     api: Arc<dyn WriteUsage>,
     metrics: Metrics,
     /// UIDs of tasks whose usage was written while they ran.
-    written: Mutex<HashSet<String>>,
+    written: Cache<String, ()>,
 }
 
 impl UsageStatus {
     /// Returns a reporter that writes with `api`.
     pub fn new(api: Arc<dyn WriteUsage>, metrics: Metrics) -> Self {
-        Self { api, metrics, written: Mutex::default() }
+        Self { api, metrics, written: recent(REMEMBERED) }
     }
 
     /// Writes the usage of a running task once it has used half of a limit.
@@ -93,16 +93,9 @@ impl UsageStatus {
             || cost.is_some_and(|limit| half(usage.cost_micros, limit));
         let seen = task.status.as_ref().is_some_and(|status| status.usage.is_some());
         let Some(uid) = task.metadata.uid.as_deref().filter(|_| due && !seen) else { return };
-        {
-            let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
-            if written.len() >= REMEMBERED {
-                written.clear();
-            }
-            if !written.insert(uid.to_owned()) {
-                return;
-            }
+        if first(&self.written, uid.to_owned()) {
+            self.write(task, usage).await;
         }
-        self.write(task, usage).await;
     }
 
     /// Writes the final usage of a task, unless its status has it already. Nothing is written for a task without usage.

@@ -19,14 +19,11 @@
 //!
 //! This file has what all requests share: the key, the logs in memory and the access to the bucket. Each request is in a file of its own.
 
-use std::{
-    collections::HashMap,
-    sync::{Arc, Mutex, PoisonError},
-    time::Instant,
-};
+use std::{collections::HashMap, sync::Arc, time::Instant};
 
 use bytes::Bytes;
 use jiff::Timestamp;
+use parking_lot::Mutex;
 
 use super::{
     buckets::{self, Buckets},
@@ -111,7 +108,7 @@ impl Witness {
     /// Waits until no log has queued segments.
     pub async fn settle(&self) {
         let logs: Vec<_> = {
-            let logs = self.logs.lock().unwrap_or_else(PoisonError::into_inner);
+            let logs = self.logs.lock();
             logs.values().map(|cached| cached.log.clone()).collect()
         };
         for log in logs {
@@ -155,7 +152,7 @@ impl Witness {
     fn log(&self, place: &LogLocation) -> Arc<Log> {
         let key = (place.location.bucket.clone(), place.location.prefix.clone());
         let now = Instant::now();
-        let mut logs = self.logs.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut logs = self.logs.lock();
         if logs.len() >= CACHED && !logs.contains_key(&key) {
             // Drop only logs that are not in use: two locks for one log would let two writers in. (They would only lose time, because the
             // bucket decides.)

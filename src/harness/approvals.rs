@@ -8,12 +8,9 @@
 //! Non-goals: knowing who may approve what. The gateway creates the request, counts the decisions, and checks them again before the call
 //! leaves.
 
-use std::{
-    collections::HashMap,
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
+use parking_lot::Mutex;
 use tokio::sync::{Notify, watch};
 
 use super::{
@@ -152,7 +149,7 @@ impl Approvals {
                 call.arguments.len()
             )));
         }
-        let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut asked = self.asked.lock();
         if let Some(known) = asked.get(exact) {
             return Ok(known.clone());
         }
@@ -176,7 +173,7 @@ impl Approvals {
 
     /// Removes the entries if all of them are still the current ones. Returns whether they were.
     fn take(&self, all: &[(CallKey, watch::Receiver<Known>)]) -> bool {
-        let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut asked = self.asked.lock();
         let same = all.iter().all(|(exact, known)| asked.get(exact).is_some_and(|kept| kept.same_channel(known)));
         if same {
             all.iter().for_each(|(exact, _)| drop(asked.remove(exact)));

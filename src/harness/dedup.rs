@@ -6,10 +6,11 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, PoisonError, Weak},
+    sync::{Arc, Weak},
 };
 
 use jiff::{SignedDuration, Timestamp};
+use parking_lot::Mutex;
 use rmcp::model::CallToolResult;
 use tokio::sync::OwnedMutexGuard;
 
@@ -75,7 +76,7 @@ impl Deduplicator {
     /// Waits until no other call with this key is in flight.
     pub async fn turn(&self, key: String) -> KeyLease {
         let turn = {
-            let mut turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut turns = self.turns.lock();
             if turns.len() >= KEYS {
                 turns.retain(|_, turn| turn.strong_count() > 0);
             }
@@ -124,7 +125,7 @@ impl Deduplicator {
             found => Err(refusal(&tool.name, &found)),
         });
         let Some(made) = made? else { return Ok(None) };
-        let kept = self.results.lock().unwrap_or_else(PoisonError::into_inner).of.get(&made.call).cloned();
+        let kept = self.results.lock().of.get(&made.call).cloned();
         let kept = match kept {
             Some(kept) => Ok(kept),
             None => self.fetch(link, &made).await,
@@ -179,7 +180,7 @@ impl Deduplicator {
         let text = serde_json::to_string(result).ok().filter(|text| text.len() <= LONGEST_RESULT);
         let Some((digest, text)) = digest.zip(text) else { return };
         {
-            let mut results = self.results.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut results = self.results.lock();
             let sum = results.size.saturating_add(text.len());
             if sum <= LONGEST_RESULTS {
                 results.size = sum;

@@ -11,10 +11,11 @@
 //! Non-goals: sending. A caller that has a [`Permit`] sends the call and settles the permit.
 
 use std::{
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
+use parking_lot::Mutex;
 use serde_json::Value;
 use tokio::sync::{Notify, Semaphore};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -222,7 +223,7 @@ impl Gate {
 
     /// Denies everything from now on. Later calls do not replace the first reason.
     pub fn stop(&self, rule: Rule, reason: &str) {
-        let mut stopped = self.stopped.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut stopped = self.stopped.lock();
         stopped.get_or_insert_with(|| Denial { rule, reason: reason.to_owned() });
         drop(stopped);
         self.over.cancel();
@@ -308,7 +309,7 @@ impl Gate {
         if let Some(denial) = self.journal.failure() {
             return Err(denial);
         }
-        if let Some(denial) = &*self.stopped.lock().unwrap_or_else(PoisonError::into_inner) {
+        if let Some(denial) = &*self.stopped.lock() {
             return Err(denial.clone());
         }
         if self.clock.is_over() {

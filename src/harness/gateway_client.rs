@@ -9,7 +9,7 @@ mod reply;
 use std::{
     path::PathBuf,
     pin::Pin,
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     task::{Context, Poll},
     time::{Duration, Instant},
 };
@@ -29,6 +29,7 @@ use hyper_util::{
     },
     rt::{TokioExecutor, TokioIo, TokioTimer},
 };
+use parking_lot::Mutex;
 use rustls::{ClientConfig, RootCertStore};
 use rustls_pki_types::{CertificateDer, ServerName, pem::PemObject};
 use tokio::net::TcpStream;
@@ -405,7 +406,7 @@ impl GatewayClient {
     }
 
     fn bearer(&self) -> Result<HeaderValue, std::io::Error> {
-        let mut cached = self.cached.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut cached = self.cached.lock();
         if let Some((read, value)) = &*cached
             && read.elapsed() < TOKEN_AGE
         {

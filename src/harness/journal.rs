@@ -17,13 +17,14 @@
 
 use std::{
     sync::{
-        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        Arc, OnceLock,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
 
 use futures::{FutureExt, future::BoxFuture};
+use parking_lot::{Mutex, MutexGuard};
 use tokio::{
     sync::{Notify, watch},
     time::Instant,
@@ -367,7 +368,7 @@ impl Journal {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         // A panic elsewhere cannot leave the counters half changed, because every change is one assignment.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 
     /// Returns the next records, at most [`BATCH`], if a caller waits for one of them or they have waited long enough. Otherwise returns

@@ -9,10 +9,11 @@
 //! Non-goals: decisions about calls, see [`tools`](super::tools).
 
 use std::sync::{
-    Arc, Mutex, PoisonError,
+    Arc,
     atomic::{AtomicBool, Ordering},
 };
 
+use parking_lot::Mutex;
 use rmcp::{
     RoleServer, ServerHandler,
     model::{
@@ -41,7 +42,7 @@ impl Read {
     }
 
     fn take(&self) -> Option<(Map<String, Value>, usize)> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+        self.0.lock().take()
     }
 }
 

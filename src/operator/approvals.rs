@@ -7,17 +7,14 @@
 //! Non-goals: Decisions about calls, which the gateway makes. Whether the agent works on something else while a request is undecided, which
 //! only the agent knows.
 
-use std::{
-    collections::BTreeMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
-};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use jiff::{SignedDuration, Timestamp};
 use kube::{
     Resource,
     runtime::{reflector::ObjectRef, watcher},
 };
+use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::watch;
 
 use super::{
@@ -68,7 +65,7 @@ impl Default for Undecided {
 
 impl Undecided {
     fn lock(&self) -> MutexGuard<'_, ByTask<String, Times>> {
-        self.0.listed.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.listed.lock()
     }
 
     /// Waits until the first list is complete.

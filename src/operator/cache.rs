@@ -5,12 +5,7 @@
 //!
 //! Non-goals: Data that nothing uses, such as managed fields and nearly all of a pod's spec.
 
-use std::{
-    collections::BTreeSet,
-    convert::Infallible,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
-};
+use std::{collections::BTreeSet, convert::Infallible, sync::Arc, time::Duration};
 
 use futures::{Stream, StreamExt, stream::BoxStream};
 use k8s_openapi::api::{
@@ -27,6 +22,7 @@ use kube::{
         watcher,
     },
 };
+use parking_lot::{Mutex, MutexGuard};
 use serde::de::DeserializeOwned;
 use tokio::{sync::Notify, time::timeout};
 
@@ -167,7 +163,7 @@ pub struct Attempts(Arc<Mutex<ByTask<i64, ()>>>);
 
 impl Attempts {
     fn lock(&self) -> MutexGuard<'_, ByTask<i64, ()>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock()
     }
 
     /// Returns the attempts of the task with this UID.

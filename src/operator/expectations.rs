@@ -3,14 +3,11 @@
 //! Guarantees: Losing the memory is safe. The cluster has everything that a decision needs. The memory only avoids repeated writes and
 //! skipped attempt numbers.
 
-use std::{
-    collections::HashMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
-};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use jiff::Timestamp;
 use kube::ResourceExt;
+use parking_lot::{Mutex, MutexGuard};
 use tokio::time::Instant;
 
 use crate::{api::AgentTask, lifecycle::observe::PodView};
@@ -48,7 +45,7 @@ pub struct Expectations(Mutex<HashMap<String, Memory>>);
 impl Expectations {
     fn lock(&self) -> MutexGuard<'_, HashMap<String, Memory>> {
         // Each operation leaves the map consistent, so a panic elsewhere does not leave a partial change.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock()
     }
 
     /// Returns a copy of what is remembered about this task.

@@ -11,9 +11,10 @@
 use std::{
     collections::HashSet,
     net::{IpAddr, Ipv6Addr},
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
 };
 
+use parking_lot::Mutex;
 use serde_json::Value;
 
 use super::{
@@ -68,7 +69,7 @@ impl Redactor {
 
     /// Allow-lists a text that Belay generated, such as a digest. Only the first [`MOST_LEARNT`] texts are accepted.
     pub fn learn(&self, ours: &str) {
-        let mut learnt = self.learnt.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut learnt = self.learnt.lock();
         if learnt.len() < MOST_LEARNT {
             learnt.insert(ours.to_owned());
         }
@@ -142,7 +143,7 @@ impl Redactor {
         is_wordlike(token)
             || self.known.contains(token)
             || self.known.contains(without_port(token))
-            || self.learnt.lock().unwrap_or_else(PoisonError::into_inner).contains(token)
+            || self.learnt.lock().contains(token)
     }
 }
 

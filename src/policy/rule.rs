@@ -4,11 +4,9 @@
 //! preserved, because other names of rules do not make a log wrong. A process stores only a limited number of them, and in metrics they
 //! share one label.
 
-use std::{
-    collections::BTreeSet,
-    sync::{LazyLock, Mutex, PoisonError},
-};
+use std::{collections::BTreeSet, sync::LazyLock};
 
+use parking_lot::Mutex;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// Longest name of a rule, in bytes.
@@ -28,7 +26,7 @@ impl Foreign {
         if !(1..=LONGEST).contains(&name.len()) || !name.bytes().all(plain) {
             return None;
         }
-        let mut names = NAMES.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut names = NAMES.lock();
         if let Some(known) = names.get(name) {
             return Some(Self(known));
         }

@@ -211,7 +211,9 @@ fn rollback(
 
 /// Returns the host and port of a contract's upstream, if the upstream is well formed.
 pub fn authority_of(upstream: &tool_contract::Upstream) -> Option<Authority> {
-    match (&upstream.mcp, &upstream.http) {
+    // A new kind must be here, too: hosts without an authority are not checked against the class's egress.
+    let tool_contract::Upstream { mcp, http } = upstream;
+    match (mcp, http) {
         (Some(mcp), None) => authority(&mcp.url).ok(),
         // The template's host is literal. Its path is not a URL yet.
         (None, Some(http)) => Request::parse(http).ok().map(|request| request.authority().clone()),

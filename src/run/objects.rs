@@ -5,10 +5,7 @@
 //!
 //! Non-goals: objects that are not among the files.
 
-use std::{
-    collections::{BTreeMap, HashMap},
-    sync::{Mutex, PoisonError},
-};
+use std::collections::{BTreeMap, HashMap};
 
 use futures::future::BoxFuture;
 use k8s_openapi::api::{
@@ -19,6 +16,7 @@ use kube::{
     Resource, ResourceExt,
     runtime::{reflector::store::Writer, watcher},
 };
+use parking_lot::Mutex;
 use ring::rand::{SecureRandom, SystemRandom};
 use tokio::sync::mpsc::UnboundedSender;
 
@@ -103,11 +101,11 @@ impl<K: Resource<DynamicType = ()> + Clone + std::fmt::Debug + Send + Sync + 'st
 
     fn apply(&self, object: K) {
         let event = watcher::Event::Apply(Lenient(Ok(object)));
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).apply_watcher_event(&event);
+        self.0.lock().apply_watcher_event(&event);
     }
 
     fn reader(&self) -> crate::gateway::cluster::Guarded<K> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).as_reader()
+        self.0.lock().as_reader()
     }
 }
 
@@ -190,7 +188,7 @@ impl Api {
 
     fn token(&self, user: UserInfo) -> Result<String, RunError> {
         let token = random_token()?;
-        self.tokens.lock().unwrap_or_else(PoisonError::into_inner).insert(token.clone(), user);
+        self.tokens.lock().insert(token.clone(), user);
         Ok(token)
     }
 
@@ -214,7 +212,7 @@ pub fn operator() -> String {
 
 impl Review for Api {
     fn review(&self, review: TokenReview) -> BoxFuture<'_, Result<TokenReviewStatus, String>> {
-        let tokens = self.tokens.lock().unwrap_or_else(PoisonError::into_inner);
+        let tokens = self.tokens.lock();
         let user = review.spec.token.and_then(|token| tokens.get(&token).cloned());
         let status = TokenReviewStatus {
             authenticated: Some(user.is_some()),

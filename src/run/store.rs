@@ -4,13 +4,11 @@
 //! is a folder of the user. When the place of the evidence fails, the terminal shows the reason at once. A folder is never reported as
 //! locked.
 
-use std::{
-    path::PathBuf,
-    sync::{Arc, Mutex, PoisonError},
-};
+use std::{path::PathBuf, sync::Arc};
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
+use parking_lot::Mutex;
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::RunEvent;
@@ -57,7 +55,7 @@ impl Troubles {
         if matches!(error, StoreError::NotFound { .. }) {
             return;
         }
-        let (text, mut last) = (error.to_string(), self.last.lock().unwrap_or_else(PoisonError::into_inner));
+        let (text, mut last) = (error.to_string(), self.last.lock());
         if *last != text {
             // The receiver may be gone.
             let _ = self.tell.send(RunEvent::Trouble(text.clone()));

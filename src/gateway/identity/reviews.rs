@@ -9,17 +9,24 @@
 use std::{
     collections::HashMap,
     net::IpAddr,
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use futures::future::BoxFuture;
 use k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewSpec, TokenReviewStatus};
+use moka::sync::Cache;
+use parking_lot::Mutex;
 use tokio::sync::OnceCell;
 
 use super::{BoundPod, Reviewed};
-use crate::{canonical::sha256, gateway::refusal::Refused, policy::rule::Rule, wire::AUDIENCE};
+use crate::{
+    canonical::sha256,
+    gateway::{recent::recent, refusal::Refused},
+    policy::rule::Rule,
+    wire::AUDIENCE,
+};
 
 /// Maximum time that a valid review is trusted, whatever the token's own expiry.
 const GOOD_FOR: Duration = Duration::from_secs(3600);
@@ -59,11 +66,6 @@ struct Verdict {
     until: Instant,
 }
 
-struct Entry {
-    verdict: Arc<OnceCell<Verdict>>,
-    asked: Instant,
-}
-
 /// The number of new tokens that one peer may still present.
 struct Allowance {
     left: f64,
@@ -74,14 +76,14 @@ struct Allowance {
 pub struct Reviews {
     api: Arc<dyn Review>,
     asked: prometheus::IntCounterVec,
-    entries: Mutex<HashMap<[u8; 32], Entry>>,
+    cells: Cache<[u8; 32], Arc<OnceCell<Verdict>>>,
     peers: Mutex<HashMap<IpAddr, Allowance>>,
 }
 
 impl Reviews {
     /// Returns an empty cache. `asked` counts reviews by result.
     pub fn new(api: Arc<dyn Review>, asked: prometheus::IntCounterVec) -> Self {
-        Self { api, asked, entries: Mutex::default(), peers: Mutex::default() }
+        Self { api, asked, cells: recent(REMEMBERED), peers: Mutex::default() }
     }
 
     /// Returns the user of a token.
@@ -105,30 +107,14 @@ impl Reviews {
 
     /// Returns the token's cell, which may be filled, in progress or new.
     fn cell(&self, key: [u8; 32], now: Instant) -> Arc<OnceCell<Verdict>> {
-        let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(entry) = entries.get(&key)
-            && entry.verdict.get().is_none_or(|verdict| verdict.until > now)
-        {
-            return entry.verdict.clone();
-        }
-        if entries.len() >= REMEMBERED {
-            entries.retain(|_, e| e.verdict.get().is_some_and(|verdict| verdict.until > now));
-            if entries.len() >= REMEMBERED {
-                let mut ages: Vec<_> = entries.values().map(|e| e.asked).collect();
-                let middle = ages.len() / 2;
-                let (_, median, _) = ages.select_nth_unstable(middle);
-                let median = *median;
-                entries.retain(|_, e| e.asked > median);
-            }
-        }
-        let verdict = Arc::new(OnceCell::new());
-        entries.insert(key, Entry { verdict: verdict.clone(), asked: now });
-        verdict
+        let valid = |verdict: &Arc<OnceCell<Verdict>>| verdict.get().is_none_or(|verdict| verdict.until > now);
+        let cell = self.cells.entry(key).or_insert_with_if(Arc::default, |verdict| !valid(verdict));
+        cell.into_value()
     }
 
     /// Spends one review of the peer's allowance.
     fn spend(&self, peer: IpAddr, now: Instant) -> Result<(), Refused> {
-        let mut peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut peers = self.peers.lock();
         if peers.len() >= REMEMBERED {
             let full = Duration::from_secs_f64(BURST / RATE);
             peers.retain(|_, allowance| now.duration_since(allowance.at) < full);

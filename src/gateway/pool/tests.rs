@@ -85,7 +85,7 @@ impl Upstream {
             }
             read.clear();
             self.requests.fetch_add(1, Ordering::SeqCst);
-            let reply = self.replies.lock().unwrap().pop().unwrap_or(Reply::Keep);
+            let reply = self.replies.lock().pop().unwrap_or(Reply::Keep);
             let (more, body, goes_on) = match reply {
                 Reply::Keep => ("", "ok", true),
                 Reply::Briefly => ("keep-alive: timeout=1\r\n", "ok", true),
@@ -110,7 +110,7 @@ struct Names(Mutex<Vec<IpAddr>>);
 
 impl Resolve for Names {
     fn addresses<'a>(&'a self, _: &'a Hostname) -> BoxFuture<'a, Result<Vec<IpAddr>, String>> {
-        let answer = self.0.lock().unwrap().clone();
+        let answer = self.0.lock().clone();
         Box::pin(async move { Ok(answer) })
     }
 }
@@ -209,12 +209,12 @@ async fn a_reply_that_nobody_reads_to_its_end_ends_its_connection() {
 async fn a25_the_resolvers_answer_of_now_decides() {
     let way = Way::to(&[]).await;
     way.post().await.unwrap();
-    *way.names.0.lock().unwrap() = vec![A, PRIVATE];
+    *way.names.0.lock() = vec![A, PRIVATE];
     assert_eq!(way.post().await.unwrap_err().rule, Rule::EgressAddress);
-    *way.names.0.lock().unwrap() = vec![B];
+    *way.names.0.lock() = vec![B];
     way.post().await.unwrap();
     assert_eq!(way.upstream.seen(), (2, 2), "the connection to an address that the name has no more is not used");
-    *way.names.0.lock().unwrap() = vec![B, A];
+    *way.names.0.lock() = vec![B, A];
     way.post().await.unwrap();
     assert_eq!(way.upstream.seen(), (2, 3));
 }
@@ -251,7 +251,7 @@ async fn connections_wait_for_seconds() {
     );
     way.post().await.unwrap();
     {
-        let mut waiting = way.pool.0.lock().unwrap();
+        let mut waiting = way.pool.0.lock();
         waiting.values_mut().flatten().for_each(|one| one.until = Instant::now());
     }
     way.post().await.unwrap();

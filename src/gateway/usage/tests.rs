@@ -1,3 +1,5 @@
+use parking_lot::Mutex;
+
 use super::*;
 use crate::gateway::testing;
 
@@ -7,7 +9,7 @@ struct Written(Mutex<Vec<Usage>>);
 
 impl WriteUsage for Written {
     fn write<'a>(&'a self, _: &'a str, _: &'a str, _: &'a str, usage: Usage) -> BoxFuture<'a, Result<(), String>> {
-        self.0.lock().unwrap().push(usage);
+        self.0.lock().push(usage);
         Box::pin(async { Ok(()) })
     }
 }
@@ -35,11 +37,11 @@ async fn a_running_task_is_written_once_at_half_of_a_limit() {
     for n in 0..4 {
         status.running(&task(None), calls(n)).await;
     }
-    assert_eq!(*written.0.lock().unwrap(), [calls(2)]);
+    assert_eq!(*written.0.lock(), [calls(2)]);
     // Another replica has written the usage.
     let other = UsageStatus::new(written.clone(), testing::metrics());
     other.running(&task(Some(calls(2))), calls(3)).await;
-    assert_eq!(written.0.lock().unwrap().len(), 1);
+    assert_eq!(written.0.lock().len(), 1);
 }
 
 #[tokio::test]
@@ -48,7 +50,7 @@ async fn an_ended_task_is_written_if_that_changes_anything() {
     let status = UsageStatus::new(written.clone(), testing::metrics());
     status.ended(&task(None), Usage::default()).await;
     status.ended(&task(Some(calls(3))), calls(3)).await;
-    assert!(written.0.lock().unwrap().is_empty());
+    assert!(written.0.lock().is_empty());
     status.ended(&task(Some(calls(2))), calls(3)).await;
-    assert_eq!(*written.0.lock().unwrap(), [calls(3)]);
+    assert_eq!(*written.0.lock(), [calls(3)]);
 }

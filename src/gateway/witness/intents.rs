@@ -7,7 +7,7 @@
 //! Non-goals: a mark of used intents that replicas share; the comparison of an intent with the request
 //! ([`authorize`](crate::gateway::authorize)).
 
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 
 use super::{
     LogLocation, Witness, ended,
@@ -57,7 +57,7 @@ impl Witness {
         if !talks && head.as_ref().is_some_and(is_over) {
             return refused(format!("the call {:?} has its outcome already", intent.call));
         }
-        let mut sent = log.sent.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut sent = log.sent.lock();
         if sent.len() >= log::SENT {
             sent.retain(|seq, _| head.as_ref().is_none_or(|head| head.state().intent(*seq).is_some()));
         }
@@ -76,7 +76,7 @@ impl Witness {
     /// Compensates [`Witness::claim`], because no request left by the intent.
     pub fn release(&self, place: &LogLocation, intent: &IntentFacts) {
         let log = self.log(place);
-        let mut sent = log.sent.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut sent = log.sent.lock();
         if let Some(sent) = sent.get_mut(&intent.seq) {
             sent.times = sent.times.saturating_sub(1);
         }
@@ -86,7 +86,7 @@ impl Witness {
     /// cannot have a call sent without end.
     pub fn again(&self, place: &LogLocation, intent: &IntentFacts) {
         let log = self.log(place);
-        let mut sent = log.sent.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut sent = log.sent.lock();
         if let Some(sent) = sent.get_mut(&intent.seq).filter(|sent| !sent.again) {
             *sent = Sent { times: sent.times.saturating_sub(1), again: true };
         }

@@ -5,8 +5,9 @@
 //!
 //! Non-goals: the thread on which an evaluation runs; limits of the log, such as budgets and approvals.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
+use parking_lot::Mutex;
 use serde_json::Value;
 
 use crate::policy::{
@@ -94,12 +95,12 @@ impl Evaluator {
 
     /// Returns the results so far.
     pub(super) fn results(&self) -> Arc<Results> {
-        self.results.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.results.lock().clone()
     }
 
     /// Stores a tool's result for preconditions of later calls.
     pub(super) fn keep(&self, tool: &str, result: &Value) {
-        let mut results = self.results.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut results = self.results.lock();
         if let Some(with) = self.contracts.with_result(&results, tool, result) {
             *results = Arc::new(with);
         }

@@ -6,10 +6,7 @@
 //!
 //! Non-goals: the record of a denial, see [`Gate::deny`].
 
-use std::{
-    sync::{Arc, PoisonError},
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
 use serde_json::Value;
 
@@ -207,7 +204,7 @@ impl Gate {
         let is_tool = call.channel == Channel::Tool;
         let now = u64::try_from(self.clock.elapsed().as_millis()).unwrap_or(u64::MAX);
         // Only tool calls have rates: other calls do not wait for this lock.
-        let mut rates = is_tool.then(|| self.rates.lock().unwrap_or_else(PoisonError::into_inner));
+        let mut rates = is_tool.then(|| self.rates.lock());
         let target = call.target.clone();
         let intent = self.journal.record(|seq, task| {
             // This check runs where records are put in order, so that no intent follows what stopped the attempt.

@@ -243,7 +243,7 @@ fn no_generated_call_delays_what_is_the_harnesss_own() {
                     tokio::spawn(async move {
                         let mut ends = BTreeMap::<&'static str, u64>::new();
                         loop {
-                            let next = batch.lock().unwrap().next();
+                            let next = batch.lock().next();
                             let Some((name, args, kind)) = next else { return ends };
                             *ends.entry(judged(&gate, &name, args, kind).await).or_default() += 1;
                         }

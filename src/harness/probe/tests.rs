@@ -1,8 +1,6 @@
-use std::{
-    collections::VecDeque,
-    sync::{Mutex, PoisonError},
-};
+use std::collections::VecDeque;
 
+use parking_lot::Mutex;
 use serde_json::json;
 
 use super::*;
@@ -62,14 +60,14 @@ impl Scripted {
 
     /// Returns the times between the probes.
     fn pauses(&self) -> Vec<Duration> {
-        self.looks.lock().unwrap().windows(2).map(|pair| pair[1].0 - pair[0].0).collect()
+        self.looks.lock().windows(2).map(|pair| pair[1].0 - pair[0].0).collect()
     }
 }
 
 impl Looking for Scripted {
     fn look(&self, timing: Timing) -> BoxFuture<'_, Containment> {
-        self.looks.lock().unwrap().push((Instant::now(), timing));
-        let contained = self.finds.lock().unwrap().pop_front().unwrap_or(true);
+        self.looks.lock().push((Instant::now(), timing));
+        let contained = self.finds.lock().pop_front().unwrap_or(true);
         let breaches = if contained { vec![] } else { vec!["10.96.0.1:443 answered, and must not".into()] };
         let (reachable, unreachable) = ("gateway".into(), vec!["10.96.0.1:443".into()]);
         Box::pin(std::future::ready(Containment { contained, rounds: 1, millis: 1, reachable, unreachable, breaches }))
@@ -91,7 +89,7 @@ fn gate() -> (Arc<Gate>, Records) {
                 Event::ContainmentChecked(seen) => Some(seen.contained),
                 _ => None,
             };
-            written.lock().unwrap_or_else(PoisonError::into_inner).push((record.event.kind(), contained));
+            written.lock().push((record.event.kind(), contained));
         }),
     );
     (gate, records)
@@ -137,8 +135,8 @@ async fn it_repeats_at_random_times_and_each_time_is_recorded() {
     let after_short =
         || pauses.windows(2).filter(|pair| seconds(20, 30).contains(&pair[0])).map(|pair| pair[1].as_secs());
     assert!(after_short().any(|pause| pause < 40) && after_short().any(|pause| pause >= 40), "{pauses:?}");
-    let checked = records.lock().unwrap().iter().filter(|(kind, _)| *kind == "containment.checked").count();
-    assert_eq!(checked, probe.looks.lock().unwrap().len());
+    let checked = records.lock().iter().filter(|(kind, _)| *kind == "containment.checked").count();
+    assert_eq!(checked, probe.looks.lock().len());
     call(&gate).await.unwrap();
 }
 
@@ -150,7 +148,7 @@ async fn a_loss_that_is_seen_twice_denies_every_call_for_good() {
     let probe = Scripted::of(&[true, false, true, false, false]);
     let repeats = tokio::spawn(repeat(gate.clone(), probe.clone()));
     let mut over = Box::pin(gate.over());
-    let checks = || records.lock().unwrap().iter().filter_map(|(_, contained)| *contained).collect::<Vec<_>>();
+    let checks = || records.lock().iter().filter_map(|(_, contained)| *contained).collect::<Vec<_>>();
     while checks().len() < 2 {
         call(&gate).await.unwrap();
         gate.decide("open_ticket", json!({"title": "a"}), 13).await.verdict.unwrap();
@@ -162,8 +160,8 @@ async fn a_loss_that_is_seen_twice_denies_every_call_for_good() {
     // What waits for the end of the attempt, such as a model call, is told at once.
     tokio::time::timeout(Duration::from_secs(600), over).await.expect("a loss ends nothing");
     assert_eq!(checks(), [true, true, false]);
-    let intents = records.lock().unwrap().iter().filter(|(kind, _)| *kind == "call.intent").count();
-    let patience: Vec<_> = probe.looks.lock().unwrap().iter().map(|(_, timing)| timing.patience.as_secs()).collect();
+    let intents = records.lock().iter().filter(|(kind, _)| *kind == "call.intent").count();
+    let patience: Vec<_> = probe.looks.lock().iter().map(|(_, timing)| timing.patience.as_secs()).collect();
     assert_eq!(patience, [1, 1, 10, 1, 10], "the second look is a longer one");
     // It stays so, though later probes find the pod contained.
     for _ in 0..10 {
@@ -176,5 +174,5 @@ async fn a_loss_that_is_seen_twice_denies_every_call_for_good() {
     }
     repeats.abort();
     assert!(checks().len() > 3 && checks()[3..].iter().all(|contained| *contained), "{:?}", checks());
-    assert_eq!(records.lock().unwrap().iter().filter(|(kind, _)| *kind == "call.intent").count(), intents);
+    assert_eq!(records.lock().iter().filter(|(kind, _)| *kind == "call.intent").count(), intents);
 }

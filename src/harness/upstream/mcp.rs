@@ -8,10 +8,11 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
+use parking_lot::{Mutex, MutexGuard};
 use rmcp::{
     RoleClient, ServiceExt,
     model::{
@@ -88,7 +89,7 @@ struct Listing {
 
 impl Server {
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 
     fn session(&self) -> Option<Arc<Session>> {
@@ -221,7 +222,7 @@ impl Servers {
     /// Returns [`Rule::ToolChanged`] if the definition is another one or is gone, and the rule that failed if the upstream cannot be asked.
     async fn ready(&self, tool: &Tool, mcp: &McpUpstream, time: Duration) -> Result<(Ready, Definition), Denial> {
         let server = {
-            let mut servers = self.servers.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut servers = self.servers.lock();
             servers.entry(mcp.url.clone()).or_default().clone()
         };
         let found = match server.fresh(&mcp.tool, self.fresh) {
@@ -263,7 +264,7 @@ impl Servers {
             }
             return Ok(found);
         }
-        let mut first = self.first.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut first = self.first.lock();
         let first = first.entry(tool.name.clone()).or_insert_with(|| found.digest.clone());
         if *first != found.digest {
             return Err(changed(format!(
@@ -351,11 +352,11 @@ impl Servers {
     }
 
     fn note(&self, intent: u64, facts: Exchange) {
-        self.facts.lock().unwrap_or_else(PoisonError::into_inner).insert(intent, facts);
+        self.facts.lock().insert(intent, facts);
     }
 
     fn taken(&self, intent: u64) -> Exchange {
-        let facts = self.facts.lock().unwrap_or_else(PoisonError::into_inner).remove(&intent);
+        let facts = self.facts.lock().remove(&intent);
         facts.unwrap_or_else(|| Exchange::new(LONGEST_REPLY))
     }
 }

@@ -6,10 +6,7 @@
 //!
 //! Non-goals: requests that upstreams send by themselves; sessions and listings.
 
-use std::{
-    collections::HashMap,
-    sync::{Arc, Mutex, PoisonError},
-};
+use std::{collections::HashMap, sync::Arc};
 
 use bytes::Bytes;
 use futures::{StreamExt, stream::BoxStream};
@@ -18,6 +15,7 @@ use http::{
     header::{ACCEPT, CONTENT_TYPE},
 };
 use http_body_util::{BodyDataStream, BodyExt, LengthLimitError, Limited};
+use parking_lot::Mutex;
 use rmcp::{
     ErrorData,
     model::{ClientJsonRpcMessage, ClientRequest, RequestMetaObject, ServerJsonRpcMessage},
@@ -159,7 +157,7 @@ impl StreamableHttpClient for GatewayTransport {
         };
         let body = serde_json::to_vec(&message)?.into();
         let update = |change: &dyn Fn(&mut Exchange)| {
-            let mut facts = self.facts.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut facts = self.facts.lock();
             if let Some(facts) = facts.get_mut(&intent) {
                 change(facts);
             }
@@ -188,7 +186,7 @@ impl StreamableHttpClient for GatewayTransport {
             facts.upstream.clone_from(&upstream);
         });
         let bound = {
-            let facts = self.facts.lock().unwrap_or_else(PoisonError::into_inner);
+            let facts = self.facts.lock();
             facts.get(&intent).map_or_else(|| Stops::new(LONGEST_REPLY), |facts| facts.stops.clone())
         };
         read_reply(reply, &message, session_id.is_some(), bound).await
