@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     evidence::{
-        record::{Refusals, TaskClosed},
+        record::{DenialCounts, TaskClosed},
         state::Snapshot,
     },
     policy::{
@@ -274,7 +274,7 @@ pub struct SealReply {
     pub usage: Usage,
     /// The number of denials in the log, by channel.
     #[serde(default)]
-    pub refused: Refusals,
+    pub denied: DenialCounts,
     /// The end that the log is sealed with: the requested one, an unknown one, or the one of an earlier request. Absent from a gateway of
     /// an earlier version.
     #[serde(default, skip_serializing_if = "Option::is_none")]

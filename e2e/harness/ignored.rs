@@ -1,7 +1,7 @@
 //! Hosts that client libraries connect to by themselves. Belay denies and records these connections, and they end no task.
 
 use belay::{
-    evidence::record::{Event, Refusals},
+    evidence::record::{DenialCounts, Event},
     policy::rule::Rule,
 };
 use http::Request;
@@ -78,7 +78,7 @@ async fn connections_to_ignored_addresses_are_denied_and_do_not_end_the_task() {
     assert!(harness.gateway.saw().is_empty(), "something went there");
     let records = harness.stored(9).await;
     assert_eq!(denied(&records), [Rule::EgressIgnored; 8]);
-    let mut refusals = Refusals::default();
+    let mut refusals = DenialCounts::default();
     for record in &records {
         if let Event::Denied(denied) = &record.event {
             refusals.add(denied);

@@ -21,7 +21,7 @@ mod call;
 mod closed;
 mod codec;
 
-pub use call::{Approval, CallOutcome, Channel, Denied, Intent, Outcome, Refusals, Replayed, Resolved};
+pub use call::{Approval, CallOutcome, Channel, DenialCounts, Denied, Intent, Outcome, Replayed, Resolved};
 pub use closed::{AttemptClosed, TaskClosed};
 pub use codec::{DOCUMENTS, EncodeError, Encoded, LONGEST, Unread};
 

@@ -208,7 +208,7 @@ impl Gateway {
                 About::Call(_) => redact::plain(&refused.reason),
                 About::Log | About::Other => refused.reason.clone(),
             };
-            tracing::info!(rule, reason, "refused");
+            tracing::info!(rule, reason, "denied");
         }
     }
 

@@ -16,7 +16,7 @@ use crate::{
         readiness::{READY, STALLED},
     },
     ends::FailureClass,
-    evidence::record::{Refusals, TaskClosed},
+    evidence::record::{DenialCounts, TaskClosed},
     render::Finding,
 };
 
@@ -92,7 +92,7 @@ pub enum Progress<'a> {
     /// The task ended and its log is not sealed: the end, and why the log is not sealed.
     Sealing(&'a TaskClosed, &'a str),
     /// The task ended and its log is sealed: the end, and the denials.
-    Ended(&'a TaskClosed, Refusals),
+    Ended(&'a TaskClosed, DenialCounts),
 }
 
 /// Returns the new status, given the previous status.

@@ -91,7 +91,7 @@ pub(crate) fn reply() -> SealReply {
         size: 3,
         root: "AA==".into(),
         usage: Default::default(),
-        refused: Default::default(),
+        denied: Default::default(),
     }
 }
 

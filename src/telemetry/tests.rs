@@ -113,7 +113,7 @@ fn each_line_of_the_log_is_one_json_object_whatever_it_says() {
 #[test]
 fn a_denial_is_logged_with_what_was_denied_and_why() {
     let lines = logged("denial", None);
-    let line = lines.iter().find(|line| line["message"] == "refused").unwrap();
+    let line = lines.iter().find(|line| line["message"] == "denied").unwrap();
     assert_eq!((&line["rule"], &line["channel"]), (&"egress.host".into(), &"egress".into()), "{line}");
     assert_eq!((&line["reason"], &line["to"]), (&"no class lists this host".into(), &"evil.test:443".into()), "{line}");
 }

@@ -196,7 +196,7 @@ fn step(record: &Record) -> Step {
             let by = if by.is_empty() { "by no approver".to_owned() } else { format!("by {}", by.join(", ")) };
             let (tone, word) = match asked.state {
                 ApprovalState::Approved => (Tone::Good, "approved"),
-                ApprovalState::Denied => (Tone::Bad, "refused"),
+                ApprovalState::Denied => (Tone::Bad, "denied"),
                 ApprovalState::Expired => (Tone::Bad, "expired"),
                 ApprovalState::Pending => (Tone::Warn, "pending"),
             };

@@ -274,7 +274,7 @@ impl<'p> Front<'p> {
         if self.output == Form::Json {
             let line = match ended {
                 Ok(Outcome { closed, sealed, trouble }) => json!({
-                    "event": "ended", "closed": closed, "usage": sealed.usage, "refused": sealed.refused, "size": sealed.size, "root": sealed.root,
+                    "event": "ended", "closed": closed, "usage": sealed.usage, "denied": sealed.denied, "size": sealed.size, "root": sealed.root,
                     "evidence": log, "verify": check, "trouble": trouble,
                 }),
                 Err(error) => json!({"event": "failed", "error": error.to_string(), "evidence": log, "verify": check}),
@@ -290,7 +290,7 @@ impl<'p> Front<'p> {
                 let phase = if closed.has_succeeded() { Phase::Succeeded } else { Phase::Failed };
                 let class =
                     if closed.failure_class.is_empty() { String::new() } else { format!("{}, ", closed.failure_class) };
-                let refused = sealed.refused.in_words().map(|refused| format!("; {refused}")).unwrap_or_default();
+                let refused = sealed.denied.in_words().map(|refused| format!("; {refused}")).unwrap_or_default();
                 let limit = match closed.reason.as_str() {
                     OUT_OF_TIME => {
                         format!("; spec.limits.wallTimeSeconds is {}", self.task.spec.limits.wall_time_seconds)

@@ -49,7 +49,7 @@ impl Channel {
 /// The number of denied calls by channel.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
-pub struct Refusals {
+pub struct DenialCounts {
     /// Denied model calls.
     pub model: u64,
     /// Denied tool calls.
@@ -60,7 +60,7 @@ pub struct Refusals {
     pub egress: u64,
 }
 
-impl Refusals {
+impl DenialCounts {
     /// Counts the denials of a record, unless they are of an ignored host.
     pub fn add(&mut self, denied: &Denied) {
         if denied.rule == Rule::EgressIgnored {

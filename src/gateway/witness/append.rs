@@ -75,7 +75,7 @@ impl Witness {
             Ok((_, _, Receipt::New)) => "written",
             Ok((_, _, Receipt::Duplicate)) => "replayed",
             Err(refused) if refused.is_retryable() => "failed",
-            Err(_) => "refused",
+            Err(_) => "rejected",
         };
         self.metrics.appends.with_label_values(&[result]).inc();
         appended.map(|(reply, usage, _)| (reply, usage))

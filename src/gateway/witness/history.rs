@@ -15,7 +15,7 @@ use crate::{
     evidence::{
         fits,
         merkle::Tree,
-        record::{Actor, Event, Record, Refusals, TaskClosed},
+        record::{Actor, DenialCounts, Event, Record, TaskClosed},
         segment::Segment,
         state::{TaskState, User, Violation},
     },
@@ -51,7 +51,7 @@ pub struct History {
     state: TaskState,
     /// Number of `attempt.opened` and `task.closed` records. The signer changes with each of them.
     incarnation: u64,
-    refused: Refusals,
+    denied: DenialCounts,
     /// When the attempt first opened the log and when it wrote its newest record, by its own clock.
     lasted: Option<(Timestamp, Timestamp)>,
     /// The reason of the attempt's `attempt.closed`, if there is one.
@@ -72,7 +72,7 @@ impl History {
             tree: Tree::default(),
             state: TaskState::new(User::Witness, origin),
             incarnation: 0,
-            refused: Refusals::default(),
+            denied: DenialCounts::default(),
             lasted: None,
             parting: None,
             outcome: None,
@@ -98,8 +98,8 @@ impl History {
     }
 
     /// Returns the numbers of denials.
-    pub fn refused(&self) -> Refusals {
-        self.refused
+    pub fn denied(&self) -> DenialCounts {
+        self.denied
     }
 
     /// Returns the task class, empty if the task has none.
@@ -215,7 +215,7 @@ impl History {
                 self.parting = None;
                 self.incarnation += 1;
             }
-            Event::Denied(denied) => self.refused.add(denied),
+            Event::Denied(denied) => self.denied.add(denied),
             Event::AttemptClosed(closed) => self.parting = Some(closed.reason.as_str().into()),
             Event::TaskClosed(closed) => {
                 self.outcome = Some(Arc::new(closed.clone()));

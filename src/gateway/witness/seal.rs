@@ -83,7 +83,7 @@ impl Witness {
                 size: sealed.tree().size(),
                 root: BASE64.encode(sealed.tree().root()),
                 usage: sealed.state().usage(),
-                refused: sealed.refused(),
+                denied: sealed.denied(),
             });
         }
         Err(unavailable("the log grows faster than it can be sealed; try again"))

@@ -125,11 +125,11 @@ impl Denials {
             // The harness's own log shows the same texts as the record.
             let Denied { channel, target, rule, reason, count, .. } = &denied;
             // Each line has a member `target` of its own, the module.
-            tracing::info!(channel = channel.as_str(), to = target, %rule, reason, count, "refused");
+            tracing::info!(channel = channel.as_str(), to = target, %rule, reason, count, "denied");
             Ok(Event::Denied(denied))
         });
         if let Err(failed) = record {
-            tracing::error!(reason = failed.reason, "a refusal could not be recorded; the log has ended");
+            tracing::error!(reason = failed.reason, "a denial could not be recorded; the log has ended");
             above = Some(failed);
         }
         if over {

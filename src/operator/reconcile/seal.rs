@@ -57,7 +57,7 @@ impl Reconciliation<'_> {
             size: i64::try_from(reply.size).unwrap_or(i64::MAX),
             root: reply.root,
         };
-        self.report_status_with(attempts, contained, Progress::Ended(&closed, reply.refused), Some(evidence)).await?;
+        self.report_status_with(attempts, contained, Progress::Ended(&closed, reply.denied), Some(evidence)).await?;
         Ok(Action::await_change())
     }
 

@@ -44,7 +44,7 @@ fn a_life_is_told() {
     let waiting = tell(&refused, &story(&one, None, Progress::Waiting("Unschedulable", "")), at(1));
     let running = tell(&waiting, &story(&one, Some(true), Progress::Running), at(2));
     let sealing = tell(&running, &story(&one, Some(true), Progress::Sealing(&good, "no gateway")), at(3));
-    let ended = tell(&sealing, &story(&one, Some(true), Progress::Ended(&good, Refusals::default())), at(4));
+    let ended = tell(&sealing, &story(&one, Some(true), Progress::Ended(&good, DenialCounts::default())), at(4));
     insta::assert_yaml_snapshot!("life", [refused, waiting, running, sealing, ended]);
 }
 
@@ -53,9 +53,9 @@ fn a_life_is_told() {
 fn what_was_refused_is_said_of_an_agent_that_has_ended_well() {
     let (one, good) = ([attempt(1)], closed("Succeeded", "", "AgentSucceeded"));
     for (refused, message) in [
-        (Refusals::default(), "AgentSucceeded"),
+        (DenialCounts::default(), "AgentSucceeded"),
         (
-            Refusals { model: 12, egress: 1, ..Refusals::default() },
+            DenialCounts { model: 12, egress: 1, ..DenialCounts::default() },
             "AgentSucceeded; denied: 12 model calls, 1 connection",
         ),
     ] {
@@ -107,7 +107,7 @@ fn containment_that_was_not_proven_is_said() {
     let failed = closed("Failed", "Infrastructure", CONTAINMENT_UNPROVEN);
     let status = tell(
         &AgentTaskStatus::default(),
-        &story(&[lost], Some(false), Progress::Ended(&failed, Refusals::default())),
+        &story(&[lost], Some(false), Progress::Ended(&failed, DenialCounts::default())),
         at(0),
     );
     assert_eq!(status.phase, Some(Phase::Failed));
@@ -166,9 +166,9 @@ proptest! {
             1 => Progress::Waiting("Unschedulable", "why"),
             2 => Progress::Running,
             3 => Progress::Sealing(&bad, "no gateway"),
-            4 => Progress::Ended(&bad, Refusals::default()),
+            4 => Progress::Ended(&bad, DenialCounts::default()),
             5 => Progress::Undecided("who"),
-            _ => Progress::Ended(&good, Refusals::default()),
+            _ => Progress::Ended(&good, DenialCounts::default()),
         };
         let before = tell(&AgentTaskStatus::default(), &story(&attempts, None, stage(first)), at(0));
         let once = tell(&before, &story(&attempts, contained, stage(second)), at(1));
@@ -199,7 +199,7 @@ fn phases_are_told_to_those_who_deploy_by_git() {
     let findings = [Finding::new("spec.tools[0]", "a contract", "nothing", "apply it")];
     let (good, bad) = (closed("Succeeded", "", "AgentSucceeded"), closed("Failed", "Agent", "NonZeroExit"));
     let unknown = bad.clone().unknown();
-    let (none, one) = (Refusals::default(), [attempt(1)]);
+    let (none, one) = (DenialCounts::default(), [attempt(1)]);
     let mut phases = vec![
         task("that the operator has not seen", "Progressing", "InProgress", json!({ "observedGeneration": -1 })),
         task("that is not valid", "Degraded", "Failed", told(&[], Progress::Refused(&findings))),

@@ -4,7 +4,7 @@ use super::*;
 
 /// Returns the appends by each result.
 fn appends(witness: &Witness) -> [u64; 5] {
-    ["written", "replayed", "refused", "failed", "lost"]
+    ["written", "replayed", "rejected", "failed", "lost"]
         .map(|result| witness.metrics.appends.with_label_values(&[result]).get())
 }
 
