@@ -129,7 +129,7 @@ pub enum RollbackWhen {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Agent {
-    /// The container image. In production, name it by its digest.
+    /// The container image. In production, name it by its digest. `belay run` does not pull it: there, any name will do.
     #[schemars(length(min = 1, max = 512), regex(pattern = r"^[^\s]+$"))]
     pub image: String,
     /// The entrypoint. The image's own if empty.

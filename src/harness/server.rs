@@ -406,11 +406,14 @@ where
     let parsed: Value = serde_json::from_slice(&said).unwrap_or_default();
     let text = String::from_utf8_lossy(&said);
     let why = parsed.pointer("/error/message").and_then(Value::as_str).unwrap_or(text.trim());
-    let reason = format!(
-        "expected an MCP message that is a call, found another message (HTTP {}): {}",
-        parts.status.as_u16(),
-        if why.is_empty() { "it has no id, so it gets no answer" } else { why }
-    );
+    let reason = match parts.status.as_u16() {
+        406 => "expected both application/json and text/event-stream in the accept header, as MCP requires".to_owned(),
+        415 => "expected application/json in the content-type header, as MCP requires".to_owned(),
+        status => format!(
+            "expected a valid MCP message, found one that cannot be handled (HTTP {status}): {}",
+            if why.is_empty() { "it has no id, so it gets no answer" } else { why }
+        ),
+    };
     let denial = Denial { rule: Rule::Request, reason: shorten_to(&reason, 1024) };
     let digest = Some(gate.salt().bytes(&posted.body));
     let denial = gate.deny(Channel::Tool, &posted.target, digest, denial).await;
