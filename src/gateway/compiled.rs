@@ -152,6 +152,11 @@ impl Cache {
         let mut sources = vec![source(&task.metadata), source(&pack.metadata)];
         sources.extend(contracts.iter().map(|contract| source(&contract.metadata)));
         let uid = task.uid().unwrap_or_default();
+        if let Some((from, compiled)) = self.0.get(&uid)
+            && *from == sources
+        {
+            return Ok(compiled);
+        }
         // Calls of one task wait while one of them compiles. Other tasks do not wait.
         let entry = self.0.entry(uid).and_try_compute_with(|known| match known {
             Some(known) if *known.value().0 == sources => Ok(Op::Nop),
