@@ -1,19 +1,25 @@
 """The latency that Belay adds to model calls, compared with LiteLLM's proxy: `ONLY=PREFIX BELAY=PROGRAM model.py --litellm FOLDER --logs FOLDER`.
 
-One client (agent/client.py) calls one model (paced.py, over TLS) in three ways, in turn: directly, from the sandbox of `belay run` with a
-credential that the gateway adds and looks for in each reply, and through LiteLLM's proxy with its default settings. The added latency is
-the difference to the direct calls of the same run at the same percentile: for the first token of a stream, for each later token, and for
-a whole reply. All processes share this machine's cores. The benchmark fails on an error, never on a figure.
+One client (agent/client.py) calls one model (paced.py, over TLS) in four ways, in turn: directly, from the sandbox of `belay run` with a
+credential that the gateway adds and looks for in each reply, through LiteLLM's proxy with its default settings, and through `socat`. The
+added latency is the difference to the direct calls of the same run at the same percentile: for the first token of a stream, for each
+later token, and for a whole reply. `socat` decrypts and copies bytes, and does nothing else. What it adds is the floor: on this machine,
+no proxy for this model adds less. All processes share this machine's cores. The benchmark fails on an error, never on a figure.
 """
 
 import argparse
 import collections
+import contextlib
 import json
 import os
 import pathlib
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import time
+import types
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -69,6 +75,29 @@ def plainly(server, authority):
         return ran.stdout.splitlines()
 
     return way
+
+
+@contextlib.contextmanager
+def copying(server):
+    """Runs a proxy that decrypts and copies bytes. Returns its base URL."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    listens = f"TCP-LISTEN:{port},bind=127.0.0.1,fork,reuseaddr,nodelay,backlog=256"
+    # The model proves nothing to it, because the client sends its key to anybody at this address.
+    with subprocess.Popen(["socat", listens, f"OPENSSL:127.0.0.1:{server.port},verify=0,nodelay"], start_new_session=True) as proxy:
+        try:
+            until = time.monotonic() + 10
+            while proxy.poll() is None and time.monotonic() < until:
+                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                    break
+                time.sleep(0.1)
+            else:
+                raise SystemExit("error: socat does not listen")
+            yield types.SimpleNamespace(address=f"http://127.0.0.1:{port}")
+        finally:
+            # It has a process for each connection.
+            os.killpg(proxy.pid, signal.SIGTERM)
 
 
 def through_belay(server, authority):
@@ -128,17 +157,18 @@ def percentile(samples, percent):
 
 
 def measures(samples):
-    """Returns measures in the format of benches/measure.rs: the value is what Belay adds, the baseline is what LiteLLM adds."""
+    """Returns measures in the format of benches/measure.rs: the value is what Belay adds, the baseline is what LiteLLM adds. Each also has
+    the floor, which is what socat adds."""
     for at_once, what in sorted(samples["belay"]):
         for percent in (50, 99):
-            direct, belays, others = (percentile(samples[way][at_once, what], percent) for way in ("direct", "belay", "litellm"))
-            added, baseline = belays - direct, others - direct
+            direct, *through = (percentile(samples[way][at_once, what], percent) for way in ("direct", "belay", "litellm", "socat"))
+            added, baseline, floor = (one - direct for one in through)
             _, goal = AT_ONCE[at_once]
             # If LiteLLM seems to add nothing, there were too few calls, or the machine was busy.
             ratio = added / baseline if baseline > 0 else None
             n = len(samples["belay"][at_once, what])
             name = f"model.{at_once}.{what}-added-p{percent}"
-            yield {"name": name, "value": added, "unit": "ms", "n": n, "baseline": baseline, "ratio": ratio, "goal": goal, "ok": ratio is not None and ratio <= goal}
+            yield {"name": name, "value": added, "unit": "ms", "n": n, "baseline": baseline, "floor": floor, "ratio": ratio, "goal": goal, "ok": ratio is not None and ratio <= goal}
 
 
 def report(samples):
@@ -146,12 +176,12 @@ def report(samples):
     for at_once, what in sorted(samples["belay"]):
         figures = [f"{way} {percentile(of[at_once, what], 50):.2f}, {percentile(of[at_once, what], 99):.2f}" for way, of in samples.items()]
         print(f"bench: model.{at_once}.{what}, ms at p50, p99: {'; '.join(figures)}", file=sys.stderr)
-    print(f"{'measure':<28} {'value':>10} {'unit':<4} {'n':>6} {'baseline':>10} {'ratio':>7} {'goal':>7}  ok")
+    print(f"{'measure':<28} {'value':>10} {'unit':<4} {'n':>6} {'baseline':>10} {'floor':>7} {'ratio':>7} {'goal':>7}  ok")
     with open(ROOT / "target/bench.jsonl", "a") as out:
         for one in measures(samples):
             out.write(json.dumps(one) + "\n")
             ratio = "-" if one["ratio"] is None else f"{one['ratio']:.2f}"
-            row = "{name:<28} {value:>10.2f} {unit:<4} {n:>6} {baseline:>10.2f} {ratio:>7} {goal:>7.2f}".format(**one | {"ratio": ratio})
+            row = "{name:<28} {value:>10.2f} {unit:<4} {n:>6} {baseline:>10.2f} {floor:>7.2f} {ratio:>7} {goal:>7.2f}".format(**one | {"ratio": ratio})
             print(f"{row}  {'yes' if one['ok'] else 'no'}")
 
 
@@ -169,8 +199,10 @@ def main():
         try:
             proxy = litellm(given.litellm, folder, "gpt-4o", f"{model.address}/v1", given.logs / "litellm.log", KEY, authority)
             try:
-                ways = {"direct": plainly(model, authority), "belay": through_belay(model, authority), "litellm": plainly(proxy, authority)}
-                samples = rounds(ways, given.rounds, asked)
+                with copying(model) as copier:
+                    ways = {"direct": plainly(model, authority), "belay": through_belay(model, authority)}
+                    ways |= {"litellm": plainly(proxy, authority), "socat": plainly(copier, authority)}
+                    samples = rounds(ways, given.rounds, asked)
             finally:
                 proxy.end()
         finally:
