@@ -15,7 +15,7 @@ demo: install ## An agent on a rope, from nothing: cluster, image, install, run,
 	@e2e/cluster/load "$$(e2e/demo/image)" >/dev/null
 	@set -a; . $(CACHE)/cluster/s3.env; AWS_ACCESS_KEY_ID=$$S3_ACCESS_KEY AWS_SECRET_ACCESS_KEY=$$S3_SECRET_KEY AWS_REGION=$$S3_REGION BELAY=$(CACHE)/bin-host/belay e2e/demo/run
 
-test: ## Every test; ends with `N passed, N failed` (ONLY="STAGE…" for some)
+test: ## The tests of a change; ends with `N passed, N failed` (ONLY="STAGE…" for some)
 	@e2e/test $(ONLY)
 
 bench: $(if $(filter decision% evidence% model%,$(ONLY)),,install) ## Measures: a table, and target/bench.jsonl (ONLY=prefix for some; decision, evidence and model need no cluster)
