@@ -58,6 +58,12 @@ class Account:
     def __init__(self, path):
         self.lock, self.lines, self.file = threading.Lock(), [], open(path, "a") if path else None
         self.failed = {}
+        self.begun = 0
+
+    def begin(self):
+        """Counts a request whose line follows. The line comes after the reply, so whoever has the reply may have to wait for it."""
+        with self.lock:
+            self.begun += 1
 
     def add(self, line):
         with self.lock:
@@ -123,6 +129,7 @@ class Provider(BaseHTTPRequestHandler):
             # With status 426, Codex continues without a WebSocket.
             self.note["status"] = 426 if "upgrade" in self.headers else 404
             reply = rules.error("messages" if anthropic else "chat", self.note["status"], f"Unknown request URL: GET {path}", code="unknown_url")
+        self.server.account.begin()
         self.server.account.add(self.note)
         self.send(self.note["status"], reply)
 
@@ -146,6 +153,7 @@ class Provider(BaseHTTPRequestHandler):
             "end": "whole",
             "began": time.monotonic(),
         }
+        self.server.account.begin()
         try:
             self.answer(api, path, raw)
         except Refused as refused:

@@ -47,16 +47,18 @@ class Model(unittest.TestCase):
         cls.openai = openai.OpenAI(base_url=cls.url + "/v1", api_key="k", max_retries=0)
         cls.anthropic = anthropic.Anthropic(base_url=cls.url, api_key="k", max_retries=0)
 
-    def last(self):
-        """Waits for the account of the last request, and returns it."""
+    def lines(self):
+        """Waits for the accounts of all requests, and returns them."""
+        account = self.provider.account
         for _ in range(500):
-            if len(self.provider.account.lines) > self.before:
-                return self.provider.account.lines[-1]
+            if len(account.lines) == account.begun:
+                return account.lines
             threading.Event().wait(0.01)
         raise AssertionError("no account")
 
-    def setUp(self):
-        self.before = len(self.provider.account.lines)
+    def last(self):
+        """Waits for the account of the last request, and returns it."""
+        return self.lines()[-1]
 
     def raw(self, path, body, headers=None):
         headers = {"content-type": "application/json"} | (headers or {})
@@ -123,7 +125,6 @@ class Model(unittest.TestCase):
         self.assertEqual([item.name for item in response.output if item.type == "function_call"], NAMES)
         self.assertEqual(kinds[:2] + kinds[-1:], ["response.created", "response.in_progress", "response.completed"])
         self.assertEqual(response.usage.output_tokens, self.last()["produced"])
-        self.before = len(self.provider.account.lines)
         with self.anthropic.messages.stream(model="claude-haiku-4-5", max_tokens=500, messages=ASK, tools=MESSAGES_TOOLS) as stream:
             kinds = [event.type for event in stream]
             message = stream.get_final_message()
@@ -251,14 +252,13 @@ class Model(unittest.TestCase):
         client = self.openai.with_options(max_retries=3)
         chat = client.chat.completions.create(model="gpt-4o-fault-503x2", messages=ASK)
         self.assertIn("THE END", chat.choices[0].message.content)
-        self.assertEqual([line["status"] for line in self.provider.account.lines[-3:]], [503, 503, 200])
+        self.assertEqual([line["status"] for line in self.lines()[-3:]], [503, 503, 200])
 
     def test_breaks(self):
         with self.assertRaises(openai.APIConnectionError):
             self.openai.chat.completions.create(model="gpt-4o-fault-drop", messages=ASK)
         self.assertEqual((self.last()["end"], self.last()["billed"]), ("cut", 0))
         for at in (0, 1, 500, 3000):
-            self.before = len(self.provider.account.lines)
             with self.assertRaises(Exception):
                 list(self.openai.chat.completions.create(model=f"gpt-4o-fault-cut-{at}", messages=LONG, stream=True))
             self.assertEqual((self.last()["end"], self.last()["sent"]), ("cut", at))
