@@ -338,7 +338,10 @@ class Provider(BaseHTTPRequestHandler):
         self.wfile.flush()
         self.note["billed"] = reply.prompt
         pace, left = faults.get("pace", 0) / 1000, faults.get("cut")
-        for event, tokens in api.events(reply):
+        for index, (event, tokens) in enumerate(api.events(reply)):
+            if pace and index:
+                time.sleep(pace)
+                self.gone()
             self.note["produced"] += tokens
             self.note["billed"] += tokens
             raw = pack(event) if pack else event
@@ -351,14 +354,15 @@ class Provider(BaseHTTPRequestHandler):
                 self.note["end"] = "error"
                 self.chunk(api.broken())
                 break
-            if pace:
-                time.sleep(pace)
-                self.gone()
         time.sleep(faults.get("end", 0) / 1000)
         if pack:
             self.chunk(pack(None))
-        self.wfile.write(b"0\r\n\r\n")
-        self.wfile.flush()
+        try:
+            self.wfile.write(b"0\r\n\r\n")
+            self.wfile.flush()
+        except OSError:
+            # Many clients hang up at the last event. They have the whole reply.
+            self.close_connection = True
 
     def chunk(self, raw):
         if raw:
