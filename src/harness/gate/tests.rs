@@ -15,6 +15,7 @@ use crate::{
         merkle::Tree,
         note::{self, Signer},
         record::{AttemptOpened, Pod},
+        segment::Segment,
         state::{TaskState, User},
     },
     harness::{gateway_client::CallError, journal, spool::Spool},
@@ -317,10 +318,8 @@ struct Takes;
 
 impl journal::Witness for Takes {
     fn append<'a>(&'a self, request: &'a AppendRequest) -> BoxFuture<'a, Result<AppendReply, CallError>> {
-        let lines = request.segment.lines().count();
-        Box::pin(async move {
-            Ok(AppendReply { size: request.first + u64::try_from(lines).unwrap_or_default(), checkpoint: None })
-        })
+        let (segment, _) = Segment::read(request.segment.as_bytes()).unwrap();
+        Box::pin(async move { Ok(AppendReply { size: segment.end(), checkpoint: None }) })
     }
 }
 
