@@ -3,8 +3,8 @@
 One client (agent/client.py) calls one model (paced.py, over TLS) in four ways, in turn: directly, from the sandbox of `belay run` with a
 credential that the gateway adds and looks for in each reply, through LiteLLM's proxy with its default settings, and through `socat`. The
 added latency is the difference to the direct calls of the same run at the same percentile: for the first token of a stream, for each
-later token, and for a whole reply. `socat` decrypts and copies bytes, and does nothing else. What it adds is the floor: on this machine,
-no proxy for this model adds less. All processes share this machine's cores. The benchmark fails on an error, never on a figure.
+later token, and for a whole reply. `socat` decrypts and copies bytes, and does nothing else. What it adds is called the floor: a proxy that
+does more can hardly add less. All processes share this machine's cores. The benchmark fails on an error, never on a figure.
 """
 
 import argparse
@@ -13,13 +13,9 @@ import contextlib
 import json
 import os
 import pathlib
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
-import types
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -77,27 +73,10 @@ def plainly(server, authority):
     return way
 
 
-@contextlib.contextmanager
-def copying(server):
-    """Runs a proxy that decrypts and copies bytes. Returns its base URL."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    listens = f"TCP-LISTEN:{port},bind=127.0.0.1,fork,reuseaddr,nodelay,backlog=256"
-    # The model proves nothing to it, because the client sends its key to anybody at this address.
-    with subprocess.Popen(["socat", listens, f"OPENSSL:127.0.0.1:{server.port},verify=0,nodelay"], start_new_session=True) as proxy:
-        try:
-            until = time.monotonic() + 10
-            while proxy.poll() is None and time.monotonic() < until:
-                with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-                    break
-                time.sleep(0.1)
-            else:
-                raise SystemExit("error: socat does not listen")
-            yield types.SimpleNamespace(address=f"http://127.0.0.1:{port}")
-        finally:
-            # It has a process for each connection.
-            os.killpg(proxy.pid, signal.SIGTERM)
+def copying(server, log):
+    """Starts a proxy that decrypts and copies bytes."""
+    to = f"OPENSSL:127.0.0.1:{server.port},verify=0,nodelay"
+    return Served(["socat", "TCP-LISTEN:PORT,bind=127.0.0.1,fork,reuseaddr,nodelay,backlog=256", to], "/", log)
 
 
 def through_belay(server, authority):
@@ -195,18 +174,16 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
         authority, key = certificate(folder)
-        model = Served([PYTHON, "-B", HERE / "paced.py", KEY, key], "/", given.logs / "model.log", authority=authority)
-        try:
+        with contextlib.ExitStack() as ended:
+            model = Served([PYTHON, "-B", HERE / "paced.py", KEY, key], "/", given.logs / "model.log", authority=authority)
+            ended.callback(model.end)
             proxy = litellm(given.litellm, folder, "gpt-4o", f"{model.address}/v1", given.logs / "litellm.log", KEY, authority)
-            try:
-                with copying(model) as copier:
-                    ways = {"direct": plainly(model, authority), "belay": through_belay(model, authority)}
-                    ways |= {"litellm": plainly(proxy, authority), "socat": plainly(copier, authority)}
-                    samples = rounds(ways, given.rounds, asked)
-            finally:
-                proxy.end()
-        finally:
-            model.end()
+            ended.callback(proxy.end)
+            copier = copying(model, given.logs / "socat.log")
+            ended.callback(copier.end)
+            ways = {"direct": plainly(model, authority), "belay": through_belay(model, authority)}
+            ways |= {"litellm": plainly(proxy, authority), "socat": plainly(copier, authority)}
+            samples = rounds(ways, given.rounds, asked)
     report(samples)
 
 
