@@ -68,9 +68,9 @@ fn check(answer: &str, (code, screen): &(String, String), asked: &[(String, Stri
     }
     let made = asked.iter().filter(|(method, path, _)| (method.as_str(), path.as_str()) == ("POST", "/refund")).count();
     if answer.starts_with('y') {
-        assert!(screen.contains("Approved by carol") && made == 1, "{screen}");
+        assert!(screen.contains("approved: by carol") && made == 1, "{screen}");
     } else {
-        assert!(screen.contains("Denied by carol") && screen.contains("rule: tool.approval") && made == 0, "{screen}");
+        assert!(screen.contains("denied: by carol") && screen.contains("rule: tool.approval") && made == 0, "{screen}");
     }
 }
 

@@ -20,10 +20,12 @@ use crate::{
 mod call;
 mod closed;
 mod codec;
+mod summary;
 
 pub use call::{Approval, CallOutcome, Channel, DenialCounts, Denied, Intent, Outcome, Replayed, Resolved};
 pub use closed::{AttemptClosed, TaskClosed};
 pub use codec::{DOCUMENTS, EncodeError, Encoded, LONGEST, Unread};
+pub use summary::{Summary, Tone};
 
 /// The record format that this crate writes and reads.
 pub const VERSION: u8 = 1;
@@ -47,6 +49,26 @@ pub struct Record {
     /// What happened.
     #[serde(flatten)]
     pub event: Event,
+}
+
+impl Record {
+    /// Returns what the record says, for people. `belay watch` and incident reports show it.
+    pub fn summary(&self) -> Summary {
+        let attempt = self.attempt;
+        match &self.event {
+            Event::AttemptOpened(opened) => opened.summary(attempt),
+            Event::Intent(intent) => intent.summary(),
+            Event::Replayed(replayed) => replayed.summary(),
+            Event::Outcome(outcome) => outcome.summary(),
+            Event::Resolved(resolved) => resolved.summary(),
+            Event::Denied(denied) => denied.summary(),
+            Event::ApprovalRequested(approval) => approval.summary_of_request(),
+            Event::ApprovalDecided(approval) => approval.summary_of_decision(),
+            Event::ContainmentChecked(containment) => containment.summary(),
+            Event::AttemptClosed(closed) => closed.summary(attempt),
+            Event::TaskClosed(closed) => closed.summary(),
+        }
+    }
 }
 
 /// The writer of a record.
@@ -155,6 +177,16 @@ pub struct AttemptOpened {
     pub local: Option<Local>,
 }
 
+impl AttemptOpened {
+    fn summary(&self, attempt: i64) -> Summary {
+        let Pod { name, node, runtime_class, .. } = &self.pod;
+        let runtime = if runtime_class.is_empty() { "the default runtime" } else { runtime_class };
+        let Containment { reachable, rounds, .. } = &self.containment;
+        let contained = format!("{reachable} answers, and {} silent, in {rounds} rounds", self.containment.silent());
+        Summary::new(Tone::Plain, "opened", format!("attempt {attempt} in pod {name} on {node}, {runtime}"), contained)
+    }
+}
+
 /// The machine on which an attempt ran without a cluster. It tells a reader which isolation was in place.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -216,4 +248,22 @@ pub struct Containment {
     /// What the probe saw and should not have seen; empty if the pod is contained.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub breaches: Vec<String>,
+}
+
+impl Containment {
+    fn summary(&self) -> Summary {
+        if self.contained && self.breaches.is_empty() {
+            Summary::new(Tone::Plain, "contained", "still contained", format!("{} silent", self.silent()))
+        } else {
+            Summary::new(Tone::Bad, "breach", "containment lost", self.breaches.join(", "))
+        }
+    }
+
+    /// Returns the number of silent addresses, with its verb.
+    fn silent(&self) -> String {
+        match self.unreachable.len() {
+            1 => "one other address is".to_owned(),
+            count => format!("{count} other addresses are"),
+        }
+    }
 }

@@ -2,7 +2,8 @@
 
 use std::io::{self, Write};
 
-use super::story::{Story, Tone};
+use super::story::Story;
+use crate::evidence::record::Tone;
 use crate::{
     cli::terminal::Safe,
     verify::{Verdict, Weight},

@@ -4,10 +4,11 @@ use maud::{DOCTYPE, Markup, PreEscaped, html};
 
 use super::{
     markdown::outcome,
-    story::{Curve, Story, Tone},
+    story::{Curve, Story},
 };
 use crate::{
     cli::terminal::Safe,
+    evidence::record::Tone,
     verify::{Verdict, Weight},
 };
 

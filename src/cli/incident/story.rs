@@ -6,27 +6,18 @@ use base64::{Engine, prelude::BASE64_STANDARD};
 use jiff::Timestamp;
 
 use crate::{
-    cli::terminal::{Safe, safe_json, times},
+    cli::terminal::{Safe, safe_json},
     evidence::{
         merkle::{Hash, inclusion_proof, leaf_hash},
-        record::{CallOutcome, Channel, Event, Intent, Outcome, Record},
+        record::{CallOutcome, Channel, Event, Outcome, Record, Summary, Tone},
         segment::Segment,
     },
-    policy::{approval::ApprovalState, config::Usage, price},
+    policy::{config::Usage, price},
     verify::Report,
 };
 
 /// The maximum number of records that a page shows in full, with their proofs. `belay prove` exports the others.
 const WHOLE: usize = 2000;
-
-/// How a line is highlighted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Tone {
-    Plain,
-    Good,
-    Warn,
-    Bad,
-}
 
 /// One line of the timeline.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -135,7 +126,7 @@ impl<'r> Story<'r> {
         for at in open.into_values() {
             if let Some(step) = self.steps.get_mut(at) {
                 let before = if step.detail.is_empty() { String::new() } else { format!("{}; ", step.detail) };
-                step.detail = format!("{before}it has no outcome: {}", outcome_words(CallOutcome::Unknown).1);
+                step.detail = format!("{before}it has no outcome: {}", CallOutcome::Unknown.words());
                 step.tone = Tone::Bad;
             }
         }
@@ -145,81 +136,7 @@ impl<'r> Story<'r> {
 /// Returns a record as a line.
 fn step(record: &Record) -> Step {
     let safe = |text: &str| Safe(text).to_string();
-    let (tone, word, what, detail, rules) = match &record.event {
-        Event::AttemptOpened(opened) => {
-            let pod = &opened.pod;
-            let runtime = if pod.runtime_class.is_empty() { "the default runtime" } else { &pod.runtime_class };
-            let seen = &opened.containment;
-            let contained = format!(
-                "{} answers, and {} silent, in {} rounds",
-                seen.reachable,
-                addresses(seen.unreachable.len()),
-                seen.rounds
-            );
-            let what = format!("attempt {} in pod {} on {}, {runtime}", record.attempt, pod.name, pod.node);
-            (Tone::Plain, "opened", what, contained, vec![])
-        }
-        Event::Intent(intent) => {
-            let rules = intent.rules.iter().map(|rule| rule.as_str().to_owned()).collect();
-            (Tone::Warn, "allowed", target(intent), about(intent), rules)
-        }
-        Event::Outcome(outcome) => (Tone::Warn, "outcome", outcome.call.clone(), became(outcome), vec![]),
-        Event::Replayed(again) => {
-            let what = format!("{} again", again.target);
-            (Tone::Plain, "replayed", what, format!("the result of {} was replayed", again.call), vec![])
-        }
-        Event::Resolved(told) => {
-            let (tone, word) = outcome_words(told.outcome);
-            (tone, "resolved", told.call.clone(), format!("{word}, according to {}", told.by), vec![])
-        }
-        Event::Denied(denied) => {
-            let what = format!("{} {}{}", denied.channel.as_str(), denied.target, times(denied.count));
-            (Tone::Bad, "denied", what, denied.reason.clone(), vec![denied.rule.as_str().to_owned()])
-        }
-        Event::ApprovalRequested(asked) => {
-            let what = format!("{} needs the approval of {}", asked.tool, people(asked.required));
-            let reasons = match asked.reasons.as_slice() {
-                [] => String::new(),
-                because => format!("because of {}; ", because.join(", ")),
-            };
-            (Tone::Warn, "asked", what, format!("{reasons}{}, until {}", asked.name, asked.expires), vec![])
-        }
-        Event::ApprovalDecided(asked) => {
-            let by: Vec<String> = asked
-                .decisions
-                .iter()
-                .map(|vote| match &vote.reason {
-                    Some(reason) => format!("{} ({reason})", vote.by),
-                    None => vote.by.clone(),
-                })
-                .collect();
-            let by = if by.is_empty() { "by no approver".to_owned() } else { format!("by {}", by.join(", ")) };
-            let (tone, word) = match asked.state {
-                ApprovalState::Approved => (Tone::Good, "approved"),
-                ApprovalState::Denied => (Tone::Bad, "denied"),
-                ApprovalState::Expired => (Tone::Bad, "expired"),
-                ApprovalState::Pending => (Tone::Warn, "pending"),
-            };
-            (tone, word, asked.tool.clone(), format!("{by}; {}", asked.name), vec![])
-        }
-        Event::ContainmentChecked(seen) if seen.contained && seen.breaches.is_empty() => {
-            let detail = format!("{} silent", addresses(seen.unreachable.len()));
-            (Tone::Plain, "contained", "still contained".to_owned(), detail, vec![])
-        }
-        Event::ContainmentChecked(seen) => {
-            (Tone::Bad, "breach", "containment lost".to_owned(), seen.breaches.join(", "), vec![])
-        }
-        Event::AttemptClosed(closed) => {
-            (Tone::Plain, "closed", format!("attempt {}", record.attempt), closed.reason.clone(), vec![])
-        }
-        Event::TaskClosed(closed) => {
-            let tone = if closed.has_succeeded() { Tone::Good } else { Tone::Bad };
-            let code = closed.exit_code.map(|code| format!(", exit code {code}")).unwrap_or_default();
-            let class =
-                if closed.failure_class.is_empty() { String::new() } else { format!("{}: ", closed.failure_class) };
-            (tone, "ended", closed.phase.clone(), format!("{class}{}{code}", closed.reason), vec![])
-        }
-    };
+    let Summary { tone, word, what, detail, rules } = record.summary();
     Step {
         records: vec![record.seq],
         time: safe(&record.time),
@@ -228,7 +145,7 @@ fn step(record: &Record) -> Step {
         word,
         what: safe(&what),
         detail: safe(&detail),
-        rules,
+        rules: rules.into_iter().map(|rule| rule.as_str().to_owned()).collect(),
     }
 }
 
@@ -237,58 +154,11 @@ fn ended(step: &mut Step, record: &Record, outcome: &Outcome) {
     step.records.push(record.seq);
     let took = step.time.parse::<Timestamp>().ok().zip(record.time.parse::<Timestamp>().ok());
     let took = took.map(|(from, to)| format!(", {} ms", to.duration_since(from).as_millis())).unwrap_or_default();
-    let (tone, _) = outcome_words(outcome.outcome);
+    let Summary { tone, detail, .. } = outcome.summary();
     step.tone = if outcome.rule.is_some() { Tone::Bad } else { tone };
     step.rules.extend(outcome.rule.map(|rule| rule.as_str().to_owned()));
     let before = if step.detail.is_empty() { String::new() } else { format!("{}; ", step.detail) };
-    step.detail = format!("{before}{}{took}", Safe(&became(outcome)));
-}
-
-fn target(intent: &Intent) -> String {
-    let effect = intent.side_effect.map(|effect| format!(" ({})", effect.as_str())).unwrap_or_default();
-    format!("{} {}{effect}", intent.channel.as_str(), intent.target)
-}
-
-/// Returns the details of an intent.
-fn about(intent: &Intent) -> String {
-    let mut about = Vec::new();
-    if let Some(found) = &intent.assessment {
-        about.push(format!("{} data", found.arguments.as_str()));
-        about.extend(found.risk.as_ref().map(|risk| format!("risk {}", risk.score)));
-    }
-    if !intent.approvals.is_empty() {
-        about.push(format!("approved by {}", intent.approvals.join(", ")));
-    }
-    about.extend(intent.compensates.as_ref().map(|call| format!("compensates {call}")));
-    about.extend((intent.reserved_tokens > 0).then(|| format!("{} tokens reserved", intent.reserved_tokens)));
-    about.join(", ")
-}
-
-fn became(outcome: &Outcome) -> String {
-    let mut became = vec![outcome_words(outcome.outcome).1.to_owned()];
-    became.extend((outcome.status > 0).then(|| format!("HTTP {}", outcome.status)));
-    became.extend(outcome.upstream.clone());
-    became.extend(outcome.sent_bytes.map(|bytes| format!("{bytes} bytes sent")));
-    became.push(format!("{} bytes", outcome.response_bytes));
-    became.extend((outcome.tokens > 0).then(|| format!("{} tokens", outcome.tokens)));
-    became.extend((outcome.cost_micros > 0).then(|| format!("a cost of {}", price::show(outcome.cost_micros))));
-    became.join(", ")
-}
-
-fn outcome_words(outcome: CallOutcome) -> (Tone, &'static str) {
-    match outcome {
-        CallOutcome::Applied => (Tone::Good, "took effect"),
-        CallOutcome::NotApplied => (Tone::Warn, "did not take effect"),
-        CallOutcome::Unknown => (Tone::Bad, "unknown whether it took effect"),
-    }
-}
-
-fn addresses(count: usize) -> String {
-    if count == 1 { "one other address is".to_owned() } else { format!("{count} other addresses are") }
-}
-
-fn people(count: i64) -> String {
-    if count == 1 { "one approver".to_owned() } else { format!("{count} approvers") }
+    step.detail = format!("{before}{}{took}", Safe(&detail));
 }
 
 /// Returns the use of each limit over time.

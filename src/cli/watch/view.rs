@@ -13,9 +13,8 @@ use crate::{
         agent_task::{Attempt, Phase},
         readiness::{READY, STALLED},
     },
-    evidence::record::{AttemptOpened, CallOutcome, Channel, Denied, Event, Intent, Outcome, Record},
+    evidence::record::{AttemptOpened, CallOutcome, Channel, Denied, Event, Intent, Outcome, Record, Summary, Tone},
     policy::{
-        approval::ApprovalState,
         config::{Limits, ModelEndpoints, Usage},
         model::api::Api,
         price,
@@ -185,19 +184,7 @@ impl View {
         match &record.event {
             Event::AttemptOpened(opened) => self.opened(at, attempt, opened),
             Event::Intent(intent) => self.intent(at, time, intent),
-            Event::Replayed(replayed) => {
-                let text = format!("  {} again: the result of {}", Safe(&replayed.target), Safe(&replayed.call));
-                self.push(at, &paint.dim(text));
-            }
             Event::Outcome(outcome) => self.outcome(at, time, outcome),
-            Event::Resolved(resolved) => {
-                let told = match resolved.outcome {
-                    CallOutcome::Applied => paint.good("applied"),
-                    CallOutcome::NotApplied => paint.warn("not applied"),
-                    CallOutcome::Unknown => paint.bad("unknown effect"),
-                };
-                self.push(at, &format!("  {} was {told}, according to {}", Safe(&resolved.call), Safe(&resolved.by)));
-            }
             Event::Denied(denied) => self.denied(at, denied),
             Event::ApprovalRequested(asked) => {
                 let text = format!(
@@ -208,13 +195,6 @@ impl View {
                     Safe(&asked.expires)
                 );
                 self.push(at, &paint.warn(text));
-            }
-            Event::ApprovalDecided(asked) => {
-                let by: Vec<&str> = asked.decisions.iter().map(|vote| vote.by.as_str()).collect();
-                let by = if by.is_empty() { String::new() } else { format!(" by {}", Safe(&by.join(", "))) };
-                let text = format!("  {} {:?}{by}", Safe(&asked.tool), asked.state);
-                let good = asked.state == ApprovalState::Approved;
-                self.push(at, &if good { paint.good(text) } else { paint.bad(text) });
             }
             Event::ContainmentChecked(seen) if seen.contained => {
                 let text = format!("  contained still: {} silent", addresses(seen.unreachable.len()));
@@ -230,6 +210,7 @@ impl View {
             }
             // The gateway writes this record, and no pod prints it.
             Event::TaskClosed(_) => {}
+            _ => self.summary(at, &record.summary()),
         }
     }
 
@@ -374,6 +355,18 @@ impl View {
                 self.paint.bad(format_args!("■ attempt {} failed: {} ({class:?})", attempt.number, Safe(&reason)))
             }
             None => format!("■ attempt {} ended {}", attempt.number, self.paint.dim(Safe(&reason))),
+        };
+        self.push(at, &text);
+    }
+
+    fn summary(&mut self, at: Timestamp, summary: &Summary) {
+        let Summary { tone, word, what, detail, .. } = summary;
+        let text = format!("  {} {word}: {}", Safe(what), Safe(detail));
+        let text = match tone {
+            Tone::Plain => self.paint.dim(text),
+            Tone::Good => self.paint.good(text),
+            Tone::Warn => self.paint.warn(text),
+            Tone::Bad => self.paint.bad(text),
         };
         self.push(at, &text);
     }

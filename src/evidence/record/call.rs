@@ -6,11 +6,13 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::summary::{Summary, Tone};
 use crate::policy::{
     access::Assessment,
     approval::{ApprovalSource, ApprovalState, CallKey, Vote},
     config::{Sensitivity, SideEffect, is_zero},
     ledger::Fate,
+    price,
     rule::Rule,
 };
 
@@ -141,6 +143,24 @@ pub struct Intent {
     pub reserved_cost_micros: i64,
 }
 
+impl Intent {
+    pub(super) fn summary(&self) -> Summary {
+        let effect = self.side_effect.map(|effect| format!(" ({})", effect.as_str())).unwrap_or_default();
+        let what = format!("{} {}{effect}", self.channel.as_str(), self.target);
+        let mut detail = Vec::new();
+        if let Some(found) = &self.assessment {
+            detail.push(format!("{} data", found.arguments.as_str()));
+            detail.extend(found.risk.as_ref().map(|risk| format!("risk {}", risk.score)));
+        }
+        if !self.approvals.is_empty() {
+            detail.push(format!("approved by {}", self.approvals.join(", ")));
+        }
+        detail.extend(self.compensates.as_ref().map(|call| format!("compensates {call}")));
+        detail.extend((self.reserved_tokens > 0).then(|| format!("{} tokens reserved", self.reserved_tokens)));
+        Summary::new(Tone::Warn, "allowed", what, detail.join(", ")).by(self.rules.iter().copied())
+    }
+}
+
 /// Whether a call took effect.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -200,6 +220,18 @@ impl Outcome {
     pub fn given(&self) -> Option<&String> {
         self.response_commitment.as_ref().filter(|_| self.rule.is_none())
     }
+
+    /// Returns what the record says, for people.
+    pub fn summary(&self) -> Summary {
+        let mut detail = vec![self.outcome.words().to_owned()];
+        detail.extend((self.status > 0).then(|| format!("HTTP {}", self.status)));
+        detail.extend(self.upstream.clone());
+        detail.extend(self.sent_bytes.map(|bytes| format!("{bytes} bytes sent")));
+        detail.push(format!("{} bytes", self.response_bytes));
+        detail.extend((self.tokens > 0).then(|| format!("{} tokens", self.tokens)));
+        detail.extend((self.cost_micros > 0).then(|| format!("a cost of {}", price::show(self.cost_micros))));
+        Summary::new(self.outcome.tone(), "outcome", self.call.clone(), detail.join(", ")).by(self.rule)
+    }
 }
 
 impl CallOutcome {
@@ -220,6 +252,23 @@ impl CallOutcome {
             Self::Unknown => Some(Fate::Unknown),
         }
     }
+
+    /// Returns whether the call took effect, in words.
+    pub fn words(self) -> &'static str {
+        match self {
+            Self::Applied => "took effect",
+            Self::NotApplied => "did not take effect",
+            Self::Unknown => "unknown whether it took effect",
+        }
+    }
+
+    fn tone(self) -> Tone {
+        match self {
+            Self::Applied => Tone::Good,
+            Self::NotApplied => Tone::Warn,
+            Self::Unknown => Tone::Bad,
+        }
+    }
 }
 
 /// A call that was answered with the result of an earlier call.
@@ -238,6 +287,13 @@ pub struct Replayed {
     pub response_commitment: String,
 }
 
+impl Replayed {
+    pub(super) fn summary(&self) -> Summary {
+        let detail = format!("the result of {} again", self.call);
+        Summary::new(Tone::Plain, "replayed", self.target.clone(), detail)
+    }
+}
+
 /// The resolution of a call whose outcome was unknown, by a read.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -248,6 +304,13 @@ pub struct Resolved {
     pub outcome: CallOutcome,
     /// The read that resolved it: a later call of the tool that the contract's `verify` names.
     pub by: String,
+}
+
+impl Resolved {
+    pub(super) fn summary(&self) -> Summary {
+        let detail = format!("{}, according to {}", self.outcome.words(), self.by);
+        Summary::new(self.outcome.tone(), "resolved", self.call.clone(), detail)
+    }
 }
 
 /// A denial.
@@ -294,6 +357,12 @@ impl Denied {
     pub fn is_countable(&self) -> bool {
         self.count == 1 || (self.count > 1 && self.request_commitment.is_none())
     }
+
+    pub(super) fn summary(&self) -> Summary {
+        let times = if self.count == 1 { String::new() } else { format!(", {} times", self.count) };
+        let what = format!("{} {}{times}", self.channel.as_str(), self.target);
+        Summary::new(Tone::Bad, "denied", what, self.reason.clone()).by([self.rule])
+    }
 }
 
 /// The state of the approval of one exact call.
@@ -328,5 +397,32 @@ impl Approval {
     /// Returns the call that the approval is for.
     pub fn call(&self) -> CallKey {
         CallKey { by: self.requested_by, tool: self.tool.clone(), digest: self.request_commitment.clone() }
+    }
+
+    pub(super) fn summary_of_request(&self) -> Summary {
+        let people =
+            if self.required == 1 { "one approver".to_owned() } else { format!("{} approvers", self.required) };
+        let because = match self.reasons.as_slice() {
+            [] => String::new(),
+            reasons => format!("because of {}; ", reasons.join(", ")),
+        };
+        let what = format!("{} needs the approval of {people}", self.tool);
+        Summary::new(Tone::Warn, "asked", what, format!("{because}{}, until {}", self.name, self.expires))
+    }
+
+    pub(super) fn summary_of_decision(&self) -> Summary {
+        let told = |vote: &Vote| match &vote.reason {
+            Some(reason) => format!("{} ({reason})", vote.by),
+            None => vote.by.clone(),
+        };
+        let by: Vec<String> = self.decisions.iter().map(told).collect();
+        let by = if by.is_empty() { "by no approver".to_owned() } else { format!("by {}", by.join(", ")) };
+        let (tone, word) = match self.state {
+            ApprovalState::Approved => (Tone::Good, "approved"),
+            ApprovalState::Denied => (Tone::Bad, "denied"),
+            ApprovalState::Expired => (Tone::Bad, "expired"),
+            ApprovalState::Pending => (Tone::Warn, "pending"),
+        };
+        Summary::new(tone, word, self.tool.clone(), format!("{by}; {}", self.name))
     }
 }

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use super::summary::{Summary, Tone};
 use crate::{
     ends::{AttemptEnd, FailureClass, TIME_OVER},
     policy::rule::Rule,
@@ -31,6 +32,10 @@ impl AttemptClosed {
     /// Returns the rule by which the attempt is over for good. An attempt that was only told to end may open again if its harness restarts.
     pub fn rule(&self) -> Option<Rule> {
         self.end().map_or(Some(Rule::TaskClosed), AttemptEnd::rule)
+    }
+
+    pub(super) fn summary(&self, attempt: i64) -> Summary {
+        Summary::new(Tone::Plain, "closed", format!("attempt {attempt}"), self.reason.clone())
     }
 }
 
@@ -120,6 +125,13 @@ impl TaskClosed {
     pub fn has_failed(&self) -> bool {
         let unknown = [FailureClass::Unknown, FailureClass::Cancelled].map(FailureClass::name);
         self.phase == Self::FAILED && !unknown.contains(&self.failure_class.as_str())
+    }
+
+    pub(super) fn summary(&self) -> Summary {
+        let tone = if self.has_succeeded() { Tone::Good } else { Tone::Bad };
+        let code = self.exit_code.map(|code| format!(", exit code {code}")).unwrap_or_default();
+        let class = if self.failure_class.is_empty() { String::new() } else { format!("{}: ", self.failure_class) };
+        Summary::new(tone, "ended", self.phase.clone(), format!("{class}{}{code}", self.reason))
     }
 }
 
