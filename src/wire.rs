@@ -32,13 +32,13 @@ pub const LOG_APPEND: &str = "/v1/log/append";
 pub const LOG_SEAL: &str = "/v1/log/seal";
 /// Requests approval of one exact call: [`ApprovalAsk`] → [`ApprovalReply`].
 pub const APPROVAL: &str = "/v1/approval";
-/// Renders and stores the arguments of a call's compensation: [`PutState`] → [`Kept`].
+/// Renders and stores the arguments of a call's compensation: [`PutState`] → [`PutReply`].
 pub const STATE_PUT: &str = "/v1/state/put";
 /// Returns to a rollback the arguments of a compensation of a call of the other task: [`StateRef`] → [`Undo`].
 pub const STATE_GET: &str = "/v1/state/get";
-/// Stores the result of an idempotent call: [`PutResult`] → [`Kept`].
+/// Stores the result of an idempotent call: [`PutResult`] → [`PutReply`].
 pub const RESULT_PUT: &str = "/v1/result/put";
-/// Returns a stored result to another attempt of the same task: [`StateRef`] → [`KeptResult`].
+/// Returns a stored result to another attempt of the same task: [`StateRef`] → [`ResultReply`].
 pub const RESULT_GET: &str = "/v1/result/get";
 /// The longest result that is stored, in bytes.
 pub const LONGEST_RESULT: usize = 256 << 10;
@@ -300,7 +300,7 @@ pub struct PutState {
 /// The reply that data of a call is stored.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct Kept {
+pub struct PutReply {
     /// The commitment to the stored data, hex: for arguments by field, for a result over its bytes.
     pub digest: String,
 }
@@ -337,7 +337,7 @@ pub struct PutResult {
 /// The stored result of a call of an earlier attempt.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-pub struct KeptResult {
+pub struct ResultReply {
     /// The result, as it was stored.
     pub result: String,
 }

@@ -443,7 +443,7 @@ async fn keep(State(log): State<Arc<Log>>, axum::Json(keep): axum::Json<wire::Pu
             let arguments = belay::canonical::to_bytes(&undo).unwrap();
             let digest = salt().value(&serde_json::Value::Object(undo)).unwrap();
             log.kept.lock().unwrap().insert(digest.clone(), String::from_utf8(arguments).unwrap());
-            axum::Json(wire::Kept { digest }).into_response()
+            axum::Json(wire::PutReply { digest }).into_response()
         }
         Err(reason) => refusal(&Refused::denied(Rule::ToolRollback, reason)),
     }
@@ -461,12 +461,12 @@ async fn keep_result(State(log): State<Arc<Log>>, axum::Json(keep): axum::Json<w
     assert!(intent.open && intent.key.is_some(), "{intent:?}");
     let digest = salt().bytes(keep.result.as_bytes());
     log.kept.lock().unwrap().insert(digest.clone(), keep.result);
-    axum::Json(wire::Kept { digest }).into_response()
+    axum::Json(wire::PutReply { digest }).into_response()
 }
 
 async fn kept_result(State(log): State<Arc<Log>>, axum::Json(of): axum::Json<wire::StateRef>) -> Response {
     match log.kept.lock().unwrap().get(&of.digest).cloned() {
-        Some(result) => axum::Json(wire::KeptResult { result }).into_response(),
+        Some(result) => axum::Json(wire::ResultReply { result }).into_response(),
         None => refusal(&Refused::denied(Rule::ToolIdempotency, "not kept")),
     }
 }

@@ -162,7 +162,7 @@ impl StateStore {
     ///
     /// # Errors
     /// Returns [`Rule::Evidence`] if the bucket fails.
-    pub async fn keep(&self, at: &Location, call: &str, digest: &str, content: Vec<u8>) -> Result<(), Refused> {
+    pub async fn put(&self, at: &Location, call: &str, digest: &str, content: Vec<u8>) -> Result<(), Refused> {
         plain(call)?;
         let store = self.bucket(&at.bucket).await?;
         match store.put_new(&format!("{}{call}/{digest}.json", at.prefix), content.into(), None).await {
@@ -175,7 +175,7 @@ impl StateStore {
     ///
     /// # Errors
     /// Returns [`Rule::Evidence`] if the bucket fails.
-    pub async fn kept(&self, at: &Location, call: &str, digest: &str) -> Result<Option<Vec<u8>>, Refused> {
+    pub async fn get(&self, at: &Location, call: &str, digest: &str) -> Result<Option<Vec<u8>>, Refused> {
         plain(call)?;
         plain(digest)?;
         let store = self.bucket(&at.bucket).await?;

@@ -132,7 +132,7 @@ async fn round(tools: &Tools) -> Option<Report> {
 /// Returns the stored arguments of a compensation, if they match the plan's commitment.
 async fn arguments(tools: &Tools, call: &str, undo: &Undo) -> Result<Map<String, Value>, String> {
     let of = StateRef { call: call.to_owned(), digest: undo.request_commitment.clone() };
-    let kept = tools.gate().link().kept(&of).await.map_err(|error| error.to_string())?;
+    let kept = tools.gate().link().get_state(&of).await.map_err(|error| error.to_string())?;
     let arguments: Value =
         serde_json::from_str(&kept).map_err(|error| format!("the stored arguments are not JSON: {error}"))?;
     let found = tools.gate().salt().value(&arguments).map_err(|error| error.to_string())?;

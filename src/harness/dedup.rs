@@ -169,7 +169,7 @@ impl Deduplicator {
             return Err("is not stored any more".into());
         }
         let of = StateRef { call: made.call.clone(), digest: digest.clone() };
-        let text = link.kept_result(&of).await.map_err(|error| format!("cannot be read: {error}"))?;
+        let text = link.get_result(&of).await.map_err(|error| format!("cannot be read: {error}"))?;
         let result = result_of(&text, &digest, &self.salt).ok_or("is not the one that was stored")?;
         Ok(Kept { result, digest })
     }
@@ -188,7 +188,7 @@ impl Deduplicator {
             }
         }
         if self.outside
-            && let Err(error) = link.keep_result(&PutResult { intent, result: text }).await
+            && let Err(error) = link.put_result(&PutResult { intent, result: text }).await
         {
             tracing::error!(intent, %error, "a result could not be stored: another attempt will not get it");
         }

@@ -41,7 +41,7 @@ use crate::{
     policy::{config::Wiring, decide::Denial, rule::Rule},
     retry,
     wire::{
-        self, AppendReply, AppendRequest, ApprovalAsk, ApprovalReply, Kept, KeptResult, OpenReply, OpenRequest,
+        self, AppendReply, AppendRequest, ApprovalAsk, ApprovalReply, PutReply, ResultReply, OpenReply, OpenRequest,
         PutResult, PutState, Refusal, StateRef, Undo,
     },
 };
@@ -187,16 +187,16 @@ impl GatewayClient {
     ///
     /// # Errors
     /// Returns an error if the gateway denies the request or cannot be reached.
-    pub async fn keep(&self, keep: &PutState) -> Result<String, CallError> {
-        let kept: Kept = self.post_patiently(wire::STATE_PUT, keep).await?;
-        Ok(kept.digest)
+    pub async fn put_state(&self, put: &PutState) -> Result<String, CallError> {
+        let stored: PutReply = self.post_patiently(wire::STATE_PUT, put).await?;
+        Ok(stored.digest)
     }
 
     /// Returns the stored arguments of a compensation. Retries for a while if the gateway cannot be reached.
     ///
     /// # Errors
     /// Returns an error if the gateway denies the request or cannot be reached.
-    pub async fn kept(&self, of: &StateRef) -> Result<String, CallError> {
+    pub async fn get_state(&self, of: &StateRef) -> Result<String, CallError> {
         let undo: Undo = self.post_patiently(wire::STATE_GET, of).await?;
         Ok(undo.arguments)
     }
@@ -205,17 +205,17 @@ impl GatewayClient {
     ///
     /// # Errors
     /// Returns an error if the gateway denies the request or cannot be reached.
-    pub async fn keep_result(&self, keep: &PutResult) -> Result<(), CallError> {
-        self.post_patiently::<_, Kept>(wire::RESULT_PUT, keep).await.map(|_| ())
+    pub async fn put_result(&self, put: &PutResult) -> Result<(), CallError> {
+        self.post_patiently::<_, PutReply>(wire::RESULT_PUT, put).await.map(|_| ())
     }
 
     /// Returns the stored result of a call of an earlier harness. Retries for a while if the gateway cannot be reached.
     ///
     /// # Errors
     /// Returns an error if the gateway denies the request or cannot be reached.
-    pub async fn kept_result(&self, of: &StateRef) -> Result<String, CallError> {
-        let kept: KeptResult = self.post_patiently(wire::RESULT_GET, of).await?;
-        Ok(kept.result)
+    pub async fn get_result(&self, of: &StateRef) -> Result<String, CallError> {
+        let stored: ResultReply = self.post_patiently(wire::RESULT_GET, of).await?;
+        Ok(stored.result)
     }
 
     async fn post_patiently<Q: serde::Serialize, R: serde::de::DeserializeOwned>(

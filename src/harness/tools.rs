@@ -241,10 +241,10 @@ impl Tools {
     /// commitment. A call whose compensation cannot be rendered or stored is left for manual action: it has taken effect, so stopping here
     /// would not help.
     async fn keep_undo(&self, tool: &Tool, intent: u64, arguments: &Value, result: Option<Value>) -> Option<String> {
-        let keep = PutState { intent, arguments: arguments.clone(), result: result.unwrap_or_default() };
-        let size = serde_json::to_vec(&keep).map_or(usize::MAX, |text| text.len());
+        let put = PutState { intent, arguments: arguments.clone(), result: result.unwrap_or_default() };
+        let size = serde_json::to_vec(&put).map_or(usize::MAX, |text| text.len());
         let kept = match size {
-            ..=LONGEST_UNDO => self.gate.link().keep(&keep).await.map_err(|error| error.to_string()),
+            ..=LONGEST_UNDO => self.gate.link().put_state(&put).await.map_err(|error| error.to_string()),
             _ => Err(format!("call and answer are {size} bytes long, more than {LONGEST_UNDO}")),
         };
         kept.inspect_err(|reason| {

@@ -26,7 +26,7 @@ const LARGEST_PUT: usize = 2 << 20;
 
 impl Gateway {
     /// Stores the result of an idempotent call. The harness is trusted for the result, as it is for the record.
-    pub(super) async fn keep_result(&self, request: Request<Incoming>, asked: Asked) -> Served {
+    pub(super) async fn put_result(&self, request: Request<Incoming>, asked: Asked) -> Served {
         let Asked { principal, .. } = &asked;
         let (compiled, at) = self.state(principal, Compiled::results, Rule::ToolIdempotency)?;
         let _share = self.quotas.permit(principal, |share| &share.log)?;
@@ -42,21 +42,21 @@ impl Gateway {
             return Err(refused(format!("expected a call under an idempotency key, found {} without", intent.call)));
         }
         let digest = self.parts.state.salt(&compiled.salt()).await?.bytes(result.as_bytes());
-        self.parts.state.keep(&at, &intent.call, &digest, result.into()).await?;
-        reply(&wire::Kept { digest })
+        self.parts.state.put(&at, &intent.call, &digest, result.into()).await?;
+        reply(&wire::PutReply { digest })
     }
 
     /// Returns a stored result. The log names the result's commitment, which the caller checks.
-    pub(super) async fn kept_result(&self, request: Request<Incoming>, asked: Asked) -> Served {
+    pub(super) async fn get_result(&self, request: Request<Incoming>, asked: Asked) -> Served {
         let (_, at) = self.state(&asked.principal, Compiled::results, Rule::ToolIdempotency)?;
         let _share = self.quotas.permit(&asked.principal, |share| &share.log)?;
         let of = json(request, LARGEST_REFERENCE).await?;
-        reply(&wire::KeptResult { result: self.text(&at, &of, Rule::ToolIdempotency).await? })
+        reply(&wire::ResultReply { result: self.text(&at, &of, Rule::ToolIdempotency).await? })
     }
 
     /// Makes the arguments of a call's compensation, by its contract and from the very arguments of the call, and stores them. The harness
     /// is trusted for the call's result.
-    pub(super) async fn keep(&self, request: Request<Incoming>, asked: Asked) -> Served {
+    pub(super) async fn put_state(&self, request: Request<Incoming>, asked: Asked) -> Served {
         let Asked { principal, .. } = &asked;
         let (compiled, at) = self.state(principal, Compiled::compensation_location, Rule::ToolRollback)?;
         let _share = self.quotas.permit(principal, |share| &share.log)?;
@@ -80,11 +80,11 @@ impl Gateway {
             made.map_err(|error| error.to_string())
         });
         let (digest, made) = made.await?.map_err(|reason| Refused::denied(Rule::ToolRollback, reason))?;
-        self.parts.state.keep(&at, &intent.call, &digest, made).await?;
-        reply(&wire::Kept { digest })
+        self.parts.state.put(&at, &intent.call, &digest, made).await?;
+        reply(&wire::PutReply { digest })
     }
 
-    pub(super) async fn kept(&self, request: Request<Incoming>, asked: Asked) -> Served {
+    pub(super) async fn get_state(&self, request: Request<Incoming>, asked: Asked) -> Served {
         let (compiled, at) = self.state(&asked.principal, Compiled::compensation_location, Rule::ToolRollback)?;
         let _share = self.quotas.permit(&asked.principal, |share| &share.log)?;
         let of = json(request, LARGEST_REFERENCE).await?;
@@ -111,7 +111,7 @@ impl Gateway {
 
     async fn text(&self, at: &Location, of: &wire::StateRef, rule: Rule) -> Result<String, Refused> {
         let text =
-            self.parts.state.kept(at, &of.call, &of.digest).await?.ok_or_else(|| {
+            self.parts.state.get(at, &of.call, &of.digest).await?.ok_or_else(|| {
                 Refused::denied(rule, format!("expected an object of {} in {at}, found none", of.call))
             })?;
         String::from_utf8(text).map_err(|e| Refused::malformed(e.to_string()))

@@ -112,14 +112,14 @@ async fn what_a_rollback_left_another_may_take() {
 async fn what_is_kept_is_there_unlocked() {
     let Setup { bucket, a, b, .. } = setup();
     let at = Location { bucket: "state".into(), prefix: "team/t/u/rollback/".into() };
-    a.keep(&at, "c7", "00", b"{}".to_vec()).await.unwrap();
-    b.keep(&at, "c7", "00", b"{}".to_vec()).await.unwrap();
-    assert_eq!(b.kept(&at, "c7", "00").await.unwrap().as_deref(), Some(&b"{}"[..]));
+    a.put(&at, "c7", "00", b"{}".to_vec()).await.unwrap();
+    b.put(&at, "c7", "00", b"{}".to_vec()).await.unwrap();
+    assert_eq!(b.get(&at, "c7", "00").await.unwrap().as_deref(), Some(&b"{}"[..]));
     for (call, digest) in [("c8", "00"), ("c7", "01"), ("../c7", "00"), ("c7", "../x")] {
-        let found = b.kept(&at, call, digest).await;
+        let found = b.get(&at, call, digest).await;
         assert!(found.as_ref().map_or(true, Option::is_none), "{call} {digest}: {found:?}");
     }
-    assert!(a.keep(&at, "a/b", "00", b"{}".to_vec()).await.is_err());
+    assert!(a.put(&at, "a/b", "00", b"{}".to_vec()).await.is_err());
     assert!(bucket.objects.lock().unwrap().values().all(|(_, retention)| retention.is_none()));
 }
 
