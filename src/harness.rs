@@ -55,7 +55,10 @@ mod upstream;
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::{
+    runtime::Handle,
+    signal::unix::{SignalKind, signal},
+};
 
 use crate::{
     ends::AttemptEnd,
@@ -215,6 +218,7 @@ pub async fn serve(options: Options) -> Result<Ended, HarnessError> {
         local: None,
         looking,
         follow: journal::on_stdout(),
+        threads: None,
     };
     let listeners = || server::Listeners::bind(server::AGENT, server::HEALTH);
     let stop = async move {
@@ -242,6 +246,9 @@ pub struct Parts {
     pub looking: Arc<dyn probe::Looking>,
     /// The function that gets each record.
     pub follow: journal::Follow,
+    /// The threads that serve the agent and the connection to the gateway. If absent, the agent is served on threads of its own, and the
+    /// connection on those of the caller.
+    pub threads: Option<Handle>,
 }
 
 /// Runs a harness until `stop` is ready or the attempt is over; see [`serve`]. It listens once the log is open and then calls `serving`.
@@ -258,7 +265,7 @@ where
     L: Future<Output = std::io::Result<server::Listeners>>,
 {
     let mut stop = std::pin::pin!(stop);
-    let Parts { config, containment, token, local, follow, .. } = options;
+    let Parts { config, containment, token, local, follow, threads, .. } = options;
     if !containment.contained {
         return Err(HarnessError::Uncontained(containment.breaches));
     }
@@ -274,7 +281,7 @@ where
     let attempt = config.wiring.attempt;
     let uid = config.policy.task.uid.clone();
 
-    let link = Arc::new(gateway_client::GatewayClient::new(&config.wiring, token)?);
+    let link = Arc::new(gateway_client::GatewayClient::new(&config.wiring, token, threads.clone())?);
     let file = |error: std::io::Error| HarnessError::File { path: options.spool.clone(), reason: error.to_string() };
     let (mut spool, left) = spool::Spool::open(&options.spool).map_err(file)?;
     // There is nothing to close until the log is open, so `stop` ends the harness at once.
@@ -365,7 +372,7 @@ where
     let gate = tools.gate().clone();
     let listeners = listeners().await?;
     let reprobing = tokio::spawn(probe::repeat(gate.clone(), options.looking));
-    let served = server::serve(tools, listeners)?;
+    let served = server::serve(tools, listeners, &threads.unwrap_or_else(server::threads))?;
     tracing::info!(attempt, "serving");
     serving();
 

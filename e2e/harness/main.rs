@@ -242,7 +242,7 @@ async fn start(
         gateway_ca: gateway.ca.clone(),
         probe: Probe { reachable: gateway.address.to_string(), unreachable: vec![] },
     };
-    let link = Arc::new(GatewayClient::new(&wiring, token).unwrap());
+    let link = Arc::new(GatewayClient::new(&wiring, token, None).unwrap());
     let limits = policy.limits;
     let opened = link.open(attempt, "digest").await.unwrap();
     let signer = Signer::generate(&note::attempt_key_name("uid", attempt)).unwrap();
@@ -283,7 +283,7 @@ async fn start(
     let free = || std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let address = free();
     let listeners = server::Listeners::bind(address, free()).await.unwrap();
-    server::serve(Tools::new(gate.clone(), &used, LISTING_AGE), listeners).unwrap();
+    server::serve(Tools::new(gate.clone(), &used, LISTING_AGE), listeners, &server::threads()).unwrap();
     Harness { address, gateway, gate, mcp, api, folder }
 }
 

@@ -27,12 +27,12 @@ use hyper_util::{
         Client,
         connect::{Connected, Connection},
     },
-    rt::{TokioExecutor, TokioIo, TokioTimer},
+    rt::{TokioIo, TokioTimer},
 };
 use parking_lot::Mutex;
 use rustls::{ClientConfig, RootCertStore};
 use rustls_pki_types::{CertificateDer, ServerName, pem::PemObject};
-use tokio::net::TcpStream;
+use tokio::{net::TcpStream, runtime::Handle};
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
 pub use self::reply::{Carried, EndedError, withheld};
@@ -41,8 +41,8 @@ use crate::{
     policy::{config::Wiring, decide::Denial, rule::Rule},
     retry,
     wire::{
-        self, AppendReply, AppendRequest, ApprovalAsk, ApprovalReply, PutReply, ResultReply, OpenReply, OpenRequest,
-        PutResult, PutState, Refusal, StateRef, Undo,
+        self, AppendReply, AppendRequest, ApprovalAsk, ApprovalReply, OpenReply, OpenRequest, PutReply, PutResult,
+        PutState, Refusal, ResultReply, StateRef, Undo,
     },
 };
 
@@ -122,11 +122,11 @@ pub struct GatewayClient {
 }
 
 impl GatewayClient {
-    /// Creates a client from this wiring. Does not connect yet.
+    /// Creates a client from this wiring. Does not connect yet. Its connection is served on these threads, or on those of the caller.
     ///
     /// # Errors
     /// Returns an error if the wiring is malformed.
-    pub fn new(wiring: &Wiring, token: PathBuf) -> Result<Self, LinkError> {
+    pub fn new(wiring: &Wiring, token: PathBuf, threads: Option<Handle>) -> Result<Self, LinkError> {
         let address = wiring.gateway.parse().map_err(|_| LinkError::Address(wiring.gateway.clone()))?;
         let mut roots = RootCertStore::empty();
         for certificate in CertificateDer::pem_slice_iter(wiring.gateway_ca.as_bytes()) {
@@ -138,12 +138,13 @@ impl GatewayClient {
         }
         let config = ClientConfig::builder().with_root_certificates(roots).with_no_client_auth();
         let tls = TlsConnector::from(Arc::new(config.clone()));
+        let threads = Threads(threads);
         let dialer = {
             let mut http2 = config;
             http2.alpn_protocols = vec![b"h2".to_vec()];
-            Dialer { address, tls: TlsConnector::from(Arc::new(http2)) }
+            Dialer { address, tls: TlsConnector::from(Arc::new(http2)), threads: threads.clone() }
         };
-        let client = Client::builder(TokioExecutor::new())
+        let client = Client::builder(threads)
             .timer(TokioTimer::new())
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(Duration::from_secs(20))
@@ -493,11 +494,28 @@ async fn dial(address: std::net::SocketAddr, tls: &TlsConnector) -> std::io::Res
         .unwrap_or_else(|_| Err(std::io::Error::new(std::io::ErrorKind::TimedOut, "no connection in time")))
 }
 
+/// The threads that serve the connection to the gateway: those of the caller if there are no others.
+#[derive(Clone)]
+struct Threads(Option<Handle>);
+
+impl<F> hyper::rt::Executor<F> for Threads
+where
+    F: Future<Output: Send> + Send + 'static,
+{
+    fn execute(&self, task: F) {
+        match &self.0 {
+            Some(threads) => drop(threads.spawn(task)),
+            None => drop(tokio::spawn(task)),
+        }
+    }
+}
+
 /// A connector that dials the gateway's address, whatever the URI says.
 #[derive(Clone)]
 struct Dialer {
     address: std::net::SocketAddr,
     tls: TlsConnector,
+    threads: Threads,
 }
 
 impl tower::Service<Uri> for Dialer {
@@ -511,7 +529,16 @@ impl tower::Service<Uri> for Dialer {
 
     fn call(&mut self, _: Uri) -> Self::Future {
         let (address, tls) = (self.address, self.tls.clone());
-        Box::pin(async move { Ok(Secured(TokioIo::new(dial(address, &tls).await?))) })
+        let dialled = async move { dial(address, &tls).await };
+        // A socket belongs to the threads that connect it.
+        let threads = self.threads.0.clone();
+        Box::pin(async move {
+            let stream = match threads {
+                Some(threads) => threads.spawn(dialled).await.map_err(std::io::Error::other)??,
+                None => dialled.await?,
+            };
+            Ok(Secured(TokioIo::new(stream)))
+        })
     }
 }
 

@@ -1,8 +1,8 @@
 //! The two listeners: the agent's on the pod's loopback, and the kubelet's, which only says whether the first is there.
 //!
-//! Guarantees: agents are served on threads of their own. Whatever their requests cost, wall time, signals, the containment probe, the
-//! journal and the kubelet's listener continue, because they run where [`serve`] was called. A request is read only as far as the contracts
-//! allow arguments to be long.
+//! Guarantees: agents are served on the threads that [`serve`] is given. Whatever their requests cost, wall time, signals, the containment
+//! probe, the journal and the kubelet's listener continue, because they run where [`serve`] was called. A request is read only as far as
+//! the contracts allow arguments to be long.
 
 use std::{
     convert::Infallible,
@@ -68,7 +68,7 @@ const LONGEST_BODY: usize = 16 << 20;
 const SHORT_BODY: usize = 128 << 10;
 /// The number of longer bodies that are parsed at a time, independent of evaluations.
 const READINGS: usize = 2;
-/// The number of threads that serve agents.
+/// The number of threads that serve agents in a pod.
 const THREADS: usize = 2;
 /// The size of their stacks. Evaluation on them recurses. The memory is taken page by page.
 const STACK: usize = 16 << 20;
@@ -145,16 +145,22 @@ impl Listeners {
     }
 }
 
-/// Returns the runtime that serves agents. It lasts as long as the process, which does not wait for it.
-fn threads() -> Handle {
-    static THREADS_OF_AGENTS: LazyLock<std::io::Result<Runtime>> = LazyLock::new(|| {
-        Builder::new_multi_thread()
-            .worker_threads(THREADS)
-            .thread_stack_size(STACK)
-            .thread_name("agents")
-            .enable_all()
-            .build()
-    });
+/// Starts threads that can serve agents.
+///
+/// # Errors
+/// Returns an error if the system has no thread left.
+pub fn start_threads(count: usize) -> std::io::Result<Runtime> {
+    Builder::new_multi_thread()
+        .worker_threads(count)
+        .thread_stack_size(STACK)
+        .thread_name("agents")
+        .enable_all()
+        .build()
+}
+
+/// Returns the threads that serve agents in a pod. They last as long as the process, which does not wait for them.
+pub fn threads() -> Handle {
+    static THREADS_OF_AGENTS: LazyLock<std::io::Result<Runtime>> = LazyLock::new(|| start_threads(THREADS));
     match &*THREADS_OF_AGENTS {
         Ok(threads) => threads.handle().clone(),
         Err(error) => {
@@ -177,14 +183,13 @@ fn moved(listener: TcpListener, threads: &Handle) -> std::io::Result<TcpListener
     TcpListener::from_std(listener)
 }
 
-/// Serves the agent and the kubelet.
+/// Serves the agent on these threads, and the kubelet on those of the caller.
 ///
 /// # Errors
 /// Returns an error if the agent's listener cannot be used.
-pub fn serve(tools: Tools, listeners: Listeners) -> std::io::Result<Serving> {
+pub fn serve(tools: Tools, listeners: Listeners, threads: &Handle) -> std::io::Result<Serving> {
     let Listeners { agent, health } = listeners;
-    let threads = threads();
-    let agent = moved(agent, &threads)?;
+    let agent = moved(agent, threads)?;
     let stop = CancellationToken::new();
     let connections = TaskTracker::new();
 

@@ -3,12 +3,22 @@
 //! Guarantees: it authorizes, dials, witnesses and stores with the same code as in a cluster. It listens on loopback only. It does not dial
 //! addresses that are not public, unless the user gave a host such an address by name.
 
-use std::{collections::HashMap, net::SocketAddr, path::PathBuf, sync::Arc};
+use std::{
+    collections::HashMap,
+    net::SocketAddr,
+    path::PathBuf,
+    sync::{Arc, LazyLock},
+};
 
 use prometheus::Registry;
 use rustls::ServerConfig;
 use rustls_pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
-use tokio::{net::TcpListener, sync::mpsc::UnboundedSender, task::JoinHandle};
+use tokio::{
+    net::TcpListener,
+    runtime::{Handle, Runtime},
+    sync::mpsc::UnboundedSender,
+    task::JoinHandle,
+};
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -32,7 +42,7 @@ use crate::{
         usage::UsageStatus,
         witness::Witness,
     },
-    harness::journal::call_id,
+    harness::{journal::call_id, server::start_threads},
     policy::{egress::Blocked, hostname::Hostname},
     wire,
 };
@@ -59,9 +69,20 @@ pub struct Serving {
     pub canary: SocketAddr,
     /// Its certificate authority, as PEM.
     pub ca: String,
+    /// The thread that serves it, its harness and the agent.
+    pub threads: Handle,
     witness: Arc<Witness>,
     stop: CancellationToken,
     serving: Vec<JoinHandle<()>>,
+}
+
+/// Returns the thread of the traffic: the agent's requests to the harness, the harness's to the gateway, and the gateway's to upstreams. It
+/// is one thread, because each part of a reply passes through all three. If each had a thread, most of the time that a call takes longer
+/// than without Belay would be that of waking threads. It lasts as long as the process, which does not wait for it.
+fn traffic() -> Result<Handle, RunError> {
+    static TRAFFIC: LazyLock<std::io::Result<Runtime>> = LazyLock::new(|| start_threads(1));
+    let started = TRAFFIC.as_ref().map_err(|error| RunError::Gateway(format!("cannot start a thread: {error}")))?;
+    Ok(started.handle().clone())
 }
 
 /// Starts a gateway.
@@ -112,16 +133,19 @@ pub async fn start(api: &Arc<Api>, kept: Kept, settings: Settings) -> Result<Ser
         let _ = tell.send(RunEvent::Unmade { call: call_id(intent), reason: refused.reason.clone() });
     })));
     let (tls, ca) = certificate()?;
-    let own = async || TcpListener::bind("127.0.0.1:0").await.map_err(|error| failed(&error));
-    let (listener, singer) = (own().await?, own().await?);
+    let own = || TcpListener::bind("127.0.0.1:0");
+    let threads = traffic()?;
+    // A socket belongs to the threads that bind it.
+    let listener = threads.spawn(own()).await.map_err(|error| failed(&error))?.map_err(|error| failed(&error))?;
+    let singer = own().await.map_err(|error| failed(&error))?;
     let at = |listener: &TcpListener| listener.local_addr().map_err(|error| failed(&error));
     let (address, canary) = (at(&listener)?, at(&singer)?);
     let serving = vec![
-        tokio::spawn(listen::serve(listener, Arc::new(tls), gateway, metrics, stop.clone())),
+        threads.spawn(listen::serve(listener, Arc::new(tls), gateway, metrics, stop.clone())),
         tokio::spawn(async move { match canary::serve(singer).await {} }),
         tokio::spawn(telling),
     ];
-    Ok(Serving { address, canary, ca, witness, stop, serving })
+    Ok(Serving { address, canary, ca, threads, witness, stop, serving })
 }
 
 impl Serving {

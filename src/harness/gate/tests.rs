@@ -335,7 +335,7 @@ pub(crate) fn gate_followed_by(policy: PolicyConfig, follow: journal::Follow) ->
     let ca = rcgen::generate_simple_self_signed(["gateway".to_owned()]).unwrap().cert.pem();
     let probe = Probe { reachable: "r".into(), unreachable: vec![] };
     let wiring = Wiring { attempt: 1, gateway: "127.0.0.1:1".into(), gateway_ca: ca, probe };
-    let link = Arc::new(GatewayClient::new(&wiring, folder.path().join("token")).unwrap());
+    let link = Arc::new(GatewayClient::new(&wiring, folder.path().join("token"), None).unwrap());
     let (spool, _) = Spool::open(folder.path()).unwrap();
     let uid = &policy.task.uid;
     let start = journal::Start {
