@@ -109,6 +109,52 @@ fn tunnels_that_are_refused_end_a_task(world: &World, sandbox: &str) {
     world.is_valid(&world.log());
 }
 
+/// The agent waits for a tool that is slow, and then for the end of a tunnel that is silent.
+const PATIENT: &str = r#"
+import socket, ssl, time, urllib.parse
+
+began = time.monotonic()
+said = call("greet", name="slow")
+say(json.dumps({"tool": said, "took": time.monotonic() - began}))
+proxy = urllib.parse.urlsplit(os.environ["HTTPS_PROXY"])
+tunnel = socket.create_connection((proxy.hostname, proxy.port))
+tunnel.sendall(b"CONNECT allowed.test:443 HTTP/1.1\r\nhost: allowed.test:443\r\n\r\n")
+while not tunnel.recv(4096).endswith(b"\r\n\r\n"): pass
+incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+hello = ssl.create_default_context().wrap_bio(incoming, outgoing, server_hostname="allowed.test")
+try: hello.do_handshake()
+except ssl.SSLWantReadError: pass
+tunnel.sendall(outgoing.read())
+assert tunnel.recv(4096) == b"through"
+tunnel.settimeout(6)
+try: said = "ended" if tunnel.recv(4096) == b"" else "more"
+except TimeoutError: said = "open"
+say(json.dumps({"tunnel": said}))
+"#;
+
+/// The class's `upstreamTimeoutSeconds` ends what is silent, calls and tunnels, and not before.
+fn silence_ends_by_the_time_of_the_class(world: &World, sandbox: &str) {
+    open();
+    world.agent(PATIENT, "");
+    let pack = std::fs::read_to_string(world.task().join("pack.yaml")).unwrap();
+    let said = |seconds: u64| {
+        let class = format!("      upstreamTimeoutSeconds: {seconds}\n      limits:");
+        world.write("pack.yaml", &pack.replacen("      limits:", &class, 1));
+        let ran = world.run(sandbox, &["--resolve", &format!("allowed.test={OPEN}")]);
+        assert_eq!(ran.code, 0, "{ran:#?}");
+        let lines = ran.said();
+        let all: Vec<Value> = lines.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+        let [tool, tunnel] = all.as_slice() else { panic!("{ran:#?}") };
+        (tool["tool"].as_str().unwrap().to_owned(), tool["took"].as_f64().unwrap(), tunnel["tunnel"].clone(), ran)
+    };
+    let (tool, took, tunnel, ran) = said(1);
+    assert!(tool.contains("upstream.reply") && tool.contains("upstreamTimeoutSeconds") && took < 3.0, "{took}: {tool}");
+    assert_eq!(tunnel, "ended", "{ran:#?}");
+    let (tool, took, tunnel, ran) = said(30);
+    assert!(tool.contains("/greet/slow") && took > 3.0, "{took}: {tool}");
+    assert_eq!(tunnel, "open", "{ran:#?}");
+}
+
 /// Error messages are printed in lines.
 #[test]
 fn findings_and_what_an_upstream_said_come_in_lines() {
@@ -135,4 +181,5 @@ fn findings_and_what_an_upstream_said_come_in_lines() {
 with_both! {
     on_record => everything_is_on_record;
     counted => tunnels_that_are_refused_end_a_task;
+    silence => silence_ends_by_the_time_of_the_class;
 }

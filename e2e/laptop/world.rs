@@ -255,7 +255,7 @@ pub fn until(child: &mut Child, text: &str) -> Vec<String> {
     panic!("expected {text} in {seen:#?}\n{stderr}");
 }
 
-/// Serves HTTP: it answers with the path and the credential of the request.
+/// Serves HTTP: it answers with the path and the credential of the request, late if the path ends with `slow`.
 fn upstream(listener: &TcpListener, asked: &Mutex<Vec<(String, String, String)>>) {
     for stream in listener.incoming() {
         let Ok(mut stream) = stream else { continue };
@@ -282,6 +282,9 @@ fn upstream(listener: &TcpListener, asked: &Mutex<Vec<(String, String, String)>>
             Some(here) => format!("302 Found\r\nlocation: http://{UPSTREAM}{here}/there"),
             None => "200 OK".to_owned(),
         };
+        if path.ends_with("/slow") {
+            std::thread::sleep(Duration::from_secs(4));
+        }
         asked.lock().unwrap().push((method.to_owned(), path, key));
         let _ = write!(
             stream,
