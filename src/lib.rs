@@ -74,6 +74,9 @@ pub mod stack;
 /// Logs and traces of Belay's processes.
 #[cfg(feature = "telemetry")]
 pub mod telemetry;
+/// Runs a program on several runtimes.
+#[cfg(feature = "net")]
+pub mod threads;
 /// Recomputes a log from its leaves and reports every violation.
 pub mod verify;
 /// The protocol between harness, operator and gateway.

@@ -84,9 +84,8 @@ fn main() -> anyhow::Result<ExitCode> {
     let inherited = belay::inherited::descriptors();
     // The wall time, signals, the probe and the journal have this thread to themselves. Agents are served on other threads.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let code = runtime.block_on(run(inherited));
-    // Neither a disk that does not answer, which blocks a thread, nor a reader that does not read the output must block the exit.
-    runtime.shutdown_background();
+    let code = belay::threads::run_until_exit(runtime, run(inherited));
+    // A reader that does not read the output must not block the exit.
     belay::output::stdout().end();
     belay::output::stderr().end();
     code

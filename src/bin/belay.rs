@@ -29,8 +29,5 @@ fn run(args: Vec<OsString>, inherited: std::io::Result<Vec<Descriptor>>) -> Exit
             return ExitCode::FAILURE;
         }
     };
-    let code = runtime.block_on(belay::cli::run(args, inherited));
-    // A disk that does not answer blocks a thread, and must not block the exit.
-    runtime.shutdown_background();
-    code
+    belay::threads::run_until_exit(runtime, belay::cli::run(args, inherited))
 }
