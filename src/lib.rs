@@ -74,7 +74,7 @@ pub mod stack;
 /// Logs and traces of Belay's processes.
 #[cfg(feature = "telemetry")]
 pub mod telemetry;
-/// Runs a program on several runtimes.
+/// Runs a program to its end beside the threads of another runtime.
 #[cfg(feature = "net")]
 pub mod threads;
 /// Recomputes a log from its leaves and reports every violation.
