@@ -17,7 +17,7 @@ use memchr::memmem;
 use serde_json::Value;
 use tokio::time::{Instant, Sleep};
 
-use super::forms::Forms;
+use super::forms::{Arriving, Forms};
 use crate::{
     flushed::Flushed,
     wire::{self, Ended},
@@ -275,8 +275,8 @@ impl Body for Carried {
 /// passed on cannot be taken back, but the credential is noticed and its last letters are withheld.
 #[derive(Default)]
 struct Followed {
-    /// The last text at each path in events, by a hash of the path.
-    ends: HashMap<u64, Vec<u8>>,
+    /// The text at each path in events, by a hash of the path.
+    texts: HashMap<u64, Arriving>,
 }
 
 impl Followed {
@@ -317,16 +317,10 @@ impl Followed {
 
     fn add(&mut self, path: DefaultHasher, text: &[u8], forms: &Forms) -> bool {
         let place = path.finish();
-        if self.ends.len() >= PLACES && !self.ends.contains_key(&place) {
-            self.ends.clear();
+        if self.texts.len() >= PLACES && !self.texts.contains_key(&place) {
+            self.texts.clear();
         }
-        let end = self.ends.entry(place).or_default();
-        end.extend_from_slice(text);
-        let repeats = forms.are_in(end);
-        // Keep enough text for escapes.
-        let kept = forms.longest().saturating_mul(4);
-        end.drain(..end.len().saturating_sub(kept));
-        repeats
+        forms.arrive_in(self.texts.entry(place).or_default(), text)
     }
 }
 

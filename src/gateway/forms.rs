@@ -9,7 +9,11 @@
 
 use std::borrow::Cow;
 
-use aho_corasick::{AhoCorasick, AhoCorasickKind};
+use aho_corasick::{
+    Anchored,
+    automaton::{Automaton, StateID},
+    dfa::DFA,
+};
 use base64::{Engine, alphabet, engine::GeneralPurpose, engine::general_purpose::NO_PAD};
 use memchr::{memchr, memchr3};
 
@@ -53,8 +57,25 @@ pub enum UnfitError {
 
 /// The encodings of one credential, as a search table.
 pub struct Forms {
-    table: AhoCorasick,
+    table: DFA,
+    start: Place,
     longest: usize,
+}
+
+/// Where a search stands in the table: for the text as it is, and for the text without white space and zero bytes.
+#[derive(Clone, Copy)]
+struct Place {
+    written: StateID,
+    condensed: StateID,
+}
+
+/// A text that arrives in pieces, and how far it has been searched.
+#[derive(Default)]
+pub struct Arriving {
+    /// The end of the text, with room for the longest encoding with each of its letters escaped once.
+    end: Vec<u8>,
+    /// Where the search stands after all of the text, unless the text has to be searched without its escapes as well.
+    place: Option<Place>,
 }
 
 impl Forms {
@@ -80,18 +101,11 @@ impl Forms {
         let longest = forms.iter().map(Vec::len).max().unwrap_or_default();
         // Prefilters and smaller tables are faster on text that is unlike the secret and slower on text that is like it, which would reveal
         // it.
-        let table = AhoCorasick::builder()
-            .kind(Some(AhoCorasickKind::DFA))
-            .prefilter(false)
-            .ascii_case_insensitive(true)
-            .build(&forms)
-            .map_err(|error| UnfitError::Table(error.to_string()))?;
-        Ok(Self { table, longest })
-    }
-
-    /// Returns the length of the longest encoding.
-    pub fn longest(&self) -> usize {
-        self.longest
+        let table = |error: &dyn std::fmt::Display| UnfitError::Table(error.to_string());
+        let built = DFA::builder().prefilter(false).ascii_case_insensitive(true).build(&forms);
+        let built = built.map_err(|error| table(&error))?;
+        let start = built.start_state(Anchored::No).map_err(|error| table(&error))?;
+        Ok(Self { table: built, start: Place { written: start, condensed: start }, longest })
     }
 
     /// Returns whether the text contains the credential in any encoding.
@@ -107,8 +121,48 @@ impl Forms {
         self.stand_in(&text)
     }
 
+    /// Adds the next piece to a text. Returns whether the text now contains the credential in any encoding.
+    ///
+    /// A piece without escapes is searched from where the search stands, so it takes the same time however much text came before.
+    pub fn arrive_in(&self, text: &mut Arriving, piece: &[u8]) -> bool {
+        text.end.extend_from_slice(piece);
+        let place = text.place.filter(|_| is_plain(piece));
+        let found =
+            match place.map(|place| (place, piece)).or_else(|| is_plain(&text.end).then_some((self.start, &*text.end)))
+            {
+                Some((from, new)) => {
+                    let (place, found) = self.walk(from, new);
+                    text.place = Some(place);
+                    found
+                }
+                None => {
+                    text.place = None;
+                    self.are_in(&text.end)
+                }
+            };
+        let kept = self.longest.saturating_mul(4);
+        text.end.drain(..text.end.len().saturating_sub(kept));
+        found
+    }
+
     fn stand_in(&self, text: &[u8]) -> bool {
-        self.table.is_match(text) || condensed(text).is_some_and(|text| self.table.is_match(&text))
+        self.walk(self.start, text).1
+    }
+
+    /// Searches on from this place. Returns the next place, and whether an encoding ended on the way.
+    fn walk(&self, mut place: Place, text: &[u8]) -> (Place, bool) {
+        let mut found = false;
+        let mut step = |state: &mut StateID, byte: u8| {
+            *state = self.table.next_state(Anchored::No, *state, byte);
+            found |= self.table.is_match(*state);
+        };
+        for byte in text {
+            step(&mut place.written, *byte);
+            if !is_space(byte) {
+                step(&mut place.condensed, *byte);
+            }
+        }
+        (place, found)
     }
 }
 
@@ -145,10 +199,19 @@ fn encoded(engine: &GeneralPurpose, before: usize, bytes: &[u8]) -> Vec<u8> {
     all.get(first..last).unwrap_or_default().to_vec()
 }
 
-/// Returns the text without white space and zero bytes if it has any, for wrapped base64 and UTF-16.
+/// Returns whether a search in the condensed text skips this byte: white space and zero bytes, for wrapped base64 and UTF-16.
+fn is_space(byte: &u8) -> bool {
+    byte.is_ascii_whitespace() || *byte == 0
+}
+
+/// Returns the text without white space and zero bytes if it has any.
 fn condensed(text: &[u8]) -> Option<Vec<u8>> {
-    let goes = |byte: &u8| byte.is_ascii_whitespace() || *byte == 0;
-    text.iter().any(goes).then(|| text.iter().copied().filter(|byte| !goes(byte)).collect())
+    text.iter().any(is_space).then(|| text.iter().copied().filter(|byte| !is_space(byte)).collect())
+}
+
+/// Returns whether no escape can begin in the text.
+fn is_plain(text: &[u8]) -> bool {
+    memchr3(b'%', b'\\', b'&', text).is_none()
 }
 
 /// Returns the text without one layer of escapes, if it has any.

@@ -166,6 +166,69 @@ proptest! {
     }
 }
 
+/// Text that is made of parts of the secret in all its encodings, escapes, white space and other letters.
+fn parts() -> impl Strategy<Value = Vec<u8>> {
+    let whole: Vec<Vec<u8>> = repeated().into_iter().map(|(_, text)| text).collect();
+    let part = (proptest::sample::select(whole), any::<proptest::sample::Index>()).prop_map(|(text, at)| {
+        let at = at.index(text.len());
+        text[at..].to_vec()
+    });
+    let other = proptest::sample::select(vec![
+        "%",
+        "\\",
+        "&",
+        "%2",
+        " ",
+        "\n",
+        "\0",
+        "s",
+        "sk-live-9fQ2/xZ7",
+        "b+rT5mK",
+        "...........",
+    ]);
+    let secret = Just(SECRET.as_bytes().to_vec());
+    prop_oneof![3 => part, 6 => other.prop_map(|text| text.as_bytes().to_vec()), 1 => secret]
+}
+
+proptest! {
+    /// A text that arrives in pieces is searched as the text that has arrived so far is.
+    #[test]
+    fn pieces_are_searched_as_the_whole(pieces in proptest::collection::vec(parts(), 0..8), sizes in proptest::collection::vec(1..20_usize, 1..4)) {
+        let forms = forms();
+        let text = pieces.concat();
+        let (mut arriving, mut at) = (Arriving::default(), 0);
+        for size in sizes.iter().cycle() {
+            let next = text.len().min(at + size);
+            // What is kept of a longer text is its end.
+            let kept = &text[at.saturating_sub(forms.longest * 4)..next];
+            let found = forms.arrive_in(&mut arriving, &text[at..next]);
+            prop_assert!(!forms.are_in(kept) || found, "not noticed at {}", next);
+            prop_assert!(!found || forms.are_in(kept) || forms.are_in(&text[..next]), "noticed at {} and not there", next);
+            at = next;
+            // A reply ends where the credential is noticed.
+            if found || at == text.len() {
+                break;
+            }
+        }
+    }
+}
+
+/// After escapes, plain text is searched from where it stands again.
+#[test]
+fn plain_text_after_escapes_is_searched_on() {
+    let forms = forms();
+    let mut arriving = Arriving::default();
+    assert!(!forms.arrive_in(&mut arriving, b"&amp; 100%"));
+    for _ in 0..200 {
+        assert!(!forms.arrive_in(&mut arriving, b"more words "));
+    }
+    assert!(arriving.place.is_some(), "the escapes are long gone");
+    for (at, letter) in SECRET.char_indices() {
+        let found = forms.arrive_in(&mut arriving, letter.to_string().as_bytes());
+        assert_eq!(found, at + 1 == SECRET.len(), "{at}");
+    }
+}
+
 /// Returns the ratio of the search times over right and over wrong guesses, by the medians of alternating runs.
 fn ratio(look: impl Fn(&[u8]) -> bool) -> f64 {
     // The secret without its last letter, repeated: no text without the secret is more like it.
