@@ -5,6 +5,9 @@ credential that the gateway adds and looks for in each reply, through LiteLLM's 
 added latency is the difference to the direct calls of the same run at the same percentile: for the first token of a stream, for each
 later token, and for a whole reply. `socat` decrypts and copies bytes, and does nothing else. What it adds is called the floor: a proxy that
 does more can hardly add less. All processes share this machine's cores. The benchmark fails on an error, never on a figure.
+
+Where the kernel allows it, idle cores are kept from sleeping, for all ways alike. Otherwise the figures are mostly the time that cores take to
+wake up: many times what a proxy computes for a token, and different on each machine.
 """
 
 import argparse
@@ -164,6 +167,21 @@ def report(samples):
             print(f"{row}  {'yes' if one['ok'] else 'no'}")
 
 
+@contextlib.contextmanager
+def awake():
+    """Keeps idle cores from sleeping, with the kernel's interface for it: https://docs.kernel.org/power/pm_qos_interface.html."""
+    try:
+        latency = open("/dev/cpu_dma_latency", "wb", buffering=0)
+    except OSError as error:
+        print(f"bench: idle cores sleep in this run: {error}", file=sys.stderr)
+        yield
+        return
+    with latency:
+        # 0 microseconds, for as long as the file is open.
+        latency.write((0).to_bytes(4, sys.byteorder))
+        yield
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--litellm", type=pathlib.Path, required=True, help="a virtual environment with LiteLLM's proxy")
@@ -183,6 +201,7 @@ def main():
             ended.callback(copier.end)
             ways = {"direct": plainly(model, authority), "belay": through_belay(model, authority)}
             ways |= {"litellm": plainly(proxy, authority), "socat": plainly(copier, authority)}
+            ended.enter_context(awake())
             samples = rounds(ways, given.rounds, asked)
     report(samples)
 
