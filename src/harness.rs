@@ -55,10 +55,7 @@ mod upstream;
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
-use tokio::{
-    runtime::Handle,
-    signal::unix::{SignalKind, signal},
-};
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{
     ends::AttemptEnd,
@@ -68,6 +65,7 @@ use crate::{
         record::{AttemptClosed, AttemptOpened, Containment, Event, Local, Pod},
         state::TaskState,
     },
+    in_process::InProcess,
     policy::{
         access::AccessPolicy,
         config::HarnessConfig,
@@ -218,7 +216,7 @@ pub async fn serve(options: Options) -> Result<Ended, HarnessError> {
         local: None,
         looking,
         follow: journal::on_stdout(),
-        threads: None,
+        gateway: None,
     };
     let listeners = || server::Listeners::bind(server::AGENT, server::HEALTH);
     let stop = async move {
@@ -246,9 +244,9 @@ pub struct Parts {
     pub looking: Arc<dyn probe::Looking>,
     /// The function that gets each record.
     pub follow: journal::Follow,
-    /// The threads that serve the agent and the connection to the gateway. If absent, the agent is served on threads of its own, and the
-    /// connection on those of the caller.
-    pub threads: Option<Handle>,
+    /// The gateway in the same process, whose threads also serve the agent. If absent, the gateway is the one of the wiring, and the agent is
+    /// served on threads of its own.
+    pub gateway: Option<InProcess>,
 }
 
 /// Runs a harness until `stop` is ready or the attempt is over; see [`serve`]. It listens once the log is open and then calls `serving`.
@@ -265,7 +263,7 @@ where
     L: Future<Output = std::io::Result<server::Listeners>>,
 {
     let mut stop = std::pin::pin!(stop);
-    let Parts { config, containment, token, local, follow, threads, .. } = options;
+    let Parts { config, containment, token, local, follow, gateway, .. } = options;
     if !containment.contained {
         return Err(HarnessError::Uncontained(containment.breaches));
     }
@@ -281,7 +279,7 @@ where
     let attempt = config.wiring.attempt;
     let uid = config.policy.task.uid.clone();
 
-    let link = Arc::new(gateway_client::GatewayClient::new(&config.wiring, token, threads.clone())?);
+    let link = Arc::new(gateway_client::GatewayClient::new(&config.wiring, token, gateway.clone())?);
     let file = |error: std::io::Error| HarnessError::File { path: options.spool.clone(), reason: error.to_string() };
     let (mut spool, left) = spool::Spool::open(&options.spool).map_err(file)?;
     // There is nothing to close until the log is open, so `stop` ends the harness at once.
@@ -372,7 +370,8 @@ where
     let gate = tools.gate().clone();
     let listeners = listeners().await?;
     let reprobing = tokio::spawn(probe::repeat(gate.clone(), options.looking));
-    let served = server::serve(tools, listeners, &threads.unwrap_or_else(server::threads))?;
+    let threads = gateway.map_or_else(server::threads, |gateway| gateway.threads().clone());
+    let served = server::serve(tools, listeners, &threads)?;
     tracing::info!(attempt, "serving");
     serving();
 

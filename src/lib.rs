@@ -38,6 +38,9 @@ pub mod gateway;
 /// The sidecar that enforces contracts and limits.
 #[cfg(feature = "harness")]
 pub mod harness;
+/// Connections between a harness and a gateway in one process.
+#[cfg(feature = "net")]
+pub mod in_process;
 /// The file descriptors that a process inherited.
 pub mod inherited;
 /// Decoding that survives objects from newer or older versions.

@@ -1,7 +1,7 @@
 //! `belay run`: runs a task on this machine, without a cluster.
 //!
 //! ```text
-//! one process: gateway ◀─loopback, TLS─ harness ◀─ the harness's socket, made in the sandbox's network ─ agent in a sandbox
+//! one process: gateway ◀─in memory, HTTP/2─ harness ◀─ the harness's socket, made in the sandbox's network ─ agent in a sandbox
 //! ```
 //!
 //! Guarantees: this module makes no decision of its own, and plays the parts of the kubelet and the API server. `render` validates the task,

@@ -52,7 +52,7 @@ async fn run(gateway: &Gateway, policy: &PolicyConfig, folder: &Path) -> Result<
         local: None,
         looking: Arc::new(Targets::new(&probe, None)),
         follow: Box::new(|_, _| {}),
-        threads: None,
+        gateway: None,
     };
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();

@@ -169,7 +169,7 @@ fn a_gateway_that_says_nothing_keeps_no_harness() {
         local: None,
         looking: Arc::new(Blind),
         follow: Box::new(|_, _| ()),
-        threads: None,
+        gateway: None,
     };
     let listeners =
         || async { server::Listeners::bind("127.0.0.1:0".parse().unwrap(), "127.0.0.1:0".parse().unwrap()).await };

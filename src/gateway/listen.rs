@@ -3,20 +3,32 @@
 //! Guarantees: a peer that is slow, silent, has too many connections or sends too much loses its connection, without harm to others. A
 //! shutdown lets requests end. Bytes that are not a request are counted and reported as an incident.
 //!
-//! Rejects: HTTP without TLS.
+//! Rejects: HTTP without TLS, except from within the process.
 
-use std::{collections::HashMap, net::IpAddr, pin::pin, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    net::{IpAddr, Ipv4Addr},
+    pin::pin,
+    sync::Arc,
+    time::Duration,
+};
 
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use parking_lot::Mutex;
 use rustls::ServerConfig;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::{TcpListener, TcpStream},
+};
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 
 use super::{metrics::Metrics, service::Gateway};
-use crate::wire;
+use crate::{
+    in_process::{Connections, Version},
+    wire,
+};
 
 /// Maximum number of open connections.
 const CONNECTIONS: usize = 8192;
@@ -123,7 +135,33 @@ async fn connection(
         // A probe that only connects, or a peer that does not trust the certificate: there is nothing to report.
         _ => return,
     };
-    let http2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
+    let version = match stream.get_ref().1.alpn_protocol() {
+        Some(b"h2") => Version::Http2,
+        _ => Version::Http1,
+    };
+    converse((stream, version), peer, gateway, stop).await;
+}
+
+/// Serves the connections of harnesses in this process until `stop` is cancelled. Then returns when the last connection has ended.
+pub async fn serve_in_process(mut opened: Connections, gateway: Arc<Gateway>, stop: CancellationToken) {
+    let mut connections = tokio::task::JoinSet::new();
+    loop {
+        let connection = tokio::select! {
+            () = stop.cancelled() => break,
+            Some(_) = connections.join_next(), if !connections.is_empty() => continue,
+            Some(connection) = opened.next() => connection,
+        };
+        connections.spawn(converse(connection, Ipv4Addr::LOCALHOST.into(), gateway.clone(), stop.clone()));
+    }
+    while connections.join_next().await.is_some() {}
+}
+
+/// Serves the requests of one connection.
+async fn converse<S>((stream, version): (S, Version), peer: IpAddr, gateway: Arc<Gateway>, stop: CancellationToken)
+where
+    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
+    let http2 = version == Version::Http2;
     let serving = gateway.clone();
     let service = service_fn(move |request| serving.clone().serve(request, peer));
     let io = TokioIo::new(stream);

@@ -1,4 +1,5 @@
-//! The client for the gateway: TLS to a fixed address with a fixed server name, and the pod's token on every request.
+//! The client for the gateway: TLS to a fixed address with a fixed server name, or a connection within the process, and the pod's token on
+//! every request.
 //!
 //! All requests except tunnels share one HTTP/2 connection, so that a call goes to the replica that has just witnessed its intent. Once the
 //! intent is in the bucket, any other replica can take the call as well.
@@ -32,12 +33,16 @@ use hyper_util::{
 use parking_lot::Mutex;
 use rustls::{ClientConfig, RootCertStore};
 use rustls_pki_types::{CertificateDer, ServerName, pem::PemObject};
-use tokio::{net::TcpStream, runtime::Handle};
-use tokio_rustls::{TlsConnector, client::TlsStream};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::TcpStream,
+};
+use tokio_rustls::TlsConnector;
 
 pub use self::reply::{Carried, EndedError, withheld};
 use crate::{
     evidence::{merkle::Hash, record::Channel},
+    in_process::{InProcess, Version},
     policy::{config::Wiring, decide::Denial, rule::Rule},
     retry,
     wire::{
@@ -114,19 +119,18 @@ pub struct Tunnel {
 
 /// A client for the gateway.
 pub struct GatewayClient {
-    address: std::net::SocketAddr,
-    tls: TlsConnector,
+    tunnels: Dialer,
     client: Client<Dialer, Full<Bytes>>,
     token: PathBuf,
     cached: Mutex<Option<(Instant, HeaderValue)>>,
 }
 
 impl GatewayClient {
-    /// Creates a client from this wiring. Does not connect yet. Its connection is served on these threads, or on those of the caller.
+    /// Creates a client from this wiring. Does not connect yet. Reaches a gateway in the same process, if there is one, without a socket.
     ///
     /// # Errors
     /// Returns an error if the wiring is malformed.
-    pub fn new(wiring: &Wiring, token: PathBuf, threads: Option<Handle>) -> Result<Self, LinkError> {
+    pub fn new(wiring: &Wiring, token: PathBuf, in_process: Option<InProcess>) -> Result<Self, LinkError> {
         let address = wiring.gateway.parse().map_err(|_| LinkError::Address(wiring.gateway.clone()))?;
         let mut roots = RootCertStore::empty();
         for certificate in CertificateDer::pem_slice_iter(wiring.gateway_ca.as_bytes()) {
@@ -136,14 +140,15 @@ impl GatewayClient {
         if roots.is_empty() {
             return Err(LinkError::Authority("none found".into()));
         }
-        let config = ClientConfig::builder().with_root_certificates(roots).with_no_client_auth();
-        let tls = TlsConnector::from(Arc::new(config.clone()));
-        let threads = Threads(threads);
-        let dialer = {
-            let mut http2 = config;
-            http2.alpn_protocols = vec![b"h2".to_vec()];
-            Dialer { address, tls: TlsConnector::from(Arc::new(http2)), threads: threads.clone() }
+        let mut config = ClientConfig::builder().with_root_certificates(roots).with_no_client_auth();
+        let dialer = |version: Version, config: ClientConfig| {
+            let tls = TlsConnector::from(Arc::new(config));
+            Dialer { address, tls, version, in_process: in_process.clone() }
         };
+        let tunnels = dialer(Version::Http1, config.clone());
+        config.alpn_protocols = vec![b"h2".to_vec()];
+        let dialer = dialer(Version::Http2, config);
+        let threads = Threads(in_process.clone());
         let client = Client::builder(threads)
             .timer(TokioTimer::new())
             .pool_timer(TokioTimer::new())
@@ -156,7 +161,7 @@ impl GatewayClient {
             .http2_keep_alive_timeout(PING)
             .http2_keep_alive_while_idle(true)
             .build(dialer);
-        Ok(Self { address, tls, client, token, cached: Mutex::new(None) })
+        Ok(Self { tunnels, client, token, cached: Mutex::new(None) })
     }
 
     /// Opens the log for an attempt.
@@ -375,7 +380,7 @@ impl GatewayClient {
         let uri: Uri = authority.parse().map_err(|error| undelivered(Rule::EgressHost, format!("{error}"), true))?;
         let started = Instant::now();
         let stream = loop {
-            match dial(self.address, &self.tls).await {
+            match self.tunnels.dial().await {
                 Ok(stream) => break stream,
                 Err(error) if started.elapsed() > PATIENCE => return Err(lost(&error)),
                 Err(_) => tokio::time::sleep(Duration::from_millis(200)).await,
@@ -482,21 +487,9 @@ fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-async fn dial(address: std::net::SocketAddr, tls: &TlsConnector) -> std::io::Result<TlsStream<TcpStream>> {
-    let name = ServerName::try_from(wire::SERVER_NAME).map_err(std::io::Error::other)?;
-    let connect = async {
-        let stream = TcpStream::connect(address).await?;
-        stream.set_nodelay(true)?;
-        tls.connect(name, stream).await
-    };
-    tokio::time::timeout(CONNECT, connect)
-        .await
-        .unwrap_or_else(|_| Err(std::io::Error::new(std::io::ErrorKind::TimedOut, "no connection in time")))
-}
-
-/// The threads that serve the connection to the gateway: those of the caller if there are no others.
+/// The threads that serve the connection to the gateway: those of the gateway in the same process, or else those of the caller.
 #[derive(Clone)]
-struct Threads(Option<Handle>);
+struct Threads(Option<InProcess>);
 
 impl<F> hyper::rt::Executor<F> for Threads
 where
@@ -504,54 +497,69 @@ where
 {
     fn execute(&self, task: F) {
         match &self.0 {
-            Some(threads) => drop(threads.spawn(task)),
+            Some(gateway) => drop(gateway.threads().spawn(task)),
             None => drop(tokio::spawn(task)),
         }
     }
 }
 
-/// A connector that dials the gateway's address, whatever the URI says.
+/// A connector that dials the gateway, whatever the URI says.
 #[derive(Clone)]
 struct Dialer {
     address: std::net::SocketAddr,
     tls: TlsConnector,
-    threads: Threads,
+    version: Version,
+    in_process: Option<InProcess>,
+}
+
+/// A connection to the gateway.
+trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<S: AsyncRead + AsyncWrite + Send + Unpin> Stream for S {}
+
+impl Dialer {
+    async fn dial(&self) -> std::io::Result<Box<dyn Stream>> {
+        if let Some(gateway) = &self.in_process {
+            return Ok(Box::new(gateway.open(self.version).await?));
+        }
+        let name = ServerName::try_from(wire::SERVER_NAME).map_err(std::io::Error::other)?;
+        let connect = async {
+            let stream = TcpStream::connect(self.address).await?;
+            stream.set_nodelay(true)?;
+            self.tls.connect(name, stream).await
+        };
+        match tokio::time::timeout(CONNECT, connect).await {
+            Ok(stream) => Ok(Box::new(stream?)),
+            Err(_) => Err(std::io::Error::new(std::io::ErrorKind::TimedOut, "no connection in time")),
+        }
+    }
 }
 
 impl tower::Service<Uri> for Dialer {
-    type Response = Secured;
+    type Response = Dialled;
     type Error = std::io::Error;
-    type Future = Pin<Box<dyn Future<Output = Result<Secured, std::io::Error>> + Send>>;
+    type Future = Pin<Box<dyn Future<Output = Result<Dialled, std::io::Error>> + Send>>;
 
     fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
         Poll::Ready(Ok(()))
     }
 
     fn call(&mut self, _: Uri) -> Self::Future {
-        let (address, tls) = (self.address, self.tls.clone());
-        let dialled = async move { dial(address, &tls).await };
-        // A socket belongs to the threads that connect it.
-        let threads = self.threads.0.clone();
-        Box::pin(async move {
-            let stream = match threads {
-                Some(threads) => threads.spawn(dialled).await.map_err(std::io::Error::other)??,
-                None => dialled.await?,
-            };
-            Ok(Secured(TokioIo::new(stream)))
-        })
+        let dialer = self.clone();
+        Box::pin(async move { Ok(Dialled(TokioIo::new(dialer.dial().await?))) })
     }
 }
 
-/// A TLS stream for hyper's pool.
-struct Secured(TokioIo<TlsStream<TcpStream>>);
+/// A connection for hyper's pool.
+struct Dialled(TokioIo<Box<dyn Stream>>);
 
-impl Connection for Secured {
+impl Connection for Dialled {
     fn connected(&self) -> Connected {
         Connected::new()
     }
 }
 
-impl hyper::rt::Read for Secured {
+impl hyper::rt::Read for Dialled {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -561,7 +569,7 @@ impl hyper::rt::Read for Secured {
     }
 }
 
-impl hyper::rt::Write for Secured {
+impl hyper::rt::Write for Dialled {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<std::io::Result<usize>> {
         Pin::new(&mut self.0).poll_write(cx, buf)
     }

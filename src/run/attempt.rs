@@ -155,7 +155,7 @@ impl RunContext<'_> {
             local: Some(self.local.clone()),
             follow: self.follow(),
             looking: Arc::new(probe::Again { pid: hold.pid(), controls, belay: belay.clone() }),
-            threads: Some(self.gateway.threads.clone()),
+            gateway: Some(self.gateway.link.clone()),
         };
         let ends = self.side_by_side(number, parts, (listener, &cell, &hold, folder), stop).await;
         hold.end().await;

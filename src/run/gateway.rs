@@ -1,7 +1,8 @@
 //! The gateway of a run: the real gateway, on loopback, with a certificate that is made for it.
 //!
-//! Guarantees: it authorizes, dials, witnesses and stores with the same code as in a cluster. It listens on loopback only. It does not dial
-//! addresses that are not public, unless the user gave a host such an address by name.
+//! Guarantees: it authorizes, dials, witnesses and stores with the same code as in a cluster. Its harness reaches it within the process. It
+//! also listens on loopback, as the address that the containment probe must not reach. It does not dial addresses that are not public,
+//! unless the user gave a host such an address by name.
 
 use std::{
     collections::HashMap,
@@ -43,6 +44,7 @@ use crate::{
         witness::Witness,
     },
     harness::{journal::call_id, server::start_threads},
+    in_process::{self, InProcess},
     policy::{egress::Blocked, hostname::Hostname},
     wire,
 };
@@ -69,8 +71,8 @@ pub struct Serving {
     pub canary: SocketAddr,
     /// Its certificate authority, as PEM.
     pub ca: String,
-    /// The thread that serves it, its harness and the agent.
-    pub threads: Handle,
+    /// The link of its harness, with the thread that serves both and the agent.
+    pub link: InProcess,
     witness: Arc<Witness>,
     stop: CancellationToken,
     serving: Vec<JoinHandle<()>>,
@@ -140,12 +142,14 @@ pub async fn start(api: &Arc<Api>, kept: Kept, settings: Settings) -> Result<Ser
     let singer = own().await.map_err(|error| failed(&error))?;
     let at = |listener: &TcpListener| listener.local_addr().map_err(|error| failed(&error));
     let (address, canary) = (at(&listener)?, at(&singer)?);
+    let (link, connections) = in_process::link(threads.clone());
     let serving = vec![
+        threads.spawn(listen::serve_in_process(connections, gateway.clone(), stop.clone())),
         threads.spawn(listen::serve(listener, Arc::new(tls), gateway, metrics, stop.clone())),
         tokio::spawn(async move { match canary::serve(singer).await {} }),
         tokio::spawn(telling),
     ];
-    Ok(Serving { address, canary, ca, threads, witness, stop, serving })
+    Ok(Serving { address, canary, ca, link, witness, stop, serving })
 }
 
 impl Serving {
