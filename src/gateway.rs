@@ -50,6 +50,8 @@ pub mod listen;
 pub mod metrics;
 /// The command-line options of the gateway.
 pub mod options;
+/// The cluster's own addresses, which stay closed whatever is opened.
+pub mod own;
 /// The quotas of each pod.
 mod pod_quota;
 /// Idle connections to upstreams, kept for reuse.

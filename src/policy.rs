@@ -38,6 +38,8 @@ pub mod model;
 pub mod output;
 /// Computes the cost of model calls.
 pub mod price;
+/// Private addresses that the administrator of a cluster has opened to named hosts.
+pub mod private;
 /// Limits the calls of each tool per minute.
 pub mod rate;
 /// Determines which parts of untrusted text may be recorded.

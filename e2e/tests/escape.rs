@@ -5,7 +5,6 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     io::{BufRead, BufReader},
     process::{Child, Command, Stdio},
-    time::{Duration, Instant},
 };
 
 use belay::api::agent_task::Phase;
@@ -144,25 +143,8 @@ async fn cluster_dns() -> World {
         ]},
     });
     services.patch("dns", &PatchParams::apply("e2e"), &Patch::Apply(service)).await.unwrap();
-    wait_for_pod(&world, "dns", 60, |pod| {
-        let conditions = pod.status.as_ref().and_then(|status| status.conditions.as_ref());
-        conditions.is_some_and(|all| all.iter().any(|c| c.type_ == "Ready" && c.status == "True"))
-    })
-    .await;
+    world.pod_ready("dns", 60).await;
     world
-}
-
-async fn wait_for_pod(world: &World, name: &str, seconds: u64, wanted: impl Fn(&Pod) -> bool) -> Pod {
-    let pods: Api<Pod> = world.api();
-    let end = Instant::now() + Duration::from_secs(seconds);
-    loop {
-        let pod = pods.get_opt(name).await.unwrap();
-        if let Some(pod) = pod.filter(|pod| wanted(pod)) {
-            return pod;
-        }
-        assert!(Instant::now() < end, "pod {name} is not as wanted after {seconds} s");
-        tokio::time::sleep(Duration::from_millis(200)).await;
-    }
 }
 
 /// Returns a token like that of the harness in `pod`: bound to that pod, with the gateway's audience.
@@ -208,10 +190,13 @@ async fn contained(runtime: &'static str) {
     let mut environment = environment(&world).await;
     world.task("victim", spec(json!(["-c", "import time; time.sleep(300)"]), &environment)).await;
     world.wait("victim", "running", 60, |task| phase(task) == Some(Phase::Running)).await;
-    let victim = wait_for_pod(&world, "victim-1", 60, |pod| {
-        pod.status.as_ref().is_some_and(|status| status.pod_ip.is_some() && status.phase.as_deref() == Some("Running"))
-    })
-    .await;
+    let victim = world
+        .wait_for_pod("victim-1", 60, |pod| {
+            pod.status
+                .as_ref()
+                .is_some_and(|status| status.pod_ip.is_some() && status.phase.as_deref() == Some("Running"))
+        })
+        .await;
     let address = victim.status.as_ref().unwrap().pod_ip.clone().unwrap();
     environment.insert("PEER", format!("{address}:9901"));
     environment.insert("TOKEN", token_of(&world, &victim).await);
@@ -356,10 +341,11 @@ async fn the_same_tries_escape_from_a_pod_that_nobody_contains() {
         });
         let pods: Api<Pod> = world.api();
         pods.create(&PostParams::default(), &serde_json::from_value(pod).unwrap()).await.unwrap();
-        wait_for_pod(&world, &name, 180, |pod| {
-            matches!(pod.status.as_ref().and_then(|status| status.phase.as_deref()), Some("Succeeded" | "Failed"))
-        })
-        .await;
+        world
+            .wait_for_pod(&name, 180, |pod| {
+                matches!(pod.status.as_ref().and_then(|status| status.phase.as_deref()), Some("Succeeded" | "Failed"))
+            })
+            .await;
         let tries = tries(&world.logs(&name, "agent").await);
         let missing: Vec<&&str> =
             CASES.iter().filter(|case| **case != "A45" && tries.iter().all(|one| one.case != **case)).collect();

@@ -17,6 +17,7 @@ mod injected;
 mod laptop;
 mod lifecycle;
 mod locks;
+mod private;
 mod rollback;
 #[path = "../secrets.rs"]
 mod secrets;

@@ -198,6 +198,29 @@ impl World {
         self.wait(name, "ended", seconds, |task| matches!(phase(task), Some(Phase::Succeeded | Phase::Failed))).await
     }
 
+    /// Waits until a pod is as wanted.
+    pub async fn wait_for_pod(&self, name: &str, seconds: u64, wanted: impl Fn(&Pod) -> bool) -> Pod {
+        let pods: Api<Pod> = self.api();
+        let end = Instant::now() + Duration::from_secs(seconds);
+        loop {
+            let pod = pods.get_opt(name).await.unwrap();
+            if let Some(pod) = pod.filter(|pod| wanted(pod)) {
+                return pod;
+            }
+            assert!(Instant::now() < end, "pod {name} is not as wanted after {seconds} s");
+            tokio::time::sleep(Duration::from_millis(200)).await;
+        }
+    }
+
+    /// Waits until a pod is ready.
+    pub async fn pod_ready(&self, name: &str, seconds: u64) -> Pod {
+        self.wait_for_pod(name, seconds, |pod| {
+            let conditions = pod.status.as_ref().and_then(|status| status.conditions.as_ref());
+            conditions.is_some_and(|all| all.iter().any(|c| c.type_ == "Ready" && c.status == "True"))
+        })
+        .await
+    }
+
     pub async fn logs(&self, pod: &str, container: &str) -> String {
         let params = LogParams { container: Some(container.into()), ..LogParams::default() };
         self.api::<Pod>()

@@ -3,7 +3,8 @@
 //! Guarantees: the address that is dialled was checked, for the very name that is sent in SNI and checked against the certificate. Each
 //! step ends in bounded time.
 //!
-//! Denies: a name with any blocked address, unless an address was set for the name by hand (`vouching`).
+//! Denies: a name with any blocked address, unless an address was set for the name by hand (`vouching`), or the administrator of the
+//! cluster has opened its addresses to the name ([`Opened`]).
 
 use std::{
     collections::HashMap,
@@ -23,6 +24,7 @@ use super::{refusal::Refused, resolve::Resolve};
 use crate::policy::{
     egress::Blocked,
     hostname::{Authority, Hostname},
+    private::{self, PrivateUpstream},
     rule::Rule,
 };
 
@@ -52,10 +54,28 @@ impl Connect for Network {
     }
 }
 
+/// The addresses that belong to the cluster itself.
+pub trait Own: Send + Sync {
+    /// Returns a description of each address that is a node, an API server or an agent's pod, in the order of `addresses`.
+    ///
+    /// # Errors
+    /// Returns the reason why the addresses of the cluster are not known now. Nothing private is dialled then.
+    fn describe<'a>(&'a self, addresses: &'a [IpAddr]) -> BoxFuture<'a, Result<Vec<Option<&'static str>>, String>>;
+}
+
+/// Private addresses that the administrator of the cluster has opened, and those among them that stay closed.
+pub struct Opened {
+    /// The entries.
+    pub entries: Vec<PrivateUpstream>,
+    /// The addresses of the cluster itself.
+    pub own: Arc<dyn Own>,
+}
+
 /// Dials upstreams.
 pub struct Dialer {
     resolve: Arc<dyn Resolve>,
     blocked: Blocked,
+    opened: Option<Opened>,
     connect: Arc<dyn Connect>,
     tls: TlsConnector,
     vouched: HashMap<Hostname, SocketAddr>,
@@ -71,11 +91,19 @@ impl Dialer {
         Self {
             resolve,
             blocked,
+            opened: None,
             connect,
             tls: TlsConnector::from(Arc::new(tls)),
             vouched: HashMap::new(),
             can_vouch: false,
         }
+    }
+
+    /// Opens private addresses to names.
+    #[must_use]
+    pub fn opening(mut self, opened: Opened) -> Self {
+        self.opened = Some(opened);
+        self
     }
 
     /// Sets addresses for names by hand. They are dialled whatever they are, and an address with a port whichever port was requested.
@@ -102,6 +130,42 @@ impl Dialer {
             )
         } else {
             String::new()
+        }
+    }
+
+    /// Returns a hint how a blocked address of a name can be reached.
+    fn remedy(&self, host: &Hostname, address: Option<IpAddr>) -> String {
+        match (self.can_vouch, address) {
+            (false, Some(address)) if private::can_be_opened(address) => {
+                format!(
+                    "; the cluster's administrator can open the address to {host}, with gateway.privateUpstreams of the chart"
+                )
+            }
+            _ => self.by_hand(host, address),
+        }
+    }
+
+    /// Returns whether the administrator has opened these addresses to the host.
+    async fn opens(&self, host: &Hostname, addresses: &[IpAddr]) -> Result<bool, Refused> {
+        let Some(opened) = &self.opened else { return Ok(false) };
+        let is_opened = private::opened(&opened.entries, host, addresses);
+        if !is_opened.map_err(|denied| Refused::denied(denied.rule, denied.reason))? {
+            return Ok(false);
+        }
+        let own = tokio::time::timeout(RESOLVE, opened.own.describe(addresses)).await;
+        let own = own.unwrap_or_else(|_| Err("no answer in time".to_owned())).map_err(|cause| {
+            let reason = format!("cannot check the addresses of {host}, which are private: the API server was asked for the cluster's own addresses: {cause}");
+            Refused::upstream(Rule::UpstreamResolve, reason)
+        })?;
+        let closed = addresses.iter().zip(own).find_map(|(address, own)| Some((address, own?)));
+        match closed {
+            Some((address, what)) => Err(Refused::denied(
+                Rule::EgressAddress,
+                format!(
+                    "{host} resolves to {address}, which is {what}: Belay never connects to it, whatever is opened"
+                ),
+            )),
+            None => Ok(true),
         }
     }
 
@@ -135,10 +199,12 @@ impl Dialer {
             Ok(Err(cause)) => return Err(unresolved(&cause)),
             Err(_) => return Err(unresolved("no answer in time")),
         };
-        self.blocked.check(host, &addresses).map_err(|denied| {
-            let blocked = addresses.iter().copied().find(|address| self.blocked.reason(*address).is_some());
-            Refused::denied(denied.rule, format!("{}{}", denied.reason, self.by_hand(host, blocked)))
-        })?;
+        if !self.opens(host, &addresses).await? {
+            self.blocked.check(host, &addresses).map_err(|denied| {
+                let blocked = addresses.iter().copied().find(|address| self.blocked.reason(*address).is_some());
+                Refused::denied(denied.rule, format!("{}{}", denied.reason, self.remedy(host, blocked)))
+            })?;
+        }
         Ok(addresses.into_iter().map(|ip| SocketAddr::new(ip, *port)).collect())
     }
 

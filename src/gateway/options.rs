@@ -9,6 +9,8 @@ use std::{
 use clap::Parser;
 use ipnet::IpNet;
 
+use crate::policy::private::PrivateUpstream;
+
 /// Belay's policy gateway: the only way out of agents' pods, and the witness of their evidence.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "belay-gateway", version)]
@@ -53,6 +55,10 @@ pub struct Options {
     /// if they are public. May be repeated.
     #[arg(long, env = "BELAY_BLOCKED_CIDR", value_delimiter = ',')]
     pub blocked_cidr: Vec<IpNet>,
+    /// Private addresses that the gateway dials for a host, as HOST=CIDR,CIDR. HOST is a name, or `*.DOMAIN` for the names exactly one label
+    /// below a domain. May be repeated. Nodes, API servers, agents' pods and metadata services are never dialled.
+    #[arg(long, env = "BELAY_PRIVATE_UPSTREAM", value_delimiter = ' ')]
+    pub private_upstream: Vec<PrivateUpstream>,
 }
 
 /// A name server's address. The default port is 53.
@@ -94,7 +100,11 @@ mod tests {
             "2001:db8::/32",
             "--nameserver",
             "1.2.3.4",
+            "--private-upstream",
+            "search.shop.svc.cluster.local=10.96.0.0/12,fd00::/108",
+            "--private-upstream=*.corp.test=192.168.7.0/24",
         ]);
         assert_eq!((options.blocked_cidr.len(), options.nameserver.len()), (2, 1));
+        assert_eq!(options.private_upstream.len(), 2);
     }
 }

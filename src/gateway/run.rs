@@ -30,12 +30,13 @@ use super::{
     buckets::Buckets,
     canary,
     cluster::{self, Cluster},
-    dial::{self, Dialer, Network},
+    dial::{self, Dialer, Network, Opened},
     identity::reviews::Reviews,
     incidents::Incidents,
     listen,
     metrics::{self, Metrics},
     options::Options,
+    own::OwnAddresses,
     resolve::{Dns, ResolverError},
     service::{Gateway, Parts},
     state::StateStore,
@@ -152,7 +153,7 @@ pub async fn run(options: Options) -> Result<(), RunError> {
         reviews: Reviews::new(Arc::new(client.clone()), metrics.token_reviews.clone()),
         witness: witness.clone(),
         state: StateStore::new(buckets, witness.clone(), metrics.clone()),
-        dialer: dialer(&options)?,
+        dialer: dialer(&options, &client, &cluster)?,
         pool: Arc::default(),
         requests: Arc::new(client.clone()),
         incidents,
@@ -239,11 +240,19 @@ fn witness_key(file: &Path) -> Result<Signer, RunError> {
         .map_err(|cause| RunError::WitnessKey { file: file.to_owned(), cause })
 }
 
-fn dialer(options: &Options) -> Result<Dialer, RunError> {
+fn dialer(options: &Options, client: &kube::Client, cluster: &Arc<Cluster>) -> Result<Dialer, RunError> {
     let pem = options.upstream_ca.as_deref().map(read).transpose()?;
     let servers: Vec<_> = options.nameserver.iter().map(|server| server.0).collect();
     let blocked = Blocked::new(options.blocked_cidr.clone());
-    Ok(Dialer::new(Arc::new(Dns::new(&servers)?), blocked, Arc::new(Network), dial::roots(pem.as_deref())?))
+    let dialer = Dialer::new(Arc::new(Dns::new(&servers)?), blocked, Arc::new(Network), dial::roots(pem.as_deref())?);
+    if options.private_upstream.is_empty() {
+        return Ok(dialer);
+    }
+    // The kubelet sets this variable in every container.
+    let service = std::env::var("KUBERNETES_SERVICE_HOST").ok().and_then(|address| address.parse().ok());
+    let cluster = cluster.clone();
+    let own = OwnAddresses::new(client.clone(), service, move |address| cluster.pod_at(address).is_some());
+    Ok(dialer.opening(Opened { entries: options.private_upstream.clone(), own: Arc::new(own) }))
 }
 
 fn read(file: &Path) -> Result<Vec<u8>, RunError> {

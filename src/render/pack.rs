@@ -187,6 +187,25 @@ pub fn bases(pack: &PolicyPack) -> Vec<String> {
         .collect()
 }
 
+/// Endings of names that only the name servers of a cluster or of a private network know.
+const PRIVATE: [&str; 8] = ["cluster.local", "corp", "home.arpa", "internal", "intranet", "lan", "local", "svc"];
+
+/// Describes, for users, what must be opened before the pack's hosts of a cluster or a private network can be reached.
+pub fn private_hosts(pack: &PolicyPack) -> Vec<String> {
+    let hosts = pack.spec.workflow_classes.iter().flat_map(|class| &class.egress).map(|rule| rule.host.as_str());
+    let is_private =
+        |host: &&str| PRIVATE.iter().any(|end| host.strip_suffix(end).is_some_and(|name| name.ends_with('.')));
+    let hosts: BTreeSet<_> = hosts.filter(is_private).collect();
+    let note = |host| {
+        format!(
+            "PolicyPack/{}: the addresses of {host} are probably private. The gateway connects to them only if the cluster's administrator \
+             opens them with gateway.privateUpstreams of the chart. `belay run` needs their address: --resolve {host}=ADDRESS",
+            pack.name_any()
+        )
+    };
+    hosts.into_iter().map(note).collect()
+}
+
 fn endpoint(declared: &policy_pack::ModelEndpoint) -> ModelEndpoint {
     let policy_pack::ModelEndpoint { models, api, url, allow, stream_usage } = declared;
     ModelEndpoint {

@@ -74,7 +74,7 @@ pub(in crate::cli) fn lint(sources: &[Source], namespace: &str) -> Result<Outcom
         }
     }
     let mut notes = found.tasks(&objects, &contracts, &packs, &namespaces);
-    notes.extend(packs.iter().flat_map(|(_, pack)| pack::bases(pack)));
+    notes.extend(packs.iter().flat_map(|(_, pack)| pack::bases(pack).into_iter().chain(pack::private_hosts(pack))));
     found.unused(&objects, &contracts);
     let count = objects.len();
     Ok(Outcome { diagnostics: found.sorted(), notes, objects: count })

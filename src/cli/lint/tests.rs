@@ -160,6 +160,20 @@ fn a_key_that_would_go_out_in_the_clear_is_a_warning() {
     assert!(with("http://shop.test", "").1.is_empty(), "without a key nothing goes out");
 }
 
+#[test]
+fn a_host_that_has_to_be_opened_is_a_note() {
+    let notes = |host: &str| {
+        let pack = include_str!("../../../examples/hello/policy-pack.yaml").replace("shop.test", host);
+        lint_texts(&[("pack.yaml", &pack)]).notes.join("\n")
+    };
+    let told = notes("shop.team-a.svc.cluster.local");
+    assert!(told.contains("shop.team-a.svc.cluster.local are probably private"), "{told}");
+    assert!(told.contains("gateway.privateUpstreams") && told.contains("--resolve"), "{told}");
+    for public in ["shop.example.com", "mycluster.local.example", "notlocal"] {
+        assert!(!notes(public).contains("probably private"), "{public}");
+    }
+}
+
 /// If two packs select the same namespace, its tasks have no pack: the finding is where the tasks are.
 #[test]
 fn two_packs_for_one_namespace() {

@@ -69,6 +69,51 @@ async fn a24_a26_a_blocked_answer_is_never_dialled_nor_its_neighbours() {
     }
 }
 
+/// A cluster that has one node, or that does not answer.
+struct OneNode(bool);
+
+impl Own for OneNode {
+    fn describe<'a>(&'a self, addresses: &'a [IpAddr]) -> BoxFuture<'a, Result<Vec<Option<&'static str>>, String>> {
+        let node: IpAddr = "10.0.0.1".parse().unwrap();
+        let described = addresses.iter().map(|address| (*address == node).then_some("a node of the cluster")).collect();
+        Box::pin(async move { if self.0 { Ok(described) } else { Err("503".to_owned()) } })
+    }
+}
+
+#[tokio::test]
+async fn a_private_address_is_dialled_only_for_the_host_that_it_is_opened_to() {
+    let opened = |range: &str, answers: bool| Opened {
+        entries: vec![format!("a.test={range}").parse().unwrap()],
+        own: Arc::new(OneNode(answers)),
+    };
+    let node: IpAddr = "10.0.0.1".parse().unwrap();
+    for (what, range, answer, answers, expected) in [
+        ("opened", "10.0.0.0/24", vec![PRIVATE], true, None),
+        ("public, as before", "10.0.0.0/24", vec![A], true, None),
+        ("another range", "10.0.1.0/24", vec![PRIVATE], true, Some((Rule::EgressAddress, "gateway.privateUpstreams"))),
+        ("a public address beside it", "10.0.0.0/24", vec![PRIVATE, A], true, Some((Rule::EgressAddress, "or none"))),
+        ("a node", "10.0.0.0/24", vec![node], true, Some((Rule::EgressAddress, "a node of the cluster"))),
+        ("a node beside it", "10.0.0.0/24", vec![PRIVATE, node], true, Some((Rule::EgressAddress, "a node"))),
+        ("nothing is known", "10.0.0.0/24", vec![PRIVATE], false, Some((Rule::UpstreamResolve, "503"))),
+    ] {
+        let (dialer, recorder) = dialer(vec![Ok(answer.clone())], vec![]).await;
+        let dialled = dialer.opening(opened(range, answers)).dial(&to()).await;
+        match (dialled, expected) {
+            (Ok((_, address)), None) => assert_eq!(address.ip(), answer[0], "{what}"),
+            (Err(refused), Some((rule, words))) => {
+                assert!(refused.rule == rule && refused.reason.contains(words), "{what}: {refused:?}");
+                assert!(recorder.asked.lock().unwrap().is_empty(), "{what}");
+            }
+            (dialled, _) => panic!("{what}: {dialled:?}"),
+        }
+    }
+    // Another host with the same address.
+    let (dialer, _) = dialer(vec![Ok(vec![PRIVATE])], vec![]).await;
+    let other = Authority::parse("b.test:443", None).unwrap();
+    let refused = dialer.opening(opened("10.0.0.0/24", true)).dial(&other).await.unwrap_err();
+    assert_eq!(refused.rule, Rule::EgressAddress);
+}
+
 #[tokio::test]
 async fn a25_each_answer_is_checked_anew() {
     let (dialer, recorder) = dialer(vec![Ok(vec![A]), Ok(vec![PRIVATE])], vec![]).await;
