@@ -22,6 +22,7 @@ mod rollback;
 mod secrets;
 mod sends;
 mod spending;
+mod spoken;
 #[path = "../../src/harness/gate/tests/ticker.rs"]
 mod ticker;
 mod time;

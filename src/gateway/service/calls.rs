@@ -50,6 +50,9 @@ const LARGEST_MESSAGE: usize = 6 << 20;
 const LARGEST_TALK: usize = 256 << 10;
 /// The header that marks a message of an MCP session.
 const SESSION: &str = "mcp-session-id";
+/// The statuses with which MCP servers reply to a request of a session that they do not know. The specification says 404. Many servers say
+/// 400, which is also a status of a request that was not served.
+const SESSION_LOST: [StatusCode; 2] = [StatusCode::NOT_FOUND, StatusCode::BAD_REQUEST];
 /// Maximum bytes of a model request that is read on the runtime's own threads, which takes less than a millisecond.
 const SHORT_REQUEST: usize = 32 << 10;
 /// Time after which the intent is looked up again, because the body took longer to arrive.
@@ -259,7 +262,7 @@ impl Gateway {
                 witness.release(&compiled.place(), &intent);
             }
         })?;
-        if channel == Channel::Tool && in_session && replied.status() == StatusCode::NOT_FOUND {
+        if channel == Channel::Tool && in_session && SESSION_LOST.contains(&replied.status()) {
             // An MCP server replies so if it has forgotten the session. It has done nothing, and the call is sent again over a new session.
             witness.again(&compiled.place(), &intent);
         }

@@ -325,6 +325,7 @@ async fn upstream(request: Request<Incoming>) -> Result<Response<ReplyBody>, Inf
     let path = request.uri().path().to_owned();
     let seen = echo(&request);
     let authorization = request.headers().get("authorization").cloned();
+    let status = request.headers().get("x-status").and_then(|status| status.to_str().ok()?.parse::<u16>().ok());
     let body = request.into_body().collect().await.map(|body| body.to_bytes()).unwrap_or_default();
     let reply = match path.as_str() {
         "/redirect" => Response::builder().status(302).header("location", "http://169.254.169.254/").body(full("")),
@@ -345,6 +346,7 @@ async fn upstream(request: Request<Incoming>) -> Result<Response<ReplyBody>, Inf
             let mut seen = seen;
             seen["body"] = json!(String::from_utf8_lossy(&body));
             let mut reply = Response::builder()
+                .status(status.unwrap_or(200))
                 .header("belay-rule", "egress.host")
                 .header("connection", "x-hop")
                 .header("x-hop", "1")

@@ -43,8 +43,12 @@ use crate::{
     },
 };
 
+mod answer;
+mod events;
+mod meaning;
 mod transport;
 
+use meaning::Reply;
 use transport::{Exchange, Exchanges, GatewayTransport, Stops, marked};
 
 /// How long an upstream's listing is used.
@@ -171,7 +175,8 @@ impl Upstream for Servers {
             biased;
             () = too_long.notified() => Err(bounds.too_long(tool)),
             () = withheld.notified() => Err(gateway_client::withheld()),
-            answer = tokio::time::timeout(bounds.time, ready.session.call_tool(params)) => match answer {
+            // The peer sends a call once. The session itself would send it again with what the server asks for.
+            answer = tokio::time::timeout(bounds.time, ready.session.peer().call_tool(params)) => match answer {
                 Ok(Ok(result)) => Ok(result),
                 Ok(Err(error)) => Err(Denial { rule: Rule::UpstreamReply, reason: format!("no result: {}", quoted(&error)) }),
                 Err(_) => Err(late(tool, bounds.time, true)),
@@ -184,23 +189,31 @@ impl Upstream for Servers {
                 // Upstreams with an older protocol do not set this, and agents with a newer protocol need it. rmcp removes it for agents
                 // that do not know it.
                 result.result_type = Some(ResultType::COMPLETE);
-                settlement.outcome = CallOutcome::Applied;
+                settlement.outcome = Reply::Result.outcome();
                 return (Ok(result), settlement);
             }
             Err(denial) => denial,
         };
         ready.server.drop_session(&ready.session);
-        let denial = match facts.undelivered {
-            Some((denial, certain)) => {
+        let denial = match (facts.undelivered, facts.reply) {
+            (Some((denial, certain)), _) => {
                 if certain {
                     settlement.outcome = CallOutcome::NotApplied;
                 }
                 denial
             }
-            None => {
-                if !facts.sent {
-                    settlement.outcome = CallOutcome::NotApplied;
+            (None, Some((reply, words))) => {
+                settlement.outcome = reply.outcome();
+                match denial.rule {
+                    Rule::UpstreamReply => said(tool, facts.status, reply, words.as_deref()),
+                    // The server refused the call, and no other session was open in time.
+                    Rule::ToolTimeout if reply.is_sent_again() => late(tool, bounds.time, false),
+                    // A denial by another rule says more.
+                    _ => denial,
                 }
+            }
+            (None, None) => {
+                settlement.outcome = if facts.sent { Reply::Late.outcome() } else { CallOutcome::NotApplied };
                 denial
             }
         };
@@ -391,6 +404,25 @@ async fn list_over(session: &Session, intent: u64) -> Result<HashMap<String, Def
         }
     }
     Err(format!("expected a list of at most {PAGES} pages, found more"))
+}
+
+/// Returns the denial for a reply without a result.
+fn said(tool: &Tool, status: u16, reply: Reply, words: Option<&str>) -> Denial {
+    let name = &tool.name;
+    let kind = match reply {
+        Reply::Unfinished | Reply::NoAnswer | Reply::Unreadable | Reply::BrokeOff => {
+            format!(" and {}", reply.meaning().words)
+        }
+        _ => String::new(),
+    };
+    let words = words.map(|words| format!(": {}", quoted(&words))).unwrap_or_default();
+    let effect = match reply.outcome() {
+        CallOutcome::Applied => "the tool ran: do not repeat the call",
+        CallOutcome::NotApplied => "the server did not run the tool",
+        CallOutcome::Unknown => "it is unknown whether the call took effect: check before you make it again",
+    };
+    let reason = format!("expected a result of {name}, found HTTP {status}{kind}{words}; {effect}");
+    Denial { rule: Rule::UpstreamReply, reason }
 }
 
 /// Quotes an error that may contain an upstream's text.

@@ -46,6 +46,34 @@ async fn the_second_request_under_an_intent_does_not_leave(
     assert_eq!(send(&world, call(2), body).await, Some(Rule::IntentMissing), "after its outcome");
 }
 
+/// An MCP server that does not know a session has done nothing. The call may leave once more, and no third time.
+#[rstest::rstest]
+#[case::not_found(Some("7"), 404, true)]
+#[case::bad_request(Some("7"), 400, true)]
+#[case::served(Some("7"), 200, false)]
+#[case::too_many(Some("7"), 429, false)]
+#[case::failed(Some("7"), 500, false)]
+#[case::no_session(None, 400, false)]
+#[tokio::test]
+async fn a_call_of_a_lost_session_leaves_once_more(
+    #[case] session: Option<&str>,
+    #[case] status: u16,
+    #[case] again: bool,
+) {
+    let world = world().await;
+    world.harness(vec![intent("1", Channel::Tool, "write")]).await;
+    let send = || async {
+        let mut request = call("tool", MCP, 1).header("x-status", status);
+        if let Some(session) = session {
+            request = request.header("mcp-session-id", session);
+        }
+        rule(&world.send(request.body(Full::from(message("tools/call", "write"))).unwrap()).await)
+    };
+    assert_eq!(send().await, None, "the control: the first leaves");
+    assert_eq!(send().await, (!again).then_some(Rule::IntentMissing));
+    assert_eq!(send().await, Some(Rule::IntentMissing), "no third");
+}
+
 #[tokio::test]
 async fn several_at_once_are_one() {
     let world = Arc::new(world().await);

@@ -2,29 +2,35 @@
 //!
 //! Guarantees: each message has the intent of its call or listing, or else the intent that opened the session. A reply that is too long or
 //! that the gateway withholds is not read to its end, and the caller that waits for it is notified. The facts about an exchange are stored
-//! for the outcome of the call.
+//! for the outcome of the call. A call of a session that the server has forgotten is sent once more, over a new session, which rmcp opens.
 //!
-//! Non-goals: requests that upstreams send by themselves; sessions and listings.
+//! Non-goals: requests that upstreams send by themselves; sessions and listings; what a reply means, see [`meaning`](super::meaning).
 
 use std::{collections::HashMap, sync::Arc};
 
 use bytes::Bytes;
-use futures::{StreamExt, stream::BoxStream};
+use futures::stream::BoxStream;
 use http::{
-    HeaderName, HeaderValue, Method, Request, Response, StatusCode,
+    HeaderName, HeaderValue, Method, Request, Response,
     header::{ACCEPT, CONTENT_TYPE},
 };
-use http_body_util::{BodyDataStream, BodyExt, LengthLimitError, Limited};
+use http_body_util::{BodyExt, LengthLimitError, Limited};
 use parking_lot::Mutex;
 use rmcp::{
     ErrorData,
-    model::{ClientJsonRpcMessage, ClientRequest, RequestMetaObject, ServerJsonRpcMessage},
+    model::{ClientJsonRpcMessage, ClientRequest, RequestMetaObject},
     transport::streamable_http_client::{
         SseError, StreamableHttpClient, StreamableHttpError, StreamableHttpPostResponse,
     },
 };
-use sse_stream::{Sse, SseStream};
+use sse_stream::Sse;
 use tokio::sync::Notify;
+
+use super::{
+    answer::{self, Asked},
+    events::Events,
+    meaning::{Answer, Reply},
+};
 
 use crate::{
     evidence::record::Channel,
@@ -52,6 +58,8 @@ pub(super) struct Exchange {
     pub(super) undelivered: Option<(Denial, bool)>,
     /// Whether the call itself was sent.
     pub(super) sent: bool,
+    /// What the server replied to the call since it was last sent, and the server's words.
+    pub(super) reply: Option<(Reply, Option<String>)>,
     /// The reasons to stop reading the reply.
     pub(super) stops: Stops,
 }
@@ -60,7 +68,7 @@ pub(super) struct Exchange {
 #[derive(Clone)]
 pub(super) struct Stops {
     /// The longest reply that is read, in bytes.
-    most: usize,
+    pub(super) most: usize,
     /// Notified about a longer reply.
     pub(super) too_long: Arc<Notify>,
     /// Notified about a reply that the gateway withholds.
@@ -72,17 +80,20 @@ impl Stops {
         Self { most, too_long: Arc::default(), withheld: Arc::default() }
     }
 
-    fn see(&self, error: &(dyn std::error::Error + 'static)) {
-        if EndedError::denial(error).is_some() {
-            self.withheld.notify_one();
+    /// Returns what an error in the middle of a reply means, and notifies about a reply that the gateway withholds.
+    pub(super) fn see(&self, error: &(dyn std::error::Error + 'static)) -> Reply {
+        if EndedError::denial(error).is_none() {
+            return Reply::BrokeOff;
         }
+        self.withheld.notify_one();
+        Reply::Withheld
     }
 }
 
 impl Exchange {
     /// Starts an exchange whose reply is read up to this length, in bytes.
     pub(super) fn new(most: usize) -> Self {
-        Self { status: 0, upstream: None, undelivered: None, sent: false, stops: Stops::new(most) }
+        Self { status: 0, upstream: None, undelivered: None, sent: false, reply: None, stops: Stops::new(most) }
     }
 }
 
@@ -150,6 +161,7 @@ impl StreamableHttpClient for GatewayTransport {
         custom_headers: HashMap<HeaderName, HeaderValue>,
     ) -> Result<StreamableHttpPostResponse, StreamableHttpError<Self::Error>> {
         let call = take_intent(&mut message);
+        let asked = Asked::of(&message);
         // A message that is not a call belongs to the session. The gateway checks that it is no call.
         let (channel, intent) = match call {
             Some((channel, intent)) => (channel, intent),
@@ -163,7 +175,8 @@ impl StreamableHttpClient for GatewayTransport {
             }
         };
         if call.is_some() {
-            update(&|facts| facts.sent = true);
+            // What came before was for the message before.
+            update(&|facts| (facts.sent, facts.reply) = (true, None));
         }
         let reply =
             self.exchange(Method::POST, &uri, (channel, intent), session_id.as_deref(), custom_headers, body).await;
@@ -185,11 +198,12 @@ impl StreamableHttpClient for GatewayTransport {
             facts.status = status.as_u16();
             facts.upstream.clone_from(&upstream);
         });
-        let bound = {
+        let stops = {
             let facts = self.facts.lock();
             facts.get(&intent).map_or_else(|| Stops::new(LONGEST_REPLY), |facts| facts.stops.clone())
         };
-        read_reply(reply, &message, session_id.is_some(), bound).await
+        let notes = Notes { facts: self.facts.clone(), call: call.map(|(_, intent)| intent) };
+        read_reply(reply, (asked, session_id.is_some()), stops, notes).await
     }
 
     async fn delete_session(
@@ -235,70 +249,74 @@ fn take_intent(message: &mut ClientJsonRpcMessage) -> Option<(Channel, u64)> {
     Some((channel, from_params.or(from_extension)?.as_u64()?))
 }
 
+/// Where the meaning of a reply is stored.
+#[derive(Clone)]
+pub(super) struct Notes {
+    facts: Exchanges,
+    /// The intent of the call or listing, if the message is one.
+    call: Option<u64>,
+}
+
+impl Notes {
+    /// Stores what the server replied.
+    pub(super) fn note(&self, reply: Reply, words: Option<String>) {
+        let mut facts = self.facts.lock();
+        if let Some(facts) = self.call.and_then(|intent| facts.get_mut(&intent)) {
+            facts.reply = Some((reply, words));
+        }
+    }
+}
+
 async fn read_reply(
     reply: Response<Carried>,
-    message: &ClientJsonRpcMessage,
-    in_session: bool,
+    (asked, in_session): (Asked, bool),
     stops: Stops,
+    notes: Notes,
 ) -> Result<StreamableHttpPostResponse, StreamableHttpError<WireError>> {
     let status = reply.status();
     let text = |name: &str| reply.headers().get(name).and_then(|value| value.to_str().ok()).map(str::to_owned);
     let session = text("mcp-session-id");
     let kind = text("content-type");
-    if status == StatusCode::NOT_FOUND && in_session {
-        return Err(StreamableHttpError::SessionExpired);
-    }
-    if matches!(status, StatusCode::ACCEPTED | StatusCode::NO_CONTENT) {
-        return Ok(StreamableHttpPostResponse::Accepted);
-    }
-    let is = |expected: &str| kind.as_deref().is_some_and(|kind| kind.starts_with(expected));
-    if status.is_success() && is("text/event-stream") {
-        let events = SseStream::from_bytes_stream(bounded(reply.into_body(), stops));
-        return Ok(StreamableHttpPostResponse::Sse(events.boxed(), session));
+    let is_stream = kind.as_deref().is_some_and(|kind| kind.starts_with("text/event-stream"));
+    if status.is_success() && is_stream {
+        let events = Events::new(reply.into_body(), asked, stops, notes);
+        return Ok(StreamableHttpPostResponse::Sse(events.stream(), session));
     }
     let body = match Limited::new(reply.into_body(), stops.most).collect().await {
         Ok(body) => body.to_bytes(),
+        // The status of a request that failed says enough.
+        Err(error) if !status.is_success() && stops.see(error.as_ref()) != Reply::Withheld => Bytes::new(),
         Err(error) if error.is::<LengthLimitError>() => {
+            notes.note(Reply::TooLong, None);
             stops.too_long.notify_one();
             return Err(StreamableHttpError::ResponseBodyTooLarge { max_size: stops.most });
         }
         Err(error) => {
-            stops.see(error.as_ref());
+            notes.note(stops.see(error.as_ref()), Some(error.to_string()));
             return Err(StreamableHttpError::UnexpectedServerResponse(error.to_string().into()));
         }
     };
-    if is("application/json")
-        && let Ok(message) = serde_json::from_slice::<ServerJsonRpcMessage>(&body)
-    {
+    let said = answer::body(&asked, &body);
+    let answer = said.answer.unwrap_or(Answer::Nothing);
+    let meaning = Reply::of(status.as_u16(), in_session, answer);
+    notes.note(meaning, said.words);
+    if meaning.is_sent_again() {
+        // rmcp opens another session and sends the message once more.
+        return Err(StreamableHttpError::SessionExpired);
+    }
+    if !asked.is_request() && status.is_success() {
+        return Ok(StreamableHttpPostResponse::Accepted);
+    }
+    if let Some(message) = said.message {
         return Ok(StreamableHttpPostResponse::Json(message, session));
     }
     if status.is_success() {
         return Err(StreamableHttpError::UnexpectedContentType(kind));
     }
     // A server that speaks only `initialize` replies to the newer discovery with a plain HTTP error. rmcp continues after a JSON-RPC error.
-    if !in_session
-        && status.is_client_error()
-        && let ClientJsonRpcMessage::Request(request) = message
-        && let ClientRequest::DiscoverRequest(_) = request.request
-    {
+    if !in_session && status.is_client_error() && asked.discovers() {
         let error = ErrorData::invalid_request(format!("server/discover refused with {status}"), None);
-        return Ok(StreamableHttpPostResponse::Json(
-            ServerJsonRpcMessage::error(error, Some(request.id.clone())),
-            None,
-        ));
+        return Ok(StreamableHttpPostResponse::Json(asked.error(error), None));
     }
     Err(StreamableHttpError::UnexpectedServerResponse(format!("HTTP {status}").into()))
-}
-
-/// Returns a body that breaks off, and notifies, once it is longer than the limit.
-fn bounded(body: Carried, stops: Stops) -> impl futures::Stream<Item = Result<Bytes, std::io::Error>> + Send {
-    let mut left = stops.most;
-    BodyDataStream::new(body).map(move |chunk| {
-        let chunk = chunk.inspect_err(|error| stops.see(error)).map_err(std::io::Error::other)?;
-        left = left.checked_sub(chunk.len()).ok_or_else(|| {
-            stops.too_long.notify_one();
-            std::io::Error::other(format!("the reply is longer than {} bytes", stops.most))
-        })?;
-        Ok(chunk)
-    })
 }
