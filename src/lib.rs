@@ -49,6 +49,9 @@ pub mod lenient;
 /// Decisions about the next step of a task, from the observed state of its pods.
 #[cfg(feature = "kube")]
 pub mod lifecycle;
+/// The tools that an MCP server lists.
+#[cfg(any(feature = "harness", feature = "mcp-client"))]
+pub mod listed;
 /// The reconciler: resolve, validate, render, apply, status.
 #[cfg(feature = "operator")]
 pub mod operator;

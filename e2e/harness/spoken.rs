@@ -79,8 +79,19 @@ async fn answered(
     }
 }
 
-fn listed(_: &str) -> Value {
-    json!({"tools": [{"name": "do", "inputSchema": {"type": "object"}}]})
+fn listed(kind: &str) -> Value {
+    let tool = |name: &str| json!({"name": name, "inputSchema": {"type": "object"}});
+    let hinted =
+        |name: &str| json!({"name": name, "inputSchema": {"type": "object"}, "annotations": {"readOnlyHint": "yes"}});
+    let others = match kind {
+        "twice" => vec![tool("other"), tool("other")],
+        "no-schema" => vec![json!({"name": "other", "description": "no schema"})],
+        "hint" => vec![hinted("other")],
+        "twice-itself" => vec![tool("do")],
+        "odd-itself" => return json!({"tools": [tool("other"), hinted("do")]}),
+        _ => vec![],
+    };
+    json!({"tools": others.into_iter().chain([tool("do")]).collect::<Vec<_>>()})
 }
 
 fn reply(status: u16, kind: &str, body: String) -> Response {
@@ -237,4 +248,29 @@ async fn an_unknown_block_passes_as_json_beside_the_others() {
         assert_eq!(unknown, json!({"type": "json", "json": {"a": 1}}), "{path}");
         assert_eq!(outcome_of_call(&harness, path).await.outcome, CallOutcome::Applied);
     }
+}
+
+/// An odd tool takes away only itself. The contract's own tool must not be odd, and the denial says what is wrong with it.
+#[rstest::rstest]
+#[case::twice("twice", None)]
+#[case::no_schema("no-schema", None)]
+#[case::a_hint_in_words("hint", None)]
+#[case::twice_itself("twice-itself", Some("found this name 2 times"))]
+#[case::odd_itself("odd-itself", Some("`annotations.readOnlyHint` is neither true nor false"))]
+#[tokio::test]
+async fn an_odd_tool_takes_away_only_itself(#[case] path: &str, #[case] expected: Option<&str>) {
+    let (harness, got) = with_path(path).await;
+    let (error, text) = harness.tool("do", json!({})).await;
+    let Some(words) = expected else {
+        assert!(!error && text == "done", "{text}");
+        return;
+    };
+    assert!(error && text.contains("tool.changed") && text.contains(words), "{text}");
+    assert!(calls(&got.lock().unwrap()).is_empty());
+    let records = harness.stored(4).await;
+    let denied = records.iter().find_map(|record| match &record.event {
+        Event::Denied(denied) => Some(denied.clone()),
+        _ => None,
+    });
+    assert_eq!(denied.unwrap().rule, Rule::ToolChanged);
 }

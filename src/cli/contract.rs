@@ -88,7 +88,11 @@ pub(super) async fn run(args: &Args, out: &mut dyn Write, notes: &mut dyn Write)
             PATIENCE.as_secs()
         ))
     })??;
+    let (tools, odd) = tools.finish();
     let (drafts, left_out) = drafts(&tools, args.url.as_deref().unwrap_or(&args.mcp), args.namespace.as_deref());
+    for odd in odd {
+        writeln!(notes, "left out: the tool `{}`: {}", Safe(&odd.name), Safe(&odd.reason))?;
+    }
     for reason in &left_out {
         writeln!(notes, "left out: {}", Safe(reason))?;
     }
@@ -120,6 +124,6 @@ pub(super) async fn run(args: &Args, out: &mut dyn Write, notes: &mut dyn Write)
 }
 
 #[cfg(not(feature = "mcp-client"))]
-async fn list(_: &str, _: Option<&str>) -> Result<Vec<rmcp::model::Tool>, CliError> {
+async fn list(_: &str, _: Option<&str>) -> Result<crate::listed::Catalogue, CliError> {
     Err(CliError::left_out("contract init"))
 }

@@ -2,17 +2,22 @@
 
 use rmcp::{
     ServiceExt,
-    model::{PaginatedRequestParams, Tool},
+    model::{ClientRequest, Extensions, ListToolsRequest, PaginatedRequestParams, ServerResult},
     transport::{StreamableHttpClientTransport, streamable_http_client::StreamableHttpClientTransportConfig},
 };
 
-use crate::cli::CliError;
+use serde_json::Value;
+
+use crate::{
+    cli::CliError,
+    listed::{self, Catalogue},
+};
 
 /// The maximum number of tools that are drafted: a user would not review more, and a server may list pages without end.
 const MOST_TOOLS: usize = 1000;
 
 /// Returns all tools of a server, page by page.
-pub(super) async fn list(url: &str, token: Option<&str>) -> Result<Vec<Tool>, CliError> {
+pub(super) async fn list(url: &str, token: Option<&str>) -> Result<Catalogue, CliError> {
     let failed = |what: &str, error: &dyn std::fmt::Display| {
         // rmcp puts the Rust type of its transport before the reason.
         let text = error.to_string();
@@ -29,18 +34,32 @@ pub(super) async fn list(url: &str, token: Option<&str>) -> Result<Vec<Tool>, Cl
     let transport = StreamableHttpClientTransport::from_config(config);
     let session =
         ().serve(transport).await.map_err(|error| failed("an MCP server that speaks streamable HTTP", &error))?;
-    let mut tools = Vec::new();
+    let mut tools = Catalogue::default();
     let mut cursor = None;
     loop {
-        let page = PaginatedRequestParams::default().with_cursor(cursor);
-        let page = session.list_tools(Some(page)).await.map_err(|error| failed("its list of tools", &error))?;
-        tools.extend(page.tools);
+        let params = Some(PaginatedRequestParams::default().with_cursor(cursor));
+        let request = ListToolsRequest { method: Default::default(), params, extensions: Extensions::default() };
+        let page = session.send_request(ClientRequest::ListToolsRequest(request)).await;
+        let next = match page.map_err(|error| failed("its list of tools", &error))? {
+            ServerResult::ListToolsResult(page) => {
+                tools.extend(page.tools, vec![]);
+                page.next_cursor
+            }
+            // rmcp gives a list as it came if one tool of the list cannot be read.
+            ServerResult::CustomResult(page) if page.0.get("tools").is_some_and(Value::is_array) => {
+                let all = page.0.get("tools").and_then(Value::as_array).cloned().unwrap_or_default();
+                let (read, odd) = listed::sort(all);
+                tools.extend(read, odd);
+                page.0.get("nextCursor").and_then(Value::as_str).map(str::to_owned)
+            }
+            _ => return Err(failed("its list of tools", &"it answered with another result")),
+        };
         if tools.len() > MOST_TOOLS {
             return Err(CliError::new(format!(
                 "{url}: expected at most {MOST_TOOLS} tools, found more; a person must read one contract for each tool"
             )));
         }
-        cursor = page.next_cursor;
+        cursor = next;
         if cursor.is_none() {
             break;
         }

@@ -2,6 +2,7 @@
 
 use std::{fs, sync::Arc};
 
+use axum::{http::StatusCode, response::IntoResponse};
 use rmcp::{
     ErrorData, RoleServer, ServerHandler,
     model::{ListToolsResult, PaginatedRequestParams, ServerCapabilities, ServerConfig, Tool, ToolAnnotations},
@@ -168,6 +169,45 @@ async fn writes_a_file_a_tool_and_overwrites_none() {
     assert!(error.contains("b.yaml: expected no such file"), "{error}");
     assert!(!out.join("a.yaml").exists(), "nothing was written");
     assert_eq!(fs::read_to_string(out.join("b.yaml")).unwrap(), "mine");
+}
+
+/// Starts a server that answers `tools/list` with these tools as they are, and returns its URL.
+async fn serve_raw(tools: Value) -> String {
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let answer = move |axum::Json(asked): axum::Json<Value>| {
+        let tools = tools.clone();
+        async move {
+            let result = match asked["method"].as_str().unwrap_or_default() {
+                "initialize" => json!({
+                    "protocolVersion": "2025-06-18", "capabilities": {"tools": {}}, "serverInfo": {"name": "s", "version": "1"},
+                }),
+                "tools/list" => json!({"tools": tools}),
+                _ if asked.get("id").is_none() => return StatusCode::ACCEPTED.into_response(),
+                _ => {
+                    let error = json!({"code": -32601, "message": "Method not found"});
+                    return axum::Json(json!({"jsonrpc": "2.0", "id": asked["id"], "error": error})).into_response();
+                }
+            };
+            axum::Json(json!({"jsonrpc": "2.0", "id": asked["id"], "result": result})).into_response()
+        }
+    };
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let router = axum::Router::new().route("/mcp", axum::routing::post(answer));
+    tokio::spawn(async move { axum::serve(listener, router).await });
+    format!("http://{address}/mcp")
+}
+
+#[tokio::test]
+async fn an_odd_tool_is_left_out_and_the_others_are_drafted() {
+    let tool = |name: &str| json!({"name": name, "inputSchema": {"type": "object"}});
+    let tools = json!([tool("a"), {"name": "odd"}, tool("twice"), tool("twice"), tool("b")]);
+    let (code, out, notes) = init(&["--mcp", &serve_raw(tools).await]).await;
+    assert_eq!(code.unwrap(), 0, "{notes}");
+    let names: Vec<_> = contracts(&out).into_iter().map(|contract| contract.spec.tool).collect();
+    assert_eq!(names, ["a", "b"]);
+    assert!(notes.contains("left out: the tool `odd`: ") && notes.contains("no `inputSchema`"), "{notes}");
+    assert!(notes.contains("left out: the tool `twice`: ") && notes.contains("2 times"), "{notes}");
 }
 
 #[tokio::test]

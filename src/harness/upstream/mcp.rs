@@ -2,7 +2,8 @@
 //!
 //! Guarantees: no upstream waits for another. With each server, the newest version of MCP that both know is used, in one session. A call
 //! leaves only with a definition of its tool that was listed within the last minute, that has the contract's pin or else is the first that
-//! this attempt saw, and that is in the call's intent. A listing is a call of its own in the log.
+//! this attempt saw, and that is in the call's intent. A listing is a call of its own in the log. A listed tool that cannot be read takes
+//! away only itself.
 //!
 //! Non-goals: the bytes of messages, see [`transport`]; rmcp's cache of lists, which outlives failures.
 
@@ -33,11 +34,13 @@ use crate::{
         gate::{Call, Gate, Settlement},
         gateway_client,
     },
+    listed::Catalogue,
     policy::{
         budget::Spent,
         config::{McpUpstream, Tool, ToolUsage},
         decide::Denial,
         definition::Definition,
+        redact,
         rule::Rule,
         shorten::{shorten, shorten_to},
     },
@@ -88,8 +91,13 @@ struct State {
 /// The tools that a server listed.
 struct Listing {
     at: Instant,
-    tools: HashMap<String, Definition>,
+    tools: Definitions,
 }
+
+/// The definition of a tool, or why the tool is left out.
+type Defined = Result<Definition, String>;
+/// The definitions of a server's tools by their names.
+type Definitions = HashMap<String, Defined>;
 
 impl Server {
     fn state(&self) -> MutexGuard<'_, State> {
@@ -101,7 +109,7 @@ impl Server {
     }
 
     /// Returns the session and the tool's definition in the listing, if the listing is fresh.
-    fn fresh(&self, tool: &str, age: Duration) -> Option<(Arc<Session>, Option<Definition>)> {
+    fn fresh(&self, tool: &str, age: Duration) -> Option<(Arc<Session>, Option<Defined>)> {
         let session = self.session()?;
         let state = self.state();
         let listing = state.listing.as_ref().filter(|listing| listing.at.elapsed() < age)?;
@@ -255,18 +263,31 @@ impl Servers {
     }
 
     /// Returns the definition if it is the approved one.
-    fn approved(&self, tool: &Tool, mcp: &McpUpstream, found: Option<Definition>) -> Result<Definition, Denial> {
+    fn approved(
+        &self,
+        tool: &Tool,
+        mcp: &McpUpstream,
+        found: Option<Result<Definition, String>>,
+    ) -> Result<Definition, Denial> {
         let changed = |reason: String| Denial { rule: Rule::ToolChanged, reason };
-        if let Some(found) = &found {
-            // Readers of the log compare this digest with what the server lists, so it must not be redacted.
-            self.gate.redactor().learn(&found.digest);
-        }
-        let Some(found) = found else {
-            return Err(changed(format!(
-                "expected {} to list a tool {:?}, found none; the contract `{}` must name a tool of that list",
-                mcp.url, mcp.tool, tool.contract
-            )));
+        let found = match found {
+            Some(Ok(found)) => found,
+            Some(Err(reason)) => {
+                return Err(changed(format!(
+                    "expected {} to list a tool {:?} that can be called, found one that is left out: {reason}; whoever runs the server must \
+                     correct its list",
+                    mcp.url, mcp.tool
+                )));
+            }
+            None => {
+                return Err(changed(format!(
+                    "expected {} to list a tool {:?}, found none; the contract `{}` must name a tool of that list",
+                    mcp.url, mcp.tool, tool.contract
+                )));
+            }
         };
+        // Readers of the log compare this digest with what the server lists, so it must not be redacted.
+        self.gate.redactor().learn(&found.digest);
         if let Some(pin) = &mcp.digest {
             if *pin != found.digest {
                 return Err(changed(format!(
@@ -296,7 +317,7 @@ impl Servers {
         tool: &Tool,
         mcp: &McpUpstream,
         time: Duration,
-    ) -> Result<(Arc<Session>, Option<Definition>), Denial> {
+    ) -> Result<(Arc<Session>, Option<Result<Definition, String>>), Denial> {
         let call = Call {
             channel: Channel::Listing,
             target: tool.name.clone(),
@@ -337,8 +358,10 @@ impl Servers {
         let facts = self.taken(intent);
         let seen = Settlement { status: facts.status, upstream: facts.upstream, ..Settlement::unknown(None) };
         let denial = match listed {
-            Ok(Ok((session, tools))) => {
+            Ok(Ok((session, mut tools))) => {
                 permit.settle(Settlement { outcome: CallOutcome::Applied, ..seen });
+                tools.extend(vec![], facts.odd);
+                let tools = self.defined(tools, server, mcp);
                 let definition = tools.get(&mcp.tool).cloned();
                 *server.state() =
                     State { session: Some(session.clone()), listing: Some(Listing { at: Instant::now(), tools }) };
@@ -353,6 +376,29 @@ impl Servers {
         *server.state() = State::default();
         permit.settle(Settlement { outcome: CallOutcome::NotApplied, rule: Some(denial.rule), ..seen });
         Err(denial)
+    }
+
+    /// Returns the definitions of a list. Logs the tools that are left out, unless they were left out before.
+    fn defined(&self, listed: Catalogue, server: &Server, mcp: &McpUpstream) -> Definitions {
+        let (tools, odd) = listed.finish();
+        let define = |tool: &rmcp::model::Tool| -> Result<Definition, String> {
+            let value = serde_json::to_value(tool).map_err(|error| error.to_string())?;
+            Definition::of(&value).map_err(|error| error.to_string())
+        };
+        let mut defined: Definitions = tools.iter().map(|tool| (tool.name.to_string(), define(tool))).collect();
+        // A name that is listed twice has the later reason.
+        defined.extend(odd.into_iter().map(|odd| (odd.name, Err(odd.reason))));
+        let state = server.state();
+        let before = |name: &String| {
+            state.listing.as_ref().is_some_and(|before| before.tools.get(name).is_some_and(Result::is_err))
+        };
+        for (name, reason) in defined.iter().filter_map(|(name, tool)| Some((name, tool.as_ref().err()?))) {
+            if !before(name) {
+                let (tool, reason) = (redact::plain(&shorten(name)), redact::plain(reason));
+                tracing::warn!(tool, reason, contract_tool = mcp.tool, "an MCP server lists a tool that is left out");
+            }
+        }
+        defined
     }
 
     async fn open(&self, url: &str, intent: u64) -> Result<Arc<Session>, String> {
@@ -374,9 +420,9 @@ impl Servers {
     }
 }
 
-/// Returns the definitions of a server's tools, from all pages.
-async fn list_over(session: &Session, intent: u64) -> Result<HashMap<String, Definition>, String> {
-    let mut tools = HashMap::new();
+/// Returns a server's tools, from all pages.
+async fn list_over(session: &Session, intent: u64) -> Result<Catalogue, String> {
+    let mut tools = Catalogue::default();
     let mut cursor = None;
     for _ in 0..PAGES {
         let mut params = PaginatedRequestParams::default().with_cursor(cursor);
@@ -388,16 +434,7 @@ async fn list_over(session: &Session, intent: u64) -> Result<HashMap<String, Def
             Ok(_) => return Err("expected a list of tools, found another result".to_owned()),
             Err(error) => return Err(format!("the upstream does not list its tools: {}", quoted(&error))),
         };
-        for tool in &page.tools {
-            let value = serde_json::to_value(tool).map_err(|error| error.to_string())?;
-            let definition = Definition::of(&value).map_err(|error| error.to_string())?;
-            if tools.insert(tool.name.to_string(), definition).is_some() {
-                return Err(format!(
-                    "expected each tool once in the upstream's list, found {:?} twice",
-                    shorten(&tool.name)
-                ));
-            }
-        }
+        tools.extend(page.tools, vec![]);
         cursor = page.next_cursor;
         if cursor.is_none() {
             return Ok(tools);

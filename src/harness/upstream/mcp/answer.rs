@@ -1,7 +1,8 @@
 //! Reads the messages of an MCP server.
 //!
 //! Guarantees: an answer of the server reaches the caller in a form that rmcp reads, whatever else the message has. A content block of an
-//! unknown type passes as text with its JSON if it is short, and as a note otherwise. The blocks beside it pass unchanged. An error without
+//! unknown type passes as text with its JSON if it is short, and as a note otherwise. The blocks beside it pass unchanged, and so do the
+//! tools beside one that cannot be read. An error without
 //! the id of the request, as servers send that did not read the request, answers the request if it is the whole reply.
 //!
 //! Non-goals: what an answer means for the call, see [`meaning`](super::meaning).
@@ -14,7 +15,10 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::meaning::{Answer, Finish, is_about_session};
-use crate::policy::shorten::shorten;
+use crate::{
+    listed::{self, Odd},
+    policy::shorten::shorten,
+};
 
 /// The longest unknown content block that passes, in bytes of JSON.
 const LONGEST_BLOCK: usize = 64 << 10;
@@ -33,6 +37,7 @@ pub(super) struct Asked {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Method {
     Call,
+    List,
     Discover,
     Other,
 }
@@ -43,6 +48,7 @@ impl Asked {
         let ClientJsonRpcMessage::Request(request) = message else { return Self { id: None, method: Method::Other } };
         let method = match &request.request {
             ClientRequest::CallToolRequest(_) => Method::Call,
+            ClientRequest::ListToolsRequest(_) => Method::List,
             ClientRequest::DiscoverRequest(_) => Method::Discover,
             _ => Method::Other,
         };
@@ -80,12 +86,20 @@ pub(super) struct Said {
     pub(super) answer: Option<Answer>,
     /// The server's own words about an error.
     pub(super) words: Option<String>,
+    /// The tools of a list that cannot be read.
+    pub(super) odd: Vec<Odd>,
+}
+
+impl Said {
+    fn of(message: Option<ServerJsonRpcMessage>, answer: Option<Answer>, words: Option<String>) -> Self {
+        Self { message, answer, words, odd: vec![] }
+    }
 }
 
 /// Reads the body of a reply that is not an event stream.
 pub(super) fn body(asked: &Asked, body: &[u8]) -> Said {
     let text = || cut(&String::from_utf8_lossy(body));
-    let no_answer = |words: Option<String>, answer| Said { message: None, answer: Some(answer), words };
+    let no_answer = |words: Option<String>, answer| Said::of(None, Some(answer), words);
     if body.iter().all(u8::is_ascii_whitespace) {
         return no_answer(None, Answer::Nothing);
     }
@@ -120,7 +134,7 @@ fn message(asked: &Asked, mut value: Value, is_whole: bool) -> Said {
             let about_session = is_about_session(&error.message);
             let answer = Answer::Error { code: i64::from(error.code.0), has_id: is_ours, about_session };
             let words = Some(cut(&format!("{}: {}", error.code.0, error.message)));
-            return Said { message: Some(asked.error(error)), answer: Some(answer), words };
+            return Said::of(Some(asked.error(error)), Some(answer), words);
         }
     }
     if is_ours
@@ -136,11 +150,22 @@ fn message(asked: &Asked, mut value: Value, is_whole: bool) -> Said {
             }
             Err(unfinished) => (asked.error(ErrorData::internal_error(unfinished, None)), Finish::Unfinished),
         };
-        return Said { message: Some(result), answer: Some(Answer::Result(finish)), words: None };
+        return Said::of(Some(result), Some(Answer::Result(finish)), None);
     }
+    let odd = if is_ours && asked.method == Method::List { readable(&mut value) } else { vec![] };
     let typed = ServerJsonRpcMessage::deserialize(&value).ok();
     let answer = typed.as_ref().filter(|_| is_ours && !has_method).map(|_| Answer::Result(Finish::Success));
-    Said { message: typed, answer, words: None }
+    Said { odd, ..Said::of(typed, answer, None) }
+}
+
+/// Removes the tools from a list that cannot be read, and returns them.
+fn readable(message: &mut Value) -> Vec<Odd> {
+    let Some(tools) = message.pointer_mut("/result/tools").filter(|tools| tools.is_array()) else { return vec![] };
+    let (read, odd) = listed::sort(tools.as_array().cloned().unwrap_or_default());
+    if let (false, Ok(read)) = (odd.is_empty(), serde_json::to_value(read)) {
+        *tools = read;
+    }
+    odd
 }
 
 /// Reads the error of a message.
@@ -228,7 +253,7 @@ mod tests {
     }
 
     fn listing() -> Asked {
-        Asked { id: Some(RequestId::Number(7)), method: Method::Other }
+        Asked { id: Some(RequestId::Number(7)), method: Method::List }
     }
 
     /// The result of a call as the agent gets it.
@@ -303,6 +328,32 @@ mod tests {
             assert_eq!(answer(&text), expected, "{text}");
             assert_eq!(answer(&format!("[{text}]")), expected, "a batch");
             assert_eq!(event(&call(), &text).answer, expected, "an event");
+        }
+    }
+
+    /// In each version of MCP. The type of a result came with 2026-07-28.
+    #[test]
+    fn a_list_with_an_odd_tool_is_a_list() {
+        let good = json!({"name": "do", "inputSchema": {"type": "object"}, "annotations": {"readOnlyHint": true}});
+        for kind in [Value::Null, json!("complete")] {
+            for odd in [vec![], vec![json!({"name": "odd"})]] {
+                let tools: Vec<_> = odd.iter().chain([&good]).collect();
+                let mut result = json!({"tools": tools, "nextCursor": "2"});
+                if kind.is_string() {
+                    result["resultType"] = kind.clone();
+                }
+                let text = json!({"jsonrpc": "2.0", "id": 7, "result": result}).to_string();
+                for said in [body(&listing(), text.as_bytes()), event(&listing(), &text)] {
+                    assert_eq!(
+                        said.odd.iter().map(|odd| odd.name.as_str()).collect::<Vec<_>>(),
+                        vec!["odd"; odd.len()]
+                    );
+                    let Some(ServerJsonRpcMessage::Response(response)) = said.message else { panic!("{text}") };
+                    let ServerResult::ListToolsResult(page) = response.result else { panic!("{text}: {response:?}") };
+                    assert_eq!(serde_json::to_value(&page.tools).unwrap(), json!([good]));
+                    assert_eq!(page.next_cursor.as_deref(), Some("2"));
+                }
+            }
         }
     }
 

@@ -65,6 +65,7 @@ impl Events {
             if let Some(answer) = said.answer.filter(|_| !self.is_answered) {
                 self.is_answered = true;
                 self.notes.note(Reply::of(200, false, answer), said.words);
+                self.notes.leave_out(said.odd);
             }
             // What rmcp cannot read says nothing to it.
             if let Some(message) = said.message.and_then(|message| serde_json::to_string(&message).ok()) {

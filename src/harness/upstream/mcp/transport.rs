@@ -38,6 +38,7 @@ use crate::{
         bounds::LONGEST_REPLY,
         gateway_client::{Carried, DeliveryError, EndedError, GatewayClient, Peer},
     },
+    listed::Odd,
     policy::{config::SILENCE, decide::Denial, rule::Rule},
 };
 
@@ -60,6 +61,8 @@ pub(super) struct Exchange {
     pub(super) sent: bool,
     /// What the server replied to the call since it was last sent, and the server's words.
     pub(super) reply: Option<(Reply, Option<String>)>,
+    /// The listed tools that cannot be read.
+    pub(super) odd: Vec<Odd>,
     /// The reasons to stop reading the reply.
     pub(super) stops: Stops,
 }
@@ -93,7 +96,15 @@ impl Stops {
 impl Exchange {
     /// Starts an exchange whose reply is read up to this length, in bytes.
     pub(super) fn new(most: usize) -> Self {
-        Self { status: 0, upstream: None, undelivered: None, sent: false, reply: None, stops: Stops::new(most) }
+        Self {
+            status: 0,
+            upstream: None,
+            undelivered: None,
+            sent: false,
+            reply: None,
+            odd: vec![],
+            stops: Stops::new(most),
+        }
     }
 }
 
@@ -260,9 +271,18 @@ pub(super) struct Notes {
 impl Notes {
     /// Stores what the server replied.
     pub(super) fn note(&self, reply: Reply, words: Option<String>) {
+        self.update(|facts| facts.reply = Some((reply, words)));
+    }
+
+    /// Stores the listed tools that cannot be read.
+    pub(super) fn leave_out(&self, odd: Vec<Odd>) {
+        self.update(|facts| facts.odd.extend(odd));
+    }
+
+    fn update(&self, change: impl FnOnce(&mut Exchange)) {
         let mut facts = self.facts.lock();
         if let Some(facts) = self.call.and_then(|intent| facts.get_mut(&intent)) {
-            facts.reply = Some((reply, words));
+            change(facts);
         }
     }
 }
@@ -300,6 +320,7 @@ async fn read_reply(
     let answer = said.answer.unwrap_or(Answer::Nothing);
     let meaning = Reply::of(status.as_u16(), in_session, answer);
     notes.note(meaning, said.words);
+    notes.leave_out(said.odd);
     if meaning.is_sent_again() {
         // rmcp opens another session and sends the message once more.
         return Err(StreamableHttpError::SessionExpired);
