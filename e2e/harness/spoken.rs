@@ -21,6 +21,7 @@ struct Request {
     path: String,
     /// The method of the message, empty if there is no message.
     method: String,
+    id: Value,
     session: Option<String>,
     last_event: Option<String>,
 }
@@ -50,6 +51,7 @@ async fn answered(
         http: method.to_string(),
         path: uri.path().to_owned(),
         method: asked["method"].as_str().unwrap_or_default().to_owned(),
+        id: asked["id"].clone(),
         session: header("mcp-session-id"),
         last_event: header("last-event-id"),
     };
@@ -58,6 +60,9 @@ async fn answered(
         got.push(request.clone());
         got.iter().filter(|request| request.method == "initialize").count()
     };
+    if request.http == "GET" {
+        return resumed(&got, &request);
+    }
     let kind = uri.path().split('/').nth(1).unwrap_or_default().to_owned();
     let argument = uri.path().split('/').nth(2).unwrap_or_default().to_owned();
     let result = |result: Value| json!({"jsonrpc": "2.0", "id": asked["id"], "result": result});
@@ -94,6 +99,27 @@ fn listed(kind: &str) -> Value {
     json!({"tools": others.into_iter().chain([tool("do")]).collect::<Vec<_>>()})
 }
 
+/// Answers a client that resumes a stream: the result comes with the second resumption. `/resumed/401` and `/resumed/405` do not resume.
+fn resumed(got: &Got, request: &Request) -> Response {
+    let argument = request.path.split('/').nth(2).unwrap_or_default();
+    let before = got.lock().unwrap().iter().filter(|got| got.http == "GET").count();
+    let events = |text: String| reply(200, "text/event-stream", text);
+    match (argument, before, request.last_event.as_deref()) {
+        (_, _, None) => reply(405, "text/plain", "no stream".into()),
+        ("never", ..) => events("id: 1\nretry: 100\ndata:\n\n".into()),
+        ("flood", ..) => events(format!("id: 2\nretry: 100\ndata: {}\n\n", "x".repeat(1_500))),
+        ("failing", 1, _) => reply(503, "text/plain", "in a moment".into()),
+        ("failing" | "", 1 | 2, Some("1")) => events("id: 2\nretry: 100\ndata:\n\n".into()),
+        ("failing" | "", _, Some("2")) => {
+            let call = got.lock().unwrap().iter().find(|got| got.method == "tools/call").cloned().unwrap();
+            let result = json!({"content": [{"type": "text", "text": "done at last"}]});
+            let answer = json!({"jsonrpc": "2.0", "id": call.id, "result": result});
+            events(format!("id: 3\ndata: {answer}\n\n"))
+        }
+        (status, ..) => reply(status.parse().unwrap_or(404), "text/plain", "no".into()),
+    }
+}
+
 fn reply(status: u16, kind: &str, body: String) -> Response {
     (StatusCode::from_u16(status).unwrap(), [(header::CONTENT_TYPE, kind.to_owned())], Body::from(body)).into_response()
 }
@@ -123,6 +149,7 @@ fn called(kind: &str, argument: &str, asked: &Value, request: &Request) -> Respo
         "empty" => json(argument.parse().unwrap(), String::new()),
         "page" => reply(200, "text/html", "<html>".into()),
         "ended" => reply(200, "text/event-stream", ": nothing\n\n".into()),
+        "resumed" => reply(200, "text/event-stream", "id: 1\nretry: 100\ndata:\n\n".into()),
         "failed" => {
             json(200, answer(json!({"content": [{"type": "text", "text": "no"}], "isError": true})).to_string())
         }
@@ -140,9 +167,12 @@ fn called(kind: &str, argument: &str, asked: &Value, request: &Request) -> Respo
 
 /// Starts a harness with a tool whose server answers as this path says.
 async fn with_path(path: &str) -> (Harness, Got) {
+    with_limits(path, ToolLimits { timeout_seconds: Some(10), ..ToolLimits::default() }).await
+}
+
+async fn with_limits(path: &str, limits: ToolLimits) -> (Harness, Got) {
     let mut policy = policy(LIMITS);
     let upstream = McpUpstream { url: format!("http://{HOST}/{path}"), tool: "do".into(), digest: None };
-    let limits = ToolLimits { timeout_seconds: Some(10), ..ToolLimits::default() };
     policy.tools.push(Tool { limits, ..tool("do", Upstream::Mcp(upstream), SideEffect::Write) });
     policy.egress.push(host(HOST, &[80], EgressUse::Tools));
     let (address, got) = server().await;
@@ -273,4 +303,49 @@ async fn an_odd_tool_takes_away_only_itself(#[case] path: &str, #[case] expected
         _ => None,
     });
     assert_eq!(denied.unwrap().rule, Rule::ToolChanged);
+}
+
+/// MCP 2025-11-25: the server ends the stream, and the client asks for the rest.
+#[rstest::rstest]
+#[case::at_once("resumed", 2)]
+#[case::after_a_failure("resumed/failing", 3)]
+#[tokio::test]
+async fn a_stream_that_ends_before_the_answer_is_resumed(#[case] path: &str, #[case] gets: usize) {
+    let (error, text, outcome, got) = spoken(path).await;
+    assert!(!error && text == "done at last", "{text}: {got:#?}");
+    assert_eq!((outcome.outcome, outcome.status), (CallOutcome::Applied, 200));
+    let resumed: Vec<_> = got.iter().filter(|request| request.http == "GET").collect();
+    assert_eq!(resumed.len(), gets, "{got:#?}");
+    assert!(resumed.iter().all(|request| request.session.as_deref() == Some("s-1")), "{got:#?}");
+    assert_eq!(resumed.last().unwrap().last_event.as_deref(), Some("2"));
+    assert_eq!(calls(&got).len(), 1);
+}
+
+/// What cannot be resumed is unknown. Nothing is resumed beyond the call's time and length.
+#[rstest::rstest]
+#[case::refused("resumed/405", Rule::UpstreamReply, 1)]
+#[case::forgotten("resumed/404", Rule::UpstreamReply, 1)]
+#[case::too_long("resumed/flood", Rule::ToolResponseBytes, 2)]
+#[case::without_an_id("ended", Rule::UpstreamReply, 0)]
+#[case::never("resumed/never", Rule::ToolTimeout, 1)]
+#[tokio::test]
+async fn what_cannot_be_resumed_is_unknown(#[case] path: &str, #[case] rule: Rule, #[case] gets: usize) {
+    let limits = ToolLimits { timeout_seconds: Some(1), response_bytes: Some(2_000), ..ToolLimits::default() };
+    let (harness, got) = with_limits(path, limits).await;
+    let started = std::time::Instant::now();
+    let (error, text) = harness.tool("do", json!({})).await;
+    assert!(started.elapsed() < Duration::from_secs(4), "{text}");
+    assert!(error, "{text}");
+    let outcome = outcome_of_call(&harness, path).await;
+    assert_eq!(outcome.outcome, CallOutcome::Unknown);
+    let resumed = got.lock().unwrap().iter().filter(|request| request.http == "GET").count();
+    if path == "resumed/never" {
+        // The stream is not resumed after the call's time, so the call ends a moment earlier or by its timeout.
+        assert!(matches!(outcome.rule, Some(Rule::ToolTimeout | Rule::UpstreamReply)), "{outcome:?}");
+        assert!((gets..=10).contains(&resumed), "{resumed}");
+    } else {
+        assert_eq!((outcome.rule, resumed), (Some(rule), gets), "{text}");
+    }
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert_eq!(got.lock().unwrap().iter().filter(|request| request.http == "GET").count(), resumed, "it ends");
 }

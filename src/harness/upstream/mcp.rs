@@ -9,7 +9,10 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -58,6 +61,9 @@ use transport::{Exchange, Exchanges, GatewayTransport, Stops, marked};
 pub const LISTING_AGE: Duration = Duration::from_secs(60);
 /// The longest text of an upstream in a reason, in characters.
 const LONGEST_WORDS: usize = 1024;
+/// The number of messages after which a session is followed by another. The gateway allows 512 by one intent, and a call that is under way
+/// needs some.
+const MESSAGES: u32 = 256;
 /// The maximum number of pages of a list.
 const PAGES: usize = 64;
 
@@ -85,6 +91,8 @@ struct Server {
 #[derive(Default)]
 struct State {
     session: Option<Arc<Session>>,
+    /// The number of messages of the session that left by the intent that opened it.
+    talked: Arc<AtomicU32>,
     listing: Option<Listing>,
 }
 
@@ -105,7 +113,9 @@ impl Server {
     }
 
     fn session(&self) -> Option<Arc<Session>> {
-        self.state().session.clone().filter(|session| !session.is_transport_closed())
+        let state = self.state();
+        let is_new = state.talked.load(Ordering::Relaxed) < MESSAGES;
+        state.session.clone().filter(|session| is_new && !session.is_transport_closed())
     }
 
     /// Returns the session and the tool's definition in the listing, if the listing is fresh.
@@ -172,7 +182,7 @@ impl Upstream for Servers {
         intent: u64,
         bounds: Bounds,
     ) -> (Result<CallToolResult, Denial>, Settlement) {
-        let facts = Exchange::new(bounds.reply);
+        let facts = Exchange::new(bounds.reply, bounds.time);
         let Stops { too_long, withheld, .. } = facts.stops.clone();
         self.note(intent, facts);
         let mut params = CallToolRequestParams::new(ready.name);
@@ -336,19 +346,21 @@ impl Servers {
         };
         let permit = self.gate.permit(call).await?;
         let intent = permit.intent;
-        let facts = Exchange::new(LONGEST_REPLY);
+        let facts = Exchange::new(LONGEST_REPLY, time);
         let withheld = facts.stops.withheld.clone();
         self.note(intent, facts);
         let listed = async {
             if let Some(session) = server.session()
                 && let Ok(tools) = list_over(&session, intent).await
             {
-                return Ok((session, tools));
+                let talked = server.state().talked.clone();
+                return Ok((session, talked, tools));
             }
             // The session may have ended with the server.
-            let session = self.open(&mcp.url, intent).await?;
+            let talked = Arc::default();
+            let session = self.open(&mcp.url, intent, &talked).await?;
             let tools = list_over(&session, intent).await?;
-            Ok::<_, String>((session, tools))
+            Ok::<_, String>((session, talked, tools))
         };
         let listed = tokio::select! {
             biased;
@@ -358,13 +370,16 @@ impl Servers {
         let facts = self.taken(intent);
         let seen = Settlement { status: facts.status, upstream: facts.upstream, ..Settlement::unknown(None) };
         let denial = match listed {
-            Ok(Ok((session, mut tools))) => {
+            Ok(Ok((session, talked, mut tools))) => {
                 permit.settle(Settlement { outcome: CallOutcome::Applied, ..seen });
                 tools.extend(vec![], facts.odd);
                 let tools = self.defined(tools, server, mcp);
                 let definition = tools.get(&mcp.tool).cloned();
-                *server.state() =
-                    State { session: Some(session.clone()), listing: Some(Listing { at: Instant::now(), tools }) };
+                *server.state() = State {
+                    session: Some(session.clone()),
+                    talked,
+                    listing: Some(Listing { at: Instant::now(), tools }),
+                };
                 return Ok((session, definition));
             }
             Ok(Err(reason)) => match facts.undelivered {
@@ -401,8 +416,10 @@ impl Servers {
         defined
     }
 
-    async fn open(&self, url: &str, intent: u64) -> Result<Arc<Session>, String> {
-        let wire = GatewayTransport { link: self.gate.link().clone(), opened_by: intent, facts: self.facts.clone() };
+    /// Opens a session, whose messages are counted.
+    async fn open(&self, url: &str, intent: u64, talked: &Arc<AtomicU32>) -> Result<Arc<Session>, String> {
+        let (link, facts) = (self.gate.link().clone(), self.facts.clone());
+        let wire = GatewayTransport { link, opened_by: intent, facts, talked: talked.clone() };
         let config = StreamableHttpClientTransportConfig::with_uri(url.to_owned());
         let transport = StreamableHttpClientTransport::with_client(wire, config);
         let session =
@@ -416,7 +433,7 @@ impl Servers {
 
     fn taken(&self, intent: u64) -> Exchange {
         let facts = self.facts.lock().remove(&intent);
-        facts.unwrap_or_else(|| Exchange::new(LONGEST_REPLY))
+        facts.unwrap_or_else(|| Exchange::new(LONGEST_REPLY, Duration::ZERO))
     }
 }
 

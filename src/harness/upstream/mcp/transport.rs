@@ -6,7 +6,14 @@
 //!
 //! Non-goals: requests that upstreams send by themselves; sessions and listings; what a reply means, see [`meaning`](super::meaning).
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::{Duration, Instant},
+};
 
 use bytes::Bytes;
 use futures::stream::BoxStream;
@@ -42,6 +49,8 @@ use crate::{
     policy::{config::SILENCE, decide::Denial, rule::Rule},
 };
 
+/// How long an event stream may be resumed that answers a message of the session itself.
+const OPENING: Duration = Duration::from_secs(60);
 /// The key in `_meta` with which a message's intent goes from the pipeline to the transport. It is removed before the message leaves.
 const INTENT_META: &str = "belay.dev/intent";
 
@@ -65,6 +74,8 @@ pub(super) struct Exchange {
     pub(super) odd: Vec<Odd>,
     /// The reasons to stop reading the reply.
     pub(super) stops: Stops,
+    /// When nobody waits for the reply any more.
+    pub(super) until: Instant,
 }
 
 /// The reasons to stop reading a reply, with those to notify, because rmcp would continue to wait.
@@ -94,9 +105,11 @@ impl Stops {
 }
 
 impl Exchange {
-    /// Starts an exchange whose reply is read up to this length, in bytes.
-    pub(super) fn new(most: usize) -> Self {
+    /// Starts an exchange whose reply is read up to this length, in bytes, and for this time.
+    pub(super) fn new(most: usize, time: Duration) -> Self {
+        let until = Instant::now() + time;
         Self {
+            until,
             status: 0,
             upstream: None,
             undelivered: None,
@@ -122,6 +135,34 @@ pub(super) struct GatewayTransport {
     /// The intent for messages of the session itself.
     pub(super) opened_by: u64,
     pub(super) facts: Exchanges,
+    /// The number of messages of the session that left by the intent that opened it.
+    pub(super) talked: Arc<AtomicU32>,
+}
+
+/// A message whose reply can be resumed.
+pub(super) struct Opened {
+    transport: GatewayTransport,
+    uri: Arc<str>,
+    session: Option<Arc<str>>,
+    headers: HashMap<HeaderName, HeaderValue>,
+    /// When nobody waits for the reply any more.
+    pub(super) until: Instant,
+}
+
+impl Opened {
+    /// Requests the events after this one. The request is a message of the session, because it calls nothing.
+    pub(super) async fn after(&self, event: &str) -> Result<Response<Carried>, DeliveryError> {
+        let mut headers = self.headers.clone();
+        // The id came in a line of a stream, so it has no line break. It may have other characters that no header has.
+        let event = HeaderValue::from_str(event).map_err(|error| DeliveryError {
+            denial: Denial { rule: Rule::UpstreamReply, reason: format!("the id of an event: {error}") },
+            certain: true,
+            upstream: None,
+        })?;
+        headers.insert(HeaderName::from_static("last-event-id"), event);
+        let of = (Channel::Listing, self.transport.opened_by);
+        self.transport.exchange(Method::GET, &self.uri, of, self.session.as_deref(), headers, Bytes::new()).await
+    }
 }
 
 /// A message that could not be delivered.
@@ -155,6 +196,9 @@ impl GatewayTransport {
             request = request.header(name, value);
         }
         let request = request.body(body).map_err(|error| malformed(error.to_string()))?;
+        if intent == self.opened_by {
+            self.talked.fetch_add(1, Ordering::Relaxed);
+        }
         // The caller has a timeout of its own.
         self.link.forward((channel, intent), uri, request, SILENCE).await
     }
@@ -189,8 +233,9 @@ impl StreamableHttpClient for GatewayTransport {
             // What came before was for the message before.
             update(&|facts| (facts.sent, facts.reply) = (true, None));
         }
-        let reply =
-            self.exchange(Method::POST, &uri, (channel, intent), session_id.as_deref(), custom_headers, body).await;
+        let reply = self
+            .exchange(Method::POST, &uri, (channel, intent), session_id.as_deref(), custom_headers.clone(), body)
+            .await;
         let reply = match reply {
             Ok(reply) => reply,
             Err(undelivered) => {
@@ -209,12 +254,15 @@ impl StreamableHttpClient for GatewayTransport {
             facts.status = status.as_u16();
             facts.upstream.clone_from(&upstream);
         });
-        let stops = {
+        let (stops, until) = {
             let facts = self.facts.lock();
-            facts.get(&intent).map_or_else(|| Stops::new(LONGEST_REPLY), |facts| facts.stops.clone())
+            let facts = facts.get(&intent).cloned().unwrap_or_else(|| Exchange::new(LONGEST_REPLY, OPENING));
+            (facts.stops, facts.until)
         };
         let notes = Notes { facts: self.facts.clone(), call: call.map(|(_, intent)| intent) };
-        read_reply(reply, (asked, session_id.is_some()), stops, notes).await
+        let in_session = session_id.is_some();
+        let opened = Opened { transport: self.clone(), uri, session: session_id, headers: custom_headers, until };
+        read_reply(reply, (asked, in_session), (stops, notes), opened).await
     }
 
     async fn delete_session(
@@ -231,7 +279,7 @@ impl StreamableHttpClient for GatewayTransport {
             .map_err(|undelivered| StreamableHttpError::Client(WireError(undelivered.denial)))
     }
 
-    /// Upstreams get no stream, because they may send nothing that no call requested.
+    /// Upstreams get no stream of their own, because they may send nothing that no call requested. [`Events`] resumes the stream of a reply.
     async fn get_stream(
         &self,
         _: Arc<str>,
@@ -274,6 +322,13 @@ impl Notes {
         self.update(|facts| facts.reply = Some((reply, words)));
     }
 
+    /// Returns whether a stream that has ended may be resumed: it was not given up because of what it contains.
+    pub(super) fn may_continue(&self) -> bool {
+        let facts = self.facts.lock();
+        let seen = self.call.and_then(|intent| facts.get(&intent)?.reply.as_ref()).map(|(reply, _)| *reply);
+        !matches!(seen, Some(Reply::TooLong | Reply::Withheld))
+    }
+
     /// Stores the listed tools that cannot be read.
     pub(super) fn leave_out(&self, odd: Vec<Odd>) {
         self.update(|facts| facts.odd.extend(odd));
@@ -290,8 +345,8 @@ impl Notes {
 async fn read_reply(
     reply: Response<Carried>,
     (asked, in_session): (Asked, bool),
-    stops: Stops,
-    notes: Notes,
+    (stops, notes): (Stops, Notes),
+    opened: Opened,
 ) -> Result<StreamableHttpPostResponse, StreamableHttpError<WireError>> {
     let status = reply.status();
     let text = |name: &str| reply.headers().get(name).and_then(|value| value.to_str().ok()).map(str::to_owned);
@@ -299,7 +354,7 @@ async fn read_reply(
     let kind = text("content-type");
     let is_stream = kind.as_deref().is_some_and(|kind| kind.starts_with("text/event-stream"));
     if status.is_success() && is_stream {
-        let events = Events::new(reply.into_body(), asked, stops, notes);
+        let events = Events::new(reply.into_body(), asked, (stops, notes), opened);
         return Ok(StreamableHttpPostResponse::Sse(events.stream(), session));
     }
     let body = match Limited::new(reply.into_body(), stops.most).collect().await {
