@@ -4,7 +4,8 @@
 //! address. Every call that leaves has a witnessed intent, goes to a host that its class lists, and is dialled at an address that was
 //! checked. Replicas share no state but the bucket and the API server, so the loss of a replica loses nothing.
 //!
-//! Denies: every request that the gateway is not sure about. The gateway gives no credential to a pod and follows no redirect.
+//! Denies: every request that the gateway is not sure about. The gateway gives no credential to a pod. It follows no redirect, but one of an
+//! MCP server within its own origin.
 //!
 //! ```text
 //! listen ─▶ service ─┬─▶ service/log ─────▶ witness, approvals
@@ -58,6 +59,8 @@ mod pod_quota;
 pub mod pool;
 /// Maps of bounded size that keep what was used most recently.
 mod recent;
+/// The redirect of an MCP server that is followed.
+pub mod redirect;
 /// Why a request was not served.
 pub mod refusal;
 /// Name resolution.

@@ -44,6 +44,8 @@ pub mod private;
 pub mod rate;
 /// Determines which parts of untrusted text may be recorded.
 pub mod redact;
+/// Resolves the locations of redirects.
+pub mod redirect;
 /// Tells the caller of a denied call who can change the cause and whether a retry can help.
 pub mod remedy;
 /// Rule identifiers: the vocabulary of denials, evidence and metrics.

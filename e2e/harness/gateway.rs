@@ -43,6 +43,7 @@ use belay::{
         forward,
         identity::{HarnessIdentity, Standing},
         pool::Pool,
+        redirect,
         refusal::Refused,
         resolve::Resolve,
         tunnel,
@@ -584,7 +585,13 @@ async fn send(log: &Log, (target, channel): (&Target, Channel), request: Request
     ));
     let silence = log.compiled.lock().unwrap().policy.silence();
     let manner = forward::Manner { silence, unpacks: channel != Channel::Egress };
-    let reply = forward::forward(&log.dialer, Some(&log.pool), target, None, request.map(full), (manner, ())).await?;
+    let (dialer, pool) = (&log.dialer, Some(&log.pool));
+    let again = request.clone().map(full);
+    let mut reply = forward::forward(dialer, pool, target, None, request.map(full), (manner, ())).await?;
+    let is_message = matches!(channel, Channel::Tool | Channel::Listing) && again.method() == http::Method::POST;
+    if let Some(to) = redirect::followed(target, &reply).filter(|_| is_message) {
+        reply = forward::forward(dialer, pool, &to, None, again, (manner, ())).await?;
+    }
     // The harness asks over HTTP/2.
     Ok(Carried::reply(reply, http::Version::HTTP_2).map(Body::new))
 }

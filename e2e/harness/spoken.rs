@@ -63,6 +63,9 @@ async fn answered(
     if request.http == "GET" {
         return resumed(&got, &request);
     }
+    if let Some(to) = redirect(uri.path()) {
+        return (StatusCode::from_u16(to.0).unwrap(), [(header::LOCATION, to.1)]).into_response();
+    }
     let kind = uri.path().split('/').nth(1).unwrap_or_default().to_owned();
     let argument = uri.path().split('/').nth(2).unwrap_or_default().to_owned();
     let result = |result: Value| json!({"jsonrpc": "2.0", "id": asked["id"], "result": result});
@@ -97,6 +100,20 @@ fn listed(kind: &str) -> Value {
         _ => vec![],
     };
     json!({"tools": others.into_iter().chain([tool("do")]).collect::<Vec<_>>()})
+}
+
+/// Returns the redirect of a path.
+fn redirect(path: &str) -> Option<(u16, &'static str)> {
+    match path {
+        "/slash" => Some((307, "/slash/")),
+        "/ever" => Some((308, "http://spoken.test:80/ever/")),
+        "/chain" => Some((307, "/chain/second")),
+        "/chain/second" => Some((307, "/chain/")),
+        "/away" => Some((307, "http://docs.test.example/mcp")),
+        "/moved" => Some((301, "/moved/")),
+        "/login" => Some((302, "/sign-in?next=mcp")),
+        _ => None,
+    }
 }
 
 /// Answers a client that resumes a stream: the result comes with the second resumption. `/resumed/401` and `/resumed/405` do not resume.
@@ -348,4 +365,38 @@ async fn what_cannot_be_resumed_is_unknown(#[case] path: &str, #[case] rule: Rul
     }
     tokio::time::sleep(Duration::from_millis(500)).await;
     assert_eq!(got.lock().unwrap().iter().filter(|request| request.http == "GET").count(), resumed, "it ends");
+}
+
+/// A redirect to the same origin keeps method, body and session. The agent does not notice.
+#[rstest::rstest]
+#[case::slash("slash")]
+#[case::for_ever("ever")]
+#[tokio::test]
+async fn a_redirect_within_the_origin_is_followed(#[case] path: &str) {
+    let (error, text, outcome, got) = spoken(path).await;
+    assert!(!error && text == "done", "{text}: {got:#?}");
+    assert_eq!((outcome.outcome, outcome.status), (CallOutcome::Applied, 200));
+    let called: Vec<_> = got.iter().filter(|request| request.method == "tools/call").collect();
+    let expected = [(format!("/{path}"), Some("s-2")), (format!("/{path}/"), Some("s-2"))];
+    let found: Vec<_> = called.iter().map(|call| (call.path.clone(), call.session.as_deref())).collect();
+    assert_eq!(
+        found.iter().map(|(path, _)| path).collect::<Vec<_>>(),
+        expected.iter().map(|(path, _)| path).collect::<Vec<_>>()
+    );
+    assert!(called.iter().all(|call| call.http == "POST" && call.session == called[0].session), "{found:?}");
+}
+
+/// What is not followed is denied with the URL that the contract needs.
+#[rstest::rstest]
+#[case::twice("chain", "set spec.upstream.mcp.url of the contract `do` to \"http://spoken.test/chain/\"")]
+#[case::another_host("away", "set spec.upstream.mcp.url of the contract `do` to \"http://docs.test.example/mcp\"")]
+#[case::moved("moved", "set spec.upstream.mcp.url of the contract `do` to \"http://spoken.test/moved/\"")]
+#[case::login("login", "HTTP 302")]
+#[tokio::test]
+async fn another_redirect_is_denied_with_the_url_for_the_contract(#[case] path: &str, #[case] expected: &str) {
+    let (harness, got) = with_path(path).await;
+    let (error, text) = harness.tool("do", json!({})).await;
+    assert!(error && text.contains(expected) && text.contains("does not follow"), "{text}");
+    assert!(!text.contains("rmcp"), "{text}");
+    assert!(calls(&got.lock().unwrap()).is_empty());
 }

@@ -1,8 +1,8 @@
 //! `belay contract init`: drafts contracts from the tools that an MCP server lists, for review.
 //!
 //! Guarantees: a draft is never wider than the listed tool. It says which parts of the listed tool it lacks, and it passes `belay lint`. No
-//! tool is called and no file is overwritten. If the server says that its own tool is harmless, the draft says that this is the server's
-//! claim.
+//! tool is called and no file is overwritten. If the server redirects, the draft has the URL that the redirects lead to. If the server says
+//! that its own tool is harmless, the draft says that this is the server's claim.
 
 use std::{io::Write, path::PathBuf, time::Duration};
 
@@ -81,15 +81,22 @@ struct Init {
 /// Runs the command and returns the exit code.
 pub(super) async fn run(args: &Args, out: &mut dyn Write, notes: &mut dyn Write) -> Result<u8, CliError> {
     let Command::Init(args) = &args.command;
-    let tools = tokio::time::timeout(PATIENCE, list(&args.mcp, args.token.as_deref())).await.map_err(|_| {
-        CliError::new(format!(
-            "{}: expected the whole list of tools within {} s, found a part; try again",
-            args.mcp,
-            PATIENCE.as_secs()
-        ))
-    })??;
+    let (tools, followed) =
+        tokio::time::timeout(PATIENCE, list(&args.mcp, args.token.as_deref())).await.map_err(|_| {
+            CliError::new(format!(
+                "{}: expected the whole list of tools within {} s, found a part; try again",
+                args.mcp,
+                PATIENCE.as_secs()
+            ))
+        })??;
     let (tools, odd) = tools.finish();
-    let (drafts, left_out) = drafts(&tools, args.url.as_deref().unwrap_or(&args.mcp), args.namespace.as_deref());
+    if let Some(to) = &followed {
+        let drafts = if args.url.is_some() { "check the path of --url" } else { "the drafts have that URL" };
+        writeln!(notes, "{} redirects to {}: {drafts}", Safe(&args.mcp), Safe(to))?;
+    }
+    // A gateway follows one redirect within an origin. The URL without a redirect is the better one.
+    let url = args.url.as_ref().or(followed.as_ref()).unwrap_or(&args.mcp);
+    let (drafts, left_out) = drafts(&tools, url, args.namespace.as_deref());
     for odd in odd {
         writeln!(notes, "left out: the tool `{}`: {}", Safe(&odd.name), Safe(&odd.reason))?;
     }
@@ -124,6 +131,6 @@ pub(super) async fn run(args: &Args, out: &mut dyn Write, notes: &mut dyn Write)
 }
 
 #[cfg(not(feature = "mcp-client"))]
-async fn list(_: &str, _: Option<&str>) -> Result<crate::listed::Catalogue, CliError> {
+async fn list(_: &str, _: Option<&str>) -> Result<(crate::listed::Catalogue, Option<String>), CliError> {
     Err(CliError::left_out("contract init"))
 }

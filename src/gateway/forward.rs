@@ -4,8 +4,8 @@
 //! credential. The caller gets the reply as it streams, including redirects. A reply to a request with a credential is searched for the
 //! credential first, head and body, and is withheld if it cannot be searched.
 //!
-//! Non-goals: hop-by-hop headers and Belay's own headers in either direction, trailers, upgrades, following redirects (the harness sends a
-//! new request, which is checked anew), and sending anything twice. If a pooled connection turns out to have ended, the request is sent
+//! Non-goals: hop-by-hop headers and Belay's own headers in either direction, trailers, upgrades, following redirects
+//! (see [`redirect`](super::redirect)), and sending anything twice. If a pooled connection turns out to have ended, the request is sent
 //! over a new one only if nothing of it was written.
 
 use std::{

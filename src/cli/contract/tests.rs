@@ -193,9 +193,39 @@ async fn serve_raw(tools: Value) -> String {
     };
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
-    let router = axum::Router::new().route("/mcp", axum::routing::post(answer));
+    let to = |status: u16, location: &'static str| {
+        let status = StatusCode::from_u16(status).unwrap();
+        axum::routing::any(move || async move { (status, [("location", location)]).into_response() })
+    };
+    let router = axum::Router::new()
+        .route("/mcp", axum::routing::post(answer))
+        .route("/temporary", to(307, "/permanent"))
+        .route("/permanent", to(308, "/mcp"))
+        .route("/moved", to(301, "/mcp"))
+        .route("/loop", to(307, "/loop"));
     tokio::spawn(async move { axum::serve(listener, router).await });
     format!("http://{address}/mcp")
+}
+
+#[tokio::test]
+async fn drafts_have_the_url_that_redirects_lead_to() {
+    let url = serve_raw(json!([{"name": "a", "inputSchema": {"type": "object"}}])).await;
+    let at = |path: &str| url.replace("/mcp", path);
+    let drafted = |out: &str| contracts(out)[0].spec.upstream.mcp.as_ref().unwrap().url.clone();
+    let (code, out, notes) = init(&["--mcp", &at("/temporary")]).await;
+    assert_eq!(code.unwrap(), 0, "{notes}");
+    assert_eq!(drafted(&out), url);
+    assert!(notes.contains(&format!("{} redirects to {url}: the drafts have that URL", at("/temporary"))), "{notes}");
+    let (code, out, notes) = init(&["--mcp", &at("/temporary"), "--url", "https://tools.example.com/x"]).await;
+    assert_eq!((code.unwrap(), drafted(&out).as_str()), (0, "https://tools.example.com/x"));
+    assert!(notes.contains("check the path of --url"), "{notes}");
+    // The control: without a redirect there is no note.
+    let (_, out, notes) = init(&["--mcp", &url]).await;
+    assert!(drafted(&out) == url && !notes.contains("redirects"), "{notes}");
+    for (path, words) in [("/moved", format!("HTTP 301 with a redirect to {url}")), ("/loop", "redirect".to_owned())] {
+        let error = init(&["--mcp", &at(path)]).await.0.unwrap_err().to_string();
+        assert!(error.contains(&words), "{error}");
+    }
 }
 
 #[tokio::test]

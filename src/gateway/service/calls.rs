@@ -1,7 +1,8 @@
 //! The requests that are calls: to a model, to an MCP server, to an HTTP tool, or the agent's own.
 //!
 //! Guarantees: a call leaves once for its witnessed intent, with the body that the intent commits to, after contract, pack and approvers
-//! have allowed it and the class lists its destination. A credential is added last, and a reply that repeats it counts against the pod.
+//! have allowed it and the class lists its destination. A credential is added last, and a reply that repeats it counts against the pod. A
+//! message to an MCP server follows one redirect within the server's origin.
 //!
 //! Non-goals: each of these decisions ([`authorize`], [`approvals`]), and the connection ([`forward`]).
 //!
@@ -34,6 +35,7 @@ use crate::{
         credentials::Injected,
         forward::{self, Lent, Manner},
         identity::HarnessIdentity,
+        redirect,
         refusal::Refused,
         witness::IntentFacts,
     },
@@ -57,6 +59,9 @@ const SESSION_LOST: [StatusCode; 2] = [StatusCode::NOT_FOUND, StatusCode::BAD_RE
 const SHORT_REQUEST: usize = 32 << 10;
 /// Time after which the intent is looked up again, because the body took longer to arrive.
 const PROMPT: Duration = Duration::from_secs(1);
+
+/// A request that may leave, with its credential.
+type Ready = (Option<Lent>, Request<ReplyBody>);
 
 impl Gateway {
     pub(super) async fn forward(self: Arc<Self>, request: Request<Incoming>, asked: Asked) -> Served {
@@ -105,10 +110,16 @@ impl Gateway {
             parts.headers = headers;
         }
         // The body holds its room until it is sent.
-        let body = Guarded::new(full(body), compiled.policy.silence(), places).boxed_unsync();
-        let request = Request::from_parts(parts, body);
-        let lent = credential.map(|credential| self.lend(&credential, &asked)).transpose()?;
-        self.send(channel, &target, lent, request, share, (compiled, intent)).await
+        let (places, silence) = (Arc::new(places), compiled.policy.silence());
+        let ready = || {
+            let body = Guarded::new(full(body.clone()), silence, places.clone()).boxed_unsync();
+            let lent = credential.as_ref().map(|credential| self.lend(credential, &asked)).transpose()?;
+            Ok::<_, Refused>((lent, Request::from_parts(parts.clone(), body)))
+        };
+        let first = ready()?;
+        // An MCP server may have its endpoint at another path.
+        let redirected = is_message.then(&ready).transpose()?;
+        self.send(channel, &target, (first, redirected), share, (compiled, intent)).await
     }
 
     /// Makes the call of an HTTP tool. The gateway builds the request from the arguments.
@@ -145,7 +156,7 @@ impl Gateway {
         self.judged(principal, &compiled, &intent, (arguments, body.len())).await?;
         let request = request.map(full);
         let lent = credential.map(|credential| self.lend(&credential, &asked)).transpose()?;
-        let replied = self.send(Channel::Tool, &target, lent, request, share, (compiled, intent)).await;
+        let replied = self.send(Channel::Tool, &target, ((lent, request), None), share, (compiled, intent)).await;
         replied.map(forward::as_reply_to_post)
     }
 
@@ -232,13 +243,12 @@ impl Gateway {
         Ok(Lent { credential: injected, alarm })
     }
 
-    /// Sends an authorized request, unless a request has left by its intent already.
+    /// Sends an authorized request, unless a request has left by its intent already. A request that is given twice follows one redirect.
     async fn send(
         &self,
         channel: Channel,
         target: &Target,
-        lent: Option<Lent>,
-        request: Request<ReplyBody>,
+        ((lent, request), redirected): (Ready, Option<Ready>),
         share: OwnedSemaphorePermit,
         (compiled, intent): (Arc<Compiled>, IntentFacts),
     ) -> Served {
@@ -248,13 +258,18 @@ impl Gateway {
             self.parts.state.undo(&of, compensates, &compiled.as_rollback(), log).await?;
         }
         witness.claim(&compiled.place(), &intent)?;
-        let in_session = request.headers().contains_key(SESSION);
+        let (in_session, share) = (request.headers().contains_key(SESSION), Arc::new(share));
         let started = Instant::now();
         // The agent's own requests may bind a connection to their sender, as some logins do, so they use no pooled connection.
         let pool = (channel != Channel::Egress).then_some(&self.parts.pool);
         // The harness reads these replies and asked for no compression. The agent's own traffic is passed on unchanged.
         let manner = Manner { silence: compiled.policy.silence(), unpacks: channel != Channel::Egress };
-        let replied = forward::forward(&self.parts.dialer, pool, target, lent, request, (manner, share)).await;
+        let (dialer, keep) = (&self.parts.dialer, share.clone());
+        let mut replied = forward::forward(dialer, pool, target, lent, request, (manner, keep)).await;
+        let to = replied.as_ref().ok().and_then(|reply| redirect::followed(target, reply));
+        if let Some(((lent, request), to)) = redirected.zip(to) {
+            replied = forward::forward(dialer, pool, &to, lent, request, (manner, share)).await;
+        }
         self.parts.metrics.upstream_took(channel.as_str(), started.elapsed());
         let replied = replied.inspect_err(|refused| {
             // No request has left if the error says that it may be retried.

@@ -326,8 +326,12 @@ async fn upstream(request: Request<Incoming>) -> Result<Response<ReplyBody>, Inf
     let seen = echo(&request);
     let authorization = request.headers().get("authorization").cloned();
     let status = request.headers().get("x-status").and_then(|status| status.to_str().ok()?.parse::<u16>().ok());
+    let location = request.headers().get("x-location").cloned();
     let body = request.into_body().collect().await.map(|body| body.to_bytes()).unwrap_or_default();
     let reply = match path.as_str() {
+        "/mcp" if location.is_some() => {
+            Response::builder().status(status.unwrap_or(307)).header("location", location.unwrap()).body(full(""))
+        }
         "/redirect" => Response::builder().status(302).header("location", "http://169.254.169.254/").body(full("")),
         "/stream" => {
             let frames = futures::stream::unfold(0, |n| async move {

@@ -43,7 +43,7 @@ use crate::{
         config::{McpUpstream, Tool, ToolUsage},
         decide::Denial,
         definition::Definition,
-        redact,
+        redact, redirect,
         rule::Rule,
         shorten::{shorten, shorten_to},
     },
@@ -139,6 +139,7 @@ impl Server {
 pub struct Ready {
     server: Arc<Server>,
     session: Arc<Session>,
+    url: String,
     /// The name of the tool in the upstream.
     name: String,
 }
@@ -222,10 +223,11 @@ impl Upstream for Servers {
             }
             (None, Some((reply, words))) => {
                 settlement.outcome = reply.outcome();
-                match denial.rule {
-                    Rule::UpstreamReply => said(tool, facts.status, reply, words.as_deref()),
+                match (denial.rule, facts.moved) {
+                    (Rule::UpstreamReply, Some(location)) => moved(tool, &ready.url, facts.status, &location, reply),
+                    (Rule::UpstreamReply, None) => said(tool, facts.status, reply, words.as_deref()),
                     // The server refused the call, and no other session was open in time.
-                    Rule::ToolTimeout if reply.is_sent_again() => late(tool, bounds.time, false),
+                    (Rule::ToolTimeout, _) if reply.is_sent_again() => late(tool, bounds.time, false),
                     // A denial by another rule says more.
                     _ => denial,
                 }
@@ -269,7 +271,7 @@ impl Servers {
         };
         let (session, definition) = found;
         let definition = self.approved(tool, mcp, definition)?;
-        Ok((Ready { server, session, name: mcp.tool.clone() }, definition))
+        Ok((Ready { server, session, url: mcp.url.clone(), name: mcp.tool.clone() }, definition))
     }
 
     /// Returns the definition if it is the approved one.
@@ -382,9 +384,10 @@ impl Servers {
                 };
                 return Ok((session, definition));
             }
-            Ok(Err(reason)) => match facts.undelivered {
-                Some((denial, _)) => denial,
-                None => Denial { rule: Rule::UpstreamReply, reason },
+            Ok(Err(reason)) => match (facts.undelivered, facts.moved) {
+                (Some((denial, _)), _) => denial,
+                (None, Some(location)) => moved(tool, &mcp.url, facts.status, &location, Reply::Moved),
+                (None, None) => Denial { rule: Rule::UpstreamReply, reason },
             },
             Err(_) => late(tool, time, false),
         };
@@ -470,16 +473,54 @@ fn said(tool: &Tool, status: u16, reply: Reply, words: Option<&str>) -> Denial {
         _ => String::new(),
     };
     let words = words.map(|words| format!(": {}", quoted(&words))).unwrap_or_default();
-    let effect = match reply.outcome() {
-        CallOutcome::Applied => "the tool ran: do not repeat the call",
-        CallOutcome::NotApplied => "the server did not run the tool",
-        CallOutcome::Unknown => "it is unknown whether the call took effect: check before you make it again",
-    };
+    let effect = effect(reply);
     let reason = format!("expected a result of {name}, found HTTP {status}{kind}{words}; {effect}");
     Denial { rule: Rule::UpstreamReply, reason }
 }
 
+/// Returns the denial for a redirect that is not followed, with the URL for the contract.
+fn moved(tool: &Tool, url: &str, status: u16, location: &str, reply: Reply) -> Denial {
+    let asks = match redirect::resolve(url, location) {
+        Some(to) => {
+            // A server behind a proxy that ends TLS often names its own scheme. It is reached as before.
+            let secure = to.strip_prefix("http://").filter(|_| url.starts_with("https://"));
+            let secure = secure.filter(|rest| url.get("https://".len()..).is_some_and(|own| host(own) == host(rest)));
+            let to = secure.map_or_else(|| to.clone(), |rest| format!("https://{rest}"));
+            format!(
+                "if that is the right server, set spec.upstream.mcp.url of the contract `{}` to {:?}",
+                tool.contract,
+                shorten(&to)
+            )
+        }
+        None => format!("correct spec.upstream.mcp.url of the contract `{}`", tool.contract),
+    };
+    let reason = format!(
+        "expected an answer of {url}, found HTTP {status} with a redirect to {:?}, which Belay does not follow: it follows one redirect with 307 \
+         or 308 to the same scheme, host and port; {}; {asks}",
+        shorten(location),
+        effect(reply)
+    );
+    Denial { rule: Rule::UpstreamReply, reason }
+}
+
+/// Returns the host of a URL without its scheme.
+fn host(rest: &str) -> &str {
+    rest.split(['/', '?', '#', ':']).next().unwrap_or_default()
+}
+
+/// Says what became of a call.
+fn effect(reply: Reply) -> &'static str {
+    match reply.outcome() {
+        CallOutcome::Applied => "the tool ran: do not repeat the call",
+        CallOutcome::NotApplied => "the server did not run the tool",
+        CallOutcome::Unknown => "it is unknown whether the call took effect: check before you make it again",
+    }
+}
+
 /// Quotes an error that may contain an upstream's text.
 fn quoted(error: &impl std::fmt::Display) -> String {
-    format!("{:?}", shorten_to(&error.to_string(), LONGEST_WORDS))
+    let text = error.to_string();
+    // rmcp puts the Rust type of its transport before the reason.
+    let reason = text.rsplit("] error: ").next().unwrap_or(&text);
+    format!("{:?}", shorten_to(reason, LONGEST_WORDS))
 }

@@ -74,6 +74,46 @@ async fn a_call_of_a_lost_session_leaves_once_more(
     assert_eq!(send().await, Some(Rule::IntentMissing), "no third");
 }
 
+/// A message follows one redirect of its MCP server, with method, body and headers. It is still one request under the intent.
+#[rstest::rstest]
+#[case::slash("/mcp/", 307, Some("/mcp/"))]
+#[case::absolute("https://tools.world.test/v2?a=1", 308, Some("/v2?a=1"))]
+#[case::second("/redirect", 307, None)]
+#[case::other_host("https://docs.world.test/mcp/", 307, None)]
+#[case::in_the_clear("http://tools.world.test/mcp/", 307, None)]
+#[case::see_other("/mcp/", 303, None)]
+#[tokio::test]
+async fn a_message_follows_one_redirect_within_the_origin(
+    #[case] location: &str,
+    #[case] status: u16,
+    #[case] expected: Option<&str>,
+) {
+    let world = world().await;
+    world.harness(vec![intent("1", Channel::Tool, "write"), intent("2", Channel::Listing, "write")]).await;
+    let tool = ("tool", 1, message("tools/call", "write"));
+    for (channel, intent, message) in [tool, ("listing", 2, message("tools/list", "write"))] {
+        let request = || {
+            let request = call(channel, MCP, intent).header("x-location", location).header("x-status", status);
+            request.header("mcp-session-id", "7").body(Full::from(message.clone())).unwrap()
+        };
+        let reply = world.send(request()).await;
+        match expected {
+            Some(path) => {
+                let seen = body(reply).await;
+                assert_eq!(
+                    (&seen["method"], &seen["uri"], &seen["body"]),
+                    (&json!("POST"), &json!(path), &json!(message))
+                );
+                assert_eq!(header(&seen, "mcp-session-id"), ["7"]);
+            }
+            None => assert!(reply.status().is_redirection(), "{}", reply.status()),
+        }
+        if channel == "tool" {
+            assert_eq!(rule(&world.send(request()).await), Some(Rule::IntentMissing));
+        }
+    }
+}
+
 #[tokio::test]
 async fn several_at_once_are_one() {
     let world = Arc::new(world().await);

@@ -19,7 +19,7 @@ use bytes::Bytes;
 use futures::stream::BoxStream;
 use http::{
     HeaderName, HeaderValue, Method, Request, Response,
-    header::{ACCEPT, CONTENT_TYPE},
+    header::{ACCEPT, CONTENT_TYPE, LOCATION},
 };
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use parking_lot::Mutex;
@@ -72,6 +72,8 @@ pub(super) struct Exchange {
     pub(super) reply: Option<(Reply, Option<String>)>,
     /// The listed tools that cannot be read.
     pub(super) odd: Vec<Odd>,
+    /// Where the server redirects to.
+    pub(super) moved: Option<String>,
     /// The reasons to stop reading the reply.
     pub(super) stops: Stops,
     /// When nobody waits for the reply any more.
@@ -116,6 +118,7 @@ impl Exchange {
             sent: false,
             reply: None,
             odd: vec![],
+            moved: None,
             stops: Stops::new(most),
         }
     }
@@ -250,9 +253,12 @@ impl StreamableHttpClient for GatewayTransport {
         };
         let status = reply.status();
         let upstream = Peer::of(reply.headers());
+        let location = reply.headers().get(LOCATION).filter(|_| status.is_redirection());
+        let moved = location.map(|location| String::from_utf8_lossy(location.as_bytes()).into_owned());
         update(&|facts| {
             facts.status = status.as_u16();
             facts.upstream.clone_from(&upstream);
+            facts.moved.clone_from(&moved);
         });
         let (stops, until) = {
             let facts = self.facts.lock();
