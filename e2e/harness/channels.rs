@@ -230,18 +230,21 @@ async fn calls_that_the_mcp_library_refuses_are_recorded() {
     let plain = call(json!({})).to_string();
     let long = call(json!({"params": {"name": "say", "arguments": {"text": "x".repeat(5 << 20)}}})).to_string();
     let batch = json!([call(json!({})), call(json!({"id": 8}))]).to_string();
+    let many = json!(vec![call(json!({})); 65]).to_string();
     let nameless = call(json!({"params": {"arguments": {}}})).to_string();
     let listed = call(json!({"params": {"name": "say", "arguments": ["hello"]}})).to_string();
     let mut unanswered = call(json!({}));
     unanswered.as_object_mut().unwrap().remove("id");
     let refused = [
-        ("any answer will do", posted(&format!("{kind}accept: */*\r\n"), &plain)),
-        ("no answer is asked for", posted(kind, &plain)),
-        ("JSON alone", posted(&format!("{kind}accept: application/json\r\n"), &plain)),
+        ("a page", posted(&format!("{kind}accept: text/html\r\n"), &plain)),
+        ("events alone", posted(&format!("{kind}accept: text/event-stream\r\n"), &plain)),
+        ("anything but JSON", posted(&format!("{kind}accept: application/json;q=0, */*;q=0\r\n"), &plain)),
         ("a form", posted(&format!("{accept}content-type: text/plain\r\n"), &plain)),
         ("no type", posted(accept, &plain)),
         ("over 4 MiB", posted(&both, &long)),
-        ("a batch", posted(&both, &batch)),
+        ("a batch of a version without", posted(&format!("{both}mcp-protocol-version: 2025-06-18\r\n"), &batch)),
+        ("a long batch", posted(&both, &many)),
+        ("an empty batch", posted(&both, "[]")),
         ("no name", posted(&both, &nameless)),
         ("a list of arguments", posted(&both, &listed)),
         ("no id", posted(&both, &unanswered.to_string())),
@@ -265,6 +268,60 @@ async fn calls_that_the_mcp_library_refuses_are_recorded() {
     // The control: the same call in the form that the protocol requires.
     let reply = raw(harness.address, &posted(&both, &plain)).await;
     assert!(reply.contains("echo: hello"), "{reply}");
+}
+
+/// Every answer is JSON, so a client that accepts JSON is answered, whatever words it uses.
+#[rstest::rstest]
+#[case::anything("accept: */*\r\n")]
+#[case::json("accept: application/json\r\n")]
+#[case::nothing_named("")]
+#[tokio::test]
+async fn a_client_that_accepts_json_is_answered(#[case] accept: &str) {
+    let harness = harness().await;
+    let call = json!({
+        "jsonrpc": "2.0", "id": 7, "method": "tools/call", "params": {"name": "say", "arguments": {"text": "hello"}}
+    });
+    let reply =
+        raw(harness.address, &posted(&format!("content-type: application/json\r\n{accept}"), &call.to_string())).await;
+    assert!(reply.starts_with("HTTP/1.1 200") && reply.contains("echo: hello"), "{reply}");
+}
+
+/// MCP 2025-03-26 says that servers must accept batches. Each message of a batch is handled, limited and recorded as if it had come alone.
+#[tokio::test]
+async fn a_batch_is_answered_message_by_message() {
+    let harness = harness().await;
+    let message = |id: Value, method: &str, params: Value| json!({"jsonrpc": "2.0", "id": id, "method": method, "params": params});
+    let say = |id: u32, args: Value| message(json!(id), "tools/call", json!({"name": "say", "arguments": args}));
+    let batch = json!([
+        say(1, json!({"text": "one"})),
+        {"jsonrpc": "2.0", "method": "notifications/initialized"},
+        say(2, json!({"text": "rude"})),
+        message(json!("three"), "tools/list", json!({})),
+        message(json!(4), "tools/call", json!({"arguments": {}})),
+        say(5, json!({"text": "five"})),
+    ]);
+    let (status, replies) = harness.post("/mcp", batch).await;
+    assert_eq!(status, StatusCode::OK, "{replies}");
+    let ids: Vec<_> = replies.as_array().unwrap().iter().map(|reply| reply["id"].clone()).collect();
+    assert_eq!(ids, [json!(1), json!(2), json!("three"), json!(4), json!(5)], "{replies}");
+    assert_eq!(replies[0]["result"]["content"][0]["text"], "echo: one", "{replies}");
+    assert!(replies[1]["result"]["content"][0]["text"].as_str().unwrap().contains("tool.precondition"), "{replies}");
+    assert_eq!(replies[2]["result"]["tools"].as_array().unwrap().len(), 3, "{replies}");
+    assert!(replies[3]["error"]["message"].is_string(), "{replies}");
+    assert_eq!(replies[4]["result"]["content"][0]["text"], "echo: five", "{replies}");
+    assert_eq!(harness.mcp.calls.load(Ordering::SeqCst), 2);
+    let records = harness.stored(9).await;
+    let rules: Vec<_> = refusals(&records).iter().map(|denied| denied.rule).collect();
+    assert_eq!(rules, [Rule::ToolPrecondition, Rule::Request]);
+    assert_eq!(records.last().unwrap().usage.tool_calls, 2);
+    // A batch that asks nothing is accepted without a body, as a single notification is.
+    let told = json!([{"jsonrpc": "2.0", "method": "notifications/initialized"}]);
+    assert_eq!(harness.post("/mcp", told).await, (StatusCode::ACCEPTED, json!("")));
+    // A batch does not widen the budget: the third call is the last.
+    let (_, replies) =
+        harness.post("/mcp", json!([say(6, json!({"text": "six"})), say(7, json!({"text": "seven"}))])).await;
+    assert_eq!(replies[0]["result"]["content"][0]["text"], "echo: six", "{replies}");
+    assert!(replies[1].to_string().contains("budget.toolCalls"), "{replies}");
 }
 
 /// An upstream of the agent's own. It sends its answer after the first bytes of a connection, and counts the bytes that it gets.
