@@ -178,6 +178,8 @@ async fn upstreams() {
         ("http.external", json!({}), Err(Rule::ToolEffect), Told::Denied(Rule::ToolEffect)),
         ("http.status", json!({"code": 204}), Ok("HTTP 204"), Told::Made(Write, false, Applied, None, 204)),
         ("http.status", json!({"code": 302}), Ok("HTTP 302"), Told::Made(Write, false, Unknown, None, 302)),
+        ("http.status", json!({"code": 307}), Ok("HTTP 307"), Told::Made(Write, false, NotApplied, None, 307)),
+        ("http.status", json!({"code": 408}), Ok("HTTP 408"), Told::Made(Write, false, Unknown, None, 408)),
         ("http.status", json!({"code": 409}), Ok("HTTP 409"), Told::Made(Write, false, NotApplied, None, 409)),
         ("http.status", json!({"code": 503}), Ok("HTTP 503"), Told::Made(Write, false, Unknown, None, 503)),
         ("http.zip", json!({}), Err(Rule::ToolOutput), Told::Made(Read, false, Applied, Some(Rule::ToolOutput), 200)),

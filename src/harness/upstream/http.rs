@@ -2,8 +2,9 @@
 //!
 //! Guarantees: the harness sends the arguments that were decided on, and the gateway renders the request from them. A reply becomes
 //! something that a model can read: JSON becomes structured content and text, other text becomes text, images and audio become MCP content.
-//! A status of 400 or above becomes an error result that names the status. The outcome follows from the status: 2xx is applied, 4xx is not
-//! applied, everything else is unknown. A reply that breaks off or is not what it declares is unknown, too.
+//! A status of 400 or above becomes an error result that names the status. The outcome follows from the status: 2xx is applied, 4xx and a
+//! redirect with 301, 307 or 308 are not applied, everything else is unknown. 408 and 499 are unknown, because proxies also send them while
+//! the upstream is at work. A reply that breaks off or is not what it declares is unknown, too.
 //!
 //! Non-goals: redirects and other kinds of replies.
 
@@ -127,7 +128,8 @@ async fn exchange(
     let kind = reply.headers().get(CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).map(str::to_owned);
     let by_status = match status.as_u16() {
         200..=299 => CallOutcome::Applied,
-        400..=499 => CallOutcome::NotApplied,
+        408 | 499 => CallOutcome::Unknown,
+        301 | 307 | 308 | 400..=499 => CallOutcome::NotApplied,
         _ => CallOutcome::Unknown,
     };
     match Limited::new(reply.into_body(), bounds.reply).collect().await {
