@@ -18,6 +18,9 @@ use std::{
 
 /// The time between two measurements.
 const PAUSE: Duration = Duration::from_millis(200);
+/// Every so many measurements all processes of the machine are read. The kernel's list of the children of a process may lack one while
+/// others end.
+const THOROUGH: u32 = 10;
 /// The prefixes by which the kernel names files in memory that have no path: from `memfd_create`, and of shared mappings.
 const NAMELESS: [&str; 4] = ["/memfd:", "/dev/zero (deleted)", "/SYSV", "/secretmem"];
 /// The unit of `st_blocks`, in bytes.
@@ -34,10 +37,12 @@ pub enum LimitExceeded {
 
 /// Returns once the process and those below it use more than the given memory or number of processes.
 pub async fn until_beyond(pid: u32, memory: u64, processes: u64) -> LimitExceeded {
+    let mut measurements = (0..THOROUGH).cycle();
     loop {
         tokio::time::sleep(PAUSE).await;
-        // A machine has hundreds of processes. The threads of this runtime serve the agent, which would wait meanwhile.
-        let Ok((held, count)) = tokio::task::spawn_blocking(move || used(pid)).await else { continue };
+        let family = if measurements.next() == Some(0) { of_all } else { of_children };
+        // The threads of this runtime serve the agent, which would wait meanwhile.
+        let Ok((held, count)) = tokio::task::spawn_blocking(move || used(&family(pid))).await else { continue };
         if held > memory {
             return LimitExceeded::Memory;
         }
@@ -47,8 +52,9 @@ pub async fn until_beyond(pid: u32, memory: u64, processes: u64) -> LimitExceede
     }
 }
 
-/// Returns the bytes and the number of processes of this process and all below it. A page that several processes map is divided among them.
-fn used(top: u32) -> (u64, u64) {
+/// Returns this process and all below it, by the parents of all processes of the machine. A machine has hundreds of processes, so this
+/// takes milliseconds.
+fn of_all(top: u32) -> Vec<u32> {
     let mut parents: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
     let all = fs::read_dir("/proc").into_iter().flatten().flatten();
     for pid in all.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok()) {
@@ -56,11 +62,34 @@ fn used(top: u32) -> (u64, u64) {
             parents.entry(parent).or_default().push(pid);
         }
     }
+    below(top, |pid| parents.remove(&pid).unwrap_or_default())
+}
+
+/// Returns this process and all below it, by the kernel's lists of children: a fraction of the work of [`of_all`], which it calls if this
+/// kernel has no such lists.
+fn of_children(top: u32) -> Vec<u32> {
+    if fs::metadata(format!("/proc/{top}/task/{top}/children")).is_err() {
+        return of_all(top);
+    }
+    below(top, |pid| {
+        let threads = fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+        let lists = threads.filter_map(|thread| fs::read_to_string(thread.path().join("children")).ok());
+        lists.flat_map(|list| list.split_whitespace().filter_map(|pid| pid.parse().ok()).collect::<Vec<_>>()).collect()
+    })
+}
+
+/// Returns a process and all below it.
+fn below(top: u32, mut children: impl FnMut(u32) -> Vec<u32>) -> Vec<u32> {
     let (mut family, mut next) = (Vec::new(), vec![top]);
     while let Some(pid) = next.pop() {
         family.push(pid);
-        next.extend(parents.remove(&pid).unwrap_or_default());
+        next.extend(children(pid));
     }
+    family
+}
+
+/// Returns the bytes that these processes hold, and their number. A page that several of them map is divided among them.
+fn used(family: &[u32]) -> (u64, u64) {
     let mut files = BTreeMap::new();
     family.iter().for_each(|pid| files.extend(open(*pid)));
     // Mapped pages of a file that is counted as a whole do not count again.
@@ -138,14 +167,26 @@ mod tests {
 
     use super::*;
 
+    /// Both ways find the children of every thread and their children. Other tests start and end processes meanwhile.
     #[test]
     fn what_is_below_counts() {
-        let (alone, one) = used(std::process::id());
-        let mut child = std::process::Command::new("sleep").arg("10").spawn().unwrap();
-        let (_, two) = used(std::process::id());
-        child.kill().unwrap();
+        let (alone, _) = used(&of_children(std::process::id()));
+        assert!(alone > 1 << 20, "{alone} bytes");
+        let child = std::thread::spawn(|| {
+            let mut shell = std::process::Command::new("sh");
+            shell.args(["-c", "sleep 30 & echo $!; wait"]).stdout(std::process::Stdio::piped()).spawn().unwrap()
+        });
+        let mut child = child.join().unwrap();
+        let mut line = String::new();
+        std::io::BufRead::read_line(&mut std::io::BufReader::new(child.stdout.take().unwrap()), &mut line).unwrap();
+        let below: u32 = line.trim().parse().unwrap();
+        for family in [of_children, of_all] {
+            let found = family(std::process::id());
+            assert!(found.contains(&child.id()) && found.contains(&below), "{found:?}");
+            assert_eq!(family(below), [below]);
+        }
+        let _ = std::process::Command::new("kill").arg(below.to_string()).status();
         child.wait().unwrap();
-        assert!(alone > 1 << 20 && two > one, "{alone} bytes, {one} and {two} processes");
     }
 
     #[test]
